@@ -1,0 +1,34 @@
+"""The axis glossary: every axis is a word, and the shapes that recur have a name. Checked by beartype under pytest.
+
+======================  ==================================================================================
+axis                    length
+======================  ==================================================================================
+``batch``               sequences computed together
+``seq``                 tokens of this call (the queries)
+``keys``                tokens that may be looked at: those of the cache, then those of this call
+``hidden``              ``config.hidden_size``, the residual stream
+``heads``               ``config.num_attention_heads``
+``kv_heads``            ``config.num_key_value_heads``; each serves ``heads // kv_heads`` query heads
+``head_dim``            ``config.head_dim``; ``heads * head_dim`` need not be ``hidden``
+``intermediate``        ``config.intermediate_size``, inside the feed-forward layer
+``vocab``               ``config.vocab_size``
+======================  ==================================================================================
+
+Weights are stored as ``(out, in)``, as in the checkpoint: `linear` computes ``x @ weight.T``.
+"""
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+TokenIds = Int[np.ndarray, "batch seq"]
+Positions = Int[np.ndarray, "batch seq"]
+Hidden = Float[np.ndarray, "batch seq hidden"]
+Heads = Float[np.ndarray, "batch heads seq head_dim"]
+KVHeads = Float[np.ndarray, "batch kv_heads seq head_dim"]
+Past = Float[np.ndarray, "batch kv_heads past head_dim"]
+Angles = Float[np.ndarray, "batch 1 seq head_dim"]
+Scores = Float[np.ndarray, "batch heads seq keys"]
+Mask = Bool[np.ndarray, "batch 1 seq keys"]
+Merged = Float[np.ndarray, "batch seq heads*head_dim"]
+Intermediate = Float[np.ndarray, "batch seq intermediate"]
+Logits = Float[np.ndarray, "batch seq vocab"]
