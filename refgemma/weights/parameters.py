@@ -3,7 +3,7 @@ Checked against the state dict of transformers 5.23 `Gemma2ForCausalLM`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -13,6 +13,7 @@ from refgemma.config import Gemma2Config
 Matrix = Float[np.ndarray, "out in"]
 
 
+@runtime_checkable
 class Rows(Protocol):
     """An embedding table: an array, or something on disk that is read and converted as it is indexed by row."""
 
