@@ -2,11 +2,10 @@
 and, for the defaults, the Transformers documentation page of Gemma 2."""
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 SLIDING = "sliding_attention"
 FULL = "full_attention"
@@ -117,13 +116,9 @@ class Gemma2Config:
 
     def __post_init__(self) -> None:
         # A frozen dataclass is written through object.__setattr__; only the derived default is filled in here.
-        if self.layer_types is None:
+        if self.layer_types is None and _is_size(self.num_hidden_layers):
             alternating = tuple(FULL if layer % 2 else SLIDING for layer in range(self.num_hidden_layers))
             object.__setattr__(self, "layer_types", alternating)
-        else:
-            object.__setattr__(self, "layer_types", tuple(self.layer_types))
-        if isinstance(self.eos_token_id, list):
-            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
         for problem in _problems(self):
             raise ConfigError(f"Gemma2Config: {problem}")
 
@@ -149,7 +144,7 @@ class Gemma2Config:
         return plain | {"model_type": "gemma2", "hidden_act": self.hidden_activation}
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any], source: str = "config") -> Self:
+    def from_dict(cls, raw: Mapping[str, Any], source: str = "config") -> "Gemma2Config":
         """Read the keys of a Hugging Face ``config.json``, as released or as transformers 5.x writes it.
 
         Parameters
@@ -174,7 +169,7 @@ class Gemma2Config:
         if raw.get("use_bidirectional_attention"):
             raise ConfigError(f"{source}: use_bidirectional_attention is not Gemma 2's causal attention")
         known = {f.name for f in fields(cls)}
-        values = {key: value for key, value in raw.items() if key in known and not (key == "layer_types" and not value)}
+        values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in raw.items() if key in known}
         values["rope_theta"] = _rope_theta(raw, source)
         # transformers reads hidden_activation; hidden_act is the older key, which it leaves unread.
         values["hidden_activation"] = raw.get("hidden_activation") or raw.get("hidden_act") or cls.hidden_activation
@@ -184,20 +179,20 @@ class Gemma2Config:
             raise ConfigError(f"{source}: {str(error).removeprefix('Gemma2Config: ')}") from None
 
     @classmethod
-    def from_json_file(cls, path: str | Path) -> Self:
+    def from_json_file(cls, path: str | Path) -> "Gemma2Config":
         """Read a ``config.json``; see `from_dict`."""
         try:
             raw = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path}: is not JSON: {error}") from None
         if not isinstance(raw, dict):
             raise ConfigError(f"{path}: holds a {type(raw).__name__}, not a JSON object")
         return cls.from_dict(raw, source=str(path))
 
     @classmethod
-    def preset(cls, name: str) -> Self:
+    def preset(cls, name: str) -> "Gemma2Config":
         """The shape of a released Gemma 2: ``"2b"``, ``"9b"`` or ``"27b"``.
 
         Examples
@@ -254,7 +249,17 @@ def _rope_theta(raw: Mapping[str, Any], source: str) -> float:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
+
+
+def _are_ids(value: object, several: bool) -> bool:
+    if several and isinstance(value, tuple):
+        return all(_are_ids(item, several=False) and item is not None for item in value)
+    return value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0)
 
 
 def _problems(config: Gemma2Config) -> list[str]:
@@ -263,7 +268,7 @@ def _problems(config: Gemma2Config) -> list[str]:
     sizes = [*REQUIRED[:-1], "max_position_embeddings", "sliding_window"]
     for name in sizes:
         value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not _is_size(value):
             found.append(f"{name} must be a whole number of at least 1, not {value!r}")
     for name in ("rms_norm_eps", "rope_theta", "query_pre_attn_scalar"):
         value = getattr(config, name)
@@ -288,10 +293,16 @@ def _problems(config: Gemma2Config) -> list[str]:
         found.append("tie_word_embeddings is false: Gemma 2's head is its embedding table")
     if config.attention_bias:
         found.append("attention_bias is true: no released Gemma 2 has biases, and they are not computed here")
-    layer_types = config.layer_types or ()
-    if len(layer_types) != config.num_hidden_layers or set(layer_types) - {SLIDING, FULL}:
+    kinds = config.layer_types
+    named = isinstance(kinds, tuple) and all(kind in (SLIDING, FULL) for kind in kinds)
+    if not named or len(kinds or ()) != config.num_hidden_layers:
         found.append(
             f"layer_types must name {SLIDING!r} or {FULL!r} for each of the {config.num_hidden_layers} layers, "
-            f"not {list(layer_types)!r}"
+            f"not {kinds!r}"
         )
+    found += [
+        f"{name} must be a token id or None, not {getattr(config, name)!r}"
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id")
+        if not _are_ids(getattr(config, name), several=name == "eos_token_id")
+    ]
     return found

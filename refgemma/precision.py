@@ -16,10 +16,10 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-Array: TypeAlias = np.ndarray[Any, Any]
+Array: TypeAlias = npt.NDArray[Any]
 
 
-class Rounded(np.ndarray[Any, Any]):
+class Rounded(npt.NDArray[Any]):
     """float32 numbers on the grid of a 16-bit format; results of operations are rounded to nearest, ties to even.
 
     With an ordinary floating-point array of at least one axis the result is an ordinary, wider array, as PyTorch
@@ -39,6 +39,10 @@ class Rounded(np.ndarray[Any, Any]):
         """Without this, concatenate, where, stack and einsum would return ordinary arrays and lose the rounding."""
         result = func(*plain(args), **plain(kwargs))
         return self._rounded(result, (*args, *kwargs.values()))
+
+    def astype(self, dtype: Any, *args: Any, **kwargs: Any) -> Any:
+        """An ordinary array of another format: this is how to leave the grid."""
+        return self.view(np.ndarray).astype(dtype, *args, **kwargs)
 
     def _rounded(self, result: Any, inputs: tuple[Any, ...]) -> Any:
         if isinstance(result, list | tuple):

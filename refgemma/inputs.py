@@ -1,0 +1,124 @@
+"""What a caller hands in, checked and put into the arrays the model computes with. Checked against the defaults of
+transformers 5.23 `Gemma2Model.forward` (positions, masks, continuation of a cache)."""
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from jaxtyping import Bool, Int
+
+from refgemma.config import Gemma2Config
+from refgemma.shapes import Positions, TokenIds
+
+
+class InputError(ValueError):
+    """An input that no model can take: empty, ragged, of the wrong type, or out of range."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One call's inputs. A *place* counts all tokens of a sequence from its first, padding included."""
+
+    input_ids: TokenIds
+    places: Int[np.ndarray, " seq"]  # of this call's tokens; masks are functions of places
+    positions: Positions  # what the rotary angles are taken of; the places, unless the caller says otherwise
+    visible: Bool[np.ndarray, "batch total"]  # false for padding; over all places up to the last of this call
+
+
+def token_ids(input_ids: npt.ArrayLike, vocab_size: int) -> TokenIds:
+    """`input_ids` as an integer array ``(batch, seq)`` with every id inside the vocabulary.
+
+    Raises
+    ------
+    InputError
+        Naming the row or the id that is wrong.
+
+    Examples
+    --------
+    >>> token_ids([[2, 5], [2, 99]], vocab_size=64)
+    Traceback (most recent call last):
+    ...
+    refgemma.inputs.InputError: input_ids[1, 1] is 99: not in the vocabulary of 64 tokens (0 to 63)
+    """
+    if isinstance(input_ids, list | tuple) and all(isinstance(row, list | tuple) for row in input_ids):
+        lengths = [len(row) for row in input_ids]
+        if len(set(lengths)) > 1:
+            row = next(i for i, length in enumerate(lengths) if length != lengths[0])
+            raise InputError(
+                f"input_ids is ragged: row {row} has {lengths[row]} tokens, row 0 has {lengths[0]}; "
+                "pad the shorter rows and pass an attention_mask with 0 at the padding"
+            )
+    ids = np.asarray(input_ids)
+    if ids.size == 0:
+        raise InputError("input_ids is empty: a model needs at least one token (<bos>, for instance)")
+    if ids.dtype.kind not in "iu":
+        raise InputError(f"input_ids has dtype {ids.dtype}: token ids are whole numbers")
+    if ids.ndim != 2:
+        raise InputError(f"input_ids has shape {ids.shape}: (batch, seq) is needed, [ids] for a single sequence")
+    outside = np.argwhere((ids < 0) | (ids >= vocab_size))
+    if len(outside):
+        row, column = outside[0]
+        raise InputError(
+            f"input_ids[{row}, {column}] is {ids[row, column]}: not in the vocabulary of {vocab_size} tokens "
+            f"(0 to {vocab_size - 1})"
+        )
+    return ids.astype(np.int64)
+
+
+def attention_mask_of(attention_mask: npt.ArrayLike | None, batch: int, total: int) -> Bool[np.ndarray, "batch total"]:
+    """The padding mask over all tokens so far, as booleans; all true if none is given."""
+    if attention_mask is None:
+        return np.ones((batch, total), bool)
+    mask = np.asarray(attention_mask)
+    if mask.shape != (batch, total):
+        raise InputError(
+            f"attention_mask has shape {mask.shape}, but {(batch, total)} is needed: "
+            "one entry for each token so far, those in the cache included"
+        )
+    if not np.isin(mask, (0, 1)).all():
+        raise InputError("attention_mask may hold 1 (a token) and 0 (padding) only")
+    return mask.astype(bool)
+
+
+def position_ids_of(
+    position_ids: npt.ArrayLike | None, places: Int[np.ndarray, " seq"], batch: int, limit: int
+) -> Positions:
+    """Rotary positions ``(batch, seq)``, the places if none are given; warns beyond the model's `limit`."""
+    positions = np.broadcast_to(places, (batch, len(places))) if position_ids is None else np.asarray(position_ids)
+    if positions.dtype.kind not in "iu" or positions.shape not in ((batch, len(places)), (1, len(places))):
+        raise InputError(
+            f"position_ids has shape {positions.shape} and dtype {positions.dtype}: "
+            f"whole numbers of shape {(batch, len(places))} are needed"
+        )
+    if (positions < 0).any():
+        raise InputError("position_ids has a negative entry")
+    if positions.max() >= limit:
+        warnings.warn(
+            f"position {positions.max()} is beyond max_position_embeddings ({limit}): "
+            "the model was not made for sequences this long, its predictions may degrade",
+            stacklevel=4,
+        )
+    return np.broadcast_to(positions, (batch, len(places)))
+
+
+def check_inputs(
+    input_ids: npt.ArrayLike,
+    config: Gemma2Config,
+    attention_mask: npt.ArrayLike | None = None,
+    position_ids: npt.ArrayLike | None = None,
+    seen: int = 0,
+) -> Inputs:
+    """All inputs of one call, after `seen` tokens that are in the cache already.
+
+    Raises
+    ------
+    InputError
+        Saying which input is wrong, where, and what is needed.
+    """
+    ids = token_ids(input_ids, config.vocab_size)
+    batch, seq = ids.shape
+    places = np.arange(seen, seen + seq)
+    visible = attention_mask_of(attention_mask, batch, seen + seq)
+    positions = position_ids_of(position_ids, places, batch, config.max_position_embeddings)
+    return Inputs(ids, places, positions, visible)

@@ -1,0 +1,146 @@
+"""Attention, feed-forward and block: Gemma 2's layer. Checked against transformers 5.23 `Gemma2DecoderLayer` (eager)
+on recorded tensors, every one of those named here.
+
+Each function returns a record of all it computed, in the order of computation. The records are the names of the trace:
+``run.layers[3].attention.probs`` in Python is ``layers.3.attention.probs`` in a file.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from refgemma.cache import LayerCache, extend
+from refgemma.ops import gelu_tanh, linear, repeat_kv, rms_norm, rotate, soft_cap, softmax
+from refgemma.precision import Array
+from refgemma.shapes import Angles, Heads, Hidden, Intermediate, KVHeads, Mask, Merged, Scores
+from refgemma.weights.parameters import LayerWeights
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What `attention` computed."""
+
+    q: Heads
+    k: KVHeads
+    v: KVHeads
+    q_rot: Heads  # turned by their positions
+    k_rot: KVHeads
+    scores: Scores  # scaled
+    capped: Scores  # soft-capped, not yet masked
+    probs: Scores
+    mixed: Merged  # values weighted by probs, heads side by side
+    out: Hidden
+    present: LayerCache  # the keys and values that were looked at: not traced, but the next step's past
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """What `feed_forward` computed."""
+
+    gate: Intermediate
+    up: Intermediate
+    gelu: Intermediate
+    product: Intermediate
+    out: Hidden
+
+
+@dataclass(frozen=True)
+class Block:
+    """What `block` computed. The norms have the names of their weights."""
+
+    input_layernorm: Hidden
+    attention: Attention
+    post_attention_layernorm: Hidden
+    middle: Hidden  # the residual stream between attention and feed-forward
+    pre_feedforward_layernorm: Hidden
+    feed_forward: FeedForward
+    post_feedforward_layernorm: Hidden
+    out: Hidden
+
+
+def split_heads(x: Float[np.ndarray, "batch seq width"], head_dim: int) -> Array:
+    """``(batch, seq, heads * head_dim)`` -> ``(batch, heads, seq, head_dim)``."""
+    return x.reshape(*x.shape[:2], -1, head_dim).swapaxes(1, 2)
+
+
+def merge_heads(x: Heads) -> Array:
+    """``(batch, heads, seq, head_dim)`` -> ``(batch, seq, heads * head_dim)``."""
+    swapped = x.swapaxes(1, 2)
+    return swapped.reshape(*swapped.shape[:2], -1)
+
+
+def attention(
+    x: Hidden, past: LayerCache, cos: Angles, sin: Angles, mask: Mask, weights: LayerWeights, scale: float,
+    cap: float | None,
+) -> Attention:  # fmt: skip
+    """Mix the values of all visible tokens: ``softmax(mask(cap(scale * q k^T))) v``, projected back to ``hidden``.
+
+    Parameters
+    ----------
+    x : (batch, seq, hidden)
+        The normed residual stream.
+    past : LayerCache
+        Keys and values of the tokens before this call.
+    cos, sin : (batch, 1, seq, head_dim)
+        From `rotary_tables`.
+    mask : (batch, 1, seq, keys)
+        True where a query may see a key; ``keys`` counts the past, then this call.
+    scale, cap : float
+        ``query_pre_attn_scalar ** -0.5`` (not ``head_dim ** -0.5``) and the cap of the scores.
+    """
+    head_dim = cos.shape[-1]
+    q = split_heads(linear(x, weights.q_proj), head_dim)
+    k = split_heads(linear(x, weights.k_proj), head_dim)
+    v = split_heads(linear(x, weights.v_proj), head_dim)
+    q_rot = rotate(q, cos, sin)
+    k_rot = rotate(k, cos, sin)
+
+    present = extend(past, k_rot, v)
+    groups = q.shape[1] // k.shape[1]
+    keys = repeat_kv(present.keys, groups)
+    values = repeat_kv(present.values, groups)
+
+    # The product is scaled, not the query: in half precision that is another rounding.
+    scores = (q_rot @ keys.swapaxes(-1, -2)) * scale
+    capped = soft_cap(scores, cap)
+    probs = softmax(capped, mask)
+    mixed = merge_heads(probs @ values)
+    out = linear(mixed, weights.o_proj)
+    return Attention(q, k, v, q_rot, k_rot, scores, capped, probs, mixed, out, present)
+
+
+def feed_forward(x: Hidden, weights: LayerWeights) -> FeedForward:
+    """The gated feed-forward layer: ``down(gelu(gate(x)) * up(x))``.
+
+    Source: transformers ``Gemma2MLP``; Shazeer 2020, arXiv:2002.05202.
+    """
+    gate = linear(x, weights.gate_proj)
+    up = linear(x, weights.up_proj)
+    gelu = gelu_tanh(gate)
+    product = gelu * up
+    return FeedForward(gate, up, gelu, product, linear(product, weights.down_proj))
+
+
+def block(
+    hidden: Hidden, past: LayerCache, cos: Angles, sin: Angles, mask: Mask, weights: LayerWeights, scale: float,
+    cap: float | None, eps: float,
+) -> Block:  # fmt: skip
+    """One layer: ``middle = hidden + norm(attention(norm(hidden)))``, ``out = middle + norm(mlp(norm(middle)))``.
+
+    Four norms, one before and one after each half. Despite its name, ``post_attention_layernorm`` here comes right
+    after attention and before the sum; in Llama a norm of that name feeds the feed-forward layer.
+    """
+    input_layernorm = rms_norm(hidden, weights.input_layernorm, eps)
+    attended = attention(input_layernorm, past, cos, sin, mask, weights, scale, cap)
+    post_attention_layernorm = rms_norm(attended.out, weights.post_attention_layernorm, eps)
+    middle = hidden + post_attention_layernorm
+
+    pre_feedforward_layernorm = rms_norm(middle, weights.pre_feedforward_layernorm, eps)
+    fed = feed_forward(pre_feedforward_layernorm, weights)
+    post_feedforward_layernorm = rms_norm(fed.out, weights.post_feedforward_layernorm, eps)
+    out = middle + post_feedforward_layernorm
+    return Block(
+        input_layernorm, attended, post_attention_layernorm, middle,
+        pre_feedforward_layernorm, fed, post_feedforward_layernorm, out,
+    )  # fmt: skip

@@ -1,0 +1,192 @@
+"""The operations of Gemma 2, one idea each. Checked against torch 2.13 / transformers 5.23 (eager), operation by
+operation, in float32, bfloat16 and float16; where a rounding is a choice, the comment says what the others do.
+
+An operation receives arrays and numbers, never a configuration. Half precision needs no mention except where PyTorch
+itself widens: see `refgemma.precision`.
+"""
+
+import math
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from refgemma.precision import Array, narrow, wide
+from refgemma.shapes import Angles, KVHeads, Mask, Positions, Scores
+
+
+def linear(x: Float[np.ndarray, "*batch in"], weight: Float[np.ndarray, "out in"]) -> Float[np.ndarray, "*batch out"]:
+    """Project: ``y[..., o] = sum_i x[..., i] * weight[o, i]``, with the weight as the checkpoint stores it.
+
+    In half precision the sum is taken in float32 and rounded once.
+    Source: ``torch.nn.functional.linear``.
+
+    Examples
+    --------
+    >>> linear(np.array([1.0, 2.0]), np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]))
+    array([1., 2., 3.])
+    """
+    return x @ weight.T
+
+
+def rms_norm(
+    x: Float[np.ndarray, "*batch hidden"], weight: Float[np.ndarray, " hidden"], eps: float
+) -> Float[np.ndarray, "*batch hidden"]:
+    """Divide by the root mean square, then scale: ``y = x / sqrt(mean(x**2) + eps) * (1 + weight)``.
+
+    The stored weight is an offset from one. Everything happens in (at least) float32 and is rounded once, at the very
+    end: Llama rounds before multiplying by the weight, Gemma after.
+    Source: transformers ``Gemma2RMSNorm``; Zhang and Sennrich 2019, arXiv:1910.07467.
+
+    Examples
+    --------
+    >>> rms_norm(np.array([3.0, 4.0]), np.zeros(2), eps=0.0).round(4)
+    array([0.8485, 1.1314])
+    """
+    x_wide = wide(x)
+    mean_square = np.mean(x_wide * x_wide, axis=-1, keepdims=True)
+    normed = x_wide * (1 / np.sqrt(mean_square + eps))
+    return narrow(normed * (1 + wide(weight)), like=x)
+
+
+def rotary_tables(positions: Positions, head_dim: int, theta: float, like: Array) -> tuple[Angles, Angles]:
+    """Cosines and sines of the rotary angles ``position * theta ** (-2 i / head_dim)``, twice over for both halves.
+
+    The angles are float32 in every precision: that is part of the model, since at position 8192 another rounding of
+    the frequencies moves the cosine by 1e-3. Hence ``float32(1) / float32(float64 power)``, which agrees with torch;
+    a float32 power is an ulp off in many entries. The tables come in the precision of `like`.
+    Source: transformers ``Gemma2RotaryEmbedding``; Su et al. 2021, arXiv:2104.09864.
+
+    Returns
+    -------
+    cos, sin : arrays of shape ``(batch, 1, seq, head_dim)``
+        The axis of length 1 stands for the heads, which all turn alike.
+
+    Examples
+    --------
+    >>> cos, sin = rotary_tables(np.array([[0, 1]]), head_dim=2, theta=10000.0, like=np.zeros(0))
+    >>> cos[0, 0].round(4)
+    array([[1.    , 1.    ],
+           [0.5403, 0.5403]])
+    """
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    frequencies = np.float32(1) / np.power(theta, exponents.astype(np.float64)).astype(np.float32)
+    half = positions[:, None, :, None].astype(np.float32) * frequencies
+    angles = np.concatenate([half, half], axis=-1).astype(np.float64)  # float64 from here: the cosine itself is exact
+    return narrow(np.cos(angles), like), narrow(np.sin(angles), like)
+
+
+def rotate(x: Float[np.ndarray, "batch any_heads seq head_dim"], cos: Angles, sin: Angles) -> KVHeads:
+    """Turn each pair ``(x[i], x[i + head_dim/2])`` by its angle: ``x * cos + (-second half, first half) * sin``.
+
+    Pairs lie half a head apart, not side by side. In half precision three roundings: two products and their sum.
+    Source: transformers ``apply_rotary_pos_emb``.
+
+    Examples
+    --------
+    >>> quarter_turn = np.full((1, 1, 1, 2), np.pi / 2)
+    >>> rotate(np.array([[[[1.0, 0.0]]]]), np.cos(quarter_turn), np.sin(quarter_turn)).round(6)
+    array([[[[0., 1.]]]])
+    """
+    first, second = np.split(x, 2, axis=-1)
+    return x * cos + np.concatenate([-second, first], axis=-1) * sin
+
+
+def repeat_kv(x: Float[np.ndarray, "batch kv_heads keys head_dim"], groups: int) -> Array:
+    """Give every query head its key/value head: query head ``h`` uses key/value head ``h // groups``.
+
+    Each head is repeated in place (0, 0, 1, 1), not tiled (0, 1, 0, 1).
+    Source: transformers ``repeat_kv``; Ainslie et al. 2023, arXiv:2305.13245.
+
+    Examples
+    --------
+    >>> repeat_kv(np.arange(2.0).reshape(1, 2, 1, 1), groups=2).ravel()
+    array([0., 0., 1., 1.])
+    """
+    return np.repeat(x, groups, axis=1)
+
+
+def soft_cap(x: Float[np.ndarray, "*shape"], cap: float | None) -> Float[np.ndarray, "*shape"]:
+    """Bend towards plus and minus `cap`: ``cap * tanh(x / cap)``; with ``None`` nothing is done.
+
+    In half precision three roundings, as PyTorch launches three kernels. Scores are capped *before* they are masked:
+    afterwards, the minus infinity of a masked key would become ``-cap`` and let it through.
+    Source: transformers ``eager_attention_forward`` and ``Gemma2ForCausalLM``; Bello et al. 2016, arXiv:1611.09940.
+
+    Examples
+    --------
+    >>> soft_cap(np.array([1.0, 50.0, 1000.0]), cap=50.0).round(3)
+    array([ 1.  , 38.08, 50.  ])
+    """
+    return x if cap is None else np.tanh(x / cap) * cap
+
+
+def causal_mask(q_positions: Int[np.ndarray, " seq"], k_positions: Int[np.ndarray, " keys"]) -> Bool[Array, "seq keys"]:
+    """Which keys a query may see in a full layer: those at its own position or before.
+
+    Positions count the places of a sequence, padding included, from its first token ever: so prefill, chunked prefill
+    and decoding are one case with different positions.
+
+    Examples
+    --------
+    >>> causal_mask(np.array([2, 3]), np.arange(4)).astype(int)
+    array([[1, 1, 1, 0],
+           [1, 1, 1, 1]])
+    """
+    return k_positions <= q_positions[:, None]
+
+
+def sliding_mask(
+    q_positions: Int[np.ndarray, " seq"], k_positions: Int[np.ndarray, " keys"], window: int
+) -> Bool[Array, "seq keys"]:
+    """Which keys a query may see in a sliding layer: the last `window`, itself included.
+
+    Source: transformers ``masking_utils.sliding_window_overlay`` (``k > q - window``).
+
+    Examples
+    --------
+    >>> sliding_mask(np.arange(4), np.arange(4), window=2).astype(int)
+    array([[1, 0, 0, 0],
+           [1, 1, 0, 0],
+           [0, 1, 1, 0],
+           [0, 0, 1, 1]])
+    """
+    return causal_mask(q_positions, k_positions) & (k_positions > q_positions[:, None] - window)
+
+
+def softmax(scores: Scores, mask: Mask) -> Scores:
+    """Weights over the visible keys: ``p[j] = exp(s[j]) / sum_k exp(s[k])``, and 0 where the mask is false.
+
+    Computed in (at least) float32 and rounded once. A query that may see no key at all, which only a padding token can
+    be, weighs all keys alike: that is what PyTorch's arithmetic gives too, and nothing that counts reads it.
+    Source: transformers ``eager_attention_forward``.
+
+    Examples
+    --------
+    >>> softmax(np.zeros((1, 1, 2, 2)), np.array([[[[True, False], [True, True]]]]))[0, 0]
+    array([[1. , 0. ],
+           [0.5, 0.5]])
+    """
+    scores_wide = wide(scores)
+    # The lowest finite number, not minus infinity: a row without any visible key would give NaN.
+    masked = np.where(mask, scores_wide, np.finfo(scores_wide.dtype).min)
+    exponentials = np.exp(masked - np.max(masked, axis=-1, keepdims=True))  # the largest is 1: no overflow
+    return narrow(exponentials / np.sum(exponentials, axis=-1, keepdims=True), like=scores)
+
+
+def gelu_tanh(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
+    """The tanh form of GELU: ``0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x**3)))``.
+
+    Not the exact form with the error function, which differs by up to 5e-4. One rounding in half precision.
+    Source: ``torch.nn.functional.gelu(approximate="tanh")``; Hendrycks and Gimpel 2016, arXiv:1606.08415.
+
+    Examples
+    --------
+    >>> gelu_tanh(np.array([-1.0, 0.0, 1.0])).round(4)
+    array([-0.1588,  0.    ,  0.8412])
+    """
+    x_wide = wide(x)
+    cube = x_wide * x_wide * x_wide  # x**3 calls pow: twelve times slower, and no more exact
+    inner = math.sqrt(2 / math.pi) * (x_wide + 0.044715 * cube)
+    # In 1 + tanh all digits but the last cancel for x below -3, so that the last must be right: hence float64.
+    tanh = np.tanh(inner.astype(np.float64)).astype(x_wide.dtype)
+    return narrow(0.5 * x_wide * (1 + tanh), like=x)

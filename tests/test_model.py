@@ -1,0 +1,177 @@
+"""The forward pass as a whole: its names, its precision, and the laws of a causal model. Values are in test_golden."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import refgemma
+from refgemma.cache import empty_cache
+from refgemma.model import HEAD_ROWS, forward, next_token_logits, unembed
+from refgemma.ops import causal_mask, sliding_mask
+from refgemma.oracle.trace import named_tensors
+from refgemma.oracle.verify import golden_folder
+from refgemma.precision import BF16, F16, Rounded
+from refgemma.weights.checkpoint import open_checkpoint
+
+CHECKPOINT = open_checkpoint(golden_folder() / "models" / "bends")
+CONFIG = CHECKPOINT.config
+IDS = np.random.default_rng(5).integers(4, CONFIG.vocab_size, (2, 13))
+
+LAYER = """input_layernorm attention.q attention.k attention.v attention.q_rot attention.k_rot attention.scores
+attention.capped attention.probs attention.mixed attention.out post_attention_layernorm middle
+pre_feedforward_layernorm feed_forward.gate feed_forward.up feed_forward.gelu feed_forward.product feed_forward.out
+post_feedforward_layernorm out""".split()
+
+
+def test_names_of_the_trace() -> None:
+    """The names are an interface: files of other people's runs use them."""
+    names = [name for name, _ in named_tensors(forward(IDS, CHECKPOINT.resident(), CONFIG))]
+    layers = [f"layers.{n}.{name}" for n in range(CONFIG.num_hidden_layers) for name in LAYER]
+    assert names == ["cos", "sin", "embedded", *layers, "norm", "raw_logits", "logits"]
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [("bfloat16", BF16), ("float16", F16)])
+def test_no_tensor_is_silently_widened(dtype: str, kind: type[Rounded]) -> None:
+    run = forward(IDS, CHECKPOINT.resident(dtype), CONFIG)
+    assert not [name for name, x in named_tensors(run) if type(x) is not kind]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_weights_precision_is_the_computations(dtype: str) -> None:
+    run = forward(IDS, CHECKPOINT.resident(dtype), CONFIG)
+    assert {x.dtype.name for _, x in named_tensors(run)} == {dtype}
+
+
+def test_masks_are_these_pictures() -> None:
+    picture = """
+        1 . . . . .
+        1 1 . . . .
+        1 1 1 . . .
+        . 1 1 1 . .
+        . . 1 1 1 .
+        . . . 1 1 1
+    """
+    expected = np.array([[cell == "1" for cell in row.split()] for row in picture.strip().splitlines()])
+    np.testing.assert_array_equal(sliding_mask(np.arange(6), np.arange(6), window=3), expected)
+    # The same rows in decoding, when the keys before place 2 are gone already.
+    np.testing.assert_array_equal(sliding_mask(np.array([4, 5]), np.arange(2, 6), window=3), expected[4:, 2:])
+    np.testing.assert_array_equal(causal_mask(np.arange(6), np.arange(6)), np.tri(6, dtype=bool))
+
+
+def test_a_token_changes_nothing_before_it() -> None:
+    weights = CHECKPOINT.resident("float64")
+    changed = IDS.copy()
+    changed[:, 8] = (changed[:, 8] + 1) % CONFIG.vocab_size
+    one, other = forward(IDS, weights, CONFIG).logits, forward(changed, weights, CONFIG).logits
+    np.testing.assert_array_equal(one[:, :8], other[:, :8])
+    assert (one[:, 8:] != other[:, 8:]).any(axis=-1).all()
+
+
+def test_a_sliding_layer_forgets_exactly_after_its_window() -> None:
+    only_sliding = replace(CONFIG, num_hidden_layers=1, layer_types=None)
+    weights = CHECKPOINT.resident("float64")
+    changed = IDS.copy()
+    changed[:, 3] = (changed[:, 3] + 1) % CONFIG.vocab_size
+    same = (forward(IDS, weights, only_sliding).logits == forward(changed, weights, only_sliding).logits).all(axis=-1)
+    first_blind = 3 + CONFIG.sliding_window
+    assert same[:, :3].all()
+    assert not same[:, 3:first_blind].any()  # the last of these sees the changed token as its window's first key
+    assert same[:, first_blind:].all()
+
+
+@pytest.mark.parametrize("calls", [(13,), (1,) * 13, (4, 6, 3), (5, 8), (6, 1, 6)])
+def test_any_division_into_calls_gives_the_same(calls: tuple[int, ...]) -> None:
+    weights = CHECKPOINT.resident("float64")
+    whole = forward(IDS, weights, CONFIG).logits
+    cache, done, parts = None, 0, []
+    for length in calls:
+        run = forward(IDS[:, done : done + length], weights, CONFIG, cache=cache)
+        parts.append(run.logits)
+        cache, done = run.cache, done + length
+    # float64: sums of the same numbers in another order, some 1e3 roundings deep.
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, rtol=0, atol=1e3 * 2**-53 * np.abs(whole).max())
+
+
+def test_a_cache_is_not_changed_by_going_on_from_it() -> None:
+    weights = CHECKPOINT.resident()
+    cache = forward(IDS[:, :7], weights, CONFIG).cache
+    first = forward(IDS[:, 7:9], weights, CONFIG, cache=cache).logits
+    forward(IDS[:, 9:], weights, CONFIG, cache=cache)
+    np.testing.assert_array_equal(first, forward(IDS[:, 7:9], weights, CONFIG, cache=cache).logits)
+
+
+def test_sliding_layers_keep_a_window_and_full_layers_everything() -> None:
+    cache = forward(IDS, CHECKPOINT.resident(), CONFIG).cache
+    kept = [layer.keys.shape[2] for layer in cache]
+    assert kept == [CONFIG.sliding_window - 1, 13, CONFIG.sliding_window - 1, 13]
+    assert {layer.stop for layer in cache} == {13}
+
+
+def test_a_padded_row_gives_what_it_gives_alone() -> None:
+    """Left padding shifts all positions alike, and only their differences count."""
+    weights = CHECKPOINT.resident("float64")
+    alone = forward(IDS[:1, 4:], weights, CONFIG).logits
+    padded, mask = np.zeros((1, 13), int), np.zeros((1, 13), int)
+    padded[:, 4:], mask[:, 4:] = IDS[:1, 4:], 1
+    shifted = forward(padded, weights, CONFIG, attention_mask=mask).logits[:, 4:]
+    # The tables of cosines are float32 (that is part of the model): a shifted position is another rounding of them.
+    np.testing.assert_allclose(shifted, alone, rtol=0, atol=1e2 * 2**-24 * np.abs(alone).max())
+    placed = forward(padded, weights, CONFIG, mask, position_ids=np.maximum(np.arange(13) - 4, 0)[None]).logits[:, 4:]
+    np.testing.assert_allclose(placed, alone, rtol=0, atol=1e3 * 2**-53 * np.abs(alone).max())  # as in the test above
+
+
+def test_next_token_logits_is_forward() -> None:
+    weights = CHECKPOINT.resident()
+    logits, cache = next_token_logits(IDS[:, :7], weights, CONFIG)
+    run = forward(IDS[:, :7], weights, CONFIG)
+    # The head multiplies one row instead of seven, which BLAS may sum in another order: some roundings of the sum.
+    np.testing.assert_allclose(
+        logits, run.logits[:, -1:], rtol=0, atol=CONFIG.hidden_size * 2**-24 * np.abs(run.logits).max()
+    )
+    for ours, expected in zip(cache, run.cache, strict=True):
+        np.testing.assert_array_equal(ours.keys, expected.keys)
+        assert ours.start == expected.start
+
+
+def test_streamed_weights_give_the_same_run() -> None:
+    resident = forward(IDS, CHECKPOINT.resident("bfloat16"), CONFIG)
+    streamed = forward(IDS, CHECKPOINT.streamed("bfloat16"), CONFIG)
+    for (name, x), (_, y) in zip(named_tensors(resident), named_tensors(streamed), strict=True):
+        np.testing.assert_array_equal(x, y, err_msg=name)
+
+
+def test_a_large_head_is_computed_in_pieces() -> None:
+    table = np.random.default_rng(0).standard_normal((2 * HEAD_ROWS + 5, 3))
+    norm = np.random.default_rng(1).standard_normal((1, 2, 3))
+    np.testing.assert_array_equal(unembed(norm, table), norm @ table.T)
+
+
+def test_an_empty_cache_changes_nothing() -> None:
+    weights = CHECKPOINT.resident()
+    nothing = empty_cache(CONFIG, batch=2, like=weights.norm)
+    np.testing.assert_array_equal(
+        forward(IDS, weights, CONFIG, cache=nothing).logits, forward(IDS, weights, CONFIG).logits
+    )
+
+
+def test_beyond_the_longest_sequence_it_warns() -> None:
+    short = replace(CONFIG, max_position_embeddings=12)
+    with pytest.warns(UserWarning, match=r"position 12 is beyond max_position_embeddings \(12\)"):
+        forward(IDS, CHECKPOINT.resident(), short)
+
+
+def test_the_tiny_models_shape_hides_nothing() -> None:
+    config = refgemma.load("tiny").config
+    assert config.num_attention_heads != config.num_key_value_heads
+    assert config.num_attention_heads * config.head_dim != config.hidden_size
+    assert config.query_pre_attn_scalar != config.head_dim
+    assert np.log2(config.query_pre_attn_scalar) % 1 != 0
+    assert refgemma.bf16(config.hidden_size**0.5) != np.float32(config.hidden_size**0.5)
+    assert config.sliding_window < config.max_position_embeddings / 2
+    kinds = [config.is_sliding(layer) for layer in range(config.num_hidden_layers)]
+    assert kinds.count(True) > 1
+    assert kinds.count(False) > 1
+    axes = [config.vocab_size, config.hidden_size, config.intermediate_size, config.head_dim, config.sliding_window,
+            config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim]  # fmt: skip
+    assert len(set(axes)) >= len(axes) - 1  # 2 x 32 key widths and a window of 64 are the one coincidence
