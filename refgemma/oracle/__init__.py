@@ -1,0 +1,1 @@
+"""Comparing runs: named tensors, bounds of rounding, replay of single operations, and the goldens."""

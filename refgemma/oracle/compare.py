@@ -1,0 +1,115 @@
+"""How far two tensors are apart, in units of what rounding allows. A distance of at most 1 conforms.
+
+Three measures, each with its reason:
+
+* an operation on given inputs: every element within twice the operation's float32 bound. In half precision the
+  results are rounded once more, so that two of them may be neighbours, an ulp apart, but only where a rounding
+  boundary lies within the bound: no more elements than that may differ at all;
+* a run in float32: within `NOISE_FACTOR` times the error that rounding makes in our own run, which the same run in
+  float64 shows. A mistake in the code is in both of these, so it does not widen its own tolerance. The logits must
+  also be within `END_TO_END` of the largest logit;
+* a run in half precision: the root mean square difference of two correct runs is that of two independent roundings,
+  sqrt(2) times the distance of PyTorch's recording from PyTorch's float32 recording.
+"""
+
+import math
+
+import ml_dtypes
+import numpy as np
+
+from refgemma.precision import Array
+
+END_TO_END = 5e-6
+# Two correct runs err independently and by similar amounts, so they differ by about sqrt(2) of one's error. But the
+# largest of few errors is itself uncertain, and libraries sum in other orders: PyTorch may err a few times as much.
+NOISE_FACTOR = 8
+# What is left where our own rounding happens to be exact: two roundings on either side.
+FLOOR = 4 * 2.0**-24
+
+# Relative distance of neighbouring numbers at a power of two, and the smallest normal number.
+_FORMATS = {
+    "bfloat16": (2.0**-7, float(ml_dtypes.finfo(ml_dtypes.bfloat16).smallest_normal)),
+    "float16": (2.0**-10, float(np.finfo(np.float16).smallest_normal)),
+}
+# A whole half-precision run differs between processors by no more than some ulps of its largest element: 2**3 of them.
+_HALF_RUN_ULPS = 8
+
+
+def ulp(x: Array, dtype: str) -> Array:
+    """The distance from each element to its neighbour in `dtype`; 0 for float32, whose rounding the bounds contain.
+
+    Examples
+    --------
+    >>> ulp(np.array([1.0, 1.5, 20.0]), "bfloat16").tolist()
+    [0.0078125, 0.0078125, 0.125]
+    """
+    if dtype not in _FORMATS:
+        return np.zeros(x.shape)
+    step, smallest = _FORMATS[dtype]
+    magnitude = np.maximum(np.abs(x.astype(np.float64)), smallest)
+    return step * 2.0 ** np.floor(np.log2(magnitude))
+
+
+def ratio(difference: Array, allowed: Array) -> float:
+    """The largest difference in units of what is allowed; infinite where something is NaN or nothing is allowed."""
+    if difference.size == 0:
+        return 0.0
+    units = np.divide(difference, allowed, out=np.where(difference > 0, math.inf, 0.0), where=allowed > 0)
+    return math.inf if np.isnan(units).any() else float(units.max())
+
+
+def operation_distance(computed: Array, recorded: Array, bound: Array, dtype: str) -> float:
+    """Of one operation's result from the recorded one, computed from the same inputs; `bound` is for one result."""
+    reference = recorded.astype(np.float64)
+    step = ulp(reference, dtype)
+    with np.errstate(invalid="ignore"):  # inf - inf, where both are the same infinity
+        difference = np.where(computed == recorded, 0.0, np.abs(computed.astype(np.float64) - reference))
+    apart = ratio(difference, 2 * bound + step)
+    return apart if dtype == "float32" else max(apart, _too_many(difference, bound, step))
+
+
+def _too_many(difference: Array, bound: Array, step: Array) -> float:
+    """The number of differing elements in units of the number that rounding boundaries allow.
+
+    A boundary, of which there is one an ulp, lies within ``2 * bound`` on either side of a result with probability
+    ``4 * bound / ulp``; to the expected number come three standard deviations and one.
+    """
+    expected = float(np.minimum(1, 4 * bound / step).sum())
+    return float(np.sum(difference > 0)) / (1 + expected + 3 * math.sqrt(expected))
+
+
+def rounding_noise(computed: Array, exact: Array) -> float:
+    """The largest error that rounding made in a tensor of our float32 run, given the same run in float64."""
+    return float(np.abs(computed.astype(np.float64) - exact).max(initial=0))
+
+
+def run_distance(computed: Array, recorded: Array, noise: float) -> float:
+    """Of a float32 run's tensor from the recorded one, given the `rounding_noise` of this tensor."""
+    allowed = NOISE_FACTOR * noise + FLOOR * np.abs(recorded).max(initial=0)
+    return ratio(np.abs(computed.astype(np.float64) - recorded), np.full(recorded.shape, allowed))
+
+
+def half_rounding_noise(recorded: Array, recorded_float32: Array) -> float:
+    """The mean square distance of a half-precision recording from PyTorch's float32 recording of the same."""
+    noise = recorded.astype(np.float64) - recorded_float32
+    return float(np.mean(noise * noise))
+
+
+def half_run_distance(computed: Array, recorded: Array, noise: float) -> float:
+    """Of a half-precision run's tensor from the recorded one, given the `half_rounding_noise` of this tensor."""
+    difference = computed.astype(np.float64) - recorded.astype(np.float64)
+    return ratio(
+        np.sqrt(np.mean(difference * difference, keepdims=True)), np.full((1,) * difference.ndim, math.sqrt(2 * noise))
+    )
+
+
+def logits_distance(computed: Array, recorded: Array) -> float:
+    """Of float32 logits from the recorded ones, in units of `END_TO_END` times the largest."""
+    allowed = np.full(recorded.shape, END_TO_END * np.abs(recorded).max(initial=0))
+    return ratio(np.abs(computed.astype(np.float64) - recorded), allowed)
+
+
+def distance(again: Array, recorded: Array, dtype: str) -> float:
+    """Of a recording made again, perhaps on another processor, from the one in golden/."""
+    step = _FORMATS[dtype][0] * _HALF_RUN_ULPS if dtype in _FORMATS else END_TO_END
+    return ratio(np.abs(again - recorded), np.full(recorded.shape, step * np.abs(recorded).max(initial=0)))

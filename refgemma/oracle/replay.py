@@ -1,0 +1,140 @@
+"""Every operation of a run again, each fed the *recorded* inputs: so that a wrong operation is found, and what it did
+to the tensors after it is not held against them. Checked on the recordings of transformers 5.23."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from refgemma import ops
+from refgemma.config import Gemma2Config
+from refgemma.layers import merge_heads, split_heads
+from refgemma.model import embed, unembed
+from refgemma.oracle import bounds
+from refgemma.precision import Array
+from refgemma.weights.parameters import LayerWeights, Weights
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One tensor of the trace: how it is computed from earlier ones, and how far rounding may carry it."""
+
+    name: str
+    inputs: tuple[str, ...]
+    compute: Callable[..., Array]
+    bound: Callable[..., Array]
+
+
+def _heads(function: Callable[..., Array], weight: Array, head_dim: int) -> Callable[[Array], Array]:
+    return lambda x: split_heads(function(x, weight), head_dim)
+
+
+def attention_operations(
+    prefix: str, source: str, weights: LayerWeights, config: Gemma2Config, mask: Array
+) -> list[Operation]:
+    """The operations of one attention layer, in order; `mask` is what its queries may see."""
+    head_dim, scale, cap = config.head_dim, config.attention_scale, config.attn_logit_softcapping
+    groups = config.num_attention_heads // config.num_key_value_heads
+
+    def scores(q_rot: Array, k_rot: Array) -> Array:
+        return (q_rot @ ops.repeat_kv(k_rot, groups).swapaxes(-1, -2)) * scale
+
+    def scores_bound(q_rot: Array, k_rot: Array) -> Array:
+        keys = ops.repeat_kv(k_rot, groups).swapaxes(-1, -2)
+        raw = np.asarray(q_rot).astype(np.float64) @ np.asarray(keys).astype(np.float64)
+        return (bounds.matmul(q_rot, keys) + bounds.U * np.abs(raw)) * scale
+
+    def mixed(probs: Array, v: Array) -> Array:
+        return merge_heads(probs @ ops.repeat_kv(v, groups))
+
+    def mixed_bound(probs: Array, v: Array) -> Array:
+        return merge_heads(bounds.matmul(probs, ops.repeat_kv(v, groups)))
+
+    p = prefix + "attention."
+    return [
+        *(
+            Operation(
+                p + letter,
+                (source,),
+                _heads(ops.linear, weight, head_dim),
+                _heads(bounds.linear, weight, head_dim),
+            )
+            for letter, weight in (("q", weights.q_proj), ("k", weights.k_proj), ("v", weights.v_proj))
+        ),
+        Operation(p + "q_rot", (p + "q", "cos", "sin"), ops.rotate, bounds.rotate),
+        Operation(p + "k_rot", (p + "k", "cos", "sin"), ops.rotate, bounds.rotate),
+        Operation(p + "scores", (p + "q_rot", p + "k_rot"), scores, scores_bound),
+        Operation(p + "capped", (p + "scores",), partial(ops.soft_cap, cap=cap), partial(bounds.soft_cap, cap=cap)),
+        Operation(p + "probs", (p + "capped",), partial(ops.softmax, mask=mask), partial(bounds.softmax, mask=mask)),
+        Operation(p + "mixed", (p + "probs", p + "v"), mixed, mixed_bound),
+        _linear(p + "out", p + "mixed", weights.o_proj),
+    ]
+
+
+def _linear(name: str, source: str, weight: Array) -> Operation:
+    return Operation(name, (source,), partial(ops.linear, weight=weight), partial(bounds.linear, weight=weight))
+
+
+def _norm(name: str, source: str, weight: Array, eps: float) -> Operation:
+    return Operation(
+        name,
+        (source,),
+        partial(ops.rms_norm, weight=weight, eps=eps),
+        partial(bounds.rms_norm, weight=weight, eps=eps),
+    )
+
+
+def _sum(name: str, left: str, right: str) -> Operation:
+    return Operation(name, (left, right), np.add, bounds.add)
+
+
+def block_operations(layer: int, weights: LayerWeights, config: Gemma2Config, mask: Array) -> list[Operation]:
+    """The operations of block `layer`, in order."""
+    p, eps = f"layers.{layer}.", config.rms_norm_eps
+    source = f"layers.{layer - 1}.out" if layer else "embedded"
+    f = p + "feed_forward."
+    return [
+        _norm(p + "input_layernorm", source, weights.input_layernorm, eps),
+        *attention_operations(p, p + "input_layernorm", weights, config, mask),
+        _norm(p + "post_attention_layernorm", p + "attention.out", weights.post_attention_layernorm, eps),
+        _sum(p + "middle", source, p + "post_attention_layernorm"),
+        _norm(p + "pre_feedforward_layernorm", p + "middle", weights.pre_feedforward_layernorm, eps),
+        _linear(f + "gate", p + "pre_feedforward_layernorm", weights.gate_proj),
+        _linear(f + "up", p + "pre_feedforward_layernorm", weights.up_proj),
+        Operation(f + "gelu", (f + "gate",), ops.gelu_tanh, bounds.gelu_tanh),
+        Operation(f + "product", (f + "gelu", f + "up"), np.multiply, bounds.product),
+        _linear(f + "out", f + "product", weights.down_proj),
+        _norm(p + "post_feedforward_layernorm", f + "out", weights.post_feedforward_layernorm, eps),
+        _sum(p + "out", p + "middle", p + "post_feedforward_layernorm"),
+    ]
+
+
+def model_operations(
+    input_ids: Array, positions: Array, masks: list[Array], weights: Weights, config: Gemma2Config
+) -> Iterator[Operation]:
+    """All operations of one call without a cache, in order; `masks` has one mask a layer."""
+    like = weights.norm
+    cos, sin = ops.rotary_tables(positions, config.head_dim, config.rope_theta, like)
+    table_bound = bounds.rotary_tables(positions[:, None, :, None] * np.ones(config.head_dim))
+    yield Operation("cos", (), lambda: cos, lambda: table_bound)
+    yield Operation("sin", (), lambda: sin, lambda: table_bound)
+    rows: Any = weights.embed_tokens
+    embedded = embed(input_ids, rows)
+    yield Operation("embedded", (), lambda: embedded, lambda: bounds.U * np.abs(np.asarray(embedded, np.float64)))
+    for layer, mask in enumerate(masks):
+        yield from block_operations(layer, weights.layers[layer], config, mask)
+    yield _norm("norm", f"layers.{len(masks) - 1}.out", weights.norm, config.rms_norm_eps)
+    table = rows[:]
+    yield Operation("raw_logits", ("norm",), lambda x: unembed(x, rows), partial(bounds.linear, weight=table))
+    cap = config.final_logit_softcapping
+    yield Operation("logits", ("raw_logits",), partial(ops.soft_cap, cap=cap), partial(bounds.soft_cap, cap=cap))
+
+
+def replay(recorded: Mapping[str, Array], operations: Iterator[Operation]) -> Iterator[tuple[str, Array, Array]]:
+    """For every recorded tensor whose inputs are recorded too: its name, what we compute, and the float32 bound."""
+    for operation in operations:
+        if operation.name in recorded and all(name in recorded for name in operation.inputs):
+            inputs = [recorded[name] for name in operation.inputs]
+            yield operation.name, operation.compute(*inputs), operation.bound(*inputs)

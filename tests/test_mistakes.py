@@ -1,0 +1,181 @@
+"""Each known mistake, made on purpose: a golden must fail, and first at the tensor where the mistake is."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import refgemma.layers
+import refgemma.model
+import refgemma.ops
+from refgemma.cache import keep_last
+from refgemma.config import FULL, SLIDING, Gemma2Config
+from refgemma.layers import Block, attention, feed_forward
+from refgemma.ops import linear, rms_norm
+from refgemma.oracle import verify as oracle
+from refgemma.precision import narrow, wide
+
+CORRECT_MODEL_OF = oracle.model_of
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """What is done wrong, and where it has to show."""
+
+    name: str
+    make: Callable[[pytest.MonkeyPatch], None]
+    first: str  # the tensor that must be named
+    case: str = "bends-forward-f32"
+
+
+def config(**change: Any) -> Callable[[pytest.MonkeyPatch], None]:
+    """A mistake in the numbers; a callable value is given the correct configuration."""
+
+    def wrong_model_of(about: Any) -> Any:
+        correct, weights = CORRECT_MODEL_OF(about)
+        values = {key: value(correct) if callable(value) else value for key, value in change.items()}
+        return replace(correct, **values), weights
+
+    return lambda monkeypatch: monkeypatch.setattr(oracle, "model_of", wrong_model_of)
+
+
+def operation(name: str, wrong: Callable[..., Any]) -> Callable[[pytest.MonkeyPatch], None]:
+    """A mistake in one operation, wherever it is used."""
+
+    def make(monkeypatch: pytest.MonkeyPatch) -> None:
+        for module in (refgemma.ops, refgemma.layers, refgemma.model):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, wrong)
+
+    return make
+
+
+def swapped_types(correct: Gemma2Config) -> tuple[str, ...]:
+    assert correct.layer_types is not None
+    return tuple(FULL if kind == SLIDING else SLIDING for kind in correct.layer_types)
+
+
+def norm_without_one(x, weight, eps):
+    return narrow(wide(x) / np.sqrt(np.mean(wide(x) ** 2, axis=-1, keepdims=True) + eps) * wide(weight), like=x)
+
+
+def norm_rounded_before_weight(x, weight, eps):
+    normed = narrow(wide(x) / np.sqrt(np.mean(wide(x) ** 2, axis=-1, keepdims=True) + eps), like=x)
+    return normed * narrow(1 + wide(weight), like=x)
+
+
+def gelu_erf(x):
+    return 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)).astype(x.dtype))
+
+
+def rotate_neighbours(x, cos, sin):
+    half = x.shape[-1] // 2
+    even, odd = x[..., ::2], x[..., 1::2]
+    turned = [even * cos[..., :half] - odd * sin[..., :half], odd * cos[..., :half] + even * sin[..., :half]]
+    return np.stack(turned, axis=-1).reshape(x.shape)
+
+
+def tile_kv(x, groups):
+    return np.tile(x, (1, groups, 1, 1))
+
+
+def cap_after_mask(scores, mask):
+    masked = np.where(mask, scores, -np.inf)
+    capped = 2.0 * np.tanh(masked / 2.0)  # the cap of the model "bends"
+    exponentials = np.exp(capped - capped.max(axis=-1, keepdims=True))
+    return exponentials / exponentials.sum(axis=-1, keepdims=True)
+
+
+def block_without_post_norms(hidden, past, cos, sin, mask, weights, scale, cap, eps):
+    input_layernorm = rms_norm(hidden, weights.input_layernorm, eps)
+    attended = attention(input_layernorm, past, cos, sin, mask, weights, scale, cap)
+    middle = hidden + attended.out
+    pre_feedforward_layernorm = rms_norm(middle, weights.pre_feedforward_layernorm, eps)
+    fed = feed_forward(pre_feedforward_layernorm, weights)
+    return Block(
+        input_layernorm, attended, attended.out, middle, pre_feedforward_layernorm, fed, fed.out, middle + fed.out
+    )
+
+
+def attention_of_keys_without_positions(x, past, cos, sin, mask, weights, scale, cap):
+    still = attention(x, past, np.ones_like(cos), np.zeros_like(sin), mask, weights, scale, cap)
+    return still
+
+
+def feed_forward_swapped(x, weights):
+    return feed_forward(x, replace(weights, gate_proj=weights.up_proj, up_proj=weights.gate_proj))
+
+
+MISTAKES = [
+    Mistake("no attention cap", config(attn_logit_softcapping=None), "layers.0.attention.capped"),
+    Mistake("no final cap", config(final_logit_softcapping=None), "logits"),
+    Mistake("another final cap", config(final_logit_softcapping=5.0), "logits"),
+    Mistake("no window", config(sliding_window=4096), "layers.0.attention.probs"),
+    Mistake("window one too wide", config(sliding_window=lambda c: c.sliding_window + 1), "layers.0.attention.probs"),
+    Mistake("window one too narrow", config(sliding_window=lambda c: c.sliding_window - 1), "layers.0.attention.probs"),
+    Mistake("layer parity swapped", config(layer_types=swapped_types), "layers.0.attention.probs"),
+    Mistake("all layers sliding", config(layer_types=(SLIDING,) * 4), "layers.1.attention.probs"),
+    Mistake("norm without 1 +", operation("rms_norm", norm_without_one), "layers.0.input_layernorm"),
+    Mistake("norm rounded before its weight", operation("rms_norm", norm_rounded_before_weight),
+            "layers.0.input_layernorm", "bends-forward-bf16"),
+    Mistake("exact GELU", operation("gelu_tanh", gelu_erf), "layers.0.feed_forward.gelu"),
+    Mistake("query scalar is head_dim", config(query_pre_attn_scalar=10), "layers.0.attention.scores"),
+    Mistake("sqrt(hidden) not rounded", lambda m: m.setattr(refgemma.model, "narrow", lambda y, like: float(y)),
+            "embedded", "bends-forward-bf16"),
+    Mistake("no embedding scale", lambda m: m.setattr(refgemma.model, "narrow", lambda y, like: 1.0), "embedded"),
+    Mistake("rotation of neighbours", operation("rotate", rotate_neighbours), "layers.0.attention.q_rot"),
+    Mistake("no rotation", operation("attention", attention_of_keys_without_positions), "layers.0.attention.q_rot"),
+    Mistake("rotary base", config(rope_theta=1e6), "cos"),
+    Mistake("key heads tiled", operation("repeat_kv", tile_kv), "layers.0.attention.scores"),
+    Mistake("cap after mask", operation("softmax", cap_after_mask), "layers.0.attention.probs"),
+    Mistake("no post-norms", operation("block", block_without_post_norms), "layers.0.post_attention_layernorm"),
+    Mistake("gate and up swapped", operation("feed_forward", feed_forward_swapped), "layers.0.feed_forward.gate"),
+    Mistake("another eps", config(rms_norm_eps=1e-5), "layers.0.input_layernorm", "global-first-forward-f32"),
+    Mistake("head without the table's order", operation("unembed", lambda n, t: linear(n, t[:][::-1])), "raw_logits"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda m: m.name.replace(" ", "-"))
+def test_mistake_is_caught_where_it_is(mistake: Mistake, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert oracle.verify(mistake.case).conforms  # the test would be worthless on a golden that fails anyway
+    mistake.make(monkeypatch)
+    result = oracle.verify(mistake.case)
+    assert not result.conforms
+    assert result.first_divergence is not None
+    assert result.first_divergence.tensor == mistake.first
+
+
+@pytest.mark.parametrize("lost", [1, 2])
+def test_a_cache_that_drops_too_much_is_caught_in_decoding(lost: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong_next_past(layer, done, config):
+        kept = config.sliding_window - 1 - lost
+        return keep_last(done.attention.present, kept) if config.is_sliding(layer) else done.attention.present
+
+    monkeypatch.setattr(refgemma.model, "next_past", wrong_next_past)
+    result = oracle.verify("bends-decode-f32")
+    assert result.first_divergence is not None
+    # A window of 5 keeps 4 keys: the first call of 3 tokens and one step leave that many.
+    assert result.first_divergence.tensor == f"calls.{3 - lost}.layers.0.attention.probs"
+
+
+def test_positions_that_start_again_are_caught_in_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    correct = refgemma.model.rotary_tables
+    monkeypatch.setattr(refgemma.model, "rotary_tables", lambda p, *rest, **named: correct(p - p.min(), *rest, **named))
+    result = oracle.verify("bends-decode-f32")
+    assert result.first_divergence is not None
+    assert result.first_divergence.tensor.startswith("calls.1.layers.0.attention")
+
+
+def test_padding_that_is_attended_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    correct = refgemma.model.layer_mask
+
+    def unpadded(layer, past, places, visible, config):
+        return correct(layer, past, places, np.ones_like(visible), config)
+
+    monkeypatch.setattr(refgemma.model, "layer_mask", unpadded)
+    result = oracle.verify("bends-left-padded-f32")
+    assert result.first_divergence is not None
+    assert result.first_divergence.tensor == "layers.0.attention.probs"
