@@ -1,0 +1,334 @@
+"""The command line: generate, chat, verify, trace, info. It handles arguments and prints; the work is done elsewhere.
+
+Exit codes: 0 all is well (verify: conforms), 1 verify found a difference, 2 misuse or bad input.
+"""
+
+import argparse
+import json
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import numpy as np
+
+import refgemma
+from refgemma.config import ConfigError
+from refgemma.generation import generate
+from refgemma.inputs import InputError
+from refgemma.model import forward
+from refgemma.oracle.trace import named_tensors, save_trace
+from refgemma.oracle.verify import CaseResult, Comparison, GoldenError, case_names, verify
+from refgemma.pretrained import Pretrained, load, model_folder
+from refgemma.tokenizer import TextStream, TokenizerError
+from refgemma.weights.checkpoint import CheckpointError, open_checkpoint
+from refgemma.weights.parameters import tensor_shapes
+
+OK, DIFFERS, MISUSE = 0, 1, 2
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+# What a person can have done wrong, as opposed to a fault of this program.
+MISTAKES = (CheckpointError, ConfigError, GoldenError, InputError, TokenizerError, OSError)
+
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2."""
+        self.exit(MISUSE, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def parser() -> Parser:
+    """All commands and their arguments."""
+    top = Parser(prog="refgemma", description="Gemma 2 in NumPy: run it, look inside, compare it with PyTorch.")
+    top.add_argument("--version", action="version", version=f"refgemma {refgemma.__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, help: str) -> Parser:
+        command: Parser = commands.add_parser(name, help=help, description=help)
+        command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+        return command
+
+    def add_model(command: Parser) -> None:
+        command.add_argument(
+            "--model", default="tiny", metavar="tiny|DIR", help="a Hugging Face folder (default: tiny)"
+        )
+        command.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of the computation")
+
+    def add_sampling(command: Parser) -> None:
+        command.add_argument("--max-new-tokens", type=int, default=200, metavar="N")
+        command.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
+        command.add_argument("--top-k", type=int, metavar="K", help="draw only from the K likeliest tokens")
+        command.add_argument(
+            "--top-p", type=float, metavar="P", help="draw only from the likeliest up to probability P"
+        )
+        command.add_argument("--seed", type=int, default=0)
+
+    def add_prompt(command: Parser) -> None:
+        command.add_argument("prompt", nargs="?", metavar="PROMPT")
+        command.add_argument("--ids", metavar="ID,ID,...", help="token ids instead of a prompt, taken as they are")
+
+    command = add("generate", "continue a text")
+    add_prompt(command)
+    add_model(command)
+    add_sampling(command)
+
+    command = add("chat", "talk in turns; an empty line or end of input ends it")
+    add_model(command)
+    add_sampling(command)
+
+    command = add("verify", "compare with what PyTorch recorded, tensor by tensor")
+    command.add_argument("cases", nargs="*", metavar="CASE", help="default: all")
+    command.add_argument("--list", action="store_true", help="print the names of the cases and stop")
+
+    command = add("trace", "write every named tensor of a run to a safetensors file")
+    add_prompt(command)
+    command.add_argument("-o", "--output", required=True, metavar="FILE")
+    add_model(command)
+
+    command = add("info", "print a model's configuration, size and tensors")
+    command.add_argument("model", nargs="?", default="tiny", metavar="tiny|DIR")
+    return top
+
+
+def prompt_ids(args: argparse.Namespace, model: Pretrained) -> list[int]:
+    """The token ids of ``PROMPT`` or ``--ids``."""
+    if (args.prompt is None) == (args.ids is None):
+        raise InputError("give either a PROMPT or --ids, and only one of them")
+    if args.ids is not None:
+        try:
+            return [int(part) for part in args.ids.split(",")]
+        except ValueError:
+            raise InputError(f"--ids {args.ids!r}: whole numbers with commas between them are needed") from None
+    if not args.prompt:
+        raise InputError("the prompt is empty")
+    return model.tokenizer.encode(args.prompt)
+
+
+def as_json(value: Any) -> None:
+    """Print one JSON object."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def new_tokens(ids: Sequence[int], model: Pretrained, args: argparse.Namespace) -> Iterator[int]:
+    """The continuation of `ids` under the sampling arguments."""
+    return generate(
+        ids, model.weights, model.config, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed,
+        model.stop_ids,
+    )  # fmt: skip
+
+
+def stream_text(tokens: Iterator[int], model: Pretrained, show: bool) -> tuple[list[int], str]:
+    """Collect tokens and their text, printing it as it comes if `show`."""
+    stream, ids, texts = TextStream(model.tokenizer), [], []
+    for token in tokens:
+        ids.append(token)
+        if token not in model.stop_ids:
+            texts.append(stream.push(token))
+            if show:
+                print(texts[-1], end="", flush=True)
+    texts.append(stream.finish())
+    if show:
+        print(texts[-1], flush=True)
+    return ids, "".join(texts)
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    """``refgemma generate``."""
+    model = load(args.model, args.dtype)
+    ids = prompt_ids(args, model)
+    tokens = new_tokens(ids, model, args)
+    if not args.json:
+        print(model.tokenizer.decode(ids), end="", flush=True)
+    began = time.perf_counter()
+    made, text = stream_text(tokens, model, show=not args.json)
+    if args.json:
+        as_json({
+            "prompt_ids": ids,
+            "ids": made,
+            "text": text,
+            "stopped": "stop_id" if made[-1] in model.stop_ids else "max_new_tokens",
+            "tokens_per_second": round(len(made) / (time.perf_counter() - began), 1),
+        })  # fmt: skip
+    return OK
+
+
+def run_chat(args: argparse.Namespace) -> int:
+    """``refgemma chat``: one JSON object a turn with ``--json``."""
+    model = load(args.model, args.dtype)
+    messages: list[dict[str, str]] = []
+    while True:
+        if sys.stdin.isatty():
+            print("you> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line.strip():
+            return OK
+        messages.append({"role": "user", "content": line.strip()})
+        ids = model.tokenizer.chat_ids(messages)
+        made, text = stream_text(new_tokens(ids, model, args), model, show=not args.json)
+        messages.append({"role": "assistant", "content": text})
+        if args.json:
+            print(json.dumps({"turn": len(messages) // 2, "ids": made, "text": text}, ensure_ascii=False), flush=True)
+
+
+def case_row(result: CaseResult) -> str:
+    """One line of the table that ``refgemma verify`` prints."""
+    verdict = "conforms"
+    if first := result.first_divergence:
+        verdict = f"DIFFERS first at {first.tensor} ({first.how}, {first.distance:.3g} x its bound)"
+    return f"{result.case:32s} {len(result.comparisons):7d}  {result.worst.distance:11.3f}  {verdict}"
+
+
+def comparison_json(c: Comparison) -> dict[str, Any]:
+    """One tensor of ``refgemma verify --json``; JSON has no infinity, so an infinite distance is written "inf"."""
+    distance = c.distance if np.isfinite(c.distance) else "inf"
+    return {"tensor": c.tensor, "how": c.how, "in_units_of_bound": distance}
+
+
+def case_json(result: CaseResult) -> dict[str, Any]:
+    """One case of ``refgemma verify --json``."""
+    first = result.first_divergence
+    return {
+        "case": result.case,
+        "verdict": "conforms" if result.conforms else "differs",
+        "tensors": len(result.comparisons),
+        "worst": comparison_json(result.worst),
+        "first_divergence": first and comparison_json(first),
+    }
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    """``refgemma verify``."""
+    names = case_names(args.cases)
+    if args.list:
+        as_json(names) if args.json else print("\n".join(names))
+        return OK
+    if not args.json:
+        print(f"{'case':32s} {'tensors':>7s}  {'worst/bound':>11s}  verdict")
+    results = []
+    for name in progress(names):
+        results.append(verify(name))
+        if not args.json:
+            print(case_row(results[-1]), flush=True)
+    differing = [r.case for r in results if not r.conforms]
+    tensors = sum(len(r.comparisons) for r in results)
+    if args.json:
+        as_json({
+            "verdict": "differs" if differing else "conforms",
+            "tensors": tensors,
+            "recorded_with": {key: results[0].about[key] for key in ("torch", "transformers", "attn_implementation")},
+            "cases": [case_json(r) for r in results],
+        })  # fmt: skip
+    else:
+        about = results[0].about
+        against = f"recorded with torch {about['torch']}, transformers {about['transformers']} (eager)"
+        print(f"{len(results)} cases, {tensors} tensors, {len(differing)} differ; {against}")
+    return DIFFERS if differing else OK
+
+
+def progress(names: list[str]) -> Iterator[str]:
+    """`names` one by one, with a bar on stderr if that is a terminal and stdout is not."""
+    from tqdm import tqdm
+
+    quiet = not sys.stderr.isatty() or sys.stdout.isatty()
+    yield from tqdm(names, unit="case", disable=quiet, file=sys.stderr)
+
+
+def run_trace(args: argparse.Namespace) -> int:
+    """``refgemma trace``."""
+    model = load(args.model, args.dtype)
+    ids = prompt_ids(args, model)
+    tensors = {"input_ids": np.array([ids])} | dict(named_tensors(forward([ids], model.weights, model.config)))
+    metadata = {
+        "format": "refgemma-trace/1",
+        "config": json.dumps(model.config.to_dict()),
+        "dtype": args.dtype,
+        "refgemma": refgemma.__version__,
+    }
+    save_trace(tensors, args.output, metadata)
+    size = sum(x.nbytes for x in tensors.values())
+    if args.json:
+        shapes = {name: list(x.shape) for name, x in tensors.items()}
+        as_json({"file": args.output, "ids": ids, "tensors": shapes})
+    else:
+        print(
+            f"{args.output}: {len(tensors)} tensors of {len(ids)} tokens, {size / 1e6:.1f} MB computed in {args.dtype}"
+        )
+    return OK
+
+
+def run_info(args: argparse.Namespace) -> int:
+    """``refgemma info``."""
+    checkpoint = open_checkpoint(model_folder(args.model))
+    config = checkpoint.config.to_dict()
+    table = [
+        (name, tuple(shape), str(checkpoint.tensors[name].dtype))
+        for name, shape in tensor_shapes(checkpoint.config).items()
+    ]
+    if args.json:
+        as_json({
+            "folder": str(checkpoint.folder),
+            "config": config,
+            "parameters": checkpoint.parameters,
+            "bytes": checkpoint.nbytes,
+            "tensors": [{"name": name, "shape": list(shape), "dtype": dtype} for name, shape, dtype in table],
+        })  # fmt: skip
+        return OK
+    print(f"{checkpoint.folder}\n{checkpoint.parameters:,} parameters, {checkpoint.nbytes:,} bytes\n")
+    for key, value in config.items():
+        print(f"{key:26s} {value}")
+    print()
+    for name, shape, dtype in table:
+        print(f"{name:56s} {shape!s:18s} {dtype}")
+    return OK
+
+
+# --- main -------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def short_warnings() -> Iterator[None]:
+    """Warnings as one line on stderr."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: print(f"refgemma: warning: {message}", file=sys.stderr)
+        yield
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    args = parser().parse_args(argv)
+    run = {
+        "generate": run_generate,
+        "chat": run_chat,
+        "verify": run_verify,
+        "trace": run_trace,
+        "info": run_info,
+    }[args.command]
+    try:
+        with short_warnings():
+            return run(args)
+    except MISTAKES as error:
+        print(f"refgemma {args.command}: {one_line(error)}", file=sys.stderr)
+        return MISUSE
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+
+
+def one_line(error: Exception) -> str:
+    """An error's message without line breaks; an OSError's with its file."""
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
