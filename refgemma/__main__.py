@@ -5,6 +5,7 @@ Exit codes: 0 all is well (verify: conforms), 1 verify found a difference, 2 mis
 
 import argparse
 import json
+import os
 import sys
 import time
 import warnings
@@ -296,8 +297,9 @@ def run_info(args: argparse.Namespace) -> int:
 
 @contextmanager
 def short_warnings() -> Iterator[None]:
-    """Warnings as one line on stderr."""
+    """Warnings as one line on stderr, and the same one only once."""
     with warnings.catch_warnings():
+        warnings.simplefilter("default")
         warnings.showwarning = lambda message, *_, **__: print(f"refgemma: warning: {message}", file=sys.stderr)
         yield
 
@@ -315,6 +317,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with short_warnings():
             return run(args)
+    except BrokenPipeError:  # whoever read our output has seen enough; Python must not find out again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
     except MISTAKES as error:
         print(f"refgemma {args.command}: {one_line(error)}", file=sys.stderr)
         return MISUSE

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from refgemma.config import Gemma2Config
-from refgemma.inputs import InputError
+from refgemma.inputs import InputError, token_ids
 from refgemma.model import next_token_logits
 from refgemma.precision import wide
 from refgemma.weights.parameters import Weights
@@ -119,7 +119,8 @@ def generate(
     if len(prompt) == 0:
         raise InputError("the prompt is empty: a model needs at least one token (<bos>, for instance)")
     stops = stop_tokens(config) if stop_ids is None else frozenset(stop_ids)
-    return _tokens(np.asarray([prompt]), weights, config, max_new_tokens, temperature, top_k, top_p, seed, stops)
+    ids = token_ids([list(prompt)], config.vocab_size)
+    return _tokens(ids, weights, config, max_new_tokens, temperature, top_k, top_p, seed, stops)
 
 
 def stop_tokens(config: Gemma2Config) -> frozenset[int]:

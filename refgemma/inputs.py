@@ -95,8 +95,8 @@ def position_ids_of(
         raise InputError("position_ids has a negative entry")
     if positions.max() >= limit:
         warnings.warn(
-            f"position {positions.max()} is beyond max_position_embeddings ({limit}): "
-            "the model was not made for sequences this long, its predictions may degrade",
+            f"the sequence goes beyond max_position_embeddings ({limit}): "
+            "the model was not made for that many tokens, its predictions may degrade",
             stacklevel=4,
         )
     return np.broadcast_to(positions, (batch, len(places)))

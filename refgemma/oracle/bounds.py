@@ -5,7 +5,7 @@ Notation: ``u = 2**-24`` is the unit roundoff of float32, and ``gamma(n) = n u /
 of n roundings in a row, whatever the order of a sum (Higham, *Accuracy and Stability of Numerical Algorithms*, 2002,
 section 3.1 and 4.2). A library's ``tanh``, ``exp``, ``cos`` and ``1/sqrt`` are taken to be within 2 ulp (4 u). Each
 function takes the operation's own arguments, and gives a float64 array of the shape of its result. Two conforming
-evaluations may differ by twice the bound.
+evaluations may differ by twice the bound, and by `UNDERFLOW`: numbers that small may be rounded coarsely or to zero.
 """
 
 import math
@@ -16,6 +16,7 @@ from refgemma.precision import Array, wide
 
 U = 2.0**-24
 LIBRARY = 4 * U  # relative error allowed to tanh, exp, cos, rsqrt
+UNDERFLOW = 2.0**-126  # the smallest normal float32
 
 
 def _f64(x: Array) -> Array:

@@ -17,6 +17,7 @@ import math
 import ml_dtypes
 import numpy as np
 
+from refgemma.oracle.bounds import UNDERFLOW
 from refgemma.precision import Array
 
 END_TO_END = 5e-6
@@ -64,7 +65,7 @@ def operation_distance(computed: Array, recorded: Array, bound: Array, dtype: st
     step = ulp(reference, dtype)
     with np.errstate(invalid="ignore"):  # inf - inf, where both are the same infinity
         difference = np.where(computed == recorded, 0.0, np.abs(computed.astype(np.float64) - reference))
-    apart = ratio(difference, 2 * bound + step)
+    apart = ratio(difference, 2 * (bound + UNDERFLOW) + step)
     return apart if dtype == "float32" else max(apart, _too_many(difference, bound, step))
 
 

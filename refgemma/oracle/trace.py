@@ -9,7 +9,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from refgemma.cache import LayerCache
 from refgemma.precision import F16, Array, Rounded
@@ -57,7 +57,7 @@ def save_trace(tensors: Mapping[str, Array], path: str | Path, metadata: Mapping
     target = Path(path)
     partial = target.with_name(target.name + ".part")
     try:
-        save_file({name: stored(x) for name, x in tensors.items()}, partial, metadata=dict(metadata))
+        partial.write_bytes(save({name: stored(x) for name, x in tensors.items()}, dict(metadata)))
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)

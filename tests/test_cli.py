@@ -1,0 +1,185 @@
+"""The command line as a person uses it: what it prints and writes, its exit codes, and one line for every mistake."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from refgemma.__main__ import DIFFERS, MISUSE, OK, main
+from refgemma.oracle.verify import case_names
+from refgemma.pretrained import model_folder
+
+TINY = model_folder("tiny")
+QUICK = ["bends-forward-f32", "op-linear-bf16"]
+
+
+def test_generate_continues_the_prompt(capsys) -> None:
+    assert main(["generate", "Once upon a time", "--max-new-tokens", "12"]) == OK
+    out, err = capsys.readouterr()
+    assert out.startswith("Once upon a time")
+    assert len(out) > len("Once upon a time\n")
+    assert err == ""
+
+
+def test_generate_json(capsys) -> None:
+    assert main(["generate", "--ids", "2,300,301", "--max-new-tokens", "4", "--json"]) == OK
+    found = json.loads(capsys.readouterr().out)
+    assert found["prompt_ids"] == [2, 300, 301]
+    assert len(found["ids"]) == 4
+    assert found["stopped"] == "max_new_tokens"
+
+
+def test_chat_keeps_turns(capsys, monkeypatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("Tell me a tale.\nAnd then?\n"))
+    assert main(["chat", "--json", "--max-new-tokens", "6", "--temperature", "0.8"]) == OK
+    turns = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [turn["turn"] for turn in turns] == [1, 2]
+
+
+def test_verify_prints_a_row_a_case(capsys) -> None:
+    assert main(["verify", *QUICK]) == OK
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["case", *QUICK, "2"]
+    assert all("conforms" in line for line in lines[1:3])
+    assert "recorded with torch 2.13.0" in lines[-1]
+
+
+def test_verify_names_the_first_diverging_tensor(capsys, monkeypatch) -> None:
+    monkeypatch.setattr("refgemma.layers.gelu_tanh", lambda x: x)
+    assert main(["verify", "bends-forward-f32"]) == DIFFERS
+    assert "DIFFERS first at layers.0.feed_forward.gelu" in capsys.readouterr().out
+    assert main(["verify", "bends-forward-f32", "--json"]) == DIFFERS
+    found = json.loads(capsys.readouterr().out)
+    assert found["verdict"] == "differs"
+    assert found["cases"][0]["first_divergence"]["tensor"] == "layers.0.feed_forward.gelu"
+
+
+def test_verify_lists_cases(capsys) -> None:
+    assert main(["verify", "--list"]) == OK
+    assert capsys.readouterr().out.split() == case_names()
+    assert main(["verify", "--list", "--json"]) == OK
+    assert json.loads(capsys.readouterr().out) == case_names()
+
+
+def test_trace_writes_every_tensor(tmp_path, capsys) -> None:
+    path = tmp_path / "run.safetensors"
+    assert main(["trace", "Once upon", "-o", str(path), "--dtype", "bfloat16"]) == OK
+    tensors = load_file(path)
+    assert tensors["input_ids"].dtype == np.int64
+    assert tensors["layers.5.attention.probs"].shape[:2] == (1, 6)
+    assert tensors["logits"].dtype.name == "bfloat16"
+    with safe_open(path, "numpy") as file:
+        assert file.metadata()["format"] == "refgemma-trace/1"
+    assert "tensors" in capsys.readouterr().out
+    assert [p.name for p in tmp_path.iterdir()] == ["run.safetensors"]
+
+
+def test_info(capsys) -> None:
+    assert main(["info"]) == OK
+    text = capsys.readouterr().out
+    assert "model.layers.5.mlp.down_proj.weight" in text
+    assert main(["info", "tiny", "--json"]) == OK
+    found = json.loads(capsys.readouterr().out)
+    assert found["parameters"] == sum(np.prod(t["shape"]) for t in found["tensors"])
+    assert found["bytes"] == 2 * found["parameters"]
+
+
+def test_beyond_the_longest_sequence_it_warns_once_in_one_line(capsys) -> None:
+    ids = ",".join(["2"] + ["300"] * 319)
+    assert main(["generate", "--ids", ids, "--max-new-tokens", "3"]) == OK
+    err = capsys.readouterr().err
+    assert err.startswith("refgemma: warning: the sequence goes beyond max_position_embeddings (320)")
+    assert err.count("\n") == 1
+
+
+def damaged(tmp_path: Path, change) -> str:
+    """A copy of the tiny model with one tensor changed."""
+    for file in TINY.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(TINY / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    return str(tmp_path)
+
+
+def with_nan(tensors) -> None:
+    tensors["model.layers.2.mlp.up_proj.weight"][7, 3] = np.nan
+
+
+def test_nan_weights_are_named(tmp_path, capsys) -> None:
+    assert main(["generate", "Once", "--model", damaged(tmp_path, with_nan)]) == MISUSE
+    err = capsys.readouterr().err
+    assert "model.layers.2.mlp.up_proj.weight" in err
+    assert "[7, 3]" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["generate", ""], "the prompt is empty"),
+        (["generate"], "either a PROMPT or --ids"),
+        (["generate", "Once", "--ids", "2"], "only one of them"),
+        (["generate", "--ids", "2,x"], "whole numbers"),
+        (["generate", "--ids", "2,99999"], "input_ids[0, 1] is 99999: not in the vocabulary of 2048"),
+        (["generate", "Once", "--temperature", "-1"], "temperature must be"),
+        (["generate", "Once", "--top-p", "2"], "top_p must be"),
+        (["generate", "Once", "--model", "no/such/folder"], "no/such/folder: no such folder"),
+        (["verify", "no-such-case"], "unknown case 'no-such-case'"),
+        (["trace", "Once", "-o", "no/such/folder/run.safetensors"], "no/such/folder"),
+        (["info", "no/such/folder"], "no such folder"),
+    ],
+)
+def test_every_mistake_is_one_line_and_exit_2(arguments, reason, capsys) -> None:
+    assert main(arguments) == MISUSE
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert reason in err
+    assert err.count("\n") == 1
+    assert err.startswith(f"refgemma {arguments[0]}: ")
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["sing"], ["generate", "x", "--dtype", "int8"], ["trace", "x"], ["generate", "x", "--top-k", "a"]]
+)
+def test_misuse_is_one_line_and_exit_2(arguments, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == MISUSE
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_trace_that_cannot_be_written_leaves_nothing(tmp_path, capsys, monkeypatch) -> None:
+    def full_disk(*_, **__):
+        raise OSError(28, "No space left on device", "run.safetensors.part")
+
+    monkeypatch.setattr("refgemma.oracle.trace.os.replace", full_disk)
+    assert main(["trace", "Once", "-o", str(tmp_path / "run.safetensors")]) == MISUSE
+    assert "No space left on device" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_as_a_program_from_another_folder(tmp_path) -> None:
+    """Installed or not, the goldens and the model are found from anywhere; a closed pipe is no traceback."""
+    environment = os.environ | {"PYTHONWARNINGS": "error"}
+    done = subprocess.run(
+        [sys.executable, "-m", "refgemma", "verify", "op-masks-f32"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == OK, done.stderr
+    assert done.stderr == ""
+    listing = subprocess.Popen(
+        [sys.executable, "-m", "refgemma", "info"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert listing.stdout is not None
+    assert listing.stderr is not None
+    listing.stdout.close()
+    assert b"Traceback" not in listing.stderr.read()
+    listing.stderr.close()
+    listing.wait()
