@@ -1,6 +1,6 @@
 """The command line: generate, chat, verify, trace, info. It handles arguments and prints; the work is done elsewhere.
 
-Exit codes: 0 all is well (verify: conforms), 1 verify found a difference, 2 misuse or bad input.
+Exit codes: 0 all is well (verify: conforms), 1 verify found a difference, 2 misuse or bad input, 130 interrupted.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from refgemma.config import ConfigError
 from refgemma.generation import generate
 from refgemma.inputs import InputError
 from refgemma.model import forward
-from refgemma.oracle.trace import named_tensors, save_trace
+from refgemma.oracle.trace import named_tensors, save_trace, target_file
 from refgemma.oracle.verify import CaseResult, Comparison, GoldenError, case_names, verify
 from refgemma.pretrained import Pretrained, load, model_folder
 from refgemma.tokenizer import TextStream, TokenizerError
@@ -30,7 +30,7 @@ from refgemma.weights.parameters import tensor_shapes
 OK, DIFFERS, MISUSE = 0, 1, 2
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 # What a person can have done wrong, as opposed to a fault of this program.
-MISTAKES = (CheckpointError, ConfigError, GoldenError, InputError, TokenizerError, OSError)
+MISTAKES = (CheckpointError, ConfigError, GoldenError, InputError, TokenizerError, OSError, UnicodeError)
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------
@@ -102,10 +102,10 @@ def prompt_ids(args: argparse.Namespace, model: Pretrained) -> list[int]:
     if (args.prompt is None) == (args.ids is None):
         raise InputError("give either a PROMPT or --ids, and only one of them")
     if args.ids is not None:
-        try:
-            return [int(part) for part in args.ids.split(",")]
-        except ValueError:
-            raise InputError(f"--ids {args.ids!r}: whole numbers with commas between them are needed") from None
+        parts = [part.strip() for part in args.ids.split(",")]
+        if not all(part.isascii() and part.isdigit() for part in parts):
+            raise InputError(f"--ids {args.ids!r}: whole numbers with commas between them are needed")
+        return [int(part) for part in parts]
     if not args.prompt:
         raise InputError("the prompt is empty")
     return model.tokenizer.encode(args.prompt)
@@ -162,17 +162,24 @@ def run_generate(args: argparse.Namespace) -> int:
     return OK
 
 
+def read_line() -> str:
+    """What the person says next, asked for at a terminal; empty at the end of input, or if there is none."""
+    if sys.stdin is None:
+        return ""
+    if sys.stdin.isatty():
+        print("you> ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip()
+
+
 def run_chat(args: argparse.Namespace) -> int:
     """``refgemma chat``: one JSON object a turn with ``--json``."""
     model = load(args.model, args.dtype)
     messages: list[dict[str, str]] = []
     while True:
-        if sys.stdin.isatty():
-            print("you> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        if not line.strip():
+        line = read_line()
+        if not line:
             return OK
-        messages.append({"role": "user", "content": line.strip()})
+        messages.append({"role": "user", "content": line})
         ids = model.tokenizer.chat_ids(messages)
         made, text = stream_text(new_tokens(ids, model, args), model, show=not args.json)
         messages.append({"role": "assistant", "content": text})
@@ -245,6 +252,7 @@ def progress(names: list[str]) -> Iterator[str]:
 
 def run_trace(args: argparse.Namespace) -> int:
     """``refgemma trace``."""
+    target_file(args.output)  # before a minute's work, not after it
     model = load(args.model, args.dtype)
     ids = prompt_ids(args, model)
     tensors = {"input_ids": np.array([ids])} | dict(named_tensors(forward([ids], model.weights, model.config)))

@@ -26,7 +26,8 @@ class LayerCache:
     @property
     def stop(self) -> int:
         """How many tokens this layer has seen; not how many it has kept."""
-        return self.start + self.keys.shape[2]
+        kept: int = self.keys.shape[2]
+        return self.start + kept
 
 
 Cache: TypeAlias = tuple[LayerCache, ...]
@@ -65,4 +66,7 @@ def keep_last(layer: LayerCache, count: int) -> LayerCache:
     (2, 5, 0)
     """
     dropped = max(layer.keys.shape[2] - count, 0)
-    return LayerCache(layer.keys[:, :, dropped:], layer.values[:, :, dropped:], layer.start + dropped)
+    if not dropped:
+        return layer
+    # Copies: a view would keep the dropped tokens in memory.
+    return LayerCache(layer.keys[:, :, dropped:].copy(), layer.values[:, :, dropped:].copy(), layer.start + dropped)

@@ -2,6 +2,7 @@
 token for token) and its logits processors (temperature, then top-k, then top-p)."""
 
 from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -9,7 +10,7 @@ from jaxtyping import Float, Int
 from refgemma.config import Gemma2Config
 from refgemma.inputs import InputError, token_ids
 from refgemma.model import next_token_logits
-from refgemma.precision import wide
+from refgemma.precision import Array, wide
 from refgemma.weights.parameters import Weights
 
 
@@ -44,26 +45,31 @@ def keep_top_p(logits: Float[np.ndarray, " vocab"], top_p: float) -> Float[np.nd
 def probabilities(logits: Float[np.ndarray, " vocab"]) -> Float[np.ndarray, " vocab"]:
     """``exp(z) / sum(exp(z))`` in float64."""
     exponentials = np.exp(logits.astype(np.float64) - np.max(logits))
-    return exponentials / exponentials.sum()
+    shares: Array = exponentials / exponentials.sum()
+    return shares
 
 
 def process(
     logits: Float[np.ndarray, " vocab"], temperature: float, top_k: int | None, top_p: float | None
 ) -> Float[np.ndarray, " vocab"]:
-    """The logits that are sampled from: divided by `temperature`, then cut to the top k, then to the top p."""
-    heated = logits / temperature
+    """The logits that are sampled from: divided by `temperature`, then cut to the top k, then to the top p.
+
+    In float64, and shifted so that the largest is 0, which changes no probability: then no temperature overflows.
+    """
+    with np.errstate(over="ignore"):  # at a temperature near 0 all but the largest become minus infinity
+        heated = (logits.astype(np.float64) - np.max(logits)) / temperature
     cut_k = heated if top_k is None else keep_top_k(heated, top_k)
     return cut_k if top_p is None else keep_top_p(cut_k, top_p)
 
 
-def check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+def check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, seed: int) -> None:
     """Refuse settings that mean nothing, naming the one at fault."""
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    wanted: dict[str, tuple[Any, int]] = {"max_new_tokens": (max_new_tokens, 1), "top_k": (top_k, 1), "seed": (seed, 0)}
+    for name, (value, least) in wanted.items():
+        if value is not None and not (isinstance(value, int | np.integer) and value >= least):
+            raise InputError(f"{name} must be a whole number of at least {least}, not {value}")
     if not 0 <= temperature < float("inf"):
         raise InputError(f"temperature must be 0 (greedy) or a number above 0, not {temperature}")
-    if top_k is not None and top_k < 1:
-        raise InputError(f"top_k must be at least 1, not {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise InputError(f"top_p must be above 0 and at most 1, not {top_p}")
 
@@ -115,7 +121,7 @@ def generate(
     >>> len(new)
     5
     """
-    check_sampling(max_new_tokens, temperature, top_k, top_p)
+    check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
     if len(prompt) == 0:
         raise InputError("the prompt is empty: a model needs at least one token (<bos>, for instance)")
     stops = stop_tokens(config) if stop_ids is None else frozenset(stop_ids)

@@ -5,7 +5,7 @@ import numpy as np
 import numpy.typing as npt
 from jaxtyping import Float, Int
 
-from refgemma.inputs import InputError
+from refgemma.inputs import InputError, as_array
 from refgemma.precision import Array, wide
 from refgemma.shapes import Logits
 
@@ -21,7 +21,8 @@ def log_softmax(logits: Float[np.ndarray, "*batch vocab"]) -> Float[np.ndarray, 
     array([-1.3863, -1.3863, -1.3863, -1.3863])
     """
     shifted = wide(logits) - np.max(wide(logits), axis=-1, keepdims=True)
-    return shifted - np.log(np.sum(np.exp(shifted), axis=-1, keepdims=True))
+    log_probabilities: Array = shifted - np.log(np.sum(np.exp(shifted), axis=-1, keepdims=True))
+    return log_probabilities
 
 
 def cross_entropy(logits: Float[np.ndarray, "tokens vocab"], labels: Int[np.ndarray, " tokens"]) -> float:
@@ -65,7 +66,7 @@ def causal_lm_loss(logits: Logits, labels: npt.ArrayLike) -> float:
     >>> round(causal_lm_loss(np.zeros((1, 3, 4)), [[1, 2, 3]]), 4)
     1.3863
     """
-    targets = np.asarray(labels)
+    targets = as_array(labels, "labels")
     if targets.shape != logits.shape[:2] or targets.dtype.kind not in "iu":
         raise InputError(
             f"labels have shape {targets.shape} and dtype {targets.dtype}: "

@@ -3,6 +3,7 @@ transformers 5.23 `Gemma2Model.forward` (positions, masks, continuation of a cac
 
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,14 @@ class Inputs:
     places: Int[np.ndarray, " seq"]  # of this call's tokens; masks are functions of places
     positions: Positions  # what the rotary angles are taken of; the places, unless the caller says otherwise
     visible: Bool[np.ndarray, "batch total"]  # false for padding; over all places up to the last of this call
+
+
+def as_array(value: npt.ArrayLike, name: str) -> npt.NDArray[Any]:
+    """`value` as an array; `name` is what to call it if its rows are not all of one length."""
+    try:
+        return np.asarray(value)
+    except ValueError:
+        raise InputError(f"{name} is ragged: its rows are not all of one length") from None
 
 
 def token_ids(input_ids: npt.ArrayLike, vocab_size: int) -> TokenIds:
@@ -49,7 +58,7 @@ def token_ids(input_ids: npt.ArrayLike, vocab_size: int) -> TokenIds:
                 f"input_ids is ragged: row {row} has {lengths[row]} tokens, row 0 has {lengths[0]}; "
                 "pad the shorter rows and pass an attention_mask with 0 at the padding"
             )
-    ids = np.asarray(input_ids)
+    ids = as_array(input_ids, "input_ids")
     if ids.size == 0:
         raise InputError("input_ids is empty: a model needs at least one token (<bos>, for instance)")
     if ids.dtype.kind not in "iu":
@@ -70,7 +79,7 @@ def attention_mask_of(attention_mask: npt.ArrayLike | None, batch: int, total: i
     """The padding mask over all tokens so far, as booleans; all true if none is given."""
     if attention_mask is None:
         return np.ones((batch, total), bool)
-    mask = np.asarray(attention_mask)
+    mask = as_array(attention_mask, "attention_mask")
     if mask.shape != (batch, total):
         raise InputError(
             f"attention_mask has shape {mask.shape}, but {(batch, total)} is needed: "
@@ -85,7 +94,7 @@ def position_ids_of(
     position_ids: npt.ArrayLike | None, places: Int[np.ndarray, " seq"], batch: int, limit: int
 ) -> Positions:
     """Rotary positions ``(batch, seq)``, the places if none are given; warns beyond the model's `limit`."""
-    positions = np.broadcast_to(places, (batch, len(places))) if position_ids is None else np.asarray(position_ids)
+    positions = places[None] if position_ids is None else as_array(position_ids, "position_ids")
     if positions.dtype.kind not in "iu" or positions.shape not in ((batch, len(places)), (1, len(places))):
         raise InputError(
             f"position_ids has shape {positions.shape} and dtype {positions.dtype}: "

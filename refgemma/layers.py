@@ -11,9 +11,9 @@ import numpy as np
 from jaxtyping import Float
 
 from refgemma.cache import LayerCache, extend
-from refgemma.ops import gelu_tanh, linear, repeat_kv, rms_norm, rotate, soft_cap, softmax
+from refgemma.ops import attention_scores, gelu_tanh, linear, repeat_kv, rms_norm, rotate, soft_cap, softmax
 from refgemma.precision import Array
-from refgemma.shapes import Angles, Heads, Hidden, Intermediate, KVHeads, Mask, Merged, Scores
+from refgemma.shapes import Heads, Hidden, Intermediate, KVHeads, Mask, Merged, RotaryTable, Scores
 from refgemma.weights.parameters import LayerWeights
 
 
@@ -71,8 +71,8 @@ def merge_heads(x: Heads) -> Array:
 
 
 def attention(
-    x: Hidden, past: LayerCache, cos: Angles, sin: Angles, mask: Mask, weights: LayerWeights, scale: float,
-    cap: float | None,
+    x: Hidden, past: LayerCache, cos: RotaryTable, sin: RotaryTable, mask: Mask, weights: LayerWeights,
+    scale: float, cap: float | None,
 ) -> Attention:  # fmt: skip
     """Mix the values of all visible tokens: ``softmax(mask(cap(scale * q k^T))) v``, projected back to ``hidden``.
 
@@ -101,8 +101,7 @@ def attention(
     keys = repeat_kv(present.keys, groups)
     values = repeat_kv(present.values, groups)
 
-    # The product is scaled, not the query: in half precision that is another rounding.
-    scores = (q_rot @ keys.swapaxes(-1, -2)) * scale
+    scores = attention_scores(q_rot, keys, scale)
     capped = soft_cap(scores, cap)
     probs = softmax(capped, mask)
     mixed = merge_heads(probs @ values)
@@ -123,8 +122,8 @@ def feed_forward(x: Hidden, weights: LayerWeights) -> FeedForward:
 
 
 def block(
-    hidden: Hidden, past: LayerCache, cos: Angles, sin: Angles, mask: Mask, weights: LayerWeights, scale: float,
-    cap: float | None, eps: float,
+    hidden: Hidden, past: LayerCache, cos: RotaryTable, sin: RotaryTable, mask: Mask, weights: LayerWeights,
+    scale: float, cap: float | None, eps: float,
 ) -> Block:  # fmt: skip
     """One layer: ``middle = hidden + norm(attention(norm(hidden)))``, ``out = middle + norm(mlp(norm(middle)))``.
 

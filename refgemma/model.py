@@ -12,11 +12,11 @@ from jaxtyping import Bool, Int
 
 from refgemma.cache import Cache, LayerCache, empty_cache, keep_last
 from refgemma.config import Gemma2Config
-from refgemma.inputs import Inputs, check_inputs
+from refgemma.inputs import InputError, Inputs, check_inputs
 from refgemma.layers import Block, block
 from refgemma.ops import causal_mask, linear, rms_norm, rotary_tables, sliding_mask, soft_cap
-from refgemma.precision import Array, narrow
-from refgemma.shapes import Angles, Hidden, Logits, Mask, TokenIds
+from refgemma.precision import Array, dtype_name, narrow
+from refgemma.shapes import Hidden, Logits, Mask, RotaryTable, TokenIds
 from refgemma.weights.parameters import Rows, Weights
 
 HEAD_ROWS = 16384  # rows of the embedding table in use at a time: bounds the memory of a 256000-word head
@@ -26,8 +26,8 @@ HEAD_ROWS = 16384  # rows of the embedding table in use at a time: bounds the me
 class Forward:
     """What `forward` computed, in order; `trace` in `refgemma.oracle` gives it as named tensors."""
 
-    cos: Angles
-    sin: Angles
+    cos: RotaryTable
+    sin: RotaryTable
     embedded: Hidden
     layers: tuple[Block, ...]
     norm: Hidden
@@ -53,7 +53,9 @@ def embed(input_ids: TokenIds, embed_tokens: Rows) -> Hidden:
 
 
 def unembed(norm: Hidden, embed_tokens: Rows) -> Logits:
-    """The tied head: ``norm @ embed_tokens.T``, `HEAD_ROWS` rows of the table at a time.
+    """The logits: ``norm @ embed_tokens.T``, `HEAD_ROWS` rows of the table at a time.
+
+    The head is tied: the table that embeds the tokens also scores them.
 
     Examples
     --------
@@ -71,45 +73,67 @@ def layer_mask(
     """What the queries at `places` may see in `layer`: causal, within its window, and no padding."""
     k_places = np.arange(past.start, places[-1] + 1)
     if config.is_sliding(layer):
-        seen = sliding_mask(places, k_places, config.sliding_window)
+        allowed = sliding_mask(places, k_places, config.sliding_window)
     else:
-        seen = causal_mask(places, k_places)
-    return seen & visible[:, None, None, past.start :]
+        allowed = causal_mask(places, k_places)
+    mask: Mask = allowed & visible[:, None, None, past.start :]
+    return mask
 
 
 def blocks(
-    embedded: Hidden, cos: Angles, sin: Angles, inputs: Inputs, cache: Cache, weights: Weights, config: Gemma2Config
+    embedded: Hidden,
+    cos: RotaryTable,
+    sin: RotaryTable,
+    inputs: Inputs,
+    cache: Cache,
+    weights: Weights,
+    config: Gemma2Config,
 ) -> Iterator[Block]:
-    """Run the layers one after the other, yielding each block's record; nothing is kept here.
+    """Run the layers one after the other, yielding the record of each `block`; nothing is kept here.
 
     A caller that keeps nothing either can run a model of any depth in the memory of one layer.
     """
     hidden = embedded
     for layer, past in enumerate(cache):
         mask = layer_mask(layer, past, inputs.places, inputs.visible, config)
-        done = block(
+        record = block(
             hidden, past, cos, sin, mask, weights.layers[layer],
             config.attention_scale, config.attn_logit_softcapping, config.rms_norm_eps,
         )  # fmt: skip
-        yield done
-        hidden = done.out
+        yield record
+        hidden = record.out
 
 
-def next_past(layer: int, done: Block, config: Gemma2Config) -> LayerCache:
+def next_past(layer: int, record: Block, config: Gemma2Config) -> LayerCache:
     """What `layer` has to remember: everything, or in a sliding layer what the next query can still see."""
-    present = done.attention.present
+    present = record.attention.present
     return keep_last(present, config.sliding_window - 1) if config.is_sliding(layer) else present
 
 
-def first(inputs: Inputs, weights: Weights, config: Gemma2Config) -> tuple[Angles, Angles, Hidden]:
-    """What comes before the blocks: the rotary tables and the embedded tokens."""
+def past_of(cache: Cache | None, config: Gemma2Config, batch: int, like: Array) -> Cache:
+    """The cache to go on from, or an empty one, after a look whether it is one of this model and batch."""
+    nothing = empty_cache(config, batch, like)
+    if cache is None:
+        return nothing
+    kept = [(layer.keys.shape[0], layer.keys.shape[1], layer.keys.shape[3]) for layer in cache]
+    needed = [(batch, config.num_key_value_heads, config.head_dim)] * config.num_hidden_layers
+    if kept != needed or {dtype_name(layer.keys) for layer in cache} != {dtype_name(like)}:
+        raise InputError(
+            f"the cache is one of {len(cache)} layers, not of this model, batch size ({batch}) and "
+            f"precision ({dtype_name(like)}): go on from the cache that an earlier call with the same ones returned"
+        )
+    return cache
+
+
+def before_blocks(inputs: Inputs, weights: Weights, config: Gemma2Config) -> tuple[RotaryTable, RotaryTable, Hidden]:
+    """The rotary tables, cosines and sines, and the embedded tokens."""
     embedded = embed(inputs.input_ids, weights.embed_tokens)
     cos, sin = rotary_tables(inputs.positions, config.head_dim, config.rope_theta, like=embedded)
     return cos, sin, embedded
 
 
-def last(hidden: Hidden, weights: Weights, config: Gemma2Config) -> tuple[Hidden, Logits, Logits]:
-    """What comes after the blocks: the final norm, the logits, the capped logits."""
+def after_blocks(hidden: Hidden, weights: Weights, config: Gemma2Config) -> tuple[Hidden, Logits, Logits]:
+    """The final norm, the logits, and the capped logits."""
     norm = rms_norm(hidden, weights.norm, config.rms_norm_eps)
     raw_logits = unembed(norm, weights.embed_tokens)
     return norm, raw_logits, soft_cap(raw_logits, config.final_logit_softcapping)
@@ -149,7 +173,7 @@ def forward(
     Raises
     ------
     InputError
-        For ids, masks or positions that do not fit, naming the place.
+        For ids, masks, positions or a cache that do not fit, naming the place.
 
     Examples
     --------
@@ -163,11 +187,11 @@ def forward(
     """
     seen = cache[0].stop if cache else 0
     inputs = check_inputs(input_ids, config, attention_mask, position_ids, seen)
-    past = cache or empty_cache(config, batch=len(inputs.input_ids), like=weights.norm)
-    cos, sin, embedded = first(inputs, weights, config)
+    past = past_of(cache, config, batch=len(inputs.input_ids), like=weights.norm)
+    cos, sin, embedded = before_blocks(inputs, weights, config)
     layers = tuple(blocks(embedded, cos, sin, inputs, past, weights, config))
-    norm, raw_logits, logits = last(layers[-1].out, weights, config)
-    present = tuple(next_past(layer, done, config) for layer, done in enumerate(layers))
+    norm, raw_logits, logits = after_blocks(layers[-1].out, weights, config)
+    present = tuple(next_past(layer, record, config) for layer, record in enumerate(layers))
     return Forward(cos, sin, embedded, layers, norm, raw_logits, logits, present)
 
 
@@ -198,11 +222,11 @@ def next_token_logits(
     """
     seen = cache[0].stop if cache else 0
     inputs = check_inputs(input_ids, config, seen=seen)
-    past = cache or empty_cache(config, batch=len(inputs.input_ids), like=weights.norm)
-    cos, sin, embedded = first(inputs, weights, config)
+    past = past_of(cache, config, batch=len(inputs.input_ids), like=weights.norm)
+    cos, sin, embedded = before_blocks(inputs, weights, config)
     present = []
-    for layer, done in enumerate(blocks(embedded, cos, sin, inputs, past, weights, config)):
-        hidden = done.out
-        present.append(next_past(layer, done, config))
-    _, _, logits = last(hidden[:, -1:], weights, config)
+    for layer, record in enumerate(blocks(embedded, cos, sin, inputs, past, weights, config)):
+        hidden = record.out
+        present.append(next_past(layer, record, config))
+    _, _, logits = after_blocks(hidden[:, -1:], weights, config)
     return logits, tuple(present)

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from refgemma.precision import Array, narrow, wide
-from refgemma.shapes import Angles, KVHeads, Mask, Positions, Scores
+from refgemma.shapes import Mask, Positions, RotaryTable, Scores
 
 
 def linear(x: Float[np.ndarray, "*batch in"], weight: Float[np.ndarray, "out in"]) -> Float[np.ndarray, "*batch out"]:
@@ -25,7 +25,8 @@ def linear(x: Float[np.ndarray, "*batch in"], weight: Float[np.ndarray, "out in"
     >>> linear(np.array([1.0, 2.0]), np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]))
     array([1., 2., 3.])
     """
-    return x @ weight.T
+    y: Array = x @ weight.T
+    return y
 
 
 def rms_norm(
@@ -48,8 +49,12 @@ def rms_norm(
     return narrow(normed * (1 + wide(weight)), like=x)
 
 
-def rotary_tables(positions: Positions, head_dim: int, theta: float, like: Array) -> tuple[Angles, Angles]:
-    """Cosines and sines of the rotary angles ``position * theta ** (-2 i / head_dim)``, twice over for both halves.
+def rotary_tables(positions: Positions, head_dim: int, theta: float, like: Array) -> tuple[RotaryTable, RotaryTable]:
+    """Cosines and sines of the angles ``position * theta ** (-2 i / head_dim)``, which tell where a token stands.
+
+    A query and a key are turned by the angles of their positions (see `rotate`), so that their product depends on how
+    far apart they are. Each angle ``i`` turns a pair of numbers, one in either half of a head, and so stands in the
+    table twice: at ``i`` and at ``i + head_dim / 2``.
 
     The angles are float32 in every precision: that is part of the model, since at position 8192 another rounding of
     the frequencies moves the cosine by 1e-3. Hence ``float32(1) / float32(float64 power)``, which agrees with torch;
@@ -70,12 +75,14 @@ def rotary_tables(positions: Positions, head_dim: int, theta: float, like: Array
     """
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     frequencies = np.float32(1) / np.power(theta, exponents.astype(np.float64)).astype(np.float32)
-    half = positions[:, None, :, None].astype(np.float32) * frequencies
+    half = positions[:, None, :, None].astype(np.float32) * frequencies  # (batch, 1, seq, head_dim / 2)
     angles = np.concatenate([half, half], axis=-1).astype(np.float64)  # float64 from here: the cosine itself is exact
     return narrow(np.cos(angles), like), narrow(np.sin(angles), like)
 
 
-def rotate(x: Float[np.ndarray, "batch any_heads seq head_dim"], cos: Angles, sin: Angles) -> KVHeads:
+def rotate(
+    x: Float[np.ndarray, "batch any_heads seq head_dim"], cos: RotaryTable, sin: RotaryTable
+) -> Float[np.ndarray, "batch any_heads seq head_dim"]:
     """Turn each pair ``(x[i], x[i + head_dim/2])`` by its angle: ``x * cos + (-second half, first half) * sin``.
 
     Pairs lie half a head apart, not side by side. In half precision three roundings: two products and their sum.
@@ -88,12 +95,14 @@ def rotate(x: Float[np.ndarray, "batch any_heads seq head_dim"], cos: Angles, si
     array([[[[0., 1.]]]])
     """
     first, second = np.split(x, 2, axis=-1)
-    return x * cos + np.concatenate([-second, first], axis=-1) * sin
+    turned: Array = x * cos + np.concatenate([-second, first], axis=-1) * sin
+    return turned
 
 
 def repeat_kv(x: Float[np.ndarray, "batch kv_heads keys head_dim"], groups: int) -> Array:
     """Give every query head its key/value head: query head ``h`` uses key/value head ``h // groups``.
 
+    `groups` is the number of query heads that share one key/value head, 2 in every released Gemma 2.
     Each head is repeated in place (0, 0, 1, 1), not tiled (0, 1, 0, 1).
     Source: transformers ``repeat_kv``; Ainslie et al. 2023, arXiv:2305.13245.
 
@@ -120,11 +129,29 @@ def soft_cap(x: Float[np.ndarray, "*shape"], cap: float | None) -> Float[np.ndar
     return x if cap is None else np.tanh(x / cap) * cap
 
 
-def causal_mask(q_positions: Int[np.ndarray, " seq"], k_positions: Int[np.ndarray, " keys"]) -> Bool[Array, "seq keys"]:
-    """Which keys a query may see in a full layer: those at its own position or before.
+def attention_scores(
+    q: Float[np.ndarray, "batch heads seq head_dim"], k: Float[np.ndarray, "batch heads keys head_dim"], scale: float
+) -> Scores:
+    """How well each query matches each key: ``scale * (q . k)``.
 
-    Positions count the places of a sequence, padding included, from its first token ever: so prefill, chunked prefill
-    and decoding are one case with different positions.
+    The product is scaled, not the query, as in transformers; others scale the query first, which in half precision is
+    another rounding.
+    Source: transformers ``eager_attention_forward``; Vaswani et al. 2017, arXiv:1706.03762.
+
+    Examples
+    --------
+    >>> attention_scores(np.array([[[[3.0, 4.0]]]]), np.array([[[[1.0, 0.0], [0.0, 1.0]]]]), scale=0.5)
+    array([[[[1.5, 2. ]]]])
+    """
+    scores: Array = (q @ k.swapaxes(-1, -2)) * scale
+    return scores
+
+
+def causal_mask(q_places: Int[np.ndarray, " seq"], k_places: Int[np.ndarray, " keys"]) -> Bool[Array, "seq keys"]:
+    """Which keys a query may see in a full layer: those at its own place or before.
+
+    A place counts all tokens of a sequence from its first, padding included. So a whole prompt (prefill), a prompt in
+    pieces and the decoding of one token after the other are one case, with different places.
 
     Examples
     --------
@@ -132,11 +159,11 @@ def causal_mask(q_positions: Int[np.ndarray, " seq"], k_positions: Int[np.ndarra
     array([[1, 1, 1, 0],
            [1, 1, 1, 1]])
     """
-    return k_positions <= q_positions[:, None]
+    return k_places <= q_places[:, None]
 
 
 def sliding_mask(
-    q_positions: Int[np.ndarray, " seq"], k_positions: Int[np.ndarray, " keys"], window: int
+    q_places: Int[np.ndarray, " seq"], k_places: Int[np.ndarray, " keys"], window: int
 ) -> Bool[Array, "seq keys"]:
     """Which keys a query may see in a sliding layer: the last `window`, itself included.
 
@@ -150,14 +177,15 @@ def sliding_mask(
            [0, 1, 1, 0],
            [0, 0, 1, 1]])
     """
-    return causal_mask(q_positions, k_positions) & (k_positions > q_positions[:, None] - window)
+    return causal_mask(q_places, k_places) & (k_places > q_places[:, None] - window)
 
 
 def softmax(scores: Scores, mask: Mask) -> Scores:
     """Weights over the visible keys: ``p[j] = exp(s[j]) / sum_k exp(s[k])``, and 0 where the mask is false.
 
-    Computed in (at least) float32 and rounded once. A query that may see no key at all, which only a padding token can
-    be, weighs all keys alike: that is what PyTorch's arithmetic gives too, and nothing that counts reads it.
+    Computed in (at least) float32 and rounded once. A query that may see no key at all, which only a padding token
+    can be, weighs all keys alike, and nothing that counts reads it. PyTorch's arithmetic gives the same in float32 and
+    bfloat16; in float16 it gives other weights and in float64 NaN, so compare only the rows of real tokens.
     Source: transformers ``eager_attention_forward``.
 
     Examples

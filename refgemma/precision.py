@@ -29,20 +29,46 @@ class Rounded(npt.NDArray[Any]):
     grid: ClassVar[npt.DTypeLike]
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, out: Any = None, **kwargs: Any) -> Any:
-        """Compute in float32, then round once."""
-        if out is not None:
-            raise TypeError(f"{type(self).__name__} arrays are not computed in place: write y = x + 1, not x += 1")
-        result = getattr(ufunc, method)(*[plain(value) for value in inputs], **kwargs)
-        return self._rounded(result, inputs)
+        """Compute in float32, then round once; what is computed in place is rounded in place."""
+        result = self._rounded(getattr(ufunc, method)(*[plain(value) for value in inputs], **kwargs), inputs)
+        if out is None:
+            return result
+        out[0][...] = result
+        return out[0]
 
     def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         """Without this, concatenate, where, stack and einsum would return ordinary arrays and lose the rounding."""
         result = func(*plain(args), **plain(kwargs))
         return self._rounded(result, (*args, *kwargs.values()))
 
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """What is put into the array is rounded too."""
+        plain(self)[plain(key)] = plain(_onto_grid(plain(value), type(self)))
+
     def astype(self, dtype: Any, *args: Any, **kwargs: Any) -> Any:
         """An ordinary array of another format: this is how to leave the grid."""
         return self.view(np.ndarray).astype(dtype, *args, **kwargs)
+
+    # As methods these would round after each of their own steps, or not at all: as functions they round once.
+    def mean(self, *args: Any, **kwargs: Any) -> Any:
+        """Round once, as `numpy.mean` does."""
+        return np.mean(self, *args, **kwargs)
+
+    def std(self, *args: Any, **kwargs: Any) -> Any:
+        """Round once, as `numpy.std` does."""
+        return np.std(self, *args, **kwargs)
+
+    def var(self, *args: Any, **kwargs: Any) -> Any:
+        """Round once, as `numpy.var` does."""
+        return np.var(self, *args, **kwargs)
+
+    def round(self, *args: Any, **kwargs: Any) -> Any:
+        """Round to decimals, then to the grid, as `numpy.round` does."""
+        return np.round(self, *args, **kwargs)
+
+    def dot(self, *args: Any, **kwargs: Any) -> Any:
+        """Round once, as `numpy.dot` does."""
+        return np.dot(self, *args, **kwargs)
 
     def _rounded(self, result: Any, inputs: tuple[Any, ...]) -> Any:
         if isinstance(result, list | tuple):

@@ -3,6 +3,7 @@ the released Gemma 2 folders and of transformers 5.23 `save_pretrained`."""
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from refgemma.config import Gemma2Config
@@ -12,6 +13,7 @@ from refgemma.weights.checkpoint import CheckpointError, open_checkpoint
 from refgemma.weights.parameters import Weights
 
 PACKAGED = Path(__file__).parent / "checkpoints"
+TOKENIZER = "tokenizer.model"
 RESIDENT_BYTES = 4 * 2**30  # a model that needs more is read from disk a layer at a time
 
 
@@ -22,8 +24,12 @@ class Pretrained:
     folder: Path
     config: Gemma2Config
     weights: Weights
-    tokenizer: Tokenizer
     stop_ids: frozenset[int]
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Read when it is first asked for: a model without one can still be given token ids."""
+        return Tokenizer(self.folder / TOKENIZER)
 
 
 def model_folder(name: str | Path) -> Path:
@@ -76,11 +82,10 @@ def load(name: str | Path = "tiny", dtype: str = "float32") -> Pretrained:
     checkpoint = open_checkpoint(folder)
     needed = checkpoint.parameters * (8 if dtype == "float64" else 4)
     weights = checkpoint.resident(dtype) if needed <= RESIDENT_BYTES else checkpoint.streamed(dtype)
-    tokenizer = Tokenizer(folder / "tokenizer.model")
-    return Pretrained(folder, checkpoint.config, weights, tokenizer, _stop_ids(folder, checkpoint.config, tokenizer))
+    return Pretrained(folder, checkpoint.config, weights, _stop_ids(folder, checkpoint.config))
 
 
-def _stop_ids(folder: Path, config: Gemma2Config, tokenizer: Tokenizer) -> frozenset[int]:
+def _stop_ids(folder: Path, config: Gemma2Config) -> frozenset[int]:
     """Those of ``generation_config.json`` or else of the configuration, and the end of a turn in any case.
 
     A chat model ends its turn with ``<end_of_turn>``, which the released configuration does not list as an end.
@@ -89,9 +94,16 @@ def _stop_ids(folder: Path, config: Gemma2Config, tokenizer: Tokenizer) -> froze
     stops = stop_tokens(config)
     if path.exists():
         try:
-            listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        except (OSError, ValueError, AttributeError) as error:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from None
+        listed = raw.get("eos_token_id") if isinstance(raw, dict) else None
         if listed is not None:
-            stops = frozenset(listed if isinstance(listed, list) else [listed])
-    return stops | ({tokenizer.end_of_turn_id} if tokenizer.end_of_turn_id is not None else set())
+            ids = listed if isinstance(listed, list) else [listed]
+            if not all(type(token) is int and 0 <= token < config.vocab_size for token in ids):
+                raise CheckpointError(f"{path}: eos_token_id is {listed!r}, not one or several token ids")
+            stops = frozenset(ids)
+    if not (folder / TOKENIZER).exists():
+        return stops
+    end_of_turn = Tokenizer(folder / TOKENIZER).end_of_turn_id
+    return stops if end_of_turn is None else stops | {end_of_turn}

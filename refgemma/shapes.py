@@ -5,6 +5,8 @@ axis                    length
 ======================  ==================================================================================
 ``batch``               sequences computed together
 ``seq``                 tokens of this call (the queries)
+``past``                tokens of the calls before that a layer still remembers
+``total``               all tokens so far, padding included
 ``keys``                tokens that may be looked at: those of the cache, then those of this call
 ``hidden``              ``config.hidden_size``, the residual stream
 ``heads``               ``config.num_attention_heads``
@@ -13,6 +15,13 @@ axis                    length
 ``intermediate``        ``config.intermediate_size``, inside the feed-forward layer
 ``vocab``               ``config.vocab_size``
 ======================  ==================================================================================
+
+``Float[np.ndarray, "batch seq hidden"]`` is read: an array of floating-point numbers with these three axes. An axis has
+one length throughout a call, wherever its name occurs. ``"*batch hidden"`` has any number of axes before the last, and
+the blank in ``" hidden"`` only marks an array of one axis. `jaxtyping` gives these annotations their meaning.
+
+The *residual stream* is what the layers read and add to, one vector of ``hidden`` numbers a token. *Logits* are the
+scores of all words of the vocabulary for the next token; their softmax are its probabilities.
 
 Weights are stored as ``(out, in)``, as in the checkpoint: `linear` computes ``x @ weight.T``.
 """
@@ -26,7 +35,7 @@ Hidden = Float[np.ndarray, "batch seq hidden"]
 Heads = Float[np.ndarray, "batch heads seq head_dim"]
 KVHeads = Float[np.ndarray, "batch kv_heads seq head_dim"]
 Past = Float[np.ndarray, "batch kv_heads past head_dim"]
-Angles = Float[np.ndarray, "batch 1 seq head_dim"]
+RotaryTable = Float[np.ndarray, "batch 1 seq head_dim"]
 Scores = Float[np.ndarray, "batch heads seq keys"]
 Mask = Bool[np.ndarray, "batch 1 seq keys"]
 Merged = Float[np.ndarray, "batch seq heads*head_dim"]

@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 
 from refgemma import ops
 from refgemma.oracle import bounds
-from refgemma.oracle.compare import half_run_distance, logits_distance, operation_distance, run_distance, ulp
+from refgemma.oracle.compare import (
+    half_rounding_noise,
+    half_run_distance,
+    logits_distance,
+    operation_distance,
+    rounding_noise,
+    run_distance,
+    ulp,
+)
 
 SEEDS = st.integers(0, 2**32 - 1)
 # The largest error that random inputs show must be at least this part of the bound, or the bound says nothing.
@@ -130,5 +138,7 @@ def test_nan_and_infinity_never_conform(bad: float) -> None:
     computed = np.array([1, 1, bad, 1])
     assert operation_distance(computed, recorded, np.ones(4), "float32") > 1
     assert run_distance(computed, recorded, noise=1e-6) > 1
+    assert run_distance(computed, recorded, noise=rounding_noise(computed, computed)) > 1
+    assert half_run_distance(computed, recorded, noise=half_rounding_noise(recorded, recorded)) > 1
     assert half_run_distance(computed, recorded, noise=1e-6) > 1
     assert logits_distance(computed, recorded) > 1

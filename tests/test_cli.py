@@ -101,6 +101,7 @@ def test_beyond_the_longest_sequence_it_warns_once_in_one_line(capsys) -> None:
 
 def damaged(tmp_path: Path, change) -> str:
     """A copy of the tiny model with one tensor changed."""
+    tmp_path.mkdir(exist_ok=True)
     for file in TINY.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     tensors = load_file(TINY / "model.safetensors")
@@ -180,6 +181,58 @@ def test_as_a_program_from_another_folder(tmp_path) -> None:
     assert listing.stdout is not None
     assert listing.stderr is not None
     listing.stdout.close()
-    assert b"Traceback" not in listing.stderr.read()
+    assert listing.stderr.read() == b""
     listing.stderr.close()
     listing.wait()
+
+
+def test_a_trace_replaces_a_file_but_nothing_else(tmp_path, capsys) -> None:
+    """Devices and pipes stay what they are, links are followed, a neighbour's file is left alone."""
+    pipe, link, kept = tmp_path / "pipe", tmp_path / "link", tmp_path / "run.safetensors.part"
+    os.mkfifo(pipe)
+    link.symlink_to("real.safetensors")
+    kept.write_text("mine")
+    for target, reason in ((pipe, "no ordinary file"), (tmp_path, "is a folder"), ("", "is a folder")):
+        assert main(["trace", "Once", "-o", str(target)]) == MISUSE
+        assert reason in capsys.readouterr().err
+    assert pipe.is_fifo()
+    assert main(["trace", "Once", "-o", str(link)]) == OK
+    assert main(["trace", "Once", "-o", str(tmp_path / "run.safetensors")]) == OK
+    assert main(["trace", "Once upon", "-o", str(tmp_path / "run.safetensors")]) == OK
+    assert link.is_symlink()
+    assert kept.read_text() == "mine"
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"pipe", "link", "real.safetensors", "run.safetensors", "run.safetensors.part"}
+
+
+def test_chat_without_any_input(monkeypatch) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    assert main(["chat"]) == OK
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"cases": {}, "format": "refgemma-golden/1"}', "nonsense"])
+def test_a_manifest_that_is_none(content, tmp_path, capsys, monkeypatch) -> None:
+    (tmp_path / "manifest.json").write_text(content)
+    monkeypatch.setattr("refgemma.oracle.verify.golden_folder", lambda: tmp_path)
+    assert main(["verify"]) == MISUSE
+    err = capsys.readouterr().err
+    assert "manifest.json" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("listed", ["[[1]]", '{"a": 1}', '"x"', "1.5", "99999", "[" * 9999])
+def test_stop_ids_that_are_none(listed, tmp_path, capsys) -> None:
+    folder = damaged(tmp_path, lambda tensors: None)
+    (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {listed}}}')
+    assert main(["generate", "Once", "--model", folder]) == MISUSE
+    err = capsys.readouterr().err
+    assert "generation_config.json" in err
+    assert err.count("\n") == 1
+
+
+def test_a_model_without_tokenizer_takes_ids(tmp_path, capsys) -> None:
+    folder = damaged(tmp_path / "model", lambda tensors: None)
+    (tmp_path / "model" / "tokenizer.model").unlink()
+    assert main(["trace", "--ids", "2,300", "--model", folder, "-o", str(tmp_path / "run.safetensors")]) == OK
+    assert main(["trace", "Once", "--model", folder, "-o", str(tmp_path / "run.safetensors")]) == MISUSE
+    assert "tokenizer.model" in capsys.readouterr().err

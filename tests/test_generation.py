@@ -62,10 +62,11 @@ def test_draws_have_the_computed_odds() -> None:
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of at least 1, not 0"),
         ({"temperature": -1}, "temperature must be 0 .* not -1"),
         ({"temperature": float("nan")}, "temperature"),
-        ({"top_k": 0}, "top_k must be at least 1"),
+        ({"top_k": 0}, "top_k must be a whole number of at least 1"),
+        ({"seed": -1}, "seed must be a whole number of at least 0"),
         ({"top_p": 0.0}, "top_p must be above 0"),
         ({"top_p": 1.5}, "top_p"),
     ],
@@ -73,6 +74,14 @@ def test_draws_have_the_computed_odds() -> None:
 def test_settings_that_mean_nothing(settings, reason) -> None:
     with pytest.raises(InputError, match=reason):
         run(**settings)
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-39, 1e300])
+def test_no_temperature_overflows(temperature: float) -> None:
+    tokens = run(temperature=temperature)
+    assert len(tokens) == 8
+    if temperature < 1:
+        assert tokens == run()
 
 
 @pytest.mark.parametrize(("prompt", "reason"), [([], "prompt is empty"), ([2, 5000], r"input_ids\[0, 1\] is 5000")])

@@ -21,6 +21,8 @@ CONFIG = Gemma2Config(vocab_size=61, num_hidden_layers=1, max_position_embedding
             [[2, 3, 4], [2, 3]],
             "ragged: row 1 has 2 tokens, row 0 has 3; pad the shorter rows and pass an attention_mask",
         ),
+        ([np.array([2, 3]), np.array([2])], "input_ids is ragged"),
+        ([[10**30]], "dtype object: token ids are whole numbers"),
         ([[2.0, 3.0]], "dtype float64: token ids are whole numbers"),
         ([["2"]], "dtype <U1"),
         ([[True]], "dtype bool"),
@@ -39,6 +41,7 @@ def test_token_ids(input_ids: object, reason: str) -> None:
         ([[1, 1, 1]], r"attention_mask has shape \(1, 3\), but \(1, 5\) is needed.*those in the cache included"),
         ([[1, 1, 1, 1, 2]], "may hold 1 .* and 0"),
         ([[0.5] * 5], "may hold 1"),
+        ([[1, 1], [1]], "attention_mask is ragged"),
     ],
 )
 def test_attention_masks(mask: object, reason: str) -> None:
@@ -73,5 +76,7 @@ def test_labels() -> None:
     logits = np.zeros((1, 3, 61))
     with pytest.raises(InputError, match=r"labels have shape \(1, 2\)"):
         causal_lm_loss(logits, [[1, 2]])
+    with pytest.raises(InputError, match="labels is ragged"):
+        causal_lm_loss(logits, [[1, 2, 3], [1]])
     with pytest.raises(InputError, match="label 61 is neither -100 nor one of the 61 tokens"):
         causal_lm_loss(logits, [[1, 61, 2]])

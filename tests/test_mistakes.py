@@ -16,7 +16,7 @@ from refgemma.config import FULL, SLIDING, Gemma2Config
 from refgemma.layers import Block, attention, feed_forward
 from refgemma.ops import linear, rms_norm
 from refgemma.oracle import verify as oracle
-from refgemma.precision import narrow, wide
+from refgemma.precision import bf16, narrow, wide
 
 CORRECT_MODEL_OF = oracle.model_of
 
@@ -78,6 +78,30 @@ def rotate_neighbours(x, cos, sin):
     return np.stack(turned, axis=-1).reshape(x.shape)
 
 
+def tables_of(frequencies):
+    """Rotary tables from other frequencies, or from angles formed otherwise."""
+
+    def tables(positions, head_dim, theta, like):
+        half = frequencies(positions[:, None, :, None], head_dim, theta)
+        angles = np.concatenate([half, half], axis=-1).astype(np.float64)
+        return narrow(np.cos(angles), like), narrow(np.sin(angles), like)
+
+    return tables
+
+
+def angles_by_float32_power(positions, head_dim, theta):
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    return positions.astype(np.float32) * (np.float32(1) / np.power(np.float32(theta), exponents))
+
+
+def angles_by_float64(positions, head_dim, theta):
+    return positions * theta ** (-np.arange(0, head_dim, 2) / head_dim)
+
+
+def angles_in_bfloat16(positions, head_dim, theta):
+    return bf16(positions) * bf16(theta ** (-np.arange(0, head_dim, 2) / head_dim))
+
+
 def tile_kv(x, groups):
     return np.tile(x, (1, groups, 1, 1))
 
@@ -100,9 +124,12 @@ def block_without_post_norms(hidden, past, cos, sin, mask, weights, scale, cap, 
     )
 
 
-def attention_of_keys_without_positions(x, past, cos, sin, mask, weights, scale, cap):
-    still = attention(x, past, np.ones_like(cos), np.zeros_like(sin), mask, weights, scale, cap)
-    return still
+def attention_without_positions(x, past, cos, sin, mask, weights, scale, cap):
+    return attention(x, past, np.ones_like(cos), np.zeros_like(sin), mask, weights, scale, cap)
+
+
+def scores_of_scaled_queries(q, k, scale):
+    return (q * scale) @ k.swapaxes(-1, -2)
 
 
 def feed_forward_swapped(x, weights):
@@ -127,10 +154,24 @@ MISTAKES = [
             "embedded", "bends-forward-bf16"),
     Mistake("no embedding scale", lambda m: m.setattr(refgemma.model, "narrow", lambda y, like: 1.0), "embedded"),
     Mistake("rotation of neighbours", operation("rotate", rotate_neighbours), "layers.0.attention.q_rot"),
-    Mistake("no rotation", operation("attention", attention_of_keys_without_positions), "layers.0.attention.q_rot"),
+    Mistake("no rotation", operation("attention", attention_without_positions), "layers.0.attention.q_rot"),
     Mistake("rotary base", config(rope_theta=1e6), "cos"),
+    Mistake(
+        "frequencies by a float32 power",
+        operation("rotary_tables", tables_of(angles_by_float32_power)),
+        "cos",
+        "op-rotary-256-f32",
+    ),
+    Mistake("angles in float64", operation("rotary_tables", tables_of(angles_by_float64)), "cos", "op-rotary-128-f32"),
+    Mistake("angles in bf16", operation("rotary_tables", tables_of(angles_in_bfloat16)), "cos", "op-rotary-128-bf16"),
     Mistake("key heads tiled", operation("repeat_kv", tile_kv), "layers.0.attention.scores"),
     Mistake("cap after mask", operation("softmax", cap_after_mask), "layers.0.attention.probs"),
+    Mistake(
+        "query scaled before the product",
+        operation("attention_scores", scores_of_scaled_queries),
+        "layers.0.attention.scores",
+        "bends-forward-bf16",
+    ),
     Mistake("no post-norms", operation("block", block_without_post_norms), "layers.0.post_attention_layernorm"),
     Mistake("gate and up swapped", operation("feed_forward", feed_forward_swapped), "layers.0.feed_forward.gate"),
     Mistake("another eps", config(rms_norm_eps=1e-5), "layers.0.input_layernorm", "global-first-forward-f32"),

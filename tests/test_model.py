@@ -175,3 +175,22 @@ def test_the_tiny_models_shape_hides_nothing() -> None:
     axes = [config.vocab_size, config.hidden_size, config.intermediate_size, config.head_dim, config.sliding_window,
             config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim]  # fmt: skip
     assert len(set(axes)) >= len(axes) - 1  # 2 x 32 key widths and a window of 64 are the one coincidence
+
+
+def test_a_cache_of_another_model_batch_or_precision_is_refused() -> None:
+    weights = CHECKPOINT.resident()
+    cache = forward(IDS, weights, CONFIG).cache
+    wrong = {
+        "fewer layers": (IDS, weights, cache[:2]),
+        "another batch": (IDS[:1], weights, cache),
+        "another precision": (IDS, CHECKPOINT.resident("bfloat16"), cache),
+    }
+    for ids, other_weights, other_cache in wrong.values():
+        with pytest.raises(refgemma.InputError, match="go on from the cache that an earlier call"):
+            forward(ids, other_weights, CONFIG, cache=other_cache)
+
+
+def test_what_is_dropped_from_a_cache_is_not_kept_in_memory() -> None:
+    for layer in forward(IDS, CHECKPOINT.resident(), CONFIG).cache:
+        kept = layer.keys if layer.keys.base is None else layer.keys.base
+        assert kept.size == layer.keys.size

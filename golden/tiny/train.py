@@ -158,7 +158,7 @@ def mean_loss(model: Gemma2ForCausalLM, rows: torch.Tensor) -> float:
     model.eval()
     losses = [model(input_ids=part, labels=part, use_cache=False).loss.item() * len(part) for part in rows.split(8)]
     model.train()
-    return sum(losses) / len(rows)
+    return float(sum(losses) / len(rows))
 
 
 def add_dropout(model: Gemma2ForCausalLM, share: float) -> None:
@@ -177,7 +177,7 @@ def add_dropout(model: Gemma2ForCausalLM, share: float) -> None:
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
     warm = min(1.0, (step + 1) / 150)
-    return args.lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / args.steps))))
+    return float(args.lr) * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / args.steps))))
 
 
 def save_atomically(state: object, path: Path) -> None:
@@ -244,7 +244,7 @@ def sample(model: Gemma2ForCausalLM, tokenizer: spm.SentencePieceProcessor, prom
     model.eval()
     out = model.generate(ids, max_new_tokens=120, do_sample=True, temperature=0.8, top_k=40, pad_token_id=0)
     model.train()
-    return tokenizer.decode(out[0].tolist())
+    return str(tokenizer.decode(out[0].tolist()))
 
 
 def main() -> None:
@@ -252,7 +252,7 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, default=Path("../shared/corpus"))
     parser.add_argument("--work", type=Path, default=Path("build/tiny"), help="where the run is kept between starts")
     parser.add_argument("--out", type=Path, default=Path("refgemma/checkpoints/tiny"))
-    parser.add_argument("--steps", type=int, default=2200)
+    parser.add_argument("--steps", type=int, default=4200)
     parser.add_argument("--rows", type=int, default=12, help="sequences a step")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--weight-decay", type=float, default=0.2, help="on matrices; there are 3 parameters a token")
@@ -283,13 +283,16 @@ def main() -> None:
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95))
 
     state_file, best_file = args.work / "state.pt", args.work / "best.pt"
-    step, best, history, seconds = 0, math.inf, [], 0.0
+    step, best, history, seconds, schedules = 0, math.inf, [], 0.0, []
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step, best, history, seconds = state["step"], state["best"], state["history"], state["seconds"]
+        schedules = state["schedules"]
         print(f"train.py: going on from step {step}", file=sys.stderr)
+
+    schedules.append([step, args.steps])  # --steps sets the learning rates: a run resumed with another says so
 
     model.train()
     began = time.monotonic()
@@ -325,6 +328,7 @@ def main() -> None:
                     "best": best,
                     "history": history,
                     "seconds": seconds,
+                    "schedules": schedules,
                 },
                 state_file,
             )
@@ -348,6 +352,7 @@ def main() -> None:
         "seconds": round(seconds),
         "weight_decay": args.weight_decay,
         "seed": args.seed,
+        "schedules_from_step_to_steps": schedules,
         "steps": args.steps,
         "tokens_per_row": CONTEXT,
         "torch": torch.__version__,

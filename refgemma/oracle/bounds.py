@@ -11,6 +11,7 @@ evaluations may differ by twice the bound, and by `UNDERFLOW`: numbers that smal
 import math
 
 import numpy as np
+import numpy.typing as npt
 
 from refgemma.precision import Array, wide
 
@@ -19,8 +20,8 @@ LIBRARY = 4 * U  # relative error allowed to tanh, exp, cos, rsqrt
 UNDERFLOW = 2.0**-126  # the smallest normal float32
 
 
-def _f64(x: Array) -> Array:
-    return wide(x).astype(np.float64)
+def _f64(x: Array) -> npt.NDArray[np.float64]:
+    return np.asarray(wide(x), np.float64)
 
 
 def gamma(n: int) -> float:
@@ -41,11 +42,12 @@ def linear(x: Array, weight: Array) -> Array:
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """The mean of n squares is off by gamma(n + 1), its root by half of that; then 1/sqrt, (1 + w) and two products."""
-    x64 = _f64(x)
-    y = x64 / np.sqrt(np.mean(x64 * x64, axis=-1, keepdims=True) + eps) * (1 + _f64(weight))
-    # 1 + w loses u relative to max(1, |w|), which is more than u relative to itself where w is near -1.
-    offset = np.abs(x64) / np.sqrt(np.mean(x64 * x64, axis=-1, keepdims=True) + eps) * U
-    return np.abs(y) * (gamma(x.shape[-1] + 2) / 2 + LIBRARY + 2 * U) + offset
+    x64 = np.abs(_f64(x))
+    normed = x64 / np.sqrt(np.mean(x64 * x64, axis=-1, keepdims=True) + eps)
+    relative = gamma(x.shape[-1] + 2) / 2 + LIBRARY + 2 * U
+    # And 1 + w is off by u of the larger of 1 and |1 + w|, which is more than u of itself where w is near -1.
+    bound: Array = normed * (np.abs(1 + _f64(weight)) * relative + U)
+    return bound
 
 
 def rotary_tables(angles: Array) -> Array:
@@ -57,7 +59,8 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
     """Two products and a sum: 2 u of the absolute values."""
     first, second = np.split(np.abs(_f64(x)), 2, axis=-1)
     swapped = np.concatenate([second, first], axis=-1)
-    return 2 * U * (np.abs(_f64(x) * _f64(cos)) + swapped * np.abs(_f64(sin)))
+    bound: Array = 2 * U * (np.abs(_f64(x) * _f64(cos)) + swapped * np.abs(_f64(sin)))
+    return bound
 
 
 def matmul(a: Array, b: Array) -> Array:
@@ -83,7 +86,8 @@ def softmax(scores: Array, mask: Array) -> Array:
     probs = exponentials / exponentials.sum(axis=-1, keepdims=True)
     own = np.where(probs > 0, U * distance, 0)
     mean = np.sum(probs * own, axis=-1, keepdims=True)
-    return probs * (own + mean + 2 * LIBRARY + gamma(scores.shape[-1] + 1))
+    bound: Array = probs * (own + mean + 2 * LIBRARY + gamma(scores.shape[-1] + 1))
+    return bound
 
 
 def gelu_tanh(x: Array) -> Array:
@@ -94,7 +98,8 @@ def gelu_tanh(x: Array) -> Array:
     """
     x64 = _f64(x)
     y = 0.5 * x64 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x64 + 0.044715 * x64**3)))
-    return 0.5 * np.abs(x64) * (4 * U * 0.45 + LIBRARY + U) + 2 * U * np.abs(y)
+    bound: Array = 0.5 * np.abs(x64) * (4 * U * 0.45 + LIBRARY + U) + 2 * U * np.abs(y)
+    return bound
 
 
 def product(a: Array, b: Array) -> Array:

@@ -32,8 +32,6 @@ _FORMATS = {
     "bfloat16": (2.0**-7, float(ml_dtypes.finfo(ml_dtypes.bfloat16).smallest_normal)),
     "float16": (2.0**-10, float(np.finfo(np.float16).smallest_normal)),
 }
-# A whole half-precision run differs between processors by no more than some ulps of its largest element: 2**3 of them.
-_HALF_RUN_ULPS = 8
 
 
 def ulp(x: Array, dtype: str) -> Array:
@@ -51,22 +49,36 @@ def ulp(x: Array, dtype: str) -> Array:
     return step * 2.0 ** np.floor(np.log2(magnitude))
 
 
+def _apart(computed: Array, reference: Array) -> Array:
+    """The absolute difference in float64; NaN where either is NaN or both are infinite."""
+    with np.errstate(invalid="ignore"):
+        return np.abs(computed.astype(np.float64) - reference.astype(np.float64))
+
+
 def ratio(difference: Array, allowed: Array) -> float:
-    """The largest difference in units of what is allowed; infinite where something is NaN or nothing is allowed."""
-    if difference.size == 0:
-        return 0.0
+    """The largest difference in units of what is allowed; infinite where either is NaN, or where nothing is allowed."""
+    if np.isnan(difference).any() or np.isnan(allowed).any():
+        return math.inf
     units = np.divide(difference, allowed, out=np.where(difference > 0, math.inf, 0.0), where=allowed > 0)
-    return math.inf if np.isnan(units).any() else float(units.max())
+    return float(units.max(initial=0))
 
 
 def operation_distance(computed: Array, recorded: Array, bound: Array, dtype: str) -> float:
     """Of one operation's result from the recorded one, computed from the same inputs; `bound` is for one result."""
     reference = recorded.astype(np.float64)
     step = ulp(reference, dtype)
-    with np.errstate(invalid="ignore"):  # inf - inf, where both are the same infinity
-        difference = np.where(computed == recorded, 0.0, np.abs(computed.astype(np.float64) - reference))
+    difference = np.where(computed == recorded, 0.0, _apart(computed, recorded))  # the same infinity conforms
     apart = ratio(difference, 2 * (bound + UNDERFLOW) + step)
     return apart if dtype == "float32" else max(apart, _too_many(difference, bound, step))
+
+
+def ulps_apart(computed: Array, recorded: Array, dtype: str) -> float:
+    """The largest difference in ulps of `dtype`, among elements above 1e-3; 0 in float32, where it is not asked for."""
+    reference = recorded.astype(np.float64)
+    counted = (np.abs(reference) > 1e-3) & np.isfinite(reference)
+    if dtype not in _FORMATS or not counted.any():
+        return 0.0
+    return float(np.max((_apart(computed, recorded) / ulp(reference, dtype))[counted]))
 
 
 def _too_many(difference: Array, bound: Array, step: Array) -> float:
@@ -81,36 +93,27 @@ def _too_many(difference: Array, bound: Array, step: Array) -> float:
 
 def rounding_noise(computed: Array, exact: Array) -> float:
     """The largest error that rounding made in a tensor of our float32 run, given the same run in float64."""
-    return float(np.abs(computed.astype(np.float64) - exact).max(initial=0))
+    return float(_apart(computed, exact).max(initial=0))
 
 
 def run_distance(computed: Array, recorded: Array, noise: float) -> float:
     """Of a float32 run's tensor from the recorded one, given the `rounding_noise` of this tensor."""
     allowed = NOISE_FACTOR * noise + FLOOR * np.abs(recorded).max(initial=0)
-    return ratio(np.abs(computed.astype(np.float64) - recorded), np.full(recorded.shape, allowed))
+    return ratio(_apart(computed, recorded), np.full(recorded.shape, allowed))
 
 
 def half_rounding_noise(recorded: Array, recorded_float32: Array) -> float:
     """The mean square distance of a half-precision recording from PyTorch's float32 recording of the same."""
-    noise = recorded.astype(np.float64) - recorded_float32
-    return float(np.mean(noise * noise))
+    return float(np.mean(_apart(recorded, recorded_float32) ** 2))
 
 
 def half_run_distance(computed: Array, recorded: Array, noise: float) -> float:
     """Of a half-precision run's tensor from the recorded one, given the `half_rounding_noise` of this tensor."""
-    difference = computed.astype(np.float64) - recorded.astype(np.float64)
-    return ratio(
-        np.sqrt(np.mean(difference * difference, keepdims=True)), np.full((1,) * difference.ndim, math.sqrt(2 * noise))
-    )
+    root_mean_square = np.sqrt(np.mean(_apart(computed, recorded) ** 2))
+    return ratio(np.array([root_mean_square]), np.array([math.sqrt(2 * noise)]))
 
 
 def logits_distance(computed: Array, recorded: Array) -> float:
     """Of float32 logits from the recorded ones, in units of `END_TO_END` times the largest."""
     allowed = np.full(recorded.shape, END_TO_END * np.abs(recorded).max(initial=0))
-    return ratio(np.abs(computed.astype(np.float64) - recorded), allowed)
-
-
-def distance(again: Array, recorded: Array, dtype: str) -> float:
-    """Of a recording made again, perhaps on another processor, from the one in golden/."""
-    step = _FORMATS[dtype][0] * _HALF_RUN_ULPS if dtype in _FORMATS else END_TO_END
-    return ratio(np.abs(again - recorded), np.full(recorded.shape, step * np.abs(recorded).max(initial=0)))
+    return ratio(_apart(computed, recorded), allowed)

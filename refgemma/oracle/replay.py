@@ -39,7 +39,7 @@ def attention_operations(
     groups = config.num_attention_heads // config.num_key_value_heads
 
     def scores(q_rot: Array, k_rot: Array) -> Array:
-        return (q_rot @ ops.repeat_kv(k_rot, groups).swapaxes(-1, -2)) * scale
+        return ops.attention_scores(q_rot, ops.repeat_kv(k_rot, groups), scale)
 
     def scores_bound(q_rot: Array, k_rot: Array) -> Array:
         keys = ops.repeat_kv(k_rot, groups).swapaxes(-1, -2)

@@ -12,6 +12,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from refgemma.cache import LayerCache
+from refgemma.inputs import InputError
 from refgemma.precision import F16, Array, Rounded
 
 
@@ -35,8 +36,7 @@ def named_tensors(record: Any, prefix: str = "") -> Iterator[tuple[str, Array]]:
             yield from named_tensors(item, f"{prefix}{index}.")
     elif is_dataclass(record) and not isinstance(record, LayerCache):
         for field in fields(record):
-            if field.name != "cache":
-                yield from named_tensors(getattr(record, field.name), f"{prefix}{field.name}.")
+            yield from named_tensors(getattr(record, field.name), f"{prefix}{field.name}.")
 
 
 def stored(x: Array) -> Array:
@@ -46,18 +46,48 @@ def stored(x: Array) -> Array:
     return np.ascontiguousarray(x)
 
 
+def target_file(path: str | Path) -> Path:
+    """Where `path` leads, links followed, after a look whether a file can be written there.
+
+    Raises
+    ------
+    InputError
+        For a folder, a device or a pipe, and for a folder that does not exist.
+
+    Examples
+    --------
+    >>> target_file("/")
+    Traceback (most recent call last):
+    ...
+    refgemma.inputs.InputError: /: is a folder; give the name of a file to write
+    """
+    target = Path(os.path.realpath(path))
+    if not str(path) or target.is_dir():
+        raise InputError(f"{path or repr('')}: is a folder; give the name of a file to write")
+    if target.exists() and not target.is_file():
+        raise InputError(f"{path}: is no ordinary file, and is not replaced by one")
+    if not target.parent.is_dir():
+        raise InputError(f"{path}: there is no folder {target.parent}")
+    return target
+
+
 def save_trace(tensors: Mapping[str, Array], path: str | Path, metadata: Mapping[str, str]) -> None:
     """Write tensors to a safetensors file, which appears whole or not at all.
 
     Raises
     ------
+    InputError
+        If `path` is no place for a file; see `target_file`.
     OSError
         If it cannot be written.
     """
-    target = Path(path)
-    partial = target.with_name(target.name + ".part")
-    try:
-        partial.write_bytes(save({name: stored(x) for name, x in tensors.items()}, dict(metadata)))
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    target = target_file(path)
+    content = save({name: stored(x) for name, x in tensors.items()}, dict(metadata))
+    partial = target.with_name(f".{target.name}.{os.getpid()}.part")
+    with partial.open("xb") as file:  # a file of that name is somebody else's
+        try:
+            file.write(content)
+            os.replace(partial, target)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise

@@ -32,6 +32,7 @@ from refgemma.oracle.compare import (
     operation_distance,
     rounding_noise,
     run_distance,
+    ulps_apart,
 )
 from refgemma.oracle.replay import model_operations, replay
 from refgemma.oracle.trace import named_tensors
@@ -39,6 +40,9 @@ from refgemma.precision import Array, as_dtype
 from refgemma.pretrained import PACKAGED
 from refgemma.weights.checkpoint import open_checkpoint
 from refgemma.weights.parameters import Weights
+
+FORMAT = "refgemma-golden/1"
+AGAIN = "install refgemma again, or in a checkout record with: python golden/record.py"
 
 
 class GoldenError(ValueError):
@@ -54,6 +58,7 @@ class Comparison:
     distance: float
     identical: int  # elements that are equal to the last bit
     elements: int
+    ulps: float = 0.0  # of an operation in half precision: the largest difference among elements above 1e-3
 
     @property
     def conforms(self) -> bool:
@@ -100,8 +105,11 @@ def read_manifest() -> dict[str, Any]:
     path = golden_folder() / "manifest.json"
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise GoldenError(f"{path}: cannot be read: {error}") from None
+        if manifest["format"] != FORMAT or not manifest["cases"]:
+            raise GoldenError(f"{path}: is not a manifest of the format {FORMAT}; {AGAIN}")
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        reason = str(error) if isinstance(error, GoldenError) else f"{path}: cannot be read: {error!r}; {AGAIN}"
+        raise GoldenError(reason) from None
     return manifest
 
 
@@ -128,7 +136,7 @@ def load_golden(name: str) -> tuple[dict[str, Any], dict[str, Array]]:
     """One case: its entry in the manifest and its tensors, half precision as `BF16` and `F16` arrays."""
     about = read_manifest()["cases"][name]
     path = golden_folder() / about["file"]
-    again = f"record it again with: python golden/record.py {name}"
+    again = f"{AGAIN} {name}"
     try:
         found = hashlib.sha256(path.read_bytes()).hexdigest()
         if found != about["sha256"]:
@@ -148,12 +156,13 @@ def _in_precision(x: Array) -> Array:
 def model_of(about: Mapping[str, Any]) -> tuple[Gemma2Config, Weights]:
     """The model that a case was recorded on, in the case's precision."""
     folder = PACKAGED / "tiny" if about["model"] == "tiny" else golden_folder() / "models" / about["model"]
-    recorded = read_manifest()["models"][about["model"]]
-    if hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() != recorded:
-        raise GoldenError(
-            f"{folder}: these are not the weights that the goldens were recorded with (other sha256); "
-            "record again with: python golden/record.py"
-        )
+    for file, recorded in read_manifest()["models"][about["model"]].items():
+        try:
+            found = hashlib.sha256((folder / file).read_bytes()).hexdigest()
+        except OSError as error:
+            raise GoldenError(f"{folder / file}: cannot be read: {error.strerror}; {AGAIN}") from None
+        if found != recorded:
+            raise GoldenError(f"{folder / file}: is not what the goldens were recorded with (other sha256); {AGAIN}")
     checkpoint = open_checkpoint(folder)
     return checkpoint.config, checkpoint.resident(about["dtype"])
 
@@ -236,8 +245,8 @@ def _pooled(noise: Mapping[str, float]) -> dict[str, float]:
     return {tensor: max(noise[other] for other in noise if fields[other] == fields[tensor]) for tensor in noise}
 
 
-def _compare(name: str, how: str, computed: Array, recorded: Array, distance: float) -> Comparison:
-    return Comparison(name, how, distance, int(np.sum(computed == recorded)), recorded.size)
+def _compare(name: str, how: str, computed: Array, recorded: Array, distance: float, ulps: float = 0.0) -> Comparison:
+    return Comparison(name, how, distance, int(np.sum(computed == recorded)), recorded.size, ulps)
 
 
 def _compare_operations(
@@ -253,7 +262,8 @@ def _compare_operations(
     for name, computed, bound in replay(recorded, operations):
         ours, theirs = _real_rows(computed, padding), _real_rows(recorded[name], padding)
         allowed = _real_rows(np.broadcast_to(bound, computed.shape), padding)
-        yield _compare(name, "operation", ours, theirs, operation_distance(ours, theirs, allowed, dtype))
+        distance = operation_distance(ours, theirs, allowed, dtype)
+        yield _compare(name, "operation", ours, theirs, distance, ulps_apart(ours, theirs, dtype))
 
 
 # --- operations and text ----------------------------------------------------------------------------------------------
@@ -265,7 +275,7 @@ def compare_operation(about: Mapping[str, Any], g: Mapping[str, Array]) -> Itera
     def one(name: str, computed: Array, bound: Array) -> Comparison:
         allowed = np.broadcast_to(bound, computed.shape)
         distance = operation_distance(computed, g[name], allowed, about["dtype"])
-        return _compare(name, "operation", computed, g[name], distance)
+        return _compare(name, "operation", computed, g[name], distance, ulps_apart(computed, g[name], about["dtype"]))
 
     exact = np.zeros(1)
     match about["operation"]:

@@ -147,7 +147,7 @@ class Stored:
         part = self.mapped()[rows]
         flat = part.reshape(-1)
         kind = as_dtype(np.zeros(0), dtype)
-        out = np.empty(flat.shape, kind.dtype).view(type(kind))
+        out = np.empty(flat.shape, kind.dtype)
         for start in range(0, flat.size, BLOCK):
             block = slice(start, start + BLOCK)
             with np.errstate(over="ignore", invalid="ignore"):  # what these would warn of is an error just below
@@ -156,7 +156,7 @@ class Stored:
             finite = np.isfinite(out[block])
             if not finite.all():
                 raise self._not_finite(part, rows, start + int(np.argmin(finite)), dtype)
-        return out.reshape(part.shape)
+        return out.reshape(part.shape).view(type(kind))
 
     def _not_finite(self, part: Array, rows: Any, position: int, dtype: str) -> CheckpointError:
         """Make the error for number `position` of `part`, which is what `rows` selects."""
