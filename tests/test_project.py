@@ -94,3 +94,9 @@ def test_places_on_machines_are_recognised(text: str, seen: bool) -> None:
     # The separators are put in here, because this file is searched as well.
     separator = "\\" if text.startswith("C:") else "/"
     assert bool(MACHINE_PATH.search(text.replace("{}", separator).encode())) == seen
+
+
+def test_the_example_in_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    example = (ROOT / "README.md").read_text("utf-8").split("```python\n")[1].split("```")[0]
+    exec(compile(example, "README.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("Once upon a time")
