@@ -1,5 +1,7 @@
 """The forward pass as a whole: its names, its precision, and the laws of a causal model. Values are in test_golden."""
 
+import weakref
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +15,7 @@ from refgemma.oracle.trace import named_tensors
 from refgemma.oracle.verify import golden_folder
 from refgemma.precision import BF16, F16, Rounded
 from refgemma.weights.checkpoint import open_checkpoint
+from refgemma.weights.parameters import LayerWeights
 
 CHECKPOINT = open_checkpoint(golden_folder() / "models" / "bends")
 CONFIG = CHECKPOINT.config
@@ -194,3 +197,28 @@ def test_what_is_dropped_from_a_cache_is_not_kept_in_memory() -> None:
     for layer in forward(IDS, CHECKPOINT.resident(), CONFIG).cache:
         kept = layer.keys if layer.keys.base is None else layer.keys.base
         assert kept.size == layer.keys.size
+
+
+class Watched(Sequence[LayerWeights]):
+    """Layers that notice whether the one given out before is still held when the next is asked for."""
+
+    def __init__(self, layers: Sequence[LayerWeights]) -> None:
+        self.layers, self.given = layers, []
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, layer):
+        assert not [reference for reference in self.given if reference() is not None]
+        weights = replace(self.layers[layer])  # a new object, held by nobody else
+        self.given.append(weakref.ref(weights))
+        return weights
+
+
+def test_decoding_holds_one_layer_at_a_time() -> None:
+    """So that a 27B, read from disk, is never resident."""
+    resident = CHECKPOINT.resident()
+    watched = replace(resident, layers=Watched(resident.layers))
+    next_token_logits(IDS, watched, CONFIG)
+    forward(IDS, watched, CONFIG)
+    assert len(watched.layers.given) == 2 * CONFIG.num_hidden_layers
