@@ -2,7 +2,7 @@
 # /// script
 # dependencies = ["nox>=2025.10.14"]
 # ///
-"""The steps of .ci/run one at a time, each in its own environment: `nox`, or `nox -s tests -- tests/test_ops.py`."""
+"""The steps of .ci/run one at a time, each in its own environment: `nox`, or `nox -s tests -- tests/test_model.py`."""
 
 import nox
 

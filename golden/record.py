@@ -185,7 +185,8 @@ def kept(name: str, density: str) -> bool:
         case "ends":
             return whole or place[1] in ("0", "1") or field == "out"
         case "thin":
-            return name in ("embedded", "norm", "logits") or (field in ("probs", "out") and "feed_forward" not in place)
+            inside = field in ("q_rot", "k_rot", "probs", "out") and "feed_forward" not in place
+            return inside or name in ("cos", "sin", "embedded", "norm", "logits")
         case "logits":
             return name == "logits"
     raise ValueError(f"unknown density {density!r}")

@@ -2,10 +2,12 @@
 
 Reading order, bottom to top:
 
-1. `refgemma.shapes` names the axes, `refgemma.precision` says where numbers are rounded;
-2. `refgemma.ops`, `refgemma.layers`, `refgemma.model` are Gemma 2: operations, one layer, the whole;
-3. `refgemma.cache`, `refgemma.generation`, `refgemma.heads`, `refgemma.tokenizer` make text of it;
-4. `refgemma.config`, `refgemma.weights`, `refgemma.pretrained` read it from a folder;
+1. `refgemma.shapes` names the axes, `refgemma.precision` says where numbers are rounded, `refgemma.config` which
+   numbers make a model;
+2. `refgemma.ops`, `refgemma.cache`, `refgemma.layers`, `refgemma.model` are Gemma 2: operations, what a layer
+   remembers, one layer, the whole;
+3. `refgemma.generation`, `refgemma.heads`, `refgemma.tokenizer` make text and a loss of it;
+4. `refgemma.weights`, `refgemma.pretrained` read it from a folder;
 5. `refgemma.oracle` compares it, tensor by tensor, with what PyTorch recorded.
 
 Examples

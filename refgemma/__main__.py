@@ -1,6 +1,7 @@
 """The command line: generate, chat, verify, trace, info. It handles arguments and prints; the work is done elsewhere.
 
-Exit codes: 0 all is well (verify: conforms), 1 verify found a difference, 2 misuse or bad input, 130 interrupted.
+Exit codes: 0 all is well (verify: conforms), 1 verify found a difference, 2 misuse or bad input, 130 interrupted,
+141 the reader of the output went away before its end.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import numpy as np
 
 import refgemma
 from refgemma.config import ConfigError
-from refgemma.generation import generate
+from refgemma.generation import check_sampling, generate
 from refgemma.inputs import InputError
 from refgemma.model import forward
 from refgemma.oracle.trace import named_tensors, save_trace, target_file
@@ -27,7 +28,8 @@ from refgemma.tokenizer import TextStream, TokenizerError
 from refgemma.weights.checkpoint import CheckpointError, open_checkpoint
 from refgemma.weights.parameters import tensor_shapes
 
-OK, DIFFERS, MISUSE = 0, 1, 2
+OK, DIFFERS, MISUSE, INTERRUPTED, CUT_OFF = 0, 1, 2, 130, 141
+EXIT_CODES = "Exit codes: 0 all is well, 1 verify found a difference, 2 misuse or bad input (one line says which)."
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 # What a person can have done wrong, as opposed to a fault of this program.
 MISTAKES = (CheckpointError, ConfigError, GoldenError, InputError, TokenizerError, OSError, UnicodeError)
@@ -46,13 +48,17 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> Parser:
     """All commands and their arguments."""
-    top = Parser(prog="refgemma", description="Gemma 2 in NumPy: run it, look inside, compare it with PyTorch.")
+    top = Parser(
+        prog="refgemma",
+        description="Gemma 2 in NumPy: run it, look inside, compare it with PyTorch.",
+        epilog=EXIT_CODES,
+    )
     top.add_argument("--version", action="version", version=f"refgemma {refgemma.__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, help: str) -> Parser:
         command: Parser = commands.add_parser(name, help=help, description=help)
-        command.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+        command.add_argument("--json", action="store_true", help="print JSON instead of text (chat: an object a turn)")
         return command
 
     def add_model(command: Parser) -> None:
@@ -103,7 +109,7 @@ def prompt_ids(args: argparse.Namespace, model: Pretrained) -> list[int]:
         raise InputError("give either a PROMPT or --ids, and only one of them")
     if args.ids is not None:
         parts = [part.strip() for part in args.ids.split(",")]
-        if not all(part.isascii() and part.isdigit() for part in parts):
+        if not all(part.isascii() and part.isdigit() and len(part) < 19 for part in parts):
             raise InputError(f"--ids {args.ids!r}: whole numbers with commas between them are needed")
         return [int(part) for part in parts]
     if not args.prompt:
@@ -173,6 +179,7 @@ def read_line() -> str:
 
 def run_chat(args: argparse.Namespace) -> int:
     """``refgemma chat``: one JSON object a turn with ``--json``."""
+    check_sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
     model = load(args.model, args.dtype)
     messages: list[dict[str, str]] = []
     while True:
@@ -191,14 +198,15 @@ def case_row(result: CaseResult) -> str:
     """One line of the table that ``refgemma verify`` prints."""
     verdict = "conforms"
     if first := result.first_divergence:
-        verdict = f"DIFFERS first at {first.tensor} ({first.how}, {first.distance:.3g} x its bound)"
-    return f"{result.case:32s} {len(result.comparisons):7d}  {result.worst.distance:11.3f}  {verdict}"
+        how_far = first.note or f"{first.distance:.3g} x its bound"
+        verdict = f"DIFFERS first at {first.tensor} ({first.how}: {how_far})"
+    return f"{result.case:32s} {result.tensors:7d}  {result.worst.distance:11.3f}  {verdict}"
 
 
 def comparison_json(c: Comparison) -> dict[str, Any]:
     """One tensor of ``refgemma verify --json``; JSON has no infinity, so an infinite distance is written "inf"."""
     distance = c.distance if np.isfinite(c.distance) else "inf"
-    return {"tensor": c.tensor, "how": c.how, "in_units_of_bound": distance}
+    return {"tensor": c.tensor, "how": c.how, "in_units_of_bound": distance, "note": c.note}
 
 
 def case_json(result: CaseResult) -> dict[str, Any]:
@@ -207,7 +215,7 @@ def case_json(result: CaseResult) -> dict[str, Any]:
     return {
         "case": result.case,
         "verdict": "conforms" if result.conforms else "differs",
-        "tensors": len(result.comparisons),
+        "tensors": result.tensors,
         "worst": comparison_json(result.worst),
         "first_divergence": first and comparison_json(first),
     }
@@ -227,7 +235,7 @@ def run_verify(args: argparse.Namespace) -> int:
         if not args.json:
             print(case_row(results[-1]), flush=True)
     differing = [r.case for r in results if not r.conforms]
-    tensors = sum(len(r.comparisons) for r in results)
+    tensors = sum(r.tensors for r in results)
     if args.json:
         as_json({
             "verdict": "differs" if differing else "conforms",
@@ -306,9 +314,16 @@ def run_info(args: argparse.Namespace) -> int:
 @contextmanager
 def short_warnings() -> Iterator[None]:
     """Warnings as one line on stderr, and the same one only once."""
+    shown: set[str] = set()
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        if str(message) not in shown:
+            shown.add(str(message))
+            print(f"refgemma: warning: {message}", file=sys.stderr)
+
     with warnings.catch_warnings():
-        warnings.simplefilter("default")
-        warnings.showwarning = lambda message, *_, **__: print(f"refgemma: warning: {message}", file=sys.stderr)
+        warnings.simplefilter("always")
+        warnings.showwarning = show
         yield
 
 
@@ -327,13 +342,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run(args)
     except BrokenPipeError:  # whoever read our output has seen enough; Python must not find out again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return OK
+        return CUT_OFF
+    except MemoryError:
+        print(f"refgemma {args.command}: not enough memory: the prompt is too long for this machine", file=sys.stderr)
+        return MISUSE
     except MISTAKES as error:
         print(f"refgemma {args.command}: {one_line(error)}", file=sys.stderr)
         return MISUSE
     except KeyboardInterrupt:
         print(file=sys.stderr)
-        return 130
+        return INTERRUPTED
 
 
 def one_line(error: Exception) -> str:

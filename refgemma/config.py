@@ -269,11 +269,11 @@ def _problems(config: Gemma2Config) -> list[str]:
     for name in sizes:
         value = getattr(config, name)
         if not _is_size(value):
-            found.append(f"{name} must be a whole number of at least 1, not {value!r}")
+            found.append(f"{name} must be a whole number from 1 to 2147483647, not {value!r}")
     for name in ("rms_norm_eps", "rope_theta", "query_pre_attn_scalar"):
         value = getattr(config, name)
         if not _is_number(value) or value <= 0:
-            found.append(f"{name} must be a number above 0, not {value!r}")
+            found.append(f"{name} must be a number above 0 and below 1e300, not {value!r}")
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         value = getattr(config, name)
         if value is not None and (not _is_number(value) or value <= 0):

@@ -15,7 +15,7 @@ from refgemma.weights.parameters import Weights
 
 
 def keep_top_k(logits: Float[np.ndarray, " vocab"], top_k: int) -> Float[np.ndarray, " vocab"]:
-    """Minus infinity for all but the `top_k` highest logits; ties with the last one kept stay.
+    """Minus infinity for all but the `top_k` highest logits, and those that are as high as the last of them.
 
     Examples
     --------
@@ -156,6 +156,10 @@ def _tokens(
     logits, cache = next_token_logits(prompt, weights, config)
     for step in range(max_new_tokens):
         scores = wide(logits[0, -1])
+        if np.isnan(scores).any():
+            raise InputError(
+                "the logits are NaN: numbers became too large for this precision on the way; try float32, or float64"
+            )
         if temperature == 0:
             token = int(np.argmax(scores))
         else:

@@ -76,7 +76,7 @@ def rotary_tables(positions: Positions, head_dim: int, theta: float, like: Array
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     frequencies = np.float32(1) / np.power(theta, exponents.astype(np.float64)).astype(np.float32)
     half = positions[:, None, :, None].astype(np.float32) * frequencies  # (batch, 1, seq, head_dim / 2)
-    angles = np.concatenate([half, half], axis=-1).astype(np.float64)  # float64 from here: the cosine itself is exact
+    angles = np.concatenate([half, half], axis=-1).astype(np.float64)  # so that only the result is rounded
     return narrow(np.cos(angles), like), narrow(np.sin(angles), like)
 
 
@@ -184,8 +184,9 @@ def softmax(scores: Scores, mask: Mask) -> Scores:
     """Weights over the visible keys: ``p[j] = exp(s[j]) / sum_k exp(s[k])``, and 0 where the mask is false.
 
     Computed in (at least) float32 and rounded once. A query that may see no key at all, which only a padding token
-    can be, weighs all keys alike, and nothing that counts reads it. PyTorch's arithmetic gives the same in float32 and
-    bfloat16; in float16 it gives other weights and in float64 NaN, so compare only the rows of real tokens.
+    can be, weighs all keys alike; no real token looks at a padding token, so its row reaches no result. PyTorch's
+    arithmetic gives the same in float32 and bfloat16; in float16 it gives other weights and in float64 NaN, so compare
+    only the rows of real tokens.
     Source: transformers ``eager_attention_forward``.
 
     Examples

@@ -1,10 +1,10 @@
 """Where numbers are rounded: `BF16` and `F16` arrays, `wide` and `narrow`. Checked bit for bit against torch 2.13.
 
-The rule that the rest of the package follows: **one PyTorch kernel is one rounding**. A half-precision kernel widens
-its inputs to float32, computes, and rounds its result once. So an array here holds float32 numbers that all lie on
-the grid of the half-precision format, and each NumPy operation on it rounds its result back onto that grid. Layer
-code then reads the same in every precision, and says `wide` and `narrow` only where PyTorch says ``.float()`` and
-``.type_as(x)``.
+The rule that the rest of the package follows: **one PyTorch kernel is one rounding**. A kernel, one operation that
+PyTorch starts, widens half-precision inputs to float32, computes, and rounds its result once. So an array here holds
+float32 numbers that all lie on the grid of the half-precision format, and each NumPy operation on it rounds its result
+back onto that grid. Layer code then reads the same in every precision, and says `wide` and `narrow` only where PyTorch
+says ``.float()`` and ``.type_as(x)``.
 
 Arrays of ml_dtypes' own ``bfloat16`` are never computed with: ``bf16 * 0.1`` and ``bf16 @ bf16`` silently become
 float32 there, and sums accumulate in bf16.
@@ -51,23 +51,23 @@ class Rounded(npt.NDArray[Any]):
 
     # As methods these would round after each of their own steps, or not at all: as functions they round once.
     def mean(self, *args: Any, **kwargs: Any) -> Any:
-        """Round once, as `numpy.mean` does."""
+        """Sum and divide in float32; only the mean is rounded."""
         return np.mean(self, *args, **kwargs)
 
     def std(self, *args: Any, **kwargs: Any) -> Any:
-        """Round once, as `numpy.std` does."""
+        """Compute in float32; only the result is rounded."""
         return np.std(self, *args, **kwargs)
 
     def var(self, *args: Any, **kwargs: Any) -> Any:
-        """Round once, as `numpy.var` does."""
+        """Compute in float32; only the result is rounded."""
         return np.var(self, *args, **kwargs)
 
     def round(self, *args: Any, **kwargs: Any) -> Any:
-        """Round to decimals, then to the grid, as `numpy.round` does."""
+        """Round to decimals, then onto the grid."""
         return np.round(self, *args, **kwargs)
 
     def dot(self, *args: Any, **kwargs: Any) -> Any:
-        """Round once, as `numpy.dot` does."""
+        """Multiply and sum in float32; only the result is rounded."""
         return np.dot(self, *args, **kwargs)
 
     def _rounded(self, result: Any, inputs: tuple[Any, ...]) -> Any:

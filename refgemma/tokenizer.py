@@ -176,8 +176,14 @@ class Tokenizer:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            half = f"U+{ord(text[error.start]):04X}"
-            raise TokenizerError(f"text: character {error.start} is {half}, half a surrogate pair") from None
+            code = ord(text[error.start])
+            # Python reads a byte that is no UTF-8 as one of these, from the command line for instance.
+            what = (
+                f"the byte 0x{code - 0xDC00:02X}, which is no UTF-8"
+                if 0xDC80 <= code <= 0xDCFF
+                else "half a surrogate pair"
+            )
+            raise TokenizerError(f"text: character {error.start} is U+{code:04X}, {what}") from None
         ids: list[int] = self._model.encode(text, out_type=int)
         return [self.bos_id, *ids] if add_bos else ids
 

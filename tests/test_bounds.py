@@ -138,7 +138,7 @@ def test_nan_and_infinity_never_conform(bad: float) -> None:
     computed = np.array([1, 1, bad, 1])
     assert operation_distance(computed, recorded, np.ones(4), "float32") > 1
     assert run_distance(computed, recorded, noise=1e-6) > 1
-    assert run_distance(computed, recorded, noise=rounding_noise(computed, computed)) > 1
+    assert run_distance(computed, recorded, noise=rounding_noise(computed, recorded, computed)) > 1
     assert half_run_distance(computed, recorded, noise=half_rounding_noise(recorded, recorded)) > 1
     assert half_run_distance(computed, recorded, noise=1e-6) > 1
     assert logits_distance(computed, recorded) > 1

@@ -12,7 +12,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from refgemma.__main__ import DIFFERS, MISUSE, OK, main
+from refgemma.__main__ import CUT_OFF, DIFFERS, MISUSE, OK, main
 from refgemma.oracle.verify import case_names
 from refgemma.pretrained import model_folder
 
@@ -92,7 +92,7 @@ def test_info(capsys) -> None:
 
 
 def test_beyond_the_longest_sequence_it_warns_once_in_one_line(capsys) -> None:
-    ids = ",".join(["2"] + ["300"] * 319)
+    ids = ",".join(["2"] + ["300"] * 320)
     assert main(["generate", "--ids", ids, "--max-new-tokens", "3"]) == OK
     err = capsys.readouterr().err
     assert err.startswith("refgemma: warning: the sequence goes beyond max_position_embeddings (320)")
@@ -128,6 +128,9 @@ def test_nan_weights_are_named(tmp_path, capsys) -> None:
         (["generate"], "either a PROMPT or --ids"),
         (["generate", "Once", "--ids", "2"], "only one of them"),
         (["generate", "--ids", "2,x"], "whole numbers"),
+        (["generate", "--ids", "9" * 5000], "whole numbers"),
+        (["generate", "a\udcff"], "character 1 is U+DCFF, the byte 0xFF, which is no UTF-8"),
+        (["chat", "--max-new-tokens", "0"], "max_new_tokens must be"),
         (["generate", "--ids", "2,99999"], "input_ids[0, 1] is 99999: not in the vocabulary of 2048"),
         (["generate", "Once", "--temperature", "-1"], "temperature must be"),
         (["generate", "Once", "--top-p", "2"], "top_p must be"),
@@ -183,7 +186,7 @@ def test_as_a_program_from_another_folder(tmp_path) -> None:
     listing.stdout.close()
     assert listing.stderr.read() == b""
     listing.stderr.close()
-    listing.wait()
+    assert listing.wait() == CUT_OFF
 
 
 def test_a_trace_replaces_a_file_but_nothing_else(tmp_path, capsys) -> None:

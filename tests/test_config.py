@@ -72,7 +72,7 @@ def test_scale_of_the_27b_is_not_head_dim() -> None:
         ({"num_key_value_heads": 7}, r"num_attention_heads \(16\) is no multiple of num_key_value_heads \(7\)"),
         ({"head_dim": 255}, r"head_dim \(255\) is odd"),
         ({"hidden_activation": "silu"}, "hidden_activation 'silu'"),
-        ({"sliding_window": 0}, "sliding_window must be a whole number of at least 1, not 0"),
+        ({"sliding_window": 0}, "sliding_window must be a whole number from 1 to 2147483647, not 0"),
         ({"sliding_window": None}, "sliding_window must be"),
         ({"hidden_size": 3584.0}, "hidden_size must be a whole number"),
         ({"vocab_size": True}, "vocab_size must be"),

@@ -1,5 +1,7 @@
 """Decoding: greedy is the likeliest token each time; sampling draws what its settings allow, with those odds."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -88,6 +90,14 @@ def test_no_temperature_overflows(temperature: float) -> None:
 def test_prompts_are_refused_at_the_call(prompt, reason) -> None:
     with pytest.raises(InputError, match=reason):
         generate(prompt, TINY.weights, TINY.config)
+
+
+def test_logits_that_are_nan_are_an_error() -> None:
+    """Finite weights, so large that the sums overflow."""
+    first = replace(TINY.weights.layers[0], q_proj=np.full_like(TINY.weights.layers[0].q_proj, 3.4e38))
+    weights = replace(TINY.weights, layers=[first, *TINY.weights.layers[1:]])
+    with np.errstate(all="ignore"), pytest.raises(InputError, match="the logits are NaN"):
+        list(generate(PROMPT, weights, TINY.config, 3))
 
 
 def test_half_precision_generates_too() -> None:

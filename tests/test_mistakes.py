@@ -128,6 +128,14 @@ def attention_without_positions(x, past, cos, sin, mask, weights, scale, cap):
     return attention(x, past, np.ones_like(cos), np.zeros_like(sin), mask, weights, scale, cap)
 
 
+def scores_that_lose_digits(q, k, scale):
+    return (q @ k.swapaxes(-1, -2) * scale + np.float32(3000)) - np.float32(3000)
+
+
+def norm_that_loses_digits(x, weight, eps):
+    return (rms_norm(x, weight, eps) + np.float32(1000)) - np.float32(1000)
+
+
 def scores_of_scaled_queries(q, k, scale):
     return (q * scale) @ k.swapaxes(-1, -2)
 
@@ -172,6 +180,17 @@ MISTAKES = [
         "layers.0.attention.scores",
         "bends-forward-bf16",
     ),
+    # In the layer only, where no single operation shows it: the layer on its recorded input does.
+    Mistake(
+        "scores lose digits",
+        lambda m: m.setattr(refgemma.layers, "attention_scores", scores_that_lose_digits),
+        "layers.0.attention.scores",
+    ),
+    Mistake(
+        "norm loses digits",
+        lambda m: m.setattr(refgemma.layers, "rms_norm", norm_that_loses_digits),
+        "layers.0.input_layernorm",
+    ),
     Mistake("no post-norms", operation("block", block_without_post_norms), "layers.0.post_attention_layernorm"),
     Mistake("gate and up swapped", operation("feed_forward", feed_forward_swapped), "layers.0.feed_forward.gate"),
     Mistake("another eps", config(rms_norm_eps=1e-5), "layers.0.input_layernorm", "global-first-forward-f32"),
@@ -207,7 +226,7 @@ def test_positions_that_start_again_are_caught_in_decoding(monkeypatch: pytest.M
     monkeypatch.setattr(refgemma.model, "rotary_tables", lambda p, *rest, **named: correct(p - p.min(), *rest, **named))
     result = oracle.verify("bends-decode-f32")
     assert result.first_divergence is not None
-    assert result.first_divergence.tensor.startswith("calls.1.layers.0.attention")
+    assert result.first_divergence.tensor == "calls.1.cos"
 
 
 def test_padding_that_is_attended_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

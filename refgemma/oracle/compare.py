@@ -5,11 +5,12 @@ Three measures, each with its reason:
 * an operation on given inputs: every element within twice the operation's float32 bound. In half precision the
   results are rounded once more, so that two of them may be neighbours, an ulp apart, but only where a rounding
   boundary lies within the bound: no more elements than that may differ at all;
-* a run in float32: within `NOISE_FACTOR` times the error that rounding makes in our own run, which the same run in
-  float64 shows. A mistake in the code is in both of these, so it does not widen its own tolerance. The logits must
-  also be within `END_TO_END` of the largest logit;
-* a run in half precision: the root mean square difference of two correct runs is that of two independent roundings,
-  sqrt(2) times the distance of PyTorch's recording from PyTorch's float32 recording.
+* a run, or a layer, in float32: within `NOISE_FACTOR` times the error that rounding makes in it, which the same
+  computation in float64 shows: ours or PyTorch's, whichever is smaller. So a mistake does not widen its own tolerance,
+  neither one that loses digits (then PyTorch's error is the smaller) nor any other (then ours is). The logits must also
+  be within `END_TO_END` of the largest logit;
+* a run, or a layer, in half precision: the root mean square difference of two correct runs is that of two independent
+  roundings, sqrt(2) times the rounding error of one: for a run, PyTorch's distance from its float32 recording.
 """
 
 import math
@@ -91,9 +92,10 @@ def _too_many(difference: Array, bound: Array, step: Array) -> float:
     return float(np.sum(difference > 0)) / (1 + expected + 3 * math.sqrt(expected))
 
 
-def rounding_noise(computed: Array, exact: Array) -> float:
-    """The largest error that rounding made in a tensor of our float32 run, given the same run in float64."""
-    return float(_apart(computed, exact).max(initial=0))
+def rounding_noise(computed: Array, recorded: Array, exact: Array) -> float:
+    """The largest error that rounding made in a float32 tensor, ours or the recorded one, given our own in float64."""
+    # Python's min would pass a NaN by; numpy's gives it back, and nothing conforms to it.
+    return float(np.minimum(_apart(computed, exact).max(initial=0), _apart(recorded, exact).max(initial=0)))
 
 
 def run_distance(computed: Array, recorded: Array, noise: float) -> float:
@@ -105,6 +107,12 @@ def run_distance(computed: Array, recorded: Array, noise: float) -> float:
 def half_rounding_noise(recorded: Array, recorded_float32: Array) -> float:
     """The mean square distance of a half-precision recording from PyTorch's float32 recording of the same."""
     return float(np.mean(_apart(recorded, recorded_float32) ** 2))
+
+
+def half_layer_noise(computed: Array, recorded: Array, exact: Array) -> float:
+    """The mean square rounding error of a half-precision tensor, ours or the recorded one, given ours in float64."""
+    errors = (np.mean(_apart(x, exact) ** 2) for x in (computed, recorded))
+    return float(np.minimum(*errors))
 
 
 def half_run_distance(computed: Array, recorded: Array, noise: float) -> float:

@@ -1,5 +1,5 @@
-"""Every operation of a run again, each fed the *recorded* inputs: so that a wrong operation is found, and what it did
-to the tensors after it is not held against them. Checked on the recordings of transformers 5.23."""
+"""Operations, attention, feed-forward and blocks again, each fed its *recorded* input: so that what is wrong is found,
+and what it did to the tensors after it is not held against them. Checked on the recordings of transformers 5.23."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 
 from refgemma import ops
+from refgemma.cache import Cache
 from refgemma.config import Gemma2Config
-from refgemma.layers import merge_heads, split_heads
+from refgemma.layers import attention, block, feed_forward, merge_heads, split_heads
 from refgemma.model import embed, unembed
 from refgemma.oracle import bounds
+from refgemma.oracle.trace import named_tensors
 from refgemma.precision import Array
 from refgemma.weights.parameters import LayerWeights, Weights
 
@@ -138,3 +140,27 @@ def replay(recorded: Mapping[str, Array], operations: Iterator[Operation]) -> It
         if operation.name in recorded and all(name in recorded for name in operation.inputs):
             inputs = [recorded[name] for name in operation.inputs]
             yield operation.name, operation.compute(*inputs), operation.bound(*inputs)
+
+
+def parts(
+    recorded: Mapping[str, Array], nothing: Cache, masks: list[Array], weights: Weights, config: Gemma2Config
+) -> Iterator[tuple[str, str, Array]]:
+    """Attention, feed-forward and block of each layer on their recorded inputs: which, the tensor's name, the tensor.
+
+    `nothing` is an empty cache; `masks` has one mask a layer.
+    """
+    if "cos" not in recorded:
+        return
+    cos, sin, scale, cap = recorded["cos"], recorded["sin"], config.attention_scale, config.attn_logit_softcapping
+    for layer, mask in enumerate(masks):
+        p, layer_weights = f"layers.{layer}.", weights.layers[layer]
+        source = f"layers.{layer - 1}.out" if layer else "embedded"
+        if (x := recorded.get(p + "input_layernorm")) is not None:
+            attended = attention(x, nothing[layer], cos, sin, mask, layer_weights, scale, cap)
+            yield from (("attention", name, y) for name, y in named_tensors(attended, p + "attention."))
+        if (x := recorded.get(p + "pre_feedforward_layernorm")) is not None:
+            fed = feed_forward(x, layer_weights)
+            yield from (("feed_forward", name, y) for name, y in named_tensors(fed, p + "feed_forward."))
+        if (x := recorded.get(source)) is not None:
+            whole = block(x, nothing[layer], cos, sin, mask, layer_weights, scale, cap, config.rms_norm_eps)
+            yield from (("block", name, y) for name, y in named_tensors(whole, p))

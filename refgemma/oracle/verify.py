@@ -26,6 +26,7 @@ from refgemma.model import embed, forward, layer_mask
 from refgemma.oracle import bounds
 from refgemma.oracle.compare import (
     END_TO_END,
+    half_layer_noise,
     half_rounding_noise,
     half_run_distance,
     logits_distance,
@@ -34,7 +35,7 @@ from refgemma.oracle.compare import (
     run_distance,
     ulps_apart,
 )
-from refgemma.oracle.replay import model_operations, replay
+from refgemma.oracle.replay import model_operations, parts, replay
 from refgemma.oracle.trace import named_tensors
 from refgemma.precision import Array, as_dtype
 from refgemma.pretrained import PACKAGED
@@ -54,11 +55,12 @@ class Comparison:
     """One tensor against its recording; `distance` is in units of what rounding allows, at most 1 if it conforms."""
 
     tensor: str
-    how: str  # "operation": computed from the recorded inputs; "run": at the end of everything before it
+    how: str  # "operation", "attention", "feed_forward", "block": on its recorded input; "run": after all before it
     distance: float
     identical: int  # elements that are equal to the last bit
     elements: int
     ulps: float = 0.0  # of an operation in half precision: the largest difference among elements above 1e-3
+    note: str = ""  # what else there is to say
 
     @property
     def conforms(self) -> bool:
@@ -80,15 +82,21 @@ class CaseResult:
         return all(c.conforms for c in self.comparisons)
 
     @property
+    def tensors(self) -> int:
+        """How many recorded tensors were compared; several of them in more than one way."""
+        return len({c.tensor for c in self.comparisons})
+
+    @property
     def worst(self) -> Comparison:
         """The tensor that is farthest from its recording, in units of its bound."""
         return max(self.comparisons, key=lambda c: c.distance)
 
     @property
     def first_divergence(self) -> Comparison | None:
-        """The operation that goes wrong first; or, if each is right on recorded inputs, the first tensor of the run."""
+        """The tensor that is wrong first, in the order of execution; of several accounts of it the narrowest."""
+        order = {c.tensor: place for place, c in enumerate(c for c in self.comparisons if c.how == "run")}
         wrong = [c for c in self.comparisons if not c.conforms]
-        return next((c for c in wrong if c.how == "operation"), wrong[0] if wrong else None)
+        return min(wrong, key=lambda c: order.get(c.tensor, len(order)), default=None)
 
 
 # --- the folder -------------------------------------------------------------------------------------------------------
@@ -127,7 +135,7 @@ def case_names(wanted: list[str] | None = None) -> list[str]:
     for name in wanted or []:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+            hint = f"did you mean {near[0]}?" if near else "refgemma verify --list names them all"
             raise GoldenError(f"unknown case {name!r}; {hint}")
     return wanted or known
 
@@ -171,17 +179,19 @@ def model_of(about: Mapping[str, Any]) -> tuple[Gemma2Config, Weights]:
 
 
 def compare_forward(about: Mapping[str, Any], golden: Mapping[str, Array], name: str) -> Iterator[Comparison]:
-    """A forward case: where a call is a whole sequence each operation alone, then each call's tensors as they come."""
+    """A forward case: of a whole sequence each operation and layer alone, then the tensors of all calls."""
     config, weights = model_of(about)
     whole = len(about["calls"]) == 1
     if whole:
-        yield from _compare_operations(about["dtype"], golden, config, weights)
+        yield from _compare_alone(about, golden, config, weights)
     ours = _of_real_tokens(run_calls(about, golden, config, weights), about, golden)
     theirs = _of_real_tokens(golden, about, golden)
     if about["dtype"] == "float32":
         doubled = run_calls(about, golden, *model_of({**about, "dtype": "float64"}))
         exact = _of_real_tokens(doubled, about, golden)
-        noise = _pooled({tensor: rounding_noise(ours[tensor], exact[tensor]) for tensor in theirs})
+        noise = _pooled(
+            {t: rounding_noise(ours[t], x, exact[t]) for t, x in theirs.items() if ours[t].shape == x.shape}
+        )
         measure = run_distance
     else:
         twin = _of_real_tokens(load_golden(name.rpartition("-")[0] + "-f32")[1], about, golden)
@@ -192,7 +202,8 @@ def compare_forward(about: Mapping[str, Any], golden: Mapping[str, Array], name:
             continue
         shown = tensor.removeprefix("calls.0.") if whole else tensor
         if computed.shape != recorded.shape:
-            yield Comparison(shown, "run", np.inf, 0, recorded.size)
+            shapes = f"its shape is {computed.shape} instead of {recorded.shape}"
+            yield Comparison(shown, "run", np.inf, 0, recorded.size, note=shapes)
             continue
         distance = measure(computed, recorded, noise[tensor])
         if tensor.endswith(".logits") and about["dtype"] == "float32":
@@ -249,10 +260,11 @@ def _compare(name: str, how: str, computed: Array, recorded: Array, distance: fl
     return Comparison(name, how, distance, int(np.sum(computed == recorded)), recorded.size, ulps)
 
 
-def _compare_operations(
-    dtype: str, golden: Mapping[str, Array], config: Gemma2Config, weights: Weights
+def _compare_alone(
+    about: Mapping[str, Any], golden: Mapping[str, Array], config: Gemma2Config, weights: Weights
 ) -> Iterator[Comparison]:
-    """Each operation of a recorded whole sequence, fed what PyTorch fed it."""
+    """Each operation, attention, feed-forward and block of a whole sequence, fed what PyTorch fed it."""
+    dtype = about["dtype"]
     recorded = {tensor.removeprefix("calls.0."): x for tensor, x in golden.items()}
     padding = golden["attention_mask"].astype(bool)
     inputs = check_inputs(golden["input_ids"], config, attention_mask=padding)
@@ -264,6 +276,20 @@ def _compare_operations(
         allowed = _real_rows(np.broadcast_to(bound, computed.shape), padding)
         distance = operation_distance(ours, theirs, allowed, dtype)
         yield _compare(name, "operation", ours, theirs, distance, ulps_apart(ours, theirs, dtype))
+
+    _, doubled = model_of({**about, "dtype": "float64"})
+    widened = {name: x.astype(np.float64) for name, x in recorded.items()}
+    exactly = parts(widened, empty_cache(config, len(padding), doubled.norm), masks, doubled, config)
+    for (part, name, computed), (_, _, exact) in zip(
+        parts(recorded, nothing, masks, weights, config), exactly, strict=True
+    ):
+        if name in recorded:
+            ours, theirs, reference = (_real_rows(x, padding) for x in (computed, recorded[name], exact))
+            if dtype == "float32":
+                distance = run_distance(ours, theirs, rounding_noise(ours, theirs, reference))
+            else:
+                distance = half_run_distance(ours, theirs, half_layer_noise(ours, theirs, reference))
+            yield _compare(name, part, ours, theirs, distance)
 
 
 # --- operations and text ----------------------------------------------------------------------------------------------
