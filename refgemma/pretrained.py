@@ -46,7 +46,7 @@ def model_folder(name: str | Path) -> Path:
     'tiny'
     """
     folder = PACKAGED / "tiny" if str(name) == "tiny" else Path(name)
-    if not folder.is_dir():
+    if not str(name) or not folder.is_dir():
         raise CheckpointError(f"{name}: no such folder; a model is 'tiny' or a folder with config.json and weights")
     return folder
 
@@ -97,7 +97,9 @@ def _stop_ids(folder: Path, config: Gemma2Config) -> frozenset[int]:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from None
-        listed = raw.get("eos_token_id") if isinstance(raw, dict) else None
+        if not isinstance(raw, dict):
+            raise CheckpointError(f"{path}: holds a {type(raw).__name__}, not a JSON object")
+        listed = raw.get("eos_token_id")
         if listed is not None:
             ids = listed if isinstance(listed, list) else [listed]
             if not all(type(token) is int and 0 <= token < config.vocab_size for token in ids):

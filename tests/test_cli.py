@@ -138,6 +138,7 @@ def test_nan_weights_are_named(tmp_path, capsys) -> None:
         (["verify", "no-such-case"], "unknown case 'no-such-case'"),
         (["trace", "Once", "-o", "no/such/folder/run.safetensors"], "no/such/folder"),
         (["info", "no/such/folder"], "no such folder"),
+        (["info", ""], "no such folder"),
     ],
 )
 def test_every_mistake_is_one_line_and_exit_2(arguments, reason, capsys) -> None:
@@ -221,6 +222,23 @@ def test_a_manifest_that_is_none(content, tmp_path, capsys, monkeypatch) -> None
     err = capsys.readouterr().err
     assert "manifest.json" in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", ["[]", "3"])
+def test_a_generation_config_that_is_no_object(content, tmp_path, capsys) -> None:
+    folder = damaged(tmp_path, lambda tensors: None)
+    (tmp_path / "generation_config.json").write_text(content)
+    assert main(["generate", "Once", "--model", folder]) == MISUSE
+    assert "not a JSON object" in capsys.readouterr().err
+
+
+def test_a_pipe_in_place_of_a_file_does_not_hang(tmp_path, capsys) -> None:
+    folder = damaged(tmp_path, lambda tensors: None)
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / name).unlink()
+        os.mkfifo(tmp_path / name)
+        assert main(["info", folder]) == MISUSE
+        assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.parametrize("listed", ["[[1]]", '{"a": 1}', '"x"', "1.5", "99999", "[" * 9999])

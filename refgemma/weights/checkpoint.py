@@ -619,6 +619,9 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     if not folder.is_dir():
         fault = "is a file; give the folder that holds it" if folder.exists() else "there is no such folder"
         raise CheckpointError(f"{folder}: {fault}")
+    for path in (folder / name for name in (CONFIG, SINGLE, INDEX)):
+        if path.exists() and not (path.is_file() or path.is_dir()):  # reading it might wait for ever
+            raise CheckpointError(f"{path}: is a pipe or a device, not a file")
     try:
         if not (folder / CONFIG).exists():
             raise CheckpointError(f"{folder}: holds no {CONFIG}; give the folder of a Hugging Face checkpoint")
