@@ -83,6 +83,12 @@ def rotary(head_dim: int) -> Callable[[torch.dtype], Tensors]:
     return run
 
 
+def attention_scores(dtype: torch.dtype) -> Tensors:
+    """At the 27B's head width and scale, which is no power of two; the line of eager_attention_forward."""
+    q, k, scale = randn(2, 3, 5, 128, seed=11).to(dtype), randn(2, 3, 7, 128, seed=12).to(dtype), 144**-0.5
+    return {"q": q, "k": k, "scale": torch.tensor([scale], dtype=torch.float64), "y": torch.matmul(q, k.mT) * scale}
+
+
 def embed(hidden: int) -> Callable[[torch.dtype], Tensors]:
     """At the released widths, where sqrt(hidden) is or is not a number of the format."""
 
@@ -133,6 +139,7 @@ _FUNCTIONS: dict[str, tuple[str, Callable[[torch.dtype], Tensors], tuple[torch.d
     "gelu": ("gelu_tanh", gelu, _ALL),
     "soft-cap-50": ("soft_cap", soft_cap(50.0), _ALL),
     "soft-cap-30": ("soft_cap", soft_cap(30.0), _ALL),
+    "attention-scores": ("attention_scores", attention_scores, _ALL),
     "softmax": ("softmax", softmax, _ALL),
     "rotary-256": ("rotary", rotary(256), _ALL),
     "rotary-128": ("rotary", rotary(128), _ALL),

@@ -68,6 +68,13 @@ def matmul(a: Array, b: Array) -> Array:
     return gamma(a.shape[-1]) * (np.abs(_f64(a)) @ np.abs(_f64(b)))
 
 
+def attention_scores(q: Array, k: Array, scale: float) -> Array:
+    """Sums of head_dim products, and the product with the scale."""
+    keys = k.swapaxes(-1, -2)
+    bound: Array = (matmul(q, keys) + U * np.abs(_f64(q) @ _f64(keys))) * scale
+    return bound
+
+
 def soft_cap(x: Array, cap: float | None) -> Array:
     """Division, tanh, product; and tanh never enlarges the relative error of its argument."""
     if cap is None:

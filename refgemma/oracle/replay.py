@@ -44,9 +44,7 @@ def attention_operations(
         return ops.attention_scores(q_rot, ops.repeat_kv(k_rot, groups), scale)
 
     def scores_bound(q_rot: Array, k_rot: Array) -> Array:
-        keys = ops.repeat_kv(k_rot, groups).swapaxes(-1, -2)
-        raw = np.asarray(q_rot).astype(np.float64) @ np.asarray(keys).astype(np.float64)
-        return (bounds.matmul(q_rot, keys) + bounds.U * np.abs(raw)) * scale
+        return bounds.attention_scores(q_rot, ops.repeat_kv(k_rot, groups), scale)
 
     def mixed(probs: Array, v: Array) -> Array:
         return merge_heads(probs @ ops.repeat_kv(v, groups))

@@ -315,6 +315,10 @@ def compare_operation(about: Mapping[str, Any], g: Mapping[str, Array]) -> Itera
         case "soft_cap":
             cap = float(g["cap"][0])
             yield one("y", ops.soft_cap(g["x"], cap), bounds.soft_cap(g["x"], cap))
+        case "attention_scores":
+            scale = float(g["scale"][0])
+            bound = bounds.attention_scores(g["q"], g["k"], scale)
+            yield one("y", ops.attention_scores(g["q"], g["k"], scale), bound)
         case "softmax":
             mask = g["mask"].astype(bool)
             yield one("y", ops.softmax(g["scores"], mask), bounds.softmax(g["scores"], mask))
