@@ -212,10 +212,13 @@ def comparison_json(c: Comparison) -> dict[str, Any]:
 def case_json(result: CaseResult) -> dict[str, Any]:
     """One case of ``refgemma verify --json``."""
     first = result.first_divergence
+    alone = [c for c in result.comparisons if c.how == "operation"]
     return {
         "case": result.case,
         "verdict": "conforms" if result.conforms else "differs",
         "tensors": result.tensors,
+        "operation_elements": sum(c.elements for c in alone),
+        "bit_identical": sum(c.identical for c in alone),
         "worst": comparison_json(result.worst),
         "first_divergence": first and comparison_json(first),
     }
