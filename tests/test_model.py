@@ -92,7 +92,8 @@ def test_any_division_into_calls_gives_the_same(calls: tuple[int, ...]) -> None:
         run = forward(IDS[:, done : done + length], weights, CONFIG, cache=cache)
         parts.append(run.logits)
         cache, done = run.cache, done + length
-    # float64: sums of the same numbers in another order, some 1e3 roundings deep.
+    # float64: the same sums, perhaps in another order. Four layers of seven products of up to 56 terms are some 1e3
+    # roundings in a row.
     np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, rtol=0, atol=1e3 * 2**-53 * np.abs(whole).max())
 
 
@@ -118,7 +119,8 @@ def test_a_padded_row_gives_what_it_gives_alone() -> None:
     padded, mask = np.zeros((1, 13), int), np.zeros((1, 13), int)
     padded[:, 4:], mask[:, 4:] = IDS[:1, 4:], 1
     shifted = forward(padded, weights, CONFIG, attention_mask=mask).logits[:, 4:]
-    # The tables of cosines are float32 (that is part of the model): a shifted position is another rounding of them.
+    # The angles are float32 (that is part of the model): a shifted position rounds each of them anew, by 2**-24 of up
+    # to 13 radians, in four layers; 1e2 such roundings cover that.
     np.testing.assert_allclose(shifted, alone, rtol=0, atol=1e2 * 2**-24 * np.abs(alone).max())
     placed = forward(padded, weights, CONFIG, mask, position_ids=np.maximum(np.arange(13) - 4, 0)[None]).logits[:, 4:]
     np.testing.assert_allclose(placed, alone, rtol=0, atol=1e3 * 2**-53 * np.abs(alone).max())  # as in the test above
@@ -128,7 +130,8 @@ def test_next_token_logits_is_forward() -> None:
     weights = CHECKPOINT.resident()
     logits, cache = next_token_logits(IDS[:, :7], weights, CONFIG)
     run = forward(IDS[:, :7], weights, CONFIG)
-    # The head multiplies one row instead of seven, which BLAS may sum in another order: some roundings of the sum.
+    # The head multiplies one row instead of seven, which BLAS may sum in another order: a rounding for each of the
+    # `hidden_size` terms.
     np.testing.assert_allclose(
         logits, run.logits[:, -1:], rtol=0, atol=CONFIG.hidden_size * 2**-24 * np.abs(run.logits).max()
     )

@@ -10,8 +10,6 @@ from jaxtyping import Float
 
 from refgemma.config import Gemma2Config
 
-Matrix = Float[np.ndarray, "out in"]
-
 
 @runtime_checkable
 class Rows(Protocol):
