@@ -1,23 +1,31 @@
 """The key/value cache as a plain value: what a block has to remember of the tokens before. Checked against the
 recorded cached decoding of transformers 5.23 (`DynamicCache` with sliding layers).
 
-A `Cache` is never changed: `forward` takes one and returns the next. So a prompt can be continued in many ways from
-one cache, and nothing goes wrong when a step is thrown away.
+A `Cache` is never changed: `forward` takes one and returns the next, and its methods return another. So a prompt can be
+continued in many ways from one cache, and nothing goes wrong when a step is thrown away.
 """
 
-from dataclasses import dataclass
-from typing import TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from refgemma.config import Gemma2Config
-from refgemma.precision import Array
+from refgemma.inputs import InputError, as_array
+from refgemma.precision import Array, Rounded, as_dtype, dtype_name
 from refgemma.shapes import KVHeads, Past
+
+LegacyCache: TypeAlias = Sequence[Sequence[Array]]
 
 
 @dataclass(frozen=True)
 class LayerCache:
-    """Keys (already turned to their positions) and values of one layer, and the place of the first one kept."""
+    """Keys (already turned to their positions) and values of one layer, and the place of the first one kept.
+
+    Unpacks and indexes as the pair ``(keys, values)``, which is what a layer is in the legacy format.
+    """
 
     keys: Past
     values: Past
@@ -29,8 +37,143 @@ class LayerCache:
         kept: int = self.keys.shape[2]
         return self.start + kept
 
+    def __iter__(self) -> Iterator[Array]:
+        """Keys, then values."""
+        return iter((self.keys, self.values))
 
-Cache: TypeAlias = tuple[LayerCache, ...]
+    def __getitem__(self, index: int) -> Array:
+        """Keys for 0, values for 1."""
+        return (self.keys, self.values)[index]
+
+    def __len__(self) -> int:
+        """Two, whatever the number of tokens."""
+        return 2
+
+
+class Cache(tuple[LayerCache, ...]):
+    """What all layers remember, one `LayerCache` each.
+
+    A full layer keeps every token, a sliding layer the last ``window - 1``. It is a tuple, so that whoever reads the
+    legacy format (``past[layer][0].shape[2]``) can read it too.
+
+    Examples
+    --------
+    >>> import refgemma
+    >>> tiny = refgemma.load("tiny")
+    >>> cache = refgemma.forward([[2, 300], [2, 400]], tiny.weights, tiny.config).cache
+    >>> cache.get_seq_length(), cache[0].keys.shape
+    (2, (2, 2, 2, 32))
+    >>> cache.reorder([1, 1, 0])[0].keys.shape, cache.crop(1).get_seq_length()
+    ((3, 2, 2, 32), 1)
+    """
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        """How many layers and tokens, not what they are."""
+        return f"Cache({len(self)} layers, {self.get_seq_length()} tokens seen)"
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        """How many tokens the cache has seen; 0 for a cache without layers."""
+        return self[layer].stop if self else 0
+
+    def _rows(self, select: Callable[[Array], Array]) -> "Cache":
+        return Cache(replace(layer, keys=select(layer.keys), values=select(layer.values)) for layer in self)
+
+    def reorder(self, rows: npt.ArrayLike) -> "Cache":
+        """The cache whose row ``i`` is this one's row ``rows[i]``: for beams, and to drop or repeat sequences.
+
+        Raises
+        ------
+        InputError
+            If `rows` are no row numbers of this cache.
+        """
+        picked = as_array(rows, "rows")
+        batch = self[0].keys.shape[0] if self else 0
+        if picked.ndim != 1 or picked.dtype.kind not in "iu" or ((picked < 0) | (picked >= batch)).any():
+            raise InputError(f"rows is {picked.tolist()}: a list of row numbers from 0 to {batch - 1} is needed")
+        return self._rows(lambda x: x[picked])
+
+    def repeat_interleave(self, repeats: Any) -> "Cache":
+        """Every row `repeats` times, beside itself: rows 0, 1 become 0, 0, 1, 1."""
+        if not isinstance(repeats, int | np.integer) or repeats < 1:
+            raise InputError(f"repeats is {repeats!r}: a whole number of at least 1 is needed")
+        return self._rows(lambda x: np.repeat(x, repeats, axis=0))
+
+    def crop(self, max_length: int) -> "Cache":
+        """The cache after its first `max_length` tokens; a negative number takes so many off the end.
+
+        Raises
+        ------
+        InputError
+            If a sliding layer has already dropped keys that the cache would have to hold then.
+        """
+        seen = self.get_seq_length()
+        length = max(max_length + seen, 0) if max_length < 0 else min(max_length, seen)
+        dropped = [n for n, layer in enumerate(self) if layer.start and length < layer.stop]
+        if dropped:
+            raise InputError(
+                f"the cache cannot be cut back to {length} tokens: sliding layer {dropped[0]} has dropped its first "
+                f"{self[dropped[0]].start}; keep an earlier cache (caches are never changed) and go on from that"
+            )
+        return self._rows(lambda x: x[:, :, :length].copy())
+
+    def to_legacy(self) -> tuple[tuple[Array, Array], ...]:
+        """A tuple of plain pairs ``(keys, values)``, each ``(batch, kv_heads, kept, head_dim)``.
+
+        It no longer says how many tokens sliding layers have dropped; see `from_legacy`.
+        """
+        return tuple((layer.keys, layer.values) for layer in self)
+
+    @classmethod
+    def from_legacy(cls, pairs: LegacyCache, config: Gemma2Config, like: Array, seen: int | None = None) -> "Cache":
+        """The cache of a tuple of pairs ``(keys, values)``, one a layer, in the precision of `like`.
+
+        Parameters
+        ----------
+        pairs : sequence of (keys, values)
+            Each ``(batch, kv_heads, kept, head_dim)``, the last `kept` of the tokens seen.
+        seen : int, optional
+            How many tokens the cache has seen. By default as many as the longest layer keeps, which is all of them
+            if a layer is full, or if no window is filled yet.
+
+        Raises
+        ------
+        InputError
+            For a layer that is no such pair, and where the number of tokens seen cannot be told.
+        """
+        layers = [_pair(pair, n, like) for n, pair in enumerate(pairs)]
+        if not layers or len(layers) != config.num_hidden_layers:
+            raise InputError(f"past_key_values has {len(layers)} layers, the model {config.num_hidden_layers}")
+        kept = [keys.shape[2] for keys, _ in layers]
+        total = max(kept) if seen is None else seen
+        told = any(not config.is_sliding(n) for n in range(len(layers))) or total < config.sliding_window - 1
+        if seen is None and not told:
+            raise InputError(
+                "past_key_values is a plain tuple of sliding layers only, which does not say how many tokens it has "
+                "seen; pass cache_position, or the Cache itself"
+            )
+        for n, count in enumerate(kept):
+            needed = min(total, config.sliding_window - 1) if config.is_sliding(n) else total
+            if not needed <= count <= total:
+                raise InputError(
+                    f"past_key_values: layer {n} keeps {count} tokens, but after {total} it has to keep {needed}"
+                )
+        return cls(LayerCache(keys, values, total - count) for (keys, values), count in zip(layers, kept, strict=True))
+
+
+def _pair(pair: Sequence[Array], layer: int, like: Array) -> tuple[Array, Array]:
+    """Keys and values of one layer of the legacy format, checked."""
+    if len(pair) != 2:
+        raise InputError(f"past_key_values[{layer}] has {len(pair)} parts: a pair (keys, values) is needed")
+    name = f"past_key_values[{layer}]"
+    keys, values = (x if isinstance(x, Rounded) else as_array(x, name) for x in pair)
+    if keys.ndim != 4 or keys.shape != values.shape or keys.dtype.kind != "f" or values.dtype.kind != "f":
+        raise InputError(
+            f"past_key_values[{layer}]: keys have shape {keys.shape}, values {values.shape}; both have to be numbers "
+            "of shape (batch, kv_heads, tokens, head_dim)"
+        )
+    return as_dtype(keys, dtype_name(like)), as_dtype(values, dtype_name(like))
 
 
 def empty_cache(config: Gemma2Config, batch: int, like: Array) -> Cache:
@@ -43,7 +186,22 @@ def empty_cache(config: Gemma2Config, batch: int, like: Array) -> Cache:
     (3, 4, 0, 8)
     """
     nothing = np.zeros_like(like, shape=(batch, config.num_key_value_heads, 0, config.head_dim))
-    return (LayerCache(nothing, nothing, start=0),) * config.num_hidden_layers
+    return Cache([LayerCache(nothing, nothing, start=0)] * config.num_hidden_layers)
+
+
+def past_of(cache: Cache | None, config: Gemma2Config, batch: int, like: Array) -> Cache:
+    """The cache to go on from, or an empty one, after a look whether it is one of this model and batch."""
+    nothing = empty_cache(config, batch, like)
+    if cache is None:
+        return nothing
+    kept = [(layer.keys.shape[0], layer.keys.shape[1], layer.keys.shape[3]) for layer in cache]
+    needed = [(batch, config.num_key_value_heads, config.head_dim)] * config.num_hidden_layers
+    if kept != needed or {dtype_name(layer.keys) for layer in cache} != {dtype_name(like)}:
+        raise InputError(
+            f"the cache is one of {len(cache)} layers, not of this model, batch size ({batch}) and "
+            f"precision ({dtype_name(like)}): go on from the cache that an earlier call with the same ones returned"
+        )
+    return cache
 
 
 def extend(past: LayerCache, keys: KVHeads, values: KVHeads) -> LayerCache:

@@ -2,10 +2,14 @@
 and, for the defaults, the Transformers documentation page of Gemma 2."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
+
+from refgemma.activations import ACTIVATIONS, Activation
+from refgemma.files import replace_file
+from refgemma.hub import find_model
 
 SLIDING = "sliding_attention"
 FULL = "full_attention"
@@ -22,6 +26,16 @@ REQUIRED = (
     "head_dim",
     "query_pre_attn_scalar",
 )
+
+LABELS_LIMIT = 2**20  # more classes than any classifier has; their names are written out
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+
+# Left out of a file where they have their defaults: they say how a model is used, not which one it is.
+LEFT_OUT = ("architectures", "dtype", "output_attentions", "output_hidden_states", "problem_type", "return_dict")
+
+
+class Derived(dict[Any, Any]):
+    """A mapping that was filled in, not given: with another `rope_theta` or `num_labels` it is filled in anew."""
 
 
 class ConfigError(ValueError):
@@ -43,29 +57,31 @@ class Gemma2Config:
     num_hidden_layers : int
         Number of blocks.
     num_attention_heads, num_key_value_heads : int
-        Query heads (axis ``heads``) and the key/value heads they share (axis ``kv_heads``).
+        Query heads (axis ``heads``) and the key/value heads they share (axis ``kv_heads``): as many as query heads is
+        multi-head attention, one is multi-query attention. ``None`` means as many as query heads.
     head_dim : int
         Width of one head (axis ``head_dim``); even, because rotary positions turn pairs.
-    hidden_activation : str
-        Always ``"gelu_pytorch_tanh"`` in Gemma 2.
+    hidden_activation : str or callable
+        ``"gelu_pytorch_tanh"`` in every released Gemma 2. Another name of `refgemma.activations`, or a function of an
+        array that returns one of the same shape.
     max_position_embeddings : int
         Longest sequence the model was made for; beyond it ``forward`` warns.
     initializer_range : float
-        Standard deviation of freshly initialised weights.
+        Standard deviation of freshly initialised weights, before the tails are cut off.
     rms_norm_eps : float
         Added to the mean square in every norm.
     use_cache : bool
-        Kept for compatibility; caching is an argument here.
+        Whether the documented classes return ``past_key_values`` when not told.
     pad_token_id, eos_token_id, bos_token_id : int or tuple of int, optional
         Special ids.
     tie_word_embeddings : bool
-        Always true in Gemma 2: the head is the embedding table.
+        Whether the head is the embedding table, as in every released Gemma 2, or has a table of its own.
     rope_theta : float
         Base of the rotary frequencies.
     attention_bias : bool
-        Whether the projections of attention have biases; no released Gemma 2 has them.
+        Whether the four projections of attention have biases; no released Gemma 2 has them.
     attention_dropout : float
-        Inactive outside training, hence never applied here.
+        Accepted and kept; inactive outside training, hence never applied here.
     final_logit_softcapping, attn_logit_softcapping : float, optional
         Caps of the final logits and of the attention scores; ``None`` switches one off.
     query_pre_attn_scalar : float
@@ -74,6 +90,21 @@ class Gemma2Config:
         Keys that a query of a sliding layer may see, itself included.
     layer_types : tuple of str, optional
         ``"sliding_attention"`` or ``"full_attention"`` for each layer; sliding on even layers if not given.
+    rope_parameters : mapping, optional
+        transformers 5.x's way to write `rope_theta`: ``{"rope_type": "default", "rope_theta": 10000.0}``.
+    num_labels : int, optional
+        Classes of a classifier; 2 unless `id2label` says otherwise.
+    id2label, label2id : mapping, optional
+        Names of the classes, and back; ``LABEL_0`` and so on if not given.
+    problem_type : str, optional
+        The loss of a sequence classifier: ``"regression"``, ``"single_label_classification"`` or
+        ``"multi_label_classification"``; told from the labels if not given.
+    output_attentions, output_hidden_states, return_dict : bool
+        What the documented classes return when not told.
+    dtype : str, optional
+        The precision of the weights on disk; ``from_pretrained(dtype="auto")`` computes in it.
+    architectures : tuple of str, optional
+        The class that wrote the checkpoint.
 
     Raises
     ------
@@ -87,6 +118,10 @@ class Gemma2Config:
     ('sliding_attention', 'full_attention', 'sliding_attention')
     >>> Gemma2Config.preset("9b").hidden_size
     3584
+    >>> Gemma2Config(head_dim=7)
+    Traceback (most recent call last):
+    ...
+    refgemma.config.ConfigError: Gemma2Config: head_dim (7) is odd: rotary positions turn pairs
     """
 
     vocab_size: int = 256000
@@ -96,7 +131,7 @@ class Gemma2Config:
     num_attention_heads: int = 16
     num_key_value_heads: int = 16
     head_dim: int = 256
-    hidden_activation: str = "gelu_pytorch_tanh"
+    hidden_activation: str | Callable[[Any], Any] = "gelu_pytorch_tanh"
     max_position_embeddings: int = 8192
     initializer_range: float = 0.02
     rms_norm_eps: float = 1e-6
@@ -113,12 +148,21 @@ class Gemma2Config:
     query_pre_attn_scalar: float = 224
     sliding_window: int = 4096
     layer_types: tuple[str, ...] | None = None
+    rope_parameters: Mapping[str, Any] | None = field(default=None, hash=False)
+    num_labels: int | None = None
+    id2label: Mapping[int, str] | None = field(default=None, hash=False)
+    label2id: Mapping[str, int] | None = field(default=None, hash=False)
+    problem_type: str | None = None
+    output_attentions: bool = False
+    output_hidden_states: bool = False
+    return_dict: bool = True
+    # Where the weights come from: of two equal models these may differ.
+    dtype: str | None = field(default=None, compare=False)
+    architectures: tuple[str, ...] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        # A frozen dataclass is written through object.__setattr__; only the derived default is filled in here.
-        if self.layer_types is None and _is_size(self.num_hidden_layers):
-            alternating = tuple(FULL if layer % 2 else SLIDING for layer in range(self.num_hidden_layers))
-            object.__setattr__(self, "layer_types", alternating)
+        for name, value in _derived(self).items():
+            object.__setattr__(self, name, value)  # the way to write a frozen dataclass; only derived values are
         for problem in _problems(self):
             raise ConfigError(f"Gemma2Config: {problem}")
 
@@ -132,6 +176,25 @@ class Gemma2Config:
         """What the attention scores are multiplied by: ``query_pre_attn_scalar ** -0.5``."""
         return float(self.query_pre_attn_scalar**-0.5)
 
+    @property
+    def activation(self) -> Activation:
+        """The function that `hidden_activation` names, or is."""
+        named = self.hidden_activation
+        return ACTIVATIONS[named] if isinstance(named, str) else named
+
+    def changed(self, **changes: Any) -> "Gemma2Config":
+        """The configuration with other values, and what follows from them.
+
+        Examples
+        --------
+        >>> Gemma2Config().changed(num_hidden_layers=1).layer_types
+        ('sliding_attention',)
+        """
+        if unknown := changes.keys() - {f.name for f in fields(self)}:
+            raise ConfigError(f"Gemma2Config: there is no field {min(unknown)!r}")
+        anew = {"id2label": "num_labels", "num_hidden_layers": "layer_types"}
+        return replace(self, **{anew[name]: None for name in changes if name in anew} | changes)
+
     def to_dict(self) -> dict[str, Any]:
         """The configuration with the keys of a Hugging Face ``config.json``.
 
@@ -140,8 +203,33 @@ class Gemma2Config:
         >>> Gemma2Config.from_dict(Gemma2Config().to_dict()) == Gemma2Config()
         True
         """
-        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
         return plain | {"model_type": "gemma2", "hidden_act": self.hidden_activation}
+
+    def to_json_string(self) -> str:
+        """The text of a ``config.json``; what says nothing about a model is left out, as transformers does.
+
+        Raises
+        ------
+        ConfigError
+            If `hidden_activation` is a function: a file can only hold a name.
+
+        Examples
+        --------
+        >>> print(Gemma2Config.preset("9b").to_json_string()[:28])
+        {
+          "attention_bias": false,
+        """
+        if not isinstance(self.hidden_activation, str):
+            raise ConfigError(
+                f"Gemma2Config: hidden_activation is the function {self.hidden_activation!r}, which no file can hold; "
+                "put its name in its place"
+            )
+        usual = {f.name: f.default for f in fields(self) if f.name in LEFT_OUT}
+        usual |= {"id2label": _names(2), "label2id": _ids(_names(2)), "num_labels": self.num_labels}
+        values = {k: v for k, v in self.to_dict().items() if k not in usual or usual[k] != v}
+        return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str = "config") -> "Gemma2Config":
@@ -168,11 +256,15 @@ class Gemma2Config:
                 raise ConfigError(f"{source}: {key} = {raw[key]!r} is no part of Gemma 2 and is not computed here")
         if raw.get("use_bidirectional_attention"):
             raise ConfigError(f"{source}: use_bidirectional_attention is not Gemma 2's causal attention")
-        known = {f.name for f in fields(cls)}
-        values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in raw.items() if key in known}
-        values["rope_theta"] = _rope_theta(raw, source)
+        known = {f.name for f in fields(cls)} - {"num_labels"}
+        # null where a field may be left out; any other is kept, and refused where it means nothing.
+        left_out = {f.name for f in fields(cls) if f.default is None and raw.get(f.name) is None}
+        values: dict[str, Any] = {key: value for key, value in raw.items() if key in known - left_out}
         # transformers reads hidden_activation; hidden_act is the older key, which it leaves unread.
         values["hidden_activation"] = raw.get("hidden_activation") or raw.get("hidden_act") or cls.hidden_activation
+        values["dtype"] = raw.get("dtype", raw.get("torch_dtype"))
+        if "id2label" not in values and raw.get("num_labels") is not None:
+            values["num_labels"] = raw["num_labels"]
         try:
             return cls(**values)
         except ConfigError as error:
@@ -190,6 +282,39 @@ class Gemma2Config:
         if not isinstance(raw, dict):
             raise ConfigError(f"{path}: holds a {type(raw).__name__}, not a JSON object")
         return cls.from_dict(raw, source=str(path))
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **changes: Any) -> "Gemma2Config":
+        """Read the ``config.json`` of a model; see `refgemma.hub.find_model` for the names there are.
+
+        Parameters
+        ----------
+        name : str or path
+            ``"tiny"``, ``"conformance"``, a folder, or a hub id whose snapshot is in the Hugging Face cache.
+        **changes
+            Fields to replace.
+
+        Examples
+        --------
+        >>> Gemma2Config.from_pretrained("tiny", num_labels=3).num_labels
+        3
+        """
+        return cls.from_json_file(find_model(name) / "config.json").changed(**changes)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``config.json`` into `folder`, which is made if there is none; the file appears whole or not at all.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Gemma2Config.preset("9b").save_pretrained(folder)
+        ...     Gemma2Config.from_pretrained(folder) == Gemma2Config.preset("9b")
+        True
+        """
+        text = self.to_json_string()
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        replace_file(Path(folder) / "config.json", text.encode())
 
     @classmethod
     def preset(cls, name: str) -> "Gemma2Config":
@@ -237,15 +362,57 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def _rope_theta(raw: Mapping[str, Any], source: str) -> float:
-    """The rotary base: ``rope_theta`` up to transformers 4.x, ``rope_parameters["rope_theta"]`` since 5.x."""
-    parameters = raw.get("rope_parameters") or {}
-    if not isinstance(parameters, Mapping):
-        raise ConfigError(f"{source}: rope_parameters is a {type(parameters).__name__}, not an object")
-    if parameters.get("rope_type", "default") != "default":
-        raise ConfigError(f"{source}: rope_type {parameters['rope_type']!r} is not Gemma 2's; only 'default' is")
-    theta = parameters.get("rope_theta", raw.get("rope_theta", Gemma2Config.rope_theta))
-    return float(theta) if _is_number(theta) else theta
+def _names(count: int) -> "Derived":
+    return Derived({label: f"LABEL_{label}" for label in range(count)})
+
+
+def _ids(names: Mapping[int, str]) -> "Derived":
+    return Derived({name: label for label, name in names.items()})
+
+
+def _derived(config: Gemma2Config) -> dict[str, Any]:
+    """The fields that follow from others; of what cannot be understood nothing, so that `_problems` finds it."""
+    values: dict[str, Any] = {}
+    for name in ("layer_types", "eos_token_id", "architectures"):
+        if isinstance(getattr(config, name), list):
+            values[name] = tuple(getattr(config, name))
+    heads: int | None = config.num_key_value_heads
+    if heads is None:
+        values["num_key_value_heads"] = config.num_attention_heads
+    if config.layer_types is None and _is_size(config.num_hidden_layers):
+        values["layer_types"] = tuple(FULL if layer % 2 else SLIDING for layer in range(config.num_hidden_layers))
+    return values | _rope(config) | _labels(config)
+
+
+def _rope(config: Gemma2Config) -> dict[str, Any]:
+    """The rotary base, and the mapping that says the same."""
+    given: Any = config.rope_parameters
+    if not (given is None or isinstance(given, Mapping)) or set(given or ()) - {"rope_type", "rope_theta"}:
+        return {}
+    told = {} if isinstance(given, Derived) else dict(given or {})
+    theta = told.get("rope_theta", config.rope_theta)
+    theta = float(theta) if _is_number(theta) else theta
+    named = Derived({"rope_type": told.get("rope_type", "default"), "rope_theta": theta})
+    return {"rope_theta": theta, "rope_parameters": named}
+
+
+def _labels(config: Gemma2Config) -> dict[str, Any]:
+    """Number and names of the classes: each follows from the other."""
+    names: Any = config.id2label
+    count = config.num_labels
+    if names is None or isinstance(names, Derived):
+        count = 2 if count is None else count
+        if not _is_size(count) or count > LABELS_LIMIT:
+            return {}
+        names = _names(count)
+    elif isinstance(names, Mapping) and all(str(key).isdecimal() for key in names):
+        names = {int(key): name for key, name in names.items()}  # in JSON every key is a string
+        count = len(names) if count is None else count
+    else:
+        return {}
+    given = config.label2id
+    ids = _ids(names) if given is None or isinstance(given, Derived) else given
+    return {"num_labels": count, "id2label": names, "label2id": ids}
 
 
 def _is_number(value: object) -> bool:
@@ -260,6 +427,18 @@ def _are_ids(value: object, several: bool) -> bool:
     if several and isinstance(value, tuple):
         return all(_are_ids(item, several=False) and item is not None for item in value)
     return value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0)
+
+
+def _label_problems(config: Gemma2Config) -> list[str]:
+    """What is wrong with the classes of a classifier."""
+    found, names = [], config.id2label
+    if not isinstance(names, Mapping) or sorted(names) != list(range(config.num_labels or 0)):
+        found.append(f"id2label must name each of the {config.num_labels!r} labels, 0 and up, not {names!r}")
+    if config.problem_type not in (None, *PROBLEM_TYPES):
+        found.append(f"problem_type must be one of {', '.join(PROBLEM_TYPES)}, not {config.problem_type!r}")
+    if config.problem_type == "single_label_classification" and config.num_labels == 1:
+        found.append("problem_type single_label_classification needs num_labels above 1: one class is no choice")
+    return found
 
 
 def _problems(config: Gemma2Config) -> list[str]:
@@ -287,12 +466,19 @@ def _problems(config: Gemma2Config) -> list[str]:
         )
     if config.head_dim % 2:
         found.append(f"head_dim ({config.head_dim}) is odd: rotary positions turn pairs")
-    if config.hidden_activation != "gelu_pytorch_tanh":
-        found.append(f"hidden_activation {config.hidden_activation!r} is not Gemma 2's 'gelu_pytorch_tanh'")
-    if not config.tie_word_embeddings:
-        found.append("tie_word_embeddings is false: Gemma 2's head is its embedding table")
-    if config.attention_bias:
-        found.append("attention_bias is true: no released Gemma 2 has biases, and they are not computed here")
+    if not callable(config.hidden_activation) and config.hidden_activation not in ACTIVATIONS:
+        found.append(
+            f"hidden_activation {config.hidden_activation!r} is unknown; there are {', '.join(ACTIVATIONS)}, and "
+            "any function of an array"
+        )
+    rope = config.rope_parameters
+    if not isinstance(rope, Derived) or rope["rope_type"] != "default":
+        found.append(f"rope_parameters {rope!r} is not Gemma 2's {{'rope_type': 'default', 'rope_theta': ...}}")
+    if not _is_number(config.attention_dropout) or not 0 <= config.attention_dropout < 1:
+        found.append(f"attention_dropout must be a number from 0 to below 1, not {config.attention_dropout!r}")
+    if not _is_number(config.initializer_range) or config.initializer_range < 0:
+        found.append(f"initializer_range must be a number of at least 0, not {config.initializer_range!r}")
+    found += _label_problems(config)
     kinds = config.layer_types
     named = isinstance(kinds, tuple) and all(kind in (SLIDING, FULL) for kind in kinds)
     if not named or len(kinds or ()) != config.num_hidden_layers:

@@ -1,5 +1,9 @@
-"""What is made of the logits: log probabilities and the language-modelling loss. Checked against transformers 5.23
-`ForCausalLMLoss` on recorded losses."""
+"""What is made of the logits: log probabilities, the losses, and the token a sequence is classified at. Checked against
+transformers 5.23 `ForCausalLMLoss` on recorded losses, and its classifiers and their losses in the parity tests.
+
+Losses are taken in at least float32 and are Python numbers. (Those of transformers' sequence classifiers are bfloat16
+in a bfloat16 model.)
+"""
 
 import numpy as np
 import numpy.typing as npt
@@ -7,9 +11,10 @@ from jaxtyping import Float, Int
 
 from refgemma.inputs import InputError, as_array
 from refgemma.precision import Array, wide
-from refgemma.shapes import Logits
+from refgemma.shapes import Logits, TokenIds
 
 IGNORED = -100  # the label of a token that does not count
+MULTI_LABEL = "multi_label_classification"
 
 
 def log_softmax(logits: Float[np.ndarray, "*batch vocab"]) -> Float[np.ndarray, "*batch vocab"]:
@@ -25,13 +30,13 @@ def log_softmax(logits: Float[np.ndarray, "*batch vocab"]) -> Float[np.ndarray, 
     return log_probabilities
 
 
-def cross_entropy(logits: Float[np.ndarray, "tokens vocab"], labels: Int[np.ndarray, " tokens"]) -> float:
+def cross_entropy(logits: Float[np.ndarray, "tokens classes"], labels: Int[np.ndarray, " tokens"]) -> float:
     """The mean of ``-log p(label)`` over the labels that are not -100, in nats; NaN if there are none, as in torch.
 
     Raises
     ------
     InputError
-        If a label is neither -100 nor in the vocabulary.
+        If a label is neither -100 nor a class.
 
     Examples
     --------
@@ -41,11 +46,51 @@ def cross_entropy(logits: Float[np.ndarray, "tokens vocab"], labels: Int[np.ndar
     counted = labels != IGNORED
     outside = counted & ((labels < 0) | (labels >= logits.shape[-1]))
     if outside.any():
-        raise InputError(f"label {labels[outside][0]} is neither -100 nor one of the {logits.shape[-1]} tokens")
+        raise InputError(
+            f"label {labels[outside][0]} is neither -100 nor one of the {logits.shape[-1]} classes, 0 and up"
+        )
     if not counted.any():
         return float("nan")
     picked: Array = log_softmax(logits[counted])[np.arange(counted.sum()), labels[counted]]
     return -float(np.mean(picked))
+
+
+def mean_squared_error(values: Float[np.ndarray, "*shape"], labels: npt.ArrayLike) -> float:
+    """The mean of ``(value - label) ** 2``.
+
+    Examples
+    --------
+    >>> mean_squared_error(np.array([1.0, 2.0]), [1.0, 4.0])
+    2.0
+    """
+    targets = as_array(labels, "labels")
+    if targets.shape != values.shape or targets.dtype.kind not in "iuf":
+        raise InputError(
+            f"labels have shape {targets.shape} and dtype {targets.dtype}: numbers of shape {values.shape} are needed"
+        )
+    difference = wide(values) - targets
+    return float(np.mean(difference * difference))
+
+
+def binary_cross_entropy(logits: Float[np.ndarray, "*shape"], labels: npt.ArrayLike) -> float:
+    """The mean of ``-y log(sigmoid(z)) - (1 - y) log(1 - sigmoid(z))``: every class is a question of its own.
+
+    Computed as ``max(z, 0) - z y + log(1 + exp(-|z|))``, in which nothing can overflow.
+    Source: ``torch.nn.BCEWithLogitsLoss``.
+
+    Examples
+    --------
+    >>> round(binary_cross_entropy(np.array([[0.0, 1000.0]]), [[1.0, 1.0]]), 4)
+    0.3466
+    """
+    targets = as_array(labels, "labels")
+    if targets.shape != logits.shape or targets.dtype.kind not in "f":
+        raise InputError(
+            f"labels have shape {targets.shape} and dtype {targets.dtype}: "
+            f"numbers from 0.0 to 1.0 of shape {logits.shape} are needed, one for each class"
+        )
+    z = wide(logits)
+    return float(np.mean(np.maximum(z, 0) - z * targets + np.log1p(np.exp(-np.abs(z)))))
 
 
 def causal_lm_loss(logits: Logits, labels: npt.ArrayLike) -> float:
@@ -73,3 +118,81 @@ def causal_lm_loss(logits: Logits, labels: npt.ArrayLike) -> float:
             f"whole numbers of shape {logits.shape[:2]} are needed"
         )
     return cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), targets[:, 1:].ravel())
+
+
+def last_tokens(input_ids: TokenIds, pad_token_id: int) -> Int[np.ndarray, " batch"]:
+    """The place of the rightmost token that is not padding, in each row; 0 where all of it is padding.
+
+    It is the last token of the text with padding on either side. Padding is told by its id, not by the attention mask.
+    Source: transformers ``GenericForSequenceClassification``.
+
+    Examples
+    --------
+    >>> last_tokens(np.array([[5, 6, 0, 0], [0, 0, 5, 6]]), pad_token_id=0)
+    array([1, 3])
+    """
+    places = np.arange(input_ids.shape[1])
+    last: Array = np.argmax(places * (input_ids != pad_token_id), axis=-1)
+    return last
+
+
+def sequence_classification_loss(
+    logits: Float[np.ndarray, "batch labels"], labels: npt.ArrayLike, problem_type: str | None
+) -> float:
+    """The loss of a sequence classifier.
+
+    Parameters
+    ----------
+    logits : (batch, num_labels)
+    labels : array
+        Regression: numbers, of shape ``(batch,)`` for one class and ``(batch, num_labels)`` for several.
+        Single label: the class of each sequence, whole numbers of shape ``(batch,)``, -100 to leave one out.
+        Multi-label: for each sequence and class a number from 0.0 to 1.0.
+    problem_type : str, optional
+        Which of the three. If not given, one class is a regression, whole numbers are single labels, and other numbers
+        multi-label, as in transformers; which notes its guess in the configuration, where it holds for later calls.
+
+    Source: transformers ``ForSequenceClassificationLoss``.
+
+    Examples
+    --------
+    >>> sequence_classification_loss(np.array([[1.0], [2.0]]), [1.0, 4.0], None)
+    2.0
+    >>> round(sequence_classification_loss(np.zeros((2, 4)), [3, 0], None), 4)
+    1.3863
+    """
+    targets, num_labels = as_array(labels, "labels"), logits.shape[1]
+    whole = targets.dtype.kind in "iu"
+    guessed = "regression" if num_labels == 1 else "single_label_classification" if whole else MULTI_LABEL
+    match problem_type or guessed:
+        case "regression" if num_labels == 1:
+            return mean_squared_error(logits[:, 0], targets.reshape(-1))
+        case "regression":
+            return mean_squared_error(logits, targets)
+        case "multi_label_classification":
+            return binary_cross_entropy(logits, targets)
+    if not whole or targets.size != len(logits):
+        raise InputError(
+            f"labels have shape {targets.shape} and dtype {targets.dtype}: "
+            f"the class of each of the {len(logits)} sequences is needed, whole numbers from 0 to {num_labels - 1}"
+        )
+    return cross_entropy(logits, targets.reshape(-1))
+
+
+def token_classification_loss(logits: Float[np.ndarray, "batch seq labels"], labels: npt.ArrayLike) -> float:
+    """Cross entropy over all tokens whose label is not -100.
+
+    Source: transformers ``ForTokenClassification``.
+
+    Examples
+    --------
+    >>> round(token_classification_loss(np.zeros((1, 3, 4)), [[1, -100, 3]]), 4)
+    1.3863
+    """
+    targets = as_array(labels, "labels")
+    if targets.shape != logits.shape[:2] or targets.dtype.kind not in "iu":
+        raise InputError(
+            f"labels have shape {targets.shape} and dtype {targets.dtype}: "
+            f"whole numbers of shape {logits.shape[:2]} are needed"
+        )
+    return cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.ravel())

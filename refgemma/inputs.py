@@ -2,15 +2,17 @@
 transformers 5.23 `Gemma2Model.forward` (positions, masks, continuation of a cache)."""
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
-from refgemma.config import Gemma2Config
-from refgemma.shapes import Positions, TokenIds
+from refgemma.config import FULL, SLIDING, Gemma2Config
+from refgemma.precision import Rounded
+from refgemma.shapes import Hidden, Mask, Positions, TokenIds
 
 
 class InputError(ValueError):
@@ -21,10 +23,11 @@ class InputError(ValueError):
 class Inputs:
     """One call's inputs. A *place* counts all tokens of a sequence from its first, padding included."""
 
-    input_ids: TokenIds
+    tokens: TokenIds | Hidden  # ids to look up, or what stands in for their embeddings
     places: Int[np.ndarray, " seq"]  # of this call's tokens; masks are functions of places
     positions: Positions  # what the rotary angles are taken of; the places, unless the caller says otherwise
     visible: Bool[np.ndarray, "batch total"]  # false for padding; over all places up to the last of this call
+    masks: Mapping[str, Mask] | None = None  # ready-made, for each type of layer: then nothing else hides a key
 
 
 def as_array(value: npt.ArrayLike, name: str) -> npt.NDArray[Any]:
@@ -111,12 +114,68 @@ def position_ids_of(
     return np.broadcast_to(positions, (batch, len(places)))
 
 
+def embeddings(inputs_embeds: npt.ArrayLike, hidden_size: int) -> Float[np.ndarray, "batch seq hidden"]:
+    """`inputs_embeds` as an array of numbers ``(batch, seq, hidden)``."""
+    given = inputs_embeds if isinstance(inputs_embeds, Rounded) else as_array(inputs_embeds, "inputs_embeds")
+    if given.dtype.kind != "f" or given.ndim != 3 or given.shape[2] != hidden_size or given.size == 0:
+        raise InputError(
+            f"inputs_embeds has shape {given.shape} and dtype {given.dtype}: "
+            f"numbers of shape (batch, seq, {hidden_size}) are needed"
+        )
+    return given
+
+
+def ready_mask(mask: npt.ArrayLike, batch: int, seq: int, total: int, heads: int) -> Mask:
+    """A mask ``(batch, 1 or heads, seq, total)`` that a caller has made: true where a query may see a key, or numbers.
+
+    Numbers are added to the scores: 0 where a query may see a key, the lowest of the format where it may not.
+    """
+    given = mask if isinstance(mask, Rounded) else as_array(mask, "attention_mask")
+    if given.ndim != 4 or given.dtype.kind not in "bf":
+        raise InputError(
+            f"attention_mask has shape {given.shape} and dtype {given.dtype}: with four axes, it is a mask of "
+            "true and false or of numbers to add to the scores"
+        )
+    wanted = (batch, heads, seq, total)
+    if any(length not in (1, full) for length, full in zip(given.shape[:2], wanted[:2], strict=True)) or (
+        given.shape[2:] != wanted[2:]
+    ):
+        raise InputError(
+            f"attention_mask has shape {given.shape}: (batch, 1 or heads, seq, tokens so far) = "
+            f"{(batch, f'1 or {heads}', seq, total)} is needed"
+        )
+    if given.dtype.kind == "f" and (np.isnan(given).any() or (given == np.inf).any()):
+        raise InputError("attention_mask holds NaN or plus infinity: scores cannot be told apart after that is added")
+    blind = (given == -np.inf).all(axis=-1)
+    if blind.any():
+        row, head, query = np.argwhere(blind)[0]
+        raise InputError(
+            f"attention_mask[{row}, {head}, {query}] is minus infinity for every key, which makes NaN of its softmax; "
+            f"use np.finfo(np.float32).min"
+        )
+    return np.broadcast_to(given, (batch, *given.shape[1:]), subok=True)
+
+
+def ready_masks(attention_mask: Any, batch: int, seq: int, total: int, heads: int) -> Mapping[str, Mask] | None:
+    """Masks by type of layer, if that is what `attention_mask` is: one of four axes for all, or a mapping."""
+    if isinstance(attention_mask, Mapping):
+        if set(attention_mask) != {SLIDING, FULL}:
+            raise InputError(
+                f"attention_mask has the keys {sorted(attention_mask)}: {FULL!r} and {SLIDING!r} are needed"
+            )
+        return {kind: ready_mask(mask, batch, seq, total, heads) for kind, mask in attention_mask.items()}
+    if attention_mask is None or as_array(attention_mask, "attention_mask").ndim != 4:
+        return None
+    return dict.fromkeys((SLIDING, FULL), ready_mask(attention_mask, batch, seq, total, heads))
+
+
 def check_inputs(
-    input_ids: npt.ArrayLike,
+    input_ids: npt.ArrayLike | None,
     config: Gemma2Config,
-    attention_mask: npt.ArrayLike | None = None,
+    attention_mask: Any = None,
     position_ids: npt.ArrayLike | None = None,
     seen: int = 0,
+    inputs_embeds: npt.ArrayLike | None = None,
 ) -> Inputs:
     """All inputs of one call, after `seen` tokens that are in the cache already.
 
@@ -125,9 +184,15 @@ def check_inputs(
     InputError
         Saying which input is wrong, where, and what is needed.
     """
-    ids = token_ids(input_ids, config.vocab_size)
-    batch, seq = ids.shape
+    if (input_ids is None) == (inputs_embeds is None):
+        raise InputError("give either input_ids or inputs_embeds, and only one of them")
+    if inputs_embeds is not None:
+        tokens = embeddings(inputs_embeds, config.hidden_size)
+    else:
+        tokens = token_ids(input_ids, config.vocab_size)  # type: ignore[arg-type]  # not None: see above
+    batch, seq = tokens.shape[:2]
     places = np.arange(seen, seen + seq)
-    visible = attention_mask_of(attention_mask, batch, seen + seq)
+    masks = ready_masks(attention_mask, batch, seq, seen + seq, config.num_attention_heads)
+    visible = attention_mask_of(attention_mask if masks is None else None, batch, seen + seq)
     positions = position_ids_of(position_ids, places, batch, config.max_position_embeddings)
-    return Inputs(ids, places, positions, visible)
+    return Inputs(tokens, places, positions, visible, masks)

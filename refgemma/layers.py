@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
+from refgemma.activations import Activation
 from refgemma.cache import LayerCache, extend
-from refgemma.ops import attention_scores, gelu_tanh, linear, repeat_kv, rms_norm, rotate, soft_cap, softmax
+from refgemma.ops import attention_scores, linear, repeat_kv, rms_norm, rotate, soft_cap, softmax
 from refgemma.precision import Array
 from refgemma.shapes import Heads, Hidden, Intermediate, KVHeads, Mask, Merged, RotaryTable, Scores
 from refgemma.weights.parameters import LayerWeights
@@ -40,7 +41,7 @@ class FeedForward:
 
     gate: Intermediate
     up: Intermediate
-    gelu: Intermediate
+    gelu: Intermediate  # or what another activation makes of gate
     product: Intermediate
     out: Hidden
 
@@ -84,15 +85,15 @@ def attention(
         Keys and values of the tokens before this call.
     cos, sin : (batch, 1, seq, head_dim)
         From `rotary_tables`.
-    mask : (batch, 1, seq, keys)
-        True where a query may see a key; ``keys`` counts the past, then this call.
+    mask : (batch, 1 or heads, seq, keys)
+        True where a query may see a key, or what is added to the scores; ``keys`` counts the past, then this call.
     scale, cap : float
         ``query_pre_attn_scalar ** -0.5`` (not ``head_dim ** -0.5``) and the cap of the scores.
     """
     head_dim = cos.shape[-1]
-    q = split_heads(linear(x, weights.q_proj), head_dim)
-    k = split_heads(linear(x, weights.k_proj), head_dim)
-    v = split_heads(linear(x, weights.v_proj), head_dim)
+    q = split_heads(linear(x, weights.q_proj, weights.q_proj_bias), head_dim)
+    k = split_heads(linear(x, weights.k_proj, weights.k_proj_bias), head_dim)
+    v = split_heads(linear(x, weights.v_proj, weights.v_proj_bias), head_dim)
     q_rot = rotate(q, cos, sin)
     k_rot = rotate(k, cos, sin)
 
@@ -105,25 +106,25 @@ def attention(
     capped = soft_cap(scores, cap)
     probs = softmax(capped, mask)
     mixed = merge_heads(probs @ values)
-    out = linear(mixed, weights.o_proj)
+    out = linear(mixed, weights.o_proj, weights.o_proj_bias)
     return Attention(q, k, v, q_rot, k_rot, scores, capped, probs, mixed, out, present)
 
 
-def feed_forward(x: Hidden, weights: LayerWeights) -> FeedForward:
-    """The gated feed-forward layer: ``down(gelu(gate(x)) * up(x))``.
+def feed_forward(x: Hidden, weights: LayerWeights, activation: Activation) -> FeedForward:
+    """The gated feed-forward layer: ``down(gelu(gate(x)) * up(x))``; `activation` is `gelu_tanh` in Gemma 2.
 
     Source: transformers ``Gemma2MLP``; Shazeer 2020, arXiv:2002.05202.
     """
     gate = linear(x, weights.gate_proj)
     up = linear(x, weights.up_proj)
-    gelu = gelu_tanh(gate)
+    gelu = activation(gate)
     product = gelu * up
     return FeedForward(gate, up, gelu, product, linear(product, weights.down_proj))
 
 
 def block(
     hidden: Hidden, past: LayerCache, cos: RotaryTable, sin: RotaryTable, mask: Mask, weights: LayerWeights,
-    scale: float, cap: float | None, eps: float,
+    scale: float, cap: float | None, activation: Activation, eps: float,
 ) -> Block:  # fmt: skip
     """One layer: ``middle = hidden + norm(attention(norm(hidden)))``, ``out = middle + norm(mlp(norm(middle)))``.
 
@@ -136,7 +137,7 @@ def block(
     middle = hidden + post_attention_layernorm
 
     pre_feedforward_layernorm = rms_norm(middle, weights.pre_feedforward_layernorm, eps)
-    fed = feed_forward(pre_feedforward_layernorm, weights)
+    fed = feed_forward(pre_feedforward_layernorm, weights, activation)
     post_feedforward_layernorm = rms_norm(fed.out, weights.post_feedforward_layernorm, eps)
     out = middle + post_feedforward_layernorm
     return Block(

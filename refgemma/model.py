@@ -5,17 +5,17 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from jaxtyping import Bool, Int
 
-from refgemma.cache import Cache, LayerCache, empty_cache, keep_last
-from refgemma.config import Gemma2Config
+from refgemma.cache import Cache, LayerCache, keep_last, past_of
+from refgemma.config import FULL, SLIDING, Gemma2Config
 from refgemma.inputs import InputError, Inputs, check_inputs
 from refgemma.layers import Block, block
 from refgemma.ops import causal_mask, linear, rms_norm, rotary_tables, sliding_mask, soft_cap
-from refgemma.precision import Array, dtype_name, narrow
+from refgemma.precision import Array, narrow
 from refgemma.shapes import Hidden, Logits, Mask, RotaryTable, TokenIds
 from refgemma.weights.parameters import Rows, Weights
 
@@ -34,6 +34,17 @@ class Forward:
     raw_logits: Logits  # before the cap
     logits: Logits
     cache: Cache  # not traced: what the next call continues from
+
+
+@dataclass(frozen=True)
+class Start:
+    """What the blocks of a call begin with."""
+
+    inputs: Inputs
+    past: Cache
+    cos: RotaryTable
+    sin: RotaryTable
+    embedded: Hidden
 
 
 def embed(input_ids: TokenIds, embed_tokens: Rows) -> Hidden:
@@ -66,42 +77,17 @@ def unembed(norm: Hidden, embed_tokens: Rows) -> Logits:
     return np.concatenate([linear(norm, embed_tokens[start : start + HEAD_ROWS]) for start in starts], axis=-1)
 
 
-def layer_mask(
-    layer: int, past: LayerCache, places: Int[np.ndarray, " seq"], visible: Bool[np.ndarray, "batch total"],
-    config: Gemma2Config,
-) -> Mask:  # fmt: skip
-    """What the queries at `places` may see in `layer`: causal, within its window, and no padding."""
-    k_places = np.arange(past.start, places[-1] + 1)
+def layer_mask(layer: int, past: LayerCache, inputs: Inputs, config: Gemma2Config) -> Mask:
+    """What the queries may see in `layer`: causal, within its window, and no padding; or what the caller says."""
+    if inputs.masks is not None:
+        return inputs.masks[SLIDING if config.is_sliding(layer) else FULL][..., past.start :]
+    k_places = np.arange(past.start, inputs.places[-1] + 1)
     if config.is_sliding(layer):
-        allowed = sliding_mask(places, k_places, config.sliding_window)
+        allowed = sliding_mask(inputs.places, k_places, config.sliding_window)
     else:
-        allowed = causal_mask(places, k_places)
-    mask: Mask = allowed & visible[:, None, None, past.start :]
+        allowed = causal_mask(inputs.places, k_places)
+    mask: Mask = allowed & inputs.visible[:, None, None, past.start :]
     return mask
-
-
-def blocks(
-    embedded: Hidden,
-    cos: RotaryTable,
-    sin: RotaryTable,
-    inputs: Inputs,
-    cache: Cache,
-    weights: Weights,
-    config: Gemma2Config,
-) -> Iterator[Block]:
-    """Run the layers one after the other, yielding the record of each `block`; nothing is kept here.
-
-    A caller that keeps nothing either can run a model of any depth in the memory of one layer.
-    """
-    hidden = embedded
-    for layer, past in enumerate(cache):
-        mask = layer_mask(layer, past, inputs.places, inputs.visible, config)
-        record = block(
-            hidden, past, cos, sin, mask, weights.layers[layer],
-            config.attention_scale, config.attn_logit_softcapping, config.rms_norm_eps,
-        )  # fmt: skip
-        yield record
-        hidden = record.out
 
 
 def next_past(layer: int, record: Block, config: Gemma2Config) -> LayerCache:
@@ -110,42 +96,51 @@ def next_past(layer: int, record: Block, config: Gemma2Config) -> LayerCache:
     return keep_last(present, config.sliding_window - 1) if config.is_sliding(layer) else present
 
 
-def past_of(cache: Cache | None, config: Gemma2Config, batch: int, like: Array) -> Cache:
-    """The cache to go on from, or an empty one, after a look whether it is one of this model and batch."""
-    nothing = empty_cache(config, batch, like)
-    if cache is None:
-        return nothing
-    kept = [(layer.keys.shape[0], layer.keys.shape[1], layer.keys.shape[3]) for layer in cache]
-    needed = [(batch, config.num_key_value_heads, config.head_dim)] * config.num_hidden_layers
-    if kept != needed or {dtype_name(layer.keys) for layer in cache} != {dtype_name(like)}:
-        raise InputError(
-            f"the cache is one of {len(cache)} layers, not of this model, batch size ({batch}) and "
-            f"precision ({dtype_name(like)}): go on from the cache that an earlier call with the same ones returned"
-        )
-    return cache
-
-
-def before_blocks(inputs: Inputs, weights: Weights, config: Gemma2Config) -> tuple[RotaryTable, RotaryTable, Hidden]:
-    """The rotary tables, cosines and sines, and the embedded tokens."""
-    embedded = embed(inputs.input_ids, weights.embed_tokens)
+def begin(
+    input_ids: npt.ArrayLike | None, weights: Weights, config: Gemma2Config, attention_mask: Any = None,
+    position_ids: npt.ArrayLike | None = None, cache: Cache | None = None, inputs_embeds: npt.ArrayLike | None = None,
+) -> Start:  # fmt: skip
+    """Check the inputs of a call (as of `forward`), embed its tokens, and take their rotary tables."""
+    inputs = check_inputs(input_ids, config, attention_mask, position_ids, cache[0].stop if cache else 0, inputs_embeds)
+    past = past_of(cache, config, batch=len(inputs.tokens), like=weights.norm)
+    given = inputs.tokens.ndim == 3  # embeddings of the caller's own: they are not scaled
+    embedded = narrow(inputs.tokens, like=weights.norm) if given else embed(inputs.tokens, weights.embed_tokens)
     cos, sin = rotary_tables(inputs.positions, config.head_dim, config.rope_theta, like=embedded)
-    return cos, sin, embedded
+    return Start(inputs, past, cos, sin, embedded)
 
 
-def after_blocks(hidden: Hidden, weights: Weights, config: Gemma2Config) -> tuple[Hidden, Logits, Logits]:
-    """The final norm, the logits, and the capped logits."""
-    norm = rms_norm(hidden, weights.norm, config.rms_norm_eps)
-    raw_logits = unembed(norm, weights.embed_tokens)
-    return norm, raw_logits, soft_cap(raw_logits, config.final_logit_softcapping)
+def blocks(start: Start, weights: Weights, config: Gemma2Config) -> Iterator[Block]:
+    """Run the layers one after the other, yielding the record of each `block`; nothing is kept here.
+
+    A caller that keeps nothing either can run a model of any depth in the memory of one layer.
+    """
+    hidden = start.embedded
+    for layer, past in enumerate(start.past):
+        mask = layer_mask(layer, past, start.inputs, config)
+        record = block(
+            hidden, past, start.cos, start.sin, mask, weights.layers[layer],
+            config.attention_scale, config.attn_logit_softcapping, config.activation, config.rms_norm_eps,
+        )  # fmt: skip
+        yield record
+        hidden = record.out
+
+
+def head(norm: Hidden, weights: Weights, config: Gemma2Config) -> tuple[Logits, Logits]:
+    """The logits of the normed residual stream, before and after the final cap."""
+    if weights.lm_head is None and not config.tie_word_embeddings:
+        raise InputError("these weights have no head: lm_head.weight is missing, and tie_word_embeddings is false")
+    raw_logits = unembed(norm, weights.head)
+    return raw_logits, soft_cap(raw_logits, config.final_logit_softcapping)
 
 
 def forward(
-    input_ids: npt.ArrayLike,
+    input_ids: npt.ArrayLike | None,
     weights: Weights,
     config: Gemma2Config,
-    attention_mask: npt.ArrayLike | None = None,
+    attention_mask: Any = None,
     position_ids: npt.ArrayLike | None = None,
     cache: Cache | None = None,
+    inputs_embeds: npt.ArrayLike | None = None,
 ) -> Forward:
     """Compute every named tensor of the model for a batch of token sequences.
 
@@ -157,12 +152,16 @@ def forward(
         Their precision is the precision of the computation.
     config : Gemma2Config
         The model's numbers.
-    attention_mask : array of 0 and 1, (batch, tokens so far), optional
-        0 marks padding, on either side. Default: no padding.
+    attention_mask : array, optional
+        0 and 1, of shape ``(batch, tokens so far)``: 0 marks padding, on either side. Default: no padding. Or a mask of
+        one's own in place of the causal and sliding ones, see `refgemma.inputs.ready_masks`.
     position_ids : int array (batch, seq), optional
         Positions for the rotary angles; by default each token's place in its row, padding counted, as in transformers.
     cache : Cache, optional
         ``Forward.cache`` of an earlier call, which this one continues. It is not changed.
+    inputs_embeds : array (batch, seq, hidden), optional
+        In place of `input_ids`: what the blocks begin with. Not scaled by ``sqrt(hidden)``, as in transformers 5.x; in
+        4.x they were.
 
     Returns
     -------
@@ -185,30 +184,21 @@ def forward(
     >>> run.layers[3].attention.probs[0, 0].sum(axis=-1).round(3)
     array([1., 1., 1.], dtype=float32)
     """
-    seen = cache[0].stop if cache else 0
-    inputs = check_inputs(input_ids, config, attention_mask, position_ids, seen)
-    past = past_of(cache, config, batch=len(inputs.input_ids), like=weights.norm)
-    cos, sin, embedded = before_blocks(inputs, weights, config)
-    layers = tuple(blocks(embedded, cos, sin, inputs, past, weights, config))
-    norm, raw_logits, logits = after_blocks(layers[-1].out, weights, config)
-    present = tuple(next_past(layer, record, config) for layer, record in enumerate(layers))
-    return Forward(cos, sin, embedded, layers, norm, raw_logits, logits, present)
+    start = begin(input_ids, weights, config, attention_mask, position_ids, cache, inputs_embeds)
+    layers = tuple(blocks(start, weights, config))
+    norm = rms_norm(layers[-1].out, weights.norm, config.rms_norm_eps)
+    raw_logits, logits = head(norm, weights, config)
+    present = Cache(next_past(layer, record, config) for layer, record in enumerate(layers))
+    return Forward(start.cos, start.sin, start.embedded, layers, norm, raw_logits, logits, present)
 
 
 def next_token_logits(
-    input_ids: npt.ArrayLike, weights: Weights, config: Gemma2Config, cache: Cache | None = None
-) -> tuple[Logits, Cache]:
-    """The logits after the last token, and the cache to go on from: `forward` for decoding, one block in memory.
+    input_ids: npt.ArrayLike | None, weights: Weights, config: Gemma2Config, cache: Cache | None = None,
+    attention_mask: Any = None, position_ids: npt.ArrayLike | None = None, inputs_embeds: npt.ArrayLike | None = None,
+) -> tuple[Logits, Cache]:  # fmt: skip
+    """The logits ``(batch, 1, vocab)`` after the last token, and the cache to go on from.
 
-    Parameters
-    ----------
-    input_ids : int array (batch, seq)
-        The prompt, or the tokens that come after those in `cache`; no padding.
-
-    Returns
-    -------
-    logits : (batch, 1, vocab)
-    cache : Cache
+    `forward` for decoding, with its arguments, one block in memory.
 
     Examples
     --------
@@ -220,13 +210,10 @@ def next_token_logits(
     >>> bool(np.allclose(logits, whole[:, -1:], atol=1e-4))
     True
     """
-    seen = cache[0].stop if cache else 0
-    inputs = check_inputs(input_ids, config, seen=seen)
-    past = past_of(cache, config, batch=len(inputs.input_ids), like=weights.norm)
-    cos, sin, embedded = before_blocks(inputs, weights, config)
+    start = begin(input_ids, weights, config, attention_mask, position_ids, cache, inputs_embeds)
     present = []
-    for layer, record in enumerate(blocks(embedded, cos, sin, inputs, past, weights, config)):
-        hidden = record.out
+    for layer, record in enumerate(blocks(start, weights, config)):
+        hidden = record.out[:, -1:]
         present.append(next_past(layer, record, config))
-    _, _, logits = after_blocks(hidden[:, -1:], weights, config)
-    return logits, tuple(present)
+    norm = rms_norm(hidden, weights.norm, config.rms_norm_eps)
+    return head(norm, weights, config)[1], Cache(present)

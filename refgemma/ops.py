@@ -14,10 +14,14 @@ from refgemma.precision import Array, narrow, wide
 from refgemma.shapes import Mask, Positions, RotaryTable, Scores
 
 
-def linear(x: Float[np.ndarray, "*batch in"], weight: Float[np.ndarray, "out in"]) -> Float[np.ndarray, "*batch out"]:
-    """Project: ``y[..., o] = sum_i x[..., i] * weight[o, i]``, with the weight as the checkpoint stores it.
+def linear(
+    x: Float[np.ndarray, "*batch in"],
+    weight: Float[np.ndarray, "out in"],
+    bias: Float[np.ndarray, " out"] | None = None,
+) -> Float[np.ndarray, "*batch out"]:
+    """Project: ``y[..., o] = sum_i x[..., i] * weight[o, i] + bias[o]``, with the weight as the checkpoint stores it.
 
-    In half precision the sum is taken in float32 and rounded once.
+    In half precision the sum is taken in float32, the bias included, and rounded once.
     Source: ``torch.nn.functional.linear``.
 
     Examples
@@ -25,8 +29,10 @@ def linear(x: Float[np.ndarray, "*batch in"], weight: Float[np.ndarray, "out in"
     >>> linear(np.array([1.0, 2.0]), np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]))
     array([1., 2., 3.])
     """
-    y: Array = x @ weight.T
-    return y
+    if bias is None:
+        y: Array = x @ weight.T
+        return y
+    return narrow(wide(x) @ wide(weight).T + wide(bias), like=x)
 
 
 def rms_norm(
@@ -183,6 +189,7 @@ def sliding_mask(
 def softmax(scores: Scores, mask: Mask) -> Scores:
     """Weights over the visible keys: ``p[j] = exp(s[j]) / sum_k exp(s[k])``, and 0 where the mask is false.
 
+    A mask of numbers, which a caller may hand in, is added to the scores instead.
     Computed in (at least) float32 and rounded once. A query that may see no key at all, which only a padding token
     can be, weighs all keys alike; no real token looks at a padding token, so its row reaches no result. PyTorch's
     arithmetic gives the same in float32 and bfloat16; in float16 it gives other weights and in float64 NaN, so compare
@@ -195,9 +202,9 @@ def softmax(scores: Scores, mask: Mask) -> Scores:
     array([[1. , 0. ],
            [0.5, 0.5]])
     """
-    scores_wide = wide(scores)
     # The lowest finite number, not minus infinity: a row without any visible key would give NaN.
-    masked = np.where(mask, scores_wide, np.finfo(scores_wide.dtype).min)
+    lowest = np.finfo(scores.dtype).min
+    masked = np.where(mask, wide(scores), lowest) if mask.dtype == bool else wide(scores + mask)
     exponentials = np.exp(masked - np.max(masked, axis=-1, keepdims=True))  # the largest is 1: no overflow
     return narrow(exponentials / np.sum(exponentials, axis=-1, keepdims=True), like=scores)
 

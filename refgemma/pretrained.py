@@ -14,7 +14,6 @@ from refgemma.weights.parameters import Weights
 
 PACKAGED = Path(__file__).parent / "checkpoints"
 TOKENIZER = "tokenizer.model"
-RESIDENT_BYTES = 4 * 2**30  # a model that needs more is read from disk a layer at a time
 
 
 @dataclass(frozen=True)
@@ -80,9 +79,7 @@ def load(name: str | Path = "tiny", dtype: str = "float32") -> Pretrained:
     """
     folder = model_folder(name)
     checkpoint = open_checkpoint(folder)
-    needed = checkpoint.parameters * (8 if dtype == "float64" else 4)
-    weights = checkpoint.resident(dtype) if needed <= RESIDENT_BYTES else checkpoint.streamed(dtype)
-    return Pretrained(folder, checkpoint.config, weights, _stop_ids(folder, checkpoint.config))
+    return Pretrained(folder, checkpoint.config, checkpoint.weights(dtype), _stop_ids(folder, checkpoint.config))
 
 
 def _stop_ids(folder: Path, config: Gemma2Config) -> frozenset[int]:

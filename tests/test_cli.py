@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from refgemma.__main__ import CUT_OFF, DIFFERS, MISUSE, OK, main
+from refgemma.activations import ACTIVATIONS
 from refgemma.oracle.verify import case_names
 from refgemma.pretrained import model_folder
 
@@ -52,7 +53,8 @@ def test_verify_prints_a_row_a_case(capsys) -> None:
 
 
 def test_verify_names_the_first_diverging_tensor(capsys, monkeypatch) -> None:
-    monkeypatch.setattr("refgemma.layers.gelu_tanh", lambda x: x)
+    monkeypatch.setitem(ACTIVATIONS, "gelu_pytorch_tanh", lambda x: x)
+    monkeypatch.setattr("refgemma.ops.gelu_tanh", lambda x: x)
     assert main(["verify", "bends-forward-f32"]) == DIFFERS
     assert "DIFFERS first at layers.0.feed_forward.gelu" in capsys.readouterr().out
     assert main(["verify", "bends-forward-f32", "--json"]) == DIFFERS

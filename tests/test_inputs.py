@@ -78,5 +78,5 @@ def test_labels() -> None:
         causal_lm_loss(logits, [[1, 2]])
     with pytest.raises(InputError, match="labels is ragged"):
         causal_lm_loss(logits, [[1, 2, 3], [1]])
-    with pytest.raises(InputError, match="label 61 is neither -100 nor one of the 61 tokens"):
+    with pytest.raises(InputError, match="label 61 is neither -100 nor one of the 61 classes"):
         causal_lm_loss(logits, [[1, 61, 2]])

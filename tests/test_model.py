@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import refgemma
-from refgemma.cache import empty_cache
+from refgemma.cache import Cache, empty_cache
 from refgemma.model import HEAD_ROWS, forward, next_token_logits, unembed
 from refgemma.ops import causal_mask, sliding_mask
 from refgemma.oracle.trace import named_tensors
@@ -187,7 +187,7 @@ def test_a_cache_of_another_model_batch_or_precision_is_refused() -> None:
     weights = CHECKPOINT.resident()
     cache = forward(IDS, weights, CONFIG).cache
     wrong = {
-        "fewer layers": (IDS, weights, cache[:2]),
+        "fewer layers": (IDS, weights, Cache(cache[:2])),
         "another batch": (IDS[:1], weights, cache),
         "another precision": (IDS, CHECKPOINT.resident("bfloat16"), cache),
     }

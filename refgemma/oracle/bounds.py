@@ -35,9 +35,12 @@ def gamma(n: int) -> float:
     return n * U / (1 - n * U)
 
 
-def linear(x: Array, weight: Array) -> Array:
-    """A sum of n products: ``gamma(n) * sum |x| |w|``."""
-    return gamma(x.shape[-1]) * (np.abs(_f64(x)) @ np.abs(_f64(weight)).T)
+def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
+    """A sum of n products: ``gamma(n) * sum |x| |w|``; a bias is one term more."""
+    terms = np.abs(_f64(x)) @ np.abs(_f64(weight)).T
+    if bias is None:
+        return gamma(x.shape[-1]) * terms
+    return gamma(x.shape[-1] + 1) * (terms + np.abs(_f64(bias)))
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:

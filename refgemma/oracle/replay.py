@@ -29,8 +29,10 @@ class Operation:
     bound: Callable[..., Array]
 
 
-def _heads(function: Callable[..., Array], weight: Array, head_dim: int) -> Callable[[Array], Array]:
-    return lambda x: split_heads(function(x, weight), head_dim)
+def _heads(
+    function: Callable[..., Array], weight: Array, bias: Array | None, head_dim: int
+) -> Callable[[Array], Array]:
+    return lambda x: split_heads(function(x, weight, bias), head_dim)
 
 
 def attention_operations(
@@ -58,10 +60,14 @@ def attention_operations(
             Operation(
                 p + letter,
                 (source,),
-                _heads(ops.linear, weight, head_dim),
-                _heads(bounds.linear, weight, head_dim),
+                _heads(ops.linear, weight, bias, head_dim),
+                _heads(bounds.linear, weight, bias, head_dim),
             )
-            for letter, weight in (("q", weights.q_proj), ("k", weights.k_proj), ("v", weights.v_proj))
+            for letter, weight, bias in (
+                ("q", weights.q_proj, weights.q_proj_bias),
+                ("k", weights.k_proj, weights.k_proj_bias),
+                ("v", weights.v_proj, weights.v_proj_bias),
+            )
         ),
         Operation(p + "q_rot", (p + "q", "cos", "sin"), ops.rotate, bounds.rotate),
         Operation(p + "k_rot", (p + "k", "cos", "sin"), ops.rotate, bounds.rotate),
@@ -69,12 +75,17 @@ def attention_operations(
         Operation(p + "capped", (p + "scores",), partial(ops.soft_cap, cap=cap), partial(bounds.soft_cap, cap=cap)),
         Operation(p + "probs", (p + "capped",), partial(ops.softmax, mask=mask), partial(bounds.softmax, mask=mask)),
         Operation(p + "mixed", (p + "probs", p + "v"), mixed, mixed_bound),
-        _linear(p + "out", p + "mixed", weights.o_proj),
+        _linear(p + "out", p + "mixed", weights.o_proj, weights.o_proj_bias),
     ]
 
 
-def _linear(name: str, source: str, weight: Array) -> Operation:
-    return Operation(name, (source,), partial(ops.linear, weight=weight), partial(bounds.linear, weight=weight))
+def _linear(name: str, source: str, weight: Array, bias: Array | None = None) -> Operation:
+    return Operation(
+        name,
+        (source,),
+        partial(ops.linear, weight=weight, bias=bias),
+        partial(bounds.linear, weight=weight, bias=bias),
+    )
 
 
 def _norm(name: str, source: str, weight: Array, eps: float) -> Operation:
@@ -94,7 +105,7 @@ def block_operations(layer: int, weights: LayerWeights, config: Gemma2Config, ma
     """The operations of block `layer`, in order."""
     p, eps = f"layers.{layer}.", config.rms_norm_eps
     source = f"layers.{layer - 1}.out" if layer else "embedded"
-    f = p + "feed_forward."
+    f, is_gelu = p + "feed_forward.", config.hidden_activation == "gelu_pytorch_tanh"
     return [
         _norm(p + "input_layernorm", source, weights.input_layernorm, eps),
         *attention_operations(p, p + "input_layernorm", weights, config, mask),
@@ -103,7 +114,8 @@ def block_operations(layer: int, weights: LayerWeights, config: Gemma2Config, ma
         _norm(p + "pre_feedforward_layernorm", p + "middle", weights.pre_feedforward_layernorm, eps),
         _linear(f + "gate", p + "pre_feedforward_layernorm", weights.gate_proj),
         _linear(f + "up", p + "pre_feedforward_layernorm", weights.up_proj),
-        Operation(f + "gelu", (f + "gate",), ops.gelu_tanh, bounds.gelu_tanh),
+        # Of another activation no bound is derived: it is judged as part of the layer only.
+        *([Operation(f + "gelu", (f + "gate",), ops.gelu_tanh, bounds.gelu_tanh)] if is_gelu else []),
         Operation(f + "product", (f + "gelu", f + "up"), np.multiply, bounds.product),
         _linear(f + "out", f + "product", weights.down_proj),
         _norm(p + "post_feedforward_layernorm", f + "out", weights.post_feedforward_layernorm, eps),
@@ -126,8 +138,8 @@ def model_operations(
     for layer, mask in enumerate(masks):
         yield from block_operations(layer, weights.layers[layer], config, mask)
     yield _norm("norm", f"layers.{len(masks) - 1}.out", weights.norm, config.rms_norm_eps)
-    table = rows[:]
-    yield Operation("raw_logits", ("norm",), lambda x: unembed(x, rows), partial(bounds.linear, weight=table))
+    table = weights.head[:]
+    yield Operation("raw_logits", ("norm",), lambda x: unembed(x, table), partial(bounds.linear, weight=table))
     cap = config.final_logit_softcapping
     yield Operation("logits", ("raw_logits",), partial(ops.soft_cap, cap=cap), partial(bounds.soft_cap, cap=cap))
 
@@ -150,6 +162,7 @@ def parts(
     if "cos" not in recorded:
         return
     cos, sin, scale, cap = recorded["cos"], recorded["sin"], config.attention_scale, config.attn_logit_softcapping
+    eps = config.rms_norm_eps
     for layer, mask in enumerate(masks):
         p, layer_weights = f"layers.{layer}.", weights.layers[layer]
         source = f"layers.{layer - 1}.out" if layer else "embedded"
@@ -157,8 +170,8 @@ def parts(
             attended = attention(x, nothing[layer], cos, sin, mask, layer_weights, scale, cap)
             yield from (("attention", name, y) for name, y in named_tensors(attended, p + "attention."))
         if (x := recorded.get(p + "pre_feedforward_layernorm")) is not None:
-            fed = feed_forward(x, layer_weights)
+            fed = feed_forward(x, layer_weights, config.activation)
             yield from (("feed_forward", name, y) for name, y in named_tensors(fed, p + "feed_forward."))
         if (x := recorded.get(source)) is not None:
-            whole = block(x, nothing[layer], cos, sin, mask, layer_weights, scale, cap, config.rms_norm_eps)
+            whole = block(x, nothing[layer], cos, sin, mask, layer_weights, scale, cap, config.activation, eps)
             yield from (("block", name, y) for name, y in named_tensors(whole, p))

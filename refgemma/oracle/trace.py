@@ -12,6 +12,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from refgemma.cache import LayerCache
+from refgemma.files import replace_file
 from refgemma.inputs import InputError
 from refgemma.precision import F16, Array, Rounded
 
@@ -83,11 +84,4 @@ def save_trace(tensors: Mapping[str, Array], path: str | Path, metadata: Mapping
     """
     target = target_file(path)
     content = save({name: stored(x) for name, x in tensors.items()}, dict(metadata))
-    partial = target.with_name(f".{target.name}.{os.getpid()}.part")
-    with partial.open("xb") as file:  # a file of that name is somebody else's
-        try:
-            file.write(content)
-            os.replace(partial, target)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+    replace_file(target, content)

@@ -269,8 +269,8 @@ def _compare_alone(
     padding = golden["attention_mask"].astype(bool)
     inputs = check_inputs(golden["input_ids"], config, attention_mask=padding)
     nothing = empty_cache(config, batch=len(padding), like=weights.norm)
-    masks = [layer_mask(n, past, inputs.places, inputs.visible, config) for n, past in enumerate(nothing)]
-    operations = model_operations(inputs.input_ids, inputs.positions, masks, weights, config)
+    masks = [layer_mask(n, past, inputs, config) for n, past in enumerate(nothing)]
+    operations = model_operations(inputs.tokens, inputs.positions, masks, weights, config)
     for name, computed, bound in replay(recorded, operations):
         ours, theirs = _real_rows(computed, padding), _real_rows(recorded[name], padding)
         allowed = _real_rows(np.broadcast_to(bound, computed.shape), padding)

@@ -19,11 +19,15 @@ import numpy as np
 
 from refgemma.config import Gemma2Config
 from refgemma.precision import Array, as_dtype
+from refgemma.weights.initial import fits_in_memory
 from refgemma.weights.parameters import (
     EMBED_TOKENS,
     LM_HEAD,
     NORM,
+    SCORE_BIAS,
+    SCORE_WEIGHT,
     LayerWeights,
+    Score,
     Weights,
     layer_tensors,
     tensor_shapes,
@@ -39,10 +43,6 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-
-# Sequence and token classifiers store their head beside the model.
-SCORE_WEIGHT = "score.weight"
-SCORE_BIAS = "score.bias"
 
 HEADER_LIMIT = 100_000_000  # bytes: the format's own limit
 MAX_AXES = 64  # NumPy's limit
@@ -452,12 +452,15 @@ def _matched(found: Mapping[str, Stored], config: Gemma2Config, source: Path) ->
     """Give the tensors the names and order of `tensor_shapes`; those of a classifier's head come last."""
     expected = tensor_shapes(config)
     named: dict[str, Stored] = {}
+    bare = EMBED_TOKENS not in found
     for name, tensor in found.items():
         full = f"model.{name}" if f"model.{name}" in expected else name  # saved from a bare Gemma2Model
         if full in named:
             raise CheckpointError(f"{tensor.file}: tensor {name!r} is stored as {named[full].name!r} too; remove one")
         named[full] = tensor
-    head = named.pop(LM_HEAD, None)
+    head = named.pop(LM_HEAD, None) if config.tie_word_embeddings else None
+    if LM_HEAD in expected and LM_HEAD not in named and (bare or SCORE_WEIGHT in named):
+        del expected[LM_HEAD]  # only a causal language model has one
     score = {name: named.pop(name) for name in (SCORE_WEIGHT, SCORE_BIAS) if name in named}
     missing, extra = [name for name in expected if name not in named], [name for name in named if name not in expected]
     if missing or extra:
@@ -480,7 +483,8 @@ def _matched(found: Mapping[str, Stored], config: Gemma2Config, source: Path) ->
 
 
 def _read_layer(tensors: Mapping[str, Stored], layer: int, dtype: str) -> LayerWeights:
-    return LayerWeights(**{name: tensors[stored].read(dtype) for name, stored in layer_tensors(layer).items()})
+    names = layer_tensors(layer, bias=layer_tensors(layer, bias=True)["q_proj_bias"] in tensors)
+    return LayerWeights(**{field: tensors[name].read(dtype) for field, name in names.items()})
 
 
 @dataclass(frozen=True)
@@ -540,7 +544,8 @@ class Checkpoint:
         Its ``config.json``.
     tensors : mapping of str to Stored
         Every tensor of `tensor_shapes`, under that name also if the file leaves out ``model.``; then ``score.weight``
-        and ``score.bias`` of a classifier. A stored ``lm_head.weight`` is the embedding once more and is not listed.
+        and ``score.bias`` of a classifier. A stored ``lm_head.weight`` that is tied is the embedding once more and is
+        not listed.
 
     Examples
     --------
@@ -561,12 +566,24 @@ class Checkpoint:
         """How many numbers `tensors` hold."""
         return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
 
+    def score(self, dtype: str = "float32") -> Score | None:
+        """Read the head of a classifier, if there is one."""
+        if SCORE_WEIGHT not in self.tensors:
+            return None
+        bias = self.tensors[SCORE_BIAS].read(dtype) if SCORE_BIAS in self.tensors else None
+        return Score(self.tensors[SCORE_WEIGHT].read(dtype), bias)
+
+    def weights(self, dtype: str = "float32") -> Weights:
+        """`resident`, or `streamed` if that would take more than 4 GiB."""
+        return self.resident(dtype) if fits_in_memory(self.parameters, dtype) else self.streamed(dtype)
+
     def resident(self, dtype: str = "float32") -> Weights:
         """Read all weights into memory; see `Stored.read` for `dtype` and errors."""
         return Weights(
             embed_tokens=self.tensors[EMBED_TOKENS].read(dtype),
             layers=[_read_layer(self.tensors, layer, dtype) for layer in range(self.config.num_hidden_layers)],
             norm=self.tensors[NORM].read(dtype),
+            lm_head=self.tensors[LM_HEAD].read(dtype) if LM_HEAD in self.tensors else None,
         )
 
     def streamed(self, dtype: str = "float32") -> Weights:
@@ -578,6 +595,7 @@ class Checkpoint:
             embed_tokens=StoredRows(self.tensors[EMBED_TOKENS], dtype),
             layers=StreamedLayers(self.tensors, range(self.config.num_hidden_layers), dtype),
             norm=self.tensors[NORM].read(dtype),
+            lm_head=StoredRows(self.tensors[LM_HEAD], dtype) if LM_HEAD in self.tensors else None,
         )
 
 

@@ -1,7 +1,7 @@
 """The weights of a Gemma 2 as dataclasses with Hugging Face's names, and the table of all tensors with their shapes.
 Checked against the state dict of transformers 5.23 `Gemma2ForCausalLM`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol, runtime_checkable
 
@@ -40,6 +40,10 @@ class LayerWeights:
     up_proj: Float[np.ndarray, "intermediate hidden"]
     down_proj: Float[np.ndarray, "hidden intermediate"]
     post_feedforward_layernorm: Float[np.ndarray, " hidden"]
+    q_proj_bias: Float[np.ndarray, " heads*head_dim"] | None = None  # with config.attention_bias, which Gemma 2 has not
+    k_proj_bias: Float[np.ndarray, " kv_heads*head_dim"] | None = None
+    v_proj_bias: Float[np.ndarray, " kv_heads*head_dim"] | None = None
+    o_proj_bias: Float[np.ndarray, " hidden"] | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,20 @@ class Weights:
     embed_tokens: Rows
     layers: Sequence[LayerWeights]
     norm: Float[np.ndarray, " hidden"]
+    lm_head: Rows | None = None  # a head of its own, which no released Gemma 2 has
+
+    @property
+    def head(self) -> Rows:
+        """The table that scores the tokens: the one that embeds them, unless the head is untied."""
+        return self.embed_tokens if self.lm_head is None else self.lm_head
+
+
+@dataclass(frozen=True)
+class Score:
+    """The head of a classifier; that of a token classifier has a bias."""
+
+    weight: Float[np.ndarray, "labels hidden"]
+    bias: Float[np.ndarray, " labels"] | None = None
 
 
 _INSIDE = {name: f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
@@ -56,19 +74,36 @@ _INSIDE |= {name: f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj"
 
 EMBED_TOKENS = "model.embed_tokens.weight"
 NORM = "model.norm.weight"
-# The head is tied to the embedding; a checkpoint may store it a second time under this name.
+# Where the head is tied to the embedding, a checkpoint may store the same table a second time under this name.
 LM_HEAD = "lm_head.weight"
+# The head of a sequence or token classifier.
+SCORE_WEIGHT = "score.weight"
+SCORE_BIAS = "score.bias"
 
 
-def layer_tensors(layer: int) -> dict[str, str]:
+def _tensor(field: str) -> str:
+    """The name of a field's tensor inside its layer: ``self_attn.q_proj.bias`` for ``q_proj_bias``."""
+    module = field.removesuffix("_bias")
+    return f"{_INSIDE.get(module, module)}.{'weight' if module == field else 'bias'}"
+
+
+def layer_tensors(layer: int, bias: bool = False) -> dict[str, str]:
     """Field of `LayerWeights` -> name of the tensor in a checkpoint, for block `layer`.
+
+    Parameters
+    ----------
+    layer : int
+        Which block.
+    bias : bool
+        Whether the projections of attention have biases.
 
     Examples
     --------
     >>> layer_tensors(3)["q_proj"]
     'model.layers.3.self_attn.q_proj.weight'
     """
-    return {f.name: f"model.layers.{layer}.{_INSIDE.get(f.name, f.name)}.weight" for f in fields(LayerWeights)}
+    names = [f.name for f in fields(LayerWeights) if bias or not f.name.endswith("_bias")]
+    return {name: f"model.layers.{layer}.{_tensor(name)}" for name in names}
 
 
 def tensor_shapes(config: Gemma2Config) -> dict[str, tuple[int, ...]]:
@@ -95,8 +130,50 @@ def tensor_shapes(config: Gemma2Config) -> dict[str, tuple[int, ...]]:
         "up_proj": (intermediate, hidden),
         "down_proj": (hidden, intermediate),
         "post_feedforward_layernorm": (hidden,),
+        "q_proj_bias": (queries,),
+        "k_proj_bias": (keys,),
+        "v_proj_bias": (keys,),
+        "o_proj_bias": (hidden,),
     }
     table: dict[str, tuple[int, ...]] = {EMBED_TOKENS: (config.vocab_size, hidden)}
     for layer in range(config.num_hidden_layers):
-        table |= {name: shapes[field] for field, name in layer_tensors(layer).items()}
-    return table | {NORM: (hidden,)}
+        table |= {name: shapes[field] for field, name in layer_tensors(layer, config.attention_bias).items()}
+    head = {} if config.tie_word_embeddings else {LM_HEAD: (config.vocab_size, hidden)}
+    return table | {NORM: (hidden,)} | head
+
+
+def weights_of(tensors: Mapping[str, Any], config: Gemma2Config) -> Weights:
+    """Put tensors under the names of `tensor_shapes` in their places.
+
+    Examples
+    --------
+    >>> config = Gemma2Config(vocab_size=5, hidden_size=4, intermediate_size=6, num_hidden_layers=1,
+    ...                       num_attention_heads=2, num_key_value_heads=1, head_dim=2)
+    >>> weights = weights_of({name: np.zeros(shape) for name, shape in tensor_shapes(config).items()}, config)
+    >>> weights.layers[0].down_proj.shape
+    (4, 6)
+    """
+    layers = [
+        LayerWeights(**{field: tensors[name] for field, name in layer_tensors(n, config.attention_bias).items()})
+        for n in range(config.num_hidden_layers)
+    ]
+    head = None if config.tie_word_embeddings else tensors.get(LM_HEAD)  # a bare model and a classifier have none
+    return Weights(tensors[EMBED_TOKENS], layers, tensors[NORM], head)
+
+
+def named_weights(weights: Weights) -> Iterator[tuple[str, Any]]:
+    """Every tensor with its name, in the order of `tensor_shapes`; a layer is asked for once, the tables stay `Rows`.
+
+    Examples
+    --------
+    >>> import refgemma
+    >>> [name for name, _ in named_weights(refgemma.load("tiny").weights)][-1]
+    'model.norm.weight'
+    """
+    yield EMBED_TOKENS, weights.embed_tokens
+    for n, layer in enumerate(weights.layers):
+        for field, name in layer_tensors(n, bias=layer.q_proj_bias is not None).items():
+            yield name, getattr(layer, field)
+    yield NORM, weights.norm
+    if weights.lm_head is not None:
+        yield LM_HEAD, weights.lm_head

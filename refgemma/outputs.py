@@ -1,0 +1,137 @@
+"""What the documented classes return: dataclasses that also answer like a dict and a tuple. Checked against
+`ModelOutput` and its subclasses in transformers 5.23."""
+
+from collections.abc import Iterator, KeysView, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from refgemma.cache import Cache
+from refgemma.precision import Array
+
+PastKeyValues = Cache | tuple[tuple[Array, Array], ...]
+
+
+class ModelOutput(Mapping[str, Any]):
+    """A dataclass whose fields are found by attribute, by name and by number; fields that are None are left out.
+
+    Examples
+    --------
+    >>> output = TokenClassifierOutput(logits=np.zeros((1, 2, 3)))
+    >>> output.logits is output["logits"] is output[0], list(output), output.loss
+    (True, ['logits'], None)
+    """
+
+    def _present(self) -> dict[str, Any]:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]  # subclasses are
+        return {name: value for name, value in values.items() if value is not None}
+
+    def __getitem__(self, key: Any) -> Any:
+        """The field of a name, or the fields of a number or slice."""
+        return self._present()[key] if isinstance(key, str) else self.to_tuple()[key]
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of the fields, as of a dict: to unpack the values, use `to_tuple`."""
+        return iter(self._present())
+
+    def __len__(self) -> int:
+        """How many fields are not None."""
+        return len(self._present())
+
+    def keys(self) -> KeysView[str]:
+        """The names of the fields that are not None."""
+        return self._present().keys()
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The fields that are not None, in order: what a model returns with ``return_dict=False``."""
+        return tuple(self._present().values())
+
+    # Comparing arrays has no single answer: an output equals itself only.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+
+@dataclass(frozen=True, eq=False)
+class BaseModelOutputWithPast(ModelOutput):
+    """What `Gemma2Model` returns.
+
+    Attributes
+    ----------
+    last_hidden_state : array (batch, seq, hidden)
+        The residual stream after the final norm.
+    past_key_values : Cache or tuple of pairs, optional
+        With ``use_cache``: what the next call continues from.
+    hidden_states : tuple of arrays (batch, seq, hidden), optional
+        With ``output_hidden_states``: the embeddings, then what each layer gave; of the last layer its normed output,
+        which is `last_hidden_state`.
+    attentions : tuple of arrays (batch, heads, seq, keys), optional
+        With ``output_attentions``: the attention weights of each layer.
+    """
+
+    last_hidden_state: Array
+    past_key_values: PastKeyValues | None = None
+    hidden_states: tuple[Array, ...] | None = None
+    attentions: tuple[Array, ...] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class CausalLMOutputWithPast(ModelOutput):
+    """What `Gemma2ForCausalLM` returns.
+
+    Attributes
+    ----------
+    loss : float, optional
+        With ``labels``: the cross entropy of each token given those before it, in nats a token.
+    logits : array (batch, kept, vocab)
+        Scores of all tokens of the vocabulary, capped.
+    past_key_values, hidden_states, attentions
+        As of `BaseModelOutputWithPast`.
+    """
+
+    loss: np.floating[Any] | None = None
+    logits: Array | None = None
+    past_key_values: PastKeyValues | None = None
+    hidden_states: tuple[Array, ...] | None = None
+    attentions: tuple[Array, ...] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class SequenceClassifierOutputWithPast(ModelOutput):
+    """What `Gemma2ForSequenceClassification` returns.
+
+    Attributes
+    ----------
+    loss : float, optional
+        With ``labels``: mean square, cross entropy or binary cross entropy, after ``config.problem_type``.
+    logits : array (batch, num_labels)
+        Scores of the classes, taken at the last token of each sequence.
+    past_key_values, hidden_states, attentions
+        As of `BaseModelOutputWithPast`.
+    """
+
+    loss: np.floating[Any] | None = None
+    logits: Array | None = None
+    past_key_values: PastKeyValues | None = None
+    hidden_states: tuple[Array, ...] | None = None
+    attentions: tuple[Array, ...] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class TokenClassifierOutput(ModelOutput):
+    """What `Gemma2ForTokenClassification` returns.
+
+    Attributes
+    ----------
+    loss : float, optional
+        With ``labels``: the cross entropy over all tokens whose label is not -100.
+    logits : array (batch, seq, num_labels)
+        Scores of the classes for each token.
+    hidden_states, attentions
+        As of `BaseModelOutputWithPast`.
+    """
+
+    loss: np.floating[Any] | None = None
+    logits: Array | None = None
+    hidden_states: tuple[Array, ...] | None = None
+    attentions: tuple[Array, ...] | None = None

@@ -1,0 +1,160 @@
+"""Fresh weights: a truncated normal, drawn on demand. Checked against the zeros, the shapes and the standard deviation
+of transformers 5.23 `Gemma2PreTrainedModel._init_weights`; that draws a whole normal, the documentation says truncated.
+
+Each block of rows of each tensor has a generator of its own. So a model of any size can be made at once, and a layer's
+weights are the same however often and in whatever order they are asked for.
+"""
+
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from refgemma.config import Gemma2Config
+from refgemma.precision import Array, as_dtype
+from refgemma.weights.parameters import (
+    EMBED_TOKENS,
+    LM_HEAD,
+    NORM,
+    SCORE_BIAS,
+    SCORE_WEIGHT,
+    LayerWeights,
+    Rows,
+    Score,
+    Weights,
+    layer_tensors,
+    tensor_shapes,
+)
+
+BLOCK_ROWS = 1024
+RESIDENT_BYTES = 4 * 2**30
+
+
+def truncated_normal(shape: tuple[int, ...], std: float, rng: np.random.Generator) -> npt.NDArray[np.float32]:
+    """Draw from a normal distribution, and again whatever lies beyond two standard deviations.
+
+    Cutting the tails leaves a standard deviation of ``0.88 * std``, as in TensorFlow's initialiser of that name.
+
+    Examples
+    --------
+    >>> bool(np.abs(truncated_normal((1000,), 0.02, np.random.default_rng(0))).max() <= 0.04)
+    True
+    """
+    drawn = rng.standard_normal(shape, np.float32)
+    while (beyond := np.abs(drawn) > 2).any():
+        drawn[beyond] = rng.standard_normal(int(beyond.sum()), np.float32)
+    return drawn * np.float32(std)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A fresh tensor of which any rows can be had: norms and biases are zero, and so is the embedding of padding.
+
+    Examples
+    --------
+    >>> config = Gemma2Config(vocab_size=3000, hidden_size=8)
+    >>> table = Drawn(EMBED_TOKENS, (3000, 8), config, seed=0, dtype="float32")
+    >>> bool((table[2500:] == table[:][2500:]).all()), table[np.array([[0, 5]])].shape, table[0:1].any()
+    (True, (1, 2, 8), np.False_)
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    config: Gemma2Config
+    seed: int
+    dtype: str
+
+    def _block(self, number: int) -> npt.NDArray[np.float32]:
+        rows = min(BLOCK_ROWS, self.shape[0] - number * BLOCK_ROWS)
+        if len(self.shape) == 1:
+            return np.zeros(rows, np.float32)
+        rng = np.random.default_rng([self.seed, zlib.crc32(self.name.encode()), number])
+        block = truncated_normal((rows, *self.shape[1:]), self.config.initializer_range, rng)
+        padding = self.config.pad_token_id
+        if self.name == EMBED_TOKENS and padding is not None and padding // BLOCK_ROWS == number:
+            block[padding % BLOCK_ROWS] = 0
+        return block
+
+    def __getitem__(self, rows: Any, /) -> Array:
+        """The rows of a slice or of an array of integers."""
+        wanted = np.arange(self.shape[0])[rows]
+        drawn = np.empty((*wanted.shape, *self.shape[1:]), np.float32)
+        for number in np.unique(wanted // BLOCK_ROWS):
+            here = wanted // BLOCK_ROWS == number
+            drawn[here] = self._block(int(number))[wanted[here] % BLOCK_ROWS]
+        return as_dtype(drawn, self.dtype)
+
+
+@dataclass(frozen=True)
+class DrawnLayers(Sequence[LayerWeights]):
+    """The blocks of a fresh model, each drawn when it is asked for."""
+
+    shapes: dict[str, tuple[int, ...]]
+    config: Gemma2Config
+    seed: int
+    dtype: str
+
+    def __len__(self) -> int:
+        """Return the number of blocks."""
+        return self.config.num_hidden_layers
+
+    def __getitem__(self, layer: Any) -> Any:
+        """Draw block `layer`, or a list of those of a slice."""
+        if isinstance(layer, slice):
+            return [self[n] for n in range(len(self))[layer]]
+        number = range(len(self))[layer]
+        names = layer_tensors(number, self.config.attention_bias)
+        drawn = {f: Drawn(name, self.shapes[name], self.config, self.seed, self.dtype) for f, name in names.items()}
+        return LayerWeights(**{field: tensor[:] for field, tensor in drawn.items()})
+
+
+def fits_in_memory(parameters: int, dtype: str) -> bool:
+    """Whether a model is kept in memory, or read or drawn a layer at a time: up to 4 GiB in its precision it is kept.
+
+    Examples
+    --------
+    >>> fits_in_memory(2_922_426, "float32"), fits_in_memory(9_241_705_984, "float32")
+    (True, False)
+    """
+    return parameters * (8 if dtype == "float64" else 4) <= RESIDENT_BYTES
+
+
+def initial_weights(config: Gemma2Config, seed: int = 0, dtype: str = "float32") -> Weights:
+    """Fresh weights of a model; those of one that does not fit into memory are drawn anew each time they are used.
+
+    Examples
+    --------
+    >>> initial_weights(Gemma2Config.preset("27b")).embed_tokens[5:6].shape
+    (1, 4608)
+    """
+    shapes = tensor_shapes(config)
+    resident = fits_in_memory(sum(math.prod(shape) for shape in shapes.values()), dtype)
+
+    def table(name: str) -> Rows:
+        drawn = Drawn(name, shapes[name], config, seed, dtype)
+        return drawn[:] if resident else drawn
+
+    layers = DrawnLayers(shapes, config, seed, dtype)
+    return Weights(
+        embed_tokens=table(EMBED_TOKENS),
+        layers=layers[:] if resident else layers,
+        norm=Drawn(NORM, shapes[NORM], config, seed, dtype)[:],
+        lm_head=None if config.tie_word_embeddings else table(LM_HEAD),
+    )
+
+
+def initial_score(config: Gemma2Config, seed: int = 0, dtype: str = "float32", bias: bool = False) -> Score:
+    """The fresh head of a classifier: normal weights, and a bias of zeros if it has one.
+
+    Examples
+    --------
+    >>> initial_score(Gemma2Config(hidden_size=8, num_labels=3)).weight.shape
+    (3, 8)
+    """
+    labels = config.num_labels or 0  # never None: the configuration fills it in
+    weight = Drawn(SCORE_WEIGHT, (labels, config.hidden_size), config, seed, dtype)[:]
+    return Score(weight, Drawn(SCORE_BIAS, (labels,), config, seed, dtype)[:] if bias else None)
