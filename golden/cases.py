@@ -46,6 +46,13 @@ MODELS: dict[str, tuple[dict[str, object], float, str]] = {
         0.3,
         "another order of the layer types, another rotary base, an eps that counts",
     ),
+    "untied-with-biases": (
+        dict(vocab_size=59, hidden_size=27, intermediate_size=38, num_hidden_layers=2, num_attention_heads=3,
+             num_key_value_heads=1, head_dim=8, query_pre_attn_scalar=13, sliding_window=3,
+             attn_logit_softcapping=2.0, final_logit_softcapping=3.0, attention_bias=True, tie_word_embeddings=False),
+        0.3,
+        "what the configuration allows and no released Gemma 2 has: biases in attention, a head of its own",
+    ),
 }  # fmt: skip
 
 # Which tensors of a run are kept. "full": every tensor. "ends": every tensor of layers 0 and 1, of the others what
@@ -95,6 +102,7 @@ CASES: list[Case] = [
     *_variants("global-first-forward", BOTH, model="global-first", batch=1, calls=(17,)),
     *_variants("global-first-decode", F32, model="global-first", batch=2, calls=(6, *[1] * 9), density="thin",
                why="the first layer is not the one whose cache is cut"),
+    *_variants("untied-with-biases-forward", BOTH, model="untied-with-biases", batch=2, calls=(7,)),
     *_variants("tiny-forward", BOTH, model="tiny", batch=1, calls=(68,), density="ends"),
     *_variants("tiny-left-padded", F32, model="tiny", batch=2, calls=(68,), padding="left", density="logits"),
     *_variants("tiny-right-padded", F32, model="tiny", batch=2, calls=(68,), padding="right", density="logits"),

@@ -50,7 +50,7 @@ Tensors = dict[str, torch.Tensor]
 def random_model(name: str) -> Gemma2ForCausalLM:
     """A small model with seeded weights that are bf16 numbers, so that one set serves every precision."""
     shape, spread, _ = MODELS[name]
-    config = Gemma2Config(**shape, tie_word_embeddings=True)
+    config = Gemma2Config(**shape)
     model = Gemma2ForCausalLM._from_config(config, attn_implementation="eager")
     generator = torch.Generator().manual_seed(SEED + list(MODELS).index(name))
     for parameter in model.parameters():
@@ -76,11 +76,14 @@ def write_model(name: str, root: Path) -> None:
     folder = root / "models" / name
     folder.mkdir(parents=True, exist_ok=True)
     model = random_model(name)
-    tensors = {n: p.bfloat16().contiguous() for n, p in model.state_dict().items() if n != "lm_head.weight"}
+    tensors = {n: p.bfloat16().contiguous() for n, p in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del tensors["lm_head.weight"]  # the embedding once more
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     full = model.config.to_dict()
     kept = [*MODELS["bends"][0], "layer_types", "rope_parameters", "rms_norm_eps", "hidden_activation", "model_type"]
     kept += ["max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings"]
+    kept += ["attention_bias"] if full["attention_bias"] else []
     write_json({key: full[key] for key in kept}, folder / "config.json")
 
 

@@ -47,6 +47,16 @@ from refgemma.weights.parameters import (
 Output = TypeVar("Output", bound=ModelOutput)
 
 
+def _seen(places: Array | None, attention_mask: Any, seq: int) -> int | None:
+    """How many tokens came before: told by the places of these `seq` tokens, or by a mask over all tokens."""
+    if places is not None and places.size:
+        return int(places[0])
+    if attention_mask is None or isinstance(attention_mask, Mapping):
+        return None
+    mask = as_array(attention_mask, "attention_mask")
+    return int(mask.shape[-1] - seq) if mask.ndim in (2, 4) else None
+
+
 def cache_of(
     past_key_values: Cache | LegacyCache | None, config: Gemma2Config, like: Array, seq: int,
     attention_mask: Any, cache_position: npt.ArrayLike | None,
@@ -60,8 +70,7 @@ def cache_of(
     if past_key_values is None or isinstance(past_key_values, Cache):
         cache = past_key_values
     else:
-        mask_length = np.shape(attention_mask)[-1] if np.ndim(attention_mask) in (2, 4) else None
-        seen = int(told[0]) if told is not None else None if mask_length is None else mask_length - seq
+        seen = _seen(told, attention_mask, seq)
         cache = Cache.from_legacy(past_key_values, config, like, seen)
     seen_now = cache.get_seq_length() if cache else 0
     if told is not None and (told != np.arange(seen_now, seen_now + seq)).any():

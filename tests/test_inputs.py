@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from refgemma.config import Gemma2Config
+from refgemma.config import FULL, SLIDING, Gemma2Config
 from refgemma.heads import causal_lm_loss
 from refgemma.inputs import InputError, check_inputs
 
@@ -47,6 +47,64 @@ def test_token_ids(input_ids: object, reason: str) -> None:
 def test_attention_masks(mask: object, reason: str) -> None:
     with pytest.raises(InputError, match=reason):
         check_inputs([[2, 3]], CONFIG, attention_mask=mask, seen=3)
+
+
+LOWEST = np.finfo(np.float32).min
+BLIND = np.zeros((1, 1, 2, 5))
+BLIND[0, 0, 1] = -np.inf
+
+
+@pytest.mark.parametrize(
+    ("mask", "reason"),
+    [
+        (np.ones((1, 1, 2, 5), int), r"shape \(1, 1, 2, 5\) and dtype int64: with four axes, it is a mask of true and"),
+        (np.ones((1, 1, 2, 4), bool), r"\(batch, 1 or heads, seq, tokens so far\) = \(1, '1 or 16', 2, 5\) is needed"),
+        (np.ones((1, 3, 2, 5), bool), r"attention_mask has shape \(1, 3, 2, 5\)"),
+        (np.ones((2, 1, 2, 5), bool), r"attention_mask has shape \(2, 1, 2, 5\)"),
+        (np.full((1, 1, 2, 5), np.nan), "NaN or plus infinity"),
+        (np.full((1, 1, 2, 5), np.inf), "NaN or plus infinity"),
+        (BLIND, r"attention_mask\[0, 0, 1\] is minus infinity for every key.*use np.finfo"),
+        ({"full_attention": BLIND}, "'full_attention' and 'sliding_attention' are needed"),
+        ({"full_attention": np.ones((1, 5)), "sliding_attention": np.ones((1, 5))}, "with four axes"),
+    ],
+)
+def test_masks_of_ones_own(mask: object, reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        check_inputs([[2, 3]], CONFIG, attention_mask=mask, seen=3)
+
+
+def test_a_mask_of_ones_own_is_taken_as_it_is() -> None:
+    """For one head or all of them, one row or all; for both types of layer, or for each its own."""
+    mask = np.where(np.eye(2, 5, dtype=bool), 0, LOWEST).astype(np.float32)[None, None]
+    inputs = check_inputs([[2, 3], [2, 4]], CONFIG, attention_mask=mask, seen=3)
+    assert inputs.masks is not None
+    assert {kind: m.shape for kind, m in inputs.masks.items()} == {FULL: (2, 1, 2, 5), SLIDING: (2, 1, 2, 5)}
+    each = {FULL: mask, SLIDING: np.ones((1, 16, 2, 5), bool)}
+    masks = check_inputs([[2, 3]], CONFIG, attention_mask=each, seen=3).masks
+    assert masks is not None
+    assert masks[SLIDING].all()
+    np.testing.assert_array_equal(masks[FULL], mask)
+
+
+@pytest.mark.parametrize(
+    ("embeds", "reason"),
+    [
+        (np.zeros((1, 2)), r"inputs_embeds has shape \(1, 2\)"),
+        (np.zeros((1, 2, 5)), r"numbers of shape \(batch, seq, 3072\) are needed"),
+        (np.zeros((1, 2, 3072), int), "dtype int64"),
+        (np.zeros((1, 0, 3072)), "inputs_embeds has shape"),
+        ([[1.0], [1.0, 2.0]], "inputs_embeds is ragged"),
+    ],
+)
+def test_embeddings_as_input(embeds: object, reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        check_inputs(None, CONFIG, inputs_embeds=embeds)
+
+
+def test_tokens_or_embeddings_and_only_one_of_them() -> None:
+    for ids, embeds in ((None, None), ([[2]], np.zeros((1, 1, 3072)))):
+        with pytest.raises(InputError, match="either input_ids or inputs_embeds, and only one"):
+            check_inputs(ids, CONFIG, inputs_embeds=embeds)
 
 
 @pytest.mark.parametrize(

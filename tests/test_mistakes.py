@@ -18,6 +18,7 @@ from refgemma.layers import Block, attention, feed_forward
 from refgemma.ops import linear, rms_norm
 from refgemma.oracle import verify as oracle
 from refgemma.precision import bf16, narrow, wide
+from refgemma.weights.parameters import Weights
 
 CORRECT_MODEL_OF = oracle.model_of
 
@@ -41,6 +42,24 @@ def config(**change: Any) -> Callable[[pytest.MonkeyPatch], None]:
         return replace(correct, **values), weights
 
     return lambda monkeypatch: monkeypatch.setattr(oracle, "model_of", wrong_model_of)
+
+
+def weights(change: Callable[[Weights], Weights]) -> Callable[[pytest.MonkeyPatch], None]:
+    """A mistake in what is loaded."""
+
+    def wrong_model_of(about: Any) -> Any:
+        correct, loaded = CORRECT_MODEL_OF(about)
+        return correct, change(loaded)
+
+    return lambda monkeypatch: monkeypatch.setattr(oracle, "model_of", wrong_model_of)
+
+
+def without_bias(letter: str) -> Callable[[Weights], Weights]:
+    bias = f"{letter}_proj_bias"
+    return lambda loaded: replace(
+        loaded,
+        layers=[replace(layer, **{bias: np.zeros_like(getattr(layer, bias))}) for layer in loaded.layers],
+    )
 
 
 def operation(name: str, wrong: Callable[..., Any]) -> Callable[[pytest.MonkeyPatch], None]:
@@ -200,6 +219,13 @@ MISTAKES = [
     Mistake("no post-norms", operation("block", block_without_post_norms), "layers.0.post_attention_layernorm"),
     Mistake("gate and up swapped", operation("feed_forward", feed_forward_swapped), "layers.0.feed_forward.gate"),
     Mistake("another eps", config(rms_norm_eps=1e-5), "layers.0.input_layernorm", "global-first-forward-f32"),
+    *(
+        Mistake(f"no bias of {letter}", weights(without_bias(letter)), f"layers.0.attention.{tensor}",
+                "untied-with-biases-forward-f32")
+        for letter, tensor in (("q", "q"), ("k", "k"), ("v", "v"), ("o", "out"))
+    ),
+    Mistake("an untied head taken for tied", weights(lambda loaded: replace(loaded, lm_head=loaded.embed_tokens)),
+            "raw_logits", "untied-with-biases-forward-f32"),
     Mistake("head without the table's order", operation("unembed", lambda n, t: linear(n, t[:][::-1])), "raw_logits"),
 ]  # fmt: skip
 
