@@ -19,20 +19,24 @@ import numpy as np
 import refgemma
 from refgemma.config import ConfigError
 from refgemma.generation import check_sampling, generate
+from refgemma.hub import ModelNameError, find_model
 from refgemma.inputs import InputError
 from refgemma.model import forward
 from refgemma.oracle.trace import named_tensors, save_trace, target_file
 from refgemma.oracle.verify import CaseResult, Comparison, GoldenError, case_names, verify
-from refgemma.pretrained import Pretrained, load, model_folder
+from refgemma.pretrained import Pretrained, load
 from refgemma.tokenizer import TextStream, TokenizerError
 from refgemma.weights.checkpoint import CheckpointError, open_checkpoint
 from refgemma.weights.parameters import tensor_shapes
 
 OK, DIFFERS, MISUSE, INTERRUPTED, CUT_OFF = 0, 1, 2, 130, 141
 EXIT_CODES = "Exit codes: 0 all is well, 1 verify found a difference, 2 misuse or bad input (one line says which)."
+MODEL_HELP = "tiny, conformance, a Hugging Face folder, or a hub id like google/gemma-2-9b"
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 # What a person can have done wrong, as opposed to a fault of this program.
-MISTAKES = (CheckpointError, ConfigError, GoldenError, InputError, TokenizerError, OSError, UnicodeError)
+MISTAKES = (
+    CheckpointError, ConfigError, GoldenError, InputError, ModelNameError, TokenizerError, OSError, UnicodeError
+)  # fmt: skip
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------
@@ -61,10 +65,13 @@ def parser() -> Parser:
         command.add_argument("--json", action="store_true", help="print JSON instead of text (chat: an object a turn)")
         return command
 
+    def add_hub(command: Parser) -> None:
+        command.add_argument("--revision", default="main", metavar="REV", help="of a hub id: branch, tag or commit")
+        command.add_argument("--download", action="store_true", help="download a hub id that is not in the cache")
+
     def add_model(command: Parser) -> None:
-        command.add_argument(
-            "--model", default="tiny", metavar="tiny|DIR", help="a Hugging Face folder (default: tiny)"
-        )
+        command.add_argument("--model", default="tiny", metavar="MODEL", help=f"{MODEL_HELP} (default: tiny)")
+        add_hub(command)
         command.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of the computation")
 
     def add_sampling(command: Parser) -> None:
@@ -99,7 +106,8 @@ def parser() -> Parser:
     add_model(command)
 
     command = add("info", "print a model's configuration, size and tensors")
-    command.add_argument("model", nargs="?", default="tiny", metavar="tiny|DIR")
+    command.add_argument("model", nargs="?", default="tiny", metavar="MODEL", help=f"{MODEL_HELP} (default: tiny)")
+    add_hub(command)
     return top
 
 
@@ -150,7 +158,7 @@ def stream_text(tokens: Iterator[int], model: Pretrained, show: bool) -> tuple[l
 
 def run_generate(args: argparse.Namespace) -> int:
     """``refgemma generate``."""
-    model = load(args.model, args.dtype)
+    model = load(args.model, args.dtype, args.revision, args.download)
     ids = prompt_ids(args, model)
     tokens = new_tokens(ids, model, args)
     if not args.json:
@@ -180,7 +188,7 @@ def read_line() -> str:
 def run_chat(args: argparse.Namespace) -> int:
     """``refgemma chat``: one JSON object a turn with ``--json``."""
     check_sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
-    model = load(args.model, args.dtype)
+    model = load(args.model, args.dtype, args.revision, args.download)
     messages: list[dict[str, str]] = []
     while True:
         line = read_line()
@@ -264,7 +272,7 @@ def progress(names: list[str]) -> Iterator[str]:
 def run_trace(args: argparse.Namespace) -> int:
     """``refgemma trace``."""
     target_file(args.output)  # before a minute's work, not after it
-    model = load(args.model, args.dtype)
+    model = load(args.model, args.dtype, args.revision, args.download)
     ids = prompt_ids(args, model)
     tensors = {"input_ids": np.array([ids])} | dict(named_tensors(forward([ids], model.weights, model.config)))
     metadata = {
@@ -287,7 +295,7 @@ def run_trace(args: argparse.Namespace) -> int:
 
 def run_info(args: argparse.Namespace) -> int:
     """``refgemma info``."""
-    checkpoint = open_checkpoint(model_folder(args.model))
+    checkpoint = open_checkpoint(find_model(args.model, args.revision, args.download))
     config = checkpoint.config.to_dict()
     table = [
         (name, tuple(shape), str(checkpoint.tensors[name].dtype))

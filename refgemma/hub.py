@@ -1,15 +1,166 @@
-"""Stand-in until the hub helper writes this file."""
+"""Which folder the name of a model means: one of this package, a path, or a snapshot in the Hugging Face cache. Checked
+against the layout that huggingface_hub 1.x writes and the variables it reads.
 
+Nothing here opens a connection unless the caller asks for a download.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Collection
 from pathlib import Path
+
+PACKAGE = Path(__file__).parent
+CONFIG = "config.json"
+
+HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+# What is downloaded: not the same weights once more as pickles or in other programs' formats.
+WANTED = ["*.json", "*.safetensors", "tokenizer.model"]
 
 
 class ModelNameError(ValueError):
-    """A name that means no model."""
+    """A name that means no model here: says where it was looked for, and what to do."""
 
 
-def find_model(name: str | Path, revision: str = "main", download: bool = False) -> Path:
-    """The folder of a model."""
-    folder = Path(__file__).parent / "checkpoints" / "tiny" if str(name) == "tiny" else Path(name)
-    if not str(name) or not folder.is_dir():
-        raise ModelNameError(f"{name}: no such folder; a model is 'tiny' or a folder with config.json and weights")
-    return folder
+def golden_folder() -> Path:
+    """The recordings of PyTorch: inside the installed package; in a checkout, beside it."""
+    packaged = PACKAGE / "golden"
+    return packaged if packaged.is_dir() else PACKAGE.parent / "golden"
+
+
+def cache_folder() -> Path:
+    """Where huggingface_hub keeps what was downloaded: told by the environment, or ``~/.cache/huggingface/hub``.
+
+    ``HF_HUB_CACHE``, the older ``HUGGINGFACE_HUB_CACHE``, ``HF_HOME`` and ``XDG_CACHE_HOME`` are asked in this order;
+    an empty one counts as not set.
+    """
+    for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        if told := os.environ.get(variable):
+            return Path(os.path.expandvars(told)).expanduser()
+    if home := os.environ.get("HF_HOME"):
+        return Path(os.path.expandvars(home)).expanduser() / "hub"
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "huggingface" / "hub"
+
+
+def _snapshot(hub_id: str, revision: str) -> Path | None:
+    """The folder of a snapshot in the cache, if there is one: of a branch or tag, or of a whole commit hash."""
+    repository = cache_folder() / f"models--{hub_id.replace('/', '--')}"
+    reference = repository / "refs" / revision
+    commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
+    snapshot = repository / "snapshots" / commit
+    return snapshot if re.fullmatch(r"[0-9a-zA-Z]+", commit) and snapshot.is_dir() else None
+
+
+def _lacking(folder: Path, needed: Collection[str]) -> list[str]:
+    """The `needed` files that are not there, and the links whose file is not."""
+    cut_short = [path.name for path in folder.iterdir() if path.is_symlink() and not path.exists()]
+    return sorted({*cut_short, *(name for name in needed if not (folder / name).exists())})
+
+
+def find_model(
+    name: str | Path, revision: str = "main", download: bool = False, needed: Collection[str] = (CONFIG,)
+) -> Path:
+    """The folder of a model.
+
+    Parameters
+    ----------
+    name : str or path
+        ``"tiny"``, the trained model in this package; ``"conformance"``, the small model with random weights that most
+        recordings were made with; a folder; or a hub id like ``"google/gemma-2-9b"``. A folder goes before a hub id.
+    revision : str
+        Of a hub id: a branch, a tag or a whole commit hash.
+    download : bool
+        Whether a hub id that is not in the cache may be downloaded, with huggingface_hub (the extra ``hub``). Without
+        it, nothing here touches the network.
+    needed : collection of str
+        Files that the folder has to have.
+
+    Raises
+    ------
+    ModelNameError
+        If there is no such model, or it lacks a file.
+
+    Examples
+    --------
+    >>> find_model("tiny").name
+    'tiny'
+    """
+    text = str(name)
+    if text in ("tiny", "conformance"):
+        folder = PACKAGE / "checkpoints" / "tiny" if text == "tiny" else golden_folder() / "models" / "bends"
+        return folder
+    if text and Path(name).is_dir():
+        return Path(name)
+    if text and Path(name).exists():
+        raise ModelNameError(f"{name}: is a file; give the folder that holds {CONFIG} and the weights")
+    if isinstance(name, Path) or not HUB_ID.fullmatch(text) or ".." in text or "--" in text:
+        raise ModelNameError(
+            f"{text or repr('')}: no such folder; a model is 'tiny', 'conformance', a folder with {CONFIG} and "
+            "weights, or a hub id like google/gemma-2-9b"
+        )
+    if not re.fullmatch(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*", revision) or ".." in revision:
+        raise ModelNameError(f"{text}: {revision!r} is no revision; give a branch, a tag or a whole commit hash")
+    return _from_cache(text, revision, download, needed)
+
+
+def _from_cache(hub_id: str, revision: str, download: bool, needed: Collection[str]) -> Path:
+    snapshot = _snapshot(hub_id, revision)
+    lacking = _lacking(snapshot, needed) if snapshot else []
+    if snapshot and not lacking:
+        return snapshot
+    if download:
+        return download_model(hub_id, revision)
+    if snapshot:
+        raise ModelNameError(
+            f"{hub_id}: the snapshot {snapshot} lacks {', '.join(lacking)}: the download was cut short; "
+            f"{_how_to_get(hub_id)}"
+        )
+    raise ModelNameError(
+        f"{hub_id}: there is no folder of that name, and {cache_folder()} holds no snapshot of its revision "
+        f"{revision!r}; {_how_to_get(hub_id)}"
+    )
+
+
+def _how_to_get(hub_id: str) -> str:
+    return f"download it with: refgemma info {hub_id} --download (it is downloaded only if asked for)"
+
+
+def download_model(hub_id: str, revision: str = "main") -> Path:
+    """Download a snapshot into the Hugging Face cache; a progress bar on stderr, if that is a terminal.
+
+    Raises
+    ------
+    ModelNameError
+        If it cannot be had: huggingface_hub is not installed, the model's licence has not been accepted, there is no
+        such model, or there is no connection.
+    """
+    if any(
+        os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")
+        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    ):
+        raise ModelNameError(f"{hub_id}: HF_HUB_OFFLINE forbids to download it; unset the variable to allow it")
+    try:
+        from huggingface_hub import errors, snapshot_download
+        from huggingface_hub.utils import disable_progress_bars
+    except ImportError:
+        raise ModelNameError(
+            f'{hub_id}: huggingface_hub, which downloads it, is not installed; pip install "refgemma[hub]"'
+        ) from None
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=WANTED))
+    except errors.GatedRepoError:
+        raise ModelNameError(
+            f"{hub_id}: its licence has to be accepted first: on its page on the hub, logged in; then log in here too, "
+            "with hf auth login or the variable HF_TOKEN"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise ModelNameError(f"{hub_id}: the hub has no revision {revision!r} of it") from None
+    except errors.RepositoryNotFoundError:
+        raise ModelNameError(
+            f"{hub_id}: the hub has no such model, or shows it only to those who are logged in (hf auth login)"
+        ) from None
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelNameError(f"{hub_id}: could not be downloaded: {reason}; run it again to go on") from None

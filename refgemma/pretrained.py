@@ -8,11 +8,11 @@ from pathlib import Path
 
 from refgemma.config import Gemma2Config
 from refgemma.generation import stop_tokens
+from refgemma.hub import find_model
 from refgemma.tokenizer import Tokenizer
 from refgemma.weights.checkpoint import CheckpointError, open_checkpoint
 from refgemma.weights.parameters import Weights
 
-PACKAGED = Path(__file__).parent / "checkpoints"
 TOKENIZER = "tokenizer.model"
 
 
@@ -31,35 +31,21 @@ class Pretrained:
         return Tokenizer(self.folder / TOKENIZER)
 
 
-def model_folder(name: str | Path) -> Path:
-    """The folder of a model: ``"tiny"`` is inside the package, anything else is a path.
-
-    Raises
-    ------
-    CheckpointError
-        If there is no such folder.
-
-    Examples
-    --------
-    >>> model_folder("tiny").name
-    'tiny'
-    """
-    folder = PACKAGED / "tiny" if str(name) == "tiny" else Path(name)
-    if not str(name) or not folder.is_dir():
-        raise CheckpointError(f"{name}: no such folder; a model is 'tiny' or a folder with config.json and weights")
-    return folder
-
-
-def load(name: str | Path = "tiny", dtype: str = "float32") -> Pretrained:
+def load(
+    name: str | Path = "tiny", dtype: str = "float32", revision: str = "main", download: bool = False
+) -> Pretrained:
     """Load a model to compute with.
 
     Parameters
     ----------
     name : str or path
-        ``"tiny"``, the trained model inside this package, or a Hugging Face folder of a Gemma 2.
+        ``"tiny"``, the trained model inside this package; ``"conformance"``, a small one with random weights; a Hugging
+        Face folder of a Gemma 2; or a hub id whose snapshot is in the cache. See `refgemma.hub.find_model`.
     dtype : str
         ``float32``, ``float64``, ``bfloat16`` or ``float16``: the precision of the computation. Half precision rounds
         where PyTorch does, which makes it slower here than float32, not faster.
+    revision, download
+        Of a hub id, as of `refgemma.hub.find_model`.
 
     Returns
     -------
@@ -68,7 +54,7 @@ def load(name: str | Path = "tiny", dtype: str = "float32") -> Pretrained:
 
     Raises
     ------
-    CheckpointError, ConfigError, TokenizerError
+    CheckpointError, ConfigError, ModelNameError, TokenizerError
         Naming the file, and the tensor, that is at fault.
 
     Examples
@@ -77,7 +63,7 @@ def load(name: str | Path = "tiny", dtype: str = "float32") -> Pretrained:
     >>> tiny.config.num_hidden_layers, tiny.tokenizer.vocab_size
     (6, 2048)
     """
-    folder = model_folder(name)
+    folder = find_model(name, revision, download)
     checkpoint = open_checkpoint(folder)
     return Pretrained(folder, checkpoint.config, checkpoint.weights(dtype), _stop_ids(folder, checkpoint.config))
 

@@ -14,10 +14,10 @@ from safetensors.numpy import load_file, save_file
 
 from refgemma.__main__ import CUT_OFF, DIFFERS, MISUSE, OK, main
 from refgemma.activations import ACTIVATIONS
+from refgemma.hub import find_model
 from refgemma.oracle.verify import case_names
-from refgemma.pretrained import model_folder
 
-TINY = model_folder("tiny")
+TINY = find_model("tiny")
 QUICK = ["bends-forward-f32", "op-linear-bf16"]
 
 

@@ -8,7 +8,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes  # noqa: F401  (makes safetensors know bfloat16)
@@ -21,6 +20,7 @@ from refgemma.cache import empty_cache
 from refgemma.config import Gemma2Config
 from refgemma.generation import generate
 from refgemma.heads import causal_lm_loss
+from refgemma.hub import find_model, golden_folder
 from refgemma.inputs import check_inputs
 from refgemma.model import embed, forward, layer_mask
 from refgemma.oracle import bounds
@@ -38,7 +38,6 @@ from refgemma.oracle.compare import (
 from refgemma.oracle.replay import model_operations, parts, replay
 from refgemma.oracle.trace import named_tensors
 from refgemma.precision import Array, as_dtype
-from refgemma.pretrained import PACKAGED
 from refgemma.weights.checkpoint import open_checkpoint
 from refgemma.weights.parameters import Weights
 
@@ -102,12 +101,6 @@ class CaseResult:
 # --- the folder -------------------------------------------------------------------------------------------------------
 
 
-def golden_folder() -> Path:
-    """Inside the installed package; in a checkout, beside it."""
-    packaged = Path(__file__).parents[1] / "golden"
-    return packaged if packaged.is_dir() else Path(__file__).parents[2] / "golden"
-
-
 def read_manifest() -> dict[str, Any]:
     """What is recorded, with provenance and hashes."""
     path = golden_folder() / "manifest.json"
@@ -163,7 +156,7 @@ def _in_precision(x: Array) -> Array:
 
 def model_of(about: Mapping[str, Any]) -> tuple[Gemma2Config, Weights]:
     """The model that a case was recorded on, in the case's precision."""
-    folder = PACKAGED / "tiny" if about["model"] == "tiny" else golden_folder() / "models" / about["model"]
+    folder = find_model("tiny") if about["model"] == "tiny" else golden_folder() / "models" / about["model"]
     for file, recorded in read_manifest()["models"][about["model"]].items():
         try:
             found = hashlib.sha256((folder / file).read_bytes()).hexdigest()

@@ -14,9 +14,9 @@ from refgemma.cache import Cache
 from refgemma.config import FULL, SLIDING, Gemma2Config
 from refgemma.generation import keep_top_k, keep_top_p
 from refgemma.heads import causal_lm_loss
+from refgemma.hub import find_model
 from refgemma.oracle.compare import logits_distance, rounding_noise, run_distance
 from refgemma.precision import as_dtype, bf16
-from refgemma.pretrained import model_folder
 from refgemma.weights.parameters import EMBED_TOKENS, NORM, LayerWeights, Weights, layer_tensors, tensor_shapes
 
 torch.set_num_threads(1)
@@ -143,7 +143,7 @@ def test_bfloat16_runs_stay_within_their_rounding_noise(shape: dict[str, Any], s
 
 def test_greedy_text_of_the_tiny_model() -> None:
     tiny = refgemma.load("tiny")
-    model = Gemma2ForCausalLM.from_pretrained(model_folder("tiny"), dtype=torch.float32, attn_implementation="eager")
+    model = Gemma2ForCausalLM.from_pretrained(find_model("tiny"), dtype=torch.float32, attn_implementation="eager")
     for prompt in ("The king", "In the wood there lived", '"I am afraid," said'):
         ids = tiny.tokenizer.encode(prompt)
         made = model.generate(torch.tensor([ids]), max_new_tokens=100, do_sample=False)[0, len(ids) :].tolist()
