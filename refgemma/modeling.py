@@ -6,7 +6,7 @@ Here arguments are taken apart and results put together; what is computed is in 
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -37,14 +37,16 @@ from refgemma.weights.parameters import (
     NORM,
     SCORE_BIAS,
     SCORE_WEIGHT,
+    Rows,
     Score,
     Weights,
     named_weights,
     tensor_shapes,
     weights_of,
 )
+from refgemma.weights.writer import Output, write_checkpoint
 
-Output = TypeVar("Output", bound=ModelOutput)
+Answer = TypeVar("Answer", bound=ModelOutput)
 
 
 def _seen(places: Array | None, attention_mask: Any, seq: int) -> int | None:
@@ -303,26 +305,61 @@ class Gemma2PreTrainedModel:
         score = Score(tensors[SCORE_WEIGHT], tensors.get(SCORE_BIAS)) if cls.has_score else None
         return cls(config, weights=weights_of(tensors, config), score=score)
 
-    def named_tensors(self) -> Iterator[tuple[str, Any]]:
-        """Every tensor under its Hugging Face name, a tied head once; tables may be on disk and give their rows."""
-        for name, tensor in named_weights(self.weights):
-            if name != LM_HEAD or self.has_head:
-                yield name.removeprefix(self.prefix), tensor
-        if self.score is not None:
-            yield SCORE_WEIGHT, self.score.weight
-            if self.score.bias is not None:
-                yield SCORE_BIAS, self.score.bias
+    def named_tensors(self) -> dict[str, Rows]:
+        """Every tensor by its Hugging Face name, a tied head once; of weights on disk nothing is read yet."""
+        named = named_weights(self.weights, self.config)
+        if not self.has_head:
+            named.pop(LM_HEAD, None)
+        score = {} if self.score is None else {SCORE_WEIGHT: self.score.weight, SCORE_BIAS: self.score.bias}
+        tensors = {name.removeprefix(self.prefix): tensor for name, tensor in named.items()}
+        return tensors | {name: tensor for name, tensor in score.items() if tensor is not None}
 
     def state_dict(self) -> dict[str, Array]:
-        """Every tensor under its Hugging Face name; of a model that is read from disk, all of it is read.
+        """Every tensor by its Hugging Face name; of a model that is read from disk, all of it is read.
 
         Examples
         --------
         >>> list(Gemma2ForCausalLM.from_pretrained("tiny").state_dict())[1]
         'model.layers.0.input_layernorm.weight'
         """
-        tensors = {name: tensor[:] for name, tensor in self.named_tensors()}
+        tensors: dict[str, Array] = {name: tensor[:] for name, tensor in self.named_tensors().items()}
         return tensors | ({LM_HEAD: tensors[EMBED_TOKENS]} if self.has_head and LM_HEAD not in tensors else {})
+
+    def save_pretrained(self, folder: str | Path, max_shard_size: int | str = "50GB") -> None:
+        """Write ``config.json`` and the weights as safetensors, which transformers and `from_pretrained` read.
+
+        A tied head is not written. The weights appear whole or not at all, and keep their precision.
+
+        Parameters
+        ----------
+        folder : str or Path
+            Made if there is none; weights that are in it are replaced.
+        max_shard_size : int or str
+            Above this, the weights go into several files with an index: a number of bytes, or for instance ``"5GB"``.
+
+        Raises
+        ------
+        ConfigError
+            If ``config.hidden_activation`` is a function, which no file can hold.
+        CheckpointError
+            If the disk has too little space.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> model = Gemma2ForCausalLM.from_pretrained("tiny", dtype="bfloat16")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model.save_pretrained(folder)
+        ...     again = Gemma2ForCausalLM.from_pretrained(folder, dtype="auto")
+        >>> again
+        Gemma2ForCausalLM(2,922,426 parameters, bfloat16)
+        """
+        config = self.config.changed(dtype=self.dtype, architectures=(type(self).__name__,))
+        config.to_json_string()  # what no file can hold is refused before anything is written
+        tensors = self.named_tensors()
+        outputs = [Output(name, self.dtype, tuple(tensor.shape), tensor) for name, tensor in tensors.items()]
+        write_checkpoint(folder, outputs, max_shard_size)
+        config.save_pretrained(folder)
 
 
 class Gemma2Model(Gemma2PreTrainedModel):
@@ -441,7 +478,7 @@ class _WithHead(Gemma2PreTrainedModel):
         assert isinstance(output, BaseModelOutputWithPast)
         return output
 
-    def _returned(self, output: Output, return_dict: bool | None) -> Output | tuple[Any, ...]:
+    def _returned(self, output: Answer, return_dict: bool | None) -> Answer | tuple[Any, ...]:
         return output if _or(return_dict, self.config.return_dict) else output.to_tuple()
 
     def _loss(self, value: float, logits: Array) -> np.floating[Any]:

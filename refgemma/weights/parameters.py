@@ -1,7 +1,7 @@
 """The weights of a Gemma 2 as dataclasses with Hugging Face's names, and the table of all tensors with their shapes.
 Checked against the state dict of transformers 5.23 `Gemma2ForCausalLM`."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol, runtime_checkable
 
@@ -161,19 +161,48 @@ def weights_of(tensors: Mapping[str, Any], config: Gemma2Config) -> Weights:
     return Weights(tensors[EMBED_TOKENS], layers, tensors[NORM], head)
 
 
-def named_weights(weights: Weights) -> Iterator[tuple[str, Any]]:
-    """Every tensor with its name, in the order of `tensor_shapes`; a layer is asked for once, the tables stay `Rows`.
+class _OneLayer:
+    """Layers of which the one asked for last is kept: read from disk once while its tensors are gone through."""
+
+    def __init__(self, layers: Sequence[LayerWeights]) -> None:
+        self._layers = layers
+        self._kept: dict[int, LayerWeights] = {}
+
+    def __call__(self, number: int) -> LayerWeights:
+        if number not in self._kept:
+            self._kept.clear()  # before the next is read
+            self._kept[number] = self._layers[number]
+        return self._kept[number]
+
+
+@dataclass(frozen=True)
+class LayerRows:
+    """One tensor of a layer, which is read when rows are asked for."""
+
+    layer: Callable[[int], LayerWeights]
+    number: int
+    field: str
+    shape: tuple[int, ...]
+
+    def __getitem__(self, rows: Any, /) -> Any:
+        """The rows of a slice or of an integer array."""
+        return getattr(self.layer(self.number), self.field)[rows]
+
+
+def named_weights(weights: Weights, config: Gemma2Config) -> dict[str, Rows]:
+    """Every tensor by name, in the order of `tensor_shapes`; of weights on disk nothing is read before rows are asked.
 
     Examples
     --------
     >>> import refgemma
-    >>> [name for name, _ in named_weights(refgemma.load("tiny").weights)][-1]
-    'model.norm.weight'
+    >>> tiny = refgemma.load("tiny")
+    >>> named_weights(tiny.weights, tiny.config)["model.layers.5.self_attn.q_proj.weight"][:2].shape
+    (2, 234)
     """
-    yield EMBED_TOKENS, weights.embed_tokens
-    for n, layer in enumerate(weights.layers):
-        for field, name in layer_tensors(n, bias=layer.q_proj_bias is not None).items():
-            yield name, getattr(layer, field)
-    yield NORM, weights.norm
-    if weights.lm_head is not None:
-        yield LM_HEAD, weights.lm_head
+    shapes, one_layer = tensor_shapes(config), _OneLayer(weights.layers)
+    named: dict[str, Rows] = {EMBED_TOKENS: weights.embed_tokens}
+    for n in range(config.num_hidden_layers):
+        for field, name in layer_tensors(n, config.attention_bias).items():
+            named[name] = LayerRows(one_layer, n, field, shapes[name])
+    named[NORM] = weights.norm
+    return named if weights.lm_head is None else named | {LM_HEAD: weights.lm_head}
