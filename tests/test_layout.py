@@ -23,7 +23,7 @@ RUNGS = (
     {"activations"},
     {"config"},
     {"inputs", "weights"},
-    {"cache"},
+    {"beams", "cache", "processors"},
     {"layers", "outputs"},
     {"heads", "model"},
     {"fast", "generation"},

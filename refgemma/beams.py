@@ -1,0 +1,261 @@
+"""Choosing tokens: the likeliest, drawn ones, and the beams of a search. Checked against `_beam_search` of transformers
+5.23, search for search.
+
+A *beam* is an unfinished text of a search. At every step all tokens after all beams are candidates; the best unfinished
+ones are the next beams, and the best finished ones are kept aside.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from refgemma.precision import Array
+from refgemma.shapes import TokenIds
+
+# As in transformers: added to a score that must not win, without making it infinite.
+FAR = np.float32(-1e9)
+
+Ends: TypeAlias = Callable[[TokenIds], Bool[np.ndarray, " rows"]]
+
+
+def largest(values: Float[np.ndarray, "batch n"], count: int) -> Int[np.ndarray, "batch count"]:
+    """The places of the `count` largest values of each row, the largest first; of equal ones the first comes first.
+
+    torch's ``topk`` promises no order of equal values.
+
+    Examples
+    --------
+    >>> largest(np.array([[1.0, 3.0, 2.0, 3.0]]), 3)
+    array([[1, 3, 2]])
+    """
+    thresholds = np.partition(values, -count, axis=-1)[:, -count, None]
+    rows = []
+    for row, candidates in zip(values, values >= thresholds, strict=True):
+        places = np.flatnonzero(candidates)
+        rows.append(places[np.argsort(-row[places], kind="stable")][:count])
+    return np.stack(rows)
+
+
+def draw(scores: Float[np.ndarray, "batch n"], count: int, rng: np.random.Generator) -> Int[np.ndarray, "batch count"]:
+    """Draw `count` places of each row without replacement, with probabilities ``softmax(scores)``.
+
+    To each score a number from the standard Gumbel distribution is added, and the largest sums are the draws, in order:
+    the first is then distributed as the softmax, the next as the softmax of the others, and so on. A score of minus
+    infinity is drawn only when nothing else is left.
+
+    Examples
+    --------
+    >>> draw(np.array([[0.0, -np.inf, 0.0]]), 2, np.random.default_rng(0)).tolist()
+    [[0, 2]]
+    """
+    return largest(scores.astype(np.float64) + rng.gumbel(size=scores.shape), count)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a search goes by."""
+
+    num_beams: int
+    candidates: int  # at each step: more than the beams, since some may be finished
+    longest: int  # new tokens at most
+    early_stopping: bool | str  # True, False or "never"
+    length_penalty: float
+    fill: int  # what follows the end of a text
+
+
+@dataclass(frozen=True)
+class Beams:
+    """A search after some steps. Best first, so far as there is an order.
+
+    `origins` say for each new token which row of the step before it continued, counted through the batch; -1 after the
+    end of a text.
+    """
+
+    running: Int[np.ndarray, "batch beams length"]
+    running_scores: Float[np.ndarray, "batch beams"]  # sums of log probabilities
+    running_origins: Int[np.ndarray, "batch beams new"]
+    finished: Int[np.ndarray, "batch beams length"]  # filled up; of no meaning where `is_finished` is false
+    finished_scores: Float[np.ndarray, "batch beams"]  # divided by the length penalty
+    finished_origins: Int[np.ndarray, "batch beams new"]
+    is_finished: Bool[np.ndarray, "batch beams"]
+    improvable: Bool[np.ndarray, " batch"]  # whether a running beam may still become better than a finished text
+    exhausted: bool  # no candidate of the last step can be continued
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The continuations that a step chose among."""
+
+    sequences: Int[np.ndarray, "batch candidates length"]
+    scores: Float[np.ndarray, "batch candidates"]
+    origins: Int[np.ndarray, "batch candidates new"]
+    ended: Bool[np.ndarray, "batch candidates"]
+
+
+def pick(values: Array, places: Int[np.ndarray, "batch picked"]) -> Array:
+    """Row by row, the entries of `values` (batch, n, ...) at `places`.
+
+    Examples
+    --------
+    >>> pick(np.array([[10, 11], [20, 21]]), np.array([[1, 1, 0], [0, 0, 1]])).tolist()
+    [[11, 11, 10], [20, 20, 21]]
+    """
+    picked: Array = values[np.arange(len(values))[:, None], places]
+    return picked
+
+
+def started(prompt: Int[np.ndarray, "batch seq"], rules: Rules) -> Beams:
+    """The search before its first step: all beams are the prompt, and only the first counts, else all were equal."""
+    batch, count = len(prompt), rules.num_beams
+    sequences = np.repeat(prompt[:, None], count, axis=1)
+    origins = np.zeros((batch, count, 0), np.int64)
+    only_first = np.where(np.arange(count) > 0, FAR, np.float32(0))
+    return Beams(
+        running=sequences,
+        running_scores=np.tile(only_first, (batch, 1)),
+        running_origins=origins,
+        finished=sequences,
+        finished_scores=np.full((batch, count), FAR),
+        finished_origins=origins,
+        is_finished=np.zeros((batch, count), bool),
+        improvable=np.ones(batch, bool),
+        exhausted=False,
+    )
+
+
+def candidates_of(
+    beams: Beams,
+    log_probs: Float[np.ndarray, "rows vocab"],
+    ends: Ends,
+    rules: Rules,
+    rng: np.random.Generator | None,
+) -> Candidates:
+    """The best continuations of all beams, best first; or drawn ones, in the order they were drawn."""
+    batch, count = beams.running_scores.shape
+    vocab = log_probs.shape[1]
+    totals = log_probs.reshape(batch, count, vocab) + beams.running_scores[:, :, None]
+    flat = totals.reshape(batch, count * vocab)
+    chosen = largest(flat, rules.candidates) if rng is None else draw(flat, rules.candidates, rng)
+    parents, tokens = np.divmod(chosen, vocab)
+    sequences = np.concatenate([pick(beams.running, parents), tokens[:, :, None]], axis=2)
+    rows = parents + count * np.arange(batch)[:, None]
+    origins = np.concatenate([pick(beams.running_origins, parents), rows[:, :, None]], axis=2)
+    ended = ends(sequences.reshape(batch * rules.candidates, -1)).reshape(batch, rules.candidates)
+    return Candidates(sequences, pick(flat, chosen), origins, ended)
+
+
+def _plus_column(values: Array, fill: int) -> Array:
+    """`values` (batch, n, length) with one more entry in the last axis."""
+    return np.concatenate([values, np.full((*values.shape[:2], 1), fill)], axis=2)
+
+
+def _with_finished(beams: Beams, found: Candidates, rules: Rules) -> dict[str, Any]:
+    """The fields of finished texts after a step: the best of those before and those that ended now.
+
+    Only a candidate among the best `num_beams` can be a finished text; the others are there to go on from.
+    """
+    now = found.ended & (np.arange(rules.candidates) < rules.num_beams)
+    closed = beams.is_finished.all(axis=1, keepdims=True) & (rules.early_stopping is True)
+    new_tokens = found.origins.shape[2]
+    # One after the other, as in transformers: float32 sums depend on the order.
+    divided = found.scores / float(new_tokens) ** rules.length_penalty
+    scores = divided + closed * FAR + ~beams.improvable[:, None] * FAR + ~now * FAR
+    all_scores = np.concatenate([beams.finished_scores, scores], axis=1)
+    best = largest(all_scores, rules.num_beams)
+    sequences = np.concatenate([_plus_column(beams.finished, rules.fill), found.sequences], axis=1)
+    origins = np.concatenate([_plus_column(beams.finished_origins, -1), found.origins], axis=1)
+    return {
+        "finished": pick(sequences, best),
+        "finished_scores": pick(all_scores, best),
+        "finished_origins": pick(origins, best),
+        "is_finished": pick(np.concatenate([beams.is_finished, now], axis=1), best),
+    }
+
+
+def _improvable(
+    running_scores: Float[np.ndarray, "batch beams"],
+    finished_scores: Float[np.ndarray, "batch beams"],
+    is_finished: Bool[np.ndarray, "batch beams"],
+    new_tokens: int,
+    rules: Rules,
+) -> Bool[np.ndarray, " batch"]:
+    """Whether the best beam, divided by the penalty of its final length, could beat the worst finished text.
+
+    That length is not known. ``early_stopping="never"`` takes the greatest where length is rewarded, which is safe;
+    else it is the present one, which is a guess.
+    """
+    safe = rules.early_stopping == "never" and rules.length_penalty > 0
+    length = rules.longest if safe else new_tokens
+    possible = running_scores[:, :1] / float(length) ** rules.length_penalty
+    worst = np.where(is_finished, finished_scores.min(axis=1, keepdims=True), FAR)
+    better: Bool[np.ndarray, " batch"] = (possible > worst).any(axis=1)
+    return better
+
+
+def advanced(
+    beams: Beams,
+    log_probs: Float[np.ndarray, "rows vocab"],
+    ends: Ends,
+    rules: Rules,
+    rng: np.random.Generator | None = None,
+) -> Beams:
+    """The search after one more step.
+
+    Parameters
+    ----------
+    beams : Beams
+        The search so far.
+    log_probs : float32 array (batch * beams, vocab)
+        Of the tokens after each running beam.
+    ends : callable
+        Of sequences ``(rows, length)``, which ones are complete.
+    rules : Rules
+        What the search goes by.
+    rng : numpy.random.Generator, optional
+        Draws the candidates with the probabilities of their texts; without it they are the likeliest.
+
+    Source: transformers ``GenerationMixin._beam_search``.
+
+    Examples
+    --------
+    >>> rules = Rules(2, candidates=4, longest=5, early_stopping=False, length_penalty=1.0, fill=0)
+    >>> log_probs = np.log(np.array([[0.1, 0.2, 0.7]] * 2, np.float32))
+    >>> beams = advanced(started(np.array([[5]]), rules), log_probs, lambda ids: ids[:, -1] == 2, rules)
+    >>> beams.running.tolist(), beams.finished[0, 0].tolist(), beams.is_finished.tolist()
+    ([[[5, 1], [5, 0]]], [5, 2], [[True, False]])
+    """
+    found = candidates_of(beams, log_probs, ends, rules, rng)
+    scores = found.scores + found.ended * FAR
+    best = largest(scores, rules.num_beams)
+    running_scores = pick(scores, best)
+    finished = _with_finished(beams, found, rules)
+    better = _improvable(
+        running_scores, finished["finished_scores"], finished["is_finished"], found.origins.shape[2], rules
+    )
+    return Beams(
+        running=pick(found.sequences, best),
+        running_scores=running_scores,
+        running_origins=pick(found.origins, best),
+        improvable=beams.improvable & better,
+        exhausted=bool(found.ended.all()),
+        **finished,
+    )
+
+
+def is_over(beams: Beams, rules: Rules) -> bool:
+    """Whether a search has ended: nothing to gain, nothing open, or nothing to go on from."""
+    complete = rules.early_stopping is True and bool(beams.is_finished.all())
+    return beams.exhausted or complete or not beams.improvable.any()
+
+
+def best_texts(beams: Beams, count: int) -> tuple[TokenIds, Float[np.ndarray, " rows"], Int[np.ndarray, "rows new"]]:
+    """The `count` best finished texts of each sequence, as rows: tokens, scores, origins; cut to the longest."""
+    rows, width = len(beams.finished) * count, beams.finished_origins.shape[2]
+    origins = beams.finished_origins[:, :count].reshape(rows, width)
+    unused = width - int((origins >= 0).sum(axis=1).max())
+    sequences = beams.finished[:, :count].reshape(rows, -1)
+    length = sequences.shape[1] - unused
+    return sequences[:, :length], beams.finished_scores[:, :count].reshape(rows), origins[:, : width - unused]
