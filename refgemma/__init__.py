@@ -6,9 +6,11 @@ Reading order, bottom to top:
    numbers make a model;
 2. `refgemma.ops`, `refgemma.cache`, `refgemma.layers`, `refgemma.model` are Gemma 2: operations, what a layer
    remembers, one layer, the whole;
-3. `refgemma.generation`, `refgemma.heads`, `refgemma.tokenizer` make text and a loss of it;
-4. `refgemma.weights`, `refgemma.pretrained` read it from a folder;
-5. `refgemma.oracle` compares it, tensor by tensor, with what PyTorch recorded.
+3. `refgemma.heads`, `refgemma.processors`, `refgemma.beams`, `refgemma.generation`, `refgemma.tokenizer` make losses
+   and text of it;
+4. `refgemma.weights`, `refgemma.hub`, `refgemma.pretrained` read it from a folder;
+5. `refgemma.modeling` has the classes of transformers' documentation, call for call;
+6. `refgemma.oracle` compares it, tensor by tensor, with what PyTorch recorded.
 
 Examples
 --------
@@ -22,13 +24,23 @@ Examples
 
 from importlib.metadata import version
 
+from refgemma.cache import Cache
 from refgemma.config import ConfigError, Gemma2Config
-from refgemma.generation import generate
+from refgemma.generation import TextStreamer, generate
 from refgemma.heads import causal_lm_loss, log_softmax
+from refgemma.hub import ModelNameError, find_model
 from refgemma.inputs import InputError
 from refgemma.model import Forward, forward, next_token_logits
+from refgemma.modeling import (
+    Gemma2ForCausalLM,
+    Gemma2ForSequenceClassification,
+    Gemma2ForTokenClassification,
+    Gemma2Model,
+    Gemma2PreTrainedModel,
+)
 from refgemma.precision import BF16, F16, as_dtype, bf16, f16, narrow, wide
 from refgemma.pretrained import Pretrained, load
+from refgemma.settings import GenerationConfig
 from refgemma.tokenizer import TextStream, Tokenizer, TokenizerError
 from refgemma.weights.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from refgemma.weights.parameters import LayerWeights, Weights
@@ -38,15 +50,24 @@ __version__ = version("refgemma")
 __all__ = [
     "BF16",
     "F16",
+    "Cache",
     "Checkpoint",
     "CheckpointError",
     "ConfigError",
     "Forward",
     "Gemma2Config",
+    "Gemma2ForCausalLM",
+    "Gemma2ForSequenceClassification",
+    "Gemma2ForTokenClassification",
+    "Gemma2Model",
+    "Gemma2PreTrainedModel",
+    "GenerationConfig",
     "InputError",
     "LayerWeights",
+    "ModelNameError",
     "Pretrained",
     "TextStream",
+    "TextStreamer",
     "Tokenizer",
     "TokenizerError",
     "Weights",
@@ -54,6 +75,7 @@ __all__ = [
     "bf16",
     "causal_lm_loss",
     "f16",
+    "find_model",
     "forward",
     "generate",
     "load",

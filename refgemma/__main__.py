@@ -18,7 +18,7 @@ import numpy as np
 
 import refgemma
 from refgemma.config import ConfigError
-from refgemma.generation import check_sampling, generate
+from refgemma.generation import generate
 from refgemma.hub import ModelNameError, find_model
 from refgemma.inputs import InputError
 from refgemma.model import forward
@@ -187,8 +187,8 @@ def read_line() -> str:
 
 def run_chat(args: argparse.Namespace) -> int:
     """``refgemma chat``: one JSON object a turn with ``--json``."""
-    check_sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
     model = load(args.model, args.dtype, args.revision, args.download)
+    new_tokens([model.tokenizer.bos_id], model, args)  # wrong settings are refused before anybody says anything
     messages: list[dict[str, str]] = []
     while True:
         line = read_line()

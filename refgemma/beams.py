@@ -49,7 +49,7 @@ def draw(scores: Float[np.ndarray, "batch n"], count: int, rng: np.random.Genera
     Examples
     --------
     >>> draw(np.array([[0.0, -np.inf, 0.0]]), 2, np.random.default_rng(0)).tolist()
-    [[0, 2]]
+    [[2, 0]]
     """
     return largest(scores.astype(np.float64) + rng.gumbel(size=scores.shape), count)
 

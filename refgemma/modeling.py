@@ -6,7 +6,8 @@ Here arguments are taken apart and results put together; what is computed is in 
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -15,6 +16,7 @@ import numpy.typing as npt
 
 from refgemma.cache import Cache, LegacyCache
 from refgemma.config import ConfigError, Gemma2Config
+from refgemma.generation import Criterion, Processor, Prompts, Streamer, generate_batch
 from refgemma.heads import causal_lm_loss, last_tokens, sequence_classification_loss, token_classification_loss
 from refgemma.hub import find_model
 from refgemma.inputs import InputError, as_array
@@ -23,12 +25,16 @@ from refgemma.ops import linear, rms_norm
 from refgemma.outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
+    GenerateBeamDecoderOnlyOutput,
+    GenerateDecoderOnlyOutput,
     ModelOutput,
     PastKeyValues,
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
 from refgemma.precision import Array, as_dtype, dtype_name, wide
+from refgemma.settings import FILE as GENERATION_CONFIG
+from refgemma.settings import GenerationConfig, settled
 from refgemma.weights.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from refgemma.weights.initial import initial_score, initial_weights
 from refgemma.weights.parameters import (
@@ -160,6 +166,7 @@ class Gemma2PreTrainedModel:
     ) -> None:  # fmt: skip
         _check_config(config, type(self).__name__)
         self.config = config
+        self._folder: Path | None = None  # where the model was loaded from
         self.weights = initial_weights(config, seed, dtype) if weights is None else weights
         fresh = self.has_score and score is None
         self.score = initial_score(config, seed, dtype, self.has_score_bias) if fresh else score
@@ -250,7 +257,9 @@ class Gemma2PreTrainedModel:
             raise CheckpointError(f"{checkpoint.folder}: holds no {LM_HEAD!r}, and tie_word_embeddings is false")
         precision = checkpoint.tensors[NORM].dtype.name if dtype == "auto" else dtype
         score = cls._read_score(checkpoint, config, seed, precision) if cls.has_score else None
-        return cls(config, weights=checkpoint.weights(precision), score=score)
+        model = cls(config, weights=checkpoint.weights(precision), score=score)
+        model._folder = checkpoint.folder
+        return model
 
     @classmethod
     def _read_score(cls, checkpoint: Checkpoint, config: Gemma2Config, seed: int, dtype: str) -> Score:
@@ -504,6 +513,94 @@ class Gemma2ForCausalLM(_WithHead):
     """
 
     has_head = True
+
+    @cached_property
+    def generation_config(self) -> GenerationConfig:
+        """The settings that `generate` begins with: those of the folder's ``generation_config.json``, if it has one."""
+        file = self._folder and self._folder / GENERATION_CONFIG
+        if file is not None and file.exists():
+            return GenerationConfig.from_json_file(file)
+        return GenerationConfig.from_model_config(self.config)
+
+    def generate(
+        self,
+        inputs: npt.ArrayLike | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: Sequence[Processor] = (),
+        stopping_criteria: Sequence[Criterion] = (),
+        streamer: Streamer | None = None,
+        *,
+        input_ids: npt.ArrayLike | None = None,
+        attention_mask: npt.ArrayLike | None = None,
+        position_ids: npt.ArrayLike | None = None,
+        inputs_embeds: npt.ArrayLike | None = None,
+        past_key_values: Cache | None = None,
+        **settings: Any,
+    ) -> Array | GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput:
+        """Continue prompts.
+
+        Parameters
+        ----------
+        inputs, input_ids : int array (batch, seq), optional
+            The prompts, under either name, with padding at the left. Without any, one text is begun with ``<bos>``.
+        generation_config : GenerationConfig, optional
+            Settings. What it does not say, `generation_config` of the model says, and else the default values.
+        logits_processor : sequence of callable, optional
+            Each takes token ids ``(rows, length)`` and scores ``(rows, vocab)``, and gives other scores.
+        stopping_criteria : sequence of callable, optional
+            Each takes the same, ids with the newest token, and says which texts are complete.
+        streamer : object with ``put`` and ``end``, optional
+            Is given the prompts, then new tokens as they come: a `TextStreamer`, for instance.
+        attention_mask : int array (batch, seq), optional
+            1 for tokens, 0 for padding. By default pad tokens are padding, unless they may end a text.
+        position_ids : int array (batch, seq), optional
+            By default tokens are counted from the first that is no padding.
+        inputs_embeds : array (batch, seq, hidden), optional
+            The prompts as embeddings. Then only the new tokens come back.
+        past_key_values : Cache, optional
+            Of the beginning of the prompts, which `input_ids` hold too.
+        **settings
+            Settings of this call, which come before all others: see `GenerationConfig`.
+
+        Returns
+        -------
+        array (rows, length), GenerateDecoderOnlyOutput or GenerateBeamDecoderOnlyOutput
+            The prompts and what follows, ``num_return_sequences`` rows for each; with ``return_dict_in_generate`` a
+            record.
+
+        Raises
+        ------
+        InputError
+            Naming the argument or the setting that does not fit.
+
+        Notes
+        -----
+        Draws are our own: ``seed`` gives the same tokens again, but not those of a torch seed. Of equal scores the
+        first token wins, as in torch's argmax; torch's ``topk``, which its beam search uses, promises no order of them.
+
+        Examples
+        --------
+        >>> model = Gemma2ForCausalLM.from_pretrained("tiny")
+        >>> model.generate([[2, 300]], max_length=5).shape
+        (1, 5)
+        >>> found = model.generate([[2, 300]], num_beams=3, max_new_tokens=4, num_return_sequences=2,
+        ...     return_dict_in_generate=True, output_scores=True)
+        >>> found.sequences.shape, bool(found.sequences_scores[0] >= found.sequences_scores[1])
+        ((2, 6), True)
+        """
+        if inputs is not None and input_ids is not None:
+            raise InputError("give the prompts as inputs or as input_ids, and only once")
+        ids = input_ids if inputs is None else inputs
+        call = settled(generation_config, self.generation_config, settings)
+        prompts = Prompts(ids, attention_mask, position_ids, inputs_embeds, past_key_values)
+        output = generate_batch(prompts, self.weights, self.config, call, logits_processor, stopping_criteria, streamer)
+        return output if call.return_dict_in_generate else output.sequences
+
+    def save_pretrained(self, folder: str | Path, max_shard_size: int | str = "50GB") -> None:
+        """Write what `Gemma2PreTrainedModel.save_pretrained` writes, and ``generation_config.json``."""
+        settings = self.generation_config  # read before anything is written
+        super().save_pretrained(folder, max_shard_size)
+        settings.save_pretrained(folder)
 
     def forward(
         self,

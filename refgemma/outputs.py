@@ -135,3 +135,53 @@ class TokenClassifierOutput(ModelOutput):
     logits: Array | None = None
     hidden_states: tuple[Array, ...] | None = None
     attentions: tuple[Array, ...] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class GenerateDecoderOnlyOutput(ModelOutput):
+    """What `generate` returns with ``return_dict_in_generate``, greedy or sampled.
+
+    Attributes
+    ----------
+    sequences : int array (rows, length)
+        Prompts and what was generated; a text that ended before others is filled with the pad token.
+    scores : tuple of arrays (rows, vocab), optional
+        With ``output_scores``: for each new token the scores it was chosen by, processed.
+    logits : tuple of arrays (rows, vocab), optional
+        With ``output_logits``: the same before they were processed.
+    past_key_values : Cache, optional
+        With ``use_cache``: all tokens but the last.
+    """
+
+    sequences: Array
+    scores: tuple[Array, ...] | None = None
+    logits: tuple[Array, ...] | None = None
+    past_key_values: PastKeyValues | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class GenerateBeamDecoderOnlyOutput(ModelOutput):
+    """What `generate` returns with ``return_dict_in_generate``, of a beam search.
+
+    Attributes
+    ----------
+    sequences : int array (rows, length)
+        Of each prompt the best texts, best first.
+    sequences_scores : array (rows,), optional
+        With ``output_scores``: sums of log probabilities, divided by the length penalty.
+    scores : tuple of arrays (batch * beams, vocab), optional
+        With ``output_scores``: log probabilities of each step, processed, without those of the text before.
+    logits : tuple of arrays (batch * beams, vocab), optional
+        With ``output_logits``: raw scores of each step.
+    beam_indices : int array (rows, new)
+        Which row of the step before each new token continued; -1 after the end of a text.
+    past_key_values : Cache, optional
+        With ``use_cache``: of the beams after the last step.
+    """
+
+    sequences: Array
+    sequences_scores: Array | None = None
+    scores: tuple[Array, ...] | None = None
+    logits: tuple[Array, ...] | None = None
+    beam_indices: Array | None = None
+    past_key_values: PastKeyValues | None = None

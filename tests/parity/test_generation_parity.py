@@ -1,0 +1,322 @@
+"""Beside transformers in one process: `generate` with settings drawn by Hypothesis, and each processor alone.
+
+No text may differ. Where the two best choices are nearer to each other than rounding can tell, either is right, and the
+example is left out; `test_few_examples_are_left_out` counts those.
+"""
+
+import collections
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import here, in_transformers, quiet, random_tensors, shapes
+from transformers import Gemma2ForCausalLM, GenerationConfig
+from transformers.generation import logits_process
+
+import refgemma
+from refgemma import processors
+from refgemma.cache import Cache
+from refgemma.generation import TextStreamer
+from refgemma.hub import find_model
+from refgemma.settings import settings_for, settled
+
+NAME = "Gemma2ForCausalLM"
+COUNTS: collections.Counter[str] = collections.Counter()
+# Scores of two implementations differ by up to 5e-6 of the largest; a choice nearer than that may fall either way.
+TIE = 2e-5
+
+
+@st.composite
+def prompts(draw: st.DrawFn, vocab_size: int) -> tuple[Any, Any]:
+    batch, length = draw(st.integers(1, 3)), draw(st.integers(1, 12))
+    ids = np.random.default_rng(draw(st.integers(0, 2**31))).integers(4, vocab_size, (batch, length))
+    visible = np.ones((batch, length), np.int64)
+    for row in range(batch):
+        visible[row, : draw(st.integers(0, length - 1))] = 0
+    return np.where(visible == 1, ids, 0), visible
+
+
+def any_way(vocab_size: int) -> dict[str, st.SearchStrategy[Any]]:
+    """Settings that hold for every way of decoding."""
+    token = st.integers(4, vocab_size - 1)
+    return {
+        "max_new_tokens": st.integers(1, 12),
+        "min_new_tokens": st.none() | st.integers(0, 6),
+        "repetition_penalty": st.sampled_from([1.0, 1.3, 0.8]),
+        "no_repeat_ngram_size": st.sampled_from([0, 0, 1, 2, 3]),
+        "eos_token_id": st.none() | token | st.lists(token, min_size=1, max_size=4, unique=True),
+        "use_cache": st.booleans(),
+    }
+
+
+def both(shape: dict[str, Any], seed: int) -> tuple[Any, Any]:
+    # A gain of 3: random logits of one size have many near ties.
+    tensors = random_tensors(NAME, shape, seed, gain=3)
+    return in_transformers(NAME, shape, tensors, "float32"), here(NAME, shape, tensors, "float32")
+
+
+def answers(theirs: Any, ours: Any, ids: Any, visible: Any, chosen: dict[str, Any]) -> tuple[Any, Any]:
+    asked = chosen | {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    with quiet():
+        expected = theirs.generate(
+            torch.tensor(ids), attention_mask=torch.tensor(visible), pad_token_id=0, **(asked | {"do_sample": False})
+        )
+        return expected, ours.generate(ids, attention_mask=visible, pad_token_id=0, **asked)
+
+
+def nearest(scores: Any, count: int) -> float:
+    """The smallest difference between the `count` best scores of a row and the next, in units of the largest score."""
+    best = -np.sort(-scores, axis=-1)[..., : count + 1]
+    finite = best[np.isfinite(best).all(axis=-1)]
+    return float((-np.diff(finite, axis=-1)).min(initial=np.inf) / max(1e-30, np.abs(finite).max(initial=0)))
+
+
+def assert_scores_agree(ours: Any, theirs: Any, kept: Any) -> None:
+    """Minus infinity in the same places, and elsewhere 5e-6 of the largest; rows of complete texts mean nothing."""
+    for one, other in zip(ours, theirs, strict=True):
+        a, b = one[kept], other.numpy()[kept]
+        np.testing.assert_array_equal(np.isinf(a), np.isinf(b))
+        finite = np.isfinite(b)
+        # A penalty below 1 stretches the scores and their errors alike, up to 1 / 0.8.
+        np.testing.assert_allclose(a[finite], b[finite], rtol=0, atol=1e-5 * max(1.0, np.abs(b[finite]).max(initial=0)))
+
+
+@settings(max_examples=120)
+@given(data=st.data(), seed=st.integers(0, 2**31))
+def test_greedy(data: st.DataObject, seed: int) -> None:
+    shape = data.draw(shapes(pad_token_id=0))
+    theirs, ours = both(shape, seed)
+    ids, visible = data.draw(prompts(shape["vocab_size"]))
+    chosen = data.draw(st.fixed_dictionaries(any_way(shape["vocab_size"])))
+    expected, found = answers(theirs, ours, ids, visible, chosen)
+    COUNTS["greedy"] += 1
+    if min(nearest(step.numpy(), 1) for step in expected.scores) < TIE:
+        COUNTS["greedy left out"] += 1
+        return
+    np.testing.assert_array_equal(found.sequences, expected.sequences.numpy())
+    assert_scores_agree(found.scores, expected.scores, slice(None))
+    assert_scores_agree(found.logits, expected.logits, slice(None))
+
+
+@settings(max_examples=120)
+@given(data=st.data(), seed=st.integers(0, 2**31))
+def test_beam_search(data: st.DataObject, seed: int) -> None:
+    shape = data.draw(shapes(pad_token_id=0))
+    theirs, ours = both(shape, seed)
+    ids, visible = data.draw(prompts(shape["vocab_size"]))
+    beams = data.draw(st.integers(2, 4))
+    chosen = data.draw(
+        st.fixed_dictionaries({
+            **any_way(shape["vocab_size"]),
+            "num_beams": st.just(beams),
+            "num_return_sequences": st.integers(1, beams),
+            "length_penalty": st.sampled_from([1.0, 0.0, 2.0, -1.0]),
+            "early_stopping": st.sampled_from([True, False, "never"]),
+        })
+    )  # fmt: skip
+    expected, found = answers(theirs, ours, ids, visible, chosen)
+    COUNTS["beams"] += 1
+    same = found.sequences.shape == expected.sequences.shape and (found.sequences == expected.sequences.numpy()).all()
+    if not same and near_tie_in_search(ours, ids, visible, chosen):
+        COUNTS["beams left out"] += 1
+        return
+    np.testing.assert_array_equal(found.sequences, expected.sequences.numpy())
+    np.testing.assert_array_equal(found.beam_indices, expected.beam_indices.numpy())
+    # Sums of up to 12 log probabilities, each off by at most 5e-6 of the largest logit, here below 30 or so.
+    scale = max(1.0, max(np.abs(step).max() for step in found.logits))
+    np.testing.assert_allclose(
+        found.sequences_scores, expected.sequences_scores.numpy(), rtol=1e-5, atol=12 * 5e-6 * scale
+    )
+
+
+def near_tie_in_search(ours: Any, ids: Any, visible: Any, chosen: dict[str, Any]) -> bool:
+    """Whether a search in float64 finds another text when its scores move by what rounding may move them."""
+    texts = []
+    for seed in range(6):
+        noise = np.random.default_rng(seed)
+
+        def moved(_: Any, scores: Any, noise: Any = noise) -> Any:
+            size = np.abs(scores[np.isfinite(scores)]).max()
+            return scores + (noise.uniform(-TIE, TIE, scores.shape) * size).astype(np.float32)
+
+        with quiet():
+            texts.append(ours.generate(ids, None, [moved], attention_mask=visible, pad_token_id=0, **chosen).tolist())
+    return any(text != texts[0] for text in texts)
+
+
+def test_few_examples_are_left_out() -> None:
+    """Of those that ran before in this process; with a selection of tests there may be none."""
+    for kind in ("greedy", "beams"):
+        assert COUNTS[f"{kind} left out"] <= 0.05 * COUNTS[kind], COUNTS
+
+
+@pytest.mark.parametrize("chosen", [
+    {}, {"max_length": 30}, {"max_new_tokens": 100}, {"min_length": 20, "max_length": 60},
+    {"num_beams": 4, "max_new_tokens": 60}, {"num_beams": 3, "num_return_sequences": 3, "length_penalty": 0.5},
+    {"repetition_penalty": 1.2, "max_new_tokens": 80}, {"eos_token_id": None, "max_new_tokens": 90},
+], ids=str)  # fmt: skip
+def test_texts_of_the_tiny_model(chosen: dict[str, Any]) -> None:
+    """A trained model, its own generation_config.json, left padding, past the window of 64."""
+    theirs = Gemma2ForCausalLM.from_pretrained(find_model("tiny"), dtype=torch.float32, attn_implementation="eager")
+    ours = refgemma.Gemma2ForCausalLM.from_pretrained("tiny")
+    encode = refgemma.load("tiny").tokenizer.encode
+    rows = [encode(text) for text in ("The king", "In the wood there lived", '"I am afraid," said')]
+    width = max(map(len, rows))
+    ids = np.array([[0] * (width - len(row)) + row for row in rows])
+    with quiet():
+        expected = theirs.generate(torch.tensor(ids), do_sample=False, **chosen).numpy()
+        np.testing.assert_array_equal(ours.generate(ids, **chosen), expected)
+
+
+def test_bfloat16_greedy_texts_of_the_tiny_model() -> None:
+    theirs = Gemma2ForCausalLM.from_pretrained(find_model("tiny"), dtype=torch.bfloat16, attn_implementation="eager")
+    ours = refgemma.Gemma2ForCausalLM.from_pretrained("tiny", dtype="bfloat16")
+    ids = np.array([refgemma.load("tiny").tokenizer.encode("In the wood there lived")])
+    with quiet():
+        expected = theirs.generate(torch.tensor(ids), do_sample=False, max_new_tokens=12).numpy()
+    np.testing.assert_array_equal(ours.generate(ids, max_new_tokens=12), expected)
+
+
+@settings(max_examples=40)
+@given(data=st.data(), seed=st.integers(0, 2**31))
+def test_prompts_of_embeddings_and_from_a_cache(data: st.DataObject, seed: int) -> None:
+    """Embeddings give back new tokens only; a cache of a prompt's beginning changes nothing."""
+    shape = data.draw(shapes(pad_token_id=0, eos_token_id=None))
+    theirs, ours = both(shape, seed)
+    ids, visible = data.draw(prompts(shape["vocab_size"]))
+    limit = data.draw(st.sampled_from([{"max_new_tokens": 5}, {"max_length": ids.shape[1] + 4}, {}]))
+    whole = ours.generate(ids, attention_mask=visible, **limit, return_dict_in_generate=True, output_scores=True)
+    if min(nearest(step, 1) for step in whole.scores) < TIE:
+        return
+    embeds = ours.weights.embed_tokens[ids] * np.float32(shape["hidden_size"] ** 0.5)
+    with quiet():
+        expected = theirs.generate(
+            inputs_embeds=torch.tensor(embeds), attention_mask=torch.tensor(visible), do_sample=False, **limit
+        ).numpy()
+    np.testing.assert_array_equal(ours.generate(inputs_embeds=embeds, attention_mask=visible, **limit), expected)
+    begun = int(visible.argmax(axis=1).max()) + 1  # not in anyone's padding
+    if begun < ids.shape[1] and limit != {}:
+        positions = np.where(visible == 1, np.cumsum(visible, axis=1) - 1, 0)
+        past = ours.model(ids[:, :begun], attention_mask=visible[:, :begun], position_ids=positions[:, :begun])
+        assert isinstance(past.past_key_values, Cache)
+        again = ours.generate(ids, attention_mask=visible, past_key_values=past.past_key_values, **limit)
+        np.testing.assert_array_equal(again, whole.sequences)
+
+
+# --- processors alone -------------------------------------------------------------------------------------------------
+
+
+def drawn_scores(seed: int, batch: int = 3, vocab: int = 25) -> Any:
+    """With ties, and with minus infinity where an earlier processor has been."""
+    rng = np.random.default_rng(seed)
+    scores = (rng.standard_normal((batch, vocab)) * 3).astype(np.float32)
+    scores[:, rng.integers(0, vocab, 4)] = scores[:, :1]
+    scores[:, rng.integers(1, vocab, 3)] = -np.inf
+    return scores
+
+
+ALONE = {
+    "top_k": (processors.keep_top_k, logits_process.TopKLogitsWarper, st.integers(1, 40)),
+    "top_p": (processors.keep_top_p, logits_process.TopPLogitsWarper, st.floats(0.05, 1.0)),
+    "min_p": (processors.keep_min_p, logits_process.MinPLogitsWarper, st.floats(0.0, 1.0)),
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+@settings(max_examples=150)
+@given(data=st.data(), seed=st.integers(0, 2**31), least=st.integers(1, 4))
+def test_cuts_alone(name: str, data: st.DataObject, seed: int, least: int) -> None:
+    ours, theirs, values = ALONE[name]
+    value, scores = data.draw(values), drawn_scores(seed)
+    expected = theirs(value, min_tokens_to_keep=least)(None, torch.tensor(scores)).numpy()
+    found = ours(scores, value, least)
+    # Of equal scores torch's sort promises no order: which of them are kept may differ, not how many.
+    if not np.array_equal(np.sort(found), np.sort(expected)):
+        # And a sum of probabilities may meet the threshold to within a few roundings of 1.
+        assert name != "top_k"
+        moved = [np.sort(ours(scores, min(1.0, value + shift), least)) for shift in (-4e-7, 4e-7)]
+        assert any(np.array_equal(one, np.sort(expected)) for one in moved)
+
+
+@settings(max_examples=150)
+@given(seed=st.integers(0, 2**31), penalty=st.floats(0.2, 5), size=st.integers(1, 4))
+def test_constraints_alone(seed: int, penalty: float, size: int) -> None:
+    rng = np.random.default_rng(seed)
+    scores, ids, skipped = drawn_scores(seed), rng.integers(0, 25, (3, 9)), rng.integers(0, 9, 3)
+    there = logits_process.RepetitionPenaltyLogitsProcessor(penalty, torch.tensor(skipped))
+    expected = there(torch.tensor(ids), torch.tensor(scores)).numpy()
+    np.testing.assert_array_equal(processors.penalise_repetition(scores, ids, penalty, skipped), expected)
+    few = ids % 3  # so that n-grams do recur
+    ngrams = logits_process.NoRepeatNGramLogitsProcessor(size)(torch.tensor(few), torch.tensor(scores)).numpy()
+    np.testing.assert_array_equal(processors.ban_repeated_ngrams(scores, few, size), ngrams)
+
+
+SAMPLED = {
+    "temperature": st.sampled_from([1.0, 0.5, 1.7]),
+    "top_k": st.sampled_from([0, 3, 10, 50]),
+    "top_p": st.sampled_from([1.0, 0.9, 0.5]),
+    "min_p": st.sampled_from([None, 0.05, 0.3]),
+    "num_beams": st.sampled_from([1, 1, 3]),
+    "eos_token_id": st.sampled_from([None, 7, [7, 9]]),
+    "min_new_tokens": st.sampled_from([None, 4]),
+    "repetition_penalty": st.sampled_from([1.0, 1.3]),
+}
+
+
+@settings(max_examples=100)
+@given(chosen=st.fixed_dictionaries(SAMPLED), seed=st.integers(0, 2**31))
+def test_all_processors_in_their_order(chosen: dict[str, Any], seed: int) -> None:
+    """What is drawn from, against the list that transformers makes of the same settings."""
+    chosen = {key: value for key, value in chosen.items() if value is not None} | {"do_sample": True}
+    rng = np.random.default_rng(seed)
+    ids, scores = rng.integers(0, 25, (3, 6)), (rng.standard_normal((3, 25)) * 3).astype(np.float32)
+    shape = {"vocab_size": 25, "hidden_size": 4, "num_hidden_layers": 1, "head_dim": 2, "num_attention_heads": 2,
+             "num_key_value_heads": 1, "intermediate_size": 3, "eos_token_id": None}  # fmt: skip
+    model = in_transformers(NAME, shape, random_tensors(NAME, shape, 0), "float32")
+    there, _ = model._prepare_generation_config(GenerationConfig(**chosen))
+    model._prepare_special_tokens(there, True, device="cpu")
+    made = model._get_logits_processor(there, input_ids_seq_length=4, device="cpu")
+    expected = made(torch.tensor(ids), torch.tensor(scores)).numpy()
+    call = settled(None, refgemma.GenerationConfig(), chosen | {"max_new_tokens": 9})
+    ours = settings_for(call, prompt_length=4, vocab_size=25, limit=99)
+    nothing = np.zeros(3, int)
+    found = processors.warped(processors.constrained(scores, ids, nothing, ours), ours)
+    np.testing.assert_array_equal(np.isinf(found), np.isinf(expected))
+    np.testing.assert_array_equal(found[np.isfinite(found)], expected[np.isfinite(expected)])
+
+
+def test_generation_configs_are_read_by_both(tmp_path: Any) -> None:
+    chosen = {"do_sample": True, "top_k": 7, "eos_token_id": [1, 107], "max_new_tokens": 9, "min_p": 0.1}
+    GenerationConfig(**chosen).save_pretrained(tmp_path / "theirs")
+    ours = refgemma.GenerationConfig.from_pretrained(tmp_path / "theirs")
+    assert ours.to_dict() == chosen
+    ours.save_pretrained(tmp_path / "ours")
+    theirs = GenerationConfig.from_pretrained(tmp_path / "ours")
+    assert {key: value for key, value in theirs.to_dict().items() if key in chosen} == chosen
+
+
+def test_a_streamer_is_given_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    class Noted:
+        def __init__(self) -> None:
+            self.given: list[list[int]] = []
+
+        def put(self, value: Any) -> None:
+            self.given.append(np.asarray(value).reshape(-1).tolist())
+
+        def end(self) -> None:
+            self.given.append([])
+
+    theirs = Gemma2ForCausalLM.from_pretrained(find_model("tiny"), dtype=torch.float32, attn_implementation="eager")
+    ours = refgemma.Gemma2ForCausalLM.from_pretrained("tiny")
+    ids = [refgemma.load("tiny").tokenizer.encode("The king")]
+    there, found = Noted(), Noted()
+    with quiet():
+        theirs.generate(torch.tensor(ids), do_sample=False, max_new_tokens=6, streamer=there)
+    ours.generate(ids, max_new_tokens=6, streamer=found)
+    assert found.given == there.given
+    ours.generate(ids, max_new_tokens=6, streamer=TextStreamer(refgemma.load("tiny").tokenizer, skip_prompt=True))
+    text = refgemma.load("tiny").tokenizer.decode([token for tokens in found.given[1:] for token in tokens])
+    assert capsys.readouterr().out == text + "\n"
