@@ -22,6 +22,7 @@ Examples
 (1, 6, 7, 7)
 """
 
+import warnings
 from importlib.metadata import version
 
 from refgemma.cache import Cache
@@ -85,3 +86,15 @@ __all__ = [
     "open_checkpoint",
     "wide",
 ]
+
+
+def __getattr__(name: str) -> type[Gemma2ForCausalLM]:
+    """Of ``GemmaForCausalLM``, which an example of transformers' documentation page names: what is meant there."""
+    if name != "GemmaForCausalLM":
+        raise AttributeError(f"module 'refgemma' has no attribute {name!r}")
+    warnings.warn(
+        "GemmaForCausalLM is the class of Gemma 1; the documentation page of Gemma 2 names it in an example where "
+        "Gemma2ForCausalLM is meant, and that is what you get",
+        stacklevel=2,
+    )
+    return Gemma2ForCausalLM

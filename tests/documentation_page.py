@@ -1,7 +1,10 @@
 """The names that the Transformers documentation page of Gemma 2 documents, taken from its text: parameters with their
 defaults, returned fields, and what its examples call, by section.
 
-`documentation_page.json` is what this makes of the page: ``python tests/documentation_page.py PAGE > FILE``.
+`documentation_page.json` is what this makes of the page, ``docs/documentation-page.md`` what it makes of that:
+
+    python tests/documentation_page.py PAGE > tests/documentation_page.json
+    python tests/documentation_page.py > docs/documentation-page.md
 """
 
 import json
@@ -10,6 +13,35 @@ import sys
 from pathlib import Path
 
 RECORDED = Path(__file__).with_suffix(".json")
+NAMES = "tests/parity/test_documented_names.py"
+DOCTEST = "refgemma/modeling.py::refgemma.modeling.Gemma2ForCausalLM"
+
+INTRODUCTION = """\
+# The documentation page, name by name
+
+The [Transformers documentation of Gemma 2](https://huggingface.co/docs/transformers/model_doc/gemma2) was the
+specification of this package: in its examples `transformers` can be replaced by `refgemma` and `torch` by `numpy`.
+Each name that the page documents is listed here with the test that holds it against transformers: it is set to a
+value that matters, both answer the same, and not what they answer without it. Random mixtures of all of them are in
+`tests/parity/test_modeling_parity.py`, texts in `tests/parity/test_generation_parity.py`.
+
+    pip install -e ".[test,record]" && pytest {names}
+
+Made by `python tests/documentation_page.py`; `tests/test_documentation_page.py` keeps it complete and its tests real.
+
+Where the page and transformers 5.23 say different things, this package does what transformers does:
+
+- `GemmaForCausalLM` in the page's second example is the class of Gemma 1, with which a Gemma 2 checkpoint computes
+  something else. `refgemma.GemmaForCausalLM` is `Gemma2ForCausalLM`, and warns.
+- `past_key_values`: what comes back is a `Cache`, which is also the tuple of pairs that the page calls the legacy
+  format. Who hands in plain tuples gets plain tuples back.
+- `Gemma2ForSequenceClassification` without a `pad_token_id` "takes the last value in each row of the batch": several
+  rows are refused then.
+- `inputs_embeds` are not scaled by the square root of `hidden_size`.
+
+| section | name | default on the page | test |
+| --- | --- | --- | --- |
+"""
 
 SIGNATURE = re.compile(r"(\*\*\w+|\w+)(?:: \w+)?(?: = (\S+))?")  # name: Type = default
 BULLET = re.compile(r"(?:- |Args — )(\w+) \($")  # the description of a parameter
@@ -40,5 +72,34 @@ def names_of(page: str) -> dict[str, dict[str, str | None]]:
     return found
 
 
+def test_of(section: str, name: str) -> str:
+    """The pytest id of the test of one name."""
+    cls = section.split(".")[0]
+    if section == "examples":
+        config = name in ("Gemma2Model", "Gemma2Config")
+        wrong = "tests/test_documentation_page.py::test_the_class_that_the_page_names"
+        return "refgemma/modeling.py::refgemma.modeling.Gemma2Model" if config else (
+            wrong if name == "GemmaForCausalLM" else DOCTEST
+        )  # fmt: skip
+    if section == "Gemma2Config":
+        return f"{NAMES}::test_config_field[{name}]"
+    if section.endswith(".returns"):
+        return f"{NAMES}::test_returned[{name}]"
+    return f"{NAMES}::test_argument[{name}-{cls}]" if section.endswith(".forward") else f"{NAMES}::test_class[{cls}]"
+
+
+def table_of(names: dict[str, dict[str, str | None]]) -> str:
+    """The page ``docs/documentation-page.md``."""
+    rows = [
+        f"| {section} | `{name}` | {'' if default is None else f'`{default}`'} | `{test_of(section, name)}` |"
+        for section, documented in names.items()
+        for name, default in documented.items()
+    ]
+    return INTRODUCTION.format(names=NAMES) + "\n".join(rows) + "\n"
+
+
 if __name__ == "__main__":
-    print(json.dumps(names_of(Path(sys.argv[1]).read_text(encoding="utf-8")), indent=1))
+    if sys.argv[1:]:
+        print(json.dumps(names_of(Path(sys.argv[1]).read_text(encoding="utf-8")), indent=1))
+    else:
+        print(table_of(json.loads(RECORDED.read_text(encoding="utf-8"))), end="")
