@@ -18,7 +18,7 @@ import numpy as np
 
 import refgemma
 from refgemma.config import ConfigError
-from refgemma.generation import generate
+from refgemma.generation import Prompts, generate, generate_batch, sampling
 from refgemma.hub import ModelNameError, find_model
 from refgemma.inputs import InputError
 from refgemma.model import forward
@@ -81,6 +81,11 @@ def parser() -> Parser:
         command.add_argument(
             "--top-p", type=float, metavar="P", help="draw only from the likeliest up to probability P"
         )
+        command.add_argument(
+            "--min-p", type=float, metavar="P", help="draw only tokens P times as likely as the likeliest"
+        )
+        command.add_argument("--repetition-penalty", type=float, metavar="R", help="above 1: fewer repetitions")
+        command.add_argument("--min-new-tokens", type=int, metavar="N", help="no end of text before N tokens")
         command.add_argument("--seed", type=int, default=0)
 
     def add_prompt(command: Parser) -> None:
@@ -91,6 +96,9 @@ def parser() -> Parser:
     add_prompt(command)
     add_model(command)
     add_sampling(command)
+    command.add_argument(
+        "--num-beams", type=int, default=1, metavar="N", help="search with N beams, and print the best"
+    )
 
     command = add("chat", "talk in turns; an empty line or end of input ends it")
     add_model(command)
@@ -134,11 +142,16 @@ def as_json(value: Any) -> None:
 
 
 def new_tokens(ids: Sequence[int], model: Pretrained, args: argparse.Namespace) -> Iterator[int]:
-    """The continuation of `ids` under the sampling arguments."""
-    return generate(
-        ids, model.weights, model.config, args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed,
-        model.stop_ids,
-    )  # fmt: skip
+    """The continuation of `ids` under the sampling arguments, as it is made; that of a search when it is found."""
+    others = {name: getattr(args, name) for name in ("min_p", "repetition_penalty", "min_new_tokens")}
+    common = (args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed, model.stop_ids)
+    beams = getattr(args, "num_beams", 1)
+    if beams == 1:
+        return generate(ids, model.weights, model.config, *common, **others)
+    call = sampling(model.config, *common, others | {"num_beams": beams})
+    found = generate_batch(Prompts([ids]), model.weights, model.config, call).sequences[0, len(ids) :].tolist()
+    end = next((n for n, token in enumerate(found) if token in model.stop_ids), len(found))
+    return iter(found[: end + 1])
 
 
 def stream_text(tokens: Iterator[int], model: Pretrained, show: bool) -> tuple[list[int], str]:

@@ -656,7 +656,9 @@ class Gemma2ForCausalLM(_WithHead):
             cache_position=cache_position,
         )  # fmt: skip
         kept = tokens_to_keep(output.last_hidden_state, logits_to_keep)
-        _, logits = head(kept, self.weights, self.config)
+        flat = kept.ndim == 2  # the tokens that a bool array picks have lost their rows
+        _, all_logits = head(kept[None] if flat else kept, self.weights, self.config)
+        logits = all_logits[0] if flat else all_logits
         causal = CausalLMOutputWithPast(
             loss=None if labels is None else self._loss(causal_lm_loss(logits, labels), logits),
             logits=logits,
