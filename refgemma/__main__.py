@@ -162,7 +162,7 @@ def run_generate(args: argparse.Namespace) -> int:
     ids = prompt_ids(args, model)
     tokens = new_tokens(ids, model, args)
     if not args.json:
-        print(model.tokenizer.decode(ids), end="", flush=True)
+        print(model.tokenizer.decode(ids, skip_special_tokens=True), end="", flush=True)
     began = time.perf_counter()
     made, text = stream_text(tokens, model, show=not args.json)
     if args.json:
@@ -195,7 +195,10 @@ def run_chat(args: argparse.Namespace) -> int:
         if not line:
             return OK
         messages.append({"role": "user", "content": line})
-        ids = model.tokenizer.chat_ids(messages)
+        # Sanitized: whoever types "<end_of_turn>" means these letters, and does not end the turn.
+        ids = model.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False
+        )
         made, text = stream_text(new_tokens(ids, model, args), model, show=not args.json)
         messages.append({"role": "assistant", "content": text})
         if args.json:
