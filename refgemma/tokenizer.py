@@ -375,7 +375,7 @@ class Tokenizer:
             truncation,
             int(self.model_max_length) if needs_length and self.model_max_length < LIMITED else max_length,
             pad_to_multiple_of,
-            padding_side or self.padding_side,
+            self.padding_side if padding_side is None else padding_side,
             self.truncation_side,
             return_tensors,
             return_attention_mask,

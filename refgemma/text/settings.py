@@ -45,8 +45,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
         raise TokenizerError(f"{folder / CONFIG_FILE}: its special tokens are no lists: {extra!r} and {added!r}")
     extra = [_name(token) for token in extra]
     extra += [_name(token) for token in added.values() if isinstance(token, dict) and token.get("special")]
-    # Where it saves a tokenizer made of the bare file, transformers lists the pieces of white space among them. Taken at
-    # its word, decoding without special tokens would drop the spaces and lines of the text.
+    # Saving a tokenizer made of the bare file, transformers lists the pieces of white space among them: taken at its
+    # word, decoding without special tokens would drop the spaces and lines of the text.
     settings["extra_special_tokens"] = [t for t in extra if not (isinstance(t, str) and not t.strip(" \t\n\u2581"))]
     if (folder / TEMPLATE_FILE).exists():
         settings["chat_template"] = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")

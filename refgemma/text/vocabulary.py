@@ -116,7 +116,8 @@ class Vocabulary:
             )
         self.special = {piece: token for piece in names if (token := self.id_of(piece)) is not None}
         for piece, token in self.special.items():
-            if token in self._model.encode(piece):
+            # Without byte pieces, which Gemma has, any character may be unknown: that is no special token of the text.
+            if token != self._model.unk_id() and token in self._model.encode(piece):
                 raise TokenizerError(f"{model_file}: {piece} is an ordinary piece in it, which any text may contain")
 
     def __len__(self) -> int:
