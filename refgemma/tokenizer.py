@@ -37,7 +37,7 @@ class Tokenizer:
     bos_token, eos_token, unk_token, pad_token : str
         Which pieces have these roles.
     extra_special_tokens : sequence of str
-        Further special tokens. ``<mask>`` and the turn markers ``<start_of_turn>`` and ``<end_of_turn>`` always are.
+        Further special tokens. The four above always are, by these names too, and ``<mask>`` and the turn markers.
     add_bos_token, add_eos_token : bool
         What `add_special_tokens` adds.
     padding_side, truncation_side : {"left", "right"}

@@ -562,8 +562,8 @@ def test_special_tokens_are_read_as_names_or_with_their_properties(tmp_path: Pat
     added = {"1": {"content": "<eos>", "special": False}, "2": {"content": "<bos>", "special": True}}
     tokenizer = Tokenizer.from_pretrained(folder_with(tmp_path, eos_token=eos, added_tokens_decoder=added))
     assert tokenizer.eos_token_id == END
-    assert sorted(tokenizer.all_special_ids) == [PAD, BOS, UNK, 4, START, END]
-    assert EOS not in tokenizer.encode("<eos>")
+    assert tokenizer.all_special_tokens[:4] == ["<bos>", "<end_of_turn>", "<unk>", "<pad>"]
+    assert sorted(tokenizer.all_special_ids) == [PAD, EOS, BOS, UNK, 4, START, END]
 
 
 def test_white_space_is_never_special(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from refgemma.text.vocabulary import TokenizerError
 
 MODEL_FILE, CONFIG_FILE, TEMPLATE_FILE = "tokenizer.model", "tokenizer_config.json", "chat_template.jinja"
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
-# Special besides the four, where a file has them; as the released configurations and transformers say.
-ALWAYS_SPECIAL = ("<mask>", START, END)
+# Special where a file has them, whatever has the four roles; as the released configurations and transformers say.
+ALWAYS_SPECIAL = ("<bos>", "<eos>", "<unk>", "<pad>", "<mask>", START, END)
 # The parameters of `Tokenizer` that a tokenizer_config.json may give.
 SETTINGS = (
     *ROLES, "extra_special_tokens", "add_bos_token", "add_eos_token", "padding_side", "truncation_side",
