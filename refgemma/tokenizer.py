@@ -53,8 +53,6 @@ class Tokenizer:
     ----------
     vocab_size : int
         Number of ids, as is ``len(tokenizer)``.
-    bos_token_id, eos_token_id, unk_token_id, pad_token_id : int
-        The ids of the four roles.
     all_special_tokens, all_special_ids : list
         All special tokens, the four roles first.
 
@@ -69,7 +67,8 @@ class Tokenizer:
     id that ends a turn or begins a text, here as in transformers. So whoever writes a part of a prompt can end their
     own turn and speak as the model: a forged conversation that the model cannot tell from a real one. For text from
     people you do not trust say ``split_special_tokens=True``, or in a chat ``sanitize_control_tokens=True``; then none
-    of `all_special_ids` can come out of their text, and decoding gives the text back.
+    of `all_special_ids` can come out of their text, and decoding gives the text back. Other pieces that look like
+    markup, in Gemma ``<b>`` or ``<unused7>``, are found in any text, unless `extra_special_tokens` names them.
 
     In transformers ``split_special_tokens`` spares tokens that are not declared special: made from the bare file, as by
     ``GemmaTokenizer.from_pretrained`` of a folder without ``added_tokens_decoder``, it still finds the turn markers.
@@ -103,20 +102,19 @@ class Tokenizer:
     ) -> None:
         one_of("padding_side", padding_side, SIDES)
         one_of("truncation_side", truncation_side, SIDES)
+        one_of("add_bos_token", add_bos_token, (False, True))
+        one_of("add_eos_token", add_eos_token, (False, True))
+        one_of("split_special_tokens", split_special_tokens, (False, True))
         if type(model_max_length) not in (int, float) or model_max_length < 1:
             raise TokenizerError(f"model_max_length is {model_max_length!r}, not a number of tokens")
-        roles = {"bos_token": bos_token, "eos_token": eos_token, "unk_token": unk_token, "pad_token": pad_token}
-        needed = [*roles.values(), *extra_special_tokens]
+        needed = [bos_token, eos_token, unk_token, pad_token, *extra_special_tokens]
         if not all(isinstance(piece, str) for piece in needed):
             raise TokenizerError(f"{model_file}: its special tokens are {needed!r}, which are not all strings")
         self._vocabulary = Vocabulary(model_file, dict.fromkeys([*needed, *ALWAYS_SPECIAL]))
         self._special = self._vocabulary.special
         if missing := [piece for piece in dict.fromkeys(needed) if piece not in self._special]:
             raise TokenizerError(f"{model_file}: has no {', '.join(missing)}; it is not Gemma's tokenizer")
-        self.bos_token, self.eos_token, self.unk_token, self.pad_token = roles.values()
-        self.bos_token_id, self.eos_token_id, self.unk_token_id, self.pad_token_id = (
-            self._special[piece] for piece in roles.values()
-        )
+        self.bos_token, self.eos_token, self.unk_token, self.pad_token = bos_token, eos_token, unk_token, pad_token
         self.add_bos_token, self.add_eos_token = add_bos_token, add_eos_token
         self.padding_side, self.truncation_side = padding_side, truncation_side
         self.model_max_length, self.split_special_tokens = model_max_length, split_special_tokens
@@ -189,6 +187,26 @@ class Tokenizer:
         replace_file(folder / CONFIG_FILE, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
 
     # ---- ids and pieces
+
+    @property
+    def bos_token_id(self) -> int:
+        """The id of `bos_token`."""
+        return self._special[self.bos_token]
+
+    @property
+    def eos_token_id(self) -> int:
+        """The id of `eos_token`."""
+        return self._special[self.eos_token]
+
+    @property
+    def unk_token_id(self) -> int:
+        """The id of `unk_token`."""
+        return self._special[self.unk_token]
+
+    @property
+    def pad_token_id(self) -> int:
+        """The id of `pad_token`, which may be set: ``tokenizer.pad_token = tokenizer.eos_token``."""
+        return self._special[self.pad_token]
 
     def __len__(self) -> int:
         """Number of ids."""

@@ -214,6 +214,13 @@ def test_padding_is_left_unless_told_otherwise() -> None:
     assert TOKENIZER("the", padding=True, pad_to_multiple_of=4).input_ids == [PAD, PAD, BOS, *THE]
 
 
+def test_the_padding_token_can_be_set() -> None:
+    tokenizer = Tokenizer(MODEL_FILE)
+    tokenizer.pad_token = tokenizer.eos_token
+    assert tokenizer.pad_token_id == EOS
+    assert tokenizer("the", padding="max_length", max_length=3).input_ids == [EOS, BOS, *THE]
+
+
 def test_truncation_keeps_bos() -> None:
     assert TOKENIZER("the cat", truncation=True, max_length=2).input_ids == [BOS, *THE]
     assert TOKENIZER("the cat", max_length=2).input_ids == [BOS, *THE]
@@ -576,6 +583,7 @@ def test_white_space_is_never_special(tmp_path: Path) -> None:
     ("config", "problem"),
     [
         ({"padding_side": "middle"}, "padding_side is 'middle'"),
+        ({"split_special_tokens": "yes"}, "split_special_tokens is 'yes'; there are False, True"),
         ({"model_max_length": "long"}, "model_max_length is 'long'"),
         ({"bos_token": 5}, "its special tokens are .* not all strings"),
         ({"extra_special_tokens": ["<new>"]}, "has no <new>"),
