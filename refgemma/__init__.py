@@ -42,7 +42,7 @@ from refgemma.modeling import (
 from refgemma.precision import BF16, F16, as_dtype, bf16, f16, narrow, wide
 from refgemma.pretrained import Pretrained, load
 from refgemma.settings import GenerationConfig
-from refgemma.tokenizer import TextStream, Tokenizer, TokenizerError
+from refgemma.tokenizer import AutoTokenizer, BatchEncoding, TextStream, Tokenizer, TokenizerError
 from refgemma.weights.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from refgemma.weights.parameters import LayerWeights, Weights
 
@@ -51,6 +51,8 @@ __version__ = version("refgemma")
 __all__ = [
     "BF16",
     "F16",
+    "AutoTokenizer",
+    "BatchEncoding",
     "Cache",
     "Checkpoint",
     "CheckpointError",

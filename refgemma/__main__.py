@@ -18,13 +18,14 @@ import numpy as np
 
 import refgemma
 from refgemma.config import ConfigError
-from refgemma.generation import Prompts, generate, generate_batch, sampling
+from refgemma.generation import Prompts, continued, generate_batch, sampling
 from refgemma.hub import ModelNameError, find_model
 from refgemma.inputs import InputError
 from refgemma.model import forward
 from refgemma.oracle.trace import named_tensors, save_trace, target_file
 from refgemma.oracle.verify import CaseResult, Comparison, GoldenError, case_names, verify
 from refgemma.pretrained import Pretrained, load
+from refgemma.settings import GenerationConfig
 from refgemma.tokenizer import TextStream, TokenizerError
 from refgemma.weights.checkpoint import CheckpointError, open_checkpoint
 from refgemma.weights.parameters import tensor_shapes
@@ -141,14 +142,19 @@ def as_json(value: Any) -> None:
 # --- commands ---------------------------------------------------------------------------------------------------------
 
 
+def generation_settings(model: Pretrained, args: argparse.Namespace) -> GenerationConfig:
+    """The sampling arguments, checked."""
+    others = {name: getattr(args, name) for name in ("min_p", "repetition_penalty", "min_new_tokens")}
+    others["num_beams"] = getattr(args, "num_beams", 1)
+    common = (args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed, model.stop_ids)
+    return sampling(model.config, *common, others)
+
+
 def new_tokens(ids: Sequence[int], model: Pretrained, args: argparse.Namespace) -> Iterator[int]:
     """The continuation of `ids` under the sampling arguments, as it is made; that of a search when it is found."""
-    others = {name: getattr(args, name) for name in ("min_p", "repetition_penalty", "min_new_tokens")}
-    common = (args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed, model.stop_ids)
-    beams = getattr(args, "num_beams", 1)
-    if beams == 1:
-        return generate(ids, model.weights, model.config, *common, **others)
-    call = sampling(model.config, *common, others | {"num_beams": beams})
+    call = generation_settings(model, args)
+    if call.num_beams == 1:
+        return continued(ids, model.weights, model.config, call)
     found = generate_batch(Prompts([ids]), model.weights, model.config, call).sequences[0, len(ids) :].tolist()
     end = next((n for n, token in enumerate(found) if token in model.stop_ids), len(found))
     return iter(found[: end + 1])
@@ -175,7 +181,7 @@ def run_generate(args: argparse.Namespace) -> int:
     ids = prompt_ids(args, model)
     tokens = new_tokens(ids, model, args)
     if not args.json:
-        print(model.tokenizer.decode(ids), end="", flush=True)
+        print(model.tokenizer.decode(ids, skip_special_tokens=True), end="", flush=True)
     began = time.perf_counter()
     made, text = stream_text(tokens, model, show=not args.json)
     if args.json:
@@ -201,14 +207,17 @@ def read_line() -> str:
 def run_chat(args: argparse.Namespace) -> int:
     """``refgemma chat``: one JSON object a turn with ``--json``."""
     model = load(args.model, args.dtype, args.revision, args.download)
-    new_tokens([model.tokenizer.bos_id], model, args)  # wrong settings are refused before anybody says anything
+    generation_settings(model, args)  # wrong settings are refused before anybody says anything
     messages: list[dict[str, str]] = []
     while True:
         line = read_line()
         if not line:
             return OK
         messages.append({"role": "user", "content": line})
-        ids = model.tokenizer.chat_ids(messages)
+        # Sanitized: whoever types "<end_of_turn>" means these letters, and does not end the turn.
+        ids = model.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False
+        )
         made, text = stream_text(new_tokens(ids, model, args), model, show=not args.json)
         messages.append({"role": "assistant", "content": text})
         if args.json:

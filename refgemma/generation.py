@@ -405,14 +405,20 @@ def generate(
     >>> len(new)
     5
     """
+    call = sampling(config, max_new_tokens, temperature, top_k, top_p, seed, stop_ids, settings)
+    return continued(prompt, weights, config, call)
+
+
+def continued(
+    prompt: Sequence[int] | Int[np.ndarray, " seq"], weights: Weights, config: Gemma2Config, call: GenerationConfig
+) -> Iterator[int]:
+    """`generate` with all settings in one record."""
     if len(prompt) == 0:
         raise InputError("the prompt is empty: a model needs at least one token (<bos>, for instance)")
     ids = token_ids([list(prompt)], config.vocab_size)
-    call = sampling(config, max_new_tokens, temperature, top_k, top_p, seed, stop_ids, settings)
     reading = Reading(ids, np.ones(ids.shape, bool), np.arange(ids.shape[1])[None], None)
-    how = Decoding(
-        settings_for(call, ids.shape[1], config.vocab_size, config.max_position_embeddings), np.zeros(1, int)
-    )
+    limit = config.max_position_embeddings
+    how = Decoding(settings_for(call, ids.shape[1], config.vocab_size, limit), skipped=np.zeros(1, int))
     if how.settings.num_beams > 1 or how.settings.num_return_sequences > 1:
         raise InputError("one text, token by token, has no beams; for a search use Gemma2ForCausalLM.generate")
     model = partial(next_token_logits, weights=weights, config=config)

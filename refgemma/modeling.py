@@ -506,10 +506,23 @@ class Gemma2ForCausalLM(_WithHead):
 
     Examples
     --------
+    The example of transformers' documentation page, which names Gemma 1's class and ``google/gemma-2-9b``:
+
+    >>> from refgemma import AutoTokenizer, Gemma2ForCausalLM
     >>> model = Gemma2ForCausalLM.from_pretrained("tiny")
-    >>> output = model([[2, 300, 400]], labels=[[2, 300, 400]])
+    >>> tokenizer = AutoTokenizer.from_pretrained("tiny")
+    >>> prompt = "What is your favorite condiment?"
+    >>> inputs = tokenizer(prompt, return_tensors="np")
+    >>> # Generate
+    >>> generate_ids = model.generate(inputs.input_ids, max_length=30)
+    >>> tokenizer.batch_decode(generate_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)[0]
+    'What is your favorite condiment? He is a man, and he has a man who has a man who has a'
+
+    And a loss:
+
+    >>> output = model(inputs.input_ids, labels=inputs.input_ids)
     >>> output.logits.shape, output.loss.shape, output.keys()
-    ((1, 3, 2048), (), dict_keys(['loss', 'logits', 'past_key_values']))
+    ((1, 13, 2048), (), dict_keys(['loss', 'logits', 'past_key_values']))
     """
 
     has_head = True

@@ -13,7 +13,7 @@ from refgemma.tokenizer import Tokenizer
 from refgemma.weights.checkpoint import CheckpointError, open_checkpoint
 from refgemma.weights.parameters import Weights
 
-TOKENIZER = "tokenizer.model"
+TOKENIZER, END_OF_TURN = "tokenizer.model", "<end_of_turn>"
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Pretrained:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """Read when it is first asked for: a model without one can still be given token ids."""
-        return Tokenizer(self.folder / TOKENIZER)
+        return Tokenizer.from_pretrained(self.folder)
 
 
 def load(
@@ -90,5 +90,6 @@ def _stop_ids(folder: Path, config: Gemma2Config) -> frozenset[int]:
             stops = frozenset(ids)
     if not (folder / TOKENIZER).exists():
         return stops
-    end_of_turn = Tokenizer(folder / TOKENIZER).end_of_turn_id
-    return stops if end_of_turn is None else stops | {end_of_turn}
+    tokenizer = Tokenizer.from_pretrained(folder)
+    has_turns = END_OF_TURN in tokenizer.all_special_tokens
+    return stops | {tokenizer.convert_tokens_to_ids(END_OF_TURN)} if has_turns else stops

@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parents[1] / "refgemma"
 
 # From the ground up. A name is a file, or a folder whose files may import one another.
 RUNGS = (
-    {"files", "hub", "precision", "shapes"},
+    {"files", "hub", "precision", "shapes", "text"},
     {"ops", "tokenizer"},
     {"activations"},
     {"config"},

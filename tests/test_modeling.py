@@ -221,6 +221,17 @@ def test_a_function_as_activation() -> None:
     np.testing.assert_array_equal(given(IDS).last_hidden_state, named(IDS).last_hidden_state)
 
 
+def test_the_functions_are_the_classes() -> None:
+    """`refgemma.forward`, which keeps every tensor, and the class, which keeps what is asked for."""
+    model = Gemma2ForCausalLM.from_config(CONFIG, seed=1)
+    run = refgemma.forward(IDS, model.weights, CONFIG)
+    answer = model(IDS, output_hidden_states=True, output_attentions=True)
+    np.testing.assert_array_equal(answer.logits, run.logits)
+    np.testing.assert_array_equal(answer.hidden_states[-1], run.norm)
+    np.testing.assert_array_equal(answer.hidden_states[1], run.layers[0].out)
+    np.testing.assert_array_equal(answer.attentions[2], run.layers[2].attention.probs)
+
+
 def test_names_at_the_top() -> None:
     for name in refgemma.__all__:
         assert getattr(refgemma, name) is not None

@@ -1,10 +1,12 @@
 """The tokenizer against transformers' `GemmaTokenizer` made from the same file, and Gemma's template under Jinja."""
 
 import re
+import shutil
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -16,7 +18,7 @@ from refgemma.tokenizer import Tokenizer, TokenizerError
 TINY = Path(str(files("refgemma") / "checkpoints/tiny"))
 TOKENIZER = Tokenizer(TINY / "tokenizer.model")
 MARKERS = ["<start_of_turn>", "<end_of_turn>"]
-LONGEST_SPACES = 8  # the longest piece of spaces that the tiny model has
+SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *MARKERS]
 
 TEXTS = [
     "Once upon a time there was a little girl, and she lived in a house by the wood.",
@@ -33,81 +35,158 @@ TEXTS = [
     "def f(x: int) -> int:\n    return x ** 2  # ≈ x²\n",
 ]
 
-CHARACTERS = st.characters(exclude_categories=["Cs"], exclude_characters="\u2581")
-BLOCKS = st.sampled_from([*TEXTS, *MARKERS, " ", "  ", "\n", "\n" * 5, "the", " a", "é", "😀", "12", "<", ">"])
+CHARACTERS = st.characters(exclude_categories=["Cs"])
+SPACES = [" ", "  ", " " * 9, " " * 31, "\u2581", "\u2581" * 2, "\u2581" * 9, "\n", "\n" * 5, "\t"]
+BLOCKS = st.sampled_from([*TEXTS, *SPECIAL, *SPACES, "the", " a", "é", "😀", "12", "<", ">", "<eos", "turn>"])
 RANDOM_TEXTS = st.text(CHARACTERS) | st.lists(BLOCKS | CHARACTERS, max_size=8).map("".join)
+BYTES = st.integers(18, 18 + 255)  # a quarter of all ids, and more of these lists
+RANDOM_IDS = st.lists(st.integers(0, TOKENIZER.vocab_size - 1) | BYTES | st.integers(0, 17))
 
 
 @pytest.fixture(scope="module")
-def theirs() -> Any:
-    """The other implementation, its turn markers special, as a released Gemma's tokenizer_config.json declares them."""
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """transformers' tokenizer of what `save_pretrained` writes: of the same model, with the special tokens declared as
+    in a released Gemma's tokenizer_config.json."""
     pytest.importorskip("google.protobuf", reason="transformers reads the file with it: pip install protobuf")
+    folder = tmp_path_factory.mktemp("saved")
+    TOKENIZER.save_pretrained(folder)
+    return from_folder(folder)
+
+
+def from_folder(folder: Path) -> Any:
     from transformers import GemmaTokenizer
 
-    tokenizer = GemmaTokenizer.from_pretrained(TINY, local_files_only=True)
-    # Said afterwards: as an argument of from_pretrained they replace the pieces of newlines as tokens to look for.
-    tokenizer.add_special_tokens({"extra_special_tokens": MARKERS})
-    return tokenizer
-
-
-def ours_differs_by_design(text: str) -> bool:
-    """Whether `text` holds what the two are known, and below are shown, to treat differently."""
-    return bool(re.search("<(pad|eos|bos|unk)>", text)) or " " * (LONGEST_SPACES + 1) in text
+    return GemmaTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 # ---- ids
 
 
-def test_all_pieces_have_the_same_ids(theirs: Any) -> None:
-    assert theirs.convert_ids_to_tokens(range(len(theirs))) == TOKENIZER.pieces(range(TOKENIZER.vocab_size))
-    ids = [theirs.pad_token_id, theirs.eos_token_id, theirs.bos_token_id, theirs.unk_token_id]
-    assert ids == [TOKENIZER.pad_id, TOKENIZER.eos_id, TOKENIZER.bos_id, TOKENIZER.unk_id]
-    assert theirs.convert_tokens_to_ids(MARKERS) == [TOKENIZER.start_of_turn_id, TOKENIZER.end_of_turn_id]
+def test_all_pieces_and_special_tokens_have_the_same_ids(theirs: Any) -> None:
+    assert theirs.get_vocab() == TOKENIZER.get_vocab()
+    everything = range(len(theirs))
+    assert theirs.convert_ids_to_tokens(everything) == TOKENIZER.convert_ids_to_tokens(everything)
+    names = ["pad_token", "eos_token", "bos_token", "unk_token"]
+    for name in [*names, *[f"{name}_id" for name in names], "vocab_size", "padding_side", "truncation_side"]:
+        assert getattr(theirs, name) == getattr(TOKENIZER, name)
+    assert theirs.convert_tokens_to_ids(["no piece", *SPECIAL]) == TOKENIZER.convert_tokens_to_ids(
+        ["no piece", *SPECIAL]
+    )
+    # transformers lists the pieces of white space among them, too, though it does not leave them out when it decodes.
+    listed = [token for token in theirs.all_special_tokens if token.strip("\n\u2581")]
+    assert listed == TOKENIZER.all_special_tokens
 
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_encode_gives_the_same_ids(theirs: Any, text: str) -> None:
     assert TOKENIZER.encode(text) == theirs.encode(text)
-    assert TOKENIZER.encode(text, add_bos=False) == theirs.encode(text, add_special_tokens=False)
+    assert TOKENIZER.encode(text, add_special_tokens=False) == theirs.encode(text, add_special_tokens=False)
+
+
+@given(text=RANDOM_TEXTS, split=st.booleans())
+def test_encode_gives_the_same_ids_for_any_text(theirs: Any, text: str, split: bool) -> None:
+    ours = TOKENIZER.encode(text, split_special_tokens=split)
+    assert ours == theirs.encode(text, split_special_tokens=split)
+    assert TOKENIZER.tokenize(text) == theirs.tokenize(text)
+
+
+@pytest.mark.parametrize("length", [*range(1, 70), 1000, 1001])
+def test_runs_of_spaces_are_cut_the_same_way(theirs: Any, length: int) -> None:
+    for text in (" " * length, "a" + " " * length + "the", "\u2581" * length, " \u2581" * length):
+        assert TOKENIZER.encode(text) == theirs.encode(text)
+
+
+@given(ids=RANDOM_IDS, skip=st.booleans())
+def test_decode_gives_the_same_text(theirs: Any, ids: list[int], skip: bool) -> None:
+    assert TOKENIZER.decode(ids, skip_special_tokens=skip) == theirs.decode(ids, skip_special_tokens=skip)
+    batch = [ids, [2, *ids]]
+    assert TOKENIZER.batch_decode(batch, skip_special_tokens=skip) == theirs.batch_decode(
+        batch, skip_special_tokens=skip
+    )
+
+
+# ---- batches
+
+PADDINGS = [{"padding": value} for value in (False, True, "longest", "do_not_pad", "max_length")]
+TRUNCATIONS = [{}, *({"truncation": value} for value in (None, False, True, "longest_first", "only_first"))]
+
+
+@given(
+    texts=st.lists(RANDOM_TEXTS, min_size=1, max_size=4) | RANDOM_TEXTS,
+    padding=st.sampled_from(PADDINGS),
+    truncation=st.sampled_from(TRUNCATIONS),
+    length=st.none() | st.integers(1, 12).map(lambda n: 2 * n),
+    others=st.fixed_dictionaries({}, optional={
+        "padding_side": st.sampled_from(["left", "right"]), "pad_to_multiple_of": st.just(2),
+        "add_special_tokens": st.booleans(), "return_attention_mask": st.booleans(),
+        "split_special_tokens": st.booleans(),
+    }),
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:.*max_length:UserWarning")  # both warn of a length without effect
+def test_batches_are_the_same(
+    theirs: Any, texts: Any, padding: dict[str, Any], truncation: dict[str, Any], length: int | None, others: Any
+) -> None:
+    arguments = padding | truncation | others | {"max_length": length}
+    assert TOKENIZER(texts, **arguments) == dict(theirs(texts, **arguments))
+
+
+@given(texts=st.lists(RANDOM_TEXTS, min_size=1, max_size=4) | RANDOM_TEXTS, side=st.sampled_from(["left", "right"]))
+def test_arrays_are_the_same(theirs: Any, texts: Any, side: str) -> None:
+    arguments = {"padding": True, "padding_side": side, "return_tensors": "np"}
+    ours, others = TOKENIZER(texts, **arguments), theirs(texts, **arguments)
+    assert ours.keys() == others.keys()
+    for key, array in ours.items():
+        assert array.dtype == others[key].dtype
+        assert np.array_equal(array, others[key])
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {"add_eos_token": True, "add_bos_token": False},
+    {"truncation_side": "left", "add_eos_token": True},
+    {"model_max_length": 5},
+    {"padding_side": "right", "pad_token": "<eos>"},
+    {"eos_token": "<end_of_turn>", "add_eos_token": True},
+    {"split_special_tokens": True},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "-".join(settings))
+def test_a_saved_tokenizer_is_the_same_in_transformers(tmp_path: Path, settings: dict[str, Any]) -> None:
+    ours = Tokenizer.from_pretrained("tiny", **settings)
+    ours.save_pretrained(tmp_path)
+    others = from_folder(tmp_path)
+    for arguments in ({}, {"padding": True}, {"truncation": True, "max_length": 6}, {"truncation": True}):
+        assert ours([*TEXTS, *SPECIAL], **arguments) == dict(others([*TEXTS, *SPECIAL], **arguments)), arguments
+    ids = ours.encode("".join([*TEXTS, *SPECIAL]), split_special_tokens=False)
+    assert ours.decode(ids, skip_special_tokens=True) == others.decode(ids, skip_special_tokens=True)
+
+
+# ---- what transformers makes of a bare tokenizer.model, without a tokenizer_config.json: the differences that remain
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    pytest.importorskip("google.protobuf", reason="transformers reads the file with it: pip install protobuf")
+    shutil.copy(TINY / "tokenizer.model", folder := tmp_path_factory.mktemp("bare"))
+    return from_folder(folder)
+
+
+def test_only_refgemma_begins_with_bos_unless_told_otherwise(bare: Any) -> None:
+    assert bare.encode("Alice") == TOKENIZER.encode("Alice", add_special_tokens=False)
+
+
+@pytest.mark.parametrize("marker", MARKERS)
+def test_only_refgemma_knows_that_turn_markers_are_special(bare: Any, marker: str) -> None:
+    token = TOKENIZER.convert_tokens_to_ids(marker)
+    assert bare.encode(marker, split_special_tokens=True) == [token]
+    assert token not in TOKENIZER.encode(marker, split_special_tokens=True)
+    assert bare.decode([token], skip_special_tokens=True) == marker
+    assert TOKENIZER.decode([token], skip_special_tokens=True) == ""
 
 
 @given(text=RANDOM_TEXTS)
-def test_encode_gives_the_same_ids_for_any_text(theirs: Any, text: str) -> None:
-    assume(not ours_differs_by_design(text))
-    assert TOKENIZER.encode(text) == theirs.encode(text)
-
-
-@given(text=RANDOM_TEXTS)
-def test_decode_gives_the_same_text(theirs: Any, text: str) -> None:
-    ids = [*TOKENIZER.encode(text), TOKENIZER.eos_id, TOKENIZER.unk_id, TOKENIZER.pad_id]
-    assert TOKENIZER.decode(ids, skip_special_tokens=False) == theirs.decode(ids, skip_special_tokens=False)
-    assume("<mask>" not in text)  # special in a tokenizer converted from the bare file, and not in a released one
-    assert TOKENIZER.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
-
-
-# ---- the three differences that the docstring of `Tokenizer` names
-
-
-@pytest.mark.parametrize("piece", ["<pad>", "<eos>", "<bos>", "<unk>"])
-def test_only_transformers_takes_control_tokens_from_a_text(theirs: Any, piece: str) -> None:
-    (control,) = theirs.encode(piece, add_special_tokens=False)
-    assert control == theirs.convert_tokens_to_ids(piece)
-    assert control not in TOKENIZER.encode(piece, add_bos=False)
-
-
-def test_long_runs_of_spaces_are_cut_otherwise(theirs: Any) -> None:
-    ours = TOKENIZER.encode(" " * 9, add_bos=False)
-    others = theirs.encode(" " * 9, add_special_tokens=False)
-    assert [len(piece) for piece in TOKENIZER.pieces(ours)] == [8, 1]
-    assert [len(piece) for piece in TOKENIZER.pieces(others)] == [4, 5]
-    assert TOKENIZER.decode(ours) == TOKENIZER.decode(others) == " " * 9
-
-
-def test_wrong_bytes_spoil_their_neighbours_only_in_transformers(theirs: Any) -> None:
-    ids = theirs.convert_tokens_to_ids(["<0xC3>", "<0xA9>", "<0xFF>"])
-    assert TOKENIZER.decode(ids) == "é\ufffd"
-    assert theirs.decode(ids) == "\ufffd\ufffd\ufffd"
-    assert TOKENIZER.decode(ids[:1]) == theirs.decode(ids[:1]) == "\ufffd"
+def test_everything_else_is_the_same_without_a_configuration(bare: Any, text: str) -> None:
+    assert TOKENIZER.encode(text, add_special_tokens=False) == bare.encode(text)
 
 
 # ---- chat
@@ -145,15 +224,49 @@ CHATS = st.lists(RANDOM_TEXTS | st.sampled_from(["", " \n ", "\x1c x\u2003"]), m
 
 @given(CHATS, st.booleans())
 def test_chat_text_is_what_the_template_renders(messages: list[dict[str, str]], prompt: bool) -> None:
-    assert TOKENIZER.chat_text(messages, add_generation_prompt=prompt) == rendered(messages, prompt)
+    text = TOKENIZER.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)
+    assert text == rendered(messages, prompt)
+
+
+@given(messages=CHATS, prompt=st.booleans(), template=st.sampled_from([None, TEMPLATE]))
+def test_chats_are_those_of_apply_chat_template(
+    theirs: Any, messages: list[dict[str, str]], prompt: bool, template: str | None
+) -> None:
+    ours = TOKENIZER.apply_chat_template(messages, add_generation_prompt=prompt)
+    assert ours == dict(theirs.apply_chat_template(messages, chat_template=template, add_generation_prompt=prompt))
+    text = theirs.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)
+    assert TOKENIZER.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False) == text
 
 
 @given(messages=CHATS, prompt=st.booleans())
-def test_chat_ids_are_those_of_apply_chat_template(theirs: Any, messages: list[dict[str, str]], prompt: bool) -> None:
-    assume(not any(ours_differs_by_design(message["content"]) for message in messages))
-    template = dict(chat_template=TEMPLATE, add_generation_prompt=prompt, return_dict=False)
-    ids = theirs.apply_chat_template(messages, **template)
-    assert TOKENIZER.chat_ids(messages, add_generation_prompt=prompt) == ids
+def test_sanitized_chats_are_those_of_apply_chat_template(
+    theirs: Any, messages: list[dict[str, str]], prompt: bool
+) -> None:
+    # transformers marks what it found with these two characters, after it took them out of the contents; we keep them.
+    assume(not re.search("[\U000f0000\U000f0001]", "".join(message["content"] for message in messages)))
+    arguments = {"add_generation_prompt": prompt, "sanitize_control_tokens": True, "return_dict": False}
+    assert TOKENIZER.apply_chat_template(messages, **arguments) == theirs.apply_chat_template(messages, **arguments)
+
+
+@given(chats=st.lists(CHATS, min_size=1, max_size=3), length=st.none() | st.integers(1, 9))
+def test_batches_of_chats_are_the_same(theirs: Any, chats: Any, length: int | None) -> None:
+    arguments = {"padding": True, "truncation": length is not None, "max_length": length, "return_tensors": "np"}
+    ours, others = (tokenizer.apply_chat_template(chats, **arguments) for tokenizer in (TOKENIZER, theirs))
+    assert {key: array.tolist() for key, array in ours.items()} == {key: x.tolist() for key, x in others.items()}
+
+
+def test_only_transformers_takes_its_own_marks_out_of_sanitized_contents(theirs: Any) -> None:
+    messages = [{"role": "user", "content": "a\U000f0000b"}]
+    ours, others = (t.apply_chat_template(messages, sanitize_control_tokens=True) for t in (TOKENIZER, theirs))
+    assert "a\U000f0000b" in TOKENIZER.decode(ours.input_ids)
+    assert "ab" in theirs.decode(others.input_ids)
+
+
+def test_only_the_template_takes_any_role_in_the_place_of_the_models() -> None:
+    messages = [{"role": "user", "content": "Hi"}, {"role": "tool", "content": "4"}]
+    assert "<start_of_turn>tool\n4<end_of_turn>" in rendered(messages, False)
+    with pytest.raises(TokenizerError, match="unknown role 'tool'"):
+        TOKENIZER.apply_chat_template(messages)
 
 
 @pytest.mark.parametrize("roles", ["system", "system user", "assistant", "user user", "user assistant assistant"])
@@ -162,4 +275,4 @@ def test_the_template_refuses_the_same_chats_in_the_same_words(roles: str) -> No
     with pytest.raises(TemplateError) as refusal:
         rendered(messages, True)
     with pytest.raises(TokenizerError, match=re.escape(str(refusal.value))):
-        TOKENIZER.chat_text(messages)
+        TOKENIZER.apply_chat_template(messages)
