@@ -616,15 +616,21 @@ class Tokenizer:
             return texts[0] if single else texts
         layout = self._layout(truncation=truncation, **settings)
         if sanitize_control_tokens or self.split_special_tokens:
-            rows = [[token for piece in pieces for token in self._encode_piece(piece)] for pieces in written]
+            rows = [[token for piece in pieces for token in self._sanitized(piece)] for pieces in written]
         else:
             rows = [self._encode(text, split_special_tokens=False) for text in texts]
         encoding = self._batch(rows, single, layout, add_special_tokens=False)
         return encoding if return_dict else encoding["input_ids"]
 
-    def _encode_piece(self, piece: str) -> list[int]:
-        """A marker of the template by its id, what stands between two of them as plain text."""
-        return [self._special[piece]] if piece in self._special else self._encode(piece, split_special_tokens=True)
+    def _sanitized(self, piece: str) -> list[int]:
+        """A marker of the template by its id; what stands between two of them as plain text.
+
+        As in transformers, a special token written out there is encoded on its own, apart from what is beside it.
+        """
+        if piece in self._special:
+            return [self._special[piece]]
+        parts = self._special_pattern.split(checked_text(piece))
+        return [token for part in parts for token in self._vocabulary.encode(part)]
 
 
 class AutoTokenizer:

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+import sentencepiece
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -159,6 +160,56 @@ def test_a_saved_tokenizer_is_the_same_in_transformers(tmp_path: Path, settings:
         assert ours([*TEXTS, *SPECIAL], **arguments) == dict(others([*TEXTS, *SPECIAL], **arguments)), arguments
     ids = ours.encode("".join([*TEXTS, *SPECIAL]), split_special_tokens=False)
     assert ours.decode(ids, skip_special_tokens=True) == others.decode(ids, skip_special_tokens=True)
+
+
+# ---- a vocabulary that has more of Gemma's: runs of 31, markup, and pieces that begin or end like special tokens
+
+MARKUP = ["<unused0>", "[@BOS@]", "<table>", "<b>", "</b>"]
+RICH_BLOCKS = [*SPECIAL, *MARKUP, *SPACES, "\n" * 33, "\u2581" * 33, "the", " a", "(", "<", ">", "</", "_", "s>", "é"]
+RICH_TEXTS = st.lists(st.sampled_from([*RICH_BLOCKS, " " * 40]) | CHARACTERS, max_size=8).map("".join)
+
+
+@pytest.fixture(scope="module")
+def rich(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any]:
+    """Ours and transformers' tokenizer of a model that is trained here."""
+    pytest.importorskip("google.protobuf", reason="transformers reads the file with it: pip install protobuf")
+    folder = tmp_path_factory.mktemp("rich")
+    lines = ["the <start of a<bos <end (<s <sta </e> x> x>> </a> <unk> <bosom> turn> _turn>) os> s> ></ <_"] * 40
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=420,
+        hard_vocab_limit=False, minloglevel=2, byte_fallback=True, split_digits=True, allow_whitespace_only_pieces=True,
+        add_dummy_prefix=False, remove_extra_whitespaces=False, normalization_rule_name="identity",
+        pad_id=0, eos_id=1, bos_id=2, unk_id=3, pad_piece="<pad>", eos_piece="<eos>", bos_piece="<bos>",
+        unk_piece="<unk>", user_defined_symbols=[
+            "<mask>", *MARKERS, *["\n" * n for n in range(1, 32)], *["\u2581" * n for n in range(2, 32)], *MARKUP
+        ],
+    )  # fmt: skip
+    ours = Tokenizer(folder / "tokenizer.model")
+    ours.save_pretrained(folder / "saved")
+    return ours, from_folder(folder / "saved")
+
+
+@given(text=RICH_TEXTS, split=st.booleans())
+def test_a_rich_vocabulary_gives_the_same_ids(rich: tuple[Tokenizer, Any], text: str, split: bool) -> None:
+    ours, others = (tokenizer.encode(text, split_special_tokens=split) for tokenizer in rich)
+    assert ours == others
+    assert rich[0].decode(ours) == rich[1].decode(ours)
+
+
+@given(text=RICH_TEXTS, sanitize=st.booleans())
+@example("<pad>>", True)  # ">>" is a piece, and is not made across the border of a special token
+def test_a_rich_vocabulary_gives_the_same_chats(rich: tuple[Tokenizer, Any], text: str, sanitize: bool) -> None:
+    messages = [{"role": "user", "content": text}]
+    ours, others = (t.apply_chat_template(messages, sanitize_control_tokens=sanitize) for t in rich)
+    assert ours == dict(others)
+
+
+@given(text=RICH_TEXTS)
+def test_no_special_token_comes_out_of_a_text_that_is_split(rich: tuple[Tokenizer, Any], text: str) -> None:
+    ours, _ = rich
+    ids = ours.encode(text, add_special_tokens=False, split_special_tokens=True)
+    assert not set(ids) & set(ours.all_special_ids)
+    assert ours.decode(ids) == text.replace("\u2581", " ")
 
 
 # ---- what transformers makes of a bare tokenizer.model, without a tokenizer_config.json: the differences that remain
