@@ -7,14 +7,14 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from safetensors.numpy import save
 
 from refgemma.cache import LayerCache
 from refgemma.files import replace_file
 from refgemma.inputs import InputError
-from refgemma.precision import F16, Array, Rounded
+from refgemma.precision import Array, Rounded, dtype_name
+from refgemma.weights.writer import stored
 
 
 def named_tensors(record: Any, prefix: str = "") -> Iterator[tuple[str, Array]]:
@@ -38,13 +38,6 @@ def named_tensors(record: Any, prefix: str = "") -> Iterator[tuple[str, Array]]:
     elif is_dataclass(record) and not isinstance(record, LayerCache):
         for field in fields(record):
             yield from named_tensors(getattr(record, field.name), f"{prefix}{field.name}.")
-
-
-def stored(x: Array) -> Array:
-    """`x` in the format a file holds: half precision in two bytes instead of the four it is computed in."""
-    if isinstance(x, Rounded):
-        return np.asarray(x).astype(np.float16 if isinstance(x, F16) else ml_dtypes.bfloat16)
-    return np.ascontiguousarray(x)
 
 
 def target_file(path: str | Path) -> Path:
@@ -83,5 +76,10 @@ def save_trace(tensors: Mapping[str, Array], path: str | Path, metadata: Mapping
         If it cannot be written.
     """
     target = target_file(path)
-    content = save({name: stored(x) for name, x in tensors.items()}, dict(metadata))
+    content = save({name: _in_file(x) for name, x in tensors.items()}, dict(metadata))
     replace_file(target, content)
+
+
+def _in_file(x: Array) -> Array:
+    """Half precision in two bytes instead of the four it is computed in; what is neither, token ids too, as it is."""
+    return stored(x, dtype_name(x)) if isinstance(x, Rounded) else np.ascontiguousarray(x)
