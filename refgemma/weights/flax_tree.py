@@ -1,18 +1,24 @@
 """The Flax parameter tree of Gemma 2 in flat files: a .npz or .safetensors whose names are paths, joined with "/".
 
 The names are those of google-deepmind/gemma and of the released Orbax checkpoints; a released tree becomes such a file
-with `numpy.savez`. Read a tensor at a time; bfloat16 in a .npz are the two-byte voids that NumPy makes of them.
+with `numpy.savez`. Read a tensor at a time; bfloat16 in a .npz are the two-byte voids that NumPy makes of them. A .npz
+is a zip file whose entries are stored as they are, and so is what `torch.save` writes.
 """
 
 import io
-from collections.abc import Sequence
+import os
+import struct
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import ml_dtypes
 import numpy as np
 from numpy.lib import format as npy
 
+from refgemma.precision import Array
 from refgemma.weights.checkpoint import (
     _SHORT,
     AGAIN,
@@ -23,12 +29,130 @@ from refgemma.weights.checkpoint import (
     _read_files,
     read_header,
 )
-from refgemma.weights.pickles import Entry, Strided, data_of, write_zip, zip_entries
 from refgemma.weights.writer import STORED, Output
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 ORBAX = ("_METADATA", "checkpoint", "manifest.ocdbt", "ocdbt.process_0", "_CHECKPOINT_METADATA")
 WITH_W = ("gating_einsum", "linear")  # w of the feed-forward layer: a level of its own in releases, not in the model
+ALIGNMENT = 64  # of the numbers of a tensor in a zip file, as torch.save does
+
+
+# --- zip files whose entries are stored as they are -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where the bytes of an entry are in its zip file."""
+
+    start: int
+    size: int
+
+
+def zip_entries(file: Path) -> dict[str, Entry]:
+    """Name -> place of every entry of a zip file, none of which may be compressed.
+
+    Raises
+    ------
+    CheckpointError
+        If it is no such file.
+    OSError
+        If it cannot be opened.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     np.savez(Path(folder) / "two.npz", a=np.zeros(2), b=np.zeros(3))
+    ...     list(zip_entries(Path(folder) / "two.npz"))
+    ['a.npy', 'b.npy']
+    """
+    try:
+        with file.open("rb") as stream, zipfile.ZipFile(stream) as archive:
+            infos = archive.infolist()
+            found = {info.filename: _entry(stream, info, file) for info in infos}
+            if len(found) != len(infos):
+                raise CheckpointError(f"{file}: two of its entries have the same name; {AGAIN}")
+            return found
+    except CheckpointError:
+        raise
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
+        raise CheckpointError(f"{file}: is not a whole zip file: {error}; {AGAIN}") from None
+
+
+def _entry(stream: IO[bytes], info: zipfile.ZipInfo, file: Path) -> Entry:
+    where = f"{file}: entry {_SHORT.repr(info.filename)}"
+    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+        raise CheckpointError(f"{where}: is compressed or encrypted; write the file again without, as torch.save does")
+    stream.seek(info.header_offset)
+    header = stream.read(30)
+    if len(header) < 30 or header[:4] != b"PK\x03\x04":
+        raise CheckpointError(f"{where}: does not begin where the zip file says; {AGAIN}")
+    name, extra = struct.unpack("<26xHH", header)
+    start = info.header_offset + 30 + name + extra
+    if start + info.file_size > file.stat().st_size:
+        raise CheckpointError(f"{where}: ends beyond the end of the file, a download that was cut short; {AGAIN}")
+    return Entry(start, info.file_size)
+
+
+def add_entry(archive: zipfile.ZipFile, stream: IO[bytes], name: str, chunks: Iterable[Any]) -> None:
+    """Add an entry to a zip file that is written to `stream`, chunk after chunk, its first byte aligned."""
+    info = zipfile.ZipInfo(name)
+    begin = stream.tell() + 30 + len(name.encode()) + 20 + 4  # header, name, sizes of 64 bits, head of the padding
+    padding = -begin % ALIGNMENT
+    info.extra = b"FB" + struct.pack("<H", padding) + bytes(padding)
+    with archive.open(info, "w", force_zip64=True) as entry:
+        for chunk in chunks:
+            entry.write(chunk)
+
+
+def data_of(output: Output, bar: Any = None) -> Iterator[Any]:
+    """The bytes of a tensor, some rows at a time."""
+    for block in output.blocks():
+        yield block.reshape(-1).view(np.uint8).data
+        if bar is not None:
+            bar.update(block.nbytes)
+
+
+def write_zip(path: Path, entries: dict[str, Iterable[Any]]) -> None:
+    """Write a zip file of entries given in chunks; it has its name only once it is whole and on the disk."""
+    partial = path.with_name(f"{path.name}.part")
+    with partial.open("wb") as stream:
+        with zipfile.ZipFile(stream, "w") as archive:
+            for name, chunks in entries.items():
+                add_entry(archive, stream, name, chunks)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(partial, path)
+
+
+@dataclass(frozen=True)
+class Strided(Stored):
+    """A tensor on disk whose numbers do not follow each other in the order of its axes."""
+
+    strides: tuple[int, ...]
+
+    def mapped(self) -> Array:
+        """Map it; see `Stored.mapped`."""
+        if not all(self.shape):
+            return np.zeros(self.shape, self.dtype)
+        span = 1 + sum((length - 1) * stride for length, stride in zip(self.shape, self.strides, strict=True))
+        flat = Stored(self.name, self.file, self.dtype, (span,), self.start, self.file_bytes).mapped()
+        steps = [stride * self.dtype.itemsize for stride in self.strides]
+        return np.lib.stride_tricks.as_strided(flat, self.shape, steps, writeable=False)
+
+
+def row_major(shape: Sequence[int]) -> tuple[int, ...]:
+    """The strides, in numbers, of an array of `shape` whose numbers follow each other.
+
+    Examples
+    --------
+    >>> row_major((2, 3, 4))
+    (12, 4, 1)
+    """
+    return tuple(int(np.prod(shape[axis + 1 :], dtype=np.int64)) for axis in range(len(shape)))
+
+
+# --- the tree ---------------------------------------------------------------------------------------------------------
 
 
 def tidy(name: str) -> str:
