@@ -50,7 +50,9 @@ from refgemma.weights.writer import (
 FORMATS = ("hf", "pytorch", "flax", "flax-npz")
 TORCH_SINGLE, TORCH_INDEX, NPZ = "model.ckpt", "pytorch_model.bin.index.json", "params.npz"
 TORCH_SHARD = re.compile(r"[A-Za-z0-9_.-]{1,200}\.bin")
-TOKENIZER = ("tokenizer.model", "tokenizer_config.json")
+GENERATION = "generation_config.json"
+BESIDE = (GENERATION, "tokenizer.model", "tokenizer_config.json")
+ONE_FILE = 10**17  # bytes
 PADDING = 128  # tables of originals may have rows up to the next multiple of this that no token has
 
 View = Callable[[Array], Array]
@@ -379,11 +381,15 @@ def _length(found: Mapping[str, Stored], names: Sequence[str], axis: int) -> int
     return shapes[0][axis] if shapes and len(shapes[0]) == 2 else 0
 
 
+def _is_padded(rows: int, config: Gemma2Config) -> bool:
+    padding = rows - config.vocab_size
+    return padding == 0 or (0 < padding <= PADDING and rows % PADDING == 0)
+
+
 def _vocab_rows(path: Path, table: Stored | None, config: Gemma2Config) -> int:
     """Rows of the embedding, which may be padded."""
     rows = table.shape[0] if table is not None and table.shape else config.vocab_size
-    padding = rows - config.vocab_size
-    if padding and not (0 < padding <= PADDING and rows % PADDING == 0):
+    if not _is_padded(rows, config):
         raise CheckpointError(
             f"{path}: the embedding has {rows} rows for a vocabulary of {config.vocab_size}, which no padding to a "
             f"multiple of {PADDING} explains; give the config.json of this checkpoint"
@@ -498,6 +504,11 @@ class Converted:
 
 def _target_layout(source: Source, kind: str, vocab_rows: int | None, transposed: bool | None) -> list[Original]:
     config = source.config
+    if vocab_rows is not None and (kind == "hf" or not _is_padded(vocab_rows, config)):
+        raise CheckpointError(
+            f"{vocab_rows} rows for the {config.vocab_size} tokens of {source.path}: in a Hugging Face folder each row "
+            f"has its token, and in the originals rows are padded to the next multiple of {PADDING}"
+        )
     if kind == "hf":
         return hf_layout(config)
     if config.attention_bias or not config.tie_word_embeddings:
@@ -562,16 +573,16 @@ def convert(
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     _ = convert(tiny, f"{folder}/torch", target_format="pytorch")
     ...     _ = convert(f"{folder}/torch", f"{folder}/hf")
-    ...     again = (Path(folder) / "hf" / "model.safetensors").read_bytes()
-    >>> again[8:] == (tiny / "model.safetensors").read_bytes()[8:]
+    ...     again = refgemma.load(f"{folder}/hf")
+    >>> np.array_equal(again.weights.norm, refgemma.load("tiny").weights.norm)
     True
     """
     if target_format not in FORMATS or (dtype is not None and dtype not in STORED):
         raise CheckpointError(f"cannot write {target_format} in {dtype}; there are {', '.join((*FORMATS, *STORED))}")
+    size = shard_bytes(max_shard_size or (ONE_FILE if target_format == "pytorch" else "5GB"))
     opened = open_source(source, source_format, config, transposed)
     layout = _target_layout(opened, target_format, vocab_rows, transposed)
     outputs = _folded(layout, opened.parts, dtype)
-    size = max_shard_size or (2**62 if target_format == "pytorch" else "5GB")
     folder = Path(target)
     fingerprint = _fingerprint(opened, outputs, target_format, size)
     _prepare(folder, fingerprint)
@@ -580,11 +591,11 @@ def convert(
         write_checkpoint(folder, outputs, size, fingerprint)
         check_written(folder, outputs)
     else:
-        _write_zips(folder, outputs, target_format, shard_bytes(size))
+        _write_zips(folder, outputs, target_format, size)
     return Converted(opened, folder, target_format, outputs)
 
 
-def _fingerprint(source: Source, outputs: Sequence[Output], kind: str, size: int | str) -> str:
+def _fingerprint(source: Source, outputs: Sequence[Output], kind: str, size: int) -> str:
     """What is converted to what: an interrupted run is continued only by one with the same."""
     files = sorted({part.tensor.file for part in source.parts.values()})
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
@@ -608,16 +619,16 @@ def _prepare(folder: Path, fingerprint: str) -> None:
 
 
 def _write_beside(source: Source, folder: Path, kind: str, dtype: str) -> None:
-    """The files beside the weights: configurations, and the tokenizer of the source."""
+    """The files beside the weights: the configuration, and what lies beside those of the source."""
     config = source.config.changed(dtype=dtype, architectures=("Gemma2ForCausalLM",))
     config.save_pretrained(folder)
-    for name in TOKENIZER:
+    for name in BESIDE:
         if (source.folder / name).is_file():
             shutil.copyfile(source.folder / name, folder / name)
-    if kind == "hf":
+    if kind == "hf" and not (folder / GENERATION).exists():
         ids = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         about = ids | {"_from_model_config": True, "cache_implementation": "hybrid"}
-        replace_file(folder / "generation_config.json", (json.dumps(about, indent=2, sort_keys=True) + "\n").encode())
+        replace_file(folder / GENERATION, (json.dumps(about, indent=2, sort_keys=True) + "\n").encode())
 
 
 def _write_zips(folder: Path, outputs: Sequence[Output], kind: str, limit: int) -> None:

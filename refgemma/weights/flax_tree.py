@@ -75,7 +75,7 @@ def zip_entries(file: Path) -> dict[str, Entry]:
             return found
     except CheckpointError:
         raise
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
+    except (zipfile.BadZipFile, NotImplementedError, OverflowError, ValueError, struct.error) as error:
         raise CheckpointError(f"{file}: is not a whole zip file: {error}; {AGAIN}") from None
 
 

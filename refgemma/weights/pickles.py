@@ -126,8 +126,10 @@ class _Machine:
         self.stack.append(_Name(dotted))
 
     def stack_name(self, _: Any) -> None:
-        module, name = self.take(2)
-        self.name(f"{module}.{name}")
+        parts = self.take(2)
+        if not all(isinstance(part, str) for part in parts):
+            raise ValueError("it asks for what has no name; do not trust the file")
+        self.name(".".join(parts))
 
     def reduce(self, _: Any) -> None:
         made, arguments = self.take(2)
@@ -263,7 +265,7 @@ def _bytes(file: Path, entries: dict[str, Entry], name: str) -> bytes:
 def _unpickled(raw: bytes, file: Path) -> Any:
     try:
         return _Machine().run(raw)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         fault = error if isinstance(error, ValueError) else "it is damaged"
         raise CheckpointError(f"{file}: its pickle is refused: {' '.join(str(fault).split())[:300]}") from None
 
