@@ -5,7 +5,9 @@ with `numpy.savez`. Read a tensor at a time; bfloat16 in a .npz are the two-byte
 is a zip file whose entries are stored as they are, and so is what `torch.save` writes.
 """
 
+import ast
 import io
+import math
 import os
 import struct
 import zipfile
@@ -14,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import ml_dtypes
 import numpy as np
 from numpy.lib import format as npy
 
@@ -31,7 +32,10 @@ from refgemma.weights.checkpoint import (
 )
 from refgemma.weights.writer import STORED, Output
 
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+# What numpy.save says of the numbers: bfloat16, which NumPy does not know, is two bytes to it.
+DESCRS = {"<f8": STORED["float64"], "<f4": STORED["float32"], "<f2": STORED["float16"]}
+DESCRS |= dict.fromkeys(("|V2", "<V2"), STORED["bfloat16"])
+HEADER_LIMIT = 2**16  # bytes
 ORBAX = ("_METADATA", "checkpoint", "manifest.ocdbt", "ocdbt.process_0", "_CHECKPOINT_METADATA")
 WITH_W = ("gating_einsum", "linear")  # w of the feed-forward layer: a level of its own in releases, not in the model
 ALIGNMENT = 64  # of the numbers of a tensor in a zip file, as torch.save does
@@ -75,6 +79,10 @@ def zip_entries(file: Path) -> dict[str, Entry]:
             return found
     except CheckpointError:
         raise
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise CheckpointError(f"{file}: is not a whole zip file: {error.strerror}; {AGAIN}") from None
     except (zipfile.BadZipFile, NotImplementedError, OverflowError, ValueError, struct.error) as error:
         raise CheckpointError(f"{file}: is not a whole zip file: {error}; {AGAIN}") from None
 
@@ -149,7 +157,7 @@ def row_major(shape: Sequence[int]) -> tuple[int, ...]:
     >>> row_major((2, 3, 4))
     (12, 4, 1)
     """
-    return tuple(int(np.prod(shape[axis + 1 :], dtype=np.int64)) for axis in range(len(shape)))
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 # --- the tree ---------------------------------------------------------------------------------------------------------
@@ -227,29 +235,32 @@ def read_npz(file: Path) -> dict[str, Stored]:
         where = f"{file}: array {_SHORT.repr(name)}"
         try:
             found[name] = _array(name, file, entry)
-        except CheckpointError:
-            raise
-        except (ValueError, EOFError) as error:
-            raise CheckpointError(f"{where}: has no valid header: {' '.join(str(error).split())[:200]}") from None
+        except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+            raise CheckpointError(f"{where}: is not read: {' '.join(str(error).split())[:200]}; {AGAIN}") from None
     return found
 
 
 def _array(name: str, file: Path, entry: Entry) -> Stored:
     with file.open("rb") as stream:
         stream.seek(entry.start)
-        start = io.BytesIO(stream.read(min(entry.size, 2**16)))
-    read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(npy.read_magic(start))
-    if read is None:
-        raise ValueError("it is of a version of the format that is not known here")
-    shape, fortran, dtype = read(start)
-    dtype = BFLOAT16 if dtype in (np.dtype("V2"), BFLOAT16) else dtype
-    tensor = Stored(name, file, dtype, shape, entry.start + start.tell(), file.stat().st_size)
-    if dtype not in STORED.values() or not dtype.isnative:
-        raise ValueError(f"its numbers are {dtype}, not {', '.join(STORED)}")
-    if tensor.nbytes != entry.size - start.tell():
-        raise ValueError(f"shape {shape} takes {tensor.nbytes} bytes, but it has {entry.size - start.tell()}; {AGAIN}")
-    if fortran and len(shape) > 1:
-        strides = tuple(int(np.prod(shape[:axis], dtype=np.int64)) for axis in range(len(shape)))
+        raw = stream.read(min(entry.size, HEADER_LIMIT))
+    width = {b"\x93NUMPY\x01\x00": 2, b"\x93NUMPY\x02\x00": 4}.get(raw[:8])
+    if width is None:
+        raise ValueError("it has no header of numpy.save")
+    length = 8 + width + int.from_bytes(raw[8 : 8 + width], "little")
+    header = ast.literal_eval(raw[8 + width : length].decode("latin-1").strip())
+    if not isinstance(header, dict) or header.keys() != {"descr", "fortran_order", "shape"}:
+        raise ValueError("its header lacks descr, fortran_order or shape")
+    shape, dtype = header["shape"], DESCRS.get(str(header["descr"])[:20])
+    if dtype is None:
+        raise ValueError(f"its numbers are {_SHORT.repr(header['descr'])}, not {', '.join(STORED)}")
+    if not isinstance(shape, tuple) or len(shape) > 32 or not all(type(n) is int and 0 <= n < 2**62 for n in shape):
+        raise ValueError(f"its shape is {_SHORT.repr(shape)}")
+    tensor = Stored(name, file, dtype, shape, entry.start + length, file.stat().st_size)
+    if tensor.nbytes != entry.size - length:
+        raise ValueError(f"shape {shape} takes {tensor.nbytes} bytes, but it has {entry.size - length}")
+    if header["fortran_order"] and len(shape) > 1:
+        strides = tuple(math.prod(shape[:axis]) for axis in range(len(shape)))
         return Strided(name, file, dtype, shape, tensor.start, tensor.file_bytes, strides)
     return tensor
 
