@@ -90,7 +90,10 @@ def zip_entries(file: Path) -> dict[str, Entry]:
 def _entry(stream: IO[bytes], info: zipfile.ZipInfo, file: Path) -> Entry:
     where = f"{file}: entry {_SHORT.repr(info.filename)}"
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-        raise CheckpointError(f"{where}: is compressed or encrypted; write the file again without, as torch.save does")
+        raise CheckpointError(
+            f"{where}: is compressed, as in TorchScript or by numpy.savez_compressed, or encrypted; write the tensors "
+            "with torch.save or numpy.savez"
+        )
     stream.seek(info.header_offset)
     header = stream.read(30)
     if len(header) < 30 or header[:4] != b"PK\x03\x04":
