@@ -28,6 +28,7 @@ from refgemma.pretrained import Pretrained, load
 from refgemma.settings import GenerationConfig
 from refgemma.tokenizer import TextStream, TokenizerError
 from refgemma.weights.checkpoint import CheckpointError, open_checkpoint
+from refgemma.weights.convert import FORMATS, convert
 from refgemma.weights.parameters import tensor_shapes
 
 OK, DIFFERS, MISUSE, INTERRUPTED, CUT_OFF = 0, 1, 2, 130, 141
@@ -113,6 +114,19 @@ def parser() -> Parser:
     add_prompt(command)
     command.add_argument("-o", "--output", required=True, metavar="FILE")
     add_model(command)
+
+    command = add("convert", "convert an original checkpoint to a Hugging Face folder, or back")
+    command.add_argument("source", metavar="SOURCE", help="a folder or file: .ckpt, .npz, .safetensors, shards")
+    command.add_argument("-o", "--output", required=True, metavar="DIR", help="an empty folder, or none yet")
+    command.add_argument("--from", dest="kind", choices=("auto", "hf", "pytorch", "flax"), default="auto")
+    command.add_argument("--to", choices=FORMATS, default="hf", help="default: hf")
+    command.add_argument("--config", metavar="FILE", help="config.json of an original that is no released size")
+    command.add_argument("--dtype", choices=DTYPES, help="default: that of the source, bit for bit")
+    command.add_argument("--max-shard-size", metavar="SIZE", help="of a file (default: 5GB; pytorch: all in one)")
+    command.add_argument("--vocab-rows", type=int, metavar="N", help="pad the embedding of an original: 256128 in Flax")
+    command.add_argument(
+        "--gating-einsum", choices=("transposed", "plain"), help="its layout in a Flax tree, where sizes do not tell"
+    )
 
     command = add("info", "print a model's configuration, size and tensors")
     command.add_argument("model", nargs="?", default="tiny", metavar="MODEL", help=f"{MODEL_HELP} (default: tiny)")
@@ -341,6 +355,37 @@ def run_info(args: argparse.Namespace) -> int:
     return OK
 
 
+def run_convert(args: argparse.Namespace) -> int:
+    """``refgemma convert``."""
+    transposed = None if args.gating_einsum is None else args.gating_einsum == "transposed"
+    done = convert(
+        args.source, args.output, args.kind, args.to, args.config, args.dtype, args.max_shard_size, args.vocab_rows,
+        transposed,
+    )  # fmt: skip
+    source, dtypes = done.source, sorted({output.dtype for output in done.outputs})
+    if args.json:
+        as_json({
+            "source": str(source.path),
+            "from": source.kind,
+            "target": str(done.target),
+            "to": done.kind,
+            "tensors": len(done.outputs),
+            "bytes": done.nbytes,
+            "dtypes": dtypes,
+            "dropped_rows": source.padding,
+            "dropped_rows_not_zero": source.nonzero,
+            "verified": True,
+        })  # fmt: skip
+        return OK
+    if source.padding:
+        print(f"left out {source.padding} rows of the embedding, beyond the vocabulary; {source.nonzero} were not zero")
+    print(
+        f"{done.target}: {len(done.outputs)} tensors, {done.nbytes:,} bytes in {', '.join(dtypes)}, "
+        f"from {source.kind} to {done.kind}, read again and found the same"
+    )
+    return OK
+
+
 # --- main -------------------------------------------------------------------------------------------------------------
 
 
@@ -369,6 +414,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "verify": run_verify,
         "trace": run_trace,
         "info": run_info,
+        "convert": run_convert,
     }[args.command]
     try:
         with short_warnings():
