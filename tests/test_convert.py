@@ -337,15 +337,24 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.ckpt").write_text("hello, I am a checkpoint")
     (tmp_path / "old.ckpt").write_bytes(pickle.dumps({"a": 1}))
-    (tmp_path / "orbax").mkdir()
-    (tmp_path / "orbax" / "_METADATA").write_text("{}")
     np.savez_compressed(tmp_path / "small.npz", a=np.zeros(3))
     for name, told in {
         "nothing": "there is no such", "empty": "holds no checkpoint", "text.ckpt": "is no checkpoint of torch.save",
-        "old.ckpt": r"before 1.6, or a bare pickle", "orbax": "is an Orbax folder", "small.npz": "is compressed",
+        "old.ckpt": r"before 1.6, or a bare pickle", "small.npz": "is compressed",
     }.items():  # fmt: skip
         with pytest.raises(CheckpointError, match=told):
             convert(tmp_path / name, tmp_path / "hf")
+
+
+def test_an_orbax_folder_without_what_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it does with it: `parity/test_convert_parity.py`, where TensorStore is installed."""
+    (tmp_path / "orbax").mkdir()
+    (tmp_path / "orbax" / "_METADATA").write_text("{}")
+    monkeypatch.setattr("refgemma.weights.orbax.find_spec", lambda _: None)
+    with pytest.raises(
+        CheckpointError, match=r"is an Orbax folder; to read it, install .*pip install 'refgemma\[flax\]'"
+    ):
+        convert(tmp_path / "orbax", tmp_path / "hf")
 
 
 def test_shards_and_their_index(tmp_path: Path) -> None:

@@ -31,7 +31,8 @@ from refgemma.weights.checkpoint import (
     _read_files,
     open_checkpoint,
 )
-from refgemma.weights.flax_tree import ORBAX, read_npz, read_tree, write_npz
+from refgemma.weights.flax_tree import read_npz, read_tree, write_npz
+from refgemma.weights.orbax import is_orbax
 from refgemma.weights.parameters import EMBED_TOKENS, NORM, layer_tensors, tensor_shapes
 from refgemma.weights.pickles import read_torch, write_torch
 from refgemma.weights.writer import (
@@ -311,7 +312,7 @@ def kind_of(path: Path) -> str:
         return "flax" if path.suffix in (".npz", ".safetensors") else "pytorch"
     if (path / TORCH_INDEX).exists() or any(path.glob("*.ckpt")):
         return "pytorch"
-    if any(path.glob("*.npz")) or any((path / name).exists() for name in ORBAX):
+    if any(path.glob("*.npz")) or is_orbax(path):
         return "flax"
     if (path / SINGLE).exists() or (path / INDEX).exists():
         return "flax" if any("/" in name for name in _read_files(path)[1]) else "hf"

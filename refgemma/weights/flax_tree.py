@@ -1,8 +1,8 @@
 """The Flax parameter tree of Gemma 2 in flat files: a .npz or .safetensors whose names are paths, joined with "/".
 
-The names are those of google-deepmind/gemma and of the released Orbax checkpoints; a released tree becomes such a file
-with `numpy.savez`. Read a tensor at a time; bfloat16 in a .npz are the two-byte voids that NumPy makes of them. A .npz
-is a zip file whose entries are stored as they are, and so is what `torch.save` writes.
+The names are those of google-deepmind/gemma and of the released Orbax folders, which `refgemma.weights.orbax` reads. A
+tensor is read at a time; bfloat16 in a .npz are the two-byte voids that NumPy makes of them. A .npz is a zip file whose
+entries are stored as they are, and so is what `torch.save` writes.
 """
 
 import ast
@@ -30,13 +30,13 @@ from refgemma.weights.checkpoint import (
     _read_files,
     read_header,
 )
+from refgemma.weights.orbax import is_orbax, read_orbax
 from refgemma.weights.writer import STORED, Output
 
 # What numpy.save says of the numbers: bfloat16, which NumPy does not know, is two bytes to it.
 DESCRS = {"<f8": STORED["float64"], "<f4": STORED["float32"], "<f2": STORED["float16"]}
 DESCRS |= dict.fromkeys(("|V2", "<V2"), STORED["bfloat16"])
 HEADER_LIMIT = 2**16  # bytes
-ORBAX = ("_METADATA", "checkpoint", "manifest.ocdbt", "ocdbt.process_0", "_CHECKPOINT_METADATA")
 WITH_W = ("gating_einsum", "linear")  # w of the feed-forward layer: a level of its own in releases, not in the model
 ALIGNMENT = 64  # of the numbers of a tensor in a zip file, as torch.save does
 
@@ -217,11 +217,8 @@ def _read(source: Path) -> dict[str, Stored]:
     files = sorted(source.glob("*.npz"))
     if len(files) == 1:
         return read_npz(files[0])
-    if any((source / name).exists() for name in ORBAX):
-        raise CheckpointError(
-            f"{source}: is an Orbax folder, which JAX reads; restore it there, flatten the tree to names joined with "
-            "'/', write it with numpy.savez, and convert that file"
-        )
+    if is_orbax(source):
+        return read_orbax(source)
     raise CheckpointError(f"{source}: holds {len(files)} .npz files and no {SINGLE}; give the one file of the tree")
 
 

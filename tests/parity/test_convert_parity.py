@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tensorstore
 import torch
 import transformers
 
 from refgemma.weights.checkpoint import CheckpointError, open_checkpoint
 from refgemma.weights.convert import convert, open_source
+from refgemma.weights.flax_tree import read_npz
 from refgemma.weights.pickles import read_torch
 
 SHAPE: dict[str, Any] = {
@@ -121,6 +123,33 @@ def test_through_flax(tmp_path: Path, kind: str) -> None:
     convert(tmp_path / "hf", tmp_path / "there", target_format=kind, vocab_rows=128)
     convert(tmp_path / "there", tmp_path / "back", max_shard_size=10_000)
     same(tmp_path / "back", made)
+
+
+@pytest.mark.parametrize(("in_one", "driver"), [(True, "zarr"), (True, "zarr3"), (False, "zarr")])
+def test_an_orbax_folder(tmp_path: Path, in_one: bool, driver: str) -> None:
+    """Written by TensorStore as orbax-checkpoint 0.12 does, whose own folders were read once by hand."""
+    made = model()
+    made.save_pretrained(tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "tree", target_format="flax-npz", vocab_rows=128)
+    folder = tmp_path / "orbax"
+    folder.mkdir()
+    (folder / "_METADATA").write_text("{}")
+    for name, tensor in read_npz(tmp_path / "tree" / "params.npz").items():
+        key = ".".join(name.rsplit("/", 1)) + "/"  # transformer/layer_0/attn/kv_einsum.w
+        store = {"driver": "ocdbt", "base": f"file://{folder}/", "path": key} if in_one else (
+            {"driver": "file", "path": f"{folder}/{key}"}
+        )  # fmt: skip
+        written = tensorstore.open(
+            {"driver": driver, "kvstore": store}, create=True, dtype="bfloat16", shape=tensor.shape
+        ).result()
+        written.write(tensor.mapped()).result()
+    (tmp_path / "config.json").write_text((tmp_path / "hf" / "config.json").read_text())
+    convert(folder, tmp_path / "back", config=tmp_path / "config.json", max_shard_size=10_000)
+    same(tmp_path / "back", made)
+    data = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match=r"cannot be read|no Orbax folder that can be read"):
+        convert(folder, tmp_path / "damaged", config=tmp_path / "config.json")
 
 
 def test_tensors_as_views(tmp_path: Path) -> None:

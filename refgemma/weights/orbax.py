@@ -1,0 +1,108 @@
+"""Orbax folders, in which the Flax release comes: read a tensor at a time with TensorStore, the extra ``flax``. Checked
+against folders that orbax-checkpoint 0.12 wrote: OCDBT with zarr 2 and zarr 3, and a folder for each parameter.
+"""
+
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refgemma.precision import Array
+from refgemma.weights.checkpoint import CheckpointError, Stored
+
+OCDBT = "manifest.ocdbt"
+# Files of which an Orbax folder has at least one; which ones depends on the version that wrote it.
+SIGNS = (OCDBT, "_METADATA", "_CHECKPOINT_METADATA", "checkpoint", "ocdbt.process_0")
+DRIVERS = {".zarray": "zarr", "zarr.json": "zarr3"}  # the file that says how an array is stored -> what reads it
+
+
+def is_orbax(folder: Path) -> bool:
+    """Whether `folder` looks like one that Orbax wrote.
+
+    Examples
+    --------
+    >>> is_orbax(Path("."))
+    False
+    """
+    return any((folder / name).exists() for name in SIGNS)
+
+
+@dataclass
+class Opened:
+    """A folder that is being read. It keeps the tensor it read last: rows of one are asked for one after the other."""
+
+    store: dict[str, Any]  # TensorStore's description of where names are looked up
+    prefix: str  # of the names in it
+    last: tuple[str, Array] = field(default=("", np.zeros(0)))
+
+    def names(self) -> dict[str, str]:
+        """Name of each array -> the driver that reads it."""
+        import tensorstore
+
+        listed = tensorstore.KvStore.open({**self.store, "path": self.prefix}).result().list().result()
+        parts = (key.decode().rpartition("/") for key in listed)
+        return {name: DRIVERS[file] for name, _, file in parts if file in DRIVERS}
+
+    def handle(self, name: str, driver: str) -> Any:
+        """One array, of which nothing is read yet but shape and dtype."""
+        import tensorstore
+
+        place = {**self.store, "path": f"{self.prefix}{name}/"}
+        return tensorstore.open({"driver": driver, "kvstore": place}, open=True).result()
+
+    def read(self, name: str, driver: str) -> Array:
+        """One array, whole."""
+        if self.last[0] != name:
+            self.last = ("", np.zeros(0))  # given up before the next one is read: never two at a time
+            array: Array = self.handle(name, driver).read().result()
+            self.last = (name, array)
+        return self.last[1]
+
+
+@dataclass(frozen=True)
+class OrbaxTensor(Stored):
+    """One tensor of an Orbax folder; `file` is one by which a change of the folder would be noticed."""
+
+    opened: Opened
+    driver: str
+
+    def mapped(self) -> Array:
+        """The whole tensor, in memory: its chunks are compressed, so that nothing less can be had."""
+        try:
+            return self.opened.read(self.name, self.driver)
+        except ValueError as error:
+            raise CheckpointError(f"{self.file.parent}: tensor {self.name!r} cannot be read: {_first(error)}") from None
+
+
+def _first(error: Exception) -> str:
+    """The beginning of TensorStore's message, which goes on with places in its own source."""
+    return str(error).split("[")[0].strip()[:200]
+
+
+def read_orbax(folder: Path) -> dict[str, Stored]:
+    """Names and shapes of the parameters of an Orbax folder; the numbers are read when asked for.
+
+    Raises
+    ------
+    CheckpointError
+        If TensorStore is not installed, or cannot read the folder.
+    """
+    if find_spec("tensorstore") is None:
+        raise CheckpointError(
+            f"{folder}: is an Orbax folder; to read it, install TensorStore with: pip install 'refgemma[flax]'"
+        )
+    path = f"{folder.resolve()}/"
+    in_one = (folder / OCDBT).exists()
+    opened = Opened({"driver": "ocdbt", "base": f"file://{path}"}, "") if in_one else Opened({"driver": "file"}, path)
+    sign = next((folder / name for name in SIGNS if (folder / name).is_file()), folder)
+    try:
+        found: dict[str, Stored] = {}
+        for name, driver in opened.names().items():
+            handle = opened.handle(name, driver)
+            dtype, shape = np.dtype(handle.dtype.numpy_dtype), tuple(handle.shape)
+            found[name] = OrbaxTensor(name, sign, dtype, shape, 0, sign.stat().st_size, opened, driver)
+        return found
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: is no Orbax folder that can be read: {_first(error)}") from None
