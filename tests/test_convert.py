@@ -24,8 +24,9 @@ import refgemma.weights.convert as conversion
 from refgemma.__main__ import INTERRUPTED, MISUSE, OK, main
 from refgemma.config import Gemma2Config
 from refgemma.weights.checkpoint import CheckpointError, open_checkpoint, read_header
-from refgemma.weights.convert import convert, flax_layout, hf_layout, kind_of, open_source, pytorch_layout
+from refgemma.weights.convert import convert, kind_of, open_source
 from refgemma.weights.flax_tree import read_npz, read_tree, write_npz
+from refgemma.weights.layouts import flax_layout, hf_layout, pytorch_layout
 from refgemma.weights.parameters import tensor_shapes
 from refgemma.weights.pickles import read_torch, write_torch
 from refgemma.weights.writer import STAGING, Output, header_of, write_checkpoint
@@ -584,7 +585,7 @@ def test_what_is_in_the_way_stays(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["pytorch", "flax", "flax-npz"])
 def test_what_the_disk_has_made_of_it_is_checked(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     write_hf(tmp_path / "hf")
-    name = "check_written" if kind == "flax" else "_check_same"
+    name = "check_written" if kind == "flax" else "check_same"
     check = getattr(conversion, name)
 
     def damage(*arguments: Any) -> None:

@@ -10,7 +10,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from refgemma.files import replace_file
 from refgemma.precision import Array, as_dtype
-from refgemma.weights.checkpoint import DTYPES, INDEX, SINGLE, CheckpointError, read_header
+from refgemma.weights.checkpoint import DTYPES, INDEX, SINGLE, CheckpointError, Stored, read_header
 
 STAGING = ".refgemma-partial"
 STATE = "state.json"
@@ -249,12 +249,17 @@ def check_written(folder: str | Path, outputs: Sequence[Output]) -> None:
     root = Path(folder)
     files = sorted(path for path in root.iterdir() if path.name == SINGLE or SHARD.fullmatch(path.name))
     found = {name: tensor for file in files for name, tensor in read_header(file).items()}
+    check_same(found, outputs, root)
+
+
+def check_same(found: Mapping[str, Stored], outputs: Sequence[Output], folder: Path) -> None:
+    """Compare the tensors that were `found` in `folder` with what had to be written; see `check_written`."""
     total = sum(output.nbytes for output in outputs)
     with tqdm(total=total, unit="B", unit_scale=True, desc="checking", disable=None, delay=2) as bar:
         for output in outputs:
             tensor = found.get(output.name)
             if tensor is None or (tensor.shape, tensor.dtype) != (output.shape, STORED[output.dtype]):
-                raise CheckpointError(f"{root}: tensor {output.name!r} is not there; another program has been at it")
+                raise CheckpointError(f"{folder}: tensor {output.name!r} is not there; another program has been at it")
             data, row = tensor.mapped(), 0
             for block in output.blocks():
                 again = np.ascontiguousarray(data[row : row + len(block)])
