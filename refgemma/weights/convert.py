@@ -152,9 +152,11 @@ class Source:
     nonzero: int = 0  # how many of these hold anything but zeros
 
     @property
-    def folder(self) -> Path:
-        """Where files beside the weights are looked for."""
-        return self.path if self.path.is_dir() else self.path.parent
+    def folders(self) -> list[Path]:
+        """Where files beside the weights are looked for; those of a released Orbax folder lie beside it."""
+        if not self.path.is_dir():
+            return [self.path.parent]
+        return [self.path, self.path.parent] if is_orbax(self.path) else [self.path]
 
 
 def kind_of(path: Path) -> str:
@@ -170,12 +172,12 @@ def kind_of(path: Path) -> str:
         raise CheckpointError(f"{path}: there is no such file or folder")
     if not path.is_dir():
         return "flax" if path.suffix in (".npz", ".safetensors") else "pytorch"
+    if (path / SINGLE).exists() or (path / INDEX).exists():
+        return "flax" if any("/" in name for name in _read_files(path)[1]) else "hf"
     if (path / TORCH_INDEX).exists() or any(path.glob("*.ckpt")):
         return "pytorch"
     if any(path.glob("*.npz")) or is_orbax(path):
         return "flax"
-    if (path / SINGLE).exists() or (path / INDEX).exists():
-        return "flax" if any("/" in name for name in _read_files(path)[1]) else "hf"
     raise CheckpointError(f"{path}: holds no checkpoint: no *.ckpt, {TORCH_INDEX}, *.npz, {SINGLE} or {INDEX}")
 
 
@@ -484,8 +486,8 @@ def _write_beside(source: Source, folder: Path, kind: str, dtype: str) -> None:
     config = source.config.changed(dtype=dtype, architectures=("Gemma2ForCausalLM",))
     config.save_pretrained(folder)
     for name in BESIDE:
-        if (source.folder / name).is_file():
-            shutil.copyfile(source.folder / name, folder / name)
+        if found := [place / name for place in source.folders if (place / name).is_file()]:
+            shutil.copyfile(found[0], folder / name)
     if kind == "hf" and not (folder / GENERATION).exists():
         ids = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         about = ids | {"_from_model_config": True, "cache_implementation": "hybrid"}

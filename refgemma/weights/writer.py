@@ -260,9 +260,10 @@ def check_same(found: Mapping[str, Stored], outputs: Sequence[Output], folder: P
             tensor = found.get(output.name)
             if tensor is None or (tensor.shape, tensor.dtype) != (output.shape, STORED[output.dtype]):
                 raise CheckpointError(f"{folder}: tensor {output.name!r} is not there; another program has been at it")
-            data, row = tensor.mapped(), 0
+            row = 0
             for block in output.blocks():
-                again = np.ascontiguousarray(data[row : row + len(block)])
+                # Mapped anew each time: of a mapping, all that was read stays in memory.
+                again = np.ascontiguousarray(tensor.mapped()[row : row + len(block)])
                 if again.tobytes() != block.tobytes():
                     raise CheckpointError(
                         f"{tensor.file}: tensor {output.name!r} does not read as it was written, from row {row} on; "

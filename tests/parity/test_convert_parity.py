@@ -144,8 +144,10 @@ def test_an_orbax_folder(tmp_path: Path, in_one: bool, driver: str) -> None:
         ).result()
         written.write(tensor.mapped()).result()
     (tmp_path / "config.json").write_text((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "tokenizer.model").write_bytes(b"beside the folder, as released")
     convert(folder, tmp_path / "back", config=tmp_path / "config.json", max_shard_size=10_000)
     same(tmp_path / "back", made)
+    assert (tmp_path / "back" / "tokenizer.model").read_bytes() == b"beside the folder, as released"
     data = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
     with pytest.raises(CheckpointError, match=r"cannot be read|no Orbax folder that can be read"):
