@@ -1,4 +1,4 @@
-"""The command line: generate, chat, verify, trace, convert, info. It handles arguments and prints; the work is done elsewhere.
+"""The command line: it handles arguments and prints; the work is done elsewhere.
 
 Exit codes: 0 all is well (verify: conforms), 1 verify found a difference, 2 misuse or bad input, 130 interrupted,
 141 the reader of the output went away before its end.
