@@ -21,6 +21,7 @@ from refgemma import processors
 from refgemma.cache import Cache
 from refgemma.generation import TextStreamer
 from refgemma.hub import find_model
+from refgemma.model import next_token_logits
 from refgemma.settings import settings_for, settled
 
 NAME, DTYPES = "Gemma2ForCausalLM", ("float32", "float64")
@@ -198,6 +199,35 @@ def test_prompts_of_embeddings_and_from_a_cache(data: st.DataObject, seed: int) 
         assert isinstance(past.past_key_values, Cache)
         again = ours.generate(ids, attention_mask=visible, past_key_values=past.past_key_values, **limit)
         np.testing.assert_array_equal(again, whole.sequences)
+
+
+def test_the_positions_that_both_are_given() -> None:
+    """Rotary scores depend on differences of positions only, so that a text alone does not tell which were given."""
+    shape = {"vocab_size": 25, "hidden_size": 4, "num_hidden_layers": 1, "head_dim": 2, "num_attention_heads": 2,
+             "num_key_value_heads": 1, "intermediate_size": 3, "eos_token_id": None, "pad_token_id": 0}  # fmt: skip
+    theirs, ours, _ = models(shape, 0)
+    ids = np.array([[0, 0, 5, 6, 7], [5, 6, 7, 8, 9], [0, 5, 6, 7, 0]])  # the last with padding at the right, too
+    seen: dict[str, list[Any]] = {"there": [], "here": []}
+    there = theirs.model.rotary_emb.forward
+
+    def noted_there(x: Any, position_ids: Any) -> Any:
+        seen["there"].append(position_ids.numpy())
+        return there(x, position_ids)
+
+    def noted_here(*arguments: Any, position_ids: Any, **others: Any) -> Any:
+        seen["here"].append(position_ids)
+        return next_token_logits(*arguments, position_ids=position_ids, **others)
+
+    with quiet(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(theirs.model.rotary_emb, "forward", noted_there)
+        patch.setattr("refgemma.generation.next_token_logits", noted_here)
+        for model in (theirs, ours):
+            given = torch.tensor(ids) if model is theirs else ids
+            mask = torch.tensor(ids != 0).long() if model is theirs else (ids != 0).astype(int)
+            model.generate(given, attention_mask=mask, max_new_tokens=4)
+    assert len(seen["here"]) == len(seen["there"]) == 4
+    for found, expected in zip(seen["here"], seen["there"], strict=True):
+        np.testing.assert_array_equal(found, expected)
 
 
 # --- processors alone -------------------------------------------------------------------------------------------------
