@@ -7,7 +7,6 @@ weights are the same however often and in whatever order they are asked for.
 
 import math
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +21,10 @@ from refgemma.weights.parameters import (
     NORM,
     SCORE_BIAS,
     SCORE_WEIGHT,
-    LayerWeights,
+    OnDemand,
     Rows,
     Score,
     Weights,
-    layer_tensors,
     tensor_shapes,
 )
 
@@ -89,29 +87,6 @@ class Drawn:
         return as_dtype(drawn, self.dtype)
 
 
-@dataclass(frozen=True)
-class DrawnLayers(Sequence[LayerWeights]):
-    """The blocks of a fresh model, each drawn when it is asked for."""
-
-    shapes: dict[str, tuple[int, ...]]
-    config: Gemma2Config
-    seed: int
-    dtype: str
-
-    def __len__(self) -> int:
-        """Return the number of blocks."""
-        return self.config.num_hidden_layers
-
-    def __getitem__(self, layer: Any) -> Any:
-        """Draw block `layer`, or a list of those of a slice."""
-        if isinstance(layer, slice):
-            return [self[n] for n in range(len(self))[layer]]
-        number = range(len(self))[layer]
-        names = layer_tensors(number, self.config.attention_bias)
-        drawn = {f: Drawn(name, self.shapes[name], self.config, self.seed, self.dtype) for f, name in names.items()}
-        return LayerWeights(**{field: tensor[:] for field, tensor in drawn.items()})
-
-
 def fits_in_memory(parameters: int, dtype: str) -> bool:
     """Whether a model is kept in memory, or read or drawn a layer at a time: up to 4 GiB in its precision it is kept.
 
@@ -134,15 +109,17 @@ def initial_weights(config: Gemma2Config, seed: int = 0, dtype: str = "float32")
     shapes = tensor_shapes(config)
     resident = fits_in_memory(sum(math.prod(shape) for shape in shapes.values()), dtype)
 
-    def table(name: str) -> Rows:
-        drawn = Drawn(name, shapes[name], config, seed, dtype)
-        return drawn[:] if resident else drawn
+    def tensor(name: str) -> Drawn:
+        return Drawn(name, shapes[name], config, seed, dtype)
 
-    layers = DrawnLayers(shapes, config, seed, dtype)
+    def table(name: str) -> Rows:
+        return tensor(name)[:] if resident else tensor(name)
+
+    layers = OnDemand(config, tensor)
     return Weights(
         embed_tokens=table(EMBED_TOKENS),
         layers=layers[:] if resident else layers,
-        norm=Drawn(NORM, shapes[NORM], config, seed, dtype)[:],
+        norm=tensor(NORM)[:],
         lm_head=None if config.tie_word_embeddings else table(LM_HEAD),
     )
 

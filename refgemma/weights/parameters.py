@@ -161,6 +161,25 @@ def weights_of(tensors: Mapping[str, Any], config: Gemma2Config) -> Weights:
     return Weights(tensors[EMBED_TOKENS], layers, tensors[NORM], head)
 
 
+@dataclass(frozen=True)
+class OnDemand(Sequence[LayerWeights]):
+    """Layers whose tensors are made when the layer is asked for: `tensor` gives one by its name, to be had by rows."""
+
+    config: Gemma2Config
+    tensor: Callable[[str], Rows]
+
+    def __len__(self) -> int:
+        """Return the number of blocks."""
+        return self.config.num_hidden_layers
+
+    def __getitem__(self, layer: Any) -> Any:
+        """Make block `layer`, or a list of those of a slice."""
+        if isinstance(layer, slice):
+            return [self[n] for n in range(len(self))[layer]]
+        names = layer_tensors(range(len(self))[layer], self.config.attention_bias)
+        return LayerWeights(**{field: self.tensor(name)[:] for field, name in names.items()})
+
+
 class _OneLayer:
     """Layers of which the one asked for last is kept: read from disk once while its tensors are gone through."""
 
