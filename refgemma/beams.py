@@ -175,7 +175,7 @@ def _with_finished(beams: Beams, found: Candidates, rules: Rules) -> dict[str, A
     }
 
 
-def _improvable(
+def improvable(
     running_scores: Float[np.ndarray, "batch beams"],
     finished_scores: Float[np.ndarray, "batch beams"],
     is_finished: Bool[np.ndarray, "batch beams"],
@@ -232,7 +232,7 @@ def advanced(
     best = largest(scores, rules.num_beams)
     running_scores = pick(scores, best)
     finished = _with_finished(beams, found, rules)
-    better = _improvable(
+    better = improvable(
         running_scores, finished["finished_scores"], finished["is_finished"], found.origins.shape[2], rules
     )
     return Beams(

@@ -18,6 +18,7 @@ from transformers.generation import logits_process
 
 import refgemma
 from refgemma import processors
+from refgemma.beams import Rules, improvable
 from refgemma.cache import Cache
 from refgemma.generation import TextStreamer
 from refgemma.hub import find_model
@@ -140,6 +141,23 @@ def near_tie_in_search(ours: Any, ids: Any, visible: Any, chosen: dict[str, Any]
         with quiet():
             texts.append(ours.generate(ids, None, [moved], attention_mask=visible, pad_token_id=0, **chosen).tolist())
     return any(text != texts[0] for text in texts)
+
+
+@settings(max_examples=150)
+@given(st.integers(0, 2**31), st.sampled_from([True, False, "never"]), st.sampled_from([0.0, 1.0, 2.0, -1.0]))
+def test_when_a_search_can_still_gain(seed: int, early_stopping: Any, penalty: float) -> None:
+    """Short searches seldom depend on it, so it is compared alone."""
+    rng = np.random.default_rng(seed)
+    running = -np.sort(rng.uniform(0, 20, (4, 3)).astype(np.float32), axis=1)
+    finished = -np.sort(rng.uniform(0, 4, (4, 3)).astype(np.float32), axis=1)
+    is_finished, before = rng.random((4, 3)) < 0.7, rng.random((4, 1)) < 0.8
+    expected = Gemma2ForCausalLM._check_early_stop_heuristic(
+        torch.tensor(before), torch.tensor(running), torch.tensor(finished), torch.tensor(is_finished), cur_len=9,
+        max_length=16, decoder_prompt_len=4, early_stopping=early_stopping, length_penalty=penalty,
+    )  # fmt: skip
+    rules = Rules(3, 6, longest=12, early_stopping=early_stopping, length_penalty=penalty, fill=0)
+    found = before[:, 0] & improvable(running, finished, is_finished, 5, rules)
+    np.testing.assert_array_equal(found, expected.numpy()[:, 0])
 
 
 def test_few_examples_are_left_out() -> None:
