@@ -148,9 +148,9 @@ def near_tie_in_search(ours: Any, ids: Any, visible: Any, chosen: dict[str, Any]
 def test_when_a_search_can_still_gain(seed: int, early_stopping: Any, penalty: float) -> None:
     """Short searches seldom depend on it, so it is compared alone."""
     rng = np.random.default_rng(seed)
-    running = -np.sort(rng.uniform(0, 20, (4, 3)).astype(np.float32), axis=1)
+    running = -np.sort(rng.uniform(0, 60, (4, 3)).astype(np.float32), axis=1)
     finished = -np.sort(rng.uniform(0, 4, (4, 3)).astype(np.float32), axis=1)
-    is_finished, before = rng.random((4, 3)) < 0.7, rng.random((4, 1)) < 0.8
+    is_finished, before = rng.random((4, 3)) < 0.9, rng.random((4, 1)) < 0.8
     expected = Gemma2ForCausalLM._check_early_stop_heuristic(
         torch.tensor(before), torch.tensor(running), torch.tensor(finished), torch.tensor(is_finished), cur_len=9,
         max_length=16, decoder_prompt_len=4, early_stopping=early_stopping, length_penalty=penalty,
