@@ -2,6 +2,7 @@
 
     python golden/record.py [CASE ...]     record all cases, or those named
     python golden/record.py --check        record again elsewhere and compare with what is in golden/
+    python golden/record.py --full 9b      record a model of that size with synthetic weights, see full_size.py
 
 Nothing that refgemma computes is ever written here. Tensors inside transformers' functions are caught where they are
 made: module outputs by hooks, the rotated queries and keys by wrapping `apply_rotary_pos_emb`, scores and capped scores
@@ -434,6 +435,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE")
     parser.add_argument("--check", action="store_true", help="record again elsewhere and compare")
+    parser.add_argument("--full", choices=("9b", "27b"), help="record a model of that size with synthetic weights")
     args = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
@@ -441,6 +443,13 @@ def main() -> None:
     warm_up()
     if args.check:
         sys.exit(check())
+    if args.full:
+        from full_size import record_full
+
+        torch.set_num_threads(os.cpu_count() or 1)
+        record_full(args.full, layers=2)
+        record_full(args.full, layers=None)
+        return
     record_all(args.cases, HERE)
 
 

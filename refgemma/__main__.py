@@ -17,11 +17,12 @@ from typing import Any, NoReturn
 import numpy as np
 
 import refgemma
-from refgemma.config import ConfigError
+from refgemma.config import ConfigError, Gemma2Config
 from refgemma.generation import Prompts, continued, generate_batch, sampling
 from refgemma.hub import ModelNameError, find_model
 from refgemma.inputs import InputError
 from refgemma.model import forward
+from refgemma.oracle.full_size import full_result, is_full_size, load_full, two_layer_names, verify_full
 from refgemma.oracle.trace import named_tensors, save_trace, target_file
 from refgemma.oracle.verify import CaseResult, Comparison, GoldenError, case_names, verify
 from refgemma.pretrained import Pretrained, load
@@ -30,6 +31,7 @@ from refgemma.tokenizer import TextStream, TokenizerError
 from refgemma.weights.checkpoint import CheckpointError, open_checkpoint
 from refgemma.weights.convert import FORMATS, convert
 from refgemma.weights.parameters import tensor_shapes
+from refgemma.weights.synthetic import write_synthetic
 
 OK, DIFFERS, MISUSE, INTERRUPTED, CUT_OFF = 0, 1, 2, 130, 141
 EXIT_CODES = "Exit codes: 0 all is well, 1 verify found a difference, 2 misuse or bad input (one line says which)."
@@ -109,6 +111,13 @@ def parser() -> Parser:
     command = add("verify", "compare with what PyTorch recorded, tensor by tensor")
     command.add_argument("cases", nargs="*", metavar="CASE", help="default: all")
     command.add_argument("--list", action="store_true", help="print the names of the cases and stop")
+    command.add_argument(
+        "--full",
+        metavar="NAME",
+        help="instead: a whole model at full size with synthetic weights, 9b-synthetic for instance",
+    )
+    command.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of --full")
+    command.add_argument("--model", metavar="DIR", help="of --full: read the weights from what refgemma synth wrote")
 
     command = add("trace", "write every named tensor of a run to a safetensors file")
     add_prompt(command)
@@ -127,6 +136,11 @@ def parser() -> Parser:
     command.add_argument(
         "--gating-einsum", choices=("transposed", "plain"), help="its layout in a Flax tree, where sizes do not tell"
     )
+
+    command = add("synth", "write a checkpoint of a released size with synthetic weights, that nobody trained")
+    command.add_argument("size", choices=("2b", "9b", "27b"), metavar="SIZE", help="2b, 9b or 27b")
+    command.add_argument("-o", "--output", required=True, metavar="DIR", help="an empty folder, or none yet")
+    command.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file (default: 5GB)")
 
     command = add("info", "print a model's configuration, size and tensors")
     command.add_argument("model", nargs="?", default="tiny", metavar="MODEL", help=f"{MODEL_HELP} (default: tiny)")
@@ -270,7 +284,11 @@ def case_json(result: CaseResult) -> dict[str, Any]:
 
 def run_verify(args: argparse.Namespace) -> int:
     """``refgemma verify``."""
-    names = case_names(args.cases)
+    if args.full and args.cases:
+        raise InputError("give either cases or --full, and only one of them")
+    if args.model and not args.full:
+        raise InputError("--model is the folder that --full reads its weights from; give --full too")
+    names = [args.full] if args.full else asked(args.cases)
     if args.list:
         as_json(names) if args.json else print("\n".join(names))
         return OK
@@ -278,7 +296,7 @@ def run_verify(args: argparse.Namespace) -> int:
         print(f"{'case':32s} {'tensors':>7s}  {'worst/bound':>11s}  verdict")
     results = []
     for name in progress(names):
-        results.append(verify(name))
+        results.append(verified(name, args.dtype, args.model))
         if not args.json:
             print(case_row(results[-1]), flush=True)
     differing = [r.case for r in results if not r.conforms]
@@ -295,6 +313,29 @@ def run_verify(args: argparse.Namespace) -> int:
         against = f"recorded with torch {about['torch']}, transformers {about['transformers']} (eager)"
         print(f"{len(results)} cases, {tensors} tensors, {len(differing)} differ; {against}")
     return DIFFERS if differing else OK
+
+
+def asked(cases: list[str]) -> list[str]:
+    """The cases that were named, after a look whether they exist; or all, and two layers of each full size."""
+    if not cases:
+        return [*case_names(), *two_layer_names()]
+    case_names([name for name in cases if not is_full_size(name)])
+    return cases
+
+
+def verified(name: str, dtype: str, model: str | None) -> CaseResult:
+    """One case; one at full size with a bar of its own, since it takes longer than all others."""
+    from tqdm import tqdm
+
+    if not is_full_size(name):
+        return verify(name)
+    comparisons = []
+    total = len(load_full(name)[0]["names"])
+    weights = None if model is None else load(model, dtype).weights
+    with tqdm(total=total, desc=name, unit="tensor", disable=None, delay=2, leave=False) as bar:
+        for step in verify_full(name, dtype, weights):
+            bar.update() if isinstance(step, str) else comparisons.append(step)
+    return full_result(name, dtype, comparisons)
 
 
 def progress(names: list[str]) -> Iterator[str]:
@@ -386,6 +427,19 @@ def run_convert(args: argparse.Namespace) -> int:
     return OK
 
 
+def run_synth(args: argparse.Namespace) -> int:
+    """``refgemma synth``."""
+    config = Gemma2Config.preset(args.size)
+    parameters = write_synthetic(config, args.output, args.max_shard_size)
+    if args.json:
+        as_json({"folder": args.output, "parameters": parameters, "dtype": "bfloat16", "weights": "synthetic"})
+    else:
+        print(
+            f"{args.output}: {parameters:,} synthetic weights in bfloat16, of the size {args.size}; nobody trained them"
+        )
+    return OK
+
+
 # --- main -------------------------------------------------------------------------------------------------------------
 
 
@@ -415,6 +469,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "trace": run_trace,
         "info": run_info,
         "convert": run_convert,
+        "synth": run_synth,
     }[args.command]
     try:
         with short_warnings():

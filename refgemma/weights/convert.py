@@ -36,12 +36,12 @@ from refgemma.weights.orbax import is_orbax
 from refgemma.weights.pickles import read_torch, write_torch
 from refgemma.weights.writer import (
     STAGING,
-    STATE,
     STORED,
     Output,
     _check_space,
     check_same,
     check_written,
+    claim,
     in_shards,
     shard_bytes,
     stored,
@@ -448,7 +448,7 @@ def convert(
     outputs = _folded(layout, opened.parts, dtype)
     folder = Path(target)
     fingerprint = _fingerprint(opened, outputs, target_format, size)
-    _prepare(folder, fingerprint)
+    claim(folder, fingerprint)
     _write_beside(opened, folder, target_format, outputs[0].dtype)
     if target_format in ("hf", "flax"):
         write_checkpoint(folder, outputs, size, fingerprint)
@@ -465,20 +465,6 @@ def _fingerprint(source: Source, outputs: Sequence[Output], kind: str, size: int
     tensors = [(output.name, output.dtype, output.shape) for output in outputs]
     told = json.dumps([stats, tensors, kind, size, source.config.to_json_string()])
     return hashlib.sha256(told.encode()).hexdigest()
-
-
-def _prepare(folder: Path, fingerprint: str) -> None:
-    """Require a folder that is empty, or that of an interrupted run of the same conversion."""
-    if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"{folder}: is a file; give a folder that is empty or not there")
-    state = folder / STAGING / STATE
-    if state.is_file() and state.read_text(encoding="utf-8") == fingerprint:
-        return
-    if folder.exists() and any(folder.iterdir()):
-        fault = "an interrupted conversion of another source, or with other options" if state.is_file() else "files"
-        raise CheckpointError(f"{folder}: holds {fault} already; give an empty folder, or remove this one first")
-    state.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(state, fingerprint.encode())
 
 
 def _write_beside(source: Source, folder: Path, kind: str, dtype: str) -> None:

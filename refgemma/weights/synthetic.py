@@ -7,8 +7,11 @@ A weight is a byte of a counter-based generator (Philox 4x64, keyed by the tenso
 exact in bfloat16 and in every wider format. The powers make every feature of Gemma 2 matter, see `EXPONENTS`.
 """
 
+import hashlib
+import math
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +20,7 @@ import numpy.typing as npt
 from refgemma.config import Gemma2Config
 from refgemma.precision import Array, as_dtype
 from refgemma.weights.parameters import EMBED_TOKENS, NORM, OnDemand, Weights, tensor_shapes
+from refgemma.weights.writer import Output, check_written, claim, write_checkpoint
 
 SEED = 2
 
@@ -108,3 +112,29 @@ def synthetic_weights(config: Gemma2Config, dtype: str = "float32", seed: int = 
         return Synthetic(name, shapes[name], config, dtype, seed)
 
     return Weights(tensor(EMBED_TOKENS), OnDemand(config, tensor), tensor(NORM)[:])
+
+
+def write_synthetic(config: Gemma2Config, folder: str | Path, max_shard_size: int | str = "5GB") -> int:
+    """Write synthetic weights as a Hugging Face folder in bfloat16, and return how many there are.
+
+    Run again after an interruption, it goes on with the first file that was not finished.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> config = Gemma2Config(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+    ...                       num_attention_heads=2, num_key_value_heads=1, head_dim=16)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_synthetic(config, folder)
+    9888
+    """
+    outputs = [
+        Output(name, "bfloat16", shape, Synthetic(name, shape, config)) for name, shape in tensor_shapes(config).items()
+    ]
+    fingerprint = f"synthetic {SEED} {EXPONENTS} {max_shard_size} {config.to_json_string()}"
+    told = hashlib.sha256(fingerprint.encode()).hexdigest()
+    claim(Path(folder), told)
+    write_checkpoint(folder, outputs, max_shard_size, told)
+    check_written(folder, outputs)
+    config.changed(dtype="bfloat16", architectures=("Gemma2ForCausalLM",)).save_pretrained(folder)
+    return sum(math.prod(output.shape) for output in outputs)

@@ -155,6 +155,26 @@ def _check_space(folder: Path, needed: int) -> None:
         )
 
 
+def claim(folder: Path, fingerprint: str) -> None:
+    """Require a folder that is empty, or that of an interrupted run with the same fingerprint, and make it one.
+
+    Raises
+    ------
+    CheckpointError
+        If it holds anything else.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder}: is a file; give a folder that is empty or not there")
+    state = folder / STAGING / STATE
+    if state.is_file() and state.read_text(encoding="utf-8") == fingerprint:
+        return
+    if folder.exists() and any(folder.iterdir()):
+        fault = "the beginning of another checkpoint" if state.is_file() else "files"
+        raise CheckpointError(f"{folder}: holds {fault} already; give an empty folder, or remove this one first")
+    state.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(state, fingerprint.encode())
+
+
 def write_checkpoint(
     folder: str | Path, outputs: Sequence[Output], max_shard_size: int | str = "50GB", fingerprint: str = ""
 ) -> None:

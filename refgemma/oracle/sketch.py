@@ -1,0 +1,47 @@
+"""A tensor in forty numbers: enough to see whether rounding explains a difference, in a file that is small. Checked in
+the tests: every element counts.
+
+A sketch is the root mean square, the largest magnitude, elements at regular distances, and projections on random
+directions, into which every element goes.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+from refgemma.precision import Array
+from refgemma.weights.synthetic import raw_bytes
+
+SAMPLES, PROJECTIONS = 32, 6
+LENGTH = 2 + SAMPLES + PROJECTIONS
+BLOCK = 2**20  # elements at a time, so that a sketch of a large tensor needs no copy of it
+RMS_OF_BYTES = np.sqrt((2**16 - 1) / 12 + 1 / 4)  # of -128 to 127, all equally likely
+
+
+def sketch(x: Array) -> npt.NDArray[np.float64]:
+    """The sketch of a tensor, computed in float64.
+
+    Projections are sums of all elements times random bytes, divided so that independent errors of size e in the
+    elements make one of size e in each projection, as in each sample.
+
+    Examples
+    --------
+    >>> x = np.arange(1000.0)
+    >>> sketch(x).shape, bool(sketch(x)[0] == np.sqrt(np.mean(x * x)))
+    ((40,), True)
+    >>> moved = sketch(np.where(x == 123, 124, x)) - sketch(x)
+    >>> bool((moved[-PROJECTIONS:] != 0).all())
+    True
+    """
+    flat = np.asarray(x).reshape(-1)
+    places = np.linspace(0, flat.size - 1, SAMPLES).astype(np.int64)
+    squares, projections = 0.0, np.zeros(PROJECTIONS)
+    for start in range(0, flat.size, BLOCK):
+        block = flat[start : start + BLOCK].astype(np.float64)
+        squares += float(block @ block)
+        for number in range(PROJECTIONS):
+            projections[number] += float(
+                block @ raw_bytes(f"projection {number}", start, len(block)).astype(np.float64)
+            )
+    scale = RMS_OF_BYTES * np.sqrt(flat.size)
+    whole = [np.sqrt(squares / flat.size), float(np.abs(flat).max())]
+    return np.concatenate([whole, flat[places].astype(np.float64), projections / scale])
