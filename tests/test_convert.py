@@ -558,7 +558,7 @@ def test_a_changed_source_is_not_continued(tmp_path: Path, monkeypatch: pytest.M
         with pytest.raises(KeyboardInterrupt):
             convert(tmp_path / "hf", tmp_path / "there", target_format="flax")
     os.utime(tmp_path / "hf" / "model.safetensors", (1, 1))
-    with pytest.raises(CheckpointError, match="of another source"):
+    with pytest.raises(CheckpointError, match="the beginning of another checkpoint"):
         convert(tmp_path / "hf", tmp_path / "there", target_format="flax")
 
 

@@ -96,7 +96,9 @@ def test_places_on_machines_are_recognised(text: str, seen: bool) -> None:
     assert bool(MACHINE_PATH.search(text.replace("{}", separator).encode())) == seen
 
 
-def test_the_example_in_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    example = (ROOT / "README.md").read_text("utf-8").split("```python\n")[1].split("```")[0]
-    exec(compile(example, "README.md", "exec"), {})
+def test_the_examples_in_the_readme_run(capsys: pytest.CaptureFixture[str]) -> None:
+    examples = [part.split("```")[0] for part in (ROOT / "README.md").read_text("utf-8").split("```python\n")[1:]]
+    assert len(examples) == 2
+    for example in examples:
+        exec(compile(example, "README.md", "exec"), {})
     assert capsys.readouterr().out.startswith("Once upon a time")
