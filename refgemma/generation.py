@@ -461,20 +461,24 @@ class TextStreamer:
         What the tokens belong to.
     skip_prompt : bool
         Print the new text only.
+    skip_special_tokens : bool
+        Leave out ``<bos>``, ``<end_of_turn>`` and the like, which are printed by default, as in transformers.
 
     Examples
     --------
     >>> import refgemma
     >>> model = refgemma.Gemma2ForCausalLM.from_pretrained("tiny")
-    >>> tokenizer = refgemma.load("tiny").tokenizer
+    >>> tokenizer = refgemma.AutoTokenizer.from_pretrained("tiny")
     >>> streamer = TextStreamer(tokenizer)
-    >>> ids = model.generate([tokenizer.encode("The king")], max_new_tokens=4, streamer=streamer)
-    The king's son was
+    >>> inputs = tokenizer("The king", return_tensors="np")
+    >>> ids = model.generate(**inputs, max_new_tokens=4, streamer=streamer)
+    <bos>The king's son was
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_prompt: bool = False) -> None:
+    def __init__(self, tokenizer: Tokenizer, skip_prompt: bool = False, skip_special_tokens: bool = False) -> None:
         self._tokenizer = tokenizer
         self._skip_next = self._skip_prompt = skip_prompt
+        self._shown = frozenset() if skip_special_tokens else frozenset(tokenizer.all_special_ids)
         self._stream = TextStream(tokenizer)
 
     def put(self, value: npt.NDArray[np.int64]) -> None:
@@ -482,8 +486,14 @@ class TextStreamer:
         if value.ndim > 1 and len(value) > 1:
             raise InputError(f"TextStreamer prints one text, and there are {len(value)}")
         if not self._skip_next:
-            print("".join(self._stream.push(token) for token in value.reshape(-1)), end="", flush=True)
+            print("".join(self._text(int(token)) for token in value.reshape(-1)), end="", flush=True)
         self._skip_next = False
+
+    def _text(self, token: int) -> str:
+        """What becomes certain with one more token."""
+        if token in self._shown:
+            return self._stream.finish() + self._tokenizer.decode([token])
+        return self._stream.push(token)
 
     def end(self) -> None:
         """Print what is left, and a line break."""

@@ -32,7 +32,7 @@ from refgemma.outputs import (
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
-from refgemma.precision import Array, as_dtype, dtype_name, wide
+from refgemma.precision import Array, as_dtype, dtype_name, precision_named, wide
 from refgemma.settings import FILE as GENERATION_CONFIG
 from refgemma.settings import GenerationConfig, settled
 from refgemma.weights.checkpoint import Checkpoint, CheckpointError, open_checkpoint
@@ -53,6 +53,22 @@ from refgemma.weights.parameters import (
 from refgemma.weights.writer import Output, write_checkpoint
 
 Answer = TypeVar("Answer", bound=ModelOutput)
+
+# What people hand to transformers' from_pretrained, and what to do with it here.
+ELSEWHERE = {
+    "torch_dtype": "its name is dtype",
+    "device_map": "there is one place to compute; leave it out",
+    "low_cpu_mem_usage": "large models are read a layer at a time in any case; leave it out",
+    "attn_implementation": "attention is that of transformers' 'eager'; leave it out",
+    "quantization_config": "weights are not quantised here",
+    "load_in_8bit": "weights are not quantised here",
+    "load_in_4bit": "weights are not quantised here",
+    "trust_remote_code": "no code of a repository is ever run; leave it out",
+    "token": "log in with huggingface-cli, or set HF_TOKEN",
+    "local_files_only": "nothing is downloaded unless download=True; leave it out",
+    "cache_dir": "set HF_HUB_CACHE",
+    "use_safetensors": "nothing else is read; leave it out",
+}
 
 
 def _seen(places: Array | None, attention_mask: Any, seq: int) -> int | None:
@@ -161,10 +177,11 @@ class Gemma2PreTrainedModel:
     prefix: ClassVar[str] = ""  # of the names of a whole model that a state dict leaves out
 
     def __init__(
-        self, config: Gemma2Config, seed: int = 0, dtype: str = "float32", weights: Weights | None = None,
+        self, config: Gemma2Config, seed: int = 0, dtype: Any = "float32", weights: Weights | None = None,
         score: Score | None = None,
     ) -> None:  # fmt: skip
         _check_config(config, type(self).__name__)
+        dtype = precision_named(dtype)
         self.config = config
         self._folder: Path | None = None  # where the model was loaded from
         self.weights = initial_weights(config, seed, dtype) if weights is None else weights
@@ -200,7 +217,7 @@ class Gemma2PreTrainedModel:
         return self
 
     @classmethod
-    def from_config(cls, config: Gemma2Config, seed: int = 0, dtype: str = "float32") -> Self:
+    def from_config(cls, config: Gemma2Config, seed: int = 0, dtype: Any = "float32") -> Self:
         """A model with fresh weights: a truncated normal of ``config.initializer_range``, norms and biases zero.
 
         Examples
@@ -212,7 +229,7 @@ class Gemma2PreTrainedModel:
 
     @classmethod
     def from_pretrained(
-        cls, name: str | Path, dtype: str = "float32", seed: int = 0, revision: str = "main", download: bool = False,
+        cls, name: str | Path, dtype: Any = "float32", seed: int = 0, revision: str = "main", download: bool = False,
         **changes: Any,
     ) -> Self:  # fmt: skip
         """Load a model.
@@ -222,7 +239,7 @@ class Gemma2PreTrainedModel:
         name : str or path
             ``"tiny"``, ``"conformance"``, a folder, or a hub id whose snapshot is in the Hugging Face cache; see
             `refgemma.hub.find_model`.
-        dtype : str
+        dtype : str or numpy.dtype
             The precision of the computation, or ``"auto"`` for that of the file.
         seed : int
             Of a classifier's head, if the folder holds a model without one; a warning says so.
@@ -249,13 +266,15 @@ class Gemma2PreTrainedModel:
         >>> model([[2, 300, 400]]).logits.shape
         (1, 3, 2048)
         """
+        if strange := [argument for argument in changes if argument in ELSEWHERE]:
+            raise ConfigError(f"{cls.__name__}.from_pretrained takes no {strange[0]}: {ELSEWHERE[strange[0]]}")
         checkpoint = open_checkpoint(find_model(name, revision, download))
         config = checkpoint.config.changed(**changes)
         if tensor_shapes(config) != tensor_shapes(checkpoint.config):
             raise ConfigError(f"{name}: {', '.join(changes)} would change the shapes of the weights in the folder")
         if cls.has_head and not config.tie_word_embeddings and LM_HEAD not in checkpoint.tensors:
             raise CheckpointError(f"{checkpoint.folder}: holds no {LM_HEAD!r}, and tie_word_embeddings is false")
-        precision = checkpoint.tensors[NORM].dtype.name if dtype == "auto" else dtype
+        precision = checkpoint.tensors[NORM].dtype.name if dtype == "auto" else precision_named(dtype)
         score = cls._read_score(checkpoint, config, seed, precision) if cls.has_score else None
         model = cls(config, weights=checkpoint.weights(precision), score=score)
         model._folder = checkpoint.folder
@@ -281,7 +300,7 @@ class Gemma2PreTrainedModel:
 
     @classmethod
     def from_state_dict(
-        cls, config: Gemma2Config, state_dict: Mapping[str, npt.ArrayLike], dtype: str = "float32"
+        cls, config: Gemma2Config, state_dict: Mapping[str, npt.ArrayLike], dtype: Any = "float32"
     ) -> Self:
         """A model with the tensors of a state dict: this class's, or PyTorch's as NumPy arrays.
 
@@ -310,7 +329,7 @@ class Gemma2PreTrainedModel:
         tied = {LM_HEAD} if cls.has_head else set()  # the embedding once more
         if extra := given.keys() - shapes.keys() - tied:
             raise CheckpointError(f"the state dict holds {min(extra)!r}, for which {cls.__name__} has no place")
-        tensors = {name: as_dtype(given[name], dtype) for name in shapes}
+        tensors = {name: as_dtype(given[name], precision_named(dtype)) for name in shapes}
         score = Score(tensors[SCORE_WEIGHT], tensors.get(SCORE_BIAS)) if cls.has_score else None
         return cls(config, weights=weights_of(tensors, config), score=score)
 

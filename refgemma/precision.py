@@ -188,6 +188,29 @@ def as_dtype(x: npt.ArrayLike, dtype: str) -> Array:
     raise ValueError(f"unknown dtype {dtype!r}: float64, float32, float16 and bfloat16 are computed with")
 
 
+PRECISIONS = ("float64", "float32", "float16", "bfloat16")
+
+
+def precision_named(dtype: Any) -> str:
+    """The name of a precision that is given by name, as a NumPy dtype, or as torch writes it.
+
+    Raises
+    ------
+    ValueError
+        For what is none of the four.
+
+    Examples
+    --------
+    >>> precision_named(np.float32), precision_named("torch.bfloat16"), precision_named(np.dtype("float16"))
+    ('float32', 'bfloat16', 'float16')
+    """
+    said = getattr(dtype, "__name__", None) or str(dtype)
+    name = said.rpartition(".")[2]
+    if name not in PRECISIONS:
+        raise ValueError(f"unknown dtype {said!r}: {', '.join(PRECISIONS)} are computed with")
+    return name
+
+
 def dtype_name(x: Array) -> str:
     """The precision of `x` by name; the inverse of `as_dtype`.
 

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from refgemma.__main__ import CUT_OFF, DIFFERS, MISUSE, OK, main
 from refgemma.activations import ACTIVATIONS
 from refgemma.hub import find_model
+from refgemma.oracle.full_size import two_layer_names
 from refgemma.oracle.verify import case_names
 
 TINY = find_model("tiny")
@@ -78,7 +79,7 @@ def test_verify_names_the_first_diverging_tensor(capsys, monkeypatch) -> None:
 
 def test_verify_lists_cases(capsys) -> None:
     assert main(["verify", "--list"]) == OK
-    assert capsys.readouterr().out.split() == case_names()
+    assert capsys.readouterr().out.split() == [*case_names(), *two_layer_names()]
     assert main(["verify", "--list", "--json"]) == OK
     assert json.loads(capsys.readouterr().out) == case_names()
 

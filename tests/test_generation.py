@@ -317,6 +317,9 @@ def test_min_p_keeps_what_it_says() -> None:
 
 def test_a_streamer_prints_the_text(capsys: pytest.CaptureFixture[str]) -> None:
     ids = MODEL.generate([PROMPT], max_new_tokens=9, streamer=TextStreamer(TINY.tokenizer))
+    assert capsys.readouterr().out == TINY.tokenizer.decode(ids[0]) + "\n"
+    streamer = TextStreamer(TINY.tokenizer, skip_special_tokens=True)
+    MODEL.generate([PROMPT], max_new_tokens=9, streamer=streamer)
     assert capsys.readouterr().out == TINY.tokenizer.decode(ids[0], skip_special_tokens=True) + "\n"
     with pytest.raises(InputError, match="TextStreamer prints one text, and there are 2"):
         MODEL.generate([PROMPT, PROMPT], max_new_tokens=9, streamer=TextStreamer(TINY.tokenizer))

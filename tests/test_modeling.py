@@ -232,6 +232,22 @@ def test_the_functions_are_the_classes() -> None:
     np.testing.assert_array_equal(answer.attentions[2], run.layers[2].attention.probs)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "torch.bfloat16", np.float32, np.dtype("float64")], ids=str)
+def test_a_dtype_by_its_name_or_as_numpy_has_it(dtype: Any) -> None:
+    wanted = str(getattr(dtype, "__name__", dtype)).removeprefix("torch.")
+    assert Gemma2ForCausalLM.from_pretrained("tiny", dtype=dtype).dtype == wanted
+    assert Gemma2Model.from_config(CONFIG, dtype=dtype).dtype == wanted
+
+
+def test_arguments_that_belong_to_transformers_are_refused_with_advice() -> None:
+    with pytest.raises(ConfigError, match="takes no torch_dtype: its name is dtype"):
+        Gemma2ForCausalLM.from_pretrained("tiny", torch_dtype="bfloat16")
+    with pytest.raises(ConfigError, match="takes no device_map: there is one place"):
+        Gemma2Model.from_pretrained("tiny", device_map="auto")
+    with pytest.raises(ValueError, match="unknown dtype 'int8': float64, float32"):
+        Gemma2Model.from_pretrained("tiny", dtype="int8")
+
+
 def test_names_at_the_top() -> None:
     for name in refgemma.__all__:
         assert getattr(refgemma, name) is not None

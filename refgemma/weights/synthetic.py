@@ -28,10 +28,11 @@ SEED = 2
 # docs/full-size.md: scores that reach the cap, attention in four degrees of sharpness, a residual stream that grows.
 EXPONENTS = {
     "embed_tokens": -11, "q_proj": -12, "k_proj": -12, "v_proj": -12, "o_proj": -12, "gate_proj": -12, "up_proj": -12,
-    "down_proj": -12, "input_layernorm": -8, "post_attention_layernorm": -4, "pre_feedforward_layernorm": -8,
-    "post_feedforward_layernorm": -4, "norm": -4,
+    "down_proj": -12, "input_layernorm": -8, "post_attention_layernorm": -7, "pre_feedforward_layernorm": -8,
+    "post_feedforward_layernorm": -7, "norm": -4,
 }  # fmt: skip
-HEAD_POWERS = 4
+# Queries of head n are times 2 to the power of entry ``n % 16``: most heads look around, one looks at a single token.
+HEAD_POWERS = (0, 1, 0, 2, 0, 1, 0, 1, 0, 1, 0, 2, 0, 1, 0, 3)
 BYTES_PER_COUNT = 32  # Philox gives four numbers of eight bytes for each step of its counter
 
 
@@ -85,7 +86,7 @@ class Synthetic:
         drawn = raw_bytes(self.name, start * width, (stop - start) * width, self.seed)
         shaped = drawn.reshape(stop - start, *self.shape[1:])
         numbers: npt.NDArray[np.float32] = np.multiply(shaped, self._scales(start, stop), dtype=np.float32)
-        return numbers
+        return -np.abs(numbers) if ".post_" in self.name else numbers
 
     def _scales(self, start: int, stop: int) -> Any:
         """The power of two of all rows, or of queries, that of each row: heads look in four degrees of sharpness."""
@@ -94,7 +95,7 @@ class Synthetic:
         if field != "q_proj":
             return power
         heads = np.arange(start, stop) // self.config.head_dim
-        return power * np.float32(2.0) ** (heads % HEAD_POWERS)[:, None].astype(np.float32)
+        return power * np.exp2(np.array(HEAD_POWERS, np.float32)[heads % len(HEAD_POWERS)])[:, None]
 
 
 def synthetic_weights(config: Gemma2Config, dtype: str = "float32", seed: int = SEED) -> Weights:
