@@ -81,7 +81,7 @@ def test_verify_lists_cases(capsys) -> None:
     assert main(["verify", "--list"]) == OK
     assert capsys.readouterr().out.split() == [*case_names(), *two_layer_names()]
     assert main(["verify", "--list", "--json"]) == OK
-    assert json.loads(capsys.readouterr().out) == case_names()
+    assert json.loads(capsys.readouterr().out) == [*case_names(), *two_layer_names()]
 
 
 def test_trace_writes_every_tensor(tmp_path, capsys) -> None:
