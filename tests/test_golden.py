@@ -96,8 +96,11 @@ def test_manifest_says_where_everything_comes_from() -> None:
     assert files == {about["file"] for about in manifest["cases"].values()}
 
 
-def test_the_folder_stays_under_20_megabytes() -> None:
-    assert sum(path.stat().st_size for path in golden_folder().rglob("*") if path.is_file()) < 20_000_000
+def test_the_folder_stays_under_20_megabytes_and_full_size_under_10() -> None:
+    sizes = {path: path.stat().st_size for path in golden_folder().rglob("*") if path.is_file()}
+    at_full_size = {path: size for path, size in sizes.items() if path.is_relative_to(golden_folder() / "full")}
+    assert sum(sizes.values()) - sum(at_full_size.values()) < 20_000_000
+    assert 0 < sum(at_full_size.values()) < 10_000_000
 
 
 def test_a_damaged_golden_is_refused(tmp_path, monkeypatch) -> None:
