@@ -3,6 +3,7 @@
     python golden/record.py [CASE ...]     record all cases, or those named
     python golden/record.py --check        record again elsewhere and compare with what is in golden/
     python golden/record.py --full 9b      record a model of that size with synthetic weights, see full_size.py
+    python golden/record.py --checkpoint DIR   record a checkpoint on disk, for instance a released one
 
 Nothing that refgemma computes is ever written here. Tensors inside transformers' functions are caught where they are
 made: module outputs by hooks, the rotated queries and keys by wrapping `apply_rotary_pos_emb`, scores and capped scores
@@ -436,6 +437,7 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", metavar="CASE")
     parser.add_argument("--check", action="store_true", help="record again elsewhere and compare")
     parser.add_argument("--full", choices=("9b", "27b"), help="record a model of that size with synthetic weights")
+    parser.add_argument("--checkpoint", metavar="DIR", type=Path, help="record a checkpoint on disk, of any size")
     args = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
@@ -443,12 +445,14 @@ def main() -> None:
     warm_up()
     if args.check:
         sys.exit(check())
-    if args.full:
-        from full_size import record_full
+    if args.full or args.checkpoint:
+        import full_size
 
         torch.set_num_threads(os.cpu_count() or 1)
-        record_full(args.full, layers=2)
-        record_full(args.full, layers=None)
+        if args.checkpoint:
+            full_size.record_subject(full_size.on_disk(args.checkpoint))
+        for kind in ("two-layers", "long", "full") if args.full else ():
+            full_size.record_subject(full_size.synthetic(args.full, kind))
         return
     record_all(args.cases, HERE)
 

@@ -12,6 +12,9 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import chain
+from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
@@ -21,14 +24,22 @@ from refgemma.config import ConfigError, Gemma2Config
 from refgemma.generation import Prompts, continued, generate_batch, sampling
 from refgemma.hub import ModelNameError, find_model
 from refgemma.inputs import InputError
-from refgemma.model import forward
-from refgemma.oracle.full_size import full_result, is_full_size, load_full, two_layer_names, verify_full
-from refgemma.oracle.trace import named_tensors, save_trace, target_file
+from refgemma.oracle.full_size import (
+    full_result,
+    is_full_size,
+    load_full,
+    recording_of,
+    two_layer_names,
+    verify_full,
+)
+from refgemma.oracle.trace import run_in_order, save_trace, target_file
 from refgemma.oracle.verify import CaseResult, Comparison, GoldenError, case_names, verify
+from refgemma.perplexity import gemma_cpp_bits_per_byte, strided_perplexity
 from refgemma.pretrained import Pretrained, load
+from refgemma.released import PUBLISHED, published_figures, published_text
 from refgemma.settings import GenerationConfig
 from refgemma.tokenizer import TextStream, TokenizerError
-from refgemma.weights.checkpoint import CheckpointError, open_checkpoint
+from refgemma.weights.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from refgemma.weights.convert import FORMATS, convert
 from refgemma.weights.parameters import tensor_shapes
 from refgemma.weights.synthetic import write_synthetic
@@ -116,13 +127,29 @@ def parser() -> Parser:
         metavar="NAME",
         help="instead: a whole model at full size with synthetic weights, 9b-synthetic for instance",
     )
-    command.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of --full")
-    command.add_argument("--model", metavar="DIR", help="of --full: read the weights from what refgemma synth wrote")
+    command.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of --full and --model")
+    command.add_argument(
+        "--model",
+        metavar="DIR",
+        help="instead: a checkpoint, with what golden/record.py --checkpoint recorded of it; with --full, "
+        "what refgemma synth wrote",
+    )
 
     command = add("trace", "write every named tensor of a run to a safetensors file")
     add_prompt(command)
     command.add_argument("-o", "--output", required=True, metavar="FILE")
     add_model(command)
+
+    command = add("perplexity", "how well a model predicts a text, as transformers defines it and as gemma.cpp does")
+    command.add_argument("file", nargs="?", metavar="FILE", help="a text in UTF-8")
+    command.add_argument(
+        "--published", choices=list(PUBLISHED), help="instead: a text that gemma.cpp has published figures of"
+    )
+    add_model(command)
+    command.add_argument(
+        "--max-length", type=int, metavar="N", help="tokens of a window (default: 4096, or what the model can)"
+    )
+    command.add_argument("--stride", type=int, default=512, metavar="N", help="tokens from window to window (512)")
 
     command = add("convert", "convert an original checkpoint to a Hugging Face folder, or back")
     command.add_argument("source", metavar="SOURCE", help="a folder or file: .ckpt, .npz, .safetensors, shards")
@@ -286,9 +313,13 @@ def run_verify(args: argparse.Namespace) -> int:
     """``refgemma verify``."""
     if args.full and args.cases:
         raise InputError("give either cases or --full, and only one of them")
-    if args.model and not args.full:
-        raise InputError("--model is the folder that --full reads its weights from; give --full too")
-    names = [args.full] if args.full else asked(args.cases)
+    if args.model and args.cases:
+        raise InputError("--model is a checkpoint, compared with its own recording; the cases have models of their own")
+    checkpoint = open_checkpoint(find_model(args.model)) if args.model else None
+    if checkpoint is not None and not args.full:
+        names = [recording_of(checkpoint)]
+    else:
+        names = [args.full] if args.full else asked(args.cases)
     if args.list:
         as_json(names) if args.json else print("\n".join(names))
         return OK
@@ -296,7 +327,7 @@ def run_verify(args: argparse.Namespace) -> int:
         print(f"{'case':32s} {'tensors':>7s}  {'worst/bound':>11s}  verdict")
     results = []
     for name in progress(names):
-        results.append(verified(name, args.dtype, args.model))
+        results.append(verified(name, args.dtype, checkpoint))
         if not args.json:
             print(case_row(results[-1]), flush=True)
     differing = [r.case for r in results if not r.conforms]
@@ -323,7 +354,7 @@ def asked(cases: list[str]) -> list[str]:
     return cases
 
 
-def verified(name: str, dtype: str, model: str | None) -> CaseResult:
+def verified(name: str, dtype: str, checkpoint: Checkpoint | None) -> CaseResult:
     """One case; one at full size with a bar of its own, since it takes longer than all others."""
     from tqdm import tqdm
 
@@ -331,9 +362,8 @@ def verified(name: str, dtype: str, model: str | None) -> CaseResult:
         return verify(name)
     comparisons = []
     total = len(load_full(name)[0]["names"])
-    weights = None if model is None else load(model, dtype).weights
     with tqdm(total=total, desc=name, unit="tensor", disable=None, delay=2, leave=False) as bar:
-        for step in verify_full(name, dtype, weights):
+        for step in verify_full(name, dtype, checkpoint):
             bar.update() if isinstance(step, str) else comparisons.append(step)
     return full_result(name, dtype, comparisons)
 
@@ -348,25 +378,71 @@ def progress(names: list[str]) -> Iterator[str]:
 
 def run_trace(args: argparse.Namespace) -> int:
     """``refgemma trace``."""
+    from tqdm import tqdm
+
     target_file(args.output)  # before a minute's work, not after it
     model = load(args.model, args.dtype, args.revision, args.download)
     ids = prompt_ids(args, model)
-    tensors = {"input_ids": np.array([ids])} | dict(named_tensors(forward([ids], model.weights, model.config)))
     metadata = {
         "format": "refgemma-trace/1",
         "config": json.dumps(model.config.to_dict()),
         "dtype": args.dtype,
         "refgemma": refgemma.__version__,
     }
-    save_trace(tensors, args.output, metadata)
-    size = sum(x.nbytes for x in tensors.values())
+    row = np.array([ids])
+    run = chain([("input_ids", row)], run_in_order(row, model.weights, model.config))
+    bar = tqdm(run, unit="tensor", disable=None, delay=2, leave=False)
+    shapes = save_trace(iter(bar), args.output, metadata)
     if args.json:
-        shapes = {name: list(x.shape) for name, x in tensors.items()}
-        as_json({"file": args.output, "ids": ids, "tensors": shapes})
+        as_json({"file": args.output, "ids": ids, "tensors": {name: list(shape) for name, shape in shapes.items()}})
     else:
+        size = os.path.getsize(args.output)
         print(
-            f"{args.output}: {len(tensors)} tensors of {len(ids)} tokens, {size / 1e6:.1f} MB computed in {args.dtype}"
+            f"{args.output}: {len(shapes)} tensors of {len(ids)} tokens, {size / 1e6:.1f} MB, computed in {args.dtype}"
         )
+    return OK
+
+
+def text_of(args: argparse.Namespace) -> str:
+    """The text of ``FILE`` or ``--published``."""
+    if (args.file is None) == (args.published is None):
+        raise InputError("give either a FILE or --published, and only one of them")
+    if args.published:
+        return published_text(args.published)
+    try:
+        return Path(args.file).read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{args.file}: is no text in UTF-8 (byte {error.start})") from None
+
+
+def run_perplexity(args: argparse.Namespace) -> int:
+    """``refgemma perplexity``."""
+    text = text_of(args)
+    model = load(args.model, args.dtype, args.revision, args.download)
+    ids = model.tokenizer.encode(text)
+    max_length = args.max_length or min(4096, model.config.max_position_embeddings)
+    strided = strided_perplexity(ids, model.weights, model.config, max_length, min(args.stride, max_length))
+    bits = gemma_cpp_bits_per_byte(ids, len(text.encode()), model.weights, model.config)
+    figures = published_figures(text)
+    if args.json:
+        as_json({
+            "tokens": len(ids),
+            "bytes": len(text.encode()),
+            "transformers": {**asdict(strided), "max_length": max_length, "stride": min(args.stride, max_length)},
+            "gemma_cpp_bits_per_byte": bits,
+            "published_gemma_cpp_bits_per_byte": figures,
+        })  # fmt: skip
+        return OK
+    print(f"{len(ids)} tokens, {len(text.encode())} bytes, computed in {args.dtype}")
+    print(
+        f"transformers: perplexity {strided.perplexity:.4f} ({strided.nats_per_token:.4f} nats a token, windows: "
+        f"{strided.windows} of {max_length} every {min(args.stride, max_length)})"
+    )
+    print(f"gemma.cpp:    {bits:.4f} bits a byte, <bos> counted as log2 of the vocabulary")
+    for model_name, figure in figures.items():
+        print(f"              {figure:.2f} published for gemma-2-{model_name}, within 0.02")
+    if not figures:
+        print(f"              no figures are published of this text; there are of --published {', '.join(PUBLISHED)}")
     return OK
 
 
@@ -470,6 +546,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "info": run_info,
         "convert": run_convert,
         "synth": run_synth,
+        "perplexity": run_perplexity,
     }[args.command]
     try:
         with short_warnings():

@@ -180,7 +180,7 @@ def test_a_trace_that_cannot_be_written_leaves_nothing(tmp_path, capsys, monkeyp
     def full_disk(*_, **__):
         raise OSError(28, "No space left on device", "run.safetensors.part")
 
-    monkeypatch.setattr("refgemma.oracle.trace.os.replace", full_disk)
+    monkeypatch.setattr("refgemma.files.os.replace", full_disk)
     assert main(["trace", "Once", "-o", str(tmp_path / "run.safetensors")]) == MISUSE
     assert "No space left on device" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -99,7 +99,9 @@ def test_manifest_says_where_everything_comes_from() -> None:
 def test_the_folder_stays_under_20_megabytes_and_full_size_under_10() -> None:
     sizes = {path: path.stat().st_size for path in golden_folder().rglob("*") if path.is_file()}
     at_full_size = {path: size for path, size in sizes.items() if path.is_relative_to(golden_folder() / "full")}
-    assert sum(sizes.values()) - sum(at_full_size.values()) < 20_000_000
+    published = {path: size for path, size in sizes.items() if path.is_relative_to(golden_folder() / "released")}
+    assert sum(sizes.values()) - sum(at_full_size.values()) - sum(published.values()) < 20_000_000
+    assert 0 < sum(published.values()) < 1_000_000
     assert 0 < sum(at_full_size.values()) < 10_000_000
 
 

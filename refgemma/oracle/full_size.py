@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,17 +20,21 @@ from refgemma.config import Gemma2Config
 from refgemma.hub import golden_folder
 from refgemma.model import begin, blocks, head, next_past
 from refgemma.ops import rms_norm
-from refgemma.oracle.compare import half_rounding_noise, run_distance
+from refgemma.oracle.compare import FLOOR, NOISE_FACTOR, half_rounding_noise, run_distance
 from refgemma.oracle.sketch import LENGTH, sketch
 from refgemma.oracle.trace import named_tensors
 from refgemma.oracle.verify import AGAIN, CaseResult, Comparison, GoldenError
-from refgemma.precision import Array, as_dtype, wide
-from refgemma.weights.parameters import Weights
+from refgemma.perplexity import label_losses
+from refgemma.precision import Array, wide
+from refgemma.weights.checkpoint import Checkpoint
+from refgemma.weights.parameters import Weights, tensor_shapes
 from refgemma.weights.synthetic import synthetic_weights
 
 FORMAT = "refgemma-golden-full/1"
 TOP_LOGITS = 3e-5  # of the largest logit: what was asked for at full depth
-TWO_LAYERS = "-two-layers"
+TWO_LAYERS, SYNTHETIC, CHECKPOINT = "-two-layers", "-synthetic", "checkpoint-"  # in the names of recordings
+PIECE = 256  # a call of more tokens than this is computed in pieces, and sketched after each layer only
+SAMPLED = 4096  # bytes of either end of a tensor that its fingerprint reads
 
 
 def read_full_manifest() -> dict[str, Any]:
@@ -65,7 +70,7 @@ def is_full_size(name: str) -> bool:
     >>> is_full_size("9b-synthetic"), is_full_size("tiny-forward-f32")
     (True, False)
     """
-    return "-synthetic" in name
+    return SYNTHETIC in name or name.startswith(CHECKPOINT)
 
 
 def load_full(name: str) -> tuple[dict[str, Any], dict[str, Array]]:
@@ -78,7 +83,7 @@ def load_full(name: str) -> tuple[dict[str, Any], dict[str, Array]]:
     """
     cases = read_full_manifest()
     if name not in cases:
-        whole = ", ".join(sorted(case for case in cases if not case.endswith(TWO_LAYERS)))
+        whole = ", ".join(sorted(case for case in cases if SYNTHETIC in case))
         raise GoldenError(f"unknown recording {name!r}; there are {whole}")
     path = golden_folder() / "full" / cases[name]["file"]
     try:
@@ -89,14 +94,75 @@ def load_full(name: str) -> tuple[dict[str, Any], dict[str, Array]]:
         raise GoldenError(f"{path}: cannot be read: {error}; {AGAIN}") from None
 
 
-def sketches_of(ids: Array, calls: list[int], weights: Weights, config: Gemma2Config) -> Iterator[tuple[str, Array]]:
-    """The name of every tensor of every call with its sketch; of the first call the norm and the last logits whole too.
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """A name for the weights of a checkpoint: of names, formats, shapes, and the first and last 4 KiB of each tensor.
 
-    One block is in memory at a time.
+    Enough to tell one checkpoint from another, base from instruction-tuned for instance; not to find a single changed
+    weight. The configuration is left out, so that a wrong one is found as a difference.
+
+    Examples
+    --------
+    >>> from refgemma.hub import find_model
+    >>> from refgemma.weights.checkpoint import open_checkpoint
+    >>> fingerprint(open_checkpoint(find_model("tiny")))[:12]
+    'c30a3c253455'
     """
-    cache, done = None, 0
+    found = hashlib.sha256()
+    for name, stored in checkpoint.tensors.items():
+        found.update(f"{name} {stored.dtype} {stored.shape}".encode())
+        with stored.file.open("rb") as file:
+            for start in (stored.start, stored.start + max(0, stored.nbytes - SAMPLED)):
+                file.seek(start)
+                found.update(file.read(min(SAMPLED, stored.nbytes)))
+    return found.hexdigest()
+
+
+def recording_of(checkpoint: Checkpoint) -> str:
+    """The name of the recording of these weights, made by ``golden/record.py --checkpoint``.
+
+    Raises
+    ------
+    GoldenError
+        If there is none.
+    """
+    wanted = fingerprint(checkpoint)
+    for name, about in read_full_manifest().items():
+        if about.get("checkpoint") == wanted:
+            return name
+    raise GoldenError(
+        f"{checkpoint.folder}: there is no recording of these weights; make one, with PyTorch: python "
+        f"golden/record.py --checkpoint {checkpoint.folder} (if they are synthetic, there is: give --full 9b-synthetic)"
+    )
+
+
+def _long_call(
+    ids: Array, cache: Cache | None, weights: Weights, config: Gemma2Config
+) -> tuple[list[Array], Cache | None]:
+    """What each layer gives for a long call, computed piece by piece so that the scores fit in memory."""
+    outs: list[list[Array]] = [[] for _ in range(config.num_hidden_layers)]
+    for first in range(0, ids.shape[1], PIECE):
+        start, present = begin(ids[:, first : first + PIECE], weights, config, cache=cache), []
+        for layer, record in enumerate(blocks(start, weights, config)):
+            outs[layer].append(record.out)
+            present.append(next_past(layer, record, config))
+        cache = Cache(present)
+    return [np.concatenate(out, axis=1) for out in outs], cache
+
+
+def sketches_of(ids: Array, calls: list[int], weights: Weights, config: Gemma2Config) -> Iterator[tuple[str, Array]]:
+    """The name of every tensor of every call with its sketch; of the first whole call its norm and logits too.
+
+    One block is in memory at a time. Of a call of more than `PIECE` tokens there is what each layer gives.
+    """
+    cache, done, first = None, 0, True
     for call, length in enumerate(calls):
-        start = begin(ids[:, done : done + length], weights, config, cache=cache)
+        wanted = ids[:, done : done + length]
+        done += length
+        if length > PIECE:
+            outs, cache = _long_call(wanted, cache, weights, config)
+            yield from ((f"calls.{call}.layers.{layer}.out", sketch(out)) for layer, out in enumerate(outs))
+            continue
+        start = begin(wanted, weights, config, cache=cache)
         yield from ((f"calls.{call}.{name}", sketch(getattr(start, name))) for name in ("cos", "sin", "embedded"))
         present, hidden = [], start.embedded
         for layer, record in enumerate(blocks(start, weights, config)):
@@ -109,77 +175,163 @@ def sketches_of(ids: Array, calls: list[int], weights: Weights, config: Gemma2Co
         yield f"calls.{call}.norm", sketch(norm)
         yield f"calls.{call}.raw_logits", sketch(raw_logits)
         yield f"calls.{call}.logits", sketch(logits)
-        if call == 0:
+        if first:
             yield "last_hidden_state", norm
             yield "top_logits", logits[0, -1]
-        cache, done = Cache(present), done + length
+            yield "loss", label_losses(norm[:, :-1], wanted[:, 1:], weights, config).mean(keepdims=True)
+        cache, first = Cache(present), False
 
 
-def half_distance(computed: Array, recorded: Array, noise: float) -> float:
-    """Of a half-precision sketch from the recorded one, in units of what two independent roundings explain.
+def half_allowed(noise: float) -> float:
+    """The root mean square difference of two half-precision sketches that rounding explains, with mean square `noise`.
 
     Of independent roundings the difference is sqrt(2) times one of them, as in `half_run_distance`. Both are estimated
     from the few numbers of a sketch, with a relative deviation of ``1 / sqrt(2 * LENGTH)`` each, so that of their ratio
     it is ``1 / sqrt(LENGTH)``: four of those are allowed.
     """
-    root_mean_square = math.sqrt(float(np.mean((computed - recorded) ** 2)))
-    allowed = math.sqrt(2 * noise) * (1 + 4 / math.sqrt(LENGTH))
-    return root_mean_square / allowed if allowed else (math.inf if root_mean_square else 0.0)
+    return math.sqrt(2 * noise) * (1 + 4 / math.sqrt(LENGTH))
 
 
-def _compare_top(computed: Array, golden: Mapping[str, Array], dtype: str) -> Iterator[Comparison]:
-    """The best tokens of the prompt's last place: in float32 all 64 and their logits, in half precision the first."""
-    ids, logits = golden[f"top_ids.{dtype}"], golden[f"top_logits.{dtype}"]
+def neighbours(tensor: str) -> Iterator[str]:
+    """The names of a tensor in the first four calls, in its layer and in those before and after it.
+
+    Examples
+    --------
+    >>> list(neighbours("calls.0.norm"))[:2], list(neighbours("calls.1.layers.7.out"))[:3]
+    (['calls.0.norm', 'calls.1.norm'], ['calls.0.layers.6.out', 'calls.0.layers.7.out', 'calls.0.layers.8.out'])
+    """
+    _, _, *place = tensor.split(".")
+    for call in range(4):
+        if place[0] != "layers":
+            yield ".".join([f"calls.{call}", *place])
+            continue
+        for layer in (int(place[1]) + step for step in (-1, 0, 1)):
+            yield ".".join([f"calls.{call}", "layers", str(layer), *place[2:]])
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """The sketches of one recording: of one precision, and what tells its rounding error."""
+
+    dtype: str
+    names: Mapping[str, int]
+    sketches: Array
+    single: Array  # PyTorch's float32
+    double: Array  # PyTorch's float64
+
+    def noise(self, tensor: str) -> float:
+        """Of float32 the largest error in the sketch; of half precision the mean square error.
+
+        The largest of forty errors is itself uncertain, and may by chance be small. So those of the same tensor in the
+        layers before and after, and in other calls, count too: errors there are of the same size. All of them are
+        PyTorch's; no mistake of ours widens them.
+        """
+        n = self.names[tensor]
+        if self.dtype != "float32":
+            return half_rounding_noise(self.sketches[n], self.single[n])
+        alike = [self.names[name] for name in neighbours(tensor) if name in self.names]
+        return float(np.abs(self.single[alike] - self.double[alike]).max())
+
+    def distance(self, tensor: str, computed: Array, recorded: Array) -> float:
+        """Of something as large as `tensor` from its recording, in units of what rounding explains."""
+        if self.dtype == "float32":
+            return run_distance(computed, recorded, self.noise(tensor))
+        apart = math.sqrt(float(np.mean((np.asarray(computed, np.float64) - recorded) ** 2)))
+        allowed = half_allowed(self.noise(tensor))
+        return apart / allowed if allowed else (math.inf if apart else 0.0)
+
+    def loss_distance(self, logits: str, computed: Array, recorded: Array) -> float:
+        """Of the mean of ``-log p``, each of which an error of e in the logits changes by at most 2 e."""
+        if self.dtype == "float32":
+            allowed = NOISE_FACTOR * self.noise(logits) + FLOOR * float(self.sketches[self.names[logits]][1])
+        else:
+            allowed = half_allowed(self.noise(logits))
+        return float(np.abs(computed - recorded).max()) / (2 * allowed)
+
+
+def _compare_top(logits: str, computed: Array, golden: Mapping[str, Array], recorded: Recorded) -> Iterator[Comparison]:
+    """The best tokens of the prompt's last place: in float32 all 64 and their logits, in half precision the first.
+
+    Another token in the same place conforms only if its logit is the recorded one, as near as rounding allows.
+    """
+    ids, logit = golden[f"top_ids.{recorded.dtype}"], golden[f"top_logits.{recorded.dtype}"]
     ours = wide(computed)
-    if dtype == "float32":
-        best = np.argsort(-ours, kind="stable")[: len(ids)]
-        apart = float(np.abs(ours[ids] - logits).max()) / (TOP_LOGITS * float(np.abs(logits).max()))
+    if recorded.dtype == "float32":
+        allowed = TOP_LOGITS * float(np.abs(logit).max())
     else:
-        ids = ids[:1]
-        best, apart = np.argmax(ours, keepdims=True), 0.0
-    same = int(np.sum(best == ids))
-    yield Comparison("top_ids", "run", 0.0 if same == len(ids) else math.inf, same, len(ids))
-    yield Comparison("top_logits", "run", apart, int(np.sum(ours[ids] == logits[: len(ids)])), len(ids))
+        ids, logit, allowed = ids[:1], logit[:1], half_allowed(recorded.noise(logits))
+    best = np.argsort(-ours, kind="stable")[: len(ids)]
+    swapped = float(np.abs(ours[best] - logit)[best != ids].max(initial=0)) / allowed
+    yield Comparison("top_ids", "run", swapped, int(np.sum(best == ids)), len(ids))
+    if recorded.dtype == "float32":
+        apart = float(np.abs(ours[ids] - logit).max()) / allowed
+        yield Comparison("top_logits", "run", apart, int(np.sum(ours[ids] == logit)), len(ids))
 
 
-def verify_full(name: str, dtype: str = "float32", weights: Weights | None = None) -> Iterator[Comparison | str]:
-    """Compare one model at full size with its recording; first yields the name of each tensor, then its comparison.
+def model_of_recording(
+    about: Mapping[str, Any], dtype: str, checkpoint: Checkpoint | None
+) -> tuple[Gemma2Config, Weights]:
+    """What was recorded: synthetic weights, unless they are read from a checkpoint."""
+    changes = about.get("changes", {})
+    if checkpoint is None and "preset" not in about:
+        raise GoldenError(f"{about['weights']} was recorded; give the folder that holds it: --model DIR")
+    if checkpoint is None:
+        config = Gemma2Config.preset(about["preset"]).changed(**changes)
+        return config, synthetic_weights(config, dtype)
+    if "preset" in about:
+        _require_size(checkpoint, Gemma2Config.preset(about["preset"]))
+    config, weights = checkpoint.config.changed(**changes), checkpoint.weights(dtype)
+    if "vocab_size" in changes:
+        weights = replace(weights, embed_tokens=weights.embed_tokens[: config.vocab_size])
+    return config, weights
+
+
+def _require_size(checkpoint: Checkpoint, expected: Gemma2Config) -> None:
+    if tensor_shapes(checkpoint.config) != tensor_shapes(expected):
+        raise GoldenError(f"{checkpoint.folder}: is a model of another size than the one recorded")
+
+
+def verify_full(name: str, dtype: str = "float32", checkpoint: Checkpoint | None = None) -> Iterator[Comparison | str]:
+    """Compare one model at full size with its recording; yields the name of each tensor, and then its comparison.
 
     Parameters
     ----------
     name : str
-        ``9b-synthetic``, ``27b-synthetic``, or one of them with ``-two-layers``.
+        ``9b-synthetic``, ``27b-synthetic``, one of them with ``-two-layers`` or ``-long``; or what `recording_of` says.
     dtype : str
         ``float32`` or ``bfloat16``.
-    weights : Weights, optional
-        In place of the synthetic ones, for instance the same from disk.
+    checkpoint : Checkpoint, optional
+        What the weights are read from; by default synthetic ones are made as they are needed.
+
+    Raises
+    ------
+    GoldenError
+        If there is no such recording, or the checkpoint is not what was recorded.
     """
     about, golden = load_full(name)
-    if f"sketches.{dtype}" not in golden:
+    if f"top_ids.{dtype}" not in golden:
         raise GoldenError(f"{name}: was recorded in float32 and bfloat16, not in {dtype}")
-    config = Gemma2Config.preset(about["preset"]).changed(num_hidden_layers=about["layers"])
-    place = {tensor: number for number, tensor in enumerate(about["names"])}
-    recorded, single, double = (golden[f"sketches.{t}"] for t in (dtype, "float32", "float64"))
-    made = synthetic_weights(config, dtype) if weights is None else weights
-    for tensor, computed in sketches_of(golden["input_ids"], about["calls"], made, config):
+    config, weights = model_of_recording(about, dtype, checkpoint)
+    names = {tensor: number for number, tensor in enumerate(about["names"])}
+    kinds = (golden[f"sketches.{kind}"] for kind in (dtype, "float32", "float64"))
+    recorded = Recorded(dtype, names, *kinds)
+    last = f"calls.{next(n for n, length in enumerate(about['calls']) if length <= PIECE)}"
+    for tensor, computed in sketches_of(golden["input_ids"], about["calls"], weights, config):
         yield tensor
-        if tensor == "top_logits":
-            yield from _compare_top(computed, golden, dtype)
-        elif tensor == "last_hidden_state" and f"last_hidden_state.{dtype}" in golden:
-            theirs = np.asarray(as_dtype(golden[f"last_hidden_state.{dtype}"].astype(np.float32), "float32"))
-            n = place["calls.0.norm"]
-            if dtype == "float32":
-                distance = run_distance(computed, theirs, float(np.abs(single[n] - double[n]).max()))
-            else:
-                distance = half_distance(np.asarray(computed), theirs, half_rounding_noise(recorded[n], single[n]))
+        whole = golden.get(f"{tensor}.{dtype}")
+        if tensor in names:
+            expected = recorded.sketches[names[tensor]]
+            distance = recorded.distance(tensor, computed, expected)
+            yield Comparison(tensor, "run", distance, int(np.sum(computed == expected)), LENGTH)
+        elif tensor == "top_logits":
+            yield from _compare_top(f"{last}.logits", computed, golden, recorded)
+        elif tensor == "loss" and whole is not None:
+            distance = recorded.loss_distance(f"{last}.logits", computed, whole)
+            yield Comparison(tensor, "run", distance, int(np.sum(computed == whole)), 1)
+        elif whole is not None:
+            theirs = whole.astype(np.float32)
+            distance = recorded.distance(f"{last}.norm", computed, theirs)
             yield Comparison(tensor, "run", distance, int(np.sum(computed == theirs)), theirs.size)
-        elif tensor in place:
-            n = place[tensor]
-            if dtype == "float32":
-                distance = run_distance(computed, recorded[n], float(np.abs(single[n] - double[n]).max()))
-            else:
-                distance = half_distance(computed, recorded[n], half_rounding_noise(recorded[n], single[n]))
-            yield Comparison(tensor, "run", distance, int(np.sum(computed == recorded[n])), LENGTH)
 
 
 def full_result(name: str, dtype: str, comparisons: list[Comparison]) -> CaseResult:

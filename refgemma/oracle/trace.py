@@ -1,20 +1,27 @@
 """A run as named tensors, in the order of execution, in memory and as a safetensors file. The names are those of the
 records in `refgemma.layers` and `refgemma.model`; a test pins the list."""
 
+import json
 import os
-from collections.abc import Iterator, Mapping
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save
 
 from refgemma.cache import LayerCache
-from refgemma.files import replace_file
+from refgemma.config import Gemma2Config
+from refgemma.files import new_file
 from refgemma.inputs import InputError
+from refgemma.model import begin, blocks, head
+from refgemma.ops import rms_norm
 from refgemma.precision import Array, Rounded, dtype_name
-from refgemma.weights.writer import stored
+from refgemma.shapes import TokenIds
+from refgemma.weights.parameters import Weights
+from refgemma.weights.writer import CODES, stored
 
 
 def named_tensors(record: Any, prefix: str = "") -> Iterator[tuple[str, Array]]:
@@ -65,8 +72,40 @@ def target_file(path: str | Path) -> Path:
     return target
 
 
-def save_trace(tensors: Mapping[str, Array], path: str | Path, metadata: Mapping[str, str]) -> None:
-    """Write tensors to a safetensors file, which appears whole or not at all.
+def run_in_order(ids: TokenIds, weights: Weights, config: Gemma2Config) -> Iterator[tuple[str, Array]]:
+    """The tensors of `forward` by name, each as it is computed: one block is in memory, however deep the model.
+
+    Examples
+    --------
+    >>> import refgemma
+    >>> tiny = refgemma.load("tiny")
+    >>> [name for name, _ in run_in_order(np.array([[2, 300]]), tiny.weights, tiny.config)][-3:]
+    ['norm', 'raw_logits', 'logits']
+    """
+    start = begin(ids, weights, config)
+    yield from (("cos", start.cos), ("sin", start.sin), ("embedded", start.embedded))
+    hidden = start.embedded
+    for layer, record in enumerate(blocks(start, weights, config)):
+        yield from named_tensors(record, f"layers.{layer}.")
+        hidden = record.out
+    norm = rms_norm(hidden, weights.norm, config.rms_norm_eps)
+    yield "norm", norm
+    raw_logits, logits = head(norm, weights, config)
+    yield from (("raw_logits", raw_logits), ("logits", logits))
+
+
+def save_trace(
+    tensors: Iterable[tuple[str, Array]], path: str | Path, metadata: Mapping[str, str]
+) -> dict[str, tuple[int, ...]]:
+    """Write tensors to a safetensors file, which appears whole or not at all; none is kept after it is written.
+
+    The header of such a file comes first and says where each tensor is. So the data go into a file without a name
+    first, which is copied behind the header; for a moment they take twice their space on the disk.
+
+    Returns
+    -------
+    dict
+        Name and shape of each.
 
     Raises
     ------
@@ -76,8 +115,21 @@ def save_trace(tensors: Mapping[str, Array], path: str | Path, metadata: Mapping
         If it cannot be written.
     """
     target = target_file(path)
-    content = save({name: _in_file(x) for name, x in tensors.items()}, dict(metadata))
-    replace_file(target, content)
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    with tempfile.TemporaryFile(dir=target.parent) as data, new_file(target) as file:
+        for name, tensor in tensors:
+            x = _in_file(tensor)
+            start = data.tell()
+            data.write(x.reshape(-1).view(np.uint8).data)
+            code = CODES[x.dtype] if x.dtype in CODES else f"{x.dtype.kind.upper()}{8 * x.dtype.itemsize}"
+            header[name] = {"dtype": code, "shape": list(x.shape), "data_offsets": [start, data.tell()]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        file.write(len(text).to_bytes(8, "little") + text)
+        data.seek(0)
+        shutil.copyfileobj(data, file, 2**22)
+    del header["__metadata__"]
+    return {name: tuple(entry["shape"]) for name, entry in header.items()}
 
 
 def _in_file(x: Array) -> Array:

@@ -1,0 +1,210 @@
+"""How well a model predicts a text, as transformers defines it and as gemma.cpp does. Checked against the program of
+transformers' page on perplexity, run with transformers 5.23, and against gemma.cpp's formula written out in a test."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from jaxtyping import Float, Int
+
+from refgemma.cache import Cache
+from refgemma.config import Gemma2Config
+from refgemma.inputs import InputError
+from refgemma.model import HEAD_ROWS, begin, blocks, next_past
+from refgemma.ops import linear, rms_norm, soft_cap
+from refgemma.precision import wide
+from refgemma.shapes import Hidden
+from refgemma.weights.parameters import Weights
+
+PIECE = 512  # tokens computed at a time, which bounds the memory of the scores
+GEMMA_CPP_TOKENS = 3072  # gemma.cpp sums over no more
+GEMMA_CPP_MOST = 64.0  # and counts no more nats than this for one of them
+
+
+def label_losses(
+    norm: Hidden, labels: Int[np.ndarray, "batch seq"], weights: Weights, config: Gemma2Config
+) -> Float[np.ndarray, "batch seq"]:
+    """``-log p(label)`` of each place in nats, from its normed hidden state, in float64.
+
+    ``log(sum(exp(logits))) - logits[label]``, summed over `HEAD_ROWS` words at a time: the logits of a long text with
+    256000 words would not fit in memory.
+
+    Examples
+    --------
+    >>> import refgemma
+    >>> tiny = refgemma.load("tiny")
+    >>> run = refgemma.forward([[2, 300, 400]], tiny.weights, tiny.config)
+    >>> losses = label_losses(run.norm[:, :-1], np.array([[300, 400]]), tiny.weights, tiny.config)
+    >>> bool(np.isclose(losses.mean(), refgemma.heads.causal_lm_loss(run.logits, np.array([[2, 300, 400]]))))
+    True
+    """
+    table = weights.head
+    total = np.full(labels.shape, -np.inf)
+    of_label = np.empty(labels.shape)
+    for start in range(0, table.shape[0], HEAD_ROWS):
+        raw_logits = linear(norm, table[start : start + HEAD_ROWS])
+        logits = wide(soft_cap(raw_logits, config.final_logit_softcapping)).astype(np.float64)
+        largest = logits.max(axis=-1)
+        total = np.logaddexp(total, largest + np.log(np.exp(logits - largest[..., None]).sum(axis=-1)))
+        here = (labels >= start) & (labels < start + logits.shape[-1])
+        of_label[here] = logits[here, labels[here] - start]
+    losses: npt.NDArray[np.float64] = total - of_label
+    return losses
+
+
+def token_losses(
+    ids: Sequence[int], weights: Weights, config: Gemma2Config
+) -> Float[np.ndarray, " tokens_after_first"]:
+    """``-log p(token)`` of every token of a text after the first, given all before it, in nats.
+
+    `PIECE` tokens are computed at a time, each piece going on from the cache of the last.
+
+    Examples
+    --------
+    >>> import refgemma
+    >>> tiny = refgemma.load("tiny")
+    >>> token_losses([2, 300, 400], tiny.weights, tiny.config).shape
+    (2,)
+    """
+    row = np.array([ids], np.int64)
+    losses: list[npt.NDArray[np.float64]] = []
+    cache = None
+    for first in range(0, row.shape[1] - 1, PIECE):
+        tokens = row[:, first : min(first + PIECE, row.shape[1] - 1)]
+        start, present = begin(tokens, weights, config, cache=cache), []
+        hidden = start.embedded
+        for layer, record in enumerate(blocks(start, weights, config)):
+            hidden = record.out
+            present.append(next_past(layer, record, config))
+        cache = Cache(present)
+        norm = rms_norm(hidden, weights.norm, config.rms_norm_eps)
+        labels = row[:, first + 1 : first + 1 + tokens.shape[1]]
+        losses.append(label_losses(norm, labels, weights, config)[0])
+    return np.concatenate(losses) if losses else np.zeros(0)
+
+
+@dataclass(frozen=True)
+class Window:
+    """Part of a text that is read at once: tokens `start` to `stop`, of which the last `targets` are judged."""
+
+    start: int
+    stop: int
+    targets: int
+
+
+def windows(tokens: int, max_length: int, stride: int) -> Iterator[Window]:
+    """Windows of `max_length` tokens every `stride` tokens, each judged where none before it was.
+
+    Source: transformers' page "Perplexity of fixed-length models".
+
+    Examples
+    --------
+    >>> [(w.start, w.stop, w.targets) for w in windows(10, max_length=6, stride=2)]
+    [(0, 6, 6), (2, 8, 2), (4, 10, 2)]
+    """
+    judged = 0
+    for start in range(0, tokens, stride):
+        stop = min(start + max_length, tokens)
+        yield Window(start, stop, stop - judged)
+        judged = stop
+        if stop == tokens:
+            return
+
+
+@dataclass(frozen=True)
+class Strided:
+    """A perplexity of transformers' definition."""
+
+    perplexity: float
+    nats_per_token: float
+    tokens: int  # that the mean is of
+    windows: int
+
+
+def strided_perplexity(
+    ids: Sequence[int], weights: Weights, config: Gemma2Config, max_length: int, stride: int
+) -> Strided:
+    """``exp`` of the mean loss of a text, in windows, as the program on transformers' page computes it.
+
+    Each window begins at position 0, and gives the mean loss of its targets; the weight of that mean is the number of
+    targets less one, although only the first window has one target less (its first token has none before it). That is
+    how the page has it, and where windows overlap it makes a small difference.
+
+    Parameters
+    ----------
+    ids : sequence of int
+        The whole text. ``<bos>`` is at its beginning only: windows after the first begin in the middle of the text,
+        which Gemma is not used to.
+    weights, config
+        Of the model.
+    max_length : int
+        Tokens of a window, at least 2.
+    stride : int
+        Tokens from the start of one window to that of the next, 1 to `max_length`.
+
+    Raises
+    ------
+    InputError
+        If the text has fewer than two tokens, or a number cannot be.
+
+    Examples
+    --------
+    >>> import refgemma
+    >>> tiny = refgemma.load("tiny")
+    >>> ids = tiny.tokenizer.encode("Once upon a time there was a king.")
+    >>> found = strided_perplexity(ids, tiny.weights, tiny.config, max_length=128, stride=64)
+    >>> found.windows, found.perplexity < 100
+    (1, True)
+    """
+    if not 1 <= stride <= max_length or max_length < 2:
+        raise InputError(f"max_length {max_length} and stride {stride}: at least 2, and 1 to max_length, are needed")
+    if len(ids) < 2:
+        raise InputError("the text has no token after the first; there is nothing to predict")
+    total, weight, number = 0.0, 0, 0
+    for window in windows(len(ids), max_length, stride):
+        if window.targets < 2:
+            continue  # of weight 0; on the page its loss may be the mean of nothing, NaN
+        losses = token_losses(ids[window.start : window.stop], weights, config)[-window.targets :]
+        total += float(losses.mean()) * (window.targets - 1)
+        weight += window.targets - 1
+        number += 1
+    return Strided(math.exp(total / weight), total / weight, weight, number)
+
+
+def gemma_cpp_bits_per_byte(ids: Sequence[int], text_bytes: int, weights: Weights, config: Gemma2Config) -> float:
+    """gemma.cpp's cross entropy: ``(log2(vocab) + sum(min(-ln p, 64)) / ln 2) / bytes of the text``.
+
+    The first summand is for the first token, ``<bos>``, as if it were one of all words alike. Only the first 3072
+    tokens are summed, and all bytes divided by. gemma.cpp prints the result as "per-token entropy".
+
+    Source: gemma.cpp ``evals/cross_entropy.cc`` and ``evals/benchmark_helper.cc``.
+
+    Parameters
+    ----------
+    ids : sequence of int
+        ``<bos>`` and the tokens of the text, without turns.
+    text_bytes : int
+        Length of the text in UTF-8.
+    weights, config
+        Of the model.
+
+    Raises
+    ------
+    InputError
+        If the text is empty.
+
+    Examples
+    --------
+    >>> import refgemma
+    >>> tiny = refgemma.load("tiny")
+    >>> text = "Once upon a time there was a king."
+    >>> 1 < gemma_cpp_bits_per_byte(tiny.tokenizer.encode(text), len(text.encode()), tiny.weights, tiny.config) < 3
+    True
+    """
+    if text_bytes < 1:
+        raise InputError("the text is empty; there is nothing to predict")
+    losses = token_losses(ids[:GEMMA_CPP_TOKENS], weights, config)
+    nats = math.log(config.vocab_size) + float(np.minimum(losses, GEMMA_CPP_MOST).sum())
+    return nats / math.log(2) / text_bytes
