@@ -43,8 +43,7 @@ def root_mean_square(x: Float[np.ndarray, "*batch hidden"]) -> Float[np.ndarray,
     >>> root_mean_square(np.array([[3.0, 4.0], [0.0, 0.0]])).round(4)
     array([3.5355, 0.    ])
     """
-    size: Array = np.sqrt(np.mean(wide(x) ** 2, axis=-1))
-    return size
+    return np.asarray(np.sqrt(np.mean(wide(x) ** 2, axis=-1)))
 
 
 def lens_logits(run: Forward, weights: Weights, config: Gemma2Config) -> Float[np.ndarray, "depth batch seq vocab"]:
@@ -179,7 +178,7 @@ def mask_picture(
     )
     axes.pcolormesh(mask[:, :], cmap="Blues", vmin=0, vmax=1.4, edgecolors="white", linewidth=0.5)
     for axis, places in ((axes.xaxis, k_places), (axes.yaxis, q_places)):
-        every = max(1, len(places) // 12)
+        every = 1 + (len(places) - 1) // 12
         axis.set_ticks(np.arange(len(places))[::every] + 0.5, [str(place) for place in places[::every]])
     axes.invert_yaxis()
     axes.set(xlabel="place of the key", ylabel="place of the query", title=title, aspect="equal")
