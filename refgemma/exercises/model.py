@@ -57,6 +57,8 @@ def check_keep_top_p(answer: Answer) -> Feedback:
         Mistake("the token that reaches p is kept, too.", lambda s, p: _kept(s, _order(s)[running(s) < p])),
         Mistake("one token too many: stop at the one that reaches p.",
                 lambda s, p: _kept(s, _order(s)[running(s) - s[_order(s)] <= p])),
+        Mistake("one token too many: stop at the one that reaches p.",
+                lambda s, p: _kept(s, _order(s)[: int(np.argmax(running(s) >= p)) + 2])),
         Mistake("begin with the likeliest: sort before you add up.",
                 lambda s, p: np.cumsum(s) - s < p),
         Mistake("begin with the likeliest, not with the least likely.",
@@ -285,7 +287,7 @@ def check_causality_test(answer: Answer) -> Feedback:
         ("every token sees the next one", one_ahead,
          "only the answer just before the changed token moves at once: compare all answers up to it, logits[:place]."),
         ("only the first token sees the second", first_sees_second,
-         "change a token early in the text, too, not only the last: try every place."),
+         "change every token but the first, and compare all answers before it, logits[:place]."),
     ]  # fmt: skip
     for what, mask, hint in leaks:
         outcome = called(answer, (_model(mask),))

@@ -274,6 +274,8 @@ def check_sliding_mask(answer: Answer) -> Feedback:
                 lambda q, k, w: (_distance(q, k) >= 0) & (_distance(q, k) < w - 1)),
         Mistake("a query may not see the future, however near: keys come at its place or before.",
                 lambda q, k, w: np.abs(_distance(q, k)) < w),
+        Mistake("a query may not see the future: the window begins behind it and ends at its own place.",
+                lambda q, k, w: _distance(q, k) < w),
         Mistake("a query must see itself, too.", lambda q, k, w: (_distance(q, k) > 0) & (_distance(q, k) < w)),
         Mistake("rows are queries and columns are keys; yours are the other way round.",
                 lambda q, k, w: ((_distance(q, k) >= 0) & (_distance(q, k) < w)).T),
