@@ -29,6 +29,8 @@ RUNGS = (
     {"fast", "generation", "perplexity"},
     {"modeling", "pretrained"},
     {"oracle", "testing"},
+    {"viz"},
+    {"exercises", "explorer"},
     {"__main__"},
 )
 RUNG = {name: rung for rung, names in enumerate(RUNGS) for name in names}

@@ -1,0 +1,191 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 3. Rotary positions
+#
+# Attention as it stands in notebook 2 does not know the order of words: a product of a query and a key is the same
+# wherever the two stand. Gemma tells the order by *turning* queries and keys by angles that depend on their places.
+# This is called **rotary position embedding**, RoPE. You need from notebook 2: *query*, *key*, *head*, *score* (their
+# product).
+
+# %%
+import numpy as np
+from matplotlib import pyplot as plt
+
+import refgemma
+from refgemma import ops, viz
+
+tiny = refgemma.load("tiny")
+config = tiny.config
+head_dim, theta = config.head_dim, config.rope_theta
+
+
+# %% [markdown]
+# ## Turning a pair
+#
+# Two numbers are a point in the plane. To turn it by an angle $\varphi$:
+#
+# $$(a, b) \mapsto (a \cos\varphi - b \sin\varphi, \; b \cos\varphi + a \sin\varphi)$$
+#
+# A turn does not change the length. And if one point is turned by $\varphi$ and another by $\psi$, their product
+# depends on $\varphi - \psi$ alone. That is the whole idea: let the angle be proportional to the position, and the
+# score of a query and a key depends on *how far apart* they are.
+
+
+# %%
+def turn(point, angle):
+    a, b = point
+    return np.array([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)])
+
+
+query, key = np.array([1.0, 0.3]), np.array([0.2, 0.9])
+products = [turn(query, 0.5 * (place + 4)) @ turn(key, 0.5 * place) for place in range(6)]  # always 4 apart
+
+assert turn(query, 1.0).shape == (2,)
+assert np.isclose(np.linalg.norm(turn(query, 1.0)), np.linalg.norm(query))
+assert np.allclose(products, products[0])
+np.round(products, 4)
+
+# %% [markdown]
+# ## Many speeds
+#
+# A head of `head_dim` numbers has `head_dim / 2` pairs, and each turns at its own speed. Pair $i$ turns, from one
+# position to the next, by
+#
+# $$\omega_i = \theta^{-2i / \mathrm{head\_dim}}, \qquad \theta = 10000$$
+#
+# The first pair turns by a whole radian a token, and tells neighbours apart. The last one turns by about a
+# ten-thousandth, and tells far places apart.
+
+# %%
+exponents = np.arange(0, head_dim, 2) / head_dim
+speeds = theta**-exponents
+assert speeds.shape == (head_dim // 2,)
+
+print(f"fastest: once around in {2 * np.pi / speeds[0]:.1f} tokens, slowest: in {2 * np.pi / speeds[-1]:,.0f}")
+_ = viz.rotary_phases(np.arange(200), head_dim, theta)
+
+# %% [markdown]
+# **Question.** The tiny model reads at most 320 tokens. Which rows of the picture are of little use to it?
+#
+# <details><summary>Answer</summary>
+# The lower ones: over 320 tokens they hardly turn at all. The network can still use these numbers, for what does not
+# depend on the place.
+# </details>
+#
+# ## The tables
+#
+# `ops.rotary_tables` gives cosines and sines for all positions at once. They have an axis of length 1, because all
+# heads turn alike, and every angle stands in them twice, at $i$ and at $i + \mathrm{head\_dim}/2$, for a reason that
+# comes next.
+
+# %%
+positions = np.arange(12)[None]  # (batch, seq)
+cos, sin = ops.rotary_tables(positions, head_dim, theta, np.zeros(0, np.float32))
+
+assert cos.shape == sin.shape == (1, 1, 12, head_dim)
+assert np.array_equal(cos[..., : head_dim // 2], cos[..., head_dim // 2 :])
+assert np.allclose(cos[0, 0, :, : head_dim // 2], np.cos(positions[0][:, None] * speeds), atol=1e-5)
+
+# %% [markdown]
+# ## Which two numbers are a pair?
+#
+# The paper pairs neighbours: $(0, 1), (2, 3), \dots$ Gemma's weights are made for another choice: number $i$ goes
+# with number $i + \mathrm{head\_dim}/2$, one in each half.
+#
+# $$\mathrm{rotate}(x) = x \cdot \cos + (-x_{\text{second half}},\; x_{\text{first half}}) \cdot \sin$$
+#
+# Either is as good as the other, if training and use agree. Mixing them up is one of the commonest mistakes of ports.
+
+# %%
+x = np.random.default_rng(0).standard_normal((1, 1, 12, head_dim)).astype(np.float32)
+rotated = ops.rotate(x, cos, sin)
+
+first, second = x[..., : head_dim // 2], x[..., head_dim // 2 :]
+by_hand = np.concatenate([first, second], axis=-1) * cos + np.concatenate([-second, first], axis=-1) * sin
+assert rotated.shape == x.shape
+assert np.array_equal(rotated, by_hand)
+assert np.allclose(np.linalg.norm(rotated, axis=-1), np.linalg.norm(x, axis=-1), rtol=1e-5)
+
+# %% [markdown]
+# ## The score depends on the distance
+#
+# Take one query and one key, put them at all places, and look at the score. Along a diagonal the distance is the
+# same, and so is the score.
+
+# %%
+rng = np.random.default_rng(1)
+q, k = (np.broadcast_to(rng.standard_normal(head_dim), (1, 1, 60, head_dim)) for _ in range(2))
+cos, sin = ops.rotary_tables(np.arange(60)[None], head_dim, theta, np.zeros(0))
+scores = (ops.rotate(q, cos, sin) @ ops.rotate(k, cos, sin).swapaxes(-1, -2))[0, 0]
+
+assert scores.shape == (60, 60)
+assert np.allclose(scores[1:, 1:], scores[:-1, :-1], atol=1e-4)
+figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+left.imshow(scores, cmap="RdBu")
+left.set(xlabel="place of the key", ylabel="place of the query", title="one query, one key, all places")
+right.plot(scores[:, 0])
+_ = right.set(xlabel="query's place minus key's", ylabel="score", title="the same by distance")
+
+# %% [markdown]
+# **Question.** Does the score have to fall with the distance?
+#
+# <details><summary>Answer</summary>
+# No. It depends on the distance, in whatever way the query and the key make of it. In notebook 2 there is a head that
+# looks one token back: its queries and keys fit best at distance 1.
+# </details>
+#
+# ## Why the angles are float32 in every model
+#
+# Models compute in half precision (notebook 7), with 8 bits for the digits of a number. At position 8000 an angle is
+# as large as 8000, and what matters is where it lies within one turn. 8 bits do not tell 8000 from 8015, which are
+# more than two turns apart. So the angles are computed with the 24 bits of float32, always.
+
+# %%
+far = np.arange(7900, 8000)
+exact = np.cos(far.astype(np.float64))
+in_bfloat16 = np.cos(refgemma.wide(refgemma.bf16(far)))  # the position rounded to 8 bits
+in_float32 = np.cos(far.astype(np.float32))
+
+assert exact.shape == in_bfloat16.shape == (100,)
+axes = viz.new_axes(8, 3)
+axes.plot(far, exact, label="exact")
+axes.plot(far, in_bfloat16, "--", label="angle in bfloat16")
+axes.set(xlabel="position", ylabel="cosine of the fastest pair", title="an angle needs its digits")
+axes.legend(loc="upper right")
+np.abs(in_float32 - exact).max(), np.abs(in_bfloat16 - exact).max()
+
+# %% [markdown]
+# **Question.** The fastest pair has whole numbers for angles. What about the others, in float32, at position 8000?
+#
+# <details><summary>Answer</summary>
+# The speed itself is rounded, and 8000 times its error is the error of the angle: about 8000 · 6e-8, a half of a
+# thousandth. Two programs that form the speeds in another order differ by that much. Hence the odd-looking formula in
+# <code>ops.rotary_tables</code>, which agrees with PyTorch to the last bit.
+# </details>
+#
+# ## Exercise
+#
+# `rotate` turns all pairs of a head. The tables have every angle twice, as above. Replace the line that raises, run
+# the cell, and read what the check says.
+
+# %%
+from refgemma import exercises
+
+
+def rotate(x, cos, sin):
+    raise NotImplementedError
+
+
+exercises.check_rotate(rotate)

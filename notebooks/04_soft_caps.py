@@ -1,0 +1,205 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 4. The two soft caps, and why they exist
+#
+# Gemma 2 bends two kinds of numbers so that they cannot become too large: the scores of attention, at 50, and the
+# logits, at 30. Few other models do. You need from notebooks 1 and 2: *logits* and *softmax*, attention *scores* and
+# *mask*.
+
+# %%
+import numpy as np
+from matplotlib import pyplot as plt
+
+import refgemma
+from refgemma import ops, viz
+
+tiny = refgemma.load("tiny")
+config, weights = tiny.config, tiny.weights
+config.attn_logit_softcapping, config.final_logit_softcapping
+
+# %% [markdown]
+# ## The curve
+#
+# $$\mathrm{softcap}(x) = c \, \tanh(x / c)$$
+#
+# The hyperbolic tangent goes from −1 to 1 and is steep in the middle. So small numbers pass nearly unchanged, and
+# large ones come close to $\pm c$ and never beyond. Cutting off at $c$ would do that too, but then all numbers beyond
+# would be the same, and training could not move them: the slope there is 0.
+
+# %%
+x = np.array([0.5, 5.0, 25.0, 50.0, 100.0, 400.0])
+bent = ops.soft_cap(x, 50.0)
+
+assert bent.shape == x.shape
+assert (np.abs(bent) <= 50).all() and (np.diff(bent) > 0).all()  # never beyond, and in the same order
+viz.cap_curves([50.0, 30.0])
+dict(zip(x.tolist(), bent.round(3).tolist(), strict=True))
+
+# %% [markdown]
+# **Question.** At which $x$ does the cap take away 1 % ? Use that $\tanh(t) \approx t - t^3/3$.
+#
+# <details><summary>Answer</summary>
+# Where (x/c)²/3 = 0.01, so x = 0.17 c: at 8.7 for the scores and 5.2 for the logits. The caps act on ordinary numbers
+# too, only a little.
+# </details>
+#
+# ## The slope
+#
+# For training the slope matters, since errors travel back through it:
+#
+# $$\frac{d}{dx}\, c \tanh(x/c) = 1 - \tanh^2(x/c)$$
+#
+# It is never 0, so a score that became too large can come back. Hence *soft*.
+
+# %%
+x = np.linspace(-150, 150, 301)
+slopes = {"soft cap 50": 1 - np.tanh(x / 50) ** 2, "cut off at 50": (np.abs(x) < 50).astype(float)}
+assert all(slope.shape == x.shape for slope in slopes.values())
+
+axes = viz.new_axes(6.4, 3)
+for (name, slope), style in zip(slopes.items(), ("-", "--"), strict=True):
+    axes.plot(x, slope, style, label=name)
+axes.set(xlabel="before the cap", ylabel="slope", title="what is left of an error that travels back")
+_ = axes.legend()
+
+# %% [markdown]
+# ## What the caps do in this model
+#
+# The tiny model has the caps of the released ones. How far do its scores go?
+
+# %%
+text = "Once upon a time there was a little princess who lived in a great castle by the sea."
+ids = tiny.tokenizer.encode(text)
+run = refgemma.forward([ids], weights, config)
+before = np.concatenate([layer.attention.scores.ravel() for layer in run.layers])
+after = np.concatenate([layer.attention.capped.ravel() for layer in run.layers])
+
+assert before.shape == after.shape == (6 * 6 * len(ids) ** 2,)  # blocks, heads, queries, keys
+figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained")
+left.hist(before, bins=60, log=True)
+left.set(xlabel="score before the cap", ylabel="how many", title="most scores are small")
+right.plot(before, before - after, ".", markersize=2)
+_ = right.set(xlabel="score before the cap", ylabel="taken away", title="what the cap takes")
+
+# %% [markdown]
+# Removing a cap is a change of the configuration, so the model can be run without, and the answers compared. No score
+# here comes near a cap, and yet the probabilities move: the likeliest tokens have the largest logits, which are bent
+# the most.
+
+# %%
+without = config.changed(attn_logit_softcapping=None, final_logit_softcapping=None)
+plain = refgemma.forward([ids], weights, without)
+with_caps, without_caps = (viz.probabilities(r.logits[0, -1]) for r in (run, plain))
+
+assert with_caps.shape == without_caps.shape == (config.vocab_size,)
+best = np.argsort(-with_caps)[:5]
+for token in best:
+    name = viz.shown(tiny.tokenizer.convert_ids_to_tokens([int(token)])[0])
+    print(f"{name:12s} with caps {with_caps[token]:.4f}   without {without_caps[token]:.4f}")
+
+
+# %% [markdown]
+# **Question.** Can the final cap change which token is the likeliest?
+#
+# <details><summary>Answer</summary>
+# In exact arithmetic no: the curve always rises, so the order stays. That is why tests that only look at the
+# likeliest token do not notice a missing final cap; the probabilities do. In half precision two large logits may be
+# rounded to the same number.
+# </details>
+#
+# ## No probability is quite 1
+#
+# With a cap $c$ on $n$ logits, the best one is at most $c$ and the others at least $-c$. So no probability is more
+# than
+#
+# $$p_{max} = \frac{e^{c}}{e^{c} + (n - 1) e^{-c}}$$
+
+
+# %%
+def largest_probability(cap, n):
+    return 1 / (1 + (n - 1) * np.exp(-2 * cap))
+
+
+caps = np.linspace(1, 30, 100)
+axes = viz.new_axes(6.4, 3)
+for n in (2048, 256000):
+    limits = largest_probability(caps, n)
+    assert limits.shape == caps.shape and (limits < 1 + 1e-12).all()
+    axes.plot(caps, limits, label=f"{n} tokens")
+axes.set(xlabel="cap of the logits", ylabel="largest probability", title="how sure the model can be")
+_ = axes.legend()
+
+# %% [markdown]
+# **Question.** At 30 that is no limit in practice. What would a cap of 5 do to a vocabulary of 256000?
+#
+# <details><summary>Answer</summary>
+# At most 8 %: the model could never be sure. The smallest model of the tests here, <code>bends</code>, has caps of 2
+# and 3 on purpose, so that a mistake in a cap cannot hide.
+# </details>
+#
+# ## First the cap, then the mask
+#
+# A masked score becomes minus infinity, whose exponential is 0. If the cap came *after* the mask, minus infinity
+# would become $-c$, and $e^{-c}$ is not 0: the future would leak into the past. The order is part of the model.
+
+# %%
+rng = np.random.default_rng(0)
+scores = (3 * rng.standard_normal((1, 1, 6, 6))).astype(np.float32)
+mask = ops.causal_mask(np.arange(6), np.arange(6))[None, None]
+
+right = ops.softmax(ops.soft_cap(scores, 2.0), mask)
+masked = np.where(mask, scores, -np.inf)
+wrong = ops.softmax(ops.soft_cap(masked, 2.0), np.ones_like(mask))
+assert right.shape == wrong.shape == (1, 1, 6, 6)
+assert (right[~mask] == 0).all() and (wrong[~mask] > 0).all()
+
+figure, panels = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+viz.attention_map(right[0, 0], list("abcdef"), title="cap, then mask", axes=panels[0])
+_ = viz.attention_map(wrong[0, 0], list("abcdef"), title="mask, then cap: leaks", axes=panels[1])
+
+# %% [markdown]
+# **Question.** With the released cap of 50, how much leaks from one masked key, if the best visible score is 0? Would
+# a test with tolerance 1e-5 see it?
+#
+# <details><summary>Answer</summary>
+# e^-50, about 2e-22: no test of that kind would. It shows where all visible scores are near −50, and in models with
+# small caps. So test with caps that bend.
+# </details>
+#
+# ## Exercises
+#
+# `soft_cap`, from the formula. Replace the line that raises, run the cell, and read what the check says.
+
+# %%
+from refgemma import exercises
+
+
+def soft_cap(x, cap):
+    raise NotImplementedError
+
+
+exercises.check_soft_cap(soft_cap)
+
+
+# %% [markdown]
+# `attention_probs` makes probabilities of scores. The mask is true where a key may be seen. Mind the order.
+
+
+# %%
+def attention_probs(scores, mask, cap):
+    raise NotImplementedError
+
+
+exercises.check_attention_probs(attention_probs)

@@ -1,0 +1,197 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 6. Norms, the unit offset, and the embedding scale
+#
+# Numbers in a deep network drift: each block adds to the stream, and products grow. Norms bring them back to a
+# standard size. Gemma 2 has more of them than most models, and stores their weights in an unusual way. You need
+# notebook 1: *residual stream*, *block*, *embedding*, *logits*.
+
+# %%
+import numpy as np
+from matplotlib import pyplot as plt
+
+import refgemma
+from refgemma import ops, viz
+
+tiny = refgemma.load("tiny")
+config, weights = tiny.config, tiny.weights
+ids = tiny.tokenizer.encode("Once upon a time there was a little princess")
+tokens = tiny.tokenizer.convert_ids_to_tokens(ids)
+run = refgemma.forward([ids], weights, config)
+
+# %% [markdown]
+# ## The norm
+#
+# The **root mean square** (RMS) of a vector is a measure of how large its numbers are. RMSNorm divides by it, and
+# then gives every column a factor that was learned:
+#
+# $$y = \frac{x}{\sqrt{\mathrm{mean}(x^2) + \epsilon}} \cdot (1 + w)$$
+#
+# $\epsilon$, a millionth, keeps a vector of zeros from being divided by zero. The older LayerNorm also subtracts the
+# mean; RMSNorm leaves that out and works as well.
+
+# %%
+x = run.layers[0].middle
+w = weights.layers[0].pre_feedforward_layernorm
+y = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + config.rms_norm_eps) * (1 + w)
+
+assert x.shape == y.shape == (1, len(ids), config.hidden_size)
+assert w.shape == (config.hidden_size,)
+assert np.allclose(y, ops.rms_norm(x, w, config.rms_norm_eps), atol=1e-5)
+viz.root_mean_square(x).round(3), viz.root_mean_square(y).round(3)
+
+# %% [markdown]
+# Whatever the size of what goes in, what comes out has a size near 1. Make $x$ a thousand times larger: nothing
+# changes. Make it a thousand times smaller, and $\epsilon$ is no longer small beside its square.
+
+# %%
+factors = 10.0 ** np.arange(-7, 4)
+row = x[0, -1].astype(np.float64)
+sizes = [viz.root_mean_square(ops.rms_norm(row * f, np.zeros(len(row)), 1e-6)) for f in factors]
+
+assert np.shape(sizes) == factors.shape
+assert np.allclose(sizes[-3:], 1, atol=1e-5)
+axes = viz.new_axes(6.4, 3)
+axes.semilogx(factors * viz.root_mean_square(row), sizes, "o-")
+axes.set(xlabel="size before", ylabel="size after", title="RMSNorm: all sizes become 1, unless tiny")
+axes.axvline(1e-3, linestyle="--", color="grey", label="square root of eps")
+_ = axes.legend()
+
+# %% [markdown]
+# **Question.** A port writes `x / (sqrt(mean(x**2)) + eps)`, with $\epsilon$ outside the root. For which inputs do
+# you see it?
+#
+# <details><summary>Answer</summary>
+# For tiny ones only: at size 0.001 the right norm gives 0.71, the wrong one 0.999. For ordinary inputs the difference
+# is in the seventh digit. Test with inputs where the feature matters.
+# </details>
+#
+# ## The unit offset
+#
+# Most models multiply by $w$, which begins at 1. Gemma multiplies by $1 + w$, and $w$ begins at 0. While training,
+# weights are pulled towards 0 a little (*weight decay*); stored this way, 0 means "leave it as it is". A port that
+# multiplies by $w$ has all its norms wrong.
+
+# %%
+rows = [
+    (name, n, 1 + getattr(layer, name))
+    for n, layer in enumerate(weights.layers)
+    for name in (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    )
+]
+assert all(factors.shape == (config.hidden_size,) for _, _, factors in rows)
+
+figure, all_axes = plt.subplots(1, 4, figsize=(12, 3), sharey=True, layout="constrained")
+for axes, kind in zip(all_axes, dict.fromkeys(name for name, _, _ in rows), strict=True):
+    axes.boxplot([factors for name, _, factors in rows if name == kind], showfliers=False, tick_labels=range(6))
+    axes.set(title=kind.replace("_", " "), xlabel="block")
+    axes.axhline(1, linestyle=":", color="grey")
+_ = all_axes[0].set_ylabel("factor 1 + w")
+
+# %% [markdown]
+# **Question.** Look at block 0 in the second panel: what did training do there?
+#
+# <details><summary>Answer</summary>
+# The factors after attention are well below 1: the first blocks learned to add less of what attention found.
+# </details>
+#
+# ## Four norms a block
+#
+# Older models norm what a half of a block *reads*. Gemma 2 also norms what it *writes*, before it is added:
+#
+# $$h' = h + \mathrm{norm}_2(\mathrm{attention}(\mathrm{norm}_1(h))) \qquad h'' = h' +
+# \mathrm{norm}_4(\mathrm{feedforward}(\mathrm{norm}_3(h')))$$
+#
+# Beware of a name: `post_attention_layernorm` is norm 2 here. In Llama the norm of that name has the place of norm 3.
+# The picture shows what is read and written in each block, for the last token.
+
+# %%
+names = ["input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"]
+sizes = np.array([[viz.root_mean_square(getattr(b, name)[0, -1]) for name in names] for b in run.layers])
+stream = viz.root_mean_square(viz.residual_streams(run)[:, 0, -1])
+
+assert sizes.shape == (config.num_hidden_layers, 4) and stream.shape == (config.num_hidden_layers + 1,)
+axes = viz.new_axes(7, 3.4)
+for column, name in enumerate(names):
+    axes.plot(sizes[:, column], "o-" if name.startswith("post") else "s--", label=name)
+axes.plot(stream[:-1], "k:", label="the stream itself")
+axes.set(xlabel="block", ylabel="root mean square", title="read (dashed) and written (solid) in each block")
+_ = axes.legend(fontsize=8)
+
+# %% [markdown]
+# **Question.** The stream grows and what is written stays of one size. What does that mean for the last blocks?
+#
+# <details><summary>Answer</summary>
+# Each turns the stream's direction less than the block before. One reason why in deep models the last blocks can
+# often be left out with little harm.
+# </details>
+#
+# ## The embedding scale
+#
+# The rows of the embedding table are short, and serve the head too (notebook 1). For the blocks they are made longer:
+#
+# $$h_0 = \sqrt{\mathrm{hidden}} \; E[\mathrm{id}]$$
+#
+# Norms undo any scale, so does it matter? It does: what blocks *add* has a fixed size. Without the factor, the token
+# itself is drowned by the first additions.
+
+# %%
+scaled = weights.embed_tokens[ids] * np.float32(np.sqrt(config.hidden_size))
+assert np.array_equal(run.embedded[0], scaled)
+
+unscaled = weights.embed_tokens[ids][None]  # handed in as they are: `inputs_embeds` is not scaled
+wrong = refgemma.forward(None, weights, config, inputs_embeds=unscaled)
+assert wrong.embedded.shape == run.embedded.shape == (1, len(ids), config.hidden_size)
+
+names = tiny.tokenizer.convert_ids_to_tokens(range(config.vocab_size))
+figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+viz.likeliest(run.logits[0, -1], names, title="as it should be", axes=left)
+_ = viz.likeliest(wrong.logits[0, -1], names, title="without the scale", axes=right)
+
+# %% [markdown]
+# In a model that computes in bfloat16 the factor is itself rounded to bfloat16 first. The 9B multiplies by 59.75 and
+# not by $\sqrt{3584} = 59.866\dots$ That is a difference of 0.2 % in everything that follows, and part of the
+# released model.
+
+# %%
+for name in ("2b", "9b", "27b"):
+    width = refgemma.Gemma2Config.preset(name).hidden_size
+    print(f"{name:4s} sqrt({width}) = {np.sqrt(width):.4f}, in bfloat16 {float(refgemma.bf16(np.sqrt(width)))}")
+
+# %% [markdown]
+# **Question.** For which of the three does the rounding do nothing?
+#
+# <details><summary>Answer</summary>
+# The 2B: 2304 is 48 squared. A port tested on the 2B alone may have this wrong and not know.
+# </details>
+#
+# ## Exercise
+#
+# `rms_norm`, from the formula. In bfloat16 compute with `wide(x)` and return `narrow(result, like=x)` (both of
+# `refgemma`): notebook 7 says why. Replace the line that raises, run the cell, and read what the check says.
+
+# %%
+from refgemma import exercises
+
+
+def rms_norm(x, weight, eps):
+    raise NotImplementedError
+
+
+exercises.check_rms_norm(rms_norm)

@@ -1,0 +1,180 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 8. From logits to text
+#
+# The model gives scores; somebody has to choose. You need notebook 1: *token*, *logits*, *softmax* (scores to
+# probabilities).
+
+# %%
+import numpy as np
+from matplotlib import pyplot as plt
+
+import refgemma
+from refgemma import processors, viz
+
+tiny = refgemma.load("tiny")
+config, weights = tiny.config, tiny.weights
+ids = tiny.tokenizer.encode('The old man looked at the boy and said, "')
+names = tiny.tokenizer.convert_ids_to_tokens(range(config.vocab_size))
+logits, cache = refgemma.next_token_logits([ids], weights, config)
+assert logits.shape == (1, 1, config.vocab_size)
+
+# %% [markdown]
+# ## Greedy
+#
+# The simplest choice is the likeliest token, each time. That is called **greedy** decoding. It always gives the same
+# text, and small models soon repeat themselves.
+#
+# $$\mathrm{next} = \arg\max_i z_i$$
+
+# %%
+new = list(refgemma.generate(ids, weights, config, max_new_tokens=40))
+assert len(new) <= 40 and new[0] == int(logits[0, 0].argmax())
+print(tiny.tokenizer.decode([*ids, *new], skip_special_tokens=True))
+
+# %% [markdown]
+# ## Temperature
+#
+# Or **draw** a token at random, each with its probability: that is called *sampling*. Before, all logits $z$ are
+# divided by a number $T$, the **temperature**:
+#
+# $$p_i = \frac{e^{z_i / T}}{\sum_j e^{z_j / T}}$$
+#
+# Below 1 the likely tokens become likelier still, above 1 all become more alike.
+
+# %%
+figure, panels = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+for axes, temperature in zip(panels, (0.5, 1.0, 2.0), strict=True):
+    heated = processors.divide(logits[:, 0], temperature)
+    assert heated.shape == (1, config.vocab_size)
+    viz.likeliest(heated[0], names, count=10, title=f"temperature {temperature}", axes=axes)
+    axes.set_xlim(0, 0.6)
+
+# %% [markdown]
+# **Question.** What is the limit for temperature 0? And for infinity?
+#
+# <details><summary>Answer</summary>
+# At 0 the likeliest token has probability 1: greedy decoding. At infinity all tokens are equally likely: noise.
+# </details>
+#
+# ## Cutting off the tail
+#
+# There are 2048 tokens (256000 in the released models). Each of the unlikely ones is unlikely, but there are so many
+# that one is drawn now and then, and spoils the text. Two ways to prevent that: **top-k** draws from the $k$
+# likeliest only. **top-p** draws from the smallest number of likeliest tokens that together have at least probability
+# $p$: few where the model is sure, many where it is not.
+
+# %%
+p = np.sort(viz.probabilities(logits[0, 0]))[::-1]
+together = np.cumsum(p)
+kept_p = int(np.argmax(together >= 0.9)) + 1  # the one that reaches 0.9 is kept
+assert p.shape == together.shape == (config.vocab_size,)
+assert np.isfinite(processors.keep_top_p(logits[:, 0], 0.9)).sum() == kept_p
+
+axes = viz.new_axes(6.4, 3)
+axes.semilogx(np.arange(1, len(p) + 1), together)
+axes.axvline(40, linestyle="--", color="tab:orange", label="top-k 40")
+axes.axvline(kept_p, linestyle="--", color="tab:green", label=f"top-p 0.9: {kept_p} tokens")
+axes.set(xlabel="tokens, the likeliest first", ylabel="probability together", title="how much the tail holds")
+_ = axes.legend()
+
+# %%
+for seed in range(3):
+    drawn = refgemma.generate(ids, weights, config, max_new_tokens=40, temperature=0.8, top_k=40, seed=seed)
+    print(f"seed {seed}:", tiny.tokenizer.decode([*ids, *drawn], skip_special_tokens=True), "\n")
+
+# %% [markdown]
+# **Question.** The **seed** sets the beginning of the random numbers. Why is it worth having?
+#
+# <details><summary>Answer</summary>
+# With the same seed a text can be made again, to show it to somebody or to look for the cause of something odd.
+# </details>
+#
+# ## Drawing by adding noise
+#
+# To draw from the softmax one needs no sum over all tokens: add to each logit an independent random number of the
+# *Gumbel* kind, $g = -\log(-\log u)$ with $u$ uniform between 0 and 1, and take the largest. The result has just the
+# softmax's probabilities.
+#
+# $$\arg\max_i (z_i + g_i) \;\sim\; \mathrm{softmax}(z)$$
+
+# %%
+rng = np.random.default_rng(0)
+best = np.argsort(-logits[0, 0])[:8]
+z = logits[0, 0, best]
+noise = -np.log(-np.log(rng.random((20000, 8))))
+counts = np.bincount((z + noise).argmax(axis=-1), minlength=8) / 20000
+
+expected = viz.probabilities(z)
+assert noise.shape == (20000, 8) and counts.shape == expected.shape == (8,)
+assert np.abs(counts - expected).max() < 5 * 0.5 / np.sqrt(20000)  # five standard deviations of a share
+axes = viz.new_axes(6.4, 3)
+axes.bar(np.arange(8) - 0.2, expected, width=0.4, label="softmax")
+axes.bar(np.arange(8) + 0.2, counts, width=0.4, label="20000 draws with noise")
+axes.set_xticks(range(8), [viz.shown(names[token]) for token in best])
+axes.set(xlabel="token", ylabel="share", title="the largest of noisy logits")
+_ = axes.legend()
+
+
+# %% [markdown]
+# ## How good is a model?
+#
+# Give it a text that people wrote, and see how likely it found each next token. The mean of $-\log p$ is the
+# **loss**, in nats (natural logarithms). $e^{\mathrm{loss}}$ is called **perplexity**: the number of equally likely
+# tokens that would leave one as unsure.
+#
+# $$\mathrm{loss} = -\frac{1}{n} \sum_t \log p(\mathrm{token}_{t+1} \mid \text{tokens up to } t)$$
+
+
+# %%
+def surprise(text):
+    """How unlikely each token was after those before it, in nats."""
+    tokens = tiny.tokenizer.encode(text)
+    scores = refgemma.forward([tokens], weights, config).logits[0]
+    found = -refgemma.log_softmax(scores)[np.arange(len(tokens) - 1), tokens[1:]]
+    assert scores.shape == (len(tokens), config.vocab_size) and found.shape == (len(tokens) - 1,)
+    return found, tiny.tokenizer.convert_ids_to_tokens(tokens[1:])
+
+
+found, pieces = surprise("Once upon a time there was a king who had three beautiful daughters.")
+axes = viz.new_axes(8, 3)
+axes.bar(range(len(found)), found)
+axes.set_xticks(range(len(found)), [viz.shown(piece) for piece in pieces], rotation=90)
+_ = axes.set(
+    xlabel="token", ylabel="surprise in nats", title=f"mean {found.mean():.2f}, perplexity {np.exp(found.mean()):.0f}"
+)
+
+# %% [markdown]
+# **Question.** Someone who knows nothing of language would give all 2048 tokens the same probability. What is their
+# loss?
+#
+# <details><summary>Answer</summary>
+# log 2048 = 7.6 nats, a perplexity of 2048.
+# </details>
+#
+# ## Exercise
+#
+# `keep_top_p` returns true for the tokens that top-p keeps, in the order in which the probabilities were given.
+# Replace the line that raises, run the cell, and read what the check says.
+
+# %%
+from refgemma import exercises
+
+
+def keep_top_p(probabilities, p):
+    raise NotImplementedError
+
+
+exercises.check_keep_top_p(keep_top_p)

@@ -1,0 +1,202 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 9. Verifying a port: find the bug from a trace
+#
+# A **port** is a model written anew in another program or for another machine. Most have had a bug that no crash
+# announced: the text was only a little worse. This notebook finds such bugs by comparing tensors. It uses words of
+# the notebooks before, above all the parts of a block (1), the window (5) and *rounding* (7).
+
+# %%
+import numpy as np
+
+from refgemma import exercises, ops, viz
+from refgemma.oracle import bounds, compare, verify
+
+# %% [markdown]
+# ## The recording
+#
+# To judge a port one needs to know what is right. PyTorch's tensors were recorded: a **golden**. The model is a small
+# one with random weights, made so that mistakes cannot hide: caps of 2 and 3, a window of 5 for texts of 13 tokens,
+# random norm weights.
+
+# %%
+about, _ = verify.load_golden("bends-forward-f32")
+config, weights = verify.model_of(about)
+recorded = exercises.recorded_trace()  # what PyTorch computed, in the order of computation
+
+assert recorded["embedded"].shape == (3, 13, config.hidden_size)  # three texts of 13 tokens
+print(len(recorded), "tensors, recorded with torch", about["torch"])
+list(recorded)[:12]
+
+# %% [markdown]
+# ## A port with a bug
+#
+# Here is the trace of a port: the same names, in the order of computation. Somewhere something is wrong. Does the
+# text show it? Compare the likeliest tokens.
+
+# %%
+trace = exercises.mystery_trace(1)
+
+assert list(trace) == list(recorded) and all(trace[name].shape == recorded[name].shape for name in recorded)
+same = trace["logits"].argmax(axis=-1) == recorded["logits"].argmax(axis=-1)
+print(f"the same likeliest token at {same.mean():.0%} of the places")
+
+# %% [markdown]
+# ## Differences along the way
+#
+# The **relative error** of a tensor: the root mean square of the difference, as a part of that of the recorded
+# tensor. Drawn in the order of computation it has a step. Before the step there is only rounding, after it the bug
+# and all that follows from it.
+#
+# $$\mathrm{error} = \sqrt{\mathrm{mean}((x - x_{\text{recorded}})^2) \,/\, \mathrm{mean}(x_{\text{recorded}}^2)}$$
+
+# %%
+order = list(recorded)
+errors = np.array([viz.relative_error(trace[name], recorded[name]) for name in order])
+assert errors.shape == (len(order),)
+
+axes = viz.new_axes(8, 3)
+axes.semilogy(np.maximum(errors, 1e-9), ".-")
+axes.axhline(2**-24, linestyle=":", color="grey", label="one rounding in float32")
+axes.set(xlabel="tensor, in the order of computation", ylabel="relative error", title="where does it begin?")
+_ = axes.legend()
+
+# %%
+place = int(np.argmax(errors > 1e-5))
+assert errors[:place].max(initial=0) < 1e-5
+print("last good:", order[place - 1], f"{errors[place - 1]:.1e}")
+print("first bad:", order[place], f"{errors[place]:.1e}")
+
+# %% [markdown]
+# **Question.** Here the step is large, and 1e-5 a safe limit. Why is one limit for all tensors no good in general?
+#
+# <details><summary>Answer</summary>
+# Rounding is not the same everywhere. A sum of 14336 products is less exact than a single product; bfloat16 errs by
+# 0.4 % at each step; a cosine at position 8000 by a half of a thousandth. A limit that is safe for the worst is blind
+# for the best.
+# </details>
+#
+# ## A bound for each operation
+#
+# Better: ask of each operation how far rounding *can* carry it. For a sum of $n$ products, with $u = 2^{-24}$:
+#
+# $$|\mathrm{computed} - \mathrm{exact}| \;\le\; \frac{n u}{1 - n u} \sum_i |x_i|\,|w_i|$$
+#
+# Two programs that are both right differ by at most twice that, whatever the order in which they sum.
+# `refgemma.oracle.bounds` has one for each operation. The distance of two tensors in units of what is allowed is at
+# most 1 if rounding explains it.
+
+# %%
+x, w = recorded["layers.0.input_layernorm"], weights.layers[0].q_proj
+computed, exact = ops.linear(x, w), x.astype(np.float64) @ w.astype(np.float64).T
+bound = bounds.linear(x, w)
+
+assert computed.shape == bound.shape == exact.shape
+used = np.abs(computed - exact) / bound
+print(f"rounding used at most {used.max():.0%} of what the bound allows")
+assert used.max() <= 1
+
+
+# %% [markdown]
+# **Question.** The bound is for the worst case, where all roundings go the same way. What does that mean for its use?
+#
+# <details><summary>Answer</summary>
+# It never blames a port that is right. And a mistake that is smaller than rounding passes, as it must: no one could
+# tell
+# it from another order of the same sum.
+# </details>
+
+# %% [markdown]
+# ## Judging each operation alone
+#
+# After the first bad tensor all others differ, bug or no bug. To see which *operations* are wrong, give each the
+# recorded inputs instead of the port's own: what was wrong before it is then not held against it. In a port one can
+# do that for the suspect. Here: does attention in layer 0 use the right mask? The probabilities are computed anew
+# from the recorded scores.
+
+
+# %%
+def probs_with_window(window):
+    """Attention of layer 0 from recorded scores, if the window were this wide."""
+    places = np.arange(13)
+    mask = np.tile(ops.sliding_mask(places, places, window), (3, 1, 1, 1))  # the same for all three texts
+    return ops.softmax(recorded["layers.0.attention.capped"], mask)
+
+
+# %%
+right = recorded["layers.0.attention.probs"]
+allowed = bounds.softmax(recorded["layers.0.attention.capped"], np.tri(13, dtype=bool))
+windows, distances = range(3, 8), []
+for window in windows:
+    candidate = probs_with_window(window)
+    assert candidate.shape == right.shape == allowed.shape
+    distances.append(compare.operation_distance(candidate, right, allowed, "float32"))
+axes = viz.new_axes(6, 3)
+axes.bar(windows, distances, log=True)
+axes.axhline(1, linestyle="--", color="tab:red", label="what rounding allows")
+axes.set(xlabel="window", ylabel="distance", title="attention of layer 0, by window")
+_ = axes.legend()
+
+# %% [markdown]
+# ## What the difference looks like
+#
+# A picture tells the kind of bug. Where one query and one key are wrong, look at the mask. Where whole rows are
+# wrong, at the norm; whole columns, at the weights; where errors grow with the place, at the positions.
+
+# %%
+name = order[place]
+apart = np.abs(trace[name] - recorded[name])[0]
+apart = apart[0] if apart.ndim == 3 else apart  # of an attention tensor one head
+assert apart.ndim == 2
+
+axes = viz.new_axes(6, 3.4)
+image = axes.imshow(apart, cmap="Reds", aspect="auto", interpolation="nearest")
+axes.figure.colorbar(image, ax=axes, label="difference")
+_ = axes.set(title=name, xlabel="last axis of the tensor", ylabel="place")
+
+# %% [markdown]
+# **Question.** Which mistake is it? Say it in one sentence, then confirm it: make the same mistake yourself
+# (`config.changed(...)` helps) and see whether you get the port's tensor.
+#
+# <details><summary>Answer</summary>
+# The window is one too wide: each query past the fifth sees one key more, and the others of its row get less. With
+# <code>config.changed(sliding_window=6)</code> the forward pass gives the port's tensors.
+# </details>
+#
+# ## The whole check as one command
+#
+# `refgemma verify` does this for every recorded case, with the bounds.
+
+# %%
+result = verify.verify("bends-forward-f32")
+
+assert result.conforms
+print(result.case, result.tensors, "tensors, worst at", f"{result.worst.distance:.2f} of what rounding allows")
+
+
+# %% [markdown]
+# ## Exercise
+#
+# `first_divergence` names the first tensor that rounding does not explain, and returns `None` if there is none. It is
+# tried on six ports. (Then read their traces, `exercises.mystery_trace(2)` to `6`: which mistake does each make?)
+# Replace the line that raises, run the cell, and read what the check says.
+
+
+# %%
+def first_divergence(ours, recorded):
+    raise NotImplementedError
+
+
+exercises.check_first_divergence(first_divergence)

@@ -1,0 +1,184 @@
+"""How an answer is judged: called on given arguments, compared with what is right, and if it is wrong with what known
+mistakes would give. Checked by tests that hand in solutions, stubs and typical wrong answers."""
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from refgemma.oracle.compare import operation_distance
+from refgemma.precision import Array, Rounded, dtype_name, wide
+
+Answer = Callable[..., Any]
+
+# A mistake is named if it leaves no more than this part of the difference. Two people who make the same mistake round
+# otherwise, in bfloat16 by 0.4 %, and in float32 by nothing that counts; other mistakes leave a half or more.
+EXPLAINED = 0.01
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """What a check says; true if the answer passed.
+
+    Examples
+    --------
+    >>> Feedback(False, "Not yet: try again"), bool(Feedback(True, "Right"))
+    (Not yet: try again, True)
+    """
+
+    passed: bool
+    message: str
+
+    def __bool__(self) -> bool:
+        """Whether the answer passed."""
+        return self.passed
+
+    def __repr__(self) -> str:
+        """The message, so that a notebook shows it."""
+        return self.message
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One call of an answer: what is handed in, what is right, and how far rounding may carry it, each element."""
+
+    call: str  # how the call is described to the student
+    arguments: tuple[Any, ...]
+    right: Any
+    bound: Any = 0.0
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A known way to be wrong, as a function, and what to say to whoever made it."""
+
+    hint: str
+    wrong: Answer
+
+
+@dataclass(frozen=True)
+class Raised:
+    """What stands for the result of an answer that raised."""
+
+    error: Exception
+
+
+def judge(answer: Answer, trials: Iterable[Trial], mistakes: Sequence[Mistake]) -> Feedback:
+    """Call `answer` on each trial, and describe the first result that is wrong."""
+    count = 0
+    for trial in trials:
+        count += 1
+        handed_in = copy.deepcopy(trial.arguments)
+        given = called(answer, handed_in)
+        problem = changed_arguments(trial.arguments, handed_in) or wrong_with(given, trial)
+        if problem:
+            known = [(unexplained(given, mistake, trial), mistake.hint) for mistake in mistakes]
+            part, hint = min(known, default=(math.inf, ""))
+            named = f"\n  Hint: {hint}" if part <= EXPLAINED else ""
+            return Feedback(False, f"Not yet: {trial.call}\n  {problem}{named}")
+    return Feedback(True, f"Right: all {count} trials conform.")
+
+
+def called(answer: Answer, arguments: tuple[Any, ...]) -> Any:
+    """What `answer` returns, or `Raised`."""
+    try:
+        with np.errstate(all="ignore"):
+            return answer(*arguments)
+    except Exception as error:  # whatever a student's function raises, they are to read it
+        return Raised(error)
+
+
+def changed_arguments(before: tuple[Any, ...], after: tuple[Any, ...]) -> str:
+    """What to say if the answer wrote into an array that it was given."""
+    for old, new in zip(before, after, strict=True):
+        if isinstance(old, np.ndarray) and not np.array_equal(old, new):
+            return "your function changes an array that it was given; make a new one (x = x * 2, not x *= 2)"
+    return ""
+
+
+def wrong_with(given: Any, trial: Trial) -> str:
+    """What is wrong with a result, in a sentence; nothing if it conforms."""
+    if isinstance(given, Raised):
+        if isinstance(given.error, NotImplementedError):
+            return "nothing is written yet: replace the line that raises NotImplementedError"
+        return f"your function raised {type(given.error).__name__}: {given.error}"
+    if given is None:
+        return "your function returned None: does it end in `return ...`?"
+    if not isinstance(trial.right, np.ndarray):
+        same = np.shape(given) == () and given == trial.right
+        return "" if same else f"{given!r} instead of {trial.right!r}"
+    return wrong_array(given, trial.right, trial.bound)
+
+
+def wrong_array(given: Any, right: Array, bound: Any) -> str:
+    """What is wrong with an array: kind, shape, precision, or the element that is farthest from what is right."""
+    try:
+        array = given if isinstance(given, np.ndarray) else np.asarray(given)
+    except ValueError:
+        return "your function returned something that is no array: its rows have several lengths"
+    if array.dtype.kind not in "biuf":
+        return f"your function returned {type(given).__name__}, not an array of numbers"
+    if array.shape != right.shape:
+        return f"the shape is {array.shape} instead of {right.shape}"
+    if isinstance(right, Rounded) and type(array) is not type(right):
+        name = dtype_name(right)
+        return f"the result is not rounded to {name}: return narrow(result, like=x), or keep the arrays {name}"
+    if np.isnan(wide(array)).any():
+        place = tuple(int(n) for n in np.argwhere(np.isnan(wide(array)))[0])
+        return f"there is NaN (not a number), first at {list(place)}"
+    if conforms(array, right, bound):
+        return ""
+    apart = np.abs(np.asarray(wide(array), np.float64) - np.asarray(wide(right), np.float64))
+    place = tuple(int(n) for n in np.unravel_index(np.argmax(apart), apart.shape))
+    wrong = int(np.sum(array != right if isinstance(right, Rounded) else apart > 2 * np.asarray(bound)))
+    return (
+        f"{wrong} of {right.size} elements are wrong; the farthest, at {list(place)}, is {_written(array[place])} "
+        f"instead of {_written(right[place])}"
+    )
+
+
+def _written(value: Any) -> str:
+    return str(bool(value)) if np.asarray(value).dtype == bool else f"{float(value):.6g}"
+
+
+def conforms(array: Array, right: Array, bound: Any) -> bool:
+    """Whether rounding explains the difference of two arrays of one shape."""
+    if right.dtype.kind != "f":
+        return bool(np.array_equal(array, right))
+    allowed = np.broadcast_to(np.asarray(bound, np.float64), right.shape)
+    # Whatever precision the answer has, it is held to that of what is right.
+    return operation_distance(wide(array), wide(right), allowed, dtype_name(right)) <= 1
+
+
+def unexplained(given: Any, mistake: Mistake, trial: Trial) -> float:
+    """Which part of what is wrong with a result the mistake does not explain: 0 if it would give the same.
+
+    That is the distance of the result from the mistake's, in units of that from what is right. Infinite where the
+    mistake makes no difference on this trial.
+    """
+    made = called(mistake.wrong, copy.deepcopy(trial.arguments))
+    if isinstance(made, Raised) or not wrong_with(made, trial):
+        return math.inf
+    if isinstance(made, str):
+        return 0.0 if given == made else math.inf
+    ours, theirs, right = (numbers(x) for x in (given, made, trial.right))
+    if ours is None or theirs is None or right is None or ours.shape != theirs.shape:
+        return math.inf
+    if np.array_equal(ours, theirs):
+        return 0.0
+    if ours.shape != right.shape:
+        return math.inf
+    remains, total = np.linalg.norm(ours - theirs), np.linalg.norm(ours - right)
+    return float(remains / total) if np.isfinite(total) and total > 0 else math.inf
+
+
+def numbers(x: Any) -> Array | None:
+    """A result in float64, or None if it is no array of numbers."""
+    try:
+        array = np.asarray(wide(x) if isinstance(x, np.ndarray) else x)
+    except ValueError:
+        return None
+    return array.astype(np.float64) if array.dtype.kind in "biuf" else None
