@@ -219,7 +219,7 @@ class NumpyBackend:
 
 
 def backend_named(name: str) -> Any:
-    """The backend of a name like ``mypkg.adapter:Backend``: an instance, or made by calling it without arguments.
+    """The backend of a name like ``mypkg.adapter:Backend``: an instance, or a class, which is called without arguments.
 
     Raises
     ------
@@ -240,7 +240,7 @@ def backend_named(name: str) -> Any:
         raise BackendError(f"backend {name!r}: {module} cannot be imported: {error}") from error
     except AttributeError:
         raise BackendError(f"backend {name!r}: {module} has no {attribute}") from None
-    backend = found() if isinstance(found, type) or not hasattr(found, "forward") else found
+    backend = found() if isinstance(found, type) else found
     if lacking := [method for method in ("capabilities", "load", "forward") if not hasattr(backend, method)]:
         raise BackendError(f"backend {name!r}: lacks {', '.join(lacking)}; see refgemma.testing.backends.Backend")
     return backend
