@@ -41,7 +41,7 @@ PROBE = 2.0**-14
 # Examples that Hypothesis tries of each law. The deadline is off: a first call may compile.
 PROFILES: Mapping[str, settings] = {
     "dev": settings(max_examples=8, deadline=None, database=None, suppress_health_check=list(HealthCheck)),
-    "ci": settings(max_examples=40, deadline=None, database=None, derandomize=True,
+    "ci": settings(max_examples=20, deadline=None, database=None, derandomize=True,
                    suppress_health_check=list(HealthCheck)),
     "deep": settings(max_examples=1000, deadline=None, database=None, suppress_health_check=list(HealthCheck)),
 }  # fmt: skip

@@ -24,7 +24,7 @@ def add_options(parser: pytest.Parser) -> None:
     group.addoption("--backend", default=OURS, help="package.module:Name of the implementation (default: refgemma's)")
     group.addoption(
         "--profile", choices=sorted(PROFILES), default="ci",
-        help="how many examples of each law: dev 8, ci 40 (always the same ones), deep 1000",
+        help="how many examples of each law: dev 8, ci 20 (always the same ones), deep 1000",
     )  # fmt: skip
     group.addoption(
         "--skips", type=Path, default=None, metavar="FILE",
