@@ -1,4 +1,4 @@
-"""Laws that hold for every Gemma 2, for any implementation of it: strategies, properties, adapters and a pytest plugin.
+"""Laws that hold for every Gemma 2, for any implementation of it: strategies, properties and a pytest plugin.
 
 `refgemma.testing.backends` says what an implementation must offer, `refgemma.testing.strategies` makes the inputs,
 `refgemma.testing.properties` has the laws, one function each. Another implementation is tested with

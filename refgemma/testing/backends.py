@@ -1,5 +1,4 @@
-"""What an implementation must offer to be tested, and refgemma's own. Checked by running the laws through it, on this
-package and on transformers 5.23.
+"""What an implementation must offer to be tested, and refgemma's own. Checked by running the laws through it.
 
 Three methods are enough: `Backend`. What else an implementation can do (draw a token, search with beams, take a loss,
 save, split text, single operations) it offers by having a method of that name, see `OPTIONAL`; a law that needs one is

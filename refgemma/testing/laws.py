@@ -1,5 +1,5 @@
-"""What a law is, how an example of it is checked, and how Hypothesis looks for one that breaks it. Checked by breaking
-every law on purpose, in ``tests/test_laws.py``.
+"""What a law is, how an example of it is checked, and how Hypothesis looks for one that breaks it. Checked from
+outside, through the plugin, in ``tests/test_testing_plugin.py``.
 
 How far apart two results may be that a law says are equal: rounding a sum of n products is like changing its weights by
 ``gamma(n)`` relative to themselves (Higham 2002, section 3.1), of which independent roundings reach about ``sqrt(n) u``
@@ -83,10 +83,9 @@ class Model:
         if limit is not None and np.shape(mask if mask is not None else ids)[1] > limit:
             raise Unsupported(f"texts of more than {limit} tokens")
         given_mask = None if mask is None else np.asarray(mask, np.int64)
-        with np.errstate(all="ignore"):  # numbers too large for float16 are for the laws to judge
-            output: Output = self.bench.backend.forward(
-                self.handle, np.asarray(ids, np.int64), given_mask, positions, cache, tuple(wanted)
-            )
+        output: Output = self.bench.backend.forward(
+            self.handle, np.asarray(ids, np.int64), given_mask, positions, cache, tuple(wanted)
+        )
         return output
 
     def logits(self, ids: Any, mask: Any = None, positions: Any = None) -> Exact:
@@ -119,15 +118,18 @@ class Bench:
         self.can: Capabilities = backend.capabilities()
         self._folder = tempfile.TemporaryDirectory(prefix="refgemma-", ignore_cleanup_errors=True)
         self._models = 0
+        self._overflows = np.errstate(all="ignore")  # numbers too large for float16 are for the laws to judge
 
     def __enter__(self) -> "Bench":
         """Give the bench itself."""
+        self._overflows.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Remove the folders."""
+        self._overflows.__exit__(kind, error, trace)
         self._folder.cleanup()
 
     @property

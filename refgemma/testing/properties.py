@@ -1,5 +1,5 @@
 """The laws: what holds for every Gemma 2, whatever its weights. Each is one function of a backend, and needs no
-recording. Checked by making the known mistakes on purpose; docs/property-tests.md says which laws catch which.
+recording. Checked on refgemma itself.
 
 Most laws relate the logits of two models or two inputs, so they can be asked of an implementation that shows nothing
 else: ``causality(backend)`` looks for an example that breaks it, ``causality(backend, scene=..., place=...)`` checks

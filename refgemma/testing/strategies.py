@@ -1,5 +1,5 @@
 """Hypothesis strategies in the words of Gemma 2: configurations, weights, token batches, positions, divisions of a text
-into calls, arrays by their bits, chats, texts. Checked by tests that each shrinks and reaches what it promises.
+into calls, arrays by their bits, chats, texts. Checked by the laws that draw from them.
 
 Models are described, not drawn number by number: a `Scene` is a configuration, the kind of its weights, a seed and
 token ids, from which `tensors_of` makes the weights. So an example shrinks fast, and can be written into a script.
