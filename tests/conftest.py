@@ -9,8 +9,9 @@ from hypothesis import settings
 from jaxtyping import install_import_hook
 
 # Files that take what strangers hand in: they check it themselves, and are tested with what no annotation allows. And
-# the weights, which may lie on disk: beartype looks into a sequence, and would read a layer each time.
-UNCHECKED = {"config", "hub", "inputs", "modeling", "pretrained", "settings", "text", "tokenizer", "weights"}
+# the weights, which may lie on disk: beartype looks into a sequence, and would read a layer each time. And `testing`,
+# which is given the arrays of other implementations, and has annotations of Hypothesis that beartype refuses.
+UNCHECKED = {"config", "hub", "inputs", "modeling", "pretrained", "settings", "testing", "text", "tokenizer", "weights"}
 
 PACKAGE = Path(__file__).parents[1] / "refgemma"
 CHECKED = sorted(f"refgemma.{path.stem}" for path in PACKAGE.iterdir() if path.stem not in UNCHECKED)

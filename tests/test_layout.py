@@ -28,9 +28,9 @@ RUNGS = (
     {"heads", "model"},
     {"fast", "generation", "perplexity"},
     {"modeling", "pretrained"},
-    {"oracle", "testing"},
-    {"viz"},
-    {"exercises", "explorer"},
+    {"oracle"},
+    {"testing", "viz"},
+    {"exercises"},
     {"__main__"},
 )
 RUNG = {name: rung for rung, names in enumerate(RUNGS) for name in names}

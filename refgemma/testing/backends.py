@@ -1,0 +1,245 @@
+"""What an implementation must offer to be tested, and refgemma's own. Checked by running the laws through it.
+
+Three methods are enough: `Backend`. What else an implementation can do (draw a token, search with beams, take a loss,
+save, split text, single operations) it offers by having a method of that name, see `OPTIONAL`; a law that needs one is
+not applicable to a backend without it.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from refgemma import ops
+from refgemma.beams import draw
+from refgemma.config import Gemma2Config
+from refgemma.generation import Prompts, generate_batch
+from refgemma.heads import causal_lm_loss
+from refgemma.model import forward, next_token_logits
+from refgemma.modeling import Gemma2ForCausalLM
+from refgemma.oracle.trace import named_tensors
+from refgemma.precision import Array, wide
+from refgemma.settings import GenerationConfig, settled
+from refgemma.tokenizer import Tokenizer
+from refgemma.weights.checkpoint import open_checkpoint
+from refgemma.weights.parameters import Weights
+
+# Methods that a backend may have besides the three, and what each does; `NumpyBackend` has all of them.
+OPTIONAL: Mapping[str, str] = {
+    "operations": "() -> functions by the names of refgemma.ops, with their arguments",
+    "sample": "(model, input_ids, count, seed) -> that many draws of the next token of one text",
+    "search": "(model, input_ids, num_beams, new_tokens) -> the best text found, and its sum of log probabilities",
+    "loss": "(model, input_ids, labels) -> the mean cross entropy; a label of -100 does not count",
+    "save": "(model, folder) -> None: writes a Hugging Face folder that `load` can read",
+    "tokenizer": "(folder) -> an object with encode, decode and apply_chat_template",
+}
+
+
+class Unsupported(Exception):
+    """Raised by a backend for a model or a call that it does not claim to compute; the message says which."""
+
+
+class BackendError(ValueError):
+    """A backend that cannot be found, or that is none."""
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a backend can do.
+
+    Parameters
+    ----------
+    dtypes : tuple of str
+        The precisions it computes in *throughout*, of ``float64``, ``float32``, ``float16`` and ``bfloat16``.
+    max_length : int, optional
+        The longest text it can be given; ``None`` for any.
+    tensors : tuple of str
+        The tensors it can show, by the names of the trace, ``*`` for anything: ``layers.*.attention.probs``.
+    cache, padding, positions : bool
+        Whether `Backend.forward` takes a cache, a padding mask, and rotary positions.
+    """
+
+    dtypes: tuple[str, ...] = ("float32",)
+    max_length: int | None = None
+    tensors: tuple[str, ...] = ("logits",)
+    cache: bool = False
+    padding: bool = False
+    positions: bool = False
+
+    def shows(self, name: str) -> bool:
+        """Whether the tensor `name` of the trace can be had.
+
+        Examples
+        --------
+        >>> Capabilities(tensors=("logits", "layers.*.out")).shows("layers.3.out")
+        True
+        """
+        return any(fnmatchcase(name, pattern) for pattern in self.tensors)
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a call of `Backend.forward` gives: tensors by name, ``logits`` at least, and a cache to go on from."""
+
+    tensors: Mapping[str, Array]
+    cache: Any = None
+
+    @property
+    def logits(self) -> Array:
+        """The final logits ``(batch, seq, vocab)``, capped."""
+        return self.tensors["logits"]
+
+
+class Backend(Protocol):
+    """An implementation of Gemma 2. Arrays go in and come out as NumPy arrays."""
+
+    def capabilities(self) -> Capabilities:
+        """Say what can be asked for."""
+        ...
+
+    def load(self, folder: Path, dtype: str) -> Any:
+        """Read a Hugging Face folder (``config.json``, ``model.safetensors``) to compute in `dtype`.
+
+        Raises `Unsupported` for a configuration that is not computed here.
+        """
+        ...
+
+    def forward(
+        self,
+        model: Any,
+        input_ids: npt.NDArray[np.int64],
+        attention_mask: npt.NDArray[np.int64] | None = None,
+        position_ids: npt.NDArray[np.int64] | None = None,
+        cache: Any = None,
+        tensors: Sequence[str] = ("logits",),
+    ) -> Output:
+        """Compute the logits ``(batch, seq, vocab)`` of token ids ``(batch, seq)``.
+
+        Parameters
+        ----------
+        model
+            What `load` gave.
+        attention_mask : int array (batch, tokens so far)
+            0 for padding, which may be on either side; those of earlier calls included. None: no padding.
+        position_ids : int array (batch, seq)
+            Rotary positions; None: 0 and up, going on from the cache.
+        cache
+            ``Output.cache`` of the call before. It must stay usable: two calls may go on from one cache.
+        tensors : sequence of str
+            What is to be in ``Output.tensors``, as patterns.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in NumPy: configuration and weights."""
+
+    folder: Path
+    config: Gemma2Config
+    weights: Weights
+    dtype: str
+
+
+class NumpyBackend:
+    """refgemma itself.
+
+    Examples
+    --------
+    >>> from refgemma.hub import find_model
+    >>> backend = NumpyBackend()
+    >>> model = backend.load(find_model("conformance"), "bfloat16")
+    >>> backend.forward(model, np.array([[2, 5, 7]])).logits.shape
+    (1, 3, 61)
+    """
+
+    def capabilities(self) -> Capabilities:
+        """Everything."""
+        every = ("cos", "sin", "embedded", "layers.*", "norm", "raw_logits", "logits")
+        return Capabilities(
+            ("float64", "float32", "bfloat16", "float16"), tensors=every, cache=True, padding=True, positions=True
+        )
+
+    def load(self, folder: Path, dtype: str) -> Loaded:
+        """Read all weights into memory."""
+        checkpoint = open_checkpoint(folder)
+        return Loaded(folder, checkpoint.config, checkpoint.resident(dtype), dtype)
+
+    def forward(
+        self,
+        model: Loaded,
+        input_ids: npt.NDArray[np.int64],
+        attention_mask: npt.NDArray[np.int64] | None = None,
+        position_ids: npt.NDArray[np.int64] | None = None,
+        cache: Any = None,
+        tensors: Sequence[str] = ("logits",),
+    ) -> Output:
+        """`refgemma.model.forward`."""
+        run = forward(input_ids, model.weights, model.config, attention_mask, position_ids, cache)
+        found = {name: x for name, x in named_tensors(run) if any(fnmatchcase(name, wanted) for wanted in tensors)}
+        return Output(found, run.cache)
+
+    def operations(self) -> Mapping[str, Callable[..., Array]]:
+        """Those of `refgemma.ops`, as they are now."""
+        names = ("linear", "rms_norm", "rotary_tables", "rotate", "repeat_kv", "soft_cap", "attention_scores",
+                 "softmax", "gelu_tanh", "causal_mask", "sliding_mask")  # fmt: skip
+        return {name: getattr(ops, name) for name in names}
+
+    def sample(self, model: Loaded, input_ids: npt.NDArray[np.int64], count: int, seed: int) -> Array:
+        """Draws from the logits of the last token, as `generate` draws them."""
+        logits = wide(next_token_logits(input_ids, model.weights, model.config)[0][:, -1]).astype(np.float32)
+        return draw(np.repeat(logits, count, axis=0), 1, np.random.default_rng(seed))[:, 0]
+
+    def search(
+        self, model: Loaded, input_ids: npt.NDArray[np.int64], num_beams: int, new_tokens: int
+    ) -> tuple[Array, float]:
+        """Beam search over texts of `new_tokens`, none of which ends before."""
+        asked = {"num_beams": num_beams, "max_new_tokens": new_tokens, "output_scores": True, "length_penalty": 0.0}
+        call = settled(None, GenerationConfig(), asked | {"return_dict_in_generate": True})
+        found: Any = generate_batch(Prompts(input_ids), model.weights, model.config, call)
+        return found.sequences[0], float(found.sequences_scores[0])
+
+    def loss(self, model: Loaded, input_ids: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]) -> float:
+        """`refgemma.heads.causal_lm_loss` of a forward pass."""
+        return causal_lm_loss(forward(input_ids, model.weights, model.config).logits, labels)
+
+    def save(self, model: Loaded, folder: Path) -> None:
+        """As `save_pretrained` of the documented class does."""
+        Gemma2ForCausalLM.from_pretrained(model.folder, dtype=model.dtype).save_pretrained(folder)
+
+    def tokenizer(self, folder: Path) -> Tokenizer:
+        """The tokenizer of a folder."""
+        return Tokenizer.from_pretrained(folder)
+
+
+def backend_named(name: str) -> Any:
+    """The backend of a name like ``mypkg.adapter:Backend``: an instance, or a class, which is called without arguments.
+
+    Raises
+    ------
+    BackendError
+        If there is nothing of that name, or it lacks one of the three methods.
+
+    Examples
+    --------
+    >>> type(backend_named("refgemma.testing.backends:NumpyBackend")).__name__
+    'NumpyBackend'
+    """
+    module, _, attribute = name.partition(":")
+    if not module or not attribute:
+        raise BackendError(f"backend {name!r}: write it as package.module:Name")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except ImportError as error:
+        raise BackendError(f"backend {name!r}: {module} cannot be imported: {error}") from error
+    except AttributeError:
+        raise BackendError(f"backend {name!r}: {module} has no {attribute}") from None
+    backend = found() if isinstance(found, type) else found
+    if lacking := [method for method in ("capabilities", "load", "forward") if not hasattr(backend, method)]:
+        raise BackendError(f"backend {name!r}: lacks {', '.join(lacking)}; see refgemma.testing.backends.Backend")
+    return backend

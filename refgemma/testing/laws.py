@@ -1,0 +1,344 @@
+"""What a law is, how an example of it is checked, and how Hypothesis looks for one that breaks it. Checked from
+outside, through the plugin, in ``tests/test_testing_plugin.py``.
+
+How far apart two results may be that a law says are equal: rounding a sum of n products is like changing its weights by
+``gamma(n)`` relative to themselves (Higham 2002, section 3.1), of which independent roundings reach about ``sqrt(n) u``
+(Higham and Mary 2019, doi:10.1137/18M1226312). So the model is run once more with weights changed at random by a small
+known amount, and the change that this makes, brought down to the size of rounding, is the measure: a model that
+magnifies errors is allowed larger ones, and none other.
+"""
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from hypothesis.errors import Unsatisfiable
+from safetensors.numpy import save_file
+
+from refgemma.config import Gemma2Config
+from refgemma.precision import Array, Rounded, dtype_name
+from refgemma.testing.backends import Backend, Capabilities, Output, Unsupported
+from refgemma.testing.strategies import Scene
+
+Tensors = Mapping[str, Array]
+Exact = npt.NDArray[np.float64]
+
+ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+PRECISE_FIRST = ("float64", "float32", "float16", "bfloat16")
+# Of how many standard deviations of a random walk of roundings the two results may be apart.
+DEVIATIONS = 8
+# By how much weights are changed to see what a change does: far above float32's rounding, far below 1.
+PROBE = 2.0**-14
+
+# Examples that Hypothesis tries of each law. The deadline is off: a first call may compile.
+PROFILES: Mapping[str, settings] = {
+    "dev": settings(max_examples=8, deadline=None, database=None, suppress_health_check=list(HealthCheck)),
+    "ci": settings(max_examples=20, deadline=None, database=None, derandomize=True,
+                   suppress_health_check=list(HealthCheck)),
+    "deep": settings(max_examples=1000, deadline=None, database=None, suppress_health_check=list(HealthCheck)),
+}  # fmt: skip
+
+
+class NotApplicable(Exception):
+    """A law that cannot be asked of a backend; the message says what the backend lacks."""
+
+
+class LawBroken(AssertionError):
+    """A law that does not hold; `script` is a program that shows it."""
+
+    def __init__(self, message: str, script: str) -> None:
+        super().__init__(message)
+        self.script = script
+
+
+def exact(x: Any) -> Exact:
+    """Any array as ordinary float64 numbers."""
+    plain = x.view(np.ndarray) if isinstance(x, Rounded) else np.asarray(x)
+    return plain.astype(np.float64)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model loaded by the backend under test, and what it was made of."""
+
+    bench: "Bench"
+    config: Gemma2Config
+    tensors: Tensors
+    dtype: str
+    folder: Path
+    handle: Any
+
+    def run(self, ids: Any, wanted: Sequence[str] = ("logits",), mask: Any = None, positions: Any = None,
+            cache: Any = None) -> Output:  # fmt: skip
+        """One call of the backend."""
+        limit = self.bench.can.max_length
+        if limit is not None and np.shape(mask if mask is not None else ids)[1] > limit:
+            raise Unsupported(f"texts of more than {limit} tokens")
+        given_mask = None if mask is None else np.asarray(mask, np.int64)
+        output: Output = self.bench.backend.forward(
+            self.handle, np.asarray(ids, np.int64), given_mask, positions, cache, tuple(wanted)
+        )
+        return output
+
+    def logits(self, ids: Any, mask: Any = None, positions: Any = None) -> Exact:
+        """The final logits ``(batch, seq, vocab)`` in float64."""
+        return exact(self.run(ids, mask=mask, positions=positions).logits)
+
+    @cached_property
+    def probe(self) -> "Model":
+        """The model with each weight changed at random, by `PROBE` relative to itself."""
+        rng = np.random.default_rng(0)
+        changed = {
+            name: (x * (1 + PROBE * rng.standard_normal(x.shape))).astype(np.float32)
+            for name, x in self.tensors.items()
+        }
+        return self.bench.model(self.config, changed, self.dtype)
+
+    @property
+    def roundings(self) -> float:
+        """How many roundings in a row amount to, as a random walk, in units of the precision's roundoff."""
+        c = self.config
+        terms = c.hidden_size + c.intermediate_size + c.num_attention_heads * c.head_dim
+        return DEVIATIONS * float(np.sqrt(terms))
+
+
+class Bench:
+    """The backend under test and the models of one example, each in a folder of its own that is removed at the end."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend: Any = backend
+        self.can: Capabilities = backend.capabilities()
+        self._folder = tempfile.TemporaryDirectory(prefix="refgemma-", ignore_cleanup_errors=True)
+        self._models = 0
+        self._overflows = np.errstate(all="ignore")  # numbers too large for float16 are for the laws to judge
+
+    def __enter__(self) -> "Bench":
+        """Give the bench itself."""
+        self._overflows.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Remove the folders."""
+        self._overflows.__exit__(kind, error, trace)
+        self._folder.cleanup()
+
+    @property
+    def dtype(self) -> str:
+        """The most precise format of the backend, in which laws are checked that hold in any."""
+        return next(dtype for dtype in PRECISE_FIRST if dtype in self.can.dtypes)
+
+    def new_folder(self) -> Path:
+        """An empty folder."""
+        self._models += 1
+        folder = Path(self._folder.name) / str(self._models)
+        folder.mkdir()
+        return folder
+
+    def model(self, config: Gemma2Config, tensors: Tensors, dtype: str = "") -> Model:
+        """Write a Hugging Face folder and have the backend load it."""
+        folder = self.new_folder()
+        config.save_pretrained(folder)
+        save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, folder / "model.safetensors",
+                  metadata={"format": "pt"})  # fmt: skip
+        return Model(self, config, tensors, dtype or self.dtype, folder, self.backend.load(folder, dtype or self.dtype))
+
+    def scene(self, scene: Scene, changed: Tensors | None = None, dtype: str = "") -> Model:
+        """The model of a scene, with some tensors `changed`."""
+        return self.model(scene.config, scene.tensors | dict(changed or {}), dtype)
+
+    def allowed(self, model: Model, ask: Callable[[Model], Any], angle: float = 0.0) -> float:
+        """How far two roundings of what is asked of the model may be apart."""
+        value, changed = exact(ask(model)), exact(ask(model.probe))
+        response = float(np.max(np.abs(changed - value), initial=0.0)) / PROBE
+        largest = float(np.max(np.abs(value), initial=0.0))
+        return (model.roundings * ROUNDOFF[model.dtype] + DEVIATIONS * angle) * (response + largest)
+
+    def same(self, model: Model, ask: Callable[[Model], Any], other: Any, says: str, angle: float = 0.0) -> None:
+        """Require that what is asked of the model is `other`, up to rounding.
+
+        Parameters
+        ----------
+        ask : callable
+            From a model to an array.
+        other : array
+            What the law says that it has to be.
+        says : str
+            What has to be equal, for the message.
+        angle : float
+            By how much rotary angles, which are float32 in every precision, may be rounded differently: turning a query
+            by a small angle is like changing it by that much.
+        """
+        value, expected = exact(ask(model)), exact(other)
+        require(value.shape == expected.shape, f"{says}: the shapes are {value.shape} and {expected.shape}")
+        both = (value == expected) | (np.isnan(value) & np.isnan(expected))
+        apart = np.where(both, 0.0, np.abs(value - expected))
+        if not np.any(apart):
+            return
+        limit = self.allowed(model, ask, angle)
+        worst = np.unravel_index(np.argmax(np.where(np.isnan(apart), np.inf, apart)), apart.shape)
+        require(
+            bool(apart[worst] <= limit),
+            f"{says}: at {list(map(int, worst))} it is {value[worst]:.9g} and {expected[worst]:.9g}, apart by "
+            f"{apart[worst]:.3g}; rounding to {model.dtype} explains {limit:.3g}",
+        )
+
+    def same_logits(self, scene: Scene, other: Any, says: str, angle: float = 0.0) -> None:
+        """Require that the logits of a scene are `other`; see `same`."""
+        self.same(self.scene(scene), lambda model: model.logits(scene.ids), other, says, angle)
+
+    def different(self, model: Model, ask: Callable[[Model], Any], other: Any, says: str) -> None:
+        """Require that what is asked of the model is not `other`, by more than rounding."""
+        apart = float(np.max(np.abs(exact(ask(model)) - exact(other)), initial=0.0))
+        limit = self.allowed(model, ask)
+        require(apart > limit, f"{says}: the largest change is {apart:.3g}, no more than rounding ({limit:.3g})")
+
+
+def require(holds: bool, says: str) -> None:
+    """Raise an AssertionError that says what is wrong; also under ``python -O``, unlike the statement."""
+    if not holds:
+        raise AssertionError(says)
+
+
+def lacking(backend: Any, needs: Sequence[str]) -> str:
+    """What the first of `needs` is that a backend does not have, in words; empty if it has them all.
+
+    A need is ``cache``, ``padding`` or ``positions``, ``dtype:float64``, ``tensor:layers.0.out``, or the name of an
+    optional method.
+    """
+    can = backend.capabilities()
+    for need in needs:
+        kind, _, name = need.partition(":")
+        if kind == "dtype" and name not in can.dtypes:
+            return f"it does not compute in {name} throughout"
+        if kind == "tensor" and not can.shows(name):
+            return f"it does not show the tensor {name}"
+        if need in ("cache", "padding", "positions") and not getattr(can, need):
+            return f"its forward takes no {need}"
+        if not name and need not in ("cache", "padding", "positions") and not hasattr(backend, need):
+            return f"it has no method {need}"
+    return ""
+
+
+@dataclass(frozen=True)
+class Law:
+    """One law: `check` of one example, and the strategy that makes examples.
+
+    Call it with a backend to look for an example that breaks it; with a backend and an example to check that one.
+    """
+
+    name: str
+    says: str
+    check: Callable[..., None]
+    examples: st.SearchStrategy[Mapping[str, Any]]
+    needs: tuple[str, ...]
+
+    def __call__(self, backend: Any, profile: str = "ci", **example: Any) -> None:
+        """Check the law.
+
+        Raises
+        ------
+        NotApplicable
+            If the backend cannot be asked.
+        LawBroken
+            If the law does not hold, with a script that shows it.
+        """
+        if fault := lacking(backend, self.needs):
+            raise NotApplicable(fault)
+        if example:
+            with Bench(backend) as bench:
+                self.check(bench, **example)
+            return
+        self._search(backend, PROFILES[profile])
+
+    def _search(self, backend: Any, profile: settings) -> None:
+        refusals: list[str] = []
+        broken: list[tuple[Mapping[str, Any], Exception]] = []
+        checked: list[int] = []
+
+        @profile
+        @given(self.examples)
+        def holds(example: Mapping[str, Any]) -> None:
+            try:
+                with Bench(backend) as bench:
+                    self.check(bench, **example)
+                checked.append(1)
+            except Unsupported as refusal:
+                refusals.append(str(refusal))
+                assume(False)
+            except Exception as error:  # whatever an implementation may raise
+                broken.append((example, error))  # the last one is the simplest that Hypothesis found
+                raise
+
+        try:
+            holds()
+        except Unsatisfiable:
+            pass  # every example was refused
+        except Exception as error:
+            if not broken:
+                raise
+            example, cause = broken[-1]
+            raise LawBroken(f"{self.name}: {_message(cause)}", script(self.name, backend, example)) from error
+        if not checked:
+            raise NotApplicable(refusals[0] if refusals else "no example could be made for it")
+
+
+def _message(cause: Exception) -> str:
+    return str(cause) if isinstance(cause, AssertionError) else f"the backend raised {cause!r}"
+
+
+def law(
+    examples: st.SearchStrategy[Mapping[str, Any]], needs: Sequence[str] = ()
+) -> Callable[[Callable[..., None]], Law]:
+    """Make a `Law` of a function from a `Bench` and an example; its docstring says the law."""
+
+    def made(check: Callable[..., None]) -> Law:
+        says = " ".join((check.__doc__ or "").split("\n\n")[0].split())
+        return Law(check.__name__, says, check, examples, tuple(needs))
+
+    return made
+
+
+# --- scripts ----------------------------------------------------------------------------------------------------------
+
+
+def written_value(value: Any) -> str:
+    """A value of an example as Python text; arrays by their bits, so that nothing is lost."""
+    if isinstance(value, np.ndarray) and value.dtype.kind == "f" and value.ndim == 1:
+        dtype = dtype_name(value)
+        bits = exact(value).astype(np.float32).view(np.uint32) >> 16 if dtype == "bfloat16" else None
+        if bits is None:
+            stored = exact(value).astype(dtype)
+            bits = stored.view(f"u{stored.dtype.itemsize}")
+        return f"from_bits({bits.tolist()}, {dtype!r})"
+    if isinstance(value, np.ndarray):
+        return f"np.array({value.tolist()!r})"
+    return repr(value)
+
+
+def backend_text(backend: Any) -> str:
+    """The name under which `backend_named` finds a backend again."""
+    return str(getattr(backend, "__backend_name__", f"{type(backend).__module__}:{type(backend).__qualname__}"))
+
+
+def script(name: str, backend: Any, example: Mapping[str, Any]) -> str:
+    """A program without pytest that checks one example of a law."""
+    arguments = "".join(f",\n    {key}={written_value(value)}" for key, value in example.items())
+    return (
+        f'"""Breaks the law {name}. Run with Python where refgemma[test] and the backend are installed."""\n\n'
+        "import numpy as np\n\n"
+        "from refgemma.config import Gemma2Config\n"
+        "from refgemma.testing import properties\n"
+        "from refgemma.testing.backends import backend_named\n"
+        "from refgemma.testing.strategies import Scene, from_bits\n\n"
+        f"properties.{name}(\n    backend_named({backend_text(backend)!r}){arguments},\n)\n"
+    )

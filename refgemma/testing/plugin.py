@@ -1,0 +1,158 @@
+"""``pytest --pyargs refgemma.testing --backend package.module:Name``: every law and recording against any backend.
+Checked with pytester: failures, what is not applicable, known failures, stale ones, reproducing scripts.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from refgemma.testing.backends import BackendError, backend_named
+from refgemma.testing.laws import PROFILES, LawBroken, backend_text
+
+OURS = "refgemma.testing.backends:NumpyBackend"
+NOT_APPLICABLE = "not applicable: "
+BACKEND = pytest.StashKey[Any]()
+KNOWN = pytest.StashKey["KnownFailures"]()
+
+
+def add_options(parser: pytest.Parser) -> None:
+    """Add the three options."""
+    group = parser.getgroup("refgemma", "refgemma: test an implementation of Gemma 2")
+    group.addoption("--backend", default=OURS, help="package.module:Name of the implementation (default: refgemma's)")
+    group.addoption(
+        "--profile", choices=sorted(PROFILES), default="ci",
+        help="how many examples of each law: dev 8, ci 20 (always the same ones), deep 1000",
+    )  # fmt: skip
+    group.addoption(
+        "--skips", type=Path, default=None, metavar="FILE",
+        help="known failures, one a line: the name of a law or recording, a colon, the reason; # begins a comment",
+    )  # fmt: skip
+
+
+@dataclass
+class KnownFailures:
+    """The file of known failures: reasons by name, and what became of each."""
+
+    file: str = ""
+    reasons: dict[str, str] = field(default_factory=dict)
+    failed: set[str] = field(default_factory=set)
+    passed: set[str] = field(default_factory=set)
+    collected: set[str] = field(default_factory=set)
+
+    def stale(self) -> Iterator[str]:
+        """A sentence for each entry that is no failure any more."""
+        for name in self.reasons:
+            if name not in self.collected:
+                yield f"{self.file}: {name} is the name of no law or recording"
+            elif name in self.passed:
+                yield f"{self.file}: {name} passes now; take its line out"
+            elif name not in self.failed:
+                yield f"{self.file}: {name} is not applicable; take its line out"
+
+
+def read_known_failures(path: Path) -> KnownFailures:
+    """Read a file of known failures.
+
+    Raises
+    ------
+    BackendError
+        If it cannot be read, or a line has no reason or comes twice.
+    """
+    found = KnownFailures(str(path))
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BackendError(f"{path}: cannot be read: {error}") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        name, _, reason = (part.strip() for part in line.partition(":"))
+        if not name or not reason:
+            raise BackendError(f"{path}, line {number}: write the name of a law, a colon, and the reason why it fails")
+        if name in found.reasons:
+            raise BackendError(f"{path}, line {number}: {name} stands there twice")
+        found.reasons[name] = reason
+    return found
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Find the backend and read the known failures, before anything runs."""
+    name = config.getoption("backend")
+    config.addinivalue_line("markers", "law(name): the law or recording that a test checks")
+    try:
+        backend = backend_named(name)
+        backend.capabilities()
+        skips = config.getoption("skips")
+        known = read_known_failures(skips) if skips else KnownFailures()
+    except BackendError as error:
+        raise pytest.UsageError(str(error)) from error
+    if not hasattr(backend, "__backend_name__"):
+        backend.__backend_name__ = name  # for the reproducing scripts
+    config.stash[BACKEND], config.stash[KNOWN] = backend, known
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    """Say what is tested."""
+    can = config.stash[BACKEND].capabilities()
+    extent = f"{', '.join(can.dtypes)}; cache: {can.cache}, padding: {can.padding}, positions: {can.positions}"
+    return f"refgemma: testing {backend_text(config.stash[BACKEND])} ({extent}), profile {config.getoption('profile')}"
+
+
+def _name(item: pytest.Item) -> str:
+    """The law or recording that a test is about."""
+    marker = item.get_closest_marker("law")
+    return str(marker.args[0]) if marker else ""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Expect the known failures to fail."""
+    known = config.stash[KNOWN]
+    for item in items:
+        known.collected.add(_name(item))
+        if reason := known.reasons.get(_name(item)):
+            item.add_marker(pytest.mark.xfail(reason=reason, strict=False))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    """Add the reproducing script to a failure, and note what became of known ones."""
+    report: pytest.TestReport = yield
+    if call.when == "call":
+        error = call.excinfo.value if call.excinfo else None
+        if isinstance(error, LawBroken):
+            report.sections.append(("this program shows it", error.script))
+            if not report.skipped:
+                report.longrepr = str(error)  # the way through Hypothesis to it says nothing
+        known = item.config.stash[KNOWN]
+        if report.passed:
+            known.passed.add(_name(item))
+        elif report.failed or hasattr(report, "wasxfail"):
+            known.failed.add(_name(item))
+    return report
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
+    """Count what is not applicable by itself, apart from passed and skipped."""
+    if report.skipped and not hasattr(report, "wasxfail") and NOT_APPLICABLE in str(report.longrepr):
+        return "not applicable", "n", "NOT APPLICABLE"
+    return None
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """List what was not applicable, and known failures that are none."""
+    found: dict[str, list[str]] = {}
+    for report in terminalreporter.stats.get("not applicable", []):
+        reason = str(report.longrepr[2]).partition(NOT_APPLICABLE)[2]
+        found.setdefault(reason, []).append(report.nodeid.partition("[")[2].rstrip("]"))
+    if found:
+        terminalreporter.section("not applicable to this backend")
+    for reason, names in found.items():
+        terminalreporter.line(f"{reason}: {', '.join(names)}")
+    if stale := list(config.stash[KNOWN].stale()):
+        terminalreporter.section("known failures that are none")
+    for sentence in stale:
+        terminalreporter.line(f"warning: {sentence}", yellow=True)

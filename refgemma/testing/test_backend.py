@@ -1,0 +1,45 @@
+"""What ``pytest --pyargs refgemma.testing`` collects: a test for each law and each recording, against the backend asked
+for; in refgemma's own test run, against refgemma."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from refgemma.testing.backends import backend_named
+from refgemma.testing.goldens import check_golden, golden_names
+from refgemma.testing.laws import NotApplicable
+from refgemma.testing.plugin import BACKEND, NOT_APPLICABLE, OURS
+from refgemma.testing.properties import LAWS
+
+
+@pytest.fixture(scope="session")
+def backend(pytestconfig: pytest.Config) -> Any:
+    """The implementation under test."""
+    return pytestconfig.stash.get(BACKEND, None) or backend_named(OURS)
+
+
+@pytest.fixture(scope="session")
+def profile(pytestconfig: pytest.Config) -> str:
+    """How many examples are tried."""
+    return str(pytestconfig.getoption("profile", "ci"))
+
+
+def applied(check: Callable[..., None], *arguments: Any) -> None:
+    """Run a check; what is not applicable is skipped, and counted apart by the plugin."""
+    try:
+        check(*arguments)
+    except NotApplicable as reason:
+        pytest.skip(f"{NOT_APPLICABLE}{reason}")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.law(name)) for name in LAWS])
+def test_law(backend: Any, profile: str, name: str) -> None:
+    """A law holds."""
+    applied(LAWS[name], backend, profile)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.law(name)) for name in golden_names()])
+def test_golden(backend: Any, name: str) -> None:
+    """A recording of PyTorch is met."""
+    applied(check_golden, backend, name)

@@ -1,0 +1,167 @@
+"""The plugin seen from outside: pytest is started as an author of another implementation starts it."""
+
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+pytest_plugins = ["pytester"]
+
+# An adapter as small as one can be: three methods, logits in float32, nothing else. Two others are wrong on purpose.
+ADAPTERS = """
+import dataclasses
+import numpy as np
+from refgemma.testing.backends import Capabilities, NumpyBackend, Output, Unsupported
+
+class Small:
+    def __init__(self):
+        self._numpy = NumpyBackend()
+    def capabilities(self):
+        return Capabilities(dtypes=("float32",))
+    def load(self, folder, dtype):
+        return self._numpy.load(folder, dtype)
+    def forward(self, model, input_ids, attention_mask=None, position_ids=None, cache=None, tensors=("logits",)):
+        return self._numpy.forward(model, input_ids)
+
+class Uncapped(Small):
+    def load(self, folder, dtype):
+        model = super().load(folder, dtype)
+        return dataclasses.replace(model, config=dataclasses.replace(model.config, attn_logit_softcapping=None))
+
+class Tied(Small):
+    def load(self, folder, dtype):
+        model = super().load(folder, dtype)
+        if not model.config.tie_word_embeddings or model.config.attention_bias:
+            raise Unsupported("only what Gemma 2 has")
+        return model
+
+class Crashing(Small):
+    def forward(self, *arguments, **named):
+        raise RuntimeError("out of cheese")
+"""
+
+
+@pytest.fixture
+def run(pytester: pytest.Pytester):
+    """Run the laws against a backend of `ADAPTERS`."""
+    pytester.makepyfile(adapters=ADAPTERS)
+    pytester.syspathinsert()
+
+    def started(backend: str, *arguments: str) -> pytest.RunResult:
+        return pytester.runpytest_subprocess(
+            "--pyargs", "refgemma.testing", "--profile", "dev", "--backend", f"adapters:{backend}", *arguments,
+            "-p", "no:cacheprovider",
+        )  # fmt: skip
+
+    return started
+
+
+def test_what_a_backend_cannot_do_is_not_applicable_and_not_passed(run) -> None:
+    names = "causality or chunks_change_nothing or float32_is_near_float64 or a_text_comes_back or no-caps-forward"
+    result = run("Small", "-k", names)
+    result.stdout.fnmatch_lines(
+        [
+            "refgemma: testing adapters:Small (float32; cache: False, padding: False, positions: False), profile dev",
+            "its forward takes no cache: chunks_change_nothing",
+            "it does not compute in float64 throughout: float32_is_near_float64",
+            "it has no method tokenizer: a_text_comes_back",
+            "it does not compute in bfloat16 throughout: no-caps-forward-bf16",
+            "*2 passed*4 not applicable*",
+        ]
+    )
+
+
+def test_a_model_that_a_backend_refuses_is_not_applicable(run) -> None:
+    result = run("Tied", "-k", "an_untied_head_is_used or untied-with-biases-forward-f32 or causality")
+    result.stdout.fnmatch_lines(["only what Gemma 2 has: *", "*1 passed*2 not applicable*"])
+
+
+def test_a_failure_prints_a_program_that_shows_it(run, pytester: pytest.Pytester) -> None:
+    result = run("Uncapped", "-k", "vanishing_attention_cap or bends-forward-f32")
+    result.assert_outcomes(failed=2)
+    result.stdout.fnmatch_lines(["*logits with an attention cap of 1e-20, and with other query projections: at *",
+                                 "*bends-forward-f32: 1 of 1 tensors differ, first calls.0.logits: *"])  # fmt: skip
+    text = result.stdout.str()
+    begin = text.index('"""Breaks the law a_vanishing')
+    program = text[begin : text.index("\n)\n", begin) + 3]
+    path = pytester.makepyfile(reproduce=program)
+    shown = subprocess.run([sys.executable, path], capture_output=True, text=True, check=False, cwd=pytester.path)
+    assert shown.returncode == 1
+    assert "logits with an attention cap of 1e-20" in shown.stderr
+    # With the mistake mended, the same program has nothing to show.
+    mended = program.replace("adapters:Uncapped", "adapters:Small")
+    path = pytester.makepyfile(reproduce=mended)
+    assert subprocess.run([sys.executable, path], check=False, cwd=pytester.path).returncode == 0
+
+
+def test_a_backend_that_crashes_breaks_the_law(run) -> None:
+    result = run("Crashing", "-k", "causality or greedy")
+    result.assert_outcomes(failed=2)
+    result.stdout.fnmatch_lines(["*causality: the backend raised RuntimeError('out of cheese')*"])
+
+
+def test_known_failures_are_expected_and_stale_ones_reported(run, pytester: pytest.Pytester) -> None:
+    skips = pytester.makefile(
+        ".txt",
+        skips="# of an early version\na_vanishing_attention_cap_makes_all_keys_alike: there is no cap yet\n\n"
+        "causality: mended long ago\nchunks_change_nothing: no cache yet\nspelt_wrongly: nothing has this name\n",
+    )
+    result = run("Uncapped", "--skips", str(skips), "-k", "vanishing_attention_cap or causality or chunks_change")
+    assert result.ret == 0
+    result.stdout.fnmatch_lines(
+        [
+            "warning: *skips.txt: causality passes now; take its line out",
+            "warning: *skips.txt: chunks_change_nothing is not applicable; take its line out",
+            "warning: *skips.txt: spelt_wrongly is the name of no law or recording",
+            "*1 xfailed, 1 xpassed*",
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("causality\n", "*skips.txt, line 1: write the name of a law, a colon, and the reason why it fails"),
+        ("causality:\n", "*skips.txt, line 1: write the name of a law, a colon, and the reason why it fails"),
+        ("causality: a\ncausality: b\n", "*skips.txt, line 2: causality stands there twice"),
+    ],
+)
+def test_a_known_failure_needs_a_reason(run, pytester: pytest.Pytester, text: str, message: str) -> None:
+    skips = pytester.makefile(".txt", skips=text)
+    result = run("Small", "--skips", str(skips))
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([message])
+
+
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        ("Missing", "*adapters has no Missing"),
+        ("ADAPTERS.x", "*adapters has no ADAPTERS.x"),
+        ("np", "*lacks capabilities, forward*"),
+    ],
+)
+def test_a_backend_that_is_none_is_a_usage_error(run, backend: str, message: str) -> None:
+    result = run(backend)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([message])
+
+
+def test_junit_says_what_was_not_applicable(run, pytester: pytest.Pytester) -> None:
+    run("Small", "-k", "causality or chunks_change_nothing", "--junit-xml=report.xml")
+    cases = ElementTree.parse(pytester.path / "report.xml").iter("testcase")
+    skipped = {case.get("name"): case.find("skipped") for case in cases}
+    assert skipped["test_law[causality]"] is None
+    assert "not applicable" in skipped["test_law[chunks_change_nothing]"].get("message")
+
+
+def test_other_peoples_pytest_has_no_such_options(pytester: pytest.Pytester) -> None:
+    pytester.makeconftest("def pytest_addoption(parser): parser.addoption('--backend', default='theirs')")
+    pytester.makepyfile(
+        "import sys\n"
+        "def test_it(pytestconfig):\n"
+        "    assert pytestconfig.getoption('backend') == 'theirs'\n"
+        "    assert 'refgemma' not in sys.modules\n"
+    )
+    pytester.runpytest_subprocess().assert_outcomes(passed=1)
