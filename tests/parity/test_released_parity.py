@@ -18,9 +18,13 @@ def published_by_transformers(ids: list[int]) -> tuple[list[float], list[dict[st
     """Norms of the residual stream, and a table of each layer through the next norm; the last is the model's own."""
     model = Gemma2ForCausalLM.from_pretrained(find_model("tiny"), dtype=torch.float32, attn_implementation="eager")
     streams: list[torch.Tensor] = []
+
+    def keep(_: Any, inputs: tuple[torch.Tensor]) -> None:
+        streams.append(inputs[0].reshape(-1, inputs[0].shape[-1])[-1])
+
     for layer in model.model.layers:
-        layer.input_layernorm.register_forward_pre_hook(lambda _, args: streams.append(args[0].reshape(-1, args[0].shape[-1])[-1]))
-    model.model.norm.register_forward_pre_hook(lambda _, args: streams.append(args[0].reshape(-1, args[0].shape[-1])[-1]))
+        layer.input_layernorm.register_forward_pre_hook(keep)
+    model.model.norm.register_forward_pre_hook(keep)
     with torch.no_grad():
         logits = model(torch.tensor([ids])).logits[0, -1]
         norms = [*(layer.input_layernorm for layer in model.model.layers), model.model.norm]
