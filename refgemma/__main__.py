@@ -24,6 +24,7 @@ from refgemma.config import ConfigError, Gemma2Config
 from refgemma.generation import Prompts, continued, generate_batch, sampling
 from refgemma.hub import ModelNameError, find_model
 from refgemma.inputs import InputError
+from refgemma.oracle import commands as oracle
 from refgemma.oracle.full_size import (
     full_result,
     is_full_size,
@@ -172,6 +173,8 @@ def parser() -> Parser:
     command = add("info", "print a model's configuration, size and tensors")
     command.add_argument("model", nargs="?", default="tiny", metavar="MODEL", help=f"{MODEL_HELP} (default: tiny)")
     add_hub(command)
+
+    oracle.add_commands(add)
     return top
 
 
@@ -547,6 +550,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "convert": run_convert,
         "synth": run_synth,
         "perplexity": run_perplexity,
+        **oracle.RUN,
     }[args.command]
     try:
         with short_warnings():
