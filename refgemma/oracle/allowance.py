@@ -114,9 +114,7 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Allowance:
 def matmul(a: Array, b: Array) -> Allowance:
     """Sums of products, batched."""
     left, right = _f64(a), _f64(b)
-    return allowance(
-        bounds.matmul(a, b), _sum_spread(left.shape[-1], (left * left) @ (right * right), left @ right)
-    )
+    return allowance(bounds.matmul(a, b), _sum_spread(left.shape[-1], (left * left) @ (right * right), left @ right))
 
 
 def attention_scores(q: Array, k: Array, scale: float) -> Allowance:

@@ -128,7 +128,7 @@ def read_file(path: str | Path) -> tuple[dict[str, str], dict[str, str], dict[st
         raise InputError(f"{path}: there is no such file")
     try:
         with safe_open(path, framework="np") as file:
-            dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+            dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}
             foreign = sorted(name for name, dtype in dtypes.items() if dtype[0] == "F" and dtype not in STORED)
             if foreign:
                 raise InputError(
@@ -175,8 +175,10 @@ def load_candidate(path: str | Path, config: Gemma2Config, dtype: str | None = N
     floats = {name: x for name, x in named.items() if is_known(name, config)}
     refused = {}
     batch, seq = call.input_ids.shape
-    for name, x in floats.items():
+    for name, x in list(floats.items()):
         wanted = shape_of(name, config, batch, seq)
+        if name in ("cos", "sin") and x.shape == (1, *wanted[1:]):
+            x = floats[name] = np.broadcast_to(x, wanted)  # one table for all rows
         if dtypes.get(name, "F")[0] not in "FB" or x.dtype.kind not in "fV" or x.dtype == bool:
             refused[name] = f"holds {x.dtype}, not floating-point numbers"
         elif x.shape != wanted:

@@ -28,7 +28,9 @@ def add_commands(add: Callable[[str, str], Any]) -> None:
     command = add("check", "say which tensor of another implementation is wrong first, and which known mistake it is")
     command.epilog = CODES
     command.add_argument("candidate", metavar="CANDIDATE", help="the safetensors file that it wrote")
-    command.add_argument("--model", default="tiny", metavar="MODEL", help="tiny, conformance or a folder (default: tiny)")
+    command.add_argument(
+        "--model", default="tiny", metavar="MODEL", help="tiny, conformance or a folder (default: tiny)"
+    )
     command.add_argument("--dtype", choices=DTYPES, help="what it stores tensors in, if its file does not say so")
     command.add_argument("--allow", type=float, default=1.0, metavar="X",
                          help="multiply what rounding may do by X; every report says so")  # fmt: skip

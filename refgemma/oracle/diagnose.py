@@ -110,7 +110,9 @@ class Check:
 
     def __init__(self, candidate: Candidate, weights: Weights, config: Gemma2Config, override: float = 1.0) -> None:
         if config.hidden_activation != "gelu_pytorch_tanh":
-            raise InputError(f"hidden_activation is {config.hidden_activation!r}: bounds are derived for Gemma 2's only")
+            raise InputError(
+                f"hidden_activation is {config.hidden_activation!r}: bounds are derived for Gemma 2's only"
+            )
         self.candidate, self.config, self.override = candidate, config, override
         arithmetic = Arithmetic(candidate.dtype)
         self.context = Context(config, doubled(weights), candidate.call, arithmetic)

@@ -129,7 +129,9 @@ def text(report: Report, model: str) -> str:
         "",
     ]
     if report.findings:
-        lines.append(f"{'tensor':28s} {'verdict':8s}{'layers':>9s} {'error/bound':>11s} {'rms/sigma':>10s} {'exact':>7s}")
+        lines.append(
+            f"{'tensor':28s} {'verdict':8s}{'layers':>9s} {'error/bound':>11s} {'rms/sigma':>10s} {'exact':>7s}"
+        )
         room = LINES - len(lines) - 7
         for finding in report.findings[: max(1, room)]:
             named = "" if finding is report.findings[0] else f"  {finding.named}"
@@ -243,7 +245,11 @@ def markdown(report: Report, model: str) -> str:
         f"{number(f.worst.judged.statistics.worst)} | {number(f.worst.judged.statistics.rms)} | {f.named} |"
         for f in report.findings
     ]
-    table = ["| tensor | verdict | layers | error/bound | rms/sigma | explained by |", "|---|---|---|---|---|---|", *rows]
+    table = [
+        "| tensor | verdict | layers | error/bound | rms/sigma | explained by |",
+        "|---|---|---|---|---|---|",
+        *rows,
+    ]
     counts = Counter(i.judged.verdict for i in report.instances)
     return "\n".join([
         f"### refgemma check against {model}: {report.verdict}", "", "```text", head, "```", "",

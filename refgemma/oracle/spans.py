@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from refgemma.oracle.candidate import Candidate
-from refgemma.oracle.graph import Operation, field_of, layer_of, window_mask
-from refgemma.oracle.graph import Context
+from refgemma.oracle.graph import Context, Operation, field_of, layer_of, window_mask
 from refgemma.precision import Array
 
 DRAWS = 16
@@ -65,7 +64,7 @@ def where_compared(name: str, context: Context) -> Array:
     if kind in ("attention.scores", "attention.capped"):
         assert layer is not None
         return window_mask(context, layer) & visible[:, None, :, None]
-    if kind in ("cos", "sin") or kind.startswith("attention.") and kind not in ("attention.mixed", "attention.out"):
+    if kind in ("cos", "sin") or (kind.startswith("attention.") and kind not in ("attention.mixed", "attention.out")):
         return visible[:, None, :, None]
     return visible[:, :, None]
 

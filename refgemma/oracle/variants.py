@@ -427,7 +427,9 @@ def angles_in_tf32(positions: Array, head_dim: int, theta: float) -> Array:
 def _tf32(x: Array) -> Array:
     """Rounded to 10 bits after the leading one, as tensor cores read float32."""
     bits = np.asarray(x, np.float32).view(np.uint32)
-    kept = ((bits + np.uint32(0x0FFF) + ((bits >> np.uint32(13)) & np.uint32(1))) & np.uint32(0xFFFFE000)).astype(np.uint32)
+    kept = ((bits + np.uint32(0x0FFF) + ((bits >> np.uint32(13)) & np.uint32(1))) & np.uint32(0xFFFFE000)).astype(
+        np.uint32
+    )
     return kept.view(np.float32).astype(np.float64)
 
 

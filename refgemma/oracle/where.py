@@ -72,7 +72,9 @@ def distances(wrong: Array, window: int) -> str:
     low, high = int(apart.min()), int(apart.max())
     if high < 0:
         return "only keys after their query"
-    beyond = "; keys beyond the window" if low >= window else "; first at the window's edge" if low == window - 1 else ""
+    beyond = (
+        "; keys beyond the window" if low >= window else "; first at the window's edge" if low == window - 1 else ""
+    )
     return f"keys {low} to {high} before their query{beyond}"
 
 
