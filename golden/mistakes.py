@@ -133,6 +133,17 @@ def norms_by(function: Callable[[Any, Tensor], Tensor]) -> Make:
     return lambda model, prompt, put: put(modeling.Gemma2RMSNorm, "forward", function)
 
 
+def of_norms(name: str, value: float) -> Make:
+    """Another number in every norm."""
+
+    def make(model: Gemma2ForCausalLM, prompt: Prompt, put: Put) -> None:
+        for module in model.modules():
+            if isinstance(module, modeling.Gemma2RMSNorm):
+                put(module, name, value)
+
+    return make
+
+
 def normed(self: Any, x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
 
@@ -308,7 +319,7 @@ def from_one(config: Any, prompt: Prompt) -> np.ndarray:
 
 
 def pads_not_counted(config: Any, prompt: Prompt) -> np.ndarray:
-    return np.maximum(prompt.attention_mask.cumsum(1) - 1, 0)
+    return np.asarray(np.maximum(prompt.attention_mask.cumsum(1) - 1, 0))
 
 
 def restarted(config: Any, prompt: Prompt) -> np.ndarray:
@@ -320,17 +331,18 @@ def stopped_at_window(config: Any, prompt: Prompt) -> np.ndarray:
     for n in prompt.calls:
         parts.append(min(done, config.sliding_window - 1) + np.arange(n))
         done += n
-    return np.concatenate(parts)[None]
+    return np.asarray(np.concatenate(parts)[None])
 
 
 def masked_by(rule: Callable[..., Tensor]) -> Make:
-    """Another mask. `rule` gets the places of queries and keys, whether the layer slides, its number, the window and the
-    length of the call's part, and says what may be seen; padding stays hidden."""
+    """Another mask. `rule` gets the places of queries and keys, whether the layer slides, its number, the window and
+    how many queries there are, and says what may be seen; padding stays hidden."""
 
     def make(model: Gemma2ForCausalLM, prompt: Prompt, put: Put) -> None:
-        window, total, done = model.config.sliding_window, prompt.input_ids.shape[1], {}
+        window = model.config.sliding_window
+        done: dict[int, int] = {}  # tokens of the calls so far, by layer
         visible = torch.as_tensor(prompt.attention_mask).bool()
-        kinds, types = model.config.layer_types, model.config
+        kinds = model.config.layer_types
 
         def mask_of(module: Any, queries: int, keys: int, mask: Tensor) -> Tensor:
             number = module.layer_idx
@@ -339,7 +351,6 @@ def masked_by(rule: Callable[..., Tensor]) -> Make:
             # The cache of a layer that slides no longer has the first keys; eager attention is given those it has.
             k = torch.arange(end - keys, end)[None, :]
             seen = rule(q, k, kinds[number] == "sliding_attention", number, window, queries)
-            assert end <= total and types is model.config
             hidden = visible if getattr(rule, "hides_padding", True) else torch.ones_like(visible)
             return seen & hidden[:, None, None, end - keys : end]
 
@@ -424,15 +435,15 @@ MAKE: dict[str, Make] = {
     "scale-hidden-over-heads": of_attention("scaling", lambda c: (c.hidden_size / c.num_attention_heads) ** -0.5),
     "scale-missing": of_attention("scaling", lambda c: 1.0),
     "q-prescale-order": attends(score=lambda q, k, scale: torch.matmul(q * scale, k.transpose(2, 3))),
-    "kv-cache-in-bf16": attends(score=lambda q, k, scale: torch.matmul(q, k.to(HALF).to(q.dtype).transpose(2, 3)) * scale),
+    "kv-cache-in-bf16": attends(
+        score=lambda q, k, scale: torch.matmul(q, k.to(HALF).to(q.dtype).transpose(2, 3)) * scale),
     "gqa-tile": lambda model, prompt, put: put(modeling, "repeat_kv", lambda x, n: x.repeat(1, n, 1, 1)),
     "norm-without-one": norms_by(lambda self, x: (normed(self, x.float()) * self.weight.float()).type_as(x)),
     "norm-two-plus": norms_by(lambda self, x: (normed(self, x.float()) * (2.0 + self.weight.float())).type_as(x)),
     "final-norm-without-one": lambda model, prompt, put: put(
         model.model.norm, "forward",
         lambda x: (normed(model.model.norm, x.float()) * model.model.norm.weight.float()).type_as(x)),
-    "norm-eps-1e-5": lambda model, prompt, put: [
-        put(module, "eps", 1e-5) for module in model.modules() if isinstance(module, modeling.Gemma2RMSNorm)],
+    "norm-eps-1e-5": of_norms("eps", 1e-5),
     "norm-eps-outside-root": norms_by(
         lambda self, x: (x.float() / (x.float().pow(2).mean(-1, keepdim=True).sqrt() + self.eps)
                          * (1.0 + self.weight.float())).type_as(x)),

@@ -65,8 +65,8 @@ def find_model(
     Parameters
     ----------
     name : str or path
-        ``"tiny"``, the trained model in this package; ``"conformance"``, the small one with random weights in which known
-        mistakes show; a folder; or a hub id like ``"google/gemma-2-9b"``. A folder goes before a hub id.
+        ``"tiny"``, the trained model in this package; ``"conformance"``, the small one with random weights in which
+        known mistakes show; a folder; or a hub id like ``"google/gemma-2-9b"``. A folder goes before a hub id.
     revision : str
         Of a hub id: a branch, a tag or a whole commit hash.
     download : bool

@@ -1,10 +1,10 @@
-"""What another implementation computed, read from a file and checked before anything is made of it. Checked in the tests
-on damaged, foreign and incomplete files.
+"""What another implementation computed, read from a file and checked before anything is made of it. Checked in the
+tests on damaged, foreign and incomplete files.
 
-The file is safetensors. Its tensors have the names and shapes that `refgemma trace` writes: ``input_ids`` (batch, seq),
-and any of ``position_ids``, ``attention_mask`` (1 for a token, 0 for padding) and the named tensors; ``logits`` at the least
-are of use. Tensors of several calls that share a cache are named ``calls.0.embedded``, ``calls.1.embedded`` and so on. Its
-metadata may say ``dtype`` (what tensors are stored in) and ``engine``.
+The file is safetensors. Its tensors have the names and shapes that `refgemma trace` writes: ``input_ids`` (batch,
+seq), and any of ``position_ids``, ``attention_mask`` (1 for a token, 0 for padding) and the named tensors; ``logits``
+at the least are of use. Tensors of several calls that share a cache are named ``calls.0.embedded``,
+``calls.1.embedded`` and so on. Its metadata may say ``dtype`` (what tensors are stored in) and ``engine``.
 """
 
 import json

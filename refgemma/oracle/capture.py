@@ -1,9 +1,10 @@
-"""The named tensors of a live transformers model, with what happens inside attention. Checked in tests/parity against the
-recordings in golden/, which another program made.
+"""The named tensors of a live transformers model, with what happens inside attention. Checked in tests/parity against
+the recordings in golden/, which another program made.
 
-Module outputs are caught by hooks, rotated queries and keys where they are made, and scores, capped scores and weights by
-watching the torch calls of the attention function, whichever that is: one that computes no scores, like sdpa, leaves them
-out. Nothing is changed in the model, and everything is put back at the end. torch is imported when a model is captured.
+Module outputs are caught by hooks, rotated queries and keys where they are made, and scores, capped scores and weights
+by watching the torch calls of the attention function, whichever that is: one that computes no scores, like sdpa,
+leaves them out. Nothing is changed in the model, and everything is put back at the end. torch is imported when a model
+is captured.
 """
 
 from __future__ import annotations

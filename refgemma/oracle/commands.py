@@ -1,4 +1,5 @@
-"""The commands of the oracle: `check` and `variants`. They handle arguments and print; checked through the command line."""
+"""The commands of the oracle: `check` and `variants`. They handle arguments and print; checked through the command
+line."""
 
 import argparse
 from collections.abc import Callable

@@ -1,9 +1,11 @@
-"""The conformance checkpoint, a small model in which every known mistake shows, and the inputs that show them. Checked in the
-tests: the files in the package are what is written here, to the last byte, and what the prompts exclude is counted.
+"""The conformance checkpoint, a small model in which every known mistake shows, and the inputs that show them. Checked
+in the tests: the files in the package are what is written here, to the last byte, and what the prompts exclude is
+counted.
 
-Nobody trained it: its weights are random bytes times powers of two, exact in bfloat16. No two of its axes have one length,
-``heads * head_dim`` is not the width, the query scalar is neither head_dim nor width / heads, ``sqrt(hidden)`` is 0.15 % off
-in bfloat16, both caps bend, the window is 8, and rows of the embedding have ten sizes, so that eps matters to some tokens.
+Nobody trained it: its weights are random bytes times powers of two, exact in bfloat16. No two of its axes have one
+length, ``heads * head_dim`` is not the width, the query scalar is neither head_dim nor width / heads, ``sqrt(hidden)``
+is 0.15 % off in bfloat16, both caps bend, the window is 8, and rows of the embedding have ten sizes, so that eps
+matters to some tokens.
 """
 
 import json

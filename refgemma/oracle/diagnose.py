@@ -1,9 +1,9 @@
 """Which tensor of a candidate is wrong first, which known mistake explains it, and which mistakes the trace excludes.
 Checked by making every mistake of the catalogue in transformers (docs/oracle.md).
 
-A mistake explains a finding if the candidate's tensors are, in every layer, what that mistake makes of the candidate's own
-inputs. The same question, asked of a candidate that conforms, tells what its trace excludes: the mistakes under which its
-tensors could not be what they are. The others are blind spots of this trace.
+A mistake explains a finding if the candidate's tensors are, in every layer, what that mistake makes of the candidate's
+own inputs. The same question, asked of a candidate that conforms, tells what its trace excludes: the mistakes under
+which its tensors could not be what they are. The others are blind spots of this trace.
 """
 
 from collections.abc import Iterator, Sequence
@@ -248,14 +248,15 @@ class Check:
 
     def power(self) -> tuple[tuple[Variant, ...], tuple[Variant, ...]]:
         """The variants under which the recorded tensors could not be what they are; and those that cannot be told."""
-        excluded, blind = [], []
+        excluded: list[Variant] = []
+        blind: list[Variant] = []
         for v in VARIANTS:
             if v.change is not None:
                 (excluded if self.consistent(v) is False else blind).append(v)
         return tuple(excluded), tuple(blind)
 
     def drift(self) -> Iterator[tuple[str, float]]:
-        """How far the residual stream and the logits are from the model's own, relative; told, and accused of nothing."""
+        """How far the residual stream and logits are from the model's own, relative; told, and accused of nothing."""
         alone = Computed(self.usual.table, replace(self.candidate, tensors={}))
         for name in self.usual.table:
             if field_of(name) not in ("embedded", "out", "norm", "logits"):

@@ -1,8 +1,8 @@
-"""The number that a candidate used in place of the model's: scale, cap, eps, theta, window or position. Checked in the tests
-on candidates with known numbers.
+"""The number that a candidate used in place of the model's: scale, cap, eps, theta, window or position. Checked in the
+tests on candidates with known numbers.
 
-A number is found by least squares in units of rounding's standard deviation, and is told with its own standard deviation
-(widened by the misfit that is left). It fits if what is left is rounding.
+A number is found by least squares in units of rounding's standard deviation, and is told with its own standard
+deviation (widened by the misfit that is left). It fits if what is left is rounding.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -70,7 +70,7 @@ def _residual(
                 error = (found - factor * computed.result(name)) / np.broadcast_to(sigmas[name], found.shape)
             parts.append(error[where])
         z = np.concatenate(parts)
-        return z[np.isfinite(z)]
+        return np.asarray(z[np.isfinite(z)])
 
     return residual
 

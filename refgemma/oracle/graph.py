@@ -16,10 +16,13 @@ from refgemma.layers import merge_heads, split_heads
 from refgemma.model import HEAD_ROWS
 from refgemma.oracle import allowance as allow
 from refgemma.oracle.allowance import Allowance, Arithmetic
+from refgemma.oracle.bounds import U
+from refgemma.oracle.compare import ulp
 from refgemma.precision import Array, as_dtype, wide
 from refgemma.weights.parameters import LayerWeights, Weights
 
-# The fields of one layer, in the order of execution. Of q and k, rotated and not, a query's and a key's are two tensors.
+# The fields of one layer, in the order of execution. Of q and k, rotated and not, a query's and a key's are two
+# tensors.
 LAYER_FIELDS = (
     "input_layernorm", "attention.q", "attention.k", "attention.v", "attention.q_rot", "attention.k_rot",
     "attention.scores", "attention.capped", "attention.probs", "attention.mixed", "attention.out",
@@ -71,7 +74,8 @@ class Layers(Sequence[LayerWeights]):
         """Block `layer`."""
         if layer not in self._kept:
             found = self._layers[layer]
-            self._kept = {layer: LayerWeights(**{name: _doubled(x) for name, x in vars(found).items()})}
+            numbers: dict[str, Any] = {name: _doubled(x) for name, x in vars(found).items()}
+            self._kept = {layer: LayerWeights(**numbers)}
         return self._kept[layer]
 
 
@@ -159,7 +163,7 @@ def _ends(context: Context) -> Iterator[Operation]:
     yield Operation("sin", (), lambda: tables(*arguments)[1], lambda: allow.rotary_tables(angles))
     embedding = context.function("embed", embed)
     yield Operation(
-        "embedded", (), lambda: embedding(context), lambda: allow.one_rounding(_exact(embed(context)), common=allow.U)
+        "embedded", (), lambda: embedding(context), lambda: allow.one_rounding(_exact(embed(context)), common=U)
     )
     yield _norm(context, "norm", last, lambda: context.weights.norm)
     unembed, cap = context.function("unembed", ops.linear), config.final_logit_softcapping
@@ -233,7 +237,7 @@ def _attention(context: Context, layer: int, source: str) -> Iterator[Operation]
         p + "scores", (p + "q_rot", p + "k_rot"),
         lambda q, k: score(q, repeat(k, context.groups), scale),
         lambda q, k: allow.attention_scores(q, repeat(k, context.groups), scale),
-        lambda q, k: [scale * allow.ulp(_exact(q) @ _exact(repeat(k, context.groups)).swapaxes(-1, -2), storage) / 2],
+        lambda q, k: [scale * ulp(_exact(q) @ _exact(repeat(k, context.groups)).swapaxes(-1, -2), storage) / 2],
     )  # fmt: skip
     yield _capped(context, p + "capped", p + "scores", cap)
     yield Operation(

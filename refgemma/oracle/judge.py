@@ -1,5 +1,5 @@
-"""One tensor against its reference, in units of what rounding allows: statistics, and a verdict. Checked in the tests on
-correct implementations of many kinds, none of which it accuses, and on small mistakes, which it finds.
+"""One tensor against its reference, in units of what rounding allows: statistics, and a verdict. Checked in the tests
+on correct implementations of many kinds, none of which it accuses, and on small mistakes, which it finds.
 
 ========  ==============================================================================================================
 verdict   when
@@ -14,8 +14,8 @@ MISSING   not recorded
 INVALID   not a number or infinite where the reference is finite, or of another shape
 ========  ==============================================================================================================
 
-Where a tensor between was not recorded, its result is computed, and the reference has a measured uncertainty instead of a
-worst case: then only the root mean square and the factor are judged (`SPAN_LIMIT`).
+Where a tensor between was not recorded, its result is computed, and the reference has a measured uncertainty instead
+of a worst case: then only the root mean square and the factor are judged (`SPAN_LIMIT`).
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,8 @@ BLIND, MISSING, INVALID = "BLIND", "MISSING", "INVALID"
 GOOD = (EXACT, PASS)
 BAD = (SKEWED, FAIL, INVALID)
 
-# A conforming implementation has 1 by the meaning of sigma, and sqrt(3) if each of its errors were the largest possible.
+# A conforming implementation has 1 by the meaning of sigma, and sqrt(3) if each of its errors were the largest
+# possible.
 RMS_LIMIT = 2.0
 # Standard deviations of a sum over all elements: chance exceeds it in one of 4e11 tensors.
 SIGMAS = 7.0

@@ -1,6 +1,5 @@
-"""What a check found, for a terminal, a program, a page, a pull request and a test runner. Checked in the tests: each says
-the same verdict, and the JSON has every field of its schema.
-"""
+"""What a check found, for a terminal, a program, a page, a pull request and a test runner. Checked in the tests: each
+says the same verdict, and the JSON has every field of its schema."""
 
 import html
 import json
@@ -265,14 +264,17 @@ def markdown(report: Report, model: str) -> str:
 # --- a page -----------------------------------------------------------------------------------------------------------
 
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>refgemma check: {verdict}</title><style>
-:root{{color-scheme:light dark}} body{{font:15px/1.45 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem}}
+:root{{color-scheme:light dark}}
+body{{font:15px/1.45 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem}}
 table{{border-collapse:collapse;font-size:13px}} td,th{{padding:2px 6px;text-align:left;border:1px solid #8884}}
-pre{{white-space:pre-wrap;background:#8881;padding:.8rem}} .s td{{width:1.6rem;height:1.2rem;padding:0;text-align:center;
+pre{{white-space:pre-wrap;background:#8881;padding:.8rem}}
+.s td{{width:1.6rem;height:1.2rem;padding:0;text-align:center;
 font-size:10px}} figure{{margin:1.5rem 0}} figcaption{{font-weight:600}} svg text{{font-size:11px;fill:currentColor}}
 </style></head><body><h1>{verdict}</h1><pre>{text}</pre>
 <figure><figcaption>Each tensor in each layer, root mean square error in standard deviations of rounding</figcaption>
-<table class="s">{strip}</table><p>Green: rounding explains it. Yellow: noisy. Red: it does not. Grey: not recorded.</p></figure>
-<figure><figcaption>Distance of the residual stream from the model's own, relative; no tensor is accused by it</figcaption>
+<table class="s">{strip}</table><p>Green: rounding explains it. Yellow: noisy. Red: it does not. Grey: not recorded.</p>
+</figure>
+<figure><figcaption>Distance of the residual stream from the model's own, relative; it accuses no tensor</figcaption>
 {drift}</figure>
 <figure><figcaption>Largest error of each tensor in units of its worst case, on a scale of powers of ten</figcaption>
 {histogram}</figure></body></html>

@@ -1,5 +1,5 @@
-"""The candidate's tensors again, each computed from what the candidate recorded before it. Checked in the tests: a wrong
-operation is accused, and what follows from it is not.
+"""The candidate's tensors again, each computed from what the candidate recorded before it. Checked in the tests: a
+wrong operation is accused, and what follows from it is not.
 
 What lies between two recorded tensors and was not recorded is computed exactly, and how far rounding in it carries the
 result is measured: `DRAWS` times over, every tensor between gets random errors of its operation's standard deviation.
@@ -84,5 +84,7 @@ def span_noise(computed: Computed, name: str, context: Context, seed: int = 0) -
                 run.between[step] = exact + rng.standard_normal(exact.shape) * allowed.sigma
         draws.append(run.between[name])
     spread: Array = np.sqrt(np.mean((np.array(draws) - computed.result(name)) ** 2, axis=0))
-    # Sixteen draws tell a standard deviation to a fifth; a part of the tensor's own keeps a lucky element from counting.
-    return np.hypot(spread, 0.2 * np.sqrt(np.mean(spread[np.isfinite(spread)] ** 2)))
+    # Sixteen draws tell a standard deviation to a fifth; a part of the tensor's own keeps a lucky element from
+    # counting.
+    typical = float(np.sqrt(np.mean(spread[np.isfinite(spread)] ** 2)))
+    return np.asarray(np.hypot(spread, 0.2 * typical))

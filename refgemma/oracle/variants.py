@@ -1,12 +1,12 @@
-"""The known mistakes of Gemma 2 ports, as data: what each changes, where it shows first, and where it was seen. Checked by
-making each of them in transformers (`docs/oracle.md` has the table).
+"""The known mistakes of Gemma 2 ports, as data: what each changes, where it shows first, and where it was seen.
+Checked by making each of them in transformers (`docs/oracle.md` has the table).
 
-A variant is an edit of a `Context`: another number of the configuration, another function, mask, set of weights or wiring.
-Nothing in the model itself knows how to be wrong.
+A variant is an edit of a `Context`: another number of the configuration, another function, mask, set of weights or
+wiring. Nothing in the model itself knows how to be wrong.
 
-``kind`` says how bad it is. A *mistake* is another model. *rounding* is the same model, rounded elsewhere: some released
-implementations do so on purpose, and it is only told. *stage* is no operation's fault: it is found in the tokens, the shapes
-or the weights.
+``kind`` says how bad it is. A *mistake* is another model. *rounding* is the same model, rounded elsewhere: some
+released implementations do so on purpose, and it is only told. *stage* is no operation's fault: it is found in the
+tokens, the shapes or the weights.
 """
 
 import math
@@ -495,14 +495,14 @@ def two_sided(context: Context, layer: int) -> Array:
     q, k = _places(context)
     if not context.config.is_sliding(layer):
         return window_mask(context, layer)
-    return (np.abs(q - k) < context.config.sliding_window) & context.call.visible[:, None, None, :]
+    return np.asarray((np.abs(q - k) < context.config.sliding_window) & context.call.visible[:, None, None, :])
 
 
 def not_causal(context: Context, layer: int) -> Array:
     """Every query sees every key in full layers, and all keys of its window and after in sliding ones."""
     q, k = _places(context)
     seen = k > q - context.config.sliding_window if context.config.is_sliding(layer) else np.ones_like(k > q)
-    return seen & context.call.visible[:, None, None, :]
+    return np.asarray(seen & context.call.visible[:, None, None, :])
 
 
 def pads_seen(context: Context, layer: int) -> Array:
@@ -514,12 +514,12 @@ def pads_seen(context: Context, layer: int) -> Array:
 def strictly_before(context: Context, layer: int) -> Array:
     """A query does not see itself, but for the first."""
     q, k = _places(context)
-    return window_mask(context, layer) & ((k < q) | (q == 0))
+    return np.asarray(window_mask(context, layer) & ((k < q) | (q == 0)))
 
 
 def one_dropped(context: Context, layer: int) -> Array:
     """The sliding cache loses one key too many when a call begins with a full cache."""
-    q, k = _places(context)
+    _, k = _places(context)
     starts = np.repeat(np.cumsum([0, *context.call.calls])[:-1], context.call.calls)[:, None]
     lost = context.config.is_sliding(layer) & (k < starts - (context.config.sliding_window - 2))
     return window_mask(context, layer) & ~lost
@@ -531,7 +531,7 @@ def ring_overwritten(context: Context, layer: int) -> Array:
     sizes = np.array(context.call.calls)
     ends = np.repeat(np.cumsum(sizes), sizes)[:, None]
     lost = context.config.is_sliding(layer) & (k < ends - context.config.sliding_window)
-    return window_mask(context, layer) & (~lost | (k == q))
+    return np.asarray(window_mask(context, layer) & (~lost | (k == q)))
 
 
 def chunk_sees_all(context: Context, layer: int) -> Array:
@@ -611,7 +611,8 @@ VARIANTS: tuple[Variant, ...] = (
     Variant("kv-cache-in-bf16", "keys are rounded to bfloat16 in the cache", SCORES,
             function(attention_scores=keys_in_half), "gemma.cpp 343482c", "float32", "dtype of the cache", "rounding"),
     Variant("gqa-tile", "key heads are tiled (0, 1, 0, 1) instead of repeated (0, 0, 1, 1)",
-            ("attention.scores", "attention.mixed"), function(repeat_kv=tiled), "onnx #7274, axlearn #842, candle-vllm #52",
+            ("attention.scores", "attention.mixed"), function(repeat_kv=tiled),
+            "onnx #7274, axlearn #842, candle-vllm #52",
             "more than one key head", "repeat_kv"),
     # norms and wiring
     Variant("norm-without-one", "x w for x (1 + w) in every norm", NORMS, function(rms_norm=norm_offset(0)),
@@ -627,7 +628,8 @@ VARIANTS: tuple[Variant, ...] = (
     Variant("norm-subtracts-mean", "LayerNorm: the mean is taken off", NORMS, function(rms_norm=mean_subtracted),
             "unverified", knob="norm"),
     Variant("norm-cast-order-llama", "rounded before the multiplication by 1 + w", NORMS,
-            in_storage(rms_norm=norm_cast_early), "transformers #29402, gemma_pytorch f499fd4", HALF, "place of the cast",
+            in_storage(rms_norm=norm_cast_early), "transformers #29402, gemma_pytorch f499fd4", HALF,
+            "place of the cast",
             "rounding"),
     Variant("norm-weight-in-half", "1 + w is rounded to half precision", NORMS,
             in_storage(rms_norm=norm_weight_in_storage), "Unsloth's list of Gemma bugs", HALF, "dtype of 1 + w",
@@ -635,7 +637,8 @@ VARIANTS: tuple[Variant, ...] = (
     Variant("post-attn-norm-after-residual", "norm(h + attention) for h + norm(attention)",
             ("post_attention_layernorm", "middle"), rewire(norm_after_residual),
             "google-deepmind/gemma 205e096, 7279d94", knob="post-attention norm"),
-    Variant("llama-block", "the post-attention norm is fed to the feed-forward layer, the feed-forward norms are dropped",
+    Variant("llama-block",
+            "the post-attention norm is fed to the feed-forward layer, the feed-forward norms are dropped",
             ("post_attention_layernorm", "middle", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
             rewire(llama_block), "exllamav2 #539, TensorRT-LLM #1984", knob="block"),
     Variant("post-norms-missing", "attention and feed-forward are added without their norms",
@@ -646,14 +649,16 @@ VARIANTS: tuple[Variant, ...] = (
             rewire(without("post_feedforward_layernorm")), "exllamav2 #539", knob="post norms"),
     Variant("pre-ffw-norm-missing", "feed-forward is fed the residual stream as it is", ("pre_feedforward_layernorm",),
             rewire(without("pre_feedforward_layernorm")), "unverified", knob="pre norms"),
-    Variant("exporter-norms", "the pre-feed-forward norm's weight under the post-attention norm's name, and zeros in its place",
+    Variant("exporter-norms",
+            "the pre-feed-forward norm's weight under the post-attention norm's name, and zeros in its place",
             ("post_attention_layernorm", "pre_feedforward_layernorm"), layer_weights(exporter_norms), "NeMo #11951",
             knob="names of norms"),
     Variant("final-norm-missing", "logits of the residual stream as it is", ("norm",), rewire(without("norm")),
             "unverified", knob="model.norm"),
     # embedding and head
     Variant("embed-scale-missing", "embeddings are not scaled", ("embedded",),
-            function(embed=scaled_embedding(lambda c: 1.0)), "levanter #978", "sqrt(hidden) other than 1", "normalizer"),
+            function(embed=scaled_embedding(lambda c: 1.0)), "levanter #978", "sqrt(hidden) other than 1",
+            "normalizer"),
     Variant("embed-scale-twice", "embeddings are scaled twice", ("embedded",),
             function(embed=scaled_embedding(lambda c: c.embedding_scale() ** 2)), "OpenTau #179", knob="inputs_embeds"),
     Variant("embed-scale-not-rounded", "sqrt(hidden) is not rounded to the model's precision", ("embedded",),
@@ -668,7 +673,8 @@ VARIANTS: tuple[Variant, ...] = (
     # feed-forward
     Variant("gelu-exact", "GELU with the error function", ("feed_forward.gelu",), function(gelu_tanh=gelu_erf),
             "gemma_pytorch 0a7afad, transformers #29402, TransformerLens #596", knob="hidden_activation"),
-    Variant("gelu-sigmoid", "x sigmoid(1.702 x)", ("feed_forward.gelu",), function(gelu_tanh=gelu_sigmoid), "unverified",
+    Variant("gelu-sigmoid", "x sigmoid(1.702 x)", ("feed_forward.gelu",), function(gelu_tanh=gelu_sigmoid),
+            "unverified",
             knob="hidden_activation"),
     Variant("silu-instead-of-gelu", "x sigmoid(x)", ("feed_forward.gelu",), function(gelu_tanh=silu), "unverified",
             knob="hidden_activation"),
@@ -688,7 +694,8 @@ VARIANTS: tuple[Variant, ...] = (
             function(rotate=clobbered), "gemma.cpp 7f62c26", "a position other than 0", "rotation in place"),
     Variant("rope-missing", "queries and keys are not turned", TURNED, function(rotate=unturned), "unverified",
             "a position other than 0", "rope"),
-    Variant("rope-turned-back", "turned the other way: only distances' signs differ", TURNED, function(rotate=turned_back),
+    Variant("rope-turned-back", "turned the other way: only distances' signs differ", TURNED,
+            function(rotate=turned_back),
             "unverified", "a position other than 0", "sign of sin"),
     Variant("rope-bf16-angles", "positions and angles in bfloat16", TABLES,
             function(rotary_tables=tables_of(angles_in_half)), "transformers #29285, Keras #1497, candle-vllm #50",
@@ -719,13 +726,15 @@ VARIANTS: tuple[Variant, ...] = (
             "NeMo #9672", LONG, "layer_number"),
     Variant("swa-window-plus-one", "one key more than the window", PROBS, windows(lambda w: w + 1),
             "transformers #29623, NeMo #9672, SGLang #1056", LONG, "sliding_window"),
-    Variant("swa-window-minus-one", "one key less than the window", PROBS, windows(lambda w: w - 1), "SGLang #1746", LONG,
+    Variant("swa-window-minus-one", "one key less than the window", PROBS, windows(lambda w: w - 1), "SGLang #1746",
+            LONG,
             "sliding_window"),
     Variant("swa-window-halved", "half the window", PROBS, windows(lambda w: w // 2), "transformers #47940", LONG,
             "sliding_window"),
     Variant("swa-two-sided", "sliding layers look ahead as far as back", PROBS, mask(two_sided),
             "google-deepmind/gemma 9218f5f, transformers' flash attention", "more than one token", "causal"),
-    Variant("mask-not-causal", "queries see the keys after them", PROBS, mask(not_causal), "onnx #7865's companions; unverified",
+    Variant("mask-not-causal", "queries see the keys after them", PROBS, mask(not_causal),
+            "onnx #7865's companions; unverified",
             "more than one token", "causal"),
     Variant("mask-without-self", "a query does not see itself", PROBS, mask(strictly_before), "unverified",
             "more than one token", "causal"),
@@ -738,7 +747,8 @@ VARIANTS: tuple[Variant, ...] = (
             mask(ring_overwritten), "executorch #20346, vllm #4057", "several calls, beyond the window", "ring buffer"),
     Variant("chunk-without-window", "queries of a later chunk see more than the window", PROBS, mask(chunk_sees_all),
             "transformers #35681", "several calls, a chunk of several tokens beyond the window", "mask of a chunk"),
-    Variant("cache-length-from-layer-0", "positions stop at the window", TABLES, frozen_at_window, "transformers #38156",
+    Variant("cache-length-from-layer-0", "positions stop at the window", TABLES, frozen_at_window,
+            "transformers #38156",
             "several calls, beyond the window", "get_seq_length"),
     Variant("positions-restart", "positions begin at 0 in every call", TABLES, restarted,
             "google-deepmind/gemma 95475a9", "several calls", "position_ids"),

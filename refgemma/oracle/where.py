@@ -22,7 +22,7 @@ def wrong_elements(check: Check, name: str) -> Array:
     with np.errstate(invalid="ignore"):
         error = np.abs(found - exact)
     beyond = (error > allowed.worst) & where
-    return beyond if beyond.any() else (error > 3 * allowed.sigma) & where
+    return np.asarray(beyond if beyond.any() else (error > 3 * allowed.sigma) & where)
 
 
 def some(numbers: Array, total: int, word: str) -> str:
