@@ -92,7 +92,7 @@ def first_key_uncapped(scores: Tensor, cap: float, mask: Tensor) -> Tensor:
     bent = capped(scores, cap)
     seen = (mask == 0).to(torch.int64)
     first = (seen == 1) & (seen.cumsum(-1) == 1)
-    return torch.where(first, scores, bent)
+    return torch.where(first, scores, bent) * 1.0  # the last multiplication is what a capture takes for the result
 
 
 def cap_before_scale(q: Tensor, k: Tensor, scale: float) -> Tensor:

@@ -1,5 +1,5 @@
-"""refgemma check on what PyTorch recorded: as it is, nothing of it is accused; held against another model, it is accused
-of the difference, at the right tensor and by the right name."""
+"""refgemma check on what PyTorch recorded: as it is, nothing of it is accused; held against another model, it is
+accused of the difference, at the right tensor and by the right name."""
 
 import json
 from collections.abc import Mapping

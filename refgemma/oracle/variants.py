@@ -18,6 +18,7 @@ import numpy as np
 
 from refgemma import ops
 from refgemma.config import FULL, SLIDING
+from refgemma.oracle.compare import ulp
 from refgemma.oracle.graph import Context, Operation, field_of, layer_of, operations, window_mask
 from refgemma.precision import Array, as_dtype, bf16, narrow, wide
 from refgemma.weights.parameters import LayerWeights
@@ -247,9 +248,17 @@ def norm_after_residual(table: dict[str, Operation], context: Context) -> dict[s
         wrong[norm.name] = replace(
             norm, inputs=(source, p + "attention.out"), compute=lambda h, a, norm=norm: norm.compute(h + a),
             allowed=lambda h, a, norm=norm: norm.allowed(h + a),
+            stores=lambda h, a, norm=norm: [_sum_stored(norm, h + a, context)],
         )  # fmt: skip
         wrong[p + "middle"] = _copy(table[p + "middle"], norm.name)
     return wrong
+
+
+def _sum_stored(norm: Operation, total: Array, context: Context) -> Array:
+    """What the rounding of a sum leaves in its norm: as much relative to the result as it is to the sum."""
+    step = ulp(total, context.arithmetic.storage) / 2
+    found: Array = np.abs(norm.compute(total)) * step / np.maximum(np.abs(total), 1e-300)
+    return found
 
 
 def _copy(op: Operation, source: str) -> Operation:
