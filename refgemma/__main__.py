@@ -46,7 +46,10 @@ from refgemma.weights.parameters import tensor_shapes
 from refgemma.weights.synthetic import write_synthetic
 
 OK, DIFFERS, MISUSE, INTERRUPTED, CUT_OFF = 0, 1, 2, 130, 141
-EXIT_CODES = "Exit codes: 0 all is well, 1 verify found a difference, 2 misuse or bad input (one line says which)."
+EXIT_CODES = (
+    "Exit codes: 0 all is well, 1 verify or check found a difference, 2 misuse or bad input (one line says which), "
+    "3 and 4: see refgemma check --help."
+)
 MODEL_HELP = "tiny, conformance, a Hugging Face folder, or a hub id like google/gemma-2-9b"
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 # What a person can have done wrong, as opposed to a fault of this program.

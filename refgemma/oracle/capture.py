@@ -1,5 +1,5 @@
-"""The named tensors of a live transformers model, with what happens inside attention. Checked in tests/parity against
-the recordings in golden/, which another program made.
+"""The named tensors of a live transformers model, with what happens inside attention. Checked in tests/parity:
+every tensor is there, and `refgemma check` accuses none, in three precisions, padded and cached.
 
 Module outputs are caught by hooks, rotated queries and keys where they are made, and scores, capped scores and weights
 by watching the torch calls of the attention function, whichever that is: one that computes no scores, like sdpa,
