@@ -24,6 +24,7 @@ from refgemma.config import ConfigError, Gemma2Config
 from refgemma.generation import Prompts, continued, generate_batch, sampling
 from refgemma.hub import ModelNameError, find_model
 from refgemma.inputs import InputError
+from refgemma.oracle import commands as oracle
 from refgemma.oracle.full_size import (
     full_result,
     is_full_size,
@@ -45,7 +46,10 @@ from refgemma.weights.parameters import tensor_shapes
 from refgemma.weights.synthetic import write_synthetic
 
 OK, DIFFERS, MISUSE, INTERRUPTED, CUT_OFF = 0, 1, 2, 130, 141
-EXIT_CODES = "Exit codes: 0 all is well, 1 verify found a difference, 2 misuse or bad input (one line says which)."
+EXIT_CODES = (
+    "Exit codes: 0 all is well, 1 verify or check found a difference, 2 misuse or bad input (one line says which), "
+    "3 and 4: see refgemma check --help."
+)
 MODEL_HELP = "tiny, conformance, a Hugging Face folder, or a hub id like google/gemma-2-9b"
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 # What a person can have done wrong, as opposed to a fault of this program.
@@ -172,6 +176,8 @@ def parser() -> Parser:
     command = add("info", "print a model's configuration, size and tensors")
     command.add_argument("model", nargs="?", default="tiny", metavar="MODEL", help=f"{MODEL_HELP} (default: tiny)")
     add_hub(command)
+
+    oracle.add_commands(add)
     return top
 
 
@@ -547,6 +553,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "convert": run_convert,
         "synth": run_synth,
         "perplexity": run_perplexity,
+        **oracle.RUN,
     }[args.command]
     try:
         with short_warnings():

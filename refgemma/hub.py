@@ -65,8 +65,8 @@ def find_model(
     Parameters
     ----------
     name : str or path
-        ``"tiny"``, the trained model in this package; ``"conformance"``, the small model with random weights that most
-        recordings were made with; a folder; or a hub id like ``"google/gemma-2-9b"``. A folder goes before a hub id.
+        ``"tiny"``, the trained model in this package; ``"conformance"``, the small one with random weights in which
+        known mistakes show; a folder; or a hub id like ``"google/gemma-2-9b"``. A folder goes before a hub id.
     revision : str
         Of a hub id: a branch, a tag or a whole commit hash.
     download : bool
@@ -87,8 +87,7 @@ def find_model(
     """
     text = str(name)
     if text in ("tiny", "conformance"):
-        folder = PACKAGE / "checkpoints" / "tiny" if text == "tiny" else golden_folder() / "models" / "bends"
-        return folder
+        return PACKAGE / "checkpoints" / text
     if text and Path(name).is_dir():
         return Path(name)
     if text and Path(name).exists():

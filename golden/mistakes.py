@@ -1,0 +1,672 @@
+"""The known mistakes, made in transformers' own code: what `refgemma check` is tried on. Written without the oracle's
+catalogue, from which only the names come, so that the two accounts of a mistake are independent.
+
+    python golden/mistakes.py                 make every mistake in float32 and bfloat16 and print what check says
+    python golden/mistakes.py --write         and write the table into docs/oracle.md
+
+Each mistake is a function of the model, the prompt, and `put`, which sets an attribute and takes it back afterwards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import Gemma2ForCausalLM
+from transformers.models.gemma2 import modeling_gemma2 as modeling
+
+from refgemma.hub import find_model
+from refgemma.oracle.candidate import load_candidate, only
+from refgemma.oracle.capture import capture_transformers
+from refgemma.oracle.conformance import Prompt, prompts
+from refgemma.oracle.diagnose import CONFORMS, Report, check
+from refgemma.oracle.graph import field_of
+from refgemma.oracle.trace import save_trace
+from refgemma.oracle.variants import VARIANTS, variant
+from refgemma.pretrained import Pretrained, load
+
+Put = Callable[[Any, str, Any], None]
+Make = Callable[[Gemma2ForCausalLM, Prompt, Put], Any]
+HALF = torch.bfloat16
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+def capped(scores: Tensor, cap: float | None) -> Tensor:
+    """As transformers does it, in three kernels."""
+    return scores if cap is None else torch.tanh(scores / cap) * cap
+
+
+def attention(
+    score: Callable[..., Tensor] = lambda q, k, scale: torch.matmul(q, k.transpose(2, 3)) * scale,
+    cap: Callable[..., Tensor] = lambda scores, cap, mask: capped(scores, cap),
+    order: str = "cap, mask",
+    mask_of: Callable[..., Tensor] | None = None,
+) -> Callable[..., Any]:
+    """transformers' eager attention, with parts exchanged."""
+
+    def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float, softcap: float | None,
+               **_: Any) -> Any:  # fmt: skip
+        if mask_of is not None:
+            seen = mask_of(module, q.shape[2], k.shape[2], mask)
+            mask = torch.zeros(seen.shape, dtype=q.dtype).masked_fill(~seen, torch.finfo(q.dtype).min)
+        keys = modeling.repeat_kv(k, module.num_key_value_groups)
+        values = modeling.repeat_kv(v, module.num_key_value_groups)
+        scores = score(q, keys, scaling)
+        weights = cap(scores + mask, softcap, mask) if order == "mask, cap" else cap(scores, softcap, mask) + mask
+        weights = torch.nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(q.dtype)
+        return torch.matmul(weights, values).transpose(1, 2).contiguous(), weights
+
+    return attend
+
+
+def attends(**parts: Any) -> Make:
+    """Another attention."""
+    return lambda model, prompt, put: put(modeling, "eager_attention_forward", attention(**parts))
+
+
+def of_attention(name: str, value: Callable[[Any], Any]) -> Make:
+    """Another number in every attention module."""
+
+    def make(model: Gemma2ForCausalLM, prompt: Prompt, put: Put) -> None:
+        for layer in model.model.layers:
+            put(layer.self_attn, name, value(model.config))
+
+    return make
+
+
+def first_key_uncapped(scores: Tensor, cap: float, mask: Tensor) -> Tensor:
+    bent = capped(scores, cap)
+    seen = (mask == 0).to(torch.int64)
+    first = (seen == 1) & (seen.cumsum(-1) == 1)
+    return torch.where(first, scores, bent) * 1.0  # the last multiplication is what a capture takes for the result
+
+
+def cap_before_scale(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    return torch.matmul(q, k.transpose(2, 3)) * scale
+
+
+def bent_then_scaled(scores: Tensor, cap: float, mask: Tensor) -> Tensor:
+    scale = 13**-0.5  # of the conformance checkpoint
+    return torch.tanh((scores / scale) / cap) * cap * scale
+
+
+def cap_in_half(x: Tensor, cap: float, mask: Tensor | None = None) -> Tensor:
+    return capped(x.to(HALF), cap).to(x.dtype)
+
+
+# --- logits, norms, blocks --------------------------------------------------------------------------------------------
+
+
+def logits_by(function: Callable[[Tensor, float], Tensor]) -> Make:
+    """What is done to the raw logits instead of the cap."""
+
+    def make(model: Gemma2ForCausalLM, prompt: Prompt, put: Put) -> None:
+        cap, forward = model.config.final_logit_softcapping, model.forward
+
+        def wrong(*args: Any, **named: Any) -> Any:
+            result = forward(*args, **named)
+            result.logits = function(result.logits, cap)
+            return result
+
+        put(model.config, "final_logit_softcapping", None)
+        put(model, "forward", wrong)
+
+    return make
+
+
+def norms_by(function: Callable[[Any, Tensor], Tensor]) -> Make:
+    """Another norm, everywhere."""
+    return lambda model, prompt, put: put(modeling.Gemma2RMSNorm, "forward", function)
+
+
+def of_norms(name: str, value: float) -> Make:
+    """Another number in every norm."""
+
+    def make(model: Gemma2ForCausalLM, prompt: Prompt, put: Put) -> None:
+        for module in model.modules():
+            if isinstance(module, modeling.Gemma2RMSNorm):
+                put(module, name, value)
+
+    return make
+
+
+def normed(self: Any, x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+
+
+def layers_by(function: Callable[..., Tensor]) -> Make:
+    """Another wiring of the block; `function` gets the layer, the residual stream and attention as a function."""
+
+    def forward(self: Any, hidden_states: Tensor, **named: Any) -> Tensor:
+        return function(self, hidden_states, lambda x: self.self_attn(hidden_states=x, **named)[0])
+
+    return lambda model, prompt, put: put(modeling.Gemma2DecoderLayer, "forward", forward)
+
+
+def after_residual(layer: Any, h: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+    h = layer.post_attention_layernorm(h + attend(layer.input_layernorm(h)))
+    return h + layer.post_feedforward_layernorm(layer.mlp(layer.pre_feedforward_layernorm(h)))
+
+
+def llama_block(layer: Any, h: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+    h = h + attend(layer.input_layernorm(h))
+    return h + layer.mlp(layer.post_attention_layernorm(h))
+
+
+def no_post_norms(layer: Any, h: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+    h = h + attend(layer.input_layernorm(h))
+    return h + layer.mlp(layer.pre_feedforward_layernorm(h))
+
+
+def no_post_feed_forward_norm(layer: Any, h: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+    h = h + layer.post_attention_layernorm(attend(layer.input_layernorm(h)))
+    return h + layer.mlp(layer.pre_feedforward_layernorm(h))
+
+
+def no_pre_feed_forward_norm(layer: Any, h: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+    h = h + layer.post_attention_layernorm(attend(layer.input_layernorm(h)))
+    return h + layer.post_feedforward_layernorm(layer.mlp(h))
+
+
+def weights_by(change: Callable[[Any, Any], None]) -> Make:
+    """Other weights in every layer."""
+
+    def make(model: Gemma2ForCausalLM, prompt: Prompt, put: Put) -> None:
+        for layer in model.model.layers:
+            change(layer, put)
+
+    return make
+
+
+def exporter_norms(layer: Any, put: Put) -> None:
+    weight = layer.pre_feedforward_layernorm.weight.data
+    put(layer.post_attention_layernorm.weight, "data", weight.clone())
+    put(layer.pre_feedforward_layernorm.weight, "data", torch.zeros_like(weight))
+
+
+def swapped(layer: Any, put: Put) -> None:
+    gate, up = layer.mlp.gate_proj.weight.data, layer.mlp.up_proj.weight.data
+    put(layer.mlp.gate_proj.weight, "data", up)
+    put(layer.mlp.up_proj.weight, "data", gate)
+
+
+def reshaped(layer: Any, put: Put) -> None:
+    for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
+        rows, columns = linear.weight.shape
+        put(linear.weight, "data", linear.weight.data.reshape(columns, rows).T.contiguous())
+
+
+def permuted(layer: Any, put: Put) -> None:
+    attend = layer.self_attn
+    for linear in (attend.q_proj, attend.k_proj):
+        w = linear.weight.data
+        rows = w.view(-1, 2, attend.head_dim // 2, w.shape[1]).transpose(1, 2).reshape(w.shape)
+        put(linear.weight, "data", rows.contiguous())
+
+
+def activation(module: Callable[[], torch.nn.Module]) -> Make:
+    return weights_by(lambda layer, put: put(layer.mlp, "act_fn", module()))
+
+
+class QuickGelu(torch.nn.Module):
+    """With a sigmoid."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+def activated_up(self: Any, x: Tensor) -> Tensor:
+    return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
+
+
+# --- embedding, positions, masks --------------------------------------------------------------------------------------
+
+
+def embedding_by(function: Callable[[Any, Tensor], Tensor]) -> Make:
+    """Another scaling of the rows."""
+
+    def make(model: Gemma2ForCausalLM, prompt: Prompt, put: Put) -> None:
+        table = model.model.embed_tokens
+        put(table, "forward", lambda ids: function(table, torch.nn.functional.embedding(ids, table.weight)))
+
+    return make
+
+
+def turned_by(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Make:
+    """Another rotation."""
+
+    def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *_: Any) -> Any:
+        return tuple(function(x, cos.unsqueeze(1), sin.unsqueeze(1)) for x in (q, k))
+
+    return lambda model, prompt, put: put(modeling, "apply_rotary_pos_emb", rotate)
+
+
+def neighbours(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    a, b, c, s = x[..., 0::2], x[..., 1::2], cos[..., :half], sin[..., :half]
+    return torch.stack((a * c - b * s, b * c + a * s), dim=-1).flatten(-2)
+
+
+def clobbered(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x, half = x.clone(), x.shape[-1] // 2
+    c, s = cos[..., :half], sin[..., :half]
+    x[..., :half] = x[..., :half] * c - x[..., half:] * s
+    x[..., half:] = x[..., half:] * c + x[..., :half] * s
+    return x
+
+
+def tables_by(angles: Callable[[Tensor, Tensor], Tensor]) -> Make:
+    """Rotary tables of other angles, from positions and inverse frequencies."""
+
+    def make(model: Gemma2ForCausalLM, prompt: Prompt, put: Put) -> None:
+        rotary = model.model.rotary_emb
+
+        def forward(x: Tensor, position_ids: Tensor) -> Any:
+            half = angles(position_ids[:, :, None].float(), rotary.inv_freq).float()
+            both = torch.cat((half, half), dim=-1)
+            return both.cos().to(x.dtype), both.sin().to(x.dtype)
+
+        put(rotary, "forward", forward)
+
+    return make
+
+
+def tf32(x: Tensor) -> Tensor:
+    bits = x.float().contiguous().view(torch.int32)
+    return ((bits + 0x0FFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+
+
+def theta(value: float) -> Make:
+    def make(model: Gemma2ForCausalLM, prompt: Prompt, put: Put) -> None:
+        rotary, d = model.model.rotary_emb, model.config.head_dim
+        put(rotary, "inv_freq", 1.0 / value ** (torch.arange(0, d, 2, dtype=torch.float32) / d))
+
+    return make
+
+
+def positions_by(rule: Callable[[Any, Prompt], np.ndarray]) -> Make:
+    """Other positions; `rule` gives those of all tokens, and each call takes its own."""
+
+    def make(model: Gemma2ForCausalLM, prompt: Prompt, put: Put) -> None:
+        all_positions, rotary, done = torch.as_tensor(rule(model.config, prompt)), model.model.rotary_emb, [0]
+        forward = rotary.forward
+
+        def wrong(x: Tensor, position_ids: Tensor) -> Any:
+            start, done[0] = done[0], done[0] + x.shape[1]
+            return forward(x, all_positions[:, start : done[0]])
+
+        put(rotary, "forward", wrong)
+
+    return make
+
+
+def from_one(config: Any, prompt: Prompt) -> np.ndarray:
+    return np.arange(1, prompt.input_ids.shape[1] + 1)[None]
+
+
+def pads_not_counted(config: Any, prompt: Prompt) -> np.ndarray:
+    return np.asarray(np.maximum(prompt.attention_mask.cumsum(1) - 1, 0))
+
+
+def restarted(config: Any, prompt: Prompt) -> np.ndarray:
+    return np.concatenate([np.arange(n) for n in prompt.calls])[None]
+
+
+def stopped_at_window(config: Any, prompt: Prompt) -> np.ndarray:
+    parts, done = [], 0
+    for n in prompt.calls:
+        parts.append(min(done, config.sliding_window - 1) + np.arange(n))
+        done += n
+    return np.asarray(np.concatenate(parts)[None])
+
+
+def masked_by(rule: Callable[..., Tensor]) -> Make:
+    """Another mask. `rule` gets the places of queries and keys, whether the layer slides, its number, the window and
+    how many queries there are, and says what may be seen; padding stays hidden."""
+
+    def make(model: Gemma2ForCausalLM, prompt: Prompt, put: Put) -> None:
+        window = model.config.sliding_window
+        done: dict[int, int] = {}  # tokens of the calls so far, by layer
+        visible = torch.as_tensor(prompt.attention_mask).bool()
+        kinds = model.config.layer_types
+
+        def mask_of(module: Any, queries: int, keys: int, mask: Tensor) -> Tensor:
+            number = module.layer_idx
+            end = done[number] = done.get(number, 0) + queries
+            q = torch.arange(end - queries, end)[:, None]
+            # The cache of a layer that slides no longer has the first keys; eager attention is given those it has.
+            k = torch.arange(end - keys, end)[None, :]
+            seen = rule(q, k, kinds[number] == "sliding_attention", number, window, queries)
+            hidden = visible if getattr(rule, "hides_padding", True) else torch.ones_like(visible)
+            return seen & hidden[:, None, None, end - keys : end]
+
+        put(modeling, "eager_attention_forward", attention(mask_of=mask_of))
+
+    return make
+
+
+def causal(q: Tensor, k: Tensor) -> Tensor:
+    return k <= q
+
+
+def window_of(size: Callable[[int], int] = lambda w: w, slides: Callable[[bool, int], bool] = lambda s, n: s) -> Make:
+    """Other windows, or other layers that have one."""
+
+    def rule(q: Tensor, k: Tensor, sliding: bool, number: int, window: int, queries: int) -> Tensor:
+        return causal(q, k) & (k > q - size(window)) if slides(sliding, number) else causal(q, k)
+
+    return masked_by(rule)
+
+
+def usual(q: Tensor, k: Tensor, sliding: bool, window: int) -> Tensor:
+    return causal(q, k) & (k > q - window) if sliding else causal(q, k)
+
+
+def two_sided(q: Tensor, k: Tensor, sliding: bool, number: int, window: int, queries: int) -> Tensor:
+    return (q - k).abs() < window if sliding else causal(q, k)
+
+
+def not_causal(q: Tensor, k: Tensor, sliding: bool, number: int, window: int, queries: int) -> Tensor:
+    return k > q - window if sliding else (k == k) & (q == q)
+
+
+def without_self(q: Tensor, k: Tensor, sliding: bool, number: int, window: int, queries: int) -> Tensor:
+    return usual(q, k, sliding, window) & ((k != q) | (q == 0))
+
+
+def pads_seen(q: Tensor, k: Tensor, sliding: bool, number: int, window: int, queries: int) -> Tensor:
+    return usual(q, k, sliding, window)
+
+
+pads_seen.hides_padding = False  # type: ignore[attr-defined]
+
+
+def one_dropped(q: Tensor, k: Tensor, sliding: bool, number: int, window: int, queries: int) -> Tensor:
+    kept = k >= q[0] - (window - 2) if sliding else k == k
+    return usual(q, k, sliding, window) & kept
+
+
+def ring_overwritten(q: Tensor, k: Tensor, sliding: bool, number: int, window: int, queries: int) -> Tensor:
+    kept = (k > q[-1] - window) | (k == q) if sliding else k == k
+    return usual(q, k, sliding, window) & kept
+
+
+def chunk_sees_all(q: Tensor, k: Tensor, sliding: bool, number: int, window: int, queries: int) -> Tensor:
+    if sliding and int(q[0]) > 0:
+        return causal(q, k) & (k > q[0] - window)
+    return usual(q, k, sliding, window)
+
+
+# --- the list ---------------------------------------------------------------------------------------------------------
+
+MAKE: dict[str, Make] = {
+    "attn-softcap-missing": of_attention("attn_logit_softcapping", lambda c: None),
+    "attn-softcap-after-mask": attends(order="mask, cap"),
+    "attn-softcap-skips-first-key": attends(cap=first_key_uncapped),
+    "attn-softcap-x-tanh": attends(cap=lambda s, cap, mask: s * torch.tanh(s / cap) * 1.0),
+    "attn-softcap-subtracts-max": attends(cap=lambda s, cap, mask: capped(s - s.amax(-1, keepdim=True), cap)),
+    "attn-softcap-final-cap": of_attention("attn_logit_softcapping", lambda c: c.final_logit_softcapping),
+    "attn-softcap-twice": attends(cap=lambda s, cap, mask: capped(capped(s, cap), cap)),
+    "attn-softcap-before-scale": attends(cap=bent_then_scaled),
+    "attn-softcap-in-bf16": attends(cap=cap_in_half),
+    "final-softcap-missing": logits_by(lambda x, cap: x),
+    "final-softcap-attn-cap": logits_by(lambda x, cap: capped(x, 3.0)),
+    "final-softcap-twice": logits_by(lambda x, cap: capped(capped(x, cap), cap)),
+    "final-softcap-x-tanh": logits_by(lambda x, cap: x * torch.tanh(x / cap)),
+    "final-softcap-subtracts-max": logits_by(lambda x, cap: capped(x - x.amax(-1, keepdim=True), cap)),
+    "final-softcap-in-bf16": logits_by(lambda x, cap: cap_in_half(x, cap)),
+    "scale-head-dim": of_attention("scaling", lambda c: c.head_dim**-0.5),
+    "scale-224": of_attention("scaling", lambda c: 224**-0.5),
+    "scale-256": of_attention("scaling", lambda c: 256**-0.5),
+    "scale-hidden-over-heads": of_attention("scaling", lambda c: (c.hidden_size / c.num_attention_heads) ** -0.5),
+    "scale-missing": of_attention("scaling", lambda c: 1.0),
+    "q-prescale-order": attends(score=lambda q, k, scale: torch.matmul(q * scale, k.transpose(2, 3))),
+    "kv-cache-in-bf16": attends(
+        score=lambda q, k, scale: torch.matmul(q, k.to(HALF).to(q.dtype).transpose(2, 3)) * scale),
+    "gqa-tile": lambda model, prompt, put: put(modeling, "repeat_kv", lambda x, n: x.repeat(1, n, 1, 1)),
+    "norm-without-one": norms_by(lambda self, x: (normed(self, x.float()) * self.weight.float()).type_as(x)),
+    "norm-two-plus": norms_by(lambda self, x: (normed(self, x.float()) * (2.0 + self.weight.float())).type_as(x)),
+    "final-norm-without-one": lambda model, prompt, put: put(
+        model.model.norm, "forward",
+        lambda x: (normed(model.model.norm, x.float()) * model.model.norm.weight.float()).type_as(x)),
+    "norm-eps-1e-5": of_norms("eps", 1e-5),
+    "norm-eps-outside-root": norms_by(
+        lambda self, x: (x.float() / (x.float().pow(2).mean(-1, keepdim=True).sqrt() + self.eps)
+                         * (1.0 + self.weight.float())).type_as(x)),
+    "norm-subtracts-mean": norms_by(
+        lambda self, x: (normed(self, x.float() - x.float().mean(-1, keepdim=True))
+                         * (1.0 + self.weight.float())).type_as(x)),
+    "norm-cast-order-llama": norms_by(lambda self, x: normed(self, x.float()).type_as(x) * (1.0 + self.weight)),
+    "norm-weight-in-half": norms_by(lambda self, x: (normed(self, x.float()) * (1.0 + self.weight).float()).type_as(x)),
+    "post-attn-norm-after-residual": layers_by(after_residual),
+    "llama-block": layers_by(llama_block),
+    "post-norms-missing": layers_by(no_post_norms),
+    "post-ffw-norm-missing": layers_by(no_post_feed_forward_norm),
+    "pre-ffw-norm-missing": layers_by(no_pre_feed_forward_norm),
+    "exporter-norms": weights_by(exporter_norms),
+    "final-norm-missing": lambda model, prompt, put: put(model.model.norm, "forward", lambda x: x * 1),
+    "embed-scale-missing": embedding_by(lambda table, x: x),
+    "embed-scale-twice": embedding_by(
+        lambda table, x: (x.float() * table.embed_scale.to(x.dtype).float() ** 2).to(x.dtype)),
+    "embed-scale-not-rounded": embedding_by(lambda table, x: (x.float() * math.sqrt(x.shape[-1])).to(x.dtype)),
+    "embed-scale-in-bf16": embedding_by(
+        lambda table, x: (x.float() * torch.tensor(math.sqrt(x.shape[-1])).to(HALF).float()).to(x.dtype)),
+    "logits-in-bf16": lambda model, prompt, put: put(
+        model.lm_head, "forward",
+        lambda x: torch.nn.functional.linear(x, model.lm_head.weight).to(HALF).to(x.dtype)),
+    "gelu-exact": activation(torch.nn.GELU),
+    "gelu-sigmoid": activation(QuickGelu),
+    "silu-instead-of-gelu": activation(torch.nn.SiLU),
+    "relu-instead-of-gelu": activation(torch.nn.ReLU),
+    "gate-up-swapped": weights_by(swapped),
+    "activation-on-up": lambda model, prompt, put: put(modeling.Gemma2MLP, "forward", activated_up),
+    "gating-reshape-not-transpose": weights_by(reshaped),
+    "rope-interleaved": turned_by(neighbours),
+    "rope-clobbered-input": turned_by(clobbered),
+    "rope-missing": turned_by(lambda x, cos, sin: x),
+    "rope-turned-back": turned_by(lambda x, cos, sin: x * cos - modeling.rotate_half(x) * sin),
+    "rope-bf16-angles": tables_by(lambda pos, inv: pos.to(HALF) * inv.to(HALF)),
+    "rope-tf32-angles": tables_by(lambda pos, inv: tf32(pos) * tf32(inv)),
+    "rope-theta-1e6": theta(1e6),
+    "rope-theta-160000": theta(160000.0),
+    "rope-positions-skip-pads": positions_by(pads_not_counted),
+    "rope-position-from-1": positions_by(from_one),
+    "rope-weights-permuted": weights_by(permuted),
+    "swa-layer-parity-swapped": window_of(slides=lambda sliding, n: not sliding),
+    "swa-all-global": window_of(slides=lambda sliding, n: False),
+    "swa-all-local": window_of(slides=lambda sliding, n: True),
+    "swa-first-layer-global": window_of(slides=lambda sliding, n: sliding and n > 0),
+    "swa-window-plus-one": window_of(lambda w: w + 1),
+    "swa-window-minus-one": window_of(lambda w: w - 1),
+    "swa-window-halved": window_of(lambda w: w // 2),
+    "swa-two-sided": masked_by(two_sided),
+    "mask-not-causal": masked_by(not_causal),
+    "mask-without-self": masked_by(without_self),
+    "pad-attended": masked_by(pads_seen),
+    "cache-drops-one-key": masked_by(one_dropped),
+    "chunked-prefill-ring-overwritten": masked_by(ring_overwritten),
+    "chunk-without-window": masked_by(chunk_sees_all),
+    "cache-length-from-layer-0": positions_by(stopped_at_window),
+    "positions-restart": positions_by(restarted),
+}  # fmt: skip
+
+CACHED = (
+    "cache-drops-one-key", "chunked-prefill-ring-overwritten", "chunk-without-window", "cache-length-from-layer-0",
+    "positions-restart",
+)  # fmt: skip
+
+# What a port writes down: all, one tensor a step of the block, or only what comes out.
+BLOCK = ("embedded", "norm", "logits", *(f"layers.*.{name}" for name in (
+    "input_layernorm", "attention.out", "middle", "pre_feedforward_layernorm", "feed_forward.out", "out")))  # fmt: skip
+DENSITIES: dict[str, tuple[str, ...] | None] = {"full": None, "block": BLOCK, "logits": ("logits",)}
+
+
+@contextmanager
+def made(name: str, model: Gemma2ForCausalLM, prompt: Prompt) -> Iterator[None]:
+    """Inside, the mistake is made."""
+    undo: list[Callable[[], None]] = []
+
+    def put(owner: Any, attribute: str, value: Any) -> None:
+        own = vars(owner) if hasattr(owner, "__dict__") else {}
+        had = getattr(owner, attribute, None)
+        inside = attribute in own or isinstance(owner, type | torch.Tensor) or not callable(value)
+        if isinstance(had, torch.nn.Module) or inside:
+            undo.append(lambda: setattr(owner, attribute, had))
+        else:
+            undo.append(lambda: delattr(owner, attribute))
+        setattr(owner, attribute, value)
+
+    try:
+        MAKE[name](model, prompt, put)
+        yield
+    finally:
+        for step in reversed(undo):
+            step()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What check said of one wrong port."""
+
+    name: str
+    dtype: str
+    density: str
+    showable: bool  # whether the honest port's trace excludes the mistake, so that this one has to be found
+    detected: bool
+    first: bool  # whether the first tensor is the catalogue's
+    named: int  # how many names were listed, if the right one is among them; else 0
+    said: str
+
+
+def port(name: str | None, dtype: str, prompt: Prompt, folder: Path, config: Any) -> Any:
+    """The trace of transformers with a mistake in it, or without."""
+    torch_dtype = getattr(torch, dtype)
+    model = Gemma2ForCausalLM.from_pretrained(
+        find_model("conformance"), dtype=torch_dtype, attn_implementation="eager"
+    ).eval()
+    calls = prompt.calls
+    if name is None:
+        tensors, about = capture_transformers(model, prompt.input_ids, prompt.attention_mask, calls)
+    else:
+        with made(name, model, prompt):
+            tensors, about = capture_transformers(model, prompt.input_ids, prompt.attention_mask, calls)
+    save_trace(tensors, folder / "port.safetensors", about)
+    return load_candidate(folder / "port.safetensors", config)
+
+
+def reports_of(candidate: Any, ours: Pretrained) -> dict[str, Report]:
+    """What check says of the whole trace and of parts of it."""
+    parts = {d: candidate if names is None else only(candidate, names) for d, names in DENSITIES.items()}
+    return {density: check(part, ours.weights, ours.config) for density, part in parts.items()}
+
+
+def outcomes(dtype: str, names: list[str]) -> Iterator[Outcome]:
+    """Every mistake in one precision."""
+    ours = load("conformance", dtype)
+    known = prompts(ours.config)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        honest = {p: reports_of(port(None, dtype, known[p], folder, ours.config), ours) for p in ("padded", "cached")}
+        for reports in honest.values():
+            for density, report in reports.items():
+                assert report.verdict == CONFORMS, (dtype, density, report.findings, report.verdict)
+        for name in tqdm(names, desc=dtype, disable=None):
+            which = "cached" if name in CACHED else "padded"
+            found = reports_of(port(name, dtype, known[which], folder, ours.config), ours)
+            for density, report in found.items():
+                showable = name in {v.name for v in honest[which][density].excluded}
+                yield _outcome(name, dtype, density, showable, report)
+
+
+def _outcome(name: str, dtype: str, density: str, showable: bool, report: Report) -> Outcome:
+    first = report.first_divergence
+    explained = [v.name for v in report.findings[0].explanations] if report.findings else []
+    at = field_of(first.tensor) if first else ""
+    # A tensor that a port does not compute cannot be recorded: the wrong one is then the next.
+    said = f"{report.verdict} {first.tensor if first else ''} {report.findings[0].named if report.findings else ''}"
+    named = len(explained) if name in explained else 0
+    span = bool(first and variant(name).fields[0] in {field_of(b) for b in (*first.between, first.tensor)})
+    return Outcome(name, dtype, density, showable, report.verdict != CONFORMS, at == variant(name).fields[0] or span,
+                   named, said.strip())  # fmt: skip
+
+
+def table(found: list[Outcome]) -> str:
+    """The matrix, in Markdown."""
+    columns = [(d, density) for d in ("float32", "bfloat16") for density in DENSITIES]
+    short = {"float32": "f32", "bfloat16": "bf16"}
+    lines = ["| mistake | " + " | ".join(f"{short[d]} {density}" for d, density in columns) + " |",
+             "|---|" + "---|" * len(columns)]  # fmt: skip
+    cells = {(o.name, o.dtype, o.density): o for o in found}
+    for name in MAKE:
+        row = [_cell(cells[name, d, density]) for d, density in columns if (name, d, density) in cells]
+        if row:
+            lines.append(f"| {name} | " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def _cell(o: Outcome) -> str:
+    if not o.showable:
+        return "found" if o.detected else "blind"
+    if not o.detected:
+        return "**missed**"
+    return {0: "unnamed", 1: "named"}.get(o.named, f"1 of {o.named}")
+
+
+def rates(found: list[Outcome]) -> str:
+    """Detection, first tensor and naming of what each density can show, in Markdown."""
+    lines = ["| precision, trace | can be shown | detected | first tensor right | named, at most two names |",
+             "|---|---|---|---|---|"]  # fmt: skip
+    for (dtype, density), _ in Counter((o.dtype, o.density) for o in found).items():
+        some = [o for o in found if (o.dtype, o.density) == (dtype, density) and o.showable]
+        counts = [sum(o.detected for o in some), sum(o.first for o in some), sum(o.named in (1, 2) for o in some)]
+        shown = " | ".join(f"{n} ({n / max(1, len(some)):.0%})" for n in counts)
+        lines.append(f"| {dtype}, {density} | {len(some)} | {shown} |")
+    return "\n".join(lines)
+
+
+BEGIN, END = "<!-- python golden/mistakes.py --write -->", "<!-- end -->"
+
+
+def write(found: list[Outcome], path: Path) -> None:
+    """Put both tables into the page, between its marks."""
+    page = path.read_text(encoding="utf-8")
+    before, rest = page.split(BEGIN)
+    _, after = rest.split(END)
+    path.write_text(f"{before}{BEGIN}\n\n{rates(found)}\n\n{table(found)}\n\n{END}{after}", encoding="utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="mistakes to make (default: all)")
+    parser.add_argument("--dtype", action="append", choices=("float32", "bfloat16"))
+    parser.add_argument("--write", action="store_true", help="write the tables into docs/oracle.md")
+    args = parser.parse_args()
+    names = args.names or list(MAKE)
+    found = [o for dtype in args.dtype or ("float32", "bfloat16") for o in outcomes(dtype, names)]
+    for o in found:
+        if not (o.showable and o.detected and o.first and o.named in (1, 2)):
+            print(f"{o.name:34s} {o.dtype:9s} {o.density:7s} {'can be shown' if o.showable else 'blind':13s} {o.said}")
+    print(rates(found))
+    missing = {v.name for v in VARIANTS if v.change is not None} - set(MAKE)
+    print(f"not made in transformers: {', '.join(sorted(missing))}")
+    if args.write:
+        write(found, Path(__file__).parents[1] / "docs" / "oracle.md")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,351 @@
+"""What a check found, for a terminal, a program, a page, a pull request and a test runner. Checked in the tests: each
+says the same verdict, and the JSON has every field of its schema."""
+
+import html
+import json
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+
+import refgemma.oracle.judge as j
+from refgemma.oracle.diagnose import CONFORMS, DIFFERS, INCONCLUSIVE, NOISY_ONLY, Finding, Instance, Report
+from refgemma.oracle.estimate import Estimate
+from refgemma.oracle.graph import FIELDS, field_of, layer_of
+from refgemma.oracle.variants import Variant
+
+SCHEMA = "refgemma-check/1"
+EXIT = {CONFORMS: 0, DIFFERS: 1, NOISY_ONLY: 3, INCONCLUSIVE: 4}
+LINES = 30
+WIDTH = 118
+
+
+def number(x: float) -> str:
+    """Three digits, or what is no number.
+
+    Examples
+    --------
+    >>> number(1234.5), number(0.25), number(float("inf"))
+    ('1.23e+03', '0.25', 'inf')
+    """
+    return f"{x:.3g}"
+
+
+def finite(x: float) -> float | str:
+    """A number for JSON, which has no infinity."""
+    return x if np.isfinite(x) else str(x)
+
+
+def short(names: Iterable[str], most: int = 8) -> str:
+    """The first of many names.
+
+    Examples
+    --------
+    >>> short("abc", most=2)
+    'a, b and 1 more'
+    """
+    listed = list(names)
+    rest = len(listed) - most
+    return ", ".join(listed[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def cut(line: str) -> str:
+    """A line that fits."""
+    return line if len(line) <= WIDTH else line[: WIDTH - 3] + "..."
+
+
+def estimate_text(e: Estimate) -> str:
+    """An estimate in a sentence."""
+    spread = f" +- {e.uncertainty:.1g}" if e.uncertainty else ""
+    near = f", which is {e.near}" if e.near else ""
+    fit = "" if e.fits else "; but that explains only a part"
+    return f"{e.parameter} seems to be {e.value:.6g}{spread} instead of {e.expected:.6g}{near}{fit}"
+
+
+def finding_row(finding: Finding) -> str:
+    """A line of the table."""
+    s, verdict = finding.worst.judged.statistics, finding.worst.judged.verdict
+    layers = f"{len(finding.instances)} of {finding.total}"
+    return f"{finding.field:28s} {verdict:8s}{layers:>9s} {number(s.worst):>11s} {number(s.rms):>10s} {s.exact:>7.3f}"
+
+
+def first_lines(report: Report) -> list[str]:
+    """The verdict, and of the first finding what a person can act on."""
+    if not report.findings:
+        said = {
+            CONFORMS: "CONFORMS: rounding explains every recorded tensor",
+            NOISY_ONLY: "NOISY: within the worst case, but noisier than the declared arithmetic: "
+            + short(i.tensor for i in report.instances if i.judged.verdict == j.NOISY),
+            INCONCLUSIVE: "INCONCLUSIVE: " + why_inconclusive(report),
+        }
+        return [said[report.verdict]]
+    finding = report.findings[0]
+    first, word = finding.instances[0], "NOISY" if report.verdict == NOISY_ONLY else "DIFFERS"
+    lines = [f"{word} first at {first.tensor}: {finding.named}"]
+    if first.judged.note:
+        lines.append(f"  {first.judged.note}")
+    for v in finding.explanations[:3]:
+        lines.append(f"  {v.name}: {v.says}")
+        lines.append(f"    seen in {v.seen}; look at: {v.knob}")
+    if not finding.explanations and not any(e.fits for e in finding.estimates) and not first.judged.note:
+        lines.append("  no known mistake explains it; --bundle FILE keeps its inputs and its result")
+    lines += [f"  {estimate_text(e)}" for e in finding.estimates]
+    if finding.where:
+        lines.append(f"  {finding.where}")
+    if first.between:
+        lines.append(f"  it was computed from {short(first.sources) or 'the tokens'}; to narrow it down, record")
+        lines.append(f"    {short(_to_record(first), 5)}")
+    return lines
+
+
+def _to_record(instance: Instance) -> list[str]:
+    """The tensors that would halve a span, and halve it again."""
+    between = [name for name in instance.between if field_of(name) in ("out", "middle", "norm", "raw_logits")]
+    steps = between or list(instance.between)
+    every = max(1, len(steps) // 4)
+    return steps[every - 1 :: every]
+
+
+def why_inconclusive(report: Report) -> str:
+    """What is missing."""
+    blind = [i.tensor for i in report.instances if i.judged.verdict == j.BLIND]
+    if blind:
+        return f"nothing could be compared in {short(blind)}"
+    return "logits are missing, so that what comes before them was not compared to the end"
+
+
+def text(report: Report, model: str) -> str:
+    """The report for a terminal: at most `LINES` lines."""
+    call, candidate = report.candidate.call, report.candidate
+    counts = Counter(i.judged.verdict for i in report.instances)
+    asked = "x".join(str(n) for n in call.input_ids.shape)
+    lines = [
+        f"{candidate.source} against {model}: {len(report.instances)} tensors of {asked} tokens in {candidate.dtype}",
+        "",
+        *first_lines(report),
+        "",
+    ]
+    if report.findings:
+        lines.append(
+            f"{'tensor':28s} {'verdict':8s}{'layers':>9s} {'error/bound':>11s} {'rms/sigma':>10s} {'exact':>7s}"
+        )
+        room = LINES - len(lines) - 7
+        for finding in report.findings[: max(1, room)]:
+            named = "" if finding is report.findings[0] else f"  {finding.named}"
+            lines.append(finding_row(finding) + named)
+        if len(report.findings) > room:
+            lines.append(f"and {len(report.findings) - room} other tensors")
+    lines.append(", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items())))
+    lines.append(f"excluded: {len(report.excluded)} of {len(report.excluded) + len(report.blind)} known mistakes")
+    if report.blind:
+        lines.append("this trace cannot show " + short([v.name for v in report.blind], 5))
+    if report.missing:
+        lines.append(f"not recorded: {len(report.missing)} tensors, {short(report.missing, 3)}")
+    kept = [cut(line) for line in (*lines, *(f"remark: {r}" for r in report.remarks))]
+    return "\n".join(kept[:LINES])
+
+
+# --- for programs -----------------------------------------------------------------------------------------------------
+
+
+def variant_json(v: Variant) -> dict[str, Any]:
+    """A catalogue entry."""
+    return {
+        "variant": v.name, "kind": v.kind, "says": v.says, "first_tensor": v.fields[0], "tensors": list(v.fields),
+        "knob": v.knob, "seen": v.seen, "shows": v.shows,
+    }  # fmt: skip
+
+
+def statistic_json(instance: Instance) -> dict[str, Any]:
+    """The numbers behind one verdict."""
+    s = instance.judged.statistics
+    return {
+        "verdict": instance.judged.verdict, "error_over_bound": finite(s.worst), "rms_over_sigma": finite(s.rms),
+        "gain_sigmas": finite(s.gain), "bias_sigmas": finite(s.bias), "factor": finite(s.factor), "exact": s.exact,
+        "elements": s.elements, "worst_place": list(s.place), "note": instance.judged.note,
+        "limit": "measured" if instance.between else "derived",
+    }  # fmt: skip
+
+
+def finding_json(finding: Finding) -> dict[str, Any]:
+    """One finding."""
+    return {
+        "tensor": finding.instances[0].tensor,
+        "field": finding.field,
+        "layers": [layer for i in finding.instances if (layer := layer_of(i.tensor)) is not None],
+        "recorded": finding.total,
+        "statistic": statistic_json(finding.worst),
+        "named": finding.named,
+        "explanations": [variant_json(v) for v in finding.explanations],
+        "estimates": [
+            {"parameter": e.parameter, "value": finite(e.value), "uncertainty": finite(e.uncertainty),
+             "expected": e.expected, "fits": e.fits, "near": e.near}
+            for e in finding.estimates
+        ],
+        "where": finding.where,
+        "computed_from": list(finding.instances[0].sources),
+        "not_recorded_between": list(finding.instances[0].between),
+    }  # fmt: skip
+
+
+def as_json(report: Report, model: str) -> dict[str, Any]:
+    """Everything, for a program."""
+    first = report.first_divergence
+    return {
+        "schema": SCHEMA,
+        "candidate": report.candidate.source,
+        "engine": report.candidate.engine,
+        "model": model,
+        "dtype": report.candidate.dtype,
+        "dtype_from": report.candidate.dtype_from,
+        "shape": list(report.candidate.call.input_ids.shape),
+        "verdict": report.verdict,
+        "exit_code": EXIT[report.verdict],
+        "first_divergence": first.tensor if first else None,
+        "findings": [finding_json(f) for f in report.findings],
+        "tensors": [{"tensor": i.tensor} | statistic_json(i) for i in report.instances],
+        "missing": list(report.missing),
+        "excluded": [v.name for v in report.excluded],
+        "blind": [{"variant": v.name, "shows": v.shows} for v in report.blind],
+        "remarks": list(report.remarks),
+        "override": report.override,
+        "drift": [{"tensor": name, "relative": finite(x)} for name, x in report.drift],
+    }
+
+
+def junit(report: Report, model: str) -> str:
+    """One test case a tensor, for a test runner's page."""
+    bad = [i for i in report.instances if i.judged.verdict in j.BAD]
+    suite = ElementTree.Element(
+        "testsuite", name=f"refgemma check {model}", tests=str(len(report.instances)), failures=str(len(bad)),
+        skipped=str(len(report.missing)),
+    )  # fmt: skip
+    named = {i.tensor: f.named for f in report.findings for i in f.instances}
+    for i in report.instances:
+        case = ElementTree.SubElement(suite, "testcase", classname=field_of(i.tensor), name=i.tensor)
+        if i.judged.verdict in j.BAD:
+            s = i.judged.statistics
+            said = i.judged.note or f"error {number(s.worst)} x bound, rms {number(s.rms)} sigma: {named.get(i.tensor)}"
+            ElementTree.SubElement(case, "failure", type=i.judged.verdict, message=said)
+    for name in report.missing:
+        case = ElementTree.SubElement(suite, "testcase", classname=field_of(name), name=name)
+        ElementTree.SubElement(case, "skipped", message="not recorded")
+    ElementTree.indent(suite)
+    return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(suite, encoding="unicode") + "\n"
+
+
+def markdown(report: Report, model: str) -> str:
+    """The comment of a pull request."""
+    head = "\n".join(first_lines(report)).replace("`", "'")
+    rows = [
+        f"| `{f.field}` | {f.worst.judged.verdict} | {len(f.instances)} of {f.total} | "
+        f"{number(f.worst.judged.statistics.worst)} | {number(f.worst.judged.statistics.rms)} | {f.named} |"
+        for f in report.findings
+    ]
+    table = [
+        "| tensor | verdict | layers | error/bound | rms/sigma | explained by |",
+        "|---|---|---|---|---|---|",
+        *rows,
+    ]
+    counts = Counter(i.judged.verdict for i in report.instances)
+    return "\n".join([
+        f"### refgemma check against {model}: {report.verdict}", "", "```text", head, "```", "",
+        *(table if rows else []), *([""] if rows else []),
+        ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items())) + ".",
+        "",
+        f"Excluded {len(report.excluded)} of {len(report.excluded) + len(report.blind)} known mistakes. "
+        f"Not shown by this trace: {', '.join(v.name for v in report.blind) or 'none'}.",
+        *(f"\n{remark}" for remark in report.remarks), "",
+    ])  # fmt: skip
+
+
+# --- a page -----------------------------------------------------------------------------------------------------------
+
+PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>refgemma check: {verdict}</title><style>
+:root{{color-scheme:light dark}}
+body{{font:15px/1.45 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem}}
+table{{border-collapse:collapse;font-size:13px}} td,th{{padding:2px 6px;text-align:left;border:1px solid #8884}}
+pre{{white-space:pre-wrap;background:#8881;padding:.8rem}}
+.s td{{width:1.6rem;height:1.2rem;padding:0;text-align:center;
+font-size:10px}} figure{{margin:1.5rem 0}} figcaption{{font-weight:600}} svg text{{font-size:11px;fill:currentColor}}
+</style></head><body><h1>{verdict}</h1><pre>{text}</pre>
+<figure><figcaption>Each tensor in each layer, root mean square error in standard deviations of rounding</figcaption>
+<table class="s">{strip}</table><p>Green: rounding explains it. Yellow: noisy. Red: it does not. Grey: not recorded.</p>
+</figure>
+<figure><figcaption>Distance of the residual stream from the model's own, relative; it accuses no tensor</figcaption>
+{drift}</figure>
+<figure><figcaption>Largest error of each tensor in units of its worst case, on a scale of powers of ten</figcaption>
+{histogram}</figure></body></html>
+"""
+COLOURS = {
+    j.EXACT: "#2a9d4b", j.PASS: "#7fc98f", j.NOISY: "#f0c419", j.SKEWED: "#e8743b", j.FAIL: "#d62828",
+    j.BLIND: "#9a9a9a", j.INVALID: "#7b1fa2",
+}  # fmt: skip
+
+
+def page(report: Report, model: str) -> str:
+    """One HTML file that needs no network."""
+    return PAGE.format(
+        verdict=html.escape(report.verdict), text=html.escape(text(report, model)), strip=_strip(report),
+        drift=_drift(report), histogram=_histogram(report),
+    )  # fmt: skip
+
+
+def _strip(report: Report) -> str:
+    by_name = {i.tensor: i for i in report.instances}
+    count = report.config.num_hidden_layers
+    rows = ["<tr><th>tensor</th>" + "".join(f"<th>{n}</th>" for n in range(count)) + "</tr>"]
+    for kind in FIELDS:
+        inside = kind in FIELDS[3:-3]
+        names = [f"layers.{n}.{kind}" for n in range(count)] if inside else [kind]
+        cells = "".join(_cell(by_name.get(name), name) for name in names)
+        rows.append(f"<tr><th>{kind}</th>{cells}</tr>")
+    return "".join(rows)
+
+
+def _cell(instance: Instance | None, name: str) -> str:
+    if instance is None:
+        return f'<td title="{name}: not recorded" style="background:#8883"></td>'
+    s, verdict = instance.judged.statistics, instance.judged.verdict
+    title = f"{name}: {verdict}, error {number(s.worst)} x bound, rms {number(s.rms)} sigma, exact {s.exact:.3f}"
+    return f'<td title="{html.escape(title)}" style="background:{COLOURS[verdict]}">{verdict[0]}</td>'
+
+
+def _drift(report: Report) -> str:
+    points = [(name, x) for name, x in report.drift if np.isfinite(x) and x > 0]
+    if not points:
+        return "<p>No tensor of the residual stream was recorded, or none differs.</p>"
+    logs = np.log10([x for _, x in points])
+    low, high = np.floor(logs.min()), np.ceil(logs.max() + 1e-9)
+    step = 640 / max(1, len(points) - 1)
+    y = 180 - 160 * (logs - low) / max(1.0, high - low)
+    path = " ".join(f"{40 + n * step:.1f},{v:.1f}" for n, v in enumerate(y))
+    dots = "".join(
+        f'<circle cx="{40 + n * step:.1f}" cy="{v:.1f}" r="3" fill="#1769aa"><title>{name}: {x:.3g}</title></circle>'
+        for n, (v, (name, x)) in enumerate(zip(y, points, strict=True))
+    )
+    return (
+        f'<svg viewBox="0 0 720 200" role="img" aria-label="drift"><polyline points="{path}" fill="none" '
+        f'stroke="#1769aa"/>{dots}<text x="0" y="24">1e{high:.0f}</text><text x="0" y="184">1e{low:.0f}</text></svg>'
+    )
+
+
+def _histogram(report: Report) -> str:
+    ratios = [i.judged.statistics.worst for i in report.instances if np.isfinite(i.judged.statistics.worst)]
+    logs = np.log10(np.maximum(ratios, 1e-6)) if ratios else np.zeros(0)
+    counts, edges = np.histogram(np.clip(logs, -6, 8), bins=28, range=(-6, 8))
+    top = max(1, int(counts.max(initial=0)))
+    bars = "".join(
+        f'<rect x="{40 + 24 * n}" y="{170 - 150 * c / top:.1f}" width="22" height="{150 * c / top:.1f}" '
+        f'fill="{"#d62828" if edge >= 0 else "#2a9d4b"}"><title>1e{edge:.1f}: {c} tensors</title></rect>'
+        for n, (c, edge) in enumerate(zip(counts, edges[:-1], strict=True))
+    )
+    ticks = "".join(f'<text x="{40 + 48 * n}" y="188">1e{-6 + n}</text>' for n in range(0, 15, 2))
+    return f'<svg viewBox="0 0 740 200" role="img" aria-label="histogram">{bars}{ticks}</svg>'
+
+
+def dumps(value: Any) -> str:
+    """JSON without NaN."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)

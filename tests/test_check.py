@@ -1,0 +1,250 @@
+"""refgemma check on what PyTorch recorded: as it is, nothing of it is accused; held against another model, it is
+accused of the difference, at the right tensor and by the right name."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+from refgemma.__main__ import main
+from refgemma.config import FULL, SLIDING
+from refgemma.hub import find_model
+from refgemma.oracle import allowance
+from refgemma.oracle.allowance import Arithmetic, in_unit, stored
+from refgemma.oracle.candidate import load_candidate, only
+from refgemma.oracle.conformance import write_conformance
+from refgemma.oracle.diagnose import CONFORMS, DIFFERS, Report, check
+from refgemma.oracle.judge import GOOD
+from refgemma.oracle.trace import save_trace
+from refgemma.oracle.variants import VARIANTS
+from refgemma.oracle.verify import load_golden, model_of, read_manifest
+from refgemma.precision import as_dtype
+
+CASES = {name: about for name, about in read_manifest()["cases"].items() if "calls" in about}
+SMALL = [name for name, about in CASES.items() if about["model"] != "tiny"]
+
+
+def port(case: str, folder: Path) -> Path:
+    """What PyTorch recorded in a case, as a candidate's file."""
+    about, golden = load_golden(case)
+    whole = len(about["calls"]) == 1
+    tensors = {name.removeprefix("calls.0.") if whole else name: x for name, x in golden.items() if name != "loss"}
+    metadata = {"dtype": about["dtype"], "calls": json.dumps(list(about["calls"]))}
+    save_trace(tensors, folder / "port.safetensors", metadata)
+    return folder / "port.safetensors"
+
+
+def checked(case: str, folder: Path, tensors: tuple[str, ...] | None = None, **wrong: Any) -> Report:
+    """A recording held against its own model, or one with other numbers."""
+    config, weights = model_of(CASES[case])
+    candidate = load_candidate(port(case, folder), config)
+    candidate = candidate if tensors is None else only(candidate, tensors)
+    return check(candidate, weights, replace(config, **wrong))
+
+
+@pytest.mark.parametrize("case", SMALL)
+def test_pytorch_is_not_accused(case: str, tmp_path: Path) -> None:
+    report = checked(case, tmp_path)
+    assert report.verdict == CONFORMS
+    assert {i.judged.verdict for i in report.instances} <= set(GOOD)
+    assert len(report.excluded) > 45
+
+
+@pytest.mark.parametrize("case", ["bends-forward-f32", "bends-forward-bf16"])
+def test_pytorch_is_not_accused_by_its_logits_alone(case: str, tmp_path: Path) -> None:
+    assert checked(case, tmp_path, ("logits",)).verdict == CONFORMS
+
+
+# The recording is right and the model is wrong by one number: the name is then that of the way back.
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize(
+    ("wrong", "tensor", "named"),
+    [
+        ({"query_pre_attn_scalar": 13}, "layers.0.attention.scores", "query_pre_attn_scalar = 12"),
+        ({"attn_logit_softcapping": 4.0}, "layers.0.attention.capped", "attn_logit_softcapping = 2"),
+        ({"final_logit_softcapping": 5.0}, "logits", "final_logit_softcapping = 3"),
+        ({"sliding_window": 6}, "layers.0.attention.probs", "swa-window-minus-one"),
+        ({"sliding_window": 4}, "layers.0.attention.probs", "swa-window-plus-one"),
+        ({"layer_types": (FULL, SLIDING) * 2}, "layers.0.attention.probs", "swa-layer-parity-swapped"),
+        ({"layer_types": (FULL,) * 4}, "layers.0.attention.probs", "UNKNOWN"),
+        ({"rope_theta": 12345.0, "rope_parameters": None}, "cos", "rope_theta = 10000"),
+    ],
+)
+def test_a_difference_is_named(wrong: Mapping[str, Any], tensor: str, named: str, dtype: str, tmp_path: Path) -> None:
+    report = checked(f"bends-forward-{dtype}", tmp_path, **wrong)
+    assert report.verdict == DIFFERS
+    assert report.first_divergence is not None
+    assert report.first_divergence.tensor == tensor
+    if named.startswith(("swa", "UNKNOWN")) or dtype == "f32":
+        assert report.findings[0].named == named
+    else:  # a number estimated from bfloat16 is known to three digits
+        parameter, value = named.split(" = ")
+        estimate = next(e for e in report.findings[0].estimates if e.parameter == parameter)
+        assert estimate.fits
+        assert estimate.value == pytest.approx(float(value), rel=3e-3)
+    assert len({f.field for f in report.findings}) == 1 or tensor == "cos"  # what follows from it is not accused
+
+
+def test_one_wrong_element_is_seen(tmp_path: Path) -> None:
+    path = port("bends-forward-f32", tmp_path)
+    tensors = load_file(path)
+    tensors["layers.2.feed_forward.gelu"][1, 3, 7] *= np.float32(1.0001)
+    save_trace(tensors, path, {"dtype": "float32"})
+    config, weights = model_of(CASES["bends-forward-f32"])
+    report = check(load_candidate(path, config), weights, config)
+    assert report.first_divergence is not None
+    assert report.first_divergence.tensor == "layers.2.feed_forward.gelu"
+    assert report.findings[0].named == "UNKNOWN"
+    assert report.first_divergence.judged.statistics.place == (1, 3, 7)
+
+
+# --- bounds -----------------------------------------------------------------------------------------------------------
+
+
+def sums(terms: np.ndarray) -> dict[str, np.ndarray]:
+    """float32 sums along the last axis: one after the other, from the back, in pairs, in blocks of eight."""
+    forwards, backwards = np.zeros(terms.shape[:-1], np.float32), np.zeros(terms.shape[:-1], np.float32)
+    for n in range(terms.shape[-1]):
+        forwards, backwards = forwards + terms[..., n], backwards + terms[..., -1 - n]
+    pairs = terms
+    while pairs.shape[-1] > 1:
+        pairs = np.concatenate([pairs, np.zeros_like(pairs[..., : pairs.shape[-1] % 2])], axis=-1)
+        pairs = pairs[..., ::2] + pairs[..., 1::2]
+    blocks = np.zeros(terms.shape[:-1], np.float32)
+    for start in range(0, terms.shape[-1], 8):
+        block = np.zeros_like(blocks)
+        for n in range(start, min(start + 8, terms.shape[-1])):
+            block = block + terms[..., n]
+        blocks = blocks + block
+    return {"forwards": forwards, "backwards": backwards, "pairs": pairs[..., 0], "blocks": blocks}
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([3, 40, 300]), st.sampled_from(["float32", "bfloat16", "float16"]))
+def test_sums_in_any_order_are_allowed(seed: int, n: int, storage: str) -> None:
+    rng = np.random.default_rng(seed)
+    x = np.asarray(as_dtype(rng.standard_normal((4, n)), storage), np.float64)
+    weight = np.asarray(as_dtype(rng.standard_normal((6, n)), storage), np.float64)
+    exact = x @ weight.T
+    allowed = in_unit(stored(allowance.linear(x, weight), exact, storage), Arithmetic(storage))
+    terms = x.astype(np.float32)[:, None, :] * weight.astype(np.float32)
+    for result in sums(terms).values():
+        error = np.abs(np.asarray(as_dtype(result, storage), np.float64) - exact)
+        assert (error <= allowed.worst).all()
+        assert np.sqrt(np.mean((error / allowed.sigma) ** 2)) < 2.5
+
+
+def test_what_is_allowed_is_not_vacuous(tmp_path: Path) -> None:
+    # Of every kind of tensor some element errs by a thousandth of what it may, or all elements are exact.
+    for case in ("bends-forward-f32", "bends-forward-bf16"):
+        for instance in checked(case, tmp_path).instances:
+            s = instance.judged.statistics
+            assert s.exact == 1 or s.worst > 1e-3, instance
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_conformance_checkpoint_is_what_is_written(tmp_path: Path) -> None:
+    write_conformance(tmp_path)
+    for path in tmp_path.iterdir():
+        assert path.read_bytes() == (find_model("conformance") / path.name).read_bytes()
+
+
+def test_the_catalogue_is_whole() -> None:
+    assert len(VARIANTS) >= 45
+    assert len({v.name for v in VARIANTS}) == len(VARIANTS)
+    for v in VARIANTS:
+        assert v.says
+        assert v.seen
+        assert v.shows
+        assert v.knob
+        assert v.fields
+
+
+def test_exit_codes_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = tmp_path / "run.safetensors"
+    assert main(["trace", "--ids", "2,5,9,30,31", "--model", "conformance", "-o", str(trace)]) == 0
+    capsys.readouterr()
+    assert main(["check", str(trace), "--model", "conformance"]) == 0
+    said = capsys.readouterr().out
+    assert "CONFORMS" in said
+    assert len(said.splitlines()) <= 30
+    tensors = load_file(trace)
+    tensors["logits"] = tensors["raw_logits"]
+    save_trace(tensors, trace, {"dtype": "float32"})
+    files = [f for kind in ("html", "markdown", "junit", "bundle") for f in (f"--{kind}", str(tmp_path / kind))]
+    assert main(["check", str(trace), "--model", "conformance", "--json", *files]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["schema"] == "refgemma-check/1"
+    assert (found["verdict"], found["first_divergence"]) == ("differs", "logits")
+    assert found["findings"][0]["explanations"][0]["variant"] == "final-softcap-missing"
+    assert found["excluded"]
+    assert found["blind"]
+    for kind in ("html", "markdown", "junit"):
+        assert "final-softcap-missing" in (tmp_path / kind).read_text(encoding="utf-8")
+    assert "http" not in (tmp_path / "html").read_text(encoding="utf-8")
+    assert set(load_file(tmp_path / "bundle")) == {"raw_logits", "logits", "expected"}
+    without = {name: x for name, x in tensors.items() if name != "logits"}
+    save_trace(without, trace, {"dtype": "float32"})
+    assert main(["check", str(trace), "--model", "conformance"]) == 4  # nothing missing ends in 0
+
+
+def test_an_override_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = tmp_path / "run.safetensors"
+    main(["trace", "--ids", "2,5,9", "--model", "conformance", "-o", str(trace)])
+    main(["check", str(trace), "--model", "conformance", "--allow", "10"])
+    assert "OVERRIDE" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "no such file"),
+        (b"", "no whole safetensors file"),
+        (b"\xff" * 4096, "no whole safetensors file"),
+        ({"logits": np.zeros((1, 3, 97), np.float32)}, "lacks input_ids"),
+        ({"input_ids": np.array([[2, 500]])}, "not in the vocabulary"),
+        ({"input_ids": np.array([[2, 5]])}, "holds no tensor of this model"),
+        ({"input_ids": np.array([[2, 5]]), "logits": np.zeros((1, 2, 97), ml_dtypes.float8_e4m3fn)}, "F8_E4M3"),
+    ],
+)
+def test_a_bad_file_is_refused_in_one_line(
+    content: Any, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "bad.safetensors"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        save_file(content, path)
+    assert main(["check", str(path), "--model", "conformance"]) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert len(captured.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_nan_and_other_shapes_are_invalid(bad: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.safetensors"
+    main(["trace", "--ids", "2,5,9", "--model", "conformance", "-o", str(path)])
+    tensors = load_file(path)
+    tensors["layers.1.attention.out"][0, 1, 2] = bad
+    tensors["logits"] = np.pad(tensors["logits"], ((0, 0), (0, 0), (0, 3)))
+    save_trace(tensors, path, {"dtype": "float32"})
+    capsys.readouterr()
+    assert main(["check", str(path), "--model", "conformance", "--json"]) == 1
+    found = {t["tensor"]: t["verdict"] for t in json.loads(capsys.readouterr().out)["tensors"]}
+    assert found["layers.1.attention.out"] == found["logits"] == "INVALID"
+
+
+def test_a_half_precision_trace_keeps_the_order_of_its_axes(tmp_path: Path) -> None:
+    path = tmp_path / "run.safetensors"
+    assert main(["trace", "--ids", "2,5,9,30", "--model", "conformance", "--dtype", "bfloat16", "-o", str(path)]) == 0
+    assert main(["check", str(path), "--model", "conformance"]) == 0
