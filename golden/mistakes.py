@@ -564,7 +564,7 @@ def port(name: str | None, dtype: str, prompt: Prompt, folder: Path, config: Any
     else:
         with made(name, model, prompt):
             tensors, about = capture_transformers(model, prompt.input_ids, prompt.attention_mask, calls)
-    save_trace(tensors, folder / "port.safetensors", about)
+    save_trace(tensors.items(), folder / "port.safetensors", about)
     return load_candidate(folder / "port.safetensors", config)
 
 

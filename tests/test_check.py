@@ -38,7 +38,7 @@ def port(case: str, folder: Path) -> Path:
     whole = len(about["calls"]) == 1
     tensors = {name.removeprefix("calls.0.") if whole else name: x for name, x in golden.items() if name != "loss"}
     metadata = {"dtype": about["dtype"], "calls": json.dumps(list(about["calls"]))}
-    save_trace(tensors, folder / "port.safetensors", metadata)
+    save_trace(tensors.items(), folder / "port.safetensors", metadata)
     return folder / "port.safetensors"
 
 
@@ -97,7 +97,7 @@ def test_one_wrong_element_is_seen(tmp_path: Path) -> None:
     path = port("bends-forward-f32", tmp_path)
     tensors = load_file(path)
     tensors["layers.2.feed_forward.gelu"][1, 3, 7] *= np.float32(1.0001)
-    save_trace(tensors, path, {"dtype": "float32"})
+    save_trace(tensors.items(), path, {"dtype": "float32"})
     config, weights = model_of(CASES["bends-forward-f32"])
     report = check(load_candidate(path, config), weights, config)
     assert report.first_divergence is not None
@@ -179,7 +179,7 @@ def test_exit_codes_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert len(said.splitlines()) <= 30
     tensors = load_file(trace)
     tensors["logits"] = tensors["raw_logits"]
-    save_trace(tensors, trace, {"dtype": "float32"})
+    save_trace(tensors.items(), trace, {"dtype": "float32"})
     files = [f for kind in ("html", "markdown", "junit", "bundle") for f in (f"--{kind}", str(tmp_path / kind))]
     assert main(["check", str(trace), "--model", "conformance", "--json", *files]) == 1
     found = json.loads(capsys.readouterr().out)
@@ -193,7 +193,7 @@ def test_exit_codes_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "http" not in (tmp_path / "html").read_text(encoding="utf-8")
     assert set(load_file(tmp_path / "bundle")) == {"raw_logits", "logits", "expected"}
     without = {name: x for name, x in tensors.items() if name != "logits"}
-    save_trace(without, trace, {"dtype": "float32"})
+    save_trace(without.items(), trace, {"dtype": "float32"})
     assert main(["check", str(trace), "--model", "conformance"]) == 4  # nothing missing ends in 0
 
 
@@ -237,7 +237,7 @@ def test_nan_and_other_shapes_are_invalid(bad: float, tmp_path: Path, capsys: py
     tensors = load_file(path)
     tensors["layers.1.attention.out"][0, 1, 2] = bad
     tensors["logits"] = np.pad(tensors["logits"], ((0, 0), (0, 0), (0, 3)))
-    save_trace(tensors, path, {"dtype": "float32"})
+    save_trace(tensors.items(), path, {"dtype": "float32"})
     capsys.readouterr()
     assert main(["check", str(path), "--model", "conformance", "--json"]) == 1
     found = {t["tensor"]: t["verdict"] for t in json.loads(capsys.readouterr().out)["tensors"]}

@@ -26,7 +26,7 @@ def test_two_layers_conform() -> None:
     found = result()
     assert found.conforms, found.first_divergence
     names = load_full(NAME)[0]["names"]
-    assert {c.tensor for c in found.comparisons} == {*names, "top_ids", "top_logits"}
+    assert {c.tensor for c in found.comparisons} == {*names, "top_ids", "top_logits", "loss"}
 
 
 # A change of the configuration, and the first tensor that it has to be found at.

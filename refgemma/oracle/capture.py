@@ -171,7 +171,7 @@ def capture_transformers(
     In a script that has torch::
 
         tensors, about = capture_transformers(model, [[2, 300, 400]])
-        save_trace(tensors, "port.safetensors", about)
+        save_trace(tensors.items(), "port.safetensors", about)
     """
     import torch
     import transformers

@@ -88,7 +88,7 @@ def write_bundle(candidate: Candidate, weights: Weights, found: Report, path: st
         tensors = {name: x[:1, ..., :rows, :] for name, x in tensors.items()}
     about = {"format": "refgemma-bundle/1", "tensor": first.tensor, "inputs": ",".join(first.sources),
              "named": found.findings[0].named, "dtype": candidate.dtype}  # fmt: skip
-    save_trace(tensors, path, about)
+    save_trace(tensors.items(), path, about)
 
 
 def run_variants(args: argparse.Namespace) -> int:

@@ -103,7 +103,7 @@ def prompts(config: Gemma2Config) -> Mapping[str, Prompt]:
 def write_prompt(prompt: Prompt, path: str | Path) -> None:
     """Write the inputs of a trace, to which a port adds what it computed."""
     about = {"calls": json.dumps(prompt.calls), "prompt": prompt.name}
-    save_trace({"input_ids": prompt.input_ids, "attention_mask": prompt.attention_mask}, path, about)
+    save_trace([("input_ids", prompt.input_ids), ("attention_mask", prompt.attention_mask)], path, about)
 
 
 def chosen(name: str, config: Gemma2Config) -> Prompt:

@@ -331,7 +331,7 @@ def check(candidate: Candidate, weights: Weights, config: Gemma2Config, override
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     wrong = tiny.config.changed(final_logit_softcapping=None)
     ...     run = dict(named_tensors(refgemma.forward(ids, tiny.weights, wrong)))
-    ...     save_trace({"input_ids": ids} | run, Path(folder) / "port.safetensors", {"dtype": "float32"})
+    ...     _ = save_trace(({"input_ids": ids} | run).items(), Path(folder) / "port.safetensors", {"dtype": "float32"})
     ...     report = check(load_candidate(Path(folder) / "port.safetensors", tiny.config), tiny.weights, tiny.config)
     >>> report.verdict, report.first_divergence.tensor, report.findings[0].named
     ('differs', 'logits', 'final-softcap-missing')
