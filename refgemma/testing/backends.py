@@ -155,7 +155,7 @@ class NumpyBackend:
     >>> backend = NumpyBackend()
     >>> model = backend.load(find_model("conformance"), "bfloat16")
     >>> backend.forward(model, np.array([[2, 5, 7]])).logits.shape
-    (1, 3, 61)
+    (1, 3, 97)
     """
 
     def capabilities(self) -> Capabilities:
