@@ -1,5 +1,5 @@
-"""The known mistakes, made in transformers' own code: what `refgemma check` is tried on. Written without the oracle's
-catalogue, from which only the names come, so that the two accounts of a mistake are independent.
+"""The known mistakes, made in transformers' own code: what `refgemma check` is tried on. Each is written
+here once more, apart from the oracle's catalogue, which gives the names and the fields that score an answer.
 
     python golden/mistakes.py                 make every mistake in float32 and bfloat16 and print what check says
     python golden/mistakes.py --write         and write the table into docs/oracle.md

@@ -24,6 +24,8 @@ SIZES = {"9b": 42, "27b": 46}
 # The recordings are float32, of another program (TransformerLens), whose logits are reported to differ from
 # transformers' by 7e-5: an error of e in a logit changes a probability p by at most 2 e p, and an entropy in bits by
 # about e times the spread of the logits. Twice to ten times that is allowed.
+# Of a norm of the residual stream the rounding of all layers before it is left: 4e-6 in float32 of the synthetic 9B,
+# and two hundred times that for the two programs' different order of sums, still far below any known mistake.
 PROBABILITY, ENTROPY_BITS, NORM = 2e-4, 2e-3, 1e-3
 
 

@@ -1,6 +1,5 @@
 """The conformance checkpoint, a small model in which every known mistake shows, and the inputs that show them. Checked
-in the tests: the files in the package are what is written here, to the last byte, and what the prompts exclude is
-counted.
+in the tests: the files in the package are what is written here, to the last byte.
 
 Nobody trained it: its weights are random bytes times powers of two, exact in bfloat16. No two of its axes have one
 length, ``heads * head_dim`` is not the width, the query scalar is neither head_dim nor width / heads, ``sqrt(hidden)``
@@ -8,7 +7,6 @@ is 0.15 % off in bfloat16, both caps bend, the window is 8, and rows of the embe
 matters to some tokens.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +17,6 @@ from safetensors.numpy import save
 
 from refgemma.config import Gemma2Config
 from refgemma.files import replace_file
-from refgemma.inputs import InputError
-from refgemma.oracle.trace import save_trace
 from refgemma.precision import Array
 from refgemma.weights.parameters import EMBED_TOKENS, tensor_shapes
 from refgemma.weights.synthetic import raw_bytes
@@ -98,23 +94,3 @@ def prompts(config: Gemma2Config) -> Mapping[str, Prompt]:
         "cached": Prompt("cached", "a prompt in pieces and steps that share a cache", ids[:1], seen[:1],
                          (*pieces, length - sum(pieces))),
     }  # fmt: skip
-
-
-def write_prompt(prompt: Prompt, path: str | Path) -> None:
-    """Write the inputs of a trace, to which a port adds what it computed."""
-    about = {"calls": json.dumps(prompt.calls), "prompt": prompt.name}
-    save_trace([("input_ids", prompt.input_ids), ("attention_mask", prompt.attention_mask)], path, about)
-
-
-def chosen(name: str, config: Gemma2Config) -> Prompt:
-    """One prompt by name.
-
-    Raises
-    ------
-    InputError
-        If there is none of that name.
-    """
-    known = prompts(config)
-    if name not in known:
-        raise InputError(f"unknown prompt {name!r}; there are {', '.join(known)}")
-    return known[name]

@@ -287,7 +287,7 @@ class Check:
         elif bos is not None and call.input_ids.shape[1] > 1 and bos in second:
             yield f"tokens: row {second.index(bos)} begins with <bos> twice (double-bos)"
         for name in candidate.unknown[:3]:
-            yield f"{name}: is no tensor of this model; refgemma map shows what matched"
+            yield f"{name}: is no tensor of this model"
         if len(candidate.unknown) > 3:
             yield f"and {len(candidate.unknown) - 3} other unknown tensors"
         if candidate.dtype_from == "numbers":
