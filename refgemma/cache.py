@@ -6,7 +6,7 @@ continued in many ways from one cache, and nothing goes wrong when a step is thr
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -78,7 +78,7 @@ class Cache(tuple[LayerCache, ...]):
         return self[layer].stop if self else 0
 
     def _rows(self, select: Callable[[Array], Array]) -> "Cache":
-        return Cache(replace(layer, keys=select(layer.keys), values=select(layer.values)) for layer in self)
+        return Cache(LayerCache(select(layer.keys), select(layer.values), layer.start) for layer in self)
 
     def reorder(self, rows: npt.ArrayLike) -> "Cache":
         """The cache whose row ``i`` is this one's row ``rows[i]``: for beams, and to drop or repeat sequences.
@@ -95,7 +95,13 @@ class Cache(tuple[LayerCache, ...]):
         return self._rows(lambda x: x[picked])
 
     def repeat_interleave(self, repeats: Any) -> "Cache":
-        """Every row `repeats` times, beside itself: rows 0, 1 become 0, 0, 1, 1."""
+        """Every row `repeats` times, beside itself: rows 0, 1 become 0, 0, 1, 1.
+
+        Raises
+        ------
+        InputError
+            If `repeats` is no whole number of at least 1.
+        """
         if not isinstance(repeats, int | np.integer) or repeats < 1:
             raise InputError(f"repeats is {repeats!r}: a whole number of at least 1 is needed")
         return self._rows(lambda x: np.repeat(x, repeats, axis=0))
@@ -190,7 +196,15 @@ def empty_cache(config: Gemma2Config, batch: int, like: Array) -> Cache:
 
 
 def past_of(cache: Cache | None, config: Gemma2Config, batch: int, like: Array) -> Cache:
-    """The cache to go on from, or an empty one, after a look whether it is one of this model and batch."""
+    """The cache to go on from, or an empty one, after a look whether it is one of this model and batch.
+
+    Its precision must be that of `like`.
+
+    Raises
+    ------
+    InputError
+        If the cache is not one of such a model and batch.
+    """
     nothing = empty_cache(config, batch, like)
     if cache is None:
         return nothing

@@ -1,4 +1,4 @@
-"""The numbers that make a Gemma 2: sizes, window, caps. Checked against transformers 5.23 `configuration_gemma2.py`
+"""The numbers that make a Gemma 2: sizes, window, caps. Checked against transformers 5.23 ``configuration_gemma2.py``
 and, for the defaults, the Transformers documentation page of Gemma 2."""
 
 import json
@@ -28,6 +28,7 @@ REQUIRED = (
 )
 
 LABELS_LIMIT = 2**20  # more classes than any classifier has; their names are written out
+LAYERS_LIMIT = 2**16  # each has a type: a number without limit would take memory without limit
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 # Left out of a file where they have their defaults: they say how a model is used, not which one it is.
@@ -185,6 +186,11 @@ class Gemma2Config:
     def changed(self, **changes: Any) -> "Gemma2Config":
         """The configuration with other values, and what follows from them.
 
+        Raises
+        ------
+        ConfigError
+            If a name is none of the configuration's, or a value does not fit.
+
         Examples
         --------
         >>> Gemma2Config().changed(num_hidden_layers=1).layer_types
@@ -272,7 +278,13 @@ class Gemma2Config:
 
     @classmethod
     def from_json_file(cls, path: str | Path) -> "Gemma2Config":
-        """Read a ``config.json``; see `from_dict`."""
+        """Read a ``config.json``; see `from_dict`.
+
+        Raises
+        ------
+        ConfigError
+            If it cannot be read, naming the file and the field.
+        """
         try:
             raw = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
@@ -319,6 +331,11 @@ class Gemma2Config:
     @classmethod
     def preset(cls, name: str) -> "Gemma2Config":
         """The shape of a released Gemma 2: ``"2b"``, ``"9b"`` or ``"27b"``.
+
+        Raises
+        ------
+        ConfigError
+            If there is no preset of that name.
 
         Examples
         --------
@@ -379,7 +396,7 @@ def _derived(config: Gemma2Config) -> dict[str, Any]:
     heads: int | None = config.num_key_value_heads
     if heads is None:
         values["num_key_value_heads"] = config.num_attention_heads
-    if config.layer_types is None and _is_size(config.num_hidden_layers):
+    if config.layer_types is None and _is_size(config.num_hidden_layers) and config.num_hidden_layers <= LAYERS_LIMIT:
         values["layer_types"] = tuple(FULL if layer % 2 else SLIDING for layer in range(config.num_hidden_layers))
     return values | _rope(config) | _labels(config)
 
@@ -405,7 +422,7 @@ def _labels(config: Gemma2Config) -> dict[str, Any]:
         if not _is_size(count) or count > LABELS_LIMIT:
             return {}
         names = _names(count)
-    elif isinstance(names, Mapping) and all(str(key).isdecimal() for key in names):
+    elif isinstance(names, Mapping) and all(str(key).isdecimal() and len(str(key)) < 10 for key in names):
         names = {int(key): name for key, name in names.items()}  # in JSON every key is a string
         count = len(names) if count is None else count
     else:
@@ -449,6 +466,8 @@ def _problems(config: Gemma2Config) -> list[str]:
         value = getattr(config, name)
         if not _is_size(value):
             found.append(f"{name} must be a whole number from 1 to 2147483647, not {value!r}")
+    if _is_size(config.num_hidden_layers) and config.num_hidden_layers > LAYERS_LIMIT:
+        found.append(f"num_hidden_layers must be at most {LAYERS_LIMIT}, not {config.num_hidden_layers}")
     for name in ("rms_norm_eps", "rope_theta", "query_pre_attn_scalar"):
         value = getattr(config, name)
         if not _is_number(value) or value <= 0:
@@ -466,7 +485,8 @@ def _problems(config: Gemma2Config) -> list[str]:
         )
     if config.head_dim % 2:
         found.append(f"head_dim ({config.head_dim}) is odd: rotary positions turn pairs")
-    if not callable(config.hidden_activation) and config.hidden_activation not in ACTIVATIONS:
+    named = isinstance(config.hidden_activation, str) and config.hidden_activation in ACTIVATIONS
+    if not callable(config.hidden_activation) and not named:
         found.append(
             f"hidden_activation {config.hidden_activation!r} is unknown; there are {', '.join(ACTIVATIONS)}, and "
             "any function of an array"
@@ -480,8 +500,8 @@ def _problems(config: Gemma2Config) -> list[str]:
         found.append(f"initializer_range must be a number of at least 0, not {config.initializer_range!r}")
     found += _label_problems(config)
     kinds = config.layer_types
-    named = isinstance(kinds, tuple) and all(kind in (SLIDING, FULL) for kind in kinds)
-    if not named or len(kinds or ()) != config.num_hidden_layers:
+    typed = isinstance(kinds, tuple) and all(kind in (SLIDING, FULL) for kind in kinds)
+    if not typed or len(kinds or ()) != config.num_hidden_layers:
         found.append(
             f"layer_types must name {SLIDING!r} or {FULL!r} for each of the {config.num_hidden_layers} layers, "
             f"not {kinds!r}"

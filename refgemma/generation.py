@@ -14,9 +14,10 @@ from jaxtyping import Bool, Float, Int
 from refgemma.beams import Rules, advanced, best_texts, draw, is_over, started
 from refgemma.cache import Cache
 from refgemma.config import Gemma2Config
+from refgemma.fast import next_token_logits
 from refgemma.heads import log_softmax
 from refgemma.inputs import InputError, attention_mask_of, embeddings, position_ids_of, token_ids
-from refgemma.model import next_token_logits
+from refgemma.model import next_token_logits as definition
 from refgemma.outputs import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 from refgemma.precision import wide
 from refgemma.processors import NextScores, constrained, warped
@@ -124,7 +125,7 @@ def positions_of(visible: Bool[np.ndarray, "batch total"]) -> Positions:
 
 @dataclass(frozen=True)
 class Prompts:
-    """What a caller of `generate` hands in: see `Gemma2ForCausalLM.generate`."""
+    """What a caller of `generate` hands in: see ``Gemma2ForCausalLM.generate``."""
 
     input_ids: npt.ArrayLike | None = None
     attention_mask: npt.ArrayLike | None = None
@@ -302,8 +303,9 @@ def beam_search(reading: Reading, model: Model, how: Decoding) -> GenerateBeamDe
 def generate_batch(
     prompts: Prompts, weights: Weights, config: Gemma2Config, call: GenerationConfig,
     processors: Sequence[Processor] = (), criteria: Sequence[Criterion] = (), streamer: Streamer | None = None,
+    reference: bool = False,
 ) -> GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput:  # fmt: skip
-    """Continue a batch of prompts; see `Gemma2ForCausalLM.generate`, which is this under transformers' arguments.
+    """Continue a batch of prompts; see ``Gemma2ForCausalLM.generate``, which is this under transformers' arguments.
 
     Parameters
     ----------
@@ -315,6 +317,8 @@ def generate_batch(
         ``processor(ids, scores)`` gives other scores, ``criterion(ids, scores)`` says which texts are complete.
     streamer : Streamer, optional
         Is given tokens as they come.
+    reference : bool
+        Compute with the definition, `refgemma.model`, instead of `refgemma.fast`.
 
     Examples
     --------
@@ -338,10 +342,16 @@ def generate_batch(
     expanded = reading.repeated(times) if times > 1 else reading
     # As in transformers, where a text that begins with no padding has 0 here.
     how = Decoding(settings, np.argmax(expanded.visible, axis=1), processors, criteria)
-    model = partial(next_token_logits, weights=weights, config=config)
+    read = reader(weights, config, reference)
     if settings.num_beams > 1:
-        return beam_search(expanded, model, how)
-    return one_by_one(expanded, model, how, streamer)
+        return beam_search(expanded, read, how)
+    return one_by_one(expanded, read, how, streamer)
+
+
+def reader(weights: Weights, config: Gemma2Config, reference: bool) -> Model:
+    """What reads tokens with these weights: fast, or as the definition says."""
+    read = definition if reference else next_token_logits
+    return partial(read, weights=weights, config=config)
 
 
 def _warn_of_right_padding(visible: Bool[np.ndarray, "batch total"]) -> None:
@@ -410,9 +420,10 @@ def generate(
 
 
 def continued(
-    prompt: Sequence[int] | Int[np.ndarray, " seq"], weights: Weights, config: Gemma2Config, call: GenerationConfig
-) -> Iterator[int]:
-    """`generate` with all settings in one record."""
+    prompt: Sequence[int] | Int[np.ndarray, " seq"], weights: Weights, config: Gemma2Config, call: GenerationConfig,
+    reference: bool = False,
+) -> Iterator[int]:  # fmt: skip
+    """`generate` with all settings in one record; `reference` as of `generate_batch`."""
     if len(prompt) == 0:
         raise InputError("the prompt is empty: a model needs at least one token (<bos>, for instance)")
     ids = token_ids([list(prompt)], config.vocab_size)
@@ -421,8 +432,8 @@ def continued(
     how = Decoding(settings_for(call, ids.shape[1], config.vocab_size, limit), skipped=np.zeros(1, int))
     if how.settings.num_beams > 1 or how.settings.num_return_sequences > 1:
         raise InputError("one text, token by token, has no beams; for a search use Gemma2ForCausalLM.generate")
-    model = partial(next_token_logits, weights=weights, config=config)
-    return (int(step.tokens[0]) for step in steps(reading, model, how))
+    read = reader(weights, config, reference)
+    return (int(step.tokens[0]) for step in steps(reading, read, how))
 
 
 def sampling(
@@ -451,7 +462,7 @@ def stop_tokens(config: Gemma2Config) -> frozenset[int]:
 
 
 class TextStreamer:
-    """Prints text as it is generated: a streamer for `Gemma2ForCausalLM.generate`, for one text at a time.
+    """Prints text as it is generated: a streamer for ``Gemma2ForCausalLM.generate``, for one text at a time.
 
     transformers' prints whole words only; here every character is printed as soon as it is certain, and never half.
 
@@ -482,7 +493,13 @@ class TextStreamer:
         self._stream = TextStream(tokenizer)
 
     def put(self, value: npt.NDArray[np.int64]) -> None:
-        """Print the text of `value`: ids ``(n,)`` or ``(1, n)``."""
+        """Print the text of `value`: ids ``(n,)`` or ``(1, n)``.
+
+        Raises
+        ------
+        InputError
+            If it gets more than one text.
+        """
         if value.ndim > 1 and len(value) > 1:
             raise InputError(f"TextStreamer prints one text, and there are {len(value)}")
         if not self._skip_next:

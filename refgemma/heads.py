@@ -58,6 +58,11 @@ def cross_entropy(logits: Float[np.ndarray, "tokens classes"], labels: Int[np.nd
 def mean_squared_error(values: Float[np.ndarray, "*shape"], labels: npt.ArrayLike) -> float:
     """The mean of ``(value - label) ** 2``.
 
+    Raises
+    ------
+    InputError
+        If `labels` are no numbers of the shape of `values`.
+
     Examples
     --------
     >>> mean_squared_error(np.array([1.0, 2.0]), [1.0, 4.0])
@@ -77,6 +82,11 @@ def binary_cross_entropy(logits: Float[np.ndarray, "*shape"], labels: npt.ArrayL
 
     Computed as ``max(z, 0) - z y + log(1 + exp(-|z|))``, in which nothing can overflow.
     Source: ``torch.nn.BCEWithLogitsLoss``.
+
+    Raises
+    ------
+    InputError
+        If `labels` are no fractions of the shape of `logits`.
 
     Examples
     --------
@@ -105,6 +115,11 @@ def causal_lm_loss(logits: Logits, labels: npt.ArrayLike) -> float:
         From `forward`.
     labels : int array (batch, seq)
         Usually the input ids themselves, with -100 at padding.
+
+    Raises
+    ------
+    InputError
+        If `labels` are no whole numbers of that shape.
 
     Examples
     --------
@@ -154,6 +169,11 @@ def sequence_classification_loss(
 
     Source: transformers ``ForSequenceClassificationLoss``.
 
+    Raises
+    ------
+    InputError
+        If `labels` do not fit the kind of problem.
+
     Examples
     --------
     >>> sequence_classification_loss(np.array([[1.0], [2.0]]), [1.0, 4.0], None)
@@ -183,6 +203,11 @@ def token_classification_loss(logits: Float[np.ndarray, "batch seq labels"], lab
     """Cross entropy over all tokens whose label is not -100.
 
     Source: transformers ``ForTokenClassification``.
+
+    Raises
+    ------
+    InputError
+        If `labels` are no whole numbers ``(batch, seq)``.
 
     Examples
     --------

@@ -1,5 +1,5 @@
 """What a caller hands in, checked and put into the arrays the model computes with. Checked against the defaults of
-transformers 5.23 `Gemma2Model.forward` (positions, masks, continuation of a cache)."""
+transformers 5.23 ``Gemma2Model.forward`` (positions, masks, continuation of a cache)."""
 
 import warnings
 from collections.abc import Mapping
@@ -157,7 +157,15 @@ def ready_mask(mask: npt.ArrayLike, batch: int, seq: int, total: int, heads: int
 
 
 def ready_masks(attention_mask: Any, batch: int, seq: int, total: int, heads: int) -> Mapping[str, Mask] | None:
-    """Masks by type of layer, if that is what `attention_mask` is: one of four axes for all, or a mapping."""
+    """Masks by type of layer, if that is what `attention_mask` is: one of four axes for all, or a mapping.
+
+    Each is ``(batch, 1 or heads, seq, total)``.
+
+    Raises
+    ------
+    InputError
+        If a mask has another shape or kind.
+    """
     if isinstance(attention_mask, Mapping):
         if set(attention_mask) != {SLIDING, FULL}:
             raise InputError(

@@ -130,6 +130,7 @@ def block(
 
     Four norms, one before and one after each half. Despite its name, ``post_attention_layernorm`` here comes right
     after attention and before the sum; in Llama a norm of that name feeds the feed-forward layer.
+    The arguments are those of `attention` and `feed_forward`; `eps` is that of the norms.
     """
     input_layernorm = rms_norm(hidden, weights.input_layernorm, eps)
     attended = attention(input_layernorm, past, cos, sin, mask, weights, scale, cap)

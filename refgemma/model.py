@@ -126,7 +126,13 @@ def blocks(start: Start, weights: Weights, config: Gemma2Config) -> Iterator[Blo
 
 
 def head(norm: Hidden, weights: Weights, config: Gemma2Config) -> tuple[Logits, Logits]:
-    """The logits of the normed residual stream, before and after the final cap."""
+    """The logits of the normed residual stream, before and after the final cap.
+
+    Raises
+    ------
+    InputError
+        If the head is untied and missing.
+    """
     if weights.lm_head is None and not config.tie_word_embeddings:
         raise InputError("these weights have no head: lm_head.weight is missing, and tie_word_embeddings is false")
     raw_logits = unembed(norm, weights.head)

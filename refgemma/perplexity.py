@@ -9,10 +9,11 @@ import numpy as np
 import numpy.typing as npt
 from jaxtyping import Float, Int
 
+from refgemma import fast
 from refgemma.cache import Cache
 from refgemma.config import Gemma2Config
 from refgemma.inputs import InputError
-from refgemma.model import HEAD_ROWS, begin, blocks, next_past
+from refgemma.model import HEAD_ROWS, begin
 from refgemma.ops import linear, rms_norm, soft_cap
 from refgemma.precision import wide
 from refgemma.shapes import Hidden
@@ -55,11 +56,12 @@ def label_losses(
 
 
 def token_losses(
-    ids: Sequence[int], weights: Weights, config: Gemma2Config
+    ids: Sequence[int], weights: Weights, config: Gemma2Config, layers: fast.Outputs = fast.outputs
 ) -> Float[np.ndarray, " tokens_after_first"]:
-    """``-log p(token)`` of every token of a text after the first, given all before it, in nats.
+    """``-log p(token)`` of every token of a text, `ids`, after the first, given all before it, in nats.
 
-    `PIECE` tokens are computed at a time, each piece going on from the cache of the last.
+    `PIECE` tokens are computed at a time, each piece going on from the cache of the last. `layers` computes them:
+    `refgemma.fast.outputs`, or `refgemma.fast.reference_outputs`.
 
     Examples
     --------
@@ -75,9 +77,9 @@ def token_losses(
         tokens = row[:, first : min(first + PIECE, row.shape[1] - 1)]
         start, present = begin(tokens, weights, config, cache=cache), []
         hidden = start.embedded
-        for layer, record in enumerate(blocks(start, weights, config)):
-            hidden = record.out
-            present.append(next_past(layer, record, config))
+        for out, past in layers(start, weights, config):
+            hidden = out
+            present.append(past)
         cache = Cache(present)
         norm = rms_norm(hidden, weights.norm, config.rms_norm_eps)
         labels = row[:, first + 1 : first + 1 + tokens.shape[1]]
@@ -124,8 +126,9 @@ class Strided:
 
 
 def strided_perplexity(
-    ids: Sequence[int], weights: Weights, config: Gemma2Config, max_length: int, stride: int
-) -> Strided:
+    ids: Sequence[int], weights: Weights, config: Gemma2Config, max_length: int, stride: int,
+    layers: fast.Outputs = fast.outputs,
+) -> Strided:  # fmt: skip
     """``exp`` of the mean loss of a text, in windows, as the program on transformers' page computes it.
 
     Each window begins at position 0, and gives the mean loss of its targets; the weight of that mean is the number of
@@ -143,6 +146,8 @@ def strided_perplexity(
         Tokens of a window, at least 2.
     stride : int
         Tokens from the start of one window to that of the next, 1 to `max_length`.
+    layers : callable
+        What computes the layers, see `token_losses`.
 
     Raises
     ------
@@ -166,14 +171,16 @@ def strided_perplexity(
     for window in windows(len(ids), max_length, stride):
         if window.targets < 2:
             continue  # of weight 0; on the page its loss may be the mean of nothing, NaN
-        losses = token_losses(ids[window.start : window.stop], weights, config)[-window.targets :]
+        losses = token_losses(ids[window.start : window.stop], weights, config, layers)[-window.targets :]
         total += float(losses.mean()) * (window.targets - 1)
         weight += window.targets - 1
         number += 1
     return Strided(math.exp(total / weight), total / weight, weight, number)
 
 
-def gemma_cpp_bits_per_byte(ids: Sequence[int], text_bytes: int, weights: Weights, config: Gemma2Config) -> float:
+def gemma_cpp_bits_per_byte(
+    ids: Sequence[int], text_bytes: int, weights: Weights, config: Gemma2Config, layers: fast.Outputs = fast.outputs
+) -> float:
     """gemma.cpp's cross entropy: ``(log2(vocab) + sum(min(-ln p, 64)) / ln 2) / bytes of the text``.
 
     The first summand is for the first token, ``<bos>``, as if it were one of all words alike. Only the first 3072
@@ -189,6 +196,8 @@ def gemma_cpp_bits_per_byte(ids: Sequence[int], text_bytes: int, weights: Weight
         Length of the text in UTF-8.
     weights, config
         Of the model.
+    layers : callable
+        What computes the layers, see `token_losses`.
 
     Raises
     ------
@@ -205,6 +214,6 @@ def gemma_cpp_bits_per_byte(ids: Sequence[int], text_bytes: int, weights: Weight
     """
     if text_bytes < 1:
         raise InputError("the text is empty; there is nothing to predict")
-    losses = token_losses(ids[:GEMMA_CPP_TOKENS], weights, config)
+    losses = token_losses(ids[:GEMMA_CPP_TOKENS], weights, config, layers)
     nats = math.log(config.vocab_size) + float(np.minimum(losses, GEMMA_CPP_MOST).sum())
     return nats / math.log(2) / text_bytes

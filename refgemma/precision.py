@@ -118,7 +118,7 @@ def _onto_grid(x: Any, kind: type[Rounded]) -> Rounded:
 
 
 def bf16(x: npt.ArrayLike) -> BF16:
-    """Round to bfloat16, to nearest with ties to even.
+    """Round `x` to bfloat16, to nearest with ties to even.
 
     Examples
     --------
@@ -132,7 +132,7 @@ def bf16(x: npt.ArrayLike) -> BF16:
 
 
 def f16(x: npt.ArrayLike) -> F16:
-    """Round to IEEE half precision, to nearest with ties to even.
+    """Round `x` to IEEE half precision, to nearest with ties to even.
 
     Examples
     --------
@@ -172,6 +172,11 @@ def narrow(y: npt.ArrayLike, like: Array) -> Array:
 
 def as_dtype(x: npt.ArrayLike, dtype: str) -> Array:
     """`x` in one of the four precisions, by name: ``float64``, ``float32``, ``float16`` or ``bfloat16``.
+
+    Raises
+    ------
+    ValueError
+        For another name.
 
     Examples
     --------

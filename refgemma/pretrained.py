@@ -25,6 +25,11 @@ class Pretrained:
     weights: Weights
     stop_ids: frozenset[int]
 
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the folder holds one; `refgemma synth` has none to write."""
+        return (self.folder / TOKENIZER).exists()
+
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """Read when it is first asked for: a model without one can still be given token ids."""

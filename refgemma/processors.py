@@ -1,7 +1,7 @@
 """What the settings of a generation do to the scores of the next token. Checked against the logits processors of
 transformers 5.23, which act in the order of this file.
 
-Scores are float32, as there, also in a float64 model: a setting then means the same in every precision.
+`scores` are float32, as there, also in a float64 model: a setting then means the same in every precision.
 """
 
 from collections.abc import Collection
@@ -76,7 +76,7 @@ def forbid(scores: NextScores, tokens: Collection[int]) -> NextScores:
 def constrained(
     scores: NextScores, ids: TokenIds, skipped: Int[np.ndarray, " batch"], settings: Settings
 ) -> NextScores:
-    """The scores after what holds for every way of decoding: penalty, n-grams, least length."""
+    """The scores after what holds for every way of decoding in `settings`: penalty, n-grams, least length."""
     penalty, size = settings.repetition_penalty, settings.no_repeat_ngram_size
     penalised = scores if penalty == 1 else penalise_repetition(scores, ids, penalty, skipped)
     unrepeated = ban_repeated_ngrams(penalised, ids, size) if size else penalised
@@ -124,6 +124,8 @@ def keep_top_k(
 ) -> Float[np.ndarray, "*batch vocab"]:
     """Minus infinity for all but the `top_k` highest scores, and those that are as high as the last of them.
 
+    At least `min_kept` are kept.
+
     Source: transformers ``TopKLogitsWarper``.
 
     Examples
@@ -139,7 +141,7 @@ def keep_top_k(
 def keep_top_p(
     scores: Float[np.ndarray, "*batch vocab"], top_p: float, min_kept: int = 1
 ) -> Float[np.ndarray, "*batch vocab"]:
-    """Minus infinity for all but the likeliest tokens that together reach probability `top_p`.
+    """Minus infinity for all but the likeliest tokens that together reach probability `top_p`; at least `min_kept`.
 
     The sum runs upwards from the unlikeliest, in float64, and is rounded to the precision of the scores, as in torch.
     The exponentials may differ from torch's in the last bit: where the sum meets ``1 - top_p`` to within a few

@@ -75,7 +75,7 @@ class BatchEncoding(dict[str, Any]):
 
 @dataclass(frozen=True)
 class Layout:
-    """How rows of ids are put together; what the fields mean, `refgemma.tokenizer.Tokenizer.__call__` says.
+    """How rows of ids are put together; what the fields mean, `refgemma.tokenizer.Tokenizer` says.
 
     Raises
     ------

@@ -9,10 +9,10 @@ import json
 import math
 import re
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -26,7 +26,7 @@ from refgemma.weights.parameters import (
     NORM,
     SCORE_BIAS,
     SCORE_WEIGHT,
-    LayerWeights,
+    OnDemand,
     Score,
     Weights,
     layer_tensors,
@@ -482,56 +482,6 @@ def _matched(found: Mapping[str, Stored], config: Gemma2Config, source: Path) ->
     return {name: named[name] for name in expected} | score
 
 
-def _read_layer(tensors: Mapping[str, Stored], layer: int, dtype: str) -> LayerWeights:
-    names = layer_tensors(layer, bias=layer_tensors(layer, bias=True)["q_proj_bias"] in tensors)
-    return LayerWeights(**{field: tensors[name].read(dtype) for field, name in names.items()})
-
-
-@dataclass(frozen=True)
-class StreamedLayers(Sequence[LayerWeights]):
-    """Blocks on disk: each is read when it is asked for, every time it is asked for, and none is kept.
-
-    Parameters
-    ----------
-    tensors : mapping of str to Stored
-        The tensors of the checkpoint.
-    numbers : range
-        The blocks in this sequence.
-    dtype : str
-        The precision of the blocks handed out; see `Stored.read`.
-
-    Examples
-    --------
-    >>> layers = StreamedLayers({}, range(26), "bfloat16")
-    >>> len(layers), layers[-2:].numbers
-    (26, range(24, 26))
-    """
-
-    tensors: Mapping[str, Stored] = field(repr=False)
-    numbers: range
-    dtype: str
-
-    def __len__(self) -> int:
-        """Return the number of blocks."""
-        return len(self.numbers)
-
-    @overload
-    def __getitem__(self, layer: int) -> LayerWeights: ...
-    @overload
-    def __getitem__(self, layer: slice) -> "StreamedLayers": ...
-    def __getitem__(self, layer: int | slice) -> "LayerWeights | StreamedLayers":
-        """Read block `layer`; a slice reads nothing yet."""
-        if isinstance(layer, slice):
-            return StreamedLayers(self.tensors, self.numbers[layer], self.dtype)
-        if not -len(self) <= layer < len(self):
-            raise IndexError(f"there is no layer {layer}: this sequence holds {len(self)}")
-        return _read_layer(self.tensors, self.numbers[layer], self.dtype)
-
-    def __iter__(self) -> Iterator[LayerWeights]:
-        """Read one block after the other; the iterator of `Sequence` would hold each while it reads the next."""
-        return (self[layer] for layer in range(len(self)))
-
-
 @dataclass(frozen=True)
 class Checkpoint:
     """A Gemma 2 on disk, headers read and checked, data not; made by `open_checkpoint`.
@@ -579,24 +529,23 @@ class Checkpoint:
 
     def resident(self, dtype: str = "float32") -> Weights:
         """Read all weights into memory; see `Stored.read` for `dtype` and errors."""
-        return Weights(
-            embed_tokens=self.tensors[EMBED_TOKENS].read(dtype),
-            layers=[_read_layer(self.tensors, layer, dtype) for layer in range(self.config.num_hidden_layers)],
-            norm=self.tensors[NORM].read(dtype),
-            lm_head=self.tensors[LM_HEAD].read(dtype) if LM_HEAD in self.tensors else None,
-        )
+        streamed = self.streamed(dtype)
+        head = None if streamed.lm_head is None else streamed.lm_head[:]
+        return Weights(streamed.embed_tokens[:], list(streamed.layers), streamed.norm, head)
 
     def streamed(self, dtype: str = "float32") -> Weights:
         """Give the same weights, but read each block and each row of the embedding when it is asked for, and keep none.
 
         The numbers are those of `resident`, bit for bit. A NaN in the file is met when its block or row is read.
         """
-        return Weights(
-            embed_tokens=StoredRows(self.tensors[EMBED_TOKENS], dtype),
-            layers=StreamedLayers(self.tensors, range(self.config.num_hidden_layers), dtype),
-            norm=self.tensors[NORM].read(dtype),
-            lm_head=StoredRows(self.tensors[LM_HEAD], dtype) if LM_HEAD in self.tensors else None,
-        )
+
+        def tensor(name: str) -> StoredRows:
+            return StoredRows(self.tensors[name], dtype)
+
+        bias = layer_tensors(0, bias=True)["q_proj_bias"] in self.tensors
+        layers = OnDemand(tensor, range(self.config.num_hidden_layers), bias)
+        head = tensor(LM_HEAD) if LM_HEAD in self.tensors else None
+        return Weights(tensor(EMBED_TOKENS), layers, tensor(NORM)[:], head)
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:

@@ -115,10 +115,10 @@ def initial_weights(config: Gemma2Config, seed: int = 0, dtype: str = "float32")
     def table(name: str) -> Rows:
         return tensor(name)[:] if resident else tensor(name)
 
-    layers = OnDemand(config, tensor)
+    layers = OnDemand(tensor, range(config.num_hidden_layers), config.attention_bias)
     return Weights(
         embed_tokens=table(EMBED_TOKENS),
-        layers=layers[:] if resident else layers,
+        layers=list(layers) if resident else layers,
         norm=tensor(NORM)[:],
         lm_head=None if config.tie_word_embeddings else table(LM_HEAD),
     )

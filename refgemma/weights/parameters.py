@@ -1,8 +1,8 @@
 """The weights of a Gemma 2 as dataclasses with Hugging Face's names, and the table of all tensors with their shapes.
 Checked against the state dict of transformers 5.23 `Gemma2ForCausalLM`."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -163,21 +163,48 @@ def weights_of(tensors: Mapping[str, Any], config: Gemma2Config) -> Weights:
 
 @dataclass(frozen=True)
 class OnDemand(Sequence[LayerWeights]):
-    """Layers whose tensors are made when the layer is asked for: `tensor` gives one by its name, to be had by rows."""
+    """Blocks that are made or read when they are asked for, every time they are asked for; none is kept.
 
-    config: Gemma2Config
-    tensor: Callable[[str], Rows]
+    Parameters
+    ----------
+    tensor : callable
+        Gives a tensor by its name, to be had by rows.
+    numbers : range
+        The blocks in this sequence.
+    bias : bool
+        Whether the projections of attention have biases.
+
+    Examples
+    --------
+    >>> layers = OnDemand(lambda name: np.zeros((4, 2)), range(26))
+    >>> len(layers), layers[-2:].numbers, layers[3].q_proj.shape
+    (26, range(24, 26), (4, 2))
+    """
+
+    tensor: Callable[[str], Rows] = field(repr=False)
+    numbers: range
+    bias: bool = False
 
     def __len__(self) -> int:
         """Return the number of blocks."""
-        return self.config.num_hidden_layers
+        return len(self.numbers)
 
     def __getitem__(self, layer: Any) -> Any:
-        """Make block `layer`, or a list of those of a slice."""
+        """Make block `layer`; of a slice nothing is made yet."""
         if isinstance(layer, slice):
-            return [self[n] for n in range(len(self))[layer]]
-        names = layer_tensors(range(len(self))[layer], self.config.attention_bias)
-        return LayerWeights(**{field: self.tensor(name)[:] for field, name in names.items()})
+            return replace(self, numbers=self.numbers[layer])
+        return LayerWeights(**{name: rows[:] for name, rows in self.rows(layer).items()})
+
+    def __iter__(self) -> Iterator[LayerWeights]:
+        """Make one block after the other; the iterator of `Sequence` would hold each while it makes the next."""
+        return (self[layer] for layer in range(len(self)))
+
+    def rows(self, layer: int) -> dict[str, Rows]:
+        """The tensors of block `layer` by field, of which no row is made yet."""
+        if not -len(self) <= layer < len(self):
+            raise IndexError(f"there is no layer {layer}: this sequence holds {len(self)}")
+        names = layer_tensors(self.numbers[layer], self.bias)
+        return {name: self.tensor(tensor) for name, tensor in names.items()}
 
 
 class _OneLayer:
@@ -221,7 +248,7 @@ def named_weights(weights: Weights, config: Gemma2Config) -> dict[str, Rows]:
     shapes, one_layer = tensor_shapes(config), _OneLayer(weights.layers)
     named: dict[str, Rows] = {EMBED_TOKENS: weights.embed_tokens}
     for n in range(config.num_hidden_layers):
-        for field, name in layer_tensors(n, config.attention_bias).items():
-            named[name] = LayerRows(one_layer, n, field, shapes[name])
+        for weight, name in layer_tensors(n, config.attention_bias).items():
+            named[name] = LayerRows(one_layer, n, weight, shapes[name])
     named[NORM] = weights.norm
     return named if weights.lm_head is None else named | {LM_HEAD: weights.lm_head}

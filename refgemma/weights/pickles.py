@@ -80,13 +80,20 @@ def _is_size(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**62
 
 
+def _size(axes: Any) -> tuple[int, ...]:
+    """A shape: a tuple as it is. A copy of a long list, made again and again, would take memory without limit."""
+    if not isinstance(axes, tuple):
+        raise ValueError(f"a shape that is no tuple but {_SHORT.repr(axes)}")
+    return axes
+
+
 # What may be called in a checkpoint: a name -> what stands for the result here.
 _RESULTS: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": lambda: {},
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_parameter": lambda data, *_: data,
-    "torch.Size": lambda axes: tuple(axes),
+    "torch.Size": _size,
     "torch.device": lambda *where: where,
 }
 

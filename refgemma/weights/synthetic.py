@@ -37,7 +37,7 @@ BYTES_PER_COUNT = 32  # Philox gives four numbers of eight bytes for each step o
 
 
 def raw_bytes(name: str, start: int, count: int, seed: int = SEED) -> npt.NDArray[np.int8]:
-    """`count` numbers of the stream of a tensor, from place `start` on: uniform in -128 to 127.
+    """`count` numbers of the stream of tensor `name`, from place `start` on: uniform in -128 to 127; others by `seed`.
 
     Examples
     --------
@@ -99,7 +99,7 @@ class Synthetic:
 
 
 def synthetic_weights(config: Gemma2Config, dtype: str = "float32", seed: int = SEED) -> Weights:
-    """Synthetic weights of a model; each layer is made anew whenever it is asked for.
+    """Synthetic weights of a model in `dtype`, others by `seed`; each layer is made anew whenever it is asked for.
 
     Examples
     --------
@@ -112,13 +112,15 @@ def synthetic_weights(config: Gemma2Config, dtype: str = "float32", seed: int = 
     def tensor(name: str) -> Synthetic:
         return Synthetic(name, shapes[name], config, dtype, seed)
 
-    return Weights(tensor(EMBED_TOKENS), OnDemand(config, tensor), tensor(NORM)[:])
+    layers = OnDemand(tensor, range(config.num_hidden_layers), config.attention_bias)
+    return Weights(tensor(EMBED_TOKENS), layers, tensor(NORM)[:])
 
 
 def write_synthetic(config: Gemma2Config, folder: str | Path, max_shard_size: int | str = "5GB") -> int:
     """Write synthetic weights as a Hugging Face folder in bfloat16, and return how many there are.
 
-    Run again after an interruption, it goes on with the first file that was not finished.
+    A file has at most `max_shard_size`. Run again after an interruption, it goes on with the first that was not
+    finished.
 
     Examples
     --------

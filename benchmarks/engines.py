@@ -1,0 +1,238 @@
+"""Time one engine in a process of its own; called by `run.py`, which compares engines.
+
+    python benchmarks/engines.py layers transformers 9b     prints {"prefill 128": seconds, ...} as JSON
+
+Two engines in one process disturb each other's threads; so none ever meets another here. Weights are synthetic.
+"""
+
+import json
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refgemma import fast, layers, ops
+from refgemma.cache import LayerCache
+from refgemma.config import Gemma2Config
+from refgemma.weights.checkpoint import open_checkpoint
+from refgemma.weights.synthetic import synthetic_weights, write_synthetic
+
+Step = Callable[[], object]
+PREFILL, DECODE = {"9b": (128, 512, 2048, 4200), "27b": (128, 512, 2048)}, (512, 4096)
+DEFINITION_TOKENS = 2048  # the readable definition is timed up to here
+REPETITIONS = {1: 9, 128: 5, 512: 2}  # a process; once for more tokens
+FULL_DEPTH_TOKENS = 64
+
+
+def config_of(size: str) -> Gemma2Config:
+    """Two layers, a sliding and a full one, and hardly any words: one layer is timed at a time."""
+    return Gemma2Config.preset(size).changed(num_hidden_layers=2, vocab_size=256)
+
+
+def seconds(step: Step, repetitions: int) -> float:
+    """The median time of a step, after one that is not counted if there are several."""
+    if repetitions > 1:
+        step()
+    times = []
+    for _ in range(repetitions):
+        began = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+# --- engines: each gives a step, the computation of one layer ---------------------------------------------------------
+
+
+def inputs(config: Gemma2Config, tokens: int, past: int) -> tuple[Any, Any, Any, LayerCache]:
+    """The residual stream, rotary tables, and a cache of `past` tokens."""
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((1, tokens, config.hidden_size), np.float32)
+    cos, sin = ops.rotary_tables(np.arange(past, past + tokens)[None], config.head_dim, config.rope_theta, like=x)
+    shape = (1, config.num_key_value_heads, past, config.head_dim)
+    keys, values = (rng.standard_normal(shape, np.float32) for _ in "kv")
+    return x, cos, sin, LayerCache(keys, values, 0)
+
+
+def fast_step(config: Gemma2Config, weights: Any, tokens: int, past: int) -> Step:
+    x, cos, sin, cache = inputs(config, tokens, past)
+    visible = np.ones((1, past + tokens), bool)
+    numbers = fast.Numbers(
+        config.attention_scale, config.attn_logit_softcapping, None if past else config.sliding_window,
+        config.activation, config.rms_norm_eps,
+    )  # fmt: skip
+    if past:  # where a text is: in the middle of a room
+        room = fast.extend(LayerCache(cache.keys[:, :, :-1], cache.values[:, :, :-1], 0), 1)
+        room.keys[:, :, -1:], room.values[:, :, -1:] = cache.keys[:, :, -1:], cache.values[:, :, -1:]
+        cache = room
+
+    def step() -> object:
+        if isinstance(cache, fast.Roomy):
+            cache.room.used = past  # the step before is forgotten
+        return fast.block(x, cache, cos, sin, visible, weights, numbers)
+
+    return step
+
+
+def definition_step(config: Gemma2Config, weights: Any, tokens: int, past: int) -> Step:
+    x, cos, sin, cache = inputs(config, tokens, past)
+    q_places, k_places = np.arange(past, past + tokens), np.arange(past + tokens)
+    causal = ops.causal_mask(q_places, k_places)
+    mask = (causal if past else ops.sliding_mask(q_places, k_places, config.sliding_window))[None, None]
+    numbers = (config.attention_scale, config.attn_logit_softcapping, config.activation, config.rms_norm_eps)
+    return lambda: layers.block(x, cache, cos, sin, mask, weights, *numbers).out
+
+
+def transformers_step(config: Gemma2Config, weights: Any, tokens: int, past: int, dtype: str = "float32") -> Step:
+    import torch
+    import transformers
+    from transformers.models.gemma2.modeling_gemma2 import Gemma2DecoderLayer
+
+    torch.set_grad_enabled(False)
+    kind = getattr(torch, dtype)
+    for function in (torch.cos, torch.sin, torch.tanh, torch.exp):
+        function(torch.ones(1))  # the very first call of each is occasionally wrong
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads", "head_dim", "query_pre_attn_scalar", "sliding_window")  # fmt: skip
+    theirs = transformers.Gemma2Config(**{name: getattr(config, name) for name in names})
+    theirs._attn_implementation = "eager"
+    number = 1 if past else 0
+    with torch.device("meta"):
+        layer = Gemma2DecoderLayer(theirs, number).eval()
+    fields = {name.rpartition(".")[0].rpartition(".")[2]: name for name in layer.state_dict()}
+    state = {name: torch.from_numpy(getattr(weights, field)).to(kind) for field, name in fields.items()}
+    layer.load_state_dict(state, assign=True)
+    x, cos, sin, cache = inputs(config, tokens, past)
+    hidden, *tables = (torch.from_numpy(array).to(kind) for array in (x, cos[:, 0], sin[:, 0]))
+    keys, values = (torch.from_numpy(array).to(kind) for array in cache)
+    places = torch.arange(past, past + tokens)[:, None]
+    seen = (torch.arange(past + tokens) <= places) & (torch.arange(past + tokens) > places - config.sliding_window)
+    mask = torch.where(seen, 0.0, torch.finfo(kind).min).to(kind)[None, None]
+
+    def step() -> object:
+        before = transformers.DynamicCache()
+        if past:
+            before.update(keys, values, number)
+            if number:  # an entry for the layer below
+                before.layers[0].keys = None
+        return layer(hidden, position_embeddings=tuple(tables), attention_mask=mask, past_key_values=before)
+
+    return step
+
+
+STEPS: dict[str, Callable[..., Step]] = {
+    "fast": fast_step,
+    "definition": definition_step,
+    "transformers": transformers_step,
+}
+
+
+def layer_of(engine: str, size: str, past: int) -> tuple[Gemma2Config, Any]:
+    """The configuration and the float32 weights of a layer, as the engine takes them."""
+    config = config_of(size)
+    weights = synthetic_weights(config).layers[1 if past else 0]
+    return config, vars(weights) if engine == "fast" else weights
+
+
+# --- what a process measures ------------------------------------------------------------------------------------------
+
+
+def sgemm() -> float:
+    """GF/s of NumPy's product of two square matrices, the best of a few."""
+    a, b = np.ones((2, 2048, 2048), np.float32)  # two: of a matrix and itself, NumPy computes one half only
+    return max(2 * 2048**3 / seconds(lambda: a @ b.T, 1) for _ in range(4)) / 1e9
+
+
+def read_bandwidth() -> float:
+    """GB/s that NumPy reads, the best of two ways: a matrix times a vector, and sums in two threads."""
+    a = np.ones((2**14, 2**13), np.float32)
+    x = np.ones((1, 2**13), np.float32)
+    with ThreadPoolExecutor(2) as pool:
+        sums = min(seconds(lambda: list(pool.map(np.max, np.split(a, 2))), 1) for _ in range(4))
+    return a.nbytes / min(sums, min(seconds(lambda: x @ a.T, 1) for _ in range(4))) / 1e9
+
+
+def flops(config: Gemma2Config, weights: Any, tokens: int) -> float:
+    """Of a layer: two for each weight and token, and those of the scores and mixed values that the window leaves."""
+    matrices = sum(rows.size for rows in weights.values() if rows is not None and rows.ndim == 2)
+    seen = sum(min(place + 1, config.sliding_window) for place in range(tokens))
+    return float(2 * matrices * tokens + 4 * seen * config.num_attention_heads * config.head_dim)
+
+
+def measured_layers(engine: str, size: str) -> dict[str, float]:
+    """Seconds of every shape; of the fast engine also its share of the machine's own rates."""
+    found: dict[str, float] = {}
+    for past in (0, *DECODE):
+        config, weights = layer_of(engine, size, past)
+        for tokens in PREFILL[size] if not past else (1,):
+            if engine == "definition" and tokens > DEFINITION_TOKENS:
+                continue
+            step = STEPS[engine](config, weights, tokens, past)
+            took = seconds(step, REPETITIONS.get(tokens, 1))
+            found[f"decode {past}" if past else f"prefill {tokens}"] = took
+            if engine == "fast" and tokens >= 512:
+                found[f"sgemm share {tokens}"] = flops(config, weights, tokens) / took / 1e9 / sgemm()
+            if engine == "fast" and past:
+                read = sum(rows.nbytes for rows in weights.values() if rows is not None)
+                read += 2 * past * config.num_key_value_heads * config.head_dim * 4
+                found[f"read share {past}"] = read / took / 1e9 / read_bandwidth()
+    return found
+
+
+def measured_bf16(engine: str) -> dict[str, float]:
+    """A 9B layer from bfloat16 weights, decoding after 512 tokens: from the file, or in bfloat16 throughout."""
+    config = config_of("9b")
+    with tempfile.TemporaryDirectory() as folder:
+        if engine == "transformers":
+            _, weights = layer_of(engine, "9b", 512)
+            return {"decode bf16": seconds(transformers_step(config, weights, 1, 512, "bfloat16"), 15)}
+        write_synthetic(config, folder)
+        stored = open_checkpoint(Path(folder)).streamed()
+        return {"decode bf16": seconds(fast_step(config, fast.layer_rows(stored.layers, 1), 1, 512), 15)}
+
+
+def measured_memory(engine: str) -> dict[str, float]:
+    """GiB that a 9B layer of 4200 tokens needs beside its weights and inputs."""
+    config, weights = layer_of(engine, "9b", 0)
+    step = STEPS[engine](config, weights, PREFILL["9b"][-1], 0)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step()
+    return {"memory 4200": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20}
+
+
+def measured_depth(engine: str) -> dict[str, float]:
+    """64 tokens through all of the 9B, weights made and head included; of transformers, its layers alone."""
+    ids = np.arange(4, 4 + FULL_DEPTH_TOKENS)[None]
+    whole = Gemma2Config.preset("9b")
+    if engine == "transformers":
+        config, weights = layer_of(engine, "9b", 0)
+        step = transformers_step(config, weights, FULL_DEPTH_TOKENS, 0)
+        step()
+        return {"full depth": sum(seconds(step, 1) for _ in range(whole.num_hidden_layers))}
+    weights = synthetic_weights(whole)
+    began = time.perf_counter()
+    fast.next_token_logits(ids, weights, whole)
+    return {"full depth": time.perf_counter() - began}
+
+
+def measured_machine(_: str) -> dict[str, float]:
+    """GF/s of a matrix product and GB/s of reading."""
+    return {"sgemm": sgemm(), "read": read_bandwidth()}
+
+
+def main() -> None:
+    what, engine, *size = sys.argv[1:]
+    measure = {"bf16": measured_bf16, "memory": measured_memory, "depth": measured_depth, "machine": measured_machine}
+    found = measured_layers(engine, *size) if what == "layers" else measure[what](engine)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

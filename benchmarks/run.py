@@ -1,0 +1,223 @@
+"""How fast refgemma is beside transformers (eager, on a CPU), as ratios of times, and what of the machine it uses.
+
+    python benchmarks/run.py [--rounds 5] [--only 9b] [--json] [--history FILE] [--picture FILE]
+
+needs the extra `record`. Every engine runs in a process of its own (`engines.py`), the engines of a round one after
+the other, so that a machine that slows down slows all. A ratio is one of medians over rounds, its spread that of the
+ratios of single rounds. A round in which the machine's own matrix product changed by more than 1.5 times is repeated.
+Interrupted, it reports the rounds so far.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import date
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+
+HERE = Path(__file__).parent
+UNSTEADY = 1.5  # times that the machine's rate may change within a round
+MOST_REPEATS = 3  # rounds thrown away before an unsteady one is kept, and said to be
+
+GENERATE = ["-m", "refgemma", "generate", "Once upon a time", "--max-new-tokens", "200", "--json"]
+GENERATE_TRANSFORMERS = """
+import sys, torch, transformers
+from refgemma.hub import find_model
+folder = find_model("tiny")
+tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+print(len(model.generate(**inputs, max_new_tokens=200, do_sample=False)[0]))
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: the ratio of two measurements, or one that is a share already."""
+
+    work: str
+    process: str  # arguments of engines.py after the engine
+    name: str  # of the measurement
+    goal: float
+    engine: str = "fast"
+    against: str | None = "transformers"
+
+
+def layer_rows() -> Iterable[Row]:
+    """What the goals are about, one layer."""
+    prefill = {"9b": {128: 1.05, 512: 1.0, 2048: 0.7, 4200: 0.5}, "27b": {128: 1.15, 512: 0.98, 2048: 0.8}}
+    decode = {"9b": {512: 0.85, 4096: 0.38}, "27b": {512: 1.0, 4096: 0.7}}
+    for size in ("9b", "27b"):
+        for kind, goals in (("prefill", prefill[size]), ("decode", decode[size])):
+            for count, goal in goals.items():
+                what = f"{kind} {count}"
+                yield Row(f"{size} layer, {what}", f"layers {size}", what, goal)
+                if kind == "decode" or count <= 2048:
+                    yield Row(f"{size} layer, {what}, definition", f"layers {size}", what, 1.4, "definition")
+        for count in (n for n in prefill[size] if n >= 512):
+            name = f"sgemm share {count}"
+            yield Row(f"{size} prefill {count}, share of sgemm", f"layers {size}", name, 0.88, against=None)
+        for count in decode[size]:
+            name = f"read share {count}"
+            yield Row(f"{size} decode {count}, share of reading", f"layers {size}", name, 0.9, against=None)
+
+
+ROWS = [
+    *layer_rows(),
+    Row("9b layer from bfloat16, decode 512, to bfloat16", "bf16", "decode bf16", 1.3),
+    Row("generate 200 tokens of tiny, with the start", "generate", "generate", 0.3),
+    Row("9b layer, 4200 tokens, extra memory", "memory", "memory 4200", 0.12),
+    Row("9b synthetic, 64 tokens, to transformers' layers", "depth", "full depth", 2.5),
+]
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def measured(engine: str, process: str) -> dict[str, float]:
+    """What a process of one engine measures."""
+    if process == "generate":
+        began = time.perf_counter()
+        command = GENERATE if engine == "fast" else ["-c", GENERATE_TRANSFORMERS]
+        subprocess.run([sys.executable, *command], capture_output=True, check=True)
+        return {"generate": time.perf_counter() - began}
+    what, *size = process.split()
+    command = [sys.executable, str(HERE / "engines.py"), what, engine, *size]
+    found: dict[str, float] = json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+    return found
+
+
+def machine() -> dict[str, float]:
+    """GF/s of a matrix product and GB/s of reading, in NumPy, in a process of its own."""
+    return measured("numpy", "machine")
+
+
+def processes(rows: Iterable[Row]) -> list[tuple[str, str]]:
+    """Engine and arguments of every process of a round, those of one kind beside each other."""
+    wanted = [(engine, row.process) for row in rows for engine in (row.against, row.engine) if engine]
+    return sorted(set(wanted), key=lambda pair: (pair[1], pair[0]))
+
+
+def one_round(rows: list[Row]) -> tuple[dict[tuple[str, str, str], float], list[dict[str, float]]]:
+    """All measurements by engine, process and name; and the machine's rates before each kind of process and after."""
+    found, rates = {}, []
+    for kind, pairs in groupby(processes(rows), key=itemgetter(1)):
+        rates.append(machine())
+        for engine, process in pairs:
+            for name, value in measured(engine, process).items():
+                found[engine, process, name] = value
+        print(f"{kind}: {rates[-1]['sgemm']:.0f} GF/s before", file=sys.stderr)
+    return found, [*rates, machine()]
+
+
+def steady(rates: list[dict[str, float]]) -> bool:
+    """Whether the machine stayed the same."""
+    products = [rate["sgemm"] for rate in rates]
+    return max(products) <= UNSTEADY * min(products)
+
+
+def result(row: Row, rounds: list[dict[tuple[str, str, str], float]]) -> dict[str, object]:
+    """The ratio, its spread, and whether the goal is met: a share is to be at least the goal, a ratio at most."""
+
+    def values(engine: str) -> list[float]:
+        return [found[engine, row.process, row.name] for found in rounds]
+
+    own = values(row.engine)
+    other = values(row.against) if row.against else [1.0] * len(own)
+    ratio = statistics.median(own) / statistics.median(other)
+    each = [a / b for a, b in zip(own, other, strict=True)]
+    met = ratio <= row.goal if row.against else ratio >= row.goal
+    spread = [round(min(each), 3), round(max(each), 3)]
+    medians = {name: statistics.median(values(name)) for name in (row.engine, row.against) if name}
+    return {
+        "work": row.work, "ratio": round(ratio, 3), "spread": spread, "goal": row.goal, "met": met, "medians": medians
+    }  # fmt: skip
+
+
+# --- showing ----------------------------------------------------------------------------------------------------------
+
+
+def picture(rows: list[Mapping[str, object]], file: str) -> None:
+    """Ratios and goals as bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 0.3 * len(rows) + 1), layout="constrained")
+    places = range(len(rows))
+    axes.barh(places, [row["ratio"] for row in rows], color=["#4c78a8" if row["met"] else "#e45756" for row in rows])
+    axes.plot([row["goal"] for row in rows], places, "k|", markersize=12, label="goal")
+    axes.set_yticks(places, [str(row["work"]) for row in rows], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("NumPy / transformers; or share of the machine's own rate")
+    axes.legend()
+    figure.savefig(file, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", default="", metavar="TEXT", help="rows whose name contains TEXT")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--history", metavar="FILE", help="add a line to this file (benchmarks/history.jsonl)")
+    parser.add_argument("--picture", metavar="FILE")
+    args = parser.parse_args()
+    rows = [row for row in ROWS if args.only in row.work]
+    if not rows or args.rounds < 1:
+        parser.error(f"--only {args.only!r}: no row is called so" if not rows else "--rounds must be at least 1")
+    if args.picture:
+        import matplotlib.pyplot  # noqa: F401  a missing package is said before the measuring, not after it
+    kept, rates, thrown = [], [], 0
+    try:
+        while len(kept) < args.rounds:
+            found, of_round = one_round(rows)
+            if not steady(of_round) and thrown < MOST_REPEATS:
+                thrown += 1
+                continue
+            kept.append(found)
+            rates += of_round
+            print(f"round {len(kept)} of {args.rounds}, {thrown} thrown away", file=sys.stderr)
+    except KeyboardInterrupt:
+        if not kept:
+            raise
+    report = {
+        "date": date.today().isoformat(),
+        "cores": os.cpu_count(),
+        "processor": platform.processor() or platform.machine(),
+        "rounds": len(kept),
+        "thrown_away": thrown,
+        "steady": thrown < MOST_REPEATS,
+        "sgemm_gflops": round(statistics.median(rate["sgemm"] for rate in rates), 1),
+        "read_gb_per_s": round(statistics.median(rate["read"] for rate in rates), 1),
+        "rows": [result(row, kept) for row in rows],
+    }
+    if args.history:
+        with open(args.history, "a", encoding="utf-8") as file:
+            file.write(json.dumps(report) + "\n")
+    if args.picture:
+        picture(report["rows"], args.picture)  # type: ignore[arg-type]
+    print(json.dumps(report, indent=1) if args.json else table(report))
+
+
+def table(report: Mapping[str, object]) -> str:
+    """The report as a table in Markdown."""
+    lines = ["| work | ratio | spread | goal | met |", "| --- | --- | --- | --- | --- |"]
+    for row in report["rows"]:  # type: ignore[attr-defined]
+        low, high = row["spread"]
+        met = "yes" if row["met"] else "no"
+        lines.append(f"| {row['work']} | {row['ratio']:.2f} | {low:.2f} to {high:.2f} | {row['goal']} | {met} |")
+    about = "{rounds} rounds ({thrown_away} thrown away), sgemm {sgemm_gflops} GF/s, reading {read_gb_per_s} GB/s"
+    return "\n".join([*lines, "", about.format(**report)])
+
+
+if __name__ == "__main__":
+    main()

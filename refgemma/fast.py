@@ -1,0 +1,435 @@
+"""The blocks of `refgemma.layers` in pieces that stay in the processor's cache: the same numbers to rounding, sooner.
+
+Checked against the definition on random shapes, windows, caches, padding and numbers of threads, and like it against
+PyTorch's recordings (``refgemma verify --full``). `refgemma.layers` says what is computed; here is only how else it can
+be: nothing whole that a piece can be, nothing masked that can be skipped, nothing copied that can be shared.
+
+For float32 and float64. In half precision, where each rounding has its place, the definition itself is run.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from jaxtyping import Bool, Float
+
+from refgemma import model, ops
+from refgemma.activations import Activation
+from refgemma.cache import Cache, LayerCache, keep_last
+from refgemma.config import Gemma2Config
+from refgemma.model import Start, begin, blocks, next_past
+from refgemma.ops import gelu_tanh, soft_cap
+from refgemma.precision import Array, Rounded
+from refgemma.shapes import Hidden, Logits, RotaryTable
+from refgemma.weights.checkpoint import StoredRows
+from refgemma.weights.parameters import LayerWeights, OnDemand, Rows, Weights
+
+ROWS = 512  # tokens that go through a block together: fewer slow the matrix products down, more need more memory
+QUERIES = 128  # tokens whose scores are taken together, for one key/value head
+CHUNK = 2**17  # numbers that one elementwise operation after the other goes over: half a megabyte
+TILE, LARGE_TILE = 2**20, 2**22  # weights widened at a time, for the product with few tokens and with many
+FEW = 4  # tokens; for so few, reading the weights is the whole work
+MANY = 128  # tokens; for more, turning a product round takes longer than is won by the order of its factors
+SHORT = 8192  # numbers: of longer vectors, OpenBLAS takes the product with threads of its own
+THREADS = 2  # that widen weights, each its own rows, so that no sum depends on their number
+SAFE_CAP = 60.0  # exp(60) times any number of keys is far from the largest float32, and exp(-60) from the smallest
+
+
+# --- matrix products --------------------------------------------------------------------------------------------------
+
+
+def linear(x: Float[np.ndarray, "rows in"], weight: Rows, bias: Any = None) -> Float[np.ndarray, "rows out"]:
+    """``x @ weight.T + bias``, where the weight may be one that is still on disk, or is yet to be made.
+
+    Examples
+    --------
+    >>> linear(np.array([[1.0, 2.0]]), np.array([[1.0, 0.0], [1.0, 1.0]]))
+    array([[1., 3.]])
+    """
+    if len(x) > MANY and isinstance(weight, np.ndarray):
+        y: Array = x @ weight.T
+    else:
+        y = np.ascontiguousarray(times(weight, x.T).T)
+    if bias is not None:
+        y += bias[:]
+    return y
+
+
+def times(weight: Rows, x: Float[np.ndarray, "in seq"]) -> Float[np.ndarray, "out seq"]:
+    """``weight @ x``, a token a column: up to 1.5 times as fast as ``x.T @ weight.T``, the fewer tokens the faster.
+
+    Examples
+    --------
+    >>> times(np.array([[1.0, 0.0], [1.0, 1.0]]), np.array([[1.0], [2.0]]))
+    array([[1.],
+           [3.]])
+    """
+    if isinstance(weight, np.ndarray):
+        y: Array = weight @ x
+        return y
+    # As they lie in the file, unchecked: a number that is not finite shows in the product, and is looked for then.
+    source: Any = weight.tensor.mapped() if isinstance(weight, StoredRows) else weight
+    y = np.empty((weight.shape[0], x.shape[1]), x.dtype)
+    (_few_tokens if x.shape[1] <= FEW else _many_tokens)(source, x, y)
+    if isinstance(weight, StoredRows) and not np.isfinite(y).all():
+        weight[:]  # raises, naming the file and the place, if the weight is what is not finite
+    return y
+
+
+def _few_tokens(source: Any, x: Array, y: Array) -> None:
+    """Fill `y` with products of vectors: each thread widens a tile and uses it, which BLAS would do with one thread."""
+    out, width = source.shape
+    rows = max(1, TILE // width)
+    vectors = np.ascontiguousarray(x.T)
+
+    def fill(start: int, stop: int) -> None:
+        room = np.empty((rows, width), x.dtype)
+        for first in range(start, stop, rows):
+            last = min(first + rows, stop)
+            tile = room[: last - first]
+            tile[...] = source[first:last]
+            np.vecdot(tile[:, None, :SHORT], vectors[:, :SHORT], out=y[first:last])
+            for left in range(SHORT, width, SHORT):
+                part = slice(left, left + SHORT)
+                y[first:last] += np.vecdot(tile[:, None, part], vectors[:, part])
+
+    in_threads(fill, out)
+
+
+def _many_tokens(source: Any, x: Array, y: Array) -> None:
+    """Fill `y` with products of matrices: tiles are widened by all threads, and multiplied by those of BLAS."""
+    out, width = source.shape
+    rows = max(1, LARGE_TILE // width)
+    tile = np.empty((min(rows, out), width), x.dtype)
+    few = max(1, TILE // width)
+    for first in range(0, out, rows):
+        count = min(rows, out - first)
+
+        def widen(start: int, stop: int, first: int = first) -> None:
+            for n in range(start, stop, few):
+                last = min(n + few, stop)
+                tile[n:last] = source[first + n : first + last]
+
+        in_threads(widen, count)
+        np.matmul(tile[:count], x, out=y[first : first + count])
+
+
+def in_threads(fill: Callable[[int, int], None], count: int) -> None:
+    """Call ``fill(start, stop)`` for parts of ``range(count)``, one a thread."""
+    each = -(-count // THREADS)
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(lambda start: fill(start, min(start + each, count)), range(0, count, each)))
+
+
+# --- elementwise ------------------------------------------------------------------------------------------------------
+
+
+def chunks(*arrays: Array) -> Iterator[Any]:
+    """Rows of equally long arrays, so few that they stay in the cache from one operation to the next."""
+    rows = max(1, CHUNK // max(1, arrays[0][0].size)) if len(arrays[0]) else 1
+    for start in range(0, len(arrays[0]), rows):
+        yield tuple(array[start : start + rows] for array in arrays)
+
+
+def rms_norm(x: Float[np.ndarray, "rows hidden"], weight: Rows, eps: float) -> Float[np.ndarray, "rows hidden"]:
+    """`refgemma.ops.rms_norm`, with the squares summed as they are made."""
+    normed, gain = np.empty_like(x), 1 + weight[:]
+    for rows, out in chunks(x, normed):
+        mean_square = np.vecdot(rows, rows)[:, None] / x.dtype.type(x.shape[-1])
+        np.multiply(rows, 1 / np.sqrt(mean_square + x.dtype.type(eps)), out=out)
+        out *= gain
+    return normed
+
+
+def rotate(x: Float[np.ndarray, "seq any_heads head_dim"], cos: Array, sin: Array, turned: Array) -> None:
+    """Write `refgemma.ops.rotate` of `x` into `turned`, half a head at a time; tables are ``(seq, head_dim)``."""
+    half = x.shape[-1] // 2
+    for rows, c, s, out in chunks(x, cos[:, None, :half], sin[:, None, :half], turned):
+        first, second = rows[..., :half], rows[..., half:]
+        np.multiply(first, c, out=out[..., :half])
+        out[..., :half] -= second * s
+        np.multiply(second, c, out=out[..., half:])
+        out[..., half:] += first * s
+
+
+def gate_up(gate: Array, up: Array, activation: Activation) -> Array:
+    """``activation(gate) * up``, in place of `gate`."""
+    for g, u in chunks(gate, up):
+        if activation is gelu_tanh:
+            inner = g * g
+            inner *= g.dtype.type(0.044715)
+            inner += 1
+            inner *= g
+            inner *= g.dtype.type(math.sqrt(2 / math.pi))
+            np.tanh(inner, out=inner)
+            inner += 1
+            inner *= g.dtype.type(0.5)
+            g *= inner
+        else:
+            g[...] = activation(g)
+        g *= u
+    return gate
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Room:
+    """Keys and values of a layer, with room for those to come; what is written in the first `used` places stays."""
+
+    keys: Float[np.ndarray, "batch kv_heads room head_dim"]
+    values: Float[np.ndarray, "batch kv_heads room head_dim"]
+    used: int
+
+
+@dataclass(frozen=True)
+class Roomy(LayerCache):
+    """A `LayerCache` whose keys and values are the places from `first` on of a `Room`: a value like any other.
+
+    Whoever goes on from it first writes behind it in the same room; whoever does so later finds the place taken and
+    moves into a room of its own.
+    """
+
+    room: Room
+    first: int
+
+
+def extend(past: LayerCache, count: int) -> Roomy:
+    """`past` with `count` places more, which are yet to be filled."""
+    batch, kv_heads, kept, head_dim = past.keys.shape
+    if isinstance(past, Roomy) and past.first + kept == past.room.used <= past.room.keys.shape[2] - count:
+        room, first = past.room, past.first
+    else:
+        spare = (kept + count) // 2 if kept else 0  # none for a whole prompt, which may be all there is
+        shape = (batch, kv_heads, kept + count + spare, head_dim)
+        room, first = Room(np.empty(shape, past.keys.dtype), np.empty(shape, past.keys.dtype), kept), 0
+        room.keys[:, :, :kept], room.values[:, :, :kept] = past.keys, past.values
+    room.used = first + kept + count
+    places = slice(first, room.used)
+    return Roomy(room.keys[:, :, places], room.values[:, :, places], past.start, room, first)
+
+
+def forget(present: Roomy, window: int) -> LayerCache:
+    """What a sliding layer keeps, the last ``window - 1``: no copy until more lies behind it than is kept."""
+    dropped = max(present.keys.shape[2] - (window - 1), 0)
+    if present.first + dropped > window:
+        return keep_last(present, window - 1)
+    keys, values = present.keys[:, :, dropped:], present.values[:, :, dropped:]
+    return Roomy(keys, values, present.start + dropped, present.room, present.first + dropped)
+
+
+# --- the block --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What a block has to know beside arrays and weights."""
+
+    scale: float
+    cap: float | None
+    window: int | None  # of a sliding layer
+    activation: Activation
+    eps: float
+
+
+def weigh(scores: Float[np.ndarray, "seq groups keys"], seen: Array, scale: float, cap: float | None) -> None:
+    """In place, ``exp`` of the capped scores, times `seen`, which is 1 or 0, ``(seq, 1, keys)``.
+
+    Not divided by their sum: the few numbers that they weigh are, later.
+    """
+    kind = scores.dtype.type
+    if cap is not None and cap <= SAFE_CAP:  # no score is so large that a maximum would have to be looked for
+        scores *= kind(scale / cap)
+        np.tanh(scores, out=scores)
+        scores *= kind(cap)
+    else:
+        scores *= kind(scale)
+        scores[...] = np.where(seen, soft_cap(scores, cap), np.finfo(kind).min)
+        scores -= np.max(scores, axis=-1, keepdims=True)
+    np.exp(scores, out=scores)
+    scores *= seen
+
+
+def attend(
+    q_rot: Float[np.ndarray, "seq heads head_dim"], keys: Float[np.ndarray, "kv_heads keys head_dim"],
+    values: Float[np.ndarray, "kv_heads keys head_dim"], seen: Array, numbers: Numbers,
+) -> Float[np.ndarray, "seq heads head_dim"]:  # fmt: skip
+    """The values that a few queries of one text mix; those that share a key/value head are rows of one product."""
+    seq, heads, head_dim = q_rot.shape
+    mixed = np.empty_like(q_rot)
+    grouped = (seq, len(keys), heads // len(keys), head_dim)
+    q, out = q_rot.reshape(grouped), mixed.reshape(grouped)
+    for head in range(len(keys)):
+        scores = linear(q[:, head].reshape(-1, head_dim), keys[head]).reshape(seq, -1, keys.shape[1])
+        total = np.empty((*scores.shape[:2], 1), scores.dtype)
+        for some, some_seen, sums in chunks(scores, seen, total):
+            weigh(some, some_seen, numbers.scale, numbers.cap)
+            np.sum(some, axis=-1, keepdims=True, out=sums)
+        total[total == 0] = 1  # a padding token's query that sees nothing: its row means nothing
+        found = scores.reshape(-1, keys.shape[1]) @ values[head]
+        np.divide(found.reshape(out[:, head].shape), total, out=out[:, head])
+    return mixed
+
+
+def attention(
+    q_rot: Float[np.ndarray, "batch seq heads head_dim"], first: int, present: LayerCache,
+    visible: Bool[np.ndarray, "batch total"], numbers: Numbers,
+) -> Float[np.ndarray, "batch seq heads head_dim"]:  # fmt: skip
+    """The values that queries at places `first` and on mix, `QUERIES` of them at a time.
+
+    Keys that none of these can see are skipped: those after the last query, and before the window of the first.
+    """
+    mixed = np.empty_like(q_rot)
+    for start in range(first, first + q_rot.shape[1], QUERIES):
+        stop = min(start + QUERIES, first + q_rot.shape[1])
+        oldest = present.start if numbers.window is None else max(present.start, start - numbers.window + 1)
+        q_places, k_places = np.arange(start, stop)[:, None], np.arange(oldest, stop)
+        allowed = k_places <= q_places
+        if numbers.window is not None:
+            allowed &= k_places > q_places - numbers.window
+        kept = slice(oldest - present.start, stop - present.start)
+        for row in range(len(q_rot)):
+            seen = (allowed & visible[row, k_places]).astype(q_rot.dtype)[:, None]
+            keys, values = present.keys[row, :, kept], present.values[row, :, kept]
+            piece = slice(start - first, stop - first)
+            mixed[row, piece] = attend(q_rot[row, piece], keys, values, seen, numbers)
+    return mixed
+
+
+def piece_of_block(
+    hidden: Hidden, first: int, present: LayerCache, cos: Array, sin: Array, visible: Bool[np.ndarray, "batch total"],
+    weights: Mapping[str, Any], numbers: Numbers,
+) -> Hidden:  # fmt: skip
+    """`refgemma.layers.block` for the tokens at places `first` and on; their keys and values are put into `present`."""
+    batch, seq, width = hidden.shape
+    x = hidden.reshape(batch * seq, width)
+
+    def heads(name: str) -> Array:
+        projected = linear(normed, weights[f"{name}_proj"], weights[f"{name}_proj_bias"])
+        return projected.reshape(batch, seq, -1, cos.shape[-1])
+
+    normed = rms_norm(x, weights["input_layernorm"], numbers.eps)
+    q, k = heads("q"), heads("k")
+    q_rot = np.empty_like(q)
+    new = slice(first - present.start, first - present.start + seq)
+    present.values[:, :, new] = heads("v").swapaxes(1, 2)
+    for row in range(batch):
+        rotate(q[row], cos[row], sin[row], q_rot[row])
+        rotate(k[row], cos[row], sin[row], present.keys[row, :, new].swapaxes(0, 1))
+    mixed = attention(q_rot, first, present, visible, numbers)
+    attended = linear(mixed.reshape(batch * seq, -1), weights["o_proj"], weights["o_proj_bias"])
+    middle = rms_norm(attended, weights["post_attention_layernorm"], numbers.eps)
+    middle += x
+
+    normed = rms_norm(middle, weights["pre_feedforward_layernorm"], numbers.eps)
+    gate, up = (times(weights[f"{name}_proj"], normed.T) for name in ("gate", "up"))
+    fed = times(weights["down_proj"], gate_up(gate, up, numbers.activation))
+    out = rms_norm(np.ascontiguousarray(fed.T), weights["post_feedforward_layernorm"], numbers.eps)
+    out += middle
+    return out.reshape(batch, seq, width)
+
+
+def block(
+    hidden: Hidden, past: LayerCache, cos: RotaryTable, sin: RotaryTable, visible: Bool[np.ndarray, "batch total"],
+    weights: Mapping[str, Any], numbers: Numbers,
+) -> tuple[Hidden, Roomy]:  # fmt: skip
+    """`refgemma.layers.block`, `ROWS` tokens at a time, and the cache with the keys and values of its tokens.
+
+    No token looks at a later piece, so each goes through the whole block before the next begins. Beside its results a
+    block needs ``ROWS * (2 * intermediate + 4 * hidden + 4 * heads * head_dim)`` numbers and, for scores,
+    ``QUERIES * keys * (1 + heads / kv_heads)``.
+    """
+    out, seq = np.empty_like(hidden), hidden.shape[1]
+    present = extend(past, seq)
+    step = max(1, ROWS // len(hidden))
+    for start in range(0, seq, step):
+        part = slice(start, start + step)
+        out[:, part] = piece_of_block(
+            hidden[:, part], past.stop + start, present, cos[:, 0, part], sin[:, 0, part], visible, weights, numbers
+        )
+    return out, present
+
+
+# --- the model --------------------------------------------------------------------------------------------------------
+
+
+def layer_rows(layers: Any, layer: int) -> Mapping[str, Any]:
+    """The weights of block `layer` by field: arrays if there are any, else what gives their rows."""
+    absent = dict.fromkeys(name for name in LayerWeights.__dataclass_fields__ if name.endswith("_bias"))
+    return absent | (layers.rows(layer) if isinstance(layers, OnDemand) else vars(layers[layer]))
+
+
+Outputs: TypeAlias = Callable[[Start, Weights, Gemma2Config], Iterator[tuple[Hidden, LayerCache]]]
+
+
+def reference_outputs(start: Start, weights: Weights, config: Gemma2Config) -> Iterator[tuple[Hidden, LayerCache]]:
+    """What each block of the definition makes of the residual stream, and what it has to remember."""
+    for layer, record in enumerate(blocks(start, weights, config)):
+        yield record.out, next_past(layer, record, config)
+
+
+def outputs(start: Start, weights: Weights, config: Gemma2Config) -> Iterator[tuple[Hidden, LayerCache]]:
+    """`reference_outputs`, sooner; in half precision, and with a mask of the caller's own, these themselves.
+
+    Examples
+    --------
+    >>> import refgemma
+    >>> tiny = refgemma.load("tiny")
+    >>> start = begin([[2, 300, 400]], tiny.weights, tiny.config)
+    >>> definition = reference_outputs(start, tiny.weights, tiny.config)
+    >>> pairs = zip(outputs(start, tiny.weights, tiny.config), definition)
+    >>> all(np.allclose(fast, exact, atol=1e-4) for (fast, _), (exact, _) in pairs)
+    True
+    """
+    if start.inputs.masks is not None or isinstance(start.embedded, Rounded):
+        yield from reference_outputs(start, weights, config)
+        return
+    hidden = start.embedded
+    for layer, past in enumerate(start.past):
+        window = config.sliding_window if config.is_sliding(layer) else None
+        numbers = Numbers(
+            config.attention_scale, config.attn_logit_softcapping, window, config.activation, config.rms_norm_eps
+        )
+        rows = layer_rows(weights.layers, layer)
+        hidden, present = block(hidden, past, start.cos, start.sin, start.inputs.visible, rows, numbers)
+        yield hidden, present if window is None else forget(present, window)
+
+
+def head(norm: Hidden, weights: Weights, config: Gemma2Config) -> tuple[Logits, Logits]:
+    """`refgemma.model.head`, which widens few rows of a table at a time."""
+    headless = weights.lm_head is None and not config.tie_word_embeddings  # which the definition refuses
+    if headless or isinstance(norm, Rounded):
+        return model.head(norm, weights, config)
+    raw_logits = linear(norm.reshape(-1, norm.shape[-1]), weights.head)
+    raw_logits = raw_logits.reshape(*norm.shape[:2], -1)
+    return raw_logits, soft_cap(raw_logits, config.final_logit_softcapping)
+
+
+def next_token_logits(
+    input_ids: npt.ArrayLike | None, weights: Weights, config: Gemma2Config, cache: Cache | None = None,
+    attention_mask: Any = None, position_ids: npt.ArrayLike | None = None, inputs_embeds: npt.ArrayLike | None = None,
+) -> tuple[Logits, Cache]:  # fmt: skip
+    """`refgemma.model.next_token_logits`, with fast blocks.
+
+    Examples
+    --------
+    >>> import refgemma
+    >>> tiny = refgemma.load("tiny")
+    >>> logits, cache = next_token_logits([[2, 300]], tiny.weights, tiny.config)
+    >>> logits, cache = next_token_logits([[400]], tiny.weights, tiny.config, cache)
+    >>> definition = refgemma.forward([[2, 300, 400]], tiny.weights, tiny.config).logits[:, -1:]
+    >>> bool(np.allclose(logits, definition, atol=1e-4))
+    True
+    """
+    start = begin(input_ids, weights, config, attention_mask, position_ids, cache, inputs_embeds)
+    present = []
+    for out, past in outputs(start, weights, config):
+        last = out[:, -1:]
+        present.append(past)
+    norm = ops.rms_norm(last, weights.norm, config.rms_norm_eps)
+    return head(norm, weights, config)[1], Cache(present)

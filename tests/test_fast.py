@@ -1,0 +1,223 @@
+"""The fast blocks against the definition: random sizes, windows, caches, padding, pieces and numbers of threads."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+import refgemma
+from refgemma import fast, model
+from refgemma.cache import Cache
+from refgemma.config import Gemma2Config
+from refgemma.oracle.compare import run_distance
+from refgemma.precision import Array
+from refgemma.weights.checkpoint import CheckpointError, open_checkpoint
+from refgemma.weights.initial import initial_weights
+from refgemma.weights.parameters import OnDemand, Weights, named_weights, weights_of
+from refgemma.weights.synthetic import synthetic_weights, write_synthetic
+
+CONFIG = Gemma2Config(
+    vocab_size=40, hidden_size=24, intermediate_size=36, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=7, sliding_window=6, eos_token_id=None,
+)  # fmt: skip
+NUDGES = 3
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> Gemma2Config:
+    kv_heads, groups = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    return CONFIG.changed(
+        hidden_size=draw(st.integers(2, 40)),
+        intermediate_size=draw(st.integers(1, 60)),
+        num_attention_heads=kv_heads * groups,
+        num_key_value_heads=kv_heads,
+        head_dim=2 * draw(st.integers(1, 9)),
+        query_pre_attn_scalar=draw(st.integers(1, 30)),
+        sliding_window=draw(st.integers(1, 40)),
+        attn_logit_softcapping=draw(st.sampled_from([50.0, 3.0, 90.0, None])),
+        hidden_activation=draw(st.sampled_from(["gelu_pytorch_tanh", "silu"])),
+        attention_bias=draw(st.booleans()),
+    )
+
+
+def outs(layers: Any, weights: Weights, config: Gemma2Config, ids: Array, mask: Array, calls: list[int]) -> list[Array]:
+    """What each layer gives in each call, rows of padding apart, which mean nothing."""
+    found, cache, done = [], None, 0
+    for length in calls:
+        part = slice(done, done + length)
+        start = model.begin(ids[:, part], weights, config, mask[:, : part.stop], cache=cache)
+        steps = list(layers(start, weights, config))
+        cache, done = Cache(past for _, past in steps), part.stop
+        found += [out[mask[:, part] == 1] for out, _ in steps]
+    return found
+
+
+def nudged(weights: Weights, config: Gemma2Config, seed: int) -> Weights:
+    """In float64, every weight moved by up to half a float32 ulp."""
+    rng = np.random.default_rng(seed)
+    tensors = {name: rows[:].astype(np.float64) for name, rows in named_weights(weights, config).items()}
+    moved = {name: x * (1 + rng.uniform(-(2.0**-24), 2.0**-24, x.shape)) for name, x in tensors.items()}
+    return weights_of(moved, config)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), configs())
+def test_equal_to_the_definition(data: st.DataObject, config: Gemma2Config) -> None:
+    """Within the error that rounding makes in the definition: its own, or that of weights moved by half an ulp.
+
+    In float64 that error is smaller by 2**29, the ratio of the formats: so a wrong key, head or place cannot hide.
+    """
+    weights = initial_weights(config, data.draw(st.integers(0, 99)))
+    tensors = {name: rows[:].astype(np.float64) for name, rows in named_weights(weights, config).items()}
+    exact = weights_of(tensors, config)
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    calls = data.draw(st.lists(st.integers(1, 50), min_size=1, max_size=4))
+    ids = rng.integers(3, config.vocab_size, (data.draw(st.integers(1, 3)), sum(calls)))
+    padding = [data.draw(st.integers(0, calls[0] - 1)) for _ in ids]
+    mask = (np.arange(sum(calls)) >= np.array(padding)[:, None]).astype(int)
+    sizes = {"QUERIES": st.integers(1, 60), "ROWS": st.integers(1, 60), "CHUNK": st.integers(1, 3000)}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, size in sizes.items():
+            patch.setattr(fast, name, data.draw(size, label=name))
+        ours = outs(fast.outputs, weights, config, ids, mask, calls)
+        ours_exact = outs(fast.outputs, exact, config, ids, mask, calls)
+    single, double = (outs(fast.reference_outputs, each, config, ids, mask, calls) for each in (weights, exact))
+    moved = [
+        outs(fast.reference_outputs, nudged(weights, config, seed), config, ids, mask, calls) for seed in range(NUDGES)
+    ]
+    for n, expected in enumerate(double):
+        noise = max(float(np.abs(other[n] - expected).max()) for other in (single, *moved))
+        assert run_distance(ours[n], expected, noise) <= 1
+        assert float(np.abs(ours_exact[n] - expected).max()) <= 2.0**-29 * (
+            8 * noise + 2.0**-22 * np.abs(expected).max()
+        )
+
+
+def test_the_caches_are_the_same() -> None:
+    """Also of a sliding layer that has dropped keys, in one call and token by token."""
+    weights = initial_weights(CONFIG)
+    ids = np.arange(3, 40)[None]
+    for calls in ([37], [4, 20, 13], [5] + [1] * 32):
+        caches: list[Cache | None] = [None, None]
+        done = 0
+        for length in calls:
+            for n, read in enumerate((model.next_token_logits, fast.next_token_logits)):
+                _, caches[n] = read(ids[:, done : done + length], weights, CONFIG, caches[n])
+            done += length
+            for ours, definition in zip(*caches, strict=True):
+                assert (ours.start, ours.stop) == (definition.start, definition.stop)
+                np.testing.assert_allclose(ours.keys, definition.keys, rtol=0, atol=1e-5)
+                np.testing.assert_allclose(ours.values, definition.values, rtol=0, atol=1e-5)
+
+
+def test_a_cache_is_a_value() -> None:
+    """Two continuations of one cache share a room, and do not disturb each other; nor do the cache's own methods."""
+    weights = initial_weights(CONFIG)
+    _, cache = fast.next_token_logits([[3, 4, 5]], weights, CONFIG)
+    _, cache = fast.next_token_logits([[6]], weights, CONFIG, cache)  # in a room with free places now
+    before = [layer.keys.copy() for layer in cache]
+    first, after_first = fast.next_token_logits([[7]], weights, CONFIG, cache)
+    second, _ = fast.next_token_logits([[8]], weights, CONFIG, cache)
+    third, _ = fast.next_token_logits([[9]], weights, CONFIG, cache.reorder([0]))
+    alone = fast.next_token_logits([[3, 4, 5, 6, 8]], weights, CONFIG)[0]
+    np.testing.assert_allclose(second, alone, rtol=0, atol=1e-6)
+    assert np.abs(first - second).max() > 1e-3 < np.abs(second - third).max()
+    for layer, expected in zip(cache, before, strict=True):
+        np.testing.assert_array_equal(layer.keys, expected)
+    np.testing.assert_array_equal(fast.next_token_logits([[7]], weights, CONFIG, cache)[0], first)
+    np.testing.assert_array_equal(after_first[0].keys[:, :, :-1][:, :, -4:], before[0][:, :, -4:])
+
+
+def test_decoding_moves_keys_rarely() -> None:
+    """A step writes its key behind the others; only now and then is there no room left."""
+    weights, cache = initial_weights(CONFIG), None
+    rooms = set()
+    for token in range(3, 40):
+        _, cache = fast.next_token_logits([[token]], weights, CONFIG, cache)
+        rooms.add(cache[1].keys.base.__array_interface__["data"][0])
+    assert len(rooms) < 12
+
+
+SIZES = CONFIG.changed(vocab_size=3000, hidden_size=512, intermediate_size=1536, head_dim=64)
+HASH = """
+import hashlib, sys
+import numpy as np
+from refgemma import fast
+from refgemma.weights.checkpoint import open_checkpoint
+fast.THREADS, checkpoint = int(sys.argv[1]), open_checkpoint(sys.argv[2])
+found = hashlib.sha256()
+for weights in (checkpoint.resident(), checkpoint.streamed()):
+    cache = None
+    for ids in (np.arange(3, 140)[None], [[7]], [[8, 9]], [[5]]):
+        logits, cache = fast.next_token_logits(ids, weights, checkpoint.config, cache)
+        found.update(logits.tobytes())
+print(found.hexdigest())
+"""
+
+
+def test_the_same_numbers_with_any_number_of_threads(tmp_path: Path) -> None:
+    write_synthetic(SIZES, tmp_path)
+    hashes = set()
+    for blas, ours in (("1", "1"), ("2", "2"), ("2", "1"), ("4", "3")):
+        arguments = [sys.executable, "-c", HASH, ours, str(tmp_path)]
+        environment = os.environ | {"OPENBLAS_NUM_THREADS": blas}
+        hashes.add(subprocess.run(arguments, env=environment, capture_output=True, text=True, check=True).stdout)
+    assert len(hashes) == 1
+    assert len(hashes.pop().strip()) == hashlib.sha256().digest_size * 2
+
+
+def test_weights_on_disk_and_weights_yet_to_be_made(tmp_path: Path) -> None:
+    """Tile by tile they give what they give whole, and no whole layer is made."""
+    write_synthetic(SIZES, tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    stored, made = checkpoint.streamed(), synthetic_weights(SIZES)
+    for ids in ([[3, 4, 5, 6, 7, 8, 9]], [[3, 4]]):
+        expected = model.next_token_logits(ids, checkpoint.resident(), SIZES)[0]
+        for weights in (stored, made):
+            assert isinstance(weights.layers, OnDemand)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(OnDemand, "__getitem__", None)
+                found = fast.next_token_logits(ids, weights, SIZES)[0]
+            np.testing.assert_allclose(found, expected, rtol=0, atol=5e-6 * float(np.abs(expected).max()))
+
+
+def test_a_damaged_weight_is_named(tmp_path: Path) -> None:
+    """Numbers are not looked at before they are used: what they make of the result is."""
+    weights = initial_weights(CONFIG)
+    tensors = {name: rows[:] for name, rows in named_weights(weights, CONFIG).items()}
+    tensors["model.layers.1.mlp.up_proj.weight"][5, 3] = np.nan
+    save_file(tensors, tmp_path / "model.safetensors")
+    CONFIG.save_pretrained(tmp_path)
+    damaged = open_checkpoint(tmp_path).streamed()
+    with pytest.raises(CheckpointError, match=r"model.layers.1.mlp.up_proj.weight', index \[5, 3\]: nan is no weight"):
+        fast.next_token_logits([[3, 4]], damaged, CONFIG)
+
+
+def test_half_precision_and_masks_of_ones_own_are_the_definition() -> None:
+    weights = initial_weights(CONFIG, dtype="bfloat16")
+    np.testing.assert_array_equal(
+        fast.next_token_logits([[3, 4]], weights, CONFIG)[0], model.next_token_logits([[3, 4]], weights, CONFIG)[0]
+    )
+    own = np.tril(np.ones((1, 1, 3, 3), bool))
+    own[..., 2, 0] = False
+    single = initial_weights(CONFIG)
+    found, expected = (
+        read([[3, 4, 5]], single, CONFIG, attention_mask=own)[0]
+        for read in (fast.next_token_logits, model.next_token_logits)
+    )
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+
+
+def test_a_missing_head_is_refused() -> None:
+    untied = CONFIG.changed(tie_word_embeddings=False)
+    headless = initial_weights(CONFIG)
+    with pytest.raises(refgemma.inputs.InputError, match="these weights have no head"):
+        fast.next_token_logits([[3]], headless, untied)
