@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from refgemma import fast
 from refgemma.config import Gemma2Config
 from refgemma.oracle import full_size
 from refgemma.oracle.full_size import full_result, load_full, verify_full
@@ -17,8 +18,8 @@ from refgemma.oracle.verify import CaseResult, GoldenError
 NAME = "9b-synthetic-two-layers"
 
 
-def result(dtype: str = "float32") -> CaseResult:
-    comparisons = [step for step in verify_full(NAME, dtype) if not isinstance(step, str)]
+def result(dtype: str = "float32", reference: bool = True) -> CaseResult:
+    comparisons = [step for step in verify_full(NAME, dtype, reference=reference) if not isinstance(step, str)]
     return full_result(NAME, dtype, comparisons)
 
 
@@ -27,6 +28,20 @@ def test_two_layers_conform() -> None:
     assert found.conforms, found.first_divergence
     names = load_full(NAME)[0]["names"]
     assert {c.tensor for c in found.comparisons} == {*names, "top_ids", "top_logits", "loss"}
+
+
+def test_fast_layers_conform(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a mistake in them is found, at the layer that makes it."""
+    found = result(reference=False)
+    assert found.conforms, found.first_divergence
+    layers = {f"calls.0.layers.{layer}.out" for layer in (0, 1)}
+    others = {f"calls.0.{name}" for name in ("cos", "sin", "embedded", "norm", "raw_logits", "logits")}
+    assert {c.tensor for c in found.comparisons} == layers | others | {"top_ids", "top_logits", "loss"}
+    correct = fast.weigh
+    monkeypatch.setattr(fast, "weigh", lambda scores, seen, scale, cap: correct(scores, seen, scale * 1.01, cap))
+    first = result(reference=False).first_divergence
+    assert first is not None
+    assert first.tensor == "calls.0.layers.0.out"
 
 
 # A change of the configuration, and the first tensor that it has to be found at.

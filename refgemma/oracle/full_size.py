@@ -15,10 +15,11 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from refgemma.cache import Cache
+from refgemma import fast
+from refgemma.cache import Cache, LayerCache
 from refgemma.config import Gemma2Config
 from refgemma.hub import golden_folder
-from refgemma.model import begin, blocks, head, next_past
+from refgemma.model import Start, begin, blocks, head, next_past
 from refgemma.ops import rms_norm
 from refgemma.oracle.compare import FLOOR, NOISE_FACTOR, half_rounding_noise, run_distance
 from refgemma.oracle.sketch import LENGTH, sketch
@@ -136,42 +137,57 @@ def recording_of(checkpoint: Checkpoint) -> str:
 
 
 def _long_call(
-    ids: Array, cache: Cache | None, weights: Weights, config: Gemma2Config
+    ids: Array, cache: Cache | None, weights: Weights, config: Gemma2Config, layers: fast.Outputs
 ) -> tuple[list[Array], Cache | None]:
     """What each layer gives for a long call, computed piece by piece so that the scores fit in memory."""
     outs: list[list[Array]] = [[] for _ in range(config.num_hidden_layers)]
     for first in range(0, ids.shape[1], PIECE):
         start, present = begin(ids[:, first : first + PIECE], weights, config, cache=cache), []
-        for layer, record in enumerate(blocks(start, weights, config)):
-            outs[layer].append(record.out)
-            present.append(next_past(layer, record, config))
+        for layer, (out, past) in enumerate(layers(start, weights, config)):
+            outs[layer].append(out)
+            present.append(past)
         cache = Cache(present)
     return [np.concatenate(out, axis=1) for out in outs], cache
 
 
-def sketches_of(ids: Array, calls: list[int], weights: Weights, config: Gemma2Config) -> Iterator[tuple[str, Array]]:
+def _layers(
+    start: Start, weights: Weights, config: Gemma2Config, reference: bool
+) -> Iterator[tuple[Iterator[tuple[str, Array]], Array, LayerCache]]:
+    """Of each layer its named tensors, what it gives, and what it remembers; of a fast one only what it gives."""
+    if not reference:
+        for layer, (out, past) in enumerate(fast.outputs(start, weights, config)):
+            yield iter([(f"layers.{layer}.out", out)]), out, past
+        return
+    for layer, record in enumerate(blocks(start, weights, config)):
+        yield named_tensors(record, f"layers.{layer}."), record.out, next_past(layer, record, config)
+
+
+def sketches_of(
+    ids: Array, calls: list[int], weights: Weights, config: Gemma2Config, reference: bool = True
+) -> Iterator[tuple[str, Array]]:
     """The name of every tensor of every call with its sketch; of the first whole call its norm and logits too.
 
-    One block is in memory at a time. Of a call of more than `PIECE` tokens there is what each layer gives.
+    One block is in memory at a time. Of a call of more than `PIECE` tokens there is what each layer gives, and of fast
+    blocks (`reference` is false) no more either.
     """
     cache, done, first = None, 0, True
     for call, length in enumerate(calls):
         wanted = ids[:, done : done + length]
         done += length
         if length > PIECE:
-            outs, cache = _long_call(wanted, cache, weights, config)
+            layers = fast.reference_outputs if reference else fast.outputs
+            outs, cache = _long_call(wanted, cache, weights, config, layers)
             yield from ((f"calls.{call}.layers.{layer}.out", sketch(out)) for layer, out in enumerate(outs))
             continue
         start = begin(wanted, weights, config, cache=cache)
         yield from ((f"calls.{call}.{name}", sketch(getattr(start, name))) for name in ("cos", "sin", "embedded"))
         present, hidden = [], start.embedded
-        for layer, record in enumerate(blocks(start, weights, config)):
-            for name, tensor in named_tensors(record, f"layers.{layer}."):
-                yield f"calls.{call}.{name}", sketch(tensor)
-            present.append(next_past(layer, record, config))
-            hidden = record.out
+        for tensors, out, past in _layers(start, weights, config, reference):
+            yield from ((f"calls.{call}.{name}", sketch(tensor)) for name, tensor in tensors)
+            present.append(past)
+            hidden = out
         norm = rms_norm(hidden, weights.norm, config.rms_norm_eps)
-        raw_logits, logits = head(norm[:, -1:], weights, config)
+        raw_logits, logits = (head if reference else fast.head)(norm[:, -1:], weights, config)
         yield f"calls.{call}.norm", sketch(norm)
         yield f"calls.{call}.raw_logits", sketch(raw_logits)
         yield f"calls.{call}.logits", sketch(logits)
@@ -291,7 +307,9 @@ def _require_size(checkpoint: Checkpoint, expected: Gemma2Config) -> None:
         raise GoldenError(f"{checkpoint.folder}: is a model of another size than the one recorded")
 
 
-def verify_full(name: str, dtype: str = "float32", checkpoint: Checkpoint | None = None) -> Iterator[Comparison | str]:
+def verify_full(
+    name: str, dtype: str = "float32", checkpoint: Checkpoint | None = None, reference: bool = True
+) -> Iterator[Comparison | str]:
     """Compare one model at full size with its recording; yields the name of each tensor, and then its comparison.
 
     Parameters
@@ -302,6 +320,8 @@ def verify_full(name: str, dtype: str = "float32", checkpoint: Checkpoint | None
         ``float32`` or ``bfloat16``.
     checkpoint : Checkpoint, optional
         What the weights are read from; by default synthetic ones are made as they are needed.
+    reference : bool
+        Compare every tensor of the definition; else, in float32, what each layer of `refgemma.fast` gives.
 
     Raises
     ------
@@ -316,7 +336,8 @@ def verify_full(name: str, dtype: str = "float32", checkpoint: Checkpoint | None
     kinds = (golden[f"sketches.{kind}"] for kind in (dtype, "float32", "float64"))
     recorded = Recorded(dtype, names, *kinds)
     last = f"calls.{next(n for n, length in enumerate(about['calls']) if length <= PIECE)}"
-    for tensor, computed in sketches_of(golden["input_ids"], about["calls"], weights, config):
+    definition = reference or dtype != "float32"
+    for tensor, computed in sketches_of(golden["input_ids"], about["calls"], weights, config, definition):
         yield tensor
         whole = golden.get(f"{tensor}.{dtype}")
         if tensor in names:

@@ -117,6 +117,11 @@ def read_manifest() -> dict[str, Any]:
 def case_names(wanted: list[str] | None = None) -> list[str]:
     """All cases, or those `wanted` after checking that they exist.
 
+    Raises
+    ------
+    GoldenError
+        If there is no case of a name.
+
     Examples
     --------
     >>> case_names(["bends-forward-f33"])
@@ -134,7 +139,13 @@ def case_names(wanted: list[str] | None = None) -> list[str]:
 
 
 def load_golden(name: str) -> tuple[dict[str, Any], dict[str, Array]]:
-    """One case: its entry in the manifest and its tensors, half precision as `BF16` and `F16` arrays."""
+    """One case: its entry in the manifest and its tensors, half precision as `BF16` and `F16` arrays.
+
+    Raises
+    ------
+    GoldenError
+        If the file of case `name` is missing, or is not the one that was recorded.
+    """
     about = read_manifest()["cases"][name]
     path = golden_folder() / about["file"]
     again = f"{AGAIN} {name}"

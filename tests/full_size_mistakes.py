@@ -1,0 +1,90 @@
+"""Make the known mistakes at the full width of the 9B and the 27B, and print where each is found: no test, a program.
+
+    python tests/full_size_mistakes.py [--only TEXT] [--json]
+
+The weights are synthetic. Mistakes that need a text longer than the window are made with one. The table stands in
+docs/full-size.md; `tests/test_full_size.py` makes three of these mistakes in every run of the tests.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import test_mistakes
+from test_mistakes import MISTAKES, Mistake, config, operation
+
+from refgemma.oracle import full_size
+from refgemma.oracle import verify as oracle
+
+SHORT, LONG, OTHER = "9b-synthetic-two-layers", "9b-synthetic-long", "27b-synthetic-two-layers"
+# Made otherwise than in a small model: numbers of the 9B, and windows that a longer text is needed for.
+REPLACED = {
+    "query scalar is head_dim": ("query scalar 224 for 256", config(query_pre_attn_scalar=224), SHORT),
+    "another final cap": ("final cap 50 for 30", config(final_logit_softcapping=50.0), SHORT),
+    "no window": ("no window", config(sliding_window=8192), LONG),
+    "window one too wide": ("window 4097", config(sliding_window=4097), LONG),
+    "window one too narrow": ("window 4095", config(sliding_window=4095), LONG),
+    "layer parity swapped": ("layer parity swapped", config(layer_types=test_mistakes.swapped_types), LONG),
+    "all layers sliding": ("all layers sliding", config(layer_types=(test_mistakes.SLIDING,) * 2), LONG),
+    "cap after mask": ("cap after mask", None, SHORT),
+}
+BF16 = {"norm rounded before its weight", "sqrt(hidden) not rounded", "query scaled before the product"}
+SMALL_ONLY = {"angles in bf16", "an untied head taken for tied"}  # an operation alone; a head that no Gemma 2 has
+
+
+def cap_after_mask(scores: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    capped = 50 * np.tanh(np.where(mask, scores, -np.inf) / 50)
+    exponentials = np.exp(capped - capped.max(axis=-1, keepdims=True))
+    return exponentials / exponentials.sum(axis=-1, keepdims=True)
+
+
+def at_full_size() -> Iterator[tuple[Mistake, str, str]]:
+    """Each mistake with its recording and precision."""
+    for mistake in MISTAKES:
+        if mistake.name in SMALL_ONLY or mistake.name.startswith("no bias"):
+            continue
+        name, make, recording = REPLACED.get(mistake.name, (mistake.name, mistake.make, SHORT))
+        made = Mistake(name, make or operation("softmax", cap_after_mask), mistake.first)
+        yield made, recording, "bfloat16" if name in BF16 else "float32"
+    yield Mistake("query scalar 128 for 144", config(query_pre_attn_scalar=128), "scores"), OTHER, "float32"
+    unrounded = next(m for m in MISTAKES if m.name == "sqrt(hidden) not rounded")
+    yield Mistake("sqrt(4608) not rounded to 68", unrounded.make, "embedded"), OTHER, "bfloat16"
+
+
+def found_at(mistake: Mistake, recording: str, dtype: str) -> tuple[str, float] | None:
+    """The first tensor outside its bound, and how far; or ``None``."""
+    correct = full_size.model_of_recording
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(test_mistakes, "CORRECT_MODEL_OF", lambda about: correct(about, dtype, None))
+        patch.setattr(oracle, "model_of", lambda about: correct(about, dtype, None))
+        mistake.make(patch)
+        patch.setattr(full_size, "model_of_recording", lambda about, *_: oracle.model_of(about))
+        for step in full_size.verify_full(recording, dtype, reference=recording != LONG):
+            if not isinstance(step, str) and not step.distance <= 1:
+                return step.tensor, step.distance
+    return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", metavar="TEXT", help="mistakes whose name contains TEXT")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    rows = []
+    for mistake, recording, dtype in at_full_size():
+        if args.only not in mistake.name:
+            continue
+        found = found_at(mistake, recording, dtype)
+        tensor, distance = found or ("not found", 0.0)
+        rows.append({"mistake": mistake.name, "recording": recording, "dtype": dtype, "first": tensor,
+                     "in_units_of_bound": distance if np.isfinite(distance) else "inf"})  # fmt: skip
+        if not args.json:
+            print(f"| {mistake.name} | {recording} | {dtype} | {tensor} | {distance:.3g} |", flush=True)
+    if args.json:
+        print(json.dumps({"rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
