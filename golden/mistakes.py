@@ -229,6 +229,14 @@ class QuickGelu(torch.nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
+class TableGelu(torch.nn.Module):
+    """Looked up in float16, as ggml does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = torch.nn.functional.gelu(x.half().float(), approximate="tanh").half().to(x.dtype)
+        return torch.where(x >= 10, x, torch.where(x <= -10, torch.zeros_like(x), half))
+
+
 def activated_up(self: Any, x: Tensor) -> Tensor:
     return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
 
@@ -469,6 +477,7 @@ MAKE: dict[str, Make] = {
         model.lm_head, "forward",
         lambda x: torch.nn.functional.linear(x, model.lm_head.weight).to(HALF).to(x.dtype)),
     "gelu-exact": activation(torch.nn.GELU),
+    "gelu-f16-table": activation(TableGelu),
     "gelu-sigmoid": activation(QuickGelu),
     "silu-instead-of-gelu": activation(torch.nn.SiLU),
     "relu-instead-of-gelu": activation(torch.nn.ReLU),

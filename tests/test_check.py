@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -17,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from refgemma.__main__ import main
 from refgemma.config import FULL, SLIDING
 from refgemma.hub import find_model
+from refgemma.model import forward
 from refgemma.oracle import allowance
 from refgemma.oracle.allowance import Arithmetic, in_unit, stored
 from refgemma.oracle.candidate import load_candidate, only
@@ -197,6 +197,18 @@ def test_exit_codes_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["check", str(trace), "--model", "conformance"]) == 4  # nothing missing ends in 0
 
 
+def test_a_named_mistake_is_no_blind_spot(tmp_path: Path) -> None:
+    """Logits alone, of the model with a window of one key more."""
+    config, weights = model_of(CASES["bends-forward-f32"])
+    ids = np.array([[2, *range(5, 25)]])
+    wrong = forward(ids, weights, config.changed(sliding_window=config.sliding_window + 1)).logits
+    save_trace([("input_ids", ids), ("logits", wrong)], tmp_path / "port.safetensors", {"dtype": "float32"})
+    report = check(load_candidate(tmp_path / "port.safetensors", config), weights, config)
+    assert report.findings[0].named == "swa-window-plus-one"
+    assert "swa-window-plus-one" not in {v.name for v in (*report.blind, *report.excluded)}
+    assert report.asked == len(report.blind) + len(report.excluded) + 1
+
+
 def test_an_override_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trace = tmp_path / "run.safetensors"
     main(["trace", "--ids", "2,5,9", "--model", "conformance", "-o", str(trace)])
@@ -213,7 +225,6 @@ def test_an_override_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         ({"logits": np.zeros((1, 3, 97), np.float32)}, "lacks input_ids"),
         ({"input_ids": np.array([[2, 500]])}, "not in the vocabulary"),
         ({"input_ids": np.array([[2, 5]])}, "holds no tensor of this model"),
-        ({"input_ids": np.array([[2, 5]]), "logits": np.zeros((1, 2, 97), ml_dtypes.float8_e4m3fn)}, "F8_E4M3"),
     ],
 )
 def test_a_bad_file_is_refused_in_one_line(

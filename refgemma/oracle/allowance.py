@@ -92,6 +92,13 @@ def in_unit(allowed: Allowance, arithmetic: Arithmetic) -> Allowance:
     )
 
 
+def in_decimals(allowed: Allowance, step: float) -> Allowance:
+    """With the rounding of the result to decimals, `step` apart."""
+    if not step:
+        return allowed
+    return replace(allowed, bound=allowed.bound + step / 2, spread=np.hypot(allowed.spread, EVEN * step / 2))
+
+
 def _sum_spread(n: int, squares: Array, total: Array) -> Array:
     """Of a sum of n products in any order, see above; and of the products themselves."""
     spread: Array = U * np.sqrt((n / 6 + EVEN**2) * squares + n / 9 * total**2)
@@ -161,9 +168,19 @@ def gelu_tanh(x: Array) -> Allowance:
     return allowance(bounds.gelu_tanh(x), common=4 * U)
 
 
-def rotary_tables(angles: Array) -> Allowance:
-    """The angle is a float32 in every arithmetic, and its error grows with the position."""
-    return allowance(bounds.rotary_tables(angles), common=LIBRARY)
+def rotary_tables(positions: Array, head_dim: int, theta: float) -> Allowance:
+    """The angle is a float32 in every arithmetic, and its error grows with the position.
+
+    Of a frequency ``theta ** -e`` the power is off by `LIBRARY` on the port's side and ``u`` on ours, the reciprocal
+    and the product with the position by ``u`` on either: 9 u. The exponent ``e = 2 i / head_dim`` is rounded on either
+    side, which costs ``2 u e ln(theta)``. A port may also multiply ``theta ** (-2 / head_dim)`` by itself ``i`` times,
+    as llama.cpp does: ``2 i u``. A cosine is off by no more than its angle, and by `LIBRARY`.
+    """
+    number = np.tile(np.arange(head_dim // 2), 2)
+    exponent = 2 * number / head_dim
+    angles = np.abs(_f64(positions)) * theta**-exponent
+    relative = U * (9 + 2 * exponent * math.log(theta) + 2 * number)
+    return allowance(LIBRARY + relative * angles, common=LIBRARY)
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Allowance:

@@ -4,8 +4,10 @@ Derived below; checked by property tests against float64 over random inputs.
 Notation: ``u = 2**-24`` is the unit roundoff of float32, and ``gamma(n) = n u / (1 - n u)`` bounds the relative error
 of n roundings in a row, whatever the order of a sum (Higham, *Accuracy and Stability of Numerical Algorithms*, 2002,
 section 3.1 and 4.2). A library's ``tanh``, ``exp``, ``cos`` and ``1/sqrt`` are taken to be within 2 ulp (4 u). Each
-function takes the operation's own arguments, and gives a float64 array of the shape of its result. Two conforming
-evaluations may differ by twice the bound, and by `UNDERFLOW`: numbers that small may be rounded coarsely or to zero.
+function takes the arguments of the operation of its name in `refgemma.ops` (`x`, `weight`, `eps`, `cos`, `sin`, `q`,
+`k`, `cap`, `scores`, `mask`; for the tables `angles`, position times frequency; for a sum or a product its terms `a`
+and `b`), and gives a float64 array of the shape of its result. Two conforming evaluations may differ by twice the
+bound, and by `UNDERFLOW`: numbers that small may be rounded coarsely or to zero.
 """
 
 import math

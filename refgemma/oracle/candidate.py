@@ -1,47 +1,35 @@
 """What another implementation computed, read from a file and checked before anything is made of it. Checked in the
 tests on damaged, foreign and incomplete files.
 
-The file is safetensors. Its tensors have the names and shapes that `refgemma trace` writes: ``input_ids`` (batch,
+The file is safetensors. Its tensors have the names and shapes that ``refgemma trace`` writes: ``input_ids`` (batch,
 seq), and any of ``position_ids``, ``attention_mask`` (1 for a token, 0 for padding) and the named tensors; ``logits``
 at the least are of use. Tensors of several calls that share a cache are named ``calls.0.embedded``,
 ``calls.1.embedded`` and so on. Its metadata may say ``dtype`` (what tensors are stored in) and ``engine``.
 """
 
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
-import ml_dtypes  # noqa: F401  (makes safetensors know bfloat16)
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from refgemma.config import Gemma2Config
 from refgemma.inputs import InputError, check_inputs
 from refgemma.oracle.graph import FIELDS, Call, field_of, layer_of
+from refgemma.oracle.mapping import open_trace
+from refgemma.oracle.trace import trace_axes
+from refgemma.oracle.tracefile import Entry, TraceFile
 from refgemma.precision import Array, as_dtype
 
 STORED = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 GIVEN = ("input_ids", "position_ids", "attention_mask")
-AXES: Mapping[str, str] = {
-    "cos": "batch 1 seq head_dim",
-    "embedded": "batch seq hidden",
-    "attention.q": "batch heads seq head_dim",
-    "attention.k": "batch kv_heads seq head_dim",
-    "attention.scores": "batch heads seq keys",
-    "attention.mixed": "batch seq heads*head_dim",
-    "feed_forward.gate": "batch seq intermediate",
-    "logits": "batch seq vocab",
-}
-_SAME_AXES = {
-    "cos": ("sin",),
-    "attention.q": ("attention.q_rot",),
-    "attention.k": ("attention.v", "attention.k_rot"),
-    "attention.scores": ("attention.capped", "attention.probs"),
-    "attention.mixed": (),
-    "feed_forward.gate": ("feed_forward.up", "feed_forward.gelu", "feed_forward.product"),
-    "logits": ("raw_logits",),
-}
+MOST_TOKENS = 2**20
+# A static cache has keys that no query sees: a tensor with more elements than that many times what is needed is not it.
+MUCH = 16
+AXES = {field_of(name): axes for name, axes in trace_axes()}
 
 
 @dataclass(frozen=True)
@@ -50,6 +38,8 @@ class Tensor:
 
     numbers: Array
     storage: str
+    known: Array | None = None  # which elements the file holds; all, unless given
+    coarse: float = 0.0  # the distance of neighbouring decimals, where the file holds those
 
 
 @dataclass(frozen=True)
@@ -64,6 +54,14 @@ class Candidate:
     refused: Mapping[str, str]  # name -> why the tensor cannot be judged
     unknown: tuple[str, ...]  # names that are none of ours
     engine: str = ""
+    name_map: str = ""  # whose names the file has; ours if empty
+    columns: int = 0  # of the logits in the file
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def inputs(self) -> Mapping[str, Tensor]:
+        """The tensors of which every element is there, as it was: what another can be computed from."""
+        return {name: x for name, x in self.tensors.items() if x.known is None and not x.coarse}
 
 
 def axes_of(name: str) -> str:
@@ -74,9 +72,7 @@ def axes_of(name: str) -> str:
     >>> axes_of("layers.3.attention.probs"), axes_of("layers.3.out")
     ('batch heads seq keys', 'batch seq hidden')
     """
-    kind = field_of(name)
-    first = next((key for key, same in _SAME_AXES.items() if kind in same), kind)
-    return AXES.get(first, "batch seq hidden")
+    return AXES[field_of(name)]
 
 
 def shape_of(name: str, config: Gemma2Config, batch: int, seq: int) -> tuple[int, ...]:
@@ -114,35 +110,9 @@ def is_known(name: str, config: Gemma2Config) -> bool:
     )  # fmt: skip
 
 
-def read_file(path: str | Path) -> tuple[dict[str, str], dict[str, str], dict[str, Array]]:
-    """The metadata, the stored dtypes and the tensors of a safetensors file.
-
-    Raises
-    ------
-    InputError
-        If it is none, saying why.
-    """
-    if Path(path).is_dir():
-        raise InputError(f"{path}: is a folder; give the safetensors file in it")
-    if not Path(path).exists():
-        raise InputError(f"{path}: there is no such file")
-    try:
-        with safe_open(path, framework="np") as file:
-            dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}
-            foreign = sorted(name for name, dtype in dtypes.items() if dtype[0] == "F" and dtype not in STORED)
-            if foreign:
-                raise InputError(
-                    f"{path}: {foreign[0]} is stored as {dtypes[foreign[0]]}; {', '.join(STORED)} can be read"
-                )
-            return file.metadata() or {}, dtypes, {name: file.get_tensor(name) for name in dtypes}
-    except (SafetensorError, OSError, TypeError, ValueError, KeyError) as error:
-        if isinstance(error, InputError):
-            raise
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: is no whole safetensors file ({reason}); write it again") from None
-
-
-def load_candidate(path: str | Path, config: Gemma2Config, dtype: str | None = None) -> Candidate:
+def load_candidate(
+    path: str | Path, config: Gemma2Config, dtype: str | None = None, name_map: str | None = None
+) -> Candidate:
     """Read and check a candidate's trace for a model of `config`.
 
     Parameters
@@ -153,60 +123,108 @@ def load_candidate(path: str | Path, config: Gemma2Config, dtype: str | None = N
         The model that it claims to be.
     dtype : str, optional
         What it stores tensors in, if neither its metadata nor the numbers say so.
+    name_map : str, optional
+        Whose names the file has, see `refgemma.oracle.mapping`; ours, unless its metadata has a ``map``.
 
     Raises
     ------
     InputError
         If the file cannot be read, or lacks ``input_ids``, or those do not fit the model.
     """
-    metadata, dtypes, tensors = read_file(path)
-    if "input_ids" not in tensors:
-        raise InputError(f"{path}: lacks input_ids, the tokens that were run; add them as integers (batch, seq)")
-    try:
-        call = _call(tensors, metadata, config)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-    declared = dtype or metadata.get("dtype")
+    file = open_trace(path, config, name_map)
+    declared = dtype or file.metadata.get("dtype")
     if declared is not None and declared not in STORED.values():
         raise InputError(f"{path}: dtype is {declared!r}; {', '.join(STORED.values())} are known")
-    named = {name: x for name, x in tensors.items() if name not in GIVEN}
-    if len(call.calls) > 1:
-        named = _joined(named, call)
-    floats = {name: x for name, x in named.items() if is_known(name, config)}
-    refused = {}
+    call = _call(file, config)
+    named = [name for name in file.entries if name not in GIVEN]
+    wanted = {name for name in named if is_known(_without_call(name, call), config)}
+    refused, read = {}, {}
+    for name in sorted(wanted):
+        if (problem := _unreadable(name, file.entries[name], call, config)) is None:
+            read[name] = file.entries[name].read()
+        else:
+            refused[_without_call(name, call)] = problem
+    known = {name: file.entries[name].known for name in read}
+    judged = _joined(read, call, refused) if len(call.calls) > 1 else read
     batch, seq = call.input_ids.shape
-    for name, x in list(floats.items()):
-        wanted = shape_of(name, config, batch, seq)
-        if name in ("cos", "sin") and x.shape == (1, *wanted[1:]):
-            x = floats[name] = np.broadcast_to(x, wanted)  # one table for all rows
-        if dtypes.get(name, "F")[0] not in "FB" or x.dtype.kind not in "fV" or x.dtype == bool:
-            refused[name] = f"holds {x.dtype}, not floating-point numbers"
-        elif x.shape != wanted:
-            refused[name] = f"has shape {x.shape}; {wanted} is needed: ({axes_of(name).replace(' ', ', ')})"
-    judged = {name: x for name, x in floats.items() if name not in refused}
+    for name, x in list(judged.items()):
+        shape = shape_of(name, config, batch, seq)
+        if name in ("cos", "sin") and x.shape == (1, *shape[1:]):
+            judged[name] = np.broadcast_to(x, shape)  # one table for all rows
+        elif x.shape != shape:
+            refused[name] = _wrong_shape(name, x.shape, shape)
+    judged = {name: x for name, x in judged.items() if name not in refused}
     chosen = declared or _told_by(judged)
+    tensors = {}
+    for name, x in judged.items():
+        parts = known.get(name)
+        coarse = file.entries[name].coarse if name in file.entries else 0.0
+        tensors[name] = Tensor(*_stored(x, chosen), None if parts is None else parts(), coarse)
     return Candidate(
-        str(path), chosen, "option" if dtype else "metadata" if declared else "numbers", call,
-        {name: Tensor(*_stored(x, chosen)) for name, x in judged.items()}, refused,
-        tuple(sorted(set(named) - set(floats))), metadata.get("engine", ""),
+        str(path), chosen, "option" if dtype else "metadata" if declared else "numbers", call, tensors, refused,
+        tuple(sorted(set(named) - wanted)), file.metadata.get("engine", ""), file.metadata.get("map", ""),
+        _columns(file), file.metadata,
     )  # fmt: skip
 
 
-def _call(tensors: Mapping[str, Array], metadata: Mapping[str, str], config: Gemma2Config) -> Call:
+def _columns(file: TraceFile) -> int:
+    logits = file.entries.get("logits") or file.entries.get("calls.0.logits")
+    return logits.shape[-1] if logits and logits.shape and logits.dtype in STORED else 0
+
+
+def _without_call(name: str, call: Call) -> str:
+    """``embedded`` of ``calls.0.embedded``, where there are several calls."""
+    parts = name.split(".", 2)
+    several = len(call.calls) > 1 and parts[0] == "calls" and len(parts) == 3 and parts[1].isdecimal()
+    return parts[2] if several and int(parts[1]) < len(call.calls) else name
+
+
+def _unreadable(name: str, entry: Entry, call: Call, config: Gemma2Config) -> str | None:
+    """Why a tensor cannot be judged; told by its header, so that one of any size costs nothing."""
+    shape = shape_of(_without_call(name, call), config, *call.input_ids.shape)
+    if entry.dtype not in STORED:
+        floating = f"; {', '.join(STORED)} can be read" if entry.dtype[0] == "F" else ", which are no such numbers"
+        return f"is stored as {entry.dtype}{floating}"
+    if len(entry.shape) != len(shape) or math.prod(entry.shape) > MUCH * math.prod(shape):
+        return _wrong_shape(_without_call(name, call), entry.shape, shape)
+    return None
+
+
+def _wrong_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+    return f"has shape {found}; {wanted} is needed: ({axes_of(name).replace(' ', ', ')})"
+
+
+def _call(file: TraceFile, config: Gemma2Config) -> Call:
+    if "input_ids" not in file.entries:
+        raise InputError(f"{file.path}: lacks input_ids, the tokens that were run; add them as integers (batch, seq)")
+    given = {name: file.entries[name] for name in GIVEN if name in file.entries}
+    for name, entry in given.items():
+        if math.prod(entry.shape) > MOST_TOKENS:
+            raise InputError(f"{file.path}: {name} has shape {entry.shape}; a check takes {MOST_TOKENS} tokens at most")
+        if entry.dtype[0] not in "IUB" or entry.dtype == "BF16":
+            raise InputError(f"{file.path}: {name} is stored as {entry.dtype}; integers are needed")
+    try:
+        return _asked({name: entry.read() for name, entry in given.items()}, file.metadata, config)
+    except InputError as error:
+        raise InputError(f"{file.path}: {error}") from None
+
+
+def _asked(tensors: Mapping[str, Array], metadata: Mapping[str, str], config: Gemma2Config) -> Call:
     ids = tensors["input_ids"]
     inputs = check_inputs(ids[None] if ids.ndim == 1 else ids, config, tensors.get("attention_mask"),
                           tensors.get("position_ids"))  # fmt: skip
     seq = inputs.tokens.shape[1]
     try:
         calls = tuple(int(n) for n in json.loads(metadata.get("calls", f"[{seq}]")))
-    except (ValueError, TypeError):
-        raise InputError(f"the metadata's calls is {metadata['calls']!r}: a list of token counts is needed") from None
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        said = metadata["calls"][:100]
+        raise InputError(f"the metadata's calls is {said!r}: a list of token counts is needed") from None
     if sum(calls) != seq or min(calls) < 1:
         raise InputError(f"the metadata's calls are of {list(calls)} tokens, but input_ids has {seq}")
     return Call(inputs.tokens, inputs.positions, inputs.visible, calls)
 
 
-def _joined(tensors: Mapping[str, Array], call: Call) -> dict[str, Array]:
+def _joined(tensors: Mapping[str, Array], call: Call, refused: dict[str, str]) -> dict[str, Array]:
     """The tensors of calls that share a cache, one below the other; the keys of a row end at its call's last token.
 
     A key that the cache no longer held was not looked at: its probability is 0, and its score is not a number that was
@@ -215,12 +233,17 @@ def _joined(tensors: Mapping[str, Array], call: Call) -> dict[str, Array]:
     seq, ends = call.input_ids.shape[1], np.cumsum(call.calls)
     joined = {name: x for name, x in tensors.items() if not name.startswith("calls.")}
     for name in {name.split(".", 2)[2] for name in tensors if name.startswith("calls.")}:
-        parts = [tensors.get(f"calls.{n}.{name}") for n in range(len(ends))]
-        if any(part is None or part.ndim not in (3, 4) for part in parts):
+        parts = [x for n in range(len(ends)) if (x := tensors.get(f"calls.{n}.{name}")) is not None]
+        if len(parts) < len(ends):
+            refused[name] = f"is there of {len(parts)} calls of {len(ends)}"
             continue
         if axes_of(name).endswith("keys"):
-            parts = [_placed(part, int(end), seq) for part, end in zip(parts, ends, strict=True) if part is not None]
-        joined[name] = np.concatenate(parts, axis=parts[0].ndim - 2)  # type: ignore[arg-type, union-attr]
+            parts = [_placed(part, int(end), seq) for part, end in zip(parts, ends, strict=True)]
+        others = {(*part.shape[:-2], part.shape[-1]) for part in parts}
+        if len(others) > 1:
+            refused[name] = f"has other axes in some calls: {', '.join(str(part.shape) for part in parts)}"
+            continue
+        joined[name] = np.concatenate(parts, axis=-2)
     return joined
 
 

@@ -1,5 +1,5 @@
 """The named tensors of a live transformers model, with what happens inside attention. Checked in tests/parity:
-every tensor is there, and `refgemma check` accuses none, in three precisions, padded and cached.
+every tensor is there, and ``refgemma check`` accuses none, in three precisions, padded and cached.
 
 Module outputs are caught by hooks, rotated queries and keys where they are made, and scores, capped scores and weights
 by watching the torch calls of the attention function, whichever that is: one that computes no scores, like sdpa,
@@ -194,7 +194,7 @@ def capture_transformers(
                 past_key_values=cache, use_cache=cache is not None, **named,
             )  # fmt: skip
         for name, x in (found | {"logits": result.logits}).items():
-            tensors[prefix + name] = _as_array(_in_heads(name, x, head_dim))
+            tensors[prefix + name] = as_numpy(in_heads(name, x, head_dim))
         done = end
     about = {
         "dtype": dtype, "calls": json.dumps(lengths), "engine": f"transformers {transformers.__version__}, "
@@ -203,14 +203,15 @@ def capture_transformers(
     return tensors, about
 
 
-def _in_heads(name: str, x: Any, head_dim: int) -> Any:
+def in_heads(name: str, x: Any, head_dim: int) -> Any:
     """The projections are caught before they are taken apart into heads."""
     if name.rpartition(".")[2] in ("q", "k", "v"):
         return x.view(*x.shape[:2], -1, head_dim).transpose(1, 2)
     return x
 
 
-def _as_array(x: Any) -> Array:
+def as_numpy(x: Any) -> Array:
+    """A torch tensor as an array of its precision."""
     name = str(x.dtype).removeprefix("torch.")
     numbers = x.detach().cpu()
     return as_dtype(numbers.float().numpy(), name) if name in ("bfloat16", "float16") else numbers.numpy()

@@ -2,25 +2,42 @@
 line."""
 
 import argparse
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from refgemma.config import Gemma2Config
 from refgemma.files import replace_file
 from refgemma.hub import find_model
 from refgemma.inputs import InputError
 from refgemma.oracle import report as reports
-from refgemma.oracle.candidate import Candidate, load_candidate
-from refgemma.oracle.diagnose import Check, Report, check
+from refgemma.oracle.candidate import Candidate, is_known, load_candidate
+from refgemma.oracle.conformance import prompts
+from refgemma.oracle.cover import DTYPES as PRECISIONS
+from refgemma.oracle.cover import Shown, covering, not_shown, shown, write_prompts
+from refgemma.oracle.cover import as_json as prompts_json
+from refgemma.oracle.diagnose import DIFFERS, INCONCLUSIVE, Check, Report, check
+from refgemma.oracle.difference import Difference, differences, unexplained
+from refgemma.oracle.difference import as_json as difference_json
+from refgemma.oracle.mapping import load_map, map_names, mapped, match, open_any
+from refgemma.oracle.stages import Stage, tokens_stage, weights_stage
 from refgemma.oracle.trace import save_trace, target_file
 from refgemma.oracle.variants import VARIANTS
+from refgemma.pretrained import load
+from refgemma.tokenizer import Tokenizer, TokenizerError
 from refgemma.weights.checkpoint import open_checkpoint
 from refgemma.weights.parameters import Weights
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 CODES = "Exit codes: 0 conforms, 1 differs, 2 misuse or bad file, 3 noisy only, 4 inconclusive, 5 the backend failed."
+BACKEND_FAILED = 5
+STDERR = 2  # as a number: what a subprocess writes to
 BUNDLE_LIMIT = 1_000_000
 
 
@@ -38,6 +55,32 @@ def add_commands(add: Callable[[str, str], Any]) -> None:
     for kind in ("html", "markdown", "junit"):
         command.add_argument(f"--{kind}", metavar="FILE", help=f"write the report as {kind} too")
     command.add_argument("--bundle", metavar="FILE", help="keep the first finding's inputs and result, below 1 MB")
+    command.add_argument("--map", metavar="NAME", help=f"whose names it has: {', '.join(map_names())}, or a file")
+    command.add_argument("--weights", metavar="PATH",
+                         help="the port's weights, a file or folder: compared with the model's first")  # fmt: skip
+    command.add_argument("--run", metavar="COMMAND",
+                         help="first run this command, which writes CANDIDATE; its failure is code 5")  # fmt: skip
+
+    command = add("map", "show which tensors of a file a name map knows, and which it does not")
+    command.add_argument("file", metavar="FILE")
+    command.add_argument("--map", metavar="NAME", help="a name map or a file; needed, unless FILE says which")
+    command.add_argument("--model", default="tiny", metavar="MODEL", help="the model, whose axes have lengths")
+
+    command = add("diff", "compare two traces: which tensor differs first, and which by more than rounding explains")
+    command.add_argument("a", metavar="A", help="a trace")
+    command.add_argument("b", metavar="B", help="another of the same tokens")
+    command.add_argument("--model", metavar="MODEL", help="what both claim to be; then each operation is judged")
+    command.epilog = (
+        "Exit codes: 0 the same numbers (with --model: rounding explains what differs), 1 not so, "
+        "2 misuse or bad file, 4 some tensors are in one of them only, or none in both."
+    )
+
+    command = add("prompts", "inputs that together show every mistake that can be shown, and which shows which")
+    command.add_argument("--cover", action="store_true", help="find out which shows which, and choose few that do")
+    command.add_argument("-o", "--output", metavar="DIR", help="write them, and with --cover what each shows")
+    command.add_argument(
+        "--model", default="conformance", metavar="MODEL", help="for which model (default: conformance)"
+    )
 
     command = add("variants", "list the known mistakes of Gemma 2 ports, or describe one")
     command.add_argument("name", nargs="?", metavar="NAME")
@@ -57,11 +100,16 @@ def run_check(args: argparse.Namespace) -> int:
         raise InputError(f"--allow {args.allow}: a factor above 0 is needed")
     folder = find_model(args.model)
     config = open_checkpoint(folder).config
-    candidate = load_candidate(args.candidate, config, args.dtype)
+    if args.run is not None and (problem := run_backend(args.run, Path(args.candidate))) is not None:
+        print(f"refgemma check: {problem}", file=sys.stderr)
+        return BACKEND_FAILED
+    candidate = load_candidate(args.candidate, config, args.dtype, args.map)
     if not candidate.tensors and not candidate.refused:
-        raise InputError(f"{args.candidate}: holds no tensor of this model; logits at the least are needed")
+        raise InputError(f"{args.candidate}: holds no tensor of this model; {known_to(args.candidate, candidate)}")
     weights = read_weights(folder, candidate.dtype)
+    stages, remark = stages_of(candidate, folder, config, args.weights)
     found = check(candidate, weights, config, args.allow)
+    found = replace(found, stages=stages, remarks=(*found.remarks, *remark))
     made = {"html": reports.page, "markdown": reports.markdown, "junit": reports.junit}
     for kind, path in outputs.items():
         if kind == "bundle":
@@ -70,6 +118,168 @@ def run_check(args: argparse.Namespace) -> int:
             replace_file(path, made[kind](found, args.model).encode())
     print(reports.dumps(reports.as_json(found, args.model)) if args.json else reports.text(found, args.model))
     return reports.EXIT[found.verdict]
+
+
+def stages_of(
+    candidate: Candidate, folder: Path, config: Gemma2Config, port: str | None
+) -> tuple[tuple[Stage, ...], list[str]]:
+    """What comes before any computation: weights, if they are given, and tokens, if the trace says of what."""
+    stages = weights_stage(port, folder, config) if port else []
+    if not {"text", "chat"} & set(candidate.metadata):
+        return tuple(stages), []
+    try:
+        tokenizer = Tokenizer.from_pretrained(folder)
+    except TokenizerError as error:
+        return tuple(stages), [f"tokens: not compared, for the model has no tokenizer ({error})"]
+    row, seen = candidate.call.input_ids[0], candidate.call.visible[0]
+    tokens = tokens_stage([int(n) for n in row[seen]], candidate.metadata, tokenizer)
+    return (*([tokens] if tokens else []), *stages), []
+
+
+def run_backend(command: str, trace: Path) -> str | None:
+    """Run a port's own command, which writes `trace`; what went wrong, if anything did.
+
+    What the command prints goes to stderr, where it cannot be taken for a report.
+    """
+    before = trace.stat() if trace.exists() else None
+    try:
+        words = shlex.split(command)
+        code = subprocess.run(words, stdout=STDERR, check=False).returncode if words else None
+    except (OSError, ValueError) as error:
+        return f"--run: {command!r} cannot be run ({error})"
+    if code is None:
+        return "--run: the command is empty"
+    if code:
+        return f"--run: {words[0]} ended with code {code}"
+    after = trace.stat() if trace.exists() else None
+    if after is None or (before and (before.st_mtime_ns, before.st_ino) == (after.st_mtime_ns, after.st_ino)):
+        return f"--run: {words[0]} ended well, but did not write {trace}"
+    return None
+
+
+def known_to(path: str, candidate: Candidate) -> str:
+    """What to do about a file without a name of ours."""
+    file = open_any(path)
+    counts = {name: len(match(file, load_map(name)).found) for name in map_names()} if not candidate.name_map else {}
+    fitting = [f"--map {name} knows {n}" for name, n in counts.items() if n]
+    return f"but {', '.join(fitting)} of them" if fitting else "logits at the least are needed"
+
+
+def run_map(args: argparse.Namespace) -> int:
+    """``refgemma map``: exit code 0 if every tensor of the file is one of ours or known to be of no use, else 4."""
+    config = open_checkpoint(find_model(args.model)).config
+    file = open_any(args.file)
+    chosen = args.map or file.metadata.get("map")
+    if not chosen:
+        raise InputError(f"{args.file}: does not say whose names it has; --map {', '.join(map_names())} or a file")
+    names = load_map(chosen)
+    matched = match(file, names)
+    usable = mapped(file, names, config).entries
+    rows = []
+    for ours, (theirs, rule) in matched.found.items():
+        shape = usable[ours].shape
+        problem = "" if is_known(ours, config) else "this model has no such tensor"
+        rows.append({"tensor": ours, "from": theirs, "layout": rule.layout, "shape": list(shape), "problem": problem})
+    unusable = [row for row in rows if row["problem"]]
+    code = reports.EXIT[INCONCLUSIVE] if matched.unmatched or unusable else 0
+    if args.json:
+        print(reports.dumps({
+            "schema": "refgemma-map/1", "map": names.name, "learned_from": names.learned_from, "run_on": names.run_on,
+            "matched": rows, "ignored": dict(matched.ignored), "unmatched": list(matched.unmatched), "exit_code": code,
+        }))  # fmt: skip
+        return code
+    print(f"{names.name}: {names.says}")
+    print(f"from {names.learned_from}; " + (f"tried on {names.run_on}" if names.run_on else "not tried on real output"))
+    for row in rows:
+        print(f"  {row['from']:44} {row['tensor']:40} {tuple(row['shape'])} {row['problem']}".rstrip())
+    for name, why in matched.ignored.items():
+        print(f"  {name:44} - {why}")
+    for name in matched.unmatched:
+        print(f"  {name:44} ? matches nothing")
+    print(f"{len(rows)} matched, {len(matched.ignored)} known to be of no use, {len(matched.unmatched)} match nothing")
+    return code
+
+
+def run_diff(args: argparse.Namespace) -> int:
+    """``refgemma diff``."""
+    a, b = (open_any(path) for path in (args.a, args.b))
+    found, only_a, only_b = (
+        differences(a, b),
+        sorted(set(a.entries) - set(b.entries)),
+        sorted(set(b.entries) - set(a.entries)),
+    )
+    if args.model:
+        folder = find_model(args.model)
+        config = open_checkpoint(folder).config
+        sides = [load_candidate(path, config) for path in (args.a, args.b)]
+        weights = {side.dtype: read_weights(folder, side.dtype) for side in sides}
+        units = unexplained(sides[0], sides[1], weights, config)
+        found = [replace(d, unexplained=units.get(d.tensor)) for d in found]
+    code = diff_code(found, bool(only_a or only_b), bool(args.model))
+    if args.json:
+        print(reports.dumps(difference_json(args.a, args.b, found, only_a, only_b, code)))
+        return code
+    print("\n".join(reports.cut(line) for line in diff_lines(found, only_a, only_b)))
+    return code
+
+
+def diff_code(found: list[Difference], missing: bool, judged: bool) -> int:
+    """The exit code of a comparison."""
+    wrong = [d for d in found if d.problem or ((d.unexplained or 0) > 1 if judged else d.differs)]
+    unknown = judged and any(d.differs and d.unexplained is None for d in found)
+    if wrong:
+        return reports.EXIT[DIFFERS]
+    return reports.EXIT[INCONCLUSIVE] if missing or unknown or not found else 0
+
+
+def diff_lines(found: list[Difference], only_a: list[str], only_b: list[str]) -> list[str]:
+    """What a person reads: the first difference, the first that nothing explains, and the tensors from there on."""
+    wrong = [d for d in found if d.differs]
+    bad = [d for d in wrong if (d.unexplained or 0) > 1]
+    lines = [f"{len(found)} tensors in both, {len(found) - len(wrong)} of them the same to the last bit"]
+    if wrong:
+        lines.append(f"first difference: {wrong[0].tensor}")
+    if bad:
+        lines.append(f"first that its inputs and rounding do not explain: {bad[0].tensor}")
+    elif any(d.unexplained is not None for d in found):
+        lines.append("its inputs and rounding explain every tensor that could be judged")
+    if wrong:
+        lines += ["", f"{'tensor':42s} {'equal':>7s} {'largest':>10s} {'relative':>10s} {'error/bound':>12s}  at"]
+    for d in (bad or wrong)[: reports.LINES - 10]:
+        bound = "" if d.unexplained is None else reports.number(d.unexplained)
+        row = f"{d.equal:>7.3f} {reports.number(d.largest):>10s} {reports.number(d.relative):>10s} {bound:>12s}"
+        lines.append(f"{d.tensor:42s} {d.problem or row + '  ' + ', '.join(map(str, d.place))}")
+    rest = len(bad or wrong) - (reports.LINES - 10)
+    if rest > 0:
+        lines.append(f"and {rest} others")
+    for side, names in (("A", only_a), ("B", only_b)):
+        if names:
+            lines.append(f"only in {side}: {reports.short(names)}")
+    return lines
+
+
+def run_prompts(args: argparse.Namespace) -> int:
+    """``refgemma prompts``."""
+    config = open_checkpoint(find_model(args.model)).config
+    known = prompts(config)
+    found: list[Shown] = [Shown(name, "", ()) for name in known]
+    if args.cover:
+        models = {dtype: load(args.model, dtype) for dtype in PRECISIONS}
+        found = covering([shown(p, d, m.weights, config) for p in known.values() for d, m in models.items()])
+    if args.output:
+        for path in write_prompts(found, config, Path(args.output), args.model):
+            print(path, file=sys.stderr)
+    if args.json:
+        print(reports.dumps(prompts_json(found, config, args.model)))
+        return 0
+    for s in found:
+        prompt = known[s.prompt]
+        count = f" in {s.dtype}: shows {len(s.variants)} mistakes" if args.cover else ""
+        print(f"{prompt.name}{count}: {prompt.why}; {prompt.input_ids.shape[0]} x {prompt.input_ids.shape[1]} tokens")
+        print(f"  in calls of {', '.join(map(str, prompt.calls))}")
+    for v in not_shown(found) if args.cover else ():
+        print(f"not shown by any: {v.name}, which needs {v.shows}")
+    return 0
 
 
 def write_bundle(candidate: Candidate, weights: Weights, found: Report, path: str) -> None:
@@ -110,4 +320,6 @@ def run_variants(args: argparse.Namespace) -> int:
     return 0
 
 
-RUN = {"check": run_check, "variants": run_variants}
+RUN = {
+    "check": run_check, "diff": run_diff, "map": run_map, "prompts": run_prompts, "variants": run_variants,
+}  # fmt: skip

@@ -15,13 +15,14 @@ import numpy as np
 from refgemma.config import Gemma2Config
 from refgemma.inputs import InputError
 from refgemma.oracle import judge as j
-from refgemma.oracle.allowance import Allowance, Arithmetic
+from refgemma.oracle.allowance import EVEN, Allowance, Arithmetic, in_decimals
 from refgemma.oracle.candidate import Candidate
 from refgemma.oracle.estimate import Estimate, estimates
 from refgemma.oracle.graph import Context, Operation, doubled, field_of, operations
 from refgemma.oracle.judge import BAD, BLIND, FAIL, GOOD, INVALID, NOISY, Judged, Statistics, judge, judge_span
 from refgemma.oracle.spans import SEVERAL_ROUNDINGS, Computed, span_noise, where_compared
-from refgemma.oracle.variants import VARIANTS, Variant
+from refgemma.oracle.stages import Stage
+from refgemma.oracle.variants import VARIANTS, Variant, both
 from refgemma.oracle.where import attribution
 from refgemma.precision import Array, as_dtype
 from refgemma.weights.parameters import Weights
@@ -88,21 +89,40 @@ class Report:
     remarks: tuple[str, ...]
     override: float = 1.0
     drift: tuple[tuple[str, float], ...] = field(default=())
+    stages: tuple[Stage, ...] = ()  # weights and tokens, where they were compared
+
+    @property
+    def asked(self) -> int:
+        """Of how many known mistakes it was asked whether they were made: excluded, not to be shown here, or named."""
+        named = {v.name for finding in self.findings for v in finding.explanations if v.change is not None}
+        return len({v.name for v in (*self.excluded, *self.blind)} | named)
 
     @property
     def verdict(self) -> str:
         """In one word."""
-        if any(not finding.is_rounding for finding in self.findings):
+        if any(not finding.is_rounding for finding in self.findings) or self.wrong_stages:
             return DIFFERS
-        if self.findings or any(i.judged.verdict == NOISY for i in self.instances):
+        stages = {stage.verdict for stage in self.stages}
+        if self.findings or NOISY in stages or any(i.judged.verdict == NOISY for i in self.instances):
             return NOISY_ONLY
         judged = {i.tensor for i in self.instances if i.judged.verdict != BLIND}
-        blind = any(i.judged.verdict == BLIND for i in self.instances)
-        return INCONCLUSIVE if "logits" not in judged or blind else CONFORMS
+        blind = any(i.judged.verdict == BLIND for i in self.instances) or j.MISSING in stages
+        return INCONCLUSIVE if "logits" not in judged or blind or self.logits_missing else CONFORMS
+
+    @property
+    def logits_missing(self) -> int:
+        """How many logits of the rows' last tokens are not in the file, of those that it has a part of."""
+        logits = self.candidate.tensors.get("logits")
+        return 0 if logits is None or logits.known is None else int(np.sum(~logits.known[:, -1]))
+
+    @property
+    def wrong_stages(self) -> list[Stage]:
+        """Weights and tokens that are wrong."""
+        return [stage for stage in self.stages if stage.verdict in BAD]
 
     @property
     def first_divergence(self) -> Instance | None:
-        """The tensor that is wrong first, in the order of execution."""
+        """The computed tensor that is wrong first, in the order of execution."""
         return self.findings[0].instances[0] if self.findings else None
 
 
@@ -135,18 +155,22 @@ class Check:
             elif name in self.candidate.tensors:
                 *between, _ = self.usual.span(name)
                 sources = {s for step in (*between, name) for s in self.usual.table[step].inputs}
-                recorded = tuple(s for s in self.usual.table if s in sources and s in self.candidate.tensors)
+                recorded = tuple(s for s in self.usual.table if s in sources and s in self.candidate.inputs)
                 yield Instance(name, recorded, tuple(between), self.judged(name, self.usual, None))
 
     def noise(self, name: str) -> Array:
         """The measured uncertainty of a span; that of the right model serves every variant."""
         if name not in self._noise:
-            self._noise[name] = span_noise(self.usual, name, self.context) * self.override
+            spans = [n for n in self.recorded if len(self.usual.span(n)) > 1 and n not in self._noise]
+            names = spans if name in spans else [name]  # a variant may be wired otherwise, and have another span
+            for found, noise in span_noise(self.usual, names, self.context).items():
+                coarse = EVEN * self.candidate.tensors[found].coarse / 2
+                self._noise[found] = np.hypot(noise * self.override, coarse)
         return self._noise[name]
 
     def judged(self, name: str, computed: Computed, variant: Variant | None) -> Judged:
         """A recorded tensor against one reading of the model."""
-        found, where = self.candidate.tensors[name], where_compared(name, self.context)
+        found, where = self.candidate.tensors[name], self.where(name)
         exact = computed.result(name)
         if len(computed.span(name)) > 1:
             if variant is not None and variant.kind == "rounding":
@@ -155,7 +179,7 @@ class Check:
             return judge_span(found.numbers, exact, self.noise(name), where, found.storage)
         inputs = computed.inputs(name)
         op = computed.table[name]
-        allowed = op.allowance(inputs, exact, self.context.arithmetic, found.storage)
+        allowed = in_decimals(op.allowance(inputs, exact, self.context.arithmetic, found.storage), found.coarse)
         if variant is not None and variant.kind == "rounding":
             eager = self._eager(name, inputs, found.storage, variant)
             references = (exact,) if eager is None else (exact, eager)
@@ -203,13 +227,25 @@ class Check:
             if self.consistent(v, good) is not False:
                 found.append(v)
         mistakes = [v for v in found if v.kind == "mistake"]
-        return tuple(mistakes or found)
+        return tuple(mistakes or found or self._pairs(finding))
+
+    def _pairs(self, finding: Sequence[Instance]) -> list[Variant]:
+        """A mistake that explains the first of several spans alone, with a way of rounding that then explains all.
+
+        Only of spans: what one operation made of its own inputs has one reason.
+        """
+        if len(finding) < 2 or not finding[0].between:
+            return []
+        names = [i.tensor for i in finding]
+        alone = [v for v in VARIANTS if v.change is not None and self.consistent(v, names[:1])]
+        pairs = (both(v, r) for v in alone for r in VARIANTS if r.kind == "rounding" and r is not v)
+        return [pair for pair in pairs if self.consistent(pair, names)]
 
     def _at_stage(self, variant: Variant, instance: Instance) -> bool:
         call, kind = self.candidate.call, field_of(instance.tensor)
         match variant.name:
             case "vocab-padded":
-                return instance.tensor == "logits" and "logits" in self.candidate.refused
+                return instance.tensor == "logits" and self.candidate.columns > self.config.vocab_size
             case "left-pad-nan":
                 return not call.visible[:, 0].all() and kind.startswith("attention")
             case "fp16-overflow":
@@ -250,7 +286,14 @@ class Check:
         """What rounding may do to one recorded tensor whose inputs are recorded."""
         inputs, storage = self.usual.inputs(name), self.candidate.tensors[name].storage
         exact = self.usual.result(name)
-        return self.usual.table[name].allowance(inputs, exact, self.context.arithmetic, storage)
+        allowed = self.usual.table[name].allowance(inputs, exact, self.context.arithmetic, storage)
+        return in_decimals(allowed, self.candidate.tensors[name].coarse)
+
+    def where(self, name: str) -> Array:
+        """Which elements of a recorded tensor are compared."""
+        known = self.candidate.tensors[name].known
+        where = where_compared(name, self.context)
+        return where if known is None else where & known
 
     def power(self) -> tuple[tuple[Variant, ...], tuple[Variant, ...]]:
         """The variants under which the recorded tensors could not be what they are; and those that cannot be told."""
@@ -269,7 +312,7 @@ class Check:
                 continue
             own = alone.value(name)
             if name in self.candidate.tensors:
-                where = np.broadcast_to(where_compared(name, self.context), own.shape)
+                where = np.broadcast_to(self.where(name), own.shape)
                 found, ours = self.candidate.tensors[name].numbers[where], own[where]
                 with np.errstate(invalid="ignore"):
                     yield name, float(np.sqrt(np.sum((found - ours) ** 2) / max(np.sum(ours**2), 1e-300)))
@@ -340,6 +383,8 @@ def check(candidate: Candidate, weights: Weights, config: Gemma2Config, override
     findings = tuple(work.findings())
     excluded, blind = work.power()
     names = [name for name in work.usual.table if name not in candidate.tensors and name not in candidate.refused]
+    explained = {v.name for finding in findings for v in finding.explanations}
+    blind = tuple(v for v in blind if v.name not in explained)
     order = {name: place for place, name in enumerate(work.usual.table)}
     findings = tuple(sorted(findings, key=lambda f: order[f.instances[0].tensor]))
     return Report(

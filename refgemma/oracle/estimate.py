@@ -1,5 +1,5 @@
-"""The number that a candidate used in place of the model's: scale, cap, eps, theta, window or position. Checked in the
-tests on candidates with known numbers.
+"""The number that a candidate used in place of the model's: scale, cap, eps, theta, window or position. Scale, caps and
+theta are checked in tests/test_check.py on recordings with known numbers; eps, window and position offset are not.
 
 A number is found by least squares in units of rounding's standard deviation, and is told with its own standard
 deviation (widened by the misfit that is left). It fits if what is left is rounding.
@@ -65,7 +65,8 @@ def _residual(
         parts = []
         for name in names:
             found = usual.candidate.tensors[name].numbers
-            where = np.broadcast_to(where_compared(name, context), found.shape)
+            known = usual.candidate.tensors[name].known
+            where = np.broadcast_to(where_compared(name, context) & (True if known is None else known), found.shape)
             with np.errstate(all="ignore"):
                 error = (found - factor * computed.result(name)) / np.broadcast_to(sigmas[name], found.shape)
             parts.append(error[where])
@@ -109,6 +110,8 @@ def _estimate(
         return Estimate(parameter, best, 0.0, expected, misfit(best) <= FITS**2)
     start = min((expected * 4.0**n for n in range(-8, 9)), key=misfit)
     value, uncertainty = _least_squares(errors, start)
+    if not np.isfinite(uncertainty):
+        return None  # these inputs do not tell
     fits = misfit(value) <= FITS**2
     return Estimate(parameter, value, uncertainty, expected, fits, _near(parameter, value, uncertainty, context))
 

@@ -157,10 +157,9 @@ def _ends(context: Context) -> Iterator[Operation]:
     tables = context.function("rotary_tables", ops.rotary_tables)
     positions = context.call.positions
     arguments = (positions, config.head_dim, config.rope_theta, like)
-    # The angle of frequency i is no larger than the position.
-    angles = positions[:, None, :, None] * np.ones(config.head_dim)
-    yield Operation("cos", (), lambda: tables(*arguments)[0], lambda: allow.rotary_tables(angles))
-    yield Operation("sin", (), lambda: tables(*arguments)[1], lambda: allow.rotary_tables(angles))
+    allowed = partial(allow.rotary_tables, positions[:, None, :, None], config.head_dim, config.rope_theta)
+    yield Operation("cos", (), lambda: tables(*arguments)[0], allowed)
+    yield Operation("sin", (), lambda: tables(*arguments)[1], allowed)
     embedding = context.function("embed", embed)
     yield Operation(
         "embedded", (), lambda: embedding(context), lambda: allow.one_rounding(_exact(embed(context)), common=U)

@@ -14,6 +14,7 @@ import refgemma.oracle.judge as j
 from refgemma.oracle.diagnose import CONFORMS, DIFFERS, INCONCLUSIVE, NOISY_ONLY, Finding, Instance, Report
 from refgemma.oracle.estimate import Estimate
 from refgemma.oracle.graph import FIELDS, field_of, layer_of
+from refgemma.oracle.stages import Stage
 from refgemma.oracle.variants import Variant
 
 SCHEMA = "refgemma-check/1"
@@ -68,16 +69,40 @@ def finding_row(finding: Finding) -> str:
     """A line of the table."""
     s, verdict = finding.worst.judged.statistics, finding.worst.judged.verdict
     layers = f"{len(finding.instances)} of {finding.total}"
-    return f"{finding.field:28s} {verdict:8s}{layers:>9s} {number(s.worst):>11s} {number(s.rms):>10s} {s.exact:>7.3f}"
+    worst = number(s.worst) if s.worst else "-"  # of a tensor computed from the tokens there is no bound
+    return f"{finding.field:28s} {verdict:8s}{layers:>9s} {worst:>11s} {number(s.rms):>10s} {s.exact:>7.3f}"
+
+
+def stage_lines(report: Report) -> list[str]:
+    """What is wrong with weights and tokens, those of one mistake in a line."""
+    groups: dict[tuple[str, str], list[Stage]] = {}
+    for stage in report.stages:
+        if stage.verdict != j.EXACT:
+            groups.setdefault((stage.verdict, stage.named), []).append(stage)
+    lines = []
+    for (verdict, named), stages in list(groups.items())[:5]:
+        notes = {stage.note for stage in stages if stage.note}
+        note = f": {notes.pop()}" if len(notes) == 1 else ""
+        lines.append(f"{verdict} {short([s.name for s in stages], 3)}: {named or verdict.lower()}{note}")
+    return lines
 
 
 def first_lines(report: Report) -> list[str]:
     """The verdict, and of the first finding what a person can act on."""
+    lines = stage_lines(report)
+    if report.wrong_stages:
+        lines = [f"DIFFERS first at {report.wrong_stages[0].name}: {report.wrong_stages[0].named}", *lines]
+        return lines + (finding_lines(report) if report.findings else [])
+    return lines + finding_lines(report)
+
+
+def finding_lines(report: Report) -> list[str]:
+    """The same of what was computed."""
     if not report.findings:
         said = {
             CONFORMS: "CONFORMS: rounding explains every recorded tensor",
             NOISY_ONLY: "NOISY: within the worst case, but noisier than the declared arithmetic: "
-            + short(i.tensor for i in report.instances if i.judged.verdict == j.NOISY),
+            + short([i.tensor for i in report.instances if i.judged.verdict == j.NOISY] or ["weights"]),
             INCONCLUSIVE: "INCONCLUSIVE: " + why_inconclusive(report),
         }
         return [said[report.verdict]]
@@ -113,6 +138,12 @@ def why_inconclusive(report: Report) -> str:
     blind = [i.tensor for i in report.instances if i.judged.verdict == j.BLIND]
     if blind:
         return f"nothing could be compared in {short(blind)}"
+    if report.logits_missing:
+        return (
+            f"rounding explains all that is in the file, but {report.logits_missing} logits of the last token are not"
+        )
+    if any(stage.verdict == j.MISSING for stage in report.stages):
+        return "some weights are missing"
     return "logits are missing, so that what comes before them was not compared to the end"
 
 
@@ -138,7 +169,7 @@ def text(report: Report, model: str) -> str:
         if len(report.findings) > room:
             lines.append(f"and {len(report.findings) - room} other tensors")
     lines.append(", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items())))
-    lines.append(f"excluded: {len(report.excluded)} of {len(report.excluded) + len(report.blind)} known mistakes")
+    lines.append(f"excluded: {len(report.excluded)} of {report.asked} known mistakes")
     if report.blind:
         lines.append("this trace cannot show " + short([v.name for v in report.blind], 5))
     if report.missing:
@@ -203,7 +234,8 @@ def as_json(report: Report, model: str) -> dict[str, Any]:
         "shape": list(report.candidate.call.input_ids.shape),
         "verdict": report.verdict,
         "exit_code": EXIT[report.verdict],
-        "first_divergence": first.tensor if first else None,
+        "first_divergence": report.wrong_stages[0].name if report.wrong_stages else first.tensor if first else None,
+        "stages": [{"name": s.name, "verdict": s.verdict, "named": s.named, "note": s.note} for s in report.stages],
         "findings": [finding_json(f) for f in report.findings],
         "tensors": [{"tensor": i.tensor} | statistic_json(i) for i in report.instances],
         "missing": list(report.missing),
@@ -255,7 +287,7 @@ def markdown(report: Report, model: str) -> str:
         *(table if rows else []), *([""] if rows else []),
         ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items())) + ".",
         "",
-        f"Excluded {len(report.excluded)} of {len(report.excluded) + len(report.blind)} known mistakes. "
+        f"Excluded {len(report.excluded)} of {report.asked} known mistakes. "
         f"Not shown by this trace: {', '.join(v.name for v in report.blind) or 'none'}.",
         *(f"\n{remark}" for remark in report.remarks), "",
     ])  # fmt: skip

@@ -5,8 +5,9 @@ What lies between two recorded tensors and was not recorded is computed exactly,
 result is measured: `DRAWS` times over, every tensor between gets random errors of its operation's standard deviation.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -27,10 +28,15 @@ class Computed:
     candidate: Candidate
     between: dict[str, Array] = field(default_factory=dict)  # not recorded, computed
 
+    @cached_property
+    def places(self) -> Mapping[str, int]:
+        """The number of each operation in the order of execution."""
+        return {name: place for place, name in enumerate(self.table)}
+
     def value(self, name: str) -> Array:
         """A tensor as an input: what was recorded, or else what follows from what was."""
-        if name in self.candidate.tensors:
-            return self.candidate.tensors[name].numbers
+        if name in self.candidate.inputs:
+            return self.candidate.inputs[name].numbers
         if name not in self.between:
             self.between[name] = self.result(name)
         return self.between[name]
@@ -46,15 +52,14 @@ class Computed:
 
     def span(self, name: str) -> list[str]:
         """The operations that lead to a tensor from recorded ones, itself the last."""
-        found: list[str] = []
+        found: set[str] = set()
         waiting = [name]
         while waiting:
             current = waiting.pop()
             if current not in found:
-                found.append(current)
-                waiting += [source for source in self.table[current].inputs if source not in self.candidate.tensors]
-        order = {known: place for place, known in enumerate(self.table)}
-        return sorted(found, key=order.__getitem__)
+                found.add(current)
+                waiting += [source for source in self.table[current].inputs if source not in self.candidate.inputs]
+        return sorted(found, key=self.places.__getitem__)
 
 
 def where_compared(name: str, context: Context) -> Array:
@@ -69,22 +74,27 @@ def where_compared(name: str, context: Context) -> Array:
     return visible[:, :, None]
 
 
-def span_noise(computed: Computed, name: str, context: Context, seed: int = 0) -> Array:
-    """The standard deviation of a span's last tensor, measured over `DRAWS` simulated runs."""
+def span_noise(computed: Computed, names: Sequence[str], context: Context, seed: int = 0) -> dict[str, Array]:
+    """The standard deviation of the last tensors of spans, measured over `DRAWS` simulated runs."""
     rng = np.random.default_rng(seed)
-    names, storage = computed.span(name), context.arithmetic.storage
-    draws = []
+    storage = context.arithmetic.storage
+    steps = sorted({step for name in names for step in computed.span(name)}, key=computed.places.__getitem__)
+    squares: dict[str, Array] = {}
+    exact = {name: computed.result(name) for name in names}
     for _ in range(DRAWS):
         run = Computed(computed.table, computed.candidate)
-        for step in names:
+        for step in steps:
             inputs = run.inputs(step)
             with np.errstate(all="ignore"):
-                exact = np.asarray(computed.table[step].compute(*inputs), np.float64)
-                allowed = computed.table[step].allowance(inputs, exact, context.arithmetic, storage)
-                run.between[step] = exact + rng.standard_normal(exact.shape) * allowed.sigma
-        draws.append(run.between[name])
-    spread: Array = np.sqrt(np.mean((np.array(draws) - computed.result(name)) ** 2, axis=0))
-    # Sixteen draws tell a standard deviation to a fifth; a part of the tensor's own keeps a lucky element from
-    # counting.
+                right = np.asarray(computed.table[step].compute(*inputs), np.float64)
+                allowed = computed.table[step].allowance(inputs, right, context.arithmetic, storage)
+                run.between[step] = right + rng.standard_normal(right.shape) * allowed.sigma
+                if step in exact:
+                    squares[step] = squares.get(step, 0.0) + (run.between[step] - exact[step]) ** 2
+    return {name: _not_lucky(np.sqrt(total / DRAWS)) for name, total in squares.items()}
+
+
+def _not_lucky(spread: Array) -> Array:
+    """With a part of the tensor's own spread: sixteen draws tell a standard deviation to a fifth only."""
     typical = float(np.sqrt(np.mean(spread[np.isfinite(spread)] ** 2)))
     return np.asarray(np.hypot(spread, 0.2 * typical))

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from refgemma.cache import LayerCache
 from refgemma.config import Gemma2Config
 from refgemma.files import new_file
 from refgemma.inputs import InputError
-from refgemma.model import begin, blocks, head
+from refgemma.model import Forward, begin, blocks, head
 from refgemma.ops import rms_norm
 from refgemma.precision import Array, Rounded, dtype_name
 from refgemma.shapes import TokenIds
@@ -26,6 +26,8 @@ from refgemma.weights.writer import CODES, stored
 
 def named_tensors(record: Any, prefix: str = "") -> Iterator[tuple[str, Array]]:
     """Every array of a record with its name, e.g. ``layers.3.attention.probs``, in the order of execution.
+
+    `prefix` comes before each name.
 
     What a record keeps for the next call (a cache) is no tensor of the trace.
 
@@ -45,6 +47,27 @@ def named_tensors(record: Any, prefix: str = "") -> Iterator[tuple[str, Array]]:
     elif is_dataclass(record) and not isinstance(record, LayerCache):
         for field in fields(record):
             yield from named_tensors(getattr(record, field.name), f"{prefix}{field.name}.")
+
+
+def trace_axes(record: Any = Forward, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Every name of a trace with the words of its axes, read from the records; ``N`` stands for a layer's number.
+
+    Those of `record` and what is inside it, with `prefix` before each name.
+
+    Examples
+    --------
+    >>> axes = dict(trace_axes())
+    >>> axes["layers.N.attention.q"], axes["logits"]
+    ('batch heads seq head_dim', 'batch seq vocab')
+    """
+    for field in fields(record):
+        kind, name = field.type, prefix + field.name
+        if get_origin(kind) is tuple:
+            kind, name = get_args(kind)[0], f"{name}.N"
+        if hasattr(kind, "dim_str"):
+            yield name, kind.dim_str
+        elif is_dataclass(kind) and kind is not LayerCache:
+            yield from trace_axes(kind, f"{name}.")
 
 
 def target_file(path: str | Path) -> Path:
@@ -99,8 +122,8 @@ def save_trace(
 ) -> dict[str, tuple[int, ...]]:
     """Write tensors to a safetensors file, which appears whole or not at all; none is kept after it is written.
 
-    The header of such a file comes first and says where each tensor is. So the data go into a file without a name
-    first, which is copied behind the header; for a moment they take twice their space on the disk.
+    The header of such a file comes first and says where each tensor is, and has the `metadata`. So the data go into a
+    file without a name first, which is copied behind the header; for a moment they take twice their space on the disk.
 
     Returns
     -------

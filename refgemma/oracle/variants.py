@@ -341,6 +341,14 @@ def gelu_sigmoid(x: Array) -> Array:
     return narrow(y / (1 + np.exp(-1.702 * y)), like=x)
 
 
+def gelu_by_table(x: Array) -> Array:
+    """From a table of float16 numbers for float16 numbers; beyond 10 the line."""
+    y = wide(x).astype(np.float64)
+    half = as_dtype(np.clip(y, -10, 10), "float16")
+    looked_up = np.asarray(wide(as_dtype(ops.gelu_tanh(np.asarray(wide(half), np.float64)), "float16")), np.float64)
+    return narrow(np.where(y <= -10, 0, np.where(y >= 10, y, looked_up)), like=x)
+
+
 def silu(x: Array) -> Array:
     """``x sigmoid(x)``."""
     y = wide(x).astype(np.float64)
@@ -682,6 +690,9 @@ VARIANTS: tuple[Variant, ...] = (
     # feed-forward
     Variant("gelu-exact", "GELU with the error function", ("feed_forward.gelu",), function(gelu_tanh=gelu_erf),
             "gemma_pytorch 0a7afad, transformers #29402, TransformerLens #596", knob="hidden_activation"),
+    Variant("gelu-f16-table", "GELU from a table of float16 numbers", ("feed_forward.gelu",),
+            function(gelu_tanh=gelu_by_table), "llama.cpp on CPUs, on purpose (GGML_GELU_FP16)", "float32",
+            "table of GELU", "rounding"),
     Variant("gelu-sigmoid", "x sigmoid(1.702 x)", ("feed_forward.gelu",), function(gelu_tanh=gelu_sigmoid),
             "unverified",
             knob="hidden_activation"),
@@ -766,6 +777,22 @@ VARIANTS: tuple[Variant, ...] = (
             "lm-evaluation-harness #2049, llama.cpp #8156", "a text", "add_bos", "stage"),
     Variant("double-bos", "the text begins with <bos> twice", ("input_ids",), None, "unsloth #2939, gemma 20cb3da",
             "a text", "add_bos", "stage"),
+    Variant("template-mismatch", "turns are not written as Gemma's template writes them", ("input_ids",), None,
+            "unverified", "a chat, in the trace's metadata", "chat_template", "stage"),
+    Variant("weights-transposed", "a matrix has its axes exchanged", ("weights",), None,
+            "unverified", "the port's weights", "layout of linear layers", "stage"),
+    Variant("weights-reshaped", "a matrix is reshaped where it should be transposed", ("weights",), None,
+            "google-deepmind/gemma 5e2ff66", "the port's weights", "layout of linear layers", "stage"),
+    Variant("weights-one-plus", "norms are stored as 1 + w", ("weights",), None,
+            "llama.cpp's conversion, on purpose", "the port's weights", "norm offset", "stage"),
+    Variant("weights-minus-one", "1 is taken off norms that hold no 1", ("weights",), None,
+            "unverified", "the port's weights", "norm offset", "stage"),
+    Variant("weights-rounded", "weights are kept in half precision", ("weights",), None,
+            "unverified", "the port's weights", "dtype of weights", "stage"),
+    Variant("weights-of-another", "a tensor has the numbers of another one", ("weights",), None,
+            "NeMo #11951 (norms)", "the port's weights", "names of weights", "stage"),
+    Variant("head-untied", "the head is another matrix than the embedding", ("weights",), None,
+            "unverified", "the port's weights", "tie_word_embeddings", "stage"),
     Variant("vocab-padded", "logits have more columns than the vocabulary", ("logits",), None,
             "Flax checkpoints have 256128 rows", "any input", "vocab_size", "stage"),
     Variant("left-pad-nan", "rows of padding are NaN and reach real tokens", ("attention.mixed",), None,
@@ -773,6 +800,24 @@ VARIANTS: tuple[Variant, ...] = (
     Variant("fp16-overflow", "activations beyond 65504 become infinite", ("feed_forward.product",), None,
             "vllm #6177, mlx-examples #876 (27B)", "float16", "dtype", "stage"),
 )  # fmt: skip
+
+
+def both(one: Variant, other: Variant) -> Variant:
+    """Two mistakes made together.
+
+    Examples
+    --------
+    >>> both(variant("scale-head-dim"), variant("gelu-f16-table")).name
+    'scale-head-dim + gelu-f16-table'
+    """
+    assert one.change is not None
+    assert other.change is not None
+    first, second = one.change, other.change
+    return replace(
+        one, name=f"{one.name} + {other.name}", says=f"{one.says}; and {other.says}",
+        fields=tuple(dict.fromkeys((*one.fields, *other.fields))), change=lambda context: second(first(context)),
+        seen=f"{one.seen}; {other.seen}", knob=f"{one.knob}; {other.knob}",
+    )  # fmt: skip
 
 
 def _all(context: Context) -> range:

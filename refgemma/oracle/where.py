@@ -1,4 +1,6 @@
-"""Which elements of a wrong tensor are wrong, in words: heads, positions, distances, halves. Checked in the tests."""
+"""Which elements of a wrong tensor are wrong, in words: heads, positions, distances, halves. Only the wording of `some`
+has a test of its own; a changed element's place is asserted in tests/test_check.py by the statistics, not the words.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from refgemma.oracle.candidate import axes_of
-from refgemma.oracle.spans import where_compared
 from refgemma.precision import Array
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 def wrong_elements(check: Check, name: str) -> Array:
     """The elements beyond the worst case; or if there are none, those beyond three standard deviations."""
     found, exact = check.candidate.tensors[name].numbers, check.usual.result(name)
-    where = np.broadcast_to(where_compared(name, check.context), found.shape)
+    where = np.broadcast_to(check.where(name), found.shape)
     allowed = check.allowance(name)
     with np.errstate(invalid="ignore"):
         error = np.abs(found - exact)

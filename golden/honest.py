@@ -1,0 +1,147 @@
+"""Right implementations, which `refgemma check` must not accuse: transformers' own code on random configurations.
+
+    python golden/honest.py --count 200             draw 200 configurations, each in three precisions
+    python golden/honest.py --only 17               one of them again, with what is said of it
+    python golden/honest.py --attention flex_attention
+
+Each configuration has other axes, caps, window, eps, theta and weights; rows are padded in every third, and every third
+is run in pieces that share a cache. Of each trace three densities are judged: all tensors, one a step of the block, and
+the logits alone. Anything but EXACT and PASS counts as an accusation, NOISY too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from mistakes import BLOCK
+from tqdm import tqdm
+
+from refgemma.oracle.candidate import load_candidate, only
+from refgemma.oracle.capture import capture_transformers
+from refgemma.oracle.diagnose import Check
+from refgemma.oracle.judge import BLIND, GOOD
+from refgemma.oracle.trace import save_trace
+from refgemma.pretrained import load
+
+DTYPES = ("float32", "bfloat16", "float16")
+DENSITIES: dict[str, tuple[str, ...] | None] = {"full": None, "block": BLOCK, "logits": ("logits",)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration, its weights' seed, and what it is asked."""
+
+    number: int
+    config: transformers.Gemma2Config
+    input_ids: np.ndarray
+    attention_mask: np.ndarray
+    calls: tuple[int, ...]
+    spread: float  # standard deviation of the weights, times sqrt(axis)
+
+
+def drawn(number: int, attention: str) -> Case:
+    """Configuration `number`; the same whenever it is asked for."""
+    rng = np.random.default_rng([2, number])
+    kv_heads, layers = int(rng.integers(1, 4)), int(rng.integers(2, 5))
+    heads = kv_heads * int(rng.integers(1, 5))
+    config = transformers.Gemma2Config(
+        vocab_size=int(rng.integers(20, 300)), hidden_size=heads * int(rng.integers(5, 12)),
+        intermediate_size=int(rng.integers(8, 160)), num_hidden_layers=layers, num_key_value_heads=kv_heads,
+        num_attention_heads=heads, head_dim=2 * int(rng.integers(2, 20)),
+        query_pre_attn_scalar=int(rng.integers(2, 300)), sliding_window=int(rng.integers(2, 20)),
+        attn_logit_softcapping=float(np.exp(rng.uniform(0, 4))),
+        final_logit_softcapping=float(np.exp(rng.uniform(0, 4))),
+        rms_norm_eps=float(10 ** rng.uniform(-8, -4)), rope_theta=float(10 ** rng.uniform(3, 6)),
+        max_position_embeddings=512, attn_implementation=attention,
+    )  # fmt: skip
+    batch, seq = int(rng.integers(1, 4)), int(rng.integers(2, 40))
+    ids = rng.integers(3, config.vocab_size, (batch, seq))
+    ids[:, 0] = config.bos_token_id
+    seen = np.ones_like(ids)
+    calls: tuple[int, ...] = (seq,)
+    if number % 3 == 1:
+        for row in range(batch):
+            pads = int(rng.integers(0, seq))
+            ids[row, :pads], seen[row, :pads] = config.pad_token_id, 0
+    elif number % 3 == 2:
+        cuts = np.unique(rng.integers(1, seq, 4))
+        calls = tuple(int(n) for n in np.diff([0, *cuts, seq]))
+    return Case(number, config, ids, seen, calls, float(np.exp(rng.uniform(-1, 1.2))))
+
+
+def built(case: Case, folder: Path) -> None:
+    """The model of a case as a Hugging Face folder, with weights that bfloat16 can hold."""
+    torch.manual_seed(case.number)
+    model = transformers.Gemma2ForCausalLM(case.config)
+    for parameter in model.parameters():
+        width = parameter.shape[-1] if parameter.ndim > 1 else 4
+        torch.nn.init.normal_(parameter.data, std=case.spread / width**0.5)
+    model.to(torch.bfloat16).save_pretrained(folder)
+
+
+def verdicts(case: Case, folder: Path, dtype: str) -> Iterator[tuple[str, str, str]]:
+    """Density, tensor and verdict of all that is judged."""
+    model = transformers.Gemma2ForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, dtype), attn_implementation=case.config._attn_implementation
+    ).eval()
+    tensors, about = capture_transformers(model, case.input_ids, case.attention_mask, case.calls)
+    save_trace(tensors.items(), folder / "port.safetensors", about)
+    ours = load(str(folder), dtype)
+    whole = load_candidate(folder / "port.safetensors", ours.config)
+    for density, names in DENSITIES.items():
+        candidate = whole if names is None else only(whole, names)
+        work = Check(candidate, ours.weights, ours.config)
+        for instance in work.instances():
+            s = instance.judged.statistics
+            yield density, f"{instance.tensor} rms {s.rms:.3g} worst {s.worst:.3g}", instance.judged.verdict
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--only", type=int, metavar="N", help="configuration N alone")
+    parser.add_argument("--attention", default="eager")
+    parser.add_argument("--dtype", action="append", choices=DTYPES)
+    args = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    counts: Counter[tuple[str, str, str]] = Counter()
+    accused: Counter[tuple[str, str]] = Counter()
+    numbers = range(args.count) if args.only is None else [args.only]
+    for number in tqdm(numbers, disable=None):
+        case: Any = drawn(number, args.attention)
+        with tempfile.TemporaryDirectory() as temporary:
+            built(case, Path(temporary))
+            for dtype in args.dtype or DTYPES:
+                wrong = set()
+                for density, tensor, verdict in verdicts(case, Path(temporary), dtype):
+                    counts[dtype, density, verdict] += 1
+                    if verdict not in (*GOOD, BLIND):
+                        wrong.add(density)
+                        print(f"{number:4d} {dtype:9s} {density:7s} {verdict:8s} {tensor}", flush=True)
+                for density in wrong:
+                    accused[dtype, density] += 1
+    print("| precision, trace | configurations | tensors judged | EXACT | PASS | BLIND | configurations accused |\n"
+          "|---|---|---|---|---|---|---|")  # fmt: skip
+    for dtype in args.dtype or DTYPES:
+        for density in DENSITIES:
+            some = {v: n for (d, k, v), n in counts.items() if (d, k) == (dtype, density)}
+            total = sum(some.values())
+            shown = " | ".join(str(some.get(v, 0)) for v in ("EXACT", "PASS", "BLIND"))
+            print(f"| {dtype}, {density} | {len(numbers)} | {total} | {shown} | {accused[dtype, density]} |")
+    print(f"transformers {transformers.__version__}, torch {torch.__version__}, {args.attention}")
+    return int(bool(accused))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""A file of named tensors, opened and not yet read: what is in it, and how to read one of them. Checked in the tests on
+damaged, foreign and huge files."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (makes safetensors know bfloat16)
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from refgemma.inputs import InputError
+from refgemma.precision import Array
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file.
+
+    Parameters
+    ----------
+    dtype : str
+        As safetensors calls it: ``BF16``, ``F32``, ``I64``.
+    shape : tuple of int
+        Its shape.
+    read : callable
+        Gives its numbers.
+    known : callable, optional
+        Which of its numbers the file holds; all, unless given.
+    coarse : float
+        The distance of neighbouring numbers that the file can hold, where it holds decimals; else 0.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    read: Callable[[], Array]
+    known: Callable[[], Array] | None = None
+    coarse: float = 0.0
+
+
+@dataclass(frozen=True)
+class TraceFile:
+    """Names, dtypes and shapes of a file's tensors, and its metadata."""
+
+    path: str
+    metadata: Mapping[str, str]
+    entries: Mapping[str, Entry]
+
+
+def is_there(path: str | Path) -> Path:
+    """`path`, if it is an ordinary file.
+
+    Raises
+    ------
+    InputError
+        If it is a folder, a device or nothing.
+
+    Examples
+    --------
+    >>> is_there("/")
+    Traceback (most recent call last):
+    ...
+    refgemma.inputs.InputError: /: is a folder; give the safetensors file in it
+    """
+    file = Path(path)
+    if file.is_dir():
+        raise InputError(f"{path}: is a folder; give the safetensors file in it")
+    if not file.exists():
+        raise InputError(f"{path}: there is no such file")
+    if not file.is_file():
+        raise InputError(f"{path}: is no ordinary file; give a safetensors file")
+    return file
+
+
+def open_safetensors(path: str | Path) -> TraceFile:
+    """Look at a safetensors file; its tensors stay on the disk until they are read.
+
+    Raises
+    ------
+    InputError
+        If it is none, saying why.
+    """
+    file = is_there(path)
+    try:
+        opened: Any = safe_open(file, framework="np")
+        entries = {}
+        for name in opened.keys():
+            look = opened.get_slice(name)
+            entries[name] = Entry(look.get_dtype(), tuple(look.get_shape()), _reader(opened, str(path), name))
+        return TraceFile(str(path), opened.metadata() or {}, entries)
+    except (SafetensorError, OSError, TypeError, ValueError, KeyError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: is no whole safetensors file ({reason}); write it again") from None
+
+
+def _reader(opened: Any, path: str, name: str) -> Callable[[], Array]:
+    def read() -> Array:
+        try:
+            return np.asarray(opened.get_tensor(name))
+        except (SafetensorError, OSError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{path}: {name} cannot be read ({reason}); write it again") from None
+
+    return read

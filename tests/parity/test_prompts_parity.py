@@ -1,0 +1,25 @@
+"""refgemma prompts --cover says the truth: a prompt shows what check excludes for transformers' own run of it."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "golden"))
+import mistakes
+
+from refgemma.oracle.conformance import prompts
+from refgemma.oracle.cover import shown
+from refgemma.oracle.diagnose import Check
+from refgemma.pretrained import load
+
+
+@pytest.mark.parametrize(("prompt", "dtype"), [("padded", "float32"), ("cached", "bfloat16")])
+def test_what_a_prompt_shows_is_what_check_excludes(prompt: str, dtype: str, tmp_path: Path) -> None:
+    ours = load("conformance", dtype)
+    asked = prompts(ours.config)[prompt]
+    candidate = mistakes.port(None, dtype, asked, tmp_path, ours.config)
+    excluded, _ = Check(candidate, ours.weights, ours.config).power()
+    said = {v.name for v in shown(asked, dtype, ours.weights, ours.config).variants}
+    assert said == {v.name for v in excluded}
+    assert len(said) > 60

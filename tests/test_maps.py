@@ -1,0 +1,219 @@
+"""Name maps and importers on what llama.cpp printed and MLX-LM computed of the conformance checkpoint (tests/recorded;
+golden/conformance_gguf.py and golden/mlx_port.py say how), and on files that fit no map."""
+
+import gzip
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from refgemma.__main__ import main
+from refgemma.config import Gemma2Config
+from refgemma.hub import find_model
+from refgemma.inputs import InputError
+from refgemma.oracle.candidate import Candidate, Tensor, is_known, load_candidate
+from refgemma.oracle.diagnose import CONFORMS, INCONCLUSIVE, Instance, Report
+from refgemma.oracle.evaltext import open_eval_callback
+from refgemma.oracle.graph import Call
+from refgemma.oracle.judge import PASS, Judged, Statistics
+from refgemma.oracle.mapping import Rule, arrange, load_map, map_names, open_trace
+
+RECORDED = Path(__file__).parent / "recorded"
+CONFIG = Gemma2Config.from_pretrained(find_model("conformance"))
+IDS = np.array([[2, 5, 9]])
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    """What llama-eval-callback printed for <bos>ABCDEFGHIJKLMNOPQRSTUVW."""
+    (tmp_path / "llama.txt").write_bytes(gzip.decompress((RECORDED / "llama-eval-callback.txt.gz").read_bytes()))
+    return tmp_path / "llama.txt"
+
+
+def check(path: Path, *options: str) -> tuple[int, dict[str, Any]]:
+    command = [sys.executable, "-m", "refgemma", "check", str(path), "--model", "conformance", "--json", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert not done.stderr
+    return done.returncode, json.loads(done.stdout)
+
+
+def show(path: Path, capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, dict[str, Any]]:
+    capsys.readouterr()
+    code = main(["map", str(path), "--model", "conformance", "--json", *options])
+    return code, json.loads(capsys.readouterr().out)
+
+
+# --- llama.cpp --------------------------------------------------------------------------------------------------------
+
+
+def test_llama_cpp_scales_by_head_dim_and_looks_gelu_up(llama: Path) -> None:
+    # Its gemma2.cpp has 1 / sqrt(head_dim) for every model but the 27B, and ggml's CPU GELU is a float16 table.
+    code, found = check(llama)
+    assert code == 1
+    assert found["first_divergence"] == "layers.0.attention.scores"
+    assert found["findings"][0]["named"] == "scale-head-dim + gelu-f16-table"
+    judged = {t["tensor"]: t["verdict"] for t in found["tensors"]}
+    assert {judged[f"layers.0.attention.{name}"] for name in ("q", "k", "v", "q_rot", "k_rot")} == {"PASS"}
+
+
+def test_all_that_llama_cpp_prints_is_known(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = show(llama, capsys)
+    assert (code, found["map"], found["unmatched"]) == (0, "llama.cpp", [])
+    assert len(found["matched"]) == 84
+    rows = {row["tensor"]: row for row in found["matched"]}
+    assert rows["layers.2.post_feedforward_layernorm"]["from"] == "ffn_post_norm#2"
+    assert rows["layers.3.attention.q_rot"]["shape"] == [1, 6, 24, 10]
+
+
+def test_only_what_is_printed_is_known(llama: Path) -> None:
+    candidate = load_candidate(llama, CONFIG)
+    assert candidate.call.input_ids[0, :4].tolist() == [2, 36, 37, 38]
+    assert not candidate.inputs  # nothing whole, so nothing is computed from it
+    q = candidate.tensors["layers.0.attention.q"]
+    assert q.known is not None
+    assert q.known.sum() == 36  # three at either end of 24 tokens, and of 60 numbers
+    logits = candidate.tensors["logits"]
+    assert logits.known is not None
+    assert np.argwhere(logits.known).tolist() == [[0, 23, n] for n in (0, 1, 2, 94, 95, 96)]
+    text = llama.read_text()
+    first = re.search(r"-?\d+\.\d{4}", text[text.index("result_output = ") :])
+    assert first is not None
+    assert logits.numbers[0, 23, 0] == pytest.approx(float(first[0]))
+
+
+@pytest.mark.parametrize("damage", ["a number lost", "cut off", "no tokens"])
+def test_a_damaged_text_is_refused(damage: str, llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = llama.read_text()
+    start = text.index("Qcur-0 = ")
+    row = text.index("[ ", start)
+    changed = {
+        "a number lost": text[:row] + "[ " + text[text.index(",", row) + 1 :],
+        "cut off": text[: row + 30],
+        "no tokens": text.replace("number of input tokens", "tokens"),
+    }[damage]
+    llama.write_text(changed)
+    assert main(["check", str(llama), "--model", "conformance"]) == 2
+    said = capsys.readouterr().err
+    assert ("lacks input_ids" if damage == "no tokens" else "Qcur-0 of shape") in said
+    assert len(said.splitlines()) == 1
+
+
+def test_partial_logits_never_conform() -> None:
+    instance = Instance("logits", (), (), Judged(PASS, Statistics()))
+    for known, verdict in ((None, CONFORMS), (5, INCONCLUSIVE), (97, CONFORMS)):
+        mask = None if known is None else (np.arange(97) < known) & (np.arange(3) == 2)[:, None]
+        logits = Tensor(np.zeros((1, 3, 97)), "float32", None if mask is None else mask[None])
+        call = Call(IDS, np.arange(3)[None], np.ones((1, 3), bool), (3,))
+        candidate = Candidate("", "float32", "metadata", call, {"logits": logits}, {}, ())
+        assert Report(candidate, CONFIG, (instance,), (), (), (), (), ()).verdict == verdict
+
+
+# --- MLX-LM -----------------------------------------------------------------------------------------------------------
+
+
+def test_mlx_lm_ignores_the_window() -> None:
+    code, found = check(RECORDED / "mlx-lm.safetensors")
+    assert code == 1
+    assert [f["named"] for f in found["findings"]] == ["swa-all-global"]
+    assert found["findings"][0]["layers"] == [0, 2]  # those that should slide
+
+
+def test_mlx_lm_is_right_in_all_else(capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = show(RECORDED / "mlx-lm.safetensors", capsys)
+    assert (code, len(found["matched"]), found["unmatched"]) == (0, 58, [])
+
+
+# --- maps -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", map_names())
+def test_a_map_is_whole(name: str) -> None:
+    names = load_map(name)
+    assert names.name == name
+    assert names.learned_from
+    tensors = [rule.tensor for rule in names.rules]
+    assert len(set(tensors)) == len(tensors)
+    for rule in names.rules:
+        assert is_known(rule.tensor.format(layer=1), CONFIG), rule
+        assert not rule.layout or "->" in rule.layout
+
+
+def test_parts_of_one_tensor_are_taken_apart() -> None:
+    # gemma_pytorch keeps queries, keys and values in one product, in this order.
+    q, k, v = (np.full((1, 3, heads * 10), n, np.float32) for n, heads in enumerate((6, 3, 3)))
+    rules = [r for r in load_map("gemma_pytorch").rules if r.pattern.endswith("qkv_proj")]
+    whole = np.concatenate([q, k, v], axis=-1)
+    for n, (rule, heads) in enumerate(zip(rules, (6, 3, 3), strict=True)):
+        part = arrange(whole, rule, CONFIG)
+        assert part.shape == (1, heads, 3, 10)
+        assert (part == n).all()
+    with pytest.raises(InputError, match="has 11 heads; 12 are needed"):
+        arrange(whole[..., :110], rules[0], CONFIG)
+
+
+def test_nothing_is_matched_by_guess(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    norm = np.zeros((1, 3, 30), np.float32)
+    named = {"input_ids": IDS, "model.norm": norm, "model.Norm": norm, "model.layers.00": norm, "model.layers.9": norm}
+    path = tmp_path / "port.safetensors"
+    save_file(named, path)
+    code, found = show(path, capsys, "--map", "transformers")
+    assert code == 4
+    assert [row["tensor"] for row in found["matched"] if not row["problem"]] == ["norm"]
+    assert [row["tensor"] for row in found["matched"] if row["problem"]] == ["layers.9.out"]
+    assert found["unmatched"] == ["model.Norm", "model.layers.00"]
+    assert main(["map", str(path)]) == 2
+    assert "does not say whose names" in capsys.readouterr().err
+
+
+def test_a_map_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    about = {"name": "mine", "says": "", "learned_from": "", "run_on": "", "ignored": {},
+             "rules": [{"pattern": "final", "tensor": "norm", "layout": "hidden seq -> 1 seq hidden"},
+                       {"pattern": "last", "tensor": "norm"}]}  # fmt: skip
+    (tmp_path / "mine.json").write_text(json.dumps(about))
+    path = tmp_path / "port.safetensors"
+    save_file({"input_ids": IDS, "final": np.arange(90, dtype=np.float32).reshape(30, 3)}, path)
+    file = open_trace(path, CONFIG, str(tmp_path / "mine.json"))
+    assert file.entries["norm"].shape == (1, 3, 30)
+    assert file.entries["norm"].read()[0, 1, 2] == 7
+    save_file({"input_ids": IDS, "final": np.zeros((30, 3)), "last": np.zeros((1, 3, 30))}, path)
+    with pytest.raises(InputError, match="final and last are both norm"):
+        open_trace(path, CONFIG, str(tmp_path / "mine.json"))
+    (tmp_path / "mine.json").write_text('{"rules": 3}')
+    assert main(["check", str(path), "--model", "conformance", "--map", str(tmp_path / "mine.json")]) == 2
+    assert "is no map" in capsys.readouterr().err
+
+
+def test_other_axes_than_the_map_says_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "port.safetensors"
+    q = np.zeros((1, 3, 61), np.float32)
+    save_file({"input_ids": IDS, "model.layers.0.self_attn.q_proj": q}, path, {"map": "transformers"})
+    candidate = load_candidate(path, CONFIG)
+    assert not candidate.tensors
+    assert "has shape (1, 3, 61); (1, 6, 3, 10) is needed" in candidate.refused["layers.0.attention.q"]
+
+
+def test_one_row_is_the_last(tmp_path: Path) -> None:
+    path = tmp_path / "port.safetensors"
+    logits = np.arange(97, dtype=np.float32)[None]
+    save_file({"input_ids": IDS, "sampler": logits}, path, {"map": "gemma_pytorch", "dtype": "float32"})
+    found = load_candidate(path, CONFIG).tensors["logits"]
+    assert found.known is not None
+    assert found.known[0].all(axis=-1).tolist() == [False, False, True]
+    assert (found.numbers[0, 2] == np.arange(97)).all()
+
+
+def test_a_rule_without_a_layout_changes_nothing() -> None:
+    x = load_file(RECORDED / "mlx-lm.safetensors")["model.norm"]
+    assert arrange(x, Rule("model.norm", "norm"), CONFIG) is x
+
+
+def test_tensors_of_one_name_are_numbered(llama: Path) -> None:
+    entries = open_eval_callback(llama).entries
+    assert [entries[name].shape for name in ("Qcur-0", "Qcur-0#1", "Qcur-0#2")] == [
+        (1, 1, 24, 60), (1, 24, 6, 10), (1, 24, 6, 10)]  # fmt: skip
