@@ -220,6 +220,8 @@ class NumpyBackend:
 def backend_named(name: str) -> Any:
     """The backend of a name like ``mypkg.adapter:Backend``: an instance, or a class, which is called without arguments.
 
+    Of a name like ``program:./port --threads 1`` it is that program; see `refgemma.testing.program`.
+
     Raises
     ------
     BackendError
@@ -232,7 +234,11 @@ def backend_named(name: str) -> Any:
     """
     module, _, attribute = name.partition(":")
     if not module or not attribute:
-        raise BackendError(f"backend {name!r}: write it as package.module:Name")
+        raise BackendError(f"backend {name!r}: write it as package.module:Name, or as program:COMMAND")
+    if module == "program":
+        from refgemma.testing.program import Program  # which imports this file
+
+        return Program(attribute)
     try:
         found = getattr(importlib.import_module(module), attribute)
     except ImportError as error:

@@ -21,7 +21,10 @@ KNOWN = pytest.StashKey["KnownFailures"]()
 def add_options(parser: pytest.Parser) -> None:
     """Add the three options."""
     group = parser.getgroup("refgemma", "refgemma: test an implementation of Gemma 2")
-    group.addoption("--backend", default=OURS, help="package.module:Name of the implementation (default: refgemma's)")
+    group.addoption(
+        "--backend", default=OURS,
+        help="the implementation, as package.module:Name or program:COMMAND (default: refgemma's)",
+    )  # fmt: skip
     group.addoption(
         "--profile", choices=sorted(PROFILES), default="ci",
         help="how many examples of each law: dev 8, ci 20 (always the same ones), deep 1000",

@@ -53,7 +53,7 @@ def configs(draw: st.DrawFn, /, distinct: bool = True, **fixed: Any) -> Gemma2Co
     heads = fixed.get("num_attention_heads") or kv_heads * draw(st.integers(2 if distinct else 1, 3))
     head_dim = fixed.get("head_dim") or 2 * draw(st.integers(1, 5))
     if distinct and "head_dim" not in fixed:
-        head_dim = _other_than({heads, kv_heads}, head_dim, 2)
+        head_dim = _other_than({heads, kv_heads, heads // kv_heads}, head_dim, 2)
     taken = {heads, kv_heads, head_dim, heads * head_dim, kv_heads * head_dim}
     values: dict[str, Any] = {
         "num_attention_heads": heads,
@@ -218,6 +218,7 @@ def cache_splits(draw: st.DrawFn, n: int) -> list[int]:
     return [end - start for start, end in pairwise([0, *cuts, n])]
 
 
+_INFINITE = {"float64": 0x7FF << 52, "float32": 0xFF << 23, "float16": 0x1F << 10, "bfloat16": 0xFF << 7}
 _UNSIGNED = {"float64": np.uint64, "float32": np.uint32, "float16": np.uint16, "bfloat16": np.uint16}
 
 
@@ -242,6 +243,8 @@ def activations(draw: st.DrawFn, dtype: str = "float32", size: int = 8, finite: 
     numbers = st.integers(0, 2**width - 1)
     if finite:
         numbers = numbers.filter(lambda bits: bool(np.isfinite(from_bits([bits], dtype)[0])))
+    else:  # two of all patterns are infinite: too few to be met by chance
+        numbers |= st.sampled_from([_INFINITE[dtype], _INFINITE[dtype] | 1 << (width - 1)])
     return from_bits(draw(st.lists(numbers, min_size=size, max_size=size)), dtype)
 
 

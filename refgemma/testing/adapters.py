@@ -1,0 +1,187 @@
+"""transformers as a backend, once for each of its attention implementations that run on any machine. Checked in
+``tests/parity/test_adapters.py``; ``docs/property-tests.md`` has what the laws find.
+
+torch and transformers are imported when a model is loaded.
+"""
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from refgemma.oracle.capture import NORMS, as_numpy, caught, in_heads
+from refgemma.precision import Array
+from refgemma.testing.backends import Capabilities, Output
+
+# What transformers computes outside the attention function: every implementation shows it.
+AROUND_ATTENTION = (
+    "cos", "sin", "embedded", "norm", "raw_logits", "logits", "layers.*.middle", "layers.*.out",
+    *(f"layers.*.{norm}" for norm in NORMS), "layers.*.feed_forward.*",
+    *(f"layers.*.attention.{name}" for name in ("q", "k", "v", "q_rot", "k_rot", "mixed", "out")),
+)  # fmt: skip
+SCORES = tuple(f"layers.*.attention.{name}" for name in ("scores", "capped", "probs"))
+
+
+class Transformers:
+    """``Gemma2ForCausalLM`` of transformers. Use one of its three subclasses.
+
+    Its float64 has float32 norms and softmax, so it does not claim float64. It has no single operations, and its
+    tokenizer, which is the same for all three, is compared elsewhere.
+    """
+
+    attention: ClassVar[str]
+    shown: ClassVar[tuple[str, ...]] = AROUND_ATTENTION
+
+    def capabilities(self) -> Capabilities:
+        """Three precisions, cache, padding, positions."""
+        return Capabilities(
+            ("float32", "bfloat16", "float16"), tensors=self.shown, cache=True, padding=True, positions=True
+        )
+
+    def load(self, folder: Path, dtype: str) -> Any:
+        """Load in the precision: a cast afterwards would round the rotary frequencies."""
+        import torch
+        from transformers import Gemma2ForCausalLM, GenerationConfig
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # one for each of thousands of small models
+        model = Gemma2ForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="eager")
+        model.generation_config = GenerationConfig(pad_token_id=0)  # no token ends a text
+        self._exchange_attention(model)
+        return model.eval()
+
+    def _exchange_attention(self, model: Any) -> None:
+        """Set the attention implementation."""
+        model.set_attn_implementation(self.attention)
+
+    def forward(
+        self,
+        model: Any,
+        input_ids: npt.NDArray[np.int64],
+        attention_mask: npt.NDArray[np.int64] | None = None,
+        position_ids: npt.NDArray[np.int64] | None = None,
+        cache: Any = None,
+        tensors: Sequence[str] = ("logits",),
+    ) -> Output:
+        """One call of the model, on a copy of the cache: transformers changes the one it is given."""
+        import torch
+        from transformers import DynamicCache
+
+        past = DynamicCache(config=model.config) if cache is None else copy.deepcopy(cache)
+        # A mask even where nothing is padding: without one, positions that leave some out are taken for several texts
+        # in one row, which do not see each other.
+        done = past.get_seq_length()
+        unpadded = np.ones((len(input_ids), done + input_ids.shape[1]), np.int64)
+        mask = unpadded if attention_mask is None else attention_mask
+        positions = None if position_ids is None else torch.tensor(np.broadcast_to(position_ids, input_ids.shape))
+        named = {
+            "input_ids": torch.tensor(input_ids), "attention_mask": torch.tensor(mask), "position_ids": positions,
+        }  # fmt: skip
+        with torch.no_grad(), self._running():
+            if set(tensors) == {"logits"}:
+                found = {"logits": model(past_key_values=past, use_cache=True, **named).logits}
+            else:
+                with caught(model) as found:
+                    logits = model(past_key_values=past, use_cache=True, **named).logits
+                found |= {name: found[name].expand(len(input_ids), -1, -1, -1) for name in ("cos", "sin")}
+                found["logits"] = logits
+        head_dim = model.config.head_dim
+        asked = {
+            name: as_numpy(in_heads(name, x, head_dim))
+            for name, x in found.items()
+            if any(fnmatchcase(name, wanted) for wanted in tensors) and self.capabilities().shows(name)
+        }
+        return Output(asked, past)
+
+    def _running(self) -> Any:
+        """What has to hold while the model runs."""
+        return contextlib.nullcontext()
+
+    def loss(self, model: Any, input_ids: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]) -> float:
+        """The model's own loss."""
+        import torch
+
+        with torch.no_grad(), self._running():
+            return float(model(input_ids=torch.tensor(input_ids), labels=torch.tensor(labels)).loss)
+
+    def save(self, model: Any, folder: Path) -> None:
+        """``save_pretrained``."""
+        model.save_pretrained(folder)
+
+    def sample(self, model: Any, input_ids: npt.NDArray[np.int64], count: int, seed: int) -> Array:
+        """``generate`` with ``do_sample``, all draws as one batch."""
+        import torch
+
+        torch.manual_seed(seed)
+        asked = self._generated(model, np.repeat(input_ids, count, axis=0), 1, do_sample=True, top_k=0)
+        found: Array = asked.sequences[:, -1].numpy()
+        return found
+
+    def search(
+        self, model: Any, input_ids: npt.NDArray[np.int64], num_beams: int, new_tokens: int
+    ) -> tuple[Array, float]:
+        """``generate`` with beams, and no token that ends a text."""
+        asked = self._generated(model, input_ids, new_tokens, num_beams=num_beams, length_penalty=0.0, do_sample=False)
+        return asked.sequences[0].numpy(), float(asked.sequences_scores[0])
+
+    def _generated(self, model: Any, input_ids: npt.NDArray[np.int64], new_tokens: int, **named: Any) -> Any:
+        import torch
+        from transformers import GenerationConfig
+
+        plain = GenerationConfig(
+            max_new_tokens=new_tokens,
+            return_dict_in_generate=True,
+            output_scores=True,
+            pad_token_id=0,
+            use_cache=True,
+            **named,
+        )
+        ids = torch.tensor(input_ids)
+        with torch.no_grad(), self._running():
+            return model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=plain)
+
+
+class TransformersEager(Transformers):
+    """Attention as written, ``attn_implementation="eager"``: what the recordings were made with."""
+
+    attention = "eager"
+    shown = (*AROUND_ATTENTION, *SCORES)
+
+
+class TransformersSdpa(Transformers):
+    """torch's fused attention, which has no soft cap: so the cap is left out.
+
+    transformers 5.23 refuses this twice, when the model is loaded and when attention is called with a cap. Until
+    4.45 it was the default (transformers #32865), and other packages turn it on again (optimum-intel #976): the laws
+    show why not to.
+    """
+
+    attention = "sdpa"
+
+    def _exchange_attention(self, model: Any) -> None:
+        """Past both refusals."""
+        model.config._attn_implementation = "sdpa"
+        for layer in model.model.layers:
+            layer.self_attn.attn_logit_softcapping = None
+
+
+class TransformersFlex(Transformers):
+    """``attn_implementation="flex_attention"``, not compiled: torch's own reference of it, on any machine."""
+
+    attention = "flex_attention"
+
+    def _running(self) -> Any:
+        """Compiling for each shape would take seconds an example, and needs a C++ compiler. Torch warns of both."""
+        import torch
+
+        inside = contextlib.ExitStack()
+        inside.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        inside.enter_context(torch.compiler.set_stance("force_eager"))
+        return inside

@@ -1,0 +1,250 @@
+"""An implementation in any language as a backend: a program that reads requests and writes answers as safetensors
+files. Checked with programs that answer rightly, crash, hang, and answer junk.
+
+The program is started once. For each line of its standard input, the path of a folder, it reads ``request.safetensors``
+in that folder, writes ``answer.safetensors`` beside it, and prints the line to its standard output. It ends when its
+input ends. Other lines that it prints count for nothing.
+
+A request
+    Metadata: ``ask``, which is ``capabilities`` or ``forward``; of a forward pass besides ``folder``, ``dtype``, and
+    ``tensors``: the wanted names with blanks between them, ``*`` for anything. Tensors: ``input_ids``, and where there
+    are any ``attention_mask`` and ``position_ids``, all int64; and every ``cache.*`` of an earlier answer, as it was.
+
+An answer
+    To ``capabilities``, metadata: ``dtypes`` and ``tensors`` with blanks between them, ``max_length``, and ``cache``,
+    ``padding`` and ``positions``, each ``true`` or ``false``; what is missing is as in `Capabilities`. To ``forward``,
+    tensors: ``logits``, what else was asked for, and any ``cache.*`` to go on from; or metadata: ``unsupported``, why
+    this is not computed.
+"""
+
+import atexit
+import contextlib
+import queue
+import shlex
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from refgemma.inputs import InputError
+from refgemma.oracle.candidate import STORED
+from refgemma.oracle.trace import save_trace
+from refgemma.oracle.tracefile import open_safetensors
+from refgemma.precision import Array
+from refgemma.testing.backends import BackendError, Capabilities, Output, Unsupported
+
+SECONDS = 60.0  # that an answer may take
+STDERR_LINES = 8  # of the program's last words, in a message
+
+
+class ProgramError(BackendError):
+    """A program that crashed, hung, or gave an answer that is none; the message says which."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A model, for a program that loads it when it is first asked of it."""
+
+    folder: Path
+    dtype: str
+
+
+class Program:
+    """A backend that is a program; see the top of this file for what it has to do.
+
+    Parameters
+    ----------
+    command : str
+        As in a shell, but without one: ``./port --threads 1``.
+    seconds : float
+        How long an answer may take before the program is ended.
+
+    Raises
+    ------
+    ProgramError
+        From each method, if the program crashed, hung or answered junk. It is started anew for the next request.
+
+    Examples
+    --------
+    >>> Program("./port --threads 1").command
+    ['./port', '--threads', '1']
+    """
+
+    def __init__(self, command: str, seconds: float = SECONDS) -> None:
+        self.command = shlex.split(command)
+        self.seconds = seconds
+        self.__backend_name__ = f"program:{command}"
+        self._running: _Running | None = None
+        self._capabilities: Capabilities | None = None
+
+    def capabilities(self) -> Capabilities:
+        """What the program says of itself, asked once."""
+        if self._capabilities is None:
+            about, _ = self._answer({"ask": "capabilities"}, {})
+            try:
+                self._capabilities = _capabilities(about)
+            except ProgramError as error:
+                raise ProgramError(f"{self._text()}: {error}") from None
+        return self._capabilities
+
+    def load(self, folder: Path, dtype: str) -> Asked:
+        """Only note what to load: the program is told with each request."""
+        return Asked(folder, dtype)
+
+    def forward(
+        self,
+        model: Asked,
+        input_ids: npt.NDArray[np.int64],
+        attention_mask: npt.NDArray[np.int64] | None = None,
+        position_ids: npt.NDArray[np.int64] | None = None,
+        cache: Any = None,
+        tensors: Sequence[str] = ("logits",),
+    ) -> Output:
+        """Ask the program."""
+        asked = {"ask": "forward", "folder": str(model.folder), "dtype": model.dtype, "tensors": " ".join(tensors)}
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        sent = {name: np.asarray(x, np.int64) for name, x in given.items() if x is not None}
+        about, found = self._answer(asked, sent | dict(cache or {}))
+        if "unsupported" in about:
+            raise Unsupported(about["unsupported"])
+        logits = found.get("logits")
+        if logits is None:
+            raise ProgramError(f"{self._text()}: the answer has no tensor logits, only {sorted(found)[:5]}")
+        if logits.ndim != 3 or logits.shape[:2] != input_ids.shape:
+            raise ProgramError(f"{self._text()}: logits have shape {logits.shape}; they are (batch, seq, vocab), here "
+                               f"{(*input_ids.shape, 'vocab')}")  # fmt: skip
+        kept = {name: x for name, x in found.items() if name.startswith("cache.")}
+        return Output({name: x for name, x in found.items() if name not in kept}, kept or None)
+
+    def _text(self) -> str:
+        return f"program {shlex.join(self.command)}"
+
+    def _answer(
+        self, asked: Mapping[str, str], tensors: Mapping[str, Array]
+    ) -> tuple[dict[str, str], dict[str, Array]]:
+        """The metadata and tensors that the program answers with."""
+        with tempfile.TemporaryDirectory(prefix="refgemma-", ignore_cleanup_errors=True) as name:
+            folder = Path(name)
+            save_trace(tensors.items(), folder / "request.safetensors", asked)
+            if self._running is None:
+                self._running = _Running(self.command)
+            try:
+                self._running.ask(name, self.seconds)
+                metadata, found = _read(folder / "answer.safetensors")
+            except (ProgramError, InputError, OSError) as error:
+                self._running.end()
+                self._running = None
+                raise ProgramError(f"{self._text()}: {error}") from None
+        return metadata, found
+
+
+def _read(file: Path) -> tuple[dict[str, str], dict[str, Array]]:
+    """The metadata and the tensors of an answer."""
+    answer = open_safetensors(file)
+    for name, entry in answer.entries.items():
+        if entry.dtype[0] == "F" and entry.dtype not in STORED:
+            raise InputError(f"{file}: {name} is stored as {entry.dtype}; {', '.join(STORED)} can be read")
+    return dict(answer.metadata), {name: entry.read() for name, entry in answer.entries.items()}
+
+
+class _Running:
+    """A program that was started, and its answers line by line."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        try:
+            self.process: subprocess.Popen[str] = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                encoding="utf-8", errors="replace",
+            )  # fmt: skip
+        except (OSError, ValueError) as error:
+            raise ProgramError(f"program {shlex.join(command)}: cannot be started: {error}") from None
+        atexit.register(self.end)
+        # Pipes are read as they fill, by threads, which any system has: a program that fills one is not held up.
+        self.lines: queue.Queue[str | None] = queue.Queue()
+        self.words: list[str] = []
+        self.readers = [
+            threading.Thread(target=self._read, args=(self.process.stdout, self.lines.put), daemon=True),
+            threading.Thread(target=self._read, args=(self.process.stderr, self._note), daemon=True),
+        ]
+        for reader in self.readers:
+            reader.start()
+
+    @staticmethod
+    def _read(pipe: IO[str], line_to: Any) -> None:
+        with pipe:
+            for line in pipe:
+                line_to(line.rstrip("\r\n"))
+        line_to(None)
+
+    def _note(self, line: str | None) -> None:
+        if line is not None:
+            self.words = [*self.words[1 - STDERR_LINES :], line]
+
+    def ask(self, request: str, seconds: float) -> None:
+        """Send a request and wait until it is answered."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(OSError):  # a program that has ended: its lines end, too, which is told below
+            self.process.stdin.write(request + "\n")
+            self.process.stdin.flush()
+        line: str | None = ""
+        deadline = time.monotonic() + seconds
+        while line != request:
+            left = deadline - time.monotonic()  # looked at anew with each line: one may print without an end
+            try:
+                line = self.lines.get(timeout=left)
+            except (queue.Empty, ValueError):  # no line in time, or no time left
+                raise ProgramError(f"did not answer within {seconds:g} s") from None
+            if line is None:
+                raise ProgramError(self._end_in_words())
+
+    def _end_in_words(self) -> str:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=1)  # one that has closed its output may run on
+        self.readers[1].join(timeout=1)
+        said = "; it said:\n" + "\n".join(self.words) if self.words else ""
+        status = self.process.returncode
+        ended = "closed its output" if status is None else f"ended with exit status {status}"
+        return f"{ended} instead of answering{said}"
+
+    def end(self) -> None:
+        """End the program, if need be by force."""
+        atexit.unregister(self.end)
+        assert self.process.stdin is not None
+        self.process.kill()
+        self.process.wait()
+        for reader in self.readers:
+            reader.join(timeout=1)  # each closes its pipe at the end
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+
+
+def _capabilities(about: Mapping[str, str]) -> Capabilities:
+    """What metadata say a program can do.
+
+    Examples
+    --------
+    >>> _capabilities({"dtypes": "float32 bfloat16", "cache": "true"}).dtypes
+    ('float32', 'bfloat16')
+    """
+    usual = Capabilities()
+    dtypes = tuple(about.get("dtypes", " ".join(usual.dtypes)).split())
+    if not dtypes or (foreign := set(dtypes) - {"float64", "float32", "float16", "bfloat16"}):
+        said = sorted(foreign) if dtypes else "none"
+        raise ProgramError(f"its dtypes are {said}; known are float64, float32, float16, bfloat16")
+    length = about.get("max_length")
+    if length is not None and not (length.isascii() and length.isdecimal() and int(length) > 0):
+        raise ProgramError(f"its max_length is {length!r}, which is no number of tokens")
+    can = {}
+    for name in ("cache", "padding", "positions"):
+        if about.get(name, "false") not in ("true", "false"):
+            raise ProgramError(f"its {name} is {about[name]!r}; write true or false")
+        can[name] = about.get(name) == "true"
+    tensors = tuple(about.get("tensors", " ".join(usual.tensors)).split())
+    return Capabilities(dtypes, None if length is None else int(length), tensors, **can)

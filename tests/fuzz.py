@@ -1,0 +1,158 @@
+"""Fuzzing of everything that reads a stranger's file: damaged and made-up content gives the error that is documented,
+or is read; never another exception, a crash, a wait, or memory out of all proportion.
+
+    pip install -e ".[test]" "atheris>=3"
+    python tests/fuzz.py NAME [-max_total_time=120 ...]      coverage-guided, with libFuzzer's options
+
+``test_fuzz.py`` tries the same readers with Hypothesis, and keeps what was found.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save
+
+from refgemma.config import ConfigError, Gemma2Config
+from refgemma.hub import find_model
+from refgemma.inputs import InputError
+from refgemma.oracle.candidate import load_candidate
+from refgemma.settings import GenerationConfig
+from refgemma.testing.strategies import tensors_of
+from refgemma.tokenizer import Tokenizer, TokenizerError
+from refgemma.weights.checkpoint import CheckpointError, open_checkpoint, read_header
+from refgemma.weights.flax_tree import read_npz
+from refgemma.weights.pickles import read_torch, write_torch
+from refgemma.weights.writer import Output
+
+SMALL = Gemma2Config(
+    vocab_size=5, hidden_size=4, intermediate_size=3, num_hidden_layers=1, num_attention_heads=2,
+    num_key_value_heads=1, head_dim=2,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Target:
+    """A reader: the file of a folder it reads, what it may raise, what else lies in the folder, and where to begin."""
+
+    file: str
+    read: Callable[[Path], Any]
+    error: type[Exception] | tuple[type[Exception], ...]
+    seeds: tuple[bytes, ...]
+    beside: tuple[tuple[str, bytes], ...] = ()
+    wrapped: Callable[[bytes], bytes] = bytes  # the file that holds the content that is fuzzed
+
+    def __call__(self, content: bytes) -> Any:
+        """What is made of `content`, None if it is refused; raises what is not documented."""
+        with tempfile.TemporaryDirectory(prefix="refgemma-") as name:
+            folder = Path(name)
+            for other, raw in self.beside:
+                (folder / other).write_bytes(raw)
+            (folder / self.file).write_bytes(self.wrapped(content))
+            try:
+                return self.read(folder / self.file)
+            except self.error:
+                return None
+
+
+def every_number(tensors: Any) -> Any:
+    return [tensor.read("float32") for tensor in tensors.values() if tensor.nbytes < 2**20]
+
+
+def tokenized(file: Path) -> Any:
+    tokenizer = Tokenizer.from_pretrained(file.parent)
+    ids = tokenizer.encode("a text of <bos> two\n\nlines \u00e9")
+    return tokenizer.decode(ids)
+
+
+def as_torch(raw: bytes) -> bytes:
+    """A checkpoint of torch.save whose pickle is `raw`."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("m/data.pkl", raw)
+        for number in "01":
+            archive.writestr(f"m/data/{number}", bytes(64))
+    return stream.getvalue()
+
+
+def pickled() -> bytes:
+    """The pickle that `write_torch` writes for two tensors."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.ckpt"
+        write_torch(file, [Output(name, "bfloat16", (3, 2), np.ones((3, 2))) for name in ("norm.weight", "a")])
+        with zipfile.ZipFile(file) as archive:
+            return archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+
+
+def npz() -> bytes:
+    stream = io.BytesIO()
+    np.savez(stream, **{"transformer/final_norm/scale": np.ones(3, np.float32), "b": np.ones((2, 2), np.float16)})
+    return stream.getvalue()
+
+
+def candidates() -> tuple[bytes, ...]:
+    ids = np.array([[2, 3, 4]])
+    whole = {"input_ids": ids, "logits": np.ones((1, 3, 5), np.float32), "embedded": np.ones((1, 3, 4), np.float16)}
+    probs = {f"calls.{n}.layers.0.attention.probs": np.ones((1, 2, 1 + n, 1 + 2 * n), np.float32) for n in (0, 1)}
+    return (
+        save(whole, {"dtype": "float32", "engine": "x"}),
+        save({"input_ids": ids, "attention_mask": ids * 0 + 1, "position_ids": ids} | probs, {"calls": "[1, 2]"}),
+    )
+
+
+TENSORS = tensors_of(SMALL)
+CHECKPOINT, CONFIG = save(TENSORS, {"format": "pt"}), SMALL.to_json_string().encode()
+INDEX = json.dumps({"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(TENSORS, "a.safetensors")}).encode()
+TINY = find_model("tiny")
+MODEL, SETTINGS = ((TINY / name).read_bytes() for name in ("tokenizer.model", "tokenizer_config.json"))
+
+TARGETS: dict[str, Target] = {
+    "header": Target("model.safetensors", lambda f: every_number(read_header(f)), CheckpointError, (CHECKPOINT,)),
+    "checkpoint": Target("model.safetensors", lambda f: open_checkpoint(f.parent).resident("bfloat16"), CheckpointError,
+                         (CHECKPOINT,), (("config.json", CONFIG),)),
+    "index": Target("model.safetensors.index.json", lambda f: open_checkpoint(f.parent), CheckpointError, (INDEX,),
+                    (("config.json", CONFIG), ("a.safetensors", CHECKPOINT))),
+    "config": Target("config.json", lambda f: Gemma2Config.from_json_file(f).to_json_string(), ConfigError,
+                     (CONFIG, (TINY / "config.json").read_bytes())),
+    "generation": Target("generation_config.json", lambda f: GenerationConfig.from_json_file(f).to_dict(),
+                         (ConfigError, InputError),
+                         ((TINY / "generation_config.json").read_bytes(), b'{"temperature": 0.5, "top_k": 3}')),
+    "tokenizer-settings": Target("tokenizer_config.json", tokenized, TokenizerError, (SETTINGS,),
+                                 (("tokenizer.model", MODEL),)),
+    "tokenizer-model": Target("tokenizer.model", tokenized, TokenizerError, (MODEL,)),
+    "candidate": Target("port.safetensors", lambda f: load_candidate(f, SMALL), InputError, candidates()),
+    "pickle": Target("model.ckpt", lambda f: every_number(read_torch(f)), CheckpointError,
+                     (pickled(), pickle.dumps({"a": [1, "b", (2.0, None)]}, 2)), (), as_torch),
+    "torch": Target("model.ckpt", lambda f: every_number(read_torch(f)), CheckpointError, (as_torch(pickled()),)),
+    "npz": Target("params.npz", lambda f: every_number(read_npz(f)), CheckpointError, (npz(),)),
+}  # fmt: skip
+
+
+def main() -> None:
+    """Give a target to libFuzzer; it begins with the seeds, and ends at what it finds."""
+    import atheris
+
+    if len(sys.argv) < 2 or sys.argv[1] not in TARGETS:
+        sys.exit(f"{__doc__}\nNAME is one of {', '.join(TARGETS)}")
+    target = TARGETS[sys.argv.pop(1)]
+    atheris.instrument_all()
+    with tempfile.TemporaryDirectory() as corpus:
+        for number, seed in enumerate(target.seeds):
+            (Path(corpus) / str(number)).write_bytes(seed)
+        options = ["-timeout=10", "-rss_limit_mb=1500", "-max_len=65536", "-artifact_prefix=/dev/shm/refgemma-"]
+        atheris.Setup([sys.argv[0], *options, *sys.argv[1:], corpus], lambda content: target(content) and None)
+        atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,495 @@
+"""Which law finds which mistake, without any recording: every law is asked of refgemma with each known mistake made.
+
+    python tests/law_power.py                  ask every law about every mistake, write law_power.json and the tables
+                                               of docs/property-tests.md
+    python tests/law_power.py --only NAME ...  the same of some mistakes
+    python tests/law_power.py --tables         only the tables
+
+A mistake is one of the oracle's catalogue (`refgemma.oracle.variants`, computed operation by operation), one of
+``test_mistakes.py`` (made in refgemma's own code), or one of this file, for laws about what those cannot touch.
+``test_law_power.py`` asks of each law again whether it finds the first mistake that stands beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from test_mistakes import MISTAKES
+
+import refgemma.layers
+import refgemma.model
+import refgemma.ops
+from refgemma.cache import keep_last
+from refgemma.hub import find_model
+from refgemma.oracle import verify as oracle
+from refgemma.oracle.allowance import Arithmetic
+from refgemma.oracle.graph import Call, Context, operations
+from refgemma.oracle.variants import VARIANTS, Change
+from refgemma.precision import as_dtype
+from refgemma.testing.backends import Capabilities, NumpyBackend, Output
+from refgemma.testing.laws import LawBroken, NotApplicable
+from refgemma.testing.properties import LAWS
+from refgemma.weights.checkpoint import open_checkpoint
+from refgemma.weights.parameters import Weights
+
+ROOT = Path(__file__).parents[1]
+FOUND = ROOT / "tests" / "law_power.json"
+PAGE = ROOT / "docs" / "property-tests.md"
+# Always the same examples; the first that breaks the law is enough, however large.
+QUICK = settings(max_examples=10, deadline=None, database=None, derandomize=True, phases=[Phase.generate],
+                 suppress_health_check=list(HealthCheck))  # fmt: skip
+
+
+# --- the catalogue ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Read:
+    """What a text's earlier calls were given: the cache of a backend that computes all of it anew."""
+
+    ids: Any
+    positions: Any
+    calls: tuple[int, ...]
+
+
+class Catalogued:
+    """The model as the oracle has it, a table of operations, with one of the catalogue's edits."""
+
+    def __init__(self, change: Change) -> None:
+        self.change = change
+
+    def capabilities(self) -> Capabilities:
+        return NumpyBackend().capabilities()
+
+    def load(self, folder: Path, dtype: str) -> Any:
+        return NumpyBackend().load(folder, dtype)
+
+    def forward(
+        self, model: Any, input_ids: Any, attention_mask: Any = None, position_ids: Any = None, cache: Any = None,
+        tensors: Sequence[str] = ("logits",),
+    ) -> Output:  # fmt: skip
+        batch, seq = input_ids.shape
+        before = cache or Read(input_ids[:, :0], np.zeros((batch, 0), np.int64), ())
+        done = before.ids.shape[1]
+        places = np.arange(done, done + seq)[None] if position_ids is None else position_ids
+        ids = np.concatenate([before.ids, input_ids], axis=1)
+        positions = np.concatenate([before.positions, np.broadcast_to(places, (batch, seq))], axis=1)
+        visible = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask, bool)
+        call = Call(ids, positions, visible, (*before.calls, seq))
+        context = Context(model.config, model.weights, call, Arithmetic(model.dtype), exact=False)
+        values: dict[str, Any] = {}
+        for name, operation in operations(self.change(context)).items():
+            values[name] = operation.compute(*(values[source] for source in operation.inputs))
+        shown = {
+            name: x[..., -seq:, :] for name, x in values.items() if any(fnmatchcase(name, wanted) for wanted in tensors)
+        }
+        return Output(shown, Read(ids, positions, call.calls))
+
+    def operations(self) -> Mapping[str, Callable[..., Any]]:
+        usual, empty = NumpyBackend().operations(), np.zeros((1, 1), np.int64)
+        checkpoint = open_checkpoint(find_model("conformance"))
+        call = Call(empty, empty, np.ones((1, 1), bool), (1,))
+        changed = self.change(Context(checkpoint.config, checkpoint.resident("float32"), call, Arithmetic()))
+        return {name: changed.functions.get(name, op) for name, op in usual.items()}
+
+
+# --- made in refgemma's own code --------------------------------------------------------------------------------------
+
+
+class Patched(NumpyBackend):
+    """refgemma with a mistake of `test_mistakes`, which edits its functions, or what `verify` loads."""
+
+    def load(self, folder: Path, dtype: str) -> Any:
+        model = super().load(folder, dtype)
+        config, weights = oracle.model_of(model)  # type: ignore[arg-type]
+        return replace(model, config=config, weights=weights)
+
+
+def as_loaded(model: Any) -> tuple[Any, Weights]:
+    """In the place of the function that loads a recording's model: the model is loaded already."""
+    return model.config, model.weights
+
+
+# --- of this file -----------------------------------------------------------------------------------------------------
+
+
+class Forgetful(NumpyBackend):
+    """refgemma, whose `forward` can be changed before and after."""
+
+    def before(self, model: Any, given: dict[str, Any]) -> None: ...
+
+    def after(self, output: Output, given: dict[str, Any]) -> Output:
+        return output
+
+    def forward(
+        self, model: Any, input_ids: Any, attention_mask: Any = None, position_ids: Any = None, cache: Any = None,
+        tensors: Sequence[str] = ("logits",),
+    ) -> Output:  # fmt: skip
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids, "cache": cache,
+                 "tensors": tensors}  # fmt: skip
+        self.before(model, given)
+        return self.after(super().forward(model, **given), given)
+
+
+class ChangesItsCache(Forgetful):
+    """Keys are overwritten where they lie, so that a cache can be gone on from once."""
+
+    def after(self, output: Output, given: dict[str, Any]) -> Output:
+        for layer in given["cache"] or ():
+            layer.keys[...] = 0
+        return output
+
+
+class Noisy(Forgetful):
+    """Sums in an order that changes from call to call: the last bit of a logit is chance."""
+
+    def __init__(self) -> None:
+        self.rng = np.random.default_rng(0)
+
+    def after(self, output: Output, given: dict[str, Any]) -> Output:
+        logits = output.logits
+        step = np.spacing(np.abs(np.asarray(logits))) * self.rng.integers(0, 2, logits.shape)
+        return replace(output, tensors=dict(output.tensors) | {"logits": logits + as_dtype(step, "float64")})
+
+
+class Single(NumpyBackend):
+    """float32, whatever precision is asked for."""
+
+    def load(self, folder: Path, dtype: str) -> Any:
+        return super().load(folder, "float32")
+
+
+class MasksTurned(Forgetful):
+    """The padding mask is read from the wrong end."""
+
+    def before(self, model: Any, given: dict[str, Any]) -> None:
+        if given["attention_mask"] is not None:
+            given["attention_mask"] = np.where(
+                given["attention_mask"][:, ::-1].all(axis=0), 1, given["attention_mask"][:, ::-1]
+            )
+
+
+class FirstRowOnly(Forgetful):
+    """Every row of a batch attends to the first row's last token, by a stride of 0: its logits are mixed in."""
+
+    def after(self, output: Output, given: dict[str, Any]) -> Output:
+        logits = output.logits + 0
+        logits[1:] = (logits[1:] + logits[:1]) / 2
+        return replace(output, tensors=dict(output.tensors) | {"logits": logits})
+
+
+class PadHasNoEmbedding(NumpyBackend):
+    """``padding_idx=0``: the embedding of token 0 is 0."""
+
+    def load(self, folder: Path, dtype: str) -> Any:
+        model = super().load(folder, dtype)
+        table = model.weights.embed_tokens[:] + 0
+        table[0] = 0
+        return replace(model, weights=replace(model.weights, embed_tokens=table))
+
+
+class CapsByClipping(Forgetful):
+    """Logits are clipped one beyond their cap, not bent."""
+
+    def load(self, folder: Path, dtype: str) -> Any:
+        model = super().load(folder, dtype)
+        return replace(
+            model, config=model.config.changed(final_logit_softcapping=None)
+        ), model.config.final_logit_softcapping
+
+    def forward(self, model: Any, *given: Any, **named: Any) -> Output:
+        output = super().forward(model[0], *given, **named)
+        cap = model[1]
+        logits = output.logits if cap is None else np.clip(output.logits, -cap - 1, cap + 1)
+        return replace(output, tensors=dict(output.tensors) | {"logits": logits})
+
+
+class Draws(NumpyBackend):
+    """Draws at temperature 1.3."""
+
+    def sample(self, model: Any, input_ids: Any, count: int, seed: int) -> Any:
+        logits = np.asarray(self.forward(model, input_ids).logits, np.float64)[0, -1] / 1.3
+        odds = np.exp(logits - logits.max())
+        return np.random.default_rng(seed).choice(len(odds), count, p=odds / odds.sum())
+
+
+class GreedySearch(NumpyBackend):
+    """A search with one beam, however many are asked for."""
+
+    def search(self, model: Any, input_ids: Any, num_beams: int, new_tokens: int) -> Any:
+        text, score = list(input_ids[0]), 0.0
+        for _ in range(new_tokens):
+            logits = np.asarray(self.forward(model, np.array([text])).logits, np.float64)[0, -1]
+            told = logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
+            text.append(int(told.argmax()))
+            score += float(told.max())
+        return np.array(text), score
+
+
+class LossOfTheSameToken(NumpyBackend):
+    """The loss is of the token that was read, not of the next."""
+
+    def loss(self, model: Any, input_ids: Any, labels: Any) -> float:
+        moved = np.concatenate([np.full_like(labels[:, :1], -100), labels[:, :-1]], axis=1)
+        return super().loss(model, input_ids, moved)
+
+
+class LossCountsAll(NumpyBackend):
+    """The sum of losses is divided by all tokens, ignored ones too."""
+
+    def loss(self, model: Any, input_ids: Any, labels: Any) -> float:
+        taken = (np.asarray(labels)[:, 1:] != -100).mean()
+        return super().loss(model, input_ids, labels) * float(taken)
+
+
+class SavesInHalf(NumpyBackend):
+    """Weights are saved in bfloat16 whatever they are in."""
+
+    def load(self, folder: Path, dtype: str) -> Any:
+        model = super().load(folder, dtype)
+        if not (Path(folder) / "saved").exists():
+            return model
+        half = [as_dtype(np.asarray(model.weights.norm) * (1 + 2.0**-6), dtype)]
+        return replace(model, weights=replace(model.weights, norm=half[0]))
+
+    def save(self, model: Any, folder: Path) -> None:
+        super().save(model, folder)
+        (Path(folder) / "saved").touch()
+
+
+class Strips(NumpyBackend):
+    """A tokenizer that strips blanks from texts, and knows no roles."""
+
+    def tokenizer(self, folder: Path) -> Any:
+        usual = super().tokenizer(folder)
+
+        class Stripping:
+            all_special_ids = usual.all_special_ids
+
+            def __len__(self) -> int:
+                return len(usual)
+
+            def encode(self, text: str, **named: Any) -> Any:
+                return usual.encode(text.strip(), **named)
+
+            def decode(self, ids: Any) -> str:
+                return str(usual.decode(ids))
+
+            def apply_chat_template(self, messages: Any, **named: Any) -> str:
+                return str(usual.apply_chat_template(messages, **named)).replace(
+                    "<start_of_turn>model", "<start_of_turn>assistant"
+                )
+
+        return Stripping()
+
+
+def with_operation(name: str, wrong: Callable[..., Any]) -> Callable[[], Any]:
+    """refgemma with one of the single operations that it offers exchanged."""
+
+    class Exchanged(NumpyBackend):
+        def operations(self) -> Mapping[str, Callable[..., Any]]:
+            return dict(super().operations()) | {name: wrong}
+
+    return Exchanged
+
+
+def without_bias(x: Any, weight: Any, bias: Any = None) -> Any:
+    return refgemma.ops.linear(x, weight)
+
+
+def window_of_one_more(q: Any, k: Any, window: int) -> Any:
+    return refgemma.ops.sliding_mask(q, k, window + 1)
+
+
+def softmax_of_all(scores: Any, mask: Any) -> Any:
+    return refgemma.ops.softmax(scores, np.ones_like(mask))
+
+
+def gelu_that_saturates(x: Any) -> Any:
+    return np.minimum(refgemma.ops.gelu_tanh(x), 8)
+
+
+def cap_that_clips(x: Any, cap: float | None) -> Any:
+    return x if cap is None else np.clip(x, -2 * cap, 2 * cap)
+
+
+def unscaled(q: Any, k: Any, scale: float) -> Any:
+    return q @ k.swapaxes(-1, -2)
+
+
+def keeps_the_window_only(layer: int, record: Any, config: Any) -> Any:
+    return keep_last(record.attention.present, config.sliding_window - 1)
+
+
+OWN: dict[str, Callable[[], Any]] = {
+    "a cache is changed by going on from it": ChangesItsCache,
+    "the last bit of a logit is chance": Noisy,
+    "float32 whatever is asked for": Single,
+    "the padding mask is turned round": MasksTurned,
+    "rows of a batch are mixed": FirstRowOnly,
+    "token 0 has no embedding": PadHasNoEmbedding,
+    "logits are clipped, beyond their cap": CapsByClipping,
+    "draws at temperature 1.3": Draws,
+    "search with one beam": GreedySearch,
+    "loss of the token that was read": LossOfTheSameToken,
+    "loss divided by all tokens": LossCountsAll,
+    "what is saved is rounded": SavesInHalf,
+    "texts are stripped, roles are not renamed": Strips,
+    "operation: linear without its bias": with_operation("linear", without_bias),
+    "operation: window one too wide": with_operation("sliding_mask", window_of_one_more),
+    "operation: softmax without its mask": with_operation("softmax", softmax_of_all),
+    "operation: gelu saturates at 8": with_operation("gelu_tanh", gelu_that_saturates),
+    "operation: cap clips at twice the cap": with_operation("soft_cap", cap_that_clips),
+    "operation: scores are not scaled": with_operation("attention_scores", unscaled),
+}
+
+
+# --- asking -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def mistaken(name: str) -> Iterator[Any]:
+    """A backend that makes a mistake, as long as the context lasts."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("test_mistakes.CORRECT_MODEL_OF", as_loaded)
+        monkeypatch.setattr(oracle, "model_of", as_loaded)
+        if name in OWN:
+            yield OWN[name]()
+        elif name in CATALOGUE or name == NONE:
+            yield Catalogued(CATALOGUE.get(name, lambda context: context))
+        else:
+            HERE[name](monkeypatch)
+            yield Patched()
+
+
+def _positions_restart(monkeypatch: pytest.MonkeyPatch) -> None:
+    correct = refgemma.model.rotary_tables
+    monkeypatch.setattr(refgemma.model, "rotary_tables", lambda p, *rest, **named: correct(p - p.min(), *rest, **named))
+
+
+# Of `test_mistakes`, those that the catalogue does not have under another name.
+NOT_IN_CATALOGUE = (
+    "another final cap", "frequencies by a float32 exponential", "angles in float64", "scores lose digits",
+    "norm loses digits", "no bias of q", "no bias of k", "no bias of v", "no bias of o",
+    "an untied head taken for tied", "head without the table's order", "all layers sliding",
+)  # fmt: skip
+CATALOGUE: dict[str, Change] = {v.name: v.change for v in VARIANTS if v.change is not None}
+HERE: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    **{f"here: {mistake.name}": mistake.make for mistake in MISTAKES if mistake.name in NOT_IN_CATALOGUE},
+    "here: a full layer keeps the window only": lambda m: m.setattr(refgemma.model, "next_past", keeps_the_window_only),
+    "here: positions begin again in each call": _positions_restart,
+}
+ALL = [*CATALOGUE, *HERE, *OWN]
+NONE = "no mistake"  # the catalogue's way of computing, unedited: what the others are compared with
+
+# What no law finds, and why none can or does.
+SAME_MODEL = "the same model, rounded elsewhere by no more than a law may allow: only a recording can tell"
+WHY_NOT: dict[str, str] = dict.fromkeys(
+    ("q-prescale-order", "norm-cast-order-llama", "norm-weight-in-half"), SAME_MODEL
+)
+STAGES = "no operation's fault: " + ", ".join(v.name for v in VARIANTS if v.change is None)
+
+
+def finds(law: str, backend: Any) -> bool:
+    """Whether a law is broken by a backend, within the examples of `QUICK`."""
+    try:
+        with np.errstate(all="ignore"):
+            LAWS[law]._search(backend, QUICK)
+    except NotApplicable:
+        return False
+    except LawBroken:
+        return True
+    return False
+
+
+def laws_for(backend: Any) -> list[str]:
+    """The laws that can be asked of a backend."""
+    from refgemma.testing.laws import lacking
+
+    return [name for name, law in LAWS.items() if not lacking(backend, law.needs)]
+
+
+def asked(name: str) -> list[str]:
+    """The laws that find a mistake."""
+    with mistaken(name) as backend:
+        return [law for law in laws_for(backend) if finds(law, backend)]
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+BEGIN, END = "<!-- python tests/law_power.py -->", "<!-- end of law_power -->"
+LISTED = 4
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(f"`{name}`" for name in names[:LISTED]) + more
+
+
+def read_found() -> dict[str, list[str]]:
+    """What was found: the laws that find each mistake."""
+    found: dict[str, list[str]] = json.loads(FOUND.read_text("utf-8")) if FOUND.exists() else {}
+    return found
+
+
+def problems(found: Mapping[str, Sequence[str]]) -> list[str]:
+    """What the tables may not say: a mistake that nothing finds and nobody explains, or a reason that is none."""
+    silent = [f"{n}: no law finds it, and no reason is given" for n in found if not found[n] and n not in WHY_NOT]
+    stale = [f"{name}: a reason is given, and {found[name][0]} finds it" for name in WHY_NOT if found.get(name)]
+    return silent + stale
+
+
+def still_open(found: Mapping[str, Sequence[str]]) -> str:
+    """How much was asked, as a sentence."""
+    blind = [law for law in LAWS if not any(law in laws for laws in found.values())]
+    return (
+        f"Asked for {len(found)} of {len(ALL)} mistakes. Laws not yet shown to find one: "
+        f"{', '.join(f'`{law}`' for law in blind) or 'none'}."
+    )
+
+
+def tables(found: Mapping[str, Sequence[str]]) -> str:
+    """Both tables as Markdown."""
+    by_law = {law: [name for name in found if law in found[name]] for law in LAWS}
+    lines = [still_open(found), "", "| law | mistakes it finds | such as |", "| --- | --- | --- |"]
+    lines += [f"| `{law}` | {len(names)} | {_some(names)} |" for law, names in by_law.items()]
+    lines += ["", "| mistake | laws that find it | which |", "| --- | --- | --- |"]
+    lines += [
+        f"| {name} | {len(laws)} | {_some(laws) if laws else 'none: ' + WHY_NOT.get(name, '')} |"
+        for name, laws in found.items()
+    ]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="some mistakes; the answers to others stay")
+    parser.add_argument("--tables", action="store_true", help="ask nothing, write the tables")
+    args = parser.parse_args()
+    found = read_found()
+    for name in [] if args.tables else args.only or ALL:
+        found[name] = asked(name)
+        print(f"{name}: {', '.join(found[name]) or '-'}", flush=True)
+        kept = read_found() | {name: found[name]}
+        FOUND.write_text(json.dumps({n: kept[n] for n in ALL if n in kept}, indent=1) + "\n", "utf-8")
+    found = read_found()
+    page = PAGE.read_text("utf-8")
+    before, rest = page.split(BEGIN)
+    PAGE.write_text(f"{before}{BEGIN}\n\n{tables(found)}\n\n{END}{rest.split(END)[1]}", "utf-8")
+    print("\n".join(problems(found)))
+    return bool(problems(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,213 @@
+"""Damaged and made-up files: only documented errors, no crash, no hang, memory in proportion. ``fuzz.py`` has the
+readers, and can run them under atheris; what was found is kept here."""
+
+import json
+import struct
+import time
+import tracemalloc
+from typing import Any
+
+import numpy as np
+import pytest
+from fuzz import CHECKPOINT, CONFIG, INDEX, SETTINGS, TARGETS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save
+
+from refgemma.oracle.graph import FIELDS
+
+EXAMPLES = settings(max_examples=60)
+MEMORY = 2**26  # bytes: the files here have some kilobytes
+SECONDS = 20.0  # some thousand times what an example takes
+
+
+def ask(name: str, content: bytes) -> None:
+    """Read the content; an undocumented error comes through."""
+    tracemalloc.start()
+    began = time.process_time()
+    try:
+        TARGETS[name](content)
+        taken, (_, peak) = time.process_time() - began, tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < MEMORY + 100 * len(content)
+    assert taken < SECONDS
+
+
+# --- bytes ------------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def damaged(draw: st.DrawFn, seeds: tuple[bytes, ...]) -> bytes:
+    """A whole file with some bytes changed, put in, taken out, doubled, or cut off."""
+    raw = bytearray(draw(st.sampled_from(seeds)))
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, max(0, len(raw) - 1)))
+        end = min(len(raw), at + draw(st.integers(0, 40)))
+        match draw(st.sampled_from(["change", "insert", "delete", "double", "cut", "number"])):
+            case "change":
+                new = draw(st.binary(min_size=1, max_size=8))
+                raw[at : at + len(new)] = new
+            case "insert":
+                raw[at:at] = draw(st.binary(max_size=40))
+            case "delete":
+                del raw[at:end]
+            case "double":
+                raw[at:at] = raw[at:end]
+            case "cut":
+                del raw[at:]
+            case "number":
+                number = draw(st.sampled_from([0, 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1]))
+                raw[at : at + 8] = struct.pack("<Q", number)
+    return bytes(raw)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_damaged_files(name: str) -> None:
+    @EXAMPLES
+    @given(damaged(TARGETS[name].seeds))
+    def try_it(content: bytes) -> None:
+        ask(name, content)
+
+    try_it()
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_any_bytes(name: str) -> None:
+    @settings(max_examples=20)
+    @given(st.binary(max_size=200))
+    def try_it(content: bytes) -> None:
+        ask(name, content)
+
+    try_it()
+
+
+# --- JSON -------------------------------------------------------------------------------------------------------------
+
+NUMBERS = st.one_of(st.integers(), st.floats(), st.sampled_from([0, -1, 2**31, 2**63 - 1, 2**63, 1e308, True]))
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), NUMBERS, st.text(max_size=8)),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=6,
+)
+
+
+@st.composite
+def edited(draw: st.DrawFn, text: bytes) -> Any:
+    """A JSON object with some values, at any depth, in place of others."""
+    top = json.loads(text)
+    for _ in range(draw(st.integers(1, 3))):
+        place, kept = top, []
+        while isinstance(place, dict | list) and len(place):
+            key = draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place))))
+            kept.append((place, key))
+            place = place[key]
+        if kept:
+            into, key = draw(st.sampled_from(kept))
+            into[key] = draw(JSON)
+    return top
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("config", CONFIG), ("index", INDEX), ("tokenizer-settings", SETTINGS)]
+    + [("generation", seed) for seed in TARGETS["generation"].seeds],
+)
+def test_other_values_in_json(name: str, text: bytes) -> None:
+    @EXAMPLES
+    @given(edited(text))
+    def try_it(content: Any) -> None:
+        ask(name, json.dumps(content).encode("utf-8", "surrogatepass"))
+
+    try_it()
+
+
+@pytest.mark.parametrize("name", ["config", "index", "generation", "tokenizer-settings"])
+@pytest.mark.parametrize(
+    "content", [b"[" * 100_000, b'{"a":' * 100_000, b"1" * 10_000, b'{"vocab_size": 1e999}', b"\xff"]
+)
+def test_json_without_end(name: str, content: bytes) -> None:
+    ask(name, content)
+
+
+HEADER = CHECKPOINT[8 : 8 + int.from_bytes(CHECKPOINT[:8], "little")]
+
+
+@pytest.mark.parametrize("name", ["header", "checkpoint"])
+def test_other_values_in_a_header(name: str) -> None:
+    @EXAMPLES
+    @given(edited(HEADER))
+    def try_it(header: Any) -> None:
+        text = json.dumps(header).encode("utf-8", "surrogatepass")
+        ask(name, struct.pack("<Q", len(text)) + text + CHECKPOINT[8 + len(HEADER) :])
+
+    try_it()
+
+
+# --- candidates -------------------------------------------------------------------------------------------------------
+
+SHAPES = st.lists(st.sampled_from([0, 1, 2, 3, 4, 5]), max_size=4).map(tuple)
+DTYPES = st.sampled_from([np.float32, np.float16, np.float64, np.int64, np.uint8, np.bool_])
+NAMES = st.one_of(
+    st.sampled_from(["input_ids", "attention_mask", "position_ids", "logits", "embedded", "cos", "calls", "x"]),
+    st.builds("layers.{}.{}".format, st.integers(-1, 2), st.sampled_from(FIELDS)),
+    st.builds("calls.{}.{}".format, st.integers(0, 2), st.sampled_from([*FIELDS, "layers.0.attention.probs", ""])),
+    st.text(max_size=6),
+)
+TENSOR = st.builds(lambda shape, dtype, value: np.full(shape, value).astype(dtype), SHAPES, DTYPES, st.integers(0, 4))
+METADATA = st.dictionaries(
+    st.sampled_from(["dtype", "calls", "engine", "x"]),
+    st.sampled_from(
+        ["float32", "bfloat16", "[1, 2]", "[3]", "[-1, 4]", "[]", "{}", "[1e999]", "[true, 2]", "NaN", "[" * 9999]
+    ),
+)
+
+
+@settings(max_examples=200)
+@given(st.dictionaries(NAMES, TENSOR, max_size=5), METADATA, st.booleans())
+def test_made_up_candidates(tensors: dict[str, Any], metadata: dict[str, str], whole: bool) -> None:
+    ids = {"input_ids": np.array([[2, 3, 4]])} if whole else {}
+    with np.errstate(all="ignore"):
+        ask("candidate", save(tensors | ids, metadata or None))
+
+
+# --- what was found ---------------------------------------------------------------------------------------------------
+
+
+def config_with(**values: Any) -> bytes:
+    return json.dumps(json.loads(CONFIG) | values).encode()
+
+
+def candidate_with(calls: str) -> bytes:
+    return save({"input_ids": np.array([[2, 3, 4]]), "logits": np.ones((1, 3, 5), np.float32)}, {"calls": calls})
+
+
+def size_bomb() -> bytes:
+    """A pickle that makes a shape of a long list, again and again: each was a copy."""
+    opening = b"\x80\x02](" + b"K\x01" * 50_000 + b"eq\x00" + b"ctorch\nSize\nq\x01"
+    return opening + b"h\x01h\x00\x85R" * 400 + b"."
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config", config_with(hidden_activation=["gelu"])),
+        ("config", config_with(hidden_activation={"name": "gelu"})),
+        ("config", config_with(num_hidden_layers=2**31 - 1, layer_types=None)),
+        ("config", config_with(id2label={"1" * 5000: "a"})),
+        ("candidate", candidate_with("[1e999]")),
+        ("candidate", candidate_with("[" * 100_000)),
+        ("pickle", size_bomb()),
+    ],
+    ids=["list for a name", "mapping for a name", "layers without end", "long label", "infinite call", "deep calls",
+         "copies of a shape"],
+)  # fmt: skip
+def test_what_was_found(name: str, content: bytes) -> None:
+    ask(name, content)
+    assert TARGETS[name](content) is None  # it is refused
+
+
+def test_whole_files_are_still_read() -> None:
+    # Were every file refused, all of the above would pass.
+    read = {name for name, target in TARGETS.items() if target(target.seeds[0]) is not None}
+    assert read == set(TARGETS)
