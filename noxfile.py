@@ -35,5 +35,12 @@ def parity(session: nox.Session) -> None:
     session.run("python", "golden/record.py", "--check")
 
 
+@nox.session(default=False)
+def site(session: nox.Session) -> None:
+    """The site, with every notebook run."""
+    session.install("-e", ".[docs]")
+    session.run("sphinx-build", "-W", "docs", "docs/_build/html")
+
+
 if __name__ == "__main__":
     nox.main()

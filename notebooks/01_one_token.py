@@ -17,6 +17,11 @@
 # A language model reads a text and says, for every word it knows, how likely that word is to come next. This notebook
 # follows one token through all of Gemma 2, from its number to that answer. Later notebooks look at one part each.
 #
+# Gemma 2 is a language model that Google released in 2024 in three sizes, the 2B, the 9B and the 27B, called after
+# the billions of numbers in them. These numbers are the model's **weights**. They were **trained**: changed, a
+# little at a time, until the model's answers fitted a great deal of text. To know which way to change a number,
+# training asks how the answer moves if the number does (the slope).
+#
 # You need NumPy: arrays, shapes, and `@` for the product of matrices. Everything else is explained when it comes up.
 # The model here is *tiny*: 2.9 million trained numbers, where the 9B has 9.2 billion, but with the same parts in the
 # same order. It was trained on old tales, and it is inside the package, so nothing is downloaded.
@@ -57,9 +62,9 @@ list(zip(ids, tokens, strict=True))
 #
 # ## The embedding
 #
-# A network computes with vectors, not with numbers of pieces. So each token has a row in a table $E$ with one row a
-# token and `hidden` columns (234 here, 3584 in the 9B). Looking the rows up is called **embedding**. Gemma multiplies
-# them by a constant:
+# A neural network, as this model is one, computes with vectors, not with numbers of pieces. So each token has a row
+# in a table $E$ with one row a token and `hidden` columns (234 here, 3584 in the 9B). Looking the rows up is called
+# **embedding**. Gemma multiplies them by a constant:
 #
 # $$h_0 = \sqrt{\mathrm{hidden}} \; E[\mathrm{id}]$$
 #
@@ -179,6 +184,7 @@ _ = viz.logit_lens(lens[:, 0], tokens, names)
 #
 # ## Every tensor by name
 #
+# An array with any number of axes is called a **tensor**.
 # What you have seen is a record inside a record. Its fields, in order, are the *trace*: the list by which two
 # implementations can be compared (notebook 9). These are the tensors of one block, with their shapes.
 
@@ -196,9 +202,10 @@ for name, shape in shapes.items():
 #
 # ## Exercises
 #
-# `embed` looks rows up and scales them. Mind half precision: the factor has the precision of the table. Replace the
-# line that raises, run the cell, and read what the check says. What is right was recorded from PyTorch. Answers are
-# in `refgemma.exercises.solutions`; look there last.
+# `embed` looks rows up and scales them. Mind half precision (numbers of 16 bits, notebook 7): the factor has the
+# precision of the table. Replace the line that raises, run the cell, and read what the check says. What is right was
+# recorded from PyTorch, the library in which the model is usually run. Answers are in `refgemma.exercises.solutions`;
+# look there last.
 
 # %%
 from refgemma import exercises

@@ -14,9 +14,9 @@
 # %% [markdown]
 # # 2. Attention, shared heads, and what heads look at
 #
-# Attention is the part of a transformer where a token looks at the tokens before it. You should have seen notebook 1:
-# *token*, *block*, *residual stream* (the vector of a token that all blocks read and add to), *norm* (brings a vector
-# to a standard size), *softmax* (scores to probabilities).
+# Attention is the part of a transformer (the kind of model that Gemma is) where a token looks at the tokens before
+# it. You should have seen notebook 1: *token*, *block*, *residual stream* (the vector of a token that all blocks
+# read and add to), *norm* (brings a vector to a standard size), *softmax* (scores to probabilities).
 
 # %%
 import numpy as np
@@ -81,7 +81,7 @@ assert not np.array_equal(keys[:, 2], keys[:, 3])
 #
 # <details><summary>Answer</summary>
 # Four of the six query heads would look at keys they were not trained with. Nothing fails; the text is nonsense. This
-# has happened in ports, and one of the exercises below is about it.
+# has happened in ports (the model written anew in other programs), and one of the exercises below is about it.
 # </details>
 #
 # ## Scores
@@ -120,7 +120,7 @@ config.query_pre_attn_scalar, head_dim, float(np.abs(scores).max())
 # a query may see: those at its own place and before. That is the **causal** mask. What is masked gets the probability
 # 0:
 #
-# $$p_{ij} = \frac{e^{s_{ij}}}{\sum_{j' \le i} e^{s_{ij'}}} \;\text{ for } j \le i, \text{ else } 0$$
+# $$p_{ij} = \frac{e^{s_{ij}}}{\sum_{k \le i} e^{s_{ik}}} \;\text{ for } j \le i, \text{ else } 0$$
 
 # %%
 places = np.arange(seq)

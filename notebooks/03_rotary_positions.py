@@ -101,8 +101,8 @@ assert np.allclose(cos[0, 0, :, : head_dim // 2], np.cos(positions[0][:, None] *
 # %% [markdown]
 # ## Which two numbers are a pair?
 #
-# The paper pairs neighbours: $(0, 1), (2, 3), \dots$ Gemma's weights are made for another choice: number $i$ goes
-# with number $i + \mathrm{head\_dim}/2$, one in each half.
+# The paper that proposed it (Su et al. 2021) pairs neighbours: $(0, 1), (2, 3), \dots$ Gemma's weights are made for
+# another choice: number $i$ goes with number $i + \mathrm{head\_dim}/2$, one in each half.
 #
 # $$\mathrm{rotate}(x) = x \cdot \cos + (-x_{\text{second half}},\; x_{\text{first half}}) \cdot \sin$$
 #

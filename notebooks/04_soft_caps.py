@@ -115,8 +115,8 @@ for token in best:
 #
 # <details><summary>Answer</summary>
 # In exact arithmetic no: the curve always rises, so the order stays. That is why tests that only look at the
-# likeliest token do not notice a missing final cap; the probabilities do. In half precision two large logits may be
-# rounded to the same number.
+# likeliest token do not notice a missing final cap; the probabilities do. In half precision (notebook 7) two large
+# logits may be rounded to the same number.
 # </details>
 #
 # ## No probability is quite 1

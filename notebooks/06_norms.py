@@ -14,9 +14,9 @@
 # %% [markdown]
 # # 6. Norms, the unit offset, and the embedding scale
 #
-# Numbers in a deep network drift: each block adds to the stream, and products grow. Norms bring them back to a
-# standard size. Gemma 2 has more of them than most models, and stores their weights in an unusual way. You need
-# notebook 1: *residual stream*, *block*, *embedding*, *logits*.
+# Numbers in a deep network (one of many blocks) drift: each block adds to the stream, and products grow. Norms
+# bring them back to a standard size. Gemma 2 has more of them than most models, and stores their weights in an
+# unusual way. You need notebook 1: *residual stream*, *block*, *embedding*, *logits*.
 
 # %%
 import numpy as np
@@ -165,9 +165,9 @@ viz.likeliest(run.logits[0, -1], names, title="as it should be", axes=left)
 _ = viz.likeliest(wrong.logits[0, -1], names, title="without the scale", axes=right)
 
 # %% [markdown]
-# In a model that computes in bfloat16 the factor is itself rounded to bfloat16 first. The 9B multiplies by 59.75 and
-# not by $\sqrt{3584} = 59.866\dots$ That is a difference of 0.2 % in everything that follows, and part of the
-# released model.
+# In a model that computes in bfloat16 (numbers of 16 bits, notebook 7) the factor is itself rounded to bfloat16
+# first. The 9B multiplies by 59.75 and not by $\sqrt{3584} = 59.866\dots$ That is a difference of 0.2 % in
+# everything that follows, and part of the released model.
 
 # %%
 for name in ("2b", "9b", "27b"):

@@ -20,12 +20,15 @@ from typing import Any, NoReturn
 import numpy as np
 
 import refgemma
+from refgemma import fast
 from refgemma.config import ConfigError, Gemma2Config
+from refgemma.files import replace_file
 from refgemma.generation import Prompts, continued, generate_batch, sampling
 from refgemma.hub import ModelNameError, find_model
 from refgemma.inputs import InputError
 from refgemma.oracle import commands as oracle
 from refgemma.oracle.full_size import (
+    TWO_LAYERS,
     full_result,
     is_full_size,
     load_full,
@@ -93,6 +96,9 @@ def parser() -> Parser:
         add_hub(command)
         command.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of the computation")
 
+    def add_reference(command: Parser) -> None:
+        command.add_argument("--reference", action="store_true", help="compute as the definition says, which is slower")
+
     def add_sampling(command: Parser) -> None:
         command.add_argument("--max-new-tokens", type=int, default=200, metavar="N")
         command.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
@@ -106,6 +112,7 @@ def parser() -> Parser:
         command.add_argument("--repetition-penalty", type=float, metavar="R", help="above 1: fewer repetitions")
         command.add_argument("--min-new-tokens", type=int, metavar="N", help="no end of text before N tokens")
         command.add_argument("--seed", type=int, default=0)
+        add_reference(command)
 
     def add_prompt(command: Parser) -> None:
         command.add_argument("prompt", nargs="?", metavar="PROMPT")
@@ -138,10 +145,20 @@ def parser() -> Parser:
         help="instead: a checkpoint, with what golden/record.py --checkpoint recorded of it; with --full, "
         "what refgemma synth wrote",
     )
+    command.add_argument(
+        "--reference",
+        action="store_true",
+        help="of --full and --model in float32: every tensor of the definition, not what each fast layer gives",
+    )
 
     command = add("trace", "write every named tensor of a run to a safetensors file")
     add_prompt(command)
     command.add_argument("-o", "--output", required=True, metavar="FILE")
+    add_model(command)
+
+    command = add("explore", "write one page that shows a run: attention, sizes and answers by token, layer and head")
+    add_prompt(command)
+    command.add_argument("-o", "--output", default="explorer.html", metavar="FILE", help="default: explorer.html")
     add_model(command)
 
     command = add("perplexity", "how well a model predicts a text, as transformers defines it and as gemma.cpp does")
@@ -154,6 +171,7 @@ def parser() -> Parser:
         "--max-length", type=int, metavar="N", help="tokens of a window (default: 4096, or what the model can)"
     )
     command.add_argument("--stride", type=int, default=512, metavar="N", help="tokens from window to window (512)")
+    add_reference(command)
 
     command = add("convert", "convert an original checkpoint to a Hugging Face folder, or back")
     command.add_argument("source", metavar="SOURCE", help="a folder or file: .ckpt, .npz, .safetensors, shards")
@@ -215,8 +233,9 @@ def new_tokens(ids: Sequence[int], model: Pretrained, args: argparse.Namespace) 
     """The continuation of `ids` under the sampling arguments, as it is made; that of a search when it is found."""
     call = generation_settings(model, args)
     if call.num_beams == 1:
-        return continued(ids, model.weights, model.config, call)
-    found = generate_batch(Prompts([ids]), model.weights, model.config, call).sequences[0, len(ids) :].tolist()
+        return continued(ids, model.weights, model.config, call, args.reference)
+    output = generate_batch(Prompts([ids]), model.weights, model.config, call, reference=args.reference)
+    found = output.sequences[0, len(ids) :].tolist()
     end = next((n for n, token in enumerate(found) if token in model.stop_ids), len(found))
     return iter(found[: end + 1])
 
@@ -236,15 +255,33 @@ def stream_text(tokens: Iterator[int], model: Pretrained, show: bool) -> tuple[l
     return ids, "".join(texts)
 
 
+def stream_ids(tokens: Iterator[int], show: bool) -> list[int]:
+    """Collect tokens of a model that has no tokenizer, printing their ids as they come if `show`."""
+    ids = []
+    for token in tokens:
+        ids.append(token)
+        if show:
+            print(f",{token}", end="", flush=True)
+    if show:
+        print(flush=True)
+    return ids
+
+
 def run_generate(args: argparse.Namespace) -> int:
-    """``refgemma generate``."""
+    """``refgemma generate``: ids, where there is no tokenizer and the prompt is ids."""
     model = load(args.model, args.dtype, args.revision, args.download)
     ids = prompt_ids(args, model)
     tokens = new_tokens(ids, model, args)
-    if not args.json:
-        print(model.tokenizer.decode(ids, skip_special_tokens=True), end="", flush=True)
+    text: str | None = None
     began = time.perf_counter()
-    made, text = stream_text(tokens, model, show=not args.json)
+    if model.has_tokenizer:
+        if not args.json:
+            print(model.tokenizer.decode(ids, skip_special_tokens=True), end="", flush=True)
+        made, text = stream_text(tokens, model, show=not args.json)
+    else:
+        if not args.json:
+            print(",".join(str(token) for token in ids), end="", flush=True)
+        made = stream_ids(tokens, show=not args.json)
     if args.json:
         as_json({
             "prompt_ids": ids,
@@ -333,7 +370,7 @@ def run_verify(args: argparse.Namespace) -> int:
         print(f"{'case':32s} {'tensors':>7s}  {'worst/bound':>11s}  verdict")
     results = []
     for name in progress(names):
-        results.append(verified(name, args.dtype, checkpoint))
+        results.append(verified(name, args.dtype, checkpoint, args.reference))
         if not args.json:
             print(case_row(results[-1]), flush=True)
     differing = [r.case for r in results if not r.conforms]
@@ -360,16 +397,21 @@ def asked(cases: list[str]) -> list[str]:
     return cases
 
 
-def verified(name: str, dtype: str, checkpoint: Checkpoint | None) -> CaseResult:
-    """One case; one at full size with a bar of its own, since it takes longer than all others."""
+def verified(name: str, dtype: str, checkpoint: Checkpoint | None, reference: bool) -> CaseResult:
+    """One case; one at full size with a bar of its own, since it takes longer than all others.
+
+    Two layers, which ``verify`` compares by itself, are always compared tensor by tensor.
+    """
     from tqdm import tqdm
 
     if not is_full_size(name):
         return verify(name)
     comparisons = []
-    total = len(load_full(name)[0]["names"])
+    every = reference or name.endswith(TWO_LAYERS) or dtype != "float32"
+    names = load_full(name)[0]["names"]
+    total = len(names if every else [tensor for tensor in names if tensor.endswith(".out")])
     with tqdm(total=total, desc=name, unit="tensor", disable=None, delay=2, leave=False) as bar:
-        for step in verify_full(name, dtype, checkpoint):
+        for step in verify_full(name, dtype, checkpoint, every):
             bar.update() if isinstance(step, str) else comparisons.append(step)
     return full_result(name, dtype, comparisons)
 
@@ -409,6 +451,22 @@ def run_trace(args: argparse.Namespace) -> int:
     return OK
 
 
+def run_explore(args: argparse.Namespace) -> int:
+    """``refgemma explore``."""
+    from refgemma.explorer import explored, page
+
+    target_file(args.output)  # before the work, not after it
+    model = load(args.model, args.dtype, args.revision, args.download)
+    ids = prompt_ids(args, model)
+    content = page(explored(ids, model, args.model, args.dtype)).encode()
+    replace_file(args.output, content)
+    if args.json:
+        as_json({"file": args.output, "bytes": len(content), "ids": ids})
+    else:
+        print(f"{args.output}: {len(ids)} tokens, {len(content) / 1e6:.1f} MB; open it in a browser")
+    return OK
+
+
 def text_of(args: argparse.Namespace) -> str:
     """The text of ``FILE`` or ``--published``."""
     if (args.file is None) == (args.published is None):
@@ -427,8 +485,9 @@ def run_perplexity(args: argparse.Namespace) -> int:
     model = load(args.model, args.dtype, args.revision, args.download)
     ids = model.tokenizer.encode(text)
     max_length = args.max_length or min(4096, model.config.max_position_embeddings)
-    strided = strided_perplexity(ids, model.weights, model.config, max_length, min(args.stride, max_length))
-    bits = gemma_cpp_bits_per_byte(ids, len(text.encode()), model.weights, model.config)
+    layers = fast.reference_outputs if args.reference else fast.outputs
+    strided = strided_perplexity(ids, model.weights, model.config, max_length, min(args.stride, max_length), layers)
+    bits = gemma_cpp_bits_per_byte(ids, len(text.encode()), model.weights, model.config, layers)
     figures = published_figures(text)
     if args.json:
         as_json({
@@ -549,6 +608,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "chat": run_chat,
         "verify": run_verify,
         "trace": run_trace,
+        "explore": run_explore,
         "info": run_info,
         "convert": run_convert,
         "synth": run_synth,

@@ -1,7 +1,8 @@
 """Pictures of Gemma 2, a function each, and the few numbers that are only ever drawn. Checked by tests that read the
 numbers back from the drawing, and look whether any text is cut off.
 
-Every picture function draws into `axes`, or into a figure of its own, and returns the axes. matplotlib is imported when
+Every picture function draws into `axes`, or into a figure of its own, writes `title` above, and returns the axes.
+`tokens` are the texts of the tokens that were read, `names` those of the whole vocabulary. matplotlib is imported when
 the first picture is drawn: ``pip install "refgemma[viz]"``.
 """
 
@@ -91,7 +92,7 @@ def relative_error(x: Float[np.ndarray, "*shape"], exact: Float[np.ndarray, "*sh
 
 
 def shown(token: str) -> str:
-    """A piece of text as a label: blanks (the tokenizer writes them as ▁) and line breaks are made visible.
+    """A piece of text, `token`, as a label: blanks (the tokenizer writes them as ▁) and line breaks are made visible.
 
     Examples
     --------
@@ -190,6 +191,8 @@ def rotary_phases(
 ) -> Axes:
     """The cosine of every rotary angle (a row each) at every position: fast ones above, slow ones below.
 
+    `theta` is the base of the angles, 10000 in Gemma 2.
+
     Examples
     --------
     >>> rotary_phases(np.arange(8), head_dim=4).get_ylabel()
@@ -272,7 +275,7 @@ def logit_lens(
 
 
 def cap_curves(caps: Sequence[float] = (50.0, 30.0), reach: float = 150.0, axes: Axes | None = None) -> Axes:
-    """Soft caps beside no cap and beside a hard one (cut off at the first cap).
+    """Soft caps beside no cap and beside a hard one (cut off at the first cap), from ``-reach`` to `reach`.
 
     Examples
     --------

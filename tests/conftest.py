@@ -1,6 +1,7 @@
 """Array shapes checked in every test, Hypothesis profiles, and the parity tests only where PyTorch is."""
 
 import os
+import shutil
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,8 +11,11 @@ from jaxtyping import install_import_hook
 
 # Files that take what strangers hand in: they check it themselves, and are tested with what no annotation allows. And
 # the weights, which may lie on disk: beartype looks into a sequence, and would read a layer each time. And `testing`,
-# which is given the arrays of other implementations, and has annotations of Hypothesis that beartype refuses.
-UNCHECKED = {"config", "hub", "inputs", "modeling", "pretrained", "settings", "testing", "text", "tokenizer", "weights"}
+# which is given the arrays of other implementations, and has annotations of Hypothesis that beartype refuses. And the
+# oracle, which has no annotation with axes, but so many small calls that checking them takes longer than its tests.
+UNCHECKED = {
+    "config", "hub", "inputs", "modeling", "oracle", "pretrained", "settings", "testing", "text", "tokenizer", "weights"
+}  # fmt: skip
 
 PACKAGE = Path(__file__).parents[1] / "refgemma"
 CHECKED = sorted(f"refgemma.{path.stem}" for path in PACKAGE.iterdir() if path.stem not in UNCHECKED)
@@ -28,11 +32,23 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 MISSING = [name for name in ("torch", "transformers") if find_spec(name) is None]
 
+# The explorer's page is looked at in a browser where there is one; REFGEMMA_BROWSER names another.
+BROWSERS = (os.environ.get("REFGEMMA_BROWSER", ""), "chromium", "chromium-browser", "google-chrome", "chrome")
+BROWSER = next((path for name in BROWSERS if name and (path := shutil.which(name))), None)
+NO_BROWSER = [
+    *(["playwright is not installed"] if find_spec("playwright") is None else []),
+    *([] if BROWSER else ["there is no Chromium on the path"]),
+]
+
 # Files rather than the folder: a folder named on the command line would be entered in spite of this.
-collect_ignore_glob = ["parity/*"] if MISSING else []
+collect_ignore_glob = [*(["parity/*"] if MISSING else []), *(["browser/*"] if NO_BROWSER else [])]
 
 
-def pytest_report_header() -> str:
-    if MISSING:
-        return f'parity: not run, {" and ".join(MISSING)} not installed; pip install -e ".[record]" brings them'
-    return f"parity: against torch {version('torch')} and transformers {version('transformers')}"
+def pytest_report_header() -> list[str]:
+    parity = f'parity: not run, {" and ".join(MISSING)} not installed; pip install -e ".[record]" brings them'
+    if not MISSING:
+        parity = f"parity: against torch {version('torch')} and transformers {version('transformers')}"
+    if NO_BROWSER:
+        needed = 'pip install -e ".[browser]" and a Chromium are needed'
+        return [parity, f"browser: not run, {' and '.join(NO_BROWSER)}; {needed}"]
+    return [parity, f"browser: {BROWSER}"]

@@ -12,6 +12,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+import refgemma.model
 from refgemma.__main__ import CUT_OFF, DIFFERS, MISUSE, OK, main
 from refgemma.activations import ACTIVATIONS
 from refgemma.hub import find_model
@@ -36,6 +37,50 @@ def test_generate_json(capsys) -> None:
     assert found["prompt_ids"] == [2, 300, 301]
     assert len(found["ids"]) == 4
     assert found["stopped"] == "max_new_tokens"
+
+
+def test_without_a_tokenizer_ids_are_continued_by_ids(capsys, tmp_path) -> None:
+    """As of what ``refgemma synth`` writes; a text is refused."""
+    for file in TINY.iterdir():
+        if file.name != "tokenizer.model":
+            (tmp_path / file.name).symlink_to(file)
+    command = ["generate", "--model", str(tmp_path), "--max-new-tokens", "3"]
+    assert main(["generate", "--ids", "2,300", "--max-new-tokens", "3", "--json"]) == OK
+    expected = json.loads(capsys.readouterr().out)["ids"]
+    assert main([*command, "--ids", "2,300"]) == OK
+    assert capsys.readouterr().out == ",".join(str(token) for token in [2, 300, *expected]) + "\n"
+    assert main([*command, "--ids", "2,300", "--json"]) == OK
+    found = json.loads(capsys.readouterr().out)
+    assert (found["ids"], found["text"]) == (expected, None)
+    assert main([*command, "Once"]) == MISUSE
+    assert "has no tokenizer.model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("others", [[], ["--num-beams", "2"]])
+def test_reference_is_the_definition(others, capsys, monkeypatch) -> None:
+    """The same text; and without --reference, the blocks of `refgemma.layers` are not what computes it."""
+    command = ["generate", "--ids", "2,300,301", "--max-new-tokens", "4", "--json", *others]
+    assert main(command) == OK
+    fast = json.loads(capsys.readouterr().out)["ids"]
+    calls = []
+    correct = refgemma.model.block
+    monkeypatch.setattr("refgemma.model.block", lambda *rest: calls.append(1) or correct(*rest))
+    assert main(command) == OK
+    assert not calls
+    capsys.readouterr()
+    assert main([*command, "--reference"]) == OK
+    assert json.loads(capsys.readouterr().out)["ids"] == fast
+    assert calls
+
+
+def test_perplexity_with_the_definition(capsys, tmp_path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a king.", encoding="utf-8")
+    found = []
+    for others in ([], ["--reference"]):
+        assert main(["perplexity", str(text), "--json", *others]) == OK
+        found.append(json.loads(capsys.readouterr().out)["transformers"]["perplexity"])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)  # of a mean of float32 losses
 
 
 def test_chat_keeps_turns(capsys, monkeypatch) -> None:

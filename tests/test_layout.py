@@ -26,11 +26,12 @@ RUNGS = (
     {"beams", "cache", "settings"},
     {"layers", "outputs", "processors"},
     {"heads", "model"},
-    {"fast", "generation", "perplexity"},
+    {"fast"},
+    {"generation", "perplexity"},
     {"modeling", "pretrained"},
     {"oracle"},
     {"testing", "viz"},
-    {"exercises"},
+    {"exercises", "explorer"},
     {"__main__"},
 )
 RUNG = {name: rung for rung, names in enumerate(RUNGS) for name in names}

@@ -1,4 +1,4 @@
-"""Exercises: write a part of Gemma 2 yourself, hand it to its ``check_`` function, and read what that says.
+"""Exercises: write a part of Gemma 2 yourself, hand it to its ``check_`` function as `answer`, and read what that says.
 
 What is right was recorded from PyTorch (or is published, or drawn by hand), and how exact it must be is the rounding
 bound of the operation. A wrong answer is compared with those of known mistakes, and the one that fits is named.

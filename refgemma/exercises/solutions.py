@@ -1,6 +1,8 @@
 """An answer to each exercise of `refgemma.exercises`. Checked with the exercises' own checks.
 
-They are written for reading, with NumPy alone where that is the point of the exercise.
+They are written for reading, with NumPy alone where that is the point of the exercise. The arguments (`x`, `ids`,
+`cos`, `sin`, `scores`, `cap`, `q_places`, `k_places`, `weight`, `eps`, `probabilities`, `ours`, `recorded`, `model`)
+are those that the notebooks give.
 """
 
 import math

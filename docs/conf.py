@@ -1,0 +1,112 @@
+"""How the site is built: ``sphinx-build -W docs docs/_build/html``, without a network; every notebook is run.
+
+At the end every link within the site is followed, and nothing on a page may be fetched from elsewhere: see `links.py`.
+"""
+
+import re
+import shutil
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from latex2mathml.converter import convert
+from sphinx.application import Sphinx
+from sphinx.errors import SphinxError
+
+import refgemma
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+from links import problems  # noqa: E402  (Sphinx does not put the folder of this file on the path)
+
+# Sphinx reads what lies in its own folder.
+for notebook in (HERE.parent / "notebooks").glob("*.ipynb"):
+    shutil.copy(notebook, HERE / "tutorial")
+
+# Of Hypothesis' own docstrings, which numpydoc reads on the way to ours.
+warnings.filterwarnings("ignore", "Unknown section", UserWarning)
+
+project = "refgemma"
+author = "The refgemma developers"
+release = refgemma.__version__
+
+extensions = ["myst_nb", "numpydoc", "sphinx.ext.autodoc", "sphinx.ext.viewcode", "sphinx_copybutton"]
+exclude_patterns = ["_build", "jupyter_execute"]
+default_role = "py:obj"
+# Every name in backquotes must lead somewhere, but for what a docstring so names within itself: arguments, attributes,
+# and functions of its own file.
+nitpicky = True
+nitpick_ignore_regex = [
+    ("py:.*", r"[A-Za-z_]\w*"),
+    ("py:class", r"(collections|jaxtyping|ml_dtypes|numpy|pathlib|typing)\..*"),  # other people's, in annotations
+    # Of ours, what only occurs in a signature and has no entry of its own.
+    (
+        "py:class",
+        r"refgemma\.(generation\.Streamer|settings\.Settings|weights\.(checkpoint\.Stored|parameters\.(Rows|Score)))",
+    ),
+    (
+        "py:class",
+        r"refgemma\.oracle\.(candidate\.Tensor|diagnose\.Instance|estimate\.Estimate|graph\.Call|variants\.Variant)",
+    ),
+    ("py:obj", r"Stored\.read"),
+]
+
+myst_enable_extensions = ["dollarmath", "deflist"]
+myst_heading_anchors = 3
+
+nb_execution_mode = "force"
+nb_execution_timeout = 60  # seconds a cell
+nb_execution_raise_on_error = True
+nb_execution_show_tb = True
+
+autodoc_member_order = "bysource"
+viewcode_follow_imported_members = False
+autodoc_typehints = "signature"  # the axis words are in them
+maximum_signature_line_length = 88
+numpydoc_show_class_members = False
+numpydoc_xref_param_type = False
+
+html_theme = "pydata_sphinx_theme"
+html_title = "refgemma"
+html_theme_options = {"show_toc_level": 2, "navigation_with_keys": True, "secondary_sidebar_items": ["page-toc"]}
+html_context = {"default_mode": "auto"}  # light or dark as the reader's system
+html_static_path = ["_static"]
+html_css_files = ["mathml.css"]
+html_show_sourcelink = False
+html_math_renderer = "mathml"
+
+
+# --- formulas, as MathML: browsers draw it themselves, so no script is needed and none is fetched ---------------------
+
+
+def mathml(latex: str, display: str) -> str:
+    """A formula for the browser. A word in it is a word, not a product of letters."""
+    words = re.sub(r"\\arg(?![a-z])", r"\\text{arg}", re.sub(r"\\mathrm(?=\{)", r"\\text", latex)).replace(r"\_", "_")
+    made: str = convert(words, display=display)
+    if re.search(r"\\[a-zA-Z]", made):
+        raise ValueError(f"a command in this formula is not known to latex2mathml: {latex}")
+    return made
+
+
+def visit_inline(translator: Any, node: nodes.math) -> None:
+    translator.body.append(mathml(node.astext(), "inline"))
+    raise nodes.SkipNode
+
+
+def visit_block(translator: Any, node: nodes.math_block) -> None:
+    for formula in re.split(r"\n\s*\n", node.astext()):
+        translator.body.append(f'<div class="formula">{mathml(formula, "block")}</div>')
+    raise nodes.SkipNode
+
+
+def follow_links(app: Sphinx, failed: Exception | None) -> None:
+    """The build fails where a link leads nowhere."""
+    if failed is None and app.builder.format == "html" and (found := problems(Path(app.outdir))):
+        raise SphinxError("\n".join(found))
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("build-finished", follow_links)
+    app.add_html_math_renderer("mathml", (visit_inline, None), (visit_block, None))

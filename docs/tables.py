@@ -1,0 +1,163 @@
+"""The pages of the reference that are tables: `python docs/tables.py` writes them from the package. tests/test_docs.py
+holds them against it."""
+
+import argparse
+import inspect
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+import refgemma
+from refgemma.__main__ import parser
+from refgemma.config import Gemma2Config
+from refgemma.oracle.allowance import Arithmetic
+from refgemma.oracle.graph import Call, Context, doubled, operations
+from refgemma.oracle.trace import trace_axes
+from refgemma.oracle.variants import VARIANTS
+from refgemma.precision import bf16
+from refgemma.testing.properties import LAWS
+from refgemma.weights.parameters import tensor_shapes
+
+FOLDER = Path(__file__).parent / "reference"
+AGAIN = "<!-- written by docs/tables.py -->"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table in Markdown."""
+    lines = [list(head), ["---"] * len(head), *([str(cell).replace("|", "\\|") for cell in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def code(text: object) -> str:
+    """Text as code; nothing for nothing."""
+    return f"`{text}`" if str(text) else ""
+
+
+def trace_names() -> str:
+    """Every tensor of a trace: axes, and what it is computed from, as the table of operations of the oracle has it."""
+    model = refgemma.load("conformance")
+    call = Call(np.array([[2, 5]]), np.array([[0, 1]]), np.ones((1, 2), bool), (2,))
+    found = operations(Context(model.config, doubled(model.weights), call, Arithmetic()))
+
+    def sources(name: str) -> str:
+        inputs = found[name.replace(".N.", ".1.")].inputs  # layer 1 comes after another one
+        named = [source.replace("layers.1.", "layers.N.").replace("layers.0.", "layers.N-1.") for source in inputs]
+        last = f"layers.{model.config.num_hidden_layers - 1}."
+        return ", ".join(code(source.replace(last, "layers.LAST.")) for source in named)
+
+    rows = [(code(name), axes.replace("*", "\\*"), sources(name)) for name, axes in trace_axes()]
+    return f"""# Names of a trace
+
+{AGAIN}
+
+`refgemma trace` writes these tensors, `refgemma check` reads them, and in Python they are the fields of what
+{{py:func}}`~refgemma.model.forward` returns: `run.layers[3].attention.probs` is `layers.3.attention.probs`. They
+stand in the order of computation; `N` is the number of a layer. The axes are the words of {{py:mod}}`refgemma.shapes`.
+What computes each is in [The forward pass](../explanation/forward.md).
+
+{table(("name", "axes", "computed from"), rows)}
+
+Where nothing stands in the last column, it is the token ids or their positions. In layer 0 `layers.N-1.out` is
+`embedded`. A file besides has `input_ids`, of axes batch seq, and if there is padding `attention_mask`.
+"""
+
+
+def variants() -> str:
+    """The catalogue of known mistakes."""
+    rows = [(code(v.name), v.kind, code(v.fields[0]), v.says, v.shows, v.seen) for v in VARIANTS]
+    return f"""# Variants
+
+{AGAIN}
+
+The {len(VARIANTS)} known mistakes that `refgemma check` compares a trace with; `refgemma variants NAME` tells more of
+one. A *mistake* is another model, *rounding* the same model rounded elsewhere, and a *stage* is seen in the tokens, the
+shapes or the weights.
+
+{table(("name", "kind", "first tensor", "what is computed instead", "shown by", "seen in"), rows)}
+"""
+
+
+def sizes() -> str:
+    """The numbers of the released models."""
+    presets = {name: Gemma2Config.preset(name) for name in ("2b", "9b", "27b")}
+    fields = (
+        "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads",
+        "head_dim", "query_pre_attn_scalar", "sliding_window", "attn_logit_softcapping", "final_logit_softcapping",
+        "rms_norm_eps", "rope_theta", "max_position_embeddings", "vocab_size",
+    )  # fmt: skip
+    rows = [(code(field), *(getattr(config, field) for config in presets.values())) for field in fields]
+    counts = [sum(math.prod(shape) for shape in tensor_shapes(config).values()) for config in presets.values()]
+    scales = [math.sqrt(config.hidden_size) for config in presets.values()]
+    rows += [
+        ("parameters", *(f"{count:,}" for count in counts)),
+        ("bytes in bfloat16", *(f"{2 * count:,}" for count in counts)),
+        ("embedding scale", *(f"{scale:.4f}" for scale in scales)),
+        ("the same in bfloat16", *(f"{float(bf16(scale)):g}" for scale in scales)),
+    ]
+    return f"""# Sizes
+
+{AGAIN}
+
+The released models, as {{py:meth}}`Gemma2Config.preset("9b") <refgemma.config.Gemma2Config.preset>` has them. Layers 0,
+2, 4 ... slide.
+
+{table(("", *presets), rows)}
+"""
+
+
+def command_line() -> str:
+    """Every command with its arguments."""
+    top = parser()
+    commands = next(action for action in top._actions if isinstance(action, argparse._SubParsersAction)).choices
+    parts = []
+    for name, command in commands.items():
+        rows = []
+        for action in command._actions:
+            if isinstance(action, argparse._HelpAction):
+                continue
+            value = action.metavar or ("" if action.nargs == 0 else "{" + ",".join(action.choices or ()) + "}")
+            value = "N" if value == "{}" else value
+            given = ", ".join(f"{option} {value}".strip() for option in action.option_strings) or str(value)
+            default = "" if action.default is None or action.default is False else action.default
+            rows.append((code(given), action.help or "", code(default)))
+        says = (command.description or "").rstrip(".")
+        epilog = f"\n\n{command.epilog}" if command.epilog else ""
+        listed = table(("argument", "", "default"), rows)
+        parts.append(f"## refgemma {name}\n\n{says[:1].upper()}{says[1:]}.\n\n{listed}{epilog}")
+    return f"""# Command line
+
+{AGAIN}
+
+{top.description}
+
+{top.epilog}
+
+{(chr(10) * 2).join(parts)}
+"""
+
+
+def laws() -> str:
+    """The laws that a backend is asked."""
+    rows = []
+    for name, law in LAWS.items():
+        first, _, _ = (inspect.getdoc(law.check) or "").partition("\n\n")
+        rows.append((code(name), " ".join(first.replace("``", "`").split())))
+    return f"""# Laws
+
+{AGAIN}
+
+The {len(rows)} laws that `pytest --pyargs refgemma.testing` asks of an implementation:
+[Write an adapter](../how-to/write-an-adapter.md). From Python, `refgemma.testing.properties.causality(backend)` checks
+one.
+
+{table(("law", "what holds"), rows)}
+"""
+
+
+PAGES = {"trace-names": trace_names, "variants": variants, "laws": laws, "sizes": sizes, "command-line": command_line}
+
+if __name__ == "__main__":
+    for name, made in PAGES.items():
+        (FOLDER / f"{name}.md").write_text(made(), "utf-8")
