@@ -27,7 +27,7 @@ from refgemma.weights.synthetic import synthetic_weights, write_synthetic
 Step = Callable[[], object]
 PREFILL, DECODE = {"9b": (128, 512, 2048, 4200), "27b": (128, 512, 2048)}, (512, 4096)
 DEFINITION_TOKENS = 2048  # the readable definition is timed up to here
-REPETITIONS = {1: 9, 128: 5, 512: 2}  # a process; once for more tokens
+REPETITIONS = {1: 9, 128: 5, 512: 2}  # a process, after one that is not counted; once for more tokens
 FULL_DEPTH_TOKENS = 64
 
 
@@ -36,16 +36,17 @@ def config_of(size: str) -> Gemma2Config:
     return Gemma2Config.preset(size).changed(num_hidden_layers=2, vocab_size=256)
 
 
+def once(step: Step) -> float:
+    """The time of a step."""
+    began = time.perf_counter()
+    step()
+    return time.perf_counter() - began
+
+
 def seconds(step: Step, repetitions: int) -> float:
-    """The median time of a step, after one that is not counted if there are several."""
-    if repetitions > 1:
-        step()
-    times = []
-    for _ in range(repetitions):
-        began = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
+    """The median time of a step, after one that is not counted: the first also waits for fresh pages of memory."""
+    step()
+    return statistics.median(once(step) for _ in range(repetitions))
 
 
 # --- engines: each gives a step, the computation of one layer ---------------------------------------------------------
@@ -147,7 +148,7 @@ def layer_of(engine: str, size: str, past: int) -> tuple[Gemma2Config, Any]:
 def sgemm() -> float:
     """GF/s of NumPy's product of two square matrices, the best of a few."""
     a, b = np.ones((2, 2048, 2048), np.float32)  # two: of a matrix and itself, NumPy computes one half only
-    return max(2 * 2048**3 / seconds(lambda: a @ b.T, 1) for _ in range(4)) / 1e9
+    return max(2 * 2048**3 / once(lambda: a @ b.T) for _ in range(4)) / 1e9
 
 
 def read_bandwidth() -> float:
@@ -155,8 +156,8 @@ def read_bandwidth() -> float:
     a = np.ones((2**14, 2**13), np.float32)
     x = np.ones((1, 2**13), np.float32)
     with ThreadPoolExecutor(2) as pool:
-        sums = min(seconds(lambda: list(pool.map(np.max, np.split(a, 2))), 1) for _ in range(4))
-    return a.nbytes / min(sums, min(seconds(lambda: x @ a.T, 1) for _ in range(4))) / 1e9
+        sums = min(once(lambda: list(pool.map(np.max, np.split(a, 2)))) for _ in range(4))
+    return a.nbytes / min(sums, min(once(lambda: x @ a.T) for _ in range(4))) / 1e9
 
 
 def flops(config: Gemma2Config, weights: Any, tokens: int) -> float:
@@ -215,7 +216,7 @@ def measured_depth(engine: str) -> dict[str, float]:
         config, weights = layer_of(engine, "9b", 0)
         step = transformers_step(config, weights, FULL_DEPTH_TOKENS, 0)
         step()
-        return {"full depth": sum(seconds(step, 1) for _ in range(whole.num_hidden_layers))}
+        return {"full depth": sum(once(step) for _ in range(whole.num_hidden_layers))}
     weights = synthetic_weights(whole)
     began = time.perf_counter()
     fast.next_token_logits(ids, weights, whole)
