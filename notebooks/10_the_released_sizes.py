@@ -15,7 +15,8 @@
 # # 10. The 9B and the 27B by numbers
 #
 # How large are the released models, where do their numbers sit, and what does a token cost? All of it follows from
-# the configuration. You need notebooks 1 (the parts of a block), 2 (*heads*, *key/value heads*) and 5 (the cache).
+# the configuration. You need notebooks 1 (the parts of a block), 2 (*heads*, *key/value heads*, the *query scalar*
+# under the root of the scores), 5 (the cache, the window) and of 7 that a bfloat16 number has 2 bytes.
 
 # %%
 import numpy as np
@@ -86,8 +87,9 @@ _ = axes.legend()
 # ## Operations
 #
 # A product of a matrix and a vector takes a multiplication and an addition for each parameter. So a token costs about
-# 2 operations for each parameter; attention adds, for each layer, $4 \cdot \mathrm{heads} \cdot \mathrm{head\_dim}$
-# for each key that is seen. Floating-point operations are called FLOPs.
+# 2 operations for each parameter. Attention adds two products for each key that is seen, query with key and share
+# with value: for each layer $4 \cdot \mathrm{heads} \cdot \mathrm{head\_dim}$ operations. Floating-point operations
+# are called **FLOPs**. (The embedding is only looked up; but the head, which is the same table, is a product.)
 #
 # $$\text{FLOPs a token} \approx 2 \cdot \text{parameters} + 4 \cdot \mathrm{heads} \cdot \mathrm{head\_dim} \cdot
 # \sum_{\text{layers}} \text{keys seen}$$
@@ -142,7 +144,8 @@ for name, config in sizes.items():
 
 # %% [markdown]
 # To write one token, every parameter is read once. So the speed of a single text is bounded by how fast memory can be
-# read, long before arithmetic counts:
+# read, long before arithmetic counts. (A *GPU*, a graphics processor, is what large models are usually run on; its
+# own memory is fast.)
 #
 # $$\text{tokens a second} \le \frac{\text{bytes a second}}{\text{bytes of weights}}$$
 
@@ -169,8 +172,9 @@ _ = axes.legend(loc="upper right")
 # ## Streaming: a model larger than memory
 #
 # Blocks are used one after the other, and each only once a token. So a model can be run with a single block in
-# memory: read it, use it, forget it. `Checkpoint.streamed` gives weights that are read from the disk when they are
-# asked for. Shown here with the tiny model; nothing but the file's name would be different for a 9B.
+# memory: read it, use it, forget it. The files with the weights of a model are called a **checkpoint**, and
+# `Checkpoint.streamed` gives weights that are read from the disk when they are asked for. Shown here with the tiny
+# model; nothing but the file's name would be different for a 9B.
 
 # %%
 from refgemma.weights.checkpoint import open_checkpoint
@@ -196,7 +200,7 @@ for name, count in largest.items():
 #
 # <details><summary>Answer</summary>
 # 54 GB take 18 seconds. The prompt takes the same reading, since all its tokens use a block while it is there, and
-# then the arithmetic: 1000 · 54 GFLOP.
+# then the arithmetic: 1000 times 54 billion FLOPs.
 # </details>
 #
 # Weights with random numbers in them are called *synthetic* here. They say nothing, but have every shape right, and
@@ -210,7 +214,8 @@ rows = nine.embed_tokens[1000:1008]
 assert rows.shape == (8, 3584) and len(nine.layers) == 42
 
 axes = viz.new_axes(8, 2.4)
-axes.imshow(rows[:, :64], cmap="RdBu", aspect="auto", interpolation="nearest")
+image = axes.imshow(rows[:, :64], cmap="RdBu", aspect="auto", interpolation="nearest")
+axes.figure.colorbar(image, ax=axes, label="weight")
 _ = axes.set(xlabel="column", ylabel="row", title="eight rows of a synthetic embedding table")
 
 # %% [markdown]

@@ -11,6 +11,7 @@ from matplotlib import pyplot as plt
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 SOURCES = sorted(FOLDER.glob("*.py"))
+WORD_PAGE = FOLDER.parent / "docs" / "tutorial" / "index.md"
 AGAIN = "jupytext --update --to ipynb notebooks/*.py"  # after editing a .py
 
 plt.switch_backend("agg")
@@ -69,3 +70,49 @@ def test_what_is_not_in_step_is_seen(tmp_path: Path) -> None:
     copy.with_suffix(".ipynb").write_bytes(SOURCES[0].with_suffix(".ipynb").read_bytes())
     with pytest.raises(AssertionError):
         test_the_pair_is_in_step(copy)
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+# What docs/tutorial/index.md says: word -> the notebook that explains it.
+WORDS = {
+    word: int(number)
+    for number, words in re.findall(r"^\| (\d+) \| (.*) \|$", WORD_PAGE.read_text("utf-8"), re.MULTILINE)
+    for word in words.split(", ")
+}
+# Everyday words as well, which mean nothing special in an earlier notebook.
+EVERYDAY = {"heads", "key", "value", "full", "query", "mask", "rounded", "property", "float32"}
+
+
+def prose_of(path: Path) -> list[str]:
+    return [cell.source for cell in jupytext.read(path).cells if cell.cell_type == "markdown"]
+
+
+def used_too_early(word: str, explained: int, notebook: int, cells: list[str]) -> list[str]:
+    """The cells of an earlier notebook that use a word and do not say where it is explained."""
+    said = re.compile(rf"\b{word.removesuffix('s')}s?\b", re.IGNORECASE)
+    if notebook >= explained or word in EVERYDAY:
+        return []
+    pointer = re.compile(rf"notebook\s+{explained}\b", re.IGNORECASE)
+    return [cell for cell in cells if said.search(cell) and not pointer.search(cell)]
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_a_word_is_explained_where_the_index_says(word: str) -> None:
+    prose = "\n".join(prose_of(SOURCES[WORDS[word] - 1]))
+    assert re.search(rf"\*{re.escape(word)}\*", " ".join(prose.split())), "a word is set off where it is explained"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_no_word_is_used_before_it_is_explained(path: Path) -> None:
+    number = int(path.stem[:2])
+    early = {
+        word: found for word, where in WORDS.items() if (found := used_too_early(word, where, number, prose_of(path)))
+    }
+    assert early == {}
+
+
+def test_a_word_used_too_early_is_seen() -> None:
+    assert used_too_early("perplexity", 8, 7, ["Its perplexity is 9."]) == ["Its perplexity is 9."]
+    assert used_too_early("perplexity", 8, 7, ["Its perplexity (notebook 8) is 9."]) == []
+    assert used_too_early("blocks", 1, 7, ["A block."]) == []
