@@ -37,32 +37,34 @@ for name, config in sizes.items():
 # %% [markdown]
 # ## Parameters
 #
-# A **parameter** is one trained number. A matrix from $n$ to $m$ numbers has $n \cdot m$ of them.
+# A **parameter** is one trained number. A matrix from $n$ to $m$ numbers has $n \cdot m$ of them. In each block:
 #
 # $$\text{attention} = \mathrm{hidden} \cdot \mathrm{head\_dim} \cdot (2\,\mathrm{heads} + 2\,\mathrm{kv\_heads}) \qquad
 # \text{feed-forward} = 3 \cdot \mathrm{hidden} \cdot \mathrm{intermediate}$$
 
 
 # %%
-def parameters(config):
-    """Trained numbers by part of the model."""
-    layers, hidden = config.num_hidden_layers, config.hidden_size
-    heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
-    return {
-        "embedding": config.vocab_size * hidden,
-        "attention": layers * hidden * config.head_dim * heads,
-        "feed-forward": layers * 3 * hidden * config.intermediate_size,
-        "norms": (4 * layers + 1) * hidden,
-    }
+PARTS = {"embed": "embedding", "self_attn": "attention", "mlp": "feed-forward", "norm": "norms"}
 
 
+def by_part(config):
+    """Trained numbers by part of the model, from the names and shapes of its tensors."""
+    counts = dict.fromkeys(PARTS.values(), 0)
+    for name, shape in tensor_shapes(config).items():
+        part = next(part for sign, part in PARTS.items() if sign in name)
+        counts[part] += int(np.prod(shape))
+    return counts
+
+
+parts = {name: by_part(config) for name, config in sizes.items()}
+total = {name: sum(part.values()) for name, part in parts.items()}
 for name, config in sizes.items():
-    counted = sum(int(np.prod(shape)) for shape in tensor_shapes(config).values())
-    assert counted == sum(parameters(config).values())
-    print(f"{name:4s} {counted:,}")
+    gate = tensor_shapes(config)["model.layers.0.mlp.gate_proj.weight"]
+    assert gate == (config.intermediate_size, config.hidden_size)
+    assert parts[name]["feed-forward"] == config.num_hidden_layers * 3 * gate[0] * gate[1]
+    print(f"{name:4s} {total[name]:,}")
 
 # %%
-parts = {name: parameters(config) for name, config in sizes.items()}
 table = np.array([[part[kind] for kind in part] for part in parts.values()]) / 1e9
 assert table.shape == (3, 4)
 
@@ -96,20 +98,21 @@ _ = axes.legend()
 
 
 # %%
-def flops(config, place):
-    """Of the token at `place`, with everything before it in the cache."""
+def attention_flops(config, place):
+    """For the keys that the token at `place` sees, with everything before it in the cache."""
     seen = [
         min(place + 1, config.sliding_window) if config.is_sliding(n) else place + 1
         for n in range(config.num_hidden_layers)
     ]
     width = config.num_attention_heads * config.head_dim
-    return 2 * sum(parameters(config).values()), 4 * width * sum(seen)
+    return 4 * width * sum(seen)
 
 
 places = np.arange(0, 8192, 64)
 axes = viz.new_axes(6.4, 3)
 for name, config in sizes.items():
-    shares = np.array([flops(config, int(p))[1] / sum(flops(config, int(p))) for p in places])
+    looking = np.array([attention_flops(config, int(place)) for place in places])
+    shares = looking / (2 * total[name] + looking)
     assert shares.shape == places.shape
     axes.plot(places, 100 * shares, label=name)
 axes.set(xlabel="place of the token", ylabel="percent", title="attention's part of the work")
@@ -138,7 +141,7 @@ def cache_bytes(config, tokens):
 
 
 for name, config in sizes.items():
-    stored = 2 * sum(parameters(config).values()) / 2**30
+    stored = 2 * total[name] / 2**30
     cached = cache_bytes(config, 8192) / 2**30
     print(f"{name:4s} weights in bfloat16 {stored:5.1f} GiB, cache of 8192 tokens {cached:.2f} GiB")
 
@@ -151,7 +154,7 @@ for name, config in sizes.items():
 
 # %%
 speeds = {"a solid-state disk": 3e9, "memory of a laptop": 60e9, "memory of a large GPU": 3e12}
-rates = np.array([[speed / (2 * sum(parameters(c).values())) for c in sizes.values()] for speed in speeds.values()])
+rates = np.array([[speed / (2 * count) for count in total.values()] for speed in speeds.values()])
 assert rates.shape == (3, 3)
 
 axes = viz.new_axes(6.4, 3)
@@ -221,8 +224,9 @@ _ = axes.set(xlabel="column", ylabel="row", title="eight rows of a synthetic emb
 # %% [markdown]
 # ## Exercise
 #
-# `parameters` counts the numbers of a model, and is compared with what was published. Replace the line that raises,
-# run the cell, and read what the check says.
+# `parameters` gives the number of all parameters of a model from its configuration alone, by formulas like the two
+# above (which are for one block; what else is there?). It is compared with what was published. Replace the line that
+# raises, run the cell, and read what the check says.
 
 # %%
 from refgemma import exercises

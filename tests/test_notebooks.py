@@ -9,6 +9,8 @@ import nbformat
 import pytest
 from matplotlib import pyplot as plt
 
+from refgemma import layers, model, ops
+
 FOLDER = Path(__file__).parents[1] / "notebooks"
 SOURCES = sorted(FOLDER.glob("*.py"))
 WORD_PAGE = FOLDER.parent / "docs" / "tutorial" / "index.md"
@@ -49,6 +51,17 @@ def test_the_rhythm(path: Path) -> None:
     assert sum("axes" in cell or "viz." in cell for cell in code) >= 3
     assert re.search(r"^exercises\.check_\w+\(\w+\)$", code[-1], re.MULTILINE)
     assert {cell: len(cell.splitlines()) for cell in code if len(cell.splitlines()) > 20} == {}
+
+
+LAYERS = {name for module in (ops, layers, model) for name in vars(module) if not name.startswith("_")}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_no_layer_is_written_again_but_in_an_exercise(path: Path) -> None:
+    for cell in jupytext.read(path).cells:
+        written = re.findall(r"^(?:def|class) (\w+)", cell.source, re.MULTILINE) if cell.cell_type == "code" else []
+        for function in set(written) & LAYERS:
+            assert f"exercises.check_{function}({function})" in cell.source
 
 
 @pytest.mark.timeout(60)  # the promise is 60 seconds for a notebook, in a kernel of its own
