@@ -36,19 +36,20 @@ extensions = ["myst_nb", "numpydoc", "sphinx.ext.autodoc", "sphinx.ext.viewcode"
 exclude_patterns = ["_build", "jupyter_execute"]
 default_role = "py:obj"
 # Every name in backquotes must lead somewhere, but for what a docstring so names within itself: arguments, attributes,
-# and functions of its own file.
+# and functions of its own file; and what is in annotations of other people's.
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"[A-Za-z_]\w*"),
-    ("py:class", r"(collections|jaxtyping|ml_dtypes|numpy|pathlib|typing)\..*"),  # other people's, in annotations
+    ("py:class", r"(collections|hypothesis|jaxtyping|ml_dtypes|numpy|pathlib|typing)\..*"),
     # Of ours, what only occurs in a signature and has no entry of its own.
     (
         "py:class",
         r"refgemma\.(generation\.Streamer|settings\.Settings|weights\.(checkpoint\.Stored|parameters\.(Rows|Score)))",
     ),
+    ("py:class", r"refgemma\.(testing\.program\.Asked|weights\.(convert\.Source|writer\.Output))"),
     (
         "py:class",
-        r"refgemma\.oracle\.(candidate\.Tensor|diagnose\.Instance|estimate\.Estimate|graph\.Call|variants\.Variant)",
+        r"refgemma\.oracle\.(candidate\.Tensor|diagnose\.Instance|estimate\.Estimate|graph\.(Call|Context|Operation))",
     ),
     ("py:obj", r"Stored\.read"),
 ]

@@ -20,11 +20,12 @@
 # Gemma 2 is a language model that Google released in 2024 in three sizes, the 2B, the 9B and the 27B, called after
 # the billions of numbers in them. These numbers are the model's **weights**. They were **trained**: changed, a
 # little at a time, until the model's answers fitted a great deal of text. To know which way to change a number,
-# training asks how the answer moves if the number does (the slope).
+# training asks how the answer moves if the number does (the slope). `refgemma` is this model in NumPy.
 #
 # You need NumPy: arrays, shapes, and `@` for the product of matrices. Everything else is explained when it comes up.
 # The model here is *tiny*: 2.9 million trained numbers, where the 9B has 9.2 billion, but with the same parts in the
-# same order. It was trained on old tales, and it is inside the package, so nothing is downloaded.
+# same order. It was trained on old tales, and it is inside the package, so nothing is downloaded. Besides its weights
+# it has a **configuration**: the few numbers that say how large its parts are.
 
 # %%
 import numpy as np
@@ -62,9 +63,10 @@ list(zip(ids, tokens, strict=True))
 #
 # ## The embedding
 #
-# A neural network, as this model is one, computes with vectors, not with numbers of pieces. So each token has a row
-# in a table $E$ with one row a token and `hidden` columns (234 here, 3584 in the 9B). Looking the rows up is called
-# **embedding**. Gemma multiplies them by a constant:
+# The model is a **neural network**, a long chain of products of matrices with simple bent curves in between. Such a
+# network computes with vectors, not with numbers of pieces. So each token has a row in a table $E$ with one row a
+# token and `hidden` columns (234 here, 3584 in the 9B). Looking the rows up is called **embedding**. Gemma multiplies
+# them by a constant (notebook 6 says what for):
 #
 # $$h_0 = \sqrt{\mathrm{hidden}} \; E[\mathrm{id}]$$
 #
@@ -100,6 +102,9 @@ len(run.layers), run.logits.shape
 #
 # $$h' = h + \mathrm{norm}(\mathrm{attention}(\mathrm{norm}(h)))$$
 # $$h'' = h' + \mathrm{norm}(\mathrm{feedforward}(\mathrm{norm}(h')))$$
+#
+# The record of a block calls $h'$ `middle` and $h''$ `out`, and each norm by the name of its weights: they all end in
+# `layernorm`, after an older kind of norm.
 
 # %%
 block = run.layers[0]  # the record of the first block
@@ -168,6 +173,7 @@ _ = viz.likeliest(run.logits[0, -1], names, title="after: The little girl looked
 # Every place gives an answer, not only the last one: after each token the model says what could come next, without
 # having seen what did. That is how it was trained. And one can ask *early*: norm and score the stream after each
 # block, as if it were the last one. That picture is called the **logit lens**; the lowest row is the embedding alone.
+# (A label like `<0xE0>` is the token of a single byte: what no other token covers is written in bytes.)
 
 # %%
 lens = viz.lens_logits(run, weights, config)
@@ -184,9 +190,9 @@ _ = viz.logit_lens(lens[:, 0], tokens, names)
 #
 # ## Every tensor by name
 #
-# An array with any number of axes is called a **tensor**.
-# What you have seen is a record inside a record. Its fields, in order, are the *trace*: the list by which two
-# implementations can be compared (notebook 9). These are the tensors of one block, with their shapes.
+# An array with any number of axes is called a **tensor**. What you have seen is a record inside a record. Its fields,
+# in order, are the *trace*: the list by which two programs that compute the same model can be compared (notebook 9).
+# These are the tensors of one block, with their shapes. (`cos` and `sin`, before all blocks, belong to notebook 3.)
 
 # %%
 from refgemma.oracle.trace import named_tensors
@@ -198,8 +204,16 @@ for name, shape in shapes.items():
         print(f"{name:40s} {shape}")
 
 # %% [markdown]
-# Two of these shapes look odd: `q` has an axis of 6, and `k` and `v` have 2 in its place. Notebook 2 says why.
-#
+# Two of these shapes look odd: `q` has an axis of 6, and `k` and `v` have 2 in its place. Notebook 2 says why. And
+# here is the trace at its most literal: point at a square to see its number. Each of the 6 pictures is one *head*, a
+# word of notebook 2 as well; its rows are tokens that look, its columns the tokens that they look at.
+
+# %%
+looks = run.layers[3].attention.probs
+assert looks.shape == (1, config.num_attention_heads, seq, seq)
+viz.array_view(looks, "batch heads seq keys")
+
+# %% [markdown]
 # ## Exercises
 #
 # `embed` looks rows up and scales them. Mind half precision (numbers of 16 bits, notebook 7): the factor has the

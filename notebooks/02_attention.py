@@ -15,8 +15,8 @@
 # # 2. Attention, shared heads, and what heads look at
 #
 # Attention is the part of a transformer (the kind of model that Gemma is) where a token looks at the tokens before
-# it. You should have seen notebook 1: *token*, *block*, *residual stream* (the vector of a token that all blocks
-# read and add to), *norm* (brings a vector to a standard size), *softmax* (scores to probabilities).
+# it. You should have seen notebook 1: *token*, *block* or *layer*, *residual stream* (the vector of a token that all
+# blocks read and add to), *norm* (brings a vector to a standard size), *softmax* (scores to probabilities).
 
 # %%
 import numpy as np
@@ -40,7 +40,8 @@ run = refgemma.forward([ids], weights, config)
 # $$q = W_q x \qquad k = W_k x \qquad v = W_v x$$
 #
 # This is done several times side by side, in **heads**: each has its own part of the matrices and vectors of
-# `head_dim` numbers (32 here). The tiny model has 6 query heads, and only 2 key/value heads.
+# `head_dim` numbers (32 here). The tiny model has 6 query heads, and only 2 key/value heads. `split_heads` cuts what
+# a matrix gives for each token, heads side by side, into an array with an axis of heads.
 
 # %%
 heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -81,7 +82,7 @@ assert not np.array_equal(keys[:, 2], keys[:, 3])
 #
 # <details><summary>Answer</summary>
 # Four of the six query heads would look at keys they were not trained with. Nothing fails; the text is nonsense. This
-# has happened in ports (the model written anew in other programs), and one of the exercises below is about it.
+# has happened in **ports** (the model written anew in other programs), and one of the exercises below is about it.
 # </details>
 #
 # ## Scores
@@ -91,8 +92,7 @@ assert not np.array_equal(keys[:, 2], keys[:, 3])
 # $$s_{ij} = \frac{q_i \cdot k_j}{\sqrt{\mathrm{query\_pre\_attn\_scalar}}}$$
 #
 # (The constant is there because a sum of many products of random numbers is large: of $n$ products with the size 1
-# about
-# $\sqrt n$.)
+# about $\sqrt n$.)
 #
 # In many models that constant is `head_dim`. In Gemma 2 it is a number of its own: 144 in the 27B, whose heads have
 # 128 numbers. The scores are bent so that none leaves ±50 (notebook 4), which the record calls `capped`.
@@ -109,8 +109,7 @@ config.query_pre_attn_scalar, head_dim, float(np.abs(scores).max())
 #
 # <details><summary>Answer</summary>
 # Nearly all of each row goes to its best key: the softmax of large scores is close to picking the maximum. Then there
-# is
-# hardly any slope left to learn from.
+# is hardly any slope left to learn from.
 # </details>
 
 # %% [markdown]
@@ -118,7 +117,7 @@ config.query_pre_attn_scalar, head_dim, float(np.abs(scores).max())
 #
 # When the model is trained, every token has to guess the next one, so it must not see it. A **mask** says which keys
 # a query may see: those at its own place and before. That is the **causal** mask. What is masked gets the probability
-# 0:
+# 0, and the rest share 1 by the softmax of their scores (the bent ones, `capped`):
 #
 # $$p_{ij} = \frac{e^{s_{ij}}}{\sum_{k \le i} e^{s_{ik}}} \;\text{ for } j \le i, \text{ else } 0$$
 
@@ -165,6 +164,19 @@ viz.attention_map(run.layers[2].attention.probs[0, 0], tokens, title="block 2, h
 _ = viz.attention_map(run.layers[3].attention.probs[0, 0], tokens, title="block 3, head 0: a sink", axes=right)
 
 # %% [markdown]
+# Look at the others yourself. In Jupyter there are two sliders below the picture.
+
+
+# %%
+def one_head(block, head):
+    probs = run.layers[block].attention.probs[0, head]
+    assert probs.shape == (seq, seq)
+    return viz.attention_map(probs, tokens, title=f"block {block}, head {head}")
+
+
+_ = viz.with_sliders(one_head, block=range(config.num_hidden_layers), head=range(heads))
+
+# %% [markdown]
 # To see all heads at once, measure three habits: the share that goes to the token before, to the token itself and to
 # `<bos>`, averaged over all queries but the first.
 
@@ -189,8 +201,7 @@ _ = figure.colorbar(image, ax=all_axes, label="mean share of the attention")
 #
 # <details><summary>Answer</summary>
 # No. What is handed over is the value vector, and that may be close to zero, as it often is for
-# <code>&lt;bos&gt;</code>.
-# To know, change the value and see what happens to the logits.
+# <code>&lt;bos&gt;</code>. To know, change the value and see what happens to the logits (the scores of the next token).
 # </details>
 #
 # ## Exercise

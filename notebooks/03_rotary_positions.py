@@ -17,7 +17,7 @@
 # Attention as it stands in notebook 2 does not know the order of words: a product of a query and a key is the same
 # wherever the two stand. Gemma tells the order by *turning* queries and keys by angles that depend on their places.
 # This is called **rotary position embedding**, RoPE. You need from notebook 2: *query*, *key*, *head*, *score* (their
-# product).
+# product), *port* (the model written anew in another program).
 
 # %%
 import numpy as np
@@ -88,7 +88,7 @@ _ = viz.rotary_phases(np.arange(200), head_dim, theta)
 #
 # `ops.rotary_tables` gives cosines and sines for all positions at once. They have an axis of length 1, because all
 # heads turn alike, and every angle stands in them twice, at $i$ and at $i + \mathrm{head\_dim}/2$, for a reason that
-# comes next.
+# comes next. The last argument is an array that only says in which precision the tables are wanted.
 
 # %%
 positions = np.arange(12)[None]  # (batch, seq)
@@ -133,7 +133,7 @@ scores = (ops.rotate(q, cos, sin) @ ops.rotate(k, cos, sin).swapaxes(-1, -2))[0,
 assert scores.shape == (60, 60)
 assert np.allclose(scores[1:, 1:], scores[:-1, :-1], atol=1e-4)
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-left.imshow(scores, cmap="RdBu")
+figure.colorbar(left.imshow(scores, cmap="RdBu"), ax=left, label="score")
 left.set(xlabel="place of the key", ylabel="place of the query", title="one query, one key, all places")
 right.plot(scores[:, 0])
 _ = right.set(xlabel="query's place minus key's", ylabel="score", title="the same by distance")
@@ -148,9 +148,10 @@ _ = right.set(xlabel="query's place minus key's", ylabel="score", title="the sam
 #
 # ## Why the angles are float32 in every model
 #
-# Models compute in half precision (notebook 7), with 8 bits for the digits of a number. At position 8000 an angle is
-# as large as 8000, and what matters is where it lies within one turn. 8 bits do not tell 8000 from 8015, which are
-# more than two turns apart. So the angles are computed with the 24 bits of float32, always.
+# Models compute with numbers of 16 bits (*half precision*, notebook 7). Gemma's kind, *bfloat16*, has 8 bits for the
+# digits of a number. At position 8000 an angle is as large as 8000, and what matters is where it lies within one
+# turn. 8 bits do not tell 8000 from 8015, which are more than two turns apart. So the angles are computed with the 24
+# bits of float32, always. In the code `bf16` rounds to bfloat16, and `wide` makes an ordinary array of the result.
 
 # %%
 far = np.arange(7900, 8000)
@@ -162,7 +163,7 @@ assert exact.shape == in_bfloat16.shape == (100,)
 axes = viz.new_axes(8, 3)
 axes.plot(far, exact, label="exact")
 axes.plot(far, in_bfloat16, "--", label="angle in bfloat16")
-axes.set(xlabel="position", ylabel="cosine of the fastest pair", title="an angle needs its digits")
+axes.set(xlabel="position", ylabel="cosine of the fastest pair", title="an angle needs its digits", ylim=(-1.1, 1.9))
 axes.legend(loc="upper right")
 np.abs(in_float32 - exact).max(), np.abs(in_bfloat16 - exact).max()
 
@@ -170,8 +171,9 @@ np.abs(in_float32 - exact).max(), np.abs(in_bfloat16 - exact).max()
 # **Question.** The fastest pair has whole numbers for angles. What about the others, in float32, at position 8000?
 #
 # <details><summary>Answer</summary>
-# The speed itself is rounded, and 8000 times its error is the error of the angle: about 8000 · 6e-8, a half of a
-# thousandth. Two programs that form the speeds in another order differ by that much. Hence the odd-looking formula in
+# The speed itself is rounded, by up to 6e-8 of it (half the distance of two float32 numbers at 1), and 8000 times its
+# error is the error of the angle: about 8000 · 6e-8, a half of a thousandth. Two programs that form the speeds in
+# another order differ by that much. Hence the odd-looking formula in
 # <code>ops.rotary_tables</code>, which agrees with PyTorch to the last bit.
 # </details>
 #

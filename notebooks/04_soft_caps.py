@@ -15,8 +15,8 @@
 # # 4. The two soft caps, and why they exist
 #
 # Gemma 2 bends two kinds of numbers so that they cannot become too large: the scores of attention, at 50, and the
-# logits, at 30. Few other models do. You need from notebooks 1 and 2: *logits* and *softmax*, attention *scores* and
-# *mask*.
+# logits, at 30. Few other models do. You need from notebooks 1 and 2: *logits* and *softmax*, *slope*, attention
+# *scores* and *mask*.
 
 # %%
 import numpy as np
@@ -36,7 +36,8 @@ config.attn_logit_softcapping, config.final_logit_softcapping
 #
 # The hyperbolic tangent goes from −1 to 1 and is steep in the middle. So small numbers pass nearly unchanged, and
 # large ones come close to $\pm c$ and never beyond. Cutting off at $c$ would do that too, but then all numbers beyond
-# would be the same, and training could not move them: the slope there is 0.
+# would be the same, and training could not move them: the slope there is 0. The picture has the two caps of Gemma 2;
+# in Jupyter a slider below it puts others in the place of 50.
 
 # %%
 x = np.array([0.5, 5.0, 25.0, 50.0, 100.0, 400.0])
@@ -44,7 +45,7 @@ bent = ops.soft_cap(x, 50.0)
 
 assert bent.shape == x.shape
 assert (np.abs(bent) <= 50).all() and (np.diff(bent) > 0).all()  # never beyond, and in the same order
-viz.cap_curves([50.0, 30.0])
+viz.with_sliders(lambda cap: viz.cap_curves([cap, 30.0]), cap=[50.0, 10.0, 20.0, 100.0])
 dict(zip(x.tolist(), bent.round(3).tolist(), strict=True))
 
 # %% [markdown]
@@ -57,7 +58,9 @@ dict(zip(x.tolist(), bent.round(3).tolist(), strict=True))
 #
 # ## The slope
 #
-# For training the slope matters, since errors travel back through it:
+# For training the slope matters. Training starts from the error of an answer and goes back through the model, part by
+# part, to see what each number has to do with it; at each part it multiplies by the slope there (the *chain rule*).
+# Where a slope is 0 nothing gets through, and all before it learns nothing.
 #
 # $$\frac{d}{dx}\, c \tanh(x/c) = 1 - \tanh^2(x/c)$$
 #
@@ -115,8 +118,8 @@ for token in best:
 #
 # <details><summary>Answer</summary>
 # In exact arithmetic no: the curve always rises, so the order stays. That is why tests that only look at the
-# likeliest token do not notice a missing final cap; the probabilities do. In half precision (notebook 7) two large
-# logits may be rounded to the same number.
+# likeliest token do not notice a missing final cap; the probabilities do. In half precision (numbers of 16 bits,
+# notebook 7) two large logits may be rounded to the same number.
 # </details>
 #
 # ## No probability is quite 1

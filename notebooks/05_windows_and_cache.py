@@ -16,7 +16,8 @@
 #
 # Attention compares every token with every token before it, which for long texts is a lot. Gemma 2 does two things
 # about it: every second layer looks only a short way back, and what was computed for earlier tokens is kept. You need
-# from notebook 2: *query*, *key*, *value*, the *causal mask* (a token sees its own place and those before).
+# from notebook 2: *query*, *key*, *value* and their *heads*, the *causal mask* (a token sees its own place and those
+# before), *port* (the model written anew in another program).
 
 # %%
 import numpy as np
@@ -36,7 +37,8 @@ config.sliding_window, config.layer_types
 #
 # $$\text{full: } j \le i \qquad\qquad \text{sliding: } i - \mathrm{window} < j \le i$$
 #
-# They take turns, sliding first. The window is 4096 tokens in the released models and 64 in the tiny one.
+# They take turns, sliding first. The window is 4096 tokens in the released models and 64 in the tiny one. (Only their
+# attention differs; in all else the two kinds of layers, or blocks, are the same.)
 
 # %%
 places = np.arange(12)
@@ -87,8 +89,8 @@ for count, axes in enumerate(panels, start=1):
 #
 # To write a text, the model is asked for the next token, that token is appended, and it is asked again. Nothing about
 # earlier tokens changes by that: they cannot see the new one. So their keys and values are kept, in the **cache**,
-# and each step computes one token only. Reading the whole prompt at once is called **prefill**, going on by single
-# tokens **decoding**.
+# and each step computes one token only. The text that the model is given to continue is the **prompt**. Reading all
+# of it at once is called **prefill**, going on by single tokens **decoding**.
 #
 # $$k_{\text{all}} = [\,k_{\text{cache}},\; k_{\text{new}}\,] \qquad v_{\text{all}} = [\,v_{\text{cache}},\;
 # v_{\text{new}}\,]$$
@@ -157,7 +159,9 @@ _ = axes.legend()
 #
 # ## What the cache costs
 #
-# For each token kept: keys and values, for each layer and key/value head, `head_dim` numbers of 2 bytes.
+# For each token kept: keys and values (the first 2), for each layer and key/value head, `head_dim` numbers of 2 bytes
+# (the second 2; such numbers are called bfloat16, and are the subject of notebook 7). The configurations of the
+# released models are in the package, as *presets*.
 #
 # $$\text{bytes} = 2 \cdot 2 \cdot \mathrm{kv\_heads} \cdot \mathrm{head\_dim} \cdot \sum_{\text{layers}} \text{tokens
 # kept}$$

@@ -16,7 +16,8 @@
 #
 # Numbers in a deep network (one of many blocks) drift: each block adds to the stream, and products grow. Norms
 # bring them back to a standard size. Gemma 2 has more of them than most models, and stores their weights in an
-# unusual way. You need notebook 1: *residual stream*, *block*, *embedding*, *logits*.
+# unusual way. You need notebook 1: *residual stream*, *block*, *embedding*, *logits*, *training*; and from notebook 2
+# the word *port* (the model written anew in another program).
 
 # %%
 import numpy as np
@@ -118,8 +119,8 @@ _ = all_axes[0].set_ylabel("factor 1 + w")
 # $$h' = h + \mathrm{norm}_2(\mathrm{attention}(\mathrm{norm}_1(h))) \qquad h'' = h' +
 # \mathrm{norm}_4(\mathrm{feedforward}(\mathrm{norm}_3(h')))$$
 #
-# Beware of a name: `post_attention_layernorm` is norm 2 here. In Llama the norm of that name has the place of norm 3.
-# The picture shows what is read and written in each block, for the last token.
+# Beware of a name: `post_attention_layernorm` is norm 2 here. In Llama, another family of models much alike, the norm
+# of that name has the place of norm 3. The picture shows what is read and written in each block, for the last token.
 
 # %%
 names = ["input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"]
@@ -183,8 +184,9 @@ for name in ("2b", "9b", "27b"):
 #
 # ## Exercise
 #
-# `rms_norm`, from the formula. In bfloat16 compute with `wide(x)` and return `narrow(result, like=x)` (both of
-# `refgemma`): notebook 7 says why. Replace the line that raises, run the cell, and read what the check says.
+# `rms_norm`, from the formula. It is tried in float32 and in bfloat16. To be right in bfloat16, compute with
+# `wide(x)` (the same numbers as float32) and return `narrow(result, like=x)` (rounded to the precision of `x`), both
+# of `refgemma`: notebook 7 says why. Replace the line that raises, run the cell, and read what the check says.
 
 # %%
 from refgemma import exercises

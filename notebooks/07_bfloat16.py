@@ -15,8 +15,9 @@
 # # 7. bfloat16: what is rounded where, and what it costs
 #
 # Models are stored and run in 16 bits a number, to save memory. This notebook shows what that does to the numbers,
-# and where the model rounds. You need notebook 1: *block*, *residual stream*, *logits*; from notebook 6 the *norm*
-# and its factor $1 + w$.
+# and where the model rounds. You need notebook 1: *block*, *residual stream*, *logits*; from notebook 2 *port* (the
+# model written anew in another program); from notebook 6 the *norm* and its factor $1 + w$. PyTorch is the library in
+# which the model is usually run.
 
 # %%
 import numpy as np
@@ -32,11 +33,13 @@ tokenizer = models["float32"].tokenizer
 # %% [markdown]
 # ## The format
 #
-# A floating-point number is a sign, a power of two, and digits. **float32** has 8 bits for the power and 24 for the
-# digits (one of them is always 1 and not stored). **bfloat16** is its upper half: the same 8 bits of power, 8 bits of
-# digits. **float16** has 5 and 11: more digits, but nothing above 65504. The distance from a number to the next one
-# is called an **ulp** (*unit in the last place*): at 1.0 it is $2^{-7}$ in bfloat16, $2^{-10}$ in float16 and
-# $2^{-23}$ in float32.
+# A floating-point number is a sign, a power of two (its *exponent*), and digits (its *significand*). **float32** has
+# 8 bits for the power and 24 for the digits (one of them is always 1 and not stored). **bfloat16** is its upper half:
+# the same 8 bits of power, 8 bits of digits. (The *b* is for the group that made it, Google Brain.) **float16** has 5
+# and 11: more digits, but nothing above 65504. These two are called *half precision*. The distance from a number to
+# the next one is called an **ulp** (*unit in the last place*): at 1.0 it is $2^{-7}$ in bfloat16, $2^{-10}$ in
+# float16 and $2^{-23}$ in float32. In the code `bf16` and `f16` round to these formats, and `wide` gives the result
+# as ordinary float32 numbers.
 
 
 # %%
@@ -55,7 +58,8 @@ assert bf16(1 + 2**-7) != 1 and bf16(1 + 2**-9) == 1  # an ulp is seen, a quarte
 # ## Rounding
 #
 # A result that is no bfloat16 number is **rounded** to the nearest one, and where two are equally near to the one
-# whose last bit is 0 (*ties to even*). So the relative error is at most half an ulp:
+# whose last bit is 0 (*ties to even*). So the **relative error**, the error as a part of the number, is at most half
+# an ulp, $2^{-8}$ in bfloat16:
 #
 # $$|\mathrm{round}(x) - x| \le 2^{-8}\, |x|$$
 
@@ -102,7 +106,8 @@ print(f"{np.mean(twice != once):.0%} of the results differ")
 #
 # `wide(x)` leaves the 16 bits (PyTorch's `x.float()`), `narrow(y, like=x)` goes back to them. Gemma's norm is
 # computed wide from beginning to end and rounded once. Llama, a model built much alike, rounds before it multiplies
-# by the weight. With the same weights that gives other numbers:
+# by the weight. With the same weights that gives other numbers. With $\hat x$ for the vector divided by its root mean
+# square:
 #
 # $$\text{Gemma: } \mathrm{round}\big(\hat x\,(1 + w)\big) \qquad \text{Llama's way: }
 # \mathrm{round}\big(\mathrm{round}(\hat x) \cdot \mathrm{round}(1 + w)\big)$$
@@ -152,7 +157,8 @@ _ = viz.rounding_growth(runs, exact)
 # ## What it costs
 #
 # Does a reader notice? Compare the probabilities of the next token, and the choice of the likeliest, at every place
-# of the text. The **loss** is the mean of $-\log p$ of the token that really came next, in *nats*: lower is better.
+# of the text. The **loss** is the mean of $-\log p$ of the token that really came next: lower is better. (Its unit is
+# the *nat*, since the logarithm is the natural one.)
 
 # %%
 for name, run in {"float64": exact, **runs}.items():
@@ -178,8 +184,8 @@ for name, run in {"float64": exact, **runs}.items():
 # ## Large numbers
 #
 # What float16 gains in digits it lacks in reach. One number above 65504 becomes infinity, and soon everything is NaN
-# (*not a number*, the result of infinity minus infinity). Gemma 2 was trained in bfloat16, and the streams of large
-# models can have such numbers.
+# (*not a number*, the result of infinity minus infinity). The streams of large models can have such numbers, and
+# Gemma 2 is meant for bfloat16.
 
 # %%
 large = np.array([60000.0, 70000.0, 1e30], np.float32)

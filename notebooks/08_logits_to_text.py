@@ -15,7 +15,8 @@
 # # 8. From logits to text
 #
 # The model gives scores; somebody has to choose. You need notebook 1: *token*, *logits*, *softmax* (scores to
-# probabilities).
+# probabilities). `next_token_logits` gives the logits after the last token, and the *cache* of notebook 5, which is
+# not needed here.
 
 # %%
 import numpy as np
@@ -74,7 +75,8 @@ for axes, temperature in zip(panels, (0.5, 1.0, 2.0), strict=True):
 # There are 2048 tokens (256000 in the released models). Each of the unlikely ones is unlikely, but there are so many
 # that one is drawn now and then, and spoils the text. Two ways to prevent that: **top-k** draws from the $k$
 # likeliest only. **top-p** draws from the smallest number of likeliest tokens that together have at least probability
-# $p$: few where the model is sure, many where it is not.
+# $p$: few where the model is sure, many where it is not. Either gives all other tokens the score minus infinity,
+# whose exponential is 0.
 
 # %%
 p = np.sort(viz.probabilities(logits[0, 0]))[::-1]
@@ -106,7 +108,7 @@ for seed in range(3):
 #
 # To draw from the softmax one needs no sum over all tokens: add to each logit an independent random number of the
 # *Gumbel* kind, $g = -\log(-\log u)$ with $u$ uniform between 0 and 1, and take the largest. The result has just the
-# softmax's probabilities.
+# softmax's probabilities ($\sim$ is read: is distributed as). Here it is tried 20000 times on the 8 likeliest tokens.
 #
 # $$\arg\max_i (z_i + g_i) \;\sim\; \mathrm{softmax}(z)$$
 
@@ -133,7 +135,8 @@ _ = axes.legend()
 #
 # Give it a text that people wrote, and see how likely it found each next token. The mean of $-\log p$ is the
 # **loss**, in nats (natural logarithms). $e^{\mathrm{loss}}$ is called **perplexity**: the number of equally likely
-# tokens that would leave one as unsure.
+# tokens that would leave one as unsure. Here $p(a \mid b)$ is the probability of $a$ once $b$ is known, and
+# `log_softmax` gives the logarithms of the softmax directly.
 #
 # $$\mathrm{loss} = -\frac{1}{n} \sum_t \log p(\mathrm{token}_{t+1} \mid \text{tokens up to } t)$$
 

@@ -16,7 +16,7 @@
 #
 # A **port** is a model written anew in another program or for another machine. Most have had a bug that no crash
 # announced: the text was only a little worse. This notebook finds such bugs by comparing tensors. It uses words of
-# the notebooks before, above all the parts of a block (1), the window (5) and *rounding* (7).
+# the notebooks before, above all the *trace* and the parts of a block (1), the window (5) and *rounding* (7).
 
 # %%
 import numpy as np
@@ -27,9 +27,10 @@ from refgemma.oracle import bounds, compare, verify
 # %% [markdown]
 # ## The recording
 #
-# To judge a port one needs to know what is right. PyTorch's tensors were recorded: a **golden**. The model is a small
-# one with random weights, made so that mistakes cannot hide: caps of 2 and 3, a window of 5 for texts of 13 tokens,
-# random norm weights.
+# To judge a port one needs to know what is right. PyTorch's tensors were recorded; such a recording is called a
+# **golden**, and this one `bends-forward-f32`: the model `bends`, its forward pass (from tokens to logits), in
+# float32. It is a small model with random weights, made so that mistakes cannot hide: caps of 2 and 3, a window of 5
+# for texts of 13 tokens, random norm weights.
 
 # %%
 about, _ = verify.load_golden("bends-forward-f32")
@@ -56,7 +57,7 @@ print(f"the same likeliest token at {same.mean():.0%} of the places")
 # %% [markdown]
 # ## Differences along the way
 #
-# The **relative error** of a tensor: the root mean square of the difference, as a part of that of the recorded
+# The relative error of a tensor: the root mean square of the difference, as a part of that of the recorded
 # tensor. Drawn in the order of computation it has a step. Before the step there is only rounding, after it the bug
 # and all that follows from it.
 #
@@ -90,7 +91,8 @@ print("first bad:", order[place], f"{errors[place]:.1e}")
 #
 # ## A bound for each operation
 #
-# Better: ask of each operation how far rounding *can* carry it. For a sum of $n$ products, with $u = 2^{-24}$:
+# Better: ask of each operation how far rounding *can* carry it. For a sum of $n$ products, with $u = 2^{-24}$, the
+# largest relative error of one rounding in float32:
 #
 # $$|\mathrm{computed} - \mathrm{exact}| \;\le\; \frac{n u}{1 - n u} \sum_i |x_i|\,|w_i|$$
 #
@@ -114,8 +116,7 @@ assert used.max() <= 1
 #
 # <details><summary>Answer</summary>
 # It never blames a port that is right. And a mistake that is smaller than rounding passes, as it must: no one could
-# tell
-# it from another order of the same sum.
+# tell it from another order of the same sum.
 # </details>
 
 # %% [markdown]
@@ -146,7 +147,7 @@ for window in windows:
 axes = viz.new_axes(6, 3)
 axes.bar(windows, distances, log=True)
 axes.axhline(1, linestyle="--", color="tab:red", label="what rounding allows")
-axes.set(xlabel="window", ylabel="distance", title="attention of layer 0, by window")
+axes.set(xlabel="window", ylabel="distance", title="attention of layer 0, by window", ylim=(0.01, 1e10))
 _ = axes.legend()
 
 # %% [markdown]
@@ -177,7 +178,8 @@ _ = axes.set(title=name, xlabel="last axis of the tensor", ylabel="place")
 #
 # ## The whole check as one command
 #
-# `refgemma verify` does this for every recorded case, with the bounds.
+# On the command line `refgemma verify` does this for every recording, with the bounds; and `refgemma check` judges a
+# file with the tensors of a port, and names the mistake if it knows it. From Python:
 
 # %%
 result = verify.verify("bends-forward-f32")

@@ -15,7 +15,8 @@
 # # 10. The 9B and the 27B by numbers
 #
 # How large are the released models, where do their numbers sit, and what does a token cost? All of it follows from
-# the configuration. You need notebooks 1 (the parts of a block), 2 (*heads*, *key/value heads*) and 5 (the cache).
+# the configuration. You need notebooks 1 (the parts of a block), 2 (*heads*, *key/value heads*, the *query scalar*
+# under the root of the scores), 5 (the cache, the window) and of 7 that a bfloat16 number has 2 bytes.
 
 # %%
 import numpy as np
@@ -36,32 +37,34 @@ for name, config in sizes.items():
 # %% [markdown]
 # ## Parameters
 #
-# A **parameter** is one trained number. A matrix from $n$ to $m$ numbers has $n \cdot m$ of them.
+# A **parameter** is one trained number. A matrix from $n$ to $m$ numbers has $n \cdot m$ of them. In each block:
 #
 # $$\text{attention} = \mathrm{hidden} \cdot \mathrm{head\_dim} \cdot (2\,\mathrm{heads} + 2\,\mathrm{kv\_heads}) \qquad
 # \text{feed-forward} = 3 \cdot \mathrm{hidden} \cdot \mathrm{intermediate}$$
 
 
 # %%
-def parameters(config):
-    """Trained numbers by part of the model."""
-    layers, hidden = config.num_hidden_layers, config.hidden_size
-    heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
-    return {
-        "embedding": config.vocab_size * hidden,
-        "attention": layers * hidden * config.head_dim * heads,
-        "feed-forward": layers * 3 * hidden * config.intermediate_size,
-        "norms": (4 * layers + 1) * hidden,
-    }
+PARTS = {"embed": "embedding", "self_attn": "attention", "mlp": "feed-forward", "norm": "norms"}
 
 
+def by_part(config):
+    """Trained numbers by part of the model, from the names and shapes of its tensors."""
+    counts = dict.fromkeys(PARTS.values(), 0)
+    for name, shape in tensor_shapes(config).items():
+        part = next(part for sign, part in PARTS.items() if sign in name)
+        counts[part] += int(np.prod(shape))
+    return counts
+
+
+parts = {name: by_part(config) for name, config in sizes.items()}
+total = {name: sum(part.values()) for name, part in parts.items()}
 for name, config in sizes.items():
-    counted = sum(int(np.prod(shape)) for shape in tensor_shapes(config).values())
-    assert counted == sum(parameters(config).values())
-    print(f"{name:4s} {counted:,}")
+    gate = tensor_shapes(config)["model.layers.0.mlp.gate_proj.weight"]
+    assert gate == (config.intermediate_size, config.hidden_size)
+    assert parts[name]["feed-forward"] == config.num_hidden_layers * 3 * gate[0] * gate[1]
+    print(f"{name:4s} {total[name]:,}")
 
 # %%
-parts = {name: parameters(config) for name, config in sizes.items()}
 table = np.array([[part[kind] for kind in part] for part in parts.values()]) / 1e9
 assert table.shape == (3, 4)
 
@@ -86,28 +89,30 @@ _ = axes.legend()
 # ## Operations
 #
 # A product of a matrix and a vector takes a multiplication and an addition for each parameter. So a token costs about
-# 2 operations for each parameter; attention adds, for each layer, $4 \cdot \mathrm{heads} \cdot \mathrm{head\_dim}$
-# for each key that is seen. Floating-point operations are called FLOPs.
+# 2 operations for each parameter. Attention adds two products for each key that is seen, query with key and share
+# with value: for each layer $4 \cdot \mathrm{heads} \cdot \mathrm{head\_dim}$ operations. Floating-point operations
+# are called **FLOPs**. (The embedding is only looked up; but the head, which is the same table, is a product.)
 #
 # $$\text{FLOPs a token} \approx 2 \cdot \text{parameters} + 4 \cdot \mathrm{heads} \cdot \mathrm{head\_dim} \cdot
 # \sum_{\text{layers}} \text{keys seen}$$
 
 
 # %%
-def flops(config, place):
-    """Of the token at `place`, with everything before it in the cache."""
+def attention_flops(config, place):
+    """For the keys that the token at `place` sees, with everything before it in the cache."""
     seen = [
         min(place + 1, config.sliding_window) if config.is_sliding(n) else place + 1
         for n in range(config.num_hidden_layers)
     ]
     width = config.num_attention_heads * config.head_dim
-    return 2 * sum(parameters(config).values()), 4 * width * sum(seen)
+    return 4 * width * sum(seen)
 
 
 places = np.arange(0, 8192, 64)
 axes = viz.new_axes(6.4, 3)
 for name, config in sizes.items():
-    shares = np.array([flops(config, int(p))[1] / sum(flops(config, int(p))) for p in places])
+    looking = np.array([attention_flops(config, int(place)) for place in places])
+    shares = looking / (2 * total[name] + looking)
     assert shares.shape == places.shape
     axes.plot(places, 100 * shares, label=name)
 axes.set(xlabel="place of the token", ylabel="percent", title="attention's part of the work")
@@ -136,19 +141,20 @@ def cache_bytes(config, tokens):
 
 
 for name, config in sizes.items():
-    stored = 2 * sum(parameters(config).values()) / 2**30
+    stored = 2 * total[name] / 2**30
     cached = cache_bytes(config, 8192) / 2**30
     print(f"{name:4s} weights in bfloat16 {stored:5.1f} GiB, cache of 8192 tokens {cached:.2f} GiB")
 
 # %% [markdown]
 # To write one token, every parameter is read once. So the speed of a single text is bounded by how fast memory can be
-# read, long before arithmetic counts:
+# read, long before arithmetic counts. (A *GPU*, a graphics processor, is what large models are usually run on; its
+# own memory is fast.)
 #
 # $$\text{tokens a second} \le \frac{\text{bytes a second}}{\text{bytes of weights}}$$
 
 # %%
 speeds = {"a solid-state disk": 3e9, "memory of a laptop": 60e9, "memory of a large GPU": 3e12}
-rates = np.array([[speed / (2 * sum(parameters(c).values())) for c in sizes.values()] for speed in speeds.values()])
+rates = np.array([[speed / (2 * count) for count in total.values()] for speed in speeds.values()])
 assert rates.shape == (3, 3)
 
 axes = viz.new_axes(6.4, 3)
@@ -169,8 +175,9 @@ _ = axes.legend(loc="upper right")
 # ## Streaming: a model larger than memory
 #
 # Blocks are used one after the other, and each only once a token. So a model can be run with a single block in
-# memory: read it, use it, forget it. `Checkpoint.streamed` gives weights that are read from the disk when they are
-# asked for. Shown here with the tiny model; nothing but the file's name would be different for a 9B.
+# memory: read it, use it, forget it. The files with the weights of a model are called a **checkpoint**, and
+# `Checkpoint.streamed` gives weights that are read from the disk when they are asked for. Shown here with the tiny
+# model; nothing but the file's name would be different for a 9B.
 
 # %%
 from refgemma.weights.checkpoint import open_checkpoint
@@ -196,7 +203,7 @@ for name, count in largest.items():
 #
 # <details><summary>Answer</summary>
 # 54 GB take 18 seconds. The prompt takes the same reading, since all its tokens use a block while it is there, and
-# then the arithmetic: 1000 · 54 GFLOP.
+# then the arithmetic: 1000 times 54 billion FLOPs.
 # </details>
 #
 # Weights with random numbers in them are called *synthetic* here. They say nothing, but have every shape right, and
@@ -210,14 +217,16 @@ rows = nine.embed_tokens[1000:1008]
 assert rows.shape == (8, 3584) and len(nine.layers) == 42
 
 axes = viz.new_axes(8, 2.4)
-axes.imshow(rows[:, :64], cmap="RdBu", aspect="auto", interpolation="nearest")
+image = axes.imshow(rows[:, :64], cmap="RdBu", aspect="auto", interpolation="nearest")
+axes.figure.colorbar(image, ax=axes, label="weight")
 _ = axes.set(xlabel="column", ylabel="row", title="eight rows of a synthetic embedding table")
 
 # %% [markdown]
 # ## Exercise
 #
-# `parameters` counts the numbers of a model, and is compared with what was published. Replace the line that raises,
-# run the cell, and read what the check says.
+# `parameters` gives the number of all parameters of a model from its configuration alone, by formulas like the two
+# above (which are for one block; what else is there?). It is compared with what was published. Replace the line that
+# raises, run the cell, and read what the check says.
 
 # %%
 from refgemma import exercises

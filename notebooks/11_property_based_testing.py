@@ -36,7 +36,8 @@ quick = settings(max_examples=40, deadline=None, database=None, derandomize=True
 #
 # [Hypothesis](https://hypothesis.readthedocs.io) makes inputs from **strategies**: descriptions like "a list of whole
 # numbers from 3 to 9". `@given` runs the test on many of them. When one fails, it looks for a smaller one that still
-# fails (**shrinking**), and shows that.
+# fails (**shrinking**), and shows that. The settings `quick` ask for 40 inputs, the same ones each time. Below,
+# `hnp.arrays` are arrays of up to 6 numbers, and `st.sampled_from` is one of a list.
 #
 # $$\forall x:\quad |\mathrm{softcap}(x)| \le c \qquad \mathrm{softcap}(-x) = -\mathrm{softcap}(x) \qquad x \le y
 # \Rightarrow \mathrm{softcap}(x) \le \mathrm{softcap}(y)$$
@@ -149,7 +150,8 @@ test_operations()
 #
 # **Causality**: changing the token at place $t$ changes no logit before $t$. **The cache is only a shortcut**:
 # reading a text in two pieces gives what reading it at once gives. Both must hold for any text, window, and place of
-# the cut. Causality as a formula, with $x$ and $y$ for two texts and $z$ for their logits:
+# the cut. A place must lie in the text, so it can only be drawn once the text is there: `st.data()` lets a test draw
+# more on its way. Causality as a formula, with $x$ and $y$ for two texts and $z$ for their logits:
 #
 # $$x_s = y_s \text{ for all } s < t \quad\Rightarrow\quad z(x)_s = z(y)_s \text{ for all } s < t$$
 

@@ -1,7 +1,8 @@
 """The activations that a configuration may name, with transformers' names. Checked against `ACT2FN` of transformers
 5.23 in the parity tests, on random numbers in float32 and bfloat16.
 
-Gemma 2 itself uses one of them, `gelu_tanh`, which is defined with the other operations of the model.
+Gemma 2 itself uses one of them, `gelu_tanh`, which is defined with the other operations of the model. In half precision
+each rounds as often as PyTorch has kernels for it: once, or as its docstring says.
 """
 
 import math
@@ -23,6 +24,8 @@ _erf = np.vectorize(math.erf, otypes=[np.float64])
 def gelu(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
     """The exact GELU: ``x * (1 + erf(x / sqrt(2))) / 2``.
 
+    One rounding in half precision. Source: ``torch.nn.functional.gelu``; Hendrycks and Gimpel 2016, arXiv:1606.08415.
+
     Examples
     --------
     >>> gelu(np.array([-1.0, 0.0, 1.0])).round(4)
@@ -34,7 +37,9 @@ def gelu(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
 
 
 def gelu_new(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
-    """`gelu_tanh` step by step, each step rounded, as transformers' ``gelu_new`` computes it.
+    """`gelu_tanh` step by step: ``0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x**3)))``, each step rounded.
+
+    Source: transformers ``NewGELUActivation``.
 
     Examples
     --------
@@ -49,6 +54,8 @@ def gelu_new(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
 def sigmoid(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
     """``1 / (1 + exp(-x))``, computed as ``exp(-log(1 + exp(-x)))``, in which nothing overflows and no digit is lost.
 
+    One rounding in half precision. Source: ``torch.sigmoid``.
+
     Examples
     --------
     >>> sigmoid(np.array([-1000.0, 0.0, 1.0])).round(4)
@@ -61,6 +68,8 @@ def sigmoid(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
 def silu(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
     """``x * sigmoid(x)``, also called swish.
 
+    One rounding in half precision. Source: ``torch.nn.functional.silu``; Elfwing et al. 2017, arXiv:1702.03118.
+
     Examples
     --------
     >>> silu(np.array([-1.0, 0.0, 1.0])).round(4)
@@ -71,6 +80,8 @@ def silu(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
 
 def quick_gelu(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
     """``x * sigmoid(1.702 x)``: GELU, roughly.
+
+    Three roundings in half precision: two products and the sigmoid. Source: transformers ``QuickGELUActivation``.
 
     Examples
     --------
@@ -84,6 +95,8 @@ def quick_gelu(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
 def relu(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
     """``max(x, 0)``.
 
+    Nothing is rounded. Source: ``torch.nn.functional.relu``.
+
     Examples
     --------
     >>> relu(np.array([-1.0, 0.0, 1.0]))
@@ -95,6 +108,8 @@ def relu(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
 
 def relu2(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
     """``max(x, 0) ** 2``.
+
+    One rounding in half precision. Source: transformers ``ReLUSquaredActivation``; So et al. 2021, arXiv:2109.08668.
 
     Examples
     --------
@@ -108,6 +123,8 @@ def relu2(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
 def relu6(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
     """``min(max(x, 0), 6)``.
 
+    Nothing is rounded. Source: ``torch.nn.functional.relu6``.
+
     Examples
     --------
     >>> relu6(np.array([-1.0, 3.0, 9.0]))
@@ -118,7 +135,9 @@ def relu6(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
 
 
 def leaky_relu(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
-    """``x`` above 0, ``0.01 x`` below.
+    """``max(x, 0.01 x)``: ``x`` above 0, a hundredth of it below.
+
+    One rounding in half precision. Source: ``torch.nn.functional.leaky_relu``.
 
     Examples
     --------
@@ -129,7 +148,9 @@ def leaky_relu(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
 
 
 def tanh(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
-    """The hyperbolic tangent.
+    """The hyperbolic tangent, ``(exp(x) - exp(-x)) / (exp(x) + exp(-x))``.
+
+    One rounding in half precision. Source: ``torch.tanh``.
 
     Examples
     --------
@@ -141,7 +162,9 @@ def tanh(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
 
 
 def linear(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
-    """`x` itself.
+    """``x`` itself.
+
+    Nothing is rounded. Source: transformers ``LinearActivation``.
 
     Examples
     --------

@@ -368,7 +368,7 @@ Outputs: TypeAlias = Callable[[Start, Weights, Gemma2Config], Iterator[tuple[Hid
 
 
 def reference_outputs(start: Start, weights: Weights, config: Gemma2Config) -> Iterator[tuple[Hidden, LayerCache]]:
-    """What each block of the definition makes of the residual stream, and what it has to remember."""
+    """What each block of the definition makes of the residual stream, and what it has to remember: see `outputs`."""
     for layer, record in enumerate(blocks(start, weights, config)):
         yield record.out, next_past(layer, record, config)
 
@@ -414,7 +414,8 @@ def next_token_logits(
     input_ids: npt.ArrayLike | None, weights: Weights, config: Gemma2Config, cache: Cache | None = None,
     attention_mask: Any = None, position_ids: npt.ArrayLike | None = None, inputs_embeds: npt.ArrayLike | None = None,
 ) -> tuple[Logits, Cache]:  # fmt: skip
-    """`refgemma.model.next_token_logits`, with fast blocks.
+    """`refgemma.model.next_token_logits`, with fast blocks and the arguments of that: `input_ids` or `inputs_embeds`,
+    `attention_mask`, `position_ids`.
 
     Examples
     --------

@@ -20,6 +20,8 @@ MULTI_LABEL = "multi_label_classification"
 def log_softmax(logits: Float[np.ndarray, "*batch vocab"]) -> Float[np.ndarray, "*batch vocab"]:
     """Log probabilities: ``z - log(sum(exp(z)))``, in at least float32.
 
+    Source: ``torch.nn.functional.log_softmax``.
+
     Examples
     --------
     >>> log_softmax(np.zeros(4)).round(4)
@@ -32,6 +34,8 @@ def log_softmax(logits: Float[np.ndarray, "*batch vocab"]) -> Float[np.ndarray, 
 
 def cross_entropy(logits: Float[np.ndarray, "tokens classes"], labels: Int[np.ndarray, " tokens"]) -> float:
     """The mean of ``-log p(label)`` over the labels that are not -100, in nats; NaN if there are none, as in torch.
+
+    In at least float32, whatever the precision of the logits. Source: ``torch.nn.functional.cross_entropy``.
 
     Raises
     ------
@@ -56,7 +60,9 @@ def cross_entropy(logits: Float[np.ndarray, "tokens classes"], labels: Int[np.nd
 
 
 def mean_squared_error(values: Float[np.ndarray, "*shape"], labels: npt.ArrayLike) -> float:
-    """The mean of ``(value - label) ** 2``.
+    """The mean of ``(value - label) ** 2``, in at least float32.
+
+    Source: ``torch.nn.MSELoss``.
 
     Raises
     ------
@@ -80,7 +86,7 @@ def mean_squared_error(values: Float[np.ndarray, "*shape"], labels: npt.ArrayLik
 def binary_cross_entropy(logits: Float[np.ndarray, "*shape"], labels: npt.ArrayLike) -> float:
     """The mean of ``-y log(sigmoid(z)) - (1 - y) log(1 - sigmoid(z))``: every class is a question of its own.
 
-    Computed as ``max(z, 0) - z y + log(1 + exp(-|z|))``, in which nothing can overflow.
+    Computed as ``max(z, 0) - z y + log(1 + exp(-|z|))``, in which nothing can overflow, in at least float32.
     Source: ``torch.nn.BCEWithLogitsLoss``.
 
     Raises
@@ -106,7 +112,8 @@ def binary_cross_entropy(logits: Float[np.ndarray, "*shape"], labels: npt.ArrayL
 def causal_lm_loss(logits: Logits, labels: npt.ArrayLike) -> float:
     """Cross entropy of each token given the ones before it, in nats a token.
 
-    The logits at place ``t`` are judged by the label at ``t + 1``; labels of -100 do not count.
+    The logits at place ``t`` are judged by the label at ``t + 1``; labels of -100 do not count. `cross_entropy` of the
+    two, in at least float32.
     Source: transformers ``ForCausalLMLoss``.
 
     Parameters
@@ -138,8 +145,8 @@ def causal_lm_loss(logits: Logits, labels: npt.ArrayLike) -> float:
 def last_tokens(input_ids: TokenIds, pad_token_id: int) -> Int[np.ndarray, " batch"]:
     """The place of the rightmost token that is not padding, in each row; 0 where all of it is padding.
 
-    It is the last token of the text with padding on either side. Padding is told by its id, not by the attention mask.
-    Source: transformers ``GenericForSequenceClassification``.
+    ``argmax(place * (id != pad))``: the last token of the text, with padding on either side. Padding is told by its id,
+    not by the attention mask. Source: transformers ``GenericForSequenceClassification``.
 
     Examples
     --------
@@ -154,7 +161,8 @@ def last_tokens(input_ids: TokenIds, pad_token_id: int) -> Int[np.ndarray, " bat
 def sequence_classification_loss(
     logits: Float[np.ndarray, "batch labels"], labels: npt.ArrayLike, problem_type: str | None
 ) -> float:
-    """The loss of a sequence classifier.
+    """The loss of a sequence classifier: `mean_squared_error`, `cross_entropy` or `binary_cross_entropy`, in at least
+    float32.
 
     Parameters
     ----------
@@ -200,7 +208,7 @@ def sequence_classification_loss(
 
 
 def token_classification_loss(logits: Float[np.ndarray, "batch seq labels"], labels: npt.ArrayLike) -> float:
-    """Cross entropy over all tokens whose label is not -100.
+    """`cross_entropy` over all tokens whose label is not -100, in at least float32.
 
     Source: transformers ``ForTokenClassification``.
 

@@ -77,6 +77,8 @@ def attention(
 ) -> Attention:  # fmt: skip
     """Mix the values of all visible tokens: ``softmax(mask(cap(scale * q k^T))) v``, projected back to ``hidden``.
 
+    Each operation rounds as `refgemma.ops` says, the mixing of values once. Source: transformers ``Gemma2Attention``.
+
     Parameters
     ----------
     x : (batch, seq, hidden)
@@ -113,7 +115,7 @@ def attention(
 def feed_forward(x: Hidden, weights: LayerWeights, activation: Activation) -> FeedForward:
     """The gated feed-forward layer: ``down(gelu(gate(x)) * up(x))``; `activation` is `gelu_tanh` in Gemma 2.
 
-    Source: transformers ``Gemma2MLP``; Shazeer 2020, arXiv:2002.05202.
+    One rounding an operation in half precision. Source: transformers ``Gemma2MLP``; Shazeer 2020, arXiv:2002.05202.
     """
     gate = linear(x, weights.gate_proj)
     up = linear(x, weights.up_proj)
@@ -130,7 +132,8 @@ def block(
 
     Four norms, one before and one after each half. Despite its name, ``post_attention_layernorm`` here comes right
     after attention and before the sum; in Llama a norm of that name feeds the feed-forward layer.
-    The arguments are those of `attention` and `feed_forward`; `eps` is that of the norms.
+    The arguments are those of `attention` and `feed_forward`; `eps` is that of the norms. In half precision each sum is
+    one rounding. Source: transformers ``Gemma2DecoderLayer``.
     """
     input_layernorm = rms_norm(hidden, weights.input_layernorm, eps)
     attended = attention(input_layernorm, past, cos, sin, mask, weights, scale, cap)

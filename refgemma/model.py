@@ -66,7 +66,8 @@ def embed(input_ids: TokenIds, embed_tokens: Rows) -> Hidden:
 def unembed(norm: Hidden, embed_tokens: Rows) -> Logits:
     """The logits: ``norm @ embed_tokens.T``, `HEAD_ROWS` rows of the table at a time.
 
-    The head is tied: the table that embeds the tokens also scores them.
+    The head is tied: the table that embeds the tokens also scores them. One rounding in half precision.
+    Source: transformers ``Gemma2ForCausalLM``; Press and Wolf 2016, arXiv:1608.05859.
 
     Examples
     --------
@@ -126,7 +127,8 @@ def blocks(start: Start, weights: Weights, config: Gemma2Config) -> Iterator[Blo
 
 
 def head(norm: Hidden, weights: Weights, config: Gemma2Config) -> tuple[Logits, Logits]:
-    """The logits of the normed residual stream, before and after the final cap.
+    """The logits of the normed residual stream, before and after the final cap: ``z = norm @ head.T`` and `soft_cap`
+    of it. Rounded as these two are. Source: transformers ``Gemma2ForCausalLM``.
 
     Raises
     ------
@@ -140,15 +142,10 @@ def head(norm: Hidden, weights: Weights, config: Gemma2Config) -> tuple[Logits, 
 
 
 def forward(
-    input_ids: npt.ArrayLike | None,
-    weights: Weights,
-    config: Gemma2Config,
-    attention_mask: Any = None,
-    position_ids: npt.ArrayLike | None = None,
-    cache: Cache | None = None,
-    inputs_embeds: npt.ArrayLike | None = None,
-) -> Forward:
-    """Compute every named tensor of the model for a batch of token sequences.
+    input_ids: npt.ArrayLike | None, weights: Weights, config: Gemma2Config, attention_mask: Any = None,
+    position_ids: npt.ArrayLike | None = None, cache: Cache | None = None, inputs_embeds: npt.ArrayLike | None = None,
+) -> Forward:  # fmt: skip
+    """Compute every named tensor for a batch of token sequences: ``logits = head(norm(block(...block(embed(ids)))))``.
 
     Parameters
     ----------

@@ -109,7 +109,7 @@ def repeat_kv(x: Float[np.ndarray, "batch kv_heads keys head_dim"], groups: int)
     """Give every query head its key/value head: query head ``h`` uses key/value head ``h // groups``.
 
     `groups` is the number of query heads that share one key/value head, 2 in every released Gemma 2.
-    Each head is repeated in place (0, 0, 1, 1), not tiled (0, 1, 0, 1).
+    Each head is repeated in place (0, 0, 1, 1), not tiled (0, 1, 0, 1). Nothing is rounded.
     Source: transformers ``repeat_kv``; Ainslie et al. 2023, arXiv:2305.13245.
 
     Examples
@@ -154,10 +154,10 @@ def attention_scores(
 
 
 def causal_mask(q_places: Int[np.ndarray, " seq"], k_places: Int[np.ndarray, " keys"]) -> Bool[Array, "seq keys"]:
-    """Which keys a query may see in a full layer: those at its own place or before.
+    """Which keys a query may see in a full layer: those at its own place or before, ``k <= q``.
 
-    A place counts all tokens of a sequence from its first, padding included. So a whole prompt (prefill), a prompt in
-    pieces and the decoding of one token after the other are one case, with different places.
+    A place counts all tokens of a sequence from its first, padding included, so that prefill, a prompt in pieces and
+    decoding are one case, with different places. Source: transformers ``masking_utils.causal_mask_function``.
 
     Examples
     --------
@@ -171,9 +171,9 @@ def causal_mask(q_places: Int[np.ndarray, " seq"], k_places: Int[np.ndarray, " k
 def sliding_mask(
     q_places: Int[np.ndarray, " seq"], k_places: Int[np.ndarray, " keys"], window: int
 ) -> Bool[Array, "seq keys"]:
-    """Which keys a query may see in a sliding layer: the last `window`, itself included.
+    """Which keys a query may see in a sliding layer: the last `window`, itself included, ``q - window < k <= q``.
 
-    Source: transformers ``masking_utils.sliding_window_overlay`` (``k > q - window``).
+    Source: transformers ``masking_utils.sliding_window_overlay``; Beltagy et al. 2020, arXiv:2004.05150.
 
     Examples
     --------

@@ -27,7 +27,7 @@ class Pretrained:
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether the folder holds one; `refgemma synth` has none to write."""
+        """Whether the folder holds one; ``refgemma synth`` has none to write."""
         return (self.folder / TOKENIZER).exists()
 
     @cached_property

@@ -64,6 +64,8 @@ def ban_repeated_ngrams(scores: NextScores, ids: TokenIds, size: int) -> NextSco
 def forbid(scores: NextScores, tokens: Collection[int]) -> NextScores:
     """Minus infinity for `tokens`: the ends of text, before the least length is reached.
 
+    Source: transformers ``MinLengthLogitsProcessor``.
+
     Examples
     --------
     >>> forbid(np.zeros((1, 3)), [1])

@@ -11,7 +11,8 @@ PUBLISHED = {"hungary": "Hungary", "jingle-bells": "Jingle Bells", "gettysburg":
 
 
 def read_released(name: str) -> dict[str, Any]:
-    """One data file: ``checkpoint``, ``source``, ``commit``, ``licence``, ``precision``, ``caveats``, and the numbers.
+    """One data file, by `name`: ``checkpoint``, ``source``, ``commit``, ``licence``, ``precision``, ``caveats``, and
+    the numbers.
 
     Examples
     --------
@@ -24,7 +25,7 @@ def read_released(name: str) -> dict[str, Any]:
 
 
 def published_text(name: str) -> str:
-    """A text that gemma.cpp published cross entropies of.
+    """A text that gemma.cpp published cross entropies of, by its `name` in `PUBLISHED`.
 
     Examples
     --------

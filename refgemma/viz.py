@@ -3,10 +3,11 @@ numbers back from the drawing, and look whether any text is cut off.
 
 Every picture function draws into `axes`, or into a figure of its own, writes `title` above, and returns the axes.
 `tokens` are the texts of the tokens that were read, `names` those of the whole vocabulary. matplotlib is imported when
-the first picture is drawn: ``pip install "refgemma[viz]"``.
+the first picture is drawn: ``pip install "refgemma[viz]"``. `with_sliders` and `array_view` give something to move and
+to point at.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -347,6 +348,112 @@ def likeliest(
     axes.invert_yaxis()
     axes.set(xlabel="probability", title=title)
     return axes
+
+
+# --- pictures to move and to point at ---------------------------------------------------------------------------------
+
+
+def with_sliders(draw: Callable[..., Axes], **choices: Sequence[Any]) -> Axes:
+    """Draw the picture of the first of all `choices`; where somebody can move them, with a slider for each.
+
+    The sliders only add to the picture, which stands without them: where ipywidgets is not installed, outside Jupyter,
+    and where a notebook is run with nobody there, to make a page of it.
+
+    Parameters
+    ----------
+    draw : callable
+        Takes one of each of `choices`, by name, and returns the axes of a figure of its own.
+    **choices : sequence
+        What each slider goes through.
+
+    Returns
+    -------
+    axes
+        Of the first picture.
+
+    Examples
+    --------
+    >>> axes = with_sliders(lambda cap: cap_curves([cap]), cap=[50.0, 30.0, 5.0])
+    >>> axes.lines[-1].get_label()
+    'soft cap 50'
+    """
+    axes = draw(**{name: values[0] for name, values in choices.items()})
+    if _somebody_is_there():
+        _show_with_sliders(axes, draw, choices)
+    return axes
+
+
+def array_view(x: Array, axes: str) -> Any:
+    """Every number of `x` as a coloured square, which says the number and its place when it is pointed at.
+
+    Rows are the last axis but one, columns the last one; the axes before stand side by side, and below one another. Of
+    a large array the middle is left out. The result, of treescope (``pip install "refgemma[viz]"``), shows itself in
+    Jupyter; ``treescope.render_to_html`` makes a page of it.
+
+    Parameters
+    ----------
+    x : array
+        Of any precision and at least one axis.
+    axes : str
+        The names of its axes, as `refgemma.oracle.trace.trace_axes` has them: ``"batch heads seq keys"``.
+
+    Raises
+    ------
+    ValueError
+        If `axes` names another number of axes than `x` has.
+
+    Examples
+    --------
+    >>> import treescope
+    >>> view = array_view(np.eye(3), "seq keys")
+    >>> "seq: 3" in treescope.render_to_html(view, compressed=False)
+    True
+    """
+    names = axes.split()
+    if len(names) != x.ndim:
+        raise ValueError(f"axes names {len(names)} axes ({axes}), and the array has {x.ndim}: {x.shape}")
+    import treescope
+
+    outwards = range(x.ndim - 1, -1, -1)
+    labels = {number: f"{name}: {x.shape[number]}" for number, name in enumerate(names)}
+    return treescope.render_array(
+        np.asarray(wide(x)), columns=tuple(outwards[::2]), rows=tuple(outwards[1::2]), axis_labels=labels,
+        trim_outliers=False, truncate=True,
+    )  # fmt: skip
+
+
+def _somebody_is_there() -> bool:
+    """Whether sliders can be shown, and a notebook is open before somebody: a program that runs one takes no input."""
+    try:
+        import ipywidgets  # noqa: F401
+        from IPython import get_ipython
+    except ImportError:
+        return False
+    kernel = getattr(get_ipython(), "kernel", None)
+    return bool(getattr(kernel, "_allow_stdin", False))
+
+
+def _show_with_sliders(first: Axes, draw: Callable[..., Axes], choices: Mapping[str, Sequence[Any]]) -> None:
+    """The picture that is drawn, and below it sliders that put another one in its place."""
+    from IPython.display import display
+    from ipywidgets import SelectionSlider, VBox
+    from matplotlib import pyplot as plt
+
+    shown_figure = display(first.figure, display_id=True)
+    plt.close(first.figure)  # or Jupyter would show it once more at the end of the cell
+    sliders = {
+        name: SelectionSlider(options=[(str(value), value) for value in values], description=name)
+        for name, values in choices.items()
+    }
+
+    def draw_again(_: Any) -> None:
+        figure = draw(**{name: slider.value for name, slider in sliders.items()}).figure
+        shown_figure.update(figure)
+        plt.close(figure)
+
+    for slider in sliders.values():
+        slider.observe(draw_again, "value")
+    display(VBox(list(sliders.values())))
 
 
 def _places(count: int) -> Any:

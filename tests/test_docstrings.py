@@ -20,7 +20,14 @@ API = Path(__file__).parents[1] / "docs" / "reference" / "api"
 DIRECTIVE = re.compile(r"automodule:: (\S+)\n   :members:(.*)")
 
 # What cannot be run here, and where it is.
-WITHOUT_EXAMPLE = {"refgemma.oracle.capture.capture_transformers": "needs PyTorch; tests/parity has it"}
+PYTORCH = "needs PyTorch; tests/parity has it"
+WITHOUT_EXAMPLE = {
+    "refgemma.oracle.capture.capture_transformers": PYTORCH,
+    "refgemma.testing.adapters.Transformers": PYTORCH,
+    "refgemma.testing.adapters.TransformersEager": PYTORCH,
+    "refgemma.testing.adapters.TransformersSdpa": PYTORCH,
+    "refgemma.testing.adapters.TransformersFlex": PYTORCH,
+}
 
 
 @dataclass(frozen=True)
@@ -37,22 +44,22 @@ class Shown:
         return inspect.getdoc(self.function) or ""
 
 
-def members(module: Any, listed: str) -> Iterator[Any]:
-    """The functions and classes that ``automodule`` shows."""
+def members(module: Any, listed: str) -> Iterator[tuple[str, Any]]:
+    """The functions and classes that ``automodule`` shows, with their names there: Hypothesis renames a strategy."""
     own = (name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__)
     names = [name.strip() for name in listed.split(",")] if listed.strip() else getattr(module, "__all__", own)
     for name in names:
         value = getattr(module, name)
         if not name.startswith("_") and (inspect.isfunction(value) or inspect.isclass(value)):
-            yield value
+            yield name, value
 
 
 def shown() -> Iterator[Shown]:
     for path in sorted(API.glob("*.md")):
         page = path.read_text("utf-8")
         for module, listed in DIRECTIVE.findall(page):
-            for value in members(importlib.import_module(module), listed):
-                name = f"{value.__module__}.{value.__qualname__}"
+            for own_name, value in members(importlib.import_module(module), listed):
+                name = f"{value.__module__}.{own_name}"
                 yield Shown(name, "class" if inspect.isclass(value) else "function", value, page)
                 for inner, method in vars(value).items() if inspect.isclass(value) else ():
                     function = getattr(method, "__func__", getattr(method, "fget", method))
@@ -64,7 +71,11 @@ SHOWN = {item.name: item for item in shown()}
 
 
 def tree(function: Any) -> ast.AST:
-    return ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
+    except OSError:  # a strategy that Hypothesis made of a function: that one, as its file has it
+        file = ast.parse(inspect.getsource(inspect.getmodule(function)))
+        return next(node for node in file.body if getattr(node, "name", "") == function.__name__)
 
 
 def own_raises(function: Any) -> set[str]:
@@ -81,7 +92,7 @@ def arguments(function: Any) -> Iterator[tuple[str, str]]:
     definition = next(node for node in ast.walk(tree(function)) if isinstance(node, ast.FunctionDef))
     given = definition.args
     for argument in (*given.posonlyargs, *given.args, *given.kwonlyargs):
-        if argument.arg not in ("self", "cls"):
+        if argument.arg not in ("self", "cls", "draw"):
             yield argument.arg, ast.unparse(argument.annotation) if argument.annotation else ""
 
 
@@ -124,6 +135,29 @@ def problems(item: Shown) -> list[str]:
 
 def is_exception(value: Any) -> bool:
     return inspect.isclass(value) and issubclass(value, Exception)
+
+
+# --- the maths --------------------------------------------------------------------------------------------------------
+
+# What computes numbers of the model, or of what is made of them.
+MATHS = [
+    name
+    for name, item in SHOWN.items()
+    if item.kind == "function"
+    and re.match(r"refgemma\.(ops|activations|heads)\.|refgemma\.layers\.(attention|block|feed_forward)$", name)
+] + [f"refgemma.model.{name}" for name in ("embed", "unembed", "head", "forward")]
+FORMULA = re.compile(r"``[^`]*([+*/@<=]| - |max\(|-log )[^`]*``|``x`` itself|`cross_entropy`")
+SOURCE = re.compile(r"Source: |as in transformers")
+ROUNDING = re.compile(r"precision|[Rr]ound|float32|float64")
+EXACT = {"ops.causal_mask", "ops.sliding_mask", "heads.last_tokens"}  # their results are places, or true and false
+
+
+@pytest.mark.parametrize("name", MATHS)
+def test_the_maths_has_its_formula_source_and_rounding(name: str) -> None:
+    doc = SHOWN[name].doc
+    assert FORMULA.search(doc), "a formula"
+    assert SOURCE.search(doc), "the paper, or the other implementation"
+    assert name.removeprefix("refgemma.") in EXACT or ROUNDING.search(doc), "what is rounded, and how often"
 
 
 def test_the_reference_shows_something() -> None:

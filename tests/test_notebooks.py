@@ -9,8 +9,11 @@ import nbformat
 import pytest
 from matplotlib import pyplot as plt
 
+from refgemma import layers, model, ops
+
 FOLDER = Path(__file__).parents[1] / "notebooks"
 SOURCES = sorted(FOLDER.glob("*.py"))
+WORD_PAGE = FOLDER.parent / "docs" / "tutorial" / "index.md"
 AGAIN = "jupytext --update --to ipynb notebooks/*.py"  # after editing a .py
 
 plt.switch_backend("agg")
@@ -50,6 +53,17 @@ def test_the_rhythm(path: Path) -> None:
     assert {cell: len(cell.splitlines()) for cell in code if len(cell.splitlines()) > 20} == {}
 
 
+LAYERS = {name for module in (ops, layers, model) for name in vars(module) if not name.startswith("_")}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_no_layer_is_written_again_but_in_an_exercise(path: Path) -> None:
+    for cell in jupytext.read(path).cells:
+        written = re.findall(r"^(?:def|class) (\w+)", cell.source, re.MULTILINE) if cell.cell_type == "code" else []
+        for function in set(written) & LAYERS:
+            assert f"exercises.check_{function}({function})" in cell.source
+
+
 @pytest.mark.timeout(60)  # the promise is 60 seconds for a notebook, in a kernel of its own
 @pytest.mark.parametrize("path", SOURCES, ids=name)
 def test_it_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,3 +83,49 @@ def test_what_is_not_in_step_is_seen(tmp_path: Path) -> None:
     copy.with_suffix(".ipynb").write_bytes(SOURCES[0].with_suffix(".ipynb").read_bytes())
     with pytest.raises(AssertionError):
         test_the_pair_is_in_step(copy)
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+# What docs/tutorial/index.md says: word -> the notebook that explains it.
+WORDS = {
+    word: int(number)
+    for number, words in re.findall(r"^\| (\d+) \| (.*) \|$", WORD_PAGE.read_text("utf-8"), re.MULTILINE)
+    for word in words.split(", ")
+}
+# Everyday words as well, which mean nothing special in an earlier notebook.
+EVERYDAY = {"heads", "key", "value", "full", "query", "mask", "rounded", "property", "float32"}
+
+
+def prose_of(path: Path) -> list[str]:
+    return [cell.source for cell in jupytext.read(path).cells if cell.cell_type == "markdown"]
+
+
+def used_too_early(word: str, explained: int, notebook: int, cells: list[str]) -> list[str]:
+    """The cells of an earlier notebook that use a word and do not say where it is explained."""
+    said = re.compile(rf"\b{word.removesuffix('s')}s?\b", re.IGNORECASE)
+    if notebook >= explained or word in EVERYDAY:
+        return []
+    pointer = re.compile(rf"notebook\s+{explained}\b", re.IGNORECASE)
+    return [cell for cell in cells if said.search(cell) and not pointer.search(cell)]
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_a_word_is_explained_where_the_index_says(word: str) -> None:
+    prose = "\n".join(prose_of(SOURCES[WORDS[word] - 1]))
+    assert re.search(rf"\*{re.escape(word)}\*", " ".join(prose.split())), "a word is set off where it is explained"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_no_word_is_used_before_it_is_explained(path: Path) -> None:
+    number = int(path.stem[:2])
+    early = {
+        word: found for word, where in WORDS.items() if (found := used_too_early(word, where, number, prose_of(path)))
+    }
+    assert early == {}
+
+
+def test_a_word_used_too_early_is_seen() -> None:
+    assert used_too_early("perplexity", 8, 7, ["Its perplexity is 9."]) == ["Its perplexity is 9."]
+    assert used_too_early("perplexity", 8, 7, ["Its perplexity (notebook 8) is 9."]) == []
+    assert used_too_early("blocks", 1, 7, ["A block."]) == []

@@ -1,9 +1,19 @@
 """The pictures: what is drawn are the numbers that were handed in, labelled, and no text is cut off."""
 
+import base64
+import html
+import json
+import re
+import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
+import IPython
+import ipywidgets
 import numpy as np
 import pytest
+import treescope
 from matplotlib import pyplot as plt
 
 import refgemma
@@ -139,6 +149,90 @@ def test_no_text_is_cut_off() -> None:
                 assert page.y0 <= box.y0 <= box.y1 <= page.y1, (name, text.get_text())
         assert axes.get_xlabel(), name
         assert axes.get_title(), name
+
+
+# --- what can be moved and pointed at ---------------------------------------------------------------------------------
+
+
+class Screen:
+    """What a notebook would show: a list of what was displayed, and of what took the place of the first figure."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, somebody: bool) -> None:
+        self.displayed: list[Any] = []
+        self.updates: list[Any] = []
+        kernel = SimpleNamespace(_allow_stdin=somebody)
+        monkeypatch.setattr(IPython, "get_ipython", lambda: SimpleNamespace(kernel=kernel))
+        monkeypatch.setattr("IPython.display.display", self.display)
+
+    def display(self, shown: Any, display_id: bool = False) -> Any:
+        self.displayed.append(shown)
+        return SimpleNamespace(update=self.updates.append) if display_id else None
+
+
+def layer_map(layer: int, head: int) -> viz.Axes:
+    return viz.attention_map(RUN.layers[layer].attention.probs[0, head], TOKENS)
+
+
+def test_moving_a_slider_draws_the_other_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Screen(monkeypatch, somebody=True)
+    first = viz.with_sliders(layer_map, layer=range(6), head=range(6))
+    figure, box = screen.displayed
+    assert figure is first.figure
+    assert np.array_equal(first.images[0].get_array(), RUN.layers[0].attention.probs[0, 0])
+    layer, head = box.children
+    assert isinstance(layer, ipywidgets.SelectionSlider)
+    assert (layer.description, head.description) == ("layer", "head")
+    layer.value = 3
+    head.value = 2
+    drawn = [figure.axes[0].images[0].get_array() for figure in screen.updates]
+    assert np.array_equal(drawn[0], RUN.layers[3].attention.probs[0, 0])
+    assert np.array_equal(drawn[1], RUN.layers[3].attention.probs[0, 2])
+    assert plt.get_fignums() == []  # none is left for Jupyter to show a second time
+
+
+def test_without_anybody_to_move_them_there_are_no_sliders(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Screen(monkeypatch, somebody=False)
+    axes = viz.with_sliders(layer_map, layer=[4, 5], head=[1])
+    assert screen.displayed == []
+    assert plt.get_fignums() == [axes.figure.number]
+    assert np.array_equal(axes.images[0].get_array(), RUN.layers[4].attention.probs[0, 1])
+
+
+@pytest.mark.parametrize("missing", ["ipywidgets", "IPython"])
+def test_without_the_packages_the_picture_stands(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Screen(monkeypatch, somebody=True)
+    monkeypatch.setitem(sys.modules, missing, None)  # as if it were not installed
+    axes = viz.with_sliders(layer_map, layer=[4, 5], head=[1])
+    assert screen.displayed == []
+    assert np.array_equal(axes.images[0].get_array(), RUN.layers[4].attention.probs[0, 1])
+
+
+def array_page(x: np.ndarray, axes: str) -> tuple[str, np.ndarray]:
+    """The page of an array view, and the numbers in it."""
+    page = html.unescape(treescope.render_to_html(viz.array_view(x, axes), compressed=False))
+    (numbers,) = re.findall(r'"arrayBase64": "([^"]*)"', page)
+    return page, np.frombuffer(base64.b64decode(numbers), "<f4")
+
+
+def test_an_array_view_holds_the_numbers_and_the_names_of_the_axes() -> None:
+    x = np.arange(24.0).reshape(2, 1, 3, 4) / 8
+    page, numbers = array_page(x, "batch heads seq keys")
+    assert np.array_equal(numbers, x.ravel())
+    (across,), (down,) = (re.findall(rf'"{side}AxisSpecs": (\[.*?\])', page) for side in "xy")
+    assert [axis["label"] for axis in json.loads(across)] == ["keys: 4", "heads: 1"]  # the inner one first
+    assert [axis["label"] for axis in json.loads(down)] == ["seq: 3", "batch: 2"]
+    shown_at_once = viz.array_view(x, "batch heads seq keys")._repr_html_()
+    assert not re.search(r"(src|href)=|fetch\(|import\(", shown_at_once)  # it needs no network
+
+
+def test_half_precision_has_an_array_view() -> None:
+    _, numbers = array_page(refgemma.bf16([1 / 3, 1.0]), "keys")
+    assert numbers.tolist() == [0.333984375, 1.0]
+
+
+def test_an_array_view_wants_a_name_for_each_axis() -> None:
+    with pytest.raises(ValueError, match=r"names 2 axes \(seq keys\), and the array has 3"):
+        viz.array_view(np.zeros((1, 2, 3)), "seq keys")
 
 
 def test_special_characters_of_tokens_are_shown() -> None:

@@ -26,7 +26,13 @@ SCHEMA = "refgemma-diff/1"
 
 @dataclass(frozen=True)
 class Difference:
-    """One tensor of two traces."""
+    """One tensor of two traces.
+
+    Examples
+    --------
+    >>> Difference("logits", "", elements=4, equal=0.5).differs
+    True
+    """
 
     tensor: str
     problem: str  # why the two cannot be compared; empty if they can
@@ -63,13 +69,13 @@ def in_order(names: list[str]) -> list[str]:
 
 
 def compared(name: str, a: Array, b: Array) -> Difference:
-    """The difference of two arrays.
+    """The `Difference` of two arrays, `a` and `b`, of one tensor, `name`.
 
     Examples
     --------
     >>> d = compared("x", np.array([1.0, 2.0]), np.array([1.0, 2.5]))
-    >>> d.equal, d.largest, d.place
-    (0.5, 0.5, (1,))
+    >>> isinstance(d, Difference), d.equal, d.largest, d.place
+    (True, 0.5, 0.5, (1,))
     """
     if a.shape != b.shape:
         return Difference(name, f"has shapes {a.shape} and {b.shape}")

@@ -147,7 +147,8 @@ def _also_rounded(x: Array) -> Iterator[Array]:
 
 
 def weights_stage(path: str | Path, folder: Path, config: Gemma2Config) -> list[Stage]:
-    """Every tensor of a port's weights beside the checkpoint in `folder`, in the order of execution.
+    """Every tensor of a port's weights, the file or folder `path`, beside the checkpoint in `folder`, in the order of
+    execution.
 
     Names are Hugging Face's. What the port has not is `MISSING`; names that are none of the model's are `INVALID`.
     """

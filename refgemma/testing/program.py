@@ -85,7 +85,13 @@ class Program:
         self._capabilities: Capabilities | None = None
 
     def capabilities(self) -> Capabilities:
-        """What the program says of itself, asked once."""
+        """What the program says of itself, asked once.
+
+        Raises
+        ------
+        ProgramError
+            If that is no answer.
+        """
         if self._capabilities is None:
             about, _ = self._answer({"ask": "capabilities"}, {})
             try:
@@ -107,7 +113,15 @@ class Program:
         cache: Any = None,
         tensors: Sequence[str] = ("logits",),
     ) -> Output:
-        """Ask the program."""
+        """Ask the program.
+
+        Raises
+        ------
+        ProgramError
+            If the answer is none.
+        Unsupported
+            If the program says that it does not compute this.
+        """
         asked = {"ask": "forward", "folder": str(model.folder), "dtype": model.dtype, "tensors": " ".join(tensors)}
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         sent = {name: np.asarray(x, np.int64) for name, x in given.items() if x is not None}

@@ -108,6 +108,10 @@ def tensors_of(config: Gemma2Config, kind: str = "ordinary", seed: int = 0) -> d
 
     Parameters
     ----------
+    config : Gemma2Config
+        Their shapes.
+    seed : int
+        The same seed gives the same weights.
     kind : str
         ``ordinary``: normal, scores and logits of the order of 1. ``outliers``: one number in a hundred is 30 times as
         large. ``tied rows``: tokens share embeddings. ``tiny norms``: ``1 + weight`` near 0; ``huge norms``: near 60.
@@ -164,7 +168,7 @@ class TokenBatch:
 
 
 def token_ids(config: Gemma2Config, batch: int, seq: int) -> st.SearchStrategy[list[list[int]]]:
-    """Rows of tokens without padding."""
+    """`batch` rows of `seq` tokens, without padding."""
     row = st.lists(st.integers(0, config.vocab_size - 1), min_size=seq, max_size=seq)
     return st.lists(row, min_size=batch, max_size=batch)
 
@@ -177,7 +181,10 @@ def token_batches(
     max_seq: int = 13,
     sides: Sequence[str] = ("right", "left"),
 ) -> TokenBatch:
-    """Batches whose rows have padding on one side, at least one real token each; padding holds any token."""
+    """Batches whose rows have padding on one of `sides`, at least one real token each; padding holds any token.
+
+    At most `max_batch` rows of at most `max_seq` tokens.
+    """
     batch, seq = draw(st.integers(1, max_batch)), draw(st.integers(1, max_seq))
     ids = np.array(draw(token_ids(config, batch, seq)), np.int64)
     padded = draw(st.lists(st.integers(0, seq - 1), min_size=batch, max_size=batch))
@@ -187,7 +194,7 @@ def token_batches(
 
 
 def padding_mask(seq: int, padded: int, side: str) -> list[int]:
-    """One row of a mask with that many padding tokens.
+    """One row of a mask over `seq` tokens, of which `padded` are padding, on the `side` ``left`` or ``right``.
 
     Examples
     --------
@@ -238,7 +245,7 @@ def from_bits(bits: Sequence[int], dtype: str) -> Array:
 
 @st.composite
 def activations(draw: st.DrawFn, dtype: str = "float32", size: int = 8, finite: bool = True) -> Array:
-    """Arrays of any bit patterns of a precision: subnormal, huge, both zeros; infinite and NaN unless `finite`."""
+    """`size` numbers of any bit patterns of `dtype`: subnormal, huge, both zeros; infinite and NaN unless `finite`."""
     width = np.dtype(_UNSIGNED[dtype]).itemsize * 8
     numbers = st.integers(0, 2**width - 1)
     if finite:
@@ -252,14 +259,17 @@ def activations(draw: st.DrawFn, dtype: str = "float32", size: int = 8, finite: 
 
 
 def texts(max_size: int = 40) -> st.SearchStrategy[str]:
-    """Text of all of Unicode that UTF-8 can hold, with special tokens, what looks like one, and runs of blanks."""
+    """Text of all of Unicode that UTF-8 can hold, with special tokens, what looks like one, and runs of blanks.
+
+    It has up to five parts; those of any characters have at most `max_size`.
+    """
     anything = st.text(st.characters(exclude_categories=["Cs"]), max_size=max_size)
     parts = st.one_of(anything, st.sampled_from(LOOK_ALIKES), st.text(" ", max_size=40))
     return st.lists(parts, max_size=5).map("".join)
 
 
 def chat_messages(max_turns: int = 5) -> st.SearchStrategy[list[dict[str, str]]]:
-    """Conversations that Gemma 2 allows: user and assistant in turn, the user first."""
+    """Conversations that Gemma 2 allows, of at most `max_turns`: user and assistant in turn, the user first."""
     roles = ("user", "assistant")
 
     def told(contents: list[str]) -> list[dict[str, str]]:
@@ -309,7 +319,17 @@ def scenes(
     distinct: bool = True,
     **fixed: Any,
 ) -> Scene:
-    """Models with weights of any of `kinds`, and texts to read; `fixed` are fields of the configuration."""
+    """Models with weights of any of `kinds`, and texts to read.
+
+    Parameters
+    ----------
+    kinds : sequence of str
+        As of `tensors_of`.
+    batch, seq : (int, int)
+        The fewest and the most rows and tokens.
+    distinct, **fixed
+        As of `configs`.
+    """
     config = draw(configs(distinct, **fixed))
     rows, length = draw(st.integers(*batch)), draw(st.integers(*seq))
     ids = draw(token_ids(config, rows, length))
