@@ -51,6 +51,7 @@ nitpick_ignore_regex = [
         "py:class",
         r"refgemma\.oracle\.(candidate\.Tensor|diagnose\.Instance|estimate\.Estimate|graph\.(Call|Context|Operation))",
     ),
+    ("py:class", r"refgemma\.oracle\.where\.ErrorMap"),
     ("py:obj", r"Stored\.read"),
 ]
 

@@ -1,6 +1,7 @@
 """Right implementations, which `refgemma check` must not accuse: transformers' own code on random configurations.
 
     python golden/honest.py --count 200             draw 200 configurations, each in three precisions
+    python golden/honest.py --first 100 --count 50  only configurations 100 to 149: a long run in pieces
     python golden/honest.py --only 17               one of them again, with what is said of it
     python golden/honest.py --attention flex_attention
 
@@ -109,6 +110,7 @@ def verdicts(case: Case, folder: Path, dtype: str) -> Iterator[tuple[str, str, s
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--first", type=int, default=0, metavar="N", help="begin with configuration N")
     parser.add_argument("--only", type=int, metavar="N", help="configuration N alone")
     parser.add_argument("--attention", default="eager")
     parser.add_argument("--dtype", action="append", choices=DTYPES)
@@ -117,7 +119,7 @@ def main() -> int:
     transformers.logging.disable_progress_bar()
     counts: Counter[tuple[str, str, str]] = Counter()
     accused: Counter[tuple[str, str]] = Counter()
-    numbers = range(args.count) if args.only is None else [args.only]
+    numbers = range(args.first, args.first + args.count) if args.only is None else [args.only]
     for number in tqdm(numbers, disable=None):
         case: Any = drawn(number, args.attention)
         with tempfile.TemporaryDirectory() as temporary:

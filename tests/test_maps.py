@@ -1,5 +1,6 @@
-"""Name maps and importers on what llama.cpp printed and MLX-LM computed of the conformance checkpoint (tests/recorded;
-golden/conformance_gguf.py and golden/mlx_port.py say how), and on files that fit no map."""
+"""Name maps and importers on what llama.cpp printed, and MLX-LM and TransformerLens computed, of the conformance
+checkpoint (tests/recorded; golden/conformance_gguf.py, mlx_port.py and transformer_lens_port.py say how), and on files
+that fit no map."""
 
 import gzip
 import json
@@ -127,6 +128,13 @@ def test_mlx_lm_ignores_the_window() -> None:
 def test_mlx_lm_is_right_in_all_else(capsys: pytest.CaptureFixture[str]) -> None:
     code, found = show(RECORDED / "mlx-lm.safetensors", capsys)
     assert (code, len(found["matched"]), found["unmatched"]) == (0, 58, [])
+
+
+def test_transformer_lens_conforms(capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = check(RECORDED / "transformer-lens.safetensors")
+    assert (code, found["verdict"], len(found["tensors"])) == (0, "conforms", 82)
+    code, shown = show(RECORDED / "transformer-lens.safetensors", capsys)
+    assert (code, len(shown["matched"]), len(shown["ignored"]), shown["unmatched"]) == (0, 82, 147, [])
 
 
 # --- maps -------------------------------------------------------------------------------------------------------------

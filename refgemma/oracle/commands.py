@@ -1,18 +1,18 @@
-"""The commands of the oracle: `check` and `variants`. They handle arguments and print; checked through the command
-line."""
+"""The commands of the oracle: `check`, `sweep`, `diff` and the others. They handle arguments and print; checked through
+the command line."""
 
 import argparse
-import shlex
-import subprocess
+import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
-from refgemma.config import Gemma2Config
 from refgemma.files import replace_file
 from refgemma.hub import find_model
 from refgemma.inputs import InputError
@@ -22,22 +22,23 @@ from refgemma.oracle.conformance import prompts
 from refgemma.oracle.cover import DTYPES as PRECISIONS
 from refgemma.oracle.cover import Shown, covering, not_shown, shown, write_prompts
 from refgemma.oracle.cover import as_json as prompts_json
-from refgemma.oracle.diagnose import DIFFERS, INCONCLUSIVE, Check, Report, check
+from refgemma.oracle.diagnose import CONFORMS, DIFFERS, INCONCLUSIVE, Check, Report
 from refgemma.oracle.difference import Difference, differences, unexplained
 from refgemma.oracle.difference import as_json as difference_json
+from refgemma.oracle.jobs import read_jobs
 from refgemma.oracle.mapping import load_map, map_names, mapped, match, open_any
-from refgemma.oracle.stages import Stage, tokens_stage, weights_stage
+from refgemma.oracle.port import judged_port, read_port, read_weights, run_backend
+from refgemma.oracle.sweep import as_json as sweep_json
+from refgemma.oracle.sweep import cluster, processes, sweep
 from refgemma.oracle.trace import save_trace, target_file
 from refgemma.oracle.variants import VARIANTS
 from refgemma.pretrained import load
-from refgemma.tokenizer import Tokenizer, TokenizerError
 from refgemma.weights.checkpoint import open_checkpoint
 from refgemma.weights.parameters import Weights
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 CODES = "Exit codes: 0 conforms, 1 differs, 2 misuse or bad file, 3 noisy only, 4 inconclusive, 5 the backend failed."
 BACKEND_FAILED = 5
-STDERR = 2  # as a number: what a subprocess writes to
 BUNDLE_LIMIT = 1_000_000
 
 
@@ -82,13 +83,17 @@ def add_commands(add: Callable[[str, str], Any]) -> None:
         "--model", default="conformance", metavar="MODEL", help="for which model (default: conformance)"
     )
 
+    command = add("sweep", "check many traces, or many runs of a port; what was done already is not done again")
+    command.add_argument("jobs", metavar="JOBS", help="a file with a JSON object a line; see docs/how-to/sweep.md")
+    command.add_argument("--workers", type=int, metavar="N",
+                         help="processes of this machine (default: one a processor)")  # fmt: skip
+    command.add_argument("--scheduler", metavar="ADDRESS", help="instead: the workers of a Dask cluster")
+    command.add_argument("--results", metavar="DIR", help="where results are kept (default: JOBS.results)")
+    command.add_argument("--again", action="store_true", help="do also what was done already")
+    command.epilog = f"{CODES} Of many verdicts the worst counts, in the order 1, 5, 2, 4, 3, 0."
+
     command = add("variants", "list the known mistakes of Gemma 2 ports, or describe one")
     command.add_argument("name", nargs="?", metavar="NAME")
-
-
-def read_weights(folder: Path, dtype: str) -> Weights:
-    """A model's weights in the candidate's precision."""
-    return open_checkpoint(folder).weights(dtype)
 
 
 def run_check(args: argparse.Namespace) -> int:
@@ -101,68 +106,18 @@ def run_check(args: argparse.Namespace) -> int:
     folder = find_model(args.model)
     config = open_checkpoint(folder).config
     if args.run is not None and (problem := run_backend(args.run, Path(args.candidate))) is not None:
-        print(f"refgemma check: {problem}", file=sys.stderr)
+        print(f"refgemma check: --run: {problem}", file=sys.stderr)
         return BACKEND_FAILED
-    candidate = load_candidate(args.candidate, config, args.dtype, args.map)
-    if not candidate.tensors and not candidate.refused:
-        raise InputError(f"{args.candidate}: holds no tensor of this model; {known_to(args.candidate, candidate)}")
-    weights = read_weights(folder, candidate.dtype)
-    stages, remark = stages_of(candidate, folder, config, args.weights)
-    found = check(candidate, weights, config, args.allow)
-    found = replace(found, stages=stages, remarks=(*found.remarks, *remark))
+    candidate = read_port(args.candidate, config, args.dtype, args.map)
+    found = judged_port(candidate, folder, config, args.weights, args.allow)
     made = {"html": reports.page, "markdown": reports.markdown, "junit": reports.junit}
     for kind, path in outputs.items():
         if kind == "bundle":
-            write_bundle(candidate, weights, found, path)
+            write_bundle(candidate, read_weights(folder, candidate.dtype), found, path)
         else:
             replace_file(path, made[kind](found, args.model).encode())
     print(reports.dumps(reports.as_json(found, args.model)) if args.json else reports.text(found, args.model))
     return reports.EXIT[found.verdict]
-
-
-def stages_of(
-    candidate: Candidate, folder: Path, config: Gemma2Config, port: str | None
-) -> tuple[tuple[Stage, ...], list[str]]:
-    """What comes before any computation: weights, if they are given, and tokens, if the trace says of what."""
-    stages = weights_stage(port, folder, config) if port else []
-    if not {"text", "chat"} & set(candidate.metadata):
-        return tuple(stages), []
-    try:
-        tokenizer = Tokenizer.from_pretrained(folder)
-    except TokenizerError as error:
-        return tuple(stages), [f"tokens: not compared, for the model has no tokenizer ({error})"]
-    row, seen = candidate.call.input_ids[0], candidate.call.visible[0]
-    tokens = tokens_stage([int(n) for n in row[seen]], candidate.metadata, tokenizer)
-    return (*([tokens] if tokens else []), *stages), []
-
-
-def run_backend(command: str, trace: Path) -> str | None:
-    """Run a port's own command, which writes `trace`; what went wrong, if anything did.
-
-    What the command prints goes to stderr, where it cannot be taken for a report.
-    """
-    before = trace.stat() if trace.exists() else None
-    try:
-        words = shlex.split(command)
-        code = subprocess.run(words, stdout=STDERR, check=False).returncode if words else None
-    except (OSError, ValueError) as error:
-        return f"--run: {command!r} cannot be run ({error})"
-    if code is None:
-        return "--run: the command is empty"
-    if code:
-        return f"--run: {words[0]} ended with code {code}"
-    after = trace.stat() if trace.exists() else None
-    if after is None or (before and (before.st_mtime_ns, before.st_ino) == (after.st_mtime_ns, after.st_ino)):
-        return f"--run: {words[0]} ended well, but did not write {trace}"
-    return None
-
-
-def known_to(path: str, candidate: Candidate) -> str:
-    """What to do about a file without a name of ours."""
-    file = open_any(path)
-    counts = {name: len(match(file, load_map(name)).found) for name in map_names()} if not candidate.name_map else {}
-    fitting = [f"--map {name} knows {n}" for name, n in counts.items() if n]
-    return f"but {', '.join(fitting)} of them" if fitting else "logits at the least are needed"
 
 
 def run_map(args: argparse.Namespace) -> int:
@@ -301,6 +256,45 @@ def write_bundle(candidate: Candidate, weights: Weights, found: Report, path: st
     save_trace(tensors.items(), path, about)
 
 
+def run_sweep(args: argparse.Namespace) -> int:
+    """``refgemma sweep``."""
+    workers = (os.cpu_count() or 1) if args.workers is None else args.workers
+    if workers < 1:
+        raise InputError(f"--workers {workers}: at least one is needed")
+    jobs = read_jobs(args.jobs)
+    results = Path(args.results or f"{args.jobs}.results")
+    with cluster(args.scheduler) if args.scheduler else nullcontext((processes, workers)) as (pool, width):
+        found = list(tqdm(sweep(jobs, results, pool, width, args.again), "jobs", len(jobs), disable=None))
+    report = sweep_json(found)
+    print(reports.dumps(report) if args.json else "\n".join(sweep_lines(report)))
+    return int(report["exit_code"])
+
+
+def sweep_lines(report: dict[str, Any]) -> list[str]:
+    """What a person reads: the verdicts, the jobs that do not conform, and the tensors that are farthest off."""
+    counts = ", ".join(f"{n} {verdict}" for verdict, n in report["counts"].items())
+    lines = [f"{len(report['jobs'])} jobs: {counts}", ""]
+    other = [job for job in report["jobs"] if job["verdict"] != CONFORMS]
+    for job in other[:10]:
+        what = f"{job['first_divergence']}: {job['named']}" if job["first_divergence"] else job["message"]
+        lines.append(f"{job['verdict']:12s} {job['name']}: {what}".rstrip(": "))
+    lines += [f"and {len(other) - 10} others; --json has all", ""] if len(other) > 10 else [""] if other else []
+    rows = sorted(report["tensors"], key=lambda row: (-float(row["worst"]), -float(row["rms"])))
+    if rows:
+        lines.append(f"{'tensor':28s} {'precision':9s} {'elements':>9s} {'error/bound':>11s} {'rms/sigma':>10s} exact")
+    for row in rows[:8]:
+        worst = reports.number(float(row["worst"])) if float(row["worst"]) else "-"  # of spans there is no bound
+        numbers = f"{worst:>11s} {reports.number(float(row['rms'])):>10s} {row['exact'] / max(1, row['elements']):.3f}"
+        lines.append(f"{row['tensor']:28s} {row['dtype']:9s} {row['elements']:>9d} {numbers}")
+    lines += [f"and {len(rows) - 8} other kinds of tensors", ""] if len(rows) > 8 else [""] if rows else []
+    known = len(report["excluded"]) + len(report["found"]) + len(report["blind"])
+    if known:
+        lines.append(f"excluded by some trace: {len(report['excluded'])} of {known} known mistakes")
+    if report["blind"]:
+        lines.append(f"no trace can show {reports.short(report['blind'], 5)}")
+    return [reports.cut(line) for line in lines]
+
+
 def run_variants(args: argparse.Namespace) -> int:
     """``refgemma variants``."""
     chosen = [v for v in VARIANTS if args.name in (None, v.name)]
@@ -321,5 +315,6 @@ def run_variants(args: argparse.Namespace) -> int:
 
 
 RUN = {
-    "check": run_check, "diff": run_diff, "map": run_map, "prompts": run_prompts, "variants": run_variants,
+    "check": run_check, "diff": run_diff, "map": run_map, "prompts": run_prompts, "sweep": run_sweep,
+    "variants": run_variants,
 }  # fmt: skip

@@ -23,7 +23,7 @@ from refgemma.oracle.judge import BAD, BLIND, FAIL, GOOD, INVALID, NOISY, Judged
 from refgemma.oracle.spans import SEVERAL_ROUNDINGS, Computed, span_noise, where_compared
 from refgemma.oracle.stages import Stage
 from refgemma.oracle.variants import VARIANTS, Variant, both
-from refgemma.oracle.where import attribution
+from refgemma.oracle.where import ErrorMap, attribution, error_maps
 from refgemma.precision import Array, as_dtype
 from refgemma.weights.parameters import Weights
 
@@ -54,6 +54,7 @@ class Finding:
     where: str
     explanations: tuple[Variant, ...]
     estimates: tuple[Estimate, ...]
+    maps: tuple[ErrorMap, ...] = ()  # of the first instance
 
     @property
     def worst(self) -> Instance:
@@ -270,7 +271,8 @@ class Check:
             direct = not wrong[0].between
             fitted = () if invalid else tuple(estimates(self.usual, names, self.context, self.allowances(names)))
             where = "" if invalid or not direct else attribution(self, wrong[0].tensor)
-            yield Finding(kind, tuple(wrong), total, where, self.explanations(wrong), fitted)
+            maps = error_maps(self, names[0]) if names[0] in self.candidate.tensors else ()
+            yield Finding(kind, tuple(wrong), total, where, self.explanations(wrong), fitted, maps)
 
     def allowances(self, names: Sequence[str]) -> dict[str, Array]:
         """The standard deviation of each element."""

@@ -37,6 +37,8 @@ RMS_LIMIT = 2.0
 SIGMAS = 7.0
 # Of a span the noise is measured by simulation; real errors of one run are not independent of each other.
 SPAN_LIMIT = 3.0
+# Of the bins that errors are counted in, in standard deviations; the outermost two have all that is beyond them too.
+EDGES = np.linspace(-6, 6, 49)
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Statistics:
     bias: float = 0.0  # a common offset, likewise
     factor: float = 1.0  # the common factor itself
     place: tuple[int, ...] = ()  # of the largest error
+    histogram: tuple[int, ...] = ()  # elements by their error in standard deviations, see `EDGES`
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,18 @@ class Judged:
     verdict: str
     statistics: Statistics
     note: str = ""
+
+
+def counted(units: Array) -> tuple[int, ...]:
+    """How many errors, in standard deviations, are in each of the bins between `EDGES`.
+
+    Examples
+    --------
+    >>> counts = counted(np.array([0.1, 0.2, -99.0]))
+    >>> counts[24], counts[0], sum(counts)
+    (2, 1, 3)
+    """
+    return tuple(int(n) for n in np.histogram(np.clip(units, EDGES[0], EDGES[-1]), EDGES)[0])
 
 
 def rounded(exact: Array, storage: str) -> Array:
@@ -116,15 +131,17 @@ def judge(
     usable = np.isfinite(c) & np.isfinite(r)
     if not usable.any():
         return Judged(BLIND, Statistics(), "the reference is not finite")
-    if same == 1:
-        return Judged(EXACT, Statistics(len(c), 1.0))
     c, r, nearest, places = c[usable], r[usable], nearest[usable], places[usable]
-    bound = np.broadcast_to(allowed.worst, found.shape)[where][usable] * override
     sigma = np.broadcast_to(allowed.sigma, found.shape)[where][usable] * override
+    errors = (c - r) / sigma
+    if same == 1:
+        return Judged(EXACT, Statistics(len(c), 1.0, histogram=counted(errors)))
+    bound = np.broadcast_to(allowed.worst, found.shape)[where][usable] * override
     units = np.abs(c - r) / bound
     statistics = Statistics(
-        len(c), same, float(units.max()), float(np.sqrt(np.mean(((c - r) / sigma) ** 2))),
+        len(c), same, float(units.max()), float(np.sqrt(np.mean(errors**2))),
         *_leaning(c - nearest, r, sigma, allowed.common * override), tuple(int(n) for n in places[np.argmax(units)]),
+        counted(errors),
     )  # fmt: skip
     return Judged(_verdict(statistics), statistics)
 
@@ -165,10 +182,11 @@ def judge_span(found: Array, exact: Array, sigma: Array, where: Array, storage: 
     if not usable.any():
         return Judged(BLIND, Statistics(), "the reference is not finite")
     c, r, s, places = c[usable], r[usable], s[usable], places[usable]
-    units = np.abs(c - r) / s
+    units = (c - r) / s
     rms = float(np.sqrt(np.mean(units**2)))
-    place = tuple(int(n) for n in places[np.argmax(units)])
-    statistics = Statistics(len(c), float(np.mean(c == rounded(r, storage))), 0.0, rms, place=place)
+    place = tuple(int(n) for n in places[np.argmax(np.abs(units))])
+    same = float(np.mean(c == rounded(r, storage)))
+    statistics = Statistics(len(c), same, 0.0, rms, place=place, histogram=counted(units))
     return Judged(FAIL if rms > SPAN_LIMIT else PASS, statistics)
 
 

@@ -68,7 +68,7 @@ def map_names() -> tuple[str, ...]:
     Examples
     --------
     >>> map_names()
-    ('gemma_pytorch', 'llama.cpp', 'mlx-lm', 'transformers')
+    ('gemma_pytorch', 'llama.cpp', 'mlx-lm', 'transformer-lens', 'transformers')
     """
     return tuple(sorted(path.stem for path in FOLDER.glob("*.json")))
 

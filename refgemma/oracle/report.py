@@ -2,7 +2,9 @@
 says the same verdict, and the JSON has every field of its schema."""
 
 import html
+import itertools
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -16,6 +18,8 @@ from refgemma.oracle.estimate import Estimate
 from refgemma.oracle.graph import FIELDS, field_of, layer_of
 from refgemma.oracle.stages import Stage
 from refgemma.oracle.variants import Variant
+from refgemma.oracle.where import ErrorMap
+from refgemma.precision import Array
 
 SCHEMA = "refgemma-check/1"
 EXIT = {CONFORMS: 0, DIFFERS: 1, NOISY_ONLY: 3, INCONCLUSIVE: 4}
@@ -309,8 +313,16 @@ font-size:10px}} figure{{margin:1.5rem 0}} figcaption{{font-weight:600}} svg tex
 <figure><figcaption>Distance of the residual stream from the model's own, relative; it accuses no tensor</figcaption>
 {drift}</figure>
 <figure><figcaption>Largest error of each tensor in units of its worst case, on a scale of powers of ten</figcaption>
-{histogram}</figure></body></html>
+{worst}</figure>
+<figure><figcaption>All errors in standard deviations of rounding, beside the normal distribution</figcaption>
+{histogram}<p>The outermost bars have all that is beyond them. Sums in blocks err less than a standard deviation allows
+for, so that a good port is narrower than the curve; half precision is flat between -1.7 and 1.7.</p></figure>
+{maps}</body></html>
 """
+# Largest error in standard deviations, from which a map has the colour: rounding, then ten times more each.
+LEVELS = ((0.0, "#7fc98f"), (4.0, "#f0c419"), (10.0, "#f4a300"), (100.0, "#e8743b"), (1e3, "#d62828"), (1e4, "#7f1d1d"))
+CELLS = 64  # of a map in each direction, at most
+MAPS = 6  # findings that are shown as maps
 COLOURS = {
     j.EXACT: "#2a9d4b", j.PASS: "#7fc98f", j.NOISY: "#f0c419", j.SKEWED: "#e8743b", j.FAIL: "#d62828",
     j.BLIND: "#9a9a9a", j.INVALID: "#7b1fa2",
@@ -321,7 +333,7 @@ def page(report: Report, model: str) -> str:
     """One HTML file that needs no network."""
     return PAGE.format(
         verdict=html.escape(report.verdict), text=html.escape(text(report, model)), strip=_strip(report),
-        drift=_drift(report), histogram=_histogram(report),
+        drift=_drift(report), worst=_worst(report), histogram=_histogram(report), maps=_maps(report),
     )  # fmt: skip
 
 
@@ -364,7 +376,7 @@ def _drift(report: Report) -> str:
     )
 
 
-def _histogram(report: Report) -> str:
+def _worst(report: Report) -> str:
     ratios = [i.judged.statistics.worst for i in report.instances if np.isfinite(i.judged.statistics.worst)]
     logs = np.log10(np.maximum(ratios, 1e-6)) if ratios else np.zeros(0)
     counts, edges = np.histogram(np.clip(logs, -6, 8), bins=28, range=(-6, 8))
@@ -375,7 +387,86 @@ def _histogram(report: Report) -> str:
         for n, (c, edge) in enumerate(zip(counts, edges[:-1], strict=True))
     )
     ticks = "".join(f'<text x="{40 + 48 * n}" y="188">1e{-6 + n}</text>' for n in range(0, 15, 2))
-    return f'<svg viewBox="0 0 740 200" role="img" aria-label="histogram">{bars}{ticks}</svg>'
+    return f'<svg viewBox="0 0 740 200" role="img" aria-label="largest errors">{bars}{ticks}</svg>'
+
+
+def _histogram(report: Report) -> str:
+    """Shares of all elements, and of the normal distribution, between the edges."""
+    counted = [s.histogram for i in report.instances if (s := i.judged.statistics).histogram]
+    counts = np.sum(counted, axis=0) if counted else np.zeros(len(j.EDGES) - 1)
+    share = counts / max(1, counts.sum())
+    normal = np.diff([0.5 * (1 + math.erf(edge / math.sqrt(2))) for edge in j.EDGES])
+    top, width = max(share.max(initial=0), normal.max()), 640 / len(share)
+    heights = [(150 * x / top, 150 * y / top) for x, y in zip(share, normal, strict=True)]
+    bars = "".join(
+        f'<rect x="{40 + width * n:.1f}" y="{170 - bar:.1f}" width="{width - 1:.1f}" height="{bar:.1f}" fill="#1769aa">'
+        f"<title>{low:g} to {high:g}: {count} elements</title></rect>"
+        for n, ((bar, _), low, high, count) in enumerate(zip(heights, j.EDGES, j.EDGES[1:], counts, strict=False))
+    )
+    curve = " ".join(f"{40 + width * (n + 0.5):.1f},{170 - y:.1f}" for n, (_, y) in enumerate(heights))
+    ticks = "".join(f'<text x="{36 + width * n:.1f}" y="188">{j.EDGES[n]:g}</text>' for n in range(0, len(j.EDGES), 8))
+    return (
+        f'<svg viewBox="0 0 740 200" role="img" aria-label="errors">{bars}<polyline points="{curve}" fill="none" '
+        f'stroke="#d62828" stroke-width="2"/>{ticks}</svg>'
+    )
+
+
+def _maps(report: Report) -> str:
+    """Where the errors of the first findings are."""
+    figures = [
+        f"<figure><figcaption>{finding.instances[0].tensor}: largest error in standard deviations, {m.rows} down, "
+        f"{m.columns} across</figcaption>{_map(m)}</figure>"
+        for finding in report.findings[:MAPS]
+        for m in finding.maps
+    ]
+    keys = ", ".join(
+        f'<span style="background:{colour};color:#000;padding:0 .4rem">from {least:g}</span>'
+        for least, colour in LEVELS
+    )
+    return f"<p>Standard deviations: {keys}. White: not compared.</p>{''.join(figures)}" if figures else ""
+
+
+def _map(m: ErrorMap) -> str:
+    """Cells of one colour that lie side by side are one rectangle."""
+    numbers, (down, across) = pooled(m.numbers, CELLS)
+    size = 10
+    parts = []
+    for y, row in enumerate(numbers):
+        levels = [-1 if np.isnan(x) else sum(bool(x >= least) for least, _ in LEVELS) - 1 for x in row]
+        x = 0
+        for level, cells in itertools.groupby(levels):
+            width = len(list(cells))
+            if level >= 0:
+                parts.append(f'<rect x="{30 + size * x}" y="{size * y}" width="{size * width}" height="{size}" '
+                             f'fill="{LEVELS[level][1]}"/>')  # fmt: skip
+            x += width
+    high, wide = (size * n for n in numbers.shape)
+    ticks = (
+        f'<text x="30" y="{high + 14}">0</text><text x="{10 + wide}" y="{high + 14}">{m.numbers.shape[1] - 1}</text>'
+        f'<text x="0" y="{size}">0</text><text x="0" y="{high}">{m.numbers.shape[0] - 1}</text>'
+    )
+    cell = "" if (down, across) == (1, 1) else f"<p>A cell is the largest of {down} x {across}.</p>"
+    label = f"{m.rows} by {m.columns}"
+    return (
+        f'<svg viewBox="0 0 {60 + wide} {high + 20}" width="{60 + wide}" role="img" aria-label="{label}">'
+        f"{''.join(parts)}{ticks}</svg>{cell}"
+    )
+
+
+def pooled(numbers: Array, most: int) -> tuple[Array, tuple[int, int]]:
+    """The largest numbers of blocks, at most `most` in each direction, and the size of a block; NaN counts as none.
+
+    Examples
+    --------
+    >>> pooled(np.array([[1.0, 5, 2], [np.nan, 0, 9]]), 2)
+    (array([[5., 2.],
+           [0., 9.]]), (1, 2))
+    """
+    blocks = tuple(-(-n // most) for n in numbers.shape)
+    padding = [(0, -n % block) for n, block in zip(numbers.shape, blocks, strict=True)]
+    padded = np.pad(numbers, padding, constant_values=np.nan)
+    shape = (padded.shape[0] // blocks[0], blocks[0], padded.shape[1] // blocks[1], blocks[1])
+    return np.fmax.reduce(padded.reshape(shape), axis=(1, 3)), (blocks[0], blocks[1])
 
 
 def dumps(value: Any) -> str:

@@ -1,9 +1,10 @@
-"""Which elements of a wrong tensor are wrong, in words: heads, positions, distances, halves. Only the wording of `some`
-has a test of its own; a changed element's place is asserted in tests/test_check.py by the statistics, not the words.
+"""Which elements of a wrong tensor are wrong: heads, positions, distances, halves, in words and as maps. Checked in the
+tests by making chosen elements wrong.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,6 +25,31 @@ def wrong_elements(check: Check, name: str) -> Array:
         error = np.abs(found - exact)
     beyond = (error > allowed.worst) & where
     return np.asarray(beyond if beyond.any() else (error > 3 * allowed.sigma) & where)
+
+
+@dataclass(frozen=True)
+class ErrorMap:
+    """The errors of a tensor along two of its axes."""
+
+    rows: str  # the words of the axes
+    columns: str
+    numbers: Array  # the largest error in standard deviations; NaN where nothing is compared
+
+
+def error_maps(check: Check, name: str) -> tuple[ErrorMap, ...]:
+    """A wrong tensor's errors by position and its last axis, and if it has heads by head and position."""
+    found = check.candidate.tensors[name].numbers
+    where = np.broadcast_to(check.where(name), found.shape)
+    with np.errstate(invalid="ignore"):
+        units = np.abs(found - check.usual.result(name)) / check.sigma(name)
+    units = np.where(where, np.where(np.isfinite(units), units, np.inf), np.nan)
+    axes = axes_of(name).split()
+    seq, last = axes.index("seq"), len(axes) - 1
+    pairs = [(seq, last), *([(1, seq)] if axes[1] in ("heads", "kv_heads") else [])]
+    return tuple(
+        ErrorMap(axes[a], axes[b], np.fmax.reduce(units, axis=tuple(n for n in range(len(axes)) if n not in (a, b))))
+        for a, b in pairs
+    )
 
 
 def some(numbers: Array, total: int, word: str) -> str:
