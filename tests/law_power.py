@@ -3,6 +3,7 @@
     python tests/law_power.py                  ask every law about every mistake, write law_power.json and the tables
                                                of docs/property-tests.md
     python tests/law_power.py --only NAME ...  the same of some mistakes
+    python tests/law_power.py --laws LAW ...   the same of some laws
     python tests/law_power.py --tables         only the tables
 
 A mistake is one of the oracle's catalogue (`refgemma.oracle.variants`, computed operation by operation), one of
@@ -15,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -393,12 +394,6 @@ HERE: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 ALL = [*CATALOGUE, *HERE, *OWN]
 NONE = "no mistake"  # the catalogue's way of computing, unedited: what the others are compared with
 
-# What no law finds, and why none can or does.
-SAME_MODEL = "the same model, rounded elsewhere by no more than a law may allow: only a recording can tell"
-WHY_NOT: dict[str, str] = dict.fromkeys(
-    ("q-prescale-order", "norm-cast-order-llama", "norm-weight-in-half"), SAME_MODEL
-)
-STAGES = "no operation's fault: " + ", ".join(v.name for v in VARIANTS if v.change is None)
 
 
 def finds(law: str, backend: Any) -> bool:
@@ -420,10 +415,10 @@ def laws_for(backend: Any) -> list[str]:
     return [name for name, law in LAWS.items() if not lacking(backend, law.needs)]
 
 
-def asked(name: str) -> list[str]:
-    """The laws that find a mistake."""
+def asked(name: str, laws: Collection[str] = LAWS) -> list[str]:
+    """Which of the laws find a mistake."""
     with mistaken(name) as backend:
-        return [law for law in laws_for(backend) if finds(law, backend)]
+        return [law for law in laws_for(backend) if law in laws and finds(law, backend)]
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -444,10 +439,8 @@ def read_found() -> dict[str, list[str]]:
 
 
 def problems(found: Mapping[str, Sequence[str]]) -> list[str]:
-    """What the tables may not say: a mistake that nothing finds and nobody explains, or a reason that is none."""
-    silent = [f"{n}: no law finds it, and no reason is given" for n in found if not found[n] and n not in WHY_NOT]
-    stale = [f"{name}: a reason is given, and {found[name][0]} finds it" for name in WHY_NOT if found.get(name)]
-    return silent + stale
+    """What the tables may not say: that no law finds a mistake."""
+    return [f"{name}: no law finds it" for name in found if not found[name]]
 
 
 def still_open(found: Mapping[str, Sequence[str]]) -> str:
@@ -466,7 +459,7 @@ def tables(found: Mapping[str, Sequence[str]]) -> str:
     lines += [f"| `{law}` | {len(names)} | {_some(names)} |" for law, names in by_law.items()]
     lines += ["", "| mistake | laws that find it | which |", "| --- | --- | --- |"]
     lines += [
-        f"| {name} | {len(laws)} | {_some(laws) if laws else 'none: ' + WHY_NOT.get(name, '')} |"
+        f"| {name} | {len(laws)} | {_some(laws)} |"
         for name, laws in found.items()
     ]
     return "\n".join(lines)
@@ -475,13 +468,15 @@ def tables(found: Mapping[str, Sequence[str]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="some mistakes; the answers to others stay")
+    parser.add_argument("--laws", nargs="+", metavar="LAW", help="some laws; the answers of others stay")
     parser.add_argument("--tables", action="store_true", help="ask nothing, write the tables")
     args = parser.parse_args()
-    found = read_found()
     for name in [] if args.tables else args.only or ALL:
-        found[name] = asked(name)
-        print(f"{name}: {', '.join(found[name]) or '-'}", flush=True)
-        kept = read_found() | {name: found[name]}
+        laws = asked(name, args.laws or LAWS)
+        print(f"{name}: {', '.join(laws) or '-'}", flush=True)
+        kept = read_found()
+        others = [law for law in kept.get(name, []) if args.laws and law not in args.laws]
+        kept[name] = [law for law in LAWS if law in (*laws, *others)]
         FOUND.write_text(json.dumps({n: kept[n] for n in ALL if n in kept}, indent=1) + "\n", "utf-8")
     found = read_found()
     page = PAGE.read_text("utf-8")

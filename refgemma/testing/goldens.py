@@ -20,7 +20,7 @@ from refgemma.oracle.compare import (
 from refgemma.oracle.verify import load_golden, model_of, read_manifest, run_calls
 from refgemma.precision import Array
 from refgemma.testing.backends import Unsupported
-from refgemma.testing.laws import NotApplicable, exact, require
+from refgemma.testing.laws import LawBroken, NotApplicable, exact, golden_script, message, require
 
 SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
@@ -37,8 +37,8 @@ def check_golden(backend: Any, name: str) -> None:
     ------
     NotApplicable
         If the backend does not do what was recorded.
-    AssertionError
-        Naming the first tensor that differs by more than rounding explains, and all that do.
+    LawBroken
+        Naming the first tensor that differs by more than rounding explains, with a script that shows it.
 
     Examples
     --------
@@ -58,6 +58,10 @@ def check_golden(backend: Any, name: str) -> None:
                 raise NotApplicable(f"a recording of the kind {other!r}")
     except Unsupported as refusal:
         raise NotApplicable(str(refusal)) from refusal
+    except NotApplicable:
+        raise
+    except Exception as error:  # whatever an implementation may raise
+        raise LawBroken(f"{name}: {message(error)}", golden_script(name, backend)) from error
 
 
 def _loaded(backend: Any, about: Mapping[str, Any]) -> Any:
@@ -90,7 +94,7 @@ def _check_forward(backend: Any, name: str) -> None:
     distances = _distances(name, about, golden, computed)
     beyond = [(tensor, far) for tensor, far in distances.items() if not far <= 1]
     listed = "; ".join(f"{tensor}: {far:.3g} times what rounding explains" for tensor, far in beyond[:8])
-    require(not beyond, f"{name}: {len(beyond)} of {len(distances)} tensors differ, first {listed}")
+    require(not beyond, f"{len(beyond)} of {len(distances)} tensors differ, first {listed}")
 
 
 def _distances(
@@ -144,7 +148,7 @@ def _check_greedy(backend: Any, name: str) -> None:
         logits = exact(backend.forward(model, whole).logits)[0, len(text) - 1 :]
         chosen = logits.argmax(axis=-1).tolist()
         differ = [place for place, pair in enumerate(zip(chosen, recorded, strict=True)) if pair[0] != pair[1]]
-        require(not differ, f"{name}: prompt {number} continues with other tokens, first the {differ[:1]}th")
+        require(not differ, f"prompt {number} continues with other tokens, first the {differ[:1]}th")
 
 
 # Operation -> its results, by name, and the bound of each, from what was recorded and a backend's functions.
@@ -199,4 +203,4 @@ def _check_operation(backend: Any, name: str) -> None:
     for tensor, (computed, bound) in results.items():
         allowed = np.broadcast_to(bound, np.shape(computed))
         distance = operation_distance(computed, golden[tensor], allowed, about["dtype"])
-        require(distance <= 1, f"{name}: {tensor} is {distance:.3g} times as far away as rounding explains")
+        require(distance <= 1, f"{tensor} is {distance:.3g} times as far away as rounding explains")

@@ -52,7 +52,7 @@ class NotApplicable(Exception):
 
 
 class LawBroken(AssertionError):
-    """A law that does not hold; `script` is a program that shows it."""
+    """A law that does not hold, or a recording that is not met; `script` is a program that shows it."""
 
     def __init__(self, message: str, script: str) -> None:
         super().__init__(message)
@@ -294,12 +294,13 @@ class Law:
             if not broken:
                 raise
             example, cause = broken[-1]
-            raise LawBroken(f"{self.name}: {_message(cause)}", script(self.name, backend, example)) from error
+            raise LawBroken(f"{self.name}: {message(cause)}", script(self.name, backend, example)) from error
         if not checked:
             raise NotApplicable(refusals[0] if refusals else "no example could be made for it")
 
 
-def _message(cause: Exception) -> str:
+def message(cause: Exception) -> str:
+    """What went wrong, in a sentence: what a check says, or what the backend raised."""
     return str(cause) if isinstance(cause, AssertionError) else f"the backend raised {cause!r}"
 
 
@@ -341,7 +342,7 @@ def script(name: str, backend: Any, example: Mapping[str, Any]) -> str:
     """A program without pytest that checks one example of a law."""
     arguments = "".join(f",\n    {key}={written_value(value)}" for key, value in example.items())
     return (
-        f'"""Breaks the law {name}. Run with Python where refgemma[test] and the backend are installed."""\n\n'
+        f"{_says(f'Breaks the law {name}.')}"
         "import numpy as np\n\n"
         "from refgemma.config import Gemma2Config\n"
         "from refgemma.testing import properties\n"
@@ -349,3 +350,17 @@ def script(name: str, backend: Any, example: Mapping[str, Any]) -> str:
         "from refgemma.testing.strategies import Scene, from_bits\n\n"
         f"properties.{name}(\n    backend_named({backend_text(backend)!r}){arguments},\n)\n"
     )
+
+
+def golden_script(name: str, backend: Any) -> str:
+    """A program without pytest that compares a backend with one recording."""
+    return (
+        f"{_says(f'Differs from the recording {name}.')}"
+        "from refgemma.testing.backends import backend_named\n"
+        "from refgemma.testing.goldens import check_golden\n\n"
+        f"check_golden(\n    backend_named({backend_text(backend)!r}), {name!r},\n)\n"
+    )
+
+
+def _says(what: str) -> str:
+    return f'"""{what} Run with Python where refgemma[test] and the backend are installed."""\n\n'

@@ -7,7 +7,7 @@ one. The factors are powers of two, so that the two sides round alike.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from refgemma.config import FULL, SLIDING, Gemma2Config
 from refgemma.hub import find_model
-from refgemma.oracle.bounds import UNDERFLOW
+from refgemma.oracle.bounds import UNDERFLOW, U
+from refgemma.oracle.compare import ulp
 from refgemma.oracle.replay import model_operations, replay
 from refgemma.precision import Array, as_dtype, dtype_name
 from refgemma.testing.laws import ROUNDOFF, Bench, Exact, Law, Model, exact, law, require
@@ -675,13 +676,12 @@ def float32_is_near_float64(bench: Bench, scene: Scene) -> None:
 ALL_OPERATIONS = ("cos", "embedded", "layers.0.attention.scores", "layers.0.feed_forward.product", "raw_logits")
 
 
-@law(of(scenes()), needs=["dtype:float32", *(f"tensor:{name}" for name in ALL_OPERATIONS)])
-def each_operation_keeps_within_its_bound(bench: Bench, scene: Scene) -> None:
-    """Each tensor of a float32 run is the float64 operation on the tensors before it, within a derived bound.
+ALL_TENSORS = [f"tensor:{name}" for name in ALL_OPERATIONS]
 
-    The bounds are those of `refgemma.oracle.bounds`, one an element.
-    """
-    model, seq = bench.scene(scene, dtype="float32"), scene.ids.shape[1]
+
+def operation_by_operation(bench: Bench, scene: Scene, dtype: str) -> Iterator[tuple[str, Exact, Exact, Exact]]:
+    """Of each tensor of a run: its name, itself, the float64 operation on those before it, and its float32 bound."""
+    model, seq = bench.scene(scene, dtype=dtype), scene.ids.shape[1]
     shown = {name: exact(x) for name, x in model.run(scene.ids, ("*",)).tensors.items()}
     ago = np.arange(seq)[:, None] - np.arange(seq)
     config, double = scene.config, open_checkpoint(model.folder).resident("float64")
@@ -689,10 +689,47 @@ def each_operation_keeps_within_its_bound(bench: Bench, scene: Scene) -> None:
     masks = [np.broadcast_to(pictures[kind], (len(scene.ids), 1, seq, seq)) for kind in config.layer_types or ()]
     places = np.broadcast_to(np.arange(seq), scene.ids.shape)
     for name, computed, bound in replay(shown, model_operations(scene.ids, places, masks, double, config)):
-        if name == "embedded":
-            continue  # its factor is a float32 number, which is no rounding but part of the model: see the law above
-        beyond = np.abs(shown[name] - exact(computed)) > exact(bound) + UNDERFLOW
+        if name != "embedded":  # its factor is a rounded number, which is part of the model: there is a law for it
+            yield name, shown[name], exact(computed), exact(bound)
+
+
+@law(of(scenes()), needs=["dtype:float32", *ALL_TENSORS])
+def each_operation_keeps_within_its_bound(bench: Bench, scene: Scene) -> None:
+    """Each tensor of a float32 run is the float64 operation on the tensors before it, within a derived bound.
+
+    The bounds are those of `refgemma.oracle.bounds`, one an element.
+    """
+    for name, shown, computed, bound in operation_by_operation(bench, scene, "float32"):
+        beyond = np.abs(shown - computed) > bound + UNDERFLOW
         require(not beyond.any(), f"{name}: {beyond.sum()} of {beyond.size} elements are beyond the bound of rounding")
+
+
+def rounded_between(name: str, result: Exact, bound: Exact) -> Exact:
+    """The sizes, summed, of what PyTorch's kernels round on the way to a result: nothing for most operations."""
+    match name.rpartition(".")[2]:
+        case "q_rot" | "k_rot":  # two products; the float32 bound is twice U of them
+            return bound / (2 * U)
+        case "scores":  # the product, before it is scaled
+            return np.abs(result)
+        case "capped" | "logits":  # the quotient, of which tanh keeps the relative error, and its tanh
+            return 2 * np.abs(result)
+    return 0 * result
+
+
+@law(of(scenes()), needs=["dtype:bfloat16", *ALL_TENSORS])
+def a_kernel_rounds_once(bench: Bench, scene: Scene) -> None:
+    """Each tensor of a bfloat16 run is the operation on the tensors before it, rounded where PyTorch's kernels round.
+
+    That is once for a norm, a softmax, a projection or a sum, computed in float32: half a step of bfloat16. A norm that
+    is rounded before its weight, or queries that are rounded in place of scores, go further.
+    """
+    for name, shown, computed, bound in operation_by_operation(bench, scene, "bfloat16"):
+        between = ROUNDOFF["bfloat16"] * rounded_between(name, computed, bound)
+        limit = bound + between + ulp(np.abs(computed) + bound + between, "bfloat16") / 2
+        beyond = np.abs(shown - computed) > limit + UNDERFLOW
+        require(
+            not beyond.any(), f"{name}: {beyond.sum()} of {beyond.size} elements are rounded more often or elsewhere"
+        )
 
 
 # --- single operations ------------------------------------------------------------------------------------------------
