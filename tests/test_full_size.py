@@ -35,6 +35,9 @@ def test_fast_layers_conform(monkeypatch: pytest.MonkeyPatch) -> None:
     """And a mistake in them is found, at the layer that makes it."""
     found = result(reference=False)
     assert found.conforms, found.first_divergence
+    steps = [step for step in verify_full(NAME, reference=False) if isinstance(step, str)]
+    # As many as the progress bar counts to.
+    assert sorted(steps) == sorted(full_size.steps_of(load_full(NAME)[0]["names"], reference=False))
     layers = {f"calls.0.layers.{layer}.out" for layer in (0, 1)}
     others = {f"calls.0.{name}" for name in ("cos", "sin", "embedded", "norm", "raw_logits", "logits")}
     assert {c.tensor for c in found.comparisons} == layers | others | {*TOP, "loss"}

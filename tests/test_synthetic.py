@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import refgemma
 from refgemma.__main__ import MISUSE, OK, main
 from refgemma.config import Gemma2Config
-from refgemma.precision import bf16
+from refgemma.precision import BF16, bf16
 from refgemma.weights import writer
 from refgemma.weights.parameters import named_weights, tensor_shapes
 from refgemma.weights.synthetic import HEAD_POWERS, Synthetic, raw_bytes, synthetic_weights, write_synthetic
@@ -47,9 +47,12 @@ def test_any_rows_are_those_of_the_whole(name: str, data: st.DataObject) -> None
 
 
 def test_weights_are_exact_in_bfloat16() -> None:
+    halves = named_weights(synthetic_weights(CONFIG, "bfloat16"), CONFIG)
     for name, tensor in named_weights(synthetic_weights(CONFIG), CONFIG).items():
         numbers = tensor[:]
         np.testing.assert_array_equal(np.asarray(bf16(numbers)), numbers, err_msg=name)
+        np.testing.assert_array_equal(np.asarray(halves[name][:]), numbers, err_msg=name)
+        assert isinstance(halves[name][:], BF16)
         assert np.unique(numbers).size > 10
 
 

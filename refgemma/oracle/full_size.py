@@ -7,7 +7,8 @@ Checked by making mistakes on purpose, which are found, in the tests; recorded b
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -196,6 +197,21 @@ def sketches_of(
             yield "top_logits", logits[0, -1]
             yield "loss", label_losses(norm[:, :-1], wanted[:, 1:], weights, config).mean(keepdims=True)
         cache, first = Cache(present), False
+
+
+WHOLE = ("last_hidden_state", "top_logits", "loss")  # of the first whole call, after its sketches
+
+
+def steps_of(names: Iterable[str], reference: bool) -> list[str]:
+    """What `sketches_of` gives of a recording with these `names`: so how much there is to do.
+
+    Examples
+    --------
+    >>> steps_of(["calls.0.cos", "calls.0.layers.3.attention.out", "calls.0.layers.3.out"], reference=False)[:2]
+    ['calls.0.cos', 'calls.0.layers.3.out']
+    """
+    inside = re.compile(r"calls\.\d+\.layers\.\d+\.(?!out$)")
+    return [*(name for name in names if reference or not inside.match(name)), *WHOLE]
 
 
 def half_allowed(noise: float) -> float:
