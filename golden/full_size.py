@@ -235,8 +235,11 @@ def layers_only(model: Gemma2ForCausalLM, ids: torch.Tensor, cache: DynamicCache
     return {f"layers.{n}.out": sketch(torch.cat(out, dim=1).double().numpy()) for n, out in enumerate(outs)}
 
 
-def run(subject: Subject, dtype: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Sketches of all calls by tensor name; and what is kept whole: of the first call, unless it is long."""
+def run(subject: Subject, dtype: str, every: bool = True) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Sketches of all calls by tensor name; and what is kept whole: of the first call, unless it is long.
+
+    Without `every`, of a layer only what it gives: less work, for whoever measures how long it takes.
+    """
     torch.set_grad_enabled(False)
     model = streamed_model(subject, dtype)
     cache, done = DynamicCache(config=model.config), 0
@@ -247,7 +250,8 @@ def run(subject: Subject, dtype: str) -> tuple[dict[str, Any], dict[str, torch.T
         if length > PIECE:
             found = layers_only(model, ids, cache, dtype)
         else:
-            found, norm, logits = sketched_call(model, ids, cache, "full" if length > 1 else "thin")
+            density = ("full" if length > 1 else "thin") if every else "outs"
+            found, norm, logits = sketched_call(model, ids, cache, density)
             if not whole:
                 top = torch.topk(logits.float(), TOP)
                 whole = {"top_logits": top.values, "top_ids": top.indices}

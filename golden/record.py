@@ -200,6 +200,8 @@ def kept(name: str, density: str) -> bool:
         case "thin":
             inside = field in ("q_rot", "k_rot", "probs", "out") and "feed_forward" not in place
             return inside or name in ("cos", "sin", "embedded", "norm", "logits")
+        case "outs":
+            return whole or (place[2:] == [] and field == "out")
         case "logits":
             return name == "logits"
     raise ValueError(f"unknown density {density!r}")

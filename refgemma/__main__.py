@@ -33,6 +33,7 @@ from refgemma.oracle.full_size import (
     is_full_size,
     load_full,
     recording_of,
+    steps_of,
     two_layer_names,
     verify_full,
 )
@@ -408,8 +409,7 @@ def verified(name: str, dtype: str, checkpoint: Checkpoint | None, reference: bo
         return verify(name)
     comparisons = []
     every = reference or name.endswith(TWO_LAYERS) or dtype != "float32"
-    names = load_full(name)[0]["names"]
-    total = len(names if every else [tensor for tensor in names if tensor.endswith(".out")])
+    total = len(steps_of(load_full(name)[0]["names"], every))
     with tqdm(total=total, desc=name, unit="tensor", disable=None, delay=2, leave=False) as bar:
         for step in verify_full(name, dtype, checkpoint, every):
             bar.update() if isinstance(step, str) else comparisons.append(step)

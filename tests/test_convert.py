@@ -23,6 +23,7 @@ from safetensors.numpy import load_file, save_file
 import refgemma.weights.convert as conversion
 from refgemma.__main__ import INTERRUPTED, MISUSE, OK, main
 from refgemma.config import Gemma2Config
+from refgemma.weights import writer
 from refgemma.weights.checkpoint import CheckpointError, open_checkpoint, read_header
 from refgemma.weights.convert import convert, kind_of, open_source
 from refgemma.weights.flax_tree import read_npz, read_tree, write_npz
@@ -585,18 +586,20 @@ def test_what_is_in_the_way_stays(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["pytorch", "flax", "flax-npz"])
 def test_what_the_disk_has_made_of_it_is_checked(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     write_hf(tmp_path / "hf")
-    name = "check_written" if kind == "flax" else "check_same"
-    check = getattr(conversion, name)
+    module, name = (writer, "check_written") if kind == "flax" else (conversion, "check_same")
+    check = getattr(module, name)
 
     def damage(*arguments: Any) -> None:
-        file = next(path for path in (tmp_path / "there").iterdir() if path.suffix in (".ckpt", ".npz", ".safetensors"))
+        there = tmp_path / "there"
+        place = there / STAGING if kind == "flax" else there
+        file = next(path for path in place.iterdir() if path.suffix in (".ckpt", ".npz", ".safetensors"))
         place = read_tree(file) if kind != "pytorch" else read_torch(file)
         raw = bytearray(file.read_bytes())
         raw[next(iter(place.values())).start + 48 * 5] ^= 1
         file.write_bytes(bytes(raw))
         check(*arguments)
 
-    monkeypatch.setattr(conversion, name, damage)
+    monkeypatch.setattr(module, name, damage)
     with pytest.raises(CheckpointError, match=r"does not read as it was written, from row 0 on"):
         convert(tmp_path / "hf", tmp_path / "there", target_format=kind)
 

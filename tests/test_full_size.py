@@ -16,6 +16,7 @@ from refgemma.oracle.sketch import PROJECTIONS, SAMPLES, sketch
 from refgemma.oracle.verify import CaseResult, GoldenError
 
 NAME = "9b-synthetic-two-layers"
+TOP = ("top_ids", "top_order", "top_logits")
 
 
 def result(dtype: str = "float32", reference: bool = True) -> CaseResult:
@@ -27,16 +28,19 @@ def test_two_layers_conform() -> None:
     found = result()
     assert found.conforms, found.first_divergence
     names = load_full(NAME)[0]["names"]
-    assert {c.tensor for c in found.comparisons} == {*names, "top_ids", "top_logits", "loss"}
+    assert {c.tensor for c in found.comparisons} == {*names, *TOP, "loss"}
 
 
 def test_fast_layers_conform(monkeypatch: pytest.MonkeyPatch) -> None:
     """And a mistake in them is found, at the layer that makes it."""
     found = result(reference=False)
     assert found.conforms, found.first_divergence
+    steps = [step for step in verify_full(NAME, reference=False) if isinstance(step, str)]
+    # As many as the progress bar counts to.
+    assert sorted(steps) == sorted(full_size.steps_of(load_full(NAME)[0]["names"], reference=False))
     layers = {f"calls.0.layers.{layer}.out" for layer in (0, 1)}
     others = {f"calls.0.{name}" for name in ("cos", "sin", "embedded", "norm", "raw_logits", "logits")}
-    assert {c.tensor for c in found.comparisons} == layers | others | {"top_ids", "top_logits", "loss"}
+    assert {c.tensor for c in found.comparisons} == layers | others | {*TOP, "loss"}
     correct = fast.weigh
     monkeypatch.setattr(fast, "weigh", lambda scores, seen, scale, cap: correct(scores, seen, scale * 1.01, cap))
     first = result(reference=False).first_divergence
@@ -60,6 +64,41 @@ def test_mistakes_are_found_at_full_width(mistake: str, monkeypatch: pytest.Monk
     found = result()
     assert found.first_divergence is not None
     assert found.first_divergence.tensor == first
+
+
+@pytest.mark.parametrize(
+    ("ours", "ids", "order"),
+    [
+        ([90.0, 50.0, 40.0, 39.9999, 10.0], 0.0, 0.0),
+        ([90.0, 50.0, 39.9999, 40.0, 10.0], 0.0, 1e-4 / 0.0027),  # PyTorch's own lead, in units of 3e-5 * 90
+        ([50.0, 90.0, 40.0, 39.9999, 10.0], 0.0, 40 / 0.0027),
+        ([90.0, 50.0, 40.0, 39.9999, 40.5], (40.5 - 39.9999) / 0.0027, 0.0),  # one that PyTorch has not among the four
+        ([90.0, 50.0, 40.0, 39.9998, 39.9999], 0.0, 0.0),  # the same, but its logit is that of PyTorch's last
+    ],
+)
+def test_places_may_change_only_within_rounding(ours: list[float], ids: float, order: float) -> None:
+    logit = np.array([90.0, 50.0, 40.0, 39.9999])
+    golden = {"top_ids.float32": np.arange(4), "top_logits.float32": logit}
+    recorded = full_size.Recorded("float32", {}, logit, logit, logit)
+    found = {c.tensor: c for c in full_size._compare_top("calls.0.logits", np.array(ours), golden, recorded)}
+    assert found["top_ids"].distance == pytest.approx(ids)
+    assert found["top_order"].distance == pytest.approx(order)
+
+
+def test_in_half_precision_the_first_has_to_be_the_first() -> None:
+    """float32 and bfloat16 a hundredth apart everywhere: about two hundredths may be the difference of two runs."""
+    logit = np.array([9.0, 8.0, 7.99])
+    golden = {"top_ids.bfloat16": np.arange(3), "top_logits.bfloat16": logit}
+    sketches = np.zeros((1, 40))
+    recorded = full_size.Recorded("bfloat16", {"calls.0.logits": 0}, sketches, sketches + 0.01, sketches)
+
+    def distances(ours: list[float]) -> tuple[float, float]:
+        found = {c.tensor: c for c in full_size._compare_top("calls.0.logits", np.array(ours), golden, recorded)}
+        return found["top_ids"].distance, found["top_order"].distance
+
+    assert distances([9.1, 7.9, 8.1, 1.0]) == (0, 0)
+    assert distances([8.5, 8.6, 8.0, 1.0])[1] > 40
+    assert distances([9.0, 8.0, 7.9, 9.1])[0] > 40
 
 
 def test_recordings_that_are_not_there() -> None:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 import refgemma
 from refgemma.__main__ import MISUSE, OK, main
 from refgemma.config import Gemma2Config
-from refgemma.precision import bf16
+from refgemma.precision import BF16, bf16
+from refgemma.weights import writer
 from refgemma.weights.parameters import named_weights, tensor_shapes
 from refgemma.weights.synthetic import HEAD_POWERS, Synthetic, raw_bytes, synthetic_weights, write_synthetic
 
@@ -46,9 +47,12 @@ def test_any_rows_are_those_of_the_whole(name: str, data: st.DataObject) -> None
 
 
 def test_weights_are_exact_in_bfloat16() -> None:
+    halves = named_weights(synthetic_weights(CONFIG, "bfloat16"), CONFIG)
     for name, tensor in named_weights(synthetic_weights(CONFIG), CONFIG).items():
         numbers = tensor[:]
         np.testing.assert_array_equal(np.asarray(bf16(numbers)), numbers, err_msg=name)
+        np.testing.assert_array_equal(np.asarray(halves[name][:]), numbers, err_msg=name)
+        assert isinstance(halves[name][:], BF16)
         assert np.unique(numbers).size > 10
 
 
@@ -91,6 +95,34 @@ def test_an_interrupted_run_is_continued(tmp_path: Path, monkeypatch: pytest.Mon
     write_synthetic(CONFIG, tmp_path, max_shard_size=20_000)
     assert next(tmp_path.glob("model-00001-*")).stat().st_ino == inode
     assert refgemma.open_checkpoint(tmp_path).config == CONFIG
+
+
+def test_nothing_unchecked_can_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted while all is read again, and then with a byte changed: the next run finds it, and then mends it."""
+    checked = writer.check_written
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(writer, "check_written", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_synthetic(CONFIG, tmp_path, max_shard_size=20_000)
+    with pytest.raises(refgemma.CheckpointError):
+        refgemma.open_checkpoint(tmp_path)
+    monkeypatch.setattr(writer, "check_written", checked)
+    file = next((tmp_path / writer.STAGING).glob("model-00002-*"))
+    whole = file.read_bytes()
+    damaged = bytearray(whole)
+    damaged[-1] ^= 1
+    file.write_bytes(bytes(damaged))
+    with pytest.raises(refgemma.CheckpointError, match=rf"{file.name}: .* does not read as it was written"):
+        write_synthetic(CONFIG, tmp_path, max_shard_size=20_000)
+    with pytest.raises(refgemma.CheckpointError):
+        refgemma.open_checkpoint(tmp_path)
+    file.unlink()
+    write_synthetic(CONFIG, tmp_path, max_shard_size=20_000)
+    assert refgemma.open_checkpoint(tmp_path).config == CONFIG
+    assert next(tmp_path.glob("model-00002-*")).read_bytes() == whole
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

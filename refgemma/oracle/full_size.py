@@ -7,7 +7,8 @@ Checked by making mistakes on purpose, which are found, in the tests; recorded b
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -198,6 +199,21 @@ def sketches_of(
         cache, first = Cache(present), False
 
 
+WHOLE = ("last_hidden_state", "top_logits", "loss")  # of the first whole call, after its sketches
+
+
+def steps_of(names: Iterable[str], reference: bool) -> list[str]:
+    """What `sketches_of` gives of a recording with these `names`: so how much there is to do.
+
+    Examples
+    --------
+    >>> steps_of(["calls.0.cos", "calls.0.layers.3.attention.out", "calls.0.layers.3.out"], reference=False)[:2]
+    ['calls.0.cos', 'calls.0.layers.3.out']
+    """
+    inside = re.compile(r"calls\.\d+\.layers\.\d+\.(?!out$)")
+    return [*(name for name in names if reference or not inside.match(name)), *WHOLE]
+
+
 def half_allowed(noise: float) -> float:
     """The root mean square difference of two half-precision sketches that rounding explains, with mean square `noise`.
 
@@ -266,19 +282,23 @@ class Recorded:
 
 
 def _compare_top(logits: str, computed: Array, golden: Mapping[str, Array], recorded: Recorded) -> Iterator[Comparison]:
-    """The best tokens of the prompt's last place: in float32 all 64 and their logits, in half precision the first.
+    """The best tokens of the prompt's last place: in float32 all 64, their order and their logits, else the first.
 
-    Another token in the same place conforms only if its logit is the recorded one, as near as rounding allows.
+    ``top_ids`` is about which they are: another one among them conforms only if its logit is above that of PyTorch's
+    last by no more than rounding allows. ``top_order`` is about their places: two may change them only if PyTorch has
+    them no further apart than that, since rounding has decided their order then.
     """
     ids, logit = golden[f"top_ids.{recorded.dtype}"], golden[f"top_logits.{recorded.dtype}"]
     ours = wide(computed)
     if recorded.dtype == "float32":
-        allowed = TOP_LOGITS * float(np.abs(logit).max())
+        count, allowed = len(ids), TOP_LOGITS * float(np.abs(logit).max())
     else:
-        ids, logit, allowed = ids[:1], logit[:1], half_allowed(recorded.noise(logits))
-    best = np.argsort(-ours, kind="stable")[: len(ids)]
-    swapped = float(np.abs(ours[best] - logit)[best != ids].max(initial=0)) / allowed
-    yield Comparison("top_ids", "run", swapped, int(np.sum(best == ids)), len(ids))
+        count, allowed = 1, half_allowed(recorded.noise(logits))
+    best = np.argsort(-ours, kind="stable")[:count]
+    beyond = (ours[np.setdiff1d(best, ids)] - logit[-1]).max(initial=0)
+    yield Comparison("top_ids", "run", float(beyond) / allowed, len(np.intersect1d(best, ids[:count])), count)
+    lead = (logit[:count, None] - logit)[ours[ids[:count], None] < ours[ids]].max(initial=0)
+    yield Comparison("top_order", "run", float(lead) / allowed, int(np.sum(best == ids[:count])), count)
     if recorded.dtype == "float32":
         apart = float(np.abs(ours[ids] - logit).max()) / allowed
         yield Comparison("top_logits", "run", apart, int(np.sum(ours[ids] == logit)), len(ids))

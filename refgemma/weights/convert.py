@@ -40,7 +40,6 @@ from refgemma.weights.writer import (
     Output,
     _check_space,
     check_same,
-    check_written,
     claim,
     in_shards,
     shard_bytes,
@@ -452,7 +451,6 @@ def convert(
     _write_beside(opened, folder, target_format, outputs[0].dtype)
     if target_format in ("hf", "flax"):
         write_checkpoint(folder, outputs, size, fingerprint)
-        check_written(folder, outputs)
     else:
         _write_zips(folder, outputs, target_format, size)
     return Converted(opened, folder, target_format, outputs)

@@ -2,7 +2,8 @@
 reading back with the loaders of safetensors 0.8 and transformers 5.23, bit for bit.
 
 All is written into a folder of its own inside the target, and moved into place when it is whole, the index last. So a
-checkpoint is never half-written, and an interrupted run finds there what it has finished.
+checkpoint is never half-written, and an interrupted run finds there what it has finished. A run that may be continued
+also reads everything back before: what is in place has been compared with what had to be written.
 """
 
 import json
@@ -193,12 +194,13 @@ def write_checkpoint(
         With more than this, in several files with an index; see `shard_bytes`.
     fingerprint : str
         What is being written, if an interrupted run is to be continued: a run with the same one takes over the files
-        that an earlier one has finished. Without one it begins anew, and leaves nothing behind if it fails.
+        that an earlier one has finished, and all files are read again and compared before they are moved into place.
+        Without one it begins anew, and leaves nothing behind if it fails.
 
     Raises
     ------
     CheckpointError
-        If the disk has too little space, or a number cannot be read.
+        If the disk has too little space, a number cannot be read, or a file does not read as it was written.
     OSError
         If the folder cannot be written.
 
@@ -216,6 +218,8 @@ def write_checkpoint(
     staging.mkdir(parents=True, exist_ok=True)
     try:
         _write_shards(staging, shards, fingerprint)
+        if fingerprint:
+            check_written(staging, outputs)
     except BaseException:
         if not fingerprint:
             shutil.rmtree(staging, ignore_errors=True)
@@ -287,7 +291,7 @@ def check_same(found: Mapping[str, Stored], outputs: Sequence[Output], folder: P
                 if again.tobytes() != block.tobytes():
                     raise CheckpointError(
                         f"{tensor.file}: tensor {output.name!r} does not read as it was written, from row {row} on; "
-                        "the disk is failing, or another program has changed the file"
+                        "the disk is failing, or another program has changed the file: remove it and run again"
                     )
                 row += len(block)
                 bar.update(block.nbytes)
