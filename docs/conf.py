@@ -75,7 +75,7 @@ html_title = "refgemma"
 html_theme_options = {"show_toc_level": 2, "navigation_with_keys": True, "secondary_sidebar_items": ["page-toc"]}
 html_context = {"default_mode": "auto"}  # light or dark as the reader's system
 html_static_path = ["_static"]
-html_css_files = ["mathml.css"]
+html_css_files = ["site.css"]
 html_show_sourcelink = False
 html_math_renderer = "mathml"
 
