@@ -97,8 +97,8 @@ right.plot(before, before - after, ".", markersize=2)
 _ = right.set(xlabel="score before the cap", ylabel="taken away", title="what the cap takes")
 
 # %% [markdown]
-# Where is that? Here is the head with the largest score of all. Orange dots are what the cap takes, on the keys that
-# each query may see.
+# Where is that? Here is the head with the largest score of all, the sink of notebook 2. Orange dots are what the cap
+# takes, on the keys that each query may see.
 
 # %%
 scores = np.stack([layer.attention.scores[0] for layer in run.layers])
