@@ -16,6 +16,7 @@ from sphinx.application import Sphinx
 from sphinx.errors import SphinxError
 
 import refgemma
+from refgemma.explorer import explored, page
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -75,7 +76,7 @@ html_title = "refgemma"
 html_theme_options = {"show_toc_level": 2, "navigation_with_keys": True, "secondary_sidebar_items": ["page-toc"]}
 html_context = {"default_mode": "auto"}  # light or dark as the reader's system
 html_static_path = ["_static"]
-html_css_files = ["mathml.css"]
+html_css_files = ["site.css"]
 html_show_sourcelink = False
 html_math_renderer = "mathml"
 
@@ -103,6 +104,16 @@ def visit_block(translator: Any, node: nodes.math_block) -> None:
     raise nodes.SkipNode
 
 
+def write_explorer(app: Sphinx, failed: Exception | None) -> None:
+    """The page that `refgemma explore` writes, as an example; the tutorial leads there."""
+    if failed is None and app.builder.format == "html":
+        model = refgemma.load("tiny")
+        ids = model.tokenizer.encode(
+            "Once upon a time there was a little princess who lived in a great castle by the sea."
+        )
+        (Path(app.outdir) / "explorer.html").write_text(page(explored(ids, model, "tiny", "float32")), "utf-8")
+
+
 def follow_links(app: Sphinx, failed: Exception | None) -> None:
     """The build fails where a link leads nowhere."""
     if failed is None and app.builder.format == "html" and (found := problems(Path(app.outdir))):
@@ -110,5 +121,6 @@ def follow_links(app: Sphinx, failed: Exception | None) -> None:
 
 
 def setup(app: Sphinx) -> None:
+    app.connect("build-finished", write_explorer, priority=400)
     app.connect("build-finished", follow_links)
     app.add_html_math_renderer("mathml", (visit_inline, None), (visit_block, None))

@@ -97,6 +97,20 @@ right.plot(before, before - after, ".", markersize=2)
 _ = right.set(xlabel="score before the cap", ylabel="taken away", title="what the cap takes")
 
 # %% [markdown]
+# Where is that? Here is the head with the largest score of all, the sink of notebook 2. Orange dots are what the cap
+# takes, on the keys that each query may see.
+
+# %%
+scores = np.stack([layer.attention.scores[0] for layer in run.layers])
+block, head, _, _ = np.unravel_index(scores.argmax(), scores.shape)
+looking = run.layers[block].attention
+taken = (looking.scores - looking.capped)[0, head]
+
+assert scores.shape == (6, 6, len(ids), len(ids)) and taken.shape == (len(ids), len(ids))
+tokens = tiny.tokenizer.convert_ids_to_tokens(ids)
+_ = viz.attention_map(looking.probs[0, head], tokens, title=f"block {block}, head {head}", taken=taken)
+
+# %% [markdown]
 # Removing a cap is a change of the configuration, so the model can be run without, and the answers compared. No score
 # here comes near a cap, and yet the probabilities move: the likeliest tokens have the largest logits, which are bent
 # the most.

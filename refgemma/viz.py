@@ -126,6 +126,7 @@ def attention_map(
     tokens: Sequence[str],
     window: int | None = None,
     title: str = "attention",
+    taken: Float[np.ndarray, "seq keys"] | None = None,
     axes: Axes | None = None,
 ) -> Axes:
     """One head of one layer: how much each query (a row) takes from each key (a column).
@@ -138,6 +139,9 @@ def attention_map(
         One a key; the queries are the last ``seq`` of them.
     window : int, optional
         Of a sliding layer: the edge of what a query may see is drawn as a dashed line.
+    taken : (seq, keys), optional
+        What the soft cap took from each score, ``attention.scores - attention.capped`` of that head: a dot on each key
+        that is looked at, of an area in proportion.
 
     Examples
     --------
@@ -156,6 +160,14 @@ def attention_map(
         sides = np.ravel([(query - 0.5, query + 0.5) for query in range(seq)])
         axes.plot(np.repeat(edge, 2), sides, "--", color="tab:red")
         axes.set_xlim(-0.5, keys - 0.5)
+    if taken is not None:
+        rows, columns = np.nonzero(wide(probs))
+        sizes = np.abs(wide(taken))[rows, columns]
+        most = max(float(sizes.max()), 1e-30)
+        axes.scatter(
+            columns, rows, 80 * sizes / most, color="tab:orange", label=f"taken by the cap, at most {most:.2g}"
+        )
+        axes.legend(loc="upper right")  # where no key is seen
     axes.set(xlabel="key: the token looked at", ylabel="query: the token that looks", title=title)
     return axes
 

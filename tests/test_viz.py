@@ -26,6 +26,7 @@ IDS = TINY.tokenizer.encode("Once upon a time there was a little princess")
 TOKENS = TINY.tokenizer.convert_ids_to_tokens(IDS)
 NAMES = TINY.tokenizer.convert_ids_to_tokens(range(TINY.config.vocab_size))
 RUN = refgemma.forward([IDS], TINY.weights, TINY.config)
+SEQ = len(IDS)
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +58,20 @@ def test_the_window_is_drawn_between_what_is_seen_and_what_is_not(seq: int, keys
 
 def test_a_window_that_holds_all_keys_is_not_drawn() -> None:
     assert len(viz.attention_map(np.eye(4), ["x"] * 4, window=4).lines) == 0
+
+
+def test_what_the_cap_takes_is_drawn_on_the_keys_that_are_seen() -> None:
+    layer = RUN.layers[3].attention
+    taken = (layer.scores - layer.capped)[0, 2]
+    axes = viz.attention_map(layer.probs[0, 2], TOKENS, taken=taken)
+    (dots,) = axes.collections
+    places = dots.get_offsets().astype(int)
+    assert {tuple(place) for place in places.tolist()} == {
+        (key, query) for query in range(SEQ) for key in range(query + 1)
+    }
+    right = np.array([abs(taken[query, key]) for key, query in places])
+    assert np.allclose(dots.get_sizes() / dots.get_sizes().max(), right / right.max())
+    assert axes.get_legend().get_texts()[0].get_text() == f"taken by the cap, at most {right.max():.2g}"
 
 
 def test_a_mask_picture_has_the_places_for_labels() -> None:
@@ -114,6 +129,9 @@ def pictures() -> dict[str, viz.Axes]:
         "attention": viz.attention_map(RUN.layers[3].attention.probs[0, 2], TOKENS, title="layer 3, head 2"),
         "attention in a window": viz.attention_map(
             run.layers[0].attention.probs[0, 1], TINY.tokenizer.convert_ids_to_tokens(long), window
+        ),
+        "attention and cap": viz.attention_map(
+            RUN.layers[3].attention.probs[0, 2], TOKENS, taken=np.ones((SEQ, SEQ), np.float32)
         ),
         "one query": viz.attention_map(RUN.layers[3].attention.probs[0, 2, -1:], TOKENS),
         "mask": viz.mask_picture(np.tri(40, 60, dtype=bool), np.arange(40), np.arange(60)),

@@ -2,7 +2,7 @@
 Checked in the tests on recordings of PyTorch, one of them changed in a known place.
 
 Of one operation with result ``f(inputs)`` the first trace has ``a = f(a's inputs) + e`` and the second ``b = f(b's
-inputs) + e'``, and the errors are bounded by ``B`` and ``B'`` of `refgemma.oracle.allowance`. So ``(a - b) - (f(a's
+inputs) + e'``, and the errors are bounded by ``B`` and ``B'`` of ``refgemma.oracle.allowance``. So ``(a - b) - (f(a's
 inputs) - f(b's inputs))`` is at most ``B + B'``, however far the inputs are apart: what exceeds that is unexplained.
 """
 

@@ -1,5 +1,5 @@
 """The known mistakes of Gemma 2 ports, as data: what each changes, where it shows first, and where it was seen.
-Checked by making each of them in transformers (`docs/oracle.md` has the table).
+Checked by making each of them in transformers (``docs/oracle.md`` has the table).
 
 A variant is an edit of a `Context`: another number of the configuration, another function, mask, set of weights or
 wiring. Nothing in the model itself knows how to be wrong.

@@ -1,7 +1,7 @@
 """Original Gemma 2 checkpoints <-> Hugging Face folders, a few rows at a time. Checked against files of torch.save and
 TensorStore, and by transformers 5.23, which loads a converted folder as the model that it was.
 
-Both ways follow from one table, `refgemma.weights.layouts`.
+Both ways follow from one table, ``refgemma.weights.layouts``.
 """
 
 import hashlib
