@@ -269,14 +269,10 @@ class Check:
             invalid = wrong[0].judged.verdict == INVALID
             names = [i.tensor for i in wrong]
             direct = not wrong[0].between
-            fitted = () if invalid else tuple(estimates(self.usual, names, self.context, self.allowances(names)))
+            fitted = () if invalid else tuple(estimates(self.usual, names, self.context))
             where = "" if invalid or not direct else attribution(self, wrong[0].tensor)
             maps = error_maps(self, names[0]) if names[0] in self.candidate.tensors else ()
             yield Finding(kind, tuple(wrong), total, where, self.explanations(wrong), fitted, maps)
-
-    def allowances(self, names: Sequence[str]) -> dict[str, Array]:
-        """The standard deviation of each element."""
-        return {name: self.sigma(name) for name in names}
 
     def sigma(self, name: str) -> Array:
         """The standard deviation of each element of one recorded tensor."""
