@@ -175,7 +175,7 @@ class Check:
         exact = computed.result(name)
         if len(computed.span(name)) > 1:
             if variant is not None and variant.kind == "rounding":
-                same = j.mostly(found.numbers, exact, self.noise(name), where)
+                same = j.mostly(found.numbers, exact, self.usual.result(name), self.noise(name), where)
                 return Judged(j.PASS if same else FAIL, Statistics())
             return judge_span(found.numbers, exact, self.noise(name), where, found.storage)
         inputs = computed.inputs(name)
@@ -184,7 +184,8 @@ class Check:
         if variant is not None and variant.kind == "rounding":
             eager = self._eager(name, inputs, found.storage, variant)
             references = (exact,) if eager is None else (exact, eager)
-            same = any(j.matches(found.numbers, r, allowed, found.storage, where) for r in references)
+            usual = self.usual.result(name)
+            same = any(j.matches(found.numbers, r, usual, allowed, found.storage, where) for r in references)
             return Judged(j.PASS if same else FAIL, Statistics())
         if variant is not None:
             allowed = _widened(allowed, VARIANT_SLACK, exact)
