@@ -108,6 +108,29 @@ def test_one_wrong_element_is_seen(tmp_path: Path) -> None:
     assert report.first_divergence.judged.statistics.place == (1, 3, 7)
 
 
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        (
+            {"attn_logit_softcapping": None, "final_logit_softcapping": None, "query_pre_attn_scalar": 10,
+             "layer_types": (FULL,) * 4},
+            "attn-softcap-missing + final-softcap-missing + scale-head-dim + swa-all-global",
+        ),
+        ({"final_logit_softcapping": None, "layer_types": (FULL,) * 4}, "final-softcap-missing + swa-all-global"),
+        ({"final_logit_softcapping": None, "query_pre_attn_scalar": 17}, "UNKNOWN"),
+    ],
+)  # fmt: skip
+def test_what_was_left_out_together_is_named_from_the_logits(
+    changes: Mapping[str, Any], named: str, tmp_path: Path
+) -> None:
+    model = refgemma.load("conformance")
+    ids = np.random.default_rng(0).integers(4, 97, (1, 20))
+    logits = forward(ids, model.weights, model.config.changed(**changes)).logits
+    save_trace([("input_ids", ids), ("logits", logits)], tmp_path / "port.safetensors", {"dtype": "float32"})
+    report = check(load_candidate(tmp_path / "port.safetensors", model.config), model.weights, model.config)
+    assert [f.named for f in report.findings] == [named]
+
+
 @pytest.mark.parametrize("names", [None, BLOCK, ("logits",)], ids=["full", "block", "logits"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_few_wrong_elements_are_no_way_of_rounding(dtype: str, names: tuple[str, ...] | None, tmp_path: Path) -> None:
