@@ -3,7 +3,8 @@
     python golden/honest.py --count 200             draw 200 configurations, each in three precisions
     python golden/honest.py --first 100 --count 50  only configurations 100 to 149: a long run in pieces
     python golden/honest.py --only 17               one of them again, with what is said of it
-    python golden/honest.py --attention flex_attention
+    python golden/honest.py --attention flex_attention    not compiled: torch's own reference of it
+    python golden/honest.py --attention fast        refgemma's own fast blocks instead, in float32
 
 Each configuration has other axes, caps, window, eps, theta and weights; rows are padded in every third, and every third
 is run in pieces that share a cache. Of each trace three densities are judged: all tensors, one a step of the block, and
@@ -13,11 +14,13 @@ the logits alone. Anything but EXACT and PASS counts as an accusation, NOISY too
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +30,15 @@ import transformers
 from mistakes import BLOCK
 from tqdm import tqdm
 
+from refgemma import fast, ops
+from refgemma.cache import Cache
+from refgemma.model import begin
 from refgemma.oracle.candidate import load_candidate, only
 from refgemma.oracle.capture import capture_transformers
 from refgemma.oracle.diagnose import Check
 from refgemma.oracle.judge import BLIND, GOOD
 from refgemma.oracle.trace import save_trace
-from refgemma.pretrained import load
+from refgemma.pretrained import Pretrained, load
 
 DTYPES = ("float32", "bfloat16", "float16")
 DENSITIES: dict[str, tuple[str, ...] | None] = {"full": None, "block": BLOCK, "logits": ("logits",)}
@@ -50,7 +56,7 @@ class Case:
     spread: float  # standard deviation of the weights, times sqrt(axis)
 
 
-def drawn(number: int, attention: str) -> Case:
+def drawn(number: int) -> Case:
     """Configuration `number`; the same whenever it is asked for."""
     rng = np.random.default_rng([2, number])
     kv_heads, layers = int(rng.integers(1, 4)), int(rng.integers(2, 5))
@@ -63,7 +69,7 @@ def drawn(number: int, attention: str) -> Case:
         attn_logit_softcapping=float(np.exp(rng.uniform(0, 4))),
         final_logit_softcapping=float(np.exp(rng.uniform(0, 4))),
         rms_norm_eps=float(10 ** rng.uniform(-8, -4)), rope_theta=float(10 ** rng.uniform(3, 6)),
-        max_position_embeddings=512, attn_implementation=attention,
+        max_position_embeddings=512,
     )  # fmt: skip
     batch, seq = int(rng.integers(1, 4)), int(rng.integers(2, 40))
     ids = rng.integers(3, config.vocab_size, (batch, seq))
@@ -90,14 +96,35 @@ def built(case: Case, folder: Path) -> None:
     model.to(torch.bfloat16).save_pretrained(folder)
 
 
-def verdicts(case: Case, folder: Path, dtype: str) -> Iterator[tuple[str, str, str]]:
-    """Density, tensor and verdict of all that is judged."""
+def torch_run(case: Case, folder: Path, dtype: str, attention: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """The trace of transformers."""
     model = transformers.Gemma2ForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, dtype), attn_implementation=case.config._attn_implementation
+        folder, dtype=getattr(torch, dtype), attn_implementation=attention
     ).eval()
-    tensors, about = capture_transformers(model, case.input_ids, case.attention_mask, case.calls)
-    save_trace(tensors.items(), folder / "port.safetensors", about)
+    with torch.compiler.set_stance("force_eager"):
+        return capture_transformers(model, case.input_ids, case.attention_mask, case.calls)
+
+
+def fast_run(case: Case, ours: Pretrained) -> tuple[dict[str, Any], dict[str, str]]:
+    """The trace of refgemma's fast blocks, which keep no tensor but their result."""
+    tensors: dict[str, Any] = {"input_ids": case.input_ids, "attention_mask": case.attention_mask}
+    weights, config, cache = ours.weights, ours.config, None
+    for number, (start, end) in enumerate(pairwise(np.cumsum([0, *case.calls]))):
+        prefix = f"calls.{number}." if len(case.calls) > 1 else ""
+        ids, mask = case.input_ids[:, start:end], case.attention_mask[:, :end]
+        blocks = list(fast.outputs(begin(ids, weights, config, mask, None, cache), weights, config))
+        outs, cache = [out for out, _ in blocks], Cache([past for _, past in blocks])
+        tensors |= {f"{prefix}layers.{layer}.out": out for layer, out in enumerate(outs)}
+        norm = ops.rms_norm(outs[-1], weights.norm, config.rms_norm_eps)
+        tensors |= dict(zip((f"{prefix}raw_logits", f"{prefix}logits"), fast.head(norm, weights, config), strict=True))
+    return tensors, {"dtype": "float32", "calls": json.dumps(case.calls)}
+
+
+def verdicts(case: Case, folder: Path, dtype: str, attention: str) -> Iterator[tuple[str, str, str]]:
+    """Density, tensor and verdict of all that is judged."""
     ours = load(str(folder), dtype)
+    tensors, about = fast_run(case, ours) if attention == "fast" else torch_run(case, folder, dtype, attention)
+    save_trace(tensors.items(), folder / "port.safetensors", about)
     whole = load_candidate(folder / "port.safetensors", ours.config)
     for density, names in DENSITIES.items():
         candidate = whole if names is None else only(whole, names)
@@ -115,18 +142,19 @@ def main() -> int:
     parser.add_argument("--attention", default="eager")
     parser.add_argument("--dtype", action="append", choices=DTYPES)
     args = parser.parse_args()
+    dtypes = args.dtype or (("float32",) if args.attention == "fast" else DTYPES)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     counts: Counter[tuple[str, str, str]] = Counter()
     accused: Counter[tuple[str, str]] = Counter()
     numbers = range(args.first, args.first + args.count) if args.only is None else [args.only]
     for number in tqdm(numbers, disable=None):
-        case: Any = drawn(number, args.attention)
+        case: Any = drawn(number)
         with tempfile.TemporaryDirectory() as temporary:
             built(case, Path(temporary))
-            for dtype in args.dtype or DTYPES:
+            for dtype in dtypes:
                 wrong = set()
-                for density, tensor, verdict in verdicts(case, Path(temporary), dtype):
+                for density, tensor, verdict in verdicts(case, Path(temporary), dtype, args.attention):
                     counts[dtype, density, verdict] += 1
                     if verdict not in (*GOOD, BLIND):
                         wrong.add(density)
@@ -135,7 +163,7 @@ def main() -> int:
                     accused[dtype, density] += 1
     print("| precision, trace | configurations | tensors judged | EXACT | PASS | BLIND | configurations accused |\n"
           "|---|---|---|---|---|---|---|")  # fmt: skip
-    for dtype in args.dtype or DTYPES:
+    for dtype in dtypes:
         for density in DENSITIES:
             some = {v: n for (d, k, v), n in counts.items() if (d, k) == (dtype, density)}
             total = sum(some.values())

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+import refgemma
 from refgemma.__main__ import main
 from refgemma.config import FULL, SLIDING
 from refgemma.hub import find_model
@@ -23,11 +24,12 @@ from refgemma.oracle.candidate import load_candidate, only
 from refgemma.oracle.conformance import write_conformance
 from refgemma.oracle.diagnose import CONFORMS, DIFFERS, Report, check
 from refgemma.oracle.judge import GOOD
-from refgemma.oracle.trace import save_trace
+from refgemma.oracle.trace import named_tensors, save_trace
 from refgemma.oracle.variants import VARIANTS
 from refgemma.oracle.verify import load_golden, model_of, read_manifest
 from refgemma.precision import as_dtype
 
+BLOCK = ("embedded", "norm", "logits", "layers.*.attention.out", "layers.*.middle", "layers.*.out")
 CASES = {name: about for name, about in read_manifest()["cases"].items() if "calls" in about}
 SMALL = [name for name, about in CASES.items() if about["model"] != "tiny"]
 
@@ -104,6 +106,48 @@ def test_one_wrong_element_is_seen(tmp_path: Path) -> None:
     assert report.first_divergence.tensor == "layers.2.feed_forward.gelu"
     assert report.findings[0].named == "UNKNOWN"
     assert report.first_divergence.judged.statistics.place == (1, 3, 7)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        (
+            {"attn_logit_softcapping": None, "final_logit_softcapping": None, "query_pre_attn_scalar": 10,
+             "layer_types": (FULL,) * 4},
+            "attn-softcap-missing + final-softcap-missing + scale-head-dim + swa-all-global",
+        ),
+        ({"final_logit_softcapping": None, "layer_types": (FULL,) * 4}, "final-softcap-missing + swa-all-global"),
+        ({"final_logit_softcapping": None, "query_pre_attn_scalar": 17}, "UNKNOWN"),
+    ],
+)  # fmt: skip
+def test_what_was_left_out_together_is_named_from_the_logits(
+    changes: Mapping[str, Any], named: str, tmp_path: Path
+) -> None:
+    model = refgemma.load("conformance")
+    ids = np.random.default_rng(0).integers(4, 97, (1, 20))
+    logits = forward(ids, model.weights, model.config.changed(**changes)).logits
+    save_trace([("input_ids", ids), ("logits", logits)], tmp_path / "port.safetensors", {"dtype": "float32"})
+    report = check(load_candidate(tmp_path / "port.safetensors", model.config), model.weights, model.config)
+    assert [f.named for f in report.findings] == [named]
+
+
+@pytest.mark.parametrize("names", [None, BLOCK, ("logits",)], ids=["full", "block", "logits"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_few_wrong_elements_are_no_way_of_rounding(dtype: str, names: tuple[str, ...] | None, tmp_path: Path) -> None:
+    # One of 97 logits, and of as many scores: fewer than near a boundary of rounding there may be, but far off.
+    model = refgemma.load("conformance", dtype)
+    ids = np.random.default_rng(0).integers(4, 97, (1, 20))
+    tensors = dict(named_tensors(forward(ids, model.weights, model.config)))
+    for name in ("logits", "layers.1.out", "layers.1.attention.scores"):
+        wrong = as_dtype(np.array(tensors[name], np.float32), dtype)
+        wrong[..., 5] = as_dtype(np.array(wrong[..., 5], np.float32) + 1, dtype)
+        save_trace(({"input_ids": ids} | tensors | {name: wrong}).items(), tmp_path / "p.safetensors", {"dtype": dtype})
+        whole = load_candidate(tmp_path / "p.safetensors", model.config)
+        if names is None or name in names or (name == "layers.1.out" and "layers.*.out" in names):
+            report = check(whole if names is None else only(whole, names), model.weights, model.config)
+            assert report.verdict == DIFFERS
+            assert report.first_divergence is not None
+            assert report.first_divergence.tensor == name
 
 
 # --- bounds -----------------------------------------------------------------------------------------------------------

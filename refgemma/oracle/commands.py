@@ -17,6 +17,7 @@ from refgemma.files import replace_file
 from refgemma.hub import find_model
 from refgemma.inputs import InputError
 from refgemma.oracle import report as reports
+from refgemma.oracle.bundle import bundle
 from refgemma.oracle.candidate import Candidate, is_known, load_candidate
 from refgemma.oracle.conformance import prompts
 from refgemma.oracle.cover import DTYPES as PRECISIONS
@@ -39,7 +40,6 @@ from refgemma.weights.parameters import Weights
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 CODES = "Exit codes: 0 conforms, 1 differs, 2 misuse or bad file, 3 noisy only, 4 inconclusive, 5 the backend failed."
 BACKEND_FAILED = 5
-BUNDLE_LIMIT = 1_000_000
 
 
 def add_commands(add: Callable[[str, str], Any]) -> None:
@@ -241,19 +241,9 @@ def write_bundle(candidate: Candidate, weights: Weights, found: Report, path: st
     """The inputs and the result of the first finding's operation: what somebody else needs to look at it."""
     if not found.findings:
         raise InputError("--bundle: nothing differs, so there is nothing to keep")
-    first = found.findings[0].instances[0]
-    work = Check(candidate, weights, found.config)
-    if first.tensor not in candidate.tensors:
-        raise InputError(f"--bundle: {first.tensor} {first.judged.note}: there is nothing to keep")
-    tensors = {name: candidate.tensors[name].numbers for name in (*first.sources, first.tensor)}
-    tensors["expected"] = work.usual.result(first.tensor)
-    rows = max(x.shape[-2] for x in tensors.values())
-    while sum(x.nbytes for x in tensors.values()) > BUNDLE_LIMIT - 10_000 and rows > 1:
-        rows //= 2
-        tensors = {name: x[:1, ..., :rows, :] for name, x in tensors.items()}
-    about = {"format": "refgemma-bundle/1", "tensor": first.tensor, "inputs": ",".join(first.sources),
-             "named": found.findings[0].named, "dtype": candidate.dtype}  # fmt: skip
-    save_trace(tensors.items(), path, about)
+    finding = found.findings[0]
+    tensors, about = bundle(Check(candidate, weights, found.config), finding.instances[0])
+    save_trace(tensors.items(), path, about | {"named": finding.named})
 
 
 def run_sweep(args: argparse.Namespace) -> int:

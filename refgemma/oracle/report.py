@@ -304,12 +304,12 @@ PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>refg
 body{{font:15px/1.45 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem}}
 table{{border-collapse:collapse;font-size:13px}} td,th{{padding:2px 6px;text-align:left;border:1px solid #8884}}
 pre{{white-space:pre-wrap;background:#8881;padding:.8rem}}
-.s td{{width:1.6rem;height:1.2rem;padding:0;text-align:center;
+.s td{{min-width:1.8rem;height:1.2rem;padding:0 2px;text-align:center;
 font-size:10px}} figure{{margin:1.5rem 0}} figcaption{{font-weight:600}} svg text{{font-size:11px;fill:currentColor}}
 </style></head><body><h1>{verdict}</h1><pre>{text}</pre>
 <figure><figcaption>Each tensor in each layer, root mean square error in standard deviations of rounding</figcaption>
-<table class="s">{strip}</table><p>Green: rounding explains it. Yellow: noisy. Red: it does not. Grey: not recorded.</p>
-</figure>
+<table class="s">{strip}</table>
+<p>Green: rounding explains it; E: exactly. Yellow: noisy. Red: it does not. Grey: not recorded.</p></figure>
 <figure><figcaption>Distance of the residual stream from the model's own, relative; it accuses no tensor</figcaption>
 {drift}</figure>
 <figure><figcaption>Largest error of each tensor in units of its worst case, on a scale of powers of ten</figcaption>
@@ -354,7 +354,8 @@ def _cell(instance: Instance | None, name: str) -> str:
         return f'<td title="{name}: not recorded" style="background:#8883"></td>'
     s, verdict = instance.judged.statistics, instance.judged.verdict
     title = f"{name}: {verdict}, error {number(s.worst)} x bound, rms {number(s.rms)} sigma, exact {s.exact:.3f}"
-    return f'<td title="{html.escape(title)}" style="background:{COLOURS[verdict]}">{verdict[0]}</td>'
+    shown = f"{s.rms:.1f}" if 0 < s.rms < 100 else f"{s.rms:.0e}" if s.rms else verdict[0]
+    return f'<td title="{html.escape(title)}" style="background:{COLOURS[verdict]}">{shown}</td>'
 
 
 def _drift(report: Report) -> str:

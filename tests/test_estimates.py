@@ -1,0 +1,193 @@
+"""What a candidate's numbers are, and where its errors are: runs with a number or some elements changed, whose change
+`refgemma check` has to tell."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import refgemma
+from refgemma.config import Gemma2Config
+from refgemma.model import forward
+from refgemma.oracle.candidate import Candidate, load_candidate
+from refgemma.oracle.diagnose import Check
+from refgemma.oracle.estimate import Estimate
+from refgemma.oracle.trace import named_tensors, save_trace
+from refgemma.oracle.where import error_maps
+from refgemma.pretrained import Pretrained
+
+IDS = np.random.default_rng(3).integers(4, 97, (2, 20))
+MODELS = {dtype: refgemma.load("conformance", dtype) for dtype in ("float32", "bfloat16")}
+Tensors = dict[str, np.ndarray]
+
+
+def run(model: Pretrained, **changes: Any) -> Tensors:
+    """The tensors of a model with other numbers."""
+    return dict(named_tensors(forward(IDS, model.weights, model.config.changed(**changes))))
+
+
+def candidate(tensors: Mapping[str, Any], folder: Path, config: Gemma2Config, dtype: str = "float32") -> Candidate:
+    save_trace(({"input_ids": IDS} | dict(tensors)).items(), folder / "port.safetensors", {"dtype": dtype})
+    return load_candidate(folder / "port.safetensors", config)
+
+
+def estimates(tensors: Mapping[str, Any], folder: Path, dtype: str = "float32") -> dict[str, Estimate]:
+    """Of all findings, the first estimate of each parameter."""
+    model = MODELS[dtype]
+    work = Check(candidate(tensors, folder, model.config, dtype), model.weights, model.config)
+    found: dict[str, Estimate] = {}
+    for finding in work.findings():
+        for e in finding.estimates:
+            found.setdefault(e.parameter, e)
+    return found
+
+
+@pytest.mark.parametrize("dtype", MODELS)
+@pytest.mark.parametrize("window", [3, 7, 9, 15])
+def test_a_window_is_found(window: int, dtype: str, tmp_path: Path) -> None:
+    found = estimates(run(MODELS[dtype], sliding_window=window), tmp_path, dtype)["sliding_window"]
+    assert (found.value, found.expected, found.fits) == (window, 8, True)
+
+
+def test_a_mask_that_is_no_window_does_not_fit(tmp_path: Path) -> None:
+    tensors = run(MODELS["float32"])
+    probs = np.array(tensors["layers.0.attention.probs"])
+    probs[..., 2] = 0  # as if nobody saw key 2
+    tensors["layers.0.attention.probs"] = probs / probs.sum(axis=-1, keepdims=True)
+    assert not estimates(tensors, tmp_path)["sliding_window"].fits
+
+
+@pytest.mark.parametrize("offset", [1, 3])
+def test_a_position_offset_is_found(offset: int, tmp_path: Path) -> None:
+    model = MODELS["float32"]
+    positions = np.broadcast_to(np.arange(IDS.shape[1]) + offset, IDS.shape)
+    shifted = dict(named_tensors(forward(IDS, model.weights, model.config, position_ids=positions)))
+    found = estimates(shifted, tmp_path)["position offset"]
+    assert (found.value, found.expected, found.fits) == (offset, 0, True)
+
+
+@pytest.mark.parametrize("dtype", MODELS)
+def test_an_embedding_scale_is_found(dtype: str, tmp_path: Path) -> None:
+    model = MODELS[dtype]
+    unscaled = model.weights.embed_tokens[IDS]  # as if nothing were scaled
+    found = estimates({"embedded": unscaled}, tmp_path, dtype)["embedding scale"]
+    assert found.fits
+    assert found.value == pytest.approx(1, rel=1e-4)
+    assert found.near == "1 (no scale)"
+
+
+# The fields that a parameter is estimated from, and what it may be: caps and scales that bend, eps that matters.
+RANGES = {
+    "query_pre_attn_scalar": (2.0, 200.0),
+    "attn_logit_softcapping": (0.5, 20.0),
+    "final_logit_softcapping": (0.5, 20.0),
+    "rms_norm_eps": (1e-6, 1e-3),
+    "rope_theta": (1e2, 1e6),
+}
+
+
+@pytest.mark.parametrize("dtype", MODELS)
+@pytest.mark.parametrize("parameter", RANGES)
+@settings(max_examples=8)
+@given(st.floats(0, 1))
+def test_an_estimate_is_off_by_no_more_than_it_says(
+    parameter: str, dtype: str, tmp_path_factory: pytest.TempPathFactory, part: float
+) -> None:
+    model = MODELS[dtype]
+    low, high = RANGES[parameter]
+    value = low * (high / low) ** part
+    changes: dict[str, Any] = {parameter: value}
+    if parameter == "query_pre_attn_scalar":
+        changes[parameter] = value = round(value)
+    if parameter == "rope_theta":
+        changes["rope_parameters"] = None
+    found = estimates(run(model, **changes), tmp_path_factory.mktemp("port"), dtype).get(parameter)
+    if found is None:  # too near to the model's own number to be a finding
+        assert value == pytest.approx(
+            getattr(model.config, parameter), rel=0.5 if parameter == "rms_norm_eps" else 0.05
+        )
+        return
+    assert found.fits
+    # Five standard deviations; rounding that all elements share moves an estimate besides, by a few units of 2**-24,
+    # or in bfloat16, where cosines and factors are stored with 8 bits, of 2**-9.
+    shared = 2.0**-9 if dtype == "bfloat16" else 16 * 2.0**-24
+    assert abs(found.value - value) <= 5 * found.uncertainty + shared * value
+
+
+# --- where ------------------------------------------------------------------------------------------------------------
+
+
+def spoilt(name: str, spoil: Callable[[np.ndarray], None], folder: Path) -> Check:
+    """A check of a run in which some elements of one tensor are twice what they should be."""
+    model = MODELS["float32"]
+    tensors = run(model)
+    wrong = np.array(tensors[name])
+    spoil(wrong)
+    return Check(candidate(tensors | {name: wrong}, folder, model.config), model.weights, model.config)
+
+
+def twice(*place: Any) -> Callable[[np.ndarray], None]:
+    def spoil(x: np.ndarray) -> None:
+        x[place] = 2 * x[place] + 1
+
+    return spoil
+
+
+ALL = slice(None)
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "said"),
+    [
+        ("layers.1.attention.scores", (ALL, [1, 4]), "heads 1, 4"),
+        ("layers.1.attention.k", (ALL, 2), "key heads 2"),
+        ("layers.1.attention.out", (1,), "rows 1"),
+        ("layers.1.feed_forward.gelu", (ALL, slice(5, 12)), "positions 5 to 11"),
+        ("layers.1.feed_forward.gelu", (ALL, [0, 7]), "positions 0, 7"),
+        ("layers.1.attention.scores", (ALL, ALL, ALL, 0), "only key 0"),
+        ("layers.0.attention.probs", (ALL, ALL, range(7, 20), range(13)), "keys 7 to 7 before their query; first at"),
+        (
+            "layers.0.attention.probs",
+            (ALL, ALL, range(8, 20), range(12)),
+            "keys 8 to 8 before their query; keys be",
+        ),
+        ("layers.0.attention.probs", (ALL, ALL, range(9), range(1, 10)), "only keys after their query"),
+        ("layers.2.attention.q_rot", (ALL, ALL, ALL, slice(5, 10)), "second halves of heads"),
+        ("layers.2.attention.q_rot", (ALL, ALL, ALL, slice(5)), "first halves of heads"),
+        ("logits", (ALL, ALL, slice(90, 97)), "columns 90 to 96"),
+    ],
+)
+def test_wrong_elements_are_described(name: str, place: tuple[Any, ...], said: str, tmp_path: Path) -> None:
+    work = spoilt(name, twice(*place), tmp_path)
+    finding = next(f for f in work.findings() if f.instances[0].tensor == name)
+    assert said in finding.where, finding.where
+
+
+def test_a_map_shows_the_wrong_elements_and_no_others(tmp_path: Path) -> None:
+    name = "layers.1.attention.scores"
+    work = spoilt(name, twice(0, 4, 13, 6), tmp_path)
+    by_key, by_head = error_maps(work, name)
+    assert (by_key.rows, by_key.columns) == ("seq", "keys")
+    assert (by_head.rows, by_head.columns) == ("heads", "seq")
+    assert np.argwhere(by_key.numbers > 10).tolist() == [[13, 6]]
+    assert np.argwhere(by_head.numbers > 10).tolist() == [[4, 13]]
+    assert np.isnan(by_key.numbers[6, 13])  # a key that the query may not see
+    assert np.nanmax(np.where(by_key.numbers > 10, np.nan, by_key.numbers)) < 4  # the others are rounding
+
+
+def test_what_is_no_number_is_in_the_map(tmp_path: Path) -> None:
+    name = "layers.1.attention.out"
+
+    def spoil(x: np.ndarray) -> None:
+        x[0, 2, 3] = np.nan
+
+    work = spoilt(name, spoil, tmp_path)
+    [only] = error_maps(work, name)
+    assert np.argwhere(np.isinf(only.numbers)).tolist() == [[2, 3]]
+    first = next(iter(work.findings()))
+    assert len(replace(first).maps) == 1

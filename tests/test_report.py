@@ -1,0 +1,113 @@
+"""The page of a check: one file without a network that shows what the JSON has."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+
+from refgemma.__main__ import main
+from refgemma.oracle.judge import EDGES, counted
+from refgemma.oracle.report import CELLS, pooled
+from refgemma.oracle.trace import save_trace
+
+
+class Tags(HTMLParser):
+    """Every element's name and attributes, and whether each that was opened was closed."""
+
+    EMPTY = ("meta", "rect", "circle", "polyline")
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+        self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        while self.open[-1] != tag:
+            assert self.open.pop() in self.EMPTY
+        self.open.pop()
+
+
+@pytest.fixture
+def wrong(tmp_path: Path) -> Path:
+    """A run with ten wrong scores in one head."""
+    path = tmp_path / "run.safetensors"
+    ids = ",".join(str(n) for n in range(2, 22))
+    assert main(["trace", "--ids", ids, "--model", "conformance", "-o", str(path)]) == 0
+    tensors = load_file(path)
+    tensors["layers.1.attention.scores"][0, 3, 9, :10] += 1
+    save_trace(tensors.items(), path, {"dtype": "float32"})
+    return path
+
+
+def test_the_page_shows_what_the_json_has(wrong: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    page_file = wrong.with_name("page.html")
+    assert main(["check", str(wrong), "--model", "conformance", "--json", "--html", str(page_file)]) == 1
+    found = json.loads(capsys.readouterr().out)
+    page = page_file.read_text("utf-8")
+    tags = Tags(page)
+    assert tags.open == []
+    # Nothing is fetched and nothing runs.
+    assert not {"script", "link", "img", "iframe"} & {tag for tag, _ in tags.seen}
+    assert not re.search(r"https?:|//|src=|url\(", page)
+    # The strip has a cell of every tensor, in standard deviations.
+    cells = [str(attributes["title"]) for tag, attributes in tags.seen if tag == "td" and "title" in attributes]
+    for tensor in found["tensors"]:
+        [cell] = [cell for cell in cells if cell.startswith(f"{tensor['tensor']}:")]
+        assert tensor["verdict"] in cell
+        assert f"rms {tensor['rms_over_sigma']:.3g} sigma" in cell
+    # The histogram has every element that was compared.
+    counts = [int(n) for n in re.findall(r"to -?[\d.]+: (\d+) elements", page)]
+    assert len(counts) == len(EDGES) - 1
+    assert sum(counts) == sum(t["elements"] for t in found["tensors"])
+    # The maps show the one row of the one head.
+    assert "layers.1.attention.scores: largest error in standard deviations, seq down, keys across" in page
+    assert 'aria-label="seq by keys"' in page
+    assert 'aria-label="heads by seq"' in page
+    by_key = page.split('aria-label="seq by keys"')[1].split("</svg>")[0]
+    dark = re.findall(r'<rect x="(\d+)" y="(\d+)" width="(\d+)" height="10" fill="#7f1d1d"', by_key)
+    assert dark == [("30", "90", "100")]  # row 9, keys 0 to 9
+
+
+def test_a_page_of_what_conforms_has_no_maps(tmp_path: Path) -> None:
+    path = tmp_path / "run.safetensors"
+    assert main(["trace", "--ids", "2,5,9", "--model", "conformance", "-o", str(path)]) == 0
+    assert main(["check", str(path), "--model", "conformance", "--html", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text("utf-8")
+    assert "across" not in page
+    assert Tags(page).open == []
+
+
+@given(st.integers(1, 200), st.integers(1, 200), st.integers(0, 2**32 - 1))
+def test_a_map_is_made_smaller_and_keeps_what_is_largest(rows: int, columns: int, seed: int) -> None:
+    numbers = np.random.default_rng(seed).standard_normal((rows, columns))
+    small, (down, across) = pooled(numbers, CELLS)
+    assert max(small.shape) <= CELLS
+    assert small.shape == (-(-rows // down), -(-columns // across))
+    y, x = np.unravel_index(np.argmax(numbers), numbers.shape)
+    assert small[y // down, x // across] == numbers[y, x]
+
+
+def test_errors_are_counted_as_they_lie() -> None:
+    # Of a million normal numbers, each bin has its share, to five times its own standard deviation.
+    counts = np.array(counted(np.random.default_rng(0).standard_normal(1_000_000)))
+    inside = (EDGES[:-1] >= -3) & (EDGES[1:] <= 3)
+    middle = (EDGES[1:] + EDGES[:-1]) / 2
+    wanted = np.exp(-(middle**2) / 2) / np.sqrt(2 * np.pi) * np.diff(EDGES) * 1e6
+    assert (
+        np.abs(counts - wanted)[inside] < 5 * np.sqrt(wanted[inside]) + 0.003 * wanted[inside]
+    ).all()  # the curve bends within a bin
