@@ -513,6 +513,10 @@ NONE = "no mistake"  # the catalogue's way of computing, unedited: what the othe
 # What no law can find, and why.
 WHY_NOT = {
     "rope-positions-skip-pads": "positions that are all smaller by one number mean the same: only a recording can tell",
+    **dict.fromkeys(
+        ("here: frequencies by a float32 exponential", "here: angles in float64"),
+        "which of two neighbours a float32 angle is, PyTorch has chosen: only a recording can tell",
+    ),
 }
 
 

@@ -569,11 +569,10 @@ def test_a_reading_goes_on_and_is_repeated() -> None:
 
 
 def test_prompts_as_they_are_read() -> None:
-    config, like = SMALL.config, np.zeros(0, np.float32)
-    call = call_with(pad_token_id=0, eos_token_id=(1, 4))
+    config, call = SMALL.config, call_with(pad_token_id=0, eos_token_id=(1, 4))
 
     def read(call: Any = call, **given: Any) -> Reading:
-        return Prompts(**given).reading(call, config, like)
+        return Prompts(**given).reading(call, config)
 
     ids = [[0, 2, 5], [6, 0, 8]]
     plain = read(input_ids=ids)
@@ -604,6 +603,8 @@ def test_prompts_as_they_are_read() -> None:
     shape = "attention_mask has shape {}, but (2, 3) is needed: one entry for each token so far, those in the cache"
     refused(lambda: read(input_ids=ids, attention_mask=[[1] * 4] * 2), shape.format("(2, 4)") + " included")
     refused(lambda: read(input_ids=ids, attention_mask=1, past_key_values=cache), shape.format("()") + " included")
+    one_row = shape.format("(3,)") + " included"
+    refused(lambda: read(input_ids=ids, attention_mask=[1, 1, 1], past_key_values=cache), one_row)
     # Embeddings: no ids, but a mask and positions.
     embeds = np.ones((2, 3, 12))
     embedded = read(inputs_embeds=embeds)
@@ -832,6 +833,20 @@ def test_a_search_ends_where_texts_end() -> None:
     texts = [SMALL.generate([[3, 4]], seed=seed, **drawn).tolist() for seed in (0, 0, 1, 2, 3)]
     assert texts[0] == texts[1]
     assert len({str(text) for text in texts}) > 1
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_without_a_cache_the_whole_text_is_read_at_each_step(beams: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, lengths = generation.next_token_logits, []
+
+    def noted(ids: Any, **named: Any) -> Any:
+        lengths.append(ids.shape[1])
+        return read(ids, **named)
+
+    monkeypatch.setattr(generation, "next_token_logits", noted)
+    for use_cache in (True, False):
+        SMALL.generate([[3, 4]], num_beams=beams, max_new_tokens=3, use_cache=use_cache, **NO_END)
+    assert lengths == [2, 1, 1, 2, 3, 4]
 
 
 def test_the_fast_computation_reads_unless_the_definition_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
