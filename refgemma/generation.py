@@ -133,7 +133,7 @@ class Prompts:
     inputs_embeds: npt.ArrayLike | None = None
     past_key_values: Cache | None = None
 
-    def reading(self, call: GenerationConfig, config: Gemma2Config, like: Any) -> Reading:
+    def reading(self, call: GenerationConfig, config: Gemma2Config) -> Reading:
         """The prompts, checked, before anything is read.
 
         With a cache, `input_ids` are all tokens, those in the cache included; or with a longer `attention_mask` only
@@ -329,7 +329,7 @@ def generate_batch(
     >>> generate_batch(prompts, tiny.weights, tiny.config, call).sequences.shape
     (2, 6)
     """
-    reading = prompts.reading(call, config, weights.norm)
+    reading = prompts.reading(call, config)
     embedded = 0 if reading.embeds is None else reading.embeds.shape[1]
     limit = config.max_position_embeddings
     asked = settings_for(call, reading.ids.shape[1], config.vocab_size, limit, embedded)

@@ -82,7 +82,6 @@ class Result:
 
     sha256: str
     mutants: int = 0
-    killed: int = 0
     survivors: list[Mutant] = field(default_factory=list)
 
     @property
@@ -166,7 +165,7 @@ def run(module: str) -> Result:
     if untried := [name for name, code in exits.items() if code in UNTRIED]:
         sys.exit(f"{module}: {len(untried)} changes were not tried; run again")
     survivors = [changed(copy, name) for name, code in sorted(exits.items()) if code in SURVIVED]
-    return Result(sha256(module), len(exits), len(exits) - len(survivors), survivors)
+    return Result(sha256(module), len(exits), survivors)
 
 
 def changed(copy: Path, mutant: str) -> Mutant:
@@ -243,7 +242,7 @@ def total(results: dict[str, Result]) -> Result:
     """All modules as one."""
     every = list(results.values())
     survivors = [one for result in every for one in result.survivors]
-    return Result("", sum(one.mutants for one in every), sum(one.killed for one in every), survivors)
+    return Result("", sum(one.mutants for one in every), survivors)
 
 
 def table(results: dict[str, Result]) -> str:
@@ -254,7 +253,7 @@ def table(results: dict[str, Result]) -> str:
 
 
 def _row(name: str, one: Result) -> str:
-    return f"| {name} | {one.mutants} | {one.killed} | {len(one.survivors)} | {one.score:.1%} |"
+    return f"| {name} | {one.mutants} | {one.mutants - len(one.survivors)} | {len(one.survivors)} | {one.score:.1%} |"
 
 
 def main(arguments: Iterable[str] | None = None) -> int:

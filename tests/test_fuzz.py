@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fuzz import CHECKPOINT, CONFIG, INDEX, SETTINGS, TARGETS
+from fuzz import CHECKPOINT, CONFIG, INDEX, MODEL, SETTINGS, TARGETS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
@@ -198,9 +198,11 @@ def size_bomb() -> bytes:
         ("candidate", candidate_with("[1e999]")),
         ("candidate", candidate_with("[" * 100_000)),
         ("pickle", size_bomb()),
+        ("tokenizer-model", MODEL.replace(b"the", b"t\xc2e", 1)),
+        ("tokenizer-model", MODEL.replace(b"<0xB5>", b"<0x\xc25>", 1)),
     ],
     ids=["list for a name", "mapping for a name", "layers without end", "long label", "infinite call", "deep calls",
-         "copies of a shape"],
+         "copies of a shape", "a piece is no text", "the piece of a byte is no text"],
 )  # fmt: skip
 def test_what_was_found(name: str, content: bytes) -> None:
     ask(name, content)

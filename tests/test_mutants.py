@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -211,11 +212,12 @@ def test_cutting_a_cache_back() -> None:
         assert not np.shares_memory(cut[0].keys, cache[0].keys)
     dropped = Cache([layer(kept=9), layer(start=5), layer(start=5)])
     assert dropped.crop(9).get_seq_length() == 9  # nothing is cut
-    refused(
-        lambda: dropped.crop(8),
-        "the cache cannot be cut back to 8 tokens: sliding layer 1 has dropped its first 5; "
-        "keep an earlier cache (caches are never changed) and go on from that",
-    )
+    for asked in (8, -1):
+        refused(
+            lambda asked=asked: dropped.crop(asked),
+            "the cache cannot be cut back to 8 tokens: sliding layer 1 has dropped its first 5; "
+            "keep an earlier cache (caches are never changed) and go on from that",
+        )
 
 
 def test_the_legacy_format_by_hand() -> None:
@@ -333,6 +335,17 @@ def test_a_model_of_one_layer_goes_on_too() -> None:
     after = forward([ids[0][3:]], weights, config, cache=cache).logits
     # float32 logits of about 3, in another order of summing.
     np.testing.assert_allclose(after, whole[:, 3:], rtol=0, atol=12 * 3 * 2**-24)
+
+
+def test_each_layer_takes_the_mask_of_its_kind() -> None:
+    # With a window of 3 the last of five tokens is seen by the last three.
+    ago = np.arange(5)[:, None] - np.arange(5)
+    pictures = {"full_attention": ago >= 0, "sliding_attention": (ago >= 0) & (ago < 3)}
+    masks = {kind: picture[None, None] for kind, picture in pictures.items()}
+    run = partial(forward, [[3, 4, 5, 6, 7]], SMALL.weights, SMALL.config)
+    np.testing.assert_array_equal(run(masks).logits, run().logits)
+    exchanged = dict(zip(masks, reversed(masks.values()), strict=True))
+    assert np.abs(run(exchanged).logits - run().logits).max() > 1e-3
 
 
 def test_a_model_without_a_head_says_so() -> None:
@@ -556,11 +569,10 @@ def test_a_reading_goes_on_and_is_repeated() -> None:
 
 
 def test_prompts_as_they_are_read() -> None:
-    config, like = SMALL.config, np.zeros(0, np.float32)
-    call = call_with(pad_token_id=0, eos_token_id=(1, 4))
+    config, call = SMALL.config, call_with(pad_token_id=0, eos_token_id=(1, 4))
 
     def read(call: Any = call, **given: Any) -> Reading:
-        return Prompts(**given).reading(call, config, like)
+        return Prompts(**given).reading(call, config)
 
     ids = [[0, 2, 5], [6, 0, 8]]
     plain = read(input_ids=ids)
@@ -591,6 +603,8 @@ def test_prompts_as_they_are_read() -> None:
     shape = "attention_mask has shape {}, but (2, 3) is needed: one entry for each token so far, those in the cache"
     refused(lambda: read(input_ids=ids, attention_mask=[[1] * 4] * 2), shape.format("(2, 4)") + " included")
     refused(lambda: read(input_ids=ids, attention_mask=1, past_key_values=cache), shape.format("()") + " included")
+    one_row = shape.format("(3,)") + " included"
+    refused(lambda: read(input_ids=ids, attention_mask=[1, 1, 1], past_key_values=cache), one_row)
     # Embeddings: no ids, but a mask and positions.
     embeds = np.ones((2, 3, 12))
     embedded = read(inputs_embeds=embeds)
@@ -821,6 +835,20 @@ def test_a_search_ends_where_texts_end() -> None:
     assert len({str(text) for text in texts}) > 1
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+def test_without_a_cache_the_whole_text_is_read_at_each_step(beams: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, lengths = generation.next_token_logits, []
+
+    def noted(ids: Any, **named: Any) -> Any:
+        lengths.append(ids.shape[1])
+        return read(ids, **named)
+
+    monkeypatch.setattr(generation, "next_token_logits", noted)
+    for use_cache in (True, False):
+        SMALL.generate([[3, 4]], num_beams=beams, max_new_tokens=3, use_cache=use_cache, **NO_END)
+    assert lengths == [2, 1, 1, 2, 3, 4]
+
+
 def test_the_fast_computation_reads_unless_the_definition_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
@@ -841,6 +869,12 @@ def test_the_fast_computation_reads_unless_the_definition_is_asked_for(monkeypat
     generate_batch(Prompts([[3, 4]]), weights, config, call)
     generate_batch(Prompts([[3, 4]]), weights, config, call, reference=True)
     assert asked == ["fast", "fast", "definition", "fast", "definition"]
+
+
+def test_twenty_tokens_where_nothing_is_said_and_none_beyond_the_positions() -> None:
+    weights, config = SMALL.weights, SMALL.config
+    assert len(list(continued([3, 4], weights, config, call_with()))) == 20
+    assert len(list(continued([3] * 60, weights, config, call_with()))) == 4
 
 
 def test_the_default_settings_of_generate() -> None:
@@ -927,3 +961,11 @@ def test_a_text_streamer_prints_one_text(monkeypatch: pytest.MonkeyPatch) -> Non
         lambda: TextStreamer(tokenizer).put(ids[None].repeat(2, 0)), "TextStreamer prints one text, and there are 2"
     )
     assert printed(TextStreamer(tokenizer), ids[None, :1], ids[1:], None).getvalue() == words + "\n"
+    # Bytes are kept back until their run is over: at a piece, a special token, or the end. What is no character then is
+    # a replacement character for each byte, as transformers' byte fallback has it.
+    face = np.array(tokenizer.encode("\U0001f642", add_special_tokens=False))
+    end = np.array([tokenizer.convert_tokens_to_ids("<end_of_turn>")])
+    assert printed(TextStreamer(tokenizer), face[:2]).getvalue() == ""
+    assert printed(TextStreamer(tokenizer), face[:2], face[2:], None).getvalue() == "\U0001f642\n"
+    assert printed(TextStreamer(tokenizer), face[:2], None).getvalue() == "\ufffd\ufffd\n"
+    assert printed(TextStreamer(tokenizer), face[:2], end).getvalue() == "\ufffd\ufffd<end_of_turn>"

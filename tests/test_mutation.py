@@ -22,7 +22,7 @@ def test_what_is_missing_or_stale_is_told(monkeypatch: pytest.MonkeyPatch) -> No
     ops, one = RESULTS["ops"], Mutant("linear", "y = x", "y = None")
     few = {name: result for name, result in RESULTS.items() if name != "layers"}
     assert "layers: it has not been measured" in problems(few, ARGUMENTS)
-    more = RESULTS | {"ops": mutation.Result(ops.sha256, ops.mutants, ops.killed, [*ops.survivors, one])}
+    more = RESULTS | {"ops": mutation.Result(ops.sha256, ops.mutants, [*ops.survivors, one])}
     assert problems(more, ARGUMENTS) == [f"not argued: ops.{one}"]
     assert problems(RESULTS, ARGUMENTS | {"ops": ARGUMENTS["ops"] | {one: "?"}}) == [
         f"stale: ops.{one} does not survive"

@@ -666,6 +666,28 @@ def the_same_twice(bench: Bench, scene: Scene) -> None:
         require(same, f"the same call in {dtype} gives other logits the second time")
 
 
+LAYER_WEIGHTS = (
+    "input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", ATTENTION_OUT,
+    "post_attention_layernorm", "pre_feedforward_layernorm", "mlp.gate_proj", "mlp.up_proj", FEED_FORWARD_OUT,
+    "post_feedforward_layernorm",
+)  # fmt: skip
+
+
+@law(of(scenes(kinds=["ordinary"], attn_logit_softcapping=50.0, final_logit_softcapping=50.0, seq=(3, 9),
+               num_hidden_layers=1),
+        which=st.sampled_from([EMBED, NORM, *(tensor(0, name) for name in LAYER_WEIGHTS)])),
+     needs=["dtype:float32"])  # fmt: skip
+def no_weight_is_kept_in_half(bench: Bench, scene: Scene, which: str) -> None:
+    """In float32 weights have more digits than in bfloat16: changed by less than half a step of that, each counts."""
+    ids, vocab = scene.ids, scene.config.vocab_size
+    ids[:, 1], ids[:, 2] = (ids[:, 0] + 1) % vocab, (ids[:, 0] + 2) % vocab  # three values to choose among
+    x = scene.tensors[which]
+    signs = np.random.default_rng(0).choice([-1, 1], x.shape)
+    changed = bench.scene(scene, {which: (x * (1 + 2.0**-10 * signs)).astype(np.float32)})
+    says = f"logits with a thousandth more or less in {which}"
+    bench.different(bench.scene(scene), lambda m: m.logits(ids), changed.logits(ids), says)
+
+
 @law(of(scenes()), needs=["dtype:float64", "dtype:float32"])
 def float32_is_near_float64(bench: Bench, scene: Scene) -> None:
     """float32 logits are as far from float64's as rounding explains."""
@@ -1010,7 +1032,8 @@ def what_is_saved_is_loaded_again(bench: Bench, scene: Scene) -> None:
 def a_text_comes_back(bench: Bench, text: str) -> None:
     """Decoding the ids of a text gives the text, whatever is in it; no id is outside the vocabulary.
 
-    But for U+2581, with which SentencePiece writes a blank: it comes back as one.
+    But for U+2581, with which SentencePiece writes a blank: it comes back as one. A prompt is what `encode` gives where
+    it may add special tokens: one ``<bos>``, then the text.
     """
     tokenizer = bench.backend.tokenizer(find_model("tiny"))
     for split in (True, False):
@@ -1020,17 +1043,22 @@ def a_text_comes_back(bench: Bench, text: str) -> None:
         require(back == text.replace("\u2581", " "), f"{text!r} comes back as {back!r}")
         if split:
             require(not set(ids) & set(tokenizer.all_special_ids), f"{text!r} as plain text gave a special token")
+        prompt = tokenizer.encode(text, split_special_tokens=split)
+        once = prompt[1:] == ids and tokenizer.decode(prompt[:1]) == "<bos>"
+        require(once, f"the prompt of {text!r} is not one <bos> and the text, but {tokenizer.decode(prompt)!r}")
 
 
 @law(st.fixed_dictionaries({"messages": chat_messages(), "prompt": st.booleans()}), ["tokenizer"])
 def a_chat_is_written_in_turns(bench: Bench, messages: list[dict[str, str]], prompt: bool) -> None:
-    """A chat is ``<bos>`` and its turns, trimmed; the assistant's are the model's."""
+    """A chat is one ``<bos>`` and its turns, trimmed, as text and as ids; the assistant's are the model's."""
     tokenizer = bench.backend.tokenizer(find_model("tiny"))
     names = {"user": "user", "assistant": "model"}
     turns = [f"<start_of_turn>{names[m['role']]}\n{m['content'].strip()}<end_of_turn>\n" for m in messages]
     by_hand = "<bos>" + "".join(turns) + ("<start_of_turn>model\n" if prompt else "")
     told = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
     require(told == by_hand, f"the chat is {told!r}, by hand {by_hand!r}")
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=False)
+    require(ids == tokenizer.encode(by_hand, add_special_tokens=False), f"its ids say {tokenizer.decode(ids)!r}")
 
 
 LAWS: Mapping[str, Law] = {name: value for name, value in list(globals().items()) if isinstance(value, Law)}

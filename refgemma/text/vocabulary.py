@@ -103,7 +103,8 @@ class Vocabulary:
             model = _out_of_reach(model, piece)
         try:
             self._model: Any = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError:
+            self._model.id_to_piece(list(range(len(self))))  # a damaged piece is no text: not later, in mid-sentence
+        except (RuntimeError, UnicodeError):
             raise TokenizerError(
                 f"{model_file}: is no SentencePiece model, or is cut short; give tokenizer.model, not tokenizer.json"
             ) from None
