@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from full_size_mistakes import at_full_size, found_at
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -99,6 +100,15 @@ def test_in_half_precision_the_first_has_to_be_the_first() -> None:
     assert distances([9.1, 7.9, 8.1, 1.0]) == (0, 0)
     assert distances([8.5, 8.6, 8.0, 1.0])[1] > 40
     assert distances([9.0, 8.0, 7.9, 9.1])[0] > 40
+
+
+@pytest.mark.parametrize("name", ["norm rounded before its weight", "sqrt(hidden) not rounded"])
+def test_rounding_elsewhere_is_found_at_full_width(name: str) -> None:
+    """No larger than what rounding does to a whole run, but in the first tensors hardly anything has been rounded."""
+    mistake, recording, dtype = next(made for made in at_full_size() if made[0].name == name)
+    found = found_at(mistake, recording, dtype)
+    assert found is not None
+    assert found[0] == f"calls.0.{mistake.first}"
 
 
 def test_recordings_that_are_not_there() -> None:

@@ -23,7 +23,7 @@ from refgemma.hub import golden_folder
 from refgemma.model import Start, begin, blocks, head, next_past
 from refgemma.ops import rms_norm
 from refgemma.oracle.compare import FLOOR, NOISE_FACTOR, half_rounding_noise, run_distance
-from refgemma.oracle.sketch import LENGTH, sketch
+from refgemma.oracle.sketch import LENGTH, SAMPLES_AT, sketch
 from refgemma.oracle.trace import named_tensors
 from refgemma.oracle.verify import AGAIN, CaseResult, Comparison, GoldenError
 from refgemma.perplexity import label_losses
@@ -36,6 +36,14 @@ FORMAT = "refgemma-golden-full/1"
 TOP_LOGITS = 3e-5  # of the largest logit: what was asked for at full depth
 TWO_LAYERS, SYNTHETIC, CHECKPOINT = "-two-layers", "-synthetic", "checkpoint-"  # in the names of recordings
 PIECE = 256  # a call of more tokens than this is computed in pieces, and sketched after each layer only
+# In half precision the first tensors come of the same numbers, rounded at the same places: an element differs only
+# where a float32 sum falls on the other side of a rounding boundary, 1 in 1000 of an operation (tests/test_golden.py).
+# Four operations deep that is 0.13 of 32 samples; more than three are as good as impossible (1e-5), where rounding at
+# other places moves seven or more (tests/full_size_mistakes.py).
+FIRST = re.compile(
+    r"calls\.\d+\.(cos|sin|embedded|layers\.0\.input_layernorm|layers\.0\.attention\.([qkv]|[qk]_rot|scores|capped))"
+)
+FLIPPED = 3
 SAMPLED = 4096  # bytes of either end of a tensor that its fingerprint reads
 
 
@@ -265,12 +273,15 @@ class Recorded:
         return float(np.abs(self.single[alike] - self.double[alike]).max())
 
     def distance(self, tensor: str, computed: Array, recorded: Array) -> float:
-        """Of something as large as `tensor` from its recording, in units of what rounding explains."""
+        """Of a sketch, or of something as large as `tensor`, from its recording, in units of what rounding explains."""
         if self.dtype == "float32":
             return run_distance(computed, recorded, self.noise(tensor))
         apart = math.sqrt(float(np.mean((np.asarray(computed, np.float64) - recorded) ** 2)))
         allowed = half_allowed(self.noise(tensor))
-        return apart / allowed if allowed else (math.inf if apart else 0.0)
+        distance = apart / allowed if allowed else (math.inf if apart else 0.0)
+        if FIRST.fullmatch(tensor):
+            return max(distance, int(np.sum(computed[SAMPLES_AT] != recorded[SAMPLES_AT])) / FLIPPED)
+        return distance
 
     def loss_distance(self, logits: str, computed: Array, recorded: Array) -> float:
         """Of the mean of ``-log p``, each of which an error of e in the logits changes by at most 2 e."""
