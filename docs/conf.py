@@ -52,7 +52,7 @@ nitpick_ignore_regex = [
         "py:class",
         r"refgemma\.oracle\.(candidate\.Tensor|diagnose\.Instance|estimate\.Estimate|graph\.(Call|Context|Operation))",
     ),
-    ("py:class", r"refgemma\.oracle\.where\.ErrorMap"),
+    ("py:class", r"refgemma\.oracle\.(stages\.Stage|where\.ErrorMap)"),
     ("py:obj", r"Stored\.read"),
 ]
 

@@ -131,6 +131,19 @@ def test_what_was_left_out_together_is_named_from_the_logits(
     assert [f.named for f in report.findings] == [named]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_wrong_logit_is_seen_among_the_logits_alone(dtype: str, tmp_path: Path) -> None:
+    model = refgemma.load("conformance", dtype)
+    ids = np.random.default_rng(0).integers(4, 97, (2, 24))
+    logits = np.array(forward(ids, model.weights, model.config).logits, np.float32)
+    logits[1, 15, 7] = -logits[1, 15, 7] + 0.25
+    wrong = [("input_ids", ids), ("logits", as_dtype(logits, dtype))]
+    save_trace(wrong, tmp_path / "port.safetensors", {"dtype": dtype})
+    report = check(load_candidate(tmp_path / "port.safetensors", model.config), model.weights, model.config)
+    assert (report.verdict, [f.named for f in report.findings]) == (DIFFERS, ["UNKNOWN"])
+    assert report.findings[0].worst.judged.statistics.place == (1, 15, 7)
+
+
 @pytest.mark.parametrize("names", [None, BLOCK, ("logits",)], ids=["full", "block", "logits"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_few_wrong_elements_are_no_way_of_rounding(dtype: str, names: tuple[str, ...] | None, tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def load_candidate(
     dtype : str, optional
         What it stores tensors in, if neither its metadata nor the numbers say so.
     name_map : str, optional
-        Whose names the file has, see `refgemma.oracle.mapping`; ours, unless its metadata has a ``map``.
+        Whose names the file has, see ``refgemma/oracle/mapping.py``; ours, unless its metadata has a ``map``.
 
     Raises
     ------

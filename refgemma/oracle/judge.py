@@ -15,7 +15,7 @@ INVALID   not a number or infinite where the reference is finite, or of another 
 ========  ==============================================================================================================
 
 Where a tensor between was not recorded, its result is computed, and the reference has a measured uncertainty instead
-of a worst case: then only the root mean square and the factor are judged (`SPAN_LIMIT`).
+of a worst case: then the root mean square and the largest error are judged in standard deviations (`SPAN_LIMIT`).
 """
 
 from dataclasses import dataclass
@@ -35,7 +35,8 @@ BAD = (SKEWED, FAIL, INVALID)
 RMS_LIMIT = 2.0
 # Standard deviations of a sum over all elements: chance exceeds it in one of 4e11 tensors.
 SIGMAS = 7.0
-# Of a span the noise is measured by simulation; real errors of one run are not independent of each other.
+# Of a span the noise is measured by simulation; real errors of one run are not independent of each other. A single
+# element may be off by `SPAN_LIMIT * SIGMAS`: of 14 honest configurations the farthest was at 5.8, in 24672 logits.
 SPAN_LIMIT = 3.0
 # Of the bins that errors are counted in, in standard deviations; the outermost two have all that is beyond them too.
 EDGES = np.linspace(-6, 6, 49)
@@ -167,8 +168,14 @@ def _verdict(s: Statistics) -> str:
     return NOISY if s.rms > RMS_LIMIT else PASS
 
 
-def judge_span(found: Array, exact: Array, sigma: Array, where: Array, storage: str) -> Judged:
-    """Judge a tensor whose inputs were not recorded: `sigma` is the measured uncertainty of the reference."""
+def judge_span(
+    found: Array, exact: Array, sigma: Array, where: Array, storage: str, largest: bool = True
+) -> Judged:  # fmt: skip
+    """Judge a tensor whose inputs were not recorded: `sigma` is the measured uncertainty of the reference.
+
+    Without `largest` by the root mean square alone: of a mistake the noise is not that of the right model, for which
+    `sigma` was measured.
+    """
     where = np.broadcast_to(where, found.shape)
     if not where.any():
         return Judged(BLIND, Statistics(), "nothing in it is compared")
@@ -187,7 +194,8 @@ def judge_span(found: Array, exact: Array, sigma: Array, where: Array, storage: 
     place = tuple(int(n) for n in places[np.argmax(np.abs(units))])
     same = float(np.mean(c == rounded(r, storage)))
     statistics = Statistics(len(c), same, 0.0, rms, place=place, histogram=counted(units))
-    return Judged(FAIL if rms > SPAN_LIMIT else PASS, statistics)
+    beyond = rms > SPAN_LIMIT or bool(largest and np.abs(units).max() > SPAN_LIMIT * SIGMAS)
+    return Judged(FAIL if beyond else PASS, statistics)
 
 
 def mostly(found: Array, exact: Array, usual: Array, sigma: Array, where: Array) -> bool:
