@@ -263,11 +263,11 @@ def main(arguments: Iterable[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if unknown := set(args.modules) - set(FAST_TESTS):
         parser.error(f"no module of the core: {', '.join(sorted(unknown))}")
-    results = read_results()
     for module in [] if args.check else args.modules or FAST_TESTS:
-        results[module] = run(module)
-        write_results(results)
-        print(f"{module}: {results[module].score:.1%}", flush=True)
+        result = run(module)
+        write_results(read_results() | {module: result})
+        print(f"{module}: {result.score:.1%}", flush=True)
+    results = read_results()
     page = PAGE.read_text("utf-8")
     before, rest = page.split(BEGIN)
     PAGE.write_text(f"{before}{BEGIN}\n\n{table(results)}\n\n{END}{rest.split(END)[1]}", "utf-8")

@@ -80,15 +80,14 @@ class Transformers:
         unpadded = np.ones((len(input_ids), done + input_ids.shape[1]), np.int64)
         mask = unpadded if attention_mask is None else attention_mask
         positions = None if position_ids is None else torch.tensor(np.broadcast_to(position_ids, input_ids.shape))
-        named = {
-            "input_ids": torch.tensor(input_ids), "attention_mask": torch.tensor(mask), "position_ids": positions,
-        }  # fmt: skip
+        # By their places: what is called past_key_values in transformers 5.23 is called cache from 5.24 on.
+        given = (torch.tensor(input_ids), torch.tensor(mask), positions, past)
         with torch.no_grad(), self._running():
             if set(tensors) == {"logits"}:
-                found = {"logits": model(past_key_values=past, use_cache=True, **named).logits}
+                found = {"logits": model(*given, use_cache=True).logits}
             else:
                 with caught(model) as found:
-                    logits = model(past_key_values=past, use_cache=True, **named).logits
+                    logits = model(*given, use_cache=True).logits
                 found |= {name: found[name].expand(len(input_ids), -1, -1, -1) for name in ("cos", "sin")}
                 found["logits"] = logits
         head_dim = model.config.head_dim
