@@ -179,12 +179,11 @@ def drop(module: Any, *_: Any) -> None:
 
 def loss_after(model: Gemma2ForCausalLM, norm: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """transformers' loss of the prompt, of what its layers have made of it already."""
-    body = model.model.forward
     model.model.forward = lambda **_: BaseModelOutputWithPast(last_hidden_state=norm)
     try:
         return model(input_ids=ids, labels=ids).loss.reshape(1)
     finally:
-        model.model.forward = body
+        del model.model.forward  # the method of its class again; kept here, it would hold gigabytes of its own model
 
 
 def pieces(length: int, dtype: str) -> Iterator[int]:
