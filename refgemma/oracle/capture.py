@@ -179,6 +179,8 @@ def capture_transformers(
     ids = torch.as_tensor(np.asarray(input_ids))
     mask = None if attention_mask is None else torch.as_tensor(np.asarray(attention_mask))
     lengths = list(calls or [ids.shape[1]])
+    # Handed on by their places: what is called past_key_values in transformers 5.23 is called cache from 5.24 on.
+    positions = named.pop("position_ids", None)
     cache = transformers.DynamicCache(config=model.config) if len(lengths) > 1 else None
     head_dim = model.model.layers[0].self_attn.head_dim
     tensors: dict[str, Array] = {"input_ids": np.asarray(ids)}
@@ -189,10 +191,8 @@ def capture_transformers(
         prefix = f"calls.{number}." if len(lengths) > 1 else ""
         end = done + length
         with torch.no_grad(), caught(model) as found:
-            result = model(
-                input_ids=ids[:, done:end], attention_mask=None if mask is None else mask[:, :end],
-                past_key_values=cache, use_cache=cache is not None, **named,
-            )  # fmt: skip
+            seen = None if mask is None else mask[:, :end]
+            result = model(ids[:, done:end], seen, positions, cache, use_cache=cache is not None, **named)
         for name, x in (found | {"logits": result.logits}).items():
             tensors[prefix + name] = as_numpy(in_heads(name, x, head_dim))
         done = end
