@@ -9,6 +9,7 @@ is captured.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -180,6 +181,9 @@ def capture_transformers(
     mask = None if attention_mask is None else torch.as_tensor(np.asarray(attention_mask))
     lengths = list(calls or [ids.shape[1]])
     cache = transformers.DynamicCache(config=model.config) if len(lengths) > 1 else None
+    # transformers 5.24 has another name for it, and warns of the one before.
+    parameter = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    past = {} if cache is None else {parameter: cache}
     head_dim = model.model.layers[0].self_attn.head_dim
     tensors: dict[str, Array] = {"input_ids": np.asarray(ids)}
     if mask is not None:
@@ -191,7 +195,7 @@ def capture_transformers(
         with torch.no_grad(), caught(model) as found:
             result = model(
                 input_ids=ids[:, done:end], attention_mask=None if mask is None else mask[:, :end],
-                past_key_values=cache, use_cache=cache is not None, **named,
+                use_cache=cache is not None, **past, **named,
             )  # fmt: skip
         for name, x in (found | {"logits": result.logits}).items():
             tensors[prefix + name] = as_numpy(in_heads(name, x, head_dim))
