@@ -9,6 +9,7 @@ is captured.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -179,9 +180,10 @@ def capture_transformers(
     ids = torch.as_tensor(np.asarray(input_ids))
     mask = None if attention_mask is None else torch.as_tensor(np.asarray(attention_mask))
     lengths = list(calls or [ids.shape[1]])
-    # Handed on by their places: what is called past_key_values in transformers 5.23 is called cache from 5.24 on.
-    positions = named.pop("position_ids", None)
     cache = transformers.DynamicCache(config=model.config) if len(lengths) > 1 else None
+    # transformers 5.24 has another name for it, and warns of the one before.
+    parameter = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    past = {} if cache is None else {parameter: cache}
     head_dim = model.model.layers[0].self_attn.head_dim
     tensors: dict[str, Array] = {"input_ids": np.asarray(ids)}
     if mask is not None:
@@ -191,8 +193,10 @@ def capture_transformers(
         prefix = f"calls.{number}." if len(lengths) > 1 else ""
         end = done + length
         with torch.no_grad(), caught(model) as found:
-            seen = None if mask is None else mask[:, :end]
-            result = model(ids[:, done:end], seen, positions, cache, use_cache=cache is not None, **named)
+            result = model(
+                input_ids=ids[:, done:end], attention_mask=None if mask is None else mask[:, :end],
+                use_cache=cache is not None, **past, **named,
+            )  # fmt: skip
         for name, x in (found | {"logits": result.logits}).items():
             tensors[prefix + name] = as_numpy(in_heads(name, x, head_dim))
         done = end
