@@ -1,26 +1,25 @@
 """What a token costs: operations and bytes of the 2B, 9B and 27B against the length of the context.
 
-    python benchmarks/cost.py [--json] [--sgemm GFLOPS --read GB_PER_S]
+    python benchmarks/cost.py [--json]                  counted from the shapes
+    python benchmarks/cost.py --measure 5 [--json]      a layer of each: predicted, and measured in as many processes
 
-Counted from the shapes. With the two rates of a machine (`run.py` measures them) the times that follow are printed too:
-a prompt's token cannot take less than its operations, a decoded token not less than reading what it needs in float32.
+A prompt cannot take less than its operations, at the rate of this machine's matrix product; a decoded token not less
+than reading what it needs in float32. Both rates are measured in the same rounds (`engines.py`).
 """
 
 import argparse
 import json
-import math
+import statistics
+from collections.abc import Iterator, Mapping
+
+from engines import layer_bytes, layer_flops, matrix_weights
+from run import machine, measured
 
 from refgemma.config import Gemma2Config
-from refgemma.weights.parameters import EMBED_TOKENS, tensor_shapes
 
 SIZES, CONTEXTS = ("2b", "9b", "27b"), (128, 512, 2048, 4096, 8192)
 ITEMS = {"float32": 4, "bfloat16": 2}  # bytes of a number
-
-
-def matrix_weights(config: Gemma2Config) -> int:
-    """Numbers in the matrices of all layers, each of which a token is multiplied with once."""
-    shapes = tensor_shapes(config)
-    return sum(math.prod(shape) for name, shape in shapes.items() if len(shape) == 2 and name != EMBED_TOKENS)
+Row = Mapping[str, object]
 
 
 def keys_seen(config: Gemma2Config, context: int) -> int:
@@ -46,23 +45,45 @@ def bytes_read(config: Gemma2Config, context: int, item: int = 4) -> int:
     return item * (matrix_weights(config) + head + keys)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--sgemm", type=float, metavar="GFLOPS", help="the machine's rate of matrix products")
-    parser.add_argument("--read", type=float, metavar="GB_PER_S", help="the machine's rate of reading")
-    args = parser.parse_args()
-    rows = []
+def counted() -> Iterator[Row]:
+    """What the last token of a context costs in the whole model."""
     for size in SIZES:
         config = Gemma2Config.preset(size)
         for context in CONTEXTS:
-            row = {"model": size, "context": context, "gflop": round(flops(config, context) / 1e9, 2)}
-            row |= {f"gb_{name}": round(bytes_read(config, context, item) / 1e9, 2) for name, item in ITEMS.items()}
-            if args.sgemm:
-                row["prompt_ms"] = round(flops(config, context) / args.sgemm / 1e6, 1)
-            if args.read:
-                row["decode_ms"] = round(bytes_read(config, context) / args.read / 1e6, 1)
-            rows.append(row)
+            gigabytes = {f"gb_{name}": bytes_read(config, context, item) / 1e9 for name, item in ITEMS.items()}
+            row = {"gflop": flops(config, context) / 1e9} | gigabytes
+            yield {"model": size, "context": context} | {name: round(value, 2) for name, value in row.items()}
+
+
+def compared(rounds: int) -> Iterator[Row]:
+    """Predicted and measured milliseconds of a fast layer; medians of as many processes, one of each kind a round."""
+    rates, times = [], []
+    for _ in range(rounds):
+        rates.append(machine())
+        times.append({size: measured("fast", f"layers {size}") for size in SIZES})
+    sgemm, read = (statistics.median(rate[name] for rate in rates) for name in ("sgemm", "read"))
+    for size in SIZES:
+        config = Gemma2Config.preset(size)
+        for work in (name for name in times[0][size] if "share" not in name):
+            kind, count = work.split()
+            if kind == "prefill":
+                predicted = layer_flops(config, int(count)) / sgemm / 1e6
+            else:
+                predicted = layer_bytes(config, int(count)) / read / 1e6
+            took = 1e3 * statistics.median(of_round[size][work] for of_round in times)
+            row = {"work": f"{size} layer, {work}", "predicted_ms": round(predicted, 1), "measured_ms": round(took, 1)}
+            yield row | {"share": round(predicted / took, 2)}
+    yield {"work": f"{rounds} rounds, sgemm {sgemm:.0f} GF/s, reading {read:.1f} GB/s"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--measure", type=int, metavar="ROUNDS", help="compare with what a layer takes")
+    args = parser.parse_args()
+    if args.measure is not None and args.measure < 1:
+        parser.error("--measure must be at least 1")
+    rows = list(compared(args.measure) if args.measure else counted())
     if args.json:
         print(json.dumps({"rows": rows}, indent=1))
         return

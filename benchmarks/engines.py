@@ -6,6 +6,7 @@ Two engines in one process disturb each other's threads; so none ever meets anot
 """
 
 import json
+import math
 import resource
 import statistics
 import sys
@@ -22,10 +23,12 @@ from refgemma import fast, layers, ops
 from refgemma.cache import LayerCache
 from refgemma.config import Gemma2Config
 from refgemma.weights.checkpoint import open_checkpoint
+from refgemma.weights.parameters import EMBED_TOKENS, tensor_shapes
 from refgemma.weights.synthetic import synthetic_weights, write_synthetic
 
 Step = Callable[[], object]
-PREFILL, DECODE = {"9b": (128, 512, 2048, 4200), "27b": (128, 512, 2048)}, (512, 4096)
+PREFILL = {"2b": (128, 512, 2048), "9b": (128, 512, 2048, 4200), "27b": (128, 512, 2048)}
+DECODE = (512, 4096)
 DEFINITION_TOKENS = 2048  # the readable definition is timed up to here
 REPETITIONS = {1: 9, 128: 5, 512: 2}  # a process, after one that is not counted; once for more tokens
 FULL_DEPTH_TOKENS = 64
@@ -43,10 +46,15 @@ def once(step: Step) -> float:
     return time.perf_counter() - began
 
 
-def seconds(step: Step, repetitions: int) -> float:
-    """The median time of a step, after one that is not counted: the first also waits for fresh pages of memory."""
+def times(step: Step, repetitions: int) -> list[float]:
+    """The times of a step, after one that is not counted: the first also waits for fresh pages of memory."""
     step()
-    return statistics.median(once(step) for _ in range(repetitions))
+    return [once(step) for _ in range(repetitions)]
+
+
+def seconds(step: Step, repetitions: int) -> float:
+    """The median of `times`."""
+    return statistics.median(times(step, repetitions))
 
 
 # --- engines: each gives a step, the computation of one layer ---------------------------------------------------------
@@ -160,15 +168,27 @@ def read_bandwidth() -> float:
     return a.nbytes / min(sums, min(once(lambda: x @ a.T) for _ in range(4))) / 1e9
 
 
-def flops(config: Gemma2Config, weights: Any, tokens: int) -> float:
-    """Of a layer: two for each weight and token, and those of the scores and mixed values that the window leaves."""
-    matrices = sum(rows.size for rows in weights.values() if rows is not None and rows.ndim == 2)
+def matrix_weights(config: Gemma2Config) -> int:
+    """Numbers in the matrices of all layers, each of which a token is multiplied with once."""
+    shapes = tensor_shapes(config)
+    return sum(math.prod(shape) for name, shape in shapes.items() if len(shape) == 2 and name != EMBED_TOKENS)
+
+
+def layer_flops(config: Gemma2Config, tokens: int) -> int:
+    """Of a prompt in a sliding layer: two a weight and token, and those of scores and mixed values in the window."""
+    matrices = matrix_weights(config) // config.num_hidden_layers
     seen = sum(min(place + 1, config.sliding_window) for place in range(tokens))
-    return float(2 * matrices * tokens + 4 * seen * config.num_attention_heads * config.head_dim)
+    return 2 * matrices * tokens + 4 * seen * config.num_attention_heads * config.head_dim
+
+
+def layer_bytes(config: Gemma2Config, past: int) -> int:
+    """To decode a token after `past` others in a full layer: its matrices, and all keys and values, in float32."""
+    keys = 2 * past * config.num_key_value_heads * config.head_dim
+    return 4 * (matrix_weights(config) // config.num_hidden_layers + keys)
 
 
 def measured_layers(engine: str, size: str) -> dict[str, float]:
-    """Seconds of every shape; of the fast engine also its share of the machine's own rates."""
+    """Seconds of every shape; of the fast engine also its share of the machine's own rates, each the best of a few."""
     found: dict[str, float] = {}
     for past in (0, *DECODE):
         config, weights = layer_of(engine, size, past)
@@ -176,14 +196,12 @@ def measured_layers(engine: str, size: str) -> dict[str, float]:
             if engine == "definition" and tokens > DEFINITION_TOKENS:
                 continue
             step = STEPS[engine](config, weights, tokens, past)
-            took = seconds(step, REPETITIONS.get(tokens, 1))
-            found[f"decode {past}" if past else f"prefill {tokens}"] = took
+            took = times(step, REPETITIONS.get(tokens, 1))
+            found[f"decode {past}" if past else f"prefill {tokens}"] = statistics.median(took)
             if engine == "fast" and tokens >= 512:
-                found[f"sgemm share {tokens}"] = flops(config, weights, tokens) / took / 1e9 / sgemm()
+                found[f"sgemm share {tokens}"] = layer_flops(config, tokens) / min(took) / 1e9 / sgemm()
             if engine == "fast" and past:
-                read = sum(rows.nbytes for rows in weights.values() if rows is not None)
-                read += 2 * past * config.num_key_value_heads * config.head_dim * 4
-                found[f"read share {past}"] = read / took / 1e9 / read_bandwidth()
+                found[f"read share {past}"] = layer_bytes(config, past) / min(took) / 1e9 / read_bandwidth()
     return found
 
 

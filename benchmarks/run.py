@@ -1,17 +1,22 @@
 """How fast refgemma is beside transformers (eager, on a CPU), as ratios of times, and what of the machine it uses.
 
     python benchmarks/run.py [--rounds 5] [--only 9b] [--json] [--history FILE] [--picture FILE]
+    python benchmarks/run.py --again FILE       the last report of a history, measuring nothing
 
 needs the extra `record`. Every engine runs in a process of its own (`engines.py`), the engines of a round one after
 the other, so that a machine that slows down slows all. A ratio is one of medians over rounds, its spread that of the
 ratios of single rounds. A round in which the machine's own matrix product changed by more than 1.5 times is repeated.
 Interrupted, it reports the rounds so far.
+
+Beside a ratio stands the least that this machine allows: the operations at the rate of NumPy's own product of square
+matrices, or the bytes at that of reading, over the time of transformers. No program of NumPy's products gets below it.
 """
 
 import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -22,6 +27,11 @@ from datetime import date
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
+
+from engines import layer_bytes, layer_flops
+
+from refgemma.config import Gemma2Config
 
 HERE = Path(__file__).parent
 UNSTEADY = 1.5  # times that the machine's rate may change within a round
@@ -142,6 +152,19 @@ def result(row: Row, rounds: list[dict[tuple[str, str, str], float]]) -> dict[st
     }  # fmt: skip
 
 
+def least(row: Mapping[str, Any], report: Mapping[str, Any]) -> float | None:
+    """The ratio that the machine's own rates allow, of rows about a layer and transformers; else ``None``."""
+    found = re.fullmatch(r"(\w+) layer, (prefill|decode) (\d+)(, definition)?", row["work"])
+    if not found:
+        return None
+    config, count = Gemma2Config.preset(found[1]), int(found[3])
+    if found[2] == "prefill":
+        seconds = layer_flops(config, count) / report["sgemm_gflops"] / 1e9
+    else:
+        seconds = layer_bytes(config, count) / report["read_gb_per_s"] / 1e9
+    return round(seconds / row["medians"]["transformers"], 3)
+
+
 # --- showing ----------------------------------------------------------------------------------------------------------
 
 
@@ -164,33 +187,34 @@ def picture(rows: list[Mapping[str, object]], file: str) -> None:
     figure.savefig(file, dpi=120, metadata={"Date": None} if file.endswith(".svg") else None)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", default="", metavar="TEXT", help="rows whose name contains TEXT")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--history", metavar="FILE", help="add a line to this file (benchmarks/history.jsonl)")
-    parser.add_argument("--picture", metavar="FILE")
-    args = parser.parse_args()
-    rows = [row for row in ROWS if args.only in row.work]
-    if not rows or args.rounds < 1:
-        parser.error(f"--only {args.only!r}: no row is called so" if not rows else "--rounds must be at least 1")
-    if args.picture:
-        import matplotlib.pyplot  # noqa: F401  a missing package is said before the measuring, not after it
+def table(report: Mapping[str, Any]) -> str:
+    """The report as a table in Markdown."""
+    lines = ["| work | ratio | spread | goal | met | least |", "| --- | --- | --- | --- | --- | --- |"]
+    for row in report["rows"]:
+        low, high = row["spread"]
+        met, limit = "yes" if row["met"] else "no", "" if row["least"] is None else f"{row['least']:.2f}"
+        spread = f"{low:.2f} to {high:.2f}"
+        lines.append(f"| {row['work']} | {row['ratio']:.2f} | {spread} | {row['goal']} | {met} | {limit} |")
+    about = "{rounds} rounds ({thrown_away} thrown away), sgemm {sgemm_gflops} GF/s, reading {read_gb_per_s} GB/s"
+    return "\n".join([*lines, "", about.format(**report)])
+
+
+def new_report(rows: list[Row], wanted: int) -> dict[str, Any]:
+    """Measure so many rounds, or as many as there are until it is interrupted."""
     kept, rates, thrown = [], [], 0
     try:
-        while len(kept) < args.rounds:
+        while len(kept) < wanted:
             found, of_round = one_round(rows)
             if not steady(of_round) and thrown < MOST_REPEATS:
                 thrown += 1
                 continue
             kept.append(found)
             rates += of_round
-            print(f"round {len(kept)} of {args.rounds}, {thrown} thrown away", file=sys.stderr)
+            print(f"round {len(kept)} of {wanted}, {thrown} thrown away", file=sys.stderr)
     except KeyboardInterrupt:
         if not kept:
             raise
-    report = {
+    return {
         "date": date.today().isoformat(),
         "cores": os.cpu_count(),
         "processor": platform.processor() or platform.machine(),
@@ -201,23 +225,34 @@ def main() -> None:
         "read_gb_per_s": round(statistics.median(rate["read"] for rate in rates), 1),
         "rows": [result(row, kept) for row in rows],
     }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", default="", metavar="TEXT", help="rows whose name contains TEXT")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--history", metavar="FILE", help="add a line to this file (benchmarks/history.jsonl)")
+    parser.add_argument("--again", metavar="FILE", help="show the last line of such a file")
+    parser.add_argument("--picture", metavar="FILE")
+    args = parser.parse_args()
+    rows = [row for row in ROWS if args.only in row.work]
+    if not rows or args.rounds < 1:
+        parser.error(f"--only {args.only!r}: no row is called so" if not rows else "--rounds must be at least 1")
+    if args.picture:
+        import matplotlib.pyplot  # noqa: F401  a missing package is said before the measuring, not after it
+    try:
+        report = json.loads(Path(args.again).read_text().splitlines()[-1]) if args.again else None
+    except (OSError, ValueError, IndexError) as error:
+        parser.error(f"--again {args.again}: no history can be read: {error}")
+    report = report or new_report(rows, args.rounds)
     if args.history:
         with open(args.history, "a", encoding="utf-8") as file:
             file.write(json.dumps(report) + "\n")
+    report["rows"] = [row | {"least": least(row, report)} for row in report["rows"]]
     if args.picture:
-        picture(report["rows"], args.picture)  # type: ignore[arg-type]
+        picture(report["rows"], args.picture)
     print(json.dumps(report, indent=1) if args.json else table(report))
-
-
-def table(report: Mapping[str, object]) -> str:
-    """The report as a table in Markdown."""
-    lines = ["| work | ratio | spread | goal | met |", "| --- | --- | --- | --- | --- |"]
-    for row in report["rows"]:  # type: ignore[attr-defined]
-        low, high = row["spread"]
-        met = "yes" if row["met"] else "no"
-        lines.append(f"| {row['work']} | {row['ratio']:.2f} | {low:.2f} to {high:.2f} | {row['goal']} | {met} |")
-    about = "{rounds} rounds ({thrown_away} thrown away), sgemm {sgemm_gflops} GF/s, reading {read_gb_per_s} GB/s"
-    return "\n".join([*lines, "", about.format(**report)])
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from refgemma.config import Gemma2Config
 from refgemma.hub import golden_folder
 from refgemma.model import Start, begin, blocks, head, next_past
 from refgemma.ops import rms_norm
-from refgemma.oracle.compare import FLOOR, NOISE_FACTOR, half_rounding_noise, run_distance
-from refgemma.oracle.sketch import LENGTH, SAMPLES_AT, sketch
+from refgemma.oracle.compare import FLOOR, NOISE_FACTOR, run_distance
+from refgemma.oracle.sketch import LENGTH, PROJECTIONS, PROJECTIONS_AT, SAMPLES_AT, sketch
 from refgemma.oracle.trace import named_tensors
 from refgemma.oracle.verify import AGAIN, CaseResult, Comparison, GoldenError
 from refgemma.perplexity import label_losses
@@ -223,13 +223,12 @@ def steps_of(names: Iterable[str], reference: bool) -> list[str]:
 
 
 def half_allowed(noise: float) -> float:
-    """The root mean square difference of two half-precision sketches that rounding explains, with mean square `noise`.
+    """The root mean square difference of two half-precision tensors that rounding explains, with mean square `noise`.
 
-    Of independent roundings the difference is sqrt(2) times one of them, as in `half_run_distance`. Both are estimated
-    from the few numbers of a sketch, with a relative deviation of ``1 / sqrt(2 * LENGTH)`` each, so that of their ratio
-    it is ``1 / sqrt(LENGTH)``: four of those are allowed.
+    Of independent roundings the difference is sqrt(2) times one of them, as in `half_run_distance`. The projections of
+    a sketch tell it with a relative deviation of ``1 / sqrt(2 * PROJECTIONS)``: four of those are allowed.
     """
-    return math.sqrt(2 * noise) * (1 + 4 / math.sqrt(LENGTH))
+    return math.sqrt(2 * noise) * (1 + 4 / math.sqrt(2 * PROJECTIONS))
 
 
 def neighbours(tensor: str) -> Iterator[str]:
@@ -260,25 +259,35 @@ class Recorded:
     double: Array  # PyTorch's float64
 
     def noise(self, tensor: str) -> float:
-        """Of float32 the largest error in the sketch; of half precision the mean square error.
+        """Of float32 the largest error in the sketch; of half precision the mean square error of the tensor.
 
-        The largest of forty errors is itself uncertain, and may by chance be small. So those of the same tensor in the
-        layers before and after, and in other calls, count too: errors there are of the same size. All of them are
-        PyTorch's; no mistake of ours widens them.
+        In half precision only the projections tell that: into each goes every element. A score of 40 is rounded to a
+        quarter, so a few attention weights are far off in any correct run; whether one of them is a sample is chance.
+
+        What few errors tell is itself uncertain, and may by chance be small. So those of the same tensor in the layers
+        before and after, and in other calls, are looked at too, since errors there are of the same size, and the
+        largest counts. All of them are PyTorch's; no mistake of ours widens them.
         """
-        n = self.names[tensor]
-        if self.dtype != "float32":
-            return half_rounding_noise(self.sketches[n], self.single[n])
         alike = [self.names[name] for name in neighbours(tensor) if name in self.names]
-        return float(np.abs(self.single[alike] - self.double[alike]).max())
+        if self.dtype == "float32":
+            return float(np.abs(self.single[alike] - self.double[alike]).max())
+        errors = self.sketches[alike, PROJECTIONS_AT] - self.single[alike, PROJECTIONS_AT]
+        return float(np.mean(errors**2, axis=1).max())
 
     def distance(self, tensor: str, computed: Array, recorded: Array) -> float:
-        """Of a sketch, or of something as large as `tensor`, from its recording, in units of what rounding explains."""
+        """Of something as large as `tensor` from its recording, in units of what rounding explains."""
         if self.dtype == "float32":
             return run_distance(computed, recorded, self.noise(tensor))
         apart = math.sqrt(float(np.mean((np.asarray(computed, np.float64) - recorded) ** 2)))
         allowed = half_allowed(self.noise(tensor))
-        distance = apart / allowed if allowed else (math.inf if apart else 0.0)
+        return apart / allowed if allowed else (math.inf if apart else 0.0)
+
+    def sketch_distance(self, tensor: str, computed: Array) -> float:
+        """Of a sketch of `tensor` from the recorded one, in units of what rounding explains."""
+        recorded = self.sketches[self.names[tensor]]
+        if self.dtype == "float32":
+            return self.distance(tensor, computed, recorded)
+        distance = self.distance(tensor, computed[PROJECTIONS_AT], recorded[PROJECTIONS_AT])
         if FIRST.fullmatch(tensor):
             return max(distance, int(np.sum(computed[SAMPLES_AT] != recorded[SAMPLES_AT])) / FLIPPED)
         return distance
@@ -373,7 +382,7 @@ def verify_full(
         whole = golden.get(f"{tensor}.{dtype}")
         if tensor in names:
             expected = recorded.sketches[names[tensor]]
-            distance = recorded.distance(tensor, computed, expected)
+            distance = recorded.sketch_distance(tensor, computed)
             yield Comparison(tensor, "run", distance, int(np.sum(computed == expected)), LENGTH)
         elif tensor == "top_logits":
             yield from _compare_top(f"{last}.logits", computed, golden, recorded)

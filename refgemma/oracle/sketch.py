@@ -13,7 +13,7 @@ from refgemma.weights.synthetic import raw_bytes
 
 SAMPLES, PROJECTIONS = 32, 6
 LENGTH = 2 + SAMPLES + PROJECTIONS
-SAMPLES_AT = slice(2, 2 + SAMPLES)  # the elements themselves, in a sketch
+SAMPLES_AT, PROJECTIONS_AT = slice(2, 2 + SAMPLES), slice(2 + SAMPLES, LENGTH)
 BLOCK = 2**20  # elements at a time, so that a sketch of a large tensor needs no copy of it
 RMS_OF_BYTES = np.sqrt((2**16 - 1) / 12 + 1 / 4)  # of -128 to 127, all equally likely
 
