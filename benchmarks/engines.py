@@ -46,15 +46,10 @@ def once(step: Step) -> float:
     return time.perf_counter() - began
 
 
-def times(step: Step, repetitions: int) -> list[float]:
-    """The times of a step, after one that is not counted: the first also waits for fresh pages of memory."""
-    step()
-    return [once(step) for _ in range(repetitions)]
-
-
 def seconds(step: Step, repetitions: int) -> float:
-    """The median of `times`."""
-    return statistics.median(times(step, repetitions))
+    """The median time of a step, after one that is not counted: the first also waits for fresh pages of memory."""
+    step()
+    return statistics.median(once(step) for _ in range(repetitions))
 
 
 # --- engines: each gives a step, the computation of one layer ---------------------------------------------------------
@@ -188,7 +183,7 @@ def layer_bytes(config: Gemma2Config, past: int) -> int:
 
 
 def measured_layers(engine: str, size: str) -> dict[str, float]:
-    """Seconds of every shape; of the fast engine also its share of the machine's own rates, each the best of a few."""
+    """Seconds of every shape; of the fast engine also its share of the machine's own rates."""
     found: dict[str, float] = {}
     for past in (0, *DECODE):
         config, weights = layer_of(engine, size, past)
@@ -196,12 +191,12 @@ def measured_layers(engine: str, size: str) -> dict[str, float]:
             if engine == "definition" and tokens > DEFINITION_TOKENS:
                 continue
             step = STEPS[engine](config, weights, tokens, past)
-            took = times(step, REPETITIONS.get(tokens, 1))
-            found[f"decode {past}" if past else f"prefill {tokens}"] = statistics.median(took)
+            took = seconds(step, REPETITIONS.get(tokens, 1))
+            found[f"decode {past}" if past else f"prefill {tokens}"] = took
             if engine == "fast" and tokens >= 512:
-                found[f"sgemm share {tokens}"] = layer_flops(config, tokens) / min(took) / 1e9 / sgemm()
+                found[f"sgemm share {tokens}"] = layer_flops(config, tokens) / took / 1e9 / sgemm()
             if engine == "fast" and past:
-                found[f"read share {past}"] = layer_bytes(config, past) / min(took) / 1e9 / read_bandwidth()
+                found[f"read share {past}"] = layer_bytes(config, past) / took / 1e9 / read_bandwidth()
     return found
 
 
