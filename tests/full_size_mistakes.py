@@ -1,6 +1,6 @@
 """Make the known mistakes at the full width of the 9B and the 27B, and print where each is found: no test, a program.
 
-    python tests/full_size_mistakes.py [--only TEXT] [--json]
+    python tests/full_size_mistakes.py [--only TEXT] [--dtype bfloat16] [--json]
 
 The weights are synthetic. Mistakes that need a text longer than the window are made with one. The table stands in
 docs/full-size.md; `tests/test_full_size.py` makes three of these mistakes in every run of the tests.
@@ -76,12 +76,14 @@ def found_at(mistake: Mistake, recording: str, dtype: str) -> tuple[str, float] 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="TEXT", help="mistakes whose name contains TEXT")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="for all, not for each the one it shows in")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     rows = []
-    for mistake, recording, dtype in at_full_size():
+    for mistake, recording, shows_in in at_full_size():
         if args.only not in mistake.name:
             continue
+        dtype = args.dtype or shows_in
         found = found_at(mistake, recording, dtype)
         tensor, distance = found or ("not found", 0.0)
         rows.append({"mistake": mistake.name, "recording": recording, "dtype": dtype, "first": tensor,
