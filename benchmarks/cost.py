@@ -55,13 +55,16 @@ def counted() -> Iterator[Row]:
             yield {"model": size, "context": context} | {name: round(value, 2) for name, value in row.items()}
 
 
-def compared(rounds: int) -> Iterator[Row]:
-    """Predicted and measured milliseconds of a fast layer; medians of as many processes, one of each kind a round."""
+def compared(rounds: int) -> tuple[list[Row], dict[str, float]]:
+    """Predicted and measured milliseconds of a fast layer, medians of as many processes, one of each kind a round; and
+    the rates of the machine that the predictions are of.
+    """
     rates, times = [], []
     for _ in range(rounds):
         rates.append(machine())
         times.append({size: measured("fast", f"layers {size}") for size in SIZES})
     sgemm, read = (statistics.median(rate[name] for rate in rates) for name in ("sgemm", "read"))
+    rows: list[Row] = []
     for size in SIZES:
         config = Gemma2Config.preset(size)
         for work in (name for name in times[0][size] if "share" not in name):
@@ -72,8 +75,8 @@ def compared(rounds: int) -> Iterator[Row]:
                 predicted = layer_bytes(config, int(count)) / read / 1e6
             took = 1e3 * statistics.median(of_round[size][work] for of_round in times)
             row = {"work": f"{size} layer, {work}", "predicted_ms": round(predicted, 1), "measured_ms": round(took, 1)}
-            yield row | {"share": round(predicted / took, 2)}
-    yield {"work": f"{rounds} rounds, sgemm {sgemm:.0f} GF/s, reading {read:.1f} GB/s"}
+            rows.append(row | {"share": round(predicted / took, 2)})
+    return rows, {"rounds": rounds, "sgemm_gflops": round(sgemm, 1), "read_gb_per_s": round(read, 1)}
 
 
 def main() -> None:
@@ -83,13 +86,15 @@ def main() -> None:
     args = parser.parse_args()
     if args.measure is not None and args.measure < 1:
         parser.error("--measure must be at least 1")
-    rows = list(compared(args.measure) if args.measure else counted())
+    rows, rates = compared(args.measure) if args.measure else (list(counted()), {})
     if args.json:
-        print(json.dumps({"rows": rows}, indent=1))
+        print(json.dumps({"rows": rows} | rates, indent=1))
         return
     print("| " + " | ".join(rows[0]) + " |\n|" + " --- |" * len(rows[0]))
     for row in rows:
         print("| " + " | ".join(str(value) for value in row.values()) + " |")
+    if rates:
+        print("\n{rounds} rounds, sgemm {sgemm_gflops} GF/s, reading {read_gb_per_s} GB/s".format(**rates))
 
 
 if __name__ == "__main__":

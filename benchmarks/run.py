@@ -9,7 +9,8 @@ ratios of single rounds. A round in which the machine's own matrix product chang
 Interrupted, it reports the rounds so far.
 
 Beside a ratio stands the least that this machine allows: the operations at the rate of NumPy's own product of square
-matrices, or the bytes at that of reading, over the time of transformers. No program of NumPy's products gets below it.
+matrices, or the bytes at that of reading, over the time of transformers. Nothing made of NumPy's products gets further
+below it than these rates vary.
 """
 
 import argparse
@@ -227,6 +228,14 @@ def new_report(rows: list[Row], wanted: int) -> dict[str, Any]:
     }
 
 
+def last_report(file: str) -> dict[str, Any]:
+    """The last line of a history."""
+    report: dict[str, Any] = json.loads(Path(file).read_text(encoding="utf-8").splitlines()[-1])
+    for row in report["rows"]:
+        least(row, report)  # what is missing is missed here
+    return report
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
@@ -241,15 +250,17 @@ def main() -> None:
         parser.error(f"--only {args.only!r}: no row is called so" if not rows else "--rounds must be at least 1")
     if args.picture:
         import matplotlib.pyplot  # noqa: F401  a missing package is said before the measuring, not after it
-    try:
-        report = json.loads(Path(args.again).read_text().splitlines()[-1]) if args.again else None
-    except (OSError, ValueError, IndexError) as error:
-        parser.error(f"--again {args.again}: no history can be read: {error}")
-    report = report or new_report(rows, args.rounds)
+    if args.again:
+        try:
+            report = last_report(args.again)
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            parser.error(f"--again {args.again}: no history can be read: {error!r}")
+    else:
+        report = new_report(rows, args.rounds)
     if args.history:
         with open(args.history, "a", encoding="utf-8") as file:
             file.write(json.dumps(report) + "\n")
-    report["rows"] = [row | {"least": least(row, report)} for row in report["rows"]]
+    report["rows"] = [row | {"least": least(row, report)} for row in report["rows"] if args.only in row["work"]]
     if args.picture:
         picture(report["rows"], args.picture)
     print(json.dumps(report, indent=1) if args.json else table(report))
