@@ -7,7 +7,9 @@ be: nothing whole that a piece can be, nothing masked that can be skipped, nothi
 For float32 and float64. In half precision, where each rounding has its place, the definition itself is run.
 """
 
+import functools
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,7 +33,7 @@ from refgemma.weights.parameters import LayerWeights, OnDemand, Rows, Weights
 ROWS = 512  # tokens that go through a block together: fewer slow the matrix products down, more need more memory
 QUERIES = 128  # tokens whose scores are taken together, for one key/value head
 CHUNK = 2**17  # numbers that one elementwise operation after the other goes over: half a megabyte
-TILE, LARGE_TILE = 2**20, 2**22  # weights widened at a time, for the product with few tokens and with many
+TILE, LARGE_TILE = 2**19, 2**22  # weights widened at a time, for the product with few tokens and with many
 FEW = 4  # tokens; for so few, reading the weights is the whole work
 MANY = 128  # tokens; for more, turning a product round takes longer than is won by the order of its factors
 SHORT = 8192  # numbers: of longer vectors, OpenBLAS takes the product with threads of its own
@@ -118,11 +120,23 @@ def _many_tokens(source: Any, x: Array, y: Array) -> None:
         np.matmul(tile[:count], x, out=y[first : first + count])
 
 
+@functools.cache
+def helpers(process: int) -> ThreadPoolExecutor:
+    """Threads of a process that wait for work: to start some for each product takes a tenth of a token's time.
+
+    A forked process has its parent's memory but none of its threads, so by its number it gets its own.
+    """
+    return ThreadPoolExecutor()
+
+
 def in_threads(fill: Callable[[int, int], None], count: int) -> None:
-    """Call ``fill(start, stop)`` for parts of ``range(count)``, one a thread."""
+    """Call ``fill(start, stop)`` for parts of ``range(count)``, one a thread, of which this is the first."""
     each = -(-count // THREADS)
-    with ThreadPoolExecutor(THREADS) as pool:
-        list(pool.map(lambda start: fill(start, min(start + each, count)), range(0, count, each)))
+    pool = helpers(os.getpid())
+    others = [pool.submit(fill, start, min(start + each, count)) for start in range(each, count, each)]
+    fill(0, each)
+    for other in others:
+        other.result()
 
 
 # --- elementwise ------------------------------------------------------------------------------------------------------
