@@ -8,16 +8,20 @@ For float32 and float64. In half precision, where each rounding has its place, t
 """
 
 import functools
+import itertools
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from jaxtyping import Bool, Float
+from threadpoolctl import ThreadpoolController
 
 from refgemma import model, ops
 from refgemma.activations import Activation
@@ -30,15 +34,56 @@ from refgemma.shapes import Hidden, Logits, RotaryTable
 from refgemma.weights.checkpoint import StoredRows
 from refgemma.weights.parameters import LayerWeights, OnDemand, Rows, Weights
 
-ROWS = 512  # tokens that go through a block together: fewer slow the matrix products down, more need more memory
+ROWS = 1024  # tokens that go through a block together: fewer slow the matrix products down, more need more memory
 QUERIES = 128  # tokens whose scores are taken together, for one key/value head
 CHUNK = 2**17  # numbers that one elementwise operation after the other goes over: half a megabyte
-TILE, LARGE_TILE = 2**19, 2**22  # weights widened at a time, for the product with few tokens and with many
-FEW = 4  # tokens; for so few, reading the weights is the whole work
-MANY = 128  # tokens; for more, turning a product round takes longer than is won by the order of its factors
-SHORT = 8192  # numbers: of longer vectors, OpenBLAS takes the product with threads of its own
-THREADS = 2  # that widen weights, each its own rows, so that no sum depends on their number
+TILE, LARGE_TILE = 2**19, 2**21  # weights that a thread widens at a time, for the product with few tokens and with many
+FEW = 4  # tokens or queries; for so few, reading what they are multiplied with is the whole work
+WORK = 2**21  # multiplications that are worth a thread of their own
+CUT = 48  # rows: a matrix cut at multiples of it falls into the same tiles of BLAS's kernels as the whole
 SAFE_CAP = 60.0  # exp(60) times any number of keys is far from the largest float32, and exp(-60) from the smallest
+
+
+# --- threads ----------------------------------------------------------------------------------------------------------
+
+BLAS = ThreadpoolController().select(user_api="blas")
+THREADS = max((library.num_threads for library in BLAS.lib_controllers), default=os.cpu_count() or 1)
+ALONE = threading.RLock()
+
+
+@contextmanager
+def own_threads() -> Iterator[None]:
+    """Within it, BLAS uses the thread that calls it and no other; also as a decorator.
+
+    BLAS cuts a matrix where its number of threads says, and next to a cut some of its kernels sum in another order.
+    And its threads spin for a while after each product, on processors that the elementwise operations need. That
+    number is the whole process's: so one block is computed at a time, and the number is put back after it.
+    """
+    with ALONE, BLAS.limit(limits=1):
+        yield
+
+
+@functools.cache
+def helpers(process: int) -> ThreadPoolExecutor:
+    """Threads of a process that wait for work: to start some for each product takes a tenth of a token's time.
+
+    A forked process has its parent's memory but none of its threads, so by its number it gets its own.
+    """
+    return ThreadPoolExecutor()
+
+
+def in_threads(fill: Callable[[int, int], None], count: int, least: int = 1, multiple: int = 1) -> None:
+    """Call ``fill(start, stop)`` for parts of ``range(count)``, one a thread, of which this is the first.
+
+    No part is smaller than `least`, and each begins at a multiple of `multiple`.
+    """
+    parts = max(1, min(THREADS, count // max(least, multiple)))
+    each = count // parts // multiple * multiple
+    bounds = [*(n * each for n in range(parts)), count]
+    others = [helpers(os.getpid()).submit(fill, *pair) for pair in itertools.pairwise(bounds[1:])]
+    fill(0, bounds[1])
+    for other in others:
+        other.result()
 
 
 # --- matrix products --------------------------------------------------------------------------------------------------
@@ -52,17 +97,16 @@ def linear(x: Float[np.ndarray, "rows in"], weight: Rows, bias: Any = None) -> F
     >>> linear(np.array([[1.0, 2.0]]), np.array([[1.0, 0.0], [1.0, 1.0]]))
     array([[1., 3.]])
     """
-    if len(x) > MANY and isinstance(weight, np.ndarray):
-        y: Array = x @ weight.T
-    else:
-        y = np.ascontiguousarray(times(weight, x.T).T)
+    y = turned(times(weight, x.T))
     if bias is not None:
         y += bias[:]
     return y
 
 
 def times(weight: Rows, x: Float[np.ndarray, "in seq"]) -> Float[np.ndarray, "out seq"]:
-    """``weight @ x``, a token a column: up to 1.5 times as fast as ``x.T @ weight.T``, the fewer tokens the faster.
+    """``weight @ x``, a token a column, each thread its own rows of the weight.
+
+    For few tokens up to 1.5 times as fast as ``x.T @ weight.T``; and its sums are the same wherever rows are cut.
 
     Examples
     --------
@@ -70,122 +114,110 @@ def times(weight: Rows, x: Float[np.ndarray, "in seq"]) -> Float[np.ndarray, "ou
     array([[1.],
            [3.]])
     """
-    if isinstance(weight, np.ndarray):
-        y: Array = weight @ x
-        return y
     # As they lie in the file, unchecked: a number that is not finite shows in the product, and is looked for then.
     source: Any = weight.tensor.mapped() if isinstance(weight, StoredRows) else weight
-    y = np.empty((weight.shape[0], x.shape[1]), x.dtype)
-    (_few_tokens if x.shape[1] <= FEW else _many_tokens)(source, x, y)
+    in_memory = isinstance(weight, np.ndarray)
+    y = np.empty((weight.shape[0], x.shape[1]), np.result_type(source, x) if in_memory else x.dtype)
+
+    def fill(start: int, stop: int) -> None:
+        if in_memory:
+            np.matmul(source[start:stop], x, out=y[start:stop])
+        else:
+            widen_and_multiply(source, start, stop, x, y)
+
+    in_threads(fill, len(y), WORK // max(1, x.size), CUT)
     if isinstance(weight, StoredRows) and not np.isfinite(y).all():
         weight[:]  # raises, naming the file and the place, if the weight is what is not finite
     return y
 
 
-def _few_tokens(source: Any, x: Array, y: Array) -> None:
-    """Fill `y` with products of vectors: each thread widens a tile and uses it, which BLAS would do with one thread."""
-    out, width = source.shape
-    rows = max(1, TILE // width)
-    vectors = np.ascontiguousarray(x.T)
+def widen_and_multiply(source: Any, start: int, stop: int, x: Array, y: Array) -> None:
+    """Some rows of ``source @ x``: a tile is widened, and used while it is in the cache."""
+    width, few = len(x), x.shape[1] <= FEW
+    rows = max((TILE if few else LARGE_TILE) // width // CUT, 1) * CUT
+    room, vectors = np.empty((min(rows, stop - start), width), x.dtype), np.ascontiguousarray(x.T)
+    for first in range(start, stop, rows):
+        last = min(first + rows, stop)
+        tile = room[: last - first]
+        tile[...] = source[first:last]
+        if few:
+            np.vecdot(tile[:, None], vectors, out=y[first:last])
+        else:
+            np.matmul(tile, x, out=y[first:last])
+
+
+def turned(x: Float[np.ndarray, "any seq"]) -> Float[np.ndarray, "seq any"]:
+    """``x.T``, with each row's numbers side by side."""
+    y = np.empty(x.shape[::-1], x.dtype)
 
     def fill(start: int, stop: int) -> None:
-        room = np.empty((rows, width), x.dtype)
-        for first in range(start, stop, rows):
-            last = min(first + rows, stop)
-            tile = room[: last - first]
-            tile[...] = source[first:last]
-            np.vecdot(tile[:, None, :SHORT], vectors[:, :SHORT], out=y[first:last])
-            for left in range(SHORT, width, SHORT):
-                part = slice(left, left + SHORT)
-                y[first:last] += np.vecdot(tile[:, None, part], vectors[:, part])
+        y[start:stop] = x[:, start:stop].T
 
-    in_threads(fill, out)
-
-
-def _many_tokens(source: Any, x: Array, y: Array) -> None:
-    """Fill `y` with products of matrices: tiles are widened by all threads, and multiplied by those of BLAS."""
-    out, width = source.shape
-    rows = max(1, LARGE_TILE // width)
-    tile = np.empty((min(rows, out), width), x.dtype)
-    few = max(1, TILE // width)
-    for first in range(0, out, rows):
-        count = min(rows, out - first)
-
-        def widen(start: int, stop: int, first: int = first) -> None:
-            for n in range(start, stop, few):
-                last = min(n + few, stop)
-                tile[n:last] = source[first + n : first + last]
-
-        in_threads(widen, count)
-        np.matmul(tile[:count], x, out=y[first : first + count])
-
-
-@functools.cache
-def helpers(process: int) -> ThreadPoolExecutor:
-    """Threads of a process that wait for work: to start some for each product takes a tenth of a token's time.
-
-    A forked process has its parent's memory but none of its threads, so by its number it gets its own.
-    """
-    return ThreadPoolExecutor()
-
-
-def in_threads(fill: Callable[[int, int], None], count: int) -> None:
-    """Call ``fill(start, stop)`` for parts of ``range(count)``, one a thread, of which this is the first."""
-    each = -(-count // THREADS)
-    pool = helpers(os.getpid())
-    others = [pool.submit(fill, start, min(start + each, count)) for start in range(each, count, each)]
-    fill(0, each)
-    for other in others:
-        other.result()
+    in_threads(fill, len(y), CHUNK // max(1, len(x)))
+    return y
 
 
 # --- elementwise ------------------------------------------------------------------------------------------------------
 
 
-def chunks(*arrays: Array) -> Iterator[Any]:
-    """Rows of equally long arrays, so few that they stay in the cache from one operation to the next."""
+def over_chunks(work: Callable[..., None], *arrays: Array) -> None:
+    """Call `work` with rows of equally long arrays, few enough to stay in the cache from one operation to the next."""
     rows = max(1, CHUNK // max(1, arrays[0][0].size)) if len(arrays[0]) else 1
-    for start in range(0, len(arrays[0]), rows):
-        yield tuple(array[start : start + rows] for array in arrays)
+
+    def fill(start: int, stop: int) -> None:
+        for first in range(start, stop, rows):
+            last = min(first + rows, stop)
+            work(*(array[first:last] for array in arrays))
+
+    in_threads(fill, len(arrays[0]), rows)
 
 
 def rms_norm(x: Float[np.ndarray, "rows hidden"], weight: Rows, eps: float) -> Float[np.ndarray, "rows hidden"]:
     """`refgemma.ops.rms_norm`, with the squares summed as they are made."""
     normed, gain = np.empty_like(x), 1 + weight[:]
-    for rows, out in chunks(x, normed):
-        mean_square = np.vecdot(rows, rows)[:, None] / x.dtype.type(x.shape[-1])
-        np.multiply(rows, 1 / np.sqrt(mean_square + x.dtype.type(eps)), out=out)
+
+    def some(x: Array, out: Array) -> None:
+        mean_square = np.vecdot(x, x)[:, None] / x.dtype.type(x.shape[-1])
+        np.multiply(x, 1 / np.sqrt(mean_square + x.dtype.type(eps)), out=out)
         out *= gain
+
+    over_chunks(some, x, normed)
     return normed
 
 
-def rotate(x: Float[np.ndarray, "seq any_heads head_dim"], cos: Array, sin: Array, turned: Array) -> None:
-    """Write `refgemma.ops.rotate` of `x` into `turned`, half a head at a time; tables are ``(seq, head_dim)``."""
+def rotate(x: Float[np.ndarray, "seq any_heads head_dim"], cos: Array, sin: Array, rotated: Array) -> None:
+    """Write `refgemma.ops.rotate` of `x` into `rotated`, half a head at a time; tables are ``(seq, head_dim)``."""
     half = x.shape[-1] // 2
-    for rows, c, s, out in chunks(x, cos[:, None, :half], sin[:, None, :half], turned):
-        first, second = rows[..., :half], rows[..., half:]
-        np.multiply(first, c, out=out[..., :half])
-        out[..., :half] -= second * s
-        np.multiply(second, c, out=out[..., half:])
-        out[..., half:] += first * s
+
+    def some(x: Array, cos: Array, sin: Array, out: Array) -> None:
+        first, second = x[..., :half], x[..., half:]
+        np.multiply(first, cos, out=out[..., :half])
+        out[..., :half] -= second * sin
+        np.multiply(second, cos, out=out[..., half:])
+        out[..., half:] += first * sin
+
+    over_chunks(some, x, cos[:, None, :half], sin[:, None, :half], rotated)
 
 
 def gate_up(gate: Array, up: Array, activation: Activation) -> Array:
     """``activation(gate) * up``, in place of `gate`."""
-    for g, u in chunks(gate, up):
+
+    def some(gate: Array, up: Array) -> None:
         if activation is gelu_tanh:
-            inner = g * g
-            inner *= g.dtype.type(0.044715)
+            inner = gate * gate
+            inner *= gate.dtype.type(0.044715)
             inner += 1
-            inner *= g
-            inner *= g.dtype.type(math.sqrt(2 / math.pi))
+            inner *= gate
+            inner *= gate.dtype.type(math.sqrt(2 / math.pi))
             np.tanh(inner, out=inner)
             inner += 1
-            inner *= g.dtype.type(0.5)
-            g *= inner
+            inner *= gate.dtype.type(0.5)
+            gate *= inner
         else:
-            g[...] = activation(g)
-        g *= u
+            gate[...] = activation(gate)
+        gate *= up
+
+    over_chunks(some, gate, up)
     return gate
 
 
@@ -269,6 +301,17 @@ def weigh(scores: Float[np.ndarray, "seq groups keys"], seen: Array, scale: floa
     scores *= seen
 
 
+def scored(q: Float[np.ndarray, "queries head_dim"], keys: Float[np.ndarray, "keys head_dim"]) -> Array:
+    """``q @ keys.T``; for few queries without BLAS, which would first put all keys in another order."""
+    return np.ascontiguousarray(np.vecdot(keys[:, None], q).T) if len(q) <= FEW else q @ keys.T
+
+
+def mix(scores: Float[np.ndarray, "queries keys"], values: Float[np.ndarray, "keys head_dim"]) -> Array:
+    """``scores @ values``; for few queries without BLAS, like `scored`."""
+    few: Array = np.einsum("qk,kd->qd", scores, values) if len(scores) <= FEW else scores @ values
+    return few
+
+
 def attend(
     q_rot: Float[np.ndarray, "seq heads head_dim"], keys: Float[np.ndarray, "kv_heads keys head_dim"],
     values: Float[np.ndarray, "kv_heads keys head_dim"], seen: Array, numbers: Numbers,
@@ -276,17 +319,23 @@ def attend(
     """The values that a few queries of one text mix; those that share a key/value head are rows of one product."""
     seq, heads, head_dim = q_rot.shape
     mixed = np.empty_like(q_rot)
-    grouped = (seq, len(keys), heads // len(keys), head_dim)
-    q, out = q_rot.reshape(grouped), mixed.reshape(grouped)
-    for head in range(len(keys)):
-        scores = linear(q[:, head].reshape(-1, head_dim), keys[head]).reshape(seq, -1, keys.shape[1])
-        total = np.empty((*scores.shape[:2], 1), scores.dtype)
-        for some, some_seen, sums in chunks(scores, seen, total):
-            weigh(some, some_seen, numbers.scale, numbers.cap)
-            np.sum(some, axis=-1, keepdims=True, out=sums)
-        total[total == 0] = 1  # a padding token's query that sees nothing: its row means nothing
-        found = scores.reshape(-1, keys.shape[1]) @ values[head]
-        np.divide(found.reshape(out[:, head].shape), total, out=out[:, head])
+    kv_heads, count, _ = keys.shape
+    q, out = (array.reshape(seq, kv_heads, heads // kv_heads, head_dim) for array in (q_rot, mixed))
+
+    def of_heads(start: int, stop: int) -> None:
+        for head in range(start, stop):
+            scores = scored(q[:, head].reshape(-1, head_dim), keys[head]).reshape(seq, -1, count)
+            total = np.empty((*scores.shape[:2], 1), scores.dtype)
+            rows = max(1, CHUNK // scores[0].size)
+            for first in range(0, seq, rows):
+                some = slice(first, first + rows)
+                weigh(scores[some], seen[some], numbers.scale, numbers.cap)
+                np.sum(scores[some], axis=-1, keepdims=True, out=total[some])
+            total[total == 0] = 1  # a padding token's query that sees nothing: its row means nothing
+            found = mix(scores.reshape(-1, count), values[head])
+            np.divide(found.reshape(out[:, head].shape), total, out=out[:, head])
+
+    in_threads(of_heads, kv_heads, WORK // (q[:, 0].size * count))
     return mixed
 
 
@@ -315,19 +364,22 @@ def attention(
     return mixed
 
 
-def piece_of_block(
+def attention_of_piece(
     hidden: Hidden, first: int, present: LayerCache, cos: Array, sin: Array, visible: Bool[np.ndarray, "batch total"],
     weights: Mapping[str, Any], numbers: Numbers,
-) -> Hidden:  # fmt: skip
-    """`refgemma.layers.block` for the tokens at places `first` and on; their keys and values are put into `present`."""
+) -> Float[np.ndarray, "rows hidden"]:  # fmt: skip
+    """The first half of `refgemma.layers.block` for the tokens at places `first` and on, a token a row.
+
+    Their keys and values are put into `present`.
+    """
     batch, seq, width = hidden.shape
     x = hidden.reshape(batch * seq, width)
+    normed = rms_norm(x, weights["input_layernorm"], numbers.eps)
 
     def heads(name: str) -> Array:
         projected = linear(normed, weights[f"{name}_proj"], weights[f"{name}_proj_bias"])
         return projected.reshape(batch, seq, -1, cos.shape[-1])
 
-    normed = rms_norm(x, weights["input_layernorm"], numbers.eps)
     q, k = heads("q"), heads("k")
     q_rot = np.empty_like(q)
     new = slice(first - present.start, first - present.start + seq)
@@ -339,28 +391,44 @@ def piece_of_block(
     attended = linear(mixed.reshape(batch * seq, -1), weights["o_proj"], weights["o_proj_bias"])
     middle = rms_norm(attended, weights["post_attention_layernorm"], numbers.eps)
     middle += x
+    return middle
 
-    normed = rms_norm(middle, weights["pre_feedforward_layernorm"], numbers.eps)
+
+def feed_forward(
+    normed: Float[np.ndarray, "rows hidden"], weights: Mapping[str, Any], activation: Activation
+) -> Float[np.ndarray, "rows hidden"]:
+    """The feed-forward network, which until its last product has a token a column."""
     gate, up = (times(weights[f"{name}_proj"], normed.T) for name in ("gate", "up"))
-    fed = times(weights["down_proj"], gate_up(gate, up, numbers.activation))
-    out = rms_norm(np.ascontiguousarray(fed.T), weights["post_feedforward_layernorm"], numbers.eps)
-    out += middle
-    return out.reshape(batch, seq, width)
+    return turned(times(weights["down_proj"], gate_up(gate, up, activation)))
 
 
+def piece_of_block(
+    hidden: Hidden, first: int, present: LayerCache, cos: Array, sin: Array, visible: Bool[np.ndarray, "batch total"],
+    weights: Mapping[str, Any], numbers: Numbers,
+) -> Hidden:  # fmt: skip
+    """`refgemma.layers.block` for the tokens at places `first` and on; their keys and values are put into `present`."""
+    middle = attention_of_piece(hidden, first, present, cos, sin, visible, weights, numbers)
+    normed = rms_norm(middle, weights["pre_feedforward_layernorm"], numbers.eps)
+    fed = feed_forward(normed, weights, numbers.activation)
+    middle += rms_norm(fed, weights["post_feedforward_layernorm"], numbers.eps)
+    return middle.reshape(hidden.shape)
+
+
+@own_threads()
 def block(
     hidden: Hidden, past: LayerCache, cos: RotaryTable, sin: RotaryTable, visible: Bool[np.ndarray, "batch total"],
     weights: Mapping[str, Any], numbers: Numbers,
 ) -> tuple[Hidden, Roomy]:  # fmt: skip
-    """`refgemma.layers.block`, `ROWS` tokens at a time, and the cache with the keys and values of its tokens.
+    """`refgemma.layers.block`, at most `ROWS` tokens at a time, and the cache with the keys and values of its tokens.
 
     No token looks at a later piece, so each goes through the whole block before the next begins. Beside its results a
-    block needs ``ROWS * (2 * intermediate + 4 * hidden + 4 * heads * head_dim)`` numbers and, for scores,
-    ``QUERIES * keys * (1 + heads / kv_heads)``.
+    block needs ``ROWS * (3 * hidden + max(2 * intermediate, 4 * heads * head_dim))`` numbers and, for scores,
+    ``QUERIES * keys * (1 + THREADS * heads / kv_heads)``.
     """
     out, seq = np.empty_like(hidden), hidden.shape[1]
     present = extend(past, seq)
-    step = max(1, ROWS // len(hidden))
+    pieces = -(-seq // max(1, ROWS // len(hidden)))
+    step = -(-seq // pieces)  # all of one size: a small one at the end would slow its products down
     for start in range(0, seq, step):
         part = slice(start, start + step)
         out[:, part] = piece_of_block(
@@ -414,6 +482,7 @@ def outputs(start: Start, weights: Weights, config: Gemma2Config) -> Iterator[tu
         yield hidden, present if window is None else forget(present, window)
 
 
+@own_threads()
 def head(norm: Hidden, weights: Weights, config: Gemma2Config) -> tuple[Logits, Logits]:
     """`refgemma.model.head`, which widens few rows of a table at a time."""
     headless = weights.lm_head is None and not config.tie_word_embeddings  # which the definition refuses
