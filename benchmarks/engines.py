@@ -191,10 +191,14 @@ def share(work: float, step: Step, rate: Callable[[], float], repetitions: int) 
     """What part of the machine's own rate a step that does `work` reaches: medians of both, measured in turn.
 
     A machine that is slow for a while is so for both; and what is typical of one is not held against the other's best.
+    After a product the threads of BLAS spin for some 20 ms, which a step beside no rate would not meet: so it waits.
     """
-    pairs = [(once(step), [rate() for _ in range(5)]) for _ in range(repetitions)]
-    typical = statistics.median(one for _, rates in pairs for one in rates)
-    return work / statistics.median(took for took, _ in pairs) / 1e9 / typical
+    took, rates = [], []
+    for _ in range(repetitions):
+        took.append(once(step))
+        rates += [rate() for _ in range(5)]
+        time.sleep(0.1)
+    return work / statistics.median(took) / 1e9 / statistics.median(rates)
 
 
 def measured_layers(engine: str, size: str) -> dict[str, float]:

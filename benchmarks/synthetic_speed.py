@@ -2,7 +2,7 @@
 
     python benchmarks/synthetic_speed.py 9b
 
-Made as `refgemma.fast` does it, a few rows at a time by two threads, and thrown away.
+Made as `refgemma.fast` does it, a few rows at a time by as many threads, and thrown away.
 """
 
 import argparse

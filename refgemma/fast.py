@@ -40,7 +40,7 @@ CHUNK = 2**17  # numbers that one elementwise operation after the other goes ove
 TILE, LARGE_TILE = 2**19, 2**21  # weights that a thread widens at a time, for the product with few tokens and with many
 FEW = 4  # tokens or queries; for so few, reading what they are multiplied with is the whole work
 WORK = 2**21  # multiplications that are worth a thread of their own
-CUT = 48  # rows: a matrix cut at multiples of it falls into the same tiles of BLAS's kernels as the whole
+CUT = 48  # rows: a matrix cut at multiples of it falls into the same tiles of OpenBLAS's kernels as the whole
 SAFE_CAP = 60.0  # exp(60) times any number of keys is far from the largest float32, and exp(-60) from the smallest
 
 
@@ -75,7 +75,7 @@ def helpers(process: int) -> ThreadPoolExecutor:
 def in_threads(fill: Callable[[int, int], None], count: int, least: int = 1, multiple: int = 1) -> None:
     """Call ``fill(start, stop)`` for parts of ``range(count)``, one a thread, of which this is the first.
 
-    No part is smaller than `least`, and each begins at a multiple of `multiple`.
+    There are so many that each has at least `least` before it is made to begin at a multiple of `multiple`.
     """
     parts = max(1, min(THREADS, count // max(least, multiple)))
     each = count // parts // multiple * multiple
