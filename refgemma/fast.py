@@ -77,7 +77,10 @@ def in_threads(fill: Callable[[int, int], None], count: int, least: int = 1, mul
 
     There are so many that each has at least `least` before it is made to begin at a multiple of `multiple`.
     """
-    parts = max(1, min(THREADS, count // max(least, multiple)))
+    parts = min(THREADS, count // max(least, multiple))
+    if parts <= 1:
+        fill(0, count)
+        return
     each = count // parts // multiple * multiple
     bounds = [*(n * each for n in range(parts)), count]
     others = [helpers(os.getpid()).submit(fill, *pair) for pair in itertools.pairwise(bounds[1:])]
@@ -89,18 +92,24 @@ def in_threads(fill: Callable[[int, int], None], count: int, least: int = 1, mul
 # --- matrix products --------------------------------------------------------------------------------------------------
 
 
-def linear(x: Float[np.ndarray, "rows in"], weight: Rows, bias: Any = None) -> Float[np.ndarray, "rows out"]:
-    """``x @ weight.T + bias``, where the weight may be one that is still on disk, or is yet to be made.
+def multiply_rows(weight: Array, x: Array, y: Array, start: int, stop: int) -> None:
+    """Some rows of ``y = weight @ x``."""
+    np.matmul(weight[start:stop], x, out=y[start:stop])
 
-    Examples
-    --------
-    >>> linear(np.array([[1.0, 2.0]]), np.array([[1.0, 0.0], [1.0, 1.0]]))
-    array([[1., 3.]])
-    """
-    y = turned(times(weight, x.T))
-    if bias is not None:
-        y += bias[:]
-    return y
+
+def widen_and_multiply_rows(source: Any, x: Array, y: Array, start: int, stop: int) -> None:
+    """Some rows of ``y = source @ x``: a tile is widened, and used while it is in the cache."""
+    width, few = len(x), x.shape[1] <= FEW
+    rows = max((TILE if few else LARGE_TILE) // width // CUT, 1) * CUT
+    room, vectors = np.empty((min(rows, stop - start), width), x.dtype), np.ascontiguousarray(x.T)
+    for first in range(start, stop, rows):
+        last = min(first + rows, stop)
+        tile = room[: last - first]
+        tile[...] = source[first:last]
+        if few:
+            np.vecdot(tile[:, None], vectors, out=y[first:last])
+        else:
+            np.matmul(tile, x, out=y[first:last])
 
 
 def times(weight: Rows, x: Float[np.ndarray, "in seq"]) -> Float[np.ndarray, "out seq"]:
@@ -118,106 +127,105 @@ def times(weight: Rows, x: Float[np.ndarray, "in seq"]) -> Float[np.ndarray, "ou
     source: Any = weight.tensor.mapped() if isinstance(weight, StoredRows) else weight
     in_memory = isinstance(weight, np.ndarray)
     y = np.empty((weight.shape[0], x.shape[1]), np.result_type(source, x) if in_memory else x.dtype)
-
-    def fill(start: int, stop: int) -> None:
-        if in_memory:
-            np.matmul(source[start:stop], x, out=y[start:stop])
-        else:
-            widen_and_multiply(source, start, stop, x, y)
-
-    in_threads(fill, len(y), WORK // max(1, x.size), CUT)
+    multiply = multiply_rows if in_memory else widen_and_multiply_rows
+    in_threads(functools.partial(multiply, source, x, y), len(y), WORK // max(1, x.size), CUT)
     if isinstance(weight, StoredRows) and not np.isfinite(y).all():
         weight[:]  # raises, naming the file and the place, if the weight is what is not finite
     return y
 
 
-def widen_and_multiply(source: Any, start: int, stop: int, x: Array, y: Array) -> None:
-    """Some rows of ``source @ x``: a tile is widened, and used while it is in the cache."""
-    width, few = len(x), x.shape[1] <= FEW
-    rows = max((TILE if few else LARGE_TILE) // width // CUT, 1) * CUT
-    room, vectors = np.empty((min(rows, stop - start), width), x.dtype), np.ascontiguousarray(x.T)
-    for first in range(start, stop, rows):
-        last = min(first + rows, stop)
-        tile = room[: last - first]
-        tile[...] = source[first:last]
-        if few:
-            np.vecdot(tile[:, None], vectors, out=y[first:last])
-        else:
-            np.matmul(tile, x, out=y[first:last])
+def turn_rows(x: Array, y: Array, start: int, stop: int) -> None:
+    """Some rows of ``y = x.T``."""
+    y[start:stop] = x[:, start:stop].T
 
 
 def turned(x: Float[np.ndarray, "any seq"]) -> Float[np.ndarray, "seq any"]:
     """``x.T``, with each row's numbers side by side."""
     y = np.empty(x.shape[::-1], x.dtype)
+    in_threads(functools.partial(turn_rows, x, y), len(y), CHUNK // max(1, len(x)))
+    return y
 
-    def fill(start: int, stop: int) -> None:
-        y[start:stop] = x[:, start:stop].T
 
-    in_threads(fill, len(y), CHUNK // max(1, len(x)))
+def linear(x: Float[np.ndarray, "rows in"], weight: Rows, bias: Any = None) -> Float[np.ndarray, "rows out"]:
+    """``x @ weight.T + bias``, where the weight may be one that is still on disk, or is yet to be made.
+
+    Examples
+    --------
+    >>> linear(np.array([[1.0, 2.0]]), np.array([[1.0, 0.0], [1.0, 1.0]]))
+    array([[1., 3.]])
+    """
+    y = turned(times(weight, x.T))
+    if bias is not None:
+        y += bias[:]
     return y
 
 
 # --- elementwise ------------------------------------------------------------------------------------------------------
 
 
+def chunk_by_chunk(work: Callable[..., None], rows: int, arrays: tuple[Array, ...], start: int, stop: int) -> None:
+    """Call `work` with `rows` rows of each array at a time."""
+    for first in range(start, stop, rows):
+        last = min(first + rows, stop)
+        work(*(array[first:last] for array in arrays))
+
+
 def over_chunks(work: Callable[..., None], *arrays: Array) -> None:
     """Call `work` with rows of equally long arrays, few enough to stay in the cache from one operation to the next."""
     rows = max(1, CHUNK // max(1, arrays[0][0].size)) if len(arrays[0]) else 1
+    in_threads(functools.partial(chunk_by_chunk, work, rows, arrays), len(arrays[0]), rows)
 
-    def fill(start: int, stop: int) -> None:
-        for first in range(start, stop, rows):
-            last = min(first + rows, stop)
-            work(*(array[first:last] for array in arrays))
 
-    in_threads(fill, len(arrays[0]), rows)
+def norm_rows(x: Array, normed: Array, gain: Array, eps: float) -> None:
+    """`refgemma.ops.rms_norm`, with the squares summed as they are made."""
+    mean_square = np.vecdot(x, x)[:, None] / x.dtype.type(x.shape[-1])
+    np.multiply(x, 1 / np.sqrt(mean_square + x.dtype.type(eps)), out=normed)
+    normed *= gain
 
 
 def rms_norm(x: Float[np.ndarray, "rows hidden"], weight: Rows, eps: float) -> Float[np.ndarray, "rows hidden"]:
-    """`refgemma.ops.rms_norm`, with the squares summed as they are made."""
-    normed, gain = np.empty_like(x), 1 + weight[:]
-
-    def some(x: Array, out: Array) -> None:
-        mean_square = np.vecdot(x, x)[:, None] / x.dtype.type(x.shape[-1])
-        np.multiply(x, 1 / np.sqrt(mean_square + x.dtype.type(eps)), out=out)
-        out *= gain
-
-    over_chunks(some, x, normed)
+    """`refgemma.ops.rms_norm`."""
+    normed = np.empty_like(x)
+    over_chunks(functools.partial(norm_rows, gain=1 + weight[:], eps=eps), x, normed)
     return normed
 
 
-def rotate(x: Float[np.ndarray, "seq any_heads head_dim"], cos: Array, sin: Array, rotated: Array) -> None:
-    """Write `refgemma.ops.rotate` of `x` into `rotated`, half a head at a time; tables are ``(seq, head_dim)``."""
+def rotate_rows(x: Array, cos: Array, sin: Array, rotated: Array) -> None:
+    """`refgemma.ops.rotate`, half a head at a time."""
     half = x.shape[-1] // 2
+    first, second = x[..., :half], x[..., half:]
+    np.multiply(first, cos, out=rotated[..., :half])
+    rotated[..., :half] -= second * sin
+    np.multiply(second, cos, out=rotated[..., half:])
+    rotated[..., half:] += first * sin
 
-    def some(x: Array, cos: Array, sin: Array, out: Array) -> None:
-        first, second = x[..., :half], x[..., half:]
-        np.multiply(first, cos, out=out[..., :half])
-        out[..., :half] -= second * sin
-        np.multiply(second, cos, out=out[..., half:])
-        out[..., half:] += first * sin
 
-    over_chunks(some, x, cos[:, None, :half], sin[:, None, :half], rotated)
+def rotate(x: Float[np.ndarray, "seq any_heads head_dim"], cos: Array, sin: Array, rotated: Array) -> None:
+    """Write `refgemma.ops.rotate` of `x` into `rotated`; tables are ``(seq, head_dim)``."""
+    half = x.shape[-1] // 2
+    over_chunks(rotate_rows, x, cos[:, None, :half], sin[:, None, :half], rotated)
+
+
+def gate_up_rows(gate: Array, up: Array, activation: Activation) -> None:
+    """``activation(gate) * up``, in place of `gate`."""
+    if activation is gelu_tanh:
+        inner = gate * gate
+        inner *= gate.dtype.type(0.044715)
+        inner += 1
+        inner *= gate
+        inner *= gate.dtype.type(math.sqrt(2 / math.pi))
+        np.tanh(inner, out=inner)
+        inner += 1
+        inner *= gate.dtype.type(0.5)
+        gate *= inner
+    else:
+        gate[...] = activation(gate)
+    gate *= up
 
 
 def gate_up(gate: Array, up: Array, activation: Activation) -> Array:
     """``activation(gate) * up``, in place of `gate`."""
-
-    def some(gate: Array, up: Array) -> None:
-        if activation is gelu_tanh:
-            inner = gate * gate
-            inner *= gate.dtype.type(0.044715)
-            inner += 1
-            inner *= gate
-            inner *= gate.dtype.type(math.sqrt(2 / math.pi))
-            np.tanh(inner, out=inner)
-            inner += 1
-            inner *= gate.dtype.type(0.5)
-            gate *= inner
-        else:
-            gate[...] = activation(gate)
-        gate *= up
-
-    over_chunks(some, gate, up)
+    over_chunks(functools.partial(gate_up_rows, activation=activation), gate, up)
     return gate
 
 
@@ -312,30 +320,35 @@ def mix(scores: Float[np.ndarray, "queries keys"], values: Float[np.ndarray, "ke
     return few
 
 
+def attend_heads(
+    q: Float[np.ndarray, "seq kv_heads groups head_dim"], keys: Array, values: Array, seen: Array, numbers: Numbers,
+    mixed: Float[np.ndarray, "seq kv_heads groups head_dim"], start: int, stop: int,
+) -> None:  # fmt: skip
+    """Some heads of `attend`; the queries that share a key/value head are rows of one product."""
+    seq, _, groups, head_dim = q.shape
+    for head in range(start, stop):
+        scores = scored(q[:, head].reshape(-1, head_dim), keys[head]).reshape(seq, groups, -1)
+        total = np.empty((seq, groups, 1), scores.dtype)
+        rows = max(1, CHUNK // scores[0].size)
+        for first in range(0, seq, rows):
+            some = slice(first, first + rows)
+            weigh(scores[some], seen[some], numbers.scale, numbers.cap)
+            np.sum(scores[some], axis=-1, keepdims=True, out=total[some])
+        total[total == 0] = 1  # a padding token's query that sees nothing: its row means nothing
+        found = mix(scores.reshape(seq * groups, -1), values[head])
+        np.divide(found.reshape(seq, groups, head_dim), total, out=mixed[:, head])
+
+
 def attend(
     q_rot: Float[np.ndarray, "seq heads head_dim"], keys: Float[np.ndarray, "kv_heads keys head_dim"],
     values: Float[np.ndarray, "kv_heads keys head_dim"], seen: Array, numbers: Numbers,
 ) -> Float[np.ndarray, "seq heads head_dim"]:  # fmt: skip
-    """The values that a few queries of one text mix; those that share a key/value head are rows of one product."""
+    """The values that a few queries of one text mix."""
     seq, heads, head_dim = q_rot.shape
-    mixed = np.empty_like(q_rot)
-    kv_heads, count, _ = keys.shape
+    mixed, kv_heads = np.empty_like(q_rot), len(keys)
     q, out = (array.reshape(seq, kv_heads, heads // kv_heads, head_dim) for array in (q_rot, mixed))
-
-    def of_heads(start: int, stop: int) -> None:
-        for head in range(start, stop):
-            scores = scored(q[:, head].reshape(-1, head_dim), keys[head]).reshape(seq, -1, count)
-            total = np.empty((*scores.shape[:2], 1), scores.dtype)
-            rows = max(1, CHUNK // scores[0].size)
-            for first in range(0, seq, rows):
-                some = slice(first, first + rows)
-                weigh(scores[some], seen[some], numbers.scale, numbers.cap)
-                np.sum(scores[some], axis=-1, keepdims=True, out=total[some])
-            total[total == 0] = 1  # a padding token's query that sees nothing: its row means nothing
-            found = mix(scores.reshape(-1, count), values[head])
-            np.divide(found.reshape(out[:, head].shape), total, out=out[:, head])
-
-    in_threads(of_heads, kv_heads, WORK // (q[:, 0].size * count))
+    of_heads = functools.partial(attend_heads, q, keys, values, seen, numbers, out)
+    in_threads(of_heads, kv_heads, WORK // (q[:, 0].size * keys.shape[1]))
     return mixed
 
 
