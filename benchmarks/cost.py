@@ -56,13 +56,13 @@ def counted() -> Iterator[Row]:
 
 
 def compared(rounds: int) -> tuple[list[Row], dict[str, float]]:
-    """Predicted and measured milliseconds of a fast layer, medians of as many processes, one of each kind a round; and
+    """Predicted and measured milliseconds of a fast layer, medians of as many processes, of each kind one a round; and
     the rates of the machine that the predictions are of.
     """
     rates, times = [], []
     for _ in range(rounds):
         rates.append(machine())
-        times.append({size: measured("fast", f"layers {size}") for size in SIZES})
+        times.append({size: measured("fast", f"prefill {size}") | measured("fast", f"decode {size}") for size in SIZES})
     sgemm, read = (statistics.median(rate[name] for rate in rates) for name in ("sgemm", "read"))
     rows: list[Row] = []
     for size in SIZES:

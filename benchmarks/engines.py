@@ -1,6 +1,6 @@
 """Time one engine in a process of its own; called by `run.py`, which compares engines.
 
-    python benchmarks/engines.py layers transformers 9b     prints {"prefill 128": seconds, ...} as JSON
+    python benchmarks/engines.py prefill transformers 9b     prints {"prefill 128": seconds, ...} as JSON
 
 Two engines in one process disturb each other's threads; so none ever meets another here. Weights are synthetic.
 """
@@ -187,35 +187,45 @@ def layer_bytes(config: Gemma2Config, past: int) -> int:
     return 4 * (matrix_weights(config) // config.num_hidden_layers + keys)
 
 
-def share(work: float, step: Step, rate: Callable[[], float], repetitions: int) -> float:
+def share(work: float, step: Step, rate: Callable[[], float], repetitions: int, together: int = 1) -> float:
     """What part of the machine's own rate a step that does `work` reaches: medians of both, measured in turn.
 
     A machine that is slow for a while is so for both; and what is typical of one is not held against the other's best.
     After a product the threads of BLAS spin for some 20 ms, which a step beside no rate would not meet: so it waits.
+    `together` steps follow each other, where that is how they are: the first after something else takes longer.
     """
     took, rates = [], []
     for _ in range(repetitions):
-        took.append(once(step))
+        took += [once(step) for _ in range(together)]
         rates += [rate() for _ in range(5)]
         time.sleep(0.1)
     return work / statistics.median(took) / 1e9 / statistics.median(rates)
 
 
-def measured_layers(engine: str, size: str) -> dict[str, float]:
-    """Seconds of every shape; of the fast engine also its share of the machine's own rates."""
+def measured_prefill(engine: str, size: str) -> dict[str, float]:
+    """Seconds of a prompt in a layer, by its length; of the fast engine also its share of the product's rate."""
+    config, weights = layer_of(engine, size, 0)
     found: dict[str, float] = {}
-    for past in (0, *DECODE):
+    for tokens in PREFILL[size]:
+        if engine == "definition" and tokens > DEFINITION_TOKENS:
+            continue
+        step = STEPS[engine](config, weights, tokens, 0)
+        repetitions = REPETITIONS.get(tokens, 1)
+        found[f"prefill {tokens}"] = seconds(step, repetitions)
+        if engine == "fast" and tokens >= 512:
+            found[f"sgemm share {tokens}"] = share(layer_flops(config, tokens), step, sgemm, repetitions)
+    return found
+
+
+def measured_decode(engine: str, size: str) -> dict[str, float]:
+    """Seconds of a token in a layer, by how many came before; of the fast engine also its share of reading."""
+    found: dict[str, float] = {}
+    for past in DECODE:
         config, weights = layer_of(engine, size, past)
-        for tokens in PREFILL[size] if not past else (1,):
-            if engine == "definition" and tokens > DEFINITION_TOKENS:
-                continue
-            step = STEPS[engine](config, weights, tokens, past)
-            repetitions = REPETITIONS.get(tokens, 1)
-            found[f"decode {past}" if past else f"prefill {tokens}"] = seconds(step, repetitions)
-            if engine == "fast" and tokens >= 512:
-                found[f"sgemm share {tokens}"] = share(layer_flops(config, tokens), step, sgemm, repetitions)
-            if engine == "fast" and past:
-                found[f"read share {past}"] = share(layer_bytes(config, past), step, read_bandwidth, repetitions)
+        step = STEPS[engine](config, weights, 1, past)
+        found[f"decode {past}"] = seconds(step, REPETITIONS[1])
+        if engine == "fast":
+            found[f"read share {past}"] = share(layer_bytes(config, past), step, read_bandwidth, REPETITIONS[1], 5)
     return found
 
 
@@ -280,9 +290,11 @@ def measured_machine(_: str) -> dict[str, float]:
 
 def main() -> None:
     what, engine, *size = sys.argv[1:]
-    measure = {"bf16": measured_bf16, "memory": measured_memory, "depth": measured_depth, "machine": measured_machine}
-    found = measured_layers(engine, *size) if what == "layers" else measure[what](engine)
-    print(json.dumps(found))
+    measure: dict[str, Callable[..., dict[str, float]]] = {
+        "prefill": measured_prefill, "decode": measured_decode, "bf16": measured_bf16, "memory": measured_memory,
+        "depth": measured_depth, "machine": measured_machine,
+    }  # fmt: skip
+    print(json.dumps(measure[what](engine, *size)))
 
 
 if __name__ == "__main__":
