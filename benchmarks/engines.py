@@ -174,11 +174,15 @@ def matrix_weights(config: Gemma2Config) -> int:
     return sum(math.prod(shape) for name, shape in shapes.items() if len(shape) == 2 and name != EMBED_TOKENS)
 
 
+def scores_of(config: Gemma2Config, tokens: int) -> int:
+    """Scores of a prompt in a sliding layer: of each token's heads with all that they can see."""
+    return config.num_attention_heads * sum(min(place + 1, config.sliding_window) for place in range(tokens))
+
+
 def layer_flops(config: Gemma2Config, tokens: int) -> int:
     """Of a prompt in a sliding layer: two a weight and token, and those of scores and mixed values in the window."""
     matrices = matrix_weights(config) // config.num_hidden_layers
-    seen = sum(min(place + 1, config.sliding_window) for place in range(tokens))
-    return 2 * matrices * tokens + 4 * seen * config.num_attention_heads * config.head_dim
+    return 2 * matrices * tokens + 4 * scores_of(config, tokens) * config.head_dim
 
 
 def layer_bytes(config: Gemma2Config, past: int) -> int:
@@ -202,6 +206,21 @@ def share(work: float, step: Step, rate: Callable[[], float], repetitions: int, 
     return work / statistics.median(took) / 1e9 / statistics.median(rates)
 
 
+def functions(config: Gemma2Config, tokens: int) -> None:
+    """As many `tanh` and `exp` as a prompt needs in a sliding layer, in threads, on numbers that stay cached."""
+    scores = scores_of(config, tokens)
+    for function, count in (np.tanh, scores + config.intermediate_size * tokens), (np.exp, scores):
+
+        def fill(start: int, stop: int, function: Any = function) -> None:
+            numbers = np.linspace(-1, 1, fast.CHUNK, dtype=np.float32)
+            out = np.empty_like(numbers)
+            for first in range(start, stop, fast.CHUNK):
+                last = min(fast.CHUNK, stop - first)
+                function(numbers[:last], out=out[:last])
+
+        fast.in_threads(fill, count)
+
+
 def measured_prefill(engine: str, size: str) -> dict[str, float]:
     """Seconds of a prompt in a layer, by its length; of the fast engine also its share of the product's rate."""
     config, weights = layer_of(engine, size, 0)
@@ -214,6 +233,8 @@ def measured_prefill(engine: str, size: str) -> dict[str, float]:
         found[f"prefill {tokens}"] = seconds(step, repetitions)
         if engine == "fast" and tokens >= 512:
             found[f"sgemm share {tokens}"] = share(layer_flops(config, tokens), step, sgemm, repetitions)
+        if engine == "fast":
+            found[f"functions {tokens}"] = seconds(functools.partial(functions, config, tokens), repetitions)
     return found
 
 

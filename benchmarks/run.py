@@ -9,9 +9,9 @@ ratios of single rounds. A round in which the machine's own matrix product chang
 Interrupted, it reports the rounds so far.
 
 Beside a ratio stands the least that this machine allows: the operations at the rate of NumPy's own product of square
-matrices, or the bytes at that of reading, over the time of transformers. Nothing made of NumPy's products gets further
-below it than these rates vary. Of weights in bfloat16 it is the time that NumPy takes to read and widen them, before a
-single product.
+matrices, and of a prompt every `tanh` and `exp` in threads of their own, or the bytes at the rate of reading, over the
+time of transformers. Nothing made of NumPy's products gets further below it than these rates vary. Of weights in
+bfloat16 it is the time that NumPy takes to read and widen them, before a single product.
 """
 
 import argparse
@@ -72,7 +72,8 @@ def layer_rows() -> Iterable[Row]:
         for kind, goals in (("prefill", prefill[size]), ("decode", decode[size])):
             for count, goal in goals.items():
                 what = f"{kind} {count}"
-                yield Row(f"{size} layer, {what}", f"{kind} {size}", what, goal)
+                part = f"functions {count}" if kind == "prefill" else None
+                yield Row(f"{size} layer, {what}", f"{kind} {size}", what, goal, part=part)
                 if kind == "decode" or count <= 2048:
                     yield Row(f"{size} layer, {what}, definition", f"{kind} {size}", what, 1.4, "definition")
         for count in (n for n in prefill[size] if n >= 512):
@@ -158,18 +159,19 @@ def result(row: Row, rounds: list[dict[tuple[str, str, str], float]]) -> dict[st
 
 
 def least(row: Mapping[str, Any], report: Mapping[str, Any]) -> float | None:
-    """The ratio that the machine's own rates allow, of rows about a layer and transformers; else ``None``.
+    """The ratio that the machine's own rates allow, of rows about a layer of `fast` and transformers; else ``None``.
 
     Of weights in bfloat16, which NumPy has to widen before it multiplies: what it takes to widen them.
     """
     if "widen bf16" in row["medians"]:
         return round(row["medians"]["widen bf16"] / row["medians"]["transformers"], 3)
-    found = re.fullmatch(r"(\w+) layer, (prefill|decode) (\d+)(, definition)?", row["work"])
+    found = re.fullmatch(r"(\w+) layer, (prefill|decode) (\d+)", row["work"])
     if not found:
         return None
     config, count = Gemma2Config.preset(found[1]), int(found[3])
     if found[2] == "prefill":
-        seconds = layer_flops(config, count) / report["sgemm_gflops"] / 1e9
+        functions = row["medians"].get(f"functions {count}", 0.0)
+        seconds = layer_flops(config, count) / report["sgemm_gflops"] / 1e9 + functions
     else:
         seconds = layer_bytes(config, count) / report["read_gb_per_s"] / 1e9
     return round(seconds / row["medians"]["transformers"], 3)

@@ -34,8 +34,10 @@ from refgemma.shapes import Hidden, Logits, RotaryTable
 from refgemma.weights.checkpoint import StoredRows
 from refgemma.weights.parameters import LayerWeights, OnDemand, Rows, Weights
 
-ROWS = 1024  # tokens that go through a block together: fewer slow the matrix products down, more need more memory
+ROWS = 1000  # tokens that go through a block together: fewer slow the matrix products down, more need more memory, and
+# the rows of an array of 1024 columns would fall on each other in the cache
 QUERIES = 128  # tokens whose scores are taken together, for one key/value head
+SQUARE = 256  # rows and columns that are turned together: a quarter of a megabyte of either array
 CHUNK = 2**17  # numbers that one elementwise operation after the other goes over: half a megabyte
 TILE, LARGE_TILE = 2**19, 2**21  # weights that a thread widens at a time, for the product with few tokens and with many
 FEW = 4  # tokens or queries; for so few, reading what they are multiplied with is the whole work
@@ -124,7 +126,8 @@ def times(weight: Rows, x: Float[np.ndarray, "in seq"]) -> Float[np.ndarray, "ou
            [3.]])
     """
     # As they lie in the file, unchecked: a number that is not finite shows in the product, and is looked for then.
-    source: Any = weight.tensor.mapped() if isinstance(weight, StoredRows) else weight
+    few = x.shape[1] <= FEW  # a token of many that will come: the map is kept for the next
+    source: Any = weight.tensor.mapped(keep=few) if isinstance(weight, StoredRows) else weight
     in_memory = isinstance(weight, np.ndarray)
     y = np.empty((weight.shape[0], x.shape[1]), np.result_type(source, x) if in_memory else x.dtype)
     multiply = multiply_rows if in_memory else widen_and_multiply_rows
@@ -135,8 +138,12 @@ def times(weight: Rows, x: Float[np.ndarray, "in seq"]) -> Float[np.ndarray, "ou
 
 
 def turn_rows(x: Array, y: Array, start: int, stop: int) -> None:
-    """Some rows of ``y = x.T``."""
-    y[start:stop] = x[:, start:stop].T
+    """Some rows of ``y = x.T``, a square at a time: what is fetched of a row of `x` lies beside what is used of it."""
+    for first in range(start, stop, SQUARE):
+        rows = slice(first, min(first + SQUARE, stop))
+        for column in range(0, len(x), SQUARE):
+            columns = slice(column, column + SQUARE)
+            y[rows, columns] = x[columns, rows].T
 
 
 def turned(x: Float[np.ndarray, "any seq"]) -> Float[np.ndarray, "seq any"]:

@@ -606,6 +606,21 @@ def test_a_file_that_changes_while_it_is_open(tmp_path: Path, change: bytes | No
         layers[0]
 
 
+def test_a_kept_map_is_one_map_and_of_a_file_that_is_whole(tmp_path: Path) -> None:
+    file = write_single(tmp_path, random_tensors()) / FILE
+    tensor = open_checkpoint(tmp_path).tensors["model.norm.weight"]
+    kept = tensor.mapped(keep=True)
+    assert np.shares_memory(kept, tensor.mapped(keep=True))
+    assert not np.shares_memory(kept, tensor.mapped())
+    np.testing.assert_array_equal(kept, tensor.mapped())
+    file.write_bytes(file.read_bytes() + b"longer")
+    with pytest.raises(CheckpointError, match="when it was opened"):
+        tensor.mapped(keep=True)
+    file.unlink()
+    with pytest.raises(CheckpointError, match="cannot be read: No such file"):
+        tensor.mapped(keep=True)
+
+
 def test_a_file_that_goes_away(tmp_path: Path) -> None:
     found = open_checkpoint(write_single(tmp_path, random_tensors()))
     (tmp_path / FILE).unlink()

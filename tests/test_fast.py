@@ -258,6 +258,25 @@ def test_weights_on_disk_and_weights_yet_to_be_made(tmp_path: Path) -> None:
             np.testing.assert_allclose(found, expected, rtol=0, atol=5e-6 * float(np.abs(expected).max()))
 
 
+def test_maps_are_kept_for_tokens_and_not_for_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt is through each tensor once, of which nothing should stay; tokens come back to all of them."""
+    write_synthetic(SIZES, tmp_path)
+    weights = open_checkpoint(tmp_path).streamed()
+    made: list[object] = []
+    memmap = np.memmap
+    monkeypatch.setattr(np, "memmap", lambda *args: made.append(args) or memmap(*args))
+
+    def maps_of(ids: list[int]) -> int:
+        made.clear()
+        fast.next_token_logits([ids], weights, SIZES)
+        return len(made)
+
+    prompt, again = maps_of([3] * 9), maps_of([3] * 9)
+    assert prompt - again == 1  # the head, which is for the last token only
+    assert again - maps_of([3]) == 0
+    assert again - maps_of([4]) == 7 * SIZES.num_hidden_layers  # gains and embeddings are read each time
+
+
 def test_a_damaged_weight_is_named(tmp_path: Path) -> None:
     """Numbers are not looked at before they are used: what they make of the result is."""
     weights = initial_weights(CONFIG)

@@ -2,9 +2,11 @@
 
 Checked bit for bit against the loader of safetensors 0.8; the rules of a header are those of its format description.
 The file is memory-mapped while a tensor is read and let go afterwards, so that a 27B (54 GB in bfloat16) is never
-resident. safetensors' own loader copies each tensor a second time, and its errors name no tensor.
+resident; for decoding, which comes back to each tensor at each token, a map is kept. safetensors' own loader copies
+each tensor a second time, and its errors name no tensor.
 """
 
+import functools
 import json
 import math
 import re
@@ -110,8 +112,17 @@ class Stored:
         """Bytes of the tensor on disk."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def mapped(self) -> Array:
-        """Map the tensor as it lies in the file: read-only, of the file's dtype, and no part of it read yet."""
+    def _map(self) -> Array:
+        return np.memmap(self.file, np.uint8, "r", self.start, (self.nbytes,))
+
+    _kept_map = functools.cached_property(_map)
+
+    def mapped(self, keep: bool = False) -> Array:
+        """Map the tensor as it lies in the file: read-only, of the file's dtype, and no part of it read yet.
+
+        With `keep` by the same map each time, as long as this object lives: to map a layer of a 9B anew takes a sixth
+        of a decoded token's time. Its pages are the file's own, which the system takes back when memory is short.
+        """
         try:
             found = self.file.stat().st_size
             # A file that was cut short under its map would kill the process at the first access, without a message.
@@ -119,7 +130,7 @@ class Stored:
                 raise CheckpointError(
                     f"{self.file}: is {found} bytes long and was {self.file_bytes} when it was opened; open it again"
                 )
-            raw = np.memmap(self.file, np.uint8, "r", self.start, (self.nbytes,))
+            raw = self._kept_map if keep else self._map()
         except OSError as error:
             raise CheckpointError(f"{self.file}: tensor {self.name!r} cannot be read: {error.strerror}") from None
         return raw.view(self.dtype, np.ndarray).reshape(self.shape)

@@ -142,8 +142,8 @@ class Strided(Stored):
 
     strides: tuple[int, ...]
 
-    def mapped(self) -> Array:
-        """Map it; see `Stored.mapped`."""
+    def mapped(self, keep: bool = False) -> Array:
+        """Map it, anew each time; see `Stored.mapped`."""
         if not all(self.shape):
             return np.zeros(self.shape, self.dtype)
         span = 1 + sum((length - 1) * stride for length, stride in zip(self.shape, self.strides, strict=True))

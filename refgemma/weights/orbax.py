@@ -68,8 +68,8 @@ class OrbaxTensor(Stored):
     opened: Opened
     driver: str
 
-    def mapped(self) -> Array:
-        """The whole tensor, in memory: its chunks are compressed, so that nothing less can be had."""
+    def mapped(self, keep: bool = False) -> Array:
+        """The whole tensor, in memory: its chunks are compressed, so that nothing less can be had; never kept."""
         try:
             return self.opened.read(self.name, self.driver)
         except ValueError as error:
