@@ -108,7 +108,7 @@ def widen_and_multiply_rows(source: Any, x: Array, y: Array, start: int, stop: i
         last = min(first + rows, stop)
         tile = room[: last - first]
         tile[...] = source[first:last]
-        if few:
+        if few and len(vectors) > 1:  # of which BLAS would first put all of the tile in another order
             np.vecdot(tile[:, None], vectors, out=y[first:last])
         else:
             np.matmul(tile, x, out=y[first:last])
