@@ -85,9 +85,9 @@ def test_equal_to_the_definition(data: st.DataObject, config: Gemma2Config) -> N
     padding = [data.draw(st.integers(0, calls[0] - 1)) for _ in ids]
     mask = (np.arange(sum(calls)) >= np.array(padding)[:, None]).astype(int)
     sizes = {
-        "QUERIES": st.integers(1, 60), "ROWS": st.integers(1, 60), "CHUNK": st.integers(1, 3000),
-        "THREADS": st.integers(1, 4), "WORK": st.integers(1, 3000), "CUT": st.sampled_from([1, 7, 48]),
-        "FEW": st.integers(0, 8),
+        "QUERIES": st.integers(1, 60), "ROWS": st.integers(1, 60), "SQUARE": st.integers(1, 60),
+        "CHUNK": st.integers(1, 3000), "THREADS": st.integers(1, 4), "WORK": st.integers(1, 3000),
+        "CUT": st.sampled_from([1, 7, 48]), "FEW": st.integers(0, 8),
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         for name, size in sizes.items():

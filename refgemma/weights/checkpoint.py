@@ -547,7 +547,8 @@ class Checkpoint:
     def streamed(self, dtype: str = "float32") -> Weights:
         """Give the same weights, but read each block and each row of the embedding when it is asked for, and keep none.
 
-        The numbers are those of `resident`, bit for bit. A NaN in the file is met when its block or row is read.
+        The numbers are those of `resident`, bit for bit. A NaN in the file is met when its block or row is read. What
+        `refgemma.fast` decodes with stays mapped, which a system counts as the process's memory and can take back.
         """
 
         def tensor(name: str) -> StoredRows:
