@@ -16,10 +16,10 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-Array: TypeAlias = npt.NDArray[Any]
+Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]  # not npt.NDArray: since NumPy 2.5 that is no class
 
 
-class Rounded(npt.NDArray[Any]):
+class Rounded(np.ndarray[Any, np.dtype[Any]]):
     """float32 numbers on the grid of a 16-bit format; results of operations are rounded to nearest, ties to even.
 
     With an ordinary floating-point array of at least one axis the result is an ordinary, wider array, as PyTorch
