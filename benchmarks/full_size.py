@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from refgemma.goldens.full_size import load_full, verify_full
 from refgemma.hub import find_model
-from refgemma.oracle.full_size import load_full, verify_full
 from refgemma.weights.checkpoint import open_checkpoint
 
 

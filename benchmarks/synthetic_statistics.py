@@ -12,9 +12,9 @@ import json
 import numpy as np
 
 from refgemma.config import Gemma2Config
+from refgemma.goldens.full_size import load_full
 from refgemma.model import begin, blocks, head
 from refgemma.ops import rms_norm
-from refgemma.oracle.full_size import load_full
 from refgemma.precision import Array
 from refgemma.weights.synthetic import synthetic_weights
 

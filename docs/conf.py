@@ -16,7 +16,7 @@ from sphinx.application import Sphinx
 from sphinx.errors import SphinxError
 
 import refgemma
-from refgemma.explorer import explored, page
+from refgemma.teach.explorer import explored, page
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))

@@ -10,14 +10,15 @@ from pathlib import Path
 import numpy as np
 
 import refgemma
-from refgemma.__main__ import parser
+from refgemma.cli.main import parser
 from refgemma.config import Gemma2Config
-from refgemma.oracle.allowance import Arithmetic
-from refgemma.oracle.graph import Call, Context, doubled, operations
-from refgemma.oracle.trace import trace_axes
-from refgemma.oracle.variants import VARIANTS
+from refgemma.oracle.known_bugs import VARIANTS
+from refgemma.oracle.operations import Context, doubled, operations
+from refgemma.oracle.tolerance import Arithmetic
 from refgemma.precision import bf16
 from refgemma.testing.properties import LAWS
+from refgemma.trace.candidate import Call
+from refgemma.trace.names import trace_axes
 from refgemma.weights.parameters import tensor_shapes
 
 FOLDER = Path(__file__).parent / "reference"

@@ -4,7 +4,7 @@
     python golden/record.py --checkpoint DIR    a checkpoint on disk, a released one for instance
 
 Nobody trained the synthetic weights (`refgemma/weights/synthetic.py`): what is recorded of them is PyTorch's arithmetic
-at the released sizes, not what a released model answers. Of each tensor a sketch is kept (`refgemma/oracle/sketch.py`).
+at the released sizes, not what a released model answers. A sketch of each tensor is kept: `refgemma/goldens/sketch.py`.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RotaryEmbedding
 
 from refgemma.config import Gemma2Config as Ours
-from refgemma.oracle.full_size import PIECE, fingerprint
-from refgemma.oracle.sketch import sketch
+from refgemma.goldens.full_size import PIECE, fingerprint
+from refgemma.goldens.sketch import sketch
 from refgemma.weights.checkpoint import open_checkpoint
 from refgemma.weights.parameters import EMBED_TOKENS, NORM, tensor_shapes
 from refgemma.weights.synthetic import SEED, Synthetic

@@ -33,12 +33,12 @@ from tqdm import tqdm
 from refgemma import fast, ops
 from refgemma.cache import Cache
 from refgemma.model import begin
-from refgemma.oracle.candidate import load_candidate, only
-from refgemma.oracle.capture import capture_transformers
-from refgemma.oracle.diagnose import Check
+from refgemma.modeling.pretrained import Pretrained, load
+from refgemma.oracle.check import Check
 from refgemma.oracle.judge import BLIND, GOOD
-from refgemma.oracle.trace import save_trace
-from refgemma.pretrained import Pretrained, load
+from refgemma.trace.candidate import load_candidate, only
+from refgemma.trace.capture import capture_transformers
+from refgemma.trace.names import save_trace
 
 DTYPES = ("float32", "bfloat16", "float16")
 DENSITIES: dict[str, tuple[str, ...] | None] = {"full": None, "block": BLOCK, "logits": ("logits",)}

@@ -28,14 +28,13 @@ from transformers import Gemma2ForCausalLM
 from transformers.models.gemma2 import modeling_gemma2 as modeling
 
 from refgemma.hub import find_model
-from refgemma.oracle.candidate import load_candidate, only
-from refgemma.oracle.capture import capture_transformers
+from refgemma.modeling.pretrained import Pretrained, load
+from refgemma.oracle.check import CONFORMS, Report, check
 from refgemma.oracle.conformance import Prompt, prompts
-from refgemma.oracle.diagnose import CONFORMS, Report, check
-from refgemma.oracle.graph import field_of
-from refgemma.oracle.trace import save_trace
-from refgemma.oracle.variants import VARIANTS, variant
-from refgemma.pretrained import Pretrained, load
+from refgemma.oracle.known_bugs import VARIANTS, variant
+from refgemma.trace.candidate import load_candidate, only
+from refgemma.trace.capture import capture_transformers
+from refgemma.trace.names import field_of, save_trace
 
 Put = Callable[[Any, str, Any], None]
 Make = Callable[[Gemma2ForCausalLM, Prompt, Put], Any]

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 import transformers
 
-from refgemma.oracle.capture import capture_transformers
-from refgemma.oracle.trace import save_trace
+from refgemma.trace.capture import capture_transformers
+from refgemma.trace.names import save_trace
 
 
 def main() -> int:

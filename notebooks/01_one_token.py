@@ -31,7 +31,8 @@
 import numpy as np
 
 import refgemma
-from refgemma import ops, viz
+from refgemma import ops
+from refgemma.teach import viz
 
 tiny = refgemma.load("tiny")
 config, weights = tiny.config, tiny.weights
@@ -195,7 +196,7 @@ _ = viz.logit_lens(lens[:, 0], tokens, names)
 # These are the tensors of one block, with their shapes. (`cos` and `sin`, before all blocks, belong to notebook 3.)
 
 # %%
-from refgemma.oracle.trace import named_tensors
+from refgemma.trace.names import named_tensors
 
 shapes = {name: tensor.shape for name, tensor in named_tensors(run)}
 assert list(shapes)[:3] == ["cos", "sin", "embedded"] and list(shapes)[-1] == "logits"
@@ -218,11 +219,11 @@ viz.array_view(looks, "batch heads seq keys")
 #
 # `embed` looks rows up and scales them. Mind half precision (numbers of 16 bits, notebook 7): the factor has the
 # precision of the table. Replace the line that raises, run the cell, and read what the check says. What is right was
-# recorded from PyTorch, the library in which the model is usually run. Answers are in `refgemma.exercises.solutions`;
-# look there last.
+# recorded from PyTorch, the library in which the model is usually run. Answers are in
+# `refgemma.teach.exercises.solutions`; look there last.
 
 # %%
-from refgemma import exercises
+from refgemma.teach import exercises
 
 
 def embed(ids, table):

@@ -22,8 +22,9 @@
 import numpy as np
 
 import refgemma
-from refgemma import ops, viz
+from refgemma import ops
 from refgemma.layers import split_heads
+from refgemma.teach import viz
 
 tiny = refgemma.load("tiny")
 config, weights = tiny.config, tiny.weights
@@ -210,7 +211,7 @@ _ = figure.colorbar(image, ax=all_axes, label="mean share of the attention")
 # the line that raises, run the cell, and read what the check says.
 
 # %%
-from refgemma import exercises
+from refgemma.teach import exercises
 
 
 def repeat_kv(x, groups):

@@ -24,7 +24,8 @@ import numpy as np
 from matplotlib import pyplot as plt
 
 import refgemma
-from refgemma import ops, viz
+from refgemma import ops
+from refgemma.teach import viz
 
 tiny = refgemma.load("tiny")
 config = tiny.config
@@ -183,7 +184,7 @@ np.abs(in_float32 - exact).max(), np.abs(in_bfloat16 - exact).max()
 # the cell, and read what the check says.
 
 # %%
-from refgemma import exercises
+from refgemma.teach import exercises
 
 
 def rotate(x, cos, sin):

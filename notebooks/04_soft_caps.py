@@ -23,7 +23,8 @@ import numpy as np
 from matplotlib import pyplot as plt
 
 import refgemma
-from refgemma import ops, viz
+from refgemma import ops
+from refgemma.teach import viz
 
 tiny = refgemma.load("tiny")
 config, weights = tiny.config, tiny.weights
@@ -200,7 +201,7 @@ _ = viz.attention_map(wrong[0, 0], list("abcdef"), title="mask, then cap: leaks"
 # `soft_cap`, from the formula. Replace the line that raises, run the cell, and read what the check says.
 
 # %%
-from refgemma import exercises
+from refgemma.teach import exercises
 
 
 def soft_cap(x, cap):

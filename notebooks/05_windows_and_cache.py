@@ -24,7 +24,8 @@ import numpy as np
 from matplotlib import pyplot as plt
 
 import refgemma
-from refgemma import ops, viz
+from refgemma import ops
+from refgemma.teach import viz
 
 tiny = refgemma.load("tiny")
 config, weights = tiny.config, tiny.weights
@@ -200,7 +201,7 @@ _ = axes.legend()
 # may look. Replace the line that raises, run the cell, and read what the check says.
 
 # %%
-from refgemma import exercises
+from refgemma.teach import exercises
 
 
 def sliding_mask(q_places, k_places, window):

@@ -24,7 +24,8 @@ import numpy as np
 from matplotlib import pyplot as plt
 
 import refgemma
-from refgemma import ops, viz
+from refgemma import ops
+from refgemma.teach import viz
 
 tiny = refgemma.load("tiny")
 config, weights = tiny.config, tiny.weights
@@ -189,7 +190,7 @@ for name in ("2b", "9b", "27b"):
 # of `refgemma`: notebook 7 says why. Replace the line that raises, run the cell, and read what the check says.
 
 # %%
-from refgemma import exercises
+from refgemma.teach import exercises
 
 
 def rms_norm(x, weight, eps):

@@ -23,8 +23,9 @@
 import numpy as np
 
 import refgemma
-from refgemma import ops, viz
+from refgemma import ops
 from refgemma.precision import bf16, f16, narrow, wide
+from refgemma.teach import viz
 
 models = {name: refgemma.load("tiny", name) for name in ("float64", "float32", "float16", "bfloat16")}
 tokenizer = models["float32"].tokenizer
@@ -205,7 +206,7 @@ in_half, in_brain
 # check says.
 
 # %%
-from refgemma import exercises
+from refgemma.teach import exercises
 
 
 def round_to_bf16(x):

@@ -23,7 +23,8 @@ import numpy as np
 from matplotlib import pyplot as plt
 
 import refgemma
-from refgemma import processors, viz
+from refgemma.generation import processors
+from refgemma.teach import viz
 
 tiny = refgemma.load("tiny")
 config, weights = tiny.config, tiny.weights
@@ -173,7 +174,7 @@ _ = axes.set(
 # Replace the line that raises, run the cell, and read what the check says.
 
 # %%
-from refgemma import exercises
+from refgemma.teach import exercises
 
 
 def keep_top_p(probabilities, p):

@@ -21,8 +21,10 @@
 # %%
 import numpy as np
 
-from refgemma import exercises, ops, viz
-from refgemma.oracle import bounds, compare, verify
+from refgemma import ops
+from refgemma.goldens import verify
+from refgemma.oracle import bounds, compare
+from refgemma.teach import exercises, viz
 
 # %% [markdown]
 # ## The recording

@@ -22,7 +22,7 @@
 import numpy as np
 
 import refgemma
-from refgemma import viz
+from refgemma.teach import viz
 from refgemma.weights.parameters import tensor_shapes
 
 sizes = {name: refgemma.Gemma2Config.preset(name) for name in ("2b", "9b", "27b")}
@@ -229,7 +229,7 @@ _ = axes.set(xlabel="column", ylabel="row", title="eight rows of a synthetic emb
 # raises, run the cell, and read what the check says.
 
 # %%
-from refgemma import exercises
+from refgemma.teach import exercises
 
 
 def parameters(config):

@@ -25,7 +25,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import refgemma
-from refgemma import ops, viz
+from refgemma import ops
+from refgemma.teach import viz
 
 tiny = refgemma.load("tiny")
 config, weights = tiny.config, tiny.weights
@@ -233,7 +234,7 @@ _ = axes.set(xlabel="token that was changed", ylabel="answer after this token", 
 # ones. Replace the line that raises, run the cell, and read what the check says.
 
 # %%
-from refgemma import exercises
+from refgemma.teach import exercises
 
 
 def causality_test(model):

@@ -6,11 +6,12 @@ Reading order, bottom to top:
    numbers make a model;
 2. `refgemma.ops`, `refgemma.cache`, `refgemma.layers`, `refgemma.model` are Gemma 2: operations, what a layer
    remembers, one layer, the whole;
-3. `refgemma.heads`, `refgemma.processors`, `refgemma.beams`, `refgemma.generation`, `refgemma.tokenizer` make losses
-   and text of it;
-4. `refgemma.weights`, `refgemma.hub`, `refgemma.pretrained` read it from a folder;
+3. `refgemma.heads`, `refgemma.generation`, `refgemma.tokenizer` make losses and text of it;
+4. `refgemma.weights`, `refgemma.hub` read it from a folder, `refgemma.convert` from an original checkpoint;
 5. `refgemma.modeling` has the classes of transformers' documentation, call for call;
-6. `refgemma.oracle` compares it, tensor by tensor, with what PyTorch recorded.
+6. `refgemma.trace` names the tensors of a run, `refgemma.oracle` judges those of another implementation, and
+   `refgemma.goldens` compares refgemma with what PyTorch recorded;
+7. `refgemma.testing` has laws for any implementation, `refgemma.teach` pictures and exercises.
 
 Examples
 --------
@@ -22,31 +23,34 @@ Examples
 (1, 6, 7, 7)
 """
 
+import sys
 import warnings
 from importlib.metadata import version
 
 from refgemma.cache import Cache
 from refgemma.config import ConfigError, Gemma2Config
-from refgemma.generation import TextStreamer, generate
+from refgemma.errors import Moved, RefgemmaError
+from refgemma.generation.decode import TextStreamer, generate
+from refgemma.generation.generation_config import GenerationConfig
 from refgemma.heads import causal_lm_loss, log_softmax
 from refgemma.hub import ModelNameError, find_model
 from refgemma.inputs import InputError
 from refgemma.model import Forward, forward, next_token_logits
-from refgemma.modeling import (
+from refgemma.modeling.classes import (
     Gemma2ForCausalLM,
     Gemma2ForSequenceClassification,
     Gemma2ForTokenClassification,
     Gemma2Model,
     Gemma2PreTrainedModel,
 )
+from refgemma.modeling.pretrained import Pretrained, load
 from refgemma.precision import BF16, F16, as_dtype, bf16, f16, narrow, wide
-from refgemma.pretrained import Pretrained, load
-from refgemma.settings import GenerationConfig
-from refgemma.tokenizer import AutoTokenizer, BatchEncoding, TextStream, Tokenizer, TokenizerError
+from refgemma.tokenizer.tokenizer import AutoTokenizer, BatchEncoding, TextStream, Tokenizer, TokenizerError
 from refgemma.weights.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from refgemma.weights.parameters import LayerWeights, Weights
 
 __version__ = version("refgemma")
+sys.meta_path.append(Moved())
 
 __all__ = [
     "BF16",
@@ -69,6 +73,7 @@ __all__ = [
     "LayerWeights",
     "ModelNameError",
     "Pretrained",
+    "RefgemmaError",
     "TextStream",
     "TextStreamer",
     "Tokenizer",

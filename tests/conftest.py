@@ -13,12 +13,18 @@ from jaxtyping import install_import_hook
 # the weights, which may lie on disk: beartype looks into a sequence, and would read a layer each time. And `testing`,
 # which is given the arrays of other implementations, and has annotations of Hypothesis that beartype refuses. And the
 # oracle, which has no annotation with axes, but so many small calls that checking them takes longer than its tests.
-UNCHECKED = {
-    "config", "hub", "inputs", "modeling", "oracle", "pretrained", "settings", "testing", "text", "tokenizer", "weights"
-}  # fmt: skip
+UNCHECKED = (
+    "cli", "config", "convert", "generation.generation_config", "goldens", "hub", "inputs", "modeling", "oracle",
+    "sweep", "testing", "tokenizer", "trace", "weights",
+)  # fmt: skip
 
 PACKAGE = Path(__file__).parents[1] / "refgemma"
-CHECKED = sorted(f"refgemma.{path.stem}" for path in PACKAGE.iterdir() if path.stem not in UNCHECKED)
+FILES = [path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", ".") for path in PACKAGE.rglob("*.py")]
+CHECKED = sorted(
+    f"refgemma.{name}"
+    for name in FILES
+    if not name.endswith("__init__") and not any(f"{name}.".startswith(f"{part}.") for part in UNCHECKED)
+)
 
 # Everywhere else the annotations are held against the arrays of each call. The hook has to stand before refgemma is
 # imported, so nothing here imports it. (pytest's option --jaxtyping-packages does the same, but beartype then refuses

@@ -14,7 +14,7 @@ from pathlib import Path
 
 RECORDED = Path(__file__).with_suffix(".json")
 NAMES = "tests/parity/test_documented_names.py"
-DOCTEST = "refgemma/modeling.py::refgemma.modeling.Gemma2ForCausalLM"
+DOCTEST = "refgemma/modeling/classes.py::refgemma.modeling.classes.Gemma2ForCausalLM"
 
 INTRODUCTION = """\
 # The documentation page, name by name
@@ -78,7 +78,7 @@ def test_of(section: str, name: str) -> str:
     if section == "examples":
         config = name in ("Gemma2Model", "Gemma2Config")
         wrong = "tests/test_documentation_page.py::test_the_class_that_the_page_names"
-        return "refgemma/modeling.py::refgemma.modeling.Gemma2Model" if config else (
+        return "refgemma/modeling/classes.py::refgemma.modeling.classes.Gemma2Model" if config else (
             wrong if name == "GemmaForCausalLM" else DOCTEST
         )  # fmt: skip
     if section == "Gemma2Config":

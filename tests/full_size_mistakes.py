@@ -15,8 +15,8 @@ import pytest
 import test_mistakes
 from test_mistakes import MISTAKES, Mistake, config, operation
 
-from refgemma.oracle import full_size
-from refgemma.oracle import verify as oracle
+from refgemma.goldens import full_size
+from refgemma.goldens import verify as oracle
 
 SHORT, LONG, OTHER = "9b-synthetic-two-layers", "9b-synthetic-long", "27b-synthetic-two-layers"
 # Made otherwise than in a small model: numbers of the 9B, and windows that a longer text is needed for.

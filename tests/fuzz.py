@@ -26,16 +26,16 @@ import numpy as np
 from safetensors.numpy import save
 
 from refgemma.config import ConfigError, Gemma2Config
+from refgemma.convert.flax_tree import read_npz
+from refgemma.convert.pickles import read_torch, write_torch
+from refgemma.generation.generation_config import GenerationConfig
 from refgemma.hub import find_model
 from refgemma.inputs import InputError
-from refgemma.oracle.candidate import load_candidate
-from refgemma.settings import GenerationConfig
 from refgemma.testing.strategies import tensors_of
-from refgemma.tokenizer import Tokenizer, TokenizerError
+from refgemma.tokenizer.tokenizer import Tokenizer, TokenizerError
+from refgemma.trace.candidate import load_candidate
 from refgemma.weights.checkpoint import CheckpointError, open_checkpoint, read_header
-from refgemma.weights.flax_tree import read_npz
-from refgemma.weights.pickles import read_torch, write_torch
-from refgemma.weights.writer import Output
+from refgemma.weights.save import Output
 
 SMALL = Gemma2Config(
     vocab_size=5, hidden_size=4, intermediate_size=3, num_hidden_layers=1, num_attention_heads=2,

@@ -6,7 +6,7 @@
     python tests/law_power.py --laws LAW ...   the same of some laws
     python tests/law_power.py --tables         only the tables
 
-A mistake is one of the oracle's catalogue (`refgemma.oracle.variants`, computed operation by operation), one of
+A mistake is one of the oracle's catalogue (`refgemma.oracle.known_bugs`, computed operation by operation), one of
 ``test_mistakes.py`` (made in refgemma's own code), or one of this file, for laws about what those cannot touch.
 ``test_law_power.py`` asks of each law again whether it finds the first mistake that stands beside it.
 """
@@ -32,15 +32,16 @@ import refgemma.layers
 import refgemma.model
 import refgemma.ops
 from refgemma.cache import keep_last
+from refgemma.goldens import verify as oracle
 from refgemma.hub import find_model
-from refgemma.oracle import verify as oracle
-from refgemma.oracle.allowance import Arithmetic
-from refgemma.oracle.graph import Call, Context, operations
-from refgemma.oracle.variants import VARIANTS, Change
+from refgemma.oracle.known_bugs import VARIANTS, Change
+from refgemma.oracle.operations import Context, operations
+from refgemma.oracle.tolerance import Arithmetic
 from refgemma.precision import as_dtype, bf16, narrow, wide
 from refgemma.testing.backends import Capabilities, NumpyBackend, Output
 from refgemma.testing.laws import LawBroken, NotApplicable
 from refgemma.testing.properties import LAWS
+from refgemma.trace.candidate import Call
 from refgemma.weights.checkpoint import open_checkpoint
 from refgemma.weights.parameters import Weights
 

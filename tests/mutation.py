@@ -50,7 +50,7 @@ FAST_TESTS = {
     "cache": CORE,
     "heads": ("tests/test_mutants.py", "tests/test_golden.py", "tests/test_modeling.py"),
     "model": CORE,
-    "generation": ("tests/test_mutants.py", "tests/test_generation.py", "tests/test_modeling.py"),
+    "generation/decode": ("tests/test_mutants.py", "tests/test_generation.py", "tests/test_modeling.py"),
 }
 # Tests that are not asked, by a part of their name: they are slow and find nothing that the others do not, or are about
 # the folder golden/, of which the copy has another content.

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refgemma import ops
-from refgemma.oracle import allowance, bounds
+from refgemma.oracle import bounds
+from refgemma.oracle import tolerance as allowance
 
 Array = np.ndarray
 F32 = np.float32

@@ -8,16 +8,15 @@ import pytest
 from safetensors.numpy import load_file
 
 import refgemma
-from refgemma.__main__ import main
+from refgemma.cli.main import main
 from refgemma.inputs import InputError
 from refgemma.model import forward
-from refgemma.oracle.bundle import HEADER, LIMIT, bundle
-from refgemma.oracle.candidate import load_candidate
+from refgemma.oracle.check import Check, Instance
 from refgemma.oracle.conformance import CONFIG
-from refgemma.oracle.diagnose import Check, Instance
-from refgemma.oracle.graph import FIELDS
-from refgemma.oracle.trace import named_tensors, save_trace
+from refgemma.oracle.repro import HEADER, LIMIT, bundle
 from refgemma.precision import as_dtype
+from refgemma.trace.candidate import load_candidate
+from refgemma.trace.names import FIELDS, named_tensors, save_trace
 from refgemma.weights.initial import initial_weights
 
 IDS = np.random.default_rng(0).integers(4, 97, (2, 33))

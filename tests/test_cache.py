@@ -9,7 +9,7 @@ import pytest
 from refgemma.cache import Cache
 from refgemma.config import FULL, SLIDING, Gemma2Config
 from refgemma.inputs import InputError
-from refgemma.modeling import Gemma2ForCausalLM
+from refgemma.modeling.classes import Gemma2ForCausalLM
 
 WINDOW = 5
 SHAPE: dict[str, Any] = {

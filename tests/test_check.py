@@ -14,20 +14,20 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import refgemma
-from refgemma.__main__ import main
+from refgemma.cli.main import main
 from refgemma.config import FULL, SLIDING
+from refgemma.goldens.verify import load_golden, model_of, read_manifest
 from refgemma.hub import find_model
 from refgemma.model import forward
-from refgemma.oracle import allowance
-from refgemma.oracle.allowance import Arithmetic, in_unit, stored
-from refgemma.oracle.candidate import load_candidate, only
+from refgemma.oracle import tolerance as allowance
+from refgemma.oracle.check import CONFORMS, DIFFERS, Report, check
 from refgemma.oracle.conformance import write_conformance
-from refgemma.oracle.diagnose import CONFORMS, DIFFERS, Report, check
 from refgemma.oracle.judge import GOOD
-from refgemma.oracle.trace import named_tensors, save_trace
-from refgemma.oracle.variants import VARIANTS
-from refgemma.oracle.verify import load_golden, model_of, read_manifest
+from refgemma.oracle.known_bugs import VARIANTS
+from refgemma.oracle.tolerance import Arithmetic, in_unit, stored
 from refgemma.precision import as_dtype
+from refgemma.trace.candidate import load_candidate, only
+from refgemma.trace.names import named_tensors, save_trace
 
 BLOCK = ("embedded", "norm", "logits", "layers.*.attention.out", "layers.*.middle", "layers.*.out")
 CASES = {name: about for name, about in read_manifest()["cases"].items() if "calls" in about}

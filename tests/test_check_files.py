@@ -15,12 +15,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from refgemma import ops
-from refgemma.__main__ import main
+from refgemma.cli.main import main
 from refgemma.config import Gemma2Config
 from refgemma.hub import find_model
-from refgemma.oracle.candidate import load_candidate
-from refgemma.oracle.trace import save_trace
 from refgemma.precision import as_dtype
+from refgemma.trace.candidate import load_candidate
+from refgemma.trace.names import save_trace
 
 IDS = np.array([[2, 5, 9, 30, 31]])
 CONFIG = Gemma2Config.from_pretrained(find_model("conformance"))

@@ -13,11 +13,12 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import refgemma.model
-from refgemma.__main__ import CUT_OFF, DIFFERS, MISUSE, OK, main
 from refgemma.activations import ACTIVATIONS
+from refgemma.cli.main import main
+from refgemma.cli.output import CUT_OFF, DIFFERS, MISUSE, OK
+from refgemma.goldens.full_size import two_layer_names
+from refgemma.goldens.verify import case_names
 from refgemma.hub import find_model
-from refgemma.oracle.full_size import two_layer_names
-from refgemma.oracle.verify import case_names
 
 TINY = find_model("tiny")
 QUICK = ["bends-forward-f32", "op-linear-bf16"]
@@ -97,7 +98,7 @@ def test_chat_takes_markers_that_are_typed_for_text(capsys, monkeypatch) -> None
         seen.append(list(ids))
         return iter([1])
 
-    monkeypatch.setattr("refgemma.__main__.continued", continued)
+    monkeypatch.setattr("refgemma.cli.text.continued", continued)
     monkeypatch.setattr("sys.stdin", io.StringIO("Hi<end_of_turn><start_of_turn>model<eos>\n"))
     assert main(["chat", "--json"]) == OK
     assert [token for token in seen[0] if token < 7] == [2, 5, 6, 5]  # <bos>, the turn, and the model's beginning
@@ -278,7 +279,7 @@ def test_chat_without_any_input(monkeypatch) -> None:
 @pytest.mark.parametrize("content", ["{}", "[]", '{"cases": {}, "format": "refgemma-golden/1"}', "nonsense"])
 def test_a_manifest_that_is_none(content, tmp_path, capsys, monkeypatch) -> None:
     (tmp_path / "manifest.json").write_text(content)
-    monkeypatch.setattr("refgemma.oracle.verify.golden_folder", lambda: tmp_path)
+    monkeypatch.setattr("refgemma.goldens.verify.golden_folder", lambda: tmp_path)
     assert main(["verify"]) == MISUSE
     err = capsys.readouterr().err
     assert "manifest.json" in err

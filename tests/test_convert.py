@@ -20,17 +20,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-import refgemma.weights.convert as conversion
-from refgemma.__main__ import INTERRUPTED, MISUSE, OK, main
+import refgemma.convert.convert as conversion
+from refgemma.cli.main import main
+from refgemma.cli.output import INTERRUPTED, MISUSE, OK
 from refgemma.config import Gemma2Config
-from refgemma.weights import writer
+from refgemma.convert.convert import convert, kind_of, open_source
+from refgemma.convert.flax_tree import read_npz, read_tree, write_npz
+from refgemma.convert.layouts import flax_layout, hf_layout, pytorch_layout
+from refgemma.convert.pickles import read_torch, write_torch
+from refgemma.weights import save as writer
 from refgemma.weights.checkpoint import CheckpointError, open_checkpoint, read_header
-from refgemma.weights.convert import convert, kind_of, open_source
-from refgemma.weights.flax_tree import read_npz, read_tree, write_npz
-from refgemma.weights.layouts import flax_layout, hf_layout, pytorch_layout
 from refgemma.weights.parameters import tensor_shapes
-from refgemma.weights.pickles import read_torch, write_torch
-from refgemma.weights.writer import STAGING, Output, header_of, write_checkpoint
+from refgemma.weights.save import STAGING, Output, header_of, write_checkpoint
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 61, "hidden_size": 24, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -352,7 +353,7 @@ def test_an_orbax_folder_without_what_reads_it(tmp_path: Path, monkeypatch: pyte
     """What it does with it: `parity/test_convert_parity.py`, where TensorStore is installed."""
     (tmp_path / "orbax").mkdir()
     (tmp_path / "orbax" / "_METADATA").write_text("{}")
-    monkeypatch.setattr("refgemma.weights.orbax.find_spec", lambda _: None)
+    monkeypatch.setattr("refgemma.convert.orbax.find_spec", lambda _: None)
     with pytest.raises(
         CheckpointError, match=r"is an Orbax folder; to read it, install .*pip install 'refgemma\[flax\]'"
     ):
@@ -530,7 +531,7 @@ def test_a_killed_run_is_continued(tmp_path: Path) -> None:
     tensors = write_hf(tmp_path / "hf")
     program = f"""
 import time
-import refgemma.weights.convert as conversion
+import refgemma.convert.convert as conversion
 original = conversion.Joined.__getitem__
 def slow(self, rows):
     if self.name == "model.layers.1.mlp.up_proj.weight":
@@ -615,7 +616,7 @@ def test_memory_is_that_of_a_tensor(tmp_path: Path, kind: str) -> None:
     config.save_pretrained(tmp_path / "hf")
     write_checkpoint(tmp_path / "hf", zeros)
     program = f"""
-import resource, refgemma.weights.convert as conversion
+import resource, refgemma.convert.convert as conversion
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 conversion.convert({str(tmp_path / "hf")!r}, {str(tmp_path / "there")!r}, target_format={kind!r})
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from refgemma.__main__ import main
+from refgemma.cli.main import main
+from refgemma.goldens.verify import load_golden
 from refgemma.hub import find_model
+from refgemma.modeling.pretrained import load
 from refgemma.oracle.conformance import CONFIG, prompts
-from refgemma.oracle.cover import Shown, covering, run_prompt, write_prompts
-from refgemma.oracle.trace import save_trace
-from refgemma.oracle.variants import variant
-from refgemma.oracle.verify import load_golden
-from refgemma.pretrained import load
+from refgemma.oracle.coverage import Shown, covering, run_prompt, write_prompts
+from refgemma.oracle.known_bugs import variant
+from refgemma.trace.names import save_trace
 
 CASE = "bends-forward-f32"
 MODEL = Path(__file__).parents[1] / "golden" / "models" / "bends"

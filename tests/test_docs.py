@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from refgemma import layers, model, ops, precision
-from refgemma.oracle.trace import trace_axes
+from refgemma.trace.names import trace_axes
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

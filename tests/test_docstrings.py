@@ -22,7 +22,7 @@ DIRECTIVE = re.compile(r"automodule:: (\S+)\n   :members:(.*)")
 # What cannot be run here, and where it is.
 PYTORCH = "needs PyTorch; tests/parity has it"
 WITHOUT_EXAMPLE = {
-    "refgemma.oracle.capture.capture_transformers": PYTORCH,
+    "refgemma.trace.capture.capture_transformers": PYTORCH,
     "refgemma.testing.adapters.Transformers": PYTORCH,
     "refgemma.testing.adapters.TransformersEager": PYTORCH,
     "refgemma.testing.adapters.TransformersSdpa": PYTORCH,
@@ -162,7 +162,9 @@ def test_the_maths_has_its_formula_source_and_rounding(name: str) -> None:
 
 def test_the_reference_shows_something() -> None:
     assert len(SHOWN) > 200
-    assert {"refgemma.ops.softmax", "refgemma.cache.Cache.crop", "refgemma.modeling.Gemma2ForCausalLM"} <= set(SHOWN)
+    assert {"refgemma.ops.softmax", "refgemma.cache.Cache.crop", "refgemma.modeling.classes.Gemma2ForCausalLM"} <= set(
+        SHOWN
+    )
 
 
 def test_every_public_name_is_shown() -> None:

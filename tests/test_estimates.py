@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 import refgemma
 from refgemma.config import Gemma2Config
 from refgemma.model import forward
-from refgemma.oracle.candidate import Candidate, load_candidate
-from refgemma.oracle.diagnose import Check
+from refgemma.modeling.pretrained import Pretrained
+from refgemma.oracle.check import Check
 from refgemma.oracle.estimate import Estimate
-from refgemma.oracle.trace import named_tensors, save_trace
-from refgemma.oracle.where import error_maps
-from refgemma.pretrained import Pretrained
+from refgemma.oracle.locate import error_maps
+from refgemma.trace.candidate import Candidate, load_candidate
+from refgemma.trace.names import named_tensors, save_trace
 
 IDS = np.random.default_rng(3).integers(4, 97, (2, 20))
 MODELS = {dtype: refgemma.load("conformance", dtype) for dtype in ("float32", "bfloat16")}

@@ -1,5 +1,5 @@
 """Every exercise both ways: its solution passes; the stub, and wrong answers as a student may write them, get the hint
-that helps. The wrong answers here are written apart from the mistakes that `refgemma.exercises` knows."""
+that helps. The wrong answers here are written apart from the mistakes that `refgemma.teach.exercises` knows."""
 
 import inspect
 import math
@@ -13,10 +13,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from refgemma import exercises
-from refgemma.exercises import solutions
-from refgemma.exercises.feedback import Mistake, Trial, judge
 from refgemma.precision import bf16, narrow, wide
+from refgemma.teach import exercises
+from refgemma.teach.exercises import solutions
+from refgemma.teach.exercises.feedback import Mistake, Trial, judge
 
 Answer = Callable[..., Any]
 

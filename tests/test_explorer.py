@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 import refgemma
-from refgemma.__main__ import MISUSE, OK, main
-from refgemma.explorer import LIMIT, TEMPLATE, explored, most_tokens, page, page_bytes
-from refgemma.oracle.trace import named_tensors, trace_axes
+from refgemma.cli.main import main
+from refgemma.cli.output import MISUSE, OK
+from refgemma.teach.explorer import LIMIT, TEMPLATE, explored, most_tokens, page, page_bytes
+from refgemma.trace.names import named_tensors, trace_axes
 
 TINY = refgemma.load("tiny")
 IDS = TINY.tokenizer.encode("Once upon a time there was a little princess who")

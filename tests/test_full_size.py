@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from refgemma import fast
 from refgemma.config import Gemma2Config
-from refgemma.oracle import full_size
-from refgemma.oracle.full_size import full_result, load_full, verify_full
-from refgemma.oracle.sketch import PROJECTIONS, SAMPLES, sketch
-from refgemma.oracle.verify import CaseResult, GoldenError
+from refgemma.goldens import full_size
+from refgemma.goldens.full_size import full_result, load_full, verify_full
+from refgemma.goldens.sketch import PROJECTIONS, SAMPLES, sketch
+from refgemma.goldens.verify import CaseResult, GoldenError
 
 NAME = "9b-synthetic-two-layers"
 TOP = ("top_ids", "top_order", "top_logits")

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from refgemma.oracle.graph import FIELDS
+from refgemma.trace.names import FIELDS
 
 EXAMPLES = settings(max_examples=60)
 MEMORY = 2**26  # bytes: the files here have some kilobytes

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 import refgemma
-from refgemma.beams import Rules, advanced, best_texts, draw, is_over, largest, started
 from refgemma.config import ConfigError
-from refgemma.generation import TextStreamer, generate
+from refgemma.generation.beams import Rules, advanced, best_texts, draw, is_over, largest, started
+from refgemma.generation.decode import TextStreamer, generate
+from refgemma.generation.generation_config import GenerationConfig, settings_for, settled
+from refgemma.generation.processors import keep_min_p, keep_top_k, keep_top_p, softmax
 from refgemma.inputs import InputError
 from refgemma.model import forward
-from refgemma.processors import keep_min_p, keep_top_k, keep_top_p, softmax
-from refgemma.settings import GenerationConfig, settings_for, settled
 
 TINY = refgemma.load("tiny")
 PROMPT = TINY.tokenizer.encode("Once upon a time")

@@ -1,6 +1,7 @@
 """The import ladder of docs/architecture.md, read from the source: a file imports only from rungs below its own."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import pytest
 from jaxtyping import TypeCheckError
 
 import refgemma
+from refgemma.errors import MOVED
 from refgemma.ops import rms_norm
 
 # Of the checkout, not of what is installed: these tests are about the source.
@@ -18,20 +20,21 @@ PACKAGE = Path(__file__).parents[1] / "refgemma"
 
 # From the ground up. A name is a file, or a folder whose files may import one another.
 RUNGS = (
-    {"files", "hub", "precision", "shapes", "text"},
+    {"errors", "files", "hub", "precision", "shapes"},
     {"ops", "tokenizer"},
-    {"activations", "released"},
+    {"activations"},
     {"config"},
     {"inputs", "weights"},
-    {"beams", "cache", "settings"},
-    {"layers", "outputs", "processors"},
+    {"cache", "convert"},
+    {"layers"},
     {"heads", "model"},
     {"fast"},
-    {"generation", "perplexity"},
-    {"modeling", "pretrained"},
+    {"generation"},
+    {"modeling", "trace"},
     {"oracle"},
-    {"testing", "viz"},
-    {"exercises", "explorer"},
+    {"goldens", "sweep"},
+    {"testing", "teach"},
+    {"cli"},
     {"__main__"},
 )
 RUNG = {name: rung for rung, names in enumerate(RUNGS) for name in names}
@@ -72,7 +75,7 @@ def ladder_problems(file: str, source: str) -> list[str]:
         if name.split(".")[0] != "refgemma" or (unit(name) == own and len(parts) > 1):
             continue
         if unit(name) not in RUNG:
-            if own == "__main__":
+            if own == "cli":
                 continue  # the command line stands above the public names, too
             problems.append(f"{file}:{line}: imports {name}; import from the file that defines it")
         elif RUNG[unit(name)] >= RUNG[own] or (own, unit(name)) in FORBIDDEN:
@@ -112,7 +115,7 @@ def test_nothing_heavy_is_imported_at_module_level(file: str) -> None:
     [
         ("layers.py", "from refgemma.model import forward", "layers may not import model"),
         ("heads.py", "from refgemma.model import forward", "heads may not import model"),
-        ("layers.py", "def late():\n    import refgemma.oracle.trace", "layers may not import oracle"),
+        ("layers.py", "def late():\n    import refgemma.oracle.check", "layers may not import oracle"),
         ("layers.py", "from . import model", "layers may not import model"),
         ("layers.py", "from .model import forward", "layers may not import model"),
         ("weights/convert.py", "from ..model import forward", "weights may not import model"),
@@ -132,8 +135,8 @@ def test_the_ladder_is_guarded(file: str, source: str, problem: str) -> None:
 @pytest.mark.parametrize(
     ("file", "source"),
     [
-        ("__init__.py", "from refgemma.oracle.verify import verify"),
-        ("__main__.py", "from refgemma import __version__"),
+        ("__init__.py", "from refgemma.goldens.verify import verify"),
+        ("cli/main.py", "from refgemma import __version__"),
         ("layers.py", "import numpy\nfrom refgemma.ops import linear\nfrom refgemma.weights.parameters import Weights"),
         ("weights/convert.py", "from refgemma.weights.parameters import Weights\nfrom .checkpoint import Checkpoint"),
         ("oracle/verify.py", "from refgemma.oracle.compare import compare\nfrom refgemma.model import forward"),
@@ -196,3 +199,10 @@ def test_shapes_are_checked_in_this_run() -> None:
     # Every other test relies on --jaxtyping-packages; were it to stop working, they would still pass.
     with pytest.raises(TypeCheckError):
         rms_norm(np.ones((2, 3)), np.ones(4), 1e-6)
+
+
+@pytest.mark.parametrize("old", MOVED)
+def test_a_module_of_version_0_1_says_its_present_name(old: str) -> None:
+    with pytest.raises(ModuleNotFoundError, match=f"^refgemma.{old} is now refgemma.{MOVED[old]}$"):
+        importlib.import_module(f"refgemma.{old}")
+    importlib.import_module(f"refgemma.{MOVED[old]}")

@@ -14,16 +14,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from refgemma.__main__ import main
+from refgemma.cli.main import main
 from refgemma.config import Gemma2Config
 from refgemma.hub import find_model
 from refgemma.inputs import InputError
-from refgemma.oracle.candidate import Candidate, Tensor, is_known, load_candidate
-from refgemma.oracle.diagnose import CONFORMS, INCONCLUSIVE, Instance, Report
-from refgemma.oracle.evaltext import open_eval_callback
-from refgemma.oracle.graph import Call
+from refgemma.oracle.check import CONFORMS, INCONCLUSIVE, Instance, Report
 from refgemma.oracle.judge import PASS, Judged, Statistics
-from refgemma.oracle.mapping import Rule, arrange, load_map, map_names, open_trace
+from refgemma.trace.candidate import Call, Candidate, Tensor, is_known, load_candidate
+from refgemma.trace.evaltext import open_eval_callback
+from refgemma.trace.name_maps import Rule, arrange, load_map, map_names, open_trace
 
 RECORDED = Path(__file__).parent / "recorded"
 CONFIG = Gemma2Config.from_pretrained(find_model("conformance"))

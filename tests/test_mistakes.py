@@ -14,9 +14,9 @@ import refgemma.ops
 from refgemma.activations import ACTIVATIONS
 from refgemma.cache import keep_last
 from refgemma.config import FULL, SLIDING, Gemma2Config
+from refgemma.goldens import verify as oracle
 from refgemma.layers import Block, attention, feed_forward
 from refgemma.ops import linear, rms_norm
-from refgemma.oracle import verify as oracle
 from refgemma.precision import bf16, narrow, wide
 from refgemma.weights.parameters import Weights
 

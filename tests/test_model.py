@@ -9,11 +9,11 @@ import pytest
 
 import refgemma
 from refgemma.cache import Cache, empty_cache
+from refgemma.goldens.verify import golden_folder
 from refgemma.model import HEAD_ROWS, forward, next_token_logits, unembed
 from refgemma.ops import causal_mask, sliding_mask
-from refgemma.oracle.trace import named_tensors
-from refgemma.oracle.verify import golden_folder
 from refgemma.precision import BF16, F16, Rounded
+from refgemma.trace.names import named_tensors
 from refgemma.weights.checkpoint import open_checkpoint
 from refgemma.weights.parameters import LayerWeights
 

@@ -11,15 +11,15 @@ import pytest
 
 import refgemma
 from refgemma.config import ConfigError, Gemma2Config
+from refgemma.generation.outputs import ModelOutput
 from refgemma.heads import causal_lm_loss
 from refgemma.inputs import InputError
-from refgemma.modeling import (
+from refgemma.modeling.classes import (
     Gemma2ForCausalLM,
     Gemma2ForSequenceClassification,
     Gemma2ForTokenClassification,
     Gemma2Model,
 )
-from refgemma.outputs import ModelOutput
 from refgemma.weights.checkpoint import CheckpointError
 
 SHAPE: dict[str, Any] = {

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 import refgemma
-from refgemma import generation
-from refgemma.beams import Rules
 from refgemma.cache import Cache, LayerCache
 from refgemma.config import Gemma2Config
-from refgemma.generation import (
+from refgemma.generation import decode as generation
+from refgemma.generation.beams import Rules
+from refgemma.generation.decode import (
     Decoding,
     Prompts,
     Reading,
@@ -33,6 +33,8 @@ from refgemma.generation import (
     sampling,
     stop_tokens,
 )
+from refgemma.generation.generation_config import GenerationConfig, settings_for, settled
+from refgemma.goldens.verify import load_golden
 from refgemma.heads import (
     binary_cross_entropy,
     causal_lm_loss,
@@ -45,11 +47,9 @@ from refgemma.heads import (
 )
 from refgemma.inputs import InputError
 from refgemma.model import forward, next_token_logits
-from refgemma.modeling import Gemma2ForCausalLM
+from refgemma.modeling.classes import Gemma2ForCausalLM
 from refgemma.ops import gelu_tanh, softmax
-from refgemma.oracle.verify import load_golden
 from refgemma.precision import BF16, as_dtype, bf16, f16, narrow, plain, precision_named
-from refgemma.settings import GenerationConfig, settings_for, settled
 
 
 def refused(call: Callable[[], Any], message: str) -> None:

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 import refgemma
-import refgemma.perplexity
-from refgemma.__main__ import MISUSE, OK, main
+import refgemma.generation.perplexity
+from refgemma.cli.main import main
+from refgemma.cli.output import MISUSE, OK
+from refgemma.generation.perplexity import gemma_cpp_bits_per_byte, strided_perplexity, token_losses, windows
+from refgemma.goldens.released import PUBLISHED, published_figures, published_text
 from refgemma.heads import causal_lm_loss
 from refgemma.inputs import InputError
-from refgemma.perplexity import gemma_cpp_bits_per_byte, strided_perplexity, token_losses, windows
-from refgemma.released import PUBLISHED, published_figures, published_text
 
 TINY = refgemma.load("tiny")
 IDS = TINY.tokenizer.encode("Once upon a time there was a king who had three sons, and the youngest was called Hans.")
@@ -27,8 +28,8 @@ def all_at_once(ids: list[int]) -> list[float]:
 
 @pytest.mark.parametrize("piece", [1, 3, 7, 512])
 def test_pieces_and_parts_of_the_vocabulary_make_no_difference(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(refgemma.perplexity, "PIECE", piece)
-    monkeypatch.setattr(refgemma.perplexity, "HEAD_ROWS", 300)
+    monkeypatch.setattr(refgemma.generation.perplexity, "PIECE", piece)
+    monkeypatch.setattr(refgemma.generation.perplexity, "HEAD_ROWS", 300)
     # 5e-6 of the largest logit, as asserted of logits everywhere; none is beyond 4 here.
     np.testing.assert_allclose(token_losses(IDS, TINY.weights, TINY.config), all_at_once(IDS), rtol=0, atol=2e-5)
 
@@ -60,7 +61,7 @@ def test_gemma_cpp_formula() -> None:
 
 
 def test_no_token_counts_for_more_than_64_nats(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(refgemma.perplexity, "token_losses", lambda *_: np.array([1.0, 1e9]))
+    monkeypatch.setattr(refgemma.generation.perplexity, "token_losses", lambda *_: np.array([1.0, 1e9]))
     expected = (math.log(2048) + 1 + 64) / math.log(2) / 10
     assert math.isclose(gemma_cpp_bits_per_byte([2, 3, 4], 10, TINY.weights, TINY.config), expected, rel_tol=1e-12)
 

@@ -12,9 +12,9 @@ from refgemma.config import Gemma2Config
 from refgemma.hub import find_model
 from refgemma.testing import properties
 from refgemma.testing.backends import BackendError, Capabilities, NumpyBackend, Unsupported, backend_named
-from refgemma.testing.goldens import check_golden
 from refgemma.testing.laws import script
 from refgemma.testing.program import Program, ProgramError
+from refgemma.testing.recordings import check_golden
 from refgemma.testing.strategies import Scene
 
 pytest_plugins = ["pytester"]

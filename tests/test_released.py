@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 import refgemma
-from refgemma.generation import Prompts, generate_batch
+from refgemma.generation.decode import Prompts, generate_batch
+from refgemma.generation.generation_config import GenerationConfig
+from refgemma.generation.perplexity import gemma_cpp_bits_per_byte, token_losses
+from refgemma.goldens.released import read_released
 from refgemma.heads import log_softmax
 from refgemma.model import begin, blocks, head
+from refgemma.modeling.pretrained import Pretrained, load
 from refgemma.ops import linear, rms_norm
-from refgemma.perplexity import gemma_cpp_bits_per_byte, token_losses
-from refgemma.pretrained import Pretrained, load
-from refgemma.released import read_released
-from refgemma.settings import GenerationConfig
 
 SIZES = {"9b": 42, "27b": 46}
 # The recordings are float32, of another program (TransformerLens), whose logits are reported to differ from

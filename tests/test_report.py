@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from refgemma.__main__ import main
+from refgemma.cli.main import main
 from refgemma.oracle.judge import EDGES, counted
 from refgemma.oracle.report import CELLS, pooled
-from refgemma.oracle.trace import save_trace
+from refgemma.trace.names import save_trace
 
 
 class Tags(HTMLParser):

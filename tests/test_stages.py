@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from refgemma.__main__ import main
+from refgemma.cli.main import main
 from refgemma.hub import find_model
 from refgemma.inputs import InputError
+from refgemma.modeling.pretrained import load
 from refgemma.oracle.conformance import CONFIG
+from refgemma.oracle.known_bugs import VARIANTS
+from refgemma.oracle.preflight import Stage, tokens_stage, weights_stage
 from refgemma.oracle.report import EXIT
-from refgemma.oracle.stages import Stage, tokens_stage, weights_stage
-from refgemma.oracle.variants import VARIANTS
-from refgemma.pretrained import load
 
 FOLDER = find_model("conformance")
 Weights = dict[str, np.ndarray]

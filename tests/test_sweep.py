@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refgemma.__main__ import main
+from refgemma.cli.main import main
 from refgemma.oracle.judge import counted
-from refgemma.oracle.tally import Tally, merged
+from refgemma.sweep.tally import Tally, merged
 
 PORT = """
 import os, shutil, signal, sys

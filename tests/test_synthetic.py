@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import refgemma
-from refgemma.__main__ import MISUSE, OK, main
+from refgemma.cli.main import main
+from refgemma.cli.output import MISUSE, OK
 from refgemma.config import Gemma2Config
 from refgemma.precision import BF16, bf16
-from refgemma.weights import writer
+from refgemma.weights import save as writer
 from refgemma.weights.parameters import named_weights, tensor_shapes
 from refgemma.weights.synthetic import HEAD_POWERS, Synthetic, raw_bytes, synthetic_weights, write_synthetic
 

@@ -12,7 +12,7 @@ import sentencepiece
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from refgemma.tokenizer import AutoTokenizer, TextStream, Tokenizer, TokenizerError
+from refgemma.tokenizer.tokenizer import AutoTokenizer, TextStream, Tokenizer, TokenizerError
 
 MODEL_FILE = Path(str(files("refgemma") / "checkpoints/tiny/tokenizer.model"))
 TOKENIZER = Tokenizer(MODEL_FILE)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from refgemma.config import Gemma2Config
-from refgemma.oracle.candidate import load_candidate
+from refgemma.trace.candidate import load_candidate
 
 PAGE = (Path(__file__).parents[1] / "docs" / "how-to" / "write-a-trace.md").read_text("utf-8")
 WRITERS = dict(re.findall(r"```(python|cpp|rust|swift)\n(.*?)```", PAGE, re.DOTALL))

@@ -17,7 +17,7 @@ import treescope
 from matplotlib import pyplot as plt
 
 import refgemma
-from refgemma import viz
+from refgemma.teach import viz
 
 plt.switch_backend("agg")
 

@@ -19,10 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from refgemma.modeling import Gemma2ForCausalLM
+from refgemma.modeling.classes import Gemma2ForCausalLM
 from refgemma.precision import bf16
 from refgemma.weights.checkpoint import CheckpointError, open_checkpoint
-from refgemma.weights.writer import (
+from refgemma.weights.save import (
     STAGING,
     STORED,
     Output,
@@ -186,7 +186,7 @@ def test_a_killed_run_leaves_nothing_that_can_be_read(tmp_path: Path) -> None:
     program = f"""
 import sys, time
 import numpy as np
-from refgemma.weights.writer import Output, write_checkpoint
+from refgemma.weights.save import Output, write_checkpoint
 class Slow:
     def __getitem__(self, rows):
         print("reading", flush=True)

@@ -1,1 +1,1 @@
-"""Comparing runs: named tensors, bounds of rounding, replay of single operations, and the goldens."""
+"""Another implementation's trace judged: which tensor is wrong first, and which known bug explains it."""

@@ -12,10 +12,11 @@ from functools import cache, partial
 
 import numpy as np
 
-from refgemma.oracle.allowance import in_decimals
-from refgemma.oracle.graph import Context, field_of, operations
+from refgemma.oracle.operations import Context, operations
 from refgemma.oracle.spans import Computed, where_compared
+from refgemma.oracle.tolerance import in_decimals
 from refgemma.precision import Array
+from refgemma.trace.names import field_of
 
 FITS = 3.0  # root mean square in standard deviations
 STEPS = 40

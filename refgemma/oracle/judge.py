@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from refgemma.oracle.allowance import Allowance
+from refgemma.oracle.tolerance import Allowance
 from refgemma.precision import Array, as_dtype
 
 EXACT, PASS, NOISY, SKEWED, FAIL = "EXACT", "PASS", "NOISY", "SKEWED", "FAIL"
@@ -107,7 +107,7 @@ def judge(
 
     Examples
     --------
-    >>> from refgemma.oracle.allowance import one_rounding, stored
+    >>> from refgemma.oracle.tolerance import one_rounding, stored
     >>> exact = np.array([1.0, 1 / 3])
     >>> allowed = stored(one_rounding(exact), exact, "float32")
     >>> judge(np.float64(np.float32(exact)), exact, allowed, "float32", np.ones(2, bool)).verdict

@@ -14,8 +14,8 @@ from refgemma.config import Gemma2Config
 from refgemma.layers import attention, block, feed_forward, merge_heads, split_heads
 from refgemma.model import embed, unembed
 from refgemma.oracle import bounds
-from refgemma.oracle.trace import named_tensors
 from refgemma.precision import Array
+from refgemma.trace.names import named_tensors
 from refgemma.weights.parameters import LayerWeights, Weights
 
 

@@ -13,13 +13,13 @@ from xml.etree import ElementTree
 import numpy as np
 
 import refgemma.oracle.judge as j
-from refgemma.oracle.diagnose import CONFORMS, DIFFERS, INCONCLUSIVE, NOISY_ONLY, Finding, Instance, Report
+from refgemma.oracle.check import CONFORMS, DIFFERS, INCONCLUSIVE, NOISY_ONLY, Finding, Instance, Report
 from refgemma.oracle.estimate import Estimate
-from refgemma.oracle.graph import FIELDS, field_of, layer_of
-from refgemma.oracle.stages import Stage
-from refgemma.oracle.variants import Variant
-from refgemma.oracle.where import ErrorMap
+from refgemma.oracle.known_bugs import Variant
+from refgemma.oracle.locate import ErrorMap
+from refgemma.oracle.preflight import Stage
 from refgemma.precision import Array
+from refgemma.trace.names import FIELDS, field_of, layer_of
 
 SCHEMA = "refgemma-check/1"
 EXIT = {CONFORMS: 0, DIFFERS: 1, NOISY_ONLY: 3, INCONCLUSIVE: 4}

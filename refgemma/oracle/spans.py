@@ -11,9 +11,10 @@ from functools import cached_property
 
 import numpy as np
 
-from refgemma.oracle.candidate import Candidate
-from refgemma.oracle.graph import Context, Operation, field_of, layer_of, window_mask
+from refgemma.oracle.operations import Context, Operation, window_mask
 from refgemma.precision import Array
+from refgemma.trace.candidate import Candidate
+from refgemma.trace.names import field_of, layer_of
 
 DRAWS = 16
 # Those of which PyTorch's eager kernels round more than once in half precision.

@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from refgemma.oracle.capture import NORMS, as_numpy, caught, in_heads
 from refgemma.precision import Array
 from refgemma.testing.backends import Capabilities, Output
+from refgemma.trace.capture import NORMS, as_numpy, caught, in_heads
 
 # What transformers computes outside the attention function: every implementation shows it.
 AROUND_ATTENTION = (

@@ -16,16 +16,16 @@ import numpy as np
 import numpy.typing as npt
 
 from refgemma import ops
-from refgemma.beams import draw
 from refgemma.config import Gemma2Config
-from refgemma.generation import Prompts, generate_batch
+from refgemma.generation.beams import draw
+from refgemma.generation.decode import Prompts, generate_batch
+from refgemma.generation.generation_config import GenerationConfig, settled
 from refgemma.heads import causal_lm_loss
 from refgemma.model import forward, next_token_logits
-from refgemma.modeling import Gemma2ForCausalLM
-from refgemma.oracle.trace import named_tensors
+from refgemma.modeling.classes import Gemma2ForCausalLM
 from refgemma.precision import Array, wide
-from refgemma.settings import GenerationConfig, settled
-from refgemma.tokenizer import Tokenizer
+from refgemma.tokenizer.tokenizer import Tokenizer
+from refgemma.trace.names import named_tensors
 from refgemma.weights.checkpoint import open_checkpoint
 from refgemma.weights.parameters import Weights
 

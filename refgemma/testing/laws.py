@@ -357,7 +357,7 @@ def golden_script(name: str, backend: Any) -> str:
     return (
         f"{_says(f'Differs from the recording {name}.')}"
         "from refgemma.testing.backends import backend_named\n"
-        "from refgemma.testing.goldens import check_golden\n\n"
+        "from refgemma.testing.recordings import check_golden\n\n"
         f"check_golden(\n    backend_named({backend_text(backend)!r}), {name!r},\n)\n"
     )
 

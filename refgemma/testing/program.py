@@ -34,11 +34,11 @@ import numpy as np
 import numpy.typing as npt
 
 from refgemma.inputs import InputError
-from refgemma.oracle.candidate import STORED
-from refgemma.oracle.trace import save_trace
-from refgemma.oracle.tracefile import open_safetensors
 from refgemma.precision import Array
 from refgemma.testing.backends import BackendError, Capabilities, Output, Unsupported
+from refgemma.trace.candidate import STORED
+from refgemma.trace.names import save_trace
+from refgemma.trace.reader import open_safetensors
 
 SECONDS = 60.0  # that an answer may take
 STDERR_LINES = 8  # of the program's last words, in a message

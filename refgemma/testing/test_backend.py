@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from refgemma.testing.backends import backend_named
-from refgemma.testing.goldens import check_golden, golden_names
 from refgemma.testing.laws import NotApplicable
 from refgemma.testing.plugin import BACKEND, NOT_APPLICABLE, OURS
 from refgemma.testing.properties import LAWS
+from refgemma.testing.recordings import check_golden, golden_names
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from refgemma.config import Gemma2Config
 from refgemma.precision import BF16, Array, as_dtype
 from refgemma.weights.parameters import EMBED_TOKENS, NORM, OnDemand, Weights, tensor_shapes
-from refgemma.weights.writer import Output, claim, write_checkpoint
+from refgemma.weights.save import Output, claim, write_checkpoint
 
 SEED = 2
 

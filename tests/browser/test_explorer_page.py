@@ -10,8 +10,8 @@ from conftest import BROWSER
 from playwright.sync_api import Browser, Locator, Page, sync_playwright
 
 import refgemma
-from refgemma.explorer import explored, page
-from refgemma.viz import shown
+from refgemma.teach.explorer import explored, page
+from refgemma.teach.viz import shown
 
 TINY = refgemma.load("tiny")
 IDS = TINY.tokenizer.encode("Once upon a time there was a little princess who had a golden ball. " * 5)

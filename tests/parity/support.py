@@ -10,7 +10,7 @@ import torch
 import transformers
 from hypothesis import strategies as st
 
-import refgemma.modeling
+import refgemma.modeling.classes
 from refgemma.activations import ACTIVATIONS
 from refgemma.config import FULL, SLIDING, Gemma2Config
 from refgemma.oracle.compare import logits_distance, rounding_noise, run_distance
@@ -57,7 +57,7 @@ def random_tensors(name: str, shape: dict[str, Any], seed: int, gain: float = 1.
     """Weights that are bf16 numbers, so that they are the same in every precision; in the order of the state dict."""
     rng = np.random.default_rng(seed)
     spread = gain / np.sqrt(shape["hidden_size"])
-    ours = getattr(refgemma.modeling, name)
+    ours = getattr(refgemma.modeling.classes, name)
     sizes = {n.removeprefix(ours.prefix): s for n, s in ours.tensor_shapes(Gemma2Config(**shape)).items()}
     return {n: np.asarray(bf16(rng.standard_normal(s) * (0.3 if len(s) == 1 else spread))) for n, s in sizes.items()}
 
@@ -75,7 +75,7 @@ def in_transformers(name: str, shape: dict[str, Any], tensors: dict[str, Any], d
 
 
 def here(name: str, shape: dict[str, Any], tensors: dict[str, Any], dtype: str) -> Any:
-    return getattr(refgemma.modeling, name).from_state_dict(Gemma2Config(**shape), tensors, dtype)
+    return getattr(refgemma.modeling.classes, name).from_state_dict(Gemma2Config(**shape), tensors, dtype)
 
 
 def as_torch(value: Any) -> Any:

@@ -11,8 +11,8 @@ from refgemma.config import Gemma2Config
 from refgemma.hub import find_model, golden_folder
 from refgemma.testing import properties
 from refgemma.testing.adapters import Transformers, TransformersEager, TransformersFlex, TransformersSdpa
-from refgemma.testing.goldens import check_golden
 from refgemma.testing.laws import Law
+from refgemma.testing.recordings import check_golden
 from refgemma.testing.strategies import Scene
 
 ADAPTERS = [TransformersEager, TransformersSdpa, TransformersFlex]

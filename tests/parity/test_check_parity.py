@@ -8,11 +8,11 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "golden"))
 import mistakes
 
+from refgemma.modeling.pretrained import load
+from refgemma.oracle.check import CONFORMS, check
 from refgemma.oracle.conformance import prompts
-from refgemma.oracle.diagnose import CONFORMS, check
-from refgemma.oracle.graph import field_of
-from refgemma.oracle.variants import variant
-from refgemma.pretrained import load
+from refgemma.oracle.known_bugs import variant
+from refgemma.trace.names import field_of
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

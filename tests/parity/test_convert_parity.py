@@ -12,10 +12,10 @@ import tensorstore
 import torch
 import transformers
 
+from refgemma.convert.convert import convert, open_source
+from refgemma.convert.flax_tree import read_npz
+from refgemma.convert.pickles import read_torch
 from refgemma.weights.checkpoint import CheckpointError, open_checkpoint
-from refgemma.weights.convert import convert, open_source
-from refgemma.weights.flax_tree import read_npz
-from refgemma.weights.pickles import read_torch
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 61, "hidden_size": 24, "intermediate_size": 56, "num_hidden_layers": 3, "num_attention_heads": 4,

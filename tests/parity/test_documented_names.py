@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-import refgemma.modeling
+import refgemma.modeling.classes
 from refgemma.config import Gemma2Config
 from refgemma.oracle.compare import END_TO_END
 
@@ -49,7 +49,7 @@ def pair(name: str, **shape: Any) -> tuple[Any, Any]:
         if "norm" in parameter_name or "bias" in parameter_name:
             torch.nn.init.normal_(parameter.data, std=0.3)
     tensors = {n: x.numpy() for n, x in theirs.state_dict().items()}
-    return theirs, getattr(refgemma.modeling, name).from_state_dict(Gemma2Config(**BASE | shape), tensors)
+    return theirs, getattr(refgemma.modeling.classes, name).from_state_dict(Gemma2Config(**BASE | shape), tensors)
 
 
 def as_torch(value: Any) -> Any:
@@ -113,8 +113,8 @@ ARGUMENTS: dict[str, Any] = {
 def test_argument(name: str, argument: str) -> None:
     documented = PAGE[f"{name}.forward"]
     assert (argument in documented) == (
-        argument in inspect.signature(getattr(refgemma.modeling, name)).parameters
-        or (argument in inspect.signature(getattr(refgemma.modeling, name).forward).parameters)
+        argument in inspect.signature(getattr(refgemma.modeling.classes, name)).parameters
+        or (argument in inspect.signature(getattr(refgemma.modeling.classes, name).forward).parameters)
     )
     if argument not in documented:
         assert (name, argument) == ("Gemma2Model", "labels")
@@ -205,7 +205,7 @@ def test_config_field(field: str) -> None:
 @pytest.mark.parametrize("name", CLASSES)
 def test_class(name: str) -> None:
     """The positional arguments of the page's signature, in its order; and a model made of a configuration alone."""
-    ours = getattr(refgemma.modeling, name)
+    ours = getattr(refgemma.modeling.classes, name)
     documented = [argument for argument, default in PAGE[f"{name}.forward"].items() if default == "None"]
     assert list(inspect.signature(ours.forward).parameters)[1 : len(documented) + 1] == documented
     assert next(iter(inspect.signature(ours).parameters)) == "config"

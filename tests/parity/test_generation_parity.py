@@ -18,13 +18,12 @@ from transformers import Gemma2ForCausalLM, GenerationConfig
 from transformers.generation import logits_process
 
 import refgemma
-from refgemma import processors
-from refgemma.beams import Rules, improvable
 from refgemma.cache import Cache
-from refgemma.generation import TextStreamer
+from refgemma.generation.beams import Rules, improvable
+from refgemma.generation.decode import TextStreamer, processors
+from refgemma.generation.generation_config import settings_for, settled
 from refgemma.hub import find_model
 from refgemma.model import next_token_logits
-from refgemma.settings import settings_for, settled
 
 NAME, DTYPES = "Gemma2ForCausalLM", ("float32", "float64")
 COUNTS: collections.Counter[str] = collections.Counter()
@@ -264,7 +263,7 @@ def test_the_positions_that_both_are_given() -> None:
 
     with quiet(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(theirs.model.rotary_emb, "forward", noted_there)
-        patch.setattr("refgemma.generation.next_token_logits", noted_here)
+        patch.setattr("refgemma.generation.decode.next_token_logits", noted_here)
         for model in (theirs, ours):
             given = torch.tensor(ids) if model is theirs else ids
             mask = torch.tensor(ids != 0).long() if model is theirs else (ids != 0).astype(int)

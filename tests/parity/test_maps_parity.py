@@ -9,11 +9,11 @@ import transformers
 from safetensors.numpy import save_file
 
 from refgemma.hub import find_model
-from refgemma.oracle.candidate import load_candidate
-from refgemma.oracle.diagnose import Check
+from refgemma.modeling.pretrained import load
+from refgemma.oracle.check import Check
 from refgemma.oracle.judge import GOOD
-from refgemma.oracle.mapping import load_map, match, open_any
-from refgemma.pretrained import load
+from refgemma.trace.candidate import load_candidate
+from refgemma.trace.name_maps import load_map, match, open_any
 
 
 def test_every_module_is_known_and_conforms(tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ import torch
 from transformers import Gemma2ForCausalLM
 
 import refgemma
+from refgemma.generation.perplexity import strided_perplexity
+from refgemma.goldens.released import published_text
 from refgemma.hub import find_model
-from refgemma.perplexity import strided_perplexity
-from refgemma.released import published_text
 
 
 def with_transformers(ids: torch.Tensor, max_length: int, stride: int) -> tuple[float, int]:

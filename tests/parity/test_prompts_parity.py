@@ -8,10 +8,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "golden"))
 import mistakes
 
+from refgemma.modeling.pretrained import load
+from refgemma.oracle.check import Check
 from refgemma.oracle.conformance import prompts
-from refgemma.oracle.cover import shown
-from refgemma.oracle.diagnose import Check
-from refgemma.pretrained import load
+from refgemma.oracle.coverage import shown
 
 
 @pytest.mark.parametrize(("prompt", "dtype"), [("padded", "float32"), ("cached", "bfloat16")])

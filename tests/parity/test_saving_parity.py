@@ -9,7 +9,7 @@ import torch
 import transformers
 
 import refgemma
-import refgemma.modeling
+import refgemma.modeling.classes
 from refgemma.config import Gemma2Config
 
 SHAPE: dict[str, Any] = {
@@ -27,7 +27,7 @@ CLASSES = [
 @pytest.mark.parametrize("change", [{}, {"tie_word_embeddings": False, "attention_bias": True}], ids=["gemma", "not"])
 @pytest.mark.parametrize("name", CLASSES)
 def test_round_trip(tmp_path: Path, name: str, change: dict[str, Any], dtype: str) -> None:
-    ours, theirs = getattr(refgemma.modeling, name), getattr(transformers, name)
+    ours, theirs = getattr(refgemma.modeling.classes, name), getattr(transformers, name)
     model = ours.from_config(Gemma2Config(**SHAPE, **change), seed=3, dtype=dtype)
     model.save_pretrained(tmp_path / "ours", max_shard_size="10KB")
     there, report = theirs.from_pretrained(tmp_path / "ours", output_loading_info=True)  # in the precision of the file
@@ -45,7 +45,7 @@ def test_round_trip(tmp_path: Path, name: str, change: dict[str, Any], dtype: st
 
 
 def test_the_tiny_model_as_transformers_saves_it(tmp_path: Path) -> None:
-    model = refgemma.modeling.Gemma2ForCausalLM.from_pretrained("tiny", dtype="bfloat16")
+    model = refgemma.modeling.classes.Gemma2ForCausalLM.from_pretrained("tiny", dtype="bfloat16")
     model.save_pretrained(tmp_path / "ours")
     transformers.Gemma2ForCausalLM.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
     ours, theirs = (refgemma.load(tmp_path / side) for side in ("ours", "theirs"))

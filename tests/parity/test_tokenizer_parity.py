@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from refgemma.tokenizer import Tokenizer, TokenizerError
+from refgemma.tokenizer.tokenizer import Tokenizer, TokenizerError
 
 TINY = Path(str(files("refgemma") / "checkpoints/tiny"))
 TOKENIZER = Tokenizer(TINY / "tokenizer.model")

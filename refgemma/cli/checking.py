@@ -1,0 +1,310 @@
+"""The commands of the oracle: `check`, `sweep`, `diff` and the others. They handle arguments and print; checked through
+the command line."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from refgemma.files import replace_file
+from refgemma.hub import find_model
+from refgemma.inputs import InputError
+from refgemma.modeling.pretrained import load
+from refgemma.oracle import report as reports
+from refgemma.oracle.check import CONFORMS, DIFFERS, INCONCLUSIVE, Check, Report
+from refgemma.oracle.conformance import prompts
+from refgemma.oracle.coverage import DTYPES as PRECISIONS
+from refgemma.oracle.coverage import Shown, covering, not_shown, shown, write_prompts
+from refgemma.oracle.coverage import as_json as prompts_json
+from refgemma.oracle.diff import Difference, differences, unexplained
+from refgemma.oracle.diff import as_json as difference_json
+from refgemma.oracle.known_bugs import VARIANTS
+from refgemma.oracle.pipeline import judged_port, read_port, read_weights, run_backend
+from refgemma.oracle.repro import bundle
+from refgemma.sweep.jobs import read_jobs
+from refgemma.sweep.runner import as_json as sweep_json
+from refgemma.sweep.runner import cluster, processes, sweep
+from refgemma.trace.candidate import Candidate, is_known, load_candidate
+from refgemma.trace.name_maps import load_map, map_names, mapped, match, open_any
+from refgemma.trace.names import save_trace, target_file
+from refgemma.weights.checkpoint import open_checkpoint
+from refgemma.weights.parameters import Weights
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+CODES = "Exit codes: 0 conforms, 1 differs, 2 misuse or bad file, 3 noisy only, 4 inconclusive, 5 the backend failed."
+BACKEND_FAILED = 5
+
+
+def add_commands(add: Callable[[str, str], Any]) -> None:
+    """Register the oracle's commands; `add` makes one of a name and a sentence."""
+    command = add("check", "say which tensor of another implementation is wrong first, and which known mistake it is")
+    command.epilog = CODES
+    command.add_argument("candidate", metavar="CANDIDATE", help="the safetensors file that it wrote")
+    command.add_argument(
+        "--model", default="tiny", metavar="MODEL", help="tiny, conformance or a folder (default: tiny)"
+    )
+    command.add_argument("--dtype", choices=DTYPES, help="what it stores tensors in, if its file does not say so")
+    command.add_argument("--allow", type=float, default=1.0, metavar="X",
+                         help="multiply what rounding may do by X; every report says so")  # fmt: skip
+    for kind in ("html", "markdown", "junit"):
+        command.add_argument(f"--{kind}", metavar="FILE", help=f"write the report as {kind} too")
+    command.add_argument("--bundle", metavar="FILE", help="keep the first finding's inputs and result, below 1 MB")
+    command.add_argument("--map", metavar="NAME", help=f"whose names it has: {', '.join(map_names())}, or a file")
+    command.add_argument("--weights", metavar="PATH",
+                         help="the port's weights, a file or folder: compared with the model's first")  # fmt: skip
+    command.add_argument("--run", metavar="COMMAND",
+                         help="first run this command, which writes CANDIDATE; its failure is code 5")  # fmt: skip
+
+    command = add("map", "show which tensors of a file a name map knows, and which it does not")
+    command.add_argument("file", metavar="FILE")
+    command.add_argument("--map", metavar="NAME", help="a name map or a file; needed, unless FILE says which")
+    command.add_argument("--model", default="tiny", metavar="MODEL", help="the model, whose axes have lengths")
+
+    command = add("diff", "compare two traces: which tensor differs first, and which by more than rounding explains")
+    command.add_argument("a", metavar="A", help="a trace")
+    command.add_argument("b", metavar="B", help="another of the same tokens")
+    command.add_argument("--model", metavar="MODEL", help="what both claim to be; then each operation is judged")
+    command.epilog = (
+        "Exit codes: 0 the same numbers (with --model: rounding explains what differs), 1 not so, "
+        "2 misuse or bad file, 4 some tensors are in one of them only, or none in both."
+    )
+
+    command = add("prompts", "inputs that together show every mistake that can be shown, and which shows which")
+    command.add_argument("--cover", action="store_true", help="find out which shows which, and choose few that do")
+    command.add_argument("-o", "--output", metavar="DIR", help="write them, and with --cover what each shows")
+    command.add_argument(
+        "--model", default="conformance", metavar="MODEL", help="for which model (default: conformance)"
+    )
+
+    command = add("sweep", "check many traces, or many runs of a port; what was done already is not done again")
+    command.add_argument("jobs", metavar="JOBS", help="a file with a JSON object a line; see docs/how-to/sweep.md")
+    command.add_argument("--workers", type=int, metavar="N",
+                         help="processes of this machine (default: one a processor)")  # fmt: skip
+    command.add_argument("--scheduler", metavar="ADDRESS", help="instead: the workers of a Dask cluster")
+    command.add_argument("--results", metavar="DIR", help="where results are kept (default: JOBS.results)")
+    command.add_argument("--again", action="store_true", help="do also what was done already")
+    command.epilog = f"{CODES} Of many verdicts the worst counts, in the order 1, 5, 2, 4, 3, 0."
+
+    command = add("variants", "list the known mistakes of Gemma 2 ports, or describe one")
+    command.add_argument("name", nargs="?", metavar="NAME")
+
+
+def run_check(args: argparse.Namespace) -> int:
+    """``refgemma check``."""
+    outputs = {kind: path for kind in ("html", "markdown", "junit", "bundle") if (path := getattr(args, kind))}
+    for path in outputs.values():
+        target_file(path)  # before the work, not after it
+    if not args.allow > 0 or not np.isfinite(args.allow):
+        raise InputError(f"--allow {args.allow}: a factor above 0 is needed")
+    folder = find_model(args.model)
+    config = open_checkpoint(folder).config
+    if args.run is not None and (problem := run_backend(args.run, Path(args.candidate))) is not None:
+        print(f"refgemma check: --run: {problem}", file=sys.stderr)
+        return BACKEND_FAILED
+    candidate = read_port(args.candidate, config, args.dtype, args.map)
+    found = judged_port(candidate, folder, config, args.weights, args.allow)
+    made = {"html": reports.page, "markdown": reports.markdown, "junit": reports.junit}
+    for kind, path in outputs.items():
+        if kind == "bundle":
+            write_bundle(candidate, read_weights(folder, candidate.dtype), found, path)
+        else:
+            replace_file(path, made[kind](found, args.model).encode())
+    print(reports.dumps(reports.as_json(found, args.model)) if args.json else reports.text(found, args.model))
+    return reports.EXIT[found.verdict]
+
+
+def run_map(args: argparse.Namespace) -> int:
+    """``refgemma map``: exit code 0 if every tensor of the file is one of ours or known to be of no use, else 4."""
+    config = open_checkpoint(find_model(args.model)).config
+    file = open_any(args.file)
+    chosen = args.map or file.metadata.get("map")
+    if not chosen:
+        raise InputError(f"{args.file}: does not say whose names it has; --map {', '.join(map_names())} or a file")
+    names = load_map(chosen)
+    matched = match(file, names)
+    usable = mapped(file, names, config).entries
+    rows = []
+    for ours, (theirs, rule) in matched.found.items():
+        shape = usable[ours].shape
+        problem = "" if is_known(ours, config) else "this model has no such tensor"
+        rows.append({"tensor": ours, "from": theirs, "layout": rule.layout, "shape": list(shape), "problem": problem})
+    unusable = [row for row in rows if row["problem"]]
+    code = reports.EXIT[INCONCLUSIVE] if matched.unmatched or unusable else 0
+    if args.json:
+        print(reports.dumps({
+            "schema": "refgemma-map/1", "map": names.name, "learned_from": names.learned_from, "run_on": names.run_on,
+            "matched": rows, "ignored": dict(matched.ignored), "unmatched": list(matched.unmatched), "exit_code": code,
+        }))  # fmt: skip
+        return code
+    print(f"{names.name}: {names.says}")
+    print(f"from {names.learned_from}; " + (f"tried on {names.run_on}" if names.run_on else "not tried on real output"))
+    for row in rows:
+        print(f"  {row['from']:44} {row['tensor']:40} {tuple(row['shape'])} {row['problem']}".rstrip())
+    for name, why in matched.ignored.items():
+        print(f"  {name:44} - {why}")
+    for name in matched.unmatched:
+        print(f"  {name:44} ? matches nothing")
+    print(f"{len(rows)} matched, {len(matched.ignored)} known to be of no use, {len(matched.unmatched)} match nothing")
+    return code
+
+
+def run_diff(args: argparse.Namespace) -> int:
+    """``refgemma diff``."""
+    a, b = (open_any(path) for path in (args.a, args.b))
+    found, only_a, only_b = (
+        differences(a, b),
+        sorted(set(a.entries) - set(b.entries)),
+        sorted(set(b.entries) - set(a.entries)),
+    )
+    if args.model:
+        folder = find_model(args.model)
+        config = open_checkpoint(folder).config
+        sides = [load_candidate(path, config) for path in (args.a, args.b)]
+        weights = {side.dtype: read_weights(folder, side.dtype) for side in sides}
+        units = unexplained(sides[0], sides[1], weights, config)
+        found = [replace(d, unexplained=units.get(d.tensor)) for d in found]
+    code = diff_code(found, bool(only_a or only_b), bool(args.model))
+    if args.json:
+        print(reports.dumps(difference_json(args.a, args.b, found, only_a, only_b, code)))
+        return code
+    print("\n".join(reports.cut(line) for line in diff_lines(found, only_a, only_b)))
+    return code
+
+
+def diff_code(found: list[Difference], missing: bool, judged: bool) -> int:
+    """The exit code of a comparison."""
+    wrong = [d for d in found if d.problem or ((d.unexplained or 0) > 1 if judged else d.differs)]
+    unknown = judged and any(d.differs and d.unexplained is None for d in found)
+    if wrong:
+        return reports.EXIT[DIFFERS]
+    return reports.EXIT[INCONCLUSIVE] if missing or unknown or not found else 0
+
+
+def diff_lines(found: list[Difference], only_a: list[str], only_b: list[str]) -> list[str]:
+    """What a person reads: the first difference, the first that nothing explains, and the tensors from there on."""
+    wrong = [d for d in found if d.differs]
+    bad = [d for d in wrong if (d.unexplained or 0) > 1]
+    lines = [f"{len(found)} tensors in both, {len(found) - len(wrong)} of them the same to the last bit"]
+    if wrong:
+        lines.append(f"first difference: {wrong[0].tensor}")
+    if bad:
+        lines.append(f"first that its inputs and rounding do not explain: {bad[0].tensor}")
+    elif any(d.unexplained is not None for d in found):
+        lines.append("its inputs and rounding explain every tensor that could be judged")
+    if wrong:
+        lines += ["", f"{'tensor':42s} {'equal':>7s} {'largest':>10s} {'relative':>10s} {'error/bound':>12s}  at"]
+    for d in (bad or wrong)[: reports.LINES - 10]:
+        bound = "" if d.unexplained is None else reports.number(d.unexplained)
+        row = f"{d.equal:>7.3f} {reports.number(d.largest):>10s} {reports.number(d.relative):>10s} {bound:>12s}"
+        lines.append(f"{d.tensor:42s} {d.problem or row + '  ' + ', '.join(map(str, d.place))}")
+    rest = len(bad or wrong) - (reports.LINES - 10)
+    if rest > 0:
+        lines.append(f"and {rest} others")
+    for side, names in (("A", only_a), ("B", only_b)):
+        if names:
+            lines.append(f"only in {side}: {reports.short(names)}")
+    return lines
+
+
+def run_prompts(args: argparse.Namespace) -> int:
+    """``refgemma prompts``."""
+    config = open_checkpoint(find_model(args.model)).config
+    known = prompts(config)
+    found: list[Shown] = [Shown(name, "", ()) for name in known]
+    if args.cover:
+        models = {dtype: load(args.model, dtype) for dtype in PRECISIONS}
+        found = covering([shown(p, d, m.weights, config) for p in known.values() for d, m in models.items()])
+    if args.output:
+        for path in write_prompts(found, config, Path(args.output), args.model):
+            print(path, file=sys.stderr)
+    if args.json:
+        print(reports.dumps(prompts_json(found, config, args.model)))
+        return 0
+    for s in found:
+        prompt = known[s.prompt]
+        count = f" in {s.dtype}: shows {len(s.variants)} mistakes" if args.cover else ""
+        print(f"{prompt.name}{count}: {prompt.why}; {prompt.input_ids.shape[0]} x {prompt.input_ids.shape[1]} tokens")
+        print(f"  in calls of {', '.join(map(str, prompt.calls))}")
+    for v in not_shown(found) if args.cover else ():
+        print(f"not shown by any: {v.name}, which needs {v.shows}")
+    return 0
+
+
+def write_bundle(candidate: Candidate, weights: Weights, found: Report, path: str) -> None:
+    """The inputs and the result of the first finding's operation: what somebody else needs to look at it."""
+    if not found.findings:
+        raise InputError("--bundle: nothing differs, so there is nothing to keep")
+    finding = found.findings[0]
+    tensors, about = bundle(Check(candidate, weights, found.config), finding.instances[0])
+    save_trace(tensors.items(), path, about | {"named": finding.named})
+
+
+def run_sweep(args: argparse.Namespace) -> int:
+    """``refgemma sweep``."""
+    workers = (os.cpu_count() or 1) if args.workers is None else args.workers
+    if workers < 1:
+        raise InputError(f"--workers {workers}: at least one is needed")
+    jobs = read_jobs(args.jobs)
+    results = Path(args.results or f"{args.jobs}.results")
+    with cluster(args.scheduler) if args.scheduler else nullcontext((processes, workers)) as (pool, width):
+        found = list(tqdm(sweep(jobs, results, pool, width, args.again), "jobs", len(jobs), disable=None))
+    report = sweep_json(found)
+    print(reports.dumps(report) if args.json else "\n".join(sweep_lines(report)))
+    return int(report["exit_code"])
+
+
+def sweep_lines(report: dict[str, Any]) -> list[str]:
+    """What a person reads: the verdicts, the jobs that do not conform, and the tensors that are farthest off."""
+    counts = ", ".join(f"{n} {verdict}" for verdict, n in report["counts"].items())
+    lines = [f"{len(report['jobs'])} jobs: {counts}", ""]
+    other = [job for job in report["jobs"] if job["verdict"] != CONFORMS]
+    for job in other[:10]:
+        what = f"{job['first_divergence']}: {job['named']}" if job["first_divergence"] else job["message"]
+        lines.append(f"{job['verdict']:12s} {job['name']}: {what}".rstrip(": "))
+    lines += [f"and {len(other) - 10} others; --json has all", ""] if len(other) > 10 else [""] if other else []
+    rows = sorted(report["tensors"], key=lambda row: (-float(row["worst"]), -float(row["rms"])))
+    if rows:
+        lines.append(f"{'tensor':28s} {'precision':9s} {'elements':>9s} {'error/bound':>11s} {'rms/sigma':>10s} exact")
+    for row in rows[:8]:
+        worst = reports.number(float(row["worst"])) if float(row["worst"]) else "-"  # of spans there is no bound
+        numbers = f"{worst:>11s} {reports.number(float(row['rms'])):>10s} {row['exact'] / max(1, row['elements']):.3f}"
+        lines.append(f"{row['tensor']:28s} {row['dtype']:9s} {row['elements']:>9d} {numbers}")
+    lines += [f"and {len(rows) - 8} other kinds of tensors", ""] if len(rows) > 8 else [""] if rows else []
+    known = len(report["excluded"]) + len(report["found"]) + len(report["blind"])
+    if known:
+        lines.append(f"excluded by some trace: {len(report['excluded'])} of {known} known mistakes")
+    if report["blind"]:
+        lines.append(f"no trace can show {reports.short(report['blind'], 5)}")
+    return [reports.cut(line) for line in lines]
+
+
+def run_variants(args: argparse.Namespace) -> int:
+    """``refgemma variants``."""
+    chosen = [v for v in VARIANTS if args.name in (None, v.name)]
+    if not chosen:
+        near = [v.name for v in VARIANTS if args.name in v.name or args.name in v.fields[0]]
+        hint = f"there are {', '.join(near[:6])}" if near else "refgemma variants lists them"
+        raise InputError(f"unknown variant {args.name!r}; {hint}")
+    if args.json:
+        print(reports.dumps([reports.variant_json(v) for v in chosen]))
+    elif args.name:
+        v = chosen[0]
+        print(f"{v.name} ({v.kind})\n  {v.says}\n  first tensor: {v.fields[0]}; all: {', '.join(v.fields)}")
+        print(f"  look at: {v.knob}\n  shown by: {v.shows}\n  seen in: {v.seen}")
+    else:
+        for v in chosen:
+            print(f"{v.name:34s} {v.fields[0]:28s} {v.says}")
+    return 0
+
+
+RUN = {
+    "check": run_check, "diff": run_diff, "map": run_map, "prompts": run_prompts, "sweep": run_sweep,
+    "variants": run_variants,
+}  # fmt: skip

@@ -1,0 +1,52 @@
+"""The commands that write a checkpoint: `convert` and `synth`. Checked through the command line."""
+
+import argparse
+
+from refgemma.cli.output import OK, as_json
+from refgemma.config import Gemma2Config
+from refgemma.convert.convert import convert
+from refgemma.weights.synthetic import write_synthetic
+
+
+def run_convert(args: argparse.Namespace) -> int:
+    """``refgemma convert``."""
+    transposed = None if args.gating_einsum is None else args.gating_einsum == "transposed"
+    done = convert(
+        args.source, args.output, args.kind, args.to, args.config, args.dtype, args.max_shard_size, args.vocab_rows,
+        transposed,
+    )  # fmt: skip
+    source, dtypes = done.source, sorted({output.dtype for output in done.outputs})
+    if args.json:
+        as_json({
+            "source": str(source.path),
+            "from": source.kind,
+            "target": str(done.target),
+            "to": done.kind,
+            "tensors": len(done.outputs),
+            "bytes": done.nbytes,
+            "dtypes": dtypes,
+            "dropped_rows": source.padding,
+            "dropped_rows_not_zero": source.nonzero,
+            "verified": True,
+        })  # fmt: skip
+        return OK
+    if source.padding:
+        print(f"left out {source.padding} rows of the embedding, beyond the vocabulary; {source.nonzero} were not zero")
+    print(
+        f"{done.target}: {len(done.outputs)} tensors, {done.nbytes:,} bytes in {', '.join(dtypes)}, "
+        f"from {source.kind} to {done.kind}, read again and found the same"
+    )
+    return OK
+
+
+def run_synth(args: argparse.Namespace) -> int:
+    """``refgemma synth``."""
+    config = Gemma2Config.preset(args.size)
+    parameters = write_synthetic(config, args.output, args.max_shard_size)
+    if args.json:
+        as_json({"folder": args.output, "parameters": parameters, "dtype": "bfloat16", "weights": "synthetic"})
+    else:
+        print(
+            f"{args.output}: {parameters:,} synthetic weights in bfloat16, of the size {args.size}; nobody trained them"
+        )
+    return OK

@@ -1,0 +1,86 @@
+"""The commands that show a run or a folder: `trace`, `explore` and `info`. Checked through the command line."""
+
+import argparse
+import json
+import os
+from itertools import chain
+
+import numpy as np
+
+import refgemma
+from refgemma.cli.output import OK, as_json, prompt_ids
+from refgemma.files import replace_file
+from refgemma.hub import find_model
+from refgemma.modeling.pretrained import load
+from refgemma.trace.names import run_in_order, save_trace, target_file
+from refgemma.weights.checkpoint import open_checkpoint
+from refgemma.weights.parameters import tensor_shapes
+
+
+def run_trace(args: argparse.Namespace) -> int:
+    """``refgemma trace``."""
+    from tqdm import tqdm
+
+    target_file(args.output)  # before a minute's work, not after it
+    model = load(args.model, args.dtype, args.revision, args.download)
+    ids = prompt_ids(args, model)
+    metadata = {
+        "format": "refgemma-trace/1",
+        "config": json.dumps(model.config.to_dict()),
+        "dtype": args.dtype,
+        "refgemma": refgemma.__version__,
+    }
+    row = np.array([ids])
+    run = chain([("input_ids", row)], run_in_order(row, model.weights, model.config))
+    bar = tqdm(run, unit="tensor", disable=None, delay=2, leave=False)
+    shapes = save_trace(iter(bar), args.output, metadata)
+    if args.json:
+        as_json({"file": args.output, "ids": ids, "tensors": {name: list(shape) for name, shape in shapes.items()}})
+    else:
+        size = os.path.getsize(args.output)
+        print(
+            f"{args.output}: {len(shapes)} tensors of {len(ids)} tokens, {size / 1e6:.1f} MB, computed in {args.dtype}"
+        )
+    return OK
+
+
+def run_explore(args: argparse.Namespace) -> int:
+    """``refgemma explore``."""
+    from refgemma.teach.explorer import explored, page
+
+    target_file(args.output)  # before the work, not after it
+    model = load(args.model, args.dtype, args.revision, args.download)
+    ids = prompt_ids(args, model)
+    content = page(explored(ids, model, args.model, args.dtype)).encode()
+    replace_file(args.output, content)
+    if args.json:
+        as_json({"file": args.output, "bytes": len(content), "ids": ids})
+    else:
+        print(f"{args.output}: {len(ids)} tokens, {len(content) / 1e6:.1f} MB; open it in a browser")
+    return OK
+
+
+def run_info(args: argparse.Namespace) -> int:
+    """``refgemma info``."""
+    checkpoint = open_checkpoint(find_model(args.model, args.revision, args.download))
+    config = checkpoint.config.to_dict()
+    table = [
+        (name, tuple(shape), str(checkpoint.tensors[name].dtype))
+        for name, shape in tensor_shapes(checkpoint.config).items()
+    ]
+    if args.json:
+        as_json({
+            "folder": str(checkpoint.folder),
+            "config": config,
+            "parameters": checkpoint.parameters,
+            "bytes": checkpoint.nbytes,
+            "tensors": [{"name": name, "shape": list(shape), "dtype": dtype} for name, shape, dtype in table],
+        })  # fmt: skip
+        return OK
+    print(f"{checkpoint.folder}\n{checkpoint.parameters:,} parameters, {checkpoint.nbytes:,} bytes\n")
+    for key, value in config.items():
+        print(f"{key:26s} {value}")
+    print()
+    for name, shape, dtype in table:
+        print(f"{name:56s} {shape!s:18s} {dtype}")
+    return OK

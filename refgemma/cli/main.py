@@ -1,0 +1,230 @@
+"""The command line: it handles arguments and prints; the work is done elsewhere.
+
+Exit codes: 0 all is well (verify: conforms), 1 verify found a difference, 2 misuse or bad input, 130 interrupted,
+141 the reader of the output went away before its end.
+"""
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import refgemma
+from refgemma.cli import checking as oracle
+from refgemma.cli.folders import run_convert, run_synth
+from refgemma.cli.inspection import run_explore, run_info, run_trace
+from refgemma.cli.output import CUT_OFF, INTERRUPTED, MISUSE
+from refgemma.cli.text import run_chat, run_generate, run_perplexity
+from refgemma.cli.verification import run_verify
+from refgemma.config import ConfigError
+from refgemma.convert.convert import FORMATS
+from refgemma.goldens.released import PUBLISHED
+from refgemma.goldens.verify import GoldenError
+from refgemma.hub import ModelNameError
+from refgemma.inputs import InputError
+from refgemma.tokenizer.tokenizer import TokenizerError
+from refgemma.weights.checkpoint import CheckpointError
+
+EXIT_CODES = (
+    "Exit codes: 0 all is well, 1 verify or check found a difference, 2 misuse or bad input (one line says which), "
+    "3 and 4: see refgemma check --help."
+)
+MODEL_HELP = "tiny, conformance, a Hugging Face folder, or a hub id like google/gemma-2-9b"
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+# What a person can have done wrong, as opposed to a fault of this program.
+MISTAKES = (
+    CheckpointError, ConfigError, GoldenError, InputError, ModelNameError, TokenizerError, OSError, UnicodeError
+)  # fmt: skip
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2."""
+        self.exit(MISUSE, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def parser() -> Parser:
+    """All commands and their arguments."""
+    top = Parser(
+        prog="refgemma",
+        description="Gemma 2 in NumPy: run it, look inside, compare it with PyTorch.",
+        epilog=EXIT_CODES,
+    )
+    top.add_argument("--version", action="version", version=f"refgemma {refgemma.__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, help: str) -> Parser:
+        command: Parser = commands.add_parser(name, help=help, description=help)
+        command.add_argument("--json", action="store_true", help="print JSON instead of text (chat: an object a turn)")
+        return command
+
+    def add_hub(command: Parser) -> None:
+        command.add_argument("--revision", default="main", metavar="REV", help="of a hub id: branch, tag or commit")
+        command.add_argument("--download", action="store_true", help="download a hub id that is not in the cache")
+
+    def add_model(command: Parser) -> None:
+        command.add_argument("--model", default="tiny", metavar="MODEL", help=f"{MODEL_HELP} (default: tiny)")
+        add_hub(command)
+        command.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of the computation")
+
+    def add_reference(command: Parser) -> None:
+        command.add_argument("--reference", action="store_true", help="compute as the definition says, which is slower")
+
+    def add_sampling(command: Parser) -> None:
+        command.add_argument("--max-new-tokens", type=int, default=200, metavar="N")
+        command.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
+        command.add_argument("--top-k", type=int, metavar="K", help="draw only from the K likeliest tokens")
+        command.add_argument(
+            "--top-p", type=float, metavar="P", help="draw only from the likeliest up to probability P"
+        )
+        command.add_argument(
+            "--min-p", type=float, metavar="P", help="draw only tokens P times as likely as the likeliest"
+        )
+        command.add_argument("--repetition-penalty", type=float, metavar="R", help="above 1: fewer repetitions")
+        command.add_argument("--min-new-tokens", type=int, metavar="N", help="no end of text before N tokens")
+        command.add_argument("--seed", type=int, default=0)
+        add_reference(command)
+
+    def add_prompt(command: Parser) -> None:
+        command.add_argument("prompt", nargs="?", metavar="PROMPT")
+        command.add_argument("--ids", metavar="ID,ID,...", help="token ids instead of a prompt, taken as they are")
+
+    command = add("generate", "continue a text")
+    add_prompt(command)
+    add_model(command)
+    add_sampling(command)
+    command.add_argument(
+        "--num-beams", type=int, default=1, metavar="N", help="search with N beams, and print the best"
+    )
+
+    command = add("chat", "talk in turns; an empty line or end of input ends it")
+    add_model(command)
+    add_sampling(command)
+
+    command = add("verify", "compare with what PyTorch recorded, tensor by tensor")
+    command.add_argument("cases", nargs="*", metavar="CASE", help="default: all")
+    command.add_argument("--list", action="store_true", help="print the names of the cases and stop")
+    command.add_argument(
+        "--full",
+        metavar="NAME",
+        help="instead: a whole model at full size with synthetic weights, 9b-synthetic for instance",
+    )
+    command.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of --full and --model")
+    command.add_argument(
+        "--model",
+        metavar="DIR",
+        help="instead: a checkpoint, with what golden/record.py --checkpoint recorded of it; with --full, "
+        "what refgemma synth wrote",
+    )
+    command.add_argument(
+        "--reference",
+        action="store_true",
+        help="of --full and --model in float32: every tensor of the definition, not what each fast layer gives",
+    )
+
+    command = add("trace", "write every named tensor of a run to a safetensors file")
+    add_prompt(command)
+    command.add_argument("-o", "--output", required=True, metavar="FILE")
+    add_model(command)
+
+    command = add("explore", "write one page that shows a run: attention, sizes and answers by token, layer and head")
+    add_prompt(command)
+    command.add_argument("-o", "--output", default="explorer.html", metavar="FILE", help="default: explorer.html")
+    add_model(command)
+
+    command = add("perplexity", "how well a model predicts a text, as transformers defines it and as gemma.cpp does")
+    command.add_argument("file", nargs="?", metavar="FILE", help="a text in UTF-8")
+    command.add_argument(
+        "--published", choices=list(PUBLISHED), help="instead: a text that gemma.cpp has published figures of"
+    )
+    add_model(command)
+    command.add_argument(
+        "--max-length", type=int, metavar="N", help="tokens of a window (default: 4096, or what the model can)"
+    )
+    command.add_argument("--stride", type=int, default=512, metavar="N", help="tokens from window to window (512)")
+    add_reference(command)
+
+    command = add("convert", "convert an original checkpoint to a Hugging Face folder, or back")
+    command.add_argument("source", metavar="SOURCE", help="a folder or file: .ckpt, .npz, .safetensors, shards")
+    command.add_argument("-o", "--output", required=True, metavar="DIR", help="an empty folder, or none yet")
+    command.add_argument("--from", dest="kind", choices=("auto", "hf", "pytorch", "flax"), default="auto")
+    command.add_argument("--to", choices=FORMATS, default="hf", help="default: hf")
+    command.add_argument("--config", metavar="FILE", help="config.json of an original that is no released size")
+    command.add_argument("--dtype", choices=DTYPES, help="default: that of the source, bit for bit")
+    command.add_argument("--max-shard-size", metavar="SIZE", help="of a file (default: 5GB; pytorch: all in one)")
+    command.add_argument("--vocab-rows", type=int, metavar="N", help="pad the embedding of an original: 256128 in Flax")
+    command.add_argument(
+        "--gating-einsum", choices=("transposed", "plain"), help="its layout in a Flax tree, where sizes do not tell"
+    )
+
+    command = add("synth", "write a checkpoint of a released size with synthetic weights, that nobody trained")
+    command.add_argument("size", choices=("2b", "9b", "27b"), metavar="SIZE", help="2b, 9b or 27b")
+    command.add_argument("-o", "--output", required=True, metavar="DIR", help="an empty folder, or none yet")
+    command.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file (default: 5GB)")
+
+    command = add("info", "print a model's configuration, size and tensors")
+    command.add_argument("model", nargs="?", default="tiny", metavar="MODEL", help=f"{MODEL_HELP} (default: tiny)")
+    add_hub(command)
+
+    oracle.add_commands(add)
+    return top
+
+
+@contextmanager
+def short_warnings() -> Iterator[None]:
+    """Warnings as one line on stderr, and the same one only once."""
+    shown: set[str] = set()
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        if str(message) not in shown:
+            shown.add(str(message))
+            print(f"refgemma: warning: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = show
+        yield
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    args = parser().parse_args(argv)
+    run = {
+        "generate": run_generate,
+        "chat": run_chat,
+        "verify": run_verify,
+        "trace": run_trace,
+        "explore": run_explore,
+        "info": run_info,
+        "convert": run_convert,
+        "synth": run_synth,
+        "perplexity": run_perplexity,
+        **oracle.RUN,
+    }[args.command]
+    try:
+        with short_warnings():
+            return run(args)
+    except BrokenPipeError:  # whoever read our output has seen enough; Python must not find out again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CUT_OFF
+    except MemoryError:
+        print(f"refgemma {args.command}: not enough memory: the prompt is too long for this machine", file=sys.stderr)
+        return MISUSE
+    except MISTAKES as error:
+        print(f"refgemma {args.command}: {one_line(error)}", file=sys.stderr)
+        return MISUSE
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return INTERRUPTED
+
+
+def one_line(error: Exception) -> str:
+    """An error's message without line breaks; an OSError's with its file."""
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())

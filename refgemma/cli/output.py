@@ -1,0 +1,29 @@
+"""What all commands have in common: exit codes, JSON, and the tokens of a prompt. Checked through the command line."""
+
+import argparse
+import json
+from typing import Any
+
+from refgemma.inputs import InputError
+from refgemma.modeling.pretrained import Pretrained
+
+OK, DIFFERS, MISUSE, INTERRUPTED, CUT_OFF = 0, 1, 2, 130, 141
+
+
+def as_json(value: Any) -> None:
+    """Print one JSON object."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def prompt_ids(args: argparse.Namespace, model: Pretrained) -> list[int]:
+    """The token ids of ``PROMPT`` or ``--ids``."""
+    if (args.prompt is None) == (args.ids is None):
+        raise InputError("give either a PROMPT or --ids, and only one of them")
+    if args.ids is not None:
+        parts = [part.strip() for part in args.ids.split(",")]
+        if not all(part.isascii() and part.isdigit() and len(part) < 19 for part in parts):
+            raise InputError(f"--ids {args.ids!r}: whole numbers with commas between them are needed")
+        return [int(part) for part in parts]
+    if not args.prompt:
+        raise InputError("the prompt is empty")
+    return model.tokenizer.encode(args.prompt)

@@ -1,0 +1,164 @@
+"""The commands that read or write text: `generate`, `chat` and `perplexity`. Checked through the command line."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from refgemma import fast
+from refgemma.cli.output import OK, as_json, prompt_ids
+from refgemma.generation.decode import Prompts, continued, generate_batch, sampling
+from refgemma.generation.generation_config import GenerationConfig
+from refgemma.generation.perplexity import gemma_cpp_bits_per_byte, strided_perplexity
+from refgemma.goldens.released import PUBLISHED, published_figures, published_text
+from refgemma.inputs import InputError
+from refgemma.modeling.pretrained import Pretrained, load
+from refgemma.tokenizer.tokenizer import TextStream
+
+
+def generation_settings(model: Pretrained, args: argparse.Namespace) -> GenerationConfig:
+    """The sampling arguments, checked."""
+    others = {name: getattr(args, name) for name in ("min_p", "repetition_penalty", "min_new_tokens")}
+    others["num_beams"] = getattr(args, "num_beams", 1)
+    common = (args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed, model.stop_ids)
+    return sampling(model.config, *common, others)
+
+
+def new_tokens(ids: Sequence[int], model: Pretrained, args: argparse.Namespace) -> Iterator[int]:
+    """The continuation of `ids` under the sampling arguments, as it is made; that of a search when it is found."""
+    call = generation_settings(model, args)
+    if call.num_beams == 1:
+        return continued(ids, model.weights, model.config, call, args.reference)
+    output = generate_batch(Prompts([ids]), model.weights, model.config, call, reference=args.reference)
+    found = output.sequences[0, len(ids) :].tolist()
+    end = next((n for n, token in enumerate(found) if token in model.stop_ids), len(found))
+    return iter(found[: end + 1])
+
+
+def stream_text(tokens: Iterator[int], model: Pretrained, show: bool) -> tuple[list[int], str]:
+    """Collect tokens and their text, printing it as it comes if `show`."""
+    stream, ids, texts = TextStream(model.tokenizer), [], []
+    for token in tokens:
+        ids.append(token)
+        if token not in model.stop_ids:
+            texts.append(stream.push(token))
+            if show:
+                print(texts[-1], end="", flush=True)
+    texts.append(stream.finish())
+    if show:
+        print(texts[-1], flush=True)
+    return ids, "".join(texts)
+
+
+def stream_ids(tokens: Iterator[int], show: bool) -> list[int]:
+    """Collect tokens of a model that has no tokenizer, printing their ids as they come if `show`."""
+    ids = []
+    for token in tokens:
+        ids.append(token)
+        if show:
+            print(f",{token}", end="", flush=True)
+    if show:
+        print(flush=True)
+    return ids
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    """``refgemma generate``: ids, where there is no tokenizer and the prompt is ids."""
+    model = load(args.model, args.dtype, args.revision, args.download)
+    ids = prompt_ids(args, model)
+    tokens = new_tokens(ids, model, args)
+    text: str | None = None
+    began = time.perf_counter()
+    if model.has_tokenizer:
+        if not args.json:
+            print(model.tokenizer.decode(ids, skip_special_tokens=True), end="", flush=True)
+        made, text = stream_text(tokens, model, show=not args.json)
+    else:
+        if not args.json:
+            print(",".join(str(token) for token in ids), end="", flush=True)
+        made = stream_ids(tokens, show=not args.json)
+    if args.json:
+        as_json({
+            "prompt_ids": ids,
+            "ids": made,
+            "text": text,
+            "stopped": "stop_id" if made[-1] in model.stop_ids else "max_new_tokens",
+            "tokens_per_second": round(len(made) / (time.perf_counter() - began), 1),
+        })  # fmt: skip
+    return OK
+
+
+def read_line() -> str:
+    """What the person says next, asked for at a terminal; empty at the end of input, or if there is none."""
+    if sys.stdin is None:
+        return ""
+    if sys.stdin.isatty():
+        print("you> ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip()
+
+
+def run_chat(args: argparse.Namespace) -> int:
+    """``refgemma chat``: one JSON object a turn with ``--json``."""
+    model = load(args.model, args.dtype, args.revision, args.download)
+    generation_settings(model, args)  # wrong settings are refused before anybody says anything
+    messages: list[dict[str, str]] = []
+    while True:
+        line = read_line()
+        if not line:
+            return OK
+        messages.append({"role": "user", "content": line})
+        # Sanitized: whoever types "<end_of_turn>" means these letters, and does not end the turn.
+        ids = model.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False
+        )
+        made, text = stream_text(new_tokens(ids, model, args), model, show=not args.json)
+        messages.append({"role": "assistant", "content": text})
+        if args.json:
+            print(json.dumps({"turn": len(messages) // 2, "ids": made, "text": text}, ensure_ascii=False), flush=True)
+
+
+def text_of(args: argparse.Namespace) -> str:
+    """The text of ``FILE`` or ``--published``."""
+    if (args.file is None) == (args.published is None):
+        raise InputError("give either a FILE or --published, and only one of them")
+    if args.published:
+        return published_text(args.published)
+    try:
+        return Path(args.file).read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{args.file}: is no text in UTF-8 (byte {error.start})") from None
+
+
+def run_perplexity(args: argparse.Namespace) -> int:
+    """``refgemma perplexity``."""
+    text = text_of(args)
+    model = load(args.model, args.dtype, args.revision, args.download)
+    ids = model.tokenizer.encode(text)
+    max_length = args.max_length or min(4096, model.config.max_position_embeddings)
+    layers = fast.reference_outputs if args.reference else fast.outputs
+    strided = strided_perplexity(ids, model.weights, model.config, max_length, min(args.stride, max_length), layers)
+    bits = gemma_cpp_bits_per_byte(ids, len(text.encode()), model.weights, model.config, layers)
+    figures = published_figures(text)
+    if args.json:
+        as_json({
+            "tokens": len(ids),
+            "bytes": len(text.encode()),
+            "transformers": {**asdict(strided), "max_length": max_length, "stride": min(args.stride, max_length)},
+            "gemma_cpp_bits_per_byte": bits,
+            "published_gemma_cpp_bits_per_byte": figures,
+        })  # fmt: skip
+        return OK
+    print(f"{len(ids)} tokens, {len(text.encode())} bytes, computed in {args.dtype}")
+    print(
+        f"transformers: perplexity {strided.perplexity:.4f} ({strided.nats_per_token:.4f} nats a token, windows: "
+        f"{strided.windows} of {max_length} every {min(args.stride, max_length)})"
+    )
+    print(f"gemma.cpp:    {bits:.4f} bits a byte, <bos> counted as log2 of the vocabulary")
+    for model_name, figure in figures.items():
+        print(f"              {figure:.2f} published for gemma-2-{model_name}, within 0.02")
+    if not figures:
+        print(f"              no figures are published of this text; there are of --published {', '.join(PUBLISHED)}")
+    return OK

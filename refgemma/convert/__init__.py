@@ -1,0 +1,1 @@
+"""Original checkpoints read and written: PyTorch pickles, Flax trees, Orbax folders."""

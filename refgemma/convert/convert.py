@@ -1,0 +1,515 @@
+"""Original Gemma 2 checkpoints <-> Hugging Face folders, a few rows at a time. Checked against files of torch.save and
+TensorStore, and by transformers 5.23, which loads a converted folder as the model that it was.
+
+Both ways follow from one table, ``refgemma.convert.layouts``.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from refgemma.config import PRESETS, Gemma2Config
+from refgemma.convert.flax_tree import read_npz, read_tree, write_npz
+from refgemma.convert.layouts import Original, View, flax_layout, hf_layout, pytorch_layout
+from refgemma.convert.orbax import is_orbax
+from refgemma.convert.pickles import read_torch, write_torch
+from refgemma.files import replace_file
+from refgemma.precision import Array
+from refgemma.weights.checkpoint import (
+    CONFIG,
+    INDEX,
+    SINGLE,
+    CheckpointError,
+    Stored,
+    _few,
+    _json_object,
+    _read_files,
+    open_checkpoint,
+)
+from refgemma.weights.save import (
+    STAGING,
+    STORED,
+    Output,
+    _check_space,
+    check_same,
+    claim,
+    in_shards,
+    shard_bytes,
+    stored,
+    write_checkpoint,
+)
+
+FORMATS = ("hf", "pytorch", "flax", "flax-npz")
+TORCH_SINGLE, TORCH_INDEX, NPZ = "model.ckpt", "pytorch_model.bin.index.json", "params.npz"
+TORCH_SHARD = re.compile(r"[A-Za-z0-9_.-]{1,200}\.bin")
+GENERATION = "generation_config.json"
+BESIDE = (GENERATION, "tokenizer.model", "tokenizer_config.json")
+ONE_FILE = 10**17  # bytes
+PADDING = 128  # tables of originals may have rows up to the next multiple of this that no token has
+
+
+# --- tensors that are read when rows are asked for --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some rows of a tensor on disk, seen through `views`, one after the other."""
+
+    tensor: Stored
+    rows: slice
+    views: tuple[View, ...]
+
+    def array(self) -> Array:
+        """The part; no number is read before it is used, unless a view has to copy."""
+        x = self.tensor.mapped()[self.rows]
+        for view in self.views:
+            x = view(x)
+        return x
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Parts one below the other, then rows of zeros, in one precision: the rows of an `Output`."""
+
+    name: str
+    parts: tuple[tuple[Part, int], ...]
+    dtype: str
+    shape: tuple[int, ...]
+
+    def __getitem__(self, rows: slice) -> Array:
+        """Some rows; infinite ones and NaN are refused."""
+        start, stop, _ = rows.indices(self.shape[0])
+        blocks, at = [], 0
+        for part, count in self.parts:
+            first, last = max(start - at, 0), min(stop - at, count)
+            if first < last:
+                blocks.append(self._block(part, slice(first, last)))
+            at += count
+        if stop > max(at, start):
+            blocks.append(np.zeros((stop - max(at, start), *self.shape[1:]), STORED[self.dtype]))
+        return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+
+    def _block(self, part: Part, rows: slice) -> Array:
+        found = part.array()[rows]
+        with np.errstate(over="ignore", invalid="ignore"):
+            block = stored(found, self.dtype)
+        if not np.isfinite(block).all():
+            where = f"{part.tensor.file}: tensor {part.tensor.name!r}"
+            if np.isfinite(found).all():
+                raise CheckpointError(f"{where}: a number is beyond the largest {self.dtype}; keep a wider dtype")
+            raise CheckpointError(f"{where}: holds NaN or infinity, which no weight is; the file is damaged")
+        return block
+
+
+def _unfolded(layout: Sequence[Original], found: Mapping[str, Stored]) -> dict[str, Part]:
+    """Hugging Face name -> part of an original tensor."""
+    parts = {}
+    for original in layout:
+        at = 0
+        for piece in original.pieces:
+            parts[piece.name] = Part(found[original.name], slice(at, at + piece.rows), (piece.unfold,))
+            at += piece.rows
+    return parts
+
+
+def _folded(layout: Sequence[Original], parts: Mapping[str, Part], dtype: str | None) -> list[Output]:
+    """The original tensors made of Hugging Face tensors."""
+    outputs = []
+    for original in layout:
+        pieces = [(parts[piece.name], piece) for piece in original.pieces]
+        kinds = {part.tensor.dtype.name for part, _ in pieces}
+        if dtype is None and len(kinds) > 1:
+            raise CheckpointError(
+                f"{original.name!r} is made of tensors in {' and '.join(sorted(kinds))}; give a dtype"
+            )
+        kind = dtype or kinds.pop()
+        joined = tuple((replace(part, views=(*part.views, piece.fold)), piece.rows) for part, piece in pieces)
+        outputs.append(Output(original.name, kind, original.shape, Joined(original.name, joined, kind, original.shape)))
+    return outputs
+
+
+# --- the source -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint to convert, headers read and checked: its Hugging Face tensors by name."""
+
+    path: Path
+    kind: str
+    config: Gemma2Config
+    parts: Mapping[str, Part]
+    padding: int = 0  # rows of the embedding that no token has, and that are left out
+    nonzero: int = 0  # how many of these hold anything but zeros
+
+    @property
+    def folders(self) -> list[Path]:
+        """Where files beside the weights are looked for; those of a released Orbax folder lie beside it."""
+        if not self.path.is_dir():
+            return [self.path.parent]
+        return [self.path, self.path.parent] if is_orbax(self.path) else [self.path]
+
+
+def kind_of(path: Path) -> str:
+    """Tell which format the checkpoint at `path` has, from the files that are there.
+
+    Examples
+    --------
+    >>> import refgemma
+    >>> kind_of(Path(refgemma.__file__).parent / "checkpoints" / "tiny")
+    'hf'
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path}: there is no such file or folder")
+    if not path.is_dir():
+        return "flax" if path.suffix in (".npz", ".safetensors") else "pytorch"
+    if (path / SINGLE).exists() or (path / INDEX).exists():
+        return "flax" if any("/" in name for name in _read_files(path)[1]) else "hf"
+    if (path / TORCH_INDEX).exists() or any(path.glob("*.ckpt")):
+        return "pytorch"
+    if any(path.glob("*.npz")) or is_orbax(path):
+        return "flax"
+    raise CheckpointError(f"{path}: holds no checkpoint: no *.ckpt, {TORCH_INDEX}, *.npz, {SINGLE} or {INDEX}")
+
+
+def _torch_tensors(path: Path) -> dict[str, Stored]:
+    """The tensors of a file, or of a folder with one ``.ckpt`` or an index and its shards; no rotary tables."""
+    if not path.is_dir():
+        found = read_torch(path)
+    elif (path / TORCH_INDEX).exists():
+        found = _torch_shards(path / TORCH_INDEX)
+    else:
+        files = sorted(path.glob("*.ckpt"))
+        if len(files) != 1:
+            raise CheckpointError(f"{path}: holds {len(files)} .ckpt files and no {TORCH_INDEX}; give one of them")
+        found = read_torch(files[0])
+    if quantised := [name for name in found if name.endswith("weight_scaler")]:
+        raise CheckpointError(f"{path}: is quantised ({_few(quantised)}); give the checkpoint that is not")
+    return {name: tensor for name, tensor in found.items() if not name.endswith("freqs_cis")}
+
+
+def _torch_shards(index: Path) -> dict[str, Stored]:
+    weight_map = _json_object(index.read_bytes(), index, "the index").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: has no weight_map, the object from tensor names to files")
+    files = set(weight_map.values()) if all(isinstance(name, str) for name in weight_map.values()) else {""}
+    if strange := [name for name in files if not TORCH_SHARD.fullmatch(name)]:
+        raise CheckpointError(f"{index}: {_few(strange)} is not the plain name of a .bin file beside the index")
+    if absent := sorted(name for name in files if not (index.parent / name).exists()):
+        raise CheckpointError(f"{index}: the folder lacks {_few(absent)}; download them")
+    found: dict[str, Stored] = {}
+    for name in sorted(files):
+        shard = read_torch(index.parent / name)
+        if repeated := sorted(shard.keys() & found.keys() - {"freqs_cis"}):
+            raise CheckpointError(f"{index.parent / name}: {_few(repeated)} is in another shard too")
+        found |= shard
+    if astray := sorted(weight_map.keys() - found.keys()):
+        raise CheckpointError(f"{index}: the shards lack {_few(astray)}; index and shards are of two checkpoints")
+    return found
+
+
+def _found_config(path: Path, found: Mapping[str, Stored], given: str | Path | None) -> Gemma2Config:
+    """The configuration that is given, or lies beside the weights, or is the released one of these shapes."""
+    if given is not None:
+        return Gemma2Config.from_json_file(given)
+    beside = (path if path.is_dir() else path.parent) / CONFIG
+    if beside.is_file() and _json_object(beside.read_bytes(), beside, "it").get("model_type") == "gemma2":
+        return Gemma2Config.from_json_file(beside)
+    layers = {match[1] for name in found if (match := re.search(r"layers?[._](\d+)[./]", name))}
+    sizes = {
+        "hidden_size": _length(found, ("embedder.weight", "transformer/embedder/input_embedding"), 1),
+        "num_hidden_layers": len(layers),
+        "intermediate_size": _length(
+            found, ("model.layers.0.mlp.gate_proj.weight", "transformer/layer_0/mlp/linear/w"), 0
+        ),
+    }
+    for preset, values in PRESETS.items():
+        if all(values[key] == size for key, size in sizes.items()):
+            return Gemma2Config.preset(preset)
+    told = ", ".join(f"{key} {size}" for key, size in sizes.items())
+    raise CheckpointError(f"{path}: {told} is no released Gemma 2 ({', '.join(PRESETS)}); give its config.json")
+
+
+def _length(found: Mapping[str, Stored], names: Sequence[str], axis: int) -> int:
+    shapes = [found[name].shape for name in names if name in found]
+    return shapes[0][axis] if shapes and len(shapes[0]) == 2 else 0
+
+
+def _is_padded(rows: int, config: Gemma2Config) -> bool:
+    padding = rows - config.vocab_size
+    return padding == 0 or (0 < padding <= PADDING and rows % PADDING == 0)
+
+
+def _vocab_rows(path: Path, table: Stored | None, config: Gemma2Config) -> int:
+    """Rows of the embedding, which may be padded."""
+    rows = table.shape[0] if table is not None and table.shape else config.vocab_size
+    if not _is_padded(rows, config):
+        raise CheckpointError(
+            f"{path}: the embedding has {rows} rows for a vocabulary of {config.vocab_size}, which no padding to a "
+            f"multiple of {PADDING} explains; give the config.json of this checkpoint"
+        )
+    return rows
+
+
+def _is_transposed(path: Path, gate: Stored | None, config: Gemma2Config, told: bool | None) -> bool:
+    """Whether ``gating_einsum`` is ``(2, intermediate, hidden)``."""
+    if told is not None:
+        return told
+    if config.hidden_size == config.intermediate_size:
+        raise CheckpointError(
+            f"{path}: with hidden_size and intermediate_size both {config.hidden_size} the shape of gating_einsum does "
+            "not tell which axis is which; say whether it is transposed"
+        )
+    return gate is not None and gate.shape[1:] == (config.intermediate_size, config.hidden_size)
+
+
+def _check_layout(path: Path, layout: Sequence[Original], found: Mapping[str, Stored]) -> None:
+    """Require each tensor of the layout, in its shape, and no other."""
+    wanted = {original.name: original.shape for original in layout}
+    if missing := [name for name in wanted if name not in found]:
+        raise CheckpointError(f"{path}: lacks {_few(missing)}; it is incomplete, or of another shape than its config")
+    if unused := sorted(found.keys() - wanted.keys()):
+        raise CheckpointError(f"{path}: holds {_few(unused)}, which a Gemma 2 of this shape has not")
+    for name, shape in wanted.items():
+        tensor = found[name]
+        if tensor.shape != shape:
+            raise CheckpointError(
+                f"{tensor.file}: tensor {name!r} has shape {tensor.shape}, where the configuration says {shape}"
+            )
+        if tensor.dtype not in STORED.values():
+            raise CheckpointError(f"{tensor.file}: tensor {name!r} holds {tensor.dtype}, not {', '.join(STORED)}")
+
+
+def open_source(
+    path: str | Path, kind: str = "auto", config: str | Path | None = None, transposed: bool | None = None
+) -> Source:
+    """Open a checkpoint in any of the formats; read and check all but the numbers.
+
+    Parameters
+    ----------
+    path : str or Path
+        A file or a folder.
+    kind : str
+        ``hf``, ``pytorch``, ``flax``, or ``auto`` to tell it from the files.
+    config : str or Path, optional
+        The ``config.json`` of an original; without one that beside it, or the released one of these shapes.
+    transposed : bool, optional
+        Whether ``gating_einsum`` of a Flax tree is ``(2, intermediate, hidden)``; told from its shape if not given.
+
+    Raises
+    ------
+    CheckpointError
+        Naming the file, the tensor and what to do.
+
+    Examples
+    --------
+    >>> import refgemma
+    >>> source = open_source(Path(refgemma.__file__).parent / "checkpoints" / "tiny")
+    >>> source.kind, len(source.parts)
+    ('hf', 68)
+    """
+    path = Path(path)
+    kind = kind_of(path) if kind == "auto" else kind
+    if kind == "hf":
+        if config is not None:
+            raise CheckpointError(f"{path}: a Hugging Face folder has a configuration already; leave out the other one")
+        return _hf_source(path)
+    if not path.exists():
+        raise CheckpointError(f"{path}: there is no such file or folder")
+    found = _torch_tensors(path) if kind == "pytorch" else read_tree(path)
+    shape = _found_config(path, found, config)
+    if kind == "pytorch":
+        name = "embedder.weight"
+        rows = _vocab_rows(path, found.get(name), shape)
+        layout = pytorch_layout(shape, rows)
+    else:
+        name = "transformer/embedder/input_embedding"
+        rows = _vocab_rows(path, found.get(name), shape)
+        gate = found.get("transformer/layer_0/mlp/gating_einsum/w")
+        layout = flax_layout(shape, _is_transposed(path, gate, shape, transposed), rows)
+    _check_layout(path, layout, found)
+    nonzero = int(np.count_nonzero(found[name].mapped()[shape.vocab_size :].any(axis=1)))
+    return Source(path, kind, shape, _unfolded(layout, found), rows - shape.vocab_size, nonzero)
+
+
+def _hf_source(path: Path) -> Source:
+    checkpoint = open_checkpoint(path)
+    _check_layout(path, hf_layout(checkpoint.config), checkpoint.tensors)
+    return Source(path, "hf", checkpoint.config, _unfolded(hf_layout(checkpoint.config), checkpoint.tensors))
+
+
+# --- the target -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What `convert` has done."""
+
+    source: Source
+    target: Path
+    kind: str
+    outputs: Sequence[Output]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors that were written."""
+        return sum(output.nbytes for output in self.outputs)
+
+
+def _target_layout(source: Source, kind: str, vocab_rows: int | None, transposed: bool | None) -> list[Original]:
+    config = source.config
+    if vocab_rows is not None and (kind == "hf" or not _is_padded(vocab_rows, config)):
+        raise CheckpointError(
+            f"{vocab_rows} rows for the {config.vocab_size} tokens of {source.path}: in a Hugging Face folder each row "
+            f"has its token, and in the originals rows are padded to the next multiple of {PADDING}"
+        )
+    if kind == "hf":
+        return hf_layout(config)
+    if config.attention_bias or not config.tie_word_embeddings:
+        what = "biases in attention" if config.attention_bias else "a head of its own"
+        raise CheckpointError(f"{source.path}: has {what}, for which the original formats have no place")
+    if vocab_rows is not None and vocab_rows < config.vocab_size:
+        raise CheckpointError(
+            f"{source.path}: has {config.vocab_size} tokens, more than the {vocab_rows} rows asked for"
+        )
+    if kind == "pytorch":
+        return pytorch_layout(config, vocab_rows)
+    released_2b = (config.hidden_size, config.num_hidden_layers) == (2304, 26)
+    return flax_layout(config, not released_2b if transposed is None else transposed, vocab_rows)
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    source_format: str = "auto",
+    target_format: str = "hf",
+    config: str | Path | None = None,
+    dtype: str | None = None,
+    max_shard_size: int | str | None = None,
+    vocab_rows: int | None = None,
+    transposed: bool | None = None,
+) -> Converted:
+    """Convert a checkpoint, a few rows at a time, and compare what was written with the source.
+
+    Run again after an interruption, it continues with the first file that was not finished.
+
+    Parameters
+    ----------
+    source : str or Path
+        A folder or a file; see `open_source`.
+    target : str or Path
+        A folder that is empty or not there, or that of the same conversion, interrupted.
+    source_format, target_format : str
+        ``hf``, ``pytorch`` or ``flax``; the source also ``auto``, and the target also ``flax-npz``.
+    config : str or Path, optional
+        See `open_source`.
+    dtype : str, optional
+        The precision to write; the numbers are copied bit for bit if it is that of the source, or not given.
+    max_shard_size : int or str, optional
+        See `write_checkpoint`. 5GB if not given; PyTorch's format in one file then, and ``flax-npz`` always.
+    vocab_rows : int, optional
+        Rows of the embedding in an original, 256128 in the released Flax trees; those of no token are zero.
+    transposed : bool, optional
+        Layout of ``gating_einsum`` in a Flax tree, source or target; see `flax_layout`.
+
+    Raises
+    ------
+    CheckpointError
+        If the source is not complete, a number does not fit `dtype`, or the target holds other files.
+    OSError
+        If a file cannot be read or written.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import refgemma
+    >>> tiny = Path(refgemma.__file__).parent / "checkpoints" / "tiny"
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = convert(tiny, f"{folder}/torch", target_format="pytorch")
+    ...     _ = convert(f"{folder}/torch", f"{folder}/hf")
+    ...     again = refgemma.load(f"{folder}/hf")
+    >>> np.array_equal(again.weights.norm, refgemma.load("tiny").weights.norm)
+    True
+    """
+    if target_format not in FORMATS or (dtype is not None and dtype not in STORED):
+        raise CheckpointError(f"cannot write {target_format} in {dtype}; there are {', '.join((*FORMATS, *STORED))}")
+    size = shard_bytes(max_shard_size or (ONE_FILE if target_format == "pytorch" else "5GB"))
+    opened = open_source(source, source_format, config, transposed)
+    layout = _target_layout(opened, target_format, vocab_rows, transposed)
+    outputs = _folded(layout, opened.parts, dtype)
+    folder = Path(target)
+    fingerprint = _fingerprint(opened, outputs, target_format, size)
+    claim(folder, fingerprint)
+    _write_beside(opened, folder, target_format, outputs[0].dtype)
+    if target_format in ("hf", "flax"):
+        write_checkpoint(folder, outputs, size, fingerprint)
+    else:
+        _write_zips(folder, outputs, target_format, size)
+    return Converted(opened, folder, target_format, outputs)
+
+
+def _fingerprint(source: Source, outputs: Sequence[Output], kind: str, size: int) -> str:
+    """What is converted to what: an interrupted run is continued only by one with the same."""
+    files = sorted({part.tensor.file for part in source.parts.values()})
+    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    tensors = [(output.name, output.dtype, output.shape) for output in outputs]
+    told = json.dumps([stats, tensors, kind, size, source.config.to_json_string()])
+    return hashlib.sha256(told.encode()).hexdigest()
+
+
+def _write_beside(source: Source, folder: Path, kind: str, dtype: str) -> None:
+    """The files beside the weights: the configuration, and what lies beside those of the source."""
+    config = source.config.changed(dtype=dtype, architectures=("Gemma2ForCausalLM",))
+    config.save_pretrained(folder)
+    for name in BESIDE:
+        if found := [place / name for place in source.folders if (place / name).is_file()]:
+            shutil.copyfile(found[0], folder / name)
+    if kind == "hf" and not (folder / GENERATION).exists():
+        ids = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        about = ids | {"_from_model_config": True, "cache_implementation": "hybrid"}
+        replace_file(folder / GENERATION, (json.dumps(about, indent=2, sort_keys=True) + "\n").encode())
+
+
+def _write_zips(folder: Path, outputs: Sequence[Output], kind: str, limit: int) -> None:
+    """Write PyTorch's format, in one file or in shards with an index, or a ``.npz``; then compare."""
+    parts = _zip_files(outputs, kind, limit)
+    staging = folder / STAGING
+    for partial in staging.glob("*.part"):
+        partial.unlink()
+    unfinished = {name: part for name, part in parts.items() if not (staging / name).is_file()}
+    missing = sum(output.nbytes for part in unfinished.values() for output in part)
+    _check_space(staging, missing)
+    with tqdm(total=missing, unit="B", unit_scale=True, desc="writing", disable=None, delay=2) as bar:
+        for name, part in unfinished.items():
+            if kind == "flax-npz":
+                write_npz(staging / name, part, bar)
+            else:
+                write_torch(staging / name, part, None if len(parts) > 1 else "model_state_dict", bar)
+    for name in parts:
+        os.replace(staging / name, folder / name)
+    if len(parts) > 1:
+        index = {
+            "metadata": {"total_size": sum(output.nbytes for output in outputs)},
+            "weight_map": {output.name: name for name, part in parts.items() for output in part},
+        }
+        replace_file(folder / TORCH_INDEX, (json.dumps(index, indent=2) + "\n").encode())
+    shutil.rmtree(staging)
+    read = read_npz if kind == "flax-npz" else read_torch
+    check_same({name: tensor for file in parts for name, tensor in read(folder / file).items()}, outputs, folder)
+
+
+def _zip_files(outputs: Sequence[Output], kind: str, limit: int) -> dict[str, list[Output]]:
+    if kind == "flax-npz":
+        return {NPZ: list(outputs)}
+    parts = in_shards(outputs, limit)
+    if len(parts) == 1:
+        return {TORCH_SINGLE: list(outputs)}
+    return {f"pytorch_{name.removesuffix('.safetensors')}.bin": part for name, part in parts.items()}

@@ -1,0 +1,296 @@
+"""The Flax parameter tree of Gemma 2 in flat files: a .npz or .safetensors whose names are paths, joined with "/".
+
+The names are those of google-deepmind/gemma and of the released Orbax folders, which `refgemma.convert.orbax` reads. A
+tensor is read at a time; bfloat16 in a .npz are the two-byte voids that NumPy makes of them. A .npz is a zip file whose
+entries are stored as they are, and so is what `torch.save` writes.
+"""
+
+import ast
+import io
+import math
+import os
+import struct
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.lib import format as npy
+
+from refgemma.convert.orbax import is_orbax, read_orbax
+from refgemma.precision import Array
+from refgemma.weights.checkpoint import (
+    _SHORT,
+    AGAIN,
+    INDEX,
+    SINGLE,
+    CheckpointError,
+    Stored,
+    _read_files,
+    read_header,
+)
+from refgemma.weights.save import STORED, Output
+
+# What numpy.save says of the numbers: bfloat16, which NumPy does not know, is two bytes to it.
+DESCRS = {"<f8": STORED["float64"], "<f4": STORED["float32"], "<f2": STORED["float16"]}
+DESCRS |= dict.fromkeys(("|V2", "<V2"), STORED["bfloat16"])
+HEADER_LIMIT = 2**16  # bytes
+WITH_W = ("gating_einsum", "linear")  # w of the feed-forward layer: a level of its own in releases, not in the model
+ALIGNMENT = 64  # of the numbers of a tensor in a zip file, as torch.save does
+
+
+# --- zip files whose entries are stored as they are -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where the bytes of an entry are in its zip file."""
+
+    start: int
+    size: int
+
+
+def zip_entries(file: Path) -> dict[str, Entry]:
+    """Name -> place of every entry of a zip file, none of which may be compressed.
+
+    Raises
+    ------
+    CheckpointError
+        If it is no such file.
+    OSError
+        If it cannot be opened.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     np.savez(Path(folder) / "two.npz", a=np.zeros(2), b=np.zeros(3))
+    ...     list(zip_entries(Path(folder) / "two.npz"))
+    ['a.npy', 'b.npy']
+    """
+    try:
+        with file.open("rb") as stream, zipfile.ZipFile(stream) as archive:
+            infos = archive.infolist()
+            found = {info.filename: _entry(stream, info, file) for info in infos}
+            if len(found) != len(infos):
+                raise CheckpointError(f"{file}: two of its entries have the same name; {AGAIN}")
+            return found
+    except CheckpointError:
+        raise
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise CheckpointError(f"{file}: is not a whole zip file: {error.strerror}; {AGAIN}") from None
+    except (zipfile.BadZipFile, NotImplementedError, OverflowError, ValueError, struct.error) as error:
+        raise CheckpointError(f"{file}: is not a whole zip file: {error}; {AGAIN}") from None
+
+
+def _entry(stream: IO[bytes], info: zipfile.ZipInfo, file: Path) -> Entry:
+    where = f"{file}: entry {_SHORT.repr(info.filename)}"
+    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+        raise CheckpointError(
+            f"{where}: is compressed, as in TorchScript or by numpy.savez_compressed, or encrypted; write the tensors "
+            "with torch.save or numpy.savez"
+        )
+    stream.seek(info.header_offset)
+    header = stream.read(30)
+    if len(header) < 30 or header[:4] != b"PK\x03\x04":
+        raise CheckpointError(f"{where}: does not begin where the zip file says; {AGAIN}")
+    name, extra = struct.unpack("<26xHH", header)
+    start = info.header_offset + 30 + name + extra
+    if start + info.file_size > file.stat().st_size:
+        raise CheckpointError(f"{where}: ends beyond the end of the file, a download that was cut short; {AGAIN}")
+    return Entry(start, info.file_size)
+
+
+def add_entry(archive: zipfile.ZipFile, stream: IO[bytes], name: str, chunks: Iterable[Any]) -> None:
+    """Add an entry to a zip file that is written to `stream`, chunk after chunk, its first byte aligned."""
+    info = zipfile.ZipInfo(name)
+    begin = stream.tell() + 30 + len(name.encode()) + 20 + 4  # header, name, sizes of 64 bits, head of the padding
+    padding = -begin % ALIGNMENT
+    info.extra = b"FB" + struct.pack("<H", padding) + bytes(padding)
+    with archive.open(info, "w", force_zip64=True) as entry:
+        for chunk in chunks:
+            entry.write(chunk)
+
+
+def data_of(output: Output, bar: Any = None) -> Iterator[Any]:
+    """The bytes of a tensor, some rows at a time."""
+    for block in output.blocks():
+        yield block.reshape(-1).view(np.uint8).data
+        if bar is not None:
+            bar.update(block.nbytes)
+
+
+def write_zip(path: Path, entries: dict[str, Iterable[Any]]) -> None:
+    """Write a zip file of entries given in chunks; it has its name only once it is whole and on the disk."""
+    partial = path.with_name(f"{path.name}.part")
+    with partial.open("wb") as stream:
+        with zipfile.ZipFile(stream, "w") as archive:
+            for name, chunks in entries.items():
+                add_entry(archive, stream, name, chunks)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(partial, path)
+
+
+@dataclass(frozen=True)
+class Strided(Stored):
+    """A tensor on disk whose numbers do not follow each other in the order of its axes."""
+
+    strides: tuple[int, ...]
+
+    def mapped(self, keep: bool = False) -> Array:
+        """Map it, anew each time; see `Stored.mapped`."""
+        if not all(self.shape):
+            return np.zeros(self.shape, self.dtype)
+        span = 1 + sum((length - 1) * stride for length, stride in zip(self.shape, self.strides, strict=True))
+        flat = Stored(self.name, self.file, self.dtype, (span,), self.start, self.file_bytes).mapped()
+        steps = [stride * self.dtype.itemsize for stride in self.strides]
+        return np.lib.stride_tricks.as_strided(flat, self.shape, steps, writeable=False)
+
+
+def row_major(shape: Sequence[int]) -> tuple[int, ...]:
+    """The strides, in numbers, of an array of `shape` whose numbers follow each other.
+
+    Examples
+    --------
+    >>> row_major((2, 3, 4))
+    (12, 4, 1)
+    """
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+# --- the tree ---------------------------------------------------------------------------------------------------------
+
+
+def tidy(name: str) -> str:
+    """The one name, of several ways to write it, that is used here: the released one.
+
+    Examples
+    --------
+    >>> tidy("transformer.layer_0.mlp.linear"), tidy("params/transformer/final_norm/scale")
+    ('transformer/layer_0/mlp/linear/w', 'transformer/final_norm/scale')
+    """
+    path = name.replace(".", "/").removeprefix("params/")
+    path = path if path.startswith("transformer/") else f"transformer/{path}"
+    return f"{path}/w" if path.rsplit("/", 1)[-1] in WITH_W else path
+
+
+def read_tree(source: Path) -> dict[str, Stored]:
+    """Read names, shapes and places of the tensors of a flat Flax tree; the numbers are read when asked for.
+
+    Parameters
+    ----------
+    source : Path
+        A ``.npz`` or ``.safetensors`` file, or a folder with one ``.npz``, or with ``model.safetensors`` or its shards.
+
+    Raises
+    ------
+    CheckpointError
+        If it is damaged, or no such tree.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     tree = {"transformer/final_norm/scale": np.ones(3, np.float32)}
+    ...     np.savez(Path(folder) / "params.npz", **tree)
+    ...     read_tree(Path(folder) / "params.npz")["transformer/final_norm/scale"].read("float32")
+    array([1., 1., 1.], dtype=float32)
+    """
+    found: dict[str, Stored] = {}
+    for name, tensor in _read(source).items():
+        if tidy(name) in found:
+            raise CheckpointError(f"{tensor.file}: {_SHORT.repr(tidy(name))} stands in it twice, in two spellings")
+        found[tidy(name)] = tensor
+    return found
+
+
+def _read(source: Path) -> dict[str, Stored]:
+    if source.is_file():
+        return read_npz(source) if source.suffix == ".npz" else read_header(source)
+    if any((source / name).exists() for name in (SINGLE, INDEX)):
+        return _read_files(source)[1]
+    files = sorted(source.glob("*.npz"))
+    if len(files) == 1:
+        return read_npz(files[0])
+    if is_orbax(source):
+        return read_orbax(source)
+    raise CheckpointError(f"{source}: holds {len(files)} .npz files and no {SINGLE}; give the one file of the tree")
+
+
+def read_npz(file: Path) -> dict[str, Stored]:
+    """Read names, shapes and places of the arrays of a ``.npz`` that `numpy.savez` wrote, not compressed.
+
+    Examples
+    --------
+    See `read_tree`.
+    """
+    found = {}
+    for entry_name, entry in zip_entries(file).items():
+        name = entry_name.removesuffix(".npy")
+        where = f"{file}: array {_SHORT.repr(name)}"
+        try:
+            found[name] = _array(name, file, entry)
+        except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+            raise CheckpointError(f"{where}: is not read: {' '.join(str(error).split())[:200]}; {AGAIN}") from None
+    return found
+
+
+def _array(name: str, file: Path, entry: Entry) -> Stored:
+    with file.open("rb") as stream:
+        stream.seek(entry.start)
+        raw = stream.read(min(entry.size, HEADER_LIMIT))
+    width = {b"\x93NUMPY\x01\x00": 2, b"\x93NUMPY\x02\x00": 4}.get(raw[:8])
+    if width is None:
+        raise ValueError("it has no header of numpy.save")
+    length = 8 + width + int.from_bytes(raw[8 : 8 + width], "little")
+    header = ast.literal_eval(raw[8 + width : length].decode("latin-1").strip())
+    if not isinstance(header, dict) or header.keys() != {"descr", "fortran_order", "shape"}:
+        raise ValueError("its header lacks descr, fortran_order or shape")
+    shape, dtype = header["shape"], DESCRS.get(str(header["descr"])[:20])
+    if dtype is None:
+        raise ValueError(f"its numbers are {_SHORT.repr(header['descr'])}, not {', '.join(STORED)}")
+    if not isinstance(shape, tuple) or len(shape) > 32 or not all(type(n) is int and 0 <= n < 2**62 for n in shape):
+        raise ValueError(f"its shape is {_SHORT.repr(shape)}")
+    tensor = Stored(name, file, dtype, shape, entry.start + length, file.stat().st_size)
+    if tensor.nbytes != entry.size - length:
+        raise ValueError(f"shape {shape} takes {tensor.nbytes} bytes, but it has {entry.size - length}")
+    if header["fortran_order"] and len(shape) > 1:
+        strides = tuple(math.prod(shape[:axis]) for axis in range(len(shape)))
+        return Strided(name, file, dtype, shape, tensor.start, tensor.file_bytes, strides)
+    return tensor
+
+
+def write_npz(path: Path, outputs: Sequence[Output], bar: Any = None) -> None:
+    """Write tensors as `numpy.savez` does, some rows at a time.
+
+    Parameters
+    ----------
+    path : Path
+        Appears under this name when it is whole.
+    outputs : sequence of Output
+        The tensors.
+    bar : tqdm, optional
+        Is told of the bytes written.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_npz(Path(folder) / "one.npz", [Output("final_norm/scale", "float32", (2,), np.ones(2))])
+    ...     np.load(Path(folder) / "one.npz")["final_norm/scale"]
+    array([1., 1.], dtype=float32)
+    """
+    write_zip(path, {f"{output.name}.npy": _npy(output, bar) for output in outputs})
+
+
+def _npy(output: Output, bar: Any) -> Any:
+    header = io.BytesIO()
+    descr = npy.dtype_to_descr(np.dtype("V2") if output.dtype == "bfloat16" else STORED[output.dtype])
+    npy.write_array_header_1_0(header, {"descr": descr, "fortran_order": False, "shape": output.shape})
+    yield header.getvalue()
+    yield from data_of(output, bar)

@@ -1,0 +1,372 @@
+"""Reads and writes the files of `torch.save` without PyTorch: a zip of one pickle and of each tensor's numbers.
+
+Checked both ways against torch 2.13. The pickle is walked by a machine of our own, which knows the opcodes that such a
+file needs. A name in it is compared with a short list; nothing is imported and nothing is called.
+"""
+
+import pickle
+import pickletools
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from refgemma.convert.flax_tree import Entry, Strided, data_of, row_major, write_zip, zip_entries
+from refgemma.weights.checkpoint import _SHORT, AGAIN, CheckpointError, Stored
+from refgemma.weights.save import STORED, Output
+
+PICKLE_LIMIT = 2**24  # bytes: the pickle of a 27B has 100 thousand
+MAX_AXES = 64
+
+STORAGES: dict[str, np.dtype[Any]] = {
+    "torch.DoubleStorage": np.dtype(np.float64),
+    "torch.FloatStorage": np.dtype(np.float32),
+    "torch.HalfStorage": np.dtype(np.float16),
+    "torch.BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    # No weights, but they may lie beside them: the rotary table, counters, quantised numbers.
+    "torch.ComplexFloatStorage": np.dtype(np.complex64),
+    "torch.LongStorage": np.dtype(np.int64),
+    "torch.IntStorage": np.dtype(np.int32),
+    "torch.CharStorage": np.dtype(np.int8),
+    "torch.ByteStorage": np.dtype(np.uint8),
+    "torch.BoolStorage": np.dtype(np.bool_),
+}
+STORAGE_OF = {dtype: name for name, dtype in STORAGES.items()}
+
+
+# --- the pickle: read -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Name:
+    """What a pickle asks to import. It is not imported."""
+
+    dotted: str
+
+
+@dataclass(frozen=True)
+class _Storage:
+    dtype: np.dtype[Any]
+    key: str
+    count: int
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
+    """What ``torch._utils._rebuild_tensor_v2`` is given, checked."""
+    if not isinstance(storage, _Storage) or not all(isinstance(part, tuple) for part in (shape, strides)):
+        raise ValueError("a tensor without storage, shape or strides")
+    numbers = (offset, *shape, *strides)
+    if len(shape) != len(strides) or len(shape) > MAX_AXES or not all(_is_size(n) for n in numbers):
+        raise ValueError(f"a tensor of shape {_SHORT.repr(shape)} with strides {_SHORT.repr(strides)}")
+    last = offset + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
+    if all(shape) and last >= storage.count:
+        raise ValueError(f"a tensor that goes beyond the {storage.count} numbers of its storage")
+    return _Tensor(storage, offset, shape, strides)
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**62
+
+
+def _size(axes: Any) -> tuple[int, ...]:
+    """A shape: a tuple as it is. A copy of a long list, made again and again, would take memory without limit."""
+    if not isinstance(axes, tuple):
+        raise ValueError(f"a shape that is no tuple but {_SHORT.repr(axes)}")
+    return axes
+
+
+# What may be called in a checkpoint: a name -> what stands for the result here.
+_RESULTS: dict[str, Callable[..., Any]] = {
+    "collections.OrderedDict": lambda: {},
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_parameter": lambda data, *_: data,
+    "torch.Size": _size,
+    "torch.device": lambda *where: where,
+}
+
+
+class _Machine:
+    """The stack machine of a pickle, for plain containers and tensors."""
+
+    def __init__(self) -> None:
+        self.stack: list[Any] = []
+        self.outer: list[list[Any]] = []
+        self.memo: dict[int, Any] = {}
+
+    def run(self, raw: bytes) -> Any:
+        """The object in the pickle."""
+        for opcode, argument, _ in pickletools.genops(raw):
+            if opcode.name == "STOP":
+                return self.stack.pop()
+            if opcode.name not in _STEPS:
+                raise ValueError(f"it holds the opcode {opcode.name}, which no checkpoint needs; do not trust the file")
+            _STEPS[opcode.name](self, argument)
+
+    def since_mark(self) -> list[Any]:
+        items, self.stack = self.stack, self.outer.pop()
+        return items
+
+    def mark(self, _: Any) -> None:
+        self.outer.append(self.stack)
+        self.stack = []
+
+    def take(self, count: int) -> tuple[Any, ...]:
+        return tuple(reversed([self.stack.pop() for _ in range(count)]))
+
+    def name(self, dotted: str) -> None:
+        dotted = dotted.replace(" ", ".")
+        if dotted not in _RESULTS and dotted not in STORAGES:
+            raise ValueError(f"it asks for {_SHORT.repr(dotted)}, which no checkpoint needs; do not trust the file")
+        self.stack.append(_Name(dotted))
+
+    def stack_name(self, _: Any) -> None:
+        parts = self.take(2)
+        if not all(isinstance(part, str) for part in parts):
+            raise ValueError("it asks for what has no name; do not trust the file")
+        self.name(".".join(parts))
+
+    def reduce(self, _: Any) -> None:
+        made, arguments = self.take(2)
+        if not isinstance(made, _Name) or made.dotted not in _RESULTS or not isinstance(arguments, tuple):
+            raise ValueError(f"it calls {_SHORT.repr(made)}; do not trust the file")
+        self.stack.append(_RESULTS[made.dotted](*arguments))
+
+    def storage(self, _: Any) -> None:
+        kind, dtype, key, _device, count = self.stack.pop()
+        known = isinstance(dtype, _Name) and dtype.dotted in STORAGES
+        if kind != "storage" or not known or not isinstance(key, str) or not _is_size(count):
+            raise ValueError(f"it refers to {_SHORT.repr(kind)} outside of it, not to a storage")
+        self.stack.append(_Storage(STORAGES[dtype.dotted], key, count))
+
+    def set_items(self, pairs: Sequence[Any]) -> None:
+        target = self.stack[-1]
+        if not isinstance(target, dict) or not all(isinstance(key, str | int) for key in pairs[::2]):
+            raise ValueError("a dict with keys that are neither text nor whole numbers")
+        target.update(zip(pairs[::2], pairs[1::2], strict=True))
+
+    def append(self, items: Sequence[Any]) -> None:
+        if not isinstance(self.stack[-1], list):
+            raise ValueError("it appends to what is no list")
+        self.stack[-1].extend(items)
+
+    def build(self, _: Any) -> None:
+        self.stack.pop()  # the attributes of a state dict, its _metadata: not needed
+        if not isinstance(self.stack[-1], dict):
+            raise ValueError("it sets the attributes of what is no dict; do not trust the file")
+
+
+def _push(self: _Machine, value: Any) -> None:
+    self.stack.append(value)
+
+
+def _put(self: _Machine, index: int) -> None:
+    self.memo[index] = self.stack[-1]
+
+
+def _get(self: _Machine, index: int) -> None:
+    self.stack.append(self.memo[index])
+
+
+_STEPS: dict[str, Callable[[_Machine, Any], None]] = {
+    **dict.fromkeys(("PROTO", "FRAME"), lambda machine, _: None),
+    **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE"), _push),
+    "NONE": lambda machine, _: machine.stack.append(None),
+    "NEWTRUE": lambda machine, _: machine.stack.append(True),
+    "NEWFALSE": lambda machine, _: machine.stack.append(False),
+    "EMPTY_DICT": lambda machine, _: machine.stack.append({}),
+    "EMPTY_LIST": lambda machine, _: machine.stack.append([]),
+    "EMPTY_TUPLE": lambda machine, _: machine.stack.append(()),
+    "TUPLE1": lambda machine, _: machine.stack.append(machine.take(1)),
+    "TUPLE2": lambda machine, _: machine.stack.append(machine.take(2)),
+    "TUPLE3": lambda machine, _: machine.stack.append(machine.take(3)),
+    "TUPLE": lambda machine, _: _push(machine, tuple(machine.since_mark())),
+    "MARK": _Machine.mark,
+    **dict.fromkeys(("BINPUT", "LONG_BINPUT"), _put),
+    "MEMOIZE": lambda machine, _: _put(machine, len(machine.memo)),
+    **dict.fromkeys(("BINGET", "LONG_BINGET"), _get),
+    "GLOBAL": _Machine.name,
+    "STACK_GLOBAL": _Machine.stack_name,
+    "REDUCE": _Machine.reduce,
+    "BINPERSID": _Machine.storage,
+    "SETITEM": lambda machine, _: machine.set_items(machine.take(2)),
+    "SETITEMS": lambda machine, _: machine.set_items(machine.since_mark()),
+    "APPEND": lambda machine, _: machine.append(machine.take(1)),
+    "APPENDS": lambda machine, _: machine.append(machine.since_mark()),
+    "BUILD": _Machine.build,
+}
+
+
+# --- a checkpoint: read -----------------------------------------------------------------------------------------------
+
+
+def read_torch(file: Path) -> dict[str, Stored]:
+    """Read the names, shapes and places of the tensors in a file of `torch.save`; nothing in it is executed.
+
+    Parameters
+    ----------
+    file : Path
+        Holds a state dict, or a dict with one under ``model_state_dict``.
+
+    Raises
+    ------
+    CheckpointError
+        If it is no such file, or asks for anything but tensors.
+    OSError
+        If it cannot be opened.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_torch(Path(folder) / "model.ckpt", [Output("norm.weight", "bfloat16", (3,), np.ones(3))])
+    ...     read_torch(Path(folder) / "model.ckpt")["norm.weight"].read("float32")
+    array([1., 1., 1.], dtype=float32)
+    """
+    _refuse_others(file)
+    entries = zip_entries(file)
+    roots = [name.removesuffix("data.pkl") for name in entries if name.endswith("/data.pkl") and name.count("/") == 1]
+    if len(roots) != 1 or f"{roots[0]}constants.pkl" in entries:
+        raise CheckpointError(f"{file}: is no checkpoint of torch.save (TorchScript?); save its state_dict() instead")
+    order = _bytes(file, entries, f"{roots[0]}byteorder") if f"{roots[0]}byteorder" in entries else b"little"
+    if order != b"little":
+        raise CheckpointError(f"{file}: its byte order is {_SHORT.repr(order)}; save it on a little-endian machine")
+    state = _state_dict(_unpickled(_bytes(file, entries, f"{roots[0]}data.pkl"), file), file)
+    return {name: _stored(name, tensor, file, entries, roots[0]) for name, tensor in state.items()}
+
+
+def _refuse_others(file: Path) -> None:
+    if not file.is_file():
+        raise CheckpointError(f"{file}: is not a file; give the checkpoint that torch.save wrote")
+    with file.open("rb") as stream:
+        start = stream.read(16)
+    if start[:1] == b"\x80":
+        raise CheckpointError(
+            f"{file}: is in the format of PyTorch before 1.6, or a bare pickle; load it with "
+            "torch.load(..., weights_only=True) and write it again with torch.save"
+        )
+    if start[:4] != b"PK\x03\x04":
+        raise CheckpointError(f"{file}: is no checkpoint of torch.save, which is a zip file; {AGAIN}")
+
+
+def _bytes(file: Path, entries: dict[str, Entry], name: str) -> bytes:
+    if entries[name].size > PICKLE_LIMIT:
+        raise CheckpointError(f"{file}: {name} has {entries[name].size} bytes; that of no checkpoint is so long")
+    with file.open("rb") as stream:
+        stream.seek(entries[name].start)
+        return stream.read(entries[name].size)
+
+
+def _unpickled(raw: bytes, file: Path) -> Any:
+    try:
+        return _Machine().run(raw)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        fault = error if isinstance(error, ValueError) else "it is damaged"
+        raise CheckpointError(f"{file}: its pickle is refused: {' '.join(str(fault).split())[:300]}") from None
+
+
+def _state_dict(top: Any, file: Path) -> dict[str, _Tensor]:
+    state = top.get("model_state_dict", top) if isinstance(top, dict) else top
+    if not isinstance(state, dict) or not state:
+        raise CheckpointError(f"{file}: holds no state dict, a dict from names to tensors; give the model's checkpoint")
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, _Tensor):
+            raise CheckpointError(f"{file}: {_SHORT.repr(name)} in its state dict is no tensor; save the tensors only")
+    return state
+
+
+def _stored(name: str, tensor: _Tensor, file: Path, entries: dict[str, Entry], root: str) -> Stored:
+    where = f"{file}: tensor {_SHORT.repr(name)}"
+    storage, entry = tensor.storage, entries.get(f"{root}data/{tensor.storage.key}")
+    if entry is None:
+        raise CheckpointError(f"{where}: its numbers, entry {_SHORT.repr(storage.key)}, are not in the file; {AGAIN}")
+    itemsize = storage.dtype.itemsize
+    if storage.count * itemsize > entry.size:
+        raise CheckpointError(f"{where}: needs {storage.count * itemsize} bytes, but {entry.size} are there; {AGAIN}")
+    start, size = entry.start + tensor.offset * itemsize, file.stat().st_size
+    plain = Stored(name, file, storage.dtype, tensor.shape, start, size)
+    if tensor.strides == row_major(tensor.shape):
+        return plain
+    return Strided(name, file, storage.dtype, tensor.shape, start, size, tensor.strides)
+
+
+# --- a checkpoint: written --------------------------------------------------------------------------------------------
+
+
+def write_torch(path: Path, outputs: Sequence[Output], key: str | None = "model_state_dict", bar: Any = None) -> None:
+    """Write tensors as `torch.save` does, some rows at a time; ``torch.load(path, weights_only=True)`` reads them.
+
+    Parameters
+    ----------
+    path : Path
+        Appears under this name when it is whole.
+    outputs : sequence of Output
+        The tensors.
+    key : str, optional
+        Under which the state dict is in the dict of the file; without one the file holds the state dict itself.
+    bar : tqdm, optional
+        Is told of the bytes written.
+
+    Examples
+    --------
+    See `read_torch`.
+    """
+    chunks = {f"archive/data/{number}": data_of(output, bar) for number, output in enumerate(outputs)}
+    start: dict[str, Iterable[Any]] = {"archive/data.pkl": [_pickled(outputs, key)], "archive/byteorder": [b"little"]}
+    write_zip(path, start | chunks | {"archive/version": [b"3\n"]})
+
+
+def _pickled(outputs: Sequence[Output], key: str | None) -> bytes:
+    """The pickle of a state dict, opcode by opcode, as torch.save writes it."""
+    state = _EMPTY_STATE + pickle.MARK
+    for number, output in enumerate(outputs):
+        state += _text(output.name) + _pickled_tensor(output, str(number))
+    state += pickle.SETITEMS
+    if key is not None:
+        state = pickle.EMPTY_DICT + _text(key) + state + pickle.SETITEM
+    return pickle.PROTO + b"\x02" + state + pickle.STOP
+
+
+def _pickled_tensor(output: Output, number: str) -> bytes:
+    count = int(np.prod(output.shape, dtype=np.int64))
+    module, kind = STORAGE_OF[STORED[output.dtype]].split(".")
+    storage = (
+        pickle.MARK + _text("storage") + _global(module, kind) + _text(number) + _text("cpu") + _whole(count)
+        + pickle.TUPLE + pickle.BINPERSID
+    )  # fmt: skip
+    place = _whole(0) + _wholes(output.shape) + _wholes(row_major(output.shape))
+    arguments = pickle.MARK + storage + place + pickle.NEWFALSE + _EMPTY_STATE + pickle.TUPLE
+    return _global("torch._utils", "_rebuild_tensor_v2") + arguments + pickle.REDUCE
+
+
+def _global(module: str, name: str) -> bytes:
+    return pickle.GLOBAL + f"{module}\n{name}\n".encode()
+
+
+_EMPTY_STATE = _global("collections", "OrderedDict") + pickle.EMPTY_TUPLE + pickle.REDUCE
+
+
+def _text(text: str) -> bytes:
+    return pickle.BINUNICODE + struct.pack("<I", len(text.encode())) + text.encode()
+
+
+def _whole(number: int) -> bytes:
+    if number < 2**31:
+        return pickle.BININT + struct.pack("<i", number)
+    return pickle.LONG1 + b"\x08" + struct.pack("<q", number)
+
+
+def _wholes(numbers: Sequence[int]) -> bytes:
+    return pickle.MARK + b"".join(_whole(number) for number in numbers) + pickle.TUPLE

@@ -1,0 +1,68 @@
+"""The base of all errors of this package, and the error for a module that has another name now. Checked in the tests."""
+
+import importlib.abc
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+
+class RefgemmaError(ValueError):
+    """What a person can have done wrong, or a file: the message says what, where, and what to do."""
+
+
+# The modules of version 0.1 that have another name now.
+MOVED = {
+    "settings": "generation.generation_config",
+    "beams": "generation.beams",
+    "processors": "generation.processors",
+    "perplexity": "generation.perplexity",
+    "outputs": "modeling.model_outputs",
+    "pretrained": "modeling.pretrained",
+    "released": "goldens.released",
+    "explorer": "teach.explorer",
+    "viz": "teach.viz",
+    "exercises": "teach.exercises",
+    "weights.convert": "convert.convert",
+    "weights.layouts": "convert.layouts",
+    "weights.pickles": "convert.pickles",
+    "weights.flax_tree": "convert.flax_tree",
+    "weights.orbax": "convert.orbax",
+    "weights.writer": "weights.save",
+    "oracle.allowance": "oracle.tolerance",
+    "oracle.graph": "oracle.operations",
+    "oracle.diagnose": "oracle.check",
+    "oracle.where": "oracle.locate",
+    "oracle.variants": "oracle.known_bugs",
+    "oracle.stages": "oracle.preflight",
+    "oracle.port": "oracle.pipeline",
+    "oracle.bundle": "oracle.repro",
+    "oracle.difference": "oracle.diff",
+    "oracle.cover": "oracle.coverage",
+    "oracle.sketch": "goldens.sketch",
+    "oracle.full_size": "goldens.full_size",
+    "oracle.verify": "goldens.verify",
+    "oracle.trace": "trace.names",
+    "oracle.tracefile": "trace.reader",
+    "oracle.evaltext": "trace.evaltext",
+    "oracle.mapping": "trace.name_maps",
+    "oracle.capture": "trace.capture",
+    "oracle.candidate": "trace.candidate",
+    "oracle.jobs": "sweep.jobs",
+    "oracle.sweep": "sweep.runner",
+    "oracle.tally": "sweep.tally",
+    "oracle.commands": "cli.checking",
+    "testing.goldens": "testing.recordings",
+    "text": "tokenizer",
+}
+
+
+class Moved(importlib.abc.MetaPathFinder):
+    """The last finder that Python asks: it knows the modules of version 0.1."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Raise `ModuleNotFoundError` with the present name of a module that has moved."""
+        if now := MOVED.get(fullname.removeprefix("refgemma.")):
+            raise ModuleNotFoundError(f"{fullname} is now refgemma.{now}", name=fullname)
+        return None

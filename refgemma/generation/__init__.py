@@ -1,0 +1,6 @@
+"""From logits to text: greedy decoding, sampling, beam search, and how well a text is predicted."""
+
+from refgemma.generation.decode import TextStreamer, generate, generate_batch
+from refgemma.generation.generation_config import GenerationConfig
+
+__all__ = ["GenerationConfig", "TextStreamer", "generate", "generate_batch"]

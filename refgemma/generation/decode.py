@@ -1,0 +1,518 @@
+"""From logits to text: for a batch of prompts the likeliest tokens, drawn ones, or a search with beams. Checked against
+`generate` of transformers 5.23: greedy and searched texts token for token, processed scores within rounding."""
+
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+from jaxtyping import Bool, Float, Int
+
+from refgemma.cache import Cache
+from refgemma.config import Gemma2Config
+from refgemma.fast import next_token_logits
+from refgemma.generation.beams import Rules, advanced, best_texts, draw, is_over, started
+from refgemma.generation.generation_config import GenerationConfig, Settings, settings_for, settled
+from refgemma.generation.outputs import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
+from refgemma.generation.processors import NextScores, constrained, warped
+from refgemma.heads import log_softmax
+from refgemma.inputs import InputError, attention_mask_of, embeddings, position_ids_of, token_ids
+from refgemma.model import next_token_logits as definition
+from refgemma.precision import wide
+from refgemma.shapes import Positions, TokenIds
+from refgemma.tokenizer.tokenizer import TextStream, Tokenizer
+from refgemma.weights.parameters import Weights
+
+# `next_token_logits` of one model: token ids or embeddings, the cache and so on in, the last logits and a cache out.
+Model: TypeAlias = Callable[..., tuple[Any, Cache]]
+Processor: TypeAlias = Callable[[TokenIds, NextScores], NextScores]
+Criterion: TypeAlias = Callable[[TokenIds, NextScores], Any]
+
+
+@runtime_checkable
+class Streamer(Protocol):
+    """What `generate` gives tokens to as they come."""
+
+    def put(self, value: npt.NDArray[np.int64]) -> None:
+        """Take the prompt ``(batch, seq)``, then again and again a new token of each row ``(batch,)``."""
+
+    def end(self) -> None:
+        """Know that no token follows."""
+
+
+# --- what the model is told, step by step -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A batch of texts so far, and what the model needs in order to go on from them."""
+
+    ids: TokenIds  # those of the prompt and the new ones; of a prompt of embeddings only the new ones
+    visible: Bool[np.ndarray, "batch total"]  # false for padding; over all places, those in the cache included
+    positions: Int[np.ndarray, "batch total"]  # of all places
+    cache: Cache | None  # of all but the last tokens
+    embeds: Float[np.ndarray, "batch embedded hidden"] | None = None  # the prompt itself, until it is read
+
+    def next_logits(self, model: Model) -> tuple[Float[np.ndarray, "batch vocab"], Cache]:
+        """Read what is not in the cache yet: float32 logits of the next token, and the cache after it.
+
+        Raises
+        ------
+        InputError
+            If a logit is NaN.
+        """
+        seen = self.cache.get_seq_length() if self.cache else 0
+        total = self.visible.shape[1]
+        logits, cache = model(
+            self.ids[:, seen - total :] if self.embeds is None else None,
+            attention_mask=None if self.visible.all() else self.visible,
+            position_ids=self.positions[:, seen:],
+            cache=self.cache,
+            inputs_embeds=self.embeds,
+        )
+        last: Float[np.ndarray, "batch vocab"] = wide(logits[:, -1]).astype(np.float32)
+        if np.isnan(last).any():
+            raise InputError(
+                "the logits are NaN: numbers became too large for this precision on the way; try float32, or float64"
+            )
+        return last, cache
+
+    def followed_by(self, ids: TokenIds, cache: Cache | None) -> "Reading":
+        """The texts with one more token each, whose position is one after the last."""
+        one = np.ones((len(ids), 1), bool)
+        visible = np.concatenate([self.visible, one], axis=1)
+        positions = np.concatenate([self.positions, self.positions[:, -1:] + 1], axis=1)
+        return Reading(ids, visible, positions, cache)
+
+    def repeated(self, times: int) -> "Reading":
+        """Each text so many times, beside itself."""
+        ids, visible, positions = (np.repeat(x, times, axis=0) for x in (self.ids, self.visible, self.positions))
+        cache = self.cache and self.cache.repeat_interleave(times)
+        return Reading(ids, visible, positions, cache, None if self.embeds is None else self.embeds.repeat(times, 0))
+
+
+def padding_of(ids: TokenIds, pad: int | None, ends: Collection[int]) -> Bool[np.ndarray, "batch seq"]:
+    """Where the tokens of prompts are no padding, for a caller who does not say: where they are not the pad token.
+
+    But if a text may end with the pad token too, it cannot be told apart, and every token counts. Source: transformers
+    ``_prepare_attention_mask_for_generation``.
+
+    Examples
+    --------
+    >>> padding_of(np.array([[0, 2, 5], [2, 6, 7]]), pad=0, ends=[1]).astype(int)
+    array([[0, 1, 1],
+           [1, 1, 1]])
+    """
+    told: Bool[np.ndarray, "batch seq"] = ids != (-1 if pad is None or pad in ends else pad)
+    return told
+
+
+def positions_of(visible: Bool[np.ndarray, "batch total"]) -> Positions:
+    """Each token's number among those of its row that are no padding; padding has 0.
+
+    So a prompt means the same with padding at its left. Source: transformers ``_prepare_position_ids_for_generation``.
+
+    Examples
+    --------
+    >>> positions_of(np.array([[False, False, True, True]]))
+    array([[0, 0, 0, 1]])
+    """
+    return np.where(visible, np.cumsum(visible, axis=1) - 1, 0)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What a caller of `generate` hands in: see ``Gemma2ForCausalLM.generate``."""
+
+    input_ids: npt.ArrayLike | None = None
+    attention_mask: npt.ArrayLike | None = None
+    position_ids: npt.ArrayLike | None = None
+    inputs_embeds: npt.ArrayLike | None = None
+    past_key_values: Cache | None = None
+
+    def reading(self, call: GenerationConfig, config: Gemma2Config) -> Reading:
+        """The prompts, checked, before anything is read.
+
+        With a cache, `input_ids` are all tokens, those in the cache included; or with a longer `attention_mask` only
+        those after it.
+        """
+        if self.inputs_embeds is not None:
+            if self.input_ids is not None or self.past_key_values is not None:
+                raise InputError("inputs_embeds are the whole prompt: give no input_ids and no past_key_values")
+            embeds = embeddings(self.inputs_embeds, config.hidden_size)
+            batch, seq = embeds.shape[:2]
+            ids = np.zeros((batch, 0), np.int64)
+            visible = attention_mask_of(self.attention_mask, batch, seq)
+        else:
+            embeds, ids = None, _prompt_ids(self.input_ids, call, config)
+            visible = self._visible(ids, call)
+        total = visible.shape[1]
+        seen = self.past_key_values.get_seq_length() if self.past_key_values else 0
+        if embeds is None and not seen < total:
+            raise InputError(
+                f"the cache has seen {seen} tokens and the prompt has {total}: one more is needed at least"
+            )
+        positions = positions_of(visible)
+        if self.position_ids is not None:
+            limit = config.max_position_embeddings
+            positions = position_ids_of(self.position_ids, np.arange(total), len(visible), limit)
+        return Reading(ids, visible, positions, self.past_key_values, embeds)
+
+    def _visible(self, ids: TokenIds, call: GenerationConfig) -> Bool[np.ndarray, "batch total"]:
+        """The padding mask over all tokens so far."""
+        batch, seq = ids.shape
+        if self.attention_mask is not None:
+            total = np.shape(self.attention_mask)[-1] if self.past_key_values and np.ndim(self.attention_mask) else seq
+            return attention_mask_of(self.attention_mask, batch, total)
+        eos = call.eos_token_id
+        ends = () if eos is None else eos if isinstance(eos, tuple) else (eos,)
+        return padding_of(ids, call.pad_token_id, ends)
+
+
+def _prompt_ids(input_ids: npt.ArrayLike | None, call: GenerationConfig, config: Gemma2Config) -> TokenIds:
+    """The token ids of the prompts; if there are none, one prompt of ``<bos>``."""
+    if input_ids is not None:
+        return token_ids(input_ids, config.vocab_size)
+    if call.bos_token_id is None:
+        raise InputError("give input_ids: no bos_token_id is set that a text could begin with")
+    return token_ids([[call.bos_token_id]], config.vocab_size)
+
+
+# --- decoding ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """What decides how texts go on: settings, and what the caller adds to them."""
+
+    settings: Settings
+    skipped: Int[np.ndarray, " batch"]  # leading padding of each text
+    processors: Sequence[Processor] = ()
+    criteria: Sequence[Criterion] = ()
+
+    def scores(self, ids: TokenIds, raw: NextScores) -> NextScores:
+        """Raw scores of the next tokens, processed: constraints, the caller's processors, then the cuts of sampling."""
+        processed = constrained(raw, ids, self.skipped, self.settings)
+        for processor in self.processors:
+            processed = processor(ids, processed)
+        return warped(processed, self.settings) if self.settings.do_sample else processed
+
+    def ended(
+        self, ids: Int[np.ndarray, "rows length"], scores: Float[np.ndarray, "beams vocab"]
+    ) -> Bool[np.ndarray, " rows"]:
+        """Which texts are complete: at an end of text, at the greatest length, or by the caller's criteria."""
+        complete: Bool[np.ndarray, " rows"] = np.isin(ids[:, -1], self.settings.eos_token_ids)
+        complete = complete | (ids.shape[1] >= self.settings.max_length)
+        for criterion in self.criteria:
+            complete = complete | np.asarray(criterion(ids, scores), bool)
+        return complete
+
+
+@dataclass(frozen=True)
+class Step:
+    """One token more for each text."""
+
+    tokens: Int[np.ndarray, " batch"]
+    scores: NextScores  # processed
+    logits: Float[np.ndarray, "batch vocab"]
+    cache: Cache
+
+
+def steps(reading: Reading, model: Model, how: Decoding) -> Iterator[Step]:
+    """One step after the other, until every text is complete; one that is gets the pad token."""
+    settings, rng = how.settings, np.random.default_rng(how.settings.seed)
+    unfinished = np.ones(len(reading.ids), bool)
+    while unfinished.any():
+        logits, cache = reading.next_logits(model)
+        scores = how.scores(reading.ids, logits)
+        chosen = draw(scores, 1, rng)[:, 0] if settings.do_sample else np.argmax(scores, axis=1)
+        pad = settings.pad_token_id
+        tokens = chosen if pad is None or not settings.eos_token_ids else np.where(unfinished, chosen, pad)
+        yield Step(tokens, scores, logits, cache)
+        ids = np.concatenate([reading.ids, tokens[:, None]], axis=1)
+        reading = reading.followed_by(ids, cache if settings.use_cache else None)
+        unfinished &= ~how.ended(ids, scores)
+
+
+def one_by_one(reading: Reading, model: Model, how: Decoding, streamer: Streamer | None) -> GenerateDecoderOnlyOutput:
+    """Greedy decoding or sampling, whole."""
+    scores, logits, new = [], [], []
+    if streamer is not None:
+        streamer.put(reading.ids)
+    for step in steps(reading, model, how):
+        new.append(step.tokens)
+        scores += [step.scores] * how.settings.output_scores
+        logits += [step.logits] * how.settings.output_logits
+        if streamer is not None:
+            streamer.put(step.tokens)
+    if streamer is not None:
+        streamer.end()
+    return GenerateDecoderOnlyOutput(
+        sequences=np.concatenate([reading.ids, np.stack(new, axis=1)], axis=1),
+        scores=tuple(scores) if how.settings.output_scores else None,
+        logits=tuple(logits) if how.settings.output_logits else None,
+        past_key_values=step.cache if how.settings.use_cache else None,
+    )
+
+
+def _rules(settings: Settings) -> Rules:
+    """Candidates: so many that `num_beams` can be continued, whatever ends of text are among them."""
+    ends = settings.eos_token_ids
+    return Rules(
+        num_beams=settings.num_beams,
+        candidates=max(2, 1 + len(ends)) * settings.num_beams,
+        longest=settings.max_length - settings.prompt_length,
+        early_stopping=settings.early_stopping,
+        length_penalty=settings.length_penalty,
+        # `pad or eos[0]` in transformers: a pad token whose id is 0, as Gemma's is, counts as none.
+        fill=(settings.pad_token_id or ends[0]) if ends else -1,
+    )
+
+
+def beam_search(reading: Reading, model: Model, how: Decoding) -> GenerateBeamDecoderOnlyOutput:
+    """A search for each prompt; `reading` has each of them `num_beams` times."""
+    settings, rules = how.settings, _rules(how.settings)
+    rng = np.random.default_rng(settings.seed) if settings.do_sample else None
+    beams = started(reading.ids[:: rules.num_beams], rules)
+    all_scores, all_logits = [], []
+    while True:
+        logits, cache = reading.next_logits(model)
+        scores = how.scores(reading.ids, log_softmax(logits).astype(np.float32))
+        all_scores += [scores] * settings.output_scores
+        all_logits += [logits] * settings.output_logits
+        beams = advanced(beams, scores, partial(how.ended, scores=scores), rules, rng)
+        cache = cache.reorder(beams.running_origins[:, :, -1].reshape(-1))
+        running = beams.running.reshape(len(reading.ids), -1)
+        reading = reading.followed_by(running, cache if settings.use_cache else None)
+        if is_over(beams, rules):
+            break
+    sequences, sequences_scores, origins = best_texts(beams, settings.num_return_sequences)
+    return GenerateBeamDecoderOnlyOutput(
+        sequences=sequences,
+        sequences_scores=sequences_scores if settings.output_scores else None,
+        scores=tuple(all_scores) if settings.output_scores else None,
+        logits=tuple(all_logits) if settings.output_logits else None,
+        beam_indices=origins,
+        past_key_values=cache if settings.use_cache else None,
+    )
+
+
+def generate_batch(
+    prompts: Prompts, weights: Weights, config: Gemma2Config, call: GenerationConfig,
+    processors: Sequence[Processor] = (), criteria: Sequence[Criterion] = (), streamer: Streamer | None = None,
+    reference: bool = False,
+) -> GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput:  # fmt: skip
+    """Continue a batch of prompts; see ``Gemma2ForCausalLM.generate``, which is this under transformers' arguments.
+
+    Parameters
+    ----------
+    prompts : Prompts
+        What to continue.
+    call : GenerationConfig
+        All settings of this call, as `refgemma.generation.generation_config.settled` gives them.
+    processors, criteria : sequence of callable
+        ``processor(ids, scores)`` gives other scores, ``criterion(ids, scores)`` says which texts are complete.
+    streamer : Streamer, optional
+        Is given tokens as they come.
+    reference : bool
+        Compute with the definition, `refgemma.model`, instead of `refgemma.fast`.
+
+    Examples
+    --------
+    >>> import refgemma
+    >>> tiny = refgemma.load("tiny")
+    >>> call = settled(None, GenerationConfig(eos_token_id=1, pad_token_id=0), {"max_new_tokens": 3})
+    >>> prompts = Prompts([[0, 2, 300], [2, 300, 400]])  # the first with padding at its left
+    >>> generate_batch(prompts, tiny.weights, tiny.config, call).sequences.shape
+    (2, 6)
+    """
+    reading = prompts.reading(call, config)
+    embedded = 0 if reading.embeds is None else reading.embeds.shape[1]
+    limit = config.max_position_embeddings
+    asked = settings_for(call, reading.ids.shape[1], config.vocab_size, limit, embedded)
+    # What only a cache knows cannot be read anew at each step.
+    settings = asked if reading.cache is None and not embedded else replace(asked, use_cache=True)
+    if streamer is not None and settings.num_beams > 1:
+        raise InputError("a streamer is given tokens that stay, and a beam search has none before its end")
+    _warn_of_right_padding(reading.visible)
+    times = max(settings.num_beams, settings.num_return_sequences)
+    expanded = reading.repeated(times) if times > 1 else reading
+    # As in transformers, where a text that begins with no padding has 0 here.
+    how = Decoding(settings, np.argmax(expanded.visible, axis=1), processors, criteria)
+    read = reader(weights, config, reference)
+    if settings.num_beams > 1:
+        return beam_search(expanded, read, how)
+    return one_by_one(expanded, read, how, streamer)
+
+
+def reader(weights: Weights, config: Gemma2Config, reference: bool) -> Model:
+    """What reads tokens with these weights: fast, or as the definition says."""
+    read = definition if reference else next_token_logits
+    return partial(read, weights=weights, config=config)
+
+
+def _warn_of_right_padding(visible: Bool[np.ndarray, "batch total"]) -> None:
+    if not visible[:, -1].all():
+        warnings.warn(
+            "there is padding at the right of a prompt, which new tokens would follow: set padding_side='left'",
+            stacklevel=4,
+        )
+
+
+# --- one prompt, token by token ---------------------------------------------------------------------------------------
+
+
+def generate(
+    prompt: Sequence[int] | Int[np.ndarray, " seq"],
+    weights: Weights,
+    config: Gemma2Config,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    stop_ids: Collection[int] | None = None,
+    **settings: Any,
+) -> Iterator[int]:
+    """Continue a prompt, yielding each new token as soon as it is known.
+
+    Parameters
+    ----------
+    prompt : sequence of int
+        Token ids, usually beginning with ``<bos>``.
+    max_new_tokens : int
+        Stop after this many.
+    temperature : float
+        0 takes the likeliest token each time (greedy); above 0 one is drawn from ``softmax(logits / temperature)``.
+    top_k, top_p : int, float, optional
+        Draw only from the k likeliest, and from the likeliest that together reach probability p. Unused when greedy.
+    seed : int
+        Of the draws: the same seed gives the same tokens.
+    stop_ids : collection of int, optional
+        Tokens that end the text; the one met is yielded last. Default: the configuration's ``eos_token_id``.
+    **settings
+        Others of `GenerationConfig` for a single text: ``min_p``, ``repetition_penalty``, ``min_new_tokens`` ...
+
+    Yields
+    ------
+    int
+        The next token.
+
+    Raises
+    ------
+    InputError
+        For a prompt or a setting that cannot be used, at the call rather than at the first token.
+
+    Examples
+    --------
+    >>> import refgemma
+    >>> tiny = refgemma.load("tiny")
+    >>> prompt = tiny.tokenizer.encode("Once upon a time")
+    >>> new = list(generate(prompt, tiny.weights, tiny.config, max_new_tokens=5))
+    >>> len(new)
+    5
+    """
+    call = sampling(config, max_new_tokens, temperature, top_k, top_p, seed, stop_ids, settings)
+    return continued(prompt, weights, config, call)
+
+
+def continued(
+    prompt: Sequence[int] | Int[np.ndarray, " seq"], weights: Weights, config: Gemma2Config, call: GenerationConfig,
+    reference: bool = False,
+) -> Iterator[int]:  # fmt: skip
+    """`generate` with all settings in one record; `reference` as of `generate_batch`."""
+    if len(prompt) == 0:
+        raise InputError("the prompt is empty: a model needs at least one token (<bos>, for instance)")
+    ids = token_ids([list(prompt)], config.vocab_size)
+    reading = Reading(ids, np.ones(ids.shape, bool), np.arange(ids.shape[1])[None], None)
+    limit = config.max_position_embeddings
+    how = Decoding(settings_for(call, ids.shape[1], config.vocab_size, limit), skipped=np.zeros(1, int))
+    if how.settings.num_beams > 1 or how.settings.num_return_sequences > 1:
+        raise InputError("one text, token by token, has no beams; for a search use Gemma2ForCausalLM.generate")
+    read = reader(weights, config, reference)
+    return (int(step.tokens[0]) for step in steps(reading, read, how))
+
+
+def sampling(
+    config: Gemma2Config, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, seed: int,
+    stop_ids: Collection[int] | None, settings: Mapping[str, Any],
+) -> GenerationConfig:  # fmt: skip
+    """The settings of `generate`, checked."""
+    stops = stop_tokens(config) if stop_ids is None else stop_ids
+    if top_k is not None and top_k == 0:
+        raise InputError("top_k must be a whole number of at least 1, not 0; leave it out to draw from all tokens")
+    given = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    ends = {"eos_token_id": sorted(stops) or None, "pad_token_id": config.pad_token_id}
+    return settled(None, GenerationConfig(), given | {"do_sample": temperature > 0} | ends | dict(settings))
+
+
+def stop_tokens(config: Gemma2Config) -> frozenset[int]:
+    """The ids that end a text, as a set.
+
+    Examples
+    --------
+    >>> sorted(stop_tokens(Gemma2Config(eos_token_id=(1, 107))))
+    [1, 107]
+    """
+    eos = config.eos_token_id
+    return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
+
+
+class TextStreamer:
+    """Prints text as it is generated: a streamer for ``Gemma2ForCausalLM.generate``, for one text at a time.
+
+    transformers' prints whole words only; here every character is printed as soon as it is certain, and never half.
+
+    Parameters
+    ----------
+    tokenizer : Tokenizer
+        What the tokens belong to.
+    skip_prompt : bool
+        Print the new text only.
+    skip_special_tokens : bool
+        Leave out ``<bos>``, ``<end_of_turn>`` and the like, which are printed by default, as in transformers.
+
+    Examples
+    --------
+    >>> import refgemma
+    >>> model = refgemma.Gemma2ForCausalLM.from_pretrained("tiny")
+    >>> tokenizer = refgemma.AutoTokenizer.from_pretrained("tiny")
+    >>> streamer = TextStreamer(tokenizer)
+    >>> inputs = tokenizer("The king", return_tensors="np")
+    >>> ids = model.generate(**inputs, max_new_tokens=4, streamer=streamer)
+    <bos>The king's son was
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_prompt: bool = False, skip_special_tokens: bool = False) -> None:
+        self._tokenizer = tokenizer
+        self._skip_next = self._skip_prompt = skip_prompt
+        self._shown = frozenset() if skip_special_tokens else frozenset(tokenizer.all_special_ids)
+        self._stream = TextStream(tokenizer)
+
+    def put(self, value: npt.NDArray[np.int64]) -> None:
+        """Print the text of `value`: ids ``(n,)`` or ``(1, n)``.
+
+        Raises
+        ------
+        InputError
+            If it gets more than one text.
+        """
+        if value.ndim > 1 and len(value) > 1:
+            raise InputError(f"TextStreamer prints one text, and there are {len(value)}")
+        if not self._skip_next:
+            print("".join(self._text(int(token)) for token in value.reshape(-1)), end="", flush=True)
+        self._skip_next = False
+
+    def _text(self, token: int) -> str:
+        """What becomes certain with one more token."""
+        if token in self._shown:
+            return self._stream.finish() + self._tokenizer.decode([token])
+        return self._stream.push(token)
+
+    def end(self) -> None:
+        """Print what is left, and a line break."""
+        print(self._stream.finish(), flush=True)
+        self._skip_next = self._skip_prompt

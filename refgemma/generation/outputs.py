@@ -1,0 +1,103 @@
+"""What `generate` returns, and what all outputs have in common: dataclasses that also answer like a dict and a tuple.
+
+Checked against `ModelOutput` and its subclasses in transformers 5.23."""
+
+from collections.abc import Iterator, KeysView, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from refgemma.cache import Cache
+from refgemma.precision import Array
+
+PastKeyValues = Cache | tuple[tuple[Array, Array], ...]
+
+
+class ModelOutput(Mapping[str, Any]):
+    """A dataclass whose fields are found by attribute, by name and by number; fields that are None are left out.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from refgemma.modeling.model_outputs import TokenClassifierOutput
+    >>> output = TokenClassifierOutput(logits=np.zeros((1, 2, 3)))
+    >>> output.logits is output["logits"] is output[0], list(output), output.loss
+    (True, ['logits'], None)
+    """
+
+    def _present(self) -> dict[str, Any]:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]  # subclasses are
+        return {name: value for name, value in values.items() if value is not None}
+
+    def __getitem__(self, key: Any) -> Any:
+        """The field of a name, or the fields of a number or slice."""
+        return self._present()[key] if isinstance(key, str) else self.to_tuple()[key]
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of the fields, as of a dict: to unpack the values, use `to_tuple`."""
+        return iter(self._present())
+
+    def __len__(self) -> int:
+        """How many fields are not None."""
+        return len(self._present())
+
+    def keys(self) -> KeysView[str]:
+        """The names of the fields that are not None."""
+        return self._present().keys()
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The fields that are not None, in order: what a model returns with ``return_dict=False``."""
+        return tuple(self._present().values())
+
+    # Comparing arrays has no single answer: an output equals itself only.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+
+@dataclass(frozen=True, eq=False)
+class GenerateDecoderOnlyOutput(ModelOutput):
+    """What `generate` returns with ``return_dict_in_generate``, greedy or sampled.
+
+    Attributes
+    ----------
+    sequences : int array (rows, length)
+        Prompts and what was generated; a text that ended before others is filled with the pad token.
+    scores : tuple of arrays (rows, vocab), optional
+        With ``output_scores``: for each new token the scores it was chosen by, processed.
+    logits : tuple of arrays (rows, vocab), optional
+        With ``output_logits``: the same before they were processed.
+    past_key_values : Cache, optional
+        With ``use_cache``: all tokens but the last.
+    """
+
+    sequences: Array
+    scores: tuple[Array, ...] | None = None
+    logits: tuple[Array, ...] | None = None
+    past_key_values: PastKeyValues | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class GenerateBeamDecoderOnlyOutput(ModelOutput):
+    """What `generate` returns with ``return_dict_in_generate``, of a beam search.
+
+    Attributes
+    ----------
+    sequences : int array (rows, length)
+        Of each prompt the best texts, best first.
+    sequences_scores : array (rows,), optional
+        With ``output_scores``: sums of log probabilities, divided by the length penalty.
+    scores : tuple of arrays (batch * beams, vocab), optional
+        With ``output_scores``: log probabilities of each step, processed, without those of the text before.
+    logits : tuple of arrays (batch * beams, vocab), optional
+        With ``output_logits``: raw scores of each step.
+    beam_indices : int array (rows, new)
+        Which row of the step before each new token continued; -1 after the end of a text.
+    past_key_values : Cache, optional
+        With ``use_cache``: of the beams after the last step.
+    """
+
+    sequences: Array
+    sequences_scores: Array | None = None
+    scores: tuple[Array, ...] | None = None
+    logits: tuple[Array, ...] | None = None
+    beam_indices: Array | None = None
+    past_key_values: PastKeyValues | None = None

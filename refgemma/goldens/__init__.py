@@ -1,0 +1,1 @@
+"""PyTorch's recordings: reading them, and comparing refgemma with each."""

@@ -1,0 +1,17 @@
+"""The classes of the Transformers documentation page of Gemma 2, and a folder's parts put together."""
+
+from refgemma.modeling.classes import (
+    Gemma2ForCausalLM,
+    Gemma2ForSequenceClassification,
+    Gemma2ForTokenClassification,
+    Gemma2Model,
+    Gemma2PreTrainedModel,
+)
+
+__all__ = [
+    "Gemma2ForCausalLM",
+    "Gemma2ForSequenceClassification",
+    "Gemma2ForTokenClassification",
+    "Gemma2Model",
+    "Gemma2PreTrainedModel",
+]

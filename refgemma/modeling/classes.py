@@ -1,0 +1,885 @@
+"""The classes of the Transformers documentation page of Gemma 2, call for call. Checked against those of transformers
+5.23 in the parity tests, on random configurations, inputs and arguments.
+
+Here arguments are taken apart and results put together; what is computed is in `refgemma.model` and `refgemma.heads`.
+"""
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from refgemma.cache import Cache, LegacyCache
+from refgemma.config import ConfigError, Gemma2Config
+from refgemma.generation.decode import Criterion, Processor, Prompts, Streamer, generate_batch
+from refgemma.generation.generation_config import FILE as GENERATION_CONFIG
+from refgemma.generation.generation_config import GenerationConfig, settled
+from refgemma.generation.outputs import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput, ModelOutput
+from refgemma.heads import causal_lm_loss, last_tokens, sequence_classification_loss, token_classification_loss
+from refgemma.hub import find_model
+from refgemma.inputs import InputError, as_array
+from refgemma.model import begin, blocks, head, next_past
+from refgemma.modeling.model_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    PastKeyValues,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
+from refgemma.ops import linear, rms_norm
+from refgemma.precision import Array, as_dtype, dtype_name, precision_named, wide
+from refgemma.weights.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from refgemma.weights.initial import initial_score, initial_weights
+from refgemma.weights.parameters import (
+    EMBED_TOKENS,
+    LM_HEAD,
+    NORM,
+    SCORE_BIAS,
+    SCORE_WEIGHT,
+    Rows,
+    Score,
+    Weights,
+    named_weights,
+    tensor_shapes,
+    weights_of,
+)
+from refgemma.weights.save import Output, write_checkpoint
+
+Answer = TypeVar("Answer", bound=ModelOutput)
+
+# What people hand to transformers' from_pretrained, and what to do with it here.
+ELSEWHERE = {
+    "torch_dtype": "its name is dtype",
+    "device_map": "there is one place to compute; leave it out",
+    "low_cpu_mem_usage": "large models are read a layer at a time in any case; leave it out",
+    "attn_implementation": "attention is that of transformers' 'eager'; leave it out",
+    "quantization_config": "weights are not quantised here",
+    "load_in_8bit": "weights are not quantised here",
+    "load_in_4bit": "weights are not quantised here",
+    "trust_remote_code": "no code of a repository is ever run; leave it out",
+    "token": "log in with huggingface-cli, or set HF_TOKEN",
+    "local_files_only": "nothing is downloaded unless download=True; leave it out",
+    "cache_dir": "set HF_HUB_CACHE",
+    "use_safetensors": "nothing else is read; leave it out",
+}
+
+
+def _seen(places: Array | None, attention_mask: Any, seq: int) -> int | None:
+    """How many tokens came before: told by the places of these `seq` tokens, or by a mask over all tokens."""
+    if places is not None and places.size:
+        return int(places[0])
+    if attention_mask is None or isinstance(attention_mask, Mapping):
+        return None
+    mask = as_array(attention_mask, "attention_mask")
+    return int(mask.shape[-1] - seq) if mask.ndim in (2, 4) else None
+
+
+def cache_of(
+    past_key_values: Cache | LegacyCache | None, config: Gemma2Config, like: Array, seq: int,
+    attention_mask: Any, cache_position: npt.ArrayLike | None,
+) -> Cache | None:  # fmt: skip
+    """The cache that a caller handed in, in whichever format, after a look whether `cache_position` agrees with it."""
+    told = None if cache_position is None else as_array(cache_position, "cache_position")
+    if told is not None and (told.shape != (seq,) or told.dtype.kind not in "iu"):
+        raise InputError(
+            f"cache_position has shape {told.shape} and dtype {told.dtype}: the places of the {seq} tokens are needed"
+        )
+    if past_key_values is None or isinstance(past_key_values, Cache):
+        cache = past_key_values
+    else:
+        seen = _seen(told, attention_mask, seq)
+        cache = Cache.from_legacy(past_key_values, config, like, seen)
+    seen_now = cache.get_seq_length() if cache else 0
+    if told is not None and (told != np.arange(seen_now, seen_now + seq)).any():
+        raise InputError(
+            f"cache_position is {told.tolist()}, but after {seen_now} tokens in the cache these have the places "
+            f"{seen_now} to {seen_now + seq - 1}; for other rotary positions use position_ids"
+        )
+    return cache
+
+
+def _in_format(cache: Cache, legacy: bool) -> PastKeyValues:
+    return cache.to_legacy() if legacy else cache
+
+
+def _or(told: bool | None, configured: bool) -> bool:
+    """What the caller says, or else the configuration."""
+    return configured if told is None else told
+
+
+def tokens_to_keep(hidden: Any, logits_to_keep: int | npt.NDArray[Any]) -> Any:
+    """The tokens of `hidden` that logits are wanted of; see `Gemma2ForCausalLM.forward`.
+
+    Examples
+    --------
+    >>> hidden = np.arange(6.0).reshape(2, 3, 1)
+    >>> tokens_to_keep(hidden, 1)[:, :, 0], tokens_to_keep(hidden, np.array([[0], [1]]))[:, :, 0]
+    (array([[2.],
+           [5.]]), array([[0.],
+           [4.]]))
+    """
+    batch, seq = hidden.shape[:2]
+    if isinstance(logits_to_keep, int | np.integer) and not isinstance(logits_to_keep, bool):
+        if logits_to_keep < 0:
+            raise InputError(f"logits_to_keep is {logits_to_keep}: how many of the last tokens, 0 for all")
+        return hidden[:, -logits_to_keep:] if logits_to_keep else hidden
+    kept = as_array(logits_to_keep, "logits_to_keep")
+    if kept.dtype == bool and kept.shape == (batch, seq):
+        return hidden[kept]
+    rows = kept.ndim == 1 or (kept.ndim == 2 and len(kept) == batch)
+    if kept.dtype.kind not in "iu" or not rows or ((kept < -seq) | (kept >= seq)).any():
+        raise InputError(
+            f"logits_to_keep has shape {kept.shape} and dtype {kept.dtype}: places up to {seq - 1} of shape (kept,) "
+            f"or ({batch}, kept) are needed, or true and false of shape {(batch, seq)}"
+        )
+    return hidden[:, kept] if kept.ndim == 1 else hidden[np.arange(batch)[:, None], kept]
+
+
+def _length(input_ids: Any, inputs_embeds: Any) -> int:
+    """How many tokens a row has; 0 where that cannot be told, which `check_inputs` refuses with a reason."""
+    given = as_array(input_ids, "input_ids") if inputs_embeds is None else as_array(inputs_embeds, "inputs_embeds")
+    return given.shape[1] if given.ndim > 1 else 0
+
+
+def _check_config(config: object, name: str) -> None:
+    if not isinstance(config, Gemma2Config):
+        raise ConfigError(
+            f"{name}: config is a {type(config).__name__}, not a Gemma2Config; a model is loaded by its name with "
+            f"{name}.from_pretrained"
+        )
+
+
+class Gemma2PreTrainedModel:
+    """What the four classes share: making, loading and saving them.
+
+    Parameters
+    ----------
+    config : Gemma2Config
+        The model's numbers.
+    seed : int
+        Of the fresh weights: the same seed gives the same ones.
+    dtype : str
+        ``float32``, ``float64``, ``bfloat16`` or ``float16``: the precision of fresh weights, and of the computation.
+    weights, score : Weights, Score, optional
+        Weights to use in place of fresh ones, and the head of a classifier.
+    """
+
+    has_head: ClassVar[bool] = False  # that of a language model
+    has_score: ClassVar[bool] = False  # that of a classifier
+    has_score_bias: ClassVar[bool] = False
+    prefix: ClassVar[str] = ""  # of the names of a whole model that a state dict leaves out
+
+    def __init__(
+        self, config: Gemma2Config, seed: int = 0, dtype: Any = "float32", weights: Weights | None = None,
+        score: Score | None = None,
+    ) -> None:  # fmt: skip
+        _check_config(config, type(self).__name__)
+        dtype = precision_named(dtype)
+        self.config = config
+        self._folder: Path | None = None  # where the model was loaded from
+        self.weights = initial_weights(config, seed, dtype) if weights is None else weights
+        fresh = self.has_score and score is None
+        self.score = initial_score(config, seed, dtype, self.has_score_bias) if fresh else score
+
+    def __repr__(self) -> str:
+        """The class, the size and the precision."""
+        return f"{type(self).__name__}({self.num_parameters():,} parameters, {self.dtype})"
+
+    @property
+    def dtype(self) -> str:
+        """The precision of the weights and of the computation, by name."""
+        return dtype_name(self.weights.norm)
+
+    @classmethod
+    def tensor_shapes(cls, config: Gemma2Config) -> dict[str, tuple[int, ...]]:
+        """The tensors of this class, under the names of a whole model, with their shapes."""
+        shapes = tensor_shapes(config)
+        if not cls.has_head:
+            shapes.pop(LM_HEAD, None)
+        labels = config.num_labels or 0  # never None: the configuration fills it in
+        score = {SCORE_WEIGHT: (labels, config.hidden_size)} if cls.has_score else {}
+        bias = {SCORE_BIAS: (labels,)} if cls.has_score_bias else {}
+        return shapes | score | bias
+
+    def num_parameters(self) -> int:
+        """How many numbers the weights are; a tied head counts once."""
+        return sum(math.prod(shape) for shape in self.tensor_shapes(self.config).values())
+
+    def eval(self) -> Self:
+        """The model itself: there is no training mode here, and dropout is never active."""
+        return self
+
+    @classmethod
+    def from_config(cls, config: Gemma2Config, seed: int = 0, dtype: Any = "float32") -> Self:
+        """A model with fresh weights: a truncated normal of ``config.initializer_range``, norms and biases zero.
+
+        Examples
+        --------
+        >>> Gemma2ForCausalLM.from_config(Gemma2Config.from_pretrained("tiny"), seed=1)
+        Gemma2ForCausalLM(2,922,426 parameters, float32)
+        """
+        return cls(config, seed, dtype)
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path, dtype: Any = "float32", seed: int = 0, revision: str = "main", download: bool = False,
+        **changes: Any,
+    ) -> Self:  # fmt: skip
+        """Load a model.
+
+        Parameters
+        ----------
+        name : str or path
+            ``"tiny"``, ``"conformance"``, a folder, or a hub id whose snapshot is in the Hugging Face cache; see
+            `refgemma.hub.find_model`.
+        dtype : str or numpy.dtype
+            The precision of the computation, or ``"auto"`` for that of the file.
+        seed : int
+            Of a classifier's head, if the folder holds a model without one; a warning says so.
+        revision : str
+            Of a hub id: a branch, a tag or a commit.
+        download : bool
+            Whether a hub id that is not in the cache may be downloaded.
+        **changes
+            Fields of the configuration to replace, ``num_labels=3`` for instance.
+
+        Returns
+        -------
+        Gemma2PreTrainedModel
+            Of this class. A model of more than 4 GiB in that precision is read from disk layer by layer, at every call.
+
+        Raises
+        ------
+        CheckpointError, ConfigError, ModelNameError
+            Naming the file, and the tensor, that is at fault.
+
+        Examples
+        --------
+        >>> model = Gemma2ForCausalLM.from_pretrained("tiny")
+        >>> model([[2, 300, 400]]).logits.shape
+        (1, 3, 2048)
+        """
+        if strange := [argument for argument in changes if argument in ELSEWHERE]:
+            raise ConfigError(f"{cls.__name__}.from_pretrained takes no {strange[0]}: {ELSEWHERE[strange[0]]}")
+        checkpoint = open_checkpoint(find_model(name, revision, download))
+        config = checkpoint.config.changed(**changes)
+        if tensor_shapes(config) != tensor_shapes(checkpoint.config):
+            raise ConfigError(f"{name}: {', '.join(changes)} would change the shapes of the weights in the folder")
+        if cls.has_head and not config.tie_word_embeddings and LM_HEAD not in checkpoint.tensors:
+            raise CheckpointError(f"{checkpoint.folder}: holds no {LM_HEAD!r}, and tie_word_embeddings is false")
+        precision = checkpoint.tensors[NORM].dtype.name if dtype == "auto" else precision_named(dtype)
+        score = cls._read_score(checkpoint, config, seed, precision) if cls.has_score else None
+        model = cls(config, weights=checkpoint.weights(precision), score=score)
+        model._folder = checkpoint.folder
+        return model
+
+    @classmethod
+    def _read_score(cls, checkpoint: Checkpoint, config: Gemma2Config, seed: int, dtype: str) -> Score:
+        score = checkpoint.score(dtype)
+        if score is None:
+            warnings.warn(
+                f"{checkpoint.folder} holds no classifier's head: {cls.__name__} begins with fresh weights there, "
+                "which have to be trained before its answers mean anything",
+                stacklevel=3,
+            )
+            return initial_score(config, seed, dtype, cls.has_score_bias)
+        if len(score.weight) != config.num_labels or (score.bias is not None) != cls.has_score_bias:
+            raise CheckpointError(
+                f"{checkpoint.folder}: its classifier's head has {len(score.weight)} labels and "
+                f"{'no' if score.bias is None else 'a'} bias; {cls.__name__} with num_labels {config.num_labels} has "
+                f"{'a' if cls.has_score_bias else 'no'} bias"
+            )
+        return score
+
+    @classmethod
+    def from_state_dict(
+        cls, config: Gemma2Config, state_dict: Mapping[str, npt.ArrayLike], dtype: Any = "float32"
+    ) -> Self:
+        """A model with the tensors of a state dict: this class's, or PyTorch's as NumPy arrays.
+
+        Raises
+        ------
+        CheckpointError
+            For a tensor that is missing, has no place, or has another shape.
+
+        Examples
+        --------
+        >>> model = Gemma2Model.from_pretrained("tiny")
+        >>> again = Gemma2Model.from_state_dict(model.config, model.state_dict())
+        >>> bool((again([[2, 300]]).last_hidden_state == model([[2, 300]]).last_hidden_state).all())
+        True
+        """
+        given = {name if name == LM_HEAD else cls.prefix + name: as_array(x, name) for name, x in state_dict.items()}
+        shapes = cls.tensor_shapes(config)
+        for name, shape in shapes.items():
+            if name not in given:
+                raise CheckpointError(f"the state dict lacks {name.removeprefix(cls.prefix)!r}")
+            if given[name].shape != shape:
+                raise CheckpointError(
+                    f"the state dict's {name.removeprefix(cls.prefix)!r} has shape {given[name].shape}, but the "
+                    f"configuration makes it {shape}"
+                )
+        tied = {LM_HEAD} if cls.has_head else set()  # the embedding once more
+        if extra := given.keys() - shapes.keys() - tied:
+            raise CheckpointError(f"the state dict holds {min(extra)!r}, for which {cls.__name__} has no place")
+        tensors = {name: as_dtype(given[name], precision_named(dtype)) for name in shapes}
+        score = Score(tensors[SCORE_WEIGHT], tensors.get(SCORE_BIAS)) if cls.has_score else None
+        return cls(config, weights=weights_of(tensors, config), score=score)
+
+    def named_tensors(self) -> dict[str, Rows]:
+        """Every tensor by its Hugging Face name, a tied head once; of weights on disk nothing is read yet."""
+        named = named_weights(self.weights, self.config)
+        if not self.has_head:
+            named.pop(LM_HEAD, None)
+        score = {} if self.score is None else {SCORE_WEIGHT: self.score.weight, SCORE_BIAS: self.score.bias}
+        tensors = {name.removeprefix(self.prefix): tensor for name, tensor in named.items()}
+        return tensors | {name: tensor for name, tensor in score.items() if tensor is not None}
+
+    def state_dict(self) -> dict[str, Array]:
+        """Every tensor by its Hugging Face name; of a model that is read from disk, all of it is read.
+
+        Examples
+        --------
+        >>> list(Gemma2ForCausalLM.from_pretrained("tiny").state_dict())[1]
+        'model.layers.0.input_layernorm.weight'
+        """
+        tensors: dict[str, Array] = {name: tensor[:] for name, tensor in self.named_tensors().items()}
+        return tensors | ({LM_HEAD: tensors[EMBED_TOKENS]} if self.has_head and LM_HEAD not in tensors else {})
+
+    def save_pretrained(self, folder: str | Path, max_shard_size: int | str = "50GB") -> None:
+        """Write ``config.json`` and the weights as safetensors, which transformers and `from_pretrained` read.
+
+        A tied head is not written. The weights appear whole or not at all, and keep their precision.
+
+        Parameters
+        ----------
+        folder : str or Path
+            Made if there is none; weights that are in it are replaced.
+        max_shard_size : int or str
+            Above this, the weights go into several files with an index: a number of bytes, or for instance ``"5GB"``.
+
+        Raises
+        ------
+        ConfigError
+            If ``config.hidden_activation`` is a function, which no file can hold.
+        CheckpointError
+            If the disk has too little space.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> model = Gemma2ForCausalLM.from_pretrained("tiny", dtype="bfloat16")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model.save_pretrained(folder)
+        ...     again = Gemma2ForCausalLM.from_pretrained(folder, dtype="auto")
+        >>> again
+        Gemma2ForCausalLM(2,922,426 parameters, bfloat16)
+        """
+        config = self.config.changed(dtype=self.dtype, architectures=(type(self).__name__,))
+        config.to_json_string()  # what no file can hold is refused before anything is written
+        tensors = self.named_tensors()
+        outputs = [Output(name, self.dtype, tuple(tensor.shape), tensor) for name, tensor in tensors.items()]
+        write_checkpoint(folder, outputs, max_shard_size)
+        config.save_pretrained(folder)
+
+
+class Gemma2Model(Gemma2PreTrainedModel):
+    """Gemma 2 without a head: the residual stream after the last layer and the final norm.
+
+    Parameters
+    ----------
+    config, seed, dtype, weights
+        As of `Gemma2PreTrainedModel`. A model that does not fit into memory is made at once, and its weights are drawn
+        as they are used.
+
+    Examples
+    --------
+    >>> model = Gemma2Model(Gemma2Config())
+    >>> configuration = model.config
+    >>> model
+    Gemma2Model(8,537,852,928 parameters, float32)
+    """
+
+    prefix = "model."
+
+    def forward(
+        self,
+        input_ids: npt.ArrayLike | None = None,
+        attention_mask: Any = None,
+        position_ids: npt.ArrayLike | None = None,
+        past_key_values: Cache | LegacyCache | None = None,
+        inputs_embeds: npt.ArrayLike | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cache_position: npt.ArrayLike | None = None,
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
+        """Run the layers. Calling the model is the same.
+
+        Parameters
+        ----------
+        input_ids : int array (batch, seq)
+            Token ids: all, or with `past_key_values` those that come after.
+        attention_mask : array, optional
+            ``(batch, tokens so far)`` of 1 (a token) and 0 (padding), on either side. Or with four axes, ``(batch, 1 or
+            heads, seq, tokens so far)``: true where a query may see a key, or numbers that are added to the scores; it
+            takes the place of the causal mask and the window. Or a mapping from ``"full_attention"`` and
+            ``"sliding_attention"`` to two such masks.
+        position_ids : int array (batch, seq), optional
+            What the rotary angles are taken of. By default each token's place in its row, padding counted.
+        past_key_values : Cache or tuple of pairs (keys, values), optional
+            From an earlier call; it is not changed. What comes back has the same format.
+        inputs_embeds : array (batch, seq, hidden), optional
+            In place of `input_ids`: what the blocks begin with, not scaled by ``sqrt(hidden)``, as in transformers 5.x.
+        use_cache, output_attentions, output_hidden_states, return_dict : bool, optional
+            What comes back; by default what the configuration says. With ``return_dict=False`` a plain tuple of what is
+            not None.
+        cache_position : int array (seq,), optional
+            The places of these tokens. They are known from the cache, so this is only compared; but a plain tuple of
+            sliding layers does not say how many tokens it has seen, and this does.
+
+        Returns
+        -------
+        BaseModelOutputWithPast
+            See there. Without `past_key_values`, those that come back are a `Cache`, which is a tuple of pairs too.
+
+        Raises
+        ------
+        InputError
+            Naming the argument that does not fit.
+
+        Examples
+        --------
+        >>> model = Gemma2Model.from_pretrained("tiny")
+        >>> first = model([[2, 300]])
+        >>> second = model([[400]], past_key_values=first.past_key_values, output_attentions=True)
+        >>> second.last_hidden_state.shape, second.attentions[1].shape
+        ((1, 1, 234), (1, 6, 1, 3))
+        """
+        config, weights, like = self.config, self.weights, self.weights.norm
+        seq = _length(input_ids, inputs_embeds)
+        cache = cache_of(past_key_values, config, like, seq, attention_mask, cache_position)
+        start = begin(input_ids, weights, config, attention_mask, position_ids, cache, inputs_embeds)
+        keep_cache, keep_probs = _or(use_cache, config.use_cache), _or(output_attentions, config.output_attentions)
+        keep_hidden = _or(output_hidden_states, config.output_hidden_states)
+        hidden, present, states, attentions = start.embedded, [], [start.embedded], []
+        for layer, record in enumerate(blocks(start, weights, config)):
+            hidden = record.out
+            if keep_cache:
+                present.append(next_past(layer, record, config))
+            if keep_hidden:
+                states.append(record.out)
+            if keep_probs:
+                attentions.append(record.attention.probs)
+        norm = rms_norm(hidden, weights.norm, config.rms_norm_eps)
+        legacy = past_key_values is not None and not isinstance(past_key_values, Cache)
+        output = BaseModelOutputWithPast(
+            last_hidden_state=norm,
+            past_key_values=_in_format(Cache(present), legacy) if keep_cache else None,
+            hidden_states=(*states[:-1], norm) if keep_hidden else None,
+            attentions=tuple(attentions) if keep_probs else None,
+        )
+        return output if _or(return_dict, config.return_dict) else output.to_tuple()
+
+    __call__ = forward
+
+
+class _WithHead(Gemma2PreTrainedModel):
+    """A model and something on top of it."""
+
+    @property
+    def model(self) -> Gemma2Model:
+        """The model without its head, with the same weights."""
+        return Gemma2Model(self.config, weights=self.weights)
+
+    def _base(self, **arguments: Any) -> BaseModelOutputWithPast:
+        """What the model without its head returns."""
+        output = self.model(**arguments, return_dict=True)
+        assert isinstance(output, BaseModelOutputWithPast)
+        return output
+
+    def _returned(self, output: Answer, return_dict: bool | None) -> Answer | tuple[Any, ...]:
+        return output if _or(return_dict, self.config.return_dict) else output.to_tuple()
+
+    def _loss(self, value: float, logits: Array) -> np.floating[Any]:
+        """A loss in the precision it was taken in."""
+        loss: np.floating[Any] = wide(logits).dtype.type(value)
+        return loss
+
+
+class Gemma2ForCausalLM(_WithHead):
+    """Gemma 2 with its language-modelling head: scores of the next token, and text.
+
+    Parameters
+    ----------
+    config, seed, dtype, weights
+        As of `Gemma2PreTrainedModel`.
+
+    Examples
+    --------
+    The example of transformers' documentation page, which names Gemma 1's class and ``google/gemma-2-9b``:
+
+    >>> from refgemma import AutoTokenizer, Gemma2ForCausalLM
+    >>> model = Gemma2ForCausalLM.from_pretrained("tiny")
+    >>> tokenizer = AutoTokenizer.from_pretrained("tiny")
+    >>> prompt = "What is your favorite condiment?"
+    >>> inputs = tokenizer(prompt, return_tensors="np")
+    >>> # Generate
+    >>> generate_ids = model.generate(inputs.input_ids, max_length=30)
+    >>> tokenizer.batch_decode(generate_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)[0]
+    'What is your favorite condiment? He is a man, and he has a man who has a man who has a'
+
+    And a loss:
+
+    >>> output = model(inputs.input_ids, labels=inputs.input_ids)
+    >>> output.logits.shape, output.loss.shape, output.keys()
+    ((1, 13, 2048), (), dict_keys(['loss', 'logits', 'past_key_values']))
+    """
+
+    has_head = True
+
+    @cached_property
+    def generation_config(self) -> GenerationConfig:
+        """The settings that `generate` begins with: those of the folder's ``generation_config.json``, if it has one."""
+        file = self._folder and self._folder / GENERATION_CONFIG
+        if file is not None and file.exists():
+            return GenerationConfig.from_json_file(file)
+        return GenerationConfig.from_model_config(self.config)
+
+    def generate(
+        self,
+        inputs: npt.ArrayLike | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: Sequence[Processor] = (),
+        stopping_criteria: Sequence[Criterion] = (),
+        streamer: Streamer | None = None,
+        *,
+        input_ids: npt.ArrayLike | None = None,
+        attention_mask: npt.ArrayLike | None = None,
+        position_ids: npt.ArrayLike | None = None,
+        inputs_embeds: npt.ArrayLike | None = None,
+        past_key_values: Cache | None = None,
+        **settings: Any,
+    ) -> Array | GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput:
+        """Continue prompts.
+
+        Parameters
+        ----------
+        inputs, input_ids : int array (batch, seq), optional
+            The prompts, under either name, with padding at the left. Without any, one text is begun with ``<bos>``.
+        generation_config : GenerationConfig, optional
+            Settings. What it does not say, `generation_config` of the model says, and else the default values.
+        logits_processor : sequence of callable, optional
+            Each takes token ids ``(rows, length)`` and scores ``(rows, vocab)``, and gives other scores.
+        stopping_criteria : sequence of callable, optional
+            Each takes the same, ids with the newest token, and says which texts are complete.
+        streamer : object with ``put`` and ``end``, optional
+            Is given the prompts, then new tokens as they come: a `TextStreamer`, for instance.
+        attention_mask : int array (batch, seq), optional
+            1 for tokens, 0 for padding. By default pad tokens are padding, unless they may end a text.
+        position_ids : int array (batch, seq), optional
+            By default tokens are counted from the first that is no padding.
+        inputs_embeds : array (batch, seq, hidden), optional
+            The prompts as embeddings. Then only the new tokens come back.
+        past_key_values : Cache, optional
+            Of the beginning of the prompts, which `input_ids` hold too.
+        **settings
+            Settings of this call, which come before all others: see `GenerationConfig`.
+
+        Returns
+        -------
+        array (rows, length), GenerateDecoderOnlyOutput or GenerateBeamDecoderOnlyOutput
+            The prompts and what follows, ``num_return_sequences`` rows for each; with ``return_dict_in_generate`` a
+            record.
+
+        Raises
+        ------
+        InputError
+            Naming the argument or the setting that does not fit.
+
+        Notes
+        -----
+        Draws are our own: ``seed`` gives the same tokens again, but not those of a torch seed. Of equal scores the
+        first token wins, as in torch's argmax; torch's ``topk``, which its beam search uses, promises no order of them.
+
+        Examples
+        --------
+        >>> model = Gemma2ForCausalLM.from_pretrained("tiny")
+        >>> model.generate([[2, 300]], max_length=5).shape
+        (1, 5)
+        >>> found = model.generate([[2, 300]], num_beams=3, max_new_tokens=4, num_return_sequences=2,
+        ...     return_dict_in_generate=True, output_scores=True)
+        >>> found.sequences.shape, bool(found.sequences_scores[0] >= found.sequences_scores[1])
+        ((2, 6), True)
+        """
+        if inputs is not None and input_ids is not None:
+            raise InputError("give the prompts as inputs or as input_ids, and only once")
+        ids = input_ids if inputs is None else inputs
+        call = settled(generation_config, self.generation_config, settings)
+        prompts = Prompts(ids, attention_mask, position_ids, inputs_embeds, past_key_values)
+        output = generate_batch(prompts, self.weights, self.config, call, logits_processor, stopping_criteria, streamer)
+        return output if call.return_dict_in_generate else output.sequences
+
+    def save_pretrained(self, folder: str | Path, max_shard_size: int | str = "50GB") -> None:
+        """Write what `Gemma2PreTrainedModel.save_pretrained` writes, and ``generation_config.json``."""
+        settings = self.generation_config  # read before anything is written
+        super().save_pretrained(folder, max_shard_size)
+        settings.save_pretrained(folder)
+
+    def forward(
+        self,
+        input_ids: npt.ArrayLike | None = None,
+        attention_mask: Any = None,
+        position_ids: npt.ArrayLike | None = None,
+        past_key_values: Cache | LegacyCache | None = None,
+        inputs_embeds: npt.ArrayLike | None = None,
+        labels: npt.ArrayLike | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cache_position: npt.ArrayLike | None = None,
+        logits_to_keep: int | npt.NDArray[Any] = 0,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Run the model and its head. Calling the model is the same.
+
+        Parameters
+        ----------
+        input_ids, attention_mask, position_ids, past_key_values, inputs_embeds
+            As of `Gemma2Model.forward`.
+        labels : int array (batch, seq), optional
+            The tokens themselves: each is judged by the logits of the token before it. -100 does not count.
+        use_cache, output_attentions, output_hidden_states, return_dict, cache_position
+            As of `Gemma2Model.forward`.
+        logits_to_keep : int or array
+            Of which tokens to compute the logits: of the last n, of all for 0; or of the places in an int array
+            ``(kept,)`` or ``(batch, kept)``; or of those where a bool array ``(batch, seq)`` is true, which gives
+            ``(tokens, vocab)``.
+
+        Returns
+        -------
+        CausalLMOutputWithPast
+            See there.
+
+        Raises
+        ------
+        InputError
+            Naming the argument that does not fit.
+
+        Examples
+        --------
+        >>> model = Gemma2ForCausalLM.from_pretrained("tiny")
+        >>> (logits,) = model([[2, 300, 400]], logits_to_keep=1, use_cache=False, return_dict=False)
+        >>> logits.shape
+        (1, 1, 2048)
+        """
+        output = self._base(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+            past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache,
+            output_attentions=output_attentions, output_hidden_states=output_hidden_states,
+            cache_position=cache_position,
+        )  # fmt: skip
+        kept = tokens_to_keep(output.last_hidden_state, logits_to_keep)
+        flat = kept.ndim == 2  # the tokens that a bool array picks have lost their rows
+        _, all_logits = head(kept[None] if flat else kept, self.weights, self.config)
+        logits = all_logits[0] if flat else all_logits
+        causal = CausalLMOutputWithPast(
+            loss=None if labels is None else self._loss(causal_lm_loss(logits, labels), logits),
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+        return self._returned(causal, return_dict)
+
+    __call__ = forward
+
+
+class Gemma2ForSequenceClassification(_WithHead):
+    """Gemma 2 with a linear layer on top of the last token of each sequence.
+
+    The last token is the rightmost one that is not ``config.pad_token_id``, whichever side the padding is on. Without a
+    pad id it is the last in the row, and there can be one row only; with `inputs_embeds` too, where padding cannot be
+    told.
+
+    Parameters
+    ----------
+    config, seed, dtype, weights, score
+        As of `Gemma2PreTrainedModel`. ``config.num_labels`` is the number of classes.
+
+    Examples
+    --------
+    >>> config = Gemma2Config.from_pretrained("tiny", num_labels=3)
+    >>> model = Gemma2ForSequenceClassification(config, seed=1)
+    >>> output = model([[2, 300, 400], [2, 500, 0]], labels=[2, 0])
+    >>> output.logits.shape, output.loss > 0
+    ((2, 3), np.True_)
+    """
+
+    has_score = True
+
+    def forward(
+        self,
+        input_ids: npt.ArrayLike | None = None,
+        attention_mask: Any = None,
+        position_ids: npt.ArrayLike | None = None,
+        past_key_values: Cache | LegacyCache | None = None,
+        inputs_embeds: npt.ArrayLike | None = None,
+        labels: npt.ArrayLike | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cache_position: npt.ArrayLike | None = None,
+    ) -> SequenceClassifierOutputWithPast | tuple[Any, ...]:
+        """Run the model and its head. Calling the model is the same.
+
+        Parameters
+        ----------
+        input_ids, attention_mask, position_ids, past_key_values, inputs_embeds
+            As of `Gemma2Model.forward`.
+        labels : array, optional
+            What `refgemma.heads.sequence_classification_loss` takes: a class for each sequence, or numbers.
+        use_cache, output_attentions, output_hidden_states, return_dict, cache_position
+            As of `Gemma2Model.forward`.
+
+        Returns
+        -------
+        SequenceClassifierOutputWithPast
+            See there.
+
+        Raises
+        ------
+        InputError
+            Naming the argument that does not fit; and for several rows where the configuration has no pad id.
+
+        Examples
+        --------
+        >>> config = Gemma2Config.from_pretrained("tiny", num_labels=1)
+        >>> model = Gemma2ForSequenceClassification(config)
+        >>> model([[2, 300]], labels=[0.5]).logits.shape  # a regression
+        (1, 1)
+        """
+        output = self._base(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+            past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache,
+            output_attentions=output_attentions, output_hidden_states=output_hidden_states,
+            cache_position=cache_position,
+        )  # fmt: skip
+        assert self.score is not None  # made by __init__
+        all_logits = linear(output.last_hidden_state, self.score.weight)
+        logits = all_logits[np.arange(len(all_logits)), self._last(input_ids, len(all_logits))]
+        value = None if labels is None else sequence_classification_loss(logits, labels, self.config.problem_type)
+        classified = SequenceClassifierOutputWithPast(
+            loss=None if value is None else self._loss(value, logits),
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+        return self._returned(classified, return_dict)
+
+    def _last(self, input_ids: npt.ArrayLike | None, batch: int) -> Any:
+        """The place of the token that each row is classified at."""
+        padding = self.config.pad_token_id
+        if padding is None and batch > 1:
+            raise InputError(
+                f"{batch} sequences, but the configuration has no pad_token_id to tell where each ends; give one "
+                "sequence at a time, or set it"
+            )
+        if padding is not None and input_ids is not None:
+            return last_tokens(np.asarray(input_ids), padding)
+        if input_ids is None:
+            warnings.warn(
+                "padding cannot be told in inputs_embeds: each row is classified at its last place", stacklevel=4
+            )
+        return -1
+
+    __call__ = forward
+
+
+class Gemma2ForTokenClassification(_WithHead):
+    """Gemma 2 with a linear layer on top of every token, to name entities for instance.
+
+    Parameters
+    ----------
+    config, seed, dtype, weights, score
+        As of `Gemma2PreTrainedModel`. ``config.num_labels`` is the number of classes. The dropout before the layer is
+        inactive, as always.
+
+    Examples
+    --------
+    >>> config = Gemma2Config.from_pretrained("tiny", num_labels=3)
+    >>> model = Gemma2ForTokenClassification(config, seed=1)
+    >>> model([[2, 300, 400]], labels=[[-100, 0, 2]]).logits.shape
+    (1, 3, 3)
+    """
+
+    has_score = True
+    has_score_bias = True
+
+    def forward(
+        self,
+        input_ids: npt.ArrayLike | None = None,
+        attention_mask: Any = None,
+        position_ids: npt.ArrayLike | None = None,
+        past_key_values: Cache | LegacyCache | None = None,
+        inputs_embeds: npt.ArrayLike | None = None,
+        labels: npt.ArrayLike | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cache_position: npt.ArrayLike | None = None,
+    ) -> TokenClassifierOutput | tuple[Any, ...]:
+        """Run the model and its head. Calling the model is the same.
+
+        Parameters
+        ----------
+        input_ids, attention_mask, position_ids, past_key_values, inputs_embeds
+            As of `Gemma2Model.forward`.
+        labels : int array (batch, seq), optional
+            The class of each token; -100 does not count.
+        use_cache, output_attentions, output_hidden_states, return_dict, cache_position
+            As of `Gemma2Model.forward`. No cache comes back.
+
+        Returns
+        -------
+        TokenClassifierOutput
+            See there.
+
+        Raises
+        ------
+        InputError
+            Naming the argument that does not fit.
+
+        Examples
+        --------
+        >>> model = Gemma2ForTokenClassification(Gemma2Config.from_pretrained("tiny"))
+        >>> model([[2, 300]]).keys()
+        dict_keys(['logits'])
+        """
+        output = self._base(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+            past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache,
+            output_attentions=output_attentions, output_hidden_states=output_hidden_states,
+            cache_position=cache_position,
+        )  # fmt: skip
+        assert self.score is not None  # made by __init__
+        logits = linear(output.last_hidden_state, self.score.weight, self.score.bias)
+        value = None if labels is None else token_classification_loss(logits, labels)
+        classified = TokenClassifierOutput(
+            loss=None if value is None else self._loss(value, logits),
+            logits=logits,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+        return self._returned(classified, return_dict)
+
+    __call__ = forward

@@ -1,0 +1,136 @@
+"""Inputs that together show every mistake that can be shown, and which of them shows which. Checked in tests/parity:
+what is said here of a prompt is what `refgemma check` excludes for a transformers run of it.
+
+A prompt shows a mistake if a right port's trace of it, judged by `refgemma check`, excludes the mistake. So that is
+what is done: refgemma itself runs the prompt, in each precision, and its full trace is checked.
+"""
+
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refgemma.cache import Cache
+from refgemma.config import Gemma2Config
+from refgemma.files import replace_file
+from refgemma.model import forward
+from refgemma.oracle.check import Check
+from refgemma.oracle.conformance import Prompt, prompts
+from refgemma.oracle.known_bugs import VARIANTS, Variant
+from refgemma.precision import Array
+from refgemma.trace.candidate import load_candidate
+from refgemma.trace.names import named_tensors, save_trace
+from refgemma.weights.parameters import Weights
+
+SCHEMA = "refgemma-prompts/1"
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What one prompt shows in one precision."""
+
+    prompt: str
+    dtype: str
+    variants: tuple[Variant, ...]
+
+
+def run_prompt(prompt: Prompt, weights: Weights, config: Gemma2Config) -> Iterator[tuple[str, Array]]:
+    """The trace of a prompt, as a port would write it: its calls one after the other, with a cache.
+
+    Examples
+    --------
+    >>> import refgemma
+    >>> model = refgemma.load("conformance")
+    >>> tensors = dict(run_prompt(prompts(model.config)["cached"], model.weights, model.config))
+    >>> tensors["calls.1.logits"].shape
+    (1, 6, 97)
+    """
+    yield from given(prompt)
+    cache: Cache | None = None
+    starts = np.cumsum([0, *prompt.calls])
+    for number, (start, end) in enumerate(pairwise(starts)):
+        run = forward(prompt.input_ids[:, start:end], weights, config, prompt.attention_mask[:, :end], cache=cache)
+        prefix = f"calls.{number}." if len(prompt.calls) > 1 else ""
+        yield from ((prefix + name, x) for name, x in named_tensors(run))
+        cache = run.cache
+
+
+def given(prompt: Prompt) -> Iterator[tuple[str, Array]]:
+    """The tensors that say what is asked."""
+    yield "input_ids", prompt.input_ids
+    yield "attention_mask", prompt.attention_mask
+
+
+def shown(prompt: Prompt, dtype: str, weights: Weights, config: Gemma2Config) -> Shown:
+    """The mistakes that a right port's full trace of a prompt excludes."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "run.safetensors"
+        save_trace(run_prompt(prompt, weights, config), path, about(prompt) | {"dtype": dtype})
+        candidate = load_candidate(path, config)
+    return Shown(prompt.name, dtype, Check(candidate, weights, config).power()[0])
+
+
+def about(prompt: Prompt) -> dict[str, str]:
+    """The metadata of a prompt's file."""
+    return {"calls": json.dumps(prompt.calls), "prompt": prompt.name}
+
+
+def covering(found: Sequence[Shown]) -> list[Shown]:
+    """What few prompts show: always that one more, which shows most of what is left.
+
+    Examples
+    --------
+    >>> a, b, c = VARIANTS[:3]
+    >>> some = [Shown("p", "f", (a,)), Shown("q", "f", (a,)), Shown("q", "h", (b,)), Shown("r", "f", (c, b))]
+    >>> [(s.prompt, s.dtype) for s in covering(some)]
+    [('q', 'f'), ('q', 'h'), ('r', 'f')]
+    """
+    by_prompt: dict[str, set[str]] = {}
+    for s in found:
+        by_prompt.setdefault(s.prompt, set()).update(v.name for v in s.variants)
+    left = set().union(*by_prompt.values())
+    chosen = []
+    while left:
+        best = max(by_prompt, key=lambda name: len(left & by_prompt[name]))
+        left -= by_prompt[best]
+        chosen.append(best)
+    return [s for s in found if s.prompt in chosen]
+
+
+def not_shown(found: Sequence[Shown]) -> list[Variant]:
+    """What none of them shows, of the mistakes that change a computation."""
+    seen = {v.name for s in found for v in s.variants}
+    return [v for v in VARIANTS if v.change is not None and v.name not in seen]
+
+
+def as_json(found: Sequence[Shown], config: Gemma2Config, model: str) -> dict[str, Any]:
+    """Everything, for a program."""
+    known = prompts(config)
+    return {
+        "schema": SCHEMA, "model": model,
+        "prompts": [
+            {"file": f"{name}.safetensors", "name": name, "why": known[name].why, "calls": list(known[name].calls),
+             "shows": {s.dtype: [v.name for v in s.variants] for s in found if s.prompt == name}}
+            for name in dict.fromkeys(s.prompt for s in found)
+        ],
+        "not_shown": [{"variant": v.name, "needs": v.shows} for v in not_shown(found)],
+        "found_elsewhere": [v.name for v in VARIANTS if v.change is None],
+    }  # fmt: skip
+
+
+def write_prompts(found: Sequence[Shown], config: Gemma2Config, folder: Path, model: str) -> list[Path]:
+    """A file with the inputs of each prompt, and ``prompts.json`` with what each shows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    known, written = prompts(config), []
+    for name in dict.fromkeys(s.prompt for s in found):
+        written.append(folder / f"{name}.safetensors")
+        save_trace(given(known[name]), written[-1], about(known[name]) | {"model": model})
+    written.append(folder / "prompts.json")
+    replace_file(written[-1], (json.dumps(as_json(found, config, model), indent=2) + "\n").encode())
+    return written

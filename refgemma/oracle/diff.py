@@ -1,0 +1,152 @@
+"""Two traces side by side: which tensor differs first, and which differs by more than its inputs and rounding explain.
+Checked in the tests on recordings of PyTorch, one of them changed in a known place.
+
+Of one operation with result ``f(inputs)`` the first trace has ``a = f(a's inputs) + e`` and the second ``b = f(b's
+inputs) + e'``, and the errors are bounded by ``B`` and ``B'`` of ``refgemma.oracle.tolerance``. So ``(a - b) - (f(a's
+inputs) - f(b's inputs))`` is at most ``B + B'``, however far the inputs are apart: what exceeds that is unexplained.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from refgemma.config import Gemma2Config
+from refgemma.inputs import InputError
+from refgemma.oracle.check import Check
+from refgemma.precision import Array
+from refgemma.trace.candidate import Candidate
+from refgemma.trace.names import FIELDS, field_of, layer_of
+from refgemma.trace.reader import TraceFile
+from refgemma.weights.parameters import Weights
+
+SCHEMA = "refgemma-diff/1"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One tensor of two traces.
+
+    Examples
+    --------
+    >>> Difference("logits", "", elements=4, equal=0.5).differs
+    True
+    """
+
+    tensor: str
+    problem: str  # why the two cannot be compared; empty if they can
+    elements: int = 0
+    equal: float = 0.0  # share of elements that are the same number
+    largest: float = 0.0  # absolute difference
+    relative: float = 0.0  # root mean square of the difference, over that of the first trace's tensor
+    place: tuple[int, ...] = ()  # of the largest
+    unexplained: float | None = None  # largest error over bound, where all inputs are recorded in both
+
+    @property
+    def differs(self) -> bool:
+        """Whether it is not the same to the last bit."""
+        return bool(self.problem) or self.equal < 1
+
+
+def in_order(names: list[str]) -> list[str]:
+    """Names of ours in the order of execution, then all others as they come.
+
+    Examples
+    --------
+    >>> in_order(["logits", "mine", "layers.10.out", "layers.2.out", "cos"])
+    ['cos', 'layers.2.out', 'layers.10.out', 'logits', 'mine']
+    """
+
+    def key(name: str) -> tuple[int, int, int]:
+        kind, layered = field_of(name), name.startswith("layers.")
+        if kind not in FIELDS or (layered and not name.split(".")[1].isdecimal()):
+            return len(FIELDS), 0, names.index(name)
+        place = FIELDS.index(kind)
+        return (3, layer_of(name) or 0, place) if layered else (min(place, 4), 0, place)
+
+    return sorted(names, key=key)
+
+
+def compared(name: str, a: Array, b: Array) -> Difference:
+    """The `Difference` of two arrays, `a` and `b`, of one tensor, `name`.
+
+    Examples
+    --------
+    >>> d = compared("x", np.array([1.0, 2.0]), np.array([1.0, 2.5]))
+    >>> isinstance(d, Difference), d.equal, d.largest, d.place
+    (True, 0.5, 0.5, (1,))
+    """
+    if a.shape != b.shape:
+        return Difference(name, f"has shapes {a.shape} and {b.shape}")
+    x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    same = (x == y) | (np.isnan(x) & np.isnan(y))
+    if not x.size or same.all():
+        return Difference(name, "", x.size, 1.0)
+    with np.errstate(all="ignore"):
+        gap = np.where(same, 0.0, np.abs(x - y))
+        gap = np.where(np.isnan(gap), np.inf, gap)
+        finite = np.isfinite(gap) & np.isfinite(x)
+        relative = np.sqrt(np.sum(gap[finite] ** 2) / max(float(np.sum(x[finite] ** 2)), 1e-300))
+    place = tuple(int(n) for n in np.unravel_index(np.argmax(gap), gap.shape))
+    return Difference(name, "", x.size, float(same.mean()), float(gap.max()), float(relative), place)
+
+
+def differences(a: TraceFile, b: TraceFile) -> list[Difference]:
+    """Every tensor that both files have, in the order of execution."""
+    found = []
+    for name in in_order([name for name in a.entries if name in b.entries]):
+        left, right = a.entries[name], b.entries[name]
+        if left.shape != right.shape:
+            found.append(Difference(name, f"has shapes {left.shape} and {right.shape}"))
+        else:
+            found.append(compared(name, left.read(), right.read()))
+    return found
+
+
+def unexplained(a: Candidate, b: Candidate, weights: Mapping[str, Weights], config: Gemma2Config) -> dict[str, float]:
+    """By how many bounds each tensor differs that its inputs do not explain; those whose inputs both traces have.
+
+    Parameters
+    ----------
+    a, b : Candidate
+        Of the same tokens.
+    weights : mapping
+        The model's, in each trace's precision.
+    config : Gemma2Config
+        The model's.
+    """
+    if not np.array_equal(a.call.input_ids, b.call.input_ids):
+        raise InputError(f"{a.source} and {b.source} are of other tokens; their operations cannot be told apart")
+    works = [Check(c, weights[c.dtype], config) for c in (a, b)]
+    found = {}
+    for name in works[0].usual.table:
+        if any(name not in c.tensors for c in (a, b)) or any(len(w.usual.span(name)) > 1 for w in works):
+            continue
+        errors = [w.candidate.tensors[name].numbers - w.usual.result(name) for w in works]
+        bound = works[0].allowance(name).worst + works[1].allowance(name).worst
+        where = np.broadcast_to(works[0].where(name) & works[1].where(name), errors[0].shape)
+        with np.errstate(invalid="ignore"):
+            units = (np.abs(errors[0] - errors[1]) / bound)[where]
+        found[name] = float(np.nanmax(units, initial=0.0)) if np.isfinite(units).all() else float("inf")
+    return found
+
+
+def as_json(a: str, b: str, found: list[Difference], only_a: list[str], only_b: list[str], code: int) -> dict[str, Any]:
+    """Everything, for a program."""
+
+    def number(x: float | None) -> float | str | None:
+        return x if x is None or np.isfinite(x) else str(x)
+
+    return {
+        "schema": SCHEMA, "a": a, "b": b, "exit_code": code,
+        "first_difference": next((d.tensor for d in found if d.differs), None),
+        "first_unexplained": next((d.tensor for d in found if (d.unexplained or 0) > 1), None),
+        "tensors": [
+            {"tensor": d.tensor, "problem": d.problem, "elements": d.elements, "equal": d.equal,
+             "largest": number(d.largest), "relative": number(d.relative), "place": list(d.place),
+             "error_over_bound": number(d.unexplained)}
+            for d in found
+        ],
+        "only_a": only_a, "only_b": only_b,
+    }  # fmt: skip

@@ -1,0 +1,836 @@
+"""The known mistakes of Gemma 2 ports, as data: what each changes, where it shows first, and where it was seen.
+Checked by making each of them in transformers (``docs/oracle.md`` has the table).
+
+A variant is an edit of a `Context`: another number of the configuration, another function, mask, set of weights or
+wiring. Nothing in the model itself knows how to be wrong.
+
+``kind`` says how bad it is. A *mistake* is another model. *rounding* is the same model, rounded elsewhere: some
+released implementations do so on purpose, and it is only told. *stage* is no operation's fault: it is found in the
+tokens, the shapes or the weights.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from refgemma import ops
+from refgemma.config import FULL, SLIDING
+from refgemma.oracle.compare import ulp
+from refgemma.oracle.operations import Context, Operation, operations, window_mask
+from refgemma.precision import Array, as_dtype, bf16, narrow, wide
+from refgemma.trace.names import field_of, layer_of
+from refgemma.weights.parameters import LayerWeights
+
+Change = Callable[[Context], Context]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One known mistake.
+
+    Parameters
+    ----------
+    name : str
+        What the report calls it.
+    says : str
+        What is computed, and what should be.
+    fields : tuple of str
+        The tensors that differ, the first of them first; ``attention.probs`` is that of every layer.
+    change : callable
+        The edit; ``None`` for what is found in the tokens, shapes or weights.
+    seen : str
+        Where it was seen, or ``unverified``.
+    shows : str
+        The inputs and precisions that can show it.
+    knob : str
+        What to look at in a port.
+    kind : str
+        ``mistake``, ``rounding`` or ``stage``.
+    """
+
+    name: str
+    says: str
+    fields: tuple[str, ...]
+    change: Change | None
+    seen: str
+    shows: str = "any input"
+    knob: str = ""
+    kind: str = "mistake"
+
+    def table(self, context: Context, usual: Mapping[str, Operation]) -> dict[str, Operation]:
+        """All operations, those of `fields` as this variant has them."""
+        if self.change is None:
+            return dict(usual)
+        changed = operations(self.change(context))
+        return {name: changed[name] if field_of(name) in self.fields else op for name, op in usual.items()}
+
+
+# --- edits ------------------------------------------------------------------------------------------------------------
+
+
+def config(**changes: Any) -> Change:
+    """Other numbers; a callable value is given the context."""
+
+    def change(context: Context) -> Context:
+        values = {name: value(context) if callable(value) else value for name, value in changes.items()}
+        return replace(context, config=context.config.changed(**values))
+
+    return change
+
+
+def function(**functions: Callable[..., Any]) -> Change:
+    """Other functions."""
+    return lambda context: replace(context, functions=dict(context.functions) | functions)
+
+
+def in_storage(**makers: Callable[[str], Callable[..., Any]]) -> Change:
+    """Functions that round by themselves: each is made for a precision."""
+    return lambda context: replace(
+        context,
+        functions=dict(context.functions) | {k: make(context.arithmetic.storage) for k, make in makers.items()},
+    )
+
+
+def mask(rule: Callable[[Context, int], Array]) -> Change:
+    """Another mask."""
+    return lambda context: replace(context, mask=rule)
+
+
+def layer_weights(edit: Callable[[LayerWeights, Context], LayerWeights]) -> Change:
+    """Other weights."""
+    return lambda context: replace(context, layer_weights=edit)
+
+
+def rewire(edit: Callable[[dict[str, Operation], Context], Mapping[str, Operation]]) -> Change:
+    """Operations that take other inputs."""
+    return lambda context: replace(context, rewire=edit)
+
+
+# --- soft caps --------------------------------------------------------------------------------------------------------
+
+
+def x_times_tanh(x: Array, cap: float | None) -> Array:
+    """``x tanh(x / cap)``."""
+    return x if cap is None else np.tanh(x / cap) * x
+
+
+def cap_of_difference(x: Array, cap: float | None) -> Array:
+    """The largest of a row is taken off first."""
+    return ops.soft_cap(x - np.max(x, axis=-1, keepdims=True), cap)
+
+
+def cap_twice(x: Array, cap: float | None) -> Array:
+    """The cap of the cap."""
+    return ops.soft_cap(ops.soft_cap(x, cap), cap)
+
+
+def naive_tanh(x: Array, cap: float | None) -> Array:
+    """``tanh`` by ``exp(2 x)``, which overflows in float32."""
+    if cap is None:
+        return x
+    with np.errstate(over="ignore", invalid="ignore"):
+        e = np.exp(wide(2 * (x / cap)).astype(np.float32))
+        return narrow((e - 1) / (e + 1) * np.float32(cap), like=x)
+
+
+def cap_in_half(x: Array, cap: float | None) -> Array:
+    """The cap computed in bfloat16 whatever the model is in."""
+    return narrow(wide(ops.soft_cap(bf16(wide(x)), cap)), like=x)
+
+
+def first_key_uncapped(table: dict[str, Operation], context: Context) -> dict[str, Operation]:
+    """The first key that a query sees is not capped."""
+    wrong = {}
+    for name, op in table.items():
+        if field_of(name) == "attention.capped":
+            layer = layer_of(name)
+            assert layer is not None
+
+            def compute(x: Array, op: Operation = op, layer: int = layer) -> Array:
+                seen = window_mask(context, layer)
+                first = seen & (np.cumsum(seen, axis=-1) == 1)
+                return np.where(first, x, op.compute(x))
+
+            wrong[name] = replace(op, compute=compute)
+    return wrong
+
+
+def capped_after_mask(context: Context) -> Context:
+    """Masked keys have minus infinity capped to ``-cap``."""
+    cap = context.config.attn_logit_softcapping
+
+    def softmax(capped: Array, mask: Array) -> Array:
+        return ops.softmax(capped if cap is None else np.where(mask, capped, -cap), np.ones_like(mask))
+
+    return replace(context, functions=dict(context.functions) | {"softmax": softmax})
+
+
+def cap_before_scale(table: dict[str, Operation], context: Context) -> dict[str, Operation]:
+    """The product of query and key is capped, and scaled afterwards."""
+    scale = context.config.attention_scale
+    return {
+        name: replace(op, compute=lambda x, op=op: op.compute(x / scale) * scale)
+        for name, op in table.items()
+        if field_of(name) == "attention.capped"
+    }
+
+
+# --- scores and heads -------------------------------------------------------------------------------------------------
+
+
+def scaled_query_in(storage: str) -> Callable[..., Array]:
+    """The query is scaled and rounded, not the product."""
+
+    def scores(q: Array, k: Array, scale: float) -> Array:
+        query = np.asarray(as_dtype(wide(q) * scale, storage), np.float64)
+        return narrow(query @ np.asarray(wide(k), np.float64).swapaxes(-1, -2), like=q)
+
+    return scores
+
+
+def keys_in_half(q: Array, k: Array, scale: float) -> Array:
+    """Keys kept in bfloat16 in the cache."""
+    return ops.attention_scores(q, narrow(wide(bf16(wide(k))), like=k), scale)
+
+
+def tiled(x: Array, groups: int) -> Array:
+    """Heads 0, 1, 0, 1 for 0, 0, 1, 1."""
+    return np.tile(x, (1, groups, 1, 1))
+
+
+# --- norms ------------------------------------------------------------------------------------------------------------
+
+
+def norm_offset(offset: float) -> Callable[[Array, Array, float], Array]:
+    """``offset + weight`` for ``1 + weight``."""
+    return lambda x, weight, eps: ops.rms_norm(x, narrow(wide(weight) + (offset - 1), like=np.zeros(0)), eps)
+
+
+def eps_outside(x: Array, weight: Array, eps: float) -> Array:
+    """``1 / (root + eps)``."""
+    x_wide = wide(x)
+    root = np.sqrt(np.mean(x_wide * x_wide, axis=-1, keepdims=True))
+    return narrow(x_wide / (root + eps) * (1 + wide(weight)), like=x)
+
+
+def mean_subtracted(x: Array, weight: Array, eps: float) -> Array:
+    """LayerNorm: the mean is taken off."""
+    return ops.rms_norm(narrow(wide(x) - np.mean(wide(x), axis=-1, keepdims=True), like=x), weight, eps)
+
+
+def norm_cast_early(storage: str) -> Callable[..., Array]:
+    """Llama's order: rounded, then multiplied by the weight."""
+
+    def norm(x: Array, weight: Array, eps: float) -> Array:
+        normed = as_dtype(wide(ops.rms_norm(np.asarray(wide(x), np.float64), np.zeros(x.shape[-1]), eps)), storage)
+        return narrow(wide(normed * as_dtype(1 + wide(weight), storage)), like=x)
+
+    return norm
+
+
+def norm_weight_in_storage(storage: str) -> Callable[..., Array]:
+    """``1 + weight`` rounded to half precision."""
+
+    def norm(x: Array, weight: Array, eps: float) -> Array:
+        return ops.rms_norm(x, np.asarray(wide(as_dtype(1 + wide(weight), storage)), np.float64) - 1, eps)
+
+    return norm
+
+
+def norm_after_residual(table: dict[str, Operation], context: Context) -> dict[str, Operation]:
+    """The post-attention norm is applied to the sum."""
+    wrong = {}
+    for layer in range(context.config.num_hidden_layers):
+        p, source = f"layers.{layer}.", f"layers.{layer - 1}.out" if layer else "embedded"
+        norm = table[p + "post_attention_layernorm"]
+        wrong[norm.name] = replace(
+            norm, inputs=(source, p + "attention.out"), compute=lambda h, a, norm=norm: norm.compute(h + a),
+            allowed=lambda h, a, norm=norm: norm.allowed(h + a),
+            stores=lambda h, a, norm=norm: [_sum_stored(norm, h + a, context)],
+        )  # fmt: skip
+        wrong[p + "middle"] = _copy(table[p + "middle"], norm.name)
+    return wrong
+
+
+def _sum_stored(norm: Operation, total: Array, context: Context) -> Array:
+    """What the rounding of a sum leaves in its norm: as much relative to the result as it is to the sum."""
+    step = ulp(total, context.arithmetic.storage) / 2
+    found: Array = np.abs(norm.compute(total)) * step / np.maximum(np.abs(total), 1e-300)
+    return found
+
+
+def _copy(op: Operation, source: str) -> Operation:
+    return replace(op, inputs=(source,), compute=lambda x: x + 0, allowed=lambda x: op.allowed(x, 0 * x))
+
+
+def llama_block(table: dict[str, Operation], context: Context) -> dict[str, Operation]:
+    """Llama's two norms: the one named post-attention is fed to the feed-forward layer."""
+    wrong = {}
+    for layer in range(context.config.num_hidden_layers):
+        p, source = f"layers.{layer}.", f"layers.{layer - 1}.out" if layer else "embedded"
+        norm = table[p + "post_attention_layernorm"]
+        wrong[p + "middle"] = replace(table[p + "middle"], inputs=(source, p + "attention.out"))
+        wrong[norm.name] = replace(norm, inputs=(source, p + "attention.out"),
+                                   compute=lambda h, a, norm=norm: norm.compute(h + a),
+                                   allowed=lambda h, a, norm=norm: norm.allowed(h + a))  # fmt: skip
+        wrong[p + "pre_feedforward_layernorm"] = _copy(table[p + "middle"], norm.name)
+        wrong[p + "pre_feedforward_layernorm"] = replace(
+            wrong[p + "pre_feedforward_layernorm"], name=p + "pre_feedforward_layernorm"
+        )
+        wrong[p + "post_feedforward_layernorm"] = replace(
+            _copy(table[p + "middle"], p + "feed_forward.out"), name=p + "post_feedforward_layernorm"
+        )
+    return wrong
+
+
+def without(*norms: str) -> Callable[[dict[str, Operation], Context], dict[str, Operation]]:
+    """Norms that are left out: their input goes through."""
+
+    def edit(table: dict[str, Operation], context: Context) -> dict[str, Operation]:
+        wrong = {}
+        for name, op in table.items():
+            if field_of(name) in norms:
+                usual = table["layers.0.middle"]
+                wrong[name] = replace(_copy(usual, op.inputs[0]), name=name)
+        return wrong
+
+    return edit
+
+
+def exporter_norms(weights: LayerWeights, context: Context) -> LayerWeights:
+    """The pre-feed-forward norm's weight under the name of the post-attention norm's, and zeros in its place."""
+    return replace(
+        weights, post_attention_layernorm=weights.pre_feedforward_layernorm,
+        pre_feedforward_layernorm=np.zeros_like(weights.pre_feedforward_layernorm),
+    )  # fmt: skip
+
+
+# --- embedding and head -----------------------------------------------------------------------------------------------
+
+
+def scaled_embedding(scale: Callable[[Context], float]) -> Callable[[Context], Array]:
+    """The rows of the tokens times another number."""
+
+    def embed(context: Context) -> Array:
+        rows = context.weights.embed_tokens[context.call.input_ids]
+        found: Array = np.asarray(wide(rows), np.float64) * scale(context)
+        return found if context.exact else narrow(found, like=rows)
+
+    return embed
+
+
+def in_half(result: Callable[..., Array]) -> Callable[..., Array]:
+    """A result kept in bfloat16."""
+    return lambda x, *rest: narrow(wide(bf16(wide(result(x, *rest)))), like=x)
+
+
+# --- feed-forward -----------------------------------------------------------------------------------------------------
+
+
+def gelu_erf(x: Array) -> Array:
+    """With the error function."""
+    y = wide(x)
+    return narrow(0.5 * y * (1 + np.vectorize(math.erf)(y.astype(np.float64) / math.sqrt(2))), like=x)
+
+
+def gelu_sigmoid(x: Array) -> Array:
+    """``x sigmoid(1.702 x)``."""
+    y = wide(x).astype(np.float64)
+    return narrow(y / (1 + np.exp(-1.702 * y)), like=x)
+
+
+def gelu_by_table(x: Array) -> Array:
+    """From a table of float16 numbers for float16 numbers; beyond 10 the line."""
+    y = wide(x).astype(np.float64)
+    half = as_dtype(np.clip(y, -10, 10), "float16")
+    looked_up = np.asarray(wide(as_dtype(ops.gelu_tanh(np.asarray(wide(half), np.float64)), "float16")), np.float64)
+    return narrow(np.where(y <= -10, 0, np.where(y >= 10, y, looked_up)), like=x)
+
+
+def silu(x: Array) -> Array:
+    """``x sigmoid(x)``."""
+    y = wide(x).astype(np.float64)
+    return narrow(y / (1 + np.exp(-y)), like=x)
+
+
+def relu(x: Array) -> Array:
+    """No negative number passes."""
+    return np.maximum(x, 0)
+
+
+def swapped_gate(weights: LayerWeights, context: Context) -> LayerWeights:
+    """Gate for up, and up for gate."""
+    return replace(weights, gate_proj=weights.up_proj, up_proj=weights.gate_proj)
+
+
+def reshaped_gate(weights: LayerWeights, context: Context) -> LayerWeights:
+    """The matrix read with its axes taken for one another."""
+
+    def wrong(x: Array) -> Array:
+        rows, columns = x.shape
+        return np.ascontiguousarray(x).reshape(columns, rows).T
+
+    return replace(weights, gate_proj=wrong(weights.gate_proj), up_proj=wrong(weights.up_proj))
+
+
+def activated_up(table: dict[str, Operation], context: Context) -> dict[str, Operation]:
+    """The activation is applied to up instead of gate."""
+    wrong = {}
+    for layer in range(context.config.num_hidden_layers):
+        f = f"layers.{layer}.feed_forward."
+        wrong[f + "gelu"] = replace(table[f + "gelu"], inputs=(f + "up",))
+        wrong[f + "product"] = replace(table[f + "product"], inputs=(f + "gelu", f + "gate"))
+    return wrong
+
+
+# --- rotary positions -------------------------------------------------------------------------------------------------
+
+
+def neighbours(x: Array, cos: Array, sin: Array) -> Array:
+    """Pairs ``(2 i, 2 i + 1)``."""
+    half = x.shape[-1] // 2
+    even, odd = x[..., ::2], x[..., 1::2]
+    turned = [even * cos[..., :half] - odd * sin[..., :half], odd * cos[..., :half] + even * sin[..., :half]]
+    return np.stack(turned, axis=-1).reshape(x.shape)
+
+
+def clobbered(x: Array, cos: Array, sin: Array) -> Array:
+    """Turned in place: the second half is computed from the first half's result."""
+    first, second = np.split(x, 2, axis=-1)
+    cos1, cos2 = np.split(cos, 2, axis=-1)
+    sin1, sin2 = np.split(sin, 2, axis=-1)
+    turned = first * cos1 - second * sin1
+    return np.concatenate([turned, second * cos2 + turned * sin2], axis=-1)
+
+
+def unturned(x: Array, cos: Array, sin: Array) -> Array:
+    """Not at all."""
+    return x + 0
+
+
+def turned_back(x: Array, cos: Array, sin: Array) -> Array:
+    """The other way round."""
+    return ops.rotate(x, cos, -sin)
+
+
+def tables_of(angles: Callable[..., Array]) -> Callable[..., Any]:
+    """Rotary tables of other angles."""
+
+    def tables(positions: Array, head_dim: int, theta: float, like: Array) -> tuple[Array, Array]:
+        half = np.asarray(angles(positions[:, None, :, None], head_dim, theta), np.float64)
+        both = np.concatenate([half, half], axis=-1)
+        return narrow(np.cos(both), like), narrow(np.sin(both), like)
+
+    return tables
+
+
+def frequencies(head_dim: int, theta: float) -> Array:
+    """``theta ** (-2 i / head_dim)``."""
+    return theta ** (-np.arange(0, head_dim, 2) / head_dim)
+
+
+def angles_in_half(positions: Array, head_dim: int, theta: float) -> Array:
+    """Positions and angles in bfloat16."""
+    return wide(bf16(positions) * bf16(frequencies(head_dim, theta)))
+
+
+def angles_in_tf32(positions: Array, head_dim: int, theta: float) -> Array:
+    """A matrix product of numbers cut to ten bits."""
+    return _tf32(positions.astype(np.float64)) * _tf32(frequencies(head_dim, theta))
+
+
+def _tf32(x: Array) -> Array:
+    """Rounded to 10 bits after the leading one, as tensor cores read float32."""
+    bits = np.asarray(x, np.float32).view(np.uint32)
+    kept = ((bits + np.uint32(0x0FFF) + ((bits >> np.uint32(13)) & np.uint32(1))) & np.uint32(0xFFFFE000)).astype(
+        np.uint32
+    )
+    return kept.view(np.float32).astype(np.float64)
+
+
+def without_pads(context: Context) -> Context:
+    """Positions that do not count padding."""
+    counted = np.maximum(np.cumsum(context.call.visible, axis=1) - 1, 0)
+    return replace(context, call=replace(context.call, positions=counted))
+
+
+def moved(offset: int) -> Change:
+    """Positions that begin elsewhere."""
+    return lambda context: replace(
+        context, call=replace(context.call, positions=np.maximum(context.call.positions + offset, 0))
+    )
+
+
+def restarted(context: Context) -> Context:
+    """Positions that begin at 0 in each call."""
+    starts = np.cumsum([0, *context.call.calls])
+    call_of = np.repeat(starts[:-1], context.call.calls)
+    return replace(context, call=replace(context.call, positions=context.call.positions - call_of))
+
+
+def frozen_at_window(context: Context) -> Context:
+    """The length of the cache is read from a sliding layer: it does not grow beyond the window."""
+    starts = np.repeat(np.cumsum([0, *context.call.calls])[:-1], context.call.calls)
+    inside = np.arange(len(starts)) - starts
+    kept = np.minimum(starts, context.config.sliding_window - 1) + inside
+    return replace(context, call=replace(context.call, positions=np.broadcast_to(kept, context.call.positions.shape)))
+
+
+def half_swapped_rows(weights: LayerWeights, context: Context) -> LayerWeights:
+    """The rows of each query and key head in the order that rotation of neighbours needs."""
+    d = context.config.head_dim
+
+    def permuted(x: Array) -> Array:
+        rows = x.reshape(-1, 2, d // 2, x.shape[-1])
+        return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(x.shape)
+
+    return replace(weights, q_proj=permuted(weights.q_proj), k_proj=permuted(weights.k_proj))
+
+
+# --- masks ------------------------------------------------------------------------------------------------------------
+
+
+def with_types(kinds: Callable[[Context], tuple[str, ...]]) -> Change:
+    """Other types of layers."""
+    return lambda context: replace(context, config=replace(context.config, layer_types=kinds(context)))
+
+
+def windows(change: Callable[[int], int]) -> Change:
+    """Another window."""
+    return lambda c: replace(c, config=c.config.changed(sliding_window=max(1, change(c.config.sliding_window))))
+
+
+def _places(context: Context) -> tuple[Array, Array]:
+    n = np.arange(context.call.input_ids.shape[1])
+    return n[:, None], n[None, :]
+
+
+def two_sided(context: Context, layer: int) -> Array:
+    """The window looks ahead as well as back."""
+    q, k = _places(context)
+    if not context.config.is_sliding(layer):
+        return window_mask(context, layer)
+    return np.asarray((np.abs(q - k) < context.config.sliding_window) & context.call.visible[:, None, None, :])
+
+
+def not_causal(context: Context, layer: int) -> Array:
+    """Every query sees every key in full layers, and all keys of its window and after in sliding ones."""
+    q, k = _places(context)
+    seen = k > q - context.config.sliding_window if context.config.is_sliding(layer) else np.ones_like(k > q)
+    return np.asarray(seen & context.call.visible[:, None, None, :])
+
+
+def pads_seen(context: Context, layer: int) -> Array:
+    """Padding is looked at."""
+    call = replace(context.call, visible=np.ones_like(context.call.visible))
+    return window_mask(replace(context, call=call), layer)
+
+
+def strictly_before(context: Context, layer: int) -> Array:
+    """A query does not see itself, but for the first."""
+    q, k = _places(context)
+    return np.asarray(window_mask(context, layer) & ((k < q) | (q == 0)))
+
+
+def one_dropped(context: Context, layer: int) -> Array:
+    """The sliding cache loses one key too many when a call begins with a full cache."""
+    _, k = _places(context)
+    starts = np.repeat(np.cumsum([0, *context.call.calls])[:-1], context.call.calls)[:, None]
+    lost = context.config.is_sliding(layer) & (k < starts - (context.config.sliding_window - 2))
+    return window_mask(context, layer) & ~lost
+
+
+def ring_overwritten(context: Context, layer: int) -> Array:
+    """A ring of the window's size is overwritten by a chunk before its first queries have looked back."""
+    q, k = _places(context)
+    sizes = np.array(context.call.calls)
+    ends = np.repeat(np.cumsum(sizes), sizes)[:, None]
+    lost = context.config.is_sliding(layer) & (k < ends - context.config.sliding_window)
+    return np.asarray(window_mask(context, layer) & (~lost | (k == q)))
+
+
+def chunk_sees_all(context: Context, layer: int) -> Array:
+    """Within a later chunk the window is not applied."""
+    q, k = _places(context)
+    starts = np.repeat(np.cumsum([0, *context.call.calls])[:-1], context.call.calls)[:, None]
+    earliest = starts - context.config.sliding_window + 1
+    wide_open = (k <= q) & (k >= earliest) & (starts > 0)
+    return window_mask(context, layer) | (wide_open & context.call.visible[:, None, None, :])
+
+
+# --- the catalogue ----------------------------------------------------------------------------------------------------
+
+NORMS = (
+    "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm", "norm",
+)  # fmt: skip
+PROBS, CAPPED, SCORES = ("attention.probs",), ("attention.capped",), ("attention.scores",)
+TABLES, TURNED = ("cos", "sin"), ("attention.q_rot", "attention.k_rot")
+LONG = "more tokens than the window"
+HALF = "bfloat16 or float16"
+
+VARIANTS: tuple[Variant, ...] = (
+    # soft caps
+    Variant("attn-softcap-missing", "scores are not capped", CAPPED, config(attn_logit_softcapping=None),
+            "vllm #5908, llama.cpp #8197, vllm-metal #665, sgl-kernel-xpu #491", "scores not far below the cap",
+            "attn_logit_softcapping"),
+    Variant("attn-softcap-after-mask", "the mask is added before the cap, so that masked keys weigh exp(-cap)", PROBS,
+            capped_after_mask, "onnx #7865, flash-attention #1025", "a small cap", "order of cap and mask"),
+    Variant("attn-softcap-skips-first-key", "the first key of each row is not capped", CAPPED,
+            rewire(first_key_uncapped), "gemma.cpp 4974f24", "scores not far below the cap", "online softmax"),
+    Variant("attn-softcap-x-tanh", "x tanh(x / cap) for cap tanh(x / cap) of scores", CAPPED,
+            function(soft_cap=x_times_tanh), "unsloth-zoo #593", knob="soft cap formula"),
+    Variant("attn-softcap-subtracts-max", "a row's largest score is taken off before the cap", CAPPED,
+            function(soft_cap=cap_of_difference), "gemma.cpp 2a0e6ee, removed in e588a7f", knob="soft cap formula"),
+    Variant("attn-softcap-final-cap", "scores are capped with the cap of the logits", CAPPED,
+            config(attn_logit_softcapping=lambda c: c.config.final_logit_softcapping),
+            "unverified: gemma ffe7bc1 is the other way round", knob="attn_logit_softcapping"),
+    Variant("attn-softcap-twice", "scores are capped twice", CAPPED, function(soft_cap=cap_twice), "unverified",
+            knob="kernel and caller both cap"),
+    Variant("attn-softcap-before-scale", "the product is capped, then scaled", CAPPED, rewire(cap_before_scale),
+            "unverified", knob="order of cap and scale"),
+    Variant("attn-softcap-in-bf16", "scores are capped in bfloat16", CAPPED, function(soft_cap=cap_in_half),
+            "nanochat #326, mlx-examples #857", "float32", "dtype of tanh", "rounding"),
+    Variant("attn-softcap-tanh-overflow", "tanh by exp(2 x), which overflows", CAPPED, function(soft_cap=naive_tanh),
+            "Primus #1057", "scores above 44 caps", "tanh", "rounding"),
+    Variant("final-softcap-missing", "logits are not capped", ("logits",), config(final_logit_softcapping=None),
+            "ml-cross-entropy #48, vllm #52173, NxDI #97", knob="final_logit_softcapping"),
+    Variant("final-softcap-attn-cap", "logits are capped with the cap of the scores", ("logits",),
+            config(final_logit_softcapping=lambda c: c.config.attn_logit_softcapping),
+            "google-deepmind/gemma ffe7bc1", knob="final_logit_softcapping"),
+    Variant("final-softcap-twice", "logits are capped twice", ("logits",), function(soft_cap=cap_twice),
+            "Megatron-Bridge #4645", knob="head and loss both cap"),
+    Variant("final-softcap-x-tanh", "x tanh(x / cap) for cap tanh(x / cap) of logits", ("logits",),
+            function(soft_cap=x_times_tanh), "unsloth-zoo #593", knob="soft cap formula"),
+    Variant("final-softcap-subtracts-max", "a row's largest logit is taken off before the cap", ("logits",),
+            function(soft_cap=cap_of_difference), "gemma.cpp 2a0e6ee", knob="soft cap formula"),
+    Variant("final-softcap-in-bf16", "logits are capped in bfloat16", ("logits",), function(soft_cap=cap_in_half),
+            "nanochat #326", "float32", "dtype of tanh", "rounding"),
+    # scale and heads
+    Variant("scale-head-dim", "scores are scaled with head_dim**-0.5", SCORES,
+            config(query_pre_attn_scalar=lambda c: c.config.head_dim), "ferrox #40, llama.cpp #8444 (27B)",
+            "query_pre_attn_scalar other than head_dim", "query_pre_attn_scalar"),
+    Variant("scale-224", "scores are scaled with 224**-0.5", SCORES, config(query_pre_attn_scalar=224),
+            "gemma_pytorch a88abd5, transformers #31891, MaxText, TransformerLens #693 (9B)", "a scalar other than 224",
+            "query_pre_attn_scalar"),
+    Variant("scale-256", "scores are scaled with 256**-0.5", SCORES, config(query_pre_attn_scalar=256),
+            "trl #7227 (left at the default)", "a scalar other than 256", "query_pre_attn_scalar"),
+    Variant("scale-hidden-over-heads", "scores are scaled with (hidden / heads)**-0.5", SCORES,
+            config(query_pre_attn_scalar=lambda c: c.config.hidden_size / c.config.num_attention_heads),
+            "llama.cpp before #8444, TransformerLens before #694", "a scalar other than hidden / heads",
+            "query_pre_attn_scalar"),
+    Variant("scale-missing", "scores are not scaled", SCORES, config(query_pre_attn_scalar=1.0), "unverified",
+            knob="query_pre_attn_scalar"),
+    Variant("q-prescale-order", "the query is scaled and rounded, then multiplied", SCORES,
+            in_storage(attention_scores=scaled_query_in), "gemma_pytorch, llama.cpp, gemma.cpp do so", HALF,
+            "place of the scale", "rounding"),
+    Variant("kv-cache-in-bf16", "keys are rounded to bfloat16 in the cache", SCORES,
+            function(attention_scores=keys_in_half), "gemma.cpp 343482c", "float32", "dtype of the cache", "rounding"),
+    Variant("gqa-tile", "key heads are tiled (0, 1, 0, 1) instead of repeated (0, 0, 1, 1)",
+            ("attention.scores", "attention.mixed"), function(repeat_kv=tiled),
+            "onnx #7274, axlearn #842, candle-vllm #52",
+            "more than one key head", "repeat_kv"),
+    # norms and wiring
+    Variant("norm-without-one", "x w for x (1 + w) in every norm", NORMS, function(rms_norm=norm_offset(0)),
+            "Liger-Kernel #74", knob="norm offset"),
+    Variant("norm-two-plus", "x (2 + w): 1 is added to weights that hold it", NORMS, function(rms_norm=norm_offset(2)),
+            "vllm #31464, meganeura #188", knob="norm offset"),
+    Variant("final-norm-without-one", "x w for x (1 + w) in the last norm only", ("norm",),
+            function(rms_norm=norm_offset(0)), "imp #1289", knob="norm offset"),
+    Variant("norm-eps-1e-5", "eps is 1e-5", NORMS, config(rms_norm_eps=1e-5), "Llama's default",
+            "float32, or activations below 0.01", "rms_norm_eps"),
+    Variant("norm-eps-outside-root", "1 / (root + eps) for 1 / sqrt(mean + eps)", NORMS, function(rms_norm=eps_outside),
+            "unverified", "float32, or activations below 0.01", "place of eps"),
+    Variant("norm-subtracts-mean", "LayerNorm: the mean is taken off", NORMS, function(rms_norm=mean_subtracted),
+            "unverified", knob="norm"),
+    Variant("norm-cast-order-llama", "rounded before the multiplication by 1 + w", NORMS,
+            in_storage(rms_norm=norm_cast_early), "transformers #29402, gemma_pytorch f499fd4", HALF,
+            "place of the cast",
+            "rounding"),
+    Variant("norm-weight-in-half", "1 + w is rounded to half precision", NORMS,
+            in_storage(rms_norm=norm_weight_in_storage), "Unsloth's list of Gemma bugs", HALF, "dtype of 1 + w",
+            "rounding"),
+    Variant("post-attn-norm-after-residual", "norm(h + attention) for h + norm(attention)",
+            ("post_attention_layernorm", "middle"), rewire(norm_after_residual),
+            "google-deepmind/gemma 205e096, 7279d94", knob="post-attention norm"),
+    Variant("llama-block",
+            "the post-attention norm is fed to the feed-forward layer, the feed-forward norms are dropped",
+            ("post_attention_layernorm", "middle", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+            rewire(llama_block), "exllamav2 #539, TensorRT-LLM #1984", knob="block"),
+    Variant("post-norms-missing", "attention and feed-forward are added without their norms",
+            ("post_attention_layernorm", "post_feedforward_layernorm"),
+            rewire(without("post_attention_layernorm", "post_feedforward_layernorm")), "exllamav2 #539, mllm #223",
+            knob="post norms"),
+    Variant("post-ffw-norm-missing", "feed-forward is added without its norm", ("post_feedforward_layernorm",),
+            rewire(without("post_feedforward_layernorm")), "exllamav2 #539", knob="post norms"),
+    Variant("pre-ffw-norm-missing", "feed-forward is fed the residual stream as it is", ("pre_feedforward_layernorm",),
+            rewire(without("pre_feedforward_layernorm")), "unverified", knob="pre norms"),
+    Variant("exporter-norms",
+            "the pre-feed-forward norm's weight under the post-attention norm's name, and zeros in its place",
+            ("post_attention_layernorm", "pre_feedforward_layernorm"), layer_weights(exporter_norms), "NeMo #11951",
+            knob="names of norms"),
+    Variant("final-norm-missing", "logits of the residual stream as it is", ("norm",), rewire(without("norm")),
+            "unverified", knob="model.norm"),
+    # embedding and head
+    Variant("embed-scale-missing", "embeddings are not scaled", ("embedded",),
+            function(embed=scaled_embedding(lambda c: 1.0)), "levanter #978", "sqrt(hidden) other than 1",
+            "normalizer"),
+    Variant("embed-scale-twice", "embeddings are scaled twice", ("embedded",),
+            function(embed=scaled_embedding(lambda c: c.embedding_scale() ** 2)), "OpenTau #179", knob="inputs_embeds"),
+    Variant("embed-scale-not-rounded", "sqrt(hidden) is not rounded to the model's precision", ("embedded",),
+            function(embed=scaled_embedding(lambda c: math.sqrt(c.config.hidden_size))),
+            "gemma_pytorch f499fd4, litgpt #1031", "half precision, and sqrt(hidden) inexact in it", "normalizer"),
+    Variant("embed-scale-in-bf16", "sqrt(hidden) is rounded to bfloat16 whatever the model is in", ("embedded",),
+            function(embed=scaled_embedding(lambda c: float(bf16(math.sqrt(c.config.hidden_size))))),
+            "gemma.cpp EmbeddingScaling, on purpose", "float32, and sqrt(hidden) inexact in bfloat16", "normalizer"),
+    Variant("logits-in-bf16", "logits are rounded to bfloat16 before the cap", ("raw_logits",),
+            function(unembed=in_half(ops.linear)), "transformers before #29285", "float32", "dtype of the head",
+            "rounding"),
+    # feed-forward
+    Variant("gelu-exact", "GELU with the error function", ("feed_forward.gelu",), function(gelu_tanh=gelu_erf),
+            "gemma_pytorch 0a7afad, transformers #29402, TransformerLens #596", knob="hidden_activation"),
+    Variant("gelu-f16-table", "GELU from a table of float16 numbers", ("feed_forward.gelu",),
+            function(gelu_tanh=gelu_by_table), "llama.cpp on CPUs, on purpose (GGML_GELU_FP16)", "float32",
+            "table of GELU", "rounding"),
+    Variant("gelu-sigmoid", "x sigmoid(1.702 x)", ("feed_forward.gelu",), function(gelu_tanh=gelu_sigmoid),
+            "unverified",
+            knob="hidden_activation"),
+    Variant("silu-instead-of-gelu", "x sigmoid(x)", ("feed_forward.gelu",), function(gelu_tanh=silu), "unverified",
+            knob="hidden_activation"),
+    Variant("relu-instead-of-gelu", "max(x, 0)", ("feed_forward.gelu",), function(gelu_tanh=relu), "unverified",
+            knob="hidden_activation"),
+    Variant("gate-up-swapped", "gate's weights are taken for up's", ("feed_forward.gate", "feed_forward.up"),
+            layer_weights(swapped_gate), "unverified", knob="gate_proj, up_proj"),
+    Variant("activation-on-up", "gelu(up) gate for gelu(gate) up", ("feed_forward.gelu", "feed_forward.product"),
+            rewire(activated_up), "unverified", knob="feed-forward"),
+    Variant("gating-reshape-not-transpose", "gate and up are reshaped where they should be transposed",
+            ("feed_forward.gate", "feed_forward.up"), layer_weights(reshaped_gate), "google-deepmind/gemma 5e2ff66",
+            knob="transpose_gating_einsum"),
+    # rotary positions
+    Variant("rope-interleaved", "pairs (2 i, 2 i + 1) for (i, i + head_dim / 2)", TURNED, function(rotate=neighbours),
+            "AiDotNet #2074, lattice #392", "a position other than 0", "rope layout"),
+    Variant("rope-clobbered-input", "the second half is turned with the first half's result", TURNED,
+            function(rotate=clobbered), "gemma.cpp 7f62c26", "a position other than 0", "rotation in place"),
+    Variant("rope-missing", "queries and keys are not turned", TURNED, function(rotate=unturned), "unverified",
+            "a position other than 0", "rope"),
+    Variant("rope-turned-back", "turned the other way: only distances' signs differ", TURNED,
+            function(rotate=turned_back),
+            "unverified", "a position other than 0", "sign of sin"),
+    Variant("rope-bf16-angles", "positions and angles in bfloat16", TABLES,
+            function(rotary_tables=tables_of(angles_in_half)), "transformers #29285, Keras #1497, candle-vllm #50",
+            "positions above 1; the more the higher", "dtype of angles"),
+    Variant("rope-tf32-angles", "angles from a TF32 product", TABLES, function(rotary_tables=tables_of(angles_in_tf32)),
+            "transformers #48428", "float32, or positions above 2048", "dtype of angles"),
+    Variant("rope-theta-1e6", "theta is 1000000", TABLES, config(rope_theta=1e6, rope_parameters=None),
+            "unverified: Gemma 3's for full layers", "a position other than 0", "rope_theta"),
+    Variant("rope-theta-160000", "theta is 160000", TABLES, config(rope_theta=160000.0, rope_parameters=None),
+            "config.json in a vllm 0.8.0 issue", "a position other than 0", "rope_theta"),
+    Variant("rope-positions-skip-pads", "positions do not count padding", TABLES, without_pads,
+            "transformers' generate does so on purpose: give position_ids", "left padding", "position_ids"),
+    Variant("rope-position-from-1", "positions begin at 1", TABLES, moved(1), "google-deepmind/gemma 95475a9",
+            knob="position_ids"),
+    Variant("rope-weights-permuted", "rows of q and k are in the order for pairs side by side",
+            ("attention.q", "attention.k"), layer_weights(half_swapped_rows), "llama.cpp's conversion of Llama",
+            knob="permutation of q_proj, k_proj"),
+    # masks
+    Variant("swa-layer-parity-swapped", "the odd layers slide", PROBS,
+            with_types(lambda c: tuple(FULL if c.config.is_sliding(n) else SLIDING for n in _all(c))),
+            "transformers before #31775, mistral.rs #486, TransformerLens", LONG, "layer_types"),
+    Variant("swa-all-global", "no layer slides", PROBS, with_types(lambda c: tuple(FULL for _ in _all(c))),
+            "vllm #5908, mlx-examples #857, keras-hub #2186", LONG, "sliding_window"),
+    Variant("swa-all-local", "every layer slides", PROBS, with_types(lambda c: tuple(SLIDING for _ in _all(c))),
+            "llama.cpp #15798, TensorRT-LLM #1984", LONG, "layer_types"),
+    Variant("swa-first-layer-global", "layer 0 does not slide", PROBS,
+            with_types(lambda c: tuple(FULL if n == 0 or not c.config.is_sliding(n) else SLIDING for n in _all(c))),
+            "NeMo #9672", LONG, "layer_number"),
+    Variant("swa-window-plus-one", "one key more than the window", PROBS, windows(lambda w: w + 1),
+            "transformers #29623, NeMo #9672, SGLang #1056", LONG, "sliding_window"),
+    Variant("swa-window-minus-one", "one key less than the window", PROBS, windows(lambda w: w - 1), "SGLang #1746",
+            LONG,
+            "sliding_window"),
+    Variant("swa-window-halved", "half the window", PROBS, windows(lambda w: w // 2), "transformers #47940", LONG,
+            "sliding_window"),
+    Variant("swa-two-sided", "sliding layers look ahead as far as back", PROBS, mask(two_sided),
+            "google-deepmind/gemma 9218f5f, transformers' flash attention", "more than one token", "causal"),
+    Variant("mask-not-causal", "queries see the keys after them", PROBS, mask(not_causal),
+            "onnx #7865's companions; unverified",
+            "more than one token", "causal"),
+    Variant("mask-without-self", "a query does not see itself", PROBS, mask(strictly_before), "unverified",
+            "more than one token", "causal"),
+    Variant("pad-attended", "padding is looked at", PROBS, mask(pads_seen), "google-deepmind/gemma bf2d158",
+            "left padding", "attention_mask"),
+    # caches
+    Variant("cache-drops-one-key", "a full sliding cache has one key too few", PROBS, mask(one_dropped),
+            "transformers #37574, #38046", "several calls, beyond the window", "cache roll"),
+    Variant("chunked-prefill-ring-overwritten", "a chunk overwrites the keys that its first queries need", PROBS,
+            mask(ring_overwritten), "executorch #20346, vllm #4057", "several calls, beyond the window", "ring buffer"),
+    Variant("chunk-without-window", "queries of a later chunk see more than the window", PROBS, mask(chunk_sees_all),
+            "transformers #35681", "several calls, a chunk of several tokens beyond the window", "mask of a chunk"),
+    Variant("cache-length-from-layer-0", "positions stop at the window", TABLES, frozen_at_window,
+            "transformers #38156",
+            "several calls, beyond the window", "get_seq_length"),
+    Variant("positions-restart", "positions begin at 0 in every call", TABLES, restarted,
+            "google-deepmind/gemma 95475a9", "several calls", "position_ids"),
+    # other stages
+    Variant("missing-bos", "the text does not begin with <bos>", ("input_ids",), None,
+            "lm-evaluation-harness #2049, llama.cpp #8156", "a text", "add_bos", "stage"),
+    Variant("double-bos", "the text begins with <bos> twice", ("input_ids",), None, "unsloth #2939, gemma 20cb3da",
+            "a text", "add_bos", "stage"),
+    Variant("template-mismatch", "turns are not written as Gemma's template writes them", ("input_ids",), None,
+            "unverified", "a chat, in the trace's metadata", "chat_template", "stage"),
+    Variant("weights-transposed", "a matrix has its axes exchanged", ("weights",), None,
+            "unverified", "the port's weights", "layout of linear layers", "stage"),
+    Variant("weights-reshaped", "a matrix is reshaped where it should be transposed", ("weights",), None,
+            "google-deepmind/gemma 5e2ff66", "the port's weights", "layout of linear layers", "stage"),
+    Variant("weights-one-plus", "norms are stored as 1 + w", ("weights",), None,
+            "llama.cpp's conversion, on purpose", "the port's weights", "norm offset", "stage"),
+    Variant("weights-minus-one", "1 is taken off norms that hold no 1", ("weights",), None,
+            "unverified", "the port's weights", "norm offset", "stage"),
+    Variant("weights-rounded", "weights are kept in half precision", ("weights",), None,
+            "unverified", "the port's weights", "dtype of weights", "stage"),
+    Variant("weights-of-another", "a tensor has the numbers of another one", ("weights",), None,
+            "NeMo #11951 (norms)", "the port's weights", "names of weights", "stage"),
+    Variant("head-untied", "the head is another matrix than the embedding", ("weights",), None,
+            "unverified", "the port's weights", "tie_word_embeddings", "stage"),
+    Variant("vocab-padded", "logits have more columns than the vocabulary", ("logits",), None,
+            "Flax checkpoints have 256128 rows", "any input", "vocab_size", "stage"),
+    Variant("left-pad-nan", "rows of padding are NaN and reach real tokens", ("attention.mixed",), None,
+            "transformers #30004", "left padding, float16", "mask value", "stage"),
+    Variant("fp16-overflow", "activations beyond 65504 become infinite", ("feed_forward.product",), None,
+            "vllm #6177, mlx-examples #876 (27B)", "float16", "dtype", "stage"),
+)  # fmt: skip
+
+
+def both(one: Variant, other: Variant) -> Variant:
+    """Two mistakes made together.
+
+    Examples
+    --------
+    >>> both(variant("scale-head-dim"), variant("gelu-f16-table")).name
+    'scale-head-dim + gelu-f16-table'
+    """
+    assert one.change is not None
+    assert other.change is not None
+    first, second = one.change, other.change
+    return replace(
+        one, name=f"{one.name} + {other.name}", says=f"{one.says}; and {other.says}",
+        fields=tuple(dict.fromkeys((*one.fields, *other.fields))), change=lambda context: second(first(context)),
+        seen=f"{one.seen}; {other.seen}", knob=f"{one.knob}; {other.knob}",
+    )  # fmt: skip
+
+
+def _all(context: Context) -> range:
+    return range(context.config.num_hidden_layers)
+
+
+def variant(name: str) -> Variant:
+    """One variant by name.
+
+    Examples
+    --------
+    >>> variant("gqa-tile").fields
+    ('attention.scores', 'attention.mixed')
+    """
+    return next(v for v in VARIANTS if v.name == name)

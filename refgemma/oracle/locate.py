@@ -1,0 +1,114 @@
+"""Which elements of a wrong tensor are wrong: heads, positions, distances, halves, in words and as maps. Checked in the
+tests by making chosen elements wrong.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from refgemma.precision import Array
+from refgemma.trace.candidate import axes_of
+
+if TYPE_CHECKING:
+    from refgemma.oracle.check import Check
+
+
+def wrong_elements(check: Check, name: str) -> Array:
+    """The elements beyond the worst case; or if there are none, those beyond three standard deviations."""
+    found, exact = check.candidate.tensors[name].numbers, check.usual.result(name)
+    where = np.broadcast_to(check.where(name), found.shape)
+    allowed = check.allowance(name)
+    with np.errstate(invalid="ignore"):
+        error = np.abs(found - exact)
+    beyond = (error > allowed.worst) & where
+    return np.asarray(beyond if beyond.any() else (error > 3 * allowed.sigma) & where)
+
+
+@dataclass(frozen=True)
+class ErrorMap:
+    """The errors of a tensor along two of its axes."""
+
+    rows: str  # the words of the axes
+    columns: str
+    numbers: Array  # the largest error in standard deviations; NaN where nothing is compared
+
+
+def error_maps(check: Check, name: str) -> tuple[ErrorMap, ...]:
+    """A wrong tensor's errors by position and its last axis, and if it has heads by head and position."""
+    found = check.candidate.tensors[name].numbers
+    where = np.broadcast_to(check.where(name), found.shape)
+    with np.errstate(invalid="ignore"):
+        units = np.abs(found - check.usual.result(name)) / check.sigma(name)
+    units = np.where(where, np.where(np.isfinite(units), units, np.inf), np.nan)
+    axes = axes_of(name).split()
+    seq, last = axes.index("seq"), len(axes) - 1
+    pairs = [(seq, last), *([(1, seq)] if axes[1] in ("heads", "kv_heads") else [])]
+    return tuple(
+        ErrorMap(axes[a], axes[b], np.fmax.reduce(units, axis=tuple(n for n in range(len(axes)) if n not in (a, b))))
+        for a, b in pairs
+    )
+
+
+def some(numbers: Array, total: int, word: str) -> str:
+    """``heads 1, 2``, ``positions 8 to 23``, or nothing if it is all of them.
+
+    Examples
+    --------
+    >>> some(np.array([1, 2]), 4, "heads"), some(np.arange(8, 24), 24, "positions"), some(np.arange(4), 4, "heads")
+    ('heads 1, 2', 'positions 8 to 23', '')
+    """
+    if len(numbers) in (0, total):
+        return ""
+    if len(numbers) > 3 and len(numbers) == numbers[-1] - numbers[0] + 1:
+        return f"{word} {numbers[0]} to {numbers[-1]}"
+    return f"{word} " + ", ".join(str(n) for n in numbers[:6]) + (", ..." if len(numbers) > 6 else "")
+
+
+def attribution(check: Check, name: str) -> str:
+    """Where the wrong elements of a tensor are, in words."""
+    wrong = wrong_elements(check, name)
+    if not wrong.any():
+        return "everywhere a little"
+    axes = axes_of(name).split()
+    said = [f"{np.sum(wrong)} of {wrong.size} elements"]
+    lengths = dict(zip(axes, wrong.shape, strict=True))
+    words = {"batch": "rows", "heads": "heads", "kv_heads": "key heads", "seq": "positions"}
+    for axis, word in words.items():
+        if axis in axes:
+            others = tuple(n for n, other in enumerate(axes) if other != axis)
+            said.append(some(np.flatnonzero(wrong.any(axis=others)), lengths[axis], word))
+    last = np.flatnonzero(wrong.any(axis=tuple(range(wrong.ndim - 1))))
+    if axes[-1] == "keys":
+        said.append(distances(wrong, check.config.sliding_window))
+    elif axes[-1] == "head_dim":
+        said.append(halves(last, lengths["head_dim"]))
+    elif axes[-1] == "vocab":
+        said.append(some(last, lengths["vocab"], "columns"))
+    return "; ".join(part for part in said if part)
+
+
+def distances(wrong: Array, window: int) -> str:
+    """How far the wrong keys are from their queries."""
+    _, _, queries, keys = np.nonzero(wrong)
+    if len(set(keys)) == 1 and wrong.shape[-1] > 2:
+        return f"only key {keys[0]}"
+    apart = queries - keys
+    low, high = int(apart.min()), int(apart.max())
+    if high < 0:
+        return "only keys after their query"
+    beyond = (
+        "; keys beyond the window" if low >= window else "; first at the window's edge" if low == window - 1 else ""
+    )
+    return f"keys {low} to {high} before their query{beyond}"
+
+
+def halves(places: Array, head_dim: int) -> str:
+    """Whether it is one half of a head, or every other number."""
+    if len(places) and places.min() >= head_dim // 2:
+        return "second halves of heads"
+    if len(places) and places.max() < head_dim // 2:
+        return "first halves of heads"
+    return ""

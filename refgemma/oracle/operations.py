@@ -1,0 +1,280 @@
+"""The model as a table of named operations, each of which can be computed alone, exactly or as PyTorch's eager kernels
+round. Checked against `refgemma.model.forward`, whose tensors it names and whose operations it calls."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from refgemma import ops
+from refgemma.config import Gemma2Config
+from refgemma.layers import merge_heads, split_heads
+from refgemma.model import HEAD_ROWS
+from refgemma.oracle import tolerance as allow
+from refgemma.oracle.bounds import U
+from refgemma.oracle.compare import ulp
+from refgemma.oracle.tolerance import Allowance, Arithmetic
+from refgemma.precision import Array, as_dtype, wide
+from refgemma.trace.candidate import Call
+from refgemma.weights.parameters import LayerWeights, Weights
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One named tensor: what it is computed from, how, and what rounding may do to it."""
+
+    name: str
+    inputs: tuple[str, ...]
+    compute: Callable[..., Array]
+    allowed: Callable[..., Allowance]  # of the inputs; before the result is stored
+    stores: Callable[..., list[Array]] = lambda *inputs: []  # what results stored on the way leave in the result
+
+    def allowance(self, inputs: Sequence[Array], exact: Array, arithmetic: Arithmetic, storage: str) -> Allowance:
+        """What rounding may do to the result, which is kept in `storage`."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            inside = allow.in_unit(self.allowed(*inputs), arithmetic)
+            return allow.stored(inside, exact, storage, *(self.stores(*inputs) if storage != "float32" else []))
+
+
+class Layers(Sequence[LayerWeights]):
+    """Layers in float64, of which the one asked for last is kept."""
+
+    def __init__(self, layers: Sequence[LayerWeights]) -> None:
+        self._layers = layers
+        self._kept: dict[int, LayerWeights] = {}
+
+    def __len__(self) -> int:
+        """Return the number of blocks."""
+        return len(self._layers)
+
+    def __getitem__(self, layer: Any) -> Any:
+        """Block `layer`."""
+        if layer not in self._kept:
+            found = self._layers[layer]
+            numbers: dict[str, Any] = {name: _doubled(x) for name, x in vars(found).items()}
+            self._kept = {layer: LayerWeights(**numbers)}
+        return self._kept[layer]
+
+
+def _doubled(x: Array | None) -> Array | None:
+    return None if x is None else np.asarray(wide(x), np.float64)
+
+
+def doubled(weights: Weights) -> Weights:
+    """The same numbers in float64: layers as they are asked for, the embedding table by the rows that are read."""
+    return Weights(weights.embed_tokens, Layers(weights.layers), _exact(weights.norm), weights.lm_head)
+
+
+def _exact(x: Array) -> Array:
+    return np.asarray(wide(x), np.float64)
+
+
+def window_mask(context: "Context", layer: int) -> Array:
+    """Which keys each query may see: ``(batch, 1, seq, keys)``."""
+    places = np.arange(context.call.input_ids.shape[1])
+    if context.config.is_sliding(layer):
+        allowed = ops.sliding_mask(places, places, context.config.sliding_window)
+    else:
+        allowed = ops.causal_mask(places, places)
+    mask: Array = allowed & context.call.visible[:, None, None, :]
+    return mask
+
+
+@dataclass(frozen=True)
+class Context:
+    """Everything the operations are made of. A mistake is another context: other numbers, functions, masks or wires."""
+
+    config: Gemma2Config
+    weights: Weights  # in float64, or in the candidate's precision
+    call: Call
+    arithmetic: Arithmetic
+    exact: bool = True  # whether `weights`, and so all results, are float64
+    functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    mask: Callable[["Context", int], Array] = window_mask
+    layer_weights: Callable[[LayerWeights, "Context"], LayerWeights] = lambda weights, context: weights
+    rewire: Callable[[dict[str, Operation], "Context"], Mapping[str, Operation]] = lambda table, context: {}
+
+    def function(self, name: str, usual: Callable[..., Any]) -> Callable[..., Any]:
+        """The function of that name, unless the context has another."""
+        return self.functions.get(name, usual)
+
+    def layer(self, number: int) -> LayerWeights:
+        """The weights of a block."""
+        return self.layer_weights(self.weights.layers[number], self)
+
+    @property
+    def groups(self) -> int:
+        """How many query heads share a key head."""
+        return self.config.num_attention_heads // self.config.num_key_value_heads
+
+    def embedding_scale(self) -> float:
+        """``sqrt(hidden)`` as the candidate's precision has it."""
+        return float(as_dtype(math.sqrt(self.config.hidden_size), self.arithmetic.storage))
+
+
+def embed(context: Context) -> Array:
+    """The rows of the tokens times ``sqrt(hidden)``."""
+    rows = context.weights.embed_tokens[context.call.input_ids]
+    scaled: Array = (_exact(rows) if context.exact else rows) * context.embedding_scale()
+    return scaled
+
+
+def head_rows(context: Context, x: Array, of: Callable[[Array, Array], Array]) -> Array:
+    """A function of `x` and the rows of the head, `HEAD_ROWS` of them at a time."""
+    table = context.weights.head
+    starts = range(0, table.shape[0], HEAD_ROWS)
+    parts = (table[start : start + HEAD_ROWS] for start in starts)
+    return np.concatenate([of(x, _exact(rows) if context.exact else rows) for rows in parts], axis=-1)
+
+
+def _ends(context: Context) -> Iterator[Operation]:
+    """What comes before the layers and after them."""
+    config, last = context.config, f"layers.{context.config.num_hidden_layers - 1}.out"
+    like = np.zeros(0) if context.exact else context.weights.norm
+    tables = context.function("rotary_tables", ops.rotary_tables)
+    positions = context.call.positions
+    arguments = (positions, config.head_dim, config.rope_theta, like)
+    allowed = partial(allow.rotary_tables, positions[:, None, :, None], config.head_dim, config.rope_theta)
+    yield Operation("cos", (), lambda: tables(*arguments)[0], allowed)
+    yield Operation("sin", (), lambda: tables(*arguments)[1], allowed)
+    embedding = context.function("embed", embed)
+    yield Operation(
+        "embedded", (), lambda: embedding(context), lambda: allow.one_rounding(_exact(embed(context)), common=U)
+    )
+    yield _norm(context, "norm", last, lambda: context.weights.norm)
+    unembed, cap = context.function("unembed", ops.linear), config.final_logit_softcapping
+    yield Operation(
+        "raw_logits", ("norm",), lambda x: head_rows(context, x, unembed),
+        lambda x: _concatenated([allow.linear(x, _exact(context.weights.head[start : start + HEAD_ROWS]))
+                                 for start in range(0, context.weights.head.shape[0], HEAD_ROWS)]),
+    )  # fmt: skip
+    yield _capped(context, "logits", "raw_logits", cap)
+
+
+def _concatenated(parts: list[Allowance]) -> Allowance:
+    bound, spread = (np.concatenate([getattr(part, name) for part in parts], axis=-1) for name in ("bound", "spread"))
+    return allow.allowance(bound, spread)
+
+
+def _norm(context: Context, name: str, source: str, weight: Callable[[], Array]) -> Operation:
+    norm, eps = context.function("rms_norm", ops.rms_norm), context.config.rms_norm_eps
+    return Operation(name, (source,), lambda x: norm(x, weight(), eps), lambda x: allow.rms_norm(x, weight(), eps))
+
+
+def _capped(context: Context, name: str, source: str, cap: float | None) -> Operation:
+    soft_cap = context.function("soft_cap", ops.soft_cap)
+    storage = context.arithmetic.storage
+    return Operation(
+        name, (source,), lambda x: soft_cap(x, cap), partial(allow.soft_cap, cap=cap),
+        partial(allow.soft_cap_stores, cap=cap, storage=storage),
+    )  # fmt: skip
+
+
+def _sum(name: str, left: str, right: str) -> Operation:
+    return Operation(name, (left, right), np.add, lambda a, b: allow.one_rounding(a + b))
+
+
+def _linear(name: str, source: str, weight: Callable[[], tuple[Array, Array | None]]) -> Operation:
+    return Operation(name, (source,), lambda x: ops.linear(x, *weight()), lambda x: allow.linear(x, *weight()))
+
+
+def _head(name: str, source: str, weight: Callable[[], tuple[Array, Array | None]], head_dim: int) -> Operation:
+    """A projection whose result is taken apart into heads."""
+
+    def allowed(x: Array) -> Allowance:
+        flat = allow.linear(x, *weight())
+        return allow.allowance(split_heads(flat.bound, head_dim), split_heads(flat.spread, head_dim), flat.common)
+
+    return Operation(name, (source,), lambda x: split_heads(ops.linear(x, *weight()), head_dim), allowed)
+
+
+def _attention(context: Context, layer: int, source: str) -> Iterator[Operation]:
+    config, p, storage = context.config, f"layers.{layer}.attention.", context.arithmetic.storage
+    scale, cap = config.attention_scale, config.attn_logit_softcapping
+    repeat = context.function("repeat_kv", ops.repeat_kv)
+    rotate, softmax = context.function("rotate", ops.rotate), context.function("softmax", ops.softmax)
+    score = context.function("attention_scores", ops.attention_scores)
+
+    def weight(letter: str) -> Callable[[], tuple[Array, Array | None]]:
+        def found() -> tuple[Array, Array | None]:
+            weights = context.layer(layer)
+            return getattr(weights, f"{letter}_proj"), getattr(weights, f"{letter}_proj_bias")
+
+        return found
+
+    for letter in ("q", "k", "v"):
+        yield _head(p + letter, source, weight(letter), config.head_dim)
+    for letter in ("q", "k"):
+        yield Operation(
+            f"{p}{letter}_rot", (p + letter, "cos", "sin"), rotate, allow.rotate,
+            partial(allow.rotate_stores, storage=storage),
+        )  # fmt: skip
+    yield Operation(
+        p + "scores", (p + "q_rot", p + "k_rot"),
+        lambda q, k: score(q, repeat(k, context.groups), scale),
+        lambda q, k: allow.attention_scores(q, repeat(k, context.groups), scale),
+        lambda q, k: [scale * ulp(_exact(q) @ _exact(repeat(k, context.groups)).swapaxes(-1, -2), storage) / 2],
+    )  # fmt: skip
+    yield _capped(context, p + "capped", p + "scores", cap)
+    yield Operation(
+        p + "probs", (p + "capped",),
+        lambda x: softmax(x, context.mask(context, layer)),
+        lambda x: allow.softmax(x, context.mask(context, layer)),
+    )  # fmt: skip
+    yield Operation(
+        p + "mixed", (p + "probs", p + "v"),
+        lambda probs, v: merge_heads(probs @ repeat(v, context.groups)),
+        lambda probs, v: _merged(allow.matmul(probs, repeat(v, context.groups))),
+    )  # fmt: skip
+    yield _linear(p + "out", p + "mixed", weight("o"))
+
+
+def _merged(allowed: Allowance) -> Allowance:
+    return allow.allowance(merge_heads(allowed.bound), merge_heads(allowed.spread), allowed.common)
+
+
+def _block(context: Context, layer: int) -> Iterator[Operation]:
+    p = f"layers.{layer}."
+    source, f = f"layers.{layer - 1}.out" if layer else "embedded", p + "feed_forward."
+    gelu = context.function("gelu_tanh", context.config.activation)
+
+    def weight(name: str) -> Callable[[], Any]:
+        return lambda: getattr(context.layer(layer), name)
+
+    def matrix(name: str) -> Callable[[], tuple[Array, None]]:
+        return lambda: (getattr(context.layer(layer), name), None)
+
+    yield _norm(context, p + "input_layernorm", source, weight("input_layernorm"))
+    yield from _attention(context, layer, p + "input_layernorm")
+    yield _norm(context, p + "post_attention_layernorm", p + "attention.out", weight("post_attention_layernorm"))
+    yield _sum(p + "middle", source, p + "post_attention_layernorm")
+    yield _norm(context, p + "pre_feedforward_layernorm", p + "middle", weight("pre_feedforward_layernorm"))
+    yield _linear(f + "gate", p + "pre_feedforward_layernorm", matrix("gate_proj"))
+    yield _linear(f + "up", p + "pre_feedforward_layernorm", matrix("up_proj"))
+    yield Operation(f + "gelu", (f + "gate",), gelu, allow.gelu_tanh)
+    yield Operation(f + "product", (f + "gelu", f + "up"), np.multiply, lambda a, b: allow.one_rounding(a * b))
+    yield _linear(f + "out", f + "product", matrix("down_proj"))
+    yield _norm(context, p + "post_feedforward_layernorm", f + "out", weight("post_feedforward_layernorm"))
+    yield _sum(p + "out", p + "middle", p + "post_feedforward_layernorm")
+
+
+def operations(context: Context) -> dict[str, Operation]:
+    """Every operation of a call by its tensor's name, in the order of execution.
+
+    Examples
+    --------
+    >>> import refgemma
+    >>> tiny = refgemma.load("tiny")
+    >>> call = Call(np.array([[2, 300]]), np.array([[0, 1]]), np.ones((1, 2), bool), (2,))
+    >>> table = operations(Context(tiny.config, doubled(tiny.weights), call, Arithmetic()))
+    >>> table["layers.3.attention.probs"].inputs
+    ('layers.3.attention.capped',)
+    """
+    first = [*_ends(context)]
+    before, after = first[:3], first[3:]
+    layers = [op for layer in range(context.config.num_hidden_layers) for op in _block(context, layer)]
+    table = {op.name: op for op in [*before, *layers, *after]}
+    return table | dict(context.rewire(table, context))

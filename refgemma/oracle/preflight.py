@@ -1,0 +1,223 @@
+"""The stages before any computation: a port's weights beside the checkpoint's, and its tokens beside the tokenizer's.
+Checked in the tests on copies of the conformance checkpoint and texts of the tiny model, each wrong in a known way.
+
+Weights are copied, not computed, so nothing is allowed: a tensor is the checkpoint's to the last bit, or rounded to
+half precision (which is told, and is no mistake), or it is wrong. Of a wrong one every way is tried that is known to
+have happened; only one that gives the tensor exactly is named.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refgemma.config import Gemma2Config
+from refgemma.inputs import InputError
+from refgemma.oracle.judge import EXACT, FAIL, INVALID, MISSING, NOISY
+from refgemma.precision import Array, as_dtype, wide
+from refgemma.tokenizer.tokenizer import Tokenizer
+from refgemma.trace.reader import Entry, open_safetensors
+from refgemma.weights.parameters import EMBED_TOKENS, tensor_shapes
+
+HEAD = "lm_head.weight"
+ROWS = 16384  # compared at a time
+UNKNOWN = "UNKNOWN"
+FLOATS = ("BF16", "F16", "F32", "F64")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one tensor of weights, or one row of tokens, turned out to be."""
+
+    name: str
+    verdict: str
+    named: str = ""  # the mistake
+    note: str = ""
+
+
+def open_weights(path: str | Path) -> dict[str, Entry]:
+    """The tensors of a safetensors file, or of all those in a folder.
+
+    Raises
+    ------
+    InputError
+        If there is none.
+    """
+    folder = Path(path)
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else [folder]
+    if not files:
+        raise InputError(f"{path}: has no safetensors file in it")
+    found: dict[str, Entry] = {}
+    for file in files:
+        for name, entry in open_safetensors(file).entries.items():
+            if name in found:
+                raise InputError(f"{file}: {name} is in another file of {path} too")
+            found[name] = entry
+    return found
+
+
+def same(a: Array, b: Array) -> bool:
+    """Whether two arrays hold the same numbers, whatever they are kept in; some rows at a time.
+
+    Examples
+    --------
+    >>> same(np.float32([1, 2]), np.float64([1, 2])), same(np.zeros(2), np.zeros((2, 1)))
+    (True, False)
+    """
+    if a.shape != b.shape:
+        return False
+    starts = range(0, len(a), ROWS)
+    return all(np.array_equal(_wide(a[n : n + ROWS]), _wide(b[n : n + ROWS])) for n in starts)
+
+
+def _wide(x: Array) -> Array:
+    return np.asarray(x, np.float64)
+
+
+def neighbouring(x: Array, head_dim: int) -> Array:
+    """Rows of each head in the order for pairs side by side, as llama.cpp's conversion of Llama has them.
+
+    Examples
+    --------
+    >>> neighbouring(np.arange(4)[:, None], head_dim=4).ravel().tolist()
+    [0, 2, 1, 3]
+    """
+    rows = x.reshape(-1, 2, head_dim // 2, x.shape[-1])
+    return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(x.shape)
+
+
+def halved(x: Array, head_dim: int) -> Array:
+    """The way back of `neighbouring`."""
+    rows = x.reshape(-1, head_dim // 2, 2, x.shape[-1])
+    return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(x.shape)
+
+
+def ways(name: str, right: Array, config: Gemma2Config) -> Iterator[tuple[str, Callable[[], Array]]]:
+    """What the checkpoint's tensor is under each mistake."""
+    if right.ndim == 1:
+        yield "weights-one-plus", lambda: 1 + _wide(right)
+        yield "weights-minus-one", lambda: _wide(right) - 1
+        return
+    yield "weights-transposed", lambda: np.ascontiguousarray(right.T)
+    yield "weights-reshaped", lambda: np.ascontiguousarray(right.T).reshape(right.shape)
+    if name.endswith(("q_proj.weight", "k_proj.weight")):
+        yield "rope-weights-permuted", lambda: neighbouring(right, config.head_dim)
+        yield "rope-weights-permuted", lambda: halved(right, config.head_dim)
+
+
+def judged(name: str, entry: Entry, checkpoint: Mapping[str, Entry], config: Gemma2Config) -> Stage:
+    """One tensor of a port."""
+    if entry.dtype not in FLOATS:
+        return Stage(name, INVALID, UNKNOWN, f"is stored as {entry.dtype}; {', '.join(FLOATS)} can be compared")
+    right = checkpoint[name].read() if name in checkpoint else checkpoint[EMBED_TOKENS].read()
+    vocabulary = name in (EMBED_TOKENS, HEAD)
+    if vocabulary and len(entry.shape) == 2 and entry.shape[0] > right.shape[0] and entry.shape[1:] == right.shape[1:]:
+        if same(entry.read()[: right.shape[0]], right):
+            return Stage(name, FAIL, "vocab-padded", f"has {entry.shape[0]} rows; the vocabulary has {right.shape[0]}")
+        return Stage(name, FAIL, UNKNOWN, f"has shape {entry.shape}; {right.shape} is needed")
+    if np.prod(entry.shape) != right.size:
+        return Stage(name, FAIL, UNKNOWN, f"has shape {entry.shape}; {right.shape} is needed")
+    found = entry.read()
+    if same(found, right):
+        return Stage(name, EXACT)
+    if not np.isfinite(_wide(found)).all():
+        return Stage(name, INVALID, UNKNOWN, "has elements that are no numbers")
+    for half in ("bfloat16", "float16"):
+        if found.shape == right.shape and same(found, np.asarray(wide(as_dtype(_wide(right), half)))):
+            return Stage(name, NOISY, "weights-rounded", f"is rounded to {half}")
+    for mistake, made in ways(name, right, config):
+        if any(same(found, x) for x in _also_rounded(made())):
+            return Stage(name, FAIL, mistake)
+    if name == HEAD:
+        return Stage(name, FAIL, "head-untied", "is another matrix than the embedding, to which this model ties it")
+    others = [o for o, e in checkpoint.items() if o != name and e.shape == found.shape and same(found, e.read())]
+    if others:
+        return Stage(name, FAIL, "weights-of-another", f"is the checkpoint's {others[0]}")
+    wrong = int(np.sum(_wide(found) != _wide(right))) if found.shape == right.shape else found.size
+    return Stage(name, FAIL, UNKNOWN, f"{wrong} of {found.size} elements are other numbers")
+
+
+def _also_rounded(x: Array) -> Iterator[Array]:
+    yield x
+    for dtype in ("float32", "bfloat16", "float16"):  # numbers are kept in one of these after the change
+        yield np.asarray(wide(as_dtype(_wide(x), dtype)))
+
+
+def weights_stage(path: str | Path, folder: Path, config: Gemma2Config) -> list[Stage]:
+    """Every tensor of a port's weights, the file or folder `path`, beside the checkpoint in `folder`, in the order of
+    execution.
+
+    Names are Hugging Face's. What the port has not is `MISSING`; names that are none of the model's are `INVALID`.
+    """
+    port, checkpoint = open_weights(path), open_weights(folder)
+    names = list(tensor_shapes(config))
+    stages = []
+    for name in [*names, *([HEAD] if HEAD in port and HEAD not in names else [])]:
+        if name not in port:
+            stages.append(Stage(name, MISSING, note="is not in the port's weights"))
+        else:
+            stages.append(judged(name, port[name], checkpoint, config))
+    strange = [name for name in port if name not in names and name != HEAD]
+    return stages + [Stage(name, INVALID, UNKNOWN, "is no tensor of this model") for name in strange]
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------------
+
+
+def tokens_stage(ids: Sequence[int], metadata: Mapping[str, str], tokenizer: Tokenizer) -> Stage | None:
+    """The tokens of a row beside those of the text, or of the chat, that the metadata says they are of.
+
+    Parameters
+    ----------
+    ids : sequence of int
+        The row, without padding.
+    metadata : mapping
+        A trace's; ``text`` is a text, ``chat`` a JSON list of ``{"role": ..., "content": ...}``. Without either there
+        is nothing to compare with.
+    tokenizer : Tokenizer
+        The model's.
+
+    Raises
+    ------
+    InputError
+        If ``chat`` is no chat.
+
+    Examples
+    --------
+    >>> import refgemma
+    >>> tokenizer = refgemma.load("tiny").tokenizer
+    >>> tokens_stage(tokenizer.encode("the sea", add_special_tokens=False), {"text": "the sea"}, tokenizer).named
+    'missing-bos'
+    """
+    if "chat" in metadata:
+        return _beside(ids, _chat(metadata["chat"], tokenizer), "template-mismatch", tokenizer)
+    if "text" in metadata:
+        return _beside(ids, tokenizer.encode(metadata["text"]), UNKNOWN, tokenizer)
+    return None
+
+
+def _chat(text: str, tokenizer: Tokenizer) -> list[int]:
+    try:
+        messages: Any = json.loads(text)
+        prompted = tokenizer.apply_chat_template(messages, add_generation_prompt=messages[-1]["role"] == "user")
+    except (ValueError, TypeError, KeyError, IndexError) as error:
+        raise InputError(f"the metadata's chat is no chat ({' '.join(str(error).split())[:120]})") from None
+    found: Any = prompted["input_ids"] if isinstance(prompted, Mapping) else prompted
+    return [int(n) for n in np.ravel(found)]
+
+
+def _beside(ids: Sequence[int], expected: list[int], otherwise: str, tokenizer: Tokenizer) -> Stage:
+    found, bos = [int(n) for n in ids], tokenizer.bos_token_id
+    if found == expected:
+        return Stage("input_ids", EXACT)
+    if [bos, *found] == expected:
+        return Stage("input_ids", FAIL, "missing-bos", "does not begin with <bos>; the rest is right")
+    if found == [bos, *expected]:
+        return Stage("input_ids", FAIL, "double-bos", "begins with <bos> twice; the rest is right")
+    shorter = min(len(found), len(expected))
+    place = next((n for n in range(shorter) if found[n] != expected[n]), shorter)
+    sides = [tokenizer.convert_ids_to_tokens(row[place : place + 4]) for row in (found, expected)]
+    return Stage("input_ids", FAIL, otherwise, f"token {place} and after: {sides[0]} for {sides[1]}")

@@ -1,0 +1,271 @@
+"""What a sweep is asked: a file of jobs, the key of each, and how one is done. Checked in the tests with `sweep`.
+
+A file of jobs has a JSON object a line. A job is a `trace` to check, or a command to `run` that writes one: of a
+`prompt`, by a `model`, whose `config` may have other numbers. A list in place of a value stands for a job each, several
+lists for every combination.
+
+A job's key is a hash of all that decides its result: its fields, with the contents of files in place of their names,
+and this package's code.
+"""
+
+import hashlib
+import itertools
+import json
+import shlex
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refgemma.config import ConfigError, Gemma2Config
+from refgemma.hub import ModelNameError, find_model
+from refgemma.inputs import InputError
+from refgemma.oracle.check import Report
+from refgemma.oracle.pipeline import judged_port, read_port, run_backend
+from refgemma.sweep.tally import Tally, merged, tally
+from refgemma.trace.candidate import Candidate
+from refgemma.trace.name_maps import load_map, map_names
+from refgemma.trace.names import field_of
+from refgemma.trace.reader import open_safetensors
+from refgemma.weights.checkpoint import CheckpointError, open_checkpoint
+from refgemma.weights.parameters import tensor_shapes
+
+KEPT = "refgemma-sweep-job/1"
+UNREADABLE, FAILED, LOST = "unreadable", "failed", "lost"  # of a trace, a command and a worker
+FIELDS_OF_A_JOB = {
+    "name": str, "trace": str, "run": str, "prompt": str, "model": str, "config": dict, "dtype": str, "map": str,
+    "weights": str, "allow": float,
+}  # fmt: skip
+OF_A_MODEL = (".json", ".safetensors", ".model")
+
+Done = dict[str, Any]
+"""What is kept of a job: its verdict in words, and a `Tally` of every kind of tensor."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One thing to check; files are absolute names."""
+
+    name: str
+    fields: Mapping[str, Any]
+    folder: str  # where its command runs
+    key: str
+    code: str  # of the package that made the key
+
+
+# --- the file of jobs -------------------------------------------------------------------------------------------------
+
+
+def read_jobs(path: str | Path) -> list[Job]:
+    """The jobs of a file, those that are the same only once, in the order of their names.
+
+    Raises
+    ------
+    InputError
+        If a line is no job, or names a file or a model that is not there.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(f"{path}: {'is a folder; a file of jobs is needed' if file.is_dir() else 'no such file'}")
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: is no text; a JSON object a line is needed") from None
+    content.cache_clear()
+    jobs: dict[str, Job] = {}
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                found = [_job(fields, file.resolve().parent) for fields in _combinations(line)]
+            except (InputError, ConfigError, ModelNameError, CheckpointError, OSError) as error:
+                raise InputError(f"{path}, line {number}: {error}") from None
+            for job in found:
+                jobs.setdefault(job.key, job)
+    if not jobs:
+        raise InputError(f"{path}: holds no job")
+    return sorted(jobs.values(), key=lambda job: (job.name, job.key))
+
+
+def _combinations(line: str) -> Iterator[dict[str, Any]]:
+    """Every combination of a line's lists."""
+    try:
+        given = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"is no JSON ({error})") from None
+    if not isinstance(given, dict):
+        raise InputError("is no JSON object")
+    choices = [[(field, v) for v in (value if isinstance(value, list) else [value])] for field, value in given.items()]
+    yield from (dict(chosen) for chosen in itertools.product(*choices))
+
+
+def _job(fields: dict[str, Any], folder: Path) -> Job:
+    for field, value in fields.items():
+        kind = FIELDS_OF_A_JOB.get(field)
+        if kind is None:
+            raise InputError(f"there is no field {field!r}; there are {', '.join(FIELDS_OF_A_JOB)}")
+        if not isinstance(value, kind) and not (kind is float and type(value) is int):
+            raise InputError(f"{field} is {value!r}: {'a number' if kind is float else kind.__name__} is needed")
+    if ("trace" in fields) == ("run" in fields):
+        raise InputError("give either trace, a file, or run, a command that writes one")
+    given: dict[str, Any] = {"model": "tiny", "allow": 1.0} | fields
+    if not 0 < given["allow"] < np.inf:
+        raise InputError(f"allow is {given['allow']}: a factor above 0 is needed")
+    command = given.get("run", "{trace} {prompt}" if "prompt" in given else "{trace}")
+    if "{trace}" not in command or ("prompt" in given) != ("{prompt}" in command):
+        raise InputError(
+            "run needs {trace}, where the file has to be written, and {prompt} if and only if there is one"
+        )
+    for field in ("trace", "prompt", "weights"):
+        if field in given:
+            given[field] = str(folder / given[field])
+    if "map" in given and given["map"] not in map_names():
+        given["map"] = str(folder / given["map"])
+    if given["model"] not in ("tiny", "conformance") and (folder / given["model"]).is_dir():
+        given["model"] = str(folder / given["model"])
+    changed_config(given)
+    name = given.pop("name", None) or _described(fields)
+    return Job(name, given, str(folder), _key(given, folder), code())
+
+
+def _described(fields: Mapping[str, Any]) -> str:
+    """A name for a job without one: what is in its line."""
+    first = fields.get("trace") or fields["run"]
+    others = {k: v for k, v in sorted(fields.items()) if k not in ("trace", "run")}
+    return " ".join([first, *(f"{k}={json.dumps(v) if isinstance(v, dict) else v}" for k, v in others.items())])
+
+
+def changed_config(fields: Mapping[str, Any]) -> Gemma2Config:
+    """The configuration of a job's model, with its own numbers; its axes stay, for the weights have them."""
+    config = open_checkpoint(find_model(fields["model"])).config
+    changed = config.changed(**fields.get("config", {}))
+    if tensor_shapes(changed) != tensor_shapes(config):
+        raise InputError("config changes the axes of the weights, which the model has not; give another model")
+    return changed
+
+
+# --- keys -------------------------------------------------------------------------------------------------------------
+
+
+@lru_cache
+def content(path: str) -> str:
+    """A hash of a file, or of a model's folder."""
+    if Path(path).is_dir():
+        return _hash(sorted((p.name, content(str(p))) for p in Path(path).iterdir() if p.suffix in OF_A_MODEL))
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@lru_cache
+def code() -> str:
+    """A hash of this package's sources and of NumPy's version: what the same inputs give the same result with."""
+    package = Path(__file__).parents[1]
+    sources = sorted((p.relative_to(package).as_posix(), content(str(p))) for p in package.rglob("*.py"))
+    maps = [(name, content(str(package / "trace" / "maps" / f"{name}.json"))) for name in map_names()]
+    return _hash([np.__version__, sources, maps])
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _key(fields: Mapping[str, Any], folder: Path) -> str:
+    """The hash that a job's result is kept under; of a command also the files that it names."""
+    decides = dict(fields) | {"model": content(str(find_model(fields["model"])))}
+    for field in ("trace", "prompt", "weights"):
+        if field in fields:
+            decides[field] = content(fields[field])
+    if "map" in fields and fields["map"] not in map_names():
+        load_map(fields["map"])
+        decides["map"] = content(fields["map"])
+    if "run" in fields:
+        try:
+            words = shlex.split(fields["run"])
+        except ValueError as error:
+            raise InputError(f"run is no command: {error}") from None
+        programs = [shutil.which(word) or str(folder / word) for word in words]
+        decides["programs"] = [content(p) for p in programs if Path(p).is_file()]
+    return _hash([KEPT, decides, code()])
+
+
+# --- one job ----------------------------------------------------------------------------------------------------------
+
+
+def perform(job: Job) -> Done:
+    """Do one job, in whatever process; what is wrong with it is its result.
+
+    Raises
+    ------
+    InputError
+        If this process runs other code than the one that made the job.
+    """
+    if job.code != code():
+        raise InputError("a worker runs another refgemma or NumPy than this process; its results would be others'")
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            return _performed(job, Path(scratch))
+        except (InputError, CheckpointError, ModelNameError, ConfigError, OSError) as error:
+            said = str(error).replace(f"{scratch}/", "").replace(f"{job.folder}/", "")  # the same wherever it is done
+            return not_done(UNREADABLE, " ".join(said.split()))
+
+
+def _performed(job: Job, scratch: Path) -> Done:
+    fields = job.fields
+    config, folder = changed_config(fields), find_model(fields["model"])
+    trace = fields.get("trace") or str(scratch / "trace.safetensors")
+    if "run" in fields:
+        model = _with_config(folder, config, scratch / "model") if fields.get("config") else folder
+        places = {"{model}": str(model), "{prompt}": fields.get("prompt", ""), "{trace}": trace}
+        command = fields["run"]
+        for place, path in places.items():
+            command = command.replace(place, shlex.quote(path))
+        if problem := run_backend(command, Path(trace), Path(job.folder)):
+            return not_done(FAILED, problem.replace(f"{scratch}/", ""))
+    candidate = read_port(trace, config, fields.get("dtype"), fields.get("map"))
+    if "prompt" in fields:
+        _same_tokens(candidate, fields["prompt"])
+    return summary(judged_port(candidate, folder, config, fields.get("weights"), fields["allow"]))
+
+
+def _with_config(folder: Path, config: Gemma2Config, target: Path) -> Path:
+    """A folder with the model's files, linked, and another config.json."""
+    target.mkdir()
+    for file in folder.iterdir():
+        if file.name != "config.json":
+            (target / file.name).symlink_to(file.resolve())
+    config.save_pretrained(target)
+    return target
+
+
+def _same_tokens(candidate: Candidate, prompt: str) -> None:
+    asked = open_safetensors(prompt).entries.get("input_ids")
+    if asked is not None and not np.array_equal(asked.read(), candidate.call.input_ids):
+        raise InputError("the trace is of other input_ids than the prompt's")
+
+
+def not_done(verdict: str, message: str) -> Done:
+    """The result of a job that came to nothing."""
+    return {"schema": KEPT, "verdict": verdict, "message": message, "dtype": "", "first_divergence": None, "named": "",
+            "excluded": [], "blind": [], "found": [], "tensors": {}}  # fmt: skip
+
+
+def summary(report: Report) -> Done:
+    """What is kept of a check: its verdict, and of every kind of tensor a tally."""
+    kinds: dict[str, list[Tally]] = {}
+    for instance in report.instances:
+        kinds.setdefault(field_of(instance.tensor), []).append(tally(instance))
+    first = report.first_divergence
+    stage = report.wrong_stages[0] if report.wrong_stages else None
+    named = stage.named if stage else report.findings[0].named if report.findings else ""
+    return {
+        "schema": KEPT, "verdict": report.verdict, "message": "; ".join(report.remarks),
+        "dtype": report.candidate.dtype,
+        "first_divergence": stage.name if stage else first.tensor if first else None, "named": named,
+        "excluded": [v.name for v in report.excluded], "blind": [v.name for v in report.blind],
+        "found": sorted({v.name for f in report.findings for v in f.explanations}),
+        "tensors": {kind: merged(some).as_json() for kind, some in kinds.items()},
+    }  # fmt: skip

@@ -1,0 +1,185 @@
+"""Many checks, on the processes of this machine or the workers of a Dask cluster. Checked in the tests: the report is
+the same to the last byte for one worker, two and a cluster, a worker that is killed loses nothing, and what is known is
+not computed again.
+
+The result of a job is kept under its key, in a file that appears whole or not at all. So a sweep that was ended goes on
+where it was, and what has another input, or another program, is computed anew.
+"""
+
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from refgemma.files import replace_file
+from refgemma.inputs import InputError
+from refgemma.oracle.check import CONFORMS, DIFFERS, INCONCLUSIVE, NOISY_ONLY
+from refgemma.oracle.report import finite
+from refgemma.sweep.jobs import FAILED, KEPT, LOST, UNREADABLE, Done, Job, not_done, perform
+from refgemma.sweep.tally import Tally, merged
+from refgemma.trace.names import FIELDS
+
+SCHEMA = "refgemma-sweep/1"
+# From the worst: what a whole sweep is said to be, and its exit code.
+CODES = {DIFFERS: 1, FAILED: 5, LOST: 5, UNREADABLE: 2, INCONCLUSIVE: 4, NOISY_ONLY: 3, CONFORMS: 0}
+TRIES = 3  # of a job that ended its worker
+ONE_THREAD = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+
+Pool = Callable[[int], AbstractContextManager[Executor]]
+"""Makes an executor with so many workers."""
+
+
+@contextmanager
+def processes(workers: int) -> Iterator[Executor]:
+    """Processes of this machine, each with one thread: so a sum is the same however many of them there are."""
+    before = {name: os.environ.get(name) for name in ONE_THREAD}
+    os.environ.update(dict.fromkeys(ONE_THREAD, "1"))
+    try:
+        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+            yield pool
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            os.environ.update({} if value is None else {name: value})
+
+
+@contextmanager
+def cluster(address: str) -> Iterator[tuple[Pool, int]]:
+    """The workers of a Dask cluster, as executors, and how many jobs keep them busy.
+
+    Raises
+    ------
+    InputError
+        If dask.distributed is not installed, or no scheduler answers.
+    """
+    try:
+        from distributed import Client
+    except ImportError:
+        raise InputError('--scheduler needs dask.distributed: pip install "refgemma[cluster]"') from None
+    try:
+        client = Client(address, timeout="10s", set_as_default=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--scheduler {address}: no scheduler answers ({error})") from None
+    with client:
+        threads = sum(client.nthreads().values())
+        if not threads:
+            raise InputError(f"--scheduler {address}: it has no workers")
+        yield (lambda workers: nullcontext(client.get_executor(pure=False))), 2 * threads
+
+
+def lost_worker(error: BaseException) -> bool:
+    """Whether an exception says that a worker died, of a pool or of a cluster."""
+    return isinstance(error, BrokenExecutor) or type(error).__name__ == "KilledWorker"
+
+
+def completed(jobs: Sequence[Job], pool: Pool, width: int) -> Iterator[tuple[Job, Done]]:
+    """Each job and its result, as they are finished.
+
+    When a worker dies, what was running goes on in a new pool, one job at a time: so it is known which of them it was,
+    and the others lose nothing. At most `width` jobs are under way.
+    """
+    waiting, suspects = deque(jobs), list[Job]()
+    while waiting:
+        with pool(width) as workers:
+            running: dict[Future[Done], Job] = {}
+            whole = True
+            while running or (waiting and whole):
+                while waiting and whole and len(running) < width:
+                    try:
+                        running[workers.submit(perform, waiting[0])] = waiting[0]
+                        waiting.popleft()
+                    except BrokenExecutor:
+                        whole = False
+                for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
+                    job, error = running.pop(future), future.exception()
+                    if error is None:
+                        yield job, future.result()
+                    elif lost_worker(error):
+                        suspects.append(job)
+                        whole = False
+                    else:
+                        raise error
+    for job in suspects:
+        yield job, _alone(job, pool)
+
+
+def _alone(job: Job, pool: Pool) -> Done:
+    for _ in range(TRIES):
+        with pool(1) as workers:
+            try:
+                return workers.submit(perform, job).result()
+            except Exception as error:
+                if not lost_worker(error):
+                    raise
+    return not_done(LOST, f"its worker died {TRIES} times")
+
+
+def sweep(
+    jobs: Sequence[Job], results: Path, pool: Pool, width: int, again: bool = False
+) -> Iterator[tuple[Job, Done]]:
+    """Each job and its result: kept ones first, then those that are computed, as they are finished.
+
+    Parameters
+    ----------
+    jobs : sequence of Job
+        From `read_jobs`.
+    results : Path
+        A folder, in which results are kept by key.
+    pool : callable
+        Makes an executor; see `processes` and `cluster`.
+    width : int
+        How many jobs are under way at once.
+    again : bool
+        Whether to do also what was done already.
+    """
+    results.mkdir(parents=True, exist_ok=True)
+    kept = {} if again else {job.key: found for job in jobs if (found := _kept(results, job)) is not None}
+    yield from ((job, kept[job.key]) for job in jobs if job.key in kept)
+    for job, done in completed([job for job in jobs if job.key not in kept], pool, width):
+        if done["verdict"] not in (UNREADABLE, FAILED, LOST):  # these are tried again the next time
+            replace_file(results / f"{job.key}.json", json.dumps(done, allow_nan=False).encode())
+        yield job, done
+
+
+def _kept(results: Path, job: Job) -> Done | None:
+    try:
+        found = json.loads((results / f"{job.key}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and found.get("schema") == KEPT else None
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
+def as_json(found: Sequence[tuple[Job, Done]]) -> dict[str, Any]:
+    """All results as one, whatever their order: that of names."""
+    ordered = sorted(found, key=lambda pair: (pair[0].name, pair[0].key))
+    verdicts = {done["verdict"] for _, done in ordered}
+    verdict = next(v for v in CODES if v in verdicts)
+    groups: dict[tuple[str, str], list[Tally]] = {}
+    for job, done in ordered:
+        for kind, kept in done["tensors"].items():
+            t = Tally.from_json(kept)
+            groups.setdefault((done["dtype"], kind), []).append(replace(t, at=f"{job.name}: {t.at}"))
+    totals = {group: merged(tallies) for group, tallies in groups.items()}
+    seen = {name for _, done in ordered for name in done["found"]}
+    excluded = {name for _, done in ordered for name in done["excluded"]} - seen
+    blind = {name for _, done in ordered for name in done["blind"]} - seen - excluded
+    return {
+        "schema": SCHEMA, "verdict": verdict, "exit_code": CODES[verdict],
+        "counts": {v: n for v in CODES if (n := sum(done["verdict"] == v for _, done in ordered))},
+        "jobs": [{"name": job.name, "key": job.key, **{k: done[k] for k in (
+            "verdict", "first_divergence", "named", "dtype", "message")}} for job, done in ordered],
+        "tensors": [
+            {"dtype": dtype, "tensor": kind} | total.as_json() | {"rms": finite(total.rms)}
+            for (dtype, kind), total in sorted(totals.items(), key=lambda one: (one[0][0], FIELDS.index(one[0][1])))
+        ],
+        "found": sorted(seen), "excluded": sorted(excluded), "blind": sorted(blind),
+    }  # fmt: skip

@@ -1,0 +1,1 @@
+"""Pictures, an explorer page, and exercises with answers recorded from PyTorch."""

@@ -1,0 +1,109 @@
+"""An answer to each exercise of `refgemma.teach.exercises`. Checked with the exercises' own checks.
+
+They are written for reading, with NumPy alone where that is the point of the exercise. The arguments (`x`, `ids`,
+`cos`, `sin`, `scores`, `cap`, `q_places`, `k_places`, `weight`, `eps`, `probabilities`, `ours`, `recorded`, `model`)
+are those that the notebooks give.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from refgemma.config import Gemma2Config
+from refgemma.precision import Array, narrow, wide
+
+
+def embed(ids: Array, table: Array) -> Array:
+    """Rows of the table, times sqrt(hidden) rounded to the table's precision."""
+    rows: Array = table[ids]
+    return rows * narrow(math.sqrt(table.shape[-1]), like=table)
+
+
+def gelu_tanh(x: Array) -> Array:
+    """The tanh form of GELU."""
+    bent: Array = 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    return bent
+
+
+def repeat_kv(x: Array, groups: int) -> Array:
+    """Each key head `groups` times, in place."""
+    return np.repeat(x, groups, axis=1)
+
+
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
+    """Turn the pairs that lie half a head apart."""
+    half = x.shape[-1] // 2
+    turned: Array = x * cos + np.concatenate([-x[..., half:], x[..., :half]], axis=-1) * sin
+    return turned
+
+
+def soft_cap(x: Array, cap: float) -> Array:
+    """Bend towards plus and minus `cap`."""
+    bent: Array = cap * np.tanh(x / cap)
+    return bent
+
+
+def attention_probs(scores: Array, mask: Array, cap: float) -> Array:
+    """Cap, mask, softmax, in this order."""
+    masked = np.where(mask, soft_cap(scores, cap), -np.inf)
+    exponentials = np.exp(masked - masked.max(axis=-1, keepdims=True))
+    shares: Array = exponentials / exponentials.sum(axis=-1, keepdims=True)
+    return shares
+
+
+def sliding_mask(q_places: Array, k_places: Array, window: int) -> Array:
+    """The last `window` keys, the query's own included."""
+    distance = q_places[:, None] - k_places
+    seen: Array = (distance >= 0) & (distance < window)
+    return seen
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    """Compute in float32, round once."""
+    x_wide = wide(x)
+    normed = x_wide / np.sqrt(np.mean(x_wide**2, axis=-1, keepdims=True) + eps)
+    return narrow(normed * (1 + wide(weight)), like=x)
+
+
+def round_to_bf16(x: Array) -> Array:
+    """Round float32 to eight bits of digits, ties to even, by whole-number arithmetic on its bits."""
+    bits = np.asarray(x, np.float32).view(np.uint32)
+    odd = (bits >> 16) & 1  # the last bit that is kept
+    rounded = (bits + 0x7FFF + odd) & np.uint32(0xFFFF0000)
+    return rounded.astype(np.uint32).view(np.float32)
+
+
+def keep_top_p(probabilities: Array, p: float) -> Array:
+    """The likeliest tokens up to and with the one that reaches `p`."""
+    order = np.argsort(-probabilities)
+    before = np.cumsum(probabilities[order]) - probabilities[order]
+    kept = np.zeros(len(probabilities), bool)
+    kept[order[before < p]] = True
+    return kept
+
+
+def parameters(config: Gemma2Config) -> int:
+    """Embedding, attention, feed-forward, norms."""
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
+    block = hidden * config.head_dim * heads + 3 * hidden * config.intermediate_size + 4 * hidden
+    return config.vocab_size * hidden + layers * block + hidden
+
+
+def first_divergence(ours: Mapping[str, Array], recorded: Mapping[str, Array]) -> str | None:
+    """The first tensor, in the order of computation, whose relative error is more than rounding makes."""
+    for name, right in recorded.items():
+        if np.sqrt(np.mean((ours[name] - right) ** 2)) > 1e-5 * np.sqrt(np.mean(right**2)):
+            return name
+    return None
+
+
+def causality_test(model: Callable[[list[int]], Any]) -> None:
+    """Change the last token, and each before it: no earlier logit may move."""
+    ids = [2, 300, 400, 500, 600, 700, 800, 900]
+    before = model(ids)
+    for place in range(1, len(ids)):
+        after = model([*ids[:place], 1000, *ids[place + 1 :]])
+        assert np.allclose(before[:place], after[:place], atol=1e-4), f"token {place} changes an answer before it"

@@ -1,0 +1,212 @@
+"""One run as one page: choose a token, a layer and a head, and see what was computed. Checked by tests that read the
+numbers back from the page, by themselves and in a browser, and compare them with the trace.
+
+The page needs no network and nothing beside it: numbers, script and style are in the file. The numbers are float32; the
+shares are those of the trace, bit for bit, unless that is float64. ``explorer.html`` shows them, and computes only
+places, colours, and the sum of the shares that a table leaves out.
+"""
+
+import base64
+import html
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from refgemma.config import Gemma2Config
+from refgemma.inputs import InputError
+from refgemma.model import head
+from refgemma.modeling.pretrained import Pretrained
+from refgemma.ops import rms_norm
+from refgemma.precision import Array, wide
+from refgemma.teach.viz import probabilities, shown
+from refgemma.tokenizer.tokenizer import Tokenizer
+from refgemma.trace.names import run_in_order, trace_axes
+from refgemma.weights.parameters import Weights
+
+LIMIT = 2_000_000  # bytes of a page: what opens at once, and can be sent by mail
+TOP = 5  # next tokens shown at each depth
+TEMPLATE = Path(__file__).with_name("explorer.html")
+
+
+def page_bytes(seq: int, config: Gemma2Config) -> int:
+    """About how large a page on `seq` tokens is, and seldom larger.
+
+    A number takes 4 bytes and in base64 16/3; a head has ``seq (seq + 1) / 2`` shares, as no key is behind its query.
+
+    Examples
+    --------
+    >>> page_bytes(10, Gemma2Config.preset("2b")) < LIMIT < page_bytes(100, Gemma2Config.preset("2b"))
+    True
+    """
+    layers, depths = config.num_hidden_layers, config.num_hidden_layers + 1
+    shares = layers * config.num_attention_heads * seq * (seq + 1) // 2
+    sizes = (len(dict(trace_axes())) * layers + depths) * seq
+    answers = depths * TOP * seq
+    # An answer is a share, an id, and a text if it is the first of its kind; the page without numbers is 40,000 bytes.
+    return 16 * (shares + sizes) // 3 + answers * (6 + 8 + 32) + 40_000
+
+
+def most_tokens(config: Gemma2Config) -> int:
+    """How many tokens a page of `LIMIT` bytes holds.
+
+    Examples
+    --------
+    >>> most_tokens(Gemma2Config.preset("2b"))
+    50
+    """
+    seq = 0
+    while page_bytes(seq + 1, config) <= LIMIT:
+        seq += 1
+    return seq
+
+
+def token_sizes(x: Array) -> npt.NDArray[np.float64]:
+    """The root mean square of all numbers of each token in `x`, a tensor of a trace: ``seq`` is the last axis but one.
+
+    Examples
+    --------
+    >>> token_sizes(np.array([[[3.0, 4.0], [0.0, 0.0]]])).round(4)
+    array([3.5355, 0.    ])
+    """
+    rows = np.moveaxis(np.asarray(wide(x[0]), np.float64), -2, 0)
+    return np.asarray(np.sqrt(np.mean(rows.reshape(len(rows), -1) ** 2, axis=-1)))
+
+
+def likeliest(stream: Array, weights: Weights, config: Gemma2Config) -> tuple[Array, Array]:
+    """The `TOP` next tokens if the model stopped at this residual stream, and their probabilities: ``(seq, TOP)``."""
+    shares = probabilities(head(rms_norm(stream, weights.norm, config.rms_norm_eps), weights, config)[1][0])
+    best = np.argsort(-shares, axis=-1, kind="stable")[:, :TOP]
+    return best, np.take_along_axis(shares, best, axis=-1)
+
+
+def packed(numbers: Sequence[Array] | Array) -> str:
+    """The `numbers` as the page keeps them: float32, the low byte first, in base64.
+
+    Examples
+    --------
+    >>> packed(np.array([1.0]))
+    'AACAPw=='
+    """
+    return base64.b64encode(np.asarray(numbers).astype("<f4").tobytes()).decode("ascii")
+
+
+def _texts(model: Pretrained) -> Callable[[Array], list[str]]:
+    """What to write for ids: the tokenizer's pieces with blanks made visible, or the ids where there is none."""
+    if not (model.folder / "tokenizer.model").exists():
+        return lambda ids: [f"#{token}" for token in ids.tolist()]
+    tokenizer: Tokenizer = model.tokenizer
+    return lambda ids: [shown(piece) for piece in tokenizer.convert_ids_to_tokens(ids.tolist())]
+
+
+def explored(ids: Sequence[int], model: Pretrained, name: str, dtype: str) -> dict[str, Any]:
+    """The numbers of a page: a run of `model` over `ids`, one block in memory at a time.
+
+    Parameters
+    ----------
+    ids : sequence of int
+        The token ids of the prompt.
+    model : Pretrained
+        What is run.
+    name, dtype : str
+        What the page calls the model and its precision.
+
+    Returns
+    -------
+    dict
+        What ``explorer.html`` reads. Arrays are `packed`: ``attention`` is ``(layers, heads, seq (seq + 1) / 2)``, of
+        each query its keys up to itself; ``residual`` ``(depth, seq)``; ``sizes`` of a tensor ``(layers, seq)``;
+        ``answers`` ``(depth, seq, TOP)``. A depth is the number of blocks done.
+
+    Raises
+    ------
+    InputError
+        For ids that are none of the model, and for more of them than fit on a page.
+
+    Examples
+    --------
+    >>> import refgemma
+    >>> run = explored([2, 300, 301], refgemma.load("tiny"), "tiny", "float32")
+    >>> run["tokens"][0], run["heads"], len(run["layers"])
+    ('<bos>', 6, 6)
+    """
+    config, seq = model.config, len(ids)
+    if page_bytes(seq, config) > LIMIT:
+        raise InputError(
+            f"the prompt has {seq} tokens: with this model a page of {LIMIT / 1e6:g} MB holds {most_tokens(config)}"
+        )
+    lower = np.tril_indices(seq)
+    attention: list[Array] = []
+    residual: list[Array] = []
+    answers: list[tuple[Array, Array]] = []
+    sizes: dict[str, list[Array]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for full_name, tensor in run_in_order(np.array([ids]), model.weights, config):
+        _, layer, field = full_name.split(".", 2) if full_name.startswith("layers.") else ("", "", full_name)
+        template = f"layers.N.{field}" if layer else field
+        sizes.setdefault(template, []).append(token_sizes(tensor))
+        shapes[template] = tensor.shape
+        if field == "attention.probs":
+            attention.append(np.asarray(wide(tensor[0]))[:, *lower])
+        if field in ("embedded", "out"):
+            residual.append(sizes[template][-1])
+            answers.append(likeliest(tensor, model.weights, config))
+    texts = _texts(model)
+    best = np.stack([tokens for tokens, _ in answers])
+    known = np.unique(best)
+    windows = [config.sliding_window if config.is_sliding(n) else None for n in range(config.num_hidden_layers)]
+    return {
+        "model": name,
+        "dtype": dtype,
+        "ids": list(ids),
+        "tokens": texts(np.array(ids)),
+        "heads": config.num_attention_heads,
+        "groups": config.num_attention_heads // config.num_key_value_heads,
+        "layers": windows,
+        "attention": packed(attention),
+        "residual": packed(residual),
+        "answers": {"ids": best.tolist(), "shares": packed([shares for _, shares in answers])},
+        "texts": dict(zip(known.tolist(), texts(known), strict=True)),
+        "tensors": [
+            {"name": template, "axes": axes, "shape": list(shapes[template]), "sizes": packed(sizes[template])}
+            for template, axes in trace_axes()
+        ],
+    }
+
+
+def page(run: dict[str, Any]) -> str:
+    """The whole page as text.
+
+    Parameters
+    ----------
+    run : dict
+        Of `explored`.
+
+    Returns
+    -------
+    str
+        HTML. Nothing in the prompt is taken for markup.
+
+    Raises
+    ------
+    InputError
+        If it is larger than `LIMIT` all the same, by unusually long tokens.
+
+    Examples
+    --------
+    >>> import refgemma
+    >>> page(explored([2, 300], refgemma.load("tiny"), "tiny", "float32"))[:15]
+    '<!doctype html>'
+    """
+    # In a script element only "<" can end the element; \u003c is the same character to JSON.
+    data = json.dumps(run, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    title = html.escape(f"{run['model']}: {' '.join(run['tokens'][1:9])}")
+    before, rest = TEMPLATE.read_text("utf-8").split("{{title}}")
+    middle, after = rest.split("{{run}}")
+    whole = before + title + middle + data + after
+    if len(whole.encode()) > LIMIT:
+        raise InputError(f"the page would be larger than {LIMIT / 1e6:g} MB; give a shorter prompt")
+    return whole

@@ -1,0 +1,1 @@
+"""A run as named tensors: names, files, the names of other projects, and what another implementation recorded."""

@@ -1,0 +1,307 @@
+"""What another implementation computed, read from a file and checked before anything is made of it. Checked in the
+tests on damaged, foreign and incomplete files.
+
+The file is safetensors. Its tensors have the names and shapes that ``refgemma trace`` writes: ``input_ids`` (batch,
+seq), and any of ``position_ids``, ``attention_mask`` (1 for a token, 0 for padding) and the named tensors; ``logits``
+at the least are of use. Tensors of several calls that share a cache are named ``calls.0.embedded``,
+``calls.1.embedded`` and so on. Its metadata may say ``dtype`` (what tensors are stored in) and ``engine``.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from refgemma.config import Gemma2Config
+from refgemma.inputs import InputError, check_inputs
+from refgemma.precision import Array, as_dtype
+from refgemma.trace.name_maps import open_trace
+from refgemma.trace.names import FIELDS, field_of, layer_of, trace_axes
+from refgemma.trace.reader import Entry, TraceFile
+
+STORED = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+GIVEN = ("input_ids", "position_ids", "attention_mask")
+MOST_TOKENS = 2**20
+# A static cache has keys that no query sees: a tensor with more elements than that many times what is needed is not it.
+MUCH = 16
+AXES = {field_of(name): axes for name, axes in trace_axes()}
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a model was asked. Several calls that share a cache are one, of all their tokens."""
+
+    input_ids: npt.NDArray[np.int64]  # (batch, seq)
+    positions: npt.NDArray[np.int64]  # (batch, seq), what the rotary angles are taken of
+    visible: npt.NDArray[np.bool_]  # (batch, seq), false for padding
+    calls: tuple[int, ...]  # tokens of each call
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of the candidate: its numbers in the precision they were computed in, and what they are kept in."""
+
+    numbers: Array
+    storage: str
+    known: Array | None = None  # which elements the file holds; all, unless given
+    coarse: float = 0.0  # the distance of neighbouring decimals, where the file holds those
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A checked trace: every tensor has a known name and the right shape; what has not is in `refused`."""
+
+    source: str
+    dtype: str
+    dtype_from: str  # "metadata", "file" or "numbers": how `dtype` is known
+    call: Call
+    tensors: Mapping[str, Tensor]
+    refused: Mapping[str, str]  # name -> why the tensor cannot be judged
+    unknown: tuple[str, ...]  # names that are none of ours
+    engine: str = ""
+    name_map: str = ""  # whose names the file has; ours if empty
+    columns: int = 0  # of the logits in the file
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def inputs(self) -> Mapping[str, Tensor]:
+        """The tensors of which every element is there, as it was: what another can be computed from."""
+        return {name: x for name, x in self.tensors.items() if x.known is None and not x.coarse}
+
+
+def axes_of(name: str) -> str:
+    """The axes of a named tensor, as words.
+
+    Examples
+    --------
+    >>> axes_of("layers.3.attention.probs"), axes_of("layers.3.out")
+    ('batch heads seq keys', 'batch seq hidden')
+    """
+    return AXES[field_of(name)]
+
+
+def shape_of(name: str, config: Gemma2Config, batch: int, seq: int) -> tuple[int, ...]:
+    """The shape that a named tensor of a call has.
+
+    Examples
+    --------
+    >>> shape_of("layers.0.attention.k", Gemma2Config.preset("9b"), batch=1, seq=5)
+    (1, 8, 5, 256)
+    """
+    lengths = {
+        "batch": batch, "seq": seq, "keys": seq, "1": 1, "heads": config.num_attention_heads,
+        "kv_heads": config.num_key_value_heads, "head_dim": config.head_dim, "hidden": config.hidden_size,
+        "intermediate": config.intermediate_size, "vocab": config.vocab_size,
+        "heads*head_dim": config.num_attention_heads * config.head_dim,
+    }  # fmt: skip
+    return tuple(lengths[axis] for axis in axes_of(name).split())
+
+
+def is_known(name: str, config: Gemma2Config) -> bool:
+    """Whether a run of this model has a tensor of that name.
+
+    Examples
+    --------
+    >>> is_known("layers.26.out", Gemma2Config.preset("2b"))
+    False
+    """
+    if not name.startswith("layers."):
+        return name in FIELDS and FIELDS.index(name) not in range(3, len(FIELDS) - 3)
+    parts = name.split(".", 2)
+    number = parts[1]
+    return (
+        len(parts) == 3 and number.isdecimal() and number.isascii() and str(int(number)) == number
+        and int(number) < config.num_hidden_layers and parts[2] in FIELDS[3:-3]
+    )  # fmt: skip
+
+
+def load_candidate(
+    path: str | Path, config: Gemma2Config, dtype: str | None = None, name_map: str | None = None
+) -> Candidate:
+    """Read and check a candidate's trace for a model of `config`.
+
+    Parameters
+    ----------
+    path : str or path
+        The file.
+    config : Gemma2Config
+        The model that it claims to be.
+    dtype : str, optional
+        What it stores tensors in, if neither its metadata nor the numbers say so.
+    name_map : str, optional
+        Whose names the file has, see ``refgemma/trace/name_maps.py``; ours, unless its metadata has a ``map``.
+
+    Raises
+    ------
+    InputError
+        If the file cannot be read, or lacks ``input_ids``, or those do not fit the model.
+    """
+    file = open_trace(path, config, name_map)
+    declared = dtype or file.metadata.get("dtype")
+    if declared is not None and declared not in STORED.values():
+        raise InputError(f"{path}: dtype is {declared!r}; {', '.join(STORED.values())} are known")
+    call = _call(file, config)
+    named = [name for name in file.entries if name not in GIVEN]
+    wanted = {name for name in named if is_known(_without_call(name, call), config)}
+    refused, read = {}, {}
+    for name in sorted(wanted):
+        if (problem := _unreadable(name, file.entries[name], call, config)) is None:
+            read[name] = file.entries[name].read()
+        else:
+            refused[_without_call(name, call)] = problem
+    known = {name: file.entries[name].known for name in read}
+    judged = _joined(read, call, refused) if len(call.calls) > 1 else read
+    batch, seq = call.input_ids.shape
+    for name, x in list(judged.items()):
+        shape = shape_of(name, config, batch, seq)
+        if name in ("cos", "sin") and x.shape == (1, *shape[1:]):
+            judged[name] = np.broadcast_to(x, shape)  # one table for all rows
+        elif x.shape != shape:
+            refused[name] = _wrong_shape(name, x.shape, shape)
+    judged = {name: x for name, x in judged.items() if name not in refused}
+    chosen = declared or _told_by(judged)
+    tensors = {}
+    for name, x in judged.items():
+        parts = known.get(name)
+        coarse = file.entries[name].coarse if name in file.entries else 0.0
+        tensors[name] = Tensor(*_stored(x, chosen), None if parts is None else parts(), coarse)
+    return Candidate(
+        str(path), chosen, "option" if dtype else "metadata" if declared else "numbers", call, tensors, refused,
+        tuple(sorted(set(named) - wanted)), file.metadata.get("engine", ""), file.metadata.get("map", ""),
+        _columns(file), file.metadata,
+    )  # fmt: skip
+
+
+def _columns(file: TraceFile) -> int:
+    logits = file.entries.get("logits") or file.entries.get("calls.0.logits")
+    return logits.shape[-1] if logits and logits.shape and logits.dtype in STORED else 0
+
+
+def _without_call(name: str, call: Call) -> str:
+    """``embedded`` of ``calls.0.embedded``, where there are several calls."""
+    parts = name.split(".", 2)
+    several = len(call.calls) > 1 and parts[0] == "calls" and len(parts) == 3 and parts[1].isdecimal()
+    return parts[2] if several and int(parts[1]) < len(call.calls) else name
+
+
+def _unreadable(name: str, entry: Entry, call: Call, config: Gemma2Config) -> str | None:
+    """Why a tensor cannot be judged; told by its header, so that one of any size costs nothing."""
+    shape = shape_of(_without_call(name, call), config, *call.input_ids.shape)
+    if entry.dtype not in STORED:
+        floating = f"; {', '.join(STORED)} can be read" if entry.dtype[0] == "F" else ", which are no such numbers"
+        return f"is stored as {entry.dtype}{floating}"
+    if len(entry.shape) != len(shape) or math.prod(entry.shape) > MUCH * math.prod(shape):
+        return _wrong_shape(_without_call(name, call), entry.shape, shape)
+    return None
+
+
+def _wrong_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+    return f"has shape {found}; {wanted} is needed: ({axes_of(name).replace(' ', ', ')})"
+
+
+def _call(file: TraceFile, config: Gemma2Config) -> Call:
+    if "input_ids" not in file.entries:
+        raise InputError(f"{file.path}: lacks input_ids, the tokens that were run; add them as integers (batch, seq)")
+    given = {name: file.entries[name] for name in GIVEN if name in file.entries}
+    for name, entry in given.items():
+        if math.prod(entry.shape) > MOST_TOKENS:
+            raise InputError(f"{file.path}: {name} has shape {entry.shape}; a check takes {MOST_TOKENS} tokens at most")
+        if entry.dtype[0] not in "IUB" or entry.dtype == "BF16":
+            raise InputError(f"{file.path}: {name} is stored as {entry.dtype}; integers are needed")
+    try:
+        return _asked({name: entry.read() for name, entry in given.items()}, file.metadata, config)
+    except InputError as error:
+        raise InputError(f"{file.path}: {error}") from None
+
+
+def _asked(tensors: Mapping[str, Array], metadata: Mapping[str, str], config: Gemma2Config) -> Call:
+    ids = tensors["input_ids"]
+    inputs = check_inputs(ids[None] if ids.ndim == 1 else ids, config, tensors.get("attention_mask"),
+                          tensors.get("position_ids"))  # fmt: skip
+    seq = inputs.tokens.shape[1]
+    try:
+        calls = tuple(int(n) for n in json.loads(metadata.get("calls", f"[{seq}]")))
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        said = metadata["calls"][:100]
+        raise InputError(f"the metadata's calls is {said!r}: a list of token counts is needed") from None
+    if sum(calls) != seq or min(calls) < 1:
+        raise InputError(f"the metadata's calls are of {list(calls)} tokens, but input_ids has {seq}")
+    return Call(inputs.tokens, inputs.positions, inputs.visible, calls)
+
+
+def _joined(tensors: Mapping[str, Array], call: Call, refused: dict[str, str]) -> dict[str, Array]:
+    """The tensors of calls that share a cache, one below the other; the keys of a row end at its call's last token.
+
+    A key that the cache no longer held was not looked at: its probability is 0, and its score is not a number that was
+    computed, which no comparison asks for.
+    """
+    seq, ends = call.input_ids.shape[1], np.cumsum(call.calls)
+    joined = {name: x for name, x in tensors.items() if not name.startswith("calls.")}
+    for name in {name.split(".", 2)[2] for name in tensors if name.startswith("calls.")}:
+        parts = [x for n in range(len(ends)) if (x := tensors.get(f"calls.{n}.{name}")) is not None]
+        if len(parts) < len(ends):
+            refused[name] = f"is there of {len(parts)} calls of {len(ends)}"
+            continue
+        if axes_of(name).endswith("keys"):
+            parts = [_placed(part, int(end), seq) for part, end in zip(parts, ends, strict=True)]
+        others = {(*part.shape[:-2], part.shape[-1]) for part in parts}
+        if len(others) > 1:
+            refused[name] = f"has other axes in some calls: {', '.join(str(part.shape) for part in parts)}"
+            continue
+        joined[name] = np.concatenate(parts, axis=-2)
+    return joined
+
+
+def _placed(x: Array, end: int, seq: int) -> Array:
+    """``(batch, heads, rows, keys)`` whose last key is token ``end - 1``, among all `seq` keys."""
+    kept = x[..., max(0, x.shape[-1] - end) :]
+    before = end - kept.shape[-1]
+    return np.pad(kept, [(0, 0)] * 3 + [(before, seq - end)])
+
+
+def _told_by(tensors: Mapping[str, Array]) -> str:
+    """The precision that the numbers show: the file's, or the half precision that they all are numbers of."""
+    if not tensors:
+        return "float32"
+    widest = max((x.dtype for x in tensors.values()), key=lambda dtype: dtype.itemsize).name
+    for half in ("bfloat16", "float16"):
+        if all(_on_grid(x, half) for x in tensors.values()):
+            return half
+    return widest
+
+
+def _on_grid(x: Array, dtype: str) -> bool:
+    numbers = x.astype(np.float64)
+    finite = numbers[np.isfinite(numbers)]
+    with np.errstate(over="ignore"):
+        return bool(np.array_equal(np.asarray(as_dtype(finite, dtype), np.float64), finite))
+
+
+def _stored(x: Array, dtype: str) -> tuple[Array, str]:
+    """The numbers, and what they are kept in: `dtype`, unless they are finer."""
+    if dtype in ("bfloat16", "float16") and not _on_grid(x, dtype):
+        return x.astype(np.float64), "float64" if x.dtype == np.float64 else "float32"
+    return x.astype(np.float64), dtype
+
+
+def only(candidate: Candidate, names: tuple[str, ...]) -> Candidate:
+    """The candidate with some of its tensors.
+
+    Parameters
+    ----------
+    candidate : Candidate
+        A checked trace.
+    names : tuple of str
+        Those to keep; ``layers.*.out`` keeps that of every layer.
+    """
+
+    def wanted(name: str) -> bool:
+        layer = layer_of(name)
+        return name in names or (layer is not None and f"layers.*.{field_of(name)}" in names)
+
+    return replace(candidate, tensors={name: x for name, x in candidate.tensors.items() if wanted(name)})

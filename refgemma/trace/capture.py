@@ -1,0 +1,221 @@
+"""The named tensors of a live transformers model, with what happens inside attention. Checked in tests/parity:
+every tensor is there, and ``refgemma check`` accuses none, in three precisions, padded and cached.
+
+Module outputs are caught by hooks, rotated queries and keys where they are made, and scores, capped scores and weights
+by watching the torch calls of the attention function, whichever that is: one that computes no scores, like sdpa,
+leaves them out. Nothing is changed in the model, and everything is put back at the end. torch is imported when a model
+is captured.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from refgemma.precision import Array, as_dtype
+
+NORMS = (
+    "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",
+)  # fmt: skip
+
+
+@contextmanager
+def caught(model: Any) -> Iterator[dict[str, Any]]:
+    """Every named tensor of the calls made inside, under the names of refgemma's records; those of the last call stay.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A ``Gemma2ForCausalLM`` of transformers 5.x, or one with the same modules.
+    """
+    import sys
+
+    found: dict[str, Any] = {}
+    handles: list[Any] = []
+    inner = model.model
+    modeling = sys.modules[type(inner.layers[0].self_attn).__module__]
+
+    def output(module: Any, name: str) -> None:
+        handles.append(module.register_forward_hook(lambda m, i, o: found.__setitem__(name, o)))
+
+    def given(module: Any, name: str) -> None:
+        handles.append(module.register_forward_hook(lambda m, i, o: found.__setitem__(name, i[0])))
+
+    output(inner.embed_tokens, "embedded")
+    handles.append(inner.rotary_emb.register_forward_hook(
+        lambda m, i, o: found.update(cos=o[0].unsqueeze(1), sin=o[1].unsqueeze(1))
+    ))  # fmt: skip
+    output(inner.norm, "norm")
+    output(model.lm_head, "raw_logits")
+    for index, layer in enumerate(inner.layers):
+        p = f"layers.{index}."
+        for norm in NORMS:
+            output(getattr(layer, norm), p + norm)
+        given(layer.pre_feedforward_layernorm, p + "middle")
+        for letter in ("q", "k", "v"):
+            output(getattr(layer.self_attn, f"{letter}_proj"), f"{p}attention.{letter}")
+        given(layer.self_attn.o_proj, p + "attention.mixed")
+        output(layer.self_attn.o_proj, p + "attention.out")
+        output(layer.mlp.gate_proj, p + "feed_forward.gate")
+        output(layer.mlp.up_proj, p + "feed_forward.up")
+        output(layer.mlp.act_fn, p + "feed_forward.gelu")
+        given(layer.mlp.down_proj, p + "feed_forward.product")
+        output(layer.mlp.down_proj, p + "feed_forward.out")
+        output(layer, p + "out")
+    with _watched_attention(modeling, found):
+        try:
+            yield found
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@contextmanager
+def _watched_attention(modeling: Any, found: dict[str, Any]) -> Iterator[None]:
+    """Watch the rotation and the attention function of a modeling file."""
+    rotate, interfaces = modeling.apply_rotary_pos_emb, modeling.ALL_ATTENTION_FUNCTIONS
+    rotated: list[tuple[Any, Any]] = []  # the layer's number is known only to the attention that follows
+
+    def noted_rotate(*args: Any, **named: Any) -> Any:
+        rotated.append(rotate(*args, **named))
+        return rotated[-1]
+
+    class Interfaces:
+        """The attention functions there are, each watched."""
+
+        def get_interface(self, *args: Any) -> Callable[..., Any]:
+            return _watched(interfaces.get_interface(*args), rotated, found)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(interfaces, name)
+
+    modeling.apply_rotary_pos_emb, modeling.ALL_ATTENTION_FUNCTIONS = noted_rotate, Interfaces()
+    try:
+        yield
+    finally:
+        modeling.apply_rotary_pos_emb, modeling.ALL_ATTENTION_FUNCTIONS = rotate, interfaces
+
+
+def _watched(attend: Callable[..., Any], rotated: list[tuple[Any, Any]], found: dict[str, Any]) -> Callable[..., Any]:
+    from torch.overrides import TorchFunctionMode
+
+    class Watch(TorchFunctionMode):  # type: ignore[misc]
+        """Note every torch function called while active."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls: list[tuple[str, Any, Any]] = []
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            self.calls.append((getattr(func, "__name__", ""), args, result))
+            return result
+
+    def attended(module: Any, *args: Any, **named: Any) -> Any:
+        with Watch() as watch:
+            mixed, probs = attend(module, *args, **named)
+        p = f"layers.{module.layer_idx}.attention."
+        found[p + "q_rot"], found[p + "k_rot"] = rotated.pop()
+        found.update({p + name: x for name, x in scores_of(watch.calls).items()})
+        if probs is not None:
+            found[p + "probs"] = probs
+        return mixed, probs
+
+    return attended
+
+
+def scores_of(calls: Sequence[tuple[str, Any, Any]]) -> dict[str, Any]:
+    """Scores, and capped scores, of the torch calls that an attention function made; nothing if it made no softmax.
+
+    Scores are the first product of matrices, or what the multiplication right after it makes of them. Capped scores are
+    what the last multiplication after a tanh gives; without a tanh, the scores themselves.
+    """
+    names = [name for name, _, _ in calls]
+    if "softmax" not in names or "matmul" not in names:
+        return {}
+    start, end = names.index("matmul"), names.index("softmax")
+    place = start + 1 if names[start + 1] == "mul" else start
+    scores = calls[place][2]
+    products = [n for n in range(place + 1, end) if names[n] == "mul"]
+    bent = "tanh" in names[place:end] and products
+    return {"scores": scores, "capped": calls[products[-1]][2] if bent else scores}
+
+
+def capture_transformers(
+    model: Any, input_ids: Any, attention_mask: Any = None, calls: Sequence[int] | None = None, **named: Any
+) -> tuple[dict[str, Array], dict[str, str]]:
+    """Run a live transformers model and return its named tensors and the metadata of their trace.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A ``Gemma2ForCausalLM``; its attention implementation stays what it is.
+    input_ids, attention_mask : array (batch, seq)
+        The tokens, and 0 where they are padding.
+    calls : sequence of int, optional
+        Tokens of each call, to run them one after the other with a cache; by default all in one call.
+    **named
+        Handed on to the model, ``position_ids`` for instance.
+
+    Returns
+    -------
+    tensors, metadata
+        For `refgemma.trace.names.save_trace`.
+
+    Examples
+    --------
+    In a script that has torch::
+
+        tensors, about = capture_transformers(model, [[2, 300, 400]])
+        save_trace(tensors.items(), "port.safetensors", about)
+    """
+    import torch
+    import transformers
+
+    ids = torch.as_tensor(np.asarray(input_ids))
+    mask = None if attention_mask is None else torch.as_tensor(np.asarray(attention_mask))
+    lengths = list(calls or [ids.shape[1]])
+    cache = transformers.DynamicCache(config=model.config) if len(lengths) > 1 else None
+    # transformers 5.24 has another name for it, and warns of the one before.
+    parameter = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    past = {} if cache is None else {parameter: cache}
+    head_dim = model.model.layers[0].self_attn.head_dim
+    tensors: dict[str, Array] = {"input_ids": np.asarray(ids)}
+    if mask is not None:
+        tensors["attention_mask"] = np.asarray(mask)
+    done, dtype = 0, str(model.dtype).removeprefix("torch.")
+    for number, length in enumerate(lengths):
+        prefix = f"calls.{number}." if len(lengths) > 1 else ""
+        end = done + length
+        with torch.no_grad(), caught(model) as found:
+            result = model(
+                input_ids=ids[:, done:end], attention_mask=None if mask is None else mask[:, :end],
+                use_cache=cache is not None, **past, **named,
+            )  # fmt: skip
+        for name, x in (found | {"logits": result.logits}).items():
+            tensors[prefix + name] = as_numpy(in_heads(name, x, head_dim))
+        done = end
+    about = {
+        "dtype": dtype, "calls": json.dumps(lengths), "engine": f"transformers {transformers.__version__}, "
+        f"torch {torch.__version__}, {model.config._attn_implementation}",
+    }  # fmt: skip
+    return tensors, about
+
+
+def in_heads(name: str, x: Any, head_dim: int) -> Any:
+    """The projections are caught before they are taken apart into heads."""
+    if name.rpartition(".")[2] in ("q", "k", "v"):
+        return x.view(*x.shape[:2], -1, head_dim).transpose(1, 2)
+    return x
+
+
+def as_numpy(x: Any) -> Array:
+    """A torch tensor as an array of its precision."""
+    name = str(x.dtype).removeprefix("torch.")
+    numbers = x.detach().cpu()
+    return as_dtype(numbers.float().numpy(), name) if name in ("bfloat16", "float16") else numbers.numpy()

@@ -1,0 +1,103 @@
+"""What llama.cpp's ``llama-eval-callback`` prints, as tensors. Checked in the tests on a recorded run of llama.cpp.
+
+Each operation prints a line ``name = (type) OP(...) = {ne0, ne1, ne2, ne3}`` and below it the numbers, in brackets, to
+four decimals, of which the first three and last three along an axis stand for all. So most numbers of a tensor are not
+known, and those that are known are known to half a unit of the fourth decimal. The tokens are in the lines after
+``number of input tokens``, if the program was built since January 2026; else they are given by hand.
+"""
+
+import re
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from refgemma.inputs import InputError
+from refgemma.precision import Array
+from refgemma.trace.reader import Entry, TraceFile
+
+SHOWN = 3  # numbers at either end of an axis
+STEP = 1e-4
+HEAD = re.compile(
+    r"(?:common_debug_cb_eval|ggml_debug):\s+(?P<name>.+?) = \((?P<type>\w+)\)\s+"
+    r"(?P<op>\w+)\((?P<of>[^{]*)\{.*= \{(?P<ne>[\d, ]+)\}"
+)
+UNNAMED = re.compile(r"node_\d+")
+NUMBER = re.compile(r"-?(?:\d+\.\d+|inf|nan)", re.IGNORECASE)
+TOKENS = re.compile(r"number of input tokens = (\d+)")
+PEEK = 2**18
+
+
+def is_eval_callback(path: Path) -> bool:
+    """Whether a file begins like what ``llama-eval-callback`` prints."""
+    with path.open("rb") as file:
+        start = file.read(PEEK)
+    return b"common_debug_cb_eval:" in start or b"ggml_debug:" in start
+
+
+def open_eval_callback(path: str | Path) -> TraceFile:
+    """The tensors of a text, numbered where several have one name: ``Qcur-0``, ``Qcur-0#1``.
+
+    Raises
+    ------
+    InputError
+        If a tensor's numbers do not fit its shape, naming the line.
+    """
+    entries: dict[str, Entry] = {}
+    counts: dict[str, int] = {}
+    lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    ids = list(_tokens(lines))
+    if ids:
+        entries["input_ids"] = Entry("I64", (1, len(ids)), lambda: np.array([ids]))
+    starts = [n for n, line in enumerate(lines) if HEAD.search(line)]
+    for start, end in zip(starts, [*starts[1:], len(lines)], strict=True):
+        head = HEAD.search(lines[start])
+        assert head is not None
+        name = head["name"].strip()
+        if UNNAMED.fullmatch(name):
+            name = f"{head['op']}({head['of']})"  # its number changes with every version; what it is does not
+        number = counts.get(name, 0)
+        counts[name] = number + 1
+        shape = tuple(int(n) for n in head["ne"].split(","))[::-1]
+        rows = [line for line in lines[start + 1 : end] if "[" in line and NUMBER.search(line)]
+        numbers = [float(x) for row in rows for x in NUMBER.findall(row)]
+        known = _known(shape)
+        if len(numbers) != int(np.prod([min(n, 2 * SHOWN) for n in shape[1:]])) * shape[0]:
+            if not numbers:
+                continue  # a quantized tensor is named, not printed
+            raise InputError(f"{path}: line {start + 1}: {name} of shape {shape} has {len(numbers)} numbers below it")
+        dtype = {"f16": "F16", "bf16": "BF16", "f32": "F32"}.get(head["type"], "I64")
+        key = f"{name}#{number}" if number else name
+        entries[key] = Entry(dtype, shape, partial(_spread, shape, known, numbers), partial(_mask, shape, known), STEP)
+    return TraceFile(str(path), {"engine": "llama.cpp, llama-eval-callback", "map": "llama.cpp", "dtype": "float32"},
+                     entries)  # fmt: skip
+
+
+def _tokens(lines: list[str]) -> Iterator[int]:
+    for start, line in enumerate(lines):
+        if (hit := TOKENS.search(line)) is not None:
+            for row in lines[start + 1 : start + 1 + int(hit[1])]:
+                yield int(row.split()[-1])
+            return
+
+
+def _known(shape: tuple[int, ...]) -> tuple[Array, ...]:
+    """The places along each axis that are printed; of the first axis all."""
+    all_of = [np.arange(n) for n in shape]
+    return tuple(
+        places if axis == 0 or len(places) <= 2 * SHOWN else np.concatenate([places[:SHOWN], places[-SHOWN:]])
+        for axis, places in enumerate(all_of)
+    )
+
+
+def _spread(shape: tuple[int, ...], known: tuple[Array, ...], numbers: list[float]) -> Array:
+    whole = np.zeros(shape, np.float32)
+    whole[np.ix_(*known)] = np.reshape(numbers, [len(places) for places in known])
+    return whole
+
+
+def _mask(shape: tuple[int, ...], known: tuple[Array, ...]) -> Array:
+    mask = np.zeros(shape, bool)
+    mask[np.ix_(*known)] = True
+    return mask

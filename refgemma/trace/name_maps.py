@@ -1,0 +1,234 @@
+"""Other implementations' names for our tensors, as data: ``maps/*.json``. Each says in `run_on` what real output it was
+tried on.
+
+A map is a list of rules. A rule has a ``pattern``, a name in the other implementation's words (``{layer}`` stands for a
+number); the ``tensor`` that it is in ours; and, where they differ, the ``layout`` of its axes as einops writes it,
+which of several tensors of that name it is (``occurrence``, from 0), which ``part`` of tensors that are kept in one,
+and that it may have the ``last`` row only. Names under ``ignored`` are known and of no use, with the reason. All other
+names match nothing, and are told as such: nothing is guessed.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import einops
+import numpy as np
+
+from refgemma.config import Gemma2Config
+from refgemma.inputs import InputError
+from refgemma.precision import Array
+from refgemma.trace.evaltext import is_eval_callback, open_eval_callback
+from refgemma.trace.reader import Entry, TraceFile, is_there, open_safetensors
+
+FOLDER = Path(__file__).parent / "maps"
+GIVEN = ("input_ids", "position_ids", "attention_mask")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of a map."""
+
+    pattern: str
+    tensor: str
+    layout: str = ""  # einops; empty if the axes are ours
+    occurrence: int | str = 0  # "layer": the first is layer 0's, the second layer 1's
+    part: tuple[str, ...] = ()  # heads of each part, and which of them, of an axis of heads: ("1", "heads", "kv_heads")
+    last: bool = False  # whether it may have the last row only
+    more_keys: bool = False  # whether it may have more keys than there are tokens; the first are kept
+
+
+@dataclass(frozen=True)
+class NameMap:
+    """The names of one implementation."""
+
+    name: str
+    says: str
+    learned_from: str  # the source that its author read
+    run_on: str  # the real output that it was tried on; empty if none
+    rules: tuple[Rule, ...]
+    ignored: Mapping[str, str]  # pattern -> why
+
+
+@dataclass(frozen=True)
+class Matched:
+    """What a map made of a file's names."""
+
+    found: Mapping[str, tuple[str, Rule]]  # our name -> theirs, and why
+    ignored: Mapping[str, str]  # their name -> why
+    unmatched: tuple[str, ...]
+
+
+def map_names() -> tuple[str, ...]:
+    """The maps there are.
+
+    Examples
+    --------
+    >>> map_names()
+    ('gemma_pytorch', 'llama.cpp', 'mlx-lm', 'transformer-lens', 'transformers')
+    """
+    return tuple(sorted(path.stem for path in FOLDER.glob("*.json")))
+
+
+def load_map(name: str) -> NameMap:
+    """A map by its name, or from a file of one's own.
+
+    Raises
+    ------
+    InputError
+        If there is none of that name, or the file is no map.
+
+    Examples
+    --------
+    >>> load_map("mlx-lm").rules[0].tensor
+    'embedded'
+    """
+    path = FOLDER / f"{name}.json" if name in map_names() else Path(name)
+    if not path.is_file():
+        raise InputError(f"there is no map {name!r}; there are {', '.join(map_names())}, or give a JSON file")
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        rules = tuple(Rule(**{**rule, "part": tuple(rule.get("part", ()))}) for rule in about["rules"])
+        known = {key: str(about[key]) for key in ("name", "says", "learned_from", "run_on")}
+        return NameMap(**known, rules=rules, ignored=dict(about["ignored"]))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(f"{path}: is no map ({reason}); see refgemma/oracle/maps") from None
+
+
+def _expression(pattern: str) -> re.Pattern[str]:
+    """``{layer}`` is a number, ``*`` is anything; all else is itself."""
+    parts = re.split(r"(\{layer\}|\*)", pattern)
+    said = {"{layer}": r"(?P<layer>0|[1-9][0-9]*)", "*": ".*"}
+    return re.compile("".join(said.get(part, re.escape(part)) for part in parts))
+
+
+def match(file: TraceFile, names: NameMap) -> Matched:
+    """Which of a file's names a map knows.
+
+    Several tensors of one name are ``name``, ``name#1``, ``name#2`` in a file that keeps their order.
+    """
+    found: dict[str, tuple[str, Rule]] = {}
+    used: set[str] = set()
+    for rule in names.rules:
+        expression = _expression(rule.pattern)
+        for theirs in file.entries:
+            name, _, number = theirs.partition("#")
+            hit = expression.fullmatch(name)
+            if hit is None or (rule.occurrence != "layer" and int(number or 0) != rule.occurrence):
+                continue
+            ours = rule.tensor.format(**({"layer": number or "0"} | hit.groupdict()))
+            if ours in found and found[ours][0] != theirs:
+                raise InputError(f"{file.path}: {found[ours][0]} and {theirs} are both {ours} in the map {names.name}")
+            found[ours] = (theirs, rule)
+            used.add(theirs)
+    rest = [name for name in file.entries if name not in used and name not in GIVEN]
+    why = {pattern: _expression(pattern) for pattern in names.ignored}
+    ignored = {
+        name: names.ignored[hits[0]]
+        for name in rest
+        if (hits := [pattern for pattern, e in why.items() if e.fullmatch(name.partition("#")[0])])
+    }
+    return Matched(found, ignored, tuple(name for name in rest if name not in ignored))
+
+
+def mapped(file: TraceFile, names: NameMap, config: Gemma2Config) -> TraceFile:
+    """The file with our names and axes; what matches nothing keeps its own name."""
+    matched = match(file, names)
+    entries = {name: file.entries[name] for name in (*GIVEN, *matched.unmatched) if name in file.entries}
+    seq = file.entries["input_ids"].shape[-1] if "input_ids" in file.entries and entries["input_ids"].shape else 0
+    for ours, (theirs, rule) in matched.found.items():
+        entries[ours] = _arranged(file.entries[theirs], rule, config, seq)
+    return TraceFile(file.path, {**file.metadata, "map": names.name}, entries)
+
+
+def lengths(config: Gemma2Config) -> dict[str, int]:
+    """The axes whose lengths a model fixes, in the words of the layouts."""
+    return {
+        "heads": config.num_attention_heads, "kv_heads": config.num_key_value_heads, "head_dim": config.head_dim,
+        "hidden": config.hidden_size, "intermediate": config.intermediate_size, "vocab": config.vocab_size,
+        "groups": config.num_attention_heads // config.num_key_value_heads,
+    }  # fmt: skip
+
+
+def arrange(x: Array, rule: Rule, config: Gemma2Config) -> Array:
+    """One tensor with our axes.
+
+    Raises
+    ------
+    InputError
+        If it has not the axes that the rule says.
+
+    Examples
+    --------
+    >>> rule = Rule("x", "layers.0.attention.q", "batch seq (heads head_dim) -> batch heads seq head_dim")
+    >>> arrange(np.zeros((1, 3, 2048)), rule, Gemma2Config.preset("2b")).shape
+    (1, 8, 3, 256)
+    """
+    if rule.layout:
+        words = re.findall(r"\w+", rule.layout.split("->")[0])
+        known = {axis: n for axis, n in lengths(config).items() if axis in words}
+        try:
+            x = einops.rearrange(x, rule.layout, **known)
+        except einops.EinopsError as error:
+            reason = str(error).strip().splitlines()[-1].strip()
+            raise InputError(f"has shape {x.shape}, which is not {rule.layout.split('->')[0]!r} ({reason})") from None
+    if rule.part:
+        sizes = [lengths(config)[axis] for axis in rule.part[1:]]
+        if x.shape[1] != sum(sizes):
+            raise InputError(f"has {x.shape[1]} heads; {sum(sizes)} are needed")
+        x = np.split(x, np.cumsum(sizes)[:-1], axis=1)[int(rule.part[0])]
+    return x
+
+
+def _arranged(entry: Entry, rule: Rule, config: Gemma2Config, seq: int) -> Entry:
+    """The entry with our axes, still unread; if it has not the axes that the rule says, with its own."""
+    try:
+        shape = arrange(np.broadcast_to(np.zeros((), np.int8), entry.shape), rule, config).shape
+    except InputError:
+        return replace(entry)
+    rows = seq if rule.last and len(shape) > 1 and shape[-2] == 1 < seq else shape[-2] if len(shape) > 1 else 0
+    alone = len(shape) > 1 and rows != shape[-2]
+    keys = min(seq, shape[-1]) if rule.more_keys and shape else None
+    shape = shape if keys is None else (*shape[:-1], keys)
+
+    def placed(x: Array, fill: Any) -> Array:
+        own = arrange(x, rule, config)[..., :keys]
+        if not alone:
+            return own
+        whole = np.full((*shape[:-2], rows, shape[-1]), fill, own.dtype)
+        whole[..., -1:, :] = own
+        return whole
+
+    def known() -> Array:
+        return placed(np.ones(entry.shape, bool) if entry.known is None else entry.known(), False)
+
+    return replace(
+        entry, shape=(*shape[:-2], rows, shape[-1]) if alone else shape, read=lambda: placed(entry.read(), 0),
+        known=known if alone or entry.known is not None else None,
+    )  # fmt: skip
+
+
+def open_any(path: str | Path) -> TraceFile:
+    """A safetensors file, or what llama.cpp's ``llama-eval-callback`` printed."""
+    return open_eval_callback(path) if is_eval_callback(is_there(path)) else open_safetensors(path)
+
+
+def open_trace(path: str | Path, config: Gemma2Config, name_map: str | None = None) -> TraceFile:
+    """A candidate's file with our names.
+
+    Parameters
+    ----------
+    path : str or path
+        A safetensors file, or the text of ``llama-eval-callback``.
+    config : Gemma2Config
+        The model's, whose axes have lengths.
+    name_map : str, optional
+        Whose names it has; else what its metadata says under ``map``; else they are ours.
+    """
+    file = open_any(path)
+    chosen = name_map or file.metadata.get("map")
+    return mapped(file, load_map(chosen), config) if chosen else file

@@ -1,0 +1,193 @@
+"""A run as named tensors, in the order of execution, in memory and as a safetensors file. The names are those of the
+records in `refgemma.layers` and `refgemma.model`; a test pins the list."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import numpy as np
+
+from refgemma.cache import LayerCache
+from refgemma.config import Gemma2Config
+from refgemma.files import new_file
+from refgemma.inputs import InputError
+from refgemma.model import Forward, begin, blocks, head
+from refgemma.ops import rms_norm
+from refgemma.precision import Array, Rounded, dtype_name
+from refgemma.shapes import TokenIds
+from refgemma.weights.parameters import Weights
+from refgemma.weights.save import CODES, stored
+
+# The fields of one layer, in the order of execution. Of q and k, rotated and not, a query's and a key's are two
+# tensors.
+LAYER_FIELDS = (
+    "input_layernorm", "attention.q", "attention.k", "attention.v", "attention.q_rot", "attention.k_rot",
+    "attention.scores", "attention.capped", "attention.probs", "attention.mixed", "attention.out",
+    "post_attention_layernorm", "middle", "pre_feedforward_layernorm", "feed_forward.gate", "feed_forward.up",
+    "feed_forward.gelu", "feed_forward.product", "feed_forward.out", "post_feedforward_layernorm", "out",
+)  # fmt: skip
+
+FIELDS = ("cos", "sin", "embedded", *LAYER_FIELDS, "norm", "raw_logits", "logits")
+
+
+def field_of(name: str) -> str:
+    """``attention.probs`` of ``layers.3.attention.probs``; another name is its own field.
+
+    Examples
+    --------
+    >>> field_of("layers.13.feed_forward.out"), field_of("logits")
+    ('feed_forward.out', 'logits')
+    """
+    return name.split(".", 2)[2] if name.startswith("layers.") else name
+
+
+def layer_of(name: str) -> int | None:
+    """The number of the layer in a tensor's `name`, if there is one.
+
+    Examples
+    --------
+    >>> layer_of("layers.13.out"), layer_of("norm")
+    (13, None)
+    """
+    return int(name.split(".")[1]) if name.startswith("layers.") else None
+
+
+def named_tensors(record: Any, prefix: str = "") -> Iterator[tuple[str, Array]]:
+    """Every array of a record with its name, e.g. ``layers.3.attention.probs``, in the order of execution.
+
+    `prefix` comes before each name.
+
+    What a record keeps for the next call (a cache) is no tensor of the trace.
+
+    Examples
+    --------
+    >>> import refgemma
+    >>> tiny = refgemma.load("tiny")
+    >>> names = [name for name, _ in named_tensors(refgemma.forward([[2, 300]], tiny.weights, tiny.config))]
+    >>> names[:4], names[-1]
+    (['cos', 'sin', 'embedded', 'layers.0.input_layernorm'], 'logits')
+    """
+    if isinstance(record, np.ndarray):
+        yield prefix.removesuffix("."), record
+    elif isinstance(record, tuple):
+        for index, item in enumerate(record):
+            yield from named_tensors(item, f"{prefix}{index}.")
+    elif is_dataclass(record) and not isinstance(record, LayerCache):
+        for field in fields(record):
+            yield from named_tensors(getattr(record, field.name), f"{prefix}{field.name}.")
+
+
+def trace_axes(record: Any = Forward, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Every name of a trace with the words of its axes, read from the records; ``N`` stands for a layer's number.
+
+    Those of `record` and what is inside it, with `prefix` before each name.
+
+    Examples
+    --------
+    >>> axes = dict(trace_axes())
+    >>> axes["layers.N.attention.q"], axes["logits"]
+    ('batch heads seq head_dim', 'batch seq vocab')
+    """
+    for field in fields(record):
+        kind, name = field.type, prefix + field.name
+        if get_origin(kind) is tuple:
+            kind, name = get_args(kind)[0], f"{name}.N"
+        if hasattr(kind, "dim_str"):
+            yield name, kind.dim_str
+        elif is_dataclass(kind) and kind is not LayerCache:
+            yield from trace_axes(kind, f"{name}.")
+
+
+def target_file(path: str | Path) -> Path:
+    """Where `path` leads, links followed, after a look whether a file can be written there.
+
+    Raises
+    ------
+    InputError
+        For a folder, a device or a pipe, and for a folder that does not exist.
+
+    Examples
+    --------
+    >>> target_file("/")
+    Traceback (most recent call last):
+    ...
+    refgemma.inputs.InputError: /: is a folder; give the name of a file to write
+    """
+    target = Path(os.path.realpath(path))
+    if not str(path) or target.is_dir():
+        raise InputError(f"{path or repr('')}: is a folder; give the name of a file to write")
+    if target.exists() and not target.is_file():
+        raise InputError(f"{path}: is no ordinary file, and is not replaced by one")
+    if not target.parent.is_dir():
+        raise InputError(f"{path}: there is no folder {target.parent}")
+    return target
+
+
+def run_in_order(ids: TokenIds, weights: Weights, config: Gemma2Config) -> Iterator[tuple[str, Array]]:
+    """The tensors of `forward` by name, each as it is computed: one block is in memory, however deep the model.
+
+    Examples
+    --------
+    >>> import refgemma
+    >>> tiny = refgemma.load("tiny")
+    >>> [name for name, _ in run_in_order(np.array([[2, 300]]), tiny.weights, tiny.config)][-3:]
+    ['norm', 'raw_logits', 'logits']
+    """
+    start = begin(ids, weights, config)
+    yield from (("cos", start.cos), ("sin", start.sin), ("embedded", start.embedded))
+    hidden = start.embedded
+    for layer, record in enumerate(blocks(start, weights, config)):
+        yield from named_tensors(record, f"layers.{layer}.")
+        hidden = record.out
+    norm = rms_norm(hidden, weights.norm, config.rms_norm_eps)
+    yield "norm", norm
+    raw_logits, logits = head(norm, weights, config)
+    yield from (("raw_logits", raw_logits), ("logits", logits))
+
+
+def save_trace(
+    tensors: Iterable[tuple[str, Array]], path: str | Path, metadata: Mapping[str, str]
+) -> dict[str, tuple[int, ...]]:
+    """Write tensors to a safetensors file, which appears whole or not at all; none is kept after it is written.
+
+    The header of such a file comes first and says where each tensor is, and has the `metadata`. So the data go into a
+    file without a name first, which is copied behind the header; for a moment they take twice their space on the disk.
+
+    Returns
+    -------
+    dict
+        Name and shape of each.
+
+    Raises
+    ------
+    InputError
+        If `path` is no place for a file; see `target_file`.
+    OSError
+        If it cannot be written.
+    """
+    target = target_file(path)
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    with tempfile.TemporaryFile(dir=target.parent) as data, new_file(target) as file:
+        for name, tensor in tensors:
+            x = _in_file(tensor)
+            start = data.tell()
+            data.write(x.reshape(-1).view(np.uint8).data)
+            code = CODES[x.dtype] if x.dtype in CODES else f"{x.dtype.kind.upper()}{8 * x.dtype.itemsize}"
+            header[name] = {"dtype": code, "shape": list(x.shape), "data_offsets": [start, data.tell()]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        file.write(len(text).to_bytes(8, "little") + text)
+        data.seek(0)
+        shutil.copyfileobj(data, file, 2**22)
+    del header["__metadata__"]
+    return {name: tuple(entry["shape"]) for name, entry in header.items()}
+
+
+def _in_file(x: Array) -> Array:
+    """Half precision in two bytes instead of the four it is computed in; what is neither, token ids too, as it is."""
+    return stored(x, dtype_name(x)) if isinstance(x, Rounded) else np.ascontiguousarray(x)
