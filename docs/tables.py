@@ -12,7 +12,7 @@ import numpy as np
 import refgemma
 from refgemma.cli.main import parser
 from refgemma.config import Gemma2Config
-from refgemma.oracle.known_bugs import VARIANTS
+from refgemma.oracle.known_bugs import KNOWN_BUGS
 from refgemma.oracle.operations import Context, doubled, operations
 from refgemma.oracle.tolerance import Arithmetic
 from refgemma.precision import bf16
@@ -67,12 +67,12 @@ Where nothing stands in the last column, it is the token ids or their positions.
 
 def variants() -> str:
     """The catalogue of known mistakes."""
-    rows = [(code(v.name), v.kind, code(v.fields[0]), v.says, v.shows, v.seen) for v in VARIANTS]
+    rows = [(code(v.name), v.kind, code(v.fields[0]), v.says, v.shows, v.seen) for v in KNOWN_BUGS]
     return f"""# Variants
 
 {AGAIN}
 
-The {len(VARIANTS)} known mistakes that `refgemma check` compares a trace with; `refgemma variants NAME` tells more of
+The {len(KNOWN_BUGS)} known mistakes that `refgemma check` compares a trace with; `refgemma variants NAME` tells more of
 one. A *mistake* is another model, *rounding* the same model rounded elsewhere, and a *stage* is seen in the tokens, the
 shapes or the weights.
 

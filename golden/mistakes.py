@@ -31,7 +31,7 @@ from refgemma.hub import find_model
 from refgemma.modeling.pretrained import Pretrained, load
 from refgemma.oracle.check import CONFORMS, Report, check
 from refgemma.oracle.conformance import Prompt, prompts
-from refgemma.oracle.known_bugs import VARIANTS, variant
+from refgemma.oracle.known_bugs import KNOWN_BUGS, known_bug
 from refgemma.trace.candidate import load_candidate, only
 from refgemma.trace.capture import capture_transformers
 from refgemma.trace.names import field_of, save_trace
@@ -607,8 +607,8 @@ def _outcome(name: str, dtype: str, density: str, showable: bool, report: Report
     # A tensor that a port does not compute cannot be recorded: the wrong one is then the next.
     said = f"{report.verdict} {first.tensor if first else ''} {report.findings[0].named if report.findings else ''}"
     named = len(explained) if name in explained else 0
-    span = bool(first and variant(name).fields[0] in {field_of(b) for b in (*first.between, first.tensor)})
-    return Outcome(name, dtype, density, showable, report.verdict != CONFORMS, at == variant(name).fields[0] or span,
+    span = bool(first and known_bug(name).fields[0] in {field_of(b) for b in (*first.between, first.tensor)})
+    return Outcome(name, dtype, density, showable, report.verdict != CONFORMS, at == known_bug(name).fields[0] or span,
                    named, said.strip())  # fmt: skip
 
 
@@ -669,7 +669,7 @@ def main() -> int:
         if not (o.showable and o.detected and o.first and o.named in (1, 2)):
             print(f"{o.name:34s} {o.dtype:9s} {o.density:7s} {'can be shown' if o.showable else 'blind':13s} {o.said}")
     print(rates(found))
-    missing = {v.name for v in VARIANTS if v.change is not None} - set(MAKE)
+    missing = {v.name for v in KNOWN_BUGS if v.change is not None} - set(MAKE)
     print(f"not made in transformers: {', '.join(sorted(missing))}")
     if args.write:
         write(found, Path(__file__).parents[1] / "docs" / "oracle.md")

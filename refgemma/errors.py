@@ -1,4 +1,4 @@
-"""The base of all errors of this package, and the error for a module that has another name now. Checked in the tests."""
+"""The base of all errors of this package, and what is said of a module that has another name now. Checked in tests."""
 
 import importlib.abc
 from collections.abc import Sequence

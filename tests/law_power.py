@@ -34,7 +34,7 @@ import refgemma.ops
 from refgemma.cache import keep_last
 from refgemma.goldens import verify as oracle
 from refgemma.hub import find_model
-from refgemma.oracle.known_bugs import VARIANTS, Change
+from refgemma.oracle.known_bugs import KNOWN_BUGS, Change
 from refgemma.oracle.operations import Context, operations
 from refgemma.oracle.tolerance import Arithmetic
 from refgemma.precision import as_dtype, bf16, narrow, wide
@@ -502,7 +502,7 @@ NOT_IN_CATALOGUE = (
     "norm loses digits", "no bias of q", "no bias of k", "no bias of v", "no bias of o",
     "an untied head taken for tied", "head without the table's order", "all layers sliding",
 )  # fmt: skip
-CATALOGUE: dict[str, Change] = {v.name: v.change for v in VARIANTS if v.change is not None}
+CATALOGUE: dict[str, Change] = {v.name: v.change for v in KNOWN_BUGS if v.change is not None}
 HERE: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     **{f"here: {mistake.name}": mistake.make for mistake in MISTAKES if mistake.name in NOT_IN_CATALOGUE},
     "here: a full layer keeps the window only": lambda m: m.setattr(refgemma.model, "next_past", keeps_the_window_only),

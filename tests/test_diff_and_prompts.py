@@ -14,7 +14,7 @@ from refgemma.hub import find_model
 from refgemma.modeling.pretrained import load
 from refgemma.oracle.conformance import CONFIG, prompts
 from refgemma.oracle.coverage import Shown, covering, run_prompt, write_prompts
-from refgemma.oracle.known_bugs import variant
+from refgemma.oracle.known_bugs import known_bug
 from refgemma.trace.names import save_trace
 
 CASE = "bends-forward-f32"
@@ -125,7 +125,7 @@ def test_prompts_are_written_as_a_port_reads_them(tmp_path: Path, capsys: pytest
 
 
 def test_few_prompts_are_chosen_and_what_none_shows_is_told(tmp_path: Path) -> None:
-    a, b, c = (variant(name) for name in ("gqa-tile", "scale-224", "pad-attended"))
+    a, b, c = (known_bug(name) for name in ("gqa-tile", "scale-224", "pad-attended"))
     found = [Shown("plain", "float32", (a,)), Shown("padded", "float32", (a, c)), Shown("cached", "float32", (b,))]
     chosen = covering(found)
     assert [s.prompt for s in chosen] == ["padded", "cached"]

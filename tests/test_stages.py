@@ -15,7 +15,7 @@ from refgemma.hub import find_model
 from refgemma.inputs import InputError
 from refgemma.modeling.pretrained import load
 from refgemma.oracle.conformance import CONFIG
-from refgemma.oracle.known_bugs import VARIANTS
+from refgemma.oracle.known_bugs import KNOWN_BUGS
 from refgemma.oracle.preflight import Stage, tokens_stage, weights_stage
 from refgemma.oracle.report import EXIT
 
@@ -77,7 +77,7 @@ def test_a_wrong_tensor_is_named(
 ) -> None:
     found = bad(weights | {name: change(weights)}, tmp_path)
     assert [(s.name, s.verdict, s.named) for s in found] == [(name, verdict, named)]
-    assert named == "UNKNOWN" or named in {v.name for v in VARIANTS}
+    assert named == "UNKNOWN" or named in {v.name for v in KNOWN_BUGS}
 
 
 def test_rounded_weights_are_told_and_no_mistake(weights: Weights, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from refgemma.oracle.coverage import Shown, covering, not_shown, shown, write_pr
 from refgemma.oracle.coverage import as_json as prompts_json
 from refgemma.oracle.diff import Difference, differences, unexplained
 from refgemma.oracle.diff import as_json as difference_json
-from refgemma.oracle.known_bugs import VARIANTS
+from refgemma.oracle.known_bugs import KNOWN_BUGS
 from refgemma.oracle.pipeline import judged_port, read_port, read_weights, run_backend
 from refgemma.oracle.repro import bundle
 from refgemma.sweep.jobs import read_jobs
@@ -285,15 +285,15 @@ def sweep_lines(report: dict[str, Any]) -> list[str]:
     return [reports.cut(line) for line in lines]
 
 
-def run_variants(args: argparse.Namespace) -> int:
+def run_known_bugs(args: argparse.Namespace) -> int:
     """``refgemma variants``."""
-    chosen = [v for v in VARIANTS if args.name in (None, v.name)]
+    chosen = [v for v in KNOWN_BUGS if args.name in (None, v.name)]
     if not chosen:
-        near = [v.name for v in VARIANTS if args.name in v.name or args.name in v.fields[0]]
+        near = [v.name for v in KNOWN_BUGS if args.name in v.name or args.name in v.fields[0]]
         hint = f"there are {', '.join(near[:6])}" if near else "refgemma variants lists them"
         raise InputError(f"unknown variant {args.name!r}; {hint}")
     if args.json:
-        print(reports.dumps([reports.variant_json(v) for v in chosen]))
+        print(reports.dumps([reports.known_bug_json(v) for v in chosen]))
     elif args.name:
         v = chosen[0]
         print(f"{v.name} ({v.kind})\n  {v.says}\n  first tensor: {v.fields[0]}; all: {', '.join(v.fields)}")
@@ -306,5 +306,5 @@ def run_variants(args: argparse.Namespace) -> int:
 
 RUN = {
     "check": run_check, "diff": run_diff, "map": run_map, "prompts": run_prompts, "sweep": run_sweep,
-    "variants": run_variants,
+    "variants": run_known_bugs,
 }  # fmt: skip

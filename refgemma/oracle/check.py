@@ -18,7 +18,7 @@ from refgemma.inputs import InputError
 from refgemma.oracle import judge as j
 from refgemma.oracle.estimate import Estimate, estimates
 from refgemma.oracle.judge import BAD, BLIND, FAIL, GOOD, INVALID, NOISY, Judged, Statistics, judge, judge_span
-from refgemma.oracle.known_bugs import VARIANTS, Variant, both, variant
+from refgemma.oracle.known_bugs import KNOWN_BUGS, KnownBug, both, known_bug
 from refgemma.oracle.locate import ErrorMap, attribution, error_maps
 from refgemma.oracle.operations import Context, Operation, doubled, operations
 from refgemma.oracle.preflight import Stage
@@ -56,7 +56,7 @@ class Finding:
     instances: tuple[Instance, ...]
     total: int  # of how many recorded
     where: str
-    explanations: tuple[Variant, ...]
+    explanations: tuple[KnownBug, ...]
     estimates: tuple[Estimate, ...]
     maps: tuple[ErrorMap, ...] = ()  # of the first instance
 
@@ -89,8 +89,8 @@ class Report:
     instances: tuple[Instance, ...]
     findings: tuple[Finding, ...]
     missing: tuple[str, ...]
-    excluded: tuple[Variant, ...]
-    blind: tuple[Variant, ...]
+    excluded: tuple[KnownBug, ...]
+    blind: tuple[KnownBug, ...]
     remarks: tuple[str, ...]
     override: float = 1.0
     drift: tuple[tuple[str, float], ...] = field(default=())
@@ -173,63 +173,63 @@ class Check:
                 self._noise[found] = np.hypot(noise * self.override, coarse)
         return self._noise[name]
 
-    def judged(self, name: str, computed: Computed, variant: Variant | None) -> Judged:
+    def judged(self, name: str, computed: Computed, known_bug: KnownBug | None) -> Judged:
         """A recorded tensor against one reading of the model."""
         found, where = self.candidate.tensors[name], self.where(name)
         exact = computed.result(name)
         if len(computed.span(name)) > 1:
-            largest = variant is None or name in self.few
+            largest = known_bug is None or name in self.few
             judged = judge_span(found.numbers, exact, self.noise(name), where, found.storage, largest)
-            if variant is not None and variant.kind == "rounding":
+            if known_bug is not None and known_bug.kind == "rounding":
                 same = j.mostly(found.numbers, exact, self.usual.result(name), self.noise(name), where)
                 return Judged(j.PASS if same and (judged.verdict == j.PASS or not largest) else FAIL, Statistics())
             return judged
         inputs = computed.inputs(name)
         op = computed.table[name]
         allowed = in_decimals(op.allowance(inputs, exact, self.context.arithmetic, found.storage), found.coarse)
-        if variant is not None and variant.kind == "rounding":
-            eager = self._eager(name, inputs, found.storage, variant)
+        if known_bug is not None and known_bug.kind == "rounding":
+            eager = self._eager(name, inputs, found.storage, known_bug)
             references = (exact,) if eager is None else (exact, eager)
             usual = self.usual.result(name)
             same = any(j.matches(found.numbers, r, usual, allowed, found.storage, where) for r in references)
             return Judged(j.PASS if same else FAIL, Statistics())
-        if variant is not None:
+        if known_bug is not None:
             allowed = _widened(allowed, VARIANT_SLACK, exact)
-        eager = self._eager(name, inputs, found.storage, variant)
+        eager = self._eager(name, inputs, found.storage, known_bug)
         return judge(found.numbers, exact, allowed, found.storage, where, eager, self.override)
 
-    def _eager(self, name: str, inputs: Sequence[Array], storage: str, variant: Variant | None) -> Array | None:
+    def _eager(self, name: str, inputs: Sequence[Array], storage: str, known_bug: KnownBug | None) -> Array | None:
         """The operation as PyTorch's eager kernels round it."""
         if storage not in ("bfloat16", "float16") or field_of(name) not in SEVERAL_ROUNDINGS:
             return None
         if self._usual_eager is None:
             self._usual_eager = operations(self.eager_context)
-        table = self._usual_eager if variant is None else variant.table(self.eager_context, self._usual_eager)
+        table = self._usual_eager if known_bug is None else known_bug.table(self.eager_context, self._usual_eager)
         with np.errstate(all="ignore"):
             result = table[name].compute(*(as_dtype(x, storage) for x in inputs))
         return np.asarray(result, np.float64)
 
-    def consistent(self, variant: Variant, names: Sequence[str] | None = None) -> bool | None:
+    def consistent(self, known_bug: KnownBug, names: Sequence[str] | None = None) -> bool | None:
         """Whether the recorded tensors are what a variant makes of their inputs; None if it touches none of them."""
-        computed = Computed(variant.table(self.context, self.usual.table), self.candidate)
+        computed = Computed(known_bug.table(self.context, self.usual.table), self.candidate)
         touched = False
         for name in self.recorded if names is None else names:
             if all(computed.table[step] is self.usual.table[step] for step in computed.span(name)):
                 continue
             touched = True
-            if self.judged(name, computed, variant).verdict not in (*GOOD, BLIND):
+            if self.judged(name, computed, known_bug).verdict not in (*GOOD, BLIND):
                 return False
         return True if touched else None
 
-    def explanations(self, finding: Sequence[Instance]) -> tuple[Variant, ...]:
+    def explanations(self, finding: Sequence[Instance]) -> tuple[KnownBug, ...]:
         """The variants that explain a finding in every layer; and what they touch besides is not worse for it."""
         names = [i.tensor for i in finding]
         same_field = [n for n in self.recorded if field_of(n) == field_of(names[0])]
         if finding[0].judged.verdict == INVALID:
-            return tuple(v for v in VARIANTS if v.kind == "stage" and self._at_stage(v, finding[0]))
+            return tuple(v for v in KNOWN_BUGS if v.kind == "stage" and self._at_stage(v, finding[0]))
         good = [i.tensor for i in self.all if i.judged.verdict in GOOD]
         found = []
-        for v in VARIANTS:
+        for v in KNOWN_BUGS:
             if v.change is None or not self.consistent(v, names) or self.consistent(v, same_field) is False:
                 continue
             if self.consistent(v, good) is not False:
@@ -237,7 +237,7 @@ class Check:
         mistakes = [v for v in found if v.kind == "mistake"]
         return tuple(mistakes or found or self._pairs(finding) or self._left_out(finding))
 
-    def _pairs(self, finding: Sequence[Instance]) -> list[Variant]:
+    def _pairs(self, finding: Sequence[Instance]) -> list[KnownBug]:
         """A mistake that explains the first of several spans alone, with a way of rounding that then explains all.
 
         Only of spans: what one operation made of its own inputs has one reason.
@@ -245,24 +245,24 @@ class Check:
         if len(finding) < 2 or not finding[0].between:
             return []
         names = [i.tensor for i in finding]
-        alone = [v for v in VARIANTS if v.change is not None and self.consistent(v, names[:1])]
-        pairs = (both(v, r) for v in alone for r in VARIANTS if r.kind == "rounding" and r is not v)
+        alone = [v for v in KNOWN_BUGS if v.change is not None and self.consistent(v, names[:1])]
+        pairs = (both(v, r) for v in alone for r in KNOWN_BUGS if r.kind == "rounding" and r is not v)
         return [pair for pair in pairs if self.consistent(pair, names)]
 
-    def _left_out(self, finding: Sequence[Instance]) -> list[Variant]:
+    def _left_out(self, finding: Sequence[Instance]) -> list[KnownBug]:
         """The fewest of `LEFT_OUT` that together explain several operations; as many as there are ways."""
         if not finding[0].between:
             return []
         names = [i.tensor for i in finding]
         for count in range(2, len(LEFT_OUT) + 1):
-            together = (reduce(both, map(variant, chosen)) for chosen in combinations(LEFT_OUT, count))
+            together = (reduce(both, map(known_bug, chosen)) for chosen in combinations(LEFT_OUT, count))
             if found := [v for v in together if self.consistent(v, names)]:
                 return found
         return []
 
-    def _at_stage(self, variant: Variant, instance: Instance) -> bool:
+    def _at_stage(self, known_bug: KnownBug, instance: Instance) -> bool:
         call, kind = self.candidate.call, field_of(instance.tensor)
-        match variant.name:
+        match known_bug.name:
             case "vocab-padded":
                 return instance.tensor == "logits" and self.candidate.columns > self.config.vocab_size
             case "left-pad-nan":
@@ -317,11 +317,11 @@ class Check:
         where = where_compared(name, self.context)
         return where if known is None else where & known
 
-    def power(self) -> tuple[tuple[Variant, ...], tuple[Variant, ...]]:
+    def power(self) -> tuple[tuple[KnownBug, ...], tuple[KnownBug, ...]]:
         """The variants under which the recorded tensors could not be what they are; and those that cannot be told."""
-        excluded: list[Variant] = []
-        blind: list[Variant] = []
-        for v in VARIANTS:
+        excluded: list[KnownBug] = []
+        blind: list[KnownBug] = []
+        for v in KNOWN_BUGS:
             if v.change is not None:
                 (excluded if self.consistent(v) is False else blind).append(v)
         return tuple(excluded), tuple(blind)

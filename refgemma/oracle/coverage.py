@@ -21,7 +21,7 @@ from refgemma.files import replace_file
 from refgemma.model import forward
 from refgemma.oracle.check import Check
 from refgemma.oracle.conformance import Prompt, prompts
-from refgemma.oracle.known_bugs import VARIANTS, Variant
+from refgemma.oracle.known_bugs import KNOWN_BUGS, KnownBug
 from refgemma.precision import Array
 from refgemma.trace.candidate import load_candidate
 from refgemma.trace.names import named_tensors, save_trace
@@ -37,7 +37,7 @@ class Shown:
 
     prompt: str
     dtype: str
-    variants: tuple[Variant, ...]
+    variants: tuple[KnownBug, ...]
 
 
 def run_prompt(prompt: Prompt, weights: Weights, config: Gemma2Config) -> Iterator[tuple[str, Array]]:
@@ -86,7 +86,7 @@ def covering(found: Sequence[Shown]) -> list[Shown]:
 
     Examples
     --------
-    >>> a, b, c = VARIANTS[:3]
+    >>> a, b, c = KNOWN_BUGS[:3]
     >>> some = [Shown("p", "f", (a,)), Shown("q", "f", (a,)), Shown("q", "h", (b,)), Shown("r", "f", (c, b))]
     >>> [(s.prompt, s.dtype) for s in covering(some)]
     [('q', 'f'), ('q', 'h'), ('r', 'f')]
@@ -103,10 +103,10 @@ def covering(found: Sequence[Shown]) -> list[Shown]:
     return [s for s in found if s.prompt in chosen]
 
 
-def not_shown(found: Sequence[Shown]) -> list[Variant]:
+def not_shown(found: Sequence[Shown]) -> list[KnownBug]:
     """What none of them shows, of the mistakes that change a computation."""
     seen = {v.name for s in found for v in s.variants}
-    return [v for v in VARIANTS if v.change is not None and v.name not in seen]
+    return [v for v in KNOWN_BUGS if v.change is not None and v.name not in seen]
 
 
 def as_json(found: Sequence[Shown], config: Gemma2Config, model: str) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def as_json(found: Sequence[Shown], config: Gemma2Config, model: str) -> dict[st
             for name in dict.fromkeys(s.prompt for s in found)
         ],
         "not_shown": [{"variant": v.name, "needs": v.shows} for v in not_shown(found)],
-        "found_elsewhere": [v.name for v in VARIANTS if v.change is None],
+        "found_elsewhere": [v.name for v in KNOWN_BUGS if v.change is None],
     }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import refgemma.oracle.judge as j
 from refgemma.oracle.check import CONFORMS, DIFFERS, INCONCLUSIVE, NOISY_ONLY, Finding, Instance, Report
 from refgemma.oracle.estimate import Estimate
-from refgemma.oracle.known_bugs import Variant
+from refgemma.oracle.known_bugs import KnownBug
 from refgemma.oracle.locate import ErrorMap
 from refgemma.oracle.preflight import Stage
 from refgemma.precision import Array
@@ -185,7 +185,7 @@ def text(report: Report, model: str) -> str:
 # --- for programs -----------------------------------------------------------------------------------------------------
 
 
-def variant_json(v: Variant) -> dict[str, Any]:
+def known_bug_json(v: KnownBug) -> dict[str, Any]:
     """A catalogue entry."""
     return {
         "variant": v.name, "kind": v.kind, "says": v.says, "first_tensor": v.fields[0], "tensors": list(v.fields),
@@ -213,7 +213,7 @@ def finding_json(finding: Finding) -> dict[str, Any]:
         "recorded": finding.total,
         "statistic": statistic_json(finding.worst),
         "named": finding.named,
-        "explanations": [variant_json(v) for v in finding.explanations],
+        "explanations": [known_bug_json(v) for v in finding.explanations],
         "estimates": [
             {"parameter": e.parameter, "value": finite(e.value), "uncertainty": finite(e.uncertainty),
              "expected": e.expected, "fits": e.fits, "near": e.near}

@@ -11,7 +11,7 @@ import mistakes
 from refgemma.modeling.pretrained import load
 from refgemma.oracle.check import CONFORMS, check
 from refgemma.oracle.conformance import prompts
-from refgemma.oracle.known_bugs import variant
+from refgemma.oracle.known_bugs import known_bug
 from refgemma.trace.names import field_of
 
 
@@ -31,5 +31,5 @@ def test_a_mistake_in_transformers_is_named(name: str, dtype: str, tmp_path: Pat
     candidate = mistakes.port(name, dtype, prompts(ours.config)["padded"], tmp_path, ours.config)
     report = check(candidate, ours.weights, ours.config)
     assert report.first_divergence is not None
-    assert field_of(report.first_divergence.tensor) == variant(name).fields[0]
+    assert field_of(report.first_divergence.tensor) == known_bug(name).fields[0]
     assert [v.name for v in report.findings[0].explanations] == [name]
