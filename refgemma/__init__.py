@@ -29,7 +29,7 @@ from importlib.metadata import version
 
 from refgemma.cache import Cache
 from refgemma.config import ConfigError, Gemma2Config
-from refgemma.errors import Moved, RefgemmaError
+from refgemma.errors import Moved, RefgemmaError, UsageError
 from refgemma.generation.decode import TextStreamer, generate
 from refgemma.generation.generation_config import GenerationConfig
 from refgemma.heads import causal_lm_loss, log_softmax
@@ -78,6 +78,7 @@ __all__ = [
     "TextStreamer",
     "Tokenizer",
     "TokenizerError",
+    "UsageError",
     "Weights",
     "as_dtype",
     "bf16",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from refgemma.activations import ACTIVATIONS, Activation
+from refgemma.errors import RefgemmaError
 from refgemma.files import replace_file
 from refgemma.hub import find_model
 
@@ -39,7 +40,7 @@ class Derived(dict[Any, Any]):
     """A mapping that was filled in, not given: with another `rope_theta` or `num_labels` it is filled in anew."""
 
 
-class ConfigError(ValueError):
+class ConfigError(RefgemmaError):
     """A configuration that no Gemma 2 can have, or that asks for something this reference does not compute."""
 
 

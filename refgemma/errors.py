@@ -1,4 +1,5 @@
-"""The base of all errors of this package, and what is said of a module that has another name now. Checked in tests."""
+"""The base of all errors of this package, and the present names of modules that have moved. Checked by walking the
+package and by the command line's tests."""
 
 import importlib.abc
 from collections.abc import Sequence
@@ -7,7 +8,21 @@ from types import ModuleType
 
 
 class RefgemmaError(ValueError):
-    """What a person can have done wrong, or a file: the message says what, where, and what to do."""
+    """The base of every error that a caller or a file can cause; the message says what, where, and what to do.
+
+    Examples
+    --------
+    >>> import refgemma
+    >>> try:
+    ...     refgemma.load("nowhere")
+    ... except refgemma.RefgemmaError as error:
+    ...     print(type(error).__name__)
+    ModelNameError
+    """
+
+
+class UsageError(RefgemmaError):
+    """Arguments of a command that do not go together or have a value that it does not take."""
 
 
 # The modules of version 0.1 that have another name now.

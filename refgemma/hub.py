@@ -10,6 +10,8 @@ import sys
 from collections.abc import Collection
 from pathlib import Path
 
+from refgemma.errors import RefgemmaError
+
 PACKAGE = Path(__file__).parent
 CONFIG = "config.json"
 
@@ -18,7 +20,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 WANTED = ["*.json", "*.safetensors", "tokenizer.model"]
 
 
-class ModelNameError(ValueError):
+class ModelNameError(RefgemmaError):
     """A name that means no model here: says where it was looked for, and what to do."""
 
 

@@ -11,11 +11,12 @@ import numpy.typing as npt
 from jaxtyping import Bool, Float, Int
 
 from refgemma.config import FULL, SLIDING, Gemma2Config
+from refgemma.errors import RefgemmaError
 from refgemma.precision import Rounded
 from refgemma.shapes import Hidden, Mask, Positions, TokenIds
 
 
-class InputError(ValueError):
+class InputError(RefgemmaError):
     """An input that no model can take: empty, ragged, of the wrong type, or out of range."""
 
 

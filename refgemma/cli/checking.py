@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from refgemma.errors import UsageError
 from refgemma.files import replace_file
 from refgemma.hub import find_model
-from refgemma.inputs import InputError
 from refgemma.modeling.pretrained import load
 from refgemma.oracle import report as reports
 from refgemma.oracle.check import CONFORMS, DIFFERS, INCONCLUSIVE, Check, Report
@@ -102,7 +102,7 @@ def run_check(args: argparse.Namespace) -> int:
     for path in outputs.values():
         target_file(path)  # before the work, not after it
     if not args.allow > 0 or not np.isfinite(args.allow):
-        raise InputError(f"--allow {args.allow}: a factor above 0 is needed")
+        raise UsageError(f"--allow {args.allow}: a factor above 0 is needed")
     folder = find_model(args.model)
     config = open_checkpoint(folder).config
     if args.run is not None and (problem := run_backend(args.run, Path(args.candidate))) is not None:
@@ -126,7 +126,7 @@ def run_map(args: argparse.Namespace) -> int:
     file = open_any(args.file)
     chosen = args.map or file.metadata.get("map")
     if not chosen:
-        raise InputError(f"{args.file}: does not say whose names it has; --map {', '.join(map_names())} or a file")
+        raise UsageError(f"{args.file}: does not say whose names it has; --map {', '.join(map_names())} or a file")
     names = load_map(chosen)
     matched = match(file, names)
     usable = mapped(file, names, config).entries
@@ -240,7 +240,7 @@ def run_prompts(args: argparse.Namespace) -> int:
 def write_bundle(candidate: Candidate, weights: Weights, found: Report, path: str) -> None:
     """The inputs and the result of the first finding's operation: what somebody else needs to look at it."""
     if not found.findings:
-        raise InputError("--bundle: nothing differs, so there is nothing to keep")
+        raise UsageError("--bundle: nothing differs, so there is nothing to keep")
     finding = found.findings[0]
     tensors, about = bundle(Check(candidate, weights, found.config), finding.instances[0])
     save_trace(tensors.items(), path, about | {"named": finding.named})
@@ -250,7 +250,7 @@ def run_sweep(args: argparse.Namespace) -> int:
     """``refgemma sweep``."""
     workers = (os.cpu_count() or 1) if args.workers is None else args.workers
     if workers < 1:
-        raise InputError(f"--workers {workers}: at least one is needed")
+        raise UsageError(f"--workers {workers}: at least one is needed")
     jobs = read_jobs(args.jobs)
     results = Path(args.results or f"{args.jobs}.results")
     with cluster(args.scheduler) if args.scheduler else nullcontext((processes, workers)) as (pool, width):
@@ -291,7 +291,7 @@ def run_known_bugs(args: argparse.Namespace) -> int:
     if not chosen:
         near = [v.name for v in KNOWN_BUGS if args.name in v.name or args.name in v.fields[0]]
         hint = f"there are {', '.join(near[:6])}" if near else "refgemma variants lists them"
-        raise InputError(f"unknown variant {args.name!r}; {hint}")
+        raise UsageError(f"unknown variant {args.name!r}; {hint}")
     if args.json:
         print(reports.dumps([reports.known_bug_json(v) for v in chosen]))
     elif args.name:

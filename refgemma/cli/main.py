@@ -19,14 +19,9 @@ from refgemma.cli.inspection import run_explore, run_info, run_trace
 from refgemma.cli.output import CUT_OFF, INTERRUPTED, MISUSE
 from refgemma.cli.text import run_chat, run_generate, run_perplexity
 from refgemma.cli.verification import run_verify
-from refgemma.config import ConfigError
 from refgemma.convert.convert import FORMATS
+from refgemma.errors import RefgemmaError
 from refgemma.goldens.released import PUBLISHED
-from refgemma.goldens.verify import GoldenError
-from refgemma.hub import ModelNameError
-from refgemma.inputs import InputError
-from refgemma.tokenizer.tokenizer import TokenizerError
-from refgemma.weights.checkpoint import CheckpointError
 
 EXIT_CODES = (
     "Exit codes: 0 all is well, 1 verify or check found a difference, 2 misuse or bad input (one line says which), "
@@ -34,10 +29,6 @@ EXIT_CODES = (
 )
 MODEL_HELP = "tiny, conformance, a Hugging Face folder, or a hub id like google/gemma-2-9b"
 DTYPES = ("float32", "float64", "bfloat16", "float16")
-# What a person can have done wrong, as opposed to a fault of this program.
-MISTAKES = (
-    CheckpointError, ConfigError, GoldenError, InputError, ModelNameError, TokenizerError, OSError, UnicodeError
-)  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -215,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MemoryError:
         print(f"refgemma {args.command}: not enough memory: the prompt is too long for this machine", file=sys.stderr)
         return MISUSE
-    except MISTAKES as error:
+    except (RefgemmaError, OSError, UnicodeError) as error:
         print(f"refgemma {args.command}: {one_line(error)}", file=sys.stderr)
         return MISUSE
     except KeyboardInterrupt:

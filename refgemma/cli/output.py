@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import Any
 
-from refgemma.inputs import InputError
+from refgemma.errors import UsageError
 from refgemma.modeling.pretrained import Pretrained
 
 OK, DIFFERS, MISUSE, INTERRUPTED, CUT_OFF = 0, 1, 2, 130, 141
@@ -18,12 +18,12 @@ def as_json(value: Any) -> None:
 def prompt_ids(args: argparse.Namespace, model: Pretrained) -> list[int]:
     """The token ids of ``PROMPT`` or ``--ids``."""
     if (args.prompt is None) == (args.ids is None):
-        raise InputError("give either a PROMPT or --ids, and only one of them")
+        raise UsageError("give either a PROMPT or --ids, and only one of them")
     if args.ids is not None:
         parts = [part.strip() for part in args.ids.split(",")]
         if not all(part.isascii() and part.isdigit() and len(part) < 19 for part in parts):
-            raise InputError(f"--ids {args.ids!r}: whole numbers with commas between them are needed")
+            raise UsageError(f"--ids {args.ids!r}: whole numbers with commas between them are needed")
         return [int(part) for part in parts]
     if not args.prompt:
-        raise InputError("the prompt is empty")
+        raise UsageError("the prompt is empty")
     return model.tokenizer.encode(args.prompt)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from refgemma import fast
 from refgemma.cli.output import OK, as_json, prompt_ids
+from refgemma.errors import UsageError
 from refgemma.generation.decode import Prompts, continued, generate_batch, sampling
 from refgemma.generation.generation_config import GenerationConfig
 from refgemma.generation.perplexity import gemma_cpp_bits_per_byte, strided_perplexity
@@ -123,7 +124,7 @@ def run_chat(args: argparse.Namespace) -> int:
 def text_of(args: argparse.Namespace) -> str:
     """The text of ``FILE`` or ``--published``."""
     if (args.file is None) == (args.published is None):
-        raise InputError("give either a FILE or --published, and only one of them")
+        raise UsageError("give either a FILE or --published, and only one of them")
     if args.published:
         return published_text(args.published)
     try:

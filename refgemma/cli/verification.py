@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from refgemma.cli.output import DIFFERS, OK, as_json
+from refgemma.errors import UsageError
 from refgemma.goldens.full_size import (
     TWO_LAYERS,
     full_result,
@@ -20,7 +21,6 @@ from refgemma.goldens.full_size import (
 )
 from refgemma.goldens.verify import CaseResult, Comparison, case_names, verify
 from refgemma.hub import find_model
-from refgemma.inputs import InputError
 from refgemma.weights.checkpoint import Checkpoint, open_checkpoint
 
 
@@ -57,9 +57,9 @@ def case_json(result: CaseResult) -> dict[str, Any]:
 def run_verify(args: argparse.Namespace) -> int:
     """``refgemma verify``."""
     if args.full and args.cases:
-        raise InputError("give either cases or --full, and only one of them")
+        raise UsageError("give either cases or --full, and only one of them")
     if args.model and args.cases:
-        raise InputError("--model is a checkpoint, compared with its own recording; the cases have models of their own")
+        raise UsageError("--model is a checkpoint, compared with its own recording; the cases have models of their own")
     checkpoint = open_checkpoint(find_model(args.model)) if args.model else None
     if checkpoint is not None and not args.full:
         names = [recording_of(checkpoint)]

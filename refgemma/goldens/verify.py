@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 from refgemma import ops
 from refgemma.cache import empty_cache
 from refgemma.config import Gemma2Config
+from refgemma.errors import RefgemmaError
 from refgemma.generation.decode import generate
 from refgemma.heads import causal_lm_loss
 from refgemma.hub import find_model, golden_folder
@@ -45,7 +46,7 @@ FORMAT = "refgemma-golden/1"
 AGAIN = "install refgemma again, or in a checkout record with: python golden/record.py"
 
 
-class GoldenError(ValueError):
+class GoldenError(RefgemmaError):
     """A golden that is missing, damaged or unknown."""
 
 

@@ -22,8 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from refgemma.config import ConfigError, Gemma2Config
-from refgemma.hub import ModelNameError, find_model
+from refgemma.config import Gemma2Config
+from refgemma.errors import RefgemmaError
+from refgemma.hub import find_model
 from refgemma.inputs import InputError
 from refgemma.oracle.check import Report
 from refgemma.oracle.pipeline import judged_port, read_port, run_backend
@@ -32,7 +33,7 @@ from refgemma.trace.candidate import Candidate
 from refgemma.trace.name_maps import load_map, map_names
 from refgemma.trace.names import field_of
 from refgemma.trace.reader import open_safetensors
-from refgemma.weights.checkpoint import CheckpointError, open_checkpoint
+from refgemma.weights.checkpoint import open_checkpoint
 from refgemma.weights.parameters import tensor_shapes
 
 KEPT = "refgemma-sweep-job/1"
@@ -82,7 +83,7 @@ def read_jobs(path: str | Path) -> list[Job]:
         if line.strip():
             try:
                 found = [_job(fields, file.resolve().parent) for fields in _combinations(line)]
-            except (InputError, ConfigError, ModelNameError, CheckpointError, OSError) as error:
+            except (RefgemmaError, OSError) as error:
                 raise InputError(f"{path}, line {number}: {error}") from None
             for job in found:
                 jobs.setdefault(job.key, job)
@@ -208,7 +209,7 @@ def perform(job: Job) -> Done:
     with tempfile.TemporaryDirectory() as scratch:
         try:
             return _performed(job, Path(scratch))
-        except (InputError, CheckpointError, ModelNameError, ConfigError, OSError) as error:
+        except (RefgemmaError, OSError) as error:
             said = str(error).replace(f"{scratch}/", "").replace(f"{job.folder}/", "")  # the same wherever it is done
             return not_done(UNREADABLE, " ".join(said.split()))
 

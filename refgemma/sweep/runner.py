@@ -17,8 +17,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from refgemma.errors import UsageError
 from refgemma.files import replace_file
-from refgemma.inputs import InputError
 from refgemma.oracle.check import CONFORMS, DIFFERS, INCONCLUSIVE, NOISY_ONLY
 from refgemma.oracle.report import finite
 from refgemma.sweep.jobs import FAILED, KEPT, LOST, UNREADABLE, Done, Job, not_done, perform
@@ -55,21 +55,21 @@ def cluster(address: str) -> Iterator[tuple[Pool, int]]:
 
     Raises
     ------
-    InputError
+    UsageError
         If dask.distributed is not installed, or no scheduler answers.
     """
     try:
         from distributed import Client
     except ImportError:
-        raise InputError('--scheduler needs dask.distributed: pip install "refgemma[cluster]"') from None
+        raise UsageError('--scheduler needs dask.distributed: pip install "refgemma[cluster]"') from None
     try:
         client = Client(address, timeout="10s", set_as_default=False)
     except (OSError, ValueError) as error:
-        raise InputError(f"--scheduler {address}: no scheduler answers ({error})") from None
+        raise UsageError(f"--scheduler {address}: no scheduler answers ({error})") from None
     with client:
         threads = sum(client.nthreads().values())
         if not threads:
-            raise InputError(f"--scheduler {address}: it has no workers")
+            raise UsageError(f"--scheduler {address}: it has no workers")
         yield (lambda workers: nullcontext(client.get_executor(pure=False))), 2 * threads
 
 

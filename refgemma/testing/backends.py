@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from refgemma import ops
 from refgemma.config import Gemma2Config
+from refgemma.errors import RefgemmaError
 from refgemma.generation.beams import draw
 from refgemma.generation.decode import Prompts, generate_batch
 from refgemma.generation.generation_config import GenerationConfig, settled
@@ -44,7 +45,7 @@ class Unsupported(Exception):
     """Raised by a backend for a model or a call that it does not claim to compute; the message says which."""
 
 
-class BackendError(ValueError):
+class BackendError(RefgemmaError):
     """A backend that cannot be found, or that is none."""
 
 

@@ -33,6 +33,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
+from refgemma.errors import RefgemmaError
 from refgemma.inputs import InputError
 from refgemma.precision import Array
 from refgemma.testing.backends import BackendError, Capabilities, Output, Unsupported
@@ -152,7 +153,7 @@ class Program:
             try:
                 self._running.ask(name, self.seconds)
                 metadata, found = _read(folder / "answer.safetensors")
-            except (ProgramError, InputError, OSError) as error:
+            except (RefgemmaError, OSError) as error:
                 self._running.end()
                 self._running = None
                 raise ProgramError(f"{self._text()}: {error}") from None

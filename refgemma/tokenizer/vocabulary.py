@@ -10,11 +10,13 @@ from typing import Any
 
 import sentencepiece
 
+from refgemma.errors import RefgemmaError
+
 GIT_LFS_POINTER = b"version https://git-lfs"
 SPACE = "\u2581"  # how a piece writes a space
 
 
-class TokenizerError(ValueError):
+class TokenizerError(RefgemmaError):
     """No Gemma tokenizer, an id that it does not have, messages that are no Gemma chat, or what it cannot be asked."""
 
 

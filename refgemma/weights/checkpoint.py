@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from refgemma.config import Gemma2Config
+from refgemma.errors import RefgemmaError
 from refgemma.precision import Array, as_dtype
 from refgemma.weights.initial import fits_in_memory
 from refgemma.weights.parameters import (
@@ -58,7 +59,7 @@ _SHORT = reprlib.Repr()  # a damaged header can hold anything: quote no more of 
 _SHORT.maxstring = 120
 
 
-class CheckpointError(ValueError):
+class CheckpointError(RefgemmaError):
     """A checkpoint that cannot be read as a Gemma 2: says which file, which tensor, and what to do about it.
 
     Examples
