@@ -1,10 +1,177 @@
-"""Files that appear whole or not at all. Checked by tests that interrupt the writing."""
+"""Reads the files that strangers write, JSON and safetensors, and writes files that appear whole or not at all. Checked
+by fuzzing, by damaged files and by tests that interrupt the writing."""
 
+import json
 import os
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+import ml_dtypes  # noqa: F401  (makes safetensors know bfloat16)
+from safetensors import SafetensorError, safe_open
+
+from refgemma.errors import RefgemmaError
+
+JSON_LIMIT = 100_000_000  # bytes: what safetensors allows for a header, the longest JSON text of a checkpoint
+AXES_LIMIT = 64  # NumPy's limit
+LFS_POINTER = b"version https://git-lfs"
+
+_SHORT = reprlib.Repr()  # a damaged file can hold anything: quote no more of it than fits on a screen
+_SHORT.maxstring = 120
+
+
+def quote(value: object) -> str:
+    """Return the `repr` of something out of a file, cut to what fits into a message.
+
+    Examples
+    --------
+    >>> quote([1, "a"]), len(quote("x" * 1000))
+    ("[1, 'a']", 120)
+    """
+    return _SHORT.repr(value)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def refuse_pointer(start: bytes) -> None:
+    """Raise `RefgemmaError` for a file whose first bytes are those of a Git LFS pointer."""
+    if start.startswith(LFS_POINTER):
+        raise RefgemmaError(
+            "is a Git LFS pointer, a few lines of text in place of the data; fetch these with 'git lfs pull'"
+        )
+
+
+def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a JSON object; of a key that stands twice, Python would silently take the last value."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {quote(key)} stands in it twice")
+        found[key] = value
+    return found
+
+
+def parse_object(text: bytes) -> dict[str, Any]:
+    """Parse a JSON object.
+
+    Raises
+    ------
+    RefgemmaError
+        If it is not UTF-8, not JSON, not an object, nested without end, or has a key twice.
+
+    Examples
+    --------
+    >>> parse_object(b'{"head_dim": 256, "head_dim": 128}')
+    Traceback (most recent call last):
+    ...
+    refgemma.errors.RefgemmaError: is not JSON: the key 'head_dim' stands in it twice
+    """
+    try:
+        found = json.loads(text.decode("utf-8"), object_pairs_hook=_make_object)
+    except (ValueError, RecursionError) as error:
+        raise RefgemmaError(f"is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise RefgemmaError(f"holds a {type(found).__name__}, not a JSON object")
+    return found
+
+
+@contextmanager
+def _one_line(path: str | Path, error: type[RefgemmaError], remedy: str) -> Iterator[None]:
+    """Raise whatever is wrong with `path` as an `error` of one line that names the file."""
+    try:
+        yield
+    except OSError as fault:
+        raise error(f"{path}: cannot be read: {fault.strerror or fault}") from None
+    except SafetensorError as fault:
+        reason = f"is no whole safetensors file ({' '.join(str(fault).split())[:200]})"
+    except RefgemmaError as fault:
+        reason = str(fault)
+    else:
+        return
+    raise error(f"{path}: {reason}" + (f"; {remedy}" if remedy and "git lfs" not in reason else "")) from None
+
+
+def read_object(path: str | Path, error: type[RefgemmaError], remedy: str = "") -> dict[str, Any]:
+    """Read a file with a JSON object.
+
+    Parameters
+    ----------
+    path : str or Path
+        The file.
+    error : type
+        What to raise.
+    remedy : str
+        What to do about a damaged file: the end of the message.
+
+    Raises
+    ------
+    error
+        If it cannot be read, is longer than 100 MB, or `parse_object` refuses it: one line that names the file.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = (Path(folder) / "config.json").write_text('{"head_dim": 256}')
+    ...     read_object(Path(folder) / "config.json", RefgemmaError)
+    {'head_dim': 256}
+    """
+    with _one_line(path, error, remedy):
+        with Path(path).open("rb") as stream:
+            if (size := os.fstat(stream.fileno()).st_size) > JSON_LIMIT:
+                raise RefgemmaError(f"is {size} bytes long, and no JSON file of a model is longer than {JSON_LIMIT}")
+            text = stream.read()
+        refuse_pointer(text)
+        return parse_object(text)
+
+
+def open_tensors(path: str | Path, error: type[RefgemmaError], remedy: str) -> tuple[Any, int]:
+    """Open a safetensors file: the library's handle, and the byte where the numbers start.
+
+    The library checks the header: its length, its JSON, that shapes and dtypes fit the offsets, and that the data of
+    the tensors follow each other without a gap and fill the file. A name that stands twice it accepts; this does not.
+
+    Parameters
+    ----------
+    path : str or Path
+        The file.
+    error : type
+        What to raise.
+    remedy : str
+        What to do about a damaged file: the end of the message.
+
+    Raises
+    ------
+    error
+        If it cannot be opened or breaks a rule of the format: one line that names the file.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import numpy as np
+    >>> from safetensors.numpy import save_file
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_file({"norm.weight": np.zeros(24, np.float32)}, Path(folder) / "one.safetensors")
+    ...     opened, start = open_tensors(Path(folder) / "one.safetensors", RefgemmaError, "write it again")
+    ...     opened.keys(), opened.get_slice("norm.weight").get_shape()
+    (['norm.weight'], [24])
+    """
+    with _one_line(path, error, remedy), Path(path).open("rb") as stream:
+        refuse_pointer(stream.read(len(LFS_POINTER)))
+        opened: Any = safe_open(path, framework="np")
+        stream.seek(0)
+        length = int.from_bytes(stream.read(8), "little")
+        parse_object(stream.read(length))
+        for name in opened.keys():
+            if len(opened.get_slice(name).get_shape()) > AXES_LIMIT:
+                raise RefgemmaError(f"tensor {quote(name)} has more than {AXES_LIMIT} axes")
+        return opened, 8 + length
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
 
 
 @contextmanager

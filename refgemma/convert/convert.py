@@ -21,7 +21,7 @@ from refgemma.convert.flax_tree import read_npz, read_tree, write_npz
 from refgemma.convert.layouts import Original, View, flax_layout, hf_layout, pytorch_layout
 from refgemma.convert.orbax import is_orbax
 from refgemma.convert.pickles import read_torch, write_torch
-from refgemma.files import replace_file
+from refgemma.files import read_object, replace_file
 from refgemma.precision import Array
 from refgemma.weights.checkpoint import (
     CONFIG,
@@ -29,10 +29,10 @@ from refgemma.weights.checkpoint import (
     SINGLE,
     CheckpointError,
     Stored,
-    _few,
-    _json_object,
-    _read_files,
     open_checkpoint,
+    quote_few,
+    read_files,
+    read_shards,
 )
 from refgemma.weights.save import (
     STAGING,
@@ -50,6 +50,7 @@ from refgemma.weights.save import (
 FORMATS = ("hf", "pytorch", "flax", "flax-npz")
 TORCH_SINGLE, TORCH_INDEX, NPZ = "model.ckpt", "pytorch_model.bin.index.json", "params.npz"
 TORCH_SHARD = re.compile(r"[A-Za-z0-9_.-]{1,200}\.bin")
+ROTARY_TABLE = "freqs_cis"  # the end of the name of a table that gemma_pytorch may store beside the weights
 GENERATION = "generation_config.json"
 BESIDE = (GENERATION, "tokenizer.model", "tokenizer_config.json")
 ONE_FILE = 10**17  # bytes
@@ -172,7 +173,7 @@ def kind_of(path: Path) -> str:
     if not path.is_dir():
         return "flax" if path.suffix in (".npz", ".safetensors") else "pytorch"
     if (path / SINGLE).exists() or (path / INDEX).exists():
-        return "flax" if any("/" in name for name in _read_files(path)[1]) else "hf"
+        return "flax" if any("/" in name for name in read_files(path)[1]) else "hf"
     if (path / TORCH_INDEX).exists() or any(path.glob("*.ckpt")):
         return "pytorch"
     if any(path.glob("*.npz")) or is_orbax(path):
@@ -185,35 +186,15 @@ def _torch_tensors(path: Path) -> dict[str, Stored]:
     if not path.is_dir():
         found = read_torch(path)
     elif (path / TORCH_INDEX).exists():
-        found = _torch_shards(path / TORCH_INDEX)
+        found = read_shards(path / TORCH_INDEX, TORCH_SHARD, read_torch, (ROTARY_TABLE,))
     else:
         files = sorted(path.glob("*.ckpt"))
         if len(files) != 1:
             raise CheckpointError(f"{path}: holds {len(files)} .ckpt files and no {TORCH_INDEX}; give one of them")
         found = read_torch(files[0])
     if quantised := [name for name in found if name.endswith("weight_scaler")]:
-        raise CheckpointError(f"{path}: is quantised ({_few(quantised)}); give the checkpoint that is not")
-    return {name: tensor for name, tensor in found.items() if not name.endswith("freqs_cis")}
-
-
-def _torch_shards(index: Path) -> dict[str, Stored]:
-    weight_map = _json_object(index.read_bytes(), index, "the index").get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: has no weight_map, the object from tensor names to files")
-    files = set(weight_map.values()) if all(isinstance(name, str) for name in weight_map.values()) else {""}
-    if strange := [name for name in files if not TORCH_SHARD.fullmatch(name)]:
-        raise CheckpointError(f"{index}: {_few(strange)} is not the plain name of a .bin file beside the index")
-    if absent := sorted(name for name in files if not (index.parent / name).exists()):
-        raise CheckpointError(f"{index}: the folder lacks {_few(absent)}; download them")
-    found: dict[str, Stored] = {}
-    for name in sorted(files):
-        shard = read_torch(index.parent / name)
-        if repeated := sorted(shard.keys() & found.keys() - {"freqs_cis"}):
-            raise CheckpointError(f"{index.parent / name}: {_few(repeated)} is in another shard too")
-        found |= shard
-    if astray := sorted(weight_map.keys() - found.keys()):
-        raise CheckpointError(f"{index}: the shards lack {_few(astray)}; index and shards are of two checkpoints")
-    return found
+        raise CheckpointError(f"{path}: is quantised ({quote_few(quantised)}); give the checkpoint that is not")
+    return {name: tensor for name, tensor in found.items() if not name.endswith(ROTARY_TABLE)}
 
 
 def _found_config(path: Path, found: Mapping[str, Stored], given: str | Path | None) -> Gemma2Config:
@@ -221,7 +202,7 @@ def _found_config(path: Path, found: Mapping[str, Stored], given: str | Path | N
     if given is not None:
         return Gemma2Config.from_json_file(given)
     beside = (path if path.is_dir() else path.parent) / CONFIG
-    if beside.is_file() and _json_object(beside.read_bytes(), beside, "it").get("model_type") == "gemma2":
+    if beside.is_file() and read_object(beside, CheckpointError).get("model_type") == "gemma2":
         return Gemma2Config.from_json_file(beside)
     layers = {match[1] for name in found if (match := re.search(r"layers?[._](\d+)[./]", name))}
     sizes = {
@@ -275,9 +256,11 @@ def _check_layout(path: Path, layout: Sequence[Original], found: Mapping[str, St
     """Require each tensor of the layout, in its shape, and no other."""
     wanted = {original.name: original.shape for original in layout}
     if missing := [name for name in wanted if name not in found]:
-        raise CheckpointError(f"{path}: lacks {_few(missing)}; it is incomplete, or of another shape than its config")
+        raise CheckpointError(
+            f"{path}: lacks {quote_few(missing)}; it is incomplete, or of another shape than its config"
+        )
     if unused := sorted(found.keys() - wanted.keys()):
-        raise CheckpointError(f"{path}: holds {_few(unused)}, which a Gemma 2 of this shape has not")
+        raise CheckpointError(f"{path}: holds {quote_few(unused)}, which a Gemma 2 of this shape has not")
     for name, shape in wanted.items():
         tensor = found[name]
         if tensor.shape != shape:

@@ -20,15 +20,15 @@ import numpy as np
 from numpy.lib import format as npy
 
 from refgemma.convert.orbax import is_orbax, read_orbax
+from refgemma.files import quote
 from refgemma.precision import Array
 from refgemma.weights.checkpoint import (
-    _SHORT,
     AGAIN,
     INDEX,
     SINGLE,
     CheckpointError,
     Stored,
-    _read_files,
+    read_files,
     read_header,
 )
 from refgemma.weights.save import STORED, Output
@@ -88,7 +88,7 @@ def zip_entries(file: Path) -> dict[str, Entry]:
 
 
 def _entry(stream: IO[bytes], info: zipfile.ZipInfo, file: Path) -> Entry:
-    where = f"{file}: entry {_SHORT.repr(info.filename)}"
+    where = f"{file}: entry {quote(info.filename)}"
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
         raise CheckpointError(
             f"{where}: is compressed, as in TorchScript or by numpy.savez_compressed, or encrypted; write the tensors "
@@ -204,7 +204,7 @@ def read_tree(source: Path) -> dict[str, Stored]:
     found: dict[str, Stored] = {}
     for name, tensor in _read(source).items():
         if tidy(name) in found:
-            raise CheckpointError(f"{tensor.file}: {_SHORT.repr(tidy(name))} stands in it twice, in two spellings")
+            raise CheckpointError(f"{tensor.file}: {quote(tidy(name))} stands in it twice, in two spellings")
         found[tidy(name)] = tensor
     return found
 
@@ -213,7 +213,7 @@ def _read(source: Path) -> dict[str, Stored]:
     if source.is_file():
         return read_npz(source) if source.suffix == ".npz" else read_header(source)
     if any((source / name).exists() for name in (SINGLE, INDEX)):
-        return _read_files(source)[1]
+        return read_files(source)[1]
     files = sorted(source.glob("*.npz"))
     if len(files) == 1:
         return read_npz(files[0])
@@ -232,7 +232,7 @@ def read_npz(file: Path) -> dict[str, Stored]:
     found = {}
     for entry_name, entry in zip_entries(file).items():
         name = entry_name.removesuffix(".npy")
-        where = f"{file}: array {_SHORT.repr(name)}"
+        where = f"{file}: array {quote(name)}"
         try:
             found[name] = _array(name, file, entry)
         except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
@@ -253,9 +253,9 @@ def _array(name: str, file: Path, entry: Entry) -> Stored:
         raise ValueError("its header lacks descr, fortran_order or shape")
     shape, dtype = header["shape"], DESCRS.get(str(header["descr"])[:20])
     if dtype is None:
-        raise ValueError(f"its numbers are {_SHORT.repr(header['descr'])}, not {', '.join(STORED)}")
+        raise ValueError(f"its numbers are {quote(header['descr'])}, not {', '.join(STORED)}")
     if not isinstance(shape, tuple) or len(shape) > 32 or not all(type(n) is int and 0 <= n < 2**62 for n in shape):
-        raise ValueError(f"its shape is {_SHORT.repr(shape)}")
+        raise ValueError(f"its shape is {quote(shape)}")
     tensor = Stored(name, file, dtype, shape, entry.start + length, file.stat().st_size)
     if tensor.nbytes != entry.size - length:
         raise ValueError(f"shape {shape} takes {tensor.nbytes} bytes, but it has {entry.size - length}")

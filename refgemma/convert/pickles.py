@@ -16,7 +16,8 @@ import ml_dtypes
 import numpy as np
 
 from refgemma.convert.flax_tree import Entry, Strided, data_of, row_major, write_zip, zip_entries
-from refgemma.weights.checkpoint import _SHORT, AGAIN, CheckpointError, Stored
+from refgemma.files import quote
+from refgemma.weights.checkpoint import AGAIN, CheckpointError, Stored
 from refgemma.weights.save import STORED, Output
 
 PICKLE_LIMIT = 2**24  # bytes: the pickle of a 27B has 100 thousand
@@ -69,7 +70,7 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Te
         raise ValueError("a tensor without storage, shape or strides")
     numbers = (offset, *shape, *strides)
     if len(shape) != len(strides) or len(shape) > MAX_AXES or not all(_is_size(n) for n in numbers):
-        raise ValueError(f"a tensor of shape {_SHORT.repr(shape)} with strides {_SHORT.repr(strides)}")
+        raise ValueError(f"a tensor of shape {quote(shape)} with strides {quote(strides)}")
     last = offset + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
     if all(shape) and last >= storage.count:
         raise ValueError(f"a tensor that goes beyond the {storage.count} numbers of its storage")
@@ -83,7 +84,7 @@ def _is_size(value: Any) -> bool:
 def _size(axes: Any) -> tuple[int, ...]:
     """A shape: a tuple as it is. A copy of a long list, made again and again, would take memory without limit."""
     if not isinstance(axes, tuple):
-        raise ValueError(f"a shape that is no tuple but {_SHORT.repr(axes)}")
+        raise ValueError(f"a shape that is no tuple but {quote(axes)}")
     return axes
 
 
@@ -129,7 +130,7 @@ class _Machine:
     def name(self, dotted: str) -> None:
         dotted = dotted.replace(" ", ".")
         if dotted not in _RESULTS and dotted not in STORAGES:
-            raise ValueError(f"it asks for {_SHORT.repr(dotted)}, which no checkpoint needs; do not trust the file")
+            raise ValueError(f"it asks for {quote(dotted)}, which no checkpoint needs; do not trust the file")
         self.stack.append(_Name(dotted))
 
     def stack_name(self, _: Any) -> None:
@@ -141,14 +142,14 @@ class _Machine:
     def reduce(self, _: Any) -> None:
         made, arguments = self.take(2)
         if not isinstance(made, _Name) or made.dotted not in _RESULTS or not isinstance(arguments, tuple):
-            raise ValueError(f"it calls {_SHORT.repr(made)}; do not trust the file")
+            raise ValueError(f"it calls {quote(made)}; do not trust the file")
         self.stack.append(_RESULTS[made.dotted](*arguments))
 
     def storage(self, _: Any) -> None:
         kind, dtype, key, _device, count = self.stack.pop()
         known = isinstance(dtype, _Name) and dtype.dotted in STORAGES
         if kind != "storage" or not known or not isinstance(key, str) or not _is_size(count):
-            raise ValueError(f"it refers to {_SHORT.repr(kind)} outside of it, not to a storage")
+            raise ValueError(f"it refers to {quote(kind)} outside of it, not to a storage")
         self.stack.append(_Storage(STORAGES[dtype.dotted], key, count))
 
     def set_items(self, pairs: Sequence[Any]) -> None:
@@ -242,7 +243,7 @@ def read_torch(file: Path) -> dict[str, Stored]:
         raise CheckpointError(f"{file}: is no checkpoint of torch.save (TorchScript?); save its state_dict() instead")
     order = _bytes(file, entries, f"{roots[0]}byteorder") if f"{roots[0]}byteorder" in entries else b"little"
     if order != b"little":
-        raise CheckpointError(f"{file}: its byte order is {_SHORT.repr(order)}; save it on a little-endian machine")
+        raise CheckpointError(f"{file}: its byte order is {quote(order)}; save it on a little-endian machine")
     state = _state_dict(_unpickled(_bytes(file, entries, f"{roots[0]}data.pkl"), file), file)
     return {name: _stored(name, tensor, file, entries, roots[0]) for name, tensor in state.items()}
 
@@ -283,15 +284,15 @@ def _state_dict(top: Any, file: Path) -> dict[str, _Tensor]:
         raise CheckpointError(f"{file}: holds no state dict, a dict from names to tensors; give the model's checkpoint")
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, _Tensor):
-            raise CheckpointError(f"{file}: {_SHORT.repr(name)} in its state dict is no tensor; save the tensors only")
+            raise CheckpointError(f"{file}: {quote(name)} in its state dict is no tensor; save the tensors only")
     return state
 
 
 def _stored(name: str, tensor: _Tensor, file: Path, entries: dict[str, Entry], root: str) -> Stored:
-    where = f"{file}: tensor {_SHORT.repr(name)}"
+    where = f"{file}: tensor {quote(name)}"
     storage, entry = tensor.storage, entries.get(f"{root}data/{tensor.storage.key}")
     if entry is None:
-        raise CheckpointError(f"{where}: its numbers, entry {_SHORT.repr(storage.key)}, are not in the file; {AGAIN}")
+        raise CheckpointError(f"{where}: its numbers, entry {quote(storage.key)}, are not in the file; {AGAIN}")
     itemsize = storage.dtype.itemsize
     if storage.count * itemsize > entry.size:
         raise CheckpointError(f"{where}: needs {storage.count * itemsize} bytes, but {entry.size} are there; {AGAIN}")

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (makes safetensors know bfloat16)
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
+from refgemma.files import open_tensors
 from refgemma.inputs import InputError
 from refgemma.precision import Array
 
@@ -81,17 +81,12 @@ def open_safetensors(path: str | Path) -> TraceFile:
     InputError
         If it is none, saying why.
     """
-    file = is_there(path)
-    try:
-        opened: Any = safe_open(file, framework="np")
-        entries = {}
-        for name in opened.keys():
-            look = opened.get_slice(name)
-            entries[name] = Entry(look.get_dtype(), tuple(look.get_shape()), _reader(opened, str(path), name))
-        return TraceFile(str(path), opened.metadata() or {}, entries)
-    except (SafetensorError, OSError, TypeError, ValueError, KeyError, OverflowError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: is no whole safetensors file ({reason}); write it again") from None
+    opened, _ = open_tensors(is_there(path), InputError, "write it again")
+    entries = {}
+    for name in opened.keys():
+        found = opened.get_slice(name)
+        entries[name] = Entry(found.get_dtype(), tuple(found.get_shape()), _reader(opened, str(path), name))
+    return TraceFile(str(path), opened.metadata() or {}, entries)
 
 
 def _reader(opened: Any, path: str, name: str) -> Callable[[], Array]:

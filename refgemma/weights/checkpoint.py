@@ -1,17 +1,15 @@
 """Opens a Hugging Face folder of a Gemma 2 and reads it a tensor, a layer or a few rows at a time.
 
-Checked bit for bit against the loader of safetensors 0.8; the rules of a header are those of its format description.
+Checked bit for bit against the loader of safetensors 0.8, which also checks the headers.
 The file is memory-mapped while a tensor is read and let go afterwards, so that a 27B (54 GB in bfloat16) is never
 resident; for decoding, which comes back to each tensor at each token, a map is kept. safetensors' own loader copies
 each tensor a second time, and its errors name no tensor.
 """
 
 import functools
-import json
 import math
 import re
-import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ import numpy as np
 
 from refgemma.config import Gemma2Config
 from refgemma.errors import RefgemmaError
+from refgemma.files import open_tensors, quote, read_object
 from refgemma.precision import Array, as_dtype
 from refgemma.weights.initial import fits_in_memory
 from refgemma.weights.parameters import (
@@ -47,16 +46,10 @@ DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 
-HEADER_LIMIT = 100_000_000  # bytes: the format's own limit
-MAX_AXES = 64  # NumPy's limit
 BLOCK = 2**18  # numbers converted at a time: 1 MB of float32, which stays in the processor's cache
-LFS_POINTER = b"version https://git-lfs"
 SHARD_NAME = re.compile(r"[A-Za-z0-9_.-]{1,200}\.safetensors")  # a plain file name: no folder, no drive
 
 AGAIN = "write or download the file again"
-
-_SHORT = reprlib.Repr()  # a damaged header can hold anything: quote no more of it than fits on a screen
-_SHORT.maxstring = 120
 
 
 class CheckpointError(RefgemmaError):
@@ -221,123 +214,19 @@ class StoredRows:
         return self.tensor.read(self.dtype, rows)
 
 
-def _few(names: Sequence[str]) -> str:
+def quote_few(names: Sequence[str]) -> str:
     """Quote the first three names and count the others."""
-    shown = ", ".join(_SHORT.repr(name) for name in names[:3])
+    shown = ", ".join(quote(name) for name in names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a JSON object; of a key that stands twice, Python would silently take the last."""
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"the key {_SHORT.repr(key)} stands in it twice")
-        found[key] = value
-    return found
-
-
-def _json_object(raw: bytes, file: Path, what: str) -> dict[str, Any]:
-    try:
-        parsed = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_repeats)
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a key twice, nested without end
-        raise CheckpointError(f"{file}: {what} is not valid: {error}; {AGAIN}") from None
-    if not isinstance(parsed, dict):
-        raise CheckpointError(f"{file}: {what} is {_SHORT.repr(parsed)}, not a JSON object; {AGAIN}")
-    return parsed
-
-
-def _refuse_pointer(start: bytes, file: Path) -> None:
-    if start.startswith(LFS_POINTER):
-        raise CheckpointError(
-            f"{file}: is a Git LFS pointer, a few lines of text in place of the data; fetch these with 'git lfs pull'"
-        )
-
-
-def _header_bytes(file: Path) -> tuple[bytes, int]:
-    """Read the JSON text at the start of a safetensors file, and the length of the whole file."""
-    with file.open("rb") as stream:
-        start = stream.read(len(LFS_POINTER))
-        _refuse_pointer(start, file)
-        size, length = file.stat().st_size, int.from_bytes(start[:8], "little")
-        if size < 8:
-            raise CheckpointError(f"{file}: is {size} bytes long, not even the length of a header; {AGAIN}")
-        if length > HEADER_LIMIT:
-            raise CheckpointError(
-                f"{file}: says that its header is {length} bytes long, over the {HEADER_LIMIT} of the format; "
-                "it is no safetensors file, or a damaged one"
-            )
-        if 8 + length > size:
-            raise CheckpointError(
-                f"{file}: is {size} bytes long, shorter than its header, which needs {8 + length}; {AGAIN}"
-            )
-        stream.seek(8)
-        return stream.read(length), size
-
-
-def _whole_numbers(value: Any) -> bool:
-    """Whether `value` is a list that can be a shape or a pair of offsets; true and 2.0 are no whole numbers."""
-    return isinstance(value, list) and len(value) <= MAX_AXES and all(type(n) is int and 0 <= n < 2**63 for n in value)
-
-
-def _stored(name: str, entry: Any, file: Path, data_start: int, file_bytes: int) -> Stored:
-    """One entry of a header, ``{"dtype": "BF16", "shape": [61, 24], "data_offsets": [0, 2928]}``."""
-    where = f"{file}: tensor {_SHORT.repr(name)}"
-    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        raise CheckpointError(f"{where}: its entry in the header lacks dtype, shape or data_offsets; {AGAIN}")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise CheckpointError(
-            f"{where}: its dtype is {_SHORT.repr(dtype)}; {', '.join(DTYPES)} are read here, and a quantised "
-            "checkpoint has to be converted to one of them first"
-        )
-    if not _whole_numbers(shape):
-        raise CheckpointError(f"{where}: its shape is {_SHORT.repr(shape)}, not a list of lengths; {AGAIN}")
-    if not _whole_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointError(
-            f"{where}: its data_offsets are {_SHORT.repr(offsets)}, not the first byte and the one after the last; "
-            + AGAIN
-        )
-    tensor = Stored(name, file, DTYPES[dtype], tuple(shape), data_start + offsets[0], file_bytes)
-    if tensor.nbytes != offsets[1] - offsets[0]:
-        raise CheckpointError(
-            f"{where}: shape {_SHORT.repr(shape)} in {dtype} takes {tensor.nbytes} bytes, "
-            f"but its data_offsets span {offsets[1] - offsets[0]}; {AGAIN}"
-        )
-    if data_start + offsets[1] > file_bytes:
-        raise CheckpointError(
-            f"{where}: its data end at byte {data_start + offsets[1]}, but the file is {file_bytes} bytes long: "
-            f"half-written, or a download that was cut short; {AGAIN}"
-        )
-    return tensor
-
-
-def _check_layout(tensors: list[Stored], file: Path, data_start: int, file_bytes: int) -> None:
-    """Require that the data of the tensors follow each other without a gap and fill the file."""
-    position = data_start
-    for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.nbytes)):
-        where = f"{file}: tensor {_SHORT.repr(tensor.name)}"
-        if tensor.start != position:
-            fault = "overlap those of another tensor" if tensor.start < position else "leave a hole before them"
-            raise CheckpointError(
-                f"{where}: its data start at byte {tensor.start}, not {position}: they {fault}; {AGAIN}"
-            )
-        position += tensor.nbytes
-    if position < file_bytes:
-        raise CheckpointError(f"{file}: {file_bytes - position} bytes at its end belong to no tensor; {AGAIN}")
 
 
 def read_header(file: Path) -> dict[str, Stored]:
     """Read the header of one safetensors file: its tensors by name, without their data.
 
-    A safetensors file is the length of its header (8 bytes, little-endian), the header (JSON), and the data.
-
     Raises
     ------
     CheckpointError
-        If the file breaks a rule of the format.
-    OSError
-        If the file cannot be opened.
+        If the file cannot be opened, breaks a rule of the format, or holds numbers that no weight is stored in.
 
     Examples
     --------
@@ -348,63 +237,80 @@ def read_header(file: Path) -> dict[str, Stored]:
     ...     read_header(Path(folder) / "one.safetensors")["norm.weight"].shape
     (24,)
     """
-    raw, file_bytes = _header_bytes(file)
-    header = _json_object(raw, file, "its header")
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CheckpointError(f"{file}: __metadata__ is {_SHORT.repr(metadata)}, not an object of strings; {AGAIN}")
-    data_start = 8 + len(raw)
-    tensors = {name: _stored(name, entry, file, data_start, file_bytes) for name, entry in header.items()}
-    _check_layout(list(tensors.values()), file, data_start, file_bytes)
-    return tensors
+    opened, position = open_tensors(file, CheckpointError, AGAIN)
+    file_bytes = file.stat().st_size
+    found: dict[str, Stored] = {}
+    for name in opened.offset_keys():  # in the order of the data, which follow each other without a gap
+        entry = opened.get_slice(name)
+        code = entry.get_dtype()
+        if code not in DTYPES:
+            raise CheckpointError(
+                f"{file}: tensor {quote(name)}: its dtype is {code!r}; {', '.join(DTYPES)} are read here, and a "
+                "quantised checkpoint has to be converted to one of them first"
+            )
+        found[name] = Stored(name, file, DTYPES[code], tuple(entry.get_shape()), position, file_bytes)
+        position += found[name].nbytes
+    return found
 
 
-def _read_weight_map(index: Path) -> dict[str, str]:
-    """Read the index of a checkpoint in several files: name of a tensor -> file name of its shard."""
-    raw = index.read_bytes()
-    _refuse_pointer(raw, index)
-    weight_map = _json_object(raw, index, "the index").get("weight_map")
+def read_shards(
+    index: Path, shard_name: re.Pattern[str], read: Callable[[Path], Mapping[str, Stored]], tables: tuple[str, ...] = ()
+) -> dict[str, Stored]:
+    """Read the headers of all shards of a checkpoint: each tensor is where the index says, and nowhere else.
+
+    Parameters
+    ----------
+    index : Path
+        Its ``weight_map`` is an object from tensor names to files.
+    shard_name : re.Pattern
+        What the name of a shard looks like: a plain file name.
+    read : callable
+        Reads the header of one shard.
+    tables : tuple of str
+        Ends of names that are no weights, which a checkpoint may hold in every shard; left out.
+
+    Raises
+    ------
+    CheckpointError
+        If the index is damaged, a shard is absent, or the two are of two checkpoints.
+    """
+    weight_map = read_object(index, CheckpointError, AGAIN).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: has no weight_map, the object from tensor names to files; {AGAIN}")
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or not SHARD_NAME.fullmatch(shard):
+        if not isinstance(shard, str) or not shard_name.fullmatch(shard):
             raise CheckpointError(
-                f"{index}: tensor {_SHORT.repr(name)}: its shard is {_SHORT.repr(shard)}, "
-                "not the plain name of a .safetensors file beside the index"
+                f"{index}: tensor {quote(name)}: its shard is {quote(shard)}, not the plain name of a file of weights "
+                "beside the index"
             )
-    return weight_map
-
-
-def _read_shards(index: Path) -> dict[str, Stored]:
-    """Read the headers of all shards: each tensor is where the index says, and nowhere else."""
-    weight_map = _read_weight_map(index)
     shards = sorted(set(weight_map.values()))
     if absent := [shard for shard in shards if not (index.parent / shard).exists()]:
-        raise CheckpointError(f"{index}: the folder lacks {_few(absent)} of its {len(shards)} shards; download them")
+        raise CheckpointError(
+            f"{index}: the folder lacks {quote_few(absent)} of its {len(shards)} shards; download them"
+        )
+    weight_map = {name: shard for name, shard in weight_map.items() if not name.endswith(tables)}
     found: dict[str, Stored] = {}
     for shard in shards:
-        for name, tensor in read_header(index.parent / shard).items():
+        for name, tensor in read(index.parent / shard).items():
+            if name.endswith(tables):
+                continue
+            where = f"{tensor.file}: tensor {quote(name)}"
             if name in found:
-                raise CheckpointError(
-                    f"{tensor.file}: tensor {_SHORT.repr(name)} is in {found[name].file.name} too; "
-                    "one of the two is a leftover of another checkpoint"
-                )
+                other = found[name].file.name
+                raise CheckpointError(f"{where} is in {other} too; one of the two is a leftover of another checkpoint")
             if name not in weight_map:
-                raise CheckpointError(
-                    f"{tensor.file}: tensor {_SHORT.repr(name)} is not in {index.name}; "
-                    "index and shard are of two checkpoints"
-                )
+                raise CheckpointError(f"{where} is not in {index.name}; index and shard are of two checkpoints")
             found[name] = tensor
     for name, shard in weight_map.items():
         if name not in found or found[name].file.name != shard:
             raise CheckpointError(
-                f"{index.parent / shard}: lacks tensor {_SHORT.repr(name)}, which {index.name} places there; "
+                f"{index.parent / shard}: lacks tensor {quote(name)}, which {index.name} places there; "
                 "index and shard are of two checkpoints"
             )
     return found
 
 
-def _read_files(folder: Path) -> tuple[Path, dict[str, Stored]]:
+def read_files(folder: Path) -> tuple[Path, dict[str, Stored]]:
     """Find the file to name in errors about the whole checkpoint, and every tensor in the folder.
 
     A single file goes before an index, as in transformers.
@@ -412,16 +318,16 @@ def _read_files(folder: Path) -> tuple[Path, dict[str, Stored]]:
     if (folder / SINGLE).exists():
         return folder / SINGLE, read_header(folder / SINGLE)
     if (folder / INDEX).exists():
-        return folder / INDEX, _read_shards(folder / INDEX)
+        return folder / INDEX, read_shards(folder / INDEX, SHARD_NAME, read_header)
     names = sorted(path.name for path in folder.iterdir())
     if pickles := [name for name in names if name.startswith("pytorch_model")]:
         raise CheckpointError(
-            f"{folder}: holds its weights as {_few(pickles)}, which only PyTorch can read; convert them to "
+            f"{folder}: holds its weights as {quote_few(pickles)}, which only PyTorch can read; convert them to "
             "safetensors: load them with transformers and call save_pretrained, which writes model.safetensors"
         )
     if shards := [name for name in names if name.endswith(".safetensors")]:
         raise CheckpointError(
-            f"{folder}: holds {_few(shards)}, but neither {SINGLE} nor {INDEX}; "
+            f"{folder}: holds {quote_few(shards)}, but neither {SINGLE} nor {INDEX}; "
             "fetch the index, or rename a file that holds the whole model"
         )
     raise CheckpointError(f"{folder}: holds no weights, neither {SINGLE} nor {INDEX}; give the folder that holds them")
@@ -476,8 +382,8 @@ def _matched(found: Mapping[str, Stored], config: Gemma2Config, source: Path) ->
     score = {name: named.pop(name) for name in (SCORE_WEIGHT, SCORE_BIAS) if name in named}
     missing, extra = [name for name in expected if name not in named], [name for name in named if name not in expected]
     if missing or extra:
-        faults = [f"lacks {len(missing)} of {len(expected)} tensors: {_few(missing)}"] if missing else []
-        faults += [f"holds {len(extra)} that Gemma 2 has no place for: {_few(extra)}"] if extra else []
+        faults = [f"lacks {len(missing)} of {len(expected)} tensors: {quote_few(missing)}"] if missing else []
+        faults += [f"holds {len(extra)} that Gemma 2 has no place for: {quote_few(extra)}"] if extra else []
         raise CheckpointError(
             f"{source}: {'; '.join(faults)}. The checkpoint is incomplete, or not the one that {CONFIG} "
             f"({config.num_hidden_layers} layers) describes: fetch both again"
@@ -606,7 +512,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         if not (folder / CONFIG).exists():
             raise CheckpointError(f"{folder}: holds no {CONFIG}; give the folder of a Hugging Face checkpoint")
         config = Gemma2Config.from_json_file(folder / CONFIG)
-        source, found = _read_files(folder)
+        source, found = read_files(folder)
         return Checkpoint(folder, config, _matched(found, config, source))
     except OSError as error:
         raise CheckpointError(f"{error.filename or folder}: cannot be read: {error.strerror}") from None
