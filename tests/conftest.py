@@ -6,6 +6,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
@@ -48,6 +49,14 @@ NO_BROWSER = [
 
 # Files rather than the folder: a folder named on the command line would be entered in spite of this.
 collect_ignore_glob = [*(["parity/*"] if MISSING else []), *(["browser/*"] if NO_BROWSER else [])]
+
+
+# What `pytest --fast`, which .ci/quick runs, leaves out: the files that take longest.
+SLOW = ()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="leave out the slow files of the tests")
 
 
 def pytest_report_header() -> list[str]:

@@ -1,4 +1,4 @@
-"""What mutation testing asked for: tests of what the other tests of the core let pass. See mutation.py."""
+"""What mutation testing asked for: tests of what the other tests of the core let pass. See tools/mutation.py."""
 
 import io
 import math

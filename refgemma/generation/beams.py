@@ -202,7 +202,7 @@ def advanced(
     rules: Rules,
     rng: np.random.Generator | None = None,
 ) -> Beams:
-    """The search after one more step.
+    """The search after one more step. Source: transformers ``GenerationMixin._beam_search``.
 
     Parameters
     ----------
@@ -216,8 +216,6 @@ def advanced(
         What the search goes by.
     rng : numpy.random.Generator, optional
         Draws the candidates with the probabilities of their texts; without it they are the likeliest.
-
-    Source: transformers ``GenerationMixin._beam_search``.
 
     Examples
     --------
