@@ -25,6 +25,7 @@ def lint(session: nox.Session) -> None:
     session.run("lint-imports")
     session.run("numpydoc", "lint", *map(str, Path("refgemma").rglob("*.py")))
     session.run("repo-review", ".")
+    session.run("zizmor", "--offline", ".github")
 
 
 @nox.session
