@@ -18,7 +18,7 @@ nox.options.default_venv_backend = "uv|virtualenv"
 @nox.session
 def lint(session: nox.Session) -> None:
     """Style, types, docstrings, imports and the layout of the repository."""
-    session.install("-e", ".[dev]")
+    session.install("-e", ".[test,dev]")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy")
