@@ -28,15 +28,15 @@ import numpy as np
 import torch
 import transformers
 from mistakes import BLOCK
+from refgemma.oracle.check import Check
 from tqdm import tqdm
 
 from refgemma import fast, ops
 from refgemma.cache import Cache
 from refgemma.model import begin
 from refgemma.modeling.pretrained import Pretrained, load
-from refgemma.oracle.check import Check
-from refgemma.oracle.judge import BLIND, GOOD
-from refgemma.trace.candidate import load_candidate, only
+from refgemma.oracle.verdicts import BLIND, GOOD
+from refgemma.trace.candidate import load_trace, only
 from refgemma.trace.capture import capture_transformers
 from refgemma.trace.names import save_trace
 
@@ -125,7 +125,7 @@ def verdicts(case: Case, folder: Path, dtype: str, attention: str) -> Iterator[t
     ours = load(str(folder), dtype)
     tensors, about = fast_run(case, ours) if attention == "fast" else torch_run(case, folder, dtype, attention)
     save_trace(tensors.items(), folder / "port.safetensors", about)
-    whole = load_candidate(folder / "port.safetensors", ours.config)
+    whole = load_trace(folder / "port.safetensors", ours.config)
     for density, names in DENSITIES.items():
         candidate = whole if names is None else only(whole, names)
         work = Check(candidate, ours.weights, ours.config)

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from refgemma.oracle.check import Report, check
 from torch import Tensor
 from tqdm import tqdm
 from transformers import Gemma2ForCausalLM
@@ -29,10 +30,10 @@ from transformers.models.gemma2 import modeling_gemma2 as modeling
 
 from refgemma.hub import find_model
 from refgemma.modeling.pretrained import Pretrained, load
-from refgemma.oracle.check import CONFORMS, Report, check
 from refgemma.oracle.conformance import Prompt, prompts
 from refgemma.oracle.known_bugs import KNOWN_BUGS, known_bug
-from refgemma.trace.candidate import load_candidate, only
+from refgemma.oracle.verdicts import CONFORMS
+from refgemma.trace.candidate import load_trace, only
 from refgemma.trace.capture import capture_transformers
 from refgemma.trace.names import field_of, save_trace
 
@@ -573,7 +574,7 @@ def port(name: str | None, dtype: str, prompt: Prompt, folder: Path, config: Any
         with made(name, model, prompt):
             tensors, about = capture_transformers(model, prompt.input_ids, prompt.attention_mask, calls)
     save_trace(tensors.items(), folder / "port.safetensors", about)
-    return load_candidate(folder / "port.safetensors", config)
+    return load_trace(folder / "port.safetensors", config)
 
 
 def reports_of(candidate: Any, ours: Pretrained) -> dict[str, Report]:

@@ -33,7 +33,7 @@ from refgemma.hub import find_model
 from refgemma.inputs import InputError
 from refgemma.testing.strategies import tensors_of
 from refgemma.tokenizer.tokenizer import Tokenizer, TokenizerError
-from refgemma.trace.candidate import load_candidate
+from refgemma.trace.candidate import load_trace
 from refgemma.weights.checkpoint import CheckpointError, open_checkpoint, read_header
 from refgemma.weights.save import Output
 
@@ -132,7 +132,7 @@ TARGETS: dict[str, Target] = {
     "tokenizer-settings": Target("tokenizer_config.json", tokenized, TokenizerError, (SETTINGS,),
                                  (("tokenizer.model", MODEL),)),
     "tokenizer-model": Target("tokenizer.model", tokenized, TokenizerError, (MODEL,)),
-    "candidate": Target("port.safetensors", lambda f: load_candidate(f, SMALL), InputError, candidates()),
+    "candidate": Target("port.safetensors", lambda f: load_trace(f, SMALL), InputError, candidates()),
     "pickle": Target("model.ckpt", lambda f: every_number(read_torch(f)), CheckpointError,
                      (pickled(), pickle.dumps({"a": [1, "b", (2.0, None)]}, 2)), (), as_torch),
     "torch": Target("model.ckpt", lambda f: every_number(read_torch(f)), CheckpointError, (as_torch(pickled()),)),

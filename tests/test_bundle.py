@@ -5,17 +5,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from refgemma.oracle.check import Check, Instance
 from safetensors.numpy import load_file
 
 import refgemma
 from refgemma.cli.main import main
 from refgemma.inputs import InputError
 from refgemma.model import forward
-from refgemma.oracle.check import Check, Instance
 from refgemma.oracle.conformance import CONFIG
 from refgemma.oracle.repro import HEADER, LIMIT, bundle
 from refgemma.precision import as_dtype
-from refgemma.trace.candidate import load_candidate
+from refgemma.trace.candidate import load_trace
 from refgemma.trace.names import FIELDS, named_tensors, save_trace
 from refgemma.weights.initial import initial_weights
 
@@ -33,7 +33,7 @@ def spoilt(field: str, dtype: str, folder: Path) -> tuple[Check, Instance, tuple
     wrong[place] += 1
     save_trace(({"input_ids": IDS} | tensors | {name: as_dtype(wrong, dtype)}).items(), folder / "p.safetensors",
                {"dtype": dtype})  # fmt: skip
-    work = Check(load_candidate(folder / "p.safetensors", model.config), model.weights, model.config)
+    work = Check(load_trace(folder / "p.safetensors", model.config), model.weights, model.config)
     return work, next(i for i in work.instances() if i.tensor == name), place
 
 
@@ -73,7 +73,7 @@ def test_a_large_vocabulary_is_cut_to_below_a_megabyte(tmp_path: Path) -> None:
     tensors = {name: np.asarray(x) for name, x in named_tensors(forward(ids, weights, config)) if "logits" in name}
     tensors["logits"][0, 1, 200_000] += 1
     save_trace(({"input_ids": ids} | tensors).items(), tmp_path / "p.safetensors", {"dtype": "float32"})
-    work = Check(load_candidate(tmp_path / "p.safetensors", config), weights, config)
+    work = Check(load_trace(tmp_path / "p.safetensors", config), weights, config)
     instance = next(i for i in work.instances() if i.tensor == "logits")
     kept, about = bundle(work, instance)
     assert sum(np.asarray(x).nbytes for x in kept.values()) < LIMIT

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refgemma.oracle.check import Check
 
 import refgemma
 from refgemma.config import Gemma2Config
 from refgemma.model import forward
 from refgemma.modeling.pretrained import Pretrained
-from refgemma.oracle.check import Check
 from refgemma.oracle.estimate import Estimate
 from refgemma.oracle.locate import error_maps
-from refgemma.trace.candidate import Candidate, load_candidate
+from refgemma.trace.candidate import Candidate, load_trace
 from refgemma.trace.names import named_tensors, save_trace
 
 IDS = np.random.default_rng(3).integers(4, 97, (2, 20))
@@ -33,7 +33,7 @@ def run(model: Pretrained, **changes: Any) -> Tensors:
 
 def candidate(tensors: Mapping[str, Any], folder: Path, config: Gemma2Config, dtype: str = "float32") -> Candidate:
     save_trace(({"input_ids": IDS} | dict(tensors)).items(), folder / "port.safetensors", {"dtype": dtype})
-    return load_candidate(folder / "port.safetensors", config)
+    return load_trace(folder / "port.safetensors", config)
 
 
 def estimates(tensors: Mapping[str, Any], folder: Path, dtype: str = "float32") -> dict[str, Estimate]:

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refgemma.cli.main import main
-from refgemma.oracle.judge import counted
+from refgemma.oracle.judge import count_errors
 from refgemma.sweep.tally import Tally, merged
 
 PORT = """
@@ -249,7 +249,7 @@ def test_a_merged_tally_is_that_of_all_errors_in_any_order(sizes: list[int], see
 
     def of(z: np.ndarray, at: str) -> Tally:
         return Tally({"PASS": 1}, len(z), int(np.sum(z > 0)), float(np.sum(z * z)), float(np.max(np.abs(z))), at,
-                     counted(z))  # fmt: skip
+                     count_errors(z))  # fmt: skip
 
     tallies = [of(z, f"layers.{n}.out") for n, z in enumerate(errors)]
     total, everything = merged(tallies), np.concatenate(errors)

@@ -136,14 +136,14 @@ class Counted:
 def test_an_interrupted_run_is_continued(tmp_path: Path) -> None:
     whole = outputs()
     rows = [Counted(o.rows, fail=o.name == "d") for o in whole]
-    counted = [Output(o.name, o.dtype, o.shape, r) for o, r in zip(whole, rows, strict=True)]
+    count_errors = [Output(o.name, o.dtype, o.shape, r) for o, r in zip(whole, rows, strict=True)]
     with pytest.raises(KeyboardInterrupt):
-        write_checkpoint(tmp_path, counted, 100, fingerprint="this source")
+        write_checkpoint(tmp_path, count_errors, 100, fingerprint="this source")
     with pytest.raises(CheckpointError, match="holds no config"):
         open_checkpoint(tmp_path)
     assert not list(tmp_path.glob("*.safetensors"))
     rows[3].fail = False
-    write_checkpoint(tmp_path, counted, 100, fingerprint="this source")
+    write_checkpoint(tmp_path, count_errors, 100, fingerprint="this source")
     assert same(tmp_path, whole)
     assert [r.reads for r in rows] == [2, 2, 2, 3]  # once to be written, "d" in vain before, and once to be compared
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import refgemma
-from refgemma.cli import checking as oracle
+from refgemma.cli import candidates as oracle
 from refgemma.cli.folders import run_convert, run_synth
 from refgemma.cli.inspection import run_explore, run_info, run_trace
 from refgemma.cli.output import CUT_OFF, INTERRUPTED, MISUSE

@@ -19,11 +19,12 @@ from refgemma.cache import Cache
 from refgemma.config import Gemma2Config
 from refgemma.files import replace_file
 from refgemma.model import forward
-from refgemma.oracle.check import Check
 from refgemma.oracle.conformance import Prompt, prompts
+from refgemma.oracle.diagnose import Diagnosis
+from refgemma.oracle.engine import Engine
 from refgemma.oracle.known_bugs import KNOWN_BUGS, KnownBug
 from refgemma.precision import Array
-from refgemma.trace.candidate import load_candidate
+from refgemma.trace.candidate import load_trace
 from refgemma.trace.names import named_tensors, save_trace
 from refgemma.weights.parameters import Weights
 
@@ -72,8 +73,8 @@ def shown(prompt: Prompt, dtype: str, weights: Weights, config: Gemma2Config) ->
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.safetensors"
         save_trace(run_prompt(prompt, weights, config), path, about(prompt) | {"dtype": dtype})
-        candidate = load_candidate(path, config)
-    return Shown(prompt.name, dtype, Check(candidate, weights, config).power()[0])
+        candidate = load_trace(path, config)
+    return Shown(prompt.name, dtype, Diagnosis(Engine(candidate, weights, config)).coverage()[0])
 
 
 def about(prompt: Prompt) -> dict[str, str]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from refgemma.config import Gemma2Config
 from refgemma.inputs import InputError
-from refgemma.oracle.check import Check
+from refgemma.oracle.engine import Engine
 from refgemma.precision import Array
 from refgemma.trace.candidate import Candidate
 from refgemma.trace.names import FIELDS, field_of, layer_of
@@ -118,14 +118,14 @@ def unexplained(a: Candidate, b: Candidate, weights: Mapping[str, Weights], conf
     """
     if not np.array_equal(a.call.input_ids, b.call.input_ids):
         raise InputError(f"{a.source} and {b.source} are of other tokens; their operations cannot be told apart")
-    works = [Check(c, weights[c.dtype], config) for c in (a, b)]
+    engines = [Engine(c, weights[c.dtype], config) for c in (a, b)]
     found = {}
-    for name in works[0].usual.table:
-        if any(name not in c.tensors for c in (a, b)) or any(len(w.usual.span(name)) > 1 for w in works):
+    for name in engines[0].usual.table:
+        if any(name not in c.tensors for c in (a, b)) or not all(e.is_direct(name) for e in engines):
             continue
-        errors = [w.candidate.tensors[name].numbers - w.usual.result(name) for w in works]
-        bound = works[0].allowance(name).worst + works[1].allowance(name).worst
-        where = np.broadcast_to(works[0].where(name) & works[1].where(name), errors[0].shape)
+        errors = [e.candidate.tensors[name].numbers - e.usual.result(name) for e in engines]
+        bound = engines[0].tolerance(name).error_bound + engines[1].tolerance(name).error_bound
+        where = np.broadcast_to(engines[0].where(name) & engines[1].where(name), errors[0].shape)
         with np.errstate(invalid="ignore"):
             units = (np.abs(errors[0] - errors[1]) / bound)[where]
         found[name] = float(np.nanmax(units, initial=0.0)) if np.isfinite(units).all() else float("inf")

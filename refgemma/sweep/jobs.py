@@ -26,8 +26,9 @@ from refgemma.config import Gemma2Config
 from refgemma.errors import RefgemmaError
 from refgemma.hub import find_model
 from refgemma.inputs import InputError
-from refgemma.oracle.check import Report
-from refgemma.oracle.pipeline import judged_port, read_port, run_backend
+from refgemma.oracle.diagnose import Report
+from refgemma.oracle.pipeline import check, read_candidate, run_backend
+from refgemma.oracle.verdicts import FAILED, UNREADABLE
 from refgemma.sweep.tally import Tally, merged, tally
 from refgemma.trace.candidate import Candidate
 from refgemma.trace.name_maps import load_map, map_names
@@ -37,7 +38,6 @@ from refgemma.weights.checkpoint import open_checkpoint
 from refgemma.weights.parameters import tensor_shapes
 
 KEPT = "refgemma-sweep-job/1"
-UNREADABLE, FAILED, LOST = "unreadable", "failed", "lost"  # of a trace, a command and a worker
 FIELDS_OF_A_JOB = {
     "name": str, "trace": str, "run": str, "prompt": str, "model": str, "config": dict, "dtype": str, "map": str,
     "weights": str, "allow": float,
@@ -226,10 +226,11 @@ def _performed(job: Job, scratch: Path) -> Done:
             command = command.replace(place, shlex.quote(path))
         if problem := run_backend(command, Path(trace), Path(job.folder)):
             return not_done(FAILED, problem.replace(f"{scratch}/", ""))
-    candidate = read_port(trace, config, fields.get("dtype"), fields.get("map"))
+    candidate = read_candidate(trace, config, fields.get("dtype"), fields.get("map"))
     if "prompt" in fields:
         _same_tokens(candidate, fields["prompt"])
-    return summary(judged_port(candidate, folder, config, fields.get("weights"), fields["allow"]))
+    report = check(candidate, folder, config=config, weights=fields.get("weights"), override=fields["allow"])
+    return summary(report)
 
 
 def _with_config(folder: Path, config: Gemma2Config, target: Path) -> Path:
@@ -260,13 +261,13 @@ def summary(report: Report) -> Done:
     for instance in report.instances:
         kinds.setdefault(field_of(instance.tensor), []).append(tally(instance))
     first = report.first_divergence
-    stage = report.wrong_stages[0] if report.wrong_stages else None
+    stage = report.wrong_preflight[0] if report.wrong_preflight else None
     named = stage.named if stage else report.findings[0].named if report.findings else ""
     return {
         "schema": KEPT, "verdict": report.verdict, "message": "; ".join(report.remarks),
         "dtype": report.candidate.dtype,
         "first_divergence": stage.name if stage else first.tensor if first else None, "named": named,
-        "excluded": [v.name for v in report.excluded], "blind": [v.name for v in report.blind],
+        "excluded": [v.name for v in report.excluded], "blind": [v.name for v in report.undetectable],
         "found": sorted({v.name for f in report.findings for v in f.explanations}),
         "tensors": {kind: merged(some).as_json() for kind, some in kinds.items()},
     }  # fmt: skip

@@ -19,15 +19,13 @@ from typing import Any
 
 from refgemma.errors import UsageError
 from refgemma.files import replace_file
-from refgemma.oracle.check import CONFORMS, DIFFERS, INCONCLUSIVE, NOISY_ONLY
 from refgemma.oracle.report import finite
-from refgemma.sweep.jobs import FAILED, KEPT, LOST, UNREADABLE, Done, Job, not_done, perform
+from refgemma.oracle.verdicts import EXIT, FAILED, LOST, UNREADABLE
+from refgemma.sweep.jobs import KEPT, Done, Job, not_done, perform
 from refgemma.sweep.tally import Tally, merged
 from refgemma.trace.names import FIELDS
 
 SCHEMA = "refgemma-sweep/1"
-# From the worst: what a whole sweep is said to be, and its exit code.
-CODES = {DIFFERS: 1, FAILED: 5, LOST: 5, UNREADABLE: 2, INCONCLUSIVE: 4, NOISY_ONLY: 3, CONFORMS: 0}
 TRIES = 3  # of a job that ended its worker
 ONE_THREAD = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
@@ -162,7 +160,7 @@ def as_json(found: Sequence[tuple[Job, Done]]) -> dict[str, Any]:
     """All results as one, whatever their order: that of names."""
     ordered = sorted(found, key=lambda pair: (pair[0].name, pair[0].key))
     verdicts = {done["verdict"] for _, done in ordered}
-    verdict = next(v for v in CODES if v in verdicts)
+    verdict = next(v for v in EXIT if v in verdicts)
     groups: dict[tuple[str, str], list[Tally]] = {}
     for job, done in ordered:
         for kind, kept in done["tensors"].items():
@@ -173,8 +171,8 @@ def as_json(found: Sequence[tuple[Job, Done]]) -> dict[str, Any]:
     excluded = {name for _, done in ordered for name in done["excluded"]} - seen
     blind = {name for _, done in ordered for name in done["blind"]} - seen - excluded
     return {
-        "schema": SCHEMA, "verdict": verdict, "exit_code": CODES[verdict],
-        "counts": {v: n for v in CODES if (n := sum(done["verdict"] == v for _, done in ordered))},
+        "schema": SCHEMA, "verdict": verdict, "exit_code": EXIT[verdict],
+        "counts": {v: n for v in EXIT if (n := sum(done["verdict"] == v for _, done in ordered))},
         "jobs": [{"name": job.name, "key": job.key, **{k: done[k] for k in (
             "verdict", "first_divergence", "named", "dtype", "message")}} for job, done in ordered],
         "tensors": [

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from refgemma.oracle.check import Instance
+from refgemma.oracle.engine import Instance
 from refgemma.oracle.judge import EDGES
 
 NOTHING = (0,) * (len(EDGES) - 1)
@@ -71,5 +71,6 @@ def merged(tallies: Iterable[Tally]) -> Tally:
 def tally(instance: Instance) -> Tally:
     """Of one judged tensor."""
     s = instance.judged.statistics
-    return Tally({instance.judged.verdict: 1}, s.elements, round(s.exact * s.elements), s.rms**2 * s.elements, s.worst,
+    return Tally({instance.judged.verdict: 1}, s.elements, round(s.exact * s.elements), s.rms**2 * s.elements,
+                 s.error_over_bound,
                  instance.tensor, s.histogram or NOTHING)  # fmt: skip

@@ -9,9 +9,9 @@ at the least are of use. Tensors of several calls that share a cache are named `
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from refgemma.config import Gemma2Config
 from refgemma.inputs import InputError, check_inputs
-from refgemma.precision import Array, as_dtype
+from refgemma.precision import Array, as_dtype, wide
 from refgemma.trace.name_maps import open_trace
 from refgemma.trace.names import FIELDS, field_of, layer_of, trace_axes
 from refgemma.trace.reader import Entry, TraceFile
@@ -120,7 +120,7 @@ def is_known(name: str, config: Gemma2Config) -> bool:
     )  # fmt: skip
 
 
-def load_candidate(
+def load_trace(
     path: str | Path, config: Gemma2Config, dtype: str | None = None, name_map: str | None = None
 ) -> Candidate:
     """Read and check a candidate's trace for a model of `config`.
@@ -141,7 +141,55 @@ def load_candidate(
     InputError
         If the file cannot be read, or lacks ``input_ids``, or those do not fit the model.
     """
-    file = open_trace(path, config, name_map)
+    return check_trace(open_trace(path, config, name_map), config, dtype)
+
+
+def candidate_of(
+    tensors: Mapping[str, Array], config: Gemma2Config, dtype: str, calls: Sequence[int] = (), source: str = "memory"
+) -> Candidate:
+    """Return named tensors in memory as a checked trace.
+
+    Parameters
+    ----------
+    tensors : mapping
+        ``input_ids``, perhaps ``attention_mask`` and ``position_ids``, and named tensors; those of several calls, or
+        of one, may be named ``calls.0.embedded`` and so on.
+    config : Gemma2Config
+        The model's.
+    dtype : str
+        The precision of the tensors.
+    calls : sequence of int
+        Tokens of each call; by default there is one.
+    source : str
+        What to call it in messages.
+
+    Examples
+    --------
+    >>> import refgemma
+    >>> from refgemma.trace.names import named_tensors
+    >>> tiny = refgemma.load("tiny")
+    >>> run = dict(named_tensors(refgemma.forward([[2, 300]], tiny.weights, tiny.config)))
+    >>> candidate = candidate_of({"input_ids": np.array([[2, 300]])} | run, tiny.config, "float32")
+    >>> candidate.tensors["logits"].numbers.shape
+    (1, 2, 2048)
+    """
+    codes = {name: code for code, name in STORED.items()}
+    prefix = "calls.0." if len(calls) < 2 else ""
+    entries = {
+        name.removeprefix(prefix): Entry("I64" if x.dtype.kind in "iub" else codes[dtype], x.shape, partial(_as_is, x))
+        for name, x in tensors.items()
+    }
+    metadata = {"dtype": dtype} | ({"calls": json.dumps([int(n) for n in calls])} if len(calls) else {})
+    return check_trace(TraceFile(source, metadata, entries), config)
+
+
+def _as_is(x: Array) -> Array:
+    return np.asarray(wide(x))
+
+
+def check_trace(file: TraceFile, config: Gemma2Config, dtype: str | None = None) -> Candidate:
+    """Check the tensors of a trace that has our names; arguments and errors are those of `load_trace`."""
+    path = file.path
     declared = dtype or file.metadata.get("dtype")
     if declared is not None and declared not in STORED.values():
         raise InputError(f"{path}: dtype is {declared!r}; {', '.join(STORED.values())} are known")

@@ -7,11 +7,12 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "golden"))
 import mistakes
+from refgemma.oracle.check import check
 
 from refgemma.modeling.pretrained import load
-from refgemma.oracle.check import CONFORMS, check
 from refgemma.oracle.conformance import prompts
 from refgemma.oracle.known_bugs import known_bug
+from refgemma.oracle.verdicts import CONFORMS
 from refgemma.trace.names import field_of
 
 

@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 
 from refgemma.activations import gelu, relu
-from refgemma.goldens.verify import load_golden
+from refgemma.goldens.load import load_golden
 from refgemma.oracle import bounds
 from refgemma.precision import Array, bf16, narrow, wide
 from refgemma.teach.exercises.feedback import Answer, Feedback, Mistake, Trial, judge

@@ -18,20 +18,22 @@ from refgemma.files import replace_file
 from refgemma.hub import find_model
 from refgemma.modeling.pretrained import load
 from refgemma.oracle import report as reports
-from refgemma.oracle.check import CONFORMS, DIFFERS, INCONCLUSIVE, Check, Report
 from refgemma.oracle.conformance import prompts
 from refgemma.oracle.coverage import DTYPES as PRECISIONS
 from refgemma.oracle.coverage import Shown, covering, not_shown, shown, write_prompts
 from refgemma.oracle.coverage import as_json as prompts_json
+from refgemma.oracle.diagnose import Report
 from refgemma.oracle.diff import Difference, differences, unexplained
 from refgemma.oracle.diff import as_json as difference_json
+from refgemma.oracle.engine import Engine
 from refgemma.oracle.known_bugs import KNOWN_BUGS
-from refgemma.oracle.pipeline import judged_port, read_port, read_weights, run_backend
+from refgemma.oracle.pipeline import check, read_candidate, read_weights, run_backend
 from refgemma.oracle.repro import bundle
+from refgemma.oracle.verdicts import CONFORMS, DIFFERS, EXIT, FAILED, INCONCLUSIVE
 from refgemma.sweep.jobs import read_jobs
 from refgemma.sweep.runner import as_json as sweep_json
 from refgemma.sweep.runner import cluster, processes, sweep
-from refgemma.trace.candidate import Candidate, is_known, load_candidate
+from refgemma.trace.candidate import Candidate, is_known, load_trace
 from refgemma.trace.name_maps import load_map, map_names, mapped, match, open_any
 from refgemma.trace.names import save_trace, target_file
 from refgemma.weights.checkpoint import open_checkpoint
@@ -39,7 +41,6 @@ from refgemma.weights.parameters import Weights
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 CODES = "Exit codes: 0 conforms, 1 differs, 2 misuse or bad file, 3 noisy only, 4 inconclusive, 5 the backend failed."
-BACKEND_FAILED = 5
 
 
 def add_commands(add: Callable[[str, str], Any]) -> None:
@@ -107,17 +108,17 @@ def run_check(args: argparse.Namespace) -> int:
     config = open_checkpoint(folder).config
     if args.run is not None and (problem := run_backend(args.run, Path(args.candidate))) is not None:
         print(f"refgemma check: --run: {problem}", file=sys.stderr)
-        return BACKEND_FAILED
-    candidate = read_port(args.candidate, config, args.dtype, args.map)
-    found = judged_port(candidate, folder, config, args.weights, args.allow)
+        return EXIT[FAILED]
+    candidate = read_candidate(args.candidate, config, args.dtype, args.map)
+    found = check(candidate, folder, config=config, weights=args.weights, override=args.allow)
     made = {"html": reports.page, "markdown": reports.markdown, "junit": reports.junit}
     for kind, path in outputs.items():
         if kind == "bundle":
-            write_bundle(candidate, read_weights(folder, candidate.dtype), found, path)
+            write_repro(candidate, read_weights(folder, candidate.dtype), found, path)
         else:
             replace_file(path, made[kind](found, args.model).encode())
     print(reports.dumps(reports.as_json(found, args.model)) if args.json else reports.text(found, args.model))
-    return reports.EXIT[found.verdict]
+    return EXIT[found.verdict]
 
 
 def run_map(args: argparse.Namespace) -> int:
@@ -136,7 +137,7 @@ def run_map(args: argparse.Namespace) -> int:
         problem = "" if is_known(ours, config) else "this model has no such tensor"
         rows.append({"tensor": ours, "from": theirs, "layout": rule.layout, "shape": list(shape), "problem": problem})
     unusable = [row for row in rows if row["problem"]]
-    code = reports.EXIT[INCONCLUSIVE] if matched.unmatched or unusable else 0
+    code = EXIT[INCONCLUSIVE] if matched.unmatched or unusable else 0
     if args.json:
         print(reports.dumps({
             "schema": "refgemma-map/1", "map": names.name, "learned_from": names.learned_from, "run_on": names.run_on,
@@ -166,7 +167,7 @@ def run_diff(args: argparse.Namespace) -> int:
     if args.model:
         folder = find_model(args.model)
         config = open_checkpoint(folder).config
-        sides = [load_candidate(path, config) for path in (args.a, args.b)]
+        sides = [load_trace(path, config) for path in (args.a, args.b)]
         weights = {side.dtype: read_weights(folder, side.dtype) for side in sides}
         units = unexplained(sides[0], sides[1], weights, config)
         found = [replace(d, unexplained=units.get(d.tensor)) for d in found]
@@ -183,8 +184,8 @@ def diff_code(found: list[Difference], missing: bool, judged: bool) -> int:
     wrong = [d for d in found if d.problem or ((d.unexplained or 0) > 1 if judged else d.differs)]
     unknown = judged and any(d.differs and d.unexplained is None for d in found)
     if wrong:
-        return reports.EXIT[DIFFERS]
-    return reports.EXIT[INCONCLUSIVE] if missing or unknown or not found else 0
+        return EXIT[DIFFERS]
+    return EXIT[INCONCLUSIVE] if missing or unknown or not found else 0
 
 
 def diff_lines(found: list[Difference], only_a: list[str], only_b: list[str]) -> list[str]:
@@ -237,12 +238,13 @@ def run_prompts(args: argparse.Namespace) -> int:
     return 0
 
 
-def write_bundle(candidate: Candidate, weights: Weights, found: Report, path: str) -> None:
-    """The inputs and the result of the first finding's operation: what somebody else needs to look at it."""
+def write_repro(candidate: Candidate, weights: Weights, found: Report, path: str) -> None:
+    """Write the inputs and the result of the first finding's operation, for somebody else to look at."""
     if not found.findings:
-        raise UsageError("--bundle: nothing differs, so there is nothing to keep")
+        print(f"refgemma check: nothing differs, so that {path} is not written", file=sys.stderr)
+        return
     finding = found.findings[0]
-    tensors, about = bundle(Check(candidate, weights, found.config), finding.instances[0])
+    tensors, about = bundle(Engine(candidate, weights, found.config), finding.instances[0])
     save_trace(tensors.items(), path, about | {"named": finding.named})
 
 
