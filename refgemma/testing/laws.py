@@ -28,7 +28,7 @@ from safetensors.numpy import save_file
 
 from refgemma.config import Gemma2Config
 from refgemma.precision import Array, Rounded, dtype_name
-from refgemma.testing.backends import Backend, BackendError, Capabilities, Output, Unsupported
+from refgemma.testing.interface import Backend, BackendError, Capabilities, Output, Unsupported
 from refgemma.testing.strategies import Scene
 
 Tensors = Mapping[str, Array]
