@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from refgemma.precision import Array
-from refgemma.testing.backends import Capabilities, Output
+from refgemma.testing.interface import Capabilities, Output
 from refgemma.trace.capture import NORMS, as_numpy, caught, in_heads
 
 # What transformers computes outside the attention function: every implementation shows it.

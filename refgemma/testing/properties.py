@@ -412,7 +412,7 @@ def norm_weights_count_from_minus_one(bench: Bench, scene: Scene, which: str) ->
     """A norm multiplies by ``1 + weight``: a weight ``-2 - w`` in place of ``w`` changes the sign and nothing else."""
     tensors = scene.tensors
     norms = [NORM] if which == "norm" else every_layer(scene.config, which)
-    reflected = {name: np.float32(-2) - tensors[name] for name in norms}
+    reflected = {name: -2 - exact(tensors[name]) for name in norms}
     negated = times(tensors, -1, *every_layer(scene.config, *REFLECTED[which]))
     other = bench.scene(scene, reflected | negated).logits(scene.ids)
     bench.same_logits(scene, -other if which == "norm" else other,
@@ -435,13 +435,13 @@ def norms_before_a_layer_erase_the_size_of_the_stream(bench: Bench, scene: Scene
     The embedding of what is read, and what the layers add, are made larger; the head's rows, the same table, are not,
     so only tokens that are not read are compared.
     """
-    factor = np.float32(2.0**power)
+    factor = 2.0**power
     tensors, read = scene.tensors, np.unique(scene.ids)
     table = tensors[EMBED].copy()
     table[read] *= factor
     # 1 + w' = factor (1 + w)
     norms = every_layer(scene.config, "post_attention_layernorm", "post_feedforward_layernorm")
-    larger = {name: factor * (1 + tensors[name]) - 1 for name in norms}
+    larger = {name: factor * (1 + exact(tensors[name])) - 1 for name in norms}
     unread = np.setdiff1d(np.arange(scene.config.vocab_size), read)
     other = bench.scene(scene, larger | {EMBED: table}).logits(scene.ids)
     bench.same(bench.scene(scene), lambda m: m.logits(scene.ids)[..., unread], other[..., unread],
@@ -460,7 +460,7 @@ def the_embedding_scale_grows_with_the_root_of_the_width(bench: Bench, scene: Sc
         if name == EMBED:
             wide_tensors[name] = np.tile(x, 4) / 2
         elif name == NORM:
-            wide_tensors[name] = (np.tile(x, 4) - 1) / 2  # 1 + w' = (1 + w) / 2, as the head's rows are halves
+            wide_tensors[name] = (np.tile(exact(x), 4) - 1) / 2  # 1 + w' = (1 + w) / 2, as the head's rows are halves
         elif x.ndim == 1:
             wide_tensors[name] = np.tile(x, 4)
         elif name.endswith(("o_proj.weight", "down_proj.weight")):
@@ -598,8 +598,7 @@ def a_value_bias_goes_through(bench: Bench, scene: Scene) -> None:
         moved |= {p + "v_proj.bias": 0 * bias, p + "o_proj.bias": through}
     other = bench.scene(scene, moved)
     bench.same_logits(scene, other.logits(scene.ids),
-               "logits, and with the bias of the values moved into that of the output",
-               angle=2.0**-24)  # fmt: skip
+               "logits, and with the bias of the values moved into that of the output")  # fmt: skip
 
 
 # --- what is shown ----------------------------------------------------------------------------------------------------
