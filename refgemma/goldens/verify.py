@@ -166,14 +166,15 @@ def _name_in_call(name: str, judged: Judged, candidate: Candidate) -> str:
 def compare_run(
     about: Mapping[str, Any], golden: Mapping[str, Array], ours: Mapping[str, Array], name: str
 ) -> Iterator[Comparison]:
-    """Compare each tensor of our own run with the recorded one: the rows of real tokens."""
+    """Compare each tensor of a run, our own or another's, with the recorded one: the rows of real tokens."""
     dtype = about["dtype"]
     if dtype == "float32":
         other = run_calls(about, golden, *model_of({**about, "dtype": "float64"}))
     else:
         other = load_golden(name.rpartition("-")[0] + "-f32")[1]
     computed, theirs, reference = (_real_tokens(x, about, golden) for x in (ours, golden, other))
-    same_shape = {t for t, x in theirs.items() if computed[t].shape == x.shape}
+    theirs = {tensor: x for tensor, x in theirs.items() if tensor in computed and tensor in reference}
+    same_shape = {tensor for tensor, x in theirs.items() if computed[tensor].shape == x.shape}
     noise = _pool({t: rounding_noise(computed[t], theirs[t], reference[t], dtype) for t in same_shape})
     for tensor, recorded in theirs.items():
         x = computed[tensor]
@@ -223,7 +224,8 @@ def _real_tokens(
 
 def _real_rows(x: Array, real: Array) -> Array:
     """The rows of tokens other than padding; ``seq`` is the last axis but one."""
-    return x[real] if x.ndim == 3 else x.swapaxes(1, 2)[real]
+    rows = np.broadcast_to(x, (len(real), *x.shape[1:]))  # one rotary table may serve all rows
+    return rows[real] if x.ndim == 3 else rows.swapaxes(1, 2)[real]
 
 
 def _pool(noise: Mapping[str, float]) -> dict[str, float]:

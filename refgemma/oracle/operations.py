@@ -1,7 +1,6 @@
 """The model as a table of named operations, each of which can be computed alone, exactly or as PyTorch's eager kernels
 round. Checked against `refgemma.model.forward`, whose tensors it names and whose operations it calls."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,12 +11,12 @@ import numpy as np
 from refgemma import ops
 from refgemma.config import Gemma2Config
 from refgemma.layers import merge_heads, split_heads
-from refgemma.model import HEAD_ROWS
+from refgemma.model import embedding_scale
 from refgemma.oracle import tolerance as tol
 from refgemma.oracle.tolerance import FORMATS, Arithmetic, Tolerance, U, in_unit, with_storage
 from refgemma.precision import Array, as_dtype, wide
 from refgemma.trace.candidate import Call
-from refgemma.weights.parameters import LayerWeights, Weights
+from refgemma.weights.parameters import LayerWeights, Weights, row_pieces
 
 
 def store_nothing(*inputs: Array, storage: str) -> list[Array]:
@@ -111,10 +110,10 @@ class Context:
 
     def embedding_scale(self) -> float:
         """``sqrt(hidden)`` as the candidate's precision has it."""
-        return float(as_dtype(math.sqrt(self.config.hidden_size), self.arithmetic.storage))
+        return float(embedding_scale(self.config.hidden_size, like=as_dtype(np.zeros(0), self.arithmetic.storage)))
 
 
-def embed(context: Context) -> Array:
+def scale_rows(context: Context) -> Array:
     """Return the rows of the tokens times ``sqrt(hidden)``."""
     rows = context.weights.embed_tokens[context.call.input_ids]
     scaled: Array = (_exact(rows) if context.exact else rows) * context.embedding_scale()
@@ -122,10 +121,8 @@ def embed(context: Context) -> Array:
 
 
 def head_pieces(context: Context) -> Iterator[Array]:
-    """The rows of the head, `HEAD_ROWS` of them at a time."""
-    table = context.weights.head
-    for start in range(0, table.shape[0], HEAD_ROWS):
-        rows = table[start : start + HEAD_ROWS]
+    """The rows of the head, a piece of it at a time."""
+    for rows in row_pieces(context.weights.head):
         yield _exact(rows) if context.exact else rows
 
 
@@ -139,9 +136,9 @@ def _ends(context: Context) -> Iterator[Operation]:
     allowed = partial(tol.rotary_tables, positions[:, None, :, None], config.head_dim, config.rope_theta)
     yield Operation("cos", (), lambda: tables(*arguments)[0], allowed)
     yield Operation("sin", (), lambda: tables(*arguments)[1], allowed)
-    embedding = context.function("embed", embed)
+    embedding = context.function("embed", scale_rows)
     yield Operation(
-        "embedded", (), lambda: embedding(context), lambda: tol.one_rounding(_exact(embed(context)), common=U)
+        "embedded", (), lambda: embedding(context), lambda: tol.one_rounding(_exact(scale_rows(context)), common=U)
     )
     yield _norm(context, "norm", last, lambda: context.weights.norm)
     unembed, cap = context.function("unembed", ops.linear), config.final_logit_softcapping
@@ -151,9 +148,8 @@ def _ends(context: Context) -> Iterator[Operation]:
 
     def raw_logits_tolerance(norm: Array) -> Tolerance:
         pieces = [tol.linear(norm, rows) for rows in head_pieces(context)]
-        return tol.tolerance(
-            *(np.concatenate(x, axis=-1) for x in ([t.bound for t in pieces], [t.spread for t in pieces]))
-        )
+        bound = np.concatenate([piece.bound for piece in pieces], axis=-1)
+        return tol.tolerance(bound, np.concatenate([piece.spread for piece in pieces], axis=-1))
 
     yield Operation("raw_logits", ("norm",), raw_logits, raw_logits_tolerance)
     yield _capped(context, "logits", "raw_logits", cap)

@@ -88,9 +88,7 @@ def finding_row(finding: Finding) -> str:
     """A line of the table."""
     s, verdict = finding.worst.judged.statistics, finding.worst.judged.verdict
     layers = f"{len(finding.instances)} of {finding.total}"
-    worst = (
-        number(s.error_over_bound) if s.error_over_bound else "-"
-    )  # of a tensor computed from the tokens there is no bound
+    error = number(s.error_over_bound) if s.error_over_bound else "-"  # a measured tolerance has no bound
     return f"{finding.field:28s} {verdict:8s}{layers:>9s} {error:>11s} {number(s.rms):>10s} {s.exact:>7.3f}"
 
 
@@ -255,11 +253,7 @@ def as_json(report: Report, model: str) -> dict[str, Any]:
         "shape": list(report.candidate.call.input_ids.shape),
         "verdict": report.verdict,
         "exit_code": EXIT[report.verdict],
-        "first_divergence": report.wrong_preflight[0].name
-        if report.wrong_preflight
-        else first.tensor
-        if first
-        else None,
+        "first_divergence": report.first_wrong,
         "stages": [{"name": s.name, "verdict": s.verdict, "named": s.named, "note": s.note} for s in report.preflight],
         "findings": [finding_json(f) for f in report.findings],
         "tensors": [{"tensor": i.tensor} | statistic_json(i) for i in report.instances],

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from refgemma.errors import RefgemmaError
 from refgemma.precision import Array
 
 # Methods that a backend may have besides the three, and what each does; `NumpyBackend` has all of them.
