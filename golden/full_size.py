@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import transformers
 from cases import TINY_TEXT
-from record import DTYPES, caught, in_heads, kept, sha256, write_json, write_tensors
+from record import DTYPES, catch_tensors, in_heads, kept, sha256, write_json, write_tensors
 from safetensors import safe_open
 from tqdm import tqdm
 from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM
@@ -200,7 +200,7 @@ def sketched_call(
 ) -> tuple[dict[str, Any], Any, Any]:
     """One call: its tensors' sketches by name, the normed hidden state, and the logits of the last token."""
     sketches = {}
-    with ExitStack() as hooks, caught(model) as found:
+    with ExitStack() as hooks, catch_tensors(model) as found:
 
         def finished(module: Any, *_: Any) -> None:
             keep(f"layers.{module.self_attn.layer_idx}.")

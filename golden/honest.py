@@ -28,13 +28,13 @@ import numpy as np
 import torch
 import transformers
 from mistakes import BLOCK
-from refgemma.oracle.check import Check
 from tqdm import tqdm
 
 from refgemma import fast, ops
 from refgemma.cache import Cache
 from refgemma.model import begin
 from refgemma.modeling.pretrained import Pretrained, load
+from refgemma.oracle.engine import Engine
 from refgemma.oracle.verdicts import BLIND, GOOD
 from refgemma.trace.candidate import load_trace, only
 from refgemma.trace.capture import capture_transformers
@@ -128,10 +128,10 @@ def verdicts(case: Case, folder: Path, dtype: str, attention: str) -> Iterator[t
     whole = load_trace(folder / "port.safetensors", ours.config)
     for density, names in DENSITIES.items():
         candidate = whole if names is None else only(whole, names)
-        work = Check(candidate, ours.weights, ours.config)
-        for instance in work.instances():
+        work = Engine(candidate, ours.weights, ours.config)
+        for instance in work.instances:
             s = instance.judged.statistics
-            yield density, f"{instance.tensor} rms {s.rms:.3g} worst {s.worst:.3g}", instance.judged.verdict
+            yield density, f"{instance.tensor} rms {s.rms:.3g} worst {s.error_over_bound:.3g}", instance.judged.verdict
 
 
 def main() -> int:
@@ -167,8 +167,8 @@ def main() -> int:
         for density in DENSITIES:
             some = {v: n for (d, k, v), n in counts.items() if (d, k) == (dtype, density)}
             total = sum(some.values())
-            shown = " | ".join(str(some.get(v, 0)) for v in ("EXACT", "PASS", "BLIND"))
-            print(f"| {dtype}, {density} | {len(numbers)} | {total} | {shown} | {accused[dtype, density]} |")
+            detect = " | ".join(str(some.get(v, 0)) for v in ("EXACT", "PASS", "BLIND"))
+            print(f"| {dtype}, {density} | {len(numbers)} | {total} | {detect} | {accused[dtype, density]} |")
     print(f"transformers {transformers.__version__}, torch {torch.__version__}, {args.attention}")
     return int(bool(accused))
 

@@ -17,7 +17,7 @@ from refgemma.activations import ACTIVATIONS
 from refgemma.cli.main import main
 from refgemma.cli.output import CUT_OFF, DIFFERS, MISUSE, OK
 from refgemma.goldens.full_size import two_layer_names
-from refgemma.goldens.verify import case_names
+from refgemma.goldens.load import case_names
 from refgemma.hub import find_model
 
 TINY = find_model("tiny")

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from refgemma.oracle.check import Check
 
 import refgemma
 from refgemma.config import Gemma2Config
 from refgemma.model import forward
 from refgemma.modeling.pretrained import Pretrained
+from refgemma.oracle.diagnose import Diagnosis
+from refgemma.oracle.engine import Engine
 from refgemma.oracle.estimate import Estimate
 from refgemma.oracle.locate import error_maps
 from refgemma.trace.candidate import Candidate, load_trace
@@ -39,9 +40,9 @@ def candidate(tensors: Mapping[str, Any], folder: Path, config: Gemma2Config, dt
 def estimates(tensors: Mapping[str, Any], folder: Path, dtype: str = "float32") -> dict[str, Estimate]:
     """Of all findings, the first estimate of each parameter."""
     model = MODELS[dtype]
-    work = Check(candidate(tensors, folder, model.config, dtype), model.weights, model.config)
+    work = Engine(candidate(tensors, folder, model.config, dtype), model.weights, model.config)
     found: dict[str, Estimate] = {}
-    for finding in work.findings():
+    for finding in Diagnosis(work).findings():
         for e in finding.estimates:
             found.setdefault(e.parameter, e)
     return found
@@ -122,13 +123,13 @@ def test_an_estimate_is_off_by_no_more_than_it_says(
 # --- where ------------------------------------------------------------------------------------------------------------
 
 
-def spoilt(name: str, spoil: Callable[[np.ndarray], None], folder: Path) -> Check:
+def spoilt(name: str, spoil: Callable[[np.ndarray], None], folder: Path) -> Engine:
     """A check of a run in which some elements of one tensor are twice what they should be."""
     model = MODELS["float32"]
     tensors = run(model)
     wrong = np.array(tensors[name])
     spoil(wrong)
-    return Check(candidate(tensors | {name: wrong}, folder, model.config), model.weights, model.config)
+    return Engine(candidate(tensors | {name: wrong}, folder, model.config), model.weights, model.config)
 
 
 def twice(*place: Any) -> Callable[[np.ndarray], None]:
@@ -164,7 +165,7 @@ ALL = slice(None)
 )
 def test_wrong_elements_are_described(name: str, place: tuple[Any, ...], said: str, tmp_path: Path) -> None:
     work = spoilt(name, twice(*place), tmp_path)
-    finding = next(f for f in work.findings() if f.instances[0].tensor == name)
+    finding = next(f for f in Diagnosis(work).findings() if f.instances[0].tensor == name)
     assert said in finding.where, finding.where
 
 
@@ -189,5 +190,5 @@ def test_what_is_no_number_is_in_the_map(tmp_path: Path) -> None:
     work = spoilt(name, spoil, tmp_path)
     [only] = error_maps(work, name)
     assert np.argwhere(np.isinf(only.numbers)).tolist() == [[2, 3]]
-    first = next(iter(work.findings()))
+    first = next(iter(Diagnosis(work).findings()))
     assert len(replace(first).maps) == 1

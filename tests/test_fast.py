@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from refgemma.oracle.compare import run_distance
 from safetensors.numpy import save_file
 from threadpoolctl import threadpool_info, threadpool_limits
 
@@ -19,6 +18,7 @@ import refgemma
 from refgemma import fast, model
 from refgemma.cache import Cache
 from refgemma.config import Gemma2Config
+from refgemma.goldens.distance import run_distance
 from refgemma.precision import Array
 from refgemma.weights.checkpoint import CheckpointError, open_checkpoint
 from refgemma.weights.initial import initial_weights

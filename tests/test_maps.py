@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from refgemma.oracle.check import Instance, Report
 from safetensors.numpy import load_file, save_file
 
 from refgemma.cli.main import main
 from refgemma.config import Gemma2Config
 from refgemma.hub import find_model
 from refgemma.inputs import InputError
+from refgemma.oracle.diagnose import Report
+from refgemma.oracle.engine import Instance
 from refgemma.oracle.judge import Judged, Statistics
 from refgemma.oracle.verdicts import CONFORMS, INCONCLUSIVE, PASS
 from refgemma.trace.candidate import Call, Candidate, Tensor, is_known, load_trace
@@ -133,8 +134,8 @@ def test_mlx_lm_is_right_in_all_else(capsys: pytest.CaptureFixture[str]) -> None
 def test_transformer_lens_conforms(capsys: pytest.CaptureFixture[str]) -> None:
     code, found = check(RECORDED / "transformer-lens.safetensors")
     assert (code, found["verdict"], len(found["tensors"])) == (0, "conforms", 82)
-    code, shown = show(RECORDED / "transformer-lens.safetensors", capsys)
-    assert (code, len(shown["matched"]), len(shown["ignored"]), shown["unmatched"]) == (0, 82, 147, [])
+    code, detect = show(RECORDED / "transformer-lens.safetensors", capsys)
+    assert (code, len(detect["matched"]), len(detect["ignored"]), detect["unmatched"]) == (0, 82, 147, [])
 
 
 # --- maps -------------------------------------------------------------------------------------------------------------

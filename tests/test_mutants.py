@@ -34,7 +34,7 @@ from refgemma.generation.decode import (
 )
 from refgemma.generation.generation_config import GenerationConfig, settings_for, settled
 from refgemma.generation.stream import TextStreamer
-from refgemma.goldens.verify import load_golden
+from refgemma.goldens.load import load_golden
 from refgemma.heads import (
     binary_cross_entropy,
     causal_lm_loss,

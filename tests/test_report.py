@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from refgemma.cli.main import main
 from refgemma.oracle.judge import EDGES, count_errors
-from refgemma.oracle.report import CELLS, pooled
+from refgemma.oracle.report import CELLS, pool_blocks
 from refgemma.trace.names import save_trace
 
 
@@ -95,7 +95,7 @@ def test_a_page_of_what_conforms_has_no_maps(tmp_path: Path) -> None:
 @given(st.integers(1, 200), st.integers(1, 200), st.integers(0, 2**32 - 1))
 def test_a_map_is_made_smaller_and_keeps_what_is_largest(rows: int, columns: int, seed: int) -> None:
     numbers = np.random.default_rng(seed).standard_normal((rows, columns))
-    small, (down, across) = pooled(numbers, CELLS)
+    small, (down, across) = pool_blocks(numbers, CELLS)
     assert max(small.shape) <= CELLS
     assert small.shape == (-(-rows // down), -(-columns // across))
     y, x = np.unravel_index(np.argmax(numbers), numbers.shape)

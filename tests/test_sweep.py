@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from refgemma.cli.main import main
 from refgemma.oracle.judge import count_errors
-from refgemma.sweep.tally import Tally, merged
+from refgemma.sweep.tally import Tally, merge_tallies
 
 PORT = """
 import os, shutil, signal, sys
@@ -252,8 +252,8 @@ def test_a_merged_tally_is_that_of_all_errors_in_any_order(sizes: list[int], see
                      count_errors(z))  # fmt: skip
 
     tallies = [of(z, f"layers.{n}.out") for n, z in enumerate(errors)]
-    total, everything = merged(tallies), np.concatenate(errors)
-    assert merged(random.Random(seed).sample(tallies, len(tallies))) == total
+    total, everything = merge_tallies(tallies), np.concatenate(errors)
+    assert merge_tallies(random.Random(seed).sample(tallies, len(tallies))) == total
     assert Tally.from_json(json.loads(json.dumps(total.as_json()))) == total
     assert total.verdicts == {"PASS": len(sizes)}
     assert total.rms == pytest.approx(np.sqrt(np.mean(everything**2)), rel=1e-12)  # sums of at most 400 numbers

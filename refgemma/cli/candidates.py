@@ -20,21 +20,21 @@ from refgemma.modeling.pretrained import load
 from refgemma.oracle import report as reports
 from refgemma.oracle.conformance import prompts
 from refgemma.oracle.coverage import DTYPES as PRECISIONS
-from refgemma.oracle.coverage import Shown, covering, not_shown, shown, write_prompts
+from refgemma.oracle.coverage import Detected, cover, detect, list_undetected, write_prompts
 from refgemma.oracle.coverage import as_json as prompts_json
 from refgemma.oracle.diagnose import Report
-from refgemma.oracle.diff import Difference, differences, unexplained
+from refgemma.oracle.diff import Difference, compare_traces, measure_unexplained
 from refgemma.oracle.diff import as_json as difference_json
 from refgemma.oracle.engine import Engine
 from refgemma.oracle.known_bugs import KNOWN_BUGS
 from refgemma.oracle.pipeline import check, read_candidate, read_weights, run_backend
-from refgemma.oracle.repro import bundle
+from refgemma.oracle.repro import make_repro
 from refgemma.oracle.verdicts import CONFORMS, DIFFERS, EXIT, FAILED, INCONCLUSIVE
 from refgemma.sweep.jobs import read_jobs
 from refgemma.sweep.runner import as_json as sweep_json
 from refgemma.sweep.runner import cluster, processes, sweep
 from refgemma.trace.candidate import Candidate, is_known, load_trace
-from refgemma.trace.name_maps import load_map, map_names, mapped, match, open_any
+from refgemma.trace.name_maps import apply_map, load_map, map_names, match, open_any
 from refgemma.trace.names import save_trace, target_file
 from refgemma.weights.checkpoint import open_checkpoint
 from refgemma.weights.parameters import Weights
@@ -130,7 +130,7 @@ def run_map(args: argparse.Namespace) -> int:
         raise UsageError(f"{args.file}: does not say whose names it has; --map {', '.join(map_names())} or a file")
     names = load_map(chosen)
     matched = match(file, names)
-    usable = mapped(file, names, config).entries
+    usable = apply_map(file, names, config).entries
     rows = []
     for ours, (theirs, rule) in matched.found.items():
         shape = usable[ours].shape
@@ -160,7 +160,7 @@ def run_diff(args: argparse.Namespace) -> int:
     """``refgemma diff``."""
     a, b = (open_any(path) for path in (args.a, args.b))
     found, only_a, only_b = (
-        differences(a, b),
+        compare_traces(a, b),
         sorted(set(a.entries) - set(b.entries)),
         sorted(set(b.entries) - set(a.entries)),
     )
@@ -169,7 +169,7 @@ def run_diff(args: argparse.Namespace) -> int:
         config = open_checkpoint(folder).config
         sides = [load_trace(path, config) for path in (args.a, args.b)]
         weights = {side.dtype: read_weights(folder, side.dtype) for side in sides}
-        units = unexplained(sides[0], sides[1], weights, config)
+        units = measure_unexplained(sides[0], sides[1], weights, config)
         found = [replace(d, unexplained=units.get(d.tensor)) for d in found]
     code = diff_code(found, bool(only_a or only_b), bool(args.model))
     if args.json:
@@ -218,10 +218,10 @@ def run_prompts(args: argparse.Namespace) -> int:
     """``refgemma prompts``."""
     config = open_checkpoint(find_model(args.model)).config
     known = prompts(config)
-    found: list[Shown] = [Shown(name, "", ()) for name in known]
+    found: list[Detected] = [Detected(name, "", ()) for name in known]
     if args.cover:
         models = {dtype: load(args.model, dtype) for dtype in PRECISIONS}
-        found = covering([shown(p, d, m.weights, config) for p in known.values() for d, m in models.items()])
+        found = cover([detect(p, d, m.weights, config) for p in known.values() for d, m in models.items()])
     if args.output:
         for path in write_prompts(found, config, Path(args.output), args.model):
             print(path, file=sys.stderr)
@@ -233,7 +233,7 @@ def run_prompts(args: argparse.Namespace) -> int:
         count = f" in {s.dtype}: shows {len(s.variants)} mistakes" if args.cover else ""
         print(f"{prompt.name}{count}: {prompt.why}; {prompt.input_ids.shape[0]} x {prompt.input_ids.shape[1]} tokens")
         print(f"  in calls of {', '.join(map(str, prompt.calls))}")
-    for v in not_shown(found) if args.cover else ():
+    for v in list_undetected(found) if args.cover else ():
         print(f"not shown by any: {v.name}, which needs {v.shows}")
     return 0
 
@@ -244,7 +244,7 @@ def write_repro(candidate: Candidate, weights: Weights, found: Report, path: str
         print(f"refgemma check: nothing differs, so that {path} is not written", file=sys.stderr)
         return
     finding = found.findings[0]
-    tensors, about = bundle(Engine(candidate, weights, found.config), finding.instances[0])
+    tensors, about = make_repro(Engine(candidate, weights, found.config), finding.instances[0])
     save_trace(tensors.items(), path, about | {"named": finding.named})
 
 

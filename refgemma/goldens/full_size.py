@@ -146,7 +146,7 @@ def recording_of(checkpoint: Checkpoint) -> str:
     )
 
 
-def _long_call(
+def _run_long_call(
     ids: Array, cache: Cache | None, weights: Weights, config: Gemma2Config, layers: fast.Outputs
 ) -> tuple[list[Array], Cache | None]:
     """What each layer gives for a long call, computed piece by piece so that the scores fit in memory."""
@@ -189,7 +189,7 @@ def sketches_of(
         done += length
         if length > PIECE:
             layers = reference_outputs if reference else fast.outputs
-            outs, cache = _long_call(wanted, cache, weights, config, layers)
+            outs, cache = _run_long_call(wanted, cache, weights, config, layers)
             yield from ((f"calls.{call}.layers.{layer}.out", sketch(out)) for layer, out in enumerate(outs))
             continue
         start = begin(wanted, weights, config, cache=cache)
@@ -227,7 +227,7 @@ def steps_of(names: Iterable[str], reference: bool) -> list[str]:
     return [*(name for name in names if reference or not inside.match(name)), *WHOLE]
 
 
-def half_allowed(noise: float) -> float:
+def half_tolerance(noise: float) -> float:
     """The root mean square difference of two half-precision tensors that rounding explains, with mean square `noise`.
 
     Of independent roundings the difference is sqrt(2) times one of them, as in `half_run_distance`. The projections of
@@ -284,7 +284,7 @@ class Recorded:
         if self.dtype == "float32":
             return run_distance(computed, recorded, self.noise(tensor))
         apart = math.sqrt(float(np.mean((np.asarray(computed, np.float64) - recorded) ** 2)))
-        allowed = half_allowed(self.noise(tensor))
+        allowed = half_tolerance(self.noise(tensor))
         return apart / allowed if allowed else (math.inf if apart else 0.0)
 
     def sketch_distance(self, tensor: str, computed: Array) -> float:
@@ -302,7 +302,7 @@ class Recorded:
         if self.dtype == "float32":
             allowed = NOISE_FACTOR * self.noise(logits) + FLOOR * float(self.sketches[self.names[logits]][1])
         else:
-            allowed = half_allowed(self.noise(logits))
+            allowed = half_tolerance(self.noise(logits))
         return float(np.abs(computed - recorded).max()) / (2 * allowed)
 
 
@@ -318,7 +318,7 @@ def _compare_top(logits: str, computed: Array, golden: Mapping[str, Array], reco
     if recorded.dtype == "float32":
         count, allowed = len(ids), TOP_LOGITS * float(np.abs(logit).max())
     else:
-        count, allowed = 1, half_allowed(recorded.noise(logits))
+        count, allowed = 1, half_tolerance(recorded.noise(logits))
     best = np.argsort(-ours, kind="stable")[:count]
     beyond = (ours[np.setdiff1d(best, ids)] - logit[-1]).max(initial=0)
     yield Comparison("top_ids", "run", float(beyond) / allowed, len(np.intersect1d(best, ids[:count])), count)

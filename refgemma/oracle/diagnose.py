@@ -155,7 +155,7 @@ class Diagnosis:
     def fits(self, name: str, computed: Computed, bug: KnownBug) -> bool:
         """Return whether a recorded tensor is what a known bug makes of its inputs."""
         found, exact, where = self.candidate.tensors[name], computed.result(name), self.engine.where(name)
-        allowed = self.engine.tolerance(name, computed)
+        allowed = self.engine.tolerance(name, computed, exact)
         # The noise of another reading of the model is not that of the right one, so that only its size is judged.
         if allowed.measured and name not in self.few:
             allowed = measured(allowed.spread, math.inf)

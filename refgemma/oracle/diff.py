@@ -49,12 +49,12 @@ class Difference:
         return bool(self.problem) or self.equal < 1
 
 
-def in_order(names: list[str]) -> list[str]:
+def sort_names(names: list[str]) -> list[str]:
     """Names of ours in the order of execution, then all others as they come.
 
     Examples
     --------
-    >>> in_order(["logits", "mine", "layers.10.out", "layers.2.out", "cos"])
+    >>> sort_names(["logits", "mine", "layers.10.out", "layers.2.out", "cos"])
     ['cos', 'layers.2.out', 'layers.10.out', 'logits', 'mine']
     """
 
@@ -68,12 +68,12 @@ def in_order(names: list[str]) -> list[str]:
     return sorted(names, key=key)
 
 
-def compared(name: str, a: Array, b: Array) -> Difference:
+def compare_tensors(name: str, a: Array, b: Array) -> Difference:
     """The `Difference` of two arrays, `a` and `b`, of one tensor, `name`.
 
     Examples
     --------
-    >>> d = compared("x", np.array([1.0, 2.0]), np.array([1.0, 2.5]))
+    >>> d = compare_tensors("x", np.array([1.0, 2.0]), np.array([1.0, 2.5]))
     >>> isinstance(d, Difference), d.equal, d.largest, d.place
     (True, 0.5, 0.5, (1,))
     """
@@ -92,19 +92,21 @@ def compared(name: str, a: Array, b: Array) -> Difference:
     return Difference(name, "", x.size, float(same.mean()), float(gap.max()), float(relative), place)
 
 
-def differences(a: TraceFile, b: TraceFile) -> list[Difference]:
+def compare_traces(a: TraceFile, b: TraceFile) -> list[Difference]:
     """Every tensor that both files have, in the order of execution."""
     found = []
-    for name in in_order([name for name in a.entries if name in b.entries]):
+    for name in sort_names([name for name in a.entries if name in b.entries]):
         left, right = a.entries[name], b.entries[name]
         if left.shape != right.shape:
             found.append(Difference(name, f"has shapes {left.shape} and {right.shape}"))
         else:
-            found.append(compared(name, left.read(), right.read()))
+            found.append(compare_tensors(name, left.read(), right.read()))
     return found
 
 
-def unexplained(a: Candidate, b: Candidate, weights: Mapping[str, Weights], config: Gemma2Config) -> dict[str, float]:
+def measure_unexplained(
+    a: Candidate, b: Candidate, weights: Mapping[str, Weights], config: Gemma2Config
+) -> dict[str, float]:
     """By how many bounds each tensor differs that its inputs do not explain; those whose inputs both traces have.
 
     Parameters

@@ -93,7 +93,8 @@ class Engine:
 
     def judge(self, name: str) -> Judged:
         """Judge one recorded tensor."""
-        found, exact, allowed = self.candidate.tensors[name], self.usual.result(name), self.tolerance(name)
+        found, exact = self.candidate.tensors[name], self.usual.result(name)
+        allowed = self.tolerance(name, exact=exact)
         eager = self.eager_result(name) if self.rounds_several_times(name) else None
         return judge(found.numbers, exact, allowed, found.storage, self.where(name), eager, self.override)
 
@@ -101,13 +102,16 @@ class Engine:
         """Whether all inputs of a tensor's operation are recorded."""
         return len((computed or self.usual).span(name)) == 1
 
-    def tolerance(self, name: str, computed: Computed | None = None) -> Tolerance:
-        """Return what rounding may do to a recorded tensor, under the usual reading of the model or another."""
+    def tolerance(self, name: str, computed: Computed | None = None, exact: Array | None = None) -> Tolerance:
+        """Return what rounding may do to a recorded tensor, under the usual reading of the model or another.
+
+        `exact` is the result of that reading, if it is known already.
+        """
         reading, found = computed or self.usual, self.candidate.tensors[name]
         if not self.is_direct(name, reading):
             return measured(self.noise(name), SPAN_LIMIT * DEVIATIONS)
-        inputs, exact = reading.inputs(name), reading.result(name)
-        allowed = reading.table[name].tolerance(inputs, exact, found.storage, self.context.arithmetic.unit)
+        inputs, result = reading.inputs(name), reading.result(name) if exact is None else exact
+        allowed = reading.table[name].tolerance(inputs, result, found.storage, self.context.arithmetic.unit)
         return in_decimals(allowed, found.coarse)
 
     def noise(self, name: str) -> Array:

@@ -130,16 +130,16 @@ def run_preflight(
     candidate: Candidate, folder: Path, config: Gemma2Config, weights: str | Path | None
 ) -> tuple[tuple[Preflight, ...], list[str]]:
     """Compare what comes before any computation: weights that are given, and tokens whose text the trace has."""
-    compared = compare_weights(weights, folder, config) if weights else []
+    compare_tensors = compare_weights(weights, folder, config) if weights else []
     if not {"text", "chat"} & set(candidate.metadata):
-        return tuple(compared), []
+        return tuple(compare_tensors), []
     try:
         tokenizer = Tokenizer.from_pretrained(folder)
     except TokenizerError as error:
-        return tuple(compared), [f"tokens: not compared, for the model has no tokenizer ({error})"]
+        return tuple(compare_tensors), [f"tokens: not compared, for the model has no tokenizer ({error})"]
     row, seen = candidate.call.input_ids[0], candidate.call.visible[0]
     tokens = compare_tokens([int(n) for n in row[seen]], candidate.metadata, tokenizer)
-    return (*([tokens] if tokens else []), *compared), []
+    return (*([tokens] if tokens else []), *compare_tensors), []
 
 
 def run_backend(command: str, trace: Path, folder: Path | None = None) -> str | None:

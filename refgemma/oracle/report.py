@@ -374,8 +374,8 @@ def _cell(instance: Instance | None, name: str) -> str:
     title = (
         f"{name}: {verdict}, error {number(s.error_over_bound)} x bound, rms {number(s.rms)} sigma, exact {s.exact:.3f}"
     )
-    shown = f"{s.rms:.1f}" if 0 < s.rms < 100 else f"{s.rms:.0e}" if s.rms else verdict[0]
-    return f'<td title="{html.escape(title)}" style="background:{COLOURS[verdict]}">{shown}</td>'
+    detect = f"{s.rms:.1f}" if 0 < s.rms < 100 else f"{s.rms:.0e}" if s.rms else verdict[0]
+    return f'<td title="{html.escape(title)}" style="background:{COLOURS[verdict]}">{detect}</td>'
 
 
 def _drift(report: Report) -> str:
@@ -453,7 +453,7 @@ def _maps(report: Report) -> str:
 
 def _map(m: ErrorMap) -> str:
     """Cells of one colour that lie side by side are one rectangle."""
-    numbers, (down, across) = pooled(m.numbers, CELLS)
+    numbers, (down, across) = pool_blocks(m.numbers, CELLS)
     size = 10
     parts = []
     for y, row in enumerate(numbers):
@@ -478,12 +478,12 @@ def _map(m: ErrorMap) -> str:
     )
 
 
-def pooled(numbers: Array, most: int) -> tuple[Array, tuple[int, int]]:
+def pool_blocks(numbers: Array, most: int) -> tuple[Array, tuple[int, int]]:
     """The largest numbers of blocks, at most `most` in each direction, and the size of a block; NaN counts as none.
 
     Examples
     --------
-    >>> pooled(np.array([[1.0, 5, 2], [np.nan, 0, 9]]), 2)
+    >>> pool_blocks(np.array([[1.0, 5, 2], [np.nan, 0, 9]]), 2)
     (array([[5., 2.],
            [0., 9.]]), (1, 2))
     """

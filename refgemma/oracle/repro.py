@@ -48,7 +48,7 @@ def cuts(name: str, place: tuple[int, ...], seq: int, groups: int) -> Iterator[C
         count //= 2
 
 
-def bundle(engine: Engine, first: Instance, limit: int = LIMIT) -> tuple[dict[str, Array], dict[str, str]]:
+def make_repro(engine: Engine, first: Instance, limit: int = LIMIT) -> tuple[dict[str, Array], dict[str, str]]:
     """Tensors and metadata of a finding's file.
 
     Parameters

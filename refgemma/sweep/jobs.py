@@ -29,7 +29,7 @@ from refgemma.inputs import InputError
 from refgemma.oracle.diagnose import Report
 from refgemma.oracle.pipeline import check, read_candidate, run_backend
 from refgemma.oracle.verdicts import FAILED, UNREADABLE
-from refgemma.sweep.tally import Tally, merged, tally
+from refgemma.sweep.tally import Tally, merge_tallies, tally
 from refgemma.trace.candidate import Candidate
 from refgemma.trace.name_maps import load_map, map_names
 from refgemma.trace.names import field_of
@@ -128,19 +128,19 @@ def _job(fields: dict[str, Any], folder: Path) -> Job:
         given["map"] = str(folder / given["map"])
     if given["model"] not in ("tiny", "conformance") and (folder / given["model"]).is_dir():
         given["model"] = str(folder / given["model"])
-    changed_config(given)
-    name = given.pop("name", None) or _described(fields)
+    change_config(given)
+    name = given.pop("name", None) or _describe_job(fields)
     return Job(name, given, str(folder), _key(given, folder), code())
 
 
-def _described(fields: Mapping[str, Any]) -> str:
+def _describe_job(fields: Mapping[str, Any]) -> str:
     """A name for a job without one: what is in its line."""
     first = fields.get("trace") or fields["run"]
     others = {k: v for k, v in sorted(fields.items()) if k not in ("trace", "run")}
     return " ".join([first, *(f"{k}={json.dumps(v) if isinstance(v, dict) else v}" for k, v in others.items())])
 
 
-def changed_config(fields: Mapping[str, Any]) -> Gemma2Config:
+def change_config(fields: Mapping[str, Any]) -> Gemma2Config:
     """The configuration of a job's model, with its own numbers; its axes stay, for the weights have them."""
     config = open_checkpoint(find_model(fields["model"])).config
     changed = config.changed(**fields.get("config", {}))
@@ -208,15 +208,15 @@ def perform(job: Job) -> Done:
         raise InputError("a worker runs another refgemma or NumPy than this process; its results would be others'")
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            return _performed(job, Path(scratch))
+            return _run_job(job, Path(scratch))
         except (RefgemmaError, OSError) as error:
             said = str(error).replace(f"{scratch}/", "").replace(f"{job.folder}/", "")  # the same wherever it is done
-            return not_done(UNREADABLE, " ".join(said.split()))
+            return fail(UNREADABLE, " ".join(said.split()))
 
 
-def _performed(job: Job, scratch: Path) -> Done:
+def _run_job(job: Job, scratch: Path) -> Done:
     fields = job.fields
-    config, folder = changed_config(fields), find_model(fields["model"])
+    config, folder = change_config(fields), find_model(fields["model"])
     trace = fields.get("trace") or str(scratch / "trace.safetensors")
     if "run" in fields:
         model = _with_config(folder, config, scratch / "model") if fields.get("config") else folder
@@ -225,12 +225,12 @@ def _performed(job: Job, scratch: Path) -> Done:
         for place, path in places.items():
             command = command.replace(place, shlex.quote(path))
         if problem := run_backend(command, Path(trace), Path(job.folder)):
-            return not_done(FAILED, problem.replace(f"{scratch}/", ""))
+            return fail(FAILED, problem.replace(f"{scratch}/", ""))
     candidate = read_candidate(trace, config, fields.get("dtype"), fields.get("map"))
     if "prompt" in fields:
         _same_tokens(candidate, fields["prompt"])
     report = check(candidate, folder, config=config, weights=fields.get("weights"), override=fields["allow"])
-    return summary(report)
+    return summarize(report)
 
 
 def _with_config(folder: Path, config: Gemma2Config, target: Path) -> Path:
@@ -249,13 +249,13 @@ def _same_tokens(candidate: Candidate, prompt: str) -> None:
         raise InputError("the trace is of other input_ids than the prompt's")
 
 
-def not_done(verdict: str, message: str) -> Done:
+def fail(verdict: str, message: str) -> Done:
     """The result of a job that came to nothing."""
     return {"schema": KEPT, "verdict": verdict, "message": message, "dtype": "", "first_divergence": None, "named": "",
             "excluded": [], "blind": [], "found": [], "tensors": {}}  # fmt: skip
 
 
-def summary(report: Report) -> Done:
+def summarize(report: Report) -> Done:
     """What is kept of a check: its verdict, and of every kind of tensor a tally."""
     kinds: dict[str, list[Tally]] = {}
     for instance in report.instances:
@@ -269,5 +269,5 @@ def summary(report: Report) -> Done:
         "first_divergence": stage.name if stage else first.tensor if first else None, "named": named,
         "excluded": [v.name for v in report.excluded], "blind": [v.name for v in report.undetectable],
         "found": sorted({v.name for f in report.findings for v in f.explanations}),
-        "tensors": {kind: merged(some).as_json() for kind, some in kinds.items()},
+        "tensors": {kind: merge_tallies(some).as_json() for kind, some in kinds.items()},
     }  # fmt: skip

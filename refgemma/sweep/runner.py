@@ -21,8 +21,8 @@ from refgemma.errors import UsageError
 from refgemma.files import replace_file
 from refgemma.oracle.report import finite
 from refgemma.oracle.verdicts import EXIT, FAILED, LOST, UNREADABLE
-from refgemma.sweep.jobs import KEPT, Done, Job, not_done, perform
-from refgemma.sweep.tally import Tally, merged
+from refgemma.sweep.jobs import KEPT, Done, Job, fail, perform
+from refgemma.sweep.tally import Tally, merge_tallies
 from refgemma.trace.names import FIELDS
 
 SCHEMA = "refgemma-sweep/1"
@@ -71,12 +71,12 @@ def cluster(address: str) -> Iterator[tuple[Pool, int]]:
         yield (lambda workers: nullcontext(client.get_executor(pure=False))), 2 * threads
 
 
-def lost_worker(error: BaseException) -> bool:
+def is_lost_worker(error: BaseException) -> bool:
     """Whether an exception says that a worker died, of a pool or of a cluster."""
     return isinstance(error, BrokenExecutor) or type(error).__name__ == "KilledWorker"
 
 
-def completed(jobs: Sequence[Job], pool: Pool, width: int) -> Iterator[tuple[Job, Done]]:
+def run_jobs(jobs: Sequence[Job], pool: Pool, width: int) -> Iterator[tuple[Job, Done]]:
     """Each job and its result, as they are finished.
 
     When a worker dies, what was running goes on in a new pool, one job at a time: so it is known which of them it was,
@@ -98,24 +98,24 @@ def completed(jobs: Sequence[Job], pool: Pool, width: int) -> Iterator[tuple[Job
                     job, error = running.pop(future), future.exception()
                     if error is None:
                         yield job, future.result()
-                    elif lost_worker(error):
+                    elif is_lost_worker(error):
                         suspects.append(job)
                         whole = False
                     else:
                         raise error
     for job in suspects:
-        yield job, _alone(job, pool)
+        yield job, _run_alone(job, pool)
 
 
-def _alone(job: Job, pool: Pool) -> Done:
+def _run_alone(job: Job, pool: Pool) -> Done:
     for _ in range(TRIES):
         with pool(1) as workers:
             try:
                 return workers.submit(perform, job).result()
             except Exception as error:
-                if not lost_worker(error):
+                if not is_lost_worker(error):
                     raise
-    return not_done(LOST, f"its worker died {TRIES} times")
+    return fail(LOST, f"its worker died {TRIES} times")
 
 
 def sweep(
@@ -139,7 +139,7 @@ def sweep(
     results.mkdir(parents=True, exist_ok=True)
     kept = {} if again else {job.key: found for job in jobs if (found := _kept(results, job)) is not None}
     yield from ((job, kept[job.key]) for job in jobs if job.key in kept)
-    for job, done in completed([job for job in jobs if job.key not in kept], pool, width):
+    for job, done in run_jobs([job for job in jobs if job.key not in kept], pool, width):
         if done["verdict"] not in (UNREADABLE, FAILED, LOST):  # these are tried again the next time
             replace_file(results / f"{job.key}.json", json.dumps(done, allow_nan=False).encode())
         yield job, done
@@ -166,7 +166,7 @@ def as_json(found: Sequence[tuple[Job, Done]]) -> dict[str, Any]:
         for kind, kept in done["tensors"].items():
             t = Tally.from_json(kept)
             groups.setdefault((done["dtype"], kind), []).append(replace(t, at=f"{job.name}: {t.at}"))
-    totals = {group: merged(tallies) for group, tallies in groups.items()}
+    totals = {group: merge_tallies(tallies) for group, tallies in groups.items()}
     seen = {name for _, done in ordered for name in done["found"]}
     excluded = {name for _, done in ordered for name in done["excluded"]} - seen
     blind = {name for _, done in ordered for name in done["blind"]} - seen - excluded

@@ -25,7 +25,7 @@ class Tally:
     --------
     >>> a = Tally({"PASS": 2}, elements=10, exact=9, squares=10.0, worst=0.5, at="layers.0.out")
     >>> b = Tally({"PASS": 1, "FAIL": 1}, elements=30, exact=1, squares=150.0, worst=4.0, at="layers.1.out")
-    >>> both = merged([a, b])
+    >>> both = merge_tallies([a, b])
     >>> both.verdicts, both.elements, both.rms, both.worst, both.at
     ({'FAIL': 1, 'PASS': 3}, 40, 2.0, 4.0, 'layers.1.out')
     """
@@ -56,7 +56,7 @@ class Tally:
         return cls(**{**kept, **numbers, "histogram": tuple(kept["histogram"])})
 
 
-def merged(tallies: Iterable[Tally]) -> Tally:
+def merge_tallies(tallies: Iterable[Tally]) -> Tally:
     """One tally of all; of largest errors that are equal, the one whose place comes first in the alphabet is told."""
     some = list(tallies)
     verdicts = sorted({word for t in some for word in t.verdicts})

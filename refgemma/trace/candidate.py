@@ -198,12 +198,12 @@ def check_trace(file: TraceFile, config: Gemma2Config, dtype: str | None = None)
     wanted = {name for name in named if is_known(_without_call(name, call), config)}
     refused, read = {}, {}
     for name in sorted(wanted):
-        if (problem := _unreadable(name, file.entries[name], call, config)) is None:
+        if (problem := _find_problem(name, file.entries[name], call, config)) is None:
             read[name] = file.entries[name].read()
         else:
             refused[_without_call(name, call)] = problem
     known = {name: file.entries[name].known for name in read}
-    judged = _joined(read, call, refused) if len(call.calls) > 1 else read
+    judged = _join_calls(read, call, refused) if len(call.calls) > 1 else read
     batch, seq = call.input_ids.shape
     for name, x in list(judged.items()):
         shape = shape_of(name, config, batch, seq)
@@ -212,12 +212,12 @@ def check_trace(file: TraceFile, config: Gemma2Config, dtype: str | None = None)
         elif x.shape != shape:
             refused[name] = _wrong_shape(name, x.shape, shape)
     judged = {name: x for name, x in judged.items() if name not in refused}
-    chosen = declared or _told_by(judged)
+    chosen = declared or _infer_dtype(judged)
     tensors = {}
     for name, x in judged.items():
         parts = known.get(name)
         coarse = file.entries[name].coarse if name in file.entries else 0.0
-        tensors[name] = Tensor(*_stored(x, chosen), None if parts is None else parts(), coarse)
+        tensors[name] = Tensor(*_choose_storage(x, chosen), None if parts is None else parts(), coarse)
     return Candidate(
         str(path), chosen, "option" if dtype else "metadata" if declared else "numbers", call, tensors, refused,
         tuple(sorted(set(named) - wanted)), file.metadata.get("engine", ""), file.metadata.get("map", ""),
@@ -237,7 +237,7 @@ def _without_call(name: str, call: Call) -> str:
     return parts[2] if several and int(parts[1]) < len(call.calls) else name
 
 
-def _unreadable(name: str, entry: Entry, call: Call, config: Gemma2Config) -> str | None:
+def _find_problem(name: str, entry: Entry, call: Call, config: Gemma2Config) -> str | None:
     """Why a tensor cannot be judged; told by its header, so that one of any size costs nothing."""
     shape = shape_of(_without_call(name, call), config, *call.input_ids.shape)
     if entry.dtype not in STORED:
@@ -262,12 +262,12 @@ def _call(file: TraceFile, config: Gemma2Config) -> Call:
         if entry.dtype[0] not in "IUB" or entry.dtype == "BF16":
             raise InputError(f"{file.path}: {name} is stored as {entry.dtype}; integers are needed")
     try:
-        return _asked({name: entry.read() for name, entry in given.items()}, file.metadata, config)
+        return _read_call({name: entry.read() for name, entry in given.items()}, file.metadata, config)
     except InputError as error:
         raise InputError(f"{file.path}: {error}") from None
 
 
-def _asked(tensors: Mapping[str, Array], metadata: Mapping[str, str], config: Gemma2Config) -> Call:
+def _read_call(tensors: Mapping[str, Array], metadata: Mapping[str, str], config: Gemma2Config) -> Call:
     ids = tensors["input_ids"]
     inputs = check_inputs(ids[None] if ids.ndim == 1 else ids, config, attention_mask=tensors.get("attention_mask"),
                           position_ids=tensors.get("position_ids"))  # fmt: skip
@@ -283,7 +283,7 @@ def _asked(tensors: Mapping[str, Array], metadata: Mapping[str, str], config: Ge
     return Call(inputs.tokens, inputs.positions, inputs.visible, calls)
 
 
-def _joined(tensors: Mapping[str, Array], call: Call, refused: dict[str, str]) -> dict[str, Array]:
+def _join_calls(tensors: Mapping[str, Array], call: Call, refused: dict[str, str]) -> dict[str, Array]:
     """The tensors of calls that share a cache, one below the other; the keys of a row end at its call's last token.
 
     A key that the cache no longer held was not looked at: its probability is 0, and its score is not a number that was
@@ -297,7 +297,7 @@ def _joined(tensors: Mapping[str, Array], call: Call, refused: dict[str, str]) -
             refused[name] = f"is there of {len(parts)} calls of {len(ends)}"
             continue
         if axes_of(name).endswith("keys"):
-            parts = [_placed(part, int(end), seq) for part, end in zip(parts, ends, strict=True)]
+            parts = [_place_keys(part, int(end), seq) for part, end in zip(parts, ends, strict=True)]
         others = {(*part.shape[:-2], part.shape[-1]) for part in parts}
         if len(others) > 1:
             refused[name] = f"has other axes in some calls: {', '.join(str(part.shape) for part in parts)}"
@@ -306,14 +306,14 @@ def _joined(tensors: Mapping[str, Array], call: Call, refused: dict[str, str]) -
     return joined
 
 
-def _placed(x: Array, end: int, seq: int) -> Array:
+def _place_keys(x: Array, end: int, seq: int) -> Array:
     """``(batch, heads, rows, keys)`` whose last key is token ``end - 1``, among all `seq` keys."""
     kept = x[..., max(0, x.shape[-1] - end) :]
     before = end - kept.shape[-1]
     return np.pad(kept, [(0, 0)] * 3 + [(before, seq - end)])
 
 
-def _told_by(tensors: Mapping[str, Array]) -> str:
+def _infer_dtype(tensors: Mapping[str, Array]) -> str:
     """The precision that the numbers show: the file's, or the half precision that they all are numbers of."""
     if not tensors:
         return "float32"
@@ -331,7 +331,7 @@ def _on_grid(x: Array, dtype: str) -> bool:
         return bool(np.array_equal(np.asarray(as_dtype(finite, dtype), np.float64), finite))
 
 
-def _stored(x: Array, dtype: str) -> tuple[Array, str]:
+def _choose_storage(x: Array, dtype: str) -> tuple[Array, str]:
     """The numbers, and what they are kept in: `dtype`, unless they are finer."""
     if dtype in ("bfloat16", "float16") and not _on_grid(x, dtype):
         return x.astype(np.float64), "float64" if x.dtype == np.float64 else "float32"

@@ -135,13 +135,13 @@ def match(file: TraceFile, names: NameMap) -> Matched:
     return Matched(found, ignored, tuple(name for name in rest if name not in ignored))
 
 
-def mapped(file: TraceFile, names: NameMap, config: Gemma2Config) -> TraceFile:
+def apply_map(file: TraceFile, names: NameMap, config: Gemma2Config) -> TraceFile:
     """The file with our names and axes; what matches nothing keeps its own name."""
     matched = match(file, names)
     entries = {name: file.entries[name] for name in (*GIVEN, *matched.unmatched) if name in file.entries}
     seq = file.entries["input_ids"].shape[-1] if "input_ids" in file.entries and entries["input_ids"].shape else 0
     for ours, (theirs, rule) in matched.found.items():
-        entries[ours] = _arranged(file.entries[theirs], rule, config, seq)
+        entries[ours] = _arrange_entry(file.entries[theirs], rule, config, seq)
     return TraceFile(file.path, {**file.metadata, "map": names.name}, entries)
 
 
@@ -184,7 +184,7 @@ def arrange(x: Array, rule: Rule, config: Gemma2Config) -> Array:
     return x
 
 
-def _arranged(entry: Entry, rule: Rule, config: Gemma2Config, seq: int) -> Entry:
+def _arrange_entry(entry: Entry, rule: Rule, config: Gemma2Config, seq: int) -> Entry:
     """The entry with our axes, still unread; if it has not the axes that the rule says, with its own."""
     try:
         shape = arrange(np.broadcast_to(np.zeros((), np.int8), entry.shape), rule, config).shape
@@ -231,4 +231,4 @@ def open_trace(path: str | Path, config: Gemma2Config, name_map: str | None = No
     """
     file = open_any(path)
     chosen = name_map or file.metadata.get("map")
-    return mapped(file, load_map(chosen), config) if chosen else file
+    return apply_map(file, load_map(chosen), config) if chosen else file
