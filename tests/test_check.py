@@ -262,8 +262,8 @@ def test_a_named_mistake_is_no_blind_spot(tmp_path: Path) -> None:
     save_trace([("input_ids", ids), ("logits", wrong)], tmp_path / "port.safetensors", {"dtype": "float32"})
     report = diagnose(load_trace(tmp_path / "port.safetensors", config), weights, config)
     assert report.findings[0].named == "swa-window-plus-one"
-    assert "swa-window-plus-one" not in {v.name for v in (*report.blind, *report.excluded)}
-    assert report.asked == len(report.blind) + len(report.excluded) + 1
+    assert "swa-window-plus-one" not in {v.name for v in (*report.undetectable, *report.excluded)}
+    assert report.asked == len(report.undetectable) + len(report.excluded) + 1
 
 
 def test_an_override_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from refgemma.modeling.pretrained import Pretrained
 from refgemma.oracle.diagnose import Diagnosis
 from refgemma.oracle.engine import Engine
 from refgemma.oracle.estimate import Estimate
-from refgemma.oracle.locate import error_maps
+from refgemma.oracle.locate import map_errors
 from refgemma.trace.candidate import Candidate, load_trace
 from refgemma.trace.names import named_tensors, save_trace
 
@@ -60,7 +60,8 @@ def test_a_mask_that_is_no_window_does_not_fit(tmp_path: Path) -> None:
     probs = np.array(tensors["layers.0.attention.probs"])
     probs[..., 2] = 0  # as if nobody saw key 2
     tensors["layers.0.attention.probs"] = probs / probs.sum(axis=-1, keepdims=True)
-    assert not estimates(tensors, tmp_path)["sliding_window"].fits
+    found = estimates(tensors, tmp_path).get("sliding_window")
+    assert found is None or not found.fits
 
 
 @pytest.mark.parametrize("offset", [1, 3])
@@ -163,16 +164,16 @@ ALL = slice(None)
         ("logits", (ALL, ALL, slice(90, 97)), "columns 90 to 96"),
     ],
 )
-def test_wrong_elements_are_described(name: str, place: tuple[Any, ...], said: str, tmp_path: Path) -> None:
+def test_find_wrong_are_described(name: str, place: tuple[Any, ...], said: str, tmp_path: Path) -> None:
     work = spoilt(name, twice(*place), tmp_path)
     finding = next(f for f in Diagnosis(work).findings() if f.instances[0].tensor == name)
     assert said in finding.where, finding.where
 
 
-def test_a_map_shows_the_wrong_elements_and_no_others(tmp_path: Path) -> None:
+def test_a_map_shows_the_find_wrong_and_no_others(tmp_path: Path) -> None:
     name = "layers.1.attention.scores"
     work = spoilt(name, twice(0, 4, 13, 6), tmp_path)
-    by_key, by_head = error_maps(work, name)
+    by_key, by_head = map_errors(work, name)
     assert (by_key.rows, by_key.columns) == ("seq", "keys")
     assert (by_head.rows, by_head.columns) == ("heads", "seq")
     assert np.argwhere(by_key.numbers > 10).tolist() == [[13, 6]]
@@ -188,7 +189,7 @@ def test_what_is_no_number_is_in_the_map(tmp_path: Path) -> None:
         x[0, 2, 3] = np.nan
 
     work = spoilt(name, spoil, tmp_path)
-    [only] = error_maps(work, name)
+    [only] = map_errors(work, name)
     assert np.argwhere(np.isinf(only.numbers)).tolist() == [[2, 3]]
     first = next(iter(Diagnosis(work).findings()))
     assert len(replace(first).maps) == 1

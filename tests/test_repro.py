@@ -82,11 +82,15 @@ def test_a_large_vocabulary_is_cut_to_below_a_megabyte(tmp_path: Path) -> None:
     assert kept["logits"].shape == (1, 1, stop - start)
 
 
-def test_nothing_wrong_is_no_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_good_trace_is_reported_and_leaves_no_repro_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "run.safetensors"
     assert main(["trace", "--ids", "2,5,9", "--model", "conformance", "-o", str(path)]) == 0
-    assert main(["check", str(path), "--model", "conformance", "--bundle", str(tmp_path / "b")]) == 2
-    assert "nothing differs" in capsys.readouterr().err
+    for option in ("--repro", "--bundle"):
+        assert main(["check", str(path), "--model", "conformance", option, str(tmp_path / "b")]) == 0
+        printed = capsys.readouterr()
+        assert "CONFORMS" in printed.out
+        assert "nothing differs" in printed.err
+    assert not (tmp_path / "b").exists()
 
 
 def test_an_unknown_mistake_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

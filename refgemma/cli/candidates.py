@@ -44,7 +44,7 @@ CODES = "Exit codes: 0 conforms, 1 differs, 2 misuse or bad file, 3 noisy only, 
 
 
 def add_commands(add: Callable[[str, str], Any]) -> None:
-    """Register the oracle's commands; `add` makes one of a name and a sentence."""
+    """Register the commands; `add` makes one of a name and a sentence."""
     command = add("check", "say which tensor of another implementation is wrong first, and which known mistake it is")
     command.epilog = CODES
     command.add_argument("candidate", metavar="CANDIDATE", help="the safetensors file that it wrote")
@@ -56,7 +56,8 @@ def add_commands(add: Callable[[str, str], Any]) -> None:
                          help="multiply what rounding may do by X; every report says so")  # fmt: skip
     for kind in ("html", "markdown", "junit"):
         command.add_argument(f"--{kind}", metavar="FILE", help=f"write the report as {kind} too")
-    command.add_argument("--bundle", metavar="FILE", help="keep the first finding's inputs and result, below 1 MB")
+    command.add_argument("--repro", "--bundle", dest="bundle", metavar="FILE",
+                         help="write the inputs and the result of the first finding, below 1 MB")  # fmt: skip
     command.add_argument("--map", metavar="NAME", help=f"whose names it has: {', '.join(map_names())}, or a file")
     command.add_argument("--weights", metavar="PATH",
                          help="the port's weights, a file or folder: compared with the model's first")  # fmt: skip
@@ -93,8 +94,9 @@ def add_commands(add: Callable[[str, str], Any]) -> None:
     command.add_argument("--again", action="store_true", help="do also what was done already")
     command.epilog = f"{CODES} Of many verdicts the worst counts, in the order 1, 5, 2, 4, 3, 0."
 
-    command = add("variants", "list the known mistakes of Gemma 2 ports, or describe one")
-    command.add_argument("name", nargs="?", metavar="NAME")
+    for name in ("known-bugs", "variants"):  # the second is its name in version 0.1
+        command = add(name, "list the known bugs of Gemma 2 implementations, or describe one")
+        command.add_argument("name", nargs="?", metavar="NAME")
 
 
 def run_check(args: argparse.Namespace) -> int:
@@ -288,12 +290,12 @@ def sweep_lines(report: dict[str, Any]) -> list[str]:
 
 
 def run_known_bugs(args: argparse.Namespace) -> int:
-    """``refgemma variants``."""
+    """``refgemma known-bugs``."""
     chosen = [v for v in KNOWN_BUGS if args.name in (None, v.name)]
     if not chosen:
         near = [v.name for v in KNOWN_BUGS if args.name in v.name or args.name in v.fields[0]]
-        hint = f"there are {', '.join(near[:6])}" if near else "refgemma variants lists them"
-        raise UsageError(f"unknown variant {args.name!r}; {hint}")
+        hint = f"there are {', '.join(near[:6])}" if near else "refgemma known-bugs lists them"
+        raise UsageError(f"unknown bug {args.name!r}; {hint}")
     if args.json:
         print(reports.dumps([reports.known_bug_json(v) for v in chosen]))
     elif args.name:
@@ -308,5 +310,5 @@ def run_known_bugs(args: argparse.Namespace) -> int:
 
 RUN = {
     "check": run_check, "diff": run_diff, "map": run_map, "prompts": run_prompts, "sweep": run_sweep,
-    "variants": run_known_bugs,
+    "known-bugs": run_known_bugs, "variants": run_known_bugs,
 }  # fmt: skip

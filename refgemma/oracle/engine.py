@@ -96,7 +96,9 @@ class Engine:
         found, exact = self.candidate.tensors[name], self.usual.result(name)
         allowed = self.tolerance(name, exact=exact)
         eager = self.eager_result(name) if self.rounds_several_times(name) else None
-        return judge(found.numbers, exact, allowed, found.storage, self.where(name), eager, self.override)
+        judged = judge(found.numbers, exact, allowed, found.storage, self.where(name), eager, self.override)
+        masked = field_of(name) == "attention.probs" and np.isinf(judged.statistics.error_over_bound)
+        return replace(judged, note=f"weight on a masked key: {judged.note}") if masked else judged
 
     def is_direct(self, name: str, computed: Computed | None = None) -> bool:
         """Whether all inputs of a tensor's operation are recorded."""

@@ -54,7 +54,8 @@ def estimate_parameters(usual: Computed, names: Sequence[str], context: Context)
     names = [name for name in names if len(usual.span(name)) == 1][:4]
     for parameter in PARAMETERS.get(field_of(names[0]), ()) if names else ():
         found = _estimate(parameter, usual, names, context)
-        if found is not None:
+        # An estimate of the model's own number explains nothing.
+        if found is not None and f"{found.value:.6g}" != f"{found.expected:.6g}":
             yield found
 
 

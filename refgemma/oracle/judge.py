@@ -77,7 +77,7 @@ def count_errors(units: Array) -> tuple[int, ...]:
     """
     bins = len(EDGES) - 1
     scaled = (units - EDGES[0]) * (bins / (EDGES[-1] - EDGES[0]))  # the edges lie at whole numbers of this
-    numbers = np.clip(scaled, 0, bins - 1).astype(np.int64)
+    numbers = np.clip(np.nan_to_num(scaled), 0, bins - 1).astype(np.int64)
     return tuple(int(n) for n in np.bincount(numbers, minlength=bins))
 
 
@@ -145,7 +145,7 @@ def judge(
     exactly = (np.broadcast_to(allowed.bound + allowed.stored, found.shape)[where][usable] == 0) & (units > 1)
     largest = math.inf if exactly.any() else float(units.max())
     statistics = Statistics(
-        len(c), same, largest, float(np.sqrt(np.mean(errors**2))),
+        len(c), same, largest, float(np.sqrt(np.mean(errors[~exactly] ** 2))) if not exactly.all() else math.inf,
         *_measure_leaning(c - nearest, r, std, allowed.common * override), place, count_errors(errors),
     )  # fmt: skip
     return Judged(_choose_verdict(statistics), statistics, _describe(c[exactly], r[exactly]))
@@ -164,9 +164,8 @@ def _describe(found: Array, exact: Array) -> str:
     if not len(found):
         return ""
     farthest = np.argmax(np.abs(found - exact))
-    return (
-        f"{len(found)} elements must be exactly {exact[farthest]:g}, whatever is rounded; one is {found[farthest]:.3g}"
-    )
+    count = "1 element" if len(found) == 1 else f"{len(found)} elements"
+    return f"{count} must be exactly {exact[farthest]:g}, whatever is rounded; one is {found[farthest]:.3g}"
 
 
 def _measure_leaning(error: Array, exact: Array, std: Array, common: float) -> tuple[float, float, float]:

@@ -255,7 +255,7 @@ def operations(context: Context) -> dict[str, Operation]:
     >>> import refgemma
     >>> tiny = refgemma.load("tiny")
     >>> call = Call(np.array([[2, 300]]), np.array([[0, 1]]), np.ones((1, 2), bool), (2,))
-    >>> table = operations(Context(tiny.config, doubled(tiny.weights), call, Arithmetic()))
+    >>> table = operations(Context(tiny.config, double(tiny.weights), call, Arithmetic()))
     >>> table["layers.3.attention.probs"].inputs
     ('layers.3.attention.capped',)
     """

@@ -134,7 +134,7 @@ def finding_lines(report: Report) -> list[str]:
         lines.append(f"  {v.name}: {v.says}")
         lines.append(f"    seen in {v.seen}; look at: {v.knob}")
     if not finding.explanations and not any(e.fits for e in finding.estimates) and not first.judged.note:
-        lines.append("  no known mistake explains it; --bundle FILE keeps its inputs and its result")
+        lines.append("  no known mistake explains it; --repro FILE keeps its inputs and its result")
     lines += [f"  {estimate_text(e)}" for e in finding.estimates]
     if finding.where:
         lines.append(f"  {finding.where}")
@@ -267,12 +267,18 @@ def as_json(report: Report, model: str) -> dict[str, Any]:
 
 
 def junit(report: Report, model: str) -> str:
-    """One test case a tensor, for a test runner's page."""
+    """Return one test case a tensor, and one for each weight and row of tokens that was compared."""
     bad = [i for i in report.instances if i.judged.verdict in BAD]
+    absent = [*report.missing, *(p.name for p in report.preflight if p.verdict == MISSING)]
     suite = ElementTree.Element(
-        "testsuite", name=f"refgemma check {model}", tests=str(len(report.instances)), failures=str(len(bad)),
-        skipped=str(len(report.missing)),
+        "testsuite", name=f"refgemma check {model}", skipped=str(len(absent)),
+        tests=str(len(report.instances) + len(report.preflight)), failures=str(len(bad) + len(report.wrong_preflight)),
     )  # fmt: skip
+    for p in report.preflight:
+        if p.verdict != MISSING:
+            case = ElementTree.SubElement(suite, "testcase", classname="preflight", name=p.name)
+            if p.verdict in BAD:
+                ElementTree.SubElement(case, "failure", type=p.verdict, message=f"{p.named}: {p.note}".strip(": "))
     named = {i.tensor: f.named for f in report.findings for i in f.instances}
     for i in report.instances:
         case = ElementTree.SubElement(suite, "testcase", classname=field_of(i.tensor), name=i.tensor)
@@ -283,7 +289,7 @@ def junit(report: Report, model: str) -> str:
                 or f"error {number(s.error_over_bound)} x bound, rms {number(s.rms)} sigma: {named.get(i.tensor)}"
             )
             ElementTree.SubElement(case, "failure", type=i.judged.verdict, message=said)
-    for name in report.missing:
+    for name in absent:
         case = ElementTree.SubElement(suite, "testcase", classname=field_of(name), name=name)
         ElementTree.SubElement(case, "skipped", message="not recorded")
     ElementTree.indent(suite)

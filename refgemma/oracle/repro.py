@@ -67,7 +67,7 @@ def make_repro(engine: Engine, first: Instance, limit: int = LIMIT) -> tuple[dic
     """
     name, candidate = first.tensor, engine.candidate
     if name not in candidate.tensors:
-        raise InputError(f"--bundle: {name} {first.judged.note}: there is nothing to keep")
+        raise InputError(f"--repro: {name} {first.judged.note}: there is nothing to keep")
     known = {source: candidate.tensors[source] for source in (*first.sources, name)}
     whole: dict[str, tuple[list[str], Array]] = {
         source: (axes_in(source, name), as_dtype(x.numbers, x.storage)) for source, x in known.items()
@@ -86,4 +86,4 @@ def make_repro(engine: Engine, first: Instance, limit: int = LIMIT) -> tuple[dic
                 "format": "refgemma-bundle/1", "tensor": name, "inputs": ",".join(first.sources),
                 "dtype": candidate.dtype, "kept": json.dumps(kept), "worst": json.dumps(place),
             }  # fmt: skip
-    raise InputError(f"--bundle: what an element of {name} is computed from has {size} bytes, and {limit} is the most")
+    raise InputError(f"--repro: what an element of {name} is computed from has {size} bytes, and {limit} is the most")
