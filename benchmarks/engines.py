@@ -91,8 +91,10 @@ def definition_step(config: Gemma2Config, weights: Any, tokens: int, past: int) 
     q_places, k_places = np.arange(past, past + tokens), np.arange(past + tokens)
     causal = ops.causal_mask(q_places, k_places)
     mask = (causal if past else ops.sliding_mask(q_places, k_places, config.sliding_window))[None, None]
-    numbers = (config.attention_scale, config.attn_logit_softcapping, config.activation, config.rms_norm_eps)
-    return lambda: layers.block(x, cache, cos, sin, mask, weights, *numbers).out
+    return lambda: layers.block(
+        x, weights, past=cache, cos=cos, sin=sin, mask=mask, scale=config.attention_scale,
+        cap=config.attn_logit_softcapping, activation=config.activation, eps=config.rms_norm_eps,
+    ).out  # fmt: skip
 
 
 def transformers_step(config: Gemma2Config, weights: Any, tokens: int, past: int, dtype: str = "float32") -> Step:

@@ -112,7 +112,7 @@ def fast_run(case: Case, ours: Pretrained) -> tuple[dict[str, Any], dict[str, st
     for number, (start, end) in enumerate(pairwise(np.cumsum([0, *case.calls]))):
         prefix = f"calls.{number}." if len(case.calls) > 1 else ""
         ids, mask = case.input_ids[:, start:end], case.attention_mask[:, :end]
-        blocks = list(fast.outputs(begin(ids, weights, config, mask, None, cache), weights, config))
+        blocks = list(fast.outputs(begin(ids, weights, config, attention_mask=mask, cache=cache), weights, config))
         outs, cache = [out for out, _ in blocks], Cache([past for _, past in blocks])
         tensors |= {f"{prefix}layers.{layer}.out": out for layer, out in enumerate(outs)}
         norm = ops.rms_norm(outs[-1], weights.norm, config.rms_norm_eps)

@@ -195,8 +195,8 @@ def empty_cache(config: Gemma2Config, batch: int, like: Array) -> Cache:
     return Cache([LayerCache(nothing, nothing, start=0)] * config.num_hidden_layers)
 
 
-def past_of(cache: Cache | None, config: Gemma2Config, batch: int, like: Array) -> Cache:
-    """The cache to go on from, or an empty one, after a look whether it is one of this model and batch.
+def check_cache(cache: Cache | None, config: Gemma2Config, batch: int, like: Array) -> Cache:
+    """Return the cache to go on from, or an empty one if there is none; refuse that of another model or batch.
 
     Its precision must be that of `like`.
 
@@ -205,15 +205,17 @@ def past_of(cache: Cache | None, config: Gemma2Config, batch: int, like: Array) 
     InputError
         If the cache is not one of such a model and batch.
     """
-    nothing = empty_cache(config, batch, like)
     if cache is None:
-        return nothing
-    kept = [(layer.keys.shape[0], layer.keys.shape[1], layer.keys.shape[3]) for layer in cache]
-    needed = [(batch, config.num_key_value_heads, config.head_dim)] * config.num_hidden_layers
-    if kept != needed or {dtype_name(layer.keys) for layer in cache} != {dtype_name(like)}:
+        return empty_cache(config, batch, like)
+    heads, head_dim, precision = config.num_key_value_heads, config.head_dim, dtype_name(like)
+    if len(cache) != config.num_hidden_layers or any(
+        x.shape != (batch, heads, layer.keys.shape[2], head_dim) or dtype_name(x) != precision
+        for layer in cache
+        for x in layer
+    ):
         raise InputError(
             f"the cache is one of {len(cache)} layers, not of this model, batch size ({batch}) and "
-            f"precision ({dtype_name(like)}): go on from the cache that an earlier call with the same ones returned"
+            f"precision ({precision}): go on from the cache that an earlier call with the same ones returned"
         )
     return cache
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +27,7 @@ from refgemma import model, ops
 from refgemma.activations import Activation
 from refgemma.cache import Cache, LayerCache, keep_last
 from refgemma.config import Gemma2Config
-from refgemma.model import Start, begin, blocks, next_past
+from refgemma.model import Given, Start, begin, reference_outputs
 from refgemma.ops import gelu_tanh, soft_cap
 from refgemma.precision import Array, Rounded
 from refgemma.shapes import Hidden, Logits, RotaryTable
@@ -470,14 +470,8 @@ def layer_rows(layers: Any, layer: int) -> Mapping[str, Any]:
 Outputs: TypeAlias = Callable[[Start, Weights, Gemma2Config], Iterator[tuple[Hidden, LayerCache]]]
 
 
-def reference_outputs(start: Start, weights: Weights, config: Gemma2Config) -> Iterator[tuple[Hidden, LayerCache]]:
-    """What each block of the definition makes of the residual stream, and what it has to remember: see `outputs`."""
-    for layer, record in enumerate(blocks(start, weights, config)):
-        yield record.out, next_past(layer, record, config)
-
-
 def outputs(start: Start, weights: Weights, config: Gemma2Config) -> Iterator[tuple[Hidden, LayerCache]]:
-    """`reference_outputs`, sooner; in half precision, and with a mask of the caller's own, these themselves.
+    """`refgemma.model.reference_outputs`, sooner; in half precision, and with a caller's own mask, these themselves.
 
     Examples
     --------
@@ -506,32 +500,29 @@ def outputs(start: Start, weights: Weights, config: Gemma2Config) -> Iterator[tu
 @own_threads()
 def head(norm: Hidden, weights: Weights, config: Gemma2Config) -> tuple[Logits, Logits]:
     """`refgemma.model.head`, which widens few rows of a table at a time."""
-    headless = weights.lm_head is None and not config.tie_word_embeddings  # which the definition refuses
-    if headless or isinstance(norm, Rounded):
+    if isinstance(norm, Rounded):
         return model.head(norm, weights, config)
-    raw_logits = linear(norm.reshape(-1, norm.shape[-1]), weights.head)
+    raw_logits = linear(norm.reshape(-1, norm.shape[-1]), model.head_table(weights, config))
     raw_logits = raw_logits.reshape(*norm.shape[:2], -1)
     return raw_logits, soft_cap(raw_logits, config.final_logit_softcapping)
 
 
 def next_token_logits(
-    input_ids: npt.ArrayLike | None, weights: Weights, config: Gemma2Config, cache: Cache | None = None,
-    attention_mask: Any = None, position_ids: npt.ArrayLike | None = None, inputs_embeds: npt.ArrayLike | None = None,
+    input_ids: npt.ArrayLike | None, weights: Weights, config: Gemma2Config, **given: Unpack[Given]
 ) -> tuple[Logits, Cache]:  # fmt: skip
-    """`refgemma.model.next_token_logits`, with fast blocks and the arguments of that: `input_ids` or `inputs_embeds`,
-    `attention_mask`, `position_ids`.
+    """`refgemma.model.next_token_logits` with fast blocks.
 
     Examples
     --------
     >>> import refgemma
     >>> tiny = refgemma.load("tiny")
     >>> logits, cache = next_token_logits([[2, 300]], tiny.weights, tiny.config)
-    >>> logits, cache = next_token_logits([[400]], tiny.weights, tiny.config, cache)
+    >>> logits, cache = next_token_logits([[400]], tiny.weights, tiny.config, cache=cache)
     >>> definition = refgemma.forward([[2, 300, 400]], tiny.weights, tiny.config).logits[:, -1:]
     >>> bool(np.allclose(logits, definition, atol=1e-4))
     True
     """
-    start = begin(input_ids, weights, config, attention_mask, position_ids, cache, inputs_embeds)
+    start = begin(input_ids, weights, config, **given)
     present = []
     for out, past in outputs(start, weights, config):
         last = out[:, -1:]

@@ -13,9 +13,10 @@ import pytest
 import refgemma
 from refgemma.config import ConfigError
 from refgemma.generation.beams import Rules, advanced, best_texts, draw, is_over, largest, started
-from refgemma.generation.decode import TextStreamer, generate
+from refgemma.generation.decode import generate
 from refgemma.generation.generation_config import GenerationConfig, settings_for, settled
 from refgemma.generation.processors import keep_min_p, keep_top_k, keep_top_p, softmax
+from refgemma.generation.stream import TextStreamer
 from refgemma.inputs import InputError
 from refgemma.model import forward
 

@@ -1,21 +1,27 @@
 """The forward pass as a whole: its names, its precision, and the laws of a causal model. Values are in test_golden."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
 import refgemma
+from refgemma import fast, model
 from refgemma.cache import Cache, empty_cache
+from refgemma.generation.perplexity import token_losses
+from refgemma.goldens.full_size import sketches_of
 from refgemma.goldens.verify import golden_folder
-from refgemma.model import HEAD_ROWS, forward, next_token_logits, unembed
+from refgemma.layers import Block
+from refgemma.model import forward, next_token_logits, unembed
+from refgemma.modeling.classes import Gemma2Model
 from refgemma.ops import causal_mask, sliding_mask
 from refgemma.precision import BF16, F16, Rounded
-from refgemma.trace.names import named_tensors
+from refgemma.trace.names import named_tensors, run_in_order
 from refgemma.weights.checkpoint import open_checkpoint
-from refgemma.weights.parameters import LayerWeights
+from refgemma.weights.parameters import HEAD_ROWS, LayerWeights, Weights
 
 CHECKPOINT = open_checkpoint(golden_folder() / "models" / "bends")
 CONFIG = CHECKPOINT.config
@@ -122,7 +128,8 @@ def test_a_padded_row_gives_what_it_gives_alone() -> None:
     # The angles are float32 (that is part of the model): a shifted position rounds each of them anew, by 2**-24 of up
     # to 13 radians, in four layers; 1e2 such roundings cover that.
     np.testing.assert_allclose(shifted, alone, rtol=0, atol=1e2 * 2**-24 * np.abs(alone).max())
-    placed = forward(padded, weights, CONFIG, mask, position_ids=np.maximum(np.arange(13) - 4, 0)[None]).logits[:, 4:]
+    positions = np.maximum(np.arange(13) - 4, 0)[None]
+    placed = forward(padded, weights, CONFIG, attention_mask=mask, position_ids=positions).logits[:, 4:]
     np.testing.assert_allclose(placed, alone, rtol=0, atol=1e3 * 2**-53 * np.abs(alone).max())  # as in the test above
 
 
@@ -225,3 +232,39 @@ def test_decoding_holds_one_layer_at_a_time() -> None:
     next_token_logits(IDS, watched, CONFIG)
     forward(IDS, watched, CONFIG)
     assert len(watched.layers.given) == 2 * CONFIG.num_hidden_layers
+
+
+def read_all(weights: Weights) -> None:
+    for _ in run_in_order(IDS, weights, CONFIG):
+        pass
+
+
+def read_sketches(weights: Weights) -> None:
+    for _ in sketches_of(IDS, [IDS.shape[1]], weights, CONFIG):
+        pass
+
+
+RUNS: dict[str, Callable[[Weights], Any]] = {
+    "next_token_logits": lambda weights: next_token_logits(IDS, weights, CONFIG),
+    "reference_outputs": lambda weights: token_losses(IDS[0].tolist(), weights, CONFIG, model.reference_outputs),
+    "the documented class": lambda weights: Gemma2Model(CONFIG, weights=weights)(IDS, output_hidden_states=True),
+    "fast, in half precision": lambda weights: fast.next_token_logits(IDS, CHECKPOINT.resident("bfloat16"), CONFIG),
+    "run_in_order": read_all,
+    "sketches_of": read_sketches,
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_one_block_is_in_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a block is computed no record of an earlier one is left, neither here nor at the caller."""
+    compute, records = model.block, []
+
+    def watched(*given: Any, **named: Any) -> Block:
+        assert [n for n, record in enumerate(records) if record() is not None] == []
+        record = compute(*given, **named)
+        records.append(weakref.ref(record))
+        return record
+
+    monkeypatch.setattr(model, "block", watched)
+    RUNS[name](CHECKPOINT.resident())
+    assert len(records) == CONFIG.num_hidden_layers

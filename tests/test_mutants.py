@@ -23,7 +23,6 @@ from refgemma.generation.decode import (
     Decoding,
     Prompts,
     Reading,
-    TextStreamer,
     _rules,
     continued,
     generate,
@@ -34,6 +33,7 @@ from refgemma.generation.decode import (
     stop_tokens,
 )
 from refgemma.generation.generation_config import GenerationConfig, settings_for, settled
+from refgemma.generation.stream import TextStreamer
 from refgemma.goldens.verify import load_golden
 from refgemma.heads import (
     binary_cross_entropy,
@@ -48,7 +48,7 @@ from refgemma.heads import (
 from refgemma.inputs import InputError
 from refgemma.model import forward, next_token_logits
 from refgemma.modeling.classes import Gemma2ForCausalLM
-from refgemma.ops import gelu_tanh, softmax
+from refgemma.ops import gelu_tanh
 from refgemma.precision import BF16, as_dtype, bf16, f16, narrow, plain, precision_named
 
 
@@ -69,13 +69,6 @@ SMALL = Gemma2ForCausalLM.from_config(
 )  # fmt: skip
 
 # --- ops --------------------------------------------------------------------------------------------------------------
-
-
-def test_a_mask_of_numbers_is_added_to_the_scores() -> None:
-    # exp(0), exp(log 3) and exp(-inf), by hand: weights 1/4, 3/4 and 0.
-    scores = np.array([[[[1.0, 0.0, 5.0]]]])
-    mask = np.array([[[[-1.0, np.log(3.0), -np.inf]]]])
-    assert np.allclose(softmax(scores, mask), [[[[0.25, 0.75, 0.0]]]], rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize(("dtype", "most"), [("bf16", 20), ("f16", 48), ("f32", 240)])
@@ -317,7 +310,7 @@ def test_reading_for_the_next_token_is_reading() -> None:
         np.testing.assert_allclose(logits, run.logits[:, -1:], rtol=0, atol=12 * 3 * 2**-24)
         for one, other in zip(cache, run.cache, strict=True):
             np.testing.assert_array_equal(one.keys, other.keys)
-        after = next_token_logits([[3], [4]], weights, config, cache)[0]
+        after = next_token_logits([[3], [4]], weights, config, cache=cache)[0]
         expected = forward([[3], [4]], weights, config, cache=run.cache).logits
         np.testing.assert_allclose(after, expected, rtol=0, atol=12 * 3 * 2**-24)
         seen.append(logits)
@@ -343,9 +336,9 @@ def test_each_layer_takes_the_mask_of_its_kind() -> None:
     pictures = {"full_attention": ago >= 0, "sliding_attention": (ago >= 0) & (ago < 3)}
     masks = {kind: picture[None, None] for kind, picture in pictures.items()}
     run = partial(forward, [[3, 4, 5, 6, 7]], SMALL.weights, SMALL.config)
-    np.testing.assert_array_equal(run(masks).logits, run().logits)
+    np.testing.assert_array_equal(run(attention_mask=masks).logits, run().logits)
     exchanged = dict(zip(masks, reversed(masks.values()), strict=True))
-    assert np.abs(run(exchanged).logits - run().logits).max() > 1e-3
+    assert np.abs(run(attention_mask=exchanged).logits - run().logits).max() > 1e-3
 
 
 def test_a_model_without_a_head_says_so() -> None:

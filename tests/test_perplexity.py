@@ -29,7 +29,7 @@ def all_at_once(ids: list[int]) -> list[float]:
 @pytest.mark.parametrize("piece", [1, 3, 7, 512])
 def test_pieces_and_parts_of_the_vocabulary_make_no_difference(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(refgemma.generation.perplexity, "PIECE", piece)
-    monkeypatch.setattr(refgemma.generation.perplexity, "HEAD_ROWS", 300)
+    monkeypatch.setattr(refgemma.weights.parameters, "HEAD_ROWS", 300)
     # 5e-6 of the largest logit, as asserted of logits everywhere; none is beyond 4 here.
     np.testing.assert_allclose(token_losses(IDS, TINY.weights, TINY.config), all_at_once(IDS), rtol=0, atol=2e-5)
 

@@ -1,11 +1,11 @@
-"""From logits to text: for a batch of prompts the likeliest tokens, drawn ones, or a search with beams. Checked against
+"""From logits to text: for a batch of prompts greedy decoding, sampling, or a search with beams. Checked against
 `generate` of transformers 5.23: greedy and searched texts token for token, processed scores within rounding."""
 
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,31 +16,20 @@ from refgemma.config import Gemma2Config
 from refgemma.fast import next_token_logits
 from refgemma.generation.beams import Rules, advanced, best_texts, draw, is_over, started
 from refgemma.generation.generation_config import GenerationConfig, Settings, settings_for, settled
+from refgemma.generation.greedy import last_scores
 from refgemma.generation.outputs import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 from refgemma.generation.processors import NextScores, constrained, warped
+from refgemma.generation.stream import Streamer
 from refgemma.heads import log_softmax
 from refgemma.inputs import InputError, attention_mask_of, embeddings, position_ids_of, token_ids
 from refgemma.model import next_token_logits as definition
-from refgemma.precision import wide
 from refgemma.shapes import Positions, TokenIds
-from refgemma.tokenizer.tokenizer import TextStream, Tokenizer
 from refgemma.weights.parameters import Weights
 
 # `next_token_logits` of one model: token ids or embeddings, the cache and so on in, the last logits and a cache out.
 Model: TypeAlias = Callable[..., tuple[Any, Cache]]
 Processor: TypeAlias = Callable[[TokenIds, NextScores], NextScores]
 Criterion: TypeAlias = Callable[[TokenIds, NextScores], Any]
-
-
-@runtime_checkable
-class Streamer(Protocol):
-    """What `generate` gives tokens to as they come."""
-
-    def put(self, value: npt.NDArray[np.int64]) -> None:
-        """Take the prompt ``(batch, seq)``, then again and again a new token of each row ``(batch,)``."""
-
-    def end(self) -> None:
-        """Know that no token follows."""
 
 
 # --- what the model is told, step by step -----------------------------------------------------------------------------
@@ -73,12 +62,7 @@ class Reading:
             cache=self.cache,
             inputs_embeds=self.embeds,
         )
-        last: Float[np.ndarray, "batch vocab"] = wide(logits[:, -1]).astype(np.float32)
-        if np.isnan(last).any():
-            raise InputError(
-                "the logits are NaN: numbers became too large for this precision on the way; try float32, or float64"
-            )
-        return last, cache
+        return last_scores(logits), cache
 
     def followed_by(self, ids: TokenIds, cache: Cache | None) -> "Reading":
         """The texts with one more token each, whose position is one after the last."""
@@ -459,60 +443,3 @@ def stop_tokens(config: Gemma2Config) -> frozenset[int]:
     """
     eos = config.eos_token_id
     return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
-
-
-class TextStreamer:
-    """Prints text as it is generated: a streamer for ``Gemma2ForCausalLM.generate``, for one text at a time.
-
-    transformers' prints whole words only; here every character is printed as soon as it is certain, and never half.
-
-    Parameters
-    ----------
-    tokenizer : Tokenizer
-        What the tokens belong to.
-    skip_prompt : bool
-        Print the new text only.
-    skip_special_tokens : bool
-        Leave out ``<bos>``, ``<end_of_turn>`` and the like, which are printed by default, as in transformers.
-
-    Examples
-    --------
-    >>> import refgemma
-    >>> model = refgemma.Gemma2ForCausalLM.from_pretrained("tiny")
-    >>> tokenizer = refgemma.AutoTokenizer.from_pretrained("tiny")
-    >>> streamer = TextStreamer(tokenizer)
-    >>> inputs = tokenizer("The king", return_tensors="np")
-    >>> ids = model.generate(**inputs, max_new_tokens=4, streamer=streamer)
-    <bos>The king's son was
-    """
-
-    def __init__(self, tokenizer: Tokenizer, skip_prompt: bool = False, skip_special_tokens: bool = False) -> None:
-        self._tokenizer = tokenizer
-        self._skip_next = self._skip_prompt = skip_prompt
-        self._shown = frozenset() if skip_special_tokens else frozenset(tokenizer.all_special_ids)
-        self._stream = TextStream(tokenizer)
-
-    def put(self, value: npt.NDArray[np.int64]) -> None:
-        """Print the text of `value`: ids ``(n,)`` or ``(1, n)``.
-
-        Raises
-        ------
-        InputError
-            If it gets more than one text.
-        """
-        if value.ndim > 1 and len(value) > 1:
-            raise InputError(f"TextStreamer prints one text, and there are {len(value)}")
-        if not self._skip_next:
-            print("".join(self._text(int(token)) for token in value.reshape(-1)), end="", flush=True)
-        self._skip_next = False
-
-    def _text(self, token: int) -> str:
-        """What becomes certain with one more token."""
-        if token in self._shown:
-            return self._stream.finish() + self._tokenizer.decode([token])
-        return self._stream.push(token)
-
-    def end(self) -> None:
-        """Print what is left, and a line break."""
-        print(self._stream.finish(), flush=True)
-        self._skip_next = self._skip_prompt

@@ -4,6 +4,7 @@ transformers' page on perplexity, run with transformers 5.23, and against gemma.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -13,11 +14,11 @@ from refgemma import fast
 from refgemma.cache import Cache
 from refgemma.config import Gemma2Config
 from refgemma.inputs import InputError
-from refgemma.model import HEAD_ROWS, begin
+from refgemma.model import begin, head_table
 from refgemma.ops import linear, rms_norm, soft_cap
 from refgemma.precision import wide
 from refgemma.shapes import Hidden
-from refgemma.weights.parameters import Weights
+from refgemma.weights.parameters import Weights, row_pieces
 
 PIECE = 512  # tokens computed at a time, which bounds the memory of the scores
 GEMMA_CPP_TOKENS = 3072  # gemma.cpp sums over no more
@@ -29,7 +30,7 @@ def label_losses(
 ) -> Float[np.ndarray, "batch seq"]:
     """``-log p(label)`` of each place in nats, from its normed hidden state, in float64.
 
-    ``log(sum(exp(logits))) - logits[label]``, summed over `HEAD_ROWS` words at a time: the logits of a long text with
+    ``log(sum(exp(logits))) - logits[label]``, summed over a piece of the head at a time: the logits of a long text with
     256000 words would not fit in memory.
 
     Examples
@@ -41,16 +42,15 @@ def label_losses(
     >>> bool(np.isclose(losses.mean(), refgemma.heads.causal_lm_loss(run.logits, np.array([[2, 300, 400]]))))
     True
     """
-    table = weights.head
     total = np.full(labels.shape, -np.inf)
-    of_label = np.empty(labels.shape)
-    for start in range(0, table.shape[0], HEAD_ROWS):
-        raw_logits = linear(norm, table[start : start + HEAD_ROWS])
+    of_label, start = np.empty(labels.shape), 0
+    for raw_logits in map(partial(linear, norm), row_pieces(head_table(weights, config))):
         logits = wide(soft_cap(raw_logits, config.final_logit_softcapping)).astype(np.float64)
         largest = logits.max(axis=-1)
         total = np.logaddexp(total, largest + np.log(np.exp(logits - largest[..., None]).sum(axis=-1)))
         here = (labels >= start) & (labels < start + logits.shape[-1])
         of_label[here] = logits[here, labels[here] - start]
+        start += logits.shape[-1]
     losses: npt.NDArray[np.float64] = total - of_label
     return losses
 
@@ -61,7 +61,7 @@ def token_losses(
     """``-log p(token)`` of every token of a text, `ids`, after the first, given all before it, in nats.
 
     `PIECE` tokens are computed at a time, each piece going on from the cache of the last. `layers` computes them:
-    `refgemma.fast.outputs`, or `refgemma.fast.reference_outputs`.
+    `refgemma.fast.outputs`, or `refgemma.model.reference_outputs`.
 
     Examples
     --------

@@ -23,7 +23,7 @@ from refgemma.generation.perplexity import label_losses
 from refgemma.goldens.sketch import LENGTH, PROJECTIONS, PROJECTIONS_AT, SAMPLES_AT, sketch
 from refgemma.goldens.verify import AGAIN, CaseResult, Comparison, GoldenError
 from refgemma.hub import golden_folder
-from refgemma.model import Start, begin, blocks, head, next_past
+from refgemma.model import Start, begin, blocks, head, next_past, reference_outputs
 from refgemma.ops import rms_norm
 from refgemma.oracle.compare import FLOOR, NOISE_FACTOR, run_distance
 from refgemma.precision import Array, wide
@@ -167,8 +167,11 @@ def _layers(
         for layer, (out, past) in enumerate(fast.outputs(start, weights, config)):
             yield iter([(f"layers.{layer}.out", out)]), out, past
         return
-    for layer, record in enumerate(blocks(start, weights, config)):
+    layer = 0
+    for record in blocks(start, weights, config):
         yield named_tensors(record, f"layers.{layer}."), record.out, next_past(layer, record, config)
+        del record
+        layer += 1
 
 
 def sketches_of(
@@ -184,7 +187,7 @@ def sketches_of(
         wanted = ids[:, done : done + length]
         done += length
         if length > PIECE:
-            layers = fast.reference_outputs if reference else fast.outputs
+            layers = reference_outputs if reference else fast.outputs
             outs, cache = _long_call(wanted, cache, weights, config, layers)
             yield from ((f"calls.{call}.layers.{layer}.out", sketch(out)) for layer, out in enumerate(outs))
             continue
@@ -195,6 +198,7 @@ def sketches_of(
             yield from ((f"calls.{call}.{name}", sketch(tensor)) for name, tensor in tensors)
             present.append(past)
             hidden = out
+            del tensors
         norm = rms_norm(hidden, weights.norm, config.rms_norm_eps)
         raw_logits, logits = (head if reference else fast.head)(norm[:, -1:], weights, config)
         yield f"calls.{call}.norm", sketch(norm)

@@ -275,7 +275,7 @@ def _compare_alone(
     inputs = check_inputs(golden["input_ids"], config, attention_mask=padding)
     nothing = empty_cache(config, batch=len(padding), like=weights.norm)
     masks = [layer_mask(n, past, inputs, config) for n, past in enumerate(nothing)]
-    operations = model_operations(inputs.tokens, inputs.positions, masks, weights, config)
+    operations = model_operations(golden["input_ids"], inputs.positions, masks, weights, config)
     for name, computed, bound in replay(recorded, operations):
         ours, theirs = _real_rows(computed, padding), _real_rows(recorded[name], padding)
         allowed = _real_rows(np.broadcast_to(bound, computed.shape), padding)

@@ -14,12 +14,13 @@ from typing import Any, ClassVar, Self, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from refgemma.cache import Cache, LegacyCache
+from refgemma.cache import Cache, LayerCache, LegacyCache
 from refgemma.config import ConfigError, Gemma2Config
-from refgemma.generation.decode import Criterion, Processor, Prompts, Streamer, generate_batch
+from refgemma.generation.decode import Criterion, Processor, Prompts, generate_batch
 from refgemma.generation.generation_config import FILE as GENERATION_CONFIG
 from refgemma.generation.generation_config import GenerationConfig, settled
 from refgemma.generation.outputs import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput, ModelOutput
+from refgemma.generation.stream import Streamer
 from refgemma.heads import causal_lm_loss, last_tokens, sequence_classification_loss, token_classification_loss
 from refgemma.hub import find_model
 from refgemma.inputs import InputError, as_array
@@ -465,18 +466,23 @@ class Gemma2Model(Gemma2PreTrainedModel):
         config, weights, like = self.config, self.weights, self.weights.norm
         seq = _length(input_ids, inputs_embeds)
         cache = cache_of(past_key_values, config, like, seq, attention_mask, cache_position)
-        start = begin(input_ids, weights, config, attention_mask, position_ids, cache, inputs_embeds)
+        start = begin(
+            input_ids, weights, config, attention_mask=attention_mask, position_ids=position_ids, cache=cache,
+            inputs_embeds=inputs_embeds,
+        )  # fmt: skip
         keep_cache, keep_probs = _or(use_cache, config.use_cache), _or(output_attentions, config.output_attentions)
         keep_hidden = _or(output_hidden_states, config.output_hidden_states)
-        hidden, present, states, attentions = start.embedded, [], [start.embedded], []
-        for layer, record in enumerate(blocks(start, weights, config)):
+        present: list[LayerCache] = []
+        hidden, states, attentions = start.embedded, [start.embedded], []
+        for record in blocks(start, weights, config):
             hidden = record.out
             if keep_cache:
-                present.append(next_past(layer, record, config))
+                present.append(next_past(len(present), record, config))
             if keep_hidden:
                 states.append(record.out)
             if keep_probs:
                 attentions.append(record.attention.probs)
+            del record
         norm = rms_norm(hidden, weights.norm, config.rms_norm_eps)
         legacy = past_key_values is not None and not isinstance(past_key_values, Cache)
         output = BaseModelOutputWithPast(

@@ -55,7 +55,9 @@ def run_prompt(prompt: Prompt, weights: Weights, config: Gemma2Config) -> Iterat
     cache: Cache | None = None
     starts = np.cumsum([0, *prompt.calls])
     for number, (start, end) in enumerate(pairwise(starts)):
-        run = forward(prompt.input_ids[:, start:end], weights, config, prompt.attention_mask[:, :end], cache=cache)
+        run = forward(
+            prompt.input_ids[:, start:end], weights, config, attention_mask=prompt.attention_mask[:, :end], cache=cache
+        )
         prefix = f"calls.{number}." if len(prompt.calls) > 1 else ""
         yield from ((prefix + name, x) for name, x in named_tensors(run))
         cache = run.cache

@@ -12,14 +12,13 @@ import numpy as np
 from refgemma import ops
 from refgemma.config import Gemma2Config
 from refgemma.layers import merge_heads, split_heads
-from refgemma.model import HEAD_ROWS
 from refgemma.oracle import tolerance as allow
 from refgemma.oracle.bounds import U
 from refgemma.oracle.compare import ulp
 from refgemma.oracle.tolerance import Allowance, Arithmetic
 from refgemma.precision import Array, as_dtype, wide
 from refgemma.trace.candidate import Call
-from refgemma.weights.parameters import LayerWeights, Weights
+from refgemma.weights.parameters import LayerWeights, Weights, row_pieces
 
 
 @dataclass(frozen=True)
@@ -123,11 +122,9 @@ def embed(context: Context) -> Array:
 
 
 def head_rows(context: Context, x: Array, of: Callable[[Array, Array], Array]) -> Array:
-    """A function of `x` and the rows of the head, `HEAD_ROWS` of them at a time."""
-    table = context.weights.head
-    starts = range(0, table.shape[0], HEAD_ROWS)
-    parts = (table[start : start + HEAD_ROWS] for start in starts)
-    return np.concatenate([of(x, _exact(rows) if context.exact else rows) for rows in parts], axis=-1)
+    """A function of `x` and the rows of the head, a piece of it at a time."""
+    pieces = map(lambda rows: of(x, _exact(rows) if context.exact else rows), row_pieces(context.weights.head))
+    return np.concatenate([*pieces], axis=-1)
 
 
 def _ends(context: Context) -> Iterator[Operation]:
@@ -148,8 +145,7 @@ def _ends(context: Context) -> Iterator[Operation]:
     unembed, cap = context.function("unembed", ops.linear), config.final_logit_softcapping
     yield Operation(
         "raw_logits", ("norm",), lambda x: head_rows(context, x, unembed),
-        lambda x: _concatenated([allow.linear(x, _exact(context.weights.head[start : start + HEAD_ROWS]))
-                                 for start in range(0, context.weights.head.shape[0], HEAD_ROWS)]),
+        lambda x: _concatenated([allow.linear(x, _exact(rows)) for rows in row_pieces(context.weights.head)]),
     )  # fmt: skip
     yield _capped(context, "logits", "raw_logits", cap)
 

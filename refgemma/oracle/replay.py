@@ -167,11 +167,16 @@ def parts(
         p, layer_weights = f"layers.{layer}.", weights.layers[layer]
         source = f"layers.{layer - 1}.out" if layer else "embedded"
         if (x := recorded.get(p + "input_layernorm")) is not None:
-            attended = attention(x, nothing[layer], cos, sin, mask, layer_weights, scale, cap)
+            attended = attention(
+                x, layer_weights, past=nothing[layer], cos=cos, sin=sin, mask=mask, scale=scale, cap=cap
+            )
             yield from (("attention", name, y) for name, y in named_tensors(attended, p + "attention."))
         if (x := recorded.get(p + "pre_feedforward_layernorm")) is not None:
             fed = feed_forward(x, layer_weights, config.activation)
             yield from (("feed_forward", name, y) for name, y in named_tensors(fed, p + "feed_forward."))
         if (x := recorded.get(source)) is not None:
-            whole = block(x, nothing[layer], cos, sin, mask, layer_weights, scale, cap, config.activation, eps)
+            whole = block(
+                x, layer_weights, past=nothing[layer], cos=cos, sin=sin, mask=mask, scale=scale, cap=cap,
+                activation=config.activation, eps=eps,
+            )  # fmt: skip
             yield from (("block", name, y) for name, y in named_tensors(whole, p))

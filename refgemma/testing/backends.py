@@ -181,7 +181,10 @@ class NumpyBackend:
         tensors: Sequence[str] = ("logits",),
     ) -> Output:
         """`refgemma.model.forward`."""
-        run = forward(input_ids, model.weights, model.config, attention_mask, position_ids, cache)
+        run = forward(
+            input_ids, model.weights, model.config,
+            attention_mask=attention_mask, position_ids=position_ids, cache=cache,
+        )  # fmt: skip
         found = {name: x for name, x in named_tensors(run) if any(fnmatchcase(name, wanted) for wanted in tensors)}
         return Output(found, run.cache)
 

@@ -221,8 +221,9 @@ def _call(file: TraceFile, config: Gemma2Config) -> Call:
 
 def _asked(tensors: Mapping[str, Array], metadata: Mapping[str, str], config: Gemma2Config) -> Call:
     ids = tensors["input_ids"]
-    inputs = check_inputs(ids[None] if ids.ndim == 1 else ids, config, tensors.get("attention_mask"),
-                          tensors.get("position_ids"))  # fmt: skip
+    inputs = check_inputs(ids[None] if ids.ndim == 1 else ids, config, attention_mask=tensors.get("attention_mask"),
+                          position_ids=tensors.get("position_ids"))  # fmt: skip
+    assert inputs.tokens is not None  # embeddings are not asked for
     seq = inputs.tokens.shape[1]
     try:
         calls = tuple(int(n) for n in json.loads(metadata.get("calls", f"[{seq}]")))

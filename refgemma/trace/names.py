@@ -140,10 +140,11 @@ def run_in_order(ids: TokenIds, weights: Weights, config: Gemma2Config) -> Itera
     """
     start = begin(ids, weights, config)
     yield from (("cos", start.cos), ("sin", start.sin), ("embedded", start.embedded))
-    hidden = start.embedded
-    for layer, record in enumerate(blocks(start, weights, config)):
+    hidden, layer = start.embedded, 0
+    for record in blocks(start, weights, config):
         yield from named_tensors(record, f"layers.{layer}.")
-        hidden = record.out
+        hidden, layer = record.out, layer + 1
+        del record
     norm = rms_norm(hidden, weights.norm, config.rms_norm_eps)
     yield "norm", norm
     raw_logits, logits = head(norm, weights, config)

@@ -25,6 +25,20 @@ class Rows(Protocol):
         ...
 
 
+HEAD_ROWS = 16384  # rows of a table in use at a time: bounds the memory of a 256000-word head
+
+
+def row_pieces(table: Rows) -> Iterator[Any]:
+    """Yield the rows of an embedding table, `HEAD_ROWS` at a time.
+
+    Examples
+    --------
+    >>> [rows.shape for rows in row_pieces(np.zeros((20000, 2)))]
+    [(16384, 2), (3616, 2)]
+    """
+    return (table[start : start + HEAD_ROWS] for start in range(0, table.shape[0], HEAD_ROWS))
+
+
 @dataclass(frozen=True)
 class LayerWeights:
     """One block's weights, in the order in which the block uses them; matrices are ``(out, in)``."""

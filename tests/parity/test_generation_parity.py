@@ -19,9 +19,10 @@ from transformers.generation import logits_process
 
 import refgemma
 from refgemma.cache import Cache
+from refgemma.generation import processors
 from refgemma.generation.beams import Rules, improvable
-from refgemma.generation.decode import TextStreamer, processors
 from refgemma.generation.generation_config import settings_for, settled
+from refgemma.generation.stream import TextStreamer
 from refgemma.hub import find_model
 from refgemma.model import next_token_logits
 
