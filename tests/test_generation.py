@@ -12,10 +12,10 @@ import pytest
 
 import refgemma
 from refgemma.config import ConfigError
-from refgemma.generation.beams import Rules, advanced, best_texts, draw, is_over, largest, started
+from refgemma.generation.beams import Rules, advance_search, collect_texts, draw, is_over, largest, start_search
 from refgemma.generation.decode import generate
-from refgemma.generation.generation_config import GenerationConfig, settings_for, settled
-from refgemma.generation.processors import keep_min_p, keep_top_k, keep_top_p, softmax
+from refgemma.generation.generation_config import GenerationConfig, merge_settings, resolve_settings
+from refgemma.generation.processors import keep_min_p, keep_top_k, keep_top_p, to_probabilities
 from refgemma.generation.stream import TextStreamer
 from refgemma.inputs import InputError
 from refgemma.model import forward
@@ -62,7 +62,7 @@ def test_top_k_and_top_p_keep_what_they_say() -> None:
 def test_draws_have_the_computed_odds() -> None:
     """Chi-square of the first token's draws against softmax(logits / temperature) cut to five tokens."""
     logits = forward([PROMPT], TINY.weights, TINY.config).logits[0, -1]
-    expected = softmax(keep_top_k(logits.astype(np.float64) / 1.5, 5))
+    expected = to_probabilities(keep_top_k(logits.astype(np.float64) / 1.5, 5))
     draws = [run(temperature=1.5, top_k=5, max_new_tokens=1, seed=seed)[0] for seed in range(400)]
     kept = np.flatnonzero(expected)
     assert set(draws) <= set(kept.tolist())
@@ -125,15 +125,17 @@ MODEL = refgemma.Gemma2ForCausalLM.from_pretrained("tiny")
 
 def test_settings_come_from_the_call_then_the_config_then_the_model_then_the_defaults() -> None:
     model = GenerationConfig(top_p=0.9, max_length=50, eos_token_id=1)
-    call = settled(GenerationConfig(top_p=0.8, temperature=0.5), model, {"temperature": 2.0, "max_new_tokens": 3})
+    call = merge_settings(
+        GenerationConfig(top_p=0.8, temperature=0.5), model, {"temperature": 2.0, "max_new_tokens": 3}
+    )
     assert (call.top_p, call.temperature, call.eos_token_id, call.top_k) == (0.8, 2.0, 1, 50)
-    assert settings_for(call, prompt_length=7, vocab_size=64, limit=99).max_length == 10  # max_new_tokens wins
+    assert resolve_settings(call, prompt_length=7, vocab_size=64, limit=99).max_length == 10  # max_new_tokens wins
 
 
 def test_twenty_new_tokens_where_nothing_is_said_but_not_beyond_the_positions() -> None:
-    call = settled(None, GenerationConfig(), {})
-    assert settings_for(call, prompt_length=7, vocab_size=64, limit=99).max_length == 27
-    assert settings_for(call, prompt_length=7, vocab_size=64, limit=20).max_length == 20
+    call = merge_settings(None, GenerationConfig(), {})
+    assert resolve_settings(call, prompt_length=7, vocab_size=64, limit=99).max_length == 27
+    assert resolve_settings(call, prompt_length=7, vocab_size=64, limit=20).max_length == 20
 
 
 def test_the_folder_says_how_to_generate(tmp_path: Path) -> None:
@@ -258,13 +260,13 @@ def test_a_search_with_enough_beams_finds_the_best_of_all_texts() -> None:
             if whole and score > best_score:
                 best_score, best_text = score, text
     rules = Rules(125, candidates=250, longest=longest, early_stopping="never", length_penalty=1.0, fill=end)
-    beams = started(np.array([[4]]), rules)
+    beams = start_search(np.array([[4]]), rules)
     while not is_over(beams, rules):
         last = beams.running[0, :, -1]
-        beams = advanced(beams, table[last], lambda x: (x[:, -1] == end) | (x.shape[1] > longest), rules)
-    texts, scores, origins = best_texts(beams, 1)
+        beams = advance_search(beams, table[last], lambda x: (x[:, -1] == end) | (x.shape[1] > longest), rules)
+    texts, scores, origins = collect_texts(beams, 1)
     assert texts[0, 1 : 1 + len(best_text)].tolist() == list(best_text)
-    # Sums of at most four float32 log probabilities below 10: four roundings of 2**-24 * 10.
+    # Sums of at most four float32 log to_probabilities below 10: four roundings of 2**-24 * 10.
     assert abs(scores[0] - best_score) < 4 * 10 * 2**-24
     assert (origins[0] >= 0).sum() == len(best_text)
 

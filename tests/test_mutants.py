@@ -24,15 +24,15 @@ from refgemma.generation.decode import (
     Prompts,
     Reading,
     _rules,
-    continued,
+    collect_settings,
+    continue_prompt,
+    count_positions,
     generate,
     generate_batch,
-    padding_of,
-    positions_of,
-    sampling,
+    mask_padding,
     stop_tokens,
 )
-from refgemma.generation.generation_config import GenerationConfig, settings_for, settled
+from refgemma.generation.generation_config import GenerationConfig, merge_settings, resolve_settings
 from refgemma.generation.stream import TextStreamer
 from refgemma.goldens.verify import load_golden
 from refgemma.heads import (
@@ -471,7 +471,7 @@ RECORD: dict[str, Any] = {"return_dict_in_generate": True}
 
 
 def call_with(**settings: Any) -> GenerationConfig:
-    return settled(None, GenerationConfig(), NO_END | settings)
+    return merge_settings(None, GenerationConfig(), NO_END | settings)
 
 
 def log_probabilities(texts: Any, begins: int) -> Any:
@@ -483,12 +483,12 @@ def log_probabilities(texts: Any, begins: int) -> Any:
 
 def test_padding_and_positions_by_hand() -> None:
     ids = np.array([[0, 2, 5], [2, 1, 7], [1, 0, 0]])
-    assert padding_of(ids, 0, [1]).tolist() == (ids != 0).tolist()
-    assert padding_of(ids, 1, []).tolist() == (ids != 1).tolist()
-    assert padding_of(ids, 0, [3, 0]).all()  # a pad token that may end a text is no padding
-    assert padding_of(ids, None, []).all()
+    assert mask_padding(ids, 0, [1]).tolist() == (ids != 0).tolist()
+    assert mask_padding(ids, 1, []).tolist() == (ids != 1).tolist()
+    assert mask_padding(ids, 0, [3, 0]).all()  # a pad token that may end a text is no padding
+    assert mask_padding(ids, None, []).all()
     visible = np.array([[False, False, True, True], [True, True, True, True], [False, True, False, True]])
-    assert positions_of(visible).tolist() == [[0, 0, 0, 1], [0, 1, 2, 3], [0, 0, 0, 1]]
+    assert count_positions(visible).tolist() == [[0, 0, 0, 1], [0, 1, 2, 3], [0, 0, 0, 1]]
 
 
 def test_without_prompts_one_text_begins_with_bos() -> None:
@@ -545,20 +545,20 @@ def test_the_model_is_told_what_is_not_in_the_cache() -> None:
 
 def test_a_reading_goes_on_and_is_repeated() -> None:
     cache = SMALL([[3, 4], [6, 7]]).past_key_values
-    after = reading(embeds=np.ones((2, 3, 12))).followed_by(np.array([[3, 4, 5, 9], [6, 7, 8, 9]]), cache)
+    after = reading(embeds=np.ones((2, 3, 12))).add_tokens(np.array([[3, 4, 5, 9], [6, 7, 8, 9]]), cache)
     assert after.ids.tolist() == [[3, 4, 5, 9], [6, 7, 8, 9]]
     assert after.visible.tolist() == [[False, True, True, True], [True] * 4]
     assert after.positions.tolist() == [[0, 0, 1, 2], [0, 1, 2, 3]]
     assert after.cache is cache
     assert after.embeds is None
     embeds = np.arange(72.0).reshape(2, 3, 12)
-    twice = reading(cache=cache, embeds=embeds).repeated(2)
+    twice = reading(cache=cache, embeds=embeds).repeat(2)
     assert twice.ids.tolist() == [[3, 4, 5], [3, 4, 5], [6, 7, 8], [6, 7, 8]]
     assert twice.visible.tolist() == [[False, True, True]] * 2 + [[True] * 3] * 2
     assert twice.positions.tolist() == [[0, 0, 1]] * 2 + [[0, 1, 2]] * 2
     np.testing.assert_array_equal(twice.cache[1].keys, cache[1].keys[[0, 0, 1, 1]])
     np.testing.assert_array_equal(twice.embeds, embeds[[0, 0, 1, 1]])
-    assert reading().repeated(2).cache is reading().repeated(2).embeds is None
+    assert reading().repeat(2).cache is reading().repeat(2).embeds is None
 
 
 def test_prompts_as_they_are_read() -> None:
@@ -665,12 +665,12 @@ def test_a_warning_names_the_line_of_the_caller(tmp_path: Path) -> None:
 
 
 def test_what_ends_a_text() -> None:
-    settings = settings_for(call_with(eos_token_id=(5, 7), max_new_tokens=3), 2, 13, 64)
+    settings = resolve_settings(call_with(eos_token_id=(5, 7), max_new_tokens=3), 2, 13, 64)
     zeros = np.zeros((3, 13), np.float32)
     how = Decoding(settings, np.zeros(3, int))
-    assert how.ended(np.array([[5, 5, 4], [4, 4, 7], [4, 4, 5]]), zeros).tolist() == [False, True, True]
-    assert how.ended(np.full((3, 5), 4), zeros).all()
-    assert not how.ended(np.full((3, 4), 4), zeros).any()
+    assert how.check_ended(np.array([[5, 5, 4], [4, 4, 7], [4, 4, 5]]), zeros).tolist() == [False, True, True]
+    assert how.check_ended(np.full((3, 5), 4), zeros).all()
+    assert not how.check_ended(np.full((3, 4), 4), zeros).any()
     asked: list[Any] = []
 
     def criterion(ids: Any, scores: Any) -> Any:
@@ -678,8 +678,8 @@ def test_what_ends_a_text() -> None:
         return [1, 0, 0]
 
     how = Decoding(settings, np.zeros(3, int), criteria=[criterion, lambda ids, scores: [0, 1, 0]])
-    assert how.ended(np.full((3, 4), 4), zeros).tolist() == [True, True, False]
-    assert how.ended(np.array([[4], [4], [5]]), zeros).tolist() == [True, True, True]
+    assert how.check_ended(np.full((3, 4), 4), zeros).tolist() == [True, True, False]
+    assert how.check_ended(np.array([[4], [4], [5]]), zeros).tolist() == [True, True, True]
     assert asked == [([[4] * 4] * 3, True), ([[4], [4], [5]], True)]
 
 
@@ -687,7 +687,7 @@ def test_scores_are_constrained_then_the_callers_then_cut() -> None:
     raw = np.log(np.array([[0.4, 0.3, 0.2, 0.1]], np.float32))
     ids = np.array([[0, 2]])
     call = call_with(repetition_penalty=2.0, top_k=2, temperature=0.5, do_sample=True, max_new_tokens=2)
-    settings = settings_for(call, 2, 4, 64)
+    settings = resolve_settings(call, 2, 4, 64)
 
     def first_is_out(ids: Any, scores: Any) -> Any:
         assert ids.tolist() == [[0, 2]]
@@ -765,7 +765,7 @@ def test_a_streamer_is_given_the_prompt_then_each_token_then_the_end() -> None:
 def test_the_rules_of_a_search() -> None:
     def rules(**settings: Any) -> Rules:
         call = call_with(num_beams=3, max_new_tokens=4, length_penalty=0.5, early_stopping=True, **settings)
-        return _rules(settings_for(call, 2, 13, 64))
+        return _rules(resolve_settings(call, 2, 13, 64))
 
     # Twice the beams, or one candidate more for each end of text, of which some may take all places.
     assert rules() == Rules(3, 6, longest=4, early_stopping=True, length_penalty=0.5, fill=-1)
@@ -857,8 +857,8 @@ def test_the_fast_computation_reads_unless_the_definition_is_asked_for(monkeypat
     call = call_with(max_new_tokens=1)
     weights, config = SMALL.weights, SMALL.config
     list(generate([3, 4], weights, config, max_new_tokens=1))
-    list(continued([3, 4], weights, config, call))
-    list(continued([3, 4], weights, config, call, reference=True))
+    list(continue_prompt([3, 4], weights, config, call))
+    list(continue_prompt([3, 4], weights, config, call, reference=True))
     generate_batch(Prompts([[3, 4]]), weights, config, call)
     generate_batch(Prompts([[3, 4]]), weights, config, call, reference=True)
     assert asked == ["fast", "fast", "definition", "fast", "definition"]
@@ -866,8 +866,8 @@ def test_the_fast_computation_reads_unless_the_definition_is_asked_for(monkeypat
 
 def test_twenty_tokens_where_nothing_is_said_and_none_beyond_the_positions() -> None:
     weights, config = SMALL.weights, SMALL.config
-    assert len(list(continued([3, 4], weights, config, call_with()))) == 20
-    assert len(list(continued([3] * 60, weights, config, call_with()))) == 4
+    assert len(list(continue_prompt([3, 4], weights, config, call_with()))) == 20
+    assert len(list(continue_prompt([3] * 60, weights, config, call_with()))) == 4
 
 
 def test_the_default_settings_of_generate() -> None:
@@ -883,15 +883,15 @@ def test_the_default_settings_of_generate() -> None:
 
 def test_the_settings_of_one_text() -> None:
     config = SMALL.config.changed(eos_token_id=(7, 5), pad_token_id=9)
-    call = sampling(config, 3, 0.5, 4, 0.75, 6, None, {"min_p": 0.25})
+    call = collect_settings(config, 3, 0.5, 4, 0.75, 6, None, {"min_p": 0.25})
     assert (call.max_new_tokens, call.temperature, call.top_k, call.top_p, call.seed) == (3, 0.5, 4, 0.75, 6)
     assert (call.min_p, call.do_sample, call.eos_token_id, call.pad_token_id) == (0.25, True, (5, 7), 9)
-    call = sampling(config, 3, 0.0, None, None, 0, {8}, {})
+    call = collect_settings(config, 3, 0.0, None, None, 0, {8}, {})
     assert (call.do_sample, call.eos_token_id, call.top_k) == (False, (8,), 0)
-    assert sampling(config, 3, 1.0, 1, None, 0, (), {}).eos_token_id is None
-    assert sampling(config.changed(eos_token_id=None), 3, 0.0, None, None, 0, None, {}).eos_token_id is None
+    assert collect_settings(config, 3, 1.0, 1, None, 0, (), {}).eos_token_id is None
+    assert collect_settings(config.changed(eos_token_id=None), 3, 0.0, None, None, 0, None, {}).eos_token_id is None
     refused(
-        lambda: sampling(config, 3, 1.0, 0, None, 0, None, {}),
+        lambda: collect_settings(config, 3, 1.0, 0, None, 0, None, {}),
         "top_k must be a whole number of at least 1, not 0; leave it out to draw from all tokens",
     )
     assert stop_tokens(config) == {5, 7}

@@ -198,6 +198,7 @@ def test_functions_that_write_into_out_are_known() -> None:
     assert set(functions_with_out()) <= set(OUT) | NOT_OF_NUMBERS
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # fix, from NumPy 2.5 on
 @pytest.mark.parametrize("name", sorted(set(functions_with_out()) - NOT_OF_NUMBERS))
 def test_a_function_with_out_rounds_what_it_returns_and_what_it_writes(name: str) -> None:
     function, given = functions_with_out()[name], OUT[name](square())
