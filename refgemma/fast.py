@@ -276,7 +276,7 @@ def reserve(past: LayerCache, count: int) -> BufferedLayer:
 
 
 def forget(present: BufferedLayer, window: int) -> LayerCache:
-    """What a sliding layer keeps, the last ``window - 1``: no copy until more lies behind it than is kept."""
+    """Keep the last ``window - 1`` tokens of a sliding layer: no copy until more lies before them than is kept."""
     dropped = max(present.keys.shape[2] - (window - 1), 0)
     if present.first + dropped > window:
         return keep_last(present, window - 1)
@@ -289,7 +289,7 @@ def forget(present: BufferedLayer, window: int) -> LayerCache:
 
 @dataclass(frozen=True)
 class Numbers:
-    """What a block has to know beside arrays and weights."""
+    """The numbers of a block."""
 
     scale: float
     cap: float | None

@@ -23,7 +23,7 @@ from refgemma.weights.parameters import Rows, Weights, row_pieces
 
 @dataclass(frozen=True)
 class Forward:
-    """What `forward` computed, in order; `trace` in `refgemma.oracle` gives it as named tensors."""
+    """The result of `forward`, with every step in order; `refgemma.trace.names` gives it as named tensors."""
 
     cos: RotaryTable
     sin: RotaryTable
@@ -98,13 +98,13 @@ def layer_bias(layer: int, past: LayerCache, inputs: Inputs, config: Gemma2Confi
 
 
 def next_past(layer: int, record: Block, config: Gemma2Config) -> LayerCache:
-    """What `layer` has to remember: everything, or in a sliding layer what the next query can still see."""
+    """Return the memory of `layer`: everything, or in a sliding layer what the next query can still see."""
     present = record.attention.present
     return keep_last(present, config.sliding_window - 1) if config.is_sliding(layer) else present
 
 
 class Given(TypedDict, total=False):
-    """What a caller of `forward` may give beside tokens, weights and configuration."""
+    """The optional arguments of `forward`, which `begin` and `next_token_logits` take too."""
 
     attention_mask: Any
     position_ids: npt.ArrayLike | None
@@ -241,7 +241,7 @@ def forward(
 
 @dataclass(frozen=True)
 class Start:
-    """What the blocks of a call begin with."""
+    """The input of the first block of a call, and what all its blocks share."""
 
     inputs: Inputs
     past: Cache

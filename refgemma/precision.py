@@ -1,4 +1,4 @@
-"""Where numbers are rounded: `BF16` and `F16` arrays, `wide` and `narrow`. Checked bit for bit against torch 2.13.
+"""Rounding to half precision: `BF16` and `F16` arrays, `wide` and `narrow`. Checked bit for bit against torch 2.13.
 
 The rule that the rest of the package follows: **one PyTorch kernel is one rounding**. A kernel, one operation that
 PyTorch starts, widens half-precision inputs to float32, computes, and rounds its result once. So an array here holds
@@ -171,7 +171,7 @@ def _write(result: Any, out: Any, where: Any, casting: Any) -> Any:
 
 
 def _widens(inputs: tuple[Any, ...], kind: type[Rounded]) -> bool:
-    """Whether an input is a floating-point array of another format, which makes the result float32."""
+    """Return whether an input is a floating-point array of another format, which makes the result float32."""
     for value in inputs:
         if isinstance(value, list | tuple):
             if _widens(tuple(value), kind):

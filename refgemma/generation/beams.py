@@ -56,7 +56,7 @@ def draw(scores: Float[np.ndarray, "batch n"], count: int, rng: np.random.Genera
 
 @dataclass(frozen=True)
 class Rules:
-    """What a search goes by."""
+    """The rules of a search."""
 
     num_beams: int
     candidates: int  # at each step: more than the beams, since some may be finished
@@ -182,7 +182,7 @@ def can_improve(
     new_tokens: int,
     rules: Rules,
 ) -> Bool[np.ndarray, " batch"]:
-    """Whether the best beam, divided by the penalty of its final length, could beat the worst finished text.
+    """Return whether the best beam, divided by the penalty of its final length, could beat the worst finished text.
 
     That length is not known. ``early_stopping="never"`` takes the greatest where length is rewarded, which is safe;
     else it is the present one, which is a guess.
@@ -246,7 +246,7 @@ def advance_search(
 
 
 def is_over(beams: Beams, rules: Rules) -> bool:
-    """Whether a search has ended: nothing to gain, nothing open, or nothing to go on from."""
+    """Return whether a search has ended: nothing to gain, nothing open, or nothing to go on from."""
     complete = rules.early_stopping is True and bool(beams.is_finished.all())
     return beams.exhausted or complete or not beams.improvable.any()
 

@@ -79,7 +79,7 @@ class Reading:
 
 
 def mask_padding(ids: TokenIds, pad: int | None, ends: Collection[int]) -> Bool[np.ndarray, "batch seq"]:
-    """Where the tokens of prompts are no padding, for a caller who does not say: where they are not the pad token.
+    """Return a mask of the tokens that are no padding, for a caller who gives none: those that are not the pad token.
 
     But if a text may end with the pad token too, it cannot be told apart, and every token counts. Source: transformers
     ``_prepare_attention_mask_for_generation``.
@@ -109,7 +109,7 @@ def count_positions(visible: Bool[np.ndarray, "batch total"]) -> Positions:
 
 @dataclass(frozen=True)
 class Prompts:
-    """What a caller of `generate` hands in: see ``Gemma2ForCausalLM.generate``."""
+    """The prompts of a call of `generate`: see ``Gemma2ForCausalLM.generate``."""
 
     input_ids: npt.ArrayLike | None = None
     attention_mask: npt.ArrayLike | None = None
@@ -170,7 +170,7 @@ def _prompt_ids(input_ids: npt.ArrayLike | None, call: GenerationConfig, config:
 
 @dataclass(frozen=True)
 class Decoding:
-    """What decides how texts go on: settings, and what the caller adds to them."""
+    """The settings of a call, and the processors and criteria that the caller adds to them."""
 
     settings: Settings
     skipped: Int[np.ndarray, " batch"]  # leading padding of each text
@@ -187,7 +187,7 @@ class Decoding:
     def check_ended(
         self, ids: Int[np.ndarray, "rows length"], scores: Float[np.ndarray, "beams vocab"]
     ) -> Bool[np.ndarray, " rows"]:
-        """Which texts are complete: at an end of text, at the greatest length, or by the caller's criteria."""
+        """Return which texts are complete: at an end of text, at the greatest length, or by the caller's criteria."""
         complete: Bool[np.ndarray, " rows"] = np.isin(ids[:, -1], self.settings.eos_token_ids)
         complete = complete | (ids.shape[1] >= self.settings.max_length)
         for criterion in self.criteria:
@@ -335,7 +335,7 @@ def generate_batch(
 
 
 def choose_reader(weights: Weights, config: Gemma2Config, reference: bool) -> TokenReader:
-    """What reads tokens with these weights: fast, or as the definition says."""
+    """Return the function that reads tokens with these weights: fast, or as the definition says."""
     read = definition if reference else next_token_logits
     return partial(read, weights=weights, config=config)
 

@@ -87,7 +87,9 @@ WITHOUT_EFFECT = frozenset({
 
 @dataclass(frozen=True, repr=False)
 class GenerationConfig:
-    """How to generate, as far as somebody has said: None is unsaid. Names and meanings are those of transformers.
+    """The settings of a generation, as far as somebody has given them; the others are None.
+
+    Names and meanings are those of transformers.
 
     Parameters
     ----------
@@ -223,7 +225,7 @@ class GenerationConfig:
 
     @classmethod
     def from_model_config(cls, config: Gemma2Config) -> "GenerationConfig":
-        """What a model's configuration says about generating, for a model without a ``generation_config.json``.
+        """Return what a model's configuration says about generating, for a model without a ``generation_config.json``.
 
         Examples
         --------
@@ -295,7 +297,7 @@ def _supported(given: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a `GenerationConfig` comes to for one prompt: nothing is unsaid here."""
+    """The settings of a call for one prompt: here every one has a value."""
 
     prompt_length: int  # tokens that the returned texts begin with
     max_length: int  # counted with the prompt
@@ -321,7 +323,7 @@ class Settings:
 
     @property
     def min_kept(self) -> int:
-        """How many tokens the cuts leave at least: in a beam search one that is no end of text."""
+        """The number of tokens that the cuts leave at least: in a beam search one that is no end of text."""
         if self.num_beams == 1:
             return 1
         return len(self.eos_token_ids) + 1 if self.eos_token_ids else 2
@@ -398,7 +400,7 @@ def _check_together(call: GenerationConfig, longest_new: int) -> None:
 def resolve_settings(
     call: GenerationConfig, prompt_length: int, vocab_size: int, limit: int, embedded: int = 0
 ) -> Settings:
-    """What the settings of a call come to for its prompt.
+    """Resolve the settings of a call for its prompt.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""How well a model predicts a text, as transformers defines it and as gemma.cpp does. Checked against the program of
+"""The perplexity of a text, as transformers defines it and as gemma.cpp does. Checked against the program of
 transformers' page on perplexity, run with transformers 5.23, and against gemma.cpp's formula written out in a test."""
 
 import math

@@ -1,4 +1,4 @@
-"""What the settings of a generation do to the scores of the next token. Checked against the logits processors of
+"""The effect of the settings of a generation on the scores of the next token. Checked against the logits processors of
 transformers 5.23, which act in the order of this file.
 
 `scores` are float32, as there, also in a float64 model: a setting then means the same in every precision.
