@@ -7,11 +7,12 @@ from typing import Any
 import jaxtyping
 import numpy as np
 import pytest
-from small_model import refused
+from small_model import SMALL, refused
 
 from refgemma.cache import Cache, LayerCache
 from refgemma.config import FULL, SLIDING, Gemma2Config
 from refgemma.inputs import InputError
+from refgemma.model import forward
 from refgemma.modeling.classes import Gemma2ForCausalLM
 from refgemma.precision import BF16, bf16, plain
 
@@ -270,3 +271,19 @@ def test_pairs_of_the_legacy_format() -> None:
             "of shape (batch, kv_heads, tokens, head_dim)",
         )
     refused(lambda: pair([[1.0], [1.0, 2.0]], good), "past_key_values[0] is ragged: its rows are not all of one length")
+
+
+@pytest.mark.usefixtures("_unchecked")
+def test_a_cache_made_by_hand_is_looked_at_whole() -> None:
+    """`LayerCache` takes what it is given; keys and values of each layer are compared where a call goes on."""
+    config, weights = SMALL.config, SMALL.weights
+    cache = forward([[3, 4]], weights, config).cache
+    keys, values = cache[1]
+    for wrong in (
+        LayerCache(keys, values[..., :-1], 0), LayerCache(keys, values[:, :, 1:], 0),
+        LayerCache(keys[:, :1], values, 0), LayerCache(keys, values.astype(np.float64), 0),
+        LayerCache(bf16(keys), values, 0),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match="go on from the cache that an earlier call"):
+            forward([[5]], weights, config, cache=Cache([cache[0], wrong]))
+    forward([[5]], weights, config, cache=Cache([cache[0], LayerCache(keys, values, 0)]))
