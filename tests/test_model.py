@@ -19,7 +19,6 @@ from refgemma.goldens.verify import golden_folder
 from refgemma.layers import Block
 from refgemma.model import forward, next_token_logits, unembed
 from refgemma.modeling.classes import Gemma2ForCausalLM, Gemma2Model
-from refgemma.ops import causal_mask, sliding_mask
 from refgemma.precision import BF16, F16, Rounded
 from refgemma.trace.names import named_tensors, run_in_order
 from refgemma.weights.checkpoint import open_checkpoint
@@ -52,22 +51,6 @@ def test_no_tensor_is_silently_widened(dtype: str, kind: type[Rounded]) -> None:
 def test_the_weights_precision_is_the_computations(dtype: str) -> None:
     run = forward(IDS, CHECKPOINT.resident(dtype), CONFIG)
     assert {x.dtype.name for _, x in named_tensors(run)} == {dtype}
-
-
-def test_masks_are_these_pictures() -> None:
-    picture = """
-        1 . . . . .
-        1 1 . . . .
-        1 1 1 . . .
-        . 1 1 1 . .
-        . . 1 1 1 .
-        . . . 1 1 1
-    """
-    expected = np.array([[cell == "1" for cell in row.split()] for row in picture.strip().splitlines()])
-    np.testing.assert_array_equal(sliding_mask(np.arange(6), np.arange(6), window=3), expected)
-    # The same rows in decoding, when the keys before place 2 are gone already.
-    np.testing.assert_array_equal(sliding_mask(np.array([4, 5]), np.arange(2, 6), window=3), expected[4:, 2:])
-    np.testing.assert_array_equal(causal_mask(np.arange(6), np.arange(6)), np.tri(6, dtype=bool))
 
 
 def test_a_token_changes_nothing_before_it() -> None:
