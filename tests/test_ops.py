@@ -39,7 +39,7 @@ def test_masks_are_these_pictures() -> None:
 
 @pytest.mark.parametrize("head_dim", [2, 6, 128, 256])
 def test_frequencies_are_float32_in_every_precision(head_dim: int) -> None:
-    """Three roundings to float32: of the exponent, below 1 and so by 2**-25 at most, of the power, and of its inverse."""
+    """Three roundings to float32: of the exponent, which is below 1, of the power, and of its inverse."""
     found = inverse_frequencies(head_dim, 10000.0)
     assert found.dtype == np.float32
     exact = 10000.0 ** (-2 * np.arange(head_dim // 2) / head_dim)
