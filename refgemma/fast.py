@@ -510,7 +510,7 @@ def fast_head(norm: Hidden, weights: Weights, config: Gemma2Config) -> tuple[Log
 def next_token_logits(
     input_ids: npt.ArrayLike | None, weights: Weights, config: Gemma2Config, **given: Unpack[Given]
 ) -> tuple[Logits, Cache]:  # fmt: skip
-    """`refgemma.model.next_token_logits` with fast blocks.
+    """`refgemma.model.next_token_logits` with fast blocks: the same `input_ids` and other arguments.
 
     Examples
     --------

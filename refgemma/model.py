@@ -36,7 +36,7 @@ class Forward:
 
 
 def embedding_scale(hidden_size: int, like: Array) -> Array:
-    """Return ``sqrt(hidden)`` in the precision of `like`: in bfloat16 the 9B multiplies by 59.75, not 59.8665.
+    """Return ``sqrt(hidden_size)`` in the precision of `like`: in bfloat16 the 9B multiplies by 59.75, not 59.8665.
 
     Examples
     --------

@@ -86,7 +86,13 @@ class Rounded(np.ndarray[Any, np.dtype[Any]]):
         return self
 
     def byteswap(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse: other bytes are other numbers, off the grid; so does `setfield`."""
+        """Refuse: other bytes are other numbers, off the grid; so does `setfield`.
+
+        Raises
+        ------
+        TypeError
+            Always.
+        """
         raise TypeError("the bytes of a rounded array are not to be changed: use x[...] = values, or x.astype()")
 
     setfield = byteswap

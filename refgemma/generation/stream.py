@@ -12,7 +12,14 @@ from refgemma.tokenizer.tokenizer import TextStream, Tokenizer
 
 @runtime_checkable
 class Streamer(Protocol):
-    """A receiver of tokens: `generate` gives it each as it comes."""
+    """A receiver of tokens: `generate` gives it each as it comes.
+
+    Examples
+    --------
+    >>> import refgemma
+    >>> isinstance(TextStreamer(refgemma.AutoTokenizer.from_pretrained("tiny")), Streamer)
+    True
+    """
 
     def put(self, value: npt.NDArray[np.int64]) -> None:
         """Take the prompt ``(batch, seq)``, then again and again a new token of each row ``(batch,)``."""
