@@ -1,5 +1,5 @@
-"""Decoding: greedy is the likeliest token each time; sampling draws what its settings allow, with those odds; a search
-with enough beams finds the best text of all. Texts beside transformers: `parity/test_generation_parity.py`."""
+"""Decoding: greedy takes the most likely token each time; sampling draws what its settings allow, with those odds.
+Texts beside transformers: `parity/test_generation_parity.py`."""
 
 import math
 import subprocess

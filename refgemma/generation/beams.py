@@ -1,5 +1,5 @@
-"""Choosing tokens: the likeliest, drawn ones, and the beams of a search. Checked against `_beam_search` of transformers
-5.23, search for search.
+"""Choosing tokens: the most likely, drawn ones, and the beams of a search. Checked against `_beam_search` of
+transformers 5.23, search for search.
 
 A *beam* is an unfinished text of a search. At every step all tokens after all beams are candidates; the best unfinished
 ones are the next beams, and the best finished ones are kept aside.
@@ -215,7 +215,7 @@ def advance_search(
     rules : Rules
         What the search goes by.
     rng : numpy.random.Generator, optional
-        Draws the candidates with the probabilities of their texts; without it they are the likeliest.
+        Draws the candidates with the probabilities of their texts; without it they are the most likely.
 
     Source: transformers ``GenerationMixin._beam_search``.
 

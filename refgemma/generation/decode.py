@@ -372,9 +372,9 @@ def generate(
     max_new_tokens : int
         Stop after this many.
     temperature : float
-        0 takes the likeliest token each time (greedy); above 0 one is drawn from ``softmax(logits / temperature)``.
+        0 takes the most likely token each time (greedy); above 0 one is drawn from ``softmax(logits / temperature)``.
     top_k, top_p : int, float, optional
-        Draw only from the k likeliest, and from the likeliest that together reach probability p. Unused when greedy.
+        Draw only from the k most likely, and from the most likely that together reach probability p; unused if greedy.
     seed : int
         Of the draws: the same seed gives the same tokens.
     stop_ids : collection of int, optional

@@ -99,7 +99,7 @@ class GenerationConfig:
     min_length, min_new_tokens : int, optional
         No end of text before so many tokens, counted in the same two ways.
     do_sample : bool, optional
-        Draw tokens (True) or take the likeliest (False, the default).
+        Draw tokens (True) or take the most likely (False, the default).
     num_beams : int, optional
         Beams to search with; 1, the default, is no search.
     early_stopping : bool or "never", optional
@@ -110,8 +110,8 @@ class GenerationConfig:
     temperature : float, optional
         When sampling: scores are divided by it.
     top_k, top_p, min_p : int, float, float, optional
-        When sampling: draw only from the k likeliest, by default 50 and all for 0; only from the likeliest that
-        together reach probability p; only from those at least `min_p` times as likely as the likeliest.
+        When sampling: draw only from the k most likely, by default 50 and all for 0; only from the most likely that
+        together reach probability p; only from those at least `min_p` times as likely as the most likely.
     repetition_penalty : float, optional
         Above 1 makes tokens that are there already less likely, by a factor of their scores.
     no_repeat_ngram_size : int, optional
@@ -380,14 +380,14 @@ def _check_together(call: GenerationConfig, longest_new: int) -> None:
     beams, wanted = call.num_beams or 1, call.num_return_sequences or 1
     if beams == 1 and wanted > 1 and not call.do_sample:
         raise InputError(
-            f"num_return_sequences is {wanted}, but without do_sample=True or num_beams there is one likeliest text "
+            f"num_return_sequences is {wanted}, but without do_sample=True or num_beams there is one most likely text "
             "only, and all would be the same"
         )
     if 1 < beams < wanted:
         raise InputError(f"num_return_sequences ({wanted}) is more than num_beams ({beams})")
     if call.do_sample and call.temperature == 0:
         raise InputError(
-            "temperature is 0: scores cannot be divided by it; for the likeliest token use do_sample=False"
+            "temperature is 0: scores cannot be divided by it; for the most likely token use do_sample=False"
         )
     with np.errstate(over="ignore"):
         divisor = np.float64(longest_new) ** np.float64(call.length_penalty or 0)

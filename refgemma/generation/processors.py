@@ -141,9 +141,9 @@ def keep_top_k(
 def keep_top_p(
     scores: Float[np.ndarray, "*batch vocab"], top_p: float, min_kept: int = 1
 ) -> Float[np.ndarray, "*batch vocab"]:
-    """Minus infinity for all but the likeliest tokens that together reach probability `top_p`; at least `min_kept`.
+    """Minus infinity for all but the most likely tokens that together reach probability `top_p`; at least `min_kept`.
 
-    The sum runs upwards from the unlikeliest, in float64, and is rounded to the precision of the scores, as in torch.
+    The sum runs upwards from the least likely, in float64, and is rounded to the precision of the scores, as in torch.
     The exponentials may differ from torch's in the last bit: where the sum meets ``1 - top_p`` to within a few
     roundings, one token more or less may be kept. Source: transformers ``TopPLogitsWarper``.
 
@@ -165,7 +165,7 @@ def keep_top_p(
 def keep_min_p(
     scores: Float[np.ndarray, "*batch vocab"], min_p: float, min_kept: int = 1
 ) -> Float[np.ndarray, "*batch vocab"]:
-    """Minus infinity for all tokens less than `min_p` times as likely as the likeliest; `min_kept` stay in any case.
+    """Minus infinity for all tokens less than `min_p` times as likely as the most likely; `min_kept` stay in any case.
 
     Source: transformers ``MinPLogitsWarper``. As in `keep_top_p`, a token within a few roundings of the threshold may
     be judged differently there.
