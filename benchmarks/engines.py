@@ -74,14 +74,14 @@ def fast_step(config: Gemma2Config, weights: Any, tokens: int, past: int) -> Ste
         config.activation, config.rms_norm_eps,
     )  # fmt: skip
     if past:  # where a text is: in the middle of a room
-        room = fast.extend(LayerCache(cache.keys[:, :, :-1], cache.values[:, :, :-1], 0), 1)
+        room = fast.reserve(LayerCache(cache.keys[:, :, :-1], cache.values[:, :, :-1], 0), 1)
         room.keys[:, :, -1:], room.values[:, :, -1:] = cache.keys[:, :, -1:], cache.values[:, :, -1:]
         cache = room
 
     def step() -> object:
-        if isinstance(cache, fast.Roomy):
-            cache.room.used = past  # the step before is forgotten
-        return fast.block(x, cache, cos, sin, visible, weights, numbers)
+        if isinstance(cache, fast.BufferedLayer):
+            cache.buffer.used = past  # the step before is forgotten
+        return fast.fast_block(x, cache, cos, sin, visible, weights, numbers)
 
     return step
 

@@ -116,7 +116,9 @@ def fast_run(case: Case, ours: Pretrained) -> tuple[dict[str, Any], dict[str, st
         outs, cache = [out for out, _ in blocks], Cache([past for _, past in blocks])
         tensors |= {f"{prefix}layers.{layer}.out": out for layer, out in enumerate(outs)}
         norm = ops.rms_norm(outs[-1], weights.norm, config.rms_norm_eps)
-        tensors |= dict(zip((f"{prefix}raw_logits", f"{prefix}logits"), fast.head(norm, weights, config), strict=True))
+        tensors |= dict(
+            zip((f"{prefix}raw_logits", f"{prefix}logits"), fast.fast_head(norm, weights, config), strict=True)
+        )
     return tensors, {"dtype": "float32", "calls": json.dumps(case.calls)}
 
 

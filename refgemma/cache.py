@@ -33,7 +33,7 @@ class LayerCache:
 
     @property
     def stop(self) -> int:
-        """How many tokens this layer has seen; not how many it has kept."""
+        """The number of tokens that this layer has seen, not of those it has kept."""
         kept: int = self.keys.shape[2]
         return self.start + kept
 
@@ -51,7 +51,7 @@ class LayerCache:
 
 
 class Cache(tuple[LayerCache, ...]):
-    """What all layers remember, one `LayerCache` each.
+    """The memory of all layers, one `LayerCache` each.
 
     A full layer keeps every token, a sliding layer the last ``window - 1``. It is a tuple, so that whoever reads the
     legacy format (``past[layer][0].shape[2]``) can read it too.
@@ -70,11 +70,11 @@ class Cache(tuple[LayerCache, ...]):
     __slots__ = ()
 
     def __repr__(self) -> str:
-        """How many layers and tokens, not what they are."""
+        """Return the numbers of layers and tokens, not their values."""
         return f"Cache({len(self)} layers, {self.get_seq_length()} tokens seen)"
 
     def get_seq_length(self, layer: int = 0) -> int:
-        """How many tokens the cache has seen; 0 for a cache without layers."""
+        """Return the number of tokens that the cache has seen; 0 for a cache without layers."""
         return self[layer].stop if self else 0
 
     def _rows(self, select: Callable[[Array], Array]) -> "Cache":

@@ -20,7 +20,7 @@ from refgemma.weights.parameters import LayerWeights
 
 @dataclass(frozen=True)
 class Attention:
-    """What `attention` computed."""
+    """The result of `attention`, with every step."""
 
     q: Heads
     k: KVHeads
@@ -37,7 +37,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class FeedForward:
-    """What `feed_forward` computed."""
+    """The result of `feed_forward`, with every step."""
 
     gate: Intermediate
     up: Intermediate
@@ -48,7 +48,7 @@ class FeedForward:
 
 @dataclass(frozen=True)
 class Block:
-    """What `block` computed. The norms have the names of their weights."""
+    """The result of `block`, with every step. The norms have the names of their weights."""
 
     input_layernorm: Hidden
     attention: Attention

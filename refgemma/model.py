@@ -23,7 +23,7 @@ from refgemma.weights.parameters import Rows, Weights, row_pieces
 
 @dataclass(frozen=True)
 class Forward:
-    """What `forward` computed, in order; `trace` in `refgemma.oracle` gives it as named tensors."""
+    """The result of `forward`, with every step in order; `refgemma.trace.names` gives it as named tensors."""
 
     cos: RotaryTable
     sin: RotaryTable
@@ -36,7 +36,7 @@ class Forward:
 
 
 def embedding_scale(hidden_size: int, like: Array) -> Array:
-    """Return ``sqrt(hidden)`` in the precision of `like`: in bfloat16 the 9B multiplies by 59.75, not 59.8665.
+    """Return ``sqrt(hidden_size)`` in the precision of `like`: in bfloat16 the 9B multiplies by 59.75, not 59.8665.
 
     Examples
     --------
@@ -98,13 +98,13 @@ def layer_bias(layer: int, past: LayerCache, inputs: Inputs, config: Gemma2Confi
 
 
 def next_past(layer: int, record: Block, config: Gemma2Config) -> LayerCache:
-    """What `layer` has to remember: everything, or in a sliding layer what the next query can still see."""
+    """Return the memory of `layer`: everything, or in a sliding layer what the next query can still see."""
     present = record.attention.present
     return keep_last(present, config.sliding_window - 1) if config.is_sliding(layer) else present
 
 
 class Given(TypedDict, total=False):
-    """What a caller of `forward` may give beside tokens, weights and configuration."""
+    """The optional arguments of `forward`, which `begin` and `next_token_logits` take too."""
 
     attention_mask: Any
     position_ids: npt.ArrayLike | None
@@ -154,6 +154,20 @@ def head_table(weights: Weights, config: Gemma2Config) -> Rows:
     return weights.head
 
 
+def head(norm: Hidden, weights: Weights, config: Gemma2Config) -> tuple[Logits, Logits]:
+    """Return the logits of the normed residual stream, before and after the final cap.
+
+    ``z = norm @ head.T`` and `soft_cap` of it, rounded as these two are. Source: transformers ``Gemma2ForCausalLM``.
+
+    Raises
+    ------
+    InputError
+        If the head is untied and missing.
+    """
+    raw_logits = unembed(norm, head_table(weights, config))
+    return raw_logits, soft_cap(raw_logits, config.final_logit_softcapping)
+
+
 def forward(
     input_ids: npt.ArrayLike | None, weights: Weights, config: Gemma2Config, *, attention_mask: Any = None,
     position_ids: npt.ArrayLike | None = None, cache: Cache | None = None, inputs_embeds: npt.ArrayLike | None = None,
@@ -170,7 +184,7 @@ def forward(
         The model's numbers.
     attention_mask : array, optional
         0 and 1, of shape ``(batch, tokens so far)``: 0 marks padding, on either side. Default: no padding. Or a mask of
-        one's own in place of the causal and sliding ones, see `refgemma.inputs.ready_masks`.
+        one's own in place of the causal and sliding ones, see `refgemma.inputs.check_masks`.
     position_ids : int array (batch, seq), optional
         Positions for the rotary angles; by default each token's place in its row, padding counted, as in transformers.
     cache : Cache, optional
@@ -214,8 +228,7 @@ def forward(
         layers.append(record)
 
     norm = rms_norm(hidden, weights.norm, config.rms_norm_eps)
-    raw_logits = unembed(norm, head_table(weights, config))
-    logits = soft_cap(raw_logits, config.final_logit_softcapping)
+    raw_logits, logits = head(norm, weights, config)
     present = Cache(next_past(layer, record, config) for layer, record in enumerate(layers))
     return Forward(
         cos=cos, sin=sin, embedded=embedded, layers=tuple(layers), norm=norm, raw_logits=raw_logits, logits=logits,
@@ -228,7 +241,7 @@ def forward(
 
 @dataclass(frozen=True)
 class Start:
-    """What the blocks of a call begin with."""
+    """The input of the first block of a call, and what all its blocks share."""
 
     inputs: Inputs
     past: Cache
@@ -270,20 +283,6 @@ def reference_outputs(start: Start, weights: Weights, config: Gemma2Config) -> I
         yield record.out, next_past(layer, record, config)
         del record
         layer += 1
-
-
-def head(norm: Hidden, weights: Weights, config: Gemma2Config) -> tuple[Logits, Logits]:
-    """Return the logits of the normed residual stream, before and after the final cap.
-
-    ``z = norm @ head.T`` and `soft_cap` of it, rounded as these two are. Source: transformers ``Gemma2ForCausalLM``.
-
-    Raises
-    ------
-    InputError
-        If the head is untied and missing.
-    """
-    raw_logits = unembed(norm, head_table(weights, config))
-    return raw_logits, soft_cap(raw_logits, config.final_logit_softcapping)
 
 
 def next_token_logits(

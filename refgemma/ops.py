@@ -153,7 +153,7 @@ def soft_cap(x: Float[np.ndarray, "*shape"], cap: float | None) -> Float[np.ndar
 def attention_scores(
     q: Float[np.ndarray, "batch heads seq head_dim"], k: Float[np.ndarray, "batch heads keys head_dim"], scale: float
 ) -> Scores:
-    """How well each query matches each key: ``scale * (q . k)``.
+    """Score how well each query matches each key: ``scale * (q . k)``.
 
     The product is scaled, not the query, as in transformers; others scale the query first, which in half precision is
     another rounding.
@@ -169,7 +169,7 @@ def attention_scores(
 
 
 def causal_mask(q_places: Int[np.ndarray, " seq"], k_places: Int[np.ndarray, " keys"]) -> Bool[Array, "seq keys"]:
-    """Which keys a query may see in a full layer: those at its own place or before, ``k <= q``.
+    """Tell which keys a query may see in a full layer: those at its own place or before, ``k <= q``.
 
     A place counts all tokens of a sequence from its first, padding included, so that prefill, a prompt in pieces and
     decoding are one case, with different places. Source: transformers ``masking_utils.causal_mask_function``.
@@ -186,7 +186,7 @@ def causal_mask(q_places: Int[np.ndarray, " seq"], k_places: Int[np.ndarray, " k
 def sliding_mask(
     q_places: Int[np.ndarray, " seq"], k_places: Int[np.ndarray, " keys"], window: int
 ) -> Bool[Array, "seq keys"]:
-    """Which keys a query may see in a sliding layer: the last `window`, itself included, ``q - window < k <= q``.
+    """Tell which keys a query may see in a sliding layer: the last `window`, with its own, ``q - window < k <= q``.
 
     Source: transformers ``masking_utils.sliding_window_overlay``; Beltagy et al. 2020, arXiv:2004.05150.
 

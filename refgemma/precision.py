@@ -1,4 +1,4 @@
-"""Where numbers are rounded: `BF16` and `F16` arrays, `wide` and `narrow`. Checked bit for bit against torch 2.13.
+"""Rounding to half precision: `BF16` and `F16` arrays, `wide` and `narrow`. Checked bit for bit against torch 2.13.
 
 The rule that the rest of the package follows: **one PyTorch kernel is one rounding**. A kernel, one operation that
 PyTorch starts, widens half-precision inputs to float32, computes, and rounds its result once. So an array here holds
@@ -85,13 +85,17 @@ class Rounded(np.ndarray[Any, np.dtype[Any]]):
         """The array itself."""
         return self
 
-    def byteswap(self, inplace: bool = False) -> Any:
-        """Refuse: other bytes are other numbers, off the grid."""
-        raise TypeError("the bytes of a rounded array are not to be changed: use x.astype(np.float32).byteswap()")
+    def byteswap(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: other bytes are other numbers, off the grid; so does `setfield`.
 
-    def setfield(self, val: Any, dtype: Any, offset: Any = 0) -> None:
-        """Refuse: it would write bytes, off the grid."""
-        raise TypeError("the bytes of a rounded array are not to be changed: use x[...] = values")
+        Raises
+        ------
+        TypeError
+            Always.
+        """
+        raise TypeError("the bytes of a rounded array are not to be changed: use x[...] = values, or x.astype()")
+
+    setfield = byteswap
 
     def compress(self, condition: Any, *args: Any, **kwargs: Any) -> Any:
         """Call `numpy.compress`, which rounds what it writes into another array."""
@@ -102,7 +106,7 @@ class Rounded(np.ndarray[Any, np.dtype[Any]]):
             return _like_sequence(result, [self._rounded(item, inputs) for item in result])
         if not isinstance(result, np.ndarray | np.floating) or result.dtype.kind != "f":
             return result
-        return result if _widened(inputs, type(self)) else _onto_grid(result, type(self))
+        return result if _widens(inputs, type(self)) else _onto_grid(result, type(self))
 
 
 def _by_function(name: str) -> Any:
@@ -172,11 +176,11 @@ def _write(result: Any, out: Any, where: Any, casting: Any) -> Any:
     return out
 
 
-def _widened(inputs: tuple[Any, ...], kind: type[Rounded]) -> bool:
-    """Whether an input is a floating-point array of another format, which makes the result float32."""
+def _widens(inputs: tuple[Any, ...], kind: type[Rounded]) -> bool:
+    """Return whether an input is a floating-point array of another format, which makes the result float32."""
     for value in inputs:
         if isinstance(value, list | tuple):
-            if _widened(tuple(value), kind):
+            if _widens(tuple(value), kind):
                 return True
         elif isinstance(value, np.ndarray) and value.ndim and value.dtype.kind == "f" and not isinstance(value, kind):
             return True

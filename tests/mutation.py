@@ -41,16 +41,18 @@ ARGUMENTS = ROOT / "tests" / "mutation_survivors.toml"
 PAGE = ROOT / "docs" / "property-tests.md"
 BEGIN, END = "<!-- python tests/mutation.py -->", "<!-- end of mutation -->"
 
-CORE = ("tests/test_mutants.py", "tests/test_model.py", "tests/test_golden.py", "tests/test_cache.py",
-        "tests/test_precision.py", "tests/test_inputs.py")  # fmt: skip
+CORE = ("tests/test_ops.py", "tests/test_layers.py", "tests/test_model.py", "tests/test_golden.py",
+        "tests/test_cache.py", "tests/test_precision.py", "tests/test_inputs.py")  # fmt: skip
+DECODING = tuple(f"tests/test_{name}.py" for name in (
+    "decode", "beams", "greedy", "stream", "processors", "generation_config", "modeling"))  # fmt: skip
 FAST_TESTS = {
     "ops": CORE,
     "precision": CORE,
     "layers": CORE,
     "cache": CORE,
-    "heads": ("tests/test_mutants.py", "tests/test_golden.py", "tests/test_modeling.py"),
+    "heads": ("tests/test_heads.py", "tests/test_golden.py", "tests/test_modeling.py"),
     "model": CORE,
-    "generation/decode": ("tests/test_mutants.py", "tests/test_generation.py", "tests/test_modeling.py"),
+    "generation/decode": DECODING,
 }
 # Tests that are not asked, by a part of their name: they are slow and find nothing that the others do not, or are about
 # the folder golden/, of which the copy has another content.

@@ -2,8 +2,10 @@
 
 import ast
 import importlib
+import io
 import subprocess
 import sys
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,6 +84,17 @@ def ladder_problems(file: str, source: str) -> list[str]:
         elif RUNG[unit(name)] >= RUNG[own] or (own, unit(name)) in FORBIDDEN:
             problems.append(f"{file}:{line}: {own} may not import {unit(name)}")
     return problems
+
+
+def code_lines(source: str) -> set[int]:
+    """The numbers of the lines that are no comment, no docstring and not blank."""
+    texts: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            texts |= set(range(node.lineno, (node.end_lineno or 0) + 1))
+    layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    tokens = [t for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type not in layout]
+    return {line for t in tokens for line in range(t.start[0], t.end[0] + 1)} - texts
 
 
 def outside_functions(tree: ast.Module) -> ast.Module:
@@ -187,8 +200,11 @@ def test_every_folder_is_a_package() -> None:
 
 
 def test_the_model_is_read_in_one_sitting() -> None:
-    lines = {name: len(FILES[f"{name}.py"].splitlines()) for name in ("ops", "layers", "model")}
-    assert sum(lines.values()) <= 600, lines  # what docs/architecture.md promises the reader
+    """Of code, not of explanation: fewer than three hundred lines, as docs/architecture.md promises the reader."""
+    lines = {name: len(code_lines(FILES[f"{name}.py"])) for name in ("ops", "layers", "model")}
+    assert sum(lines.values()) <= 300, lines
+    source = '"""Text."""\n\nx = (1,\n  2)  # why\n# why\ndef f():\n    """Text."""\n    y = """a\nb"""\n'
+    assert code_lines(source) == {3, 4, 6, 8, 9}
 
 
 def test_the_checkout_is_what_is_tested() -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from refgemma.precision import BF16, F16, as_dtype, bf16, dtype_name, f16, narrow, plain, wide
+from refgemma.precision import BF16, F16, as_dtype, bf16, dtype_name, f16, narrow, plain, precision_named, wide
 
 FLOATS = hnp.arrays(np.float32, hnp.array_shapes(max_dims=2, max_side=8), elements=st.floats(width=32))
 
@@ -198,6 +198,7 @@ def test_functions_that_write_into_out_are_known() -> None:
     assert set(functions_with_out()) <= set(OUT) | NOT_OF_NUMBERS
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # fix, from NumPy 2.5 on
 @pytest.mark.parametrize("name", sorted(set(functions_with_out()) - NOT_OF_NUMBERS))
 def test_a_function_with_out_rounds_what_it_returns_and_what_it_writes(name: str) -> None:
     function, given = functions_with_out()[name], OUT[name](square())
@@ -335,3 +336,72 @@ def test_named_tuples_are_returned_as_such() -> None:
     found = np.linalg.svd(square())
     assert not off_grid(tuple(found))
     assert found.S.shape == (4,)
+
+
+REDUCED: list[Callable[[Any], Any]] = [
+    lambda x: x.mean(-1), lambda x: x.mean(axis=1, keepdims=True), lambda x: x.std(1), lambda x: x.std(ddof=1),
+    lambda x: x.var(0), lambda x: x.var(axis=-1, ddof=1), lambda x: x.round(1), lambda x: x.round(decimals=1),
+    lambda x: x.dot(x[0, 0]), lambda x: x[0].dot(b=x[1].T), lambda x: np.sum(x, axis=0, keepdims=True),
+    lambda x: np.add(x, x, where=True), lambda x: np.modf(x)[1],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(REDUCED)))
+def test_methods_pass_their_arguments_on_and_round_once(number: int) -> None:
+    found, in_float32 = REDUCED[number](X), REDUCED[number](np.array(plain(X)))
+    assert type(found) is BF16
+    np.testing.assert_array_equal(plain(found), plain(bf16(in_float32)))
+
+
+def test_what_widens_and_what_does_not() -> None:
+    # Only a floating-point array of at least one axis, as PyTorch promotes; also one within a list.
+    single = np.ones(4, np.float32)
+    for widening in (X * single, X * np.ones(4), np.concatenate([X[0, 0], single]), np.stack([single, X[0, 0]])):
+        assert type(widening) is np.ndarray
+    for kept in (X * np.array(2.0), X * np.float64(2.0), X * np.arange(4), X * True, X * 2, np.where(X > 0, X, 0)):
+        assert type(kept) is BF16
+    wider = np.clip(X, np.full(4, -1.0, np.float32), 1.0)
+    assert type(wider) is np.ndarray
+    assert type(np.clip(a=X, a_min=-1.0, a_max=np.full(4, 1.0, np.float32))) is np.ndarray
+    # What is no floating-point array stays what it is.
+    assert np.array_equal(X, X) is True
+    assert np.argmax(X).dtype.kind == "i"
+    assert type(np.divmod(X, bf16([2.0]))[0]) is BF16
+    assert np.shape(X) == (2, 3, 4)
+
+
+def test_astype_takes_the_arguments_of_numpy() -> None:
+    x = bf16(np.ones((2, 3)))
+    assert np.shares_memory(x.astype(np.float32, copy=False), x)
+    assert not np.shares_memory(x.astype(np.float32), x)
+    assert x.astype(np.float64, "F").flags.f_contiguous
+
+
+def test_rounding_says_nothing_of_overflow_and_nan() -> None:
+    # Warnings are errors here. The NaN is a signaling one, whose conversion the processor reports.
+    signaling = np.array([0x7F800001], np.uint32).view(np.float32)
+    for rounded in (bf16, f16):
+        assert np.isnan(rounded(signaling)).all()
+        assert np.isinf(rounded(np.float32(3.4e38))).all()
+
+
+def test_rounding_is_by_way_of_float32() -> None:
+    # As in a PyTorch kernel. Just above the middle between 1 and the next number; in float32 it is the middle, a tie.
+    for rounded, step in ((bf16, 2.0**-7), (f16, 2.0**-10)):
+        y = np.array([1 + step / 2 + 2.0**-30])
+        assert plain(narrow(y, like=rounded([0.0]))).tolist() == plain(rounded(y)).tolist() == [1.0]
+        assert plain(rounded([1 + step / 2 + 2.0**-20])).tolist() == [1 + step]
+
+
+def test_names_of_precisions() -> None:
+    said: dict[str, Any] = {
+        "bfloat16": "jax.numpy.bfloat16", "float16": np.dtype("float16"), "float32": np.float32, "float64": "float64",
+    }  # fmt: skip
+    assert {name: precision_named(dtype) for name, dtype in said.items()} == {name: name for name in said}
+    for call, message in (
+        (lambda: precision_named("torch.int8"), "unknown dtype 'torch.int8': float64, float32, float16, bfloat16 are"),
+        (lambda: as_dtype([1], "int8"), "unknown dtype 'int8': float64, float32, float16 and bfloat16 are"),
+    ):
+        with pytest.raises(ValueError, match="unknown dtype") as caught:
+            call()
+        assert str(caught.value) == message + " computed with"

@@ -11,7 +11,7 @@ from pathlib import Path
 from refgemma import fast
 from refgemma.cli.output import OK, as_json, prompt_ids
 from refgemma.errors import UsageError
-from refgemma.generation.decode import Prompts, continued, generate_batch, sampling
+from refgemma.generation.decode import Prompts, collect_settings, continue_prompt, generate_batch
 from refgemma.generation.generation_config import GenerationConfig
 from refgemma.generation.greedy import greedy, is_plain_greedy
 from refgemma.generation.perplexity import gemma_cpp_bits_per_byte, strided_perplexity
@@ -28,7 +28,7 @@ def generation_settings(model: Pretrained, args: argparse.Namespace) -> Generati
     others = {name: getattr(args, name) for name in ("min_p", "repetition_penalty", "min_new_tokens")}
     others["num_beams"] = getattr(args, "num_beams", 1)
     common = (args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed, model.stop_ids)
-    return sampling(model.config, *common, others)
+    return collect_settings(model.config, *common, others)
 
 
 def new_tokens(ids: Sequence[int], model: Pretrained, args: argparse.Namespace) -> Iterator[int]:
@@ -40,7 +40,7 @@ def new_tokens(ids: Sequence[int], model: Pretrained, args: argparse.Namespace) 
     if is_plain_greedy(call) and (args.reference or model.folder.parent == PACKAGE / "checkpoints"):
         return greedy(ids, model.weights, model.config, max_new_tokens=args.max_new_tokens, stop_ids=model.stop_ids)
     if call.num_beams == 1:
-        return continued(ids, model.weights, model.config, call, args.reference)
+        return continue_prompt(ids, model.weights, model.config, call, args.reference)
     output = generate_batch(Prompts([ids]), model.weights, model.config, call, reference=args.reference)
     found = output.sequences[0, len(ids) :].tolist()
     end = next((n for n, token in enumerate(found) if token in model.stop_ids), len(found))

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 
 from refgemma.config import Gemma2Config
 from refgemma.generation.generation_config import GenerationConfig
-from refgemma.inputs import InputError, token_ids
+from refgemma.inputs import InputError, check_token_ids
 from refgemma.model import next_token_logits
 from refgemma.precision import Array, wide
 from refgemma.shapes import Logits
@@ -74,7 +74,7 @@ def greedy(
     >>> new == list(refgemma.generate(prompt, tiny.weights, tiny.config, max_new_tokens=5))
     True
     """
-    ids = token_ids([list(prompt)], config.vocab_size)
+    ids = check_token_ids([list(prompt)], config.vocab_size)
 
     def decode() -> Iterator[int]:
         unread, cache = ids, None

@@ -12,7 +12,14 @@ from refgemma.tokenizer.tokenizer import TextStream, Tokenizer
 
 @runtime_checkable
 class Streamer(Protocol):
-    """What `generate` gives tokens to as they come."""
+    """A receiver of tokens: `generate` gives it each as it comes.
+
+    Examples
+    --------
+    >>> import refgemma
+    >>> isinstance(TextStreamer(refgemma.AutoTokenizer.from_pretrained("tiny")), Streamer)
+    True
+    """
 
     def put(self, value: npt.NDArray[np.int64]) -> None:
         """Take the prompt ``(batch, seq)``, then again and again a new token of each row ``(batch,)``."""
@@ -67,7 +74,7 @@ class TextStreamer:
         self._skip_next = False
 
     def _text(self, token: int) -> str:
-        """What becomes certain with one more token."""
+        """Return the text that becomes certain with one more token."""
         if token in self._shown:
             return self._stream.finish() + self._tokenizer.decode([token])
         return self._stream.push(token)

@@ -201,7 +201,7 @@ def sketches_of(
             hidden = out
             del tensors
         norm = rms_norm(hidden, weights.norm, config.rms_norm_eps)
-        raw_logits, logits = (head if reference else fast.head)(norm[:, -1:], weights, config)
+        raw_logits, logits = (head if reference else fast.fast_head)(norm[:, -1:], weights, config)
         yield f"calls.{call}.norm", sketch(norm)
         yield f"calls.{call}.raw_logits", sketch(raw_logits)
         yield f"calls.{call}.logits", sketch(logits)

@@ -18,8 +18,13 @@ from refgemma.cache import Cache, LayerCache, LegacyCache
 from refgemma.config import ConfigError, Gemma2Config
 from refgemma.generation.decode import Criterion, Processor, Prompts, generate_batch
 from refgemma.generation.generation_config import FILE as GENERATION_CONFIG
-from refgemma.generation.generation_config import GenerationConfig, settled
-from refgemma.generation.outputs import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput, ModelOutput
+from refgemma.generation.generation_config import GenerationConfig, merge_settings
+from refgemma.generation.outputs import (
+    GenerateBeamDecoderOnlyOutput,
+    GenerateDecoderOnlyOutput,
+    ModelOutput,
+    PastKeyValues,
+)
 from refgemma.generation.stream import Streamer
 from refgemma.heads import causal_lm_loss, last_tokens, sequence_classification_loss, token_classification_loss
 from refgemma.hub import find_model
@@ -28,7 +33,6 @@ from refgemma.model import begin, blocks, head, next_past
 from refgemma.modeling.model_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
-    PastKeyValues,
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
@@ -627,7 +631,7 @@ class Gemma2ForCausalLM(_WithHead):
         if inputs is not None and input_ids is not None:
             raise InputError("give the prompts as inputs or as input_ids, and only once")
         ids = input_ids if inputs is None else inputs
-        call = settled(generation_config, self.generation_config, settings)
+        call = merge_settings(generation_config, self.generation_config, settings)
         prompts = Prompts(ids, attention_mask, position_ids, inputs_embeds, past_key_values)
         output = generate_batch(prompts, self.weights, self.config, call, logits_processor, stopping_criteria, streamer)
         return output if call.return_dict_in_generate else output.sequences

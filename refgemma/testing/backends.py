@@ -17,7 +17,7 @@ from refgemma import ops
 from refgemma.config import Gemma2Config
 from refgemma.generation.beams import draw
 from refgemma.generation.decode import Prompts, generate_batch
-from refgemma.generation.generation_config import GenerationConfig, settled
+from refgemma.generation.generation_config import GenerationConfig, merge_settings
 from refgemma.heads import causal_lm_loss
 from refgemma.model import forward, next_token_logits
 from refgemma.modeling.classes import Gemma2ForCausalLM
@@ -109,7 +109,7 @@ class NumpyBackend:
     ) -> tuple[Array, float]:
         """Beam search over texts of `new_tokens`, none of which ends before."""
         asked = {"num_beams": num_beams, "max_new_tokens": new_tokens, "output_scores": True, "length_penalty": 0.0}
-        call = settled(None, GenerationConfig(), asked | {"return_dict_in_generate": True})
+        call = merge_settings(None, GenerationConfig(), asked | {"return_dict_in_generate": True})
         found: Any = generate_batch(Prompts(input_ids), model.weights, model.config, call)
         return found.sequences[0], float(found.sequences_scores[0])
 
