@@ -9,7 +9,7 @@ from typing import Any
 
 from refgemma.activations import ACTIVATIONS, Activation
 from refgemma.errors import RefgemmaError
-from refgemma.files import replace_file
+from refgemma.files import read_object, replace_file
 from refgemma.hub import find_model
 
 SLIDING = "sliding_attention"
@@ -286,15 +286,7 @@ class Gemma2Config:
         ConfigError
             If it cannot be read, naming the file and the field.
         """
-        try:
-            raw = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{path}: is not JSON: {error}") from None
-        if not isinstance(raw, dict):
-            raise ConfigError(f"{path}: holds a {type(raw).__name__}, not a JSON object")
-        return cls.from_dict(raw, source=str(path))
+        return cls.from_dict(read_object(path, ConfigError), source=str(path))
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **changes: Any) -> "Gemma2Config":

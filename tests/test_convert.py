@@ -24,12 +24,12 @@ import refgemma.convert.convert as conversion
 from refgemma.cli.main import main
 from refgemma.cli.output import INTERRUPTED, MISUSE, OK
 from refgemma.config import Gemma2Config
-from refgemma.convert.convert import convert, kind_of, open_source
+from refgemma.convert.convert import TORCH_SHARD, convert, kind_of, open_source
 from refgemma.convert.flax_tree import read_npz, read_tree, write_npz
 from refgemma.convert.layouts import flax_layout, hf_layout, pytorch_layout
 from refgemma.convert.pickles import read_torch, write_torch
 from refgemma.weights import save as writer
-from refgemma.weights.checkpoint import CheckpointError, open_checkpoint, read_header
+from refgemma.weights.checkpoint import CheckpointError, open_checkpoint, read_header, read_shards
 from refgemma.weights.parameters import tensor_shapes
 from refgemma.weights.save import STAGING, Output, header_of, write_checkpoint
 
@@ -377,8 +377,21 @@ def test_shards_and_their_index(tmp_path: Path) -> None:
             open_source(index.parent)
     index.write_text(json.dumps(whole))
     shutil.copyfile(index.parent / first, index.parent / last)
-    with pytest.raises(CheckpointError, match="is in another shard too"):
+    with pytest.raises(CheckpointError, match=f"'embedder.weight' is in {first} too"):
         open_source(index.parent)
+
+
+def test_every_shard_may_hold_the_rotary_table(tmp_path: Path) -> None:
+    table = Output("freqs_cis", "float32", (2, 2), np.ones((2, 2), np.float32))
+    for name in ("a", "b"):
+        norm = Output(f"{name}.weight", "float32", (3,), np.full(3, 0.5, np.float32))
+        write_torch(tmp_path / f"{name}.bin", [norm, table], None)
+    weight_map = {"a.weight": "a.bin", "b.weight": "b.bin", "freqs_cis": "a.bin"}
+    (tmp_path / "index.json").write_text(json.dumps({"weight_map": weight_map}))
+    found = read_shards(tmp_path / "index.json", TORCH_SHARD, read_torch, ("freqs_cis",))
+    assert list(found) == ["a.weight", "b.weight"]
+    with pytest.raises(CheckpointError, match=r"'freqs_cis' is in a\.bin too"):
+        read_shards(tmp_path / "index.json", TORCH_SHARD, read_torch)
 
 
 # --- pickles that want more than tensors ------------------------------------------------------------------------------

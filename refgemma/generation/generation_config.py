@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from refgemma.config import ConfigError, Gemma2Config
-from refgemma.files import replace_file
+from refgemma.files import read_object, replace_file
 from refgemma.hub import find_model
 from refgemma.inputs import InputError
 
@@ -217,14 +217,7 @@ class GenerationConfig:
         ConfigError
             Naming the file, and what is wrong with it.
         """
-        try:
-            raw = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{path}: is not JSON: {error}") from None
-        if not isinstance(raw, dict):
-            raise ConfigError(f"{path}: holds a {type(raw).__name__}, not a JSON object")
+        raw = read_object(path, ConfigError)
         try:
             return cls.from_dict(raw)
         except InputError as error:

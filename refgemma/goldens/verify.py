@@ -5,7 +5,6 @@ Checked by making every known mistake on purpose: each is found, and first at th
 
 import difflib
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from refgemma import ops
 from refgemma.cache import empty_cache
 from refgemma.config import Gemma2Config
 from refgemma.errors import RefgemmaError
+from refgemma.files import read_object
 from refgemma.generation.decode import generate
 from refgemma.heads import causal_lm_loss
 from refgemma.hub import find_model, golden_folder
@@ -105,13 +105,9 @@ class CaseResult:
 def read_manifest() -> dict[str, Any]:
     """What is recorded, with provenance and hashes."""
     path = golden_folder() / "manifest.json"
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT or not manifest["cases"]:
-            raise GoldenError(f"{path}: is not a manifest of the format {FORMAT}; {AGAIN}")
-    except (OSError, ValueError, TypeError, LookupError) as error:
-        reason = str(error) if isinstance(error, GoldenError) else f"{path}: cannot be read: {error!r}; {AGAIN}"
-        raise GoldenError(reason) from None
+    manifest = read_object(path, GoldenError, AGAIN)
+    if manifest.get("format") != FORMAT or not manifest.get("cases"):
+        raise GoldenError(f"{path}: is not a manifest of the format {FORMAT}; {AGAIN}")
     return manifest
 
 

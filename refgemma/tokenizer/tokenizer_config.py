@@ -1,9 +1,9 @@
 """What the files beside a tokenizer's model say about it. Checked against those that transformers 5.23 writes."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+from refgemma.files import read_object
 from refgemma.tokenizer.chat import END, START
 from refgemma.tokenizer.vocabulary import TokenizerError
 
@@ -18,16 +18,6 @@ SETTINGS = (
 )  # fmt: skip
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise TokenizerError(f"{file}: cannot be read as JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise TokenizerError(f"{file}: holds a {type(config).__name__}, not a JSON object")
-    return config
-
-
 def _name(token: Any) -> Any:
     """The piece itself, where a configuration writes it with its properties."""
     return token["content"] if isinstance(token, dict) and "content" in token else token
@@ -35,7 +25,7 @@ def _name(token: Any) -> Any:
 
 def read_settings(folder: Path) -> dict[str, Any]:
     """The settings that ``tokenizer_config.json`` and ``chat_template.jinja``, if there, give."""
-    config = _read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).exists() else {}
+    config = read_object(folder / CONFIG_FILE, TokenizerError) if (folder / CONFIG_FILE).exists() else {}
     settings = {name: _name(config[name]) for name in SETTINGS if config.get(name) is not None}
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     if isinstance(extra, dict):
