@@ -7,9 +7,10 @@ Here arguments are taken apart and results put together; what is computed is in 
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +51,11 @@ from refgemma.weights.parameters import (
 )
 from refgemma.weights.save import Output, write_checkpoint
 
+# The types of the documented arguments, of which all four classes take the same set.
+Given: TypeAlias = npt.ArrayLike | None
+Past: TypeAlias = Cache | LegacyCache | None
+Flag: TypeAlias = bool | None  # None: what the configuration says
+
 Answer = TypeVar("Answer", bound=ModelOutput)
 
 # What people hand to transformers' from_pretrained, and what to do with it here.
@@ -80,8 +86,7 @@ def _seen(places: Array | None, attention_mask: Any, seq: int) -> int | None:
 
 
 def cache_of(
-    past_key_values: Cache | LegacyCache | None, config: Gemma2Config, like: Array, seq: int,
-    attention_mask: Any, cache_position: npt.ArrayLike | None,
+    past_key_values: Past, config: Gemma2Config, like: Array, seq: int, attention_mask: Any, cache_position: Given
 ) -> Cache | None:  # fmt: skip
     """The cache that a caller handed in, in whichever format, after a look whether `cache_position` agrees with it."""
     told = None if cache_position is None else as_array(cache_position, "cache_position")
@@ -408,18 +413,11 @@ class Gemma2Model(Gemma2PreTrainedModel):
     prefix = "model."
 
     def forward(
-        self,
-        input_ids: npt.ArrayLike | None = None,
-        attention_mask: Any = None,
-        position_ids: npt.ArrayLike | None = None,
-        past_key_values: Cache | LegacyCache | None = None,
-        inputs_embeds: npt.ArrayLike | None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        cache_position: npt.ArrayLike | None = None,
-    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
+        self, input_ids: Given = None, attention_mask: Any = None, position_ids: Given = None,
+        past_key_values: Past = None, inputs_embeds: Given = None, use_cache: Flag = None,
+        output_attentions: Flag = None, output_hidden_states: Flag = None, return_dict: Flag = None,
+        cache_position: Given = None,
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:  # fmt: skip
         """Run the layers. Calling the model is the same.
 
         Parameters
@@ -465,7 +463,10 @@ class Gemma2Model(Gemma2PreTrainedModel):
         config, weights, like = self.config, self.weights, self.weights.norm
         seq = _length(input_ids, inputs_embeds)
         cache = cache_of(past_key_values, config, like, seq, attention_mask, cache_position)
-        start = begin(input_ids, weights, config, attention_mask, position_ids, cache, inputs_embeds)
+        start = begin(
+            input_ids, weights, config, attention_mask=attention_mask, position_ids=position_ids, cache=cache,
+            inputs_embeds=inputs_embeds,
+        )  # fmt: skip
         keep_cache, keep_probs = _or(use_cache, config.use_cache), _or(output_attentions, config.output_attentions)
         keep_hidden = _or(output_hidden_states, config.output_hidden_states)
         hidden, present, states, attentions = start.embedded, [], [start.embedded], []
@@ -498,19 +499,22 @@ class _WithHead(Gemma2PreTrainedModel):
         """The model without its head, with the same weights."""
         return Gemma2Model(self.config, weights=self.weights)
 
-    def _base(self, **arguments: Any) -> BaseModelOutputWithPast:
-        """What the model without its head returns."""
-        output = self.model(**arguments, return_dict=True)
-        assert isinstance(output, BaseModelOutputWithPast)
+    def _run_base(self, *arguments: Any) -> BaseModelOutputWithPast:
+        """Run the model without its head on the arguments of `Gemma2Model.forward`."""
+        output = self.model.forward(*arguments)
+        assert isinstance(output, BaseModelOutputWithPast)  # for return_dict is true
         return output
 
-    def _returned(self, output: Answer, return_dict: bool | None) -> Answer | tuple[Any, ...]:
+    def _answer(
+        self, kind: type[Answer], base: BaseModelOutputWithPast, logits: Array, loss: float | None, return_dict: Flag
+    ) -> Answer | tuple[Any, ...]:
+        """Put an output of `kind` together; its loss has the precision it was taken in."""
+        names = {f.name for f in fields(kind)}  # type: ignore[arg-type]  # every output is a dataclass
+        record: dict[str, Any] = {name: value for name, value in base.items() if name in names}
+        record["loss"] = None if loss is None else wide(logits).dtype.type(loss)
+        record["logits"] = logits
+        output = kind(**record)
         return output if _or(return_dict, self.config.return_dict) else output.to_tuple()
-
-    def _loss(self, value: float, logits: Array) -> np.floating[Any]:
-        """A loss in the precision it was taken in."""
-        loss: np.floating[Any] = wide(logits).dtype.type(value)
-        return loss
 
 
 class Gemma2ForCausalLM(_WithHead):
@@ -633,20 +637,11 @@ class Gemma2ForCausalLM(_WithHead):
         settings.save_pretrained(folder)
 
     def forward(
-        self,
-        input_ids: npt.ArrayLike | None = None,
-        attention_mask: Any = None,
-        position_ids: npt.ArrayLike | None = None,
-        past_key_values: Cache | LegacyCache | None = None,
-        inputs_embeds: npt.ArrayLike | None = None,
-        labels: npt.ArrayLike | None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        cache_position: npt.ArrayLike | None = None,
-        logits_to_keep: int | npt.NDArray[Any] = 0,
-    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        self, input_ids: Given = None, attention_mask: Any = None, position_ids: Given = None,
+        past_key_values: Past = None, inputs_embeds: Given = None, labels: Given = None, use_cache: Flag = None,
+        output_attentions: Flag = None, output_hidden_states: Flag = None, return_dict: Flag = None,
+        cache_position: Given = None, logits_to_keep: int | npt.NDArray[Any] = 0,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:  # fmt: skip
         """Run the model and its head. Calling the model is the same.
 
         Parameters
@@ -679,24 +674,14 @@ class Gemma2ForCausalLM(_WithHead):
         >>> logits.shape
         (1, 1, 2048)
         """
-        output = self._base(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-            past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache,
-            output_attentions=output_attentions, output_hidden_states=output_hidden_states,
-            cache_position=cache_position,
-        )  # fmt: skip
-        kept = tokens_to_keep(output.last_hidden_state, logits_to_keep)
+        base = self._run_base(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
+                              output_attentions, output_hidden_states, True, cache_position)  # fmt: skip
+        kept = tokens_to_keep(base.last_hidden_state, logits_to_keep)
         flat = kept.ndim == 2  # the tokens that a bool array picks have lost their rows
         _, all_logits = head(kept[None] if flat else kept, self.weights, self.config)
         logits = all_logits[0] if flat else all_logits
-        causal = CausalLMOutputWithPast(
-            loss=None if labels is None else self._loss(causal_lm_loss(logits, labels), logits),
-            logits=logits,
-            past_key_values=output.past_key_values,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-        )
-        return self._returned(causal, return_dict)
+        loss = None if labels is None else causal_lm_loss(logits, labels)
+        return self._answer(CausalLMOutputWithPast, base, logits, loss, return_dict)
 
     __call__ = forward
 
@@ -725,19 +710,11 @@ class Gemma2ForSequenceClassification(_WithHead):
     has_score = True
 
     def forward(
-        self,
-        input_ids: npt.ArrayLike | None = None,
-        attention_mask: Any = None,
-        position_ids: npt.ArrayLike | None = None,
-        past_key_values: Cache | LegacyCache | None = None,
-        inputs_embeds: npt.ArrayLike | None = None,
-        labels: npt.ArrayLike | None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        cache_position: npt.ArrayLike | None = None,
-    ) -> SequenceClassifierOutputWithPast | tuple[Any, ...]:
+        self, input_ids: Given = None, attention_mask: Any = None, position_ids: Given = None,
+        past_key_values: Past = None, inputs_embeds: Given = None, labels: Given = None, use_cache: Flag = None,
+        output_attentions: Flag = None, output_hidden_states: Flag = None, return_dict: Flag = None,
+        cache_position: Given = None,
+    ) -> SequenceClassifierOutputWithPast | tuple[Any, ...]:  # fmt: skip
         """Run the model and its head. Calling the model is the same.
 
         Parameters
@@ -766,27 +743,16 @@ class Gemma2ForSequenceClassification(_WithHead):
         >>> model([[2, 300]], labels=[0.5]).logits.shape  # a regression
         (1, 1)
         """
-        output = self._base(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-            past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache,
-            output_attentions=output_attentions, output_hidden_states=output_hidden_states,
-            cache_position=cache_position,
-        )  # fmt: skip
+        base = self._run_base(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
+                              output_attentions, output_hidden_states, True, cache_position)  # fmt: skip
         assert self.score is not None  # made by __init__
-        all_logits = linear(output.last_hidden_state, self.score.weight)
-        logits = all_logits[np.arange(len(all_logits)), self._last(input_ids, len(all_logits))]
-        value = None if labels is None else sequence_classification_loss(logits, labels, self.config.problem_type)
-        classified = SequenceClassifierOutputWithPast(
-            loss=None if value is None else self._loss(value, logits),
-            logits=logits,
-            past_key_values=output.past_key_values,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-        )
-        return self._returned(classified, return_dict)
+        all_logits = linear(base.last_hidden_state, self.score.weight)
+        logits = all_logits[np.arange(len(all_logits)), self._find_last(input_ids, len(all_logits))]
+        loss = None if labels is None else sequence_classification_loss(logits, labels, self.config.problem_type)
+        return self._answer(SequenceClassifierOutputWithPast, base, logits, loss, return_dict)
 
-    def _last(self, input_ids: npt.ArrayLike | None, batch: int) -> Any:
-        """The place of the token that each row is classified at."""
+    def _find_last(self, input_ids: npt.ArrayLike | None, batch: int) -> Any:
+        """Return the place of the token that each row is classified at."""
         padding = self.config.pad_token_id
         if padding is None and batch > 1:
             raise InputError(
@@ -825,19 +791,11 @@ class Gemma2ForTokenClassification(_WithHead):
     has_score_bias = True
 
     def forward(
-        self,
-        input_ids: npt.ArrayLike | None = None,
-        attention_mask: Any = None,
-        position_ids: npt.ArrayLike | None = None,
-        past_key_values: Cache | LegacyCache | None = None,
-        inputs_embeds: npt.ArrayLike | None = None,
-        labels: npt.ArrayLike | None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        cache_position: npt.ArrayLike | None = None,
-    ) -> TokenClassifierOutput | tuple[Any, ...]:
+        self, input_ids: Given = None, attention_mask: Any = None, position_ids: Given = None,
+        past_key_values: Past = None, inputs_embeds: Given = None, labels: Given = None, use_cache: Flag = None,
+        output_attentions: Flag = None, output_hidden_states: Flag = None, return_dict: Flag = None,
+        cache_position: Given = None,
+    ) -> TokenClassifierOutput | tuple[Any, ...]:  # fmt: skip
         """Run the model and its head. Calling the model is the same.
 
         Parameters
@@ -865,21 +823,11 @@ class Gemma2ForTokenClassification(_WithHead):
         >>> model([[2, 300]]).keys()
         dict_keys(['logits'])
         """
-        output = self._base(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-            past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache,
-            output_attentions=output_attentions, output_hidden_states=output_hidden_states,
-            cache_position=cache_position,
-        )  # fmt: skip
+        base = self._run_base(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
+                              output_attentions, output_hidden_states, True, cache_position)  # fmt: skip
         assert self.score is not None  # made by __init__
-        logits = linear(output.last_hidden_state, self.score.weight, self.score.bias)
-        value = None if labels is None else token_classification_loss(logits, labels)
-        classified = TokenClassifierOutput(
-            loss=None if value is None else self._loss(value, logits),
-            logits=logits,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-        )
-        return self._returned(classified, return_dict)
+        logits = linear(base.last_hidden_state, self.score.weight, self.score.bias)
+        loss = None if labels is None else token_classification_loss(logits, labels)
+        return self._answer(TokenClassifierOutput, base, logits, loss, return_dict)
 
     __call__ = forward
