@@ -33,7 +33,14 @@ LAYERS_LIMIT = 2**16  # each has a type: a number without limit would take memor
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 # Left out of a file where they have their defaults: they say how a model is used, not which one it is.
-LEFT_OUT = ("architectures", "dtype", "output_attentions", "output_hidden_states", "problem_type", "return_dict")
+OMITTED = (
+    "architectures",
+    "dtype",
+    "output_attentions",
+    "output_hidden_states",
+    "problem_type",
+    "return_dict",
+)
 
 
 class Derived(dict[Any, Any]):
@@ -163,9 +170,9 @@ class Gemma2Config:
     architectures: tuple[str, ...] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        for name, value in _derived(self).items():
+        for name, value in _derive(self).items():
             object.__setattr__(self, name, value)  # the way to write a frozen dataclass; only derived values are
-        for problem in _problems(self):
+        for problem in _find_problems(self):
             raise ConfigError(f"Gemma2Config: {problem}")
 
     def is_sliding(self, layer: int) -> bool:
@@ -233,8 +240,12 @@ class Gemma2Config:
                 f"Gemma2Config: hidden_activation is the function {self.hidden_activation!r}, which no file can hold; "
                 "put its name in its place"
             )
-        usual = {f.name: f.default for f in fields(self) if f.name in LEFT_OUT}
-        usual |= {"id2label": _names(2), "label2id": _ids(_names(2)), "num_labels": self.num_labels}
+        usual = {f.name: f.default for f in fields(self) if f.name in OMITTED}
+        usual |= {
+            "id2label": _name_labels(2),
+            "label2id": _number_labels(_name_labels(2)),
+            "num_labels": self.num_labels,
+        }
         values = {k: v for k, v in self.to_dict().items() if k not in usual or usual[k] != v}
         return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
@@ -372,16 +383,16 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def _names(count: int) -> "Derived":
+def _name_labels(count: int) -> "Derived":
     return Derived({label: f"LABEL_{label}" for label in range(count)})
 
 
-def _ids(names: Mapping[int, str]) -> "Derived":
+def _number_labels(names: Mapping[int, str]) -> "Derived":
     return Derived({name: label for label, name in names.items()})
 
 
-def _derived(config: Gemma2Config) -> dict[str, Any]:
-    """The fields that follow from others; of what cannot be understood nothing, so that `_problems` finds it."""
+def _derive(config: Gemma2Config) -> dict[str, Any]:
+    """The fields that follow from others; of what cannot be understood nothing, so that `_find_problems` finds it."""
     values: dict[str, Any] = {}
     for name in ("layer_types", "eos_token_id", "architectures"):
         if isinstance(getattr(config, name), list):
@@ -391,10 +402,10 @@ def _derived(config: Gemma2Config) -> dict[str, Any]:
         values["num_key_value_heads"] = config.num_attention_heads
     if config.layer_types is None and _is_size(config.num_hidden_layers) and config.num_hidden_layers <= LAYERS_LIMIT:
         values["layer_types"] = tuple(FULL if layer % 2 else SLIDING for layer in range(config.num_hidden_layers))
-    return values | _rope(config) | _labels(config)
+    return values | _derive_rope(config) | _derive_labels(config)
 
 
-def _rope(config: Gemma2Config) -> dict[str, Any]:
+def _derive_rope(config: Gemma2Config) -> dict[str, Any]:
     """The rotary base, and the mapping that says the same."""
     given: Any = config.rope_parameters
     if not (given is None or isinstance(given, Mapping)) or set(given or ()) - {"rope_type", "rope_theta"}:
@@ -406,7 +417,7 @@ def _rope(config: Gemma2Config) -> dict[str, Any]:
     return {"rope_theta": theta, "rope_parameters": named}
 
 
-def _labels(config: Gemma2Config) -> dict[str, Any]:
+def _derive_labels(config: Gemma2Config) -> dict[str, Any]:
     """Number and names of the classes: each follows from the other."""
     names: Any = config.id2label
     count = config.num_labels
@@ -414,14 +425,14 @@ def _labels(config: Gemma2Config) -> dict[str, Any]:
         count = 2 if count is None else count
         if not _is_size(count) or count > LABELS_LIMIT:
             return {}
-        names = _names(count)
+        names = _name_labels(count)
     elif isinstance(names, Mapping) and all(str(key).isdecimal() and len(str(key)) < 10 for key in names):
         names = {int(key): name for key, name in names.items()}  # in JSON every key is a string
         count = len(names) if count is None else count
     else:
         return {}
     given = config.label2id
-    ids = _ids(names) if given is None or isinstance(given, Derived) else given
+    ids = _number_labels(names) if given is None or isinstance(given, Derived) else given
     return {"num_labels": count, "id2label": names, "label2id": ids}
 
 
@@ -439,7 +450,7 @@ def _are_ids(value: object, several: bool) -> bool:
     return value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0)
 
 
-def _label_problems(config: Gemma2Config) -> list[str]:
+def _find_label_problems(config: Gemma2Config) -> list[str]:
     """What is wrong with the classes of a classifier."""
     found, names = [], config.id2label
     if not isinstance(names, Mapping) or sorted(names) != list(range(config.num_labels or 0)):
@@ -451,7 +462,7 @@ def _label_problems(config: Gemma2Config) -> list[str]:
     return found
 
 
-def _problems(config: Gemma2Config) -> list[str]:
+def _find_problems(config: Gemma2Config) -> list[str]:
     """What is wrong with `config`, a sentence each, the first cause first."""
     found = []
     sizes = [*REQUIRED[:-1], "max_position_embeddings", "sliding_window"]
@@ -491,7 +502,7 @@ def _problems(config: Gemma2Config) -> list[str]:
         found.append(f"attention_dropout must be a number from 0 to below 1, not {config.attention_dropout!r}")
     if not _is_number(config.initializer_range) or config.initializer_range < 0:
         found.append(f"initializer_range must be a number of at least 0, not {config.initializer_range!r}")
-    found += _label_problems(config)
+    found += _find_label_problems(config)
     kinds = config.layer_types
     typed = isinstance(kinds, tuple) and all(kind in (SLIDING, FULL) for kind in kinds)
     if not typed or len(kinds or ()) != config.num_hidden_layers:

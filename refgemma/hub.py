@@ -13,7 +13,7 @@ from pathlib import Path
 from refgemma.errors import RefgemmaError
 
 PACKAGE = Path(__file__).parent
-CONFIG = "config.json"
+CONFIG_JSON = "config.json"
 
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 # What is downloaded: not the same weights once more as pickles or in other programs' formats.
@@ -44,7 +44,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "huggingface" / "hub"
 
 
-def _snapshot(hub_id: str, revision: str) -> Path | None:
+def _find_snapshot(hub_id: str, revision: str) -> Path | None:
     """The folder of a snapshot in the cache, if there is one: of a branch or tag, or of a whole commit hash."""
     repository = cache_folder() / f"models--{hub_id.replace('/', '--')}"
     reference = repository / "refs" / revision
@@ -53,14 +53,14 @@ def _snapshot(hub_id: str, revision: str) -> Path | None:
     return snapshot if re.fullmatch(r"[0-9a-zA-Z]+", commit) and snapshot.is_dir() else None
 
 
-def _lacking(folder: Path, needed: Collection[str]) -> list[str]:
+def _list_missing(folder: Path, needed: Collection[str]) -> list[str]:
     """The `needed` files that are not there, and the links whose file is not."""
     cut_short = [path.name for path in folder.iterdir() if path.is_symlink() and not path.exists()]
     return sorted({*cut_short, *(name for name in needed if not (folder / name).exists())})
 
 
 def find_model(
-    name: str | Path, revision: str = "main", download: bool = False, needed: Collection[str] = (CONFIG,)
+    name: str | Path, revision: str = "main", download: bool = False, needed: Collection[str] = (CONFIG_JSON,)
 ) -> Path:
     """The folder of a model.
 
@@ -93,20 +93,20 @@ def find_model(
     if text and Path(name).is_dir():
         return Path(name)
     if text and Path(name).exists():
-        raise ModelNameError(f"{name}: is a file; give the folder that holds {CONFIG} and the weights")
+        raise ModelNameError(f"{name}: is a file; give the folder that holds {CONFIG_JSON} and the weights")
     if isinstance(name, Path) or not HUB_ID.fullmatch(text) or ".." in text or "--" in text:
         raise ModelNameError(
-            f"{text or repr('')}: no such folder; a model is 'tiny', 'conformance', a folder with {CONFIG} and "
+            f"{text or repr('')}: no such folder; a model is 'tiny', 'conformance', a folder with {CONFIG_JSON} and "
             "weights, or a hub id like google/gemma-2-9b"
         )
     if not re.fullmatch(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*", revision) or ".." in revision:
         raise ModelNameError(f"{text}: {revision!r} is no revision; give a branch, a tag or a whole commit hash")
-    return _from_cache(text, revision, download, needed)
+    return _find_in_cache(text, revision, download, needed)
 
 
-def _from_cache(hub_id: str, revision: str, download: bool, needed: Collection[str]) -> Path:
-    snapshot = _snapshot(hub_id, revision)
-    lacking = _lacking(snapshot, needed) if snapshot else []
+def _find_in_cache(hub_id: str, revision: str, download: bool, needed: Collection[str]) -> Path:
+    snapshot = _find_snapshot(hub_id, revision)
+    lacking = _list_missing(snapshot, needed) if snapshot else []
     if snapshot and not lacking:
         return snapshot
     if download:
@@ -114,15 +114,15 @@ def _from_cache(hub_id: str, revision: str, download: bool, needed: Collection[s
     if snapshot:
         raise ModelNameError(
             f"{hub_id}: the snapshot {snapshot} lacks {', '.join(lacking)}: the download was cut short; "
-            f"{_how_to_get(hub_id)}"
+            f"{_explain_download(hub_id)}"
         )
     raise ModelNameError(
         f"{hub_id}: there is no folder of that name, and {cache_folder()} holds no snapshot of its revision "
-        f"{revision!r}; {_how_to_get(hub_id)}"
+        f"{revision!r}; {_explain_download(hub_id)}"
     )
 
 
-def _how_to_get(hub_id: str) -> str:
+def _explain_download(hub_id: str) -> str:
     return f"download it with: refgemma info {hub_id} --download (it is downloaded only if asked for)"
 
 

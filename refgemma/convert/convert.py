@@ -22,9 +22,9 @@ from refgemma.convert.layouts import Original, View, flax_layout, hf_layout, pyt
 from refgemma.convert.orbax import is_orbax
 from refgemma.convert.pickles import read_torch, write_torch
 from refgemma.files import read_object, replace_file
+from refgemma.hub import CONFIG_JSON
 from refgemma.precision import Array
 from refgemma.weights.checkpoint import (
-    CONFIG,
     INDEX,
     SINGLE,
     CheckpointError,
@@ -35,15 +35,15 @@ from refgemma.weights.checkpoint import (
     read_shards,
 )
 from refgemma.weights.save import (
+    FILE_DTYPES,
     STAGING,
-    STORED,
-    Output,
+    OutputTensor,
     _check_space,
+    as_stored,
     check_same,
     claim,
-    in_shards,
-    shard_bytes,
-    stored,
+    parse_size,
+    split_into_shards,
     write_checkpoint,
 )
 
@@ -68,9 +68,9 @@ class Part:
     rows: slice
     views: tuple[View, ...]
 
-    def array(self) -> Array:
+    def read(self) -> Array:
         """The part; no number is read before it is used, unless a view has to copy."""
-        x = self.tensor.mapped()[self.rows]
+        x = self.tensor.map()[self.rows]
         for view in self.views:
             x = view(x)
         return x
@@ -78,7 +78,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Joined:
-    """Parts one below the other, then rows of zeros, in one precision: the rows of an `Output`."""
+    """Parts one below the other, then rows of zeros, in one precision: the rows of an `OutputTensor`."""
 
     name: str
     parts: tuple[tuple[Part, int], ...]
@@ -95,13 +95,13 @@ class Joined:
                 blocks.append(self._block(part, slice(first, last)))
             at += count
         if stop > max(at, start):
-            blocks.append(np.zeros((stop - max(at, start), *self.shape[1:]), STORED[self.dtype]))
+            blocks.append(np.zeros((stop - max(at, start), *self.shape[1:]), FILE_DTYPES[self.dtype]))
         return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
 
     def _block(self, part: Part, rows: slice) -> Array:
-        found = part.array()[rows]
+        found = part.read()[rows]
         with np.errstate(over="ignore", invalid="ignore"):
-            block = stored(found, self.dtype)
+            block = as_stored(found, self.dtype)
         if not np.isfinite(block).all():
             where = f"{part.tensor.file}: tensor {part.tensor.name!r}"
             if np.isfinite(found).all():
@@ -110,7 +110,7 @@ class Joined:
         return block
 
 
-def _unfolded(layout: Sequence[Original], found: Mapping[str, Stored]) -> dict[str, Part]:
+def _unfold(layout: Sequence[Original], found: Mapping[str, Stored]) -> dict[str, Part]:
     """Hugging Face name -> part of an original tensor."""
     parts = {}
     for original in layout:
@@ -121,7 +121,7 @@ def _unfolded(layout: Sequence[Original], found: Mapping[str, Stored]) -> dict[s
     return parts
 
 
-def _folded(layout: Sequence[Original], parts: Mapping[str, Part], dtype: str | None) -> list[Output]:
+def _fold(layout: Sequence[Original], parts: Mapping[str, Part], dtype: str | None) -> list[OutputTensor]:
     """The original tensors made of Hugging Face tensors."""
     outputs = []
     for original in layout:
@@ -133,7 +133,9 @@ def _folded(layout: Sequence[Original], parts: Mapping[str, Part], dtype: str | 
             )
         kind = dtype or kinds.pop()
         joined = tuple((replace(part, views=(*part.views, piece.fold)), piece.rows) for part, piece in pieces)
-        outputs.append(Output(original.name, kind, original.shape, Joined(original.name, joined, kind, original.shape)))
+        outputs.append(
+            OutputTensor(original.name, kind, original.shape, Joined(original.name, joined, kind, original.shape))
+        )
     return outputs
 
 
@@ -159,13 +161,13 @@ class Source:
         return [self.path, self.path.parent] if is_orbax(self.path) else [self.path]
 
 
-def kind_of(path: Path) -> str:
+def detect_kind(path: Path) -> str:
     """Tell which format the checkpoint at `path` has, from the files that are there.
 
     Examples
     --------
     >>> import refgemma
-    >>> kind_of(Path(refgemma.__file__).parent / "checkpoints" / "tiny")
+    >>> detect_kind(Path(refgemma.__file__).parent / "checkpoints" / "tiny")
     'hf'
     """
     if not path.exists():
@@ -181,7 +183,7 @@ def kind_of(path: Path) -> str:
     raise CheckpointError(f"{path}: holds no checkpoint: no *.ckpt, {TORCH_INDEX}, *.npz, {SINGLE} or {INDEX}")
 
 
-def _torch_tensors(path: Path) -> dict[str, Stored]:
+def _read_torch_tensors(path: Path) -> dict[str, Stored]:
     """The tensors of a file, or of a folder with one ``.ckpt`` or an index and its shards; no rotary tables."""
     if not path.is_dir():
         found = read_torch(path)
@@ -197,18 +199,18 @@ def _torch_tensors(path: Path) -> dict[str, Stored]:
     return {name: tensor for name, tensor in found.items() if not name.endswith(ROTARY_TABLE)}
 
 
-def _found_config(path: Path, found: Mapping[str, Stored], given: str | Path | None) -> Gemma2Config:
+def _find_config(path: Path, found: Mapping[str, Stored], given: str | Path | None) -> Gemma2Config:
     """The configuration that is given, or lies beside the weights, or is the released one of these shapes."""
     if given is not None:
         return Gemma2Config.from_json_file(given)
-    beside = (path if path.is_dir() else path.parent) / CONFIG
+    beside = (path if path.is_dir() else path.parent) / CONFIG_JSON
     if beside.is_file() and read_object(beside, CheckpointError).get("model_type") == "gemma2":
         return Gemma2Config.from_json_file(beside)
     layers = {match[1] for name in found if (match := re.search(r"layers?[._](\d+)[./]", name))}
     sizes = {
-        "hidden_size": _length(found, ("embedder.weight", "transformer/embedder/input_embedding"), 1),
+        "hidden_size": _find_length(found, ("embedder.weight", "transformer/embedder/input_embedding"), 1),
         "num_hidden_layers": len(layers),
-        "intermediate_size": _length(
+        "intermediate_size": _find_length(
             found, ("model.layers.0.mlp.gate_proj.weight", "transformer/layer_0/mlp/linear/w"), 0
         ),
     }
@@ -219,7 +221,7 @@ def _found_config(path: Path, found: Mapping[str, Stored], given: str | Path | N
     raise CheckpointError(f"{path}: {told} is no released Gemma 2 ({', '.join(PRESETS)}); give its config.json")
 
 
-def _length(found: Mapping[str, Stored], names: Sequence[str], axis: int) -> int:
+def _find_length(found: Mapping[str, Stored], names: Sequence[str], axis: int) -> int:
     shapes = [found[name].shape for name in names if name in found]
     return shapes[0][axis] if shapes and len(shapes[0]) == 2 else 0
 
@@ -229,7 +231,7 @@ def _is_padded(rows: int, config: Gemma2Config) -> bool:
     return padding == 0 or (0 < padding <= PADDING and rows % PADDING == 0)
 
 
-def _vocab_rows(path: Path, table: Stored | None, config: Gemma2Config) -> int:
+def _count_rows(path: Path, table: Stored | None, config: Gemma2Config) -> int:
     """Rows of the embedding, which may be padded."""
     rows = table.shape[0] if table is not None and table.shape else config.vocab_size
     if not _is_padded(rows, config):
@@ -267,8 +269,8 @@ def _check_layout(path: Path, layout: Sequence[Original], found: Mapping[str, St
             raise CheckpointError(
                 f"{tensor.file}: tensor {name!r} has shape {tensor.shape}, where the configuration says {shape}"
             )
-        if tensor.dtype not in STORED.values():
-            raise CheckpointError(f"{tensor.file}: tensor {name!r} holds {tensor.dtype}, not {', '.join(STORED)}")
+        if tensor.dtype not in FILE_DTYPES.values():
+            raise CheckpointError(f"{tensor.file}: tensor {name!r} holds {tensor.dtype}, not {', '.join(FILE_DTYPES)}")
 
 
 def open_source(
@@ -300,33 +302,33 @@ def open_source(
     ('hf', 68)
     """
     path = Path(path)
-    kind = kind_of(path) if kind == "auto" else kind
+    kind = detect_kind(path) if kind == "auto" else kind
     if kind == "hf":
         if config is not None:
             raise CheckpointError(f"{path}: a Hugging Face folder has a configuration already; leave out the other one")
-        return _hf_source(path)
+        return _open_hf(path)
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such file or folder")
-    found = _torch_tensors(path) if kind == "pytorch" else read_tree(path)
-    shape = _found_config(path, found, config)
+    found = _read_torch_tensors(path) if kind == "pytorch" else read_tree(path)
+    shape = _find_config(path, found, config)
     if kind == "pytorch":
         name = "embedder.weight"
-        rows = _vocab_rows(path, found.get(name), shape)
+        rows = _count_rows(path, found.get(name), shape)
         layout = pytorch_layout(shape, rows)
     else:
         name = "transformer/embedder/input_embedding"
-        rows = _vocab_rows(path, found.get(name), shape)
+        rows = _count_rows(path, found.get(name), shape)
         gate = found.get("transformer/layer_0/mlp/gating_einsum/w")
         layout = flax_layout(shape, _is_transposed(path, gate, shape, transposed), rows)
     _check_layout(path, layout, found)
-    nonzero = int(np.count_nonzero(found[name].mapped()[shape.vocab_size :].any(axis=1)))
-    return Source(path, kind, shape, _unfolded(layout, found), rows - shape.vocab_size, nonzero)
+    nonzero = int(np.count_nonzero(found[name].map()[shape.vocab_size :].any(axis=1)))
+    return Source(path, kind, shape, _unfold(layout, found), rows - shape.vocab_size, nonzero)
 
 
-def _hf_source(path: Path) -> Source:
+def _open_hf(path: Path) -> Source:
     checkpoint = open_checkpoint(path)
     _check_layout(path, hf_layout(checkpoint.config), checkpoint.tensors)
-    return Source(path, "hf", checkpoint.config, _unfolded(hf_layout(checkpoint.config), checkpoint.tensors))
+    return Source(path, "hf", checkpoint.config, _unfold(hf_layout(checkpoint.config), checkpoint.tensors))
 
 
 # --- the target -------------------------------------------------------------------------------------------------------
@@ -339,7 +341,7 @@ class Converted:
     source: Source
     target: Path
     kind: str
-    outputs: Sequence[Output]
+    outputs: Sequence[OutputTensor]
 
     @property
     def nbytes(self) -> int:
@@ -347,7 +349,7 @@ class Converted:
         return sum(output.nbytes for output in self.outputs)
 
 
-def _target_layout(source: Source, kind: str, vocab_rows: int | None, transposed: bool | None) -> list[Original]:
+def _choose_layout(source: Source, kind: str, vocab_rows: int | None, transposed: bool | None) -> list[Original]:
     config = source.config
     if vocab_rows is not None and (kind == "hf" or not _is_padded(vocab_rows, config)):
         raise CheckpointError(
@@ -422,14 +424,16 @@ def convert(
     >>> np.array_equal(again.weights.norm, refgemma.load("tiny").weights.norm)
     True
     """
-    if target_format not in FORMATS or (dtype is not None and dtype not in STORED):
-        raise CheckpointError(f"cannot write {target_format} in {dtype}; there are {', '.join((*FORMATS, *STORED))}")
-    size = shard_bytes(max_shard_size or (ONE_FILE if target_format == "pytorch" else "5GB"))
+    if target_format not in FORMATS or (dtype is not None and dtype not in FILE_DTYPES):
+        raise CheckpointError(
+            f"cannot write {target_format} in {dtype}; there are {', '.join((*FORMATS, *FILE_DTYPES))}"
+        )
+    size = parse_size(max_shard_size or (ONE_FILE if target_format == "pytorch" else "5GB"))
     opened = open_source(source, source_format, config, transposed)
-    layout = _target_layout(opened, target_format, vocab_rows, transposed)
-    outputs = _folded(layout, opened.parts, dtype)
+    layout = _choose_layout(opened, target_format, vocab_rows, transposed)
+    outputs = _fold(layout, opened.parts, dtype)
     folder = Path(target)
-    fingerprint = _fingerprint(opened, outputs, target_format, size)
+    fingerprint = _make_fingerprint(opened, outputs, target_format, size)
     claim(folder, fingerprint)
     _write_beside(opened, folder, target_format, outputs[0].dtype)
     if target_format in ("hf", "flax"):
@@ -439,7 +443,7 @@ def convert(
     return Converted(opened, folder, target_format, outputs)
 
 
-def _fingerprint(source: Source, outputs: Sequence[Output], kind: str, size: int) -> str:
+def _make_fingerprint(source: Source, outputs: Sequence[OutputTensor], kind: str, size: int) -> str:
     """What is converted to what: an interrupted run is continued only by one with the same."""
     files = sorted({part.tensor.file for part in source.parts.values()})
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
@@ -461,9 +465,9 @@ def _write_beside(source: Source, folder: Path, kind: str, dtype: str) -> None:
         replace_file(folder / GENERATION, (json.dumps(about, indent=2, sort_keys=True) + "\n").encode())
 
 
-def _write_zips(folder: Path, outputs: Sequence[Output], kind: str, limit: int) -> None:
+def _write_zips(folder: Path, outputs: Sequence[OutputTensor], kind: str, limit: int) -> None:
     """Write PyTorch's format, in one file or in shards with an index, or a ``.npz``; then compare."""
-    parts = _zip_files(outputs, kind, limit)
+    parts = _split_into_files(outputs, kind, limit)
     staging = folder / STAGING
     for partial in staging.glob("*.part"):
         partial.unlink()
@@ -489,10 +493,10 @@ def _write_zips(folder: Path, outputs: Sequence[Output], kind: str, limit: int) 
     check_same({name: tensor for file in parts for name, tensor in read(folder / file).items()}, outputs, folder)
 
 
-def _zip_files(outputs: Sequence[Output], kind: str, limit: int) -> dict[str, list[Output]]:
+def _split_into_files(outputs: Sequence[OutputTensor], kind: str, limit: int) -> dict[str, list[OutputTensor]]:
     if kind == "flax-npz":
         return {NPZ: list(outputs)}
-    parts = in_shards(outputs, limit)
+    parts = split_into_shards(outputs, limit)
     if len(parts) == 1:
         return {TORCH_SINGLE: list(outputs)}
     return {f"pytorch_{name.removesuffix('.safetensors')}.bin": part for name, part in parts.items()}

@@ -20,7 +20,12 @@ from refgemma.config import ConfigError, Gemma2Config
 from refgemma.generation.decode import Criterion, Processor, Prompts, Streamer, generate_batch
 from refgemma.generation.generation_config import FILE as GENERATION_CONFIG
 from refgemma.generation.generation_config import GenerationConfig, settled
-from refgemma.generation.outputs import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput, ModelOutput
+from refgemma.generation.outputs import (
+    GenerateBeamDecoderOnlyOutput,
+    GenerateDecoderOnlyOutput,
+    ModelOutput,
+    PastKeyValues,
+)
 from refgemma.heads import causal_lm_loss, last_tokens, sequence_classification_loss, token_classification_loss
 from refgemma.hub import find_model
 from refgemma.inputs import InputError, as_array
@@ -28,7 +33,6 @@ from refgemma.model import begin, blocks, head, next_past
 from refgemma.modeling.model_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
-    PastKeyValues,
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
@@ -49,14 +53,14 @@ from refgemma.weights.parameters import (
     tensor_shapes,
     weights_of,
 )
-from refgemma.weights.save import Output, write_checkpoint
+from refgemma.weights.save import OutputTensor, write_checkpoint
 
 # The types of the documented arguments, of which all four classes take the same set.
 Given: TypeAlias = npt.ArrayLike | None
-Past: TypeAlias = Cache | LegacyCache | None
+PastArgument: TypeAlias = Cache | LegacyCache | None
 Flag: TypeAlias = bool | None  # None: what the configuration says
 
-Answer = TypeVar("Answer", bound=ModelOutput)
+AnyOutput = TypeVar("AnyOutput", bound=ModelOutput)
 
 # What people hand to transformers' from_pretrained, and what to do with it here.
 ELSEWHERE = {
@@ -75,7 +79,7 @@ ELSEWHERE = {
 }
 
 
-def _seen(places: Array | None, attention_mask: Any, seq: int) -> int | None:
+def _count_seen(places: Array | None, attention_mask: Any, seq: int) -> int | None:
     """How many tokens came before: told by the places of these `seq` tokens, or by a mask over all tokens."""
     if places is not None and places.size:
         return int(places[0])
@@ -85,8 +89,9 @@ def _seen(places: Array | None, attention_mask: Any, seq: int) -> int | None:
     return int(mask.shape[-1] - seq) if mask.ndim in (2, 4) else None
 
 
-def cache_of(
-    past_key_values: Past, config: Gemma2Config, like: Array, seq: int, attention_mask: Any, cache_position: Given
+def read_cache(
+    past_key_values: PastArgument, config: Gemma2Config, like: Array, seq: int, attention_mask: Any,
+    cache_position: Given,
 ) -> Cache | None:  # fmt: skip
     """The cache that a caller handed in, in whichever format, after a look whether `cache_position` agrees with it."""
     told = None if cache_position is None else as_array(cache_position, "cache_position")
@@ -97,7 +102,7 @@ def cache_of(
     if past_key_values is None or isinstance(past_key_values, Cache):
         cache = past_key_values
     else:
-        seen = _seen(told, attention_mask, seq)
+        seen = _count_seen(told, attention_mask, seq)
         cache = Cache.from_legacy(past_key_values, config, like, seen)
     seen_now = cache.get_seq_length() if cache else 0
     if told is not None and (told != np.arange(seen_now, seen_now + seq)).any():
@@ -108,22 +113,22 @@ def cache_of(
     return cache
 
 
-def _in_format(cache: Cache, legacy: bool) -> PastKeyValues:
+def _format_cache(cache: Cache, legacy: bool) -> PastKeyValues:
     return cache.to_legacy() if legacy else cache
 
 
-def _or(told: bool | None, configured: bool) -> bool:
+def _choose(told: bool | None, configured: bool) -> bool:
     """What the caller says, or else the configuration."""
     return configured if told is None else told
 
 
-def tokens_to_keep(hidden: Any, logits_to_keep: int | npt.NDArray[Any]) -> Any:
+def select_tokens(hidden: Any, logits_to_keep: int | npt.NDArray[Any]) -> Any:
     """The tokens of `hidden` that logits are wanted of; see `Gemma2ForCausalLM.forward`.
 
     Examples
     --------
     >>> hidden = np.arange(6.0).reshape(2, 3, 1)
-    >>> tokens_to_keep(hidden, 1)[:, :, 0], tokens_to_keep(hidden, np.array([[0], [1]]))[:, :, 0]
+    >>> select_tokens(hidden, 1)[:, :, 0], select_tokens(hidden, np.array([[0], [1]]))[:, :, 0]
     (array([[2.],
            [5.]]), array([[0.],
            [4.]]))
@@ -145,7 +150,7 @@ def tokens_to_keep(hidden: Any, logits_to_keep: int | npt.NDArray[Any]) -> Any:
     return hidden[:, kept] if kept.ndim == 1 else hidden[np.arange(batch)[:, None], kept]
 
 
-def _length(input_ids: Any, inputs_embeds: Any) -> int:
+def _count_tokens(input_ids: Any, inputs_embeds: Any) -> int:
     """How many tokens a row has; 0 where that cannot be told, which `check_inputs` refuses with a reason."""
     given = as_array(input_ids, "input_ids") if inputs_embeds is None else as_array(inputs_embeds, "inputs_embeds")
     return given.shape[1] if given.ndim > 1 else 0
@@ -388,7 +393,7 @@ class Gemma2PreTrainedModel:
         config = self.config.changed(dtype=self.dtype, architectures=(type(self).__name__,))
         config.to_json_string()  # what no file can hold is refused before anything is written
         tensors = self.named_tensors()
-        outputs = [Output(name, self.dtype, tuple(tensor.shape), tensor) for name, tensor in tensors.items()]
+        outputs = [OutputTensor(name, self.dtype, tuple(tensor.shape), tensor) for name, tensor in tensors.items()]
         write_checkpoint(folder, outputs, max_shard_size)
         config.save_pretrained(folder)
 
@@ -414,7 +419,7 @@ class Gemma2Model(Gemma2PreTrainedModel):
 
     def forward(
         self, input_ids: Given = None, attention_mask: Any = None, position_ids: Given = None,
-        past_key_values: Past = None, inputs_embeds: Given = None, use_cache: Flag = None,
+        past_key_values: PastArgument = None, inputs_embeds: Given = None, use_cache: Flag = None,
         output_attentions: Flag = None, output_hidden_states: Flag = None, return_dict: Flag = None,
         cache_position: Given = None,
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:  # fmt: skip
@@ -461,14 +466,17 @@ class Gemma2Model(Gemma2PreTrainedModel):
         ((1, 1, 234), (1, 6, 1, 3))
         """
         config, weights, like = self.config, self.weights, self.weights.norm
-        seq = _length(input_ids, inputs_embeds)
-        cache = cache_of(past_key_values, config, like, seq, attention_mask, cache_position)
+        seq = _count_tokens(input_ids, inputs_embeds)
+        cache = read_cache(past_key_values, config, like, seq, attention_mask, cache_position)
         start = begin(
             input_ids, weights, config, attention_mask=attention_mask, position_ids=position_ids, cache=cache,
             inputs_embeds=inputs_embeds,
         )  # fmt: skip
-        keep_cache, keep_probs = _or(use_cache, config.use_cache), _or(output_attentions, config.output_attentions)
-        keep_hidden = _or(output_hidden_states, config.output_hidden_states)
+        keep_cache, keep_probs = (
+            _choose(use_cache, config.use_cache),
+            _choose(output_attentions, config.output_attentions),
+        )
+        keep_hidden = _choose(output_hidden_states, config.output_hidden_states)
         hidden, present, states, attentions = start.embedded, [], [start.embedded], []
         for layer, record in enumerate(blocks(start, weights, config)):
             hidden = record.out
@@ -482,11 +490,11 @@ class Gemma2Model(Gemma2PreTrainedModel):
         legacy = past_key_values is not None and not isinstance(past_key_values, Cache)
         output = BaseModelOutputWithPast(
             last_hidden_state=norm,
-            past_key_values=_in_format(Cache(present), legacy) if keep_cache else None,
+            past_key_values=_format_cache(Cache(present), legacy) if keep_cache else None,
             hidden_states=(*states[:-1], norm) if keep_hidden else None,
             attentions=tuple(attentions) if keep_probs else None,
         )
-        return output if _or(return_dict, config.return_dict) else output.to_tuple()
+        return output if _choose(return_dict, config.return_dict) else output.to_tuple()
 
     __call__ = forward
 
@@ -506,15 +514,15 @@ class _WithHead(Gemma2PreTrainedModel):
         return output
 
     def _answer(
-        self, kind: type[Answer], base: BaseModelOutputWithPast, logits: Array, loss: float | None, return_dict: Flag
-    ) -> Answer | tuple[Any, ...]:
+        self, kind: type[AnyOutput], base: BaseModelOutputWithPast, logits: Array, loss: float | None, return_dict: Flag
+    ) -> AnyOutput | tuple[Any, ...]:
         """Put an output of `kind` together; its loss has the precision it was taken in."""
         names = {f.name for f in fields(kind)}  # type: ignore[arg-type]  # every output is a dataclass
         record: dict[str, Any] = {name: value for name, value in base.items() if name in names}
         record["loss"] = None if loss is None else wide(logits).dtype.type(loss)
         record["logits"] = logits
         output = kind(**record)
-        return output if _or(return_dict, self.config.return_dict) else output.to_tuple()
+        return output if _choose(return_dict, self.config.return_dict) else output.to_tuple()
 
 
 class Gemma2ForCausalLM(_WithHead):
@@ -638,7 +646,7 @@ class Gemma2ForCausalLM(_WithHead):
 
     def forward(
         self, input_ids: Given = None, attention_mask: Any = None, position_ids: Given = None,
-        past_key_values: Past = None, inputs_embeds: Given = None, labels: Given = None, use_cache: Flag = None,
+        past_key_values: PastArgument = None, inputs_embeds: Given = None, labels: Given = None, use_cache: Flag = None,
         output_attentions: Flag = None, output_hidden_states: Flag = None, return_dict: Flag = None,
         cache_position: Given = None, logits_to_keep: int | npt.NDArray[Any] = 0,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:  # fmt: skip
@@ -676,7 +684,7 @@ class Gemma2ForCausalLM(_WithHead):
         """
         base = self._run_base(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
                               output_attentions, output_hidden_states, True, cache_position)  # fmt: skip
-        kept = tokens_to_keep(base.last_hidden_state, logits_to_keep)
+        kept = select_tokens(base.last_hidden_state, logits_to_keep)
         flat = kept.ndim == 2  # the tokens that a bool array picks have lost their rows
         _, all_logits = head(kept[None] if flat else kept, self.weights, self.config)
         logits = all_logits[0] if flat else all_logits
@@ -711,7 +719,7 @@ class Gemma2ForSequenceClassification(_WithHead):
 
     def forward(
         self, input_ids: Given = None, attention_mask: Any = None, position_ids: Given = None,
-        past_key_values: Past = None, inputs_embeds: Given = None, labels: Given = None, use_cache: Flag = None,
+        past_key_values: PastArgument = None, inputs_embeds: Given = None, labels: Given = None, use_cache: Flag = None,
         output_attentions: Flag = None, output_hidden_states: Flag = None, return_dict: Flag = None,
         cache_position: Given = None,
     ) -> SequenceClassifierOutputWithPast | tuple[Any, ...]:  # fmt: skip
@@ -792,7 +800,7 @@ class Gemma2ForTokenClassification(_WithHead):
 
     def forward(
         self, input_ids: Given = None, attention_mask: Any = None, position_ids: Given = None,
-        past_key_values: Past = None, inputs_embeds: Given = None, labels: Given = None, use_cache: Flag = None,
+        past_key_values: PastArgument = None, inputs_embeds: Given = None, labels: Given = None, use_cache: Flag = None,
         output_attentions: Flag = None, output_hidden_states: Flag = None, return_dict: Flag = None,
         cache_position: Given = None,
     ) -> TokenClassifierOutput | tuple[Any, ...]:  # fmt: skip

@@ -70,10 +70,10 @@ def load(
     """
     folder = find_model(name, revision, download)
     checkpoint = open_checkpoint(folder)
-    return Pretrained(folder, checkpoint.config, checkpoint.weights(dtype), _stop_ids(folder, checkpoint.config))
+    return Pretrained(folder, checkpoint.config, checkpoint.weights(dtype), _find_stop_ids(folder, checkpoint.config))
 
 
-def _stop_ids(folder: Path, config: Gemma2Config) -> frozenset[int]:
+def _find_stop_ids(folder: Path, config: Gemma2Config) -> frozenset[int]:
     """Those of ``generation_config.json`` or else of the configuration, and the end of a turn in any case.
 
     A chat model ends its turn with ``<end_of_turn>``, which the released configuration does not list as an end.

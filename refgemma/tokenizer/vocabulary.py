@@ -11,8 +11,8 @@ from typing import Any
 import sentencepiece
 
 from refgemma.errors import RefgemmaError
+from refgemma.files import LFS_POINTER
 
-GIT_LFS_POINTER = b"version https://git-lfs"
 SPACE = "\u2581"  # how a piece writes a space
 
 
@@ -20,19 +20,19 @@ class TokenizerError(RefgemmaError):
     """No Gemma tokenizer, an id that it does not have, messages that are no Gemma chat, or what it cannot be asked."""
 
 
-def _read(model_file: str | Path) -> bytes:
+def _read_model(model_file: str | Path) -> bytes:
     try:
         model = Path(model_file).read_bytes()
     except OSError as error:
         raise TokenizerError(f"{model_file}: cannot be read: {error.strerror}; give a Gemma tokenizer.model") from None
-    if model.startswith(GIT_LFS_POINTER):
+    if model.startswith(LFS_POINTER):
         raise TokenizerError(f"{model_file}: is a Git LFS pointer, not the file itself; fetch it with: git lfs pull")
     if not model:  # SentencePiece takes no bytes for no model, and then answers every question with a default
         raise TokenizerError(f"{model_file}: is empty; download it again")
     return model
 
 
-def _out_of_reach(model: bytes, piece: str) -> bytes:
+def _hide_piece(model: bytes, piece: str) -> bytes:
     """`model` with `piece` made a control piece, if it was user-defined.
 
     SentencePiece finds user-defined pieces in any text, and control pieces in none. In the file a piece is its name,
@@ -45,7 +45,7 @@ def _out_of_reach(model: bytes, piece: str) -> bytes:
     return re.sub(b"(" + head + rb")\x04", lambda found: found[1] + b"\x03", model, count=1, flags=re.DOTALL)
 
 
-def _characters(utf8: bytes) -> str:
+def _decode_bytes(utf8: bytes) -> str:
     """The characters of `utf8`; if it is no UTF-8, U+FFFD for each byte, as transformers does."""
     try:
         return utf8.decode()
@@ -53,7 +53,7 @@ def _characters(utf8: bytes) -> str:
         return "\ufffd" * len(utf8)
 
 
-def checked_text(text: object) -> str:
+def check_text(text: object) -> str:
     """Refuse what is no string, or holds half a surrogate pair, which is no character."""
     if not isinstance(text, str):
         raise TokenizerError(f"text is a {type(text).__name__}, not a string")
@@ -99,10 +99,10 @@ class Vocabulary:
     """
 
     def __init__(self, model_file: str | Path, special: Iterable[str]) -> None:
-        self.content = model = _read(model_file)
+        self.content = model = _read_model(model_file)
         names = list(special)
         for piece in names:
-            model = _out_of_reach(model, piece)
+            model = _hide_piece(model, piece)
         try:
             self._model: Any = sentencepiece.SentencePieceProcessor(model_proto=model)
             self._model.id_to_piece(list(range(len(self))))  # a damaged piece is no text: not later, in mid-sentence
@@ -144,7 +144,7 @@ class Vocabulary:
         """The text that `ids` stand for; special pieces are written out."""
         runs = ((byte, self.pieces(run)) for byte, run in groupby(ids, key=self.is_byte))
         return "".join(
-            _characters(bytes(int(piece.strip("<>"), 16) for piece in run))
+            _decode_bytes(bytes(int(piece.strip("<>"), 16) for piece in run))
             if byte
             else "".join(run).replace(SPACE, " ")
             for byte, run in runs

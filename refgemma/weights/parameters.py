@@ -81,7 +81,7 @@ SCORE_WEIGHT = "score.weight"
 SCORE_BIAS = "score.bias"
 
 
-def _tensor(field: str) -> str:
+def _name_tensor(field: str) -> str:
     """The name of a field's tensor inside its layer: ``self_attn.q_proj.bias`` for ``q_proj_bias``."""
     module = field.removesuffix("_bias")
     return f"{_INSIDE.get(module, module)}.{'weight' if module == field else 'bias'}"
@@ -103,7 +103,7 @@ def layer_tensors(layer: int, bias: bool = False) -> dict[str, str]:
     'model.layers.3.self_attn.q_proj.weight'
     """
     names = [f.name for f in fields(LayerWeights) if bias or not f.name.endswith("_bias")]
-    return {name: f"model.layers.{layer}.{_tensor(name)}" for name in names}
+    return {name: f"model.layers.{layer}.{_name_tensor(name)}" for name in names}
 
 
 def tensor_shapes(config: Gemma2Config) -> dict[str, tuple[int, ...]]:

@@ -20,9 +20,9 @@ import numpy.typing as npt
 from refgemma.config import Gemma2Config
 from refgemma.precision import BF16, Array, as_dtype
 from refgemma.weights.parameters import EMBED_TOKENS, NORM, OnDemand, Weights, tensor_shapes
-from refgemma.weights.save import Output, claim, write_checkpoint
+from refgemma.weights.save import OutputTensor, claim, write_checkpoint
 
-SEED = 2
+SYNTHETIC_SEED = 2
 
 # A weight is -128 to 127, root mean square 74, times 2 to this power. What that makes of a 9B and a 27B is measured in
 # docs/full-size.md: scores that reach the cap, attention in four degrees of sharpness, a residual stream that grows.
@@ -36,7 +36,7 @@ HEAD_POWERS = (0, 1, 0, 2, 0, 1, 0, 1, 0, 1, 0, 2, 0, 1, 0, 3)
 BYTES_PER_COUNT = 32  # Philox gives four numbers of eight bytes for each step of its counter
 
 
-def raw_bytes(name: str, start: int, count: int, seed: int = SEED) -> npt.NDArray[np.int8]:
+def raw_bytes(name: str, start: int, count: int, seed: int = SYNTHETIC_SEED) -> npt.NDArray[np.int8]:
     """`count` numbers of the stream of tensor `name`, from place `start` on: uniform in -128 to 127; others by `seed`.
 
     Examples
@@ -65,7 +65,7 @@ class Synthetic:
     shape: tuple[int, ...]
     config: Gemma2Config
     dtype: str = "float32"
-    seed: int = SEED
+    seed: int = SYNTHETIC_SEED
 
     def __getitem__(self, rows: Any, /) -> Array:
         """The rows of a slice or of an array of integers."""
@@ -99,7 +99,7 @@ class Synthetic:
         return power * np.exp2(np.array(HEAD_POWERS, np.float32)[heads % len(HEAD_POWERS)])[:, None]
 
 
-def synthetic_weights(config: Gemma2Config, dtype: str = "float32", seed: int = SEED) -> Weights:
+def synthetic_weights(config: Gemma2Config, dtype: str = "float32", seed: int = SYNTHETIC_SEED) -> Weights:
     """Synthetic weights of a model in `dtype`, others by `seed`; each layer is made anew whenever it is asked for.
 
     Examples
@@ -133,9 +133,10 @@ def write_synthetic(config: Gemma2Config, folder: str | Path, max_shard_size: in
     9888
     """
     outputs = [
-        Output(name, "bfloat16", shape, Synthetic(name, shape, config)) for name, shape in tensor_shapes(config).items()
+        OutputTensor(name, "bfloat16", shape, Synthetic(name, shape, config))
+        for name, shape in tensor_shapes(config).items()
     ]
-    fingerprint = f"synthetic {SEED} {EXPONENTS} {max_shard_size} {config.to_json_string()}"
+    fingerprint = f"synthetic {SYNTHETIC_SEED} {EXPONENTS} {max_shard_size} {config.to_json_string()}"
     told = hashlib.sha256(fingerprint.encode()).hexdigest()
     claim(Path(folder), told)
     config.changed(dtype="bfloat16", architectures=("Gemma2ForCausalLM",)).save_pretrained(folder)
