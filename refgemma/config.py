@@ -18,15 +18,9 @@ FULL = "full_attention"
 # A config.json without one of these would silently become another model: sizes have no sensible default, and the
 # default of the query scalar differs between the documentation (224) and transformers (256).
 REQUIRED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "query_pre_attn_scalar",
-)
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "query_pre_attn_scalar",
+)  # fmt: skip
 
 LABELS_LIMIT = 2**20  # more classes than any classifier has; their names are written out
 LAYERS_LIMIT = 2**16  # each has a type: a number without limit would take memory without limit
@@ -241,11 +235,8 @@ class Gemma2Config:
                 "put its name in its place"
             )
         usual = {f.name: f.default for f in fields(self) if f.name in OMITTED}
-        usual |= {
-            "id2label": _name_labels(2),
-            "label2id": _number_labels(_name_labels(2)),
-            "num_labels": self.num_labels,
-        }
+        names = _name_labels(2)
+        usual |= {"id2label": names, "label2id": _number_labels(names), "num_labels": self.num_labels}
         values = {k: v for k, v in self.to_dict().items() if k not in usual or usual[k] != v}
         return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
@@ -352,34 +343,14 @@ class Gemma2Config:
 
 
 # The released sizes. The query scalar of the 27B is hidden_size / num_attention_heads, not head_dim.
+_SIZES = (
+    "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "query_pre_attn_scalar",
+)  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
-    "2b": {
-        "hidden_size": 2304,
-        "num_hidden_layers": 26,
-        "intermediate_size": 9216,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "query_pre_attn_scalar": 256,
-    },
-    "9b": {
-        "hidden_size": 3584,
-        "num_hidden_layers": 42,
-        "intermediate_size": 14336,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 256,
-        "query_pre_attn_scalar": 256,
-    },
-    "27b": {
-        "hidden_size": 4608,
-        "num_hidden_layers": 46,
-        "intermediate_size": 36864,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 16,
-        "head_dim": 128,
-        "query_pre_attn_scalar": 144,
-    },
+    "2b": dict(zip(_SIZES, (2304, 26, 9216, 8, 4, 256, 256), strict=True)),
+    "9b": dict(zip(_SIZES, (3584, 42, 14336, 16, 8, 256, 256), strict=True)),
+    "27b": dict(zip(_SIZES, (4608, 46, 36864, 32, 16, 128, 144), strict=True)),
 }
 
 

@@ -4,6 +4,7 @@ TensorStore, and by transformers 5.23, which loads a converted folder as the mod
 Both ways follow from one table, ``refgemma.convert.layouts``.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -14,7 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from refgemma.config import PRESETS, Gemma2Config
 from refgemma.convert.flax_tree import read_npz, read_tree, write_npz
@@ -38,13 +38,14 @@ from refgemma.weights.save import (
     FILE_DTYPES,
     STAGING,
     OutputTensor,
-    _check_space,
     as_stored,
     check_same,
     claim,
     parse_size,
     split_into_shards,
     write_checkpoint,
+    write_index,
+    write_parts,
 )
 
 FORMATS = ("hf", "pytorch", "flax", "flax-npz")
@@ -372,16 +373,10 @@ def _choose_layout(source: Source, kind: str, vocab_rows: int | None, transposed
 
 
 def convert(
-    source: str | Path,
-    target: str | Path,
-    source_format: str = "auto",
-    target_format: str = "hf",
-    config: str | Path | None = None,
-    dtype: str | None = None,
-    max_shard_size: int | str | None = None,
-    vocab_rows: int | None = None,
-    transposed: bool | None = None,
-) -> Converted:
+    source: str | Path, target: str | Path, source_format: str = "auto", target_format: str = "hf",
+    config: str | Path | None = None, dtype: str | None = None, max_shard_size: int | str | None = None,
+    vocab_rows: int | None = None, transposed: bool | None = None,
+) -> Converted:  # fmt: skip
     """Convert a checkpoint, a few rows at a time, and compare what was written with the source.
 
     Run again after an interruption, it continues with the first file that was not finished.
@@ -471,23 +466,15 @@ def _write_zips(folder: Path, outputs: Sequence[OutputTensor], kind: str, limit:
     staging = folder / STAGING
     for partial in staging.glob("*.part"):
         partial.unlink()
-    unfinished = {name: part for name, part in parts.items() if not (staging / name).is_file()}
-    missing = sum(output.nbytes for part in unfinished.values() for output in part)
-    _check_space(staging, missing)
-    with tqdm(total=missing, unit="B", unit_scale=True, desc="writing", disable=None, delay=2) as bar:
-        for name, part in unfinished.items():
-            if kind == "flax-npz":
-                write_npz(staging / name, part, bar)
-            else:
-                write_torch(staging / name, part, None if len(parts) > 1 else "model_state_dict", bar)
+    key = None if len(parts) > 1 else "model_state_dict"
+    write = write_npz if kind == "flax-npz" else functools.partial(write_torch, key=key)
+    write_parts(staging, {name: part for name, part in parts.items() if not (staging / name).is_file()}, write)
     for name in parts:
         os.replace(staging / name, folder / name)
     if len(parts) > 1:
-        index = {
-            "metadata": {"total_size": sum(output.nbytes for output in outputs)},
-            "weight_map": {output.name: name for name, part in parts.items() for output in part},
-        }
-        replace_file(folder / TORCH_INDEX, (json.dumps(index, indent=2) + "\n").encode())
+        about = {"total_size": sum(output.nbytes for output in outputs)}
+        weight_map = {output.name: name for name, part in parts.items() for output in part}
+        write_index(folder / TORCH_INDEX, about, weight_map)
     shutil.rmtree(staging)
     read = read_npz if kind == "flax-npz" else read_torch
     check_same({name: tensor for file in parts for name, tensor in read(folder / file).items()}, outputs, folder)

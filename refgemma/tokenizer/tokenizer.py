@@ -9,6 +9,7 @@ import operator
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, SupportsIndex, overload
 
@@ -84,22 +85,11 @@ class Tokenizer:
     """
 
     def __init__(
-        self,
-        model_file: str | Path,
-        *,
-        bos_token: str = "<bos>",
-        eos_token: str = "<eos>",
-        unk_token: str = "<unk>",
-        pad_token: str = "<pad>",
-        extra_special_tokens: Sequence[str] = (),
-        add_bos_token: bool = True,
-        add_eos_token: bool = False,
-        padding_side: str = "left",
-        truncation_side: str = "right",
-        model_max_length: int = UNLIMITED,
-        split_special_tokens: bool = False,
-        chat_template: str = CHAT_TEMPLATE,
-    ) -> None:
+        self, model_file: str | Path, *, bos_token: str = "<bos>", eos_token: str = "<eos>", unk_token: str = "<unk>",
+        pad_token: str = "<pad>", extra_special_tokens: Sequence[str] = (), add_bos_token: bool = True,
+        add_eos_token: bool = False, padding_side: str = "left", truncation_side: str = "right",
+        model_max_length: int = UNLIMITED, split_special_tokens: bool = False, chat_template: str = CHAT_TEMPLATE,
+    ) -> None:  # fmt: skip
         check_choice("padding_side", padding_side, SIDES)
         check_choice("truncation_side", truncation_side, SIDES)
         check_choice("add_bos_token", add_bos_token, (False, True))
@@ -291,20 +281,11 @@ class Tokenizer:
         return ids
 
     def __call__(
-        self,
-        text: str | list[str] | tuple[str, ...],
-        *,
-        add_special_tokens: bool = True,
-        padding: bool | str = False,
-        truncation: bool | str | None = None,
-        max_length: int | None = None,
-        pad_to_multiple_of: int | None = None,
-        padding_side: str | None = None,
-        return_tensors: str | None = None,
-        return_attention_mask: bool | None = None,
-        split_special_tokens: bool | None = None,
-        **others: Any,
-    ) -> BatchEncoding:
+        self, text: str | list[str] | tuple[str, ...], *, add_special_tokens: bool = True, padding: bool | str = False,
+        truncation: bool | str | None = None, max_length: int | None = None, pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None, return_tensors: str | None = None, return_attention_mask: bool | None = None,
+        split_special_tokens: bool | None = None, **others: Any,
+    ) -> BatchEncoding:  # fmt: skip
         """Turn a text, or a list of texts, into what a model takes.
 
         Parameters
@@ -361,43 +342,25 @@ class Tokenizer:
             what = f"an empty {type(text).__name__}" if isinstance(text, list | tuple) else f"a {type(text).__name__}"
             raise TokenizerError(f"text is {what}, not a string or a list of strings")
         layout = self._choose_layout(
-            padding=padding,
-            truncation=truncation,
-            max_length=max_length,
-            pad_to_multiple_of=pad_to_multiple_of,
-            padding_side=padding_side,
-            return_tensors=return_tensors,
-            return_attention_mask=return_attention_mask,
+            padding=padding, truncation=truncation, max_length=max_length, pad_to_multiple_of=pad_to_multiple_of,
+            padding_side=padding_side, return_tensors=return_tensors, return_attention_mask=return_attention_mask,
             **others,
-        )
+        )  # fmt: skip
         split = self.split_special_tokens if split_special_tokens is None else split_special_tokens
         texts: Sequence[Any] = [text] if single else text
         return self._batch([self._encode(one, split) for one in texts], single, layout, add_special_tokens)
 
-    def _choose_layout(
-        self,
-        padding: bool | str = False,
-        truncation: bool | str | None = None,
-        max_length: int | None = None,
-        padding_side: str | None = None,
-        pad_to_multiple_of: int | None = None,
-        return_tensors: str | None = None,
-        return_attention_mask: bool | None = None,
-        **others: Any,
-    ) -> Layout:
+    def _choose_layout(self, **given: Any) -> Layout:
         """Check the arguments and put in what the tokenizer itself says."""
-        refuse(others)
-        needs_length = max_length is None and (truncation or padding == "max_length")
-        return Layout(
-            padding,
-            truncation,
-            int(self.model_max_length) if needs_length and self.model_max_length < LIMITED else max_length,
-            pad_to_multiple_of,
-            self.padding_side if padding_side is None else padding_side,
-            self.truncation_side,
-            return_tensors,
-            return_attention_mask,
-        )
+        known = {f.name for f in fields(Layout)} - {"truncation_side"}  # which only a tokenizer has
+        refuse({name: value for name, value in given.items() if name not in known})
+        chosen = {name: value for name, value in given.items() if name in known}
+        needs_length = chosen.get("truncation") or chosen.get("padding") == "max_length"
+        if chosen.get("max_length") is None and needs_length and self.model_max_length < LIMITED:
+            chosen["max_length"] = int(self.model_max_length)
+        if chosen.get("padding_side") is None:
+            chosen["padding_side"] = self.padding_side
+        return Layout(truncation_side=self.truncation_side, **chosen)
 
     def _batch(self, rows: list[list[int]], single: bool, layout: Layout, add_special_tokens: bool) -> BatchEncoding:
         first = [self.bos_token_id] if add_special_tokens and self.add_bos_token else []
@@ -453,26 +416,20 @@ class Tokenizer:
 
     @overload
     def decode(
-        self,
-        token_ids: SupportsIndex | Iterable[SupportsIndex],
-        skip_special_tokens: bool = False,
+        self, token_ids: SupportsIndex | Iterable[SupportsIndex], skip_special_tokens: bool = False,
         clean_up_tokenization_spaces: bool | None = None,
-    ) -> str: ...
+    ) -> str: ...  # fmt: skip
 
     @overload
     def decode(
-        self,
-        token_ids: Iterable[Iterable[SupportsIndex]],
-        skip_special_tokens: bool = False,
+        self, token_ids: Iterable[Iterable[SupportsIndex]], skip_special_tokens: bool = False,
         clean_up_tokenization_spaces: bool | None = None,
-    ) -> list[str]: ...
+    ) -> list[str]: ...  # fmt: skip
 
     def decode(
-        self,
-        token_ids: SupportsIndex | Iterable[SupportsIndex] | Iterable[Iterable[SupportsIndex]],
-        skip_special_tokens: bool = False,
-        clean_up_tokenization_spaces: bool | None = None,
-    ) -> str | list[str]:
+        self, token_ids: SupportsIndex | Iterable[SupportsIndex] | Iterable[Iterable[SupportsIndex]],
+        skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None,
+    ) -> str | list[str]:  # fmt: skip
         """Turn ids into text. Bytes in a row that are no UTF-8 become U+FFFD, one for each, whole characters too.
 
         Parameters
@@ -537,16 +494,10 @@ class Tokenizer:
     # ---- chat
 
     def apply_chat_template(
-        self,
-        conversation: Sequence[Mapping[str, str]] | Sequence[Sequence[Mapping[str, str]]],
-        *,
-        add_generation_prompt: bool = False,
-        tokenize: bool = True,
-        sanitize_control_tokens: bool = False,
-        return_dict: bool = True,
-        truncation: bool | str = False,
-        **settings: Any,
-    ) -> Any:
+        self, conversation: Sequence[Mapping[str, str]] | Sequence[Sequence[Mapping[str, str]]], *,
+        add_generation_prompt: bool = False, tokenize: bool = True, sanitize_control_tokens: bool = False,
+        return_dict: bool = True, truncation: bool | str = False, **settings: Any,
+    ) -> Any:  # fmt: skip
         r"""Write a conversation as Gemma's chat template does, and turn it into ids.
 
         The text begins with ``<bos>``, and no second one is added to its ids. Do not `encode` the text yourself: that

@@ -11,7 +11,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -227,12 +227,27 @@ def _write_shards(staging: Path, shards: dict[str, list[OutputTensor]], fingerpr
         for path in staging.iterdir():
             path.unlink()
         replace_file(state, fingerprint.encode())
-    unfinished = {name: part for name, part in shards.items() if not _is_finished(staging / name, part)}
-    missing = sum(output.nbytes for part in unfinished.values() for output in part)
-    _check_space(staging, missing)
-    with tqdm(total=missing, unit="B", unit_scale=True, desc="writing", disable=None, delay=2) as bar:
-        for name, part in unfinished.items():
-            write_file(staging / name, part, bar)
+    write_parts(staging, {n: part for n, part in shards.items() if not _is_finished(staging / n, part)}, write_file)
+
+
+def write_parts(folder: Path, parts: Mapping[str, Sequence[OutputTensor]], write: Callable[..., None]) -> None:
+    """Write each file of `parts`, with one progress bar for all, if the disk has space for them.
+
+    Raises
+    ------
+    CheckpointError
+        If it has not.
+    """
+    total = sum(output.nbytes for part in parts.values() for output in part)
+    _check_space(folder, total)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="writing", disable=None, delay=2) as bar:
+        for name, part in parts.items():
+            write(folder / name, part, bar=bar)
+
+
+def write_index(path: Path, about: dict[str, int], weight_map: dict[str, str]) -> None:
+    """Write the index of a checkpoint in several files."""
+    replace_file(path, (json.dumps({"metadata": about, "weight_map": weight_map}, indent=2) + "\n").encode())
 
 
 def _move_into_place(target: Path, shards: dict[str, list[OutputTensor]]) -> None:
@@ -251,8 +266,7 @@ def _move_into_place(target: Path, shards: dict[str, list[OutputTensor]]) -> Non
             "total_size": sum(output.nbytes for output in outputs),
         }
         weight_map = {output.name: name for name, part in shards.items() for output in part}
-        index = {"metadata": about, "weight_map": dict(sorted(weight_map.items()))}
-        replace_file(target / INDEX, (json.dumps(index, indent=2) + "\n").encode())
+        write_index(target / INDEX, about, dict(sorted(weight_map.items())))
     shutil.rmtree(target / STAGING)
 
 
