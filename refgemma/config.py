@@ -2,7 +2,7 @@
 and, for the defaults, the Transformers documentation page of Gemma 2."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -166,7 +166,7 @@ class Gemma2Config:
     def __post_init__(self) -> None:
         for name, value in _derive(self).items():
             object.__setattr__(self, name, value)  # the way to write a frozen dataclass; only derived values are
-        for problem in _find_problems(self):
+        for problem in _find_problems(self):  # the first one is said
             raise ConfigError(f"Gemma2Config: {problem}")
 
     def is_sliding(self, layer: int) -> bool:
@@ -383,7 +383,7 @@ def _derive_rope(config: Gemma2Config) -> dict[str, Any]:
         return {}
     told = {} if isinstance(given, Derived) else dict(given or {})
     theta = told.get("rope_theta", config.rope_theta)
-    theta = float(theta) if _is_number(theta) else theta
+    theta = float(theta) if _is_finite(theta) else theta
     named = Derived({"rope_type": told.get("rope_type", "default"), "rope_theta": theta})
     return {"rope_theta": theta, "rope_parameters": named}
 
@@ -407,83 +407,67 @@ def _derive_labels(config: Gemma2Config) -> dict[str, Any]:
     return {"num_labels": count, "id2label": names, "label2id": ids}
 
 
-def _is_number(value: object) -> bool:
+def _is_finite(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_finite(value) and value > 0
 
 
 def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
 
 
-def _are_ids(value: object, several: bool) -> bool:
-    if several and isinstance(value, tuple):
-        return all(_are_ids(item, several=False) and item is not None for item in value)
+def _is_id(value: object) -> bool:
     return value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0)
 
 
-def _find_label_problems(config: Gemma2Config) -> list[str]:
-    """What is wrong with the classes of a classifier."""
-    found, names = [], config.id2label
-    if not isinstance(names, Mapping) or sorted(names) != list(range(config.num_labels or 0)):
-        found.append(f"id2label must name each of the {config.num_labels!r} labels, 0 and up, not {names!r}")
-    if config.problem_type not in (None, *PROBLEM_TYPES):
-        found.append(f"problem_type must be one of {', '.join(PROBLEM_TYPES)}, not {config.problem_type!r}")
-    if config.problem_type == "single_label_classification" and config.num_labels == 1:
-        found.append("problem_type single_label_classification needs num_labels above 1: one class is no choice")
-    return found
+# What a value must be -> how that is seen, and of which fields.
+_VALUES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
+    "a whole number from 1 to 2147483647": (_is_size, (*REQUIRED[:-1], "max_position_embeddings", "sliding_window")),
+    f"at most {LAYERS_LIMIT}": (lambda value: value <= LAYERS_LIMIT, ("num_hidden_layers",)),
+    "a number above 0 and below 1e300": (_is_positive, ("rms_norm_eps", "rope_theta", "query_pre_attn_scalar")),
+    "a number above 0, or None for no cap": (
+        lambda value: value is None or _is_positive(value), ("attn_logit_softcapping", "final_logit_softcapping"),
+    ),
+    "a number from 0 to below 1": (lambda value: _is_finite(value) and 0 <= value < 1, ("attention_dropout",)),
+    "a number of at least 0": (lambda value: _is_finite(value) and value >= 0, ("initializer_range",)),
+    "a token id or None": (_is_id, ("pad_token_id", "bos_token_id")),
+    "a token id, several of them or None": (
+        lambda value: all(map(_is_id, value)) and None not in value if isinstance(value, tuple) else _is_id(value),
+        ("eos_token_id",),
+    ),
+    f"one of {', '.join(PROBLEM_TYPES)}": (lambda value: value in (None, *PROBLEM_TYPES), ("problem_type",)),
+}  # fmt: skip
 
 
-def _find_problems(config: Gemma2Config) -> list[str]:
-    """What is wrong with `config`, a sentence each, the first cause first."""
-    found = []
-    sizes = [*REQUIRED[:-1], "max_position_embeddings", "sliding_window"]
-    for name in sizes:
-        value = getattr(config, name)
-        if not _is_size(value):
-            found.append(f"{name} must be a whole number from 1 to 2147483647, not {value!r}")
-    if _is_size(config.num_hidden_layers) and config.num_hidden_layers > LAYERS_LIMIT:
-        found.append(f"num_hidden_layers must be at most {LAYERS_LIMIT}, not {config.num_hidden_layers}")
-    for name in ("rms_norm_eps", "rope_theta", "query_pre_attn_scalar"):
-        value = getattr(config, name)
-        if not _is_number(value) or value <= 0:
-            found.append(f"{name} must be a number above 0 and below 1e300, not {value!r}")
-    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
-        value = getattr(config, name)
-        if value is not None and (not _is_number(value) or value <= 0):
-            found.append(f"{name} must be a number above 0, or None for no cap, not {value!r}")
-    if found:
-        return found  # the rules below calculate with these numbers
+def _find_problems(config: Gemma2Config) -> Iterator[str]:
+    """Yield what is wrong with `config`, a sentence each; a rule may take for granted what those before it say."""
+    for what, (holds, names) in _VALUES.items():
+        for name in names:
+            if not holds(getattr(config, name)):
+                yield f"{name} must be {what}, not {getattr(config, name)!r}"
     if config.num_attention_heads % config.num_key_value_heads:
-        found.append(
+        yield (
             f"num_attention_heads ({config.num_attention_heads}) is no multiple of "
             f"num_key_value_heads ({config.num_key_value_heads}): every key/value head serves equally many query heads"
         )
     if config.head_dim % 2:
-        found.append(f"head_dim ({config.head_dim}) is odd: rotary positions turn pairs")
-    named = isinstance(config.hidden_activation, str) and config.hidden_activation in ACTIVATIONS
-    if not callable(config.hidden_activation) and not named:
-        found.append(
-            f"hidden_activation {config.hidden_activation!r} is unknown; there are {', '.join(ACTIVATIONS)}, and "
-            "any function of an array"
-        )
+        yield f"head_dim ({config.head_dim}) is odd: rotary positions turn pairs"
+    activation: Any = config.hidden_activation
+    if not callable(activation) and not (isinstance(activation, str) and activation in ACTIVATIONS):
+        known = ", ".join(ACTIVATIONS)
+        yield f"hidden_activation {activation!r} is unknown; there are {known}, and any function of an array"
     rope = config.rope_parameters
     if not isinstance(rope, Derived) or rope["rope_type"] != "default":
-        found.append(f"rope_parameters {rope!r} is not Gemma 2's {{'rope_type': 'default', 'rope_theta': ...}}")
-    if not _is_number(config.attention_dropout) or not 0 <= config.attention_dropout < 1:
-        found.append(f"attention_dropout must be a number from 0 to below 1, not {config.attention_dropout!r}")
-    if not _is_number(config.initializer_range) or config.initializer_range < 0:
-        found.append(f"initializer_range must be a number of at least 0, not {config.initializer_range!r}")
-    found += _find_label_problems(config)
-    kinds = config.layer_types
-    typed = isinstance(kinds, tuple) and all(kind in (SLIDING, FULL) for kind in kinds)
-    if not typed or len(kinds or ()) != config.num_hidden_layers:
-        found.append(
-            f"layer_types must name {SLIDING!r} or {FULL!r} for each of the {config.num_hidden_layers} layers, "
-            f"not {kinds!r}"
-        )
-    found += [
-        f"{name} must be a token id or None, not {getattr(config, name)!r}"
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id")
-        if not _are_ids(getattr(config, name), several=name == "eos_token_id")
-    ]
-    return found
+        yield f"rope_parameters {rope!r} is not Gemma 2's {{'rope_type': 'default', 'rope_theta': ...}}"
+    labels, label_names = config.num_labels, config.id2label
+    if not isinstance(label_names, Mapping) or sorted(label_names) != list(range(labels or 0)):
+        yield f"id2label must name each of the {labels!r} labels, 0 and up, not {label_names!r}"
+    if config.problem_type == "single_label_classification" and labels == 1:
+        yield "problem_type single_label_classification needs num_labels above 1: one class is no choice"
+    kinds: Any = config.layer_types
+    layers = config.num_hidden_layers
+    if not isinstance(kinds, tuple) or len(kinds) != layers or not all(kind in (SLIDING, FULL) for kind in kinds):
+        yield f"layer_types must name {SLIDING!r} or {FULL!r} for each of the {layers} layers, not {kinds!r}"

@@ -152,16 +152,14 @@ def download_model(hub_id: str, revision: str = "main") -> Path:
     try:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=WANTED))
     except errors.GatedRepoError:
-        raise ModelNameError(
-            f"{hub_id}: its licence has to be accepted first: on its page on the hub, logged in; then log in here too, "
-            "with hf auth login or the variable HF_TOKEN"
-        ) from None
+        reason = (
+            "its licence has to be accepted first: on its page on the hub, logged in; then log in here too, with "
+            "hf auth login or the variable HF_TOKEN"
+        )
     except errors.RevisionNotFoundError:
-        raise ModelNameError(f"{hub_id}: the hub has no revision {revision!r} of it") from None
+        reason = f"the hub has no revision {revision!r} of it"
     except errors.RepositoryNotFoundError:
-        raise ModelNameError(
-            f"{hub_id}: the hub has no such model, or shows it only to those who are logged in (hf auth login)"
-        ) from None
+        reason = "the hub has no such model, or shows it only to those who are logged in (hf auth login)"
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelNameError(f"{hub_id}: could not be downloaded: {reason}; run it again to go on") from None
+        reason = f"could not be downloaded: {' '.join(str(error).split())[:300]}; run it again to go on"
+    raise ModelNameError(f"{hub_id}: {reason}")

@@ -207,6 +207,22 @@ write_checkpoint({str(tmp_path)!r}, outputs, 1, fingerprint="x")
     assert same(tmp_path, wanted)
 
 
+def test_what_a_killed_run_left_takes_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    staging = tmp_path / STAGING
+    staging.mkdir()
+    (staging / "state.json").write_text("x")
+    (staging / ".model.safetensors.1.part").write_bytes(bytes(1000))
+    usage, left = shutil.disk_usage, []
+
+    def measure(folder: Path) -> Any:
+        left.append(list(folder.glob("*.part")))
+        return usage(folder)
+
+    monkeypatch.setattr(shutil, "disk_usage", measure)
+    write_checkpoint(tmp_path, [OutputTensor("a", "float32", (3,), np.ones(3))], fingerprint="x")
+    assert left == [[]]
+
+
 def test_a_model_read_from_disk_is_saved_a_layer_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("refgemma.weights.initial.RESIDENT_BYTES", 0)
     model = Gemma2ForCausalLM.from_pretrained("tiny")

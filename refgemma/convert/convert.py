@@ -464,8 +464,6 @@ def _write_zips(folder: Path, outputs: Sequence[OutputTensor], kind: str, limit:
     """Write PyTorch's format, in one file or in shards with an index, or a ``.npz``; then compare."""
     parts = _split_into_files(outputs, kind, limit)
     staging = folder / STAGING
-    for partial in staging.glob("*.part"):
-        partial.unlink()
     key = None if len(parts) > 1 else "model_state_dict"
     write = write_npz if kind == "flax-npz" else functools.partial(write_torch, key=key)
     write_parts(staging, {name: part for name, part in parts.items() if not (staging / name).is_file()}, write)

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from refgemma.convert.orbax import is_orbax, read_orbax
-from refgemma.files import quote
+from refgemma.files import new_file, quote
 from refgemma.precision import Array
 from refgemma.weights.checkpoint import (
     INDEX,
@@ -126,14 +126,12 @@ def iterate_data(output: OutputTensor, bar: Any = None) -> Iterator[Any]:
 
 def write_zip(path: Path, entries: dict[str, Iterable[Any]]) -> None:
     """Write a zip file of entries given in chunks; it has its name only once it is whole and on the disk."""
-    partial = path.with_name(f"{path.name}.part")
-    with partial.open("wb") as stream:
+    with new_file(path) as stream:
         with zipfile.ZipFile(stream, "w") as archive:
             for name, chunks in entries.items():
                 add_entry(archive, stream, name, chunks)
         stream.flush()
         os.fsync(stream.fileno())
-    os.replace(partial, path)
 
 
 @dataclass(frozen=True)

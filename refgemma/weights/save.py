@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from refgemma.files import replace_file
+from refgemma.files import new_file, replace_file
 from refgemma.precision import Array, as_dtype
 from refgemma.weights.checkpoint import DTYPE_OF_CODE, INDEX, SINGLE, CheckpointError, Stored, read_header
 
@@ -119,8 +119,7 @@ def build_header(outputs: Sequence[OutputTensor]) -> bytes:
 
 def write_file(path: Path, outputs: Sequence[OutputTensor], bar: Any) -> None:
     """Write one safetensors file, which has its name only once it is whole and on the disk."""
-    partial = path.with_name(f"{path.name}.part")
-    with partial.open("wb") as file:
+    with new_file(path) as file:
         file.write(build_header(outputs))
         for output in outputs:
             for block in output.blocks():
@@ -128,7 +127,6 @@ def write_file(path: Path, outputs: Sequence[OutputTensor], bar: Any) -> None:
                 bar.update(block.nbytes)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def _is_finished(path: Path, outputs: Sequence[OutputTensor]) -> bool:
@@ -238,6 +236,8 @@ def write_parts(folder: Path, parts: Mapping[str, Sequence[OutputTensor]], write
     CheckpointError
         If it has not.
     """
+    for partial in folder.glob("*.part"):  # of a run that was killed
+        partial.unlink()
     total = sum(output.nbytes for part in parts.values() for output in part)
     _check_space(folder, total)
     with tqdm(total=total, unit="B", unit_scale=True, desc="writing", disable=None, delay=2) as bar:
