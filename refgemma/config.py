@@ -38,7 +38,7 @@ OMITTED = (
 
 
 class Derived(dict[Any, Any]):
-    """A mapping that was filled in, not given: with another `rope_theta` or `num_labels` it is filled in anew."""
+    """A mapping that was filled in, not given: with another `rope_theta` or `num_labels` it is filled in again."""
 
 
 class ConfigError(RefgemmaError):
@@ -74,7 +74,7 @@ class Gemma2Config:
     rms_norm_eps : float
         Added to the mean square in every norm.
     use_cache : bool
-        Whether the documented classes return ``past_key_values`` when not told.
+        Whether the documented classes return ``past_key_values`` unless a call says otherwise.
     pad_token_id, eos_token_id, bos_token_id : int or tuple of int, optional
         Special ids.
     tie_word_embeddings : bool
@@ -101,9 +101,9 @@ class Gemma2Config:
         Names of the classes, and back; ``LABEL_0`` and so on if not given.
     problem_type : str, optional
         The loss of a sequence classifier: ``"regression"``, ``"single_label_classification"`` or
-        ``"multi_label_classification"``; told from the labels if not given.
+        ``"multi_label_classification"``; follows from the labels if not given.
     output_attentions, output_hidden_states, return_dict : bool
-        What the documented classes return when not told.
+        What the documented classes return unless a call says otherwise.
     dtype : str, optional
         The precision of the weights on disk; ``from_pretrained(dtype="auto")`` computes in it.
     architectures : tuple of str, optional
@@ -170,7 +170,7 @@ class Gemma2Config:
             raise ConfigError(f"Gemma2Config: {problem}")
 
     def is_sliding(self, layer: int) -> bool:
-        """Whether `layer` sees only the last ``sliding_window`` keys."""
+        """Tell whether `layer` sees only the last ``sliding_window`` keys."""
         assert self.layer_types is not None  # filled in by __post_init__
         return self.layer_types[layer] == SLIDING
 
@@ -186,7 +186,7 @@ class Gemma2Config:
         return ACTIVATIONS[named] if isinstance(named, str) else named
 
     def changed(self, **changes: Any) -> "Gemma2Config":
-        """The configuration with other values, and what follows from them.
+        """Return the configuration with other values, and what follows from them.
 
         Raises
         ------
@@ -200,11 +200,11 @@ class Gemma2Config:
         """
         if unknown := changes.keys() - {f.name for f in fields(self)}:
             raise ConfigError(f"Gemma2Config: there is no field {min(unknown)!r}")
-        anew = {"id2label": "num_labels", "num_hidden_layers": "layer_types"}
-        return replace(self, **{anew[name]: None for name in changes if name in anew} | changes)
+        refilled = {"id2label": "num_labels", "num_hidden_layers": "layer_types"}
+        return replace(self, **{refilled[name]: None for name in changes if name in refilled} | changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration with the keys of a Hugging Face ``config.json``.
+        """Return the configuration with the keys of a Hugging Face ``config.json``.
 
         Examples
         --------
@@ -216,7 +216,7 @@ class Gemma2Config:
         return plain | {"model_type": "gemma2", "hidden_act": self.hidden_activation}
 
     def to_json_string(self) -> str:
-        """The text of a ``config.json``; what says nothing about a model is left out, as transformers does.
+        """Return the text of a ``config.json``, without the fields that transformers leaves out too.
 
         Raises
         ------
@@ -325,7 +325,7 @@ class Gemma2Config:
 
     @classmethod
     def preset(cls, name: str) -> "Gemma2Config":
-        """The shape of a released Gemma 2: ``"2b"``, ``"9b"`` or ``"27b"``.
+        """Return the shape of a released Gemma 2: ``"2b"``, ``"9b"`` or ``"27b"``.
 
         Raises
         ------
@@ -363,7 +363,7 @@ def _number_labels(names: Mapping[int, str]) -> "Derived":
 
 
 def _derive(config: Gemma2Config) -> dict[str, Any]:
-    """The fields that follow from others; of what cannot be understood nothing, so that `_find_problems` finds it."""
+    """Return the fields that follow from others; a value that makes no sense is left to `_find_problems`."""
     values: dict[str, Any] = {}
     for name in ("layer_types", "eos_token_id", "architectures"):
         if isinstance(getattr(config, name), list):
@@ -377,19 +377,19 @@ def _derive(config: Gemma2Config) -> dict[str, Any]:
 
 
 def _derive_rope(config: Gemma2Config) -> dict[str, Any]:
-    """The rotary base, and the mapping that says the same."""
+    """Return the rotary base, and the mapping that says the same."""
     given: Any = config.rope_parameters
     if not (given is None or isinstance(given, Mapping)) or set(given or ()) - {"rope_type", "rope_theta"}:
         return {}
-    told = {} if isinstance(given, Derived) else dict(given or {})
-    theta = told.get("rope_theta", config.rope_theta)
+    explicit = {} if isinstance(given, Derived) else dict(given or {})
+    theta = explicit.get("rope_theta", config.rope_theta)
     theta = float(theta) if _is_finite(theta) else theta
-    named = Derived({"rope_type": told.get("rope_type", "default"), "rope_theta": theta})
+    named = Derived({"rope_type": explicit.get("rope_type", "default"), "rope_theta": theta})
     return {"rope_theta": theta, "rope_parameters": named}
 
 
 def _derive_labels(config: Gemma2Config) -> dict[str, Any]:
-    """Number and names of the classes: each follows from the other."""
+    """Return number and names of the classes: each follows from the other."""
     names: Any = config.id2label
     count = config.num_labels
     if names is None or isinstance(names, Derived):

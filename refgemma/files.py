@@ -176,7 +176,7 @@ def open_tensors(path: str | Path, error: type[RefgemmaError], remedy: str) -> t
 
 @contextmanager
 def new_file(path: str | Path) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of `path` at the end, and is gone if there is an error before.
+    """Open a file that takes the place of `path` at the end; after an error it is removed and `path` is as it was.
 
     Raises
     ------

@@ -25,27 +25,27 @@ class ModelNameError(RefgemmaError):
 
 
 def golden_folder() -> Path:
-    """The recordings of PyTorch: inside the installed package; in a checkout, beside it."""
+    """Return the folder of PyTorch's recordings: inside the installed package, or beside it in a checkout."""
     packaged = PACKAGE / "golden"
     return packaged if packaged.is_dir() else PACKAGE.parent / "golden"
 
 
 def cache_folder() -> Path:
-    """Where huggingface_hub keeps what was downloaded: told by the environment, or ``~/.cache/huggingface/hub``.
+    """Return where huggingface_hub keeps downloads: what the environment says, or ``~/.cache/huggingface/hub``.
 
     ``HF_HUB_CACHE``, the older ``HUGGINGFACE_HUB_CACHE``, ``HF_HOME`` and ``XDG_CACHE_HOME`` are asked in this order;
     an empty one counts as not set.
     """
     for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
-        if told := os.environ.get(variable):
-            return Path(os.path.expandvars(told)).expanduser()
+        if folder := os.environ.get(variable):
+            return Path(os.path.expandvars(folder)).expanduser()
     if home := os.environ.get("HF_HOME"):
         return Path(os.path.expandvars(home)).expanduser() / "hub"
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "huggingface" / "hub"
 
 
 def _find_snapshot(hub_id: str, revision: str) -> Path | None:
-    """The folder of a snapshot in the cache, if there is one: of a branch or tag, or of a whole commit hash."""
+    """Return the folder of a snapshot in the cache, if it is there: of a branch, a tag or a whole commit hash."""
     repository = cache_folder() / f"models--{hub_id.replace('/', '--')}"
     reference = repository / "refs" / revision
     commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
@@ -54,7 +54,7 @@ def _find_snapshot(hub_id: str, revision: str) -> Path | None:
 
 
 def _list_missing(folder: Path, needed: Collection[str]) -> list[str]:
-    """The `needed` files that are not there, and the links whose file is not."""
+    """List the `needed` files that are absent, and the links whose file is absent."""
     cut_short = [path.name for path in folder.iterdir() if path.is_symlink() and not path.exists()]
     return sorted({*cut_short, *(name for name in needed if not (folder / name).exists())})
 
@@ -62,7 +62,7 @@ def _list_missing(folder: Path, needed: Collection[str]) -> list[str]:
 def find_model(
     name: str | Path, revision: str = "main", download: bool = False, needed: Collection[str] = (CONFIG_JSON,)
 ) -> Path:
-    """The folder of a model.
+    """Return the folder of a model.
 
     Parameters
     ----------

@@ -70,7 +70,7 @@ class Part:
     views: tuple[View, ...]
 
     def read(self) -> Array:
-        """The part; no number is read before it is used, unless a view has to copy."""
+        """Return the part; no number is read before it is used, unless a view has to copy."""
         x = self.tensor.map()[self.rows]
         for view in self.views:
             x = view(x)
@@ -87,7 +87,7 @@ class Joined:
     shape: tuple[int, ...]
 
     def __getitem__(self, rows: slice) -> Array:
-        """Some rows; infinite ones and NaN are refused."""
+        """Return some rows; infinite ones and NaN are refused."""
         start, stop, _ = rows.indices(self.shape[0])
         blocks, at = [], 0
         for part, count in self.parts:
@@ -123,7 +123,7 @@ def _unfold(layout: Sequence[Original], found: Mapping[str, Stored]) -> dict[str
 
 
 def _fold(layout: Sequence[Original], parts: Mapping[str, Part], dtype: str | None) -> list[OutputTensor]:
-    """The original tensors made of Hugging Face tensors."""
+    """Return the original tensors made of Hugging Face tensors."""
     outputs = []
     for original in layout:
         pieces = [(parts[piece.name], piece) for piece in original.pieces]
@@ -185,7 +185,7 @@ def detect_kind(path: Path) -> str:
 
 
 def _read_torch_tensors(path: Path) -> dict[str, Stored]:
-    """The tensors of a file, or of a folder with one ``.ckpt`` or an index and its shards; no rotary tables."""
+    """Read the tensors of a file, or of a folder with one ``.ckpt`` or an index and shards; no rotary tables."""
     if not path.is_dir():
         found = read_torch(path)
     elif (path / TORCH_INDEX).exists():
@@ -201,7 +201,7 @@ def _read_torch_tensors(path: Path) -> dict[str, Stored]:
 
 
 def _find_config(path: Path, found: Mapping[str, Stored], given: str | Path | None) -> Gemma2Config:
-    """The configuration that is given, or lies beside the weights, or is the released one of these shapes."""
+    """Return the configuration that is given, or lies beside the weights, or is the released one of these shapes."""
     if given is not None:
         return Gemma2Config.from_json_file(given)
     beside = (path if path.is_dir() else path.parent) / CONFIG_JSON
@@ -218,8 +218,8 @@ def _find_config(path: Path, found: Mapping[str, Stored], given: str | Path | No
     for preset, values in PRESETS.items():
         if all(values[key] == size for key, size in sizes.items()):
             return Gemma2Config.preset(preset)
-    told = ", ".join(f"{key} {size}" for key, size in sizes.items())
-    raise CheckpointError(f"{path}: {told} is no released Gemma 2 ({', '.join(PRESETS)}); give its config.json")
+    described = ", ".join(f"{key} {size}" for key, size in sizes.items())
+    raise CheckpointError(f"{path}: {described} is no released Gemma 2 ({', '.join(PRESETS)}); give its config.json")
 
 
 def _find_length(found: Mapping[str, Stored], names: Sequence[str], axis: int) -> int:
@@ -233,7 +233,7 @@ def _is_padded(rows: int, config: Gemma2Config) -> bool:
 
 
 def _count_rows(path: Path, table: Stored | None, config: Gemma2Config) -> int:
-    """Rows of the embedding, which may be padded."""
+    """Count the rows of the embedding, which may be padded."""
     rows = table.shape[0] if table is not None and table.shape else config.vocab_size
     if not _is_padded(rows, config):
         raise CheckpointError(
@@ -243,10 +243,10 @@ def _count_rows(path: Path, table: Stored | None, config: Gemma2Config) -> int:
     return rows
 
 
-def _is_transposed(path: Path, gate: Stored | None, config: Gemma2Config, told: bool | None) -> bool:
-    """Whether ``gating_einsum`` is ``(2, intermediate, hidden)``."""
-    if told is not None:
-        return told
+def _is_transposed(path: Path, gate: Stored | None, config: Gemma2Config, given: bool | None) -> bool:
+    """Tell whether ``gating_einsum`` is ``(2, intermediate, hidden)``."""
+    if given is not None:
+        return given
     if config.hidden_size == config.intermediate_size:
         raise CheckpointError(
             f"{path}: with hidden_size and intermediate_size both {config.hidden_size} the shape of gating_einsum does "
@@ -288,7 +288,7 @@ def open_source(
     config : str or Path, optional
         The ``config.json`` of an original; without one that beside it, or the released one of these shapes.
     transposed : bool, optional
-        Whether ``gating_einsum`` of a Flax tree is ``(2, intermediate, hidden)``; told from its shape if not given.
+        Whether ``gating_einsum`` of a Flax tree is ``(2, intermediate, hidden)``; follows from its shape if not given.
 
     Raises
     ------
@@ -439,16 +439,16 @@ def convert(
 
 
 def _make_fingerprint(source: Source, outputs: Sequence[OutputTensor], kind: str, size: int) -> str:
-    """What is converted to what: an interrupted run is continued only by one with the same."""
+    """Hash what is converted to what: an interrupted run is continued only by one with the same."""
     files = sorted({part.tensor.file for part in source.parts.values()})
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     tensors = [(output.name, output.dtype, output.shape) for output in outputs]
-    told = json.dumps([stats, tensors, kind, size, source.config.to_json_string()])
-    return hashlib.sha256(told.encode()).hexdigest()
+    text = json.dumps([stats, tensors, kind, size, source.config.to_json_string()])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _write_beside(source: Source, folder: Path, kind: str, dtype: str) -> None:
-    """The files beside the weights: the configuration, and what lies beside those of the source."""
+    """Write the files beside the weights: the configuration, and what lies beside those of the source."""
     config = source.config.changed(dtype=dtype, architectures=("Gemma2ForCausalLM",))
     config.save_pretrained(folder)
     for name in BESIDE:

@@ -117,7 +117,7 @@ def add_entry(archive: zipfile.ZipFile, stream: IO[bytes], name: str, chunks: It
 
 
 def iterate_data(output: OutputTensor, bar: Any = None) -> Iterator[Any]:
-    """The bytes of a tensor, some rows at a time."""
+    """Yield the bytes of a tensor, some rows at a time."""
     for block in output.blocks():
         yield block.reshape(-1).view(np.uint8).data
         if bar is not None:
@@ -141,7 +141,7 @@ class StridedTensor(Stored):
     strides: tuple[int, ...]
 
     def map(self, keep: bool = False) -> Array:
-        """Map it, anew each time; see `Stored.map`."""
+        """Map it, again each time; see `Stored.map`."""
         if not all(self.shape):
             return np.zeros(self.shape, self.dtype)
         span = 1 + sum((length - 1) * stride for length, stride in zip(self.shape, self.strides, strict=True))
@@ -151,7 +151,7 @@ class StridedTensor(Stored):
 
 
 def row_major_strides(shape: Sequence[int]) -> tuple[int, ...]:
-    """The strides, in numbers, of an array of `shape` whose numbers follow each other.
+    """Return the strides, in numbers, of an array of `shape` whose numbers follow each other.
 
     Examples
     --------
@@ -165,7 +165,7 @@ def row_major_strides(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def tidy(name: str) -> str:
-    """The one name, of several ways to write it, that is used here: the released one.
+    """Return the one spelling of a name that is used here: the released one.
 
     Examples
     --------
@@ -273,7 +273,7 @@ def write_npz(path: Path, outputs: Sequence[OutputTensor], bar: Any = None) -> N
     outputs : sequence of Output
         The tensors.
     bar : tqdm, optional
-        Is told of the bytes written.
+        Counts the bytes written.
 
     Examples
     --------

@@ -41,7 +41,7 @@ class Original:
 
 
 def pytorch_layout(config: Gemma2Config, vocab_rows: int | None = None) -> list[Original]:
-    """The tensors of gemma_pytorch: Hugging Face's, but for the embedding's name and ``qkv_proj``.
+    """Return the tensors of gemma_pytorch: Hugging Face's, but for the embedding's name and ``qkv_proj``.
 
     Examples
     --------
@@ -63,7 +63,7 @@ def pytorch_layout(config: Gemma2Config, vocab_rows: int | None = None) -> list[
 
 
 def _fold_heads(name: str, heads: int, config: Gemma2Config, stacked: bool) -> Piece:
-    """A projection ``(heads*head_dim, hidden)``, which Flax has as ``(heads, hidden, head_dim)``."""
+    """Fold a projection ``(heads*head_dim, hidden)``, which Flax has as ``(heads, hidden, head_dim)``."""
     hidden, head_dim = config.hidden_size, config.head_dim
 
     def fold(x: Array) -> Array:
@@ -81,14 +81,14 @@ def _transpose(name: str, rows: int) -> Piece:
 
 
 def _fold_gate(name: str, transposed: bool) -> Piece:
-    """A half of ``gating_einsum``; with the option `transpose_gating_einsum` it is as Hugging Face has it."""
+    """Fold a half of ``gating_einsum``, which with `transpose_gating_einsum` is as Hugging Face has it."""
     if transposed:
         return Piece(name, 1, lambda x: x[None], lambda x: x[0])
     return Piece(name, 1, lambda x: x.T[None], lambda x: x[0].T)
 
 
 def flax_layout(config: Gemma2Config, transposed: bool, vocab_rows: int | None = None) -> list[Original]:
-    """The tensors of google-deepmind/gemma; `transposed` is its `transpose_gating_einsum`: 9B and 27B, not 2B.
+    """Return the tensors of google-deepmind/gemma; `transposed` is its `transpose_gating_einsum`: not for the 2B.
 
     Examples
     --------
@@ -141,7 +141,7 @@ def _flax_attention(config: Gemma2Config, names: Mapping[str, str], path: str) -
 
 
 def hf_layout(config: Gemma2Config) -> list[Original]:
-    """The tensors of a Hugging Face folder, each made of itself.
+    """Return the tensors of a Hugging Face folder, each made of itself.
 
     Examples
     --------

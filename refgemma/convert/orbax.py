@@ -19,7 +19,7 @@ DRIVERS = {".zarray": "zarr", "zarr.json": "zarr3"}  # the file that says how an
 
 
 def is_orbax(folder: Path) -> bool:
-    """Whether `folder` looks like one that Orbax wrote.
+    """Tell whether `folder` looks like one that Orbax wrote.
 
     Examples
     --------
@@ -46,14 +46,14 @@ class Opened:
         return {name: DRIVERS[file] for name, _, file in parts if file in DRIVERS}
 
     def handle(self, name: str, driver: str) -> Any:
-        """One array, of which nothing is read yet but shape and dtype."""
+        """Open one array, of which nothing is read yet but shape and dtype."""
         import tensorstore
 
         place = {**self.store, "path": f"{self.prefix}{name}/"}
         return tensorstore.open({"driver": driver, "kvstore": place}, open=True).result()
 
     def read(self, name: str, driver: str) -> Array:
-        """One array, whole."""
+        """Read one array, whole."""
         if self.last[0] != name:
             self.last = ("", np.zeros(0))  # given up before the next one is read: never two at a time
             array: Array = self.handle(name, driver).read().result()
@@ -69,7 +69,7 @@ class OrbaxTensor(Stored):
     driver: str
 
     def map(self, keep: bool = False) -> Array:
-        """The whole tensor, in memory: its chunks are compressed, so that nothing less can be had; never kept."""
+        """Return the whole tensor, in memory: its chunks are compressed. It is never kept."""
         try:
             return self.opened.read(self.name, self.driver)
         except ValueError as error:
@@ -79,12 +79,12 @@ class OrbaxTensor(Stored):
 
 
 def _shorten(error: Exception) -> str:
-    """The beginning of TensorStore's message, which goes on with places in its own source."""
+    """Return the beginning of TensorStore's message, which goes on with places in its own source."""
     return str(error).split("[")[0].strip()[:200]
 
 
 def read_orbax(folder: Path) -> dict[str, Stored]:
-    """Names and shapes of the parameters of an Orbax folder; the numbers are read when asked for.
+    """Read names and shapes of the parameters of an Orbax folder; the numbers are read when asked for.
 
     Raises
     ------

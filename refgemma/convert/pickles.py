@@ -71,7 +71,7 @@ class _Tensor:
 
 
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
-    """What ``torch._utils._rebuild_tensor_v2`` is given, checked."""
+    """Check what ``torch._utils._rebuild_tensor_v2`` is given."""
     if not isinstance(storage, _Storage) or not all(isinstance(part, tuple) for part in (shape, strides)):
         raise ValueError("a tensor without storage, shape or strides")
     numbers = (offset, *shape, *strides)
@@ -114,7 +114,7 @@ class _Machine:
         self.memo: dict[int, Any] = {}
 
     def run(self, raw: bytes) -> Any:
-        """The object in the pickle."""
+        """Return the object in the pickle."""
         for opcode, argument, _ in pickletools.genops(raw):
             if opcode.name == "STOP":
                 return self.stack.pop()
@@ -326,7 +326,7 @@ def write_torch(
     key : str, optional
         Under which the state dict is in the dict of the file; without one the file holds the state dict itself.
     bar : tqdm, optional
-        Is told of the bytes written.
+        Counts the bytes written.
 
     Examples
     --------
@@ -338,7 +338,7 @@ def write_torch(
 
 
 def _pickle_state(outputs: Sequence[OutputTensor], key: str | None) -> bytes:
-    """The pickle of a state dict, opcode by opcode, as torch.save writes it."""
+    """Return the pickle of a state dict, opcode by opcode, as torch.save writes it."""
     state = _EMPTY_STATE + pickle.MARK
     for number, output in enumerate(outputs):
         state += _encode_text(output.name) + _pickle_tensor(output, str(number))

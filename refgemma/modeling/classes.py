@@ -80,7 +80,7 @@ ELSEWHERE = {
 
 
 def _count_seen(places: Array | None, attention_mask: Any, seq: int) -> int | None:
-    """How many tokens came before: told by the places of these `seq` tokens, or by a mask over all tokens."""
+    """Count the tokens that came before: from the places of these `seq` tokens, or from a mask over all tokens."""
     if places is not None and places.size:
         return int(places[0])
     if attention_mask is None or isinstance(attention_mask, Mapping):
@@ -93,21 +93,22 @@ def read_cache(
     past_key_values: PastArgument, config: Gemma2Config, like: Array, seq: int, attention_mask: Any,
     cache_position: Given,
 ) -> Cache | None:  # fmt: skip
-    """The cache that a caller handed in, in whichever format, after a look whether `cache_position` agrees with it."""
-    told = None if cache_position is None else as_array(cache_position, "cache_position")
-    if told is not None and (told.shape != (seq,) or told.dtype.kind not in "iu"):
+    """Return the cache of a caller, in whichever format, and check that `cache_position` agrees with it."""
+    places = None if cache_position is None else as_array(cache_position, "cache_position")
+    if places is not None and (places.shape != (seq,) or places.dtype.kind not in "iu"):
         raise InputError(
-            f"cache_position has shape {told.shape} and dtype {told.dtype}: the places of the {seq} tokens are needed"
+            f"cache_position has shape {places.shape} and dtype {places.dtype}: "
+            f"the places of the {seq} tokens are needed"
         )
     if past_key_values is None or isinstance(past_key_values, Cache):
         cache = past_key_values
     else:
-        seen = _count_seen(told, attention_mask, seq)
+        seen = _count_seen(places, attention_mask, seq)
         cache = Cache.from_legacy(past_key_values, config, like, seen)
     seen_now = cache.get_seq_length() if cache else 0
-    if told is not None and (told != np.arange(seen_now, seen_now + seq)).any():
+    if places is not None and (places != np.arange(seen_now, seen_now + seq)).any():
         raise InputError(
-            f"cache_position is {told.tolist()}, but after {seen_now} tokens in the cache these have the places "
+            f"cache_position is {places.tolist()}, but after {seen_now} tokens in the cache these have the places "
             f"{seen_now} to {seen_now + seq - 1}; for other rotary positions use position_ids"
         )
     return cache
@@ -117,13 +118,13 @@ def _format_cache(cache: Cache, legacy: bool) -> PastKeyValues:
     return cache.to_legacy() if legacy else cache
 
 
-def _choose(told: bool | None, configured: bool) -> bool:
-    """What the caller says, or else the configuration."""
-    return configured if told is None else told
+def _choose(given: Flag, configured: bool) -> bool:
+    """Return what the caller says, or else the configuration."""
+    return configured if given is None else given
 
 
 def select_tokens(hidden: Any, logits_to_keep: int | npt.NDArray[Any]) -> Any:
-    """The tokens of `hidden` that logits are wanted of; see `Gemma2ForCausalLM.forward`.
+    """Select the tokens of `hidden` whose logits are wanted; see `Gemma2ForCausalLM.forward`.
 
     Examples
     --------
@@ -151,7 +152,7 @@ def select_tokens(hidden: Any, logits_to_keep: int | npt.NDArray[Any]) -> Any:
 
 
 def _count_tokens(input_ids: Any, inputs_embeds: Any) -> int:
-    """How many tokens a row has; 0 where that cannot be told, which `check_inputs` refuses with a reason."""
+    """Count the tokens of a row; 0 where the shape does not say, which `check_inputs` refuses with a reason."""
     given = as_array(input_ids, "input_ids") if inputs_embeds is None else as_array(inputs_embeds, "inputs_embeds")
     return given.shape[1] if given.ndim > 1 else 0
 
@@ -197,7 +198,7 @@ class Gemma2PreTrainedModel:
         self.score = initial_score(config, seed, dtype, self.has_score_bias) if fresh else score
 
     def __repr__(self) -> str:
-        """The class, the size and the precision."""
+        """Return the class, the size and the precision."""
         return f"{type(self).__name__}({self.num_parameters():,} parameters, {self.dtype})"
 
     @property
@@ -207,7 +208,7 @@ class Gemma2PreTrainedModel:
 
     @classmethod
     def tensor_shapes(cls, config: Gemma2Config) -> dict[str, tuple[int, ...]]:
-        """The tensors of this class, under the names of a whole model, with their shapes."""
+        """Return the tensors of this class, under the names of a whole model, with their shapes."""
         shapes = tensor_shapes(config)
         if not cls.has_head:
             shapes.pop(LM_HEAD, None)
@@ -217,16 +218,16 @@ class Gemma2PreTrainedModel:
         return shapes | score | bias
 
     def num_parameters(self) -> int:
-        """How many numbers the weights are; a tied head counts once."""
+        """Count the numbers of the weights; a tied head counts once."""
         return sum(math.prod(shape) for shape in self.tensor_shapes(self.config).values())
 
     def eval(self) -> Self:
-        """The model itself: there is no training mode here, and dropout is never active."""
+        """Return the model itself: there is no training mode here, and dropout is never active."""
         return self
 
     @classmethod
     def from_config(cls, config: Gemma2Config, seed: int = 0, dtype: Any = "float32") -> Self:
-        """A model with fresh weights: a truncated normal of ``config.initializer_range``, norms and biases zero.
+        """Make a model with fresh weights: a truncated normal of ``config.initializer_range``, norms and biases zero.
 
         Examples
         --------
@@ -310,7 +311,7 @@ class Gemma2PreTrainedModel:
     def from_state_dict(
         cls, config: Gemma2Config, state_dict: Mapping[str, npt.ArrayLike], dtype: Any = "float32"
     ) -> Self:
-        """A model with the tensors of a state dict: this class's, or PyTorch's as NumPy arrays.
+        """Make a model of the tensors of a state dict: this class's, or PyTorch's as NumPy arrays.
 
         Raises
         ------
@@ -342,7 +343,7 @@ class Gemma2PreTrainedModel:
         return cls(config, weights=weights_of(tensors, config), score=score)
 
     def named_tensors(self) -> dict[str, Rows]:
-        """Every tensor by its Hugging Face name, a tied head once; of weights on disk nothing is read yet."""
+        """Return every tensor by its Hugging Face name, a tied head once; of weights on disk nothing is read yet."""
         named = named_weights(self.weights, self.config)
         if not self.has_head:
             named.pop(LM_HEAD, None)
@@ -351,7 +352,7 @@ class Gemma2PreTrainedModel:
         return tensors | {name: tensor for name, tensor in score.items() if tensor is not None}
 
     def state_dict(self) -> dict[str, Array]:
-        """Every tensor by its Hugging Face name; of a model that is read from disk, all of it is read.
+        """Return every tensor by its Hugging Face name; of a model that is read from disk, all of it is read.
 
         Examples
         --------
@@ -698,8 +699,8 @@ class Gemma2ForSequenceClassification(_WithHead):
     """Gemma 2 with a linear layer on top of the last token of each sequence.
 
     The last token is the rightmost one that is not ``config.pad_token_id``, whichever side the padding is on. Without a
-    pad id it is the last in the row, and there can be one row only; with `inputs_embeds` too, where padding cannot be
-    told.
+    pad id it is the last in the row, and there can be one row only; with `inputs_embeds` too, where padding does not
+    show.
 
     Parameters
     ----------

@@ -74,7 +74,7 @@ def load(
 
 
 def _find_stop_ids(folder: Path, config: Gemma2Config) -> frozenset[int]:
-    """Those of ``generation_config.json`` or else of the configuration, and the end of a turn in any case.
+    """Return the ends in ``generation_config.json``, or else in the configuration, and the end of a turn.
 
     A chat model ends its turn with ``<end_of_turn>``, which the released configuration does not list as an end.
     """

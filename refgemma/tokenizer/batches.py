@@ -134,19 +134,19 @@ class Layout:
         return self.truncation not in (False, "do_not_truncate")
 
     def cut(self, row: list[int], reserved: int = 0) -> list[int]:
-        """`row` with at most `max_length` ids, less those `reserved` for special tokens."""
+        """Cut `row` to at most `max_length` ids, less those `reserved` for special tokens."""
         if not self.truncates or self.max_length is None:
             return row
-        room = self.max_length - reserved
-        if room < 0:
+        space = self.max_length - reserved
+        if space < 0:
             raise TokenizerError(
                 f"max_length {self.max_length} has no room for the {reserved} special tokens; raise it, or say "
                 "add_special_tokens=False"
             )
-        return row[:room] if self.truncation_side == "right" else row[max(len(row) - room, 0) :]
+        return row[:space] if self.truncation_side == "right" else row[max(len(row) - space, 0) :]
 
     def batch(self, rows: list[list[int]], pad_token_id: int) -> BatchEncoding:
-        """`rows` padded, and their masks."""
+        """Pad `rows`, and make their masks."""
         width = 0
         if self.padding == "max_length":
             width = self.max_length or 0

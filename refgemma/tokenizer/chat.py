@@ -19,12 +19,12 @@ CHAT_TEMPLATE = (
     "{% endif %}{{ '<start_of_turn>' + role + '\\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
 )
-# Templates of the same effect are written in many ways, so they are told by this; one without it does something else.
+# Templates of the same effect are written in many ways: these phrases identify them.
 TEMPLATE_SIGNS = (START, END, "System role not supported", "Conversation roles must alternate")
 
 
 def is_gemma_template(chat_template: object) -> bool:
-    """Whether a folder's `chat_template` is, by all signs, Gemma 2's.
+    """Tell whether a folder's `chat_template` is, by all signs, Gemma 2's.
 
     Examples
     --------

@@ -199,11 +199,11 @@ class Tokenizer:
         return self._special[self.pad_token]
 
     def __len__(self) -> int:
-        """Number of ids."""
+        """Return the number of ids."""
         return self.vocab_size
 
     def get_vocab(self) -> dict[str, int]:
-        """All pieces and their ids."""
+        """Return all pieces and their ids."""
         return {piece: token for token, piece in enumerate(self._vocabulary.pieces(range(self.vocab_size)))}
 
     def _check_id(self, value: object, where: str) -> int:
@@ -272,7 +272,7 @@ class Tokenizer:
     # ---- text to ids
 
     def _encode(self, text: str, split_special_tokens: bool) -> list[int]:
-        """The ids of `text` alone; with `split_special_tokens` all of it is plain."""
+        """Encode `text` alone; with `split_special_tokens` all of it is plain."""
         if split_special_tokens:
             return self._vocabulary.encode(check_text(text))
         ids = []
@@ -501,7 +501,7 @@ class Tokenizer:
         r"""Write a conversation as Gemma's chat template does, and turn it into ids.
 
         The text begins with ``<bos>``, and no second one is added to its ids. Do not `encode` the text yourself: that
-        would add one, unless told ``add_special_tokens=False``.
+        would add one, unless you say ``add_special_tokens=False``.
 
         Parameters
         ----------
@@ -574,7 +574,7 @@ class Tokenizer:
         return encoding if return_dict else encoding["input_ids"]
 
     def _sanitize(self, piece: str) -> list[int]:
-        """A marker of the template by its id; what stands between two of them as plain text.
+        """Encode a marker of the template by its id, and what stands between two of them as plain text.
 
         As in transformers, a special token written out there is encoded on its own, apart from what is beside it.
         """

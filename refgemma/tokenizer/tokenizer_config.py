@@ -19,12 +19,12 @@ SETTINGS = (
 
 
 def _unwrap(token: Any) -> Any:
-    """The piece itself, where a configuration writes it with its properties."""
+    """Return the piece itself, where a configuration writes it with its properties."""
     return token["content"] if isinstance(token, dict) and "content" in token else token
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """The settings that ``tokenizer_config.json`` and ``chat_template.jinja``, if there, give."""
+    """Read the settings that ``tokenizer_config.json`` and ``chat_template.jinja``, if there, give."""
     config = read_object(folder / CONFIG_FILE, TokenizerError) if (folder / CONFIG_FILE).exists() else {}
     settings = {name: _unwrap(config[name]) for name in SETTINGS if config.get(name) is not None}
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []

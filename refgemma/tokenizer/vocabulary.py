@@ -33,7 +33,7 @@ def _read_model(model_file: str | Path) -> bytes:
 
 
 def _hide_piece(model: bytes, piece: str) -> bytes:
-    """`model` with `piece` made a control piece, if it was user-defined.
+    """Return `model` with `piece` made a control piece, if it was user-defined.
 
     SentencePiece finds user-defined pieces in any text, and control pieces in none. In the file a piece is its name,
     its score and its type: the fields 1, 2 and 3 of a protobuf message, in which 4 is user-defined and 3 control.
@@ -46,7 +46,7 @@ def _hide_piece(model: bytes, piece: str) -> bytes:
 
 
 def _decode_bytes(utf8: bytes) -> str:
-    """The characters of `utf8`; if it is no UTF-8, U+FFFD for each byte, as transformers does."""
+    """Return the characters of `utf8`; if it is not UTF-8, U+FFFD for each byte, as transformers does."""
     try:
         return utf8.decode()
     except UnicodeDecodeError:
@@ -124,16 +124,16 @@ class Vocabulary:
                 raise TokenizerError(f"{model_file}: {piece} is an ordinary piece in it, which any text may contain")
 
     def __len__(self) -> int:
-        """Number of ids."""
+        """Return the number of ids."""
         return int(self._model.get_piece_size())
 
     def id_of(self, piece: str) -> int | None:
-        """The id of `piece`; ``None`` if there is no such piece."""
+        """Return the id of `piece`; ``None`` if there is no such piece."""
         token: int = self._model.piece_to_id(piece)  # of a piece that the model lacks: the id of <unk>
         return token if self._model.id_to_piece(token) == piece else None
 
     def is_byte(self, token: int) -> bool:
-        """Whether `token` stands for one byte of a character that has no piece."""
+        """Tell whether `token` stands for one byte of a character that has no piece."""
         return bool(self._model.is_byte(token))
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
@@ -141,7 +141,7 @@ class Vocabulary:
         return [self._model.id_to_piece(token) for token in ids]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text that `ids` stand for; special pieces are written out."""
+        """Return the text that `ids` stand for; special pieces are written out."""
         runs = ((byte, self.pieces(run)) for byte, run in groupby(ids, key=self.is_byte))
         return "".join(
             _decode_bytes(bytes(int(piece.strip("<>"), 16) for piece in run))
@@ -159,7 +159,7 @@ class Vocabulary:
         return ids
 
     def _encode_run(self, length: int) -> list[int]:
-        """The ids of `length` spaces, more than the longest piece has: put together from two pieces at a time.
+        """Encode a run of `length` spaces, longer than the longest piece: put together from two pieces at a time.
 
         transformers does so, the shortest results first and of those the shortest left halves, where SentencePiece
         takes the longest piece as often as it can.
@@ -172,7 +172,7 @@ class Vocabulary:
         return [self._runs[part - 1] for part in parts]
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, all of it plain: none is one of `special`.
+        """Encode `text`, all of it plain: no id is one of `special`.
 
         transformers' ids, which differ from SentencePiece's in long runs of spaces (see `_encode_run`) and in that
         U+2581, if the text itself has several of them, does not go together with spaces beside it.
@@ -191,7 +191,7 @@ class Vocabulary:
 
 
 def _join(parts: list[int], left: int, right: int) -> list[int]:
-    """`parts` with each `left` before a `right` made one, beginning with the first."""
+    """Return `parts` with each `left` before a `right` made one, beginning with the first."""
     joined, n = [], 0
     while n < len(parts):
         pair = parts[n : n + 2] == [left, right]

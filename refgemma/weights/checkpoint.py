@@ -114,7 +114,7 @@ class Stored:
     def map(self, keep: bool = False) -> Array:
         """Map the tensor as it lies in the file: read-only, of the file's dtype, and no part of it read yet.
 
-        With `keep` by the same map each time, as long as this object lives: to map a layer of a 9B anew takes a sixth
+        With `keep` by the same map each time, as long as this object lives: to map a layer of a 9B again takes a sixth
         of a decoded token's time. Its pages are the file's own, which the system takes back when memory is short.
         """
         try:
@@ -443,7 +443,7 @@ class Checkpoint:
         return Score(self.tensors[SCORE_WEIGHT].read(dtype), bias)
 
     def weights(self, dtype: str = "float32") -> Weights:
-        """`resident`, or `streamed` if that would take more than 4 GiB."""
+        """Return `resident` weights, or `streamed` ones if they would take more than 4 GiB."""
         return self.resident(dtype) if fits_in_memory(self.parameters, dtype) else self.streamed(dtype)
 
     def resident(self, dtype: str = "float32") -> Weights:

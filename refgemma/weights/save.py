@@ -58,7 +58,7 @@ class OutputTensor:
 
 
 def as_stored(x: Array, dtype: str) -> Array:
-    """`x` in the format that `dtype` has in a file: half precision in two bytes instead of the four of computation.
+    """Return `x` in the format of a file: half precision takes two bytes, and four in the computation.
 
     Examples
     --------
@@ -71,7 +71,7 @@ def as_stored(x: Array, dtype: str) -> Array:
 
 
 def parse_size(size: int | str) -> int:
-    """The largest size of a file, in bytes, of a number or of text like ``"5GB"`` (1e9) or ``"5GiB"`` (2**30).
+    """Return the largest size of a file in bytes, of a number or of text: ``"5GB"`` (1e9) or ``"5GiB"`` (2**30).
 
     Examples
     --------
@@ -104,7 +104,7 @@ def split_into_shards(outputs: Sequence[OutputTensor], limit: int) -> dict[str, 
 
 
 def build_header(outputs: Sequence[OutputTensor]) -> bytes:
-    """The start of a safetensors file: the length of the JSON text, and the text, to a multiple of eight bytes."""
+    """Return the start of a safetensors file: the length of the JSON text, and the text, padded to eight bytes."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers reads no file without it
     position = 0
     for output in outputs:
@@ -130,7 +130,7 @@ def write_file(path: Path, outputs: Sequence[OutputTensor], bar: Any) -> None:
 
 
 def _is_finished(path: Path, outputs: Sequence[OutputTensor]) -> bool:
-    """Whether an earlier run has finished this file: it has its name, and the header that it has to have."""
+    """Tell whether an earlier run has finished this file: it has its name and the right header."""
     if not path.is_file():
         return False
     start = build_header(outputs)
@@ -187,7 +187,7 @@ def write_checkpoint(
     fingerprint : str
         What is being written, if an interrupted run is to be continued: a run with the same one takes over the files
         that an earlier one has finished, and all files are read again and compared before they are moved into place.
-        Without one it begins anew, and leaves nothing behind if it fails.
+        Without one it starts again, and leaves nothing behind if it fails.
 
     Raises
     ------
@@ -294,7 +294,7 @@ def check_same(found: Mapping[str, Stored], outputs: Sequence[OutputTensor], fol
                 raise CheckpointError(f"{folder}: tensor {output.name!r} is not there; another program has been at it")
             row = 0
             for block in output.blocks():
-                # Mapped anew each time: of a mapping, all that was read stays in memory.
+                # Mapped again each time: of a mapping, all that was read stays in memory.
                 again = np.ascontiguousarray(tensor.map()[row : row + len(block)])
                 if again.tobytes() != block.tobytes():
                     raise CheckpointError(

@@ -37,7 +37,7 @@ BYTES_PER_COUNT = 32  # Philox gives four numbers of eight bytes for each step o
 
 
 def raw_bytes(name: str, start: int, count: int, seed: int = SYNTHETIC_SEED) -> npt.NDArray[np.int8]:
-    """`count` numbers of the stream of tensor `name`, from place `start` on: uniform in -128 to 127; others by `seed`.
+    """Return `count` numbers of the stream of tensor `name`, from place `start` on: uniform in -128 to 127.
 
     Examples
     --------
@@ -68,7 +68,7 @@ class Synthetic:
     seed: int = SYNTHETIC_SEED
 
     def __getitem__(self, rows: Any, /) -> Array:
-        """The rows of a slice or of an array of integers."""
+        """Return the rows of a slice or of an array of integers."""
         length = self.shape[0]
         if isinstance(rows, slice):
             start, stop, step = rows.indices(length)
@@ -82,7 +82,7 @@ class Synthetic:
         return found.view(BF16) if self.dtype == "bfloat16" else as_dtype(found, self.dtype)
 
     def _numbers(self, start: int, stop: int) -> npt.NDArray[np.float32]:
-        """Rows `start` to `stop`, in float32."""
+        """Return rows `start` to `stop`, in float32."""
         width = int(np.prod(self.shape[1:], dtype=np.int64))
         drawn = raw_bytes(self.name, start * width, (stop - start) * width, self.seed)
         shaped = drawn.reshape(stop - start, *self.shape[1:])
@@ -90,7 +90,7 @@ class Synthetic:
         return -np.abs(numbers) if ".post_" in self.name else numbers
 
     def _scales(self, start: int, stop: int) -> Any:
-        """The power of two of all rows, or of queries, that of each row: heads look in four degrees of sharpness."""
+        """Return the power of two of all rows, or of each row of queries: heads differ in sharpness."""
         field = self.name.split(".")[-2]
         power = np.float32(2.0 ** EXPONENTS[field])
         if field != "q_proj":
@@ -100,7 +100,7 @@ class Synthetic:
 
 
 def synthetic_weights(config: Gemma2Config, dtype: str = "float32", seed: int = SYNTHETIC_SEED) -> Weights:
-    """Synthetic weights of a model in `dtype`, others by `seed`; each layer is made anew whenever it is asked for.
+    """Return synthetic weights of a model in `dtype`; each layer is made again whenever it is asked for.
 
     Examples
     --------
@@ -137,8 +137,8 @@ def write_synthetic(config: Gemma2Config, folder: str | Path, max_shard_size: in
         for name, shape in tensor_shapes(config).items()
     ]
     fingerprint = f"synthetic {SYNTHETIC_SEED} {EXPONENTS} {max_shard_size} {config.to_json_string()}"
-    told = hashlib.sha256(fingerprint.encode()).hexdigest()
-    claim(Path(folder), told)
+    digest = hashlib.sha256(fingerprint.encode()).hexdigest()
+    claim(Path(folder), digest)
     config.changed(dtype="bfloat16", architectures=("Gemma2ForCausalLM",)).save_pretrained(folder)
-    write_checkpoint(folder, outputs, max_shard_size, told)
+    write_checkpoint(folder, outputs, max_shard_size, digest)
     return sum(math.prod(output.shape) for output in outputs)
