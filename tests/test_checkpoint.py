@@ -767,14 +767,14 @@ def test_a_header_of_absurd_length(tmp_path: Path, length: int, words: str) -> N
     file = write_single(tmp_path, random_tensors()) / FILE
     join(file, *split(file), length=length)
     message = refusal(tmp_path)
-    assert message.startswith(f"{file}: is no whole safetensors file")
+    assert message.startswith(f"{file}: is not a whole safetensors file")
     assert words in message
 
 
 def test_another_format_under_this_name(tmp_path: Path) -> None:
     write_config(tmp_path)
     (tmp_path / FILE).write_bytes(b"PK\x03\x04" + bytes(range(200)))  # a zip, as torch.save writes
-    assert "is no whole safetensors file" in refusal(tmp_path)
+    assert "is not a whole safetensors file" in refusal(tmp_path)
 
 
 # -- indexes ---------------------------------------------------------------------------------------------------------
@@ -825,7 +825,7 @@ def test_an_absent_shard(tmp_path: Path) -> None:
 def test_a_truncated_shard(tmp_path: Path) -> None:
     shard = write_shards(tmp_path, random_tensors()) / "model-00003-of-00003.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
-    assert refusal(tmp_path).startswith(f"{shard}: is no whole safetensors file")
+    assert refusal(tmp_path).startswith(f"{shard}: is not a whole safetensors file")
 
 
 def test_a_shard_that_lacks_a_tensor(tmp_path: Path) -> None:

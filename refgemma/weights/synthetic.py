@@ -37,7 +37,7 @@ BYTES_PER_COUNT = 32  # Philox gives four numbers of eight bytes for each step o
 
 
 def raw_bytes(name: str, start: int, count: int, seed: int = SYNTHETIC_SEED) -> npt.NDArray[np.int8]:
-    """Return `count` numbers of the stream of tensor `name`, from place `start` on: uniform in -128 to 127.
+    """Return `count` numbers of tensor `name` from `start` on: uniform in -128 to 127; others by `seed`.
 
     Examples
     --------
@@ -100,7 +100,7 @@ class Synthetic:
 
 
 def synthetic_weights(config: Gemma2Config, dtype: str = "float32", seed: int = SYNTHETIC_SEED) -> Weights:
-    """Return synthetic weights of a model in `dtype`; each layer is made again whenever it is asked for.
+    """Return synthetic weights in `dtype`, others by `seed`; a layer is made again whenever it is asked for.
 
     Examples
     --------
