@@ -256,7 +256,7 @@ def widen(rows: Iterable[Any]) -> None:
     """Read the matrices among `rows` and make float32 of them, as `fast` does, without a single product."""
     for matrix in rows:
         if isinstance(matrix, StoredRows) and len(matrix.shape) == 2:
-            source, height = matrix.tensor.mapped(keep=True), fast.TILE // matrix.shape[1]
+            source, height = matrix.tensor.map(keep=True), fast.TILE // matrix.shape[1]
 
             def fill(start: int, stop: int, source: Any = source, height: int = height) -> None:
                 tile = np.empty((height, source.shape[1]), np.float32)

@@ -127,7 +127,7 @@ def multiply(weight: Rows, x: Float[np.ndarray, "in seq"]) -> Float[np.ndarray, 
     """
     # As they lie in the file, unchecked: a number that is not finite shows in the product, and is looked for then.
     few = x.shape[1] <= FEW  # a token of many that will come: the map is kept for the next
-    source: Any = weight.tensor.mapped(keep=few) if isinstance(weight, StoredRows) else weight
+    source: Any = weight.tensor.map(keep=few) if isinstance(weight, StoredRows) else weight
     in_memory = isinstance(weight, np.ndarray)
     y = np.empty((weight.shape[0], x.shape[1]), np.result_type(source, x) if in_memory else x.dtype)
     fill = multiply_rows if in_memory else widen_and_multiply_rows

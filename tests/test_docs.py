@@ -89,12 +89,12 @@ class Roundings:
         self.count = 0
         usual = precision._onto_grid
 
-        def count_errors(x: Any, kind: Any) -> Any:
+        def counted(x: Any, kind: Any) -> Any:
             result = usual(x, kind)
             self.count += not np.array_equal(np.asarray(result), np.asarray(x, np.float64))
             return result
 
-        monkeypatch.setattr(precision, "_onto_grid", count_errors)
+        monkeypatch.setattr(precision, "_onto_grid", counted)
 
     def of(self, compute: Callable[[], Any]) -> int:
         self.count = 0
@@ -109,7 +109,7 @@ def test_the_roundings_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     cos, sin = ops.rotary_tables(np.arange(4)[None], 6, 10.0, like=x)
     probs = ops.softmax(q @ k.swapaxes(-1, -2), np.tri(4, dtype=bool)[None, None])
     of = Roundings(monkeypatch).of
-    count_errors = {
+    counted = {
         "embedded": of(lambda: model.embed(np.array([[1, 2]]), table)) - 1,  # the factor is rounded, too
         "cos": of(lambda: ops.rotary_tables(np.arange(4)[None], 6, 10.0, like=x)) - 1,
         "sin": of(lambda: ops.rotary_tables(np.arange(4)[None], 6, 10.0, like=x)) - 1,
@@ -126,7 +126,7 @@ def test_the_roundings_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
         "gelu_tanh": of(lambda: ops.gelu_tanh(x)),
     }
     for tensor, function, said in ROW.findall(FORWARD):
-        assert int(said) == count_errors.get(tensor, count_errors.get(function.rpartition(".")[2])), tensor
+        assert int(said) == counted.get(tensor, counted.get(function.rpartition(".")[2])), tensor
 
 
 # --- links and formulas -----------------------------------------------------------------------------------------------

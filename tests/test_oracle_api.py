@@ -37,7 +37,7 @@ def test_a_file_is_checked_with_one_call(tmp_path: Path) -> None:
 
 def test_a_trace_of_another_model_names_the_model_that_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path / "port.safetensors")
-    with pytest.raises(InputError, match="shapes of another model.*--model conformance"):
+    with pytest.raises(InputError, match=r"shapes of another model.*--model conformance"):
         check(path, "tiny")
     assert main(["check", str(path)]) == 2
     said = capsys.readouterr()

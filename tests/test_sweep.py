@@ -136,8 +136,8 @@ def test_a_job_that_kills_every_worker_is_lost_and_no_other(folder: Path, capsys
     [
         ({"run": "port {trace}"}, "failed", 5, "cannot be run"),
         ({"run": "true {trace}"}, "failed", 5, "did not write trace.safetensors"),
-        ({"run": "cp port.py {trace}"}, "unreadable", 2, "no whole safetensors file"),
-        ({"trace": "port.py"}, "unreadable", 2, "no whole safetensors file"),
+        ({"run": "cp port.py {trace}"}, "unreadable", 2, "not a whole safetensors file"),
+        ({"trace": "port.py"}, "unreadable", 2, "not a whole safetensors file"),
         ({"run": "cp a.safetensors {trace} {prompt}", "prompt": "b.safetensors"}, "unreadable", 2, "other input_ids"),
     ],
 )
@@ -168,8 +168,8 @@ def test_a_command_gets_the_model_with_the_jobs_numbers(folder: Path, capsys: py
         (None, "no such file"),
         ("", "holds no job"),
         ("\xff", "is no text"),
-        ("{", "line 1: is no JSON"),
-        ("[1]", "line 1: is no JSON object"),
+        ("{", "line 1: is not JSON"),
+        ("[1]", "line 1: holds a list, not a JSON object"),
         ('{"trace": "a.safetensors"}\n{"model": "tiny"}', "line 2: give either trace"),
         ('{"trace": "a.safetensors", "run": "x {trace}"}', "give either trace"),
         ('{"trace": "none.safetensors"}', "none.safetensors"),

@@ -5,7 +5,6 @@ Checked by making mistakes on purpose, which are found, in the tests; recorded b
 """
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,6 +18,7 @@ from safetensors.numpy import load_file
 from refgemma import fast
 from refgemma.cache import Cache, LayerCache
 from refgemma.config import Gemma2Config
+from refgemma.files import read_object
 from refgemma.generation.perplexity import label_losses
 from refgemma.goldens.distance import FLOOR, NOISE_FACTOR, run_distance
 from refgemma.goldens.load import AGAIN, GoldenError
@@ -51,14 +51,10 @@ SAMPLED = 4096  # bytes of either end of a tensor that its fingerprint reads
 def read_full_manifest() -> dict[str, Any]:
     """The recordings at full size, with provenance and hashes."""
     path = golden_folder() / "full" / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        cases: dict[str, Any] = manifest["cases"]
-        if manifest["format"] != FORMAT:
-            raise GoldenError(f"{path}: is not a manifest of the format {FORMAT}; {AGAIN}")
-    except (OSError, ValueError, TypeError, LookupError) as error:
-        reason = str(error) if isinstance(error, GoldenError) else f"{path}: cannot be read: {error!r}; {AGAIN}"
-        raise GoldenError(reason) from None
+    manifest = read_object(path, GoldenError, AGAIN)
+    if manifest.get("format") != FORMAT or "cases" not in manifest:
+        raise GoldenError(f"{path}: is not a manifest of the format {FORMAT}; {AGAIN}")
+    cases: dict[str, Any] = manifest["cases"]
     return cases
 
 

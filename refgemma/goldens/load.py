@@ -2,7 +2,6 @@
 
 import difflib
 import hashlib
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ from safetensors.numpy import load_file
 
 from refgemma.config import Gemma2Config
 from refgemma.errors import RefgemmaError
+from refgemma.files import read_object
 from refgemma.hub import find_model, golden_folder
 from refgemma.precision import Array, as_dtype
 from refgemma.weights.checkpoint import open_checkpoint
@@ -29,13 +29,9 @@ class GoldenError(RefgemmaError):
 def read_manifest() -> dict[str, Any]:
     """Return what is recorded, with provenance and hashes."""
     path = golden_folder() / "manifest.json"
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT or not manifest["cases"]:
-            raise GoldenError(f"{path}: is not a manifest of the format {FORMAT}; {AGAIN}")
-    except (OSError, ValueError, TypeError, LookupError) as error:
-        reason = str(error) if isinstance(error, GoldenError) else f"{path}: cannot be read: {error!r}; {AGAIN}"
-        raise GoldenError(reason) from None
+    manifest = read_object(path, GoldenError, AGAIN)
+    if manifest.get("format") != FORMAT or not manifest.get("cases"):
+        raise GoldenError(f"{path}: is not a manifest of the format {FORMAT}; {AGAIN}")
     return manifest
 
 

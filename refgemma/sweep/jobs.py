@@ -24,6 +24,7 @@ import numpy as np
 
 from refgemma.config import Gemma2Config
 from refgemma.errors import RefgemmaError
+from refgemma.files import parse_object
 from refgemma.hub import find_model
 from refgemma.inputs import InputError
 from refgemma.oracle.diagnose import Report
@@ -94,12 +95,7 @@ def read_jobs(path: str | Path) -> list[Job]:
 
 def _combinations(line: str) -> Iterator[dict[str, Any]]:
     """Every combination of a line's lists."""
-    try:
-        given = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"is no JSON ({error})") from None
-    if not isinstance(given, dict):
-        raise InputError("is no JSON object")
+    given = parse_object(line.encode())
     choices = [[(field, v) for v in (value if isinstance(value, list) else [value])] for field, value in given.items()]
     yield from (dict(chosen) for chosen in itertools.product(*choices))
 

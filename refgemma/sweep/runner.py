@@ -17,8 +17,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from refgemma.errors import UsageError
-from refgemma.files import replace_file
+from refgemma.errors import RefgemmaError, UsageError
+from refgemma.files import read_object, replace_file
 from refgemma.oracle.report import finite
 from refgemma.oracle.verdicts import EXIT, FAILED, LOST, UNREADABLE
 from refgemma.sweep.jobs import KEPT, Done, Job, fail, perform
@@ -147,10 +147,10 @@ def sweep(
 
 def _kept(results: Path, job: Job) -> Done | None:
     try:
-        found = json.loads((results / f"{job.key}.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = read_object(results / f"{job.key}.json", RefgemmaError)
+    except RefgemmaError:
         return None
-    return found if isinstance(found, dict) and found.get("schema") == KEPT else None
+    return found if found.get("schema") == KEPT else None
 
 
 # --- the report -------------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ and that it may have the ``last`` row only. Names under ``ignored`` are known an
 names match nothing, and are told as such: nothing is guessed.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,12 +18,14 @@ import einops
 import numpy as np
 
 from refgemma.config import Gemma2Config
+from refgemma.files import read_object
 from refgemma.inputs import InputError
 from refgemma.precision import Array
 from refgemma.trace.evaltext import is_eval_callback, open_eval_callback
 from refgemma.trace.reader import Entry, TraceFile, is_there, open_safetensors
 
 FOLDER = Path(__file__).parent / "maps"
+HELP = "see refgemma/trace/maps"
 GIVEN = ("input_ids", "position_ids", "attention_mask")
 
 
@@ -89,14 +90,14 @@ def load_map(name: str) -> NameMap:
     path = FOLDER / f"{name}.json" if name in map_names() else Path(name)
     if not path.is_file():
         raise InputError(f"there is no map {name!r}; there are {', '.join(map_names())}, or give a JSON file")
+    about = read_object(path, InputError, HELP)
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
         rules = tuple(Rule(**{**rule, "part": tuple(rule.get("part", ()))}) for rule in about["rules"])
         known = {key: str(about[key]) for key in ("name", "says", "learned_from", "run_on")}
         return NameMap(**known, rules=rules, ignored=dict(about["ignored"]))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise InputError(f"{path}: is no map ({reason}); see refgemma/oracle/maps") from None
+        raise InputError(f"{path}: is no map ({reason}); {HELP}") from None
 
 
 def _expression(pattern: str) -> re.Pattern[str]:

@@ -21,7 +21,7 @@ from refgemma.ops import rms_norm
 from refgemma.precision import Array, Rounded, dtype_name
 from refgemma.shapes import TokenIds
 from refgemma.weights.parameters import Weights
-from refgemma.weights.save import CODES, stored
+from refgemma.weights.save import CODE_OF_DTYPE, as_stored
 
 # The fields of one layer, in the order of execution. Of q and k, rotated and not, a query's and a key's are two
 # tensors.
@@ -178,7 +178,9 @@ def save_trace(
             x = _in_file(tensor)
             start = data.tell()
             data.write(x.reshape(-1).view(np.uint8).data)
-            code = CODES[x.dtype] if x.dtype in CODES else f"{x.dtype.kind.upper()}{8 * x.dtype.itemsize}"
+            code = (
+                CODE_OF_DTYPE[x.dtype] if x.dtype in CODE_OF_DTYPE else f"{x.dtype.kind.upper()}{8 * x.dtype.itemsize}"
+            )
             header[name] = {"dtype": code, "shape": list(x.shape), "data_offsets": [start, data.tell()]}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
@@ -191,4 +193,4 @@ def save_trace(
 
 def _in_file(x: Array) -> Array:
     """Half precision in two bytes instead of the four it is computed in; what is neither, token ids too, as it is."""
-    return stored(x, dtype_name(x)) if isinstance(x, Rounded) else np.ascontiguousarray(x)
+    return as_stored(x, dtype_name(x)) if isinstance(x, Rounded) else np.ascontiguousarray(x)
