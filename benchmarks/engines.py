@@ -74,14 +74,14 @@ def fast_step(config: Gemma2Config, weights: Any, tokens: int, past: int) -> Ste
         config.activation, config.rms_norm_eps,
     )  # fmt: skip
     if past:  # where a text is: in the middle of a room
-        room = fast.extend(LayerCache(cache.keys[:, :, :-1], cache.values[:, :, :-1], 0), 1)
+        room = fast.reserve(LayerCache(cache.keys[:, :, :-1], cache.values[:, :, :-1], 0), 1)
         room.keys[:, :, -1:], room.values[:, :, -1:] = cache.keys[:, :, -1:], cache.values[:, :, -1:]
         cache = room
 
     def step() -> object:
-        if isinstance(cache, fast.Roomy):
-            cache.room.used = past  # the step before is forgotten
-        return fast.block(x, cache, cos, sin, visible, weights, numbers)
+        if isinstance(cache, fast.BufferedLayer):
+            cache.buffer.used = past  # the step before is forgotten
+        return fast.fast_block(x, cache, cos, sin, visible, weights, numbers)
 
     return step
 
@@ -91,8 +91,10 @@ def definition_step(config: Gemma2Config, weights: Any, tokens: int, past: int) 
     q_places, k_places = np.arange(past, past + tokens), np.arange(past + tokens)
     causal = ops.causal_mask(q_places, k_places)
     mask = (causal if past else ops.sliding_mask(q_places, k_places, config.sliding_window))[None, None]
-    numbers = (config.attention_scale, config.attn_logit_softcapping, config.activation, config.rms_norm_eps)
-    return lambda: layers.block(x, cache, cos, sin, mask, weights, *numbers).out
+    return lambda: layers.block(
+        x, weights, past=cache, cos=cos, sin=sin, mask=mask, scale=config.attention_scale,
+        cap=config.attn_logit_softcapping, activation=config.activation, eps=config.rms_norm_eps,
+    ).out  # fmt: skip
 
 
 def transformers_step(config: Gemma2Config, weights: Any, tokens: int, past: int, dtype: str = "float32") -> Step:
@@ -254,7 +256,7 @@ def widen(rows: Iterable[Any]) -> None:
     """Read the matrices among `rows` and make float32 of them, as `fast` does, without a single product."""
     for matrix in rows:
         if isinstance(matrix, StoredRows) and len(matrix.shape) == 2:
-            source, height = matrix.tensor.mapped(keep=True), fast.TILE // matrix.shape[1]
+            source, height = matrix.tensor.map(keep=True), fast.TILE // matrix.shape[1]
 
             def fill(start: int, stop: int, source: Any = source, height: int = height) -> None:
                 tile = np.empty((height, source.shape[1]), np.float32)

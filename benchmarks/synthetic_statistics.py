@@ -38,18 +38,19 @@ def statistics(size: str) -> tuple[list[dict[str, float]], dict[str, float]]:
     weights = synthetic_weights(config)
     start = begin(golden["input_ids"][:, : about["calls"][0]], weights, config)
     hidden, layers = start.embedded, []
-    for number, record in enumerate(blocks(start, weights, config)):
+    for record in blocks(start, weights, config):
         attention, hidden = record.attention, record.out
         seen = np.tril(np.ones(attention.scores.shape[-2:], bool))
         scores, of_heads = np.abs(attention.scores[..., seen]), entropies(attention.probs)
         layers.append({
-            "layer": number,
+            "layer": len(layers),
             "largest_score": float(scores.max()),
             "scores_bent_by_1_percent": float(np.mean(scores > 0.175 * config.attn_logit_softcapping)),
             "least_entropy": float(of_heads.min()),
             "most_entropy": float(of_heads.max()),
             "residual_rms": rms(record.out),
         })  # fmt: skip
+        del record, attention
     raw_logits, logits = head(rms_norm(hidden[:, -1:], weights.norm, config.rms_norm_eps), weights, config)
     of_logits = {"raw_std": float(raw_logits.std()), "raw_largest": float(np.abs(raw_logits).max()),
                  "largest": float(np.abs(logits).max()), "norm_weight_std": float(weights.norm.std())}  # fmt: skip

@@ -13,7 +13,7 @@ import refgemma
 from refgemma.cli.main import parser
 from refgemma.config import Gemma2Config
 from refgemma.oracle.known_bugs import KNOWN_BUGS
-from refgemma.oracle.operations import Context, doubled, operations
+from refgemma.oracle.operations import Context, double, operations
 from refgemma.oracle.tolerance import Arithmetic
 from refgemma.precision import bf16
 from refgemma.testing.properties import LAWS
@@ -40,7 +40,7 @@ def trace_names() -> str:
     """Every tensor of a trace: axes, and what it is computed from, as the table of operations of the oracle has it."""
     model = refgemma.load("conformance")
     call = Call(np.array([[2, 5]]), np.array([[0, 1]]), np.ones((1, 2), bool), (2,))
-    found = operations(Context(model.config, doubled(model.weights), call, Arithmetic()))
+    found = operations(Context(model.config, double(model.weights), call, Arithmetic()))
 
     def sources(name: str) -> str:
         inputs = found[name.replace(".N.", ".1.")].inputs  # layer 1 comes after another one
@@ -65,14 +65,14 @@ Where nothing stands in the last column, it is the token ids or their positions.
 """
 
 
-def variants() -> str:
-    """The catalogue of known mistakes."""
+def known_bugs() -> str:
+    """The catalogue of known bugs."""
     rows = [(code(v.name), v.kind, code(v.fields[0]), v.says, v.shows, v.seen) for v in KNOWN_BUGS]
-    return f"""# Variants
+    return f"""# Known bugs
 
 {AGAIN}
 
-The {len(KNOWN_BUGS)} known mistakes that `refgemma check` compares a trace with; `refgemma variants NAME` tells more of
+The {len(KNOWN_BUGS)} known bugs that `refgemma check` compares a trace with; `refgemma known-bugs NAME` says more about
 one. A *mistake* is another model, *rounding* the same model rounded elsewhere, and a *stage* is seen in the tokens, the
 shapes or the weights.
 
@@ -157,7 +157,13 @@ one.
 """
 
 
-PAGES = {"trace-names": trace_names, "variants": variants, "laws": laws, "sizes": sizes, "command-line": command_line}
+PAGES = {
+    "trace-names": trace_names,
+    "known-bugs": known_bugs,
+    "laws": laws,
+    "sizes": sizes,
+    "command-line": command_line,
+}
 
 if __name__ == "__main__":
     for name, made in PAGES.items():

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import transformers
 from cases import TINY_TEXT
-from record import DTYPES, caught, in_heads, kept, sha256, write_json, write_tensors
+from record import DTYPES, catch_tensors, in_heads, kept, sha256, write_json, write_tensors
 from safetensors import safe_open
 from tqdm import tqdm
 from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM
@@ -33,7 +33,7 @@ from refgemma.goldens.full_size import PIECE, fingerprint
 from refgemma.goldens.sketch import sketch
 from refgemma.weights.checkpoint import open_checkpoint
 from refgemma.weights.parameters import EMBED_TOKENS, NORM, tensor_shapes
-from refgemma.weights.synthetic import SEED, Synthetic
+from refgemma.weights.synthetic import SYNTHETIC_SEED, Synthetic
 
 FOLDER = Path(__file__).parent / "full"
 PROMPT, STEPS, TOP = 64, 2, 64
@@ -67,7 +67,7 @@ def theirs(ours: Ours) -> Gemma2Config:
 
 def random_ids(ours: Ours, length: int) -> torch.Tensor:
     """<bos> and random tokens."""
-    ids = np.random.default_rng(SEED).integers(4, ours.vocab_size, (1, length))
+    ids = np.random.default_rng(SYNTHETIC_SEED).integers(4, ours.vocab_size, (1, length))
     ids[0, 0] = 2
     return torch.tensor(ids)
 
@@ -96,7 +96,7 @@ def synthetic(preset: str, kind: str) -> Subject:
 
     ids = random_ids(ours, sum(calls) if kind == "long" else PROMPT + STEPS)
     ids = ids if kind == "long" else with_a_clear_answer(ids, ours)[:, : sum(calls)]
-    about = {"weights": f"synthetic, seed {SEED}: nobody trained them", "preset": preset, "changes": changes}
+    about = {"weights": f"synthetic, seed {SYNTHETIC_SEED}: nobody trained them", "preset": preset, "changes": changes}
     name = f"{preset}-synthetic" + ("" if kind == "full" else f"-{kind}")
     return Subject(name, theirs(ours), rows, ids, calls, about, keeps_hidden_state=kind == "full")
 
@@ -108,7 +108,7 @@ def text_ids(folder: Path, length: int, vocab_size: int) -> torch.Tensor:
     """A text, if the folder holds a tokenizer; else random tokens."""
     file = folder / "tokenizer.model"
     if not file.exists():
-        ids = np.random.default_rng(SEED).integers(4, vocab_size, length)
+        ids = np.random.default_rng(SYNTHETIC_SEED).integers(4, vocab_size, length)
     else:
         import sentencepiece as spm
 
@@ -200,7 +200,7 @@ def sketched_call(
 ) -> tuple[dict[str, Any], Any, Any]:
     """One call: its tensors' sketches by name, the normed hidden state, and the logits of the last token."""
     sketches = {}
-    with ExitStack() as hooks, caught(model) as found:
+    with ExitStack() as hooks, catch_tensors(model) as found:
 
         def finished(module: Any, *_: Any) -> None:
             keep(f"layers.{module.self_attn.layer_idx}.")

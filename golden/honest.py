@@ -34,9 +34,9 @@ from refgemma import fast, ops
 from refgemma.cache import Cache
 from refgemma.model import begin
 from refgemma.modeling.pretrained import Pretrained, load
-from refgemma.oracle.check import Check
-from refgemma.oracle.judge import BLIND, GOOD
-from refgemma.trace.candidate import load_candidate, only
+from refgemma.oracle.engine import Engine
+from refgemma.oracle.verdicts import BLIND, GOOD
+from refgemma.trace.candidate import load_trace, only
 from refgemma.trace.capture import capture_transformers
 from refgemma.trace.names import save_trace
 
@@ -112,11 +112,13 @@ def fast_run(case: Case, ours: Pretrained) -> tuple[dict[str, Any], dict[str, st
     for number, (start, end) in enumerate(pairwise(np.cumsum([0, *case.calls]))):
         prefix = f"calls.{number}." if len(case.calls) > 1 else ""
         ids, mask = case.input_ids[:, start:end], case.attention_mask[:, :end]
-        blocks = list(fast.outputs(begin(ids, weights, config, mask, None, cache), weights, config))
+        blocks = list(fast.outputs(begin(ids, weights, config, attention_mask=mask, cache=cache), weights, config))
         outs, cache = [out for out, _ in blocks], Cache([past for _, past in blocks])
         tensors |= {f"{prefix}layers.{layer}.out": out for layer, out in enumerate(outs)}
         norm = ops.rms_norm(outs[-1], weights.norm, config.rms_norm_eps)
-        tensors |= dict(zip((f"{prefix}raw_logits", f"{prefix}logits"), fast.head(norm, weights, config), strict=True))
+        tensors |= dict(
+            zip((f"{prefix}raw_logits", f"{prefix}logits"), fast.fast_head(norm, weights, config), strict=True)
+        )
     return tensors, {"dtype": "float32", "calls": json.dumps(case.calls)}
 
 
@@ -125,13 +127,13 @@ def verdicts(case: Case, folder: Path, dtype: str, attention: str) -> Iterator[t
     ours = load(str(folder), dtype)
     tensors, about = fast_run(case, ours) if attention == "fast" else torch_run(case, folder, dtype, attention)
     save_trace(tensors.items(), folder / "port.safetensors", about)
-    whole = load_candidate(folder / "port.safetensors", ours.config)
+    whole = load_trace(folder / "port.safetensors", ours.config)
     for density, names in DENSITIES.items():
         candidate = whole if names is None else only(whole, names)
-        work = Check(candidate, ours.weights, ours.config)
-        for instance in work.instances():
+        work = Engine(candidate, ours.weights, ours.config)
+        for instance in work.instances:
             s = instance.judged.statistics
-            yield density, f"{instance.tensor} rms {s.rms:.3g} worst {s.worst:.3g}", instance.judged.verdict
+            yield density, f"{instance.tensor} rms {s.rms:.3g} worst {s.error_over_bound:.3g}", instance.judged.verdict
 
 
 def main() -> int:
@@ -167,8 +169,8 @@ def main() -> int:
         for density in DENSITIES:
             some = {v: n for (d, k, v), n in counts.items() if (d, k) == (dtype, density)}
             total = sum(some.values())
-            shown = " | ".join(str(some.get(v, 0)) for v in ("EXACT", "PASS", "BLIND"))
-            print(f"| {dtype}, {density} | {len(numbers)} | {total} | {shown} | {accused[dtype, density]} |")
+            detect = " | ".join(str(some.get(v, 0)) for v in ("EXACT", "PASS", "BLIND"))
+            print(f"| {dtype}, {density} | {len(numbers)} | {total} | {detect} | {accused[dtype, density]} |")
     print(f"transformers {transformers.__version__}, torch {torch.__version__}, {args.attention}")
     return int(bool(accused))
 

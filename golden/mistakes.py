@@ -29,10 +29,11 @@ from transformers.models.gemma2 import modeling_gemma2 as modeling
 
 from refgemma.hub import find_model
 from refgemma.modeling.pretrained import Pretrained, load
-from refgemma.oracle.check import CONFORMS, Report, check
 from refgemma.oracle.conformance import Prompt, prompts
+from refgemma.oracle.diagnose import Report, diagnose
 from refgemma.oracle.known_bugs import KNOWN_BUGS, known_bug
-from refgemma.trace.candidate import load_candidate, only
+from refgemma.oracle.verdicts import CONFORMS
+from refgemma.trace.candidate import load_trace, only
 from refgemma.trace.capture import capture_transformers
 from refgemma.trace.names import field_of, save_trace
 
@@ -573,13 +574,13 @@ def port(name: str | None, dtype: str, prompt: Prompt, folder: Path, config: Any
         with made(name, model, prompt):
             tensors, about = capture_transformers(model, prompt.input_ids, prompt.attention_mask, calls)
     save_trace(tensors.items(), folder / "port.safetensors", about)
-    return load_candidate(folder / "port.safetensors", config)
+    return load_trace(folder / "port.safetensors", config)
 
 
 def reports_of(candidate: Any, ours: Pretrained) -> dict[str, Report]:
     """What check says of the whole trace and of parts of it."""
     parts = {d: candidate if names is None else only(candidate, names) for d, names in DENSITIES.items()}
-    return {density: check(part, ours.weights, ours.config) for density, part in parts.items()}
+    return {density: diagnose(part, ours.weights, ours.config) for density, part in parts.items()}
 
 
 def outcomes(dtype: str, names: list[str]) -> Iterator[Outcome]:
@@ -641,8 +642,8 @@ def rates(found: list[Outcome]) -> str:
     for (dtype, density), _ in Counter((o.dtype, o.density) for o in found).items():
         some = [o for o in found if (o.dtype, o.density) == (dtype, density) and o.showable]
         counts = [sum(o.detected for o in some), sum(o.first for o in some), sum(o.named in (1, 2) for o in some)]
-        shown = " | ".join(f"{n} ({n / max(1, len(some)):.0%})" for n in counts)
-        lines.append(f"| {dtype}, {density} | {len(some)} | {shown} |")
+        detect = " | ".join(f"{n} ({n / max(1, len(some)):.0%})" for n in counts)
+        lines.append(f"| {dtype}, {density} | {len(some)} | {detect} |")
     return "\n".join(lines)
 
 

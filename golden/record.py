@@ -37,14 +37,9 @@ from tqdm import tqdm
 from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM
 from transformers.models.gemma2 import modeling_gemma2
 
-from refgemma.oracle.compare import (
-    END_TO_END,
-    half_rounding_noise,
-    half_run_distance,
-    ratio,
-    run_distance,
-    ulp,
-)
+from refgemma.goldens.distance import END_TO_END, rounding_noise, run_distance
+from refgemma.oracle.judge import ratio
+from refgemma.oracle.tolerance import ulp
 
 HERE = Path(__file__).parent
 TINY = HERE.parent / "refgemma" / "checkpoints" / "tiny"
@@ -114,7 +109,7 @@ class Watch(TorchFunctionMode):
 
 
 @contextmanager
-def caught(model: Gemma2ForCausalLM) -> Iterator[Tensors]:
+def catch_tensors(model: Gemma2ForCausalLM) -> Iterator[Tensors]:
     """Every named tensor of the forward calls made inside, under the names of refgemma's records."""
     found: Tensors = {}
     hooks = []
@@ -246,7 +241,7 @@ def record(case: Case, root: Path) -> Tensors:
     cache = DynamicCache(config=model.config) if len(case.calls) > 1 else None
     done = 0
     for number, length in enumerate(case.calls):
-        with caught(model) as found:
+        with catch_tensors(model) as found:
             output = model(
                 input_ids=ids[:, done : done + length],
                 attention_mask=mask[:, : done + length] if case.padding != "none" else None,
@@ -367,8 +362,8 @@ def disagreement(dtype: str, again: np.ndarray, old: np.ndarray, twin: np.ndarra
     """How far a tensor recorded again is from the stored one, in units of what another processor's rounding explains.
 
     Tokens and masks must be the same. A float32 tensor may move by 5e-6 of its largest element, as refgemma's logits
-    may; half precision as `refgemma.oracle.compare` has it: a whole run by the noise of its own rounding, an operation
-    alone by an ulp, where its float32 result falls on the other side of a rounding boundary.
+    may; half precision as `refgemma.goldens.distance` has it: a whole run by the noise of its own rounding, one
+    operation alone by an ulp, where its float32 result falls on the other side of a rounding boundary.
     """
     if old.dtype.kind in "iub":
         return 0.0 if np.array_equal(again, old) else np.inf
@@ -376,7 +371,7 @@ def disagreement(dtype: str, again: np.ndarray, old: np.ndarray, twin: np.ndarra
     if np.array_equal(again, old, equal_nan=True):
         return 0.0
     if dtype != "float32" and twin is not None:
-        return half_run_distance(again, old, half_rounding_noise(old, twin))
+        return run_distance(again, old, rounding_noise(again, old, twin, dtype), dtype)
     allowed = END_TO_END * np.abs(old).max(initial=0) + ulp(old, dtype)
     return ratio(np.abs(again - old), allowed)
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from refgemma import ops
 from refgemma.goldens import verify
-from refgemma.oracle import bounds, compare
+from refgemma.oracle import judge, tolerance
 from refgemma.teach import exercises, viz
 
 # %% [markdown]
@@ -99,13 +99,13 @@ print("first bad:", order[place], f"{errors[place]:.1e}")
 # $$|\mathrm{computed} - \mathrm{exact}| \;\le\; \frac{n u}{1 - n u} \sum_i |x_i|\,|w_i|$$
 #
 # Two programs that are both right differ by at most twice that, whatever the order in which they sum.
-# `refgemma.oracle.bounds` has one for each operation. The distance of two tensors in units of what is allowed is at
+# `refgemma.oracle.tolerance` has one for each operation. The distance of two tensors in units of what is allowed is at
 # most 1 if rounding explains it.
 
 # %%
 x, w = recorded["layers.0.input_layernorm"], weights.layers[0].q_proj
 computed, exact = ops.linear(x, w), x.astype(np.float64) @ w.astype(np.float64).T
-bound = bounds.linear(x, w)
+bound = tolerance.linear(x, w).bound
 
 assert computed.shape == bound.shape == exact.shape
 used = np.abs(computed - exact) / bound
@@ -126,8 +126,8 @@ assert used.max() <= 1
 #
 # After the first bad tensor all others differ, bug or no bug. To see which *operations* are wrong, give each the
 # recorded inputs instead of the port's own: what was wrong before it is then not held against it. In a port one can
-# do that for the suspect. Here: does attention in layer 0 use the right mask? The probabilities are computed anew
-# from the recorded scores.
+# do that for the suspect. Here: does attention in layer 0 use the right mask? The probabilities are computed
+# again from the recorded scores.
 
 
 # %%
@@ -140,12 +140,12 @@ def probs_with_window(window):
 
 # %%
 right = recorded["layers.0.attention.probs"]
-allowed = bounds.softmax(recorded["layers.0.attention.capped"], np.tri(13, dtype=bool))
+allowed = tolerance.softmax(recorded["layers.0.attention.capped"], np.tri(13, dtype=bool))
 windows, distances = range(3, 8), []
 for window in windows:
     candidate = probs_with_window(window)
-    assert candidate.shape == right.shape == allowed.shape
-    distances.append(compare.operation_distance(candidate, right, allowed, "float32"))
+    assert candidate.shape == right.shape == allowed.bound.shape
+    distances.append(judge.strict_distance(candidate, right, allowed, "float32"))
 axes = viz.new_axes(6, 3)
 axes.bar(windows, distances, log=True)
 axes.axhline(1, linestyle="--", color="tab:red", label="what rounding allows")

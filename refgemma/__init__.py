@@ -30,8 +30,10 @@ from importlib.metadata import version
 from refgemma.cache import Cache
 from refgemma.config import ConfigError, Gemma2Config
 from refgemma.errors import Moved, RefgemmaError, UsageError
-from refgemma.generation.decode import TextStreamer, generate
+from refgemma.generation.decode import generate
 from refgemma.generation.generation_config import GenerationConfig
+from refgemma.generation.greedy import greedy
+from refgemma.generation.stream import TextStreamer
 from refgemma.heads import causal_lm_loss, log_softmax
 from refgemma.hub import ModelNameError, find_model
 from refgemma.inputs import InputError
@@ -87,6 +89,7 @@ __all__ = [
     "find_model",
     "forward",
     "generate",
+    "greedy",
     "load",
     "log_softmax",
     "narrow",

@@ -161,14 +161,14 @@ def tanh(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
     return activated
 
 
-def linear(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
+def identity(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
     """``x`` itself.
 
     Nothing is rounded. Source: transformers ``LinearActivation``.
 
     Examples
     --------
-    >>> linear(np.array([-1.0, 2.0]))
+    >>> identity(np.array([-1.0, 2.0]))
     array([-1.,  2.])
     """
     return x
@@ -187,5 +187,5 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu6": relu6,
     "leaky_relu": leaky_relu,
     "tanh": tanh,
-    "linear": linear,
+    "linear": identity,
 }

@@ -33,7 +33,7 @@ class LayerCache:
 
     @property
     def stop(self) -> int:
-        """How many tokens this layer has seen; not how many it has kept."""
+        """The number of tokens that this layer has seen, not of those it has kept."""
         kept: int = self.keys.shape[2]
         return self.start + kept
 
@@ -51,7 +51,7 @@ class LayerCache:
 
 
 class Cache(tuple[LayerCache, ...]):
-    """What all layers remember, one `LayerCache` each.
+    """The memory of all layers, one `LayerCache` each.
 
     A full layer keeps every token, a sliding layer the last ``window - 1``. It is a tuple, so that whoever reads the
     legacy format (``past[layer][0].shape[2]``) can read it too.
@@ -70,11 +70,11 @@ class Cache(tuple[LayerCache, ...]):
     __slots__ = ()
 
     def __repr__(self) -> str:
-        """How many layers and tokens, not what they are."""
+        """Return the numbers of layers and tokens, not their values."""
         return f"Cache({len(self)} layers, {self.get_seq_length()} tokens seen)"
 
     def get_seq_length(self, layer: int = 0) -> int:
-        """How many tokens the cache has seen; 0 for a cache without layers."""
+        """Return the number of tokens that the cache has seen; 0 for a cache without layers."""
         return self[layer].stop if self else 0
 
     def _rows(self, select: Callable[[Array], Array]) -> "Cache":
@@ -195,8 +195,8 @@ def empty_cache(config: Gemma2Config, batch: int, like: Array) -> Cache:
     return Cache([LayerCache(nothing, nothing, start=0)] * config.num_hidden_layers)
 
 
-def past_of(cache: Cache | None, config: Gemma2Config, batch: int, like: Array) -> Cache:
-    """The cache to go on from, or an empty one, after a look whether it is one of this model and batch.
+def check_cache(cache: Cache | None, config: Gemma2Config, batch: int, like: Array) -> Cache:
+    """Return the cache to go on from, or an empty one if there is none; refuse that of another model or batch.
 
     Its precision must be that of `like`.
 
@@ -205,15 +205,17 @@ def past_of(cache: Cache | None, config: Gemma2Config, batch: int, like: Array) 
     InputError
         If the cache is not one of such a model and batch.
     """
-    nothing = empty_cache(config, batch, like)
     if cache is None:
-        return nothing
-    kept = [(layer.keys.shape[0], layer.keys.shape[1], layer.keys.shape[3]) for layer in cache]
-    needed = [(batch, config.num_key_value_heads, config.head_dim)] * config.num_hidden_layers
-    if kept != needed or {dtype_name(layer.keys) for layer in cache} != {dtype_name(like)}:
+        return empty_cache(config, batch, like)
+    heads, head_dim, precision = config.num_key_value_heads, config.head_dim, dtype_name(like)
+    if len(cache) != config.num_hidden_layers or any(
+        x.shape != (batch, heads, layer.keys.shape[2], head_dim) or dtype_name(x) != precision
+        for layer in cache
+        for x in layer
+    ):
         raise InputError(
             f"the cache is one of {len(cache)} layers, not of this model, batch size ({batch}) and "
-            f"precision ({dtype_name(like)}): go on from the cache that an earlier call with the same ones returned"
+            f"precision ({precision}): go on from the cache that an earlier call with the same ones returned"
         )
     return cache
 

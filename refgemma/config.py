@@ -2,14 +2,14 @@
 and, for the defaults, the Transformers documentation page of Gemma 2."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from refgemma.activations import ACTIVATIONS, Activation
 from refgemma.errors import RefgemmaError
-from refgemma.files import replace_file
+from refgemma.files import read_object, replace_file
 from refgemma.hub import find_model
 
 SLIDING = "sliding_attention"
@@ -18,26 +18,27 @@ FULL = "full_attention"
 # A config.json without one of these would silently become another model: sizes have no sensible default, and the
 # default of the query scalar differs between the documentation (224) and transformers (256).
 REQUIRED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "query_pre_attn_scalar",
-)
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "query_pre_attn_scalar",
+)  # fmt: skip
 
 LABELS_LIMIT = 2**20  # more classes than any classifier has; their names are written out
 LAYERS_LIMIT = 2**16  # each has a type: a number without limit would take memory without limit
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 # Left out of a file where they have their defaults: they say how a model is used, not which one it is.
-LEFT_OUT = ("architectures", "dtype", "output_attentions", "output_hidden_states", "problem_type", "return_dict")
+OMITTED = (
+    "architectures",
+    "dtype",
+    "output_attentions",
+    "output_hidden_states",
+    "problem_type",
+    "return_dict",
+)
 
 
 class Derived(dict[Any, Any]):
-    """A mapping that was filled in, not given: with another `rope_theta` or `num_labels` it is filled in anew."""
+    """A mapping that was filled in, not given: with another `rope_theta` or `num_labels` it is filled in again."""
 
 
 class ConfigError(RefgemmaError):
@@ -73,7 +74,7 @@ class Gemma2Config:
     rms_norm_eps : float
         Added to the mean square in every norm.
     use_cache : bool
-        Whether the documented classes return ``past_key_values`` when not told.
+        Whether the documented classes return ``past_key_values`` unless a call says otherwise.
     pad_token_id, eos_token_id, bos_token_id : int or tuple of int, optional
         Special ids.
     tie_word_embeddings : bool
@@ -100,9 +101,9 @@ class Gemma2Config:
         Names of the classes, and back; ``LABEL_0`` and so on if not given.
     problem_type : str, optional
         The loss of a sequence classifier: ``"regression"``, ``"single_label_classification"`` or
-        ``"multi_label_classification"``; told from the labels if not given.
+        ``"multi_label_classification"``; follows from the labels if not given.
     output_attentions, output_hidden_states, return_dict : bool
-        What the documented classes return when not told.
+        What the documented classes return unless a call says otherwise.
     dtype : str, optional
         The precision of the weights on disk; ``from_pretrained(dtype="auto")`` computes in it.
     architectures : tuple of str, optional
@@ -163,13 +164,13 @@ class Gemma2Config:
     architectures: tuple[str, ...] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        for name, value in _derived(self).items():
+        for name, value in _derive(self).items():
             object.__setattr__(self, name, value)  # the way to write a frozen dataclass; only derived values are
-        for problem in _problems(self):
+        for problem in _find_problems(self):  # the first one is said
             raise ConfigError(f"Gemma2Config: {problem}")
 
     def is_sliding(self, layer: int) -> bool:
-        """Whether `layer` sees only the last ``sliding_window`` keys."""
+        """Tell whether `layer` sees only the last ``sliding_window`` keys."""
         assert self.layer_types is not None  # filled in by __post_init__
         return self.layer_types[layer] == SLIDING
 
@@ -185,7 +186,7 @@ class Gemma2Config:
         return ACTIVATIONS[named] if isinstance(named, str) else named
 
     def changed(self, **changes: Any) -> "Gemma2Config":
-        """The configuration with other values, and what follows from them.
+        """Return the configuration with other values, and what follows from them.
 
         Raises
         ------
@@ -199,11 +200,11 @@ class Gemma2Config:
         """
         if unknown := changes.keys() - {f.name for f in fields(self)}:
             raise ConfigError(f"Gemma2Config: there is no field {min(unknown)!r}")
-        anew = {"id2label": "num_labels", "num_hidden_layers": "layer_types"}
-        return replace(self, **{anew[name]: None for name in changes if name in anew} | changes)
+        refilled = {"id2label": "num_labels", "num_hidden_layers": "layer_types"}
+        return replace(self, **{refilled[name]: None for name in changes if name in refilled} | changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration with the keys of a Hugging Face ``config.json``.
+        """Return the configuration with the keys of a Hugging Face ``config.json``.
 
         Examples
         --------
@@ -215,7 +216,7 @@ class Gemma2Config:
         return plain | {"model_type": "gemma2", "hidden_act": self.hidden_activation}
 
     def to_json_string(self) -> str:
-        """The text of a ``config.json``; what says nothing about a model is left out, as transformers does.
+        """Return the text of a ``config.json``, without the fields that transformers leaves out too.
 
         Raises
         ------
@@ -233,8 +234,9 @@ class Gemma2Config:
                 f"Gemma2Config: hidden_activation is the function {self.hidden_activation!r}, which no file can hold; "
                 "put its name in its place"
             )
-        usual = {f.name: f.default for f in fields(self) if f.name in LEFT_OUT}
-        usual |= {"id2label": _names(2), "label2id": _ids(_names(2)), "num_labels": self.num_labels}
+        usual = {f.name: f.default for f in fields(self) if f.name in OMITTED}
+        names = _name_labels(2)
+        usual |= {"id2label": names, "label2id": _number_labels(names), "num_labels": self.num_labels}
         values = {k: v for k, v in self.to_dict().items() if k not in usual or usual[k] != v}
         return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
@@ -286,15 +288,7 @@ class Gemma2Config:
         ConfigError
             If it cannot be read, naming the file and the field.
         """
-        try:
-            raw = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{path}: is not JSON: {error}") from None
-        if not isinstance(raw, dict):
-            raise ConfigError(f"{path}: holds a {type(raw).__name__}, not a JSON object")
-        return cls.from_dict(raw, source=str(path))
+        return cls.from_dict(read_object(path, ConfigError), source=str(path))
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **changes: Any) -> "Gemma2Config":
@@ -331,7 +325,7 @@ class Gemma2Config:
 
     @classmethod
     def preset(cls, name: str) -> "Gemma2Config":
-        """The shape of a released Gemma 2: ``"2b"``, ``"9b"`` or ``"27b"``.
+        """Return the shape of a released Gemma 2: ``"2b"``, ``"9b"`` or ``"27b"``.
 
         Raises
         ------
@@ -349,47 +343,27 @@ class Gemma2Config:
 
 
 # The released sizes. The query scalar of the 27B is hidden_size / num_attention_heads, not head_dim.
+_SIZES = (
+    "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "query_pre_attn_scalar",
+)  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
-    "2b": {
-        "hidden_size": 2304,
-        "num_hidden_layers": 26,
-        "intermediate_size": 9216,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "query_pre_attn_scalar": 256,
-    },
-    "9b": {
-        "hidden_size": 3584,
-        "num_hidden_layers": 42,
-        "intermediate_size": 14336,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 256,
-        "query_pre_attn_scalar": 256,
-    },
-    "27b": {
-        "hidden_size": 4608,
-        "num_hidden_layers": 46,
-        "intermediate_size": 36864,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 16,
-        "head_dim": 128,
-        "query_pre_attn_scalar": 144,
-    },
+    "2b": dict(zip(_SIZES, (2304, 26, 9216, 8, 4, 256, 256), strict=True)),
+    "9b": dict(zip(_SIZES, (3584, 42, 14336, 16, 8, 256, 256), strict=True)),
+    "27b": dict(zip(_SIZES, (4608, 46, 36864, 32, 16, 128, 144), strict=True)),
 }
 
 
-def _names(count: int) -> "Derived":
+def _name_labels(count: int) -> "Derived":
     return Derived({label: f"LABEL_{label}" for label in range(count)})
 
 
-def _ids(names: Mapping[int, str]) -> "Derived":
+def _number_labels(names: Mapping[int, str]) -> "Derived":
     return Derived({name: label for label, name in names.items()})
 
 
-def _derived(config: Gemma2Config) -> dict[str, Any]:
-    """The fields that follow from others; of what cannot be understood nothing, so that `_problems` finds it."""
+def _derive(config: Gemma2Config) -> dict[str, Any]:
+    """Return the fields that follow from others; a value that makes no sense is left to `_find_problems`."""
     values: dict[str, Any] = {}
     for name in ("layer_types", "eos_token_id", "architectures"):
         if isinstance(getattr(config, name), list):
@@ -399,117 +373,101 @@ def _derived(config: Gemma2Config) -> dict[str, Any]:
         values["num_key_value_heads"] = config.num_attention_heads
     if config.layer_types is None and _is_size(config.num_hidden_layers) and config.num_hidden_layers <= LAYERS_LIMIT:
         values["layer_types"] = tuple(FULL if layer % 2 else SLIDING for layer in range(config.num_hidden_layers))
-    return values | _rope(config) | _labels(config)
+    return values | _derive_rope(config) | _derive_labels(config)
 
 
-def _rope(config: Gemma2Config) -> dict[str, Any]:
-    """The rotary base, and the mapping that says the same."""
+def _derive_rope(config: Gemma2Config) -> dict[str, Any]:
+    """Return the rotary base, and the mapping that says the same."""
     given: Any = config.rope_parameters
     if not (given is None or isinstance(given, Mapping)) or set(given or ()) - {"rope_type", "rope_theta"}:
         return {}
-    told = {} if isinstance(given, Derived) else dict(given or {})
-    theta = told.get("rope_theta", config.rope_theta)
-    theta = float(theta) if _is_number(theta) else theta
-    named = Derived({"rope_type": told.get("rope_type", "default"), "rope_theta": theta})
+    explicit = {} if isinstance(given, Derived) else dict(given or {})
+    theta = explicit.get("rope_theta", config.rope_theta)
+    theta = float(theta) if _is_finite(theta) else theta
+    named = Derived({"rope_type": explicit.get("rope_type", "default"), "rope_theta": theta})
     return {"rope_theta": theta, "rope_parameters": named}
 
 
-def _labels(config: Gemma2Config) -> dict[str, Any]:
-    """Number and names of the classes: each follows from the other."""
+def _derive_labels(config: Gemma2Config) -> dict[str, Any]:
+    """Return number and names of the classes: each follows from the other."""
     names: Any = config.id2label
     count = config.num_labels
     if names is None or isinstance(names, Derived):
         count = 2 if count is None else count
         if not _is_size(count) or count > LABELS_LIMIT:
             return {}
-        names = _names(count)
+        names = _name_labels(count)
     elif isinstance(names, Mapping) and all(str(key).isdecimal() and len(str(key)) < 10 for key in names):
         names = {int(key): name for key, name in names.items()}  # in JSON every key is a string
         count = len(names) if count is None else count
     else:
         return {}
     given = config.label2id
-    ids = _ids(names) if given is None or isinstance(given, Derived) else given
+    ids = _number_labels(names) if given is None or isinstance(given, Derived) else given
     return {"num_labels": count, "id2label": names, "label2id": ids}
 
 
-def _is_number(value: object) -> bool:
+def _is_finite(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_finite(value) and value > 0
 
 
 def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
 
 
-def _are_ids(value: object, several: bool) -> bool:
-    if several and isinstance(value, tuple):
-        return all(_are_ids(item, several=False) and item is not None for item in value)
+def _is_id(value: object) -> bool:
     return value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0)
 
 
-def _label_problems(config: Gemma2Config) -> list[str]:
-    """What is wrong with the classes of a classifier."""
-    found, names = [], config.id2label
-    if not isinstance(names, Mapping) or sorted(names) != list(range(config.num_labels or 0)):
-        found.append(f"id2label must name each of the {config.num_labels!r} labels, 0 and up, not {names!r}")
-    if config.problem_type not in (None, *PROBLEM_TYPES):
-        found.append(f"problem_type must be one of {', '.join(PROBLEM_TYPES)}, not {config.problem_type!r}")
-    if config.problem_type == "single_label_classification" and config.num_labels == 1:
-        found.append("problem_type single_label_classification needs num_labels above 1: one class is no choice")
-    return found
+# What a value must be -> how that is seen, and of which fields.
+_VALUES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
+    "a whole number from 1 to 2147483647": (_is_size, (*REQUIRED[:-1], "max_position_embeddings", "sliding_window")),
+    f"at most {LAYERS_LIMIT}": (lambda value: value <= LAYERS_LIMIT, ("num_hidden_layers",)),
+    "a number above 0 and below 1e300": (_is_positive, ("rms_norm_eps", "rope_theta", "query_pre_attn_scalar")),
+    "a number above 0, or None for no cap": (
+        lambda value: value is None or _is_positive(value), ("attn_logit_softcapping", "final_logit_softcapping"),
+    ),
+    "a number from 0 to below 1": (lambda value: _is_finite(value) and 0 <= value < 1, ("attention_dropout",)),
+    "a number of at least 0": (lambda value: _is_finite(value) and value >= 0, ("initializer_range",)),
+    "a token id or None": (_is_id, ("pad_token_id", "bos_token_id")),
+    "a token id, several of them or None": (
+        lambda value: all(map(_is_id, value)) and None not in value if isinstance(value, tuple) else _is_id(value),
+        ("eos_token_id",),
+    ),
+    f"one of {', '.join(PROBLEM_TYPES)}": (lambda value: value in (None, *PROBLEM_TYPES), ("problem_type",)),
+}  # fmt: skip
 
 
-def _problems(config: Gemma2Config) -> list[str]:
-    """What is wrong with `config`, a sentence each, the first cause first."""
-    found = []
-    sizes = [*REQUIRED[:-1], "max_position_embeddings", "sliding_window"]
-    for name in sizes:
-        value = getattr(config, name)
-        if not _is_size(value):
-            found.append(f"{name} must be a whole number from 1 to 2147483647, not {value!r}")
-    if _is_size(config.num_hidden_layers) and config.num_hidden_layers > LAYERS_LIMIT:
-        found.append(f"num_hidden_layers must be at most {LAYERS_LIMIT}, not {config.num_hidden_layers}")
-    for name in ("rms_norm_eps", "rope_theta", "query_pre_attn_scalar"):
-        value = getattr(config, name)
-        if not _is_number(value) or value <= 0:
-            found.append(f"{name} must be a number above 0 and below 1e300, not {value!r}")
-    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
-        value = getattr(config, name)
-        if value is not None and (not _is_number(value) or value <= 0):
-            found.append(f"{name} must be a number above 0, or None for no cap, not {value!r}")
-    if found:
-        return found  # the rules below calculate with these numbers
+def _find_problems(config: Gemma2Config) -> Iterator[str]:
+    """Yield what is wrong with `config`, a sentence each; a rule may take for granted what those before it say."""
+    for what, (holds, names) in _VALUES.items():
+        for name in names:
+            if not holds(getattr(config, name)):
+                yield f"{name} must be {what}, not {getattr(config, name)!r}"
     if config.num_attention_heads % config.num_key_value_heads:
-        found.append(
+        yield (
             f"num_attention_heads ({config.num_attention_heads}) is no multiple of "
             f"num_key_value_heads ({config.num_key_value_heads}): every key/value head serves equally many query heads"
         )
     if config.head_dim % 2:
-        found.append(f"head_dim ({config.head_dim}) is odd: rotary positions turn pairs")
-    named = isinstance(config.hidden_activation, str) and config.hidden_activation in ACTIVATIONS
-    if not callable(config.hidden_activation) and not named:
-        found.append(
-            f"hidden_activation {config.hidden_activation!r} is unknown; there are {', '.join(ACTIVATIONS)}, and "
-            "any function of an array"
-        )
+        yield f"head_dim ({config.head_dim}) is odd: rotary positions turn pairs"
+    activation: Any = config.hidden_activation
+    if not callable(activation) and not (isinstance(activation, str) and activation in ACTIVATIONS):
+        known = ", ".join(ACTIVATIONS)
+        yield f"hidden_activation {activation!r} is unknown; there are {known}, and any function of an array"
     rope = config.rope_parameters
     if not isinstance(rope, Derived) or rope["rope_type"] != "default":
-        found.append(f"rope_parameters {rope!r} is not Gemma 2's {{'rope_type': 'default', 'rope_theta': ...}}")
-    if not _is_number(config.attention_dropout) or not 0 <= config.attention_dropout < 1:
-        found.append(f"attention_dropout must be a number from 0 to below 1, not {config.attention_dropout!r}")
-    if not _is_number(config.initializer_range) or config.initializer_range < 0:
-        found.append(f"initializer_range must be a number of at least 0, not {config.initializer_range!r}")
-    found += _label_problems(config)
-    kinds = config.layer_types
-    typed = isinstance(kinds, tuple) and all(kind in (SLIDING, FULL) for kind in kinds)
-    if not typed or len(kinds or ()) != config.num_hidden_layers:
-        found.append(
-            f"layer_types must name {SLIDING!r} or {FULL!r} for each of the {config.num_hidden_layers} layers, "
-            f"not {kinds!r}"
-        )
-    found += [
-        f"{name} must be a token id or None, not {getattr(config, name)!r}"
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id")
-        if not _are_ids(getattr(config, name), several=name == "eos_token_id")
-    ]
-    return found
+        yield f"rope_parameters {rope!r} is not Gemma 2's {{'rope_type': 'default', 'rope_theta': ...}}"
+    labels, label_names = config.num_labels, config.id2label
+    if not isinstance(label_names, Mapping) or sorted(label_names) != list(range(labels or 0)):
+        yield f"id2label must name each of the {labels!r} labels, 0 and up, not {label_names!r}"
+    if config.problem_type == "single_label_classification" and labels == 1:
+        yield "problem_type single_label_classification needs num_labels above 1: one class is no choice"
+    kinds: Any = config.layer_types
+    layers = config.num_hidden_layers
+    if not isinstance(kinds, tuple) or len(kinds) != layers or not all(kind in (SLIDING, FULL) for kind in kinds):
+        yield f"layer_types must name {SLIDING!r} or {FULL!r} for each of the {layers} layers, not {kinds!r}"

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +27,7 @@ from refgemma import model, ops
 from refgemma.activations import Activation
 from refgemma.cache import Cache, LayerCache, keep_last
 from refgemma.config import Gemma2Config
-from refgemma.model import Start, begin, blocks, next_past
+from refgemma.model import Given, Start, begin, reference_outputs
 from refgemma.ops import gelu_tanh, soft_cap
 from refgemma.precision import Array, Rounded
 from refgemma.shapes import Hidden, Logits, RotaryTable
@@ -103,10 +103,10 @@ def widen_and_multiply_rows(source: Any, x: Array, y: Array, start: int, stop: i
     """Some rows of ``y = source @ x``: a tile is widened, and used while it is in the cache."""
     width, few = len(x), x.shape[1] <= FEW
     rows = max((TILE if few else LARGE_TILE) // width // CUT, 1) * CUT
-    room, vectors = np.empty((min(rows, stop - start), width), x.dtype), np.ascontiguousarray(x.T)
+    buffer, vectors = np.empty((min(rows, stop - start), width), x.dtype), np.ascontiguousarray(x.T)
     for first in range(start, stop, rows):
         last = min(first + rows, stop)
-        tile = room[: last - first]
+        tile = buffer[: last - first]
         tile[...] = source[first:last]
         if few and len(vectors) > 1:  # of which BLAS would first put all of the tile in another order
             np.vecdot(tile[:, None], vectors, out=y[first:last])
@@ -114,30 +114,30 @@ def widen_and_multiply_rows(source: Any, x: Array, y: Array, start: int, stop: i
             np.matmul(tile, x, out=y[first:last])
 
 
-def times(weight: Rows, x: Float[np.ndarray, "in seq"]) -> Float[np.ndarray, "out seq"]:
+def multiply(weight: Rows, x: Float[np.ndarray, "in seq"]) -> Float[np.ndarray, "out seq"]:
     """``weight @ x``, a token a column, each thread its own rows of the weight.
 
     For few tokens up to 1.5 times as fast as ``x.T @ weight.T``; and its sums are the same wherever rows are cut.
 
     Examples
     --------
-    >>> times(np.array([[1.0, 0.0], [1.0, 1.0]]), np.array([[1.0], [2.0]]))
+    >>> multiply(np.array([[1.0, 0.0], [1.0, 1.0]]), np.array([[1.0], [2.0]]))
     array([[1.],
            [3.]])
     """
     # As they lie in the file, unchecked: a number that is not finite shows in the product, and is looked for then.
     few = x.shape[1] <= FEW  # a token of many that will come: the map is kept for the next
-    source: Any = weight.tensor.mapped(keep=few) if isinstance(weight, StoredRows) else weight
+    source: Any = weight.tensor.map(keep=few) if isinstance(weight, StoredRows) else weight
     in_memory = isinstance(weight, np.ndarray)
     y = np.empty((weight.shape[0], x.shape[1]), np.result_type(source, x) if in_memory else x.dtype)
-    multiply = multiply_rows if in_memory else widen_and_multiply_rows
-    in_threads(functools.partial(multiply, source, x, y), len(y), WORK // max(1, x.size), CUT)
+    fill = multiply_rows if in_memory else widen_and_multiply_rows
+    in_threads(functools.partial(fill, source, x, y), len(y), WORK // max(1, x.size), CUT)
     if isinstance(weight, StoredRows) and not np.isfinite(y).all():
         weight[:]  # raises, naming the file and the place, if the weight is what is not finite
     return y
 
 
-def turn_rows(x: Array, y: Array, start: int, stop: int) -> None:
+def transpose_rows(x: Array, y: Array, start: int, stop: int) -> None:
     """Some rows of ``y = x.T``, a square at a time: what is fetched of a row of `x` lies beside what is used of it."""
     for first in range(start, stop, SQUARE):
         rows = slice(first, min(first + SQUARE, stop))
@@ -146,22 +146,22 @@ def turn_rows(x: Array, y: Array, start: int, stop: int) -> None:
             y[rows, columns] = x[columns, rows].T
 
 
-def turned(x: Float[np.ndarray, "any seq"]) -> Float[np.ndarray, "seq any"]:
+def transpose(x: Float[np.ndarray, "any seq"]) -> Float[np.ndarray, "seq any"]:
     """``x.T``, with each row's numbers side by side."""
     y = np.empty(x.shape[::-1], x.dtype)
-    in_threads(functools.partial(turn_rows, x, y), len(y), CHUNK // max(1, len(x)))
+    in_threads(functools.partial(transpose_rows, x, y), len(y), CHUNK // max(1, len(x)))
     return y
 
 
-def linear(x: Float[np.ndarray, "rows in"], weight: Rows, bias: Any = None) -> Float[np.ndarray, "rows out"]:
+def fast_linear(x: Float[np.ndarray, "rows in"], weight: Rows, bias: Any = None) -> Float[np.ndarray, "rows out"]:
     """``x @ weight.T + bias``, where the weight may be one that is still on disk, or is yet to be made.
 
     Examples
     --------
-    >>> linear(np.array([[1.0, 2.0]]), np.array([[1.0, 0.0], [1.0, 1.0]]))
+    >>> fast_linear(np.array([[1.0, 2.0]]), np.array([[1.0, 0.0], [1.0, 1.0]]))
     array([[1., 3.]])
     """
-    y = turned(times(weight, x.T))
+    y = transpose(multiply(weight, x.T))
     if bias is not None:
         y += bias[:]
     return y
@@ -190,7 +190,7 @@ def norm_rows(x: Array, normed: Array, gain: Array, eps: float) -> None:
     normed *= gain
 
 
-def rms_norm(x: Float[np.ndarray, "rows hidden"], weight: Rows, eps: float) -> Float[np.ndarray, "rows hidden"]:
+def fast_rms_norm(x: Float[np.ndarray, "rows hidden"], weight: Rows, eps: float) -> Float[np.ndarray, "rows hidden"]:
     """`refgemma.ops.rms_norm`."""
     normed = np.empty_like(x)
     over_chunks(functools.partial(norm_rows, gain=1 + weight[:], eps=eps), x, normed)
@@ -207,7 +207,7 @@ def rotate_rows(x: Array, cos: Array, sin: Array, rotated: Array) -> None:
     rotated[..., half:] += first * sin
 
 
-def rotate(x: Float[np.ndarray, "seq any_heads head_dim"], cos: Array, sin: Array, rotated: Array) -> None:
+def fast_rotate(x: Float[np.ndarray, "seq any_heads head_dim"], cos: Array, sin: Array, rotated: Array) -> None:
     """Write `refgemma.ops.rotate` of `x` into `rotated`; tables are ``(seq, head_dim)``."""
     half = x.shape[-1] // 2
     over_chunks(rotate_rows, x, cos[:, None, :half], sin[:, None, :half], rotated)
@@ -240,7 +240,7 @@ def gate_up(gate: Array, up: Array, activation: Activation) -> Array:
 
 
 @dataclass
-class Room:
+class Buffer:
     """Keys and values of a layer, with room for those to come; what is written in the first `used` places stays."""
 
     keys: Float[np.ndarray, "batch kv_heads room head_dim"]
@@ -249,39 +249,39 @@ class Room:
 
 
 @dataclass(frozen=True)
-class Roomy(LayerCache):
-    """A `LayerCache` whose keys and values are the places from `first` on of a `Room`: a value like any other.
+class BufferedLayer(LayerCache):
+    """A `LayerCache` whose keys and values are the places from `first` on of a `Buffer`: a value like any other.
 
     Whoever goes on from it first writes behind it in the same room; whoever does so later finds the place taken and
     moves into a room of its own.
     """
 
-    room: Room
+    buffer: Buffer
     first: int
 
 
-def extend(past: LayerCache, count: int) -> Roomy:
+def reserve(past: LayerCache, count: int) -> BufferedLayer:
     """`past` with `count` places more, which are yet to be filled."""
     batch, kv_heads, kept, head_dim = past.keys.shape
-    if isinstance(past, Roomy) and past.first + kept == past.room.used <= past.room.keys.shape[2] - count:
-        room, first = past.room, past.first
+    if isinstance(past, BufferedLayer) and past.first + kept == past.buffer.used <= past.buffer.keys.shape[2] - count:
+        buffer, first = past.buffer, past.first
     else:
         spare = (kept + count) // 2 if kept else 0  # none for a whole prompt, which may be all there is
         shape = (batch, kv_heads, kept + count + spare, head_dim)
-        room, first = Room(np.empty(shape, past.keys.dtype), np.empty(shape, past.keys.dtype), kept), 0
-        room.keys[:, :, :kept], room.values[:, :, :kept] = past.keys, past.values
-    room.used = first + kept + count
-    places = slice(first, room.used)
-    return Roomy(room.keys[:, :, places], room.values[:, :, places], past.start, room, first)
+        buffer, first = Buffer(np.empty(shape, past.keys.dtype), np.empty(shape, past.keys.dtype), kept), 0
+        buffer.keys[:, :, :kept], buffer.values[:, :, :kept] = past.keys, past.values
+    buffer.used = first + kept + count
+    places = slice(first, buffer.used)
+    return BufferedLayer(buffer.keys[:, :, places], buffer.values[:, :, places], past.start, buffer, first)
 
 
-def forget(present: Roomy, window: int) -> LayerCache:
-    """What a sliding layer keeps, the last ``window - 1``: no copy until more lies behind it than is kept."""
+def forget(present: BufferedLayer, window: int) -> LayerCache:
+    """Keep the last ``window - 1`` tokens of a sliding layer: no copy until more lies before them than is kept."""
     dropped = max(present.keys.shape[2] - (window - 1), 0)
     if present.first + dropped > window:
         return keep_last(present, window - 1)
     keys, values = present.keys[:, :, dropped:], present.values[:, :, dropped:]
-    return Roomy(keys, values, present.start + dropped, present.room, present.first + dropped)
+    return BufferedLayer(keys, values, present.start + dropped, present.buffer, present.first + dropped)
 
 
 # --- the block --------------------------------------------------------------------------------------------------------
@@ -289,7 +289,7 @@ def forget(present: Roomy, window: int) -> LayerCache:
 
 @dataclass(frozen=True)
 class Numbers:
-    """What a block has to know beside arrays and weights."""
+    """The numbers of a block."""
 
     scale: float
     cap: float | None
@@ -316,13 +316,13 @@ def weigh(scores: Float[np.ndarray, "seq groups keys"], seen: Array, scale: floa
     scores *= seen
 
 
-def scored(q: Float[np.ndarray, "queries head_dim"], keys: Float[np.ndarray, "keys head_dim"]) -> Array:
+def score_keys(q: Float[np.ndarray, "queries head_dim"], keys: Float[np.ndarray, "keys head_dim"]) -> Array:
     """``q @ keys.T``; for few queries without BLAS, which would first put all keys in another order."""
     return np.ascontiguousarray(np.vecdot(keys[:, None], q).T) if len(q) <= FEW else q @ keys.T
 
 
 def mix(scores: Float[np.ndarray, "queries keys"], values: Float[np.ndarray, "keys head_dim"]) -> Array:
-    """``scores @ values``; for few queries without BLAS, like `scored`."""
+    """``scores @ values``; for few queries without BLAS, like `score_keys`."""
     few: Array = np.einsum("qk,kd->qd", scores, values) if len(scores) <= FEW else scores @ values
     return few
 
@@ -334,7 +334,7 @@ def attend_heads(
     """Some heads of `attend`; the queries that share a key/value head are rows of one product."""
     seq, _, groups, head_dim = q.shape
     for head in range(start, stop):
-        scores = scored(q[:, head].reshape(-1, head_dim), keys[head]).reshape(seq, groups, -1)
+        scores = score_keys(q[:, head].reshape(-1, head_dim), keys[head]).reshape(seq, groups, -1)
         total = np.empty((seq, groups, 1), scores.dtype)
         rows = max(1, CHUNK // scores[0].size)
         for first in range(0, seq, rows):
@@ -360,7 +360,7 @@ def attend(
     return mixed
 
 
-def attention(
+def fast_attention(
     q_rot: Float[np.ndarray, "batch seq heads head_dim"], first: int, present: LayerCache,
     visible: Bool[np.ndarray, "batch total"], numbers: Numbers,
 ) -> Float[np.ndarray, "batch seq heads head_dim"]:  # fmt: skip
@@ -395,10 +395,10 @@ def attention_of_piece(
     """
     batch, seq, width = hidden.shape
     x = hidden.reshape(batch * seq, width)
-    normed = rms_norm(x, weights["input_layernorm"], numbers.eps)
+    normed = fast_rms_norm(x, weights["input_layernorm"], numbers.eps)
 
     def heads(name: str) -> Array:
-        projected = linear(normed, weights[f"{name}_proj"], weights[f"{name}_proj_bias"])
+        projected = fast_linear(normed, weights[f"{name}_proj"], weights[f"{name}_proj_bias"])
         return projected.reshape(batch, seq, -1, cos.shape[-1])
 
     q, k = heads("q"), heads("k")
@@ -406,21 +406,21 @@ def attention_of_piece(
     new = slice(first - present.start, first - present.start + seq)
     present.values[:, :, new] = heads("v").swapaxes(1, 2)
     for row in range(batch):
-        rotate(q[row], cos[row], sin[row], q_rot[row])
-        rotate(k[row], cos[row], sin[row], present.keys[row, :, new].swapaxes(0, 1))
-    mixed = attention(q_rot, first, present, visible, numbers)
-    attended = linear(mixed.reshape(batch * seq, -1), weights["o_proj"], weights["o_proj_bias"])
-    middle = rms_norm(attended, weights["post_attention_layernorm"], numbers.eps)
+        fast_rotate(q[row], cos[row], sin[row], q_rot[row])
+        fast_rotate(k[row], cos[row], sin[row], present.keys[row, :, new].swapaxes(0, 1))
+    mixed = fast_attention(q_rot, first, present, visible, numbers)
+    attended = fast_linear(mixed.reshape(batch * seq, -1), weights["o_proj"], weights["o_proj_bias"])
+    middle = fast_rms_norm(attended, weights["post_attention_layernorm"], numbers.eps)
     middle += x
     return middle
 
 
-def feed_forward(
+def fast_feed_forward(
     normed: Float[np.ndarray, "rows hidden"], weights: Mapping[str, Any], activation: Activation
 ) -> Float[np.ndarray, "rows hidden"]:
     """The feed-forward network, which until its last product has a token a column."""
-    gate, up = (times(weights[f"{name}_proj"], normed.T) for name in ("gate", "up"))
-    return turned(times(weights["down_proj"], gate_up(gate, up, activation)))
+    gate, up = (multiply(weights[f"{name}_proj"], normed.T) for name in ("gate", "up"))
+    return transpose(multiply(weights["down_proj"], gate_up(gate, up, activation)))
 
 
 def piece_of_block(
@@ -429,17 +429,17 @@ def piece_of_block(
 ) -> Hidden:  # fmt: skip
     """`refgemma.layers.block` for the tokens at places `first` and on; their keys and values are put into `present`."""
     middle = attention_of_piece(hidden, first, present, cos, sin, visible, weights, numbers)
-    normed = rms_norm(middle, weights["pre_feedforward_layernorm"], numbers.eps)
-    fed = feed_forward(normed, weights, numbers.activation)
-    middle += rms_norm(fed, weights["post_feedforward_layernorm"], numbers.eps)
+    normed = fast_rms_norm(middle, weights["pre_feedforward_layernorm"], numbers.eps)
+    fed = fast_feed_forward(normed, weights, numbers.activation)
+    middle += fast_rms_norm(fed, weights["post_feedforward_layernorm"], numbers.eps)
     return middle.reshape(hidden.shape)
 
 
 @own_threads()
-def block(
+def fast_block(
     hidden: Hidden, past: LayerCache, cos: RotaryTable, sin: RotaryTable, visible: Bool[np.ndarray, "batch total"],
     weights: Mapping[str, Any], numbers: Numbers,
-) -> tuple[Hidden, Roomy]:  # fmt: skip
+) -> tuple[Hidden, BufferedLayer]:  # fmt: skip
     """`refgemma.layers.block`, at most `ROWS` tokens at a time, and the cache with the keys and values of its tokens.
 
     No token looks at a later piece, so each goes through the whole block before the next begins. Beside its results a
@@ -447,7 +447,7 @@ def block(
     ``QUERIES * keys * (1 + THREADS * heads / kv_heads)``.
     """
     out, seq = np.empty_like(hidden), hidden.shape[1]
-    present = extend(past, seq)
+    present = reserve(past, seq)
     pieces = -(-seq // max(1, ROWS // len(hidden)))
     step = -(-seq // pieces)  # all of one size: a small one at the end would slow its products down
     for start in range(0, seq, step):
@@ -470,14 +470,8 @@ def layer_rows(layers: Any, layer: int) -> Mapping[str, Any]:
 Outputs: TypeAlias = Callable[[Start, Weights, Gemma2Config], Iterator[tuple[Hidden, LayerCache]]]
 
 
-def reference_outputs(start: Start, weights: Weights, config: Gemma2Config) -> Iterator[tuple[Hidden, LayerCache]]:
-    """What each block of the definition makes of the residual stream, and what it has to remember: see `outputs`."""
-    for layer, record in enumerate(blocks(start, weights, config)):
-        yield record.out, next_past(layer, record, config)
-
-
 def outputs(start: Start, weights: Weights, config: Gemma2Config) -> Iterator[tuple[Hidden, LayerCache]]:
-    """`reference_outputs`, sooner; in half precision, and with a mask of the caller's own, these themselves.
+    """`refgemma.model.reference_outputs`, sooner; in half precision, and with a caller's own mask, these themselves.
 
     Examples
     --------
@@ -499,42 +493,39 @@ def outputs(start: Start, weights: Weights, config: Gemma2Config) -> Iterator[tu
             config.attention_scale, config.attn_logit_softcapping, window, config.activation, config.rms_norm_eps
         )
         rows = layer_rows(weights.layers, layer)
-        hidden, present = block(hidden, past, start.cos, start.sin, start.inputs.visible, rows, numbers)
+        hidden, present = fast_block(hidden, past, start.cos, start.sin, start.inputs.visible, rows, numbers)
         yield hidden, present if window is None else forget(present, window)
 
 
 @own_threads()
-def head(norm: Hidden, weights: Weights, config: Gemma2Config) -> tuple[Logits, Logits]:
+def fast_head(norm: Hidden, weights: Weights, config: Gemma2Config) -> tuple[Logits, Logits]:
     """`refgemma.model.head`, which widens few rows of a table at a time."""
-    headless = weights.lm_head is None and not config.tie_word_embeddings  # which the definition refuses
-    if headless or isinstance(norm, Rounded):
+    if isinstance(norm, Rounded):
         return model.head(norm, weights, config)
-    raw_logits = linear(norm.reshape(-1, norm.shape[-1]), weights.head)
+    raw_logits = fast_linear(norm.reshape(-1, norm.shape[-1]), model.head_table(weights, config))
     raw_logits = raw_logits.reshape(*norm.shape[:2], -1)
     return raw_logits, soft_cap(raw_logits, config.final_logit_softcapping)
 
 
 def next_token_logits(
-    input_ids: npt.ArrayLike | None, weights: Weights, config: Gemma2Config, cache: Cache | None = None,
-    attention_mask: Any = None, position_ids: npt.ArrayLike | None = None, inputs_embeds: npt.ArrayLike | None = None,
+    input_ids: npt.ArrayLike | None, weights: Weights, config: Gemma2Config, **given: Unpack[Given]
 ) -> tuple[Logits, Cache]:  # fmt: skip
-    """`refgemma.model.next_token_logits`, with fast blocks and the arguments of that: `input_ids` or `inputs_embeds`,
-    `attention_mask`, `position_ids`.
+    """`refgemma.model.next_token_logits` with fast blocks: the same `input_ids` and other arguments.
 
     Examples
     --------
     >>> import refgemma
     >>> tiny = refgemma.load("tiny")
     >>> logits, cache = next_token_logits([[2, 300]], tiny.weights, tiny.config)
-    >>> logits, cache = next_token_logits([[400]], tiny.weights, tiny.config, cache)
+    >>> logits, cache = next_token_logits([[400]], tiny.weights, tiny.config, cache=cache)
     >>> definition = refgemma.forward([[2, 300, 400]], tiny.weights, tiny.config).logits[:, -1:]
     >>> bool(np.allclose(logits, definition, atol=1e-4))
     True
     """
-    start = begin(input_ids, weights, config, attention_mask, position_ids, cache, inputs_embeds)
+    start = begin(input_ids, weights, config, **given)
     present = []
     for out, past in outputs(start, weights, config):
         last = out[:, -1:]
         present.append(past)
     norm = ops.rms_norm(last, weights.norm, config.rms_norm_eps)
-    return head(norm, weights, config)[1], Cache(present)
+    return fast_head(norm, weights, config)[1], Cache(present)

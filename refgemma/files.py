@@ -23,7 +23,7 @@ _SHORT.maxstring = 120
 
 
 def quote(value: object) -> str:
-    """Return the `repr` of something out of a file, cut to what fits into a message.
+    """Return the `repr` of a `value` that a file holds, cut to what fits into a message.
 
     Examples
     --------
@@ -36,7 +36,7 @@ def quote(value: object) -> str:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def refuse_pointer(start: bytes) -> None:
+def _refuse_pointer(start: bytes) -> None:
     """Raise `RefgemmaError` for a file whose first bytes are those of a Git LFS pointer."""
     if start.startswith(LFS_POINTER):
         raise RefgemmaError(
@@ -55,7 +55,7 @@ def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_object(text: bytes) -> dict[str, Any]:
-    """Parse a JSON object.
+    """Parse `text`, a JSON object in UTF-8.
 
     Raises
     ------
@@ -86,7 +86,7 @@ def _one_line(path: str | Path, error: type[RefgemmaError], remedy: str) -> Iter
     except OSError as fault:
         raise error(f"{path}: cannot be read: {fault.strerror or fault}") from None
     except SafetensorError as fault:
-        reason = f"is no whole safetensors file ({' '.join(str(fault).split())[:200]})"
+        reason = f"is not a whole safetensors file ({' '.join(str(fault).split())[:200]})"
     except RefgemmaError as fault:
         reason = str(fault)
     else:
@@ -124,7 +124,7 @@ def read_object(path: str | Path, error: type[RefgemmaError], remedy: str = "") 
             if (size := os.fstat(stream.fileno()).st_size) > JSON_LIMIT:
                 raise RefgemmaError(f"is {size} bytes long, and no JSON file of a model is longer than {JSON_LIMIT}")
             text = stream.read()
-        refuse_pointer(text)
+        _refuse_pointer(text)
         return parse_object(text)
 
 
@@ -160,7 +160,7 @@ def open_tensors(path: str | Path, error: type[RefgemmaError], remedy: str) -> t
     (['norm.weight'], [24])
     """
     with _one_line(path, error, remedy), Path(path).open("rb") as stream:
-        refuse_pointer(stream.read(len(LFS_POINTER)))
+        _refuse_pointer(stream.read(len(LFS_POINTER)))
         opened: Any = safe_open(path, framework="np")
         stream.seek(0)
         length = int.from_bytes(stream.read(8), "little")
@@ -176,7 +176,7 @@ def open_tensors(path: str | Path, error: type[RefgemmaError], remedy: str) -> t
 
 @contextmanager
 def new_file(path: str | Path) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of `path` at the end, and is gone if there is an error before.
+    """Open a file that takes the place of `path` at the end; after an error it is removed and `path` is as it was.
 
     Raises
     ------

@@ -13,7 +13,7 @@ from pathlib import Path
 from refgemma.errors import RefgemmaError
 
 PACKAGE = Path(__file__).parent
-CONFIG = "config.json"
+CONFIG_JSON = "config.json"
 
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 # What is downloaded: not the same weights once more as pickles or in other programs' formats.
@@ -25,27 +25,27 @@ class ModelNameError(RefgemmaError):
 
 
 def golden_folder() -> Path:
-    """The recordings of PyTorch: inside the installed package; in a checkout, beside it."""
+    """Return the folder of PyTorch's recordings: inside the installed package, or beside it in a checkout."""
     packaged = PACKAGE / "golden"
     return packaged if packaged.is_dir() else PACKAGE.parent / "golden"
 
 
 def cache_folder() -> Path:
-    """Where huggingface_hub keeps what was downloaded: told by the environment, or ``~/.cache/huggingface/hub``.
+    """Return where huggingface_hub keeps downloads: what the environment says, or ``~/.cache/huggingface/hub``.
 
     ``HF_HUB_CACHE``, the older ``HUGGINGFACE_HUB_CACHE``, ``HF_HOME`` and ``XDG_CACHE_HOME`` are asked in this order;
     an empty one counts as not set.
     """
     for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
-        if told := os.environ.get(variable):
-            return Path(os.path.expandvars(told)).expanduser()
+        if folder := os.environ.get(variable):
+            return Path(os.path.expandvars(folder)).expanduser()
     if home := os.environ.get("HF_HOME"):
         return Path(os.path.expandvars(home)).expanduser() / "hub"
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "huggingface" / "hub"
 
 
-def _snapshot(hub_id: str, revision: str) -> Path | None:
-    """The folder of a snapshot in the cache, if there is one: of a branch or tag, or of a whole commit hash."""
+def _find_snapshot(hub_id: str, revision: str) -> Path | None:
+    """Return the folder of a snapshot in the cache, if it is there: of a branch, a tag or a whole commit hash."""
     repository = cache_folder() / f"models--{hub_id.replace('/', '--')}"
     reference = repository / "refs" / revision
     commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
@@ -53,16 +53,16 @@ def _snapshot(hub_id: str, revision: str) -> Path | None:
     return snapshot if re.fullmatch(r"[0-9a-zA-Z]+", commit) and snapshot.is_dir() else None
 
 
-def _lacking(folder: Path, needed: Collection[str]) -> list[str]:
-    """The `needed` files that are not there, and the links whose file is not."""
+def _list_missing(folder: Path, needed: Collection[str]) -> list[str]:
+    """List the `needed` files that are absent, and the links whose file is absent."""
     cut_short = [path.name for path in folder.iterdir() if path.is_symlink() and not path.exists()]
     return sorted({*cut_short, *(name for name in needed if not (folder / name).exists())})
 
 
 def find_model(
-    name: str | Path, revision: str = "main", download: bool = False, needed: Collection[str] = (CONFIG,)
+    name: str | Path, revision: str = "main", download: bool = False, needed: Collection[str] = (CONFIG_JSON,)
 ) -> Path:
-    """The folder of a model.
+    """Return the folder of a model.
 
     Parameters
     ----------
@@ -93,20 +93,20 @@ def find_model(
     if text and Path(name).is_dir():
         return Path(name)
     if text and Path(name).exists():
-        raise ModelNameError(f"{name}: is a file; give the folder that holds {CONFIG} and the weights")
+        raise ModelNameError(f"{name}: is a file; give the folder that holds {CONFIG_JSON} and the weights")
     if isinstance(name, Path) or not HUB_ID.fullmatch(text) or ".." in text or "--" in text:
         raise ModelNameError(
-            f"{text or repr('')}: no such folder; a model is 'tiny', 'conformance', a folder with {CONFIG} and "
+            f"{text or repr('')}: no such folder; a model is 'tiny', 'conformance', a folder with {CONFIG_JSON} and "
             "weights, or a hub id like google/gemma-2-9b"
         )
     if not re.fullmatch(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*", revision) or ".." in revision:
         raise ModelNameError(f"{text}: {revision!r} is no revision; give a branch, a tag or a whole commit hash")
-    return _from_cache(text, revision, download, needed)
+    return _find_in_cache(text, revision, download, needed)
 
 
-def _from_cache(hub_id: str, revision: str, download: bool, needed: Collection[str]) -> Path:
-    snapshot = _snapshot(hub_id, revision)
-    lacking = _lacking(snapshot, needed) if snapshot else []
+def _find_in_cache(hub_id: str, revision: str, download: bool, needed: Collection[str]) -> Path:
+    snapshot = _find_snapshot(hub_id, revision)
+    lacking = _list_missing(snapshot, needed) if snapshot else []
     if snapshot and not lacking:
         return snapshot
     if download:
@@ -114,15 +114,15 @@ def _from_cache(hub_id: str, revision: str, download: bool, needed: Collection[s
     if snapshot:
         raise ModelNameError(
             f"{hub_id}: the snapshot {snapshot} lacks {', '.join(lacking)}: the download was cut short; "
-            f"{_how_to_get(hub_id)}"
+            f"{_explain_download(hub_id)}"
         )
     raise ModelNameError(
         f"{hub_id}: there is no folder of that name, and {cache_folder()} holds no snapshot of its revision "
-        f"{revision!r}; {_how_to_get(hub_id)}"
+        f"{revision!r}; {_explain_download(hub_id)}"
     )
 
 
-def _how_to_get(hub_id: str) -> str:
+def _explain_download(hub_id: str) -> str:
     return f"download it with: refgemma info {hub_id} --download (it is downloaded only if asked for)"
 
 
@@ -152,16 +152,14 @@ def download_model(hub_id: str, revision: str = "main") -> Path:
     try:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=WANTED))
     except errors.GatedRepoError:
-        raise ModelNameError(
-            f"{hub_id}: its licence has to be accepted first: on its page on the hub, logged in; then log in here too, "
-            "with hf auth login or the variable HF_TOKEN"
-        ) from None
+        reason = (
+            "its licence has to be accepted first: on its page on the hub, logged in; then log in here too, with "
+            "hf auth login or the variable HF_TOKEN"
+        )
     except errors.RevisionNotFoundError:
-        raise ModelNameError(f"{hub_id}: the hub has no revision {revision!r} of it") from None
+        reason = f"the hub has no revision {revision!r} of it"
     except errors.RepositoryNotFoundError:
-        raise ModelNameError(
-            f"{hub_id}: the hub has no such model, or shows it only to those who are logged in (hf auth login)"
-        ) from None
+        reason = "the hub has no such model, or shows it only to those who are logged in (hf auth login)"
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelNameError(f"{hub_id}: could not be downloaded: {reason}; run it again to go on") from None
+        reason = f"could not be downloaded: {' '.join(str(error).split())[:300]}; run it again to go on"
+    raise ModelNameError(f"{hub_id}: {reason}")

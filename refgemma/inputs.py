@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from refgemma.config import FULL, SLIDING, Gemma2Config
 from refgemma.errors import RefgemmaError
 from refgemma.precision import Rounded
-from refgemma.shapes import Hidden, Mask, Positions, TokenIds
+from refgemma.shapes import Bias, Hidden, Mask, Positions, TokenIds
 
 
 class InputError(RefgemmaError):
@@ -24,11 +24,13 @@ class InputError(RefgemmaError):
 class Inputs:
     """One call's inputs. A *place* counts all tokens of a sequence from its first, padding included."""
 
-    tokens: TokenIds | Hidden  # ids to look up, or what stands in for their embeddings
+    tokens: TokenIds | None  # ids to look up
+    embeds: Hidden | None  # or what stands in for their embeddings: one of the two is given
     places: Int[np.ndarray, " seq"]  # of this call's tokens; masks are functions of places
     positions: Positions  # what the rotary angles are taken of; the places, unless the caller says otherwise
     visible: Bool[np.ndarray, "batch total"]  # false for padding; over all places up to the last of this call
     masks: Mapping[str, Mask] | None = None  # ready-made, for each type of layer: then nothing else hides a key
+    biases: Mapping[str, Bias] | None = None  # added to the scores, for each type of layer that has one
 
 
 def as_array(value: npt.ArrayLike, name: str) -> npt.NDArray[Any]:
@@ -39,7 +41,7 @@ def as_array(value: npt.ArrayLike, name: str) -> npt.NDArray[Any]:
         raise InputError(f"{name} is ragged: its rows are not all of one length") from None
 
 
-def token_ids(input_ids: npt.ArrayLike, vocab_size: int) -> TokenIds:
+def check_token_ids(input_ids: npt.ArrayLike, vocab_size: int) -> TokenIds:
     """`input_ids` as an integer array ``(batch, seq)`` with every id inside the vocabulary.
 
     Raises
@@ -49,7 +51,7 @@ def token_ids(input_ids: npt.ArrayLike, vocab_size: int) -> TokenIds:
 
     Examples
     --------
-    >>> token_ids([[2, 5], [2, 99]], vocab_size=64)
+    >>> check_token_ids([[2, 5], [2, 99]], vocab_size=64)
     Traceback (most recent call last):
     ...
     refgemma.inputs.InputError: input_ids[1, 1] is 99: not in the vocabulary of 64 tokens (0 to 63)
@@ -79,7 +81,7 @@ def token_ids(input_ids: npt.ArrayLike, vocab_size: int) -> TokenIds:
     return ids.astype(np.int64)
 
 
-def attention_mask_of(attention_mask: npt.ArrayLike | None, batch: int, total: int) -> Bool[np.ndarray, "batch total"]:
+def check_padding(attention_mask: npt.ArrayLike | None, batch: int, total: int) -> Bool[np.ndarray, "batch total"]:
     """The padding mask over all tokens so far, as booleans; all true if none is given."""
     if attention_mask is None:
         return np.ones((batch, total), bool)
@@ -94,7 +96,7 @@ def attention_mask_of(attention_mask: npt.ArrayLike | None, batch: int, total: i
     return mask.astype(bool)
 
 
-def position_ids_of(
+def check_positions(
     position_ids: npt.ArrayLike | None, places: Int[np.ndarray, " seq"], batch: int, limit: int
 ) -> Positions:
     """Rotary positions ``(batch, seq)``, the places if none are given; warns beyond the model's `limit`."""
@@ -115,7 +117,7 @@ def position_ids_of(
     return np.broadcast_to(positions, (batch, len(places)))
 
 
-def embeddings(inputs_embeds: npt.ArrayLike, hidden_size: int) -> Float[np.ndarray, "batch seq hidden"]:
+def check_embeddings(inputs_embeds: npt.ArrayLike, hidden_size: int) -> Float[np.ndarray, "batch seq hidden"]:
     """`inputs_embeds` as an array of numbers ``(batch, seq, hidden)``."""
     given = inputs_embeds if isinstance(inputs_embeds, Rounded) else as_array(inputs_embeds, "inputs_embeds")
     if given.dtype.kind != "f" or given.ndim != 3 or given.shape[2] != hidden_size or given.size == 0:
@@ -126,7 +128,7 @@ def embeddings(inputs_embeds: npt.ArrayLike, hidden_size: int) -> Float[np.ndarr
     return given
 
 
-def ready_mask(mask: npt.ArrayLike, batch: int, seq: int, total: int, heads: int) -> Mask:
+def check_mask(mask: npt.ArrayLike, batch: int, seq: int, total: int, heads: int) -> Mask | Bias:
     """A mask ``(batch, 1 or heads, seq, total)`` that a caller has made: true where a query may see a key, or numbers.
 
     Numbers are added to the scores: 0 where a query may see a key, the lowest of the format where it may not.
@@ -157,7 +159,7 @@ def ready_mask(mask: npt.ArrayLike, batch: int, seq: int, total: int, heads: int
     return np.broadcast_to(given, (batch, *given.shape[1:]), subok=True)
 
 
-def ready_masks(attention_mask: Any, batch: int, seq: int, total: int, heads: int) -> Mapping[str, Mask] | None:
+def check_masks(attention_mask: Any, batch: int, seq: int, total: int, heads: int) -> Mapping[str, Mask | Bias] | None:
     """Masks by type of layer, if that is what `attention_mask` is: one of four axes for all, or a mapping.
 
     Each is ``(batch, 1 or heads, seq, total)``.
@@ -172,15 +174,16 @@ def ready_masks(attention_mask: Any, batch: int, seq: int, total: int, heads: in
             raise InputError(
                 f"attention_mask has the keys {sorted(attention_mask)}: {FULL!r} and {SLIDING!r} are needed"
             )
-        return {kind: ready_mask(mask, batch, seq, total, heads) for kind, mask in attention_mask.items()}
+        return {kind: check_mask(mask, batch, seq, total, heads) for kind, mask in attention_mask.items()}
     if attention_mask is None or as_array(attention_mask, "attention_mask").ndim != 4:
         return None
-    return dict.fromkeys((SLIDING, FULL), ready_mask(attention_mask, batch, seq, total, heads))
+    return dict.fromkeys((SLIDING, FULL), check_mask(attention_mask, batch, seq, total, heads))
 
 
 def check_inputs(
     input_ids: npt.ArrayLike | None,
     config: Gemma2Config,
+    *,
     attention_mask: Any = None,
     position_ids: npt.ArrayLike | None = None,
     seen: int = 0,
@@ -195,13 +198,15 @@ def check_inputs(
     """
     if (input_ids is None) == (inputs_embeds is None):
         raise InputError("give either input_ids or inputs_embeds, and only one of them")
-    if inputs_embeds is not None:
-        tokens = embeddings(inputs_embeds, config.hidden_size)
-    else:
-        tokens = token_ids(input_ids, config.vocab_size)  # type: ignore[arg-type]  # not None: see above
-    batch, seq = tokens.shape[:2]
+    tokens = None if input_ids is None else check_token_ids(input_ids, config.vocab_size)
+    embeds = None if inputs_embeds is None else check_embeddings(inputs_embeds, config.hidden_size)
+    batch, seq = (tokens if embeds is None else embeds).shape[:2]  # type: ignore[union-attr]  # one of them is there
     places = np.arange(seen, seen + seq)
-    masks = ready_masks(attention_mask, batch, seq, seen + seq, config.num_attention_heads)
-    visible = attention_mask_of(attention_mask if masks is None else None, batch, seen + seq)
-    positions = position_ids_of(position_ids, places, batch, config.max_position_embeddings)
-    return Inputs(tokens, places, positions, visible, masks)
+    ready = check_masks(attention_mask, batch, seq, seen + seq, config.num_attention_heads)
+    visible = check_padding(attention_mask if ready is None else None, batch, seen + seq)
+    positions = check_positions(position_ids, places, batch, config.max_position_embeddings)
+    masks = ready and {kind: x if x.dtype == bool else np.ones(x.shape, bool) for kind, x in ready.items()}
+    biases = ready and {kind: x for kind, x in ready.items() if x.dtype != bool}
+    return Inputs(
+        tokens=tokens, embeds=embeds, places=places, positions=positions, visible=visible, masks=masks, biases=biases
+    )

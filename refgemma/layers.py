@@ -13,14 +13,14 @@ from jaxtyping import Float
 from refgemma.activations import Activation
 from refgemma.cache import LayerCache, extend
 from refgemma.ops import attention_scores, linear, repeat_kv, rms_norm, rotate, soft_cap, softmax
-from refgemma.precision import Array
-from refgemma.shapes import Heads, Hidden, Intermediate, KVHeads, Mask, Merged, RotaryTable, Scores
+from refgemma.precision import Array, narrow
+from refgemma.shapes import Bias, Heads, Hidden, Intermediate, KVHeads, Mask, Merged, RotaryTable, Scores
 from refgemma.weights.parameters import LayerWeights
 
 
 @dataclass(frozen=True)
 class Attention:
-    """What `attention` computed."""
+    """The result of `attention`, with every step."""
 
     q: Heads
     k: KVHeads
@@ -37,7 +37,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class FeedForward:
-    """What `feed_forward` computed."""
+    """The result of `feed_forward`, with every step."""
 
     gate: Intermediate
     up: Intermediate
@@ -48,7 +48,7 @@ class FeedForward:
 
 @dataclass(frozen=True)
 class Block:
-    """What `block` computed. The norms have the names of their weights."""
+    """The result of `block`, with every step. The norms have the names of their weights."""
 
     input_layernorm: Hidden
     attention: Attention
@@ -72,8 +72,8 @@ def merge_heads(x: Heads) -> Array:
 
 
 def attention(
-    x: Hidden, past: LayerCache, cos: RotaryTable, sin: RotaryTable, mask: Mask, weights: LayerWeights,
-    scale: float, cap: float | None,
+    x: Hidden, weights: LayerWeights, *, past: LayerCache, cos: RotaryTable, sin: RotaryTable, mask: Mask,
+    scale: float, cap: float | None, bias: Bias | None = None,
 ) -> Attention:  # fmt: skip
     """Mix the values of all visible tokens: ``softmax(mask(cap(scale * q k^T))) v``, projected back to ``hidden``.
 
@@ -83,14 +83,18 @@ def attention(
     ----------
     x : (batch, seq, hidden)
         The normed residual stream.
+    weights : LayerWeights
+        Of these, the four projections and their biases.
     past : LayerCache
         Keys and values of the tokens before this call.
     cos, sin : (batch, 1, seq, head_dim)
         From `rotary_tables`.
     mask : (batch, 1 or heads, seq, keys)
-        True where a query may see a key, or what is added to the scores; ``keys`` counts the past, then this call.
+        True where a query may see a key; ``keys`` counts the past, then this call.
     scale, cap : float
         ``query_pre_attn_scalar ** -0.5`` (not ``head_dim ** -0.5``) and the cap of the scores.
+    bias : (batch, 1 or heads, seq, keys), optional
+        Added to the capped scores: a caller's own mask of numbers. Gemma 2 has none.
     """
     head_dim = cos.shape[-1]
     q = split_heads(linear(x, weights.q_proj, weights.q_proj_bias), head_dim)
@@ -106,10 +110,13 @@ def attention(
 
     scores = attention_scores(q_rot, keys, scale)
     capped = soft_cap(scores, cap)
-    probs = softmax(capped, mask)
+    probs = softmax(capped, mask) if bias is None else narrow(softmax(capped + bias, mask), like=capped)
     mixed = merge_heads(probs @ values)
     out = linear(mixed, weights.o_proj, weights.o_proj_bias)
-    return Attention(q, k, v, q_rot, k_rot, scores, capped, probs, mixed, out, present)
+    return Attention(
+        q=q, k=k, v=v, q_rot=q_rot, k_rot=k_rot, scores=scores, capped=capped, probs=probs, mixed=mixed, out=out,
+        present=present,
+    )  # fmt: skip
 
 
 def feed_forward(x: Hidden, weights: LayerWeights, activation: Activation) -> FeedForward:
@@ -121,12 +128,13 @@ def feed_forward(x: Hidden, weights: LayerWeights, activation: Activation) -> Fe
     up = linear(x, weights.up_proj)
     gelu = activation(gate)
     product = gelu * up
-    return FeedForward(gate, up, gelu, product, linear(product, weights.down_proj))
+    out = linear(product, weights.down_proj)
+    return FeedForward(gate=gate, up=up, gelu=gelu, product=product, out=out)
 
 
 def block(
-    hidden: Hidden, past: LayerCache, cos: RotaryTable, sin: RotaryTable, mask: Mask, weights: LayerWeights,
-    scale: float, cap: float | None, activation: Activation, eps: float,
+    hidden: Hidden, weights: LayerWeights, *, past: LayerCache, cos: RotaryTable, sin: RotaryTable, mask: Mask,
+    scale: float, cap: float | None, activation: Activation, eps: float, bias: Bias | None = None,
 ) -> Block:  # fmt: skip
     """One layer: ``middle = hidden + norm(attention(norm(hidden)))``, ``out = middle + norm(mlp(norm(middle)))``.
 
@@ -136,7 +144,9 @@ def block(
     one rounding. Source: transformers ``Gemma2DecoderLayer``.
     """
     input_layernorm = rms_norm(hidden, weights.input_layernorm, eps)
-    attended = attention(input_layernorm, past, cos, sin, mask, weights, scale, cap)
+    attended = attention(
+        input_layernorm, weights, past=past, cos=cos, sin=sin, mask=mask, scale=scale, cap=cap, bias=bias
+    )
     post_attention_layernorm = rms_norm(attended.out, weights.post_attention_layernorm, eps)
     middle = hidden + post_attention_layernorm
 
@@ -145,6 +155,7 @@ def block(
     post_feedforward_layernorm = rms_norm(fed.out, weights.post_feedforward_layernorm, eps)
     out = middle + post_feedforward_layernorm
     return Block(
-        input_layernorm, attended, post_attention_layernorm, middle,
-        pre_feedforward_layernorm, fed, post_feedforward_layernorm, out,
+        input_layernorm=input_layernorm, attention=attended, post_attention_layernorm=post_attention_layernorm,
+        middle=middle, pre_feedforward_layernorm=pre_feedforward_layernorm, feed_forward=fed,
+        post_feedforward_layernorm=post_feedforward_layernorm, out=out,
     )  # fmt: skip

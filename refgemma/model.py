@@ -5,26 +5,25 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import numpy.typing as npt
 
-from refgemma.cache import Cache, LayerCache, keep_last, past_of
+from refgemma.cache import Cache, LayerCache, check_cache, keep_last
 from refgemma.config import FULL, SLIDING, Gemma2Config
 from refgemma.inputs import InputError, Inputs, check_inputs
 from refgemma.layers import Block, block
 from refgemma.ops import causal_mask, linear, rms_norm, rotary_tables, sliding_mask, soft_cap
 from refgemma.precision import Array, narrow
-from refgemma.shapes import Hidden, Logits, Mask, RotaryTable, TokenIds
-from refgemma.weights.parameters import Rows, Weights
-
-HEAD_ROWS = 16384  # rows of the embedding table in use at a time: bounds the memory of a 256000-word head
+from refgemma.shapes import Bias, Hidden, Logits, Mask, RotaryTable, TokenIds
+from refgemma.weights.parameters import Rows, Weights, row_pieces
 
 
 @dataclass(frozen=True)
 class Forward:
-    """What `forward` computed, in order; `trace` in `refgemma.oracle` gives it as named tensors."""
+    """The result of `forward`, with every step in order; `refgemma.trace.names` gives it as named tensors."""
 
     cos: RotaryTable
     sin: RotaryTable
@@ -36,21 +35,22 @@ class Forward:
     cache: Cache  # not traced: what the next call continues from
 
 
-@dataclass(frozen=True)
-class Start:
-    """What the blocks of a call begin with."""
+def embedding_scale(hidden_size: int, like: Array) -> Array:
+    """Return ``sqrt(hidden_size)`` in the precision of `like`: in bfloat16 the 9B multiplies by 59.75, not 59.8665.
 
-    inputs: Inputs
-    past: Cache
-    cos: RotaryTable
-    sin: RotaryTable
-    embedded: Hidden
+    Examples
+    --------
+    >>> from refgemma.precision import bf16
+    >>> float(embedding_scale(3584, like=np.zeros(0))), float(embedding_scale(3584, like=bf16([0])))
+    (59.86651818838306, 59.75)
+    """
+    return narrow(math.sqrt(hidden_size), like=like)
 
 
 def embed(input_ids: TokenIds, embed_tokens: Rows) -> Hidden:
     """Look the tokens up and scale: ``embed_tokens[id] * sqrt(hidden)``.
 
-    The factor is rounded to the precision of the weights first. In bfloat16 the 9B multiplies by 59.75, not 59.8665.
+    The factor is rounded to the precision of the weights first, see `embedding_scale`.
     Source: transformers ``Gemma2TextScaledWordEmbedding``.
 
     Examples
@@ -60,13 +60,14 @@ def embed(input_ids: TokenIds, embed_tokens: Rows) -> Hidden:
             [2., 0., 0., 0.]]])
     """
     rows: Array = embed_tokens[input_ids]
-    return rows * narrow(math.sqrt(rows.shape[-1]), like=rows)
+    return rows * embedding_scale(rows.shape[-1], like=rows)
 
 
 def unembed(norm: Hidden, embed_tokens: Rows) -> Logits:
-    """The logits: ``norm @ embed_tokens.T``, `HEAD_ROWS` rows of the table at a time.
+    """Score every token of the vocabulary: ``norm @ embed_tokens.T``.
 
-    The head is tied: the table that embeds the tokens also scores them. One rounding in half precision.
+    The head is tied: the table that embeds the tokens also scores them. It is read a piece at a time, which changes no
+    sum. One rounding in half precision.
     Source: transformers ``Gemma2ForCausalLM``; Press and Wolf 2016, arXiv:1608.05859.
 
     Examples
@@ -74,12 +75,11 @@ def unembed(norm: Hidden, embed_tokens: Rows) -> Logits:
     >>> unembed(np.array([[[1.0, 2.0]]]), np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]))
     array([[[1., 2., 3.]]])
     """
-    starts = range(0, embed_tokens.shape[0], HEAD_ROWS)
-    return np.concatenate([linear(norm, embed_tokens[start : start + HEAD_ROWS]) for start in starts], axis=-1)
+    return np.concatenate([*map(partial(linear, norm), row_pieces(embed_tokens))], axis=-1)
 
 
 def layer_mask(layer: int, past: LayerCache, inputs: Inputs, config: Gemma2Config) -> Mask:
-    """What the queries may see in `layer`: causal, within its window, and no padding; or what the caller says."""
+    """Return what the queries may see in `layer`: causal, in its window, and no padding; or what the caller says."""
     if inputs.masks is not None:
         return inputs.masks[SLIDING if config.is_sliding(layer) else FULL][..., past.start :]
     k_places = np.arange(past.start, inputs.places[-1] + 1)
@@ -91,44 +91,58 @@ def layer_mask(layer: int, past: LayerCache, inputs: Inputs, config: Gemma2Confi
     return mask
 
 
+def layer_bias(layer: int, past: LayerCache, inputs: Inputs, config: Gemma2Config) -> Bias | None:
+    """Return what is added to the scores of `layer`, if the caller hands in a mask of numbers."""
+    bias = (inputs.biases or {}).get(SLIDING if config.is_sliding(layer) else FULL)
+    return None if bias is None else bias[..., past.start :]
+
+
 def next_past(layer: int, record: Block, config: Gemma2Config) -> LayerCache:
-    """What `layer` has to remember: everything, or in a sliding layer what the next query can still see."""
+    """Return the memory of `layer`: everything, or in a sliding layer what the next query can still see."""
     present = record.attention.present
     return keep_last(present, config.sliding_window - 1) if config.is_sliding(layer) else present
 
 
-def begin(
-    input_ids: npt.ArrayLike | None, weights: Weights, config: Gemma2Config, attention_mask: Any = None,
-    position_ids: npt.ArrayLike | None = None, cache: Cache | None = None, inputs_embeds: npt.ArrayLike | None = None,
-) -> Start:  # fmt: skip
-    """Check the inputs of a call (as of `forward`), embed its tokens, and take their rotary tables."""
-    inputs = check_inputs(input_ids, config, attention_mask, position_ids, cache[0].stop if cache else 0, inputs_embeds)
-    past = past_of(cache, config, batch=len(inputs.tokens), like=weights.norm)
-    given = inputs.tokens.ndim == 3  # embeddings of the caller's own: they are not scaled
-    embedded = narrow(inputs.tokens, like=weights.norm) if given else embed(inputs.tokens, weights.embed_tokens)
-    cos, sin = rotary_tables(inputs.positions, config.head_dim, config.rope_theta, like=embedded)
-    return Start(inputs, past, cos, sin, embedded)
+class Given(TypedDict, total=False):
+    """The optional arguments of `forward`, which `begin` and `next_token_logits` take too."""
+
+    attention_mask: Any
+    position_ids: npt.ArrayLike | None
+    cache: Cache | None
+    inputs_embeds: npt.ArrayLike | None
 
 
-def blocks(start: Start, weights: Weights, config: Gemma2Config) -> Iterator[Block]:
-    """Run the layers one after the other, yielding the record of each `block`; nothing is kept here.
-
-    A caller that keeps nothing either can run a model of any depth in the memory of one layer.
-    """
-    hidden = start.embedded
-    for layer, past in enumerate(start.past):
-        mask = layer_mask(layer, past, start.inputs, config)
-        record = block(
-            hidden, past, start.cos, start.sin, mask, weights.layers[layer],
-            config.attention_scale, config.attn_logit_softcapping, config.activation, config.rms_norm_eps,
-        )  # fmt: skip
-        yield record
-        hidden = record.out
+def check_call(
+    input_ids: npt.ArrayLike | None, weights: Weights, config: Gemma2Config, *, cache: Cache | None = None,
+    **given: Any,
+) -> tuple[Inputs, Cache]:  # fmt: skip
+    """Check the arguments of `forward`; return them as arrays, and the cache to go on from."""
+    inputs = check_inputs(input_ids, config, seen=cache[0].stop if cache else 0, **given)
+    return inputs, check_cache(cache, config, batch=len(inputs.positions), like=weights.norm)
 
 
-def head(norm: Hidden, weights: Weights, config: Gemma2Config) -> tuple[Logits, Logits]:
-    """The logits of the normed residual stream, before and after the final cap: ``z = norm @ head.T`` and `soft_cap`
-    of it. Rounded as these two are. Source: transformers ``Gemma2ForCausalLM``.
+def embed_inputs(inputs: Inputs, weights: Weights) -> Hidden:
+    """Embed the tokens of a call; embeddings of the caller's own are not scaled."""
+    if inputs.embeds is not None:
+        return narrow(inputs.embeds, like=weights.norm)
+    assert inputs.tokens is not None  # `check_inputs` has seen to it
+    return embed(inputs.tokens, weights.embed_tokens)
+
+
+def run_block(
+    hidden: Hidden, weights: Weights, config: Gemma2Config, *, layer: int, inputs: Inputs, past: LayerCache,
+    cos: RotaryTable, sin: RotaryTable,
+) -> Block:  # fmt: skip
+    """Run `block` with the weights, the mask and the numbers of `layer`."""
+    return block(
+        hidden, weights.layers[layer], past=past, cos=cos, sin=sin, mask=layer_mask(layer, past, inputs, config),
+        scale=config.attention_scale, cap=config.attn_logit_softcapping, activation=config.activation,
+        eps=config.rms_norm_eps, bias=layer_bias(layer, past, inputs, config),
+    )  # fmt: skip
+
+
+def head_table(weights: Weights, config: Gemma2Config) -> Rows:
+    """Return the table that scores the tokens: the one that embeds them, unless the head is untied.
 
     Raises
     ------
@@ -137,12 +151,25 @@ def head(norm: Hidden, weights: Weights, config: Gemma2Config) -> tuple[Logits, 
     """
     if weights.lm_head is None and not config.tie_word_embeddings:
         raise InputError("these weights have no head: lm_head.weight is missing, and tie_word_embeddings is false")
-    raw_logits = unembed(norm, weights.head)
+    return weights.head
+
+
+def head(norm: Hidden, weights: Weights, config: Gemma2Config) -> tuple[Logits, Logits]:
+    """Return the logits of the normed residual stream, before and after the final cap.
+
+    ``z = norm @ head.T`` and `soft_cap` of it, rounded as these two are. Source: transformers ``Gemma2ForCausalLM``.
+
+    Raises
+    ------
+    InputError
+        If the head is untied and missing.
+    """
+    raw_logits = unembed(norm, head_table(weights, config))
     return raw_logits, soft_cap(raw_logits, config.final_logit_softcapping)
 
 
 def forward(
-    input_ids: npt.ArrayLike | None, weights: Weights, config: Gemma2Config, attention_mask: Any = None,
+    input_ids: npt.ArrayLike | None, weights: Weights, config: Gemma2Config, *, attention_mask: Any = None,
     position_ids: npt.ArrayLike | None = None, cache: Cache | None = None, inputs_embeds: npt.ArrayLike | None = None,
 ) -> Forward:  # fmt: skip
     """Compute every named tensor for a batch of token sequences: ``logits = head(norm(block(...block(embed(ids)))))``.
@@ -157,7 +184,7 @@ def forward(
         The model's numbers.
     attention_mask : array, optional
         0 and 1, of shape ``(batch, tokens so far)``: 0 marks padding, on either side. Default: no padding. Or a mask of
-        one's own in place of the causal and sliding ones, see `refgemma.inputs.ready_masks`.
+        one's own in place of the causal and sliding ones, see `refgemma.inputs.check_masks`.
     position_ids : int array (batch, seq), optional
         Positions for the rotary angles; by default each token's place in its row, padding counted, as in transformers.
     cache : Cache, optional
@@ -187,19 +214,81 @@ def forward(
     >>> run.layers[3].attention.probs[0, 0].sum(axis=-1).round(3)
     array([1., 1., 1.], dtype=float32)
     """
-    start = begin(input_ids, weights, config, attention_mask, position_ids, cache, inputs_embeds)
-    layers = tuple(blocks(start, weights, config))
-    norm = rms_norm(layers[-1].out, weights.norm, config.rms_norm_eps)
+    inputs, past = check_call(
+        input_ids, weights, config, attention_mask=attention_mask, position_ids=position_ids, cache=cache,
+        inputs_embeds=inputs_embeds,
+    )  # fmt: skip
+    embedded = embed_inputs(inputs, weights)
+    cos, sin = rotary_tables(inputs.positions, config.head_dim, config.rope_theta, like=embedded)
+
+    hidden, layers = embedded, []
+    for layer in range(config.num_hidden_layers):
+        record = run_block(hidden, weights, config, layer=layer, inputs=inputs, past=past[layer], cos=cos, sin=sin)
+        hidden = record.out
+        layers.append(record)
+
+    norm = rms_norm(hidden, weights.norm, config.rms_norm_eps)
     raw_logits, logits = head(norm, weights, config)
     present = Cache(next_past(layer, record, config) for layer, record in enumerate(layers))
-    return Forward(start.cos, start.sin, start.embedded, layers, norm, raw_logits, logits, present)
+    return Forward(
+        cos=cos, sin=sin, embedded=embedded, layers=tuple(layers), norm=norm, raw_logits=raw_logits, logits=logits,
+        cache=present,
+    )  # fmt: skip
+
+
+# --- the same, one block in memory ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Start:
+    """The input of the first block of a call, and what all its blocks share."""
+
+    inputs: Inputs
+    past: Cache
+    cos: RotaryTable
+    sin: RotaryTable
+    embedded: Hidden
+
+
+def begin(
+    input_ids: npt.ArrayLike | None, weights: Weights, config: Gemma2Config, **given: Unpack[Given]
+) -> Start:  # fmt: skip
+    """Do what `forward` does before its first block, with its arguments."""
+    inputs, past = check_call(input_ids, weights, config, **given)
+    embedded = embed_inputs(inputs, weights)
+    cos, sin = rotary_tables(inputs.positions, config.head_dim, config.rope_theta, like=embedded)
+    return Start(inputs=inputs, past=past, cos=cos, sin=sin, embedded=embedded)
+
+
+def blocks(start: Start, weights: Weights, config: Gemma2Config) -> Iterator[Block]:
+    """Run the blocks one after the other, yielding the record of each; nothing is kept here.
+
+    A caller that drops each record (``del record``) before it asks for the next runs a model of any depth in the memory
+    of one block. `enumerate` and `zip` hold what they gave last: count by hand.
+    """
+    hidden = start.embedded
+    for layer, past in enumerate(start.past):
+        record = run_block(
+            hidden, weights, config, layer=layer, inputs=start.inputs, past=past, cos=start.cos, sin=start.sin
+        )
+        hidden = record.out
+        yield record
+        del record
+
+
+def reference_outputs(start: Start, weights: Weights, config: Gemma2Config) -> Iterator[tuple[Hidden, LayerCache]]:
+    """Yield what each block makes of the residual stream, and what it has to remember."""
+    layer = 0
+    for record in blocks(start, weights, config):
+        yield record.out, next_past(layer, record, config)
+        del record
+        layer += 1
 
 
 def next_token_logits(
-    input_ids: npt.ArrayLike | None, weights: Weights, config: Gemma2Config, cache: Cache | None = None,
-    attention_mask: Any = None, position_ids: npt.ArrayLike | None = None, inputs_embeds: npt.ArrayLike | None = None,
+    input_ids: npt.ArrayLike | None, weights: Weights, config: Gemma2Config, **given: Unpack[Given]
 ) -> tuple[Logits, Cache]:  # fmt: skip
-    """The logits ``(batch, 1, vocab)`` after the last token, and the cache to go on from.
+    """Return the logits ``(batch, 1, vocab)`` after the last token, and the cache to go on from.
 
     `forward` for decoding, with its arguments, one block in memory.
 
@@ -208,15 +297,15 @@ def next_token_logits(
     >>> import refgemma
     >>> tiny = refgemma.load("tiny")
     >>> logits, cache = next_token_logits([[2, 300]], tiny.weights, tiny.config)
-    >>> logits, cache = next_token_logits([[400]], tiny.weights, tiny.config, cache)
+    >>> logits, cache = next_token_logits([[400]], tiny.weights, tiny.config, cache=cache)
     >>> whole = forward([[2, 300, 400]], tiny.weights, tiny.config).logits
     >>> bool(np.allclose(logits, whole[:, -1:], atol=1e-4))
     True
     """
-    start = begin(input_ids, weights, config, attention_mask, position_ids, cache, inputs_embeds)
+    start = begin(input_ids, weights, config, **given)
     present = []
-    for layer, record in enumerate(blocks(start, weights, config)):
-        hidden = record.out[:, -1:]
-        present.append(next_past(layer, record, config))
-    norm = rms_norm(hidden, weights.norm, config.rms_norm_eps)
+    for out, past in reference_outputs(start, weights, config):
+        last = out[:, -1:]
+        present.append(past)
+    norm = rms_norm(last, weights.norm, config.rms_norm_eps)
     return head(norm, weights, config)[1], Cache(present)

@@ -55,16 +55,32 @@ def rms_norm(
     return narrow(normed * (1 + wide(weight)), like=x)
 
 
+def inverse_frequencies(head_dim: int, theta: float) -> Float[np.ndarray, " half"]:
+    """Return the angle from one position to the next, for each pair of a head: ``theta ** (-2 i / head_dim)``.
+
+    They are float32 in every precision: that is part of the model, since at position 8192 another rounding of the
+    frequencies moves the cosine by 1e-3. Hence ``float32(1) / float32(float64 power)``, which agrees with torch; a
+    float32 power is an ulp off in many entries.
+    Source: transformers ``Gemma2RotaryEmbedding``.
+
+    Examples
+    --------
+    >>> inverse_frequencies(head_dim=4, theta=10000.0)
+    array([1.  , 0.01], dtype=float32)
+    """
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    powers: Array = np.power(theta, exponents.astype(np.float64)).astype(np.float32)
+    return np.float32(1) / powers
+
+
 def rotary_tables(positions: Positions, head_dim: int, theta: float, like: Array) -> tuple[RotaryTable, RotaryTable]:
-    """Cosines and sines of the angles ``position * theta ** (-2 i / head_dim)``, which tell where a token stands.
+    """Return cosines and sines of the angles ``position * inverse_frequency[i]``, which tell where a token stands.
 
     A query and a key are turned by the angles of their positions (see `rotate`), so that their product depends on how
     far apart they are. Each angle ``i`` turns a pair of numbers, one in either half of a head, and so stands in the
     table twice: at ``i`` and at ``i + head_dim / 2``.
 
-    The angles are float32 in every precision: that is part of the model, since at position 8192 another rounding of
-    the frequencies moves the cosine by 1e-3. Hence ``float32(1) / float32(float64 power)``, which agrees with torch;
-    a float32 power is an ulp off in many entries. The tables come in the precision of `like`.
+    The angles are float32 in every precision, like `inverse_frequencies`; the tables come in the precision of `like`.
     Source: transformers ``Gemma2RotaryEmbedding``; Su et al. 2021, arXiv:2104.09864.
 
     Returns
@@ -79,8 +95,7 @@ def rotary_tables(positions: Positions, head_dim: int, theta: float, like: Array
     array([[1.    , 1.    ],
            [0.5403, 0.5403]])
     """
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequencies = np.float32(1) / np.power(theta, exponents.astype(np.float64)).astype(np.float32)
+    frequencies = inverse_frequencies(head_dim, theta)
     half = positions[:, None, :, None].astype(np.float32) * frequencies  # (batch, 1, seq, head_dim / 2)
     angles = np.concatenate([half, half], axis=-1).astype(np.float64)  # so that only the result is rounded
     return narrow(np.cos(angles), like), narrow(np.sin(angles), like)
@@ -138,7 +153,7 @@ def soft_cap(x: Float[np.ndarray, "*shape"], cap: float | None) -> Float[np.ndar
 def attention_scores(
     q: Float[np.ndarray, "batch heads seq head_dim"], k: Float[np.ndarray, "batch heads keys head_dim"], scale: float
 ) -> Scores:
-    """How well each query matches each key: ``scale * (q . k)``.
+    """Score how well each query matches each key: ``scale * (q . k)``.
 
     The product is scaled, not the query, as in transformers; others scale the query first, which in half precision is
     another rounding.
@@ -154,7 +169,7 @@ def attention_scores(
 
 
 def causal_mask(q_places: Int[np.ndarray, " seq"], k_places: Int[np.ndarray, " keys"]) -> Bool[Array, "seq keys"]:
-    """Which keys a query may see in a full layer: those at its own place or before, ``k <= q``.
+    """Tell which keys a query may see in a full layer: those at its own place or before, ``k <= q``.
 
     A place counts all tokens of a sequence from its first, padding included, so that prefill, a prompt in pieces and
     decoding are one case, with different places. Source: transformers ``masking_utils.causal_mask_function``.
@@ -171,7 +186,7 @@ def causal_mask(q_places: Int[np.ndarray, " seq"], k_places: Int[np.ndarray, " k
 def sliding_mask(
     q_places: Int[np.ndarray, " seq"], k_places: Int[np.ndarray, " keys"], window: int
 ) -> Bool[Array, "seq keys"]:
-    """Which keys a query may see in a sliding layer: the last `window`, itself included, ``q - window < k <= q``.
+    """Tell which keys a query may see in a sliding layer: the last `window`, with its own, ``q - window < k <= q``.
 
     Source: transformers ``masking_utils.sliding_window_overlay``; Beltagy et al. 2020, arXiv:2004.05150.
 
@@ -189,7 +204,6 @@ def sliding_mask(
 def softmax(scores: Scores, mask: Mask) -> Scores:
     """Weights over the visible keys: ``p[j] = exp(s[j]) / sum_k exp(s[k])``, and 0 where the mask is false.
 
-    A mask of numbers, which a caller may hand in, is added to the scores instead.
     Computed in (at least) float32 and rounded once. A query that may see no key at all, which only a padding token
     can be, weighs all keys alike; no real token looks at a padding token, so its row reaches no result. PyTorch's
     arithmetic gives the same in float32 and bfloat16; in float16 it gives other weights and in float64 NaN, so compare
@@ -204,7 +218,7 @@ def softmax(scores: Scores, mask: Mask) -> Scores:
     """
     # The lowest finite number, not minus infinity: a row without any visible key would give NaN.
     lowest = np.finfo(scores.dtype).min
-    masked = np.where(mask, wide(scores), lowest) if mask.dtype == bool else wide(scores + mask)
+    masked = np.where(mask, wide(scores), lowest)
     exponentials = np.exp(masked - np.max(masked, axis=-1, keepdims=True))  # the largest is 1: no overflow
     return narrow(exponentials / np.sum(exponentials, axis=-1, keepdims=True), like=scores)
 

@@ -1,4 +1,4 @@
-"""Where numbers are rounded: `BF16` and `F16` arrays, `wide` and `narrow`. Checked bit for bit against torch 2.13.
+"""Rounding to half precision: `BF16` and `F16` arrays, `wide` and `narrow`. Checked bit for bit against torch 2.13.
 
 The rule that the rest of the package follows: **one PyTorch kernel is one rounding**. A kernel, one operation that
 PyTorch starts, widens half-precision inputs to float32, computes, and rounds its result once. So an array here holds
@@ -24,58 +24,104 @@ class Rounded(np.ndarray[Any, np.dtype[Any]]):
 
     With an ordinary floating-point array of at least one axis the result is an ordinary, wider array, as PyTorch
     promotes; Python numbers do not widen. Use `bf16` or `f16` to make one.
+
+    What NumPy writes into such an array is rounded as well: by an assignment, by ``out=``, by `numpy.copyto`,
+    ``np.add.at`` and all others of its functions, and by the array's own methods. The methods that would write bytes
+    instead of numbers are refused (`byteswap`, `setfield`), and so is writing through ``.flat``. What asks no array
+    before it writes into its memory cannot be seen: an ordinary view (`numpy.asarray`, ``.data``), `numpy.nditer`, and
+    ``out=`` of a random generator.
     """
 
     grid: ClassVar[npt.DTypeLike]
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, out: Any = None, **kwargs: Any) -> Any:
         """Compute in float32, then round once; what is computed in place is rounded in place."""
-        result = self._rounded(getattr(ufunc, method)(*[plain(value) for value in inputs], **kwargs), inputs)
+        new = (
+            {} if out is None else {"out": (None,) * ufunc.nout if ufunc.nout > 1 else None}
+        )  # computed apart, then rounded into `out`
+        result = getattr(ufunc, method)(*plain(inputs), **plain(kwargs), **new)
+        if method == "at":
+            return _round_in_place(inputs)
+        rounded = self._rounded(result, inputs)
         if out is None:
-            return result
-        out[0][...] = result
-        return out[0]
+            return rounded
+        where = kwargs.get("where", True) if method == "__call__" else True
+        results = rounded if isinstance(rounded, tuple) else (rounded,)
+        returned = tuple(
+            _write(*pair, where, kwargs.get("casting", "same_kind")) for pair in zip(results, out, strict=True)
+        )
+        return returned if isinstance(rounded, tuple) else returned[0]
 
     def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         """Without this, concatenate, where, stack and einsum would return ordinary arrays and lose the rounding."""
-        result = func(*plain(args), **plain(kwargs))
-        return self._rounded(result, (*args, *kwargs.values()))
+        given, views = (*args, *kwargs.values()), dict[int, Any]()
+        result = func(*plain(args, views), **plain(kwargs, views))
+        if result is None or id(result) in views:  # written into what was given
+            _round_in_place(given)
+            return result if result is None else views[id(result)][1]
+        return self._rounded(result, given)
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        """What is put into the array is rounded too."""
+        """Round what is put into the array."""
         plain(self)[plain(key)] = plain(_onto_grid(plain(value), type(self)))
 
     def astype(self, dtype: Any, *args: Any, **kwargs: Any) -> Any:
-        """An ordinary array of another format: this is how to leave the grid."""
+        """Return an ordinary array of another format: this is how to leave the grid."""
         return self.view(np.ndarray).astype(dtype, *args, **kwargs)
 
-    # As methods these would round after each of their own steps, or not at all: as functions they round once.
-    def mean(self, *args: Any, **kwargs: Any) -> Any:
-        """Sum and divide in float32; only the mean is rounded."""
-        return np.mean(self, *args, **kwargs)
+    def fill(self, value: Any) -> None:
+        """Round `value`, and put it everywhere."""
+        self[...] = value
 
-    def std(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute in float32; only the result is rounded."""
-        return np.std(self, *args, **kwargs)
+    @property
+    def flat(self) -> Any:
+        """All numbers one after the other, to be read only; write with ``x[...] = ``."""
+        numbers = self.view(np.ndarray)
+        numbers.flags.writeable = False
+        return numbers.flat
 
-    def var(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute in float32; only the result is rounded."""
-        return np.var(self, *args, **kwargs)
+    @property  # type: ignore[misc]  # not to be assigned to: that would round nothing
+    def real(self) -> Any:
+        """The array itself."""
+        return self
 
-    def round(self, *args: Any, **kwargs: Any) -> Any:
-        """Round to decimals, then onto the grid."""
-        return np.round(self, *args, **kwargs)
+    def byteswap(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: other bytes are other numbers, off the grid; so does `setfield`.
 
-    def dot(self, *args: Any, **kwargs: Any) -> Any:
-        """Multiply and sum in float32; only the result is rounded."""
-        return np.dot(self, *args, **kwargs)
+        Raises
+        ------
+        TypeError
+            Always.
+        """
+        raise TypeError("the bytes of a rounded array are not to be changed: use x[...] = values, or x.astype()")
+
+    setfield = byteswap
+
+    def compress(self, condition: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call `numpy.compress`, which rounds what it writes into another array."""
+        return np.compress(condition, self, *args, **kwargs)
 
     def _rounded(self, result: Any, inputs: tuple[Any, ...]) -> Any:
         if isinstance(result, list | tuple):
-            return type(result)(self._rounded(item, inputs) for item in result)
+            return _like_sequence(result, [self._rounded(item, inputs) for item in result])
         if not isinstance(result, np.ndarray | np.floating) or result.dtype.kind != "f":
             return result
-        return result if _widened(inputs, type(self)) else _onto_grid(result, type(self))
+        return result if _widens(inputs, type(self)) else _onto_grid(result, type(self))
+
+
+def _by_function(name: str) -> Any:
+    """Return a method that calls the NumPy function of its name, which computes in float32 and rounds once."""
+
+    def method(self: Rounded, *args: Any, **kwargs: Any) -> Any:
+        return getattr(np, name)(self, *args, **kwargs)
+
+    method.__name__, method.__doc__ = name, f"Call `numpy.{name}`: compute in float32, round the result once."
+    return method
+
+
+# As methods these would round after each of their own steps, or not at all.
+for _name in ("mean", "std", "var", "round", "dot", "trace", "put", "take", "conjugate", "conj"):
+    setattr(Rounded, _name, _by_function(_name))
 
 
 class BF16(Rounded):
@@ -90,22 +136,51 @@ class F16(Rounded):
     grid = np.float16
 
 
-def plain(value: Any) -> Any:
-    """`value` with every `Rounded` array in it (also inside lists, tuples and dicts) seen as ordinary float32."""
+def plain(value: Any, views: dict[int, Any] | None = None) -> Any:
+    """`value` with every `Rounded` array in it (also inside lists, tuples and dicts) seen as ordinary float32.
+
+    `views`, if given, notes each view with the array that it is of, by the view's `id`.
+    """
     if isinstance(value, Rounded):
-        return value.view(np.ndarray)
+        view = value.view(np.ndarray)
+        if views is not None:
+            views[id(view)] = view, value
+        return view
     if isinstance(value, list | tuple):
-        return type(value)(plain(item) for item in value)
+        return _like_sequence(value, [plain(item, views) for item in value])
     if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
+        return {key: plain(item, views) for key, item in value.items()}
     return value
 
 
-def _widened(inputs: tuple[Any, ...], kind: type[Rounded]) -> bool:
-    """Whether an input is a floating-point array of another format, which makes the result float32."""
+def _like_sequence(sequence: Any, items: list[Any]) -> Any:
+    """Return `items` as a list, tuple or named tuple, whichever `sequence` is."""
+    return sequence._make(items) if hasattr(sequence, "_make") else type(sequence)(items)
+
+
+def _round_in_place(value: Any) -> None:
+    """Put every `Rounded` array in `value` that can be written to back onto its grid."""
+    if isinstance(value, list | tuple):
+        for item in value:
+            _round_in_place(item)
+    elif isinstance(value, Rounded) and value.flags.writeable:
+        value[...] = value
+
+
+def _write(result: Any, out: Any, where: Any, casting: Any) -> Any:
+    """Copy `result` into `out`, rounded as that is, and return it; without an `out` return `result`."""
+    if out is None:
+        return result
+    number = plain(_onto_grid(result, type(out)) if isinstance(out, Rounded) else result)
+    np.copyto(plain(out), number, where=plain(where), casting=casting)
+    return out
+
+
+def _widens(inputs: tuple[Any, ...], kind: type[Rounded]) -> bool:
+    """Return whether an input is a floating-point array of another format, which makes the result float32."""
     for value in inputs:
         if isinstance(value, list | tuple):
-            if _widened(tuple(value), kind):
+            if _widens(tuple(value), kind):
                 return True
         elif isinstance(value, np.ndarray) and value.ndim and value.dtype.kind == "f" and not isinstance(value, kind):
             return True

@@ -1,15 +1,20 @@
 """The cache's own methods, and decoding before, at and after the boundary of the window. With transformers' it is
 compared in `parity/test_forward_parity.py` and `parity/test_modeling_parity.py`."""
 
+from collections.abc import Iterator
 from typing import Any
 
+import jaxtyping
 import numpy as np
 import pytest
+from small_model import SMALL, refused
 
-from refgemma.cache import Cache
+from refgemma.cache import Cache, LayerCache
 from refgemma.config import FULL, SLIDING, Gemma2Config
 from refgemma.inputs import InputError
+from refgemma.model import forward
 from refgemma.modeling.classes import Gemma2ForCausalLM
+from refgemma.precision import BF16, bf16, plain
 
 WINDOW = 5
 SHAPE: dict[str, Any] = {
@@ -139,3 +144,146 @@ def test_layer_types_decide_what_is_kept() -> None:
     cache = model(IDS).past_key_values
     assert [layer.keys.shape[2] for layer in cache] == [14, WINDOW - 1]
     assert repr(cache) == "Cache(2 layers, 14 tokens seen)"
+
+
+def layer(rows: int = 3, kept: int = 4, start: int = 0, seed: int = 0) -> LayerCache:
+    keys, values = np.random.default_rng(seed).standard_normal((2, rows, 2, kept, 6))
+    return LayerCache(keys, values, start)
+
+
+def test_a_layer_is_a_pair() -> None:
+    one = layer(kept=4, start=3)
+    keys, values = one
+    assert keys is one.keys is one[0]
+    assert values is one.values is one[1]
+    assert (len(one), one.stop) == (2, 7)
+
+
+def test_rows_of_a_cache() -> None:
+    cache = Cache([layer(start=3)])  # of a single layer
+    assert cache.get_seq_length() == 7
+    assert Cache().get_seq_length() == 0
+    assert repr(cache) == "Cache(1 layers, 7 tokens seen)"
+    for picked in (cache.reorder(np.array([2, 0], np.uint8)), cache.reorder([2, 0])):
+        np.testing.assert_array_equal(picked[0].keys, cache[0].keys[[2, 0]])
+        np.testing.assert_array_equal(picked[0].values, cache[0].values[[2, 0]])
+        assert picked[0].start == 3
+    np.testing.assert_array_equal(cache.repeat_interleave(1)[0].keys, cache[0].keys)
+    np.testing.assert_array_equal(cache.repeat_interleave(np.int64(2))[0].values, cache[0].values[[0, 0, 1, 1, 2, 2]])
+    rows = "a list of row numbers from 0 to {} is needed"
+    for wrong, said in (([3], "[3]"), ([-1, 0], "[-1, 0]"), ([[0]], "[[0]]"), ([0.0], "[0.0]")):
+        refused(lambda wrong=wrong: cache.reorder(wrong), f"rows is {said}: {rows.format(2)}")
+    refused(lambda: Cache().reorder([0]), f"rows is [0]: {rows.format(-1)}")
+    refused(lambda: cache.reorder([[0], [1, 2]]), "rows is ragged: its rows are not all of one length")
+    for repeats in (0, 1.5):
+        message = f"repeats is {repeats}: a whole number of at least 1 is needed"
+        refused(lambda repeats=repeats: cache.repeat_interleave(repeats), message)
+
+
+def test_cutting_a_cache_back() -> None:
+    cache = Cache([layer(seed=1), layer(seed=2)])
+    for asked, left in ((3, 3), (0, 0), (-1, 3), (-4, 0), (-9, 0), (9, 4), (4, 4)):
+        cut = cache.crop(asked)
+        assert cut.get_seq_length() == left
+        np.testing.assert_array_equal(cut[1].keys, cache[1].keys[:, :, :left])
+        np.testing.assert_array_equal(cut[1].values, cache[1].values[:, :, :left])
+        assert not np.shares_memory(cut[0].keys, cache[0].keys)
+    dropped = Cache([layer(kept=9), layer(start=5), layer(start=5)])
+    assert dropped.crop(9).get_seq_length() == 9  # nothing is cut
+    for asked in (8, -1):
+        refused(
+            lambda asked=asked: dropped.crop(asked),
+            "the cache cannot be cut back to 8 tokens: sliding layer 1 has dropped its first 5; "
+            "keep an earlier cache (caches are never changed) and go on from that",
+        )
+
+
+def test_the_legacy_format_by_hand() -> None:
+    # A window of 5: a sliding layer keeps 4 tokens at least, if it has seen so many.
+    both = Gemma2Config(num_hidden_layers=2, sliding_window=5)
+    sliding = both.changed(layer_types=["sliding_attention"] * 2)
+    like = np.zeros(0, np.float32)
+
+    def pairs(*kept: int) -> list[Any]:
+        return [tuple(layer(kept=count, seed=n)) for n, count in enumerate(kept)]
+
+    def starts(config: Gemma2Config, kept: tuple[int, ...], seen: int | None = None) -> list[int]:
+        cache = Cache.from_legacy(pairs(*kept), config, like, seen)
+        assert [one.keys.dtype.name for one in cache] == ["float32"] * 2
+        for one, (keys, values) in zip(cache, pairs(*kept), strict=True):
+            np.testing.assert_array_equal(one.keys, keys.astype(np.float32))
+            np.testing.assert_array_equal(one.values, values.astype(np.float32))
+        return [one.start for one in cache]
+
+    assert starts(both, (4, 8)) == [4, 0]
+    assert starts(both, (6, 8)) == [2, 0]  # more than it has to keep
+    assert starts(both, (8, 8)) == [0, 0]
+    assert starts(both, (3, 3)) == [0, 0]
+    assert starts(both, (4, 4)) == [0, 0]  # a full layer says that these are all
+    assert starts(sliding, (3, 3)) == [0, 0]
+    assert starts(sliding, (4, 4), seen=9) == [5, 5]
+    keeps = "past_key_values: layer {} keeps {} tokens, but after {} it has to keep {}"
+    refused(lambda: starts(both, (3, 8)), keeps.format(0, 3, 8, 4))
+    refused(lambda: starts(both, (4, 7), seen=8), keeps.format(1, 7, 8, 8))
+    refused(lambda: starts(both, (4, 8), seen=7), keeps.format(1, 8, 7, 7))
+    for kept in ((4, 4), (9, 9)):
+        refused(
+            lambda kept=kept: starts(sliding, kept),
+            "past_key_values is a plain tuple of sliding layers only, which does not say how many tokens it has seen; "
+            "pass cache_position, or the Cache itself",
+        )
+    refused(lambda: Cache.from_legacy(pairs(4), both, like), "past_key_values has 1 layers, the model 2")
+    refused(lambda: Cache.from_legacy([], both, like), "past_key_values has 0 layers, the model 2")
+    refused(
+        lambda: Cache.from_legacy([(np.zeros(1),)], both, like),
+        "past_key_values[0] has 1 parts: a pair (keys, values) is needed",
+    )
+
+
+@pytest.fixture
+def _unchecked() -> Iterator[None]:
+    """What a caller without annotations may hand in: the shapes and types of calls are not checked meanwhile."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.usefixtures("_unchecked")
+def test_pairs_of_the_legacy_format() -> None:
+    config = Gemma2Config(num_hidden_layers=1, layer_types=["full_attention"])
+    good, like = np.ones((1, 2, 3, 4)), bf16([0.0])
+
+    def pair(keys: Any, values: Any) -> LayerCache:
+        return Cache.from_legacy([(keys, values)], config, like)[0]
+
+    # Nested lists, numbers of any format, half precision: all come to the precision of the weights.
+    for keys in (good.tolist(), good.astype(np.float32), bf16(good)):
+        kept = pair(keys, 2 * good)
+        assert type(kept.keys) is type(kept.values) is BF16
+        assert (plain(kept.keys).tolist(), plain(kept.values).tolist()) == (good.tolist(), (2 * good).tolist())
+    for keys, values in (
+        (good[0], good[0]), (good[None], good[None]), (good, good[..., :2]), (good.astype(int), good),
+        (good, good.astype(int)),
+    ):  # fmt: skip
+        refused(
+            lambda keys=keys, values=values: pair(keys, values),
+            f"past_key_values[0]: keys have shape {keys.shape}, values {values.shape}; both have to be numbers "
+            "of shape (batch, kv_heads, tokens, head_dim)",
+        )
+    refused(lambda: pair([[1.0], [1.0, 2.0]], good), "past_key_values[0] is ragged: its rows are not all of one length")
+
+
+@pytest.mark.usefixtures("_unchecked")
+def test_a_cache_made_by_hand_is_looked_at_whole() -> None:
+    """`LayerCache` takes what it is given; keys and values of each layer are compared where a call goes on."""
+    config, weights = SMALL.config, SMALL.weights
+    cache = forward([[3, 4]], weights, config).cache
+    keys, values = cache[1]
+    for wrong in (
+        LayerCache(keys, values[..., :-1], 0), LayerCache(keys, values[:, :, 1:], 0),
+        LayerCache(keys[:, :1], values, 0), LayerCache(keys, values.astype(np.float64), 0),
+        LayerCache(bf16(keys), values, 0),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match="go on from the cache that an earlier call"):
+            forward([[5]], weights, config, cache=Cache([cache[0], wrong]))
+    forward([[5]], weights, config, cache=Cache([cache[0], LayerCache(keys, values, 0)]))

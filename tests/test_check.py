@@ -16,17 +16,17 @@ from safetensors.numpy import load_file, save_file
 import refgemma
 from refgemma.cli.main import main
 from refgemma.config import FULL, SLIDING
-from refgemma.goldens.verify import load_golden, model_of, read_manifest
+from refgemma.goldens.load import load_golden, model_of, read_manifest
 from refgemma.hub import find_model
 from refgemma.model import forward
-from refgemma.oracle import tolerance as allowance
-from refgemma.oracle.check import CONFORMS, DIFFERS, Report, check
+from refgemma.oracle import tolerance as tol
 from refgemma.oracle.conformance import write_conformance
-from refgemma.oracle.judge import GOOD
+from refgemma.oracle.diagnose import Report, diagnose
 from refgemma.oracle.known_bugs import KNOWN_BUGS
-from refgemma.oracle.tolerance import Arithmetic, in_unit, stored
+from refgemma.oracle.tolerance import with_storage
+from refgemma.oracle.verdicts import CONFORMS, DIFFERS, GOOD
 from refgemma.precision import as_dtype
-from refgemma.trace.candidate import load_candidate, only
+from refgemma.trace.candidate import load_trace, only
 from refgemma.trace.names import named_tensors, save_trace
 
 BLOCK = ("embedded", "norm", "logits", "layers.*.attention.out", "layers.*.middle", "layers.*.out")
@@ -47,9 +47,9 @@ def port(case: str, folder: Path) -> Path:
 def checked(case: str, folder: Path, tensors: tuple[str, ...] | None = None, **wrong: Any) -> Report:
     """A recording held against its own model, or one with other numbers."""
     config, weights = model_of(CASES[case])
-    candidate = load_candidate(port(case, folder), config)
+    candidate = load_trace(port(case, folder), config)
     candidate = candidate if tensors is None else only(candidate, tensors)
-    return check(candidate, weights, replace(config, **wrong))
+    return diagnose(candidate, weights, replace(config, **wrong))
 
 
 @pytest.mark.parametrize("case", SMALL)
@@ -101,7 +101,7 @@ def test_one_wrong_element_is_seen(tmp_path: Path) -> None:
     tensors["layers.2.feed_forward.gelu"][1, 3, 7] *= np.float32(1.0001)
     save_trace(tensors.items(), path, {"dtype": "float32"})
     config, weights = model_of(CASES["bends-forward-f32"])
-    report = check(load_candidate(path, config), weights, config)
+    report = diagnose(load_trace(path, config), weights, config)
     assert report.first_divergence is not None
     assert report.first_divergence.tensor == "layers.2.feed_forward.gelu"
     assert report.findings[0].named == "UNKNOWN"
@@ -127,7 +127,7 @@ def test_what_was_left_out_together_is_named_from_the_logits(
     ids = np.random.default_rng(0).integers(4, 97, (1, 20))
     logits = forward(ids, model.weights, model.config.changed(**changes)).logits
     save_trace([("input_ids", ids), ("logits", logits)], tmp_path / "port.safetensors", {"dtype": "float32"})
-    report = check(load_candidate(tmp_path / "port.safetensors", model.config), model.weights, model.config)
+    report = diagnose(load_trace(tmp_path / "port.safetensors", model.config), model.weights, model.config)
     assert [f.named for f in report.findings] == [named]
 
 
@@ -139,7 +139,7 @@ def test_one_wrong_logit_is_seen_among_the_logits_alone(dtype: str, tmp_path: Pa
     logits[1, 15, 7] = -logits[1, 15, 7] + 0.25
     wrong = [("input_ids", ids), ("logits", as_dtype(logits, dtype))]
     save_trace(wrong, tmp_path / "port.safetensors", {"dtype": dtype})
-    report = check(load_candidate(tmp_path / "port.safetensors", model.config), model.weights, model.config)
+    report = diagnose(load_trace(tmp_path / "port.safetensors", model.config), model.weights, model.config)
     assert (report.verdict, [f.named for f in report.findings]) == (DIFFERS, ["UNKNOWN"])
     assert report.findings[0].worst.judged.statistics.place == (1, 15, 7)
 
@@ -155,9 +155,9 @@ def test_a_few_wrong_elements_are_no_way_of_rounding(dtype: str, names: tuple[st
         wrong = as_dtype(np.array(tensors[name], np.float32), dtype)
         wrong[..., 5] = as_dtype(np.array(wrong[..., 5], np.float32) + 1, dtype)
         save_trace(({"input_ids": ids} | tensors | {name: wrong}).items(), tmp_path / "p.safetensors", {"dtype": dtype})
-        whole = load_candidate(tmp_path / "p.safetensors", model.config)
+        whole = load_trace(tmp_path / "p.safetensors", model.config)
         if names is None or name in names or (name == "layers.1.out" and "layers.*.out" in names):
-            report = check(whole if names is None else only(whole, names), model.weights, model.config)
+            report = diagnose(whole if names is None else only(whole, names), model.weights, model.config)
             assert report.verdict == DIFFERS
             assert report.first_divergence is not None
             assert report.first_divergence.tensor == name
@@ -190,12 +190,12 @@ def test_sums_in_any_order_are_allowed(seed: int, n: int, storage: str) -> None:
     x = np.asarray(as_dtype(rng.standard_normal((4, n)), storage), np.float64)
     weight = np.asarray(as_dtype(rng.standard_normal((6, n)), storage), np.float64)
     exact = x @ weight.T
-    allowed = in_unit(stored(allowance.linear(x, weight), exact, storage), Arithmetic(storage))
+    allowed = with_storage(tol.linear(x, weight), exact, storage)
     terms = x.astype(np.float32)[:, None, :] * weight.astype(np.float32)
     for result in sums(terms).values():
         error = np.abs(np.asarray(as_dtype(result, storage), np.float64) - exact)
-        assert (error <= allowed.worst).all()
-        assert np.sqrt(np.mean((error / allowed.sigma) ** 2)) < 2.5
+        assert (error <= allowed.error_bound).all()
+        assert np.sqrt(np.mean((error / allowed.std) ** 2)) < 2.5
 
 
 def test_what_is_allowed_is_not_vacuous(tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_what_is_allowed_is_not_vacuous(tmp_path: Path) -> None:
     for case in ("bends-forward-f32", "bends-forward-bf16"):
         for instance in checked(case, tmp_path).instances:
             s = instance.judged.statistics
-            assert s.exact == 1 or s.worst > 1e-3, instance
+            assert s.exact == 1 or s.error_over_bound > 1e-3, instance
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -260,10 +260,10 @@ def test_a_named_mistake_is_no_blind_spot(tmp_path: Path) -> None:
     ids = np.array([[2, *range(5, 25)]])
     wrong = forward(ids, weights, config.changed(sliding_window=config.sliding_window + 1)).logits
     save_trace([("input_ids", ids), ("logits", wrong)], tmp_path / "port.safetensors", {"dtype": "float32"})
-    report = check(load_candidate(tmp_path / "port.safetensors", config), weights, config)
+    report = diagnose(load_trace(tmp_path / "port.safetensors", config), weights, config)
     assert report.findings[0].named == "swa-window-plus-one"
-    assert "swa-window-plus-one" not in {v.name for v in (*report.blind, *report.excluded)}
-    assert report.asked == len(report.blind) + len(report.excluded) + 1
+    assert "swa-window-plus-one" not in {v.name for v in (*report.undetectable, *report.excluded)}
+    assert report.asked == len(report.undetectable) + len(report.excluded) + 1
 
 
 def test_an_override_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -277,8 +277,8 @@ def test_an_override_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     ("content", "said"),
     [
         (None, "no such file"),
-        (b"", "no whole safetensors file"),
-        (b"\xff" * 4096, "no whole safetensors file"),
+        (b"", "not a whole safetensors file"),
+        (b"\xff" * 4096, "not a whole safetensors file"),
         ({"logits": np.zeros((1, 3, 97), np.float32)}, "lacks input_ids"),
         ({"input_ids": np.array([[2, 500]])}, "not in the vocabulary"),
         ({"input_ids": np.array([[2, 5]])}, "holds no tensor of this model"),

@@ -19,7 +19,7 @@ from refgemma.cli.main import main
 from refgemma.config import Gemma2Config
 from refgemma.hub import find_model
 from refgemma.precision import as_dtype
-from refgemma.trace.candidate import load_candidate
+from refgemma.trace.candidate import load_trace
 from refgemma.trace.names import save_trace
 
 IDS = np.array([[2, 5, 9, 30, 31]])
@@ -157,7 +157,7 @@ def test_places_that_are_no_files_are_2(tmp_path: Path, capsys: pytest.CaptureFi
     # Another file's path in place of tensors, a trace's header alone, JSON, a pickle, an image.
     for n, content in enumerate((b"../port.safetensors\n", b"{}", b"\x80\x04\x95", b"\x89PNG\r\n\x1a\n" + bytes(64))):
         (tmp_path / f"{n}").write_bytes(content)
-        refused(tmp_path / f"{n}", "no whole safetensors file", capsys)
+        refused(tmp_path / f"{n}", "not a whole safetensors file", capsys)
 
 
 def test_a_file_cut_off_anywhere_is_2(
@@ -167,7 +167,7 @@ def test_a_file_cut_off_anywhere_is_2(
     header = struct.unpack("<Q", whole[:8])[0]
     for length in (0, 1, 7, 8, 9, 8 + header // 2, 8 + header, 8 + header + 1, len(whole) // 2, len(whole) - 1):
         (tmp_path / "cut").write_bytes(whole[:length])
-        refused(tmp_path / "cut", "no whole safetensors file", capsys)
+        refused(tmp_path / "cut", "not a whole safetensors file", capsys)
 
 
 def sparse(path: Path, header: Mapping[str, Any], size: int) -> Path:
@@ -183,14 +183,14 @@ def test_four_gigabytes_of_junk_are_2_and_never_read(tmp_path: Path, capsys: pyt
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with (tmp_path / "zeros").open("wb") as file:
         file.truncate(4 * GIB)
-    refused(tmp_path / "zeros", "no whole safetensors file", capsys)
+    refused(tmp_path / "zeros", "not a whole safetensors file", capsys)
     ids = {"dtype": "I64", "shape": [1, GIB // 2], "data_offsets": [0, 4 * GIB]}
     refused(sparse(tmp_path / "ids", {"input_ids": ids}, 4 * GIB), "tokens at most", capsys)
     small = {"input_ids": {"dtype": "I64", "shape": [1, 1], "data_offsets": [0, 8]}}
     for name in ("junk", "logits"):  # a tensor that is none of ours, and one of ours that is far too large
         tensor = {"dtype": "F32", "shape": [1, 1, GIB], "data_offsets": [8, 8 + 4 * GIB]}
         path = sparse(tmp_path / name, small | {name: tensor}, 8 + 4 * GIB)
-        candidate = load_candidate(path, CONFIG)
+        candidate = load_trace(path, CONFIG)
         assert not candidate.tensors
         assert (candidate.unknown, tuple(candidate.refused)) in ((("junk",), ()), ((), ("logits",)))
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -235,7 +235,7 @@ def test_bad_tensors_are_invalid_with_a_reason_and_the_others_are_judged(
 def test_calls_that_do_not_fit_are_invalid(run: Mapping[str, np.ndarray], tmp_path: Path) -> None:
     one, two = run["norm"][:, :3], run["norm"][:, 3:]
     tensors = {"input_ids": IDS, "calls.0.norm": one, "calls.1.norm": two[..., :7], "calls.0.logits": run["logits"]}
-    candidate = load_candidate(written(tensors, tmp_path, calls="[3, 2]"), CONFIG)
+    candidate = load_trace(written(tensors, tmp_path, calls="[3, 2]"), CONFIG)
     assert candidate.refused == {
         "norm": "has other axes in some calls: (1, 3, 30), (1, 2, 7)", "logits": "is there of 1 calls of 2",
     }  # fmt: skip

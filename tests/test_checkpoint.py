@@ -137,7 +137,7 @@ def test_reads_what_safetensors_reads(tmp_path: Path, write: Any, stored: Any, d
     assert list(found.tensors) == list(tensor_shapes(CONFIG))
     for name, tensor in found.tensors.items():
         assert (tensor.name, tensor.dtype, tensor.shape) == (name, np.dtype(stored), loaded[name].shape)
-        assert bits(tensor.mapped()) == bits(tensors[name])
+        assert bits(tensor.map()) == bits(tensors[name])
         assert dtype_name(tensor.read(dtype)) == dtype
         assert bits(tensor.read(dtype)) == bits(EXPECTED[dtype](loaded[name]))
 
@@ -406,7 +406,9 @@ def test_a_tied_head_may_be_stored_again(tmp_path: Path, write: Any) -> None:
 
 @pytest.mark.parametrize("row", [0, 33, 60])
 def test_a_head_of_its_own_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: int) -> None:
-    monkeypatch.setattr(module, "BLOCK", 24 * 7)  # seven rows, so that `row` is in the first, a middle, the last block
+    monkeypatch.setattr(
+        module, "NUMBERS_AT_ONCE", 24 * 7
+    )  # seven rows, so that `row` is in the first, a middle, the last block
     tensors = random_tensors()
     head = tensors[EMBED].copy()
     head[row, 23] = np.nextafter(head[row, 23], np.float32(9))
@@ -465,7 +467,7 @@ def test_a_misshapen_tensor(tmp_path: Path) -> None:
 def test_a_bad_weight_is_found_where_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: Any, bad: float, way: str
 ) -> None:
-    monkeypatch.setattr(module, "BLOCK", 100)  # the bad number is in a later block
+    monkeypatch.setattr(module, "NUMBERS_AT_ONCE", 100)  # the bad number is in a later block
     tensors = random_tensors(stored)
     tensors[VICTIM][7, 3] = tensors[VICTIM][55, 0] = bad
     folder = write_shards(tmp_path, tensors)
@@ -609,16 +611,16 @@ def test_a_file_that_changes_while_it_is_open(tmp_path: Path, change: bytes | No
 def test_a_kept_map_is_one_map_and_of_a_file_that_is_whole(tmp_path: Path) -> None:
     file = write_single(tmp_path, random_tensors()) / FILE
     tensor = open_checkpoint(tmp_path).tensors["model.norm.weight"]
-    kept = tensor.mapped(keep=True)
-    assert np.shares_memory(kept, tensor.mapped(keep=True))
-    assert not np.shares_memory(kept, tensor.mapped())
-    np.testing.assert_array_equal(kept, tensor.mapped())
+    kept = tensor.map(keep=True)
+    assert np.shares_memory(kept, tensor.map(keep=True))
+    assert not np.shares_memory(kept, tensor.map())
+    np.testing.assert_array_equal(kept, tensor.map())
     file.write_bytes(file.read_bytes() + b"longer")
     with pytest.raises(CheckpointError, match="when it was opened"):
-        tensor.mapped(keep=True)
+        tensor.map(keep=True)
     file.unlink()
     with pytest.raises(CheckpointError, match="cannot be read: No such file"):
-        tensor.mapped(keep=True)
+        tensor.map(keep=True)
 
 
 def test_a_file_that_goes_away(tmp_path: Path) -> None:
@@ -693,7 +695,7 @@ HEADERS: dict[str, tuple[Damage, str]] = {
     "shape with a word": (entry(shape=["56", 24]), 'string "56"'),
     "negative shape": (entry(shape=[-56, -24]), "integer `-56`"),
     "shape of too many axes": (entry(shape=[56, 24] + [1] * 63), f"tensor '{VICTIM}' has more than 64 axes"),
-    "huge shape": (entry(shape=[2**80, 24]), "floating point `1.2089258196146292e+24`"),
+    "huge shape": (entry(shape=[2**80, 24]), "floating point `1.2089258196146292e"),
     "overflowing shape": (entry(shape=[2**40, 2**40]), "overflow"),
     "offsets a word": (entry(data_offsets="0:8"), 'string "0:8"'),
     "one offset": (entry(data_offsets=[8]), "invalid length 1"),
@@ -765,14 +767,14 @@ def test_a_header_of_absurd_length(tmp_path: Path, length: int, words: str) -> N
     file = write_single(tmp_path, random_tensors()) / FILE
     join(file, *split(file), length=length)
     message = refusal(tmp_path)
-    assert message.startswith(f"{file}: is no whole safetensors file")
+    assert message.startswith(f"{file}: is not a whole safetensors file")
     assert words in message
 
 
 def test_another_format_under_this_name(tmp_path: Path) -> None:
     write_config(tmp_path)
     (tmp_path / FILE).write_bytes(b"PK\x03\x04" + bytes(range(200)))  # a zip, as torch.save writes
-    assert "is no whole safetensors file" in refusal(tmp_path)
+    assert "is not a whole safetensors file" in refusal(tmp_path)
 
 
 # -- indexes ---------------------------------------------------------------------------------------------------------
@@ -823,7 +825,7 @@ def test_an_absent_shard(tmp_path: Path) -> None:
 def test_a_truncated_shard(tmp_path: Path) -> None:
     shard = write_shards(tmp_path, random_tensors()) / "model-00003-of-00003.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
-    assert refusal(tmp_path).startswith(f"{shard}: is no whole safetensors file")
+    assert refusal(tmp_path).startswith(f"{shard}: is not a whole safetensors file")
 
 
 def test_a_shard_that_lacks_a_tensor(tmp_path: Path) -> None:

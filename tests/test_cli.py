@@ -17,7 +17,7 @@ from refgemma.activations import ACTIVATIONS
 from refgemma.cli.main import main
 from refgemma.cli.output import CUT_OFF, DIFFERS, MISUSE, OK
 from refgemma.goldens.full_size import two_layer_names
-from refgemma.goldens.verify import case_names
+from refgemma.goldens.load import case_names
 from refgemma.hub import find_model
 
 TINY = find_model("tiny")
@@ -58,14 +58,16 @@ def test_without_a_tokenizer_ids_are_continued_by_ids(capsys, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("others", [[], ["--num-beams", "2"]])
-def test_reference_is_the_definition(others, capsys, monkeypatch) -> None:
-    """The same text; and without --reference, the blocks of `refgemma.layers` are not what computes it."""
-    command = ["generate", "--ids", "2,300,301", "--max-new-tokens", "4", "--json", *others]
+def test_reference_is_the_definition(others, capsys, monkeypatch, tmp_path) -> None:
+    """The same text; and without --reference, the blocks of `refgemma.layers` are not what computes another model."""
+    (tmp_path / "model").symlink_to(TINY)
+    command = ["generate", "--model", str(tmp_path / "model"), "--ids", "2,300,301", "--max-new-tokens", "4", "--json"]
+    command += others
     assert main(command) == OK
     fast = json.loads(capsys.readouterr().out)["ids"]
     calls = []
     correct = refgemma.model.block
-    monkeypatch.setattr("refgemma.model.block", lambda *rest: calls.append(1) or correct(*rest))
+    monkeypatch.setattr("refgemma.model.block", lambda *rest, **named: calls.append(1) or correct(*rest, **named))
     assert main(command) == OK
     assert not calls
     capsys.readouterr()
@@ -94,11 +96,11 @@ def test_chat_keeps_turns(capsys, monkeypatch) -> None:
 def test_chat_takes_markers_that_are_typed_for_text(capsys, monkeypatch) -> None:
     seen = []
 
-    def continued(ids, *_):
+    def noted(ids, *_, **named):
         seen.append(list(ids))
         return iter([1])
 
-    monkeypatch.setattr("refgemma.cli.text.continued", continued)
+    monkeypatch.setattr("refgemma.cli.text.greedy", noted)
     monkeypatch.setattr("sys.stdin", io.StringIO("Hi<end_of_turn><start_of_turn>model<eos>\n"))
     assert main(["chat", "--json"]) == OK
     assert [token for token in seen[0] if token < 7] == [2, 5, 6, 5]  # <bos>, the turn, and the model's beginning

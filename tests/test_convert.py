@@ -24,14 +24,14 @@ import refgemma.convert.convert as conversion
 from refgemma.cli.main import main
 from refgemma.cli.output import INTERRUPTED, MISUSE, OK
 from refgemma.config import Gemma2Config
-from refgemma.convert.convert import convert, kind_of, open_source
+from refgemma.convert.convert import TORCH_SHARD, convert, detect_kind, open_source
 from refgemma.convert.flax_tree import read_npz, read_tree, write_npz
 from refgemma.convert.layouts import flax_layout, hf_layout, pytorch_layout
 from refgemma.convert.pickles import read_torch, write_torch
 from refgemma.weights import save as writer
-from refgemma.weights.checkpoint import CheckpointError, open_checkpoint, read_header
+from refgemma.weights.checkpoint import CheckpointError, open_checkpoint, read_header, read_shards
 from refgemma.weights.parameters import tensor_shapes
-from refgemma.weights.save import STAGING, Output, header_of, write_checkpoint
+from refgemma.weights.save import STAGING, OutputTensor, build_header, write_checkpoint
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 61, "hidden_size": 24, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -99,14 +99,14 @@ def flax_tree(tensors: dict[str, Any], transposed: bool, rows: int = 128, w: str
     return tree
 
 
-def outputs(tensors: dict[str, Any]) -> list[Output]:
-    return [Output(name, x.dtype.name, x.shape, np.ascontiguousarray(x)) for name, x in tensors.items()]
+def outputs(tensors: dict[str, Any]) -> list[OutputTensor]:
+    return [OutputTensor(name, x.dtype.name, x.shape, np.ascontiguousarray(x)) for name, x in tensors.items()]
 
 
 def same(folder: Path, tensors: dict[str, Any]) -> bool:
     found = open_checkpoint(folder).tensors
     return found.keys() == tensors.keys() and all(
-        found[name].dtype == x.dtype and found[name].mapped().tobytes() == x.tobytes() for name, x in tensors.items()
+        found[name].dtype == x.dtype and found[name].map().tobytes() == x.tobytes() for name, x in tensors.items()
     )
 
 
@@ -126,7 +126,7 @@ def test_there_and_back(tmp_path: Path, kind: str, dtype: str, limit: int | None
     (tmp_path / "hf" / "tokenizer.model").write_bytes(b"pieces")
     (tmp_path / "hf" / "generation_config.json").write_text('{"eos_token_id": [1, 7]}')
     convert(tmp_path / "hf", tmp_path / "there", target_format=kind, max_shard_size=limit, vocab_rows=128)
-    assert kind_of(tmp_path / "there") == kind.removesuffix("-npz")
+    assert detect_kind(tmp_path / "there") == kind.removesuffix("-npz")
     done = convert(tmp_path / "there", tmp_path / "back", max_shard_size=limit)
     assert (done.source.padding, done.source.nonzero) == (67, 0)
     assert same(tmp_path / "back", tensors)
@@ -174,7 +174,7 @@ def test_both_originals_from_one_another(tmp_path: Path) -> None:
     found = read_torch(tmp_path / "torch" / "model.ckpt")
     wanted = originals(tensors)
     assert found.keys() == wanted.keys()
-    assert all(found[name].mapped().tobytes() == x.tobytes() for name, x in wanted.items())
+    assert all(found[name].map().tobytes() == x.tobytes() for name, x in wanted.items())
 
 
 def test_the_tree_is_the_one_of_the_einsums(tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_the_tree_is_the_one_of_the_einsums(tmp_path: Path) -> None:
     x = np.random.default_rng(1).standard_normal((1, 3, 24))
     for transposed, letters in {True: "BTF,NHF->BTNH", False: "BTF,NFH->BTNH"}.items():
         convert(tmp_path / "hf", tmp_path / letters, target_format="flax", transposed=transposed)
-        tree = {n.removeprefix("transformer/layer_1/"): t.mapped() for n, t in read_tree(tmp_path / letters).items()}
+        tree = {n.removeprefix("transformer/layer_1/"): t.map() for n, t in read_tree(tmp_path / letters).items()}
         layer = {n.removeprefix("model.layers.1."): t for n, t in tensors.items()}
 
         def linear(x: Any, name: str, layer: dict[str, Any] = layer) -> Any:
@@ -230,13 +230,13 @@ def test_released_sizes_are_known_by_their_shapes(tmp_path: Path, preset: str, k
     """From a sparse file as long as the checkpoint, of which only the padding of the table is read."""
     wanted = Gemma2Config.preset(preset)
     layout = pytorch_layout(wanted) if kind == "pytorch" else flax_layout(wanted, preset != "2b", 256128)
-    start = header_of([Output(o.name, "bfloat16", o.shape, None) for o in layout])
+    start = build_header([OutputTensor(o.name, "bfloat16", o.shape, None) for o in layout])
     total = sum(2 * int(np.prod(o.shape, dtype=np.int64)) for o in layout)
     file = tmp_path / "params.safetensors"
     file.write_bytes(start)
     os.truncate(file, len(start) + total)
     found = read_header(file) if kind == "pytorch" else read_tree(file)
-    assert conversion._found_config(tmp_path, found, None) == wanted
+    assert conversion._find_config(tmp_path, found, None) == wanted
     if kind == "flax":
         source = open_source(file)
         assert (source.config, source.padding, source.nonzero) == (wanted, 128, 0)
@@ -377,8 +377,21 @@ def test_shards_and_their_index(tmp_path: Path) -> None:
             open_source(index.parent)
     index.write_text(json.dumps(whole))
     shutil.copyfile(index.parent / first, index.parent / last)
-    with pytest.raises(CheckpointError, match="is in another shard too"):
+    with pytest.raises(CheckpointError, match=f"'embedder.weight' is in {first} too"):
         open_source(index.parent)
+
+
+def test_every_shard_may_hold_the_rotary_table(tmp_path: Path) -> None:
+    table = OutputTensor("freqs_cis", "float32", (2, 2), np.ones((2, 2), np.float32))
+    for name in ("a", "b"):
+        norm = OutputTensor(f"{name}.weight", "float32", (3,), np.full(3, 0.5, np.float32))
+        write_torch(tmp_path / f"{name}.bin", [norm, table], None)
+    weight_map = {"a.weight": "a.bin", "b.weight": "b.bin", "freqs_cis": "a.bin"}
+    (tmp_path / "index.json").write_text(json.dumps({"weight_map": weight_map}))
+    found = read_shards(tmp_path / "index.json", TORCH_SHARD, read_torch, ("freqs_cis",))
+    assert list(found) == ["a.weight", "b.weight"]
+    with pytest.raises(CheckpointError, match=r"'freqs_cis' is in a\.bin too"):
+        read_shards(tmp_path / "index.json", TORCH_SHARD, read_torch)
 
 
 # --- pickles that want more than tensors ------------------------------------------------------------------------------
@@ -449,7 +462,7 @@ def test_the_attacks_are_real(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("small")
-    tensors = [Output(name, "float32", (2, 3), np.ones((2, 3), np.float32)) for name in ("a", "b")]
+    tensors = [OutputTensor(name, "float32", (2, 3), np.ones((2, 3), np.float32)) for name in ("a", "b")]
     write_torch(folder / "a.ckpt", tensors)
     write_npz(folder / "a.npz", tensors)
     return folder
@@ -465,13 +478,13 @@ def test_a_damaged_file_is_refused_or_read(small: Path, data: st.DataObject) -> 
     damaged.write_bytes(bytes(raw[: data.draw(st.integers(0, len(raw)))] if data.draw(st.booleans()) else raw))
     try:
         for tensor in read(damaged).values():
-            tensor.mapped().sum()
+            tensor.map().sum()
     except (CheckpointError, OSError):
         pass
 
 
 def test_a_tensor_beyond_its_storage(tmp_path: Path) -> None:
-    write_torch(tmp_path / "a.ckpt", [Output("a", "float32", (2, 3), np.ones((2, 3), np.float32))])
+    write_torch(tmp_path / "a.ckpt", [OutputTensor("a", "float32", (2, 3), np.ones((2, 3), np.float32))])
     with zipfile.ZipFile(tmp_path / "a.ckpt") as archive:
         raw = archive.read("archive/data.pkl")
     shape = b"J\x02\x00\x00\x00J\x03\x00\x00\x00t"
@@ -610,7 +623,7 @@ def test_memory_is_that_of_a_tensor(tmp_path: Path, kind: str) -> None:
     """Of 330 MB with 67 MB in the largest tensor, in a process of its own."""
     config = Gemma2Config(**SHAPE | {"hidden_size": 1024, "intermediate_size": 8192, "num_hidden_layers": 3})
     zeros = [
-        Output(name, "float32", shape, np.broadcast_to(np.float32(1), shape))
+        OutputTensor(name, "float32", shape, np.broadcast_to(np.float32(1), shape))
         for name, shape in tensor_shapes(config).items()
     ]
     config.save_pretrained(tmp_path / "hf")

@@ -9,11 +9,11 @@ import pytest
 from safetensors.numpy import load_file
 
 from refgemma.cli.main import main
-from refgemma.goldens.verify import load_golden
+from refgemma.goldens.load import load_golden
 from refgemma.hub import find_model
 from refgemma.modeling.pretrained import load
 from refgemma.oracle.conformance import CONFIG, prompts
-from refgemma.oracle.coverage import Shown, covering, run_prompt, write_prompts
+from refgemma.oracle.coverage import Detected, cover, run_prompt, write_prompts
 from refgemma.oracle.known_bugs import known_bug
 from refgemma.trace.names import save_trace
 
@@ -126,8 +126,12 @@ def test_prompts_are_written_as_a_port_reads_them(tmp_path: Path, capsys: pytest
 
 def test_few_prompts_are_chosen_and_what_none_shows_is_told(tmp_path: Path) -> None:
     a, b, c = (known_bug(name) for name in ("gqa-tile", "scale-224", "pad-attended"))
-    found = [Shown("plain", "float32", (a,)), Shown("padded", "float32", (a, c)), Shown("cached", "float32", (b,))]
-    chosen = covering(found)
+    found = [
+        Detected("plain", "float32", (a,)),
+        Detected("padded", "float32", (a, c)),
+        Detected("cached", "float32", (b,)),
+    ]
+    chosen = cover(found)
     assert [s.prompt for s in chosen] == ["padded", "cached"]
     write_prompts(chosen, CONFIG, tmp_path, "conformance")
     about = json.loads((tmp_path / "prompts.json").read_text())

@@ -18,7 +18,7 @@ import refgemma
 from refgemma import fast, model
 from refgemma.cache import Cache
 from refgemma.config import Gemma2Config
-from refgemma.oracle.compare import run_distance
+from refgemma.goldens.distance import run_distance
 from refgemma.precision import Array
 from refgemma.weights.checkpoint import CheckpointError, open_checkpoint
 from refgemma.weights.initial import initial_weights
@@ -54,7 +54,7 @@ def outs(layers: Any, weights: Weights, config: Gemma2Config, ids: Array, mask: 
     found, cache, done = [], None, 0
     for length in calls:
         part = slice(done, done + length)
-        start = model.begin(ids[:, part], weights, config, mask[:, : part.stop], cache=cache)
+        start = model.begin(ids[:, part], weights, config, attention_mask=mask[:, : part.stop], cache=cache)
         steps = list(layers(start, weights, config))
         cache, done = Cache(past for _, past in steps), part.stop
         found += [out[mask[:, part] == 1] for out, _ in steps]
@@ -94,9 +94,9 @@ def test_equal_to_the_definition(data: st.DataObject, config: Gemma2Config) -> N
             patch.setattr(fast, name, data.draw(size, label=name))
         ours = outs(fast.outputs, weights, config, ids, mask, calls)
         ours_exact = outs(fast.outputs, exact, config, ids, mask, calls)
-    single, double = (outs(fast.reference_outputs, each, config, ids, mask, calls) for each in (weights, exact))
+    single, double = (outs(model.reference_outputs, each, config, ids, mask, calls) for each in (weights, exact))
     moved = [
-        outs(fast.reference_outputs, nudged(weights, config, seed), config, ids, mask, calls) for seed in range(NUDGES)
+        outs(model.reference_outputs, nudged(weights, config, seed), config, ids, mask, calls) for seed in range(NUDGES)
     ]
     for n, expected in enumerate(double):
         noise = max(float(np.abs(other[n] - expected).max()) for other in (single, *moved))
@@ -118,7 +118,7 @@ def test_the_caches_are_the_same() -> None:
         done = 0
         for length in calls:
             for n, read in enumerate((model.next_token_logits, fast.next_token_logits)):
-                _, caches[n] = read(ids[:, done : done + length], weights, CONFIG, caches[n])
+                _, caches[n] = read(ids[:, done : done + length], weights, CONFIG, cache=caches[n])
             done += length
             for ours, definition in zip(*caches, strict=True):
                 assert (ours.start, ours.stop) == (definition.start, definition.stop)
@@ -133,17 +133,17 @@ def test_a_cache_is_a_value() -> None:
     """
     weights = initial_weights(CONFIG)
     _, cache = fast.next_token_logits([[3, 4, 5]], weights, CONFIG)
-    _, cache = fast.next_token_logits([[6]], weights, CONFIG, cache)  # in a room with free places now
+    _, cache = fast.next_token_logits([[6]], weights, CONFIG, cache=cache)  # in a room with free places now
     before = [layer.keys.copy() for layer in cache]
-    first, after_first = fast.next_token_logits([[7]], weights, CONFIG, cache)
-    second, _ = fast.next_token_logits([[8]], weights, CONFIG, cache)
-    third, _ = fast.next_token_logits([[9]], weights, CONFIG, cache.reorder([0]))
+    first, after_first = fast.next_token_logits([[7]], weights, CONFIG, cache=cache)
+    second, _ = fast.next_token_logits([[8]], weights, CONFIG, cache=cache)
+    third, _ = fast.next_token_logits([[9]], weights, CONFIG, cache=cache.reorder([0]))
     alone = fast.next_token_logits([[3, 4, 5, 6, 8]], weights, CONFIG)[0]
     np.testing.assert_allclose(second, alone, rtol=0, atol=1e-6)
     assert np.abs(first - second).max() > 1e-3 < np.abs(second - third).max()
     for layer, expected in zip(cache, before, strict=True):
         np.testing.assert_array_equal(layer.keys, expected)
-    np.testing.assert_array_equal(fast.next_token_logits([[7]], weights, CONFIG, cache)[0], first)
+    np.testing.assert_array_equal(fast.next_token_logits([[7]], weights, CONFIG, cache=cache)[0], first)
     np.testing.assert_array_equal(after_first[0].keys[:, :, :-1][:, :, -4:], before[0][:, :, -4:])
 
 
@@ -152,7 +152,7 @@ def test_decoding_moves_keys_rarely() -> None:
     weights, cache = initial_weights(CONFIG), None
     rooms = set()
     for token in range(3, 40):
-        _, cache = fast.next_token_logits([[token]], weights, CONFIG, cache)
+        _, cache = fast.next_token_logits([[token]], weights, CONFIG, cache=cache)
         rooms.add(cache[1].keys.base.__array_interface__["data"][0])
     assert len(rooms) < 12
 
@@ -168,7 +168,7 @@ found = []
 for weights in (checkpoint.resident(), checkpoint.streamed()):
     cache = None
     for ids in (np.arange(3, 140)[None], [[7]], [[8, 9]], [[5]]):
-        logits, cache = fast.next_token_logits(ids, weights, checkpoint.config, cache)
+        logits, cache = fast.next_token_logits(ids, weights, checkpoint.config, cache=cache)
         found.append(logits[0, -1])
 np.save(sys.argv[3], found)
 """

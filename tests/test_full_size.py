@@ -13,8 +13,9 @@ from refgemma import fast
 from refgemma.config import Gemma2Config
 from refgemma.goldens import full_size
 from refgemma.goldens.full_size import full_result, load_full, verify_full
+from refgemma.goldens.load import GoldenError
 from refgemma.goldens.sketch import PROJECTIONS, SAMPLES, sketch
-from refgemma.goldens.verify import CaseResult, GoldenError
+from refgemma.goldens.verify import CaseResult
 
 NAME = "9b-synthetic-two-layers"
 TOP = ("top_ids", "top_order", "top_logits")

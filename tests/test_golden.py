@@ -7,8 +7,9 @@ from functools import cache
 import numpy as np
 import pytest
 
-from refgemma.goldens.verify import GoldenError, case_names, golden_folder, load_golden, model_of, run_calls, verify
-from refgemma.oracle.compare import END_TO_END
+from refgemma.goldens.distance import END_TO_END
+from refgemma.goldens.load import GoldenError, case_names, golden_folder, load_golden, model_of
+from refgemma.goldens.verify import run_calls, verify
 
 CASES = case_names()
 FORWARD_F32 = [name for name in CASES if name.endswith("-f32") and load_golden(name)[0]["kind"] == "forward"]
@@ -110,7 +111,7 @@ def test_a_damaged_golden_is_refused(tmp_path, monkeypatch) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     whole = (golden_folder() / "op-repeat-kv-f32.safetensors").read_bytes()
     (tmp_path / "op-repeat-kv-f32.safetensors").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    monkeypatch.setattr("refgemma.goldens.verify.golden_folder", lambda: tmp_path)
+    monkeypatch.setattr("refgemma.goldens.load.golden_folder", lambda: tmp_path)
     with pytest.raises(GoldenError, match=r"op-repeat-kv-f32.safetensors: is not the file of the manifest.*record.py"):
         load_golden("op-repeat-kv-f32")
     with pytest.raises(GoldenError, match=r"op-masks-f32.safetensors.*cannot be read.*record.py op-masks-f32"):

@@ -77,13 +77,18 @@ def test_a_mask_of_ones_own_is_taken_as_it_is() -> None:
     """For one head or all of them, one row or all; for both types of layer, or for each its own."""
     mask = np.where(np.eye(2, 5, dtype=bool), 0, LOWEST).astype(np.float32)[None, None]
     inputs = check_inputs([[2, 3], [2, 4]], CONFIG, attention_mask=mask, seen=3)
+    for given in (inputs.masks, inputs.biases):
+        assert given is not None
+        assert {kind: m.shape for kind, m in given.items()} == {FULL: (2, 1, 2, 5), SLIDING: (2, 1, 2, 5)}
+    # Numbers are added to the scores, and hide nothing by themselves; true and false hide, and nothing is added.
+    seen = np.arange(80).reshape(1, 16, 1, 5) % 2 == np.array([[0], [1]])
+    inputs = check_inputs([[2, 3]], CONFIG, attention_mask={FULL: mask, SLIDING: seen}, seen=3)
     assert inputs.masks is not None
-    assert {kind: m.shape for kind, m in inputs.masks.items()} == {FULL: (2, 1, 2, 5), SLIDING: (2, 1, 2, 5)}
-    each = {FULL: mask, SLIDING: np.ones((1, 16, 2, 5), bool)}
-    masks = check_inputs([[2, 3]], CONFIG, attention_mask=each, seen=3).masks
-    assert masks is not None
-    assert masks[SLIDING].all()
-    np.testing.assert_array_equal(masks[FULL], mask)
+    assert inputs.biases is not None
+    assert inputs.masks[FULL].all()
+    np.testing.assert_array_equal(inputs.masks[SLIDING], seen)
+    assert set(inputs.biases) == {FULL}
+    np.testing.assert_array_equal(inputs.biases[FULL], mask)
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,11 @@ from refgemma.cli.main import main
 from refgemma.config import Gemma2Config
 from refgemma.hub import find_model
 from refgemma.inputs import InputError
-from refgemma.oracle.check import CONFORMS, INCONCLUSIVE, Instance, Report
-from refgemma.oracle.judge import PASS, Judged, Statistics
-from refgemma.trace.candidate import Call, Candidate, Tensor, is_known, load_candidate
+from refgemma.oracle.diagnose import Report
+from refgemma.oracle.engine import Instance
+from refgemma.oracle.judge import Judged, Statistics
+from refgemma.oracle.verdicts import CONFORMS, INCONCLUSIVE, PASS
+from refgemma.trace.candidate import Call, Candidate, Tensor, is_known, load_trace
 from refgemma.trace.evaltext import open_eval_callback
 from refgemma.trace.name_maps import Rule, arrange, load_map, map_names, open_trace
 
@@ -72,7 +74,7 @@ def test_all_that_llama_cpp_prints_is_known(llama: Path, capsys: pytest.CaptureF
 
 
 def test_only_what_is_printed_is_known(llama: Path) -> None:
-    candidate = load_candidate(llama, CONFIG)
+    candidate = load_trace(llama, CONFIG)
     assert candidate.call.input_ids[0, :4].tolist() == [2, 36, 37, 38]
     assert not candidate.inputs  # nothing whole, so nothing is computed from it
     q = candidate.tensors["layers.0.attention.q"]
@@ -132,8 +134,8 @@ def test_mlx_lm_is_right_in_all_else(capsys: pytest.CaptureFixture[str]) -> None
 def test_transformer_lens_conforms(capsys: pytest.CaptureFixture[str]) -> None:
     code, found = check(RECORDED / "transformer-lens.safetensors")
     assert (code, found["verdict"], len(found["tensors"])) == (0, "conforms", 82)
-    code, shown = show(RECORDED / "transformer-lens.safetensors", capsys)
-    assert (code, len(shown["matched"]), len(shown["ignored"]), shown["unmatched"]) == (0, 82, 147, [])
+    code, detect = show(RECORDED / "transformer-lens.safetensors", capsys)
+    assert (code, len(detect["matched"]), len(detect["ignored"]), detect["unmatched"]) == (0, 82, 147, [])
 
 
 # --- maps -------------------------------------------------------------------------------------------------------------
@@ -200,7 +202,7 @@ def test_other_axes_than_the_map_says_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "port.safetensors"
     q = np.zeros((1, 3, 61), np.float32)
     save_file({"input_ids": IDS, "model.layers.0.self_attn.q_proj": q}, path, {"map": "transformers"})
-    candidate = load_candidate(path, CONFIG)
+    candidate = load_trace(path, CONFIG)
     assert not candidate.tensors
     assert "has shape (1, 3, 61); (1, 6, 3, 10) is needed" in candidate.refused["layers.0.attention.q"]
 
@@ -209,7 +211,7 @@ def test_one_row_is_the_last(tmp_path: Path) -> None:
     path = tmp_path / "port.safetensors"
     logits = np.arange(97, dtype=np.float32)[None]
     save_file({"input_ids": IDS, "sampler": logits}, path, {"map": "gemma_pytorch", "dtype": "float32"})
-    found = load_candidate(path, CONFIG).tensors["logits"]
+    found = load_trace(path, CONFIG).tensors["logits"]
     assert found.known is not None
     assert found.known[0].all(axis=-1).tolist() == [False, False, True]
     assert (found.numbers[0, 2] == np.arange(97)).all()

@@ -138,9 +138,9 @@ def cap_after_mask(scores, mask):
     return exponentials / exponentials.sum(axis=-1, keepdims=True)
 
 
-def block_without_post_norms(hidden, past, cos, sin, mask, weights, scale, cap, activation, eps):
+def block_without_post_norms(hidden, weights, *, activation, eps, **attending):
     input_layernorm = rms_norm(hidden, weights.input_layernorm, eps)
-    attended = attention(input_layernorm, past, cos, sin, mask, weights, scale, cap)
+    attended = attention(input_layernorm, weights, **attending)
     middle = hidden + attended.out
     pre_feedforward_layernorm = rms_norm(middle, weights.pre_feedforward_layernorm, eps)
     fed = feed_forward(pre_feedforward_layernorm, weights, activation)
@@ -149,8 +149,8 @@ def block_without_post_norms(hidden, past, cos, sin, mask, weights, scale, cap, 
     )
 
 
-def attention_without_positions(x, past, cos, sin, mask, weights, scale, cap):
-    return attention(x, past, np.ones_like(cos), np.zeros_like(sin), mask, weights, scale, cap)
+def attention_without_positions(x, weights, *, cos, sin, **others):
+    return attention(x, weights, cos=np.ones_like(cos), sin=np.zeros_like(sin), **others)
 
 
 def scores_that_lose_digits(q, k, scale):
@@ -183,9 +183,9 @@ MISTAKES = [
             "layers.0.input_layernorm", "bends-forward-bf16"),
     Mistake("exact GELU", operation("gelu_tanh", gelu_erf), "layers.0.feed_forward.gelu"),
     Mistake("query scalar is head_dim", config(query_pre_attn_scalar=10), "layers.0.attention.scores"),
-    Mistake("sqrt(hidden) not rounded", lambda m: m.setattr(refgemma.model, "narrow", lambda y, like: float(y)),
+    Mistake("sqrt(hidden) not rounded", operation("embedding_scale", lambda hidden, like: hidden**0.5),
             "embedded", "bends-forward-bf16"),
-    Mistake("no embedding scale", lambda m: m.setattr(refgemma.model, "narrow", lambda y, like: 1.0), "embedded"),
+    Mistake("no embedding scale", operation("embedding_scale", lambda hidden, like: 1.0), "embedded"),
     Mistake("rotation of neighbours", operation("rotate", rotate_neighbours), "layers.0.attention.q_rot"),
     Mistake("no rotation", operation("attention", attention_without_positions), "layers.0.attention.q_rot"),
     Mistake("rotary base", config(rope_theta=1e6), "cos"),

@@ -1,21 +1,28 @@
 """The forward pass as a whole: its names, its precision, and the laws of a causal model. Values are in test_golden."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
+from small_model import SMALL, refused
 
 import refgemma
+from refgemma import fast, model
 from refgemma.cache import Cache, empty_cache
+from refgemma.generation.perplexity import token_losses
+from refgemma.goldens.full_size import sketches_of
 from refgemma.goldens.verify import golden_folder
-from refgemma.model import HEAD_ROWS, forward, next_token_logits, unembed
-from refgemma.ops import causal_mask, sliding_mask
+from refgemma.layers import Block
+from refgemma.model import forward, next_token_logits, unembed
+from refgemma.modeling.classes import Gemma2ForCausalLM, Gemma2Model
 from refgemma.precision import BF16, F16, Rounded
-from refgemma.trace.names import named_tensors
+from refgemma.trace.names import named_tensors, run_in_order
 from refgemma.weights.checkpoint import open_checkpoint
-from refgemma.weights.parameters import LayerWeights
+from refgemma.weights.parameters import HEAD_ROWS, LayerWeights, Weights
 
 CHECKPOINT = open_checkpoint(golden_folder() / "models" / "bends")
 CONFIG = CHECKPOINT.config
@@ -44,22 +51,6 @@ def test_no_tensor_is_silently_widened(dtype: str, kind: type[Rounded]) -> None:
 def test_the_weights_precision_is_the_computations(dtype: str) -> None:
     run = forward(IDS, CHECKPOINT.resident(dtype), CONFIG)
     assert {x.dtype.name for _, x in named_tensors(run)} == {dtype}
-
-
-def test_masks_are_these_pictures() -> None:
-    picture = """
-        1 . . . . .
-        1 1 . . . .
-        1 1 1 . . .
-        . 1 1 1 . .
-        . . 1 1 1 .
-        . . . 1 1 1
-    """
-    expected = np.array([[cell == "1" for cell in row.split()] for row in picture.strip().splitlines()])
-    np.testing.assert_array_equal(sliding_mask(np.arange(6), np.arange(6), window=3), expected)
-    # The same rows in decoding, when the keys before place 2 are gone already.
-    np.testing.assert_array_equal(sliding_mask(np.array([4, 5]), np.arange(2, 6), window=3), expected[4:, 2:])
-    np.testing.assert_array_equal(causal_mask(np.arange(6), np.arange(6)), np.tri(6, dtype=bool))
 
 
 def test_a_token_changes_nothing_before_it() -> None:
@@ -122,7 +113,8 @@ def test_a_padded_row_gives_what_it_gives_alone() -> None:
     # The angles are float32 (that is part of the model): a shifted position rounds each of them anew, by 2**-24 of up
     # to 13 radians, in four layers; 1e2 such roundings cover that.
     np.testing.assert_allclose(shifted, alone, rtol=0, atol=1e2 * 2**-24 * np.abs(alone).max())
-    placed = forward(padded, weights, CONFIG, mask, position_ids=np.maximum(np.arange(13) - 4, 0)[None]).logits[:, 4:]
+    positions = np.maximum(np.arange(13) - 4, 0)[None]
+    placed = forward(padded, weights, CONFIG, attention_mask=mask, position_ids=positions).logits[:, 4:]
     np.testing.assert_allclose(placed, alone, rtol=0, atol=1e3 * 2**-53 * np.abs(alone).max())  # as in the test above
 
 
@@ -225,3 +217,103 @@ def test_decoding_holds_one_layer_at_a_time() -> None:
     next_token_logits(IDS, watched, CONFIG)
     forward(IDS, watched, CONFIG)
     assert len(watched.layers.given) == 2 * CONFIG.num_hidden_layers
+
+
+def read_all(weights: Weights) -> None:
+    for _ in run_in_order(IDS, weights, CONFIG):
+        pass
+
+
+def read_sketches(weights: Weights) -> None:
+    for _ in sketches_of(IDS, [IDS.shape[1]], weights, CONFIG):
+        pass
+
+
+RUNS: dict[str, Callable[[Weights], Any]] = {
+    "next_token_logits": lambda weights: next_token_logits(IDS, weights, CONFIG),
+    "reference_outputs": lambda weights: token_losses(IDS[0].tolist(), weights, CONFIG, model.reference_outputs),
+    "the documented class": lambda weights: Gemma2Model(CONFIG, weights=weights)(IDS, output_hidden_states=True),
+    "fast, in half precision": lambda weights: fast.next_token_logits(IDS, CHECKPOINT.resident("bfloat16"), CONFIG),
+    "run_in_order": read_all,
+    "sketches_of": read_sketches,
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_one_block_is_in_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a block is computed no record of an earlier one is left, neither here nor at the caller."""
+    compute, records = model.block, []
+
+    def watched(*given: Any, **named: Any) -> Block:
+        assert [n for n, record in enumerate(records) if record() is not None] == []
+        record = compute(*given, **named)
+        records.append(weakref.ref(record))
+        return record
+
+    monkeypatch.setattr(model, "block", watched)
+    RUNS[name](CHECKPOINT.resident())
+    assert len(records) == CONFIG.num_hidden_layers
+
+
+def test_reading_for_the_next_token_is_reading() -> None:
+    """With a mask, positions, a cache, or embeddings: the last logits of `forward`, and its cache."""
+    config, ids = SMALL.config, np.array([[3, 4, 5, 6], [6, 7, 8, 9]])
+    weights = SMALL.weights
+    mask, places = np.array([[0, 1, 1, 1], [1] * 4]), np.array([[0, 5, 6, 7], [9, 10, 11, 12]])
+    embeds = np.random.default_rng(0).standard_normal((2, 4, 12)).astype(np.float32)
+    given: list[dict[str, Any]] = [
+        {"input_ids": ids, "attention_mask": mask}, {"input_ids": ids, "position_ids": places},
+        {"input_ids": None, "inputs_embeds": embeds},
+    ]  # fmt: skip
+    seen = []
+    for arguments in given:
+        run = forward(weights=weights, config=config, **arguments)
+        logits, cache = next_token_logits(weights=weights, config=config, **arguments)
+        assert logits.shape == (2, 1, 13)
+        # The head of one row or of four: float32 sums of 12 products, of logits of about 3.
+        np.testing.assert_allclose(logits, run.logits[:, -1:], rtol=0, atol=12 * 3 * 2**-24)
+        for one, other in zip(cache, run.cache, strict=True):
+            np.testing.assert_array_equal(one.keys, other.keys)
+        after = next_token_logits([[3], [4]], weights, config, cache=cache)[0]
+        expected = forward([[3], [4]], weights, config, cache=run.cache).logits
+        np.testing.assert_allclose(after, expected, rtol=0, atol=12 * 3 * 2**-24)
+        seen.append(logits)
+    plainly = next_token_logits(ids, weights, config)[0]
+    for logits in seen:  # none of the three is left out
+        assert np.abs(logits - plainly).max() > 1e-3
+
+
+def test_a_model_of_one_layer_goes_on_too() -> None:
+    config = SMALL.config.changed(num_hidden_layers=1, layer_types=None)
+    weights = Gemma2ForCausalLM.from_config(config, seed=1).weights
+    ids = [[3, 4, 5, 6, 7]]
+    cache = forward([ids[0][:3]], weights, config).cache
+    whole = forward(ids, weights, config).logits
+    after = forward([ids[0][3:]], weights, config, cache=cache).logits
+    # float32 logits of about 3, in another order of summing.
+    np.testing.assert_allclose(after, whole[:, 3:], rtol=0, atol=12 * 3 * 2**-24)
+
+
+def test_each_layer_takes_the_mask_of_its_kind() -> None:
+    # With a window of 3 the last of five tokens is seen by the last three.
+    ago = np.arange(5)[:, None] - np.arange(5)
+    pictures = {"full_attention": ago >= 0, "sliding_attention": (ago >= 0) & (ago < 3)}
+    masks = {kind: picture[None, None] for kind, picture in pictures.items()}
+    run = partial(forward, [[3, 4, 5, 6, 7]], SMALL.weights, SMALL.config)
+    np.testing.assert_array_equal(run(attention_mask=masks).logits, run().logits)
+    exchanged = dict(zip(masks, reversed(masks.values()), strict=True))
+    assert np.abs(run(attention_mask=exchanged).logits - run().logits).max() > 1e-3
+
+
+def test_a_model_without_a_head_says_so() -> None:
+    config = SMALL.config.changed(tie_word_embeddings=False)
+    refused(
+        lambda: forward([[3]], replace(SMALL.weights, lm_head=None), config),
+        "these weights have no head: lm_head.weight is missing, and tie_word_embeddings is false",
+    )
+    untied = replace(SMALL.weights, lm_head=2 * SMALL.weights.embed_tokens)
+    # Twice the head, without a cap: twice the logits, to the last bit.
+    raw = [
+        forward([[3]], weights, config).raw_logits for weights in (untied, replace(untied, lm_head=untied.lm_head / 2))
+    ]
+    np.testing.assert_array_equal(raw[0], 2 * raw[1])

@@ -11,7 +11,7 @@ import refgemma
 import refgemma.generation.perplexity
 from refgemma.cli.main import main
 from refgemma.cli.output import MISUSE, OK
-from refgemma.generation.perplexity import gemma_cpp_bits_per_byte, strided_perplexity, token_losses, windows
+from refgemma.generation.perplexity import gemma_cpp_bits_per_byte, split_windows, strided_perplexity, token_losses
 from refgemma.goldens.released import PUBLISHED, published_figures, published_text
 from refgemma.heads import causal_lm_loss
 from refgemma.inputs import InputError
@@ -28,8 +28,8 @@ def all_at_once(ids: list[int]) -> list[float]:
 
 @pytest.mark.parametrize("piece", [1, 3, 7, 512])
 def test_pieces_and_parts_of_the_vocabulary_make_no_difference(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(refgemma.generation.perplexity, "PIECE", piece)
-    monkeypatch.setattr(refgemma.generation.perplexity, "HEAD_ROWS", 300)
+    monkeypatch.setattr(refgemma.generation.perplexity, "CHUNK_TOKENS", piece)
+    monkeypatch.setattr(refgemma.weights.parameters, "HEAD_ROWS", 300)
     # 5e-6 of the largest logit, as asserted of logits everywhere; none is beyond 4 here.
     np.testing.assert_allclose(token_losses(IDS, TINY.weights, TINY.config), all_at_once(IDS), rtol=0, atol=2e-5)
 
@@ -45,7 +45,7 @@ def test_one_window_is_the_exponential_of_the_loss() -> None:
 
 def test_every_token_is_judged_once() -> None:
     for tokens, length, stride in ((10, 4, 4), (10, 4, 1), (11, 5, 3), (3, 8, 2), (5, 4, 4)):
-        parts = list(windows(tokens, length, stride))
+        parts = list(split_windows(tokens, length, stride))
         judged = [n for part in parts for n in range(part.stop - part.targets, part.stop)]
         assert judged == list(range(tokens))
         assert all(part.stop - part.start <= length for part in parts)

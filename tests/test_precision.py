@@ -1,5 +1,10 @@
 """Half precision: rounding against ml_dtypes and against the bits themselves; nothing widens or narrows unasked."""
 
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -7,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from refgemma.precision import BF16, F16, as_dtype, bf16, dtype_name, f16, narrow, plain, wide
+from refgemma.precision import BF16, F16, as_dtype, bf16, dtype_name, f16, narrow, plain, precision_named, wide
 
 FLOATS = hnp.arrays(np.float32, hnp.array_shapes(max_dims=2, max_side=8), elements=st.floats(width=32))
 
@@ -118,3 +123,285 @@ def test_names(dtype: str) -> None:
 def test_unknown_dtype() -> None:
     with pytest.raises(ValueError, match="unknown dtype 'int8'"):
         as_dtype([1], "int8")
+
+
+# --- everything that NumPy can write with -----------------------------------------------------------------------------
+
+FIELD = np.random.default_rng(3).uniform(-2, 2, (4, 4)).astype(np.float32)  # on no 16-bit grid
+
+
+def square(seed: int = 0) -> BF16:
+    return bf16(np.random.default_rng(seed).uniform(-2, 2, (4, 4)))
+
+
+def off_grid(value: object) -> list[object]:
+    """The rounded arrays in `value` that are not, and floating-point arrays of float32 that should be."""
+    if isinstance(value, list | tuple):
+        return [found for item in value for found in off_grid(item)]
+    if isinstance(value, np.ndarray | np.floating) and value.dtype == np.float32:
+        rounded = isinstance(value, BF16) and np.array_equal(plain(value), round_bits(plain(value)), equal_nan=True)
+        return [] if rounded else [value]
+    return []
+
+
+# For each function of NumPy that has an `out`: its other arguments. All are called with such an array as `out` too.
+OUT: dict[str, Callable[[BF16], tuple[Any, ...]]] = {
+    **{name: lambda x: (x, 0) for name in (
+        "amax", "amin", "cumprod", "cumsum", "max", "mean", "median", "min", "nanmax", "nanmean", "nanmedian", "nanmin",
+        "nanprod", "nanstd", "nansum", "nanvar", "prod", "ptp", "std", "sum", "var", "nancumprod", "nancumsum",
+    )},
+    **{name: lambda x: (x, 0.3, 0) for name in ("nanpercentile", "nanquantile", "percentile", "quantile")},
+    **{name: lambda x: ([x[:2], x[2:]],) for name in ("concat", "concatenate")},
+    **{name: lambda x: (x,) for name in ("around", "round", "round_", "fix", "isneginf", "isposinf", "nan_to_num")},
+    **{name: lambda x: (x, x.T) for name in ("dot", "outer")},
+    "outer": lambda x: (x[0], x[1]),
+    "choose": lambda x: (np.zeros((4, 4), int), [x, x]),
+    "clip": lambda x: (x, -0.3, 0.3),
+    "compress": lambda x: ([True] * 4, x, 0),
+    "cumulative_prod": lambda x: (x[0],),
+    "cumulative_sum": lambda x: (x[0],),
+    "einsum": lambda x: ("ij,jk->ik", x, x),
+    "stack": lambda x: (list(x),),
+    "take": lambda x: (x, [0, 1, 2, 3], 0),
+    "trace": lambda x: (x,),
+    "linalg.multi_dot": lambda x: ([x, x, x],),
+    "linalg.outer": lambda x: (x[0], x[1]),
+}  # fmt: skip
+# These return other than floating-point numbers, or take no array of them.
+NOT_OF_NUMBERS = {"all", "any", "argmax", "argmin", "nanargmax", "nanargmin", "packbits", "isneginf", "isposinf",
+                  "busday_count", "busday_offset", "is_busday"}  # fmt: skip
+# These write into their first argument. Beside each what it is called with, after that argument.
+WRITERS: dict[str, tuple[Any, ...]] = {
+    "copyto": (FIELD,), "put": ([0, 3], [0.1, 0.3]), "place": (FIELD > 0, FIELD), "putmask": (FIELD > 0, FIELD),
+    "fill_diagonal": (0.1,), "put_along_axis": (np.array([[1]]), 0.1, 0),
+}  # fmt: skip
+
+
+def functions_with_out() -> dict[str, Callable[..., Any]]:
+    """Every function of NumPy, no ufunc, whose signature or description has an argument `out`."""
+    found = {}
+    for prefix, module in (("", np), ("linalg.", np.linalg)):
+        for name in dir(module):
+            function = getattr(module, name)
+            if callable(function) and not isinstance(function, np.ufunc | type) and not name.startswith("_"):
+                try:
+                    has = "out" in inspect.signature(function).parameters
+                except (ValueError, TypeError):
+                    has = bool(re.search(r"\bout\b *[:=]", function.__doc__ or ""))
+                if has:
+                    found[prefix + name] = function
+    return found
+
+
+def test_functions_that_write_into_out_are_known() -> None:
+    assert len(functions_with_out()) > 40
+    assert set(functions_with_out()) <= set(OUT) | NOT_OF_NUMBERS
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # fix, from NumPy 2.5 on
+@pytest.mark.parametrize("name", sorted(set(functions_with_out()) - NOT_OF_NUMBERS))
+def test_a_function_with_out_rounds_what_it_returns_and_what_it_writes(name: str) -> None:
+    function, given = functions_with_out()[name], OUT[name](square())
+    result = function(*given)
+    assert not off_grid(result)
+    out = bf16(np.full(np.shape(result), 0.5))
+    returned = function(*given, out=out)
+    assert returned is out or np.shares_memory(returned, out)
+    assert not off_grid(out)
+    assert not np.array_equal(plain(out), np.full(out.shape, 0.5))
+    ordinary = np.zeros(np.shape(result), np.float32)  # is filled, and stays what it is
+    function(*given, out=ordinary)
+    np.testing.assert_allclose(ordinary, plain(result), rtol=2**-6)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_function_that_writes_rounds(name: str) -> None:
+    x, y = square(), FIELD.copy()
+    getattr(np, name)(x, *WRITERS[name])
+    assert not off_grid(x)
+    assert not np.array_equal(plain(x), plain(square()))
+    getattr(np, name)(y, *WRITERS[name])
+    changed = plain(x) != plain(square())
+    np.testing.assert_array_equal(plain(x)[changed], round_bits(y)[changed])
+
+
+UFUNCS = {name: ufunc for name in dir(np) if isinstance(ufunc := getattr(np, name), np.ufunc)}
+
+
+@pytest.mark.parametrize("name", UFUNCS)
+def test_a_ufunc_rounds_in_every_way_it_can_be_called(name: str) -> None:
+    ufunc = UFUNCS[name]
+    x, y = bf16(np.abs(square())), bf16(np.abs(square(1)))
+    inputs = (x, y)[: ufunc.nin]
+    with np.errstate(all="ignore"):
+        try:
+            result = ufunc(*inputs)
+        except TypeError:
+            return  # of whole numbers, texts or times only
+        assert not off_grid(result)
+        results = result if isinstance(result, tuple) else (result,)
+        outs = tuple(bf16(np.full(r.shape, 0.5)) if r.dtype == np.float32 else np.zeros_like(r) for r in results)
+        ufunc(*inputs, out=outs)
+        for written, expected in zip(outs, results, strict=True):
+            np.testing.assert_array_equal(written, expected)
+        assert not off_grid(outs)
+        if ufunc.signature is None:
+            ufunc(*inputs, out=outs, where=plain(x) > 1)
+            assert not off_grid(outs)
+        if ufunc.nin != 2 or ufunc.nout != 1 or ufunc.signature or results[0].dtype != np.float32:
+            return
+        for method in (ufunc.reduce, ufunc.accumulate, ufunc.outer, lambda a, **k: ufunc.reduceat(a, [0, 2], **k)):
+            given = (x, y) if method == ufunc.outer else (x,)
+            found = method(*given)
+            assert not off_grid(found)
+            out = bf16(np.zeros(found.shape))
+            method(*given, out=out)
+            np.testing.assert_array_equal(out, found)
+        z = bf16(x)
+        ufunc.at(z, ([0, 1], [2, 2]), 0.3)
+        assert not off_grid(z)
+
+
+def test_where_leaves_the_other_numbers_of_out_alone() -> None:
+    for out in (bf16(np.full((4, 4), 0.5)), np.full((4, 4), 0.1, np.float32)):
+        before = plain(out).copy()
+        np.multiply(square(), 0.3, out=out, where=FIELD > 0)
+        np.testing.assert_array_equal(plain(out)[FIELD <= 0], before[FIELD <= 0])
+        np.testing.assert_array_equal(plain(out)[FIELD > 0], plain(square() * 0.3)[FIELD > 0])
+    with pytest.raises(TypeError, match="Cannot cast"):
+        np.multiply(square(), 0.3, out=np.zeros((4, 4), int))
+
+
+# The methods of an array: what each is called with.
+METHODS: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("conj", "conjugate", "copy", "cumprod", "cumsum", "diagonal", "flatten", "max", "mean", "min",
+                     "prod", "ravel", "squeeze", "std", "sum", "trace", "transpose", "var", "sort", "round"), ()),
+    "clip": (-0.3, 0.3), "compress": ([True, False], 0), "dot": (square(2),), "fill": (0.1,), "partition": (2,),
+    "put": ([0, 3], [0.1, 0.3]), "repeat": (2,), "reshape": ((2, 8),), "swapaxes": (0, 1), "take": ([1, 2],),
+    "view": (),
+    **{f"__i{name}__": (0.3,) for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")},
+    "__imatmul__": (square(2),),
+}  # fmt: skip
+REFUSED = {"byteswap": (True,), "setfield": (0.1, np.float32), "__setstate__": ()}
+# Whole numbers, true and false, texts, Python's own numbers, ordinary arrays, or no numbers at all.
+OTHERS = {
+    "all", "any", "argmax", "argmin", "argpartition", "argsort", "choose", "nonzero", "searchsorted", "astype", "item",
+    "tolist", "tobytes", "tofile", "dump", "dumps", "getfield", "setflags", "resize", "to_device", "newbyteorder",
+    "itemset", "ptp", "tostring",
+}  # fmt: skip
+
+
+def test_every_method_of_an_array_is_tried_or_returns_no_rounded_numbers() -> None:
+    callables = {name for name in dir(np.ndarray) if callable(getattr(np.ndarray, name)) and name[0] != "_"}
+    in_place = {name for name in dir(np.ndarray) if re.fullmatch("__i[a-z]+__", name) and name[3:-2] + "" in (
+        "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")}  # fmt: skip
+    assert len(callables) > 50
+    assert callables | in_place <= set(METHODS) | set(REFUSED) | OTHERS
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_leaves_and_returns_rounded_numbers(name: str) -> None:
+    x = bf16(np.abs(square()))
+    result = getattr(x, name)(*METHODS[name])
+    assert not off_grid([x, result])
+
+
+@pytest.mark.parametrize("name", ["compress", "take", "dot", "trace", "cumsum", "round", "mean", "clip", "sum", "conj"])
+def test_a_method_writes_rounded_numbers_into_the_array_of_another_format(name: str) -> None:
+    x = as_dtype(plain(square()) * 1000, "float16")
+    given = {"compress": ([True] * 4, 0), "take": (np.arange(4), 0), "dot": (x,), "clip": (-900.5, 900.5)}.get(name, ())
+    out = bf16(np.zeros(np.shape(getattr(x, name)(*given))))
+    getattr(x, name)(*given, out=out)
+    assert not off_grid(out)
+    assert np.any(plain(out) != 0)
+
+
+def test_what_would_write_bytes_is_refused() -> None:
+    x = square()
+    for name in ("byteswap", "setfield"):
+        with pytest.raises(TypeError, match="not to be changed: use"):
+            getattr(x, name)(*REFUSED[name])
+    with pytest.raises(ValueError, match="read-only"):
+        x.flat[0] = 0.1
+    with pytest.raises(AttributeError):
+        x.flat = 0.1
+    with pytest.raises(AttributeError):
+        x.real = 0.1
+    assert [float(number) for number in x.flat] == plain(x).ravel().tolist()
+    x.real[...] = 0.1
+    np.testing.assert_array_equal(x, bf16(np.full((4, 4), 0.1)))
+
+
+def test_named_tuples_are_returned_as_such() -> None:
+    found = np.linalg.svd(square())
+    assert not off_grid(tuple(found))
+    assert found.S.shape == (4,)
+
+
+REDUCED: list[Callable[[Any], Any]] = [
+    lambda x: x.mean(-1), lambda x: x.mean(axis=1, keepdims=True), lambda x: x.std(1), lambda x: x.std(ddof=1),
+    lambda x: x.var(0), lambda x: x.var(axis=-1, ddof=1), lambda x: x.round(1), lambda x: x.round(decimals=1),
+    lambda x: x.dot(x[0, 0]), lambda x: x[0].dot(b=x[1].T), lambda x: np.sum(x, axis=0, keepdims=True),
+    lambda x: np.add(x, x, where=True), lambda x: np.modf(x)[1],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(REDUCED)))
+def test_methods_pass_their_arguments_on_and_round_once(number: int) -> None:
+    found, in_float32 = REDUCED[number](X), REDUCED[number](np.array(plain(X)))
+    assert type(found) is BF16
+    np.testing.assert_array_equal(plain(found), plain(bf16(in_float32)))
+
+
+def test_what_widens_and_what_does_not() -> None:
+    # Only a floating-point array of at least one axis, as PyTorch promotes; also one within a list.
+    single = np.ones(4, np.float32)
+    for widening in (X * single, X * np.ones(4), np.concatenate([X[0, 0], single]), np.stack([single, X[0, 0]])):
+        assert type(widening) is np.ndarray
+    for kept in (X * np.array(2.0), X * np.float64(2.0), X * np.arange(4), X * True, X * 2, np.where(X > 0, X, 0)):
+        assert type(kept) is BF16
+    wider = np.clip(X, np.full(4, -1.0, np.float32), 1.0)
+    assert type(wider) is np.ndarray
+    assert type(np.clip(a=X, a_min=-1.0, a_max=np.full(4, 1.0, np.float32))) is np.ndarray
+    # What is no floating-point array stays what it is.
+    assert np.array_equal(X, X) is True
+    assert np.argmax(X).dtype.kind == "i"
+    assert type(np.divmod(X, bf16([2.0]))[0]) is BF16
+    assert np.shape(X) == (2, 3, 4)
+
+
+def test_astype_takes_the_arguments_of_numpy() -> None:
+    x = bf16(np.ones((2, 3)))
+    assert np.shares_memory(x.astype(np.float32, copy=False), x)
+    assert not np.shares_memory(x.astype(np.float32), x)
+    assert x.astype(np.float64, "F").flags.f_contiguous
+
+
+def test_rounding_says_nothing_of_overflow_and_nan() -> None:
+    # Warnings are errors here. The NaN is a signaling one, whose conversion the processor reports.
+    signaling = np.array([0x7F800001], np.uint32).view(np.float32)
+    for rounded in (bf16, f16):
+        assert np.isnan(rounded(signaling)).all()
+        assert np.isinf(rounded(np.float32(3.4e38))).all()
+
+
+def test_rounding_is_by_way_of_float32() -> None:
+    # As in a PyTorch kernel. Just above the middle between 1 and the next number; in float32 it is the middle, a tie.
+    for rounded, step in ((bf16, 2.0**-7), (f16, 2.0**-10)):
+        y = np.array([1 + step / 2 + 2.0**-30])
+        assert plain(narrow(y, like=rounded([0.0]))).tolist() == plain(rounded(y)).tolist() == [1.0]
+        assert plain(rounded([1 + step / 2 + 2.0**-20])).tolist() == [1 + step]
+
+
+def test_names_of_precisions() -> None:
+    said: dict[str, Any] = {
+        "bfloat16": "jax.numpy.bfloat16", "float16": np.dtype("float16"), "float32": np.float32, "float64": "float64",
+    }  # fmt: skip
+    assert {name: precision_named(dtype) for name, dtype in said.items()} == {name: name for name in said}
+    for call, message in (
+        (lambda: precision_named("torch.int8"), "unknown dtype 'torch.int8': float64, float32, float16, bfloat16 are"),
+        (lambda: as_dtype([1], "int8"), "unknown dtype 'int8': float64, float32, float16 and bfloat16 are"),
+    ):
+        with pytest.raises(ValueError, match="unknown dtype") as caught:
+            call()
+        assert str(caught.value) == message + " computed with"

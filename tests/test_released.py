@@ -66,7 +66,7 @@ def problems(log_probabilities: np.ndarray, expected: Mapping[str, Any], model: 
             found.append(f"place {place + 1} has {best[place]:.6f}, published {published:.6f} ({token!r})")
     tokens = [model.tokenizer.decode([int(n)]) for n in np.argsort(-probabilities)[:1]]
     if tokens[0].strip() != expected["top"][0][0].strip():
-        found.append(f"the likeliest is {tokens[0]!r}, published {expected['top'][0][0]!r}")
+        found.append(f"the most likely is {tokens[0]!r}, published {expected['top'][0][0]!r}")
     if abs(entropy_bits(log_probabilities) - expected["entropy"]) > ENTROPY_BITS:
         found.append(f"entropy {entropy_bits(log_probabilities):.5f} bits, published {expected['entropy']:.5f}")
     return found

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from refgemma.cli.main import main
-from refgemma.oracle.judge import EDGES, counted
-from refgemma.oracle.report import CELLS, pooled
+from refgemma.oracle.judge import EDGES, count_errors
+from refgemma.oracle.report import CELLS, pool_blocks
 from refgemma.trace.names import save_trace
 
 
@@ -95,7 +95,7 @@ def test_a_page_of_what_conforms_has_no_maps(tmp_path: Path) -> None:
 @given(st.integers(1, 200), st.integers(1, 200), st.integers(0, 2**32 - 1))
 def test_a_map_is_made_smaller_and_keeps_what_is_largest(rows: int, columns: int, seed: int) -> None:
     numbers = np.random.default_rng(seed).standard_normal((rows, columns))
-    small, (down, across) = pooled(numbers, CELLS)
+    small, (down, across) = pool_blocks(numbers, CELLS)
     assert max(small.shape) <= CELLS
     assert small.shape == (-(-rows // down), -(-columns // across))
     y, x = np.unravel_index(np.argmax(numbers), numbers.shape)
@@ -104,7 +104,7 @@ def test_a_map_is_made_smaller_and_keeps_what_is_largest(rows: int, columns: int
 
 def test_errors_are_counted_as_they_lie() -> None:
     # Of a million normal numbers, each bin has its share, to five times its own standard deviation.
-    counts = np.array(counted(np.random.default_rng(0).standard_normal(1_000_000)))
+    counts = np.array(count_errors(np.random.default_rng(0).standard_normal(1_000_000)))
     inside = (EDGES[:-1] >= -3) & (EDGES[1:] <= 3)
     middle = (EDGES[1:] + EDGES[:-1]) / 2
     wanted = np.exp(-(middle**2) / 2) / np.sqrt(2 * np.pi) * np.diff(EDGES) * 1e6

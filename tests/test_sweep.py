@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refgemma.cli.main import main
-from refgemma.oracle.judge import counted
-from refgemma.sweep.tally import Tally, merged
+from refgemma.oracle.judge import count_errors
+from refgemma.sweep.tally import Tally, merge_tallies
 
 PORT = """
 import os, shutil, signal, sys
@@ -136,8 +136,8 @@ def test_a_job_that_kills_every_worker_is_lost_and_no_other(folder: Path, capsys
     [
         ({"run": "port {trace}"}, "failed", 5, "cannot be run"),
         ({"run": "true {trace}"}, "failed", 5, "did not write trace.safetensors"),
-        ({"run": "cp port.py {trace}"}, "unreadable", 2, "no whole safetensors file"),
-        ({"trace": "port.py"}, "unreadable", 2, "no whole safetensors file"),
+        ({"run": "cp port.py {trace}"}, "unreadable", 2, "not a whole safetensors file"),
+        ({"trace": "port.py"}, "unreadable", 2, "not a whole safetensors file"),
         ({"run": "cp a.safetensors {trace} {prompt}", "prompt": "b.safetensors"}, "unreadable", 2, "other input_ids"),
     ],
 )
@@ -168,8 +168,8 @@ def test_a_command_gets_the_model_with_the_jobs_numbers(folder: Path, capsys: py
         (None, "no such file"),
         ("", "holds no job"),
         ("\xff", "is no text"),
-        ("{", "line 1: is no JSON"),
-        ("[1]", "line 1: is no JSON object"),
+        ("{", "line 1: is not JSON"),
+        ("[1]", "line 1: holds a list, not a JSON object"),
         ('{"trace": "a.safetensors"}\n{"model": "tiny"}', "line 2: give either trace"),
         ('{"trace": "a.safetensors", "run": "x {trace}"}', "give either trace"),
         ('{"trace": "none.safetensors"}', "none.safetensors"),
@@ -249,11 +249,11 @@ def test_a_merged_tally_is_that_of_all_errors_in_any_order(sizes: list[int], see
 
     def of(z: np.ndarray, at: str) -> Tally:
         return Tally({"PASS": 1}, len(z), int(np.sum(z > 0)), float(np.sum(z * z)), float(np.max(np.abs(z))), at,
-                     counted(z))  # fmt: skip
+                     count_errors(z))  # fmt: skip
 
     tallies = [of(z, f"layers.{n}.out") for n, z in enumerate(errors)]
-    total, everything = merged(tallies), np.concatenate(errors)
-    assert merged(random.Random(seed).sample(tallies, len(tallies))) == total
+    total, everything = merge_tallies(tallies), np.concatenate(errors)
+    assert merge_tallies(random.Random(seed).sample(tallies, len(tallies))) == total
     assert Tally.from_json(json.loads(json.dumps(total.as_json()))) == total
     assert total.verdicts == {"PASS": len(sizes)}
     assert total.rms == pytest.approx(np.sqrt(np.mean(everything**2)), rel=1e-12)  # sums of at most 400 numbers

@@ -595,7 +595,7 @@ def test_a_wrong_configuration_is_refused(tmp_path: Path, config: dict[str, Any]
         Tokenizer.from_pretrained(folder_with(tmp_path, **config))
 
 
-@pytest.mark.parametrize(("text", "problem"), [("{", "cannot be read as JSON"), ("[]", "holds a list, not a JSON")])
+@pytest.mark.parametrize(("text", "problem"), [("{", "is not JSON"), ("[]", "holds a list, not a JSON")])
 def test_a_configuration_that_is_no_json_object_is_refused(tmp_path: Path, text: str, problem: str) -> None:
     (folder_with(tmp_path) / "tokenizer_config.json").write_text(text, encoding="utf-8")
     with pytest.raises(TokenizerError, match=rf"tokenizer_config\.json: {problem}"):

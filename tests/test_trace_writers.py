@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from refgemma.config import Gemma2Config
-from refgemma.trace.candidate import load_candidate
+from refgemma.trace.candidate import load_trace
 
 PAGE = (Path(__file__).parents[1] / "docs" / "how-to" / "write-a-trace.md").read_text("utf-8")
 WRITERS = dict(re.findall(r"```(python|cpp|rust|swift)\n(.*?)```", PAGE, re.DOTALL))
@@ -36,7 +36,7 @@ def test_what_a_writer_writes_is_read(language: str, tmp_path: Path) -> None:
     for command in commands:
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    found = load_candidate(tmp_path / "port.safetensors", Gemma2Config.from_pretrained("conformance"))
+    found = load_trace(tmp_path / "port.safetensors", Gemma2Config.from_pretrained("conformance"))
     assert (found.dtype, found.dtype_from, found.engine) == ("bfloat16", "metadata", 'my "port" 1.0')
     assert (found.refused, found.unknown) == ({}, ())
     assert found.call.input_ids.tolist() == [[2, 5, 9]]

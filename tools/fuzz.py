@@ -33,9 +33,9 @@ from refgemma.hub import find_model
 from refgemma.inputs import InputError
 from refgemma.testing.strategies import tensors_of
 from refgemma.tokenizer.tokenizer import Tokenizer, TokenizerError
-from refgemma.trace.candidate import load_candidate
+from refgemma.trace.candidate import load_trace
 from refgemma.weights.checkpoint import CheckpointError, open_checkpoint, read_header
-from refgemma.weights.save import Output
+from refgemma.weights.save import OutputTensor
 
 SMALL = Gemma2Config(
     vocab_size=5, hidden_size=4, intermediate_size=3, num_hidden_layers=1, num_attention_heads=2,
@@ -91,7 +91,7 @@ def pickled() -> bytes:
     """The pickle that `write_torch` writes for two tensors."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.ckpt"
-        write_torch(file, [Output(name, "bfloat16", (3, 2), np.ones((3, 2))) for name in ("norm.weight", "a")])
+        write_torch(file, [OutputTensor(name, "bfloat16", (3, 2), np.ones((3, 2))) for name in ("norm.weight", "a")])
         with zipfile.ZipFile(file) as archive:
             return archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
 
@@ -132,7 +132,7 @@ TARGETS: dict[str, Target] = {
     "tokenizer-settings": Target("tokenizer_config.json", tokenized, TokenizerError, (SETTINGS,),
                                  (("tokenizer.model", MODEL),)),
     "tokenizer-model": Target("tokenizer.model", tokenized, TokenizerError, (MODEL,)),
-    "candidate": Target("port.safetensors", lambda f: load_candidate(f, SMALL), InputError, candidates()),
+    "candidate": Target("port.safetensors", lambda f: load_trace(f, SMALL), InputError, candidates()),
     "pickle": Target("model.ckpt", lambda f: every_number(read_torch(f)), CheckpointError,
                      (pickled(), pickle.dumps({"a": [1, "b", (2.0, None)]}, 2)), (), as_torch),
     "torch": Target("model.ckpt", lambda f: every_number(read_torch(f)), CheckpointError, (as_torch(pickled()),)),

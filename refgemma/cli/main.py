@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import refgemma
-from refgemma.cli import checking as oracle
+from refgemma.cli import candidates as oracle
 from refgemma.cli.folders import run_convert, run_synth
 from refgemma.cli.inspection import run_explore, run_info, run_trace
 from refgemma.cli.output import CUT_OFF, INTERRUPTED, MISUSE
@@ -169,11 +169,11 @@ def parser() -> Parser:
 @contextmanager
 def short_warnings() -> Iterator[None]:
     """Warnings as one line on stderr, and the same one only once."""
-    shown: set[str] = set()
+    detect: set[str] = set()
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        if str(message) not in shown:
-            shown.add(str(message))
+        if str(message) not in detect:
+            detect.add(str(message))
             print(f"refgemma: warning: {message}", file=sys.stderr)
 
     with warnings.catch_warnings():

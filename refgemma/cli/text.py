@@ -11,11 +11,14 @@ from pathlib import Path
 from refgemma import fast
 from refgemma.cli.output import OK, as_json, prompt_ids
 from refgemma.errors import UsageError
-from refgemma.generation.decode import Prompts, continued, generate_batch, sampling
+from refgemma.generation.decode import Prompts, collect_settings, continue_prompt, generate_batch
 from refgemma.generation.generation_config import GenerationConfig
+from refgemma.generation.greedy import greedy, is_plain_greedy
 from refgemma.generation.perplexity import gemma_cpp_bits_per_byte, strided_perplexity
 from refgemma.goldens.released import PUBLISHED, published_figures, published_text
+from refgemma.hub import PACKAGE
 from refgemma.inputs import InputError
+from refgemma.model import reference_outputs
 from refgemma.modeling.pretrained import Pretrained, load
 from refgemma.tokenizer.tokenizer import TextStream
 
@@ -25,14 +28,19 @@ def generation_settings(model: Pretrained, args: argparse.Namespace) -> Generati
     others = {name: getattr(args, name) for name in ("min_p", "repetition_penalty", "min_new_tokens")}
     others["num_beams"] = getattr(args, "num_beams", 1)
     common = (args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed, model.stop_ids)
-    return sampling(model.config, *common, others)
+    return collect_settings(model.config, *common, others)
 
 
 def new_tokens(ids: Sequence[int], model: Pretrained, args: argparse.Namespace) -> Iterator[int]:
-    """The continuation of `ids` under the sampling arguments, as it is made; that of a search when it is found."""
+    """Continue `ids` under the sampling arguments, token by token; a search gives all tokens at its end.
+
+    The model inside this package is small enough for the definition itself.
+    """
     call = generation_settings(model, args)
+    if is_plain_greedy(call) and (args.reference or model.folder.parent == PACKAGE / "checkpoints"):
+        return greedy(ids, model.weights, model.config, max_new_tokens=args.max_new_tokens, stop_ids=model.stop_ids)
     if call.num_beams == 1:
-        return continued(ids, model.weights, model.config, call, args.reference)
+        return continue_prompt(ids, model.weights, model.config, call, args.reference)
     output = generate_batch(Prompts([ids]), model.weights, model.config, call, reference=args.reference)
     found = output.sequences[0, len(ids) :].tolist()
     end = next((n for n, token in enumerate(found) if token in model.stop_ids), len(found))
@@ -139,7 +147,7 @@ def run_perplexity(args: argparse.Namespace) -> int:
     model = load(args.model, args.dtype, args.revision, args.download)
     ids = model.tokenizer.encode(text)
     max_length = args.max_length or min(4096, model.config.max_position_embeddings)
-    layers = fast.reference_outputs if args.reference else fast.outputs
+    layers = reference_outputs if args.reference else fast.outputs
     strided = strided_perplexity(ids, model.weights, model.config, max_length, min(args.stride, max_length), layers)
     bits = gemma_cpp_bits_per_byte(ids, len(text.encode()), model.weights, model.config, layers)
     figures = published_figures(text)

@@ -19,7 +19,8 @@ from refgemma.goldens.full_size import (
     two_layer_names,
     verify_full,
 )
-from refgemma.goldens.verify import CaseResult, Comparison, case_names, verify
+from refgemma.goldens.load import case_names
+from refgemma.goldens.verify import CaseResult, Comparison, verify
 from refgemma.hub import find_model
 from refgemma.weights.checkpoint import Checkpoint, open_checkpoint
 

@@ -4,6 +4,7 @@ TensorStore, and by transformers 5.23, which loads a converted folder as the mod
 Both ways follow from one table, ``refgemma.convert.layouts``.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -14,7 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from refgemma.config import PRESETS, Gemma2Config
 from refgemma.convert.flax_tree import read_npz, read_tree, write_npz
@@ -22,9 +22,9 @@ from refgemma.convert.layouts import Original, View, flax_layout, hf_layout, pyt
 from refgemma.convert.orbax import is_orbax
 from refgemma.convert.pickles import read_torch, write_torch
 from refgemma.files import read_object, replace_file
+from refgemma.hub import CONFIG_JSON
 from refgemma.precision import Array
 from refgemma.weights.checkpoint import (
-    CONFIG,
     INDEX,
     SINGLE,
     CheckpointError,
@@ -35,16 +35,17 @@ from refgemma.weights.checkpoint import (
     read_shards,
 )
 from refgemma.weights.save import (
+    FILE_DTYPES,
     STAGING,
-    STORED,
-    Output,
-    _check_space,
+    OutputTensor,
+    as_stored,
     check_same,
     claim,
-    in_shards,
-    shard_bytes,
-    stored,
+    parse_size,
+    split_into_shards,
     write_checkpoint,
+    write_index,
+    write_parts,
 )
 
 FORMATS = ("hf", "pytorch", "flax", "flax-npz")
@@ -68,9 +69,9 @@ class Part:
     rows: slice
     views: tuple[View, ...]
 
-    def array(self) -> Array:
-        """The part; no number is read before it is used, unless a view has to copy."""
-        x = self.tensor.mapped()[self.rows]
+    def read(self) -> Array:
+        """Return the part; no number is read before it is used, unless a view has to copy."""
+        x = self.tensor.map()[self.rows]
         for view in self.views:
             x = view(x)
         return x
@@ -78,7 +79,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Joined:
-    """Parts one below the other, then rows of zeros, in one precision: the rows of an `Output`."""
+    """Parts one below the other, then rows of zeros, in one precision: the rows of an `OutputTensor`."""
 
     name: str
     parts: tuple[tuple[Part, int], ...]
@@ -86,7 +87,7 @@ class Joined:
     shape: tuple[int, ...]
 
     def __getitem__(self, rows: slice) -> Array:
-        """Some rows; infinite ones and NaN are refused."""
+        """Return some rows; infinite ones and NaN are refused."""
         start, stop, _ = rows.indices(self.shape[0])
         blocks, at = [], 0
         for part, count in self.parts:
@@ -95,13 +96,13 @@ class Joined:
                 blocks.append(self._block(part, slice(first, last)))
             at += count
         if stop > max(at, start):
-            blocks.append(np.zeros((stop - max(at, start), *self.shape[1:]), STORED[self.dtype]))
+            blocks.append(np.zeros((stop - max(at, start), *self.shape[1:]), FILE_DTYPES[self.dtype]))
         return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
 
     def _block(self, part: Part, rows: slice) -> Array:
-        found = part.array()[rows]
+        found = part.read()[rows]
         with np.errstate(over="ignore", invalid="ignore"):
-            block = stored(found, self.dtype)
+            block = as_stored(found, self.dtype)
         if not np.isfinite(block).all():
             where = f"{part.tensor.file}: tensor {part.tensor.name!r}"
             if np.isfinite(found).all():
@@ -110,7 +111,7 @@ class Joined:
         return block
 
 
-def _unfolded(layout: Sequence[Original], found: Mapping[str, Stored]) -> dict[str, Part]:
+def _unfold(layout: Sequence[Original], found: Mapping[str, Stored]) -> dict[str, Part]:
     """Hugging Face name -> part of an original tensor."""
     parts = {}
     for original in layout:
@@ -121,8 +122,8 @@ def _unfolded(layout: Sequence[Original], found: Mapping[str, Stored]) -> dict[s
     return parts
 
 
-def _folded(layout: Sequence[Original], parts: Mapping[str, Part], dtype: str | None) -> list[Output]:
-    """The original tensors made of Hugging Face tensors."""
+def _fold(layout: Sequence[Original], parts: Mapping[str, Part], dtype: str | None) -> list[OutputTensor]:
+    """Return the original tensors made of Hugging Face tensors."""
     outputs = []
     for original in layout:
         pieces = [(parts[piece.name], piece) for piece in original.pieces]
@@ -133,7 +134,9 @@ def _folded(layout: Sequence[Original], parts: Mapping[str, Part], dtype: str | 
             )
         kind = dtype or kinds.pop()
         joined = tuple((replace(part, views=(*part.views, piece.fold)), piece.rows) for part, piece in pieces)
-        outputs.append(Output(original.name, kind, original.shape, Joined(original.name, joined, kind, original.shape)))
+        outputs.append(
+            OutputTensor(original.name, kind, original.shape, Joined(original.name, joined, kind, original.shape))
+        )
     return outputs
 
 
@@ -159,13 +162,13 @@ class Source:
         return [self.path, self.path.parent] if is_orbax(self.path) else [self.path]
 
 
-def kind_of(path: Path) -> str:
+def detect_kind(path: Path) -> str:
     """Tell which format the checkpoint at `path` has, from the files that are there.
 
     Examples
     --------
     >>> import refgemma
-    >>> kind_of(Path(refgemma.__file__).parent / "checkpoints" / "tiny")
+    >>> detect_kind(Path(refgemma.__file__).parent / "checkpoints" / "tiny")
     'hf'
     """
     if not path.exists():
@@ -181,8 +184,8 @@ def kind_of(path: Path) -> str:
     raise CheckpointError(f"{path}: holds no checkpoint: no *.ckpt, {TORCH_INDEX}, *.npz, {SINGLE} or {INDEX}")
 
 
-def _torch_tensors(path: Path) -> dict[str, Stored]:
-    """The tensors of a file, or of a folder with one ``.ckpt`` or an index and its shards; no rotary tables."""
+def _read_torch_tensors(path: Path) -> dict[str, Stored]:
+    """Read the tensors of a file, or of a folder with one ``.ckpt`` or an index and shards; no rotary tables."""
     if not path.is_dir():
         found = read_torch(path)
     elif (path / TORCH_INDEX).exists():
@@ -197,29 +200,29 @@ def _torch_tensors(path: Path) -> dict[str, Stored]:
     return {name: tensor for name, tensor in found.items() if not name.endswith(ROTARY_TABLE)}
 
 
-def _found_config(path: Path, found: Mapping[str, Stored], given: str | Path | None) -> Gemma2Config:
-    """The configuration that is given, or lies beside the weights, or is the released one of these shapes."""
+def _find_config(path: Path, found: Mapping[str, Stored], given: str | Path | None) -> Gemma2Config:
+    """Return the configuration that is given, or lies beside the weights, or is the released one of these shapes."""
     if given is not None:
         return Gemma2Config.from_json_file(given)
-    beside = (path if path.is_dir() else path.parent) / CONFIG
+    beside = (path if path.is_dir() else path.parent) / CONFIG_JSON
     if beside.is_file() and read_object(beside, CheckpointError).get("model_type") == "gemma2":
         return Gemma2Config.from_json_file(beside)
     layers = {match[1] for name in found if (match := re.search(r"layers?[._](\d+)[./]", name))}
     sizes = {
-        "hidden_size": _length(found, ("embedder.weight", "transformer/embedder/input_embedding"), 1),
+        "hidden_size": _find_length(found, ("embedder.weight", "transformer/embedder/input_embedding"), 1),
         "num_hidden_layers": len(layers),
-        "intermediate_size": _length(
+        "intermediate_size": _find_length(
             found, ("model.layers.0.mlp.gate_proj.weight", "transformer/layer_0/mlp/linear/w"), 0
         ),
     }
     for preset, values in PRESETS.items():
         if all(values[key] == size for key, size in sizes.items()):
             return Gemma2Config.preset(preset)
-    told = ", ".join(f"{key} {size}" for key, size in sizes.items())
-    raise CheckpointError(f"{path}: {told} is no released Gemma 2 ({', '.join(PRESETS)}); give its config.json")
+    described = ", ".join(f"{key} {size}" for key, size in sizes.items())
+    raise CheckpointError(f"{path}: {described} is no released Gemma 2 ({', '.join(PRESETS)}); give its config.json")
 
 
-def _length(found: Mapping[str, Stored], names: Sequence[str], axis: int) -> int:
+def _find_length(found: Mapping[str, Stored], names: Sequence[str], axis: int) -> int:
     shapes = [found[name].shape for name in names if name in found]
     return shapes[0][axis] if shapes and len(shapes[0]) == 2 else 0
 
@@ -229,8 +232,8 @@ def _is_padded(rows: int, config: Gemma2Config) -> bool:
     return padding == 0 or (0 < padding <= PADDING and rows % PADDING == 0)
 
 
-def _vocab_rows(path: Path, table: Stored | None, config: Gemma2Config) -> int:
-    """Rows of the embedding, which may be padded."""
+def _count_rows(path: Path, table: Stored | None, config: Gemma2Config) -> int:
+    """Count the rows of the embedding, which may be padded."""
     rows = table.shape[0] if table is not None and table.shape else config.vocab_size
     if not _is_padded(rows, config):
         raise CheckpointError(
@@ -240,10 +243,10 @@ def _vocab_rows(path: Path, table: Stored | None, config: Gemma2Config) -> int:
     return rows
 
 
-def _is_transposed(path: Path, gate: Stored | None, config: Gemma2Config, told: bool | None) -> bool:
-    """Whether ``gating_einsum`` is ``(2, intermediate, hidden)``."""
-    if told is not None:
-        return told
+def _is_transposed(path: Path, gate: Stored | None, config: Gemma2Config, given: bool | None) -> bool:
+    """Tell whether ``gating_einsum`` is ``(2, intermediate, hidden)``."""
+    if given is not None:
+        return given
     if config.hidden_size == config.intermediate_size:
         raise CheckpointError(
             f"{path}: with hidden_size and intermediate_size both {config.hidden_size} the shape of gating_einsum does "
@@ -267,8 +270,8 @@ def _check_layout(path: Path, layout: Sequence[Original], found: Mapping[str, St
             raise CheckpointError(
                 f"{tensor.file}: tensor {name!r} has shape {tensor.shape}, where the configuration says {shape}"
             )
-        if tensor.dtype not in STORED.values():
-            raise CheckpointError(f"{tensor.file}: tensor {name!r} holds {tensor.dtype}, not {', '.join(STORED)}")
+        if tensor.dtype not in FILE_DTYPES.values():
+            raise CheckpointError(f"{tensor.file}: tensor {name!r} holds {tensor.dtype}, not {', '.join(FILE_DTYPES)}")
 
 
 def open_source(
@@ -285,7 +288,7 @@ def open_source(
     config : str or Path, optional
         The ``config.json`` of an original; without one that beside it, or the released one of these shapes.
     transposed : bool, optional
-        Whether ``gating_einsum`` of a Flax tree is ``(2, intermediate, hidden)``; told from its shape if not given.
+        Whether ``gating_einsum`` of a Flax tree is ``(2, intermediate, hidden)``; follows from its shape if not given.
 
     Raises
     ------
@@ -300,33 +303,33 @@ def open_source(
     ('hf', 68)
     """
     path = Path(path)
-    kind = kind_of(path) if kind == "auto" else kind
+    kind = detect_kind(path) if kind == "auto" else kind
     if kind == "hf":
         if config is not None:
             raise CheckpointError(f"{path}: a Hugging Face folder has a configuration already; leave out the other one")
-        return _hf_source(path)
+        return _open_hf(path)
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such file or folder")
-    found = _torch_tensors(path) if kind == "pytorch" else read_tree(path)
-    shape = _found_config(path, found, config)
+    found = _read_torch_tensors(path) if kind == "pytorch" else read_tree(path)
+    shape = _find_config(path, found, config)
     if kind == "pytorch":
         name = "embedder.weight"
-        rows = _vocab_rows(path, found.get(name), shape)
+        rows = _count_rows(path, found.get(name), shape)
         layout = pytorch_layout(shape, rows)
     else:
         name = "transformer/embedder/input_embedding"
-        rows = _vocab_rows(path, found.get(name), shape)
+        rows = _count_rows(path, found.get(name), shape)
         gate = found.get("transformer/layer_0/mlp/gating_einsum/w")
         layout = flax_layout(shape, _is_transposed(path, gate, shape, transposed), rows)
     _check_layout(path, layout, found)
-    nonzero = int(np.count_nonzero(found[name].mapped()[shape.vocab_size :].any(axis=1)))
-    return Source(path, kind, shape, _unfolded(layout, found), rows - shape.vocab_size, nonzero)
+    nonzero = int(np.count_nonzero(found[name].map()[shape.vocab_size :].any(axis=1)))
+    return Source(path, kind, shape, _unfold(layout, found), rows - shape.vocab_size, nonzero)
 
 
-def _hf_source(path: Path) -> Source:
+def _open_hf(path: Path) -> Source:
     checkpoint = open_checkpoint(path)
     _check_layout(path, hf_layout(checkpoint.config), checkpoint.tensors)
-    return Source(path, "hf", checkpoint.config, _unfolded(hf_layout(checkpoint.config), checkpoint.tensors))
+    return Source(path, "hf", checkpoint.config, _unfold(hf_layout(checkpoint.config), checkpoint.tensors))
 
 
 # --- the target -------------------------------------------------------------------------------------------------------
@@ -339,7 +342,7 @@ class Converted:
     source: Source
     target: Path
     kind: str
-    outputs: Sequence[Output]
+    outputs: Sequence[OutputTensor]
 
     @property
     def nbytes(self) -> int:
@@ -347,7 +350,7 @@ class Converted:
         return sum(output.nbytes for output in self.outputs)
 
 
-def _target_layout(source: Source, kind: str, vocab_rows: int | None, transposed: bool | None) -> list[Original]:
+def _choose_layout(source: Source, kind: str, vocab_rows: int | None, transposed: bool | None) -> list[Original]:
     config = source.config
     if vocab_rows is not None and (kind == "hf" or not _is_padded(vocab_rows, config)):
         raise CheckpointError(
@@ -370,16 +373,10 @@ def _target_layout(source: Source, kind: str, vocab_rows: int | None, transposed
 
 
 def convert(
-    source: str | Path,
-    target: str | Path,
-    source_format: str = "auto",
-    target_format: str = "hf",
-    config: str | Path | None = None,
-    dtype: str | None = None,
-    max_shard_size: int | str | None = None,
-    vocab_rows: int | None = None,
-    transposed: bool | None = None,
-) -> Converted:
+    source: str | Path, target: str | Path, source_format: str = "auto", target_format: str = "hf",
+    config: str | Path | None = None, dtype: str | None = None, max_shard_size: int | str | None = None,
+    vocab_rows: int | None = None, transposed: bool | None = None,
+) -> Converted:  # fmt: skip
     """Convert a checkpoint, a few rows at a time, and compare what was written with the source.
 
     Run again after an interruption, it continues with the first file that was not finished.
@@ -422,14 +419,16 @@ def convert(
     >>> np.array_equal(again.weights.norm, refgemma.load("tiny").weights.norm)
     True
     """
-    if target_format not in FORMATS or (dtype is not None and dtype not in STORED):
-        raise CheckpointError(f"cannot write {target_format} in {dtype}; there are {', '.join((*FORMATS, *STORED))}")
-    size = shard_bytes(max_shard_size or (ONE_FILE if target_format == "pytorch" else "5GB"))
+    if target_format not in FORMATS or (dtype is not None and dtype not in FILE_DTYPES):
+        raise CheckpointError(
+            f"cannot write {target_format} in {dtype}; there are {', '.join((*FORMATS, *FILE_DTYPES))}"
+        )
+    size = parse_size(max_shard_size or (ONE_FILE if target_format == "pytorch" else "5GB"))
     opened = open_source(source, source_format, config, transposed)
-    layout = _target_layout(opened, target_format, vocab_rows, transposed)
-    outputs = _folded(layout, opened.parts, dtype)
+    layout = _choose_layout(opened, target_format, vocab_rows, transposed)
+    outputs = _fold(layout, opened.parts, dtype)
     folder = Path(target)
-    fingerprint = _fingerprint(opened, outputs, target_format, size)
+    fingerprint = _make_fingerprint(opened, outputs, target_format, size)
     claim(folder, fingerprint)
     _write_beside(opened, folder, target_format, outputs[0].dtype)
     if target_format in ("hf", "flax"):
@@ -439,17 +438,17 @@ def convert(
     return Converted(opened, folder, target_format, outputs)
 
 
-def _fingerprint(source: Source, outputs: Sequence[Output], kind: str, size: int) -> str:
-    """What is converted to what: an interrupted run is continued only by one with the same."""
+def _make_fingerprint(source: Source, outputs: Sequence[OutputTensor], kind: str, size: int) -> str:
+    """Hash what is converted to what: an interrupted run is continued only by one with the same."""
     files = sorted({part.tensor.file for part in source.parts.values()})
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     tensors = [(output.name, output.dtype, output.shape) for output in outputs]
-    told = json.dumps([stats, tensors, kind, size, source.config.to_json_string()])
-    return hashlib.sha256(told.encode()).hexdigest()
+    text = json.dumps([stats, tensors, kind, size, source.config.to_json_string()])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _write_beside(source: Source, folder: Path, kind: str, dtype: str) -> None:
-    """The files beside the weights: the configuration, and what lies beside those of the source."""
+    """Write the files beside the weights: the configuration, and what lies beside those of the source."""
     config = source.config.changed(dtype=dtype, architectures=("Gemma2ForCausalLM",))
     config.save_pretrained(folder)
     for name in BESIDE:
@@ -461,38 +460,28 @@ def _write_beside(source: Source, folder: Path, kind: str, dtype: str) -> None:
         replace_file(folder / GENERATION, (json.dumps(about, indent=2, sort_keys=True) + "\n").encode())
 
 
-def _write_zips(folder: Path, outputs: Sequence[Output], kind: str, limit: int) -> None:
+def _write_zips(folder: Path, outputs: Sequence[OutputTensor], kind: str, limit: int) -> None:
     """Write PyTorch's format, in one file or in shards with an index, or a ``.npz``; then compare."""
-    parts = _zip_files(outputs, kind, limit)
+    parts = _split_into_files(outputs, kind, limit)
     staging = folder / STAGING
-    for partial in staging.glob("*.part"):
-        partial.unlink()
-    unfinished = {name: part for name, part in parts.items() if not (staging / name).is_file()}
-    missing = sum(output.nbytes for part in unfinished.values() for output in part)
-    _check_space(staging, missing)
-    with tqdm(total=missing, unit="B", unit_scale=True, desc="writing", disable=None, delay=2) as bar:
-        for name, part in unfinished.items():
-            if kind == "flax-npz":
-                write_npz(staging / name, part, bar)
-            else:
-                write_torch(staging / name, part, None if len(parts) > 1 else "model_state_dict", bar)
+    key = None if len(parts) > 1 else "model_state_dict"
+    write = write_npz if kind == "flax-npz" else functools.partial(write_torch, key=key)
+    write_parts(staging, {name: part for name, part in parts.items() if not (staging / name).is_file()}, write)
     for name in parts:
         os.replace(staging / name, folder / name)
     if len(parts) > 1:
-        index = {
-            "metadata": {"total_size": sum(output.nbytes for output in outputs)},
-            "weight_map": {output.name: name for name, part in parts.items() for output in part},
-        }
-        replace_file(folder / TORCH_INDEX, (json.dumps(index, indent=2) + "\n").encode())
+        about = {"total_size": sum(output.nbytes for output in outputs)}
+        weight_map = {output.name: name for name, part in parts.items() for output in part}
+        write_index(folder / TORCH_INDEX, about, weight_map)
     shutil.rmtree(staging)
     read = read_npz if kind == "flax-npz" else read_torch
     check_same({name: tensor for file in parts for name, tensor in read(folder / file).items()}, outputs, folder)
 
 
-def _zip_files(outputs: Sequence[Output], kind: str, limit: int) -> dict[str, list[Output]]:
+def _split_into_files(outputs: Sequence[OutputTensor], kind: str, limit: int) -> dict[str, list[OutputTensor]]:
     if kind == "flax-npz":
         return {NPZ: list(outputs)}
-    parts = in_shards(outputs, limit)
+    parts = split_into_shards(outputs, limit)
     if len(parts) == 1:
         return {TORCH_SINGLE: list(outputs)}
     return {f"pytorch_{name.removesuffix('.safetensors')}.bin": part for name, part in parts.items()}

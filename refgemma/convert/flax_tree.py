@@ -20,22 +20,22 @@ import numpy as np
 from numpy.lib import format as npy
 
 from refgemma.convert.orbax import is_orbax, read_orbax
-from refgemma.files import quote
+from refgemma.files import new_file, quote
 from refgemma.precision import Array
 from refgemma.weights.checkpoint import (
-    AGAIN,
     INDEX,
+    REMEDY,
     SINGLE,
     CheckpointError,
     Stored,
     read_files,
     read_header,
 )
-from refgemma.weights.save import STORED, Output
+from refgemma.weights.save import FILE_DTYPES, OutputTensor
 
 # What numpy.save says of the numbers: bfloat16, which NumPy does not know, is two bytes to it.
-DESCRS = {"<f8": STORED["float64"], "<f4": STORED["float32"], "<f2": STORED["float16"]}
-DESCRS |= dict.fromkeys(("|V2", "<V2"), STORED["bfloat16"])
+DESCRS = {"<f8": FILE_DTYPES["float64"], "<f4": FILE_DTYPES["float32"], "<f2": FILE_DTYPES["float16"]}
+DESCRS |= dict.fromkeys(("|V2", "<V2"), FILE_DTYPES["bfloat16"])
 HEADER_LIMIT = 2**16  # bytes
 WITH_W = ("gating_einsum", "linear")  # w of the feed-forward layer: a level of its own in releases, not in the model
 ALIGNMENT = 64  # of the numbers of a tensor in a zip file, as torch.save does
@@ -45,14 +45,14 @@ ALIGNMENT = 64  # of the numbers of a tensor in a zip file, as torch.save does
 
 
 @dataclass(frozen=True)
-class Entry:
+class ZipEntry:
     """Where the bytes of an entry are in its zip file."""
 
     start: int
     size: int
 
 
-def zip_entries(file: Path) -> dict[str, Entry]:
+def read_zip_entries(file: Path) -> dict[str, ZipEntry]:
     """Name -> place of every entry of a zip file, none of which may be compressed.
 
     Raises
@@ -67,27 +67,27 @@ def zip_entries(file: Path) -> dict[str, Entry]:
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     np.savez(Path(folder) / "two.npz", a=np.zeros(2), b=np.zeros(3))
-    ...     list(zip_entries(Path(folder) / "two.npz"))
+    ...     list(read_zip_entries(Path(folder) / "two.npz"))
     ['a.npy', 'b.npy']
     """
     try:
         with file.open("rb") as stream, zipfile.ZipFile(stream) as archive:
             infos = archive.infolist()
-            found = {info.filename: _entry(stream, info, file) for info in infos}
+            found = {info.filename: _locate_entry(stream, info, file) for info in infos}
             if len(found) != len(infos):
-                raise CheckpointError(f"{file}: two of its entries have the same name; {AGAIN}")
+                raise CheckpointError(f"{file}: two of its entries have the same name; {REMEDY}")
             return found
     except CheckpointError:
         raise
     except OSError as error:
         if error.filename is not None:
             raise
-        raise CheckpointError(f"{file}: is not a whole zip file: {error.strerror}; {AGAIN}") from None
+        raise CheckpointError(f"{file}: is not a whole zip file: {error.strerror}; {REMEDY}") from None
     except (zipfile.BadZipFile, NotImplementedError, OverflowError, ValueError, struct.error) as error:
-        raise CheckpointError(f"{file}: is not a whole zip file: {error}; {AGAIN}") from None
+        raise CheckpointError(f"{file}: is not a whole zip file: {error}; {REMEDY}") from None
 
 
-def _entry(stream: IO[bytes], info: zipfile.ZipInfo, file: Path) -> Entry:
+def _locate_entry(stream: IO[bytes], info: zipfile.ZipInfo, file: Path) -> ZipEntry:
     where = f"{file}: entry {quote(info.filename)}"
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
         raise CheckpointError(
@@ -97,12 +97,12 @@ def _entry(stream: IO[bytes], info: zipfile.ZipInfo, file: Path) -> Entry:
     stream.seek(info.header_offset)
     header = stream.read(30)
     if len(header) < 30 or header[:4] != b"PK\x03\x04":
-        raise CheckpointError(f"{where}: does not begin where the zip file says; {AGAIN}")
+        raise CheckpointError(f"{where}: does not begin where the zip file says; {REMEDY}")
     name, extra = struct.unpack("<26xHH", header)
     start = info.header_offset + 30 + name + extra
     if start + info.file_size > file.stat().st_size:
-        raise CheckpointError(f"{where}: ends beyond the end of the file, a download that was cut short; {AGAIN}")
-    return Entry(start, info.file_size)
+        raise CheckpointError(f"{where}: ends beyond the end of the file, a download that was cut short; {REMEDY}")
+    return ZipEntry(start, info.file_size)
 
 
 def add_entry(archive: zipfile.ZipFile, stream: IO[bytes], name: str, chunks: Iterable[Any]) -> None:
@@ -116,8 +116,8 @@ def add_entry(archive: zipfile.ZipFile, stream: IO[bytes], name: str, chunks: It
             entry.write(chunk)
 
 
-def data_of(output: Output, bar: Any = None) -> Iterator[Any]:
-    """The bytes of a tensor, some rows at a time."""
+def iterate_data(output: OutputTensor, bar: Any = None) -> Iterator[Any]:
+    """Yield the bytes of a tensor, some rows at a time."""
     for block in output.blocks():
         yield block.reshape(-1).view(np.uint8).data
         if bar is not None:
@@ -126,38 +126,36 @@ def data_of(output: Output, bar: Any = None) -> Iterator[Any]:
 
 def write_zip(path: Path, entries: dict[str, Iterable[Any]]) -> None:
     """Write a zip file of entries given in chunks; it has its name only once it is whole and on the disk."""
-    partial = path.with_name(f"{path.name}.part")
-    with partial.open("wb") as stream:
+    with new_file(path) as stream:
         with zipfile.ZipFile(stream, "w") as archive:
             for name, chunks in entries.items():
                 add_entry(archive, stream, name, chunks)
         stream.flush()
         os.fsync(stream.fileno())
-    os.replace(partial, path)
 
 
 @dataclass(frozen=True)
-class Strided(Stored):
+class StridedTensor(Stored):
     """A tensor on disk whose numbers do not follow each other in the order of its axes."""
 
     strides: tuple[int, ...]
 
-    def mapped(self, keep: bool = False) -> Array:
-        """Map it, anew each time; see `Stored.mapped`."""
+    def map(self, keep: bool = False) -> Array:
+        """Map it, again each time; see `Stored.map`."""
         if not all(self.shape):
             return np.zeros(self.shape, self.dtype)
         span = 1 + sum((length - 1) * stride for length, stride in zip(self.shape, self.strides, strict=True))
-        flat = Stored(self.name, self.file, self.dtype, (span,), self.start, self.file_bytes).mapped()
+        flat = Stored(self.name, self.file, self.dtype, (span,), self.start, self.file_bytes).map()
         steps = [stride * self.dtype.itemsize for stride in self.strides]
         return np.lib.stride_tricks.as_strided(flat, self.shape, steps, writeable=False)
 
 
-def row_major(shape: Sequence[int]) -> tuple[int, ...]:
-    """The strides, in numbers, of an array of `shape` whose numbers follow each other.
+def row_major_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the strides, in numbers, of an array of `shape` whose numbers follow each other.
 
     Examples
     --------
-    >>> row_major((2, 3, 4))
+    >>> row_major_strides((2, 3, 4))
     (12, 4, 1)
     """
     return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
@@ -167,7 +165,7 @@ def row_major(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def tidy(name: str) -> str:
-    """The one name, of several ways to write it, that is used here: the released one.
+    """Return the one spelling of a name that is used here: the released one.
 
     Examples
     --------
@@ -202,14 +200,14 @@ def read_tree(source: Path) -> dict[str, Stored]:
     array([1., 1., 1.], dtype=float32)
     """
     found: dict[str, Stored] = {}
-    for name, tensor in _read(source).items():
+    for name, tensor in _read_source(source).items():
         if tidy(name) in found:
             raise CheckpointError(f"{tensor.file}: {quote(tidy(name))} stands in it twice, in two spellings")
         found[tidy(name)] = tensor
     return found
 
 
-def _read(source: Path) -> dict[str, Stored]:
+def _read_source(source: Path) -> dict[str, Stored]:
     if source.is_file():
         return read_npz(source) if source.suffix == ".npz" else read_header(source)
     if any((source / name).exists() for name in (SINGLE, INDEX)):
@@ -230,17 +228,17 @@ def read_npz(file: Path) -> dict[str, Stored]:
     See `read_tree`.
     """
     found = {}
-    for entry_name, entry in zip_entries(file).items():
+    for entry_name, entry in read_zip_entries(file).items():
         name = entry_name.removesuffix(".npy")
         where = f"{file}: array {quote(name)}"
         try:
-            found[name] = _array(name, file, entry)
+            found[name] = _read_array(name, file, entry)
         except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
-            raise CheckpointError(f"{where}: is not read: {' '.join(str(error).split())[:200]}; {AGAIN}") from None
+            raise CheckpointError(f"{where}: is not read: {' '.join(str(error).split())[:200]}; {REMEDY}") from None
     return found
 
 
-def _array(name: str, file: Path, entry: Entry) -> Stored:
+def _read_array(name: str, file: Path, entry: ZipEntry) -> Stored:
     with file.open("rb") as stream:
         stream.seek(entry.start)
         raw = stream.read(min(entry.size, HEADER_LIMIT))
@@ -253,7 +251,7 @@ def _array(name: str, file: Path, entry: Entry) -> Stored:
         raise ValueError("its header lacks descr, fortran_order or shape")
     shape, dtype = header["shape"], DESCRS.get(str(header["descr"])[:20])
     if dtype is None:
-        raise ValueError(f"its numbers are {quote(header['descr'])}, not {', '.join(STORED)}")
+        raise ValueError(f"its numbers are {quote(header['descr'])}, not {', '.join(FILE_DTYPES)}")
     if not isinstance(shape, tuple) or len(shape) > 32 or not all(type(n) is int and 0 <= n < 2**62 for n in shape):
         raise ValueError(f"its shape is {quote(shape)}")
     tensor = Stored(name, file, dtype, shape, entry.start + length, file.stat().st_size)
@@ -261,11 +259,11 @@ def _array(name: str, file: Path, entry: Entry) -> Stored:
         raise ValueError(f"shape {shape} takes {tensor.nbytes} bytes, but it has {entry.size - length}")
     if header["fortran_order"] and len(shape) > 1:
         strides = tuple(math.prod(shape[:axis]) for axis in range(len(shape)))
-        return Strided(name, file, dtype, shape, tensor.start, tensor.file_bytes, strides)
+        return StridedTensor(name, file, dtype, shape, tensor.start, tensor.file_bytes, strides)
     return tensor
 
 
-def write_npz(path: Path, outputs: Sequence[Output], bar: Any = None) -> None:
+def write_npz(path: Path, outputs: Sequence[OutputTensor], bar: Any = None) -> None:
     """Write tensors as `numpy.savez` does, some rows at a time.
 
     Parameters
@@ -275,22 +273,22 @@ def write_npz(path: Path, outputs: Sequence[Output], bar: Any = None) -> None:
     outputs : sequence of Output
         The tensors.
     bar : tqdm, optional
-        Is told of the bytes written.
+        Counts the bytes written.
 
     Examples
     --------
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     write_npz(Path(folder) / "one.npz", [Output("final_norm/scale", "float32", (2,), np.ones(2))])
+    ...     write_npz(Path(folder) / "one.npz", [OutputTensor("final_norm/scale", "float32", (2,), np.ones(2))])
     ...     np.load(Path(folder) / "one.npz")["final_norm/scale"]
     array([1., 1.], dtype=float32)
     """
-    write_zip(path, {f"{output.name}.npy": _npy(output, bar) for output in outputs})
+    write_zip(path, {f"{output.name}.npy": _encode_npy(output, bar) for output in outputs})
 
 
-def _npy(output: Output, bar: Any) -> Any:
+def _encode_npy(output: OutputTensor, bar: Any) -> Any:
     header = io.BytesIO()
-    descr = npy.dtype_to_descr(np.dtype("V2") if output.dtype == "bfloat16" else STORED[output.dtype])
+    descr = npy.dtype_to_descr(np.dtype("V2") if output.dtype == "bfloat16" else FILE_DTYPES[output.dtype])
     npy.write_array_header_1_0(header, {"descr": descr, "fortran_order": False, "shape": output.shape})
     yield header.getvalue()
-    yield from data_of(output, bar)
+    yield from iterate_data(output, bar)

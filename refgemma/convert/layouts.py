@@ -16,7 +16,7 @@ from refgemma.weights.parameters import EMBED_TOKENS, NORM, layer_tensors, tenso
 View: TypeAlias = Callable[[Array], Array]
 
 
-def _same(x: Array) -> Array:
+def _identity(x: Array) -> Array:
     return x
 
 
@@ -27,8 +27,8 @@ class Piece:
 
     name: str
     rows: int
-    fold: View = _same
-    unfold: View = _same
+    fold: View = _identity
+    unfold: View = _identity
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Original:
 
 
 def pytorch_layout(config: Gemma2Config, vocab_rows: int | None = None) -> list[Original]:
-    """The tensors of gemma_pytorch: Hugging Face's, but for the embedding's name and ``qkv_proj``.
+    """Return the tensors of gemma_pytorch: Hugging Face's, but for the embedding's name and ``qkv_proj``.
 
     Examples
     --------
@@ -62,8 +62,8 @@ def pytorch_layout(config: Gemma2Config, vocab_rows: int | None = None) -> list[
     return [*layout, Original(NORM, (hidden,), (Piece(NORM, hidden),))]
 
 
-def _heads(name: str, heads: int, config: Gemma2Config, stacked: bool) -> Piece:
-    """A projection ``(heads*head_dim, hidden)``, which Flax has as ``(heads, hidden, head_dim)``."""
+def _fold_heads(name: str, heads: int, config: Gemma2Config, stacked: bool) -> Piece:
+    """Fold a projection ``(heads*head_dim, hidden)``, which Flax has as ``(heads, hidden, head_dim)``."""
     hidden, head_dim = config.hidden_size, config.head_dim
 
     def fold(x: Array) -> Array:
@@ -76,19 +76,19 @@ def _heads(name: str, heads: int, config: Gemma2Config, stacked: bool) -> Piece:
     return Piece(name, 1 if stacked else heads, fold, unfold)
 
 
-def _transposed(name: str, rows: int) -> Piece:
+def _transpose(name: str, rows: int) -> Piece:
     return Piece(name, rows, lambda x: x.T, lambda x: x.T)
 
 
-def _gate(name: str, transposed: bool) -> Piece:
-    """A half of ``gating_einsum``; with the option `transpose_gating_einsum` it is as Hugging Face has it."""
+def _fold_gate(name: str, transposed: bool) -> Piece:
+    """Fold a half of ``gating_einsum``, which with `transpose_gating_einsum` is as Hugging Face has it."""
     if transposed:
         return Piece(name, 1, lambda x: x[None], lambda x: x[0])
     return Piece(name, 1, lambda x: x.T[None], lambda x: x[0].T)
 
 
 def flax_layout(config: Gemma2Config, transposed: bool, vocab_rows: int | None = None) -> list[Original]:
-    """The tensors of google-deepmind/gemma; `transposed` is its `transpose_gating_einsum`: 9B and 27B, not 2B.
+    """Return the tensors of google-deepmind/gemma; `transposed` is its `transpose_gating_einsum`: not for the 2B.
 
     Examples
     --------
@@ -112,10 +112,10 @@ def flax_layout(config: Gemma2Config, transposed: bool, vocab_rows: int | None =
         layout += [
             Original(f"{path}/{flax}/scale", (hidden,), (Piece(names[ours], hidden),)) for flax, ours in norms.items()
         ]
-        gates = tuple(_gate(names[key], transposed) for key in ("gate_proj", "up_proj"))
+        gates = tuple(_fold_gate(names[key], transposed) for key in ("gate_proj", "up_proj"))
         shape = (2, width, hidden) if transposed else (2, hidden, width)
         layout.append(Original(f"{path}/mlp/gating_einsum/w", shape, gates))
-        down = (_transposed(names["down_proj"], width),)
+        down = (_transpose(names["down_proj"], width),)
         layout.append(Original(f"{path}/mlp/linear/w", (width, hidden), down))
     return [*layout, Original("transformer/final_norm/scale", (hidden,), (Piece(NORM, hidden),))]
 
@@ -128,11 +128,11 @@ def _flax_attention(config: Gemma2Config, names: Mapping[str, str], path: str) -
         names["o_proj"], heads, lambda x: x.T.reshape(heads, head_dim, hidden), lambda x: x.reshape(-1, hidden).T
     )
     vec = Original(f"{path}/attn_vec_einsum/w", (heads, head_dim, hidden), (out,))
-    keys = tuple(_heads(names[key], kv_heads, config, True) for key in ("k_proj", "v_proj"))
+    keys = tuple(_fold_heads(names[key], kv_heads, config, True) for key in ("k_proj", "v_proj"))
     if heads == kv_heads:
-        both = (_heads(names["q_proj"], heads, config, True), *keys)
+        both = (_fold_heads(names["q_proj"], heads, config, True), *keys)
         return [Original(f"{path}/qkv_einsum/w", (3, heads, hidden, head_dim), both), vec]
-    query = (_heads(names["q_proj"], heads, config, False),)
+    query = (_fold_heads(names["q_proj"], heads, config, False),)
     return [
         Original(f"{path}/q_einsum/w", (heads, hidden, head_dim), query),
         Original(f"{path}/kv_einsum/w", (2, kv_heads, hidden, head_dim), keys),
@@ -141,7 +141,7 @@ def _flax_attention(config: Gemma2Config, names: Mapping[str, str], path: str) -
 
 
 def hf_layout(config: Gemma2Config) -> list[Original]:
-    """The tensors of a Hugging Face folder, each made of itself.
+    """Return the tensors of a Hugging Face folder, each made of itself.
 
     Examples
     --------

@@ -14,19 +14,19 @@ from refgemma.weights.checkpoint import CheckpointError, Stored
 
 OCDBT = "manifest.ocdbt"
 # Files of which an Orbax folder has at least one; which ones depends on the version that wrote it.
-SIGNS = (OCDBT, "_METADATA", "_CHECKPOINT_METADATA", "checkpoint", "ocdbt.process_0")
+ORBAX_FILES = (OCDBT, "_METADATA", "_CHECKPOINT_METADATA", "checkpoint", "ocdbt.process_0")
 DRIVERS = {".zarray": "zarr", "zarr.json": "zarr3"}  # the file that says how an array is stored -> what reads it
 
 
 def is_orbax(folder: Path) -> bool:
-    """Whether `folder` looks like one that Orbax wrote.
+    """Tell whether `folder` looks like one that Orbax wrote.
 
     Examples
     --------
     >>> is_orbax(Path("."))
     False
     """
-    return any((folder / name).exists() for name in SIGNS)
+    return any((folder / name).exists() for name in ORBAX_FILES)
 
 
 @dataclass
@@ -46,14 +46,14 @@ class Opened:
         return {name: DRIVERS[file] for name, _, file in parts if file in DRIVERS}
 
     def handle(self, name: str, driver: str) -> Any:
-        """One array, of which nothing is read yet but shape and dtype."""
+        """Open one array, of which nothing is read yet but shape and dtype."""
         import tensorstore
 
         place = {**self.store, "path": f"{self.prefix}{name}/"}
         return tensorstore.open({"driver": driver, "kvstore": place}, open=True).result()
 
     def read(self, name: str, driver: str) -> Array:
-        """One array, whole."""
+        """Read one array, whole."""
         if self.last[0] != name:
             self.last = ("", np.zeros(0))  # given up before the next one is read: never two at a time
             array: Array = self.handle(name, driver).read().result()
@@ -68,21 +68,23 @@ class OrbaxTensor(Stored):
     opened: Opened
     driver: str
 
-    def mapped(self, keep: bool = False) -> Array:
-        """The whole tensor, in memory: its chunks are compressed, so that nothing less can be had; never kept."""
+    def map(self, keep: bool = False) -> Array:
+        """Return the whole tensor, in memory: its chunks are compressed. It is never kept."""
         try:
             return self.opened.read(self.name, self.driver)
         except ValueError as error:
-            raise CheckpointError(f"{self.file.parent}: tensor {self.name!r} cannot be read: {_first(error)}") from None
+            raise CheckpointError(
+                f"{self.file.parent}: tensor {self.name!r} cannot be read: {_shorten(error)}"
+            ) from None
 
 
-def _first(error: Exception) -> str:
-    """The beginning of TensorStore's message, which goes on with places in its own source."""
+def _shorten(error: Exception) -> str:
+    """Return the beginning of TensorStore's message, which goes on with places in its own source."""
     return str(error).split("[")[0].strip()[:200]
 
 
 def read_orbax(folder: Path) -> dict[str, Stored]:
-    """Names and shapes of the parameters of an Orbax folder; the numbers are read when asked for.
+    """Read names and shapes of the parameters of an Orbax folder; the numbers are read when asked for.
 
     Raises
     ------
@@ -96,7 +98,7 @@ def read_orbax(folder: Path) -> dict[str, Stored]:
     path = f"{folder.resolve()}/"
     in_one = (folder / OCDBT).exists()
     opened = Opened({"driver": "ocdbt", "base": f"file://{path}"}, "") if in_one else Opened({"driver": "file"}, path)
-    sign = next((folder / name for name in SIGNS if (folder / name).is_file()), folder)
+    sign = next((folder / name for name in ORBAX_FILES if (folder / name).is_file()), folder)
     try:
         found: dict[str, Stored] = {}
         for name, driver in opened.names().items():
@@ -105,4 +107,4 @@ def read_orbax(folder: Path) -> dict[str, Stored]:
             found[name] = OrbaxTensor(name, sign, dtype, shape, 0, sign.stat().st_size, opened, driver)
         return found
     except ValueError as error:
-        raise CheckpointError(f"{folder}: is no Orbax folder that can be read: {_first(error)}") from None
+        raise CheckpointError(f"{folder}: is no Orbax folder that can be read: {_shorten(error)}") from None

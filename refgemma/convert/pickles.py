@@ -15,13 +15,19 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from refgemma.convert.flax_tree import Entry, Strided, data_of, row_major, write_zip, zip_entries
-from refgemma.files import quote
-from refgemma.weights.checkpoint import AGAIN, CheckpointError, Stored
-from refgemma.weights.save import STORED, Output
+from refgemma.convert.flax_tree import (
+    StridedTensor,
+    ZipEntry,
+    iterate_data,
+    read_zip_entries,
+    row_major_strides,
+    write_zip,
+)
+from refgemma.files import AXES_LIMIT, quote
+from refgemma.weights.checkpoint import REMEDY, CheckpointError, Stored
+from refgemma.weights.save import FILE_DTYPES, OutputTensor
 
 PICKLE_LIMIT = 2**24  # bytes: the pickle of a 27B has 100 thousand
-MAX_AXES = 64
 
 STORAGES: dict[str, np.dtype[Any]] = {
     "torch.DoubleStorage": np.dtype(np.float64),
@@ -64,12 +70,12 @@ class _Tensor:
     strides: tuple[int, ...]
 
 
-def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
-    """What ``torch._utils._rebuild_tensor_v2`` is given, checked."""
+def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
+    """Check what ``torch._utils._rebuild_tensor_v2`` is given."""
     if not isinstance(storage, _Storage) or not all(isinstance(part, tuple) for part in (shape, strides)):
         raise ValueError("a tensor without storage, shape or strides")
     numbers = (offset, *shape, *strides)
-    if len(shape) != len(strides) or len(shape) > MAX_AXES or not all(_is_size(n) for n in numbers):
+    if len(shape) != len(strides) or len(shape) > AXES_LIMIT or not all(_is_count(n) for n in numbers):
         raise ValueError(f"a tensor of shape {quote(shape)} with strides {quote(strides)}")
     last = offset + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
     if all(shape) and last >= storage.count:
@@ -77,11 +83,11 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Te
     return _Tensor(storage, offset, shape, strides)
 
 
-def _is_size(value: Any) -> bool:
+def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**62
 
 
-def _size(axes: Any) -> tuple[int, ...]:
+def _check_size(axes: Any) -> tuple[int, ...]:
     """A shape: a tuple as it is. A copy of a long list, made again and again, would take memory without limit."""
     if not isinstance(axes, tuple):
         raise ValueError(f"a shape that is no tuple but {quote(axes)}")
@@ -91,10 +97,10 @@ def _size(axes: Any) -> tuple[int, ...]:
 # What may be called in a checkpoint: a name -> what stands for the result here.
 _RESULTS: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": lambda: {},
-    "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+    "torch._utils._rebuild_tensor": _rebuild_tensor,
     "torch._utils._rebuild_parameter": lambda data, *_: data,
-    "torch.Size": _size,
+    "torch.Size": _check_size,
     "torch.device": lambda *where: where,
 }
 
@@ -108,7 +114,7 @@ class _Machine:
         self.memo: dict[int, Any] = {}
 
     def run(self, raw: bytes) -> Any:
-        """The object in the pickle."""
+        """Return the object in the pickle."""
         for opcode, argument, _ in pickletools.genops(raw):
             if opcode.name == "STOP":
                 return self.stack.pop()
@@ -148,7 +154,7 @@ class _Machine:
     def storage(self, _: Any) -> None:
         kind, dtype, key, _device, count = self.stack.pop()
         known = isinstance(dtype, _Name) and dtype.dotted in STORAGES
-        if kind != "storage" or not known or not isinstance(key, str) or not _is_size(count):
+        if kind != "storage" or not known or not isinstance(key, str) or not _is_count(count):
             raise ValueError(f"it refers to {quote(kind)} outside of it, not to a storage")
         self.stack.append(_Storage(STORAGES[dtype.dotted], key, count))
 
@@ -232,20 +238,20 @@ def read_torch(file: Path) -> dict[str, Stored]:
     --------
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     write_torch(Path(folder) / "model.ckpt", [Output("norm.weight", "bfloat16", (3,), np.ones(3))])
+    ...     write_torch(Path(folder) / "model.ckpt", [OutputTensor("norm.weight", "bfloat16", (3,), np.ones(3))])
     ...     read_torch(Path(folder) / "model.ckpt")["norm.weight"].read("float32")
     array([1., 1., 1.], dtype=float32)
     """
     _refuse_others(file)
-    entries = zip_entries(file)
+    entries = read_zip_entries(file)
     roots = [name.removesuffix("data.pkl") for name in entries if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(roots) != 1 or f"{roots[0]}constants.pkl" in entries:
         raise CheckpointError(f"{file}: is no checkpoint of torch.save (TorchScript?); save its state_dict() instead")
-    order = _bytes(file, entries, f"{roots[0]}byteorder") if f"{roots[0]}byteorder" in entries else b"little"
+    order = _read_entry(file, entries, f"{roots[0]}byteorder") if f"{roots[0]}byteorder" in entries else b"little"
     if order != b"little":
         raise CheckpointError(f"{file}: its byte order is {quote(order)}; save it on a little-endian machine")
-    state = _state_dict(_unpickled(_bytes(file, entries, f"{roots[0]}data.pkl"), file), file)
-    return {name: _stored(name, tensor, file, entries, roots[0]) for name, tensor in state.items()}
+    state = _find_state_dict(_unpickle(_read_entry(file, entries, f"{roots[0]}data.pkl"), file), file)
+    return {name: _locate_tensor(name, tensor, file, entries, roots[0]) for name, tensor in state.items()}
 
 
 def _refuse_others(file: Path) -> None:
@@ -259,10 +265,10 @@ def _refuse_others(file: Path) -> None:
             "torch.load(..., weights_only=True) and write it again with torch.save"
         )
     if start[:4] != b"PK\x03\x04":
-        raise CheckpointError(f"{file}: is no checkpoint of torch.save, which is a zip file; {AGAIN}")
+        raise CheckpointError(f"{file}: is no checkpoint of torch.save, which is a zip file; {REMEDY}")
 
 
-def _bytes(file: Path, entries: dict[str, Entry], name: str) -> bytes:
+def _read_entry(file: Path, entries: dict[str, ZipEntry], name: str) -> bytes:
     if entries[name].size > PICKLE_LIMIT:
         raise CheckpointError(f"{file}: {name} has {entries[name].size} bytes; that of no checkpoint is so long")
     with file.open("rb") as stream:
@@ -270,7 +276,7 @@ def _bytes(file: Path, entries: dict[str, Entry], name: str) -> bytes:
         return stream.read(entries[name].size)
 
 
-def _unpickled(raw: bytes, file: Path) -> Any:
+def _unpickle(raw: bytes, file: Path) -> Any:
     try:
         return _Machine().run(raw)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -278,7 +284,7 @@ def _unpickled(raw: bytes, file: Path) -> Any:
         raise CheckpointError(f"{file}: its pickle is refused: {' '.join(str(fault).split())[:300]}") from None
 
 
-def _state_dict(top: Any, file: Path) -> dict[str, _Tensor]:
+def _find_state_dict(top: Any, file: Path) -> dict[str, _Tensor]:
     state = top.get("model_state_dict", top) if isinstance(top, dict) else top
     if not isinstance(state, dict) or not state:
         raise CheckpointError(f"{file}: holds no state dict, a dict from names to tensors; give the model's checkpoint")
@@ -288,25 +294,27 @@ def _state_dict(top: Any, file: Path) -> dict[str, _Tensor]:
     return state
 
 
-def _stored(name: str, tensor: _Tensor, file: Path, entries: dict[str, Entry], root: str) -> Stored:
+def _locate_tensor(name: str, tensor: _Tensor, file: Path, entries: dict[str, ZipEntry], root: str) -> Stored:
     where = f"{file}: tensor {quote(name)}"
     storage, entry = tensor.storage, entries.get(f"{root}data/{tensor.storage.key}")
     if entry is None:
-        raise CheckpointError(f"{where}: its numbers, entry {quote(storage.key)}, are not in the file; {AGAIN}")
+        raise CheckpointError(f"{where}: its numbers, entry {quote(storage.key)}, are not in the file; {REMEDY}")
     itemsize = storage.dtype.itemsize
     if storage.count * itemsize > entry.size:
-        raise CheckpointError(f"{where}: needs {storage.count * itemsize} bytes, but {entry.size} are there; {AGAIN}")
+        raise CheckpointError(f"{where}: needs {storage.count * itemsize} bytes, but {entry.size} are there; {REMEDY}")
     start, size = entry.start + tensor.offset * itemsize, file.stat().st_size
     plain = Stored(name, file, storage.dtype, tensor.shape, start, size)
-    if tensor.strides == row_major(tensor.shape):
+    if tensor.strides == row_major_strides(tensor.shape):
         return plain
-    return Strided(name, file, storage.dtype, tensor.shape, start, size, tensor.strides)
+    return StridedTensor(name, file, storage.dtype, tensor.shape, start, size, tensor.strides)
 
 
 # --- a checkpoint: written --------------------------------------------------------------------------------------------
 
 
-def write_torch(path: Path, outputs: Sequence[Output], key: str | None = "model_state_dict", bar: Any = None) -> None:
+def write_torch(
+    path: Path, outputs: Sequence[OutputTensor], key: str | None = "model_state_dict", bar: Any = None
+) -> None:
     """Write tensors as `torch.save` does, some rows at a time; ``torch.load(path, weights_only=True)`` reads them.
 
     Parameters
@@ -318,56 +326,54 @@ def write_torch(path: Path, outputs: Sequence[Output], key: str | None = "model_
     key : str, optional
         Under which the state dict is in the dict of the file; without one the file holds the state dict itself.
     bar : tqdm, optional
-        Is told of the bytes written.
+        Counts the bytes written.
 
     Examples
     --------
     See `read_torch`.
     """
-    chunks = {f"archive/data/{number}": data_of(output, bar) for number, output in enumerate(outputs)}
-    start: dict[str, Iterable[Any]] = {"archive/data.pkl": [_pickled(outputs, key)], "archive/byteorder": [b"little"]}
-    write_zip(path, start | chunks | {"archive/version": [b"3\n"]})
+    chunks = {f"archive/data/{number}": iterate_data(output, bar) for number, output in enumerate(outputs)}
+    state: dict[str, Iterable[Any]] = {"archive/data.pkl": [_pickle_state(outputs, key)]}
+    write_zip(path, state | {"archive/byteorder": [b"little"]} | chunks | {"archive/version": [b"3\n"]})
 
 
-def _pickled(outputs: Sequence[Output], key: str | None) -> bytes:
-    """The pickle of a state dict, opcode by opcode, as torch.save writes it."""
+def _pickle_state(outputs: Sequence[OutputTensor], key: str | None) -> bytes:
+    """Return the pickle of a state dict, opcode by opcode, as torch.save writes it."""
     state = _EMPTY_STATE + pickle.MARK
     for number, output in enumerate(outputs):
-        state += _text(output.name) + _pickled_tensor(output, str(number))
+        state += _encode_text(output.name) + _pickle_tensor(output, str(number))
     state += pickle.SETITEMS
     if key is not None:
-        state = pickle.EMPTY_DICT + _text(key) + state + pickle.SETITEM
+        state = pickle.EMPTY_DICT + _encode_text(key) + state + pickle.SETITEM
     return pickle.PROTO + b"\x02" + state + pickle.STOP
 
 
-def _pickled_tensor(output: Output, number: str) -> bytes:
+def _pickle_tensor(output: OutputTensor, number: str) -> bytes:
     count = int(np.prod(output.shape, dtype=np.int64))
-    module, kind = STORAGE_OF[STORED[output.dtype]].split(".")
-    storage = (
-        pickle.MARK + _text("storage") + _global(module, kind) + _text(number) + _text("cpu") + _whole(count)
-        + pickle.TUPLE + pickle.BINPERSID
-    )  # fmt: skip
-    place = _whole(0) + _wholes(output.shape) + _wholes(row_major(output.shape))
+    module, kind = STORAGE_OF[FILE_DTYPES[output.dtype]].split(".")
+    key = _encode_text("storage") + _encode_global(module, kind) + _encode_text(number) + _encode_text("cpu")
+    storage = pickle.MARK + key + _encode_int(count) + pickle.TUPLE + pickle.BINPERSID
+    place = _encode_int(0) + _encode_ints(output.shape) + _encode_ints(row_major_strides(output.shape))
     arguments = pickle.MARK + storage + place + pickle.NEWFALSE + _EMPTY_STATE + pickle.TUPLE
-    return _global("torch._utils", "_rebuild_tensor_v2") + arguments + pickle.REDUCE
+    return _encode_global("torch._utils", "_rebuild_tensor_v2") + arguments + pickle.REDUCE
 
 
-def _global(module: str, name: str) -> bytes:
+def _encode_global(module: str, name: str) -> bytes:
     return pickle.GLOBAL + f"{module}\n{name}\n".encode()
 
 
-_EMPTY_STATE = _global("collections", "OrderedDict") + pickle.EMPTY_TUPLE + pickle.REDUCE
+_EMPTY_STATE = _encode_global("collections", "OrderedDict") + pickle.EMPTY_TUPLE + pickle.REDUCE
 
 
-def _text(text: str) -> bytes:
+def _encode_text(text: str) -> bytes:
     return pickle.BINUNICODE + struct.pack("<I", len(text.encode())) + text.encode()
 
 
-def _whole(number: int) -> bytes:
+def _encode_int(number: int) -> bytes:
     if number < 2**31:
         return pickle.BININT + struct.pack("<i", number)
     return pickle.LONG1 + b"\x08" + struct.pack("<q", number)
 
 
-def _wholes(numbers: Sequence[int]) -> bytes:
-    return pickle.MARK + b"".join(_whole(number) for number in numbers) + pickle.TUPLE
+def _encode_ints(numbers: Sequence[int]) -> bytes:
+    return pickle.MARK + b"".join(_encode_int(number) for number in numbers) + pickle.TUPLE

@@ -1,6 +1,7 @@
 """From logits to text: greedy decoding, sampling, beam search, and how well a text is predicted."""
 
-from refgemma.generation.decode import TextStreamer, generate, generate_batch
+from refgemma.generation.decode import generate, generate_batch
 from refgemma.generation.generation_config import GenerationConfig
+from refgemma.generation.stream import TextStreamer
 
 __all__ = ["GenerationConfig", "TextStreamer", "generate", "generate_batch"]

@@ -1,5 +1,5 @@
-"""Choosing tokens: the likeliest, drawn ones, and the beams of a search. Checked against `_beam_search` of transformers
-5.23, search for search.
+"""Choosing tokens: the most likely, drawn ones, and the beams of a search. Checked against `_beam_search` of
+transformers 5.23, search for search.
 
 A *beam* is an unfinished text of a search. At every step all tokens after all beams are candidates; the best unfinished
 ones are the next beams, and the best finished ones are kept aside.
@@ -56,7 +56,7 @@ def draw(scores: Float[np.ndarray, "batch n"], count: int, rng: np.random.Genera
 
 @dataclass(frozen=True)
 class Rules:
-    """What a search goes by."""
+    """The rules of a search."""
 
     num_beams: int
     candidates: int  # at each step: more than the beams, since some may be finished
@@ -107,7 +107,7 @@ def pick(values: Array, places: Int[np.ndarray, "batch picked"]) -> Array:
     return picked
 
 
-def started(prompt: Int[np.ndarray, "batch seq"], rules: Rules) -> Beams:
+def start_search(prompt: Int[np.ndarray, "batch seq"], rules: Rules) -> Beams:
     """The search before its first step: all beams are the prompt, and only the first counts, else all were equal."""
     batch, count = len(prompt), rules.num_beams
     sequences = np.repeat(prompt[:, None], count, axis=1)
@@ -126,7 +126,7 @@ def started(prompt: Int[np.ndarray, "batch seq"], rules: Rules) -> Beams:
     )
 
 
-def candidates_of(
+def find_candidates(
     beams: Beams,
     log_probs: Float[np.ndarray, "rows vocab"],
     ends: Ends,
@@ -152,7 +152,7 @@ def _plus_column(values: Array, fill: int) -> Array:
     return np.concatenate([values, np.full((*values.shape[:2], 1), fill)], axis=2)
 
 
-def _with_finished(beams: Beams, found: Candidates, rules: Rules) -> dict[str, Any]:
+def _add_finished(beams: Beams, found: Candidates, rules: Rules) -> dict[str, Any]:
     """The fields of finished texts after a step: the best of those before and those that ended now.
 
     Only a candidate among the best `num_beams` can be a finished text; the others are there to go on from.
@@ -175,14 +175,14 @@ def _with_finished(beams: Beams, found: Candidates, rules: Rules) -> dict[str, A
     }
 
 
-def improvable(
+def can_improve(
     running_scores: Float[np.ndarray, "batch beams"],
     finished_scores: Float[np.ndarray, "batch beams"],
     is_finished: Bool[np.ndarray, "batch beams"],
     new_tokens: int,
     rules: Rules,
 ) -> Bool[np.ndarray, " batch"]:
-    """Whether the best beam, divided by the penalty of its final length, could beat the worst finished text.
+    """Return whether the best beam, divided by the penalty of its final length, could beat the worst finished text.
 
     That length is not known. ``early_stopping="never"`` takes the greatest where length is rewarded, which is safe;
     else it is the present one, which is a guess.
@@ -195,7 +195,7 @@ def improvable(
     return better
 
 
-def advanced(
+def advance_search(
     beams: Beams,
     log_probs: Float[np.ndarray, "rows vocab"],
     ends: Ends,
@@ -215,22 +215,22 @@ def advanced(
     rules : Rules
         What the search goes by.
     rng : numpy.random.Generator, optional
-        Draws the candidates with the probabilities of their texts; without it they are the likeliest.
+        Draws the candidates with the probabilities of their texts; without it they are the most likely.
 
     Examples
     --------
     >>> rules = Rules(2, candidates=4, longest=5, early_stopping=False, length_penalty=1.0, fill=0)
     >>> log_probs = np.log(np.array([[0.1, 0.2, 0.7]] * 2, np.float32))
-    >>> beams = advanced(started(np.array([[5]]), rules), log_probs, lambda ids: ids[:, -1] == 2, rules)
+    >>> beams = advance_search(start_search(np.array([[5]]), rules), log_probs, lambda ids: ids[:, -1] == 2, rules)
     >>> beams.running.tolist(), beams.finished[0, 0].tolist(), beams.is_finished.tolist()
     ([[[5, 1], [5, 0]]], [5, 2], [[True, False]])
     """
-    found = candidates_of(beams, log_probs, ends, rules, rng)
+    found = find_candidates(beams, log_probs, ends, rules, rng)
     scores = found.scores + found.ended * FAR
     best = largest(scores, rules.num_beams)
     running_scores = pick(scores, best)
-    finished = _with_finished(beams, found, rules)
-    better = improvable(
+    finished = _add_finished(beams, found, rules)
+    better = can_improve(
         running_scores, finished["finished_scores"], finished["is_finished"], found.origins.shape[2], rules
     )
     return Beams(
@@ -244,12 +244,12 @@ def advanced(
 
 
 def is_over(beams: Beams, rules: Rules) -> bool:
-    """Whether a search has ended: nothing to gain, nothing open, or nothing to go on from."""
+    """Return whether a search has ended: nothing to gain, nothing open, or nothing to go on from."""
     complete = rules.early_stopping is True and bool(beams.is_finished.all())
     return beams.exhausted or complete or not beams.improvable.any()
 
 
-def best_texts(beams: Beams, count: int) -> tuple[TokenIds, Float[np.ndarray, " rows"], Int[np.ndarray, "rows new"]]:
+def collect_texts(beams: Beams, count: int) -> tuple[TokenIds, Float[np.ndarray, " rows"], Int[np.ndarray, "rows new"]]:
     """The `count` best finished texts of each sequence, as rows: tokens, scores, origins; cut to the longest."""
     rows, width = len(beams.finished) * count, beams.finished_origins.shape[2]
     origins = beams.finished_origins[:, :count].reshape(rows, width)

@@ -1,11 +1,11 @@
-"""From logits to text: for a batch of prompts the likeliest tokens, drawn ones, or a search with beams. Checked against
+"""From logits to text: for a batch of prompts greedy decoding, sampling, or a search with beams. Checked against
 `generate` of transformers 5.23: greedy and searched texts token for token, processed scores within rounding."""
 
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -14,33 +14,22 @@ from jaxtyping import Bool, Float, Int
 from refgemma.cache import Cache
 from refgemma.config import Gemma2Config
 from refgemma.fast import next_token_logits
-from refgemma.generation.beams import Rules, advanced, best_texts, draw, is_over, started
-from refgemma.generation.generation_config import GenerationConfig, Settings, settings_for, settled
+from refgemma.generation.beams import Rules, advance_search, collect_texts, draw, is_over, start_search
+from refgemma.generation.generation_config import GenerationConfig, Settings, merge_settings, resolve_settings
+from refgemma.generation.greedy import last_scores
 from refgemma.generation.outputs import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
-from refgemma.generation.processors import NextScores, constrained, warped
+from refgemma.generation.processors import NextScores, constrain, warp
+from refgemma.generation.stream import Streamer
 from refgemma.heads import log_softmax
-from refgemma.inputs import InputError, attention_mask_of, embeddings, position_ids_of, token_ids
+from refgemma.inputs import InputError, check_embeddings, check_padding, check_positions, check_token_ids
 from refgemma.model import next_token_logits as definition
-from refgemma.precision import wide
 from refgemma.shapes import Positions, TokenIds
-from refgemma.tokenizer.tokenizer import TextStream, Tokenizer
 from refgemma.weights.parameters import Weights
 
 # `next_token_logits` of one model: token ids or embeddings, the cache and so on in, the last logits and a cache out.
-Model: TypeAlias = Callable[..., tuple[Any, Cache]]
+TokenReader: TypeAlias = Callable[..., tuple[Any, Cache]]
 Processor: TypeAlias = Callable[[TokenIds, NextScores], NextScores]
 Criterion: TypeAlias = Callable[[TokenIds, NextScores], Any]
-
-
-@runtime_checkable
-class Streamer(Protocol):
-    """What `generate` gives tokens to as they come."""
-
-    def put(self, value: npt.NDArray[np.int64]) -> None:
-        """Take the prompt ``(batch, seq)``, then again and again a new token of each row ``(batch,)``."""
-
-    def end(self) -> None:
-        """Know that no token follows."""
 
 
 # --- what the model is told, step by step -----------------------------------------------------------------------------
@@ -56,7 +45,7 @@ class Reading:
     cache: Cache | None  # of all but the last tokens
     embeds: Float[np.ndarray, "batch embedded hidden"] | None = None  # the prompt itself, until it is read
 
-    def next_logits(self, model: Model) -> tuple[Float[np.ndarray, "batch vocab"], Cache]:
+    def next_logits(self, model: TokenReader) -> tuple[Float[np.ndarray, "batch vocab"], Cache]:
         """Read what is not in the cache yet: float32 logits of the next token, and the cache after it.
 
         Raises
@@ -73,36 +62,31 @@ class Reading:
             cache=self.cache,
             inputs_embeds=self.embeds,
         )
-        last: Float[np.ndarray, "batch vocab"] = wide(logits[:, -1]).astype(np.float32)
-        if np.isnan(last).any():
-            raise InputError(
-                "the logits are NaN: numbers became too large for this precision on the way; try float32, or float64"
-            )
-        return last, cache
+        return last_scores(logits), cache
 
-    def followed_by(self, ids: TokenIds, cache: Cache | None) -> "Reading":
+    def add_tokens(self, ids: TokenIds, cache: Cache | None) -> "Reading":
         """The texts with one more token each, whose position is one after the last."""
         one = np.ones((len(ids), 1), bool)
         visible = np.concatenate([self.visible, one], axis=1)
         positions = np.concatenate([self.positions, self.positions[:, -1:] + 1], axis=1)
         return Reading(ids, visible, positions, cache)
 
-    def repeated(self, times: int) -> "Reading":
+    def repeat(self, times: int) -> "Reading":
         """Each text so many times, beside itself."""
         ids, visible, positions = (np.repeat(x, times, axis=0) for x in (self.ids, self.visible, self.positions))
         cache = self.cache and self.cache.repeat_interleave(times)
         return Reading(ids, visible, positions, cache, None if self.embeds is None else self.embeds.repeat(times, 0))
 
 
-def padding_of(ids: TokenIds, pad: int | None, ends: Collection[int]) -> Bool[np.ndarray, "batch seq"]:
-    """Where the tokens of prompts are no padding, for a caller who does not say: where they are not the pad token.
+def mask_padding(ids: TokenIds, pad: int | None, ends: Collection[int]) -> Bool[np.ndarray, "batch seq"]:
+    """Return a mask of the tokens that are no padding, for a caller who gives none: those that are not the pad token.
 
     But if a text may end with the pad token too, it cannot be told apart, and every token counts. Source: transformers
     ``_prepare_attention_mask_for_generation``.
 
     Examples
     --------
-    >>> padding_of(np.array([[0, 2, 5], [2, 6, 7]]), pad=0, ends=[1]).astype(int)
+    >>> mask_padding(np.array([[0, 2, 5], [2, 6, 7]]), pad=0, ends=[1]).astype(int)
     array([[0, 1, 1],
            [1, 1, 1]])
     """
@@ -110,14 +94,14 @@ def padding_of(ids: TokenIds, pad: int | None, ends: Collection[int]) -> Bool[np
     return told
 
 
-def positions_of(visible: Bool[np.ndarray, "batch total"]) -> Positions:
+def count_positions(visible: Bool[np.ndarray, "batch total"]) -> Positions:
     """Each token's number among those of its row that are no padding; padding has 0.
 
     So a prompt means the same with padding at its left. Source: transformers ``_prepare_position_ids_for_generation``.
 
     Examples
     --------
-    >>> positions_of(np.array([[False, False, True, True]]))
+    >>> count_positions(np.array([[False, False, True, True]]))
     array([[0, 0, 0, 1]])
     """
     return np.where(visible, np.cumsum(visible, axis=1) - 1, 0)
@@ -125,7 +109,7 @@ def positions_of(visible: Bool[np.ndarray, "batch total"]) -> Positions:
 
 @dataclass(frozen=True)
 class Prompts:
-    """What a caller of `generate` hands in: see ``Gemma2ForCausalLM.generate``."""
+    """The prompts of a call of `generate`: see ``Gemma2ForCausalLM.generate``."""
 
     input_ids: npt.ArrayLike | None = None
     attention_mask: npt.ArrayLike | None = None
@@ -142,10 +126,10 @@ class Prompts:
         if self.inputs_embeds is not None:
             if self.input_ids is not None or self.past_key_values is not None:
                 raise InputError("inputs_embeds are the whole prompt: give no input_ids and no past_key_values")
-            embeds = embeddings(self.inputs_embeds, config.hidden_size)
+            embeds = check_embeddings(self.inputs_embeds, config.hidden_size)
             batch, seq = embeds.shape[:2]
             ids = np.zeros((batch, 0), np.int64)
-            visible = attention_mask_of(self.attention_mask, batch, seq)
+            visible = check_padding(self.attention_mask, batch, seq)
         else:
             embeds, ids = None, _prompt_ids(self.input_ids, call, config)
             visible = self._visible(ids, call)
@@ -155,10 +139,10 @@ class Prompts:
             raise InputError(
                 f"the cache has seen {seen} tokens and the prompt has {total}: one more is needed at least"
             )
-        positions = positions_of(visible)
+        positions = count_positions(visible)
         if self.position_ids is not None:
             limit = config.max_position_embeddings
-            positions = position_ids_of(self.position_ids, np.arange(total), len(visible), limit)
+            positions = check_positions(self.position_ids, np.arange(total), len(visible), limit)
         return Reading(ids, visible, positions, self.past_key_values, embeds)
 
     def _visible(self, ids: TokenIds, call: GenerationConfig) -> Bool[np.ndarray, "batch total"]:
@@ -166,19 +150,19 @@ class Prompts:
         batch, seq = ids.shape
         if self.attention_mask is not None:
             total = np.shape(self.attention_mask)[-1] if self.past_key_values and np.ndim(self.attention_mask) else seq
-            return attention_mask_of(self.attention_mask, batch, total)
+            return check_padding(self.attention_mask, batch, total)
         eos = call.eos_token_id
         ends = () if eos is None else eos if isinstance(eos, tuple) else (eos,)
-        return padding_of(ids, call.pad_token_id, ends)
+        return mask_padding(ids, call.pad_token_id, ends)
 
 
 def _prompt_ids(input_ids: npt.ArrayLike | None, call: GenerationConfig, config: Gemma2Config) -> TokenIds:
     """The token ids of the prompts; if there are none, one prompt of ``<bos>``."""
     if input_ids is not None:
-        return token_ids(input_ids, config.vocab_size)
+        return check_token_ids(input_ids, config.vocab_size)
     if call.bos_token_id is None:
         raise InputError("give input_ids: no bos_token_id is set that a text could begin with")
-    return token_ids([[call.bos_token_id]], config.vocab_size)
+    return check_token_ids([[call.bos_token_id]], config.vocab_size)
 
 
 # --- decoding ---------------------------------------------------------------------------------------------------------
@@ -186,7 +170,7 @@ def _prompt_ids(input_ids: npt.ArrayLike | None, call: GenerationConfig, config:
 
 @dataclass(frozen=True)
 class Decoding:
-    """What decides how texts go on: settings, and what the caller adds to them."""
+    """The settings of a call, and the processors and criteria that the caller adds to them."""
 
     settings: Settings
     skipped: Int[np.ndarray, " batch"]  # leading padding of each text
@@ -195,15 +179,15 @@ class Decoding:
 
     def scores(self, ids: TokenIds, raw: NextScores) -> NextScores:
         """Raw scores of the next tokens, processed: constraints, the caller's processors, then the cuts of sampling."""
-        processed = constrained(raw, ids, self.skipped, self.settings)
+        processed = constrain(raw, ids, self.skipped, self.settings)
         for processor in self.processors:
             processed = processor(ids, processed)
-        return warped(processed, self.settings) if self.settings.do_sample else processed
+        return warp(processed, self.settings) if self.settings.do_sample else processed
 
-    def ended(
+    def check_ended(
         self, ids: Int[np.ndarray, "rows length"], scores: Float[np.ndarray, "beams vocab"]
     ) -> Bool[np.ndarray, " rows"]:
-        """Which texts are complete: at an end of text, at the greatest length, or by the caller's criteria."""
+        """Return which texts are complete: at an end of text, at the greatest length, or by the caller's criteria."""
         complete: Bool[np.ndarray, " rows"] = np.isin(ids[:, -1], self.settings.eos_token_ids)
         complete = complete | (ids.shape[1] >= self.settings.max_length)
         for criterion in self.criteria:
@@ -221,7 +205,7 @@ class Step:
     cache: Cache
 
 
-def steps(reading: Reading, model: Model, how: Decoding) -> Iterator[Step]:
+def run_steps(reading: Reading, model: TokenReader, how: Decoding) -> Iterator[Step]:
     """One step after the other, until every text is complete; one that is gets the pad token."""
     settings, rng = how.settings, np.random.default_rng(how.settings.seed)
     unfinished = np.ones(len(reading.ids), bool)
@@ -233,16 +217,18 @@ def steps(reading: Reading, model: Model, how: Decoding) -> Iterator[Step]:
         tokens = chosen if pad is None or not settings.eos_token_ids else np.where(unfinished, chosen, pad)
         yield Step(tokens, scores, logits, cache)
         ids = np.concatenate([reading.ids, tokens[:, None]], axis=1)
-        reading = reading.followed_by(ids, cache if settings.use_cache else None)
-        unfinished &= ~how.ended(ids, scores)
+        reading = reading.add_tokens(ids, cache if settings.use_cache else None)
+        unfinished &= ~how.check_ended(ids, scores)
 
 
-def one_by_one(reading: Reading, model: Model, how: Decoding, streamer: Streamer | None) -> GenerateDecoderOnlyOutput:
+def decode_steps(
+    reading: Reading, model: TokenReader, how: Decoding, streamer: Streamer | None
+) -> GenerateDecoderOnlyOutput:
     """Greedy decoding or sampling, whole."""
     scores, logits, new = [], [], []
     if streamer is not None:
         streamer.put(reading.ids)
-    for step in steps(reading, model, how):
+    for step in run_steps(reading, model, how):
         new.append(step.tokens)
         scores += [step.scores] * how.settings.output_scores
         logits += [step.logits] * how.settings.output_logits
@@ -272,24 +258,24 @@ def _rules(settings: Settings) -> Rules:
     )
 
 
-def beam_search(reading: Reading, model: Model, how: Decoding) -> GenerateBeamDecoderOnlyOutput:
+def beam_search(reading: Reading, model: TokenReader, how: Decoding) -> GenerateBeamDecoderOnlyOutput:
     """A search for each prompt; `reading` has each of them `num_beams` times."""
     settings, rules = how.settings, _rules(how.settings)
     rng = np.random.default_rng(settings.seed) if settings.do_sample else None
-    beams = started(reading.ids[:: rules.num_beams], rules)
+    beams = start_search(reading.ids[:: rules.num_beams], rules)
     all_scores, all_logits = [], []
     while True:
         logits, cache = reading.next_logits(model)
         scores = how.scores(reading.ids, log_softmax(logits).astype(np.float32))
         all_scores += [scores] * settings.output_scores
         all_logits += [logits] * settings.output_logits
-        beams = advanced(beams, scores, partial(how.ended, scores=scores), rules, rng)
+        beams = advance_search(beams, scores, partial(how.check_ended, scores=scores), rules, rng)
         cache = cache.reorder(beams.running_origins[:, :, -1].reshape(-1))
         running = beams.running.reshape(len(reading.ids), -1)
-        reading = reading.followed_by(running, cache if settings.use_cache else None)
+        reading = reading.add_tokens(running, cache if settings.use_cache else None)
         if is_over(beams, rules):
             break
-    sequences, sequences_scores, origins = best_texts(beams, settings.num_return_sequences)
+    sequences, sequences_scores, origins = collect_texts(beams, settings.num_return_sequences)
     return GenerateBeamDecoderOnlyOutput(
         sequences=sequences,
         sequences_scores=sequences_scores if settings.output_scores else None,
@@ -312,7 +298,7 @@ def generate_batch(
     prompts : Prompts
         What to continue.
     call : GenerationConfig
-        All settings of this call, as `refgemma.generation.generation_config.settled` gives them.
+        All settings of this call, as `refgemma.generation.generation_config.merge_settings` gives them.
     processors, criteria : sequence of callable
         ``processor(ids, scores)`` gives other scores, ``criterion(ids, scores)`` says which texts are complete.
     streamer : Streamer, optional
@@ -324,7 +310,7 @@ def generate_batch(
     --------
     >>> import refgemma
     >>> tiny = refgemma.load("tiny")
-    >>> call = settled(None, GenerationConfig(eos_token_id=1, pad_token_id=0), {"max_new_tokens": 3})
+    >>> call = merge_settings(None, GenerationConfig(eos_token_id=1, pad_token_id=0), {"max_new_tokens": 3})
     >>> prompts = Prompts([[0, 2, 300], [2, 300, 400]])  # the first with padding at its left
     >>> generate_batch(prompts, tiny.weights, tiny.config, call).sequences.shape
     (2, 6)
@@ -332,24 +318,24 @@ def generate_batch(
     reading = prompts.reading(call, config)
     embedded = 0 if reading.embeds is None else reading.embeds.shape[1]
     limit = config.max_position_embeddings
-    asked = settings_for(call, reading.ids.shape[1], config.vocab_size, limit, embedded)
+    asked = resolve_settings(call, reading.ids.shape[1], config.vocab_size, limit, embedded)
     # What only a cache knows cannot be read anew at each step.
     settings = asked if reading.cache is None and not embedded else replace(asked, use_cache=True)
     if streamer is not None and settings.num_beams > 1:
         raise InputError("a streamer is given tokens that stay, and a beam search has none before its end")
     _warn_of_right_padding(reading.visible)
     times = max(settings.num_beams, settings.num_return_sequences)
-    expanded = reading.repeated(times) if times > 1 else reading
+    expanded = reading.repeat(times) if times > 1 else reading
     # As in transformers, where a text that begins with no padding has 0 here.
     how = Decoding(settings, np.argmax(expanded.visible, axis=1), processors, criteria)
-    read = reader(weights, config, reference)
+    read = choose_reader(weights, config, reference)
     if settings.num_beams > 1:
         return beam_search(expanded, read, how)
-    return one_by_one(expanded, read, how, streamer)
+    return decode_steps(expanded, read, how, streamer)
 
 
-def reader(weights: Weights, config: Gemma2Config, reference: bool) -> Model:
-    """What reads tokens with these weights: fast, or as the definition says."""
+def choose_reader(weights: Weights, config: Gemma2Config, reference: bool) -> TokenReader:
+    """Return the function that reads tokens with these weights: fast, or as the definition says."""
     read = definition if reference else next_token_logits
     return partial(read, weights=weights, config=config)
 
@@ -386,9 +372,9 @@ def generate(
     max_new_tokens : int
         Stop after this many.
     temperature : float
-        0 takes the likeliest token each time (greedy); above 0 one is drawn from ``softmax(logits / temperature)``.
+        0 takes the most likely token each time (greedy); above 0 one is drawn from ``softmax(logits / temperature)``.
     top_k, top_p : int, float, optional
-        Draw only from the k likeliest, and from the likeliest that together reach probability p. Unused when greedy.
+        Draw only from the k most likely, and from the most likely that together reach probability p; unused if greedy.
     seed : int
         Of the draws: the same seed gives the same tokens.
     stop_ids : collection of int, optional
@@ -415,28 +401,28 @@ def generate(
     >>> len(new)
     5
     """
-    call = sampling(config, max_new_tokens, temperature, top_k, top_p, seed, stop_ids, settings)
-    return continued(prompt, weights, config, call)
+    call = collect_settings(config, max_new_tokens, temperature, top_k, top_p, seed, stop_ids, settings)
+    return continue_prompt(prompt, weights, config, call)
 
 
-def continued(
+def continue_prompt(
     prompt: Sequence[int] | Int[np.ndarray, " seq"], weights: Weights, config: Gemma2Config, call: GenerationConfig,
     reference: bool = False,
 ) -> Iterator[int]:  # fmt: skip
     """`generate` with all settings in one record; `reference` as of `generate_batch`."""
     if len(prompt) == 0:
         raise InputError("the prompt is empty: a model needs at least one token (<bos>, for instance)")
-    ids = token_ids([list(prompt)], config.vocab_size)
+    ids = check_token_ids([list(prompt)], config.vocab_size)
     reading = Reading(ids, np.ones(ids.shape, bool), np.arange(ids.shape[1])[None], None)
     limit = config.max_position_embeddings
-    how = Decoding(settings_for(call, ids.shape[1], config.vocab_size, limit), skipped=np.zeros(1, int))
+    how = Decoding(resolve_settings(call, ids.shape[1], config.vocab_size, limit), skipped=np.zeros(1, int))
     if how.settings.num_beams > 1 or how.settings.num_return_sequences > 1:
         raise InputError("one text, token by token, has no beams; for a search use Gemma2ForCausalLM.generate")
-    read = reader(weights, config, reference)
-    return (int(step.tokens[0]) for step in steps(reading, read, how))
+    read = choose_reader(weights, config, reference)
+    return (int(step.tokens[0]) for step in run_steps(reading, read, how))
 
 
-def sampling(
+def collect_settings(
     config: Gemma2Config, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, seed: int,
     stop_ids: Collection[int] | None, settings: Mapping[str, Any],
 ) -> GenerationConfig:  # fmt: skip
@@ -446,7 +432,7 @@ def sampling(
         raise InputError("top_k must be a whole number of at least 1, not 0; leave it out to draw from all tokens")
     given = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     ends = {"eos_token_id": sorted(stops) or None, "pad_token_id": config.pad_token_id}
-    return settled(None, GenerationConfig(), given | {"do_sample": temperature > 0} | ends | dict(settings))
+    return merge_settings(None, GenerationConfig(), given | {"do_sample": temperature > 0} | ends | dict(settings))
 
 
 def stop_tokens(config: Gemma2Config) -> frozenset[int]:
@@ -459,60 +445,3 @@ def stop_tokens(config: Gemma2Config) -> frozenset[int]:
     """
     eos = config.eos_token_id
     return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
-
-
-class TextStreamer:
-    """Prints text as it is generated: a streamer for ``Gemma2ForCausalLM.generate``, for one text at a time.
-
-    transformers' prints whole words only; here every character is printed as soon as it is certain, and never half.
-
-    Parameters
-    ----------
-    tokenizer : Tokenizer
-        What the tokens belong to.
-    skip_prompt : bool
-        Print the new text only.
-    skip_special_tokens : bool
-        Leave out ``<bos>``, ``<end_of_turn>`` and the like, which are printed by default, as in transformers.
-
-    Examples
-    --------
-    >>> import refgemma
-    >>> model = refgemma.Gemma2ForCausalLM.from_pretrained("tiny")
-    >>> tokenizer = refgemma.AutoTokenizer.from_pretrained("tiny")
-    >>> streamer = TextStreamer(tokenizer)
-    >>> inputs = tokenizer("The king", return_tensors="np")
-    >>> ids = model.generate(**inputs, max_new_tokens=4, streamer=streamer)
-    <bos>The king's son was
-    """
-
-    def __init__(self, tokenizer: Tokenizer, skip_prompt: bool = False, skip_special_tokens: bool = False) -> None:
-        self._tokenizer = tokenizer
-        self._skip_next = self._skip_prompt = skip_prompt
-        self._shown = frozenset() if skip_special_tokens else frozenset(tokenizer.all_special_ids)
-        self._stream = TextStream(tokenizer)
-
-    def put(self, value: npt.NDArray[np.int64]) -> None:
-        """Print the text of `value`: ids ``(n,)`` or ``(1, n)``.
-
-        Raises
-        ------
-        InputError
-            If it gets more than one text.
-        """
-        if value.ndim > 1 and len(value) > 1:
-            raise InputError(f"TextStreamer prints one text, and there are {len(value)}")
-        if not self._skip_next:
-            print("".join(self._text(int(token)) for token in value.reshape(-1)), end="", flush=True)
-        self._skip_next = False
-
-    def _text(self, token: int) -> str:
-        """What becomes certain with one more token."""
-        if token in self._shown:
-            return self._stream.finish() + self._tokenizer.decode([token])
-        return self._stream.push(token)
-
-    def end(self) -> None:
-        """Print what is left, and a line break."""
-        print(self._stream.finish(), flush=True)
-        self._skip_next = self._skip_prompt

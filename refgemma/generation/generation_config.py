@@ -4,35 +4,57 @@ transformers 5.23, its default values and its files."""
 import difflib
 import json
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from refgemma.config import ConfigError, Gemma2Config
-from refgemma.files import replace_file
+from refgemma.files import read_object, replace_file
 from refgemma.hub import find_model
 from refgemma.inputs import InputError
 
 FILE = "generation_config.json"
 
-# What a setting is where neither the caller nor the model says it. max_length is not among them: see `settings_for`.
-DEFAULTS: dict[str, Any] = {
-    "min_length": 0, "do_sample": False, "num_beams": 1, "num_return_sequences": 1, "early_stopping": False,
-    "length_penalty": 1.0, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0, "use_cache": True, "output_scores": False, "output_logits": False,
-    "return_dict_in_generate": False, "seed": 0,
-}  # fmt: skip
-DEFAULT_NEW_TOKENS = 20
+DEFAULT_NEW_TOKENS = 20  # where neither `max_length` nor `max_new_tokens` is said
 
-WHOLE = {
-    "max_length": 1, "max_new_tokens": 1, "min_length": 0, "min_new_tokens": 0, "num_beams": 1,
-    "num_return_sequences": 1, "top_k": 0, "no_repeat_ngram_size": 0, "pad_token_id": 0, "bos_token_id": 0, "seed": 0,
-}  # fmt: skip
-SWITCHES = ("do_sample", "use_cache", "output_scores", "output_logits", "return_dict_in_generate")
-SHARES = ("top_p", "min_p")  # probabilities
+
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and least <= int(value) < 2**63
+
+
+def _is_finite(value: Any) -> bool:
+    number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    return number and abs(float(value)) < float("inf")
+
+
+def _setting(is_right: Callable[[Any], bool], needed: str, default: Any = None) -> Any:
+    """A setting that nobody has to say: which values it may have, and what it is where nobody says it."""
+    return field(default=None, metadata={"is_right": is_right, "needed": needed, "default": default})
+
+
+def _whole_number(least: int, default: int | None = None) -> Any:
+    return _setting(lambda value: _is_whole(value, least), f"a whole number of at least {least}", default)
+
+
+def _switch(default: bool) -> Any:
+    return _setting(lambda value: isinstance(value, bool | np.bool), "True or False", default)
+
+
+def _share(default: float) -> Any:
+    return _setting(lambda value: _is_finite(value) and 0 <= value <= 1, "a number from 0 to 1", default)
+
+
+def _number(is_right: Callable[[Any], bool], needed: str, default: float) -> Any:
+    return _setting(lambda value: _is_finite(value) and is_right(value), needed, default)
+
+
+def _are_ends(value: Any) -> bool:
+    ids = value if isinstance(value, tuple) else (value,)
+    return bool(ids) and all(_is_whole(token, 0) for token in ids)
+
 
 # Settings of transformers that are not computed here, with the values that change nothing there.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -65,7 +87,9 @@ WITHOUT_EFFECT = frozenset({
 
 @dataclass(frozen=True, repr=False)
 class GenerationConfig:
-    """How to generate, as far as somebody has said: None is unsaid. Names and meanings are those of transformers.
+    """The settings of a generation, as far as somebody has given them; the others are None.
+
+    Names and meanings are those of transformers.
 
     Parameters
     ----------
@@ -75,7 +99,7 @@ class GenerationConfig:
     min_length, min_new_tokens : int, optional
         No end of text before so many tokens, counted in the same two ways.
     do_sample : bool, optional
-        Draw tokens (True) or take the likeliest (False, the default).
+        Draw tokens (True) or take the most likely (False, the default).
     num_beams : int, optional
         Beams to search with; 1, the default, is no search.
     early_stopping : bool or "never", optional
@@ -86,8 +110,8 @@ class GenerationConfig:
     temperature : float, optional
         When sampling: scores are divided by it.
     top_k, top_p, min_p : int, float, float, optional
-        When sampling: draw only from the k likeliest, by default 50 and all for 0; only from the likeliest that
-        together reach probability p; only from those at least `min_p` times as likely as the likeliest.
+        When sampling: draw only from the k most likely, by default 50 and all for 0; only from the most likely that
+        together reach probability p; only from those at least `min_p` times as likely as the most likely.
     repetition_penalty : float, optional
         Above 1 makes tokens that are there already less likely, by a factor of their scores.
     no_repeat_ngram_size : int, optional
@@ -116,29 +140,31 @@ class GenerationConfig:
     {'max_new_tokens': 30, 'eos_token_id': [1, 107]}
     """
 
-    max_length: int | None = None
-    max_new_tokens: int | None = None
-    min_length: int | None = None
-    min_new_tokens: int | None = None
-    do_sample: bool | None = None
-    num_beams: int | None = None
-    early_stopping: bool | str | None = None
-    length_penalty: float | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    no_repeat_ngram_size: int | None = None
-    num_return_sequences: int | None = None
-    pad_token_id: int | None = None
-    bos_token_id: int | None = None
-    eos_token_id: Any = None  # kept as a tuple
-    use_cache: bool | None = None
-    output_scores: bool | None = None
-    output_logits: bool | None = None
-    return_dict_in_generate: bool | None = None
-    seed: int | None = None
+    max_length: int | None = _whole_number(1)
+    max_new_tokens: int | None = _whole_number(1)
+    min_length: int | None = _whole_number(0, default=0)
+    min_new_tokens: int | None = _whole_number(0)
+    do_sample: bool | None = _switch(False)
+    num_beams: int | None = _whole_number(1, default=1)
+    early_stopping: bool | str | None = _setting(
+        lambda value: isinstance(value, bool) or value == "never", "True, False or 'never'", default=False
+    )
+    length_penalty: float | None = _number(lambda value: True, "a number", 1.0)
+    temperature: float | None = _number(lambda value: value >= 0, "a number above 0, or 0 without do_sample", 1.0)
+    top_k: int | None = _whole_number(0, default=50)
+    top_p: float | None = _share(1.0)
+    min_p: float | None = _share(0.0)
+    repetition_penalty: float | None = _number(lambda value: value > 0, "a number above 0", 1.0)
+    no_repeat_ngram_size: int | None = _whole_number(0, default=0)
+    num_return_sequences: int | None = _whole_number(1, default=1)
+    pad_token_id: int | None = _whole_number(0)
+    bos_token_id: int | None = _whole_number(0)
+    eos_token_id: Any = _setting(_are_ends, "a token id, or several")  # kept as a tuple  # noqa: RUF009
+    use_cache: bool | None = _switch(True)
+    output_scores: bool | None = _switch(False)
+    output_logits: bool | None = _switch(False)
+    return_dict_in_generate: bool | None = _switch(False)
+    seed: int | None = _whole_number(0, default=0)
 
     def __post_init__(self) -> None:
         """Check every setting that is said."""
@@ -146,10 +172,10 @@ class GenerationConfig:
         if isinstance(eos, list | tuple | np.ndarray):
             several = tuple(eos.tolist() if isinstance(eos, np.ndarray) and eos.ndim else eos)
             object.__setattr__(self, "eos_token_id", several)
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value is not None:
-                _check(field.name, value)
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if value is not None and not setting.metadata["is_right"](value):
+                raise InputError(f"{setting.name} must be {setting.metadata['needed']}, not {value!r}")
 
     def __repr__(self) -> str:
         """The settings that are said."""
@@ -199,7 +225,7 @@ class GenerationConfig:
 
     @classmethod
     def from_model_config(cls, config: Gemma2Config) -> "GenerationConfig":
-        """What a model's configuration says about generating, for a model without a ``generation_config.json``.
+        """Return what a model's configuration says about generating, for a model without a ``generation_config.json``.
 
         Examples
         --------
@@ -218,15 +244,7 @@ class GenerationConfig:
             Naming the file, and what is wrong with it.
         """
         try:
-            raw = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{path}: is not JSON: {error}") from None
-        if not isinstance(raw, dict):
-            raise ConfigError(f"{path}: holds a {type(raw).__name__}, not a JSON object")
-        try:
-            return cls.from_dict(raw)
+            return cls.from_dict(read_object(path, ConfigError))
         except InputError as error:
             raise ConfigError(f"{path}: {error}") from None
 
@@ -262,41 +280,9 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _is_whole(value: Any, least: int) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool) and least <= int(value) < 2**63
-
-
-def _is_number(value: Any) -> bool:
-    number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-    return number and abs(float(value)) < float("inf")
-
-
-def _check(name: str, value: Any) -> None:
-    """Refuse a value that means nothing for the setting `name`."""
-    if name in WHOLE:
-        right, needed = _is_whole(value, WHOLE[name]), f"a whole number of at least {WHOLE[name]}"
-    elif name in SWITCHES:
-        right, needed = isinstance(value, bool | np.bool), "True or False"
-    elif name == "early_stopping":
-        right, needed = isinstance(value, bool) or value == "never", "True, False or 'never'"
-    elif name == "eos_token_id":
-        ids = value if isinstance(value, tuple) else (value,)
-        right, needed = bool(ids) and all(_is_whole(token, 0) for token in ids), "a token id, or several"
-    elif name in SHARES:
-        right, needed = _is_number(value) and 0 <= value <= 1, "a number from 0 to 1"
-    elif name == "repetition_penalty":
-        right, needed = _is_number(value) and value > 0, "a number above 0"
-    elif name == "temperature":
-        right, needed = _is_number(value) and value >= 0, "a number above 0, or 0 without do_sample"
-    else:
-        right, needed = _is_number(value), "a number"
-    if not right:
-        raise InputError(f"{name} must be {needed}, not {value!r}")
-
-
 def _supported(given: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of `given` that are computed here, after a look at the others."""
-    known = [field.name for field in fields(GenerationConfig)]
+    known = [setting.name for setting in fields(GenerationConfig)]
     for name, value in given.items():
         if name in NEUTRAL and not (isinstance(value, int | float | str | None) and value in NEUTRAL[name]):
             raise InputError(f"{name} = {value!r} is not computed here; leave it out, or generate with transformers")
@@ -311,7 +297,7 @@ def _supported(given: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a `GenerationConfig` comes to for one prompt: nothing is unsaid here."""
+    """The settings of a call for one prompt: here every one has a value."""
 
     prompt_length: int  # tokens that the returned texts begin with
     max_length: int  # counted with the prompt
@@ -337,26 +323,28 @@ class Settings:
 
     @property
     def min_kept(self) -> int:
-        """How many tokens the cuts leave at least: in a beam search one that is no end of text."""
+        """The number of tokens that the cuts leave at least: in a beam search one that is no end of text."""
         if self.num_beams == 1:
             return 1
         return len(self.eos_token_ids) + 1 if self.eos_token_ids else 2
 
 
-def settled(own: GenerationConfig | None, model: GenerationConfig, changes: Mapping[str, Any]) -> GenerationConfig:
+def merge_settings(
+    own: GenerationConfig | None, model: GenerationConfig, changes: Mapping[str, Any]
+) -> GenerationConfig:
     """The settings of one call: `changes` over the caller's `own` over those of the `model` over the default values.
 
     None among the changes switches a setting off: with ``top_k=None`` there is no top-k, although the default is 50.
 
     Examples
     --------
-    >>> call = settled(None, GenerationConfig(top_p=0.9), {"do_sample": True, "top_k": None})
+    >>> call = merge_settings(None, GenerationConfig(top_p=0.9), {"do_sample": True, "top_k": None})
     >>> call.top_p, call.top_k, call.temperature
     (0.9, 0, 1.0)
     """
     said = model if own is None else own.over(model)
-    switched_off = GenerationConfig(**DEFAULTS | {"top_k": 0})
-    return said.over(GenerationConfig(**DEFAULTS)).changed(**changes).over(switched_off)
+    defaults = GenerationConfig(**{setting.name: setting.metadata["default"] for setting in fields(GenerationConfig)})
+    return said.over(defaults).changed(**changes).over(replace(defaults, top_k=0))
 
 
 def _lengths(call: GenerationConfig, prompt_length: int, embedded: int, limit: int) -> tuple[int, int]:
@@ -392,14 +380,14 @@ def _check_together(call: GenerationConfig, longest_new: int) -> None:
     beams, wanted = call.num_beams or 1, call.num_return_sequences or 1
     if beams == 1 and wanted > 1 and not call.do_sample:
         raise InputError(
-            f"num_return_sequences is {wanted}, but without do_sample=True or num_beams there is one likeliest text "
+            f"num_return_sequences is {wanted}, but without do_sample=True or num_beams there is one most likely text "
             "only, and all would be the same"
         )
     if 1 < beams < wanted:
         raise InputError(f"num_return_sequences ({wanted}) is more than num_beams ({beams})")
     if call.do_sample and call.temperature == 0:
         raise InputError(
-            "temperature is 0: scores cannot be divided by it; for the likeliest token use do_sample=False"
+            "temperature is 0: scores cannot be divided by it; for the most likely token use do_sample=False"
         )
     with np.errstate(over="ignore"):
         divisor = np.float64(longest_new) ** np.float64(call.length_penalty or 0)
@@ -409,15 +397,15 @@ def _check_together(call: GenerationConfig, longest_new: int) -> None:
         )
 
 
-def settings_for(
+def resolve_settings(
     call: GenerationConfig, prompt_length: int, vocab_size: int, limit: int, embedded: int = 0
 ) -> Settings:
-    """What the settings of a call come to for its prompt.
+    """Resolve the settings of a call for its prompt.
 
     Parameters
     ----------
     call : GenerationConfig
-        As `settled` gives it.
+        As `merge_settings` gives it.
     prompt_length : int
         Token ids in the prompt; 0 if it is one of embeddings.
     vocab_size : int
@@ -435,8 +423,8 @@ def settings_for(
 
     Examples
     --------
-    >>> call = settled(None, GenerationConfig(eos_token_id=1), {})
-    >>> settings = settings_for(call, prompt_length=7, vocab_size=64, limit=8192)
+    >>> call = merge_settings(None, GenerationConfig(eos_token_id=1), {})
+    >>> settings = resolve_settings(call, prompt_length=7, vocab_size=64, limit=8192)
     >>> settings.max_length, settings.pad_token_id
     (27, 1)
     """

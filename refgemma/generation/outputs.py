@@ -1,4 +1,4 @@
-"""What `generate` returns, and what all outputs have in common: dataclasses that also answer like a dict and a tuple.
+"""The outputs of `generate`, and what all outputs have in common: dataclasses that also answer like a dict and a tuple.
 
 Checked against `ModelOutput` and its subclasses in transformers 5.23."""
 
@@ -37,7 +37,7 @@ class ModelOutput(Mapping[str, Any]):
         return iter(self._present())
 
     def __len__(self) -> int:
-        """How many fields are not None."""
+        """Return the number of fields that are not None."""
         return len(self._present())
 
     def keys(self) -> KeysView[str]:
@@ -55,7 +55,7 @@ class ModelOutput(Mapping[str, Any]):
 
 @dataclass(frozen=True, eq=False)
 class GenerateDecoderOnlyOutput(ModelOutput):
-    """What `generate` returns with ``return_dict_in_generate``, greedy or sampled.
+    """The output of `generate` with ``return_dict_in_generate``, greedy or sampled.
 
     Attributes
     ----------
@@ -77,7 +77,7 @@ class GenerateDecoderOnlyOutput(ModelOutput):
 
 @dataclass(frozen=True, eq=False)
 class GenerateBeamDecoderOnlyOutput(ModelOutput):
-    """What `generate` returns with ``return_dict_in_generate``, of a beam search.
+    """The output of `generate` with ``return_dict_in_generate``, of a beam search.
 
     Attributes
     ----------

@@ -1,9 +1,10 @@
-"""How well a model predicts a text, as transformers defines it and as gemma.cpp does. Checked against the program of
+"""The perplexity of a text, as transformers defines it and as gemma.cpp does. Checked against the program of
 transformers' page on perplexity, run with transformers 5.23, and against gemma.cpp's formula written out in a test."""
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -13,13 +14,13 @@ from refgemma import fast
 from refgemma.cache import Cache
 from refgemma.config import Gemma2Config
 from refgemma.inputs import InputError
-from refgemma.model import HEAD_ROWS, begin
+from refgemma.model import begin, head_table
 from refgemma.ops import linear, rms_norm, soft_cap
 from refgemma.precision import wide
 from refgemma.shapes import Hidden
-from refgemma.weights.parameters import Weights
+from refgemma.weights.parameters import Weights, row_pieces
 
-PIECE = 512  # tokens computed at a time, which bounds the memory of the scores
+CHUNK_TOKENS = 512  # tokens computed at a time, which bounds the memory of the scores
 GEMMA_CPP_TOKENS = 3072  # gemma.cpp sums over no more
 GEMMA_CPP_MOST = 64.0  # and counts no more nats than this for one of them
 
@@ -29,7 +30,7 @@ def label_losses(
 ) -> Float[np.ndarray, "batch seq"]:
     """``-log p(label)`` of each place in nats, from its normed hidden state, in float64.
 
-    ``log(sum(exp(logits))) - logits[label]``, summed over `HEAD_ROWS` words at a time: the logits of a long text with
+    ``log(sum(exp(logits))) - logits[label]``, summed over a piece of the head at a time: the logits of a long text with
     256000 words would not fit in memory.
 
     Examples
@@ -41,16 +42,15 @@ def label_losses(
     >>> bool(np.isclose(losses.mean(), refgemma.heads.causal_lm_loss(run.logits, np.array([[2, 300, 400]]))))
     True
     """
-    table = weights.head
     total = np.full(labels.shape, -np.inf)
-    of_label = np.empty(labels.shape)
-    for start in range(0, table.shape[0], HEAD_ROWS):
-        raw_logits = linear(norm, table[start : start + HEAD_ROWS])
+    of_label, start = np.empty(labels.shape), 0
+    for raw_logits in map(partial(linear, norm), row_pieces(head_table(weights, config))):
         logits = wide(soft_cap(raw_logits, config.final_logit_softcapping)).astype(np.float64)
         largest = logits.max(axis=-1)
         total = np.logaddexp(total, largest + np.log(np.exp(logits - largest[..., None]).sum(axis=-1)))
         here = (labels >= start) & (labels < start + logits.shape[-1])
         of_label[here] = logits[here, labels[here] - start]
+        start += logits.shape[-1]
     losses: npt.NDArray[np.float64] = total - of_label
     return losses
 
@@ -60,8 +60,8 @@ def token_losses(
 ) -> Float[np.ndarray, " tokens_after_first"]:
     """``-log p(token)`` of every token of a text, `ids`, after the first, given all before it, in nats.
 
-    `PIECE` tokens are computed at a time, each piece going on from the cache of the last. `layers` computes them:
-    `refgemma.fast.outputs`, or `refgemma.fast.reference_outputs`.
+    `CHUNK_TOKENS` tokens are computed at a time, each piece going on from the cache of the last. `layers`
+    computes them: `refgemma.fast.outputs`, or `refgemma.model.reference_outputs`.
 
     Examples
     --------
@@ -73,8 +73,8 @@ def token_losses(
     row = np.array([ids], np.int64)
     losses: list[npt.NDArray[np.float64]] = []
     cache = None
-    for first in range(0, row.shape[1] - 1, PIECE):
-        tokens = row[:, first : min(first + PIECE, row.shape[1] - 1)]
+    for first in range(0, row.shape[1] - 1, CHUNK_TOKENS):
+        tokens = row[:, first : min(first + CHUNK_TOKENS, row.shape[1] - 1)]
         start, present = begin(tokens, weights, config, cache=cache), []
         hidden = start.embedded
         for out, past in layers(start, weights, config):
@@ -96,14 +96,14 @@ class Window:
     targets: int
 
 
-def windows(tokens: int, max_length: int, stride: int) -> Iterator[Window]:
+def split_windows(tokens: int, max_length: int, stride: int) -> Iterator[Window]:
     """Windows of `max_length` tokens every `stride` tokens, each judged where none before it was.
 
     Source: transformers' page "Perplexity of fixed-length models".
 
     Examples
     --------
-    >>> [(w.start, w.stop, w.targets) for w in windows(10, max_length=6, stride=2)]
+    >>> [(w.start, w.stop, w.targets) for w in split_windows(10, max_length=6, stride=2)]
     [(0, 6, 6), (2, 8, 2), (4, 10, 2)]
     """
     judged = 0
@@ -116,7 +116,7 @@ def windows(tokens: int, max_length: int, stride: int) -> Iterator[Window]:
 
 
 @dataclass(frozen=True)
-class Strided:
+class StridedPerplexity:
     """A perplexity of transformers' definition."""
 
     perplexity: float
@@ -128,7 +128,7 @@ class Strided:
 def strided_perplexity(
     ids: Sequence[int], weights: Weights, config: Gemma2Config, max_length: int, stride: int,
     layers: fast.Outputs = fast.outputs,
-) -> Strided:  # fmt: skip
+) -> StridedPerplexity:  # fmt: skip
     """``exp`` of the mean loss of a text, in windows, as the program on transformers' page computes it.
 
     Each window begins at position 0, and gives the mean loss of its targets; the weight of that mean is the number of
@@ -168,14 +168,14 @@ def strided_perplexity(
     if len(ids) < 2:
         raise InputError("the text has no token after the first; there is nothing to predict")
     total, weight, number = 0.0, 0, 0
-    for window in windows(len(ids), max_length, stride):
+    for window in split_windows(len(ids), max_length, stride):
         if window.targets < 2:
             continue  # of weight 0; on the page its loss may be the mean of nothing, NaN
         losses = token_losses(ids[window.start : window.stop], weights, config, layers)[-window.targets :]
         total += float(losses.mean()) * (window.targets - 1)
         weight += window.targets - 1
         number += 1
-    return Strided(math.exp(total / weight), total / weight, weight, number)
+    return StridedPerplexity(math.exp(total / weight), total / weight, weight, number)
 
 
 def gemma_cpp_bits_per_byte(

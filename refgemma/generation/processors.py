@@ -1,4 +1,4 @@
-"""What the settings of a generation do to the scores of the next token. Checked against the logits processors of
+"""The effect of the settings of a generation on the scores of the next token. Checked against the logits processors of
 transformers 5.23, which act in the order of this file.
 
 `scores` are float32, as there, also in a float64 model: a setting then means the same in every precision.
@@ -75,9 +75,7 @@ def forbid(scores: NextScores, tokens: Collection[int]) -> NextScores:
     return np.where(listed, scores.dtype.type(-np.inf), scores)
 
 
-def constrained(
-    scores: NextScores, ids: TokenIds, skipped: Int[np.ndarray, " batch"], settings: Settings
-) -> NextScores:
+def constrain(scores: NextScores, ids: TokenIds, skipped: Int[np.ndarray, " batch"], settings: Settings) -> NextScores:
     """The scores after what holds for every way of decoding in `settings`: penalty, n-grams, least length."""
     penalty, size = settings.repetition_penalty, settings.no_repeat_ngram_size
     penalised = scores if penalty == 1 else penalise_repetition(scores, ids, penalty, skipped)
@@ -88,12 +86,12 @@ def constrained(
 # --- processors: for sampling only ------------------------------------------------------------------------------------
 
 
-def softmax(scores: Float[np.ndarray, "*batch vocab"]) -> Float[np.ndarray, "*batch vocab"]:
+def to_probabilities(scores: Float[np.ndarray, "*batch vocab"]) -> Float[np.ndarray, "*batch vocab"]:
     """Probabilities in the precision of `scores`: ``exp(z) / sum(exp(z))``, computed from ``z - max(z)``.
 
     Examples
     --------
-    >>> softmax(np.log([1.0, 3.0]))
+    >>> to_probabilities(np.log([1.0, 3.0]))
     array([0.25, 0.75])
     """
     exponentials = np.exp(scores - np.max(scores, axis=-1, keepdims=True))
@@ -143,9 +141,9 @@ def keep_top_k(
 def keep_top_p(
     scores: Float[np.ndarray, "*batch vocab"], top_p: float, min_kept: int = 1
 ) -> Float[np.ndarray, "*batch vocab"]:
-    """Minus infinity for all but the likeliest tokens that together reach probability `top_p`; at least `min_kept`.
+    """Minus infinity for all but the most likely tokens that together reach probability `top_p`; at least `min_kept`.
 
-    The sum runs upwards from the unlikeliest, in float64, and is rounded to the precision of the scores, as in torch.
+    The sum runs upwards from the least likely, in float64, and is rounded to the precision of the scores, as in torch.
     The exponentials may differ from torch's in the last bit: where the sum meets ``1 - top_p`` to within a few
     roundings, one token more or less may be kept. Source: transformers ``TopPLogitsWarper``.
 
@@ -155,7 +153,7 @@ def keep_top_p(
     array([-0.69, -1.2 ,  -inf])
     """
     ascending = np.argsort(scores, axis=-1, kind="stable")
-    shares = softmax(np.take_along_axis(scores, ascending, axis=-1))
+    shares = to_probabilities(np.take_along_axis(scores, ascending, axis=-1))
     reached = np.cumsum(shares, axis=-1, dtype=np.float64).astype(scores.dtype)
     ranks = np.arange(scores.shape[-1])
     dropped_in_order = (reached <= 1 - top_p) & (ranks < len(ranks) - min_kept)
@@ -167,7 +165,7 @@ def keep_top_p(
 def keep_min_p(
     scores: Float[np.ndarray, "*batch vocab"], min_p: float, min_kept: int = 1
 ) -> Float[np.ndarray, "*batch vocab"]:
-    """Minus infinity for all tokens less than `min_p` times as likely as the likeliest; `min_kept` stay in any case.
+    """Minus infinity for all tokens less than `min_p` times as likely as the most likely; `min_kept` stay in any case.
 
     Source: transformers ``MinPLogitsWarper``. As in `keep_top_p`, a token within a few roundings of the threshold may
     be judged differently there.
@@ -177,21 +175,21 @@ def keep_min_p(
     >>> keep_min_p(np.log([0.5, 0.3, 0.2]), 0.5).round(2)
     array([-0.69, -1.2 ,  -inf])
     """
-    shares = softmax(scores)
+    shares = to_probabilities(scores)
     count = min(min_kept, scores.shape[-1])
     kept = shares >= min_p * shares.max(axis=-1, keepdims=True)
     np.put_along_axis(kept, np.argsort(-shares, axis=-1, kind="stable")[..., :count], True, axis=-1)
     return np.where(kept, scores, scores.dtype.type(-np.inf))
 
 
-def warped(scores: NextScores, settings: Settings) -> NextScores:
+def warp(scores: NextScores, settings: Settings) -> NextScores:
     """The scores that are drawn from: divided by the temperature, then cut to the top k, the top p, the min p.
 
     Examples
     --------
-    >>> from refgemma.generation.generation_config import GenerationConfig, settings_for, settled
-    >>> call = settled(None, GenerationConfig(), {"do_sample": True, "temperature": 2.0, "top_k": 2})
-    >>> warped(np.array([[4.0, 2.0, 0.0]]), settings_for(call, prompt_length=1, vocab_size=3, limit=9))
+    >>> from refgemma.generation.generation_config import GenerationConfig, resolve_settings, merge_settings
+    >>> call = merge_settings(None, GenerationConfig(), {"do_sample": True, "temperature": 2.0, "top_k": 2})
+    >>> warp(np.array([[4.0, 2.0, 0.0]]), resolve_settings(call, prompt_length=1, vocab_size=3, limit=9))
     array([[  2.,   1., -inf]])
     """
     least = settings.min_kept

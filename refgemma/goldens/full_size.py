@@ -5,7 +5,6 @@ Checked by making mistakes on purpose, which are found, in the tests; recorded b
 """
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,13 +18,15 @@ from safetensors.numpy import load_file
 from refgemma import fast
 from refgemma.cache import Cache, LayerCache
 from refgemma.config import Gemma2Config
+from refgemma.files import read_object
 from refgemma.generation.perplexity import label_losses
+from refgemma.goldens.distance import FLOOR, NOISE_FACTOR, run_distance
+from refgemma.goldens.load import AGAIN, GoldenError
 from refgemma.goldens.sketch import LENGTH, PROJECTIONS, PROJECTIONS_AT, SAMPLES_AT, sketch
-from refgemma.goldens.verify import AGAIN, CaseResult, Comparison, GoldenError
+from refgemma.goldens.verify import CaseResult, Comparison
 from refgemma.hub import golden_folder
-from refgemma.model import Start, begin, blocks, head, next_past
+from refgemma.model import Start, begin, blocks, head, next_past, reference_outputs
 from refgemma.ops import rms_norm
-from refgemma.oracle.compare import FLOOR, NOISE_FACTOR, run_distance
 from refgemma.precision import Array, wide
 from refgemma.trace.names import named_tensors
 from refgemma.weights.checkpoint import Checkpoint
@@ -50,14 +51,10 @@ SAMPLED = 4096  # bytes of either end of a tensor that its fingerprint reads
 def read_full_manifest() -> dict[str, Any]:
     """The recordings at full size, with provenance and hashes."""
     path = golden_folder() / "full" / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        cases: dict[str, Any] = manifest["cases"]
-        if manifest["format"] != FORMAT:
-            raise GoldenError(f"{path}: is not a manifest of the format {FORMAT}; {AGAIN}")
-    except (OSError, ValueError, TypeError, LookupError) as error:
-        reason = str(error) if isinstance(error, GoldenError) else f"{path}: cannot be read: {error!r}; {AGAIN}"
-        raise GoldenError(reason) from None
+    manifest = read_object(path, GoldenError, AGAIN)
+    if manifest.get("format") != FORMAT or "cases" not in manifest:
+        raise GoldenError(f"{path}: is not a manifest of the format {FORMAT}; {AGAIN}")
+    cases: dict[str, Any] = manifest["cases"]
     return cases
 
 
@@ -145,7 +142,7 @@ def recording_of(checkpoint: Checkpoint) -> str:
     )
 
 
-def _long_call(
+def _run_long_call(
     ids: Array, cache: Cache | None, weights: Weights, config: Gemma2Config, layers: fast.Outputs
 ) -> tuple[list[Array], Cache | None]:
     """What each layer gives for a long call, computed piece by piece so that the scores fit in memory."""
@@ -167,8 +164,11 @@ def _layers(
         for layer, (out, past) in enumerate(fast.outputs(start, weights, config)):
             yield iter([(f"layers.{layer}.out", out)]), out, past
         return
-    for layer, record in enumerate(blocks(start, weights, config)):
+    layer = 0
+    for record in blocks(start, weights, config):
         yield named_tensors(record, f"layers.{layer}."), record.out, next_past(layer, record, config)
+        del record
+        layer += 1
 
 
 def sketches_of(
@@ -184,8 +184,8 @@ def sketches_of(
         wanted = ids[:, done : done + length]
         done += length
         if length > PIECE:
-            layers = fast.reference_outputs if reference else fast.outputs
-            outs, cache = _long_call(wanted, cache, weights, config, layers)
+            layers = reference_outputs if reference else fast.outputs
+            outs, cache = _run_long_call(wanted, cache, weights, config, layers)
             yield from ((f"calls.{call}.layers.{layer}.out", sketch(out)) for layer, out in enumerate(outs))
             continue
         start = begin(wanted, weights, config, cache=cache)
@@ -195,8 +195,9 @@ def sketches_of(
             yield from ((f"calls.{call}.{name}", sketch(tensor)) for name, tensor in tensors)
             present.append(past)
             hidden = out
+            del tensors
         norm = rms_norm(hidden, weights.norm, config.rms_norm_eps)
-        raw_logits, logits = (head if reference else fast.head)(norm[:, -1:], weights, config)
+        raw_logits, logits = (head if reference else fast.fast_head)(norm[:, -1:], weights, config)
         yield f"calls.{call}.norm", sketch(norm)
         yield f"calls.{call}.raw_logits", sketch(raw_logits)
         yield f"calls.{call}.logits", sketch(logits)
@@ -222,7 +223,7 @@ def steps_of(names: Iterable[str], reference: bool) -> list[str]:
     return [*(name for name in names if reference or not inside.match(name)), *WHOLE]
 
 
-def half_allowed(noise: float) -> float:
+def half_tolerance(noise: float) -> float:
     """The root mean square difference of two half-precision tensors that rounding explains, with mean square `noise`.
 
     Of independent roundings the difference is sqrt(2) times one of them, as in `half_run_distance`. The projections of
@@ -279,7 +280,7 @@ class Recorded:
         if self.dtype == "float32":
             return run_distance(computed, recorded, self.noise(tensor))
         apart = math.sqrt(float(np.mean((np.asarray(computed, np.float64) - recorded) ** 2)))
-        allowed = half_allowed(self.noise(tensor))
+        allowed = half_tolerance(self.noise(tensor))
         return apart / allowed if allowed else (math.inf if apart else 0.0)
 
     def sketch_distance(self, tensor: str, computed: Array) -> float:
@@ -297,7 +298,7 @@ class Recorded:
         if self.dtype == "float32":
             allowed = NOISE_FACTOR * self.noise(logits) + FLOOR * float(self.sketches[self.names[logits]][1])
         else:
-            allowed = half_allowed(self.noise(logits))
+            allowed = half_tolerance(self.noise(logits))
         return float(np.abs(computed - recorded).max()) / (2 * allowed)
 
 
@@ -313,7 +314,7 @@ def _compare_top(logits: str, computed: Array, golden: Mapping[str, Array], reco
     if recorded.dtype == "float32":
         count, allowed = len(ids), TOP_LOGITS * float(np.abs(logit).max())
     else:
-        count, allowed = 1, half_allowed(recorded.noise(logits))
+        count, allowed = 1, half_tolerance(recorded.noise(logits))
     best = np.argsort(-ours, kind="stable")[:count]
     beyond = (ours[np.setdiff1d(best, ids)] - logit[-1]).max(initial=0)
     yield Comparison("top_ids", "run", float(beyond) / allowed, len(np.intersect1d(best, ids[:count])), count)

@@ -1,53 +1,39 @@
 """Compare refgemma with the goldens, what PyTorch recorded: case by case, tensor by tensor, in the order of execution.
 
-Checked by making every known mistake on purpose: each is found, and first at the tensor where it is made.
+Checked by making every known bug on purpose: each is found, and first at the tensor where it is made.
+
+A case of a whole model is compared three times:
+
+* ``operation``: each recorded tensor on the inputs that were recorded for it. It has to be what a conforming
+  implementation can make of them (`judge`), and our own operation, in the case's precision, has to be as near to it as
+  two roundings can be (`strict_distance`). A wrong operation is found here, and what follows from it is not;
+* ``wiring``: each tensor of our own run on the inputs that this run gave it. What `refgemma.layers` and
+  `refgemma.model` connect otherwise than the table of operations is found here, in cached calls too;
+* ``run``: each tensor of our own run beside the recorded one, see `refgemma.goldens.distance`.
 """
 
-import difflib
-import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (makes safetensors know bfloat16)
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from refgemma import ops
-from refgemma.cache import empty_cache
 from refgemma.config import Gemma2Config
-from refgemma.errors import RefgemmaError
 from refgemma.generation.decode import generate
+from refgemma.goldens.distance import END_TO_END, logits_distance, rounding_noise, run_distance
+from refgemma.goldens.load import GoldenError, case_names, load_golden, model_of
+from refgemma.goldens.single import in_float64, recorded_operations
 from refgemma.heads import causal_lm_loss
-from refgemma.hub import find_model, golden_folder
-from refgemma.inputs import check_inputs
-from refgemma.model import embed, forward, layer_mask
-from refgemma.oracle import bounds
-from refgemma.oracle.compare import (
-    END_TO_END,
-    half_layer_noise,
-    half_rounding_noise,
-    half_run_distance,
-    logits_distance,
-    operation_distance,
-    rounding_noise,
-    run_distance,
-    ulps_apart,
-)
-from refgemma.oracle.replay import model_operations, parts, replay
-from refgemma.precision import Array, as_dtype
+from refgemma.model import embed, forward
+from refgemma.oracle.engine import Engine
+from refgemma.oracle.judge import Judged, distance_from, judge, ratio, strict_distance
+from refgemma.oracle.tolerance import FORMATS, same_angles, ulp
+from refgemma.oracle.verdicts import BLIND, INVALID
+from refgemma.precision import Array
+from refgemma.trace.candidate import Candidate, candidate_of
 from refgemma.trace.names import named_tensors
-from refgemma.weights.checkpoint import open_checkpoint
 from refgemma.weights.parameters import Weights
-
-FORMAT = "refgemma-golden/1"
-AGAIN = "install refgemma again, or in a checkout record with: python golden/record.py"
-
-
-class GoldenError(RefgemmaError):
-    """A golden that is missing, damaged or unknown."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +41,7 @@ class Comparison:
     """One tensor against its recording; `distance` is in units of what rounding allows, at most 1 if it conforms."""
 
     tensor: str
-    how: str  # "operation", "attention", "feed_forward", "block": on its recorded input; "run": after all before it
+    how: str  # "operation", "wiring" or "run", see above
     distance: float
     identical: int  # elements that are equal to the last bit
     elements: int
@@ -83,8 +69,8 @@ class CaseResult:
 
     @property
     def tensors(self) -> int:
-        """How many recorded tensors were compared; several of them in more than one way."""
-        return len({c.tensor for c in self.comparisons})
+        """The number of recorded tensors that were compared, some of them in more than one way."""
+        return len({c.tensor for c in self.comparisons if c.how != "wiring"})
 
     @property
     def worst(self) -> Comparison:
@@ -93,133 +79,120 @@ class CaseResult:
 
     @property
     def first_divergence(self) -> Comparison | None:
-        """The tensor that is wrong first, in the order of execution; of several accounts of it the narrowest."""
-        order = {c.tensor: place for place, c in enumerate(c for c in self.comparisons if c.how == "run")}
-        wrong = [c for c in self.comparisons if not c.conforms]
-        return min(wrong, key=lambda c: order.get(c.tensor, len(order)), default=None)
-
-
-# --- the folder -------------------------------------------------------------------------------------------------------
-
-
-def read_manifest() -> dict[str, Any]:
-    """What is recorded, with provenance and hashes."""
-    path = golden_folder() / "manifest.json"
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT or not manifest["cases"]:
-            raise GoldenError(f"{path}: is not a manifest of the format {FORMAT}; {AGAIN}")
-    except (OSError, ValueError, TypeError, LookupError) as error:
-        reason = str(error) if isinstance(error, GoldenError) else f"{path}: cannot be read: {error!r}; {AGAIN}"
-        raise GoldenError(reason) from None
-    return manifest
-
-
-def case_names(wanted: list[str] | None = None) -> list[str]:
-    """All cases, or those `wanted` after checking that they exist.
-
-    Raises
-    ------
-    GoldenError
-        If there is no case of a name.
-
-    Examples
-    --------
-    >>> case_names(["bends-forward-f33"])
-    Traceback (most recent call last):
-    ...
-    refgemma.goldens.verify.GoldenError: unknown case 'bends-forward-f33'; did you mean bends-forward-f32?
-    """
-    known = list(read_manifest()["cases"])
-    for name in wanted or []:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else "refgemma verify --list names them all"
-            raise GoldenError(f"unknown case {name!r}; {hint}")
-    return wanted or known
-
-
-def load_golden(name: str) -> tuple[dict[str, Any], dict[str, Array]]:
-    """One case: its entry in the manifest and its tensors, half precision as `BF16` and `F16` arrays.
-
-    Raises
-    ------
-    GoldenError
-        If the file of case `name` is missing, or is not the one that was recorded.
-    """
-    about = read_manifest()["cases"][name]
-    path = golden_folder() / about["file"]
-    again = f"{AGAIN} {name}"
-    try:
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
-        if found != about["sha256"]:
-            raise GoldenError(f"{path}: is not the file of the manifest (other sha256); {again}")
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise GoldenError(f"{path}: cannot be read: {error}; {again}") from None
-    return about, {tensor: _in_precision(x) for tensor, x in tensors.items()}
-
-
-def _in_precision(x: Array) -> Array:
-    if x.dtype.kind in "iub":
-        return x
-    return as_dtype(x.astype(np.float64 if x.dtype == np.float64 else np.float32), x.dtype.name)
-
-
-def model_of(about: Mapping[str, Any]) -> tuple[Gemma2Config, Weights]:
-    """The model that a case was recorded on, in the case's precision."""
-    folder = find_model("tiny") if about["model"] == "tiny" else golden_folder() / "models" / about["model"]
-    for file, recorded in read_manifest()["models"][about["model"]].items():
-        try:
-            found = hashlib.sha256((folder / file).read_bytes()).hexdigest()
-        except OSError as error:
-            raise GoldenError(f"{folder / file}: cannot be read: {error.strerror}; {AGAIN}") from None
-        if found != recorded:
-            raise GoldenError(f"{folder / file}: is not what the goldens were recorded with (other sha256); {AGAIN}")
-    checkpoint = open_checkpoint(folder)
-    return checkpoint.config, checkpoint.resident(about["dtype"])
+        """The tensor that is wrong first, in the order of execution."""
+        return next((c for c in self.comparisons if not c.conforms), None)
 
 
 # --- whole models -----------------------------------------------------------------------------------------------------
 
 
 def compare_forward(about: Mapping[str, Any], golden: Mapping[str, Array], name: str) -> Iterator[Comparison]:
-    """A forward case: of a whole sequence each operation and layer alone, then the tensors of all calls."""
+    """Compare a forward case: each operation alone, the wiring of our own run, and the run."""
     config, weights = model_of(about)
+    ours = run_calls(about, golden, config, weights)
+    order = {tensor: place for place, tensor in enumerate(ours)}
+    wired = about["density"] != "logits"  # where only those were recorded, smaller models show the same wiring
+    found = [
+        *compare_operations(golden_candidate(golden, about, golden, config, name), weights, config),
+        *(compare_wiring(golden_candidate(ours, about, golden, config, name), weights, config) if wired else ()),
+        *compare_run(about, golden, ours, name),
+    ]
     whole = len(about["calls"]) == 1
-    if whole:
-        yield from _compare_alone(about, golden, config, weights)
-    ours = _of_real_tokens(run_calls(about, golden, config, weights), about, golden)
-    theirs = _of_real_tokens(golden, about, golden)
-    if about["dtype"] == "float32":
-        doubled = run_calls(about, golden, *model_of({**about, "dtype": "float64"}))
-        exact = _of_real_tokens(doubled, about, golden)
-        noise = _pooled(
-            {t: rounding_noise(ours[t], x, exact[t]) for t, x in theirs.items() if ours[t].shape == x.shape}
-        )
-        measure = run_distance
+    # One after the other as they are computed; sorting keeps the order of the three ways.
+    for c in sorted(found, key=lambda c: order[c.tensor]):
+        detect = c.tensor.removeprefix("calls.0.") if whole else c.tensor
+        yield Comparison(detect, c.how, c.distance, c.identical, c.elements, c.ulps, c.note)
+
+
+def golden_candidate(
+    tensors: Mapping[str, Array], about: Mapping[str, Any], golden: Mapping[str, Array], config: Gemma2Config, name: str
+) -> Candidate:
+    """Return the tensors of a case's calls, recorded or our own, as what the engine judges."""
+    given = {"input_ids": golden["input_ids"], "attention_mask": golden["attention_mask"]}
+    computed = {tensor: x for tensor, x in tensors.items() if tensor.startswith("calls.")}
+    return candidate_of(given | computed, config, dtype=about["dtype"], calls=about["calls"], source=name)
+
+
+def compare_operations(candidate: Candidate, weights: Weights, config: Gemma2Config) -> Iterator[Comparison]:
+    """Compare each recorded tensor, all inputs of which are recorded, with its operation."""
+    engine = Engine(candidate, weights, config)
+    for name in filter(engine.is_direct, engine.recorded):
+        judged, found = engine.judge(name), candidate.tensors[name]
+        where = np.broadcast_to(engine.where(name), found.numbers.shape)
+        ours, theirs = engine.eager_result(name)[where], found.numbers[where]
+        tables = name in ("cos", "sin")
+        allowed = same_angles(ours) if tables else engine.tolerance(name).select(where)
+        strict = strict_distance(ours, theirs, allowed, found.storage)
+        yield _compare_both(_name_in_call(name, judged, candidate), judged, strict, ours, theirs, found.storage)
+
+
+def compare_wiring(candidate: Candidate, weights: Weights, config: Gemma2Config) -> Iterator[Comparison]:
+    """Compare each tensor of our own run with its operation on the inputs that this run gave it."""
+    engine = Engine(candidate, weights, config)
+    for instance in engine.instances:
+        judged = instance.judged
+        if judged.verdict != BLIND:
+            s = judged.statistics
+            name = _name_in_call(instance.tensor, judged, candidate)
+            yield Comparison(
+                name, "wiring", _measure(judged), round(s.exact * s.elements), s.elements, note=judged.note
+            )
+
+
+def _measure(judged: Judged) -> float:
+    return np.inf if judged.verdict == INVALID else judged.statistics.distance
+
+
+def _compare_both(name: str, judged: Judged, strict: float, ours: Array, theirs: Array, dtype: str) -> Comparison:
+    """A tensor by both of the engine's questions."""
+    distance, same = max(_measure(judged), strict), int(np.sum(ours == theirs))
+    return Comparison(name, "operation", distance, same, theirs.size, ulps_apart(ours, theirs, dtype), judged.note)
+
+
+def ulps_apart(computed: Array, recorded: Array, dtype: str) -> float:
+    """Return the largest difference in ulps of half precision, among elements above 1e-3."""
+    counted = (np.abs(recorded) > 1e-3) & np.isfinite(recorded)
+    if dtype not in FORMATS or not counted.any():
+        return 0.0
+    return ratio(distance_from(computed, recorded)[counted], ulp(recorded, dtype)[counted])
+
+
+def _name_in_call(name: str, judged: Judged, candidate: Candidate) -> str:
+    """The name of a tensor in the call in which its largest error is."""
+    seq = judged.statistics.place[-2] if judged.statistics.place else 0
+    ends = np.cumsum(candidate.call.calls)
+    return f"calls.{int(np.searchsorted(ends, seq, side='right'))}.{name}"
+
+
+def compare_run(
+    about: Mapping[str, Any], golden: Mapping[str, Array], ours: Mapping[str, Array], name: str
+) -> Iterator[Comparison]:
+    """Compare each tensor of a run, our own or another's, with the recorded one: the rows of real tokens."""
+    dtype = about["dtype"]
+    if dtype == "float32":
+        other = run_calls(about, golden, *model_of({**about, "dtype": "float64"}))
     else:
-        twin = _of_real_tokens(load_golden(name.rpartition("-")[0] + "-f32")[1], about, golden)
-        noise = _pooled({tensor: half_rounding_noise(x, twin[tensor]) for tensor, x in theirs.items()})
-        measure = half_run_distance
-    for tensor, computed in ours.items():
-        if (recorded := theirs.get(tensor)) is None:
+        other = load_golden(name.rpartition("-")[0] + "-f32")[1]
+    computed, theirs, reference = (_real_tokens(x, about, golden) for x in (ours, golden, other))
+    theirs = {tensor: x for tensor, x in theirs.items() if tensor in computed and tensor in reference}
+    same_shape = {tensor for tensor, x in theirs.items() if computed[tensor].shape == x.shape}
+    noise = _pool({t: rounding_noise(computed[t], theirs[t], reference[t], dtype) for t in same_shape})
+    for tensor, recorded in theirs.items():
+        x = computed[tensor]
+        if tensor not in same_shape:
+            shapes = f"its shape is {x.shape} instead of {recorded.shape}"
+            yield Comparison(tensor, "run", np.inf, 0, recorded.size, note=shapes)
             continue
-        shown = tensor.removeprefix("calls.0.") if whole else tensor
-        if computed.shape != recorded.shape:
-            shapes = f"its shape is {computed.shape} instead of {recorded.shape}"
-            yield Comparison(shown, "run", np.inf, 0, recorded.size, note=shapes)
-            continue
-        distance = measure(computed, recorded, noise[tensor])
-        if tensor.endswith(".logits") and about["dtype"] == "float32":
-            distance = max(distance, logits_distance(computed, recorded))
-        yield _compare(shown, "run", computed, recorded, distance)
+        distance = run_distance(x, recorded, noise[tensor], dtype)
+        if tensor.endswith(".logits") and dtype == "float32":
+            distance = max(distance, logits_distance(x, recorded))
+        yield Comparison(tensor, "run", distance, int(np.sum(x == recorded)), recorded.size)
 
 
 def run_calls(
     about: Mapping[str, Any], golden: Mapping[str, Array], config: Gemma2Config, weights: Weights
 ) -> dict[str, Array]:
-    """All tensors of a case's calls, ``calls.0.embedded`` and so on, each call going on from the cache of the last.
+    """Return all tensors of a case's calls, ``calls.0.embedded`` and so on; each goes on from the cache of the last.
 
     With them the loss, where PyTorch recorded one.
     """
@@ -237,7 +210,7 @@ def run_calls(
     return tensors
 
 
-def _of_real_tokens(
+def _real_tokens(
     tensors: Mapping[str, Array], about: Mapping[str, Any], golden: Mapping[str, Array]
 ) -> dict[str, Array]:
     """The tensors of the calls without the rows of padding tokens, which mean nothing; and the loss."""
@@ -251,106 +224,55 @@ def _of_real_tokens(
 
 
 def _real_rows(x: Array, real: Array) -> Array:
-    """The rows of tokens that are no padding; ``seq`` is the last axis but one."""
-    return x[real] if x.ndim == 3 else x.swapaxes(1, 2)[real]
+    """The rows of tokens other than padding; ``seq`` is the last axis but one."""
+    rows = np.broadcast_to(x, (len(real), *x.shape[1:]))  # one rotary table may serve all rows
+    return rows[real] if x.ndim == 3 else rows.swapaxes(1, 2)[real]
 
 
-def _pooled(noise: Mapping[str, float]) -> dict[str, float]:
+def _pool(noise: Mapping[str, float]) -> dict[str, float]:
     """The noise of a tensor over all calls: one decoding step has too few elements to measure it by."""
     fields = {tensor: tensor.split(".", 2)[-1] for tensor in noise}
     return {tensor: max(noise[other] for other in noise if fields[other] == fields[tensor]) for tensor in noise}
 
 
-def _compare(name: str, how: str, computed: Array, recorded: Array, distance: float, ulps: float = 0.0) -> Comparison:
-    return Comparison(name, how, distance, int(np.sum(computed == recorded)), recorded.size, ulps)
-
-
-def _compare_alone(
-    about: Mapping[str, Any], golden: Mapping[str, Array], config: Gemma2Config, weights: Weights
-) -> Iterator[Comparison]:
-    """Each operation, attention, feed-forward and block of a whole sequence, fed what PyTorch fed it."""
-    dtype = about["dtype"]
-    recorded = {tensor.removeprefix("calls.0."): x for tensor, x in golden.items()}
-    padding = golden["attention_mask"].astype(bool)
-    inputs = check_inputs(golden["input_ids"], config, attention_mask=padding)
-    nothing = empty_cache(config, batch=len(padding), like=weights.norm)
-    masks = [layer_mask(n, past, inputs, config) for n, past in enumerate(nothing)]
-    operations = model_operations(inputs.tokens, inputs.positions, masks, weights, config)
-    for name, computed, bound in replay(recorded, operations):
-        ours, theirs = _real_rows(computed, padding), _real_rows(recorded[name], padding)
-        allowed = _real_rows(np.broadcast_to(bound, computed.shape), padding)
-        distance = operation_distance(ours, theirs, allowed, dtype)
-        yield _compare(name, "operation", ours, theirs, distance, ulps_apart(ours, theirs, dtype))
-
-    _, doubled = model_of({**about, "dtype": "float64"})
-    widened = {name: x.astype(np.float64) for name, x in recorded.items()}
-    exactly = parts(widened, empty_cache(config, len(padding), doubled.norm), masks, doubled, config)
-    for (part, name, computed), (_, _, exact) in zip(
-        parts(recorded, nothing, masks, weights, config), exactly, strict=True
-    ):
-        if name in recorded:
-            ours, theirs, reference = (_real_rows(x, padding) for x in (computed, recorded[name], exact))
-            if dtype == "float32":
-                distance = run_distance(ours, theirs, rounding_noise(ours, theirs, reference))
-            else:
-                distance = half_run_distance(ours, theirs, half_layer_noise(ours, theirs, reference))
-            yield _compare(name, part, ours, theirs, distance)
-
-
 # --- operations and text ----------------------------------------------------------------------------------------------
 
 
-def compare_operation(about: Mapping[str, Any], g: Mapping[str, Array]) -> Iterator[Comparison]:
-    """An operation recorded alone."""
-
-    def one(name: str, computed: Array, bound: Array) -> Comparison:
-        allowed = np.broadcast_to(bound, computed.shape)
-        distance = operation_distance(computed, g[name], allowed, about["dtype"])
-        return _compare(name, "operation", computed, g[name], distance, ulps_apart(computed, g[name], about["dtype"]))
-
-    exact = np.zeros(1)
+def compare_operation(about: Mapping[str, Any], golden: Mapping[str, Array]) -> Iterator[Comparison]:
+    """Compare an operation that was recorded alone."""
     match about["operation"]:
-        case "rms_norm":
-            yield one("y", ops.rms_norm(g["x"], g["weight"], 1e-6), bounds.rms_norm(g["x"], g["weight"], 1e-6))
-        case "linear":
-            yield one("y", ops.linear(g["x"], g["weight"]), bounds.linear(g["x"], g["weight"]))
-        case "gelu_tanh":
-            with np.errstate(over="ignore"):  # the cube of the largest numbers
-                yield one("y", ops.gelu_tanh(g["x"]), bounds.gelu_tanh(g["x"]))
-        case "soft_cap":
-            cap = float(g["cap"][0])
-            yield one("y", ops.soft_cap(g["x"], cap), bounds.soft_cap(g["x"], cap))
-        case "attention_scores":
-            scale = float(g["scale"][0])
-            bound = bounds.attention_scores(g["q"], g["k"], scale)
-            yield one("y", ops.attention_scores(g["q"], g["k"], scale), bound)
-        case "softmax":
-            mask = g["mask"].astype(bool)
-            yield one("y", ops.softmax(g["scores"], mask), bounds.softmax(g["scores"], mask))
-        case "rotary":
-            head_dim = g["cos"].shape[-1]
-            cos, sin = ops.rotary_tables(g["positions"], head_dim, 10000.0, like=g["cos"])
-            # Twice a library's error: the angles themselves have to be the same to the last bit.
-            yield one("cos", cos, np.full(1, bounds.LIBRARY))
-            yield one("sin", sin, np.full(1, bounds.LIBRARY))
-            yield one("y", ops.rotate(g["x"], g["cos"], g["sin"]), bounds.rotate(g["x"], g["cos"], g["sin"]))
-        case "embed":
-            computed = embed(g["ids"], g["weight"])
-            yield one("y", computed, bounds.U * np.abs(np.asarray(computed, np.float64)))
-        case "repeat_kv":
-            yield one("y", ops.repeat_kv(g["x"], int(g["groups"][0])), exact)
         case "masks":
-            yield from _compare_masks(g)
+            yield from _compare_masks(golden)
         case "loss":
-            labels = g["labels"]
-            # Of the same size as a whole run's tolerance: a mean of log probabilities, each a sum over the vocabulary.
-            allowed = np.abs(g["y"].astype(np.float64)) * END_TO_END
-            yield one("y", np.array([causal_lm_loss(g["logits"], labels)]), allowed)
-            nothing = np.array([causal_lm_loss(g["logits"], np.full_like(labels, -100))])
-            same = bool(np.isnan(nothing[0]) and np.isnan(g["y_nothing"][0]))
-            yield Comparison("y_nothing", "operation", 0.0 if same else np.inf, int(same), 1)
-        case other:
-            raise GoldenError(f"this version of refgemma does not know the recorded operation {other!r}")
+            yield from _compare_loss(golden)
+        case kind:
+            yield from compare_single(kind, about["dtype"], golden)
+
+
+def compare_single(kind: str, dtype: str, golden: Mapping[str, Array]) -> Iterator[Comparison]:
+    """Compare an operation on its recorded inputs by both of the engine's questions."""
+    functions = vars(ops) | {"embed": embed}
+    for operation, inputs in recorded_operations(kind, golden, functions):
+        recorded = np.asarray(golden[operation.name], np.float64)
+        with np.errstate(over="ignore"):  # the cube of the largest numbers
+            ours = np.asarray(operation.compute(*inputs), np.float64)
+            exact = np.asarray(operation.compute(*in_float64(inputs)), np.float64)
+        allowed = operation.tolerance(in_float64(inputs), exact, dtype)
+        everywhere = np.ones(recorded.shape, bool)
+        judged = judge(recorded, exact, allowed, dtype, everywhere, ours)
+        strict = strict_distance(ours, recorded, allowed, dtype)
+        yield _compare_both(operation.name, judged, strict, ours, recorded, dtype)
+
+
+def _compare_loss(golden: Mapping[str, Array]) -> Iterator[Comparison]:
+    labels, recorded = golden["labels"], golden["y"].astype(np.float64)
+    ours = np.array([causal_lm_loss(golden["logits"], labels)])
+    # As much as a whole run's logits may be off: a mean of log probabilities, each a sum over the vocabulary.
+    distance = ratio(distance_from(ours, recorded), np.abs(recorded) * END_TO_END)
+    yield Comparison("y", "operation", distance, int(np.sum(ours == recorded)), 1)
+    nothing = np.array([causal_lm_loss(golden["logits"], np.full_like(labels, -100))])
+    same = bool(np.isnan(nothing[0]) and np.isnan(golden["y_nothing"][0]))
+    yield Comparison("y_nothing", "operation", 0.0 if same else np.inf, int(same), 1)
 
 
 def _compare_masks(g: Mapping[str, Array]) -> Iterator[Comparison]:

@@ -7,19 +7,26 @@ Here arguments are taken apart and results put together; what is computed is in 
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from refgemma.cache import Cache, LegacyCache
+from refgemma.cache import Cache, LayerCache, LegacyCache
 from refgemma.config import ConfigError, Gemma2Config
-from refgemma.generation.decode import Criterion, Processor, Prompts, Streamer, generate_batch
+from refgemma.generation.decode import Criterion, Processor, Prompts, generate_batch
 from refgemma.generation.generation_config import FILE as GENERATION_CONFIG
-from refgemma.generation.generation_config import GenerationConfig, settled
-from refgemma.generation.outputs import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput, ModelOutput
+from refgemma.generation.generation_config import GenerationConfig, merge_settings
+from refgemma.generation.outputs import (
+    GenerateBeamDecoderOnlyOutput,
+    GenerateDecoderOnlyOutput,
+    ModelOutput,
+    PastKeyValues,
+)
+from refgemma.generation.stream import Streamer
 from refgemma.heads import causal_lm_loss, last_tokens, sequence_classification_loss, token_classification_loss
 from refgemma.hub import find_model
 from refgemma.inputs import InputError, as_array
@@ -27,7 +34,6 @@ from refgemma.model import begin, blocks, head, next_past
 from refgemma.modeling.model_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
-    PastKeyValues,
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
@@ -48,9 +54,14 @@ from refgemma.weights.parameters import (
     tensor_shapes,
     weights_of,
 )
-from refgemma.weights.save import Output, write_checkpoint
+from refgemma.weights.save import OutputTensor, write_checkpoint
 
-Answer = TypeVar("Answer", bound=ModelOutput)
+# The types of the documented arguments, of which all four classes take the same set.
+Given: TypeAlias = npt.ArrayLike | None
+PastArgument: TypeAlias = Cache | LegacyCache | None
+Flag: TypeAlias = bool | None  # None: what the configuration says
+
+AnyOutput = TypeVar("AnyOutput", bound=ModelOutput)
 
 # What people hand to transformers' from_pretrained, and what to do with it here.
 ELSEWHERE = {
@@ -69,8 +80,8 @@ ELSEWHERE = {
 }
 
 
-def _seen(places: Array | None, attention_mask: Any, seq: int) -> int | None:
-    """How many tokens came before: told by the places of these `seq` tokens, or by a mask over all tokens."""
+def _count_seen(places: Array | None, attention_mask: Any, seq: int) -> int | None:
+    """Count the tokens that came before: from the places of these `seq` tokens, or from a mask over all tokens."""
     if places is not None and places.size:
         return int(places[0])
     if attention_mask is None or isinstance(attention_mask, Mapping):
@@ -79,46 +90,47 @@ def _seen(places: Array | None, attention_mask: Any, seq: int) -> int | None:
     return int(mask.shape[-1] - seq) if mask.ndim in (2, 4) else None
 
 
-def cache_of(
-    past_key_values: Cache | LegacyCache | None, config: Gemma2Config, like: Array, seq: int,
-    attention_mask: Any, cache_position: npt.ArrayLike | None,
+def read_cache(
+    past_key_values: PastArgument, config: Gemma2Config, like: Array, seq: int, attention_mask: Any,
+    cache_position: Given,
 ) -> Cache | None:  # fmt: skip
-    """The cache that a caller handed in, in whichever format, after a look whether `cache_position` agrees with it."""
-    told = None if cache_position is None else as_array(cache_position, "cache_position")
-    if told is not None and (told.shape != (seq,) or told.dtype.kind not in "iu"):
+    """Return the cache of a caller, in whichever format, and check that `cache_position` agrees with it."""
+    places = None if cache_position is None else as_array(cache_position, "cache_position")
+    if places is not None and (places.shape != (seq,) or places.dtype.kind not in "iu"):
         raise InputError(
-            f"cache_position has shape {told.shape} and dtype {told.dtype}: the places of the {seq} tokens are needed"
+            f"cache_position has shape {places.shape} and dtype {places.dtype}: "
+            f"the places of the {seq} tokens are needed"
         )
     if past_key_values is None or isinstance(past_key_values, Cache):
         cache = past_key_values
     else:
-        seen = _seen(told, attention_mask, seq)
+        seen = _count_seen(places, attention_mask, seq)
         cache = Cache.from_legacy(past_key_values, config, like, seen)
     seen_now = cache.get_seq_length() if cache else 0
-    if told is not None and (told != np.arange(seen_now, seen_now + seq)).any():
+    if places is not None and (places != np.arange(seen_now, seen_now + seq)).any():
         raise InputError(
-            f"cache_position is {told.tolist()}, but after {seen_now} tokens in the cache these have the places "
+            f"cache_position is {places.tolist()}, but after {seen_now} tokens in the cache these have the places "
             f"{seen_now} to {seen_now + seq - 1}; for other rotary positions use position_ids"
         )
     return cache
 
 
-def _in_format(cache: Cache, legacy: bool) -> PastKeyValues:
+def _format_cache(cache: Cache, legacy: bool) -> PastKeyValues:
     return cache.to_legacy() if legacy else cache
 
 
-def _or(told: bool | None, configured: bool) -> bool:
-    """What the caller says, or else the configuration."""
-    return configured if told is None else told
+def _choose(given: Flag, configured: bool) -> bool:
+    """Return what the caller says, or else the configuration."""
+    return configured if given is None else given
 
 
-def tokens_to_keep(hidden: Any, logits_to_keep: int | npt.NDArray[Any]) -> Any:
-    """The tokens of `hidden` that logits are wanted of; see `Gemma2ForCausalLM.forward`.
+def select_tokens(hidden: Any, logits_to_keep: int | npt.NDArray[Any]) -> Any:
+    """Select the tokens of `hidden` whose logits are wanted; see `Gemma2ForCausalLM.forward`.
 
     Examples
     --------
     >>> hidden = np.arange(6.0).reshape(2, 3, 1)
-    >>> tokens_to_keep(hidden, 1)[:, :, 0], tokens_to_keep(hidden, np.array([[0], [1]]))[:, :, 0]
+    >>> select_tokens(hidden, 1)[:, :, 0], select_tokens(hidden, np.array([[0], [1]]))[:, :, 0]
     (array([[2.],
            [5.]]), array([[0.],
            [4.]]))
@@ -140,8 +152,8 @@ def tokens_to_keep(hidden: Any, logits_to_keep: int | npt.NDArray[Any]) -> Any:
     return hidden[:, kept] if kept.ndim == 1 else hidden[np.arange(batch)[:, None], kept]
 
 
-def _length(input_ids: Any, inputs_embeds: Any) -> int:
-    """How many tokens a row has; 0 where that cannot be told, which `check_inputs` refuses with a reason."""
+def _count_tokens(input_ids: Any, inputs_embeds: Any) -> int:
+    """Count the tokens of a row; 0 where the shape does not say, which `check_inputs` refuses with a reason."""
     given = as_array(input_ids, "input_ids") if inputs_embeds is None else as_array(inputs_embeds, "inputs_embeds")
     return given.shape[1] if given.ndim > 1 else 0
 
@@ -187,7 +199,7 @@ class Gemma2PreTrainedModel:
         self.score = initial_score(config, seed, dtype, self.has_score_bias) if fresh else score
 
     def __repr__(self) -> str:
-        """The class, the size and the precision."""
+        """Return the class, the size and the precision."""
         return f"{type(self).__name__}({self.num_parameters():,} parameters, {self.dtype})"
 
     @property
@@ -197,7 +209,7 @@ class Gemma2PreTrainedModel:
 
     @classmethod
     def tensor_shapes(cls, config: Gemma2Config) -> dict[str, tuple[int, ...]]:
-        """The tensors of this class, under the names of a whole model, with their shapes."""
+        """Return the tensors of this class, under the names of a whole model, with their shapes."""
         shapes = tensor_shapes(config)
         if not cls.has_head:
             shapes.pop(LM_HEAD, None)
@@ -207,16 +219,16 @@ class Gemma2PreTrainedModel:
         return shapes | score | bias
 
     def num_parameters(self) -> int:
-        """How many numbers the weights are; a tied head counts once."""
+        """Count the numbers of the weights; a tied head counts once."""
         return sum(math.prod(shape) for shape in self.tensor_shapes(self.config).values())
 
     def eval(self) -> Self:
-        """The model itself: there is no training mode here, and dropout is never active."""
+        """Return the model itself: there is no training mode here, and dropout is never active."""
         return self
 
     @classmethod
     def from_config(cls, config: Gemma2Config, seed: int = 0, dtype: Any = "float32") -> Self:
-        """A model with fresh weights: a truncated normal of ``config.initializer_range``, norms and biases zero.
+        """Make a model with fresh weights: a truncated normal of ``config.initializer_range``, norms and biases zero.
 
         Examples
         --------
@@ -300,7 +312,7 @@ class Gemma2PreTrainedModel:
     def from_state_dict(
         cls, config: Gemma2Config, state_dict: Mapping[str, npt.ArrayLike], dtype: Any = "float32"
     ) -> Self:
-        """A model with the tensors of a state dict: this class's, or PyTorch's as NumPy arrays.
+        """Make a model of the tensors of a state dict: this class's, or PyTorch's as NumPy arrays.
 
         Raises
         ------
@@ -332,7 +344,7 @@ class Gemma2PreTrainedModel:
         return cls(config, weights=weights_of(tensors, config), score=score)
 
     def named_tensors(self) -> dict[str, Rows]:
-        """Every tensor by its Hugging Face name, a tied head once; of weights on disk nothing is read yet."""
+        """Return every tensor by its Hugging Face name, a tied head once; of weights on disk nothing is read yet."""
         named = named_weights(self.weights, self.config)
         if not self.has_head:
             named.pop(LM_HEAD, None)
@@ -341,7 +353,7 @@ class Gemma2PreTrainedModel:
         return tensors | {name: tensor for name, tensor in score.items() if tensor is not None}
 
     def state_dict(self) -> dict[str, Array]:
-        """Every tensor by its Hugging Face name; of a model that is read from disk, all of it is read.
+        """Return every tensor by its Hugging Face name; of a model that is read from disk, all of it is read.
 
         Examples
         --------
@@ -383,7 +395,7 @@ class Gemma2PreTrainedModel:
         config = self.config.changed(dtype=self.dtype, architectures=(type(self).__name__,))
         config.to_json_string()  # what no file can hold is refused before anything is written
         tensors = self.named_tensors()
-        outputs = [Output(name, self.dtype, tuple(tensor.shape), tensor) for name, tensor in tensors.items()]
+        outputs = [OutputTensor(name, self.dtype, tuple(tensor.shape), tensor) for name, tensor in tensors.items()]
         write_checkpoint(folder, outputs, max_shard_size)
         config.save_pretrained(folder)
 
@@ -408,18 +420,11 @@ class Gemma2Model(Gemma2PreTrainedModel):
     prefix = "model."
 
     def forward(
-        self,
-        input_ids: npt.ArrayLike | None = None,
-        attention_mask: Any = None,
-        position_ids: npt.ArrayLike | None = None,
-        past_key_values: Cache | LegacyCache | None = None,
-        inputs_embeds: npt.ArrayLike | None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        cache_position: npt.ArrayLike | None = None,
-    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
+        self, input_ids: Given = None, attention_mask: Any = None, position_ids: Given = None,
+        past_key_values: PastArgument = None, inputs_embeds: Given = None, use_cache: Flag = None,
+        output_attentions: Flag = None, output_hidden_states: Flag = None, return_dict: Flag = None,
+        cache_position: Given = None,
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:  # fmt: skip
         """Run the layers. Calling the model is the same.
 
         Parameters
@@ -463,29 +468,35 @@ class Gemma2Model(Gemma2PreTrainedModel):
         ((1, 1, 234), (1, 6, 1, 3))
         """
         config, weights, like = self.config, self.weights, self.weights.norm
-        seq = _length(input_ids, inputs_embeds)
-        cache = cache_of(past_key_values, config, like, seq, attention_mask, cache_position)
-        start = begin(input_ids, weights, config, attention_mask, position_ids, cache, inputs_embeds)
-        keep_cache, keep_probs = _or(use_cache, config.use_cache), _or(output_attentions, config.output_attentions)
-        keep_hidden = _or(output_hidden_states, config.output_hidden_states)
-        hidden, present, states, attentions = start.embedded, [], [start.embedded], []
-        for layer, record in enumerate(blocks(start, weights, config)):
+        seq = _count_tokens(input_ids, inputs_embeds)
+        cache = read_cache(past_key_values, config, like, seq, attention_mask, cache_position)
+        start = begin(
+            input_ids, weights, config, attention_mask=attention_mask, position_ids=position_ids, cache=cache,
+            inputs_embeds=inputs_embeds,
+        )  # fmt: skip
+        keep_cache = _choose(use_cache, config.use_cache)
+        keep_probs = _choose(output_attentions, config.output_attentions)
+        keep_hidden = _choose(output_hidden_states, config.output_hidden_states)
+        present: list[LayerCache] = []
+        hidden, states, attentions = start.embedded, [start.embedded], []
+        for record in blocks(start, weights, config):
             hidden = record.out
             if keep_cache:
-                present.append(next_past(layer, record, config))
+                present.append(next_past(len(present), record, config))
             if keep_hidden:
                 states.append(record.out)
             if keep_probs:
                 attentions.append(record.attention.probs)
+            del record
         norm = rms_norm(hidden, weights.norm, config.rms_norm_eps)
         legacy = past_key_values is not None and not isinstance(past_key_values, Cache)
         output = BaseModelOutputWithPast(
             last_hidden_state=norm,
-            past_key_values=_in_format(Cache(present), legacy) if keep_cache else None,
+            past_key_values=_format_cache(Cache(present), legacy) if keep_cache else None,
             hidden_states=(*states[:-1], norm) if keep_hidden else None,
             attentions=tuple(attentions) if keep_probs else None,
         )
-        return output if _or(return_dict, config.return_dict) else output.to_tuple()
+        return output if _choose(return_dict, config.return_dict) else output.to_tuple()
 
     __call__ = forward
 
@@ -498,19 +509,22 @@ class _WithHead(Gemma2PreTrainedModel):
         """The model without its head, with the same weights."""
         return Gemma2Model(self.config, weights=self.weights)
 
-    def _base(self, **arguments: Any) -> BaseModelOutputWithPast:
-        """What the model without its head returns."""
-        output = self.model(**arguments, return_dict=True)
-        assert isinstance(output, BaseModelOutputWithPast)
+    def _run_base(self, *arguments: Any) -> BaseModelOutputWithPast:
+        """Run the model without its head on the arguments of `Gemma2Model.forward`."""
+        output = self.model.forward(*arguments)
+        assert isinstance(output, BaseModelOutputWithPast)  # for return_dict is true
         return output
 
-    def _returned(self, output: Answer, return_dict: bool | None) -> Answer | tuple[Any, ...]:
-        return output if _or(return_dict, self.config.return_dict) else output.to_tuple()
-
-    def _loss(self, value: float, logits: Array) -> np.floating[Any]:
-        """A loss in the precision it was taken in."""
-        loss: np.floating[Any] = wide(logits).dtype.type(value)
-        return loss
+    def _answer(
+        self, kind: type[AnyOutput], base: BaseModelOutputWithPast, logits: Array, loss: float | None, return_dict: Flag
+    ) -> AnyOutput | tuple[Any, ...]:
+        """Put an output of `kind` together; its loss has the precision it was taken in."""
+        names = {f.name for f in fields(kind)}  # type: ignore[arg-type]  # every output is a dataclass
+        record: dict[str, Any] = {name: value for name, value in base.items() if name in names}
+        record["loss"] = None if loss is None else wide(logits).dtype.type(loss)
+        record["logits"] = logits
+        output = kind(**record)
+        return output if _choose(return_dict, self.config.return_dict) else output.to_tuple()
 
 
 class Gemma2ForCausalLM(_WithHead):
@@ -621,7 +635,7 @@ class Gemma2ForCausalLM(_WithHead):
         if inputs is not None and input_ids is not None:
             raise InputError("give the prompts as inputs or as input_ids, and only once")
         ids = input_ids if inputs is None else inputs
-        call = settled(generation_config, self.generation_config, settings)
+        call = merge_settings(generation_config, self.generation_config, settings)
         prompts = Prompts(ids, attention_mask, position_ids, inputs_embeds, past_key_values)
         output = generate_batch(prompts, self.weights, self.config, call, logits_processor, stopping_criteria, streamer)
         return output if call.return_dict_in_generate else output.sequences
@@ -633,20 +647,11 @@ class Gemma2ForCausalLM(_WithHead):
         settings.save_pretrained(folder)
 
     def forward(
-        self,
-        input_ids: npt.ArrayLike | None = None,
-        attention_mask: Any = None,
-        position_ids: npt.ArrayLike | None = None,
-        past_key_values: Cache | LegacyCache | None = None,
-        inputs_embeds: npt.ArrayLike | None = None,
-        labels: npt.ArrayLike | None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        cache_position: npt.ArrayLike | None = None,
-        logits_to_keep: int | npt.NDArray[Any] = 0,
-    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        self, input_ids: Given = None, attention_mask: Any = None, position_ids: Given = None,
+        past_key_values: PastArgument = None, inputs_embeds: Given = None, labels: Given = None, use_cache: Flag = None,
+        output_attentions: Flag = None, output_hidden_states: Flag = None, return_dict: Flag = None,
+        cache_position: Given = None, logits_to_keep: int | npt.NDArray[Any] = 0,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:  # fmt: skip
         """Run the model and its head. Calling the model is the same.
 
         Parameters
@@ -679,24 +684,14 @@ class Gemma2ForCausalLM(_WithHead):
         >>> logits.shape
         (1, 1, 2048)
         """
-        output = self._base(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-            past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache,
-            output_attentions=output_attentions, output_hidden_states=output_hidden_states,
-            cache_position=cache_position,
-        )  # fmt: skip
-        kept = tokens_to_keep(output.last_hidden_state, logits_to_keep)
+        base = self._run_base(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
+                              output_attentions, output_hidden_states, True, cache_position)  # fmt: skip
+        kept = select_tokens(base.last_hidden_state, logits_to_keep)
         flat = kept.ndim == 2  # the tokens that a bool array picks have lost their rows
         _, all_logits = head(kept[None] if flat else kept, self.weights, self.config)
         logits = all_logits[0] if flat else all_logits
-        causal = CausalLMOutputWithPast(
-            loss=None if labels is None else self._loss(causal_lm_loss(logits, labels), logits),
-            logits=logits,
-            past_key_values=output.past_key_values,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-        )
-        return self._returned(causal, return_dict)
+        loss = None if labels is None else causal_lm_loss(logits, labels)
+        return self._answer(CausalLMOutputWithPast, base, logits, loss, return_dict)
 
     __call__ = forward
 
@@ -705,8 +700,8 @@ class Gemma2ForSequenceClassification(_WithHead):
     """Gemma 2 with a linear layer on top of the last token of each sequence.
 
     The last token is the rightmost one that is not ``config.pad_token_id``, whichever side the padding is on. Without a
-    pad id it is the last in the row, and there can be one row only; with `inputs_embeds` too, where padding cannot be
-    told.
+    pad id it is the last in the row, and there can be one row only; with `inputs_embeds` too, where padding does not
+    show.
 
     Parameters
     ----------
@@ -725,19 +720,11 @@ class Gemma2ForSequenceClassification(_WithHead):
     has_score = True
 
     def forward(
-        self,
-        input_ids: npt.ArrayLike | None = None,
-        attention_mask: Any = None,
-        position_ids: npt.ArrayLike | None = None,
-        past_key_values: Cache | LegacyCache | None = None,
-        inputs_embeds: npt.ArrayLike | None = None,
-        labels: npt.ArrayLike | None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        cache_position: npt.ArrayLike | None = None,
-    ) -> SequenceClassifierOutputWithPast | tuple[Any, ...]:
+        self, input_ids: Given = None, attention_mask: Any = None, position_ids: Given = None,
+        past_key_values: PastArgument = None, inputs_embeds: Given = None, labels: Given = None, use_cache: Flag = None,
+        output_attentions: Flag = None, output_hidden_states: Flag = None, return_dict: Flag = None,
+        cache_position: Given = None,
+    ) -> SequenceClassifierOutputWithPast | tuple[Any, ...]:  # fmt: skip
         """Run the model and its head. Calling the model is the same.
 
         Parameters
@@ -766,27 +753,16 @@ class Gemma2ForSequenceClassification(_WithHead):
         >>> model([[2, 300]], labels=[0.5]).logits.shape  # a regression
         (1, 1)
         """
-        output = self._base(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-            past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache,
-            output_attentions=output_attentions, output_hidden_states=output_hidden_states,
-            cache_position=cache_position,
-        )  # fmt: skip
+        base = self._run_base(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
+                              output_attentions, output_hidden_states, True, cache_position)  # fmt: skip
         assert self.score is not None  # made by __init__
-        all_logits = linear(output.last_hidden_state, self.score.weight)
-        logits = all_logits[np.arange(len(all_logits)), self._last(input_ids, len(all_logits))]
-        value = None if labels is None else sequence_classification_loss(logits, labels, self.config.problem_type)
-        classified = SequenceClassifierOutputWithPast(
-            loss=None if value is None else self._loss(value, logits),
-            logits=logits,
-            past_key_values=output.past_key_values,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-        )
-        return self._returned(classified, return_dict)
+        all_logits = linear(base.last_hidden_state, self.score.weight)
+        logits = all_logits[np.arange(len(all_logits)), self._find_last(input_ids, len(all_logits))]
+        loss = None if labels is None else sequence_classification_loss(logits, labels, self.config.problem_type)
+        return self._answer(SequenceClassifierOutputWithPast, base, logits, loss, return_dict)
 
-    def _last(self, input_ids: npt.ArrayLike | None, batch: int) -> Any:
-        """The place of the token that each row is classified at."""
+    def _find_last(self, input_ids: npt.ArrayLike | None, batch: int) -> Any:
+        """Return the place of the token that each row is classified at."""
         padding = self.config.pad_token_id
         if padding is None and batch > 1:
             raise InputError(
@@ -825,19 +801,11 @@ class Gemma2ForTokenClassification(_WithHead):
     has_score_bias = True
 
     def forward(
-        self,
-        input_ids: npt.ArrayLike | None = None,
-        attention_mask: Any = None,
-        position_ids: npt.ArrayLike | None = None,
-        past_key_values: Cache | LegacyCache | None = None,
-        inputs_embeds: npt.ArrayLike | None = None,
-        labels: npt.ArrayLike | None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        cache_position: npt.ArrayLike | None = None,
-    ) -> TokenClassifierOutput | tuple[Any, ...]:
+        self, input_ids: Given = None, attention_mask: Any = None, position_ids: Given = None,
+        past_key_values: PastArgument = None, inputs_embeds: Given = None, labels: Given = None, use_cache: Flag = None,
+        output_attentions: Flag = None, output_hidden_states: Flag = None, return_dict: Flag = None,
+        cache_position: Given = None,
+    ) -> TokenClassifierOutput | tuple[Any, ...]:  # fmt: skip
         """Run the model and its head. Calling the model is the same.
 
         Parameters
@@ -865,21 +833,11 @@ class Gemma2ForTokenClassification(_WithHead):
         >>> model([[2, 300]]).keys()
         dict_keys(['logits'])
         """
-        output = self._base(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-            past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache,
-            output_attentions=output_attentions, output_hidden_states=output_hidden_states,
-            cache_position=cache_position,
-        )  # fmt: skip
+        base = self._run_base(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
+                              output_attentions, output_hidden_states, True, cache_position)  # fmt: skip
         assert self.score is not None  # made by __init__
-        logits = linear(output.last_hidden_state, self.score.weight, self.score.bias)
-        value = None if labels is None else token_classification_loss(logits, labels)
-        classified = TokenClassifierOutput(
-            loss=None if value is None else self._loss(value, logits),
-            logits=logits,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-        )
-        return self._returned(classified, return_dict)
+        logits = linear(base.last_hidden_state, self.score.weight, self.score.bias)
+        loss = None if labels is None else token_classification_loss(logits, labels)
+        return self._answer(TokenClassifierOutput, base, logits, loss, return_dict)
 
     __call__ = forward

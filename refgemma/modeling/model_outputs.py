@@ -6,11 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from refgemma.cache import Cache
-from refgemma.generation.outputs import ModelOutput
+from refgemma.generation.outputs import ModelOutput, PastKeyValues
 from refgemma.precision import Array
-
-PastKeyValues = Cache | tuple[tuple[Array, Array], ...]
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,12 +1,12 @@
 """A model by name: its configuration, weights, tokenizer and stop ids from one folder. Checked against the layout of
 the released Gemma 2 folders and of transformers 5.23 `save_pretrained`."""
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from refgemma.config import Gemma2Config
+from refgemma.files import read_object
 from refgemma.generation.decode import stop_tokens
 from refgemma.hub import find_model
 from refgemma.tokenizer.tokenizer import Tokenizer
@@ -70,24 +70,18 @@ def load(
     """
     folder = find_model(name, revision, download)
     checkpoint = open_checkpoint(folder)
-    return Pretrained(folder, checkpoint.config, checkpoint.weights(dtype), _stop_ids(folder, checkpoint.config))
+    return Pretrained(folder, checkpoint.config, checkpoint.weights(dtype), _find_stop_ids(folder, checkpoint.config))
 
 
-def _stop_ids(folder: Path, config: Gemma2Config) -> frozenset[int]:
-    """Those of ``generation_config.json`` or else of the configuration, and the end of a turn in any case.
+def _find_stop_ids(folder: Path, config: Gemma2Config) -> frozenset[int]:
+    """Return the ends in ``generation_config.json``, or else in the configuration, and the end of a turn.
 
     A chat model ends its turn with ``<end_of_turn>``, which the released configuration does not list as an end.
     """
     path = folder / "generation_config.json"
     stops = stop_tokens(config)
     if path.exists():
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from None
-        if not isinstance(raw, dict):
-            raise CheckpointError(f"{path}: holds a {type(raw).__name__}, not a JSON object")
-        listed = raw.get("eos_token_id")
+        listed = read_object(path, CheckpointError).get("eos_token_id")
         if listed is not None:
             ids = listed if isinstance(listed, list) else [listed]
             if not all(type(token) is int and 0 <= token < config.vocab_size for token in ids):

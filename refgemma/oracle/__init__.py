@@ -1,1 +1,26 @@
-"""Another implementation's trace judged: which tensor is wrong first, and which known bug explains it."""
+"""Another implementation's trace judged: which tensor is wrong first, and which known bug explains it.
+
+`check` takes a file that another implementation wrote and returns a `Report`; `capture_transformers` makes the tensors
+of such a file from a live transformers model, `save_trace` writes one and `load_trace` reads it. `known_bugs` has the
+catalogue, ``known_bugs.KNOWN_BUGS``. The command line is ``refgemma check``.
+"""
+
+from refgemma.oracle import known_bugs
+from refgemma.oracle.diagnose import Finding, Report
+from refgemma.oracle.engine import Instance
+from refgemma.oracle.pipeline import check
+from refgemma.trace.candidate import Candidate, load_trace
+from refgemma.trace.capture import capture_transformers
+from refgemma.trace.names import save_trace
+
+__all__ = [
+    "Candidate",
+    "Finding",
+    "Instance",
+    "Report",
+    "capture_transformers",
+    "check",
+    "known_bugs",
+    "load_trace",
+    "save_trace",
+]

@@ -19,11 +19,12 @@ from refgemma.cache import Cache
 from refgemma.config import Gemma2Config
 from refgemma.files import replace_file
 from refgemma.model import forward
-from refgemma.oracle.check import Check
 from refgemma.oracle.conformance import Prompt, prompts
+from refgemma.oracle.diagnose import Diagnosis
+from refgemma.oracle.engine import Engine
 from refgemma.oracle.known_bugs import KNOWN_BUGS, KnownBug
 from refgemma.precision import Array
-from refgemma.trace.candidate import load_candidate
+from refgemma.trace.candidate import load_trace
 from refgemma.trace.names import named_tensors, save_trace
 from refgemma.weights.parameters import Weights
 
@@ -32,7 +33,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
-class Shown:
+class Detected:
     """What one prompt shows in one precision."""
 
     prompt: str
@@ -55,7 +56,9 @@ def run_prompt(prompt: Prompt, weights: Weights, config: Gemma2Config) -> Iterat
     cache: Cache | None = None
     starts = np.cumsum([0, *prompt.calls])
     for number, (start, end) in enumerate(pairwise(starts)):
-        run = forward(prompt.input_ids[:, start:end], weights, config, prompt.attention_mask[:, :end], cache=cache)
+        run = forward(
+            prompt.input_ids[:, start:end], weights, config, attention_mask=prompt.attention_mask[:, :end], cache=cache
+        )
         prefix = f"calls.{number}." if len(prompt.calls) > 1 else ""
         yield from ((prefix + name, x) for name, x in named_tensors(run))
         cache = run.cache
@@ -67,13 +70,13 @@ def given(prompt: Prompt) -> Iterator[tuple[str, Array]]:
     yield "attention_mask", prompt.attention_mask
 
 
-def shown(prompt: Prompt, dtype: str, weights: Weights, config: Gemma2Config) -> Shown:
+def detect(prompt: Prompt, dtype: str, weights: Weights, config: Gemma2Config) -> Detected:
     """The mistakes that a right port's full trace of a prompt excludes."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.safetensors"
         save_trace(run_prompt(prompt, weights, config), path, about(prompt) | {"dtype": dtype})
-        candidate = load_candidate(path, config)
-    return Shown(prompt.name, dtype, Check(candidate, weights, config).power()[0])
+        candidate = load_trace(path, config)
+    return Detected(prompt.name, dtype, Diagnosis(Engine(candidate, weights, config)).coverage()[0])
 
 
 def about(prompt: Prompt) -> dict[str, str]:
@@ -81,14 +84,15 @@ def about(prompt: Prompt) -> dict[str, str]:
     return {"calls": json.dumps(prompt.calls), "prompt": prompt.name}
 
 
-def covering(found: Sequence[Shown]) -> list[Shown]:
+def cover(found: Sequence[Detected]) -> list[Detected]:
     """What few prompts show: always that one more, which shows most of what is left.
 
     Examples
     --------
     >>> a, b, c = KNOWN_BUGS[:3]
-    >>> some = [Shown("p", "f", (a,)), Shown("q", "f", (a,)), Shown("q", "h", (b,)), Shown("r", "f", (c, b))]
-    >>> [(s.prompt, s.dtype) for s in covering(some)]
+    >>> rows = [("p", "f", (a,)), ("q", "f", (a,)), ("q", "h", (b,)), ("r", "f", (c, b))]
+    >>> some = [Detected(*row) for row in rows]
+    >>> [(s.prompt, s.dtype) for s in cover(some)]
     [('q', 'f'), ('q', 'h'), ('r', 'f')]
     """
     by_prompt: dict[str, set[str]] = {}
@@ -103,13 +107,13 @@ def covering(found: Sequence[Shown]) -> list[Shown]:
     return [s for s in found if s.prompt in chosen]
 
 
-def not_shown(found: Sequence[Shown]) -> list[KnownBug]:
+def list_undetected(found: Sequence[Detected]) -> list[KnownBug]:
     """What none of them shows, of the mistakes that change a computation."""
     seen = {v.name for s in found for v in s.variants}
     return [v for v in KNOWN_BUGS if v.change is not None and v.name not in seen]
 
 
-def as_json(found: Sequence[Shown], config: Gemma2Config, model: str) -> dict[str, Any]:
+def as_json(found: Sequence[Detected], config: Gemma2Config, model: str) -> dict[str, Any]:
     """Everything, for a program."""
     known = prompts(config)
     return {
@@ -119,12 +123,12 @@ def as_json(found: Sequence[Shown], config: Gemma2Config, model: str) -> dict[st
              "shows": {s.dtype: [v.name for v in s.variants] for s in found if s.prompt == name}}
             for name in dict.fromkeys(s.prompt for s in found)
         ],
-        "not_shown": [{"variant": v.name, "needs": v.shows} for v in not_shown(found)],
+        "not_shown": [{"variant": v.name, "needs": v.shows} for v in list_undetected(found)],
         "found_elsewhere": [v.name for v in KNOWN_BUGS if v.change is None],
     }  # fmt: skip
 
 
-def write_prompts(found: Sequence[Shown], config: Gemma2Config, folder: Path, model: str) -> list[Path]:
+def write_prompts(found: Sequence[Detected], config: Gemma2Config, folder: Path, model: str) -> list[Path]:
     """A file with the inputs of each prompt, and ``prompts.json`` with what each shows."""
     folder.mkdir(parents=True, exist_ok=True)
     known, written = prompts(config), []

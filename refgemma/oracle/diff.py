@@ -14,7 +14,7 @@ import numpy as np
 
 from refgemma.config import Gemma2Config
 from refgemma.inputs import InputError
-from refgemma.oracle.check import Check
+from refgemma.oracle.engine import Engine
 from refgemma.precision import Array
 from refgemma.trace.candidate import Candidate
 from refgemma.trace.names import FIELDS, field_of, layer_of
@@ -49,12 +49,12 @@ class Difference:
         return bool(self.problem) or self.equal < 1
 
 
-def in_order(names: list[str]) -> list[str]:
+def sort_names(names: list[str]) -> list[str]:
     """Names of ours in the order of execution, then all others as they come.
 
     Examples
     --------
-    >>> in_order(["logits", "mine", "layers.10.out", "layers.2.out", "cos"])
+    >>> sort_names(["logits", "mine", "layers.10.out", "layers.2.out", "cos"])
     ['cos', 'layers.2.out', 'layers.10.out', 'logits', 'mine']
     """
 
@@ -68,12 +68,12 @@ def in_order(names: list[str]) -> list[str]:
     return sorted(names, key=key)
 
 
-def compared(name: str, a: Array, b: Array) -> Difference:
+def compare_tensors(name: str, a: Array, b: Array) -> Difference:
     """The `Difference` of two arrays, `a` and `b`, of one tensor, `name`.
 
     Examples
     --------
-    >>> d = compared("x", np.array([1.0, 2.0]), np.array([1.0, 2.5]))
+    >>> d = compare_tensors("x", np.array([1.0, 2.0]), np.array([1.0, 2.5]))
     >>> isinstance(d, Difference), d.equal, d.largest, d.place
     (True, 0.5, 0.5, (1,))
     """
@@ -92,19 +92,21 @@ def compared(name: str, a: Array, b: Array) -> Difference:
     return Difference(name, "", x.size, float(same.mean()), float(gap.max()), float(relative), place)
 
 
-def differences(a: TraceFile, b: TraceFile) -> list[Difference]:
+def compare_traces(a: TraceFile, b: TraceFile) -> list[Difference]:
     """Every tensor that both files have, in the order of execution."""
     found = []
-    for name in in_order([name for name in a.entries if name in b.entries]):
+    for name in sort_names([name for name in a.entries if name in b.entries]):
         left, right = a.entries[name], b.entries[name]
         if left.shape != right.shape:
             found.append(Difference(name, f"has shapes {left.shape} and {right.shape}"))
         else:
-            found.append(compared(name, left.read(), right.read()))
+            found.append(compare_tensors(name, left.read(), right.read()))
     return found
 
 
-def unexplained(a: Candidate, b: Candidate, weights: Mapping[str, Weights], config: Gemma2Config) -> dict[str, float]:
+def measure_unexplained(
+    a: Candidate, b: Candidate, weights: Mapping[str, Weights], config: Gemma2Config
+) -> dict[str, float]:
     """By how many bounds each tensor differs that its inputs do not explain; those whose inputs both traces have.
 
     Parameters
@@ -118,14 +120,14 @@ def unexplained(a: Candidate, b: Candidate, weights: Mapping[str, Weights], conf
     """
     if not np.array_equal(a.call.input_ids, b.call.input_ids):
         raise InputError(f"{a.source} and {b.source} are of other tokens; their operations cannot be told apart")
-    works = [Check(c, weights[c.dtype], config) for c in (a, b)]
+    engines = [Engine(c, weights[c.dtype], config) for c in (a, b)]
     found = {}
-    for name in works[0].usual.table:
-        if any(name not in c.tensors for c in (a, b)) or any(len(w.usual.span(name)) > 1 for w in works):
+    for name in engines[0].usual.table:
+        if any(name not in c.tensors for c in (a, b)) or not all(e.is_direct(name) for e in engines):
             continue
-        errors = [w.candidate.tensors[name].numbers - w.usual.result(name) for w in works]
-        bound = works[0].allowance(name).worst + works[1].allowance(name).worst
-        where = np.broadcast_to(works[0].where(name) & works[1].where(name), errors[0].shape)
+        errors = [e.candidate.tensors[name].numbers - e.usual.result(name) for e in engines]
+        bound = engines[0].tolerance(name).error_bound + engines[1].tolerance(name).error_bound
+        where = np.broadcast_to(engines[0].where(name) & engines[1].where(name), errors[0].shape)
         with np.errstate(invalid="ignore"):
             units = (np.abs(errors[0] - errors[1]) / bound)[where]
         found[name] = float(np.nanmax(units, initial=0.0)) if np.isfinite(units).all() else float("inf")

@@ -49,39 +49,44 @@ PARAMETERS: Mapping[str, tuple[str, ...]] = {
 )
 
 
-def estimates(usual: Computed, names: Sequence[str], context: Context) -> Iterator[Estimate]:
+def estimate_parameters(usual: Computed, names: Sequence[str], context: Context) -> Iterator[Estimate]:
     """What the candidate's parameters are, of those that the wrong tensors depend on; whole spans are not fitted."""
     names = [name for name in names if len(usual.span(name)) == 1][:4]
     for parameter in PARAMETERS.get(field_of(names[0]), ()) if names else ():
         found = _estimate(parameter, usual, names, context)
-        if found is not None:
+        # An estimate of the model's own number explains nothing.
+        if found is not None and f"{found.value:.6g}" != f"{found.expected:.6g}":
             yield found
 
 
-def _errors(usual: Computed, names: Sequence[str], context: Context, factor: float, sigmas: Sequence[Array]) -> Array:
+def _errors(
+    usual: Computed, names: Sequence[str], context: Context, factor: float, deviations: Sequence[Array]
+) -> Array:
     """The errors of all the tensors in standard deviations, under a context and after a factor on the result."""
     computed = Computed(operations(context), usual.candidate)
     parts = []
-    for name, sigma in zip(names, sigmas, strict=True):
+    for name, std in zip(names, deviations, strict=True):
         tensor = usual.candidate.tensors[name]
         known = True if tensor.known is None else tensor.known
         where = np.broadcast_to(where_compared(name, context) & known, tensor.numbers.shape)
         with np.errstate(all="ignore"):
-            error = (tensor.numbers - factor * computed.result(name)) / np.broadcast_to(sigma, tensor.numbers.shape)
+            error = (tensor.numbers - factor * computed.result(name)) / np.broadcast_to(std, tensor.numbers.shape)
         parts.append(error[where])
     z = np.concatenate(parts)
     return np.asarray(z[np.isfinite(z)])
 
 
-def _sigmas(usual: Computed, names: Sequence[str], context: Context) -> list[Array]:
+def _deviations(usual: Computed, names: Sequence[str], context: Context) -> list[Array]:
     """The standard deviations of the tensors under a context."""
     computed = Computed(operations(context), usual.candidate)
     found = []
     for name in names:
         tensor, op = usual.candidate.tensors[name], computed.table[name]
         with np.errstate(all="ignore"):
-            allowed = op.allowance(computed.inputs(name), computed.result(name), context.arithmetic, tensor.storage)
-        found.append(in_decimals(allowed, tensor.coarse).sigma)
+            allowed = op.tolerance(
+                computed.inputs(name), computed.result(name), tensor.storage, context.arithmetic.unit
+            )
+        found.append(in_decimals(allowed, tensor.coarse).std)
     return found
 
 
@@ -100,11 +105,11 @@ def _with(context: Context, parameter: str, value: float) -> tuple[Context, floa
 def _estimate(parameter: str, usual: Computed, names: Sequence[str], context: Context) -> Estimate | None:
     def errors(value: float, at: float) -> Array:
         """With the standard deviations of the parameter `at`."""
-        return _errors(usual, names, *_with(context, parameter, value), sigmas(at))
+        return _errors(usual, names, *_with(context, parameter, value), deviations(at))
 
     @cache
-    def sigmas(at: float) -> list[Array]:
-        return _sigmas(usual, names, _with(context, parameter, at)[0])
+    def deviations(at: float) -> list[Array]:
+        return _deviations(usual, names, _with(context, parameter, at)[0])
 
     def misfit(value: float, at: float) -> float:
         z = errors(value, at)

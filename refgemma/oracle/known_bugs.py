@@ -18,8 +18,8 @@ import numpy as np
 
 from refgemma import ops
 from refgemma.config import FULL, SLIDING
-from refgemma.oracle.compare import ulp
 from refgemma.oracle.operations import Context, Operation, operations, window_mask
+from refgemma.oracle.tolerance import ulp
 from refgemma.precision import Array, as_dtype, bf16, narrow, wide
 from refgemma.trace.names import field_of, layer_of
 from refgemma.weights.parameters import LayerWeights
@@ -249,15 +249,15 @@ def norm_after_residual(table: dict[str, Operation], context: Context) -> dict[s
         wrong[norm.name] = replace(
             norm, inputs=(source, p + "attention.out"), compute=lambda h, a, norm=norm: norm.compute(h + a),
             allowed=lambda h, a, norm=norm: norm.allowed(h + a),
-            stores=lambda h, a, norm=norm: [_sum_stored(norm, h + a, context)],
+            stores=lambda h, a, storage, norm=norm: [_sum_stored(norm, h + a, storage)],
         )  # fmt: skip
         wrong[p + "middle"] = _copy(table[p + "middle"], norm.name)
     return wrong
 
 
-def _sum_stored(norm: Operation, total: Array, context: Context) -> Array:
-    """What the rounding of a sum leaves in its norm: as much relative to the result as it is to the sum."""
-    step = ulp(total, context.arithmetic.storage) / 2
+def _sum_stored(norm: Operation, total: Array, storage: str) -> Array:
+    """Return what the rounding of a sum leaves in its norm: as much relative to the result as it is to the sum."""
+    step = ulp(total, storage) / 2
     found: Array = np.abs(norm.compute(total)) * step / np.maximum(np.abs(total), 1e-300)
     return found
 
@@ -453,8 +453,8 @@ def _tf32(x: Array) -> Array:
 
 def without_pads(context: Context) -> Context:
     """Positions that do not count padding."""
-    counted = np.maximum(np.cumsum(context.call.visible, axis=1) - 1, 0)
-    return replace(context, call=replace(context.call, positions=counted))
+    count_errors = np.maximum(np.cumsum(context.call.visible, axis=1) - 1, 0)
+    return replace(context, call=replace(context.call, positions=count_errors))
 
 
 def moved(offset: int) -> Change:
@@ -804,12 +804,12 @@ KNOWN_BUGS: tuple[KnownBug, ...] = (
 )  # fmt: skip
 
 
-def both(one: KnownBug, other: KnownBug) -> KnownBug:
+def combine(one: KnownBug, other: KnownBug) -> KnownBug:
     """Two mistakes made together.
 
     Examples
     --------
-    >>> both(known_bug("scale-head-dim"), known_bug("gelu-f16-table")).name
+    >>> combine(known_bug("scale-head-dim"), known_bug("gelu-f16-table")).name
     'scale-head-dim + gelu-f16-table'
     """
     assert one.change is not None

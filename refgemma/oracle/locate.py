@@ -2,29 +2,24 @@
 tests by making chosen elements wrong.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from refgemma.oracle.engine import Engine
 from refgemma.precision import Array
 from refgemma.trace.candidate import axes_of
 
-if TYPE_CHECKING:
-    from refgemma.oracle.check import Check
 
-
-def wrong_elements(check: Check, name: str) -> Array:
+def find_wrong(engine: Engine, name: str) -> Array:
     """The elements beyond the worst case; or if there are none, those beyond three standard deviations."""
-    found, exact = check.candidate.tensors[name].numbers, check.usual.result(name)
-    where = np.broadcast_to(check.where(name), found.shape)
-    allowed = check.allowance(name)
+    found, exact = engine.candidate.tensors[name].numbers, engine.usual.result(name)
+    where = np.broadcast_to(engine.where(name), found.shape)
+    allowed = engine.tolerance(name)
     with np.errstate(invalid="ignore"):
         error = np.abs(found - exact)
-    beyond = (error > allowed.worst) & where
-    return np.asarray(beyond if beyond.any() else (error > 3 * allowed.sigma) & where)
+    beyond = (error > allowed.error_bound) & where
+    return np.asarray(beyond if beyond.any() else (error > 3 * allowed.std) & where)
 
 
 @dataclass(frozen=True)
@@ -36,12 +31,12 @@ class ErrorMap:
     numbers: Array  # the largest error in standard deviations; NaN where nothing is compared
 
 
-def error_maps(check: Check, name: str) -> tuple[ErrorMap, ...]:
+def map_errors(engine: Engine, name: str) -> tuple[ErrorMap, ...]:
     """A wrong tensor's errors by position and its last axis, and if it has heads by head and position."""
-    found = check.candidate.tensors[name].numbers
-    where = np.broadcast_to(check.where(name), found.shape)
+    found = engine.candidate.tensors[name].numbers
+    where = np.broadcast_to(engine.where(name), found.shape)
     with np.errstate(invalid="ignore"):
-        units = np.abs(found - check.usual.result(name)) / check.sigma(name)
+        units = np.abs(found - engine.usual.result(name)) / engine.tolerance(name).std
     units = np.where(where, np.where(np.isfinite(units), units, np.inf), np.nan)
     axes = axes_of(name).split()
     seq, last = axes.index("seq"), len(axes) - 1
@@ -52,13 +47,13 @@ def error_maps(check: Check, name: str) -> tuple[ErrorMap, ...]:
     )
 
 
-def some(numbers: Array, total: int, word: str) -> str:
+def list_some(numbers: Array, total: int, word: str) -> str:
     """``heads 1, 2``, ``positions 8 to 23``, or nothing if it is all of them.
 
     Examples
     --------
-    >>> some(np.array([1, 2]), 4, "heads"), some(np.arange(8, 24), 24, "positions"), some(np.arange(4), 4, "heads")
-    ('heads 1, 2', 'positions 8 to 23', '')
+    >>> list_some(np.array([1, 2]), 4, "heads"), list_some(np.arange(8, 24), 24, "positions")
+    ('heads 1, 2', 'positions 8 to 23')
     """
     if len(numbers) in (0, total):
         return ""
@@ -67,9 +62,9 @@ def some(numbers: Array, total: int, word: str) -> str:
     return f"{word} " + ", ".join(str(n) for n in numbers[:6]) + (", ..." if len(numbers) > 6 else "")
 
 
-def attribution(check: Check, name: str) -> str:
+def locate_errors(engine: Engine, name: str) -> str:
     """Where the wrong elements of a tensor are, in words."""
-    wrong = wrong_elements(check, name)
+    wrong = find_wrong(engine, name)
     if not wrong.any():
         return "everywhere a little"
     axes = axes_of(name).split()
@@ -79,18 +74,18 @@ def attribution(check: Check, name: str) -> str:
     for axis, word in words.items():
         if axis in axes:
             others = tuple(n for n, other in enumerate(axes) if other != axis)
-            said.append(some(np.flatnonzero(wrong.any(axis=others)), lengths[axis], word))
+            said.append(list_some(np.flatnonzero(wrong.any(axis=others)), lengths[axis], word))
     last = np.flatnonzero(wrong.any(axis=tuple(range(wrong.ndim - 1))))
     if axes[-1] == "keys":
-        said.append(distances(wrong, check.config.sliding_window))
+        said.append(describe_distances(wrong, engine.config.sliding_window))
     elif axes[-1] == "head_dim":
-        said.append(halves(last, lengths["head_dim"]))
+        said.append(describe_halves(last, lengths["head_dim"]))
     elif axes[-1] == "vocab":
-        said.append(some(last, lengths["vocab"], "columns"))
+        said.append(list_some(last, lengths["vocab"], "columns"))
     return "; ".join(part for part in said if part)
 
 
-def distances(wrong: Array, window: int) -> str:
+def describe_distances(wrong: Array, window: int) -> str:
     """How far the wrong keys are from their queries."""
     _, _, queries, keys = np.nonzero(wrong)
     if len(set(keys)) == 1 and wrong.shape[-1] > 2:
@@ -105,7 +100,7 @@ def distances(wrong: Array, window: int) -> str:
     return f"keys {low} to {high} before their query{beyond}"
 
 
-def halves(places: Array, head_dim: int) -> str:
+def describe_halves(places: Array, head_dim: int) -> str:
     """Whether it is one half of a head, or every other number."""
     if len(places) and places.min() >= head_dim // 2:
         return "second halves of heads"

@@ -1,7 +1,6 @@
 """The model as a table of named operations, each of which can be computed alone, exactly or as PyTorch's eager kernels
 round. Checked against `refgemma.model.forward`, whose tensors it names and whose operations it calls."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,14 +11,17 @@ import numpy as np
 from refgemma import ops
 from refgemma.config import Gemma2Config
 from refgemma.layers import merge_heads, split_heads
-from refgemma.model import HEAD_ROWS
-from refgemma.oracle import tolerance as allow
-from refgemma.oracle.bounds import U
-from refgemma.oracle.compare import ulp
-from refgemma.oracle.tolerance import Allowance, Arithmetic
+from refgemma.model import embedding_scale
+from refgemma.oracle import tolerance as tol
+from refgemma.oracle.tolerance import FORMATS, Arithmetic, Tolerance, U, in_unit, with_storage
 from refgemma.precision import Array, as_dtype, wide
 from refgemma.trace.candidate import Call
-from refgemma.weights.parameters import LayerWeights, Weights
+from refgemma.weights.parameters import LayerWeights, Weights, row_pieces
+
+
+def store_nothing(*inputs: Array, storage: str) -> list[Array]:
+    """Return the errors of results stored on the way, where there are none."""
+    return []
 
 
 @dataclass(frozen=True)
@@ -29,14 +31,18 @@ class Operation:
     name: str
     inputs: tuple[str, ...]
     compute: Callable[..., Array]
-    allowed: Callable[..., Allowance]  # of the inputs; before the result is stored
-    stores: Callable[..., list[Array]] = lambda *inputs: []  # what results stored on the way leave in the result
+    allowed: Callable[..., Tolerance]  # of the inputs; in float32 arithmetic, before the result is stored
+    stores: Callable[..., list[Array]] = store_nothing  # what results stored on the way leave in the result
 
-    def allowance(self, inputs: Sequence[Array], exact: Array, arithmetic: Arithmetic, storage: str) -> Allowance:
-        """What rounding may do to the result, which is kept in `storage`."""
+    def tolerance(self, inputs: Sequence[Array], exact: Array, storage: str, unit: float = U) -> Tolerance:
+        """Return what rounding may do to the result, which is kept in `storage`; `unit` is that of the arithmetic."""
         with np.errstate(over="ignore", invalid="ignore"):
-            inside = allow.in_unit(self.allowed(*inputs), arithmetic)
-            return allow.stored(inside, exact, storage, *(self.stores(*inputs) if storage != "float32" else []))
+            stored = self.stores(*inputs, storage=storage) if storage in FORMATS else []
+            return with_storage(in_unit(self.allowed(*inputs), unit), exact, storage, stored)
+
+
+def _exact(x: Array) -> Array:
+    return np.asarray(wide(x), np.float64)
 
 
 class Layers(Sequence[LayerWeights]):
@@ -54,22 +60,14 @@ class Layers(Sequence[LayerWeights]):
         """Block `layer`."""
         if layer not in self._kept:
             found = self._layers[layer]
-            numbers: dict[str, Any] = {name: _doubled(x) for name, x in vars(found).items()}
+            numbers: dict[str, Any] = {name: None if x is None else _exact(x) for name, x in vars(found).items()}
             self._kept = {layer: LayerWeights(**numbers)}
         return self._kept[layer]
 
 
-def _doubled(x: Array | None) -> Array | None:
-    return None if x is None else np.asarray(wide(x), np.float64)
-
-
-def doubled(weights: Weights) -> Weights:
-    """The same numbers in float64: layers as they are asked for, the embedding table by the rows that are read."""
+def double(weights: Weights) -> Weights:
+    """Return the same numbers in float64: layers as they are asked for, the embedding table as it is."""
     return Weights(weights.embed_tokens, Layers(weights.layers), _exact(weights.norm), weights.lm_head)
-
-
-def _exact(x: Array) -> Array:
-    return np.asarray(wide(x), np.float64)
 
 
 def window_mask(context: "Context", layer: int) -> Array:
@@ -112,22 +110,20 @@ class Context:
 
     def embedding_scale(self) -> float:
         """``sqrt(hidden)`` as the candidate's precision has it."""
-        return float(as_dtype(math.sqrt(self.config.hidden_size), self.arithmetic.storage))
+        return float(embedding_scale(self.config.hidden_size, like=as_dtype(np.zeros(0), self.arithmetic.storage)))
 
 
-def embed(context: Context) -> Array:
-    """The rows of the tokens times ``sqrt(hidden)``."""
+def scale_rows(context: Context) -> Array:
+    """Return the rows of the tokens times ``sqrt(hidden)``."""
     rows = context.weights.embed_tokens[context.call.input_ids]
     scaled: Array = (_exact(rows) if context.exact else rows) * context.embedding_scale()
     return scaled
 
 
-def head_rows(context: Context, x: Array, of: Callable[[Array, Array], Array]) -> Array:
-    """A function of `x` and the rows of the head, `HEAD_ROWS` of them at a time."""
-    table = context.weights.head
-    starts = range(0, table.shape[0], HEAD_ROWS)
-    parts = (table[start : start + HEAD_ROWS] for start in starts)
-    return np.concatenate([of(x, _exact(rows) if context.exact else rows) for rows in parts], axis=-1)
+def head_pieces(context: Context) -> Iterator[Array]:
+    """The rows of the head, a piece of it at a time."""
+    for rows in row_pieces(context.weights.head):
+        yield _exact(rows) if context.exact else rows
 
 
 def _ends(context: Context) -> Iterator[Operation]:
@@ -137,68 +133,65 @@ def _ends(context: Context) -> Iterator[Operation]:
     tables = context.function("rotary_tables", ops.rotary_tables)
     positions = context.call.positions
     arguments = (positions, config.head_dim, config.rope_theta, like)
-    allowed = partial(allow.rotary_tables, positions[:, None, :, None], config.head_dim, config.rope_theta)
+    allowed = partial(tol.rotary_tables, positions[:, None, :, None], config.head_dim, config.rope_theta)
     yield Operation("cos", (), lambda: tables(*arguments)[0], allowed)
     yield Operation("sin", (), lambda: tables(*arguments)[1], allowed)
-    embedding = context.function("embed", embed)
+    embedding = context.function("embed", scale_rows)
     yield Operation(
-        "embedded", (), lambda: embedding(context), lambda: allow.one_rounding(_exact(embed(context)), common=U)
+        "embedded", (), lambda: embedding(context), lambda: tol.one_rounding(_exact(scale_rows(context)), common=U)
     )
     yield _norm(context, "norm", last, lambda: context.weights.norm)
     unembed, cap = context.function("unembed", ops.linear), config.final_logit_softcapping
-    yield Operation(
-        "raw_logits", ("norm",), lambda x: head_rows(context, x, unembed),
-        lambda x: _concatenated([allow.linear(x, _exact(context.weights.head[start : start + HEAD_ROWS]))
-                                 for start in range(0, context.weights.head.shape[0], HEAD_ROWS)]),
-    )  # fmt: skip
+
+    def raw_logits(norm: Array) -> Array:
+        return np.concatenate([unembed(norm, rows) for rows in head_pieces(context)], axis=-1)
+
+    def raw_logits_tolerance(norm: Array) -> Tolerance:
+        pieces = [tol.linear(norm, rows) for rows in head_pieces(context)]
+        bound = np.concatenate([piece.bound for piece in pieces], axis=-1)
+        return tol.tolerance(bound, np.concatenate([piece.spread for piece in pieces], axis=-1))
+
+    yield Operation("raw_logits", ("norm",), raw_logits, raw_logits_tolerance)
     yield _capped(context, "logits", "raw_logits", cap)
-
-
-def _concatenated(parts: list[Allowance]) -> Allowance:
-    bound, spread = (np.concatenate([getattr(part, name) for part in parts], axis=-1) for name in ("bound", "spread"))
-    return allow.allowance(bound, spread)
 
 
 def _norm(context: Context, name: str, source: str, weight: Callable[[], Array]) -> Operation:
     norm, eps = context.function("rms_norm", ops.rms_norm), context.config.rms_norm_eps
-    return Operation(name, (source,), lambda x: norm(x, weight(), eps), lambda x: allow.rms_norm(x, weight(), eps))
+    return Operation(name, (source,), lambda x: norm(x, weight(), eps), lambda x: tol.rms_norm(x, weight(), eps))
 
 
 def _capped(context: Context, name: str, source: str, cap: float | None) -> Operation:
     soft_cap = context.function("soft_cap", ops.soft_cap)
-    storage = context.arithmetic.storage
-    return Operation(
-        name, (source,), lambda x: soft_cap(x, cap), partial(allow.soft_cap, cap=cap),
-        partial(allow.soft_cap_stores, cap=cap, storage=storage),
-    )  # fmt: skip
+    allowed, stores = partial(tol.soft_cap, cap=cap), partial(tol.soft_cap_stores, cap=cap)
+    return Operation(name, (source,), lambda x: soft_cap(x, cap), allowed, stores)
 
 
 def _sum(name: str, left: str, right: str) -> Operation:
-    return Operation(name, (left, right), np.add, lambda a, b: allow.one_rounding(a + b))
+    return Operation(name, (left, right), np.add, lambda a, b: tol.one_rounding(a + b))
 
 
-def _linear(name: str, source: str, weight: Callable[[], tuple[Array, Array | None]]) -> Operation:
-    return Operation(name, (source,), lambda x: ops.linear(x, *weight()), lambda x: allow.linear(x, *weight()))
+Matrix = Callable[[], tuple[Array, Array | None]]  # a weight and its bias, if it has one
 
 
-def _head(name: str, source: str, weight: Callable[[], tuple[Array, Array | None]], head_dim: int) -> Operation:
+def _linear(name: str, source: str, weight: Matrix) -> Operation:
+    return Operation(name, (source,), lambda x: ops.linear(x, *weight()), lambda x: tol.linear(x, *weight()))
+
+
+def _heads(name: str, source: str, weight: Matrix, head_dim: int) -> Operation:
     """A projection whose result is taken apart into heads."""
-
-    def allowed(x: Array) -> Allowance:
-        flat = allow.linear(x, *weight())
-        return allow.allowance(split_heads(flat.bound, head_dim), split_heads(flat.spread, head_dim), flat.common)
-
-    return Operation(name, (source,), lambda x: split_heads(ops.linear(x, *weight()), head_dim), allowed)
+    split = partial(split_heads, head_dim=head_dim)
+    flat = _linear(name, source, weight)
+    return Operation(name, (source,), lambda x: split(flat.compute(x)), lambda x: tol.rearrange(flat.allowed(x), split))
 
 
 def _attention(context: Context, layer: int, source: str) -> Iterator[Operation]:
-    config, p, storage = context.config, f"layers.{layer}.attention.", context.arithmetic.storage
+    config, p = context.config, f"layers.{layer}.attention."
     scale, cap = config.attention_scale, config.attn_logit_softcapping
     repeat = context.function("repeat_kv", ops.repeat_kv)
     rotate, softmax = context.function("rotate", ops.rotate), context.function("softmax", ops.softmax)
     score = context.function("attention_scores", ops.attention_scores)
 
-    def weight(letter: str) -> Callable[[], tuple[Array, Array | None]]:
+    def weight(letter: str) -> Matrix:
         def found() -> tuple[Array, Array | None]:
             weights = context.layer(layer)
             return getattr(weights, f"{letter}_proj"), getattr(weights, f"{letter}_proj_bias")
@@ -206,34 +199,27 @@ def _attention(context: Context, layer: int, source: str) -> Iterator[Operation]
         return found
 
     for letter in ("q", "k", "v"):
-        yield _head(p + letter, source, weight(letter), config.head_dim)
+        yield _heads(p + letter, source, weight(letter), config.head_dim)
     for letter in ("q", "k"):
-        yield Operation(
-            f"{p}{letter}_rot", (p + letter, "cos", "sin"), rotate, allow.rotate,
-            partial(allow.rotate_stores, storage=storage),
-        )  # fmt: skip
+        yield Operation(f"{p}{letter}_rot", (p + letter, "cos", "sin"), rotate, tol.rotate, tol.rotate_stores)
     yield Operation(
         p + "scores", (p + "q_rot", p + "k_rot"),
         lambda q, k: score(q, repeat(k, context.groups), scale),
-        lambda q, k: allow.attention_scores(q, repeat(k, context.groups), scale),
-        lambda q, k: [scale * ulp(_exact(q) @ _exact(repeat(k, context.groups)).swapaxes(-1, -2), storage) / 2],
+        lambda q, k: tol.attention_scores(q, repeat(k, context.groups), scale),
+        lambda q, k, storage: tol.scores_stores(q, repeat(k, context.groups), scale, storage),
     )  # fmt: skip
     yield _capped(context, p + "capped", p + "scores", cap)
     yield Operation(
         p + "probs", (p + "capped",),
         lambda x: softmax(x, context.mask(context, layer)),
-        lambda x: allow.softmax(x, context.mask(context, layer)),
+        lambda x: tol.softmax(x, context.mask(context, layer)),
     )  # fmt: skip
     yield Operation(
         p + "mixed", (p + "probs", p + "v"),
         lambda probs, v: merge_heads(probs @ repeat(v, context.groups)),
-        lambda probs, v: _merged(allow.matmul(probs, repeat(v, context.groups))),
+        lambda probs, v: tol.rearrange(tol.matmul(probs, repeat(v, context.groups)), merge_heads),
     )  # fmt: skip
     yield _linear(p + "out", p + "mixed", weight("o"))
-
-
-def _merged(allowed: Allowance) -> Allowance:
-    return allow.allowance(merge_heads(allowed.bound), merge_heads(allowed.spread), allowed.common)
 
 
 def _block(context: Context, layer: int) -> Iterator[Operation]:
@@ -244,7 +230,7 @@ def _block(context: Context, layer: int) -> Iterator[Operation]:
     def weight(name: str) -> Callable[[], Any]:
         return lambda: getattr(context.layer(layer), name)
 
-    def matrix(name: str) -> Callable[[], tuple[Array, None]]:
+    def matrix(name: str) -> Matrix:
         return lambda: (getattr(context.layer(layer), name), None)
 
     yield _norm(context, p + "input_layernorm", source, weight("input_layernorm"))
@@ -254,8 +240,8 @@ def _block(context: Context, layer: int) -> Iterator[Operation]:
     yield _norm(context, p + "pre_feedforward_layernorm", p + "middle", weight("pre_feedforward_layernorm"))
     yield _linear(f + "gate", p + "pre_feedforward_layernorm", matrix("gate_proj"))
     yield _linear(f + "up", p + "pre_feedforward_layernorm", matrix("up_proj"))
-    yield Operation(f + "gelu", (f + "gate",), gelu, allow.gelu_tanh)
-    yield Operation(f + "product", (f + "gelu", f + "up"), np.multiply, lambda a, b: allow.one_rounding(a * b))
+    yield Operation(f + "gelu", (f + "gate",), gelu, tol.gelu_tanh)
+    yield Operation(f + "product", (f + "gelu", f + "up"), np.multiply, lambda a, b: tol.one_rounding(a * b))
     yield _linear(f + "out", f + "product", matrix("down_proj"))
     yield _norm(context, p + "post_feedforward_layernorm", f + "out", weight("post_feedforward_layernorm"))
     yield _sum(p + "out", p + "middle", p + "post_feedforward_layernorm")
@@ -269,7 +255,7 @@ def operations(context: Context) -> dict[str, Operation]:
     >>> import refgemma
     >>> tiny = refgemma.load("tiny")
     >>> call = Call(np.array([[2, 300]]), np.array([[0, 1]]), np.ones((1, 2), bool), (2,))
-    >>> table = operations(Context(tiny.config, doubled(tiny.weights), call, Arithmetic()))
+    >>> table = operations(Context(tiny.config, double(tiny.weights), call, Arithmetic()))
     >>> table["layers.3.attention.probs"].inputs
     ('layers.3.attention.capped',)
     """

@@ -1,5 +1,6 @@
-"""A port and what is asked of it: its command is run, its weights and tokens are compared, its tensors are judged.
-Checked through the command line."""
+"""One check from a file to a report: the candidate's command is run, its weights and tokens are compared, its tensors
+are judged. Checked through the command line and in the tests of `refgemma.oracle`.
+"""
 
 import shlex
 import subprocess
@@ -7,76 +8,144 @@ from dataclasses import replace
 from pathlib import Path
 
 from refgemma.config import Gemma2Config
+from refgemma.hub import find_model
 from refgemma.inputs import InputError
-from refgemma.oracle.check import Report, check
-from refgemma.oracle.preflight import Stage, tokens_stage, weights_stage
+from refgemma.oracle.diagnose import Report, diagnose
+from refgemma.oracle.preflight import Preflight, compare_tokens, compare_weights
 from refgemma.tokenizer.tokenizer import Tokenizer, TokenizerError
-from refgemma.trace.candidate import Candidate, load_candidate
+from refgemma.trace.candidate import Candidate, load_trace
 from refgemma.trace.name_maps import load_map, map_names, match, open_any
 from refgemma.weights.checkpoint import open_checkpoint
 from refgemma.weights.parameters import Weights
 
 STDERR = 2  # as a number: what a subprocess writes to
+EMBEDDED = ("tiny", "conformance")
 
 
-def read_port(
+def read_candidate(
     path: str | Path, config: Gemma2Config, dtype: str | None = None, name_map: str | None = None
 ) -> Candidate:
-    """A port's trace, of which something at least can be judged; arguments and errors are `load_candidate`'s."""
-    candidate = load_candidate(path, config, dtype, name_map)
+    """Read a candidate's trace, some tensor of which can be judged; arguments are those of `load_trace`.
+
+    Raises
+    ------
+    InputError
+        As `load_trace`; if the file has no tensor of this model; if most have the shapes of another model.
+    """
+    candidate = load_trace(path, config, dtype, name_map)
     if not candidate.tensors and not candidate.refused:
-        raise InputError(f"{path}: holds no tensor of this model; {known_to(path, candidate)}")
+        raise InputError(f"{path}: holds no tensor of this model; {suggest_map(path, candidate)}")
+    if len(candidate.refused) > len(candidate.tensors):
+        name, problem = next(iter(candidate.refused.items()))
+        fitting = [model for model in EMBEDDED if fits_model(path, model, name_map)]
+        hint = f"they are those of {fitting[0]}: --model {fitting[0]}" if fitting else "give its folder with --model"
+        raise InputError(
+            f"{path}: {len(candidate.refused)} of {len(candidate.refused) + len(candidate.tensors)} tensors have the "
+            f"shapes of another model ({name} {problem}); {hint}"
+        )
     return candidate
 
 
+def fits_model(path: str | Path, model: str, name_map: str | None) -> bool:
+    """Return whether most tensors of a trace have the shapes of an embedded model."""
+    try:
+        found = load_trace(path, open_checkpoint(find_model(model)).config, None, name_map)
+    except InputError:
+        return False
+    return len(found.refused) < len(found.tensors)
+
+
+def suggest_map(path: str | Path, candidate: Candidate) -> str:
+    """Say what to do about a file without a name of ours."""
+    file = open_any(path)
+    counts = {name: len(match(file, load_map(name)).found) for name in map_names()} if not candidate.name_map else {}
+    fitting = [f"--map {name} knows {n}" for name, n in counts.items() if n]
+    return f"but {', '.join(fitting)} of them" if fitting else "logits at the least are needed"
+
+
 def read_weights(folder: Path, dtype: str) -> Weights:
-    """A model's weights in the candidate's precision."""
+    """Read a model's weights in the candidate's precision."""
     return open_checkpoint(folder).weights(dtype)
 
 
-def judged_port(
-    candidate: Candidate, folder: Path, config: Gemma2Config, port_weights: str | None = None, override: float = 1.0
-) -> Report:
-    """All that can be said of a port: its weights, if a path of them is given, its tokens and its tensors.
+def check(
+    trace: str | Path | Candidate, model: str | Path = "tiny", *, config: Gemma2Config | None = None,
+    dtype: str | None = None, name_map: str | None = None, weights: str | Path | None = None, override: float = 1.0,
+) -> Report:  # fmt: skip
+    """Compare another implementation's trace with the model it claims to be, and say what is wrong with it.
 
     Parameters
     ----------
-    candidate : Candidate
-        From `read_port`.
-    folder : Path
-        The model that it claims to be.
-    config : Gemma2Config
-        Of that model, or the same with other numbers.
-    port_weights : str, optional
-        The port's weights, a file or folder.
+    trace : path or Candidate
+        The file that it wrote, see docs/how-to/write-a-trace.md; or what `load_trace` read of it.
+    model : str or path
+        ``tiny``, ``conformance``, a Hugging Face folder or a hub id.
+    config : Gemma2Config, optional
+        The same model with other numbers.
+    dtype : str, optional
+        The precision that it stores tensors in, if its file does not say so.
+    name_map : str, optional
+        Whose names the file has, see `refgemma.trace.name_maps`.
+    weights : path, optional
+        The weights of the implementation, a file or folder, compared with the model's first.
     override : float
-        A factor on what rounding may do, see `check`.
+        A factor on everything that rounding may do. Other than 1, every report says so.
+
+    Returns
+    -------
+    Report
+        ``verdict`` is ``conforms``, ``differs``, ``noisy`` or ``inconclusive``; ``first_divergence`` the tensor that is
+        wrong first, or None; ``findings`` what is wrong, each with the known bugs that explain it; ``excluded`` the
+        known bugs that the trace excludes.
+
+    Raises
+    ------
+    InputError
+        If the trace or the weights cannot be read, or do not fit the model.
+
+    Examples
+    --------
+    >>> import tempfile, refgemma
+    >>> import numpy as np
+    >>> from refgemma.oracle import check, save_trace
+    >>> from refgemma.trace.names import named_tensors
+    >>> tiny = refgemma.load("tiny")
+    >>> run = refgemma.forward([[2, 300, 400]], tiny.weights, tiny.config.changed(sliding_window=2))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     tensors = [("input_ids", np.array([[2, 300, 400]])), *named_tensors(run)]
+    ...     _ = save_trace(tensors, f"{folder}/port.safetensors", {"dtype": "float32"})
+    ...     report = check(f"{folder}/port.safetensors")
+    >>> report.verdict, report.first_divergence.tensor, report.findings[0].named
+    ('differs', 'layers.0.attention.probs', 'sliding_window = 2')
     """
-    stages, remark = stages_of(candidate, folder, config, port_weights)
-    found = check(candidate, read_weights(folder, candidate.dtype), config, override)
-    return replace(found, stages=stages, remarks=(*found.remarks, *remark))
+    folder = find_model(str(model))
+    numbers = config or open_checkpoint(folder).config
+    candidate = trace if isinstance(trace, Candidate) else read_candidate(trace, numbers, dtype, name_map)
+    preflight, remarks = run_preflight(candidate, folder, numbers, weights)
+    found = diagnose(candidate, read_weights(folder, candidate.dtype), numbers, override)
+    return replace(found, preflight=preflight, remarks=(*found.remarks, *remarks))
 
 
-def stages_of(
-    candidate: Candidate, folder: Path, config: Gemma2Config, port: str | None
-) -> tuple[tuple[Stage, ...], list[str]]:
-    """What comes before any computation: weights, if they are given, and tokens, if the trace says of what."""
-    stages = weights_stage(port, folder, config) if port else []
+def run_preflight(
+    candidate: Candidate, folder: Path, config: Gemma2Config, weights: str | Path | None
+) -> tuple[tuple[Preflight, ...], list[str]]:
+    """Compare what comes before any computation: weights that are given, and tokens whose text the trace has."""
+    compare_tensors = compare_weights(weights, folder, config) if weights else []
     if not {"text", "chat"} & set(candidate.metadata):
-        return tuple(stages), []
+        return tuple(compare_tensors), []
     try:
         tokenizer = Tokenizer.from_pretrained(folder)
     except TokenizerError as error:
-        return tuple(stages), [f"tokens: not compared, for the model has no tokenizer ({error})"]
+        return tuple(compare_tensors), [f"tokens: not compared, for the model has no tokenizer ({error})"]
     row, seen = candidate.call.input_ids[0], candidate.call.visible[0]
-    tokens = tokens_stage([int(n) for n in row[seen]], candidate.metadata, tokenizer)
-    return (*([tokens] if tokens else []), *stages), []
+    tokens = compare_tokens([int(n) for n in row[seen]], candidate.metadata, tokenizer)
+    return (*([tokens] if tokens else []), *compare_tensors), []
 
 
 def run_backend(command: str, trace: Path, folder: Path | None = None) -> str | None:
-    """Run a port's own command, in a folder, that writes `trace`; what went wrong, if anything did.
+    """Run a candidate's own command, in a folder, that writes `trace`; return what went wrong, if anything did.
 
-    What the command prints goes to stderr, where it cannot be taken for a report.
+    The command's output goes to stderr, where it cannot be taken for a report.
     """
     before = trace.stat() if trace.exists() else None
     try:
@@ -92,11 +161,3 @@ def run_backend(command: str, trace: Path, folder: Path | None = None) -> str | 
     if after is None or (before and (before.st_mtime_ns, before.st_ino) == (after.st_mtime_ns, after.st_ino)):
         return f"{words[0]} ended well, but did not write {trace}"
     return None
-
-
-def known_to(path: str | Path, candidate: Candidate) -> str:
-    """What to do about a file without a name of ours."""
-    file = open_any(path)
-    counts = {name: len(match(file, load_map(name)).found) for name in map_names()} if not candidate.name_map else {}
-    fitting = [f"--map {name} knows {n}" for name, n in counts.items() if n]
-    return f"but {', '.join(fitting)} of them" if fitting else "logits at the least are needed"

@@ -16,7 +16,7 @@ import numpy as np
 
 from refgemma.config import Gemma2Config
 from refgemma.inputs import InputError
-from refgemma.oracle.judge import EXACT, FAIL, INVALID, MISSING, NOISY
+from refgemma.oracle.verdicts import EXACT, FAIL, INVALID, MISSING, NOISY
 from refgemma.precision import Array, as_dtype, wide
 from refgemma.tokenizer.tokenizer import Tokenizer
 from refgemma.trace.reader import Entry, open_safetensors
@@ -29,7 +29,7 @@ FLOATS = ("BF16", "F16", "F32", "F64")
 
 
 @dataclass(frozen=True)
-class Stage:
+class Preflight:
     """What one tensor of weights, or one row of tokens, turned out to be."""
 
     name: str
@@ -59,12 +59,12 @@ def open_weights(path: str | Path) -> dict[str, Entry]:
     return found
 
 
-def same(a: Array, b: Array) -> bool:
+def is_same(a: Array, b: Array) -> bool:
     """Whether two arrays hold the same numbers, whatever they are kept in; some rows at a time.
 
     Examples
     --------
-    >>> same(np.float32([1, 2]), np.float64([1, 2])), same(np.zeros(2), np.zeros((2, 1)))
+    >>> is_same(np.float32([1, 2]), np.float64([1, 2])), is_same(np.zeros(2), np.zeros((2, 1)))
     (True, False)
     """
     if a.shape != b.shape:
@@ -77,25 +77,25 @@ def _wide(x: Array) -> Array:
     return np.asarray(x, np.float64)
 
 
-def neighbouring(x: Array, head_dim: int) -> Array:
+def interleave(x: Array, head_dim: int) -> Array:
     """Rows of each head in the order for pairs side by side, as llama.cpp's conversion of Llama has them.
 
     Examples
     --------
-    >>> neighbouring(np.arange(4)[:, None], head_dim=4).ravel().tolist()
+    >>> interleave(np.arange(4)[:, None], head_dim=4).ravel().tolist()
     [0, 2, 1, 3]
     """
     rows = x.reshape(-1, 2, head_dim // 2, x.shape[-1])
     return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(x.shape)
 
 
-def halved(x: Array, head_dim: int) -> Array:
-    """The way back of `neighbouring`."""
+def deinterleave(x: Array, head_dim: int) -> Array:
+    """The way back of `interleave`."""
     rows = x.reshape(-1, head_dim // 2, 2, x.shape[-1])
     return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(x.shape)
 
 
-def ways(name: str, right: Array, config: Gemma2Config) -> Iterator[tuple[str, Callable[[], Array]]]:
+def known_ways(name: str, right: Array, config: Gemma2Config) -> Iterator[tuple[str, Callable[[], Array]]]:
     """What the checkpoint's tensor is under each mistake."""
     if right.ndim == 1:
         yield "weights-one-plus", lambda: 1 + _wide(right)
@@ -104,40 +104,42 @@ def ways(name: str, right: Array, config: Gemma2Config) -> Iterator[tuple[str, C
     yield "weights-transposed", lambda: np.ascontiguousarray(right.T)
     yield "weights-reshaped", lambda: np.ascontiguousarray(right.T).reshape(right.shape)
     if name.endswith(("q_proj.weight", "k_proj.weight")):
-        yield "rope-weights-permuted", lambda: neighbouring(right, config.head_dim)
-        yield "rope-weights-permuted", lambda: halved(right, config.head_dim)
+        yield "rope-weights-permuted", lambda: interleave(right, config.head_dim)
+        yield "rope-weights-permuted", lambda: deinterleave(right, config.head_dim)
 
 
-def judged(name: str, entry: Entry, checkpoint: Mapping[str, Entry], config: Gemma2Config) -> Stage:
+def judge_weight(name: str, entry: Entry, checkpoint: Mapping[str, Entry], config: Gemma2Config) -> Preflight:
     """One tensor of a port."""
     if entry.dtype not in FLOATS:
-        return Stage(name, INVALID, UNKNOWN, f"is stored as {entry.dtype}; {', '.join(FLOATS)} can be compared")
+        return Preflight(name, INVALID, UNKNOWN, f"is stored as {entry.dtype}; {', '.join(FLOATS)} can be compared")
     right = checkpoint[name].read() if name in checkpoint else checkpoint[EMBED_TOKENS].read()
     vocabulary = name in (EMBED_TOKENS, HEAD)
     if vocabulary and len(entry.shape) == 2 and entry.shape[0] > right.shape[0] and entry.shape[1:] == right.shape[1:]:
-        if same(entry.read()[: right.shape[0]], right):
-            return Stage(name, FAIL, "vocab-padded", f"has {entry.shape[0]} rows; the vocabulary has {right.shape[0]}")
-        return Stage(name, FAIL, UNKNOWN, f"has shape {entry.shape}; {right.shape} is needed")
+        if is_same(entry.read()[: right.shape[0]], right):
+            return Preflight(
+                name, FAIL, "vocab-padded", f"has {entry.shape[0]} rows; the vocabulary has {right.shape[0]}"
+            )
+        return Preflight(name, FAIL, UNKNOWN, f"has shape {entry.shape}; {right.shape} is needed")
     if np.prod(entry.shape) != right.size:
-        return Stage(name, FAIL, UNKNOWN, f"has shape {entry.shape}; {right.shape} is needed")
+        return Preflight(name, FAIL, UNKNOWN, f"has shape {entry.shape}; {right.shape} is needed")
     found = entry.read()
-    if same(found, right):
-        return Stage(name, EXACT)
+    if is_same(found, right):
+        return Preflight(name, EXACT)
     if not np.isfinite(_wide(found)).all():
-        return Stage(name, INVALID, UNKNOWN, "has elements that are no numbers")
+        return Preflight(name, INVALID, UNKNOWN, "has elements that are no numbers")
     for half in ("bfloat16", "float16"):
-        if found.shape == right.shape and same(found, np.asarray(wide(as_dtype(_wide(right), half)))):
-            return Stage(name, NOISY, "weights-rounded", f"is rounded to {half}")
-    for mistake, made in ways(name, right, config):
-        if any(same(found, x) for x in _also_rounded(made())):
-            return Stage(name, FAIL, mistake)
+        if found.shape == right.shape and is_same(found, np.asarray(wide(as_dtype(_wide(right), half)))):
+            return Preflight(name, NOISY, "weights-rounded", f"is rounded to {half}")
+    for mistake, made in known_ways(name, right, config):
+        if any(is_same(found, x) for x in _also_rounded(made())):
+            return Preflight(name, FAIL, mistake)
     if name == HEAD:
-        return Stage(name, FAIL, "head-untied", "is another matrix than the embedding, to which this model ties it")
-    others = [o for o, e in checkpoint.items() if o != name and e.shape == found.shape and same(found, e.read())]
+        return Preflight(name, FAIL, "head-untied", "is another matrix than the embedding, to which this model ties it")
+    others = [o for o, e in checkpoint.items() if o != name and e.shape == found.shape and is_same(found, e.read())]
     if others:
-        return Stage(name, FAIL, "weights-of-another", f"is the checkpoint's {others[0]}")
+        return Preflight(name, FAIL, "weights-of-another", f"is the checkpoint's {others[0]}")
     wrong = int(np.sum(_wide(found) != _wide(right))) if found.shape == right.shape else found.size
-    return Stage(name, FAIL, UNKNOWN, f"{wrong} of {found.size} elements are other numbers")
+    return Preflight(name, FAIL, UNKNOWN, f"{wrong} of {found.size} elements are other numbers")
 
 
 def _also_rounded(x: Array) -> Iterator[Array]:
@@ -146,7 +148,7 @@ def _also_rounded(x: Array) -> Iterator[Array]:
         yield np.asarray(wide(as_dtype(_wide(x), dtype)))
 
 
-def weights_stage(path: str | Path, folder: Path, config: Gemma2Config) -> list[Stage]:
+def compare_weights(path: str | Path, folder: Path, config: Gemma2Config) -> list[Preflight]:
     """Every tensor of a port's weights, the file or folder `path`, beside the checkpoint in `folder`, in the order of
     execution.
 
@@ -157,17 +159,17 @@ def weights_stage(path: str | Path, folder: Path, config: Gemma2Config) -> list[
     stages = []
     for name in [*names, *([HEAD] if HEAD in port and HEAD not in names else [])]:
         if name not in port:
-            stages.append(Stage(name, MISSING, note="is not in the port's weights"))
+            stages.append(Preflight(name, MISSING, note="is not in the port's weights"))
         else:
-            stages.append(judged(name, port[name], checkpoint, config))
+            stages.append(judge_weight(name, port[name], checkpoint, config))
     strange = [name for name in port if name not in names and name != HEAD]
-    return stages + [Stage(name, INVALID, UNKNOWN, "is no tensor of this model") for name in strange]
+    return stages + [Preflight(name, INVALID, UNKNOWN, "is no tensor of this model") for name in strange]
 
 
 # --- tokens -----------------------------------------------------------------------------------------------------------
 
 
-def tokens_stage(ids: Sequence[int], metadata: Mapping[str, str], tokenizer: Tokenizer) -> Stage | None:
+def compare_tokens(ids: Sequence[int], metadata: Mapping[str, str], tokenizer: Tokenizer) -> Preflight | None:
     """The tokens of a row beside those of the text, or of the chat, that the metadata says they are of.
 
     Parameters
@@ -189,7 +191,7 @@ def tokens_stage(ids: Sequence[int], metadata: Mapping[str, str], tokenizer: Tok
     --------
     >>> import refgemma
     >>> tokenizer = refgemma.load("tiny").tokenizer
-    >>> tokens_stage(tokenizer.encode("the sea", add_special_tokens=False), {"text": "the sea"}, tokenizer).named
+    >>> compare_tokens(tokenizer.encode("the sea", add_special_tokens=False), {"text": "the sea"}, tokenizer).named
     'missing-bos'
     """
     if "chat" in metadata:
@@ -209,15 +211,15 @@ def _chat(text: str, tokenizer: Tokenizer) -> list[int]:
     return [int(n) for n in np.ravel(found)]
 
 
-def _beside(ids: Sequence[int], expected: list[int], otherwise: str, tokenizer: Tokenizer) -> Stage:
+def _beside(ids: Sequence[int], expected: list[int], otherwise: str, tokenizer: Tokenizer) -> Preflight:
     found, bos = [int(n) for n in ids], tokenizer.bos_token_id
     if found == expected:
-        return Stage("input_ids", EXACT)
+        return Preflight("input_ids", EXACT)
     if [bos, *found] == expected:
-        return Stage("input_ids", FAIL, "missing-bos", "does not begin with <bos>; the rest is right")
+        return Preflight("input_ids", FAIL, "missing-bos", "does not begin with <bos>; the rest is right")
     if found == [bos, *expected]:
-        return Stage("input_ids", FAIL, "double-bos", "begins with <bos> twice; the rest is right")
+        return Preflight("input_ids", FAIL, "double-bos", "begins with <bos> twice; the rest is right")
     shorter = min(len(found), len(expected))
     place = next((n for n in range(shorter) if found[n] != expected[n]), shorter)
     sides = [tokenizer.convert_ids_to_tokens(row[place : place + 4]) for row in (found, expected)]
-    return Stage("input_ids", FAIL, otherwise, f"token {place} and after: {sides[0]} for {sides[1]}")
+    return Preflight("input_ids", FAIL, otherwise, f"token {place} and after: {sides[0]} for {sides[1]}")

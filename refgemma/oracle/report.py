@@ -12,17 +12,32 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-import refgemma.oracle.judge as j
-from refgemma.oracle.check import CONFORMS, DIFFERS, INCONCLUSIVE, NOISY_ONLY, Finding, Instance, Report
+from refgemma.oracle.diagnose import Finding, Report
+from refgemma.oracle.engine import Instance
 from refgemma.oracle.estimate import Estimate
+from refgemma.oracle.judge import EDGES
 from refgemma.oracle.known_bugs import KnownBug
 from refgemma.oracle.locate import ErrorMap
-from refgemma.oracle.preflight import Stage
+from refgemma.oracle.preflight import Preflight
+from refgemma.oracle.verdicts import (
+    BAD,
+    BLIND,
+    CONFORMS,
+    EXACT,
+    EXIT,
+    FAIL,
+    INCONCLUSIVE,
+    INVALID,
+    MISSING,
+    NOISY,
+    NOISY_ONLY,
+    PASS,
+    SKEWED,
+)  # fmt: skip
 from refgemma.precision import Array
 from refgemma.trace.names import FIELDS, field_of, layer_of
 
 SCHEMA = "refgemma-check/1"
-EXIT = {CONFORMS: 0, DIFFERS: 1, NOISY_ONLY: 3, INCONCLUSIVE: 4}
 LINES = 30
 WIDTH = 118
 
@@ -73,15 +88,15 @@ def finding_row(finding: Finding) -> str:
     """A line of the table."""
     s, verdict = finding.worst.judged.statistics, finding.worst.judged.verdict
     layers = f"{len(finding.instances)} of {finding.total}"
-    worst = number(s.worst) if s.worst else "-"  # of a tensor computed from the tokens there is no bound
-    return f"{finding.field:28s} {verdict:8s}{layers:>9s} {worst:>11s} {number(s.rms):>10s} {s.exact:>7.3f}"
+    error = number(s.error_over_bound) if s.error_over_bound else "-"  # a measured tolerance has no bound
+    return f"{finding.field:28s} {verdict:8s}{layers:>9s} {error:>11s} {number(s.rms):>10s} {s.exact:>7.3f}"
 
 
-def stage_lines(report: Report) -> list[str]:
+def preflight_lines(report: Report) -> list[str]:
     """What is wrong with weights and tokens, those of one mistake in a line."""
-    groups: dict[tuple[str, str], list[Stage]] = {}
-    for stage in report.stages:
-        if stage.verdict != j.EXACT:
+    groups: dict[tuple[str, str], list[Preflight]] = {}
+    for stage in report.preflight:
+        if stage.verdict != EXACT:
             groups.setdefault((stage.verdict, stage.named), []).append(stage)
     lines = []
     for (verdict, named), stages in list(groups.items())[:5]:
@@ -93,9 +108,9 @@ def stage_lines(report: Report) -> list[str]:
 
 def first_lines(report: Report) -> list[str]:
     """The verdict, and of the first finding what a person can act on."""
-    lines = stage_lines(report)
-    if report.wrong_stages:
-        lines = [f"DIFFERS first at {report.wrong_stages[0].name}: {report.wrong_stages[0].named}", *lines]
+    lines = preflight_lines(report)
+    if report.wrong_preflight:
+        lines = [f"DIFFERS first at {report.wrong_preflight[0].name}: {report.wrong_preflight[0].named}", *lines]
         return lines + (finding_lines(report) if report.findings else [])
     return lines + finding_lines(report)
 
@@ -106,7 +121,7 @@ def finding_lines(report: Report) -> list[str]:
         said = {
             CONFORMS: "CONFORMS: rounding explains every recorded tensor",
             NOISY_ONLY: "NOISY: within the worst case, but noisier than the declared arithmetic: "
-            + short([i.tensor for i in report.instances if i.judged.verdict == j.NOISY] or ["weights"]),
+            + short([i.tensor for i in report.instances if i.judged.verdict == NOISY] or ["weights"]),
             INCONCLUSIVE: "INCONCLUSIVE: " + why_inconclusive(report),
         }
         return [said[report.verdict]]
@@ -119,7 +134,7 @@ def finding_lines(report: Report) -> list[str]:
         lines.append(f"  {v.name}: {v.says}")
         lines.append(f"    seen in {v.seen}; look at: {v.knob}")
     if not finding.explanations and not any(e.fits for e in finding.estimates) and not first.judged.note:
-        lines.append("  no known mistake explains it; --bundle FILE keeps its inputs and its result")
+        lines.append("  no known mistake explains it; --repro FILE keeps its inputs and its result")
     lines += [f"  {estimate_text(e)}" for e in finding.estimates]
     if finding.where:
         lines.append(f"  {finding.where}")
@@ -139,14 +154,14 @@ def _to_record(instance: Instance) -> list[str]:
 
 def why_inconclusive(report: Report) -> str:
     """What is missing."""
-    blind = [i.tensor for i in report.instances if i.judged.verdict == j.BLIND]
+    blind = [i.tensor for i in report.instances if i.judged.verdict == BLIND]
     if blind:
         return f"nothing could be compared in {short(blind)}"
     if report.logits_missing:
         return (
             f"rounding explains all that is in the file, but {report.logits_missing} logits of the last token are not"
         )
-    if any(stage.verdict == j.MISSING for stage in report.stages):
+    if any(stage.verdict == MISSING for stage in report.preflight):
         return "some weights are missing"
     return "logits are missing, so that what comes before them was not compared to the end"
 
@@ -174,8 +189,8 @@ def text(report: Report, model: str) -> str:
             lines.append(f"and {len(report.findings) - room} other tensors")
     lines.append(", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items())))
     lines.append(f"excluded: {len(report.excluded)} of {report.asked} known mistakes")
-    if report.blind:
-        lines.append("this trace cannot show " + short([v.name for v in report.blind], 5))
+    if report.undetectable:
+        lines.append("this trace cannot show " + short([v.name for v in report.undetectable], 5))
     if report.missing:
         lines.append(f"not recorded: {len(report.missing)} tensors, {short(report.missing, 3)}")
     kept = [cut(line) for line in (*lines, *(f"remark: {r}" for r in report.remarks))]
@@ -197,7 +212,8 @@ def statistic_json(instance: Instance) -> dict[str, Any]:
     """The numbers behind one verdict."""
     s = instance.judged.statistics
     return {
-        "verdict": instance.judged.verdict, "error_over_bound": finite(s.worst), "rms_over_sigma": finite(s.rms),
+        "verdict": instance.judged.verdict,
+        "error_over_bound": finite(s.error_over_bound), "rms_over_sigma": finite(s.rms),
         "gain_sigmas": finite(s.gain), "bias_sigmas": finite(s.bias), "factor": finite(s.factor), "exact": s.exact,
         "elements": s.elements, "worst_place": list(s.place), "note": instance.judged.note,
         "limit": "measured" if instance.between else "derived",
@@ -227,7 +243,6 @@ def finding_json(finding: Finding) -> dict[str, Any]:
 
 def as_json(report: Report, model: str) -> dict[str, Any]:
     """Everything, for a program."""
-    first = report.first_divergence
     return {
         "schema": SCHEMA,
         "candidate": report.candidate.source,
@@ -238,13 +253,13 @@ def as_json(report: Report, model: str) -> dict[str, Any]:
         "shape": list(report.candidate.call.input_ids.shape),
         "verdict": report.verdict,
         "exit_code": EXIT[report.verdict],
-        "first_divergence": report.wrong_stages[0].name if report.wrong_stages else first.tensor if first else None,
-        "stages": [{"name": s.name, "verdict": s.verdict, "named": s.named, "note": s.note} for s in report.stages],
+        "first_divergence": report.first_wrong,
+        "stages": [{"name": s.name, "verdict": s.verdict, "named": s.named, "note": s.note} for s in report.preflight],
         "findings": [finding_json(f) for f in report.findings],
         "tensors": [{"tensor": i.tensor} | statistic_json(i) for i in report.instances],
         "missing": list(report.missing),
         "excluded": [v.name for v in report.excluded],
-        "blind": [{"variant": v.name, "shows": v.shows} for v in report.blind],
+        "blind": [{"variant": v.name, "shows": v.shows} for v in report.undetectable],
         "remarks": list(report.remarks),
         "override": report.override,
         "drift": [{"tensor": name, "relative": finite(x)} for name, x in report.drift],
@@ -252,20 +267,29 @@ def as_json(report: Report, model: str) -> dict[str, Any]:
 
 
 def junit(report: Report, model: str) -> str:
-    """One test case a tensor, for a test runner's page."""
-    bad = [i for i in report.instances if i.judged.verdict in j.BAD]
+    """Return one test case a tensor, and one for each weight and row of tokens that was compared."""
+    bad = [i for i in report.instances if i.judged.verdict in BAD]
+    absent = [*report.missing, *(p.name for p in report.preflight if p.verdict == MISSING)]
     suite = ElementTree.Element(
-        "testsuite", name=f"refgemma check {model}", tests=str(len(report.instances)), failures=str(len(bad)),
-        skipped=str(len(report.missing)),
+        "testsuite", name=f"refgemma check {model}", skipped=str(len(absent)),
+        tests=str(len(report.instances) + len(report.preflight)), failures=str(len(bad) + len(report.wrong_preflight)),
     )  # fmt: skip
+    for p in report.preflight:
+        if p.verdict != MISSING:
+            case = ElementTree.SubElement(suite, "testcase", classname="preflight", name=p.name)
+            if p.verdict in BAD:
+                ElementTree.SubElement(case, "failure", type=p.verdict, message=f"{p.named}: {p.note}".strip(": "))
     named = {i.tensor: f.named for f in report.findings for i in f.instances}
     for i in report.instances:
         case = ElementTree.SubElement(suite, "testcase", classname=field_of(i.tensor), name=i.tensor)
-        if i.judged.verdict in j.BAD:
+        if i.judged.verdict in BAD:
             s = i.judged.statistics
-            said = i.judged.note or f"error {number(s.worst)} x bound, rms {number(s.rms)} sigma: {named.get(i.tensor)}"
+            said = (
+                i.judged.note
+                or f"error {number(s.error_over_bound)} x bound, rms {number(s.rms)} sigma: {named.get(i.tensor)}"
+            )
             ElementTree.SubElement(case, "failure", type=i.judged.verdict, message=said)
-    for name in report.missing:
+    for name in absent:
         case = ElementTree.SubElement(suite, "testcase", classname=field_of(name), name=name)
         ElementTree.SubElement(case, "skipped", message="not recorded")
     ElementTree.indent(suite)
@@ -277,7 +301,7 @@ def markdown(report: Report, model: str) -> str:
     head = "\n".join(first_lines(report)).replace("`", "'")
     rows = [
         f"| `{f.field}` | {f.worst.judged.verdict} | {len(f.instances)} of {f.total} | "
-        f"{number(f.worst.judged.statistics.worst)} | {number(f.worst.judged.statistics.rms)} | {f.named} |"
+        f"{number(f.worst.judged.statistics.error_over_bound)} | {number(f.worst.judged.statistics.rms)} | {f.named} |"
         for f in report.findings
     ]
     table = [
@@ -292,7 +316,7 @@ def markdown(report: Report, model: str) -> str:
         ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items())) + ".",
         "",
         f"Excluded {len(report.excluded)} of {report.asked} known mistakes. "
-        f"Not shown by this trace: {', '.join(v.name for v in report.blind) or 'none'}.",
+        f"Not shown by this trace: {', '.join(v.name for v in report.undetectable) or 'none'}.",
         *(f"\n{remark}" for remark in report.remarks), "",
     ])  # fmt: skip
 
@@ -324,8 +348,8 @@ LEVELS = ((0.0, "#7fc98f"), (4.0, "#f0c419"), (10.0, "#f4a300"), (100.0, "#e8743
 CELLS = 64  # of a map in each direction, at most
 MAPS = 6  # findings that are shown as maps
 COLOURS = {
-    j.EXACT: "#2a9d4b", j.PASS: "#7fc98f", j.NOISY: "#f0c419", j.SKEWED: "#e8743b", j.FAIL: "#d62828",
-    j.BLIND: "#9a9a9a", j.INVALID: "#7b1fa2",
+    EXACT: "#2a9d4b", PASS: "#7fc98f", NOISY: "#f0c419", SKEWED: "#e8743b", FAIL: "#d62828",
+    BLIND: "#9a9a9a", INVALID: "#7b1fa2",
 }  # fmt: skip
 
 
@@ -353,9 +377,11 @@ def _cell(instance: Instance | None, name: str) -> str:
     if instance is None:
         return f'<td title="{name}: not recorded" style="background:#8883"></td>'
     s, verdict = instance.judged.statistics, instance.judged.verdict
-    title = f"{name}: {verdict}, error {number(s.worst)} x bound, rms {number(s.rms)} sigma, exact {s.exact:.3f}"
-    shown = f"{s.rms:.1f}" if 0 < s.rms < 100 else f"{s.rms:.0e}" if s.rms else verdict[0]
-    return f'<td title="{html.escape(title)}" style="background:{COLOURS[verdict]}">{shown}</td>'
+    title = (
+        f"{name}: {verdict}, error {number(s.error_over_bound)} x bound, rms {number(s.rms)} sigma, exact {s.exact:.3f}"
+    )
+    detect = f"{s.rms:.1f}" if 0 < s.rms < 100 else f"{s.rms:.0e}" if s.rms else verdict[0]
+    return f'<td title="{html.escape(title)}" style="background:{COLOURS[verdict]}">{detect}</td>'
 
 
 def _drift(report: Report) -> str:
@@ -378,7 +404,11 @@ def _drift(report: Report) -> str:
 
 
 def _worst(report: Report) -> str:
-    ratios = [i.judged.statistics.worst for i in report.instances if np.isfinite(i.judged.statistics.worst)]
+    ratios = [
+        i.judged.statistics.error_over_bound
+        for i in report.instances
+        if np.isfinite(i.judged.statistics.error_over_bound)
+    ]
     logs = np.log10(np.maximum(ratios, 1e-6)) if ratios else np.zeros(0)
     counts, edges = np.histogram(np.clip(logs, -6, 8), bins=28, range=(-6, 8))
     top = max(1, int(counts.max(initial=0)))
@@ -393,19 +423,19 @@ def _worst(report: Report) -> str:
 
 def _histogram(report: Report) -> str:
     """Shares of all elements, and of the normal distribution, between the edges."""
-    counted = [s.histogram for i in report.instances if (s := i.judged.statistics).histogram]
-    counts = np.sum(counted, axis=0) if counted else np.zeros(len(j.EDGES) - 1)
+    count_errors = [s.histogram for i in report.instances if (s := i.judged.statistics).histogram]
+    counts = np.sum(count_errors, axis=0) if count_errors else np.zeros(len(EDGES) - 1)
     share = counts / max(1, counts.sum())
-    normal = np.diff([0.5 * (1 + math.erf(edge / math.sqrt(2))) for edge in j.EDGES])
+    normal = np.diff([0.5 * (1 + math.erf(edge / math.sqrt(2))) for edge in EDGES])
     top, width = max(share.max(initial=0), normal.max()), 640 / len(share)
     heights = [(150 * x / top, 150 * y / top) for x, y in zip(share, normal, strict=True)]
     bars = "".join(
         f'<rect x="{40 + width * n:.1f}" y="{170 - bar:.1f}" width="{width - 1:.1f}" height="{bar:.1f}" fill="#1769aa">'
         f"<title>{low:g} to {high:g}: {count} elements</title></rect>"
-        for n, ((bar, _), low, high, count) in enumerate(zip(heights, j.EDGES, j.EDGES[1:], counts, strict=False))
+        for n, ((bar, _), low, high, count) in enumerate(zip(heights, EDGES, EDGES[1:], counts, strict=False))
     )
     curve = " ".join(f"{40 + width * (n + 0.5):.1f},{170 - y:.1f}" for n, (_, y) in enumerate(heights))
-    ticks = "".join(f'<text x="{36 + width * n:.1f}" y="188">{j.EDGES[n]:g}</text>' for n in range(0, len(j.EDGES), 8))
+    ticks = "".join(f'<text x="{36 + width * n:.1f}" y="188">{EDGES[n]:g}</text>' for n in range(0, len(EDGES), 8))
     return (
         f'<svg viewBox="0 0 740 200" role="img" aria-label="errors">{bars}<polyline points="{curve}" fill="none" '
         f'stroke="#d62828" stroke-width="2"/>{ticks}</svg>'
@@ -429,7 +459,7 @@ def _maps(report: Report) -> str:
 
 def _map(m: ErrorMap) -> str:
     """Cells of one colour that lie side by side are one rectangle."""
-    numbers, (down, across) = pooled(m.numbers, CELLS)
+    numbers, (down, across) = pool_blocks(m.numbers, CELLS)
     size = 10
     parts = []
     for y, row in enumerate(numbers):
@@ -454,12 +484,12 @@ def _map(m: ErrorMap) -> str:
     )
 
 
-def pooled(numbers: Array, most: int) -> tuple[Array, tuple[int, int]]:
+def pool_blocks(numbers: Array, most: int) -> tuple[Array, tuple[int, int]]:
     """The largest numbers of blocks, at most `most` in each direction, and the size of a block; NaN counts as none.
 
     Examples
     --------
-    >>> pooled(np.array([[1.0, 5, 2], [np.nan, 0, 9]]), 2)
+    >>> pool_blocks(np.array([[1.0, 5, 2], [np.nan, 0, 9]]), 2)
     (array([[5., 2.],
            [0., 9.]]), (1, 2))
     """

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 
 from refgemma.inputs import InputError
-from refgemma.oracle.check import Check, Instance
+from refgemma.oracle.engine import Engine, Instance
 from refgemma.precision import Array, as_dtype
 from refgemma.trace.candidate import axes_of
 from refgemma.trace.names import field_of
@@ -48,12 +48,12 @@ def cuts(name: str, place: tuple[int, ...], seq: int, groups: int) -> Iterator[C
         count //= 2
 
 
-def bundle(work: Check, first: Instance, limit: int = LIMIT) -> tuple[dict[str, Array], dict[str, str]]:
+def make_repro(engine: Engine, first: Instance, limit: int = LIMIT) -> tuple[dict[str, Array], dict[str, str]]:
     """Tensors and metadata of a finding's file.
 
     Parameters
     ----------
-    work : Check
+    engine : Engine
         Of the candidate.
     first : Instance
         What is wrong.
@@ -65,17 +65,17 @@ def bundle(work: Check, first: Instance, limit: int = LIMIT) -> tuple[dict[str, 
     InputError
         If the tensor is not there, or what one element is computed from is larger than `limit`.
     """
-    name, candidate = first.tensor, work.candidate
+    name, candidate = first.tensor, engine.candidate
     if name not in candidate.tensors:
-        raise InputError(f"--bundle: {name} {first.judged.note}: there is nothing to keep")
+        raise InputError(f"--repro: {name} {first.judged.note}: there is nothing to keep")
     known = {source: candidate.tensors[source] for source in (*first.sources, name)}
     whole: dict[str, tuple[list[str], Array]] = {
         source: (axes_in(source, name), as_dtype(x.numbers, x.storage)) for source, x in known.items()
     }
-    whole["expected"] = (axes_in(name, name), work.usual.result(name))
+    whole["expected"] = (axes_in(name, name), engine.usual.result(name))
     place, seq = first.judged.statistics.place, candidate.call.input_ids.shape[1]
     # A span may have mixed tokens and heads on the way: of it only the texts are taken apart.
-    for cut in [{}, *cuts(name, place, seq, work.context.groups)][: 2 if first.between else None]:
+    for cut in [{}, *cuts(name, place, seq, engine.context.groups)][: 2 if first.between else None]:
         tensors = {source: x[tuple(cut.get(axis, slice(None)) for axis in axes)] for source, (axes, x) in whole.items()}
         # Half precision has two bytes a number in a file.
         size = sum(x.size * (2 if source in known and known[source].storage in ("bfloat16", "float16") else x.itemsize)
@@ -86,4 +86,4 @@ def bundle(work: Check, first: Instance, limit: int = LIMIT) -> tuple[dict[str, 
                 "format": "refgemma-bundle/1", "tensor": name, "inputs": ",".join(first.sources),
                 "dtype": candidate.dtype, "kept": json.dumps(kept), "worst": json.dumps(place),
             }  # fmt: skip
-    raise InputError(f"--bundle: what an element of {name} is computed from has {size} bytes, and {limit} is the most")
+    raise InputError(f"--repro: what an element of {name} is computed from has {size} bytes, and {limit} is the most")

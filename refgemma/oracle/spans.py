@@ -17,8 +17,6 @@ from refgemma.trace.candidate import Candidate
 from refgemma.trace.names import field_of, layer_of
 
 DRAWS = 16
-# Those of which PyTorch's eager kernels round more than once in half precision.
-SEVERAL_ROUNDINGS = ("attention.q_rot", "attention.k_rot", "attention.scores", "attention.capped", "logits")
 
 
 @dataclass
@@ -75,7 +73,7 @@ def where_compared(name: str, context: Context) -> Array:
     return visible[:, :, None]
 
 
-def span_noise(computed: Computed, names: Sequence[str], context: Context, seed: int = 0) -> dict[str, Array]:
+def measure_noise(computed: Computed, names: Sequence[str], context: Context, seed: int = 0) -> dict[str, Array]:
     """The standard deviation of the last tensors of spans, measured over `DRAWS` simulated runs."""
     rng = np.random.default_rng(seed)
     storage = context.arithmetic.storage
@@ -88,14 +86,14 @@ def span_noise(computed: Computed, names: Sequence[str], context: Context, seed:
             inputs = run.inputs(step)
             with np.errstate(all="ignore"):
                 right = np.asarray(computed.table[step].compute(*inputs), np.float64)
-                allowed = computed.table[step].allowance(inputs, right, context.arithmetic, storage)
-                run.between[step] = right + rng.standard_normal(right.shape) * allowed.sigma
+                allowed = computed.table[step].tolerance(inputs, right, storage, context.arithmetic.unit)
+                run.between[step] = right + rng.standard_normal(right.shape) * allowed.std
                 if step in exact:
                     squares[step] = squares.get(step, 0.0) + (run.between[step] - exact[step]) ** 2
-    return {name: _not_lucky(np.sqrt(total / DRAWS)) for name, total in squares.items()}
+    return {name: add_typical_spread(np.sqrt(total / DRAWS)) for name, total in squares.items()}
 
 
-def _not_lucky(spread: Array) -> Array:
-    """With a part of the tensor's own spread: sixteen draws tell a standard deviation to a fifth only."""
+def add_typical_spread(spread: Array) -> Array:
+    """Add a part of the tensor's typical spread: sixteen draws give a standard deviation to a fifth only."""
     typical = float(np.sqrt(np.mean(spread[np.isfinite(spread)] ** 2)))
     return np.asarray(np.hypot(spread, 0.2 * typical))

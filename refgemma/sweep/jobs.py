@@ -24,11 +24,13 @@ import numpy as np
 
 from refgemma.config import Gemma2Config
 from refgemma.errors import RefgemmaError
+from refgemma.files import parse_object
 from refgemma.hub import find_model
 from refgemma.inputs import InputError
-from refgemma.oracle.check import Report
-from refgemma.oracle.pipeline import judged_port, read_port, run_backend
-from refgemma.sweep.tally import Tally, merged, tally
+from refgemma.oracle.diagnose import Report
+from refgemma.oracle.pipeline import check, read_candidate, run_backend
+from refgemma.oracle.verdicts import FAILED, UNREADABLE
+from refgemma.sweep.tally import Tally, merge_tallies, tally
 from refgemma.trace.candidate import Candidate
 from refgemma.trace.name_maps import load_map, map_names
 from refgemma.trace.names import field_of
@@ -37,7 +39,6 @@ from refgemma.weights.checkpoint import open_checkpoint
 from refgemma.weights.parameters import tensor_shapes
 
 KEPT = "refgemma-sweep-job/1"
-UNREADABLE, FAILED, LOST = "unreadable", "failed", "lost"  # of a trace, a command and a worker
 FIELDS_OF_A_JOB = {
     "name": str, "trace": str, "run": str, "prompt": str, "model": str, "config": dict, "dtype": str, "map": str,
     "weights": str, "allow": float,
@@ -94,12 +95,7 @@ def read_jobs(path: str | Path) -> list[Job]:
 
 def _combinations(line: str) -> Iterator[dict[str, Any]]:
     """Every combination of a line's lists."""
-    try:
-        given = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"is no JSON ({error})") from None
-    if not isinstance(given, dict):
-        raise InputError("is no JSON object")
+    given = parse_object(line.encode())
     choices = [[(field, v) for v in (value if isinstance(value, list) else [value])] for field, value in given.items()]
     yield from (dict(chosen) for chosen in itertools.product(*choices))
 
@@ -128,19 +124,19 @@ def _job(fields: dict[str, Any], folder: Path) -> Job:
         given["map"] = str(folder / given["map"])
     if given["model"] not in ("tiny", "conformance") and (folder / given["model"]).is_dir():
         given["model"] = str(folder / given["model"])
-    changed_config(given)
-    name = given.pop("name", None) or _described(fields)
+    change_config(given)
+    name = given.pop("name", None) or _describe_job(fields)
     return Job(name, given, str(folder), _key(given, folder), code())
 
 
-def _described(fields: Mapping[str, Any]) -> str:
+def _describe_job(fields: Mapping[str, Any]) -> str:
     """A name for a job without one: what is in its line."""
     first = fields.get("trace") or fields["run"]
     others = {k: v for k, v in sorted(fields.items()) if k not in ("trace", "run")}
     return " ".join([first, *(f"{k}={json.dumps(v) if isinstance(v, dict) else v}" for k, v in others.items())])
 
 
-def changed_config(fields: Mapping[str, Any]) -> Gemma2Config:
+def change_config(fields: Mapping[str, Any]) -> Gemma2Config:
     """The configuration of a job's model, with its own numbers; its axes stay, for the weights have them."""
     config = open_checkpoint(find_model(fields["model"])).config
     changed = config.changed(**fields.get("config", {}))
@@ -208,15 +204,15 @@ def perform(job: Job) -> Done:
         raise InputError("a worker runs another refgemma or NumPy than this process; its results would be others'")
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            return _performed(job, Path(scratch))
+            return _run_job(job, Path(scratch))
         except (RefgemmaError, OSError) as error:
             said = str(error).replace(f"{scratch}/", "").replace(f"{job.folder}/", "")  # the same wherever it is done
-            return not_done(UNREADABLE, " ".join(said.split()))
+            return fail(UNREADABLE, " ".join(said.split()))
 
 
-def _performed(job: Job, scratch: Path) -> Done:
+def _run_job(job: Job, scratch: Path) -> Done:
     fields = job.fields
-    config, folder = changed_config(fields), find_model(fields["model"])
+    config, folder = change_config(fields), find_model(fields["model"])
     trace = fields.get("trace") or str(scratch / "trace.safetensors")
     if "run" in fields:
         model = _with_config(folder, config, scratch / "model") if fields.get("config") else folder
@@ -225,11 +221,12 @@ def _performed(job: Job, scratch: Path) -> Done:
         for place, path in places.items():
             command = command.replace(place, shlex.quote(path))
         if problem := run_backend(command, Path(trace), Path(job.folder)):
-            return not_done(FAILED, problem.replace(f"{scratch}/", ""))
-    candidate = read_port(trace, config, fields.get("dtype"), fields.get("map"))
+            return fail(FAILED, problem.replace(f"{scratch}/", ""))
+    candidate = read_candidate(trace, config, fields.get("dtype"), fields.get("map"))
     if "prompt" in fields:
         _same_tokens(candidate, fields["prompt"])
-    return summary(judged_port(candidate, folder, config, fields.get("weights"), fields["allow"]))
+    report = check(candidate, folder, config=config, weights=fields.get("weights"), override=fields["allow"])
+    return summarize(report)
 
 
 def _with_config(folder: Path, config: Gemma2Config, target: Path) -> Path:
@@ -248,25 +245,25 @@ def _same_tokens(candidate: Candidate, prompt: str) -> None:
         raise InputError("the trace is of other input_ids than the prompt's")
 
 
-def not_done(verdict: str, message: str) -> Done:
+def fail(verdict: str, message: str) -> Done:
     """The result of a job that came to nothing."""
     return {"schema": KEPT, "verdict": verdict, "message": message, "dtype": "", "first_divergence": None, "named": "",
             "excluded": [], "blind": [], "found": [], "tensors": {}}  # fmt: skip
 
 
-def summary(report: Report) -> Done:
+def summarize(report: Report) -> Done:
     """What is kept of a check: its verdict, and of every kind of tensor a tally."""
     kinds: dict[str, list[Tally]] = {}
     for instance in report.instances:
         kinds.setdefault(field_of(instance.tensor), []).append(tally(instance))
     first = report.first_divergence
-    stage = report.wrong_stages[0] if report.wrong_stages else None
+    stage = report.wrong_preflight[0] if report.wrong_preflight else None
     named = stage.named if stage else report.findings[0].named if report.findings else ""
     return {
         "schema": KEPT, "verdict": report.verdict, "message": "; ".join(report.remarks),
         "dtype": report.candidate.dtype,
         "first_divergence": stage.name if stage else first.tensor if first else None, "named": named,
-        "excluded": [v.name for v in report.excluded], "blind": [v.name for v in report.blind],
+        "excluded": [v.name for v in report.excluded], "blind": [v.name for v in report.undetectable],
         "found": sorted({v.name for f in report.findings for v in f.explanations}),
-        "tensors": {kind: merged(some).as_json() for kind, some in kinds.items()},
+        "tensors": {kind: merge_tallies(some).as_json() for kind, some in kinds.items()},
     }  # fmt: skip

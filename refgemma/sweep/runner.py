@@ -17,17 +17,15 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from refgemma.errors import UsageError
-from refgemma.files import replace_file
-from refgemma.oracle.check import CONFORMS, DIFFERS, INCONCLUSIVE, NOISY_ONLY
+from refgemma.errors import RefgemmaError, UsageError
+from refgemma.files import read_object, replace_file
 from refgemma.oracle.report import finite
-from refgemma.sweep.jobs import FAILED, KEPT, LOST, UNREADABLE, Done, Job, not_done, perform
-from refgemma.sweep.tally import Tally, merged
+from refgemma.oracle.verdicts import EXIT, FAILED, LOST, UNREADABLE
+from refgemma.sweep.jobs import KEPT, Done, Job, fail, perform
+from refgemma.sweep.tally import Tally, merge_tallies
 from refgemma.trace.names import FIELDS
 
 SCHEMA = "refgemma-sweep/1"
-# From the worst: what a whole sweep is said to be, and its exit code.
-CODES = {DIFFERS: 1, FAILED: 5, LOST: 5, UNREADABLE: 2, INCONCLUSIVE: 4, NOISY_ONLY: 3, CONFORMS: 0}
 TRIES = 3  # of a job that ended its worker
 ONE_THREAD = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
@@ -73,12 +71,12 @@ def cluster(address: str) -> Iterator[tuple[Pool, int]]:
         yield (lambda workers: nullcontext(client.get_executor(pure=False))), 2 * threads
 
 
-def lost_worker(error: BaseException) -> bool:
+def is_lost_worker(error: BaseException) -> bool:
     """Whether an exception says that a worker died, of a pool or of a cluster."""
     return isinstance(error, BrokenExecutor) or type(error).__name__ == "KilledWorker"
 
 
-def completed(jobs: Sequence[Job], pool: Pool, width: int) -> Iterator[tuple[Job, Done]]:
+def run_jobs(jobs: Sequence[Job], pool: Pool, width: int) -> Iterator[tuple[Job, Done]]:
     """Each job and its result, as they are finished.
 
     When a worker dies, what was running goes on in a new pool, one job at a time: so it is known which of them it was,
@@ -100,24 +98,24 @@ def completed(jobs: Sequence[Job], pool: Pool, width: int) -> Iterator[tuple[Job
                     job, error = running.pop(future), future.exception()
                     if error is None:
                         yield job, future.result()
-                    elif lost_worker(error):
+                    elif is_lost_worker(error):
                         suspects.append(job)
                         whole = False
                     else:
                         raise error
     for job in suspects:
-        yield job, _alone(job, pool)
+        yield job, _run_alone(job, pool)
 
 
-def _alone(job: Job, pool: Pool) -> Done:
+def _run_alone(job: Job, pool: Pool) -> Done:
     for _ in range(TRIES):
         with pool(1) as workers:
             try:
                 return workers.submit(perform, job).result()
             except Exception as error:
-                if not lost_worker(error):
+                if not is_lost_worker(error):
                     raise
-    return not_done(LOST, f"its worker died {TRIES} times")
+    return fail(LOST, f"its worker died {TRIES} times")
 
 
 def sweep(
@@ -141,7 +139,7 @@ def sweep(
     results.mkdir(parents=True, exist_ok=True)
     kept = {} if again else {job.key: found for job in jobs if (found := _kept(results, job)) is not None}
     yield from ((job, kept[job.key]) for job in jobs if job.key in kept)
-    for job, done in completed([job for job in jobs if job.key not in kept], pool, width):
+    for job, done in run_jobs([job for job in jobs if job.key not in kept], pool, width):
         if done["verdict"] not in (UNREADABLE, FAILED, LOST):  # these are tried again the next time
             replace_file(results / f"{job.key}.json", json.dumps(done, allow_nan=False).encode())
         yield job, done
@@ -149,10 +147,10 @@ def sweep(
 
 def _kept(results: Path, job: Job) -> Done | None:
     try:
-        found = json.loads((results / f"{job.key}.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = read_object(results / f"{job.key}.json", RefgemmaError)
+    except RefgemmaError:
         return None
-    return found if isinstance(found, dict) and found.get("schema") == KEPT else None
+    return found if found.get("schema") == KEPT else None
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
@@ -162,19 +160,19 @@ def as_json(found: Sequence[tuple[Job, Done]]) -> dict[str, Any]:
     """All results as one, whatever their order: that of names."""
     ordered = sorted(found, key=lambda pair: (pair[0].name, pair[0].key))
     verdicts = {done["verdict"] for _, done in ordered}
-    verdict = next(v for v in CODES if v in verdicts)
+    verdict = next(v for v in EXIT if v in verdicts)
     groups: dict[tuple[str, str], list[Tally]] = {}
     for job, done in ordered:
         for kind, kept in done["tensors"].items():
             t = Tally.from_json(kept)
             groups.setdefault((done["dtype"], kind), []).append(replace(t, at=f"{job.name}: {t.at}"))
-    totals = {group: merged(tallies) for group, tallies in groups.items()}
+    totals = {group: merge_tallies(tallies) for group, tallies in groups.items()}
     seen = {name for _, done in ordered for name in done["found"]}
     excluded = {name for _, done in ordered for name in done["excluded"]} - seen
     blind = {name for _, done in ordered for name in done["blind"]} - seen - excluded
     return {
-        "schema": SCHEMA, "verdict": verdict, "exit_code": CODES[verdict],
-        "counts": {v: n for v in CODES if (n := sum(done["verdict"] == v for _, done in ordered))},
+        "schema": SCHEMA, "verdict": verdict, "exit_code": EXIT[verdict],
+        "counts": {v: n for v in EXIT if (n := sum(done["verdict"] == v for _, done in ordered))},
         "jobs": [{"name": job.name, "key": job.key, **{k: done[k] for k in (
             "verdict", "first_divergence", "named", "dtype", "message")}} for job, done in ordered],
         "tensors": [

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from refgemma.oracle.check import Instance
+from refgemma.oracle.engine import Instance
 from refgemma.oracle.judge import EDGES
 
 NOTHING = (0,) * (len(EDGES) - 1)
@@ -25,7 +25,7 @@ class Tally:
     --------
     >>> a = Tally({"PASS": 2}, elements=10, exact=9, squares=10.0, worst=0.5, at="layers.0.out")
     >>> b = Tally({"PASS": 1, "FAIL": 1}, elements=30, exact=1, squares=150.0, worst=4.0, at="layers.1.out")
-    >>> both = merged([a, b])
+    >>> both = merge_tallies([a, b])
     >>> both.verdicts, both.elements, both.rms, both.worst, both.at
     ({'FAIL': 1, 'PASS': 3}, 40, 2.0, 4.0, 'layers.1.out')
     """
@@ -56,7 +56,7 @@ class Tally:
         return cls(**{**kept, **numbers, "histogram": tuple(kept["histogram"])})
 
 
-def merged(tallies: Iterable[Tally]) -> Tally:
+def merge_tallies(tallies: Iterable[Tally]) -> Tally:
     """One tally of all; of largest errors that are equal, the one whose place comes first in the alphabet is told."""
     some = list(tallies)
     verdicts = sorted({word for t in some for word in t.verdicts})
@@ -71,5 +71,6 @@ def merged(tallies: Iterable[Tally]) -> Tally:
 def tally(instance: Instance) -> Tally:
     """Of one judged tensor."""
     s = instance.judged.statistics
-    return Tally({instance.judged.verdict: 1}, s.elements, round(s.exact * s.elements), s.rms**2 * s.elements, s.worst,
+    return Tally({instance.judged.verdict: 1}, s.elements, round(s.exact * s.elements), s.rms**2 * s.elements,
+                 s.error_over_bound,
                  instance.tensor, s.histogram or NOTHING)  # fmt: skip

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from refgemma.precision import Array
-from refgemma.testing.backends import Capabilities, Output
-from refgemma.trace.capture import NORMS, as_numpy, caught, in_heads
+from refgemma.testing.interface import Capabilities, Output
+from refgemma.trace.capture import NORMS, as_numpy, catch_tensors, in_heads
 
 # What transformers computes outside the attention function: every implementation shows it.
 AROUND_ATTENTION = (
@@ -86,7 +86,7 @@ class Transformers:
             if set(tensors) == {"logits"}:
                 found = {"logits": model(*given, use_cache=True).logits}
             else:
-                with caught(model) as found:
+                with catch_tensors(model) as found:
                     logits = model(*given, use_cache=True).logits
                 found |= {name: found[name].expand(len(input_ids), -1, -1, -1) for name in ("cos", "sin")}
                 found["logits"] = logits

@@ -1,8 +1,6 @@
-"""What an implementation must offer to be tested, and refgemma's own. Checked by running the laws through it.
+"""refgemma as a backend, and any backend by its name. Checked by running the laws through it.
 
-Three methods are enough: `Backend`. What else an implementation can do (draw a token, search with beams, take a loss,
-save, split text, single operations) it offers by having a method of that name, see `OPTIONAL`; a law that needs one is
-not applicable to a backend without it.
+What a backend offers is in `refgemma.testing.interface`; its names can be imported from here, too.
 """
 
 import importlib
@@ -10,131 +8,38 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from refgemma import ops
 from refgemma.config import Gemma2Config
-from refgemma.errors import RefgemmaError
 from refgemma.generation.beams import draw
 from refgemma.generation.decode import Prompts, generate_batch
-from refgemma.generation.generation_config import GenerationConfig, settled
+from refgemma.generation.generation_config import GenerationConfig, merge_settings
 from refgemma.heads import causal_lm_loss
 from refgemma.model import forward, next_token_logits
 from refgemma.modeling.classes import Gemma2ForCausalLM
 from refgemma.precision import Array, wide
+from refgemma.testing.interface import OPTIONAL, Backend, BackendError, Capabilities, Output, Unsupported
+from refgemma.testing.program import Program
 from refgemma.tokenizer.tokenizer import Tokenizer
 from refgemma.trace.names import named_tensors
 from refgemma.weights.checkpoint import open_checkpoint
 from refgemma.weights.parameters import Weights
 
-# Methods that a backend may have besides the three, and what each does; `NumpyBackend` has all of them.
-OPTIONAL: Mapping[str, str] = {
-    "operations": "() -> functions by the names of refgemma.ops, with their arguments",
-    "sample": "(model, input_ids, count, seed) -> that many draws of the next token of one text",
-    "search": "(model, input_ids, num_beams, new_tokens) -> the best text found, and its sum of log probabilities",
-    "loss": "(model, input_ids, labels) -> the mean cross entropy; a label of -100 does not count",
-    "save": "(model, folder) -> None: writes a Hugging Face folder that `load` can read",
-    "tokenizer": "(folder) -> an object with encode, decode and apply_chat_template",
-}
-
-
-class Unsupported(Exception):
-    """Raised by a backend for a model or a call that it does not claim to compute; the message says which."""
-
-
-class BackendError(RefgemmaError):
-    """A backend that cannot be found, or that is none."""
-
-
-@dataclass(frozen=True)
-class Capabilities:
-    """What a backend can do.
-
-    Parameters
-    ----------
-    dtypes : tuple of str
-        The precisions it computes in *throughout*, of ``float64``, ``float32``, ``float16`` and ``bfloat16``.
-    max_length : int, optional
-        The longest text it can be given; ``None`` for any.
-    tensors : tuple of str
-        The tensors it can show, by the names of the trace, ``*`` for anything: ``layers.*.attention.probs``.
-    cache, padding, positions : bool
-        Whether `Backend.forward` takes a cache, a padding mask, and rotary positions.
-    """
-
-    dtypes: tuple[str, ...] = ("float32",)
-    max_length: int | None = None
-    tensors: tuple[str, ...] = ("logits",)
-    cache: bool = False
-    padding: bool = False
-    positions: bool = False
-
-    def shows(self, name: str) -> bool:
-        """Whether the tensor `name` of the trace can be had.
-
-        Examples
-        --------
-        >>> Capabilities(tensors=("logits", "layers.*.out")).shows("layers.3.out")
-        True
-        """
-        return any(fnmatchcase(name, pattern) for pattern in self.tensors)
-
-
-@dataclass(frozen=True)
-class Output:
-    """What a call of `Backend.forward` gives: tensors by name, ``logits`` at least, and a cache to go on from."""
-
-    tensors: Mapping[str, Array]
-    cache: Any = None
-
-    @property
-    def logits(self) -> Array:
-        """The final logits ``(batch, seq, vocab)``, capped."""
-        return self.tensors["logits"]
-
-
-class Backend(Protocol):
-    """An implementation of Gemma 2. Arrays go in and come out as NumPy arrays."""
-
-    def capabilities(self) -> Capabilities:
-        """Say what can be asked for."""
-        ...
-
-    def load(self, folder: Path, dtype: str) -> Any:
-        """Read a Hugging Face folder (``config.json``, ``model.safetensors``) to compute in `dtype`.
-
-        Raises `Unsupported` for a configuration that is not computed here.
-        """
-        ...
-
-    def forward(
-        self,
-        model: Any,
-        input_ids: npt.NDArray[np.int64],
-        attention_mask: npt.NDArray[np.int64] | None = None,
-        position_ids: npt.NDArray[np.int64] | None = None,
-        cache: Any = None,
-        tensors: Sequence[str] = ("logits",),
-    ) -> Output:
-        """Compute the logits ``(batch, seq, vocab)`` of token ids ``(batch, seq)``.
-
-        Parameters
-        ----------
-        model
-            What `load` gave.
-        attention_mask : int array (batch, tokens so far)
-            0 for padding, which may be on either side; those of earlier calls included. None: no padding.
-        position_ids : int array (batch, seq)
-            Rotary positions; None: 0 and up, going on from the cache.
-        cache
-            ``Output.cache`` of the call before. It must stay usable: two calls may go on from one cache.
-        tensors : sequence of str
-            What is to be in ``Output.tensors``, as patterns.
-        """
-        ...
+__all__ = [
+    "OPTIONAL",
+    "Backend",
+    "BackendError",
+    "Capabilities",
+    "Loaded",
+    "NumpyBackend",
+    "Output",
+    "Unsupported",
+    "backend_named",
+]
 
 
 @dataclass(frozen=True)
@@ -181,7 +86,10 @@ class NumpyBackend:
         tensors: Sequence[str] = ("logits",),
     ) -> Output:
         """`refgemma.model.forward`."""
-        run = forward(input_ids, model.weights, model.config, attention_mask, position_ids, cache)
+        run = forward(
+            input_ids, model.weights, model.config,
+            attention_mask=attention_mask, position_ids=position_ids, cache=cache,
+        )  # fmt: skip
         found = {name: x for name, x in named_tensors(run) if any(fnmatchcase(name, wanted) for wanted in tensors)}
         return Output(found, run.cache)
 
@@ -201,7 +109,7 @@ class NumpyBackend:
     ) -> tuple[Array, float]:
         """Beam search over texts of `new_tokens`, none of which ends before."""
         asked = {"num_beams": num_beams, "max_new_tokens": new_tokens, "output_scores": True, "length_penalty": 0.0}
-        call = settled(None, GenerationConfig(), asked | {"return_dict_in_generate": True})
+        call = merge_settings(None, GenerationConfig(), asked | {"return_dict_in_generate": True})
         found: Any = generate_batch(Prompts(input_ids), model.weights, model.config, call)
         return found.sequences[0], float(found.sequences_scores[0])
 
@@ -237,8 +145,6 @@ def backend_named(name: str) -> Any:
     if not module or not attribute:
         raise BackendError(f"backend {name!r}: write it as package.module:Name, or as program:COMMAND")
     if module == "program":
-        from refgemma.testing.program import Program  # which imports this file
-
         return Program(attribute)
     try:
         found = getattr(importlib.import_module(module), attribute)
@@ -248,5 +154,5 @@ def backend_named(name: str) -> Any:
         raise BackendError(f"backend {name!r}: {module} has no {attribute}") from None
     backend = found() if isinstance(found, type) else found
     if lacking := [method for method in ("capabilities", "load", "forward") if not hasattr(backend, method)]:
-        raise BackendError(f"backend {name!r}: lacks {', '.join(lacking)}; see refgemma.testing.backends.Backend")
+        raise BackendError(f"backend {name!r}: lacks {', '.join(lacking)}; see refgemma.testing.interface.Backend")
     return backend

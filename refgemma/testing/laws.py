@@ -6,6 +6,9 @@ How far apart two results may be that a law says are equal: rounding a sum of n 
 (Higham and Mary 2019, doi:10.1137/18M1226312). So the model is run once more with weights changed at random by a small
 known amount, and the change that this makes, brought down to the size of rounding, is the measure: a model that
 magnifies errors is allowed larger ones, and none other.
+
+Two roundings are float32 in every precision, so they are added where they occur, each once for a number: that of a
+rotary angle, and that of a weight which a law derives from others and writes to a file.
 """
 
 import tempfile
@@ -25,7 +28,7 @@ from safetensors.numpy import save_file
 
 from refgemma.config import Gemma2Config
 from refgemma.precision import Array, Rounded, dtype_name
-from refgemma.testing.backends import Backend, BackendError, Capabilities, Output, Unsupported
+from refgemma.testing.interface import Backend, BackendError, Capabilities, Output, Unsupported
 from refgemma.testing.strategies import Scene
 
 Tensors = Mapping[str, Array]
@@ -35,6 +38,8 @@ ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bflo
 PRECISE_FIRST = ("float64", "float32", "float16", "bfloat16")
 # Of how many standard deviations of a random walk of roundings the two results may be apart.
 DEVIATIONS = 8
+# Weights are float32 in a file: so much of itself a weight may lose there.
+FILE_ROUNDOFF = ROUNDOFF["float32"]
 # By how much weights are changed to see what a change does: far above float32's rounding, far below 1.
 PROBE = 2.0**-14
 
@@ -118,6 +123,7 @@ class Bench:
         self.can: Capabilities = backend.capabilities()
         self._folder = tempfile.TemporaryDirectory(prefix="refgemma-", ignore_cleanup_errors=True)
         self._models = 0
+        self.file_roundoff = 0.0  # `FILE_ROUNDOFF` once a weight was written that float32 does not have
         self._overflows = np.errstate(all="ignore")  # numbers too large for float16 are for the laws to judge
 
     def __enter__(self) -> "Bench":
@@ -145,12 +151,17 @@ class Bench:
         return folder
 
     def model(self, config: Gemma2Config, tensors: Tensors, dtype: str = "") -> Model:
-        """Write a Hugging Face folder and have the backend load it."""
+        """Write a Hugging Face folder and have the backend load it.
+
+        The weights become float32. Where that rounds one, `allowed` allows for it.
+        """
         folder = self.new_folder()
         config.save_pretrained(folder)
-        save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, folder / "model.safetensors",
-                  metadata={"format": "pt"})  # fmt: skip
-        return Model(self, config, tensors, dtype or self.dtype, folder, self.backend.load(folder, dtype or self.dtype))
+        stored = {name: np.ascontiguousarray(x, np.float32) for name, x in tensors.items()}
+        if not all(np.array_equal(stored[name], x, equal_nan=True) for name, x in tensors.items()):
+            self.file_roundoff = FILE_ROUNDOFF
+        save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+        return Model(self, config, stored, dtype or self.dtype, folder, self.backend.load(folder, dtype or self.dtype))
 
     def scene(self, scene: Scene, changed: Tensors | None = None, dtype: str = "") -> Model:
         """The model of a scene, with some tensors `changed`."""
@@ -161,7 +172,8 @@ class Bench:
         value, changed = exact(ask(model)), exact(ask(model.probe))
         response = float(np.max(np.abs(changed - value), initial=0.0)) / PROBE
         largest = float(np.max(np.abs(value), initial=0.0))
-        return (model.roundings * ROUNDOFF[model.dtype] + DEVIATIONS * angle) * (response + largest)
+        roundings = model.roundings * ROUNDOFF[model.dtype] + DEVIATIONS * (angle + self.file_roundoff)
+        return roundings * (response + largest)
 
     def same(self, model: Model, ask: Callable[[Model], Any], other: Any, says: str, angle: float = 0.0) -> None:
         """Require that what is asked of the model is `other`, up to rounding.

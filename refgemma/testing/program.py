@@ -36,7 +36,7 @@ import numpy.typing as npt
 from refgemma.errors import RefgemmaError
 from refgemma.inputs import InputError
 from refgemma.precision import Array
-from refgemma.testing.backends import BackendError, Capabilities, Output, Unsupported
+from refgemma.testing.interface import BackendError, Capabilities, Output, Unsupported
 from refgemma.trace.candidate import STORED
 from refgemma.trace.names import save_trace
 from refgemma.trace.reader import open_safetensors

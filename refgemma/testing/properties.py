@@ -13,11 +13,9 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from refgemma.config import FULL, SLIDING, Gemma2Config
+from refgemma.config import SLIDING, Gemma2Config
 from refgemma.hub import find_model
-from refgemma.oracle.bounds import UNDERFLOW, U
-from refgemma.oracle.compare import ulp
-from refgemma.oracle.replay import model_operations, replay
+from refgemma.oracle.engine import Engine
 from refgemma.precision import Array, as_dtype, dtype_name
 from refgemma.testing.laws import ROUNDOFF, Bench, Exact, Law, Model, exact, law, require
 from refgemma.testing.strategies import (
@@ -30,6 +28,7 @@ from refgemma.testing.strategies import (
     scenes,
     texts,
 )
+from refgemma.trace.candidate import candidate_of
 from refgemma.weights.checkpoint import open_checkpoint
 
 EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
@@ -412,7 +411,7 @@ def norm_weights_count_from_minus_one(bench: Bench, scene: Scene, which: str) ->
     """A norm multiplies by ``1 + weight``: a weight ``-2 - w`` in place of ``w`` changes the sign and nothing else."""
     tensors = scene.tensors
     norms = [NORM] if which == "norm" else every_layer(scene.config, which)
-    reflected = {name: np.float32(-2) - tensors[name] for name in norms}
+    reflected = {name: -2 - exact(tensors[name]) for name in norms}
     negated = times(tensors, -1, *every_layer(scene.config, *REFLECTED[which]))
     other = bench.scene(scene, reflected | negated).logits(scene.ids)
     bench.same_logits(scene, -other if which == "norm" else other,
@@ -435,13 +434,13 @@ def norms_before_a_layer_erase_the_size_of_the_stream(bench: Bench, scene: Scene
     The embedding of what is read, and what the layers add, are made larger; the head's rows, the same table, are not,
     so only tokens that are not read are compared.
     """
-    factor = np.float32(2.0**power)
+    factor = 2.0**power
     tensors, read = scene.tensors, np.unique(scene.ids)
     table = tensors[EMBED].copy()
     table[read] *= factor
     # 1 + w' = factor (1 + w)
     norms = every_layer(scene.config, "post_attention_layernorm", "post_feedforward_layernorm")
-    larger = {name: factor * (1 + tensors[name]) - 1 for name in norms}
+    larger = {name: factor * (1 + exact(tensors[name])) - 1 for name in norms}
     unread = np.setdiff1d(np.arange(scene.config.vocab_size), read)
     other = bench.scene(scene, larger | {EMBED: table}).logits(scene.ids)
     bench.same(bench.scene(scene), lambda m: m.logits(scene.ids)[..., unread], other[..., unread],
@@ -460,7 +459,7 @@ def the_embedding_scale_grows_with_the_root_of_the_width(bench: Bench, scene: Sc
         if name == EMBED:
             wide_tensors[name] = np.tile(x, 4) / 2
         elif name == NORM:
-            wide_tensors[name] = (np.tile(x, 4) - 1) / 2  # 1 + w' = (1 + w) / 2, as the head's rows are halves
+            wide_tensors[name] = (np.tile(exact(x), 4) - 1) / 2  # 1 + w' = (1 + w) / 2, as the head's rows are halves
         elif x.ndim == 1:
             wide_tensors[name] = np.tile(x, 4)
         elif name.endswith(("o_proj.weight", "down_proj.weight")):
@@ -598,8 +597,7 @@ def a_value_bias_goes_through(bench: Bench, scene: Scene) -> None:
         moved |= {p + "v_proj.bias": 0 * bias, p + "o_proj.bias": through}
     other = bench.scene(scene, moved)
     bench.same_logits(scene, other.logits(scene.ids),
-               "logits, and with the bias of the values moved into that of the output",
-               angle=2.0**-24)  # fmt: skip
+               "logits, and with the bias of the values moved into that of the output")  # fmt: skip
 
 
 # --- what is shown ----------------------------------------------------------------------------------------------------
@@ -701,41 +699,28 @@ ALL_OPERATIONS = ("cos", "embedded", "layers.0.attention.scores", "layers.0.feed
 ALL_TENSORS = [f"tensor:{name}" for name in ALL_OPERATIONS]
 
 
-def operation_by_operation(bench: Bench, scene: Scene, dtype: str) -> Iterator[tuple[str, Exact, Exact, Exact]]:
-    """Of each tensor of a run: its name, itself, the float64 operation on those before it, and its float32 bound."""
-    model, seq = bench.scene(scene, dtype=dtype), scene.ids.shape[1]
+def operation_by_operation(bench: Bench, scene: Scene, dtype: str) -> Iterator[tuple[str, int, int]]:
+    """Each tensor of a run on the tensors before it: its name, and how many of its elements rounding does not explain.
+
+    The tolerances are those of `refgemma.oracle.tolerance`, one an element.
+    """
+    model = bench.scene(scene, dtype=dtype)
     shown = {name: exact(x) for name, x in model.run(scene.ids, ("*",)).tensors.items()}
-    ago = np.arange(seq)[:, None] - np.arange(seq)
-    config, double = scene.config, open_checkpoint(model.folder).resident("float64")
-    pictures = {FULL: ago >= 0, SLIDING: (ago >= 0) & (ago < config.sliding_window)}
-    masks = [np.broadcast_to(pictures[kind], (len(scene.ids), 1, seq, seq)) for kind in config.layer_types or ()]
-    places = np.broadcast_to(np.arange(seq), scene.ids.shape)
-    for name, computed, bound in replay(shown, model_operations(scene.ids, places, masks, double, config)):
+    candidate = candidate_of({"input_ids": scene.ids} | shown, scene.config, dtype, source="a run")
+    engine = Engine(candidate, open_checkpoint(model.folder).resident(dtype), scene.config)
+    for name in filter(engine.is_direct, engine.recorded):
         if name != "embedded":  # its factor is a rounded number, which is part of the model: there is a law for it
-            yield name, shown[name], exact(computed), exact(bound)
+            apart = np.abs(candidate.tensors[name].numbers - engine.usual.result(name))
+            where = np.broadcast_to(engine.where(name), apart.shape)
+            beyond = (apart > engine.tolerance(name).error_bound) & where
+            yield name, int(beyond.sum()), int(where.sum())
 
 
 @law(of(scenes()), needs=["dtype:float32", *ALL_TENSORS])
 def each_operation_keeps_within_its_bound(bench: Bench, scene: Scene) -> None:
-    """Each tensor of a float32 run is the float64 operation on the tensors before it, within a derived bound.
-
-    The bounds are those of `refgemma.oracle.bounds`, one an element.
-    """
-    for name, shown, computed, bound in operation_by_operation(bench, scene, "float32"):
-        beyond = np.abs(shown - computed) > bound + UNDERFLOW
-        require(not beyond.any(), f"{name}: {beyond.sum()} of {beyond.size} elements are beyond the bound of rounding")
-
-
-def rounded_between(name: str, result: Exact, bound: Exact) -> Exact:
-    """The sizes, summed, of what PyTorch's kernels round on the way to a result: nothing for most operations."""
-    match name.rpartition(".")[2]:
-        case "q_rot" | "k_rot":  # two products; the float32 bound is twice U of them
-            return bound / (2 * U)
-        case "scores":  # the product, before it is scaled
-            return np.abs(result)
-        case "capped" | "logits":  # the quotient, of which tanh keeps the relative error, and its tanh
-            return 2 * np.abs(result)
-    return 0 * result
+    """Each tensor of a float32 run is the float64 operation on the tensors before it, within a derived bound."""
+    for name, beyond, size in operation_by_operation(bench, scene, "float32"):
+        require(not beyond, f"{name}: {beyond} of {size} elements are beyond the bound of rounding")
 
 
 @law(of(scenes()), needs=["dtype:bfloat16", *ALL_TENSORS])
@@ -745,13 +730,8 @@ def a_kernel_rounds_once(bench: Bench, scene: Scene) -> None:
     That is once for a norm, a softmax, a projection or a sum, computed in float32: half a step of bfloat16. A norm that
     is rounded before its weight, or queries that are rounded in place of scores, go further.
     """
-    for name, shown, computed, bound in operation_by_operation(bench, scene, "bfloat16"):
-        between = ROUNDOFF["bfloat16"] * rounded_between(name, computed, bound)
-        limit = bound + between + ulp(np.abs(computed) + bound + between, "bfloat16") / 2
-        beyond = np.abs(shown - computed) > limit + UNDERFLOW
-        require(
-            not beyond.any(), f"{name}: {beyond.sum()} of {beyond.size} elements are rounded more often or elsewhere"
-        )
+    for name, beyond, size in operation_by_operation(bench, scene, "bfloat16"):
+        require(not beyond, f"{name}: {beyond} of {size} elements are rounded more often or elsewhere")
 
 
 # --- single operations ------------------------------------------------------------------------------------------------

@@ -2,22 +2,16 @@
 have. The measures are those of `refgemma verify`: see `refgemma.oracle.compare`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from refgemma.goldens.verify import load_golden, model_of, read_manifest, run_calls
+from refgemma.goldens.load import load_golden, model_of, read_manifest
+from refgemma.goldens.single import OFFERED, recorded_operations
+from refgemma.goldens.verify import compare_run
 from refgemma.hub import find_model, golden_folder
-from refgemma.oracle import bounds
-from refgemma.oracle.compare import (
-    half_rounding_noise,
-    half_run_distance,
-    logits_distance,
-    operation_distance,
-    rounding_noise,
-    run_distance,
-)
+from refgemma.oracle.judge import strict_distance
 from refgemma.precision import Array
 from refgemma.testing.backends import Unsupported
 from refgemma.testing.laws import LawBroken, NotApplicable, exact, golden_script, message, require
@@ -91,49 +85,21 @@ def _check_forward(backend: Any, name: str) -> None:
         output = backend.forward(model, ids[:, done:end], mask, None, cache, tuple(n for n in wanted if can.shows(n)))
         computed |= {f"calls.{call}.{tensor}": x for tensor, x in output.tensors.items()}
         cache, done = output.cache, end
-    distances = _distances(name, about, golden, computed)
+    distances = _measure_distances(name, about, golden, computed)
     beyond = [(tensor, far) for tensor, far in distances.items() if not far <= 1]
     listed = "; ".join(f"{tensor}: {far:.3g} times what rounding explains" for tensor, far in beyond[:8])
     require(not beyond, f"{len(beyond)} of {len(distances)} tensors differ, first {listed}")
 
 
-def _distances(
+def _measure_distances(
     name: str, about: Mapping[str, Any], golden: Mapping[str, Array], computed: Mapping[str, Array]
 ) -> dict[str, float]:
     """For each tensor that both have, in the order of recording, how far apart in units of what rounding explains."""
-    starts = np.cumsum([0, *about["calls"]])
-    half = about["dtype"] != "float32"
-    twin = load_golden(f"{name.removesuffix(SHORT[about['dtype']])}f32")[1] if half else run_calls(
-        about, golden, *model_of({**about, "dtype": "float64"})
-    )  # fmt: skip
-    shared = [tensor for tensor in golden if tensor in computed and tensor in twin]
-    rows: dict[str, tuple[Array, Array, Array]] = {}
-    for tensor in shared:
-        call = int(tensor.split(".")[1])
-        real = golden["attention_mask"].astype(bool)[:, starts[call] : starts[call + 1]]
-        ours, theirs, other = (exact(x) for x in (computed[tensor], golden[tensor], twin[tensor]))
-        require(ours.shape == theirs.shape, f"{tensor} has shape {ours.shape} instead of {theirs.shape}")
-        rows[tensor] = (_real(ours, real), _real(theirs, real), _real(other, real))
-    noise: dict[str, float] = {}
-    for tensor, (ours, theirs, other) in rows.items():
-        # Of one tensor over all calls the noise is taken together: a decoding step has few elements.
-        field, own = tensor.split(".", 2)[2], half_rounding_noise(theirs, other) if half else 0.0
-        noise[field] = max(noise.get(field, 0.0), own if half else rounding_noise(ours, theirs, other))
-    return {tensor: _distance(tensor, *pair[:2], noise[tensor.split(".", 2)[2]], half) for tensor, pair in rows.items()}
-
-
-def _distance(tensor: str, ours: Array, theirs: Array, noise: float, half: bool) -> float:
-    if half:
-        return half_run_distance(ours, theirs, noise)
-    distance = run_distance(ours, theirs, noise)
-    return max(distance, logits_distance(ours, theirs)) if tensor.endswith(".logits") else distance
-
-
-def _real(x: Array, real: Array) -> Array:
-    """The rows of tokens that are no padding; ``seq`` is the last axis but one."""
-    if x.shape[0] != real.shape[0]:
-        x = np.broadcast_to(x, (real.shape[0], *x.shape[1:]))
-    return x[real] if x.ndim == 3 else x.swapaxes(1, 2)[real]
+    shown = {tensor: exact(x) for tensor, x in computed.items()}
+    for tensor in [tensor for tensor in golden if tensor in shown]:
+        ours, theirs = shown[tensor].shape, golden[tensor].shape
+        require(ours[1:] == theirs[1:], f"{tensor} has shape {ours} instead of {theirs}")
+    return {c.tensor: c.distance for c in compare_run(about, golden, shown, name)}
 
 
 def _check_greedy(backend: Any, name: str) -> None:
@@ -151,56 +117,18 @@ def _check_greedy(backend: Any, name: str) -> None:
         require(not differ, f"prompt {number} continues with other tokens, first the {differ[:1]}th")
 
 
-# Operation -> its results, by name, and the bound of each, from what was recorded and a backend's functions.
-Golden = Mapping[str, Array]
-OPERATIONS: Mapping[str, Callable[[Mapping[str, Any], Golden], dict[str, tuple[Array, Array]]]] = {
-    "rms_norm": lambda ops, g: {
-        "y": (ops["rms_norm"](g["x"], g["weight"], 1e-6), bounds.rms_norm(g["x"], g["weight"], 1e-6))
-    },
-    "linear": lambda ops, g: {"y": (ops["linear"](g["x"], g["weight"]), bounds.linear(g["x"], g["weight"]))},
-    "gelu_tanh": lambda ops, g: {"y": (ops["gelu_tanh"](g["x"]), bounds.gelu_tanh(g["x"]))},
-    "soft_cap": lambda ops, g: {
-        "y": (ops["soft_cap"](g["x"], float(g["cap"][0])), bounds.soft_cap(g["x"], float(g["cap"][0])))
-    },
-    "attention_scores": lambda ops, g: {
-        "y": (
-            ops["attention_scores"](g["q"], g["k"], float(g["scale"][0])),
-            bounds.attention_scores(g["q"], g["k"], float(g["scale"][0])),
-        )
-    },
-    "softmax": lambda ops, g: {
-        "y": (ops["softmax"](g["scores"], g["mask"].astype(bool)), bounds.softmax(g["scores"], g["mask"].astype(bool)))
-    },
-    "repeat_kv": lambda ops, g: {"y": (ops["repeat_kv"](g["x"], int(g["groups"][0])), np.zeros(1))},
-    "rotary": lambda ops, g: {
-        # Twice a library's error: the angles themselves have to be the same to the last bit.
-        **dict(
-            zip(
-                ("cos", "sin"),
-                (
-                    (table, np.full(1, bounds.LIBRARY))
-                    for table in ops["rotary_tables"](g["positions"], g["cos"].shape[-1], 10000.0, like=g["cos"])
-                ),
-                strict=True,
-            )
-        ),
-        "y": (ops["rotate"](g["x"], g["cos"], g["sin"]), bounds.rotate(g["x"], g["cos"], g["sin"])),
-    },
-}
-
-
 def _check_operation(backend: Any, name: str) -> None:
     """Single operations on recorded inputs, for a backend that offers them."""
     about, golden = load_golden(name)
     if not hasattr(backend, "operations"):
         raise NotApplicable("it has no method operations")
-    if about["operation"] not in OPERATIONS:
+    if about["operation"] not in OFFERED:
         raise NotApplicable(
             f"{about['operation']} is no single operation of a backend; the recordings of models use it"
         )
-    with np.errstate(over="ignore"):  # the cube of the largest numbers
-        results = OPERATIONS[about["operation"]](backend.operations(), golden)
-    for tensor, (computed, bound) in results.items():
-        allowed = np.broadcast_to(bound, np.shape(computed))
-        distance = operation_distance(computed, golden[tensor], allowed, about["dtype"])
-        require(distance <= 1, f"{tensor} is {distance:.3g} times as far away as rounding explains")
+    for operation, inputs in recorded_operations(about["operation"], golden, backend.operations()):
+        with np.errstate(over="ignore"):  # the cube of the largest numbers
+            computed = operation.compute(*inputs)
+        allowed = operation.allowed(*inputs)
+        distance = strict_distance(computed, golden[operation.name], allowed, about["dtype"])
+        require(distance <= 1, f"{operation.name} is {distance:.3g} times as far away as rounding explains")

@@ -44,13 +44,13 @@ def refuse(others: Mapping[str, Any]) -> None:
             raise TokenizerError(f"{name}={value!r} is not supported: {UNSUPPORTED[name]}")
 
 
-def one_of(name: str, value: Any, choices: Sequence[Any]) -> None:
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     """Refuse a `value` that is not among `choices`."""
     if not any(type(value) is type(choice) and value == choice for choice in choices):
         raise TokenizerError(f"{name} is {value!r}; there are {', '.join(map(repr, choices))}")
 
 
-def at_least_one(name: str, value: Any) -> None:
+def check_positive(name: str, value: Any) -> None:
     """Refuse what is neither ``None`` nor a whole number from 1 on."""
     if value is not None and (type(value) is not int or value < 1):
         raise TokenizerError(f"{name} is {value!r}, not a whole number of at least 1")
@@ -98,12 +98,14 @@ class Layout:
     return_attention_mask: bool | None = None
 
     def __post_init__(self) -> None:
-        one_of("padding", self.padding, (False, True, "longest", "max_length", "do_not_pad"))
-        one_of("truncation", self.truncation, (None, False, True, "longest_first", "only_first", "do_not_truncate"))
-        one_of("padding_side", self.padding_side, SIDES)
-        one_of("truncation_side", self.truncation_side, SIDES)
-        at_least_one("max_length", self.max_length)
-        at_least_one("pad_to_multiple_of", self.pad_to_multiple_of)
+        check_choice("padding", self.padding, (False, True, "longest", "max_length", "do_not_pad"))
+        check_choice(
+            "truncation", self.truncation, (None, False, True, "longest_first", "only_first", "do_not_truncate")
+        )
+        check_choice("padding_side", self.padding_side, SIDES)
+        check_choice("truncation_side", self.truncation_side, SIDES)
+        check_positive("max_length", self.max_length)
+        check_positive("pad_to_multiple_of", self.pad_to_multiple_of)
         if self.return_tensors not in (None, "np"):
             raise TokenizerError(
                 f"return_tensors is {self.return_tensors!r}, but refgemma computes in NumPy; say 'np', from which "
@@ -132,36 +134,36 @@ class Layout:
         return self.truncation not in (False, "do_not_truncate")
 
     def cut(self, row: list[int], reserved: int = 0) -> list[int]:
-        """`row` with at most `max_length` ids, less those `reserved` for special tokens."""
+        """Cut `row` to at most `max_length` ids, less those `reserved` for special tokens."""
         if not self.truncates or self.max_length is None:
             return row
-        room = self.max_length - reserved
-        if room < 0:
+        space = self.max_length - reserved
+        if space < 0:
             raise TokenizerError(
                 f"max_length {self.max_length} has no room for the {reserved} special tokens; raise it, or say "
                 "add_special_tokens=False"
             )
-        return row[:room] if self.truncation_side == "right" else row[max(len(row) - room, 0) :]
+        return row[:space] if self.truncation_side == "right" else row[max(len(row) - space, 0) :]
 
     def batch(self, rows: list[list[int]], pad_token_id: int) -> BatchEncoding:
-        """`rows` padded, and their masks."""
+        """Pad `rows`, and make their masks."""
         width = 0
         if self.padding == "max_length":
             width = self.max_length or 0
         elif self.pads:
             width = max(map(len, rows))
         width += -width % (self.pad_to_multiple_of or 1)
-        encoding = BatchEncoding(input_ids=[self._padded(row, width, pad_token_id) for row in rows])
+        encoding = BatchEncoding(input_ids=[self._pad(row, width, pad_token_id) for row in rows])
         if self.return_attention_mask is not False:
-            encoding["attention_mask"] = [self._padded([1] * len(row), width, 0) for row in rows]
-        return encoding if self.return_tensors is None else _as_arrays(encoding)
+            encoding["attention_mask"] = [self._pad([1] * len(row), width, 0) for row in rows]
+        return encoding if self.return_tensors is None else _to_arrays(encoding)
 
-    def _padded(self, row: list[int], width: int, value: int) -> list[int]:
+    def _pad(self, row: list[int], width: int, value: int) -> list[int]:
         padding = [value] * (width - len(row))
         return [*padding, *row] if self.padding_side == "left" else [*row, *padding]
 
 
-def _as_arrays(encoding: BatchEncoding) -> BatchEncoding:
+def _to_arrays(encoding: BatchEncoding) -> BatchEncoding:
     lengths = sorted({len(row) for row in encoding.input_ids})
     if len(lengths) > 1:
         raise TokenizerError(f"the rows have {lengths[0]} to {lengths[-1]} tokens, which makes no array; padding=True")

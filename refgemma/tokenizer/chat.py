@@ -10,7 +10,7 @@ START, END = "<start_of_turn>", "<end_of_turn>"
 # The role of a message -> the name that the model was trained to see.
 ROLES = {"user": "user", "assistant": "model", "model": "model"}
 
-# Gemma 2's own, for other programs: `chat_pieces` does what it says.
+# Gemma 2's own, for other programs: `render_chat` does what it says.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
     "{% endif %}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
@@ -19,22 +19,24 @@ CHAT_TEMPLATE = (
     "{% endif %}{{ '<start_of_turn>' + role + '\\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
 )
-# Templates of the same effect are written in many ways, so they are told by this; one without it does something else.
-SIGNS = (START, END, "System role not supported", "Conversation roles must alternate")
+# Templates of the same effect are written in many ways: these phrases identify them.
+TEMPLATE_SIGNS = (START, END, "System role not supported", "Conversation roles must alternate")
 
 
-def is_gemmas(chat_template: object) -> bool:
-    """Whether a folder's `chat_template` is, by all signs, Gemma 2's.
+def is_gemma_template(chat_template: object) -> bool:
+    """Tell whether a folder's `chat_template` is, by all signs, Gemma 2's.
 
     Examples
     --------
-    >>> is_gemmas(CHAT_TEMPLATE), is_gemmas("{% for message in messages %}[INST]{{ message['content'] }}{% endfor %}")
-    (True, False)
+    >>> is_gemma_template(CHAT_TEMPLATE)
+    True
+    >>> is_gemma_template("{% for message in messages %}[INST]{{ message['content'] }}{% endfor %}")
+    False
     """
-    return isinstance(chat_template, str) and all(sign in chat_template for sign in SIGNS)
+    return isinstance(chat_template, str) and all(sign in chat_template for sign in TEMPLATE_SIGNS)
 
 
-def chat_pieces(messages: Any, bos_token: str, add_generation_prompt: bool) -> list[str]:
+def render_chat(messages: Any, bos_token: str, add_generation_prompt: bool) -> list[str]:
     r"""Check `messages` and write the chat: markers, and between them role, newline and trimmed content of each turn.
 
     Raises
@@ -44,7 +46,7 @@ def chat_pieces(messages: Any, bos_token: str, add_generation_prompt: bool) -> l
 
     Examples
     --------
-    >>> chat_pieces([{"role": "user", "content": "Hi "}], "<bos>", add_generation_prompt=True)
+    >>> render_chat([{"role": "user", "content": "Hi "}], "<bos>", add_generation_prompt=True)
     ['<bos>', '<start_of_turn>', 'user\nHi', '<end_of_turn>', '\n', '<start_of_turn>', 'model\n']
     """
     if isinstance(messages, str) or not isinstance(messages, Sequence):

@@ -9,6 +9,7 @@ import operator
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, SupportsIndex, overload
 
@@ -17,10 +18,10 @@ from numpy.typing import NDArray
 
 from refgemma.files import replace_file
 from refgemma.hub import find_model
-from refgemma.tokenizer.batches import LIMITED, SIDES, UNLIMITED, BatchEncoding, Layout, one_of, refuse
-from refgemma.tokenizer.chat import CHAT_TEMPLATE, END, START, chat_pieces, is_gemmas
+from refgemma.tokenizer.batches import LIMITED, SIDES, UNLIMITED, BatchEncoding, Layout, check_choice, refuse
+from refgemma.tokenizer.chat import CHAT_TEMPLATE, END, START, is_gemma_template, render_chat
 from refgemma.tokenizer.tokenizer_config import ALWAYS_SPECIAL, CONFIG_FILE, MODEL_FILE, SETTINGS, read_settings
-from refgemma.tokenizer.vocabulary import TokenizerError, Vocabulary, checked_text
+from refgemma.tokenizer.vocabulary import TokenizerError, Vocabulary, check_text
 
 __all__ = ["AutoTokenizer", "BatchEncoding", "TextStream", "Tokenizer", "TokenizerError"]
 
@@ -84,27 +85,16 @@ class Tokenizer:
     """
 
     def __init__(
-        self,
-        model_file: str | Path,
-        *,
-        bos_token: str = "<bos>",
-        eos_token: str = "<eos>",
-        unk_token: str = "<unk>",
-        pad_token: str = "<pad>",
-        extra_special_tokens: Sequence[str] = (),
-        add_bos_token: bool = True,
-        add_eos_token: bool = False,
-        padding_side: str = "left",
-        truncation_side: str = "right",
-        model_max_length: int = UNLIMITED,
-        split_special_tokens: bool = False,
-        chat_template: str = CHAT_TEMPLATE,
-    ) -> None:
-        one_of("padding_side", padding_side, SIDES)
-        one_of("truncation_side", truncation_side, SIDES)
-        one_of("add_bos_token", add_bos_token, (False, True))
-        one_of("add_eos_token", add_eos_token, (False, True))
-        one_of("split_special_tokens", split_special_tokens, (False, True))
+        self, model_file: str | Path, *, bos_token: str = "<bos>", eos_token: str = "<eos>", unk_token: str = "<unk>",
+        pad_token: str = "<pad>", extra_special_tokens: Sequence[str] = (), add_bos_token: bool = True,
+        add_eos_token: bool = False, padding_side: str = "left", truncation_side: str = "right",
+        model_max_length: int = UNLIMITED, split_special_tokens: bool = False, chat_template: str = CHAT_TEMPLATE,
+    ) -> None:  # fmt: skip
+        check_choice("padding_side", padding_side, SIDES)
+        check_choice("truncation_side", truncation_side, SIDES)
+        check_choice("add_bos_token", add_bos_token, (False, True))
+        check_choice("add_eos_token", add_eos_token, (False, True))
+        check_choice("split_special_tokens", split_special_tokens, (False, True))
         if type(model_max_length) not in (int, float) or model_max_length < 1:
             raise TokenizerError(f"model_max_length is {model_max_length!r}, not a number of tokens")
         needed = [bos_token, eos_token, unk_token, pad_token, *extra_special_tokens]
@@ -209,14 +199,14 @@ class Tokenizer:
         return self._special[self.pad_token]
 
     def __len__(self) -> int:
-        """Number of ids."""
+        """Return the number of ids."""
         return self.vocab_size
 
     def get_vocab(self) -> dict[str, int]:
-        """All pieces and their ids."""
+        """Return all pieces and their ids."""
         return {piece: token for token, piece in enumerate(self._vocabulary.pieces(range(self.vocab_size)))}
 
-    def _checked_id(self, value: object, where: str) -> int:
+    def _check_id(self, value: object, where: str) -> int:
         """Make `value` a Python integer that is one of the ids; `where` is what to call it in an error."""
         try:
             token = operator.index(value)  # type: ignore[arg-type]  # takes NumPy's integers, and no float
@@ -226,10 +216,10 @@ class Tokenizer:
             raise TokenizerError(f"{where} is {token}, but this tokenizer has the ids 0 to {self.vocab_size - 1}")
         return token
 
-    def _checked_ids(self, ids: object, skip_special_tokens: bool) -> list[int]:
+    def _check_ids(self, ids: object, skip_special_tokens: bool) -> list[int]:
         if not isinstance(ids, Iterable):
             raise TokenizerError(f"ids is a {type(ids).__name__}, not a list of ids")
-        tokens = [self._checked_id(value, f"ids[{n}]") for n, value in enumerate(ids)]
+        tokens = [self._check_id(value, f"ids[{n}]") for n, value in enumerate(ids)]
         return [token for token in tokens if not (skip_special_tokens and token in self._special_ids)]
 
     @overload
@@ -255,8 +245,8 @@ class Tokenizer:
         ['<bos>', '▁the', '▁cat']
         """
         if isinstance(ids, int):
-            return self._vocabulary.pieces([self._checked_id(ids, "ids")])[0]
-        return self._vocabulary.pieces(self._checked_ids(ids, skip_special_tokens))
+            return self._vocabulary.pieces([self._check_id(ids, "ids")])[0]
+        return self._vocabulary.pieces(self._check_ids(ids, skip_special_tokens))
 
     @overload
     def convert_tokens_to_ids(  # type: ignore[overload-overlap]  # a string is iterable too, but asked first
@@ -282,29 +272,20 @@ class Tokenizer:
     # ---- text to ids
 
     def _encode(self, text: str, split_special_tokens: bool) -> list[int]:
-        """The ids of `text` alone; with `split_special_tokens` all of it is plain."""
+        """Encode `text` alone; with `split_special_tokens` all of it is plain."""
         if split_special_tokens:
-            return self._vocabulary.encode(checked_text(text))
+            return self._vocabulary.encode(check_text(text))
         ids = []
-        for n, part in enumerate(self._special_pattern.split(checked_text(text))):
+        for n, part in enumerate(self._special_pattern.split(check_text(text))):
             ids += [self._special[part]] if n % 2 else self._vocabulary.encode(part)
         return ids
 
     def __call__(
-        self,
-        text: str | list[str] | tuple[str, ...],
-        *,
-        add_special_tokens: bool = True,
-        padding: bool | str = False,
-        truncation: bool | str | None = None,
-        max_length: int | None = None,
-        pad_to_multiple_of: int | None = None,
-        padding_side: str | None = None,
-        return_tensors: str | None = None,
-        return_attention_mask: bool | None = None,
-        split_special_tokens: bool | None = None,
-        **others: Any,
-    ) -> BatchEncoding:
+        self, text: str | list[str] | tuple[str, ...], *, add_special_tokens: bool = True, padding: bool | str = False,
+        truncation: bool | str | None = None, max_length: int | None = None, pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None, return_tensors: str | None = None, return_attention_mask: bool | None = None,
+        split_special_tokens: bool | None = None, **others: Any,
+    ) -> BatchEncoding:  # fmt: skip
         """Turn a text, or a list of texts, into what a model takes.
 
         Parameters
@@ -360,44 +341,26 @@ class Tokenizer:
         if not single and not (isinstance(text, list | tuple) and text):
             what = f"an empty {type(text).__name__}" if isinstance(text, list | tuple) else f"a {type(text).__name__}"
             raise TokenizerError(f"text is {what}, not a string or a list of strings")
-        layout = self._layout(
-            padding=padding,
-            truncation=truncation,
-            max_length=max_length,
-            pad_to_multiple_of=pad_to_multiple_of,
-            padding_side=padding_side,
-            return_tensors=return_tensors,
-            return_attention_mask=return_attention_mask,
+        layout = self._choose_layout(
+            padding=padding, truncation=truncation, max_length=max_length, pad_to_multiple_of=pad_to_multiple_of,
+            padding_side=padding_side, return_tensors=return_tensors, return_attention_mask=return_attention_mask,
             **others,
-        )
+        )  # fmt: skip
         split = self.split_special_tokens if split_special_tokens is None else split_special_tokens
         texts: Sequence[Any] = [text] if single else text
         return self._batch([self._encode(one, split) for one in texts], single, layout, add_special_tokens)
 
-    def _layout(
-        self,
-        padding: bool | str = False,
-        truncation: bool | str | None = None,
-        max_length: int | None = None,
-        padding_side: str | None = None,
-        pad_to_multiple_of: int | None = None,
-        return_tensors: str | None = None,
-        return_attention_mask: bool | None = None,
-        **others: Any,
-    ) -> Layout:
+    def _choose_layout(self, **given: Any) -> Layout:
         """Check the arguments and put in what the tokenizer itself says."""
-        refuse(others)
-        needs_length = max_length is None and (truncation or padding == "max_length")
-        return Layout(
-            padding,
-            truncation,
-            int(self.model_max_length) if needs_length and self.model_max_length < LIMITED else max_length,
-            pad_to_multiple_of,
-            self.padding_side if padding_side is None else padding_side,
-            self.truncation_side,
-            return_tensors,
-            return_attention_mask,
-        )
+        known = {f.name for f in fields(Layout)} - {"truncation_side"}  # which only a tokenizer has
+        refuse({name: value for name, value in given.items() if name not in known})
+        chosen = {name: value for name, value in given.items() if name in known}
+        needs_length = chosen.get("truncation") or chosen.get("padding") == "max_length"
+        if chosen.get("max_length") is None and needs_length and self.model_max_length < LIMITED:
+            chosen["max_length"] = int(self.model_max_length)
+        if chosen.get("padding_side") is None:
+            chosen["padding_side"] = self.padding_side
+        return Layout(truncation_side=self.truncation_side, **chosen)
 
     def _batch(self, rows: list[list[int]], single: bool, layout: Layout, add_special_tokens: bool) -> BatchEncoding:
         first = [self.bos_token_id] if add_special_tokens and self.add_bos_token else []
@@ -435,7 +398,7 @@ class Tokenizer:
         ['<bos>', 'In', '▁', '1', '8', '6', '5', ',', '▁', '\n']
         """
         settings |= {"add_special_tokens": add_special_tokens, "return_tensors": return_tensors}
-        ids: list[int] | NDArray[np.int64] = self(checked_text(text), **settings)["input_ids"]
+        ids: list[int] | NDArray[np.int64] = self(check_text(text), **settings)["input_ids"]
         return ids
 
     def tokenize(self, text: str, add_special_tokens: bool = False, **settings: Any) -> list[str]:
@@ -453,26 +416,20 @@ class Tokenizer:
 
     @overload
     def decode(
-        self,
-        token_ids: SupportsIndex | Iterable[SupportsIndex],
-        skip_special_tokens: bool = False,
+        self, token_ids: SupportsIndex | Iterable[SupportsIndex], skip_special_tokens: bool = False,
         clean_up_tokenization_spaces: bool | None = None,
-    ) -> str: ...
+    ) -> str: ...  # fmt: skip
 
     @overload
     def decode(
-        self,
-        token_ids: Iterable[Iterable[SupportsIndex]],
-        skip_special_tokens: bool = False,
+        self, token_ids: Iterable[Iterable[SupportsIndex]], skip_special_tokens: bool = False,
         clean_up_tokenization_spaces: bool | None = None,
-    ) -> list[str]: ...
+    ) -> list[str]: ...  # fmt: skip
 
     def decode(
-        self,
-        token_ids: SupportsIndex | Iterable[SupportsIndex] | Iterable[Iterable[SupportsIndex]],
-        skip_special_tokens: bool = False,
-        clean_up_tokenization_spaces: bool | None = None,
-    ) -> str | list[str]:
+        self, token_ids: SupportsIndex | Iterable[SupportsIndex] | Iterable[Iterable[SupportsIndex]],
+        skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None,
+    ) -> str | list[str]:  # fmt: skip
         """Turn ids into text. Bytes in a row that are no UTF-8 become U+FFFD, one for each, whole characters too.
 
         Parameters
@@ -515,8 +472,8 @@ class Tokenizer:
         if isinstance(ids, int):
             ids = [ids]
         if isinstance(ids, Sequence) and ids and isinstance(ids[0], list | tuple | np.ndarray):
-            return [self._vocabulary.decode(self._checked_ids(row, skip_special_tokens)) for row in ids]
-        return self._vocabulary.decode(self._checked_ids(ids, skip_special_tokens))
+            return [self._vocabulary.decode(self._check_ids(row, skip_special_tokens)) for row in ids]
+        return self._vocabulary.decode(self._check_ids(ids, skip_special_tokens))
 
     def batch_decode(
         self,
@@ -537,20 +494,14 @@ class Tokenizer:
     # ---- chat
 
     def apply_chat_template(
-        self,
-        conversation: Sequence[Mapping[str, str]] | Sequence[Sequence[Mapping[str, str]]],
-        *,
-        add_generation_prompt: bool = False,
-        tokenize: bool = True,
-        sanitize_control_tokens: bool = False,
-        return_dict: bool = True,
-        truncation: bool | str = False,
-        **settings: Any,
-    ) -> Any:
+        self, conversation: Sequence[Mapping[str, str]] | Sequence[Sequence[Mapping[str, str]]], *,
+        add_generation_prompt: bool = False, tokenize: bool = True, sanitize_control_tokens: bool = False,
+        return_dict: bool = True, truncation: bool | str = False, **settings: Any,
+    ) -> Any:  # fmt: skip
         r"""Write a conversation as Gemma's chat template does, and turn it into ids.
 
         The text begins with ``<bos>``, and no second one is added to its ids. Do not `encode` the text yourself: that
-        would add one, unless told ``add_special_tokens=False``.
+        would add one, unless you say ``add_special_tokens=False``.
 
         Parameters
         ----------
@@ -597,7 +548,7 @@ class Tokenizer:
         >>> tokenizer.apply_chat_template(chat, sanitize_control_tokens=True).input_ids.count(end_of_turn)
         1
         """
-        if not is_gemmas(self.chat_template):
+        if not is_gemma_template(self.chat_template):
             raise TokenizerError(
                 "this tokenizer's chat_template is not Gemma 2's, the only one known here; render it elsewhere, and "
                 "encode the text with add_special_tokens=False"
@@ -608,28 +559,28 @@ class Tokenizer:
             isinstance(conversation, list | tuple) and conversation and isinstance(conversation[0], list | tuple)
         )
         chats: Any = [conversation] if single else conversation
-        written = [chat_pieces(chat, self.bos_token, add_generation_prompt) for chat in chats]
+        written = [render_chat(chat, self.bos_token, add_generation_prompt) for chat in chats]
         texts = ["".join(pieces) for pieces in written]
         if not tokenize:
             if sanitize_control_tokens:
                 raise TokenizerError("sanitize_control_tokens=True needs tokenize=True: only ids tell the two apart")
             return texts[0] if single else texts
-        layout = self._layout(truncation=truncation, **settings)
+        layout = self._choose_layout(truncation=truncation, **settings)
         if sanitize_control_tokens or self.split_special_tokens:
-            rows = [[token for piece in pieces for token in self._sanitized(piece)] for pieces in written]
+            rows = [[token for piece in pieces for token in self._sanitize(piece)] for pieces in written]
         else:
             rows = [self._encode(text, split_special_tokens=False) for text in texts]
         encoding = self._batch(rows, single, layout, add_special_tokens=False)
         return encoding if return_dict else encoding["input_ids"]
 
-    def _sanitized(self, piece: str) -> list[int]:
-        """A marker of the template by its id; what stands between two of them as plain text.
+    def _sanitize(self, piece: str) -> list[int]:
+        """Encode a marker of the template by its id, and what stands between two of them as plain text.
 
         As in transformers, a special token written out there is encoded on its own, apart from what is beside it.
         """
         if piece in self._special:
             return [self._special[piece]]
-        parts = self._special_pattern.split(checked_text(piece))
+        parts = self._special_pattern.split(check_text(piece))
         return [token for part in parts for token in self._vocabulary.encode(part)]
 
 
@@ -682,7 +633,7 @@ class TextStream:
         TokenizerError
             If the tokenizer lacks the id.
         """
-        checked = self._tokenizer._checked_id(token, "token")
+        checked = self._tokenizer._check_id(token, "token")
         if checked in self._tokenizer._special_ids:
             return ""
         self._held.append(checked)

@@ -1,50 +1,40 @@
 """What the files beside a tokenizer's model say about it. Checked against those that transformers 5.23 writes."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+from refgemma.files import read_object
 from refgemma.tokenizer.chat import END, START
 from refgemma.tokenizer.vocabulary import TokenizerError
 
 MODEL_FILE, CONFIG_FILE, TEMPLATE_FILE = "tokenizer.model", "tokenizer_config.json", "chat_template.jinja"
-ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+TOKEN_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 # Special where a file has them, whatever has the four roles; as the released configurations and transformers say.
 ALWAYS_SPECIAL = ("<bos>", "<eos>", "<unk>", "<pad>", "<mask>", START, END)
 # The parameters of `Tokenizer` that a tokenizer_config.json may give.
 SETTINGS = (
-    *ROLES, "extra_special_tokens", "add_bos_token", "add_eos_token", "padding_side", "truncation_side",
+    *TOKEN_ROLES, "extra_special_tokens", "add_bos_token", "add_eos_token", "padding_side", "truncation_side",
     "model_max_length", "split_special_tokens", "chat_template",
 )  # fmt: skip
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise TokenizerError(f"{file}: cannot be read as JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise TokenizerError(f"{file}: holds a {type(config).__name__}, not a JSON object")
-    return config
-
-
-def _name(token: Any) -> Any:
-    """The piece itself, where a configuration writes it with its properties."""
+def _unwrap(token: Any) -> Any:
+    """Return the piece itself, where a configuration writes it with its properties."""
     return token["content"] if isinstance(token, dict) and "content" in token else token
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """The settings that ``tokenizer_config.json`` and ``chat_template.jinja``, if there, give."""
-    config = _read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).exists() else {}
-    settings = {name: _name(config[name]) for name in SETTINGS if config.get(name) is not None}
+    """Read the settings that ``tokenizer_config.json`` and ``chat_template.jinja``, if there, give."""
+    config = read_object(folder / CONFIG_FILE, TokenizerError) if (folder / CONFIG_FILE).exists() else {}
+    settings = {name: _unwrap(config[name]) for name in SETTINGS if config.get(name) is not None}
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     if isinstance(extra, dict):
         extra = list(extra.values())
     added = config.get("added_tokens_decoder") or {}
     if not isinstance(extra, list) or not isinstance(added, dict):
         raise TokenizerError(f"{folder / CONFIG_FILE}: its special tokens are no lists: {extra!r} and {added!r}")
-    extra = [_name(token) for token in extra]
-    extra += [_name(token) for token in added.values() if isinstance(token, dict) and token.get("special")]
+    extra = [_unwrap(token) for token in extra]
+    extra += [_unwrap(token) for token in added.values() if isinstance(token, dict) and token.get("special")]
     # Saving a tokenizer made of the bare file, transformers lists the pieces of white space among them: taken at its
     # word, decoding without special tokens would drop the spaces and lines of the text.
     settings["extra_special_tokens"] = [t for t in extra if not (isinstance(t, str) and not t.strip(" \t\n\u2581"))]

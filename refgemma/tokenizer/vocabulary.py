@@ -11,8 +11,8 @@ from typing import Any
 import sentencepiece
 
 from refgemma.errors import RefgemmaError
+from refgemma.files import LFS_POINTER
 
-GIT_LFS_POINTER = b"version https://git-lfs"
 SPACE = "\u2581"  # how a piece writes a space
 
 
@@ -20,20 +20,20 @@ class TokenizerError(RefgemmaError):
     """No Gemma tokenizer, an id that it does not have, messages that are no Gemma chat, or what it cannot be asked."""
 
 
-def _read(model_file: str | Path) -> bytes:
+def _read_model(model_file: str | Path) -> bytes:
     try:
         model = Path(model_file).read_bytes()
     except OSError as error:
         raise TokenizerError(f"{model_file}: cannot be read: {error.strerror}; give a Gemma tokenizer.model") from None
-    if model.startswith(GIT_LFS_POINTER):
+    if model.startswith(LFS_POINTER):
         raise TokenizerError(f"{model_file}: is a Git LFS pointer, not the file itself; fetch it with: git lfs pull")
     if not model:  # SentencePiece takes no bytes for no model, and then answers every question with a default
         raise TokenizerError(f"{model_file}: is empty; download it again")
     return model
 
 
-def _out_of_reach(model: bytes, piece: str) -> bytes:
-    """`model` with `piece` made a control piece, if it was user-defined.
+def _hide_piece(model: bytes, piece: str) -> bytes:
+    """Return `model` with `piece` made a control piece, if it was user-defined.
 
     SentencePiece finds user-defined pieces in any text, and control pieces in none. In the file a piece is its name,
     its score and its type: the fields 1, 2 and 3 of a protobuf message, in which 4 is user-defined and 3 control.
@@ -45,15 +45,15 @@ def _out_of_reach(model: bytes, piece: str) -> bytes:
     return re.sub(b"(" + head + rb")\x04", lambda found: found[1] + b"\x03", model, count=1, flags=re.DOTALL)
 
 
-def _characters(utf8: bytes) -> str:
-    """The characters of `utf8`; if it is no UTF-8, U+FFFD for each byte, as transformers does."""
+def _decode_bytes(utf8: bytes) -> str:
+    """Return the characters of `utf8`; if it is not UTF-8, U+FFFD for each byte, as transformers does."""
     try:
         return utf8.decode()
     except UnicodeDecodeError:
         return "\ufffd" * len(utf8)
 
 
-def checked_text(text: object) -> str:
+def check_text(text: object) -> str:
     """Refuse what is no string, or holds half a surrogate pair, which is no character."""
     if not isinstance(text, str):
         raise TokenizerError(f"text is a {type(text).__name__}, not a string")
@@ -99,10 +99,10 @@ class Vocabulary:
     """
 
     def __init__(self, model_file: str | Path, special: Iterable[str]) -> None:
-        self.content = model = _read(model_file)
+        self.content = model = _read_model(model_file)
         names = list(special)
         for piece in names:
-            model = _out_of_reach(model, piece)
+            model = _hide_piece(model, piece)
         try:
             self._model: Any = sentencepiece.SentencePieceProcessor(model_proto=model)
             self._model.id_to_piece(list(range(len(self))))  # a damaged piece is no text: not later, in mid-sentence
@@ -124,16 +124,16 @@ class Vocabulary:
                 raise TokenizerError(f"{model_file}: {piece} is an ordinary piece in it, which any text may contain")
 
     def __len__(self) -> int:
-        """Number of ids."""
+        """Return the number of ids."""
         return int(self._model.get_piece_size())
 
     def id_of(self, piece: str) -> int | None:
-        """The id of `piece`; ``None`` if there is no such piece."""
+        """Return the id of `piece`; ``None`` if there is no such piece."""
         token: int = self._model.piece_to_id(piece)  # of a piece that the model lacks: the id of <unk>
         return token if self._model.id_to_piece(token) == piece else None
 
     def is_byte(self, token: int) -> bool:
-        """Whether `token` stands for one byte of a character that has no piece."""
+        """Tell whether `token` stands for one byte of a character that has no piece."""
         return bool(self._model.is_byte(token))
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
@@ -141,10 +141,10 @@ class Vocabulary:
         return [self._model.id_to_piece(token) for token in ids]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text that `ids` stand for; special pieces are written out."""
+        """Return the text that `ids` stand for; special pieces are written out."""
         runs = ((byte, self.pieces(run)) for byte, run in groupby(ids, key=self.is_byte))
         return "".join(
-            _characters(bytes(int(piece.strip("<>"), 16) for piece in run))
+            _decode_bytes(bytes(int(piece.strip("<>"), 16) for piece in run))
             if byte
             else "".join(run).replace(SPACE, " ")
             for byte, run in runs
@@ -159,7 +159,7 @@ class Vocabulary:
         return ids
 
     def _encode_run(self, length: int) -> list[int]:
-        """The ids of `length` spaces, more than the longest piece has: put together from two pieces at a time.
+        """Encode a run of `length` spaces, longer than the longest piece: put together from two pieces at a time.
 
         transformers does so, the shortest results first and of those the shortest left halves, where SentencePiece
         takes the longest piece as often as it can.
@@ -172,7 +172,7 @@ class Vocabulary:
         return [self._runs[part - 1] for part in parts]
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, all of it plain: none is one of `special`.
+        """Encode `text`, all of it plain: no id is one of `special`.
 
         transformers' ids, which differ from SentencePiece's in long runs of spaces (see `_encode_run`) and in that
         U+2581, if the text itself has several of them, does not go together with spaces beside it.
@@ -191,7 +191,7 @@ class Vocabulary:
 
 
 def _join(parts: list[int], left: int, right: int) -> list[int]:
-    """`parts` with each `left` before a `right` made one, beginning with the first."""
+    """Return `parts` with each `left` before a `right` made one, beginning with the first."""
     joined, n = [], 0
     while n < len(parts):
         pair = parts[n : n + 2] == [left, right]

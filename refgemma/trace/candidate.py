@@ -9,9 +9,9 @@ at the least are of use. Tensors of several calls that share a cache are named `
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from refgemma.config import Gemma2Config
 from refgemma.inputs import InputError, check_inputs
-from refgemma.precision import Array, as_dtype
+from refgemma.precision import Array, as_dtype, wide
 from refgemma.trace.name_maps import open_trace
 from refgemma.trace.names import FIELDS, field_of, layer_of, trace_axes
 from refgemma.trace.reader import Entry, TraceFile
@@ -120,7 +120,7 @@ def is_known(name: str, config: Gemma2Config) -> bool:
     )  # fmt: skip
 
 
-def load_candidate(
+def load_trace(
     path: str | Path, config: Gemma2Config, dtype: str | None = None, name_map: str | None = None
 ) -> Candidate:
     """Read and check a candidate's trace for a model of `config`.
@@ -141,7 +141,55 @@ def load_candidate(
     InputError
         If the file cannot be read, or lacks ``input_ids``, or those do not fit the model.
     """
-    file = open_trace(path, config, name_map)
+    return check_trace(open_trace(path, config, name_map), config, dtype)
+
+
+def candidate_of(
+    tensors: Mapping[str, Array], config: Gemma2Config, dtype: str, calls: Sequence[int] = (), source: str = "memory"
+) -> Candidate:
+    """Return named tensors in memory as a checked trace.
+
+    Parameters
+    ----------
+    tensors : mapping
+        ``input_ids``, perhaps ``attention_mask`` and ``position_ids``, and named tensors; those of several calls, or
+        of one, may be named ``calls.0.embedded`` and so on.
+    config : Gemma2Config
+        The model's.
+    dtype : str
+        The precision of the tensors.
+    calls : sequence of int
+        Tokens of each call; by default there is one.
+    source : str
+        What to call it in messages.
+
+    Examples
+    --------
+    >>> import refgemma
+    >>> from refgemma.trace.names import named_tensors
+    >>> tiny = refgemma.load("tiny")
+    >>> run = dict(named_tensors(refgemma.forward([[2, 300]], tiny.weights, tiny.config)))
+    >>> candidate = candidate_of({"input_ids": np.array([[2, 300]])} | run, tiny.config, "float32")
+    >>> candidate.tensors["logits"].numbers.shape
+    (1, 2, 2048)
+    """
+    codes = {name: code for code, name in STORED.items()}
+    prefix = "calls.0." if len(calls) < 2 else ""
+    entries = {
+        name.removeprefix(prefix): Entry("I64" if x.dtype.kind in "iub" else codes[dtype], x.shape, partial(_as_is, x))
+        for name, x in tensors.items()
+    }
+    metadata = {"dtype": dtype} | ({"calls": json.dumps([int(n) for n in calls])} if len(calls) else {})
+    return check_trace(TraceFile(source, metadata, entries), config)
+
+
+def _as_is(x: Array) -> Array:
+    return np.asarray(wide(x))
+
+
+def check_trace(file: TraceFile, config: Gemma2Config, dtype: str | None = None) -> Candidate:
+    """Check the tensors of a trace that has our names; arguments and errors are those of `load_trace`."""
+    path = file.path
     declared = dtype or file.metadata.get("dtype")
     if declared is not None and declared not in STORED.values():
         raise InputError(f"{path}: dtype is {declared!r}; {', '.join(STORED.values())} are known")
@@ -150,12 +198,12 @@ def load_candidate(
     wanted = {name for name in named if is_known(_without_call(name, call), config)}
     refused, read = {}, {}
     for name in sorted(wanted):
-        if (problem := _unreadable(name, file.entries[name], call, config)) is None:
+        if (problem := _find_problem(name, file.entries[name], call, config)) is None:
             read[name] = file.entries[name].read()
         else:
             refused[_without_call(name, call)] = problem
     known = {name: file.entries[name].known for name in read}
-    judged = _joined(read, call, refused) if len(call.calls) > 1 else read
+    judged = _join_calls(read, call, refused) if len(call.calls) > 1 else read
     batch, seq = call.input_ids.shape
     for name, x in list(judged.items()):
         shape = shape_of(name, config, batch, seq)
@@ -164,12 +212,12 @@ def load_candidate(
         elif x.shape != shape:
             refused[name] = _wrong_shape(name, x.shape, shape)
     judged = {name: x for name, x in judged.items() if name not in refused}
-    chosen = declared or _told_by(judged)
+    chosen = declared or _infer_dtype(judged)
     tensors = {}
     for name, x in judged.items():
         parts = known.get(name)
         coarse = file.entries[name].coarse if name in file.entries else 0.0
-        tensors[name] = Tensor(*_stored(x, chosen), None if parts is None else parts(), coarse)
+        tensors[name] = Tensor(*_choose_storage(x, chosen), None if parts is None else parts(), coarse)
     return Candidate(
         str(path), chosen, "option" if dtype else "metadata" if declared else "numbers", call, tensors, refused,
         tuple(sorted(set(named) - wanted)), file.metadata.get("engine", ""), file.metadata.get("map", ""),
@@ -189,7 +237,7 @@ def _without_call(name: str, call: Call) -> str:
     return parts[2] if several and int(parts[1]) < len(call.calls) else name
 
 
-def _unreadable(name: str, entry: Entry, call: Call, config: Gemma2Config) -> str | None:
+def _find_problem(name: str, entry: Entry, call: Call, config: Gemma2Config) -> str | None:
     """Why a tensor cannot be judged; told by its header, so that one of any size costs nothing."""
     shape = shape_of(_without_call(name, call), config, *call.input_ids.shape)
     if entry.dtype not in STORED:
@@ -214,15 +262,16 @@ def _call(file: TraceFile, config: Gemma2Config) -> Call:
         if entry.dtype[0] not in "IUB" or entry.dtype == "BF16":
             raise InputError(f"{file.path}: {name} is stored as {entry.dtype}; integers are needed")
     try:
-        return _asked({name: entry.read() for name, entry in given.items()}, file.metadata, config)
+        return _read_call({name: entry.read() for name, entry in given.items()}, file.metadata, config)
     except InputError as error:
         raise InputError(f"{file.path}: {error}") from None
 
 
-def _asked(tensors: Mapping[str, Array], metadata: Mapping[str, str], config: Gemma2Config) -> Call:
+def _read_call(tensors: Mapping[str, Array], metadata: Mapping[str, str], config: Gemma2Config) -> Call:
     ids = tensors["input_ids"]
-    inputs = check_inputs(ids[None] if ids.ndim == 1 else ids, config, tensors.get("attention_mask"),
-                          tensors.get("position_ids"))  # fmt: skip
+    inputs = check_inputs(ids[None] if ids.ndim == 1 else ids, config, attention_mask=tensors.get("attention_mask"),
+                          position_ids=tensors.get("position_ids"))  # fmt: skip
+    assert inputs.tokens is not None  # embeddings are not asked for
     seq = inputs.tokens.shape[1]
     try:
         calls = tuple(int(n) for n in json.loads(metadata.get("calls", f"[{seq}]")))
@@ -234,7 +283,7 @@ def _asked(tensors: Mapping[str, Array], metadata: Mapping[str, str], config: Ge
     return Call(inputs.tokens, inputs.positions, inputs.visible, calls)
 
 
-def _joined(tensors: Mapping[str, Array], call: Call, refused: dict[str, str]) -> dict[str, Array]:
+def _join_calls(tensors: Mapping[str, Array], call: Call, refused: dict[str, str]) -> dict[str, Array]:
     """The tensors of calls that share a cache, one below the other; the keys of a row end at its call's last token.
 
     A key that the cache no longer held was not looked at: its probability is 0, and its score is not a number that was
@@ -248,7 +297,7 @@ def _joined(tensors: Mapping[str, Array], call: Call, refused: dict[str, str]) -
             refused[name] = f"is there of {len(parts)} calls of {len(ends)}"
             continue
         if axes_of(name).endswith("keys"):
-            parts = [_placed(part, int(end), seq) for part, end in zip(parts, ends, strict=True)]
+            parts = [_place_keys(part, int(end), seq) for part, end in zip(parts, ends, strict=True)]
         others = {(*part.shape[:-2], part.shape[-1]) for part in parts}
         if len(others) > 1:
             refused[name] = f"has other axes in some calls: {', '.join(str(part.shape) for part in parts)}"
@@ -257,14 +306,14 @@ def _joined(tensors: Mapping[str, Array], call: Call, refused: dict[str, str]) -
     return joined
 
 
-def _placed(x: Array, end: int, seq: int) -> Array:
+def _place_keys(x: Array, end: int, seq: int) -> Array:
     """``(batch, heads, rows, keys)`` whose last key is token ``end - 1``, among all `seq` keys."""
     kept = x[..., max(0, x.shape[-1] - end) :]
     before = end - kept.shape[-1]
     return np.pad(kept, [(0, 0)] * 3 + [(before, seq - end)])
 
 
-def _told_by(tensors: Mapping[str, Array]) -> str:
+def _infer_dtype(tensors: Mapping[str, Array]) -> str:
     """The precision that the numbers show: the file's, or the half precision that they all are numbers of."""
     if not tensors:
         return "float32"
@@ -282,7 +331,7 @@ def _on_grid(x: Array, dtype: str) -> bool:
         return bool(np.array_equal(np.asarray(as_dtype(finite, dtype), np.float64), finite))
 
 
-def _stored(x: Array, dtype: str) -> tuple[Array, str]:
+def _choose_storage(x: Array, dtype: str) -> tuple[Array, str]:
     """The numbers, and what they are kept in: `dtype`, unless they are finer."""
     if dtype in ("bfloat16", "float16") and not _on_grid(x, dtype):
         return x.astype(np.float64), "float64" if x.dtype == np.float64 else "float32"

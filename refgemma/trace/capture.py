@@ -25,7 +25,7 @@ NORMS = (
 
 
 @contextmanager
-def caught(model: Any) -> Iterator[dict[str, Any]]:
+def catch_tensors(model: Any) -> Iterator[dict[str, Any]]:
     """Every named tensor of the calls made inside, under the names of refgemma's records; those of the last call stay.
 
     Parameters
@@ -192,7 +192,7 @@ def capture_transformers(
     for number, length in enumerate(lengths):
         prefix = f"calls.{number}." if len(lengths) > 1 else ""
         end = done + length
-        with torch.no_grad(), caught(model) as found:
+        with torch.no_grad(), catch_tensors(model) as found:
             result = model(
                 input_ids=ids[:, done:end], attention_mask=None if mask is None else mask[:, :end],
                 use_cache=cache is not None, **past, **named,

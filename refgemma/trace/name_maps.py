@@ -8,7 +8,6 @@ and that it may have the ``last`` row only. Names under ``ignored`` are known an
 names match nothing, and are told as such: nothing is guessed.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,12 +18,14 @@ import einops
 import numpy as np
 
 from refgemma.config import Gemma2Config
+from refgemma.files import read_object
 from refgemma.inputs import InputError
 from refgemma.precision import Array
 from refgemma.trace.evaltext import is_eval_callback, open_eval_callback
 from refgemma.trace.reader import Entry, TraceFile, is_there, open_safetensors
 
 FOLDER = Path(__file__).parent / "maps"
+HELP = "see refgemma/trace/maps"
 GIVEN = ("input_ids", "position_ids", "attention_mask")
 
 
@@ -89,14 +90,14 @@ def load_map(name: str) -> NameMap:
     path = FOLDER / f"{name}.json" if name in map_names() else Path(name)
     if not path.is_file():
         raise InputError(f"there is no map {name!r}; there are {', '.join(map_names())}, or give a JSON file")
+    about = read_object(path, InputError, HELP)
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
         rules = tuple(Rule(**{**rule, "part": tuple(rule.get("part", ()))}) for rule in about["rules"])
         known = {key: str(about[key]) for key in ("name", "says", "learned_from", "run_on")}
         return NameMap(**known, rules=rules, ignored=dict(about["ignored"]))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise InputError(f"{path}: is no map ({reason}); see refgemma/oracle/maps") from None
+        raise InputError(f"{path}: is no map ({reason}); {HELP}") from None
 
 
 def _expression(pattern: str) -> re.Pattern[str]:
@@ -135,13 +136,13 @@ def match(file: TraceFile, names: NameMap) -> Matched:
     return Matched(found, ignored, tuple(name for name in rest if name not in ignored))
 
 
-def mapped(file: TraceFile, names: NameMap, config: Gemma2Config) -> TraceFile:
+def apply_map(file: TraceFile, names: NameMap, config: Gemma2Config) -> TraceFile:
     """The file with our names and axes; what matches nothing keeps its own name."""
     matched = match(file, names)
     entries = {name: file.entries[name] for name in (*GIVEN, *matched.unmatched) if name in file.entries}
     seq = file.entries["input_ids"].shape[-1] if "input_ids" in file.entries and entries["input_ids"].shape else 0
     for ours, (theirs, rule) in matched.found.items():
-        entries[ours] = _arranged(file.entries[theirs], rule, config, seq)
+        entries[ours] = _arrange_entry(file.entries[theirs], rule, config, seq)
     return TraceFile(file.path, {**file.metadata, "map": names.name}, entries)
 
 
@@ -184,7 +185,7 @@ def arrange(x: Array, rule: Rule, config: Gemma2Config) -> Array:
     return x
 
 
-def _arranged(entry: Entry, rule: Rule, config: Gemma2Config, seq: int) -> Entry:
+def _arrange_entry(entry: Entry, rule: Rule, config: Gemma2Config, seq: int) -> Entry:
     """The entry with our axes, still unread; if it has not the axes that the rule says, with its own."""
     try:
         shape = arrange(np.broadcast_to(np.zeros((), np.int8), entry.shape), rule, config).shape
@@ -231,4 +232,4 @@ def open_trace(path: str | Path, config: Gemma2Config, name_map: str | None = No
     """
     file = open_any(path)
     chosen = name_map or file.metadata.get("map")
-    return mapped(file, load_map(chosen), config) if chosen else file
+    return apply_map(file, load_map(chosen), config) if chosen else file

@@ -21,7 +21,7 @@ from refgemma.ops import rms_norm
 from refgemma.precision import Array, Rounded, dtype_name
 from refgemma.shapes import TokenIds
 from refgemma.weights.parameters import Weights
-from refgemma.weights.save import CODES, stored
+from refgemma.weights.save import CODE_OF_DTYPE, as_stored
 
 # The fields of one layer, in the order of execution. Of q and k, rotated and not, a query's and a key's are two
 # tensors.
@@ -140,10 +140,11 @@ def run_in_order(ids: TokenIds, weights: Weights, config: Gemma2Config) -> Itera
     """
     start = begin(ids, weights, config)
     yield from (("cos", start.cos), ("sin", start.sin), ("embedded", start.embedded))
-    hidden = start.embedded
-    for layer, record in enumerate(blocks(start, weights, config)):
+    hidden, layer = start.embedded, 0
+    for record in blocks(start, weights, config):
         yield from named_tensors(record, f"layers.{layer}.")
-        hidden = record.out
+        hidden, layer = record.out, layer + 1
+        del record
     norm = rms_norm(hidden, weights.norm, config.rms_norm_eps)
     yield "norm", norm
     raw_logits, logits = head(norm, weights, config)
@@ -177,7 +178,9 @@ def save_trace(
             x = _in_file(tensor)
             start = data.tell()
             data.write(x.reshape(-1).view(np.uint8).data)
-            code = CODES[x.dtype] if x.dtype in CODES else f"{x.dtype.kind.upper()}{8 * x.dtype.itemsize}"
+            code = (
+                CODE_OF_DTYPE[x.dtype] if x.dtype in CODE_OF_DTYPE else f"{x.dtype.kind.upper()}{8 * x.dtype.itemsize}"
+            )
             header[name] = {"dtype": code, "shape": list(x.shape), "data_offsets": [start, data.tell()]}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
@@ -190,4 +193,4 @@ def save_trace(
 
 def _in_file(x: Array) -> Array:
     """Half precision in two bytes instead of the four it is computed in; what is neither, token ids too, as it is."""
-    return stored(x, dtype_name(x)) if isinstance(x, Rounded) else np.ascontiguousarray(x)
+    return as_stored(x, dtype_name(x)) if isinstance(x, Rounded) else np.ascontiguousarray(x)

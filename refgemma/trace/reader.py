@@ -49,7 +49,7 @@ class TraceFile:
 
 
 def is_there(path: str | Path) -> Path:
-    """`path`, if it is an ordinary file.
+    """Return `path`, if it is an ordinary file.
 
     Raises
     ------

@@ -20,6 +20,7 @@ import numpy as np
 from refgemma.config import Gemma2Config
 from refgemma.errors import RefgemmaError
 from refgemma.files import open_tensors, quote, read_object
+from refgemma.hub import CONFIG_JSON
 from refgemma.precision import Array, as_dtype
 from refgemma.weights.initial import fits_in_memory
 from refgemma.weights.parameters import (
@@ -35,21 +36,20 @@ from refgemma.weights.parameters import (
     tensor_shapes,
 )
 
-CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-DTYPES = {
+DTYPE_OF_CODE = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 
-BLOCK = 2**18  # numbers converted at a time: 1 MB of float32, which stays in the processor's cache
+NUMBERS_AT_ONCE = 2**18  # numbers converted at a time: 1 MB of float32, which stays in the processor's cache
 SHARD_NAME = re.compile(r"[A-Za-z0-9_.-]{1,200}\.safetensors")  # a plain file name: no folder, no drive
 
-AGAIN = "write or download the file again"
+REMEDY = "write or download the file again"
 
 
 class CheckpointError(RefgemmaError):
@@ -106,15 +106,15 @@ class Stored:
         """Bytes of the tensor on disk."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def _map(self) -> Array:
+    def _open_map(self) -> Array:
         return np.memmap(self.file, np.uint8, "r", self.start, (self.nbytes,))
 
-    _kept_map = functools.cached_property(_map)
+    _kept_map = functools.cached_property(_open_map)
 
-    def mapped(self, keep: bool = False) -> Array:
+    def map(self, keep: bool = False) -> Array:
         """Map the tensor as it lies in the file: read-only, of the file's dtype, and no part of it read yet.
 
-        With `keep` by the same map each time, as long as this object lives: to map a layer of a 9B anew takes a sixth
+        With `keep` by the same map each time, as long as this object lives: to map a layer of a 9B again takes a sixth
         of a decoded token's time. Its pages are the file's own, which the system takes back when memory is short.
         """
         try:
@@ -124,7 +124,7 @@ class Stored:
                 raise CheckpointError(
                     f"{self.file}: is {found} bytes long and was {self.file_bytes} when it was opened; open it again"
                 )
-            raw = self._kept_map if keep else self._map()
+            raw = self._kept_map if keep else self._open_map()
         except OSError as error:
             raise CheckpointError(f"{self.file}: tensor {self.name!r} cannot be read: {error.strerror}") from None
         return raw.view(self.dtype, np.ndarray).reshape(self.shape)
@@ -149,21 +149,21 @@ class Stored:
         CheckpointError
             If a number is NaN or infinite, in the file or once it is rounded to `dtype`.
         """
-        part = self.mapped()[rows]
+        part = self.map()[rows]
         flat = part.reshape(-1)
         kind = as_dtype(np.zeros(0), dtype)
         out = np.empty(flat.shape, kind.dtype)
-        for start in range(0, flat.size, BLOCK):
-            block = slice(start, start + BLOCK)
+        for start in range(0, flat.size, NUMBERS_AT_ONCE):
+            block = slice(start, start + NUMBERS_AT_ONCE)
             with np.errstate(over="ignore", invalid="ignore"):  # what these would warn of is an error just below
                 # Numbers that are on the grid of `dtype` already need no rounding: four times as fast in bfloat16.
                 out[block] = flat[block] if self.dtype.name == dtype else as_dtype(flat[block], dtype)
             finite = np.isfinite(out[block])
             if not finite.all():
-                raise self._not_finite(part, rows, start + int(np.argmin(finite)), dtype)
+                raise self._explain_bad_number(part, rows, start + int(np.argmin(finite)), dtype)
         return out.reshape(part.shape).view(type(kind))
 
-    def _not_finite(self, part: Array, rows: Any, position: int, dtype: str) -> CheckpointError:
+    def _explain_bad_number(self, part: Array, rows: Any, position: int, dtype: str) -> CheckpointError:
         """Make the error for number `position` of `part`, which is what `rows` selects."""
         value, place = float(part.reshape(-1)[position]), np.unravel_index(position, part.shape)
         source = np.arange(self.shape[0])[rows]  # row of the tensor for each row of `part`
@@ -237,18 +237,18 @@ def read_header(file: Path) -> dict[str, Stored]:
     ...     read_header(Path(folder) / "one.safetensors")["norm.weight"].shape
     (24,)
     """
-    opened, position = open_tensors(file, CheckpointError, AGAIN)
+    opened, position = open_tensors(file, CheckpointError, REMEDY)
     file_bytes = file.stat().st_size
     found: dict[str, Stored] = {}
     for name in opened.offset_keys():  # in the order of the data, which follow each other without a gap
         entry = opened.get_slice(name)
         code = entry.get_dtype()
-        if code not in DTYPES:
+        if code not in DTYPE_OF_CODE:
             raise CheckpointError(
-                f"{file}: tensor {quote(name)}: its dtype is {code!r}; {', '.join(DTYPES)} are read here, and a "
+                f"{file}: tensor {quote(name)}: its dtype is {code!r}; {', '.join(DTYPE_OF_CODE)} are read here, and a "
                 "quantised checkpoint has to be converted to one of them first"
             )
-        found[name] = Stored(name, file, DTYPES[code], tuple(entry.get_shape()), position, file_bytes)
+        found[name] = Stored(name, file, DTYPE_OF_CODE[code], tuple(entry.get_shape()), position, file_bytes)
         position += found[name].nbytes
     return found
 
@@ -274,9 +274,9 @@ def read_shards(
     CheckpointError
         If the index is damaged, a shard is absent, or the two are of two checkpoints.
     """
-    weight_map = read_object(index, CheckpointError, AGAIN).get("weight_map")
+    weight_map = read_object(index, CheckpointError, REMEDY).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: has no weight_map, the object from tensor names to files; {AGAIN}")
+        raise CheckpointError(f"{index}: has no weight_map, the object from tensor names to files; {REMEDY}")
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not shard_name.fullmatch(shard):
             raise CheckpointError(
@@ -341,8 +341,8 @@ def _check_head(head: Stored, table: Stored) -> None:
             f"{where}: is {head.dtype} {list(head.shape)}, but it is tied to {table.name!r}, "
             f"which is {table.dtype} {list(table.shape)}; leave it out when the model is saved"
         )
-    own, tied = head.mapped(), table.mapped()
-    step = max(1, BLOCK // head.shape[1])
+    own, tied = head.map(), table.map()
+    step = max(1, NUMBERS_AT_ONCE // head.shape[1])
     for start in range(0, head.shape[0], step):
         rows = slice(start, start + step)
         different = (own[rows].view(np.uint8) != tied[rows].view(np.uint8)).any(axis=1)
@@ -366,7 +366,7 @@ def _check_score(score: Mapping[str, Stored], hidden_size: int) -> None:
             )
 
 
-def _matched(found: Mapping[str, Stored], config: Gemma2Config, source: Path) -> dict[str, Stored]:
+def _match_names(found: Mapping[str, Stored], config: Gemma2Config, source: Path) -> dict[str, Stored]:
     """Give the tensors the names and order of `tensor_shapes`; those of a classifier's head come last."""
     expected = tensor_shapes(config)
     named: dict[str, Stored] = {}
@@ -385,13 +385,14 @@ def _matched(found: Mapping[str, Stored], config: Gemma2Config, source: Path) ->
         faults = [f"lacks {len(missing)} of {len(expected)} tensors: {quote_few(missing)}"] if missing else []
         faults += [f"holds {len(extra)} that Gemma 2 has no place for: {quote_few(extra)}"] if extra else []
         raise CheckpointError(
-            f"{source}: {'; '.join(faults)}. The checkpoint is incomplete, or not the one that {CONFIG} "
+            f"{source}: {'; '.join(faults)}. The checkpoint is incomplete, or not the one that {CONFIG_JSON} "
             f"({config.num_hidden_layers} layers) describes: fetch both again"
         )
     for name, shape in expected.items():
         if named[name].shape != shape:
+            tensor = named[name]
             raise CheckpointError(
-                f"{named[name].file}: tensor {named[name].name!r} is {list(named[name].shape)}, but {CONFIG} makes it "
+                f"{tensor.file}: tensor {tensor.name!r} is {list(tensor.shape)}, but {CONFIG_JSON} makes it "
                 f"{list(shape)}; the weights and the configuration are of two models"
             )
     if head is not None:
@@ -442,7 +443,7 @@ class Checkpoint:
         return Score(self.tensors[SCORE_WEIGHT].read(dtype), bias)
 
     def weights(self, dtype: str = "float32") -> Weights:
-        """`resident`, or `streamed` if that would take more than 4 GiB."""
+        """Return `resident` weights, or `streamed` ones if they would take more than 4 GiB."""
         return self.resident(dtype) if fits_in_memory(self.parameters, dtype) else self.streamed(dtype)
 
     def resident(self, dtype: str = "float32") -> Weights:
@@ -505,14 +506,14 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     if not folder.is_dir():
         fault = "is a file; give the folder that holds it" if folder.exists() else "there is no such folder"
         raise CheckpointError(f"{folder}: {fault}")
-    for path in (folder / name for name in (CONFIG, SINGLE, INDEX)):
+    for path in (folder / name for name in (CONFIG_JSON, SINGLE, INDEX)):
         if path.exists() and not (path.is_file() or path.is_dir()):  # reading it might wait for ever
             raise CheckpointError(f"{path}: is a pipe or a device, not a file")
     try:
-        if not (folder / CONFIG).exists():
-            raise CheckpointError(f"{folder}: holds no {CONFIG}; give the folder of a Hugging Face checkpoint")
-        config = Gemma2Config.from_json_file(folder / CONFIG)
+        if not (folder / CONFIG_JSON).exists():
+            raise CheckpointError(f"{folder}: holds no {CONFIG_JSON}; give the folder of a Hugging Face checkpoint")
+        config = Gemma2Config.from_json_file(folder / CONFIG_JSON)
         source, found = read_files(folder)
-        return Checkpoint(folder, config, _matched(found, config, source))
+        return Checkpoint(folder, config, _match_names(found, config, source))
     except OSError as error:
         raise CheckpointError(f"{error.filename or folder}: cannot be read: {error.strerror}") from None

@@ -78,7 +78,7 @@ class Drawn:
         return block
 
     def __getitem__(self, rows: Any, /) -> Array:
-        """The rows of a slice or of an array of integers."""
+        """Return the rows of a slice or of an array of integers."""
         wanted = np.arange(self.shape[0])[rows]
         drawn = np.empty((*wanted.shape, *self.shape[1:]), np.float32)
         for number in np.unique(wanted // BLOCK_ROWS):
@@ -88,7 +88,7 @@ class Drawn:
 
 
 def fits_in_memory(parameters: int, dtype: str) -> bool:
-    """Whether a model is kept in memory, or read or drawn a layer at a time: up to 4 GiB in its precision it is kept.
+    """Tell whether a model is kept in memory: up to 4 GiB in its precision. Else it is read a layer at a time.
 
     Examples
     --------
@@ -99,7 +99,7 @@ def fits_in_memory(parameters: int, dtype: str) -> bool:
 
 
 def initial_weights(config: Gemma2Config, seed: int = 0, dtype: str = "float32") -> Weights:
-    """Fresh weights of a model; those of one that does not fit into memory are drawn anew each time they are used.
+    """Return fresh weights; a model that does not fit into memory draws them again each time they are used.
 
     Examples
     --------
@@ -125,7 +125,7 @@ def initial_weights(config: Gemma2Config, seed: int = 0, dtype: str = "float32")
 
 
 def initial_score(config: Gemma2Config, seed: int = 0, dtype: str = "float32", bias: bool = False) -> Score:
-    """The fresh head of a classifier: normal weights, and a bias of zeros if it has one.
+    """Return the fresh head of a classifier: normal weights, and a bias of zeros if it has one.
 
     Examples
     --------

@@ -21,8 +21,22 @@ class Rows(Protocol):
         ...
 
     def __getitem__(self, rows: Any, /) -> Any:
-        """The rows of a slice or of an integer array."""
+        """Return the rows of a slice or of an integer array."""
         ...
+
+
+HEAD_ROWS = 16384  # rows of a table in use at a time: bounds the memory of a 256000-word head
+
+
+def row_pieces(table: Rows) -> Iterator[Any]:
+    """Yield the rows of an embedding table, `HEAD_ROWS` at a time.
+
+    Examples
+    --------
+    >>> [rows.shape for rows in row_pieces(np.zeros((20000, 2)))]
+    [(16384, 2), (3616, 2)]
+    """
+    return (table[start : start + HEAD_ROWS] for start in range(0, table.shape[0], HEAD_ROWS))
 
 
 @dataclass(frozen=True)
@@ -81,8 +95,8 @@ SCORE_WEIGHT = "score.weight"
 SCORE_BIAS = "score.bias"
 
 
-def _tensor(field: str) -> str:
-    """The name of a field's tensor inside its layer: ``self_attn.q_proj.bias`` for ``q_proj_bias``."""
+def _name_tensor(field: str) -> str:
+    """Name the tensor of a field inside its layer: ``self_attn.q_proj.bias`` for ``q_proj_bias``."""
     module = field.removesuffix("_bias")
     return f"{_INSIDE.get(module, module)}.{'weight' if module == field else 'bias'}"
 
@@ -103,11 +117,11 @@ def layer_tensors(layer: int, bias: bool = False) -> dict[str, str]:
     'model.layers.3.self_attn.q_proj.weight'
     """
     names = [f.name for f in fields(LayerWeights) if bias or not f.name.endswith("_bias")]
-    return {name: f"model.layers.{layer}.{_tensor(name)}" for name in names}
+    return {name: f"model.layers.{layer}.{_name_tensor(name)}" for name in names}
 
 
 def tensor_shapes(config: Gemma2Config) -> dict[str, tuple[int, ...]]:
-    """Every tensor that a checkpoint of `config` holds, in the order of execution, with its shape.
+    """Return every tensor that a checkpoint of `config` holds, in the order of execution, with its shape.
 
     Examples
     --------
@@ -200,7 +214,7 @@ class OnDemand(Sequence[LayerWeights]):
         return (self[layer] for layer in range(len(self)))
 
     def rows(self, layer: int) -> dict[str, Rows]:
-        """The tensors of block `layer` by field, of which no row is made yet."""
+        """Return the tensors of block `layer` by field, of which no row is made yet."""
         if not -len(self) <= layer < len(self):
             raise IndexError(f"there is no layer {layer}: this sequence holds {len(self)}")
         names = layer_tensors(self.numbers[layer], self.bias)
@@ -231,12 +245,12 @@ class LayerRows:
     shape: tuple[int, ...]
 
     def __getitem__(self, rows: Any, /) -> Any:
-        """The rows of a slice or of an integer array."""
+        """Return the rows of a slice or of an integer array."""
         return getattr(self.layer(self.number), self.field)[rows]
 
 
 def named_weights(weights: Weights, config: Gemma2Config) -> dict[str, Rows]:
-    """Every tensor by name, in the order of `tensor_shapes`; of weights on disk nothing is read before rows are asked.
+    """Return every tensor by name, in the order of `tensor_shapes`; weights on disk are read when rows are asked.
 
     Examples
     --------

@@ -11,18 +11,17 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
-from refgemma.files import replace_file
+from refgemma.files import new_file, replace_file
 from refgemma.precision import Array, as_dtype
-from refgemma.weights.checkpoint import DTYPES, INDEX, SINGLE, CheckpointError, Stored, read_header
+from refgemma.weights.checkpoint import DTYPE_OF_CODE, INDEX, SINGLE, CheckpointError, Stored, read_header
 
 STAGING = ".refgemma-partial"
 STATE = "state.json"
@@ -31,17 +30,12 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**1
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 # The name of a precision -> what numbers of it are in a file.
-STORED: dict[str, np.dtype[Any]] = {
-    "float64": np.dtype(np.float64),
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
-CODES = {dtype: code for code, dtype in DTYPES.items()}
+FILE_DTYPES: dict[str, np.dtype[Any]] = {dtype.name: dtype for dtype in DTYPE_OF_CODE.values()}
+CODE_OF_DTYPE = {dtype: code for code, dtype in DTYPE_OF_CODE.items()}
 
 
 @dataclass(frozen=True)
-class Output:
+class OutputTensor:
     """One tensor to write: `rows` is an array, or anything that gives an array for a slice of rows."""
 
     name: str
@@ -52,7 +46,7 @@ class Output:
     @property
     def nbytes(self) -> int:
         """Bytes of its data in the file."""
-        return math.prod(self.shape) * STORED[self.dtype].itemsize
+        return math.prod(self.shape) * FILE_DTYPES[self.dtype].itemsize
 
     def blocks(self) -> Iterator[Array]:
         """Its data in the format of the file, some rows at a time."""
@@ -60,28 +54,28 @@ class Output:
         step = max(1, BLOCK_BYTES // row_bytes)
         for start in range(0, self.shape[0], step):
             block = self.rows[start : start + step]
-            yield np.ascontiguousarray(stored(block, self.dtype))
+            yield np.ascontiguousarray(as_stored(block, self.dtype))
 
 
-def stored(x: Array, dtype: str) -> Array:
-    """`x` in the format that `dtype` has in a file: half precision in two bytes instead of the four of computation.
+def as_stored(x: Array, dtype: str) -> Array:
+    """Return `x` in the format of a file: half precision takes two bytes, and four in the computation.
 
     Examples
     --------
-    >>> stored(np.array([0.1]), "bfloat16")
+    >>> as_stored(np.array([0.1]), "bfloat16")
     array([0.100098], dtype=bfloat16)
     """
-    if x.dtype == STORED[dtype]:
+    if x.dtype == FILE_DTYPES[dtype]:
         return x.view(np.ndarray)
-    return np.asarray(as_dtype(x, dtype)).astype(STORED[dtype])
+    return np.asarray(as_dtype(x, dtype)).astype(FILE_DTYPES[dtype])
 
 
-def shard_bytes(size: int | str) -> int:
-    """The largest size of a file, in bytes, of a number or of text like ``"5GB"`` (1e9) or ``"5GiB"`` (2**30).
+def parse_size(size: int | str) -> int:
+    """Return the largest size of a file in bytes, of a number or of text: ``"5GB"`` (1e9) or ``"5GiB"`` (2**30).
 
     Examples
     --------
-    >>> shard_bytes("5GB"), shard_bytes("200MiB")
+    >>> parse_size("5GB"), parse_size("200MiB")
     (5000000000, 209715200)
     """
     match = re.fullmatch(r"(\d{1,18})\s*([KMGT]?I?B?)", str(size).strip().upper())
@@ -90,16 +84,16 @@ def shard_bytes(size: int | str) -> int:
     return int(match[1]) * UNITS[match[2]]
 
 
-def in_shards(outputs: Sequence[Output], limit: int) -> dict[str, list[Output]]:
+def split_into_shards(outputs: Sequence[OutputTensor], limit: int) -> dict[str, list[OutputTensor]]:
     """File name -> its tensors, in order; a file holds more than `limit` bytes only if one tensor does.
 
     Examples
     --------
-    >>> outputs = [Output(name, "float32", (2, 4), None) for name in "abc"]
-    >>> [(file, [o.name for o in part]) for file, part in in_shards(outputs, 64).items()]
+    >>> outputs = [OutputTensor(name, "float32", (2, 4), None) for name in "abc"]
+    >>> [(file, [o.name for o in part]) for file, part in split_into_shards(outputs, 64).items()]
     [('model-00001-of-00002.safetensors', ['a', 'b']), ('model-00002-of-00002.safetensors', ['c'])]
     """
-    parts: list[list[Output]] = [[]]
+    parts: list[list[OutputTensor]] = [[]]
     for output in outputs:
         if parts[-1] and sum(o.nbytes for o in parts[-1]) + output.nbytes > limit:
             parts.append([])
@@ -109,13 +103,13 @@ def in_shards(outputs: Sequence[Output], limit: int) -> dict[str, list[Output]]:
     return {f"model-{n:05d}-of-{len(parts):05d}.safetensors": part for n, part in enumerate(parts, start=1)}
 
 
-def header_of(outputs: Sequence[Output]) -> bytes:
-    """The start of a safetensors file: the length of the JSON text, and the text, to a multiple of eight bytes."""
+def build_header(outputs: Sequence[OutputTensor]) -> bytes:
+    """Return the start of a safetensors file: the length of the JSON text, and the text, padded to eight bytes."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers reads no file without it
     position = 0
     for output in outputs:
         end = position + output.nbytes
-        code = CODES[STORED[output.dtype]]
+        code = CODE_OF_DTYPE[FILE_DTYPES[output.dtype]]
         entries[output.name] = {"dtype": code, "shape": list(output.shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(entries, separators=(",", ":")).encode()
@@ -123,25 +117,23 @@ def header_of(outputs: Sequence[Output]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def write_file(path: Path, outputs: Sequence[Output], bar: Any) -> None:
+def write_file(path: Path, outputs: Sequence[OutputTensor], bar: Any) -> None:
     """Write one safetensors file, which has its name only once it is whole and on the disk."""
-    partial = path.with_name(f"{path.name}.part")
-    with partial.open("wb") as file:
-        file.write(header_of(outputs))
+    with new_file(path) as file:
+        file.write(build_header(outputs))
         for output in outputs:
             for block in output.blocks():
                 file.write(block.reshape(-1).view(np.uint8).data)
                 bar.update(block.nbytes)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
-def _finished(path: Path, outputs: Sequence[Output]) -> bool:
-    """Whether an earlier run has finished this file: it has its name, and the header that it has to have."""
+def _is_finished(path: Path, outputs: Sequence[OutputTensor]) -> bool:
+    """Tell whether an earlier run has finished this file: it has its name and the right header."""
     if not path.is_file():
         return False
-    start = header_of(outputs)
+    start = build_header(outputs)
     with path.open("rb") as file:
         same = file.read(len(start)) == start
     return same and path.stat().st_size == len(start) + sum(output.nbytes for output in outputs)
@@ -177,7 +169,7 @@ def claim(folder: Path, fingerprint: str) -> None:
 
 
 def write_checkpoint(
-    folder: str | Path, outputs: Sequence[Output], max_shard_size: int | str = "50GB", fingerprint: str = ""
+    folder: str | Path, outputs: Sequence[OutputTensor], max_shard_size: int | str = "50GB", fingerprint: str = ""
 ) -> None:
     """Write the weights of a checkpoint into `folder`, in place of those that are there.
 
@@ -191,11 +183,11 @@ def write_checkpoint(
     outputs : sequence of Output
         All tensors, in the order they are written.
     max_shard_size : int or str
-        With more than this, in several files with an index; see `shard_bytes`.
+        With more than this, in several files with an index; see `parse_size`.
     fingerprint : str
         What is being written, if an interrupted run is to be continued: a run with the same one takes over the files
         that an earlier one has finished, and all files are read again and compared before they are moved into place.
-        Without one it begins anew, and leaves nothing behind if it fails.
+        Without one it starts again, and leaves nothing behind if it fails.
 
     Raises
     ------
@@ -208,12 +200,12 @@ def write_checkpoint(
     --------
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     write_checkpoint(folder, [Output("norm.weight", "bfloat16", (3,), np.ones(3))])
+    ...     write_checkpoint(folder, [OutputTensor("norm.weight", "bfloat16", (3,), np.ones(3))])
     ...     read_header(Path(folder) / "model.safetensors")["norm.weight"].read("float32")
     array([1., 1., 1.], dtype=float32)
     """
     target = Path(folder)
-    shards = in_shards(outputs, shard_bytes(max_shard_size))
+    shards = split_into_shards(outputs, parse_size(max_shard_size))
     staging = target / STAGING
     staging.mkdir(parents=True, exist_ok=True)
     try:
@@ -227,21 +219,38 @@ def write_checkpoint(
     _move_into_place(target, shards)
 
 
-def _write_shards(staging: Path, shards: dict[str, list[Output]], fingerprint: str) -> None:
+def _write_shards(staging: Path, shards: dict[str, list[OutputTensor]], fingerprint: str) -> None:
     state = staging / STATE
     if not fingerprint or not state.is_file() or state.read_text(encoding="utf-8") != fingerprint:
         for path in staging.iterdir():
             path.unlink()
         replace_file(state, fingerprint.encode())
-    unfinished = {name: part for name, part in shards.items() if not _finished(staging / name, part)}
-    missing = sum(output.nbytes for part in unfinished.values() for output in part)
-    _check_space(staging, missing)
-    with tqdm(total=missing, unit="B", unit_scale=True, desc="writing", disable=None, delay=2) as bar:
-        for name, part in unfinished.items():
-            write_file(staging / name, part, bar)
+    write_parts(staging, {n: part for n, part in shards.items() if not _is_finished(staging / n, part)}, write_file)
 
 
-def _move_into_place(target: Path, shards: dict[str, list[Output]]) -> None:
+def write_parts(folder: Path, parts: Mapping[str, Sequence[OutputTensor]], write: Callable[..., None]) -> None:
+    """Write each file of `parts`, with one progress bar for all, if the disk has space for them.
+
+    Raises
+    ------
+    CheckpointError
+        If it has not.
+    """
+    for partial in folder.glob("*.part"):  # of a run that was killed
+        partial.unlink()
+    total = sum(output.nbytes for part in parts.values() for output in part)
+    _check_space(folder, total)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="writing", disable=None, delay=2) as bar:
+        for name, part in parts.items():
+            write(folder / name, part, bar=bar)
+
+
+def write_index(path: Path, about: dict[str, int], weight_map: dict[str, str]) -> None:
+    """Write the index of a checkpoint in several files."""
+    replace_file(path, (json.dumps({"metadata": about, "weight_map": weight_map}, indent=2) + "\n").encode())
+
+
+def _move_into_place(target: Path, shards: dict[str, list[OutputTensor]]) -> None:
     """Old weights away, new ones in their place, the index last: at no moment is there a mixture that can be read."""
     for path in [target / SINGLE, target / INDEX]:
         path.unlink(missing_ok=True)
@@ -257,12 +266,11 @@ def _move_into_place(target: Path, shards: dict[str, list[Output]]) -> None:
             "total_size": sum(output.nbytes for output in outputs),
         }
         weight_map = {output.name: name for name, part in shards.items() for output in part}
-        index = {"metadata": about, "weight_map": dict(sorted(weight_map.items()))}
-        replace_file(target / INDEX, (json.dumps(index, indent=2) + "\n").encode())
+        write_index(target / INDEX, about, dict(sorted(weight_map.items())))
     shutil.rmtree(target / STAGING)
 
 
-def check_written(folder: str | Path, outputs: Sequence[Output]) -> None:
+def check_written(folder: str | Path, outputs: Sequence[OutputTensor]) -> None:
     """Read everything back and compare it, byte for byte, with what had to be written.
 
     Raises
@@ -276,18 +284,18 @@ def check_written(folder: str | Path, outputs: Sequence[Output]) -> None:
     check_same(found, outputs, root)
 
 
-def check_same(found: Mapping[str, Stored], outputs: Sequence[Output], folder: Path) -> None:
+def check_same(found: Mapping[str, Stored], outputs: Sequence[OutputTensor], folder: Path) -> None:
     """Compare the tensors that were `found` in `folder` with what had to be written; see `check_written`."""
     total = sum(output.nbytes for output in outputs)
     with tqdm(total=total, unit="B", unit_scale=True, desc="checking", disable=None, delay=2) as bar:
         for output in outputs:
             tensor = found.get(output.name)
-            if tensor is None or (tensor.shape, tensor.dtype) != (output.shape, STORED[output.dtype]):
+            if tensor is None or (tensor.shape, tensor.dtype) != (output.shape, FILE_DTYPES[output.dtype]):
                 raise CheckpointError(f"{folder}: tensor {output.name!r} is not there; another program has been at it")
             row = 0
             for block in output.blocks():
-                # Mapped anew each time: of a mapping, all that was read stays in memory.
-                again = np.ascontiguousarray(tensor.mapped()[row : row + len(block)])
+                # Mapped again each time: of a mapping, all that was read stays in memory.
+                again = np.ascontiguousarray(tensor.map()[row : row + len(block)])
                 if again.tobytes() != block.tobytes():
                     raise CheckpointError(
                         f"{tensor.file}: tensor {output.name!r} does not read as it was written, from row {row} on; "

@@ -20,9 +20,9 @@ import numpy.typing as npt
 from refgemma.config import Gemma2Config
 from refgemma.precision import BF16, Array, as_dtype
 from refgemma.weights.parameters import EMBED_TOKENS, NORM, OnDemand, Weights, tensor_shapes
-from refgemma.weights.save import Output, claim, write_checkpoint
+from refgemma.weights.save import OutputTensor, claim, write_checkpoint
 
-SEED = 2
+SYNTHETIC_SEED = 2
 
 # A weight is -128 to 127, root mean square 74, times 2 to this power. What that makes of a 9B and a 27B is measured in
 # docs/full-size.md: scores that reach the cap, attention in four degrees of sharpness, a residual stream that grows.
@@ -36,8 +36,8 @@ HEAD_POWERS = (0, 1, 0, 2, 0, 1, 0, 1, 0, 1, 0, 2, 0, 1, 0, 3)
 BYTES_PER_COUNT = 32  # Philox gives four numbers of eight bytes for each step of its counter
 
 
-def raw_bytes(name: str, start: int, count: int, seed: int = SEED) -> npt.NDArray[np.int8]:
-    """`count` numbers of the stream of tensor `name`, from place `start` on: uniform in -128 to 127; others by `seed`.
+def raw_bytes(name: str, start: int, count: int, seed: int = SYNTHETIC_SEED) -> npt.NDArray[np.int8]:
+    """Return `count` numbers of tensor `name` from `start` on: uniform in -128 to 127; others by `seed`.
 
     Examples
     --------
@@ -65,10 +65,10 @@ class Synthetic:
     shape: tuple[int, ...]
     config: Gemma2Config
     dtype: str = "float32"
-    seed: int = SEED
+    seed: int = SYNTHETIC_SEED
 
     def __getitem__(self, rows: Any, /) -> Array:
-        """The rows of a slice or of an array of integers."""
+        """Return the rows of a slice or of an array of integers."""
         length = self.shape[0]
         if isinstance(rows, slice):
             start, stop, step = rows.indices(length)
@@ -82,7 +82,7 @@ class Synthetic:
         return found.view(BF16) if self.dtype == "bfloat16" else as_dtype(found, self.dtype)
 
     def _numbers(self, start: int, stop: int) -> npt.NDArray[np.float32]:
-        """Rows `start` to `stop`, in float32."""
+        """Return rows `start` to `stop`, in float32."""
         width = int(np.prod(self.shape[1:], dtype=np.int64))
         drawn = raw_bytes(self.name, start * width, (stop - start) * width, self.seed)
         shaped = drawn.reshape(stop - start, *self.shape[1:])
@@ -90,7 +90,7 @@ class Synthetic:
         return -np.abs(numbers) if ".post_" in self.name else numbers
 
     def _scales(self, start: int, stop: int) -> Any:
-        """The power of two of all rows, or of queries, that of each row: heads look in four degrees of sharpness."""
+        """Return the power of two of all rows, or of each row of queries: heads differ in sharpness."""
         field = self.name.split(".")[-2]
         power = np.float32(2.0 ** EXPONENTS[field])
         if field != "q_proj":
@@ -99,8 +99,8 @@ class Synthetic:
         return power * np.exp2(np.array(HEAD_POWERS, np.float32)[heads % len(HEAD_POWERS)])[:, None]
 
 
-def synthetic_weights(config: Gemma2Config, dtype: str = "float32", seed: int = SEED) -> Weights:
-    """Synthetic weights of a model in `dtype`, others by `seed`; each layer is made anew whenever it is asked for.
+def synthetic_weights(config: Gemma2Config, dtype: str = "float32", seed: int = SYNTHETIC_SEED) -> Weights:
+    """Return synthetic weights in `dtype`, others by `seed`; a layer is made again whenever it is asked for.
 
     Examples
     --------
@@ -133,11 +133,12 @@ def write_synthetic(config: Gemma2Config, folder: str | Path, max_shard_size: in
     9888
     """
     outputs = [
-        Output(name, "bfloat16", shape, Synthetic(name, shape, config)) for name, shape in tensor_shapes(config).items()
+        OutputTensor(name, "bfloat16", shape, Synthetic(name, shape, config))
+        for name, shape in tensor_shapes(config).items()
     ]
-    fingerprint = f"synthetic {SEED} {EXPONENTS} {max_shard_size} {config.to_json_string()}"
-    told = hashlib.sha256(fingerprint.encode()).hexdigest()
-    claim(Path(folder), told)
+    fingerprint = f"synthetic {SYNTHETIC_SEED} {EXPONENTS} {max_shard_size} {config.to_json_string()}"
+    digest = hashlib.sha256(fingerprint.encode()).hexdigest()
+    claim(Path(folder), digest)
     config.changed(dtype="bfloat16", architectures=("Gemma2ForCausalLM",)).save_pretrained(folder)
-    write_checkpoint(folder, outputs, max_shard_size, told)
+    write_checkpoint(folder, outputs, max_shard_size, digest)
     return sum(math.prod(output.shape) for output in outputs)

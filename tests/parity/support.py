@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import refgemma.modeling.classes
 from refgemma.activations import ACTIVATIONS
 from refgemma.config import FULL, SLIDING, Gemma2Config
-from refgemma.oracle.compare import logits_distance, rounding_noise, run_distance
+from refgemma.goldens.distance import logits_distance, rounding_noise, run_distance
 from refgemma.precision import bf16
 
 CLASSES = [

@@ -8,7 +8,7 @@ import torch
 from transformers.activations import ACT2FN
 
 from refgemma.activations import ACTIVATIONS
-from refgemma.oracle.compare import ulp
+from refgemma.oracle.tolerance import ulp
 from refgemma.precision import bf16
 
 NUMBERS = np.concatenate([

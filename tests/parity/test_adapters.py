@@ -91,8 +91,8 @@ def test_transformers_itself_refuses_sdpa() -> None:
 def test_what_is_shown_is_what_is_claimed() -> None:
     for adapter in (TransformersEager(), TransformersSdpa(), TransformersFlex()):
         model = adapter.load(Path(find_model("conformance")), "float32")
-        shown = adapter.forward(model, np.array([[2, 5, 7]]), tensors=("*",)).tensors
-        assert all(adapter.capabilities().shows(name) for name in shown)
+        detect = adapter.forward(model, np.array([[2, 5, 7]]), tensors=("*",)).tensors
+        assert all(adapter.capabilities().shows(name) for name in detect)
         last = f"layers.{model.config.num_hidden_layers - 1}."
         claimed = [name.replace("layers.*.", last) for name in adapter.capabilities().tensors if not name.endswith("*")]
-        assert set(claimed) <= set(shown)
+        assert set(claimed) <= set(detect)

@@ -9,9 +9,10 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "golden"))
 import mistakes
 
 from refgemma.modeling.pretrained import load
-from refgemma.oracle.check import CONFORMS, check
 from refgemma.oracle.conformance import prompts
+from refgemma.oracle.diagnose import diagnose
 from refgemma.oracle.known_bugs import known_bug
+from refgemma.oracle.verdicts import CONFORMS
 from refgemma.trace.names import field_of
 
 
@@ -20,7 +21,7 @@ from refgemma.trace.names import field_of
 def test_transformers_conforms(dtype: str, prompt: str, tmp_path: Path) -> None:
     ours = load("conformance", dtype)
     candidate = mistakes.port(None, dtype, prompts(ours.config)[prompt], tmp_path, ours.config)
-    report = check(candidate, ours.weights, ours.config)
+    report = diagnose(candidate, ours.weights, ours.config)
     assert (report.verdict, report.missing) == (CONFORMS, ())
 
 
@@ -29,7 +30,7 @@ def test_transformers_conforms(dtype: str, prompt: str, tmp_path: Path) -> None:
 def test_a_mistake_in_transformers_is_named(name: str, dtype: str, tmp_path: Path) -> None:
     ours = load("conformance", dtype)
     candidate = mistakes.port(name, dtype, prompts(ours.config)["padded"], tmp_path, ours.config)
-    report = check(candidate, ours.weights, ours.config)
+    report = diagnose(candidate, ours.weights, ours.config)
     assert report.first_divergence is not None
     assert field_of(report.first_divergence.tensor) == known_bug(name).fields[0]
     assert [v.name for v in report.findings[0].explanations] == [name]

@@ -142,7 +142,7 @@ def test_an_orbax_folder(tmp_path: Path, in_one: bool, driver: str) -> None:
         written = tensorstore.open(
             {"driver": driver, "kvstore": store}, create=True, dtype="bfloat16", shape=tensor.shape
         ).result()
-        written.write(tensor.mapped()).result()
+        written.write(tensor.map()).result()
     (tmp_path / "config.json").write_text((tmp_path / "hf" / "config.json").read_text())
     (tmp_path / "tokenizer.model").write_bytes(b"beside the folder, as released")
     convert(folder, tmp_path / "back", config=tmp_path / "config.json", max_shard_size=10_000)
@@ -165,7 +165,7 @@ def test_tensors_as_views(tmp_path: Path) -> None:
     assert found.keys() == views.keys()
     for name, tensor in views.items():
         if name != "empty":
-            np.testing.assert_array_equal(found[name].mapped(), tensor.detach().numpy())
+            np.testing.assert_array_equal(found[name].map(), tensor.detach().numpy())
         assert found[name].shape == tuple(tensor.shape)
 
 

@@ -14,7 +14,7 @@ import transformers
 
 import refgemma.modeling.classes
 from refgemma.config import Gemma2Config
-from refgemma.oracle.compare import END_TO_END
+from refgemma.goldens.distance import END_TO_END
 
 PAGE: dict[str, dict[str, str | None]] = json.loads(
     (Path(__file__).parents[1] / "documentation_page.json").read_text(encoding="utf-8")

@@ -19,9 +19,10 @@ from transformers.generation import logits_process
 
 import refgemma
 from refgemma.cache import Cache
-from refgemma.generation.beams import Rules, improvable
-from refgemma.generation.decode import TextStreamer, processors
-from refgemma.generation.generation_config import settings_for, settled
+from refgemma.generation import processors
+from refgemma.generation.beams import Rules, can_improve
+from refgemma.generation.generation_config import merge_settings, resolve_settings
+from refgemma.generation.stream import TextStreamer
 from refgemma.hub import find_model
 from refgemma.model import next_token_logits
 
@@ -181,7 +182,7 @@ def test_when_a_search_can_still_gain(seed: int, early_stopping: Any, penalty: f
         max_length=16, decoder_prompt_len=4, early_stopping=early_stopping, length_penalty=penalty,
     )  # fmt: skip
     rules = Rules(3, 6, longest=12, early_stopping=early_stopping, length_penalty=penalty, fill=0)
-    found = before[:, 0] & improvable(running, finished, is_finished, 5, rules)
+    found = before[:, 0] & can_improve(running, finished, is_finished, 5, rules)
     np.testing.assert_array_equal(found, expected.numpy()[:, 0])
 
 
@@ -347,10 +348,10 @@ def test_all_processors_in_their_order(chosen: dict[str, Any], seed: int) -> Non
     model._prepare_special_tokens(there, True, device="cpu")
     made = model._get_logits_processor(there, input_ids_seq_length=4, device="cpu")
     expected = made(torch.tensor(ids), torch.tensor(scores)).numpy()
-    call = settled(None, refgemma.GenerationConfig(), chosen | {"max_new_tokens": 9})
-    ours = settings_for(call, prompt_length=4, vocab_size=25, limit=99)
+    call = merge_settings(None, refgemma.GenerationConfig(), chosen | {"max_new_tokens": 9})
+    ours = resolve_settings(call, prompt_length=4, vocab_size=25, limit=99)
     nothing = np.zeros(3, int)
-    found = processors.warped(processors.constrained(scores, ids, nothing, ours), ours)
+    found = processors.warp(processors.constrain(scores, ids, nothing, ours), ours)
     np.testing.assert_array_equal(np.isinf(found), np.isinf(expected))
     np.testing.assert_array_equal(found[np.isfinite(found)], expected[np.isfinite(expected)])
 

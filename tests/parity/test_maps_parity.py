@@ -10,9 +10,9 @@ from safetensors.numpy import save_file
 
 from refgemma.hub import find_model
 from refgemma.modeling.pretrained import load
-from refgemma.oracle.check import Check
-from refgemma.oracle.judge import GOOD
-from refgemma.trace.candidate import load_candidate
+from refgemma.oracle.engine import Engine
+from refgemma.oracle.verdicts import GOOD
+from refgemma.trace.candidate import load_trace
 from refgemma.trace.name_maps import load_map, match, open_any
 
 
@@ -35,5 +35,5 @@ def test_every_module_is_known_and_conforms(tmp_path: Path) -> None:
     matched = match(open_any(tmp_path / "port.safetensors"), load_map("transformers"))
     assert (matched.unmatched, len(matched.found)) == ((), 1 + 13 * 4 + 3)
     ours = load("conformance")
-    work = Check(load_candidate(tmp_path / "port.safetensors", ours.config), ours.weights, ours.config)
-    assert {i.judged.verdict for i in work.instances()} <= set(GOOD)
+    work = Engine(load_trace(tmp_path / "port.safetensors", ours.config), ours.weights, ours.config)
+    assert {i.judged.verdict for i in work.instances} <= set(GOOD)

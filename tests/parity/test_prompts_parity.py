@@ -9,9 +9,10 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "golden"))
 import mistakes
 
 from refgemma.modeling.pretrained import load
-from refgemma.oracle.check import Check
 from refgemma.oracle.conformance import prompts
-from refgemma.oracle.coverage import shown
+from refgemma.oracle.coverage import detect
+from refgemma.oracle.diagnose import Diagnosis
+from refgemma.oracle.engine import Engine
 
 
 @pytest.mark.parametrize(("prompt", "dtype"), [("padded", "float32"), ("cached", "bfloat16")])
@@ -19,7 +20,7 @@ def test_what_a_prompt_shows_is_what_check_excludes(prompt: str, dtype: str, tmp
     ours = load("conformance", dtype)
     asked = prompts(ours.config)[prompt]
     candidate = mistakes.port(None, dtype, asked, tmp_path, ours.config)
-    excluded, _ = Check(candidate, ours.weights, ours.config).power()
-    said = {v.name for v in shown(asked, dtype, ours.weights, ours.config).variants}
+    excluded, _ = Diagnosis(Engine(candidate, ours.weights, ours.config)).coverage()
+    said = {v.name for v in detect(asked, dtype, ours.weights, ours.config).variants}
     assert said == {v.name for v in excluded}
     assert len(said) > 60

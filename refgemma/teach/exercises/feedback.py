@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from refgemma.oracle.compare import operation_distance
+from refgemma.oracle.judge import strict_distance
+from refgemma.oracle.tolerance import tolerance
 from refgemma.precision import Array, Rounded, dtype_name, wide
 
 Answer = Callable[..., Any]
@@ -150,7 +151,7 @@ def conforms(array: Array, right: Array, bound: Any) -> bool:
         return bool(np.array_equal(array, right))
     allowed = np.broadcast_to(np.asarray(bound, np.float64), right.shape)
     # Whatever precision the answer has, it is held to that of what is right.
-    return operation_distance(wide(array), wide(right), allowed, dtype_name(right)) <= 1
+    return strict_distance(wide(array), wide(right), tolerance(allowed), dtype_name(right)) <= 1
 
 
 def unexplained(given: Any, mistake: Mistake, trial: Trial) -> float:

@@ -7,8 +7,8 @@ import ml_dtypes
 import numpy as np
 
 from refgemma.activations import gelu, relu
-from refgemma.goldens.verify import load_golden
-from refgemma.oracle import bounds
+from refgemma.goldens.load import load_golden
+from refgemma.oracle import tolerance as tol
 from refgemma.precision import Array, bf16, narrow, wide
 from refgemma.teach.exercises.feedback import Answer, Feedback, Mistake, Trial, judge
 
@@ -32,7 +32,7 @@ def check_embed(answer: Answer) -> Feedback:
         for dtype, short in (("float32", "f32"), ("bfloat16", "bf16")):
             for width in (3584, 4608):
                 _, g = load_golden(f"op-embed-{width}-{short}")
-                bound = bounds.U * np.abs(np.asarray(wide(g["y"]), np.float64))
+                bound = tol.U * np.abs(np.asarray(wide(g["y"]), np.float64))
                 call = f"embed(ids, table) with a table of 5 rows and {width} columns in {dtype}"
                 yield Trial(call, (g["ids"], g["weight"]), g["y"], bound)
 
@@ -62,7 +62,7 @@ def check_gelu_tanh(answer: Answer) -> Feedback:
     _, g = load_golden("op-gelu-f32")
     near = np.abs(g["x"]) < 12  # beyond, GELU is x or 0, and the cube of the largest recorded numbers overflows
     x, y = g["x"][near], g["y"][near]
-    return judge(answer, [Trial("gelu_tanh(x) on numbers from -12 to 12", (x,), y, bounds.gelu_tanh(x))], [
+    return judge(answer, [Trial("gelu_tanh(x) on numbers from -12 to 12", (x,), y, tol.gelu_tanh(x).bound)], [
         Mistake("that is ReLU, which has a kink at 0.", relu),
         Mistake("that is the exact GELU with the error function; Gemma 2 uses the tanh form, up to 5e-4 away.", gelu),
         Mistake("that is x * sigmoid(1.702 x), another approximation of GELU.",
@@ -136,7 +136,7 @@ def check_rotate(answer: Answer) -> Feedback:
         for width in (256, 128):
             _, g = load_golden(f"op-rotary-{width}-f32")
             x, cos, sin = g["x"], g["cos"], g["sin"]
-            yield Trial(f"rotate(x, cos, sin), heads of {width}", (x, cos, sin), g["y"], bounds.rotate(x, cos, sin))
+            yield Trial(f"rotate(x, cos, sin), heads of {width}", (x, cos, sin), g["y"], tol.rotate(x, cos, sin).bound)
 
     halves = "pairs lie half a head apart, (0, head_dim/2), not side by side, (0, 1)."
     return judge(answer, trials(), [
@@ -170,7 +170,7 @@ def check_soft_cap(answer: Answer) -> Feedback:
             _, g = load_golden(f"op-soft-cap-{cap}-f32")
             low, high = g["x"].min(), g["x"].max()
             call = f"soft_cap(x, cap) on numbers from {low:g} to {high:g} with a cap of {cap}"
-            yield Trial(call, (g["x"], float(cap)), g["y"], bounds.soft_cap(g["x"], float(cap)))
+            yield Trial(call, (g["x"], float(cap)), g["y"], tol.soft_cap(g["x"], float(cap)).bound)
 
     return judge(answer, trials(), [
         Mistake("nothing is bent here. The formula is cap * tanh(x / cap).", lambda x, cap: x),
@@ -212,8 +212,8 @@ def check_attention_probs(answer: Answer) -> Feedback:
             if kind == "sliding":
                 mask &= ~np.tri(seq, k=-window, dtype=bool)
             # The cap's own error is one of the exponent's, and so a relative one of the result; likewise for the sum.
-            bound = bounds.softmax(g[prefix + "capped"], mask)
-            bound = bound + 2 * g[prefix + "probs"] * float(bounds.soft_cap(np.array([1e9]), cap)[0])
+            bound = tol.softmax(g[prefix + "capped"], mask).bound
+            bound = bound + 2 * g[prefix + "probs"] * float(tol.soft_cap(np.array([1e9]), cap).bound[0])
             call = f"attention_probs(scores, mask, {cap}) of a {kind} layer"
             yield Trial(call, (g[prefix + "scores"], mask[None, None], cap), g[prefix + "probs"], bound)
 
@@ -307,7 +307,7 @@ def check_rms_norm(answer: Answer) -> Feedback:
     def trials() -> Iterator[Trial]:
         for dtype, short in (("float32", "f32"), ("bfloat16", "bf16")):
             _, g = load_golden(f"op-rms-norm-{short}")
-            bound = bounds.rms_norm(g["x"], g["weight"], EPS)
+            bound = tol.rms_norm(g["x"], g["weight"], EPS).bound
             yield Trial(f"rms_norm(x, weight, {EPS}) in {dtype}", (g["x"], g["weight"], EPS), g["y"], bound)
 
     early = "in half precision, compute in float32 (wide) and round once at the end (narrow); you round on the way."

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from refgemma.config import Gemma2Config
-from refgemma.goldens.verify import load_golden, model_of
+from refgemma.goldens.load import load_golden, model_of
 from refgemma.model import forward
 from refgemma.modeling.pretrained import load
 from refgemma.precision import Array

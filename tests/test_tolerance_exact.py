@@ -13,8 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refgemma import ops
-from refgemma.oracle import bounds
-from refgemma.oracle import tolerance as allowance
+from refgemma.oracle import tolerance as tol
 
 Array = np.ndarray
 F32 = np.float32
@@ -102,7 +101,7 @@ def linear(rng: np.random.Generator, n: int, spread: float) -> Case:
         x[n // 2 : 2 * (n // 2)], w[n // 2 : 2 * (n // 2)] = x[: n // 2], -w[: n // 2]
     return Case(
         [np.array([dot(x, w)]) for dot in SUMS], ops.linear(x.astype(np.float64)[None], w.astype(np.float64)[None])[0],
-        [mpmath.fdot(mp(x), mp(w))], bounds.linear(x[None], w[None])[0],
+        [mpmath.fdot(mp(x), mp(w))], tol.linear(x[None], w[None]).bound[0],
     )  # fmt: skip
 
 
@@ -110,10 +109,10 @@ def attention_scores(rng: np.random.Generator, n: int, spread: float) -> Case:
     q, k, scale = normal(rng, n, spread), normal(rng, n, 1.0), 13**-0.5
     shaped = q.reshape(1, 1, 1, n), k.reshape(1, 1, 1, n)
     reference = ops.attention_scores(*(x.astype(np.float64) for x in shaped), scale)
-    # The allowance has the rounding of the scale to float32 too, which ports that store it so have.
+    # The tolerance has the rounding of the scale to float32 too, which ports that store it so have.
     return Case(
         [np.array([F32(dot(q, k) * F32(scale))]) for dot in SUMS], reference.ravel(),
-        [mpmath.fdot(mp(q), mp(k)) * mpmath.mpf(scale)], allowance.attention_scores(*shaped, scale).bound.ravel(),
+        [mpmath.fdot(mp(q), mp(k)) * mpmath.mpf(scale)], tol.attention_scores(*shaped, scale).bound.ravel(),
     )  # fmt: skip
 
 
@@ -126,7 +125,7 @@ def rms_norm(rng: np.random.Generator, n: int, spread: float) -> Case:
     mean = mpmath.fdot(mp(x), mp(x)) / n
     exact = [a / mpmath.sqrt(mean + mpmath.mpf(eps)) * (1 + b) for a, b in zip(mp(x), mp(w), strict=True)]
     reference = ops.rms_norm(x.astype(np.float64), w.astype(np.float64), eps)
-    return Case(results, reference, exact, bounds.rms_norm(x, w, eps))
+    return Case(results, reference, exact, tol.rms_norm(x, w, eps).bound)
 
 
 def softmax(rng: np.random.Generator, n: int, spread: float) -> Case:
@@ -139,14 +138,14 @@ def softmax(rng: np.random.Generator, n: int, spread: float) -> Case:
     powers = [mpmath.exp(a) for a in mp(x)]
     shaped = x.reshape(1, 1, 1, n)
     reference = ops.softmax(shaped.astype(np.float64), mask).ravel()
-    return Case(results, reference, [p / mpmath.fsum(powers) for p in powers], bounds.softmax(shaped, mask).ravel())
+    return Case(results, reference, [p / mpmath.fsum(powers) for p in powers], tol.softmax(shaped, mask).bound.ravel())
 
 
 def soft_cap(rng: np.random.Generator, n: int, spread: float) -> Case:
     x, cap = normal(rng, n, spread), 3.0
     results = [np.tanh(x / F32(cap)) * F32(cap), np.tanh(x * (F32(1) / F32(cap))) * F32(cap)]
     exact = [cap * mpmath.tanh(a / mpmath.mpf(cap)) for a in mp(x)]
-    return Case(results, ops.soft_cap(x.astype(np.float64), cap), exact, bounds.soft_cap(x, cap))
+    return Case(results, ops.soft_cap(x.astype(np.float64), cap), exact, tol.soft_cap(x, cap).bound)
 
 
 def gelu(rng: np.random.Generator, n: int, spread: float) -> Case:
@@ -156,7 +155,7 @@ def gelu(rng: np.random.Generator, n: int, spread: float) -> Case:
     other = F32(np.sqrt(2 / np.pi)) * x * (1 + F32(0.044715) * (x * x))
     results = [F32(0.5) * x * (1 + np.tanh(t)) for t in (inner, other)]
     exact = [a / 2 * (1 + mpmath.tanh(root * (a + mpmath.mpf("0.044715") * a**3))) for a in mp(x)]
-    return Case(results, ops.gelu_tanh(x.astype(np.float64)), exact, bounds.gelu_tanh(x))
+    return Case(results, ops.gelu_tanh(x.astype(np.float64)), exact, tol.gelu_tanh(x).bound)
 
 
 def rotate(rng: np.random.Generator, n: int, spread: float) -> Case:
@@ -170,7 +169,7 @@ def rotate(rng: np.random.Generator, n: int, spread: float) -> Case:
     exact = [a * c + s * t for a, s, c, t in zip(mp(x), mp(swapped), mp(cos), mp(sin), strict=True)]
     shaped = [y.reshape(1, 1, 1, n) for y in (x, cos, sin)]
     reference = ops.rotate(*(y.astype(np.float64) for y in shaped)).ravel()
-    return Case([x * cos + swapped * sin, mixed], reference, exact, bounds.rotate(*shaped).ravel())
+    return Case([x * cos + swapped * sin, mixed], reference, exact, tol.rotate(*shaped).bound.ravel())
 
 
 OPERATIONS = (linear, attention_scores, rms_norm, softmax, soft_cap, gelu, rotate)
@@ -178,7 +177,7 @@ OPERATIONS = (linear, attention_scores, rms_norm, softmax, soft_cap, gelu, rotat
 
 def fractions(case: Case) -> Iterator[float]:
     """The largest error of each manner in units of the bound, against fifty digits."""
-    limit = [mpmath.mpf(float(b)) + mpmath.mpf(bounds.UNDERFLOW) for b in np.ravel(case.bound)]
+    limit = [mpmath.mpf(float(b)) + mpmath.mpf(tol.UNDERFLOW) for b in np.ravel(case.bound)]
     for result in case.float32:
         yield float(max(abs(a - e) / b for a, e, b in zip(mp(result), case.exact, limit, strict=True)))
 
@@ -189,7 +188,7 @@ def test_no_manner_of_computing_exceeds_the_bound(
     operation: Callable[[np.random.Generator, int, float], Case], seed: int, n: int, spread: float
 ) -> None:
     case = operation(np.random.default_rng(seed), n, spread)
-    limit = case.bound + bounds.UNDERFLOW
+    limit = case.bound + tol.UNDERFLOW
     for result in case.float32:
         assert (np.abs(result.astype(np.float64) - case.float64) <= limit).all()
 
@@ -203,7 +202,7 @@ def test_the_bounds_hold_against_fifty_digits_and_are_not_vacuous(
         for spread in (0.1, 5.0):
             case = operation(np.random.default_rng(n), n, spread)
             seen += fractions(case)
-            limit = [mpmath.mpf(float(b)) + mpmath.mpf(bounds.UNDERFLOW) for b in np.ravel(case.bound)]
+            limit = [mpmath.mpf(float(b)) + mpmath.mpf(tol.UNDERFLOW) for b in np.ravel(case.bound)]
             # float64 rounds 2**29 times finer than float32, of which the bound counts the roundings.
             off = max(abs(a - e) / b for a, e, b in zip(mp(case.float64), case.exact, limit, strict=True))
             assert off <= 1e-8
@@ -213,7 +212,7 @@ def test_the_bounds_hold_against_fifty_digits_and_are_not_vacuous(
 def test_rotary_tables_hold_against_fifty_digits() -> None:
     # Frequencies and angles in float32, as every port takes them; cosine and sine in float32 or finer.
     positions, head_dim, theta = np.array([[0, 1, 7, 40, 511, 8191]]), 10, 1e4
-    allowed = np.broadcast_to(allowance.rotary_tables(positions[..., None], head_dim, theta).bound, (1, 6, head_dim))
+    allowed = np.broadcast_to(tol.rotary_tables(positions[..., None], head_dim, theta).bound, (1, 6, head_dim))
     exponents = np.arange(0, head_dim, 2).astype(F32) / F32(head_dim)
     step = F32(theta ** (-2 / head_dim))
     powers = np.cumprod(np.array([1, *[step] * (head_dim // 2 - 1)], F32), dtype=F32)  # as llama.cpp does it

@@ -23,21 +23,21 @@ from refgemma.modeling.classes import Gemma2ForCausalLM
 from refgemma.precision import bf16
 from refgemma.weights.checkpoint import CheckpointError, open_checkpoint
 from refgemma.weights.save import (
+    FILE_DTYPES,
     STAGING,
-    STORED,
-    Output,
+    OutputTensor,
+    as_stored,
     check_written,
-    in_shards,
-    shard_bytes,
-    stored,
+    parse_size,
+    split_into_shards,
     write_checkpoint,
 )
 
 
-def outputs(seed: int = 0, dtype: str = "bfloat16") -> list[Output]:
+def outputs(seed: int = 0, dtype: str = "bfloat16") -> list[OutputTensor]:
     rng = np.random.default_rng(seed)
     shapes = {"a": (7, 5), "b": (3,), "c": (1, 4), "d": (40, 5)}
-    return [Output(name, dtype, shape, bf16(rng.standard_normal(shape))) for name, shape in shapes.items()]
+    return [OutputTensor(name, dtype, shape, bf16(rng.standard_normal(shape))) for name, shape in shapes.items()]
 
 
 def loaded(folder: Path) -> dict[str, Any]:
@@ -49,15 +49,16 @@ def loaded(folder: Path) -> dict[str, Any]:
     return {name: x for file in set(files) for name, x in load_file(folder / file).items()}
 
 
-def same(folder: Path, wanted: list[Output]) -> bool:
+def same(folder: Path, wanted: list[OutputTensor]) -> bool:
     found = loaded(folder)
     return found.keys() == {o.name for o in wanted} and all(
-        found[o.name].dtype == STORED[o.dtype] and np.array_equal(found[o.name].astype(np.float64), np.asarray(o.rows))
+        found[o.name].dtype == FILE_DTYPES[o.dtype]
+        and np.array_equal(found[o.name].astype(np.float64), np.asarray(o.rows))
         for o in wanted
     )
 
 
-@pytest.mark.parametrize("dtype", list(STORED))
+@pytest.mark.parametrize("dtype", list(FILE_DTYPES))
 @pytest.mark.parametrize("limit", ["50GB", 100, 1])
 def test_written_as_safetensors_reads_it(tmp_path: Path, dtype: str, limit: int | str) -> None:
     wanted = outputs(dtype=dtype)
@@ -71,8 +72,8 @@ def test_written_as_safetensors_reads_it(tmp_path: Path, dtype: str, limit: int 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=12), st.integers(1, 100))
 def test_shards_are_full_but_not_too_full(lengths: list[int], limit: int) -> None:
-    named = [Output(str(n), "float32", (length,), None) for n, length in enumerate(lengths)]
-    shards = in_shards(named, limit)
+    named = [OutputTensor(str(n), "float32", (length,), None) for n, length in enumerate(lengths)]
+    shards = split_into_shards(named, limit)
     assert [o for part in shards.values() for o in part] == named
     sizes = [[o.nbytes for o in part] for part in shards.values()]
     assert all(sum(part) <= limit or len(part) == 1 for part in sizes)
@@ -82,13 +83,13 @@ def test_shards_are_full_but_not_too_full(lengths: list[int], limit: int) -> Non
 @pytest.mark.parametrize("size", ["", "5 parsecs", 0, -1, "0GB", True, None, "1e3"])
 def test_sizes_that_are_none(size: Any) -> None:
     with pytest.raises(CheckpointError, match=r"max_shard_size is .*5GB"):
-        shard_bytes(size)
+        parse_size(size)
 
 
 def test_rounding_is_to_nearest_even() -> None:
     exact = np.array([1.0 + 2**-8, 1.0 + 3 * 2**-8, 1 + 2**-8 + 2**-20])  # two ties, and a little above one
-    assert stored(exact, "bfloat16").astype(np.float64).tolist() == [1.0, 1.0 + 2**-6, 1.0 + 2**-7]
-    assert stored(exact.astype(ml_dtypes.bfloat16), "bfloat16").dtype == ml_dtypes.bfloat16
+    assert as_stored(exact, "bfloat16").astype(np.float64).tolist() == [1.0, 1.0 + 2**-6, 1.0 + 2**-7]
+    assert as_stored(exact.astype(ml_dtypes.bfloat16), "bfloat16").dtype == ml_dtypes.bfloat16
 
 
 def test_old_weights_are_replaced_whole(tmp_path: Path) -> None:
@@ -98,7 +99,7 @@ def test_old_weights_are_replaced_whole(tmp_path: Path) -> None:
         write_checkpoint(tmp_path, wanted, limit)
         assert same(tmp_path, wanted)
         count = len(list(tmp_path.iterdir()))
-        assert count == (1 if limit == "1GB" else len(in_shards(wanted, shard_bytes(limit))) + 1)
+        assert count == (1 if limit == "1GB" else len(split_into_shards(wanted, parse_size(limit))) + 1)
 
 
 class Failing:
@@ -115,7 +116,7 @@ def test_a_failure_leaves_the_old_weights_and_nothing_else(tmp_path: Path) -> No
     write_checkpoint(tmp_path, old, 100)
     before = sorted(path.name for path in tmp_path.iterdir())
     with pytest.raises(CheckpointError, match="damaged"):
-        write_checkpoint(tmp_path, [*outputs(1)[:3], Output("d", "bfloat16", (40, 5), Failing())], 100)
+        write_checkpoint(tmp_path, [*outputs(1)[:3], OutputTensor("d", "bfloat16", (40, 5), Failing())], 100)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
     assert same(tmp_path, old)
 
@@ -136,7 +137,7 @@ class Counted:
 def test_an_interrupted_run_is_continued(tmp_path: Path) -> None:
     whole = outputs()
     rows = [Counted(o.rows, fail=o.name == "d") for o in whole]
-    counted = [Output(o.name, o.dtype, o.shape, r) for o, r in zip(whole, rows, strict=True)]
+    counted = [OutputTensor(o.name, o.dtype, o.shape, r) for o, r in zip(whole, rows, strict=True)]
     with pytest.raises(KeyboardInterrupt):
         write_checkpoint(tmp_path, counted, 100, fingerprint="this source")
     with pytest.raises(CheckpointError, match="holds no config"):
@@ -149,7 +150,7 @@ def test_an_interrupted_run_is_continued(tmp_path: Path) -> None:
 
 
 def test_another_source_begins_anew(tmp_path: Path) -> None:
-    first = [Output(o.name, o.dtype, o.shape, Counted(o.rows, fail=o.name == "d")) for o in outputs()]
+    first = [OutputTensor(o.name, o.dtype, o.shape, Counted(o.rows, fail=o.name == "d")) for o in outputs()]
     with pytest.raises(KeyboardInterrupt):
         write_checkpoint(tmp_path, first, 100, fingerprint="this source")
     other = outputs(seed=1)
@@ -186,13 +187,13 @@ def test_a_killed_run_leaves_nothing_that_can_be_read(tmp_path: Path) -> None:
     program = f"""
 import sys, time
 import numpy as np
-from refgemma.weights.save import Output, write_checkpoint
+from refgemma.weights.save import OutputTensor, write_checkpoint
 class Slow:
     def __getitem__(self, rows):
         print("reading", flush=True)
         time.sleep(60)
-write_checkpoint({str(tmp_path)!r}, [Output("a", "float32", (3,), np.ones(3)), Output("b", "float32", (3,), Slow())], 1,
-                 fingerprint="x")
+outputs = [OutputTensor("a", "float32", (3,), np.ones(3)), OutputTensor("b", "float32", (3,), Slow())]
+write_checkpoint({str(tmp_path)!r}, outputs, 1, fingerprint="x")
 """
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -201,9 +202,25 @@ write_checkpoint({str(tmp_path)!r}, [Output("a", "float32", (3,), np.ones(3)), O
     process.wait()
     process.stdout.close()
     assert [path.name for path in tmp_path.iterdir()] == [STAGING]
-    wanted = [Output(name, "float32", (3,), np.ones(3)) for name in "ab"]
+    wanted = [OutputTensor(name, "float32", (3,), np.ones(3)) for name in "ab"]
     write_checkpoint(tmp_path, wanted, 1, fingerprint="x")
     assert same(tmp_path, wanted)
+
+
+def test_what_a_killed_run_left_takes_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    staging = tmp_path / STAGING
+    staging.mkdir()
+    (staging / "state.json").write_text("x")
+    (staging / ".model.safetensors.1.part").write_bytes(bytes(1000))
+    usage, left = shutil.disk_usage, []
+
+    def measure(folder: Path) -> Any:
+        left.append(list(folder.glob("*.part")))
+        return usage(folder)
+
+    monkeypatch.setattr(shutil, "disk_usage", measure)
+    write_checkpoint(tmp_path, [OutputTensor("a", "float32", (3,), np.ones(3))], fingerprint="x")
+    assert left == [[]]
 
 
 def test_a_model_read_from_disk_is_saved_a_layer_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

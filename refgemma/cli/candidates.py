@@ -18,32 +18,33 @@ from refgemma.files import replace_file
 from refgemma.hub import find_model
 from refgemma.modeling.pretrained import load
 from refgemma.oracle import report as reports
-from refgemma.oracle.check import CONFORMS, DIFFERS, INCONCLUSIVE, Check, Report
 from refgemma.oracle.conformance import prompts
 from refgemma.oracle.coverage import DTYPES as PRECISIONS
-from refgemma.oracle.coverage import Shown, covering, not_shown, shown, write_prompts
+from refgemma.oracle.coverage import Detected, cover, detect, list_undetected, write_prompts
 from refgemma.oracle.coverage import as_json as prompts_json
-from refgemma.oracle.diff import Difference, differences, unexplained
+from refgemma.oracle.diagnose import Report
+from refgemma.oracle.diff import Difference, compare_traces, measure_unexplained
 from refgemma.oracle.diff import as_json as difference_json
+from refgemma.oracle.engine import Engine
 from refgemma.oracle.known_bugs import KNOWN_BUGS
-from refgemma.oracle.pipeline import judged_port, read_port, read_weights, run_backend
-from refgemma.oracle.repro import bundle
+from refgemma.oracle.pipeline import check, read_candidate, read_weights, run_backend
+from refgemma.oracle.repro import make_repro
+from refgemma.oracle.verdicts import CONFORMS, DIFFERS, EXIT, FAILED, INCONCLUSIVE
 from refgemma.sweep.jobs import read_jobs
 from refgemma.sweep.runner import as_json as sweep_json
 from refgemma.sweep.runner import cluster, processes, sweep
-from refgemma.trace.candidate import Candidate, is_known, load_candidate
-from refgemma.trace.name_maps import load_map, map_names, mapped, match, open_any
+from refgemma.trace.candidate import Candidate, is_known, load_trace
+from refgemma.trace.name_maps import apply_map, load_map, map_names, match, open_any
 from refgemma.trace.names import save_trace, target_file
 from refgemma.weights.checkpoint import open_checkpoint
 from refgemma.weights.parameters import Weights
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 CODES = "Exit codes: 0 conforms, 1 differs, 2 misuse or bad file, 3 noisy only, 4 inconclusive, 5 the backend failed."
-BACKEND_FAILED = 5
 
 
 def add_commands(add: Callable[[str, str], Any]) -> None:
-    """Register the oracle's commands; `add` makes one of a name and a sentence."""
+    """Register the commands; `add` makes one of a name and a sentence."""
     command = add("check", "say which tensor of another implementation is wrong first, and which known mistake it is")
     command.epilog = CODES
     command.add_argument("candidate", metavar="CANDIDATE", help="the safetensors file that it wrote")
@@ -55,7 +56,8 @@ def add_commands(add: Callable[[str, str], Any]) -> None:
                          help="multiply what rounding may do by X; every report says so")  # fmt: skip
     for kind in ("html", "markdown", "junit"):
         command.add_argument(f"--{kind}", metavar="FILE", help=f"write the report as {kind} too")
-    command.add_argument("--bundle", metavar="FILE", help="keep the first finding's inputs and result, below 1 MB")
+    command.add_argument("--repro", "--bundle", dest="bundle", metavar="FILE",
+                         help="write the inputs and the result of the first finding, below 1 MB")  # fmt: skip
     command.add_argument("--map", metavar="NAME", help=f"whose names it has: {', '.join(map_names())}, or a file")
     command.add_argument("--weights", metavar="PATH",
                          help="the port's weights, a file or folder: compared with the model's first")  # fmt: skip
@@ -92,8 +94,9 @@ def add_commands(add: Callable[[str, str], Any]) -> None:
     command.add_argument("--again", action="store_true", help="do also what was done already")
     command.epilog = f"{CODES} Of many verdicts the worst counts, in the order 1, 5, 2, 4, 3, 0."
 
-    command = add("variants", "list the known mistakes of Gemma 2 ports, or describe one")
-    command.add_argument("name", nargs="?", metavar="NAME")
+    for name in ("known-bugs", "variants"):  # the second is its name in version 0.1
+        command = add(name, "list the known bugs of Gemma 2 implementations, or describe one")
+        command.add_argument("name", nargs="?", metavar="NAME")
 
 
 def run_check(args: argparse.Namespace) -> int:
@@ -107,17 +110,17 @@ def run_check(args: argparse.Namespace) -> int:
     config = open_checkpoint(folder).config
     if args.run is not None and (problem := run_backend(args.run, Path(args.candidate))) is not None:
         print(f"refgemma check: --run: {problem}", file=sys.stderr)
-        return BACKEND_FAILED
-    candidate = read_port(args.candidate, config, args.dtype, args.map)
-    found = judged_port(candidate, folder, config, args.weights, args.allow)
+        return EXIT[FAILED]
+    candidate = read_candidate(args.candidate, config, args.dtype, args.map)
+    found = check(candidate, folder, config=config, weights=args.weights, override=args.allow)
     made = {"html": reports.page, "markdown": reports.markdown, "junit": reports.junit}
     for kind, path in outputs.items():
         if kind == "bundle":
-            write_bundle(candidate, read_weights(folder, candidate.dtype), found, path)
+            write_repro(candidate, read_weights(folder, candidate.dtype), found, path)
         else:
             replace_file(path, made[kind](found, args.model).encode())
     print(reports.dumps(reports.as_json(found, args.model)) if args.json else reports.text(found, args.model))
-    return reports.EXIT[found.verdict]
+    return EXIT[found.verdict]
 
 
 def run_map(args: argparse.Namespace) -> int:
@@ -129,14 +132,14 @@ def run_map(args: argparse.Namespace) -> int:
         raise UsageError(f"{args.file}: does not say whose names it has; --map {', '.join(map_names())} or a file")
     names = load_map(chosen)
     matched = match(file, names)
-    usable = mapped(file, names, config).entries
+    usable = apply_map(file, names, config).entries
     rows = []
     for ours, (theirs, rule) in matched.found.items():
         shape = usable[ours].shape
         problem = "" if is_known(ours, config) else "this model has no such tensor"
         rows.append({"tensor": ours, "from": theirs, "layout": rule.layout, "shape": list(shape), "problem": problem})
     unusable = [row for row in rows if row["problem"]]
-    code = reports.EXIT[INCONCLUSIVE] if matched.unmatched or unusable else 0
+    code = EXIT[INCONCLUSIVE] if matched.unmatched or unusable else 0
     if args.json:
         print(reports.dumps({
             "schema": "refgemma-map/1", "map": names.name, "learned_from": names.learned_from, "run_on": names.run_on,
@@ -159,16 +162,16 @@ def run_diff(args: argparse.Namespace) -> int:
     """``refgemma diff``."""
     a, b = (open_any(path) for path in (args.a, args.b))
     found, only_a, only_b = (
-        differences(a, b),
+        compare_traces(a, b),
         sorted(set(a.entries) - set(b.entries)),
         sorted(set(b.entries) - set(a.entries)),
     )
     if args.model:
         folder = find_model(args.model)
         config = open_checkpoint(folder).config
-        sides = [load_candidate(path, config) for path in (args.a, args.b)]
+        sides = [load_trace(path, config) for path in (args.a, args.b)]
         weights = {side.dtype: read_weights(folder, side.dtype) for side in sides}
-        units = unexplained(sides[0], sides[1], weights, config)
+        units = measure_unexplained(sides[0], sides[1], weights, config)
         found = [replace(d, unexplained=units.get(d.tensor)) for d in found]
     code = diff_code(found, bool(only_a or only_b), bool(args.model))
     if args.json:
@@ -183,8 +186,8 @@ def diff_code(found: list[Difference], missing: bool, judged: bool) -> int:
     wrong = [d for d in found if d.problem or ((d.unexplained or 0) > 1 if judged else d.differs)]
     unknown = judged and any(d.differs and d.unexplained is None for d in found)
     if wrong:
-        return reports.EXIT[DIFFERS]
-    return reports.EXIT[INCONCLUSIVE] if missing or unknown or not found else 0
+        return EXIT[DIFFERS]
+    return EXIT[INCONCLUSIVE] if missing or unknown or not found else 0
 
 
 def diff_lines(found: list[Difference], only_a: list[str], only_b: list[str]) -> list[str]:
@@ -217,10 +220,10 @@ def run_prompts(args: argparse.Namespace) -> int:
     """``refgemma prompts``."""
     config = open_checkpoint(find_model(args.model)).config
     known = prompts(config)
-    found: list[Shown] = [Shown(name, "", ()) for name in known]
+    found: list[Detected] = [Detected(name, "", ()) for name in known]
     if args.cover:
         models = {dtype: load(args.model, dtype) for dtype in PRECISIONS}
-        found = covering([shown(p, d, m.weights, config) for p in known.values() for d, m in models.items()])
+        found = cover([detect(p, d, m.weights, config) for p in known.values() for d, m in models.items()])
     if args.output:
         for path in write_prompts(found, config, Path(args.output), args.model):
             print(path, file=sys.stderr)
@@ -232,17 +235,18 @@ def run_prompts(args: argparse.Namespace) -> int:
         count = f" in {s.dtype}: shows {len(s.variants)} mistakes" if args.cover else ""
         print(f"{prompt.name}{count}: {prompt.why}; {prompt.input_ids.shape[0]} x {prompt.input_ids.shape[1]} tokens")
         print(f"  in calls of {', '.join(map(str, prompt.calls))}")
-    for v in not_shown(found) if args.cover else ():
+    for v in list_undetected(found) if args.cover else ():
         print(f"not shown by any: {v.name}, which needs {v.shows}")
     return 0
 
 
-def write_bundle(candidate: Candidate, weights: Weights, found: Report, path: str) -> None:
-    """The inputs and the result of the first finding's operation: what somebody else needs to look at it."""
+def write_repro(candidate: Candidate, weights: Weights, found: Report, path: str) -> None:
+    """Write the inputs and the result of the first finding's operation, for somebody else to look at."""
     if not found.findings:
-        raise UsageError("--bundle: nothing differs, so there is nothing to keep")
+        print(f"refgemma check: nothing differs, so that {path} is not written", file=sys.stderr)
+        return
     finding = found.findings[0]
-    tensors, about = bundle(Check(candidate, weights, found.config), finding.instances[0])
+    tensors, about = make_repro(Engine(candidate, weights, found.config), finding.instances[0])
     save_trace(tensors.items(), path, about | {"named": finding.named})
 
 
@@ -286,12 +290,12 @@ def sweep_lines(report: dict[str, Any]) -> list[str]:
 
 
 def run_known_bugs(args: argparse.Namespace) -> int:
-    """``refgemma variants``."""
+    """``refgemma known-bugs``."""
     chosen = [v for v in KNOWN_BUGS if args.name in (None, v.name)]
     if not chosen:
         near = [v.name for v in KNOWN_BUGS if args.name in v.name or args.name in v.fields[0]]
-        hint = f"there are {', '.join(near[:6])}" if near else "refgemma variants lists them"
-        raise UsageError(f"unknown variant {args.name!r}; {hint}")
+        hint = f"there are {', '.join(near[:6])}" if near else "refgemma known-bugs lists them"
+        raise UsageError(f"unknown bug {args.name!r}; {hint}")
     if args.json:
         print(reports.dumps([reports.known_bug_json(v) for v in chosen]))
     elif args.name:
@@ -306,5 +310,5 @@ def run_known_bugs(args: argparse.Namespace) -> int:
 
 RUN = {
     "check": run_check, "diff": run_diff, "map": run_map, "prompts": run_prompts, "sweep": run_sweep,
-    "variants": run_known_bugs,
+    "known-bugs": run_known_bugs, "variants": run_known_bugs,
 }  # fmt: skip

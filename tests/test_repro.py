@@ -11,11 +11,11 @@ import refgemma
 from refgemma.cli.main import main
 from refgemma.inputs import InputError
 from refgemma.model import forward
-from refgemma.oracle.check import Check, Instance
 from refgemma.oracle.conformance import CONFIG
-from refgemma.oracle.repro import HEADER, LIMIT, bundle
+from refgemma.oracle.engine import Engine, Instance
+from refgemma.oracle.repro import HEADER, LIMIT, make_repro
 from refgemma.precision import as_dtype
-from refgemma.trace.candidate import load_candidate
+from refgemma.trace.candidate import load_trace
 from refgemma.trace.names import FIELDS, named_tensors, save_trace
 from refgemma.weights.initial import initial_weights
 
@@ -23,7 +23,7 @@ IDS = np.random.default_rng(0).integers(4, 97, (2, 33))
 FIELDS_WITH_INPUTS = [field for field in FIELDS if field not in ("cos", "sin", "embedded")]
 
 
-def spoilt(field: str, dtype: str, folder: Path) -> tuple[Check, Instance, tuple[int, ...]]:
+def spoilt(field: str, dtype: str, folder: Path) -> tuple[Engine, Instance, tuple[int, ...]]:
     """A check of a run whose second text has one wrong element, and where that is."""
     model = refgemma.load("conformance", dtype)
     name = field if field in FIELDS[-3:] else f"layers.2.{field}"
@@ -33,8 +33,8 @@ def spoilt(field: str, dtype: str, folder: Path) -> tuple[Check, Instance, tuple
     wrong[place] += 1
     save_trace(({"input_ids": IDS} | tensors | {name: as_dtype(wrong, dtype)}).items(), folder / "p.safetensors",
                {"dtype": dtype})  # fmt: skip
-    work = Check(load_candidate(folder / "p.safetensors", model.config), model.weights, model.config)
-    return work, next(i for i in work.instances() if i.tensor == name), place
+    work = Engine(load_trace(folder / "p.safetensors", model.config), model.weights, model.config)
+    return work, next(i for i in work.instances if i.tensor == name), place
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -44,7 +44,7 @@ def test_whatever_is_cut_away_the_worst_element_stays(field: str, dtype: str, tm
     assert instance.judged.statistics.place == place
     whole = work.usual.result(instance.tensor)
     for limit in (LIMIT, HEADER + 30_000, HEADER + 9_000):
-        tensors, about = bundle(work, instance, limit)
+        tensors, about = make_repro(work, instance, limit)
         save_trace(tensors.items(), tmp_path / "bundle", about)
         assert (tmp_path / "bundle").stat().st_size <= limit
         assert set(tensors) == {*instance.sources, instance.tensor, "expected"}
@@ -54,12 +54,12 @@ def test_whatever_is_cut_away_the_worst_element_stays(field: str, dtype: str, tm
         assert np.max(np.abs(found - expected)) > 0.5
         assert whole[place] in expected
     with pytest.raises(InputError, match="1000 is the most"):
-        bundle(work, instance, 1000)
+        make_repro(work, instance, 1000)
 
 
 def test_scores_can_be_computed_again(tmp_path: Path) -> None:
     work, instance, _ = spoilt("attention.scores", "float32", tmp_path)
-    tensors, about = bundle(work, instance, HEADER + 2_000)
+    tensors, about = make_repro(work, instance, HEADER + 2_000)
     q, k = (np.asarray(tensors[f"layers.2.attention.{name}"], np.float64) for name in ("q_rot", "k_rot"))
     assert json.loads(about["kept"])["seq"] == [16, 17]
     assert (q.shape[:3], k.shape[:2]) == ((1, 1, 1), (1, 1))
@@ -73,20 +73,24 @@ def test_a_large_vocabulary_is_cut_to_below_a_megabyte(tmp_path: Path) -> None:
     tensors = {name: np.asarray(x) for name, x in named_tensors(forward(ids, weights, config)) if "logits" in name}
     tensors["logits"][0, 1, 200_000] += 1
     save_trace(({"input_ids": ids} | tensors).items(), tmp_path / "p.safetensors", {"dtype": "float32"})
-    work = Check(load_candidate(tmp_path / "p.safetensors", config), weights, config)
-    instance = next(i for i in work.instances() if i.tensor == "logits")
-    kept, about = bundle(work, instance)
+    work = Engine(load_trace(tmp_path / "p.safetensors", config), weights, config)
+    instance = next(i for i in work.instances if i.tensor == "logits")
+    kept, about = make_repro(work, instance)
     assert sum(np.asarray(x).nbytes for x in kept.values()) < LIMIT
     start, stop = json.loads(about["kept"])["vocab"]
     assert start <= 200_000 < stop
     assert kept["logits"].shape == (1, 1, stop - start)
 
 
-def test_nothing_wrong_is_no_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_good_trace_is_reported_and_leaves_no_repro_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "run.safetensors"
     assert main(["trace", "--ids", "2,5,9", "--model", "conformance", "-o", str(path)]) == 0
-    assert main(["check", str(path), "--model", "conformance", "--bundle", str(tmp_path / "b")]) == 2
-    assert "nothing differs" in capsys.readouterr().err
+    for option in ("--repro", "--bundle"):
+        assert main(["check", str(path), "--model", "conformance", option, str(tmp_path / "b")]) == 0
+        printed = capsys.readouterr()
+        assert "CONFORMS" in printed.out
+        assert "nothing differs" in printed.err
+    assert not (tmp_path / "b").exists()
 
 
 def test_an_unknown_mistake_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,8 +16,8 @@ from refgemma.inputs import InputError
 from refgemma.modeling.pretrained import load
 from refgemma.oracle.conformance import CONFIG
 from refgemma.oracle.known_bugs import KNOWN_BUGS
-from refgemma.oracle.preflight import Stage, tokens_stage, weights_stage
-from refgemma.oracle.report import EXIT
+from refgemma.oracle.preflight import Preflight, compare_tokens, compare_weights
+from refgemma.oracle.verdicts import EXIT
 
 FOLDER = find_model("conformance")
 Weights = dict[str, np.ndarray]
@@ -31,9 +31,9 @@ def weights() -> Weights:
     return {name: x.astype(np.float32) for name, x in load_file(FOLDER / "model.safetensors").items()}
 
 
-def bad(weights: Weights, folder: Path) -> list[Stage]:
+def bad(weights: Weights, folder: Path) -> list[Preflight]:
     save_file({name: np.ascontiguousarray(x) for name, x in weights.items()}, folder / "port.safetensors")
-    return [s for s in weights_stage(folder / "port.safetensors", FOLDER, CONFIG) if s.verdict != "EXACT"]
+    return [s for s in compare_weights(folder / "port.safetensors", FOLDER, CONFIG) if s.verdict != "EXACT"]
 
 
 def test_the_same_weights_are_exact_in_any_precision(weights: Weights, tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_rounded_weights_are_told_and_no_mistake(weights: Weights, tmp_path: Pat
     (tmp_path / "checkpoint").mkdir()
     save_file(finer, tmp_path / "checkpoint" / "model.safetensors")
     save_file(weights | {Q: finer[Q].astype(np.float16)}, tmp_path / "port.safetensors")
-    found = weights_stage(tmp_path / "port.safetensors", tmp_path / "checkpoint", CONFIG)
+    found = compare_weights(tmp_path / "port.safetensors", tmp_path / "checkpoint", CONFIG)
     assert [(s.verdict, s.named, s.note) for s in found if s.verdict != "EXACT"] == [
         ("NOISY", "weights-rounded", "is rounded to float16")]  # fmt: skip
 
@@ -114,10 +114,10 @@ def test_tokens_are_compared_with_the_text_they_are_of() -> None:
         (ids[:-1], "FAIL", "UNKNOWN"),
         ([*ids[:2], ids[2] + 1, *ids[3:]], "FAIL", "UNKNOWN"),
     ):
-        stage = tokens_stage(row, about, tokenizer)
+        stage = compare_tokens(row, about, tokenizer)
         assert stage is not None
         assert (stage.verdict, stage.named) == (verdict, named)
-    assert tokens_stage(ids, {}, tokenizer) is None
+    assert compare_tokens(ids, {}, tokenizer) is None
 
 
 def test_turns_are_compared_with_the_template() -> None:
@@ -131,12 +131,12 @@ def test_turns_are_compared_with_the_template() -> None:
         (tokenizer.encode(text.replace("model\n", "assistant\n"), add_special_tokens=False), "template-mismatch"),
         (tokenizer.encode("the sea"), "template-mismatch"),
     ):
-        stage = tokens_stage(row, {"chat": TURNS}, tokenizer)
+        stage = compare_tokens(row, {"chat": TURNS}, tokenizer)
         assert stage is not None
         assert stage.named == named
     for broken in ("{", "[]", "3", '[{"content": 1}]', '[{"role": "system", "content": "x"}]'):
         with pytest.raises(InputError, match="is no chat"):
-            tokens_stage(right, {"chat": broken}, tokenizer)
+            compare_tokens(right, {"chat": broken}, tokenizer)
 
 
 def test_check_begins_with_weights_and_tokens(

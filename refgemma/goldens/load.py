@@ -1,0 +1,101 @@
+"""The goldens, PyTorch's recordings, read and checked against their manifest. Checked in the tests on damaged files."""
+
+import difflib
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (makes safetensors know bfloat16)
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from refgemma.config import Gemma2Config
+from refgemma.errors import RefgemmaError
+from refgemma.files import read_object
+from refgemma.hub import find_model, golden_folder
+from refgemma.precision import Array, as_dtype
+from refgemma.weights.checkpoint import open_checkpoint
+from refgemma.weights.parameters import Weights
+
+FORMAT = "refgemma-golden/1"
+AGAIN = "install refgemma again, or in a checkout record with: python golden/record.py"
+
+
+class GoldenError(RefgemmaError):
+    """A golden that is missing, damaged or unknown."""
+
+
+def read_manifest() -> dict[str, Any]:
+    """Return what is recorded, with provenance and hashes."""
+    path = golden_folder() / "manifest.json"
+    manifest = read_object(path, GoldenError, AGAIN)
+    if manifest.get("format") != FORMAT or not manifest.get("cases"):
+        raise GoldenError(f"{path}: is not a manifest of the format {FORMAT}; {AGAIN}")
+    return manifest
+
+
+def case_names(wanted: list[str] | None = None) -> list[str]:
+    """Return all cases, or those `wanted` after checking that they exist.
+
+    Raises
+    ------
+    GoldenError
+        If there is no case of a name.
+
+    Examples
+    --------
+    >>> case_names(["bends-forward-f33"])
+    Traceback (most recent call last):
+    ...
+    refgemma.goldens.load.GoldenError: unknown case 'bends-forward-f33'; did you mean bends-forward-f32?
+    """
+    known = list(read_manifest()["cases"])
+    for name in wanted or []:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "refgemma verify --list names them all"
+            raise GoldenError(f"unknown case {name!r}; {hint}")
+    return wanted or known
+
+
+def load_golden(name: str) -> tuple[dict[str, Any], dict[str, Array]]:
+    """Return one case: its entry in the manifest and its tensors, half precision as `BF16` and `F16` arrays.
+
+    Raises
+    ------
+    GoldenError
+        If the file of case `name` is missing, or is not the one that was recorded.
+    """
+    about = read_manifest()["cases"][name]
+    path = golden_folder() / about["file"]
+    again = f"{AGAIN} {name}"
+    try:
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        if found != about["sha256"]:
+            raise GoldenError(f"{path}: is not the file of the manifest (other sha256); {again}")
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise GoldenError(f"{path}: cannot be read: {error}; {again}") from None
+    return about, {tensor: restore_precision(x) for tensor, x in tensors.items()}
+
+
+def restore_precision(x: Array) -> Array:
+    """Return a stored tensor in the precision of its run: half precision as `BF16` and `F16` arrays."""
+    if x.dtype.kind in "iub":
+        return x
+    return as_dtype(x.astype(np.float64 if x.dtype == np.float64 else np.float32), x.dtype.name)
+
+
+def model_of(about: Mapping[str, Any]) -> tuple[Gemma2Config, Weights]:
+    """Return the model that a case was recorded on, in the case's precision."""
+    folder = find_model("tiny") if about["model"] == "tiny" else golden_folder() / "models" / about["model"]
+    for file, recorded in read_manifest()["models"][about["model"]].items():
+        try:
+            found = hashlib.sha256((folder / file).read_bytes()).hexdigest()
+        except OSError as error:
+            raise GoldenError(f"{folder / file}: cannot be read: {error.strerror}; {AGAIN}") from None
+        if found != recorded:
+            raise GoldenError(f"{folder / file}: is not what the goldens were recorded with (other sha256); {AGAIN}")
+    checkpoint = open_checkpoint(folder)
+    return checkpoint.config, checkpoint.resident(about["dtype"])

@@ -1,0 +1,94 @@
+"""Streamers: what they are given, and what the one of this package prints."""
+
+import io
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+from small_model import NO_END, SMALL, refused
+
+import refgemma
+from refgemma.generation.stream import TextStreamer
+from refgemma.inputs import InputError
+
+TINY = refgemma.load("tiny")
+PROMPT = TINY.tokenizer.encode("Once upon a time")
+MODEL = refgemma.Gemma2ForCausalLM.from_pretrained("tiny")
+
+
+def test_a_streamer_prints_the_text(capsys: pytest.CaptureFixture[str]) -> None:
+    ids = MODEL.generate([PROMPT], max_new_tokens=9, streamer=TextStreamer(TINY.tokenizer))
+    assert capsys.readouterr().out == TINY.tokenizer.decode(ids[0]) + "\n"
+    streamer = TextStreamer(TINY.tokenizer, skip_special_tokens=True)
+    MODEL.generate([PROMPT], max_new_tokens=9, streamer=streamer)
+    assert capsys.readouterr().out == TINY.tokenizer.decode(ids[0], skip_special_tokens=True) + "\n"
+    with pytest.raises(InputError, match="TextStreamer prints one text, and there are 2"):
+        MODEL.generate([PROMPT, PROMPT], max_new_tokens=9, streamer=TextStreamer(TINY.tokenizer))
+
+
+class Screen(io.StringIO):
+    """Counts how often it is told to show what it has."""
+
+    shown = 0
+
+    def flush(self) -> None:
+        self.shown += 1
+
+
+def test_a_text_streamer_prints_one_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = refgemma.AutoTokenizer.from_pretrained("tiny")
+    ids = np.array(tokenizer.encode("The king, the queen"))
+
+    def printed(streamer: TextStreamer, *calls: Any) -> Screen:
+        screen = Screen()
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", screen)
+            for call in calls:
+                streamer.end() if call is None else streamer.put(call)
+        return screen
+
+    words = "<bos>The king, the queen"
+    screen = printed(TextStreamer(tokenizer), ids[None, :3], ids[3:4], *ids[4:, None], None)
+    assert screen.getvalue() == words + "\n"
+    assert screen.shown == 3 + len(ids) - 4  # after each call
+    assert printed(TextStreamer(tokenizer, skip_special_tokens=True), ids, None).getvalue() == words[5:] + "\n"
+    # The prompt is skipped, of each text anew.
+    skipping = TextStreamer(tokenizer, skip_prompt=True)
+    twice = printed(skipping, ids[:3], ids[3:], None, ids[:3], ids[3:], None).getvalue()
+    assert twice == 2 * ", the queen\n"
+    refused(
+        lambda: TextStreamer(tokenizer).put(ids[None].repeat(2, 0)), "TextStreamer prints one text, and there are 2"
+    )
+    assert printed(TextStreamer(tokenizer), ids[None, :1], ids[1:], None).getvalue() == words + "\n"
+    # Bytes are kept back until their run is over: at a piece, a special token, or the end. What is no character then is
+    # a replacement character for each byte, as transformers' byte fallback has it.
+    face = np.array(tokenizer.encode("\U0001f642", add_special_tokens=False))
+    end = np.array([tokenizer.convert_tokens_to_ids("<end_of_turn>")])
+    assert printed(TextStreamer(tokenizer), face[:2]).getvalue() == ""
+    assert printed(TextStreamer(tokenizer), face[:2], face[2:], None).getvalue() == "\U0001f642\n"
+    assert printed(TextStreamer(tokenizer), face[:2], None).getvalue() == "\ufffd\ufffd\n"
+    assert printed(TextStreamer(tokenizer), face[:2], end).getvalue() == "\ufffd\ufffd<end_of_turn>"
+
+
+class Listener:
+    """Writes down what it is given."""
+
+    def __init__(self) -> None:
+        self.heard: list[Any] = []
+
+    def put(self, value: Any) -> None:
+        self.heard.append(value.tolist())
+
+    def end(self) -> None:
+        self.heard.append("end")
+
+
+def test_a_streamer_is_given_the_prompt_then_each_token_then_the_end() -> None:
+    listener = Listener()
+    found = SMALL.generate([[3, 4], [6, 7]], streamer=listener, max_new_tokens=2, **NO_END)
+    assert listener.heard == [[[3, 4], [6, 7]], found[:, 2].tolist(), found[:, 3].tolist(), "end"]
+    refused(
+        lambda: SMALL.generate([[3, 4]], streamer=listener, num_beams=2),
+        "a streamer is given tokens that stay, and a beam search has none before its end",
+    )
