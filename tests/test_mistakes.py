@@ -18,11 +18,7 @@ from refgemma.cache import keep_last
 from refgemma.goldens import verify as oracle
 from refgemma.layers import Block, attention, feed_forward
 from refgemma.ops import linear, rms_norm
-from refgemma.oracle.known_bugs import angles_in_half, frequencies, known_bug, tables_of
-from refgemma.oracle.operations import Context
-from refgemma.oracle.tolerance import Arithmetic
-from refgemma.precision import dtype_name
-from refgemma.trace.candidate import Call
+from refgemma.oracle.known_bugs import angles_in_half, edit_model, frequencies, known_bug, tables_of
 from refgemma.weights.parameters import Weights
 
 CORRECT_MODEL_OF = oracle.model_of
@@ -92,16 +88,13 @@ def known(name: str) -> Callable[[pytest.MonkeyPatch], None]:
     """A known bug of the catalogue: its numbers and functions take effect when a recording's model is loaded."""
     change = known_bug(name).change
     assert change is not None
-    nowhere = np.zeros((1, 1), np.int64)
 
     def make(monkeypatch: pytest.MonkeyPatch) -> None:
         def wrong_model_of(about: Any) -> Any:
-            correct, loaded = CORRECT_MODEL_OF(about)
-            call, arithmetic = Call(nowhere, nowhere, nowhere == 0, (1,)), Arithmetic(dtype_name(loaded.norm))
-            edited = change(Context(correct, loaded, call, arithmetic, exact=False))
-            for operation_name, wrong in edited.functions.items():
+            wrong_config, loaded, functions = edit_model(change, *CORRECT_MODEL_OF(about))
+            for operation_name, wrong in functions.items():
                 operation(operation_name, wrong)(monkeypatch)
-            return edited.config, loaded
+            return wrong_config, loaded
 
         monkeypatch.setattr(oracle, "model_of", wrong_model_of)
 
