@@ -375,7 +375,8 @@ def norm_of_all(x: Array, weight: Array, eps: float) -> Array:
 
 def norm_in_steps(x: Array, weight: Array, eps: float) -> Array:
     """Each step rounded to the precision of the input."""
-    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * (1 + weight)
+    y: Array = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * (1 + weight)
+    return y
 
 
 # --- embedding and head -----------------------------------------------------------------------------------------------
@@ -458,12 +459,14 @@ def activated_up(table: dict[str, Operation], context: Context) -> dict[str, Ope
 
 def gelu_without_cube(x: Array) -> Array:
     """``0.5 x (1 + tanh(sqrt(2/pi) x))``."""
-    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * x))
+    y: Array = 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * x))
+    return y
 
 
 def gelu_cube_outside(x: Array) -> Array:
     """``sqrt(2/pi)`` multiplies `x` alone, not its cube."""
-    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * x + 0.044715 * x**3))
+    y: Array = 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * x + 0.044715 * x**3))
+    return y
 
 
 def gelu_without_half(x: Array) -> Array:
@@ -503,17 +506,20 @@ def turned_back(x: Array, cos: Array, sin: Array) -> Array:
 
 def neighbours_by_place(x: Array, cos: Array, sin: Array) -> Array:
     """Pairs ``(2 i, 2 i + 1)``, each number with the angle at its own place."""
-    return x * cos + np.stack([-x[..., 1::2], x[..., ::2]], axis=-1).reshape(x.shape) * sin
+    y: Array = x * cos + np.stack([-x[..., 1::2], x[..., ::2]], axis=-1).reshape(x.shape) * sin
+    return y
 
 
 def turned_without_minus(x: Array, cos: Array, sin: Array) -> Array:
     """``a cos + b sin`` for ``a cos - b sin``."""
-    return x * cos + np.roll(x, x.shape[-1] // 2, axis=-1) * sin
+    y: Array = x * cos + np.roll(x, x.shape[-1] // 2, axis=-1) * sin
+    return y
 
 
 def turned_in_place(x: Array, cos: Array, sin: Array) -> Array:
     """The two halves do not change places in the second product."""
-    return x * cos + x * sin
+    y: Array = x * cos + x * sin
+    return y
 
 
 def cos_for_sin(x: Array, cos: Array, sin: Array) -> Array:
