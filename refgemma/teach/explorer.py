@@ -80,7 +80,7 @@ def token_sizes(x: Array) -> npt.NDArray[np.float64]:
 
 
 def rank_tokens(stream: Array, weights: Weights, config: Gemma2Config) -> tuple[Array, Array]:
-    """Return the `TOP` most likely tokens if the model stopped at this stream, and their probabilities: ``(seq, TOP)``."""
+    """Return the `TOP` most likely tokens if the model stopped at `stream`, and their probabilities: ``(seq, TOP)``."""
     shares = probabilities(head(rms_norm(stream, weights.norm, config.rms_norm_eps), weights, config)[1][0])
     best = np.argsort(-shares, axis=-1, kind="stable")[:, :TOP]
     return best, np.take_along_axis(shares, best, axis=-1)
