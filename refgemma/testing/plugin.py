@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from refgemma.testing.backends import BackendError, backend_named
-from refgemma.testing.laws import PROFILES, LawBroken, backend_text
+from refgemma.testing.laws import PROFILES, LawBroken, find_name
 
 OURS = "refgemma.testing.backends:NumpyBackend"
 NOT_APPLICABLE = "not applicable: "
@@ -101,7 +101,7 @@ def pytest_report_header(config: pytest.Config) -> str:
     """Say what is tested."""
     can = config.stash[BACKEND].capabilities()
     extent = f"{', '.join(can.dtypes)}; cache: {can.cache}, padding: {can.padding}, positions: {can.positions}"
-    return f"refgemma: testing {backend_text(config.stash[BACKEND])} ({extent}), profile {config.getoption('profile')}"
+    return f"refgemma: testing {find_name(config.stash[BACKEND])} ({extent}), profile {config.getoption('profile')}"
 
 
 def _name(item: pytest.Item) -> str:
