@@ -306,8 +306,10 @@ class Law:
         @profile
         @given(self.examples)
         def holds(example: Mapping[str, Any]) -> None:
-            if given_up:  # a program that crashes or hangs is not started hundreds of times for a simpler example
-                raise given_up[0]
+            if given_up:
+                raise given_up[
+                    0
+                ]  # a program that crashes or hangs is not started hundreds of times for a simpler example
             try:
                 with Bench(backend) as bench:
                     self.check(bench, **example)

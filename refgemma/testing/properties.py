@@ -364,7 +364,8 @@ def attention_weights_sum_to_one(bench: Bench, scene: Scene) -> None:
         shown = bench.scene(scene, dtype=dtype).run(scene.ids, ("logits", "layers.*.attention.probs")).tensors
         for layer, kind in enumerate(scene.config.layer_types or ()):
             probs = exact(shown[f"layers.{layer}.attention.probs"])
-            if overflows(probs, dtype):
+            # Scores without a cap overflow in float16, and so do the products of a feed-forward layer before this one.
+            if overflows(probs, dtype) and (layer > 0 or scene.config.attn_logit_softcapping is None):
                 break
             allowed = (ago >= 0) & (ago < (window if kind == SLIDING else seq))
             require(not probs[..., ~allowed].any(), f"layer {layer} ({kind}) in {dtype} looks at keys it may not see")
