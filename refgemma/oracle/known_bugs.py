@@ -177,7 +177,7 @@ def capped_after_mask(context: Context) -> Context:
     """Masked keys have minus infinity capped to ``-cap``."""
     cap = context.config.attn_logit_softcapping
 
-    softmax = ops.softmax if cap is None else hidden_keys_at(-cap)
+    softmax = unmasked if cap is None else hidden_keys_at(-cap)
     return replace(context, functions=dict(context.functions) | {"softmax": softmax})
 
 
