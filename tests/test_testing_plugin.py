@@ -81,11 +81,11 @@ def test_a_model_that_a_backend_refuses_is_not_applicable(run) -> None:
 def test_a_failure_prints_a_program_that_shows_it(run, pytester: pytest.Pytester) -> None:
     result = run("Uncapped", "-k", "vanishing_attention_cap or bends-forward-f32")
     result.assert_outcomes(failed=2)
-    result.stdout.fnmatch_lines(["*logits with an attention cap of 1e-20, and with other query projections: at *",
+    result.stdout.fnmatch_lines(["*logits, and with other query projections under an attention cap of 1e-20: at *",
                                  "*bends-forward-f32: 1 of 1 tensors differ, first calls.0.logits: *"])  # fmt: skip
     text = result.stdout.str()
     for opening, says in (
-        ('"""Breaks the law a_vanishing', "logits with an attention cap of 1e-20"),
+        ('"""Breaks the law a_vanishing', "logits, and with other query projections"),
         ('"""Differs from the recording bends', "bends-forward-f32: 1 of 1 tensors differ"),
     ):
         begin = text.index(opening)
