@@ -500,7 +500,7 @@ def a_silent_model_can_be_calculated_by_hand(bench: Bench, scene: Scene, power: 
 
 @law(scene=scenes(kinds=["ordinary", "tied rows"], num_hidden_layers=1, final_logit_softcapping=None))
 def one_feed_forward_layer_can_be_calculated_by_hand(bench: Bench, scene: Scene) -> None:
-    """With attention silence, one layer adds ``norm(down(gelu(gate(norm(x))) * up(norm(x))))``, with the tanh GELU."""
+    """With attention silenced, one layer adds ``norm(down(gelu(gate(norm(x))) * up(norm(x))))``, with the tanh GELU."""
     eps = scene.config.rms_norm_eps
 
     def feed_forward(stream: Exact, weight: Callable[[str], Exact]) -> Exact:
