@@ -2,7 +2,12 @@
 # /// script
 # dependencies = ["nox>=2025.10.14"]
 # ///
-"""The steps of .ci/run one at a time, each in its own environment: `nox`, or `nox -s tests -- tests/test_model.py`."""
+"""The steps of .ci/run one at a time, each in its own environment, and the programs that write files of the repository.
+
+`nox -l` lists them; `nox -s tests -- tests/test_model.py` gives arguments to one.
+"""
+
+from pathlib import Path
 
 import nox
 
@@ -12,12 +17,15 @@ nox.options.default_venv_backend = "uv|virtualenv"
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Style, types and the layout of the repository."""
-    session.install("-e", ".[dev]")
+    """Style, types, docstrings, imports and the layout of the repository."""
+    session.install("-e", ".[test,dev]")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy")
+    session.run("lint-imports")
+    session.run("numpydoc", "lint", *map(str, Path("refgemma").rglob("*.py")))
     session.run("repo-review", ".")
+    session.run("zizmor", "--offline", ".github")
 
 
 @nox.session
@@ -27,9 +35,17 @@ def tests(session: nox.Session) -> None:
     session.run("pytest", *session.posargs)
 
 
+@nox.session(default=False, venv_backend="uv")
+def lowest(session: nox.Session) -> None:
+    """The tests with the oldest versions that pyproject.toml allows."""
+    session.install("--resolution", "lowest-direct", "-e", ".[test]")
+    session.run("refgemma", "verify")
+    session.run("pytest", *session.posargs)
+
+
 @nox.session(default=False)
 def parity(session: nox.Session) -> None:
-    """The tests that run PyTorch beside refgemma, and the recordings made anew and compared."""
+    """The tests that run PyTorch beside refgemma, and the recordings made again and compared."""
     session.install("-e", ".[test,record]")
     session.run("pytest", "tests/parity", *session.posargs)
     session.run("python", "golden/record.py", "--check")
@@ -40,6 +56,20 @@ def site(session: nox.Session) -> None:
     """The site, with every notebook run."""
     session.install("-e", ".[docs]")
     session.run("sphinx-build", "-W", "docs", "docs/_build/html")
+
+
+@nox.session(default=False)
+def mutation(session: nox.Session) -> None:
+    """Make every small change of a module of the core: `nox -s mutation -- ops`; each must fail a test."""
+    session.install("-e", ".[mutation]")
+    session.run("python", "tools/mutation.py", *session.posargs)
+
+
+@nox.session(default=False)
+def regen(session: nox.Session) -> None:
+    """Write the generated files again, and say by which commands those are made that take PyTorch or hours."""
+    session.install("-e", ".[test]")
+    session.run("python", "tools/regen.py", *session.posargs)
 
 
 if __name__ == "__main__":

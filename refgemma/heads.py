@@ -162,11 +162,11 @@ def sequence_classification_loss(
     logits: Float[np.ndarray, "batch labels"], labels: npt.ArrayLike, problem_type: str | None
 ) -> float:
     """The loss of a sequence classifier: `mean_squared_error`, `cross_entropy` or `binary_cross_entropy`, in at least
-    float32.
+    float32. Source: transformers ``ForSequenceClassificationLoss``.
 
     Parameters
     ----------
-    logits : (batch, num_labels)
+    logits : array (batch, num_labels)
     labels : array
         Regression: numbers, of shape ``(batch,)`` for one class and ``(batch, num_labels)`` for several.
         Single label: the class of each sequence, whole numbers of shape ``(batch,)``, -100 to leave one out.
@@ -174,8 +174,6 @@ def sequence_classification_loss(
     problem_type : str, optional
         Which of the three. If not given, one class is a regression, whole numbers are single labels, and other numbers
         multi-label, as in transformers; which notes its guess in the configuration, where it holds for later calls.
-
-    Source: transformers ``ForSequenceClassificationLoss``.
 
     Raises
     ------

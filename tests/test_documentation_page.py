@@ -31,7 +31,7 @@ def test_a_name_that_the_table_lacks_would_be_noticed() -> None:
 
 def test_the_table_is_current() -> None:
     table = (ROOT / "docs" / "documentation-page.md").read_text(encoding="utf-8")
-    assert table == table_of(DOCUMENTED), "run: python tests/documentation_page.py > docs/documentation-page.md"
+    assert table == table_of(DOCUMENTED), "run: python tools/documentation_page.py > docs/documentation-page.md"
 
 
 def collected(*files: str) -> set[str]:

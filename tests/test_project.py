@@ -66,7 +66,7 @@ def test_what_the_readme_promises_is_what_is_checked(command: str) -> None:
     in_the_readme = (ROOT / "README.md").read_text("utf-8").splitlines()
     in_the_checks = (ROOT / ".ci" / "run").read_text("utf-8").splitlines()
     assert command in [line.strip() for line in in_the_readme]
-    assert any(line.startswith("run ") and line.endswith(f" '{command}'") for line in in_the_checks)
+    assert any(line.strip().startswith("run ") and line.endswith(f" '{command}'") for line in in_the_checks)
 
 
 def test_no_file_is_large() -> None:

@@ -202,7 +202,7 @@ def advance_search(
     rules: Rules,
     rng: np.random.Generator | None = None,
 ) -> Beams:
-    """The search after one more step.
+    """The search after one more step. Source: transformers ``GenerationMixin._beam_search``.
 
     Parameters
     ----------
@@ -216,8 +216,6 @@ def advance_search(
         What the search goes by.
     rng : numpy.random.Generator, optional
         Draws the candidates with the probabilities of their texts; without it they are the most likely.
-
-    Source: transformers ``GenerationMixin._beam_search``.
 
     Examples
     --------

@@ -40,7 +40,7 @@ PIECE = 256  # a call of more tokens than this is computed in pieces, and sketch
 # In half precision the first tensors come of the same numbers, rounded at the same places: an element differs only
 # where a float32 sum falls on the other side of a rounding boundary, 1 in 1000 of an operation (tests/test_golden.py).
 # Four operations deep that is 0.13 of 32 samples; more than three are as good as impossible (1e-5), where rounding at
-# other places moves seven or more (tests/full_size_mistakes.py).
+# other places moves seven or more (tools/full_size_mistakes.py).
 FIRST = re.compile(
     r"calls\.\d+\.(cos|sin|embedded|layers\.0\.input_layernorm|layers\.0\.attention\.([qkv]|[qk]_rot|scores|capped))"
 )

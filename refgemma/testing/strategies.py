@@ -112,12 +112,12 @@ def tensors_of(config: Gemma2Config, kind: str = "ordinary", seed: int = 0) -> d
     ----------
     config : Gemma2Config
         Their shapes.
-    seed : int
-        The same seed gives the same weights.
     kind : str
         ``ordinary``: normal, scores and logits of the order of 1. ``outliers``: one number in a hundred is 30 times as
         large. ``tied rows``: tokens share embeddings. ``tiny norms``: ``1 + weight`` near 0; ``huge norms``: near 60.
         ``constant``: all numbers of a matrix are equal.
+    seed : int
+        The same seed gives the same weights.
 
     Examples
     --------

@@ -2,9 +2,9 @@
 or is read; never another exception, a crash, a wait, or memory out of all proportion.
 
     pip install -e ".[test]" "atheris>=3"
-    python tests/fuzz.py NAME [-max_total_time=120 ...]      coverage-guided, with libFuzzer's options
+    python tools/fuzz.py NAME [-max_total_time=120 ...]      coverage-guided, with libFuzzer's options
 
-``test_fuzz.py`` tries the same readers with Hypothesis, and keeps what was found.
+``tests/test_fuzz.py`` tries the same readers with Hypothesis, and keeps what was found.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Make the known mistakes at the full width of the 9B and the 27B, and print where each is found: no test, a program.
 
-    python tests/full_size_mistakes.py [--only TEXT] [--dtype bfloat16] [--json]
+    python tools/full_size_mistakes.py [--only TEXT] [--dtype bfloat16] [--json]
 
 The weights are synthetic. Mistakes that need a text longer than the window are made with one. The table stands in
 docs/full-size.md; `tests/test_full_size.py` makes three of these mistakes in every run of the tests.
@@ -8,10 +8,14 @@ docs/full-size.md; `tests/test_full_size.py` makes three of these mistakes in ev
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
 import test_mistakes
 from test_mistakes import MISTAKES, Mistake, config
 

@@ -1,10 +1,10 @@
 """The names that the Transformers documentation page of Gemma 2 documents, taken from its text: parameters with their
 defaults, returned fields, and what its examples call, by section.
 
-`documentation_page.json` is what this makes of the page, ``docs/documentation-page.md`` what it makes of that:
+`tests/documentation_page.json` is what this makes of the page, ``docs/documentation-page.md`` what it makes of that:
 
-    python tests/documentation_page.py PAGE > tests/documentation_page.json
-    python tests/documentation_page.py > docs/documentation-page.md
+    python tools/documentation_page.py PAGE > tests/documentation_page.json
+    python tools/documentation_page.py > docs/documentation-page.md
 """
 
 import json
@@ -12,7 +12,7 @@ import re
 import sys
 from pathlib import Path
 
-RECORDED = Path(__file__).with_suffix(".json")
+RECORDED = Path(__file__).parents[1] / "tests" / "documentation_page.json"
 NAMES = "tests/parity/test_documented_names.py"
 DOCTEST = "refgemma/modeling/classes.py::refgemma.modeling.classes.Gemma2ForCausalLM"
 
@@ -27,7 +27,7 @@ value that matters, both answer the same, and not what they answer without it. R
 
     pip install -e ".[test,record]" && pytest {names}
 
-Made by `python tests/documentation_page.py`; `tests/test_documentation_page.py` keeps it complete and its tests real.
+Made by `python tools/documentation_page.py`; `tests/test_documentation_page.py` keeps it complete and its tests real.
 
 Where the page and transformers 5.23 say different things, this package does what transformers does:
 

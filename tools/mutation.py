@@ -1,10 +1,14 @@
 """Mutation testing of the core with mutmut: every small change of its code must fail a test, or be argued to change
 nothing in ``mutation_survivors.toml``.
 
-    pip install -e ".[test]" "mutmut>=3.8,<4"
-    python tests/mutation.py [MODULE ...]          run, write tests/mutation_results.json and the table of
+    pip install -e ".[mutation]"
+    python tools/mutation.py [MODULE ...]          run, write tools/mutation_results.json and the table of
                                                    docs/property-tests.md, and say what is not argued
-    python tests/mutation.py --check               run nothing
+    python tools/mutation.py --check               run nothing, but say what is missing, stale or not argued
+    python tools/mutation.py --table               run nothing, but write the table again
+
+`nox -s mutation -- MODULE` does the same in an environment of its own. A module takes minutes to an hour; so this is
+measured after a change of the core, not with the tests.
 
 The changes are made in a copy of what git knows, in the folder ``.mutation`` that git ignores, where a run that was
 stopped goes on and what survived is tried again. Each change is tried by those fast tests of its module that call the
@@ -36,24 +40,55 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / ".mutation"
-RESULTS = ROOT / "tests" / "mutation_results.json"
-ARGUMENTS = ROOT / "tests" / "mutation_survivors.toml"
+RESULTS = ROOT / "tools" / "mutation_results.json"
+ARGUMENTS = ROOT / "tools" / "mutation_survivors.toml"
 PAGE = ROOT / "docs" / "property-tests.md"
-BEGIN, END = "<!-- python tests/mutation.py -->", "<!-- end of mutation -->"
+BEGIN, END = "<!-- python tools/mutation.py -->", "<!-- end of mutation -->"
 
-CORE = ("tests/test_ops.py", "tests/test_layers.py", "tests/test_model.py", "tests/test_golden.py",
-        "tests/test_cache.py", "tests/test_precision.py", "tests/test_inputs.py")  # fmt: skip
-DECODING = tuple(f"tests/test_{name}.py" for name in (
-    "decode", "beams", "greedy", "stream", "processors", "generation_config", "modeling"))  # fmt: skip
-FAST_TESTS = {
+# The core, as patterns of files in refgemma/, and the tests that each is tried with, as patterns of files in tests/.
+CORE = (
+    "test_model",
+    "test_ops",
+    "test_layers",
+    "test_golden",
+    "test_cache",
+    "test_precision",
+    "test_inputs",
+)
+TESTS_OF = {
     "ops": CORE,
     "precision": CORE,
     "layers": CORE,
     "cache": CORE,
-    "heads": ("tests/test_heads.py", "tests/test_golden.py", "tests/test_modeling.py"),
+    "heads": ("test_heads", "test_golden", "test_modeling"),
     "model": CORE,
-    "generation/decode": DECODING,
+    "generation/decode": (
+        "test_decode",
+        "test_beams",
+        "test_greedy",
+        "test_stream",
+        "test_processors",
+        "test_generation_config",
+        "test_modeling",
+    ),
 }
+
+
+def fast_tests() -> dict[str, tuple[str, ...]]:
+    """For each module of the core that exists the test files that exist; a pattern without a module is an error."""
+    found: dict[str, tuple[str, ...]] = {}
+    for pattern, patterns in TESTS_OF.items():
+        files = sorted((ROOT / "refgemma").glob(f"{pattern}.py"))
+        if not files:
+            sys.exit(f"refgemma/{pattern}.py does not exist: give TESTS_OF in tools/mutation.py its present name")
+        tests = [path for one in patterns for path in sorted((ROOT / "tests").glob(f"{one}.py"))]
+        for file in files:
+            module = file.relative_to(ROOT / "refgemma").with_suffix("").as_posix()
+            found[module] = tuple(path.relative_to(ROOT).as_posix() for path in tests)
+    return found
+
+
+FAST_TESTS = fast_tests()
 # Tests that are not asked, by a part of their name: they are slow and find nothing that the others do not, or are about
 # the folder golden/, of which the copy has another content.
 NOT_ASKED = (
@@ -120,7 +155,7 @@ def prepared(module: str) -> Path:
     copy = WORK / module
     ask = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(ask, cwd=ROOT, capture_output=True, check=True, text=True).stdout
-    wanted = ("refgemma/", "golden/", "tests/", "pyproject.toml", "pytest_refgemma.py")
+    wanted = ("refgemma/", "golden/", "tests/", "tools/", "pyproject.toml", "pytest_refgemma.py")
     for name in listed.split("\0"):
         if (
             name.startswith(wanted)
@@ -134,7 +169,7 @@ def prepared(module: str) -> Path:
     tests = "".join(f"\n    {test}" for test in FAST_TESTS[module])
     (copy / "setup.cfg").write_text(
         f"[mutmut]\nsource_paths=refgemma\nonly_mutate=refgemma/{module}.py\nprocess_isolation=forkserver\n"
-        "also_copy=\n    golden\n    pytest_refgemma.py\n    pyproject.toml\n"
+        "also_copy=\n    golden\n    tools\n    pytest_refgemma.py\n    pyproject.toml\n"
         f"pytest_add_cli_args=\n    -p\n    no:cacheprovider\n    -p\n    mutation\n    --timeout={SECONDS}\n"
         f"pytest_add_cli_args_test_selection={tests}\n"
         "timeout_multiplier=20.0\ntimeout_constant=5.0\n"
@@ -159,7 +194,7 @@ def run(module: str) -> Result:
         }
         meta.write_text(json.dumps(found))
     mutmut = [sys.executable, "-m", "mutmut", "run", "--max-children", "1"]
-    here = os.environ | {"PYTHONPATH": str(copy / "tests")}  # where pytest finds this file as a plugin
+    here = os.environ | {"PYTHONPATH": str(copy / "tools")}  # where pytest finds this file as a plugin
     with (copy / "mutmut.log").open("wb") as log:
         if subprocess.run(mutmut, cwd=copy, stdout=log, stderr=log, env=here, check=False).returncode:
             sys.exit(f"mutmut failed; {copy / 'mutmut.log'} says why")
@@ -261,19 +296,25 @@ def _row(name: str, one: Result) -> str:
 def main(arguments: Iterable[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("modules", nargs="*", metavar="MODULE", help=f"of {', '.join(FAST_TESTS)} (default: all)")
-    parser.add_argument("--check", action="store_true", help="run nothing")
+    parser.add_argument("--check", action="store_true", help="run nothing, but say what is missing or stale")
+    parser.add_argument("--table", action="store_true", help="run nothing, but write the table again")
     args = parser.parse_args(arguments)
     if unknown := set(args.modules) - set(FAST_TESTS):
         parser.error(f"no module of the core: {', '.join(sorted(unknown))}")
-    for module in [] if args.check else args.modules or FAST_TESTS:
+    for module in [] if args.check or args.table else args.modules or FAST_TESTS:
         result = run(module)
         write_results(read_results() | {module: result})
         print(f"{module}: {result.score:.1%}", flush=True)
     results = read_results()
+    if args.check:
+        print("\n".join(found := problems(results, read_arguments())))
+        return bool(found)
     page = PAGE.read_text("utf-8")
     before, rest = page.split(BEGIN)
     PAGE.write_text(f"{before}{BEGIN}\n\n{table(results)}\n\n{END}{rest.split(END)[1]}", "utf-8")
     print(table(results))
+    if args.table:
+        return 0
     found = problems(results, read_arguments())
     print("\n".join(found))
     return bool(found)
