@@ -45,7 +45,7 @@ def bytes_read(config: Gemma2Config, context: int, item: int = 4) -> int:
     return item * (matrix_weights(config) + head + keys)
 
 
-def count_errors() -> Iterator[Row]:
+def counted() -> Iterator[Row]:
     """What the last token of a context costs in the whole model."""
     for size in SIZES:
         config = Gemma2Config.preset(size)
@@ -86,7 +86,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.measure is not None and args.measure < 1:
         parser.error("--measure must be at least 1")
-    rows, rates = compared(args.measure) if args.measure else (list(count_errors()), {})
+    rows, rates = compared(args.measure) if args.measure else (list(counted()), {})
     if args.json:
         print(json.dumps({"rows": rows} | rates, indent=1))
         return

@@ -168,7 +168,7 @@ assert np.allclose(ops.soft_cap(raw, config.final_logit_softcapping), run.logits
 
 probs = viz.probabilities(run.logits[0, -1])
 assert probs.shape == (config.vocab_size,) and np.isclose(probs.sum(), 1)
-_ = viz.likeliest(run.logits[0, -1], names, title="after: The little girl looked at the")
+_ = viz.most_likely_tokens(run.logits[0, -1], names, title="after: The little girl looked at the")
 
 # %% [markdown]
 # Every place gives an answer, not only the last one: after each token the model says what could come next, without

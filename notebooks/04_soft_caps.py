@@ -124,7 +124,7 @@ with_caps, without_caps = (viz.probabilities(r.logits[0, -1]) for r in (run, pla
 assert with_caps.shape == without_caps.shape == (config.vocab_size,)
 best = np.argsort(-with_caps)[:5]
 for token in best:
-    name = viz.shown(tiny.tokenizer.convert_ids_to_tokens([int(token)])[0])
+    name = viz.show_blanks(tiny.tokenizer.convert_ids_to_tokens([int(token)])[0])
     print(f"{name:12s} with caps {with_caps[token]:.4f}   without {without_caps[token]:.4f}")
 
 

@@ -163,8 +163,8 @@ assert wrong.embedded.shape == run.embedded.shape == (1, len(ids), config.hidden
 
 names = tiny.tokenizer.convert_ids_to_tokens(range(config.vocab_size))
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-viz.likeliest(run.logits[0, -1], names, title="as it should be", axes=left)
-_ = viz.likeliest(wrong.logits[0, -1], names, title="without the scale", axes=right)
+viz.most_likely_tokens(run.logits[0, -1], names, title="as it should be", axes=left)
+_ = viz.most_likely_tokens(wrong.logits[0, -1], names, title="without the scale", axes=right)
 
 # %% [markdown]
 # In a model that computes in bfloat16 (numbers of 16 bits, notebook 7) the factor is itself rounded to bfloat16

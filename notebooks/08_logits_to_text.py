@@ -61,7 +61,7 @@ figure, panels = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
 for axes, temperature in zip(panels, (0.5, 1.0, 2.0), strict=True):
     heated = processors.divide(logits[:, 0], temperature)
     assert heated.shape == (1, config.vocab_size)
-    viz.likeliest(heated[0], names, count=10, title=f"temperature {temperature}", axes=axes)
+    viz.most_likely_tokens(heated[0], names, count=10, title=f"temperature {temperature}", axes=axes)
     axes.set_xlim(0, 0.6)
 
 # %% [markdown]
@@ -126,7 +126,7 @@ assert np.abs(counts - expected).max() < 5 * 0.5 / np.sqrt(20000)  # five standa
 axes = viz.new_axes(6.4, 3)
 axes.bar(np.arange(8) - 0.2, expected, width=0.4, label="softmax")
 axes.bar(np.arange(8) + 0.2, counts, width=0.4, label="20000 draws with noise")
-axes.set_xticks(range(8), [viz.shown(names[token]) for token in best])
+axes.set_xticks(range(8), [viz.show_blanks(names[token]) for token in best])
 axes.set(xlabel="token", ylabel="share", title="the largest of noisy logits")
 _ = axes.legend()
 
@@ -155,7 +155,7 @@ def surprise(text):
 found, pieces = surprise("Once upon a time there was a king who had three beautiful daughters.")
 axes = viz.new_axes(8, 3)
 axes.bar(range(len(found)), found)
-axes.set_xticks(range(len(found)), [viz.shown(piece) for piece in pieces], rotation=90)
+axes.set_xticks(range(len(found)), [viz.show_blanks(piece) for piece in pieces], rotation=90)
 _ = axes.set(
     xlabel="token", ylabel="surprise in nats", title=f"mean {found.mean():.2f}, perplexity {np.exp(found.mean()):.0f}"
 )

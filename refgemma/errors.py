@@ -2,9 +2,10 @@
 package and by the command line's tests."""
 
 import importlib.abc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 
 class RefgemmaError(ValueError):
@@ -82,3 +83,21 @@ class Moved(importlib.abc.MetaPathFinder):
         if now := MOVED.get(fullname.removeprefix("refgemma.")):
             raise ModuleNotFoundError(f"{fullname} is now refgemma.{now}", name=fullname)
         return None
+
+
+def explain_renames(module: str, **present: str) -> Callable[[str], Any]:
+    """Return the ``__getattr__`` of a module some of whose names have changed: it says what each is called now.
+
+    Examples
+    --------
+    >>> explain_renames("refgemma.teach.viz", shown="show_blanks")("shown")
+    Traceback (most recent call last):
+    AttributeError: refgemma.teach.viz.shown is now refgemma.teach.viz.show_blanks
+    """
+
+    def find(name: str) -> Any:
+        if name in present:
+            raise AttributeError(f"{module}.{name} is now {module}.{present[name]}")
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+
+    return find

@@ -1,5 +1,5 @@
 """Every exercise both ways: its solution passes; the stub, and wrong answers as a student may write them, get the hint
-that helps. The wrong answers here are written apart from the mistakes that `refgemma.teach.exercises` knows."""
+that helps. The wrong answers here are written apart from the known bugs that `refgemma.teach.exercises` knows."""
 
 import inspect
 import math
@@ -16,7 +16,7 @@ import pytest
 from refgemma.precision import bf16, narrow, wide
 from refgemma.teach import exercises
 from refgemma.teach.exercises import solutions
-from refgemma.teach.exercises.feedback import Mistake, Trial, judge
+from refgemma.teach.exercises.feedback import Hint, Trial, give_feedback
 
 Answer = Callable[..., Any]
 
@@ -336,8 +336,8 @@ DOUBLED = np.array([1.0, 2.0, 4.0], np.float32)
 
 def said(answer: Answer, right: Any = DOUBLED) -> str:
     argument = np.array([0.5, 1.0, 2.0], np.float32)
-    known = Mistake("never", lambda x: np.full(3, 7.0, np.float32))
-    return repr(judge(answer, [Trial("double(x)", (argument,), right, 1e-6)], [known]))
+    known = Hint("never", lambda x: np.full(3, 7.0, np.float32))
+    return repr(give_feedback(answer, [Trial("double(x)", (argument,), right, 1e-6)], [known]))
 
 
 def test_no_result() -> None:

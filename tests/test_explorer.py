@@ -13,7 +13,7 @@ import pytest
 import refgemma
 from refgemma.cli.main import main
 from refgemma.cli.output import MISUSE, OK
-from refgemma.teach.explorer import LIMIT, TEMPLATE, explored, most_tokens, page, page_bytes
+from refgemma.teach.explorer import LIMIT, TEMPLATE, explore_run, most_tokens, page_bytes, render_page
 from refgemma.trace.names import named_tensors, trace_axes
 
 TINY = refgemma.load("tiny")
@@ -33,7 +33,7 @@ def unpacked(text: str) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def text() -> str:
-    return page(explored(IDS, TINY, "tiny", "float32"))
+    return render_page(explore_run(IDS, TINY, "tiny", "float32"))
 
 
 @pytest.fixture(scope="module")
@@ -106,9 +106,9 @@ def test_it_refers_to_nothing_outside(text: str) -> None:
 
 
 def test_nothing_in_a_prompt_is_taken_for_markup() -> None:
-    run = explored(IDS, TINY, "<i>x</i>", "float32")
+    run = explore_run(IDS, TINY, "<i>x</i>", "float32")
     run["tokens"][1] = "</script><script>alert(1)</script>&<b>"  # a large vocabulary may have such a token
-    made = page(run)
+    made = render_page(run)
     assert made.count("</script>") == TEMPLATE.read_text("utf-8").count("</script>")
     assert "<i>x" not in made
     assert data_of(made)["tokens"] == run["tokens"]
@@ -117,15 +117,15 @@ def test_nothing_in_a_prompt_is_taken_for_markup() -> None:
 def test_a_page_is_small_and_a_prompt_too_long_for_one_is_refused() -> None:
     most = most_tokens(TINY.config)
     ids = (TINY.tokenizer.encode("There was once a king who had three daughters, and " * 20))[:most]
-    made = page(explored(ids, TINY, "tiny", "float32"))
+    made = render_page(explore_run(ids, TINY, "tiny", "float32"))
     assert 0.75 * LIMIT < len(made.encode()) <= page_bytes(most, TINY.config) <= LIMIT
     with pytest.raises(refgemma.InputError, match=f"has {most + 1} tokens: with this model .* holds {most}"):
-        explored([*ids, 2], TINY, "tiny", "float32")
+        explore_run([*ids, 2], TINY, "tiny", "float32")
 
 
 def test_half_precision_is_shown_as_it_is() -> None:
     model = refgemma.load("tiny", "bfloat16")
-    found = explored(IDS, model, "tiny", "bfloat16")
+    found = explore_run(IDS, model, "tiny", "bfloat16")
     probs = refgemma.forward([IDS], model.weights, model.config).layers[5].attention.probs
     last = unpacked(found["attention"])[-SEQ:]
     assert np.array_equal(last, np.asarray(probs)[0, -1, -1])

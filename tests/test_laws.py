@@ -1,4 +1,5 @@
-"""How close a law asks two results to be: what a file rounds is allowed for, and nothing else is."""
+"""How close a law asks two results to be: what a file rounds is allowed for, what overflows is left out, and
+nothing else is."""
 
 from typing import Any
 
@@ -48,3 +49,11 @@ def test_only_a_weight_that_float32_does_not_have_widens_the_tolerance() -> None
         rounded = bench.scene(scene, {NORM: scene.tensors[NORM] + np.float64(1e-9)})
         assert bench.allowed(model, lambda m: m.logits(scene.ids)) > FILE_ROUNDOFF
         assert rounded.tensors[NORM].dtype == np.float32
+
+
+def test_scores_that_overflow_float16_break_no_law() -> None:
+    config = Gemma2Config(
+        vocab_size=11, hidden_size=6, intermediate_size=3, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=4, sliding_window=2, query_pre_attn_scalar=3, attn_logit_softcapping=None,
+    )  # fmt: skip
+    LAWS["attention_weights_sum_to_one"](NumpyBackend(), scene=Scene(config, ((0, 0),), "huge norms", 0))

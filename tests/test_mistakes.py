@@ -1,6 +1,8 @@
-"""Each known mistake, made on purpose: a golden must fail, and first at the tensor where the mistake is."""
+"""Each known mistake, made on purpose: a golden must fail, and first at the tensor where the mistake is.
 
-import math
+What is another number or another function is a known bug of `refgemma.oracle.known_bugs`, made in refgemma's own code.
+Written here is what the catalogue has no edit for: wires, weights, and what loses digits."""
+
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,11 +15,10 @@ import refgemma.model
 import refgemma.ops
 from refgemma.activations import ACTIVATIONS
 from refgemma.cache import keep_last
-from refgemma.config import FULL, SLIDING, Gemma2Config
 from refgemma.goldens import verify as oracle
 from refgemma.layers import Block, attention, feed_forward
 from refgemma.ops import linear, rms_norm
-from refgemma.precision import bf16, narrow, wide
+from refgemma.oracle.known_bugs import angles_in_half, edit_model, frequencies, known_bug, tables_of
 from refgemma.weights.parameters import Weights
 
 CORRECT_MODEL_OF = oracle.model_of
@@ -64,52 +65,40 @@ def without_bias(letter: str) -> Callable[[Weights], Weights]:
 
 def operation(name: str, wrong: Callable[..., Any]) -> Callable[[pytest.MonkeyPatch], None]:
     """A mistake in one operation, wherever it is used."""
+    correct = getattr(refgemma.ops, name, None)
+
+    def made(*args: Any, **named: Any) -> Any:
+        with pytest.MonkeyPatch.context() as unmade:  # a known bug may be made of the correct operation
+            if correct:
+                unmade.setattr(refgemma.ops, name, correct)
+            return wrong(*args, **named)
 
     def make(monkeypatch: pytest.MonkeyPatch) -> None:
         for module in (refgemma.ops, refgemma.layers, refgemma.model):
             if hasattr(module, name):
-                monkeypatch.setattr(module, name, wrong)
+                monkeypatch.setattr(module, name, made)
         for key, activation in ACTIVATIONS.items():
             if activation.__name__ == name:
-                monkeypatch.setitem(ACTIVATIONS, key, wrong)
+                monkeypatch.setitem(ACTIVATIONS, key, made)
 
     return make
 
 
-def swapped_types(correct: Gemma2Config) -> tuple[str, ...]:
-    assert correct.layer_types is not None
-    return tuple(FULL if kind == SLIDING else SLIDING for kind in correct.layer_types)
+def known(name: str) -> Callable[[pytest.MonkeyPatch], None]:
+    """A known bug of the catalogue: its numbers and functions take effect when a recording's model is loaded."""
+    change = known_bug(name).change
+    assert change is not None
 
+    def make(monkeypatch: pytest.MonkeyPatch) -> None:
+        def wrong_model_of(about: Any) -> Any:
+            wrong_config, loaded, functions = edit_model(change, *CORRECT_MODEL_OF(about))
+            for operation_name, wrong in functions.items():
+                operation(operation_name, wrong)(monkeypatch)
+            return wrong_config, loaded
 
-def norm_without_one(x, weight, eps):
-    return narrow(wide(x) / np.sqrt(np.mean(wide(x) ** 2, axis=-1, keepdims=True) + eps) * wide(weight), like=x)
+        monkeypatch.setattr(oracle, "model_of", wrong_model_of)
 
-
-def norm_rounded_before_weight(x, weight, eps):
-    normed = narrow(wide(x) / np.sqrt(np.mean(wide(x) ** 2, axis=-1, keepdims=True) + eps), like=x)
-    return normed * narrow(1 + wide(weight), like=x)
-
-
-def gelu_erf(x):
-    return 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)).astype(x.dtype))
-
-
-def rotate_neighbours(x, cos, sin):
-    half = x.shape[-1] // 2
-    even, odd = x[..., ::2], x[..., 1::2]
-    turned = [even * cos[..., :half] - odd * sin[..., :half], odd * cos[..., :half] + even * sin[..., :half]]
-    return np.stack(turned, axis=-1).reshape(x.shape)
-
-
-def tables_of(frequencies):
-    """Rotary tables from other frequencies, or from angles formed otherwise."""
-
-    def tables(positions, head_dim, theta, like):
-        half = frequencies(positions[:, None, :, None], head_dim, theta)
-        angles = np.concatenate([half, half], axis=-1).astype(np.float64)
-        return narrow(np.cos(angles), like), narrow(np.sin(angles), like)
-
-    return tables
+    return make
 
 
 def angles_by_float32_exponential(positions, head_dim, theta):
@@ -120,22 +109,7 @@ def angles_by_float32_exponential(positions, head_dim, theta):
 
 
 def angles_by_float64(positions, head_dim, theta):
-    return positions * theta ** (-np.arange(0, head_dim, 2) / head_dim)
-
-
-def angles_in_bfloat16(positions, head_dim, theta):
-    return bf16(positions) * bf16(theta ** (-np.arange(0, head_dim, 2) / head_dim))
-
-
-def tile_kv(x, groups):
-    return np.tile(x, (1, groups, 1, 1))
-
-
-def cap_after_mask(scores, mask):
-    masked = np.where(mask, scores, -np.inf)
-    capped = 2.0 * np.tanh(masked / 2.0)  # the cap of the model "bends"
-    exponentials = np.exp(capped - capped.max(axis=-1, keepdims=True))
-    return exponentials / exponentials.sum(axis=-1, keepdims=True)
+    return positions * frequencies(head_dim, theta)
 
 
 def block_without_post_norms(hidden, weights, *, activation, eps, **attending):
@@ -149,10 +123,6 @@ def block_without_post_norms(hidden, weights, *, activation, eps, **attending):
     )
 
 
-def attention_without_positions(x, weights, *, cos, sin, **others):
-    return attention(x, weights, cos=np.ones_like(cos), sin=np.zeros_like(sin), **others)
-
-
 def scores_that_lose_digits(q, k, scale):
     return (q @ k.swapaxes(-1, -2) * scale + np.float32(3000)) - np.float32(3000)
 
@@ -161,64 +131,47 @@ def norm_that_loses_digits(x, weight, eps):
     return (rms_norm(x, weight, eps) + np.float32(1000)) - np.float32(1000)
 
 
-def scores_of_scaled_queries(q, k, scale):
-    return (q * scale) @ k.swapaxes(-1, -2)
-
-
 def feed_forward_swapped(x, weights, activation):
     return feed_forward(x, replace(weights, gate_proj=weights.up_proj, up_proj=weights.gate_proj), activation)
 
 
 MISTAKES = [
-    Mistake("no attention cap", config(attn_logit_softcapping=None), "layers.0.attention.capped"),
-    Mistake("no final cap", config(final_logit_softcapping=None), "logits"),
+    Mistake("no attention cap", known("attn-softcap-missing"), "layers.0.attention.capped"),
+    Mistake("no final cap", known("final-softcap-missing"), "logits"),
     Mistake("another final cap", config(final_logit_softcapping=5.0), "logits"),
-    Mistake("no window", config(sliding_window=4096), "layers.0.attention.probs"),
-    Mistake("window one too wide", config(sliding_window=lambda c: c.sliding_window + 1), "layers.0.attention.probs"),
-    Mistake("window one too narrow", config(sliding_window=lambda c: c.sliding_window - 1), "layers.0.attention.probs"),
-    Mistake("layer parity swapped", config(layer_types=swapped_types), "layers.0.attention.probs"),
-    Mistake("all layers sliding", config(layer_types=(SLIDING,) * 4), "layers.1.attention.probs"),
-    Mistake("norm without 1 +", operation("rms_norm", norm_without_one), "layers.0.input_layernorm"),
-    Mistake("norm rounded before its weight", operation("rms_norm", norm_rounded_before_weight),
-            "layers.0.input_layernorm", "bends-forward-bf16"),
-    Mistake("exact GELU", operation("gelu_tanh", gelu_erf), "layers.0.feed_forward.gelu"),
-    Mistake("query scalar is head_dim", config(query_pre_attn_scalar=10), "layers.0.attention.scores"),
-    Mistake("sqrt(hidden) not rounded", operation("embedding_scale", lambda hidden, like: hidden**0.5),
-            "embedded", "bends-forward-bf16"),
+    Mistake("no window", known("swa-all-global"), "layers.0.attention.probs"),
+    Mistake("window one too wide", known("swa-window-plus-one"), "layers.0.attention.probs"),
+    Mistake("window one too narrow", known("swa-window-minus-one"), "layers.0.attention.probs"),
+    Mistake("layer parity swapped", known("swa-layer-parity-swapped"), "layers.0.attention.probs"),
+    Mistake("all layers sliding", known("swa-all-local"), "layers.1.attention.probs"),
+    Mistake("norm without 1 +", known("norm-without-one"), "layers.0.input_layernorm"),
+    Mistake("norm rounded before its weight", known("norm-cast-order-llama"), "layers.0.input_layernorm",
+            "bends-forward-bf16"),
+    Mistake("exact GELU", known("gelu-exact"), "layers.0.feed_forward.gelu"),
+    Mistake("query scalar is head_dim", known("scale-head-dim"), "layers.0.attention.scores"),
+    Mistake("sqrt(hidden) not rounded", operation("embedding_scale", lambda hidden, like: hidden**0.5), "embedded",
+            "bends-forward-bf16"),
     Mistake("no embedding scale", operation("embedding_scale", lambda hidden, like: 1.0), "embedded"),
-    Mistake("rotation of neighbours", operation("rotate", rotate_neighbours), "layers.0.attention.q_rot"),
-    Mistake("no rotation", operation("attention", attention_without_positions), "layers.0.attention.q_rot"),
-    Mistake("rotary base", config(rope_theta=1e6), "cos"),
-    Mistake(
-        "frequencies by a float32 exponential",
-        operation("rotary_tables", tables_of(angles_by_float32_exponential)),
-        "cos",
-        "op-rotary-256-f32",
-    ),
+    Mistake("rotation of neighbours", known("rope-interleaved"), "layers.0.attention.q_rot"),
+    Mistake("no rotation", known("rope-missing"), "layers.0.attention.q_rot"),
+    Mistake("rotary base", known("rope-theta-1e6"), "cos"),
+    Mistake("frequencies by a float32 exponential",
+            operation("rotary_tables", tables_of(angles_by_float32_exponential)), "cos", "op-rotary-256-f32"),
     Mistake("angles in float64", operation("rotary_tables", tables_of(angles_by_float64)), "cos", "op-rotary-128-f32"),
-    Mistake("angles in bf16", operation("rotary_tables", tables_of(angles_in_bfloat16)), "cos", "op-rotary-128-bf16"),
-    Mistake("key heads tiled", operation("repeat_kv", tile_kv), "layers.0.attention.scores"),
-    Mistake("cap after mask", operation("softmax", cap_after_mask), "layers.0.attention.probs"),
-    Mistake(
-        "query scaled before the product",
-        operation("attention_scores", scores_of_scaled_queries),
-        "layers.0.attention.scores",
-        "bends-forward-bf16",
-    ),
+    # On the recording of an operation, which has no model to load.
+    Mistake("angles in bf16", operation("rotary_tables", tables_of(angles_in_half)), "cos", "op-rotary-128-bf16"),
+    Mistake("key heads tiled", known("gqa-tile"), "layers.0.attention.scores"),
+    Mistake("cap after mask", known("attn-softcap-after-mask"), "layers.0.attention.probs"),
+    Mistake("query scaled before the product", known("q-prescale-order"), "layers.0.attention.scores",
+            "bends-forward-bf16"),
     # In the layer only, where no single operation shows it: the layer on its recorded input does.
-    Mistake(
-        "scores lose digits",
-        lambda m: m.setattr(refgemma.layers, "attention_scores", scores_that_lose_digits),
-        "layers.0.attention.scores",
-    ),
-    Mistake(
-        "norm loses digits",
-        lambda m: m.setattr(refgemma.layers, "rms_norm", norm_that_loses_digits),
-        "layers.0.input_layernorm",
-    ),
+    Mistake("scores lose digits", lambda m: m.setattr(refgemma.layers, "attention_scores", scores_that_lose_digits),
+            "layers.0.attention.scores"),
+    Mistake("norm loses digits", lambda m: m.setattr(refgemma.layers, "rms_norm", norm_that_loses_digits),
+            "layers.0.input_layernorm"),
     Mistake("no post-norms", operation("block", block_without_post_norms), "layers.0.post_attention_layernorm"),
     Mistake("gate and up swapped", operation("feed_forward", feed_forward_swapped), "layers.0.feed_forward.gate"),
-    Mistake("another eps", config(rms_norm_eps=1e-5), "layers.0.input_layernorm", "global-first-forward-f32"),
+    Mistake("another eps", known("norm-eps-1e-5"), "layers.0.input_layernorm", "global-first-forward-f32"),
     *(
         Mistake(f"no bias of {letter}", weights(without_bias(letter)), f"layers.0.attention.{tensor}",
                 "untied-with-biases-forward-f32")

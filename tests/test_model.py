@@ -15,7 +15,7 @@ from refgemma import fast, model
 from refgemma.cache import Cache, empty_cache
 from refgemma.generation.perplexity import token_losses
 from refgemma.goldens.full_size import sketches_of
-from refgemma.goldens.verify import golden_folder
+from refgemma.hub import golden_folder
 from refgemma.layers import Block
 from refgemma.model import forward, next_token_logits, unembed
 from refgemma.modeling.classes import Gemma2ForCausalLM, Gemma2Model

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from refgemma.goldens.verify import load_golden
+from refgemma.goldens.load import load_golden
 from refgemma.ops import causal_mask, gelu_tanh, inverse_frequencies, rotary_tables, sliding_mask
 from refgemma.precision import as_dtype, bf16, narrow, plain
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from refgemma.config import Gemma2Config
 from refgemma.precision import BF16, F16
 from refgemma.testing import strategies as ours
-from refgemma.testing.laws import written_value
+from refgemma.testing.laws import write_value
 
 FIND = settings(max_examples=2000, deadline=None, derandomize=True, database=None)
 SMALL = settings(max_examples=40, suppress_health_check=list(HealthCheck))
@@ -102,7 +102,7 @@ def test_activations_are_written_by_their_bits(dtype: str) -> None:
     @SMALL
     @given(ours.activations(dtype, finite=False))
     def come_back(x: np.ndarray) -> None:
-        again = eval(written_value(x), {"from_bits": ours.from_bits})
+        again = eval(write_value(x), {"from_bits": ours.from_bits})
         assert type(again) is type(x)
         assert np.array_equal(again.view(np.ndarray), x.view(np.ndarray), equal_nan=True)
 

@@ -63,6 +63,7 @@ def test_what_a_backend_cannot_do_is_not_applicable_and_not_passed(run) -> None:
     result.stdout.fnmatch_lines(
         [
             "refgemma: testing adapters:Small (float32; cache: False, padding: False, positions: False), profile dev",
+            "conforms: 2, differs: 0, not applicable: 4",
             "its forward takes no cache: chunks_change_nothing",
             "it does not compute in float64 throughout: float32_is_near_float64",
             "it has no method tokenizer: a_text_comes_back",
@@ -80,11 +81,11 @@ def test_a_model_that_a_backend_refuses_is_not_applicable(run) -> None:
 def test_a_failure_prints_a_program_that_shows_it(run, pytester: pytest.Pytester) -> None:
     result = run("Uncapped", "-k", "vanishing_attention_cap or bends-forward-f32")
     result.assert_outcomes(failed=2)
-    result.stdout.fnmatch_lines(["*logits with an attention cap of 1e-20, and with other query projections: at *",
+    result.stdout.fnmatch_lines(["*logits, and with other query projections under an attention cap of 1e-20: at *",
                                  "*bends-forward-f32: 1 of 1 tensors differ, first calls.0.logits: *"])  # fmt: skip
     text = result.stdout.str()
     for opening, says in (
-        ('"""Breaks the law a_vanishing', "logits with an attention cap of 1e-20"),
+        ('"""Breaks the law a_vanishing', "logits, and with other query projections"),
         ('"""Differs from the recording bends', "bends-forward-f32: 1 of 1 tensors differ"),
     ):
         begin = text.index(opening)
@@ -116,6 +117,7 @@ def test_known_failures_are_expected_and_stale_ones_reported(run, pytester: pyte
     assert result.ret == 0
     result.stdout.fnmatch_lines(
         [
+            "conforms: 1, differs: 1, not applicable: 1",
             "warning: *skips.txt: causality passes now; take its line out",
             "warning: *skips.txt: chunks_change_nothing is not applicable; take its line out",
             "warning: *skips.txt: spelt_wrongly is the name of no law or recording",

@@ -39,7 +39,7 @@ def test_an_attention_map_shows_the_probabilities_of_its_head() -> None:
     probs = RUN.layers[3].attention.probs[0, 2]
     axes = viz.attention_map(probs, TOKENS)
     assert np.array_equal(axes.images[0].get_array(), probs)
-    assert [label.get_text() for label in axes.get_xticklabels()] == [viz.shown(token) for token in TOKENS]
+    assert [label.get_text() for label in axes.get_xticklabels()] == [viz.show_blanks(token) for token in TOKENS]
 
 
 @pytest.mark.parametrize(("seq", "keys", "window"), [(9, 9, 3), (2, 9, 4), (1, 9, 5)])
@@ -98,7 +98,7 @@ def test_residual_norms_have_a_line_a_token() -> None:
 
 def test_the_lens_ends_in_the_answer_of_the_model() -> None:
     axes = viz.logit_lens(viz.lens_logits(RUN, TINY.weights, TINY.config)[:, 0], TOKENS, NAMES)
-    answers = [viz.shown(NAMES[best])[:9] for best in RUN.logits[0].argmax(axis=-1)]
+    answers = [viz.show_blanks(NAMES[best])[:9] for best in RUN.logits[0].argmax(axis=-1)]
     assert [text.get_text() for text in axes.texts[-len(IDS) :]] == answers
 
 
@@ -141,7 +141,7 @@ def pictures() -> dict[str, viz.Axes]:
         "lens": viz.logit_lens(viz.lens_logits(RUN, TINY.weights, TINY.config)[:, 0], TOKENS, NAMES),
         "caps": viz.cap_curves(),
         "rounding": viz.rounding_growth({"float32": RUN}, refgemma.forward([IDS], *double())),
-        "likeliest": viz.likeliest(RUN.logits[0, -1], NAMES),
+        "most likely tokens": viz.most_likely_tokens(RUN.logits[0, -1], NAMES),
     }
 
 
@@ -254,4 +254,11 @@ def test_an_array_view_wants_a_name_for_each_axis() -> None:
 
 
 def test_special_characters_of_tokens_are_shown() -> None:
-    assert viz.shown("\u2581a\n") == "·a⏎"
+    assert viz.show_blanks("\u2581a\n") == "·a⏎"
+
+
+def test_a_former_name_says_what_it_is_now() -> None:
+    with pytest.raises(AttributeError, match=r"refgemma\.teach\.viz\.likeliest is now .*\.most_likely_tokens"):
+        viz.likeliest  # noqa: B018
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        viz.nothing  # noqa: B018

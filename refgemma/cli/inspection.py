@@ -46,12 +46,12 @@ def run_trace(args: argparse.Namespace) -> int:
 
 def run_explore(args: argparse.Namespace) -> int:
     """``refgemma explore``."""
-    from refgemma.teach.explorer import explored, page
+    from refgemma.teach.explorer import explore_run, render_page
 
     target_file(args.output)  # before the work, not after it
     model = load(args.model, args.dtype, args.revision, args.download)
     ids = prompt_ids(args, model)
-    content = page(explored(ids, model, args.model, args.dtype)).encode()
+    content = render_page(explore_run(ids, model, args.model, args.dtype)).encode()
     replace_file(args.output, content)
     if args.json:
         as_json({"file": args.output, "bytes": len(content), "ids": ids})

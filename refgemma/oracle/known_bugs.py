@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 
 from refgemma import ops
-from refgemma.config import FULL, SLIDING
+from refgemma.config import FULL, SLIDING, Gemma2Config
 from refgemma.oracle.operations import Context, Operation, operations, window_mask
-from refgemma.oracle.tolerance import ulp
-from refgemma.precision import Array, as_dtype, bf16, narrow, wide
+from refgemma.oracle.tolerance import Arithmetic, ulp
+from refgemma.precision import Array, as_dtype, bf16, dtype_name, narrow, wide
+from refgemma.trace.candidate import Call
 from refgemma.trace.names import field_of, layer_of
-from refgemma.weights.parameters import LayerWeights
+from refgemma.weights.parameters import LayerWeights, Weights
 
 Change = Callable[[Context], Context]
 
@@ -109,6 +110,19 @@ def rewire(edit: Callable[[dict[str, Operation], Context], Mapping[str, Operatio
     return lambda context: replace(context, rewire=edit)
 
 
+def edit_model(
+    change: Change, config: Gemma2Config, weights: Weights
+) -> tuple[Gemma2Config, Weights, Mapping[str, Callable[..., Any]]]:
+    """Return the numbers, the weights and the functions of a model with an edit; masks and wires are not among them."""
+    nowhere = np.zeros((1, 1), np.int64)
+    call, arithmetic = Call(nowhere, nowhere, nowhere == 0, (1,)), Arithmetic(dtype_name(weights.norm))
+    usual = Context(config, weights, call, arithmetic, exact=False)
+    edited = change(usual)
+    if edited.layer_weights is not usual.layer_weights:
+        weights = replace(weights, layers=[edited.layer(n) for n in range(config.num_hidden_layers)])
+    return edited.config, weights, edited.functions
+
+
 # --- soft caps --------------------------------------------------------------------------------------------------------
 
 
@@ -162,9 +176,7 @@ def capped_after_mask(context: Context) -> Context:
     """Masked keys have minus infinity capped to ``-cap``."""
     cap = context.config.attn_logit_softcapping
 
-    def softmax(capped: Array, mask: Array) -> Array:
-        return ops.softmax(capped if cap is None else np.where(mask, capped, -cap), np.ones_like(mask))
-
+    softmax = unmasked if cap is None else hidden_keys_at(-cap)
     return replace(context, functions=dict(context.functions) | {"softmax": softmax})
 
 
@@ -176,6 +188,21 @@ def cap_before_scale(table: dict[str, Operation], context: Context) -> dict[str,
         for name, op in table.items()
         if field_of(name) == "attention.capped"
     }
+
+
+def cut_off(x: Array, cap: float | None) -> Array:
+    """Cut off at the cap, not bent."""
+    return x if cap is None else np.clip(x, -cap, cap)
+
+
+def cap_undivided(x: Array, cap: float | None) -> Array:
+    """``cap tanh(x)``."""
+    return x if cap is None else np.tanh(x) * cap
+
+
+def cap_unmultiplied(x: Array, cap: float | None) -> Array:
+    """``tanh(x / cap)``."""
+    return x if cap is None else np.tanh(x / cap)
 
 
 # --- scores and heads -------------------------------------------------------------------------------------------------
@@ -199,6 +226,21 @@ def keys_in_half(q: Array, k: Array, scale: float) -> Array:
 def tiled(x: Array, groups: int) -> Array:
     """Heads 0, 1, 0, 1 for 0, 0, 1, 1."""
     return np.tile(x, (1, groups, 1, 1))
+
+
+def unscaled(q: Array, k: Array, scale: float) -> Array:
+    """The product as it is."""
+    return ops.attention_scores(q, k, 1.0)
+
+
+def unmasked(scores: Array, mask: Array) -> Array:
+    """A softmax over all keys."""
+    return ops.softmax(scores, np.ones_like(mask))
+
+
+def hidden_keys_at(score: float) -> Callable[[Array, Array], Array]:
+    """A softmax in which hidden keys have this score, for minus infinity."""
+    return lambda scores, mask: unmasked(np.where(mask, scores, score), mask)
 
 
 # --- norms ------------------------------------------------------------------------------------------------------------
@@ -308,6 +350,34 @@ def exporter_norms(weights: LayerWeights, context: Context) -> LayerWeights:
     )  # fmt: skip
 
 
+def norm_without_factor(x: Array, weight: Array, eps: float) -> Array:
+    """``x / rms(x)``, whatever the weight."""
+    return ops.rms_norm(x, np.zeros_like(weight), eps)
+
+
+def norm_without_root(x: Array, weight: Array, eps: float) -> Array:
+    """``x / (mean(x**2) + eps)``."""
+    mean = np.mean(wide(x) ** 2, axis=-1, keepdims=True)
+    return narrow(wide(x) / (mean + eps) * (1 + wide(weight)), like=x)
+
+
+def norm_of_sum(x: Array, weight: Array, eps: float) -> Array:
+    """The sum of the squares for their mean."""
+    total = np.sum(wide(x) ** 2, axis=-1, keepdims=True)
+    return narrow(wide(x) / np.sqrt(total + eps) * (1 + wide(weight)), like=x)
+
+
+def norm_of_all(x: Array, weight: Array, eps: float) -> Array:
+    """One mean over all vectors."""
+    return narrow(wide(x) / np.sqrt(np.mean(wide(x) ** 2) + eps) * (1 + wide(weight)), like=x)
+
+
+def norm_in_steps(x: Array, weight: Array, eps: float) -> Array:
+    """Each step rounded to the precision of the input."""
+    y: Array = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * (1 + weight)
+    return y
+
+
 # --- embedding and head -----------------------------------------------------------------------------------------------
 
 
@@ -386,6 +456,23 @@ def activated_up(table: dict[str, Operation], context: Context) -> dict[str, Ope
     return wrong
 
 
+def gelu_without_cube(x: Array) -> Array:
+    """``0.5 x (1 + tanh(sqrt(2/pi) x))``."""
+    y: Array = 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * x))
+    return y
+
+
+def gelu_cube_outside(x: Array) -> Array:
+    """``sqrt(2/pi)`` multiplies `x` alone, not its cube."""
+    y: Array = 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * x + 0.044715 * x**3))
+    return y
+
+
+def gelu_without_half(x: Array) -> Array:
+    """Twice the GELU."""
+    return 2 * ops.gelu_tanh(x)
+
+
 # --- rotary positions -------------------------------------------------------------------------------------------------
 
 
@@ -414,6 +501,29 @@ def unturned(x: Array, cos: Array, sin: Array) -> Array:
 def turned_back(x: Array, cos: Array, sin: Array) -> Array:
     """The other way round."""
     return ops.rotate(x, cos, -sin)
+
+
+def neighbours_by_place(x: Array, cos: Array, sin: Array) -> Array:
+    """Pairs ``(2 i, 2 i + 1)``, each number with the angle at its own place."""
+    y: Array = x * cos + np.stack([-x[..., 1::2], x[..., ::2]], axis=-1).reshape(x.shape) * sin
+    return y
+
+
+def turned_without_minus(x: Array, cos: Array, sin: Array) -> Array:
+    """``a cos + b sin`` for ``a cos - b sin``."""
+    y: Array = x * cos + np.roll(x, x.shape[-1] // 2, axis=-1) * sin
+    return y
+
+
+def turned_in_place(x: Array, cos: Array, sin: Array) -> Array:
+    """The two halves do not change places in the second product."""
+    y: Array = x * cos + x * sin
+    return y
+
+
+def cos_for_sin(x: Array, cos: Array, sin: Array) -> Array:
+    """Cosine and sine exchanged."""
+    return ops.rotate(x, sin, cos)
 
 
 def tables_of(angles: Callable[..., Array]) -> Callable[..., Any]:
@@ -508,18 +618,30 @@ def _places(context: Context) -> tuple[Array, Array]:
     return n[:, None], n[None, :]
 
 
+def window_both_ways(q_places: Array, k_places: Array, window: int) -> Array:
+    """As many keys ahead as back."""
+    return np.asarray(np.abs(q_places[:, None] - k_places) < window)
+
+
+def window_open_ahead(q_places: Array, k_places: Array, window: int) -> Array:
+    """Where the window begins, and no end."""
+    return np.asarray(k_places > q_places[:, None] - window)
+
+
 def two_sided(context: Context, layer: int) -> Array:
     """The window looks ahead as well as back."""
-    q, k = _places(context)
     if not context.config.is_sliding(layer):
         return window_mask(context, layer)
-    return np.asarray((np.abs(q - k) < context.config.sliding_window) & context.call.visible[:, None, None, :])
+    places = np.arange(context.call.input_ids.shape[1])
+    seen = window_both_ways(places, places, context.config.sliding_window)
+    return np.asarray(seen & context.call.visible[:, None, None, :])
 
 
 def not_causal(context: Context, layer: int) -> Array:
     """Every query sees every key in full layers, and all keys of its window and after in sliding ones."""
-    q, k = _places(context)
-    seen = k > q - context.config.sliding_window if context.config.is_sliding(layer) else np.ones_like(k > q)
+    places = np.arange(context.call.input_ids.shape[1])
+    window = context.config.sliding_window if context.config.is_sliding(layer) else len(places)
+    seen = window_open_ahead(places, places, window)
     return np.asarray(seen & context.call.visible[:, None, None, :])
 
 

@@ -17,12 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from refgemma.config import Gemma2Config
+from refgemma.errors import explain_renames
 from refgemma.inputs import InputError
 from refgemma.model import head
 from refgemma.modeling.pretrained import Pretrained
 from refgemma.ops import rms_norm
 from refgemma.precision import Array, wide
-from refgemma.teach.viz import probabilities, shown
+from refgemma.teach.viz import probabilities, show_blanks
 from refgemma.tokenizer.tokenizer import Tokenizer
 from refgemma.trace.names import run_in_order, trace_axes
 from refgemma.weights.parameters import Weights
@@ -30,6 +31,8 @@ from refgemma.weights.parameters import Weights
 LIMIT = 2_000_000  # bytes of a page: what opens at once, and can be sent by mail
 TOP = 5  # next tokens shown at each depth
 TEMPLATE = Path(__file__).with_name("explorer.html")
+__getattr__ = explain_renames(__name__, explored="explore_run", page="render_page", likeliest="rank_tokens",
+                              packed="pack")  # fmt: skip
 
 
 def page_bytes(seq: int, config: Gemma2Config) -> int:
@@ -76,34 +79,34 @@ def token_sizes(x: Array) -> npt.NDArray[np.float64]:
     return np.asarray(np.sqrt(np.mean(rows.reshape(len(rows), -1) ** 2, axis=-1)))
 
 
-def likeliest(stream: Array, weights: Weights, config: Gemma2Config) -> tuple[Array, Array]:
-    """The `TOP` next tokens if the model stopped at this residual stream, and their probabilities: ``(seq, TOP)``."""
+def rank_tokens(stream: Array, weights: Weights, config: Gemma2Config) -> tuple[Array, Array]:
+    """Return the `TOP` most likely tokens if the model stopped at `stream`, and their probabilities: ``(seq, TOP)``."""
     shares = probabilities(head(rms_norm(stream, weights.norm, config.rms_norm_eps), weights, config)[1][0])
     best = np.argsort(-shares, axis=-1, kind="stable")[:, :TOP]
     return best, np.take_along_axis(shares, best, axis=-1)
 
 
-def packed(numbers: Sequence[Array] | Array) -> str:
-    """The `numbers` as the page keeps them: float32, the low byte first, in base64.
+def pack(numbers: Sequence[Array] | Array) -> str:
+    """Return the `numbers` as the page keeps them: float32, the low byte first, in base64.
 
     Examples
     --------
-    >>> packed(np.array([1.0]))
+    >>> pack(np.array([1.0]))
     'AACAPw=='
     """
     return base64.b64encode(np.asarray(numbers).astype("<f4").tobytes()).decode("ascii")
 
 
-def _texts(model: Pretrained) -> Callable[[Array], list[str]]:
-    """What to write for ids: the tokenizer's pieces with blanks made visible, or the ids where there is none."""
+def _make_labels(model: Pretrained) -> Callable[[Array], list[str]]:
+    """Return what writes ids: the tokenizer's pieces with blanks made visible, or the ids where there is none."""
     if not (model.folder / "tokenizer.model").exists():
         return lambda ids: [f"#{token}" for token in ids.tolist()]
     tokenizer: Tokenizer = model.tokenizer
-    return lambda ids: [shown(piece) for piece in tokenizer.convert_ids_to_tokens(ids.tolist())]
+    return lambda ids: [show_blanks(piece) for piece in tokenizer.convert_ids_to_tokens(ids.tolist())]
 
 
-def explored(ids: Sequence[int], model: Pretrained, name: str, dtype: str) -> dict[str, Any]:
-    """The numbers of a page: a run of `model` over `ids`, one block in memory at a time.
+def explore_run(ids: Sequence[int], model: Pretrained, name: str, dtype: str) -> dict[str, Any]:
+    """Return the numbers of a page: a run of `model` over `ids`, one block in memory at a time.
 
     Parameters
     ----------
@@ -117,7 +120,7 @@ def explored(ids: Sequence[int], model: Pretrained, name: str, dtype: str) -> di
     Returns
     -------
     dict
-        What ``explorer.html`` reads. Arrays are `packed`: ``attention`` is ``(layers, heads, seq (seq + 1) / 2)``, of
+        What ``explorer.html`` reads. Arrays are `pack`: ``attention`` is ``(layers, heads, seq (seq + 1) / 2)``, of
         each query its keys up to itself; ``residual`` ``(depth, seq)``; ``sizes`` of a tensor ``(layers, seq)``;
         ``answers`` ``(depth, seq, TOP)``. A depth is the number of blocks done.
 
@@ -129,7 +132,7 @@ def explored(ids: Sequence[int], model: Pretrained, name: str, dtype: str) -> di
     Examples
     --------
     >>> import refgemma
-    >>> run = explored([2, 300, 301], refgemma.load("tiny"), "tiny", "float32")
+    >>> run = explore_run([2, 300, 301], refgemma.load("tiny"), "tiny", "float32")
     >>> run["tokens"][0], run["heads"], len(run["layers"])
     ('<bos>', 6, 6)
     """
@@ -153,8 +156,8 @@ def explored(ids: Sequence[int], model: Pretrained, name: str, dtype: str) -> di
             attention.append(np.asarray(wide(tensor[0]))[:, *lower])
         if field in ("embedded", "out"):
             residual.append(sizes[template][-1])
-            answers.append(likeliest(tensor, model.weights, config))
-    texts = _texts(model)
+            answers.append(rank_tokens(tensor, model.weights, config))
+    texts = _make_labels(model)
     best = np.stack([tokens for tokens, _ in answers])
     known = np.unique(best)
     windows = [config.sliding_window if config.is_sliding(n) else None for n in range(config.num_hidden_layers)]
@@ -166,24 +169,24 @@ def explored(ids: Sequence[int], model: Pretrained, name: str, dtype: str) -> di
         "heads": config.num_attention_heads,
         "groups": config.num_attention_heads // config.num_key_value_heads,
         "layers": windows,
-        "attention": packed(attention),
-        "residual": packed(residual),
-        "answers": {"ids": best.tolist(), "shares": packed([shares for _, shares in answers])},
+        "attention": pack(attention),
+        "residual": pack(residual),
+        "answers": {"ids": best.tolist(), "shares": pack([shares for _, shares in answers])},
         "texts": dict(zip(known.tolist(), texts(known), strict=True)),
         "tensors": [
-            {"name": template, "axes": axes, "shape": list(shapes[template]), "sizes": packed(sizes[template])}
+            {"name": template, "axes": axes, "shape": list(shapes[template]), "sizes": pack(sizes[template])}
             for template, axes in trace_axes()
         ],
     }
 
 
-def page(run: dict[str, Any]) -> str:
-    """The whole page as text.
+def render_page(run: dict[str, Any]) -> str:
+    """Return the whole page as text.
 
     Parameters
     ----------
     run : dict
-        Of `explored`.
+        Of `explore_run`.
 
     Returns
     -------
@@ -198,7 +201,7 @@ def page(run: dict[str, Any]) -> str:
     Examples
     --------
     >>> import refgemma
-    >>> page(explored([2, 300], refgemma.load("tiny"), "tiny", "float32"))[:15]
+    >>> render_page(explore_run([2, 300], refgemma.load("tiny"), "tiny", "float32"))[:15]
     '<!doctype html>'
     """
     # In a script element only "<" can end the element; \u003c is the same character to JSON.

@@ -14,12 +14,14 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from refgemma.config import Gemma2Config
+from refgemma.errors import explain_renames
 from refgemma.model import Forward, head
 from refgemma.ops import rms_norm, rotary_tables, soft_cap
 from refgemma.precision import Array, wide
 from refgemma.weights.parameters import Weights
 
 Axes: TypeAlias = Any  # matplotlib.axes.Axes, which is not imported here
+__getattr__ = explain_renames(__name__, shown="show_blanks", likeliest="most_likely_tokens")
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
@@ -92,12 +94,12 @@ def relative_error(x: Float[np.ndarray, "*shape"], exact: Float[np.ndarray, "*sh
     return float(np.sqrt(np.mean(apart**2) / np.mean(size**2)))
 
 
-def shown(token: str) -> str:
-    """A piece of text, `token`, as a label: blanks (the tokenizer writes them as ▁) and line breaks are made visible.
+def show_blanks(token: str) -> str:
+    """Return `token` as a label: blanks (the tokenizer writes them as ▁) and line breaks are made visible.
 
     Examples
     --------
-    >>> shown("▁time"), shown(chr(10))
+    >>> show_blanks("▁time"), show_blanks(chr(10))
     ('·time', '⏎')
     """
     return token.replace("\u2581", "·").replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥")
@@ -117,7 +119,7 @@ def label_tokens(axes: Axes, tokens: Sequence[str], queries: Sequence[str] | Non
     """Write tokens along the lower side, and `queries` along the left one; of many only every second, third ..."""
     for axis, texts, turned in ((axes.xaxis, tokens, 90), (axes.yaxis, queries or (), 0)):
         every = 1 + len(texts) // 40
-        labels = [shown(text) for text in texts[::every]]
+        labels = [show_blanks(text) for text in texts[::every]]
         axis.set_ticks(range(0, len(texts), every), labels, rotation=turned, fontsize=9 if len(texts) <= 24 else 7)
 
 
@@ -234,16 +236,16 @@ def residual_norms(run: Forward, tokens: Sequence[str], axes: Axes | None = None
     """
     sizes = root_mean_square(residual_streams(run))[:, 0]  # (depth, seq)
     axes = axes or new_axes()
-    colours = _places(len(tokens))
+    colours = _color_places(len(tokens))
     for place, token in enumerate(tokens):
         colour = colours.to_rgba(place)
-        axes.plot(sizes[:, place], marker="o", markersize=3, color=colour, label=f"{place} {shown(token)}")
+        axes.plot(sizes[:, place], marker="o", markersize=3, color=colour, label=f"{place} {show_blanks(token)}")
     axes.set(xlabel="blocks done", ylabel="root mean square", title="size of the residual stream")
     axes.set_xticks(range(len(sizes)))
     if len(tokens) <= 16:
         axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), title="token")
     else:
-        axes.figure.colorbar(_places(len(tokens)), ax=axes, label="place of the token")
+        axes.figure.colorbar(_color_places(len(tokens)), ax=axes, label="place of the token")
     return axes
 
 
@@ -251,10 +253,10 @@ def logit_lens(
     lens: Float[np.ndarray, "depth seq vocab"],
     tokens: Sequence[str],
     names: Sequence[str],
-    title: str = "logit lens: the likeliest next token after each block",
+    title: str = "logit lens: the most likely next token after each block",
     axes: Axes | None = None,
 ) -> Axes:
-    """The likeliest next token at each depth (rows, the last at the top) after each token, shaded by its probability.
+    """Draw the most likely next token at each depth (rows, the last at the top), shaded by its probability.
 
     Parameters
     ----------
@@ -279,7 +281,7 @@ def logit_lens(
     for row, column in np.ndindex(depth, seq):
         best = int(shares[row, column].argmax())
         dark = shares[row, column, best] > 0.5
-        axes.text(column, row, shown(names[best])[:9], ha="center", va="center", fontsize=8,
+        axes.text(column, row, show_blanks(names[best])[:9], ha="center", va="center", fontsize=8,
                   color="white" if dark else "black")  # fmt: skip
     label_tokens(axes, tokens)
     axes.set_yticks(range(depth), range(depth))
@@ -337,18 +339,18 @@ def rounding_growth(runs: Mapping[str, Forward], exact: Forward, axes: Axes | No
     return axes
 
 
-def likeliest(
+def most_likely_tokens(
     logits: Float[np.ndarray, " vocab"],
     names: Sequence[str],
     count: int = 12,
-    title: str = "the likeliest next tokens",
+    title: str = "the most likely next tokens",
     axes: Axes | None = None,
 ) -> Axes:
-    """The `count` likeliest tokens and their probabilities, as bars.
+    """Draw the `count` most likely tokens and their probabilities, as bars.
 
     Examples
     --------
-    >>> bars = likeliest(np.log(np.array([0.2, 0.7, 0.1])), ["a", "b", "c"], count=2).patches
+    >>> bars = most_likely_tokens(np.log(np.array([0.2, 0.7, 0.1])), ["a", "b", "c"], count=2).patches
     >>> [round(float(bar.get_width()), 2) for bar in bars]
     [0.7, 0.2]
     """
@@ -356,7 +358,7 @@ def likeliest(
     best = np.argsort(-shares, kind="stable")[:count]
     axes = axes or new_axes(5.6, 0.26 * len(best) + 1.2)
     axes.barh(range(len(best)), shares[best], color="tab:blue")
-    axes.set_yticks(range(len(best)), [shown(names[token]) for token in best])
+    axes.set_yticks(range(len(best)), [show_blanks(names[token]) for token in best])
     axes.invert_yaxis()
     axes.set(xlabel="probability", title=title)
     return axes
@@ -390,7 +392,7 @@ def with_sliders(draw: Callable[..., Axes], **choices: Sequence[Any]) -> Axes:
     'soft cap 50'
     """
     axes = draw(**{name: values[0] for name, values in choices.items()})
-    if _somebody_is_there():
+    if _can_show_sliders():
         _show_with_sliders(axes, draw, choices)
     return axes
 
@@ -434,8 +436,8 @@ def array_view(x: Array, axes: str) -> Any:
     )  # fmt: skip
 
 
-def _somebody_is_there() -> bool:
-    """Whether sliders can be shown, and a notebook is open before somebody: a program that runs one takes no input."""
+def _can_show_sliders() -> bool:
+    """Return whether somebody can move sliders: a program that runs a notebook takes no input."""
     try:
         import ipywidgets  # noqa: F401
         from IPython import get_ipython
@@ -468,7 +470,7 @@ def _show_with_sliders(first: Axes, draw: Callable[..., Axes], choices: Mapping[
     display(VBox(list(sliders.values())))
 
 
-def _places(count: int) -> Any:
+def _color_places(count: int) -> Any:
     """A colour for each of `count` places, from dark to light."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize

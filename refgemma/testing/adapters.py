@@ -53,10 +53,10 @@ class Transformers:
         logging.disable_progress_bar()  # one for each of thousands of small models
         model = Gemma2ForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="eager")
         model.generation_config = GenerationConfig(pad_token_id=0)  # no token ends a text
-        self._exchange_attention(model)
+        self._set_attention(model)
         return model.eval()
 
-    def _exchange_attention(self, model: Any) -> None:
+    def _set_attention(self, model: Any) -> None:
         """Set the attention implementation."""
         model.set_attn_implementation(self.attention)
 
@@ -82,7 +82,7 @@ class Transformers:
         positions = None if position_ids is None else torch.tensor(np.broadcast_to(position_ids, input_ids.shape))
         # By their places: what is called past_key_values in transformers 5.23 is called cache from 5.24 on.
         given = (torch.tensor(input_ids), torch.tensor(mask), positions, past)
-        with torch.no_grad(), self._running():
+        with torch.no_grad(), self._prepare_run():
             if set(tensors) == {"logits"}:
                 found = {"logits": model(*given, use_cache=True).logits}
             else:
@@ -98,7 +98,7 @@ class Transformers:
         }
         return Output(asked, past)
 
-    def _running(self) -> Any:
+    def _prepare_run(self) -> Any:
         """What has to hold while the model runs."""
         return contextlib.nullcontext()
 
@@ -106,7 +106,7 @@ class Transformers:
         """The model's own loss."""
         import torch
 
-        with torch.no_grad(), self._running():
+        with torch.no_grad(), self._prepare_run():
             return float(model(input_ids=torch.tensor(input_ids), labels=torch.tensor(labels)).loss)
 
     def save(self, model: Any, folder: Path) -> None:
@@ -118,7 +118,7 @@ class Transformers:
         import torch
 
         torch.manual_seed(seed)
-        asked = self._generated(model, np.repeat(input_ids, count, axis=0), 1, do_sample=True, top_k=0)
+        asked = self._generate(model, np.repeat(input_ids, count, axis=0), 1, do_sample=True, top_k=0)
         found: Array = asked.sequences[:, -1].numpy()
         return found
 
@@ -126,10 +126,10 @@ class Transformers:
         self, model: Any, input_ids: npt.NDArray[np.int64], num_beams: int, new_tokens: int
     ) -> tuple[Array, float]:
         """``generate`` with beams, and no token that ends a text."""
-        asked = self._generated(model, input_ids, new_tokens, num_beams=num_beams, length_penalty=0.0, do_sample=False)
+        asked = self._generate(model, input_ids, new_tokens, num_beams=num_beams, length_penalty=0.0, do_sample=False)
         return asked.sequences[0].numpy(), float(asked.sequences_scores[0])
 
-    def _generated(self, model: Any, input_ids: npt.NDArray[np.int64], new_tokens: int, **named: Any) -> Any:
+    def _generate(self, model: Any, input_ids: npt.NDArray[np.int64], new_tokens: int, **named: Any) -> Any:
         import torch
         from transformers import GenerationConfig
 
@@ -142,7 +142,7 @@ class Transformers:
             **named,
         )
         ids = torch.tensor(input_ids)
-        with torch.no_grad(), self._running():
+        with torch.no_grad(), self._prepare_run():
             return model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=plain)
 
 
@@ -163,7 +163,7 @@ class TransformersSdpa(Transformers):
 
     attention = "sdpa"
 
-    def _exchange_attention(self, model: Any) -> None:
+    def _set_attention(self, model: Any) -> None:
         """Past both refusals."""
         model.config._attn_implementation = "sdpa"
         for layer in model.model.layers:
@@ -175,7 +175,7 @@ class TransformersFlex(Transformers):
 
     attention = "flex_attention"
 
-    def _running(self) -> Any:
+    def _prepare_run(self) -> Any:
         """Compiling for each shape would take seconds an example, and needs a C++ compiler. Torch warns of both."""
         import torch
 

@@ -71,7 +71,7 @@ def exact(x: Any) -> Exact:
 
 
 @dataclass(frozen=True)
-class Model:
+class LoadedModel:
     """A model loaded by the backend under test, and what it was made of."""
 
     bench: "Bench"
@@ -98,7 +98,7 @@ class Model:
         return exact(self.run(ids, mask=mask, positions=positions).logits)
 
     @cached_property
-    def probe(self) -> "Model":
+    def probe(self) -> "LoadedModel":
         """The model with each weight changed at random, by `PROBE` relative to itself."""
         rng = np.random.default_rng(0)
         changed = {
@@ -113,6 +113,9 @@ class Model:
         c = self.config
         terms = c.hidden_size + c.intermediate_size + c.num_attention_heads * c.head_dim
         return DEVIATIONS * float(np.sqrt(terms))
+
+
+Ask = Callable[[LoadedModel], Any]  # from a model to an array
 
 
 class Bench:
@@ -139,6 +142,12 @@ class Bench:
         self._folder.cleanup()
 
     @property
+    def operations(self) -> Mapping[str, Callable[..., Any]]:
+        """The backend's single operations."""
+        found: Mapping[str, Callable[..., Any]] = self.backend.operations()
+        return found
+
+    @property
     def dtype(self) -> str:
         """The most precise format of the backend, in which laws are checked that hold in any."""
         return next(dtype for dtype in PRECISE_FIRST if dtype in self.can.dtypes)
@@ -150,7 +159,7 @@ class Bench:
         folder.mkdir()
         return folder
 
-    def model(self, config: Gemma2Config, tensors: Tensors, dtype: str = "") -> Model:
+    def model(self, config: Gemma2Config, tensors: Tensors, dtype: str | None = None) -> LoadedModel:
         """Write a Hugging Face folder and have the backend load it.
 
         The weights become float32. Where that rounds one, `allowed` allows for it.
@@ -161,13 +170,15 @@ class Bench:
         if not all(np.array_equal(stored[name], x, equal_nan=True) for name, x in tensors.items()):
             self.file_roundoff = FILE_ROUNDOFF
         save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
-        return Model(self, config, stored, dtype or self.dtype, folder, self.backend.load(folder, dtype or self.dtype))
+        return LoadedModel(
+            self, config, stored, dtype or self.dtype, folder, self.backend.load(folder, dtype or self.dtype)
+        )
 
-    def scene(self, scene: Scene, changed: Tensors | None = None, dtype: str = "") -> Model:
+    def scene(self, scene: Scene, changed: Tensors | None = None, dtype: str | None = None) -> LoadedModel:
         """The model of a scene, with some tensors `changed`."""
         return self.model(scene.config, scene.tensors | dict(changed or {}), dtype)
 
-    def allowed(self, model: Model, ask: Callable[[Model], Any], angle: float = 0.0) -> float:
+    def allowed(self, model: LoadedModel, ask: Ask, angle: float = 0.0) -> float:
         """How far two roundings of what is asked of the model may be apart."""
         value, changed = exact(ask(model)), exact(ask(model.probe))
         response = float(np.max(np.abs(changed - value), initial=0.0)) / PROBE
@@ -175,7 +186,9 @@ class Bench:
         roundings = model.roundings * ROUNDOFF[model.dtype] + DEVIATIONS * (angle + self.file_roundoff)
         return roundings * (response + largest)
 
-    def same(self, model: Model, ask: Callable[[Model], Any], other: Any, says: str, angle: float = 0.0) -> None:
+    def same(
+        self, model: LoadedModel, ask: Callable[[LoadedModel], Any], other: Any, says: str, angle: float = 0.0
+    ) -> None:
         """Require that what is asked of the model is `other`, up to rounding.
 
         Parameters
@@ -199,30 +212,41 @@ class Bench:
         limit = self.allowed(model, ask, angle)
         worst = np.unravel_index(np.argmax(np.where(np.isnan(apart), np.inf, apart)), apart.shape)
         require(
-            bool(apart[worst] <= limit),
+            apart[worst] <= limit,
             f"{says}: at {list(map(int, worst))} it is {value[worst]:.9g} and {expected[worst]:.9g}, apart by "
             f"{apart[worst]:.3g}; rounding to {model.dtype} explains {limit:.3g}",
         )
 
-    def same_logits(self, scene: Scene, other: Any, says: str, angle: float = 0.0) -> None:
-        """Require that the logits of a scene are `other`; see `same`."""
-        self.same(self.scene(scene), lambda model: model.logits(scene.ids), other, says, angle)
+    def same_logits(
+        self, model: LoadedModel, ids: Any, other: Any, says: str, at: Any = ..., angle: float = 0.0
+    ) -> None:
+        """Require that the logits of token ids are `other`, each at the places `at`; see `same`."""
+        self.same(model, lambda m: m.logits(ids)[at], exact(other)[at], says, angle)
 
-    def different(self, model: Model, ask: Callable[[Model], Any], other: Any, says: str) -> None:
-        """Require that what is asked of the model is not `other`, by more than rounding."""
-        apart = float(np.max(np.abs(exact(ask(model)) - exact(other)), initial=0.0))
+    def keep_logits(self, scene: Scene, changed: Tensors, says: str, **numbers: Any) -> None:
+        """Require that a scene with other tensors and numbers of its configuration has the logits that it has."""
+        other = self.model(scene.config.changed(**numbers), scene.tensors | dict(changed))
+        self.same_logits(self.scene(scene), scene.ids, other.logits(scene.ids), f"logits, and {says}")
+
+    def different_logits(self, model: LoadedModel, ids: Any, other: Any, says: str, at: Any = ...) -> None:
+        """Require that the logits of token ids are not `other` at the places `at`, by more than rounding."""
+
+        def ask(m: LoadedModel) -> Exact:
+            return exact(m.logits(ids)[at])
+
+        apart = float(np.max(np.abs(ask(model) - exact(other)[at]), initial=0.0))
         limit = self.allowed(model, ask)
         require(apart > limit, f"{says}: the largest change is {apart:.3g}, no more than rounding ({limit:.3g})")
 
 
-def require(holds: bool, says: str) -> None:
-    """Raise an AssertionError that says what is wrong; also under ``python -O``, unlike the statement."""
-    if not holds:
+def require(holds: Any, says: str) -> None:
+    """Raise an AssertionError that says what is wrong unless all of `holds` is true; also under ``python -O``."""
+    if not np.all(holds):
         raise AssertionError(says)
 
 
-def lacking(backend: Any, needs: Sequence[str]) -> str:
-    """What the first of `needs` is that a backend does not have, in words; empty if it has them all.
+def find_missing(backend: Any, needs: Sequence[str]) -> str:
+    """Return the first of `needs` that a backend does not have, in words; empty if it has them all.
 
     A need is ``cache``, ``padding`` or ``positions``, ``dtype:float64``, ``tensor:layers.0.out``, or the name of an
     optional method.
@@ -264,15 +288,16 @@ class Law:
         LawBroken
             If the law does not hold, with a script that shows it.
         """
-        if fault := lacking(backend, self.needs):
+        if fault := find_missing(backend, self.needs):
             raise NotApplicable(fault)
         if example:
             with Bench(backend) as bench:
                 self.check(bench, **example)
             return
-        self._search(backend, PROFILES[profile])
+        self.search(backend, PROFILES[profile])
 
-    def _search(self, backend: Any, profile: settings) -> None:
+    def search(self, backend: Any, profile: settings) -> None:
+        """Look for an example that breaks the law."""
         refusals: list[str] = []
         broken: list[tuple[Mapping[str, Any], Exception]] = []
         checked: list[int] = []
@@ -317,22 +342,26 @@ def message(cause: Exception) -> str:
 
 
 def law(
-    examples: st.SearchStrategy[Mapping[str, Any]], needs: Sequence[str] = ()
+    examples: st.SearchStrategy[Mapping[str, Any]] | None = None, needs: Sequence[str] = (), **parts: Any
 ) -> Callable[[Callable[..., None]], Law]:
-    """Make a `Law` of a function from a `Bench` and an example; its docstring says the law."""
+    """Make a `Law` of a function from a `Bench` and an example; its docstring says the law.
 
-    def made(check: Callable[..., None]) -> Law:
+    An example is drawn from `examples`, or has `parts`, each drawn by itself from the strategy of that name.
+    """
+
+    def make(check: Callable[..., None]) -> Law:
         says = " ".join((check.__doc__ or "").split("\n\n")[0].split())
-        return Law(check.__name__, says, check, examples, tuple(needs))
+        drawn = st.fixed_dictionaries(parts) if examples is None else examples
+        return Law(check.__name__, says, check, drawn, tuple(needs))
 
-    return made
+    return make
 
 
 # --- scripts ----------------------------------------------------------------------------------------------------------
 
 
-def written_value(value: Any) -> str:
-    """A value of an example as Python text; arrays by their bits, so that nothing is lost."""
+def write_value(value: Any) -> str:
+    """Return a value of an example as Python text; arrays by their bits, so that nothing is lost."""
     if isinstance(value, np.ndarray) and value.dtype.kind == "f" and value.ndim == 1:
         dtype = dtype_name(value)
         bits = exact(value).astype(np.float32).view(np.uint32) >> 16 if dtype == "bfloat16" else None
@@ -345,14 +374,14 @@ def written_value(value: Any) -> str:
     return repr(value)
 
 
-def backend_text(backend: Any) -> str:
-    """The name under which `backend_named` finds a backend again."""
+def find_name(backend: Any) -> str:
+    """Return the name under which `backend_named` finds a backend again."""
     return str(getattr(backend, "__backend_name__", f"{type(backend).__module__}:{type(backend).__qualname__}"))
 
 
 def script(name: str, backend: Any, example: Mapping[str, Any]) -> str:
     """A program without pytest that checks one example of a law."""
-    arguments = "".join(f",\n    {key}={written_value(value)}" for key, value in example.items())
+    arguments = "".join(f",\n    {key}={write_value(value)}" for key, value in example.items())
     return (
         f"{_says(f'Breaks the law {name}.')}"
         "import numpy as np\n\n"
@@ -360,7 +389,7 @@ def script(name: str, backend: Any, example: Mapping[str, Any]) -> str:
         "from refgemma.testing import properties\n"
         "from refgemma.testing.backends import backend_named\n"
         "from refgemma.testing.strategies import Scene, from_bits\n\n"
-        f"properties.{name}(\n    backend_named({backend_text(backend)!r}){arguments},\n)\n"
+        f"properties.{name}(\n    backend_named({find_name(backend)!r}){arguments},\n)\n"
     )
 
 
@@ -370,7 +399,7 @@ def golden_script(name: str, backend: Any) -> str:
         f"{_says(f'Differs from the recording {name}.')}"
         "from refgemma.testing.backends import backend_named\n"
         "from refgemma.testing.recordings import check_golden\n\n"
-        f"check_golden(\n    backend_named({backend_text(backend)!r}), {name!r},\n)\n"
+        f"check_golden(\n    backend_named({find_name(backend)!r}), {name!r},\n)\n"
     )
 
 

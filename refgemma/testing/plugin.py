@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from refgemma.testing.backends import BackendError, backend_named
-from refgemma.testing.laws import PROFILES, LawBroken, backend_text
+from refgemma.testing.laws import PROFILES, LawBroken, find_name
 
 OURS = "refgemma.testing.backends:NumpyBackend"
 NOT_APPLICABLE = "not applicable: "
@@ -45,8 +45,8 @@ class KnownFailures:
     passed: set[str] = field(default_factory=set)
     collected: set[str] = field(default_factory=set)
 
-    def stale(self) -> Iterator[str]:
-        """A sentence for each entry that is no failure any more."""
+    def find_stale(self) -> Iterator[str]:
+        """Return a sentence for each entry that is not a failure any more."""
         for name in self.reasons:
             if name not in self.collected:
                 yield f"{self.file}: {name} is the name of no law or recording"
@@ -101,11 +101,11 @@ def pytest_report_header(config: pytest.Config) -> str:
     """Say what is tested."""
     can = config.stash[BACKEND].capabilities()
     extent = f"{', '.join(can.dtypes)}; cache: {can.cache}, padding: {can.padding}, positions: {can.positions}"
-    return f"refgemma: testing {backend_text(config.stash[BACKEND])} ({extent}), profile {config.getoption('profile')}"
+    return f"refgemma: testing {find_name(config.stash[BACKEND])} ({extent}), profile {config.getoption('profile')}"
 
 
-def _name(item: pytest.Item) -> str:
-    """The law or recording that a test is about."""
+def _find_law(item: pytest.Item) -> str:
+    """Return the law or recording that a test is about."""
     marker = item.get_closest_marker("law")
     return str(marker.args[0]) if marker else ""
 
@@ -114,8 +114,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Expect the known failures to fail."""
     known = config.stash[KNOWN]
     for item in items:
-        known.collected.add(_name(item))
-        if reason := known.reasons.get(_name(item)):
+        known.collected.add(_find_law(item))
+        if reason := known.reasons.get(_find_law(item)):
             item.add_marker(pytest.mark.xfail(reason=reason, strict=False))
 
 
@@ -131,9 +131,9 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
                 report.longrepr = str(error)  # the way through Hypothesis to it says nothing
         known = item.config.stash[KNOWN]
         if report.passed:
-            known.passed.add(_name(item))
+            known.passed.add(_find_law(item))
         elif report.failed or hasattr(report, "wasxfail"):
-            known.failed.add(_name(item))
+            known.failed.add(_find_law(item))
     return report
 
 
@@ -146,16 +146,26 @@ def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] 
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """List what was not applicable, and known failures that are none."""
+    """Count the verdicts, and list what was not applicable and known failures that are none."""
+    stats: dict[str, list[Any]] = terminalreporter.stats
+    verdicts = {
+        "conforms": [*stats.get("passed", []), *stats.get("xpassed", [])],
+        "differs": [*stats.get("failed", []), *stats.get("xfailed", [])],
+        "not applicable": stats.get("not applicable", []),
+    }
+    counts = {verdict: sum("law" in report.keywords for report in reports) for verdict, reports in verdicts.items()}
+    if any(counts.values()):
+        terminalreporter.section("laws and recordings")
+        terminalreporter.line(", ".join(f"{verdict}: {count}" for verdict, count in counts.items()))
     found: dict[str, list[str]] = {}
-    for report in terminalreporter.stats.get("not applicable", []):
+    for report in verdicts["not applicable"]:
         reason = str(report.longrepr[2]).partition(NOT_APPLICABLE)[2]
         found.setdefault(reason, []).append(report.nodeid.partition("[")[2].rstrip("]"))
     if found:
         terminalreporter.section("not applicable to this backend")
     for reason, names in found.items():
         terminalreporter.line(f"{reason}: {', '.join(names)}")
-    if stale := list(config.stash[KNOWN].stale()):
+    if stale := list(config.stash[KNOWN].find_stale()):
         terminalreporter.section("known failures that are none")
     for sentence in stale:
         terminalreporter.line(f"warning: {sentence}", yellow=True)

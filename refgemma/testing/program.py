@@ -82,7 +82,7 @@ class Program:
         self.command = shlex.split(command)
         self.seconds = seconds
         self.__backend_name__ = f"program:{command}"
-        self._running: _Running | None = None
+        self._running: _Process | None = None
         self._capabilities: Capabilities | None = None
 
     def capabilities(self) -> Capabilities:
@@ -98,7 +98,7 @@ class Program:
             try:
                 self._capabilities = _capabilities(about)
             except ProgramError as error:
-                raise ProgramError(f"{self._text()}: {error}") from None
+                raise ProgramError(f"{self._describe()}: {error}") from None
         return self._capabilities
 
     def load(self, folder: Path, dtype: str) -> Asked:
@@ -131,14 +131,14 @@ class Program:
             raise Unsupported(about["unsupported"])
         logits = found.get("logits")
         if logits is None:
-            raise ProgramError(f"{self._text()}: the answer has no tensor logits, only {sorted(found)[:5]}")
+            raise ProgramError(f"{self._describe()}: the answer has no tensor logits, only {sorted(found)[:5]}")
         if logits.ndim != 3 or logits.shape[:2] != input_ids.shape:
-            raise ProgramError(f"{self._text()}: logits have shape {logits.shape}; they are (batch, seq, vocab), here "
-                               f"{(*input_ids.shape, 'vocab')}")  # fmt: skip
+            expected = (*input_ids.shape, "vocab")
+            raise ProgramError(f"{self._describe()}: logits have shape {logits.shape} instead of {expected}")
         kept = {name: x for name, x in found.items() if name.startswith("cache.")}
         return Output({name: x for name, x in found.items() if name not in kept}, kept or None)
 
-    def _text(self) -> str:
+    def _describe(self) -> str:
         return f"program {shlex.join(self.command)}"
 
     def _answer(
@@ -149,14 +149,14 @@ class Program:
             folder = Path(name)
             save_trace(tensors.items(), folder / "request.safetensors", asked)
             if self._running is None:
-                self._running = _Running(self.command)
+                self._running = _Process(self.command)
             try:
                 self._running.ask(name, self.seconds)
                 metadata, found = _read(folder / "answer.safetensors")
             except (RefgemmaError, OSError) as error:
                 self._running.end()
                 self._running = None
-                raise ProgramError(f"{self._text()}: {error}") from None
+                raise ProgramError(f"{self._describe()}: {error}") from None
         return metadata, found
 
 
@@ -169,7 +169,7 @@ def _read(file: Path) -> tuple[dict[str, str], dict[str, Array]]:
     return dict(answer.metadata), {name: entry.read() for name, entry in answer.entries.items()}
 
 
-class _Running:
+class _Process:
     """A program that was started, and its answers line by line."""
 
     def __init__(self, command: Sequence[str]) -> None:
@@ -217,9 +217,9 @@ class _Running:
             except (queue.Empty, ValueError):  # no line in time, or no time left
                 raise ProgramError(f"did not answer within {seconds:g} s") from None
             if line is None:
-                raise ProgramError(self._end_in_words())
+                raise ProgramError(self._describe_end())
 
-    def _end_in_words(self) -> str:
+    def _describe_end(self) -> str:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout=1)  # one that has closed its output may run on
         self.readers[1].join(timeout=1)

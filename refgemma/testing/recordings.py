@@ -1,5 +1,5 @@
 """PyTorch's recordings against any implementation: each case's calls are made, and every tensor compared that both
-have. The measures are those of `refgemma verify`: see `refgemma.oracle.compare`.
+have. The measures are those of `refgemma verify`: see `refgemma.goldens.verify`.
 """
 
 from collections.abc import Mapping

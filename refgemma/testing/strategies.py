@@ -15,12 +15,14 @@ import numpy.typing as npt
 from hypothesis import strategies as st
 
 from refgemma.config import Gemma2Config
+from refgemma.errors import explain_renames
 from refgemma.precision import Array, as_dtype, bf16
 from refgemma.weights.parameters import tensor_shapes
 
 KINDS = ("ordinary", "outliers", "tied rows", "tiny norms", "huge norms", "constant")
 CAPS = (50.0, 2.0, 0.5, None)
 UNIT_EPS = 1e-6
+__getattr__ = explain_renames(__name__, written="write_config", token_ids="token_rows")
 # Text that looks like a special token, is one, or is nearly one.
 LOOK_ALIKES = (
     "<bos>", "<eos>", "<pad>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>", "<unused7>", "<0x41>", "<b>",
@@ -80,24 +82,24 @@ def configs(draw: st.DrawFn, /, distinct: bool = True, **fixed: Any) -> Gemma2Co
 
 
 def _other_than(taken: set[int], size: int, step: int) -> int:
-    """The first of `size`, ``size + step`` and so on that is not `taken`."""
+    """Return the first of `size`, ``size + step`` and so on that is not `taken`."""
     return next(n for n in range(size, size + (len(taken) + 1) * step, step) if n not in taken)
 
 
-def written(config: Gemma2Config) -> str:
-    """`config` as Python text, without what has its default or follows from the rest.
+def write_config(config: Gemma2Config) -> str:
+    """Return `config` as Python text, without what has its default or follows from the rest.
 
     Examples
     --------
-    >>> written(Gemma2Config(head_dim=8))
+    >>> write_config(Gemma2Config(head_dim=8))
     'Gemma2Config(head_dim=8)'
     """
     usual = {f.name: f.default for f in fields(config) if f.default is not MISSING}
     derived = {"layer_types": Gemma2Config(num_hidden_layers=config.num_hidden_layers).layer_types}
     derived |= {name: getattr(config, name) for name in ("rope_parameters", "num_labels", "id2label", "label2id")}
     values = {name: getattr(config, name) for name in usual}
-    told = {name: value for name, value in values.items() if value not in (usual[name], derived.get(name, usual[name]))}
-    return f"Gemma2Config({', '.join(f'{name}={value!r}' for name, value in told.items())})"
+    said = {name: value for name, value in values.items() if value not in (usual[name], derived.get(name, usual[name]))}
+    return f"Gemma2Config({', '.join(f'{name}={value!r}' for name, value in said.items())})"
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------
@@ -125,14 +127,14 @@ def tensors_of(config: Gemma2Config, kind: str = "ordinary", seed: int = 0) -> d
     (11, 4)
     """
     rng = np.random.default_rng(seed)
-    spread = 1.2 / np.sqrt(config.hidden_size)
+    std = 1.2 / np.sqrt(config.hidden_size)
     return {
-        name: _tensor(name, shape, kind, spread, np.random.default_rng(rng.integers(2**63)))
+        name: _tensor(name, shape, kind, std, np.random.default_rng(rng.integers(2**63)))
         for name, shape in tensor_shapes(config).items()
     }
 
 
-def _tensor(name: str, shape: tuple[int, ...], kind: str, spread: float, rng: np.random.Generator) -> Any:
+def _tensor(name: str, shape: tuple[int, ...], kind: str, std: float, rng: np.random.Generator) -> Any:
     noise = rng.standard_normal(shape)
     is_norm = len(shape) == 1 and not name.endswith(".bias")
     if kind not in KINDS:
@@ -147,7 +149,7 @@ def _tensor(name: str, shape: tuple[int, ...], kind: str, spread: float, rng: np
         values = np.where(rng.random(shape) < 0.01, 30 * values, values)
     if kind == "tied rows" and name.endswith("embed_tokens.weight"):
         values = values[rng.integers(0, 1 + shape[0] // 2, shape[0])]
-    scale = 1.0 if is_norm and kind in ("tiny norms", "huge norms") else 0.3 if len(shape) == 1 else spread
+    scale = 1.0 if is_norm and kind in ("tiny norms", "huge norms") else 0.3 if len(shape) == 1 else std
     return np.asarray(bf16(values * scale).view(np.ndarray))
 
 
@@ -167,7 +169,7 @@ class TokenBatch:
     attention_mask: npt.NDArray[np.int64]
 
 
-def token_ids(config: Gemma2Config, batch: int, seq: int) -> st.SearchStrategy[list[list[int]]]:
+def token_rows(config: Gemma2Config, batch: int, seq: int) -> st.SearchStrategy[list[list[int]]]:
     """`batch` rows of `seq` tokens, without padding."""
     row = st.lists(st.integers(0, config.vocab_size - 1), min_size=seq, max_size=seq)
     return st.lists(row, min_size=batch, max_size=batch)
@@ -186,7 +188,7 @@ def token_batches(
     At most `max_batch` rows of at most `max_seq` tokens.
     """
     batch, seq = draw(st.integers(1, max_batch)), draw(st.integers(1, max_seq))
-    ids = np.array(draw(token_ids(config, batch, seq)), np.int64)
+    ids = np.array(draw(token_rows(config, batch, seq)), np.int64)
     padded = draw(st.lists(st.integers(0, seq - 1), min_size=batch, max_size=batch))
     side = draw(st.sampled_from(sides))
     mask = np.array([padding_mask(seq, count, side) for count in padded], np.int64)
@@ -272,10 +274,10 @@ def chat_messages(max_turns: int = 5) -> st.SearchStrategy[list[dict[str, str]]]
     """Conversations that Gemma 2 allows, of at most `max_turns`: user and assistant in turn, the user first."""
     roles = ("user", "assistant")
 
-    def told(contents: list[str]) -> list[dict[str, str]]:
+    def alternate(contents: list[str]) -> list[dict[str, str]]:
         return [{"role": roles[n % 2], "content": content} for n, content in enumerate(contents)]
 
-    return st.lists(texts(12), min_size=1, max_size=max_turns).map(told)
+    return st.lists(texts(12), min_size=1, max_size=max_turns).map(alternate)
 
 
 # --- scenes -----------------------------------------------------------------------------------------------------------
@@ -306,7 +308,7 @@ class Scene:
 
     def __repr__(self) -> str:
         """Python text that makes this scene."""
-        return f"Scene({written(self.config)}, {self.input_ids!r}, kind={self.kind!r}, seed={self.seed})"
+        return f"Scene({write_config(self.config)}, {self.input_ids!r}, kind={self.kind!r}, seed={self.seed})"
 
 
 @st.composite
@@ -332,6 +334,6 @@ def scenes(
     """
     config = draw(configs(distinct, **fixed))
     rows, length = draw(st.integers(*batch)), draw(st.integers(*seq))
-    ids = draw(token_ids(config, rows, length))
+    ids = draw(token_rows(config, rows, length))
     kind, seed = draw(st.sampled_from(list(kinds))), draw(st.integers(0, 2**16))
     return Scene(config, tuple(tuple(row) for row in ids), kind, seed)

@@ -10,7 +10,7 @@ from conftest import BROWSER
 from playwright.sync_api import Browser, Locator, Page, sync_playwright
 
 import refgemma
-from refgemma.teach.explorer import explored, page
+from refgemma.teach.explorer import explore_run, render_page
 from refgemma.teach.viz import shown
 
 TINY = refgemma.load("tiny")
@@ -26,7 +26,7 @@ HALF_OF_THE_LAST_DIGIT = 0.5001e-4  # shares are shown with four decimals; JavaS
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("explorer") / "page.html"
-    path.write_text(page(explored(IDS, TINY, "tiny", "float32")), "utf-8")
+    path.write_text(render_page(explore_run(IDS, TINY, "tiny", "float32")), "utf-8")
     return path
 
 

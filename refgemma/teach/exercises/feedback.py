@@ -1,5 +1,5 @@
-"""How an answer is judged: called on given arguments, compared with what is right, and if it is wrong with what known
-mistakes would give. Checked by tests that hand in solutions, stubs and typical wrong answers."""
+"""Feedback on an answer: it is called on given arguments, compared with what is right, and if it is wrong with what
+known bugs give. Checked by tests that hand in solutions, stubs and typical wrong answers."""
 
 import copy
 import math
@@ -13,10 +13,10 @@ from refgemma.oracle.judge import strict_distance
 from refgemma.oracle.tolerance import tolerance
 from refgemma.precision import Array, Rounded, dtype_name, wide
 
-Answer = Callable[..., Any]
+Attempt = Callable[..., Any]
 
-# A mistake is named if it leaves no more than this part of the difference. Two people who make the same mistake round
-# otherwise, in bfloat16 by 0.4 %, and in float32 by nothing that counts; other mistakes leave a half or more.
+# A bug is named if it leaves no more than this part of the difference. Two people with the same bug round
+# otherwise, in bfloat16 by 0.4 %, and in float32 by nothing that counts; other bugs leave a half or more.
 EXPLAINED = 0.01
 
 
@@ -53,11 +53,11 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Mistake:
-    """A known way to be wrong, as a function, and what to say to whoever made it."""
+class Hint:
+    """What to say to an answer that gives what `wrong`, a function with a known bug, gives."""
 
-    hint: str
-    wrong: Answer
+    text: str
+    wrong: Attempt
 
 
 @dataclass(frozen=True)
@@ -67,24 +67,23 @@ class Raised:
     error: Exception
 
 
-def judge(answer: Answer, trials: Iterable[Trial], mistakes: Sequence[Mistake]) -> Feedback:
+def give_feedback(answer: Attempt, trials: Iterable[Trial], hints: Sequence[Hint]) -> Feedback:
     """Call `answer` on each trial, and describe the first result that is wrong."""
     count = 0
     for trial in trials:
         count += 1
         handed_in = copy.deepcopy(trial.arguments)
-        given = called(answer, handed_in)
-        problem = changed_arguments(trial.arguments, handed_in) or wrong_with(given, trial)
+        given = call(answer, handed_in)
+        problem = describe_changed_arguments(trial.arguments, handed_in) or describe_fault(given, trial)
         if problem:
-            known = [(unexplained(given, mistake, trial), mistake.hint) for mistake in mistakes]
-            part, hint = min(known, default=(math.inf, ""))
-            named = f"\n  Hint: {hint}" if part <= EXPLAINED else ""
-            return Feedback(False, f"Not yet: {trial.call}\n  {problem}{named}")
+            part, text = min(((measure_rest(given, hint, trial), hint.text) for hint in hints), default=(math.inf, ""))
+            said = f"\n  Hint: {text}" if part <= EXPLAINED else ""
+            return Feedback(False, f"Not yet: {trial.call}\n  {problem}{said}")
     return Feedback(True, f"Right: all {count} trials conform.")
 
 
-def called(answer: Answer, arguments: tuple[Any, ...]) -> Any:
-    """What `answer` returns, or `Raised`."""
+def call(answer: Attempt, arguments: tuple[Any, ...]) -> Any:
+    """Return what `answer` returns, or `Raised`."""
     try:
         with np.errstate(all="ignore"):
             return answer(*arguments)
@@ -92,16 +91,16 @@ def called(answer: Answer, arguments: tuple[Any, ...]) -> Any:
         return Raised(error)
 
 
-def changed_arguments(before: tuple[Any, ...], after: tuple[Any, ...]) -> str:
-    """What to say if the answer wrote into an array that it was given."""
+def describe_changed_arguments(before: tuple[Any, ...], after: tuple[Any, ...]) -> str:
+    """Return what to say if the answer wrote into an array that it was given."""
     for old, new in zip(before, after, strict=True):
         if isinstance(old, np.ndarray) and not np.array_equal(old, new):
             return "your function changes an array that it was given; make a new one (x = x * 2, not x *= 2)"
     return ""
 
 
-def wrong_with(given: Any, trial: Trial) -> str:
-    """What is wrong with a result, in a sentence; nothing if it conforms."""
+def describe_fault(given: Any, trial: Trial) -> str:
+    """Return what is wrong with a result, in a sentence; nothing if it conforms."""
     if isinstance(given, Raised):
         if isinstance(given.error, NotImplementedError):
             return "nothing is written yet: replace the line that raises NotImplementedError"
@@ -111,11 +110,11 @@ def wrong_with(given: Any, trial: Trial) -> str:
     if not isinstance(trial.right, np.ndarray):
         same = np.shape(given) == () and given == trial.right
         return "" if same else f"{given!r} instead of {trial.right!r}"
-    return wrong_array(given, trial.right, trial.bound)
+    return describe_wrong_array(given, trial.right, trial.bound)
 
 
-def wrong_array(given: Any, right: Array, bound: Any) -> str:
-    """What is wrong with an array: kind, shape, precision, or the element that is farthest from what is right."""
+def describe_wrong_array(given: Any, right: Array, bound: Any) -> str:
+    """Return what is wrong with an array: kind, shape, precision, or the element farthest from what is right."""
     try:
         array = given if isinstance(given, np.ndarray) else np.asarray(given)
     except ValueError:
@@ -136,17 +135,17 @@ def wrong_array(given: Any, right: Array, bound: Any) -> str:
     place = tuple(int(n) for n in np.unravel_index(np.argmax(apart), apart.shape))
     wrong = int(np.sum(array != right if isinstance(right, Rounded) else apart > 2 * np.asarray(bound)))
     return (
-        f"{wrong} of {right.size} elements are wrong; the farthest, at {list(place)}, is {_written(array[place])} "
-        f"instead of {_written(right[place])}"
+        f"{wrong} of {right.size} elements are wrong; the farthest, at {list(place)}, is {_show(array[place])} "
+        f"instead of {_show(right[place])}"
     )
 
 
-def _written(value: Any) -> str:
+def _show(value: Any) -> str:
     return str(bool(value)) if np.asarray(value).dtype == bool else f"{float(value):.6g}"
 
 
 def conforms(array: Array, right: Array, bound: Any) -> bool:
-    """Whether rounding explains the difference of two arrays of one shape."""
+    """Return whether rounding explains the difference of two arrays of one shape."""
     if right.dtype.kind != "f":
         return bool(np.array_equal(array, right))
     allowed = np.broadcast_to(np.asarray(bound, np.float64), right.shape)
@@ -154,18 +153,18 @@ def conforms(array: Array, right: Array, bound: Any) -> bool:
     return strict_distance(wide(array), wide(right), tolerance(allowed), dtype_name(right)) <= 1
 
 
-def unexplained(given: Any, mistake: Mistake, trial: Trial) -> float:
-    """Which part of what is wrong with a result the mistake does not explain: 0 if it would give the same.
+def measure_rest(given: Any, hint: Hint, trial: Trial) -> float:
+    """Return which part of what is wrong with a result a bug does not explain: 0 if it gives the same.
 
-    That is the distance of the result from the mistake's, in units of that from what is right. Infinite where the
-    mistake makes no difference on this trial.
+    That is the distance of the result from the bug's, in units of that from what is right. Infinite where the bug
+    makes no difference on this trial.
     """
-    made = called(mistake.wrong, copy.deepcopy(trial.arguments))
-    if isinstance(made, Raised) or not wrong_with(made, trial):
+    made = call(hint.wrong, copy.deepcopy(trial.arguments))
+    if isinstance(made, Raised) or not describe_fault(made, trial):
         return math.inf
     if isinstance(made, str):
         return 0.0 if given == made else math.inf
-    ours, theirs, right = (numbers(x) for x in (given, made, trial.right))
+    ours, theirs, right = (as_float64(x) for x in (given, made, trial.right))
     if ours is None or theirs is None or right is None or ours.shape != theirs.shape:
         return math.inf
     if np.array_equal(ours, theirs):
@@ -176,8 +175,8 @@ def unexplained(given: Any, mistake: Mistake, trial: Trial) -> float:
     return float(remains / total) if np.isfinite(total) and total > 0 else math.inf
 
 
-def numbers(x: Any) -> Array | None:
-    """A result in float64, or None if it is no array of numbers."""
+def as_float64(x: Any) -> Array | None:
+    """Return a result in float64, or None if it is no array of numbers."""
     try:
         array = np.asarray(wide(x) if isinstance(x, np.ndarray) else x)
     except ValueError:

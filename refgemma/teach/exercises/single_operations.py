@@ -1,23 +1,24 @@
 """The exercises on single operations. What is right was recorded from PyTorch (`golden/`)."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import ml_dtypes
 import numpy as np
 
-from refgemma.activations import gelu, relu
+from refgemma import ops
 from refgemma.goldens.load import load_golden
+from refgemma.oracle import known_bugs as bugs
 from refgemma.oracle import tolerance as tol
 from refgemma.precision import Array, bf16, narrow, wide
-from refgemma.teach.exercises.feedback import Answer, Feedback, Mistake, Trial, judge
+from refgemma.teach.exercises.feedback import Attempt, Feedback, Hint, Trial, give_feedback
 
 EPS = 1e-6
 
 # --- embedding --------------------------------------------------------------------------------------------------------
 
 
-def check_embed(answer: Answer) -> Feedback:
+def check_embed(answer: Attempt) -> Feedback:
     """``embed(ids, table)``: rows of the table times ``sqrt(hidden)``, the factor in the precision of the table.
 
     Examples
@@ -36,22 +37,22 @@ def check_embed(answer: Answer) -> Feedback:
                 call = f"embed(ids, table) with a table of 5 rows and {width} columns in {dtype}"
                 yield Trial(call, (g["ids"], g["weight"]), g["y"], bound)
 
-    return judge(answer, trials(), [
-        Mistake("the factor sqrt(hidden) is missing.", lambda ids, table: table[ids]),
-        Mistake("the factor is sqrt(hidden), not hidden.", lambda ids, table: table[ids] * table.shape[-1]),
-        Mistake("the factor is the square root of the number of columns, not of rows.",
-                lambda ids, table: table[ids] * np.float32(math.sqrt(table.shape[0]))),
-        Mistake("you divide by sqrt(hidden); the rows are to become longer.",
-                lambda ids, table: table[ids] / narrow(math.sqrt(table.shape[-1]), like=table)),
-        Mistake("the factor itself has to be rounded to the table's precision first: narrow(sqrt(hidden), like=table).",
-                lambda ids, table: table[ids] * math.sqrt(table.shape[-1])),
+    return give_feedback(answer, trials(), [
+        Hint("the factor sqrt(hidden) is missing.", lambda ids, table: table[ids]),
+        Hint("the factor is sqrt(hidden), not hidden.", lambda ids, table: table[ids] * table.shape[-1]),
+        Hint("the factor is the square root of the number of columns, not of rows.",
+             lambda ids, table: table[ids] * np.float32(math.sqrt(table.shape[0]))),
+        Hint("you divide by sqrt(hidden); the rows are to become longer.",
+             lambda ids, table: table[ids] / narrow(math.sqrt(table.shape[-1]), like=table)),
+        Hint("the factor itself has to be rounded to the table's precision first: narrow(sqrt(hidden), like=table).",
+             lambda ids, table: table[ids] * math.sqrt(table.shape[-1])),
     ])  # fmt: skip
 
 
 # --- GELU -------------------------------------------------------------------------------------------------------------
 
 
-def check_gelu_tanh(answer: Answer) -> Feedback:
+def check_gelu_tanh(answer: Attempt) -> Feedback:
     """``gelu_tanh(x)``: ``0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x**3)))``.
 
     Examples
@@ -62,25 +63,22 @@ def check_gelu_tanh(answer: Answer) -> Feedback:
     _, g = load_golden("op-gelu-f32")
     near = np.abs(g["x"]) < 12  # beyond, GELU is x or 0, and the cube of the largest recorded numbers overflows
     x, y = g["x"][near], g["y"][near]
-    return judge(answer, [Trial("gelu_tanh(x) on numbers from -12 to 12", (x,), y, tol.gelu_tanh(x).bound)], [
-        Mistake("that is ReLU, which has a kink at 0.", relu),
-        Mistake("that is the exact GELU with the error function; Gemma 2 uses the tanh form, up to 5e-4 away.", gelu),
-        Mistake("that is x * sigmoid(1.702 x), another approximation of GELU.",
-                lambda x: x / (1 + np.exp(-1.702 * x))),
-        Mistake("that is SiLU, x * sigmoid(x), which Llama uses.", lambda x: x / (1 + np.exp(-x))),
-        Mistake("the cube is missing: tanh(sqrt(2/pi) (x + 0.044715 x**3)).",
-                lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * x))),
-        Mistake("sqrt(2/pi) multiplies the whole bracket, the cube too.",
-                lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * x + 0.044715 * x**3))),
-        Mistake("the 0.5 in front is missing.",
-                lambda x: x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))),
+    return give_feedback(answer, [Trial("gelu_tanh(x) on numbers from -12 to 12", (x,), y, tol.gelu_tanh(x).bound)], [
+        Hint("that is ReLU, which has a kink at 0.", bugs.relu),
+        Hint("that is the exact GELU with the error function; Gemma 2 uses the tanh form, up to 5e-4 away.",
+             bugs.gelu_erf),
+        Hint("that is x * sigmoid(1.702 x), another approximation of GELU.", bugs.gelu_sigmoid),
+        Hint("that is SiLU, x * sigmoid(x), which Llama uses.", bugs.silu),
+        Hint("the cube is missing: tanh(sqrt(2/pi) (x + 0.044715 x**3)).", bugs.gelu_without_cube),
+        Hint("sqrt(2/pi) multiplies the whole bracket, the cube too.", bugs.gelu_cube_outside),
+        Hint("the 0.5 in front is missing.", bugs.gelu_without_half),
     ])  # fmt: skip
 
 
 # --- shared key heads -------------------------------------------------------------------------------------------------
 
 
-def check_repeat_kv(answer: Answer) -> Feedback:
+def check_repeat_kv(answer: Attempt) -> Feedback:
     """``repeat_kv(x, groups)``: from (batch, kv_heads, keys, head_dim) to as many heads as there are queries.
 
     Examples
@@ -91,39 +89,20 @@ def check_repeat_kv(answer: Answer) -> Feedback:
     _, g = load_golden("op-repeat-kv-f32")
     groups = int(g["groups"][0])
     call = f"repeat_kv(x, {groups}) on 3 key heads"
-    return judge(answer, [Trial(call, (g["x"], groups), g["y"])], [
-        Mistake("the heads come as 0 1 2 0 1 2, but neighbours share a key head: 0 0 1 1 2 2.",
-                lambda x, groups: np.tile(x, (1, groups, 1, 1))),
-        Mistake("that repeats the places (axis 2); the heads are axis 1.",
-                lambda x, groups: np.repeat(x, groups, axis=2)),
-        Mistake("that repeats the texts of the batch (axis 0); the heads are axis 1.",
-                lambda x, groups: np.repeat(x, groups, axis=0)),
-        Mistake("nothing is repeated: there must be a key head for each query head.", lambda x, groups: x),
+    return give_feedback(answer, [Trial(call, (g["x"], groups), g["y"])], [
+        Hint("the heads come as 0 1 2 0 1 2, but neighbours share a key head: 0 0 1 1 2 2.", bugs.tiled),
+        Hint("that repeats the places (axis 2); the heads are axis 1.",
+             lambda x, groups: np.repeat(x, groups, axis=2)),
+        Hint("that repeats the texts of the batch (axis 0); the heads are axis 1.",
+             lambda x, groups: np.repeat(x, groups, axis=0)),
+        Hint("nothing is repeated: there must be a key head for each query head.", lambda x, groups: x),
     ])  # fmt: skip
 
 
 # --- rotary positions -------------------------------------------------------------------------------------------------
 
 
-def _neighbours(x: Array, cos: Array, sin: Array) -> Array:
-    half = x.shape[-1] // 2
-    even, odd = x[..., ::2], x[..., 1::2]
-    turned = [even * cos[..., :half] - odd * sin[..., :half], odd * cos[..., :half] + even * sin[..., :half]]
-    return np.stack(turned, axis=-1).reshape(x.shape)
-
-
-def _neighbours_of_wide_tables(x: Array, cos: Array, sin: Array) -> Array:
-    partners = np.stack([-x[..., 1::2], x[..., ::2]], axis=-1).reshape(x.shape)
-    turned: Array = x * cos + partners * sin
-    return turned
-
-
-def _turned(x: Array, sign_first: int, sign_second: int) -> Array:
-    first, second = np.split(x, 2, axis=-1)
-    return np.concatenate([sign_first * second, sign_second * first], axis=-1)
-
-
-def check_rotate(answer: Answer) -> Feedback:
+def check_rotate(answer: Attempt) -> Feedback:
     """``rotate(x, cos, sin)``: turn each pair ``(x[i], x[i + head_dim/2])`` by its angle.
 
     Examples
@@ -139,24 +118,22 @@ def check_rotate(answer: Answer) -> Feedback:
             yield Trial(f"rotate(x, cos, sin), heads of {width}", (x, cos, sin), g["y"], tol.rotate(x, cos, sin).bound)
 
     halves = "pairs lie half a head apart, (0, head_dim/2), not side by side, (0, 1)."
-    return judge(answer, trials(), [
-        Mistake("nothing is turned.", lambda x, cos, sin: x),
-        Mistake(halves, _neighbours),
-        Mistake(halves, _neighbours_of_wide_tables),
-        Mistake("that turns the other way: the minus belongs to the second half, which becomes the first.",
-                lambda x, cos, sin: x * cos + _turned(x, 1, -1) * sin),
-        Mistake("a minus is missing: a turn is (a cos - b sin, b cos + a sin).",
-                lambda x, cos, sin: x * cos + _turned(x, 1, 1) * sin),
-        Mistake("the two halves have to change places in the second product.",
-                lambda x, cos, sin: x * cos + x * sin),
-        Mistake("cosine and sine are exchanged.", lambda x, cos, sin: x * sin + _turned(x, -1, 1) * cos),
+    return give_feedback(answer, trials(), [
+        Hint("nothing is turned.", bugs.unturned),
+        Hint(halves, bugs.neighbours),
+        Hint(halves, bugs.neighbours_by_place),
+        Hint("that turns the other way: the minus belongs to the second half, which becomes the first.",
+             bugs.turned_back),
+        Hint("a minus is missing: a turn is (a cos - b sin, b cos + a sin).", bugs.turned_without_minus),
+        Hint("the two halves have to change places in the second product.", bugs.turned_in_place),
+        Hint("cosine and sine are exchanged.", bugs.cos_for_sin),
     ])  # fmt: skip
 
 
 # --- soft cap ---------------------------------------------------------------------------------------------------------
 
 
-def check_soft_cap(answer: Answer) -> Feedback:
+def check_soft_cap(answer: Attempt) -> Feedback:
     """``soft_cap(x, cap)``: ``cap * tanh(x / cap)``.
 
     Examples
@@ -172,27 +149,20 @@ def check_soft_cap(answer: Answer) -> Feedback:
             call = f"soft_cap(x, cap) on numbers from {low:g} to {high:g} with a cap of {cap}"
             yield Trial(call, (g["x"], float(cap)), g["y"], tol.soft_cap(g["x"], float(cap)).bound)
 
-    return judge(answer, trials(), [
-        Mistake("nothing is bent here. The formula is cap * tanh(x / cap).", lambda x, cap: x),
-        Mistake("that cuts off at the cap. A soft cap bends before it: cap * tanh(x / cap).",
-                lambda x, cap: np.clip(x, -cap, cap)),
-        Mistake("x has to be divided by the cap inside the tanh.", lambda x, cap: cap * np.tanh(x)),
-        Mistake("the result lies between -1 and 1: multiply by the cap again.", lambda x, cap: np.tanh(x / cap)),
-        Mistake("the cap is 50 or 30 as it is handed in; you use one of your own.",
-                lambda x, cap: (80 - cap) * np.tanh(x / (80 - cap))),
+    return give_feedback(answer, trials(), [
+        Hint("nothing is bent here. The formula is cap * tanh(x / cap).", lambda x, cap: x),
+        Hint("that cuts off at the cap. A soft cap bends before it: cap * tanh(x / cap).", bugs.cut_off),
+        Hint("x has to be divided by the cap inside the tanh.", bugs.cap_undivided),
+        Hint("the result lies between -1 and 1: multiply by the cap again.", bugs.cap_unmultiplied),
+        Hint("the cap is 50 or 30 as it is handed in; you use one of your own.",
+             lambda x, cap: ops.soft_cap(x, 80 - cap)),
     ])  # fmt: skip
 
 
 # --- from scores to probabilities -------------------------------------------------------------------------------------
 
 
-def _softmax(masked: Array, axis: int = -1) -> Array:
-    exponentials = np.exp(masked - masked.max(axis=axis, keepdims=True))
-    shares: Array = exponentials / exponentials.sum(axis=axis, keepdims=True)
-    return shares
-
-
-def check_attention_probs(answer: Answer) -> Feedback:
+def check_attention_probs(answer: Attempt) -> Feedback:
     """``attention_probs(scores, mask, cap)``: cap, mask, softmax. `mask` is true where a key may be seen.
 
     Examples
@@ -217,36 +187,35 @@ def check_attention_probs(answer: Answer) -> Feedback:
             call = f"attention_probs(scores, mask, {cap}) of a {kind} layer"
             yield Trial(call, (g[prefix + "scores"], mask[None, None], cap), g[prefix + "probs"], bound)
 
-    def capped(scores: Array, cap: float) -> Array:
-        return cap * np.tanh(scores / cap)
+    def probs(softmax: Callable[[Array, Array], Array]) -> Attempt:
+        return lambda scores, mask, cap: softmax(ops.soft_cap(scores, cap), mask.repeat(len(scores), axis=0))
 
-    return judge(answer, trials(), [
-        Mistake("the mask has to come after the cap: minus infinity, capped, lets the future through.",
-                lambda scores, mask, cap: _softmax(capped(np.where(mask, scores, -np.inf), cap))),
-        Mistake("the cap is missing.", lambda scores, mask, cap: _softmax(np.where(mask, scores, -np.inf))),
-        Mistake("the mask is missing: tokens see the future.", lambda scores, mask, cap: _softmax(capped(scores, cap))),
-        Mistake("the mask is the wrong way round: true means that a key may be seen.",
-                lambda scores, mask, cap: _softmax(np.where(mask, -np.inf, capped(scores, cap)))),
-        Mistake("the softmax has to run along the keys, the last axis, so that each row has the sum 1.",
-                lambda scores, mask, cap: _softmax(np.where(mask, capped(scores, cap), -np.inf), axis=-2)),
-        Mistake("probabilities that are set to 0 after the softmax leave rows whose sum is not 1: mask the scores.",
-                lambda scores, mask, cap: np.where(mask, _softmax(capped(scores, cap)), 0)),
-        Mistake("a score of 0 is an ordinary score; to hide a key its score must be minus infinity.",
-                lambda scores, mask, cap: _softmax(np.where(mask, capped(scores, cap), 0))),
-        Mistake("these are exponentials: divide each row by its sum.",
-                lambda scores, mask, cap: np.exp(np.where(mask, capped(scores, cap), -np.inf))),
+    return give_feedback(answer, trials(), [
+        Hint("the mask has to come after the cap: minus infinity, capped, lets the future through.",
+             lambda scores, mask, cap: probs(bugs.hidden_keys_at(-cap))(scores, mask, cap)),
+        Hint("the cap is missing.", lambda scores, mask, cap: ops.softmax(scores, mask.repeat(len(scores), axis=0))),
+        Hint("the mask is missing: tokens see the future.", probs(bugs.unmasked)),
+        Hint("the mask is the wrong way round: true means that a key may be seen.",
+             probs(lambda capped, mask: ops.softmax(capped, ~mask))),
+        Hint("the softmax has to run along the keys, the last axis, so that each row has the sum 1.",
+             probs(lambda capped, mask: _exchange(ops.softmax(_exchange(capped), _exchange(mask))))),
+        Hint("probabilities that are set to 0 after the softmax leave rows whose sum is not 1: mask the scores.",
+             probs(lambda capped, mask: np.where(mask, bugs.unmasked(capped, mask), 0))),
+        Hint("a score of 0 is an ordinary score; to hide a key its score must be minus infinity.",
+             probs(bugs.hidden_keys_at(0))),
+        Hint("these are exponentials: divide each row by its sum.",
+             probs(lambda capped, mask: np.exp(np.where(mask, capped, -np.inf)))),
     ])  # fmt: skip
+
+
+def _exchange(x: Array) -> Array:
+    return x.swapaxes(-1, -2)
 
 
 # --- windows ----------------------------------------------------------------------------------------------------------
 
 
-def _distance(q_places: Array, k_places: Array) -> Array:
-    apart: Array = q_places[:, None] - k_places
-    return apart
-
-
-def check_sliding_mask(answer: Answer) -> Feedback:
+def check_sliding_mask(answer: Attempt) -> Feedback:
     """``sliding_mask(q_places, k_places, window)``: true for the last `window` keys, the query's own included.
 
     Examples
@@ -266,35 +235,28 @@ def check_sliding_mask(answer: Answer) -> Feedback:
         Trial(f"sliding_mask(q_places, k_places, {window}), the last two tokens of the text only",
               (places[-2:], places, window), recorded[-2:]),
     ]  # fmt: skip
-    return judge(answer, trials, [
-        Mistake("that is the causal mask; the window is missing.", lambda q, k, w: _distance(q, k) >= 0),
-        Mistake("the window is one too wide: the query's own place counts as one of the keys.",
-                lambda q, k, w: (_distance(q, k) >= 0) & (_distance(q, k) <= w)),
-        Mistake("the window is one too narrow: the query's own place counts as one of the keys.",
-                lambda q, k, w: (_distance(q, k) >= 0) & (_distance(q, k) < w - 1)),
-        Mistake("a query may not see the future, however near: keys come at its place or before.",
-                lambda q, k, w: np.abs(_distance(q, k)) < w),
-        Mistake("a query may not see the future: the window begins behind it and ends at its own place.",
-                lambda q, k, w: _distance(q, k) < w),
-        Mistake("a query must see itself, too.", lambda q, k, w: (_distance(q, k) > 0) & (_distance(q, k) < w)),
-        Mistake("rows are queries and columns are keys; yours are the other way round.",
-                lambda q, k, w: ((_distance(q, k) >= 0) & (_distance(q, k) < w)).T),
-        Mistake("true means that a key may be seen.", lambda q, k, w: (_distance(q, k) < 0) | (_distance(q, k) >= w)),
-        Mistake("use the places that are handed in: when a text is continued, the first query is not at place 0.",
-                lambda q, k, w: (_distance(np.arange(len(q)), k) >= 0) & (_distance(np.arange(len(q)), k) < w)),
+    return give_feedback(answer, trials, [
+        Hint("that is the causal mask; the window is missing.", lambda q, k, w: ops.causal_mask(q, k)),
+        Hint("the window is one too wide: the query's own place counts as one of the keys.",
+             lambda q, k, w: ops.sliding_mask(q, k, w + 1)),
+        Hint("the window is one too narrow: the query's own place counts as one of the keys.",
+             lambda q, k, w: ops.sliding_mask(q, k, w - 1)),
+        Hint("a query may not see the future, however near: keys come at its place or before.", bugs.window_both_ways),
+        Hint("a query may not see the future: the window begins behind it and ends at its own place.",
+             bugs.window_open_ahead),
+        Hint("a query must see itself, too.", lambda q, k, w: ops.sliding_mask(q, k, w) & (k != q[:, None])),
+        Hint("rows are queries and columns are keys; yours are the other way round.",
+             lambda q, k, w: ops.sliding_mask(q, k, w).T),
+        Hint("true means that a key may be seen.", lambda q, k, w: ~ops.sliding_mask(q, k, w)),
+        Hint("use the places that are handed in: when a text is continued, the first query is not at place 0.",
+             lambda q, k, w: ops.sliding_mask(np.arange(len(q)), k, w)),
     ])  # fmt: skip
 
 
 # --- norms ------------------------------------------------------------------------------------------------------------
 
 
-def _norm(x: Array, weight: Array, eps: float, subtract: bool = False) -> Array:
-    x_wide = wide(x) - np.mean(wide(x), axis=-1, keepdims=True) if subtract else wide(x)
-    normed: Array = x_wide / np.sqrt(np.mean(x_wide**2, axis=-1, keepdims=True) + eps)
-    return normed
-
-
-def check_rms_norm(answer: Answer) -> Feedback:
+def check_rms_norm(answer: Attempt) -> Feedback:
     """``rms_norm(x, weight, eps)``: ``x / sqrt(mean(x**2) + eps) * (1 + weight)``, in float32, rounded once at the end.
 
     Examples
@@ -311,24 +273,16 @@ def check_rms_norm(answer: Answer) -> Feedback:
             yield Trial(f"rms_norm(x, weight, {EPS}) in {dtype}", (g["x"], g["weight"], EPS), g["y"], bound)
 
     early = "in half precision, compute in float32 (wide) and round once at the end (narrow); you round on the way."
-    return judge(answer, trials(), [
-        Mistake("Gemma stores the weight as an offset from one: multiply by 1 + weight.",
-                lambda x, weight, eps: narrow(_norm(x, weight, eps) * wide(weight), like=x)),
-        Mistake("that is LayerNorm: RMSNorm does not subtract the mean.",
-                lambda x, weight, eps: narrow(_norm(x, weight, eps, subtract=True) * (1 + wide(weight)), like=x)),
-        Mistake("divide by the square root of the mean square.", lambda x, weight, eps: narrow(
-            wide(x) / (np.mean(wide(x) ** 2, axis=-1, keepdims=True) + eps) * (1 + wide(weight)), like=x)),
-        Mistake("take the mean of the squares, not their sum.", lambda x, weight, eps: narrow(
-            wide(x) / np.sqrt(np.sum(wide(x) ** 2, axis=-1, keepdims=True) + eps) * (1 + wide(weight)), like=x)),
-        Mistake("the mean runs over each vector alone: axis=-1, keepdims=True.", lambda x, weight, eps: narrow(
-            wide(x) / np.sqrt(np.mean(wide(x) ** 2) + eps) * (1 + wide(weight)), like=x)),
-        Mistake("eps belongs inside the root: sqrt(mean(x**2) + eps).", lambda x, weight, eps: narrow(
-            wide(x) / (np.sqrt(np.mean(wide(x) ** 2, axis=-1, keepdims=True)) + eps) * (1 + wide(weight)), like=x)),
-        Mistake("the factor 1 + weight is missing.", lambda x, weight, eps: narrow(_norm(x, weight, eps), like=x)),
-        Mistake(early, lambda x, weight, eps: narrow(_norm(x, weight, eps), like=x) * (1 + weight)),
-        Mistake(early, lambda x, weight, eps: x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps) * (1 + weight)),
-        Mistake(early, lambda x, weight, eps:
-                x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * (1.0 + weight)),
+    return give_feedback(answer, trials(), [
+        Hint("Gemma stores the weight as an offset from one: multiply by 1 + weight.", bugs.norm_offset(0)),
+        Hint("that is LayerNorm: RMSNorm does not subtract the mean.", bugs.mean_subtracted),
+        Hint("divide by the square root of the mean square.", bugs.norm_without_root),
+        Hint("take the mean of the squares, not their sum.", bugs.norm_of_sum),
+        Hint("the mean runs over each vector alone: axis=-1, keepdims=True.", bugs.norm_of_all),
+        Hint("eps belongs inside the root: sqrt(mean(x**2) + eps).", bugs.eps_outside),
+        Hint("the factor 1 + weight is missing.", bugs.norm_without_factor),
+        Hint(early, bugs.norm_cast_early("bfloat16")),
+        Hint(early, bugs.norm_in_steps),
     ])  # fmt: skip
 
 
@@ -340,7 +294,7 @@ def _cut(x: Array, added: int) -> Array:
     return words.view(np.float32)
 
 
-def check_round_to_bf16(answer: Answer) -> Feedback:
+def check_round_to_bf16(answer: Attempt) -> Feedback:
     """``round_to_bf16(x)``: float32 numbers rounded to bfloat16, ties to even, as a float32 array.
 
     What is right is the conversion of `ml_dtypes`, which the machine-learning libraries share.
@@ -361,14 +315,14 @@ def check_round_to_bf16(answer: Answer) -> Feedback:
         Trial("round_to_bf16(x) on numbers of all sizes", (sizes,), right(sizes)),
         Trial("round_to_bf16(x) on numbers half way between two bfloat16 numbers", (ties,), right(ties)),
     ]
-    return judge(answer, trials, [
-        Mistake("that cuts the lower half off; round to the nearest instead.", lambda x: _cut(x, 0)),
-        Mistake("numbers half way go to the neighbour whose last bit is 0 (ties to even), not always up.",
-                lambda x: _cut(x, 0x8000)),
-        Mistake("numbers half way go to the neighbour whose last bit is 0 (ties to even), not always down.",
-                lambda x: _cut(x, 0x7FFF)),
-        Mistake("that is float16: five bits of power and eleven of digits.",
-                lambda x: x.astype(np.float16).astype(np.float32)),
-        Mistake("nothing is rounded.", lambda x: x),
-        Mistake("bf16(x) gives an array that goes on rounding; return an ordinary one: wide(bf16(x)).", bf16),
+    return give_feedback(answer, trials, [
+        Hint("that cuts the lower half off; round to the nearest instead.", lambda x: _cut(x, 0)),
+        Hint("numbers half way go to the neighbour whose last bit is 0 (ties to even), not always up.",
+             lambda x: _cut(x, 0x8000)),
+        Hint("numbers half way go to the neighbour whose last bit is 0 (ties to even), not always down.",
+             lambda x: _cut(x, 0x7FFF)),
+        Hint("that is float16: five bits of power and eleven of digits.",
+             lambda x: x.astype(np.float16).astype(np.float32)),
+        Hint("nothing is rounded.", lambda x: x),
+        Hint("bf16(x) gives an array that goes on rounding; return an ordinary one: wide(bf16(x)).", bf16),
     ])  # fmt: skip
