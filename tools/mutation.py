@@ -46,31 +46,15 @@ PAGE = ROOT / "docs" / "property-tests.md"
 BEGIN, END = "<!-- python tools/mutation.py -->", "<!-- end of mutation -->"
 
 # The core, as patterns of files in refgemma/, and the tests that each is tried with, as patterns of files in tests/.
-CORE = (
-    "test_model",
-    "test_ops",
-    "test_layers",
-    "test_golden",
-    "test_cache",
-    "test_precision",
-    "test_inputs",
-)
+CORE = ("ops", "layers", "model", "golden", "cache", "precision", "inputs")
 TESTS_OF = {
     "ops": CORE,
     "precision": CORE,
     "layers": CORE,
     "cache": CORE,
-    "heads": ("test_heads", "test_golden", "test_modeling"),
+    "heads": ("heads", "golden", "modeling"),
     "model": CORE,
-    "generation/decode": (
-        "test_decode",
-        "test_beams",
-        "test_greedy",
-        "test_stream",
-        "test_processors",
-        "test_generation_config",
-        "test_modeling",
-    ),
+    "generation/decode": ("decode", "beams", "greedy", "stream", "processors", "generation_config", "modeling"),
 }
 
 
@@ -81,7 +65,7 @@ def fast_tests() -> dict[str, tuple[str, ...]]:
         files = sorted((ROOT / "refgemma").glob(f"{pattern}.py"))
         if not files:
             sys.exit(f"refgemma/{pattern}.py does not exist: give TESTS_OF in tools/mutation.py its present name")
-        tests = [path for one in patterns for path in sorted((ROOT / "tests").glob(f"{one}.py"))]
+        tests = [path for one in patterns for path in sorted((ROOT / "tests").glob(f"test_{one}.py"))]
         for file in files:
             module = file.relative_to(ROOT / "refgemma").with_suffix("").as_posix()
             found[module] = tuple(path.relative_to(ROOT).as_posix() for path in tests)
