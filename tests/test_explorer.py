@@ -13,7 +13,7 @@ import pytest
 import refgemma
 from refgemma.cli.main import main
 from refgemma.cli.output import MISUSE, OK
-from refgemma.teach.explorer import LIMIT, TEMPLATE, explore_run, most_tokens, page_bytes, render_page
+from refgemma.teach.explorer import PAGE_LIMIT, TEMPLATE, explore_run, most_tokens, page_bytes, render_page
 from refgemma.trace.names import named_tensors, trace_axes
 
 TINY = refgemma.load("tiny")
@@ -118,7 +118,7 @@ def test_a_page_is_small_and_a_prompt_too_long_for_one_is_refused() -> None:
     most = most_tokens(TINY.config)
     ids = (TINY.tokenizer.encode("There was once a king who had three daughters, and " * 20))[:most]
     made = render_page(explore_run(ids, TINY, "tiny", "float32"))
-    assert 0.75 * LIMIT < len(made.encode()) <= page_bytes(most, TINY.config) <= LIMIT
+    assert 0.75 * PAGE_LIMIT < len(made.encode()) <= page_bytes(most, TINY.config) <= PAGE_LIMIT
     with pytest.raises(refgemma.InputError, match=f"has {most + 1} tokens: with this model .* holds {most}"):
         explore_run([*ids, 2], TINY, "tiny", "float32")
 

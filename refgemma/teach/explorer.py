@@ -28,7 +28,7 @@ from refgemma.tokenizer.tokenizer import Tokenizer
 from refgemma.trace.names import run_in_order, trace_axes
 from refgemma.weights.parameters import Weights
 
-LIMIT = 2_000_000  # bytes of a page: what opens at once, and can be sent by mail
+PAGE_LIMIT = 2_000_000  # bytes of a page: what opens at once, and can be sent by mail
 TOP = 5  # next tokens shown at each depth
 TEMPLATE = Path(__file__).with_name("explorer.html")
 __getattr__ = explain_renames(__name__, explored="explore_run", page="render_page", likeliest="rank_tokens",
@@ -42,7 +42,7 @@ def page_bytes(seq: int, config: Gemma2Config) -> int:
 
     Examples
     --------
-    >>> page_bytes(10, Gemma2Config.preset("2b")) < LIMIT < page_bytes(100, Gemma2Config.preset("2b"))
+    >>> page_bytes(10, Gemma2Config.preset("2b")) < PAGE_LIMIT < page_bytes(100, Gemma2Config.preset("2b"))
     True
     """
     layers, depths = config.num_hidden_layers, config.num_hidden_layers + 1
@@ -54,7 +54,7 @@ def page_bytes(seq: int, config: Gemma2Config) -> int:
 
 
 def most_tokens(config: Gemma2Config) -> int:
-    """How many tokens a page of `LIMIT` bytes holds.
+    """How many tokens a page of `PAGE_LIMIT` bytes holds.
 
     Examples
     --------
@@ -62,7 +62,7 @@ def most_tokens(config: Gemma2Config) -> int:
     50
     """
     seq = 0
-    while page_bytes(seq + 1, config) <= LIMIT:
+    while page_bytes(seq + 1, config) <= PAGE_LIMIT:
         seq += 1
     return seq
 
@@ -137,9 +137,10 @@ def explore_run(ids: Sequence[int], model: Pretrained, name: str, dtype: str) ->
     ('<bos>', 6, 6)
     """
     config, seq = model.config, len(ids)
-    if page_bytes(seq, config) > LIMIT:
+    if page_bytes(seq, config) > PAGE_LIMIT:
         raise InputError(
-            f"the prompt has {seq} tokens: with this model a page of {LIMIT / 1e6:g} MB holds {most_tokens(config)}"
+            f"the prompt has {seq} tokens: with this model a page of {PAGE_LIMIT / 1e6:g} MB "
+            f"holds {most_tokens(config)}"
         )
     lower = np.tril_indices(seq)
     attention: list[Array] = []
@@ -196,7 +197,7 @@ def render_page(run: dict[str, Any]) -> str:
     Raises
     ------
     InputError
-        If it is larger than `LIMIT` all the same, by unusually long tokens.
+        If it is larger than `PAGE_LIMIT` all the same, by unusually long tokens.
 
     Examples
     --------
@@ -210,6 +211,6 @@ def render_page(run: dict[str, Any]) -> str:
     before, rest = TEMPLATE.read_text("utf-8").split("{{title}}")
     middle, after = rest.split("{{run}}")
     whole = before + title + middle + data + after
-    if len(whole.encode()) > LIMIT:
-        raise InputError(f"the page would be larger than {LIMIT / 1e6:g} MB; give a shorter prompt")
+    if len(whole.encode()) > PAGE_LIMIT:
+        raise InputError(f"the page would be larger than {PAGE_LIMIT / 1e6:g} MB; give a shorter prompt")
     return whole

@@ -152,7 +152,7 @@ class Program:
                 self._running = _Process(self.command)
             try:
                 self._running.ask(name, self.seconds)
-                metadata, found = _read(folder / "answer.safetensors")
+                metadata, found = _read_answer(folder / "answer.safetensors")
             except (RefgemmaError, OSError) as error:
                 self._running.end()
                 self._running = None
@@ -160,7 +160,7 @@ class Program:
         return metadata, found
 
 
-def _read(file: Path) -> tuple[dict[str, str], dict[str, Array]]:
+def _read_answer(file: Path) -> tuple[dict[str, str], dict[str, Array]]:
     """The metadata and the tensors of an answer."""
     answer = open_safetensors(file)
     for name, entry in answer.entries.items():

@@ -734,10 +734,10 @@ def a_kernel_rounds_once(bench: Bench, scene: Scene) -> None:
 
 # --- single operations ------------------------------------------------------------------------------------------------
 
-DTYPES = st.sampled_from(["float32", "float64", "bfloat16", "float16"])
+ANY_DTYPE = st.sampled_from(["float32", "float64", "bfloat16", "float16"])
 
 
-@law(x=DTYPES.flatmap(activations), cap=st.sampled_from([50.0, 30.0, 2.0]), needs=["operations"])
+@law(x=ANY_DTYPE.flatmap(activations), cap=st.sampled_from([50.0, 30.0, 2.0]), needs=["operations"])
 def soft_cap_is_bounded_odd_and_monotone(bench: Bench, x: Array, cap: float) -> None:
     """``|cap(x)|`` is at most ``cap`` and at most ``|x|``, ``cap(-x) = -cap(x)``, and larger numbers stay larger."""
     soft_cap, u = bench.operations["soft_cap"], 2.0**-8
@@ -807,7 +807,7 @@ def position_zero_does_not_turn(bench: Bench, pair: Array) -> None:
 
 
 @law(
-    x=DTYPES.flatmap(lambda d: activations(d, 6).map(lambda x: np.clip(x, -256, 256))),
+    x=ANY_DTYPE.flatmap(lambda d: activations(d, 6).map(lambda x: np.clip(x, -256, 256))),
     eps=st.sampled_from([1e-6, 1e-2]),
     needs=["operations"],
 )
@@ -833,7 +833,7 @@ def rms_norm_has_unit_size_and_offset(bench: Bench, x: Array, eps: float) -> Non
 
 
 @law(
-    x=DTYPES.flatmap(lambda d: activations(d, 8).map(lambda x: np.clip(x, -80, 80))),
+    x=ANY_DTYPE.flatmap(lambda d: activations(d, 8).map(lambda x: np.clip(x, -80, 80))),
     hidden=st.lists(st.booleans(), min_size=8, max_size=8),
     needs=["operations"],
 )
@@ -855,7 +855,7 @@ def softmax_sums_to_one_over_what_is_visible(bench: Bench, x: Array, hidden: lis
     require(np.abs(shifted - by_hand) <= 80 * 2.0**-24 + 2 * u, "not exp(s) / sum of exp(s)")
 
 
-@law(x=DTYPES.flatmap(activations), needs=["operations"])
+@law(x=ANY_DTYPE.flatmap(activations), needs=["operations"])
 def gelu_of_opposite_numbers_differs_by_the_number(bench: Bench, x: Array) -> None:
     """``gelu(x) - gelu(-x) = x``, and it is between 0 and x for positive x, never far below 0."""
     gelu_tanh = bench.operations["gelu_tanh"]
@@ -920,7 +920,7 @@ def log_probabilities(logits: Exact) -> Exact:
     return result
 
 
-DRAWS = 4000
+DRAW_COUNT = 4000
 
 
 @law(scene=scenes(batch=(1, 1), seq=(1, 6), final_logit_softcapping=2.0), seed=st.integers(0, 2**16), needs=["sample"])
@@ -928,9 +928,9 @@ def draws_follow_the_probabilities(bench: Bench, scene: Scene, seed: int) -> Non
     """Drawn tokens have the frequencies of the softmax of the logits, by a chi-square test at five sigma."""
     model = bench.scene(scene)
     probabilities = np.exp(log_probabilities(model.logits(scene.ids)[0, -1]))
-    drawn = np.asarray(bench.backend.sample(model.handle, scene.ids, DRAWS, seed))
-    require(drawn.shape == (DRAWS,), f"{DRAWS} draws have shape {drawn.shape}")
-    counts, expected = np.bincount(drawn, minlength=len(probabilities)), DRAWS * probabilities
+    drawn = np.asarray(bench.backend.sample(model.handle, scene.ids, DRAW_COUNT, seed))
+    require(drawn.shape == (DRAW_COUNT,), f"{DRAW_COUNT} draws have shape {drawn.shape}")
+    counts, expected = np.bincount(drawn, minlength=len(probabilities)), DRAW_COUNT * probabilities
     often = expected >= 5  # the test is one for classes that are not rare: the others are taken as one
     counts = np.append(counts[often], counts[~often].sum())
     expected = np.append(expected[often], max(expected[~often].sum(), 1e-9))

@@ -129,12 +129,12 @@ def tensors_of(config: Gemma2Config, kind: str = "ordinary", seed: int = 0) -> d
     rng = np.random.default_rng(seed)
     std = 1.2 / np.sqrt(config.hidden_size)
     return {
-        name: _tensor(name, shape, kind, std, np.random.default_rng(rng.integers(2**63)))
+        name: _make_tensor(name, shape, kind, std, np.random.default_rng(rng.integers(2**63)))
         for name, shape in tensor_shapes(config).items()
     }
 
 
-def _tensor(name: str, shape: tuple[int, ...], kind: str, std: float, rng: np.random.Generator) -> Any:
+def _make_tensor(name: str, shape: tuple[int, ...], kind: str, std: float, rng: np.random.Generator) -> Any:
     noise = rng.standard_normal(shape)
     is_norm = len(shape) == 1 and not name.endswith(".bias")
     if kind not in KINDS:

@@ -25,7 +25,7 @@ def profile(pytestconfig: pytest.Config) -> str:
     return str(pytestconfig.getoption("profile", "ci"))
 
 
-def run_check(check: Callable[..., None], *arguments: Any) -> None:
+def ask(check: Callable[..., None], *arguments: Any) -> None:
     """Run a check; what is not applicable is skipped, and counted apart by the plugin."""
     try:
         check(*arguments)
@@ -36,10 +36,10 @@ def run_check(check: Callable[..., None], *arguments: Any) -> None:
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.law(name)) for name in LAWS])
 def test_law(backend: Any, profile: str, name: str) -> None:
     """A law holds."""
-    run_check(LAWS[name], backend, profile)
+    ask(LAWS[name], backend, profile)
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.law(name)) for name in golden_names()])
 def test_golden(backend: Any, name: str) -> None:
     """A recording of PyTorch is met."""
-    run_check(check_golden, backend, name)
+    ask(check_golden, backend, name)
