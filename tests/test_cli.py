@@ -281,7 +281,7 @@ def test_chat_without_any_input(monkeypatch) -> None:
 @pytest.mark.parametrize("content", ["{}", "[]", '{"cases": {}, "format": "refgemma-golden/1"}', "nonsense"])
 def test_a_manifest_that_is_none(content, tmp_path, capsys, monkeypatch) -> None:
     (tmp_path / "manifest.json").write_text(content)
-    monkeypatch.setattr("refgemma.goldens.verify.golden_folder", lambda: tmp_path)
+    monkeypatch.setattr("refgemma.goldens.load.golden_folder", lambda: tmp_path)
     assert main(["verify"]) == MISUSE
     err = capsys.readouterr().err
     assert "manifest.json" in err
