@@ -65,7 +65,7 @@ def run_verify(args: argparse.Namespace) -> int:
     if checkpoint is not None and not args.full:
         names = [recording_of(checkpoint)]
     else:
-        names = [args.full] if args.full else asked(args.cases)
+        names = [args.full] if args.full else choose_cases(args.cases)
     if args.list:
         as_json(names) if args.json else print("\n".join(names))
         return OK
@@ -73,7 +73,7 @@ def run_verify(args: argparse.Namespace) -> int:
         print(f"{'case':32s} {'tensors':>7s}  {'worst/bound':>11s}  verdict")
     results = []
     for name in progress(names):
-        results.append(verified(name, args.dtype, checkpoint, args.reference))
+        results.append(verify_case(name, args.dtype, checkpoint, args.reference))
         if not args.json:
             print(case_row(results[-1]), flush=True)
     differing = [r.case for r in results if not r.conforms]
@@ -92,7 +92,7 @@ def run_verify(args: argparse.Namespace) -> int:
     return DIFFERS if differing else OK
 
 
-def asked(cases: list[str]) -> list[str]:
+def choose_cases(cases: list[str]) -> list[str]:
     """The cases that were named, after a look whether they exist; or all, and two layers of each full size."""
     if not cases:
         return [*case_names(), *two_layer_names()]
@@ -100,7 +100,7 @@ def asked(cases: list[str]) -> list[str]:
     return cases
 
 
-def verified(name: str, dtype: str, checkpoint: Checkpoint | None, reference: bool) -> CaseResult:
+def verify_case(name: str, dtype: str, checkpoint: Checkpoint | None, reference: bool) -> CaseResult:
     """One case; one at full size with a bar of its own, since it takes longer than all others.
 
     Two layers, which ``verify`` compares by itself, are always compared tensor by tensor.

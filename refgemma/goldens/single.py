@@ -37,10 +37,12 @@ def recorded_operations(
         name: str, allowed: Callable[..., Tolerance], *numbers: Any, result: str = "y",
         stores: Callable[..., list[Array]] = store_nothing,
     ) -> Operation:  # fmt: skip
-        def stored(*inputs: Array, storage: str) -> list[Array]:
+        def store_on_the_way(*inputs: Array, storage: str) -> list[Array]:
             return stores(*inputs, *numbers, storage=storage)
 
-        return Operation(result, (), lambda *x: functions[name](*x, *numbers), lambda *x: allowed(*x, *numbers), stored)
+        return Operation(
+            result, (), lambda *x: functions[name](*x, *numbers), lambda *x: allowed(*x, *numbers), store_on_the_way
+        )
 
     def table(number: int) -> Callable[..., Array]:
         like = golden["cos"]

@@ -52,7 +52,7 @@ def run_prompt(prompt: Prompt, weights: Weights, config: Gemma2Config) -> Iterat
     >>> tensors["calls.1.logits"].shape
     (1, 6, 97)
     """
-    yield from given(prompt)
+    yield from input_tensors(prompt)
     cache: Cache | None = None
     starts = np.cumsum([0, *prompt.calls])
     for number, (start, end) in enumerate(pairwise(starts)):
@@ -64,7 +64,7 @@ def run_prompt(prompt: Prompt, weights: Weights, config: Gemma2Config) -> Iterat
         cache = run.cache
 
 
-def given(prompt: Prompt) -> Iterator[tuple[str, Array]]:
+def input_tensors(prompt: Prompt) -> Iterator[tuple[str, Array]]:
     """The tensors that say what is asked."""
     yield "input_ids", prompt.input_ids
     yield "attention_mask", prompt.attention_mask
@@ -134,7 +134,7 @@ def write_prompts(found: Sequence[Detected], config: Gemma2Config, folder: Path,
     known, written = prompts(config), []
     for name in dict.fromkeys(s.prompt for s in found):
         written.append(folder / f"{name}.safetensors")
-        save_trace(given(known[name]), written[-1], about(known[name]) | {"model": model})
+        save_trace(input_tensors(known[name]), written[-1], about(known[name]) | {"model": model})
     written.append(folder / "prompts.json")
     replace_file(written[-1], (json.dumps(as_json(found, config, model), indent=2) + "\n").encode())
     return written

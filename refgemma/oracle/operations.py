@@ -152,7 +152,7 @@ def _ends(context: Context) -> Iterator[Operation]:
         return tol.tolerance(bound, np.concatenate([piece.spread for piece in pieces], axis=-1))
 
     yield Operation("raw_logits", ("norm",), raw_logits, raw_logits_tolerance)
-    yield _capped(context, "logits", "raw_logits", cap)
+    yield _cap(context, "logits", "raw_logits", cap)
 
 
 def _norm(context: Context, name: str, source: str, weight: Callable[[], Array]) -> Operation:
@@ -160,7 +160,7 @@ def _norm(context: Context, name: str, source: str, weight: Callable[[], Array])
     return Operation(name, (source,), lambda x: norm(x, weight(), eps), lambda x: tol.rms_norm(x, weight(), eps))
 
 
-def _capped(context: Context, name: str, source: str, cap: float | None) -> Operation:
+def _cap(context: Context, name: str, source: str, cap: float | None) -> Operation:
     soft_cap = context.function("soft_cap", ops.soft_cap)
     allowed, stores = partial(tol.soft_cap, cap=cap), partial(tol.soft_cap_stores, cap=cap)
     return Operation(name, (source,), lambda x: soft_cap(x, cap), allowed, stores)
@@ -192,11 +192,11 @@ def _attention(context: Context, layer: int, source: str) -> Iterator[Operation]
     score = context.function("attention_scores", ops.attention_scores)
 
     def weight(letter: str) -> Matrix:
-        def found() -> tuple[Array, Array | None]:
+        def read_matrix() -> tuple[Array, Array | None]:
             weights = context.layer(layer)
             return getattr(weights, f"{letter}_proj"), getattr(weights, f"{letter}_proj_bias")
 
-        return found
+        return read_matrix
 
     for letter in ("q", "k", "v"):
         yield _heads(p + letter, source, weight(letter), config.head_dim)
@@ -208,7 +208,7 @@ def _attention(context: Context, layer: int, source: str) -> Iterator[Operation]
         lambda q, k: tol.attention_scores(q, repeat(k, context.groups), scale),
         lambda q, k, storage: tol.scores_stores(q, repeat(k, context.groups), scale, storage),
     )  # fmt: skip
-    yield _capped(context, p + "capped", p + "scores", cap)
+    yield _cap(context, p + "capped", p + "scores", cap)
     yield Operation(
         p + "probs", (p + "capped",),
         lambda x: softmax(x, context.mask(context, layer)),

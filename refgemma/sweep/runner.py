@@ -137,7 +137,7 @@ def sweep(
         Whether to do also what was done already.
     """
     results.mkdir(parents=True, exist_ok=True)
-    kept = {} if again else {job.key: found for job in jobs if (found := _kept(results, job)) is not None}
+    kept = {} if again else {job.key: found for job in jobs if (found := _read_result(results, job)) is not None}
     yield from ((job, kept[job.key]) for job in jobs if job.key in kept)
     for job, done in run_jobs([job for job in jobs if job.key not in kept], pool, width):
         if done["verdict"] not in (UNREADABLE, FAILED, LOST):  # these are tried again the next time
@@ -145,7 +145,7 @@ def sweep(
         yield job, done
 
 
-def _kept(results: Path, job: Job) -> Done | None:
+def _read_result(results: Path, job: Job) -> Done | None:
     try:
         found = read_object(results / f"{job.key}.json", RefgemmaError)
     except RefgemmaError:

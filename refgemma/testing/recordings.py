@@ -58,7 +58,7 @@ def check_golden(backend: Any, name: str) -> None:
         raise LawBroken(f"{name}: {message(error)}", golden_script(name, backend)) from error
 
 
-def _loaded(backend: Any, about: Mapping[str, Any]) -> Any:
+def _load(backend: Any, about: Mapping[str, Any]) -> Any:
     can = backend.capabilities()
     if about["dtype"] not in can.dtypes:
         raise NotApplicable(f"it does not compute in {about['dtype']} throughout")
@@ -76,7 +76,7 @@ def _check_forward(backend: Any, name: str) -> None:
         raise NotApplicable("its forward takes no padding")
     if can.max_length is not None and ids.shape[1] > can.max_length:
         raise NotApplicable(f"it takes no texts of more than {can.max_length} tokens")
-    model, cache, done = _loaded(backend, about), None, 0
+    model, cache, done = _load(backend, about), None, 0
     computed: dict[str, Array] = {}
     wanted = sorted({tensor.split(".", 2)[2] for tensor in golden if tensor.startswith("calls.")} | {"logits"})
     for call, length in enumerate(about["calls"]):
@@ -105,7 +105,7 @@ def _measure_distances(
 def _check_greedy(backend: Any, name: str) -> None:
     """Text continued by the likeliest token, all read anew at each step: it needs no cache."""
     about, golden = load_golden(name)
-    model = _loaded(backend, about)
+    model = _load(backend, about)
     for number in range(len(about["prompts"])):
         text = [int(token) for token in golden[f"prompt.{number}"]]
         recorded = [int(token) for token in golden[f"continued.{number}"]]

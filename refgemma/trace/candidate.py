@@ -349,8 +349,8 @@ def only(candidate: Candidate, names: tuple[str, ...]) -> Candidate:
         Those to keep; ``layers.*.out`` keeps that of every layer.
     """
 
-    def wanted(name: str) -> bool:
+    def is_wanted(name: str) -> bool:
         layer = layer_of(name)
         return name in names or (layer is not None and f"layers.*.{field_of(name)}" in names)
 
-    return replace(candidate, tensors={name: x for name, x in candidate.tensors.items() if wanted(name)})
+    return replace(candidate, tensors={name: x for name, x in candidate.tensors.items() if is_wanted(name)})

@@ -43,7 +43,7 @@ def catch_tensors(model: Any) -> Iterator[dict[str, Any]]:
     def output(module: Any, name: str) -> None:
         handles.append(module.register_forward_hook(lambda m, i, o: found.__setitem__(name, o)))
 
-    def given(module: Any, name: str) -> None:
+    def catch_input(module: Any, name: str) -> None:
         handles.append(module.register_forward_hook(lambda m, i, o: found.__setitem__(name, i[0])))
 
     output(inner.embed_tokens, "embedded")
@@ -56,15 +56,15 @@ def catch_tensors(model: Any) -> Iterator[dict[str, Any]]:
         p = f"layers.{index}."
         for norm in NORMS:
             output(getattr(layer, norm), p + norm)
-        given(layer.pre_feedforward_layernorm, p + "middle")
+        catch_input(layer.pre_feedforward_layernorm, p + "middle")
         for letter in ("q", "k", "v"):
             output(getattr(layer.self_attn, f"{letter}_proj"), f"{p}attention.{letter}")
-        given(layer.self_attn.o_proj, p + "attention.mixed")
+        catch_input(layer.self_attn.o_proj, p + "attention.mixed")
         output(layer.self_attn.o_proj, p + "attention.out")
         output(layer.mlp.gate_proj, p + "feed_forward.gate")
         output(layer.mlp.up_proj, p + "feed_forward.up")
         output(layer.mlp.act_fn, p + "feed_forward.gelu")
-        given(layer.mlp.down_proj, p + "feed_forward.product")
+        catch_input(layer.mlp.down_proj, p + "feed_forward.product")
         output(layer.mlp.down_proj, p + "feed_forward.out")
         output(layer, p + "out")
     with _watched_attention(modeling, found):
@@ -89,7 +89,7 @@ def _watched_attention(modeling: Any, found: dict[str, Any]) -> Iterator[None]:
         """The attention functions there are, each watched."""
 
         def get_interface(self, *args: Any) -> Callable[..., Any]:
-            return _watched(interfaces.get_interface(*args), rotated, found)
+            return _watch(interfaces.get_interface(*args), rotated, found)
 
         def __getattr__(self, name: str) -> Any:
             return getattr(interfaces, name)
@@ -101,7 +101,7 @@ def _watched_attention(modeling: Any, found: dict[str, Any]) -> Iterator[None]:
         modeling.apply_rotary_pos_emb, modeling.ALL_ATTENTION_FUNCTIONS = rotate, interfaces
 
 
-def _watched(attend: Callable[..., Any], rotated: list[tuple[Any, Any]], found: dict[str, Any]) -> Callable[..., Any]:
+def _watch(attend: Callable[..., Any], rotated: list[tuple[Any, Any]], found: dict[str, Any]) -> Callable[..., Any]:
     from torch.overrides import TorchFunctionMode
 
     class Watch(TorchFunctionMode):  # type: ignore[misc]
@@ -116,7 +116,7 @@ def _watched(attend: Callable[..., Any], rotated: list[tuple[Any, Any]], found: 
             self.calls.append((getattr(func, "__name__", ""), args, result))
             return result
 
-    def attended(module: Any, *args: Any, **named: Any) -> Any:
+    def attend_watched(module: Any, *args: Any, **named: Any) -> Any:
         with Watch() as watch:
             mixed, probs = attend(module, *args, **named)
         p = f"layers.{module.layer_idx}.attention."
@@ -126,7 +126,7 @@ def _watched(attend: Callable[..., Any], rotated: list[tuple[Any, Any]], found: 
             found[p + "probs"] = probs
         return mixed, probs
 
-    return attended
+    return attend_watched
 
 
 def scores_of(calls: Sequence[tuple[str, Any, Any]]) -> dict[str, Any]:

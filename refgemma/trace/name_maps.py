@@ -196,7 +196,7 @@ def _arrange_entry(entry: Entry, rule: Rule, config: Gemma2Config, seq: int) -> 
     keys = min(seq, shape[-1]) if rule.more_keys and shape else None
     shape = shape if keys is None else (*shape[:-1], keys)
 
-    def placed(x: Array, fill: Any) -> Array:
+    def place(x: Array, fill: Any) -> Array:
         own = arrange(x, rule, config)[..., :keys]
         if not alone:
             return own
@@ -205,10 +205,10 @@ def _arrange_entry(entry: Entry, rule: Rule, config: Gemma2Config, seq: int) -> 
         return whole
 
     def known() -> Array:
-        return placed(np.ones(entry.shape, bool) if entry.known is None else entry.known(), False)
+        return place(np.ones(entry.shape, bool) if entry.known is None else entry.known(), False)
 
     return replace(
-        entry, shape=(*shape[:-2], rows, shape[-1]) if alone else shape, read=lambda: placed(entry.read(), 0),
+        entry, shape=(*shape[:-2], rows, shape[-1]) if alone else shape, read=lambda: place(entry.read(), 0),
         known=known if alone or entry.known is not None else None,
     )  # fmt: skip
 
