@@ -16,7 +16,7 @@ from sphinx.application import Sphinx
 from sphinx.errors import SphinxError
 
 import refgemma
-from refgemma.teach.explorer import explored, page
+from refgemma.teach.explorer import explore_run, render_page
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -111,7 +111,7 @@ def write_explorer(app: Sphinx, failed: Exception | None) -> None:
         ids = model.tokenizer.encode(
             "Once upon a time there was a little princess who lived in a great castle by the sea."
         )
-        (Path(app.outdir) / "explorer.html").write_text(page(explored(ids, model, "tiny", "float32")), "utf-8")
+        (Path(app.outdir) / "explorer.html").write_text(render_page(explore_run(ids, model, "tiny", "float32")), "utf-8")
 
 
 def follow_links(app: Sphinx, failed: Exception | None) -> None:

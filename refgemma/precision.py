@@ -75,7 +75,7 @@ class Rounded(np.ndarray[Any, np.dtype[Any]]):
 
     @property
     def flat(self) -> Any:
-        """All numbers one after the other, to be read only; write with ``x[...] = ``."""
+        """All numbers one after the other, to be read only; write with ``x[...] = values``."""
         numbers = self.view(np.ndarray)
         numbers.flags.writeable = False
         return numbers.flat

@@ -11,11 +11,11 @@ from playwright.sync_api import Browser, Locator, Page, sync_playwright
 
 import refgemma
 from refgemma.teach.explorer import explore_run, render_page
-from refgemma.teach.viz import shown
+from refgemma.teach.viz import show_blanks
 
 TINY = refgemma.load("tiny")
 IDS = TINY.tokenizer.encode("Once upon a time there was a little princess who had a golden ball. " * 5)
-TOKENS = [shown(token) for token in TINY.tokenizer.convert_ids_to_tokens(IDS)]
+TOKENS = [show_blanks(token) for token in TINY.tokenizer.convert_ids_to_tokens(IDS)]
 RUN = refgemma.forward([IDS], TINY.weights, TINY.config)
 SEQ, LAST = len(IDS), len(IDS) - 1
 WINDOW = 64
@@ -99,7 +99,7 @@ def test_the_answers_are_the_likeliest_next_tokens(explorer: Page) -> None:
     best = np.argsort(-shares, kind="stable")[:5]
     last = rows(explorer, "answers")[-1]
     assert last[0] == "6"
-    assert last[1::2] == [shown(piece) for piece in TINY.tokenizer.convert_ids_to_tokens(best.tolist())]
+    assert last[1::2] == [show_blanks(piece) for piece in TINY.tokenizer.convert_ids_to_tokens(best.tolist())]
     assert np.abs(np.array(last[2::2], float) - shares[best]).max() <= HALF_OF_THE_LAST_DIGIT
 
 
