@@ -42,17 +42,14 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"[A-Za-z_]\w*"),
     ("py:class", r"(collections|hypothesis|jaxtyping|ml_dtypes|numpy|pathlib|typing)\..*"),
+    ("py:obj", r"numpy\..*"),
     # Of ours, what only occurs in a signature and has no entry of its own.
-    (
-        "py:class",
-        r"refgemma\.(generation\.Streamer|settings\.Settings|weights\.(checkpoint\.Stored|parameters\.(Rows|Score)))",
-    ),
-    ("py:class", r"refgemma\.(testing\.program\.Asked|weights\.(convert\.Source|writer\.Output))"),
-    (
-        "py:class",
-        r"refgemma\.oracle\.(candidate\.Tensor|diagnose\.Instance|estimate\.Estimate|graph\.(Call|Context|Operation))",
-    ),
-    ("py:class", r"refgemma\.oracle\.(stages\.Stage|where\.ErrorMap)"),
+    ("py:class", r"refgemma\.generation\.(stream\.Streamer|generation_config\.Settings)"),
+    ("py:class", r"refgemma\.weights\.(checkpoint\.Stored|parameters\.(Rows|Score)|save\.OutputTensor)"),
+    ("py:class", r"refgemma\.(testing\.program\.Asked|convert\.convert\.Source)"),
+    ("py:class", r"refgemma\.trace\.candidate\.(Call|Tensor)"),
+    ("py:class", r"refgemma\.oracle\.(engine\.Instance|estimate\.Estimate|locate\.ErrorMap|preflight\.Preflight)"),
+    ("py:class", r"refgemma\.oracle\.operations\.(Context|Operation)"),
     ("py:obj", r"Stored\.read"),
 ]
 
@@ -111,7 +108,8 @@ def write_explorer(app: Sphinx, failed: Exception | None) -> None:
         ids = model.tokenizer.encode(
             "Once upon a time there was a little princess who lived in a great castle by the sea."
         )
-        (Path(app.outdir) / "explorer.html").write_text(render_page(explore_run(ids, model, "tiny", "float32")), "utf-8")
+        page = render_page(explore_run(ids, model, "tiny", "float32"))
+        (Path(app.outdir) / "explorer.html").write_text(page, "utf-8")
 
 
 def follow_links(app: Sphinx, failed: Exception | None) -> None:

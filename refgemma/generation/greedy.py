@@ -1,5 +1,5 @@
 """Greedy decoding by the definition: the most likely token, again and again. Checked against recorded texts of
-transformers 5.23, and against `refgemma.generation.generate` token for token."""
+transformers 5.23, and against `refgemma.generation.decode.generate` token for token."""
 
 from collections.abc import Collection, Iterator, Sequence
 

@@ -19,17 +19,17 @@ INVALID   not a number or infinite where the reference is finite, or of another 
 
 and a *run*, a case of ``verify`` or a job of ``sweep``
 
-============  ===  =====================================================================================================
-verdict       code
-============  ===  =====================================================================================================
-conforms      0    rounding explains every difference
-differs       1    it does not
-unreadable    2    a file cannot be read
-noisy         3    the same model, with more rounding than its declared arithmetic
-inconclusive  4    too little was recorded to say
-failed        5    the command of the implementation failed
-lost          5    the worker of a sweep died
-============  ===  =====================================================================================================
+============  ====  ====================================================================================================
+verdict       code  when
+============  ====  ====================================================================================================
+conforms      0     rounding explains every difference
+differs       1     it does not
+unreadable    2     a file cannot be read
+noisy         3     the same model, with more rounding than its declared arithmetic
+inconclusive  4     too little was recorded to say
+failed        5     the command of the implementation failed
+lost          5     the worker of a sweep died
+============  ====  ====================================================================================================
 """
 
 EXACT, PASS, NOISY, SKEWED, FAIL = "EXACT", "PASS", "NOISY", "SKEWED", "FAIL"

@@ -705,6 +705,8 @@ def operation_by_operation(bench: Bench, scene: Scene, dtype: str) -> Iterator[t
     model = bench.scene(scene, dtype=dtype)
     shown = {name: exact(x) for name, x in model.run(scene.ids, ("*",)).tensors.items()}
     candidate = candidate_of({"input_ids": scene.ids} | shown, scene.config, dtype, source="a run")
+    for name, problem in candidate.refused.items():
+        require(False, f"{name} {problem}")
     engine = Engine(candidate, open_checkpoint(model.folder).resident(dtype), scene.config)
     for name in filter(engine.is_direct, engine.recorded):
         if name != "embedded":  # its factor is a rounded number, which is part of the model: there is a law for it
