@@ -4,6 +4,7 @@ wrong in one known way, made here by NumPy alone."""
 import json
 from collections.abc import Callable
 from pathlib import Path
+from xml.etree import ElementTree
 
 import ml_dtypes
 import numpy as np
@@ -153,3 +154,18 @@ def test_check_begins_with_weights_and_tokens(
     assert found["findings"] == []
     assert any("not compared" in remark for remark in found["remarks"])  # this model has no tokenizer
     assert main(["check", str(trace), "--model", "conformance", "--weights", str(tmp_path / "none")]) == 2
+
+
+def test_every_format_says_that_weights_are_wrong(weights: Weights, tmp_path: Path) -> None:
+    # The trace is right, so that a report of tensors alone would be green.
+    trace, port, page = tmp_path / "run.safetensors", tmp_path / "port.safetensors", tmp_path / "report"
+    main(["trace", "--ids", "2,5,9", "--model", "conformance", "-o", str(trace)])
+    save_file(weights | {NORM: 1 + weights[NORM]}, port)
+    options = [f"--{kind}={page}.{kind}" for kind in ("junit", "html", "markdown")]
+    wrong = main(["check", str(trace), "--model", "conformance", "--weights", str(port), *options])
+    assert wrong == EXIT["differs"]
+    suite = ElementTree.parse(f"{page}.junit").getroot()
+    assert (suite.get("failures"), len(suite.findall("testcase/failure"))) == ("1", 1)
+    assert suite.get("tests") == str(len(suite.findall("testcase")) - int(suite.get("skipped", "0")))
+    for kind in ("html", "markdown"):
+        assert "weights-one-plus" in Path(f"{page}.{kind}").read_text("utf-8")

@@ -70,7 +70,7 @@ def two_layer_names() -> list[str]:
 
 
 def is_full_size(name: str) -> bool:
-    """Whether `name` is meant for a recording at full size.
+    """Return whether `name` is meant for a recording at full size.
 
     Examples
     --------

@@ -50,7 +50,7 @@ class Comparison:
 
     @property
     def conforms(self) -> bool:
-        """Whether rounding explains the whole difference."""
+        """True if rounding explains the whole difference."""
         return self.distance <= 1
 
 
@@ -64,7 +64,7 @@ class CaseResult:
 
     @property
     def conforms(self) -> bool:
-        """Whether every tensor does."""
+        """True if every tensor does."""
         return all(c.conforms for c in self.comparisons)
 
     @property

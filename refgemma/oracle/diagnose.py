@@ -78,7 +78,7 @@ class Finding:
 
     @property
     def is_rounding(self) -> bool:
-        """Whether the same model, rounded elsewhere, explains it."""
+        """True if the same model, rounded elsewhere, explains it."""
         return bool(self.explanations) and all(v.kind == "rounding" for v in self.explanations)
 
 

@@ -45,7 +45,7 @@ class Difference:
 
     @property
     def differs(self) -> bool:
-        """Whether it is not the same to the last bit."""
+        """True if it is not the same to the last bit."""
         return bool(self.problem) or self.equal < 1
 
 

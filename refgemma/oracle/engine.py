@@ -101,7 +101,7 @@ class Engine:
         return replace(judged, note=f"weight on a masked key: {judged.note}") if masked else judged
 
     def is_direct(self, name: str, computed: Computed | None = None) -> bool:
-        """Whether all inputs of a tensor's operation are recorded."""
+        """Return whether all inputs of a tensor's operation are recorded."""
         return len((computed or self.usual).span(name)) == 1
 
     def tolerance(self, name: str, computed: Computed | None = None, exact: Array | None = None) -> Tolerance:

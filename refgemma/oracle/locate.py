@@ -101,7 +101,7 @@ def describe_distances(wrong: Array, window: int) -> str:
 
 
 def describe_halves(places: Array, head_dim: int) -> str:
-    """Whether it is one half of a head, or every other number."""
+    """Return whether it is one half of a head, or every other number."""
     if len(places) and places.min() >= head_dim // 2:
         return "second halves of heads"
     if len(places) and places.max() < head_dim // 2:

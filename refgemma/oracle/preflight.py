@@ -60,7 +60,7 @@ def open_weights(path: str | Path) -> dict[str, Entry]:
 
 
 def is_same(a: Array, b: Array) -> bool:
-    """Whether two arrays hold the same numbers, whatever they are kept in; some rows at a time.
+    """Return whether two arrays hold the same numbers, whatever they are kept in; some rows at a time.
 
     Examples
     --------

@@ -72,7 +72,7 @@ def cluster(address: str) -> Iterator[tuple[Pool, int]]:
 
 
 def is_lost_worker(error: BaseException) -> bool:
-    """Whether an exception says that a worker died, of a pool or of a cluster."""
+    """Return whether an exception says that a worker died, of a pool or of a cluster."""
     return isinstance(error, BrokenExecutor) or type(error).__name__ == "KilledWorker"
 
 

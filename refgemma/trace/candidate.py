@@ -103,7 +103,7 @@ def shape_of(name: str, config: Gemma2Config, batch: int, seq: int) -> tuple[int
 
 
 def is_known(name: str, config: Gemma2Config) -> bool:
-    """Whether a run of this model has a tensor of that name.
+    """Return whether a run of this model has a tensor of that name.
 
     Examples
     --------

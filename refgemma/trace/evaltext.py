@@ -30,7 +30,7 @@ PEEK = 2**18
 
 
 def is_eval_callback(path: Path) -> bool:
-    """Whether a file begins like what ``llama-eval-callback`` prints."""
+    """Return whether a file begins like what ``llama-eval-callback`` prints."""
     with path.open("rb") as file:
         start = file.read(PEEK)
     return b"common_debug_cb_eval:" in start or b"ggml_debug:" in start
