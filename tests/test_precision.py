@@ -178,7 +178,10 @@ WRITERS: dict[str, tuple[Any, ...]] = {
 
 
 def functions_with_out() -> dict[str, Callable[..., Any]]:
-    """Every function of NumPy, no ufunc, whose signature or description has an argument `out`."""
+    """Every function of NumPy other than a ufunc whose signature has an argument `out`.
+
+    In older NumPy a function written in C has no signature that can be read: its description begins with the call.
+    """
     found = {}
     for prefix, module in (("", np), ("linalg.", np.linalg)):
         for name in dir(module):
@@ -187,7 +190,8 @@ def functions_with_out() -> dict[str, Callable[..., Any]]:
                 try:
                     has = "out" in inspect.signature(function).parameters
                 except (ValueError, TypeError):
-                    has = bool(re.search(r"\bout\b *[:=]", function.__doc__ or ""))
+                    call = (function.__doc__ or "").strip().split("\n\n")[0]
+                    has = bool(re.search(r"\bout=", call))
                 if has:
                     found[prefix + name] = function
     return found
