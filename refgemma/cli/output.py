@@ -1,4 +1,4 @@
-"""What all commands have in common: exit codes, JSON, and the tokens of a prompt. Checked through the command line."""
+"""Exit codes, JSON and the tokens of a prompt, which all commands share. Checked through the command line."""
 
 import argparse
 import json

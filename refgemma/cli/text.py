@@ -75,7 +75,7 @@ def stream_ids(tokens: Iterator[int], show: bool) -> list[int]:
 
 
 def run_generate(args: argparse.Namespace) -> int:
-    """``refgemma generate``: ids, where there is no tokenizer and the prompt is ids."""
+    """``refgemma generate``; it prints ids if the model has no tokenizer."""
     model = load(args.model, args.dtype, args.revision, args.download)
     ids = prompt_ids(args, model)
     tokens = new_tokens(ids, model, args)
@@ -101,7 +101,7 @@ def run_generate(args: argparse.Namespace) -> int:
 
 
 def read_line() -> str:
-    """What the person says next, asked for at a terminal; empty at the end of input, or if there is none."""
+    """Return the next line of input, asked for at a terminal; empty at the end of input, or without any."""
     if sys.stdin is None:
         return ""
     if sys.stdin.isatty():
