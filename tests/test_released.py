@@ -215,7 +215,7 @@ def test_log_probabilities_that_are_said_to_be_bfloat16_are() -> None:
 def test_every_recording_says_where_it_is_from() -> None:
     folder = refgemma.hub.golden_folder() / "released"
     names = sorted(path.stem for path in folder.glob("*.json"))
-    assert len(names) == 8
+    assert len(names) == 9
     for name in names:
         recording = read_released(name)
         for field in ("checkpoint", "source", "commit", "licence", "precision", "caveats"):

@@ -158,8 +158,9 @@ def parser() -> Parser:
     command.add_argument("-o", "--output", required=True, metavar="DIR", help="an empty folder, or none yet")
     command.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file (default: 5GB)")
 
-    command = add("info", "print a model's configuration, size and tensors")
+    command = add("info", "print a model's configuration, size and tensors, and which release its files are of")
     command.add_argument("model", nargs="?", default="tiny", metavar="MODEL", help=f"{MODEL_HELP} (default: tiny)")
+    command.add_argument("--hash", action="store_true", help="compare the hashes of the weights too, not only lengths")
     add_hub(command)
 
     oracle.add_commands(add)
