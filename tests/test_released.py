@@ -14,7 +14,7 @@ import pytest
 
 import refgemma
 from refgemma.generation.decode import Prompts, generate_batch
-from refgemma.generation.generation_config import GenerationConfig
+from refgemma.generation.generation_config import GenerationConfig, merge_settings
 from refgemma.generation.perplexity import gemma_cpp_bits_per_byte, token_losses
 from refgemma.goldens.released import read_released
 from refgemma.heads import log_softmax
@@ -124,6 +124,13 @@ def explain(x: np.ndarray, autoencoder: Mapping[str, np.ndarray]) -> tuple[float
     return float(np.sum(rest**2) / np.sum((x - x.mean(axis=0)) ** 2)), float(np.mean(np.sum(active > 0, axis=1)))
 
 
+def continue_greedily(ids: list[int], model: Pretrained, count: int) -> list[int]:
+    """The next `count` tokens, each the likeliest."""
+    call = merge_settings(None, GenerationConfig(), {"max_new_tokens": count, "do_sample": False})
+    found = generate_batch(Prompts([ids]), model.weights, model.config, call).sequences
+    return [int(token) for token in found[0, len(ids) :]]
+
+
 def common_start(texts: list[str]) -> str:
     """What several continuations of one prompt begin with."""
     pairs = zip(*texts, strict=False)
@@ -200,10 +207,8 @@ def test_released_texts(case: int) -> None:
     expected = read_released("transformers")["texts"][case]
     model = released(expected["checkpoint"].split("/")[1], expected["dtype"].split()[0].strip(";"))
     rows = [model.tokenizer.encode(prompt) for prompt in expected["prompts"]]
-    call = GenerationConfig(max_new_tokens=expected["compared"], do_sample=False)
     for row, words in zip(rows, expected["continuations"], strict=True):
-        made = generate_batch(Prompts([row]), model.weights, model.config, call).sequences[0, len(row) :]
-        assert words.startswith(model.tokenizer.decode(made.tolist()))
+        assert words.startswith(model.tokenizer.decode(continue_greedily(row, model, expected["compared"])))
 
 
 @pytest.mark.parametrize("requests", ["requests 1, 2 and 4", "request 3"])
@@ -260,9 +265,8 @@ def test_released_habana_texts(size: str) -> None:
     texts = [case["text"] for case in recording["texts"] if case["checkpoint"] == f"google/gemma-2-{size}"]
     shared, prompt = common_start(texts), model.tokenizer.encode(recording["prompt"])
     count = len(model.tokenizer.encode(shared)) - len(prompt) - 1  # the last may be cut within a token
-    call = GenerationConfig(max_new_tokens=count, do_sample=False)
-    ids = generate_batch(Prompts([prompt]), model.weights, model.config, call).sequences[0]
-    assert shared.startswith(model.tokenizer.decode(ids.tolist(), skip_special_tokens=True))
+    words = model.tokenizer.decode(continue_greedily(prompt, model, count))
+    assert shared.removeprefix(recording["prompt"]).startswith(words)
 
 
 # --- without weights --------------------------------------------------------------------------------------------------

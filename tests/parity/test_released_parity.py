@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_released import NORM, apart, distribution, likeliest, problems, relative_differences
+from test_released import NORM, apart, continue_greedily, distribution, likeliest, problems, relative_differences
 from transformers import Gemma2ForCausalLM
 
 import refgemma
@@ -92,6 +92,14 @@ def test_bfloat16_changes_as_much_here_as_in_transformers() -> None:
         theirs = float((rounded - exact).norm() / exact.norm())
         found = ours["embedded", None] if n == 0 else ours["out", n - 1]
         assert theirs / 3 <= found <= theirs * 3
+
+
+def test_greedy_texts_are_those_of_transformers() -> None:
+    tiny = refgemma.load("tiny")
+    ids = tiny.tokenizer.encode(PROMPT)
+    model = Gemma2ForCausalLM.from_pretrained(find_model("tiny"), dtype=torch.float32, attn_implementation="eager")
+    theirs = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :]
+    assert continue_greedily(ids, tiny, 12) == theirs.tolist()
 
 
 # --- the released tokenizer, where there is one -----------------------------------------------------------------------
