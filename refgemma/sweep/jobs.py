@@ -24,7 +24,7 @@ import numpy as np
 
 from refgemma.config import Gemma2Config
 from refgemma.errors import RefgemmaError
-from refgemma.files import parse_object
+from refgemma.files import open_file, parse_object, read_file
 from refgemma.hub import find_model
 from refgemma.inputs import InputError
 from refgemma.oracle.diagnose import Report
@@ -75,7 +75,7 @@ def read_jobs(path: str | Path) -> list[Job]:
     if not file.is_file():
         raise InputError(f"{path}: {'is a folder; a file of jobs is needed' if file.is_dir() else 'no such file'}")
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = read_file(file).decode("utf-8").splitlines()
     except UnicodeDecodeError:
         raise InputError(f"{path}: is no text; a JSON object a line is needed") from None
     content.cache_clear()
@@ -153,7 +153,7 @@ def content(path: str) -> str:
     """A hash of a file, or of a model's folder."""
     if Path(path).is_dir():
         return _hash(sorted((p.name, content(str(p))) for p in Path(path).iterdir() if p.suffix in OF_A_MODEL))
-    with Path(path).open("rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from refgemma.files import open_file, read_file
 from refgemma.inputs import InputError
 from refgemma.precision import Array
 from refgemma.trace.reader import Entry, TraceFile
@@ -31,7 +32,7 @@ PEEK = 2**18
 
 def is_eval_callback(path: Path) -> bool:
     """Return whether a file begins like what ``llama-eval-callback`` prints."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         start = file.read(PEEK)
     return b"common_debug_cb_eval:" in start or b"ggml_debug:" in start
 
@@ -46,7 +47,7 @@ def open_eval_callback(path: str | Path) -> TraceFile:
     """
     entries: dict[str, Entry] = {}
     counts: dict[str, int] = {}
-    lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = read_file(path).decode("utf-8", errors="replace").splitlines()
     ids = list(_tokens(lines))
     if ids:
         entries["input_ids"] = Entry("I64", (1, len(ids)), lambda: np.array([ids]))
