@@ -28,6 +28,7 @@ EXIT_CODES = (
     "3 and 4: see refgemma check --help, 70 a fault of refgemma itself."
 )
 MODEL_HELP = "tiny, conformance, a Hugging Face folder, or a hub id like google/gemma-2-9b"
+LINE = 1500  # characters of an error message
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
@@ -229,4 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def one_line(error: Exception) -> str:
     """Return an error's message, an OSError's with its file, in characters that a terminal prints and does not obey."""
     said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(said.split()))
+    said = " ".join(said.split())
+    if len(said) > LINE:  # it quotes a damaged file: where and what to do stand at the two ends
+        said = f"{said[: LINE - 400]} ... {said[-400:]}"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in said)

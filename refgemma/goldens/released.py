@@ -13,7 +13,7 @@ from typing import Any
 
 from refgemma.config import PRESETS, Gemma2Config
 from refgemma.errors import RefgemmaError
-from refgemma.files import JSON_LIMIT, quote, read_object
+from refgemma.files import JSON_LIMIT, open_file, quote, read_object
 from refgemma.hub import CONFIG_JSON, golden_folder
 from refgemma.weights.parameters import tensor_shapes
 from refgemma.weights.save import OutputTensor, file_bytes, plan_files
@@ -224,7 +224,7 @@ def _judge(path: Path, known: ReleasedFile | None, json_keys: Mapping[str, Any],
     sha256 = None
     if known.bytes in (None, length):
         if hash_weights or (path.suffix != ".safetensors" and length <= JSON_LIMIT):
-            with path.open("rb") as stream:
+            with open_file(path) as stream:
                 sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
         if sha256 and sha256 == known.sha256:
             return FileVerdict(path.name, "same", known.state, sha256)
