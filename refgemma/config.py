@@ -2,10 +2,10 @@
 and, for the defaults, the Transformers documentation page of Gemma 2."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from refgemma.activations import ACTIVATIONS, Activation
 from refgemma.errors import RefgemmaError
@@ -45,9 +45,13 @@ class ConfigError(RefgemmaError):
     """A configuration that no Gemma 2 can have, or that asks for something this reference does not compute."""
 
 
-@dataclass(frozen=True)
+@dataclass(repr=False)
 class Gemma2Config:
     """The configuration of a Gemma 2 model, with Hugging Face's names and the documented defaults.
+
+    A field can be set, ``config.num_hidden_layers = 2``; what follows from it is set with it. Other attributes can be
+    set too: nothing here reads them, and they are written to files. Fields that contradict one another are refused
+    where a model is made or run.
 
     Parameters
     ----------
@@ -127,6 +131,8 @@ class Gemma2Config:
     refgemma.config.ConfigError: Gemma2Config: head_dim (7) is odd: rotary positions turn pairs
     """
 
+    model_type: ClassVar[str] = "gemma2"
+
     vocab_size: int = 256000
     hidden_size: int = 3072
     intermediate_size: int = 24576
@@ -151,10 +157,10 @@ class Gemma2Config:
     query_pre_attn_scalar: float = 224
     sliding_window: int = 4096
     layer_types: tuple[str, ...] | None = None
-    rope_parameters: Mapping[str, Any] | None = field(default=None, hash=False)
+    rope_parameters: Mapping[str, Any] | None = None
     num_labels: int | None = None
-    id2label: Mapping[int, str] | None = field(default=None, hash=False)
-    label2id: Mapping[str, int] | None = field(default=None, hash=False)
+    id2label: Mapping[int, str] | None = None
+    label2id: Mapping[str, int] | None = None
     problem_type: str | None = None
     output_attentions: bool = False
     output_hidden_states: bool = False
@@ -164,10 +170,40 @@ class Gemma2Config:
     architectures: tuple[str, ...] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        for name, value in _derive(self).items():
-            object.__setattr__(self, name, value)  # the way to write a frozen dataclass; only derived values are
+        vars(self).update(_derive(self))
+        self.check()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a field and what follows from it, as `changed` does; a value that no Gemma 2 can have is refused."""
+        if name not in self.__dataclass_fields__ or "architectures" not in vars(self):
+            object.__setattr__(self, name, value)  # an attribute of the caller's own; or in __init__, before the last
+            return
+        before = dict(vars(self))
+        vars(self).update(_refill(self, {name: value}))
+        vars(self).update(_derive(self))
+        if problem := next(_find_value_problems(self, [name]), None):
+            vars(self).update(before)
+            raise ConfigError(f"Gemma2Config: {problem}")
+
+    def __repr__(self) -> str:
+        """Return the class and the text of a ``config.json``, as transformers prints it."""
+        return f"{type(self).__name__} {json.dumps(self._file_values(), indent=2, sort_keys=True, default=repr)}"
+
+    def check(self) -> None:
+        """Check all fields, and whether they go together.
+
+        Raises
+        ------
+        ConfigError
+            Naming the first field that is wrong.
+        """
         for problem in _find_problems(self):  # the first one is said
             raise ConfigError(f"Gemma2Config: {problem}")
+
+    def update(self, values: Mapping[str, Any]) -> None:
+        """Set several fields, one after the other."""
+        for name, value in values.items():
+            setattr(self, name, value)
 
     def is_sliding(self, layer: int) -> bool:
         """Tell whether `layer` sees only the last ``sliding_window`` keys."""
@@ -198,10 +234,18 @@ class Gemma2Config:
         >>> Gemma2Config().changed(num_hidden_layers=1).layer_types
         ('sliding_attention',)
         """
-        if unknown := changes.keys() - {f.name for f in fields(self)}:
+        own = self._own_attributes()
+        if unknown := changes.keys() - {f.name for f in fields(self)} - own.keys():
             raise ConfigError(f"Gemma2Config: there is no field {min(unknown)!r}")
-        refilled = {"id2label": "num_labels", "num_hidden_layers": "layer_types"}
-        return replace(self, **{refilled[name]: None for name in changes if name in refilled} | changes)
+        given = own | changes
+        config = replace(self, **_refill(self, {name: x for name, x in given.items() if name not in own}))
+        vars(config).update({name: given[name] for name in own})
+        return config
+
+    def _own_attributes(self) -> dict[str, Any]:
+        """Return the attributes that are no fields of this class: a caller's own, or a newer release's."""
+        known = {f.name for f in fields(self)}
+        return {name: value for name, value in vars(self).items() if name not in known}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration with the keys of a Hugging Face ``config.json``.
@@ -211,9 +255,9 @@ class Gemma2Config:
         >>> Gemma2Config.from_dict(Gemma2Config().to_dict()) == Gemma2Config()
         True
         """
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values = {name: value for name, value in vars(self).items() if not name.startswith("_")}
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-        return plain | {"model_type": "gemma2", "hidden_act": self.hidden_activation}
+        return plain | {"model_type": self.model_type, "hidden_act": self.hidden_activation}
 
     def to_json_string(self) -> str:
         """Return the text of a ``config.json``, without the fields that transformers leaves out too.
@@ -234,11 +278,14 @@ class Gemma2Config:
                 f"Gemma2Config: hidden_activation is the function {self.hidden_activation!r}, which no file can hold; "
                 "put its name in its place"
             )
+        return json.dumps(self._file_values(), indent=2, sort_keys=True) + "\n"
+
+    def _file_values(self) -> dict[str, Any]:
+        """Return what a ``config.json`` says: not what is usual."""
         usual = {f.name: f.default for f in fields(self) if f.name in OMITTED}
         names = _name_labels(2)
         usual |= {"id2label": names, "label2id": _number_labels(names), "num_labels": self.num_labels}
-        values = {k: v for k, v in self.to_dict().items() if k not in usual or usual[k] != v}
-        return json.dumps(values, indent=2, sort_keys=True) + "\n"
+        return {k: v for k, v in self.to_dict().items() if k not in usual or usual[k] != v}
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str = "config") -> "Gemma2Config":
@@ -362,6 +409,19 @@ def _number_labels(names: Mapping[int, str]) -> "Derived":
     return Derived({name: label for label, name in names.items()})
 
 
+def _refill(config: Gemma2Config, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `changes`, and what else they change: a value that is to be derived again is None."""
+    refilled: dict[str, Any] = {}
+    if "id2label" in changes:
+        refilled["num_labels"] = None
+    elif "num_labels" in changes and changes["num_labels"] != config.num_labels:
+        refilled |= {"id2label": None, "label2id": None}
+    if "num_hidden_layers" in changes:
+        count, kinds = changes["num_hidden_layers"], config.layer_types or ()
+        refilled["layer_types"] = kinds[:count] if _is_size(count) and count <= len(kinds) else None
+    return refilled | dict(changes)
+
+
 def _derive(config: Gemma2Config) -> dict[str, Any]:
     """Return the fields that follow from others; a value that makes no sense is left to `_find_problems`."""
     values: dict[str, Any] = {}
@@ -442,12 +502,17 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
 }  # fmt: skip
 
 
-def _find_problems(config: Gemma2Config) -> Iterator[str]:
-    """Yield what is wrong with `config`, a sentence each; a rule may take for granted what those before it say."""
+def _find_value_problems(config: Gemma2Config, wanted: Collection[str]) -> Iterator[str]:
+    """Yield what is wrong with the value of each of the `wanted` fields by itself."""
     for what, (holds, names) in _VALUES.items():
         for name in names:
-            if not holds(getattr(config, name)):
+            if name in wanted and not holds(getattr(config, name)):
                 yield f"{name} must be {what}, not {getattr(config, name)!r}"
+
+
+def _find_problems(config: Gemma2Config) -> Iterator[str]:
+    """Yield what is wrong with `config`, a sentence each; a rule may take for granted what those before it say."""
+    yield from _find_value_problems(config, vars(config))
     if config.num_attention_heads % config.num_key_value_heads:
         yield (
             f"num_attention_heads ({config.num_attention_heads}) is no multiple of "
