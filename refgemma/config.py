@@ -1,13 +1,17 @@
 """The numbers that make a Gemma 2: sizes, window, caps. Checked against transformers 5.23 ``configuration_gemma2.py``
 and, for the defaults, the Transformers documentation page of Gemma 2."""
 
+import difflib
+import functools
 import json
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from refgemma.activations import ACTIVATIONS, Activation
+from refgemma.arguments import drop_arguments
 from refgemma.errors import RefgemmaError
 from refgemma.files import read_object, replace_file
 from refgemma.hub import find_model
@@ -35,6 +39,13 @@ OMITTED = (
     "problem_type",
     "return_dict",
 )
+
+
+# Keys of a file that are no fields, or are written anew.
+READ_ELSEWHERE = (
+    "hidden_act", "model_type", "num_labels", "quantization_config", "rope_scaling", "torch_dtype",
+    "transformers_version", "use_bidirectional_attention",
+)  # fmt: skip
 
 
 class Derived(dict[Any, Any]):
@@ -175,6 +186,8 @@ class Gemma2Config:
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set a field and what follows from it, as `changed` does; a value that no Gemma 2 can have is refused."""
+        if name not in self.__dataclass_fields__ and hasattr(type(self), name):
+            raise ConfigError(f"Gemma2Config: {name} is no field, but a method or a property, and cannot be set")
         if name not in self.__dataclass_fields__ or "architectures" not in vars(self):
             object.__setattr__(self, name, value)  # an attribute of the caller's own; or in __init__, before the last
             return
@@ -265,7 +278,7 @@ class Gemma2Config:
         Raises
         ------
         ConfigError
-            If `hidden_activation` is a function: a file can only hold a name.
+            If `hidden_activation` is a function, or an attribute an object: a file can only hold names and numbers.
 
         Examples
         --------
@@ -278,7 +291,7 @@ class Gemma2Config:
                 f"Gemma2Config: hidden_activation is the function {self.hidden_activation!r}, which no file can hold; "
                 "put its name in its place"
             )
-        return json.dumps(self._file_values(), indent=2, sort_keys=True) + "\n"
+        return json.dumps(self._file_values(), indent=2, sort_keys=True, default=_refuse_value) + "\n"
 
     def _file_values(self) -> dict[str, Any]:
         """Return what a ``config.json`` says: not what is usual."""
@@ -321,8 +334,11 @@ class Gemma2Config:
         values["dtype"] = raw.get("dtype", raw.get("torch_dtype"))
         if "id2label" not in values and raw.get("num_labels") is not None:
             values["num_labels"] = raw["num_labels"]
+        unread = {name for name in raw if name.startswith("_") or hasattr(cls, name)} | {*READ_ELSEWHERE}
         try:
-            return cls(**values)
+            config = cls(**values)
+            vars(config).update({name: value for name, value in raw.items() if name not in known | unread})
+            return config
         except ConfigError as error:
             raise ConfigError(f"{source}: {str(error).removeprefix('Gemma2Config: ')}") from None
 
@@ -338,22 +354,29 @@ class Gemma2Config:
         return cls.from_dict(read_object(path, ConfigError), source=str(path))
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, **changes: Any) -> "Gemma2Config":
+    def from_pretrained(
+        cls, name: str | Path, revision: str | None = "main", download: bool = False,
+        cache_dir: str | Path | None = None, **changes: Any,
+    ) -> "Gemma2Config":  # fmt: skip
         """Read the ``config.json`` of a model; see `refgemma.hub.find_model` for the names there are.
 
         Parameters
         ----------
         name : str or path
             ``"tiny"``, ``"conformance"``, a folder, or a hub id whose snapshot is in the Hugging Face cache.
+        revision, download, cache_dir
+            As of `refgemma.hub.find_model`.
         **changes
-            Fields to replace.
+            Fields to replace. Arguments of transformers that change nothing here are taken and ignored.
 
         Examples
         --------
         >>> Gemma2Config.from_pretrained("tiny", num_labels=3).num_labels
         3
         """
-        return cls.from_json_file(find_model(name) / "config.json").changed(**changes)
+        folder = find_model(name, revision or "main", download, cache_dir=cache_dir)
+        changes = drop_arguments(changes, "Gemma2Config.from_pretrained", ConfigError)
+        return cls.from_json_file(folder / "config.json").changed(**changes)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``config.json`` into `folder`, which is made if there is none; the file appears whole or not at all.
@@ -389,6 +412,27 @@ class Gemma2Config:
         return cls(**PRESETS[name])
 
 
+def _keep_unknown(make: Callable[..., None]) -> Callable[..., None]:
+    """Let ``__init__`` keep arguments that are no fields, as in transformers; one that looks misspelt is warned of."""
+
+    @functools.wraps(make)
+    def init(config: Gemma2Config, *args: Any, **given: Any) -> None:
+        known = list(config.__dataclass_fields__)
+        own = {name: given.pop(name) for name in given.keys() - set(known)}
+        make(config, *args, **given)
+        for name, value in own.items():
+            if near := difflib.get_close_matches(name, known, n=1, cutoff=0.85):
+                warnings.warn(
+                    f"Gemma2Config: {name} is no field; it is kept, and nothing reads it; is {near[0]} meant?",
+                    stacklevel=2,
+                )
+            setattr(config, name, value)
+
+    return init
+
+
+Gemma2Config.__init__ = _keep_unknown(Gemma2Config.__init__)  # type: ignore[method-assign]
+
 # The released sizes. The query scalar of the 27B is hidden_size / num_attention_heads, not head_dim.
 _SIZES = (
     "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -407,6 +451,10 @@ def _name_labels(count: int) -> "Derived":
 
 def _number_labels(names: Mapping[int, str]) -> "Derived":
     return Derived({name: label for label, name in names.items()})
+
+
+def _refuse_value(value: Any) -> None:
+    raise ConfigError(f"Gemma2Config: the attribute {value!r} is an object, which no file can hold; delete it first")
 
 
 def _refill(config: Gemma2Config, changes: Mapping[str, Any]) -> dict[str, Any]:
