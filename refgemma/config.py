@@ -188,7 +188,7 @@ class Gemma2Config:
         """Set a field and what follows from it, as `changed` does; a value that no Gemma 2 can have is refused."""
         if name not in self.__dataclass_fields__ and hasattr(type(self), name):
             raise ConfigError(f"Gemma2Config: {name} is no field, but a method or a property, and cannot be set")
-        if name not in self.__dataclass_fields__ or "architectures" not in vars(self):
+        if name not in self.__dataclass_fields__ or [*self.__dataclass_fields__][-1] not in vars(self):
             object.__setattr__(self, name, value)  # an attribute of the caller's own; or in __init__, before the last
             return
         before = dict(vars(self))

@@ -166,7 +166,7 @@ def _check_config(config: object, name: str) -> None:
 
 
 def _check_shapes(config: Gemma2Config, checkpoint: Checkpoint) -> None:
-    """Refuse a configuration that the weights of the folder do not fit; of more layers the first are taken, and said."""
+    """Refuse a configuration that the weights of the folder do not fit; with fewer layers, the first are taken."""
     layers, stored_layers = config.num_hidden_layers, checkpoint.config.num_hidden_layers
     if layers < stored_layers:
         warnings.warn(
@@ -239,6 +239,11 @@ class Gemma2PreTrainedModel(ModuleMethods):
 
         Arguments of transformers that change nothing here are taken, as in `from_pretrained`; the configuration is
         copied.
+
+        Raises
+        ------
+        ConfigError
+            For an argument with another meaning, and for fields that contradict one another.
 
         Examples
         --------
@@ -649,7 +654,8 @@ class Gemma2ForCausalLM(_WithHead):
         attention_mask: npt.ArrayLike | None = None,
         position_ids: npt.ArrayLike | None = None,
         inputs_embeds: npt.ArrayLike | None = None,
-        past_key_values: Cache | None = None,
+        past_key_values: Cache | DynamicCache | None = None,
+        cache: Cache | DynamicCache | None = None,
         **settings: Any,
     ) -> Array | GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput:
         """Continue prompts.
@@ -672,8 +678,9 @@ class Gemma2ForCausalLM(_WithHead):
             By default tokens are counted from the first that is no padding.
         inputs_embeds : array (batch, seq, hidden), optional
             The prompts as embeddings. Then only the new tokens come back.
-        past_key_values : Cache, optional
-            Of the beginning of the prompts, which `input_ids` hold too.
+        past_key_values, cache : Cache, DynamicCache or StaticCache, optional
+            Of the beginning of the prompts, which `input_ids` hold too, under either name. The last two may be empty
+            and are filled in place.
         **settings
             Settings of this call, which come before all others: see `GenerationConfig`.
 
@@ -707,8 +714,16 @@ class Gemma2ForCausalLM(_WithHead):
             raise InputError("give the prompts as inputs or as input_ids, and only once")
         ids = input_ids if inputs is None else inputs
         call = merge_settings(generation_config, self.generation_config, settings)
-        prompts = Prompts(ids, attention_mask, position_ids, inputs_embeds, past_key_values)
+        past = name_once(past_key_values, cache)
+        value = past
+        if isinstance(past, DynamicCache):
+            value, call = past.value, call.changed(use_cache=True)
+        prompts = Prompts(ids, attention_mask, position_ids, inputs_embeds, value or None)
         output = generate_batch(prompts, self.weights, self.config, call, logits_processor, stopping_criteria, streamer)
+        if isinstance(past, DynamicCache):
+            assert isinstance(output.past_key_values, Cache)  # for use_cache is true
+            past.fill(output.past_key_values)
+            output = replace(output, past_key_values=past)
         return output if call.return_dict_in_generate else output.sequences
 
     def save_pretrained(self, folder: str | Path, max_shard_size: int | str = "50GB") -> None:

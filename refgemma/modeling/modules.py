@@ -117,7 +117,7 @@ def describe(model: Any) -> str:
     Examples
     --------
     >>> from refgemma import Gemma2Model
-    >>> print(describe(Gemma2Model.from_pretrained("tiny"))[:87])
+    >>> print(describe(Gemma2Model.from_pretrained("tiny"))[:86])
     Gemma2Model(
       (embed_tokens): Gemma2TextScaledWordEmbedding(2048, 234, padding_idx=0)
     """
