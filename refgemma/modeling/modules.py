@@ -480,5 +480,11 @@ class ModuleMethods:
         """Do nothing: a tied head is the embedding at any time."""
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse: nothing is uploaded here."""
+        """Refuse.
+
+        Raises
+        ------
+        InputError
+            Always: nothing is uploaded here.
+        """
         raise InputError("nothing is uploaded here: save_pretrained(folder), then: hf upload REPOSITORY folder")
