@@ -21,7 +21,14 @@ from refgemma.generation.outputs import GenerateBeamDecoderOnlyOutput, GenerateD
 from refgemma.generation.processors import NextScores, constrain, warp
 from refgemma.generation.stream import Streamer
 from refgemma.heads import log_softmax
-from refgemma.inputs import InputError, check_embeddings, check_padding, check_positions, check_token_ids
+from refgemma.inputs import (
+    InputError,
+    check_embeddings,
+    check_padding,
+    check_positions,
+    check_token_ids,
+    packed_masks,
+)
 from refgemma.model import next_token_logits as definition
 from refgemma.shapes import Positions, TokenIds
 from refgemma.weights.parameters import Weights
@@ -329,6 +336,8 @@ def generate_batch(
     # As in transformers, where a text that begins with no padding has 0 here.
     how = Decoding(settings, np.argmax(expanded.visible, axis=1), processors, criteria)
     read = choose_reader(weights, config, reference)
+    if not settings.use_cache and prompts.position_ids is not None:
+        read = keep_apart(read, config)
     if settings.num_beams > 1:
         return beam_search(expanded, read, how)
     return decode_steps(expanded, read, how, streamer)
@@ -338,6 +347,17 @@ def choose_reader(weights: Weights, config: Gemma2Config, reference: bool) -> To
     """Return the function that reads tokens with these weights: fast, or as the definition says."""
     read = definition if reference else next_token_logits
     return partial(read, weights=weights, config=config)
+
+
+def keep_apart(read: TokenReader, config: Gemma2Config) -> TokenReader:
+    """Return `read` that keeps packed texts apart, as transformers does with neither a mask nor a cache."""
+
+    def read_apart(*args: Any, **given: Any) -> tuple[Any, Cache]:
+        if given["attention_mask"] is None:
+            given["attention_mask"] = packed_masks(given["position_ids"], config)
+        return read(*args, **given)
+
+    return read_apart
 
 
 def _warn_of_right_padding(visible: Bool[np.ndarray, "batch total"]) -> None:
