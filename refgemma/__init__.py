@@ -30,10 +30,13 @@ from importlib.metadata import version
 from refgemma.cache import Cache
 from refgemma.config import ConfigError, Gemma2Config
 from refgemma.errors import Moved, RefgemmaError, UsageError
+from refgemma.generation.beams import set_seed
+from refgemma.generation.criteria import StoppingCriteria, StoppingCriteriaList
 from refgemma.generation.decode import generate
 from refgemma.generation.generation_config import GenerationConfig
 from refgemma.generation.greedy import greedy
-from refgemma.generation.stream import TextStreamer
+from refgemma.generation.processors import LogitsProcessor, LogitsProcessorList
+from refgemma.generation.stream import TextIteratorStreamer, TextStreamer
 from refgemma.heads import causal_lm_loss, log_softmax
 from refgemma.hub import ModelNameError, find_model
 from refgemma.inputs import InputError
@@ -73,9 +76,14 @@ __all__ = [
     "GenerationConfig",
     "InputError",
     "LayerWeights",
+    "LogitsProcessor",
+    "LogitsProcessorList",
     "ModelNameError",
     "Pretrained",
     "RefgemmaError",
+    "StoppingCriteria",
+    "StoppingCriteriaList",
+    "TextIteratorStreamer",
     "TextStream",
     "TextStreamer",
     "Tokenizer",
@@ -95,6 +103,7 @@ __all__ = [
     "narrow",
     "next_token_logits",
     "open_checkpoint",
+    "set_seed",
     "wide",
 ]
 
