@@ -194,6 +194,8 @@ class Decoding:
         processed = constrain(guided, ids, self.skipped, self.settings, self.allowed)
         for processor in self.processors:
             processed = processor(ids, processed)
+        if self.settings.num_beams == 1 and np.isneginf(processed.max(axis=1)).any():  # of several beams one may end so
+            raise InputError("the settings and processors forbid every token: there is none to go on with")
         drawn = warp(processed, self.settings) if self.settings.do_sample else processed
         return log_softmax(drawn) if self.settings.renormalize_logits else drawn
 

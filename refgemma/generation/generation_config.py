@@ -419,9 +419,7 @@ class Settings:
         return len(self.eos_token_ids) + 1 if self.eos_token_ids else 2
 
 
-def merge_settings(
-    own: GenerationConfig | None, model: GenerationConfig, changes: Mapping[str, Any]
-) -> GenerationConfig:
+def merge_settings(own: Any, model: GenerationConfig, changes: Mapping[str, Any]) -> GenerationConfig:
     """The settings of one call: `changes` over the caller's `own` over those of the `model` over the default values.
 
     None among the changes switches a setting off: with ``top_k=None`` there is no top-k, although the default is 50.
@@ -432,6 +430,10 @@ def merge_settings(
     >>> call.top_p, call.top_k, call.temperature
     (0.9, 0, 1.0)
     """
+    if own is not None and not isinstance(own, GenerationConfig):
+        raise InputError(
+            f"generation_config is a {type(own).__name__}, not a GenerationConfig; GenerationConfig.from_dict makes one"
+        )
     said = model if own is None else own.over(model)
     defaults = GenerationConfig(**{setting.name: setting.metadata["default"] for setting in fields(GenerationConfig)})
     return said.over(defaults).changed(**changes).over(replace(defaults, top_k=0))

@@ -186,8 +186,11 @@ def favour_ends(scores: NextScores, length: int, start: int, factor: float, ends
     """
     if length <= start:
         return scores
-    raised = scores + np.abs(scores) * (factor ** (length - start) - 1)
-    return np.where(np.isin(np.arange(scores.shape[1]), list(ends)) & np.isfinite(scores), raised, scores)
+    with np.errstate(over="ignore"):
+        growth = float(np.float64(factor) ** (length - start)) - 1
+    listed = np.isin(np.arange(scores.shape[1]), list(ends)) & np.isfinite(scores)
+    # Not without limit, so that no score becomes infinite.
+    return scores + np.abs(np.where(listed, scores, 0)) * min(growth, 1e30)
 
 
 def list_constraints(
