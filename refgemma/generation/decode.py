@@ -30,7 +30,14 @@ from refgemma.generation.outputs import GenerateBeamDecoderOnlyOutput, GenerateD
 from refgemma.generation.processors import NextScores, Processor, constrain, warp
 from refgemma.generation.stream import Streamer
 from refgemma.heads import log_softmax
-from refgemma.inputs import InputError, check_embeddings, check_padding, check_positions, check_token_ids
+from refgemma.inputs import (
+    InputError,
+    check_embeddings,
+    check_padding,
+    check_positions,
+    check_token_ids,
+    packed_masks,
+)
 from refgemma.model import begin, blocks, head, next_past
 from refgemma.model import next_token_logits as definition
 from refgemma.ops import rms_norm
@@ -357,6 +364,8 @@ def generate_batch(
     layers: list[tuple[tuple[Any, ...], tuple[Any, ...]]] = []
     if settings.return_dict_in_generate and (settings.output_hidden_states or settings.output_attentions):
         read = record_layers(weights, config, layers)
+    if not settings.use_cache and prompts.position_ids is not None:
+        read = keep_apart(read, config)
     output = beam_search(expanded, read, how) if settings.num_beams > 1 else decode_steps(expanded, read, how, streamer)
     if not layers:
         return output
@@ -437,6 +446,17 @@ def choose_reader(weights: Weights, config: Gemma2Config, reference: bool) -> To
     """Return the function that reads tokens with these weights: fast, or as the definition says."""
     read = definition if reference else next_token_logits
     return partial(read, weights=weights, config=config)
+
+
+def keep_apart(read: TokenReader, config: Gemma2Config) -> TokenReader:
+    """Return `read` that keeps packed texts apart, as transformers does with neither a mask nor a cache."""
+
+    def read_apart(*args: Any, **given: Any) -> tuple[Any, Cache]:
+        if given["attention_mask"] is None:
+            given["attention_mask"] = packed_masks(given["position_ids"], config)
+        return read(*args, **given)
+
+    return read_apart
 
 
 def _warn_of_right_padding(visible: Bool[np.ndarray, "batch total"]) -> None:

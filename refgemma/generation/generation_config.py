@@ -114,11 +114,11 @@ WITHOUT_EFFECT = frozenset({
 })  # fmt: skip
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(repr=False)
 class GenerationConfig:
     """The settings of a generation, as far as somebody has given them; the others are None.
 
-    Names and meanings are those of transformers.
+    Names and meanings are those of transformers. A setting can be set, ``config.top_k = 5``.
 
     Parameters
     ----------
@@ -237,6 +237,12 @@ class GenerationConfig:
             value = vars(self)[setting.name] = _freeze(getattr(self, setting.name))
             if value is not None and not setting.metadata["is_right"](value):
                 raise InputError(f"{setting.name} must be {setting.metadata['needed']}, not {value!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a setting; one that means nothing is refused, and the others stay as they are."""
+        if [*self.__dataclass_fields__][-1] in vars(self):  # after __init__, which sets it last
+            value = vars(self.changed(**{name: value})).get(name)
+        object.__setattr__(self, name, value)
 
     def __repr__(self) -> str:
         """The settings that are said."""

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from refgemma.cache import Cache
+from refgemma.generation.caches import DynamicCache
 from refgemma.heads import log_softmax
 from refgemma.precision import Array
 
-PastKeyValues = Cache | tuple[tuple[Array, Array], ...]
+PastKeyValues = Cache | DynamicCache | tuple[tuple[Array, Array], ...]
 
 
 class ModelOutput(Mapping[str, Any]):
@@ -31,8 +32,15 @@ class ModelOutput(Mapping[str, Any]):
         values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]  # subclasses are
         return {name: value for name, value in values.items() if value is not None}
 
+    @property
+    def cache(self) -> Any:
+        """`past_key_values` under the name of transformers 5.24."""
+        return getattr(self, "past_key_values", None)
+
     def __getitem__(self, key: Any) -> Any:
         """The field of a name, or the fields of a number or slice."""
+        if key == "cache" and self.cache is not None:
+            return self.cache
         return self._present()[key] if isinstance(key, str) else self.to_tuple()[key]
 
     def __iter__(self) -> Iterator[str]:

@@ -394,7 +394,7 @@ def test_a_streamer_is_given_the_same(capsys: pytest.CaptureFixture[str]) -> Non
 FURTHER = {
     "sequence_bias": st.sampled_from([None, {(3,): 2.5, (5, 3): -4.0, (1, 2, 3): 9.0, (7,): -1.0}, {(24,): -9.0}]),
     "bad_words_ids": st.sampled_from([None, [[3], [5, 9], [1, 2, 4]], [[20]]]),
-    "suppress_tokens": st.sampled_from([None, [], [4, 21]]),
+    "suppress_tokens": st.sampled_from([None, [], [5, 21]]),
     "begin_suppress_tokens": st.sampled_from([None, [6, 21]]),
     "forced_bos_token_id": st.sampled_from([None, None, 8]),
     "forced_eos_token_id": st.sampled_from([None, None, 8, [8, 9]]),

@@ -141,7 +141,10 @@ def test_what_changes_no_token_is_taken_in_silence(settings: dict[str, Any]) -> 
         ({"guidance_scale": 2.0, "negative_prompt_ids": [2]}, "the negative prompt has shape .1,., and there are 1"),
         ({"prefix_allowed_tokens_fn": lambda text, ids: []}, "prefix_allowed_tokens_fn lists no token for text 0"),
         ({"exponential_decay_length_penalty": (1, 2.0), "eos_token_id": None}, "there is no eos_token_id"),
-        ({"prefix_allowed_tokens_fn": lambda text, ids: [5], "suppress_tokens": [5]}, "forbid every token: there is none"),
+        (
+            {"prefix_allowed_tokens_fn": lambda text, ids: [5], "suppress_tokens": [5]},
+            "forbid every token: there is none",
+        ),
         ({"typical_p": 0}, "typical_p must be a number above 0, up to 1, not 0"),
         ({"stopping_criteria": lambda ids, scores: True}, "stopping_criteria is one function; give it in a list"),
         ({"generation_config": {"top_k": 5}}, "generation_config is a dict, not a GenerationConfig"),
