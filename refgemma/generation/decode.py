@@ -478,7 +478,7 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    seed: int = 0,
+    seed: int | None = 0,
     stop_ids: Collection[int] | None = None,
     tokenizer: Any = None,
     **settings: Any,
@@ -495,8 +495,8 @@ def generate(
         0 takes the most likely token each time (greedy); above 0 one is drawn from ``softmax(logits / temperature)``.
     top_k, top_p : int, float, optional
         Draw only from the k most likely, and from the most likely that together reach probability p; unused if greedy.
-    seed : int
-        Of the draws: the same seed gives the same tokens.
+    seed : int, optional
+        Of the draws: the same seed gives the same tokens. None goes on with the draws of `refgemma.set_seed`.
     stop_ids : collection of int, optional
         Tokens that end the text; the one met is yielded last. Default: the configuration's ``eos_token_id``.
     tokenizer : Tokenizer, optional
@@ -547,8 +547,8 @@ def continue_prompt(
 
 
 def collect_settings(
-    config: Gemma2Config, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, seed: int,
-    stop_ids: Collection[int] | None, settings: Mapping[str, Any],
+    config: Gemma2Config, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None,
+    seed: int | None, stop_ids: Collection[int] | None, settings: Mapping[str, Any],
 ) -> GenerationConfig:  # fmt: skip
     """The settings of `generate`, checked."""
     stops = stop_tokens(config) if stop_ids is None else stop_ids
