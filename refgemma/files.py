@@ -4,7 +4,7 @@ by fuzzing, by damaged files and by tests that interrupt the writing."""
 import json
 import os
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -33,10 +33,22 @@ def quote(value: object) -> str:
     return _SHORT.repr(value)
 
 
+def quote_few(names: Sequence[str]) -> str:
+    """Quote the first three names and count the others.
+
+    Examples
+    --------
+    >>> quote_few("abcde")
+    "'a', 'b', 'c' and 2 more"
+    """
+    shown = ", ".join(quote(name) for name in names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def _refuse_pointer(start: bytes) -> None:
+def refuse_pointer(start: bytes) -> None:
     """Raise `RefgemmaError` for a file whose first bytes are those of a Git LFS pointer."""
     if start.startswith(LFS_POINTER):
         raise RefgemmaError(
@@ -79,7 +91,7 @@ def parse_object(text: bytes) -> dict[str, Any]:
 
 
 @contextmanager
-def _one_line(path: str | Path, error: type[RefgemmaError], remedy: str) -> Iterator[None]:
+def one_line(path: str | Path, error: type[RefgemmaError], remedy: str) -> Iterator[None]:
     """Raise whatever is wrong with `path` as an `error` of one line that names the file."""
     try:
         yield
@@ -119,12 +131,12 @@ def read_object(path: str | Path, error: type[RefgemmaError], remedy: str = "") 
     ...     read_object(Path(folder) / "config.json", RefgemmaError)
     {'head_dim': 256}
     """
-    with _one_line(path, error, remedy):
+    with one_line(path, error, remedy):
         with Path(path).open("rb") as stream:
             if (size := os.fstat(stream.fileno()).st_size) > JSON_LIMIT:
                 raise RefgemmaError(f"is {size} bytes long, and no JSON file of a model is longer than {JSON_LIMIT}")
             text = stream.read()
-        _refuse_pointer(text)
+        refuse_pointer(text)
         return parse_object(text)
 
 
@@ -159,8 +171,8 @@ def open_tensors(path: str | Path, error: type[RefgemmaError], remedy: str) -> t
     ...     opened.keys(), opened.get_slice("norm.weight").get_shape()
     (['norm.weight'], [24])
     """
-    with _one_line(path, error, remedy), Path(path).open("rb") as stream:
-        _refuse_pointer(stream.read(len(LFS_POINTER)))
+    with one_line(path, error, remedy), Path(path).open("rb") as stream:
+        refuse_pointer(stream.read(len(LFS_POINTER)))
         opened: Any = safe_open(path, framework="np")
         stream.seek(0)
         length = int.from_bytes(stream.read(8), "little")

@@ -14,6 +14,7 @@ from refgemma.errors import RefgemmaError
 
 PACKAGE = Path(__file__).parent
 CONFIG_JSON = "config.json"
+GGUF = ".gguf"
 
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 # What is downloaded: not the same weights once more as pickles or in other programs' formats.
