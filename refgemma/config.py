@@ -10,6 +10,7 @@ from typing import Any
 from refgemma.activations import ACTIVATIONS, Activation
 from refgemma.errors import RefgemmaError
 from refgemma.files import read_object, replace_file
+from refgemma.gguf import config_fields, read_gguf
 from refgemma.hub import find_model
 
 SLIDING = "sliding_attention"
@@ -306,7 +307,11 @@ class Gemma2Config:
         >>> Gemma2Config.from_pretrained("tiny", num_labels=3).num_labels
         3
         """
-        return cls.from_json_file(find_model(name) / "config.json").changed(**changes)
+        place = find_model(name)
+        if place.is_file():
+            fields = config_fields(read_gguf(place, ConfigError), ConfigError)
+            return cls.from_dict(fields, str(place)).changed(**changes)
+        return cls.from_json_file(place / "config.json").changed(**changes)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``config.json`` into `folder`, which is made if there is none; the file appears whole or not at all.

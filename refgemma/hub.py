@@ -7,7 +7,7 @@ Nothing here opens a connection unless the caller asks for a download.
 import os
 import re
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from refgemma.errors import RefgemmaError
@@ -61,15 +61,17 @@ def _list_missing(folder: Path, needed: Collection[str]) -> list[str]:
 
 
 def find_model(
-    name: str | Path, revision: str = "main", download: bool = False, needed: Collection[str] = (CONFIG_JSON,)
-) -> Path:
-    """Return the folder of a model.
+    name: str | Path, revision: str = "main", download: bool = False, needed: Collection[str] = (CONFIG_JSON,),
+    gguf_file: str | None = None,
+) -> Path:  # fmt: skip
+    """Return the folder of a model, or its GGUF file.
 
     Parameters
     ----------
     name : str or path
         ``"tiny"``, the trained model in this package; ``"conformance"``, the small one with random weights in which
-        known mistakes show; a folder; or a hub id like ``"google/gemma-2-9b"``. A folder goes before a hub id.
+        known mistakes show; a folder; a ``.gguf`` file; or a hub id like ``"google/gemma-2-9b"``. A folder goes before
+        a hub id.
     revision : str
         Of a hub id: a branch, a tag or a whole commit hash.
     download : bool
@@ -77,6 +79,8 @@ def find_model(
         it, nothing here touches the network.
     needed : collection of str
         Files that the folder has to have.
+    gguf_file : str, optional
+        A file of the folder, as in transformers: it, and nothing else there, is the model.
 
     Raises
     ------
@@ -89,16 +93,25 @@ def find_model(
     'tiny'
     """
     text = str(name)
+    if gguf_file is not None:
+        place = find_model(name, revision, download, needed=(gguf_file,)) / gguf_file
+        if not place.is_file():
+            raise ModelNameError(f"{place.parent}: has no file {place.name}")
+        return place
     if text in ("tiny", "conformance"):
         return PACKAGE / "checkpoints" / text
     if text and Path(name).is_dir():
         return Path(name)
+    if text and Path(name).is_file() and Path(name).suffix == GGUF:
+        return Path(name)
     if text and Path(name).exists():
-        raise ModelNameError(f"{name}: is a file; give the folder that holds {CONFIG_JSON} and the weights")
+        raise ModelNameError(
+            f"{name}: is a file; give the folder that holds {CONFIG_JSON} and the weights, or a {GGUF}"
+        )
     if isinstance(name, Path) or not HUB_ID.fullmatch(text) or ".." in text or "--" in text:
         raise ModelNameError(
             f"{text or repr('')}: no such folder; a model is 'tiny', 'conformance', a folder with {CONFIG_JSON} and "
-            "weights, or a hub id like google/gemma-2-9b"
+            f"weights, a {GGUF} file, or a hub id like google/gemma-2-9b"
         )
     if not re.fullmatch(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*", revision) or ".." in revision:
         raise ModelNameError(f"{text}: {revision!r} is no revision; give a branch, a tag or a whole commit hash")
@@ -111,7 +124,8 @@ def _find_in_cache(hub_id: str, revision: str, download: bool, needed: Collectio
     if snapshot and not lacking:
         return snapshot
     if download:
-        return download_model(hub_id, revision)
+        wanted = [name for name in needed if name.endswith(GGUF)] or WANTED
+        return download_model(hub_id, revision, wanted)
     if snapshot:
         raise ModelNameError(
             f"{hub_id}: the snapshot {snapshot} lacks {', '.join(lacking)}: the download was cut short; "
@@ -127,8 +141,8 @@ def _explain_download(hub_id: str) -> str:
     return f"download it with: refgemma info {hub_id} --download (it is downloaded only if asked for)"
 
 
-def download_model(hub_id: str, revision: str = "main") -> Path:
-    """Download a snapshot into the Hugging Face cache; a progress bar on stderr, if that is a terminal.
+def download_model(hub_id: str, revision: str = "main", wanted: Sequence[str] = WANTED) -> Path:
+    """Download the `wanted` files of a snapshot into the Hugging Face cache, with a progress bar on a terminal.
 
     Raises
     ------
@@ -151,7 +165,7 @@ def download_model(hub_id: str, revision: str = "main") -> Path:
     if not sys.stderr.isatty():
         disable_progress_bars()
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=WANTED))
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(wanted)))
     except errors.GatedRepoError:
         reason = (
             "its licence has to be accepted first: on its page on the hub, logged in; then log in here too, with "

@@ -65,7 +65,7 @@ def run_info(args: argparse.Namespace) -> int:
     checkpoint = open_checkpoint(find_model(args.model, args.revision, args.download))
     config = checkpoint.config.to_dict()
     table = [
-        (name, tuple(shape), str(checkpoint.tensors[name].dtype))
+        (name, tuple(shape), checkpoint.tensors[name].format)
         for name, shape in tensor_shapes(checkpoint.config).items()
     ]
     if args.json:

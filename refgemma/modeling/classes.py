@@ -240,15 +240,15 @@ class Gemma2PreTrainedModel:
     @classmethod
     def from_pretrained(
         cls, name: str | Path, dtype: Any = "float32", seed: int = 0, revision: str = "main", download: bool = False,
-        **changes: Any,
+        gguf_file: str | None = None, **changes: Any,
     ) -> Self:  # fmt: skip
         """Load a model.
 
         Parameters
         ----------
         name : str or path
-            ``"tiny"``, ``"conformance"``, a folder, or a hub id whose snapshot is in the Hugging Face cache; see
-            `refgemma.hub.find_model`.
+            ``"tiny"``, ``"conformance"``, a folder, a ``.gguf`` file, or a hub id whose snapshot is in the Hugging Face
+            cache; see `refgemma.hub.find_model`.
         dtype : str or numpy.dtype
             The precision of the computation, or ``"auto"`` for that of the file.
         seed : int
@@ -257,6 +257,8 @@ class Gemma2PreTrainedModel:
             Of a hub id: a branch, a tag or a commit.
         download : bool
             Whether a hub id that is not in the cache may be downloaded.
+        gguf_file : str, optional
+            A GGUF file of the folder or hub id, which is read instead of what else is there.
         **changes
             Fields of the configuration to replace, ``num_labels=3`` for instance.
 
@@ -278,7 +280,7 @@ class Gemma2PreTrainedModel:
         """
         if strange := [argument for argument in changes if argument in ELSEWHERE]:
             raise ConfigError(f"{cls.__name__}.from_pretrained takes no {strange[0]}: {ELSEWHERE[strange[0]]}")
-        checkpoint = open_checkpoint(find_model(name, revision, download))
+        checkpoint = open_checkpoint(find_model(name, revision, download, gguf_file=gguf_file))
         config = checkpoint.config.changed(**changes)
         if tensor_shapes(config) != tensor_shapes(checkpoint.config):
             raise ConfigError(f"{name}: {', '.join(changes)} would change the shapes of the weights in the folder")

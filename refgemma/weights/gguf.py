@@ -87,9 +87,14 @@ class Widened:
 class Quantised(Stored):
     """A quantised tensor: `raw` is its bytes, a row of them for each row of numbers, which are float32."""
 
-    format: str
+    kind: str
     raw: Stored
     widen: Callable[[Array, Array], None]
+
+    @property
+    def format(self) -> str:
+        """The name of its format."""
+        return self.kind
 
     @property
     def nbytes(self) -> int:
@@ -150,8 +155,9 @@ def locate(file: Gguf, tensor: GgufTensor) -> Stored:
     rows = (*tensor.shape[:-1], tensor.nbytes // max(1, math.prod(tensor.shape[:-1])))
     raw = Stored(*where, np.dtype(np.uint8), rows, tensor.start, file.file_bytes)
     widen = _widen_q8_0 if tensor.format == "Q8_0" else _widen_by_library(tensor.format)
-    place = (np.dtype(np.float32), tensor.shape, tensor.start, file.file_bytes)
-    return Quantised(*where, *place, tensor.format, raw, widen)
+    return Quantised(
+        *where, np.dtype(np.float32), tensor.shape, tensor.start, file.file_bytes, tensor.format, raw, widen
+    )
 
 
 def _locate_norm(file: Gguf, tensor: GgufTensor) -> Stored:
@@ -171,13 +177,11 @@ def read_model(path: Path) -> tuple[Gemma2Config, dict[str, Stored]]:
     file = read_gguf(path, CheckpointError)
     config = Gemma2Config.from_dict(config_fields(file, CheckpointError), str(path))
     shapes, names = tensor_shapes(config), gguf_names(config.num_hidden_layers)
-    faults = {
-        "lacks": [name for name in names.values() if name not in file.tensors],
-        "holds": sorted(file.tensors.keys() - names.values()),
-    }
-    for verb, found in faults.items():
-        if found:
-            raise CheckpointError(f"{path}: {verb} {quote_few(found)}, unlike a Gemma 2 of its size; download it again")
+    lacking = [name for name in names.values() if name not in file.tensors]
+    strange = sorted(file.tensors.keys() - names.values())
+    if lacking or strange:
+        what = f"lacks {quote_few(lacking)}" if lacking else f"holds {quote_few(strange)}"
+        raise CheckpointError(f"{path}: {what}, unlike a Gemma 2 of its size; download it again")
     for name, theirs in names.items():
         if file.tensors[theirs].shape != shapes[name]:
             raise CheckpointError(
