@@ -23,6 +23,7 @@ VERSIONS = (2, 3)
 REMEDY = "download or write it again"
 HEADER_LIMIT = 2**26  # bytes; the header of a Gemma 2 has 6 to 20 MB, almost all of it the vocabulary
 ENTRIES_LIMIT = 2**17  # keys, or tensors: a 27B has 508
+TEXTS_LIMIT = 2**20  # in a list: Gemma 2 has 256,000 pieces
 AXES = 4  # at most, in ggml
 
 # The number of a type of values -> its letter in `struct`. Strings and arrays are read otherwise.
@@ -99,6 +100,21 @@ class _Cursor:
         except UnicodeDecodeError:
             raise RefgemmaError(f"has text at byte {at} that is not UTF-8") from None
 
+    def texts(self, count: int) -> list[str]:
+        """Return the next `count` texts; a call for each would take as long as all the rest."""
+        content, at, found, length = self.content, self.at, [], struct.Struct("<Q").unpack_from
+        try:
+            for _ in range(count):
+                start = at + 8
+                at = start + length(content, at)[0]
+                found.append(content[start:at].decode())
+        except struct.error:
+            at = len(content) + 1
+        except UnicodeDecodeError:
+            raise RefgemmaError(f"has text at byte {start} that is not UTF-8") from None
+        self.take(at - self.at)
+        return found
+
     def value(self, kind: int) -> Any:
         """Return a value of type `kind`: a number, a text, an array of numbers or a list of texts."""
         if kind in LETTERS:
@@ -108,8 +124,8 @@ class _Cursor:
         if kind != ARRAY:
             raise RefgemmaError(f"has a value of type {kind} at byte {self.at}, which GGUF does not know")
         kind, count = self.number("I"), self.number("Q")
-        if kind == STRING and 8 * count <= len(self.content):
-            return [self.text() for _ in range(count)]
+        if kind == STRING and count <= TEXTS_LIMIT:
+            return self.texts(count)
         if kind in LETTERS:
             item = np.dtype("<" + LETTERS[kind])
             return np.frombuffer(self.take(count * item.itemsize), item)

@@ -87,9 +87,9 @@ def check_model(config: Gemma2Config, source: Path) -> None:
         if not same:
             remedy = ""
             if field == "query_pre_attn_scalar":
-                remedy = f"; multiply every q_proj by {(theirs / ours) ** 0.5!r} and set the field to {theirs} first"
+                remedy = f"; multiply each q_proj by {(theirs / ours) ** 0.5!r} and set it to {theirs} first"
             raise CheckpointError(
-                f"{source}: {field} is {ours!r}, where llama.cpp takes {theirs!r} for such a model, and would give other "
+                f"{source}: {field} is {ours!r}, where llama.cpp takes {theirs!r} for such a model, and gives other "
                 f"logits{remedy}"
             )
 
@@ -120,8 +120,10 @@ def _add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
 
 def _make_header(config: Gemma2Config, tokenizer: Tokenizer | None, outputs: Sequence[OutputTensor]) -> bytes:
     """Let the library write the file without its tensors."""
-    import gguf
-
+    try:
+        import gguf
+    except ImportError:
+        raise CheckpointError('GGUF is written with the library gguf; pip install "refgemma[gguf]"') from None
     with tempfile.TemporaryDirectory() as folder:
         writer = gguf.GGUFWriter(Path(folder) / "header.gguf", "gemma2")
         for key, value in _describe(config).items():

@@ -3,7 +3,7 @@ by the logits of llama.cpp.
 
 Blocks of quantised numbers are widened to float32, rows at a time, when they are used. Norms hold g = 1 + w, and
 Gemma 2 has w here. The subtraction is exact in float64 for every g from 2**-29 on, and in float32 for every g from 1/2
-on. Below 1/2, float32 rounds w to a multiple of 2**-24, so that 1 + w is at most 2**-25 from g.
+on. Below 1/2, float32 rounds w, so that 1 + w is at most 2**-25 from g, or 2**-24 from a negative g.
 """
 
 import math
