@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from refgemma.errors import RefgemmaError
-from refgemma.files import LFS_POINTER, one_line, quote, refuse_pointer
+from refgemma.files import LFS_POINTER, one_line, open_file, quote, refuse_pointer
 
 VERSIONS = (2, 3)
 REMEDY = "download or write it again"
@@ -214,7 +214,7 @@ def read_gguf(path: str | Path, error: type[RefgemmaError]) -> Gguf:
     Traceback (most recent call last):
     refgemma.errors.RefgemmaError: model.gguf: cannot be read: No such file or directory
     """
-    with one_line(path, error, REMEDY), Path(path).open("rb") as stream:
+    with one_line(path, error, REMEDY), open_file(path) as stream:
         size = os.fstat(stream.fileno()).st_size
         if not size:
             raise RefgemmaError("is empty")
