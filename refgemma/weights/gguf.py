@@ -176,6 +176,8 @@ def read_model(path: Path) -> tuple[Gemma2Config, dict[str, Stored]]:
     """
     file = read_gguf(path, CheckpointError)
     config = Gemma2Config.from_dict(config_fields(file, CheckpointError), str(path))
+    if config.num_hidden_layers > len(file.tensors):
+        raise CheckpointError(f"{path}: has {len(file.tensors)} tensors for {config.num_hidden_layers} layers")
     shapes, names = tensor_shapes(config), gguf_names(config.num_hidden_layers)
     lacking = [name for name in names.values() if name not in file.tensors]
     strange = sorted(file.tensors.keys() - names.values())
