@@ -1,8 +1,8 @@
-"""How fast a quantised GGUF file is read as float32, in bytes of the file, by one thread: docs/speed.md.
+"""How fast a quantised GGUF file is read as float32, in bytes of the file, by one thread: docs/how-to/gguf.md.
 
     python benchmarks/gguf_speed.py [Q8_0 ...]
 
-One matrix of the feed-forward layer of the 9B, of random blocks, read again and again: the file is in the system's cache.
+One matrix of the feed-forward layer of the 9B, of random blocks, is read again and again from the system's cache.
 """
 
 import argparse

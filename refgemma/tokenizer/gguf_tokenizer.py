@@ -9,7 +9,16 @@ import numpy as np
 from refgemma.errors import RefgemmaError
 from refgemma.files import one_line, quote
 from refgemma.gguf import read_gguf
-from refgemma.tokenizer.sentencepiece_model import CONTROL, USER_DEFINED, Piece, TokenizerError, gemma_rest, write_model
+from refgemma.tokenizer.sentencepiece_model import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    USER_DEFINED,
+    Piece,
+    TokenizerError,
+    gemma_rest,
+    write_model,
+)
 
 SPACE = "\u2581"  # how a piece writes a space; user-defined pieces of a GGUF file have the space itself
 # The role of a token -> what its id is called, and the piece of Gemma's that has it where no id is given.
@@ -23,6 +32,8 @@ def _read_pieces(about: Mapping[str, Any]) -> list[Piece]:
         raise RefgemmaError(f"has no SentencePiece vocabulary; its tokenizer.ggml.model is {quote(about.get('model'))}")
     if not all(isinstance(x, np.ndarray) and len(x) == len(names) for x in (scores, kinds)):
         raise RefgemmaError(f"has no scores and types for its {len(names)} tokens")
+    if not np.isin(kinds, range(NORMAL, BYTE + 1)).all():  # type: ignore[arg-type]  # they are an array
+        raise RefgemmaError("has types of tokens that SentencePiece does not know")
     pieces = map(Piece, names, map(float, scores), map(int, kinds))  # type: ignore[arg-type]  # they are arrays
     return [p._replace(name=p.name.replace(" ", SPACE)) if p.type == USER_DEFINED else p for p in pieces]
 

@@ -118,7 +118,8 @@ class Quantised(Stored):
             else:
                 with np.errstate(over="ignore"):  # what this would warn of is an error just below
                     block[...] = as_dtype(Widened(flat, width, self.widen)[start : start + step], dtype)
-            if not (finite := np.isfinite(block)).all():
+            # A sum of squares is finite only if all are, and is had sooner than a look at each.
+            if not math.isfinite(np.vdot(block, block)) and not (finite := np.isfinite(block)).all():
                 part = Widened(flat, width, self.widen)[:].reshape(*raw.shape[:-1], width)
                 raise self._explain_bad_number(part, rows, start * width + int(np.argmin(finite)), dtype)
         return out.reshape(*raw.shape[:-1], width).view(type(kind))

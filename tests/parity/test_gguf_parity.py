@@ -124,8 +124,8 @@ def ask(folder: Path) -> Any:
 
 
 # llama.cpp multiplies with the file's numbers, but rounds what it multiplies them with: for BF16 to bfloat16, for F16
-# to float16, for quantised weights to 8 bits a block. The limits are three times the standard deviations that this makes
-# of log probabilities here; those of one key more in the window, or of a cap a third higher, are 0.14 to 0.34.
+# to float16, for quantised weights to 8 bits a block. The limits are three times the standard deviations that this
+# makes of log probabilities here; those of one key more in the window, or of a cap a third higher, are 0.14 to 0.34.
 NOISE = {"F32": 1e-4, "F16": 3e-3, "BF16": 0.02, "Q8_0": 0.075, "Q4_0": 0.075, "Q4_K": 0.07, "Q6_K": 0.15}
 
 
