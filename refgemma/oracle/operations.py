@@ -14,7 +14,7 @@ from refgemma.layers import merge_heads, split_heads
 from refgemma.model import embedding_scale
 from refgemma.oracle import tolerance as tol
 from refgemma.oracle.tolerance import FORMATS, Arithmetic, Tolerance, U, in_unit, with_storage
-from refgemma.precision import Array, as_dtype, wide
+from refgemma.precision import Array, as_dtype, as_float64
 from refgemma.trace.candidate import Call
 from refgemma.weights.parameters import LayerWeights, Weights, row_pieces
 
@@ -41,10 +41,6 @@ class Operation:
             return with_storage(in_unit(self.allowed(*inputs), unit), exact, storage, stored)
 
 
-def _exact(x: Array) -> Array:
-    return np.asarray(wide(x), np.float64)
-
-
 class Layers(Sequence[LayerWeights]):
     """Layers in float64, of which the one asked for last is kept."""
 
@@ -60,14 +56,14 @@ class Layers(Sequence[LayerWeights]):
         """Block `layer`."""
         if layer not in self._kept:
             found = self._layers[layer]
-            numbers: dict[str, Any] = {name: None if x is None else _exact(x) for name, x in vars(found).items()}
+            numbers: dict[str, Any] = {name: None if x is None else as_float64(x) for name, x in vars(found).items()}
             self._kept = {layer: LayerWeights(**numbers)}
         return self._kept[layer]
 
 
 def double(weights: Weights) -> Weights:
     """Return the same numbers in float64: layers as they are asked for, the embedding table as it is."""
-    return Weights(weights.embed_tokens, Layers(weights.layers), _exact(weights.norm), weights.lm_head)
+    return Weights(weights.embed_tokens, Layers(weights.layers), as_float64(weights.norm), weights.lm_head)
 
 
 def window_mask(context: "Context", layer: int) -> Array:
@@ -116,14 +112,14 @@ class Context:
 def scale_rows(context: Context) -> Array:
     """Return the rows of the tokens times ``sqrt(hidden)``."""
     rows = context.weights.embed_tokens[context.call.input_ids]
-    scaled: Array = (_exact(rows) if context.exact else rows) * context.embedding_scale()
+    scaled: Array = (as_float64(rows) if context.exact else rows) * context.embedding_scale()
     return scaled
 
 
 def head_pieces(context: Context) -> Iterator[Array]:
     """The rows of the head, a piece of it at a time."""
     for rows in row_pieces(context.weights.head):
-        yield _exact(rows) if context.exact else rows
+        yield as_float64(rows) if context.exact else rows
 
 
 def _ends(context: Context) -> Iterator[Operation]:
@@ -138,7 +134,7 @@ def _ends(context: Context) -> Iterator[Operation]:
     yield Operation("sin", (), lambda: tables(*arguments)[1], allowed)
     embedding = context.function("embed", scale_rows)
     yield Operation(
-        "embedded", (), lambda: embedding(context), lambda: tol.one_rounding(_exact(scale_rows(context)), common=U)
+        "embedded", (), lambda: embedding(context), lambda: tol.one_rounding(as_float64(scale_rows(context)), common=U)
     )
     yield _norm(context, "norm", last, lambda: context.weights.norm)
     unembed, cap = context.function("unembed", ops.linear), config.final_logit_softcapping

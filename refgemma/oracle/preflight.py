@@ -16,8 +16,9 @@ import numpy as np
 
 from refgemma.config import Gemma2Config
 from refgemma.inputs import InputError
+from refgemma.oracle.known_bugs import interleave
 from refgemma.oracle.verdicts import EXACT, FAIL, INVALID, MISSING, NOISY
-from refgemma.precision import Array, as_dtype, wide
+from refgemma.precision import Array, as_dtype, as_float64, wide
 from refgemma.tokenizer.tokenizer import Tokenizer
 from refgemma.trace.reader import Entry, open_safetensors
 from refgemma.weights.parameters import EMBED_TOKENS, tensor_shapes
@@ -70,23 +71,7 @@ def is_same(a: Array, b: Array) -> bool:
     if a.shape != b.shape:
         return False
     starts = range(0, len(a), ROWS)
-    return all(np.array_equal(_wide(a[n : n + ROWS]), _wide(b[n : n + ROWS])) for n in starts)
-
-
-def _wide(x: Array) -> Array:
-    return np.asarray(x, np.float64)
-
-
-def interleave(x: Array, head_dim: int) -> Array:
-    """Rows of each head in the order for pairs side by side, as llama.cpp's conversion of Llama has them.
-
-    Examples
-    --------
-    >>> interleave(np.arange(4)[:, None], head_dim=4).ravel().tolist()
-    [0, 2, 1, 3]
-    """
-    rows = x.reshape(-1, 2, head_dim // 2, x.shape[-1])
-    return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(x.shape)
+    return all(np.array_equal(as_float64(a[n : n + ROWS]), as_float64(b[n : n + ROWS])) for n in starts)
 
 
 def deinterleave(x: Array, head_dim: int) -> Array:
@@ -98,8 +83,8 @@ def deinterleave(x: Array, head_dim: int) -> Array:
 def known_ways(name: str, right: Array, config: Gemma2Config) -> Iterator[tuple[str, Callable[[], Array]]]:
     """What the checkpoint's tensor is under each mistake."""
     if right.ndim == 1:
-        yield "weights-one-plus", lambda: 1 + _wide(right)
-        yield "weights-minus-one", lambda: _wide(right) - 1
+        yield "weights-one-plus", lambda: 1 + as_float64(right)
+        yield "weights-minus-one", lambda: as_float64(right) - 1
         return
     yield "weights-transposed", lambda: np.ascontiguousarray(right.T)
     yield "weights-reshaped", lambda: np.ascontiguousarray(right.T).reshape(right.shape)
@@ -125,10 +110,10 @@ def judge_weight(name: str, entry: Entry, checkpoint: Mapping[str, Entry], confi
     found = entry.read()
     if is_same(found, right):
         return Preflight(name, EXACT)
-    if not np.isfinite(_wide(found)).all():
+    if not np.isfinite(as_float64(found)).all():
         return Preflight(name, INVALID, UNKNOWN, "has elements that are no numbers")
     for half in ("bfloat16", "float16"):
-        if found.shape == right.shape and is_same(found, np.asarray(wide(as_dtype(_wide(right), half)))):
+        if found.shape == right.shape and is_same(found, np.asarray(wide(as_dtype(as_float64(right), half)))):
             return Preflight(name, NOISY, "weights-rounded", f"is rounded to {half}")
     for mistake, made in known_ways(name, right, config):
         if any(is_same(found, x) for x in _also_rounded(made())):
@@ -138,14 +123,14 @@ def judge_weight(name: str, entry: Entry, checkpoint: Mapping[str, Entry], confi
     others = [o for o, e in checkpoint.items() if o != name and e.shape == found.shape and is_same(found, e.read())]
     if others:
         return Preflight(name, FAIL, "weights-of-another", f"is the checkpoint's {others[0]}")
-    wrong = int(np.sum(_wide(found) != _wide(right))) if found.shape == right.shape else found.size
+    wrong = int(np.sum(as_float64(found) != as_float64(right))) if found.shape == right.shape else found.size
     return Preflight(name, FAIL, UNKNOWN, f"{wrong} of {found.size} elements are other numbers")
 
 
 def _also_rounded(x: Array) -> Iterator[Array]:
     yield x
     for dtype in ("float32", "bfloat16", "float16"):  # numbers are kept in one of these after the change
-        yield np.asarray(wide(as_dtype(_wide(x), dtype)))
+        yield np.asarray(wide(as_dtype(as_float64(x), dtype)))
 
 
 def compare_weights(path: str | Path, folder: Path, config: Gemma2Config) -> list[Preflight]:

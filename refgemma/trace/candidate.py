@@ -41,6 +41,11 @@ class Call:
     visible: npt.NDArray[np.bool_]  # (batch, seq), false for padding
     calls: tuple[int, ...]  # tokens of each call
 
+    @property
+    def starts(self) -> npt.NDArray[np.int64]:
+        """The place at which each token's call begins, ``(seq,)``."""
+        return np.repeat(np.cumsum([0, *self.calls])[:-1], self.calls)
+
 
 @dataclass(frozen=True)
 class Tensor:

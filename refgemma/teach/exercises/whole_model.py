@@ -121,7 +121,7 @@ def _reduce_post_attention_norm(layer: LayerWeights, context: Context) -> LayerW
 
 # The tensor that shows first what is wrong with each port, and its bug.
 _PORTS: dict[int, tuple[str, Change]] = {
-    1: ("layers.0.attention.probs", bugs.windows(lambda window: window + 1)),
+    1: ("layers.0.attention.probs", bugs.sliding_window(lambda window: window + 1)),
     2: ("layers.0.attention.scores", bugs.config(query_pre_attn_scalar=lambda context: context.config.head_dim)),
     3: ("layers.0.feed_forward.gate", bugs.layer_weights(bugs.swapped_gate)),
     4: ("layers.0.post_attention_layernorm", bugs.layer_weights(_reduce_post_attention_norm)),
