@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from refgemma.cli import output
 from refgemma.errors import UsageError
 from refgemma.files import replace_file
 from refgemma.hub import find_model
@@ -119,7 +120,7 @@ def run_check(args: argparse.Namespace) -> int:
             write_repro(candidate, read_weights(folder, candidate.dtype), found, path)
         else:
             replace_file(path, made[kind](found, args.model).encode())
-    print(reports.dumps(reports.as_json(found, args.model)) if args.json else reports.text(found, args.model))
+    output.as_json(reports.as_json(found, args.model)) if args.json else print(reports.text(found, args.model))
     return EXIT[found.verdict]
 
 
@@ -141,10 +142,10 @@ def run_map(args: argparse.Namespace) -> int:
     unusable = [row for row in rows if row["problem"]]
     code = EXIT[INCONCLUSIVE] if matched.unmatched or unusable else 0
     if args.json:
-        print(reports.dumps({
+        output.as_json({
             "schema": "refgemma-map/1", "map": names.name, "learned_from": names.learned_from, "run_on": names.run_on,
             "matched": rows, "ignored": dict(matched.ignored), "unmatched": list(matched.unmatched), "exit_code": code,
-        }))  # fmt: skip
+        })  # fmt: skip
         return code
     print(f"{names.name}: {names.says}")
     print(f"from {names.learned_from}; " + (f"tried on {names.run_on}" if names.run_on else "not tried on real output"))
@@ -175,7 +176,7 @@ def run_diff(args: argparse.Namespace) -> int:
         found = [replace(d, unexplained=units.get(d.tensor)) for d in found]
     code = diff_code(found, bool(only_a or only_b), bool(args.model))
     if args.json:
-        print(reports.dumps(difference_json(args.a, args.b, found, only_a, only_b, code)))
+        output.as_json(difference_json(args.a, args.b, found, only_a, only_b, code))
         return code
     print("\n".join(reports.cut(line) for line in diff_lines(found, only_a, only_b)))
     return code
@@ -228,7 +229,7 @@ def run_prompts(args: argparse.Namespace) -> int:
         for path in write_prompts(found, config, Path(args.output), args.model):
             print(path, file=sys.stderr)
     if args.json:
-        print(reports.dumps(prompts_json(found, config, args.model)))
+        output.as_json(prompts_json(found, config, args.model))
         return 0
     for s in found:
         prompt = known[s.prompt]
@@ -260,7 +261,7 @@ def run_sweep(args: argparse.Namespace) -> int:
     with cluster(args.scheduler) if args.scheduler else nullcontext((processes, workers)) as (pool, width):
         found = list(tqdm(sweep(jobs, results, pool, width, args.again), "jobs", len(jobs), disable=None))
     report = sweep_json(found)
-    print(reports.dumps(report) if args.json else "\n".join(sweep_lines(report)))
+    output.as_json(report) if args.json else print("\n".join(sweep_lines(report)))
     return int(report["exit_code"])
 
 
@@ -297,7 +298,7 @@ def run_known_bugs(args: argparse.Namespace) -> int:
         hint = f"there are {', '.join(near[:6])}" if near else "refgemma known-bugs lists them"
         raise UsageError(f"unknown bug {args.name!r}; {hint}")
     if args.json:
-        print(reports.dumps([reports.known_bug_json(v) for v in chosen]))
+        output.as_json([reports.known_bug_json(v) for v in chosen])
     elif args.name:
         v = chosen[0]
         print(f"{v.name} ({v.kind})\n  {v.says}\n  first tensor: {v.fields[0]}; all: {', '.join(v.fields)}")

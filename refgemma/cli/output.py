@@ -1,10 +1,10 @@
 """Exit codes, JSON and the tokens of a prompt, which all commands share. Checked through the command line."""
 
 import argparse
-import json
 from typing import Any
 
 from refgemma.errors import UsageError
+from refgemma.files import write_json
 from refgemma.modeling.pretrained import Pretrained
 
 OK, DIFFERS, MISUSE, INTERRUPTED, CUT_OFF = 0, 1, 2, 130, 141
@@ -12,7 +12,7 @@ OK, DIFFERS, MISUSE, INTERRUPTED, CUT_OFF = 0, 1, 2, 130, 141
 
 def as_json(value: Any) -> None:
     """Print one JSON object."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    print(write_json(value))
 
 
 def prompt_ids(args: argparse.Namespace, model: Pretrained) -> list[int]:

@@ -36,7 +36,6 @@ from refgemma.oracle.verdicts import (
     MISSING,
     NOISY,
     NOISY_ONLY,
-    SKEWED,
     UNKNOWN,
 )  # fmt: skip
 from refgemma.trace.candidate import Candidate
@@ -65,8 +64,7 @@ class Finding:
     @property
     def worst(self) -> Instance:
         """The instance that is wrong most."""
-        order = {INVALID: 3, FAIL: 2, SKEWED: 1}
-        return max(self.instances, key=lambda i: (order.get(i.judged.verdict, 0), i.judged.statistics.rms))
+        return max(self.instances, key=lambda i: (BAD.index(i.judged.verdict), i.judged.statistics.rms))
 
     @property
     def named(self) -> str:
@@ -271,7 +269,7 @@ class Diagnosis:
                 continue
             own = alone.value(name)
             if name in self.candidate.tensors:
-                where = np.broadcast_to(self.engine.where(name), own.shape)
+                where = self.engine.where(name)
                 found, ours = self.candidate.tensors[name].numbers[where], own[where]
                 with np.errstate(invalid="ignore"):
                     yield name, float(np.sqrt(np.sum((found - ours) ** 2) / max(np.sum(ours**2), 1e-300)))
@@ -279,15 +277,15 @@ class Diagnosis:
     def remarks(self) -> Iterator[str]:
         """What else a reader should know."""
         candidate, call = self.candidate, self.candidate.call
-        first = [int(row[np.argmax(seen)]) for row, seen in zip(call.input_ids, call.visible, strict=True)]
-        second = [int(row[min(np.argmax(seen) + 1, len(row) - 1)]) for row, seen in
-                  zip(call.input_ids, call.visible, strict=True)]  # fmt: skip
+        texts = [row[seen].tolist() for row, seen in zip(call.input_ids, call.visible, strict=True)]
         bos = self.engine.config.bos_token_id
-        if bos is not None and any(token != bos for token in first):
+        without = [row for row, text in enumerate(texts) if text[:1] != [bos]]
+        twice = [row for row, text in enumerate(texts) if text[:2] == [bos, bos]]
+        if bos is not None and without:
             remark = "(missing-bos); real texts do, and quality suffers badly without"
-            yield f"tokens: row {next(n for n, t in enumerate(first) if t != bos)} does not begin with <bos> {remark}"
-        elif bos is not None and call.input_ids.shape[1] > 1 and bos in second:
-            yield f"tokens: row {second.index(bos)} begins with <bos> twice (double-bos)"
+            yield f"tokens: row {without[0]} does not begin with <bos> {remark}"
+        elif bos is not None and twice:
+            yield f"tokens: row {twice[0]} begins with <bos> twice (double-bos)"
         for name in candidate.unknown[:3]:
             yield f"{name}: is no tensor of this model"
         if len(candidate.unknown) > 3:

@@ -144,6 +144,11 @@ class Engine:
 
     def where(self, name: str) -> Array:
         """Return which elements of a recorded tensor are compared."""
-        known = self.candidate.tensors[name].known
+        tensor = self.candidate.tensors[name]
         where = where_compared(name, self.context)
-        return where if known is None else where & known
+        return np.broadcast_to(where if tensor.known is None else where & tensor.known, tensor.numbers.shape)
+
+    def errors(self, name: str) -> Array:
+        """Return by how much each element of a recorded tensor is off its reference."""
+        with np.errstate(invalid="ignore"):
+            return np.subtract(self.candidate.tensors[name].numbers, self.usual.result(name))

@@ -17,7 +17,7 @@ import numpy as np
 from refgemma.config import Gemma2Config
 from refgemma.inputs import InputError
 from refgemma.oracle.known_bugs import interleave
-from refgemma.oracle.verdicts import EXACT, FAIL, INVALID, MISSING, NOISY
+from refgemma.oracle.verdicts import EXACT, FAIL, INVALID, MISSING, NOISY, UNKNOWN
 from refgemma.precision import Array, as_dtype, as_float64, wide
 from refgemma.tokenizer.tokenizer import Tokenizer
 from refgemma.trace.reader import Entry, open_safetensors
@@ -25,7 +25,6 @@ from refgemma.weights.parameters import EMBED_TOKENS, tensor_shapes
 
 HEAD = "lm_head.weight"
 ROWS = 16384  # compared at a time
-UNKNOWN = "UNKNOWN"
 FLOATS = ("BF16", "F16", "F32", "F64")
 
 
@@ -101,10 +100,8 @@ def judge_weight(name: str, entry: Entry, checkpoint: Mapping[str, Entry], confi
     vocabulary = name in (EMBED_TOKENS, HEAD)
     if vocabulary and len(entry.shape) == 2 and entry.shape[0] > right.shape[0] and entry.shape[1:] == right.shape[1:]:
         if is_same(entry.read()[: right.shape[0]], right):
-            return Preflight(
-                name, FAIL, "vocab-padded", f"has {entry.shape[0]} rows; the vocabulary has {right.shape[0]}"
-            )
-        return Preflight(name, FAIL, UNKNOWN, f"has shape {entry.shape}; {right.shape} is needed")
+            rows = f"has {entry.shape[0]} rows; the vocabulary has {right.shape[0]}"
+            return Preflight(name, FAIL, "vocab-padded", rows)
     if np.prod(entry.shape) != right.size:
         return Preflight(name, FAIL, UNKNOWN, f"has shape {entry.shape}; {right.shape} is needed")
     found = entry.read()

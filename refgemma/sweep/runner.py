@@ -6,7 +6,6 @@ The result of a job is kept under its key, in a file that appears whole or not a
 where it was, and what has another input, or another program, is computed anew.
 """
 
-import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -18,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from refgemma.errors import RefgemmaError, UsageError
-from refgemma.files import read_object, replace_file
-from refgemma.oracle.report import finite
+from refgemma.files import read_object, replace_file, write_json
 from refgemma.oracle.verdicts import EXIT, FAILED, LOST, UNREADABLE
 from refgemma.sweep.jobs import KEPT, Done, Job, fail, perform
 from refgemma.sweep.tally import Tally, merge_tallies
@@ -141,7 +139,7 @@ def sweep(
     yield from ((job, kept[job.key]) for job in jobs if job.key in kept)
     for job, done in run_jobs([job for job in jobs if job.key not in kept], pool, width):
         if done["verdict"] not in (UNREADABLE, FAILED, LOST):  # these are tried again the next time
-            replace_file(results / f"{job.key}.json", json.dumps(done, allow_nan=False).encode())
+            replace_file(results / f"{job.key}.json", write_json(done).encode())
         yield job, done
 
 
@@ -176,7 +174,7 @@ def as_json(found: Sequence[tuple[Job, Done]]) -> dict[str, Any]:
         "jobs": [{"name": job.name, "key": job.key, **{k: done[k] for k in (
             "verdict", "first_divergence", "named", "dtype", "message")}} for job, done in ordered],
         "tensors": [
-            {"dtype": dtype, "tensor": kind} | total.as_json() | {"rms": finite(total.rms)}
+            {"dtype": dtype, "tensor": kind} | total.as_json() | {"rms": total.rms}
             for (dtype, kind), total in sorted(totals.items(), key=lambda one: (one[0][0], FIELDS.index(one[0][1])))
         ],
         "found": sorted(seen), "excluded": sorted(excluded), "blind": sorted(blind),

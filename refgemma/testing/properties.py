@@ -710,9 +710,8 @@ def operation_by_operation(bench: Bench, scene: Scene, dtype: str) -> Iterator[t
     engine = Engine(candidate, open_checkpoint(model.folder).resident(dtype), scene.config)
     for name in filter(engine.is_direct, engine.recorded):
         if name != "embedded":  # its factor is a rounded number, which is part of the model: there is a law for it
-            apart = np.abs(candidate.tensors[name].numbers - engine.usual.result(name))
-            where = np.broadcast_to(engine.where(name), apart.shape)
-            beyond = (apart > engine.tolerance(name).error_bound) & where
+            where = engine.where(name)
+            beyond = (np.abs(engine.errors(name)) > engine.tolerance(name).error_bound) & where
             yield name, int(beyond.sum()), int(where.sum())
 
 

@@ -5,18 +5,20 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import numpy as np
+import numpy.typing as npt
 
 from refgemma.cache import LayerCache
 from refgemma.config import Gemma2Config
 from refgemma.files import new_file
 from refgemma.inputs import InputError
-from refgemma.model import Forward, begin, blocks, head
+from refgemma.model import Forward, begin, blocks, forward, head
 from refgemma.ops import rms_norm
 from refgemma.precision import Array, Rounded, dtype_name
 from refgemma.shapes import TokenIds
@@ -149,6 +151,27 @@ def run_in_order(ids: TokenIds, weights: Weights, config: Gemma2Config) -> Itera
     yield "norm", norm
     raw_logits, logits = head(norm, weights, config)
     yield from (("raw_logits", raw_logits), ("logits", logits))
+
+
+def run_calls(
+    ids: TokenIds, calls: Sequence[int], weights: Weights, config: Gemma2Config, attention_mask: npt.ArrayLike
+) -> Iterator[tuple[str, Array]]:
+    """The tensors of calls that share a cache, of so many tokens each: ``calls.0.embedded`` and so on.
+
+    Examples
+    --------
+    >>> import refgemma
+    >>> tiny = refgemma.load("tiny")
+    >>> ids = np.array([[2, 300, 400]])
+    >>> tensors = dict(run_calls(ids, [2, 1], tiny.weights, tiny.config, np.ones_like(ids)))
+    >>> tensors["calls.1.logits"].shape
+    (1, 1, 2048)
+    """
+    cache, seen = None, np.asarray(attention_mask)
+    for number, (start, end) in enumerate(pairwise(np.cumsum([0, *calls]))):
+        run = forward(ids[:, start:end], weights, config, attention_mask=seen[:, :end], cache=cache)
+        yield from named_tensors(run, f"calls.{number}.")
+        cache = run.cache
 
 
 def save_trace(
