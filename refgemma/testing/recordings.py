@@ -16,8 +16,6 @@ from refgemma.precision import Array
 from refgemma.testing.backends import Unsupported
 from refgemma.testing.laws import LawBroken, NotApplicable, exact, golden_script, message, require
 
-SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
-
 
 def golden_names() -> list[str]:
     """All recorded cases."""
