@@ -40,7 +40,6 @@ from refgemma.trace.names import save_trace, target_file
 from refgemma.weights.checkpoint import open_checkpoint
 from refgemma.weights.parameters import Weights
 
-DTYPES = ("float32", "float64", "bfloat16", "float16")
 CODES = "Exit codes: 0 conforms, 1 differs, 2 misuse or bad file, 3 noisy only, 4 inconclusive, 5 the backend failed."
 
 
@@ -52,7 +51,9 @@ def add_commands(add: Callable[[str, str], Any]) -> None:
     command.add_argument(
         "--model", default="tiny", metavar="MODEL", help="tiny, conformance or a folder (default: tiny)"
     )
-    command.add_argument("--dtype", choices=DTYPES, help="what it stores tensors in, if its file does not say so")
+    command.add_argument(
+        "--dtype", choices=output.DTYPES, help="what it stores tensors in, if its file does not say so"
+    )
     command.add_argument("--allow", type=float, default=1.0, metavar="X",
                          help="multiply what rounding may do by X; every report says so")  # fmt: skip
     for kind in ("html", "markdown", "junit"):

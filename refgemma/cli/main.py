@@ -16,7 +16,7 @@ import refgemma
 from refgemma.cli import candidates as oracle
 from refgemma.cli.folders import run_convert, run_synth
 from refgemma.cli.inspection import run_explore, run_info, run_trace
-from refgemma.cli.output import CUT_OFF, INTERRUPTED, MISUSE
+from refgemma.cli.output import CUT_OFF, DTYPES, INTERRUPTED, MISUSE
 from refgemma.cli.text import run_chat, run_generate, run_perplexity
 from refgemma.cli.verification import run_verify
 from refgemma.convert.convert import FORMATS
@@ -28,7 +28,6 @@ EXIT_CODES = (
     "3 and 4: see refgemma check --help."
 )
 MODEL_HELP = "tiny, conformance, a Hugging Face folder, or a hub id like google/gemma-2-9b"
-DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
 class Parser(argparse.ArgumentParser):

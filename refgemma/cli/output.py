@@ -7,6 +7,7 @@ from refgemma.errors import UsageError
 from refgemma.files import write_json
 from refgemma.modeling.pretrained import Pretrained
 
+DTYPES = ("float32", "float64", "bfloat16", "float16")
 OK, DIFFERS, MISUSE, INTERRUPTED, CUT_OFF = 0, 1, 2, 130, 141
 
 

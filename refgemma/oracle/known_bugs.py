@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from refgemma import ops
+from refgemma import activations, ops
 from refgemma.config import FULL, SLIDING, Gemma2Config
 from refgemma.oracle.operations import Context, Operation, operations, window_mask
 from refgemma.oracle.tolerance import Arithmetic, one_rounding, ulp
@@ -99,7 +99,7 @@ def mask(rule: Callable[[Context, int], Array]) -> Change:
     return lambda context: replace(context, mask=rule)
 
 
-def positions(rule: Callable[[Context], Array]) -> Change:
+def change_positions(rule: Callable[[Context], Array]) -> Change:
     """Other positions."""
     return lambda context: replace(context, call=replace(context.call, positions=rule(context)))
 
@@ -353,10 +353,6 @@ def gelu_by_table(x: Array) -> Array:
 
 
 ROOT = math.sqrt(2 / math.pi)
-gelu_erf = activation(lambda x: 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))))
-gelu_sigmoid = activation(lambda x: x / (1 + np.exp(-1.702 * x)))
-silu = activation(lambda x: x / (1 + np.exp(-x)))
-relu = activation(lambda x: np.maximum(x, 0))
 gelu_without_cube = activation(lambda x: 0.5 * x * (1 + np.tanh(ROOT * x)))
 gelu_cube_outside = activation(lambda x: 0.5 * x * (1 + np.tanh(ROOT * x + 0.044715 * x**3)))  # not times the root
 gelu_without_half = activation(lambda x: 2 * ops.gelu_tanh(x))
@@ -706,17 +702,17 @@ KNOWN_BUGS: tuple[KnownBug, ...] = (
              function(unembed=in_half(ops.linear)), "transformers before #29285", "float32", "dtype of the head",
              "rounding"),
     # feed-forward
-    KnownBug("gelu-exact", "GELU with the error function", ("feed_forward.gelu",), function(gelu_tanh=gelu_erf),
+    KnownBug("gelu-exact", "GELU with the error function", ("feed_forward.gelu",), function(gelu_tanh=activations.gelu),
              "gemma_pytorch 0a7afad, transformers #29402, TransformerLens #596", knob="hidden_activation"),
     KnownBug("gelu-f16-table", "GELU from a table of float16 numbers", ("feed_forward.gelu",),
              function(gelu_tanh=gelu_by_table), "llama.cpp on CPUs, on purpose (GGML_GELU_FP16)", "float32",
              "table of GELU", "rounding"),
-    KnownBug("gelu-sigmoid", "x sigmoid(1.702 x)", ("feed_forward.gelu",), function(gelu_tanh=gelu_sigmoid),
+    KnownBug("gelu-sigmoid", "x sigmoid(1.702 x)", ("feed_forward.gelu",), function(gelu_tanh=activations.quick_gelu),
              "unverified", knob="hidden_activation"),
-    KnownBug("silu-instead-of-gelu", "x sigmoid(x)", ("feed_forward.gelu",), function(gelu_tanh=silu), "unverified",
-             knob="hidden_activation"),
-    KnownBug("relu-instead-of-gelu", "max(x, 0)", ("feed_forward.gelu",), function(gelu_tanh=relu), "unverified",
-             knob="hidden_activation"),
+    KnownBug("silu-instead-of-gelu", "x sigmoid(x)", ("feed_forward.gelu",), function(gelu_tanh=activations.silu),
+             "unverified", knob="hidden_activation"),
+    KnownBug("relu-instead-of-gelu", "max(x, 0)", ("feed_forward.gelu",), function(gelu_tanh=activations.relu),
+             "unverified", knob="hidden_activation"),
     KnownBug("gate-up-swapped", "gate's weights are taken for up's", ("feed_forward.gate", "feed_forward.up"),
              layer_weights(swapped_gate), "unverified", knob="gate_proj, up_proj"),
     KnownBug("activation-on-up", "gelu(up) gate for gelu(gate) up", ("feed_forward.gelu", "feed_forward.product"),
@@ -743,9 +739,9 @@ KNOWN_BUGS: tuple[KnownBug, ...] = (
              "unverified: Gemma 3's for full layers", "a position other than 0", "rope_theta"),
     KnownBug("rope-theta-160000", "theta is 160000", TABLES, config(rope_theta=160000.0, rope_parameters=None),
              "config.json in a vllm 0.8.0 issue", "a position other than 0", "rope_theta"),
-    KnownBug("rope-positions-skip-pads", "positions do not count padding", TABLES, positions(without_pads),
+    KnownBug("rope-positions-skip-pads", "positions do not count padding", TABLES, change_positions(without_pads),
              "transformers' generate does so on purpose: give position_ids", "left padding", "position_ids"),
-    KnownBug("rope-position-from-1", "positions begin at 1", TABLES, positions(lambda c: c.call.positions + 1),
+    KnownBug("rope-position-from-1", "positions begin at 1", TABLES, change_positions(lambda c: c.call.positions + 1),
              "google-deepmind/gemma 95475a9", knob="position_ids"),
     KnownBug("rope-weights-permuted", "rows of q and k are in the order for pairs side by side",
              ("attention.q", "attention.k"), layer_weights(half_swapped_rows), "llama.cpp's conversion of Llama",
@@ -782,9 +778,9 @@ KNOWN_BUGS: tuple[KnownBug, ...] = (
              "ring buffer"),
     KnownBug("chunk-without-window", "queries of a later chunk see more than the window", PROBS, mask(chunk_sees_all),
              "transformers #35681", "several calls, a chunk of several tokens beyond the window", "mask of a chunk"),
-    KnownBug("cache-length-from-layer-0", "positions stop at the window", TABLES, positions(frozen_at_window),
+    KnownBug("cache-length-from-layer-0", "positions stop at the window", TABLES, change_positions(frozen_at_window),
              "transformers #38156", "several calls, beyond the window", "get_seq_length"),
-    KnownBug("positions-restart", "positions begin at 0 in every call", TABLES, positions(restarted),
+    KnownBug("positions-restart", "positions begin at 0 in every call", TABLES, change_positions(restarted),
              "google-deepmind/gemma 95475a9", "several calls", "position_ids"),
     # other stages
     KnownBug("missing-bos", "the text does not begin with <bos>", ("input_ids",), None,

@@ -23,8 +23,8 @@ from refgemma.tokenizer.tokenizer import Tokenizer
 from refgemma.trace.reader import Entry, open_safetensors
 from refgemma.weights.parameters import EMBED_TOKENS, tensor_shapes
 
-HEAD = "lm_head.weight"
-ROWS = 16384  # compared at a time
+HEAD_WEIGHT = "lm_head.weight"
+ROWS_AT_ONCE = 16384  # compared at a time
 FLOATS = ("BF16", "F16", "F32", "F64")
 
 
@@ -69,8 +69,8 @@ def is_same(a: Array, b: Array) -> bool:
     """
     if a.shape != b.shape:
         return False
-    starts = range(0, len(a), ROWS)
-    return all(np.array_equal(as_float64(a[n : n + ROWS]), as_float64(b[n : n + ROWS])) for n in starts)
+    starts = range(0, len(a), ROWS_AT_ONCE)
+    return all(np.array_equal(as_float64(a[n : n + ROWS_AT_ONCE]), as_float64(b[n : n + ROWS_AT_ONCE])) for n in starts)
 
 
 def deinterleave(x: Array, head_dim: int) -> Array:
@@ -97,7 +97,7 @@ def judge_weight(name: str, entry: Entry, checkpoint: Mapping[str, Entry], confi
     if entry.dtype not in FLOATS:
         return Preflight(name, INVALID, UNKNOWN, f"is stored as {entry.dtype}; {', '.join(FLOATS)} can be compared")
     right = checkpoint[name].read() if name in checkpoint else checkpoint[EMBED_TOKENS].read()
-    vocabulary = name in (EMBED_TOKENS, HEAD)
+    vocabulary = name in (EMBED_TOKENS, HEAD_WEIGHT)
     if vocabulary and len(entry.shape) == 2 and entry.shape[0] > right.shape[0] and entry.shape[1:] == right.shape[1:]:
         if is_same(entry.read()[: right.shape[0]], right):
             rows = f"has {entry.shape[0]} rows; the vocabulary has {right.shape[0]}"
@@ -115,7 +115,7 @@ def judge_weight(name: str, entry: Entry, checkpoint: Mapping[str, Entry], confi
     for mistake, made in known_ways(name, right, config):
         if any(is_same(found, x) for x in _also_rounded(made())):
             return Preflight(name, FAIL, mistake)
-    if name == HEAD:
+    if name == HEAD_WEIGHT:
         return Preflight(name, FAIL, "head-untied", "is another matrix than the embedding, to which this model ties it")
     others = [o for o, e in checkpoint.items() if o != name and e.shape == found.shape and is_same(found, e.read())]
     if others:
@@ -139,12 +139,12 @@ def compare_weights(path: str | Path, folder: Path, config: Gemma2Config) -> lis
     port, checkpoint = open_weights(path), open_weights(folder)
     names = list(tensor_shapes(config))
     stages = []
-    for name in [*names, *([HEAD] if HEAD in port and HEAD not in names else [])]:
+    for name in [*names, *([HEAD_WEIGHT] if HEAD_WEIGHT in port and HEAD_WEIGHT not in names else [])]:
         if name not in port:
             stages.append(Preflight(name, MISSING, note="is not in the port's weights"))
         else:
             stages.append(judge_weight(name, port[name], checkpoint, config))
-    strange = [name for name in port if name not in names and name != HEAD]
+    strange = [name for name in port if name not in names and name != HEAD_WEIGHT]
     return stages + [Preflight(name, INVALID, UNKNOWN, "is no tensor of this model") for name in strange]
 
 

@@ -19,13 +19,12 @@ import numpy.typing as npt
 
 from refgemma.config import Gemma2Config
 from refgemma.inputs import InputError, check_inputs
-from refgemma.precision import Array, as_dtype, wide
-from refgemma.trace.name_maps import open_trace
+from refgemma.precision import Array, as_dtype, as_float64, wide
+from refgemma.trace.name_maps import GIVEN, open_trace
 from refgemma.trace.names import FIELDS, field_of, layer_of, trace_axes
 from refgemma.trace.reader import Entry, TraceFile
 
 STORED = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
-GIVEN = ("input_ids", "position_ids", "attention_mask")
 MOST_TOKENS = 2**20
 # A static cache has keys that no query sees: a tensor with more elements than that many times what is needed is not it.
 MUCH = 16
@@ -330,10 +329,10 @@ def _infer_dtype(tensors: Mapping[str, Array]) -> str:
 
 
 def _on_grid(x: Array, dtype: str) -> bool:
-    numbers = x.astype(np.float64)
+    numbers = as_float64(x)
     finite = numbers[np.isfinite(numbers)]
     with np.errstate(over="ignore"):
-        return bool(np.array_equal(np.asarray(as_dtype(finite, dtype), np.float64), finite))
+        return bool(np.array_equal(as_dtype(finite, dtype), finite))
 
 
 def _choose_storage(x: Array, dtype: str) -> tuple[Array, str]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import ml_dtypes
 import numpy as np
 
-from refgemma import ops
+from refgemma import activations, ops
 from refgemma.goldens.load import load_golden
 from refgemma.oracle import known_bugs as bugs
 from refgemma.oracle import tolerance as tol
@@ -64,11 +64,11 @@ def check_gelu_tanh(answer: Attempt) -> Feedback:
     near = np.abs(g["x"]) < 12  # beyond, GELU is x or 0, and the cube of the largest recorded numbers overflows
     x, y = g["x"][near], g["y"][near]
     return give_feedback(answer, [Trial("gelu_tanh(x) on numbers from -12 to 12", (x,), y, tol.gelu_tanh(x).bound)], [
-        Hint("that is ReLU, which has a kink at 0.", bugs.relu),
+        Hint("that is ReLU, which has a kink at 0.", activations.relu),
         Hint("that is the exact GELU with the error function; Gemma 2 uses the tanh form, up to 5e-4 away.",
-             bugs.gelu_erf),
-        Hint("that is x * sigmoid(1.702 x), another approximation of GELU.", bugs.gelu_sigmoid),
-        Hint("that is SiLU, x * sigmoid(x), which Llama uses.", bugs.silu),
+             activations.gelu),
+        Hint("that is x * sigmoid(1.702 x), another approximation of GELU.", activations.quick_gelu),
+        Hint("that is SiLU, x * sigmoid(x), which Llama uses.", activations.silu),
         Hint("the cube is missing: tanh(sqrt(2/pi) (x + 0.044715 x**3)).", bugs.gelu_without_cube),
         Hint("sqrt(2/pi) multiplies the whole bracket, the cube too.", bugs.gelu_cube_outside),
         Hint("the 0.5 in front is missing.", bugs.gelu_without_half),
