@@ -23,7 +23,7 @@ from refgemma.oracle.known_bugs import KNOWN_BUGS, KnownBug, combine, known_bug
 from refgemma.oracle.locate import ErrorMap, locate_errors, map_errors
 from refgemma.oracle.preflight import Preflight
 from refgemma.oracle.spans import Computed
-from refgemma.oracle.tolerance import enlarge, measured
+from refgemma.oracle.tolerance import enlarge, from_measured_std
 from refgemma.oracle.verdicts import (
     BAD,
     BLIND,
@@ -156,7 +156,7 @@ class Diagnosis:
         allowed = self.engine.tolerance(name, computed, exact)
         # The noise of another reading of the model is not that of the right one, so that only its size is judged.
         if allowed.measured and name not in self.few:
-            allowed = measured(allowed.spread, math.inf)
+            allowed = from_measured_std(allowed.spread, math.inf)
         eager = None
         if self.engine.rounds_several_times(name, computed):
             table = bug.table(self.engine.eager_context, self.engine.eager_table)

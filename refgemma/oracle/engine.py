@@ -19,7 +19,7 @@ from refgemma.inputs import InputError
 from refgemma.oracle.judge import DEVIATIONS, SPAN_LIMIT, Judged, Statistics, judge
 from refgemma.oracle.operations import Context, Operation, double, operations
 from refgemma.oracle.spans import Computed, measure_noise, where_compared
-from refgemma.oracle.tolerance import EVEN, FORMATS, Arithmetic, Tolerance, in_decimals, measured
+from refgemma.oracle.tolerance import EVEN, FORMATS, Arithmetic, Tolerance, from_measured_std, in_decimals
 from refgemma.oracle.verdicts import INVALID
 from refgemma.precision import Array, as_dtype
 from refgemma.trace.candidate import Candidate
@@ -111,7 +111,7 @@ class Engine:
         """
         reading, found = computed or self.usual, self.candidate.tensors[name]
         if not self.is_direct(name, reading):
-            return measured(self.noise(name), SPAN_LIMIT * DEVIATIONS)
+            return from_measured_std(self.noise(name), SPAN_LIMIT * DEVIATIONS)
         inputs, result = reading.inputs(name), reading.result(name) if exact is None else exact
         allowed = reading.table[name].tolerance(inputs, result, found.storage, self.context.arithmetic.unit)
         return in_decimals(allowed, found.coarse)

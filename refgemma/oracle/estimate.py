@@ -115,7 +115,7 @@ def _estimate(parameter: str, usual: Computed, names: Sequence[str], context: Co
         z = errors(value, at)
         return float(np.mean(z * z)) if len(z) else np.inf
 
-    expected = _expected(parameter, context)
+    expected = _read_expected(parameter, context)
     if expected is None:
         return None
     if parameter in ("sliding_window", "position offset"):
@@ -134,7 +134,7 @@ def _estimate(parameter: str, usual: Computed, names: Sequence[str], context: Co
     return Estimate(parameter, value, uncertainty, expected, fits, _near(parameter, value, uncertainty, context))
 
 
-def _expected(parameter: str, context: Context) -> float | None:
+def _read_expected(parameter: str, context: Context) -> float | None:
     if parameter == "embedding scale":
         return context.embedding_scale()
     if parameter == "position offset":

@@ -171,7 +171,7 @@ def first_key_uncapped(table: Table, context: Context) -> Iterator[Operation]:
 def capped_after_mask(context: Context) -> Context:
     """Masked keys have minus infinity capped to ``-cap``."""
     cap = context.config.attn_logit_softcapping
-    return function(softmax=unmasked if cap is None else hidden_keys_at(-cap))(context)
+    return function(softmax=softmax_over_all if cap is None else hidden_keys_at(-cap))(context)
 
 
 def cap_before_scale(table: Table, context: Context) -> Iterator[Operation]:
@@ -199,19 +199,19 @@ def keys_in_half(q: Array, k: Array, scale: float) -> Array:
     return ops.attention_scores(q, narrow(wide(bf16(wide(k))), like=k), scale)
 
 
-def tiled(x: Array, groups: int) -> Array:
+def tile_heads(x: Array, groups: int) -> Array:
     """Heads 0, 1, 0, 1 for 0, 0, 1, 1."""
     return np.tile(x, (1, groups, 1, 1))
 
 
-def unmasked(scores: Array, mask: Array) -> Array:
+def softmax_over_all(scores: Array, mask: Array) -> Array:
     """A softmax over all keys."""
     return ops.softmax(scores, np.ones_like(mask))
 
 
 def hidden_keys_at(score: float) -> Callable[[Array, Array], Array]:
     """A softmax in which hidden keys have this score, for minus infinity."""
-    return lambda scores, mask: unmasked(np.where(mask, scores, score), mask)
+    return lambda scores, mask: softmax_over_all(np.where(mask, scores, score), mask)
 
 
 # --- norms ------------------------------------------------------------------------------------------------------------
@@ -388,7 +388,7 @@ def neighbours(x: Array, cos: Array, sin: Array) -> Array:
     return np.stack(turned, axis=-1).reshape(x.shape)
 
 
-def clobbered(x: Array, cos: Array, sin: Array) -> Array:
+def rotate_in_place(x: Array, cos: Array, sin: Array) -> Array:
     """Turned in place: the second half is computed from the first half's result."""
     first, second = np.split(x, 2, axis=-1)
     cos1, cos2 = np.split(cos, 2, axis=-1)
@@ -397,7 +397,7 @@ def clobbered(x: Array, cos: Array, sin: Array) -> Array:
     return np.concatenate([turned, second * cos2 + turned * sin2], axis=-1)
 
 
-def unturned(x: Array, cos: Array, sin: Array) -> Array:
+def leave_unturned(x: Array, cos: Array, sin: Array) -> Array:
     """Not at all."""
     return x + 0
 
@@ -461,7 +461,7 @@ def without_pads(context: Context) -> Array:
     return np.asarray(np.maximum(np.cumsum(context.call.visible, axis=1) - 1, 0))
 
 
-def restarted(context: Context) -> Array:
+def restart_positions(context: Context) -> Array:
     """Positions that begin at 0 in each call."""
     return np.subtract(context.call.positions, context.call.starts)
 
@@ -645,7 +645,7 @@ KNOWN_BUGS: tuple[KnownBug, ...] = (
     KnownBug("kv-cache-in-bf16", "keys are rounded to bfloat16 in the cache", SCORES,
              function(attention_scores=keys_in_half), "gemma.cpp 343482c", "float32", "dtype of the cache", "rounding"),
     KnownBug("gqa-tile", "key heads are tiled (0, 1, 0, 1) instead of repeated (0, 0, 1, 1)",
-             ("attention.scores", "attention.mixed"), function(repeat_kv=tiled),
+             ("attention.scores", "attention.mixed"), function(repeat_kv=tile_heads),
              "onnx #7274, axlearn #842, candle-vllm #52", "more than one key head", "repeat_kv"),
     # norms and wiring
     KnownBug("norm-without-one", "x w for x (1 + w) in every norm", NORMS, function(rms_norm=norm_offset(0)),
@@ -724,8 +724,8 @@ KNOWN_BUGS: tuple[KnownBug, ...] = (
     KnownBug("rope-interleaved", "pairs (2 i, 2 i + 1) for (i, i + head_dim / 2)", TURNED, function(rotate=neighbours),
              "AiDotNet #2074, lattice #392", "a position other than 0", "rope layout"),
     KnownBug("rope-clobbered-input", "the second half is turned with the first half's result", TURNED,
-             function(rotate=clobbered), "gemma.cpp 7f62c26", "a position other than 0", "rotation in place"),
-    KnownBug("rope-missing", "queries and keys are not turned", TURNED, function(rotate=unturned), "unverified",
+             function(rotate=rotate_in_place), "gemma.cpp 7f62c26", "a position other than 0", "rotation in place"),
+    KnownBug("rope-missing", "queries and keys are not turned", TURNED, function(rotate=leave_unturned), "unverified",
              "a position other than 0", "rope"),
     KnownBug("rope-turned-back", "turned the other way: only distances' signs differ", TURNED,
              function(rotate=turned_back), "unverified", "a position other than 0", "sign of sin"),
@@ -780,7 +780,7 @@ KNOWN_BUGS: tuple[KnownBug, ...] = (
              "transformers #35681", "several calls, a chunk of several tokens beyond the window", "mask of a chunk"),
     KnownBug("cache-length-from-layer-0", "positions stop at the window", TABLES, change_positions(frozen_at_window),
              "transformers #38156", "several calls, beyond the window", "get_seq_length"),
-    KnownBug("positions-restart", "positions begin at 0 in every call", TABLES, change_positions(restarted),
+    KnownBug("positions-restart", "positions begin at 0 in every call", TABLES, change_positions(restart_positions),
              "google-deepmind/gemma 95475a9", "several calls", "position_ids"),
     # other stages
     KnownBug("missing-bos", "the text does not begin with <bos>", ("input_ids",), None,

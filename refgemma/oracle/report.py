@@ -23,7 +23,7 @@ from refgemma.oracle.locate import ErrorMap
 from refgemma.oracle.preflight import Preflight
 from refgemma.oracle.verdicts import BAD, BLIND, CONFORMS, EXACT, EXIT, INCONCLUSIVE, MISSING, NOISY, NOISY_ONLY
 from refgemma.precision import Array
-from refgemma.trace.names import FIELDS, field_of, layer_of
+from refgemma.trace.names import FIELDS, LAYER_FIELDS, field_of, layer_of
 
 SCHEMA = "refgemma-check/1"
 LINES = 30
@@ -322,8 +322,7 @@ def _strip(report: Report) -> str:
     count = report.config.num_hidden_layers
     rows = ["<tr><th>tensor</th>" + "".join(f"<th>{n}</th>" for n in range(count)) + "</tr>"]
     for kind in FIELDS:
-        inside = kind in FIELDS[3:-3]
-        names = [f"layers.{n}.{kind}" for n in range(count)] if inside else [kind]
+        names = [f"layers.{n}.{kind}" for n in range(count)] if kind in LAYER_FIELDS else [kind]
         cells = "".join(_cell(by_name.get(name), name) for name in names)
         rows.append(f"<tr><th>{kind}</th>{cells}</tr>")
     return "".join(rows)

@@ -111,7 +111,7 @@ def tolerance(bound: Array, spread: Array | None = None, common: float = 0.0) ->
     return Tolerance(bound, EVEN * bound if spread is None else spread, nothing, nothing, common)
 
 
-def measured(std: Array, deviations: float) -> Tolerance:
+def from_measured_std(std: Array, deviations: float) -> Tolerance:
     """Return the tolerance of a result whose inputs were not recorded: `std` was measured by simulation.
 
     Its bound is so many standard `deviations`; infinity leaves only the root mean square to judge by.

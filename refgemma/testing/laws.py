@@ -294,7 +294,9 @@ class Law:
         @given(self.examples)
         def holds(example: Mapping[str, Any]) -> None:
             if given_up:
-                raise given_up[0]  # a program that crashes or hangs is not started hundreds of times
+                raise given_up[
+                    0
+                ]  # a program that crashes or hangs is not started hundreds of times for a simpler example
             try:
                 with Bench(backend) as bench:
                     self.check(bench, **example)

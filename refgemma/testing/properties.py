@@ -754,16 +754,16 @@ def rotation_keeps_lengths_and_distances(bench: Bench, pair: Array, start: int, 
     ops, (q, k) = bench.operations, pair
     half, places = q.shape[-1] // 2, start + np.arange(q.shape[2])[None]
 
-    def turned(x: Array, at: Array) -> Exact:
+    def rotate(x: Array, at: Array) -> Exact:
         return exact(ops["rotate"](x, *ops["rotary_tables"](at, 2 * half, 10000.0, like=x)))
 
     for x in (q, k):
-        y = turned(x, places)
+        y = rotate(x, places)
         before, after = (z[..., :half] ** 2 + z[..., half:] ** 2 for z in (exact(x), y))
         # cos and sin are within 2 ulp, so that cos**2 + sin**2 is within 16 u of 1.
         require(np.abs(after - before) <= 16 * 2.0**-53 * before + 1e-300, "a pair changes its length")
-    scores = turned(q, places) @ turned(k, places).swapaxes(-1, -2)
-    moved = turned(q, places + shift) @ turned(k, places + shift).swapaxes(-1, -2)
+    scores = rotate(q, places) @ rotate(k, places).swapaxes(-1, -2)
+    moved = rotate(q, places + shift) @ rotate(k, places + shift).swapaxes(-1, -2)
     size = np.linalg.norm(exact(q), axis=-1)[..., None] * np.linalg.norm(exact(k), axis=-1)[..., None, :]
     # Each angle is rounded to float32 twice (its frequency and the product), in query and key, at both places.
     limit = 8 * ANGLE * (start + shift + q.shape[2]) * size + 64 * 2.0**-53 * size

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +21,13 @@ from refgemma.config import Gemma2Config
 from refgemma.inputs import InputError, check_inputs
 from refgemma.precision import Array, as_dtype, as_float64, wide
 from refgemma.trace.name_maps import GIVEN, open_trace
-from refgemma.trace.names import FIELDS, field_of, layer_of, trace_axes
+from refgemma.trace.names import AXES, FIELDS, LAYER_FIELDS, field_of, layer_of
 from refgemma.trace.reader import Entry, TraceFile
 
 STORED = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 MOST_TOKENS = 2**20
 # A static cache has keys that no query sees: a tensor with more elements than that many times what is needed is not it.
 MUCH = 16
-AXES = {field_of(name): axes for name, axes in trace_axes()}
 
 
 @dataclass(frozen=True)
@@ -114,14 +113,13 @@ def is_known(name: str, config: Gemma2Config) -> bool:
     >>> is_known("layers.26.out", Gemma2Config.preset("2b"))
     False
     """
-    if not name.startswith("layers."):
-        return name in FIELDS and FIELDS.index(name) not in range(3, len(FIELDS) - 3)
-    parts = name.split(".", 2)
-    number = parts[1]
-    return (
-        len(parts) == 3 and number.isdecimal() and number.isascii() and str(int(number)) == number
-        and int(number) < config.num_hidden_layers and parts[2] in FIELDS[3:-3]
-    )  # fmt: skip
+    return name in _known_names(config.num_hidden_layers)
+
+
+@cache
+def _known_names(layers: int) -> frozenset[str]:
+    inside = {f"layers.{layer}.{field}" for layer in range(layers) for field in LAYER_FIELDS}
+    return frozenset(inside.union(FIELDS).difference(LAYER_FIELDS))
 
 
 def load_trace(

@@ -204,12 +204,12 @@ def _arrange_entry(entry: Entry, rule: Rule, config: Gemma2Config, seq: int) -> 
         whole[..., -1:, :] = own
         return whole
 
-    def known() -> Array:
+    def read_known() -> Array:
         return place(np.ones(entry.shape, bool) if entry.known is None else entry.known(), False)
 
     return replace(
         entry, shape=(*shape[:-2], rows, shape[-1]) if alone else shape, read=lambda: place(entry.read(), 0),
-        known=known if alone or entry.known is not None else None,
+        known=read_known if alone or entry.known is not None else None,
     )  # fmt: skip
 
 

@@ -25,17 +25,6 @@ from refgemma.shapes import TokenIds
 from refgemma.weights.parameters import Weights
 from refgemma.weights.save import CODE_OF_DTYPE, as_stored
 
-# The fields of one layer, in the order of execution. Of q and k, rotated and not, a query's and a key's are two
-# tensors.
-LAYER_FIELDS = (
-    "input_layernorm", "attention.q", "attention.k", "attention.v", "attention.q_rot", "attention.k_rot",
-    "attention.scores", "attention.capped", "attention.probs", "attention.mixed", "attention.out",
-    "post_attention_layernorm", "middle", "pre_feedforward_layernorm", "feed_forward.gate", "feed_forward.up",
-    "feed_forward.gelu", "feed_forward.product", "feed_forward.out", "post_feedforward_layernorm", "out",
-)  # fmt: skip
-
-FIELDS = ("cos", "sin", "embedded", *LAYER_FIELDS, "norm", "raw_logits", "logits")
-
 
 def field_of(name: str) -> str:
     """``attention.probs`` of ``layers.3.attention.probs``; another name is its own field.
@@ -103,6 +92,12 @@ def trace_axes(record: Any = Forward, prefix: str = "") -> Iterator[tuple[str, s
             yield name, kind.dim_str
         elif is_dataclass(kind) and kind is not LayerCache:
             yield from trace_axes(kind, f"{name}.")
+
+
+# The axes of each field, in the order of execution; and the fields of one layer.
+AXES = {field_of(name): axes for name, axes in trace_axes()}
+FIELDS = tuple(AXES)
+LAYER_FIELDS = tuple(field_of(name) for name, _ in trace_axes() if name.startswith("layers."))
 
 
 def target_file(path: str | Path) -> Path:

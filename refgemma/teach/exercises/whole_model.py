@@ -214,11 +214,11 @@ def check_first_divergence(answer: Attempt) -> Feedback:
     def exact(ours: Mapping[str, Array], recorded: Mapping[str, Array]) -> str:
         return next((name for name, x in recorded.items() if not np.array_equal(ours[name], x)), "none")
 
-    def named(ours: Mapping[str, Array], recorded: Mapping[str, Array]) -> str:
+    def answer_in_words(ours: Mapping[str, Array], recorded: Mapping[str, Array]) -> str:
         found = answer(ours, recorded)
         return "none" if found is None else found
 
-    return give_feedback(named, trials(), [
+    return give_feedback(answer_in_words, trials(), [
         Hint("that is the tensor with the largest error. Errors grow on the way: take the first, not the worst.",
              worst),
         Hint("that is the first by the alphabet; the order of computation is that of the mapping.",
