@@ -290,6 +290,7 @@ class Law:
         checked: list[int] = []
         given_up: list[BackendError] = []
 
+        # Which examples the profile ci draws follows from the text of this function, from the decorators on.
         @profile
         @given(self.examples)
         def holds(example: Mapping[str, Any]) -> None:
