@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conformance_checkpoint import write_conformance
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -20,7 +21,6 @@ from refgemma.goldens.load import load_golden, model_of, read_manifest
 from refgemma.hub import find_model
 from refgemma.model import forward
 from refgemma.oracle import tolerance as tol
-from refgemma.oracle.conformance import write_conformance
 from refgemma.oracle.diagnose import Report, diagnose
 from refgemma.oracle.known_bugs import KNOWN_BUGS
 from refgemma.oracle.tolerance import with_storage

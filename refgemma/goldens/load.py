@@ -99,9 +99,14 @@ def restore_precision(x: Array) -> Array:
     return as_dtype(x.astype(np.float64 if x.dtype == np.float64 else np.float32), x.dtype.name)
 
 
+def recorded_model(about: Mapping[str, Any]) -> Path:
+    """Return the folder of the model that a case was recorded on."""
+    return find_model("tiny") if about["model"] == "tiny" else golden_folder() / "models" / about["model"]
+
+
 def model_of(about: Mapping[str, Any]) -> tuple[Gemma2Config, Weights]:
     """Return the model that a case was recorded on, in the case's precision."""
-    folder = find_model("tiny") if about["model"] == "tiny" else golden_folder() / "models" / about["model"]
+    folder = recorded_model(about)
     for file, recorded in read_manifest()["models"][about["model"]].items():
         check_hash(folder / file, recorded, "what the goldens were recorded with")
     checkpoint = open_checkpoint(folder)

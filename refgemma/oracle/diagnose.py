@@ -16,6 +16,7 @@ from itertools import combinations
 import numpy as np
 
 from refgemma.config import Gemma2Config
+from refgemma.oracle import verdicts
 from refgemma.oracle.engine import Engine, Instance
 from refgemma.oracle.estimate import Estimate, estimate_parameters
 from refgemma.oracle.judge import SPAN_LIMIT, judge, resembles
@@ -24,20 +25,6 @@ from refgemma.oracle.locate import ErrorMap, locate_errors, map_errors
 from refgemma.oracle.preflight import Preflight
 from refgemma.oracle.spans import Computed
 from refgemma.oracle.tolerance import enlarge, from_measured_std
-from refgemma.oracle.verdicts import (
-    BAD,
-    BLIND,
-    CONFORMS,
-    DIFFERS,
-    FAIL,
-    GOOD,
-    INCONCLUSIVE,
-    INVALID,
-    MISSING,
-    NOISY,
-    NOISY_ONLY,
-    UNKNOWN,
-)  # fmt: skip
 from refgemma.trace.candidate import Candidate
 from refgemma.trace.names import field_of
 from refgemma.weights.parameters import Weights
@@ -64,7 +51,7 @@ class Finding:
     @property
     def worst(self) -> Instance:
         """The instance that is wrong most."""
-        return max(self.instances, key=lambda i: (BAD.index(i.judged.verdict), i.judged.statistics.rms))
+        return max(self.instances, key=lambda i: (verdicts.BAD.index(i.judged.verdict), i.judged.statistics.rms))
 
     @property
     def named(self) -> str:
@@ -72,7 +59,7 @@ class Finding:
         if self.explanations:
             return " or ".join(v.name for v in self.explanations)
         fitting = [e for e in self.estimates if e.fits]
-        return f"{fitting[0].parameter} = {fitting[0].value:.6g}" if fitting else UNKNOWN
+        return f"{fitting[0].parameter} = {fitting[0].value:.6g}" if fitting else verdicts.UNKNOWN
 
     @property
     def is_rounding(self) -> bool:
@@ -106,13 +93,13 @@ class Report:
     def verdict(self) -> str:
         """In one word."""
         if any(not finding.is_rounding for finding in self.findings) or self.wrong_preflight:
-            return DIFFERS
-        preflight = {result.verdict for result in self.preflight}
-        if self.findings or NOISY in preflight or any(i.judged.verdict == NOISY for i in self.instances):
-            return NOISY_ONLY
-        judged = {i.tensor for i in self.instances if i.judged.verdict != BLIND}
-        blind = any(i.judged.verdict == BLIND for i in self.instances) or MISSING in preflight
-        return INCONCLUSIVE if "logits" not in judged or blind or self.logits_missing else CONFORMS
+            return verdicts.DIFFERS
+        words = {i.judged.verdict for i in self.instances} | {result.verdict for result in self.preflight}
+        if self.findings or verdicts.NOISY in words:
+            return verdicts.NOISY_ONLY
+        judged = {i.tensor for i in self.instances if i.judged.verdict != verdicts.BLIND}
+        blind = verdicts.BLIND in words or verdicts.MISSING in words
+        return verdicts.INCONCLUSIVE if "logits" not in judged or blind or self.logits_missing else verdicts.CONFORMS
 
     @property
     def logits_missing(self) -> int:
@@ -123,7 +110,7 @@ class Report:
     @property
     def wrong_preflight(self) -> list[Preflight]:
         """Weights and tokens that are wrong."""
-        return [result for result in self.preflight if result.verdict in BAD]
+        return [result for result in self.preflight if result.verdict in verdicts.BAD]
 
     @property
     def first_wrong(self) -> str | None:
@@ -147,7 +134,7 @@ class Diagnosis:
     @cached_property
     def few(self) -> set[str]:
         """The tensors of unrecorded inputs that are wrong in few elements: a bug that leaves these explains nothing."""
-        wrong = (i for i in self.engine.instances if i.between and i.judged.verdict == FAIL)
+        wrong = (i for i in self.engine.instances if i.between and i.judged.verdict == verdicts.FAIL)
         return {i.tensor for i in wrong if i.judged.statistics.rms <= SPAN_LIMIT}
 
     def fits(self, name: str, computed: Computed, bug: KnownBug) -> bool:
@@ -173,7 +160,7 @@ class Diagnosis:
                 floor = BUG_FLOOR * np.max(np.abs(exact), axis=-1, keepdims=True)
             allowed = enlarge(allowed, BUG_FACTOR, floor)
         judged = judge(found.numbers, exact, allowed, found.storage, where, eager, self.engine.override)
-        return judged.verdict in (*GOOD, BLIND)
+        return judged.verdict in (*verdicts.GOOD, verdicts.BLIND)
 
     def is_consistent(self, bug: KnownBug, names: Sequence[str] | None = None) -> bool | None:
         """Return whether the recorded tensors are what a bug makes of their inputs; None if it touches none of them."""
@@ -191,9 +178,9 @@ class Diagnosis:
         """Return the bugs that explain a finding in every layer, and make nothing else worse that they touch."""
         names = [i.tensor for i in finding]
         same_field = [n for n in self.engine.recorded if field_of(n) == field_of(names[0])]
-        if finding[0].judged.verdict == INVALID:
+        if finding[0].judged.verdict == verdicts.INVALID:
             return tuple(v for v in KNOWN_BUGS if v.kind == "stage" and self._is_preflight_bug(v, finding[0]))
-        good = [i.tensor for i in self.engine.instances if i.judged.verdict in GOOD]
+        good = [i.tensor for i in self.engine.instances if i.judged.verdict in verdicts.GOOD]
         found = []
         for v in KNOWN_BUGS:
             if v.change is None or not self.is_consistent(v, names) or self.is_consistent(v, same_field) is False:
@@ -241,11 +228,11 @@ class Diagnosis:
         """What is wrong, a field at a time, in the order of execution."""
         groups: dict[str, list[Instance]] = {}
         for instance in self.engine.instances:
-            if instance.judged.verdict in BAD:
+            if instance.judged.verdict in verdicts.BAD:
                 groups.setdefault(field_of(instance.tensor), []).append(instance)
         for kind, wrong in groups.items():
             total = sum(field_of(i.tensor) == kind for i in self.engine.instances)
-            invalid, first = wrong[0].judged.verdict == INVALID, wrong[0].tensor
+            invalid, first = wrong[0].judged.verdict == verdicts.INVALID, wrong[0].tensor
             names = [i.tensor for i in wrong]
             fitted = () if invalid else tuple(estimate_parameters(self.usual, names, self.engine.context))
             where = "" if invalid or wrong[0].between else locate_errors(self.engine, first)

@@ -241,18 +241,21 @@ def same_angles(cos: Array) -> Tolerance:
     return tolerance(np.full(cos.shape, LIBRARY))
 
 
+def _rotation_terms(x: Array, cos: Array, sin: Array) -> tuple[Array, Array]:
+    """The absolute values of both products: of a number, and of the one half a head away."""
+    x64, half = as_float64(x), x.shape[-1] // 2
+    return np.abs(x64 * as_float64(cos)), np.abs(np.roll(x64, half, axis=-1) * as_float64(sin))
+
+
 def rotate(x: Array, cos: Array, sin: Array) -> Tolerance:
     """Two products and a sum: 2 u of the absolute values."""
-    first, second = np.split(np.abs(as_float64(x)), 2, axis=-1)
-    swapped = np.concatenate([second, first], axis=-1)
-    return tolerance(2 * U * (np.abs(as_float64(x) * as_float64(cos)) + swapped * np.abs(as_float64(sin))))
+    first, second = _rotation_terms(x, cos, sin)
+    return tolerance(2 * U * (first + second))
 
 
 def rotate_stores(x: Array, cos: Array, sin: Array, storage: str) -> list[Array]:
     """Return what both products, stored in half precision, leave in the result."""
-    first, second = np.split(np.abs(as_float64(x)), 2, axis=-1)
-    swapped = np.concatenate([second, first], axis=-1)
-    return [ulp(as_float64(x) * as_float64(cos), storage) / 2, ulp(swapped * as_float64(sin), storage) / 2]
+    return [ulp(term, storage) / 2 for term in _rotation_terms(x, cos, sin)]
 
 
 def attention_scores(q: Array, k: Array, scale: float) -> Tolerance:

@@ -6,7 +6,6 @@ The result of a job is kept under its key, in a file that appears whole or not a
 where it was, and what has another input, or another program, is computed anew.
 """
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
@@ -15,6 +14,8 @@ from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+from threadpoolctl import threadpool_limits
 
 from refgemma.errors import RefgemmaError, UsageError
 from refgemma.files import read_object, replace_file, write_json
@@ -25,24 +26,19 @@ from refgemma.trace.names import FIELDS
 
 SCHEMA = "refgemma-sweep/1"
 TRIES = 3  # of a job that ended its worker
-ONE_THREAD = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
 Pool = Callable[[int], AbstractContextManager[Executor]]
 """Makes an executor with so many workers."""
 
 
-@contextmanager
-def processes(workers: int) -> Iterator[Executor]:
+def processes(workers: int) -> ProcessPoolExecutor:
     """Processes of this machine, each with one thread: so a sum is the same however many of them there are."""
-    before = {name: os.environ.get(name) for name in ONE_THREAD}
-    os.environ.update(dict.fromkeys(ONE_THREAD, "1"))
-    try:
-        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-            yield pool
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            os.environ.update({} if value is None else {name: value})
+    return ProcessPoolExecutor(workers, get_context("spawn"), use_one_thread)
+
+
+def use_one_thread() -> None:
+    """Let BLAS compute with one thread in this process, from now on."""
+    threadpool_limits(1)
 
 
 @contextmanager
