@@ -8,7 +8,7 @@ from refgemma.files import write_json
 from refgemma.modeling.pretrained import Pretrained
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
-OK, DIFFERS, MISUSE, INTERRUPTED, CUT_OFF = 0, 1, 2, 130, 141
+OK, DIFFERS, MISUSE, FAULT, INTERRUPTED, CUT_OFF = 0, 1, 2, 70, 130, 141
 
 
 def as_json(value: Any) -> None:

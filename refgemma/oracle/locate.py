@@ -29,7 +29,8 @@ class ErrorMap:
 
 def map_errors(engine: Engine, name: str) -> tuple[ErrorMap, ...]:
     """A wrong tensor's errors by position and its last axis, and if it has heads by head and position."""
-    units = np.abs(engine.errors(name)) / engine.tolerance(name).std
+    with np.errstate(invalid="ignore"):
+        units = np.abs(engine.errors(name)) / engine.tolerance(name).std
     units = np.where(engine.where(name), np.where(np.isfinite(units), units, np.inf), np.nan)
     axes = axes_of(name).split()
     seq, last = axes.index("seq"), len(axes) - 1

@@ -6,8 +6,9 @@ The result of a job is kept under its key, in a file that appears whole or not a
 where it was, and what has another input, or another program, is computed anew.
 """
 
+import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -135,7 +136,7 @@ def sweep(
     yield from ((job, kept[job.key]) for job in jobs if job.key in kept)
     for job, done in run_jobs([job for job in jobs if job.key not in kept], pool, width):
         if done["verdict"] not in (UNREADABLE, FAILED, LOST):  # these are tried again the next time
-            replace_file(results / f"{job.key}.json", write_json(done).encode())
+            replace_file(results / f"{job.key}.json", write_json(done | {"digest": _digest(done)}).encode())
         yield job, done
 
 
@@ -144,7 +145,12 @@ def _read_result(results: Path, job: Job) -> Done | None:
         found = read_object(results / f"{job.key}.json", RefgemmaError)
     except RefgemmaError:
         return None
-    return found if found.get("schema") == KEPT else None
+    whole = found.pop("digest", None) == _digest(found)  # what another program changed is computed again
+    return found if whole and found.get("schema") == KEPT else None
+
+
+def _digest(result: Mapping[str, Any]) -> str:
+    return hashlib.sha256(write_json(result).encode()).hexdigest()
 
 
 # --- the report -------------------------------------------------------------------------------------------------------

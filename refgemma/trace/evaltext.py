@@ -10,10 +10,12 @@ import math
 import re
 from collections.abc import Iterator
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
+from refgemma.files import open_file, quote, read_file
 from refgemma.inputs import InputError
 from refgemma.precision import Array
 from refgemma.trace.reader import Entry, TraceFile
@@ -26,13 +28,14 @@ HEAD = re.compile(
 )
 UNNAMED = re.compile(r"node_\d+")
 NUMBER = re.compile(r"-?(?:\d+\.\d+|inf|nan)", re.IGNORECASE)
+TOKEN = re.compile(r"\d{1,9}")
 TOKENS = re.compile(r"number of input tokens = (\d+)")
 PEEK = 2**18
 
 
 def is_eval_callback(path: Path) -> bool:
     """Return whether a file begins like what ``llama-eval-callback`` prints."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         start = file.read(PEEK)
     return b"common_debug_cb_eval:" in start or b"ggml_debug:" in start
 
@@ -47,12 +50,12 @@ def open_eval_callback(path: str | Path) -> TraceFile:
     """
     entries: dict[str, Entry] = {}
     counts: dict[str, int] = {}
-    lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
-    ids = list(_tokens(lines))
+    lines = read_file(path).decode("utf-8", errors="replace").splitlines()
+    ids = list(_tokens(lines, path))
     if ids:
         entries["input_ids"] = Entry("I64", (1, len(ids)), lambda: np.array([ids]))
     starts = [n for n, line in enumerate(lines) if HEAD.search(line)]
-    for start, end in zip(starts, [*starts[1:], len(lines)], strict=True):
+    for start, end in pairwise([*starts, len(lines)]):
         head = HEAD.search(lines[start])
         assert head is not None
         name = head["name"].strip()
@@ -60,7 +63,10 @@ def open_eval_callback(path: str | Path) -> TraceFile:
             name = f"{head['op']}({head['of']})"  # its number changes with every version; what it is does not
         number = counts.get(name, 0)
         counts[name] = number + 1
-        shape = tuple(int(n) for n in head["ne"].split(","))[::-1]
+        axes = head["ne"].replace(" ", "").split(",")
+        if not all(axis.isdecimal() and len(axis) < 12 for axis in axes):
+            raise InputError(f"{path}: line {start + 1}: {quote(head['ne'])} is not the shape of a tensor")
+        shape = tuple(int(axis) for axis in axes)[::-1]
         rows = [line for line in lines[start + 1 : end] if "[" in line and NUMBER.search(line)]
         numbers = [float(x) for row in rows for x in NUMBER.findall(row)]
         if len(numbers) != shape[0] * math.prod(min(n, 2 * SHOWN) for n in shape[1:]):
@@ -77,18 +83,22 @@ def open_eval_callback(path: str | Path) -> TraceFile:
                      entries)  # fmt: skip
 
 
-def _tokens(lines: list[str]) -> Iterator[int]:
+def _tokens(lines: list[str], path: str | Path) -> Iterator[int]:
     for start, line in enumerate(lines):
         if (hit := TOKENS.search(line)) is not None:
-            for row in lines[start + 1 : start + 1 + int(hit[1])]:
-                yield int(row.split()[-1])
+            for number, row in enumerate(lines[start + 1 : start + 1 + int(hit[1][:9])], start + 2):
+                if not (words := row.split()) or not TOKEN.fullmatch(words[-1]):
+                    raise InputError(f"{path}: line {number}: {quote(row)} does not end in a token id")
+                yield int(words[-1])
             return
 
 
 def _list_printed(shape: tuple[int, ...]) -> tuple[Array, ...]:
     """The places along each axis that are printed; of the first axis all."""
-    ends = np.r_[:SHOWN, -SHOWN:0]
-    return tuple(np.arange(n) if axis == 0 or n <= 2 * SHOWN else ends % n for axis, n in enumerate(shape))
+    return tuple(
+        np.arange(n) if axis == 0 or n <= 2 * SHOWN else np.array([*range(SHOWN), *range(n - SHOWN, n)])
+        for axis, n in enumerate(shape)
+    )
 
 
 def _spread(shape: tuple[int, ...], places: tuple[Array, ...], numbers: Array) -> Array:
