@@ -163,11 +163,8 @@ def run_map(args: argparse.Namespace) -> int:
 def run_diff(args: argparse.Namespace) -> int:
     """``refgemma diff``."""
     a, b = (open_any(path) for path in (args.a, args.b))
-    found, only_a, only_b = (
-        compare_traces(a, b),
-        sorted(set(a.entries) - set(b.entries)),
-        sorted(set(b.entries) - set(a.entries)),
-    )
+    found = compare_traces(a, b)
+    only_a, only_b = sorted(set(a.entries) - set(b.entries)), sorted(set(b.entries) - set(a.entries))
     if args.model:
         folder = find_model(args.model)
         config = open_checkpoint(folder).config

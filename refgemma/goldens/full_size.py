@@ -31,7 +31,6 @@ from refgemma.weights.checkpoint import Checkpoint
 from refgemma.weights.parameters import Weights, tensor_shapes
 from refgemma.weights.synthetic import synthetic_weights
 
-FORMAT = "refgemma-golden-full/1"
 TOP_LOGITS = 3e-5  # of the largest logit: what was asked for at full depth
 TWO_LAYERS, SYNTHETIC, CHECKPOINT = "-two-layers", "-synthetic", "checkpoint-"  # in the names of recordings
 PIECE = 256  # a call of more tokens than this is computed in pieces, and sketched after each layer only
@@ -48,7 +47,7 @@ SAMPLED = 4096  # bytes of either end of a tensor that its fingerprint reads
 
 def read_full_manifest() -> dict[str, Any]:
     """The recordings at full size, with provenance and hashes."""
-    return dict(read_manifest("full", FORMAT)["cases"])
+    return dict(read_manifest("full", "refgemma-golden-full/1")["cases"])
 
 
 def two_layer_names() -> list[str]:

@@ -19,7 +19,6 @@ from refgemma.precision import Array, as_dtype
 from refgemma.weights.checkpoint import open_checkpoint
 from refgemma.weights.parameters import Weights
 
-FORMAT = "refgemma-golden/1"
 AGAIN = "install refgemma again, or in a checkout record with: python golden/record.py"
 
 
@@ -27,7 +26,7 @@ class GoldenError(RefgemmaError):
     """A golden that is missing, damaged or unknown."""
 
 
-def read_manifest(folder: str = ".", format: str = FORMAT) -> dict[str, Any]:
+def read_manifest(folder: str = ".", format: str = "refgemma-golden/1") -> dict[str, Any]:
     """Return what is recorded in a folder of the recordings, with provenance and hashes."""
     path = golden_folder() / folder / "manifest.json"
     manifest = read_object(path, GoldenError, AGAIN)

@@ -13,7 +13,7 @@ A case of a whole model is compared three times:
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -100,8 +100,7 @@ def compare_forward(about: Mapping[str, Any], golden: Mapping[str, Array], name:
     whole = len(about["calls"]) == 1
     # One after the other as they are computed; sorting keeps the order of the three ways.
     for c in sorted(found, key=lambda c: order[c.tensor]):
-        detect = c.tensor.removeprefix("calls.0.") if whole else c.tensor
-        yield Comparison(detect, c.how, c.distance, c.identical, c.elements, c.ulps, c.note)
+        yield replace(c, tensor=c.tensor.removeprefix("calls.0.")) if whole else c
 
 
 def golden_candidate(
@@ -275,9 +274,8 @@ def _compare_masks(g: Mapping[str, Array]) -> Iterator[Comparison]:
     ours = {"full": ops.causal_mask(places, places), "sliding": ops.sliding_mask(places, places, window)}
     for name, mask in ours.items():
         # A query that is padding itself may see what it likes.
-        computed, recorded = (
-            (m.swapaxes(1, 2)[padding]) for m in (mask & padding[:, None, None], g[name].astype(bool))
-        )
+        both = (mask & padding[:, None, None], g[name].astype(bool))
+        computed, recorded = (m.swapaxes(1, 2)[padding] for m in both)
         different = np.sum(computed != recorded)
         yield Comparison(name, "operation", np.inf if different else 0.0, computed.size - int(different), computed.size)
 

@@ -22,7 +22,6 @@ from refgemma.trace.candidate import candidate_of
 from refgemma.trace.names import run_calls, save_trace
 from refgemma.weights.parameters import Weights
 
-SCHEMA = "refgemma-prompts/1"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -100,7 +99,7 @@ def as_json(found: Sequence[Detected], config: Gemma2Config, model: str) -> dict
     """Everything, for a program."""
     known = prompts(config)
     return {
-        "schema": SCHEMA, "model": model,
+        "schema": "refgemma-prompts/1", "model": model,
         "prompts": [
             {"file": f"{name}.safetensors", "name": name, "why": known[name].why, "calls": list(known[name].calls),
              "shows": {s.dtype: [v.name for v in s.variants] for s in found if s.prompt == name}}

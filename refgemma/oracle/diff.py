@@ -21,8 +21,6 @@ from refgemma.trace.names import FIELDS, field_of, layer_of
 from refgemma.trace.reader import TraceFile
 from refgemma.weights.parameters import Weights
 
-SCHEMA = "refgemma-diff/1"
-
 
 @dataclass(frozen=True)
 class Difference:
@@ -136,7 +134,7 @@ def measure_unexplained(
 def as_json(a: str, b: str, found: list[Difference], only_a: list[str], only_b: list[str], code: int) -> dict[str, Any]:
     """Everything, for a program."""
     return {
-        "schema": SCHEMA, "a": a, "b": b, "exit_code": code,
+        "schema": "refgemma-diff/1", "a": a, "b": b, "exit_code": code,
         "first_difference": next((d.tensor for d in found if d.differs), None),
         "first_unexplained": next((d.tensor for d in found if (d.unexplained or 0) > 1), None),
         "tensors": [

@@ -17,7 +17,7 @@ from refgemma.oracle.operations import Context, operations
 from refgemma.oracle.spans import Computed, where_compared
 from refgemma.oracle.tolerance import in_decimals
 from refgemma.precision import Array
-from refgemma.trace.names import field_of
+from refgemma.trace.names import LAYER_NORMS, field_of
 
 FITS = 3.0  # root mean square in standard deviations
 STEPS = 40
@@ -44,10 +44,7 @@ PARAMETERS: Mapping[str, tuple[str, ...]] = {
     "cos": ("rope_theta", "position offset"),
     "embedded": ("embedding scale",),
     "attention.probs": ("sliding_window",),
-} | dict.fromkeys(
-    ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm", "norm"),
-    ("rms_norm_eps",),
-)
+} | dict.fromkeys((*LAYER_NORMS, "norm"), ("rms_norm_eps",))
 
 
 def estimate_parameters(usual: Computed, names: Sequence[str], context: Context) -> Iterator[Estimate]:

@@ -22,7 +22,7 @@ from refgemma.oracle.operations import Context, Operation, operations, window_ma
 from refgemma.oracle.tolerance import Arithmetic, one_rounding, ulp
 from refgemma.precision import Array, as_dtype, as_float64, bf16, dtype_name, narrow, wide
 from refgemma.trace.candidate import Call
-from refgemma.trace.names import field_of, layer_of
+from refgemma.trace.names import LAYER_NORMS, field_of, layer_of
 from refgemma.weights.parameters import LayerWeights, Weights
 
 Change = Callable[[Context], Context]
@@ -582,9 +582,7 @@ def chunk_sees_all(context: Context, layer: int) -> Array:
 
 # --- the catalogue ----------------------------------------------------------------------------------------------------
 
-NORMS = (
-    "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm", "norm",
-)  # fmt: skip
+NORMS = (*LAYER_NORMS, "norm")
 PROBS, CAPPED, SCORES = ("attention.probs",), ("attention.capped",), ("attention.scores",)
 TABLES, TURNED = ("cos", "sin"), ("attention.q_rot", "attention.k_rot")
 LONG = "more tokens than the window"

@@ -25,7 +25,6 @@ from refgemma.oracle.verdicts import BAD, BLIND, CONFORMS, EXACT, EXIT, INCONCLU
 from refgemma.precision import Array
 from refgemma.trace.names import FIELDS, LAYER_FIELDS, field_of, layer_of
 
-SCHEMA = "refgemma-check/1"
 LINES = 30
 WIDTH = 118
 
@@ -223,7 +222,7 @@ def finding_json(finding: Finding) -> dict[str, Any]:
 def as_json(report: Report, model: str) -> dict[str, Any]:
     """Everything, for a program."""
     return {
-        "schema": SCHEMA,
+        "schema": "refgemma-check/1",
         "candidate": report.candidate.source,
         "engine": report.candidate.engine,
         "model": model,

@@ -25,7 +25,6 @@ from refgemma.sweep.jobs import KEPT, Done, Job, fail, perform
 from refgemma.sweep.tally import Tally, merge_tallies
 from refgemma.trace.names import FIELDS
 
-SCHEMA = "refgemma-sweep/1"
 TRIES = 3  # of a job that ended its worker
 
 Pool = Callable[[int], AbstractContextManager[Executor]]
@@ -171,7 +170,7 @@ def as_json(found: Sequence[tuple[Job, Done]]) -> dict[str, Any]:
     excluded = {name for _, done in ordered for name in done["excluded"]} - seen
     blind = {name for _, done in ordered for name in done["blind"]} - seen - excluded
     return {
-        "schema": SCHEMA, "verdict": verdict, "exit_code": EXIT[verdict],
+        "schema": "refgemma-sweep/1", "verdict": verdict, "exit_code": EXIT[verdict],
         "counts": {v: n for v in EXIT if (n := sum(done["verdict"] == v for _, done in ordered))},
         "jobs": [{"name": job.name, "key": job.key, **{k: done[k] for k in (
             "verdict", "first_divergence", "named", "dtype", "message")}} for job, done in ordered],

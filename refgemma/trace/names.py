@@ -94,10 +94,11 @@ def trace_axes(record: Any = Forward, prefix: str = "") -> Iterator[tuple[str, s
             yield from trace_axes(kind, f"{name}.")
 
 
-# The axes of each field, in the order of execution; and the fields of one layer.
+# The axes of each field, in the order of execution; the fields of one layer; those that are norms.
 AXES = {field_of(name): axes for name, axes in trace_axes()}
 FIELDS = tuple(AXES)
 LAYER_FIELDS = tuple(field_of(name) for name, _ in trace_axes() if name.startswith("layers."))
+LAYER_NORMS = tuple(field for field in LAYER_FIELDS if field.endswith("norm"))
 
 
 def target_file(path: str | Path) -> Path:
