@@ -24,7 +24,7 @@ from refgemma.oracle.known_bugs import KNOWN_BUGS, KnownBug, combine, known_bug
 from refgemma.oracle.locate import ErrorMap, locate_errors, map_errors
 from refgemma.oracle.preflight import Preflight
 from refgemma.oracle.spans import Computed
-from refgemma.oracle.tolerance import enlarge, from_measured_std
+from refgemma.oracle.tolerance import from_measured_std, rescale
 from refgemma.trace.candidate import Candidate
 from refgemma.trace.names import field_of
 from refgemma.weights.parameters import Weights
@@ -158,7 +158,7 @@ class Diagnosis:
         elif not allowed.measured:
             with np.errstate(invalid="ignore"):
                 floor = BUG_FLOOR * np.max(np.abs(exact), axis=-1, keepdims=True)
-            allowed = enlarge(allowed, BUG_FACTOR, floor)
+            allowed = rescale(allowed, BUG_FACTOR, floor)
         judged = judge(found.numbers, exact, allowed, found.storage, where, eager, self.engine.override)
         return judged.verdict in (*verdicts.GOOD, verdicts.BLIND)
 

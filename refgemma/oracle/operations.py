@@ -13,7 +13,7 @@ from refgemma.config import Gemma2Config
 from refgemma.layers import merge_heads, split_heads
 from refgemma.model import embedding_scale
 from refgemma.oracle import tolerance as tol
-from refgemma.oracle.tolerance import FORMATS, Arithmetic, Tolerance, U, in_unit, with_storage
+from refgemma.oracle.tolerance import FORMATS, Arithmetic, Tolerance, U, rescale, with_storage
 from refgemma.precision import Array, as_dtype, as_float64
 from refgemma.trace.candidate import Call
 from refgemma.weights.parameters import LayerWeights, Weights, row_pieces
@@ -38,7 +38,7 @@ class Operation:
         """Return what rounding may do to the result, which is kept in `storage`; `unit` is that of the arithmetic."""
         with np.errstate(over="ignore", invalid="ignore"):
             stored = self.stores(*inputs, storage=storage) if storage in FORMATS else []
-            return with_storage(in_unit(self.allowed(*inputs), unit), exact, storage, stored)
+            return with_storage(rescale(self.allowed(*inputs), unit / U), exact, storage, stored)
 
 
 class Layers(Sequence[LayerWeights]):

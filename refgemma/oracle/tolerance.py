@@ -7,7 +7,7 @@ recordings in three precisions: no bound is exceeded, and none is 1000 times the
 in a row, in any order of a sum (Higham, *Accuracy and Stability of Numerical Algorithms*, 2002, sections 3.1 and 4.2).
 A library's ``tanh``, ``exp``, ``cos`` and ``1/sqrt`` are taken to be within 2 ulp (``4 u``). A function here takes the
 arguments of the operation of its name in `refgemma.ops`, and returns the `Tolerance` of float32 arithmetic;
-`in_unit` turns it into that of float64, and `with_storage` adds what half-precision storage rounds: half an ulp for
+`rescale` turns it into that of float64, and `with_storage` adds what half-precision storage rounds: half an ulp for
 every result that PyTorch's eager kernels store on the way. An implementation that stores fewer of them stays inside.
 
 A standard deviation: a sum of n products ``t_i``, taken one after the other, rounds its k-th partial sum ``S_k``, which
@@ -145,14 +145,6 @@ def with_storage(allowed: Tolerance, exact: Array, storage: str, before: Sequenc
     return replace(allowed, stored=np.asarray(sum(steps)), stored_spread=np.asarray(spread))
 
 
-def in_unit(allowed: Tolerance, unit: float) -> Tolerance:
-    """Scale a tolerance, derived for float32, to another unit roundoff: all of it is proportional to that."""
-    factor = unit / U
-    return replace(
-        allowed, bound=allowed.bound * factor, spread=allowed.spread * factor, common=allowed.common * factor
-    )
-
-
 def in_decimals(allowed: Tolerance, step: float) -> Tolerance:
     """Add the rounding of the result to decimals that are `step` apart."""
     if not step:
@@ -160,12 +152,13 @@ def in_decimals(allowed: Tolerance, step: float) -> Tolerance:
     return replace(allowed, bound=allowed.bound + step / 2, spread=np.hypot(allowed.spread, EVEN * step / 2))
 
 
-def enlarge(allowed: Tolerance, factor: float, floor: Array) -> Tolerance:
-    """Multiply what arithmetic may do by `factor`, and add `floor` to it."""
-    return replace(
-        allowed, bound=allowed.bound * factor + floor, spread=allowed.spread * factor + floor,
-        common=allowed.common * factor,
-    )  # fmt: skip
+def rescale(allowed: Tolerance, factor: float, floor: Array | float = 0.0) -> Tolerance:
+    """Multiply what arithmetic may do by `factor`, and add `floor` to it.
+
+    All that is derived for float32 is proportional to the unit roundoff: the factor of another is ``unit / U``.
+    """
+    bound, spread = allowed.bound * factor + floor, allowed.spread * factor + floor
+    return replace(allowed, bound=bound, spread=spread, common=allowed.common * factor)
 
 
 def rearrange(allowed: Tolerance, move: Callable[[Array], Array]) -> Tolerance:
