@@ -28,7 +28,7 @@ from refgemma.oracle.diff import Difference, compare_traces, measure_unexplained
 from refgemma.oracle.diff import as_json as difference_json
 from refgemma.oracle.engine import Engine
 from refgemma.oracle.known_bugs import KNOWN_BUGS
-from refgemma.oracle.pipeline import check, read_candidate, read_weights, run_backend
+from refgemma.oracle.pipeline import check, read_candidate, run_backend
 from refgemma.oracle.repro import make_repro
 from refgemma.oracle.verdicts import CONFORMS, DIFFERS, EXIT, FAILED, INCONCLUSIVE
 from refgemma.sweep.jobs import read_jobs
@@ -118,7 +118,7 @@ def run_check(args: argparse.Namespace) -> int:
     made = {"html": reports.page, "markdown": reports.markdown, "junit": reports.junit}
     for kind, path in outputs.items():
         if kind == "bundle":
-            write_repro(candidate, read_weights(folder, candidate.dtype), found, path)
+            write_repro(candidate, open_checkpoint(folder).weights(candidate.dtype), found, path)
         else:
             replace_file(path, made[kind](found, args.model).encode())
     output.as_json(reports.as_json(found, args.model)) if args.json else print(reports.text(found, args.model))
@@ -169,7 +169,7 @@ def run_diff(args: argparse.Namespace) -> int:
         folder = find_model(args.model)
         config = open_checkpoint(folder).config
         sides = [load_trace(path, config) for path in (args.a, args.b)]
-        weights = {side.dtype: read_weights(folder, side.dtype) for side in sides}
+        weights = {side.dtype: open_checkpoint(folder).weights(side.dtype) for side in sides}
         units = measure_unexplained(sides[0], sides[1], weights, config)
         found = [replace(d, unexplained=units.get(d.tensor)) for d in found]
     code = diff_code(found, bool(only_a or only_b), bool(args.model))

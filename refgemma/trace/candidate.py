@@ -20,7 +20,7 @@ import numpy.typing as npt
 from refgemma.config import Gemma2Config
 from refgemma.inputs import InputError, check_inputs
 from refgemma.precision import Array, as_dtype, as_float64, wide
-from refgemma.trace.name_maps import GIVEN, open_trace
+from refgemma.trace.name_maps import GIVEN, axis_lengths, open_trace
 from refgemma.trace.names import AXES, FIELDS, LAYER_FIELDS, field_of, layer_of
 from refgemma.trace.reader import Entry, TraceFile
 
@@ -96,12 +96,8 @@ def shape_of(name: str, config: Gemma2Config, batch: int, seq: int) -> tuple[int
     >>> shape_of("layers.0.attention.k", Gemma2Config.preset("9b"), batch=1, seq=5)
     (1, 8, 5, 256)
     """
-    lengths = {
-        "batch": batch, "seq": seq, "keys": seq, "1": 1, "heads": config.num_attention_heads,
-        "kv_heads": config.num_key_value_heads, "head_dim": config.head_dim, "hidden": config.hidden_size,
-        "intermediate": config.intermediate_size, "vocab": config.vocab_size,
-        "heads*head_dim": config.num_attention_heads * config.head_dim,
-    }  # fmt: skip
+    call = {"batch": batch, "seq": seq, "keys": seq, "1": 1}
+    lengths = call | axis_lengths(config) | {"heads*head_dim": config.num_attention_heads * config.head_dim}
     return tuple(lengths[axis] for axis in axes_of(name).split())
 
 
