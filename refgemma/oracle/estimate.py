@@ -7,12 +7,13 @@ the number itself; so it is taken from the model's number first, and then from t
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 
 import numpy as np
 
 from refgemma.config import ConfigError
+from refgemma.oracle.known_bugs import change_positions, config, scaled_embedding
 from refgemma.oracle.operations import Context, operations
 from refgemma.oracle.spans import Computed, where_compared
 from refgemma.oracle.tolerance import in_decimals
@@ -60,10 +61,8 @@ def estimate_parameters(usual: Computed, names: Sequence[str], context: Context)
             yield found
 
 
-def _errors(
-    usual: Computed, names: Sequence[str], context: Context, factor: float, deviations: Sequence[Array]
-) -> Array:
-    """The errors of all the tensors in standard deviations, under a context and after a factor on the result."""
+def _errors(usual: Computed, names: Sequence[str], context: Context, deviations: Sequence[Array]) -> Array:
+    """The errors of all the tensors in standard deviations, under a context."""
     computed = Computed(operations(context), usual.candidate)
     parts = []
     for name, std in zip(names, deviations, strict=True):
@@ -71,7 +70,7 @@ def _errors(
         known = True if tensor.known is None else tensor.known
         where = np.broadcast_to(where_compared(name, context) & known, tensor.numbers.shape)
         with np.errstate(all="ignore"):
-            error = (tensor.numbers - factor * computed.result(name)) / np.broadcast_to(std, tensor.numbers.shape)
+            error = (tensor.numbers - computed.result(name)) / np.broadcast_to(std, tensor.numbers.shape)
         parts.append(error[where])
     z = np.concatenate(parts)
     return np.asarray(z[np.isfinite(z)])
@@ -84,33 +83,34 @@ def _deviations(usual: Computed, names: Sequence[str], context: Context) -> list
     for name in names:
         tensor, op = usual.candidate.tensors[name], computed.table[name]
         with np.errstate(all="ignore"):
-            allowed = op.tolerance(
-                computed.inputs(name), computed.result(name), tensor.storage, context.arithmetic.unit
-            )
+            inputs, result = computed.inputs(name), computed.result(name)
+            allowed = op.tolerance(inputs, result, tensor.storage, context.arithmetic.unit)
         found.append(in_decimals(allowed, tensor.coarse).std)
     return found
 
 
-def _with(context: Context, parameter: str, value: float) -> tuple[Context, float]:
-    """The context with another value of a parameter; and a factor on the result."""
-    if parameter == "embedding scale":
-        return context, value / context.embedding_scale()
-    if parameter == "position offset":
-        return replace(context, call=replace(context.call, positions=context.call.positions + int(value))), 1.0
-    changes = {parameter: int(value) if parameter == "sliding_window" else float(value)}
-    if parameter == "rope_theta":
-        return replace(context, config=context.config.changed(**changes, rope_parameters=None)), 1.0
-    return replace(context, config=context.config.changed(**changes)), 1.0
+def _with(context: Context, parameter: str, value: float) -> Context:
+    """The context with another value of a parameter."""
+    match parameter:
+        case "embedding scale":
+            return scaled_embedding(lambda _: value)(context)
+        case "position offset":
+            return change_positions(lambda c: c.call.positions + int(value))(context)
+        case "sliding_window":
+            return config(sliding_window=int(value))(context)
+        case "rope_theta":
+            return config(rope_theta=float(value), rope_parameters=None)(context)
+    return config(**{parameter: float(value)})(context)
 
 
 def _estimate(parameter: str, usual: Computed, names: Sequence[str], context: Context) -> Estimate | None:
     def errors(value: float, at: float) -> Array:
         """With the standard deviations of the parameter `at`."""
-        return _errors(usual, names, *_with(context, parameter, value), deviations(at))
+        return _errors(usual, names, _with(context, parameter, value), deviations(at))
 
     @cache
     def deviations(at: float) -> list[Array]:
-        return _deviations(usual, names, _with(context, parameter, at)[0])
+        return _deviations(usual, names, _with(context, parameter, at))
 
     def misfit(value: float, at: float) -> float:
         z = errors(value, at)
