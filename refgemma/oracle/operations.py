@@ -187,6 +187,10 @@ def _attention(context: Context, layer: int, source: str) -> Iterator[Operation]
     rotate, softmax = context.function("rotate", ops.rotate), context.function("softmax", ops.softmax)
     score = context.function("attention_scores", ops.attention_scores)
 
+    def repeated(compute: Callable[..., Any]) -> Callable[..., Any]:
+        """Give each query head its key or value head."""
+        return lambda left, kv, **named: compute(left, repeat(kv, context.groups), **named)
+
     def weight(letter: str) -> Matrix:
         def read_matrix() -> tuple[Array, Array | None]:
             weights = context.layer(layer)
@@ -199,10 +203,8 @@ def _attention(context: Context, layer: int, source: str) -> Iterator[Operation]
     for letter in ("q", "k"):
         yield Operation(f"{p}{letter}_rot", (p + letter, "cos", "sin"), rotate, tol.rotate, tol.rotate_stores)
     yield Operation(
-        p + "scores", (p + "q_rot", p + "k_rot"),
-        lambda q, k: score(q, repeat(k, context.groups), scale),
-        lambda q, k: tol.attention_scores(q, repeat(k, context.groups), scale),
-        lambda q, k, storage: tol.scores_stores(q, repeat(k, context.groups), scale, storage),
+        p + "scores", (p + "q_rot", p + "k_rot"), repeated(partial(score, scale=scale)),
+        repeated(partial(tol.attention_scores, scale=scale)), repeated(partial(tol.scores_stores, scale=scale)),
     )  # fmt: skip
     yield _cap(context, p + "capped", p + "scores", cap)
     yield Operation(
@@ -211,9 +213,8 @@ def _attention(context: Context, layer: int, source: str) -> Iterator[Operation]
         lambda x: tol.softmax(x, context.mask(context, layer)),
     )  # fmt: skip
     yield Operation(
-        p + "mixed", (p + "probs", p + "v"),
-        lambda probs, v: merge_heads(probs @ repeat(v, context.groups)),
-        lambda probs, v: tol.rearrange(tol.matmul(probs, repeat(v, context.groups)), merge_heads),
+        p + "mixed", (p + "probs", p + "v"), repeated(lambda probs, v: merge_heads(probs @ v)),
+        repeated(lambda probs, v: tol.rearrange(tol.matmul(probs, v), merge_heads)),
     )  # fmt: skip
     yield _linear(p + "out", p + "mixed", weight("o"))
 
