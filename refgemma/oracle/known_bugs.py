@@ -483,15 +483,17 @@ def half_swapped_rows(weights: LayerWeights, context: Context) -> LayerWeights:
     return replace(weights, q_proj=q, k_proj=k)
 
 
-def interleave(x: Array, head_dim: int) -> Array:
+def interleave(x: Array, head_dim: int, parts: int = 2) -> Array:
     """Rows of each head in the order for pairs side by side, as llama.cpp's conversion of Llama has them.
+
+    With ``head_dim // 2`` for `parts` it is the way back.
 
     Examples
     --------
     >>> interleave(np.arange(4)[:, None], head_dim=4).ravel().tolist()
     [0, 2, 1, 3]
     """
-    rows = x.reshape(-1, 2, head_dim // 2, x.shape[-1])
+    rows = x.reshape(-1, parts, head_dim // parts, x.shape[-1])
     return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(x.shape)
 
 

@@ -73,12 +73,6 @@ def is_same(a: Array, b: Array) -> bool:
     return all(np.array_equal(as_float64(a[n : n + ROWS_AT_ONCE]), as_float64(b[n : n + ROWS_AT_ONCE])) for n in starts)
 
 
-def deinterleave(x: Array, head_dim: int) -> Array:
-    """The way back of `interleave`."""
-    rows = x.reshape(-1, head_dim // 2, 2, x.shape[-1])
-    return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(x.shape)
-
-
 def known_ways(name: str, right: Array, config: Gemma2Config) -> Iterator[tuple[str, Callable[[], Array]]]:
     """What the checkpoint's tensor is under each mistake."""
     if right.ndim == 1:
@@ -89,7 +83,7 @@ def known_ways(name: str, right: Array, config: Gemma2Config) -> Iterator[tuple[
     yield "weights-reshaped", lambda: np.ascontiguousarray(right.T).reshape(right.shape)
     if name.endswith(("q_proj.weight", "k_proj.weight")):
         yield "rope-weights-permuted", lambda: interleave(right, config.head_dim)
-        yield "rope-weights-permuted", lambda: deinterleave(right, config.head_dim)
+        yield "rope-weights-permuted", lambda: interleave(right, config.head_dim, config.head_dim // 2)
 
 
 def judge_weight(name: str, entry: Entry, checkpoint: Mapping[str, Entry], config: Gemma2Config) -> Preflight:
