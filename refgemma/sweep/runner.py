@@ -7,16 +7,18 @@ where it was, and what has another input, or another program, is computed anew.
 """
 
 import hashlib
+import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
-from multiprocessing import get_context
+from multiprocessing import Pipe, get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
-
-from threadpoolctl import threadpool_limits
 
 from refgemma.errors import RefgemmaError, UsageError
 from refgemma.files import read_object, replace_file, write_json
@@ -26,19 +28,42 @@ from refgemma.sweep.tally import Tally, merge_tallies
 from refgemma.trace.names import FIELDS
 
 TRIES = 3  # of a job that ended its worker
+ONE_THREAD = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
 Pool = Callable[[int], AbstractContextManager[Executor]]
 """Makes an executor with so many workers."""
 
 
-def processes(workers: int) -> ProcessPoolExecutor:
+@contextmanager
+def processes(workers: int) -> Iterator[Executor]:
     """Processes of this machine, each with one thread: so a sum is the same however many of them there are."""
-    return ProcessPoolExecutor(workers, get_context("spawn"), use_one_thread)
+    before = {name: os.environ.get(name) for name in ONE_THREAD}
+    os.environ.update(dict.fromkeys(ONE_THREAD, "1"))
+    theirs, ours = Pipe(duplex=False)  # closed by the system when this process ends, however it does
+    try:
+        with ProcessPoolExecutor(workers, get_context("spawn"), _follow, (theirs,)) as pool:
+            try:
+                yield pool
+            except BaseException:
+                ours.close()  # what is under way is not waited for
+                raise
+    finally:
+        ours.close()
+        for name, value in before.items():
+            os.environ.pop(name)
+            os.environ.update({} if value is None else {name: value})
 
 
-def use_one_thread() -> None:
-    """Let BLAS compute with one thread in this process, from now on."""
-    threadpool_limits(1)
+def _follow(parent: Connection) -> None:
+    """End this worker, and the command that it runs, when the other end of a pipe is closed."""
+    os.setpgid(0, 0)  # the command is of the same group
+
+    def end() -> None:
+        with suppress(EOFError, OSError):
+            parent.recv()
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=end, daemon=True).start()
 
 
 @contextmanager
