@@ -187,7 +187,7 @@ def _attention(context: Context, layer: int, source: str) -> Iterator[Operation]
     rotate, softmax = context.function("rotate", ops.rotate), context.function("softmax", ops.softmax)
     score = context.function("attention_scores", ops.attention_scores)
 
-    def repeated(compute: Callable[..., Any]) -> Callable[..., Any]:
+    def share_keys(compute: Callable[..., Any]) -> Callable[..., Any]:
         """Give each query head its key or value head."""
         return lambda left, kv, **named: compute(left, repeat(kv, context.groups), **named)
 
@@ -203,8 +203,8 @@ def _attention(context: Context, layer: int, source: str) -> Iterator[Operation]
     for letter in ("q", "k"):
         yield Operation(f"{p}{letter}_rot", (p + letter, "cos", "sin"), rotate, tol.rotate, tol.rotate_stores)
     yield Operation(
-        p + "scores", (p + "q_rot", p + "k_rot"), repeated(partial(score, scale=scale)),
-        repeated(partial(tol.attention_scores, scale=scale)), repeated(partial(tol.scores_stores, scale=scale)),
+        p + "scores", (p + "q_rot", p + "k_rot"), share_keys(partial(score, scale=scale)),
+        share_keys(partial(tol.attention_scores, scale=scale)), share_keys(partial(tol.scores_stores, scale=scale)),
     )  # fmt: skip
     yield _cap(context, p + "capped", p + "scores", cap)
     yield Operation(
@@ -213,8 +213,8 @@ def _attention(context: Context, layer: int, source: str) -> Iterator[Operation]
         lambda x: tol.softmax(x, context.mask(context, layer)),
     )  # fmt: skip
     yield Operation(
-        p + "mixed", (p + "probs", p + "v"), repeated(lambda probs, v: merge_heads(probs @ v)),
-        repeated(lambda probs, v: tol.rearrange(tol.matmul(probs, v), merge_heads)),
+        p + "mixed", (p + "probs", p + "v"), share_keys(lambda probs, v: merge_heads(probs @ v)),
+        share_keys(lambda probs, v: tol.rearrange(tol.matmul(probs, v), merge_heads)),
     )  # fmt: skip
     yield _linear(p + "out", p + "mixed", weight("o"))
 
