@@ -170,20 +170,18 @@ def _least_squares(errors: Callable[[float], Array], start: float) -> tuple[floa
 def _near(parameter: str, value: float, uncertainty: float, context: Context) -> str:
     """The number of the model that an estimate agrees with."""
     c = context.config
-    known: dict[str, float] = {}
-    if parameter == "query_pre_attn_scalar":
-        known = {
+    caps = {"50": 50, "30": 30, "attn_logit_softcapping": c.attn_logit_softcapping or 0,
+            "final_logit_softcapping": c.final_logit_softcapping or 0}  # fmt: skip
+    numbers: dict[str, Mapping[str, float]] = {
+        "query_pre_attn_scalar": {
             "head_dim": c.head_dim, "hidden_size / num_attention_heads": c.hidden_size / c.num_attention_heads,
-            "hidden_size": c.hidden_size, "144": 144, "224": 224, "256": 256, "1 (no scale)": 1,
-        }  # fmt: skip
-    elif parameter == "embedding scale":
-        known = {"sqrt(hidden_size), not rounded": c.hidden_size**0.5, "1 (no scale)": 1, "hidden_size": c.hidden_size}
-    elif parameter == "rms_norm_eps":
-        known = {"1e-5": 1e-5, "1e-6": 1e-6, "1e-8": 1e-8}
-    elif parameter == "rope_theta":
-        known = {"1000000": 1e6, "160000": 160000, "500000": 5e5}
-    elif parameter.endswith("softcapping"):
-        known = {"50": 50, "30": 30, "attn_logit_softcapping": c.attn_logit_softcapping or 0,
-                 "final_logit_softcapping": c.final_logit_softcapping or 0}  # fmt: skip
+            "hidden_size": c.hidden_size, "144": 144, "224": 224, "256": 256, "1 (no scale)": 1},
+        "embedding scale": {
+            "sqrt(hidden_size), not rounded": c.hidden_size**0.5, "1 (no scale)": 1, "hidden_size": c.hidden_size},
+        "rms_norm_eps": {"1e-5": 1e-5, "1e-6": 1e-6, "1e-8": 1e-8},
+        "rope_theta": {"1000000": 1e6, "160000": 160000, "500000": 5e5},
+        "attn_logit_softcapping": caps, "final_logit_softcapping": caps,
+    }  # fmt: skip
+    known = numbers.get(parameter, {})
     close = [name for name, number in known.items() if abs(value - number) <= 4 * uncertainty + 1e-6 * number]
     return close[0] if close else ""
