@@ -49,9 +49,9 @@ def _expand(folder: str) -> Path:
     return Path(os.path.expanduser(os.path.expandvars(folder)))  # Path.expanduser raises there
 
 
-def _find_snapshot(hub_id: str, revision: str) -> Path | None:
+def _find_snapshot(hub_id: str, revision: str, cache: Path) -> Path | None:
     """Return the folder of a snapshot in the cache, if it is there: of a branch, a tag or a whole commit hash."""
-    repository = cache_folder() / f"models--{hub_id.replace('/', '--')}"
+    repository = cache / f"models--{hub_id.replace('/', '--')}"
     reference = repository / "refs" / revision
     commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
     snapshot = repository / "snapshots" / commit
@@ -65,8 +65,9 @@ def _list_missing(folder: Path, needed: Collection[str]) -> list[str]:
 
 
 def find_model(
-    name: str | Path, revision: str = "main", download: bool = False, needed: Collection[str] = (CONFIG_JSON,)
-) -> Path:
+    name: str | Path, revision: str = "main", download: bool = False, needed: Collection[str] = (CONFIG_JSON,),
+    cache_dir: str | Path | None = None,
+) -> Path:  # fmt: skip
     """Return the folder of a model.
 
     Parameters
@@ -81,6 +82,8 @@ def find_model(
         it, nothing here touches the network.
     needed : collection of str
         Files that the folder has to have.
+    cache_dir : str or path, optional
+        In place of `cache_folder`.
 
     Raises
     ------
@@ -106,23 +109,23 @@ def find_model(
         )
     if not re.fullmatch(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*", revision) or ".." in revision:
         raise ModelNameError(f"{text}: {revision!r} is no revision; give a branch, a tag or a whole commit hash")
-    return _find_in_cache(text, revision, download, needed)
+    return _find_in_cache(text, revision, download, needed, Path(cache_dir) if cache_dir else cache_folder())
 
 
-def _find_in_cache(hub_id: str, revision: str, download: bool, needed: Collection[str]) -> Path:
-    snapshot = _find_snapshot(hub_id, revision)
+def _find_in_cache(hub_id: str, revision: str, download: bool, needed: Collection[str], cache: Path) -> Path:
+    snapshot = _find_snapshot(hub_id, revision, cache)
     lacking = _list_missing(snapshot, needed) if snapshot else []
     if snapshot and not lacking:
         return snapshot
     if download:
-        return download_model(hub_id, revision)
+        return download_model(hub_id, revision, cache)
     if snapshot:
         raise ModelNameError(
             f"{hub_id}: the snapshot {snapshot} lacks {', '.join(lacking)}: the download was cut short; "
             f"{_explain_download(hub_id)}"
         )
     raise ModelNameError(
-        f"{hub_id}: there is no folder of that name, and {cache_folder()} holds no snapshot of its revision "
+        f"{hub_id}: there is no folder of that name, and {cache} holds no snapshot of its revision "
         f"{revision!r}; {_explain_download(hub_id)}"
     )
 
@@ -131,7 +134,7 @@ def _explain_download(hub_id: str) -> str:
     return f"download it with: refgemma info {hub_id} --download (it is downloaded only if asked for)"
 
 
-def download_model(hub_id: str, revision: str = "main") -> Path:
+def download_model(hub_id: str, revision: str = "main", cache: Path | None = None) -> Path:
     """Download a snapshot into the Hugging Face cache; a progress bar on stderr, if that is a terminal.
 
     Raises
@@ -155,7 +158,7 @@ def download_model(hub_id: str, revision: str = "main") -> Path:
     if not sys.stderr.isatty():
         disable_progress_bars()
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=WANTED))
+        return Path(snapshot_download(hub_id, revision=revision, cache_dir=cache, allow_patterns=WANTED))
     except errors.GatedRepoError:
         reason = (
             "its licence has to be accepted first: on its page on the hub, logged in; then log in here too, with "
