@@ -30,11 +30,14 @@ from importlib.metadata import version
 from refgemma.cache import Cache
 from refgemma.config import ConfigError, Gemma2Config
 from refgemma.errors import Moved, RefgemmaError, UsageError
+from refgemma.generation.beams import set_seed
 from refgemma.generation.caches import DynamicCache, StaticCache
+from refgemma.generation.criteria import StoppingCriteria, StoppingCriteriaList
 from refgemma.generation.decode import generate
 from refgemma.generation.generation_config import GenerationConfig
 from refgemma.generation.greedy import greedy
-from refgemma.generation.stream import TextStreamer
+from refgemma.generation.processors import LogitsProcessor, LogitsProcessorList
+from refgemma.generation.stream import TextIteratorStreamer, TextStreamer
 from refgemma.heads import causal_lm_loss, log_softmax
 from refgemma.hub import ModelNameError, find_model
 from refgemma.inputs import InputError
@@ -88,10 +91,15 @@ __all__ = [
     "GenerationConfig",
     "InputError",
     "LayerWeights",
+    "LogitsProcessor",
+    "LogitsProcessorList",
     "ModelNameError",
     "Pretrained",
     "RefgemmaError",
     "StaticCache",
+    "StoppingCriteria",
+    "StoppingCriteriaList",
+    "TextIteratorStreamer",
     "TextStream",
     "TextStreamer",
     "Tokenizer",
@@ -112,6 +120,7 @@ __all__ = [
     "next_token_logits",
     "open_checkpoint",
     "pipeline",
+    "set_seed",
     "wide",
 ]
 

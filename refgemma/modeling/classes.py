@@ -6,7 +6,7 @@ Here arguments are taken apart and results put together; what is computed is in 
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,8 @@ from refgemma.arguments import drop_arguments, refuse_arguments
 from refgemma.cache import Cache, LayerCache, LegacyCache
 from refgemma.config import ConfigError, Gemma2Config
 from refgemma.generation.caches import DynamicCache
-from refgemma.generation.decode import Criterion, Processor, Prompts, generate_batch
+from refgemma.generation.criteria import Criterion
+from refgemma.generation.decode import Prompts, generate_batch
 from refgemma.generation.generation_config import FILE as GENERATION_CONFIG
 from refgemma.generation.generation_config import GenerationConfig, merge_settings
 from refgemma.generation.outputs import (
@@ -27,7 +28,9 @@ from refgemma.generation.outputs import (
     GenerateDecoderOnlyOutput,
     ModelOutput,
     PastKeyValues,
+    compute_transition_scores,
 )
+from refgemma.generation.processors import Processor
 from refgemma.generation.stream import Streamer
 from refgemma.heads import causal_lm_loss, last_tokens, sequence_classification_loss, token_classification_loss
 from refgemma.hub import find_model
@@ -259,15 +262,16 @@ class Gemma2PreTrainedModel(ModuleMethods):
     def from_pretrained(
         cls, name: str | Path, dtype: Any = None, seed: int = 0, revision: str | None = "main", download: bool = False,
         *, torch_dtype: Any = None, config: Gemma2Config | str | Path | None = None,
-        ignore_mismatched_sizes: bool = False, cache_dir: str | Path | None = None, **changes: Any,
+        ignore_mismatched_sizes: bool = False, cache_dir: str | Path | None = None, gguf_file: str | None = None,
+        **changes: Any,
     ) -> Self:  # fmt: skip
         """Load a model.
 
         Parameters
         ----------
         name : str or path
-            ``"tiny"``, ``"conformance"``, a folder, or a hub id whose snapshot is in the Hugging Face cache; see
-            `refgemma.hub.find_model`.
+            ``"tiny"``, ``"conformance"``, a folder, a ``.gguf`` file, or a hub id whose snapshot is in the Hugging Face
+            cache; see `refgemma.hub.find_model`.
         dtype, torch_dtype : str or numpy.dtype, optional
             The precision of the computation, under either name, by default float32; ``"auto"`` for that of the
             configuration or, if it names none, of the file.
@@ -283,6 +287,8 @@ class Gemma2PreTrainedModel(ModuleMethods):
             Whether a classifier's head of another number of labels is replaced by a fresh one.
         cache_dir : str or path, optional
             In place of the Hugging Face cache.
+        gguf_file : str, optional
+            A GGUF file of the folder or hub id, which is read instead of what else is there.
         **changes
             Fields of the configuration to replace, ``num_labels=3`` for instance. Arguments of transformers that change
             nothing here are taken and ignored, ``device_map="auto"`` for instance; others are refused.
@@ -304,7 +310,8 @@ class Gemma2PreTrainedModel(ModuleMethods):
         (1, 3, 2048)
         """
         changes = drop_arguments(changes, f"{cls.__name__}.from_pretrained", ConfigError)
-        checkpoint = open_checkpoint(find_model(name, revision or "main", download, cache_dir=cache_dir))
+        place = find_model(name, revision or "main", download, cache_dir=cache_dir, gguf_file=gguf_file)
+        checkpoint = open_checkpoint(place)
         if config is None or isinstance(config, Gemma2Config):
             config = checkpoint.config if config is None else config
         else:
@@ -602,6 +609,15 @@ class _WithHead(Gemma2PreTrainedModel):
         return output if _choose(return_dict, self.config.return_dict) else output.to_tuple()
 
 
+def _list_callables(given: Any, name: str) -> Sequence[Any]:
+    """Return the functions of a list that a caller may have left out."""
+    if given is None:
+        return ()
+    if callable(given) and not isinstance(given, Sequence):
+        raise InputError(f"{name} is one {type(given).__name__}; give it in a list")
+    return list(given)
+
+
 class Gemma2ForCausalLM(_WithHead):
     """Gemma 2 with its language-modelling head: scores of the next token, and text.
 
@@ -648,12 +664,20 @@ class Gemma2ForCausalLM(_WithHead):
 
     def generate(
         self,
-        inputs: npt.ArrayLike | None = None,
+        inputs: npt.ArrayLike | Mapping[str, Any] | None = None,
         generation_config: GenerationConfig | None = None,
-        logits_processor: Sequence[Processor] = (),
-        stopping_criteria: Sequence[Criterion] = (),
+        logits_processor: Sequence[Processor] | None = None,
+        stopping_criteria: Sequence[Criterion] | None = None,
+        prefix_allowed_tokens_fn: Callable[[int, Array], Any] | None = None,
+        synced_gpus: bool | None = None,
+        assistant_model: Any = None,
         streamer: Streamer | None = None,
+        negative_prompt_ids: npt.ArrayLike | None = None,
+        negative_prompt_attention_mask: npt.ArrayLike | None = None,
+        custom_generate: Any = None,
         *,
+        tokenizer: Any = None,
+        assistant_tokenizer: Any = None,
         input_ids: npt.ArrayLike | None = None,
         attention_mask: npt.ArrayLike | None = None,
         position_ids: npt.ArrayLike | None = None,
@@ -668,14 +692,25 @@ class Gemma2ForCausalLM(_WithHead):
         ----------
         inputs, input_ids : int array (batch, seq), optional
             The prompts, under either name, with padding at the left. Without any, one text is begun with ``<bos>``.
+            `inputs` may be all that a tokenizer returns, mask included.
         generation_config : GenerationConfig, optional
             Settings. What it does not say, `generation_config` of the model says, and else the default values.
         logits_processor : sequence of callable, optional
             Each takes token ids ``(rows, length)`` and scores ``(rows, vocab)``, and gives other scores.
         stopping_criteria : sequence of callable, optional
             Each takes the same, ids with the newest token, and says which texts are complete.
+        prefix_allowed_tokens_fn : callable, optional
+            Takes the number of a prompt and the ids of its text ``(length,)``, and lists the tokens that may follow.
+        synced_gpus, custom_generate : optional
+            The first has no effect, and the second, code of a repository, is refused.
+        assistant_model, assistant_tokenizer : optional
+            A smaller model to guess tokens, and its tokenizer: of no effect, as the texts do not depend on it.
         streamer : object with ``put`` and ``end``, optional
             Is given the prompts, then new tokens as they come: a `TextStreamer`, for instance.
+        negative_prompt_ids, negative_prompt_attention_mask : int array (batch, seq), optional
+            For ``guidance_scale``: what the texts move away from.
+        tokenizer : Tokenizer, optional
+            For ``stop_strings``.
         attention_mask : int array (batch, seq), optional
             1 for tokens, 0 for padding. By default pad tokens are padding, unless they may end a text.
         position_ids : int array (batch, seq), optional
@@ -701,7 +736,8 @@ class Gemma2ForCausalLM(_WithHead):
 
         Notes
         -----
-        Draws are our own: ``seed`` gives the same tokens again, but not those of a torch seed. Of equal scores the
+        Draws go on from call to call until `refgemma.set_seed`; ``seed`` gives one call the same tokens again. Neither
+        gives those of a torch seed. Of equal scores the
         first token wins, as in torch's argmax; torch's ``topk``, which its beam search uses, promises no order of them.
 
         Examples
@@ -714,21 +750,57 @@ class Gemma2ForCausalLM(_WithHead):
         >>> found.sequences.shape, bool(found.sequences_scores[0] >= found.sequences_scores[1])
         ((2, 6), True)
         """
+        if isinstance(inputs, Mapping):
+            encoded = {"attention_mask": attention_mask, "position_ids": position_ids} | dict(inputs)
+            return self.generate(
+                None, generation_config, logits_processor, stopping_criteria, prefix_allowed_tokens_fn, synced_gpus,
+                assistant_model, streamer, negative_prompt_ids, negative_prompt_attention_mask, custom_generate,
+                tokenizer=tokenizer, inputs_embeds=inputs_embeds, past_key_values=past_key_values, cache=cache,
+                **encoded, **settings,
+            )  # fmt: skip
         if inputs is not None and input_ids is not None:
             raise InputError("give the prompts as inputs or as input_ids, and only once")
         ids = input_ids if inputs is None else inputs
-        call = merge_settings(generation_config, self.generation_config, settings)
+        unused = {"synced_gpus": synced_gpus, "custom_generate": custom_generate}
+        call = merge_settings(generation_config, self.generation_config, unused | settings)
         past = name_once(past_key_values, cache)
         value = past
         if isinstance(past, DynamicCache):
             value, call = past.value, call.changed(use_cache=True)
         prompts = Prompts(ids, attention_mask, position_ids, inputs_embeds, value or None)
-        output = generate_batch(prompts, self.weights, self.config, call, logits_processor, stopping_criteria, streamer)
+        output = generate_batch(
+            prompts, self.weights, self.config, call, _list_callables(logits_processor, "logits_processor"),
+            _list_callables(stopping_criteria, "stopping_criteria"), streamer, allowed=prefix_allowed_tokens_fn,
+            tokenizer=tokenizer, negative=(negative_prompt_ids, negative_prompt_attention_mask),
+        )  # fmt: skip
         if isinstance(past, DynamicCache):
             assert isinstance(output.past_key_values, Cache)  # for use_cache is true
             past.fill(output.past_key_values)
             output = replace(output, past_key_values=past)
         return output if call.return_dict_in_generate else output.sequences
+
+    def compute_transition_scores(
+        self, sequences: npt.ArrayLike, scores: Sequence[Array], beam_indices: npt.ArrayLike | None = None,
+        normalize_logits: bool = False,
+    ) -> Array:  # fmt: skip
+        """Return the scores of the new tokens of `generate`, ``(rows, new)``; 0 after the end of a text.
+
+        Parameters
+        ----------
+        sequences, scores, beam_indices
+            From the record of `generate` with ``output_scores=True``; the last after a search only.
+        normalize_logits : bool
+            Make log probabilities of the scores first.
+
+        Examples
+        --------
+        >>> model = Gemma2ForCausalLM.from_pretrained("tiny")
+        >>> found = model.generate([[2, 300]], max_new_tokens=3, return_dict_in_generate=True, output_scores=True)
+        >>> model.compute_transition_scores(found.sequences, found.scores, normalize_logits=True).shape
+        (1, 3)
+        """
+        origins = None if beam_indices is None else as_array(beam_indices, "beam_indices")
+        return compute_transition_scores(as_array(sequences, "sequences"), scores, origins, normalize_logits)
 
     def save_pretrained(self, folder: str | Path, max_shard_size: int | str = "50GB", **ignored: Any) -> None:
         """Write what `Gemma2PreTrainedModel.save_pretrained` writes, and ``generation_config.json``."""
