@@ -125,8 +125,23 @@ __all__ = [
 ]
 
 
+# Names of transformers that there are not, and what to do.
+INSTEAD = {
+    "AutoProcessor": "Gemma 2 reads text only; use AutoTokenizer",
+    "BitsAndBytesConfig": "weights are not quantised here; leave out quantization_config",
+    "HybridCache": "use StaticCache, as in transformers 5",
+    "OffloadedCache": "use DynamicCache",
+    "QuantizedCache": "use DynamicCache, whose numbers are those of the model",
+    "SlidingWindowCache": "use DynamicCache(config=model.config)",
+    "Trainer": "nothing is trained here",
+    "TrainingArguments": "nothing is trained here",
+}
+
+
 def __getattr__(name: str) -> type[Gemma2ForCausalLM]:
     """Of ``GemmaForCausalLM``, which an example of transformers' documentation page names: what is meant there."""
+    if name in INSTEAD:  # not an AttributeError, of which `from refgemma import ...` would lose the text
+        raise ImportError(f"refgemma has no {name}: {INSTEAD[name]}")
     if name != "GemmaForCausalLM":
         raise AttributeError(f"module 'refgemma' has no attribute {name!r}")
     warnings.warn(

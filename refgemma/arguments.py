@@ -1,5 +1,5 @@
-"""The arguments of transformers' ``from_pretrained`` that have no meaning of their own here. Checked against the
-signature and the documentation of transformers 5.23 `PreTrainedModel.from_pretrained`."""
+"""The arguments of transformers' ``from_pretrained`` and ``save_pretrained`` that have no meaning of their own here.
+Checked against the signatures and the documentation of transformers 5.23 `PreTrainedModel`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,8 +24,13 @@ NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "key_mapping": ((), "rename the tensors, and give them to from_state_dict"),
     "load_in_4bit": ((False,), "weights are not quantised here; leave it out"),
     "load_in_8bit": ((False,), "weights are not quantised here; leave it out"),
+    "is_main_process": ((True,), "call save_pretrained in one process"),
     "output_loading_info": ((False,), "a folder that does not fit is an error here, so there is nothing to list"),
     "quantization_config": ((), "weights are not quantised here; leave it out"),
+    "push_to_hub": ((False,), "nothing is uploaded here: hf upload REPOSITORY folder"),
+    "safe_serialization": ((True,), "weights are written as safetensors only"),
+    "save_original_format": ((True, False), ""),
+    "save_peft_format": ((True, False), ""),
     "state_dict": ((), "use from_state_dict(config, state_dict)"),
     "subfolder": (("",), "give the path of the folder inside"),
     "use_safetensors": ((True,), "safetensors go before pickles; leave it out"),
@@ -33,8 +38,27 @@ NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
+def refuse_arguments(given: Mapping[str, Any], name: str) -> None:
+    """Refuse arguments of a function of this `name`, except those that change nothing here.
+
+    Raises
+    ------
+    UsageError
+        Naming the first argument that is left.
+
+    Examples
+    --------
+    >>> refuse_arguments({"safe_serialization": True}, "save_pretrained")
+    >>> refuse_arguments({"shard_size": 5}, "save_pretrained")
+    Traceback (most recent call last):
+    refgemma.errors.UsageError: save_pretrained: there is no argument shard_size
+    """
+    for argument in drop_arguments(given, name):
+        raise UsageError(f"{name}: there is no argument {argument}")
+
+
 def drop_arguments(given: Mapping[str, Any], name: str, error: type[RefgemmaError] = UsageError) -> dict[str, Any]:
-    """Return what is left of the arguments of ``name.from_pretrained`` without those that change nothing here.
+    """Return what is left of the arguments of a function of this `name` without those that change nothing here.
 
     Raises
     ------

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from refgemma.activations import ACTIVATIONS, Activation
-from refgemma.arguments import drop_arguments
+from refgemma.arguments import drop_arguments, refuse_arguments
 from refgemma.errors import RefgemmaError
 from refgemma.files import read_object, replace_file
 from refgemma.gguf import config_fields, read_gguf
@@ -383,8 +383,10 @@ class Gemma2Config:
             read = cls.from_json_file(place / "config.json")
         return read.changed(**changes)
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, **ignored: Any) -> None:
         """Write ``config.json`` into `folder`, which is made if there is none; the file appears whole or not at all.
+
+        Arguments of transformers that change nothing here are taken, ``push_to_hub=False`` for instance.
 
         Examples
         --------
@@ -394,6 +396,7 @@ class Gemma2Config:
         ...     Gemma2Config.from_pretrained(folder) == Gemma2Config.preset("9b")
         True
         """
+        refuse_arguments(ignored, "Gemma2Config.save_pretrained")
         text = self.to_json_string()
         Path(folder).mkdir(parents=True, exist_ok=True)
         replace_file(Path(folder) / "config.json", text.encode())

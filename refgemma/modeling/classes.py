@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self, TypeAlias, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from refgemma.arguments import drop_arguments
+from refgemma.arguments import drop_arguments, refuse_arguments
 from refgemma.cache import Cache, LayerCache, LegacyCache
 from refgemma.config import ConfigError, Gemma2Config
 from refgemma.generation.caches import DynamicCache
@@ -245,16 +245,17 @@ class Gemma2PreTrainedModel(ModuleMethods):
 
         Raises
         ------
+        UsageError
+            For an argument that would change the result, or that there is not.
         ConfigError
-            For an argument with another meaning, and for fields that contradict one another.
+            For fields that contradict one another.
 
         Examples
         --------
         >>> Gemma2ForCausalLM.from_config(Gemma2Config.from_pretrained("tiny"), seed=1)
         Gemma2ForCausalLM(2,922,426 parameters, float32)
         """
-        if left := drop_arguments(ignored, f"{cls.__name__}.from_config", ConfigError):
-            raise ConfigError(f"{cls.__name__}.from_config: there is no argument {min(left)}")
+        refuse_arguments(ignored, f"{cls.__name__}.from_config")
         return cls(copy.deepcopy(config), seed, dtype or torch_dtype or "float32")
 
     @classmethod
@@ -411,7 +412,7 @@ class Gemma2PreTrainedModel(ModuleMethods):
         tensors: dict[str, Array] = {name: tensor[:] for name, tensor in self.named_tensors().items()}
         return tensors | ({LM_HEAD: tensors[EMBED_TOKENS]} if self.has_head and LM_HEAD not in tensors else {})
 
-    def save_pretrained(self, folder: str | Path, max_shard_size: int | str = "50GB") -> None:
+    def save_pretrained(self, folder: str | Path, max_shard_size: int | str = "50GB", **ignored: Any) -> None:
         """Write ``config.json`` and the weights as safetensors, which transformers and `from_pretrained` read.
 
         A tied head is not written. The weights appear whole or not at all, and keep their precision.
@@ -422,6 +423,8 @@ class Gemma2PreTrainedModel(ModuleMethods):
             Made if there is none; weights that are in it are replaced.
         max_shard_size : int or str
             Above this, the weights go into several files with an index: a number of bytes, or for instance ``"5GB"``.
+        **ignored
+            Arguments of transformers that change nothing here, ``safe_serialization=True`` for instance.
 
         Raises
         ------
@@ -440,6 +443,7 @@ class Gemma2PreTrainedModel(ModuleMethods):
         >>> again
         Gemma2ForCausalLM(2,922,426 parameters, bfloat16)
         """
+        refuse_arguments(ignored, f"{type(self).__name__}.save_pretrained")
         config = self.config.changed(dtype=self.dtype, architectures=(type(self).__name__,))
         config.to_json_string()  # what no file can hold is refused before anything is written
         tensors = self.named_tensors()
@@ -798,10 +802,10 @@ class Gemma2ForCausalLM(_WithHead):
         origins = None if beam_indices is None else as_array(beam_indices, "beam_indices")
         return compute_transition_scores(as_array(sequences, "sequences"), scores, origins, normalize_logits)
 
-    def save_pretrained(self, folder: str | Path, max_shard_size: int | str = "50GB") -> None:
+    def save_pretrained(self, folder: str | Path, max_shard_size: int | str = "50GB", **ignored: Any) -> None:
         """Write what `Gemma2PreTrainedModel.save_pretrained` writes, and ``generation_config.json``."""
         settings = self.generation_config  # read before anything is written
-        super().save_pretrained(folder, max_shard_size)
+        super().save_pretrained(folder, max_shard_size, **ignored)
         settings.save_pretrained(folder)
 
     def forward(

@@ -9,7 +9,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -70,9 +70,8 @@ class Module:
         if name == "bias" and "weight" in tensors:
             return None
         if not any(tensor.startswith(f"{name}.") for tensor in tensors):
-            raise AttributeError(
-                f"{self.name} has no {name!r}; it has {', '.join(self.parts()) if tensors else 'none'}"
-            )
+            parts = f"; it has {', '.join(self.parts())}" if tensors and name not in INSTEAD else ""
+            raise AttributeError(explain_absence(self.name, name) + parts)
         return Module(self.model, f"{self.name}.{name}")
 
     def __len__(self) -> int:
@@ -255,6 +254,25 @@ def _mean_and_covariance(
 DEVICE = re.compile(r"(auto|cpu|cuda|mps|xpu|npu|hpu|tpu|xla)(:\d+)?")
 
 
+# What modules of torch have and these do not -> what to do instead.
+_ABSENT = {
+    "register_forward_hook register_forward_pre_hook register_full_backward_hook": (
+        "refgemma.forward returns every tensor by name; the model's outputs have hidden states and attentions"
+    ),
+    "add_adapter load_adapter merge_and_unload set_adapter": (
+        "an adapter is merged as its folder is read: from_pretrained(folder of the adapter)"
+    ),
+    "enable_input_require_grads gradient_checkpointing_enable zero_grad": "nothing is trained here",
+    "set_input_embeddings set_output_embeddings": "write into get_input_embeddings().weight, or use load_state_dict",
+}
+INSTEAD = {name: advice for names, advice in _ABSENT.items() for name in names.split()}
+
+
+def explain_absence(owner: str, name: str) -> str:
+    """Return the text of the error for an attribute that there is not."""
+    return f"{owner} has no {name!r}" + (f": {INSTEAD[name]}" if name in INSTEAD else "")
+
+
 class LoadedKeys(NamedTuple):
     """The result of `load_state_dict`: the names it did not find, and those it had no place for."""
 
@@ -278,6 +296,12 @@ class ModuleMethods:
 
     def state_dict(self) -> dict[str, Array]:  # noqa: D102
         raise NotImplementedError
+
+    if not TYPE_CHECKING:  # to which every attribute would seem to be there
+
+        def __getattr__(self, name: str) -> Any:
+            """Say what to do instead of what torch's modules have and this has not."""
+            raise AttributeError(explain_absence(type(self).__name__, name))
 
     @property
     def dtype(self) -> str:

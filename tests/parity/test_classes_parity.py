@@ -19,7 +19,7 @@ LANGUAGE = "Gemma2ForCausalLM"
 SHAPE: dict[str, Any] = {
     "vocab_size": 31, "hidden_size": 12, "intermediate_size": 9, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 6, "query_pre_attn_scalar": 5, "sliding_window": 3, "num_labels": 3,
-    "layer_types": [SLIDING, FULL, SLIDING],
+    "layer_types": [FULL, SLIDING, SLIDING],
 }  # fmt: skip
 IDS = np.random.default_rng(0).integers(3, 31, (2, 9))
 # Logits of at most 10, sums of 12 products in three layers: two evaluations are some hundred roundings apart.

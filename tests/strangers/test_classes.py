@@ -269,6 +269,9 @@ def test_a_configuration_that_is_set() -> None:
     assert config.layer_types == ("sliding_attention", "full_attention", "sliding_attention")
     assert config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
     assert config.rope_parameters == {"rope_type": "default", "rope_theta": 5000.0}
+    other = Gemma2Config(num_hidden_layers=3, layer_types=["full_attention", "full_attention", "sliding_attention"])
+    other.num_hidden_layers = 2
+    assert other.layer_types == ("full_attention", "full_attention")  # the first ones, as in transformers
     for other in (copy.deepcopy(config), pickle.loads(pickle.dumps(config)), config.changed()):
         assert other == config
         assert other.my_note == "kept"
