@@ -114,7 +114,7 @@ WITHOUT_EFFECT = frozenset({
 })  # fmt: skip
 
 
-@dataclass(repr=False)
+@dataclass(init=False, repr=False)
 class GenerationConfig:
     """The settings of a generation, as far as somebody has given them; the others are None.
 
@@ -231,10 +231,10 @@ class GenerationConfig:
     output_hidden_states: bool | None = _switch(False)
     seed: int | None = _whole_number(0)
 
-    def __post_init__(self) -> None:
-        """Check every setting that is said."""
+    def __init__(self, **settings: Any) -> None:
+        given = _supported(settings)
         for setting in fields(self):
-            value = vars(self)[setting.name] = _freeze(getattr(self, setting.name))
+            value = vars(self)[setting.name] = _freeze(given.get(setting.name))
             if value is not None and not setting.metadata["is_right"](value):
                 raise InputError(f"{setting.name} must be {setting.metadata['needed']}, not {value!r}")
 
@@ -263,7 +263,7 @@ class GenerationConfig:
         ...
         refgemma.inputs.InputError: top_q is no setting of generate; is top_p meant?
         """
-        return replace(self, **_supported(changes))
+        return replace(self, **changes)
 
     def over(self, other: "GenerationConfig") -> "GenerationConfig":
         """These settings, and where they say nothing those of `other`."""
@@ -288,7 +288,7 @@ class GenerationConfig:
         >>> GenerationConfig.from_dict({"eos_token_id": [1, 107], "cache_implementation": "hybrid"}).eos_token_id
         (1, 107)
         """
-        return cls(**_supported(raw))
+        return cls(**raw)
 
     @classmethod
     def from_model_config(cls, config: Gemma2Config) -> "GenerationConfig":

@@ -92,12 +92,21 @@ def test_set_seed_seeds_what_transformers_seeds_too() -> None:
         ),
         ({"stop_strings": [", w"], "tokenizer": TOKENIZER, "max_new_tokens": 20}, [278, 862, 1985, 479]),
         ({"stop_strings": "time the", "tokenizer": TOKENIZER, "max_new_tokens": 20}, [278]),  # begun in the prompt
+        ({"stop_strings": ["a time", "Once"], "tokenizer": TOKENIZER, "max_new_tokens": 4}, PLAIN[:4]),
         ({"stop_strings": ["zzz", "ery g"], "tokenizer": TOKENIZER, "max_new_tokens": 20}, PLAIN),
     ],
     ids=str,
 )  # fmt: skip
 def test_settings_give_the_tokens_of_transformers(settings: dict[str, Any], expected: list[int]) -> None:
     assert new(**settings) == expected
+
+
+def test_guided_scores_are_those_of_transformers() -> None:
+    asked = {"return_dict_in_generate": True, "output_scores": True}
+    found = MODEL.generate(IDS, max_new_tokens=2, guidance_scale=1.5, **asked)
+    expected = [[-0.5072732, 0.1808767, -13.7155123], [-8.9983740, -9.4149170, -19.6697979]]
+    # Three times the difference of two runs, which is up to 5e-6.
+    np.testing.assert_allclose([step[0, [278, 458, 1]] for step in found.scores], expected, rtol=0, atol=2e-5)
 
 
 def test_the_first_token_is_forced_after_bos() -> None:
@@ -250,3 +259,21 @@ def test_transition_scores() -> None:
     scores = MODEL.compute_transition_scores(beams.sequences, beams.scores, beams.beam_indices)
     np.testing.assert_allclose(scores, BEAM_TRANSITIONS, rtol=0, atol=2e-5)
     np.testing.assert_allclose(scores.sum(axis=1) / 3, beams.sequences_scores, rtol=1e-5)
+
+
+def test_a_generation_config_takes_what_generate_takes() -> None:
+    config = GenerationConfig(max_new_tokens=3, cache_implementation="static", num_beam_groups=1, unheard_of=None)
+    assert config == GenerationConfig(max_new_tokens=3)
+    assert MODEL.generate(IDS, generation_config=config)[0, 7:].tolist() == PLAIN[:3]
+    with pytest.raises(InputError, match=r"temprature is no setting of generate; is temperature meant\?"):
+        GenerationConfig(temprature=1.0)
+    with pytest.raises(InputError, match="num_beam_groups = 2 is not computed here"):
+        GenerationConfig(num_beam_groups=2)
+
+
+def test_a_cache_is_gone_on_from() -> None:
+    cache = refgemma.DynamicCache(config=MODEL.config)
+    first = MODEL.generate(IDS, past_key_values=cache, max_new_tokens=4)
+    second = MODEL.generate(first, cache=cache, max_new_tokens=4)
+    assert second[0, 7:].tolist() == PLAIN
+    assert cache.get_seq_length() == 7 + 8 - 1
