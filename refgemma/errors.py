@@ -48,6 +48,7 @@ MOVED = {
 class Moved(importlib.abc.MetaPathFinder):
     """The last finder that Python asks: it knows the modules of version 0.1."""
 
+    # A namespace package's path is iterable, and no Sequence.
     def find_spec(
         self, fullname: str, path: Iterable[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
