@@ -297,7 +297,8 @@ def identify_release(folder: str | Path, config: Gemma2Config, hash_weights: boo
     """
     names = [
         name for name, about in releases().items()
-        if all(getattr(config, size) == PRESETS[about["size"]][size] for size in SIZES)
+        if Path(folder).is_dir()  # and no GGUF file, of which nothing was published
+        and all(getattr(config, size) == PRESETS[about["size"]][size] for size in SIZES)
     ]  # fmt: skip
     found = [_judge_all(Path(folder), name, hash_weights) for name in names]
     telling = [one for one in found if any(file.verdict.startswith("same") for file in one.files if _tells(file.name))]
