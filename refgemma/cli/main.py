@@ -16,7 +16,7 @@ import refgemma
 from refgemma.cli import candidates as oracle
 from refgemma.cli.folders import run_convert, run_synth
 from refgemma.cli.inspection import run_explore, run_info, run_trace
-from refgemma.cli.output import CUT_OFF, FAULT, INTERRUPTED, MISUSE
+from refgemma.cli.output import CUT_OFF, DTYPES, FAULT, INTERRUPTED, MISUSE
 from refgemma.cli.text import run_chat, run_generate, run_perplexity
 from refgemma.cli.verification import run_verify
 from refgemma.convert.convert import FORMATS
@@ -29,7 +29,6 @@ EXIT_CODES = (
 )
 MODEL_HELP = "tiny, conformance, a Hugging Face folder, a .gguf file, or a hub id like google/gemma-2-9b"
 LINE = 1500  # characters of an error message
-DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
 class Parser(argparse.ArgumentParser):
