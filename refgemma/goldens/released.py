@@ -251,8 +251,9 @@ def _judge_template(folder: Path) -> FileVerdict:
     if text is None:
         return FileVerdict("chat template", "absent", "the release has it")
     sha256 = hashlib.sha256(str(text).encode("utf-8", "replace")).hexdigest()
-    same = sha256 == released["sha256"]
-    return FileVerdict("chat template", *(("same", released["state"]) if same else ("differs", "another text")), sha256)
+    if sha256 != released["sha256"]:
+        return FileVerdict("chat template", "differs", "another text", sha256)
+    return FileVerdict("chat template", "same", released["state"], sha256)
 
 
 def _judge_all(folder: Path, release: str, hash_weights: bool) -> Identified:
