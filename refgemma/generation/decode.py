@@ -202,7 +202,7 @@ class Decoding:
         for processor in self.processors:
             processed = processor(ids, processed)
         if self.settings.num_beams == 1 and np.isneginf(processed.max(axis=1)).any():  # of several beams one may end so
-            raise InputError("the settings and processors forbid every token: there is none to go on with")
+            raise InputError("the settings and processors forbid every token: there is none to go on with; allow one")
         drawn = warp(processed, self.settings) if self.settings.do_sample else processed
         return log_softmax(drawn) if self.settings.renormalize_logits else drawn
 

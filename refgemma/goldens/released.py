@@ -13,7 +13,7 @@ from typing import Any
 
 from refgemma.config import PRESETS, Gemma2Config
 from refgemma.errors import RefgemmaError
-from refgemma.files import JSON_LIMIT, open_file, quote, read_object
+from refgemma.files import JSON_LIMIT, open_file, quote, read_file, read_object
 from refgemma.hub import CONFIG_JSON, golden_folder
 from refgemma.weights.parameters import tensor_shapes
 from refgemma.weights.save import OutputTensor, file_bytes, plan_files
@@ -236,6 +236,26 @@ def _judge(path: Path, known: ReleasedFile | None, json_keys: Mapping[str, Any],
     return FileVerdict(path.name, "differs", different or lengths, sha256)
 
 
+def _judge_template(folder: Path) -> FileVerdict:
+    """Compare the chat template of a folder, a file of its own or a text in the tokenizer's settings, as a text."""
+    released = read_released("files")["chat_template"]
+    try:
+        if (folder / "chat_template.jinja").exists():
+            text: object = read_file(folder / "chat_template.jinja", JSON_LIMIT).decode("utf-8", "replace")
+        elif (folder / "tokenizer_config.json").exists():
+            text = read_object(folder / "tokenizer_config.json", RefgemmaError).get("chat_template")
+        else:
+            text = None
+    except (OSError, RefgemmaError) as error:
+        return FileVerdict("chat template", "differs", str(error))
+    if text is None:
+        return FileVerdict("chat template", "absent", "the release has it")
+    sha256 = hashlib.sha256(str(text).encode("utf-8", "replace")).hexdigest()
+    if sha256 != released["sha256"]:
+        return FileVerdict("chat template", "differs", "another text", sha256)
+    return FileVerdict("chat template", "same", released["state"], sha256)
+
+
 def _judge_all(folder: Path, release: str, hash_weights: bool) -> Identified:
     known, json_keys = known_files(release), released_json(release)
     others = {CONFIG_JSON, GENERATION, *(name for file in releases().values() for name in file["files"])} - known.keys()
@@ -244,6 +264,8 @@ def _judge_all(folder: Path, release: str, hash_weights: bool) -> Identified:
         _judge(folder / name, known.get(name), json_keys.get(name, {}), hash_weights)
         for name in sorted(known.keys() | here)
     ]
+    if release.endswith("-it"):
+        found.append(_judge_template(folder))
     extra = [path.name for path in sorted(folder.glob("*.safetensors")) if path.name not in known]
     found += [FileVerdict(quote(name)[1:-1], "extra", "the release has no such file") for name in extra[:SHOWN]]
     return Identified(release, releases()[release]["revision"], tuple(found))
@@ -276,7 +298,8 @@ def identify_release(folder: str | Path, config: Gemma2Config, hash_weights: boo
     """
     names = [
         name for name, about in releases().items()
-        if all(getattr(config, size) == PRESETS[about["size"]][size] for size in SIZES)
+        if Path(folder).is_dir()  # and no GGUF file, of which nothing was published
+        and all(getattr(config, size) == PRESETS[about["size"]][size] for size in SIZES)
     ]  # fmt: skip
     found = [_judge_all(Path(folder), name, hash_weights) for name in names]
     telling = [one for one in found if any(file.verdict.startswith("same") for file in one.files if _tells(file.name))]

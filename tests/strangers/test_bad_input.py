@@ -8,12 +8,15 @@ import json
 import random
 import resource
 import struct
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors.numpy import save
 
@@ -22,10 +25,12 @@ from refgemma.cli.output import MISUSE, OK
 from refgemma.config import Gemma2Config
 from refgemma.hub import find_model
 from refgemma.testing.strategies import tensors_of
+from refgemma.tokenizer.tokenizer import Tokenizer
 from refgemma.weights.checkpoint import INDEX, SINGLE
+from refgemma.weights.parameters import tensor_shapes
 
 SEED = 21
-DAMAGES = 24  # of each file, half of them of its bytes and half of its JSON
+DAMAGES = 12  # of each file, half of them of its bytes and half of its JSON
 SECONDS = 5.0  # a thousand times what a damaged folder takes
 GIBIBYTE = 2**30
 
@@ -78,6 +83,36 @@ TARGETS = {
     "tokenizer": in_tiny("tokenizer.model", (TINY / "tokenizer.model").read_bytes(), TEXT),
     "tokenizer settings": in_tiny("tokenizer_config.json", json.dumps(SETTINGS).encode(), TEXT, CHAT),
 }  # fmt: skip
+
+
+def write_tokenizer_json() -> bytes:
+    """The tokenizer.json of the tiny model."""
+    with tempfile.TemporaryDirectory() as folder:
+        Tokenizer.from_pretrained("tiny").save_pretrained(folder)
+        return (Path(folder) / "tokenizer.json").read_bytes()
+
+
+TEMPLATE = b"{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] | trim }}\n{% endfor %}"
+if find_spec("refgemma.tokenizer.tokenizer_json"):  # what reads the two
+    TARGETS["tokenizer.json"] = in_tiny("tokenizer.json", write_tokenizer_json(), TEXT)
+    del TARGETS["tokenizer.json"].beside["tokenizer.model"]
+    if find_spec("jinja2"):
+        TARGETS["template"] = in_tiny("chat_template.jinja", TEMPLATE, CHAT)
+
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+Q_ROWS, Q_COLUMNS = tensor_shapes(Gemma2Config.from_pretrained("tiny"))[f"{Q_PROJ}.weight"]
+LORA = save({
+    f"base_model.model.{Q_PROJ}.lora_A.weight": np.ones((2, Q_COLUMNS), np.float32),
+    f"base_model.model.{Q_PROJ}.lora_B.weight": np.zeros((Q_ROWS, 2), np.float32),
+})  # fmt: skip
+ADAPTER = json.dumps({
+    "peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "base_model_name_or_path": str(TINY)
+}).encode()  # fmt: skip
+if find_spec("refgemma.weights.adapters"):  # what reads them
+    TARGETS["adapter"] = Target("adapter_config.json", ADAPTER, (INFO, IDS), {"adapter_model.safetensors": LORA})
+    TARGETS["adapter's tensors"] = Target(
+        "adapter_model.safetensors", LORA, (INFO, IDS), {"adapter_config.json": ADAPTER}
+    )
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ TEST = re.compile(r"([\w./-]+\.py)::([\w.:]+)")
 REFUSED = re.compile(r"\b(refus\w*|error|raises?)\b")
 # What a next step begins with: a refusal without one leaves the reader alone.
 STEP = re.compile(
-    r"\b(ask|call|cast|check|choose|convert|copy|cut|dequantise|download|fetch|give|install|leave|load|make|merge|"
+    r"\b(allow|ask|begin|call|cast|check|choose|convert|copy|cut|dequantise|download|fetch|give|install|keep|leave|load|make|merge|"
     r"name|names|pass|pip|put|read|remove|rename|run|save|say|says|see|set|split|take|tie|try|turn|unset|use|wait|write)\b"
 )
 

@@ -142,7 +142,22 @@ def test_info_says_which_release_a_folder_is(tmp_path: Path, capsys: Any) -> Non
         "tokenizer.json": "absent",
         "tokenizer.model": "absent",
         "tokenizer_config.json": "absent",
+        "chat template": "absent",
     }
+
+
+@pytest.mark.parametrize(
+    ("changed", "verdict"),
+    [(CHAT_TEMPLATE, "same"), (CHAT_TEMPLATE.replace(" | trim", ""), "differs"), ([{"name": "a"}], "differs")],
+)
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "chat_template.jinja"])
+def test_a_chat_template_that_was_edited_is_seen(tmp_path: Path, place: str, changed: Any, verdict: str) -> None:
+    pretend(tmp_path, "google/gemma-2-2b-it")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": changed}))
+    if place == "chat_template.jinja":
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "not the one that counts"}))
+        (tmp_path / place).write_text(str(changed))
+    assert verdicts(tmp_path)["chat template"].verdict == verdict
 
 
 def test_what_differs_is_named_key_by_key(tmp_path: Path) -> None:
