@@ -4,6 +4,7 @@ by fuzzing, by damaged files and by tests that interrupt the writing."""
 import errno
 import glob
 import json
+import math
 import os
 import reprlib
 import secrets
@@ -238,6 +239,28 @@ def open_tensors(path: str | Path, error: type[RefgemmaError], remedy: str) -> t
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def write_json(value: Any) -> str:
+    """Return `value` as JSON, which has neither NaN nor infinity: these become texts.
+
+    Examples
+    --------
+    >>> print(write_json(("bound", float("inf"))))
+    [
+      "bound",
+      "inf"
+    ]
+    """
+    return json.dumps(_without_infinity(value), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def _without_infinity(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_infinity(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_infinity(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager

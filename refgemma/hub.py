@@ -50,9 +50,9 @@ def _expand(folder: str) -> Path:
     return Path(os.path.expanduser(os.path.expandvars(folder)))  # Path.expanduser raises there
 
 
-def _find_snapshot(hub_id: str, revision: str) -> Path | None:
+def _find_snapshot(hub_id: str, revision: str, cache: Path) -> Path | None:
     """Return the folder of a snapshot in the cache, if it is there: of a branch, a tag or a whole commit hash."""
-    repository = cache_folder() / f"models--{hub_id.replace('/', '--')}"
+    repository = cache / f"models--{hub_id.replace('/', '--')}"
     reference = repository / "refs" / revision
     commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
     snapshot = repository / "snapshots" / commit
@@ -67,7 +67,7 @@ def _list_missing(folder: Path, needed: Collection[str]) -> list[str]:
 
 def find_model(
     name: str | Path, revision: str = "main", download: bool = False, needed: Collection[str] = (CONFIG_JSON,),
-    gguf_file: str | None = None,
+    cache_dir: str | Path | None = None, gguf_file: str | None = None,
 ) -> Path:  # fmt: skip
     """Return the folder of a model, or its GGUF file.
 
@@ -84,6 +84,8 @@ def find_model(
         it, nothing here touches the network.
     needed : collection of str
         Files that the folder has to have.
+    cache_dir : str or path, optional
+        In place of `cache_folder`.
     gguf_file : str, optional
         A file of the folder, as in transformers: it, and nothing else there, is the model.
 
@@ -99,7 +101,7 @@ def find_model(
     """
     text = str(name)
     if gguf_file is not None:
-        place = find_model(name, revision, download, needed=(gguf_file,)) / gguf_file
+        place = find_model(name, revision, download, (gguf_file,), cache_dir) / gguf_file
         if not place.is_file():
             raise ModelNameError(f"{place.parent}: has no file {place.name}")
         return place
@@ -120,24 +122,24 @@ def find_model(
         )
     if not re.fullmatch(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*", revision) or ".." in revision:
         raise ModelNameError(f"{text}: {revision!r} is no revision; give a branch, a tag or a whole commit hash")
-    return _find_in_cache(text, revision, download, needed)
+    return _find_in_cache(text, revision, download, needed, Path(cache_dir) if cache_dir else cache_folder())
 
 
-def _find_in_cache(hub_id: str, revision: str, download: bool, needed: Collection[str]) -> Path:
-    snapshot = _find_snapshot(hub_id, revision)
+def _find_in_cache(hub_id: str, revision: str, download: bool, needed: Collection[str], cache: Path) -> Path:
+    snapshot = _find_snapshot(hub_id, revision, cache)
     lacking = _list_missing(snapshot, needed) if snapshot else []
     if snapshot and not lacking:
         return snapshot
     if download:
         wanted = [name for name in needed if name.endswith(GGUF)] or WANTED
-        return download_model(hub_id, revision, wanted)
+        return download_model(hub_id, revision, cache, wanted)
     if snapshot:
         raise ModelNameError(
             f"{hub_id}: the snapshot {snapshot} lacks {', '.join(lacking)}: the download was cut short; "
             f"{_explain_download(hub_id)}"
         )
     raise ModelNameError(
-        f"{hub_id}: there is no folder of that name, and {cache_folder()} holds no snapshot of its revision "
+        f"{hub_id}: there is no folder of that name, and {cache} holds no snapshot of its revision "
         f"{revision!r}; {_explain_download(hub_id)}"
     )
 
@@ -146,7 +148,9 @@ def _explain_download(hub_id: str) -> str:
     return f"download it with: refgemma info {hub_id} --download (it is downloaded only if asked for)"
 
 
-def download_model(hub_id: str, revision: str = "main", wanted: Sequence[str] = WANTED) -> Path:
+def download_model(
+    hub_id: str, revision: str = "main", cache: Path | None = None, wanted: Sequence[str] = WANTED
+) -> Path:
     """Download the `wanted` files of a snapshot into the Hugging Face cache, with a progress bar on a terminal.
 
     Raises
@@ -170,7 +174,8 @@ def download_model(hub_id: str, revision: str = "main", wanted: Sequence[str] = 
     if not sys.stderr.isatty():
         disable_progress_bars()
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(wanted)))
+        found = snapshot_download(hub_id, revision=revision, cache_dir=cache, allow_patterns=list(wanted))
+        return Path(found)
     except errors.GatedRepoError:
         reason = (
             "its licence has to be accepted first: on its page on the hub, logged in; then log in here too, with "

@@ -16,7 +16,7 @@ import refgemma
 from refgemma.cli import candidates as oracle
 from refgemma.cli.folders import run_convert, run_synth
 from refgemma.cli.inspection import run_explore, run_info, run_trace
-from refgemma.cli.output import CUT_OFF, FAULT, INTERRUPTED, MISUSE
+from refgemma.cli.output import CUT_OFF, DTYPES, FAULT, INTERRUPTED, MISUSE
 from refgemma.cli.text import run_chat, run_generate, run_perplexity
 from refgemma.cli.verification import run_verify
 from refgemma.convert.convert import FORMATS
@@ -28,7 +28,7 @@ EXIT_CODES = (
     "3 and 4: see refgemma check --help, 70 a fault of refgemma itself."
 )
 MODEL_HELP = "tiny, conformance, a Hugging Face folder, a .gguf file, or a hub id like google/gemma-2-9b"
-DTYPES = ("float32", "float64", "bfloat16", "float16")
+LINE = 1500  # characters of an error message
 
 
 class Parser(argparse.ArgumentParser):
@@ -160,8 +160,9 @@ def parser() -> Parser:
     command.add_argument("-o", "--output", required=True, metavar="DIR", help="an empty folder, or none yet")
     command.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file (default: 5GB)")
 
-    command = add("info", "print a model's configuration, size and tensors")
+    command = add("info", "print a model's configuration, size and tensors, and which release its files are of")
     command.add_argument("model", nargs="?", default="tiny", metavar="MODEL", help=f"{MODEL_HELP} (default: tiny)")
+    command.add_argument("--hash", action="store_true", help="compare the hashes of the weights too, not only lengths")
     add_hub(command)
 
     oracle.add_commands(add)
@@ -230,4 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def one_line(error: Exception) -> str:
     """Return an error's message, an OSError's with its file, in characters that a terminal prints and does not obey."""
     said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(said.split()))
+    said = " ".join(said.split())
+    if len(said) > LINE:  # it quotes a damaged file: where and what to do stand at the two ends
+        said = f"{said[: LINE - 400]} ... {said[-400:]}"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in said)

@@ -42,12 +42,12 @@ from refgemma.weights.save import (
     STAGING,
     OutputTensor,
     as_stored,
+    build_index,
     check_same,
     claim,
     parse_size,
     split_into_shards,
     write_checkpoint,
-    write_index,
     write_parts,
 )
 
@@ -503,9 +503,7 @@ def _write_zips(folder: Path, outputs: Sequence[OutputTensor], kind: str, limit:
     for name in parts:
         os.replace(staging / name, folder / name)
     if len(parts) > 1:
-        about = {"total_size": sum(output.nbytes for output in outputs)}
-        weight_map = {output.name: name for name, part in parts.items() for output in part}
-        write_index(folder / TORCH_INDEX, about, weight_map)
+        replace_file(folder / TORCH_INDEX, build_index(parts))
     shutil.rmtree(staging)
     read = read_npz if kind == "flax-npz" else read_torch
     check_same({name: tensor for file in parts for name, tensor in read(folder / file).items()}, outputs, folder)
