@@ -190,6 +190,14 @@ def test_what_a_file_leaves_out_is_what_llama_cpp_takes(tmp_path: Path) -> None:
     assert (*caps, config.sliding_window, config.rope_theta) == (50, 30, 4096, 10000)
 
 
+@pytest.mark.parametrize(("layers", "scalar"), [(46, 32), (42, 64)])
+def test_the_query_scalar_is_that_of_llama_cpp(layers: int, scalar: int, tmp_path: Path) -> None:
+    """It knows the 27B by its 46 layers, and no key has the scalar: 256 / 8 heads there, the 64 of a head elsewhere."""
+    changes = {"gemma2.block_count": layers, "gemma2.attention.head_count": 8}
+    config = Gemma2Config.from_pretrained(write(tmp_path / "a.gguf", changes))
+    assert (config.query_pre_attn_scalar, config.head_dim) == (scalar, 64)
+
+
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "architecture": ({"general.architecture": "gemma3"}, {}, "'gemma3'.* not a model of architecture 'gemma2'"),
     "adapter": ({"general.type": "adapter"}, {}, "of type 'adapter'"),
@@ -222,7 +230,8 @@ def test_what_is_no_gemma_2_of_llama_cpp_is_refused(name: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_the_library_reads_what_convert_writes(dtype: str, tmp_path: Path) -> None:
+def test_the_library_reads_what_convert_writes(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("refgemma.weights.save.BLOCK_BYTES", 2**14)  # a few rows at a time
     done = convert(folder_of(tmp_path / "hf"), tmp_path / "a.gguf", target_format="gguf", dtype=dtype)
     reader, names = gguf.GGUFReader(tmp_path / "a.gguf"), gguf_names(CONFIG.num_hidden_layers)
     found = {tensor.name: tensor for tensor in reader.tensors}
@@ -245,10 +254,14 @@ def test_the_tokenizer_comes_along(tmp_path: Path) -> None:
     convert(folder_of(tmp_path / "hf"), tmp_path / "a.gguf", target_format="gguf")
     ours, theirs = Tokenizer.from_pretrained(tmp_path / "a.gguf"), Tokenizer.from_pretrained(TINY)
     fields = gguf.GGUFReader(tmp_path / "a.gguf").fields
-    assert fields["tokenizer.ggml.tokens"].contents()[2048:] == [
-        "[PAD2048]",
-        "[PAD2049]",
-    ]  # the model has two rows more
+    names, kinds = (fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "token_type"))
+    assert names[2048:] == ["[PAD2048]", "[PAD2049]"]  # the model has two rows more
+    assert set(kinds[2048:]) == {gguf.TokenType.UNUSED}
+    control = {name for name, kind in zip(names, kinds, strict=True) if kind == gguf.TokenType.CONTROL}
+    assert control == {"<pad>", "<eos>", "<bos>", "<mask>", "<start_of_turn>", "<end_of_turn>"}
+    mine = [name for name, kind in zip(names, kinds, strict=True) if kind == gguf.TokenType.USER_DEFINED]
+    assert "  " in mine
+    assert not any("▁" in name for name in mine)
     for text in ("Once upon a time\n\n  there <b>was</b> é 日本 😀\t", " " * 40, "<bos>a<end_of_turn>", "▁▁ ▁"):
         assert ours.encode(text) == theirs.encode(text)
     chat = [{"role": "user", "content": "Hi"}]
@@ -410,6 +423,7 @@ DAMAGED: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "a long axis": (lambda raw: patched(raw, first_info(raw) + 12, "Q", 2**63), "would end beyond that"),
     "an offset beyond": (lambda raw: patched(raw, first_info(raw) + 24, "Q", 2**63), "at offset 9223372036854775808"),
     "an offset that overlaps": (lambda raw: patched(raw, first_info(raw) + 24, "Q", 32), "at offset 32"),
+    "a list too long": (lambda raw: bomb(8, 2**20 + 1) + bytes(2**24), "array of 1048577 values"),
     "an unknown format": (lambda raw: patched(raw, first_info(raw) + 20, "I", 999), "in format 999"),
     "rows of no whole blocks": (
         lambda raw: patched(patched(raw, first_info(raw) + 20, "I", 12), first_info(raw) + 4, "Q", 255), "no multiple"
