@@ -218,6 +218,8 @@ def open_tensors(path: str | Path, error: type[RefgemmaError], remedy: str) -> t
         length = int.from_bytes(stream.read(8), "little")
         parse_object(stream.read(length))
         for name in opened.keys():
+            if not name.isprintable():  # a terminal would obey some of its characters
+                raise RefgemmaError(f"the name {quote(name)} of a tensor has characters that cannot be printed")
             if len(opened.get_slice(name).get_shape()) > AXES_LIMIT:
                 raise RefgemmaError(f"tensor {quote(name)} has more than {AXES_LIMIT} axes")
         return opened, 8 + length

@@ -344,3 +344,10 @@ def test_a_closed_stream_changes_no_exit_code(closed: str, tmp_path: Path) -> No
     for arguments, code in (("info tiny", 0), (f"check {missing}", 2)):
         command = f"{shlex.quote(sys.executable)} -m refgemma {arguments} {closed}"
         assert subprocess.run(["sh", "-c", command], check=False, capture_output=True).returncode == code
+
+
+def test_an_error_has_no_character_that_a_terminal_obeys(capsys) -> None:
+    assert main(["info", "\x1b[31mred\x07"]) == MISUSE
+    captured = capsys.readouterr()
+    assert captured.err.rstrip("\n").isprintable()
+    assert r"\x1b[31mred\x07" in captured.err

@@ -130,3 +130,10 @@ def test_what_a_killed_process_left_blocks_nothing_and_goes(tmp_path: Path) -> N
     os.utime(old, (0, 0))
     replace_file(tmp_path / "run", b"whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == [young.name, "run"]
+
+
+def test_names_that_a_terminal_obeys_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "port.safetensors"
+    path.write_bytes(save({"\x1b[31mlogits": np.zeros(2, np.float32)}))
+    with pytest.raises(RefgemmaError, match=r"the name '\\x1b\[31mlogits' of a tensor"):
+        open_tensors(path, RefgemmaError, "")

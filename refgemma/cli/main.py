@@ -226,7 +226,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def one_line(error: Exception) -> str:
-    """An error's message without line breaks; an OSError's with its file."""
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split())
+    """Return an error's message, an OSError's with its file, in characters that a terminal prints and does not obey."""
+    said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(said.split()))

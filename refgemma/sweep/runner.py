@@ -6,14 +6,18 @@ The result of a job is kept under its key, in a file that appears whole or not a
 where it was, and what has another input, or another program, is computed anew.
 """
 
+import hashlib
 import json
 import os
+import signal
+import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
-from multiprocessing import get_context
+from multiprocessing import Pipe, get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +42,31 @@ def processes(workers: int) -> Iterator[Executor]:
     """Processes of this machine, each with one thread: so a sum is the same however many of them there are."""
     before = {name: os.environ.get(name) for name in ONE_THREAD}
     os.environ.update(dict.fromkeys(ONE_THREAD, "1"))
+    theirs, ours = Pipe(duplex=False)  # closed by the system when this process ends, however it does
     try:
-        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-            yield pool
+        with ProcessPoolExecutor(workers, get_context("spawn"), _follow, (theirs,)) as pool:
+            try:
+                yield pool
+            except BaseException:
+                ours.close()  # what is under way is not waited for
+                raise
     finally:
+        ours.close()
         for name, value in before.items():
             os.environ.pop(name)
             os.environ.update({} if value is None else {name: value})
+
+
+def _follow(parent: Connection) -> None:
+    """End this worker, and the command that it runs, when the other end of a pipe is closed."""
+    os.setpgid(0, 0)  # the command is of the same group
+
+    def end() -> None:
+        with suppress(EOFError, OSError):
+            parent.recv()
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=end, daemon=True).start()
 
 
 @contextmanager
@@ -141,7 +163,8 @@ def sweep(
     yield from ((job, kept[job.key]) for job in jobs if job.key in kept)
     for job, done in run_jobs([job for job in jobs if job.key not in kept], pool, width):
         if done["verdict"] not in (UNREADABLE, FAILED, LOST):  # these are tried again the next time
-            replace_file(results / f"{job.key}.json", json.dumps(done, allow_nan=False).encode())
+            kept_result = done | {"digest": _digest(done)}
+            replace_file(results / f"{job.key}.json", json.dumps(kept_result, allow_nan=False).encode())
         yield job, done
 
 
@@ -150,7 +173,12 @@ def _read_result(results: Path, job: Job) -> Done | None:
         found = read_object(results / f"{job.key}.json", RefgemmaError)
     except RefgemmaError:
         return None
-    return found if found.get("schema") == KEPT else None
+    whole = found.pop("digest", None) == _digest(found)  # what another program changed is computed again
+    return found if whole and found.get("schema") == KEPT else None
+
+
+def _digest(result: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
