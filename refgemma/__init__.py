@@ -47,7 +47,16 @@ from refgemma.modeling.classes import (
 )
 from refgemma.modeling.pretrained import Pretrained, load
 from refgemma.precision import BF16, F16, as_dtype, bf16, f16, narrow, wide
-from refgemma.tokenizer.tokenizer import AutoTokenizer, BatchEncoding, TextStream, Tokenizer, TokenizerError
+from refgemma.tokenizer.tokenizer import (
+    AddedToken,
+    AutoTokenizer,
+    BatchEncoding,
+    GemmaTokenizer,
+    GemmaTokenizerFast,
+    TextStream,
+    Tokenizer,
+    TokenizerError,
+)
 from refgemma.weights.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from refgemma.weights.parameters import LayerWeights, Weights
 
@@ -57,6 +66,7 @@ sys.meta_path.append(Moved())
 __all__ = [
     "BF16",
     "F16",
+    "AddedToken",
     "AutoTokenizer",
     "BatchEncoding",
     "Cache",
@@ -70,6 +80,8 @@ __all__ = [
     "Gemma2ForTokenClassification",
     "Gemma2Model",
     "Gemma2PreTrainedModel",
+    "GemmaTokenizer",
+    "GemmaTokenizerFast",
     "GenerationConfig",
     "InputError",
     "LayerWeights",

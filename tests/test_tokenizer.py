@@ -614,7 +614,7 @@ def test_a_configuration_that_is_no_json_object_is_refused(tmp_path: Path, text:
 
 
 def test_a_folder_without_the_model_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(TokenizerError, match=r"has neither tokenizer\.json nor tokenizer\.model; copy one there"):
+    with pytest.raises(TokenizerError, match=r"has no tokenizer\.model and no tokenizer\.json; copy one there"):
         Tokenizer.from_pretrained(tmp_path)
     with pytest.raises(TokenizerError, match="use_fats: is no setting of this tokenizer"):
         Tokenizer.from_pretrained("tiny", use_fats=True)

@@ -13,7 +13,7 @@ from refgemma.tokenizer.tokenizer import Tokenizer
 from refgemma.weights.checkpoint import CheckpointError, open_checkpoint
 from refgemma.weights.parameters import Weights
 
-TOKENIZER, END_OF_TURN = "tokenizer.model", "<end_of_turn>"
+TOKENIZERS, END_OF_TURN = ("tokenizer.json", "tokenizer.model"), "<end_of_turn>"
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Pretrained:
     @property
     def has_tokenizer(self) -> bool:
         """Whether the folder holds one; ``refgemma synth`` has none to write."""
-        return (self.folder / TOKENIZER).exists()
+        return any((self.folder / name).exists() for name in TOKENIZERS)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -70,14 +70,17 @@ def load(
     """
     folder = find_model(name, revision, download)
     checkpoint = open_checkpoint(folder)
-    return Pretrained(folder, checkpoint.config, checkpoint.weights(dtype), _find_stop_ids(folder, checkpoint.config))
+    stops = _read_stop_ids(folder, checkpoint.config)
+    model = Pretrained(folder, checkpoint.config, checkpoint.weights(dtype), stops)
+    # A chat model ends its turn with <end_of_turn>, which the released configuration does not list as an end.
+    if model.has_tokenizer and END_OF_TURN in model.tokenizer.all_special_tokens:
+        end = model.tokenizer.convert_tokens_to_ids(END_OF_TURN)
+        object.__setattr__(model, "stop_ids", stops | {end})
+    return model
 
 
-def _find_stop_ids(folder: Path, config: Gemma2Config) -> frozenset[int]:
-    """Return the ends in ``generation_config.json``, or else in the configuration, and the end of a turn.
-
-    A chat model ends its turn with ``<end_of_turn>``, which the released configuration does not list as an end.
-    """
+def _read_stop_ids(folder: Path, config: Gemma2Config) -> frozenset[int]:
+    """Return the ends in ``generation_config.json``, or else in the configuration."""
     path = folder / "generation_config.json"
     stops = stop_tokens(config)
     if path.exists():
@@ -87,8 +90,4 @@ def _find_stop_ids(folder: Path, config: Gemma2Config) -> frozenset[int]:
             if not all(type(token) is int and 0 <= token < config.vocab_size for token in ids):
                 raise CheckpointError(f"{path}: eos_token_id is {listed!r}, not one or several token ids")
             stops = frozenset(ids)
-    if not (folder / TOKENIZER).exists():
-        return stops
-    tokenizer = Tokenizer.from_pretrained(folder)
-    has_turns = END_OF_TURN in tokenizer.all_special_tokens
-    return stops | {tokenizer.convert_tokens_to_ids(END_OF_TURN)} if has_turns else stops
+    return stops

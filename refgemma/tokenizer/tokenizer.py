@@ -66,7 +66,10 @@ from refgemma.tokenizer.vocabulary import (
     read_sentencepiece,
 )
 
-__all__ = ["AddedToken", "AutoTokenizer", "BatchEncoding", "TextStream", "Tokenizer", "TokenizerError"]
+__all__ = [
+    "AddedToken", "AutoTokenizer", "BatchEncoding", "GemmaTokenizer", "GemmaTokenizerFast", "TextStream", "Tokenizer",
+    "TokenizerError",
+]  # fmt: skip
 
 # Methods of former transformers -> what to write instead, which both have.
 FORMER = {
@@ -88,6 +91,13 @@ def _make_id_property(role: str) -> property:
     """Return the property ``<role>_id``, which may be set, too."""
 
     def find(tokenizer: "Tokenizer") -> int | None:
+        """Return the id of the token of this role, ``None`` if there is none; it may be set.
+
+        Raises
+        ------
+        TokenizerError
+            If the token was not added yet.
+        """
         piece = getattr(tokenizer, role)
         if piece is not None and piece not in tokenizer._vocabulary.ids:
             raise TokenizerError(
@@ -99,7 +109,7 @@ def _make_id_property(role: str) -> property:
     def put(tokenizer: "Tokenizer", token: int) -> None:
         setattr(tokenizer, role, tokenizer.convert_ids_to_tokens(token))
 
-    return property(find, put, doc=f"The id of `{role}`; ``None`` if there is none.")
+    return property(find, put)
 
 
 class Tokenizer:
@@ -299,6 +309,11 @@ class Tokenizer:
         replace_extra_special_tokens : bool
             Whether `extra_special_tokens` are these alone from now on.
 
+        Raises
+        ------
+        TokenizerError
+            If there is no such role.
+
         Examples
         --------
         >>> tokenizer = Tokenizer.from_pretrained("tiny")
@@ -366,7 +381,7 @@ class Tokenizer:
         if path is None:
             folder = find_model(name, revision, download, needed=(MODEL_FILE,))  # says what to do about a download
             raise TokenizerError(
-                f"{folder}: has neither {JSON_FILE} nor {MODEL_FILE}; copy one there from the folder of the model"
+                f"{folder}: has no {MODEL_FILE} and no {JSON_FILE}; copy one there from the folder of the model"
             )
         found = read_settings(folder)
         if path.name == JSON_FILE:
@@ -384,6 +399,11 @@ class Tokenizer:
         -------
         tuple of str
             The files.
+
+        Raises
+        ------
+        TokenizerError
+            If more is asked for than a folder.
 
         Examples
         --------
@@ -437,7 +457,13 @@ class Tokenizer:
         return (len(self._before) + len(self._after)) * (1 + pair)
 
     def get_special_tokens_mask(self, token_ids_0: Sequence[int], already_has_special_tokens: bool = True) -> list[int]:
-        """Return 1 for each special token of a row that has them, 0 for each other."""
+        """Return 1 for each special token of a row that has them, 0 for each other.
+
+        Raises
+        ------
+        TokenizerError
+            If the row has none yet.
+        """
         if not already_has_special_tokens:
             raise TokenizerError("of ids without special tokens there is no mask; say return_special_tokens_mask=True")
         special = set(self.all_special_ids)
@@ -688,6 +714,11 @@ class Tokenizer:
             As in calling the tokenizer.
         verbose : bool
             Without effect.
+
+        Raises
+        ------
+        TokenizerError
+            If there are no ``input_ids``, or arrays cannot be made of them.
 
         Examples
         --------
@@ -1078,6 +1109,9 @@ class AutoTokenizer:
     def from_pretrained(name: str | Path, **settings: Any) -> Tokenizer:
         """Make the tokenizer of a model: `Tokenizer.from_pretrained`."""
         return Tokenizer.from_pretrained(name, **settings)
+
+
+GemmaTokenizer = GemmaTokenizerFast = Tokenizer  # its names in transformers
 
 
 class TextStream:

@@ -188,7 +188,7 @@ class Vocabulary:
             # Gemma puts no space before a text and keeps every space. A model that does otherwise (SentencePiece's
             # default) would slip a space in after each turn marker, which nobody sees in the decoded text.
             probe = "a  b "
-            spaced = "".join(model.encode(probe, out_type=str)).replace(SPACE, " ")
+            spaced = join_pieces([self.names[token] for token in model.encode(probe)])
         except (RuntimeError, UnicodeError):
             raise TokenizerError(
                 f"{file.name}: is no SentencePiece model, or is cut short; download it again"
