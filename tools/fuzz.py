@@ -86,8 +86,8 @@ def tiny_json() -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         Tokenizer.from_pretrained("tiny").save_pretrained(folder)
         found = json.loads((Path(folder) / "tokenizer.json").read_bytes())
-    found["model"]["vocab"] = dict(list(found["model"]["vocab"].items())[:400])
-    kept = found["model"]["vocab"]
+    names = [name for n, name in enumerate(found["model"]["vocab"]) if n < 300 or len(name) == 1]
+    kept = found["model"]["vocab"] = {name: n for n, name in enumerate(names)}
     found["model"]["merges"] = [pair for pair in found["model"]["merges"] if {*pair, "".join(pair)} <= kept.keys()]
     return json.dumps(found).encode()
 
