@@ -3,7 +3,7 @@
 import re
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from refgemma.files import quote
@@ -60,6 +60,11 @@ class AddedToken:
     def flags(self) -> dict[str, bool]:
         """All but the content, as files write it."""
         return {name: bool(getattr(self, name)) for name in FLAGS}
+
+
+def make_special(token: AddedToken) -> AddedToken:
+    """Return the token as a special one, in which spaces are not normalised."""
+    return token if token.special else replace(token, special=True, normalized=False)
 
 
 def read_added_token(found: Any, special: bool = True) -> AddedToken:

@@ -162,7 +162,8 @@ def render(
     if not continue_final_message:
         return text, spans
     place = text.rfind(CONTINUE.strip())
-    if place < 0:
+    final = blocks[-1]["text"] if blocks else last
+    if place < 0 or final.removesuffix(CONTINUE).strip() not in text:
         raise TokenizerError("the chat template does not write the final message, so it cannot be continued")
     whole = text[place:].startswith(CONTINUE)
     return text[:place] if whole else text[:place].rstrip(), spans

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from refgemma.files import replace_file
 from refgemma.hub import find_model
-from refgemma.tokenizer.added_tokens import AddedToken, read_added_token
+from refgemma.tokenizer.added_tokens import AddedToken, make_special, read_added_token
 from refgemma.tokenizer.batches import (
     LIMITED,
     SIDES,
@@ -184,8 +184,9 @@ class Tokenizer:
         file = _read_file(model_file)
         if added_tokens is not None:
             # The pieces that a tokenizer.model itself finds in any text stay.
-            kept = {} if file.is_json else file.added
-            file = replace(file, added=kept | dict(added_tokens))
+            named = {token.content for token in added_tokens.values()}
+            kept = [] if file.is_json else [entry for entry in file.added if entry[1].content not in named]
+            file = replace(file, added=[*kept, *added_tokens.items()])
         given = file.settings
         self.padding_side = padding_side or given.get("padding_side", "left")
         self.truncation_side = truncation_side or given.get("truncation_side", "right")
@@ -204,7 +205,7 @@ class Tokenizer:
         self._vocabulary = Vocabulary(file, dict.fromkeys([*roles, *map(str, extra), *always]))
         if missing := [name for name in roles if name in ALWAYS_SPECIAL and name not in self._vocabulary.ids]:
             raise TokenizerError(f"{file.name}: has no {', '.join(missing)}; it is not Gemma's tokenizer")
-        self._vocabulary.add([*(AddedToken(name, special=True) for name in roles), *extra], special=True)
+        self._vocabulary.add(map(make_special, [*map(AddedToken, roles), *extra]))
         self.bos_token, self.eos_token, self.unk_token, self.pad_token = roles
         self.mask_token = "<mask>" if "<mask>" in self._vocabulary.ids else None
         self.extra_special_tokens = [str(token) for token in extra]
@@ -294,7 +295,8 @@ class Tokenizer:
         (1, [2, 2048], 2049)
         """
         tokens = [new_tokens] if isinstance(new_tokens, str | AddedToken) else list(new_tokens)
-        return self._vocabulary.add([read_added_token(token, special_tokens) for token in tokens], special_tokens)
+        added = [read_added_token(token, special_tokens) for token in tokens]
+        return self._vocabulary.add(map(make_special, added) if special_tokens else added)
 
     def add_special_tokens(
         self, special_tokens_dict: Mapping[str, Any], replace_extra_special_tokens: bool = True
@@ -335,7 +337,7 @@ class Tokenizer:
                     f"{role!r} is no role of a token here; there are {', '.join((*TOKEN_ROLES, 'mask_token'))} and "
                     "extra_special_tokens"
                 )
-        return self._vocabulary.add(tokens, special=True)
+        return self._vocabulary.add(map(make_special, tokens))
 
     # ---- files
 

@@ -56,7 +56,8 @@ def read_json(name: str, content: bytes) -> TokenizerFile:
         model = found["model"]
         ids = _read_ids(model)
         added = _read_added(found)
-        pieces = _make_pieces(ids, _rank_merges(model, ids, added.values()), added.values(), model.get("unk_token"))
+        tokens = [token for _, token in added]
+        pieces = _make_pieces(ids, _rank_merges(model, ids, tokens), tokens, model.get("unk_token"))
         settings = _read_settings(found)
     except RefgemmaError as error:
         raise TokenizerError(f"{name}: {error}") from None
@@ -99,15 +100,15 @@ def _read_ids(model: Mapping[str, Any]) -> dict[str, int]:
     return ids
 
 
-def _read_added(found: Mapping[str, Any]) -> dict[int, AddedToken]:
-    """Return the added tokens by their ids."""
+def _read_added(found: Mapping[str, Any]) -> list[tuple[int, AddedToken]]:
+    """Return the added tokens with their ids."""
     entries = found.get("added_tokens") or []
     if not isinstance(entries, list) or not all(
         isinstance(entry, dict) and type(entry.get("id")) is int and isinstance(entry.get("content"), str)
         for entry in entries
     ):
         raise TokenizerError("its added_tokens are no list of tokens with an id and a content")
-    return {entry["id"]: read_added_token(entry) for entry in entries if entry["content"]}
+    return [(entry["id"], read_added_token(entry)) for entry in entries if entry["content"]]
 
 
 def _read_merges(model: Mapping[str, Any]) -> list[Any]:
@@ -169,7 +170,7 @@ def _make_pieces(
 
 def _read_settings(found: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the post-processor adds, and on which side texts are padded and cut."""
-    settings: dict[str, Any] = {"add_bos_token": False, "add_eos_token": False}
+    settings: dict[str, Any] = {"before": [], "after": []}
     for key, name in (("padding", "padding_side"), ("truncation", "truncation_side")):
         if isinstance(given := found.get(key), dict) and isinstance(side := given.get("direction"), str):
             settings[name] = side.lower()
@@ -181,7 +182,6 @@ def _read_settings(found: Mapping[str, Any]) -> dict[str, Any]:
         raise TokenizerError(f"its post_processor writes {quote(single)}, not <bos>, a text and <eos>")
     place = single.index("A")
     settings["before"], settings["after"] = single[:place], single[place + 1 :]
-    settings["add_bos_token"], settings["add_eos_token"] = bool(settings["before"]), bool(settings["after"])
     return settings
 
 
@@ -235,7 +235,7 @@ def _write_template(before: Sequence[str], text: str, after: Sequence[str], type
 def _make_json(vocabulary: Vocabulary) -> dict[str, Any]:
     """Make a tokenizer.json of a SentencePiece model: of each piece all pairs that make it, the highest score first."""
     names = vocabulary.names[: vocabulary.base]
-    found = {name for name in vocabulary.added if name.strip(SPACE)}
+    found = {name for name, token in vocabulary.added.items() if name.strip(SPACE) and not token.single_word}
     scores = {
         name: float(len(name)) if not name.strip(SPACE) and len(name) > 1 else piece.score
         for name, piece in zip(names, vocabulary.file.pieces, strict=True)

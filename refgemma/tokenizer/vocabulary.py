@@ -32,7 +32,7 @@ class TokenizerFile:
     """What a ``tokenizer.model`` or a ``tokenizer.json`` says.
 
     `content` is the file, `pieces` and `rest` make its SentencePiece model, `added` are the tokens that are found in a
-    text first, by the ids that the file gives them, and `settings` are those of
+    text first, with the ids that the file gives them, and `settings` are those of
     `refgemma.tokenizer.tokenizer.Tokenizer`.
     """
 
@@ -40,7 +40,7 @@ class TokenizerFile:
     content: bytes
     pieces: list[Piece]
     rest: bytes
-    added: dict[int, AddedToken]
+    added: list[tuple[int, AddedToken]]
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -61,11 +61,11 @@ def read_sentencepiece(name: str, content: bytes) -> TokenizerFile:
         pieces, rest = read_model(content)
     except TokenizerError as error:
         raise TokenizerError(f"{name}: {error}; give a Gemma tokenizer.model or tokenizer.json") from None
-    added = {
-        token: AddedToken(piece.name, normalized=False, special=piece.type == CONTROL)
+    added = [
+        (token, AddedToken(piece.name, normalized=False, special=piece.type == CONTROL))
         for token, piece in enumerate(pieces)
         if piece.type in (CONTROL, USER_DEFINED)
-    }
+    ]
     return TokenizerFile(name, content, pieces, rest, added)
 
 
@@ -170,13 +170,13 @@ class Vocabulary:
         self.special = {name: self.ids[name] for name in special if name in self.ids}
         self._model: Any = self._load_model(file)
         self.added: dict[str, AddedToken] = {}
-        self.add([file.added[token] for token in sorted(file.added)])
+        self.add([token for _, token in sorted(file.added, key=lambda entry: entry[0])])
         self.add([AddedToken(name, special=True) for name in self.special])
-        moved = [f"{t} has the id {self.ids[str(t)]}, not {n}" for n, t in file.added.items() if self.ids[str(t)] != n]
+        moved = [f"{t} has the id {self.ids[str(t)]}, not {n}" for n, t in file.added if self.ids[str(t)] != n]
         if moved:
             warnings.warn(
-                f"{file.name}: {', '.join(moved[:3])}{', ...' * (len(moved) > 3)}: a token that is no piece is added "
-                "after all others, here as in transformers",
+                f"{file.name}: {', '.join(moved[:3])}{', ...' * (len(moved) > 3)}: a piece keeps its id, and "
+                "what is no piece is added after all others, here as in transformers",
                 stacklevel=2,
             )
 
@@ -222,10 +222,10 @@ class Vocabulary:
         """Return the number of ids."""
         return len(self.names)
 
-    def add(self, tokens: Iterable[AddedToken], special: bool = False) -> int:
+    def add(self, tokens: Iterable[AddedToken]) -> int:
         """Add tokens, at the end those that are no pieces; return how many were no added tokens yet.
 
-        The first properties of a token stay, except that it can become `special`.
+        The first properties of a token stay, except that it can become special.
         """
         number = 0
         for token in tokens:
@@ -235,7 +235,7 @@ class Vocabulary:
                     self.names.append(token.content)
                 self.added[token.content] = token
                 number += 1
-            if token.content and (special or token.special):
+            if token.content and token.special:
                 self.special.setdefault(token.content, self.ids[token.content])
         self._extend_texts()
         self._splitter = Splitter(self.added.values(), self.special)

@@ -54,6 +54,9 @@ def from_folder(folder: Path) -> Any:
     return GemmaTokenizer.from_pretrained(folder, local_files_only=True)
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* has the id .*, not ")  # where a declared id is not the one given
+
+
 @pytest.fixture(params=CONFIGS)
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     config = CONFIGS[request.param]
@@ -123,7 +126,6 @@ def bare_saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any
     return Tokenizer.from_pretrained(folder / "saved"), from_folder(folder / "saved")
 
 
-@pytest.mark.filterwarnings("ignore:.*has the id 2048, not 7")
 def test_renamed_tokens_and_added_tokens_json(tmp_path: Path) -> None:
     shutil.copy(TINY / "tokenizer.model", tmp_path)
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<tool>": 2049, "<|im_start|>": 2048}))
@@ -195,7 +197,7 @@ def test_tokens_are_added_alike(tmp_path: Path) -> None:
             tokenizer.encode("<x>  the<tool> lead [PAD]<e1><e2>"), tokenizer.vocab == tokenizer.get_vocab(),
             tokenizer(["a", "a b"], padding=True), tokenizer.convert_tokens_to_string(["▁a", "<0xC3>", "<0xA9>", "b"]),
             tokenizer.pad({"input_ids": [[2, 5], [2, 5, 6]], "labels": [[1], [1]]}, padding=True)["input_ids"],
-            tokenizer.num_special_tokens_to_add(), tokenizer.get_added_vocab()["<tool>"], tokenizer.batch_decode([]),
+            tokenizer.num_special_tokens_to_add(), tokenizer.get_added_vocab()["<tool>"],
             tokenizer.decode([2, 2048, 2049, 3000, 2050], skip_special_tokens=True),
         ])  # fmt: skip
     ours, theirs = results
@@ -207,15 +209,33 @@ def test_tokens_are_added_alike(tmp_path: Path) -> None:
     )
 
 
+def test_only_transformers_makes_a_text_of_no_rows(pair: tuple[Tokenizer, Any]) -> None:
+    ours, theirs = pair
+    assert (ours.batch_decode([]), theirs.batch_decode([])) == ([], [""])
+    assert ours.batch_decode([[]]) == theirs.batch_decode([[]]) == [""]
+
+
 # ---- chat templates
 
-CHATML = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 TEMPLATES = {
     "chatml": CHATML,
-    "tools": "{{ bos_token }}{% for t in tools or [] %}{{ t | tojson(indent=2) }}\n{% endfor %}{% for d in documents or [] %}{{ d.title }}{% endfor %}"
-    + CHATML,
-    "namespace": "{% set ns = namespace(n=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.n = ns.n + 1 %}{% endif %}{{ ns.n }}{{ m.content.strip() | upper }}{% if loop.last %}{% break %}{% endif %}{% endfor %}",
-    "blocks": "{% for m in messages %}\n    {% if m.role == 'user' %}\nU: {{ m.content | trim }}\n    {% else %}\nA: {{ m.content }}\n    {% endif %}\n{% endfor %}",
+    "tools": (
+        "{{ bos_token }}{% for t in tools or [] %}{{ t | tojson(indent=2) }}\n{% endfor %}"
+        "{% for d in documents or [] %}{{ d.title }}{% endfor %}" + CHATML
+    ),
+    "namespace": (
+        "{% set ns = namespace(n=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.n = ns.n + 1 %}"
+        "{% endif %}"
+        "{{ ns.n }}{{ m.content.strip() | upper }}{% if loop.last %}{% break %}{% endif %}{% endfor %}"
+    ),
+    "blocks": (
+        "{% for m in messages %}\n    {% if m.role == 'user' %}\nU: {{ m.content | trim }}\n    {% else %}\n"
+        "A: {{ m.content }}\n    {% endif %}\n{% endfor %}"
+    ),
     "variable": "{{ style | default('none') }}{{ messages[0].content }}{{ eos_token }}",
 }
 CHAT = [
@@ -266,7 +286,10 @@ def test_gemmas_own_template_continues_alike(pair: tuple[Tokenizer, Any]) -> Non
 
 def test_assistant_masks_are_the_same(pair: tuple[Tokenizer, Any]) -> None:
     ours, theirs = pair
-    template = "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
+    template = (
+        "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+        "{% endgeneration %}{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
+    )
     for chats in (CHAT, [CHAT * 2, CHAT]):
         given: dict[str, Any] = {"chat_template": template, "return_assistant_tokens_mask": True}
         assert ours.apply_chat_template(chats, **given) == dict(theirs.apply_chat_template(chats, **given))
