@@ -30,10 +30,14 @@ from importlib.metadata import version
 from refgemma.cache import Cache
 from refgemma.config import ConfigError, Gemma2Config
 from refgemma.errors import Moved, RefgemmaError, UsageError
+from refgemma.generation.beams import set_seed
+from refgemma.generation.caches import DynamicCache, StaticCache
+from refgemma.generation.criteria import StoppingCriteria, StoppingCriteriaList
 from refgemma.generation.decode import generate
 from refgemma.generation.generation_config import GenerationConfig
 from refgemma.generation.greedy import greedy
-from refgemma.generation.stream import TextStreamer
+from refgemma.generation.processors import LogitsProcessor, LogitsProcessorList
+from refgemma.generation.stream import TextIteratorStreamer, TextStreamer
 from refgemma.heads import causal_lm_loss, log_softmax
 from refgemma.hub import ModelNameError, find_model
 from refgemma.inputs import InputError
@@ -45,6 +49,7 @@ from refgemma.modeling.classes import (
     Gemma2Model,
     Gemma2PreTrainedModel,
 )
+from refgemma.modeling.pipelines import pipeline
 from refgemma.modeling.pretrained import Pretrained, load
 from refgemma.precision import BF16, F16, as_dtype, bf16, f16, narrow, wide
 from refgemma.tokenizer.tokenizer import (
@@ -63,16 +68,29 @@ from refgemma.weights.parameters import LayerWeights, Weights
 __version__ = version("refgemma")
 sys.meta_path.append(Moved())
 
+# Under transformers' Auto names there is one model.
+AutoConfig = Gemma2Config
+AutoModel = Gemma2Model
+AutoModelForCausalLM = Gemma2ForCausalLM
+AutoModelForSequenceClassification = Gemma2ForSequenceClassification
+AutoModelForTokenClassification = Gemma2ForTokenClassification
+
 __all__ = [
     "BF16",
     "F16",
     "AddedToken",
+    "AutoConfig",
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
     "AutoTokenizer",
     "BatchEncoding",
     "Cache",
     "Checkpoint",
     "CheckpointError",
     "ConfigError",
+    "DynamicCache",
     "Forward",
     "Gemma2Config",
     "Gemma2ForCausalLM",
@@ -85,9 +103,15 @@ __all__ = [
     "GenerationConfig",
     "InputError",
     "LayerWeights",
+    "LogitsProcessor",
+    "LogitsProcessorList",
     "ModelNameError",
     "Pretrained",
     "RefgemmaError",
+    "StaticCache",
+    "StoppingCriteria",
+    "StoppingCriteriaList",
+    "TextIteratorStreamer",
     "TextStream",
     "TextStreamer",
     "Tokenizer",
@@ -107,6 +131,8 @@ __all__ = [
     "narrow",
     "next_token_logits",
     "open_checkpoint",
+    "pipeline",
+    "set_seed",
     "wide",
 ]
 

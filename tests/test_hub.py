@@ -158,7 +158,7 @@ class Hub(types.ModuleType):
     def disable(self) -> None:
         self.bars_disabled += 1
 
-    def snapshot_download(self, hub_id: str, revision: str, allow_patterns: list[str]) -> str:
+    def snapshot_download(self, hub_id: str, revision: str, cache_dir: Path, allow_patterns: list[str]) -> str:
         self.asked.append((hub_id, revision, allow_patterns))
         if isinstance(self.answer, Exception):
             raise self.answer

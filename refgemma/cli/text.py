@@ -48,52 +48,35 @@ def new_tokens(ids: Sequence[int], model: Pretrained, args: argparse.Namespace) 
 
 
 def stream_text(tokens: Iterator[int], model: Pretrained, show: bool) -> tuple[list[int], str]:
-    """Collect tokens and their text, printing it as it comes if `show`."""
-    stream, ids, texts = TextStream(model.tokenizer), [], []
+    """Collect tokens and their text, printing it as it comes if `show`; without a tokenizer, ids stand for text."""
+    stream, ids, texts = TextStream(model.tokenizer) if model.has_tokenizer else None, [], []
     for token in tokens:
         ids.append(token)
-        if token not in model.stop_ids:
-            texts.append(stream.push(token))
+        if stream is None or token not in model.stop_ids:
+            texts.append(stream.push(token) if stream else f",{token}")
             if show:
                 print(texts[-1], end="", flush=True)
-    texts.append(stream.finish())
+    texts.append(stream.finish() if stream else "")
     if show:
         print(texts[-1], flush=True)
     return ids, "".join(texts)
 
 
-def stream_ids(tokens: Iterator[int], show: bool) -> list[int]:
-    """Collect tokens of a model that has no tokenizer, printing their ids as they come if `show`."""
-    ids = []
-    for token in tokens:
-        ids.append(token)
-        if show:
-            print(f",{token}", end="", flush=True)
-    if show:
-        print(flush=True)
-    return ids
-
-
 def run_generate(args: argparse.Namespace) -> int:
     """``refgemma generate``; it prints ids if the model has no tokenizer."""
     model = load(args.model, args.dtype, args.revision, args.download)
-    ids = prompt_ids(args, model)
+    ids, known = prompt_ids(args, model), model.has_tokenizer
     tokens = new_tokens(ids, model, args)
-    text: str | None = None
     began = time.perf_counter()
-    if model.has_tokenizer:
-        if not args.json:
-            print(model.tokenizer.decode(ids, skip_special_tokens=True), end="", flush=True)
-        made, text = stream_text(tokens, model, show=not args.json)
-    else:
-        if not args.json:
-            print(",".join(str(token) for token in ids), end="", flush=True)
-        made = stream_ids(tokens, show=not args.json)
+    if not args.json:
+        prompt = model.tokenizer.decode(ids, skip_special_tokens=True) if known else ",".join(map(str, ids))
+        print(prompt, end="", flush=True)
+    made, text = stream_text(tokens, model, show=not args.json)
     if args.json:
         as_json({
             "prompt_ids": ids,
             "ids": made,
-            "text": text,
+            "text": text if known else None,
             "stopped": "stop_id" if made[-1] in model.stop_ids else "max_new_tokens",
             "tokens_per_second": round(len(made) / (time.perf_counter() - began), 1),
         })  # fmt: skip

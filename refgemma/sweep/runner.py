@@ -7,7 +7,6 @@ where it was, and what has another input, or another program, is computed anew.
 """
 
 import hashlib
-import json
 import os
 import signal
 import threading
@@ -22,14 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from refgemma.errors import RefgemmaError, UsageError
-from refgemma.files import read_object, replace_file
-from refgemma.oracle.report import finite
+from refgemma.files import read_object, replace_file, write_json
 from refgemma.oracle.verdicts import EXIT, FAILED, LOST, UNREADABLE
 from refgemma.sweep.jobs import KEPT, Done, Job, fail, perform
 from refgemma.sweep.tally import Tally, merge_tallies
 from refgemma.trace.names import FIELDS
 
-SCHEMA = "refgemma-sweep/1"
 TRIES = 3  # of a job that ended its worker
 ONE_THREAD = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
@@ -163,8 +160,7 @@ def sweep(
     yield from ((job, kept[job.key]) for job in jobs if job.key in kept)
     for job, done in run_jobs([job for job in jobs if job.key not in kept], pool, width):
         if done["verdict"] not in (UNREADABLE, FAILED, LOST):  # these are tried again the next time
-            kept_result = done | {"digest": _digest(done)}
-            replace_file(results / f"{job.key}.json", json.dumps(kept_result, allow_nan=False).encode())
+            replace_file(results / f"{job.key}.json", write_json(done | {"digest": _digest(done)}).encode())
         yield job, done
 
 
@@ -178,7 +174,7 @@ def _read_result(results: Path, job: Job) -> Done | None:
 
 
 def _digest(result: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(write_json(result).encode()).hexdigest()
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
@@ -199,12 +195,12 @@ def as_json(found: Sequence[tuple[Job, Done]]) -> dict[str, Any]:
     excluded = {name for _, done in ordered for name in done["excluded"]} - seen
     blind = {name for _, done in ordered for name in done["blind"]} - seen - excluded
     return {
-        "schema": SCHEMA, "verdict": verdict, "exit_code": EXIT[verdict],
+        "schema": "refgemma-sweep/1", "verdict": verdict, "exit_code": EXIT[verdict],
         "counts": {v: n for v in EXIT if (n := sum(done["verdict"] == v for _, done in ordered))},
         "jobs": [{"name": job.name, "key": job.key, **{k: done[k] for k in (
             "verdict", "first_divergence", "named", "dtype", "message")}} for job, done in ordered],
         "tensors": [
-            {"dtype": dtype, "tensor": kind} | total.as_json() | {"rms": finite(total.rms)}
+            {"dtype": dtype, "tensor": kind} | total.as_json() | {"rms": total.rms}
             for (dtype, kind), total in sorted(totals.items(), key=lambda one: (one[0][0], FIELDS.index(one[0][1])))
         ],
         "found": sorted(seen), "excluded": sorted(excluded), "blind": sorted(blind),

@@ -13,14 +13,14 @@ START, END = "<start_of_turn>", "<end_of_turn>"
 # The role of a message -> the name that the model was trained to see.
 ROLES = {"user": "user", "assistant": "model", "model": "model"}
 
-# Gemma 2's own, for other programs: `render_chat` does what it says.
+# The text in the released folders, for other programs: `render_chat` does what it says.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
     "{% endif %}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
     "{% if (message['role'] == 'assistant') %}{% set role = 'model' %}{% else %}{% set role = message['role'] %}"
-    "{% endif %}{{ '<start_of_turn>' + role + '\\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
+    "{% endif %}{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
 )
 # What marks special tokens that somebody wrote into a chat, until its text is rendered; transformers uses the same two.
 MARK, UNMARK = "\U000f0000", "\U000f0001"

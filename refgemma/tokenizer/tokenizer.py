@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refgemma.files import replace_file
-from refgemma.hub import find_model
+from refgemma.hub import GGUF, find_model
 from refgemma.tokenizer.added_tokens import AddedToken, make_special, read_added_token
 from refgemma.tokenizer.batches import (
     LIMITED,
@@ -44,6 +44,7 @@ from refgemma.tokenizer.chat import (
     render,
     render_chat,
 )
+from refgemma.tokenizer.gguf_tokenizer import read_gguf_tokenizer
 from refgemma.tokenizer.templates import inspect_template
 from refgemma.tokenizer.tokenizer_config import (
     ALWAYS_SPECIAL,
@@ -83,6 +84,8 @@ def _read_file(source: str | Path | bytes) -> TokenizerFile:
     """Read a ``tokenizer.model`` or a ``tokenizer.json``, or take the content of the first."""
     if isinstance(source, bytes):
         return read_sentencepiece(MODEL_FILE, source)
+    if Path(source).suffix == GGUF:
+        return read_sentencepiece(str(source), read_gguf_tokenizer(Path(source))[0])
     content = read_bytes(source)
     return (read_json if Path(source).suffix == ".json" else read_sentencepiece)(str(source), content)
 
@@ -343,16 +346,18 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(
-        cls, name: str | Path, *, revision: str = "main", download: bool = False, **settings: Any
-    ) -> "Tokenizer":
+        cls, name: str | Path, *, revision: str = "main", download: bool = False, gguf_file: str | None = None,
+        **settings: Any,
+    ) -> "Tokenizer":  # fmt: skip
         """Make the tokenizer of a model.
 
         Parameters
         ----------
         name : str or path
-            ``"tiny"``, a folder, or a hub id whose snapshot is in the cache: see `refgemma.hub.find_model`.
-        revision, download
-            Of a hub id, as of `refgemma.hub.find_model`.
+            ``"tiny"``, a folder, a ``.gguf`` file, or a hub id whose snapshot is in the cache: see
+            `refgemma.hub.find_model`.
+        revision, download, gguf_file
+            As of `refgemma.hub.find_model`.
         **settings
             Parameters of `Tokenizer` that go before what the folder's ``tokenizer_config.json`` says.
 
@@ -378,7 +383,9 @@ class Tokenizer:
             raise TokenizerError(f"{unknown[0]}: is no setting of this tokenizer; there are {', '.join(SETTINGS)}")
         if (folder := asked.pop("cache_dir", None)) is not None and not Path(name).is_dir() and str(name) != "tiny":
             raise TokenizerError(f"cache_dir={str(folder)!r} is not supported: set the variable HF_HUB_CACHE to it")
-        folder = find_model(name, revision, download, needed=()) / asked.pop("subfolder", "")
+        folder = find_model(name, revision, download, needed=(), gguf_file=gguf_file) / asked.pop("subfolder", "")
+        if folder.is_file():
+            return cls(folder, **(read_gguf_tokenizer(folder)[1] | asked))
         path = next((folder / file for file in (JSON_FILE, MODEL_FILE) if (folder / file).exists()), None)
         if path is None:
             folder = find_model(name, revision, download, needed=(MODEL_FILE,))  # says what to do about a download
@@ -429,7 +436,7 @@ class Tokenizer:
             CONFIG_FILE: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
         }
         if not self._vocabulary.file.is_json:
-            contents[MODEL_FILE] = self._vocabulary.file.content
+            contents[MODEL_FILE] = self._vocabulary.content
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():

@@ -180,6 +180,21 @@ class Vocabulary:
                 stacklevel=2,
             )
 
+    @property
+    def content(self) -> bytes:
+        """The SentencePiece model of the file."""
+        file = self.file
+        return write_model(file.pieces, file.rest) if file.is_json else file.content
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """The pieces of the file and the tokens added to it, as those of one SentencePiece model."""
+        more = [Piece(name, 0.0, CONTROL if name in self.special else USER_DEFINED) for name in self.names[self.base :]]
+        return [
+            piece._replace(type=USER_DEFINED) if piece.type == NORMAL and piece.name in self.added else piece
+            for piece in [*self.file.pieces, *more]
+        ]
+
     def _load_model(self, file: TokenizerFile) -> Any:
         """Make the SentencePiece model that cuts what stands between added tokens, and check its conventions."""
         pieces = [self._change_type(piece) for piece in file.pieces]

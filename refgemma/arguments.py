@@ -1,0 +1,60 @@
+"""The arguments of transformers' ``from_pretrained`` that have no meaning of their own here. Checked against the
+signature and the documentation of transformers 5.23 `PreTrainedModel.from_pretrained`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from refgemma.errors import RefgemmaError, UsageError
+
+# They say where and how transformers computes and downloads, and change no number.
+WITHOUT_EFFECT = frozenset({
+    "_fast_init", "_from_auto", "adapter_kwargs", "attn_kwargs", "code_revision", "device", "device_map", "device_mesh",
+    "force_download", "local_files_only", "low_cpu_mem_usage", "max_memory", "mirror", "offload_buffers",
+    "offload_folder", "offload_state_dict", "proxies", "resume_download", "token", "torch_compile", "tp_plan",
+    "tp_size", "trust_remote_code", "use_auth_token", "use_fast", "use_flash_attention_2", "use_kernels",
+    "weights_only",
+})  # fmt: skip
+
+# Argument -> the values besides None that change nothing here, and what to do about another value.
+NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
+    "attn_implementation": (("eager",), "attention is that of transformers' 'eager'; leave it out"),
+    "experts_implementation": ((), "Gemma 2 has no experts; leave it out"),
+    "from_flax": ((False,), "convert the folder with refgemma convert"),
+    "from_tf": ((False,), "weights of TensorFlow are not read; save them with transformers first"),
+    "key_mapping": ((), "rename the tensors, and give them to from_state_dict"),
+    "load_in_4bit": ((False,), "weights are not quantised here; leave it out"),
+    "load_in_8bit": ((False,), "weights are not quantised here; leave it out"),
+    "output_loading_info": ((False,), "a folder that does not fit is an error here, so there is nothing to list"),
+    "quantization_config": ((), "weights are not quantised here; leave it out"),
+    "state_dict": ((), "use from_state_dict(config, state_dict)"),
+    "subfolder": (("",), "give the path of the folder inside"),
+    "use_safetensors": ((True,), "safetensors go before pickles; leave it out"),
+    "variant": ((), "rename the files to model.safetensors"),
+}
+
+
+def drop_arguments(given: Mapping[str, Any], name: str, error: type[RefgemmaError] = UsageError) -> dict[str, Any]:
+    """Return what is left of the arguments of ``name.from_pretrained`` without those that change nothing here.
+
+    Raises
+    ------
+    error
+        For an argument of transformers with a value that would change the result: it says what to write instead.
+
+    Examples
+    --------
+    >>> drop_arguments({"device_map": "auto", "attn_implementation": "eager", "num_labels": 3}, "Gemma2Model")
+    {'num_labels': 3}
+    >>> drop_arguments({"load_in_4bit": True}, "Gemma2Model")
+    Traceback (most recent call last):
+    refgemma.errors.UsageError: Gemma2Model: load_in_4bit=True: weights are not quantised here; leave it out
+    """
+    left: dict[str, Any] = {}
+    for argument, value in given.items():
+        if argument not in NEUTRAL:
+            left |= {} if argument in WITHOUT_EFFECT else {argument: value}
+            continue
+        harmless, advice = NEUTRAL[argument]
+        if value is not None and not any(value is x or value == x for x in harmless):
+            raise error(f"{name}: {argument}={value!r}: {advice}")
+    return left
