@@ -115,7 +115,7 @@ def _add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
     writer.add_add_space_prefix(False)
     writer.add_add_bos_token(tokenizer.add_bos_token)
     writer.add_add_eos_token(tokenizer.add_eos_token)
-    template = tokenizer.chat_template
+    template: Any = tokenizer.chat_template
     if isinstance(template, dict):
         template = [{"name": name, "template": text} for name, text in template.items()]
     if template is not None:
