@@ -52,7 +52,16 @@ from refgemma.modeling.classes import (
 from refgemma.modeling.pipelines import pipeline
 from refgemma.modeling.pretrained import Pretrained, load
 from refgemma.precision import BF16, F16, as_dtype, bf16, f16, narrow, wide
-from refgemma.tokenizer.tokenizer import AutoTokenizer, BatchEncoding, TextStream, Tokenizer, TokenizerError
+from refgemma.tokenizer.tokenizer import (
+    AddedToken,
+    AutoTokenizer,
+    BatchEncoding,
+    GemmaTokenizer,
+    GemmaTokenizerFast,
+    TextStream,
+    Tokenizer,
+    TokenizerError,
+)
 from refgemma.weights.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from refgemma.weights.parameters import LayerWeights, Weights
 
@@ -69,6 +78,7 @@ AutoModelForTokenClassification = Gemma2ForTokenClassification
 __all__ = [
     "BF16",
     "F16",
+    "AddedToken",
     "AutoConfig",
     "AutoModel",
     "AutoModelForCausalLM",
@@ -88,6 +98,8 @@ __all__ = [
     "Gemma2ForTokenClassification",
     "Gemma2Model",
     "Gemma2PreTrainedModel",
+    "GemmaTokenizer",
+    "GemmaTokenizerFast",
     "GenerationConfig",
     "InputError",
     "LayerWeights",

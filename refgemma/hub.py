@@ -18,7 +18,7 @@ GGUF = ".gguf"
 
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 # What is downloaded: not the same weights once more as pickles or in other programs' formats.
-WANTED = ["*.json", "*.safetensors", "tokenizer.model"]
+WANTED = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
 
 
 class ModelNameError(RefgemmaError):

@@ -177,7 +177,7 @@ def test_a_download_happens_only_if_asked_for(cache: Path, tmp_path: Path, monke
         find_model("org/other")
     assert hub.asked == []
     assert find_model("org/other", "v1", download=True) == tmp_path
-    assert hub.asked == [("org/other", "v1", ["*.json", "*.safetensors", "tokenizer.model"])]
+    assert hub.asked == [("org/other", "v1", ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"])]
     assert hub.bars_disabled == (0 if sys.stderr.isatty() else 1)
 
 

@@ -84,6 +84,17 @@ def tokenized(file: Path) -> Any:
     return tokenizer.decode(ids)
 
 
+def tiny_json() -> bytes:
+    """The tokenizer.json of the tiny model, with fewer pieces."""
+    with tempfile.TemporaryDirectory() as folder:
+        Tokenizer.from_pretrained("tiny").save_pretrained(folder)
+        found = json.loads((Path(folder) / "tokenizer.json").read_bytes())
+    names = [name for n, name in enumerate(found["model"]["vocab"]) if n < 300 or len(name) == 1]
+    kept = found["model"]["vocab"] = {name: n for n, name in enumerate(names)}
+    found["model"]["merges"] = [pair for pair in found["model"]["merges"] if {*pair, "".join(pair)} <= kept.keys()]
+    return json.dumps(found).encode()
+
+
 def as_torch(raw: bytes) -> bytes:
     """A checkpoint of torch.save whose pickle is `raw`."""
     stream = io.BytesIO()
@@ -200,6 +211,7 @@ CHECKPOINT, CONFIG = save(TENSORS, {"format": "pt"}), SMALL.to_json_string().enc
 INDEX = json.dumps({"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(TENSORS, "a.safetensors")}).encode()
 TINY = find_model("tiny")
 MODEL, SETTINGS = ((TINY / name).read_bytes() for name in ("tokenizer.model", "tokenizer_config.json"))
+TOKENIZER_JSON = tiny_json()
 
 TARGETS: dict[str, Target] = {
     "header": Target("model.safetensors", lambda f: every_number(read_header(f)), CheckpointError, (CHECKPOINT,)),
@@ -215,6 +227,7 @@ TARGETS: dict[str, Target] = {
     "tokenizer-settings": Target("tokenizer_config.json", tokenized, TokenizerError, (SETTINGS,),
                                  (("tokenizer.model", MODEL),)),
     "tokenizer-model": Target("tokenizer.model", tokenized, TokenizerError, (MODEL,)),
+    "tokenizer-json": Target("tokenizer.json", tokenized, TokenizerError, (TOKENIZER_JSON,)),
     "candidate": Target("port.safetensors", lambda f: load_trace(f, SMALL), InputError, candidates()),
     "map": Target("map.json", use_map, InputError, (NAME_MAP,)),
     "eval-text": Target("port.txt", read_text, InputError, (EVAL_TEXT.encode(),)),

@@ -20,7 +20,7 @@ from refgemma.hub import PACKAGE
 from refgemma.inputs import InputError
 from refgemma.model import reference_outputs
 from refgemma.modeling.pretrained import Pretrained, load
-from refgemma.tokenizer.tokenizer import TextStream
+from refgemma.tokenizer.tokenizer import TextStream, Tokenizer
 
 
 def generation_settings(model: Pretrained, args: argparse.Namespace) -> GenerationConfig:
@@ -124,10 +124,34 @@ def text_of(args: argparse.Namespace) -> str:
         raise InputError(f"{args.file}: is no text in UTF-8 (byte {error.start})") from None
 
 
+def find_traps(text: str, tokenizer: Tokenizer) -> list[str]:
+    r"""Return what in a `text` makes its perplexity another than that of its words, a warning for each.
+
+    Examples
+    --------
+    >>> import refgemma
+    >>> find_traps("one\r\ntwo", refgemma.Tokenizer.from_pretrained("tiny"))
+    ['1 line ends in CR LF, and models read LF; convert it with: tr -d "\\r"']
+    """
+    found = []
+    if text.startswith("\ufeff"):
+        found.append("begins with a byte order mark, which is no part of the text; save it as UTF-8 without one")
+    if lines := text.count("\r\n"):
+        what = "line ends" if lines == 1 else "lines end"
+        found.append(f'{lines} {what} in CR LF, and models read LF; convert it with: tr -d "\\r"')
+    special = {token: text.count(token) for token in tokenizer.all_special_tokens if token in text}
+    if special:
+        names = ", ".join(f"{token} ({number} times)" for token, number in special.items())
+        found.append(f"has special tokens written out: {names}; <bos> is added by itself, so take them out")
+    return found
+
+
 def run_perplexity(args: argparse.Namespace) -> int:
     """``refgemma perplexity``."""
     text = text_of(args)
     model = load(args.model, args.dtype, args.revision, args.download)
+    for warning in find_traps(text, model.tokenizer):
+        print(f"refgemma: {args.file or args.published}: {warning}", file=sys.stderr)
     ids = model.tokenizer.encode(text)
     max_length = args.max_length or min(4096, model.config.max_position_embeddings)
     layers = reference_outputs if args.reference else fast.outputs

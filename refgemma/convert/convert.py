@@ -56,7 +56,7 @@ TORCH_SINGLE, TORCH_INDEX, NPZ = "model.ckpt", "pytorch_model.bin.index.json", "
 TORCH_SHARD = re.compile(r"[A-Za-z0-9_.-]{1,200}\.bin")
 ROTARY_TABLE = "freqs_cis"  # the end of the name of a table that gemma_pytorch may store beside the weights
 GENERATION = "generation_config.json"
-BESIDE = (GENERATION, "tokenizer.model", "tokenizer_config.json")
+BESIDE = (GENERATION, "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 ONE_FILE = 10**17  # bytes
 PADDING = 128  # tables of originals may have rows up to the next multiple of this that no token has
 

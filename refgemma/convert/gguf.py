@@ -18,9 +18,9 @@ from refgemma.config import Gemma2Config
 from refgemma.convert.layouts import Original, Piece, add_one
 from refgemma.files import new_file
 from refgemma.gguf import IDS, NUMBERS, SIZES, Gguf, GgufTensor, config_fields, read_gguf
-from refgemma.tokenizer.sentencepiece_model import CONTROL, UNKNOWN, UNUSED, USER_DEFINED, read_model
+from refgemma.tokenizer.added_tokens import SPACE
+from refgemma.tokenizer.sentencepiece_model import CONTROL, UNKNOWN, UNUSED, USER_DEFINED
 from refgemma.tokenizer.tokenizer import Tokenizer
-from refgemma.tokenizer.vocabulary import SPACE
 from refgemma.weights.gguf import gguf_names, locate
 from refgemma.weights.parameters import tensor_shapes
 from refgemma.weights.save import OutputTensor, check_same
@@ -99,8 +99,8 @@ def check_model(config: Gemma2Config, source: Path) -> None:
 
 def _add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
     """Add pieces, scores and types: spaces are written out in user-defined ones, and rows beyond have unused ones."""
-    pieces, _ = read_model(tokenizer._vocabulary.content)
-    kinds = [CONTROL if n in tokenizer._special_ids and p.type != UNKNOWN else p.type for n, p in enumerate(pieces)]
+    pieces, special = tokenizer._vocabulary.pieces, set(tokenizer.all_special_ids)
+    kinds = [CONTROL if n in special and p.type != UNKNOWN else p.type for n, p in enumerate(pieces)]
     names = [
         piece.name.replace(SPACE, " ") if kind == USER_DEFINED else piece.name
         for piece, kind in zip(pieces, kinds, strict=True)
@@ -115,7 +115,11 @@ def _add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
     writer.add_add_space_prefix(False)
     writer.add_add_bos_token(tokenizer.add_bos_token)
     writer.add_add_eos_token(tokenizer.add_eos_token)
-    writer.add_chat_template(tokenizer.chat_template)
+    template: Any = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = [{"name": name, "template": text} for name, text in template.items()]
+    if template is not None:
+        writer.add_chat_template(template)
 
 
 def _make_header(config: Gemma2Config, tokenizer: Tokenizer | None, outputs: Sequence[OutputTensor]) -> bytes:

@@ -14,7 +14,7 @@ from refgemma.tokenizer.tokenizer import Tokenizer
 from refgemma.weights.checkpoint import CheckpointError, open_checkpoint
 from refgemma.weights.parameters import Weights
 
-TOKENIZER, END_OF_TURN = "tokenizer.model", "<end_of_turn>"
+TOKENIZERS, END_OF_TURN = ("tokenizer.json", "tokenizer.model"), "<end_of_turn>"
 
 
 @dataclass(frozen=True)
@@ -73,18 +73,21 @@ def load(
     """
     folder = find_model(name, revision, download, gguf_file=gguf_file)
     checkpoint = open_checkpoint(folder)
-    return Pretrained(folder, checkpoint.config, checkpoint.weights(dtype), _find_stop_ids(folder, checkpoint.config))
+    stops = _read_stop_ids(folder, checkpoint.config)
+    model = Pretrained(folder, checkpoint.config, checkpoint.weights(dtype), stops)
+    # A chat model ends its turn with <end_of_turn>, which the released configuration does not list as an end.
+    if model.has_tokenizer and END_OF_TURN in model.tokenizer.all_special_tokens:
+        end = model.tokenizer.convert_tokens_to_ids(END_OF_TURN)
+        object.__setattr__(model, "stop_ids", stops | {end})
+    return model
 
 
 def _has_tokenizer(folder: Path) -> bool:
-    return has_tokens(folder) if folder.is_file() else (folder / TOKENIZER).exists()
+    return has_tokens(folder) if folder.is_file() else any((folder / name).exists() for name in TOKENIZERS)
 
 
-def _find_stop_ids(folder: Path, config: Gemma2Config) -> frozenset[int]:
-    """Return the ends in ``generation_config.json``, or else in the configuration, and the end of a turn.
-
-    A chat model ends its turn with ``<end_of_turn>``, which the released configuration does not list as an end.
-    """
+def _read_stop_ids(folder: Path, config: Gemma2Config) -> frozenset[int]:
+    """Return the ends in ``generation_config.json``, or else in the configuration."""
     path = folder / "generation_config.json"
     stops = stop_tokens(config)
     if path.exists():
@@ -94,8 +97,4 @@ def _find_stop_ids(folder: Path, config: Gemma2Config) -> frozenset[int]:
             if not all(type(token) is int and 0 <= token < config.vocab_size for token in ids):
                 raise CheckpointError(f"{path}: eos_token_id is {listed!r}, not one or several token ids")
             stops = frozenset(ids)
-    if not _has_tokenizer(folder):
-        return stops
-    tokenizer = Tokenizer.from_pretrained(folder)
-    has_turns = END_OF_TURN in tokenizer.all_special_tokens
-    return stops | {tokenizer.convert_tokens_to_ids(END_OF_TURN)} if has_turns else stops
+    return stops
