@@ -21,7 +21,6 @@ NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "experts_implementation": ((), "Gemma 2 has no experts; leave it out"),
     "from_flax": ((False,), "convert the folder with refgemma convert"),
     "from_tf": ((False,), "weights of TensorFlow are not read; save them with transformers first"),
-    "gguf_file": ((), "give the path of the GGUF file to refgemma convert, then the folder that it writes"),
     "key_mapping": ((), "rename the tensors, and give them to from_state_dict"),
     "load_in_4bit": ((False,), "weights are not quantised here; leave it out"),
     "load_in_8bit": ((False,), "weights are not quantised here; leave it out"),

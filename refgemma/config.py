@@ -14,6 +14,7 @@ from refgemma.activations import ACTIVATIONS, Activation
 from refgemma.arguments import drop_arguments
 from refgemma.errors import RefgemmaError
 from refgemma.files import read_object, replace_file
+from refgemma.gguf import config_fields, read_gguf
 from refgemma.hub import find_model
 
 SLIDING = "sliding_attention"
@@ -374,9 +375,13 @@ class Gemma2Config:
         >>> Gemma2Config.from_pretrained("tiny", num_labels=3).num_labels
         3
         """
-        folder = find_model(name, revision or "main", download, cache_dir=cache_dir)
+        place = find_model(name, revision or "main", download, cache_dir=cache_dir)
         changes = drop_arguments(changes, "Gemma2Config.from_pretrained", ConfigError)
-        return cls.from_json_file(folder / "config.json").changed(**changes)
+        if place.is_file():
+            read = cls.from_dict(config_fields(read_gguf(place, ConfigError), ConfigError), str(place))
+        else:
+            read = cls.from_json_file(place / "config.json")
+        return read.changed(**changes)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``config.json`` into `folder`, which is made if there is none; the file appears whole or not at all.

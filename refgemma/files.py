@@ -10,7 +10,7 @@ import reprlib
 import secrets
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
@@ -40,6 +40,18 @@ def quote(value: object) -> str:
     ("[1, 'a']", 120)
     """
     return _SHORT.repr(value)
+
+
+def quote_few(names: Sequence[str]) -> str:
+    """Quote the first three names and count the others.
+
+    Examples
+    --------
+    >>> quote_few("abcde")
+    "'a', 'b', 'c' and 2 more"
+    """
+    shown = ", ".join(quote(name) for name in names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -92,7 +104,7 @@ def read_file(path: str | Path, limit: int = TEXT_LIMIT) -> bytes:
         return file.read()
 
 
-def _refuse_pointer(start: bytes) -> None:
+def refuse_pointer(start: bytes) -> None:
     """Raise `RefgemmaError` for a file whose first bytes are those of a Git LFS pointer."""
     if start.startswith(LFS_POINTER):
         raise RefgemmaError(
@@ -135,7 +147,7 @@ def parse_object(text: bytes) -> dict[str, Any]:
 
 
 @contextmanager
-def _one_line(path: str | Path, error: type[RefgemmaError], remedy: str) -> Iterator[None]:
+def one_line(path: str | Path, error: type[RefgemmaError], remedy: str) -> Iterator[None]:
     """Raise whatever is wrong with `path` as an `error` of one line that names the file."""
     try:
         yield
@@ -175,9 +187,9 @@ def read_object(path: str | Path, error: type[RefgemmaError], remedy: str = "") 
     ...     read_object(Path(folder) / "config.json", RefgemmaError)
     {'head_dim': 256}
     """
-    with _one_line(path, error, remedy):
+    with one_line(path, error, remedy):
         text = read_file(path, JSON_LIMIT)
-        _refuse_pointer(text)
+        refuse_pointer(text)
         return parse_object(text)
 
 
@@ -212,8 +224,8 @@ def open_tensors(path: str | Path, error: type[RefgemmaError], remedy: str) -> t
     ...     opened.keys(), opened.get_slice("norm.weight").get_shape()
     (['norm.weight'], [24])
     """
-    with _one_line(path, error, remedy), open_file(path) as stream:
-        _refuse_pointer(stream.read(len(LFS_POINTER)))
+    with one_line(path, error, remedy), open_file(path) as stream:
+        refuse_pointer(stream.read(len(LFS_POINTER)))
         opened: Any = safe_open(path, framework="np")
         stream.seek(0)
         length = int.from_bytes(stream.read(8), "little")

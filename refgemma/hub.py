@@ -7,13 +7,14 @@ Nothing here opens a connection unless the caller asks for a download.
 import os
 import re
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from refgemma.errors import RefgemmaError
 
 PACKAGE = Path(__file__).parent
 CONFIG_JSON = "config.json"
+GGUF = ".gguf"
 
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 # What is downloaded: not the same weights once more as pickles or in other programs' formats.
@@ -66,15 +67,16 @@ def _list_missing(folder: Path, needed: Collection[str]) -> list[str]:
 
 def find_model(
     name: str | Path, revision: str = "main", download: bool = False, needed: Collection[str] = (CONFIG_JSON,),
-    cache_dir: str | Path | None = None,
+    cache_dir: str | Path | None = None, gguf_file: str | None = None,
 ) -> Path:  # fmt: skip
-    """Return the folder of a model.
+    """Return the folder of a model, or its GGUF file.
 
     Parameters
     ----------
     name : str or path
         ``"tiny"``, the trained model in this package; ``"conformance"``, the small one with random weights in which
-        known mistakes show; a folder; or a hub id like ``"google/gemma-2-9b"``. A folder goes before a hub id.
+        known mistakes show; a folder; a ``.gguf`` file; or a hub id like ``"google/gemma-2-9b"``. A folder goes before
+        a hub id.
     revision : str
         Of a hub id: a branch, a tag or a whole commit hash.
     download : bool
@@ -84,6 +86,8 @@ def find_model(
         Files that the folder has to have.
     cache_dir : str or path, optional
         In place of `cache_folder`.
+    gguf_file : str, optional
+        A file of the folder, as in transformers: it, and nothing else there, is the model.
 
     Raises
     ------
@@ -96,16 +100,25 @@ def find_model(
     'tiny'
     """
     text = str(name)
+    if gguf_file is not None:
+        place = find_model(name, revision, download, (gguf_file,), cache_dir) / gguf_file
+        if not place.is_file():
+            raise ModelNameError(f"{place.parent}: has no file {place.name}")
+        return place
     if text in ("tiny", "conformance"):
         return PACKAGE / "checkpoints" / text
     if text and Path(name).is_dir():
         return Path(name)
+    if text and Path(name).is_file() and Path(name).suffix == GGUF:
+        return Path(name)
     if text and Path(name).exists():
-        raise ModelNameError(f"{name}: is a file; give the folder that holds {CONFIG_JSON} and the weights")
+        raise ModelNameError(
+            f"{name}: is a file; give the folder that holds {CONFIG_JSON} and the weights, or a {GGUF}"
+        )
     if isinstance(name, Path) or not HUB_ID.fullmatch(text) or ".." in text or "--" in text:
         raise ModelNameError(
             f"{text or repr('')}: no such folder; a model is 'tiny', 'conformance', a folder with {CONFIG_JSON} and "
-            "weights, or a hub id like google/gemma-2-9b"
+            f"weights, a {GGUF} file, or a hub id like google/gemma-2-9b"
         )
     if not re.fullmatch(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*", revision) or ".." in revision:
         raise ModelNameError(f"{text}: {revision!r} is no revision; give a branch, a tag or a whole commit hash")
@@ -118,7 +131,8 @@ def _find_in_cache(hub_id: str, revision: str, download: bool, needed: Collectio
     if snapshot and not lacking:
         return snapshot
     if download:
-        return download_model(hub_id, revision, cache)
+        wanted = [name for name in needed if name.endswith(GGUF)] or WANTED
+        return download_model(hub_id, revision, cache, wanted)
     if snapshot:
         raise ModelNameError(
             f"{hub_id}: the snapshot {snapshot} lacks {', '.join(lacking)}: the download was cut short; "
@@ -134,8 +148,10 @@ def _explain_download(hub_id: str) -> str:
     return f"download it with: refgemma info {hub_id} --download (it is downloaded only if asked for)"
 
 
-def download_model(hub_id: str, revision: str = "main", cache: Path | None = None) -> Path:
-    """Download a snapshot into the Hugging Face cache; a progress bar on stderr, if that is a terminal.
+def download_model(
+    hub_id: str, revision: str = "main", cache: Path | None = None, wanted: Sequence[str] = WANTED
+) -> Path:
+    """Download the `wanted` files of a snapshot into the Hugging Face cache, with a progress bar on a terminal.
 
     Raises
     ------
@@ -158,7 +174,8 @@ def download_model(hub_id: str, revision: str = "main", cache: Path | None = Non
     if not sys.stderr.isatty():
         disable_progress_bars()
     try:
-        return Path(snapshot_download(hub_id, revision=revision, cache_dir=cache, allow_patterns=WANTED))
+        found = snapshot_download(hub_id, revision=revision, cache_dir=cache, allow_patterns=list(wanted))
+        return Path(found)
     except errors.GatedRepoError:
         reason = (
             "its licence has to be accepted first: on its page on the hub, logged in; then log in here too, with "

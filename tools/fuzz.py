@@ -14,6 +14,7 @@ import io
 import json
 import math
 import pickle
+import struct
 import sys
 import tempfile
 import zipfile
@@ -30,6 +31,7 @@ from refgemma.config import ConfigError, Gemma2Config
 from refgemma.convert.flax_tree import read_npz
 from refgemma.convert.pickles import read_torch, write_torch
 from refgemma.generation.generation_config import GenerationConfig
+from refgemma.gguf import NUMBERS, SIZES
 from refgemma.hub import find_model
 from refgemma.inputs import InputError
 from refgemma.sweep.jobs import read_jobs
@@ -39,6 +41,7 @@ from refgemma.trace.candidate import load_trace
 from refgemma.trace.name_maps import apply_map, load_map, open_trace
 from refgemma.trace.reader import Entry, TraceFile
 from refgemma.weights.checkpoint import CheckpointError, open_checkpoint, read_header
+from refgemma.weights.gguf import gguf_names
 from refgemma.weights.save import OutputTensor
 
 SMALL = Gemma2Config(
@@ -155,6 +158,43 @@ def use_map(file: Path) -> Any:
     return [entry.read() for entry in trace.entries.values()]
 
 
+def packed(text: str) -> bytes:
+    return struct.pack("<Q", len(text.encode())) + text.encode()
+
+
+def gguf_file() -> bytes:
+    """A GGUF file of the small model, with a tokenizer of four special tokens and the bytes."""
+    numbers = {f"gemma2.{key}": getattr(SMALL, field) for field, (key, _) in (SIZES | NUMBERS).items()}
+    numbers |= {"gemma2.attention.head_count_kv": 1, "gemma2.attention.key_length": 2}
+    texts = {"general.architecture": "gemma2", "tokenizer.ggml.model": "llama", "tokenizer.chat_template": "{{ a }}"}
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "\u2581", "a", "b", *(f"<0x{n:02X}>" for n in range(256))]
+    kinds, scores = [3, 3, 3, 2, 1, 1, 1, *[6] * 256], range(len(tokens))
+    lists = {
+        "tokens": (8, b"".join(map(packed, tokens))), "token_type": (5, struct.pack(f"<{len(kinds)}i", *kinds)),
+        "scores": (6, struct.pack(f"<{len(scores)}f", *scores)),
+    }  # fmt: skip
+    pairs = [
+        packed(k) + (struct.pack("<If", 6, v) if isinstance(v, float) else struct.pack("<II", 4, v))
+        for k, v in numbers.items()
+    ]
+    pairs += [packed(key) + struct.pack("<I", 8) + packed(text) for key, text in texts.items()]
+    pairs += [
+        packed(f"tokenizer.ggml.{k}") + struct.pack("<IIQ", 9, t, len(tokens)) + raw for k, (t, raw) in lists.items()
+    ]
+    names, infos, data = gguf_names(1), [], b""
+    for name, x in tensors_of(SMALL).items():
+        axes = struct.pack(f"<I{x.ndim}Q", x.ndim, *x.shape[::-1])
+        infos.append(packed(names[name]) + axes + struct.pack("<IQ", 0, len(data)))
+        data += x.astype(np.float32).tobytes()
+        data += bytes(-len(data) % 32)
+    header = b"GGUF" + struct.pack("<IQQ", 3, len(infos), len(pairs)) + b"".join(pairs + infos)
+    return header + bytes(-len(header) % 32) + data
+
+
+def read_whole(file: Path) -> Any:
+    return open_checkpoint(file).resident("bfloat16"), Tokenizer.from_pretrained(file).encode("a text")
+
+
 TENSORS = tensors_of(SMALL)
 CHECKPOINT, CONFIG = save(TENSORS, {"format": "pt"}), SMALL.to_json_string().encode()
 INDEX = json.dumps({"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(TENSORS, "a.safetensors")}).encode()
@@ -182,6 +222,7 @@ TARGETS: dict[str, Target] = {
     "pickle": Target("model.ckpt", lambda f: every_number(read_torch(f)), CheckpointError,
                      (pickled(), pickle.dumps({"a": [1, "b", (2.0, None)]}, 2)), (), as_torch),
     "torch": Target("model.ckpt", lambda f: every_number(read_torch(f)), CheckpointError, (as_torch(pickled()),)),
+    "gguf": Target("model.gguf", read_whole, (CheckpointError, ConfigError, TokenizerError), (gguf_file(),)),
     "npz": Target("params.npz", lambda f: every_number(read_npz(f)), CheckpointError, (npz(),)),
 }  # fmt: skip
 

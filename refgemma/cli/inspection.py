@@ -84,7 +84,7 @@ def run_info(args: argparse.Namespace) -> int:
     config = checkpoint.config.to_dict()
     release = identify_release(checkpoint.folder, checkpoint.config, args.hash)
     table = [
-        (name, tuple(shape), str(checkpoint.tensors[name].dtype))
+        (name, tuple(shape), checkpoint.tensors[name].format)
         for name, shape in tensor_shapes(checkpoint.config).items()
     ]
     if args.json:

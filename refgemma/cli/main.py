@@ -27,7 +27,7 @@ EXIT_CODES = (
     "Exit codes: 0 all is well, 1 verify or check found a difference, 2 misuse or bad input (one line says which), "
     "3 and 4: see refgemma check --help, 70 a fault of refgemma itself."
 )
-MODEL_HELP = "tiny, conformance, a Hugging Face folder, or a hub id like google/gemma-2-9b"
+MODEL_HELP = "tiny, conformance, a Hugging Face folder, a .gguf file, or a hub id like google/gemma-2-9b"
 LINE = 1500  # characters of an error message
 
 
@@ -140,10 +140,12 @@ def parser() -> Parser:
     command.add_argument("--stride", type=int, default=512, metavar="N", help="tokens from window to window (512)")
     add_reference(command)
 
-    command = add("convert", "convert an original checkpoint to a Hugging Face folder, or back")
-    command.add_argument("source", metavar="SOURCE", help="a folder or file: .ckpt, .npz, .safetensors, shards")
-    command.add_argument("-o", "--output", required=True, metavar="DIR", help="an empty folder, or none yet")
-    command.add_argument("--from", dest="kind", choices=("auto", "hf", "pytorch", "flax"), default="auto")
+    command = add("convert", "convert an original checkpoint or a GGUF file to a Hugging Face folder, or back")
+    command.add_argument("source", metavar="SOURCE", help="a folder or file: .ckpt, .npz, .gguf, .safetensors, shards")
+    command.add_argument(
+        "-o", "--output", required=True, metavar="DIR", help="an empty folder, or none yet; a file for gguf"
+    )
+    command.add_argument("--from", dest="kind", choices=("auto", "hf", "pytorch", "flax", "gguf"), default="auto")
     command.add_argument("--to", choices=FORMATS, default="hf", help="default: hf")
     command.add_argument("--config", metavar="FILE", help="config.json of an original that is no released size")
     command.add_argument("--dtype", choices=DTYPES, help="default: that of the source, bit for bit")

@@ -324,7 +324,10 @@ class GenerationConfig:
         >>> GenerationConfig.from_pretrained("tiny", max_new_tokens=5).max_new_tokens
         5
         """
-        return cls.from_json_file(find_model(name) / FILE).changed(**changes)
+        place = find_model(name)
+        if place.is_file():  # a GGUF file says no more than these
+            return cls.from_model_config(Gemma2Config.from_pretrained(place)).changed(**changes)
+        return cls.from_json_file(place / FILE).changed(**changes)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``generation_config.json`` into `folder`, made if there is none; the file appears whole or not at all.

@@ -261,15 +261,16 @@ class Gemma2PreTrainedModel(ModuleMethods):
     def from_pretrained(
         cls, name: str | Path, dtype: Any = None, seed: int = 0, revision: str | None = "main", download: bool = False,
         *, torch_dtype: Any = None, config: Gemma2Config | str | Path | None = None,
-        ignore_mismatched_sizes: bool = False, cache_dir: str | Path | None = None, **changes: Any,
+        ignore_mismatched_sizes: bool = False, cache_dir: str | Path | None = None, gguf_file: str | None = None,
+        **changes: Any,
     ) -> Self:  # fmt: skip
         """Load a model.
 
         Parameters
         ----------
         name : str or path
-            ``"tiny"``, ``"conformance"``, a folder, or a hub id whose snapshot is in the Hugging Face cache; see
-            `refgemma.hub.find_model`.
+            ``"tiny"``, ``"conformance"``, a folder, a ``.gguf`` file, or a hub id whose snapshot is in the Hugging Face
+            cache; see `refgemma.hub.find_model`.
         dtype, torch_dtype : str or numpy.dtype, optional
             The precision of the computation, under either name, by default float32; ``"auto"`` for that of the
             configuration or, if it names none, of the file.
@@ -285,6 +286,8 @@ class Gemma2PreTrainedModel(ModuleMethods):
             Whether a classifier's head of another number of labels is replaced by a fresh one.
         cache_dir : str or path, optional
             In place of the Hugging Face cache.
+        gguf_file : str, optional
+            A GGUF file of the folder or hub id, which is read instead of what else is there.
         **changes
             Fields of the configuration to replace, ``num_labels=3`` for instance. Arguments of transformers that change
             nothing here are taken and ignored, ``device_map="auto"`` for instance; others are refused.
@@ -306,7 +309,8 @@ class Gemma2PreTrainedModel(ModuleMethods):
         (1, 3, 2048)
         """
         changes = drop_arguments(changes, f"{cls.__name__}.from_pretrained", ConfigError)
-        checkpoint = open_checkpoint(find_model(name, revision or "main", download, cache_dir=cache_dir))
+        place = find_model(name, revision or "main", download, cache_dir=cache_dir, gguf_file=gguf_file)
+        checkpoint = open_checkpoint(place)
         if config is None or isinstance(config, Gemma2Config):
             config = checkpoint.config if config is None else config
         else:

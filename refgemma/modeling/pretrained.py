@@ -9,6 +9,7 @@ from refgemma.config import Gemma2Config
 from refgemma.files import read_object
 from refgemma.generation.decode import stop_tokens
 from refgemma.hub import find_model
+from refgemma.tokenizer.gguf_tokenizer import has_tokens
 from refgemma.tokenizer.tokenizer import Tokenizer
 from refgemma.weights.checkpoint import CheckpointError, open_checkpoint
 from refgemma.weights.parameters import Weights
@@ -28,7 +29,7 @@ class Pretrained:
     @property
     def has_tokenizer(self) -> bool:
         """Whether the folder holds one; ``refgemma synth`` has none to write."""
-        return (self.folder / TOKENIZER).exists()
+        return _has_tokenizer(self.folder)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -37,20 +38,22 @@ class Pretrained:
 
 
 def load(
-    name: str | Path = "tiny", dtype: str = "float32", revision: str = "main", download: bool = False
-) -> Pretrained:
+    name: str | Path = "tiny", dtype: str = "float32", revision: str = "main", download: bool = False,
+    gguf_file: str | None = None,
+) -> Pretrained:  # fmt: skip
     """Load a model to compute with.
 
     Parameters
     ----------
     name : str or path
         ``"tiny"``, the trained model inside this package; ``"conformance"``, a small one with random weights; a Hugging
-        Face folder of a Gemma 2; or a hub id whose snapshot is in the cache. See `refgemma.hub.find_model`.
+        Face folder of a Gemma 2; a ``.gguf`` file; or a hub id whose snapshot is in the cache. See
+        `refgemma.hub.find_model`.
     dtype : str
         ``float32``, ``float64``, ``bfloat16`` or ``float16``: the precision of the computation. Half precision rounds
         where PyTorch does, which makes it slower here than float32, not faster.
-    revision, download
-        Of a hub id, as of `refgemma.hub.find_model`.
+    revision, download, gguf_file
+        As of `refgemma.hub.find_model`.
 
     Returns
     -------
@@ -68,9 +71,13 @@ def load(
     >>> tiny.config.num_hidden_layers, tiny.tokenizer.vocab_size
     (6, 2048)
     """
-    folder = find_model(name, revision, download)
+    folder = find_model(name, revision, download, gguf_file=gguf_file)
     checkpoint = open_checkpoint(folder)
     return Pretrained(folder, checkpoint.config, checkpoint.weights(dtype), _find_stop_ids(folder, checkpoint.config))
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return has_tokens(folder) if folder.is_file() else (folder / TOKENIZER).exists()
 
 
 def _find_stop_ids(folder: Path, config: Gemma2Config) -> frozenset[int]:
@@ -87,7 +94,7 @@ def _find_stop_ids(folder: Path, config: Gemma2Config) -> frozenset[int]:
             if not all(type(token) is int and 0 <= token < config.vocab_size for token in ids):
                 raise CheckpointError(f"{path}: eos_token_id is {listed!r}, not one or several token ids")
             stops = frozenset(ids)
-    if not (folder / TOKENIZER).exists():
+    if not _has_tokenizer(folder):
         return stops
     tokenizer = Tokenizer.from_pretrained(folder)
     has_turns = END_OF_TURN in tokenizer.all_special_tokens

@@ -20,6 +20,7 @@ from refgemma.files import replace_file
 from refgemma.hub import find_model
 from refgemma.tokenizer.batches import LIMITED, SIDES, UNLIMITED, BatchEncoding, Layout, check_choice, refuse
 from refgemma.tokenizer.chat import CHAT_TEMPLATE, END, START, is_gemma_template, render_chat
+from refgemma.tokenizer.gguf_tokenizer import read_gguf_tokenizer
 from refgemma.tokenizer.tokenizer_config import ALWAYS_SPECIAL, CONFIG_FILE, MODEL_FILE, SETTINGS, read_settings
 from refgemma.tokenizer.vocabulary import TokenizerError, Vocabulary, check_text
 
@@ -119,16 +120,18 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(
-        cls, name: str | Path, *, revision: str = "main", download: bool = False, **settings: Any
-    ) -> "Tokenizer":
+        cls, name: str | Path, *, revision: str = "main", download: bool = False, gguf_file: str | None = None,
+        **settings: Any,
+    ) -> "Tokenizer":  # fmt: skip
         """Make the tokenizer of a model.
 
         Parameters
         ----------
         name : str or path
-            ``"tiny"``, a folder, or a hub id whose snapshot is in the cache: see `refgemma.hub.find_model`.
-        revision, download
-            Of a hub id, as of `refgemma.hub.find_model`.
+            ``"tiny"``, a folder, a ``.gguf`` file, or a hub id whose snapshot is in the cache: see
+            `refgemma.hub.find_model`.
+        revision, download, gguf_file
+            As of `refgemma.hub.find_model`.
         **settings
             Parameters of `Tokenizer` that go before what the folder's ``tokenizer_config.json`` says.
 
@@ -144,14 +147,16 @@ class Tokenizer:
         >>> Tokenizer.from_pretrained("tiny", padding_side="right").padding_side
         'right'
         """
-        folder = find_model(name, revision, download, needed=(MODEL_FILE,))
-        if not (folder / MODEL_FILE).exists():
+        folder = find_model(name, revision, download, needed=(MODEL_FILE,), gguf_file=gguf_file)
+        if not folder.is_file() and not (folder / MODEL_FILE).exists():
             raise TokenizerError(
                 f"{folder}: has no {MODEL_FILE}, which refgemma reads (and not tokenizer.json); "
                 "copy it there from the folder of the released model"
             )
         if unknown := sorted(settings.keys() - SETTINGS):
             raise TokenizerError(f"{unknown[0]}: is no setting of this tokenizer; there are {', '.join(SETTINGS)}")
+        if folder.is_file():
+            return cls(folder, **(read_gguf_tokenizer(folder)[1] | settings))
         return cls(folder / MODEL_FILE, **(read_settings(folder) | settings))
 
     def save_pretrained(self, save_directory: str | Path) -> None:

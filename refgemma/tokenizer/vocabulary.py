@@ -11,6 +11,8 @@ from typing import Any
 import sentencepiece
 
 from refgemma.files import LFS_POINTER
+from refgemma.hub import GGUF
+from refgemma.tokenizer.gguf_tokenizer import read_gguf_tokenizer
 from refgemma.tokenizer.sentencepiece_model import TokenizerError
 
 __all__ = ["TokenizerError", "Vocabulary", "check_text"]
@@ -19,6 +21,8 @@ SPACE = "\u2581"  # how a piece writes a space
 
 
 def _read_model(model_file: str | Path) -> bytes:
+    if Path(model_file).suffix == GGUF:
+        return read_gguf_tokenizer(Path(model_file))[0]
     try:
         model = Path(model_file).read_bytes()
     except OSError as error:

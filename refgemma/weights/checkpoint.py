@@ -6,10 +6,9 @@ resident; for decoding, which comes back to each tensor at each token, a map is 
 each tensor a second time, and its errors name no tensor.
 """
 
-import functools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,10 @@ import ml_dtypes
 import numpy as np
 
 from refgemma.config import Gemma2Config
-from refgemma.errors import RefgemmaError
-from refgemma.files import open_tensors, quote, read_object
-from refgemma.hub import CONFIG_JSON
-from refgemma.precision import Array, as_dtype
+from refgemma.files import open_tensors, quote, quote_few, read_object
+from refgemma.hub import CONFIG_JSON, GGUF
+from refgemma.precision import Array
+from refgemma.weights.gguf import read_model
 from refgemma.weights.initial import fits_in_memory
 from refgemma.weights.parameters import (
     EMBED_TOKENS,
@@ -35,6 +34,10 @@ from refgemma.weights.parameters import (
     layer_tensors,
     tensor_shapes,
 )
+from refgemma.weights.stored import NUMBERS_AT_ONCE
+from refgemma.weights.stored import REMEDY as REMEDY
+from refgemma.weights.stored import CheckpointError as CheckpointError
+from refgemma.weights.stored import Stored as Stored
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -46,134 +49,7 @@ DTYPE_OF_CODE = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 
-NUMBERS_AT_ONCE = 2**18  # numbers converted at a time: 1 MB of float32, which stays in the processor's cache
 SHARD_NAME = re.compile(r"[A-Za-z0-9_.-]{1,200}\.safetensors")  # a plain file name: no folder, no drive
-
-REMEDY = "write or download the file again"
-
-
-class CheckpointError(RefgemmaError):
-    """A checkpoint that cannot be read as a Gemma 2: says which file, which tensor, and what to do about it.
-
-    Examples
-    --------
-    >>> open_checkpoint("gemma-2-2b")
-    Traceback (most recent call last):
-    refgemma.weights.checkpoint.CheckpointError: gemma-2-2b: there is no such folder
-    """
-
-
-@dataclass(frozen=True)
-class Stored:
-    """One tensor on disk.
-
-    Parameters
-    ----------
-    name : str
-        Its name in the file.
-    file : Path
-        The safetensors file that holds it.
-    dtype : numpy.dtype
-        float64, float32, float16, or bfloat16 of ml_dtypes.
-    shape : tuple of int
-        Its shape.
-    start : int
-        Where its data start in the file, in bytes.
-    file_bytes : int
-        The length of the file when its header was read.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> from safetensors.numpy import save_file
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     file = Path(folder) / "one.safetensors"
-    ...     save_file({"norm.weight": np.array([0.1, 0.2], np.float16)}, file)
-    ...     stored = read_header(file)["norm.weight"]
-    ...     print(stored.dtype, stored.shape, stored.read("bfloat16"))
-    float16 (2,) [0.10009766 0.20019531]
-    """
-
-    name: str
-    file: Path
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-    start: int
-    file_bytes: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor on disk."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def _open_map(self) -> Array:
-        return np.memmap(self.file, np.uint8, "r", self.start, (self.nbytes,))
-
-    _kept_map = functools.cached_property(_open_map)
-
-    def map(self, keep: bool = False) -> Array:
-        """Map the tensor as it lies in the file: read-only, of the file's dtype, and no part of it read yet.
-
-        With `keep` by the same map each time, as long as this object lives: to map a layer of a 9B again takes a sixth
-        of a decoded token's time. Its pages are the file's own, which the system takes back when memory is short.
-        """
-        try:
-            found = self.file.stat().st_size
-            # A file that was cut short under its map would kill the process at the first access, without a message.
-            if found != self.file_bytes:
-                raise CheckpointError(
-                    f"{self.file}: is {found} bytes long and was {self.file_bytes} when it was opened; open it again"
-                )
-            raw = self._kept_map if keep else self._open_map()
-        except OSError as error:
-            raise CheckpointError(f"{self.file}: tensor {self.name!r} cannot be read: {error.strerror}") from None
-        return raw.view(self.dtype, np.ndarray).reshape(self.shape)
-
-    def read(self, dtype: str, rows: Any = ...) -> Array:
-        """Copy the tensor, or some of its rows, in one of the four precisions.
-
-        Parameters
-        ----------
-        dtype : str
-            ``float64``, ``float32``, ``float16`` or ``bfloat16``. Rounds to nearest, ties to even; widening is exact.
-        rows : slice or array of int, optional
-            Which rows; all of them if not given.
-
-        Returns
-        -------
-        array
-            Beside it, the conversion needs a few megabytes and, for an array of rows, these rows as stored.
-
-        Raises
-        ------
-        CheckpointError
-            If a number is NaN or infinite, in the file or once it is rounded to `dtype`.
-        """
-        part = self.map()[rows]
-        flat = part.reshape(-1)
-        kind = as_dtype(np.zeros(0), dtype)
-        out = np.empty(flat.shape, kind.dtype)
-        for start in range(0, flat.size, NUMBERS_AT_ONCE):
-            block = slice(start, start + NUMBERS_AT_ONCE)
-            with np.errstate(over="ignore", invalid="ignore"):  # what these would warn of is an error just below
-                # Numbers that are on the grid of `dtype` already need no rounding: four times as fast in bfloat16.
-                out[block] = flat[block] if self.dtype.name == dtype else as_dtype(flat[block], dtype)
-            finite = np.isfinite(out[block])
-            if not finite.all():
-                raise self._explain_bad_number(part, rows, start + int(np.argmin(finite)), dtype)
-        return out.reshape(part.shape).view(type(kind))
-
-    def _explain_bad_number(self, part: Array, rows: Any, position: int, dtype: str) -> CheckpointError:
-        """Make the error for number `position` of `part`, which is what `rows` selects."""
-        value, place = float(part.reshape(-1)[position]), np.unravel_index(position, part.shape)
-        source = np.arange(self.shape[0])[rows]  # row of the tensor for each row of `part`
-        index = [int(axis) for axis in (source[place[: source.ndim]], *place[source.ndim :])]
-        where = f"{self.file}: tensor {self.name!r}, index {index}"
-        if math.isfinite(value):
-            return CheckpointError(f"{where}: {value} is beyond the largest {dtype}; read it in a wider dtype")
-        return CheckpointError(
-            f"{where}: {value} is no weight; the file is damaged or was written by a training run that diverged"
-        )
 
 
 @dataclass(frozen=True)
@@ -212,12 +88,6 @@ class StoredRows:
         if isinstance(rows, tuple):
             raise TypeError("rows on disk are asked for by one slice or one array of integers: cut columns afterwards")
         return self.tensor.read(self.dtype, rows)
-
-
-def quote_few(names: Sequence[str]) -> str:
-    """Quote the first three names and count the others."""
-    shown = ", ".join(quote(name) for name in names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
 def read_header(file: Path) -> dict[str, Stored]:
@@ -469,7 +339,7 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
-    """Open a folder with ``config.json`` and ``model.safetensors``, or with an index and its shards.
+    """Open a folder with ``config.json`` and ``model.safetensors``, or with an index and its shards; or a GGUF file.
 
     Reads the headers only and checks what can be checked from them: that files, index and configuration agree, and
     that each file is complete. (Only a stored ``lm_head.weight`` is compared with the embedding here and now.)
@@ -477,7 +347,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     Parameters
     ----------
     folder : str or Path
-        As downloaded from the Hugging Face hub, or as ``save_pretrained`` writes it.
+        As downloaded from the Hugging Face hub, or as ``save_pretrained`` writes it; or a ``.gguf`` file.
 
     Raises
     ------
@@ -503,6 +373,8 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     (15504, 31008, (40, 24))
     """
     folder = Path(folder)
+    if folder.is_file() and folder.suffix == GGUF:
+        return Checkpoint(folder, *read_model(folder))
     if not folder.is_dir():
         fault = "is a file; give the folder that holds it" if folder.exists() else "there is no such folder"
         raise CheckpointError(f"{folder}: {fault}")

@@ -196,7 +196,6 @@ def test_arguments_that_change_nothing_are_taken_in_silence(cls: Any, argument: 
         ("subfolder", "inside", "give the path of the folder inside"),
         ("use_safetensors", False, "leave it out"),
         ("variant", "fp16", "rename the files"),
-        ("gguf_file", "model.gguf", "refgemma convert"),
         ("hiden_size", 4, "there is no field 'hiden_size'"),
     ],
 )  # fmt: skip
