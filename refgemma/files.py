@@ -4,7 +4,7 @@ by fuzzing, by damaged files and by tests that interrupt the writing."""
 import json
 import os
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,6 +31,18 @@ def quote(value: object) -> str:
     ("[1, 'a']", 120)
     """
     return _SHORT.repr(value)
+
+
+def quote_few(names: Sequence[str]) -> str:
+    """Quote the first three names and count the others.
+
+    Examples
+    --------
+    >>> quote_few("abcde")
+    "'a', 'b', 'c' and 2 more"
+    """
+    shown = ", ".join(quote(name) for name in names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

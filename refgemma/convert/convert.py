@@ -21,7 +21,7 @@ from refgemma.convert.flax_tree import read_npz, read_tree, write_npz
 from refgemma.convert.layouts import Original, View, flax_layout, hf_layout, pytorch_layout
 from refgemma.convert.orbax import is_orbax
 from refgemma.convert.pickles import read_torch, write_torch
-from refgemma.files import read_object, replace_file
+from refgemma.files import quote_few, read_object, replace_file
 from refgemma.hub import CONFIG_JSON
 from refgemma.precision import Array
 from refgemma.weights.checkpoint import (
@@ -30,7 +30,6 @@ from refgemma.weights.checkpoint import (
     CheckpointError,
     Stored,
     open_checkpoint,
-    quote_few,
     read_files,
     read_shards,
 )

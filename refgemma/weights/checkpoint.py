@@ -6,10 +6,9 @@ resident; for decoding, which comes back to each tensor at each token, a map is 
 each tensor a second time, and its errors name no tensor.
 """
 
-import functools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,11 @@ import ml_dtypes
 import numpy as np
 
 from refgemma.config import Gemma2Config
-from refgemma.errors import RefgemmaError
-from refgemma.files import open_tensors, quote, read_object
+from refgemma.files import open_tensors, quote, quote_few, read_object
 from refgemma.hub import CONFIG_JSON
-from refgemma.precision import Array, as_dtype
+from refgemma.precision import Array
 from refgemma.weights.initial import fits_in_memory
+from refgemma.weights.names import check_score, match_names
 from refgemma.weights.parameters import (
     EMBED_TOKENS,
     LM_HEAD,
@@ -33,8 +32,10 @@ from refgemma.weights.parameters import (
     Score,
     Weights,
     layer_tensors,
-    tensor_shapes,
 )
+from refgemma.weights.stored import REMEDY as REMEDY
+from refgemma.weights.stored import CheckpointError as CheckpointError
+from refgemma.weights.stored import Stored as Stored
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -46,134 +47,7 @@ DTYPE_OF_CODE = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 
-NUMBERS_AT_ONCE = 2**18  # numbers converted at a time: 1 MB of float32, which stays in the processor's cache
 SHARD_NAME = re.compile(r"[A-Za-z0-9_.-]{1,200}\.safetensors")  # a plain file name: no folder, no drive
-
-REMEDY = "write or download the file again"
-
-
-class CheckpointError(RefgemmaError):
-    """A checkpoint that cannot be read as a Gemma 2: says which file, which tensor, and what to do about it.
-
-    Examples
-    --------
-    >>> open_checkpoint("gemma-2-2b")
-    Traceback (most recent call last):
-    refgemma.weights.checkpoint.CheckpointError: gemma-2-2b: there is no such folder
-    """
-
-
-@dataclass(frozen=True)
-class Stored:
-    """One tensor on disk.
-
-    Parameters
-    ----------
-    name : str
-        Its name in the file.
-    file : Path
-        The safetensors file that holds it.
-    dtype : numpy.dtype
-        float64, float32, float16, or bfloat16 of ml_dtypes.
-    shape : tuple of int
-        Its shape.
-    start : int
-        Where its data start in the file, in bytes.
-    file_bytes : int
-        The length of the file when its header was read.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> from safetensors.numpy import save_file
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     file = Path(folder) / "one.safetensors"
-    ...     save_file({"norm.weight": np.array([0.1, 0.2], np.float16)}, file)
-    ...     stored = read_header(file)["norm.weight"]
-    ...     print(stored.dtype, stored.shape, stored.read("bfloat16"))
-    float16 (2,) [0.10009766 0.20019531]
-    """
-
-    name: str
-    file: Path
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-    start: int
-    file_bytes: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor on disk."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def _open_map(self) -> Array:
-        return np.memmap(self.file, np.uint8, "r", self.start, (self.nbytes,))
-
-    _kept_map = functools.cached_property(_open_map)
-
-    def map(self, keep: bool = False) -> Array:
-        """Map the tensor as it lies in the file: read-only, of the file's dtype, and no part of it read yet.
-
-        With `keep` by the same map each time, as long as this object lives: to map a layer of a 9B again takes a sixth
-        of a decoded token's time. Its pages are the file's own, which the system takes back when memory is short.
-        """
-        try:
-            found = self.file.stat().st_size
-            # A file that was cut short under its map would kill the process at the first access, without a message.
-            if found != self.file_bytes:
-                raise CheckpointError(
-                    f"{self.file}: is {found} bytes long and was {self.file_bytes} when it was opened; open it again"
-                )
-            raw = self._kept_map if keep else self._open_map()
-        except OSError as error:
-            raise CheckpointError(f"{self.file}: tensor {self.name!r} cannot be read: {error.strerror}") from None
-        return raw.view(self.dtype, np.ndarray).reshape(self.shape)
-
-    def read(self, dtype: str, rows: Any = ...) -> Array:
-        """Copy the tensor, or some of its rows, in one of the four precisions.
-
-        Parameters
-        ----------
-        dtype : str
-            ``float64``, ``float32``, ``float16`` or ``bfloat16``. Rounds to nearest, ties to even; widening is exact.
-        rows : slice or array of int, optional
-            Which rows; all of them if not given.
-
-        Returns
-        -------
-        array
-            Beside it, the conversion needs a few megabytes and, for an array of rows, these rows as stored.
-
-        Raises
-        ------
-        CheckpointError
-            If a number is NaN or infinite, in the file or once it is rounded to `dtype`.
-        """
-        part = self.map()[rows]
-        flat = part.reshape(-1)
-        kind = as_dtype(np.zeros(0), dtype)
-        out = np.empty(flat.shape, kind.dtype)
-        for start in range(0, flat.size, NUMBERS_AT_ONCE):
-            block = slice(start, start + NUMBERS_AT_ONCE)
-            with np.errstate(over="ignore", invalid="ignore"):  # what these would warn of is an error just below
-                # Numbers that are on the grid of `dtype` already need no rounding: four times as fast in bfloat16.
-                out[block] = flat[block] if self.dtype.name == dtype else as_dtype(flat[block], dtype)
-            finite = np.isfinite(out[block])
-            if not finite.all():
-                raise self._explain_bad_number(part, rows, start + int(np.argmin(finite)), dtype)
-        return out.reshape(part.shape).view(type(kind))
-
-    def _explain_bad_number(self, part: Array, rows: Any, position: int, dtype: str) -> CheckpointError:
-        """Make the error for number `position` of `part`, which is what `rows` selects."""
-        value, place = float(part.reshape(-1)[position]), np.unravel_index(position, part.shape)
-        source = np.arange(self.shape[0])[rows]  # row of the tensor for each row of `part`
-        index = [int(axis) for axis in (source[place[: source.ndim]], *place[source.ndim :])]
-        where = f"{self.file}: tensor {self.name!r}, index {index}"
-        if math.isfinite(value):
-            return CheckpointError(f"{where}: {value} is beyond the largest {dtype}; read it in a wider dtype")
-        return CheckpointError(
-            f"{where}: {value} is no weight; the file is damaged or was written by a training run that diverged"
-        )
 
 
 @dataclass(frozen=True)
@@ -212,12 +86,6 @@ class StoredRows:
         if isinstance(rows, tuple):
             raise TypeError("rows on disk are asked for by one slice or one array of integers: cut columns afterwards")
         return self.tensor.read(self.dtype, rows)
-
-
-def quote_few(names: Sequence[str]) -> str:
-    """Quote the first three names and count the others."""
-    shown = ", ".join(quote(name) for name in names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
 def read_header(file: Path) -> dict[str, Stored]:
@@ -333,74 +201,6 @@ def read_files(folder: Path) -> tuple[Path, dict[str, Stored]]:
     raise CheckpointError(f"{folder}: holds no weights, neither {SINGLE} nor {INDEX}; give the folder that holds them")
 
 
-def _check_head(head: Stored, table: Stored) -> None:
-    """Require that a stored head holds the bytes of the embedding it is tied to: any other is another model's."""
-    where = f"{head.file}: tensor {head.name!r}"
-    if (head.shape, head.dtype) != (table.shape, table.dtype):
-        raise CheckpointError(
-            f"{where}: is {head.dtype} {list(head.shape)}, but it is tied to {table.name!r}, "
-            f"which is {table.dtype} {list(table.shape)}; leave it out when the model is saved"
-        )
-    own, tied = head.map(), table.map()
-    step = max(1, NUMBERS_AT_ONCE // head.shape[1])
-    for start in range(0, head.shape[0], step):
-        rows = slice(start, start + step)
-        different = (own[rows].view(np.uint8) != tied[rows].view(np.uint8)).any(axis=1)
-        if different.any():
-            row = start + int(np.argmax(different))
-            raise CheckpointError(
-                f"{where}: row {row} differs from that of {table.name!r}, to which Gemma 2's head is tied; "
-                "this model's head was trained apart and is not computed here"
-            )
-
-
-def _check_score(score: Mapping[str, Stored], hidden_size: int) -> None:
-    """Require a classifier's head to be ``(num_labels, hidden)``, and its bias, if there is one, ``(num_labels,)``."""
-    num_labels = score[SCORE_WEIGHT].shape[0] if SCORE_WEIGHT in score and score[SCORE_WEIGHT].shape else 0
-    expected = {SCORE_WEIGHT: (num_labels, hidden_size), SCORE_BIAS: (num_labels,)}
-    for name, tensor in score.items():
-        if tensor.shape != expected[name] or not num_labels:
-            raise CheckpointError(
-                f"{tensor.file}: tensor {tensor.name!r} is {list(tensor.shape)}; with hidden_size {hidden_size}, "
-                f"{SCORE_WEIGHT} has to be [num_labels, {hidden_size}] and {SCORE_BIAS}, if there is one, [num_labels]"
-            )
-
-
-def _match_names(found: Mapping[str, Stored], config: Gemma2Config, source: Path) -> dict[str, Stored]:
-    """Give the tensors the names and order of `tensor_shapes`; those of a classifier's head come last."""
-    expected = tensor_shapes(config)
-    named: dict[str, Stored] = {}
-    bare = EMBED_TOKENS not in found
-    for name, tensor in found.items():
-        full = f"model.{name}" if f"model.{name}" in expected else name  # saved from a bare Gemma2Model
-        if full in named:
-            raise CheckpointError(f"{tensor.file}: tensor {name!r} is stored as {named[full].name!r} too; remove one")
-        named[full] = tensor
-    head = named.pop(LM_HEAD, None) if config.tie_word_embeddings else None
-    if LM_HEAD in expected and LM_HEAD not in named and (bare or SCORE_WEIGHT in named):
-        del expected[LM_HEAD]  # only a causal language model has one
-    score = {name: named.pop(name) for name in (SCORE_WEIGHT, SCORE_BIAS) if name in named}
-    missing, extra = [name for name in expected if name not in named], [name for name in named if name not in expected]
-    if missing or extra:
-        faults = [f"lacks {len(missing)} of {len(expected)} tensors: {quote_few(missing)}"] if missing else []
-        faults += [f"holds {len(extra)} that Gemma 2 has no place for: {quote_few(extra)}"] if extra else []
-        raise CheckpointError(
-            f"{source}: {'; '.join(faults)}. The checkpoint is incomplete, or not the one that {CONFIG_JSON} "
-            f"({config.num_hidden_layers} layers) describes: fetch both again"
-        )
-    for name, shape in expected.items():
-        if named[name].shape != shape:
-            tensor = named[name]
-            raise CheckpointError(
-                f"{tensor.file}: tensor {tensor.name!r} is {list(tensor.shape)}, but {CONFIG_JSON} makes it "
-                f"{list(shape)}; the weights and the configuration are of two models"
-            )
-    if head is not None:
-        _check_head(head, named[EMBED_TOKENS])
-    _check_score(score, config.hidden_size)
-    return {name: named[name] for name in expected} | score
-
-
 @dataclass(frozen=True)
 class Checkpoint:
     """A Gemma 2 on disk, headers read and checked, data not; made by `open_checkpoint`.
@@ -437,8 +237,10 @@ class Checkpoint:
 
     def score(self, dtype: str = "float32") -> Score | None:
         """Read the head of a classifier, if there is one."""
-        if SCORE_WEIGHT not in self.tensors:
+        score = {name: self.tensors[name] for name in (SCORE_WEIGHT, SCORE_BIAS) if name in self.tensors}
+        if not score:
             return None
+        check_score(score, self.config.hidden_size)
         bias = self.tensors[SCORE_BIAS].read(dtype) if SCORE_BIAS in self.tensors else None
         return Score(self.tensors[SCORE_WEIGHT].read(dtype), bias)
 
@@ -492,6 +294,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     >>> from safetensors.numpy import save_file
     >>> config = Gemma2Config(vocab_size=61, hidden_size=24, intermediate_size=56, num_hidden_layers=2,
     ...                       num_attention_heads=4, num_key_value_heads=2, head_dim=10)
+    >>> from refgemma.weights.parameters import tensor_shapes
     >>> weights = {name: np.full(shape, 0.1, np.float16) for name, shape in tensor_shapes(config).items()}
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     _ = (Path(folder) / "config.json").write_text(json.dumps(config.to_dict()))
@@ -514,6 +317,6 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
             raise CheckpointError(f"{folder}: holds no {CONFIG_JSON}; give the folder of a Hugging Face checkpoint")
         config = Gemma2Config.from_json_file(folder / CONFIG_JSON)
         source, found = read_files(folder)
-        return Checkpoint(folder, config, _match_names(found, config, source))
+        return Checkpoint(folder, *match_names(found, config, source))
     except OSError as error:
         raise CheckpointError(f"{error.filename or folder}: cannot be read: {error.strerror}") from None

@@ -1,0 +1,142 @@
+"""One tensor of a file: where it lies, and how it is read in one of the four precisions. Checked bit for bit against
+the loader of safetensors 0.8."""
+
+import functools
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refgemma.errors import RefgemmaError
+from refgemma.precision import Array, as_dtype
+
+NUMBERS_AT_ONCE = 2**18  # numbers converted at a time: 1 MB of float32, which stays in the processor's cache
+REMEDY = "write or download the file again"
+
+
+class CheckpointError(RefgemmaError):
+    """A checkpoint that cannot be read as a Gemma 2: says which file, which tensor, and what to do about it.
+
+    Examples
+    --------
+    >>> import refgemma
+    >>> refgemma.open_checkpoint("gemma-2-2b")
+    Traceback (most recent call last):
+    refgemma.weights.stored.CheckpointError: gemma-2-2b: there is no such folder
+    """
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor on disk.
+
+    Parameters
+    ----------
+    name : str
+        Its name in the file.
+    file : Path
+        The safetensors file that holds it.
+    dtype : numpy.dtype
+        float64, float32, float16, or bfloat16 of ml_dtypes.
+    shape : tuple of int
+        Its shape.
+    start : int
+        Where its data start in the file, in bytes.
+    file_bytes : int
+        The length of the file when its header was read.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from safetensors.numpy import save_file
+    >>> from refgemma.weights.checkpoint import read_header
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = Path(folder) / "one.safetensors"
+    ...     save_file({"norm.weight": np.array([0.1, 0.2], np.float16)}, file)
+    ...     stored = read_header(file)["norm.weight"]
+    ...     print(stored.dtype, stored.shape, stored.read("bfloat16"))
+    float16 (2,) [0.10009766 0.20019531]
+    """
+
+    name: str
+    file: Path
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    start: int
+    file_bytes: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor on disk."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def _open_map(self) -> Array:
+        return np.memmap(self.file, np.uint8, "r", self.start, (self.nbytes,))
+
+    _kept_map = functools.cached_property(_open_map)
+
+    def map(self, keep: bool = False) -> Array:
+        """Map the tensor as it lies in the file: read-only, of the file's dtype, and no part of it read yet.
+
+        With `keep` by the same map each time, as long as this object lives: to map a layer of a 9B again takes a sixth
+        of a decoded token's time. Its pages are the file's own, which the system takes back when memory is short.
+        """
+        try:
+            found = self.file.stat().st_size
+            # A file that was cut short under its map would kill the process at the first access, without a message.
+            if found != self.file_bytes:
+                raise CheckpointError(
+                    f"{self.file}: is {found} bytes long and was {self.file_bytes} when it was opened; open it again"
+                )
+            raw = self._kept_map if keep else self._open_map()
+        except OSError as error:
+            raise CheckpointError(f"{self.file}: tensor {self.name!r} cannot be read: {error.strerror}") from None
+        return raw.view(self.dtype, np.ndarray).reshape(self.shape)
+
+    def read(self, dtype: str, rows: Any = ...) -> Array:
+        """Copy the tensor, or some of its rows, in one of the four precisions.
+
+        Parameters
+        ----------
+        dtype : str
+            ``float64``, ``float32``, ``float16`` or ``bfloat16``. Rounds to nearest, ties to even; widening is exact.
+        rows : slice or array of int, optional
+            Which rows; all of them if not given.
+
+        Returns
+        -------
+        array
+            Beside it, the conversion needs a few megabytes and, for an array of rows, these rows as stored.
+
+        Raises
+        ------
+        CheckpointError
+            If a number is NaN or infinite, in the file or once it is rounded to `dtype`.
+        """
+        part = self.map()[rows]
+        flat = part.reshape(-1)
+        kind = as_dtype(np.zeros(0), dtype)
+        out = np.empty(flat.shape, kind.dtype)
+        for start in range(0, flat.size, NUMBERS_AT_ONCE):
+            block = slice(start, start + NUMBERS_AT_ONCE)
+            with np.errstate(over="ignore", invalid="ignore"):  # what these would warn of is an error just below
+                # Numbers that are on the grid of `dtype` already need no rounding: four times as fast in bfloat16.
+                out[block] = flat[block] if self.dtype.name == dtype else as_dtype(flat[block], dtype)
+            finite = np.isfinite(out[block])
+            if not finite.all():
+                raise self._explain_bad_number(part, rows, start + int(np.argmin(finite)), dtype)
+        return out.reshape(part.shape).view(type(kind))
+
+    def _explain_bad_number(self, part: Array, rows: Any, position: int, dtype: str) -> CheckpointError:
+        """Make the error for number `position` of `part`, which is what `rows` selects."""
+        value, place = float(part.reshape(-1)[position]), np.unravel_index(position, part.shape)
+        source = np.arange(self.shape[0])[rows]  # row of the tensor for each row of `part`
+        index = [int(axis) for axis in (source[place[: source.ndim]], *place[source.ndim :])]
+        where = f"{self.file}: tensor {self.name!r}, index {index}"
+        if math.isfinite(value):
+            return CheckpointError(f"{where}: {value} is beyond the largest {dtype}; read it in a wider dtype")
+        return CheckpointError(
+            f"{where}: {value} is no weight; the file is damaged or was written by a training run that diverged"
+        )
