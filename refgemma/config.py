@@ -445,8 +445,10 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "a number of at least 0": (lambda value: _is_finite(value) and value >= 0, ("initializer_range",)),
     "true or false": (
         lambda value: isinstance(value, bool),
-        ("attention_bias", "tie_word_embeddings", "use_cache", "return_dict")
-        + ("output_attentions", "output_hidden_states"),
+        (
+            "attention_bias", "tie_word_embeddings", "use_cache", "return_dict", "output_attentions",
+            "output_hidden_states",
+        ),
     ),
     "a token id or None": (_is_id, ("pad_token_id", "bos_token_id")),
     "a token id, several of them or None": (

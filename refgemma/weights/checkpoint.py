@@ -18,8 +18,9 @@ import numpy as np
 
 from refgemma.config import Gemma2Config
 from refgemma.files import open_tensors, quote, quote_few, read_object
-from refgemma.hub import CONFIG_JSON
+from refgemma.hub import ADAPTER_CONFIG, CONFIG_JSON, ModelNameError, find_model
 from refgemma.precision import Array
+from refgemma.weights.adapters import ADAPTER_MODEL, merge_adapter, read_adapter_config
 from refgemma.weights.initial import fits_in_memory
 from refgemma.weights.names import check_score, match_names
 from refgemma.weights.parameters import (
@@ -208,7 +209,7 @@ class Checkpoint:
     Parameters
     ----------
     folder : Path
-        The folder.
+        The folder; of an adapter, that of its base.
     config : Gemma2Config
         Its ``config.json``.
     tensors : mapping of str to Stored
@@ -271,7 +272,7 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
-    """Open a folder with ``config.json`` and ``model.safetensors``, or with an index and its shards.
+    """Open a folder with ``config.json`` and ``model.safetensors``, or with an index and its shards, or an adapter.
 
     Reads the headers only and checks what can be checked from them: that files, index and configuration agree, and
     that each file is complete. (Only a stored ``lm_head.weight`` is compared with the embedding here and now.)
@@ -279,7 +280,8 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     Parameters
     ----------
     folder : str or Path
-        As downloaded from the Hugging Face hub, or as ``save_pretrained`` writes it.
+        As downloaded from the Hugging Face hub, or as ``save_pretrained`` writes it. An adapter of PEFT is merged into
+        its base as it is read.
 
     Raises
     ------
@@ -309,14 +311,40 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     if not folder.is_dir():
         fault = "is a file; give the folder that holds it" if folder.exists() else "there is no such folder"
         raise CheckpointError(f"{folder}: {fault}")
-    for path in (folder / name for name in (CONFIG_JSON, SINGLE, INDEX)):
+    for path in (folder / name for name in (CONFIG_JSON, SINGLE, INDEX, ADAPTER_CONFIG, ADAPTER_MODEL)):
         if path.exists() and not (path.is_file() or path.is_dir()):  # reading it might wait for ever
             raise CheckpointError(f"{path}: is a pipe or a device, not a file")
     try:
-        if not (folder / CONFIG_JSON).exists():
-            raise CheckpointError(f"{folder}: holds no {CONFIG_JSON}; give the folder of a Hugging Face checkpoint")
-        config = Gemma2Config.from_json_file(folder / CONFIG_JSON)
-        source, found = read_files(folder)
-        return Checkpoint(folder, *match_names(found, config, source))
+        return (_open_adapter if (folder / ADAPTER_CONFIG).exists() else _open_model)(folder)
     except OSError as error:
         raise CheckpointError(f"{error.filename or folder}: cannot be read: {error.strerror}") from None
+
+
+def _open_model(folder: Path) -> Checkpoint:
+    if not (folder / CONFIG_JSON).exists():
+        raise CheckpointError(f"{folder}: holds no {CONFIG_JSON}; give the folder of a Hugging Face checkpoint")
+    config = Gemma2Config.from_json_file(folder / CONFIG_JSON)
+    source, found = read_files(folder)
+    return Checkpoint(folder, *match_names(found, config, source))
+
+
+def _open_adapter(folder: Path) -> Checkpoint:
+    """Open the base of an adapter, in the same folder or where ``adapter_config.json`` says, and merge the adapter."""
+    adapter = read_adapter_config(folder)
+    if not (folder / ADAPTER_MODEL).exists():
+        raise CheckpointError(f"{folder}: holds {ADAPTER_CONFIG} but no {ADAPTER_MODEL}; write that with a newer PEFT")
+    if (folder / SINGLE).exists() or (folder / INDEX).exists():
+        base = _open_model(folder)
+    else:
+        name, revision = adapter.get("base_model_name_or_path"), adapter.get("revision") or "main"
+        if not isinstance(name, str) or not isinstance(revision, str):
+            raise CheckpointError(f"{folder / ADAPTER_CONFIG}: base_model_name_or_path is {quote(name)}; name the base")
+        try:
+            place = find_model(name, revision)
+        except ModelNameError as error:
+            raise CheckpointError(f"{folder / ADAPTER_CONFIG}: base_model_name_or_path: {error}") from None
+        if (place / ADAPTER_CONFIG).exists():
+            raise CheckpointError(f"{folder / ADAPTER_CONFIG}: its base, {place}, is an adapter too; merge that first")
+        base = open_checkpoint(place)
+    merged = merge_adapter(base.config, base.tensors, adapter, read_header(folder / ADAPTER_MODEL), folder)
+    return Checkpoint(base.folder, *merged)
