@@ -6,7 +6,7 @@
 needs the extra `record`. Every engine runs in a process of its own (`engines.py`), the engines of a round one after
 the other, so that a machine that slows down slows all. A ratio is one of medians over rounds, its spread that of the
 ratios of single rounds. A round in which the machine's own matrix product changed by more than 1.5 times is repeated.
-Interrupted, it reports the rounds so far.
+After every round the table so far is printed; interrupted (SIGINT, SIGTERM), the command reports the rounds so far.
 
 Beside a ratio stands the least that this machine allows: the operations at the rate of NumPy's own product of square
 matrices, and of a prompt every `tanh` and `exp` in threads of their own, or the bytes at the rate of reading, over the
@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -208,36 +209,46 @@ def table(report: Mapping[str, Any]) -> str:
         spread = f"{low:.2f} to {high:.2f}"
         lines.append(f"| {row['work']} | {row['ratio']:.2f} | {spread} | {row['goal']} | {met} | {limit} |")
     about = "{rounds} rounds ({thrown_away} thrown away), sgemm {sgemm_gflops} GF/s, reading {read_gb_per_s} GB/s"
-    return "\n".join([*lines, "", about.format(**report)])
+    unsteady = "" if report["steady"] else "; no round was steady: the machine's matrix product changed meanwhile"
+    return "\n".join([*lines, "", about.format(**report) + unsteady])
 
 
 def new_report(rows: list[Row], wanted: int) -> dict[str, Any]:
-    """Measure so many rounds, or as many as there are until it is interrupted."""
-    kept, rates, thrown, all_steady = [], [], 0, True
+    """Measure until so many rounds were steady, or until interrupted; without a steady round, report the others."""
+    rounds: list[tuple[dict[tuple[str, str, str], float], list[dict[str, float]]]] = []
+    report: dict[str, Any] = {}
     try:
-        while len(kept) < wanted:
-            found, of_round = one_round(rows)
-            if not steady(of_round) and thrown < MOST_REPEATS:
-                thrown += 1
-                continue
-            kept.append(found)
-            rates += of_round
-            all_steady &= steady(of_round)
-            print(f"round {len(kept)} of {wanted}, {thrown} thrown away", file=sys.stderr)
+        while sum(steady(rates) for _, rates in rounds) < wanted and len(rounds) < wanted + MOST_REPEATS:
+            rounds.append(one_round(rows))
+            report = summarize(rows, rounds)
+            print(f"\nafter {len(rounds)} rounds\n{table(report)}\n", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
-        if not kept:
+        if not rounds:
             raise
-    return {
+    return report
+
+
+def summarize(
+    rows: list[Row], rounds: list[tuple[dict[tuple[str, str, str], float], list[dict[str, float]]]]
+) -> dict[str, Any]:
+    """Return the report of the steady rounds; of all of them, marked as unsteady, if none was steady."""
+    kept = [(found, rates) for found, rates in rounds if steady(rates)]
+    thrown = len(rounds) - len(kept) if kept else 0
+    of_rounds = kept or rounds
+    rates = [rate for _, of_round in of_rounds for rate in of_round]
+    report: dict[str, Any] = {
         "date": date.today().isoformat(),
         "cores": os.cpu_count(),
         "processor": platform.processor() or platform.machine(),
-        "rounds": len(kept),
+        "rounds": len(of_rounds),
         "thrown_away": thrown,
-        "steady": all_steady,
+        "steady": bool(kept),
         "sgemm_gflops": round(statistics.median(rate["sgemm"] for rate in rates), 1),
         "read_gb_per_s": round(statistics.median(rate["read"] for rate in rates), 1),
-        "rows": [result(row, kept) for row in rows],
+        "rows": [result(row, [found for found, _ in of_rounds]) for row in rows],
     }
+    report["rows"] = [row | {"least": least(row, report)} for row in report["rows"]]
+    return report
 
 
 def last_report(file: str) -> dict[str, Any]:
@@ -246,6 +257,10 @@ def last_report(file: str) -> dict[str, Any]:
     for row in report["rows"]:
         least(row, report)  # what is missing is missed here
     return report
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def main() -> None:
@@ -257,6 +272,8 @@ def main() -> None:
     parser.add_argument("--again", metavar="FILE", help="show the last line of such a file")
     parser.add_argument("--picture", metavar="FILE")
     args = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):  # in the background a shell makes its commands ignore SIGINT
+        signal.signal(number, interrupt)
     rows = [row for row in ROWS if args.only in row.work]
     if not rows or args.rounds < 1:
         parser.error(f"--only {args.only!r}: no row is called so" if not rows else "--rounds must be at least 1")

@@ -51,6 +51,8 @@ SAFE_CAP = 60.0  # exp(60) times any number of keys is far from the largest floa
 BLAS = ThreadpoolController().select(user_api="blas")
 THREADS = max((library.num_threads for library in BLAS.lib_controllers), default=os.cpu_count() or 1)
 ALONE = threading.RLock()
+if hasattr(os, "register_at_fork"):  # a process is not forked while another thread holds the lock: nobody would free it
+    os.register_at_fork(before=ALONE.acquire, after_in_parent=ALONE.release, after_in_child=ALONE.release)
 
 
 @contextmanager

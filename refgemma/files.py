@@ -1,11 +1,17 @@
 """Reads the files that strangers write, JSON and safetensors, and writes files that appear whole or not at all. Checked
 by fuzzing, by damaged files and by tests that interrupt the writing."""
 
+import errno
+import glob
 import json
 import os
 import reprlib
+import secrets
+import stat
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,8 +20,10 @@ from safetensors import SafetensorError, safe_open
 
 from refgemma.errors import RefgemmaError
 
+TEXT_LIMIT = 1_000_000_000  # bytes of a text: the log of an engine may be long
 JSON_LIMIT = 100_000_000  # bytes: what safetensors allows for a header, the longest JSON text of a checkpoint
 AXES_LIMIT = 64  # NumPy's limit
+ABANDONED = 24 * 3600  # seconds after which a file that was being written is a killed process's
 LFS_POINTER = b"version https://git-lfs"
 
 _SHORT = reprlib.Repr()  # a damaged file can hold anything: quote no more of it than fits on a screen
@@ -46,6 +54,53 @@ def quote_few(names: Sequence[str]) -> str:
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def open_file(path: str | Path) -> BufferedReader:
+    """Open a file for reading, and refuse what only has the name of one.
+
+    A pipe would make the reader wait for ever, and a device such as ``/dev/zero`` has no end.
+
+    Raises
+    ------
+    OSError
+        If it cannot be opened, or is a pipe, a socket or a device.
+
+    Examples
+    --------
+    >>> open_file("/dev/null")
+    Traceback (most recent call last):
+    ...
+    OSError: [Errno 22] not a regular file: '/dev/null'
+    """
+    file = open(path, "rb", opener=_open_without_waiting)  # the caller closes it
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return file
+
+
+def read_file(path: str | Path, limit: int = TEXT_LIMIT) -> bytes:
+    """Read a file of at most `limit` bytes, which `open_file` opens.
+
+    Raises
+    ------
+    OSError
+        As `open_file`; if the file is longer.
+
+    Examples
+    --------
+    >>> len(read_file(__file__)) > 1000
+    True
+    """
+    with open_file(path) as file:
+        if (size := os.fstat(file.fileno()).st_size) > limit:
+            raise OSError(errno.EFBIG, f"{size} bytes long, which is more than {limit}", str(path))
+        return file.read()
 
 
 def _refuse_pointer(start: bytes) -> None:
@@ -132,10 +187,7 @@ def read_object(path: str | Path, error: type[RefgemmaError], remedy: str = "") 
     {'head_dim': 256}
     """
     with _one_line(path, error, remedy):
-        with Path(path).open("rb") as stream:
-            if (size := os.fstat(stream.fileno()).st_size) > JSON_LIMIT:
-                raise RefgemmaError(f"is {size} bytes long, and no JSON file of a model is longer than {JSON_LIMIT}")
-            text = stream.read()
+        text = read_file(path, JSON_LIMIT)
         _refuse_pointer(text)
         return parse_object(text)
 
@@ -171,13 +223,15 @@ def open_tensors(path: str | Path, error: type[RefgemmaError], remedy: str) -> t
     ...     opened.keys(), opened.get_slice("norm.weight").get_shape()
     (['norm.weight'], [24])
     """
-    with _one_line(path, error, remedy), Path(path).open("rb") as stream:
+    with _one_line(path, error, remedy), open_file(path) as stream:
         _refuse_pointer(stream.read(len(LFS_POINTER)))
         opened: Any = safe_open(path, framework="np")
         stream.seek(0)
         length = int.from_bytes(stream.read(8), "little")
         parse_object(stream.read(length))
         for name in opened.keys():
+            if not name.isprintable():  # a terminal would obey some of its characters
+                raise RefgemmaError(f"the name {quote(name)} of a tensor has characters that cannot be printed")
             if len(opened.get_slice(name).get_shape()) > AXES_LIMIT:
                 raise RefgemmaError(f"tensor {quote(name)} has more than {AXES_LIMIT} axes")
         return opened, 8 + length
@@ -204,9 +258,15 @@ def new_file(path: str | Path) -> Iterator[BinaryIO]:
     False
     """
     target = Path(os.path.realpath(path))  # a link stays one
-    partial = target.with_name(f".{target.name}.{os.getpid()}.part")
-    with partial.open("xb") as file:  # a file of that name is somebody else's
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
+        with suppress(OSError):  # another process may remove it too
+            if time.time() - left.stat().st_mtime > ABANDONED:
+                left.unlink()
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+    with partial.open("xb") as file:
         try:
+            if target.exists():
+                os.fchmod(file.fileno(), stat.S_IMODE(target.stat().st_mode))  # what was private stays so
             yield file
             file.flush()  # a full disk is found now, and not after the old file is gone
             os.replace(partial, target)

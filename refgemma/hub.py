@@ -39,10 +39,15 @@ def cache_folder() -> Path:
     """
     for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         if folder := os.environ.get(variable):
-            return Path(os.path.expandvars(folder)).expanduser()
+            return _expand(folder)
     if home := os.environ.get("HF_HOME"):
-        return Path(os.path.expandvars(home)).expanduser() / "hub"
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "huggingface" / "hub"
+        return _expand(home) / "hub"
+    return _expand(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface" / "hub"
+
+
+def _expand(folder: str) -> Path:
+    """Return a path with the home folder for ``~``, which stays where the user has none, as in a container."""
+    return Path(os.path.expanduser(os.path.expandvars(folder)))  # Path.expanduser raises there
 
 
 def _find_snapshot(hub_id: str, revision: str) -> Path | None:

@@ -9,16 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import refgemma
 from refgemma.cli.main import main
-from refgemma.config import FULL, SLIDING
+from refgemma.config import FULL, SLIDING, ConfigError, Gemma2Config
 from refgemma.goldens.load import load_golden, model_of, read_manifest
 from refgemma.hub import find_model
 from refgemma.model import forward
+from refgemma.oracle import check
 from refgemma.oracle import tolerance as tol
 from refgemma.oracle.conformance import write_conformance
 from refgemma.oracle.diagnose import Report, diagnose
@@ -312,7 +313,57 @@ def test_nan_and_other_shapes_are_invalid(bad: float, tmp_path: Path, capsys: py
     assert found["layers.1.attention.out"] == found["logits"] == "INVALID"
 
 
+NUMBERS = (
+    "rms_norm_eps", "rope_theta", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def own_trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("own") / "run.safetensors"
+    assert main(["trace", "--ids", "2,5,9,30", "--model", "conformance", "-o", str(path)]) == 0
+    return path
+
+
+@settings(max_examples=15)
+@given(st.sampled_from(NUMBERS), st.floats(-310, 310))
+@example("rope_theta", -299.0)  # no angle is finite
+@example("rope_theta", -30.0)  # angles too large for float32 to tell apart
+@example("rms_norm_eps", 299.0)  # a known bug would have sixteen times as much
+def test_a_model_with_another_number_is_refused_or_differs(own_trace: Path, name: str, exponent: float) -> None:
+    """A trace passes only for a model that computes what was traced."""
+    usual = Gemma2Config.from_pretrained("conformance")
+    value = float(f"{'%.3f' % 10 ** (exponent % 1)}e{int(exponent // 1)}")
+    try:
+        config = usual.changed(**{name: value})
+    except ConfigError as error:
+        refusal = str(error)
+    else:
+        refusal = ""
+    if refusal:
+        assert repr(value) in refusal
+        return
+    with np.errstate(all="ignore"):
+        report = check(own_trace, "conformance", config=config)
+        found = forward([[2, 5, 9, 30]], refgemma.load("conformance").weights, config).logits
+    if report.verdict == CONFORMS:  # float32 logits, none above the cap 2: some hundred roundings of each
+        np.testing.assert_allclose(found, load_file(own_trace)["logits"], atol=1e-4)
+
+
 def test_a_half_precision_trace_keeps_the_order_of_its_axes(tmp_path: Path) -> None:
     path = tmp_path / "run.safetensors"
     assert main(["trace", "--ids", "2,5,9,30", "--model", "conformance", "--dtype", "bfloat16", "-o", str(path)]) == 0
     assert main(["check", str(path), "--model", "conformance"]) == 0
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_one_tensor_of_another_shape_hides_no_estimate(layer: int, tmp_path: Path) -> None:
+    """The cap is wrong in every layer, and one of its tensors has an axis too many."""
+    tiny = refgemma.load("conformance")
+    ids = np.array([[2, 5, 9, 30]])
+    run = forward(ids, tiny.weights, tiny.config.changed(attn_logit_softcapping=5.0))
+    tensors = {"input_ids": ids, **dict(named_tensors(run))}
+    tensors[f"layers.{layer}.attention.capped"] = tensors[f"layers.{layer}.attention.capped"][..., None]
+    save_trace(tensors.items(), tmp_path / "port.safetensors", {"dtype": "float32"})
+    report = check(tmp_path / "port.safetensors", "conformance")
+    assert report.findings[0].named == "attn_logit_softcapping = 5"

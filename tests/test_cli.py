@@ -1,8 +1,10 @@
 """The command line as a person uses it: what it prints and writes, its exit codes, and one line for every mistake."""
 
+import argparse
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -321,3 +323,31 @@ def test_a_model_without_tokenizer_takes_ids(tmp_path, capsys) -> None:
     assert main(["trace", "--ids", "2,300", "--model", folder, "-o", str(tmp_path / "run.safetensors")]) == OK
     assert main(["trace", "Once", "--model", folder, "-o", str(tmp_path / "run.safetensors")]) == MISUSE
     assert "tokenizer.model" in capsys.readouterr().err
+
+
+def test_a_fault_of_our_own_has_a_code_of_its_own(capsys, monkeypatch) -> None:
+    """Exit code 1 would say that two files differ."""
+
+    def broken(args: argparse.Namespace) -> int:
+        raise KeyError("planted")
+
+    monkeypatch.setattr("refgemma.cli.main.run_info", broken)
+    assert main(["info", "tiny"]) == 70
+    captured = capsys.readouterr()
+    assert len(captured.err.splitlines()) == 1
+    assert "fault in refgemma itself: KeyError: 'planted'" in captured.err
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", ">&- 2>&-"])
+def test_a_closed_stream_changes_no_exit_code(closed: str, tmp_path: Path) -> None:
+    missing = tmp_path / "none.safetensors"
+    for arguments, code in (("info tiny", 0), (f"check {missing}", 2)):
+        command = f"{shlex.quote(sys.executable)} -m refgemma {arguments} {closed}"
+        assert subprocess.run(["sh", "-c", command], check=False, capture_output=True).returncode == code
+
+
+def test_an_error_has_no_character_that_a_terminal_obeys(capsys) -> None:
+    assert main(["info", "\x1b[31mred\x07"]) == MISUSE
+    captured = capsys.readouterr()
+    assert captured.err.rstrip("\n").isprintable()
+    assert r"\x1b[31mred\x07" in captured.err

@@ -310,3 +310,40 @@ def test_a_missing_head_is_refused() -> None:
     headless = initial_weights(CONFIG)
     with pytest.raises(refgemma.inputs.InputError, match="these weights have no head"):
         fast.next_token_logits([[3]], headless, untied)
+
+
+FORK = """
+import os, threading
+import numpy as np
+import refgemma
+from refgemma.fast import next_token_logits
+
+tiny, ids = refgemma.load("tiny"), [[2, 300, 400]]
+expected = next_token_logits(ids, tiny.weights, tiny.config)[0]
+stop = threading.Event()
+
+def work():
+    while not stop.is_set():
+        next_token_logits(ids, tiny.weights, tiny.config)
+
+busy = threading.Thread(target=work)
+busy.start()
+children = []
+for _ in range(20):
+    child = os.fork()
+    if not child:
+        same = np.array_equal(next_token_logits(ids, tiny.weights, tiny.config)[0], expected)
+        os._exit(0 if same else 9)
+    children.append(child)
+print([os.waitpid(child, 0)[1] for child in children])
+stop.set()
+busy.join()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_process_that_is_forked_while_a_thread_computes_does_not_wait_for_ever() -> None:
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORK], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert run.stdout.strip() == str([0] * 20)

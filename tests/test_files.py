@@ -1,6 +1,7 @@
 """JSON objects and safetensors files of strangers: read, or refused in one line that names the file."""
 
 import os
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,17 @@ import pytest
 from safetensors.numpy import save
 
 from refgemma.errors import RefgemmaError
-from refgemma.files import AXES_LIMIT, JSON_LIMIT, LFS_POINTER, open_tensors, parse_object, read_object
+from refgemma.files import (
+    AXES_LIMIT,
+    JSON_LIMIT,
+    LFS_POINTER,
+    open_file,
+    open_tensors,
+    parse_object,
+    read_file,
+    read_object,
+    replace_file,
+)
 from refgemma.inputs import InputError
 from refgemma.trace.reader import open_safetensors
 
@@ -49,7 +60,7 @@ def test_a_long_name_in_a_message_is_cut() -> None:
 def test_a_file_that_is_too_long_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / "some.json").open("wb") as stream:
         stream.truncate(JSON_LIMIT + 1)  # a hole: it takes no space on the disk
-    with pytest.raises(InputError, match=r"some\.json: is 100000001 bytes long"):
+    with pytest.raises(InputError, match=r"some\.json: cannot be read: 100000001 bytes long"):
         read_object(tmp_path / "some.json", InputError)
 
 
@@ -85,3 +96,44 @@ def test_numbers_start_behind_the_header(tmp_path: Path) -> None:
     assert opened.keys() == ["a"]
     assert np.array_equal(np.fromfile(file, np.float32, offset=start), [0, 1, 2])
     assert os.path.getsize(file) == start + 12
+
+
+def test_a_pipe_a_device_and_a_long_file_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/zero")
+    for path in (tmp_path / "pipe", tmp_path / "link", Path("/dev/zero")):
+        for read in (open_file, read_file):
+            with pytest.raises(OSError, match="not a regular file"):
+                read(path)
+        with pytest.raises(RefgemmaError, match="not a regular file"):
+            read_object(path, RefgemmaError)
+        with pytest.raises(RefgemmaError, match="not a regular file"):
+            open_tensors(path, RefgemmaError, "write it again")
+    (tmp_path / "long").write_bytes(bytes(11))
+    with pytest.raises(OSError, match="11 bytes long, which is more than 10"):
+        read_file(tmp_path / "long", 10)
+
+
+def test_a_new_file_keeps_the_mode_of_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "private.json"
+    path.write_bytes(b"old")
+    path.chmod(0o600)
+    replace_file(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_what_a_killed_process_left_blocks_nothing_and_goes(tmp_path: Path) -> None:
+    old, young = tmp_path / ".run.1234.part", tmp_path / ".run.5678.part"
+    for partial in (old, young):
+        partial.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    replace_file(tmp_path / "run", b"whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [young.name, "run"]
+
+
+def test_names_that_a_terminal_obeys_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "port.safetensors"
+    path.write_bytes(save({"\x1b[31mlogits": np.zeros(2, np.float32)}))
+    with pytest.raises(RefgemmaError, match=r"the name '\\x1b\[31mlogits' of a tensor"):
+        open_tensors(path, RefgemmaError, "")

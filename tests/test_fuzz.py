@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fuzz import CHECKPOINT, CONFIG, INDEX, MODEL, SETTINGS, TARGETS
+from fuzz import CHECKPOINT, CONFIG, EVAL_TEXT, INDEX, JOBS, MODEL, NAME_MAP, RULES, SETTINGS, TARGETS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
@@ -110,7 +110,8 @@ def edited(draw: st.DrawFn, text: bytes) -> Any:
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("config", CONFIG), ("index", INDEX), ("tokenizer-settings", SETTINGS)]
+    [("config", CONFIG), ("index", INDEX), ("tokenizer-settings", SETTINGS), ("map", NAME_MAP)]
+    + [("jobs", line) for line in JOBS.splitlines()]
     + [("generation", seed) for seed in TARGETS["generation"].seeds],
 )
 def test_other_values_in_json(name: str, text: bytes) -> None:
@@ -122,7 +123,7 @@ def test_other_values_in_json(name: str, text: bytes) -> None:
     try_it()
 
 
-@pytest.mark.parametrize("name", ["config", "index", "generation", "tokenizer-settings"])
+@pytest.mark.parametrize("name", ["config", "index", "generation", "tokenizer-settings", "map", "jobs"])
 @pytest.mark.parametrize(
     "content", [b"[" * 100_000, b'{"a":' * 100_000, b"1" * 10_000, b'{"vocab_size": 1e999}', b"\xff"]
 )
@@ -178,6 +179,10 @@ def config_with(**values: Any) -> bytes:
     return json.dumps(json.loads(CONFIG) | values).encode()
 
 
+def map_with(**values: Any) -> bytes:
+    return json.dumps(json.loads(NAME_MAP) | {"rules": [RULES[0] | values]}).encode()
+
+
 def candidate_with(calls: str) -> bytes:
     return save({"input_ids": np.array([[2, 3, 4]]), "logits": np.ones((1, 3, 5), np.float32)}, {"calls": calls})
 
@@ -188,25 +193,45 @@ def size_bomb() -> bytes:
     return opening + b"h\x01h\x00\x85R" * 400 + b"."
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("config", config_with(hidden_activation=["gelu"])),
-        ("config", config_with(hidden_activation={"name": "gelu"})),
-        ("config", config_with(num_hidden_layers=2**31 - 1, layer_types=None)),
-        ("config", config_with(id2label={"1" * 5000: "a"})),
-        ("candidate", candidate_with("[1e999]")),
-        ("candidate", candidate_with("[" * 100_000)),
-        ("pickle", size_bomb()),
-        ("tokenizer-model", MODEL.replace(b"the", b"t\xc2e", 1)),
-        ("tokenizer-model", MODEL.replace(b"<0xB5>", b"<0x\xc25>", 1)),
-    ],
-    ids=["list for a name", "mapping for a name", "layers without end", "long label", "infinite call", "deep calls",
-         "copies of a shape", "a piece is no text", "the piece of a byte is no text"],
-)  # fmt: skip
-def test_what_was_found(name: str, content: bytes) -> None:
+FOUND = {
+    "list for a name": ("config", config_with(hidden_activation=["gelu"])),
+    "mapping for a name": ("config", config_with(hidden_activation={"name": "gelu"})),
+    "layers without end": ("config", config_with(num_hidden_layers=2**31 - 1, layer_types=None)),
+    "long label": ("config", config_with(id2label={"1" * 5000: "a"})),
+    "a name of 300 MB": ("map", map_with(tensor="{layer:>300000000}")),
+    "an attribute in a name": ("map", map_with(tensor="{0.__class__}")),
+    "a pattern that takes for ever": ("map", map_with(pattern="*a" * 12)),
+    "a group twice": ("map", map_with(pattern="{layer}.{layer}")),
+    "a part that is not there": ("map", map_with(part=["7", "heads"])),
+    "a size of which too few numbers are printed": (
+        "eval-text",
+        EVAL_TEXT.replace("{5, 1, 1, 1}", "{100000000, 1, 1, 1}").encode(),
+    ),
+    "rows that are not printed": ("eval-text", EVAL_TEXT.replace("{5, 1, 1, 1}", "{5, 1, 1, 100000000}").encode()),
+    "half a shape": ("eval-text", EVAL_TEXT.replace("{5, 1, 1, 1}", "{5, , 1}").encode()),
+    "a token that is cut off": ("eval-text", EVAL_TEXT.replace("I   3", "").encode()),
+    "1.6e9 jobs": ("jobs", json.dumps(dict.fromkeys(["trace", "dtype", "map", "weights"], ["x"] * 200)).encode()),
+    "NUL in a name": ("jobs", b'{"trace": "a\\u0000.safetensors"}'),
+    "half a character in a name": ("jobs", b'{"trace": "a\\ud800.safetensors"}'),
+    "infinite call": ("candidate", candidate_with("[1e999]")),
+    "deep calls": ("candidate", candidate_with("[" * 100_000)),
+    "copies of a shape": ("pickle", size_bomb()),
+    "a piece is no text": ("tokenizer-model", MODEL.replace(b"the", b"t\xc2e", 1)),
+    "the piece of a byte is no text": ("tokenizer-model", MODEL.replace(b"<0xB5>", b"<0x\xc25>", 1)),
+}
+
+
+@pytest.mark.parametrize("what", FOUND)
+def test_what_was_found(what: str) -> None:
+    name, content = FOUND[what]
     ask(name, content)
     assert TARGETS[name](content) is None  # it is refused
+
+
+def test_a_large_tensor_of_which_six_numbers_are_printed_takes_no_memory() -> None:
+    text = EVAL_TEXT.replace("{5, 1, 1, 1}", "{100000000, 1, 1, 1}").replace("-0.0515,  0.5", "-0.0515,  0.5, 0.25")
+    ask("eval-text", text.encode())
+    assert len(TARGETS["eval-text"](text.encode())) == 2  # it is read, but for the numbers
 
 
 def test_whole_files_are_still_read() -> None:

@@ -217,3 +217,17 @@ def test_offline_means_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         download_model("org/other")
     assert hub.asked == []
     assert os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+def test_a_user_without_a_home_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that runs with the number of no user."""
+
+    def unknown(*_: Any) -> None:
+        raise KeyError
+
+    for name in ("HOME", *VARIABLES):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    assert cache_folder() == Path("~/.cache/huggingface/hub")
+    with pytest.raises(ModelNameError, match="download it with"):
+        find_model("google/gemma-2-9b")

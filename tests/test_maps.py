@@ -195,7 +195,7 @@ def test_a_map_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         open_trace(path, CONFIG, str(tmp_path / "mine.json"))
     (tmp_path / "mine.json").write_text('{"rules": 3}')
     assert main(["check", str(path), "--model", "conformance", "--map", str(tmp_path / "mine.json")]) == 2
-    assert "is no map" in capsys.readouterr().err
+    assert "is not a name map" in capsys.readouterr().err
 
 
 def test_other_axes_than_the_map_says_are_refused(tmp_path: Path) -> None:

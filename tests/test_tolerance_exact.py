@@ -209,9 +209,10 @@ def test_the_bounds_hold_against_fifty_digits_and_are_not_vacuous(
     assert NOT_VACUOUS < max(seen) <= 1
 
 
-def test_rotary_tables_hold_against_fifty_digits() -> None:
+@pytest.mark.parametrize("theta", [1e4, 0.5])
+def test_rotary_tables_hold_against_fifty_digits(theta: float) -> None:
     # Frequencies and angles in float32, as every port takes them; cosine and sine in float32 or finer.
-    positions, head_dim, theta = np.array([[0, 1, 7, 40, 511, 8191]]), 10, 1e4
+    positions, head_dim = np.array([[0, 1, 7, 40, 511, 8191]]), 10
     allowed = np.broadcast_to(tol.rotary_tables(positions[..., None], head_dim, theta).bound, (1, 6, head_dim))
     exponents = np.arange(0, head_dim, 2).astype(F32) / F32(head_dim)
     step = F32(theta ** (-2 / head_dim))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import io
 import json
+import math
 import pickle
 import sys
 import tempfile
@@ -31,9 +32,12 @@ from refgemma.convert.pickles import read_torch, write_torch
 from refgemma.generation.generation_config import GenerationConfig
 from refgemma.hub import find_model
 from refgemma.inputs import InputError
+from refgemma.sweep.jobs import read_jobs
 from refgemma.testing.strategies import tensors_of
 from refgemma.tokenizer.tokenizer import Tokenizer, TokenizerError
 from refgemma.trace.candidate import load_trace
+from refgemma.trace.name_maps import apply_map, load_map, open_trace
+from refgemma.trace.reader import Entry, TraceFile
 from refgemma.weights.checkpoint import CheckpointError, open_checkpoint, read_header
 from refgemma.weights.save import OutputTensor
 
@@ -112,6 +116,45 @@ def candidates() -> tuple[bytes, ...]:
     )
 
 
+EVAL_TEXT = """0.00 I number of input tokens = 2
+0.00 I   2
+0.00 I   3
+common_debug_cb_eval:         inp_scaled = (f32)      SCALE(embd{4, 2, 1, 1}, }) = {4, 2, 1, 1}
+    [
+        [
+            [     -0.1605,      -0.3530,       0.3316,       0.3316  ],
+            [     -0.0669,      -0.0374,      -0.0515,      -0.0515  ],
+        ],
+    ]
+common_debug_cb_eval:      result_output = (f32)    MUL_MAT(x{5, 2, 1, 1}, }) = {5, 1, 1, 1}
+            [     -0.0669,      -0.0374,      -0.0515,      -0.0515,  0.5   ],
+"""
+RULES = [
+    {"pattern": "embed*ded", "tensor": "embedded", "layout": "batch seq hidden -> batch seq hidden", "last": True},
+    {"pattern": "x.{layer}.qkv", "tensor": "layers.{layer}.attention.q", "occurrence": 0, "more_keys": False,
+     "layout": "batch seq (all head_dim) -> batch all seq head_dim", "part": ["0", "heads", "kv_heads", "kv_heads"]},
+]  # fmt: skip
+NAME_MAP = json.dumps(
+    {"name": "x", "says": "", "learned_from": "", "run_on": "", "rules": RULES, "ignored": {"*cache": "a cache"}}
+).encode()
+JOBS = b"""{"trace": ["a.safetensors", "b.safetensors"], "dtype": "float32", "allow": 2}
+{"run": "port {trace}", "model": "tiny", "config": {"sliding_window": 8}, "name": "one"}
+"""
+
+
+def read_text(file: Path) -> Any:
+    """The tensors of llama.cpp's text with our names, all numbers read."""
+    entries = open_trace(file, SMALL, "llama.cpp").entries.values()
+    return [entry.read() for entry in entries if math.prod(entry.shape) < 2**18]
+
+
+def use_map(file: Path) -> Any:
+    names = {"embedded": (1, 3, 4), "other": (1, 3, 4), "x.0.qkv": (1, 3, 8), "a" * 60: (1,)}
+    entries = {name: Entry("F32", shape, lambda shape=shape: np.zeros(shape)) for name, shape in names.items()}
+    trace = apply_map(TraceFile("port", {}, entries), load_map(str(file)), SMALL)
+    return [entry.read() for entry in trace.entries.values()]
+
+
 TENSORS = tensors_of(SMALL)
 CHECKPOINT, CONFIG = save(TENSORS, {"format": "pt"}), SMALL.to_json_string().encode()
 INDEX = json.dumps({"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(TENSORS, "a.safetensors")}).encode()
@@ -133,6 +176,9 @@ TARGETS: dict[str, Target] = {
                                  (("tokenizer.model", MODEL),)),
     "tokenizer-model": Target("tokenizer.model", tokenized, TokenizerError, (MODEL,)),
     "candidate": Target("port.safetensors", lambda f: load_trace(f, SMALL), InputError, candidates()),
+    "map": Target("map.json", use_map, InputError, (NAME_MAP,)),
+    "eval-text": Target("port.txt", read_text, InputError, (EVAL_TEXT.encode(),)),
+    "jobs": Target("jobs.jsonl", read_jobs, InputError, (JOBS,), (("a.safetensors", b"a"), ("b.safetensors", b"b"))),
     "pickle": Target("model.ckpt", lambda f: every_number(read_torch(f)), CheckpointError,
                      (pickled(), pickle.dumps({"a": [1, "b", (2.0, None)]}, 2)), (), as_torch),
     "torch": Target("model.ckpt", lambda f: every_number(read_torch(f)), CheckpointError, (as_torch(pickled()),)),

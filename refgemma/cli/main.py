@@ -1,7 +1,7 @@
 """The command line: it handles arguments and prints; the work is done elsewhere.
 
-Exit codes: 0 all is well (verify: conforms), 1 verify found a difference, 2 misuse or bad input, 130 interrupted,
-141 the reader of the output went away before its end.
+Exit codes: 0 all is well (verify: conforms), 1 verify found a difference, 2 misuse or bad input, 70 a fault
+of refgemma itself, 130 interrupted, 141 the reader of the output went away before its end.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import refgemma
 from refgemma.cli import candidates as oracle
 from refgemma.cli.folders import run_convert, run_synth
 from refgemma.cli.inspection import run_explore, run_info, run_trace
-from refgemma.cli.output import CUT_OFF, INTERRUPTED, MISUSE
+from refgemma.cli.output import CUT_OFF, FAULT, INTERRUPTED, MISUSE
 from refgemma.cli.text import run_chat, run_generate, run_perplexity
 from refgemma.cli.verification import run_verify
 from refgemma.convert.convert import FORMATS
@@ -25,7 +25,7 @@ from refgemma.goldens.released import PUBLISHED
 
 EXIT_CODES = (
     "Exit codes: 0 all is well, 1 verify or check found a difference, 2 misuse or bad input (one line says which), "
-    "3 and 4: see refgemma check --help."
+    "3 and 4: see refgemma check --help, 70 a fault of refgemma itself."
 )
 MODEL_HELP = "tiny, conformance, a Hugging Face folder, or a hub id like google/gemma-2-9b"
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -184,6 +184,9 @@ def short_warnings() -> Iterator[None]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started the command; print would write to the other one
+            setattr(sys, name, open(os.devnull, "w"))  # until the process ends
     args = parser().parse_args(argv)
     run = {
         "generate": run_generate,
@@ -212,10 +215,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return INTERRUPTED
+    except Exception as error:  # nothing about the files: exit code 1 would say that they differ
+        if sys.flags.dev_mode:
+            raise
+        print(
+            f"refgemma {args.command}: fault in refgemma itself: {type(error).__name__}: {one_line(error)}; please "
+            f"report it with the output of: python -X dev -m refgemma {args.command} ...", file=sys.stderr,
+        )  # fmt: skip
+        return FAULT
 
 
 def one_line(error: Exception) -> str:
-    """An error's message without line breaks; an OSError's with its file."""
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split())
+    """Return an error's message, an OSError's with its file, in characters that a terminal prints and does not obey."""
+    said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(said.split()))

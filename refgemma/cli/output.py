@@ -7,7 +7,7 @@ from typing import Any
 from refgemma.errors import UsageError
 from refgemma.modeling.pretrained import Pretrained
 
-OK, DIFFERS, MISUSE, INTERRUPTED, CUT_OFF = 0, 1, 2, 130, 141
+OK, DIFFERS, MISUSE, FAULT, INTERRUPTED, CUT_OFF = 0, 1, 2, 70, 130, 141
 
 
 def as_json(value: Any) -> None:

@@ -6,11 +6,11 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 from refgemma import fast
 from refgemma.cli.output import OK, as_json, prompt_ids
 from refgemma.errors import UsageError
+from refgemma.files import read_file
 from refgemma.generation.decode import Prompts, collect_settings, continue_prompt, generate_batch
 from refgemma.generation.generation_config import GenerationConfig
 from refgemma.generation.greedy import greedy, is_plain_greedy
@@ -136,7 +136,7 @@ def text_of(args: argparse.Namespace) -> str:
     if args.published:
         return published_text(args.published)
     try:
-        return Path(args.file).read_bytes().decode("utf-8")
+        return read_file(args.file).decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{args.file}: is no text in UTF-8 (byte {error.start})") from None
 

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from refgemma import fast
 from refgemma.cache import Cache, LayerCache
 from refgemma.config import Gemma2Config
-from refgemma.files import read_object
+from refgemma.files import open_file, read_object
 from refgemma.generation.perplexity import label_losses
 from refgemma.goldens.distance import FLOOR, NOISE_FACTOR, run_distance
 from refgemma.goldens.load import AGAIN, GoldenError
@@ -117,7 +117,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     found = hashlib.sha256()
     for name, stored in checkpoint.tensors.items():
         found.update(f"{name} {stored.dtype} {stored.shape}".encode())
-        with stored.file.open("rb") as file:
+        with open_file(stored.file) as file:
             for start in (stored.start, stored.start + max(0, stored.nbytes - SAMPLED)):
                 file.seek(start)
                 found.update(file.read(min(SAMPLED, stored.nbytes)))

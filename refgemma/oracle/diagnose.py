@@ -247,12 +247,13 @@ class Diagnosis:
                 groups.setdefault(field_of(instance.tensor), []).append(instance)
         for kind, wrong in groups.items():
             total = sum(field_of(i.tensor) == kind for i in self.engine.instances)
-            invalid, first = wrong[0].judged.verdict == INVALID, wrong[0].tensor
-            names = [i.tensor for i in wrong]
-            fitted = () if invalid else tuple(estimate_parameters(self.usual, names, self.engine.context))
-            where = "" if invalid or wrong[0].between else locate_errors(self.engine, first)
-            maps = map_errors(self.engine, first) if first in self.candidate.tensors else ()
-            yield Finding(kind, tuple(wrong), total, where, self.explain(wrong), fitted, maps)
+            # Tensors of another shape, or with NaN, say nothing of the numbers of the others.
+            judged = [i for i in wrong if i.judged.verdict != INVALID]
+            first, names = (judged or wrong)[0], [i.tensor for i in judged]
+            fitted = tuple(estimate_parameters(self.usual, names, self.engine.context))
+            where = locate_errors(self.engine, first.tensor) if judged and not first.between else ""
+            maps = map_errors(self.engine, first.tensor) if first.tensor in self.candidate.tensors else ()
+            yield Finding(kind, tuple(wrong), total, where, self.explain(judged or wrong), fitted, maps)
 
     def coverage(self) -> tuple[tuple[KnownBug, ...], tuple[KnownBug, ...]]:
         """Return the bugs under which the tensors could not be what they are, and those that are undetectable."""

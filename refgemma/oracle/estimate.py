@@ -12,6 +12,7 @@ from functools import cache, partial
 
 import numpy as np
 
+from refgemma.config import ConfigError
 from refgemma.oracle.operations import Context, operations
 from refgemma.oracle.spans import Computed, where_compared
 from refgemma.oracle.tolerance import in_decimals
@@ -53,7 +54,10 @@ def estimate_parameters(usual: Computed, names: Sequence[str], context: Context)
     """What the candidate's parameters are, of those that the wrong tensors depend on; whole spans are not fitted."""
     names = [name for name in names if len(usual.span(name)) == 1][:4]
     for parameter in PARAMETERS.get(field_of(names[0]), ()) if names else ():
-        found = _estimate(parameter, usual, names, context)
+        try:
+            found = _estimate(parameter, usual, names, context)
+        except ConfigError:  # the search left what a model can have, so that this number does not explain it
+            continue
         # An estimate of the model's own number explains nothing.
         if found is not None and f"{found.value:.6g}" != f"{found.expected:.6g}":
             yield found

@@ -130,11 +130,16 @@ def judge(
     if wrong.any():
         place = tuple(int(n) for n in places[np.argmax(wrong)])
         return Judged(INVALID, Statistics(len(c), same, place=place), f"{int(wrong.sum())} elements are {c[wrong][0]}")
-    usable = np.isfinite(c) & np.isfinite(r)
-    if not usable.any():
+    std, bound = (np.broadcast_to(x, found.shape)[where] * override for x in (allowed.std, allowed.error_bound))
+    if not np.isfinite(r).all():
         return Judged(BLIND, Statistics(), "the reference is not finite")
-    c, r, nearest, places = c[usable], r[usable], nearest[usable], places[usable]
-    std, bound = (np.broadcast_to(x, found.shape)[where][usable] * override for x in (allowed.std, allowed.error_bound))
+    usable = np.isfinite(c)  # an infinite element is the correctly rounded result here, as float16 overflows
+    # Rounding that may do more than the largest element and its opposite leaves nothing to judge: such are the cosines
+    # of angles beyond float32's whole numbers. A tensor of zeros has only the smallest of bounds.
+    limit = math.inf if allowed.measured or not r.any() else 2 * np.abs(r).max()
+    if not usable.any() or not np.isfinite(std[usable]).all() or not (bound[usable] <= limit).all():
+        return Judged(BLIND, Statistics(), "rounding may do more than the tensor's own size")
+    c, r, nearest, places, std, bound = (x[usable] for x in (c, r, nearest, places, std, bound))
     errors = (c - r) / std
     if allowed.measured:
         return _judge_measured(errors, c - r, bound, same, places)

@@ -230,13 +230,13 @@ def rotary_tables(positions: Array, head_dim: int, theta: float) -> Tolerance:
 
     The power in a frequency ``theta ** -e`` is off by `LIBRARY` on the other side and ``u`` on ours, the reciprocal
     and the product with the position by ``u`` on either: 9 u. The exponent ``e = 2 i / head_dim`` is rounded on either
-    side, which costs ``2 u e ln(theta)``. Some multiply ``theta ** (-2 / head_dim)`` by itself ``i`` times, as
+    side, which costs ``2 u e |ln(theta)|``. Some multiply ``theta ** (-2 / head_dim)`` by itself ``i`` times, as
     llama.cpp does: ``2 i u``. A cosine is off by no more than its angle, and by `LIBRARY`.
     """
     number = np.tile(np.arange(head_dim // 2), 2)
     exponent = 2 * number / head_dim
     angles = np.abs(_f64(positions)) * theta**-exponent
-    relative = U * (9 + 2 * exponent * math.log(theta) + 2 * number)
+    relative = U * (9 + 2 * exponent * abs(math.log(theta)) + 2 * number)
     return tolerance(LIBRARY + relative * angles, common=LIBRARY)
 
 

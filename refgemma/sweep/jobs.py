@@ -11,6 +11,7 @@ and this package's code.
 import hashlib
 import itertools
 import json
+import math
 import shlex
 import shutil
 import tempfile
@@ -24,7 +25,7 @@ import numpy as np
 
 from refgemma.config import Gemma2Config
 from refgemma.errors import RefgemmaError
-from refgemma.files import parse_object
+from refgemma.files import open_file, parse_object, quote, read_file
 from refgemma.hub import find_model
 from refgemma.inputs import InputError
 from refgemma.oracle.diagnose import Report
@@ -38,11 +39,12 @@ from refgemma.trace.reader import open_safetensors
 from refgemma.weights.checkpoint import open_checkpoint
 from refgemma.weights.parameters import tensor_shapes
 
-KEPT = "refgemma-sweep-job/1"
+KEPT = "refgemma-sweep-job/2"
 FIELDS_OF_A_JOB = {
     "name": str, "trace": str, "run": str, "prompt": str, "model": str, "config": dict, "dtype": str, "map": str,
     "weights": str, "allow": float,
 }  # fmt: skip
+JOBS_LIMIT = 100_000  # that one line makes
 OF_A_MODEL = (".json", ".safetensors", ".model")
 
 Done = dict[str, Any]
@@ -75,7 +77,7 @@ def read_jobs(path: str | Path) -> list[Job]:
     if not file.is_file():
         raise InputError(f"{path}: {'is a folder; a file of jobs is needed' if file.is_dir() else 'no such file'}")
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = read_file(file).decode("utf-8").splitlines()
     except UnicodeDecodeError:
         raise InputError(f"{path}: is no text; a JSON object a line is needed") from None
     content.cache_clear()
@@ -97,6 +99,8 @@ def _combinations(line: str) -> Iterator[dict[str, Any]]:
     """Every combination of a line's lists."""
     given = parse_object(line.encode())
     choices = [[(field, v) for v in (value if isinstance(value, list) else [value])] for field, value in given.items()]
+    if (count := math.prod(map(len, choices))) > JOBS_LIMIT:
+        raise InputError(f"its lists make {count} jobs; a line makes at most {JOBS_LIMIT}")
     yield from (dict(chosen) for chosen in itertools.product(*choices))
 
 
@@ -106,7 +110,9 @@ def _job(fields: dict[str, Any], folder: Path) -> Job:
         if kind is None:
             raise InputError(f"there is no field {field!r}; there are {', '.join(FIELDS_OF_A_JOB)}")
         if not isinstance(value, kind) and not (kind is float and type(value) is int):
-            raise InputError(f"{field} is {value!r}: {'a number' if kind is float else kind.__name__} is needed")
+            raise InputError(f"{field} is {quote(value)}: {'a number' if kind is float else kind.__name__} is needed")
+        if isinstance(value, str) and not value.isprintable():  # NUL and half characters are in no name of a file
+            raise InputError(f"{field} is {quote(value)}: printable characters are needed")
     if ("trace" in fields) == ("run" in fields):
         raise InputError("give either trace, a file, or run, a command that writes one")
     given: dict[str, Any] = {"model": "tiny", "allow": 1.0} | fields
@@ -153,7 +159,7 @@ def content(path: str) -> str:
     """A hash of a file, or of a model's folder."""
     if Path(path).is_dir():
         return _hash(sorted((p.name, content(str(p))) for p in Path(path).iterdir() if p.suffix in OF_A_MODEL))
-    with Path(path).open("rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

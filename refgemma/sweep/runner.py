@@ -6,10 +6,11 @@ The result of a job is kept under its key, in a file that appears whole or not a
 where it was, and what has another input, or another program, is computed anew.
 """
 
+import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -141,7 +142,8 @@ def sweep(
     yield from ((job, kept[job.key]) for job in jobs if job.key in kept)
     for job, done in run_jobs([job for job in jobs if job.key not in kept], pool, width):
         if done["verdict"] not in (UNREADABLE, FAILED, LOST):  # these are tried again the next time
-            replace_file(results / f"{job.key}.json", json.dumps(done, allow_nan=False).encode())
+            kept_result = done | {"digest": _digest(done)}
+            replace_file(results / f"{job.key}.json", json.dumps(kept_result, allow_nan=False).encode())
         yield job, done
 
 
@@ -150,7 +152,12 @@ def _read_result(results: Path, job: Job) -> Done | None:
         found = read_object(results / f"{job.key}.json", RefgemmaError)
     except RefgemmaError:
         return None
-    return found if found.get("schema") == KEPT else None
+    whole = found.pop("digest", None) == _digest(found)  # what another program changed is computed again
+    return found if whole and found.get("schema") == KEPT else None
+
+
+def _digest(result: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
 
 
 # --- the report -------------------------------------------------------------------------------------------------------

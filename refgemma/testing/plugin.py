@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from refgemma.files import read_file
 from refgemma.testing.backends import BackendError, backend_named
 from refgemma.testing.laws import PROFILES, LawBroken, find_name
 
@@ -66,7 +67,7 @@ def read_known_failures(path: Path) -> KnownFailures:
     """
     found = KnownFailures(str(path))
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_file(path).decode("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise BackendError(f"{path}: cannot be read: {error}") from None
     for number, line in enumerate(lines, start=1):

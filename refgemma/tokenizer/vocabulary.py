@@ -10,14 +10,12 @@ from typing import Any
 
 import sentencepiece
 
-from refgemma.errors import RefgemmaError
 from refgemma.files import LFS_POINTER
+from refgemma.tokenizer.sentencepiece_model import TokenizerError
+
+__all__ = ["TokenizerError", "Vocabulary", "check_text"]
 
 SPACE = "\u2581"  # how a piece writes a space
-
-
-class TokenizerError(RefgemmaError):
-    """No Gemma tokenizer, an id that it does not have, messages that are no Gemma chat, or what it cannot be asked."""
 
 
 def _read_model(model_file: str | Path) -> bytes:

@@ -6,13 +6,16 @@ known, and those that are known are known to half a unit of the fourth decimal. 
 ``number of input tokens``, if the program was built since January 2026; else they are given by hand.
 """
 
+import math
 import re
 from collections.abc import Iterator
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
+from refgemma.files import open_file, quote, read_file
 from refgemma.inputs import InputError
 from refgemma.precision import Array
 from refgemma.trace.reader import Entry, TraceFile
@@ -25,13 +28,14 @@ HEAD = re.compile(
 )
 UNNAMED = re.compile(r"node_\d+")
 NUMBER = re.compile(r"-?(?:\d+\.\d+|inf|nan)", re.IGNORECASE)
+TOKEN = re.compile(r"\d{1,9}")
 TOKENS = re.compile(r"number of input tokens = (\d+)")
 PEEK = 2**18
 
 
 def is_eval_callback(path: Path) -> bool:
     """Return whether a file begins like what ``llama-eval-callback`` prints."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         start = file.read(PEEK)
     return b"common_debug_cb_eval:" in start or b"ggml_debug:" in start
 
@@ -46,12 +50,12 @@ def open_eval_callback(path: str | Path) -> TraceFile:
     """
     entries: dict[str, Entry] = {}
     counts: dict[str, int] = {}
-    lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
-    ids = list(_tokens(lines))
+    lines = read_file(path).decode("utf-8", errors="replace").splitlines()
+    ids = list(_tokens(lines, path))
     if ids:
         entries["input_ids"] = Entry("I64", (1, len(ids)), lambda: np.array([ids]))
     starts = [n for n, line in enumerate(lines) if HEAD.search(line)]
-    for start, end in zip(starts, [*starts[1:], len(lines)], strict=True):
+    for start, end in pairwise([*starts, len(lines)]):
         head = HEAD.search(lines[start])
         assert head is not None
         name = head["name"].strip()
@@ -59,35 +63,39 @@ def open_eval_callback(path: str | Path) -> TraceFile:
             name = f"{head['op']}({head['of']})"  # its number changes with every version; what it is does not
         number = counts.get(name, 0)
         counts[name] = number + 1
-        shape = tuple(int(n) for n in head["ne"].split(","))[::-1]
+        axes = head["ne"].replace(" ", "").split(",")
+        if not all(axis.isdecimal() and len(axis) < 12 for axis in axes):
+            raise InputError(f"{path}: line {start + 1}: {quote(head['ne'])} is not the shape of a tensor")
+        shape = tuple(int(axis) for axis in axes)[::-1]
         rows = [line for line in lines[start + 1 : end] if "[" in line and NUMBER.search(line)]
         numbers = [float(x) for row in rows for x in NUMBER.findall(row)]
-        known = _known(shape)
-        if len(numbers) != int(np.prod([min(n, 2 * SHOWN) for n in shape[1:]])) * shape[0]:
+        if len(numbers) != math.prod(min(n, 2 * SHOWN) for n in shape[1:]) * shape[0]:
             if not numbers:
                 continue  # a quantized tensor is named, not printed
             raise InputError(f"{path}: line {start + 1}: {name} of shape {shape} has {len(numbers)} numbers below it")
         dtype = {"f16": "F16", "bf16": "BF16", "f32": "F32"}.get(head["type"], "I64")
         key = f"{name}#{number}" if number else name
+        known = _known(shape)
         entries[key] = Entry(dtype, shape, partial(_spread, shape, known, numbers), partial(_mask, shape, known), STEP)
     return TraceFile(str(path), {"engine": "llama.cpp, llama-eval-callback", "map": "llama.cpp", "dtype": "float32"},
                      entries)  # fmt: skip
 
 
-def _tokens(lines: list[str]) -> Iterator[int]:
+def _tokens(lines: list[str], path: str | Path) -> Iterator[int]:
     for start, line in enumerate(lines):
         if (hit := TOKENS.search(line)) is not None:
-            for row in lines[start + 1 : start + 1 + int(hit[1])]:
-                yield int(row.split()[-1])
+            for number, row in enumerate(lines[start + 1 : start + 1 + int(hit[1][:9])], start + 2):
+                if not (words := row.split()) or not TOKEN.fullmatch(words[-1]):
+                    raise InputError(f"{path}: line {number}: {quote(row)} does not end in a token id")
+                yield int(words[-1])
             return
 
 
 def _known(shape: tuple[int, ...]) -> tuple[Array, ...]:
     """The places along each axis that are printed; of the first axis all."""
-    all_of = [np.arange(n) for n in shape]
     return tuple(
-        places if axis == 0 or len(places) <= 2 * SHOWN else np.concatenate([places[:SHOWN], places[-SHOWN:]])
-        for axis, places in enumerate(all_of)
+        np.arange(n) if axis == 0 or n <= 2 * SHOWN else np.array([*range(SHOWN), *range(n - SHOWN, n)])
+        for axis, n in enumerate(shape)
     )
 
 

@@ -9,7 +9,7 @@ names match nothing, and are told as such: nothing is guessed.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import einops
 import numpy as np
 
 from refgemma.config import Gemma2Config
-from refgemma.files import read_object
+from refgemma.files import quote, read_object
 from refgemma.inputs import InputError
 from refgemma.precision import Array
 from refgemma.trace.evaltext import is_eval_callback, open_eval_callback
@@ -91,13 +91,71 @@ def load_map(name: str) -> NameMap:
     if not path.is_file():
         raise InputError(f"there is no map {name!r}; there are {', '.join(map_names())}, or give a JSON file")
     about = read_object(path, InputError, HELP)
-    try:
-        rules = tuple(Rule(**{**rule, "part": tuple(rule.get("part", ()))}) for rule in about["rules"])
-        known = {key: str(about[key]) for key in ("name", "says", "learned_from", "run_on")}
-        return NameMap(**known, rules=rules, ignored=dict(about["ignored"]))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise InputError(f"{path}: is no map ({reason}); {HELP}") from None
+    rules, ignored = about.get("rules"), about.get("ignored")
+    if not isinstance(rules, list) or not isinstance(ignored, dict):
+        raise InputError(f"{path}: is not a name map: it needs a list of rules and an object of ignored names; {HELP}")
+    for pattern, reason in ignored.items():
+        if not isinstance(reason, str) or not _is_pattern(pattern):
+            raise InputError(f"{path}: ignored name {quote(pattern)} needs a reason and {A_PATTERN}; {HELP}")
+    read = tuple(_read_rule(rule, f"{path}: rule {number}") for number, rule in enumerate(rules))
+    known = {key: str(about.get(key, "")) for key in ("name", "says", "learned_from", "run_on")}
+    return NameMap(**known, rules=read, ignored=ignored)
+
+
+# --- what a map may hold: its author may be a stranger ----------------------------------------------------------------
+
+NAME_LIMIT, STARS_LIMIT = 200, 3  # each further star multiplies the time of a search by the length of a name
+A_PATTERN = f"at most {NAME_LIMIT} characters, one {{layer}} and {STARS_LIMIT} stars in its pattern"
+
+
+def _is_pattern(value: object) -> bool:
+    return (
+        isinstance(value, str) and 0 < len(value) <= NAME_LIMIT and value.count("{layer}") <= 1
+        and value.count("*") <= STARS_LIMIT
+    )  # fmt: skip
+
+
+def _is_part(value: object) -> bool:
+    """Return whether `value` says which part comes first, and then the axes of all parts."""
+    if value == []:
+        return True
+    axes = lengths(Gemma2Config())
+    if not isinstance(value, list) or not all(isinstance(axis, str) for axis in value):
+        return False
+    return set(value[1:]) <= axes.keys() and value[0] in [str(n) for n in range(len(value) - 1)]
+
+
+# Field of a rule -> what it must be, and how that is seen.
+FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "pattern": (A_PATTERN, _is_pattern),
+    "tensor": (
+        "a name of refgemma's, with {layer} for a number",
+        lambda value: bool(isinstance(value, str) and re.fullmatch(r"(\w|\.|\{layer\}){1,200}", value)),
+    ),
+    "layout": (
+        "axes before and after '->' as einops writes them",
+        lambda value: bool(isinstance(value, str) and re.fullmatch(r"([\w() ]{1,200}->[\w() ]{1,200})?", value)),
+    ),
+    "occurrence": (
+        "a whole number from 0, or 'layer'",
+        lambda value: value == "layer" or (type(value) is int and value >= 0),
+    ),
+    "part": ("the number of a part and the axes of all parts: ['1', 'heads', 'kv_heads']", _is_part),
+    "last": ("true or false", lambda value: isinstance(value, bool)),
+    "more_keys": ("true or false", lambda value: isinstance(value, bool)),
+}
+
+
+def _read_rule(rule: object, where: str) -> Rule:
+    if not isinstance(rule, dict) or not {"pattern", "tensor"} <= rule.keys():
+        raise InputError(f"{where} is not an object with a pattern and a tensor; {HELP}")
+    for name, value in rule.items():
+        if name not in FIELDS:
+            raise InputError(f"{where} has {quote(name)}; a rule has {', '.join(FIELDS)}")
+        needed, holds = FIELDS[name]
+        if not holds(value):
+            raise InputError(f"{where}: {name} is {quote(value)}; it must be {needed}")
+    return Rule(**{**rule, "part": tuple(rule.get("part", ()))})
 
 
 def _expression(pattern: str) -> re.Pattern[str]:
@@ -121,7 +179,7 @@ def match(file: TraceFile, names: NameMap) -> Matched:
             hit = expression.fullmatch(name)
             if hit is None or (rule.occurrence != "layer" and int(number or 0) != rule.occurrence):
                 continue
-            ours = rule.tensor.format(**({"layer": number or "0"} | hit.groupdict()))
+            ours = rule.tensor.replace("{layer}", hit.groupdict().get("layer") or number or "0")
             if ours in found and found[ours][0] != theirs:
                 raise InputError(f"{file.path}: {found[ours][0]} and {theirs} are both {ours} in the map {names.name}")
             found[ours] = (theirs, rule)
@@ -174,7 +232,7 @@ def arrange(x: Array, rule: Rule, config: Gemma2Config) -> Array:
         known = {axis: n for axis, n in lengths(config).items() if axis in words}
         try:
             x = einops.rearrange(x, rule.layout, **known)
-        except einops.EinopsError as error:
+        except (einops.EinopsError, ValueError) as error:
             reason = str(error).strip().splitlines()[-1].strip()
             raise InputError(f"has shape {x.shape}, which is not {rule.layout.split('->')[0]!r} ({reason})") from None
     if rule.part:
@@ -232,4 +290,6 @@ def open_trace(path: str | Path, config: Gemma2Config, name_map: str | None = No
     """
     file = open_any(path)
     chosen = name_map or file.metadata.get("map")
+    if not name_map and chosen and chosen not in map_names():  # a file's author does not choose what else is opened
+        raise InputError(f"{path}: its metadata names the map {quote(chosen)}; give it with --map if it is to be read")
     return apply_map(file, load_map(chosen), config) if chosen else file

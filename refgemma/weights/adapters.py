@@ -283,7 +283,8 @@ def _add_embedding(inner: Stored, outer: Stored, scale: float, magnitude: Stored
     """Return the change of an embedding: ``W + scale * (B @ A).T``; DoRA gives its columns the lengths `magnitude`."""
 
     def add(part: Array, rows: Any) -> Array:
-        return part + scale * (inner.read("float64").T[rows] @ outer.read("float64").T)
+        delta: Array = inner.read("float64").T[rows] @ outer.read("float64").T
+        return part + scale * delta
 
     @functools.cache
     def find_factor() -> Array:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from refgemma.files import new_file, replace_file
+from refgemma.files import new_file, open_file, replace_file
 from refgemma.precision import Array, as_dtype
 from refgemma.weights.checkpoint import DTYPE_OF_CODE, INDEX, SINGLE, CheckpointError, Stored, read_header
 
@@ -134,7 +134,7 @@ def _is_finished(path: Path, outputs: Sequence[OutputTensor]) -> bool:
     if not path.is_file():
         return False
     start = build_header(outputs)
-    with path.open("rb") as file:
+    with open_file(path) as file:
         same = file.read(len(start)) == start
     return same and path.stat().st_size == len(start) + sum(output.nbytes for output in outputs)
 
