@@ -2,7 +2,7 @@
 package and by the command line's tests."""
 
 import importlib.abc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -48,8 +48,9 @@ MOVED = {
 class Moved(importlib.abc.MetaPathFinder):
     """The last finder that Python asks: it knows the modules of version 0.1."""
 
+    # A namespace package's path is iterable, and no Sequence.
     def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+        self, fullname: str, path: Iterable[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """Raise `ModuleNotFoundError` with the present name of a module that has moved."""
         if now := MOVED.get(fullname.removeprefix("refgemma.")):

@@ -36,7 +36,7 @@ INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # the others chang
 # A pattern is a regular expression of a stranger's: with few repetitions, none inside another, it cannot take long.
 PATTERN_LIMIT, REPETITIONS = 200, 3
 
-Change: TypeAlias = Callable[[Array, Any], Array]
+Change: TypeAlias = Callable[[Array, Any, str], Array]
 
 TENSOR = re.compile(
     r"(?:base_model\.model\.)?(?P<module>.+?)(?:\.modules_to_save)?"
@@ -45,10 +45,12 @@ TENSOR = re.compile(
 )
 
 
+HALF = ("bfloat16", "float16")
 TOKENS = "token_adapter.trainable_tokens_delta"  # rows of an embedding
+BASE = ("base_layer.weight", "base_layer.bias")  # of the base itself
 KINDS = ("weight", "bias")  # of a whole module that stands in the adapter
 PARTS = {
-    "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "base_layer.weight",
+    "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", *BASE,
     "lora_B.bias", TOKENS, *KINDS,
 }  # fmt: skip
 
@@ -58,13 +60,14 @@ class Changed(Stored):
     """A tensor on disk that an adapter changes when it is read."""
 
     base: Stored
-    change: Change  # rows of the base in float64, and which
+    change: Change  # rows of the base in float64, which, and the precision of the model
 
     def read(self, dtype: str, rows: Any = ...) -> Array:
         """Copy the changed tensor, or some of its rows; see `Stored.read`."""
         with np.errstate(over="ignore", invalid="ignore"):  # what these would warn of is an error just below
-            part = np.asarray(self.base.read(dtype, rows), np.float64)
-            found = as_dtype(self.change(part, rows), dtype)
+            half = dtype in HALF  # PEFT rounds to the precision of the model after each change
+            part = np.asarray(self.base.read(dtype if half else "float64", rows), np.float64)
+            found = as_dtype(self.change(part, rows, dtype), dtype)
         if not np.isfinite(found).all():
             raise CheckpointError(
                 f"{self.file}: merged into tensor {self.base.name!r} of the base it gives numbers that are no weights "
@@ -74,7 +77,7 @@ class Changed(Stored):
 
     def map(self, keep: bool = False) -> Array:
         """Return all of the changed tensor in float64; nothing is kept."""
-        return self.change(self.base.map().astype(np.float64), ...)
+        return self.change(self.base.map().astype(np.float64), ..., "float64")
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -168,15 +171,17 @@ def merge_adapter(
     for name, tensor in whole.items():
         _check_shape(tensor, merged[name].shape if name in merged else tensor.shape)
         merged[name] = tensor
+    # PEFT changes the one table of a tied head, whichever of the two modules it is asked for.
+    tied = {} if LM_HEAD in merged else {LM_HEAD: EMBED_TOKENS}
+    places = {module: tied.get(f"{module}.weight", f"{module}.weight") for module in modules}
     for module, parts in modules.items():
-        name = f"{module}.weight"
-        if name == LM_HEAD and LM_HEAD not in merged:
-            name = EMBED_TOKENS  # they are tied, and PEFT changes the one table
-        if table := parts.get("base_layer.weight"):
-            _check_shape(table, merged[name].shape)
-            merged[name] = table
-        for field, change in _make_changes(module, parts, adapter, merged[name], source).items():
-            name = name if field == "weight" else f"{module}.{field}"
+        for kind, name in zip(BASE, (places[module], f"{module}.bias"), strict=True):
+            if kind in parts:
+                _check_shape(parts[kind], merged[name].shape if name in merged else ())
+                merged[name] = parts[kind]
+    for module, parts in sorted(modules.items(), key=lambda item: item[0] == LM_HEAD.removesuffix(".weight")):
+        for field, change in _make_changes(module, parts, adapter, merged[places[module]], source).items():
+            name = places[module] if field == "weight" else f"{module}.{field}"
             if name not in merged:
                 raise CheckpointError(f"{source}: {module} has no bias in the base, into which lora_B.bias is merged")
             base = merged[name]
@@ -194,7 +199,7 @@ def _group(found: Mapping[str, Stored], tensors: Mapping[str, Stored], source: P
         module, kind = (match["module"], match["part"] + (match["end"] or "")) if match else ("", "")
         names = (module, f"model.{module}")
         module = next((m for m in names if f"{m}.{kind if kind == 'bias' else 'weight'}" in own), "")
-        kind = kind if kind in ("base_layer.weight", "lora_B.bias") else kind.removesuffix(".weight")
+        kind = kind if kind in (*BASE, "lora_B.bias") else kind.removesuffix(".weight")
         if not module or kind in modules.get(module, {}) or kind not in PARTS:
             strange.append(name)
         modules.setdefault(module, {})[kind] = tensor
@@ -218,7 +223,7 @@ def _make_changes(
     module: str, parts: Mapping[str, Stored], adapter: Mapping[str, Any], base: Stored, source: Path
 ) -> dict[str, Change]:
     """Return what the adapter does to the rows of ``weight`` and ``bias`` of a module, with all shapes checked."""
-    kinds = parts.keys() - {*KINDS, "base_layer.weight"}
+    kinds = parts.keys() - {*KINDS, *BASE}
     if not kinds:
         return {}
     if kinds == {TOKENS}:
@@ -246,7 +251,7 @@ def _make_changes(
     changes = {"weight": _add(inner, outer, scale, magnitude)}
     if offset := parts.get("lora_B.bias"):
         _check_shape(offset, (rows,))
-        changes["bias"] = lambda part, asked: part + scale * offset.read("float64", asked)
+        changes["bias"] = lambda part, asked, _: part + scale * offset.read("float64", asked)
     return changes
 
 
@@ -268,7 +273,7 @@ def _match_pattern(adapter: Mapping[str, Any], key: str, module: str, usual: flo
 def _add(inner: Stored, outer: Stored, scale: float, magnitude: Stored | None) -> Change:
     """Return the change of a linear layer: ``W + scale * B @ A``, whose rows DoRA gives the lengths `magnitude`."""
 
-    def change(part: Array, rows: Any) -> Array:
+    def change(part: Array, rows: Any, _: str) -> Array:
         merged = part + scale * (outer.read("float64", rows) @ inner.read("float64"))
         if magnitude is None:
             return merged
@@ -282,16 +287,20 @@ def _add(inner: Stored, outer: Stored, scale: float, magnitude: Stored | None) -
 def _add_embedding(inner: Stored, outer: Stored, scale: float, magnitude: Stored | None, base: Stored) -> Change:
     """Return the change of an embedding: ``W + scale * (B @ A).T``; DoRA gives its columns the lengths `magnitude`."""
 
-    def add(part: Array, rows: Any) -> Array:
-        delta: Array = inner.read("float64").T[rows] @ outer.read("float64").T
-        return part + scale * delta
+    def add(part: Array, rows: Any, dtype: str) -> Array:
+        delta: Array = scale * (inner.read("float64").T[rows] @ outer.read("float64").T)
+        if dtype in HALF and magnitude is None:
+            delta = np.asarray(as_dtype(delta, dtype), np.float64)  # PEFT rounds it before it is added
+        return part + delta
 
     @functools.cache
     def find_factor() -> Array:
         assert magnitude is not None
-        return np.asarray(magnitude.read("float64") / np.linalg.norm(add(base.read("float64"), ...), axis=0))
+        lengths = np.linalg.norm(add(base.read("float64"), ..., "float64"), axis=0)
+        factor: Array = magnitude.read("float64") / lengths
+        return factor
 
-    return add if magnitude is None else lambda part, rows: find_factor() * add(part, rows)
+    return add if magnitude is None else lambda part, rows, dtype: find_factor() * add(part, rows, dtype)
 
 
 def _replace_tokens(module: str, tokens: Stored, adapter: Mapping[str, Any], base: Stored) -> Change:
@@ -305,7 +314,7 @@ def _replace_tokens(module: str, tokens: Stored, adapter: Mapping[str, Any], bas
     places = np.full(base.shape[0], -1)
     places[given] = np.arange(len(given))
 
-    def change(part: Array, rows: Any) -> Array:
+    def change(part: Array, rows: Any, _: str) -> Array:
         found = places[rows]
         part[found >= 0] = tokens.read("float64")[found[found >= 0]]
         return part
