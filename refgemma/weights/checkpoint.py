@@ -189,10 +189,10 @@ def read_files(folder: Path) -> tuple[Path, dict[str, Stored]]:
     if (folder / INDEX).exists():
         return folder / INDEX, read_shards(folder / INDEX, SHARD_NAME, read_header)
     names = sorted(path.name for path in folder.iterdir())
-    if pickles := [name for name in names if name.startswith("pytorch_model")]:
+    if pickles := [name for name in names if name.endswith((".bin", ".pth", ".ckpt", ".pt"))]:
         raise CheckpointError(
-            f"{folder}: holds its weights as {quote_few(pickles)}, which only PyTorch can read; convert them to "
-            "safetensors: load them with transformers and call save_pretrained, which writes model.safetensors"
+            f"{folder}: holds {quote_few(pickles)}, PyTorch's pickles, and no {SINGLE}; write that from them with: "
+            f"refgemma convert {folder} NEW_FOLDER"
         )
     if shards := [name for name in names if name.endswith(".safetensors")]:
         raise CheckpointError(

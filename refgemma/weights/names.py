@@ -72,7 +72,7 @@ def match_names(
     if LM_HEAD in expected and LM_HEAD not in named and (EMBED_TOKENS not in found or score):
         del expected[LM_HEAD]  # only a causal language model has one
     _check_tensors(named, expected, config, source)
-    if head is not None and _has_other_numbers(head, named[EMBED_TOKENS]):
+    if head is not None and has_other_numbers(head, named[EMBED_TOKENS]):
         warnings.warn(
             f"{head.file}: tensor {head.name!r} holds other numbers than {named[EMBED_TOKENS].name!r}, to which "
             f"{CONFIG_JSON} ties it; it is used as it is stored, as in transformers: set tie_word_embeddings to false",
@@ -91,8 +91,9 @@ def _rename(found: Mapping[str, Stored], expected: Mapping[str, object], source:
     unread: list[str] = []
     for name, tensor in found.items():
         plain = name
+        taken_off: list[str] = []
         for _ in range(WRAPPERS_LIMIT):
-            wrappers.update(WRAPPER.findall(plain))
+            taken_off += WRAPPER.findall(plain)
             plain = WRAPPER.sub("", plain)
         # From a bare Gemma2Model names lack "model."; from a model within a model they have it twice.
         full = next((n for n in (plain, f"model.{plain}", plain.removeprefix("model.")) if n in own), name)
@@ -102,7 +103,8 @@ def _rename(found: Mapping[str, Stored], expected: Mapping[str, object], source:
             raise CheckpointError(f"{tensor.file}: tensor {name!r} is stored as {named[full].name!r} too; remove one")
         else:
             named[full] = tensor
-    if wrappers and own.issuperset(named):
+            wrappers.update(taken_off)
+    if wrappers and own.issuperset(named) and expected.keys() - {EMBED_TOKENS, LM_HEAD} <= named.keys():
         warnings.warn(
             f"{source}: {quote_few(sorted(wrappers))} in the names of its tensors is left out; transformers would not "
             "find these tensors, so save the model without its wrapper",
@@ -146,8 +148,21 @@ def _check_tensors(
             )
 
 
-def _has_other_numbers(head: Stored, table: Stored) -> bool:
-    """Compare a stored head with the embedding it is tied to."""
+def has_other_numbers(head: Stored, table: Stored) -> bool:
+    """Tell whether a stored head holds other numbers than the embedding it is tied to.
+
+    Raises
+    ------
+    CheckpointError
+        If it has another shape.
+
+    Examples
+    --------
+    >>> import refgemma
+    >>> table = refgemma.open_checkpoint(refgemma.find_model("tiny")).tensors["model.embed_tokens.weight"]
+    >>> has_other_numbers(table, table)
+    False
+    """
     if head.shape != table.shape:
         raise CheckpointError(
             f"{head.file}: tensor {head.name!r} is {list(head.shape)}, but it is tied to {table.name!r}, which is "
