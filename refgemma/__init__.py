@@ -30,10 +30,14 @@ from importlib.metadata import version
 from refgemma.cache import Cache
 from refgemma.config import ConfigError, Gemma2Config
 from refgemma.errors import Moved, RefgemmaError, UsageError
+from refgemma.generation.beams import set_seed
+from refgemma.generation.caches import DynamicCache, StaticCache
+from refgemma.generation.criteria import StoppingCriteria, StoppingCriteriaList
 from refgemma.generation.decode import generate
 from refgemma.generation.generation_config import GenerationConfig
 from refgemma.generation.greedy import greedy
-from refgemma.generation.stream import TextStreamer
+from refgemma.generation.processors import LogitsProcessor, LogitsProcessorList
+from refgemma.generation.stream import TextIteratorStreamer, TextStreamer
 from refgemma.heads import causal_lm_loss, log_softmax
 from refgemma.hub import ModelNameError, find_model
 from refgemma.inputs import InputError
@@ -45,24 +49,48 @@ from refgemma.modeling.classes import (
     Gemma2Model,
     Gemma2PreTrainedModel,
 )
+from refgemma.modeling.pipelines import pipeline
 from refgemma.modeling.pretrained import Pretrained, load
 from refgemma.precision import BF16, F16, as_dtype, bf16, f16, narrow, wide
-from refgemma.tokenizer.tokenizer import AutoTokenizer, BatchEncoding, TextStream, Tokenizer, TokenizerError
+from refgemma.tokenizer.tokenizer import (
+    AddedToken,
+    AutoTokenizer,
+    BatchEncoding,
+    GemmaTokenizer,
+    GemmaTokenizerFast,
+    TextStream,
+    Tokenizer,
+    TokenizerError,
+)
 from refgemma.weights.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from refgemma.weights.parameters import LayerWeights, Weights
 
 __version__ = version("refgemma")
 sys.meta_path.append(Moved())
 
+# Under transformers' Auto names there is one model.
+AutoConfig = Gemma2Config
+AutoModel = Gemma2Model
+AutoModelForCausalLM = Gemma2ForCausalLM
+AutoModelForSequenceClassification = Gemma2ForSequenceClassification
+AutoModelForTokenClassification = Gemma2ForTokenClassification
+
 __all__ = [
     "BF16",
     "F16",
+    "AddedToken",
+    "AutoConfig",
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
     "AutoTokenizer",
     "BatchEncoding",
     "Cache",
     "Checkpoint",
     "CheckpointError",
     "ConfigError",
+    "DynamicCache",
     "Forward",
     "Gemma2Config",
     "Gemma2ForCausalLM",
@@ -70,12 +98,20 @@ __all__ = [
     "Gemma2ForTokenClassification",
     "Gemma2Model",
     "Gemma2PreTrainedModel",
+    "GemmaTokenizer",
+    "GemmaTokenizerFast",
     "GenerationConfig",
     "InputError",
     "LayerWeights",
+    "LogitsProcessor",
+    "LogitsProcessorList",
     "ModelNameError",
     "Pretrained",
     "RefgemmaError",
+    "StaticCache",
+    "StoppingCriteria",
+    "StoppingCriteriaList",
+    "TextIteratorStreamer",
     "TextStream",
     "TextStreamer",
     "Tokenizer",
@@ -95,12 +131,29 @@ __all__ = [
     "narrow",
     "next_token_logits",
     "open_checkpoint",
+    "pipeline",
+    "set_seed",
     "wide",
 ]
 
 
+# Names of transformers that there are not, and what to do.
+INSTEAD = {
+    "AutoProcessor": "Gemma 2 reads text only; use AutoTokenizer",
+    "BitsAndBytesConfig": "weights are not quantised here; leave out quantization_config",
+    "HybridCache": "use StaticCache, as in transformers 5",
+    "OffloadedCache": "use DynamicCache",
+    "QuantizedCache": "use DynamicCache, whose numbers are those of the model",
+    "SlidingWindowCache": "use DynamicCache(config=model.config)",
+    "Trainer": "nothing is trained here",
+    "TrainingArguments": "nothing is trained here",
+}
+
+
 def __getattr__(name: str) -> type[Gemma2ForCausalLM]:
     """Of ``GemmaForCausalLM``, which an example of transformers' documentation page names: what is meant there."""
+    if name in INSTEAD:  # not an AttributeError, of which `from refgemma import ...` would lose the text
+        raise ImportError(f"refgemma has no {name}: {INSTEAD[name]}")
     if name != "GemmaForCausalLM":
         raise AttributeError(f"module 'refgemma' has no attribute {name!r}")
     warnings.warn(

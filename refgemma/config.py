@@ -1,16 +1,20 @@
 """The numbers that make a Gemma 2: sizes, window, caps. Checked against transformers 5.23 ``configuration_gemma2.py``
 and, for the defaults, the Transformers documentation page of Gemma 2."""
 
+import difflib
+import functools
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from refgemma.activations import ACTIVATIONS, Activation
+from refgemma.arguments import drop_arguments, refuse_arguments
 from refgemma.errors import RefgemmaError
 from refgemma.files import quote, read_object, replace_file
+from refgemma.gguf import config_fields, read_gguf
 from refgemma.hub import find_model
 
 SLIDING = "sliding_attention"
@@ -38,6 +42,13 @@ OMITTED = (
 )
 
 
+# Keys of a file that are no fields, or are written anew.
+READ_ELSEWHERE = (
+    "hidden_act", "model_type", "num_labels", "quantization_config", "rope_scaling", "torch_dtype",
+    "transformers_version", "use_bidirectional_attention",
+)  # fmt: skip
+
+
 class Derived(dict[Any, Any]):
     """A mapping that was filled in, not given: with another `rope_theta` or `num_labels` it is filled in again."""
 
@@ -46,9 +57,13 @@ class ConfigError(RefgemmaError):
     """A configuration that no Gemma 2 can have, or that asks for something this reference does not compute."""
 
 
-@dataclass(frozen=True)
+@dataclass(repr=False)
 class Gemma2Config:
     """The configuration of a Gemma 2 model, with Hugging Face's names and the documented defaults.
+
+    A field can be set, ``config.num_hidden_layers = 2``; what follows from it is set with it. Other attributes can be
+    set too: nothing here reads them, and they are written to files. Fields that contradict one another are refused
+    where a model is made or run.
 
     Parameters
     ----------
@@ -128,6 +143,8 @@ class Gemma2Config:
     refgemma.config.ConfigError: Gemma2Config: head_dim (7) is odd: rotary positions turn pairs
     """
 
+    model_type: ClassVar[str] = "gemma2"
+
     vocab_size: int = 256000
     hidden_size: int = 3072
     intermediate_size: int = 24576
@@ -152,10 +169,10 @@ class Gemma2Config:
     query_pre_attn_scalar: float = 224
     sliding_window: int = 4096
     layer_types: tuple[str, ...] | None = None
-    rope_parameters: Mapping[str, Any] | None = field(default=None, hash=False)
+    rope_parameters: Mapping[str, Any] | None = None
     num_labels: int | None = None
-    id2label: Mapping[int, str] | None = field(default=None, hash=False)
-    label2id: Mapping[str, int] | None = field(default=None, hash=False)
+    id2label: Mapping[int, str] | None = None
+    label2id: Mapping[str, int] | None = None
     problem_type: str | None = None
     output_attentions: bool = False
     output_hidden_states: bool = False
@@ -165,10 +182,42 @@ class Gemma2Config:
     architectures: tuple[str, ...] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        for name, value in _derive(self).items():
-            object.__setattr__(self, name, value)  # the way to write a frozen dataclass; only derived values are
+        vars(self).update(_derive(self))
+        self.check()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a field and what follows from it, as `changed` does; a value that no Gemma 2 can have is refused."""
+        if name not in self.__dataclass_fields__ and hasattr(type(self), name):
+            raise ConfigError(f"Gemma2Config: {name} is no field, but a method or a property, and cannot be set")
+        if name not in self.__dataclass_fields__ or [*self.__dataclass_fields__][-1] not in vars(self):
+            object.__setattr__(self, name, value)  # an attribute of the caller's own; or in __init__, before the last
+            return
+        before = dict(vars(self))
+        vars(self).update(_refill(self, {name: value}))
+        vars(self).update(_derive(self))
+        if problem := next(_find_value_problems(self, [name]), None):
+            vars(self).update(before)
+            raise ConfigError(f"Gemma2Config: {problem}")
+
+    def __repr__(self) -> str:
+        """Return the class and the text of a ``config.json``, as transformers prints it."""
+        return f"{type(self).__name__} {json.dumps(self._file_values(), indent=2, sort_keys=True, default=repr)}"
+
+    def check(self) -> None:
+        """Check all fields, and whether they go together.
+
+        Raises
+        ------
+        ConfigError
+            Naming the first field that is wrong.
+        """
         for problem in _find_problems(self):  # the first one is said
             raise ConfigError(f"Gemma2Config: {problem}")
+
+    def update(self, values: Mapping[str, Any]) -> None:
+        """Set several fields, one after the other."""
+        for name, value in values.items():
+            setattr(self, name, value)
 
     def is_sliding(self, layer: int) -> bool:
         """Tell whether `layer` sees only the last ``sliding_window`` keys."""
@@ -199,10 +248,18 @@ class Gemma2Config:
         >>> Gemma2Config().changed(num_hidden_layers=1).layer_types
         ('sliding_attention',)
         """
-        if unknown := changes.keys() - {f.name for f in fields(self)}:
+        own = self._own_attributes()
+        if unknown := changes.keys() - {f.name for f in fields(self)} - own.keys():
             raise ConfigError(f"Gemma2Config: there is no field {min(unknown)!r}")
-        refilled = {"id2label": "num_labels", "num_hidden_layers": "layer_types"}
-        return replace(self, **{refilled[name]: None for name in changes if name in refilled} | changes)
+        given = own | changes
+        config = replace(self, **_refill(self, {name: x for name, x in given.items() if name not in own}))
+        vars(config).update({name: given[name] for name in own})
+        return config
+
+    def _own_attributes(self) -> dict[str, Any]:
+        """Return the attributes that are no fields of this class: a caller's own, or a newer release's."""
+        known = {f.name for f in fields(self)}
+        return {name: value for name, value in vars(self).items() if name not in known}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration with the keys of a Hugging Face ``config.json``.
@@ -212,9 +269,9 @@ class Gemma2Config:
         >>> Gemma2Config.from_dict(Gemma2Config().to_dict()) == Gemma2Config()
         True
         """
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values = {name: value for name, value in vars(self).items() if not name.startswith("_")}
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-        return plain | {"model_type": "gemma2", "hidden_act": self.hidden_activation}
+        return plain | {"model_type": self.model_type, "hidden_act": self.hidden_activation}
 
     def to_json_string(self) -> str:
         """Return the text of a ``config.json``, without the fields that transformers leaves out too.
@@ -222,7 +279,7 @@ class Gemma2Config:
         Raises
         ------
         ConfigError
-            If `hidden_activation` is a function: a file can only hold a name.
+            If `hidden_activation` is a function, or an attribute an object: a file can only hold names and numbers.
 
         Examples
         --------
@@ -235,11 +292,14 @@ class Gemma2Config:
                 f"Gemma2Config: hidden_activation is the function {self.hidden_activation!r}, which no file can hold; "
                 "put its name in its place"
             )
+        return json.dumps(self._file_values(), indent=2, sort_keys=True, default=_refuse_value) + "\n"
+
+    def _file_values(self) -> dict[str, Any]:
+        """Return what a ``config.json`` says: not what is usual."""
         usual = {f.name: f.default for f in fields(self) if f.name in OMITTED}
         names = _name_labels(2)
         usual |= {"id2label": names, "label2id": _number_labels(names), "num_labels": self.num_labels}
-        values = {k: v for k, v in self.to_dict().items() if k not in usual or usual[k] != v}
-        return json.dumps(values, indent=2, sort_keys=True) + "\n"
+        return {k: v for k, v in self.to_dict().items() if k not in usual or usual[k] != v}
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str = "config") -> "Gemma2Config":
@@ -280,8 +340,11 @@ class Gemma2Config:
         values["dtype"] = raw.get("dtype", raw.get("torch_dtype"))
         if "id2label" not in values and raw.get("num_labels") is not None:
             values["num_labels"] = raw["num_labels"]
+        unread = {name for name in raw if name.startswith("_") or hasattr(cls, name)} | {*READ_ELSEWHERE}
         try:
-            return cls(**values)
+            config = cls(**values)
+            vars(config).update({name: value for name, value in raw.items() if name not in known | unread})
+            return config
         except ConfigError as error:
             raise ConfigError(f"{source}: {str(error).removeprefix('Gemma2Config: ')}") from None
 
@@ -297,25 +360,38 @@ class Gemma2Config:
         return cls.from_dict(read_object(path, ConfigError), source=str(path))
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, **changes: Any) -> "Gemma2Config":
+    def from_pretrained(
+        cls, name: str | Path, revision: str | None = "main", download: bool = False,
+        cache_dir: str | Path | None = None, **changes: Any,
+    ) -> "Gemma2Config":  # fmt: skip
         """Read the ``config.json`` of a model; see `refgemma.hub.find_model` for the names there are.
 
         Parameters
         ----------
         name : str or path
             ``"tiny"``, ``"conformance"``, a folder, or a hub id whose snapshot is in the Hugging Face cache.
+        revision, download, cache_dir
+            As of `refgemma.hub.find_model`.
         **changes
-            Fields to replace.
+            Fields to replace. Arguments of transformers that change nothing here are taken and ignored.
 
         Examples
         --------
         >>> Gemma2Config.from_pretrained("tiny", num_labels=3).num_labels
         3
         """
-        return cls.from_json_file(find_model(name) / "config.json").changed(**changes)
+        place = find_model(name, revision or "main", download, cache_dir=cache_dir)
+        changes = drop_arguments(changes, "Gemma2Config.from_pretrained", ConfigError)
+        if place.is_file():
+            read = cls.from_dict(config_fields(read_gguf(place, ConfigError), ConfigError), str(place))
+        else:
+            read = cls.from_json_file(place / "config.json")
+        return read.changed(**changes)
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, **ignored: Any) -> None:
         """Write ``config.json`` into `folder`, which is made if there is none; the file appears whole or not at all.
+
+        Arguments of transformers that change nothing here are taken, ``push_to_hub=False`` for instance.
 
         Examples
         --------
@@ -325,6 +401,7 @@ class Gemma2Config:
         ...     Gemma2Config.from_pretrained(folder) == Gemma2Config.preset("9b")
         True
         """
+        refuse_arguments(ignored, "Gemma2Config.save_pretrained")
         text = self.to_json_string()
         Path(folder).mkdir(parents=True, exist_ok=True)
         replace_file(Path(folder) / "config.json", text.encode())
@@ -348,6 +425,27 @@ class Gemma2Config:
         return cls(**PRESETS[name])
 
 
+def _keep_unknown(make: Callable[..., None]) -> Callable[..., None]:
+    """Let ``__init__`` keep arguments that are no fields, as in transformers; one that looks misspelt is warned of."""
+
+    @functools.wraps(make)
+    def init(config: Gemma2Config, *args: Any, **given: Any) -> None:
+        known = list(config.__dataclass_fields__)
+        own = {name: given.pop(name) for name in given.keys() - set(known)}
+        make(config, *args, **given)
+        for name, value in own.items():
+            if near := difflib.get_close_matches(name, known, n=1, cutoff=0.85):
+                warnings.warn(
+                    f"Gemma2Config: {name} is no field; it is kept, and nothing reads it; is {near[0]} meant?",
+                    stacklevel=2,
+                )
+            setattr(config, name, value)
+
+    return init
+
+
+Gemma2Config.__init__ = _keep_unknown(Gemma2Config.__init__)  # type: ignore[method-assign]
+
 # The released sizes. The query scalar of the 27B is hidden_size / num_attention_heads, not head_dim.
 _SIZES = (
     "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -366,6 +464,23 @@ def _name_labels(count: int) -> "Derived":
 
 def _number_labels(names: Mapping[int, str]) -> "Derived":
     return Derived({name: label for label, name in names.items()})
+
+
+def _refuse_value(value: Any) -> None:
+    raise ConfigError(f"Gemma2Config: the attribute {value!r} is an object, which no file can hold; delete it first")
+
+
+def _refill(config: Gemma2Config, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `changes`, and what else they change: a value that is to be derived again is None."""
+    refilled: dict[str, Any] = {}
+    if "id2label" in changes:
+        refilled["num_labels"] = None
+    elif "num_labels" in changes and changes["num_labels"] != config.num_labels:
+        refilled |= {"id2label": None, "label2id": None}
+    if "num_hidden_layers" in changes:
+        count, kinds = changes["num_hidden_layers"], config.layer_types or ()
+        refilled["layer_types"] = kinds[:count] if _is_size(count) and count <= len(kinds) else None
+    return refilled | dict(changes)
 
 
 def _derive(config: Gemma2Config) -> dict[str, Any]:
@@ -459,12 +574,17 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
 }  # fmt: skip
 
 
-def _find_problems(config: Gemma2Config) -> Iterator[str]:
-    """Yield what is wrong with `config`, a sentence each; a rule may take for granted what those before it say."""
+def _find_value_problems(config: Gemma2Config, wanted: Collection[str]) -> Iterator[str]:
+    """Yield what is wrong with the value of each of the `wanted` fields by itself."""
     for what, (holds, names) in _VALUES.items():
         for name in names:
-            if not holds(getattr(config, name)):
+            if name in wanted and not holds(getattr(config, name)):
                 yield f"{name} must be {what}, not {getattr(config, name)!r}"
+
+
+def _find_problems(config: Gemma2Config) -> Iterator[str]:
+    """Yield what is wrong with `config`, a sentence each; a rule may take for granted what those before it say."""
+    yield from _find_value_problems(config, vars(config))
     if config.num_attention_heads % config.num_key_value_heads:
         yield (
             f"num_attention_heads ({config.num_attention_heads}) is no multiple of "

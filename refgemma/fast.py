@@ -232,12 +232,6 @@ def gate_up_rows(gate: Array, up: Array, activation: Activation) -> None:
     gate *= up
 
 
-def gate_up(gate: Array, up: Array, activation: Activation) -> Array:
-    """``activation(gate) * up``, in place of `gate`."""
-    over_chunks(functools.partial(gate_up_rows, activation=activation), gate, up)
-    return gate
-
-
 # --- the cache --------------------------------------------------------------------------------------------------------
 
 
@@ -422,7 +416,8 @@ def fast_feed_forward(
 ) -> Float[np.ndarray, "rows hidden"]:
     """The feed-forward network, which until its last product has a token a column."""
     gate, up = (multiply(weights[f"{name}_proj"], normed.T) for name in ("gate", "up"))
-    return transpose(multiply(weights["down_proj"], gate_up(gate, up, activation)))
+    over_chunks(functools.partial(gate_up_rows, activation=activation), gate, up)  # gate is the product now
+    return transpose(multiply(weights["down_proj"], gate))
 
 
 def piece_of_block(

@@ -4,6 +4,7 @@ by fuzzing, by damaged files and by tests that interrupt the writing."""
 import errno
 import glob
 import json
+import math
 import os
 import reprlib
 import secrets
@@ -103,7 +104,7 @@ def read_file(path: str | Path, limit: int = TEXT_LIMIT) -> bytes:
         return file.read()
 
 
-def _refuse_pointer(start: bytes) -> None:
+def refuse_pointer(start: bytes) -> None:
     """Raise `RefgemmaError` for a file whose first bytes are those of a Git LFS pointer."""
     if start.startswith(LFS_POINTER):
         raise RefgemmaError(
@@ -146,7 +147,7 @@ def parse_object(text: bytes) -> dict[str, Any]:
 
 
 @contextmanager
-def _one_line(path: str | Path, error: type[RefgemmaError], remedy: str) -> Iterator[None]:
+def one_line(path: str | Path, error: type[RefgemmaError], remedy: str) -> Iterator[None]:
     """Raise whatever is wrong with `path` as an `error` of one line that names the file."""
     try:
         yield
@@ -186,9 +187,9 @@ def read_object(path: str | Path, error: type[RefgemmaError], remedy: str = "") 
     ...     read_object(Path(folder) / "config.json", RefgemmaError)
     {'head_dim': 256}
     """
-    with _one_line(path, error, remedy):
+    with one_line(path, error, remedy):
         text = read_file(path, JSON_LIMIT)
-        _refuse_pointer(text)
+        refuse_pointer(text)
         return parse_object(text)
 
 
@@ -223,8 +224,8 @@ def open_tensors(path: str | Path, error: type[RefgemmaError], remedy: str) -> t
     ...     opened.keys(), opened.get_slice("norm.weight").get_shape()
     (['norm.weight'], [24])
     """
-    with _one_line(path, error, remedy), open_file(path) as stream:
-        _refuse_pointer(stream.read(len(LFS_POINTER)))
+    with one_line(path, error, remedy), open_file(path) as stream:
+        refuse_pointer(stream.read(len(LFS_POINTER)))
         opened: Any = safe_open(path, framework="np")
         stream.seek(0)
         length = int.from_bytes(stream.read(8), "little")
@@ -238,6 +239,28 @@ def open_tensors(path: str | Path, error: type[RefgemmaError], remedy: str) -> t
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def write_json(value: Any) -> str:
+    """Return `value` as JSON, which has neither NaN nor infinity: these become texts.
+
+    Examples
+    --------
+    >>> print(write_json(("bound", float("inf"))))
+    [
+      "bound",
+      "inf"
+    ]
+    """
+    return json.dumps(_without_infinity(value), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def _without_infinity(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_infinity(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_infinity(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager

@@ -59,6 +59,14 @@ def cross_entropy(logits: Float[np.ndarray, "tokens classes"], labels: Int[np.nd
     return -float(np.mean(picked))
 
 
+def _check_labels(labels: npt.ArrayLike, kinds: str, shape: tuple[int, ...], needed: str) -> Array:
+    """Return `labels` as an array of that shape, and of a kind of numbers that is `needed`."""
+    targets = as_array(labels, "labels")
+    if targets.shape != shape or targets.dtype.kind not in kinds:
+        raise InputError(f"labels have shape {targets.shape} and dtype {targets.dtype}: {needed}")
+    return targets
+
+
 def mean_squared_error(values: Float[np.ndarray, "*shape"], labels: npt.ArrayLike) -> float:
     """The mean of ``(value - label) ** 2``, in at least float32.
 
@@ -74,11 +82,7 @@ def mean_squared_error(values: Float[np.ndarray, "*shape"], labels: npt.ArrayLik
     >>> mean_squared_error(np.array([1.0, 2.0]), [1.0, 4.0])
     2.0
     """
-    targets = as_array(labels, "labels")
-    if targets.shape != values.shape or targets.dtype.kind not in "iuf":
-        raise InputError(
-            f"labels have shape {targets.shape} and dtype {targets.dtype}: numbers of shape {values.shape} are needed"
-        )
+    targets = _check_labels(labels, "iuf", values.shape, f"numbers of shape {values.shape} are needed")
     difference = wide(values) - targets
     return float(np.mean(difference * difference))
 
@@ -99,12 +103,8 @@ def binary_cross_entropy(logits: Float[np.ndarray, "*shape"], labels: npt.ArrayL
     >>> round(binary_cross_entropy(np.array([[0.0, 1000.0]]), [[1.0, 1.0]]), 4)
     0.3466
     """
-    targets = as_array(labels, "labels")
-    if targets.shape != logits.shape or targets.dtype.kind not in "f":
-        raise InputError(
-            f"labels have shape {targets.shape} and dtype {targets.dtype}: "
-            f"numbers from 0.0 to 1.0 of shape {logits.shape} are needed, one for each class"
-        )
+    needed = f"numbers from 0.0 to 1.0 of shape {logits.shape} are needed, one for each class"
+    targets = _check_labels(labels, "f", logits.shape, needed)
     z = wide(logits)
     return float(np.mean(np.maximum(z, 0) - z * targets + np.log1p(np.exp(-np.abs(z)))))
 
@@ -133,12 +133,7 @@ def causal_lm_loss(logits: Logits, labels: npt.ArrayLike) -> float:
     >>> round(causal_lm_loss(np.zeros((1, 3, 4)), [[1, 2, 3]]), 4)
     1.3863
     """
-    targets = as_array(labels, "labels")
-    if targets.shape != logits.shape[:2] or targets.dtype.kind not in "iu":
-        raise InputError(
-            f"labels have shape {targets.shape} and dtype {targets.dtype}: "
-            f"whole numbers of shape {logits.shape[:2]} are needed"
-        )
+    targets = _check_labels(labels, "iu", logits.shape[:2], f"whole numbers of shape {logits.shape[:2]} are needed")
     return cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), targets[:, 1:].ravel())
 
 
@@ -220,10 +215,5 @@ def token_classification_loss(logits: Float[np.ndarray, "batch seq labels"], lab
     >>> round(token_classification_loss(np.zeros((1, 3, 4)), [[1, -100, 3]]), 4)
     1.3863
     """
-    targets = as_array(labels, "labels")
-    if targets.shape != logits.shape[:2] or targets.dtype.kind not in "iu":
-        raise InputError(
-            f"labels have shape {targets.shape} and dtype {targets.dtype}: "
-            f"whole numbers of shape {logits.shape[:2]} are needed"
-        )
+    targets = _check_labels(labels, "iu", logits.shape[:2], f"whole numbers of shape {logits.shape[:2]} are needed")
     return cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.ravel())

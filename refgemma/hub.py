@@ -7,7 +7,7 @@ Nothing here opens a connection unless the caller asks for a download.
 import os
 import re
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from refgemma.errors import RefgemmaError
@@ -15,10 +15,11 @@ from refgemma.errors import RefgemmaError
 PACKAGE = Path(__file__).parent
 CONFIG_JSON = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"  # of an adapter, whose configuration is that of its base
+GGUF = ".gguf"
 
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 # What is downloaded: not the same weights once more as pickles or in other programs' formats.
-WANTED = ["*.json", "*.safetensors", "tokenizer.model"]
+WANTED = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
 
 
 class ModelNameError(RefgemmaError):
@@ -50,9 +51,9 @@ def _expand(folder: str) -> Path:
     return Path(os.path.expanduser(os.path.expandvars(folder)))  # Path.expanduser raises there
 
 
-def _find_snapshot(hub_id: str, revision: str) -> Path | None:
+def _find_snapshot(hub_id: str, revision: str, cache: Path) -> Path | None:
     """Return the folder of a snapshot in the cache, if it is there: of a branch, a tag or a whole commit hash."""
-    repository = cache_folder() / f"models--{hub_id.replace('/', '--')}"
+    repository = cache / f"models--{hub_id.replace('/', '--')}"
     reference = repository / "refs" / revision
     commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
     snapshot = repository / "snapshots" / commit
@@ -67,15 +68,17 @@ def _list_missing(folder: Path, needed: Collection[str]) -> list[str]:
 
 
 def find_model(
-    name: str | Path, revision: str = "main", download: bool = False, needed: Collection[str] = (CONFIG_JSON,)
-) -> Path:
-    """Return the folder of a model.
+    name: str | Path, revision: str = "main", download: bool = False, needed: Collection[str] = (CONFIG_JSON,),
+    cache_dir: str | Path | None = None, gguf_file: str | None = None,
+) -> Path:  # fmt: skip
+    """Return the folder of a model, or its GGUF file.
 
     Parameters
     ----------
     name : str or path
         ``"tiny"``, the trained model in this package; ``"conformance"``, the small one with random weights in which
-        known mistakes show; a folder; or a hub id like ``"google/gemma-2-9b"``. A folder goes before a hub id.
+        known mistakes show; a folder; a ``.gguf`` file; or a hub id like ``"google/gemma-2-9b"``. A folder goes before
+        a hub id.
     revision : str
         Of a hub id: a branch, a tag or a whole commit hash.
     download : bool
@@ -83,6 +86,10 @@ def find_model(
         it, nothing here touches the network.
     needed : collection of str
         Files that the folder has to have.
+    cache_dir : str or path, optional
+        In place of `cache_folder`.
+    gguf_file : str, optional
+        A file of the folder, as in transformers: it, and nothing else there, is the model.
 
     Raises
     ------
@@ -95,36 +102,46 @@ def find_model(
     'tiny'
     """
     text = str(name)
+    if gguf_file is not None:
+        place = find_model(name, revision, download, (gguf_file,), cache_dir) / gguf_file
+        if not place.is_file():
+            raise ModelNameError(f"{place.parent}: has no file {place.name}")
+        return place
     if text in ("tiny", "conformance"):
         return PACKAGE / "checkpoints" / text
     if text and Path(name).is_dir():
         return Path(name)
+    if text and Path(name).is_file() and Path(name).suffix == GGUF:
+        return Path(name)
     if text and Path(name).exists():
-        raise ModelNameError(f"{name}: is a file; give the folder that holds {CONFIG_JSON} and the weights")
+        raise ModelNameError(
+            f"{name}: is a file; give the folder that holds {CONFIG_JSON} and the weights, or a {GGUF}"
+        )
     if isinstance(name, Path) or not HUB_ID.fullmatch(text) or ".." in text or "--" in text:
         raise ModelNameError(
             f"{text or repr('')}: no such folder; a model is 'tiny', 'conformance', a folder with {CONFIG_JSON} and "
-            "weights, or a hub id like google/gemma-2-9b"
+            f"weights, a {GGUF} file, or a hub id like google/gemma-2-9b"
         )
     if not re.fullmatch(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*", revision) or ".." in revision:
         raise ModelNameError(f"{text}: {revision!r} is no revision; give a branch, a tag or a whole commit hash")
-    return _find_in_cache(text, revision, download, needed)
+    return _find_in_cache(text, revision, download, needed, Path(cache_dir) if cache_dir else cache_folder())
 
 
-def _find_in_cache(hub_id: str, revision: str, download: bool, needed: Collection[str]) -> Path:
-    snapshot = _find_snapshot(hub_id, revision)
+def _find_in_cache(hub_id: str, revision: str, download: bool, needed: Collection[str], cache: Path) -> Path:
+    snapshot = _find_snapshot(hub_id, revision, cache)
     lacking = _list_missing(snapshot, needed) if snapshot else []
     if snapshot and not lacking:
         return snapshot
     if download:
-        return download_model(hub_id, revision)
+        wanted = [name for name in needed if name.endswith(GGUF)] or WANTED
+        return download_model(hub_id, revision, cache, wanted)
     if snapshot:
         raise ModelNameError(
             f"{hub_id}: the snapshot {snapshot} lacks {', '.join(lacking)}: the download was cut short; "
             f"{_explain_download(hub_id)}"
         )
     raise ModelNameError(
-        f"{hub_id}: there is no folder of that name, and {cache_folder()} holds no snapshot of its revision "
+        f"{hub_id}: there is no folder of that name, and {cache} holds no snapshot of its revision "
         f"{revision!r}; {_explain_download(hub_id)}"
     )
 
@@ -133,8 +150,10 @@ def _explain_download(hub_id: str) -> str:
     return f"download it with: refgemma info {hub_id} --download (it is downloaded only if asked for)"
 
 
-def download_model(hub_id: str, revision: str = "main") -> Path:
-    """Download a snapshot into the Hugging Face cache; a progress bar on stderr, if that is a terminal.
+def download_model(
+    hub_id: str, revision: str = "main", cache: Path | None = None, wanted: Sequence[str] = WANTED
+) -> Path:
+    """Download the `wanted` files of a snapshot into the Hugging Face cache, with a progress bar on a terminal.
 
     Raises
     ------
@@ -157,7 +176,8 @@ def download_model(hub_id: str, revision: str = "main") -> Path:
     if not sys.stderr.isatty():
         disable_progress_bars()
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=WANTED))
+        found = snapshot_download(hub_id, revision=revision, cache_dir=cache, allow_patterns=list(wanted))
+        return Path(found)
     except errors.GatedRepoError:
         reason = (
             "its licence has to be accepted first: on its page on the hub, logged in; then log in here too, with "

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 
 from refgemma.config import FULL, SLIDING, Gemma2Config
 from refgemma.errors import RefgemmaError
+from refgemma.ops import causal_mask, sliding_mask
 from refgemma.precision import Rounded
 from refgemma.shapes import Bias, Hidden, Mask, Positions, TokenIds
 
@@ -182,6 +183,35 @@ def check_masks(attention_mask: Any, batch: int, seq: int, total: int, heads: in
     if attention_mask is None or as_array(attention_mask, "attention_mask").ndim != 4:
         return None
     return dict.fromkeys((SLIDING, FULL), check_mask(attention_mask, batch, seq, total, heads))
+
+
+def packed_masks(
+    position_ids: npt.ArrayLike, config: Gemma2Config
+) -> Mapping[str, Bool[np.ndarray, "batch 1 seq seq"]] | None:
+    """Return masks that keep packed texts apart: each begins where a position is not one more than that before it.
+
+    None if every row is one text. Source: transformers ``find_packed_sequence_indices``.
+
+    Examples
+    --------
+    >>> packed_masks([[0, 1, 0, 1]], Gemma2Config())[FULL][0, 0].astype(int)
+    array([[1, 0, 0, 0],
+           [1, 1, 0, 0],
+           [0, 0, 1, 0],
+           [0, 0, 1, 1]])
+    """
+    positions = as_array(position_ids, "position_ids")
+    if positions.ndim != 2 or positions.size == 0 or positions.dtype.kind not in "iu":
+        return None  # which `check_positions` refuses
+    steps = np.diff(positions.astype(np.int64), axis=1)
+    texts = np.pad(np.cumsum(steps != 1, axis=1), ((0, 0), (1, 0)))
+    if not texts.any():
+        return None
+    same = (texts[:, :, None] == texts[:, None, :])[:, None]
+    places = np.arange(positions.shape[1])
+    return {
+        FULL: same & causal_mask(places, places), SLIDING: same & sliding_mask(places, places, config.sliding_window)
+    }  # fmt: skip
 
 
 def check_inputs(

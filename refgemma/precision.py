@@ -268,6 +268,17 @@ def as_dtype(x: npt.ArrayLike, dtype: str) -> Array:
     raise ValueError(f"unknown dtype {dtype!r}: float64, float32, float16 and bfloat16 are computed with")
 
 
+def as_float64(x: npt.ArrayLike) -> Array:
+    """Return `x` as an ordinary float64 array, whatever its precision: what errors are measured in.
+
+    Examples
+    --------
+    >>> as_float64(bf16([0.1]))
+    array([0.10009766])
+    """
+    return np.asarray(x, np.float64)
+
+
 PRECISIONS = ("float64", "float32", "float16", "bfloat16")
 
 

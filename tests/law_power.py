@@ -34,7 +34,7 @@ import refgemma.ops
 from refgemma.cache import keep_last
 from refgemma.goldens import verify as oracle
 from refgemma.hub import find_model
-from refgemma.oracle.known_bugs import KNOWN_BUGS, Change, cut_off, edit_model, unmasked, unscaled
+from refgemma.oracle.known_bugs import KNOWN_BUGS, Change, cut_off, edit_model, softmax_over_all
 from refgemma.oracle.operations import Context, operations
 from refgemma.oracle.tolerance import Arithmetic
 from refgemma.precision import as_dtype, bf16, narrow, wide
@@ -436,6 +436,10 @@ def cut_off_beyond(x: Any, cap: float | None) -> Any:
     return cut_off(x, None if cap is None else 2 * cap)
 
 
+def unscaled_scores(q: Any, k: Any, scale: float) -> Any:
+    return refgemma.ops.attention_scores(q, k, 1.0)
+
+
 def keeps_the_window_only(layer: int, record: Any, config: Any) -> Any:
     return keep_last(record.attention.present, config.sliding_window - 1)
 
@@ -456,10 +460,10 @@ OWN: dict[str, Callable[[], Any]] = {
     "texts are stripped": Strips,
     "operation: linear without its bias": with_operation("linear", without_bias),
     "operation: window one too wide": with_operation("sliding_mask", window_of_one_more),
-    "operation: softmax without its mask": with_operation("softmax", unmasked),
+    "operation: softmax without its mask": with_operation("softmax", softmax_over_all),
     "operation: gelu saturates at 8": with_operation("gelu_tanh", gelu_that_saturates),
     "operation: cap clips at twice the cap": with_operation("soft_cap", cut_off_beyond),
-    "operation: scores are not scaled": with_operation("attention_scores", unscaled),
+    "operation: scores are not scaled": with_operation("attention_scores", unscaled_scores),
 }
 
 

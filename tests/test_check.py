@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conformance_checkpoint import write_conformance
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -21,7 +22,6 @@ from refgemma.hub import find_model
 from refgemma.model import forward
 from refgemma.oracle import check
 from refgemma.oracle import tolerance as tol
-from refgemma.oracle.conformance import write_conformance
 from refgemma.oracle.diagnose import Report, diagnose
 from refgemma.oracle.known_bugs import KNOWN_BUGS
 from refgemma.oracle.tolerance import with_storage

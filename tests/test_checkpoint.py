@@ -553,7 +553,10 @@ def test_a_bad_config(tmp_path: Path) -> None:
     ("files", "words"),
     [
         ([], "holds no weights, neither model.safetensors nor"),
-        (["pytorch_model.bin"], "'pytorch_model.bin', PyTorch's pickles, and no model.safetensors; write that from them"),
+        (
+            ["pytorch_model.bin"],
+            "'pytorch_model.bin', PyTorch's pickles, and no model.safetensors; write that from them",
+        ),
         (["pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"], "refgemma convert"),
         (["model-00001-of-00002.safetensors"], "but neither model.safetensors nor model.safetensors.index.json"),
     ],

@@ -522,7 +522,7 @@ def test_an_interrupted_run_is_continued(tmp_path: Path, kind: str, monkeypatch:
     run("whole")
     first = reads[: len(reads) // 2]  # the other half is read to be compared
     reads.clear()
-    stop = len(first) // 2
+    stop = len(first) * 3 // 4
     with pytest.raises(KeyboardInterrupt):
         run("there")
     stop = 10**9

@@ -483,3 +483,23 @@ def test_one_text_is_no_search() -> None:
         {}, {"repetition_penalty": 1e6}))  # fmt: skip
     assert len(set(plain)) < 6 or not {0, 3}.isdisjoint(plain)
     assert len({0, 3, *penalised}) == 8
+
+
+def test_one_text_stops_at_strings_and_is_guided() -> None:
+    weights, config = TINY.weights, TINY.config
+    whole = list(generate(PROMPT, weights, config, 8))
+    stop = TINY.tokenizer.decode(whole[2:3])
+    assert list(generate(PROMPT, weights, config, 8, stop_strings=stop, tokenizer=TINY.tokenizer)) == whole[:3]
+    message = "stop_strings are looked for in the text: give the model's tokenizer too, as tokenizer="
+    refused(lambda: generate(PROMPT, weights, config, 8, stop_strings=stop), message)
+    # As transformers 5.23 has it.
+    assert list(generate(PROMPT, weights, config, 4, guidance_scale=1.5)) == [458, 324, 276, 598]
+
+
+def test_a_seed_of_none_goes_on() -> None:
+    weights, config = TINY.weights, TINY.config
+    refgemma.set_seed(3)
+    first, second = (list(generate(PROMPT, weights, config, 8, 1.0, seed=None)) for _ in range(2))
+    assert first != second
+    refgemma.set_seed(3)
+    assert list(generate(PROMPT, weights, config, 8, 1.0, seed=None)) == first

@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conformance_checkpoint import CONFIG
 from safetensors.numpy import load_file
 
 from refgemma.cli.main import main
 from refgemma.goldens.load import load_golden
 from refgemma.hub import find_model
 from refgemma.modeling.pretrained import load
-from refgemma.oracle.conformance import CONFIG, prompts
+from refgemma.oracle.conformance import prompts
 from refgemma.oracle.coverage import Detected, cover, run_prompt, write_prompts
 from refgemma.oracle.known_bugs import known_bug
 from refgemma.trace.names import save_trace

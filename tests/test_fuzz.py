@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fuzz import CHECKPOINT, CONFIG, EVAL_TEXT, INDEX, JOBS, MODEL, NAME_MAP, RULES, SETTINGS, TARGETS
+from fuzz import CHECKPOINT, CONFIG, EVAL_TEXT, INDEX, JOBS, MODEL, NAME_MAP, RULES, SETTINGS, TARGETS, TOKENIZER_JSON
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
@@ -110,7 +110,13 @@ def edited(draw: st.DrawFn, text: bytes) -> Any:
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("config", CONFIG), ("index", INDEX), ("tokenizer-settings", SETTINGS), ("map", NAME_MAP)]
+    [
+        ("config", CONFIG),
+        ("index", INDEX),
+        ("tokenizer-settings", SETTINGS),
+        ("map", NAME_MAP),
+        ("tokenizer-json", TOKENIZER_JSON),
+    ]
     + [("jobs", line) for line in JOBS.splitlines()]
     + [("generation", seed) for seed in TARGETS["generation"].seeds],
 )
@@ -123,7 +129,9 @@ def test_other_values_in_json(name: str, text: bytes) -> None:
     try_it()
 
 
-@pytest.mark.parametrize("name", ["config", "index", "generation", "tokenizer-settings", "map", "jobs"])
+@pytest.mark.parametrize(
+    "name", ["config", "index", "generation", "tokenizer-settings", "tokenizer-json", "map", "jobs"]
+)
 @pytest.mark.parametrize(
     "content", [b"[" * 100_000, b'{"a":' * 100_000, b"1" * 10_000, b'{"vocab_size": 1e999}', b"\xff"]
 )

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from small_model import SMALL, refused
 
@@ -105,3 +106,38 @@ def test_the_settings_of_one_text() -> None:
     assert stop_tokens(config) == {5, 7}
     assert stop_tokens(config.changed(eos_token_id=4)) == {4}
     assert stop_tokens(config.changed(eos_token_id=None)) == frozenset()
+
+
+def test_settings_of_lists_are_kept_and_written(tmp_path: Path) -> None:
+    """As tuples, whatever they came as, and as lists in the file, in which transformers reads biases as pairs."""
+    config = GenerationConfig(
+        sequence_bias={(3, np.int64(4)): np.float32(0.5)}, bad_words_ids=[np.array([5, 6])], stop_strings=["a", "b"],
+        exponential_decay_length_penalty=[2, 1.5], suppress_tokens=np.array([7]), forced_eos_token_id=(1, 6),
+    )  # fmt: skip
+    assert config.sequence_bias == (((3, 4), 0.5),)
+    assert (config.bad_words_ids, config.suppress_tokens) == (((5, 6),), (7,))
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "generation_config.json").read_text()) == {
+        "sequence_bias": [[[3, 4], 0.5]], "bad_words_ids": [[5, 6]], "stop_strings": ["a", "b"],
+        "exponential_decay_length_penalty": [2, 1.5], "suppress_tokens": [7], "forced_eos_token_id": [1, 6],
+    }  # fmt: skip
+    assert GenerationConfig.from_pretrained(tmp_path) == config
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"sequence_bias": {}}, {"sequence_bias": {(): 1.0}}, {"sequence_bias": {(3,): float("nan")}},
+        {"sequence_bias": [[3, 1.0]]}, {"sequence_bias": [[[3]]]}, {"bad_words_ids": []}, {"bad_words_ids": [[]]},
+        {"bad_words_ids": [[-1]]}, {"bad_words_ids": [["a"]]}, {"suppress_tokens": 5}, {"begin_suppress_tokens": [1.5]},
+        {"forced_bos_token_id": [5]}, {"forced_eos_token_id": []}, {"exponential_decay_length_penalty": 2},
+        {"exponential_decay_length_penalty": (1, float("inf"))}, {"stop_strings": []}, {"stop_strings": [1]},
+        {"max_time": -1}, {"typical_p": 1.1}, {"guidance_scale": "x"}, {"renormalize_logits": 1},
+        {"output_attentions": 2},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_lists_that_mean_nothing(settings: dict[str, object]) -> None:
+    (name,) = settings
+    with pytest.raises(InputError, match=f"^{name} must be "):
+        GenerationConfig(**settings)

@@ -9,7 +9,7 @@ import pytest
 
 from refgemma.goldens.distance import END_TO_END
 from refgemma.goldens.load import GoldenError, case_names, golden_folder, load_golden, model_of
-from refgemma.goldens.verify import run_calls, verify
+from refgemma.goldens.verify import run_case, verify
 
 CASES = case_names()
 FORWARD_F32 = [name for name in CASES if name.endswith("-f32") and load_golden(name)[0]["kind"] == "forward"]
@@ -45,8 +45,8 @@ def test_every_recorded_tensor_is_compared() -> None:
 def test_logits_agree_and_numpy_errs_no_more_than_twice_as_much_as_pytorch(name: str) -> None:
     """Both float32 runs against the same run in float64: the logits of real tokens."""
     about, golden = load_golden(name)
-    ours = run_calls(about, golden, *model_of(about))
-    exact = run_calls(about, golden, *model_of({**about, "dtype": "float64"}))
+    ours = run_case(about, golden, *model_of(about))
+    exact = run_case(about, golden, *model_of({**about, "dtype": "float64"}))
     padding = golden["attention_mask"].astype(bool)
     errors = []
     done = 0

@@ -61,7 +61,10 @@ def test_greedy_refuses_at_the_call() -> None:
 @pytest.mark.parametrize(
     "settings",
     [{"do_sample": True}, {"num_beams": 2}, {"num_return_sequences": 2}, {"repetition_penalty": 1.1}, {"min_length": 1},
-     {"no_repeat_ngram_size": 2}, {"min_new_tokens": 1}],
+     {"no_repeat_ngram_size": 2}, {"min_new_tokens": 1}, {"guidance_scale": 1.5}, {"sequence_bias": {(5,): 1.0}},
+     {"bad_words_ids": [[5]]}, {"suppress_tokens": [5]}, {"begin_suppress_tokens": [5]}, {"forced_bos_token_id": 5},
+     {"forced_eos_token_id": 5}, {"exponential_decay_length_penalty": (1, 2.0)}, {"stop_strings": "x"},
+     {"max_time": 1.0}],
 )  # fmt: skip
 def test_what_is_more_than_greedy(settings: dict[str, Any]) -> None:
     assert is_plain_greedy(GenerationConfig(max_new_tokens=3, top_k=5, num_beams=1, repetition_penalty=1.0))

@@ -158,7 +158,7 @@ class Hub(types.ModuleType):
     def disable(self) -> None:
         self.bars_disabled += 1
 
-    def snapshot_download(self, hub_id: str, revision: str, allow_patterns: list[str]) -> str:
+    def snapshot_download(self, hub_id: str, revision: str, cache_dir: Path, allow_patterns: list[str]) -> str:
         self.asked.append((hub_id, revision, allow_patterns))
         if isinstance(self.answer, Exception):
             raise self.answer
@@ -177,7 +177,7 @@ def test_a_download_happens_only_if_asked_for(cache: Path, tmp_path: Path, monke
         find_model("org/other")
     assert hub.asked == []
     assert find_model("org/other", "v1", download=True) == tmp_path
-    assert hub.asked == [("org/other", "v1", ["*.json", "*.safetensors", "tokenizer.model"])]
+    assert hub.asked == [("org/other", "v1", ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"])]
     assert hub.bars_disabled == (0 if sys.stderr.isatty() else 1)
 
 

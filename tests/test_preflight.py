@@ -9,13 +9,13 @@ from xml.etree import ElementTree
 import ml_dtypes
 import numpy as np
 import pytest
+from conformance_checkpoint import CONFIG
 from safetensors.numpy import load_file, save_file
 
 from refgemma.cli.main import main
 from refgemma.hub import find_model
 from refgemma.inputs import InputError
 from refgemma.modeling.pretrained import load
-from refgemma.oracle.conformance import CONFIG
 from refgemma.oracle.known_bugs import KNOWN_BUGS
 from refgemma.oracle.preflight import Preflight, compare_tokens, compare_weights
 from refgemma.oracle.verdicts import EXIT

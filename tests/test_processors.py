@@ -14,7 +14,15 @@ from refgemma.generation.decode import (
     generate,
 )
 from refgemma.generation.generation_config import resolve_settings
-from refgemma.generation.processors import keep_min_p, keep_top_k, keep_top_p
+from refgemma.generation.processors import (
+    add_biases,
+    favour_ends,
+    keep_allowed,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    keep_typical,
+)
 
 TINY = refgemma.load("tiny")
 PROMPT = TINY.tokenizer.encode("Once upon a time")
@@ -65,3 +73,43 @@ def test_scores_are_constrained_then_the_callers_then_cut() -> None:
     greedy = Decoding(replace(settings, do_sample=False), np.array([1]), [first_is_out]).scores(ids, raw)
     by_hand = np.array([[math.log(0.4), -np.inf, 2 * math.log(0.2), math.log(0.1)]])
     np.testing.assert_allclose(greedy, by_hand, rtol=4 * 2**-24)
+
+
+def test_all_settings_in_the_order_of_transformers() -> None:
+    """Expected: the processors that transformers 5.23 makes of these settings, on these scores."""
+    call = call_with(
+        sequence_bias={(3,): -1.0, (5, 2, 0): 2.0}, repetition_penalty=2.0, no_repeat_ngram_size=2,
+        bad_words_ids=[[7], [2, 6], [1, 4]], eos_token_id=[4], exponential_decay_length_penalty=(1, 2.0),
+        suppress_tokens=[1], renormalize_logits=True, max_length=9,
+    )  # fmt: skip
+    scores, ids = np.array([[2.0, -1.0, 0.5, 3.0, -0.5, 1.5, -2.0, 0.0]], np.float32), np.array([[1, 2, 5, 2]])
+    settings = resolve_settings(call, prompt_length=2, vocab_size=8, limit=64)
+    how = Decoding(settings, np.zeros(1, int), allowed=lambda text, row: [0, 1, 2, 3, 4, 5])
+    expected = [-0.16311218, -np.inf, -3.9131122, -2.1631122, -4.1631122, -np.inf, -np.inf, -np.inf]
+    np.testing.assert_allclose(how.scores(ids, scores), [expected], rtol=1e-6)
+    drawn = replace(settings, do_sample=True, temperature=4.0, top_k=3, typical_p=0.8)
+    expected = [-0.47407699, -np.inf, -np.inf, -0.97407699, -np.inf, -np.inf, -np.inf, -np.inf]
+    np.testing.assert_allclose(replace(how, settings=drawn).scores(ids, scores), [expected], rtol=1e-6)
+
+
+def test_biases_and_forced_tokens_by_hand() -> None:
+    scores = np.array([[1.0, 2.0, -np.inf]], np.float32)
+    assert add_biases(scores, np.array([[0]]), [([1, 1, 0], 5.0)]).tolist() == scores.tolist()  # a text too short
+    assert add_biases(scores, np.array([[1, 0]]), [([1, 0, 1], -np.inf), ([0], 1.0)]).tolist() == [
+        [2, -np.inf, -np.inf]
+    ]
+    assert favour_ends(scores, 5, 5, 2.0, [0]).tolist() == scores.tolist()
+    assert favour_ends(scores, 6, 5, 2.0, [0, 2]).tolist() == [[2.0, 2.0, -np.inf]]
+    assert np.isfinite(favour_ends(scores, 9, 0, 1e300, [0])[:, :2]).all()
+    # Both beams of the first text have nothing left; of the second one has.
+    rows = np.array([[-np.inf, 1.0], [-np.inf, 2.0], [-np.inf, 3.0], [4.0, 5.0]], np.float32)
+    found = keep_allowed(rows, np.zeros((4, 1), int), lambda text, ids: [0], num_beams=2)
+    assert found.tolist() == [[0, -np.inf], [0, -np.inf], [-np.inf, -np.inf], [4.0, -np.inf]]
+
+
+def test_typical_keeps_what_it_says() -> None:
+    shares = np.log([0.6, 0.3, 0.1])  # -log p: 0.51, 1.20, 2.30; the entropy is 0.90
+    assert np.isfinite(keep_typical(shares, 0.2)).tolist() == [False, True, False]
+    assert np.isfinite(keep_typical(shares, 0.2, min_kept=2)).tolist() == [True, True, False]
+    assert np.isfinite(keep_typical(shares, 0.5)).tolist() == [True, True, False]
+    assert np.isfinite(keep_typical(np.log([0.6, 0.3, 0.1]), 0.95)).all()

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conformance_checkpoint import CONFIG
 from safetensors.numpy import load_file
 
 import refgemma
 from refgemma.cli.main import main
 from refgemma.inputs import InputError
 from refgemma.model import forward
-from refgemma.oracle.conformance import CONFIG
 from refgemma.oracle.engine import Engine, Instance
 from refgemma.oracle.repro import HEADER, LIMIT, make_repro
 from refgemma.precision import as_dtype

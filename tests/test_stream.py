@@ -1,6 +1,7 @@
 """Streamers: what they are given, and what the one of this package prints."""
 
 import io
+import queue
 import sys
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from small_model import NO_END, SMALL, refused
 
 import refgemma
-from refgemma.generation.stream import TextStreamer
+from refgemma.generation.stream import TextIteratorStreamer, TextStreamer
 from refgemma.inputs import InputError
 
 TINY = refgemma.load("tiny")
@@ -92,3 +93,28 @@ def test_a_streamer_is_given_the_prompt_then_each_token_then_the_end() -> None:
         lambda: SMALL.generate([[3, 4]], streamer=listener, num_beams=2),
         "a streamer is given tokens that stay, and a beam search has none before its end",
     )
+
+
+def test_a_subclass_does_something_else_with_the_text() -> None:
+    class Kept(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            kept.append((text, stream_end))
+
+    kept: list[tuple[str, bool]] = []
+    streamer = Kept(TINY.tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    MODEL.generate([PROMPT], max_new_tokens=2, streamer=streamer)
+    assert [end for _, end in kept] == [False, False, True]
+    assert "".join(text for text, _ in kept) == TINY.tokenizer.decode(MODEL.generate([PROMPT], max_new_tokens=2)[0, 7:])
+    refused(
+        lambda: TextIteratorStreamer(TINY.tokenizer, skip_specials=True),
+        "TextIteratorStreamer takes no skip_specials; what it takes is skip_special_tokens",
+    )
+
+
+def test_text_is_waited_for_no_longer_than_the_timeout() -> None:
+    streamer = TextIteratorStreamer(TINY.tokenizer, timeout=0.01)
+    with pytest.raises(queue.Empty):
+        next(streamer)
+    streamer.put(np.array([[300]]))
+    streamer.end()
+    assert list(streamer) == [TINY.tokenizer.decode([300]), ""]

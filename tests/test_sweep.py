@@ -4,8 +4,11 @@ worker. The port of these tests is a script that copies a trace, notes that it r
 
 import json
 import random
+import signal
+import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -261,3 +264,33 @@ def test_a_merged_tally_is_that_of_all_errors_in_any_order(sizes: list[int], see
     assert (total.elements, total.exact, total.worst, total.histogram) == (
         whole.elements, whole.exact, whole.worst, whole.histogram
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_worker_and_no_command_outlives_a_sweep(number: int, tmp_path: Path) -> None:
+    command = "sh -c 'echo $PPID $$ > pids; exec sleep 100' {trace}"
+    (tmp_path / "jobs.jsonl").write_text(json.dumps({"run": command}) + "\n")
+    sweep = [sys.executable, "-m", "refgemma", "sweep", "jobs.jsonl", "--workers", "1"]
+    with subprocess.Popen(sweep, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        wait_for(lambda: (tmp_path / "pids").exists() and len((tmp_path / "pids").read_text().split()) == 2)
+        started = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+        process.send_signal(number)
+        said = process.communicate(timeout=20)[1]
+        assert process.returncode in ((130,) if number == signal.SIGINT else (-number,))
+        assert "Traceback" not in said
+        wait_for(lambda: not any(is_running(pid) for pid in started), seconds=5)
+
+
+def is_running(pid: int) -> bool:
+    """Return whether a process is there and has not ended; one that nobody has waited for is a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_for(happened: Callable[[], bool], seconds: float = 60) -> None:
+    until = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < until
+        time.sleep(0.05)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import mutation
 import pytest
-from measure import circles, code_lines, duplicate_names, imports, measure, participles
+from measure import circles, code_lines, duplicate_names, fixed_lines, imports, measure, participles, rooms
 from mutation import FAST_TESTS, Mutant, Result, code, problems, table, total
 
 PROGRAM = '''"""A file.
@@ -83,6 +83,34 @@ def test_a_folder_is_measured(tmp_path: Path) -> None:
     (tmp_path / "p" / "room" / "one.py").write_text('"""A."""\nimport p.ops\nx = 1\ndef made(): ...\n')
     counts = {row: count for row, (count, _) in measure(tmp_path / "p").items()}
     assert list(counts.values()) == [5, 2, 2, 1, 1, 1, 1, 1]
+
+
+def test_imports_and_signatures_are_counted() -> None:
+    text = """
+import os
+from a import (
+    b,
+)
+__all__ = ["f"]
+
+@decorated
+def f(
+    x,
+):
+    return x
+
+class A:
+    x = 1
+"""
+    assert fixed_lines(ast.parse(text)) == len(["import", "from", "b", ")", "all", "@", "def", "x", "):", "class"])
+
+
+def test_rooms_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "room").mkdir()
+    (tmp_path / "ops.py").write_text("import os\nx = 1\n")
+    (tmp_path / "layers.py").write_text("y = 1\n")
+    (tmp_path / "room" / "one.py").write_text("def f():\n    x = 1\n    y = 2\n    return x + y\n")
+    assert rooms(tmp_path) == {"room": (1, 4, 1), "files at the top": (2, 3, 1)}
 
 
 # --- mutation testing -------------------------------------------------------------------------------------------------

@@ -72,6 +72,31 @@ def names_of(page: str) -> dict[str, dict[str, str | None]]:
     return found
 
 
+# What code for transformers uses of the classes beyond the names on the page, which it points to ("resizing the input
+# embeddings", "the generic methods") or which belong to the same calls.
+STRANGERS = "tests/strangers/test_classes.py"
+BESIDE = {
+    "AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, "
+    "AutoModelForTokenClassification": "test_the_auto_classes_give_the_documented_ones",
+    "resize_token_embeddings": "test_resize_token_embeddings",
+    "DynamicCache": "test_a_value_stays_a_value_and_an_object_is_filled",
+    "StaticCache": "test_a_static_cache_that_is_full",
+    "cache": "test_the_name_of_transformers_5_24",
+    "torch_dtype": "test_a_precision_under_either_name[torch_dtype]",
+    "cache_dir": "test_a_cache_folder_that_is_named",
+    "config": "test_fewer_layers_than_the_folder_has[configuration]",
+    "ignore_mismatched_sizes": "test_a_head_of_another_size",
+    "to, cpu, cuda, device, eval": "test_a_device_changes_nothing",
+    "half, bfloat16, float, double, dtype": "test_another_precision_is_that_of_from_pretrained[half-float16-False]",
+    "parameters, named_parameters": "test_what_is_changed_in_place_changes_the_model",
+    "state_dict, load_state_dict": "test_load_state_dict",
+    "get_input_embeddings, get_output_embeddings, lm_head, model, layers, norm, num_parameters, "
+    "get_memory_footprint": "test_weights_by_their_names_and_modules",
+    "push_to_hub": "test_nothing_is_uploaded",
+    "pipeline": "test_a_pipeline",
+}
+
+
 def test_of(section: str, name: str) -> str:
     """The pytest id of the test of one name."""
     cls = section.split(".")[0]
@@ -95,6 +120,7 @@ def table_of(names: dict[str, dict[str, str | None]]) -> str:
         for section, documented in names.items()
         for name, default in documented.items()
     ]
+    rows += [f"| beside the page | `{name}` |  | `{STRANGERS}::{test}` |" for name, test in BESIDE.items()]
     return INTRODUCTION.format(names=NAMES) + "\n".join(rows) + "\n"
 
 

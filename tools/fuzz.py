@@ -14,6 +14,7 @@ import io
 import json
 import math
 import pickle
+import struct
 import sys
 import tempfile
 import zipfile
@@ -30,6 +31,7 @@ from refgemma.config import ConfigError, Gemma2Config
 from refgemma.convert.flax_tree import read_npz
 from refgemma.convert.pickles import read_torch, write_torch
 from refgemma.generation.generation_config import GenerationConfig
+from refgemma.gguf import NUMBERS, SIZES
 from refgemma.hub import find_model
 from refgemma.inputs import InputError
 from refgemma.sweep.jobs import read_jobs
@@ -39,6 +41,7 @@ from refgemma.trace.candidate import load_trace
 from refgemma.trace.name_maps import apply_map, load_map, open_trace
 from refgemma.trace.reader import Entry, TraceFile
 from refgemma.weights.checkpoint import CheckpointError, open_checkpoint, read_header
+from refgemma.weights.gguf import gguf_names
 from refgemma.weights.save import OutputTensor
 
 SMALL = Gemma2Config(
@@ -79,6 +82,17 @@ def tokenized(file: Path) -> Any:
     tokenizer = Tokenizer.from_pretrained(file.parent)
     ids = tokenizer.encode("a text of <bos> two\n\nlines \u00e9")
     return tokenizer.decode(ids)
+
+
+def tiny_json() -> bytes:
+    """The tokenizer.json of the tiny model, with fewer pieces."""
+    with tempfile.TemporaryDirectory() as folder:
+        Tokenizer.from_pretrained("tiny").save_pretrained(folder)
+        found = json.loads((Path(folder) / "tokenizer.json").read_bytes())
+    names = [name for n, name in enumerate(found["model"]["vocab"]) if n < 300 or len(name) == 1]
+    kept = found["model"]["vocab"] = {name: n for n, name in enumerate(names)}
+    found["model"]["merges"] = [pair for pair in found["model"]["merges"] if {*pair, "".join(pair)} <= kept.keys()]
+    return json.dumps(found).encode()
 
 
 def as_torch(raw: bytes) -> bytes:
@@ -155,11 +169,49 @@ def use_map(file: Path) -> Any:
     return [entry.read() for entry in trace.entries.values()]
 
 
+def packed(text: str) -> bytes:
+    return struct.pack("<Q", len(text.encode())) + text.encode()
+
+
+def gguf_file() -> bytes:
+    """A GGUF file of the small model, with a tokenizer of four special tokens and the bytes."""
+    numbers = {f"gemma2.{key}": getattr(SMALL, field) for field, (key, _) in (SIZES | NUMBERS).items()}
+    numbers |= {"gemma2.attention.head_count_kv": 1, "gemma2.attention.key_length": 2}
+    texts = {"general.architecture": "gemma2", "tokenizer.ggml.model": "llama", "tokenizer.chat_template": "{{ a }}"}
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "\u2581", "a", "b", *(f"<0x{n:02X}>" for n in range(256))]
+    kinds, scores = [3, 3, 3, 2, 1, 1, 1, *[6] * 256], range(len(tokens))
+    lists = {
+        "tokens": (8, b"".join(map(packed, tokens))), "token_type": (5, struct.pack(f"<{len(kinds)}i", *kinds)),
+        "scores": (6, struct.pack(f"<{len(scores)}f", *scores)),
+    }  # fmt: skip
+    pairs = [
+        packed(k) + (struct.pack("<If", 6, v) if isinstance(v, float) else struct.pack("<II", 4, v))
+        for k, v in numbers.items()
+    ]
+    pairs += [packed(key) + struct.pack("<I", 8) + packed(text) for key, text in texts.items()]
+    pairs += [
+        packed(f"tokenizer.ggml.{k}") + struct.pack("<IIQ", 9, t, len(tokens)) + raw for k, (t, raw) in lists.items()
+    ]
+    names, infos, data = gguf_names(1), [], b""
+    for name, x in tensors_of(SMALL).items():
+        axes = struct.pack(f"<I{x.ndim}Q", x.ndim, *x.shape[::-1])
+        infos.append(packed(names[name]) + axes + struct.pack("<IQ", 0, len(data)))
+        data += x.astype(np.float32).tobytes()
+        data += bytes(-len(data) % 32)
+    header = b"GGUF" + struct.pack("<IQQ", 3, len(infos), len(pairs)) + b"".join(pairs + infos)
+    return header + bytes(-len(header) % 32) + data
+
+
+def read_whole(file: Path) -> Any:
+    return open_checkpoint(file).resident("bfloat16"), Tokenizer.from_pretrained(file).encode("a text")
+
+
 TENSORS = tensors_of(SMALL)
 CHECKPOINT, CONFIG = save(TENSORS, {"format": "pt"}), SMALL.to_json_string().encode()
 INDEX = json.dumps({"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(TENSORS, "a.safetensors")}).encode()
 TINY = find_model("tiny")
 MODEL, SETTINGS = ((TINY / name).read_bytes() for name in ("tokenizer.model", "tokenizer_config.json"))
+TOKENIZER_JSON = tiny_json()
 
 TARGETS: dict[str, Target] = {
     "header": Target("model.safetensors", lambda f: every_number(read_header(f)), CheckpointError, (CHECKPOINT,)),
@@ -175,6 +227,7 @@ TARGETS: dict[str, Target] = {
     "tokenizer-settings": Target("tokenizer_config.json", tokenized, TokenizerError, (SETTINGS,),
                                  (("tokenizer.model", MODEL),)),
     "tokenizer-model": Target("tokenizer.model", tokenized, TokenizerError, (MODEL,)),
+    "tokenizer-json": Target("tokenizer.json", tokenized, TokenizerError, (TOKENIZER_JSON,)),
     "candidate": Target("port.safetensors", lambda f: load_trace(f, SMALL), InputError, candidates()),
     "map": Target("map.json", use_map, InputError, (NAME_MAP,)),
     "eval-text": Target("port.txt", read_text, InputError, (EVAL_TEXT.encode(),)),
@@ -182,6 +235,7 @@ TARGETS: dict[str, Target] = {
     "pickle": Target("model.ckpt", lambda f: every_number(read_torch(f)), CheckpointError,
                      (pickled(), pickle.dumps({"a": [1, "b", (2.0, None)]}, 2)), (), as_torch),
     "torch": Target("model.ckpt", lambda f: every_number(read_torch(f)), CheckpointError, (as_torch(pickled()),)),
+    "gguf": Target("model.gguf", read_whole, (CheckpointError, ConfigError, TokenizerError), (gguf_file(),)),
     "npz": Target("params.npz", lambda f: every_number(read_npz(f)), CheckpointError, (npz(),)),
 }  # fmt: skip
 

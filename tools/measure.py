@@ -1,6 +1,6 @@
 """Count the size of the package as docs/architecture.md states it; checked on small examples in tests/test_tools.py.
 
-    python tools/measure.py [FOLDER] [--list]
+    python tools/measure.py [FOLDER] [--list | --rooms]
 
 Code lines are lines that hold code: no blanks, comments or docstrings. A name counts as defined twice if two files
 define it at their top level. Circles are groups of files that import one another, also within functions. A function
@@ -115,6 +115,31 @@ def participles(tree: ast.Module) -> list[str]:
     return found
 
 
+def fixed_lines(tree: ast.Module) -> int:
+    """Count the lines of imports, of ``__all__``, and of the first lines of classes and functions, decorators too."""
+    lines: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            lines |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            lines |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            lines |= set(range(first, max(node.body[0].lineno, node.lineno + 1)))
+    return len(lines)
+
+
+def rooms(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """Count files, code lines and, of these, `fixed_lines` of each folder, and of the files at the top together."""
+    counts: dict[str, tuple[int, int, int]] = {}
+    for path in sorted(folder.rglob("*.py")):
+        room = path.relative_to(folder).parts[0] if path.parent != folder else "files at the top"
+        text = path.read_text("utf-8")
+        found = (1, code_lines(text), fixed_lines(ast.parse(text)))
+        counts[room] = tuple(map(sum, zip(counts.get(room, (0, 0, 0)), found, strict=True)))  # type: ignore[assignment]
+    return dict(sorted(counts.items(), key=lambda item: -item[1][1]))
+
+
 def measure(folder: Path) -> dict[str, tuple[int, list[str]]]:
     """Count everything in the package of a folder: for each row the number and what was counted."""
     texts = {path.relative_to(folder).as_posix(): path.read_text("utf-8") for path in sorted(folder.rglob("*.py"))}
@@ -144,7 +169,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, default=Path(__file__).parents[1] / "refgemma")
     parser.add_argument("--list", action="store_true", help="print below each row what was counted")
+    parser.add_argument("--rooms", action="store_true", help="print the code lines of each folder instead")
     args = parser.parse_args()
+    if args.rooms:
+        counts = rooms(args.folder)
+        total = tuple(map(sum, zip(*counts.values(), strict=True)))
+        print("| room | files | code lines | of these imports and signatures |\n| --- | --- | --- | --- |")
+        for room, (files, lines, fixed) in (counts | {"all": total}).items():
+            print(f"| {room} | {files} | {lines:,} | {fixed:,} |")
+        return
     print("| | |\n| --- | --- |")
     for row, (count, listed) in measure(args.folder).items():
         print(f"| {row} | {count:,} |")

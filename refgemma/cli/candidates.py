@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from refgemma.cli import output
 from refgemma.errors import UsageError
 from refgemma.files import replace_file
 from refgemma.hub import find_model
@@ -27,7 +28,7 @@ from refgemma.oracle.diff import Difference, compare_traces, measure_unexplained
 from refgemma.oracle.diff import as_json as difference_json
 from refgemma.oracle.engine import Engine
 from refgemma.oracle.known_bugs import KNOWN_BUGS
-from refgemma.oracle.pipeline import check, read_candidate, read_weights, run_backend
+from refgemma.oracle.pipeline import check, read_candidate, run_backend
 from refgemma.oracle.repro import make_repro
 from refgemma.oracle.verdicts import CONFORMS, DIFFERS, EXIT, FAILED, INCONCLUSIVE
 from refgemma.sweep.jobs import read_jobs
@@ -39,7 +40,6 @@ from refgemma.trace.names import save_trace, target_file
 from refgemma.weights.checkpoint import open_checkpoint
 from refgemma.weights.parameters import Weights
 
-DTYPES = ("float32", "float64", "bfloat16", "float16")
 CODES = "Exit codes: 0 conforms, 1 differs, 2 misuse or bad file, 3 noisy only, 4 inconclusive, 5 the backend failed."
 
 
@@ -51,7 +51,9 @@ def add_commands(add: Callable[[str, str], Any]) -> None:
     command.add_argument(
         "--model", default="tiny", metavar="MODEL", help="tiny, conformance or a folder (default: tiny)"
     )
-    command.add_argument("--dtype", choices=DTYPES, help="what it stores tensors in, if its file does not say so")
+    command.add_argument(
+        "--dtype", choices=output.DTYPES, help="what it stores tensors in, if its file does not say so"
+    )
     command.add_argument("--allow", type=float, default=1.0, metavar="X",
                          help="multiply what rounding may do by X; every report says so")  # fmt: skip
     for kind in ("html", "markdown", "junit"):
@@ -116,10 +118,10 @@ def run_check(args: argparse.Namespace) -> int:
     made = {"html": reports.page, "markdown": reports.markdown, "junit": reports.junit}
     for kind, path in outputs.items():
         if kind == "bundle":
-            write_repro(candidate, read_weights(folder, candidate.dtype), found, path)
+            write_repro(candidate, open_checkpoint(folder).weights(candidate.dtype), found, path)
         else:
             replace_file(path, made[kind](found, args.model).encode())
-    print(reports.dumps(reports.as_json(found, args.model)) if args.json else reports.text(found, args.model))
+    output.as_json(reports.as_json(found, args.model)) if args.json else print(reports.text(found, args.model))
     return EXIT[found.verdict]
 
 
@@ -141,10 +143,10 @@ def run_map(args: argparse.Namespace) -> int:
     unusable = [row for row in rows if row["problem"]]
     code = EXIT[INCONCLUSIVE] if matched.unmatched or unusable else 0
     if args.json:
-        print(reports.dumps({
+        output.as_json({
             "schema": "refgemma-map/1", "map": names.name, "learned_from": names.learned_from, "run_on": names.run_on,
             "matched": rows, "ignored": dict(matched.ignored), "unmatched": list(matched.unmatched), "exit_code": code,
-        }))  # fmt: skip
+        })  # fmt: skip
         return code
     print(f"{names.name}: {names.says}")
     print(f"from {names.learned_from}; " + (f"tried on {names.run_on}" if names.run_on else "not tried on real output"))
@@ -161,21 +163,18 @@ def run_map(args: argparse.Namespace) -> int:
 def run_diff(args: argparse.Namespace) -> int:
     """``refgemma diff``."""
     a, b = (open_any(path) for path in (args.a, args.b))
-    found, only_a, only_b = (
-        compare_traces(a, b),
-        sorted(set(a.entries) - set(b.entries)),
-        sorted(set(b.entries) - set(a.entries)),
-    )
+    found = compare_traces(a, b)
+    only_a, only_b = sorted(set(a.entries) - set(b.entries)), sorted(set(b.entries) - set(a.entries))
     if args.model:
         folder = find_model(args.model)
         config = open_checkpoint(folder).config
         sides = [load_trace(path, config) for path in (args.a, args.b)]
-        weights = {side.dtype: read_weights(folder, side.dtype) for side in sides}
+        weights = {side.dtype: open_checkpoint(folder).weights(side.dtype) for side in sides}
         units = measure_unexplained(sides[0], sides[1], weights, config)
         found = [replace(d, unexplained=units.get(d.tensor)) for d in found]
     code = diff_code(found, bool(only_a or only_b), bool(args.model))
     if args.json:
-        print(reports.dumps(difference_json(args.a, args.b, found, only_a, only_b, code)))
+        output.as_json(difference_json(args.a, args.b, found, only_a, only_b, code))
         return code
     print("\n".join(reports.cut(line) for line in diff_lines(found, only_a, only_b)))
     return code
@@ -228,7 +227,7 @@ def run_prompts(args: argparse.Namespace) -> int:
         for path in write_prompts(found, config, Path(args.output), args.model):
             print(path, file=sys.stderr)
     if args.json:
-        print(reports.dumps(prompts_json(found, config, args.model)))
+        output.as_json(prompts_json(found, config, args.model))
         return 0
     for s in found:
         prompt = known[s.prompt]
@@ -260,7 +259,7 @@ def run_sweep(args: argparse.Namespace) -> int:
     with cluster(args.scheduler) if args.scheduler else nullcontext((processes, workers)) as (pool, width):
         found = list(tqdm(sweep(jobs, results, pool, width, args.again), "jobs", len(jobs), disable=None))
     report = sweep_json(found)
-    print(reports.dumps(report) if args.json else "\n".join(sweep_lines(report)))
+    output.as_json(report) if args.json else print("\n".join(sweep_lines(report)))
     return int(report["exit_code"])
 
 
@@ -297,7 +296,7 @@ def run_known_bugs(args: argparse.Namespace) -> int:
         hint = f"there are {', '.join(near[:6])}" if near else "refgemma known-bugs lists them"
         raise UsageError(f"unknown bug {args.name!r}; {hint}")
     if args.json:
-        print(reports.dumps([reports.known_bug_json(v) for v in chosen]))
+        output.as_json([reports.known_bug_json(v) for v in chosen])
     elif args.name:
         v = chosen[0]
         print(f"{v.name} ({v.kind})\n  {v.says}\n  first tensor: {v.fields[0]}; all: {', '.join(v.fields)}")

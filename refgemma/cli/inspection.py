@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+from dataclasses import asdict
 from itertools import chain
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 import refgemma
 from refgemma.cli.output import OK, as_json, prompt_ids
 from refgemma.files import replace_file
+from refgemma.goldens.released import Identified, identify_release
 from refgemma.hub import find_model
 from refgemma.modeling.pretrained import load
 from refgemma.trace.names import run_in_order, save_trace, target_file
@@ -60,12 +62,29 @@ def run_explore(args: argparse.Namespace) -> int:
     return OK
 
 
+def _print_release(found: Identified) -> None:
+    if found.release is None:
+        print("release: none is known by these sizes and files\n")
+        return
+    name = f"{found.release} (revision {(found.revision or 'unknown')[:8]})"
+    unread = any(file.verdict == "same length" for file in found.files)
+    numbers = "; the numbers in files of the same length were not compared" if unread else ""
+    if found.complete:
+        print(f"release: {name}, all {found.as_released} files that are known of it{numbers}")
+    else:
+        print(f"release: nearest is {name}, {found.as_released} files of it are here{numbers}")
+    for file in found.files:
+        print(f"  {file.name:34s} {file.verdict:12s} {file.detail}")
+    print()
+
+
 def run_info(args: argparse.Namespace) -> int:
     """``refgemma info``."""
     checkpoint = open_checkpoint(find_model(args.model, args.revision, args.download))
     config = checkpoint.config.to_dict()
+    release = identify_release(checkpoint.folder, checkpoint.config, args.hash)
     table = [
-        (name, tuple(shape), str(checkpoint.tensors[name].dtype))
+        (name, tuple(shape), checkpoint.tensors[name].format)
         for name, shape in tensor_shapes(checkpoint.config).items()
     ]
     if args.json:
@@ -74,10 +93,12 @@ def run_info(args: argparse.Namespace) -> int:
             "config": config,
             "parameters": checkpoint.parameters,
             "bytes": checkpoint.nbytes,
+            "released": asdict(release) | {"complete": release.complete},
             "tensors": [{"name": name, "shape": list(shape), "dtype": dtype} for name, shape, dtype in table],
         })  # fmt: skip
         return OK
-    print(f"{checkpoint.folder}\n{checkpoint.parameters:,} parameters, {checkpoint.nbytes:,} bytes\n")
+    print(f"{checkpoint.folder}\n{checkpoint.parameters:,} parameters, {checkpoint.nbytes:,} bytes")
+    _print_release(release)
     for key, value in config.items():
         print(f"{key:26s} {value}")
     print()

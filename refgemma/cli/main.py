@@ -16,7 +16,7 @@ import refgemma
 from refgemma.cli import candidates as oracle
 from refgemma.cli.folders import run_convert, run_synth
 from refgemma.cli.inspection import run_explore, run_info, run_trace
-from refgemma.cli.output import CUT_OFF, FAULT, INTERRUPTED, MISUSE
+from refgemma.cli.output import CUT_OFF, DTYPES, FAULT, INTERRUPTED, MISUSE
 from refgemma.cli.text import run_chat, run_generate, run_perplexity
 from refgemma.cli.verification import run_verify
 from refgemma.convert.convert import FORMATS
@@ -27,8 +27,8 @@ EXIT_CODES = (
     "Exit codes: 0 all is well, 1 verify or check found a difference, 2 misuse or bad input (one line says which), "
     "3 and 4: see refgemma check --help, 70 a fault of refgemma itself."
 )
-MODEL_HELP = "tiny, conformance, a Hugging Face folder, or a hub id like google/gemma-2-9b"
-DTYPES = ("float32", "float64", "bfloat16", "float16")
+MODEL_HELP = "tiny, conformance, a Hugging Face folder, a .gguf file, or a hub id like google/gemma-2-9b"
+LINE = 1500  # characters of an error message
 
 
 class Parser(argparse.ArgumentParser):
@@ -140,10 +140,12 @@ def parser() -> Parser:
     command.add_argument("--stride", type=int, default=512, metavar="N", help="tokens from window to window (512)")
     add_reference(command)
 
-    command = add("convert", "convert an original checkpoint to a Hugging Face folder, or back")
-    command.add_argument("source", metavar="SOURCE", help="a folder or file: .ckpt, .npz, .safetensors, shards")
-    command.add_argument("-o", "--output", required=True, metavar="DIR", help="an empty folder, or none yet")
-    command.add_argument("--from", dest="kind", choices=("auto", "hf", "pytorch", "flax"), default="auto")
+    command = add("convert", "convert an original checkpoint or a GGUF file to a Hugging Face folder, or back")
+    command.add_argument("source", metavar="SOURCE", help="a folder or file: .ckpt, .npz, .gguf, .safetensors, shards")
+    command.add_argument(
+        "-o", "--output", required=True, metavar="DIR", help="an empty folder, or none yet; a file for gguf"
+    )
+    command.add_argument("--from", dest="kind", choices=("auto", "hf", "pytorch", "flax", "gguf"), default="auto")
     command.add_argument("--to", choices=FORMATS, default="hf", help="default: hf")
     command.add_argument("--config", metavar="FILE", help="config.json of an original that is no released size")
     command.add_argument("--dtype", choices=DTYPES, help="default: that of the source, bit for bit")
@@ -158,8 +160,9 @@ def parser() -> Parser:
     command.add_argument("-o", "--output", required=True, metavar="DIR", help="an empty folder, or none yet")
     command.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file (default: 5GB)")
 
-    command = add("info", "print a model's configuration, size and tensors")
+    command = add("info", "print a model's configuration, size and tensors, and which release its files are of")
     command.add_argument("model", nargs="?", default="tiny", metavar="MODEL", help=f"{MODEL_HELP} (default: tiny)")
+    command.add_argument("--hash", action="store_true", help="compare the hashes of the weights too, not only lengths")
     add_hub(command)
 
     oracle.add_commands(add)
@@ -228,4 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def one_line(error: Exception) -> str:
     """Return an error's message, an OSError's with its file, in characters that a terminal prints and does not obey."""
     said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(said.split()))
+    said = " ".join(said.split())
+    if len(said) > LINE:  # it quotes a damaged file: where and what to do stand at the two ends
+        said = f"{said[: LINE - 400]} ... {said[-400:]}"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in said)

@@ -1,18 +1,19 @@
 """Exit codes, JSON and the tokens of a prompt, which all commands share. Checked through the command line."""
 
 import argparse
-import json
 from typing import Any
 
 from refgemma.errors import UsageError
+from refgemma.files import write_json
 from refgemma.modeling.pretrained import Pretrained
 
+DTYPES = ("float32", "float64", "bfloat16", "float16")
 OK, DIFFERS, MISUSE, FAULT, INTERRUPTED, CUT_OFF = 0, 1, 2, 70, 130, 141
 
 
 def as_json(value: Any) -> None:
     """Print one JSON object."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    print(write_json(value))
 
 
 def prompt_ids(args: argparse.Namespace, model: Pretrained) -> list[int]:

@@ -20,7 +20,7 @@ from refgemma.hub import PACKAGE
 from refgemma.inputs import InputError
 from refgemma.model import reference_outputs
 from refgemma.modeling.pretrained import Pretrained, load
-from refgemma.tokenizer.tokenizer import TextStream
+from refgemma.tokenizer.tokenizer import TextStream, Tokenizer
 
 
 def generation_settings(model: Pretrained, args: argparse.Namespace) -> GenerationConfig:
@@ -48,52 +48,35 @@ def new_tokens(ids: Sequence[int], model: Pretrained, args: argparse.Namespace) 
 
 
 def stream_text(tokens: Iterator[int], model: Pretrained, show: bool) -> tuple[list[int], str]:
-    """Collect tokens and their text, printing it as it comes if `show`."""
-    stream, ids, texts = TextStream(model.tokenizer), [], []
+    """Collect tokens and their text, printing it as it comes if `show`; without a tokenizer, ids stand for text."""
+    stream, ids, texts = TextStream(model.tokenizer) if model.has_tokenizer else None, [], []
     for token in tokens:
         ids.append(token)
-        if token not in model.stop_ids:
-            texts.append(stream.push(token))
+        if stream is None or token not in model.stop_ids:
+            texts.append(stream.push(token) if stream else f",{token}")
             if show:
                 print(texts[-1], end="", flush=True)
-    texts.append(stream.finish())
+    texts.append(stream.finish() if stream else "")
     if show:
         print(texts[-1], flush=True)
     return ids, "".join(texts)
 
 
-def stream_ids(tokens: Iterator[int], show: bool) -> list[int]:
-    """Collect tokens of a model that has no tokenizer, printing their ids as they come if `show`."""
-    ids = []
-    for token in tokens:
-        ids.append(token)
-        if show:
-            print(f",{token}", end="", flush=True)
-    if show:
-        print(flush=True)
-    return ids
-
-
 def run_generate(args: argparse.Namespace) -> int:
     """``refgemma generate``; it prints ids if the model has no tokenizer."""
     model = load(args.model, args.dtype, args.revision, args.download)
-    ids = prompt_ids(args, model)
+    ids, known = prompt_ids(args, model), model.has_tokenizer
     tokens = new_tokens(ids, model, args)
-    text: str | None = None
     began = time.perf_counter()
-    if model.has_tokenizer:
-        if not args.json:
-            print(model.tokenizer.decode(ids, skip_special_tokens=True), end="", flush=True)
-        made, text = stream_text(tokens, model, show=not args.json)
-    else:
-        if not args.json:
-            print(",".join(str(token) for token in ids), end="", flush=True)
-        made = stream_ids(tokens, show=not args.json)
+    if not args.json:
+        prompt = model.tokenizer.decode(ids, skip_special_tokens=True) if known else ",".join(map(str, ids))
+        print(prompt, end="", flush=True)
+    made, text = stream_text(tokens, model, show=not args.json)
     if args.json:
         as_json({
             "prompt_ids": ids,
             "ids": made,
-            "text": text,
+            "text": text if known else None,
             "stopped": "stop_id" if made[-1] in model.stop_ids else "max_new_tokens",
             "tokens_per_second": round(len(made) / (time.perf_counter() - began), 1),
         })  # fmt: skip
@@ -141,10 +124,34 @@ def text_of(args: argparse.Namespace) -> str:
         raise InputError(f"{args.file}: is no text in UTF-8 (byte {error.start})") from None
 
 
+def find_traps(text: str, tokenizer: Tokenizer) -> list[str]:
+    r"""Return what in a `text` makes its perplexity another than that of its words, a warning for each.
+
+    Examples
+    --------
+    >>> import refgemma
+    >>> find_traps("one\r\ntwo", refgemma.Tokenizer.from_pretrained("tiny"))
+    ['1 line ends in CR LF, and models read LF; convert it with: tr -d "\\r"']
+    """
+    found = []
+    if text.startswith("\ufeff"):
+        found.append("begins with a byte order mark, which is no part of the text; save it as UTF-8 without one")
+    if lines := text.count("\r\n"):
+        what = "line ends" if lines == 1 else "lines end"
+        found.append(f'{lines} {what} in CR LF, and models read LF; convert it with: tr -d "\\r"')
+    special = {token: text.count(token) for token in tokenizer.all_special_tokens if token in text}
+    if special:
+        names = ", ".join(f"{token} ({number} times)" for token, number in special.items())
+        found.append(f"has special tokens written out: {names}; <bos> is added by itself, so take them out")
+    return found
+
+
 def run_perplexity(args: argparse.Namespace) -> int:
     """``refgemma perplexity``."""
     text = text_of(args)
     model = load(args.model, args.dtype, args.revision, args.download)
+    for warning in find_traps(text, model.tokenizer):
+        print(f"refgemma: {args.file or args.published}: {warning}", file=sys.stderr)
     ids = model.tokenizer.encode(text)
     max_length = args.max_length or min(4096, model.config.max_position_embeddings)
     layers = reference_outputs if args.reference else fast.outputs

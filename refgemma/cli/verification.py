@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
+from tqdm import tqdm
 
 from refgemma.cli.output import DIFFERS, OK, as_json
 from refgemma.errors import UsageError
@@ -35,9 +35,8 @@ def case_row(result: CaseResult) -> str:
 
 
 def comparison_json(c: Comparison) -> dict[str, Any]:
-    """One tensor of ``refgemma verify --json``; JSON has no infinity, so an infinite distance is written "inf"."""
-    distance = c.distance if np.isfinite(c.distance) else "inf"
-    return {"tensor": c.tensor, "how": c.how, "in_units_of_bound": distance, "note": c.note}
+    """One tensor of ``refgemma verify --json``."""
+    return {"tensor": c.tensor, "how": c.how, "in_units_of_bound": c.distance, "note": c.note}
 
 
 def case_json(result: CaseResult) -> dict[str, Any]:
@@ -105,8 +104,6 @@ def verify_case(name: str, dtype: str, checkpoint: Checkpoint | None, reference:
 
     Two layers, which ``verify`` compares by itself, are always compared tensor by tensor.
     """
-    from tqdm import tqdm
-
     if not is_full_size(name):
         return verify(name)
     comparisons = []
@@ -120,7 +117,5 @@ def verify_case(name: str, dtype: str, checkpoint: Checkpoint | None, reference:
 
 def progress(names: list[str]) -> Iterator[str]:
     """`names` one by one, with a bar on stderr if that is a terminal and stdout is not."""
-    from tqdm import tqdm
-
     quiet = not sys.stderr.isatty() or sys.stdout.isatty()
     yield from tqdm(names, unit="case", disable=quiet, file=sys.stderr)

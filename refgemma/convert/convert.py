@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,8 +19,10 @@ import numpy as np
 
 from refgemma.config import PRESETS, Gemma2Config
 from refgemma.convert.flax_tree import read_npz, read_tree, write_npz
+from refgemma.convert.gguf import check_model, gguf_layout, write_gguf
 from refgemma.convert.layouts import (
     LITGPT_EMBEDDING,
+    ROWWISE,
     Original,
     View,
     flax_layout,
@@ -30,8 +33,10 @@ from refgemma.convert.layouts import (
 from refgemma.convert.orbax import is_orbax
 from refgemma.convert.pickles import read_torch, write_torch
 from refgemma.files import quote_few, read_object, replace_file
-from refgemma.hub import CONFIG_JSON
+from refgemma.hub import CONFIG_JSON, GGUF
 from refgemma.precision import Array
+from refgemma.tokenizer.gguf_tokenizer import has_tokens
+from refgemma.tokenizer.tokenizer import Tokenizer
 from refgemma.weights.checkpoint import (
     INDEX,
     SINGLE,
@@ -48,16 +53,16 @@ from refgemma.weights.save import (
     STAGING,
     OutputTensor,
     as_stored,
+    build_index,
     check_same,
     claim,
     parse_size,
     split_into_shards,
     write_checkpoint,
-    write_index,
     write_parts,
 )
 
-FORMATS = ("hf", "pytorch", "flax", "flax-npz")
+FORMATS = ("hf", "pytorch", "flax", "flax-npz", "gguf")
 TORCH_SINGLE, TORCH_INDEX, NPZ = "model.ckpt", "pytorch_model.bin.index.json", "params.npz"
 TORCH_SHARD = re.compile(r"[A-Za-z0-9_.-]{1,200}\.bin")
 TORCH_FILES = ("pytorch_model.bin", "model.pth", "lit_model.pth", "pytorch_model_fsdp.bin")  # beside *.ckpt
@@ -65,7 +70,7 @@ ROTARY_TABLE = "freqs_cis"  # the end of the name of a table that gemma_pytorch 
 ORIGINAL_EMBEDDING = "embedder.weight"
 EMBEDDINGS = (ORIGINAL_EMBEDDING, EMBED_TOKENS, LITGPT_EMBEDDING, "transformer/embedder/input_embedding")
 GENERATION = "generation_config.json"
-BESIDE = (GENERATION, "tokenizer.model", "tokenizer_config.json")
+BESIDE = (GENERATION, "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 ONE_FILE = 10**17  # bytes
 PADDING = 128  # tables of originals may have rows up to the next multiple of this that no token has
 
@@ -81,12 +86,14 @@ class Part:
     rows: slice
     views: tuple[View, ...]
 
-    def read(self) -> Array:
-        """Return the part; no number is read before it is used, unless a view has to copy."""
-        x = self.tensor.map()[self.rows]
+    def read(self, rows: slice) -> Array:
+        """Return some rows of the part; no other is read, unless a view moves axes and the file has no array."""
+        kept = all(view in ROWWISE for view in self.views)
+        inside = slice(self.rows.start + rows.start, self.rows.start + rows.stop) if kept else self.rows
+        x = self.tensor.map()[inside]
         for view in self.views:
             x = view(x)
-        return x
+        return x if kept else x[rows]
 
 
 @dataclass(frozen=True)
@@ -112,7 +119,7 @@ class Joined:
         return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
 
     def _block(self, part: Part, rows: slice) -> Array:
-        found = part.read()[rows]
+        found = part.read(rows)
         with np.errstate(over="ignore", invalid="ignore"):
             block = as_stored(found, self.dtype)
         if not np.isfinite(block).all():
@@ -169,6 +176,8 @@ class Source:
     @property
     def folders(self) -> list[Path]:
         """Where files beside the weights are looked for; those of a released Orbax folder lie beside it."""
+        if self.kind == "gguf":
+            return []
         if not self.path.is_dir():
             return [self.path.parent]
         return [self.path, self.path.parent] if is_orbax(self.path) else [self.path]
@@ -185,6 +194,8 @@ def detect_kind(path: Path) -> str:
     """
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such file or folder")
+    if path.suffix == GGUF and path.is_file():
+        return "gguf"
     if not path.is_dir():
         return "flax" if path.suffix in (".npz", ".safetensors") else "pytorch"
     if (path / SINGLE).exists() or (path / INDEX).exists():
@@ -308,7 +319,7 @@ def open_source(
     path : str or Path
         A file or a folder.
     kind : str
-        ``hf``, ``pytorch``, ``flax``, or ``auto`` to tell it from the files.
+        ``hf``, ``gguf``, ``pytorch``, ``flax``, or ``auto`` to tell it from the files.
     config : str or Path, optional
         The ``config.json`` of an original; without one that beside it, or the released one of these shapes.
     transposed : bool, optional
@@ -328,10 +339,10 @@ def open_source(
     """
     path = Path(path)
     kind = detect_kind(path) if kind == "auto" else kind
-    if kind == "hf":
+    if kind in ("hf", "gguf"):
         if config is not None:
-            raise CheckpointError(f"{path}: a Hugging Face folder has a configuration already; leave out the other one")
-        return _open_hf(path)
+            raise CheckpointError(f"{path}: has a configuration already; leave out the other one")
+        return _open_hf(path, kind)
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such file or folder")
     found = _read_torch_tensors(path) if kind == "pytorch" else read_tree(path)
@@ -352,10 +363,10 @@ def open_source(
     return Source(path, kind, shape, _unfold(layout, found), rows - shape.vocab_size, nonzero)
 
 
-def _open_hf(path: Path) -> Source:
+def _open_hf(path: Path, kind: str) -> Source:
     checkpoint = open_checkpoint(path)
     _check_layout(path, hf_layout(checkpoint.config), checkpoint.tensors)
-    return Source(path, "hf", checkpoint.config, _unfold(hf_layout(checkpoint.config), checkpoint.tensors))
+    return Source(path, kind, checkpoint.config, _unfold(hf_layout(checkpoint.config), checkpoint.tensors))
 
 
 def _open_state_dict(path: Path, config: Gemma2Config, found: Mapping[str, Stored]) -> Source:
@@ -429,9 +440,9 @@ def convert(
     source : str or Path
         A folder or a file; see `open_source`.
     target : str or Path
-        A folder that is empty or not there, or that of the same conversion, interrupted.
+        A folder that is empty or not there, or that of the same conversion, interrupted. Of GGUF, a file.
     source_format, target_format : str
-        ``hf``, ``pytorch`` or ``flax``; the source also ``auto``, and the target also ``flax-npz``.
+        ``hf``, ``gguf``, ``pytorch`` or ``flax``; the source also ``auto``, and the target also ``flax-npz``.
     config : str or Path, optional
         See `open_source`.
     dtype : str, optional
@@ -466,6 +477,8 @@ def convert(
         raise CheckpointError(
             f"cannot write {target_format} in {dtype}; there are {', '.join((*FORMATS, *FILE_DTYPES))}"
         )
+    if target_format == "gguf":
+        return _convert_to_gguf(open_source(source, source_format, config, transposed), Path(target), dtype)
     size = parse_size(max_shard_size or (ONE_FILE if target_format == "pytorch" else "5GB"))
     opened = open_source(source, source_format, config, transposed)
     layout = _choose_layout(opened, target_format, vocab_rows, transposed)
@@ -481,6 +494,26 @@ def convert(
     return Converted(opened, folder, target_format, outputs)
 
 
+def _find_tokenizer(source: Source) -> Tokenizer | None:
+    own = [source.path] if source.kind == "gguf" and has_tokens(source.path) else []
+    places = own or [p for p in source.folders if (p / "tokenizer.model").is_file()]
+    if places:
+        return Tokenizer.from_pretrained(places[0])
+    warnings.warn(f"{source.path}: has no tokenizer, and the GGUF file will have none: it takes ids only", stacklevel=2)
+    return None
+
+
+def _convert_to_gguf(source: Source, target: Path, dtype: str | None) -> Converted:
+    """Write a GGUF file, with the norms in float32 as llama.cpp has them, and the tokenizer if there is one."""
+    if target.suffix != GGUF or target.is_dir():
+        raise CheckpointError(f"{target}: a GGUF file is written, whose name has to end in {GGUF}")
+    check_model(source.config, source.path)
+    matrices, norms = gguf_layout(source.config)
+    outputs = _fold(matrices, source.parts, dtype) + _fold(norms, source.parts, "float32")
+    write_gguf(target, source.config, _find_tokenizer(source), outputs)
+    return Converted(source, target, "gguf", outputs)
+
+
 def _make_fingerprint(source: Source, outputs: Sequence[OutputTensor], kind: str, size: int) -> str:
     """Hash what is converted to what: an interrupted run is continued only by one with the same."""
     files = sorted({part.tensor.file for part in source.parts.values()})
@@ -494,6 +527,8 @@ def _write_beside(source: Source, folder: Path, kind: str, dtype: str) -> None:
     """Write the files beside the weights: the configuration, and what lies beside those of the source."""
     config = source.config.changed(dtype=dtype, architectures=("Gemma2ForCausalLM",))
     config.save_pretrained(folder)
+    if source.kind == "gguf" and has_tokens(source.path):
+        Tokenizer.from_pretrained(source.path).save_pretrained(folder)
     for name in BESIDE:
         if found := [place / name for place in source.folders if (place / name).is_file()]:
             shutil.copyfile(found[0], folder / name)
@@ -513,9 +548,7 @@ def _write_zips(folder: Path, outputs: Sequence[OutputTensor], kind: str, limit:
     for name in parts:
         os.replace(staging / name, folder / name)
     if len(parts) > 1:
-        about = {"total_size": sum(output.nbytes for output in outputs)}
-        weight_map = {output.name: name for name, part in parts.items() for output in part}
-        write_index(folder / TORCH_INDEX, about, weight_map)
+        replace_file(folder / TORCH_INDEX, build_index(parts))
     shutil.rmtree(staging)
     read = read_npz if kind == "flax-npz" else read_torch
     check_same({name: tensor for file in parts for name, tensor in read(folder / file).items()}, outputs, folder)

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import numpy as np
+
 from refgemma.config import Gemma2Config
 from refgemma.precision import Array
 from refgemma.weights.parameters import EMBED_TOKENS, LM_HEAD, NORM, layer_tensors, tensor_shapes
@@ -18,6 +20,14 @@ View: TypeAlias = Callable[[Array], Array]
 
 def _identity(x: Array) -> Array:
     return x
+
+
+def add_one(x: Array) -> Array:
+    """Return ``x + 1`` in float64."""
+    return x.astype(np.float64) + 1
+
+
+ROWWISE = (_identity, add_one)  # the views that make each row of the same row
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ A *beam* is an unfinished text of a search. At every step all tokens after all b
 ones are the next beams, and the best finished ones are kept aside.
 """
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -12,6 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from refgemma.inputs import InputError
 from refgemma.precision import Array
 from refgemma.shapes import TokenIds
 
@@ -37,6 +39,49 @@ def largest(values: Float[np.ndarray, "batch n"], count: int) -> Int[np.ndarray,
         places = np.flatnonzero(candidates)
         rows.append(places[np.argsort(-row[places], kind="stable")][:count])
     return np.stack(rows)
+
+
+_DRAWS = np.random.default_rng(0)  # goes on from call to call
+
+
+def set_seed(seed: Any, deterministic: bool = False) -> None:
+    """Begin the draws of `generate` again, and those of Python's `random` and of `numpy.random`, as transformers does.
+
+    A call of ``Gemma2ForCausalLM.generate`` with ``do_sample=True`` and without `seed` goes on where the last one
+    ended. The draws are not torch's of the same seed.
+
+    Parameters
+    ----------
+    seed : int
+        The same one gives the same draws.
+    deterministic : bool
+        Of no effect: nothing here depends on the order in which threads end.
+
+    Raises
+    ------
+    InputError
+        If it is no whole number from 0 to 2**32 - 1.
+
+    Examples
+    --------
+    >>> import refgemma
+    >>> model = refgemma.Gemma2ForCausalLM.from_pretrained("tiny")
+    >>> refgemma.set_seed(1)
+    >>> first, second = (model.generate([[2]], do_sample=True, max_new_tokens=9).tolist() for _ in range(2))
+    >>> refgemma.set_seed(1)
+    >>> first == second, first == model.generate([[2]], do_sample=True, max_new_tokens=9).tolist()
+    (False, True)
+    """
+    if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+        raise InputError(f"the seed is {seed!r}; it must be a whole number from 0 to 2**32 - 1")
+    random.seed(int(seed))
+    np.random.seed(seed)  # noqa: NPY002  # a caller's own code may draw from it
+    _DRAWS.bit_generator.state = np.random.default_rng(seed).bit_generator.state
+
+
+def choose_generator(seed: int | None) -> np.random.Generator:
+    """Return a generator of its own for a seed, or else the one that goes on from call to call."""
+    return _DRAWS if seed is None else np.random.default_rng(seed)
 
 
 def draw(scores: Float[np.ndarray, "batch n"], count: int, rng: np.random.Generator) -> Int[np.ndarray, "batch count"]:

@@ -11,25 +11,41 @@ import numpy as np
 import numpy.typing as npt
 from jaxtyping import Bool, Float, Int
 
-from refgemma.cache import Cache
+from refgemma.cache import Cache, LayerCache
 from refgemma.config import Gemma2Config
 from refgemma.fast import next_token_logits
-from refgemma.generation.beams import Rules, advance_search, collect_texts, draw, is_over, start_search
+from refgemma.generation.beams import (
+    Rules,
+    advance_search,
+    choose_generator,
+    collect_texts,
+    draw,
+    is_over,
+    start_search,
+)
+from refgemma.generation.criteria import Criterion, list_criteria
 from refgemma.generation.generation_config import GenerationConfig, Settings, merge_settings, resolve_settings
 from refgemma.generation.greedy import last_scores
 from refgemma.generation.outputs import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
-from refgemma.generation.processors import NextScores, constrain, warp
+from refgemma.generation.processors import NextScores, Processor, constrain, warp
 from refgemma.generation.stream import Streamer
 from refgemma.heads import log_softmax
-from refgemma.inputs import InputError, check_embeddings, check_padding, check_positions, check_token_ids
+from refgemma.inputs import (
+    InputError,
+    check_embeddings,
+    check_padding,
+    check_positions,
+    check_token_ids,
+    packed_masks,
+)
+from refgemma.model import begin, blocks, head, next_past
 from refgemma.model import next_token_logits as definition
+from refgemma.ops import rms_norm
 from refgemma.shapes import Positions, TokenIds
 from refgemma.weights.parameters import Weights
 
 # `next_token_logits` of one model: token ids or embeddings, the cache and so on in, the last logits and a cache out.
 TokenReader: TypeAlias = Callable[..., tuple[Any, Cache]]
-Processor: TypeAlias = Callable[[TokenIds, NextScores], NextScores]
-Criterion: TypeAlias = Callable[[TokenIds, NextScores], Any]
 
 
 # --- what the model is told, step by step -----------------------------------------------------------------------------
@@ -176,13 +192,19 @@ class Decoding:
     skipped: Int[np.ndarray, " batch"]  # leading padding of each text
     processors: Sequence[Processor] = ()
     criteria: Sequence[Criterion] = ()
+    allowed: Callable[[int, Any], Any] | None = None  # `prefix_allowed_tokens_fn`
+    guide: Processor | None = None
 
     def scores(self, ids: TokenIds, raw: NextScores) -> NextScores:
         """Raw scores of the next tokens, processed: constraints, the caller's processors, then the cuts of sampling."""
-        processed = constrain(raw, ids, self.skipped, self.settings)
+        guided = raw if self.guide is None else self.guide(ids, raw)
+        processed = constrain(guided, ids, self.skipped, self.settings, self.allowed)
         for processor in self.processors:
             processed = processor(ids, processed)
-        return warp(processed, self.settings) if self.settings.do_sample else processed
+        if self.settings.num_beams == 1 and np.isneginf(processed.max(axis=1)).any():  # of several beams one may end so
+            raise InputError("the settings and processors forbid every token: there is none to go on with; allow one")
+        drawn = warp(processed, self.settings) if self.settings.do_sample else processed
+        return log_softmax(drawn) if self.settings.renormalize_logits else drawn
 
     def check_ended(
         self, ids: Int[np.ndarray, "rows length"], scores: Float[np.ndarray, "beams vocab"]
@@ -207,7 +229,7 @@ class Step:
 
 def run_steps(reading: Reading, model: TokenReader, how: Decoding) -> Iterator[Step]:
     """One step after the other, until every text is complete; one that is gets the pad token."""
-    settings, rng = how.settings, np.random.default_rng(how.settings.seed)
+    settings, rng = how.settings, choose_generator(how.settings.seed)
     unfinished = np.ones(len(reading.ids), bool)
     while unfinished.any():
         logits, cache = reading.next_logits(model)
@@ -261,7 +283,7 @@ def _rules(settings: Settings) -> Rules:
 def beam_search(reading: Reading, model: TokenReader, how: Decoding) -> GenerateBeamDecoderOnlyOutput:
     """A search for each prompt; `reading` has each of them `num_beams` times."""
     settings, rules = how.settings, _rules(how.settings)
-    rng = np.random.default_rng(settings.seed) if settings.do_sample else None
+    rng = choose_generator(settings.seed) if settings.do_sample else None
     beams = start_search(reading.ids[:: rules.num_beams], rules)
     all_scores, all_logits = [], []
     while True:
@@ -289,7 +311,8 @@ def beam_search(reading: Reading, model: TokenReader, how: Decoding) -> Generate
 def generate_batch(
     prompts: Prompts, weights: Weights, config: Gemma2Config, call: GenerationConfig,
     processors: Sequence[Processor] = (), criteria: Sequence[Criterion] = (), streamer: Streamer | None = None,
-    reference: bool = False,
+    reference: bool = False, *, allowed: Callable[[int, Any], Any] | None = None, tokenizer: Any = None,
+    negative: tuple[npt.ArrayLike | None, npt.ArrayLike | None] = (None, None),
 ) -> GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput:  # fmt: skip
     """Continue a batch of prompts; see ``Gemma2ForCausalLM.generate``, which is this under transformers' arguments.
 
@@ -305,6 +328,12 @@ def generate_batch(
         Is given tokens as they come.
     reference : bool
         Compute with the definition, `refgemma.model`, instead of `refgemma.fast`.
+    allowed : callable, optional
+        ``prefix_allowed_tokens_fn``.
+    tokenizer : Tokenizer, optional
+        For ``stop_strings``.
+    negative : tuple
+        ``negative_prompt_ids`` and ``negative_prompt_attention_mask``, for ``guidance_scale``.
 
     Examples
     --------
@@ -326,18 +355,108 @@ def generate_batch(
     _warn_of_right_padding(reading.visible)
     times = max(settings.num_beams, settings.num_return_sequences)
     expanded = reading.repeat(times) if times > 1 else reading
-    # As in transformers, where a text that begins with no padding has 0 here.
-    how = Decoding(settings, np.argmax(expanded.visible, axis=1), processors, criteria)
     read = choose_reader(weights, config, reference)
-    if settings.num_beams > 1:
-        return beam_search(expanded, read, how)
-    return decode_steps(expanded, read, how, streamer)
+    # As in transformers, where a text that begins with no padding has 0 here.
+    how = Decoding(
+        settings, np.argmax(expanded.visible, axis=1), processors, [*list_criteria(settings, tokenizer), *criteria],
+        allowed, None if settings.guidance_scale == 1 else Guide(settings.guidance_scale, read, *negative),
+    )  # fmt: skip
+    layers: list[tuple[tuple[Any, ...], tuple[Any, ...]]] = []
+    if settings.return_dict_in_generate and (settings.output_hidden_states or settings.output_attentions):
+        read = record_layers(weights, config, layers)
+    if not settings.use_cache and prompts.position_ids is not None:
+        read = keep_apart(read, config)
+    output = beam_search(expanded, read, how) if settings.num_beams > 1 else decode_steps(expanded, read, how, streamer)
+    if not layers:
+        return output
+    hidden_states, attentions = zip(*layers, strict=True)
+    return replace(
+        output, hidden_states=hidden_states if settings.output_hidden_states else None,
+        attentions=attentions if settings.output_attentions else None,
+    )  # fmt: skip
+
+
+class Guide:
+    """Classifier-free guidance: log probabilities moved away from those of the same tokens after another prompt.
+
+    ``other + scale * (log_probs - other)``. Source: transformers ``UnbatchedClassifierFreeGuidanceLogitsProcessor``.
+
+    Parameters
+    ----------
+    scale : float
+        1 changes nothing.
+    read : TokenReader
+        Of the model.
+    prompt, mask
+        The other prompt, and its padding; by default the last token of each text.
+    """
+
+    def __init__(
+        self, scale: float, read: TokenReader, prompt: npt.ArrayLike | None = None, mask: npt.ArrayLike | None = None
+    ) -> None:
+        self.scale, self.read, self.prompt, self.mask = scale, read, prompt, mask
+        self.cache: Cache | None = None
+
+    def __call__(self, ids: TokenIds, scores: NextScores) -> NextScores:
+        """Return the moved log probabilities of the tokens after `ids`."""
+        if self.cache is None:
+            unread = ids[:, -1:] if self.prompt is None else self._repeat(self.prompt, len(ids))
+            self.visible = np.ones(unread.shape, bool) if self.mask is None else self._repeat(self.mask, len(ids)) != 0
+        else:
+            unread = ids[:, -1:]
+            self.visible = np.concatenate([self.visible, np.ones(unread.shape, bool)], axis=1)
+        mask = None if self.visible.all() else self.visible
+        logits, self.cache = self.read(unread, attention_mask=mask, cache=self.cache)
+        other = log_softmax(last_scores(logits))
+        guided: NextScores = other + self.scale * (log_softmax(scores) - other)
+        return guided
+
+    @staticmethod
+    def _repeat(given: npt.ArrayLike, rows: int) -> Any:
+        array = np.asarray(given)
+        if array.ndim != 2 or rows % len(array):
+            raise InputError(
+                f"the negative prompt has shape {array.shape}, and there are {rows} texts: one row for each"
+            )
+        return array.repeat(rows // len(array), axis=0)
+
+
+def record_layers(
+    weights: Weights, config: Gemma2Config, layers: list[tuple[tuple[Any, ...], tuple[Any, ...]]]
+) -> TokenReader:
+    """Return `refgemma.model.next_token_logits` that appends to `layers` the hidden states and the attentions."""
+
+    def read(input_ids: npt.ArrayLike | None, **given: Any) -> tuple[Any, Cache]:
+        start = begin(input_ids, weights, config, **given)
+        present: list[LayerCache] = []
+        states, attentions = [start.embedded], []
+        for record in blocks(start, weights, config):
+            present.append(next_past(len(present), record, config))
+            states.append(record.out)
+            attentions.append(record.attention.probs)
+            del record
+        norm = rms_norm(states[-1], weights.norm, config.rms_norm_eps)
+        layers.append(((*states[:-1], norm), tuple(attentions)))
+        return head(norm[:, -1:], weights, config)[1], Cache(present)
+
+    return read
 
 
 def choose_reader(weights: Weights, config: Gemma2Config, reference: bool) -> TokenReader:
     """Return the function that reads tokens with these weights: fast, or as the definition says."""
     read = definition if reference else next_token_logits
     return partial(read, weights=weights, config=config)
+
+
+def keep_apart(read: TokenReader, config: Gemma2Config) -> TokenReader:
+    """Return `read` that keeps packed texts apart, as transformers does with neither a mask nor a cache."""
+
+    def read_apart(*args: Any, **given: Any) -> tuple[Any, Cache]:
+        if given["attention_mask"] is None:
+            given["attention_mask"] = packed_masks(given["position_ids"], config)
+        return read(*args, **given)
+
+    return read_apart
 
 
 def _warn_of_right_padding(visible: Bool[np.ndarray, "batch total"]) -> None:
@@ -359,8 +478,9 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    seed: int = 0,
+    seed: int | None = 0,
     stop_ids: Collection[int] | None = None,
+    tokenizer: Any = None,
     **settings: Any,
 ) -> Iterator[int]:
     """Continue a prompt, yielding each new token as soon as it is known.
@@ -375,10 +495,12 @@ def generate(
         0 takes the most likely token each time (greedy); above 0 one is drawn from ``softmax(logits / temperature)``.
     top_k, top_p : int, float, optional
         Draw only from the k most likely, and from the most likely that together reach probability p; unused if greedy.
-    seed : int
-        Of the draws: the same seed gives the same tokens.
+    seed : int, optional
+        Of the draws: the same seed gives the same tokens. None goes on with the draws of `refgemma.set_seed`.
     stop_ids : collection of int, optional
         Tokens that end the text; the one met is yielded last. Default: the configuration's ``eos_token_id``.
+    tokenizer : Tokenizer, optional
+        For the setting ``stop_strings``.
     **settings
         Others of `GenerationConfig` for a single text: ``min_p``, ``repetition_penalty``, ``min_new_tokens`` ...
 
@@ -402,12 +524,12 @@ def generate(
     5
     """
     call = collect_settings(config, max_new_tokens, temperature, top_k, top_p, seed, stop_ids, settings)
-    return continue_prompt(prompt, weights, config, call)
+    return continue_prompt(prompt, weights, config, call, tokenizer=tokenizer)
 
 
 def continue_prompt(
     prompt: Sequence[int] | Int[np.ndarray, " seq"], weights: Weights, config: Gemma2Config, call: GenerationConfig,
-    reference: bool = False,
+    reference: bool = False, tokenizer: Any = None,
 ) -> Iterator[int]:  # fmt: skip
     """`generate` with all settings in one record; `reference` as of `generate_batch`."""
     if len(prompt) == 0:
@@ -415,16 +537,18 @@ def continue_prompt(
     ids = check_token_ids([list(prompt)], config.vocab_size)
     reading = Reading(ids, np.ones(ids.shape, bool), np.arange(ids.shape[1])[None], None)
     limit = config.max_position_embeddings
-    how = Decoding(resolve_settings(call, ids.shape[1], config.vocab_size, limit), skipped=np.zeros(1, int))
-    if how.settings.num_beams > 1 or how.settings.num_return_sequences > 1:
+    settings = resolve_settings(call, ids.shape[1], config.vocab_size, limit)
+    if settings.num_beams > 1 or settings.num_return_sequences > 1:
         raise InputError("one text, token by token, has no beams; for a search use Gemma2ForCausalLM.generate")
     read = choose_reader(weights, config, reference)
+    guide = None if settings.guidance_scale == 1 else Guide(settings.guidance_scale, read)
+    how = Decoding(settings, np.zeros(1, int), criteria=[*list_criteria(settings, tokenizer)], guide=guide)
     return (int(step.tokens[0]) for step in run_steps(reading, read, how))
 
 
 def collect_settings(
-    config: Gemma2Config, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, seed: int,
-    stop_ids: Collection[int] | None, settings: Mapping[str, Any],
+    config: Gemma2Config, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None,
+    seed: int | None, stop_ids: Collection[int] | None, settings: Mapping[str, Any],
 ) -> GenerationConfig:  # fmt: skip
     """The settings of `generate`, checked."""
     stops = stop_tokens(config) if stop_ids is None else stop_ids

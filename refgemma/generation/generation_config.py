@@ -1,6 +1,8 @@
 """The settings of a generation: what was said, and what it comes to for a prompt. Checked against `GenerationConfig` of
 transformers 5.23, its default values and its files."""
 
+# ruff: noqa: RUF009  # what a setting may be is a function in its field
+
 import difflib
 import json
 import warnings
@@ -25,9 +27,12 @@ def _is_whole(value: Any, least: int) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool) and least <= int(value) < 2**63
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool) and value == value
+
+
 def _is_finite(value: Any) -> bool:
-    number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-    return number and abs(float(value)) < float("inf")
+    return _is_number(value) and abs(float(value)) < float("inf")
 
 
 def _setting(is_right: Callable[[Any], bool], needed: str, default: Any = None) -> Any:
@@ -47,49 +52,73 @@ def _share(default: float) -> Any:
     return _setting(lambda value: _is_finite(value) and 0 <= value <= 1, "a number from 0 to 1", default)
 
 
-def _number(is_right: Callable[[Any], bool], needed: str, default: float) -> Any:
+def _number(is_right: Callable[[Any], bool], needed: str, default: float | None = None) -> Any:
     return _setting(lambda value: _is_finite(value) and is_right(value), needed, default)
 
 
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, tuple) and all(_is_whole(token, 0) for token in value)
+
+
 def _are_ends(value: Any) -> bool:
-    ids = value if isinstance(value, tuple) else (value,)
-    return bool(ids) and all(_is_whole(token, 0) for token in ids)
+    return value != () and _are_ids(value if isinstance(value, tuple) else (value,))
 
 
-# Settings of transformers that are not computed here, with the values that change nothing there.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "assistant_early_exit": (None,), "assistant_ensemble_weight": (None,), "bad_words_ids": (None,),
-    "begin_suppress_tokens": (None,), "cache_config": (None,), "constraints": (None,), "diversity_penalty": (None, 0),
-    "dola_layers": (None,), "encoder_no_repeat_ngram_size": (None, 0), "encoder_repetition_penalty": (None, 1),
-    "epsilon_cutoff": (None, 0), "eta_cutoff": (None, 0), "exponential_decay_length_penalty": (None,),
-    "force_words_ids": (None,), "forced_bos_token_id": (None,), "forced_eos_token_id": (None,),
-    "guidance_scale": (None, 1), "is_assistant": (None, False), "low_memory": (None, False), "max_time": (None,),
-    "num_beam_groups": (None, 1), "output_attentions": (None, False), "output_hidden_states": (None, False),
-    "penalty_alpha": (None, 0), "prompt_lookup_num_tokens": (None,), "remove_invalid_values": (None, False),
-    "renormalize_logits": (None, False), "sequence_bias": (None,), "stop_strings": (None,), "suppress_tokens": (None,),
-    "token_healing": (None, False), "top_h": (None,), "typical_p": (None, 1), "use_mtp": (None, False),
-    "watermarking_config": (None,),
+def _are_words(value: Any) -> bool:
+    return isinstance(value, tuple) and value != () and all(word != () and _are_ids(word) for word in value)
+
+
+def _are_biases(value: Any) -> bool:
+    pairs = isinstance(value, tuple) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in value)
+    return pairs and _are_words(tuple(pair[0] for pair in value)) and all(_is_number(pair[1]) for pair in value)
+
+
+def _are_texts(value: Any) -> bool:
+    texts = value if isinstance(value, tuple) else (value,)
+    return bool(texts) and all(isinstance(text, str) and text for text in texts)
+
+
+def _is_decay(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and _is_whole(value[0], 0) and _is_finite(value[1])
+
+
+# Settings of transformers that are not computed here: the values that change nothing there, and what to do otherwise.
+# Those that transformers itself has given to a repository whose code it downloads have no other advice.
+MOVED_AWAY = "transformers 5 runs it as code of a repository, and no such code runs here; leave it out"
+ELSEWHERE = "leave it out, or generate with transformers"
+NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
+    "assistant_ensemble_weight": ((), "it changes the tokens; leave it out, and they are the model's own"),
+    "cache_config": ((), "it is for quantized caches, which give other numbers; leave it out"),
+    "constraints": ((), MOVED_AWAY), "diversity_penalty": ((0,), MOVED_AWAY), "dola_layers": ((), MOVED_AWAY),
+    "encoder_no_repeat_ngram_size": ((0,), ELSEWHERE), "encoder_repetition_penalty": ((1,), ELSEWHERE),
+    "epsilon_cutoff": ((0,), ELSEWHERE), "eta_cutoff": ((0,), ELSEWHERE), "top_h": ((), ELSEWHERE),
+    "force_words_ids": ((), MOVED_AWAY), "num_beam_groups": ((1,), MOVED_AWAY), "penalty_alpha": ((0,), MOVED_AWAY),
+    "custom_generate": ((), "no code of a repository runs here; write the loop with model(ids, past_key_values=...)"),
+    "generator": ((), "it is an argument of torch; for draws that can be repeated give seed=, or call set_seed before"),
+    "remove_invalid_values": ((False,), ELSEWHERE), "token_healing": ((False,), ELSEWHERE),
+    "use_mtp": ((False,), "Gemma 2 has no layers for it; leave it out"), "watermarking_config": ((), ELSEWHERE),
     # How the cache is stored. A quantized one gives other numbers.
-    "cache_implementation": (
-        None, "dynamic", "hybrid", "hybrid_chunked", "offloaded", "offloaded_static", "offloaded_hybrid",
-        "offloaded_hybrid_chunked", "sliding_window", "static",
-    ),
+    "cache_implementation": ((
+        "dynamic", "dynamic_full", "hybrid", "hybrid_chunked", "offloaded", "offloaded_static", "offloaded_hybrid",
+        "offloaded_hybrid_chunked", "paged", "sliding_window", "static",
+    ), "a quantized cache gives other numbers; leave it out"),
 }  # fmt: skip
 
 # Settings of transformers that say how it computes, and not what; and notes that files hold.
 WITHOUT_EFFECT = frozenset({
-    "_commit_hash", "_from_model_config", "assistant_confidence_threshold", "assistant_lookbehind", "compile_config",
-    "continuous_batching_config", "decoder_start_token_id", "disable_compile", "max_cache_len",
-    "max_matching_ngram_size", "num_assistant_tokens", "num_assistant_tokens_schedule", "prefill_chunk_size",
-    "speculation_type", "target_lookbehind", "transformers_version",
+    "_commit_hash", "_from_model_config", "assistant_confidence_threshold", "assistant_early_exit",
+    "assistant_lookbehind", "compile_config", "continuous_batching_config", "decoder_start_token_id",
+    "disable_compile", "is_assistant", "low_memory", "max_cache_len", "max_matching_ngram_size",
+    "num_assistant_tokens", "num_assistant_tokens_schedule", "prefill_chunk_size", "prompt_lookup_num_tokens",
+    "speculation_type", "synced_gpus", "target_lookbehind", "transformers_version", "trust_remote_code",
 })  # fmt: skip
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(init=False, repr=False)
 class GenerationConfig:
     """The settings of a generation, as far as somebody has given them; the others are None.
 
-    Names and meanings are those of transformers.
+    Names and meanings are those of transformers. A setting can be set, ``config.top_k = 5``.
 
     Parameters
     ----------
@@ -122,12 +151,34 @@ class GenerationConfig:
         What fills a text that has ended, and what a text begins with if there is no prompt.
     eos_token_id : int or sequence of int, optional
         What ends a text.
+    typical_p : float, optional
+        When sampling: draw only from the tokens whose information is nearest to the entropy, as many as reach that
+        probability.
+    renormalize_logits : bool, optional
+        Make log probabilities of the processed scores.
+    guidance_scale : float, optional
+        Above 1 moves the scores away from those after another prompt: ``negative_prompt_ids``, or the last token alone.
+    sequence_bias : dict or sequence of pairs, optional
+        Token ids, as a tuple, and what is added to the score of the last of them after the others.
+    bad_words_ids : sequence of sequence of int, optional
+        Tokens in a row that never occur.
+    suppress_tokens, begin_suppress_tokens : sequence of int, optional
+        Tokens that never occur; that the new text does not begin with.
+    forced_bos_token_id, forced_eos_token_id : int, optional
+        The token after a prompt of one token; the last token at the greatest length (one of several).
+    exponential_decay_length_penalty : tuple (int, float), optional
+        After so many new tokens an end of text becomes more likely, by powers of the factor.
+    stop_strings : str or sequence of str, optional
+        A text that one of them appears in is complete. ``generate`` needs the ``tokenizer``.
+    max_time : float, optional
+        No token more after so many seconds.
     use_cache : bool, optional
         False computes everything anew for each token, and gives the same ones.
-    output_scores, output_logits, return_dict_in_generate : bool, optional
-        What comes back: with the third a record in place of the tokens, and in it what the first two ask for.
+    output_scores, output_logits, output_attentions, output_hidden_states, return_dict_in_generate : bool, optional
+        What comes back: with the last a record in place of the tokens, and in it what the others ask for.
     seed : int, optional
-        Of the draws; refgemma's own. The same seed, by default 0, gives the same tokens.
+        Of the draws of one call, which it repeats; refgemma's own. By default they go on from call to call, see
+        `refgemma.set_seed`.
 
     Raises
     ------
@@ -159,23 +210,39 @@ class GenerationConfig:
     num_return_sequences: int | None = _whole_number(1, default=1)
     pad_token_id: int | None = _whole_number(0)
     bos_token_id: int | None = _whole_number(0)
-    eos_token_id: Any = _setting(_are_ends, "a token id, or several")  # kept as a tuple  # noqa: RUF009
+    eos_token_id: Any = _setting(_are_ends, "a token id, or several")  # kept as a tuple
     use_cache: bool | None = _switch(True)
     output_scores: bool | None = _switch(False)
     output_logits: bool | None = _switch(False)
     return_dict_in_generate: bool | None = _switch(False)
-    seed: int | None = _whole_number(0, default=0)
+    typical_p: float | None = _number(lambda value: 0 < value <= 1, "a number above 0, up to 1", 1.0)
+    renormalize_logits: bool | None = _switch(False)
+    guidance_scale: float | None = _number(lambda value: True, "a number", 1.0)
+    sequence_bias: Any = _setting(_are_biases, "a dict of tuples of token ids to numbers, or a list of such pairs")
+    bad_words_ids: Any = _setting(_are_words, "a list of lists of token ids")
+    suppress_tokens: Any = _setting(_are_ids, "a list of token ids")
+    begin_suppress_tokens: Any = _setting(_are_ids, "a list of token ids")
+    forced_bos_token_id: int | None = _whole_number(0)
+    forced_eos_token_id: Any = _setting(_are_ends, "a token id, or several")
+    exponential_decay_length_penalty: Any = _setting(_is_decay, "a number of new tokens and a factor")
+    stop_strings: Any = _setting(_are_texts, "a text that is not empty, or several")
+    max_time: float | None = _number(lambda value: value >= 0, "a number of seconds")
+    output_attentions: bool | None = _switch(False)
+    output_hidden_states: bool | None = _switch(False)
+    seed: int | None = _whole_number(0)
 
-    def __post_init__(self) -> None:
-        """Check every setting that is said."""
-        eos = self.eos_token_id
-        if isinstance(eos, list | tuple | np.ndarray):
-            several = tuple(eos.tolist() if isinstance(eos, np.ndarray) and eos.ndim else eos)
-            object.__setattr__(self, "eos_token_id", several)
+    def __init__(self, **settings: Any) -> None:
+        given = _supported(settings)
         for setting in fields(self):
-            value = getattr(self, setting.name)
+            value = vars(self)[setting.name] = _freeze(given.get(setting.name))
             if value is not None and not setting.metadata["is_right"](value):
                 raise InputError(f"{setting.name} must be {setting.metadata['needed']}, not {value!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a setting; one that means nothing is refused, and the others stay as they are."""
+        if [*self.__dataclass_fields__][-1] in vars(self):  # after __init__, which sets it last
+            value = vars(self.changed(**{name: value})).get(name)
+        object.__setattr__(self, name, value)
 
     def __repr__(self) -> str:
         """The settings that are said."""
@@ -196,7 +263,7 @@ class GenerationConfig:
         ...
         refgemma.inputs.InputError: top_q is no setting of generate; is top_p meant?
         """
-        return replace(self, **_supported(changes))
+        return replace(self, **changes)
 
     def over(self, other: "GenerationConfig") -> "GenerationConfig":
         """These settings, and where they say nothing those of `other`."""
@@ -205,7 +272,7 @@ class GenerationConfig:
     def to_dict(self) -> dict[str, Any]:
         """The settings that are said, as JSON can hold them."""
         said = {name: value for name, value in vars(self).items() if value is not None}
-        return {name: list(value) if isinstance(value, tuple) else _plain(value) for name, value in said.items()}
+        return {name: _plain(value) for name, value in said.items()}
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "GenerationConfig":
@@ -221,7 +288,7 @@ class GenerationConfig:
         >>> GenerationConfig.from_dict({"eos_token_id": [1, 107], "cache_implementation": "hybrid"}).eos_token_id
         (1, 107)
         """
-        return cls(**_supported(raw))
+        return cls(**raw)
 
     @classmethod
     def from_model_config(cls, config: Gemma2Config) -> "GenerationConfig":
@@ -257,7 +324,10 @@ class GenerationConfig:
         >>> GenerationConfig.from_pretrained("tiny", max_new_tokens=5).max_new_tokens
         5
         """
-        return cls.from_json_file(find_model(name) / FILE).changed(**changes)
+        place = find_model(name)
+        if place.is_file():  # a GGUF file says no more than these
+            return cls.from_model_config(Gemma2Config.from_pretrained(place)).changed(**changes)
+        return cls.from_json_file(place / FILE).changed(**changes)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``generation_config.json`` into `folder`, made if there is none; the file appears whole or not at all.
@@ -275,19 +345,34 @@ class GenerationConfig:
         replace_file(Path(folder) / FILE, text.encode())
 
 
+def _freeze(value: Any) -> Any:
+    """Return lists, arrays and dicts as tuples, at any depth; other values as they are."""
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        value = list(value.items())
+    return tuple(map(_freeze, value)) if isinstance(value, list | tuple) else value
+
+
 def _plain(value: Any) -> Any:
-    """A NumPy number as Python's: JSON knows no other."""
+    """Return NumPy's numbers as Python's and tuples as lists: JSON knows no other."""
+    if isinstance(value, tuple):
+        return [_plain(one) for one in value]
     return value.item() if isinstance(value, np.generic) else value
 
 
+def _changes_nothing(value: Any, harmless: tuple[Any, ...]) -> bool:
+    return value is None or (isinstance(value, int | float | str) and value in harmless)
+
+
 def _supported(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of `given` that are computed here, after a look at the others."""
+    """The settings of `given` that are computed here, after a look at the others; unknown ones that are None go."""
     known = [setting.name for setting in fields(GenerationConfig)]
     for name, value in given.items():
-        if name in NEUTRAL and not (isinstance(value, int | float | str | None) and value in NEUTRAL[name]):
-            raise InputError(f"{name} = {value!r} is not computed here; leave it out, or generate with transformers")
-        if name not in known and name not in NEUTRAL and name not in WITHOUT_EFFECT:
-            near = difflib.get_close_matches(name, known, n=1)
+        if name in NEUTRAL and not _changes_nothing(value, NEUTRAL[name][0]):
+            raise InputError(f"{name} = {value!r} is not computed here; {NEUTRAL[name][1]}")
+        if value is not None and name not in known and name not in NEUTRAL and name not in WITHOUT_EFFECT:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
             raise InputError(f"{name} is no setting of generate" + (f"; is {near[0]} meant?" if near else ""))
     return {name: value for name, value in given.items() if name in known}
 
@@ -319,7 +404,21 @@ class Settings:
     output_scores: bool
     output_logits: bool
     return_dict_in_generate: bool
-    seed: int
+    typical_p: float
+    renormalize_logits: bool
+    guidance_scale: float
+    sequence_bias: list[Any] | None
+    bad_words_ids: list[list[int]] | None
+    suppress_tokens: list[int] | None
+    begin_suppress_tokens: list[int] | None
+    forced_bos_token_id: int | None
+    forced_eos_token_id: int | list[int] | None
+    exponential_decay_length_penalty: list[Any] | None
+    stop_strings: str | list[str] | None
+    max_time: float | None
+    output_attentions: bool
+    output_hidden_states: bool
+    seed: int | None
 
     @property
     def min_kept(self) -> int:
@@ -329,9 +428,7 @@ class Settings:
         return len(self.eos_token_ids) + 1 if self.eos_token_ids else 2
 
 
-def merge_settings(
-    own: GenerationConfig | None, model: GenerationConfig, changes: Mapping[str, Any]
-) -> GenerationConfig:
+def merge_settings(own: Any, model: GenerationConfig, changes: Mapping[str, Any]) -> GenerationConfig:
     """The settings of one call: `changes` over the caller's `own` over those of the `model` over the default values.
 
     None among the changes switches a setting off: with ``top_k=None`` there is no top-k, although the default is 50.
@@ -342,6 +439,10 @@ def merge_settings(
     >>> call.top_p, call.top_k, call.temperature
     (0.9, 0, 1.0)
     """
+    if own is not None and not isinstance(own, GenerationConfig):
+        raise InputError(
+            f"generation_config is a {type(own).__name__}, not a GenerationConfig; GenerationConfig.from_dict makes one"
+        )
     said = model if own is None else own.over(model)
     defaults = GenerationConfig(**{setting.name: setting.metadata["default"] for setting in fields(GenerationConfig)})
     return said.over(defaults).changed(**changes).over(replace(defaults, top_k=0))
@@ -375,6 +476,23 @@ def _lengths(call: GenerationConfig, prompt_length: int, embedded: int, limit: i
     return longest, shortest
 
 
+def _listed(ids: Any) -> tuple[int, ...]:
+    """Return one token id, several or none as a tuple."""
+    return () if ids is None else ids if isinstance(ids, tuple) else (ids,)
+
+
+def _check_vocabulary(call: GenerationConfig, vocab_size: int) -> None:
+    """Refuse token ids that are not in the vocabulary."""
+    words = {"bad_words_ids": call.bad_words_ids, "sequence_bias": [pair[0] for pair in call.sequence_bias or ()]}
+    listed = {name: [token for word in several or () for token in word] for name, several in words.items()}
+    for name in ("eos_token_id", "pad_token_id", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id",
+                 "forced_eos_token_id"):  # fmt: skip
+        listed[name] = list(_listed(getattr(call, name)))
+    for name, tokens in listed.items():
+        if any(token >= vocab_size for token in tokens):
+            raise InputError(f"{name} is {max(tokens)}: not in the vocabulary of {vocab_size} tokens")
+
+
 def _check_together(call: GenerationConfig, longest_new: int) -> None:
     """Refuse settings that contradict one another."""
     beams, wanted = call.num_beams or 1, call.num_return_sequences or 1
@@ -389,6 +507,18 @@ def _check_together(call: GenerationConfig, longest_new: int) -> None:
         raise InputError(
             "temperature is 0: scores cannot be divided by it; for the most likely token use do_sample=False"
         )
+    if call.guidance_scale != 1 and beams > 1:
+        raise InputError("guidance_scale is not computed in a beam search; use num_beams=1")
+    if call.exponential_decay_length_penalty is not None and call.eos_token_id is None:
+        raise InputError(
+            "exponential_decay_length_penalty makes an end of text more likely, and there is no eos_token_id"
+        )
+    for name in ("forced_bos_token_id", "forced_eos_token_id"):
+        forced = _listed(getattr(call, name))
+        if forced and set(forced) <= set(call.suppress_tokens or ()):
+            raise InputError(
+                f"{name} is {_plain(forced)}, and suppress_tokens forbids that; take it out of one of them"
+            )
     with np.errstate(over="ignore"):
         divisor = np.float64(longest_new) ** np.float64(call.length_penalty or 0)
     if beams > 1 and not 1e-30 < divisor < 1e30:
@@ -428,12 +558,9 @@ def resolve_settings(
     >>> settings.max_length, settings.pad_token_id
     (27, 1)
     """
-    eos = () if call.eos_token_id is None else call.eos_token_id
-    ends = eos if isinstance(eos, tuple) else (eos,)
+    ends = _listed(call.eos_token_id)
     pad = call.pad_token_id if call.pad_token_id is not None or not ends else ends[0]
-    for name, tokens in (("eos_token_id", ends), ("pad_token_id", () if pad is None else (pad,))):
-        if any(token >= vocab_size for token in tokens):
-            raise InputError(f"{name} is {max(tokens)}: not in the vocabulary of {vocab_size} tokens")
+    _check_vocabulary(call, vocab_size)
     longest, shortest = _lengths(call, prompt_length, embedded, limit)
     _check_together(call, longest - prompt_length)
     apart = ("prompt_length", "max_length", "min_length", "pad_token_id", "eos_token_ids")

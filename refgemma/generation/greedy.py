@@ -2,6 +2,7 @@
 transformers 5.23, and against `refgemma.generation.decode.generate` token for token."""
 
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import fields
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -89,6 +90,14 @@ def greedy(
     return decode()
 
 
+# Settings that do not change which tokens the plain way takes: they end it, belong to another way, or say what returns.
+OF_OTHER_WAYS = frozenset({
+    "max_length", "max_new_tokens", "pad_token_id", "bos_token_id", "eos_token_id", "use_cache", "seed",
+    "early_stopping", "length_penalty", "temperature", "top_k", "top_p", "min_p", "typical_p", "renormalize_logits",
+    "output_scores", "output_logits", "output_attentions", "output_hidden_states", "return_dict_in_generate",
+})  # fmt: skip
+
+
 def is_plain_greedy(call: GenerationConfig) -> bool:
     """Return whether `call` asks for the most likely token each time and nothing else, so that `greedy` will do.
 
@@ -97,6 +106,8 @@ def is_plain_greedy(call: GenerationConfig) -> bool:
     >>> is_plain_greedy(GenerationConfig(max_new_tokens=3)), is_plain_greedy(GenerationConfig(num_beams=2))
     (True, False)
     """
-    ones = (call.num_beams, call.num_return_sequences, call.repetition_penalty)
-    zeros = (call.do_sample, call.no_repeat_ngram_size, call.min_length, call.min_new_tokens)
-    return all(value in (None, 1) for value in ones) and not any(zeros)
+    return all(
+        getattr(call, setting.name) in (None, setting.metadata["default"])
+        for setting in fields(call)
+        if setting.name not in OF_OTHER_WAYS
+    )

@@ -2,14 +2,18 @@
 
 Checked against `ModelOutput` and its subclasses in transformers 5.23."""
 
-from collections.abc import Iterator, KeysView, Mapping
+from collections.abc import Iterator, KeysView, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
+
 from refgemma.cache import Cache
+from refgemma.generation.caches import DynamicCache
+from refgemma.heads import log_softmax
 from refgemma.precision import Array
 
-PastKeyValues = Cache | tuple[tuple[Array, Array], ...]
+PastKeyValues = Cache | DynamicCache | tuple[tuple[Array, Array], ...]
 
 
 class ModelOutput(Mapping[str, Any]):
@@ -28,8 +32,15 @@ class ModelOutput(Mapping[str, Any]):
         values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]  # subclasses are
         return {name: value for name, value in values.items() if value is not None}
 
+    @property
+    def cache(self) -> Any:
+        """`past_key_values` under the name of transformers 5.24."""
+        return getattr(self, "past_key_values", None)
+
     def __getitem__(self, key: Any) -> Any:
         """The field of a name, or the fields of a number or slice."""
+        if key == "cache" and self.cache is not None:
+            return self.cache
         return self._present()[key] if isinstance(key, str) else self.to_tuple()[key]
 
     def __iter__(self) -> Iterator[str]:
@@ -65,6 +76,11 @@ class GenerateDecoderOnlyOutput(ModelOutput):
         With ``output_scores``: for each new token the scores it was chosen by, processed.
     logits : tuple of arrays (rows, vocab), optional
         With ``output_logits``: the same before they were processed.
+    attentions : tuple of tuples of arrays (rows, heads, seq, keys), optional
+        With ``output_attentions``: for each step the attention of each layer, the prompt's first.
+    hidden_states : tuple of tuples of arrays (rows, seq, hidden), optional
+        With ``output_hidden_states``: for each step the embedded tokens and what each layer makes of them, the last
+        after the norm.
     past_key_values : Cache, optional
         With ``use_cache``: all tokens but the last.
     """
@@ -72,6 +88,8 @@ class GenerateDecoderOnlyOutput(ModelOutput):
     sequences: Array
     scores: tuple[Array, ...] | None = None
     logits: tuple[Array, ...] | None = None
+    attentions: tuple[tuple[Array, ...], ...] | None = None
+    hidden_states: tuple[tuple[Array, ...], ...] | None = None
     past_key_values: PastKeyValues | None = None
 
 
@@ -91,6 +109,11 @@ class GenerateBeamDecoderOnlyOutput(ModelOutput):
         With ``output_logits``: raw scores of each step.
     beam_indices : int array (rows, new)
         Which row of the step before each new token continued; -1 after the end of a text.
+    attentions : tuple of tuples of arrays (rows, heads, seq, keys), optional
+        With ``output_attentions``: for each step the attention of each layer, the prompt's first.
+    hidden_states : tuple of tuples of arrays (rows, seq, hidden), optional
+        With ``output_hidden_states``: for each step the embedded tokens and what each layer makes of them, the last
+        after the norm.
     past_key_values : Cache, optional
         With ``use_cache``: of the beams after the last step.
     """
@@ -100,4 +123,25 @@ class GenerateBeamDecoderOnlyOutput(ModelOutput):
     scores: tuple[Array, ...] | None = None
     logits: tuple[Array, ...] | None = None
     beam_indices: Array | None = None
+    attentions: tuple[tuple[Array, ...], ...] | None = None
+    hidden_states: tuple[tuple[Array, ...], ...] | None = None
     past_key_values: PastKeyValues | None = None
+
+
+def compute_transition_scores(
+    sequences: Array, scores: Sequence[Array], beam_indices: Array | None = None, normalize_logits: bool = False
+) -> Array:
+    """The scores that the new tokens of `generate` were chosen by; see ``Gemma2ForCausalLM.compute_transition_scores``.
+
+    Examples
+    --------
+    >>> scores = [np.array([[0.1, 0.2]]), np.array([[0.3, 0.4]])]
+    >>> compute_transition_scores(np.array([[1, 1, 0]]), scores)
+    array([[0.2, 0.3]])
+    """
+    steps = np.stack([log_softmax(step) if normalize_logits else step for step in scores])
+    rows = np.arange(steps.shape[1])[:, None].repeat(len(steps), 1) if beam_indices is None else beam_indices
+    new = int((rows >= 0).sum(axis=1).max())
+    rows, tokens = rows[:, :new], sequences[:, sequences.shape[1] - new :]
+    chosen: Array = np.where(rows < 0, 0, steps[np.arange(new), rows, tokens])
+    return chosen

@@ -4,18 +4,74 @@ transformers 5.23, which act in the order of this file.
 `scores` are float32, as there, also in a float64 model: a setting then means the same in every precision.
 """
 
-from collections.abc import Collection
+import inspect
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from refgemma.generation.generation_config import Settings
+from refgemma.heads import log_softmax
+from refgemma.inputs import InputError
 from refgemma.precision import Array
 from refgemma.shapes import TokenIds
 
 NextScores = Float[np.ndarray, "batch vocab"]
+Processor: TypeAlias = Callable[[TokenIds, NextScores], Any]
+
+# --- a caller's own ---------------------------------------------------------------------------------------------------
+
+
+class LogitsProcessor:
+    """The base of processors that a caller writes: a subclass has a ``__call__``. A plain function will do as well.
+
+    Examples
+    --------
+    >>> class Never(LogitsProcessor):
+    ...     def __call__(self, input_ids, scores):
+    ...         return np.where(np.arange(scores.shape[1]) == 1, -np.inf, scores)
+    >>> LogitsProcessorList([Never()])(np.array([[2]]), np.zeros((1, 3)))
+    array([[  0., -inf,   0.]])
+    """
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """Return other scores ``(rows, vocab)`` of the tokens after `input_ids` ``(rows, length)``."""
+        raise NotImplementedError(f"{type(self).__name__} needs a method __call__(self, input_ids, scores)")
+
+
+class LogitsProcessorList(list[Any]):
+    """Processors, one after the other: a list that can be called as each of them."""
+
+    def __call__(self, input_ids: Any, scores: Any, **others: Any) -> Any:
+        """Return the scores that all of them make; those that take further arguments are given `others`."""
+        for processor in self:
+            takes_more = len(inspect.signature(processor).parameters) > 2
+            scores = processor(input_ids, scores, **others) if takes_more else processor(input_ids, scores)
+        return scores
+
 
 # --- processors: for every way of decoding ----------------------------------------------------------------------------
+
+
+def add_biases(scores: NextScores, ids: TokenIds, biases: Sequence[Any]) -> NextScores:
+    """Add to the score of the last token of each sequence its bias, where the tokens before it are those of `ids`.
+
+    Source: transformers ``SequenceBiasLogitsProcessor``, and with minus infinity ``NoBadWordsLogitsProcessor``.
+
+    Examples
+    --------
+    >>> add_biases(np.zeros((2, 4)), np.array([[1, 2], [1, 1]]), [([2, 3], -1.0), ([0], 5.0)])
+    array([[ 5.,  0.,  0., -1.],
+           [ 5.,  0.,  0.,  0.]])
+    """
+    total = np.zeros_like(scores)
+    for (*before, last), bias in biases:
+        if len(before) <= ids.shape[1]:
+            follows = (ids[:, ids.shape[1] - len(before) :] == np.array(before, np.int64)).all(axis=1)
+            total[follows, last] += bias
+    biased: Array = scores + total
+    return biased
 
 
 def penalise_repetition(
@@ -75,12 +131,107 @@ def forbid(scores: NextScores, tokens: Collection[int]) -> NextScores:
     return np.where(listed, scores.dtype.type(-np.inf), scores)
 
 
-def constrain(scores: NextScores, ids: TokenIds, skipped: Int[np.ndarray, " batch"], settings: Settings) -> NextScores:
-    """The scores after what holds for every way of decoding in `settings`: penalty, n-grams, least length."""
-    penalty, size = settings.repetition_penalty, settings.no_repeat_ngram_size
-    penalised = scores if penalty == 1 else penalise_repetition(scores, ids, penalty, skipped)
-    unrepeated = ban_repeated_ngrams(penalised, ids, size) if size else penalised
-    return forbid(unrepeated, settings.eos_token_ids) if ids.shape[1] < settings.min_length else unrepeated
+def force(scores: NextScores, tokens: Collection[int]) -> NextScores:
+    """Minus infinity for all but `tokens`, and 0 for those.
+
+    Source: transformers ``ForcedBOSTokenLogitsProcessor`` and ``ForcedEOSTokenLogitsProcessor``.
+
+    Examples
+    --------
+    >>> force(np.ones((1, 3)), [1])
+    array([[-inf,   0., -inf]])
+    """
+    listed = np.isin(np.arange(scores.shape[1]), list(tokens))
+    return np.broadcast_to(np.where(listed, scores.dtype.type(0), scores.dtype.type(-np.inf)), scores.shape)
+
+
+def keep_allowed(scores: NextScores, ids: TokenIds, allowed: Callable[[int, Any], Any], num_beams: int) -> NextScores:
+    """Minus infinity for all but the tokens that ``allowed(text, ids of a row)`` lists, `num_beams` rows a text.
+
+    Where that leaves nothing, the listed ones are all as likely. Source: transformers
+    ``PrefixConstrainedLogitsProcessor``.
+
+    Raises
+    ------
+    InputError
+        If it lists none.
+
+    Examples
+    --------
+    >>> keep_allowed(np.array([[1.0, 2.0, 3.0]]), np.array([[5]]), lambda text, row: [0, 1], 1)
+    array([[  1.,   2., -inf]])
+    """
+    listed = np.full_like(scores, -np.inf)
+    for row, tokens in enumerate(ids):
+        found = np.asarray(allowed(row // num_beams, tokens))
+        if found.size == 0:
+            raise InputError(
+                f"prefix_allowed_tokens_fn lists no token for text {row // num_beams}; it needs one at least"
+            )
+        listed[row, found] = 0
+    kept = scores + listed
+    nothing = np.isneginf(kept.max(axis=1)).reshape(-1, num_beams).all(axis=1)
+    return np.where(np.repeat(nothing, num_beams)[:, None], listed, kept)
+
+
+def favour_ends(scores: NextScores, length: int, start: int, factor: float, ends: Collection[int]) -> NextScores:
+    """Raise the scores of the ends of text by powers of `factor`, once a text is longer than `start`.
+
+    Source: transformers ``ExponentialDecayLengthPenalty``.
+
+    Examples
+    --------
+    >>> favour_ends(np.array([[-1.0, 2.0]]), length=7, start=5, factor=2.0, ends=[0])  # -1 + 1 * (2**2 - 1)
+    array([[2., 2.]])
+    """
+    if length <= start:
+        return scores
+    with np.errstate(over="ignore"):
+        growth = float(np.float64(factor) ** (length - start)) - 1
+    listed = np.isin(np.arange(scores.shape[1]), list(ends)) & np.isfinite(scores)
+    # Not without limit, so that no score becomes infinite.
+    return scores + np.abs(np.where(listed, scores, 0)) * min(growth, 1e30)
+
+
+def list_constraints(
+    settings: Settings, skipped: Int[np.ndarray, " batch"], allowed: Callable[[int, Any], Any] | None
+) -> Iterator[Processor]:
+    """Yield what holds for every way of decoding, in the order of transformers ``_get_logits_processor``."""
+    said, ends, begin = settings, settings.eos_token_ids, settings.prompt_length
+    words = [word for word in said.bad_words_ids or () if len(word) > 1 or word[0] not in ends]
+    if said.sequence_bias is not None:
+        yield lambda ids, scores: add_biases(scores, ids, said.sequence_bias or ())
+    if said.repetition_penalty != 1:
+        yield lambda ids, scores: penalise_repetition(scores, ids, said.repetition_penalty, skipped)
+    if said.no_repeat_ngram_size:
+        yield lambda ids, scores: ban_repeated_ngrams(scores, ids, said.no_repeat_ngram_size)
+    if words:
+        yield lambda ids, scores: add_biases(scores, ids, [(word, -np.inf) for word in words])
+    yield lambda ids, scores: forbid(scores, ends) if ids.shape[1] < said.min_length else scores
+    if allowed is not None:
+        yield lambda ids, scores: keep_allowed(scores, ids, allowed, said.num_beams)
+    if (first := said.forced_bos_token_id) is not None:
+        yield lambda ids, scores: force(scores, [first]) if ids.shape[1] == 1 else scores
+    if (last := said.forced_eos_token_id) is not None:
+        forced = last if isinstance(last, list) else [last]
+        yield lambda ids, scores: force(scores, forced) if ids.shape[1] == said.max_length - 1 else scores
+    if decay := said.exponential_decay_length_penalty:
+        yield lambda ids, scores: favour_ends(scores, ids.shape[1], begin + decay[0], decay[1], ends)
+    if never := said.suppress_tokens:
+        yield lambda ids, scores: forbid(scores, never)
+    if not_first := said.begin_suppress_tokens:
+        place = begin if begin > 1 or first is None else begin + 1
+        yield lambda ids, scores: forbid(scores, not_first) if ids.shape[1] == place else scores
+
+
+def constrain(
+    scores: NextScores, ids: TokenIds, skipped: Int[np.ndarray, " batch"], settings: Settings,
+    allowed: Callable[[int, Any], Any] | None = None,
+) -> NextScores:  # fmt: skip
+    """The scores after what holds for every way of decoding; `allowed` is the caller's ``prefix_allowed_tokens_fn``."""
+    for process in list_constraints(settings, skipped, allowed):
+        scores = process(ids, scores)
+    return scores
 
 
 # --- processors: for sampling only ------------------------------------------------------------------------------------
@@ -182,8 +333,36 @@ def keep_min_p(
     return np.where(kept, scores, scores.dtype.type(-np.inf))
 
 
+def keep_typical(
+    scores: Float[np.ndarray, "*batch vocab"], mass: float, min_kept: int = 1
+) -> Float[np.ndarray, "*batch vocab"]:
+    """Minus infinity for all but the most typical tokens that together reach probability `mass`; at least `min_kept`.
+
+    A token is the more typical the nearer its ``-log p`` is to the mean of that, the entropy. Source: transformers
+    ``TypicalLogitsWarper``. As in `keep_top_p`, a sum within a few roundings of `mass` may be judged differently there.
+
+    Examples
+    --------
+    >>> keep_typical(np.log([0.6, 0.3, 0.1]), 0.2).round(2)  # the entropy is 0.90
+    array([-inf, -1.2, -inf])
+    """
+    information = -log_softmax(scores)
+    with np.errstate(invalid="ignore"):  # 0 * inf is nan, and counts as 0
+        entropy = np.nansum(information * np.exp(-information), axis=-1, keepdims=True)
+    distance = np.abs(information - entropy)
+    nearest = np.argsort(distance, axis=-1, kind="stable")
+    shares = to_probabilities(np.take_along_axis(scores, nearest, axis=-1))
+    reached = np.cumsum(shares, axis=-1, dtype=np.float64).astype(scores.dtype)
+    last = np.minimum((reached < mass).sum(axis=-1, keepdims=True), scores.shape[-1] - 1)
+    in_order = np.take_along_axis(distance, nearest, axis=-1)
+    kept_in_order = (in_order <= np.take_along_axis(in_order, last, axis=-1)) | (np.arange(scores.shape[-1]) < min_kept)
+    kept = np.zeros(scores.shape, bool)
+    np.put_along_axis(kept, nearest, kept_in_order, axis=-1)
+    return np.where(kept, scores, scores.dtype.type(-np.inf))
+
+
 def warp(scores: NextScores, settings: Settings) -> NextScores:
-    """The scores that are drawn from: divided by the temperature, then cut to the top k, the top p, the min p.
+    """The scores that are drawn from: divided by the temperature, then cut to top k, top p, min p and typical p.
 
     Examples
     --------
@@ -196,4 +375,5 @@ def warp(scores: NextScores, settings: Settings) -> NextScores:
     heated = divide(scores, settings.temperature)
     cut_k = keep_top_k(heated, settings.top_k, least) if settings.top_k else heated
     cut_p = keep_top_p(cut_k, settings.top_p, least) if settings.top_p < 1 else cut_k
-    return keep_min_p(cut_p, settings.min_p, least) if settings.min_p else cut_p
+    cut_min = keep_min_p(cut_p, settings.min_p, least) if settings.min_p else cut_p
+    return keep_typical(cut_min, settings.typical_p, least) if settings.typical_p < 1 else cut_min

@@ -12,16 +12,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from refgemma import fast
 from refgemma.cache import Cache, LayerCache
 from refgemma.config import Gemma2Config
-from refgemma.files import open_file, read_object
+from refgemma.files import open_file
 from refgemma.generation.perplexity import label_losses
 from refgemma.goldens.distance import FLOOR, NOISE_FACTOR, run_distance
-from refgemma.goldens.load import AGAIN, GoldenError
+from refgemma.goldens.load import GoldenError, read_manifest, read_recording
 from refgemma.goldens.sketch import LENGTH, PROJECTIONS, PROJECTIONS_AT, SAMPLES_AT, sketch
 from refgemma.goldens.verify import CaseResult, Comparison
 from refgemma.hub import golden_folder
@@ -33,7 +31,6 @@ from refgemma.weights.checkpoint import Checkpoint
 from refgemma.weights.parameters import Weights, tensor_shapes
 from refgemma.weights.synthetic import synthetic_weights
 
-FORMAT = "refgemma-golden-full/1"
 TOP_LOGITS = 3e-5  # of the largest logit: what was asked for at full depth
 TWO_LAYERS, SYNTHETIC, CHECKPOINT = "-two-layers", "-synthetic", "checkpoint-"  # in the names of recordings
 PIECE = 256  # a call of more tokens than this is computed in pieces, and sketched after each layer only
@@ -50,12 +47,7 @@ SAMPLED = 4096  # bytes of either end of a tensor that its fingerprint reads
 
 def read_full_manifest() -> dict[str, Any]:
     """The recordings at full size, with provenance and hashes."""
-    path = golden_folder() / "full" / "manifest.json"
-    manifest = read_object(path, GoldenError, AGAIN)
-    if manifest.get("format") != FORMAT or "cases" not in manifest:
-        raise GoldenError(f"{path}: is not a manifest of the format {FORMAT}; {AGAIN}")
-    cases: dict[str, Any] = manifest["cases"]
-    return cases
+    return dict(read_manifest("full", "refgemma-golden-full/1")["cases"])
 
 
 def two_layer_names() -> list[str]:
@@ -92,13 +84,7 @@ def load_full(name: str) -> tuple[dict[str, Any], dict[str, Array]]:
     if name not in cases:
         whole = ", ".join(sorted(case for case in cases if SYNTHETIC in case))
         raise GoldenError(f"unknown recording {name!r}; there are {whole}")
-    path = golden_folder() / "full" / cases[name]["file"]
-    try:
-        if hashlib.sha256(path.read_bytes()).hexdigest() != cases[name]["sha256"]:
-            raise GoldenError(f"{path}: is not the file of the manifest (other sha256); {AGAIN}")
-        return cases[name], load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise GoldenError(f"{path}: cannot be read: {error}; {AGAIN}") from None
+    return cases[name], read_recording(golden_folder() / "full" / cases[name]["file"], cases[name]["sha256"])
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
@@ -335,17 +321,12 @@ def model_of_recording(
     if checkpoint is None:
         config = Gemma2Config.preset(about["preset"]).changed(**changes)
         return config, synthetic_weights(config, dtype)
-    if "preset" in about:
-        _require_size(checkpoint, Gemma2Config.preset(about["preset"]))
+    if "preset" in about and tensor_shapes(checkpoint.config) != tensor_shapes(Gemma2Config.preset(about["preset"])):
+        raise GoldenError(f"{checkpoint.folder}: is a model of another size than the one recorded")
     config, weights = checkpoint.config.changed(**changes), checkpoint.weights(dtype)
     if "vocab_size" in changes:
         weights = replace(weights, embed_tokens=weights.embed_tokens[: config.vocab_size])
     return config, weights
-
-
-def _require_size(checkpoint: Checkpoint, expected: Gemma2Config) -> None:
-    if tensor_shapes(checkpoint.config) != tensor_shapes(expected):
-        raise GoldenError(f"{checkpoint.folder}: is a model of another size than the one recorded")
 
 
 def verify_full(

@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes  # noqa: F401  (makes safetensors know bfloat16)
@@ -18,7 +19,6 @@ from refgemma.precision import Array, as_dtype
 from refgemma.weights.checkpoint import open_checkpoint
 from refgemma.weights.parameters import Weights
 
-FORMAT = "refgemma-golden/1"
 AGAIN = "install refgemma again, or in a checkout record with: python golden/record.py"
 
 
@@ -26,13 +26,32 @@ class GoldenError(RefgemmaError):
     """A golden that is missing, damaged or unknown."""
 
 
-def read_manifest() -> dict[str, Any]:
-    """Return what is recorded, with provenance and hashes."""
-    path = golden_folder() / "manifest.json"
+def read_manifest(folder: str = ".", format: str = "refgemma-golden/1") -> dict[str, Any]:
+    """Return what is recorded in a folder of the recordings, with provenance and hashes."""
+    path = golden_folder() / folder / "manifest.json"
     manifest = read_object(path, GoldenError, AGAIN)
-    if manifest.get("format") != FORMAT or not manifest.get("cases"):
-        raise GoldenError(f"{path}: is not a manifest of the format {FORMAT}; {AGAIN}")
+    if manifest.get("format") != format or not manifest.get("cases"):
+        raise GoldenError(f"{path}: is not a manifest of the format {format}; {AGAIN}")
     return manifest
+
+
+def check_hash(path: Path, sha256: str, says: str, again: str = AGAIN) -> None:
+    """Raise `GoldenError`, which `says` what a file is not, unless it is the one that was recorded."""
+    try:
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise GoldenError(f"{path}: cannot be read: {error.strerror}; {again}") from None
+    if found != sha256:
+        raise GoldenError(f"{path}: is not {says} (other sha256); {again}")
+
+
+def read_recording(path: Path, sha256: str, again: str = AGAIN) -> dict[str, Array]:
+    """Return the tensors of a file, as they are stored, after a look whether it is the one of the manifest."""
+    check_hash(path, sha256, "the file of the manifest", again)
+    try:
+        return dict(load_file(path))
+    except SafetensorError as error:
+        raise GoldenError(f"{path}: cannot be read: {error}; {again}") from None
 
 
 def case_names(wanted: list[str] | None = None) -> list[str]:
@@ -68,15 +87,7 @@ def load_golden(name: str) -> tuple[dict[str, Any], dict[str, Array]]:
         If the file of case `name` is missing, or is not the one that was recorded.
     """
     about = read_manifest()["cases"][name]
-    path = golden_folder() / about["file"]
-    again = f"{AGAIN} {name}"
-    try:
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
-        if found != about["sha256"]:
-            raise GoldenError(f"{path}: is not the file of the manifest (other sha256); {again}")
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise GoldenError(f"{path}: cannot be read: {error}; {again}") from None
+    tensors = read_recording(golden_folder() / about["file"], about["sha256"], f"{AGAIN} {name}")
     return about, {tensor: restore_precision(x) for tensor, x in tensors.items()}
 
 
@@ -87,15 +98,15 @@ def restore_precision(x: Array) -> Array:
     return as_dtype(x.astype(np.float64 if x.dtype == np.float64 else np.float32), x.dtype.name)
 
 
+def recorded_model(about: Mapping[str, Any]) -> Path:
+    """Return the folder of the model that a case was recorded on."""
+    return find_model("tiny") if about["model"] == "tiny" else golden_folder() / "models" / about["model"]
+
+
 def model_of(about: Mapping[str, Any]) -> tuple[Gemma2Config, Weights]:
     """Return the model that a case was recorded on, in the case's precision."""
-    folder = find_model("tiny") if about["model"] == "tiny" else golden_folder() / "models" / about["model"]
+    folder = recorded_model(about)
     for file, recorded in read_manifest()["models"][about["model"]].items():
-        try:
-            found = hashlib.sha256((folder / file).read_bytes()).hexdigest()
-        except OSError as error:
-            raise GoldenError(f"{folder / file}: cannot be read: {error.strerror}; {AGAIN}") from None
-        if found != recorded:
-            raise GoldenError(f"{folder / file}: is not what the goldens were recorded with (other sha256); {AGAIN}")
+        check_hash(folder / file, recorded, "what the goldens were recorded with")
     checkpoint = open_checkpoint(folder)
     return checkpoint.config, checkpoint.resident(about["dtype"])

@@ -1,10 +1,22 @@
-"""Published outputs of the released checkpoints, as data files in ``golden/released``; nothing here was computed by us.
-Checked against one another without weights, and against the checkpoints by whoever has them, in the tests."""
+"""Published outputs of the released checkpoints, as data files in ``golden/released``, and which release a folder is.
+Nothing in the data was computed by us. Checked against one another without weights, and against the checkpoints by
+whoever has them, in the tests."""
 
+import hashlib
 import json
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
-from refgemma.hub import golden_folder
+from refgemma.config import PRESETS, Gemma2Config
+from refgemma.errors import RefgemmaError
+from refgemma.files import JSON_LIMIT, open_file, quote, read_file, read_object
+from refgemma.hub import CONFIG_JSON, golden_folder
+from refgemma.weights.parameters import tensor_shapes
+from refgemma.weights.save import OutputTensor, file_bytes, plan_files
 
 # Texts that gemma.cpp published cross entropies of: short name -> name in its file.
 PUBLISHED = {"hungary": "Hungary", "jingle-bells": "Jingle Bells", "gettysburg": "Gettysburg, Hay Draft"}
@@ -49,3 +61,255 @@ def published_figures(text: str) -> dict[str, float]:
         (known["bits_per_byte"] for known in read_released("gemma-cpp")["texts"] if known["text"] == text), {}
     )
     return figures
+
+
+# --- which release a folder is ----------------------------------------------------------------------------------------
+
+GENERATION = "generation_config.json"
+SHARD_SIZE = "5GB"  # of the released weights
+SHOWN = 4  # keys of a configuration that are named in one line
+# The keys of a released config.json that a `Gemma2Config` has too.
+CONFIG_KEYS = (
+    "attention_bias", "attention_dropout", "attn_logit_softcapping", "final_logit_softcapping", "head_dim",
+    "hidden_activation", "hidden_size", "initializer_range", "intermediate_size", "max_position_embeddings",
+    "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "query_pre_attn_scalar", "rms_norm_eps",
+    "rope_theta", "sliding_window", "use_cache", "vocab_size",
+)  # fmt: skip
+SIZES = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+
+
+@dataclass(frozen=True)
+class ReleasedFile:
+    """A file of a release: its length and SHA-256, where they are known, and how they are known."""
+
+    bytes: int | None
+    sha256: str | None
+    state: str
+
+
+@dataclass(frozen=True)
+class FileVerdict:
+    """A file of a folder beside that of a release.
+
+    Parameters
+    ----------
+    name : str
+        Its name.
+    verdict : str
+        ``same`` (SHA-256), ``same length`` (not hashed, or no hash was published), ``differs``, ``absent``,
+        ``unknown`` (nothing was published of it), or ``extra`` (the release has no such file).
+    detail : str
+        What differs, or how the released file is known.
+    sha256 : str, optional
+        Of the file in the folder, if all of it was read.
+    """
+
+    name: str
+    verdict: str
+    detail: str
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Identified:
+    """The release that a folder is nearest to, None if no released Gemma 2 has its sizes or no file is as released."""
+
+    release: str | None
+    revision: str | None
+    files: tuple[FileVerdict, ...]
+
+    @property
+    def as_released(self) -> int:
+        """How many of the release's files are there, in content or at least in length."""
+        return sum(file.verdict.startswith("same") for file in self.files)
+
+    @property
+    def complete(self) -> bool:
+        """Whether no file differs and none is absent."""
+        return self.release is not None and not {"differs", "absent"} & {file.verdict for file in self.files}
+
+
+def releases() -> dict[str, Any]:
+    """Return what ``golden/released/files.json`` has of each release, by hub id.
+
+    Examples
+    --------
+    >>> releases()["google/gemma-2-9b-it"]["dtype"]
+    'bfloat16'
+    """
+    found: dict[str, Any] = read_released("files")["releases"]
+    return found
+
+
+def released_json(release: str) -> dict[str, dict[str, Any]]:
+    """Return what the released ``config.json`` and ``generation_config.json`` say, as far as it is known.
+
+    Examples
+    --------
+    >>> released_json("google/gemma-2-2b-it")["config.json"]["eos_token_id"]
+    [1, 107]
+    >>> sorted(released_json("google/gemma-2-9b"))
+    ['config.json']
+    """
+    about = releases()[release]
+    config = Gemma2Config.preset(about["size"])
+    own = about.get("config", {})
+    ids = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    usual = ids | {"cache_implementation": "hybrid"} | own if own else {}
+    kind = {"architectures": ["Gemma2ForCausalLM"], "hidden_act": config.hidden_activation, "model_type": "gemma2"}
+    known = {key: getattr(config, key) for key in CONFIG_KEYS} | kind | {"torch_dtype": about["dtype"]} | usual
+    generation = {GENERATION: {"_from_model_config": True} | usual} if GENERATION in about["files"] else {}
+    return {CONFIG_JSON: known} | generation
+
+
+@cache
+def known_files(release: str) -> dict[str, ReleasedFile]:
+    """Return what is known of each file of a release: what was published, and the layout of the weights.
+
+    The lengths of the shards follow from names, shapes and dtype where they were not published.
+
+    Examples
+    --------
+    >>> known_files("google/gemma-2-9b")["model-00008-of-00008.safetensors"]
+    ReleasedFile(bytes=2378360680, sha256=None, state='predicted')
+    """
+    about = releases()[release]
+    shapes = tensor_shapes(Gemma2Config.preset(about["size"]))
+    outputs = [OutputTensor(name, about["dtype"], shape, None) for name, shape in shapes.items()]
+    known = {
+        name: ReleasedFile(file_bytes(part), None, "predicted")
+        for name, part in plan_files(outputs, SHARD_SIZE).items()
+    }
+    for name, file in about["files"].items():
+        length = file.get("bytes", known[name].bytes if name in known else None)
+        known[name] = ReleasedFile(length, file.get("sha256"), file["state"])
+    return known
+
+
+def _measure(path: Path) -> int | None:
+    """Return the length of a file, None if there is none; a link counts as the file it leads to."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISREG(status.st_mode):
+        raise RefgemmaError(f"{path}: is a folder, a pipe or a device, not a file; remove it")
+    return status.st_size
+
+
+def _compare_json(path: Path, released: Mapping[str, Any], whole: bool) -> str:
+    """Say which keys of a JSON file differ from the released ones; of one not known as a `whole`, the known keys."""
+    try:
+        own = read_object(path, RefgemmaError)
+    except RefgemmaError as error:
+        return str(error)
+    keys = own.keys() | released.keys() if whole else own.keys() & released.keys()
+    said = [
+        f"{quote(key)[1:-1]} is {quote(own[key]) if key in own else 'absent'}, released "
+        f"{quote(released[key]) if key in released else 'without'}"
+        for key in sorted(keys)
+        if (key in own) != (key in released) or own[key] != released[key]
+    ]
+    return "; ".join(said[:SHOWN] + ([f"and {len(said) - SHOWN} more"] if len(said) > SHOWN else []))
+
+
+def _judge(path: Path, known: ReleasedFile | None, json_keys: Mapping[str, Any], hash_weights: bool) -> FileVerdict:
+    """Compare one file of a folder with that of a release."""
+    length = _measure(path)
+    if length is None:
+        return FileVerdict(path.name, "absent", "the release has it")
+    if known is None:
+        different = _compare_json(path, json_keys, whole=False)
+        return FileVerdict(path.name, "differs" if different else "unknown", different or "nothing was published of it")
+    sha256 = None
+    if known.bytes in (None, length):
+        if hash_weights or (path.suffix != ".safetensors" and length <= JSON_LIMIT):
+            with open_file(path) as stream:
+                sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        if sha256 and sha256 == known.sha256:
+            return FileVerdict(path.name, "same", known.state, sha256)
+        if None in (sha256, known.sha256) and known.bytes is not None:
+            how = "no hash was published" if known.sha256 is None else "--hash compares the hash"
+            return FileVerdict(path.name, "same length", f"{known.state}; {how}", sha256)
+    different = _compare_json(path, json_keys, whole=True) if json_keys else ""
+    lengths = "other content" if known.bytes in (None, length) else f"{length:,} bytes, released {known.bytes:,}"
+    return FileVerdict(path.name, "differs", different or lengths, sha256)
+
+
+def _judge_template(folder: Path) -> FileVerdict:
+    """Compare the chat template of a folder, a file of its own or a text in the tokenizer's settings, as a text."""
+    released = read_released("files")["chat_template"]
+    try:
+        if (folder / "chat_template.jinja").exists():
+            text: object = read_file(folder / "chat_template.jinja", JSON_LIMIT).decode("utf-8", "replace")
+        elif (folder / "tokenizer_config.json").exists():
+            text = read_object(folder / "tokenizer_config.json", RefgemmaError).get("chat_template")
+        else:
+            text = None
+    except (OSError, RefgemmaError) as error:
+        return FileVerdict("chat template", "differs", str(error))
+    if text is None:
+        return FileVerdict("chat template", "absent", "the release has it")
+    sha256 = hashlib.sha256(str(text).encode("utf-8", "replace")).hexdigest()
+    if sha256 != released["sha256"]:
+        return FileVerdict("chat template", "differs", "another text", sha256)
+    return FileVerdict("chat template", "same", released["state"], sha256)
+
+
+def _judge_all(folder: Path, release: str, hash_weights: bool) -> Identified:
+    known, json_keys = known_files(release), released_json(release)
+    others = {CONFIG_JSON, GENERATION, *(name for file in releases().values() for name in file["files"])} - known.keys()
+    here = {name for name in others if not name.endswith(".safetensors") and _measure(folder / name) is not None}
+    found = [
+        _judge(folder / name, known.get(name), json_keys.get(name, {}), hash_weights)
+        for name in sorted(known.keys() | here)
+    ]
+    if release.endswith("-it"):
+        found.append(_judge_template(folder))
+    extra = [path.name for path in sorted(folder.glob("*.safetensors")) if path.name not in known]
+    found += [FileVerdict(quote(name)[1:-1], "extra", "the release has no such file") for name in extra[:SHOWN]]
+    return Identified(release, releases()[release]["revision"], tuple(found))
+
+
+def identify_release(folder: str | Path, config: Gemma2Config, hash_weights: bool = False) -> Identified:
+    """Find out which released Gemma 2 a folder holds, file by file, and what differs.
+
+    Files of weights are compared by length; their numbers are read only with `hash_weights`. Of a folder that holds
+    other weights of the same names, shapes and dtype, as every fine-tuned one does, the lengths are the released ones.
+
+    Parameters
+    ----------
+    folder : str or Path
+        A Hugging Face folder.
+    config : Gemma2Config
+        Its configuration.
+    hash_weights : bool
+        Whether to hash the weights too: some seconds a gigabyte.
+
+    Raises
+    ------
+    RefgemmaError
+        If a folder, a pipe or a device has the name of a file.
+
+    Examples
+    --------
+    >>> identify_release(golden_folder(), Gemma2Config())
+    Identified(release=None, revision=None, files=())
+    """
+    names = [
+        name for name, about in releases().items()
+        if Path(folder).is_dir()  # and no GGUF file, of which nothing was published
+        and all(getattr(config, size) == PRESETS[about["size"]][size] for size in SIZES)
+    ]  # fmt: skip
+    found = [_judge_all(Path(folder), name, hash_weights) for name in names]
+    telling = [one for one in found if any(file.verdict.startswith("same") for file in one.files if _tells(file.name))]
+    return max(telling, key=_count_same, default=Identified(None, None, ()))
+
+
+def _tells(name: str) -> bool:
+    """Tell whether a file is not the same in all releases, as those of the tokenizer are."""
+    return name.startswith(("config", "generation_config", "model"))
+
+
+def _count_same(found: Identified) -> tuple[int, int]:
+    return sum(file.verdict == "same" for file in found.files), found.as_released

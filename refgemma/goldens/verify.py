@@ -13,7 +13,7 @@ A case of a whole model is compared three times:
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,14 +25,14 @@ from refgemma.goldens.distance import END_TO_END, logits_distance, rounding_nois
 from refgemma.goldens.load import GoldenError, case_names, load_golden, model_of
 from refgemma.goldens.single import in_float64, recorded_operations
 from refgemma.heads import causal_lm_loss
-from refgemma.model import embed, forward
+from refgemma.model import embed
 from refgemma.oracle.engine import Engine
 from refgemma.oracle.judge import Judged, distance_from, judge, ratio, strict_distance
 from refgemma.oracle.tolerance import FORMATS, same_angles, ulp
 from refgemma.oracle.verdicts import BLIND, INVALID
 from refgemma.precision import Array
 from refgemma.trace.candidate import Candidate, candidate_of
-from refgemma.trace.names import named_tensors
+from refgemma.trace.names import run_calls
 from refgemma.weights.parameters import Weights
 
 
@@ -89,7 +89,7 @@ class CaseResult:
 def compare_forward(about: Mapping[str, Any], golden: Mapping[str, Array], name: str) -> Iterator[Comparison]:
     """Compare a forward case: each operation alone, the wiring of our own run, and the run."""
     config, weights = model_of(about)
-    ours = run_calls(about, golden, config, weights)
+    ours = run_case(about, golden, config, weights)
     order = {tensor: place for place, tensor in enumerate(ours)}
     wired = about["density"] != "logits"  # where only those were recorded, smaller models show the same wiring
     found = [
@@ -100,8 +100,7 @@ def compare_forward(about: Mapping[str, Any], golden: Mapping[str, Array], name:
     whole = len(about["calls"]) == 1
     # One after the other as they are computed; sorting keeps the order of the three ways.
     for c in sorted(found, key=lambda c: order[c.tensor]):
-        detect = c.tensor.removeprefix("calls.0.") if whole else c.tensor
-        yield Comparison(detect, c.how, c.distance, c.identical, c.elements, c.ulps, c.note)
+        yield replace(c, tensor=c.tensor.removeprefix("calls.0.")) if whole else c
 
 
 def golden_candidate(
@@ -118,7 +117,7 @@ def compare_operations(candidate: Candidate, weights: Weights, config: Gemma2Con
     engine = Engine(candidate, weights, config)
     for name in filter(engine.is_direct, engine.recorded):
         judged, found = engine.judge(name), candidate.tensors[name]
-        where = np.broadcast_to(engine.where(name), found.numbers.shape)
+        where = engine.where(name)
         ours, theirs = engine.eager_result(name)[where], found.numbers[where]
         tables = name in ("cos", "sin")
         allowed = same_angles(ours) if tables else engine.tolerance(name).select(where)
@@ -170,7 +169,7 @@ def compare_run(
     """Compare each tensor of a run, our own or another's, with the recorded one: the rows of real tokens."""
     dtype = about["dtype"]
     if dtype == "float32":
-        other = run_calls(about, golden, *model_of({**about, "dtype": "float64"}))
+        other = run_case(about, golden, *model_of({**about, "dtype": "float64"}))
     else:
         other = load_golden(name.rpartition("-")[0] + "-f32")[1]
     computed, theirs, reference = (_real_tokens(x, about, golden) for x in (ours, golden, other))
@@ -189,7 +188,7 @@ def compare_run(
         yield Comparison(tensor, "run", distance, int(np.sum(x == recorded)), recorded.size)
 
 
-def run_calls(
+def run_case(
     about: Mapping[str, Any], golden: Mapping[str, Array], config: Gemma2Config, weights: Weights
 ) -> dict[str, Array]:
     """Return all tensors of a case's calls, ``calls.0.embedded`` and so on; each goes on from the cache of the last.
@@ -197,13 +196,7 @@ def run_calls(
     With them the loss, where PyTorch recorded one.
     """
     ids, padding = golden["input_ids"], golden["attention_mask"]
-    tensors: dict[str, Array] = {}
-    cache, done = None, 0
-    for call, length in enumerate(about["calls"]):
-        end = done + length
-        run = forward(ids[:, done:end], weights, config, attention_mask=padding[:, :end], cache=cache)
-        tensors |= {f"calls.{call}.{name}": x for name, x in named_tensors(run)}
-        cache, done = run.cache, end
+    tensors = dict(run_calls(ids, about["calls"], weights, config, padding))
     if "loss" in golden:
         labels = np.where(padding == 1, ids, -100)
         tensors["loss"] = np.array([causal_lm_loss(tensors["calls.0.logits"], labels)])
@@ -281,9 +274,8 @@ def _compare_masks(g: Mapping[str, Array]) -> Iterator[Comparison]:
     ours = {"full": ops.causal_mask(places, places), "sliding": ops.sliding_mask(places, places, window)}
     for name, mask in ours.items():
         # A query that is padding itself may see what it likes.
-        computed, recorded = (
-            (m.swapaxes(1, 2)[padding]) for m in (mask & padding[:, None, None], g[name].astype(bool))
-        )
+        both = (mask & padding[:, None, None], g[name].astype(bool))
+        computed, recorded = (m.swapaxes(1, 2)[padding] for m in both)
         different = np.sum(computed != recorded)
         yield Comparison(name, "operation", np.inf if different else 0.0, computed.size - int(different), computed.size)
 

@@ -4,10 +4,10 @@
 Here arguments are taken apart and results put together; what is computed is in `refgemma.model` and `refgemma.heads`.
 """
 
-import math
+import copy
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeAlias, TypeVar
@@ -15,9 +15,12 @@ from typing import Any, ClassVar, Self, TypeAlias, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from refgemma.arguments import drop_arguments, refuse_arguments
 from refgemma.cache import Cache, LayerCache, LegacyCache
 from refgemma.config import ConfigError, Gemma2Config
-from refgemma.generation.decode import Criterion, Processor, Prompts, generate_batch
+from refgemma.generation.caches import DynamicCache
+from refgemma.generation.criteria import Criterion
+from refgemma.generation.decode import Prompts, generate_batch
 from refgemma.generation.generation_config import FILE as GENERATION_CONFIG
 from refgemma.generation.generation_config import GenerationConfig, merge_settings
 from refgemma.generation.outputs import (
@@ -25,11 +28,13 @@ from refgemma.generation.outputs import (
     GenerateDecoderOnlyOutput,
     ModelOutput,
     PastKeyValues,
+    compute_transition_scores,
 )
+from refgemma.generation.processors import Processor
 from refgemma.generation.stream import Streamer
 from refgemma.heads import causal_lm_loss, last_tokens, sequence_classification_loss, token_classification_loss
 from refgemma.hub import find_model
-from refgemma.inputs import InputError, as_array
+from refgemma.inputs import InputError, as_array, packed_masks
 from refgemma.model import begin, blocks, head, next_past
 from refgemma.modeling.model_outputs import (
     BaseModelOutputWithPast,
@@ -37,8 +42,9 @@ from refgemma.modeling.model_outputs import (
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
+from refgemma.modeling.modules import Module, ModuleMethods
 from refgemma.ops import linear, rms_norm
-from refgemma.precision import Array, as_dtype, dtype_name, precision_named, wide
+from refgemma.precision import Array, as_dtype, precision_named, wide
 from refgemma.weights.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from refgemma.weights.initial import initial_score, initial_weights
 from refgemma.weights.parameters import (
@@ -58,26 +64,10 @@ from refgemma.weights.save import OutputTensor, write_checkpoint
 
 # The types of the documented arguments, of which all four classes take the same set.
 Given: TypeAlias = npt.ArrayLike | None
-PastArgument: TypeAlias = Cache | LegacyCache | None
+PastArgument: TypeAlias = Cache | DynamicCache | LegacyCache | None
 Flag: TypeAlias = bool | None  # None: what the configuration says
 
 AnyOutput = TypeVar("AnyOutput", bound=ModelOutput)
-
-# What people hand to transformers' from_pretrained, and what to do with it here.
-ELSEWHERE = {
-    "torch_dtype": "its name is dtype",
-    "device_map": "there is one place to compute; leave it out",
-    "low_cpu_mem_usage": "large models are read a layer at a time in any case; leave it out",
-    "attn_implementation": "attention is that of transformers' 'eager'; leave it out",
-    "quantization_config": "weights are not quantised here",
-    "load_in_8bit": "weights are not quantised here",
-    "load_in_4bit": "weights are not quantised here",
-    "trust_remote_code": "no code of a repository is ever run; leave it out",
-    "token": "log in with huggingface-cli, or set HF_TOKEN",
-    "local_files_only": "nothing is downloaded unless download=True; leave it out",
-    "cache_dir": "set HF_HUB_CACHE",
-    "use_safetensors": "nothing else is read; leave it out",
-}
 
 
 def _count_seen(places: Array | None, attention_mask: Any, seq: int) -> int | None:
@@ -101,11 +91,12 @@ def read_cache(
             f"cache_position has shape {places.shape} and dtype {places.dtype}: "
             f"the places of the {seq} tokens are needed"
         )
-    if past_key_values is None or isinstance(past_key_values, Cache):
-        cache = past_key_values
+    given = past_key_values.value if isinstance(past_key_values, DynamicCache) else past_key_values
+    if given is None or isinstance(given, Cache):
+        cache = given or None  # an empty one is none
     else:
         seen = _count_seen(places, attention_mask, seq)
-        cache = Cache.from_legacy(past_key_values, config, like, seen)
+        cache = Cache.from_legacy(given, config, like, seen)
     seen_now = cache.get_seq_length() if cache else 0
     if places is not None and (places != np.arange(seen_now, seen_now + seq)).any():
         raise InputError(
@@ -115,8 +106,18 @@ def read_cache(
     return cache
 
 
-def _format_cache(cache: Cache, legacy: bool) -> PastKeyValues:
-    return cache.to_legacy() if legacy else cache
+def _format_cache(cache: Cache, given: PastArgument) -> PastKeyValues:
+    """Return the cache after a call as the caller handed in the one before."""
+    if isinstance(given, DynamicCache):
+        return given
+    return cache if given is None or isinstance(given, Cache) else cache.to_legacy()
+
+
+def name_once(past_key_values: Any, cache: Any) -> Any:
+    """Return the cache, which transformers 5.24 calls ``cache`` and the documentation page ``past_key_values``."""
+    if past_key_values is not None and cache is not None:
+        raise InputError("give the cache as past_key_values or as cache, and only once")
+    return cache if past_key_values is None else past_key_values
 
 
 def _choose(given: Flag, configured: bool) -> bool:
@@ -164,9 +165,29 @@ def _check_config(config: object, name: str) -> None:
             f"{name}: config is a {type(config).__name__}, not a Gemma2Config; a model is loaded by its name with "
             f"{name}.from_pretrained"
         )
+    config.check()  # fields that were set one by one
 
 
-class Gemma2PreTrainedModel:
+def _check_shapes(config: Gemma2Config, checkpoint: Checkpoint) -> None:
+    """Refuse a configuration that the weights of the folder do not fit; with fewer layers, the first are taken."""
+    layers, stored_layers = config.num_hidden_layers, checkpoint.config.num_hidden_layers
+    if layers < stored_layers:
+        warnings.warn(
+            f"{checkpoint.folder}: its layers {layers} to {stored_layers - 1} are left out, for num_hidden_layers is "
+            f"{layers}",
+            stacklevel=3,
+        )
+    for name, shape in tensor_shapes(config).items():
+        stored = checkpoint.tensors.get(name)
+        if name != LM_HEAD and (stored is None or tuple(stored.shape) != shape):
+            found = "is not there" if stored is None else f"has shape {tuple(stored.shape)}"
+            raise ConfigError(
+                f"{checkpoint.folder}: {name} {found}, but the configuration asked for makes it {shape}; leave out what"
+                " would change the shapes of the weights in the folder"
+            )
+
+
+class Gemma2PreTrainedModel(ModuleMethods):
     """What the four classes share: making, loading and saving them.
 
     Parameters
@@ -202,11 +223,6 @@ class Gemma2PreTrainedModel:
         """Return the class, the size and the precision."""
         return f"{type(self).__name__}({self.num_parameters():,} parameters, {self.dtype})"
 
-    @property
-    def dtype(self) -> str:
-        """The precision of the weights and of the computation, by name."""
-        return dtype_name(self.weights.norm)
-
     @classmethod
     def tensor_shapes(cls, config: Gemma2Config) -> dict[str, tuple[int, ...]]:
         """Return the tensors of this class, under the names of a whole model, with their shapes."""
@@ -218,28 +234,35 @@ class Gemma2PreTrainedModel:
         bias = {SCORE_BIAS: (labels,)} if cls.has_score_bias else {}
         return shapes | score | bias
 
-    def num_parameters(self) -> int:
-        """Count the numbers of the weights; a tied head counts once."""
-        return sum(math.prod(shape) for shape in self.tensor_shapes(self.config).values())
-
-    def eval(self) -> Self:
-        """Return the model itself: there is no training mode here, and dropout is never active."""
-        return self
-
     @classmethod
-    def from_config(cls, config: Gemma2Config, seed: int = 0, dtype: Any = "float32") -> Self:
+    def from_config(
+        cls, config: Gemma2Config, seed: int = 0, dtype: Any = None, torch_dtype: Any = None, **ignored: Any
+    ) -> Self:
         """Make a model with fresh weights: a truncated normal of ``config.initializer_range``, norms and biases zero.
+
+        Arguments of transformers that change nothing here are taken, as in `from_pretrained`; the configuration is
+        copied.
+
+        Raises
+        ------
+        UsageError
+            For an argument that would change the result, or that there is not.
+        ConfigError
+            For fields that contradict one another.
 
         Examples
         --------
         >>> Gemma2ForCausalLM.from_config(Gemma2Config.from_pretrained("tiny"), seed=1)
         Gemma2ForCausalLM(2,922,426 parameters, float32)
         """
-        return cls(config, seed, dtype)
+        refuse_arguments(ignored, f"{cls.__name__}.from_config")
+        return cls(copy.deepcopy(config), seed, dtype or torch_dtype or "float32")
 
     @classmethod
     def from_pretrained(
-        cls, name: str | Path, dtype: Any = "float32", seed: int = 0, revision: str = "main", download: bool = False,
+        cls, name: str | Path, dtype: Any = None, seed: int = 0, revision: str | None = "main", download: bool = False,
+        *, torch_dtype: Any = None, config: Gemma2Config | str | Path | None = None,
+        ignore_mismatched_sizes: bool = False, cache_dir: str | Path | None = None, gguf_file: str | None = None,
         **changes: Any,
     ) -> Self:  # fmt: skip
         """Load a model.
@@ -247,18 +270,28 @@ class Gemma2PreTrainedModel:
         Parameters
         ----------
         name : str or path
-            ``"tiny"``, ``"conformance"``, a folder, or a hub id whose snapshot is in the Hugging Face cache; see
-            `refgemma.hub.find_model`.
-        dtype : str or numpy.dtype
-            The precision of the computation, or ``"auto"`` for that of the file.
+            ``"tiny"``, ``"conformance"``, a folder, a ``.gguf`` file, or a hub id whose snapshot is in the Hugging Face
+            cache; see `refgemma.hub.find_model`.
+        dtype, torch_dtype : str or numpy.dtype, optional
+            The precision of the computation, under either name, by default float32; ``"auto"`` for that of the
+            configuration or, if it names none, of the file.
         seed : int
             Of a classifier's head, if the folder holds a model without one; a warning says so.
         revision : str
             Of a hub id: a branch, a tag or a commit.
         download : bool
             Whether a hub id that is not in the cache may be downloaded.
+        config : Gemma2Config, str or path, optional
+            In place of the folder's own: the first layers of its weights are taken if it has fewer.
+        ignore_mismatched_sizes : bool
+            Whether a classifier's head of another number of labels is replaced by a fresh one.
+        cache_dir : str or path, optional
+            In place of the Hugging Face cache.
+        gguf_file : str, optional
+            A GGUF file of the folder or hub id, which is read instead of what else is there.
         **changes
-            Fields of the configuration to replace, ``num_labels=3`` for instance.
+            Fields of the configuration to replace, ``num_labels=3`` for instance. Arguments of transformers that change
+            nothing here are taken and ignored, ``device_map="auto"`` for instance; others are refused.
 
         Returns
         -------
@@ -276,37 +309,49 @@ class Gemma2PreTrainedModel:
         >>> model([[2, 300, 400]]).logits.shape
         (1, 3, 2048)
         """
-        if strange := [argument for argument in changes if argument in ELSEWHERE]:
-            raise ConfigError(f"{cls.__name__}.from_pretrained takes no {strange[0]}: {ELSEWHERE[strange[0]]}")
-        checkpoint = open_checkpoint(find_model(name, revision, download))
-        config = checkpoint.config.changed(**changes)
-        if tensor_shapes(config) != tensor_shapes(checkpoint.config):
-            raise ConfigError(f"{name}: {', '.join(changes)} would change the shapes of the weights in the folder")
+        changes = drop_arguments(changes, f"{cls.__name__}.from_pretrained", ConfigError)
+        place = find_model(name, revision or "main", download, cache_dir=cache_dir, gguf_file=gguf_file)
+        checkpoint = open_checkpoint(place)
+        if config is None or isinstance(config, Gemma2Config):
+            config = checkpoint.config if config is None else config
+        else:
+            config = Gemma2Config.from_pretrained(config, cache_dir=cache_dir)
+        config = config.changed(**changes)
+        _check_shapes(config, checkpoint)
         if cls.has_head and not config.tie_word_embeddings and LM_HEAD not in checkpoint.tensors:
             raise CheckpointError(f"{checkpoint.folder}: holds no {LM_HEAD!r}, and tie_word_embeddings is false")
-        precision = checkpoint.tensors[NORM].dtype.name if dtype == "auto" else precision_named(dtype)
-        score = cls._read_score(checkpoint, config, seed, precision) if cls.has_score else None
-        model = cls(config, weights=checkpoint.weights(precision), score=score)
+        dtype = dtype or torch_dtype or "float32"
+        if dtype == "auto":
+            dtype = config.dtype or checkpoint.tensors[NORM].dtype.name
+        precision = precision_named(dtype)
+        score = None
+        if cls.has_score:
+            score = cls._read_score(checkpoint, config, seed, precision, ignore_mismatched_sizes)
+        weights = replace(checkpoint, config=config).weights(precision)
+        model = cls(config, weights=weights, score=score)
         model._folder = checkpoint.folder
         return model
 
     @classmethod
-    def _read_score(cls, checkpoint: Checkpoint, config: Gemma2Config, seed: int, dtype: str) -> Score:
+    def _read_score(
+        cls, checkpoint: Checkpoint, config: Gemma2Config, seed: int, dtype: str, ignore_mismatched_sizes: bool
+    ) -> Score:
         score = checkpoint.score(dtype)
-        if score is None:
-            warnings.warn(
-                f"{checkpoint.folder} holds no classifier's head: {cls.__name__} begins with fresh weights there, "
-                "which have to be trained before its answers mean anything",
-                stacklevel=3,
-            )
-            return initial_score(config, seed, dtype, cls.has_score_bias)
-        if len(score.weight) != config.num_labels or (score.bias is not None) != cls.has_score_bias:
+        fits = score and len(score.weight) == config.num_labels and (score.bias is not None) == cls.has_score_bias
+        if score and not fits and not ignore_mismatched_sizes:
             raise CheckpointError(
                 f"{checkpoint.folder}: its classifier's head has {len(score.weight)} labels and "
                 f"{'no' if score.bias is None else 'a'} bias; {cls.__name__} with num_labels {config.num_labels} has "
-                f"{'a' if cls.has_score_bias else 'no'} bias"
+                f"{'a' if cls.has_score_bias else 'no'} bias; for a fresh head say ignore_mismatched_sizes=True"
             )
-        return score
+        if score and fits:
+            return score
+        warnings.warn(
+            f"{checkpoint.folder} holds no {'fitting ' if score else ''}classifier's head: {cls.__name__} begins with "
+            "fresh weights there, which have to be trained before its answers mean anything",
+            stacklevel=3,
+        )
+        return initial_score(config, seed, dtype, cls.has_score_bias)
 
     @classmethod
     def from_state_dict(
@@ -356,7 +401,11 @@ class Gemma2PreTrainedModel:
         named = named_weights(self.weights, self.config)
         if not self.has_head:
             named.pop(LM_HEAD, None)
-        score = {} if self.score is None else {SCORE_WEIGHT: self.score.weight, SCORE_BIAS: self.score.bias}
+        score = (
+            {}
+            if self.score is None or not self.has_score
+            else {SCORE_WEIGHT: self.score.weight, SCORE_BIAS: self.score.bias}
+        )
         tensors = {name.removeprefix(self.prefix): tensor for name, tensor in named.items()}
         return tensors | {name: tensor for name, tensor in score.items() if tensor is not None}
 
@@ -371,7 +420,7 @@ class Gemma2PreTrainedModel:
         tensors: dict[str, Array] = {name: tensor[:] for name, tensor in self.named_tensors().items()}
         return tensors | ({LM_HEAD: tensors[EMBED_TOKENS]} if self.has_head and LM_HEAD not in tensors else {})
 
-    def save_pretrained(self, folder: str | Path, max_shard_size: int | str = "50GB") -> None:
+    def save_pretrained(self, folder: str | Path, max_shard_size: int | str = "50GB", **ignored: Any) -> None:
         """Write ``config.json`` and the weights as safetensors, which transformers and `from_pretrained` read.
 
         A tied head is not written. The weights appear whole or not at all, and keep their precision.
@@ -382,6 +431,8 @@ class Gemma2PreTrainedModel:
             Made if there is none; weights that are in it are replaced.
         max_shard_size : int or str
             Above this, the weights go into several files with an index: a number of bytes, or for instance ``"5GB"``.
+        **ignored
+            Arguments of transformers that change nothing here, ``safe_serialization=True`` for instance.
 
         Raises
         ------
@@ -400,6 +451,7 @@ class Gemma2PreTrainedModel:
         >>> again
         Gemma2ForCausalLM(2,922,426 parameters, bfloat16)
         """
+        refuse_arguments(ignored, f"{type(self).__name__}.save_pretrained")
         config = self.config.changed(dtype=self.dtype, architectures=(type(self).__name__,))
         config.to_json_string()  # what no file can hold is refused before anything is written
         tensors = self.named_tensors()
@@ -427,11 +479,26 @@ class Gemma2Model(Gemma2PreTrainedModel):
 
     prefix = "model."
 
+    @property
+    def embed_tokens(self) -> Module:
+        """The embedding."""
+        return Module(self, "embed_tokens")
+
+    @property
+    def layers(self) -> Module:
+        """The layers."""
+        return Module(self, "layers")
+
+    @property
+    def norm(self) -> Module:
+        """The last norm."""
+        return Module(self, "norm")
+
     def forward(
         self, input_ids: Given = None, attention_mask: Any = None, position_ids: Given = None,
         past_key_values: PastArgument = None, inputs_embeds: Given = None, use_cache: Flag = None,
         output_attentions: Flag = None, output_hidden_states: Flag = None, return_dict: Flag = None,
-        cache_position: Given = None,
+        cache_position: Given = None, cache: PastArgument = None,
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:  # fmt: skip
         """Run the layers. Calling the model is the same.
 
@@ -445,9 +512,12 @@ class Gemma2Model(Gemma2PreTrainedModel):
             takes the place of the causal mask and the window. Or a mapping from ``"full_attention"`` and
             ``"sliding_attention"`` to two such masks.
         position_ids : int array (batch, seq), optional
-            What the rotary angles are taken of. By default each token's place in its row, padding counted.
-        past_key_values : Cache or tuple of pairs (keys, values), optional
-            From an earlier call; it is not changed. What comes back has the same format.
+            What the rotary angles are taken of. By default each token's place in its row, padding counted. As in
+            transformers, a call without a mask and with ``use_cache=False`` keeps packed texts apart: one begins at
+            each position that is not one more than that before it. With a cache all see what came before.
+        past_key_values : Cache, DynamicCache, StaticCache or tuple of pairs (keys, values), optional
+            From an earlier call. A `DynamicCache` or `StaticCache`, which may be empty, is filled in place and comes
+            back; the others are not changed, and what comes back has the same format.
         inputs_embeds : array (batch, seq, hidden), optional
             In place of `input_ids`: what the blocks begin with, not scaled by ``sqrt(hidden)``, as in transformers 5.x.
         use_cache, output_attentions, output_hidden_states, return_dict : bool, optional
@@ -456,6 +526,8 @@ class Gemma2Model(Gemma2PreTrainedModel):
         cache_position : int array (seq,), optional
             The places of these tokens. They are known from the cache, so this is only compared; but a plain tuple of
             sliding layers does not say how many tokens it has seen, and this does.
+        cache : optional
+            `past_key_values` under the name of transformers 5.24.
 
         Returns
         -------
@@ -476,20 +548,27 @@ class Gemma2Model(Gemma2PreTrainedModel):
         ((1, 1, 234), (1, 6, 1, 3))
         """
         config, weights, like = self.config, self.weights, self.weights.norm
+        config.check()
+        given = name_once(past_key_values, cache)
+        filled = given if isinstance(given, DynamicCache) else None
+        keep_cache = _choose(use_cache, config.use_cache) or filled is not None
+        if attention_mask is None and position_ids is not None and given is None and not keep_cache:
+            attention_mask = packed_masks(position_ids, config)
         seq = _count_tokens(input_ids, inputs_embeds)
-        cache = read_cache(past_key_values, config, like, seq, attention_mask, cache_position)
+        past = read_cache(given, config, like, seq, attention_mask, cache_position)
         start = begin(
-            input_ids, weights, config, attention_mask=attention_mask, position_ids=position_ids, cache=cache,
+            input_ids, weights, config, attention_mask=attention_mask, position_ids=position_ids, cache=past,
             inputs_embeds=inputs_embeds,
         )  # fmt: skip
-        keep_cache = _choose(use_cache, config.use_cache)
         keep_probs = _choose(output_attentions, config.output_attentions)
         keep_hidden = _choose(output_hidden_states, config.output_hidden_states)
         present: list[LayerCache] = []
         hidden, states, attentions = start.embedded, [start.embedded], []
         for record in blocks(start, weights, config):
             hidden = record.out
-            if keep_cache:
+            if filled is not None and filled.keeps_all:
+                present.append(record.attention.present)
+            elif keep_cache:
                 present.append(next_past(len(present), record, config))
             if keep_hidden:
                 states.append(record.out)
@@ -497,10 +576,11 @@ class Gemma2Model(Gemma2PreTrainedModel):
                 attentions.append(record.attention.probs)
             del record
         norm = rms_norm(hidden, weights.norm, config.rms_norm_eps)
-        legacy = past_key_values is not None and not isinstance(past_key_values, Cache)
+        if filled is not None:
+            filled.fill(Cache(present))
         output = BaseModelOutputWithPast(
             last_hidden_state=norm,
-            past_key_values=_format_cache(Cache(present), legacy) if keep_cache else None,
+            past_key_values=_format_cache(Cache(present), given) if keep_cache else None,
             hidden_states=(*states[:-1], norm) if keep_hidden else None,
             attentions=tuple(attentions) if keep_probs else None,
         )
@@ -514,8 +594,10 @@ class _WithHead(Gemma2PreTrainedModel):
 
     @property
     def model(self) -> Gemma2Model:
-        """The model without its head, with the same weights."""
-        return Gemma2Model(self.config, weights=self.weights)
+        """The model without its head: all that it holds is this one's, and what is changed there is changed here."""
+        base = Gemma2Model.__new__(Gemma2Model)
+        base.__dict__ = self.__dict__
+        return base
 
     def _run_base(self, *arguments: Any) -> BaseModelOutputWithPast:
         """Run the model without its head on the arguments of `Gemma2Model.forward`."""
@@ -533,6 +615,15 @@ class _WithHead(Gemma2PreTrainedModel):
         record["logits"] = logits
         output = kind(**record)
         return output if _choose(return_dict, self.config.return_dict) else output.to_tuple()
+
+
+def _list_callables(given: Any, name: str) -> Sequence[Any]:
+    """Return the functions of a list that a caller may have left out."""
+    if given is None:
+        return ()
+    if callable(given) and not isinstance(given, Sequence):
+        raise InputError(f"{name} is one {type(given).__name__}; give it in a list")
+    return list(given)
 
 
 class Gemma2ForCausalLM(_WithHead):
@@ -566,6 +657,11 @@ class Gemma2ForCausalLM(_WithHead):
 
     has_head = True
 
+    @property
+    def lm_head(self) -> Module:
+        """The head: called with hidden states, it gives logits before the final cap."""
+        return Module(self, "lm_head")
+
     @cached_property
     def generation_config(self) -> GenerationConfig:
         """The settings that `generate` begins with: those of the folder's ``generation_config.json``, if it has one."""
@@ -576,17 +672,26 @@ class Gemma2ForCausalLM(_WithHead):
 
     def generate(
         self,
-        inputs: npt.ArrayLike | None = None,
+        inputs: npt.ArrayLike | Mapping[str, Any] | None = None,
         generation_config: GenerationConfig | None = None,
-        logits_processor: Sequence[Processor] = (),
-        stopping_criteria: Sequence[Criterion] = (),
+        logits_processor: Sequence[Processor] | None = None,
+        stopping_criteria: Sequence[Criterion] | None = None,
+        prefix_allowed_tokens_fn: Callable[[int, Array], Any] | None = None,
+        synced_gpus: bool | None = None,
+        assistant_model: Any = None,
         streamer: Streamer | None = None,
+        negative_prompt_ids: npt.ArrayLike | None = None,
+        negative_prompt_attention_mask: npt.ArrayLike | None = None,
+        custom_generate: Any = None,
         *,
+        tokenizer: Any = None,
+        assistant_tokenizer: Any = None,
         input_ids: npt.ArrayLike | None = None,
         attention_mask: npt.ArrayLike | None = None,
         position_ids: npt.ArrayLike | None = None,
         inputs_embeds: npt.ArrayLike | None = None,
-        past_key_values: Cache | None = None,
+        past_key_values: Cache | DynamicCache | None = None,
+        cache: Cache | DynamicCache | None = None,
         **settings: Any,
     ) -> Array | GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput:
         """Continue prompts.
@@ -595,22 +700,34 @@ class Gemma2ForCausalLM(_WithHead):
         ----------
         inputs, input_ids : int array (batch, seq), optional
             The prompts, under either name, with padding at the left. Without any, one text is begun with ``<bos>``.
+            `inputs` may be all that a tokenizer returns, mask included.
         generation_config : GenerationConfig, optional
             Settings. What it does not say, `generation_config` of the model says, and else the default values.
         logits_processor : sequence of callable, optional
             Each takes token ids ``(rows, length)`` and scores ``(rows, vocab)``, and gives other scores.
         stopping_criteria : sequence of callable, optional
             Each takes the same, ids with the newest token, and says which texts are complete.
+        prefix_allowed_tokens_fn : callable, optional
+            Takes the number of a prompt and the ids of its text ``(length,)``, and lists the tokens that may follow.
+        synced_gpus, custom_generate : optional
+            The first has no effect, and the second, code of a repository, is refused.
+        assistant_model, assistant_tokenizer : optional
+            A smaller model to guess tokens, and its tokenizer: of no effect, as the texts do not depend on it.
         streamer : object with ``put`` and ``end``, optional
             Is given the prompts, then new tokens as they come: a `TextStreamer`, for instance.
+        negative_prompt_ids, negative_prompt_attention_mask : int array (batch, seq), optional
+            For ``guidance_scale``: what the texts move away from.
+        tokenizer : Tokenizer, optional
+            For ``stop_strings``.
         attention_mask : int array (batch, seq), optional
             1 for tokens, 0 for padding. By default pad tokens are padding, unless they may end a text.
         position_ids : int array (batch, seq), optional
             By default tokens are counted from the first that is no padding.
         inputs_embeds : array (batch, seq, hidden), optional
             The prompts as embeddings. Then only the new tokens come back.
-        past_key_values : Cache, optional
-            Of the beginning of the prompts, which `input_ids` hold too.
+        past_key_values, cache : Cache, DynamicCache or StaticCache, optional
+            Of the beginning of the prompts, which `input_ids` hold too, under either name. The last two may be empty
+            and are filled in place.
         **settings
             Settings of this call, which come before all others: see `GenerationConfig`.
 
@@ -627,7 +744,8 @@ class Gemma2ForCausalLM(_WithHead):
 
         Notes
         -----
-        Draws are our own: ``seed`` gives the same tokens again, but not those of a torch seed. Of equal scores the
+        Draws go on from call to call until `refgemma.set_seed`; ``seed`` gives one call the same tokens again. Neither
+        gives those of a torch seed. Of equal scores the
         first token wins, as in torch's argmax; torch's ``topk``, which its beam search uses, promises no order of them.
 
         Examples
@@ -640,25 +758,69 @@ class Gemma2ForCausalLM(_WithHead):
         >>> found.sequences.shape, bool(found.sequences_scores[0] >= found.sequences_scores[1])
         ((2, 6), True)
         """
+        if isinstance(inputs, Mapping):
+            encoded = {"attention_mask": attention_mask, "position_ids": position_ids} | dict(inputs)
+            return self.generate(
+                None, generation_config, logits_processor, stopping_criteria, prefix_allowed_tokens_fn, synced_gpus,
+                assistant_model, streamer, negative_prompt_ids, negative_prompt_attention_mask, custom_generate,
+                tokenizer=tokenizer, inputs_embeds=inputs_embeds, past_key_values=past_key_values, cache=cache,
+                **encoded, **settings,
+            )  # fmt: skip
         if inputs is not None and input_ids is not None:
             raise InputError("give the prompts as inputs or as input_ids, and only once")
         ids = input_ids if inputs is None else inputs
-        call = merge_settings(generation_config, self.generation_config, settings)
-        prompts = Prompts(ids, attention_mask, position_ids, inputs_embeds, past_key_values)
-        output = generate_batch(prompts, self.weights, self.config, call, logits_processor, stopping_criteria, streamer)
+        unused = {"synced_gpus": synced_gpus, "custom_generate": custom_generate}
+        call = merge_settings(generation_config, self.generation_config, unused | settings)
+        past = name_once(past_key_values, cache)
+        value = past
+        if isinstance(past, DynamicCache):
+            value, call = past.value, call.changed(use_cache=True)
+        prompts = Prompts(ids, attention_mask, position_ids, inputs_embeds, value or None)
+        output = generate_batch(
+            prompts, self.weights, self.config, call, _list_callables(logits_processor, "logits_processor"),
+            _list_callables(stopping_criteria, "stopping_criteria"), streamer, allowed=prefix_allowed_tokens_fn,
+            tokenizer=tokenizer, negative=(negative_prompt_ids, negative_prompt_attention_mask),
+        )  # fmt: skip
+        if isinstance(past, DynamicCache):
+            assert isinstance(output.past_key_values, Cache)  # for use_cache is true
+            past.fill(output.past_key_values)
+            output = replace(output, past_key_values=past)
         return output if call.return_dict_in_generate else output.sequences
 
-    def save_pretrained(self, folder: str | Path, max_shard_size: int | str = "50GB") -> None:
+    def compute_transition_scores(
+        self, sequences: npt.ArrayLike, scores: Sequence[Array], beam_indices: npt.ArrayLike | None = None,
+        normalize_logits: bool = False,
+    ) -> Array:  # fmt: skip
+        """Return the scores of the new tokens of `generate`, ``(rows, new)``; 0 after the end of a text.
+
+        Parameters
+        ----------
+        sequences, scores, beam_indices
+            From the record of `generate` with ``output_scores=True``; the last after a search only.
+        normalize_logits : bool
+            Make log probabilities of the scores first.
+
+        Examples
+        --------
+        >>> model = Gemma2ForCausalLM.from_pretrained("tiny")
+        >>> found = model.generate([[2, 300]], max_new_tokens=3, return_dict_in_generate=True, output_scores=True)
+        >>> model.compute_transition_scores(found.sequences, found.scores, normalize_logits=True).shape
+        (1, 3)
+        """
+        origins = None if beam_indices is None else as_array(beam_indices, "beam_indices")
+        return compute_transition_scores(as_array(sequences, "sequences"), scores, origins, normalize_logits)
+
+    def save_pretrained(self, folder: str | Path, max_shard_size: int | str = "50GB", **ignored: Any) -> None:
         """Write what `Gemma2PreTrainedModel.save_pretrained` writes, and ``generation_config.json``."""
         settings = self.generation_config  # read before anything is written
-        super().save_pretrained(folder, max_shard_size)
+        super().save_pretrained(folder, max_shard_size, **ignored)
         settings.save_pretrained(folder)
 
     def forward(
         self, input_ids: Given = None, attention_mask: Any = None, position_ids: Given = None,
         past_key_values: PastArgument = None, inputs_embeds: Given = None, labels: Given = None, use_cache: Flag = None,
         output_attentions: Flag = None, output_hidden_states: Flag = None, return_dict: Flag = None,
-        cache_position: Given = None, logits_to_keep: int | npt.NDArray[Any] = 0,
+        cache_position: Given = None, logits_to_keep: int | npt.NDArray[Any] = 0, cache: PastArgument = None,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:  # fmt: skip
         """Run the model and its head. Calling the model is the same.
 
@@ -668,7 +830,7 @@ class Gemma2ForCausalLM(_WithHead):
             As of `Gemma2Model.forward`.
         labels : int array (batch, seq), optional
             The tokens themselves: each is judged by the logits of the token before it. -100 does not count.
-        use_cache, output_attentions, output_hidden_states, return_dict, cache_position
+        use_cache, output_attentions, output_hidden_states, return_dict, cache_position, cache
             As of `Gemma2Model.forward`.
         logits_to_keep : int or array
             Of which tokens to compute the logits: of the last n, of all for 0; or of the places in an int array
@@ -693,7 +855,7 @@ class Gemma2ForCausalLM(_WithHead):
         (1, 1, 2048)
         """
         base = self._run_base(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
-                              output_attentions, output_hidden_states, True, cache_position)  # fmt: skip
+                              output_attentions, output_hidden_states, True, cache_position, cache)  # fmt: skip
         kept = select_tokens(base.last_hidden_state, logits_to_keep)
         flat = kept.ndim == 2  # the tokens that a bool array picks have lost their rows
         _, all_logits = head(kept[None] if flat else kept, self.weights, self.config)
@@ -731,7 +893,7 @@ class Gemma2ForSequenceClassification(_WithHead):
         self, input_ids: Given = None, attention_mask: Any = None, position_ids: Given = None,
         past_key_values: PastArgument = None, inputs_embeds: Given = None, labels: Given = None, use_cache: Flag = None,
         output_attentions: Flag = None, output_hidden_states: Flag = None, return_dict: Flag = None,
-        cache_position: Given = None,
+        cache_position: Given = None, cache: PastArgument = None,
     ) -> SequenceClassifierOutputWithPast | tuple[Any, ...]:  # fmt: skip
         """Run the model and its head. Calling the model is the same.
 
@@ -741,7 +903,7 @@ class Gemma2ForSequenceClassification(_WithHead):
             As of `Gemma2Model.forward`.
         labels : array, optional
             What `refgemma.heads.sequence_classification_loss` takes: a class for each sequence, or numbers.
-        use_cache, output_attentions, output_hidden_states, return_dict, cache_position
+        use_cache, output_attentions, output_hidden_states, return_dict, cache_position, cache
             As of `Gemma2Model.forward`.
 
         Returns
@@ -762,7 +924,7 @@ class Gemma2ForSequenceClassification(_WithHead):
         (1, 1)
         """
         base = self._run_base(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
-                              output_attentions, output_hidden_states, True, cache_position)  # fmt: skip
+                              output_attentions, output_hidden_states, True, cache_position, cache)  # fmt: skip
         assert self.score is not None  # made by __init__
         all_logits = linear(base.last_hidden_state, self.score.weight)
         logits = all_logits[np.arange(len(all_logits)), self._find_last(input_ids, len(all_logits))]
@@ -812,7 +974,7 @@ class Gemma2ForTokenClassification(_WithHead):
         self, input_ids: Given = None, attention_mask: Any = None, position_ids: Given = None,
         past_key_values: PastArgument = None, inputs_embeds: Given = None, labels: Given = None, use_cache: Flag = None,
         output_attentions: Flag = None, output_hidden_states: Flag = None, return_dict: Flag = None,
-        cache_position: Given = None,
+        cache_position: Given = None, cache: PastArgument = None,
     ) -> TokenClassifierOutput | tuple[Any, ...]:  # fmt: skip
         """Run the model and its head. Calling the model is the same.
 
@@ -822,7 +984,7 @@ class Gemma2ForTokenClassification(_WithHead):
             As of `Gemma2Model.forward`.
         labels : int array (batch, seq), optional
             The class of each token; -100 does not count.
-        use_cache, output_attentions, output_hidden_states, return_dict, cache_position
+        use_cache, output_attentions, output_hidden_states, return_dict, cache_position, cache
             As of `Gemma2Model.forward`. No cache comes back.
 
         Returns
@@ -842,7 +1004,7 @@ class Gemma2ForTokenClassification(_WithHead):
         dict_keys(['logits'])
         """
         base = self._run_base(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
-                              output_attentions, output_hidden_states, True, cache_position)  # fmt: skip
+                              output_attentions, output_hidden_states, True, cache_position, cache)  # fmt: skip
         assert self.score is not None  # made by __init__
         logits = linear(base.last_hidden_state, self.score.weight, self.score.bias)
         loss = None if labels is None else token_classification_loss(logits, labels)

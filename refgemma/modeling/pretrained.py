@@ -9,11 +9,12 @@ from refgemma.config import Gemma2Config
 from refgemma.files import read_object
 from refgemma.generation.decode import stop_tokens
 from refgemma.hub import find_model
+from refgemma.tokenizer.gguf_tokenizer import has_tokens
 from refgemma.tokenizer.tokenizer import Tokenizer
 from refgemma.weights.checkpoint import CheckpointError, open_checkpoint
 from refgemma.weights.parameters import Weights
 
-TOKENIZER, END_OF_TURN = "tokenizer.model", "<end_of_turn>"
+TOKENIZERS, END_OF_TURN = ("tokenizer.json", "tokenizer.model"), "<end_of_turn>"
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Pretrained:
     @property
     def has_tokenizer(self) -> bool:
         """Whether the folder holds one; ``refgemma synth`` has none to write."""
-        return (self.folder / TOKENIZER).exists()
+        return _has_tokenizer(self.folder)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -37,20 +38,22 @@ class Pretrained:
 
 
 def load(
-    name: str | Path = "tiny", dtype: str = "float32", revision: str = "main", download: bool = False
-) -> Pretrained:
+    name: str | Path = "tiny", dtype: str = "float32", revision: str = "main", download: bool = False,
+    gguf_file: str | None = None,
+) -> Pretrained:  # fmt: skip
     """Load a model to compute with.
 
     Parameters
     ----------
     name : str or path
         ``"tiny"``, the trained model inside this package; ``"conformance"``, a small one with random weights; a Hugging
-        Face folder of a Gemma 2; or a hub id whose snapshot is in the cache. See `refgemma.hub.find_model`.
+        Face folder of a Gemma 2; a ``.gguf`` file; or a hub id whose snapshot is in the cache. See
+        `refgemma.hub.find_model`.
     dtype : str
         ``float32``, ``float64``, ``bfloat16`` or ``float16``: the precision of the computation. Half precision rounds
         where PyTorch does, which makes it slower here than float32, not faster.
-    revision, download
-        Of a hub id, as of `refgemma.hub.find_model`.
+    revision, download, gguf_file
+        As of `refgemma.hub.find_model`.
 
     Returns
     -------
@@ -68,16 +71,23 @@ def load(
     >>> tiny.config.num_hidden_layers, tiny.tokenizer.vocab_size
     (6, 2048)
     """
-    folder = find_model(name, revision, download)
+    folder = find_model(name, revision, download, gguf_file=gguf_file)
     checkpoint = open_checkpoint(folder)
-    return Pretrained(folder, checkpoint.config, checkpoint.weights(dtype), _find_stop_ids(folder, checkpoint.config))
+    stops = _read_stop_ids(folder, checkpoint.config)
+    model = Pretrained(folder, checkpoint.config, checkpoint.weights(dtype), stops)
+    # A chat model ends its turn with <end_of_turn>, which the released configuration does not list as an end.
+    if model.has_tokenizer and END_OF_TURN in model.tokenizer.all_special_tokens:
+        end = model.tokenizer.convert_tokens_to_ids(END_OF_TURN)
+        object.__setattr__(model, "stop_ids", stops | {end})
+    return model
 
 
-def _find_stop_ids(folder: Path, config: Gemma2Config) -> frozenset[int]:
-    """Return the ends in ``generation_config.json``, or else in the configuration, and the end of a turn.
+def _has_tokenizer(folder: Path) -> bool:
+    return has_tokens(folder) if folder.is_file() else any((folder / name).exists() for name in TOKENIZERS)
 
-    A chat model ends its turn with ``<end_of_turn>``, which the released configuration does not list as an end.
-    """
+
+def _read_stop_ids(folder: Path, config: Gemma2Config) -> frozenset[int]:
+    """Return the ends in ``generation_config.json``, or else in the configuration."""
     path = folder / "generation_config.json"
     stops = stop_tokens(config)
     if path.exists():
@@ -87,8 +97,4 @@ def _find_stop_ids(folder: Path, config: Gemma2Config) -> frozenset[int]:
             if not all(type(token) is int and 0 <= token < config.vocab_size for token in ids):
                 raise CheckpointError(f"{path}: eos_token_id is {listed!r}, not one or several token ids")
             stops = frozenset(ids)
-    if not (folder / TOKENIZER).exists():
-        return stops
-    tokenizer = Tokenizer.from_pretrained(folder)
-    has_turns = END_OF_TURN in tokenizer.all_special_tokens
-    return stops | {tokenizer.convert_tokens_to_ids(END_OF_TURN)} if has_turns else stops
+    return stops

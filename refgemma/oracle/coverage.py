@@ -6,29 +6,22 @@ what is done: refgemma itself runs the prompt, in each precision, and its full t
 """
 
 import json
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from refgemma.cache import Cache
 from refgemma.config import Gemma2Config
-from refgemma.files import replace_file
-from refgemma.model import forward
+from refgemma.files import replace_file, write_json
 from refgemma.oracle.conformance import Prompt, prompts
 from refgemma.oracle.diagnose import Diagnosis
 from refgemma.oracle.engine import Engine
 from refgemma.oracle.known_bugs import KNOWN_BUGS, KnownBug
 from refgemma.precision import Array
-from refgemma.trace.candidate import load_trace
-from refgemma.trace.names import named_tensors, save_trace
+from refgemma.trace.candidate import candidate_of
+from refgemma.trace.names import run_calls, save_trace
 from refgemma.weights.parameters import Weights
 
-SCHEMA = "refgemma-prompts/1"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -53,15 +46,7 @@ def run_prompt(prompt: Prompt, weights: Weights, config: Gemma2Config) -> Iterat
     (1, 6, 97)
     """
     yield from input_tensors(prompt)
-    cache: Cache | None = None
-    starts = np.cumsum([0, *prompt.calls])
-    for number, (start, end) in enumerate(pairwise(starts)):
-        run = forward(
-            prompt.input_ids[:, start:end], weights, config, attention_mask=prompt.attention_mask[:, :end], cache=cache
-        )
-        prefix = f"calls.{number}." if len(prompt.calls) > 1 else ""
-        yield from ((prefix + name, x) for name, x in named_tensors(run))
-        cache = run.cache
+    yield from run_calls(prompt.input_ids, prompt.calls, weights, config, prompt.attention_mask)
 
 
 def input_tensors(prompt: Prompt) -> Iterator[tuple[str, Array]]:
@@ -72,10 +57,7 @@ def input_tensors(prompt: Prompt) -> Iterator[tuple[str, Array]]:
 
 def detect(prompt: Prompt, dtype: str, weights: Weights, config: Gemma2Config) -> Detected:
     """The mistakes that a right port's full trace of a prompt excludes."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "run.safetensors"
-        save_trace(run_prompt(prompt, weights, config), path, about(prompt) | {"dtype": dtype})
-        candidate = load_trace(path, config)
+    candidate = candidate_of(dict(run_prompt(prompt, weights, config)), config, dtype, prompt.calls, prompt.name)
     return Detected(prompt.name, dtype, Diagnosis(Engine(candidate, weights, config)).coverage()[0])
 
 
@@ -117,7 +99,7 @@ def as_json(found: Sequence[Detected], config: Gemma2Config, model: str) -> dict
     """Everything, for a program."""
     known = prompts(config)
     return {
-        "schema": SCHEMA, "model": model,
+        "schema": "refgemma-prompts/1", "model": model,
         "prompts": [
             {"file": f"{name}.safetensors", "name": name, "why": known[name].why, "calls": list(known[name].calls),
              "shows": {s.dtype: [v.name for v in s.variants] for s in found if s.prompt == name}}
@@ -136,5 +118,5 @@ def write_prompts(found: Sequence[Detected], config: Gemma2Config, folder: Path,
         written.append(folder / f"{name}.safetensors")
         save_trace(input_tensors(known[name]), written[-1], about(known[name]) | {"model": model})
     written.append(folder / "prompts.json")
-    replace_file(written[-1], (json.dumps(as_json(found, config, model), indent=2) + "\n").encode())
+    replace_file(written[-1], (write_json(as_json(found, config, model)) + "\n").encode())
     return written

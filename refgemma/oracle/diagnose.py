@@ -16,6 +16,7 @@ from itertools import combinations
 import numpy as np
 
 from refgemma.config import Gemma2Config
+from refgemma.oracle import verdicts
 from refgemma.oracle.engine import Engine, Instance
 from refgemma.oracle.estimate import Estimate, estimate_parameters
 from refgemma.oracle.judge import SPAN_LIMIT, judge, resembles
@@ -23,22 +24,7 @@ from refgemma.oracle.known_bugs import KNOWN_BUGS, KnownBug, combine, known_bug
 from refgemma.oracle.locate import ErrorMap, locate_errors, map_errors
 from refgemma.oracle.preflight import Preflight
 from refgemma.oracle.spans import Computed
-from refgemma.oracle.tolerance import enlarge, measured
-from refgemma.oracle.verdicts import (
-    BAD,
-    BLIND,
-    CONFORMS,
-    DIFFERS,
-    FAIL,
-    GOOD,
-    INCONCLUSIVE,
-    INVALID,
-    MISSING,
-    NOISY,
-    NOISY_ONLY,
-    SKEWED,
-    UNKNOWN,
-)  # fmt: skip
+from refgemma.oracle.tolerance import from_measured_std, rescale
 from refgemma.trace.candidate import Candidate
 from refgemma.trace.names import field_of
 from refgemma.weights.parameters import Weights
@@ -65,8 +51,7 @@ class Finding:
     @property
     def worst(self) -> Instance:
         """The instance that is wrong most."""
-        order = {INVALID: 3, FAIL: 2, SKEWED: 1}
-        return max(self.instances, key=lambda i: (order.get(i.judged.verdict, 0), i.judged.statistics.rms))
+        return max(self.instances, key=lambda i: (verdicts.BAD.index(i.judged.verdict), i.judged.statistics.rms))
 
     @property
     def named(self) -> str:
@@ -74,7 +59,7 @@ class Finding:
         if self.explanations:
             return " or ".join(v.name for v in self.explanations)
         fitting = [e for e in self.estimates if e.fits]
-        return f"{fitting[0].parameter} = {fitting[0].value:.6g}" if fitting else UNKNOWN
+        return f"{fitting[0].parameter} = {fitting[0].value:.6g}" if fitting else verdicts.UNKNOWN
 
     @property
     def is_rounding(self) -> bool:
@@ -108,13 +93,13 @@ class Report:
     def verdict(self) -> str:
         """In one word."""
         if any(not finding.is_rounding for finding in self.findings) or self.wrong_preflight:
-            return DIFFERS
-        preflight = {result.verdict for result in self.preflight}
-        if self.findings or NOISY in preflight or any(i.judged.verdict == NOISY for i in self.instances):
-            return NOISY_ONLY
-        judged = {i.tensor for i in self.instances if i.judged.verdict != BLIND}
-        blind = any(i.judged.verdict == BLIND for i in self.instances) or MISSING in preflight
-        return INCONCLUSIVE if "logits" not in judged or blind or self.logits_missing else CONFORMS
+            return verdicts.DIFFERS
+        words = {i.judged.verdict for i in self.instances} | {result.verdict for result in self.preflight}
+        if self.findings or verdicts.NOISY in words:
+            return verdicts.NOISY_ONLY
+        judged = {i.tensor for i in self.instances if i.judged.verdict != verdicts.BLIND}
+        blind = verdicts.BLIND in words or verdicts.MISSING in words
+        return verdicts.INCONCLUSIVE if "logits" not in judged or blind or self.logits_missing else verdicts.CONFORMS
 
     @property
     def logits_missing(self) -> int:
@@ -125,7 +110,7 @@ class Report:
     @property
     def wrong_preflight(self) -> list[Preflight]:
         """Weights and tokens that are wrong."""
-        return [result for result in self.preflight if result.verdict in BAD]
+        return [result for result in self.preflight if result.verdict in verdicts.BAD]
 
     @property
     def first_wrong(self) -> str | None:
@@ -149,7 +134,7 @@ class Diagnosis:
     @cached_property
     def few(self) -> set[str]:
         """The tensors of unrecorded inputs that are wrong in few elements: a bug that leaves these explains nothing."""
-        wrong = (i for i in self.engine.instances if i.between and i.judged.verdict == FAIL)
+        wrong = (i for i in self.engine.instances if i.between and i.judged.verdict == verdicts.FAIL)
         return {i.tensor for i in wrong if i.judged.statistics.rms <= SPAN_LIMIT}
 
     def fits(self, name: str, computed: Computed, bug: KnownBug) -> bool:
@@ -158,7 +143,7 @@ class Diagnosis:
         allowed = self.engine.tolerance(name, computed, exact)
         # The noise of another reading of the model is not that of the right one, so that only its size is judged.
         if allowed.measured and name not in self.few:
-            allowed = measured(allowed.spread, math.inf)
+            allowed = from_measured_std(allowed.spread, math.inf)
         eager = None
         if self.engine.rounds_several_times(name, computed):
             table = bug.table(self.engine.eager_context, self.engine.eager_table)
@@ -173,9 +158,9 @@ class Diagnosis:
         elif not allowed.measured:
             with np.errstate(invalid="ignore"):
                 floor = BUG_FLOOR * np.max(np.abs(exact), axis=-1, keepdims=True)
-            allowed = enlarge(allowed, BUG_FACTOR, floor)
+            allowed = rescale(allowed, BUG_FACTOR, floor)
         judged = judge(found.numbers, exact, allowed, found.storage, where, eager, self.engine.override)
-        return judged.verdict in (*GOOD, BLIND)
+        return judged.verdict in (*verdicts.GOOD, verdicts.BLIND)
 
     def is_consistent(self, bug: KnownBug, names: Sequence[str] | None = None) -> bool | None:
         """Return whether the recorded tensors are what a bug makes of their inputs; None if it touches none of them."""
@@ -193,9 +178,9 @@ class Diagnosis:
         """Return the bugs that explain a finding in every layer, and make nothing else worse that they touch."""
         names = [i.tensor for i in finding]
         same_field = [n for n in self.engine.recorded if field_of(n) == field_of(names[0])]
-        if finding[0].judged.verdict == INVALID:
+        if finding[0].judged.verdict == verdicts.INVALID:
             return tuple(v for v in KNOWN_BUGS if v.kind == "stage" and self._is_preflight_bug(v, finding[0]))
-        good = [i.tensor for i in self.engine.instances if i.judged.verdict in GOOD]
+        good = [i.tensor for i in self.engine.instances if i.judged.verdict in verdicts.GOOD]
         found = []
         for v in KNOWN_BUGS:
             if v.change is None or not self.is_consistent(v, names) or self.is_consistent(v, same_field) is False:
@@ -243,12 +228,12 @@ class Diagnosis:
         """What is wrong, a field at a time, in the order of execution."""
         groups: dict[str, list[Instance]] = {}
         for instance in self.engine.instances:
-            if instance.judged.verdict in BAD:
+            if instance.judged.verdict in verdicts.BAD:
                 groups.setdefault(field_of(instance.tensor), []).append(instance)
         for kind, wrong in groups.items():
             total = sum(field_of(i.tensor) == kind for i in self.engine.instances)
             # Tensors of another shape, or with NaN, say nothing of the numbers of the others.
-            judged = [i for i in wrong if i.judged.verdict != INVALID]
+            judged = [i for i in wrong if i.judged.verdict != verdicts.INVALID]
             first, names = (judged or wrong)[0], [i.tensor for i in judged]
             fitted = tuple(estimate_parameters(self.usual, names, self.engine.context))
             where = locate_errors(self.engine, first.tensor) if judged and not first.between else ""
@@ -272,7 +257,7 @@ class Diagnosis:
                 continue
             own = alone.value(name)
             if name in self.candidate.tensors:
-                where = np.broadcast_to(self.engine.where(name), own.shape)
+                where = self.engine.where(name)
                 found, ours = self.candidate.tensors[name].numbers[where], own[where]
                 with np.errstate(invalid="ignore"):
                     yield name, float(np.sqrt(np.sum((found - ours) ** 2) / max(np.sum(ours**2), 1e-300)))
@@ -280,15 +265,15 @@ class Diagnosis:
     def remarks(self) -> Iterator[str]:
         """What else a reader should know."""
         candidate, call = self.candidate, self.candidate.call
-        first = [int(row[np.argmax(seen)]) for row, seen in zip(call.input_ids, call.visible, strict=True)]
-        second = [int(row[min(np.argmax(seen) + 1, len(row) - 1)]) for row, seen in
-                  zip(call.input_ids, call.visible, strict=True)]  # fmt: skip
+        texts = [row[seen].tolist() for row, seen in zip(call.input_ids, call.visible, strict=True)]
         bos = self.engine.config.bos_token_id
-        if bos is not None and any(token != bos for token in first):
+        without = [row for row, text in enumerate(texts) if text[:1] != [bos]]
+        twice = [row for row, text in enumerate(texts) if text[:2] == [bos, bos]]
+        if bos is not None and without:
             remark = "(missing-bos); real texts do, and quality suffers badly without"
-            yield f"tokens: row {next(n for n, t in enumerate(first) if t != bos)} does not begin with <bos> {remark}"
-        elif bos is not None and call.input_ids.shape[1] > 1 and bos in second:
-            yield f"tokens: row {second.index(bos)} begins with <bos> twice (double-bos)"
+            yield f"tokens: row {without[0]} does not begin with <bos> {remark}"
+        elif bos is not None and twice:
+            yield f"tokens: row {twice[0]} begins with <bos> twice (double-bos)"
         for name in candidate.unknown[:3]:
             yield f"{name}: is no tensor of this model"
         if len(candidate.unknown) > 3:

@@ -21,8 +21,6 @@ from refgemma.trace.names import FIELDS, field_of, layer_of
 from refgemma.trace.reader import TraceFile
 from refgemma.weights.parameters import Weights
 
-SCHEMA = "refgemma-diff/1"
-
 
 @dataclass(frozen=True)
 class Difference:
@@ -125,29 +123,23 @@ def measure_unexplained(
     for name in engines[0].usual.table:
         if any(name not in c.tensors for c in (a, b)) or not all(e.is_direct(name) for e in engines):
             continue
-        errors = [e.candidate.tensors[name].numbers - e.usual.result(name) for e in engines]
+        error_a, error_b = (e.errors(name) for e in engines)
         bound = engines[0].tolerance(name).error_bound + engines[1].tolerance(name).error_bound
-        where = np.broadcast_to(engines[0].where(name) & engines[1].where(name), errors[0].shape)
         with np.errstate(invalid="ignore"):
-            units = (np.abs(errors[0] - errors[1]) / bound)[where]
+            units = (np.abs(error_a - error_b) / bound)[engines[0].where(name) & engines[1].where(name)]
         found[name] = float(np.nanmax(units, initial=0.0)) if np.isfinite(units).all() else float("inf")
     return found
 
 
 def as_json(a: str, b: str, found: list[Difference], only_a: list[str], only_b: list[str], code: int) -> dict[str, Any]:
     """Everything, for a program."""
-
-    def number(x: float | None) -> float | str | None:
-        return x if x is None or np.isfinite(x) else str(x)
-
     return {
-        "schema": SCHEMA, "a": a, "b": b, "exit_code": code,
+        "schema": "refgemma-diff/1", "a": a, "b": b, "exit_code": code,
         "first_difference": next((d.tensor for d in found if d.differs), None),
         "first_unexplained": next((d.tensor for d in found if (d.unexplained or 0) > 1), None),
         "tensors": [
             {"tensor": d.tensor, "problem": d.problem, "elements": d.elements, "equal": d.equal,
-             "largest": number(d.largest), "relative": number(d.relative), "place": list(d.place),
-             "error_over_bound": number(d.unexplained)}
+             "largest": d.largest, "relative": d.relative, "place": d.place, "error_over_bound": d.unexplained}
             for d in found
         ],
         "only_a": only_a, "only_b": only_b,

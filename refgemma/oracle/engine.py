@@ -19,7 +19,7 @@ from refgemma.inputs import InputError
 from refgemma.oracle.judge import DEVIATIONS, SPAN_LIMIT, Judged, Statistics, judge
 from refgemma.oracle.operations import Context, Operation, double, operations
 from refgemma.oracle.spans import Computed, measure_noise, where_compared
-from refgemma.oracle.tolerance import EVEN, FORMATS, Arithmetic, Tolerance, in_decimals, measured
+from refgemma.oracle.tolerance import EVEN, FORMATS, Arithmetic, Tolerance, from_measured_std, in_decimals
 from refgemma.oracle.verdicts import INVALID
 from refgemma.precision import Array, as_dtype
 from refgemma.trace.candidate import Candidate
@@ -111,7 +111,7 @@ class Engine:
         """
         reading, found = computed or self.usual, self.candidate.tensors[name]
         if not self.is_direct(name, reading):
-            return measured(self.noise(name), SPAN_LIMIT * DEVIATIONS)
+            return from_measured_std(self.noise(name), SPAN_LIMIT * DEVIATIONS)
         inputs, result = reading.inputs(name), reading.result(name) if exact is None else exact
         allowed = reading.table[name].tolerance(inputs, result, found.storage, self.context.arithmetic.unit)
         return in_decimals(allowed, found.coarse)
@@ -144,6 +144,11 @@ class Engine:
 
     def where(self, name: str) -> Array:
         """Return which elements of a recorded tensor are compared."""
-        known = self.candidate.tensors[name].known
+        tensor = self.candidate.tensors[name]
         where = where_compared(name, self.context)
-        return where if known is None else where & known
+        return np.broadcast_to(where if tensor.known is None else where & tensor.known, tensor.numbers.shape)
+
+    def errors(self, name: str) -> Array:
+        """Return by how much each element of a recorded tensor is off its reference."""
+        with np.errstate(invalid="ignore"):
+            return np.subtract(self.candidate.tensors[name].numbers, self.usual.result(name))

@@ -7,17 +7,18 @@ the number itself; so it is taken from the model's number first, and then from t
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 
 import numpy as np
 
 from refgemma.config import ConfigError
+from refgemma.oracle.known_bugs import change_positions, config, scaled_embedding
 from refgemma.oracle.operations import Context, operations
 from refgemma.oracle.spans import Computed, where_compared
 from refgemma.oracle.tolerance import in_decimals
 from refgemma.precision import Array
-from refgemma.trace.names import field_of
+from refgemma.trace.names import LAYER_NORMS, field_of
 
 FITS = 3.0  # root mean square in standard deviations
 STEPS = 40
@@ -44,10 +45,7 @@ PARAMETERS: Mapping[str, tuple[str, ...]] = {
     "cos": ("rope_theta", "position offset"),
     "embedded": ("embedding scale",),
     "attention.probs": ("sliding_window",),
-} | dict.fromkeys(
-    ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm", "norm"),
-    ("rms_norm_eps",),
-)
+} | dict.fromkeys((*LAYER_NORMS, "norm"), ("rms_norm_eps",))
 
 
 def estimate_parameters(usual: Computed, names: Sequence[str], context: Context) -> Iterator[Estimate]:
@@ -63,10 +61,8 @@ def estimate_parameters(usual: Computed, names: Sequence[str], context: Context)
             yield found
 
 
-def _errors(
-    usual: Computed, names: Sequence[str], context: Context, factor: float, deviations: Sequence[Array]
-) -> Array:
-    """The errors of all the tensors in standard deviations, under a context and after a factor on the result."""
+def _errors(usual: Computed, names: Sequence[str], context: Context, deviations: Sequence[Array]) -> Array:
+    """The errors of all the tensors in standard deviations, under a context."""
     computed = Computed(operations(context), usual.candidate)
     parts = []
     for name, std in zip(names, deviations, strict=True):
@@ -74,7 +70,7 @@ def _errors(
         known = True if tensor.known is None else tensor.known
         where = np.broadcast_to(where_compared(name, context) & known, tensor.numbers.shape)
         with np.errstate(all="ignore"):
-            error = (tensor.numbers - factor * computed.result(name)) / np.broadcast_to(std, tensor.numbers.shape)
+            error = (tensor.numbers - computed.result(name)) / np.broadcast_to(std, tensor.numbers.shape)
         parts.append(error[where])
     z = np.concatenate(parts)
     return np.asarray(z[np.isfinite(z)])
@@ -87,39 +83,40 @@ def _deviations(usual: Computed, names: Sequence[str], context: Context) -> list
     for name in names:
         tensor, op = usual.candidate.tensors[name], computed.table[name]
         with np.errstate(all="ignore"):
-            allowed = op.tolerance(
-                computed.inputs(name), computed.result(name), tensor.storage, context.arithmetic.unit
-            )
+            inputs, result = computed.inputs(name), computed.result(name)
+            allowed = op.tolerance(inputs, result, tensor.storage, context.arithmetic.unit)
         found.append(in_decimals(allowed, tensor.coarse).std)
     return found
 
 
-def _with(context: Context, parameter: str, value: float) -> tuple[Context, float]:
-    """The context with another value of a parameter; and a factor on the result."""
-    if parameter == "embedding scale":
-        return context, value / context.embedding_scale()
-    if parameter == "position offset":
-        return replace(context, call=replace(context.call, positions=context.call.positions + int(value))), 1.0
-    changes = {parameter: int(value) if parameter == "sliding_window" else float(value)}
-    if parameter == "rope_theta":
-        return replace(context, config=context.config.changed(**changes, rope_parameters=None)), 1.0
-    return replace(context, config=context.config.changed(**changes)), 1.0
+def _with(context: Context, parameter: str, value: float) -> Context:
+    """The context with another value of a parameter."""
+    match parameter:
+        case "embedding scale":
+            return scaled_embedding(lambda _: value)(context)
+        case "position offset":
+            return change_positions(lambda c: c.call.positions + int(value))(context)
+        case "sliding_window":
+            return config(sliding_window=int(value))(context)
+        case "rope_theta":
+            return config(rope_theta=float(value), rope_parameters=None)(context)
+    return config(**{parameter: float(value)})(context)
 
 
 def _estimate(parameter: str, usual: Computed, names: Sequence[str], context: Context) -> Estimate | None:
     def errors(value: float, at: float) -> Array:
         """With the standard deviations of the parameter `at`."""
-        return _errors(usual, names, *_with(context, parameter, value), deviations(at))
+        return _errors(usual, names, _with(context, parameter, value), deviations(at))
 
     @cache
     def deviations(at: float) -> list[Array]:
-        return _deviations(usual, names, _with(context, parameter, at)[0])
+        return _deviations(usual, names, _with(context, parameter, at))
 
     def misfit(value: float, at: float) -> float:
         z = errors(value, at)
         return float(np.mean(z * z)) if len(z) else np.inf
 
-    expected = _expected(parameter, context)
+    expected = _read_expected(parameter, context)
     if expected is None:
         return None
     if parameter in ("sliding_window", "position offset"):
@@ -138,7 +135,7 @@ def _estimate(parameter: str, usual: Computed, names: Sequence[str], context: Co
     return Estimate(parameter, value, uncertainty, expected, fits, _near(parameter, value, uncertainty, context))
 
 
-def _expected(parameter: str, context: Context) -> float | None:
+def _read_expected(parameter: str, context: Context) -> float | None:
     if parameter == "embedding scale":
         return context.embedding_scale()
     if parameter == "position offset":
@@ -173,20 +170,18 @@ def _least_squares(errors: Callable[[float], Array], start: float) -> tuple[floa
 def _near(parameter: str, value: float, uncertainty: float, context: Context) -> str:
     """The number of the model that an estimate agrees with."""
     c = context.config
-    known: dict[str, float] = {}
-    if parameter == "query_pre_attn_scalar":
-        known = {
+    caps = {"50": 50, "30": 30, "attn_logit_softcapping": c.attn_logit_softcapping or 0,
+            "final_logit_softcapping": c.final_logit_softcapping or 0}  # fmt: skip
+    numbers: dict[str, Mapping[str, float]] = {
+        "query_pre_attn_scalar": {
             "head_dim": c.head_dim, "hidden_size / num_attention_heads": c.hidden_size / c.num_attention_heads,
-            "hidden_size": c.hidden_size, "144": 144, "224": 224, "256": 256, "1 (no scale)": 1,
-        }  # fmt: skip
-    elif parameter == "embedding scale":
-        known = {"sqrt(hidden_size), not rounded": c.hidden_size**0.5, "1 (no scale)": 1, "hidden_size": c.hidden_size}
-    elif parameter == "rms_norm_eps":
-        known = {"1e-5": 1e-5, "1e-6": 1e-6, "1e-8": 1e-8}
-    elif parameter == "rope_theta":
-        known = {"1000000": 1e6, "160000": 160000, "500000": 5e5}
-    elif parameter.endswith("softcapping"):
-        known = {"50": 50, "30": 30, "attn_logit_softcapping": c.attn_logit_softcapping or 0,
-                 "final_logit_softcapping": c.final_logit_softcapping or 0}  # fmt: skip
+            "hidden_size": c.hidden_size, "144": 144, "224": 224, "256": 256, "1 (no scale)": 1},
+        "embedding scale": {
+            "sqrt(hidden_size), not rounded": c.hidden_size**0.5, "1 (no scale)": 1, "hidden_size": c.hidden_size},
+        "rms_norm_eps": {"1e-5": 1e-5, "1e-6": 1e-6, "1e-8": 1e-8},
+        "rope_theta": {"1000000": 1e6, "160000": 160000, "500000": 5e5},
+        "attn_logit_softcapping": caps, "final_logit_softcapping": caps,
+    }  # fmt: skip
+    known = numbers.get(parameter, {})
     close = [name for name, number in known.items() if abs(value - number) <= 4 * uncertainty + 1e-6 * number]
     return close[0] if close else ""

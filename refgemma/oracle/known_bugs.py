@@ -1,7 +1,7 @@
 """The known mistakes of Gemma 2 ports, as data: what each changes, where it shows first, and where it was seen.
 Checked by making each of them in transformers (``docs/oracle.md`` has the table).
 
-A variant is an edit of a `Context`: another number of the configuration, another function, mask, set of weights or
+A known bug is an edit of a `Context`: another number of the configuration, another function, mask, set of weights or
 wiring. Nothing in the model itself knows how to be wrong.
 
 ``kind`` says how bad it is. A *mistake* is another model. *rounding* is the same model, rounded elsewhere: some
@@ -10,19 +10,19 @@ tokens, the shapes or the weights.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from refgemma import ops
+from refgemma import activations, ops
 from refgemma.config import FULL, SLIDING, ConfigError, Gemma2Config
 from refgemma.oracle.operations import Context, Operation, operations, window_mask
-from refgemma.oracle.tolerance import Arithmetic, ulp
-from refgemma.precision import Array, as_dtype, bf16, dtype_name, narrow, wide
+from refgemma.oracle.tolerance import Arithmetic, one_rounding, ulp
+from refgemma.precision import Array, as_dtype, as_float64, bf16, dtype_name, narrow, wide
 from refgemma.trace.candidate import Call
-from refgemma.trace.names import field_of, layer_of
+from refgemma.trace.names import LAYER_NORMS, field_of, layer_of
 from refgemma.weights.parameters import LayerWeights, Weights
 
 Change = Callable[[Context], Context]
@@ -62,7 +62,7 @@ class KnownBug:
     kind: str = "mistake"
 
     def table(self, context: Context, usual: Mapping[str, Operation]) -> dict[str, Operation]:
-        """All operations, those of `fields` as this variant has them."""
+        """All operations, those of `fields` as this bug has them."""
         if self.change is None:
             return dict(usual)
         try:
@@ -73,6 +73,8 @@ class KnownBug:
 
 
 # --- edits ------------------------------------------------------------------------------------------------------------
+
+Table = dict[str, Operation]
 
 
 def config(**changes: Any) -> Change:
@@ -90,12 +92,9 @@ def function(**functions: Callable[..., Any]) -> Change:
     return lambda context: replace(context, functions=dict(context.functions) | functions)
 
 
-def in_storage(**makers: Callable[[str], Callable[..., Any]]) -> Change:
-    """Functions that round by themselves: each is made for a precision."""
-    return lambda context: replace(
-        context,
-        functions=dict(context.functions) | {k: make(context.arithmetic.storage) for k, make in makers.items()},
-    )
+def in_storage(name: str, make: Callable[[str], Callable[..., Any]]) -> Change:
+    """Another function that rounds by itself: it is made for a precision."""
+    return lambda context: function(**{name: make(context.arithmetic.storage)})(context)
 
 
 def mask(rule: Callable[[Context, int], Array]) -> Change:
@@ -103,14 +102,19 @@ def mask(rule: Callable[[Context, int], Array]) -> Change:
     return lambda context: replace(context, mask=rule)
 
 
+def change_positions(rule: Callable[[Context], Array]) -> Change:
+    """Other positions."""
+    return lambda context: replace(context, call=replace(context.call, positions=rule(context)))
+
+
 def layer_weights(edit: Callable[[LayerWeights, Context], LayerWeights]) -> Change:
     """Other weights."""
     return lambda context: replace(context, layer_weights=edit)
 
 
-def rewire(edit: Callable[[dict[str, Operation], Context], Mapping[str, Operation]]) -> Change:
-    """Operations that take other inputs."""
-    return lambda context: replace(context, rewire=edit)
+def rewire(edit: Callable[[Table, Context], Iterable[Operation]]) -> Change:
+    """Operations that take other inputs, or compute otherwise, in the place of those of their names."""
+    return lambda context: replace(context, rewire=lambda table, c: {op.name: op for op in edit(table, c)})
 
 
 def edit_model(
@@ -129,83 +133,55 @@ def edit_model(
 # --- soft caps --------------------------------------------------------------------------------------------------------
 
 
-def x_times_tanh(x: Array, cap: float | None) -> Array:
-    """``x tanh(x / cap)``."""
-    return x if cap is None else np.tanh(x / cap) * x
+def soft_cap_by(formula: Callable[[Array, float], Array]) -> Callable[[Array, float | None], Array]:
+    """A soft cap of another formula; without a cap nothing changes."""
+    return lambda x, cap: x if cap is None else formula(x, cap)
 
 
-def cap_of_difference(x: Array, cap: float | None) -> Array:
-    """The largest of a row is taken off first."""
-    return ops.soft_cap(x - np.max(x, axis=-1, keepdims=True), cap)
+x_times_tanh = soft_cap_by(lambda x, cap: np.tanh(x / cap) * x)
+cut_off = soft_cap_by(lambda x, cap: np.clip(x, -cap, cap))
+cap_undivided = soft_cap_by(lambda x, cap: np.tanh(x) * cap)
+cap_unmultiplied = soft_cap_by(lambda x, cap: np.tanh(x / cap))
+cap_twice = soft_cap_by(lambda x, cap: ops.soft_cap(ops.soft_cap(x, cap), cap))
+# A row's largest number is taken off first.
+cap_of_difference = soft_cap_by(lambda x, cap: ops.soft_cap(x - np.max(x, axis=-1, keepdims=True), cap))
+cap_in_half = soft_cap_by(lambda x, cap: narrow(wide(ops.soft_cap(bf16(wide(x)), cap)), like=x))
 
 
-def cap_twice(x: Array, cap: float | None) -> Array:
-    """The cap of the cap."""
-    return ops.soft_cap(ops.soft_cap(x, cap), cap)
-
-
-def naive_tanh(x: Array, cap: float | None) -> Array:
+@soft_cap_by
+def naive_tanh(x: Array, cap: float) -> Array:
     """``tanh`` by ``exp(2 x)``, which overflows in float32."""
-    if cap is None:
-        return x
     with np.errstate(over="ignore", invalid="ignore"):
         e = np.exp(wide(2 * (x / cap)).astype(np.float32))
         return narrow((e - 1) / (e + 1) * np.float32(cap), like=x)
 
 
-def cap_in_half(x: Array, cap: float | None) -> Array:
-    """The cap computed in bfloat16 whatever the model is in."""
-    return narrow(wide(ops.soft_cap(bf16(wide(x)), cap)), like=x)
+def _of_field(table: Table, *fields: str) -> Iterator[Operation]:
+    return (op for name, op in table.items() if field_of(name) in fields)
 
 
-def first_key_uncapped(table: dict[str, Operation], context: Context) -> dict[str, Operation]:
+def first_key_uncapped(table: Table, context: Context) -> Iterator[Operation]:
     """The first key that a query sees is not capped."""
-    wrong = {}
-    for name, op in table.items():
-        if field_of(name) == "attention.capped":
-            layer = layer_of(name)
-            assert layer is not None
+    for op in _of_field(table, "attention.capped"):
 
-            def compute(x: Array, op: Operation = op, layer: int = layer) -> Array:
-                seen = window_mask(context, layer)
-                first = seen & (np.cumsum(seen, axis=-1) == 1)
-                return np.where(first, x, op.compute(x))
+        def compute(x: Array, op: Operation = op) -> Array:
+            seen = window_mask(context, layer_of(op.name) or 0)
+            return np.where(seen & (np.cumsum(seen, axis=-1) == 1), x, op.compute(x))
 
-            wrong[name] = replace(op, compute=compute)
-    return wrong
+        yield replace(op, compute=compute)
 
 
 def capped_after_mask(context: Context) -> Context:
     """Masked keys have minus infinity capped to ``-cap``."""
     cap = context.config.attn_logit_softcapping
-
-    softmax = unmasked if cap is None else hidden_keys_at(-cap)
-    return replace(context, functions=dict(context.functions) | {"softmax": softmax})
+    return function(softmax=softmax_over_all if cap is None else hidden_keys_at(-cap))(context)
 
 
-def cap_before_scale(table: dict[str, Operation], context: Context) -> dict[str, Operation]:
+def cap_before_scale(table: Table, context: Context) -> Iterator[Operation]:
     """The product of query and key is capped, and scaled afterwards."""
     scale = context.config.attention_scale
-    return {
-        name: replace(op, compute=lambda x, op=op: op.compute(x / scale) * scale)
-        for name, op in table.items()
-        if field_of(name) == "attention.capped"
-    }
-
-
-def cut_off(x: Array, cap: float | None) -> Array:
-    """Cut off at the cap, not bent."""
-    return x if cap is None else np.clip(x, -cap, cap)
-
-
-def cap_undivided(x: Array, cap: float | None) -> Array:
-    """``cap tanh(x)``."""
-    return x if cap is None else np.tanh(x) * cap
-
-
-def cap_unmultiplied(x: Array, cap: float | None) -> Array:
-    """``tanh(x / cap)``."""
-    return x if cap is None else np.tanh(x / cap)
+    for op in _of_field(table, "attention.capped"):
+        yield replace(op, compute=lambda x, op=op: op.compute(x / scale) * scale)
 
 
 # --- scores and heads -------------------------------------------------------------------------------------------------
@@ -215,8 +191,8 @@ def scaled_query_in(storage: str) -> Callable[..., Array]:
     """The query is scaled and rounded, not the product."""
 
     def scores(q: Array, k: Array, scale: float) -> Array:
-        query = np.asarray(as_dtype(wide(q) * scale, storage), np.float64)
-        return narrow(query @ np.asarray(wide(k), np.float64).swapaxes(-1, -2), like=q)
+        query = as_float64(as_dtype(wide(q) * scale, storage))
+        return narrow(query @ as_float64(k).swapaxes(-1, -2), like=q)
 
     return scores
 
@@ -226,131 +202,44 @@ def keys_in_half(q: Array, k: Array, scale: float) -> Array:
     return ops.attention_scores(q, narrow(wide(bf16(wide(k))), like=k), scale)
 
 
-def tiled(x: Array, groups: int) -> Array:
+def tile_heads(x: Array, groups: int) -> Array:
     """Heads 0, 1, 0, 1 for 0, 0, 1, 1."""
     return np.tile(x, (1, groups, 1, 1))
 
 
-def unscaled(q: Array, k: Array, scale: float) -> Array:
-    """The product as it is."""
-    return ops.attention_scores(q, k, 1.0)
-
-
-def unmasked(scores: Array, mask: Array) -> Array:
+def softmax_over_all(scores: Array, mask: Array) -> Array:
     """A softmax over all keys."""
     return ops.softmax(scores, np.ones_like(mask))
 
 
 def hidden_keys_at(score: float) -> Callable[[Array, Array], Array]:
     """A softmax in which hidden keys have this score, for minus infinity."""
-    return lambda scores, mask: unmasked(np.where(mask, scores, score), mask)
+    return lambda scores, mask: softmax_over_all(np.where(mask, scores, score), mask)
 
 
 # --- norms ------------------------------------------------------------------------------------------------------------
 
+Norm = Callable[[Array, Array, float], Array]
 
-def norm_offset(offset: float) -> Callable[[Array, Array, float], Array]:
+
+def norm_offset(offset: float) -> Norm:
     """``offset + weight`` for ``1 + weight``."""
     return lambda x, weight, eps: ops.rms_norm(x, narrow(wide(weight) + (offset - 1), like=np.zeros(0)), eps)
 
 
-def eps_outside(x: Array, weight: Array, eps: float) -> Array:
-    """``1 / (root + eps)``."""
-    x_wide = wide(x)
-    root = np.sqrt(np.mean(x_wide * x_wide, axis=-1, keepdims=True))
-    return narrow(x_wide / (root + eps) * (1 + wide(weight)), like=x)
+def norm_by(size: Callable[[Array, float], Array]) -> Norm:
+    """A norm that divides by another size of its input than ``sqrt(mean(x**2) + eps)``."""
+    return lambda x, weight, eps: narrow(wide(x) / size(wide(x), eps) * (1 + wide(weight)), like=x)
 
 
-def mean_subtracted(x: Array, weight: Array, eps: float) -> Array:
-    """LayerNorm: the mean is taken off."""
-    return ops.rms_norm(narrow(wide(x) - np.mean(wide(x), axis=-1, keepdims=True), like=x), weight, eps)
+def _mean_square(x: Array) -> Array:
+    return np.asarray(np.mean(x * x, axis=-1, keepdims=True))
 
 
-def norm_cast_early(storage: str) -> Callable[..., Array]:
-    """Llama's order: rounded, then multiplied by the weight."""
-
-    def norm(x: Array, weight: Array, eps: float) -> Array:
-        normed = as_dtype(wide(ops.rms_norm(np.asarray(wide(x), np.float64), np.zeros(x.shape[-1]), eps)), storage)
-        return narrow(wide(normed * as_dtype(1 + wide(weight), storage)), like=x)
-
-    return norm
-
-
-def norm_weight_in_storage(storage: str) -> Callable[..., Array]:
-    """``1 + weight`` rounded to half precision."""
-
-    def norm(x: Array, weight: Array, eps: float) -> Array:
-        return ops.rms_norm(x, np.asarray(wide(as_dtype(1 + wide(weight), storage)), np.float64) - 1, eps)
-
-    return norm
-
-
-def norm_after_residual(table: dict[str, Operation], context: Context) -> dict[str, Operation]:
-    """The post-attention norm is applied to the sum."""
-    wrong = {}
-    for layer in range(context.config.num_hidden_layers):
-        p, source = f"layers.{layer}.", f"layers.{layer - 1}.out" if layer else "embedded"
-        norm = table[p + "post_attention_layernorm"]
-        wrong[norm.name] = replace(
-            norm, inputs=(source, p + "attention.out"), compute=lambda h, a, norm=norm: norm.compute(h + a),
-            allowed=lambda h, a, norm=norm: norm.allowed(h + a),
-            stores=lambda h, a, storage, norm=norm: [_sum_stored(norm, h + a, storage)],
-        )  # fmt: skip
-        wrong[p + "middle"] = _copy(table[p + "middle"], norm.name)
-    return wrong
-
-
-def _sum_stored(norm: Operation, total: Array, storage: str) -> Array:
-    """Return what the rounding of a sum leaves in its norm: as much relative to the result as it is to the sum."""
-    step = ulp(total, storage) / 2
-    found: Array = np.abs(norm.compute(total)) * step / np.maximum(np.abs(total), 1e-300)
-    return found
-
-
-def _copy(op: Operation, source: str) -> Operation:
-    return replace(op, inputs=(source,), compute=lambda x: x + 0, allowed=lambda x: op.allowed(x, 0 * x))
-
-
-def llama_block(table: dict[str, Operation], context: Context) -> dict[str, Operation]:
-    """Llama's two norms: the one named post-attention is fed to the feed-forward layer."""
-    wrong = {}
-    for layer in range(context.config.num_hidden_layers):
-        p, source = f"layers.{layer}.", f"layers.{layer - 1}.out" if layer else "embedded"
-        norm = table[p + "post_attention_layernorm"]
-        wrong[p + "middle"] = replace(table[p + "middle"], inputs=(source, p + "attention.out"))
-        wrong[norm.name] = replace(norm, inputs=(source, p + "attention.out"),
-                                   compute=lambda h, a, norm=norm: norm.compute(h + a),
-                                   allowed=lambda h, a, norm=norm: norm.allowed(h + a))  # fmt: skip
-        wrong[p + "pre_feedforward_layernorm"] = _copy(table[p + "middle"], norm.name)
-        wrong[p + "pre_feedforward_layernorm"] = replace(
-            wrong[p + "pre_feedforward_layernorm"], name=p + "pre_feedforward_layernorm"
-        )
-        wrong[p + "post_feedforward_layernorm"] = replace(
-            _copy(table[p + "middle"], p + "feed_forward.out"), name=p + "post_feedforward_layernorm"
-        )
-    return wrong
-
-
-def without(*norms: str) -> Callable[[dict[str, Operation], Context], dict[str, Operation]]:
-    """Norms that are left out: their input goes through."""
-
-    def edit(table: dict[str, Operation], context: Context) -> dict[str, Operation]:
-        wrong = {}
-        for name, op in table.items():
-            if field_of(name) in norms:
-                usual = table["layers.0.middle"]
-                wrong[name] = replace(_copy(usual, op.inputs[0]), name=name)
-        return wrong
-
-    return edit
-
-
-def exporter_norms(weights: LayerWeights, context: Context) -> LayerWeights:
-    """The pre-feed-forward norm's weight under the name of the post-attention norm's, and zeros in its place."""
-    return replace(
-        weights, post_attention_layernorm=weights.pre_feedforward_layernorm,
-        pre_feedforward_layernorm=np.zeros_like(weights.pre_feedforward_layernorm),
-    )  # fmt: skip
+eps_outside = norm_by(lambda x, eps: np.sqrt(_mean_square(x)) + eps)
+norm_without_root = norm_by(lambda x, eps: _mean_square(x) + eps)
+norm_of_sum = norm_by(lambda x, eps: np.sqrt(np.sum(x * x, axis=-1, keepdims=True) + eps))
+norm_of_all = norm_by(lambda x, eps: np.sqrt(np.mean(x * x) + eps))
 
 
 def norm_without_factor(x: Array, weight: Array, eps: float) -> Array:
@@ -358,21 +247,9 @@ def norm_without_factor(x: Array, weight: Array, eps: float) -> Array:
     return ops.rms_norm(x, np.zeros_like(weight), eps)
 
 
-def norm_without_root(x: Array, weight: Array, eps: float) -> Array:
-    """``x / (mean(x**2) + eps)``."""
-    mean = np.mean(wide(x) ** 2, axis=-1, keepdims=True)
-    return narrow(wide(x) / (mean + eps) * (1 + wide(weight)), like=x)
-
-
-def norm_of_sum(x: Array, weight: Array, eps: float) -> Array:
-    """The sum of the squares for their mean."""
-    total = np.sum(wide(x) ** 2, axis=-1, keepdims=True)
-    return narrow(wide(x) / np.sqrt(total + eps) * (1 + wide(weight)), like=x)
-
-
-def norm_of_all(x: Array, weight: Array, eps: float) -> Array:
-    """One mean over all vectors."""
-    return narrow(wide(x) / np.sqrt(np.mean(wide(x) ** 2) + eps) * (1 + wide(weight)), like=x)
+def mean_subtracted(x: Array, weight: Array, eps: float) -> Array:
+    """LayerNorm: the mean is taken off."""
+    return ops.rms_norm(narrow(wide(x) - np.mean(wide(x), axis=-1, keepdims=True), like=x), weight, eps)
 
 
 def norm_in_steps(x: Array, weight: Array, eps: float) -> Array:
@@ -381,18 +258,80 @@ def norm_in_steps(x: Array, weight: Array, eps: float) -> Array:
     return y
 
 
+def norm_cast_early(storage: str) -> Norm:
+    """Llama's order: rounded, then multiplied by the weight."""
+
+    def norm(x: Array, weight: Array, eps: float) -> Array:
+        normed = as_dtype(ops.rms_norm(as_float64(x), np.zeros(x.shape[-1]), eps), storage)
+        return narrow(wide(normed * as_dtype(1 + wide(weight), storage)), like=x)
+
+    return norm
+
+
+def norm_weight_in_storage(storage: str) -> Norm:
+    """``1 + weight`` rounded to half precision."""
+    return lambda x, weight, eps: ops.rms_norm(x, as_float64(as_dtype(1 + wide(weight), storage)) - 1, eps)
+
+
+def _pass(name: str, source: str) -> Operation:
+    """An operation that does nothing to its input."""
+    return Operation(name, (source,), lambda x: x + 0, one_rounding)
+
+
+def _norm_sum(norm: Operation, left: str, right: str) -> Operation:
+    """A norm of a sum. The sum's rounding is as much relative to the result as it is to the sum."""
+
+    def stores(h: Array, a: Array, storage: str) -> list[Array]:
+        step = ulp(h + a, storage) / 2
+        return [np.abs(norm.compute(h + a)) * step / np.maximum(np.abs(h + a), 1e-300)]
+
+    return Operation(
+        norm.name, (left, right), lambda h, a: norm.compute(h + a), lambda h, a: norm.allowed(h + a), stores
+    )
+
+
+def norm_after_residual(table: Table, context: Context) -> Iterator[Operation]:
+    """The post-attention norm is applied to the sum."""
+    for middle in _of_field(table, "middle"):
+        stream, normed = middle.inputs
+        yield _norm_sum(table[normed], stream, *table[normed].inputs)
+        yield _pass(middle.name, normed)
+
+
+def llama_block(table: Table, context: Context) -> Iterator[Operation]:
+    """Llama's two norms: the one named post-attention is fed to the feed-forward layer."""
+    for middle in _of_field(table, "middle"):
+        p, (stream, normed) = middle.name.removesuffix("middle"), middle.inputs
+        attended = table[normed].inputs
+        yield replace(middle, inputs=(stream, *attended))
+        yield _norm_sum(table[normed], stream, *attended)
+        yield _pass(p + "pre_feedforward_layernorm", normed)
+        yield _pass(p + "post_feedforward_layernorm", p + "feed_forward.out")
+
+
+def without(*norms: str) -> Change:
+    """Norms that are left out: their input goes through."""
+    return rewire(lambda table, context: (_pass(op.name, *op.inputs) for op in _of_field(table, *norms)))
+
+
+def exporter_norms(weights: LayerWeights, context: Context) -> LayerWeights:
+    """The pre-feed-forward norm's weight under the name of the post-attention norm's, and zeros in its place."""
+    kept = weights.pre_feedforward_layernorm
+    return replace(weights, post_attention_layernorm=kept, pre_feedforward_layernorm=np.zeros_like(kept))
+
+
 # --- embedding and head -----------------------------------------------------------------------------------------------
 
 
-def scaled_embedding(scale: Callable[[Context], float]) -> Callable[[Context], Array]:
+def scaled_embedding(scale: Callable[[Context], float]) -> Change:
     """The rows of the tokens times another number."""
 
     def embed(context: Context) -> Array:
         rows = context.weights.embed_tokens[context.call.input_ids]
-        found: Array = np.asarray(wide(rows), np.float64) * scale(context)
+        found = as_float64(rows) * scale(context)
         return found if context.exact else narrow(found, like=rows)
 
-    return embed
+    return function(embed=embed)
 
 
 def in_half(result: Callable[..., Array]) -> Callable[..., Array]:
@@ -403,35 +342,23 @@ def in_half(result: Callable[..., Array]) -> Callable[..., Array]:
 # --- feed-forward -----------------------------------------------------------------------------------------------------
 
 
-def gelu_erf(x: Array) -> Array:
-    """With the error function."""
-    y = wide(x)
-    return narrow(0.5 * y * (1 + np.vectorize(math.erf)(y.astype(np.float64) / math.sqrt(2))), like=x)
+def activation(formula: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    """Another activation, computed in float64 and rounded once."""
+    return lambda x: narrow(formula(as_float64(x)), like=x)
 
 
-def gelu_sigmoid(x: Array) -> Array:
-    """``x sigmoid(1.702 x)``."""
-    y = wide(x).astype(np.float64)
-    return narrow(y / (1 + np.exp(-1.702 * y)), like=x)
-
-
+@activation
 def gelu_by_table(x: Array) -> Array:
     """From a table of float16 numbers for float16 numbers; beyond 10 the line."""
-    y = wide(x).astype(np.float64)
-    half = as_dtype(np.clip(y, -10, 10), "float16")
-    looked_up = np.asarray(wide(as_dtype(ops.gelu_tanh(np.asarray(wide(half), np.float64)), "float16")), np.float64)
-    return narrow(np.where(y <= -10, 0, np.where(y >= 10, y, looked_up)), like=x)
+    half = as_float64(as_dtype(np.clip(x, -10, 10), "float16"))
+    looked_up = as_float64(as_dtype(ops.gelu_tanh(half), "float16"))
+    return np.where(x <= -10, 0, np.where(x >= 10, x, looked_up))
 
 
-def silu(x: Array) -> Array:
-    """``x sigmoid(x)``."""
-    y = wide(x).astype(np.float64)
-    return narrow(y / (1 + np.exp(-y)), like=x)
-
-
-def relu(x: Array) -> Array:
-    """No negative number passes."""
-    return np.maximum(x, 0)
+ROOT = math.sqrt(2 / math.pi)
+gelu_without_cube = activation(lambda x: 0.5 * x * (1 + np.tanh(ROOT * x)))
+gelu_cube_outside = activation(lambda x: 0.5 * x * (1 + np.tanh(ROOT * x + 0.044715 * x**3)))  # not times the root
+gelu_without_half = activation(lambda x: 2 * ops.gelu_tanh(x))
 
 
 def swapped_gate(weights: LayerWeights, context: Context) -> LayerWeights:
@@ -441,39 +368,16 @@ def swapped_gate(weights: LayerWeights, context: Context) -> LayerWeights:
 
 def reshaped_gate(weights: LayerWeights, context: Context) -> LayerWeights:
     """The matrix read with its axes taken for one another."""
-
-    def wrong(x: Array) -> Array:
-        rows, columns = x.shape
-        return np.ascontiguousarray(x).reshape(columns, rows).T
-
-    return replace(weights, gate_proj=wrong(weights.gate_proj), up_proj=wrong(weights.up_proj))
+    gate, up = (np.ascontiguousarray(x).reshape(x.shape[::-1]).T for x in (weights.gate_proj, weights.up_proj))
+    return replace(weights, gate_proj=gate, up_proj=up)
 
 
-def activated_up(table: dict[str, Operation], context: Context) -> dict[str, Operation]:
+def activated_up(table: Table, context: Context) -> Iterator[Operation]:
     """The activation is applied to up instead of gate."""
-    wrong = {}
-    for layer in range(context.config.num_hidden_layers):
-        f = f"layers.{layer}.feed_forward."
-        wrong[f + "gelu"] = replace(table[f + "gelu"], inputs=(f + "up",))
-        wrong[f + "product"] = replace(table[f + "product"], inputs=(f + "gelu", f + "gate"))
-    return wrong
-
-
-def gelu_without_cube(x: Array) -> Array:
-    """``0.5 x (1 + tanh(sqrt(2/pi) x))``."""
-    y: Array = 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * x))
-    return y
-
-
-def gelu_cube_outside(x: Array) -> Array:
-    """``sqrt(2/pi)`` multiplies `x` alone, not its cube."""
-    y: Array = 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * x + 0.044715 * x**3))
-    return y
-
-
-def gelu_without_half(x: Array) -> Array:
-    """Twice the GELU."""
-    return 2 * ops.gelu_tanh(x)
+    for product in _of_field(table, "feed_forward.product"):
+        gelu, up = product.inputs
+        yield replace(table[gelu], inputs=(up,))
+        yield replace(product, inputs=(gelu, *table[gelu].inputs))
 
 
 # --- rotary positions -------------------------------------------------------------------------------------------------
@@ -487,7 +391,7 @@ def neighbours(x: Array, cos: Array, sin: Array) -> Array:
     return np.stack(turned, axis=-1).reshape(x.shape)
 
 
-def clobbered(x: Array, cos: Array, sin: Array) -> Array:
+def rotate_in_place(x: Array, cos: Array, sin: Array) -> Array:
     """Turned in place: the second half is computed from the first half's result."""
     first, second = np.split(x, 2, axis=-1)
     cos1, cos2 = np.split(cos, 2, axis=-1)
@@ -496,7 +400,7 @@ def clobbered(x: Array, cos: Array, sin: Array) -> Array:
     return np.concatenate([turned, second * cos2 + turned * sin2], axis=-1)
 
 
-def unturned(x: Array, cos: Array, sin: Array) -> Array:
+def leave_unturned(x: Array, cos: Array, sin: Array) -> Array:
     """Not at all."""
     return x + 0
 
@@ -506,34 +410,27 @@ def turned_back(x: Array, cos: Array, sin: Array) -> Array:
     return ops.rotate(x, cos, -sin)
 
 
-def neighbours_by_place(x: Array, cos: Array, sin: Array) -> Array:
-    """Pairs ``(2 i, 2 i + 1)``, each number with the angle at its own place."""
-    y: Array = x * cos + np.stack([-x[..., 1::2], x[..., ::2]], axis=-1).reshape(x.shape) * sin
-    return y
-
-
-def turned_without_minus(x: Array, cos: Array, sin: Array) -> Array:
-    """``a cos + b sin`` for ``a cos - b sin``."""
-    y: Array = x * cos + np.roll(x, x.shape[-1] // 2, axis=-1) * sin
-    return y
-
-
-def turned_in_place(x: Array, cos: Array, sin: Array) -> Array:
-    """The two halves do not change places in the second product."""
-    y: Array = x * cos + x * sin
-    return y
-
-
 def cos_for_sin(x: Array, cos: Array, sin: Array) -> Array:
     """Cosine and sine exchanged."""
     return ops.rotate(x, sin, cos)
+
+
+def rotate_by(partner: Callable[[Array], Array]) -> Callable[[Array, Array, Array], Array]:
+    """``x cos + y sin`` of another y than the halves exchanged, the one behind with a minus."""
+    return lambda x, cos, sin: x * cos + partner(x) * sin
+
+
+# Pairs (2 i, 2 i + 1), each number with the angle at its own place.
+neighbours_by_place = rotate_by(lambda x: np.stack([-x[..., 1::2], x[..., ::2]], axis=-1).reshape(x.shape))
+turned_without_minus = rotate_by(lambda x: np.roll(x, x.shape[-1] // 2, axis=-1))
+turned_in_place = rotate_by(lambda x: x)
 
 
 def tables_of(angles: Callable[..., Array]) -> Callable[..., Any]:
     """Rotary tables of other angles."""
 
     def tables(positions: Array, head_dim: int, theta: float, like: Array) -> tuple[Array, Array]:
-        half = np.asarray(angles(positions[:, None, :, None], head_dim, theta), np.float64)
+        half = as_float64(angles(positions[:, None, :, None], head_dim, theta))
         both = np.concatenate([half, half], axis=-1)
         return narrow(np.cos(both), like), narrow(np.sin(both), like)
 
@@ -552,73 +449,55 @@ def angles_in_half(positions: Array, head_dim: int, theta: float) -> Array:
 
 def angles_in_tf32(positions: Array, head_dim: int, theta: float) -> Array:
     """A matrix product of numbers cut to ten bits."""
-    return _tf32(positions.astype(np.float64)) * _tf32(frequencies(head_dim, theta))
+    return _tf32(positions) * _tf32(frequencies(head_dim, theta))
 
 
 def _tf32(x: Array) -> Array:
     """Rounded to 10 bits after the leading one, as tensor cores read float32."""
     bits = np.asarray(x, np.float32).view(np.uint32)
-    kept = ((bits + np.uint32(0x0FFF) + ((bits >> np.uint32(13)) & np.uint32(1))) & np.uint32(0xFFFFE000)).astype(
-        np.uint32
-    )
-    return kept.view(np.float32).astype(np.float64)
+    kept = (bits + np.uint32(0x0FFF) + ((bits >> np.uint32(13)) & np.uint32(1))) & np.uint32(0xFFFFE000)
+    return as_float64(kept.view(np.float32))
 
 
-def without_pads(context: Context) -> Context:
+def without_pads(context: Context) -> Array:
     """Positions that do not count padding."""
-    count_errors = np.maximum(np.cumsum(context.call.visible, axis=1) - 1, 0)
-    return replace(context, call=replace(context.call, positions=count_errors))
+    return np.asarray(np.maximum(np.cumsum(context.call.visible, axis=1) - 1, 0))
 
 
-def moved(offset: int) -> Change:
-    """Positions that begin elsewhere."""
-    return lambda context: replace(
-        context, call=replace(context.call, positions=np.maximum(context.call.positions + offset, 0))
-    )
-
-
-def restarted(context: Context) -> Context:
+def restart_positions(context: Context) -> Array:
     """Positions that begin at 0 in each call."""
-    starts = np.cumsum([0, *context.call.calls])
-    call_of = np.repeat(starts[:-1], context.call.calls)
-    return replace(context, call=replace(context.call, positions=context.call.positions - call_of))
+    return np.subtract(context.call.positions, context.call.starts)
 
 
-def frozen_at_window(context: Context) -> Context:
+def frozen_at_window(context: Context) -> Array:
     """The length of the cache is read from a sliding layer: it does not grow beyond the window."""
-    starts = np.repeat(np.cumsum([0, *context.call.calls])[:-1], context.call.calls)
-    inside = np.arange(len(starts)) - starts
-    kept = np.minimum(starts, context.config.sliding_window - 1) + inside
-    return replace(context, call=replace(context.call, positions=np.broadcast_to(kept, context.call.positions.shape)))
+    call = context.call
+    kept = np.minimum(call.starts, context.config.sliding_window - 1)
+    return np.broadcast_to(kept + np.arange(len(kept)) - call.starts, call.positions.shape)
 
 
 def half_swapped_rows(weights: LayerWeights, context: Context) -> LayerWeights:
     """The rows of each query and key head in the order that rotation of neighbours needs."""
     d = context.config.head_dim
+    q, k = (interleave(x, d) for x in (weights.q_proj, weights.k_proj))
+    return replace(weights, q_proj=q, k_proj=k)
 
-    def permuted(x: Array) -> Array:
-        rows = x.reshape(-1, 2, d // 2, x.shape[-1])
-        return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(x.shape)
 
-    return replace(weights, q_proj=permuted(weights.q_proj), k_proj=permuted(weights.k_proj))
+def interleave(x: Array, head_dim: int, parts: int = 2) -> Array:
+    """Rows of each head in the order for pairs side by side, as llama.cpp's conversion of Llama has them.
+
+    With ``head_dim // 2`` for `parts` it is the way back.
+
+    Examples
+    --------
+    >>> interleave(np.arange(4)[:, None], head_dim=4).ravel().tolist()
+    [0, 2, 1, 3]
+    """
+    rows = x.reshape(-1, parts, head_dim // parts, x.shape[-1])
+    return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(x.shape)
 
 
 # --- masks ------------------------------------------------------------------------------------------------------------
-
-
-def with_types(kinds: Callable[[Context], tuple[str, ...]]) -> Change:
-    """Other types of layers."""
-    return lambda context: replace(context, config=replace(context.config, layer_types=kinds(context)))
-
-
-def windows(change: Callable[[int], int]) -> Change:
-    """Another window."""
-    return lambda c: replace(c, config=c.config.changed(sliding_window=max(1, change(c.config.sliding_window))))
-
-
-def _places(context: Context) -> tuple[Array, Array]:
-    n = np.arange(context.call.input_ids.shape[1])
-    return n[:, None], n[None, :]
 
 
 def window_both_ways(q_places: Array, k_places: Array, window: int) -> Array:
@@ -631,21 +510,42 @@ def window_open_ahead(q_places: Array, k_places: Array, window: int) -> Array:
     return np.asarray(k_places > q_places[:, None] - window)
 
 
+def layer_types(is_sliding: Callable[[Context, int], bool]) -> Change:
+    """Other types of layers, by their numbers."""
+
+    def types(context: Context) -> tuple[str, ...]:
+        return tuple(SLIDING if is_sliding(context, n) else FULL for n in range(context.config.num_hidden_layers))
+
+    return config(layer_types=types)
+
+
+def sliding_window(change: Callable[[int], int]) -> Change:
+    """Another window."""
+    return config(sliding_window=lambda c: max(1, change(c.config.sliding_window)))
+
+
+def _places(context: Context) -> tuple[Array, Array]:
+    n = np.arange(context.call.input_ids.shape[1])
+    return n[:, None], n
+
+
+def _unless_padding(seen: Array, context: Context) -> Array:
+    return np.asarray(seen & context.call.visible[:, None, None, :])
+
+
 def two_sided(context: Context, layer: int) -> Array:
     """The window looks ahead as well as back."""
     if not context.config.is_sliding(layer):
         return window_mask(context, layer)
-    places = np.arange(context.call.input_ids.shape[1])
-    seen = window_both_ways(places, places, context.config.sliding_window)
-    return np.asarray(seen & context.call.visible[:, None, None, :])
+    _, places = _places(context)
+    return _unless_padding(window_both_ways(places, places, context.config.sliding_window), context)
 
 
 def not_causal(context: Context, layer: int) -> Array:
     """Every query sees every key in full layers, and all keys of its window and after in sliding ones."""
-    places = np.arange(context.call.input_ids.shape[1])
+    _, places = _places(context)
     window = context.config.sliding_window if context.config.is_sliding(layer) else len(places)
-    seen = window_open_ahead(places, places, window)
-    return np.asarray(seen & context.call.visible[:, None, None, :])
+    return _unless_padding(window_open_ahead(places, places, window), context)
 
 
 def pads_seen(context: Context, layer: int) -> Array:
@@ -663,34 +563,28 @@ def strictly_before(context: Context, layer: int) -> Array:
 def one_dropped(context: Context, layer: int) -> Array:
     """The sliding cache loses one key too many when a call begins with a full cache."""
     _, k = _places(context)
-    starts = np.repeat(np.cumsum([0, *context.call.calls])[:-1], context.call.calls)[:, None]
-    lost = context.config.is_sliding(layer) & (k < starts - (context.config.sliding_window - 2))
-    return window_mask(context, layer) & ~lost
+    oldest = context.call.starts[:, None] - (context.config.sliding_window - 2)
+    return window_mask(context, layer) & ~(context.config.is_sliding(layer) & (k < oldest))
 
 
 def ring_overwritten(context: Context, layer: int) -> Array:
     """A ring of the window's size is overwritten by a chunk before its first queries have looked back."""
     q, k = _places(context)
-    sizes = np.array(context.call.calls)
-    ends = np.repeat(np.cumsum(sizes), sizes)[:, None]
-    lost = context.config.is_sliding(layer) & (k < ends - context.config.sliding_window)
+    ends = context.call.starts + np.repeat(context.call.calls, context.call.calls)
+    lost = context.config.is_sliding(layer) & (k < ends[:, None] - context.config.sliding_window)
     return np.asarray(window_mask(context, layer) & (~lost | (k == q)))
 
 
 def chunk_sees_all(context: Context, layer: int) -> Array:
     """Within a later chunk the window is not applied."""
-    q, k = _places(context)
-    starts = np.repeat(np.cumsum([0, *context.call.calls])[:-1], context.call.calls)[:, None]
-    earliest = starts - context.config.sliding_window + 1
-    wide_open = (k <= q) & (k >= earliest) & (starts > 0)
-    return window_mask(context, layer) | (wide_open & context.call.visible[:, None, None, :])
+    (q, k), starts = _places(context), context.call.starts[:, None]
+    wide_open = (k <= q) & (k > starts - context.config.sliding_window) & (starts > 0)
+    return window_mask(context, layer) | _unless_padding(wide_open, context)
 
 
 # --- the catalogue ----------------------------------------------------------------------------------------------------
 
-NORMS = (
-    "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm", "norm",
-)  # fmt: skip
+NORMS = (*LAYER_NORMS, "norm")
 PROBS, CAPPED, SCORES = ("attention.probs",), ("attention.capped",), ("attention.scores",)
 TABLES, TURNED = ("cos", "sin"), ("attention.q_rot", "attention.k_rot")
 LONG = "more tokens than the window"
@@ -699,233 +593,225 @@ HALF = "bfloat16 or float16"
 KNOWN_BUGS: tuple[KnownBug, ...] = (
     # soft caps
     KnownBug("attn-softcap-missing", "scores are not capped", CAPPED, config(attn_logit_softcapping=None),
-            "vllm #5908, llama.cpp #8197, vllm-metal #665, sgl-kernel-xpu #491", "scores not far below the cap",
-            "attn_logit_softcapping"),
+             "vllm #5908, llama.cpp #8197, vllm-metal #665, sgl-kernel-xpu #491", "scores not far below the cap",
+             "attn_logit_softcapping"),
     KnownBug("attn-softcap-after-mask", "the mask is added before the cap, so that masked keys weigh exp(-cap)", PROBS,
-            capped_after_mask, "onnx #7865, flash-attention #1025", "a small cap", "order of cap and mask"),
+             capped_after_mask, "onnx #7865, flash-attention #1025", "a small cap", "order of cap and mask"),
     KnownBug("attn-softcap-skips-first-key", "the first key of each row is not capped", CAPPED,
-            rewire(first_key_uncapped), "gemma.cpp 4974f24", "scores not far below the cap", "online softmax"),
+             rewire(first_key_uncapped), "gemma.cpp 4974f24", "scores not far below the cap", "online softmax"),
     KnownBug("attn-softcap-x-tanh", "x tanh(x / cap) for cap tanh(x / cap) of scores", CAPPED,
-            function(soft_cap=x_times_tanh), "unsloth-zoo #593", knob="soft cap formula"),
+             function(soft_cap=x_times_tanh), "unsloth-zoo #593", knob="soft cap formula"),
     KnownBug("attn-softcap-subtracts-max", "a row's largest score is taken off before the cap", CAPPED,
-            function(soft_cap=cap_of_difference), "gemma.cpp 2a0e6ee, removed in e588a7f", knob="soft cap formula"),
+             function(soft_cap=cap_of_difference), "gemma.cpp 2a0e6ee, removed in e588a7f", knob="soft cap formula"),
     KnownBug("attn-softcap-final-cap", "scores are capped with the cap of the logits", CAPPED,
-            config(attn_logit_softcapping=lambda c: c.config.final_logit_softcapping),
-            "unverified: gemma ffe7bc1 is the other way round", knob="attn_logit_softcapping"),
+             config(attn_logit_softcapping=lambda c: c.config.final_logit_softcapping),
+             "unverified: gemma ffe7bc1 is the other way round", knob="attn_logit_softcapping"),
     KnownBug("attn-softcap-twice", "scores are capped twice", CAPPED, function(soft_cap=cap_twice), "unverified",
-            knob="kernel and caller both cap"),
+             knob="kernel and caller both cap"),
     KnownBug("attn-softcap-before-scale", "the product is capped, then scaled", CAPPED, rewire(cap_before_scale),
-            "unverified", knob="order of cap and scale"),
+             "unverified", knob="order of cap and scale"),
     KnownBug("attn-softcap-in-bf16", "scores are capped in bfloat16", CAPPED, function(soft_cap=cap_in_half),
-            "nanochat #326, mlx-examples #857", "float32", "dtype of tanh", "rounding"),
+             "nanochat #326, mlx-examples #857", "float32", "dtype of tanh", "rounding"),
     KnownBug("attn-softcap-tanh-overflow", "tanh by exp(2 x), which overflows", CAPPED, function(soft_cap=naive_tanh),
-            "Primus #1057", "scores above 44 caps", "tanh", "rounding"),
+             "Primus #1057", "scores above 44 caps", "tanh", "rounding"),
     KnownBug("final-softcap-missing", "logits are not capped", ("logits",), config(final_logit_softcapping=None),
-            "ml-cross-entropy #48, vllm #52173, NxDI #97", knob="final_logit_softcapping"),
+             "ml-cross-entropy #48, vllm #52173, NxDI #97", knob="final_logit_softcapping"),
     KnownBug("final-softcap-attn-cap", "logits are capped with the cap of the scores", ("logits",),
-            config(final_logit_softcapping=lambda c: c.config.attn_logit_softcapping),
-            "google-deepmind/gemma ffe7bc1", knob="final_logit_softcapping"),
+             config(final_logit_softcapping=lambda c: c.config.attn_logit_softcapping), "google-deepmind/gemma ffe7bc1",
+             knob="final_logit_softcapping"),
     KnownBug("final-softcap-twice", "logits are capped twice", ("logits",), function(soft_cap=cap_twice),
-            "Megatron-Bridge #4645", knob="head and loss both cap"),
+             "Megatron-Bridge #4645", knob="head and loss both cap"),
     KnownBug("final-softcap-x-tanh", "x tanh(x / cap) for cap tanh(x / cap) of logits", ("logits",),
-            function(soft_cap=x_times_tanh), "unsloth-zoo #593", knob="soft cap formula"),
+             function(soft_cap=x_times_tanh), "unsloth-zoo #593", knob="soft cap formula"),
     KnownBug("final-softcap-subtracts-max", "a row's largest logit is taken off before the cap", ("logits",),
-            function(soft_cap=cap_of_difference), "gemma.cpp 2a0e6ee", knob="soft cap formula"),
+             function(soft_cap=cap_of_difference), "gemma.cpp 2a0e6ee", knob="soft cap formula"),
     KnownBug("final-softcap-in-bf16", "logits are capped in bfloat16", ("logits",), function(soft_cap=cap_in_half),
-            "nanochat #326", "float32", "dtype of tanh", "rounding"),
+             "nanochat #326", "float32", "dtype of tanh", "rounding"),
     # scale and heads
     KnownBug("scale-head-dim", "scores are scaled with head_dim**-0.5", SCORES,
-            config(query_pre_attn_scalar=lambda c: c.config.head_dim), "ferrox #40, llama.cpp #8444 (27B)",
-            "query_pre_attn_scalar other than head_dim", "query_pre_attn_scalar"),
+             config(query_pre_attn_scalar=lambda c: c.config.head_dim), "ferrox #40, llama.cpp #8444 (27B)",
+             "query_pre_attn_scalar other than head_dim", "query_pre_attn_scalar"),
     KnownBug("scale-224", "scores are scaled with 224**-0.5", SCORES, config(query_pre_attn_scalar=224),
-            "gemma_pytorch a88abd5, transformers #31891, MaxText, TransformerLens #693 (9B)", "a scalar other than 224",
-            "query_pre_attn_scalar"),
+             "gemma_pytorch a88abd5, transformers #31891, MaxText, TransformerLens #693 (9B)",
+             "a scalar other than 224", "query_pre_attn_scalar"),
     KnownBug("scale-256", "scores are scaled with 256**-0.5", SCORES, config(query_pre_attn_scalar=256),
-            "trl #7227 (left at the default)", "a scalar other than 256", "query_pre_attn_scalar"),
+             "trl #7227 (left at the default)", "a scalar other than 256", "query_pre_attn_scalar"),
     KnownBug("scale-hidden-over-heads", "scores are scaled with (hidden / heads)**-0.5", SCORES,
-            config(query_pre_attn_scalar=lambda c: c.config.hidden_size / c.config.num_attention_heads),
-            "llama.cpp before #8444, TransformerLens before #694", "a scalar other than hidden / heads",
-            "query_pre_attn_scalar"),
+             config(query_pre_attn_scalar=lambda c: c.config.hidden_size / c.config.num_attention_heads),
+             "llama.cpp before #8444, TransformerLens before #694", "a scalar other than hidden / heads",
+             "query_pre_attn_scalar"),
     KnownBug("scale-missing", "scores are not scaled", SCORES, config(query_pre_attn_scalar=1.0), "unverified",
-            knob="query_pre_attn_scalar"),
+             knob="query_pre_attn_scalar"),
     KnownBug("q-prescale-order", "the query is scaled and rounded, then multiplied", SCORES,
-            in_storage(attention_scores=scaled_query_in), "gemma_pytorch, llama.cpp, gemma.cpp do so", HALF,
-            "place of the scale", "rounding"),
+             in_storage("attention_scores", scaled_query_in), "gemma_pytorch, llama.cpp, gemma.cpp do so", HALF,
+             "place of the scale", "rounding"),
     KnownBug("kv-cache-in-bf16", "keys are rounded to bfloat16 in the cache", SCORES,
-            function(attention_scores=keys_in_half), "gemma.cpp 343482c", "float32", "dtype of the cache", "rounding"),
+             function(attention_scores=keys_in_half), "gemma.cpp 343482c", "float32", "dtype of the cache", "rounding"),
     KnownBug("gqa-tile", "key heads are tiled (0, 1, 0, 1) instead of repeated (0, 0, 1, 1)",
-            ("attention.scores", "attention.mixed"), function(repeat_kv=tiled),
-            "onnx #7274, axlearn #842, candle-vllm #52",
-            "more than one key head", "repeat_kv"),
+             ("attention.scores", "attention.mixed"), function(repeat_kv=tile_heads),
+             "onnx #7274, axlearn #842, candle-vllm #52", "more than one key head", "repeat_kv"),
     # norms and wiring
     KnownBug("norm-without-one", "x w for x (1 + w) in every norm", NORMS, function(rms_norm=norm_offset(0)),
-            "Liger-Kernel #74", knob="norm offset"),
+             "Liger-Kernel #74", knob="norm offset"),
     KnownBug("norm-two-plus", "x (2 + w): 1 is added to weights that hold it", NORMS, function(rms_norm=norm_offset(2)),
-            "vllm #31464, meganeura #188", knob="norm offset"),
+             "vllm #31464, meganeura #188", knob="norm offset"),
     KnownBug("final-norm-without-one", "x w for x (1 + w) in the last norm only", ("norm",),
-            function(rms_norm=norm_offset(0)), "imp #1289", knob="norm offset"),
+             function(rms_norm=norm_offset(0)), "imp #1289", knob="norm offset"),
     KnownBug("norm-eps-1e-5", "eps is 1e-5", NORMS, config(rms_norm_eps=1e-5), "Llama's default",
-            "float32, or activations below 0.01", "rms_norm_eps"),
+             "float32, or activations below 0.01", "rms_norm_eps"),
     KnownBug("norm-eps-outside-root", "1 / (root + eps) for 1 / sqrt(mean + eps)", NORMS,
-            function(rms_norm=eps_outside), "unverified", "float32, or activations below 0.01", "place of eps"),
+             function(rms_norm=eps_outside), "unverified", "float32, or activations below 0.01", "place of eps"),
     KnownBug("norm-subtracts-mean", "LayerNorm: the mean is taken off", NORMS, function(rms_norm=mean_subtracted),
-            "unverified", knob="norm"),
+             "unverified", knob="norm"),
     KnownBug("norm-cast-order-llama", "rounded before the multiplication by 1 + w", NORMS,
-            in_storage(rms_norm=norm_cast_early), "transformers #29402, gemma_pytorch f499fd4", HALF,
-            "place of the cast",
-            "rounding"),
+             in_storage("rms_norm", norm_cast_early), "transformers #29402, gemma_pytorch f499fd4", HALF,
+             "place of the cast", "rounding"),
     KnownBug("norm-weight-in-half", "1 + w is rounded to half precision", NORMS,
-            in_storage(rms_norm=norm_weight_in_storage), "Unsloth's list of Gemma bugs", HALF, "dtype of 1 + w",
-            "rounding"),
+             in_storage("rms_norm", norm_weight_in_storage), "Unsloth's list of Gemma bugs", HALF, "dtype of 1 + w",
+             "rounding"),
     KnownBug("post-attn-norm-after-residual", "norm(h + attention) for h + norm(attention)",
-            ("post_attention_layernorm", "middle"), rewire(norm_after_residual),
-            "google-deepmind/gemma 205e096, 7279d94", knob="post-attention norm"),
+             ("post_attention_layernorm", "middle"), rewire(norm_after_residual),
+             "google-deepmind/gemma 205e096, 7279d94", knob="post-attention norm"),
     KnownBug("llama-block",
-            "the post-attention norm is fed to the feed-forward layer, the feed-forward norms are dropped",
-            ("post_attention_layernorm", "middle", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
-            rewire(llama_block), "exllamav2 #539, TensorRT-LLM #1984", knob="block"),
+             "the post-attention norm is fed to the feed-forward layer, the feed-forward norms are dropped",
+             ("post_attention_layernorm", "middle", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+             rewire(llama_block), "exllamav2 #539, TensorRT-LLM #1984", knob="block"),
     KnownBug("post-norms-missing", "attention and feed-forward are added without their norms",
-            ("post_attention_layernorm", "post_feedforward_layernorm"),
-            rewire(without("post_attention_layernorm", "post_feedforward_layernorm")), "exllamav2 #539, mllm #223",
-            knob="post norms"),
+             ("post_attention_layernorm", "post_feedforward_layernorm"),
+             without("post_attention_layernorm", "post_feedforward_layernorm"), "exllamav2 #539, mllm #223",
+             knob="post norms"),
     KnownBug("post-ffw-norm-missing", "feed-forward is added without its norm", ("post_feedforward_layernorm",),
-            rewire(without("post_feedforward_layernorm")), "exllamav2 #539", knob="post norms"),
+             without("post_feedforward_layernorm"), "exllamav2 #539", knob="post norms"),
     KnownBug("pre-ffw-norm-missing", "feed-forward is fed the residual stream as it is", ("pre_feedforward_layernorm",),
-            rewire(without("pre_feedforward_layernorm")), "unverified", knob="pre norms"),
+             without("pre_feedforward_layernorm"), "unverified", knob="pre norms"),
     KnownBug("exporter-norms",
-            "the pre-feed-forward norm's weight under the post-attention norm's name, and zeros in its place",
-            ("post_attention_layernorm", "pre_feedforward_layernorm"), layer_weights(exporter_norms), "NeMo #11951",
-            knob="names of norms"),
-    KnownBug("final-norm-missing", "logits of the residual stream as it is", ("norm",), rewire(without("norm")),
-            "unverified", knob="model.norm"),
+             "the pre-feed-forward norm's weight under the post-attention norm's name, and zeros in its place",
+             ("post_attention_layernorm", "pre_feedforward_layernorm"), layer_weights(exporter_norms), "NeMo #11951",
+             knob="names of norms"),
+    KnownBug("final-norm-missing", "logits of the residual stream as it is", ("norm",), without("norm"), "unverified",
+             knob="model.norm"),
     # embedding and head
-    KnownBug("embed-scale-missing", "embeddings are not scaled", ("embedded",),
-            function(embed=scaled_embedding(lambda c: 1.0)), "levanter #978", "sqrt(hidden) other than 1",
-            "normalizer"),
+    KnownBug("embed-scale-missing", "embeddings are not scaled", ("embedded",), scaled_embedding(lambda c: 1.0),
+             "levanter #978", "sqrt(hidden) other than 1", "normalizer"),
     KnownBug("embed-scale-twice", "embeddings are scaled twice", ("embedded",),
-            function(embed=scaled_embedding(lambda c: c.embedding_scale() ** 2)), "OpenTau #179", knob="inputs_embeds"),
+             scaled_embedding(lambda c: c.embedding_scale() ** 2), "OpenTau #179", knob="inputs_embeds"),
     KnownBug("embed-scale-not-rounded", "sqrt(hidden) is not rounded to the model's precision", ("embedded",),
-            function(embed=scaled_embedding(lambda c: math.sqrt(c.config.hidden_size))),
-            "gemma_pytorch f499fd4, litgpt #1031", "half precision, and sqrt(hidden) inexact in it", "normalizer"),
+             scaled_embedding(lambda c: math.sqrt(c.config.hidden_size)), "gemma_pytorch f499fd4, litgpt #1031",
+             "half precision, and sqrt(hidden) inexact in it", "normalizer"),
     KnownBug("embed-scale-in-bf16", "sqrt(hidden) is rounded to bfloat16 whatever the model is in", ("embedded",),
-            function(embed=scaled_embedding(lambda c: float(bf16(math.sqrt(c.config.hidden_size))))),
-            "gemma.cpp EmbeddingScaling, on purpose", "float32, and sqrt(hidden) inexact in bfloat16", "normalizer"),
+             scaled_embedding(lambda c: float(bf16(math.sqrt(c.config.hidden_size)))),
+             "gemma.cpp EmbeddingScaling, on purpose", "float32, and sqrt(hidden) inexact in bfloat16", "normalizer"),
     KnownBug("logits-in-bf16", "logits are rounded to bfloat16 before the cap", ("raw_logits",),
-            function(unembed=in_half(ops.linear)), "transformers before #29285", "float32", "dtype of the head",
-            "rounding"),
+             function(unembed=in_half(ops.linear)), "transformers before #29285", "float32", "dtype of the head",
+             "rounding"),
     # feed-forward
-    KnownBug("gelu-exact", "GELU with the error function", ("feed_forward.gelu",), function(gelu_tanh=gelu_erf),
-            "gemma_pytorch 0a7afad, transformers #29402, TransformerLens #596", knob="hidden_activation"),
+    KnownBug("gelu-exact", "GELU with the error function", ("feed_forward.gelu",), function(gelu_tanh=activations.gelu),
+             "gemma_pytorch 0a7afad, transformers #29402, TransformerLens #596", knob="hidden_activation"),
     KnownBug("gelu-f16-table", "GELU from a table of float16 numbers", ("feed_forward.gelu",),
-            function(gelu_tanh=gelu_by_table), "llama.cpp on CPUs, on purpose (GGML_GELU_FP16)", "float32",
-            "table of GELU", "rounding"),
-    KnownBug("gelu-sigmoid", "x sigmoid(1.702 x)", ("feed_forward.gelu",), function(gelu_tanh=gelu_sigmoid),
-            "unverified",
-            knob="hidden_activation"),
-    KnownBug("silu-instead-of-gelu", "x sigmoid(x)", ("feed_forward.gelu",), function(gelu_tanh=silu), "unverified",
-            knob="hidden_activation"),
-    KnownBug("relu-instead-of-gelu", "max(x, 0)", ("feed_forward.gelu",), function(gelu_tanh=relu), "unverified",
-            knob="hidden_activation"),
+             function(gelu_tanh=gelu_by_table), "llama.cpp on CPUs, on purpose (GGML_GELU_FP16)", "float32",
+             "table of GELU", "rounding"),
+    KnownBug("gelu-sigmoid", "x sigmoid(1.702 x)", ("feed_forward.gelu",), function(gelu_tanh=activations.quick_gelu),
+             "unverified", knob="hidden_activation"),
+    KnownBug("silu-instead-of-gelu", "x sigmoid(x)", ("feed_forward.gelu",), function(gelu_tanh=activations.silu),
+             "unverified", knob="hidden_activation"),
+    KnownBug("relu-instead-of-gelu", "max(x, 0)", ("feed_forward.gelu",), function(gelu_tanh=activations.relu),
+             "unverified", knob="hidden_activation"),
     KnownBug("gate-up-swapped", "gate's weights are taken for up's", ("feed_forward.gate", "feed_forward.up"),
-            layer_weights(swapped_gate), "unverified", knob="gate_proj, up_proj"),
+             layer_weights(swapped_gate), "unverified", knob="gate_proj, up_proj"),
     KnownBug("activation-on-up", "gelu(up) gate for gelu(gate) up", ("feed_forward.gelu", "feed_forward.product"),
-            rewire(activated_up), "unverified", knob="feed-forward"),
+             rewire(activated_up), "unverified", knob="feed-forward"),
     KnownBug("gating-reshape-not-transpose", "gate and up are reshaped where they should be transposed",
-            ("feed_forward.gate", "feed_forward.up"), layer_weights(reshaped_gate), "google-deepmind/gemma 5e2ff66",
-            knob="transpose_gating_einsum"),
+             ("feed_forward.gate", "feed_forward.up"), layer_weights(reshaped_gate), "google-deepmind/gemma 5e2ff66",
+             knob="transpose_gating_einsum"),
     # rotary positions
     KnownBug("rope-interleaved", "pairs (2 i, 2 i + 1) for (i, i + head_dim / 2)", TURNED, function(rotate=neighbours),
-            "AiDotNet #2074, lattice #392", "a position other than 0", "rope layout"),
+             "AiDotNet #2074, lattice #392", "a position other than 0", "rope layout"),
     KnownBug("rope-clobbered-input", "the second half is turned with the first half's result", TURNED,
-            function(rotate=clobbered), "gemma.cpp 7f62c26", "a position other than 0", "rotation in place"),
-    KnownBug("rope-missing", "queries and keys are not turned", TURNED, function(rotate=unturned), "unverified",
-            "a position other than 0", "rope"),
+             function(rotate=rotate_in_place), "gemma.cpp 7f62c26", "a position other than 0", "rotation in place"),
+    KnownBug("rope-missing", "queries and keys are not turned", TURNED, function(rotate=leave_unturned), "unverified",
+             "a position other than 0", "rope"),
     KnownBug("rope-turned-back", "turned the other way: only distances' signs differ", TURNED,
-            function(rotate=turned_back),
-            "unverified", "a position other than 0", "sign of sin"),
+             function(rotate=turned_back), "unverified", "a position other than 0", "sign of sin"),
     KnownBug("rope-bf16-angles", "positions and angles in bfloat16", TABLES,
-            function(rotary_tables=tables_of(angles_in_half)), "transformers #29285, Keras #1497, candle-vllm #50",
-            "positions above 1; the more the higher", "dtype of angles"),
+             function(rotary_tables=tables_of(angles_in_half)), "transformers #29285, Keras #1497, candle-vllm #50",
+             "positions above 1; the more the higher", "dtype of angles"),
     KnownBug("rope-tf32-angles", "angles from a TF32 product", TABLES,
-            function(rotary_tables=tables_of(angles_in_tf32)), "transformers #48428",
-            "float32, or positions above 2048", "dtype of angles"),
+             function(rotary_tables=tables_of(angles_in_tf32)), "transformers #48428",
+             "float32, or positions above 2048", "dtype of angles"),
     KnownBug("rope-theta-1e6", "theta is 1000000", TABLES, config(rope_theta=1e6, rope_parameters=None),
-            "unverified: Gemma 3's for full layers", "a position other than 0", "rope_theta"),
+             "unverified: Gemma 3's for full layers", "a position other than 0", "rope_theta"),
     KnownBug("rope-theta-160000", "theta is 160000", TABLES, config(rope_theta=160000.0, rope_parameters=None),
-            "config.json in a vllm 0.8.0 issue", "a position other than 0", "rope_theta"),
-    KnownBug("rope-positions-skip-pads", "positions do not count padding", TABLES, without_pads,
-            "transformers' generate does so on purpose: give position_ids", "left padding", "position_ids"),
-    KnownBug("rope-position-from-1", "positions begin at 1", TABLES, moved(1), "google-deepmind/gemma 95475a9",
-            knob="position_ids"),
+             "config.json in a vllm 0.8.0 issue", "a position other than 0", "rope_theta"),
+    KnownBug("rope-positions-skip-pads", "positions do not count padding", TABLES, change_positions(without_pads),
+             "transformers' generate does so on purpose: give position_ids", "left padding", "position_ids"),
+    KnownBug("rope-position-from-1", "positions begin at 1", TABLES, change_positions(lambda c: c.call.positions + 1),
+             "google-deepmind/gemma 95475a9", knob="position_ids"),
     KnownBug("rope-weights-permuted", "rows of q and k are in the order for pairs side by side",
-            ("attention.q", "attention.k"), layer_weights(half_swapped_rows), "llama.cpp's conversion of Llama",
-            knob="permutation of q_proj, k_proj"),
+             ("attention.q", "attention.k"), layer_weights(half_swapped_rows), "llama.cpp's conversion of Llama",
+             knob="permutation of q_proj, k_proj"),
     # masks
     KnownBug("swa-layer-parity-swapped", "the odd layers slide", PROBS,
-            with_types(lambda c: tuple(FULL if c.config.is_sliding(n) else SLIDING for n in _all(c))),
-            "transformers before #31775, mistral.rs #486, TransformerLens", LONG, "layer_types"),
-    KnownBug("swa-all-global", "no layer slides", PROBS, with_types(lambda c: tuple(FULL for _ in _all(c))),
-            "vllm #5908, mlx-examples #857, keras-hub #2186", LONG, "sliding_window"),
-    KnownBug("swa-all-local", "every layer slides", PROBS, with_types(lambda c: tuple(SLIDING for _ in _all(c))),
-            "llama.cpp #15798, TensorRT-LLM #1984", LONG, "layer_types"),
+             layer_types(lambda c, n: not c.config.is_sliding(n)),
+             "transformers before #31775, mistral.rs #486, TransformerLens", LONG, "layer_types"),
+    KnownBug("swa-all-global", "no layer slides", PROBS, layer_types(lambda c, n: False),
+             "vllm #5908, mlx-examples #857, keras-hub #2186", LONG, "sliding_window"),
+    KnownBug("swa-all-local", "every layer slides", PROBS, layer_types(lambda c, n: True),
+             "llama.cpp #15798, TensorRT-LLM #1984", LONG, "layer_types"),
     KnownBug("swa-first-layer-global", "layer 0 does not slide", PROBS,
-            with_types(lambda c: tuple(FULL if n == 0 or not c.config.is_sliding(n) else SLIDING for n in _all(c))),
-            "NeMo #9672", LONG, "layer_number"),
-    KnownBug("swa-window-plus-one", "one key more than the window", PROBS, windows(lambda w: w + 1),
-            "transformers #29623, NeMo #9672, SGLang #1056", LONG, "sliding_window"),
-    KnownBug("swa-window-minus-one", "one key less than the window", PROBS, windows(lambda w: w - 1), "SGLang #1746",
-            LONG,
-            "sliding_window"),
-    KnownBug("swa-window-halved", "half the window", PROBS, windows(lambda w: w // 2), "transformers #47940", LONG,
-            "sliding_window"),
+             layer_types(lambda c, n: n > 0 and c.config.is_sliding(n)), "NeMo #9672", LONG, "layer_number"),
+    KnownBug("swa-window-plus-one", "one key more than the window", PROBS, sliding_window(lambda w: w + 1),
+             "transformers #29623, NeMo #9672, SGLang #1056", LONG, "sliding_window"),
+    KnownBug("swa-window-minus-one", "one key less than the window", PROBS, sliding_window(lambda w: w - 1),
+             "SGLang #1746", LONG, "sliding_window"),
+    KnownBug("swa-window-halved", "half the window", PROBS, sliding_window(lambda w: w // 2), "transformers #47940",
+             LONG, "sliding_window"),
     KnownBug("swa-two-sided", "sliding layers look ahead as far as back", PROBS, mask(two_sided),
-            "google-deepmind/gemma 9218f5f, transformers' flash attention", "more than one token", "causal"),
+             "google-deepmind/gemma 9218f5f, transformers' flash attention", "more than one token", "causal"),
     KnownBug("mask-not-causal", "queries see the keys after them", PROBS, mask(not_causal),
-            "onnx #7865's companions; unverified",
-            "more than one token", "causal"),
+             "onnx #7865's companions; unverified", "more than one token", "causal"),
     KnownBug("mask-without-self", "a query does not see itself", PROBS, mask(strictly_before), "unverified",
-            "more than one token", "causal"),
+             "more than one token", "causal"),
     KnownBug("pad-attended", "padding is looked at", PROBS, mask(pads_seen), "google-deepmind/gemma bf2d158",
-            "left padding", "attention_mask"),
+             "left padding", "attention_mask"),
     # caches
     KnownBug("cache-drops-one-key", "a full sliding cache has one key too few", PROBS, mask(one_dropped),
-            "transformers #37574, #38046", "several calls, beyond the window", "cache roll"),
+             "transformers #37574, #38046", "several calls, beyond the window", "cache roll"),
     KnownBug("chunked-prefill-ring-overwritten", "a chunk overwrites the keys that its first queries need", PROBS,
-            mask(ring_overwritten), "executorch #20346, vllm #4057", "several calls, beyond the window", "ring buffer"),
+             mask(ring_overwritten), "executorch #20346, vllm #4057", "several calls, beyond the window",
+             "ring buffer"),
     KnownBug("chunk-without-window", "queries of a later chunk see more than the window", PROBS, mask(chunk_sees_all),
-            "transformers #35681", "several calls, a chunk of several tokens beyond the window", "mask of a chunk"),
-    KnownBug("cache-length-from-layer-0", "positions stop at the window", TABLES, frozen_at_window,
-            "transformers #38156",
-            "several calls, beyond the window", "get_seq_length"),
-    KnownBug("positions-restart", "positions begin at 0 in every call", TABLES, restarted,
-            "google-deepmind/gemma 95475a9", "several calls", "position_ids"),
+             "transformers #35681", "several calls, a chunk of several tokens beyond the window", "mask of a chunk"),
+    KnownBug("cache-length-from-layer-0", "positions stop at the window", TABLES, change_positions(frozen_at_window),
+             "transformers #38156", "several calls, beyond the window", "get_seq_length"),
+    KnownBug("positions-restart", "positions begin at 0 in every call", TABLES, change_positions(restart_positions),
+             "google-deepmind/gemma 95475a9", "several calls", "position_ids"),
     # other stages
     KnownBug("missing-bos", "the text does not begin with <bos>", ("input_ids",), None,
-            "lm-evaluation-harness #2049, llama.cpp #8156", "a text", "add_bos", "stage"),
+             "lm-evaluation-harness #2049, llama.cpp #8156", "a text", "add_bos", "stage"),
     KnownBug("double-bos", "the text begins with <bos> twice", ("input_ids",), None, "unsloth #2939, gemma 20cb3da",
-            "a text", "add_bos", "stage"),
+             "a text", "add_bos", "stage"),
     KnownBug("template-mismatch", "turns are not written as Gemma's template writes them", ("input_ids",), None,
-            "unverified", "a chat, in the trace's metadata", "chat_template", "stage"),
-    KnownBug("weights-transposed", "a matrix has its axes exchanged", ("weights",), None,
-            "unverified", "the port's weights", "layout of linear layers", "stage"),
+             "unverified", "a chat, in the trace's metadata", "chat_template", "stage"),
+    KnownBug("weights-transposed", "a matrix has its axes exchanged", ("weights",), None, "unverified",
+             "the port's weights", "layout of linear layers", "stage"),
     KnownBug("weights-reshaped", "a matrix is reshaped where it should be transposed", ("weights",), None,
-            "google-deepmind/gemma 5e2ff66", "the port's weights", "layout of linear layers", "stage"),
-    KnownBug("weights-one-plus", "norms are stored as 1 + w", ("weights",), None,
-            "llama.cpp's conversion, on purpose", "the port's weights", "norm offset", "stage"),
-    KnownBug("weights-minus-one", "1 is taken off norms that hold no 1", ("weights",), None,
-            "unverified", "the port's weights", "norm offset", "stage"),
-    KnownBug("weights-rounded", "weights are kept in half precision", ("weights",), None,
-            "unverified", "the port's weights", "dtype of weights", "stage"),
-    KnownBug("weights-of-another", "a tensor has the numbers of another one", ("weights",), None,
-            "NeMo #11951 (norms)", "the port's weights", "names of weights", "stage"),
-    KnownBug("head-untied", "the head is another matrix than the embedding", ("weights",), None,
-            "unverified", "the port's weights", "tie_word_embeddings", "stage"),
+             "google-deepmind/gemma 5e2ff66", "the port's weights", "layout of linear layers", "stage"),
+    KnownBug("weights-one-plus", "norms are stored as 1 + w", ("weights",), None, "llama.cpp's conversion, on purpose",
+             "the port's weights", "norm offset", "stage"),
+    KnownBug("weights-minus-one", "1 is taken off norms that hold no 1", ("weights",), None, "unverified",
+             "the port's weights", "norm offset", "stage"),
+    KnownBug("weights-rounded", "weights are kept in half precision", ("weights",), None, "unverified",
+             "the port's weights", "dtype of weights", "stage"),
+    KnownBug("weights-of-another", "a tensor has the numbers of another one", ("weights",), None, "NeMo #11951 (norms)",
+             "the port's weights", "names of weights", "stage"),
+    KnownBug("head-untied", "the head is another matrix than the embedding", ("weights",), None, "unverified",
+             "the port's weights", "tie_word_embeddings", "stage"),
     KnownBug("vocab-padded", "logits have more columns than the vocabulary", ("logits",), None,
-            "Flax checkpoints have 256128 rows", "any input", "vocab_size", "stage"),
+             "Flax checkpoints have 256128 rows", "any input", "vocab_size", "stage"),
     KnownBug("left-pad-nan", "rows of padding are NaN and reach real tokens", ("attention.mixed",), None,
-            "transformers #30004", "left padding, float16", "mask value", "stage"),
+             "transformers #30004", "left padding, float16", "mask value", "stage"),
     KnownBug("fp16-overflow", "activations beyond 65504 become infinite", ("feed_forward.product",), None,
-            "vllm #6177, mlx-examples #876 (27B)", "float16", "dtype", "stage"),
+             "vllm #6177, mlx-examples #876 (27B)", "float16", "dtype", "stage"),
 )  # fmt: skip
 
 
@@ -947,12 +833,8 @@ def combine(one: KnownBug, other: KnownBug) -> KnownBug:
     )  # fmt: skip
 
 
-def _all(context: Context) -> range:
-    return range(context.config.num_hidden_layers)
-
-
 def known_bug(name: str) -> KnownBug:
-    """One variant by name.
+    """One known bug by name.
 
     Examples
     --------

@@ -13,11 +13,7 @@ from refgemma.trace.candidate import axes_of
 
 def find_wrong(engine: Engine, name: str) -> Array:
     """The elements beyond the worst case; or if there are none, those beyond three standard deviations."""
-    found, exact = engine.candidate.tensors[name].numbers, engine.usual.result(name)
-    where = np.broadcast_to(engine.where(name), found.shape)
-    allowed = engine.tolerance(name)
-    with np.errstate(invalid="ignore"):
-        error = np.abs(found - exact)
+    error, where, allowed = np.abs(engine.errors(name)), engine.where(name), engine.tolerance(name)
     beyond = (error > allowed.error_bound) & where
     return np.asarray(beyond if beyond.any() else (error > 3 * allowed.std) & where)
 
@@ -33,11 +29,9 @@ class ErrorMap:
 
 def map_errors(engine: Engine, name: str) -> tuple[ErrorMap, ...]:
     """A wrong tensor's errors by position and its last axis, and if it has heads by head and position."""
-    found = engine.candidate.tensors[name].numbers
-    where = np.broadcast_to(engine.where(name), found.shape)
     with np.errstate(invalid="ignore"):
-        units = np.abs(found - engine.usual.result(name)) / engine.tolerance(name).std
-    units = np.where(where, np.where(np.isfinite(units), units, np.inf), np.nan)
+        units = np.abs(engine.errors(name)) / engine.tolerance(name).std
+    units = np.where(engine.where(name), np.where(np.isfinite(units), units, np.inf), np.nan)
     axes = axes_of(name).split()
     seq, last = axes.index("seq"), len(axes) - 1
     pairs = [(seq, last), *([(1, seq)] if axes[1] in ("heads", "kv_heads") else [])]

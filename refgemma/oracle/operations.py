@@ -13,8 +13,8 @@ from refgemma.config import Gemma2Config
 from refgemma.layers import merge_heads, split_heads
 from refgemma.model import embedding_scale
 from refgemma.oracle import tolerance as tol
-from refgemma.oracle.tolerance import FORMATS, Arithmetic, Tolerance, U, in_unit, with_storage
-from refgemma.precision import Array, as_dtype, wide
+from refgemma.oracle.tolerance import FORMATS, Arithmetic, Tolerance, U, rescale, with_storage
+from refgemma.precision import Array, as_dtype, as_float64
 from refgemma.trace.candidate import Call
 from refgemma.weights.parameters import LayerWeights, Weights, row_pieces
 
@@ -38,11 +38,7 @@ class Operation:
         """Return what rounding may do to the result, which is kept in `storage`; `unit` is that of the arithmetic."""
         with np.errstate(over="ignore", invalid="ignore"):
             stored = self.stores(*inputs, storage=storage) if storage in FORMATS else []
-            return with_storage(in_unit(self.allowed(*inputs), unit), exact, storage, stored)
-
-
-def _exact(x: Array) -> Array:
-    return np.asarray(wide(x), np.float64)
+            return with_storage(rescale(self.allowed(*inputs), unit / U), exact, storage, stored)
 
 
 class Layers(Sequence[LayerWeights]):
@@ -60,14 +56,14 @@ class Layers(Sequence[LayerWeights]):
         """Block `layer`."""
         if layer not in self._kept:
             found = self._layers[layer]
-            numbers: dict[str, Any] = {name: None if x is None else _exact(x) for name, x in vars(found).items()}
+            numbers: dict[str, Any] = {name: None if x is None else as_float64(x) for name, x in vars(found).items()}
             self._kept = {layer: LayerWeights(**numbers)}
         return self._kept[layer]
 
 
 def double(weights: Weights) -> Weights:
     """Return the same numbers in float64: layers as they are asked for, the embedding table as it is."""
-    return Weights(weights.embed_tokens, Layers(weights.layers), _exact(weights.norm), weights.lm_head)
+    return Weights(weights.embed_tokens, Layers(weights.layers), as_float64(weights.norm), weights.lm_head)
 
 
 def window_mask(context: "Context", layer: int) -> Array:
@@ -116,14 +112,14 @@ class Context:
 def scale_rows(context: Context) -> Array:
     """Return the rows of the tokens times ``sqrt(hidden)``."""
     rows = context.weights.embed_tokens[context.call.input_ids]
-    scaled: Array = (_exact(rows) if context.exact else rows) * context.embedding_scale()
+    scaled: Array = (as_float64(rows) if context.exact else rows) * context.embedding_scale()
     return scaled
 
 
 def head_pieces(context: Context) -> Iterator[Array]:
     """The rows of the head, a piece of it at a time."""
     for rows in row_pieces(context.weights.head):
-        yield _exact(rows) if context.exact else rows
+        yield as_float64(rows) if context.exact else rows
 
 
 def _ends(context: Context) -> Iterator[Operation]:
@@ -138,7 +134,7 @@ def _ends(context: Context) -> Iterator[Operation]:
     yield Operation("sin", (), lambda: tables(*arguments)[1], allowed)
     embedding = context.function("embed", scale_rows)
     yield Operation(
-        "embedded", (), lambda: embedding(context), lambda: tol.one_rounding(_exact(scale_rows(context)), common=U)
+        "embedded", (), lambda: embedding(context), lambda: tol.one_rounding(as_float64(scale_rows(context)), common=U)
     )
     yield _norm(context, "norm", last, lambda: context.weights.norm)
     unembed, cap = context.function("unembed", ops.linear), config.final_logit_softcapping
@@ -191,6 +187,10 @@ def _attention(context: Context, layer: int, source: str) -> Iterator[Operation]
     rotate, softmax = context.function("rotate", ops.rotate), context.function("softmax", ops.softmax)
     score = context.function("attention_scores", ops.attention_scores)
 
+    def share_keys(compute: Callable[..., Any]) -> Callable[..., Any]:
+        """Give each query head its key or value head."""
+        return lambda left, kv, **named: compute(left, repeat(kv, context.groups), **named)
+
     def weight(letter: str) -> Matrix:
         def read_matrix() -> tuple[Array, Array | None]:
             weights = context.layer(layer)
@@ -203,10 +203,8 @@ def _attention(context: Context, layer: int, source: str) -> Iterator[Operation]
     for letter in ("q", "k"):
         yield Operation(f"{p}{letter}_rot", (p + letter, "cos", "sin"), rotate, tol.rotate, tol.rotate_stores)
     yield Operation(
-        p + "scores", (p + "q_rot", p + "k_rot"),
-        lambda q, k: score(q, repeat(k, context.groups), scale),
-        lambda q, k: tol.attention_scores(q, repeat(k, context.groups), scale),
-        lambda q, k, storage: tol.scores_stores(q, repeat(k, context.groups), scale, storage),
+        p + "scores", (p + "q_rot", p + "k_rot"), share_keys(partial(score, scale=scale)),
+        share_keys(partial(tol.attention_scores, scale=scale)), share_keys(partial(tol.scores_stores, scale=scale)),
     )  # fmt: skip
     yield _cap(context, p + "capped", p + "scores", cap)
     yield Operation(
@@ -215,9 +213,8 @@ def _attention(context: Context, layer: int, source: str) -> Iterator[Operation]
         lambda x: tol.softmax(x, context.mask(context, layer)),
     )  # fmt: skip
     yield Operation(
-        p + "mixed", (p + "probs", p + "v"),
-        lambda probs, v: merge_heads(probs @ repeat(v, context.groups)),
-        lambda probs, v: tol.rearrange(tol.matmul(probs, repeat(v, context.groups)), merge_heads),
+        p + "mixed", (p + "probs", p + "v"), share_keys(lambda probs, v: merge_heads(probs @ v)),
+        share_keys(lambda probs, v: tol.rearrange(tol.matmul(probs, v), merge_heads)),
     )  # fmt: skip
     yield _linear(p + "out", p + "mixed", weight("o"))
 

@@ -16,7 +16,6 @@ from refgemma.tokenizer.tokenizer import Tokenizer, TokenizerError
 from refgemma.trace.candidate import Candidate, load_trace
 from refgemma.trace.name_maps import load_map, map_names, match, open_any
 from refgemma.weights.checkpoint import open_checkpoint
-from refgemma.weights.parameters import Weights
 
 STDERR = 2  # as a number: what a subprocess writes to
 EMBEDDED = ("tiny", "conformance")
@@ -61,11 +60,6 @@ def suggest_map(path: str | Path, candidate: Candidate) -> str:
     counts = {name: len(match(file, load_map(name)).found) for name in map_names()} if not candidate.name_map else {}
     fitting = [f"--map {name} knows {n}" for name, n in counts.items() if n]
     return f"but {', '.join(fitting)} of them" if fitting else "logits at the least are needed"
-
-
-def read_weights(folder: Path, dtype: str) -> Weights:
-    """Read a model's weights in the candidate's precision."""
-    return open_checkpoint(folder).weights(dtype)
 
 
 def check(
@@ -122,7 +116,7 @@ def check(
     numbers = config or open_checkpoint(folder).config
     candidate = trace if isinstance(trace, Candidate) else read_candidate(trace, numbers, dtype, name_map)
     preflight, remarks = run_preflight(candidate, folder, numbers, weights)
-    found = diagnose(candidate, read_weights(folder, candidate.dtype), numbers, override)
+    found = diagnose(candidate, open_checkpoint(folder).weights(candidate.dtype), numbers, override)
     return replace(found, preflight=preflight, remarks=(*found.remarks, *remarks))
 
 

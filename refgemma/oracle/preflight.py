@@ -16,15 +16,15 @@ import numpy as np
 
 from refgemma.config import Gemma2Config
 from refgemma.inputs import InputError
-from refgemma.oracle.verdicts import EXACT, FAIL, INVALID, MISSING, NOISY
-from refgemma.precision import Array, as_dtype, wide
+from refgemma.oracle.known_bugs import interleave
+from refgemma.oracle.verdicts import EXACT, FAIL, INVALID, MISSING, NOISY, UNKNOWN
+from refgemma.precision import Array, as_dtype, as_float64, wide
 from refgemma.tokenizer.tokenizer import Tokenizer
 from refgemma.trace.reader import Entry, open_safetensors
 from refgemma.weights.parameters import EMBED_TOKENS, tensor_shapes
 
-HEAD = "lm_head.weight"
-ROWS = 16384  # compared at a time
-UNKNOWN = "UNKNOWN"
+HEAD_WEIGHT = "lm_head.weight"
+ROWS_AT_ONCE = 16384  # compared at a time
 FLOATS = ("BF16", "F16", "F32", "F64")
 
 
@@ -69,43 +69,21 @@ def is_same(a: Array, b: Array) -> bool:
     """
     if a.shape != b.shape:
         return False
-    starts = range(0, len(a), ROWS)
-    return all(np.array_equal(_wide(a[n : n + ROWS]), _wide(b[n : n + ROWS])) for n in starts)
-
-
-def _wide(x: Array) -> Array:
-    return np.asarray(x, np.float64)
-
-
-def interleave(x: Array, head_dim: int) -> Array:
-    """Rows of each head in the order for pairs side by side, as llama.cpp's conversion of Llama has them.
-
-    Examples
-    --------
-    >>> interleave(np.arange(4)[:, None], head_dim=4).ravel().tolist()
-    [0, 2, 1, 3]
-    """
-    rows = x.reshape(-1, 2, head_dim // 2, x.shape[-1])
-    return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(x.shape)
-
-
-def deinterleave(x: Array, head_dim: int) -> Array:
-    """The way back of `interleave`."""
-    rows = x.reshape(-1, head_dim // 2, 2, x.shape[-1])
-    return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(x.shape)
+    starts = range(0, len(a), ROWS_AT_ONCE)
+    return all(np.array_equal(as_float64(a[n : n + ROWS_AT_ONCE]), as_float64(b[n : n + ROWS_AT_ONCE])) for n in starts)
 
 
 def known_ways(name: str, right: Array, config: Gemma2Config) -> Iterator[tuple[str, Callable[[], Array]]]:
     """What the checkpoint's tensor is under each mistake."""
     if right.ndim == 1:
-        yield "weights-one-plus", lambda: 1 + _wide(right)
-        yield "weights-minus-one", lambda: _wide(right) - 1
+        yield "weights-one-plus", lambda: 1 + as_float64(right)
+        yield "weights-minus-one", lambda: as_float64(right) - 1
         return
     yield "weights-transposed", lambda: np.ascontiguousarray(right.T)
     yield "weights-reshaped", lambda: np.ascontiguousarray(right.T).reshape(right.shape)
     if name.endswith(("q_proj.weight", "k_proj.weight")):
         yield "rope-weights-permuted", lambda: interleave(right, config.head_dim)
-        yield "rope-weights-permuted", lambda: deinterleave(right, config.head_dim)
+        yield "rope-weights-permuted", lambda: interleave(right, config.head_dim, config.head_dim // 2)
 
 
 def judge_weight(name: str, entry: Entry, checkpoint: Mapping[str, Entry], config: Gemma2Config) -> Preflight:
@@ -113,39 +91,37 @@ def judge_weight(name: str, entry: Entry, checkpoint: Mapping[str, Entry], confi
     if entry.dtype not in FLOATS:
         return Preflight(name, INVALID, UNKNOWN, f"is stored as {entry.dtype}; {', '.join(FLOATS)} can be compared")
     right = checkpoint[name].read() if name in checkpoint else checkpoint[EMBED_TOKENS].read()
-    vocabulary = name in (EMBED_TOKENS, HEAD)
+    vocabulary = name in (EMBED_TOKENS, HEAD_WEIGHT)
     if vocabulary and len(entry.shape) == 2 and entry.shape[0] > right.shape[0] and entry.shape[1:] == right.shape[1:]:
         if is_same(entry.read()[: right.shape[0]], right):
-            return Preflight(
-                name, FAIL, "vocab-padded", f"has {entry.shape[0]} rows; the vocabulary has {right.shape[0]}"
-            )
-        return Preflight(name, FAIL, UNKNOWN, f"has shape {entry.shape}; {right.shape} is needed")
+            rows = f"has {entry.shape[0]} rows; the vocabulary has {right.shape[0]}"
+            return Preflight(name, FAIL, "vocab-padded", rows)
     if np.prod(entry.shape) != right.size:
         return Preflight(name, FAIL, UNKNOWN, f"has shape {entry.shape}; {right.shape} is needed")
     found = entry.read()
     if is_same(found, right):
         return Preflight(name, EXACT)
-    if not np.isfinite(_wide(found)).all():
+    if not np.isfinite(as_float64(found)).all():
         return Preflight(name, INVALID, UNKNOWN, "has elements that are no numbers")
     for half in ("bfloat16", "float16"):
-        if found.shape == right.shape and is_same(found, np.asarray(wide(as_dtype(_wide(right), half)))):
+        if found.shape == right.shape and is_same(found, np.asarray(wide(as_dtype(as_float64(right), half)))):
             return Preflight(name, NOISY, "weights-rounded", f"is rounded to {half}")
     for mistake, made in known_ways(name, right, config):
         if any(is_same(found, x) for x in _also_rounded(made())):
             return Preflight(name, FAIL, mistake)
-    if name == HEAD:
+    if name == HEAD_WEIGHT:
         return Preflight(name, FAIL, "head-untied", "is another matrix than the embedding, to which this model ties it")
     others = [o for o, e in checkpoint.items() if o != name and e.shape == found.shape and is_same(found, e.read())]
     if others:
         return Preflight(name, FAIL, "weights-of-another", f"is the checkpoint's {others[0]}")
-    wrong = int(np.sum(_wide(found) != _wide(right))) if found.shape == right.shape else found.size
+    wrong = int(np.sum(as_float64(found) != as_float64(right))) if found.shape == right.shape else found.size
     return Preflight(name, FAIL, UNKNOWN, f"{wrong} of {found.size} elements are other numbers")
 
 
 def _also_rounded(x: Array) -> Iterator[Array]:
     yield x
     for dtype in ("float32", "bfloat16", "float16"):  # numbers are kept in one of these after the change
-        yield np.asarray(wide(as_dtype(_wide(x), dtype)))
+        yield np.asarray(wide(as_dtype(as_float64(x), dtype)))
 
 
 def compare_weights(path: str | Path, folder: Path, config: Gemma2Config) -> list[Preflight]:
@@ -157,12 +133,12 @@ def compare_weights(path: str | Path, folder: Path, config: Gemma2Config) -> lis
     port, checkpoint = open_weights(path), open_weights(folder)
     names = list(tensor_shapes(config))
     stages = []
-    for name in [*names, *([HEAD] if HEAD in port and HEAD not in names else [])]:
+    for name in [*names, *([HEAD_WEIGHT] if HEAD_WEIGHT in port and HEAD_WEIGHT not in names else [])]:
         if name not in port:
             stages.append(Preflight(name, MISSING, note="is not in the port's weights"))
         else:
             stages.append(judge_weight(name, port[name], checkpoint, config))
-    strange = [name for name in port if name not in names and name != HEAD]
+    strange = [name for name in port if name not in names and name != HEAD_WEIGHT]
     return stages + [Preflight(name, INVALID, UNKNOWN, "is no tensor of this model") for name in strange]
 
 

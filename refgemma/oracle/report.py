@@ -3,10 +3,12 @@ says the same verdict, and the JSON has every field of its schema."""
 
 import html
 import itertools
-import json
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from string import Template
 from typing import Any
 from xml.etree import ElementTree
 
@@ -15,29 +17,14 @@ import numpy as np
 from refgemma.oracle.diagnose import Finding, Report
 from refgemma.oracle.engine import Instance
 from refgemma.oracle.estimate import Estimate
-from refgemma.oracle.judge import EDGES
+from refgemma.oracle.judge import EDGES, Statistics
 from refgemma.oracle.known_bugs import KnownBug
 from refgemma.oracle.locate import ErrorMap
 from refgemma.oracle.preflight import Preflight
-from refgemma.oracle.verdicts import (
-    BAD,
-    BLIND,
-    CONFORMS,
-    EXACT,
-    EXIT,
-    FAIL,
-    INCONCLUSIVE,
-    INVALID,
-    MISSING,
-    NOISY,
-    NOISY_ONLY,
-    PASS,
-    SKEWED,
-)  # fmt: skip
+from refgemma.oracle.verdicts import BAD, BLIND, CONFORMS, EXACT, EXIT, INCONCLUSIVE, MISSING, NOISY, NOISY_ONLY
 from refgemma.precision import Array
-from refgemma.trace.names import FIELDS, field_of, layer_of
+from refgemma.trace.names import FIELDS, LAYER_FIELDS, field_of, layer_of
 
-SCHEMA = "refgemma-check/1"
 LINES = 30
 WIDTH = 118
 
@@ -51,11 +38,6 @@ def number(x: float) -> str:
     ('1.23e+03', '0.25', 'inf')
     """
     return f"{x:.3g}"
-
-
-def finite(x: float) -> float | str:
-    """A number for JSON, which has no infinity."""
-    return x if np.isfinite(x) else str(x)
 
 
 def short(names: Iterable[str], most: int = 8) -> str:
@@ -203,7 +185,7 @@ def text(report: Report, model: str) -> str:
 def known_bug_json(v: KnownBug) -> dict[str, Any]:
     """A catalogue entry."""
     return {
-        "variant": v.name, "kind": v.kind, "says": v.says, "first_tensor": v.fields[0], "tensors": list(v.fields),
+        "variant": v.name, "kind": v.kind, "says": v.says, "first_tensor": v.fields[0], "tensors": v.fields,
         "knob": v.knob, "seen": v.seen, "shows": v.shows,
     }  # fmt: skip
 
@@ -213,9 +195,9 @@ def statistic_json(instance: Instance) -> dict[str, Any]:
     s = instance.judged.statistics
     return {
         "verdict": instance.judged.verdict,
-        "error_over_bound": finite(s.error_over_bound), "rms_over_sigma": finite(s.rms),
-        "gain_sigmas": finite(s.gain), "bias_sigmas": finite(s.bias), "factor": finite(s.factor), "exact": s.exact,
-        "elements": s.elements, "worst_place": list(s.place), "note": instance.judged.note,
+        "error_over_bound": s.error_over_bound, "rms_over_sigma": s.rms, "gain_sigmas": s.gain, "bias_sigmas": s.bias,
+        "factor": s.factor, "exact": s.exact, "elements": s.elements, "worst_place": s.place,
+        "note": instance.judged.note,
         "limit": "measured" if instance.between else "derived",
     }  # fmt: skip
 
@@ -230,39 +212,35 @@ def finding_json(finding: Finding) -> dict[str, Any]:
         "statistic": statistic_json(finding.worst),
         "named": finding.named,
         "explanations": [known_bug_json(v) for v in finding.explanations],
-        "estimates": [
-            {"parameter": e.parameter, "value": finite(e.value), "uncertainty": finite(e.uncertainty),
-             "expected": e.expected, "fits": e.fits, "near": e.near}
-            for e in finding.estimates
-        ],
+        "estimates": [asdict(e) for e in finding.estimates],
         "where": finding.where,
-        "computed_from": list(finding.instances[0].sources),
-        "not_recorded_between": list(finding.instances[0].between),
+        "computed_from": finding.instances[0].sources,
+        "not_recorded_between": finding.instances[0].between,
     }  # fmt: skip
 
 
 def as_json(report: Report, model: str) -> dict[str, Any]:
     """Everything, for a program."""
     return {
-        "schema": SCHEMA,
+        "schema": "refgemma-check/1",
         "candidate": report.candidate.source,
         "engine": report.candidate.engine,
         "model": model,
         "dtype": report.candidate.dtype,
         "dtype_from": report.candidate.dtype_from,
-        "shape": list(report.candidate.call.input_ids.shape),
+        "shape": report.candidate.call.input_ids.shape,
         "verdict": report.verdict,
         "exit_code": EXIT[report.verdict],
         "first_divergence": report.first_wrong,
-        "stages": [{"name": s.name, "verdict": s.verdict, "named": s.named, "note": s.note} for s in report.preflight],
+        "stages": [asdict(result) for result in report.preflight],
         "findings": [finding_json(f) for f in report.findings],
         "tensors": [{"tensor": i.tensor} | statistic_json(i) for i in report.instances],
-        "missing": list(report.missing),
+        "missing": report.missing,
         "excluded": [v.name for v in report.excluded],
         "blind": [{"variant": v.name, "shows": v.shows} for v in report.undetectable],
-        "remarks": list(report.remarks),
+        "remarks": report.remarks,
         "override": report.override,
-        "drift": [{"tensor": name, "relative": finite(x)} for name, x in report.drift],
+        "drift": [{"tensor": name, "relative": x} for name, x in report.drift],
     }
 
 
@@ -283,11 +261,7 @@ def junit(report: Report, model: str) -> str:
     for i in report.instances:
         case = ElementTree.SubElement(suite, "testcase", classname=field_of(i.tensor), name=i.tensor)
         if i.judged.verdict in BAD:
-            s = i.judged.statistics
-            said = (
-                i.judged.note
-                or f"error {number(s.error_over_bound)} x bound, rms {number(s.rms)} sigma: {named.get(i.tensor)}"
-            )
+            said = i.judged.note or f"{_describe_error(i.judged.statistics)}: {named.get(i.tensor)}"
             ElementTree.SubElement(case, "failure", type=i.judged.verdict, message=said)
     for name in absent:
         case = ElementTree.SubElement(suite, "testcase", classname=field_of(name), name=name)
@@ -323,42 +297,23 @@ def markdown(report: Report, model: str) -> str:
 
 # --- a page -----------------------------------------------------------------------------------------------------------
 
-PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>refgemma check: {verdict}</title><style>
-:root{{color-scheme:light dark}}
-body{{font:15px/1.45 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem}}
-table{{border-collapse:collapse;font-size:13px}} td,th{{padding:2px 6px;text-align:left;border:1px solid #8884}}
-pre{{white-space:pre-wrap;background:#8881;padding:.8rem}}
-.s td{{min-width:1.8rem;height:1.2rem;padding:0 2px;text-align:center;
-font-size:10px}} figure{{margin:1.5rem 0}} figcaption{{font-weight:600}} svg text{{font-size:11px;fill:currentColor}}
-</style></head><body><h1>{verdict}</h1><pre>{text}</pre>
-<figure><figcaption>Each tensor in each layer, root mean square error in standard deviations of rounding</figcaption>
-<table class="s">{strip}</table>
-<p>Green: rounding explains it; E: exactly. Yellow: noisy. Red: it does not. Grey: not recorded.</p></figure>
-<figure><figcaption>Distance of the residual stream from the model's own, relative; it accuses no tensor</figcaption>
-{drift}</figure>
-<figure><figcaption>Largest error of each tensor in units of its worst case, on a scale of powers of ten</figcaption>
-{worst}</figure>
-<figure><figcaption>All errors in standard deviations of rounding, beside the normal distribution</figcaption>
-{histogram}<p>The outermost bars have all that is beyond them. Sums in blocks err less than a standard deviation allows
-for, so that a good port is narrower than the curve; half precision is flat between -1.7 and 1.7.</p></figure>
-{maps}</body></html>
-"""
 # Largest error in standard deviations, from which a map has the colour: rounding, then ten times more each.
 LEVELS = ((0.0, "#7fc98f"), (4.0, "#f0c419"), (10.0, "#f4a300"), (100.0, "#e8743b"), (1e3, "#d62828"), (1e4, "#7f1d1d"))
 CELLS = 64  # of a map in each direction, at most
 MAPS = 6  # findings that are shown as maps
-COLOURS = {
-    EXACT: "#2a9d4b", PASS: "#7fc98f", NOISY: "#f0c419", SKEWED: "#e8743b", FAIL: "#d62828",
-    BLIND: "#9a9a9a", INVALID: "#7b1fa2",
-}  # fmt: skip
 
 
 def page(report: Report, model: str) -> str:
     """One HTML file that needs no network."""
-    return PAGE.format(
+    page = Template(Path(__file__).with_name("report.html").read_text("utf-8"))
+    return page.substitute(
         verdict=html.escape(report.verdict), text=html.escape(text(report, model)), strip=_strip(report),
         drift=_drift(report), worst=_worst(report), histogram=_histogram(report), maps=_maps(report),
     )  # fmt: skip
+
+
+def _describe_error(s: Statistics) -> str:
+    return f"error {number(s.error_over_bound)} x bound, rms {number(s.rms)} sigma"
 
 
 def _strip(report: Report) -> str:
@@ -366,8 +321,7 @@ def _strip(report: Report) -> str:
     count = report.config.num_hidden_layers
     rows = ["<tr><th>tensor</th>" + "".join(f"<th>{n}</th>" for n in range(count)) + "</tr>"]
     for kind in FIELDS:
-        inside = kind in FIELDS[3:-3]
-        names = [f"layers.{n}.{kind}" for n in range(count)] if inside else [kind]
+        names = [f"layers.{n}.{kind}" for n in range(count)] if kind in LAYER_FIELDS else [kind]
         cells = "".join(_cell(by_name.get(name), name) for name in names)
         rows.append(f"<tr><th>{kind}</th>{cells}</tr>")
     return "".join(rows)
@@ -375,13 +329,11 @@ def _strip(report: Report) -> str:
 
 def _cell(instance: Instance | None, name: str) -> str:
     if instance is None:
-        return f'<td title="{name}: not recorded" style="background:#8883"></td>'
+        return f'<td title="{name}: not recorded" class="{MISSING}"></td>'
     s, verdict = instance.judged.statistics, instance.judged.verdict
-    title = (
-        f"{name}: {verdict}, error {number(s.error_over_bound)} x bound, rms {number(s.rms)} sigma, exact {s.exact:.3f}"
-    )
-    detect = f"{s.rms:.1f}" if 0 < s.rms < 100 else f"{s.rms:.0e}" if s.rms else verdict[0]
-    return f'<td title="{html.escape(title)}" style="background:{COLOURS[verdict]}">{detect}</td>'
+    title = f"{name}: {verdict}, {_describe_error(s)}, exact {s.exact:.3f}"
+    rms = f"{s.rms:.1f}" if 0 < s.rms < 100 else f"{s.rms:.0e}" if s.rms else verdict[0]
+    return f'<td title="{html.escape(title)}" class="{verdict}">{rms}</td>'
 
 
 def _drift(report: Report) -> str:
@@ -404,21 +356,13 @@ def _drift(report: Report) -> str:
 
 
 def _worst(report: Report) -> str:
-    ratios = [
-        i.judged.statistics.error_over_bound
-        for i in report.instances
-        if np.isfinite(i.judged.statistics.error_over_bound)
-    ]
-    logs = np.log10(np.maximum(ratios, 1e-6)) if ratios else np.zeros(0)
+    ratios = np.array([i.judged.statistics.error_over_bound for i in report.instances])
+    logs = np.log10(np.maximum(ratios[np.isfinite(ratios)], 1e-6))
     counts, edges = np.histogram(np.clip(logs, -6, 8), bins=28, range=(-6, 8))
-    top = max(1, int(counts.max(initial=0)))
-    bars = "".join(
-        f'<rect x="{40 + 24 * n}" y="{170 - 150 * c / top:.1f}" width="22" height="{150 * c / top:.1f}" '
-        f'fill="{"#d62828" if edge >= 0 else "#2a9d4b"}"><title>1e{edge:.1f}: {c} tensors</title></rect>'
-        for n, (c, edge) in enumerate(zip(counts, edges[:-1], strict=True))
-    )
-    ticks = "".join(f'<text x="{40 + 48 * n}" y="188">1e{-6 + n}</text>' for n in range(0, 15, 2))
-    return f'<svg viewBox="0 0 740 200" role="img" aria-label="largest errors">{bars}{ticks}</svg>'
+    titles = [f"1e{edge:.1f}: {count} tensors" for edge, count in zip(edges, counts, strict=False)]
+    colours = ["#d62828" if edge >= 0 else "#2a9d4b" for edge in edges]
+    ticks = {n: f"1e{edges[n]:.0f}" for n in range(0, 29, 4)}
+    return _bar_chart("largest errors", counts / max(1, counts.max()), titles, colours, ticks)
 
 
 def _histogram(report: Report) -> str:
@@ -427,19 +371,30 @@ def _histogram(report: Report) -> str:
     counts = np.sum(count_errors, axis=0) if count_errors else np.zeros(len(EDGES) - 1)
     share = counts / max(1, counts.sum())
     normal = np.diff([0.5 * (1 + math.erf(edge / math.sqrt(2))) for edge in EDGES])
-    top, width = max(share.max(initial=0), normal.max()), 640 / len(share)
-    heights = [(150 * x / top, 150 * y / top) for x, y in zip(share, normal, strict=True)]
-    bars = "".join(
-        f'<rect x="{40 + width * n:.1f}" y="{170 - bar:.1f}" width="{width - 1:.1f}" height="{bar:.1f}" fill="#1769aa">'
-        f"<title>{low:g} to {high:g}: {count} elements</title></rect>"
-        for n, ((bar, _), low, high, count) in enumerate(zip(heights, EDGES, EDGES[1:], counts, strict=False))
-    )
-    curve = " ".join(f"{40 + width * (n + 0.5):.1f},{170 - y:.1f}" for n, (_, y) in enumerate(heights))
-    ticks = "".join(f'<text x="{36 + width * n:.1f}" y="188">{EDGES[n]:g}</text>' for n in range(0, len(EDGES), 8))
-    return (
-        f'<svg viewBox="0 0 740 200" role="img" aria-label="errors">{bars}<polyline points="{curve}" fill="none" '
-        f'stroke="#d62828" stroke-width="2"/>{ticks}</svg>'
-    )
+    top = max(share.max(), normal.max())
+    titles = [
+        f"{low:g} to {high:g}: {count} elements" for low, high, count in zip(EDGES, EDGES[1:], counts, strict=False)
+    ]
+    ticks = {n: f"{EDGES[n]:g}" for n in range(0, len(EDGES), 8)}
+    return _bar_chart("errors", share / top, titles, ["#1769aa"] * len(share), ticks, normal / top)
+
+
+def _bar_chart(
+    label: str, bars: Array, titles: Sequence[str], colours: Sequence[str], ticks: Mapping[int, str],
+    curve: Array | None = None,
+) -> str:  # fmt: skip
+    """Bars of at most 1, a text below the edge of some of them, and a curve over them."""
+    width = 672 / len(bars)
+    parts = [
+        f'<rect x="{40 + width * n:.1f}" y="{170 - 150 * bar:.1f}" width="{width - 1:.1f}" height="{150 * bar:.1f}" '
+        f'fill="{colour}"><title>{title}</title></rect>'
+        for n, (bar, title, colour) in enumerate(zip(bars, titles, colours, strict=False))
+    ]
+    if curve is not None:
+        points = " ".join(f"{40 + width * (n + 0.5):.1f},{170 - 150 * y:.1f}" for n, y in enumerate(curve))
+        parts.append(f'<polyline points="{points}" fill="none" stroke="#d62828" stroke-width="2"/>')
+    parts += [f'<text x="{36 + width * n:.1f}" y="188">{said}</text>' for n, said in ticks.items()]
+    return f'<svg viewBox="0 0 740 200" role="img" aria-label="{label}">{"".join(parts)}</svg>'
 
 
 def _maps(report: Report) -> str:
@@ -498,8 +453,3 @@ def pool_blocks(numbers: Array, most: int) -> tuple[Array, tuple[int, int]]:
     padded = np.pad(numbers, padding, constant_values=np.nan)
     shape = (padded.shape[0] // blocks[0], blocks[0], padded.shape[1] // blocks[1], blocks[1])
     return np.fmax.reduce(padded.reshape(shape), axis=(1, 3)), (blocks[0], blocks[1])
-
-
-def dumps(value: Any) -> str:
-    """JSON without NaN."""
-    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)

@@ -7,7 +7,7 @@ recordings in three precisions: no bound is exceeded, and none is 1000 times the
 in a row, in any order of a sum (Higham, *Accuracy and Stability of Numerical Algorithms*, 2002, sections 3.1 and 4.2).
 A library's ``tanh``, ``exp``, ``cos`` and ``1/sqrt`` are taken to be within 2 ulp (``4 u``). A function here takes the
 arguments of the operation of its name in `refgemma.ops`, and returns the `Tolerance` of float32 arithmetic;
-`in_unit` turns it into that of float64, and `with_storage` adds what half-precision storage rounds: half an ulp for
+`rescale` turns it into that of float64, and `with_storage` adds what half-precision storage rounds: half an ulp for
 every result that PyTorch's eager kernels store on the way. An implementation that stores fewer of them stays inside.
 
 A standard deviation: a sum of n products ``t_i``, taken one after the other, rounds its k-th partial sum ``S_k``, which
@@ -25,7 +25,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from refgemma.precision import Array, wide
+from refgemma.precision import Array, as_float64
 
 U = 2.0**-24
 LIBRARY = 4 * U  # relative error allowed to tanh, exp, cos, rsqrt
@@ -111,7 +111,7 @@ def tolerance(bound: Array, spread: Array | None = None, common: float = 0.0) ->
     return Tolerance(bound, EVEN * bound if spread is None else spread, nothing, nothing, common)
 
 
-def measured(std: Array, deviations: float) -> Tolerance:
+def from_measured_std(std: Array, deviations: float) -> Tolerance:
     """Return the tolerance of a result whose inputs were not recorded: `std` was measured by simulation.
 
     Its bound is so many standard `deviations`; infinity leaves only the root mean square to judge by.
@@ -145,14 +145,6 @@ def with_storage(allowed: Tolerance, exact: Array, storage: str, before: Sequenc
     return replace(allowed, stored=np.asarray(sum(steps)), stored_spread=np.asarray(spread))
 
 
-def in_unit(allowed: Tolerance, unit: float) -> Tolerance:
-    """Scale a tolerance, derived for float32, to another unit roundoff: all of it is proportional to that."""
-    factor = unit / U
-    return replace(
-        allowed, bound=allowed.bound * factor, spread=allowed.spread * factor, common=allowed.common * factor
-    )
-
-
 def in_decimals(allowed: Tolerance, step: float) -> Tolerance:
     """Add the rounding of the result to decimals that are `step` apart."""
     if not step:
@@ -160,12 +152,13 @@ def in_decimals(allowed: Tolerance, step: float) -> Tolerance:
     return replace(allowed, bound=allowed.bound + step / 2, spread=np.hypot(allowed.spread, EVEN * step / 2))
 
 
-def enlarge(allowed: Tolerance, factor: float, floor: Array) -> Tolerance:
-    """Multiply what arithmetic may do by `factor`, and add `floor` to it."""
-    return replace(
-        allowed, bound=allowed.bound * factor + floor, spread=allowed.spread * factor + floor,
-        common=allowed.common * factor,
-    )  # fmt: skip
+def rescale(allowed: Tolerance, factor: float, floor: Array | float = 0.0) -> Tolerance:
+    """Multiply what arithmetic may do by `factor`, and add `floor` to it.
+
+    All that is derived for float32 is proportional to the unit roundoff: the factor of another is ``unit / U``.
+    """
+    bound, spread = allowed.bound * factor + floor, allowed.spread * factor + floor
+    return replace(allowed, bound=bound, spread=spread, common=allowed.common * factor)
 
 
 def rearrange(allowed: Tolerance, move: Callable[[Array], Array]) -> Tolerance:
@@ -187,13 +180,9 @@ def gamma(n: int) -> float:
     return n * U / (1 - n * U)
 
 
-def _f64(x: Array) -> Array:
-    return np.asarray(wide(x), np.float64)
-
-
 def matmul(a: Array, b: Array) -> Tolerance:
     """Sums of n products: ``gamma(n) * |a| @ |b|``."""
-    left, right = _f64(a), _f64(b)
+    left, right = as_float64(a), as_float64(b)
     n = left.shape[-1]
     squares, total = (left * left) @ (right * right), left @ right
     spread = U * np.sqrt((n / 6 + EVEN**2) * squares + n / 9 * total**2)  # see above; and of the products themselves
@@ -205,9 +194,9 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Tolerance:
     products = matmul(x, weight.T)
     if bias is None:
         return products
-    n, added = x.shape[-1], np.abs(_f64(bias))
+    n, added = x.shape[-1], np.abs(as_float64(bias))
     bound = gamma(n + 1) * (products.bound / gamma(n) + added)
-    total = _f64(x) @ _f64(weight).T + _f64(bias)
+    total = as_float64(x) @ as_float64(weight).T + as_float64(bias)
     return tolerance(bound, np.hypot(products.spread, EVEN * U * np.abs(total)))
 
 
@@ -217,8 +206,8 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Tolerance:
     ``1 + w`` is off by u of the larger of 1 and ``|1 + w|``, which is more than u of itself where w is near -1.
     The terms of the mean have one sign: its standard deviation is ``u sqrt(n) / 3`` of itself, the root's half of that.
     """
-    n, scale = x.shape[-1], np.abs(1 + _f64(weight))
-    normed = np.abs(_f64(x)) / np.sqrt(np.mean(_f64(x) ** 2, axis=-1, keepdims=True) + eps)
+    n, scale = x.shape[-1], np.abs(1 + as_float64(weight))
+    normed = np.abs(as_float64(x)) / np.sqrt(np.mean(as_float64(x) ** 2, axis=-1, keepdims=True) + eps)
     relative = gamma(n + 2) / 2 + LIBRARY
     usual = math.sqrt(n / 36 + (LIBRARY / U) ** 2 / 3 + 2 / 3)
     spread = U * normed * np.hypot(usual * scale, EVEN)
@@ -235,7 +224,7 @@ def rotary_tables(positions: Array, head_dim: int, theta: float) -> Tolerance:
     """
     number = np.tile(np.arange(head_dim // 2), 2)
     exponent = 2 * number / head_dim
-    angles = np.abs(_f64(positions)) * theta**-exponent
+    angles = np.abs(as_float64(positions)) * theta**-exponent
     relative = U * (9 + 2 * exponent * abs(math.log(theta)) + 2 * number)
     return tolerance(LIBRARY + relative * angles, common=LIBRARY)
 
@@ -245,24 +234,27 @@ def same_angles(cos: Array) -> Tolerance:
     return tolerance(np.full(cos.shape, LIBRARY))
 
 
+def _rotation_terms(x: Array, cos: Array, sin: Array) -> tuple[Array, Array]:
+    """The absolute values of both products: of a number, and of the one half a head away."""
+    x64, half = as_float64(x), x.shape[-1] // 2
+    return np.abs(x64 * as_float64(cos)), np.abs(np.roll(x64, half, axis=-1) * as_float64(sin))
+
+
 def rotate(x: Array, cos: Array, sin: Array) -> Tolerance:
     """Two products and a sum: 2 u of the absolute values."""
-    first, second = np.split(np.abs(_f64(x)), 2, axis=-1)
-    swapped = np.concatenate([second, first], axis=-1)
-    return tolerance(2 * U * (np.abs(_f64(x) * _f64(cos)) + swapped * np.abs(_f64(sin))))
+    first, second = _rotation_terms(x, cos, sin)
+    return tolerance(2 * U * (first + second))
 
 
 def rotate_stores(x: Array, cos: Array, sin: Array, storage: str) -> list[Array]:
     """Return what both products, stored in half precision, leave in the result."""
-    first, second = np.split(np.abs(_f64(x)), 2, axis=-1)
-    swapped = np.concatenate([second, first], axis=-1)
-    return [ulp(_f64(x) * _f64(cos), storage) / 2, ulp(swapped * _f64(sin), storage) / 2]
+    return [ulp(term, storage) / 2 for term in _rotation_terms(x, cos, sin)]
 
 
 def attention_scores(q: Array, k: Array, scale: float) -> Tolerance:
     """Sums of head_dim products, the product with the scale, and the rounding of the scale itself."""
     keys = k.swapaxes(-1, -2)
-    product, exact = matmul(q, keys), np.abs(_f64(q) @ _f64(keys))
+    product, exact = matmul(q, keys), np.abs(as_float64(q) @ as_float64(keys))
     return tolerance(
         scale * (product.bound + 2 * U * exact), scale * np.hypot(product.spread, EVEN * 2 * U * exact), common=U
     )
@@ -270,7 +262,7 @@ def attention_scores(q: Array, k: Array, scale: float) -> Tolerance:
 
 def scores_stores(q: Array, k: Array, scale: float, storage: str) -> list[Array]:
     """Return what the product, stored in half precision before it is scaled, leaves in the result."""
-    return [scale * ulp(_f64(q) @ _f64(k).swapaxes(-1, -2), storage) / 2]
+    return [scale * ulp(as_float64(q) @ as_float64(k).swapaxes(-1, -2), storage) / 2]
 
 
 def soft_cap(x: Array, cap: float | None) -> Tolerance:
@@ -281,14 +273,14 @@ def soft_cap(x: Array, cap: float | None) -> Tolerance:
     if cap is None:
         return tolerance(np.zeros(x.shape))
     relative = 2 * U + LIBRARY
-    return tolerance(np.abs(cap * np.tanh(_f64(x) / cap)) * relative, common=relative)
+    return tolerance(np.abs(cap * np.tanh(as_float64(x) / cap)) * relative, common=relative)
 
 
 def soft_cap_stores(x: Array, cap: float | None, storage: str) -> list[Array]:
     """Return what the quotient and the tanh, stored in half precision, leave in the result."""
     if cap is None:
         return []
-    t = _f64(x) / cap
+    t = as_float64(x) / cap
     bent = np.tanh(t)
     # At the quotient rounded away from 0 the slope is smaller, towards 0 larger: the largest within half an ulp counts.
     inner = np.maximum(np.abs(t) - ulp(t, storage) / 2, 0)
@@ -301,7 +293,7 @@ def softmax(scores: Array, mask: Array) -> Tolerance:
     The argument is the distance from the row's largest score, off by u relative to itself. The sum of a row and the
     library's exp may err the same everywhere.
     """
-    masked = np.where(mask, _f64(scores), np.finfo(np.float64).min)
+    masked = np.where(mask, as_float64(scores), np.finfo(np.float64).min)
     distance = np.max(masked, axis=-1, keepdims=True) - masked
     exponentials = np.exp(-distance)
     probs = exponentials / exponentials.sum(axis=-1, keepdims=True)
@@ -317,7 +309,7 @@ def gelu_tanh(x: Array) -> Tolerance:
     The argument of tanh carries 4 roundings, and ``|t| sech(t)**2 < 0.45``; tanh itself is within 4 u, the sum adds
     another u; half of all that times x, and two products.
     """
-    x64 = _f64(x)
+    x64 = as_float64(x)
     y = 0.5 * x64 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x64 + 0.044715 * x64**3)))
     return tolerance(0.5 * np.abs(x64) * (4 * U * 0.45 + LIBRARY + U) + 2 * U * np.abs(y), common=4 * U)
 

@@ -7,26 +7,26 @@ where it was, and what has another input, or another program, is computed anew.
 """
 
 import hashlib
-import json
 import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
-from multiprocessing import get_context
+from multiprocessing import Pipe, get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from refgemma.errors import RefgemmaError, UsageError
-from refgemma.files import read_object, replace_file
-from refgemma.oracle.report import finite
+from refgemma.files import read_object, replace_file, write_json
 from refgemma.oracle.verdicts import EXIT, FAILED, LOST, UNREADABLE
 from refgemma.sweep.jobs import KEPT, Done, Job, fail, perform
 from refgemma.sweep.tally import Tally, merge_tallies
 from refgemma.trace.names import FIELDS
 
-SCHEMA = "refgemma-sweep/1"
 TRIES = 3  # of a job that ended its worker
 ONE_THREAD = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
@@ -39,13 +39,31 @@ def processes(workers: int) -> Iterator[Executor]:
     """Processes of this machine, each with one thread: so a sum is the same however many of them there are."""
     before = {name: os.environ.get(name) for name in ONE_THREAD}
     os.environ.update(dict.fromkeys(ONE_THREAD, "1"))
+    theirs, ours = Pipe(duplex=False)  # closed by the system when this process ends, however it does
     try:
-        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-            yield pool
+        with ProcessPoolExecutor(workers, get_context("spawn"), _follow, (theirs,)) as pool:
+            try:
+                yield pool
+            except BaseException:
+                ours.close()  # what is under way is not waited for
+                raise
     finally:
+        ours.close()
         for name, value in before.items():
             os.environ.pop(name)
             os.environ.update({} if value is None else {name: value})
+
+
+def _follow(parent: Connection) -> None:
+    """End this worker, and the command that it runs, when the other end of a pipe is closed."""
+    os.setpgid(0, 0)  # the command is of the same group
+
+    def end() -> None:
+        with suppress(EOFError, OSError):
+            parent.recv()
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=end, daemon=True).start()
 
 
 @contextmanager
@@ -142,8 +160,7 @@ def sweep(
     yield from ((job, kept[job.key]) for job in jobs if job.key in kept)
     for job, done in run_jobs([job for job in jobs if job.key not in kept], pool, width):
         if done["verdict"] not in (UNREADABLE, FAILED, LOST):  # these are tried again the next time
-            kept_result = done | {"digest": _digest(done)}
-            replace_file(results / f"{job.key}.json", json.dumps(kept_result, allow_nan=False).encode())
+            replace_file(results / f"{job.key}.json", write_json(done | {"digest": _digest(done)}).encode())
         yield job, done
 
 
@@ -157,7 +174,7 @@ def _read_result(results: Path, job: Job) -> Done | None:
 
 
 def _digest(result: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(write_json(result).encode()).hexdigest()
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
@@ -178,12 +195,12 @@ def as_json(found: Sequence[tuple[Job, Done]]) -> dict[str, Any]:
     excluded = {name for _, done in ordered for name in done["excluded"]} - seen
     blind = {name for _, done in ordered for name in done["blind"]} - seen - excluded
     return {
-        "schema": SCHEMA, "verdict": verdict, "exit_code": EXIT[verdict],
+        "schema": "refgemma-sweep/1", "verdict": verdict, "exit_code": EXIT[verdict],
         "counts": {v: n for v in EXIT if (n := sum(done["verdict"] == v for _, done in ordered))},
         "jobs": [{"name": job.name, "key": job.key, **{k: done[k] for k in (
             "verdict", "first_divergence", "named", "dtype", "message")}} for job, done in ordered],
         "tensors": [
-            {"dtype": dtype, "tensor": kind} | total.as_json() | {"rms": finite(total.rms)}
+            {"dtype": dtype, "tensor": kind} | total.as_json() | {"rms": total.rms}
             for (dtype, kind), total in sorted(totals.items(), key=lambda one: (one[0][0], FIELDS.index(one[0][1])))
         ],
         "found": sorted(seen), "excluded": sorted(excluded), "blind": sorted(blind),

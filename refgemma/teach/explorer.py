@@ -99,7 +99,7 @@ def pack(numbers: Sequence[Array] | Array) -> str:
 
 def _make_labels(model: Pretrained) -> Callable[[Array], list[str]]:
     """Return what writes ids: the tokenizer's pieces with blanks made visible, or the ids where there is none."""
-    if not (model.folder / "tokenizer.model").exists():
+    if not model.has_tokenizer:
         return lambda ids: [f"#{token}" for token in ids.tolist()]
     tokenizer: Tokenizer = model.tokenizer
     return lambda ids: [show_blanks(piece) for piece in tokenizer.convert_ids_to_tokens(ids.tolist())]

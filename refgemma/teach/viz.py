@@ -17,7 +17,7 @@ from refgemma.config import Gemma2Config
 from refgemma.errors import explain_renames
 from refgemma.model import Forward, head
 from refgemma.ops import rms_norm, rotary_tables, soft_cap
-from refgemma.precision import Array, wide
+from refgemma.precision import Array, as_float64, wide
 from refgemma.weights.parameters import Weights
 
 Axes: TypeAlias = Any  # matplotlib.axes.Axes, which is not imported here
@@ -90,8 +90,8 @@ def relative_error(x: Float[np.ndarray, "*shape"], exact: Float[np.ndarray, "*sh
     >>> relative_error(np.array([1.01, 0.99]), np.array([1.0, 1.0]))  # doctest: +ELLIPSIS
     0.01...
     """
-    apart, size = np.asarray(wide(x), np.float64) - wide(exact), np.asarray(wide(exact), np.float64)
-    return float(np.sqrt(np.mean(apart**2) / np.mean(size**2)))
+    apart = as_float64(x) - as_float64(exact)
+    return float(np.sqrt(np.mean(apart**2) / np.mean(as_float64(exact) ** 2)))
 
 
 def show_blanks(token: str) -> str:

@@ -17,12 +17,13 @@ import numpy.typing as npt
 
 from refgemma.precision import Array
 from refgemma.testing.interface import Capabilities, Output
-from refgemma.trace.capture import NORMS, as_numpy, catch_tensors, in_heads
+from refgemma.trace.capture import as_numpy, catch_tensors, in_heads
+from refgemma.trace.names import LAYER_NORMS
 
 # What transformers computes outside the attention function: every implementation shows it.
 AROUND_ATTENTION = (
     "cos", "sin", "embedded", "norm", "raw_logits", "logits", "layers.*.middle", "layers.*.out",
-    *(f"layers.*.{norm}" for norm in NORMS), "layers.*.feed_forward.*",
+    *(f"layers.*.{norm}" for norm in LAYER_NORMS), "layers.*.feed_forward.*",
     *(f"layers.*.attention.{name}" for name in ("q", "k", "v", "q_rot", "k_rot", "mixed", "out")),
 )  # fmt: skip
 SCORES = tuple(f"layers.*.attention.{name}" for name in ("scores", "capped", "probs"))

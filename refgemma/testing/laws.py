@@ -13,12 +13,13 @@ rotary angle, and that of a weight which a law derives from others and writes to
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 from hypothesis import HealthCheck, assume, given, settings
@@ -27,7 +28,7 @@ from hypothesis.errors import Unsatisfiable
 from safetensors.numpy import save_file
 
 from refgemma.config import Gemma2Config
-from refgemma.precision import Array, Rounded, dtype_name
+from refgemma.precision import Array, dtype_name
 from refgemma.testing.interface import Backend, BackendError, Capabilities, Output, Unsupported
 from refgemma.testing.strategies import Scene
 
@@ -66,8 +67,7 @@ class LawBroken(AssertionError):
 
 def exact(x: Any) -> Exact:
     """Any array as ordinary float64 numbers."""
-    plain = x.view(np.ndarray) if isinstance(x, Rounded) else np.asarray(x)
-    return plain.astype(np.float64)
+    return np.array(x, np.float64)
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,8 @@ class LoadedModel:
         limit = self.bench.can.max_length
         if limit is not None and np.shape(mask if mask is not None else ids)[1] > limit:
             raise Unsupported(f"texts of more than {limit} tokens")
-        given_mask = None if mask is None else np.asarray(mask, np.int64)
-        output: Output = self.bench.backend.forward(
-            self.handle, np.asarray(ids, np.int64), given_mask, positions, cache, tuple(wanted)
-        )
+        ids, mask = np.asarray(ids, np.int64), None if mask is None else np.asarray(mask, np.int64)
+        output: Output = self.bench.backend.forward(self.handle, ids, mask, positions, cache, tuple(wanted))
         return output
 
     def logits(self, ids: Any, mask: Any = None, positions: Any = None) -> Exact:
@@ -118,28 +116,18 @@ class LoadedModel:
 Ask = Callable[[LoadedModel], Any]  # from a model to an array
 
 
-class Bench:
+class Bench(ExitStack):
     """The backend under test and the models of one example, each in a folder of its own that is removed at the end."""
 
     def __init__(self, backend: Backend) -> None:
+        super().__init__()
         self.backend: Any = backend
         self.can: Capabilities = backend.capabilities()
-        self._folder = tempfile.TemporaryDirectory(prefix="refgemma-", ignore_cleanup_errors=True)
+        folder = tempfile.TemporaryDirectory(prefix="refgemma-", ignore_cleanup_errors=True)
+        self._folder = Path(self.enter_context(folder))
+        self.enter_context(np.errstate(all="ignore"))  # numbers too large for float16 are for the laws to judge
         self._models = 0
         self.file_roundoff = 0.0  # `FILE_ROUNDOFF` once a weight was written that float32 does not have
-        self._overflows = np.errstate(all="ignore")  # numbers too large for float16 are for the laws to judge
-
-    def __enter__(self) -> "Bench":
-        """Give the bench itself."""
-        self._overflows.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Remove the folders."""
-        self._overflows.__exit__(kind, error, trace)
-        self._folder.cleanup()
 
     @property
     def operations(self) -> Mapping[str, Callable[..., Any]]:
@@ -155,7 +143,7 @@ class Bench:
     def new_folder(self) -> Path:
         """An empty folder."""
         self._models += 1
-        folder = Path(self._folder.name) / str(self._models)
+        folder = self._folder / str(self._models)
         folder.mkdir()
         return folder
 
@@ -170,9 +158,8 @@ class Bench:
         if not all(np.array_equal(stored[name], x, equal_nan=True) for name, x in tensors.items()):
             self.file_roundoff = FILE_ROUNDOFF
         save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
-        return LoadedModel(
-            self, config, stored, dtype or self.dtype, folder, self.backend.load(folder, dtype or self.dtype)
-        )
+        dtype = dtype or self.dtype
+        return LoadedModel(self, config, stored, dtype, folder, self.backend.load(folder, dtype))
 
     def scene(self, scene: Scene, changed: Tensors | None = None, dtype: str | None = None) -> LoadedModel:
         """The model of a scene, with some tensors `changed`."""
@@ -303,6 +290,7 @@ class Law:
         checked: list[int] = []
         given_up: list[BackendError] = []
 
+        # Which examples the profile ci draws follows from the text of this function, from the decorators on.
         @profile
         @given(self.examples)
         def holds(example: Mapping[str, Any]) -> None:
@@ -364,10 +352,8 @@ def write_value(value: Any) -> str:
     """Return a value of an example as Python text; arrays by their bits, so that nothing is lost."""
     if isinstance(value, np.ndarray) and value.dtype.kind == "f" and value.ndim == 1:
         dtype = dtype_name(value)
-        bits = exact(value).astype(np.float32).view(np.uint32) >> 16 if dtype == "bfloat16" else None
-        if bits is None:
-            stored = exact(value).astype(dtype)
-            bits = stored.view(f"u{stored.dtype.itemsize}")
+        stored = exact(value).astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+        bits = stored.view(f"u{stored.itemsize}")
         return f"from_bits({bits.tolist()}, {dtype!r})"
     if isinstance(value, np.ndarray):
         return f"np.array({value.tolist()!r})"

@@ -7,16 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from refgemma.goldens.load import load_golden, model_of, read_manifest
+from refgemma.goldens.load import load_golden, model_of, read_manifest, recorded_model
 from refgemma.goldens.single import OFFERED, recorded_operations
 from refgemma.goldens.verify import compare_run
-from refgemma.hub import find_model, golden_folder
 from refgemma.oracle.judge import strict_distance
 from refgemma.precision import Array
 from refgemma.testing.backends import Unsupported
 from refgemma.testing.laws import LawBroken, NotApplicable, exact, golden_script, message, require
-
-SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 
 def golden_names() -> list[str]:
@@ -63,8 +60,7 @@ def _load(backend: Any, about: Mapping[str, Any]) -> Any:
     if about["dtype"] not in can.dtypes:
         raise NotApplicable(f"it does not compute in {about['dtype']} throughout")
     model_of(about)  # the folder is the one that was recorded, or this says that it is not
-    folder = find_model("tiny") if about["model"] == "tiny" else golden_folder() / "models" / about["model"]
-    return backend.load(folder, about["dtype"])
+    return backend.load(recorded_model(about), about["dtype"])
 
 
 def _check_forward(backend: Any, name: str) -> None:

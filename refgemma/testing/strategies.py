@@ -10,6 +10,7 @@ from dataclasses import MISSING, dataclass, fields, replace
 from itertools import pairwise
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 from hypothesis import strategies as st
@@ -239,10 +240,8 @@ def from_bits(bits: Sequence[int], dtype: str) -> Array:
     >>> from_bits([0x3F80, 0xC000], "bfloat16")
     BF16([ 1., -2.], dtype=float32)
     """
-    raw = np.array(bits, _UNSIGNED[dtype])
-    if dtype == "bfloat16":
-        return as_dtype((raw.astype(np.uint32) << 16).view(np.float32), dtype)
-    return as_dtype(raw.view(dtype), dtype)
+    kept = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
+    return as_dtype(np.array(bits, _UNSIGNED[dtype]).view(kept), dtype)
 
 
 @st.composite

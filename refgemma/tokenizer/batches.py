@@ -1,37 +1,24 @@
 """Rows of ids cut, padded and put together, as the arguments of transformers 5.23 say. Checked against it."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from refgemma.tokenizer.vocabulary import TokenizerError
+from refgemma.tokenizer.sentencepiece_model import TokenizerError
 
 # The model_max_length of a tokenizer that sets none, and below what it is taken for a length; both as in transformers.
 UNLIMITED, LIMITED = int(1e30), int(1e20)
 SIDES = ("left", "right")
+Cell = TypeVar("Cell")  # an id, or one that is followed back
 
 # Arguments that transformers documents -> why they are refused, unless they ask for nothing.
 UNSUPPORTED = {
-    "text_pair": "Gemma has no pairs; join the two texts yourself",
     "text_target": "Gemma's labels are its input_ids",
     "text_pair_target": "Gemma's labels are its input_ids",
-    "stride": "it belongs to return_overflowing_tokens",
     "is_split_into_words": "Gemma's spaces belong to its pieces; join the words yourself",
-    "return_token_type_ids": "Gemma has no token types",
-    "return_overflowing_tokens": "what truncation cuts off is not returned here",
-    "return_special_tokens_mask": "compare input_ids with all_special_ids",
-    "return_offsets_mapping": "pieces are not followed back into the text here",
-    "return_length": "take the sum of attention_mask",
-    "tools": "Gemma 2's chat template has none",
-    "documents": "Gemma 2's chat template has none",
-    "chat_template": "only Gemma 2's own is known here, and nothing is rendered with Jinja",
-    "continue_final_message": "take the text with tokenize=False, cut off its end, and encode that",
-    "return_assistant_tokens_mask": "Gemma 2's chat template does not mark them",
-    "split_special_tokens": "in a chat it is sanitize_control_tokens=True",
-    "tokenizer_kwargs": "give them as arguments of their own",
 }
 
 
@@ -56,6 +43,18 @@ def check_positive(name: str, value: Any) -> None:
         raise TokenizerError(f"{name} is {value!r}, not a whole number of at least 1")
 
 
+class Token(NamedTuple):
+    """An id that is followed back: to its characters, its part of the text, and which of two texts that is."""
+
+    id: int
+    start: int = 0
+    end: int = 0
+    word: int | None = None
+    sequence: int | None = None
+    special: int = 1
+    type: int = 0  # which of two texts it stands with, also if it is added to them
+
+
 class BatchEncoding(dict[str, Any]):
     """What a tokenizer returns: a dict whose entries are attributes, too.
 
@@ -66,11 +65,69 @@ class BatchEncoding(dict[str, Any]):
     (True, True)
     """
 
+    _follow: Callable[[], list[list[Token]]] | None = None  # makes the rows once more, followed back
+
     def __getattr__(self, name: str) -> Any:
         try:
             return self[name]
         except KeyError:
             raise AttributeError(f"there is no {name!r} in it, only {', '.join(self)}") from None
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """The entries as a plain dict."""
+        return dict(self)
+
+    def to(self, device: Any = None, **others: Any) -> "BatchEncoding":
+        """Return itself: everything here is on the CPU.
+
+        Raises
+        ------
+        TokenizerError
+            If another device is named.
+        """
+        if device is not None and str(device).partition(":")[0] != "cpu":
+            raise TokenizerError(f"device {str(device)!r} is not supported: refgemma computes on the CPU; leave it out")
+        return self
+
+    def _row(self, row: int) -> list[Token]:
+        if self._follow is None:
+            raise TokenizerError("these ids cannot be followed back into a text; call the tokenizer with the text")
+        rows = self._follow()
+        if not 0 <= row < len(rows):
+            raise TokenizerError(f"there is no row {row}; there are {len(rows)}")
+        return rows[row]
+
+    def word_ids(self, batch_index: int = 0) -> list[int | None]:
+        """Return which part of its text each id of a row belongs to; added tokens separate the parts, not spaces.
+
+        Examples
+        --------
+        >>> import refgemma
+        >>> refgemma.Tokenizer.from_pretrained("tiny")("the cat<end_of_turn>").word_ids()
+        [None, 0, 0, 1]
+        """
+        return [token.word for token in self._row(batch_index)]
+
+    def sequence_ids(self, batch_index: int = 0) -> list[int | None]:
+        """Return for each id of a row which of two texts it belongs to; ``None`` for ``<bos>`` and padding."""
+        return [token.sequence for token in self._row(batch_index)]
+
+    def token_to_chars(self, batch_or_token_index: int, token_index: int | None = None) -> tuple[int, int] | None:
+        """Return where the characters of a token start and end: of a row and a place, or a place in the first."""
+        row, place = (0, batch_or_token_index) if token_index is None else (batch_or_token_index, token_index)
+        token = self._row(row)[place]
+        return None if token.sequence is None else (token.start, token.end)
+
+    def char_to_token(
+        self, batch_or_char_index: int, char_index: int | None = None, sequence_index: int = 0
+    ) -> int | None:
+        """Return the place of the token of a character: of a row and a character, or one in the first row."""
+        row, place = (0, batch_or_char_index) if char_index is None else (batch_or_char_index, char_index)
+        for n, token in enumerate(self._row(row)):
+            if token.sequence == sequence_index and token.start <= place < token.end:
+                return n
+        return None
 
 
 @dataclass(frozen=True)
@@ -84,28 +141,38 @@ class Layout:
 
     Examples
     --------
-    >>> Layout(padding=True).batch([[2, 300], [2]], pad_token_id=0)
+    >>> Layout(padding=True).batch([[2, 300], [2]], pad=0)
     {'input_ids': [[2, 300], [0, 2]], 'attention_mask': [[1, 1], [0, 1]]}
     """
 
     padding: bool | str = False
     truncation: bool | str | None = None
     max_length: int | None = None
+    stride: int = 0
     pad_to_multiple_of: int | None = None
     padding_side: str = "left"
     truncation_side: str = "right"
     return_tensors: str | None = None
     return_attention_mask: bool | None = None
+    return_token_type_ids: bool | None = None
+    return_special_tokens_mask: bool = False
+    return_offsets_mapping: bool = False
+    return_length: bool = False
+    return_overflowing_tokens: bool = False
 
     def __post_init__(self) -> None:
         check_choice("padding", self.padding, (False, True, "longest", "max_length", "do_not_pad"))
         check_choice(
-            "truncation", self.truncation, (None, False, True, "longest_first", "only_first", "do_not_truncate")
+            "truncation",
+            self.truncation,
+            (None, False, True, "longest_first", "only_first", "only_second", "do_not_truncate"),
         )
         check_choice("padding_side", self.padding_side, SIDES)
         check_choice("truncation_side", self.truncation_side, SIDES)
         check_positive("max_length", self.max_length)
         check_positive("pad_to_multiple_of", self.pad_to_multiple_of)
+        if self.stride:
+            check_positive("stride", self.stride)
         if self.return_tensors not in (None, "np"):
             raise TokenizerError(
                 f"return_tensors is {self.return_tensors!r}, but refgemma computes in NumPy; say 'np', from which "
@@ -133,37 +200,114 @@ class Layout:
             return self.max_length is not None and self.padding is False
         return self.truncation not in (False, "do_not_truncate")
 
-    def cut(self, row: list[int], reserved: int = 0) -> list[int]:
-        """Cut `row` to at most `max_length` ids, less those `reserved` for special tokens."""
+    @property
+    def follows(self) -> bool:
+        """Whether more is asked for than ids."""
+        return bool(self.return_offsets_mapping or self.return_special_tokens_mask or self.return_token_type_ids)
+
+    def cut(self, texts: Sequence[list[Cell]], reserved: int = 0) -> list[list[list[Cell]]]:
+        """Cut the one or two `texts` of a row to at most `max_length` ids, less those `reserved` for special tokens.
+
+        Returns
+        -------
+        list
+            The row, and with `return_overflowing_tokens` the rows of what was cut off, each `stride` ids into the last.
+        """
         if not self.truncates or self.max_length is None:
-            return row
+            return [list(texts)]
         space = self.max_length - reserved
         if space < 0:
             raise TokenizerError(
                 f"max_length {self.max_length} has no room for the {reserved} special tokens; raise it, or say "
                 "add_special_tokens=False"
             )
+        if self.stride and self.stride >= space:
+            raise TokenizerError(f"stride {self.stride} leaves no step of the {space} ids that fit into max_length")
+        if len(texts) > 1:
+            if self.return_overflowing_tokens:
+                raise TokenizerError("return_overflowing_tokens of pairs is not supported; give one text a row")
+            return [[self._cut(text, n) for text, n in zip(texts, self._share(texts, space), strict=True)]]
+        if self.truncation == "only_second":
+            raise TokenizerError("truncation='only_second' needs two texts a row; there is one")
+        if not self.return_overflowing_tokens or len(texts[0]) <= space:
+            return [[self._cut(texts[0], space)]]
+        return [[window] for window in self._windows(texts[0], space)]
+
+    def _cut(self, row: list[Cell], space: int) -> list[Cell]:
         return row[:space] if self.truncation_side == "right" else row[max(len(row) - space, 0) :]
 
-    def batch(self, rows: list[list[int]], pad_token_id: int) -> BatchEncoding:
-        """Pad `rows`, and make their masks."""
+    def _windows(self, row: list[Cell], space: int) -> list[list[Cell]]:
+        if space == 0:
+            return [[]]
+        step, ends = space - self.stride, range(space, len(row) + space, space - self.stride)
+        if self.truncation_side == "right":
+            count = next(n for n, end in enumerate(ends) if end >= len(row)) + 1
+            return [row[n * step : n * step + space] for n in range(count)]
+        count = next(n for n, end in enumerate(ends) if end >= len(row)) + 1
+        return [row[max(len(row) - n * step - space, 0) : len(row) - n * step] for n in range(count)]
+
+    def _share(self, texts: Sequence[list[Cell]], space: int) -> list[int]:
+        """Return how many ids of each of two texts fit into `space`, as the tokenizers library shares them."""
+        lengths = [len(text) for text in texts]
+        excess = sum(lengths) - space
+        if excess <= 0:
+            return lengths
+        if self.truncation in ("only_first", "only_second"):
+            n = int(self.truncation == "only_second")
+            if lengths[n] <= excess:
+                raise TokenizerError(f"truncation={self.truncation!r} cannot cut {excess} ids of {lengths[n]}")
+            lengths[n] -= excess
+            return lengths
+        short = min(lengths)
+        long = short if short > space else max(short, space - short)
+        if short + long > space:
+            short, long = space // 2, space // 2 + space % 2
+        return [short, long] if lengths[0] <= lengths[1] else [long, short]
+
+    def batch(self, rows: Sequence[Sequence[int | Token]], pad: int | None) -> BatchEncoding:
+        """Pad `rows`, and make what else was asked for; `pad` is the id of the padding token."""
+        if pad is None and self.pads:
+            raise TokenizerError("this tokenizer has no pad_token; set it: tokenizer.pad_token = tokenizer.eos_token")
+        followed = self.pad(rows, Token(pad or 0)) if self.follows else []
+        columns: dict[str, Any] = {}
+        if self.follows:
+            columns["input_ids"] = [[token.id for token in row] for row in followed]
+        else:
+            columns["input_ids"] = self.pad(rows, pad)
+        if self.return_token_type_ids:
+            columns["token_type_ids"] = [[token.type for token in row] for row in followed]
+        if self.return_attention_mask is not False:
+            columns["attention_mask"] = self.pad([[1] * len(row) for row in rows], 0)
+        if self.return_special_tokens_mask:
+            columns["special_tokens_mask"] = [[token.special for token in row] for row in followed]
+        if self.return_offsets_mapping:
+            columns["offset_mapping"] = [[(token.start, token.end) for token in row] for row in followed]
+        if self.return_length:
+            columns["length"] = [len(row) for row in columns["input_ids"]]
+        return BatchEncoding(columns)
+
+    def pad(self, rows: Sequence[Sequence[Any]], value: Any) -> list[list[Any]]:
+        """Pad `rows` with `value`."""
         width = 0
         if self.padding == "max_length":
             width = self.max_length or 0
         elif self.pads:
             width = max(map(len, rows))
         width += -width % (self.pad_to_multiple_of or 1)
-        encoding = BatchEncoding(input_ids=[self._pad(row, width, pad_token_id) for row in rows])
-        if self.return_attention_mask is not False:
-            encoding["attention_mask"] = [self._pad([1] * len(row), width, 0) for row in rows]
-        return encoding if self.return_tensors is None else _to_arrays(encoding)
-
-    def _pad(self, row: list[int], width: int, value: int) -> list[int]:
-        padding = [value] * (width - len(row))
-        return [*padding, *row] if self.padding_side == "left" else [*row, *padding]
+        padding = [[value] * (width - len(row)) for row in rows]
+        if self.padding_side == "left":
+            return [[*more, *row] for more, row in zip(padding, rows, strict=True)]
+        return [[*row, *more] for more, row in zip(padding, rows, strict=True)]
 
 
-def _to_arrays(encoding: BatchEncoding) -> BatchEncoding:
+def to_arrays(encoding: BatchEncoding) -> BatchEncoding:
+    """Return the entries as arrays of int64.
+
+    Raises
+    ------
+    TokenizerError
+        If the rows have different lengths.
+    """
     lengths = sorted({len(row) for row in encoding.input_ids})
     if len(lengths) > 1:
         raise TokenizerError(f"the rows have {lengths[0]} to {lengths[-1]} tokens, which makes no array; padding=True")

@@ -1,43 +1,180 @@
 """The turns of a chat as Gemma 2's template writes them. Checked against a template of the same effect under Jinja."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from refgemma.tokenizer.vocabulary import TokenizerError
+from refgemma.files import quote
+from refgemma.tokenizer.sentencepiece_model import TokenizerError
+from refgemma.tokenizer.templates import inspect_template, plain, render_template
 
 START, END = "<start_of_turn>", "<end_of_turn>"
 
 # The role of a message -> the name that the model was trained to see.
 ROLES = {"user": "user", "assistant": "model", "model": "model"}
 
-# Gemma 2's own, for other programs: `render_chat` does what it says.
+# The text in the released folders, for other programs: `render_chat` does what it says.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
     "{% endif %}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
     "{% if (message['role'] == 'assistant') %}{% set role = 'model' %}{% else %}{% set role = message['role'] %}"
-    "{% endif %}{{ '<start_of_turn>' + role + '\\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
+    "{% endif %}{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
 )
-# Templates of the same effect are written in many ways: these phrases identify them.
-TEMPLATE_SIGNS = (START, END, "System role not supported", "Conversation roles must alternate")
+# What marks special tokens that somebody wrote into a chat, until its text is rendered; transformers uses the same two.
+MARK, UNMARK = "\U000f0000", "\U000f0001"
+CONTINUE = "CONTINUE_FINAL_MESSAGE_TAG "  # as in transformers: what stands after it is cut off
+REASONING = ("reasoning_content", "thinking", "reasoning")  # names of a message's reasoning; templates read the first
+
+
+def _normalize(template: str) -> list[str] | None:
+    """Return the tags of a template without their spaces, or ``None`` if it has text between tags."""
+    tags = re.findall(r"\{[{%].*?[%}]\}", template, flags=re.DOTALL)
+    if "".join(tags) != template:
+        return None
+    parts = [re.split(r"('(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\")", tag, flags=re.DOTALL) for tag in tags]
+    return [
+        "".join(part.replace("\\n", "\n") if n % 2 else re.sub(r"\s", "", part) for n, part in enumerate(tag))
+        for tag in parts
+    ]
 
 
 def is_gemma_template(chat_template: object) -> bool:
-    """Tell whether a folder's `chat_template` is, by all signs, Gemma 2's.
+    """Tell whether a `chat_template` is Gemma 2's, but for spaces within its tags.
 
     Examples
     --------
     >>> is_gemma_template(CHAT_TEMPLATE)
     True
-    >>> is_gemma_template("{% for message in messages %}[INST]{{ message['content'] }}{% endfor %}")
+    >>> is_gemma_template(CHAT_TEMPLATE.replace("| trim", ""))
     False
     """
-    return isinstance(chat_template, str) and all(sign in chat_template for sign in TEMPLATE_SIGNS)
+    return isinstance(chat_template, str) and _normalize(chat_template) == _normalize(CHAT_TEMPLATE)
 
 
-def render_chat(messages: Any, bos_token: str, add_generation_prompt: bool) -> list[str]:
+def choose_template(templates: Any, asked: str | None, tools: object) -> str:
+    """Return the template that is `asked` for, by its name or itself, or the one that is the default.
+
+    Raises
+    ------
+    TokenizerError
+        If there is none, or several without a default.
+
+    Examples
+    --------
+    >>> choose_template({"default": "a", "tool_use": "b"}, None, tools=[{}])
+    'b'
+    """
+    if isinstance(templates, Mapping):
+        named: Mapping[str, str] = templates
+        name = asked or ("tool_use" if tools is not None and "tool_use" in named else "default")
+        if asked is None and name not in named:
+            raise TokenizerError(f"there is no default among the chat templates; name one: {', '.join(sorted(named))}")
+        chosen: Any = named.get(name, asked)
+    else:
+        chosen = templates if asked is None else asked
+    if not isinstance(chosen, str):
+        raise TokenizerError(f"chat_template is {quote(chosen)}, not a Jinja template; give one as chat_template")
+    return chosen
+
+
+def check_variables(template: str, given: Mapping[str, Any]) -> None:
+    """Refuse what is `given` for a template that does not have it.
+
+    Raises
+    ------
+    TokenizerError
+        Naming it.
+    """
+    known = {"messages", "bos_token"} if is_gemma_template(template) else inspect_template(template)[0]
+    if unknown := [name for name in given if name not in known]:
+        raise TokenizerError(
+            f"{unknown[0]}={quote(given[unknown[0]])} is not known: the chat template has no {unknown[0]}"
+        )
+
+
+def mark(value: Any, pattern: "re.Pattern[str]") -> Any:
+    """Return `value` with marks around what the pattern finds in its strings."""
+    if isinstance(value, str):
+        return pattern.sub(f"{MARK}\\g<0>{UNMARK}", value.replace(MARK, "").replace(UNMARK, ""))
+    if isinstance(value, Mapping):
+        return {key: mark(entry, pattern) for key, entry in value.items()}
+    return [mark(entry, pattern) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def check_chat(messages: Any) -> None:
+    """Refuse what is no list of messages.
+
+    Raises
+    ------
+    TokenizerError
+        Saying what it is.
+    """
+    if isinstance(messages, str) or not isinstance(messages, Sequence):
+        raise TokenizerError(f"messages is a {type(messages).__name__}, not a list of messages")
+    if not messages:
+        raise TokenizerError("messages is empty: a chat begins with a user's turn")
+    for n, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise TokenizerError(f"messages[{n}] is a {type(message).__name__}, not a dict with 'role' and 'content'")
+
+
+def render(
+    template: str, messages: Any, values: Mapping[str, Any], continue_final_message: bool | str = False
+) -> tuple[str, list[tuple[int, int]]]:
+    """Return the text of a chat, and which characters of it the template says that the model wrote.
+
+    Parameters
+    ----------
+    template : str
+        In Jinja's language.
+    messages : sequence of mapping
+        The chat.
+    values : mapping
+        The other variables of the template.
+    continue_final_message : bool or str
+        Whether the text ends within the last message; a string names which entry of it.
+
+    Raises
+    ------
+    TokenizerError
+        If the template cannot be rendered, or does not write the message that is to be continued.
+    """
+    check_chat(messages)
+    chat = [{key: value for key, value in plain(message).items() if value is not None} for message in messages]
+    for n, message in enumerate(chat):
+        if reasoning := next((message[key] for key in REASONING if key in message), None):
+            chat[n] = {"thinking": reasoning} | message | {"reasoning_content": reasoning}
+    if continue_final_message:
+        name = continue_final_message if isinstance(continue_final_message, str) else "content"
+        last: Any = chat[-1].get(name)
+        blocks = (
+            [block for block in last if isinstance(block, dict) and "text" in block] if isinstance(last, list) else []
+        )
+        if not (isinstance(last, str) or blocks):
+            raise TokenizerError(f"messages[{len(chat) - 1}] has no {name!r} to continue")
+        if blocks:
+            blocks[-1]["text"] += CONTINUE
+        else:
+            chat[-1] |= {key: last + CONTINUE for key in {name, *REASONING} if chat[-1].get(key) == last}
+    text, spans = render_template(template, {"tools": None, "documents": None} | dict(values) | {"messages": chat})
+    if not continue_final_message:
+        return text, spans
+    place = text.rfind(CONTINUE.strip())
+    final = blocks[-1]["text"] if blocks else last
+    if place < 0 or final.removesuffix(CONTINUE).strip() not in text:
+        raise TokenizerError("the chat template does not write the final message, so it cannot be continued")
+    whole = text[place:].startswith(CONTINUE)
+    return text[:place] if whole else text[:place].rstrip(), spans
+
+
+def render_chat(
+    messages: Any, bos_token: str, add_generation_prompt: bool, continue_final_message: bool | str = False
+) -> list[str]:
     r"""Check `messages` and write the chat: markers, and between them role, newline and trimmed content of each turn.
+
+    This is Gemma 2's template without Jinja, in pieces, and with an error that names the message.
 
     Raises
     ------
@@ -49,14 +186,9 @@ def render_chat(messages: Any, bos_token: str, add_generation_prompt: bool) -> l
     >>> render_chat([{"role": "user", "content": "Hi "}], "<bos>", add_generation_prompt=True)
     ['<bos>', '<start_of_turn>', 'user\nHi', '<end_of_turn>', '\n', '<start_of_turn>', 'model\n']
     """
-    if isinstance(messages, str) or not isinstance(messages, Sequence):
-        raise TokenizerError(f"messages is a {type(messages).__name__}, not a list of messages")
-    if not messages:
-        raise TokenizerError("messages is empty: a chat begins with a user's turn")
+    check_chat(messages)
     pieces = [bos_token]
     for n, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            raise TokenizerError(f"messages[{n}] is a {type(message).__name__}, not a dict with 'role' and 'content'")
         for key in ("role", "content"):
             if not isinstance(message.get(key), str):
                 problem = f"is {message[key]!r}, not a string" if key in message else "is missing"
@@ -71,4 +203,8 @@ def render_chat(messages: Any, bos_token: str, add_generation_prompt: bool) -> l
                 f"messages[{n}]: Conversation roles must alternate user/assistant/user/assistant/... but this is {role}"
             )
         pieces += [START, f"{ROLES[role]}\n{content.strip()}", END, "\n"]
+    if continue_final_message:
+        if isinstance(continue_final_message, str) and continue_final_message != "content":
+            raise TokenizerError(f"the chat template has no {continue_final_message!r} to continue, only 'content'")
+        return [*pieces[:-3], pieces[-3].rstrip()]
     return [*pieces, START, "model\n"] if add_generation_prompt else pieces

@@ -8,8 +8,9 @@ import json
 import operator
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, SupportsIndex, overload
 
@@ -17,13 +18,101 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refgemma.files import replace_file
-from refgemma.hub import find_model
-from refgemma.tokenizer.batches import LIMITED, SIDES, UNLIMITED, BatchEncoding, Layout, check_choice, refuse
-from refgemma.tokenizer.chat import CHAT_TEMPLATE, END, START, is_gemma_template, render_chat
-from refgemma.tokenizer.tokenizer_config import ALWAYS_SPECIAL, CONFIG_FILE, MODEL_FILE, SETTINGS, read_settings
-from refgemma.tokenizer.vocabulary import TokenizerError, Vocabulary, check_text
+from refgemma.hub import GGUF, find_model
+from refgemma.tokenizer.added_tokens import AddedToken, make_special, read_added_token
+from refgemma.tokenizer.batches import (
+    LIMITED,
+    SIDES,
+    UNLIMITED,
+    BatchEncoding,
+    Layout,
+    Token,
+    check_choice,
+    refuse,
+    to_arrays,
+)
+from refgemma.tokenizer.chat import (
+    CHAT_TEMPLATE,
+    END,
+    MARK,
+    START,
+    UNMARK,
+    check_variables,
+    choose_template,
+    is_gemma_template,
+    mark,
+    render,
+    render_chat,
+)
+from refgemma.tokenizer.gguf_tokenizer import read_gguf_tokenizer
+from refgemma.tokenizer.templates import inspect_template
+from refgemma.tokenizer.tokenizer_config import (
+    ALWAYS_SPECIAL,
+    CONFIG_FILE,
+    JSON_FILE,
+    MODEL_FILE,
+    SETTINGS,
+    TOKEN_ROLES,
+    WITHOUT_EFFECT,
+    read_settings,
+)
+from refgemma.tokenizer.tokenizer_json import read_json, write_json
+from refgemma.tokenizer.vocabulary import (
+    TokenizerError,
+    TokenizerFile,
+    Vocabulary,
+    check_text,
+    join_pieces,
+    read_bytes,
+    read_sentencepiece,
+)
 
-__all__ = ["AutoTokenizer", "BatchEncoding", "TextStream", "Tokenizer", "TokenizerError"]
+__all__ = [
+    "AddedToken", "AutoTokenizer", "BatchEncoding", "GemmaTokenizer", "GemmaTokenizerFast", "TextStream", "Tokenizer",
+    "TokenizerError",
+]  # fmt: skip
+
+# Methods of former transformers -> what to write instead, which both have.
+FORMER = {
+    "encode_plus": "tokenizer(text, ...)", "batch_encode_plus": "tokenizer(texts, ...)",
+    "prepare_for_model": "tokenizer(text, ...)", "build_inputs_with_special_tokens": "tokenizer(text, ...)",
+    "additional_special_tokens": "tokenizer.extra_special_tokens", "as_target_tokenizer": "tokenizer(text)",
+}  # fmt: skip
+
+
+def _read_file(source: str | Path | bytes) -> TokenizerFile:
+    """Read a ``tokenizer.model`` or a ``tokenizer.json``, or take the content of the first."""
+    if isinstance(source, bytes):
+        return read_sentencepiece(MODEL_FILE, source)
+    if Path(source).suffix == GGUF:
+        return read_sentencepiece(str(source), read_gguf_tokenizer(Path(source))[0])
+    content = read_bytes(source)
+    return (read_json if Path(source).suffix == ".json" else read_sentencepiece)(str(source), content)
+
+
+def _make_id_property(role: str) -> property:
+    """Return the property ``<role>_id``, which may be set, too."""
+
+    def find(tokenizer: "Tokenizer") -> int | None:
+        """Return the id of the token of this role, ``None`` if there is none; it may be set.
+
+        Raises
+        ------
+        TokenizerError
+            If the token was not added yet.
+        """
+        piece = getattr(tokenizer, role)
+        if piece is not None and piece not in tokenizer._vocabulary.ids:
+            raise TokenizerError(
+                f"{role} is {piece!r}, which is no token yet; add it: tokenizer.add_special_tokens"
+                f"({{{role!r}: {piece!r}}}), then model.resize_token_embeddings(len(tokenizer))"
+            )
+        return None if piece is None else tokenizer._vocabulary.ids[piece]
+
+    def put(tokenizer: "Tokenizer", token: int) -> None:
+        setattr(tokenizer, role, tokenizer.convert_ids_to_tokens(token))
+
+    return property(find, put)
 
 
 class Tokenizer:
@@ -33,27 +122,30 @@ class Tokenizer:
 
     Parameters
     ----------
-    model_file : str or Path
-        The ``tokenizer.model`` of a checkpoint.
+    model_file : str, Path or bytes
+        The ``tokenizer.json`` or ``tokenizer.model`` of a checkpoint, or the content of a ``tokenizer.model``.
     bos_token, eos_token, unk_token, pad_token : str
-        Which pieces have these roles.
-    extra_special_tokens : sequence of str
-        Further special tokens. The four above always are, by these names too, and ``<mask>`` and the turn markers.
+        Which pieces have these roles. One that the file lacks is added to it, unless it is the released name.
+    extra_special_tokens : sequence of str or AddedToken
+        Further special tokens, added if the file lacks them. The four above always are, by these names too, and
+        ``<mask>`` and the turn markers.
+    added_tokens : mapping of int to AddedToken
+        The tokens that are found in a text first, by their ids, instead of those that the file lists.
     add_bos_token, add_eos_token : bool
-        What `add_special_tokens` adds.
+        What `add_special_tokens` adds; unless given, what a ``tokenizer.json`` says, or ``<bos>`` alone.
     padding_side, truncation_side : {"left", "right"}
         Where padding is put, and where too long a text loses tokens.
     model_max_length : int
         The length that `truncation` and ``padding="max_length"`` mean if they are given none.
     split_special_tokens : bool
         Whether special tokens written out in a text are plain text, unless a call says otherwise.
-    chat_template : str
-        Only kept, to be saved again: `apply_chat_template` is Gemma 2's, and refuses to work beside another one.
+    chat_template : str, or dict of str to str
+        A Jinja template, or several by name, for `apply_chat_template`; Gemma 2's unless given.
 
     Attributes
     ----------
     vocab_size : int
-        Number of ids, as is ``len(tokenizer)``.
+        Number of ids of the file; ``len(tokenizer)`` counts added tokens, too.
     all_special_tokens, all_special_ids : list
         All special tokens, the four roles first.
 
@@ -85,142 +177,330 @@ class Tokenizer:
     """
 
     def __init__(
-        self, model_file: str | Path, *, bos_token: str = "<bos>", eos_token: str = "<eos>", unk_token: str = "<unk>",
-        pad_token: str = "<pad>", extra_special_tokens: Sequence[str] = (), add_bos_token: bool = True,
-        add_eos_token: bool = False, padding_side: str = "left", truncation_side: str = "right",
-        model_max_length: int = UNLIMITED, split_special_tokens: bool = False, chat_template: str = CHAT_TEMPLATE,
+        self, model_file: str | Path | bytes, *, bos_token: str = "<bos>", eos_token: str = "<eos>",
+        unk_token: str = "<unk>", pad_token: str = "<pad>", extra_special_tokens: Sequence[str | AddedToken] = (),
+        added_tokens: Mapping[int, AddedToken] | None = None, add_bos_token: bool | None = None,
+        add_eos_token: bool | None = None, padding_side: str | None = None, truncation_side: str | None = None,
+        model_max_length: float = UNLIMITED, split_special_tokens: bool = False,
+        chat_template: str | dict[str, str] | None = CHAT_TEMPLATE,
     ) -> None:  # fmt: skip
-        check_choice("padding_side", padding_side, SIDES)
-        check_choice("truncation_side", truncation_side, SIDES)
-        check_choice("add_bos_token", add_bos_token, (False, True))
-        check_choice("add_eos_token", add_eos_token, (False, True))
+        file = _read_file(model_file)
+        if added_tokens is not None:
+            # The pieces that a tokenizer.model itself finds in any text stay.
+            named = {token.content for token in added_tokens.values()}
+            kept = [] if file.is_json else [entry for entry in file.added if entry[1].content not in named]
+            file = replace(file, added=[*kept, *added_tokens.items()])
+        given = file.settings
+        self.padding_side = padding_side or given.get("padding_side", "left")
+        self.truncation_side = truncation_side or given.get("truncation_side", "right")
+        check_choice("padding_side", self.padding_side, SIDES)
+        check_choice("truncation_side", self.truncation_side, SIDES)
+        for name, value in (("add_bos_token", add_bos_token), ("add_eos_token", add_eos_token)):
+            check_choice(name, value, (None, False, True))
         check_choice("split_special_tokens", split_special_tokens, (False, True))
         if type(model_max_length) not in (int, float) or model_max_length < 1:
             raise TokenizerError(f"model_max_length is {model_max_length!r}, not a number of tokens")
-        needed = [bos_token, eos_token, unk_token, pad_token, *extra_special_tokens]
-        if not all(isinstance(piece, str) for piece in needed):
-            raise TokenizerError(f"{model_file}: its special tokens are {needed!r}, which are not all strings")
-        self._vocabulary = Vocabulary(model_file, dict.fromkeys([*needed, *ALWAYS_SPECIAL]))
-        self._special = self._vocabulary.special
-        if missing := [piece for piece in dict.fromkeys(needed) if piece not in self._special]:
-            raise TokenizerError(f"{model_file}: has no {', '.join(missing)}; it is not Gemma's tokenizer")
-        self.bos_token, self.eos_token, self.unk_token, self.pad_token = bos_token, eos_token, unk_token, pad_token
-        self.add_bos_token, self.add_eos_token = add_bos_token, add_eos_token
-        self.padding_side, self.truncation_side = padding_side, truncation_side
+        roles = [bos_token, eos_token, unk_token, pad_token]
+        if not all(isinstance(piece, str) for piece in roles):
+            raise TokenizerError(f"{file.name}: its special tokens are {roles!r}, which are not all strings")
+        extra = [read_added_token(token) for token in extra_special_tokens]
+        always = [name for name in ALWAYS_SPECIAL if name != "<mask>" or not file.is_json]
+        self._vocabulary = Vocabulary(file, dict.fromkeys([*roles, *map(str, extra), *always]))
+        if missing := [name for name in roles if name in ALWAYS_SPECIAL and name not in self._vocabulary.ids]:
+            raise TokenizerError(f"{file.name}: has no {', '.join(missing)}; it is not Gemma's tokenizer")
+        self._vocabulary.add(map(make_special, [*map(AddedToken, roles), *extra]))
+        self.bos_token, self.eos_token, self.unk_token, self.pad_token = roles
+        self.mask_token = "<mask>" if "<mask>" in self._vocabulary.ids else None
+        self.extra_special_tokens = [str(token) for token in extra]
+        self._before, self._after = given.get("before", [bos_token]), given.get("after", [])
+        if unknown := [name for name in [*self._before, *self._after] if name not in self._vocabulary.ids]:
+            raise TokenizerError(f"{file.name}: its post_processor adds {unknown[0]!r}, which is no token of it")
+        if add_bos_token is not None or not given:
+            self.add_bos_token = add_bos_token is not False
+        if add_eos_token is not None:
+            self.add_eos_token = add_eos_token
         self.model_max_length, self.split_special_tokens = model_max_length, split_special_tokens
         self.chat_template = chat_template
-        self.all_special_tokens, self.all_special_ids = list(self._special), list(self._special.values())
-        self._special_ids = frozenset(self.all_special_ids)
-        self.vocab_size = len(self._vocabulary)
-        longest_first = sorted(self._special, key=len, reverse=True)
-        self._special_pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+        self.vocab_size = self._vocabulary.base
+
+    bos_token_id = _make_id_property("bos_token")
+    eos_token_id = _make_id_property("eos_token")
+    unk_token_id = _make_id_property("unk_token")
+    pad_token_id = _make_id_property("pad_token")
+    mask_token_id = _make_id_property("mask_token")
+
+    @property
+    def add_bos_token(self) -> bool:
+        """Whether `bos_token` stands before a text."""
+        return bool(self._before)
+
+    @add_bos_token.setter
+    def add_bos_token(self, value: bool) -> None:
+        self._before = [self.bos_token] if value else []
+
+    @property
+    def add_eos_token(self) -> bool:
+        """Whether `eos_token` stands after a text."""
+        return bool(self._after)
+
+    @add_eos_token.setter
+    def add_eos_token(self, value: bool) -> None:
+        self._after = [self.eos_token] if value else []
+
+    @property
+    def all_special_tokens(self) -> list[str]:
+        """All special tokens, the four roles first."""
+        return list(self._vocabulary.special)
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        """The ids of `all_special_tokens`."""
+        return list(self._vocabulary.special.values())
+
+    @property
+    def special_tokens_map(self) -> dict[str, str]:
+        """The tokens that have a role, by its name."""
+        roles = {role: getattr(self, role) for role in (*TOKEN_ROLES, "mask_token")}
+        return {role: piece for role, piece in roles.items() if piece is not None}
+
+    @property
+    def added_tokens_decoder(self) -> dict[int, AddedToken]:
+        """The tokens that are found in a text first, by their ids."""
+        found = self._vocabulary
+        return {
+            found.ids[name]: replace(token, special=name in found.special)
+            for name, token in sorted(found.added.items(), key=lambda item: found.ids[item[0]])
+        }
+
+    def __getattr__(self, name: str) -> Any:
+        if name in FORMER:
+            raise AttributeError(f"the tokenizer has no {name}, as in transformers 5; write {FORMER[name]}")
+        raise AttributeError(f"the tokenizer has no {name!r}")
+
+    def add_tokens(
+        self, new_tokens: str | AddedToken | Sequence[str | AddedToken], special_tokens: bool = False
+    ) -> int:
+        """Add tokens that are found in any text, and return how many are new.
+
+        A token that is no piece gets the next id: the model needs a row for it, from ``model.resize_token_embeddings``.
+
+        Parameters
+        ----------
+        new_tokens : str, AddedToken, or sequence of them
+            What to find.
+        special_tokens : bool
+            Whether they are special.
+
+        Examples
+        --------
+        >>> tokenizer = Tokenizer.from_pretrained("tiny")
+        >>> tokenizer.add_tokens(["<tool>", "<tool>"]), tokenizer.encode("<tool>"), len(tokenizer)
+        (1, [2, 2048], 2049)
+        """
+        tokens = [new_tokens] if isinstance(new_tokens, str | AddedToken) else list(new_tokens)
+        added = [read_added_token(token, special_tokens) for token in tokens]
+        return self._vocabulary.add(map(make_special, added) if special_tokens else added)
+
+    def add_special_tokens(
+        self, special_tokens_dict: Mapping[str, Any], replace_extra_special_tokens: bool = True
+    ) -> int:
+        """Give tokens their roles, adding those that are new, and return how many these are.
+
+        Parameters
+        ----------
+        special_tokens_dict : mapping
+            ``"bos_token"``, ``"eos_token"``, ``"unk_token"``, ``"pad_token"`` and ``"mask_token"`` to a token,
+            ``"extra_special_tokens"`` to several.
+        replace_extra_special_tokens : bool
+            Whether `extra_special_tokens` are these alone from now on.
+
+        Raises
+        ------
+        TokenizerError
+            If there is no such role.
+
+        Examples
+        --------
+        >>> tokenizer = Tokenizer.from_pretrained("tiny")
+        >>> tokenizer.add_special_tokens({"pad_token": "[PAD]"}), tokenizer.pad_token_id
+        (1, 2048)
+        """
+        tokens = []
+        for role, value in special_tokens_dict.items():
+            if role in ("extra_special_tokens", "additional_special_tokens"):
+                extra = [read_added_token(token) for token in value]
+                kept = [] if replace_extra_special_tokens else self.extra_special_tokens
+                self.extra_special_tokens = [*kept, *map(str, extra)]
+                tokens += extra
+            elif role in (*TOKEN_ROLES, "mask_token"):
+                tokens.append(read_added_token(value))
+                setattr(self, role, str(tokens[-1]))
+            else:
+                raise TokenizerError(
+                    f"{role!r} is no role of a token here; there are {', '.join((*TOKEN_ROLES, 'mask_token'))} and "
+                    "extra_special_tokens"
+                )
+        return self._vocabulary.add(map(make_special, tokens))
 
     # ---- files
 
     @classmethod
     def from_pretrained(
-        cls, name: str | Path, *, revision: str = "main", download: bool = False, **settings: Any
-    ) -> "Tokenizer":
+        cls, name: str | Path, *, revision: str = "main", download: bool = False, gguf_file: str | None = None,
+        **settings: Any,
+    ) -> "Tokenizer":  # fmt: skip
         """Make the tokenizer of a model.
 
         Parameters
         ----------
         name : str or path
-            ``"tiny"``, a folder, or a hub id whose snapshot is in the cache: see `refgemma.hub.find_model`.
-        revision, download
-            Of a hub id, as of `refgemma.hub.find_model`.
+            ``"tiny"``, a folder, a ``.gguf`` file, or a hub id whose snapshot is in the cache: see
+            `refgemma.hub.find_model`.
+        revision, download, gguf_file
+            As of `refgemma.hub.find_model`.
         **settings
             Parameters of `Tokenizer` that go before what the folder's ``tokenizer_config.json`` says.
 
         Raises
         ------
         TokenizerError
-            If the folder has no ``tokenizer.model``, or its files cannot be used.
+            If the folder has neither ``tokenizer.json`` nor ``tokenizer.model``, or its files cannot be used.
         ModelNameError
             If the name means no folder.
+
+        Notes
+        -----
+        As in transformers, a ``tokenizer.json`` goes before a ``tokenizer.model``, and it alone says whether ``<bos>``
+        and ``<eos>`` are added. Arguments of transformers that change nothing here are taken in silence: `use_fast`.
 
         Examples
         --------
         >>> Tokenizer.from_pretrained("tiny", padding_side="right").padding_side
         'right'
         """
-        folder = find_model(name, revision, download, needed=(MODEL_FILE,))
-        if not (folder / MODEL_FILE).exists():
-            raise TokenizerError(
-                f"{folder}: has no {MODEL_FILE}, which refgemma reads (and not tokenizer.json); "
-                "copy it there from the folder of the released model"
-            )
-        if unknown := sorted(settings.keys() - SETTINGS):
+        asked = {name: value for name, value in settings.items() if name not in WITHOUT_EFFECT and value is not None}
+        if unknown := sorted(asked.keys() - {*SETTINGS, "added_tokens", "cache_dir", "subfolder"}):
             raise TokenizerError(f"{unknown[0]}: is no setting of this tokenizer; there are {', '.join(SETTINGS)}")
-        return cls(folder / MODEL_FILE, **(read_settings(folder) | settings))
+        if (folder := asked.pop("cache_dir", None)) is not None and not Path(name).is_dir() and str(name) != "tiny":
+            raise TokenizerError(f"cache_dir={str(folder)!r} is not supported: set the variable HF_HUB_CACHE to it")
+        folder = find_model(name, revision, download, needed=(), gguf_file=gguf_file) / asked.pop("subfolder", "")
+        if folder.is_file():
+            return cls(folder, **(read_gguf_tokenizer(folder)[1] | asked))
+        path = next((folder / file for file in (JSON_FILE, MODEL_FILE) if (folder / file).exists()), None)
+        if path is None:
+            folder = find_model(name, revision, download, needed=(MODEL_FILE,))  # says what to do about a download
+            raise TokenizerError(
+                f"{folder}: has no {MODEL_FILE} and no {JSON_FILE}; copy one there from the folder of the model"
+            )
+        found = read_settings(folder)
+        if path.name == JSON_FILE:
+            found.pop("add_bos_token", None)
+            found.pop("add_eos_token", None)
+        return cls(path, **(found | asked))
 
-    def save_pretrained(self, save_directory: str | Path) -> None:
-        """Write ``tokenizer.model`` and ``tokenizer_config.json``, of which transformers, too, makes this tokenizer.
+    def save_pretrained(self, save_directory: str | Path, **others: Any) -> tuple[str, ...]:
+        """Write ``tokenizer.json`` and ``tokenizer_config.json``, of which transformers, too, makes this tokenizer.
 
-        Each file appears whole or not at all; the folder is made if it is not there.
+        A tokenizer that was made of a ``tokenizer.model`` writes that, too. Each file appears whole or not at all; the
+        folder is made if it is not there.
+
+        Returns
+        -------
+        tuple of str
+            The files.
+
+        Raises
+        ------
+        TokenizerError
+            If more is asked for than a folder.
 
         Examples
         --------
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     Tokenizer.from_pretrained("tiny").save_pretrained(folder)
+        ...     _ = Tokenizer.from_pretrained("tiny").save_pretrained(folder)
         ...     Tokenizer.from_pretrained(folder).encode("Alice")
         [2, 1688]
         """
-        special = {"special": True, "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
-        added = {str(token): {"content": piece} | special for piece, token in self._special.items()}
-        settings = {name: getattr(self, name) for name in SETTINGS if name != "extra_special_tokens"}
+        if asked := {name: value for name, value in others.items() if value and name != "legacy_format"}:
+            name, value = next(iter(asked.items()))
+            raise TokenizerError(f"{name}={value!r} is not supported; give save_directory alone")
+        added = {str(n): {"content": str(token)} | token.flags for n, token in self.added_tokens_decoder.items()}
+        settings = {name: getattr(self, name) for name in SETTINGS}
         config = settings | {"added_tokens_decoder": added, "tokenizer_class": "GemmaTokenizer"}
+        if isinstance(self.chat_template, dict):
+            config["chat_template"] = [{"name": n, "template": text} for n, text in self.chat_template.items()]
+        config = {name: value for name, value in config.items() if value is not None}
+        contents = {
+            JSON_FILE: write_json(self._vocabulary, self._before, self._after),
+            CONFIG_FILE: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
+        }
+        if not self._vocabulary.file.is_json:
+            contents[MODEL_FILE] = self._vocabulary.content
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        replace_file(folder / MODEL_FILE, self._vocabulary.content)
-        replace_file(folder / CONFIG_FILE, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+        for name, content in contents.items():
+            replace_file(folder / name, content)
+        return tuple(str(folder / name) for name in contents)
 
     # ---- ids and pieces
 
-    @property
-    def bos_token_id(self) -> int:
-        """The id of `bos_token`."""
-        return self._special[self.bos_token]
-
-    @property
-    def eos_token_id(self) -> int:
-        """The id of `eos_token`."""
-        return self._special[self.eos_token]
-
-    @property
-    def unk_token_id(self) -> int:
-        """The id of `unk_token`."""
-        return self._special[self.unk_token]
-
-    @property
-    def pad_token_id(self) -> int:
-        """The id of `pad_token`, which may be set: ``tokenizer.pad_token = tokenizer.eos_token``."""
-        return self._special[self.pad_token]
-
     def __len__(self) -> int:
         """Return the number of ids."""
-        return self.vocab_size
+        return len(self._vocabulary)
 
     def get_vocab(self) -> dict[str, int]:
-        """Return all pieces and their ids."""
-        return {piece: token for token, piece in enumerate(self._vocabulary.pieces(range(self.vocab_size)))}
+        """Return all pieces and their ids; `vocab` is the same."""
+        return dict(self._vocabulary.ids)
 
-    def _check_id(self, value: object, where: str) -> int:
-        """Make `value` a Python integer that is one of the ids; `where` is what to call it in an error."""
+    vocab = property(get_vocab, doc="All pieces and their ids.")
+
+    def get_added_vocab(self) -> dict[str, int]:
+        """Return the tokens that are found in a text first, and their ids; `added_tokens_encoder` is the same."""
+        return {str(token): number for number, token in self.added_tokens_decoder.items()}
+
+    added_tokens_encoder = property(get_added_vocab, doc="The tokens that are found in a text first, and their ids.")
+
+    def num_special_tokens_to_add(self, pair: bool = False) -> int:
+        """Return how many tokens `add_special_tokens` adds to a text, or to a pair of them."""
+        return (len(self._before) + len(self._after)) * (1 + pair)
+
+    def get_special_tokens_mask(self, token_ids_0: Sequence[int], already_has_special_tokens: bool = True) -> list[int]:
+        """Return 1 for each special token of a row that has them, 0 for each other.
+
+        Raises
+        ------
+        TokenizerError
+            If the row has none yet.
+        """
+        if not already_has_special_tokens:
+            raise TokenizerError("of ids without special tokens there is no mask; say return_special_tokens_mask=True")
+        special = set(self.all_special_ids)
+        return [int(token in special) for token in token_ids_0]
+
+    def _check_id(self, value: object, where: str, rows: bool = False) -> int:
+        """Make `value` a Python integer that is one of the ids, or with `rows` may be one of a model's rows.
+
+        `where` is what to call it in an error.
+        """
         try:
             token = operator.index(value)  # type: ignore[arg-type]  # takes NumPy's integers, and no float
         except TypeError:
             raise TokenizerError(f"{where} is a {type(value).__name__}, not a whole number") from None
-        if not 0 <= token < self.vocab_size:
-            raise TokenizerError(f"{where} is {token}, but this tokenizer has the ids 0 to {self.vocab_size - 1}")
+        if token < 0 or (token >= len(self) and not rows):
+            raise TokenizerError(f"{where} is {token}, but this tokenizer has the ids 0 to {len(self) - 1}")
         return token
 
-    def _check_ids(self, ids: object, skip_special_tokens: bool) -> list[int]:
+    def _check_ids(self, ids: object, skip_special_tokens: bool, rows: bool = False) -> list[int]:
         if not isinstance(ids, Iterable):
             raise TokenizerError(f"ids is a {type(ids).__name__}, not a list of ids")
-        tokens = [self._check_id(value, f"ids[{n}]") for n, value in enumerate(ids)]
-        return [token for token in tokens if not (skip_special_tokens and token in self._special_ids)]
+        tokens: list[int] = list(ids)
+        if set(map(type, tokens)) != {int} or min(tokens) < 0 or not (rows or max(tokens) < len(self)):
+            tokens = [self._check_id(value, f"ids[{n}]", rows) for n, value in enumerate(tokens)]
+        if not skip_special_tokens:
+            return tokens
+        special = set(self.all_special_ids)
+        return [token for token in tokens if token not in special]
 
     @overload
     def convert_ids_to_tokens(self, ids: int) -> str: ...
@@ -245,8 +525,8 @@ class Tokenizer:
         ['<bos>', '▁the', '▁cat']
         """
         if isinstance(ids, int):
-            return self._vocabulary.pieces([self._check_id(ids, "ids")])[0]
-        return self._vocabulary.pieces(self._check_ids(ids, skip_special_tokens))
+            return self._vocabulary.names[self._check_id(ids, "ids")]
+        return [self._vocabulary.names[token] for token in self._check_ids(ids, skip_special_tokens)]
 
     @overload
     def convert_tokens_to_ids(  # type: ignore[overload-overlap]  # a string is iterable too, but asked first
@@ -265,24 +545,25 @@ class Tokenizer:
         [6, 3]
         """
         if isinstance(tokens, str):
-            token = self._vocabulary.id_of(tokens)
-            return self.unk_token_id if token is None else token
+            return self._vocabulary.ids.get(tokens, self._vocabulary.ids[self.unk_token])
         return [self.convert_tokens_to_ids(token) for token in tokens]
+
+    def convert_tokens_to_string(self, tokens: Sequence[str]) -> str:
+        """Join the names of pieces to the text that they stand for.
+
+        Examples
+        --------
+        >>> Tokenizer.from_pretrained("tiny").convert_tokens_to_string(["the", "▁cat", "<0xC3>", "<0xA9>"])
+        'the caté'
+        """
+        return join_pieces(tokens)
 
     # ---- text to ids
 
-    def _encode(self, text: str, split_special_tokens: bool) -> list[int]:
-        """Encode `text` alone; with `split_special_tokens` all of it is plain."""
-        if split_special_tokens:
-            return self._vocabulary.encode(check_text(text))
-        ids = []
-        for n, part in enumerate(self._special_pattern.split(check_text(text))):
-            ids += [self._special[part]] if n % 2 else self._vocabulary.encode(part)
-        return ids
-
     def __call__(
-        self, text: str | list[str] | tuple[str, ...], *, add_special_tokens: bool = True, padding: bool | str = False,
-        truncation: bool | str | None = None, max_length: int | None = None, pad_to_multiple_of: int | None = None,
+        self, text: str | Sequence[Any], text_pair: str | Sequence[str] | None = None, *,
+        add_special_tokens: bool = True, padding: bool | str = False, truncation: bool | str | None = None,
+        max_length: int | None = None, pad_to_multiple_of: int | None = None,
         padding_side: str | None = None, return_tensors: str | None = None, return_attention_mask: bool | None = None,
         split_special_tokens: bool | None = None, **others: Any,
     ) -> BatchEncoding:  # fmt: skip
@@ -291,13 +572,15 @@ class Tokenizer:
         Parameters
         ----------
         text : str, or list or tuple of str
-            Kept as it is: no space is added or removed.
+            Kept as it is: no space is added or removed. A pair of texts may stand for one.
+        text_pair : str, or list or tuple of str
+            A second text for each, put after it: ``<bos>`` stands between the two.
         add_special_tokens : bool
             Whether ``<bos>`` comes first (see `add_bos_token`). The model was trained with it, and without it says
             little of sense.
         padding : bool or {"longest", "max_length", "do_not_pad"}
             ``True`` makes all rows as long as the longest, ``"max_length"`` as long as `max_length`.
-        truncation : bool or {"longest_first", "only_first", "do_not_truncate"}
+        truncation : bool or {"longest_first", "only_first", "only_second", "do_not_truncate"}
             Whether a row loses what is beyond `max_length`, but never its ``<bos>``. If it is ``None``: only if
             `max_length` is given and nothing is padded.
         max_length : int
@@ -314,12 +597,15 @@ class Tokenizer:
             Whether special tokens written out in the text are plain text: say ``True`` for text from people you do not
             trust, who could otherwise end their own turn. See the Notes of `Tokenizer`.
         **others
-            What else transformers takes is refused with the reason, unless it asks for nothing.
+            ``return_overflowing_tokens`` with `stride`, ``return_offsets_mapping``, ``return_special_tokens_mask``,
+            ``return_token_type_ids`` and ``return_length``, as in transformers. What else it takes is refused with the
+            reason, unless it asks for nothing.
 
         Returns
         -------
         BatchEncoding
-            ``input_ids`` and ``attention_mask``: lists for a text, lists of lists for several.
+            ``input_ids`` and ``attention_mask``: lists for a text, lists of lists for several. It knows the characters
+            of each token: `BatchEncoding.char_to_token`, `BatchEncoding.word_ids`.
 
         Raises
         ------
@@ -347,42 +633,165 @@ class Tokenizer:
             **others,
         )  # fmt: skip
         split = self.split_special_tokens if split_special_tokens is None else split_special_tokens
-        texts: Sequence[Any] = [text] if single else text
-        return self._batch([self._encode(one, split) for one in texts], single, layout, add_special_tokens)
+        pairs = _pair_texts(text, text_pair)
+        layout = replace(layout, return_overflowing_tokens=layout.return_overflowing_tokens and layout.truncates)
+
+        def encode(one: str, sequence: int) -> list[int]:
+            return self._vocabulary.encode(check_text(one), split)
+
+        def follow(one: str, sequence: int) -> list[Token]:
+            found = self._vocabulary.follow(check_text(one), split)
+            return [Token(*token, sequence, 0, sequence) for token in found]
+
+        def make(follows: bool) -> BatchEncoding:
+            rows: list[Any] = []
+            samples = []
+            for n, pair in enumerate(pairs):
+                texts: list[list[Any]] = [(follow if follows else encode)(one, s) for s, one in enumerate(pair)]
+                made = self._add_special(texts, layout, add_special_tokens, follows)
+                rows += made
+                samples += [n] * len(made)
+            encoding = layout.batch(rows, self.pad_token_id)
+            if others.get("return_overflowing_tokens"):
+                encoding["overflow_to_sample_mapping"] = samples
+            return encoding
+
+        encoding = make(layout.follows)
+        if layout.return_tensors is not None:
+            encoding = to_arrays(encoding)
+        elif single and "overflow_to_sample_mapping" not in encoding:
+            encoding = BatchEncoding(
+                {key: value[0] if isinstance(value[0], list) else value for key, value in encoding.items()}
+            )
+        encoding._follow = cache(lambda: self._follow_rows(pairs, layout, add_special_tokens, follow))
+        return encoding
+
+    def _follow_rows(
+        self,
+        pairs: list[list[str]],
+        layout: Layout,
+        add_special_tokens: bool,
+        follow: Callable[[str, int], list[Token]],
+    ) -> list[list[Token]]:
+        rows: list[list[Token]] = []
+        for pair in pairs:
+            texts = [follow(one, sequence) for sequence, one in enumerate(pair)]
+            rows += self._add_special(texts, layout, add_special_tokens, True)
+        return layout.pad(rows, Token(self.pad_token_id or 0))
+
+    def _add_special(
+        self, texts: list[list[Any]], layout: Layout, add_special_tokens: bool, follows: bool
+    ) -> list[list[Any]]:
+        """Cut the texts of a row, put special tokens before and after each, and join them; with the rows cut off."""
+        before, after = ([*self._before], [*self._after]) if add_special_tokens else ([], [])
+        rows = []
+        for row in layout.cut(texts, (len(before) + len(after)) * len(texts)):
+            joined = []
+            for sequence, part in enumerate(row):
+                first, last = (
+                    [Token(self._vocabulary.ids[name], type=sequence) if follows else self._vocabulary.ids[name]
+                     for name in names]
+                    for names in (before, after)
+                )  # fmt: skip
+                joined += [*first, *part, *last]
+            rows.append(joined)
+        return rows
 
     def _choose_layout(self, **given: Any) -> Layout:
         """Check the arguments and put in what the tokenizer itself says."""
         known = {f.name for f in fields(Layout)} - {"truncation_side"}  # which only a tokenizer has
         refuse({name: value for name, value in given.items() if name not in known})
-        chosen = {name: value for name, value in given.items() if name in known}
+        chosen = {name: value for name, value in given.items() if name in known and value is not None}
         needs_length = chosen.get("truncation") or chosen.get("padding") == "max_length"
         if chosen.get("max_length") is None and needs_length and self.model_max_length < LIMITED:
             chosen["max_length"] = int(self.model_max_length)
-        if chosen.get("padding_side") is None:
-            chosen["padding_side"] = self.padding_side
+        chosen.setdefault("padding_side", self.padding_side)
         return Layout(truncation_side=self.truncation_side, **chosen)
 
-    def _batch(self, rows: list[list[int]], single: bool, layout: Layout, add_special_tokens: bool) -> BatchEncoding:
-        first = [self.bos_token_id] if add_special_tokens and self.add_bos_token else []
-        last = [self.eos_token_id] if add_special_tokens and self.add_eos_token else []
-        rows = [[*first, *layout.cut(row, len(first) + len(last)), *last] for row in rows]
-        encoding = layout.batch(rows, self.pad_token_id)
-        if single and layout.return_tensors is None:
-            return BatchEncoding({key: values[0] for key, values in encoding.items()})
-        return encoding
+    def pad(
+        self, encoded_inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]], padding: bool | str = True,
+        max_length: int | None = None, pad_to_multiple_of: int | None = None, padding_side: str | None = None,
+        return_attention_mask: bool | None = None, return_tensors: str | None = None, verbose: bool = True,
+    ) -> BatchEncoding:  # fmt: skip
+        """Pad rows of ids that were encoded before, with their masks and whatever else they have.
+
+        Parameters
+        ----------
+        encoded_inputs : mapping, or sequence of mappings
+            ``input_ids`` and so on of one row or several; or one mapping a row.
+        padding, max_length, pad_to_multiple_of, padding_side, return_attention_mask, return_tensors
+            As in calling the tokenizer.
+        verbose : bool
+            Without effect.
+
+        Raises
+        ------
+        TokenizerError
+            If there are no ``input_ids``, or arrays cannot be made of them.
+
+        Examples
+        --------
+        >>> Tokenizer.from_pretrained("tiny").pad([{"input_ids": [2, 5]}, {"input_ids": [2]}])
+        {'input_ids': [[2, 5], [0, 2]], 'attention_mask': [[1, 1], [0, 1]]}
+        """
+        if isinstance(encoded_inputs, Mapping):
+            columns = {name: _to_lists(values) for name, values in encoded_inputs.items()}
+        else:
+            rows = list(encoded_inputs)
+            columns = {name: [_to_lists(row[name]) for row in rows] for name in (rows[0] if rows else ())}
+        if not columns.get("input_ids"):
+            raise TokenizerError(f"encoded_inputs has no input_ids, only {', '.join(columns) or 'nothing'}")
+        layout = self._choose_layout(
+            padding=padding, max_length=max_length, pad_to_multiple_of=pad_to_multiple_of, padding_side=padding_side,
+            return_tensors=return_tensors, return_attention_mask=return_attention_mask,
+        )  # fmt: skip
+        single = not isinstance(columns["input_ids"][0], list)
+        if single:
+            columns = {name: [values] for name, values in columns.items()}
+        encoding = layout.batch(columns.pop("input_ids"), self.pad_token_id)
+        masks = columns.pop("attention_mask", None)
+        if masks is not None and "attention_mask" in encoding:
+            encoding["attention_mask"] = layout.pad(masks, 0)
+        fillers = {"token_type_ids": 0, "special_tokens_mask": 1, "labels": -100, "offset_mapping": (0, 0)}
+        for name, values in columns.items():
+            if name == "labels" or name not in fillers:
+                encoding[name] = values
+            else:
+                encoding[name] = layout.pad(values, fillers[name])
+        if layout.return_tensors is not None:
+            return to_arrays(encoding)
+        return BatchEncoding({name: values[0] for name, values in encoding.items()}) if single else encoding
 
     @overload
     def encode(
-        self, text: str, add_special_tokens: bool = True, *, return_tensors: None = None, **settings: Any
+        self,
+        text: str,
+        text_pair: str | None = None,
+        add_special_tokens: bool = True,
+        *,
+        return_tensors: None = None,
+        **settings: Any,
     ) -> list[int]: ...
 
     @overload
     def encode(
-        self, text: str, add_special_tokens: bool = True, *, return_tensors: Literal["np"], **settings: Any
+        self,
+        text: str,
+        text_pair: str | None = None,
+        add_special_tokens: bool = True,
+        *,
+        return_tensors: Literal["np"],
+        **settings: Any,
     ) -> NDArray[np.int64]: ...
 
     def encode(
-        self, text: str, add_special_tokens: bool = True, *, return_tensors: str | None = None, **settings: Any
+        self,
+        text: str,
+        text_pair: str | None = None,
+        add_special_tokens: bool = True,
+        *,
+        return_tensors: str | None = None,
+        **settings: Any,
     ) -> list[int] | NDArray[np.int64]:
         r"""Turn one text into ids: the ``input_ids`` of calling the tokenizer, which takes the same arguments.
 
@@ -398,10 +807,12 @@ class Tokenizer:
         ['<bos>', 'In', '▁', '1', '8', '6', '5', ',', '▁', '\n']
         """
         settings |= {"add_special_tokens": add_special_tokens, "return_tensors": return_tensors}
-        ids: list[int] | NDArray[np.int64] = self(check_text(text), **settings)["input_ids"]
+        ids: list[int] | NDArray[np.int64] = self(check_text(text), text_pair, **settings)["input_ids"]
         return ids
 
-    def tokenize(self, text: str, add_special_tokens: bool = False, **settings: Any) -> list[str]:
+    def tokenize(
+        self, text: str, pair: str | None = None, add_special_tokens: bool = False, **settings: Any
+    ) -> list[str]:
         """Turn one text into the names of its pieces: to show to people.
 
         Examples
@@ -409,7 +820,7 @@ class Tokenizer:
         >>> Tokenizer.from_pretrained("tiny").tokenize("Oh dear!")
         ['Oh', '▁dear', '!']
         """
-        names: list[str] = self.convert_ids_to_tokens(self.encode(text, add_special_tokens, **settings))
+        names: list[str] = self.convert_ids_to_tokens(self.encode(text, pair, add_special_tokens, **settings))
         return names
 
     # ---- ids to text
@@ -432,6 +843,8 @@ class Tokenizer:
     ) -> str | list[str]:  # fmt: skip
         """Turn ids into text. Bytes in a row that are no UTF-8 become U+FFFD, one for each, whole characters too.
 
+        A model may have more rows than there are tokens; the ids of such rows stand for no text, as in transformers.
+
         Parameters
         ----------
         token_ids : int, iterable of int, or of such iterables
@@ -449,7 +862,7 @@ class Tokenizer:
         Raises
         ------
         TokenizerError
-            If the tokenizer lacks one of the ids, naming it and where it stands.
+            If one of the ids is negative or no number, naming it and where it stands.
 
         Notes
         -----
@@ -468,12 +881,13 @@ class Tokenizer:
             warnings.warn(
                 "clean_up_tokenization_spaces=True has no effect: Gemma's spaces belong to the text", stacklevel=2
             )
-        ids: Any = token_ids.tolist() if isinstance(token_ids, np.ndarray | np.generic) else token_ids
+        ids: Any = token_ids["input_ids"] if isinstance(token_ids, Mapping) else token_ids
+        ids = ids.tolist() if isinstance(ids, np.ndarray | np.generic) else ids
         if isinstance(ids, int):
             ids = [ids]
         if isinstance(ids, Sequence) and ids and isinstance(ids[0], list | tuple | np.ndarray):
-            return [self._vocabulary.decode(self._check_ids(row, skip_special_tokens)) for row in ids]
-        return self._vocabulary.decode(self._check_ids(ids, skip_special_tokens))
+            return [self._vocabulary.decode(self._check_ids(row, skip_special_tokens, rows=True)) for row in ids]
+        return self._vocabulary.decode(self._check_ids(ids, skip_special_tokens, rows=True))
 
     def batch_decode(
         self,
@@ -488,29 +902,40 @@ class Tokenizer:
         >>> Tokenizer.from_pretrained("tiny").batch_decode([[2, 1688], [2, 1]], skip_special_tokens=True)
         ['Alice', '']
         """
+        if isinstance(sequences, Sequence | np.ndarray) and len(sequences) == 0:
+            return []
         texts: Any = self.decode(sequences, skip_special_tokens, clean_up_tokenization_spaces)
         return [texts] if isinstance(texts, str) else list(texts)
 
     # ---- chat
 
     def apply_chat_template(
-        self, conversation: Sequence[Mapping[str, str]] | Sequence[Sequence[Mapping[str, str]]], *,
-        add_generation_prompt: bool = False, tokenize: bool = True, sanitize_control_tokens: bool = False,
-        return_dict: bool = True, truncation: bool | str = False, **settings: Any,
+        self, conversation: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        tools: Sequence[Mapping[str, Any]] | None = None, documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None, add_generation_prompt: bool = False,
+        continue_final_message: bool | str = False, tokenize: bool = True, sanitize_control_tokens: bool = False, *,
+        return_dict: bool = True, return_assistant_tokens_mask: bool = False, truncation: bool | str = False,
+        tokenizer_kwargs: Mapping[str, Any] | None = None, **settings: Any,
     ) -> Any:  # fmt: skip
-        r"""Write a conversation as Gemma's chat template does, and turn it into ids.
+        r"""Write a conversation as the chat template does, and turn it into ids.
 
-        The text begins with ``<bos>``, and no second one is added to its ids. Do not `encode` the text yourself: that
-        would add one, unless you say ``add_special_tokens=False``.
+        Gemma's text begins with ``<bos>``, and no second one is added to its ids. Do not `encode` the text yourself:
+        that would add one, unless you say ``add_special_tokens=False``.
 
         Parameters
         ----------
         conversation : sequence of mapping, or several of them
-            Each mapping with ``"role"`` and ``"content"``. The roles alternate and begin with ``"user"``; the other is
-            ``"assistant"``, which the template writes ``model``, or ``"model"`` itself. Content loses its outer white
-            space.
+            Each mapping with ``"role"`` and ``"content"``. In Gemma 2's template the roles alternate and begin with
+            ``"user"``; the other is ``"assistant"``, which the template writes ``model``, or ``"model"`` itself.
+            Content loses its outer white space.
+        tools, documents : sequence of mapping
+            For a template that has them: JSON schemas of functions, and texts.
+        chat_template : str
+            A template in Jinja's language, or the name of one of several that the tokenizer has.
         add_generation_prompt : bool
             Whether the text ends where the model is to speak.
+        continue_final_message : bool or str
+            Whether the text ends within the last message; a string names which entry of it.
         tokenize : bool
             ``False`` gives the text, to look at.
         sanitize_control_tokens : bool
@@ -518,8 +943,11 @@ class Tokenizer:
             ``True`` unless you trust all who wrote the contents: see the Notes of `Tokenizer`.
         return_dict : bool
             ``False`` gives the ``input_ids`` alone.
-        truncation, **settings
-            ``padding``, ``max_length``, ``return_tensors`` and so on, as in calling the tokenizer.
+        return_assistant_tokens_mask : bool
+            Whether ``assistant_masks`` is returned, too: 1 for what a template's ``{% generation %}`` encloses.
+        truncation, tokenizer_kwargs, **settings
+            ``padding``, ``max_length``, ``return_tensors`` and so on, as in calling the tokenizer; any other argument
+            has to be a variable of the template.
 
         Returns
         -------
@@ -529,8 +957,12 @@ class Tokenizer:
         Raises
         ------
         TokenizerError
-            If there is no message, one lacks a string, or the roles are not as above: Gemma has no system role. If the
-            model has no turn markers, or the folder a template that is not Gemma 2's.
+            If the template refuses the messages: Gemma's has no system role. If it cannot be rendered, or has no
+            variable of a name.
+
+        Notes
+        -----
+        A template that is not Gemma 2's is rendered by Jinja's sandbox, in a process that has 10 s and 700 MB for it.
 
         Examples
         --------
@@ -548,40 +980,129 @@ class Tokenizer:
         >>> tokenizer.apply_chat_template(chat, sanitize_control_tokens=True).input_ids.count(end_of_turn)
         1
         """
-        if not is_gemma_template(self.chat_template):
-            raise TokenizerError(
-                "this tokenizer's chat_template is not Gemma 2's, the only one known here; render it elsewhere, and "
-                "encode the text with add_special_tokens=False"
-            )
-        if START not in self._special or END not in self._special:
-            raise TokenizerError(f"this tokenizer has no {START} and {END}, which a chat is made of")
+        if continue_final_message and add_generation_prompt:
+            raise TokenizerError("continue_final_message and add_generation_prompt exclude each other; give one")
+        if return_assistant_tokens_mask and (sanitize_control_tokens or continue_final_message or not tokenize):
+            raise TokenizerError("return_assistant_tokens_mask needs tokenize=True, and neither of the other two")
+        if sanitize_control_tokens and not tokenize:
+            raise TokenizerError("sanitize_control_tokens=True needs tokenize=True: only ids tell the two apart")
+        template = self.get_chat_template(chat_template, tools)
+        settings |= dict(tokenizer_kwargs or {})
+        known = {f.name for f in fields(Layout)} - {"truncation_side"}
+        layout_given = {name: settings.pop(name) for name in known & settings.keys()}
+        layout = self._choose_layout(truncation=truncation, **layout_given)
+        variables = {"tools": tools, "documents": documents} | settings
+        variables = {name: value for name, value in variables.items() if value is not None}
+        if any(callable(tool) for tool in tools or ()):
+            raise TokenizerError("tools are Python functions; give the JSON schema of each as a dict")
+        if variables:
+            check_variables(template, variables)
         single = not (
             isinstance(conversation, list | tuple) and conversation and isinstance(conversation[0], list | tuple)
         )
         chats: Any = [conversation] if single else conversation
-        written = [render_chat(chat, self.bos_token, add_generation_prompt) for chat in chats]
-        texts = ["".join(pieces) for pieces in written]
-        if not tokenize:
-            if sanitize_control_tokens:
-                raise TokenizerError("sanitize_control_tokens=True needs tokenize=True: only ids tell the two apart")
-            return texts[0] if single else texts
-        layout = self._choose_layout(truncation=truncation, **settings)
-        if sanitize_control_tokens or self.split_special_tokens:
-            rows = [[token for piece in pieces for token in self._sanitize(piece)] for pieces in written]
+        sanitize = tokenize and (sanitize_control_tokens or self.split_special_tokens)
+        values = {"add_generation_prompt": add_generation_prompt} | self.special_tokens_map | variables
+        spans: list[list[tuple[int, int]]] = []
+        if is_gemma_template(template):
+            if unknown := [name for name in (START, END) if name not in self._vocabulary.special]:
+                raise TokenizerError(f"this tokenizer has no {' and '.join(unknown)}, which a chat is made of")
+            pieces = [
+                render_chat(chat, self.bos_token, add_generation_prompt, continue_final_message) for chat in chats
+            ]
+            texts, spans = ["".join(parts) for parts in pieces], [[] for _ in pieces]
+            rows = (
+                [[token for piece in parts for token in self._sanitize(piece)] for parts in pieces] if sanitize else []
+            )
         else:
-            rows = [self._encode(text, split_special_tokens=False) for text in texts]
-        encoding = self._batch(rows, single, layout, add_special_tokens=False)
+            pattern = self._control_pattern(template) if sanitize else None
+            if pattern is not None:
+                chats, values = mark(list(chats), pattern), mark(values, pattern) | self.special_tokens_map
+            found = [render(template, chat, values, continue_final_message) for chat in chats]
+            texts, spans = [text for text, _ in found], [places for _, places in found]
+            rows = [self._encode_marked(text) for text in texts] if sanitize else []
+        if not tokenize:
+            return texts[0] if single else texts
+        if not sanitize:
+            rows = [self._vocabulary.encode(check_text(text)) for text in texts]
+        rows = [layout.cut([row])[0][0] for row in rows]
+        encoding = layout.batch(rows, self.pad_token_id)
+        if return_assistant_tokens_mask:
+            masks = [
+                self._mask_spans(text, places)[: len(row)] for text, places, row in zip(texts, spans, rows, strict=True)
+            ]
+            encoding["assistant_masks"] = layout.pad(masks, 0)
+        if layout.return_tensors is not None:
+            encoding = to_arrays(encoding)
+        elif single:
+            encoding = BatchEncoding({key: value[0] for key, value in encoding.items()})
         return encoding if return_dict else encoding["input_ids"]
+
+    def get_chat_template(self, chat_template: str | None = None, tools: Any = None) -> str:
+        """Return the chat template that `apply_chat_template` takes: one of several by its name, or the default.
+
+        Examples
+        --------
+        >>> Tokenizer.from_pretrained("tiny").get_chat_template("{{ messages }}")
+        '{{ messages }}'
+        """
+        return choose_template(self.chat_template, chat_template, tools)
 
     def _sanitize(self, piece: str) -> list[int]:
         """Encode a marker of the template by its id, and what stands between two of them as plain text.
 
         As in transformers, a special token written out there is encoded on its own, apart from what is beside it.
         """
-        if piece in self._special:
-            return [self._special[piece]]
-        parts = self._special_pattern.split(check_text(piece))
-        return [token for part in parts for token in self._vocabulary.encode(part)]
+        special = self._vocabulary.special
+        if piece in special:
+            return [special[piece]]
+        parts = re.split(f"({'|'.join(map(re.escape, sorted(special, key=len, reverse=True)))})", check_text(piece))
+        return [token for part in parts for token in self._vocabulary.encode(part, leave_special=True)]
+
+    def _control_pattern(self, template: str) -> "re.Pattern[str]":
+        """Return what finds special tokens, and the added tokens that the template writes, white space apart."""
+        written = "\0".join(inspect_template(template)[1])
+        names = [
+            name
+            for name in self._vocabulary.added
+            if name in self._vocabulary.special or (name in written and not name.isspace())
+        ]
+        return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
+
+    def _encode_marked(self, text: str) -> list[int]:
+        """Encode a rendered chat, in which special tokens that are plain text stand between marks."""
+        ids = []
+        for part in re.split(f"({MARK}[^{MARK}{UNMARK}]*{UNMARK}|[{MARK}{UNMARK}])", check_text(text)):
+            if part.startswith(MARK):
+                ids += self._vocabulary.encode_plain(part.strip(MARK + UNMARK))
+            elif part != UNMARK:
+                ids += self._vocabulary.encode(part)
+        return ids
+
+    def _mask_spans(self, text: str, spans: Sequence[tuple[int, int]]) -> list[int]:
+        """Return 1 for each token of a text with a character within one of `spans`, 0 for each other."""
+        found = self._vocabulary.follow(text)
+        return [int(any(start < stop and end > begin for begin, stop in spans)) for _, start, end, _ in found]
+
+
+def _pair_texts(text: Any, text_pair: Any) -> list[list[str]]:
+    """Return the one or two texts of each row."""
+    if isinstance(text, str):
+        if text_pair is not None and not isinstance(text_pair, str):
+            raise TokenizerError(f"text_pair is a {type(text_pair).__name__}, and text a string")
+        return [[text, text_pair]] if text_pair else [[text]]
+    if text_pair is None:
+        return [list(one) if isinstance(one, tuple | list) and len(one) == 2 else [one] for one in text]
+    if not isinstance(text_pair, list | tuple) or len(text_pair) != len(text):
+        raise TokenizerError(f"text has {len(text)} texts, and text_pair is not as many")
+    return [[one, other] for one, other in zip(text, text_pair, strict=True)]
+
+
+def _to_lists(values: Any) -> Any:
+    """Return arrays as lists, at any depth."""
+    if isinstance(values, np.ndarray | np.generic):
+        return values.tolist()
+    return [_to_lists(value) for value in values] if isinstance(values, list | tuple) else values
 
 
 class AutoTokenizer:
@@ -597,6 +1118,9 @@ class AutoTokenizer:
     def from_pretrained(name: str | Path, **settings: Any) -> Tokenizer:
         """Make the tokenizer of a model: `Tokenizer.from_pretrained`."""
         return Tokenizer.from_pretrained(name, **settings)
+
+
+GemmaTokenizer = GemmaTokenizerFast = Tokenizer  # its names in transformers
 
 
 class TextStream:
@@ -631,10 +1155,10 @@ class TextStream:
         Raises
         ------
         TokenizerError
-            If the tokenizer lacks the id.
+            If the id is negative or no number.
         """
-        checked = self._tokenizer._check_id(token, "token")
-        if checked in self._tokenizer._special_ids:
+        checked = self._tokenizer._check_id(token, "token", rows=True)
+        if checked in self._tokenizer.all_special_ids:
             return ""
         self._held.append(checked)
         return "" if self._tokenizer._vocabulary.is_byte(checked) else self.finish()

@@ -1,13 +1,17 @@
-"""What the files beside a tokenizer's model say about it. Checked against those that transformers 5.23 writes."""
+"""What the files beside a tokenizer's own say. Checked against those that transformers 5.23 writes and reads."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from refgemma.files import read_object
+from refgemma.files import quote, read_object
+from refgemma.tokenizer.added_tokens import AddedToken, read_added_token
 from refgemma.tokenizer.chat import END, START
-from refgemma.tokenizer.vocabulary import TokenizerError
+from refgemma.tokenizer.sentencepiece_model import TokenizerError
 
-MODEL_FILE, CONFIG_FILE, TEMPLATE_FILE = "tokenizer.model", "tokenizer_config.json", "chat_template.jinja"
+MODEL_FILE, JSON_FILE, CONFIG_FILE = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
+TEMPLATE_FILE, TEMPLATE_FOLDER = "chat_template.jinja", "additional_chat_templates"
+TEMPLATE_LIMIT = 1_000_000
 TOKEN_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 # Special where a file has them, whatever has the four roles; as the released configurations and transformers say.
 ALWAYS_SPECIAL = ("<bos>", "<eos>", "<unk>", "<pad>", "<mask>", START, END)
@@ -16,6 +20,13 @@ SETTINGS = (
     *TOKEN_ROLES, "extra_special_tokens", "add_bos_token", "add_eos_token", "padding_side", "truncation_side",
     "model_max_length", "split_special_tokens", "chat_template",
 )  # fmt: skip
+# Arguments of transformers' `from_pretrained` that change no result here.
+WITHOUT_EFFECT = (
+    "use_fast", "trust_remote_code", "token", "use_auth_token", "force_download", "resume_download", "proxies",
+    "local_files_only", "code_revision", "config", "device_map", "dtype", "torch_dtype", "tokenizer_type", "from_slow",
+    "clean_up_tokenization_spaces", "spaces_between_special_tokens", "sp_model_kwargs", "use_default_system_prompt",
+    "verbose", "max_length",
+)  # fmt: skip
 
 
 def _unwrap(token: Any) -> Any:
@@ -23,21 +34,73 @@ def _unwrap(token: Any) -> Any:
     return token["content"] if isinstance(token, dict) and "content" in token else token
 
 
+def _read_if_there(path: Path) -> dict[str, Any]:
+    return read_object(path, TokenizerError) if path.exists() else {}
+
+
 def read_settings(folder: Path) -> dict[str, Any]:
-    """Read the settings that ``tokenizer_config.json`` and ``chat_template.jinja``, if there, give."""
-    config = read_object(folder / CONFIG_FILE, TokenizerError) if (folder / CONFIG_FILE).exists() else {}
+    """Read what ``tokenizer_config.json`` and the files of chat templates, if there, give to `Tokenizer`."""
+    config = _read_if_there(folder / CONFIG_FILE)
+    if "added_tokens_decoder" not in config:
+        config |= _read_if_there(folder / "special_tokens_map.json")
     settings = {name: _unwrap(config[name]) for name in SETTINGS if config.get(name) is not None}
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     if isinstance(extra, dict):
         extra = list(extra.values())
-    added = config.get("added_tokens_decoder") or {}
-    if not isinstance(extra, list) or not isinstance(added, dict):
-        raise TokenizerError(f"{folder / CONFIG_FILE}: its special tokens are no lists: {extra!r} and {added!r}")
-    extra = [_unwrap(token) for token in extra]
-    extra += [_unwrap(token) for token in added.values() if isinstance(token, dict) and token.get("special")]
+    if not isinstance(extra, list):
+        raise TokenizerError(f"{folder / CONFIG_FILE}: its special tokens are no list: {quote(extra)}")
+    named = [value for name, value in config.items() if name.endswith("_token") and name not in SETTINGS]
+    extra = [_unwrap(token) for token in [*(value for value in named if isinstance(_unwrap(value), str)), *extra]]
     # Saving a tokenizer made of the bare file, transformers lists the pieces of white space among them: taken at its
     # word, decoding without special tokens would drop the spaces and lines of the text.
     settings["extra_special_tokens"] = [t for t in extra if not (isinstance(t, str) and not t.strip(" \t\n\u2581"))]
-    if (folder / TEMPLATE_FILE).exists():
-        settings["chat_template"] = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
+    if (added := _read_added(folder, config)) is not None:
+        settings["added_tokens"] = added
+    if (templates := _read_templates(folder, settings.get("chat_template"))) is not None:
+        settings["chat_template"] = templates
     return settings
+
+
+def _read_added(folder: Path, config: Mapping[str, Any]) -> dict[int, AddedToken] | None:
+    """Return the added tokens by their ids, if a file lists them, as transformers reads it."""
+    found = config.get("added_tokens_decoder")
+    if found is None:
+        if (folder / JSON_FILE).exists() or not (listed := _read_if_there(folder / "added_tokens.json")):
+            return None
+        special = {str(_unwrap(value)) for name, value in config.items() if name.endswith("_token")}
+        special |= {str(_unwrap(token)) for token in config.get("extra_special_tokens") or []}
+        found = {token: {"content": name, "special": name in special} for name, token in listed.items()}
+    where = f"{folder / CONFIG_FILE}: its added tokens"
+    if not isinstance(found, dict):
+        raise TokenizerError(f"{where} are no mapping from ids: {quote(found)}")
+    try:
+        return {int(token): read_added_token(value) for token, value in found.items()}
+    except (ValueError, TypeError) as error:
+        reason = str(error) if isinstance(error, TokenizerError) else "have an id that is no number"
+        raise TokenizerError(f"{where}: {reason}") from None
+
+
+def _read_templates(folder: Path, configured: Any) -> Any:
+    """Return the chat template, or several by name; a file of its own goes before the configuration."""
+    named = {}
+    if isinstance(configured, list):
+        try:
+            configured = {entry["name"]: entry["template"] for entry in configured}
+        except (KeyError, TypeError):
+            raise TokenizerError(f"{folder / CONFIG_FILE}: its chat_template is {quote(configured)}") from None
+    files = [folder / TEMPLATE_FILE, *sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))]
+    for path in files:
+        if path.exists():
+            named["default" if path.name == TEMPLATE_FILE else path.stem] = _read_text(path)
+    if not named:
+        return configured
+    return named["default"] if list(named) == ["default"] else named
+
+
+def _read_text(path: Path) -> str:
+    try:
+        if path.stat().st_size > TEMPLATE_LIMIT:
+            raise TokenizerError(f"{path}: has more than {TEMPLATE_LIMIT} bytes, and no chat template is as long")
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TokenizerError(f"{path}: cannot be read as text in UTF-8: {error}") from None

@@ -1,9 +1,9 @@
-"""The pieces of a Gemma ``tokenizer.model``: plain text to ids, ids to pieces, ids to text. Checked against what
-transformers 5.23 makes of the same file."""
+"""The pieces of a Gemma tokenizer: plain text to ids, ids to pieces, ids to text. Checked against what the tokenizers
+library makes of the released ``tokenizer.json``."""
 
-import re
-from collections.abc import Iterable
-from functools import cached_property
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -11,36 +11,81 @@ from typing import Any
 import sentencepiece
 
 from refgemma.files import LFS_POINTER
-from refgemma.tokenizer.sentencepiece_model import TokenizerError
+from refgemma.tokenizer.added_tokens import SPACE, AddedToken, Splitter
+from refgemma.tokenizer.sentencepiece_model import (
+    CONTROL,
+    NORMAL,
+    USER_DEFINED,
+    Piece,
+    TokenizerError,
+    read_model,
+    write_model,
+)
 
-__all__ = ["TokenizerError", "Vocabulary", "check_text"]
+__all__ = ["TokenizerError", "TokenizerFile", "Vocabulary", "check_text"]
 
-SPACE = "\u2581"  # how a piece writes a space
-
-
-def _read_model(model_file: str | Path) -> bytes:
-    try:
-        model = Path(model_file).read_bytes()
-    except OSError as error:
-        raise TokenizerError(f"{model_file}: cannot be read: {error.strerror}; give a Gemma tokenizer.model") from None
-    if model.startswith(LFS_POINTER):
-        raise TokenizerError(f"{model_file}: is a Git LFS pointer, not the file itself; fetch it with: git lfs pull")
-    if not model:  # SentencePiece takes no bytes for no model, and then answers every question with a default
-        raise TokenizerError(f"{model_file}: is empty; download it again")
-    return model
+BYTES = {f"<0x{byte:02X}>": byte for byte in range(256)}  # the pieces of bytes
 
 
-def _hide_piece(model: bytes, piece: str) -> bytes:
-    """Return `model` with `piece` made a control piece, if it was user-defined.
+@dataclass(frozen=True)
+class TokenizerFile:
+    """What a ``tokenizer.model`` or a ``tokenizer.json`` says.
 
-    SentencePiece finds user-defined pieces in any text, and control pieces in none. In the file a piece is its name,
-    its score and its type: the fields 1, 2 and 3 of a protobuf message, in which 4 is user-defined and 3 control.
+    `content` is the file, `pieces` and `rest` make its SentencePiece model, `added` are the tokens that are found in a
+    text first, with the ids that the file gives them, and `settings` are those of
+    `refgemma.tokenizer.tokenizer.Tokenizer`.
     """
-    name = piece.encode()
-    if len(name) > 127:  # its length takes more than a byte; that it is found in text after all is seen below
-        return model
-    head = rb"\n" + re.escape(bytes([len(name)]) + name) + rb"\x15.{4}\x18"
-    return re.sub(b"(" + head + rb")\x04", lambda found: found[1] + b"\x03", model, count=1, flags=re.DOTALL)
+
+    name: str
+    content: bytes
+    pieces: list[Piece]
+    rest: bytes
+    added: list[tuple[int, AddedToken]]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_json(self) -> bool:
+        """Whether the content is a ``tokenizer.json``."""
+        return self.name.endswith(".json")
+
+
+def read_sentencepiece(name: str, content: bytes) -> TokenizerFile:
+    """Read a ``tokenizer.model``: its control and user-defined pieces are the added tokens.
+
+    Raises
+    ------
+    TokenizerError
+        If it is no SentencePiece model.
+    """
+    try:
+        pieces, rest = read_model(content)
+    except TokenizerError as error:
+        raise TokenizerError(f"{name}: {error}; give a Gemma tokenizer.model or tokenizer.json") from None
+    added = [
+        (token, AddedToken(piece.name, normalized=False, special=piece.type == CONTROL))
+        for token, piece in enumerate(pieces)
+        if piece.type in (CONTROL, USER_DEFINED)
+    ]
+    return TokenizerFile(name, content, pieces, rest, added)
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """Return the content of a tokenizer's file.
+
+    Raises
+    ------
+    TokenizerError
+        If it cannot be read, is empty or stands for another file.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise TokenizerError(f"{path}: cannot be read: {error.strerror}; give a Gemma tokenizer.model") from None
+    if content.startswith(LFS_POINTER):
+        raise TokenizerError(f"{path}: is a Git LFS pointer, not the file itself; fetch it with: git lfs pull")
+    if not content:  # SentencePiece takes no bytes for no model, and then answers every question with a default
+        raise TokenizerError(f"{path}: is empty; download it again")
+    return content
 
 
 def _decode_bytes(utf8: bytes) -> str:
@@ -49,6 +94,14 @@ def _decode_bytes(utf8: bytes) -> str:
         return utf8.decode()
     except UnicodeDecodeError:
         return "\ufffd" * len(utf8)
+
+
+def join_pieces(names: Iterable[str]) -> str:
+    """Return the text that pieces stand for."""
+    return "".join(
+        _decode_bytes(bytes(BYTES[name] for name in run)) if byte else "".join(run).replace(SPACE, " ")
+        for byte, run in groupby(names, key=BYTES.__contains__)
+    )
 
 
 def check_text(text: object) -> str:
@@ -67,132 +120,190 @@ def check_text(text: object) -> str:
 
 
 class Vocabulary:
-    """The pieces and their ids. Of `special`, those that the file has are never found in a text.
+    """The pieces and their ids, and the added tokens, which are found in a text before it is cut into pieces.
 
     Parameters
     ----------
-    model_file : str or Path
-        A ``tokenizer.model``.
+    file : TokenizerFile
+        What was read.
     special : iterable of str
-        Pieces that steer the model.
+        Pieces that steer the model; those that the file has become added tokens.
 
     Attributes
     ----------
-    content : bytes
-        The file as it is.
+    names : list of str
+        The piece of each id.
+    ids : dict of str to int
+        The id of each piece.
+    added : dict of str to AddedToken
+        The added tokens by their text.
     special : dict of str to int
-        The ids of the special pieces that the file has.
+        The ids of the special tokens.
+    base : int
+        Number of pieces of the file; the tokens from this id on were added to it.
 
     Raises
     ------
     TokenizerError
-        If the file cannot be read, is no SentencePiece model, or does not follow Gemma's conventions.
+        If the file does not follow Gemma's conventions.
 
     Examples
     --------
     >>> from importlib.resources import files
-    >>> vocabulary = Vocabulary(files("refgemma") / "checkpoints/tiny/tokenizer.model", ["<bos>", "<end_of_turn>"])
-    >>> vocabulary.pieces(vocabulary.encode("the<end_of_turn>"))[:2], vocabulary.id_of("<end_of_turn>")
-    (['the', '<0x3C>'], 6)
+    >>> path = files("refgemma") / "checkpoints/tiny/tokenizer.model"
+    >>> vocabulary = Vocabulary(read_sentencepiece("tiny", path.read_bytes()), ["<bos>", "<end_of_turn>"])
+    >>> vocabulary.encode("the<end_of_turn>"), len(vocabulary.encode("<end_of_turn>", leave_special=True))
+    ([1035, 6], 9)
     """
 
-    def __init__(self, model_file: str | Path, special: Iterable[str]) -> None:
-        self.content = model = _read_model(model_file)
-        names = list(special)
-        for piece in names:
-            model = _hide_piece(model, piece)
+    def __init__(self, file: TokenizerFile, special: Iterable[str]) -> None:
+        self.file = file
+        self.names = [piece.name for piece in file.pieces]
+        self.ids = {name: token for token, name in enumerate(self.names)}
+        self.base = len(self.names)
+        # The released tokenizer.json has a tab in the place of the piece of its byte.
+        if (tab := self.ids.get("<0x09>")) is not None and "\t" not in self.ids:
+            del self.ids["<0x09>"]
+            self.names[tab], self.ids["\t"] = "\t", tab
+        self._texts: list[str | None] = []
+        self._extend_texts()
+        self.special = {name: self.ids[name] for name in special if name in self.ids}
+        self._model: Any = self._load_model(file)
+        self.added: dict[str, AddedToken] = {}
+        self.add([token for _, token in sorted(file.added, key=lambda entry: entry[0])])
+        self.add([AddedToken(name, special=True) for name in self.special])
+        moved = [f"{t} has the id {self.ids[str(t)]}, not {n}" for n, t in file.added if self.ids[str(t)] != n]
+        if moved:
+            warnings.warn(
+                f"{file.name}: {', '.join(moved[:3])}{', ...' * (len(moved) > 3)}: a piece keeps its id, and "
+                "what is no piece is added after all others, here as in transformers",
+                stacklevel=2,
+            )
+
+    @property
+    def content(self) -> bytes:
+        """The SentencePiece model of the file."""
+        file = self.file
+        return write_model(file.pieces, file.rest) if file.is_json else file.content
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """The pieces of the file and the tokens added to it, as those of one SentencePiece model."""
+        more = [Piece(name, 0.0, CONTROL if name in self.special else USER_DEFINED) for name in self.names[self.base :]]
+        return [
+            piece._replace(type=USER_DEFINED) if piece.type == NORMAL and piece.name in self.added else piece
+            for piece in [*self.file.pieces, *more]
+        ]
+
+    def _load_model(self, file: TokenizerFile) -> Any:
+        """Make the SentencePiece model that cuts what stands between added tokens, and check its conventions."""
+        pieces = [self._change_type(piece) for piece in file.pieces]
         try:
-            self._model: Any = sentencepiece.SentencePieceProcessor(model_proto=model)
-            self._model.id_to_piece(list(range(len(self))))  # a damaged piece is no text: not later, in mid-sentence
+            model = sentencepiece.SentencePieceProcessor(model_proto=write_model(pieces, file.rest))
+            # Gemma puts no space before a text and keeps every space. A model that does otherwise (SentencePiece's
+            # default) would slip a space in after each turn marker, which nobody sees in the decoded text.
+            probe = "a  b "
+            spaced = join_pieces([self.names[token] for token in model.encode(probe)])
         except (RuntimeError, UnicodeError):
             raise TokenizerError(
-                f"{model_file}: is no SentencePiece model, or is cut short; give tokenizer.model, not tokenizer.json"
+                f"{file.name}: is no SentencePiece model, or is cut short; download it again"
             ) from None
-        # Gemma puts no space before a text and keeps every space. A model that does otherwise (SentencePiece's default)
-        # would slip a space in after each turn marker, which nobody sees in the decoded text.
-        probe = "a  b "
-        if "".join(self._model.encode(probe, out_type=str)).replace(SPACE, " ") != probe:
+        if spaced != probe:
             raise TokenizerError(
-                f"{model_file}: adds or removes spaces, which Gemma's tokenizer does not; it is another's"
+                f"{file.name}: adds or removes spaces, which Gemma's tokenizer does not; it is another's"
             )
-        self.special = {piece: token for piece in names if (token := self.id_of(piece)) is not None}
-        for piece, token in self.special.items():
-            # Without byte pieces, which Gemma has, any character may be unknown: that is no special token of the text.
-            if token != self._model.unk_id() and token in self._model.encode(piece):
-                raise TokenizerError(f"{model_file}: {piece} is an ordinary piece in it, which any text may contain")
+        return model
+
+    def _change_type(self, piece: Piece) -> Piece:
+        """Return the piece with another type if no text between added tokens may give it, or only a run of spaces.
+
+        SentencePiece finds user-defined pieces in any text, and control pieces in none. Runs of spaces it has to put
+        together as the tokenizers library does: the longest piece first.
+        """
+        name, _, kind = piece
+        if kind == USER_DEFINED and name.strip(SPACE) == "":
+            return Piece(name, float(len(name)), NORMAL)
+        if kind == NORMAL and name in self.special:
+            if any(name[:n] in self.ids and name[n:] in self.ids for n in range(1, len(name))):
+                raise TokenizerError(f"{self.file.name}: {name} is an ordinary piece in it, which any text may contain")
+            return piece._replace(type=CONTROL)
+        return piece._replace(type=CONTROL) if kind == USER_DEFINED else piece
+
+    def _extend_texts(self) -> None:
+        new = self.names[len(self._texts) :]
+        self._texts += [None if name in BYTES else name.replace(SPACE, " ") for name in new]
 
     def __len__(self) -> int:
         """Return the number of ids."""
-        return int(self._model.get_piece_size())
+        return len(self.names)
 
-    def id_of(self, piece: str) -> int | None:
-        """Return the id of `piece`; ``None`` if there is no such piece."""
-        token: int = self._model.piece_to_id(piece)  # of a piece that the model lacks: the id of <unk>
-        return token if self._model.id_to_piece(token) == piece else None
+    def add(self, tokens: Iterable[AddedToken]) -> int:
+        """Add tokens, at the end those that are no pieces; return how many were no added tokens yet.
+
+        The first properties of a token stay, except that it can become special.
+        """
+        number = 0
+        for token in tokens:
+            if token.content and token.content not in self.added:
+                if token.content not in self.ids:
+                    self.ids[token.content] = len(self.names)
+                    self.names.append(token.content)
+                self.added[token.content] = token
+                number += 1
+            if token.content and token.special:
+                self.special.setdefault(token.content, self.ids[token.content])
+        self._extend_texts()
+        self._splitter = Splitter(self.added.values(), self.special)
+        return number
 
     def is_byte(self, token: int) -> bool:
         """Tell whether `token` stands for one byte of a character that has no piece."""
-        return bool(self._model.is_byte(token))
+        return token < len(self._texts) and self._texts[token] is None
 
-    def pieces(self, ids: Iterable[int]) -> list[str]:
-        """Name the piece of each id."""
-        return [self._model.id_to_piece(token) for token in ids]
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text that `ids` stand for; special pieces are written out, and ids that there are not left out."""
+        texts = self._texts
+        try:
+            return "".join([texts[token] for token in ids])  # type: ignore[misc]
+        except (TypeError, IndexError):  # there are bytes among them, or ids of rows that a model has for no token
+            known = [token for token in ids if token < len(texts)]
+        return join_pieces([self.names[token] for token in known])
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Return the text that `ids` stand for; special pieces are written out."""
-        runs = ((byte, self.pieces(run)) for byte, run in groupby(ids, key=self.is_byte))
-        return "".join(
-            _decode_bytes(bytes(int(piece.strip("<>"), 16) for piece in run))
-            if byte
-            else "".join(run).replace(SPACE, " ")
-            for byte, run in runs
-        )
-
-    @cached_property
-    def _runs(self) -> list[int]:
-        """The ids of one space, two, three, ... as long as there is a piece: 31 in Gemma, 8 in the tiny model."""
-        ids: list[int] = []
-        while (token := self.id_of(SPACE * (len(ids) + 1))) is not None:
-            ids.append(token)
-        return ids
-
-    def _encode_run(self, length: int) -> list[int]:
-        """Encode a run of `length` spaces, longer than the longest piece: put together from two pieces at a time.
-
-        transformers does so, the shortest results first and of those the shortest left halves, where SentencePiece
-        takes the longest piece as often as it can.
-        """
-        parts = [1] * length
-        for size in range(2, len(self._runs) + 1):
-            for left in range(1, size):
-                if {left, size - left} <= set(parts):
-                    parts = _join(parts, left, size - left)
-        return [self._runs[part - 1] for part in parts]
-
-    def encode(self, text: str) -> list[int]:
-        """Encode `text`, all of it plain: no id is one of `special`.
-
-        transformers' ids, which differ from SentencePiece's in long runs of spaces (see `_encode_run`) and in that
-        U+2581, if the text itself has several of them, does not go together with spaces beside it.
-        """
-        longest = len(self._runs)
-        if longest < 2:
+    def encode(self, text: str, leave_special: bool = False) -> list[int]:
+        """Encode `text`; with `leave_special` no special token is found in it."""
+        parts = self._splitter.split(text, leave_special)
+        plain = [text[start:stop] for content, start, stop in parts if content is None]
+        if len(plain) == len(parts) == 1:
             return list(self._model.encode(text))
-        ids = []
-        for n, part in enumerate(re.split(f"({SPACE}{{2,{longest}}})", text)):
-            if n % 2:
-                ids.append(self._runs[len(part) - 1])
-                continue
-            for m, words in enumerate(re.split(f"([ {SPACE}]{{{longest + 1},}})", part)):
-                ids += self._encode_run(len(words)) if m % 2 else self._model.encode(words)
+        rows = iter(self._model.encode(plain, num_threads=1))
+        ids: list[int] = []
+        for content, _, _ in parts:
+            if content is None:
+                ids += next(rows)
+            else:
+                ids.append(self.ids[content])
         return ids
 
+    def encode_plain(self, text: str) -> list[int]:
+        """Encode `text` without looking for added tokens."""
+        return list(self._model.encode(text))
 
-def _join(parts: list[int], left: int, right: int) -> list[int]:
-    """Return `parts` with each `left` before a `right` made one, beginning with the first."""
-    joined, n = [], 0
-    while n < len(parts):
-        pair = parts[n : n + 2] == [left, right]
-        joined.append(left + right if pair else parts[n])
-        n += 2 if pair else 1
-    return joined
+    def follow(self, text: str, leave_special: bool = False) -> list[tuple[int, int, int, int]]:
+        """Encode `text`, and follow each id back: the id, its characters' start and end, and the number of its part."""
+        found = []
+        for number, (content, start, stop) in enumerate(self._splitter.split(text, leave_special)):
+            if content is not None:
+                found.append((self.ids[content], start, stop, number))
+                continue
+            pending = 0  # bytes of the character at `start` that are still to come
+            for token in self._model.encode(text[start:stop]):
+                if token == self._model.unk_id():
+                    raise TokenizerError(f"{self.file.name}: has no bytes, so unknown characters cannot be followed")
+                if self.is_byte(token):
+                    pending = (pending or len(text[start].encode())) - 1
+                    found.append((token, start, start + 1, number))
+                    start += not pending
+                else:
+                    found.append((token, start, start + len(self.names[token]), number))
+                    start += len(self.names[token])
+        return found

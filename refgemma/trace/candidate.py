@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -19,17 +19,15 @@ import numpy.typing as npt
 
 from refgemma.config import Gemma2Config
 from refgemma.inputs import InputError, check_inputs
-from refgemma.precision import Array, as_dtype, wide
-from refgemma.trace.name_maps import open_trace
-from refgemma.trace.names import FIELDS, field_of, layer_of, trace_axes
+from refgemma.precision import Array, as_dtype, as_float64, wide
+from refgemma.trace.name_maps import GIVEN, axis_lengths, open_trace
+from refgemma.trace.names import AXES, FIELDS, LAYER_FIELDS, field_of, layer_of
 from refgemma.trace.reader import Entry, TraceFile
 
 STORED = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
-GIVEN = ("input_ids", "position_ids", "attention_mask")
 MOST_TOKENS = 2**20
 # A static cache has keys that no query sees: a tensor with more elements than that many times what is needed is not it.
 MUCH = 16
-AXES = {field_of(name): axes for name, axes in trace_axes()}
 
 
 @dataclass(frozen=True)
@@ -40,6 +38,11 @@ class Call:
     positions: npt.NDArray[np.int64]  # (batch, seq), what the rotary angles are taken of
     visible: npt.NDArray[np.bool_]  # (batch, seq), false for padding
     calls: tuple[int, ...]  # tokens of each call
+
+    @property
+    def starts(self) -> npt.NDArray[np.int64]:
+        """The place at which each token's call begins, ``(seq,)``."""
+        return np.repeat(np.cumsum([0, *self.calls])[:-1], self.calls)
 
 
 @dataclass(frozen=True)
@@ -93,12 +96,8 @@ def shape_of(name: str, config: Gemma2Config, batch: int, seq: int) -> tuple[int
     >>> shape_of("layers.0.attention.k", Gemma2Config.preset("9b"), batch=1, seq=5)
     (1, 8, 5, 256)
     """
-    lengths = {
-        "batch": batch, "seq": seq, "keys": seq, "1": 1, "heads": config.num_attention_heads,
-        "kv_heads": config.num_key_value_heads, "head_dim": config.head_dim, "hidden": config.hidden_size,
-        "intermediate": config.intermediate_size, "vocab": config.vocab_size,
-        "heads*head_dim": config.num_attention_heads * config.head_dim,
-    }  # fmt: skip
+    call = {"batch": batch, "seq": seq, "keys": seq, "1": 1}
+    lengths = call | axis_lengths(config) | {"heads*head_dim": config.num_attention_heads * config.head_dim}
     return tuple(lengths[axis] for axis in axes_of(name).split())
 
 
@@ -110,14 +109,13 @@ def is_known(name: str, config: Gemma2Config) -> bool:
     >>> is_known("layers.26.out", Gemma2Config.preset("2b"))
     False
     """
-    if not name.startswith("layers."):
-        return name in FIELDS and FIELDS.index(name) not in range(3, len(FIELDS) - 3)
-    parts = name.split(".", 2)
-    number = parts[1]
-    return (
-        len(parts) == 3 and number.isdecimal() and number.isascii() and str(int(number)) == number
-        and int(number) < config.num_hidden_layers and parts[2] in FIELDS[3:-3]
-    )  # fmt: skip
+    return name in _known_names(config.num_hidden_layers)
+
+
+@cache
+def _known_names(layers: int) -> frozenset[str]:
+    inside = {f"layers.{layer}.{field}" for layer in range(layers) for field in LAYER_FIELDS}
+    return frozenset(inside.union(FIELDS).difference(LAYER_FIELDS))
 
 
 def load_trace(
@@ -325,10 +323,10 @@ def _infer_dtype(tensors: Mapping[str, Array]) -> str:
 
 
 def _on_grid(x: Array, dtype: str) -> bool:
-    numbers = x.astype(np.float64)
+    numbers = as_float64(x)
     finite = numbers[np.isfinite(numbers)]
     with np.errstate(over="ignore"):
-        return bool(np.array_equal(np.asarray(as_dtype(finite, dtype), np.float64), finite))
+        return bool(np.array_equal(as_dtype(finite, dtype), finite))
 
 
 def _choose_storage(x: Array, dtype: str) -> tuple[Array, str]:

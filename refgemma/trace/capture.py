@@ -18,10 +18,7 @@ from typing import Any
 import numpy as np
 
 from refgemma.precision import Array, as_dtype
-
-NORMS = (
-    "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",
-)  # fmt: skip
+from refgemma.trace.names import LAYER_NORMS
 
 
 @contextmanager
@@ -54,7 +51,7 @@ def catch_tensors(model: Any) -> Iterator[dict[str, Any]]:
     output(model.lm_head, "raw_logits")
     for index, layer in enumerate(inner.layers):
         p = f"layers.{index}."
-        for norm in NORMS:
+        for norm in LAYER_NORMS:
             output(getattr(layer, norm), p + norm)
         catch_input(layer.pre_feedforward_layernorm, p + "middle")
         for letter in ("q", "k", "v"):

@@ -69,14 +69,16 @@ def open_eval_callback(path: str | Path) -> TraceFile:
         shape = tuple(int(axis) for axis in axes)[::-1]
         rows = [line for line in lines[start + 1 : end] if "[" in line and NUMBER.search(line)]
         numbers = [float(x) for row in rows for x in NUMBER.findall(row)]
-        if len(numbers) != math.prod(min(n, 2 * SHOWN) for n in shape[1:]) * shape[0]:
+        if len(numbers) != shape[0] * math.prod(min(n, 2 * SHOWN) for n in shape[1:]):
             if not numbers:
                 continue  # a quantized tensor is named, not printed
             raise InputError(f"{path}: line {start + 1}: {name} of shape {shape} has {len(numbers)} numbers below it")
+        places = _list_printed(shape)
+        printed = np.reshape(np.array(numbers, np.float32), [len(along) for along in places])
         dtype = {"f16": "F16", "bf16": "BF16", "f32": "F32"}.get(head["type"], "I64")
         key = f"{name}#{number}" if number else name
-        known = _known(shape)
-        entries[key] = Entry(dtype, shape, partial(_spread, shape, known, numbers), partial(_mask, shape, known), STEP)
+        read, known = (partial(_spread, shape, places, x) for x in (printed, np.ones_like(printed, bool)))
+        entries[key] = Entry(dtype, shape, read, known, STEP)
     return TraceFile(str(path), {"engine": "llama.cpp, llama-eval-callback", "map": "llama.cpp", "dtype": "float32"},
                      entries)  # fmt: skip
 
@@ -91,7 +93,7 @@ def _tokens(lines: list[str], path: str | Path) -> Iterator[int]:
             return
 
 
-def _known(shape: tuple[int, ...]) -> tuple[Array, ...]:
+def _list_printed(shape: tuple[int, ...]) -> tuple[Array, ...]:
     """The places along each axis that are printed; of the first axis all."""
     return tuple(
         np.arange(n) if axis == 0 or n <= 2 * SHOWN else np.array([*range(SHOWN), *range(n - SHOWN, n)])
@@ -99,13 +101,8 @@ def _known(shape: tuple[int, ...]) -> tuple[Array, ...]:
     )
 
 
-def _spread(shape: tuple[int, ...], known: tuple[Array, ...], numbers: list[float]) -> Array:
-    whole = np.zeros(shape, np.float32)
-    whole[np.ix_(*known)] = np.reshape(numbers, [len(places) for places in known])
+def _spread(shape: tuple[int, ...], places: tuple[Array, ...], numbers: Array) -> Array:
+    """Zeros, and at these places the numbers."""
+    whole = np.zeros(shape, numbers.dtype)
+    whole[np.ix_(*places)] = numbers
     return whole
-
-
-def _mask(shape: tuple[int, ...], known: tuple[Array, ...]) -> Array:
-    mask = np.zeros(shape, bool)
-    mask[np.ix_(*known)] = True
-    return mask

@@ -119,7 +119,7 @@ def _is_part(value: object) -> bool:
     """Return whether `value` says which part comes first, and then the axes of all parts."""
     if value == []:
         return True
-    axes = lengths(Gemma2Config())
+    axes = axis_lengths(Gemma2Config())
     if not isinstance(value, list) or not all(isinstance(axis, str) for axis in value):
         return False
     return set(value[1:]) <= axes.keys() and value[0] in [str(n) for n in range(len(value) - 1)]
@@ -204,7 +204,7 @@ def apply_map(file: TraceFile, names: NameMap, config: Gemma2Config) -> TraceFil
     return TraceFile(file.path, {**file.metadata, "map": names.name}, entries)
 
 
-def lengths(config: Gemma2Config) -> dict[str, int]:
+def axis_lengths(config: Gemma2Config) -> dict[str, int]:
     """The axes whose lengths a model fixes, in the words of the layouts."""
     return {
         "heads": config.num_attention_heads, "kv_heads": config.num_key_value_heads, "head_dim": config.head_dim,
@@ -229,14 +229,14 @@ def arrange(x: Array, rule: Rule, config: Gemma2Config) -> Array:
     """
     if rule.layout:
         words = re.findall(r"\w+", rule.layout.split("->")[0])
-        known = {axis: n for axis, n in lengths(config).items() if axis in words}
+        known = {axis: n for axis, n in axis_lengths(config).items() if axis in words}
         try:
             x = einops.rearrange(x, rule.layout, **known)
         except (einops.EinopsError, ValueError) as error:
             reason = str(error).strip().splitlines()[-1].strip()
             raise InputError(f"has shape {x.shape}, which is not {rule.layout.split('->')[0]!r} ({reason})") from None
     if rule.part:
-        sizes = [lengths(config)[axis] for axis in rule.part[1:]]
+        sizes = [axis_lengths(config)[axis] for axis in rule.part[1:]]
         if x.shape[1] != sum(sizes):
             raise InputError(f"has {x.shape[1]} heads; {sum(sizes)} are needed")
         x = np.split(x, np.cumsum(sizes)[:-1], axis=1)[int(rule.part[0])]
@@ -262,12 +262,12 @@ def _arrange_entry(entry: Entry, rule: Rule, config: Gemma2Config, seq: int) -> 
         whole[..., -1:, :] = own
         return whole
 
-    def known() -> Array:
+    def read_known() -> Array:
         return place(np.ones(entry.shape, bool) if entry.known is None else entry.known(), False)
 
     return replace(
         entry, shape=(*shape[:-2], rows, shape[-1]) if alone else shape, read=lambda: place(entry.read(), 0),
-        known=known if alone or entry.known is not None else None,
+        known=read_known if alone or entry.known is not None else None,
     )  # fmt: skip
 
 

@@ -5,34 +5,25 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import numpy as np
+import numpy.typing as npt
 
 from refgemma.cache import LayerCache
 from refgemma.config import Gemma2Config
 from refgemma.files import new_file
 from refgemma.inputs import InputError
-from refgemma.model import Forward, begin, blocks, head
+from refgemma.model import Forward, begin, blocks, forward, head
 from refgemma.ops import rms_norm
 from refgemma.precision import Array, Rounded, dtype_name
 from refgemma.shapes import TokenIds
 from refgemma.weights.parameters import Weights
 from refgemma.weights.save import CODE_OF_DTYPE, as_stored
-
-# The fields of one layer, in the order of execution. Of q and k, rotated and not, a query's and a key's are two
-# tensors.
-LAYER_FIELDS = (
-    "input_layernorm", "attention.q", "attention.k", "attention.v", "attention.q_rot", "attention.k_rot",
-    "attention.scores", "attention.capped", "attention.probs", "attention.mixed", "attention.out",
-    "post_attention_layernorm", "middle", "pre_feedforward_layernorm", "feed_forward.gate", "feed_forward.up",
-    "feed_forward.gelu", "feed_forward.product", "feed_forward.out", "post_feedforward_layernorm", "out",
-)  # fmt: skip
-
-FIELDS = ("cos", "sin", "embedded", *LAYER_FIELDS, "norm", "raw_logits", "logits")
 
 
 def field_of(name: str) -> str:
@@ -103,6 +94,13 @@ def trace_axes(record: Any = Forward, prefix: str = "") -> Iterator[tuple[str, s
             yield from trace_axes(kind, f"{name}.")
 
 
+# The axes of each field, in the order of execution; the fields of one layer; those that are norms.
+AXES = {field_of(name): axes for name, axes in trace_axes()}
+FIELDS = tuple(AXES)
+LAYER_FIELDS = tuple(field_of(name) for name, _ in trace_axes() if name.startswith("layers."))
+LAYER_NORMS = tuple(field for field in LAYER_FIELDS if field.endswith("norm"))
+
+
 def target_file(path: str | Path) -> Path:
     """Where `path` leads, links followed, after a look whether a file can be written there.
 
@@ -149,6 +147,27 @@ def run_in_order(ids: TokenIds, weights: Weights, config: Gemma2Config) -> Itera
     yield "norm", norm
     raw_logits, logits = head(norm, weights, config)
     yield from (("raw_logits", raw_logits), ("logits", logits))
+
+
+def run_calls(
+    ids: TokenIds, calls: Sequence[int], weights: Weights, config: Gemma2Config, attention_mask: npt.ArrayLike
+) -> Iterator[tuple[str, Array]]:
+    """The tensors of calls that share a cache, of so many tokens each: ``calls.0.embedded`` and so on.
+
+    Examples
+    --------
+    >>> import refgemma
+    >>> tiny = refgemma.load("tiny")
+    >>> ids = np.array([[2, 300, 400]])
+    >>> tensors = dict(run_calls(ids, [2, 1], tiny.weights, tiny.config, np.ones_like(ids)))
+    >>> tensors["calls.1.logits"].shape
+    (1, 1, 2048)
+    """
+    cache, seen = None, np.asarray(attention_mask)
+    for number, (start, end) in enumerate(pairwise(np.cumsum([0, *calls]))):
+        run = forward(ids[:, start:end], weights, config, attention_mask=seen[:, :end], cache=cache)
+        yield from named_tensors(run, f"calls.{number}.")
+        cache = run.cache
 
 
 def save_trace(

@@ -18,9 +18,10 @@ import numpy as np
 
 from refgemma.config import Gemma2Config
 from refgemma.files import open_tensors, quote, quote_few, read_object
-from refgemma.hub import ADAPTER_CONFIG, CONFIG_JSON, ModelNameError, find_model
+from refgemma.hub import ADAPTER_CONFIG, CONFIG_JSON, GGUF, ModelNameError, find_model
 from refgemma.precision import Array
 from refgemma.weights.adapters import ADAPTER_MODEL, merge_adapter, read_adapter_config
+from refgemma.weights.gguf import read_model
 from refgemma.weights.initial import fits_in_memory
 from refgemma.weights.names import check_score, match_names
 from refgemma.weights.parameters import (
@@ -272,7 +273,7 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
-    """Open a folder with ``config.json`` and ``model.safetensors``, or with an index and its shards, or an adapter.
+    """Open a folder with ``config.json`` and ``model.safetensors`` or an index and shards, an adapter, or a GGUF file.
 
     Reads the headers only and checks what can be checked from them: that files, index and configuration agree, and
     that each file is complete. (Only a stored ``lm_head.weight`` is compared with the embedding here and now.)
@@ -280,8 +281,8 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     Parameters
     ----------
     folder : str or Path
-        As downloaded from the Hugging Face hub, or as ``save_pretrained`` writes it. An adapter of PEFT is merged into
-        its base as it is read.
+        As downloaded from the Hugging Face hub, or as ``save_pretrained`` writes it; or a ``.gguf`` file. An adapter of
+        PEFT is merged into its base as it is read.
 
     Raises
     ------
@@ -308,6 +309,8 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     (15504, 31008, (40, 24))
     """
     folder = Path(folder)
+    if folder.is_file() and folder.suffix == GGUF:
+        return Checkpoint(folder, *read_model(folder))
     if not folder.is_dir():
         fault = "is a file; give the folder that holds it" if folder.exists() else "there is no such folder"
         raise CheckpointError(f"{folder}: {fault}")

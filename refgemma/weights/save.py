@@ -29,6 +29,13 @@ BLOCK_BYTES = 2**24  # written at a time
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
+# A layer's modules in the order in which torch registers them: the released shards were filled in it.
+MODULES = (
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "input_layernorm",
+    "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",
+)  # fmt: skip
+IN_LAYER = re.compile(rf"(?:model\.)?layers\.(\d+)\.(?:self_attn\.|mlp\.)?({'|'.join(MODULES)})\.(?:weight|bias)")
+
 # The name of a precision -> what numbers of it are in a file.
 FILE_DTYPES: dict[str, np.dtype[Any]] = {dtype.name: dtype for dtype in DTYPE_OF_CODE.values()}
 CODE_OF_DTYPE = {dtype: code for code, dtype in DTYPE_OF_CODE.items()}
@@ -103,6 +110,47 @@ def split_into_shards(outputs: Sequence[OutputTensor], limit: int) -> dict[str, 
     return {f"model-{n:05d}-of-{len(parts):05d}.safetensors": part for n, part in enumerate(parts, start=1)}
 
 
+def _rank(output: OutputTensor) -> tuple[int, int, int]:
+    """Return the place of a tensor in torch's state dict: embedding, layers, and then norm and heads."""
+    if found := IN_LAYER.fullmatch(output.name):
+        return 1, int(found[1]), MODULES.index(found[2])
+    return (0 if "embed_tokens" in output.name else 2), 0, 0
+
+
+def plan_files(outputs: Sequence[OutputTensor], max_shard_size: int | str) -> dict[str, list[OutputTensor]]:
+    """File name -> its tensors, as transformers and safetensors lay them out; no number is read or written.
+
+    Files are filled in the order of the state dict. Inside a file wider dtypes go first, then names are sorted. The
+    released index files and lengths of shards come out to the byte.
+
+    Examples
+    --------
+    >>> names = ["norm", "layers.0.input_layernorm", "layers.0.mlp.up_proj", "embed_tokens"]
+    >>> outputs = [OutputTensor(f"model.{name}.weight", "float32", (2,), None) for name in names]
+    >>> [[output.name[6:-7] for output in part] for part in plan_files(outputs, 16).values()]
+    [['embed_tokens', 'layers.0.mlp.up_proj'], ['layers.0.input_layernorm', 'norm']]
+    """
+    shards = split_into_shards(sorted(outputs, key=_rank), parse_size(max_shard_size))
+    return {
+        name: sorted(part, key=lambda output: (-FILE_DTYPES[output.dtype].itemsize, output.name))
+        for name, part in shards.items()
+    }
+
+
+def build_index(files: Mapping[str, Sequence[OutputTensor]]) -> bytes:
+    """Return the index of a checkpoint in several files.
+
+    Examples
+    --------
+    >>> index = json.loads(build_index({"a.safetensors": [OutputTensor("norm.weight", "float32", (2,), None)]}))
+    >>> index
+    {'metadata': {'total_size': 8}, 'weight_map': {'norm.weight': 'a.safetensors'}}
+    """
+    total = sum(output.nbytes for part in files.values() for output in part)
+    weight_map = dict(sorted((output.name, name) for name, part in files.items() for output in part))
+    return (json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n").encode()
+
+
 def build_header(outputs: Sequence[OutputTensor]) -> bytes:
     """Return the start of a safetensors file: the length of the JSON text, and the text, padded to eight bytes."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers reads no file without it
@@ -115,6 +163,17 @@ def build_header(outputs: Sequence[OutputTensor]) -> bytes:
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+def file_bytes(outputs: Sequence[OutputTensor]) -> int:
+    """Return the length of the safetensors file that holds `outputs`.
+
+    Examples
+    --------
+    >>> file_bytes([OutputTensor("norm.weight", "float32", (2,), None)])
+    112
+    """
+    return len(build_header(outputs)) + sum(output.nbytes for output in outputs)
 
 
 def write_file(path: Path, outputs: Sequence[OutputTensor], bar: Any) -> None:
@@ -136,7 +195,7 @@ def _is_finished(path: Path, outputs: Sequence[OutputTensor]) -> bool:
     start = build_header(outputs)
     with open_file(path) as file:
         same = file.read(len(start)) == start
-    return same and path.stat().st_size == len(start) + sum(output.nbytes for output in outputs)
+    return same and path.stat().st_size == file_bytes(outputs)
 
 
 def _check_space(folder: Path, needed: int) -> None:
@@ -181,7 +240,7 @@ def write_checkpoint(
     folder : str or Path
         Made if there is none.
     outputs : sequence of Output
-        All tensors, in the order they are written.
+        All tensors, in any order; see `plan_files` for the order in the files.
     max_shard_size : int or str
         With more than this, in several files with an index; see `parse_size`.
     fingerprint : str
@@ -205,7 +264,7 @@ def write_checkpoint(
     array([1., 1., 1.], dtype=float32)
     """
     target = Path(folder)
-    shards = split_into_shards(outputs, parse_size(max_shard_size))
+    shards = plan_files(outputs, max_shard_size)
     staging = target / STAGING
     staging.mkdir(parents=True, exist_ok=True)
     try:
@@ -245,11 +304,6 @@ def write_parts(folder: Path, parts: Mapping[str, Sequence[OutputTensor]], write
             write(folder / name, part, bar=bar)
 
 
-def write_index(path: Path, about: dict[str, int], weight_map: dict[str, str]) -> None:
-    """Write the index of a checkpoint in several files."""
-    replace_file(path, (json.dumps({"metadata": about, "weight_map": weight_map}, indent=2) + "\n").encode())
-
-
 def _move_into_place(target: Path, shards: dict[str, list[OutputTensor]]) -> None:
     """Old weights away, new ones in their place, the index last: at no moment is there a mixture that can be read."""
     for path in [target / SINGLE, target / INDEX]:
@@ -260,13 +314,7 @@ def _move_into_place(target: Path, shards: dict[str, list[OutputTensor]]) -> Non
     for name in shards:
         os.replace(target / STAGING / name, target / name)
     if len(shards) > 1:
-        outputs = [output for part in shards.values() for output in part]
-        about = {
-            "total_parameters": sum(math.prod(output.shape) for output in outputs),
-            "total_size": sum(output.nbytes for output in outputs),
-        }
-        weight_map = {output.name: name for name, part in shards.items() for output in part}
-        write_index(target / INDEX, about, dict(sorted(weight_map.items())))
+        replace_file(target / INDEX, build_index(shards))
     shutil.rmtree(target / STAGING)
 
 

@@ -68,6 +68,11 @@ class Stored:
     file_bytes: int
 
     @property
+    def format(self) -> str:
+        """What its numbers are stored in: the name of a dtype, or of a quantised format."""
+        return self.dtype.name
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the tensor on disk."""
         return math.prod(self.shape) * self.dtype.itemsize

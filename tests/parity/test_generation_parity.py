@@ -21,6 +21,7 @@ import refgemma
 from refgemma.cache import Cache
 from refgemma.generation import processors
 from refgemma.generation.beams import Rules, can_improve
+from refgemma.generation.decode import Decoding
 from refgemma.generation.generation_config import merge_settings, resolve_settings
 from refgemma.generation.stream import TextStreamer
 from refgemma.hub import find_model
@@ -388,3 +389,158 @@ def test_a_streamer_is_given_the_same(capsys: pytest.CaptureFixture[str]) -> Non
     ours.generate(ids, max_new_tokens=6, streamer=TextStreamer(refgemma.load("tiny").tokenizer, skip_prompt=True))
     text = refgemma.load("tiny").tokenizer.decode([token for tokens in found.given[1:] for token in tokens])
     assert capsys.readouterr().out == text + "\n"
+
+
+FURTHER = {
+    "sequence_bias": st.sampled_from([None, {(3,): 2.5, (5, 3): -4.0, (1, 2, 3): 9.0, (7,): -1.0}, {(24,): -9.0}]),
+    "bad_words_ids": st.sampled_from([None, [[3], [5, 9], [1, 2, 4]], [[20]]]),
+    "suppress_tokens": st.sampled_from([None, [], [5, 21]]),
+    "begin_suppress_tokens": st.sampled_from([None, [6, 21]]),
+    "forced_bos_token_id": st.sampled_from([None, None, 8]),
+    "forced_eos_token_id": st.sampled_from([None, None, 8, [8, 9]]),
+    "exponential_decay_length_penalty": st.sampled_from([None, (0, 1.5), (1, 0.7), (9, 2.0)]),
+    "renormalize_logits": st.sampled_from([None, True, False]),
+    "typical_p": st.sampled_from([None, 1.0, 0.9, 0.3]),
+    "repetition_penalty": st.sampled_from([1.0, 1.3]),
+    "no_repeat_ngram_size": st.sampled_from([0, 2]),
+    "min_new_tokens": st.sampled_from([None, 2]),
+    "do_sample": st.booleans(),
+    "temperature": st.sampled_from([1.0, 0.5]),
+    "top_k": st.sampled_from([0, 6]),
+    "num_beams": st.sampled_from([1, 3]),
+}
+
+
+@functools.cache
+def one_layer() -> Any:
+    shape = {"vocab_size": 25, "hidden_size": 4, "num_hidden_layers": 1, "head_dim": 2, "num_attention_heads": 2,
+             "num_key_value_heads": 1, "intermediate_size": 3, "eos_token_id": None}  # fmt: skip
+    return in_transformers(NAME, shape, random_tensors(NAME, shape, 0), "float32")
+
+
+@settings(max_examples=100)
+@given(
+    chosen=st.fixed_dictionaries(FURTHER), seed=st.integers(0, 2**31), begin=st.sampled_from([1, 2, 5]),
+    length=st.sampled_from([1, 2, 6]), longest=st.sampled_from([7, 20]), prefix=st.booleans(),
+)  # fmt: skip
+def test_further_processors_in_their_order(
+    chosen: dict[str, Any], seed: int, begin: int, length: int, longest: int, prefix: bool
+) -> None:
+    """Those that a caller seldom asks for: the same scores, minus infinity in the same places."""
+    chosen = {key: value for key, value in chosen.items() if value is not None} | {"eos_token_id": [7, 9]}
+    begin = min(begin, length)
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, 10, (3, length))
+    scores = (rng.standard_normal((3, 25)) * 3).astype(np.float32)
+    # Sometimes nothing of what is allowed has a score left.
+    allowed = (lambda text, row: [int(row[-1]), 4, 20] if text else [20]) if prefix else None
+    model = one_layer()
+    there, _ = model._prepare_generation_config(GenerationConfig(**chosen | {"max_length": longest}))
+    model._prepare_special_tokens(there, True, device="cpu")
+    made = model._get_logits_processor(
+        there, input_ids_seq_length=begin, prefix_allowed_tokens_fn=allowed, device="cpu"
+    )  # fmt: skip
+    expected = made(torch.tensor(ids), torch.tensor(scores)).numpy()
+    call = merge_settings(None, refgemma.GenerationConfig(), chosen | {"max_length": longest})
+    how = Decoding(
+        resolve_settings(call, prompt_length=begin, vocab_size=25, limit=99), np.zeros(3, int), (), (), allowed
+    )
+    found = how.scores(ids, scores)
+    np.testing.assert_array_equal(np.isinf(found), np.isinf(expected))
+    finite = np.isfinite(expected)
+    # A sum of exponentials is rounded differently, by a few ulps of scores up to 20.
+    np.testing.assert_allclose(found[finite], expected[finite], rtol=1e-6, atol=5e-6)
+
+
+@settings(max_examples=150)
+@given(seed=st.integers(0, 2**31), mass=st.floats(0.05, 0.95), least=st.integers(1, 4))
+def test_typical_alone(seed: int, mass: float, least: int) -> None:
+    scores = (np.random.default_rng(seed).standard_normal((3, 25)) * 3).astype(np.float32)
+    scores[:, seed % 25] = -np.inf
+    expected = logits_process.TypicalLogitsWarper(mass, min_tokens_to_keep=least)(None, torch.tensor(scores)).numpy()
+    # A sum of probabilities may meet the threshold to within a few roundings of 1.
+    near = [processors.keep_typical(scores, min(1.0, mass + shift), least) for shift in (0, -4e-7, 4e-7)]
+    assert any(np.array_equal(one, expected) for one in near)
+
+
+THREE_TEXTS = ("The king", "In the wood there lived", '"I am afraid," said')
+
+
+@functools.cache
+def tiny_models() -> tuple[Any, Any, Any, Any, Any]:
+    """The embedded model and its tokenizer on both sides, and three prompts with padding."""
+    from transformers import GemmaTokenizer
+
+    theirs = Gemma2ForCausalLM.from_pretrained(find_model("tiny"), dtype=torch.float32, attn_implementation="eager")
+    ours, tokenizer = refgemma.Gemma2ForCausalLM.from_pretrained("tiny"), refgemma.load("tiny").tokenizer
+    rows = [tokenizer.encode(text) for text in THREE_TEXTS]
+    width = max(map(len, rows))
+    ids = np.array([[0] * (width - len(row)) + row for row in rows])
+    there = GemmaTokenizer.from_pretrained(find_model("tiny"), local_files_only=True)
+    return theirs, ours, there, tokenizer, ids
+
+
+@pytest.mark.parametrize("chosen", [
+    {"stop_strings": ["the", "\n"]}, {"stop_strings": "<end_of_turn>"}, {"stop_strings": ["e", "\u00e9"]},
+    {"bad_words_ids": [[276], [324, 471]]}, {"sequence_bias": {(276,): 3.0, (324, 276): -9.0}},
+    {"suppress_tokens": [276, 324]}, {"begin_suppress_tokens": [324, 458]}, {"forced_eos_token_id": 6},
+    {"exponential_decay_length_penalty": (4, 1.4)}, {"renormalize_logits": True, "num_beams": 2},
+    {"guidance_scale": 1.5}, {"guidance_scale": 0.5, "negative_prompt_ids": [[2, 300], [2, 400], [0, 2]],
+                              "negative_prompt_attention_mask": [[1, 1], [1, 1], [0, 1]]},
+    {"prefix_allowed_tokens_fn": lambda text, row: [300 + text, 276, 324]},
+    {"prefix_allowed_tokens_fn": lambda text, row: [300 + text, 276, 324], "num_beams": 3},
+    {"stop_strings": ["the"], "num_beams": 3}, {"bad_words_ids": [[276]], "num_beams": 3},
+], ids=str)  # fmt: skip
+def test_further_settings_give_the_same_texts(chosen: dict[str, Any]) -> None:
+    theirs, ours, their_tokenizer, tokenizer, ids = tiny_models()
+    tensors = {key: torch.tensor(value) if key.startswith("negative") else value for key, value in chosen.items()}
+    asked = {"max_new_tokens": 12}
+    with quiet():
+        expected = theirs.generate(torch.tensor(ids), do_sample=False, tokenizer=their_tokenizer, **asked, **tensors)
+        found = ours.generate(ids, tokenizer=tokenizer, **asked, **chosen)
+    np.testing.assert_array_equal(found, expected.numpy())
+
+
+@pytest.mark.parametrize("chosen", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": True}], ids=str)
+def test_assisted_texts_are_the_same(chosen: dict[str, Any]) -> None:
+    """transformers takes one text at a time there."""
+    theirs, ours, _, _, ids = tiny_models()
+    for row in ids:
+        prompt = row[None, row != 0]
+        both = [
+            chosen | ({"assistant_model": model} if "assistant_model" in chosen else {}) for model in (theirs, ours)
+        ]
+        with quiet():
+            expected = theirs.generate(torch.tensor(prompt), do_sample=False, max_new_tokens=24, **both[0])
+            np.testing.assert_array_equal(ours.generate(prompt, max_new_tokens=24, **both[1]), expected.numpy())
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_layers_and_transition_scores_of_generate(beams: int) -> None:
+    """The prompt is longer than the window of 64, padding at its left, and the steps go on from the cache."""
+    theirs, ours, _, _, ids = tiny_models()
+    long = np.concatenate([ids] * 12, axis=1)
+    mask = (np.arange(long.shape[1]) >= [[3], [0], [1]]).astype(int)
+    asked = {"max_new_tokens": 3, "num_beams": beams, "return_dict_in_generate": True, "output_scores": True,
+             "output_attentions": True, "output_hidden_states": True}  # fmt: skip
+    with quiet():
+        expected = theirs.generate(
+            torch.tensor(long), attention_mask=torch.tensor(mask), do_sample=False, **asked
+        )  # fmt: skip
+        found = ours.generate(long, attention_mask=mask, **asked)
+    assert list(found) == list(expected)
+    for kind in ("attentions", "hidden_states"):
+        steps = zip(getattr(found, kind), getattr(expected, kind), strict=True)
+        for one, other in (pair for step in steps for pair in zip(*step, strict=True)):
+            # Hidden states of up to 100, in float32; what padding looks at is of no meaning.
+            rows = np.repeat(mask, beams, axis=0)[:, : other.shape[-2]] == 1 if other.shape[-2] > 1 else slice(None)
+            ours_kept, theirs_kept = (x.swapaxes(1, 2) if kind == "attentions" else x for x in (one, other.numpy()))
+            np.testing.assert_allclose(ours_kept[rows], theirs_kept[rows], rtol=0, atol=1e-4)
+    for normalize in (False, True):
+        scores = theirs.compute_transition_scores(
+            expected.sequences, expected.scores, expected.get("beam_indices"), normalize_logits=normalize
+        )
+        np.testing.assert_allclose(
+            ours.compute_transition_scores(found.sequences, found.scores, found.get("beam_indices"), normalize),
+            scores.numpy(), rtol=0, atol=2e-5,
+        )  # fmt: skip

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from refgemma.tokenizer.added_tokens import FLAGS
 from refgemma.tokenizer.tokenizer import Tokenizer, TokenizerError
 
 TINY = Path(str(files("refgemma") / "checkpoints/tiny"))
@@ -73,9 +74,14 @@ def test_all_pieces_and_special_tokens_have_the_same_ids(theirs: Any) -> None:
     assert theirs.convert_tokens_to_ids(["no piece", *SPECIAL]) == TOKENIZER.convert_tokens_to_ids(
         ["no piece", *SPECIAL]
     )
-    # transformers lists the pieces of white space among them, too, though it does not leave them out when it decodes.
-    listed = [token for token in theirs.all_special_tokens if token.strip("\n\u2581")]
-    assert listed == TOKENIZER.all_special_tokens
+    # Of a tokenizer.json, transformers lists those that have a role only, though it leaves out the turn markers, too.
+    assert theirs.all_special_tokens + MARKERS == TOKENIZER.all_special_tokens
+    assert theirs.special_tokens_map == TOKENIZER.special_tokens_map
+    ours = {token: (str(added), added.flags) for token, added in TOKENIZER.added_tokens_decoder.items()}
+    flags = {
+        token: (str(a), {name: getattr(a, name) for name in FLAGS}) for token, a in theirs.added_tokens_decoder.items()
+    }
+    assert ours == flags
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from refgemma.oracle.judge import strict_distance
+from refgemma.oracle.judge import distance_from, strict_distance
 from refgemma.oracle.tolerance import tolerance
 from refgemma.precision import Array, Rounded, dtype_name, wide
 
@@ -131,7 +131,7 @@ def describe_wrong_array(given: Any, right: Array, bound: Any) -> str:
         return f"there is NaN (not a number), first at {list(place)}"
     if conforms(array, right, bound):
         return ""
-    apart = np.abs(np.asarray(wide(array), np.float64) - np.asarray(wide(right), np.float64))
+    apart = distance_from(array, right)
     place = tuple(int(n) for n in np.unravel_index(np.argmax(apart), apart.shape))
     wrong = int(np.sum(array != right if isinstance(right, Rounded) else apart > 2 * np.asarray(bound)))
     return (
@@ -164,7 +164,7 @@ def measure_rest(given: Any, hint: Hint, trial: Trial) -> float:
         return math.inf
     if isinstance(made, str):
         return 0.0 if given == made else math.inf
-    ours, theirs, right = (as_float64(x) for x in (given, made, trial.right))
+    ours, theirs, right = (read_numbers(x) for x in (given, made, trial.right))
     if ours is None or theirs is None or right is None or ours.shape != theirs.shape:
         return math.inf
     if np.array_equal(ours, theirs):
@@ -175,10 +175,10 @@ def measure_rest(given: Any, hint: Hint, trial: Trial) -> float:
     return float(remains / total) if np.isfinite(total) and total > 0 else math.inf
 
 
-def as_float64(x: Any) -> Array | None:
+def read_numbers(x: Any) -> Array | None:
     """Return a result in float64, or None if it is no array of numbers."""
     try:
-        array = np.asarray(wide(x) if isinstance(x, np.ndarray) else x)
+        array = np.asarray(x)
     except ValueError:
         return None
     return array.astype(np.float64) if array.dtype.kind in "biuf" else None

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import ml_dtypes
 import numpy as np
 
-from refgemma import ops
+from refgemma import activations, ops
 from refgemma.goldens.load import load_golden
 from refgemma.oracle import known_bugs as bugs
 from refgemma.oracle import tolerance as tol
@@ -64,11 +64,11 @@ def check_gelu_tanh(answer: Attempt) -> Feedback:
     near = np.abs(g["x"]) < 12  # beyond, GELU is x or 0, and the cube of the largest recorded numbers overflows
     x, y = g["x"][near], g["y"][near]
     return give_feedback(answer, [Trial("gelu_tanh(x) on numbers from -12 to 12", (x,), y, tol.gelu_tanh(x).bound)], [
-        Hint("that is ReLU, which has a kink at 0.", bugs.relu),
+        Hint("that is ReLU, which has a kink at 0.", activations.relu),
         Hint("that is the exact GELU with the error function; Gemma 2 uses the tanh form, up to 5e-4 away.",
-             bugs.gelu_erf),
-        Hint("that is x * sigmoid(1.702 x), another approximation of GELU.", bugs.gelu_sigmoid),
-        Hint("that is SiLU, x * sigmoid(x), which Llama uses.", bugs.silu),
+             activations.gelu),
+        Hint("that is x * sigmoid(1.702 x), another approximation of GELU.", activations.quick_gelu),
+        Hint("that is SiLU, x * sigmoid(x), which Llama uses.", activations.silu),
         Hint("the cube is missing: tanh(sqrt(2/pi) (x + 0.044715 x**3)).", bugs.gelu_without_cube),
         Hint("sqrt(2/pi) multiplies the whole bracket, the cube too.", bugs.gelu_cube_outside),
         Hint("the 0.5 in front is missing.", bugs.gelu_without_half),
@@ -90,7 +90,7 @@ def check_repeat_kv(answer: Attempt) -> Feedback:
     groups = int(g["groups"][0])
     call = f"repeat_kv(x, {groups}) on 3 key heads"
     return give_feedback(answer, [Trial(call, (g["x"], groups), g["y"])], [
-        Hint("the heads come as 0 1 2 0 1 2, but neighbours share a key head: 0 0 1 1 2 2.", bugs.tiled),
+        Hint("the heads come as 0 1 2 0 1 2, but neighbours share a key head: 0 0 1 1 2 2.", bugs.tile_heads),
         Hint("that repeats the places (axis 2); the heads are axis 1.",
              lambda x, groups: np.repeat(x, groups, axis=2)),
         Hint("that repeats the texts of the batch (axis 0); the heads are axis 1.",
@@ -119,7 +119,7 @@ def check_rotate(answer: Attempt) -> Feedback:
 
     halves = "pairs lie half a head apart, (0, head_dim/2), not side by side, (0, 1)."
     return give_feedback(answer, trials(), [
-        Hint("nothing is turned.", bugs.unturned),
+        Hint("nothing is turned.", bugs.leave_unturned),
         Hint(halves, bugs.neighbours),
         Hint(halves, bugs.neighbours_by_place),
         Hint("that turns the other way: the minus belongs to the second half, which becomes the first.",
@@ -194,13 +194,13 @@ def check_attention_probs(answer: Attempt) -> Feedback:
         Hint("the mask has to come after the cap: minus infinity, capped, lets the future through.",
              lambda scores, mask, cap: probs(bugs.hidden_keys_at(-cap))(scores, mask, cap)),
         Hint("the cap is missing.", lambda scores, mask, cap: ops.softmax(scores, mask.repeat(len(scores), axis=0))),
-        Hint("the mask is missing: tokens see the future.", probs(bugs.unmasked)),
+        Hint("the mask is missing: tokens see the future.", probs(bugs.softmax_over_all)),
         Hint("the mask is the wrong way round: true means that a key may be seen.",
              probs(lambda capped, mask: ops.softmax(capped, ~mask))),
         Hint("the softmax has to run along the keys, the last axis, so that each row has the sum 1.",
              probs(lambda capped, mask: _exchange(ops.softmax(_exchange(capped), _exchange(mask))))),
         Hint("probabilities that are set to 0 after the softmax leave rows whose sum is not 1: mask the scores.",
-             probs(lambda capped, mask: np.where(mask, bugs.unmasked(capped, mask), 0))),
+             probs(lambda capped, mask: np.where(mask, bugs.softmax_over_all(capped, mask), 0))),
         Hint("a score of 0 is an ordinary score; to hide a key its score must be minus infinity.",
              probs(bugs.hidden_keys_at(0))),
         Hint("these are exponentials: divide each row by its sum.",

@@ -121,7 +121,7 @@ def _reduce_post_attention_norm(layer: LayerWeights, context: Context) -> LayerW
 
 # The tensor that shows first what is wrong with each port, and its bug.
 _PORTS: dict[int, tuple[str, Change]] = {
-    1: ("layers.0.attention.probs", bugs.windows(lambda window: window + 1)),
+    1: ("layers.0.attention.probs", bugs.sliding_window(lambda window: window + 1)),
     2: ("layers.0.attention.scores", bugs.config(query_pre_attn_scalar=lambda context: context.config.head_dim)),
     3: ("layers.0.feed_forward.gate", bugs.layer_weights(bugs.swapped_gate)),
     4: ("layers.0.post_attention_layernorm", bugs.layer_weights(_reduce_post_attention_norm)),
@@ -214,11 +214,11 @@ def check_first_divergence(answer: Attempt) -> Feedback:
     def exact(ours: Mapping[str, Array], recorded: Mapping[str, Array]) -> str:
         return next((name for name, x in recorded.items() if not np.array_equal(ours[name], x)), "none")
 
-    def named(ours: Mapping[str, Array], recorded: Mapping[str, Array]) -> str:
+    def answer_in_words(ours: Mapping[str, Array], recorded: Mapping[str, Array]) -> str:
         found = answer(ours, recorded)
         return "none" if found is None else found
 
-    return give_feedback(named, trials(), [
+    return give_feedback(answer_in_words, trials(), [
         Hint("that is the tensor with the largest error. Errors grow on the way: take the first, not the worst.",
              worst),
         Hint("that is the first by the alphabet; the order of computation is that of the mapping.",

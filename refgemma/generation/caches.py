@@ -1,0 +1,166 @@
+"""The caches of transformers, which a call of a model fills in place. Checked against `DynamicCache` and `StaticCache`
+of transformers 5.23 in the parity tests: loops that hand one in, and what it holds afterwards.
+
+What they hold is a `refgemma.cache.Cache`, a value; here is only the object that changes from one value to the next.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from refgemma.cache import Cache, LayerCache
+from refgemma.config import Gemma2Config
+from refgemma.inputs import InputError
+from refgemma.precision import Array, Rounded
+
+
+class DynamicCache:
+    """A cache that a model fills in place when it is handed in as ``past_key_values``.
+
+    Parameters
+    ----------
+    ddp_cache_data : sequence of (keys, values), optional
+        What it holds to begin with, one pair a layer, each ``(batch, kv_heads, tokens, head_dim)``.
+    config : Gemma2Config, optional
+        With it, sliding layers keep the last ``window - 1`` tokens; without it, every layer keeps all.
+    offloading, offload_only_non_sliding : bool
+        Taken and ignored: there is one place to keep numbers.
+
+    Examples
+    --------
+    >>> from refgemma import Gemma2ForCausalLM
+    >>> model = Gemma2ForCausalLM.from_pretrained("tiny")
+    >>> cache = DynamicCache(config=model.config)
+    >>> output = model([[2, 300]], past_key_values=cache)
+    >>> output.past_key_values is cache, cache.get_seq_length(), cache
+    (True, 2, DynamicCache(6 layers, 2 tokens seen))
+    """
+
+    def __init__(
+        self, ddp_cache_data: Iterable[Sequence[Array]] | None = None, config: Gemma2Config | None = None,
+        offloading: bool = False, offload_only_non_sliding: bool = False,
+    ) -> None:  # fmt: skip
+        pairs = [[x if isinstance(x, Rounded) else np.asarray(x) for x in pair[:2]] for pair in ddp_cache_data or ()]
+        self.value = Cache(LayerCache(keys, values, 0) for keys, values in pairs)
+        self.keeps_all = config is None
+
+    def __repr__(self) -> str:
+        """Return the numbers of layers and tokens, not their values."""
+        return repr(self.value).replace("Cache", type(self).__name__, 1)
+
+    def __len__(self) -> int:
+        """Return the number of layers; 0 before the first call."""
+        return len(self.value)
+
+    def __iter__(self) -> Iterator[LayerCache]:
+        """Yield the pair (keys, values) of each layer."""
+        return iter(self.value)
+
+    def __getitem__(self, layer: int) -> LayerCache:
+        """Return the pair (keys, values) of a layer."""
+        return self.value[layer]
+
+    @property
+    def layers(self) -> Cache:
+        """What the layers hold, each with ``keys`` and ``values``."""
+        return self.value
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether a call has filled it."""
+        return bool(self.value)
+
+    def fill(self, value: Cache) -> None:
+        """Put another value in place of the present one."""
+        self.value = value
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the number of tokens seen."""
+        return self.value.get_seq_length(layer_idx)
+
+    def get_max_length(self) -> int:
+        """Return how many tokens fit; -1 for any number."""
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take tokens off the end: three for ``-3``; as in transformers 4, a positive number says how many to keep.
+
+        Raises
+        ------
+        InputError
+            If a sliding layer has dropped tokens that it would have to hold then; a ``DynamicCache()`` without `config`
+            keeps all.
+        """
+        if tokens_to_remove:
+            self.fill(self.value.crop(tokens_to_remove))
+
+    def reorder_cache(self, beam_idx: npt.ArrayLike) -> None:
+        """Put row ``beam_idx[i]`` in place of row ``i``."""
+        self.fill(self.value.reorder(beam_idx))
+
+    batch_select_indices = reorder_cache
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row, beside itself."""
+        self.fill(self.value.repeat_interleave(repeats))
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self.fill(Cache())
+
+    def to_legacy_cache(self) -> tuple[tuple[Array, Array], ...]:
+        """Return a tuple of pairs (keys, values)."""
+        return self.value.to_legacy()
+
+    @classmethod
+    def from_legacy_cache(cls, past_key_values: Iterable[Sequence[Array]] | None = None) -> "DynamicCache":
+        """Make a cache of a tuple of pairs (keys, values) of all tokens."""
+        return DynamicCache(past_key_values)
+
+
+class StaticCache(DynamicCache):
+    """A cache of at most `max_cache_len` tokens, filled in place; `DynamicCache` otherwise.
+
+    Parameters
+    ----------
+    config : Gemma2Config
+        Of the model.
+    max_cache_len : int
+        Tokens that fit.
+    **ignored
+        What else transformers takes or took: ``max_batch_size``, ``device``, ``dtype``, ``offloading``.
+
+    Examples
+    --------
+    >>> StaticCache(Gemma2Config(), max_cache_len=128).get_max_length()
+    128
+    """
+
+    def __init__(self, config: Gemma2Config, max_cache_len: int, **ignored: Any) -> None:
+        super().__init__(config=config)
+        self.max_cache_len = max_cache_len
+
+    def fill(self, value: Cache) -> None:
+        """Put another value in place of the present one.
+
+        Raises
+        ------
+        InputError
+            If it has more tokens than fit.
+        """
+        if value.get_seq_length() > self.max_cache_len:
+            raise InputError(
+                f"the StaticCache has room for {self.max_cache_len} tokens, and these are {value.get_seq_length()}; "
+                "make it with a larger max_cache_len, or use a DynamicCache"
+            )
+        super().fill(value)
+
+    def get_max_length(self) -> int:
+        """Return how many tokens fit."""
+        return self.max_cache_len
+
+    get_max_cache_shape = get_max_length

@@ -1,0 +1,103 @@
+"""When a text is complete: a caller's criteria, stop strings and seconds. Checked against the criteria of transformers
+5.23: texts that end at the same token."""
+
+import time
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any, TypeAlias
+
+import numpy as np
+from jaxtyping import Bool
+
+from refgemma.generation.generation_config import Settings
+from refgemma.inputs import InputError
+from refgemma.shapes import TokenIds
+
+Criterion: TypeAlias = Callable[[TokenIds, Any], Any]
+
+
+class StoppingCriteria:
+    """The base of criteria that a caller writes: a subclass has a ``__call__``. A plain function will do as well.
+
+    Examples
+    --------
+    >>> class Long(StoppingCriteria):
+    ...     def __call__(self, input_ids, scores, **others):
+    ...         return input_ids.shape[1] > 3
+    >>> StoppingCriteriaList([Long()])(np.array([[2, 5, 6, 7]]), None)
+    array([ True])
+    """
+
+    def __call__(self, input_ids: Any, scores: Any, **others: Any) -> Any:
+        """Return which rows of `input_ids` ``(rows, length)`` are complete, or one answer for all of them."""
+        raise NotImplementedError(f"{type(self).__name__} needs a method __call__(self, input_ids, scores, **kwargs)")
+
+
+class StoppingCriteriaList(list[Any]):
+    """Criteria, of which one is enough: a list that can be called as each of them."""
+
+    def __call__(self, input_ids: Any, scores: Any, **others: Any) -> Any:
+        """Return which rows are complete."""
+        complete = np.zeros(len(input_ids), bool)
+        for criterion in self:
+            complete = complete | np.asarray(criterion(input_ids, scores, **others), bool)
+        return complete
+
+
+def end_at_strings(strings: str | list[str], tokenizer: Any) -> Criterion:
+    """Return a criterion: a text is complete if one of `strings` ends in its last token, wherever in that.
+
+    Texts are compared as bytes, with special tokens as they are written. Source: transformers ``StopStringCriteria``.
+
+    Parameters
+    ----------
+    strings : str or list of str
+        Not empty.
+    tokenizer : Tokenizer
+        Anything with ``convert_ids_to_tokens``.
+
+    Examples
+    --------
+    >>> import refgemma
+    >>> tokenizer = refgemma.AutoTokenizer.from_pretrained("tiny")
+    >>> ends = end_at_strings("the king", tokenizer)
+    >>> ends(np.array([tokenizer.encode("the king"), tokenizer.encode("the child")]), None)
+    array([ True, False])
+    """
+    stops = [string.encode() for string in ([strings] if isinstance(strings, str) else strings)]
+    longest = max(map(len, stops))  # in bytes, so that no more tokens matter
+
+    @cache
+    def spell(token: int) -> bytes:
+        if token >= len(tokenizer):
+            return b"\xff"  # a row of the model that stands for no text
+        piece = tokenizer.convert_ids_to_tokens([token])[0]
+        is_byte = len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
+        return bytes.fromhex(piece[3:5]) if is_byte else piece.replace("\u2581", " ").encode()
+
+    def contains_end(row: Any) -> bool:
+        *before, last = (spell(int(token)) for token in row[-longest:])
+        text, begin = b"".join([*before, last]), sum(map(len, before))
+        return any(text.find(stop, max(0, begin + 1 - len(stop))) >= 0 for stop in stops)
+
+    def ends(ids: TokenIds, scores: Any, **others: Any) -> Bool[np.ndarray, " rows"]:
+        return np.array([contains_end(row) for row in ids])
+
+    return ends
+
+
+def list_criteria(settings: Settings, tokenizer: Any) -> Iterator[Criterion]:
+    """Yield the criteria of the settings `max_time` and `stop_strings`.
+
+    Raises
+    ------
+    InputError
+        For stop strings without a tokenizer.
+    """
+    if (seconds := settings.max_time) is not None:
+        began = time.monotonic()
+        yield lambda ids, scores: time.monotonic() - began > seconds
+    if settings.stop_strings is not None:
+        if tokenizer is None:
+            raise InputError("stop_strings are looked for in the text: give the model's tokenizer too, as tokenizer=")
+        yield end_at_strings(settings.stop_strings, tokenizer)

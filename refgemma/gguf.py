@@ -1,0 +1,281 @@
+"""The header of a GGUF file: what the model is, and where its tensors lie. Checked against files that gguf 0.19 writes
+and llama.cpp reads, and by fuzzing.
+
+The library's own reader makes an object of every piece of the vocabulary, which takes seconds and a gigabyte, and it
+believes the counts and offsets that a file gives. Here nothing is taken that the file is too short for.
+"""
+
+import math
+import mmap
+import os
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refgemma.errors import RefgemmaError
+from refgemma.files import LFS_POINTER, one_line, open_file, quote, refuse_pointer
+
+VERSIONS = (2, 3)
+REMEDY = "download or write it again"
+HEADER_LIMIT = 2**26  # bytes; the header of a Gemma 2 has 6 to 20 MB, almost all of it the vocabulary
+ENTRIES_LIMIT = 2**17  # keys, or tensors: a 27B has 508
+TEXTS_LIMIT = 2**20  # in a list: Gemma 2 has 256,000 pieces
+AXES = 4  # at most, in ggml
+
+# The number of a type of values -> its letter in `struct`. Strings and arrays are read otherwise.
+LETTERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY = 8, 9
+
+# The number of a format of tensors -> its name, the numbers of a block and the bytes of a block.
+FORMATS = {
+    0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20),
+    6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110),
+    12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210), 16: ("IQ2_XXS", 256, 66),
+    17: ("IQ2_XS", 256, 74), 18: ("IQ3_XXS", 256, 98), 19: ("IQ1_S", 256, 50), 20: ("IQ4_NL", 32, 18),
+    21: ("IQ3_S", 256, 110), 22: ("IQ2_S", 256, 82), 23: ("IQ4_XS", 256, 136), 29: ("IQ1_M", 256, 56),
+}  # fmt: skip
+
+
+# Field of the configuration -> its key, and what llama.cpp takes where the file does not say.
+SIZES: dict[str, tuple[str, int | None]] = {
+    "hidden_size": ("embedding_length", None), "num_hidden_layers": ("block_count", None),
+    "intermediate_size": ("feed_forward_length", None), "num_attention_heads": ("attention.head_count", None),
+    "max_position_embeddings": ("context_length", None), "sliding_window": ("attention.sliding_window", 4096),
+}  # fmt: skip
+NUMBERS: dict[str, tuple[str, float | None]] = {
+    "rms_norm_eps": ("attention.layer_norm_rms_epsilon", None), "rope_theta": ("rope.freq_base", 10000.0),
+    "attn_logit_softcapping": ("attn_logit_softcapping", 50.0),
+    "final_logit_softcapping": ("final_logit_softcapping", 30.0),
+}  # fmt: skip
+IDS = {f"{role}_token_id": f"tokenizer.ggml.{key}_token_id" for role, key in zip(
+    ("bos", "eos", "pad"), ("bos", "eos", "padding"), strict=True)}  # fmt: skip
+LAYERS_27B = 46  # by which llama.cpp knows the size whose query scalar is not its head_dim
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """Where a tensor lies: its format, its shape with rows first, its first byte in the file, and how many it has."""
+
+    name: str
+    format: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Gguf:
+    """The header of a GGUF file; made by `read_gguf`."""
+
+    path: Path
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, GgufTensor]
+    file_bytes: int
+
+
+class _Cursor:
+    """Values read one after the other, from the beginning of a file."""
+
+    def __init__(self, content: mmap.mmap) -> None:
+        self.content, self.at = content, 0
+
+    def take(self, count: int) -> bytes:
+        start, self.at = self.at, self.at + count
+        if self.at > len(self.content):
+            limit = " (or has a header above 64 MiB)" if len(self.content) == HEADER_LIMIT else ""
+            raise RefgemmaError(f"ends before what its header promises at byte {start}{limit}")
+        return self.content[start : self.at]
+
+    def number(self, letter: str) -> Any:
+        return struct.unpack("<" + letter, self.take(struct.calcsize("<" + letter)))[0]
+
+    def text(self) -> str:
+        at = self.at
+        try:
+            return self.take(self.number("Q")).decode()
+        except UnicodeDecodeError:
+            raise RefgemmaError(f"has text at byte {at} that is not UTF-8") from None
+
+    def texts(self, count: int) -> list[str]:
+        """Return the next `count` texts; a call for each would take as long as all the rest."""
+        content, at, found, length = self.content, self.at, [], struct.Struct("<Q").unpack_from
+        try:
+            for _ in range(count):
+                start = at + 8
+                at = start + length(content, at)[0]
+                found.append(content[start:at].decode())
+        except struct.error:
+            at = len(content) + 1
+        except UnicodeDecodeError:
+            raise RefgemmaError(f"has text at byte {start} that is not UTF-8") from None
+        self.take(at - self.at)
+        return found
+
+    def value(self, kind: int) -> Any:
+        """Return a value of type `kind`: a number, a text, an array of numbers or a list of texts."""
+        if kind in LETTERS:
+            return self.number(LETTERS[kind])
+        if kind == STRING:
+            return self.text()
+        if kind != ARRAY:
+            raise RefgemmaError(f"has a value of type {kind} at byte {self.at}, which GGUF does not know")
+        kind, count = self.number("I"), self.number("Q")
+        if kind == STRING and count <= TEXTS_LIMIT:
+            return self.texts(count)
+        if kind in LETTERS:
+            item = np.dtype("<" + LETTERS[kind])
+            return np.frombuffer(self.take(count * item.itemsize), item)
+        raise RefgemmaError(f"has an array of {count} values of type {kind} at byte {self.at}, which no Gemma 2 has")
+
+
+def _read_metadata(cursor: _Cursor, count: int) -> dict[str, Any]:
+    metadata: dict[str, Any] = {}
+    for _ in range(count):
+        key = cursor.text()
+        if key in metadata:
+            raise RefgemmaError(f"has the key {quote(key)} twice")
+        metadata[key] = cursor.value(cursor.number("I"))
+    return metadata
+
+
+def _read_tensor(cursor: _Cursor) -> GgufTensor:
+    """Read what the header says of one tensor; its start is counted from the first byte of the first one."""
+    name, axes = cursor.text(), cursor.number("I")
+    if not 1 <= axes <= AXES:
+        raise RefgemmaError(f"has {axes} axes for tensor {quote(name)}")
+    shape = tuple(cursor.number("Q") for _ in range(axes))[::-1]
+    code, start = cursor.number("I"), cursor.number("Q")
+    if code not in FORMATS:
+        known = ", ".join(kind for kind, _, _ in FORMATS.values())
+        raise RefgemmaError(f"has tensor {quote(name)} in format {code}; those that are read are {known}")
+    kind, numbers, nbytes = FORMATS[code]
+    if shape[-1] % numbers:
+        raise RefgemmaError(f"has rows of {shape[-1]} in tensor {quote(name)}, no multiple of {kind}'s {numbers}")
+    return GgufTensor(name, kind, shape, start, math.prod(shape) // numbers * nbytes)
+
+
+def _place_tensors(tensors: Iterable[GgufTensor], first: int, alignment: int, file_bytes: int) -> Iterator[GgufTensor]:
+    """Require that each tensor begins where the one before it ends, as ggml does, and lies in the file."""
+    expected = 0
+    for tensor in tensors:
+        where = f"tensor {quote(tensor.name)}"
+        if tensor.start != expected:
+            raise RefgemmaError(f"has {where} at offset {tensor.start}, where {expected} follows from those before it")
+        if first + tensor.start + tensor.nbytes > file_bytes:
+            raise RefgemmaError(f"is {file_bytes} bytes long, and its {where} would end beyond that")
+        expected += -(-tensor.nbytes // alignment) * alignment
+        yield replace(tensor, start=first + tensor.start)
+
+
+def _parse(path: Path, cursor: _Cursor, file_bytes: int) -> Gguf:
+    refuse_pointer(cursor.content[: len(LFS_POINTER)])
+    if cursor.take(4) != b"GGUF":
+        raise RefgemmaError("does not begin with the letters GGUF")
+    version = cursor.number("I")
+    if version not in VERSIONS:
+        raise RefgemmaError(f"is of version {version} of the format or of another byte order; 2 and 3 are read")
+    tensors, keys = cursor.number("Q"), cursor.number("Q")
+    if max(tensors, keys) > ENTRIES_LIMIT:
+        raise RefgemmaError(f"promises {tensors} tensors and {keys} keys; no Gemma 2 has so many")
+    metadata = _read_metadata(cursor, keys)
+    alignment = metadata.get("general.alignment", 32)
+    if type(alignment) is not int or not 1 <= alignment <= 2**20 or alignment & (alignment - 1):
+        raise RefgemmaError(f"has general.alignment {quote(alignment)}, which is no power of two")
+    listed = [_read_tensor(cursor) for _ in range(tensors)]
+    first = -(-cursor.at // alignment) * alignment
+    found = {tensor.name: tensor for tensor in _place_tensors(listed, first, alignment, file_bytes)}
+    if len(found) < len(listed):
+        raise RefgemmaError("has two tensors of one name")
+    return Gguf(path, metadata, found, file_bytes)
+
+
+def read_gguf(path: str | Path, error: type[RefgemmaError]) -> Gguf:
+    """Read the header of a GGUF file: metadata and where the tensors lie, without their numbers.
+
+    Parameters
+    ----------
+    path : str or Path
+        The file.
+    error : type
+        What to raise.
+
+    Raises
+    ------
+    error
+        If it cannot be read, is cut, or promises what it does not hold: one line that names the file.
+
+    Examples
+    --------
+    >>> read_gguf("model.gguf", RefgemmaError)
+    Traceback (most recent call last):
+    refgemma.errors.RefgemmaError: model.gguf: cannot be read: No such file or directory
+    """
+    with one_line(path, error, REMEDY), open_file(path) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if not size:
+            raise RefgemmaError("is empty")
+        with mmap.mmap(stream.fileno(), min(size, HEADER_LIMIT), access=mmap.ACCESS_READ) as content:
+            return _parse(Path(path), _Cursor(content), size)
+
+
+# --- what the metadata say of the model -------------------------------------------------------------------------------
+
+
+def _read_number(metadata: Mapping[str, Any], key: str, default: float | None) -> Any:
+    """Return a number; of one for each layer, which must all be the same, the first."""
+    value = metadata.get(key, default)
+    if isinstance(value, np.ndarray) and len(value) and (value == value[0]).all():
+        value = value[0].item()
+    if type(value) not in (int, float):
+        raise RefgemmaError(f"{key} is {quote(value)}, not a number that all layers share")
+    # What was rounded to float32 is written as it was before: 1e-06, not 9.999999974752427e-07.
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def _read_numbers(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    if metadata.get("general.architecture") != "gemma2" or metadata.get("general.type", "model") != "model":
+        what = f"{metadata.get('general.architecture')!r} of type {metadata.get('general.type', 'model')!r}"
+        raise RefgemmaError(f"is a {what[:200]}, not a model of architecture 'gemma2'")
+    if metadata.get("split.count", 1) not in (0, 1):
+        raise RefgemmaError("is a part of a model; put the parts together with llama-gguf-split --merge")
+    fields = {
+        field: _read_number(metadata, f"gemma2.{key}", default) for field, (key, default) in (SIZES | NUMBERS).items()
+    }
+    heads, layers = fields["num_attention_heads"], fields["num_hidden_layers"]
+    fields["num_key_value_heads"] = _read_number(metadata, "gemma2.attention.head_count_kv", heads)
+    share = fields["hidden_size"] // max(heads, 1)
+    width = fields["head_dim"] = _read_number(metadata, "gemma2.attention.key_length", share)
+    # The file does not say it, and this is what llama.cpp takes.
+    fields["query_pre_attn_scalar"] = share if layers == LAYERS_27B else width
+    for key, expected in (
+        ("attention.value_length", width),
+        ("rope.dimension_count", width),
+        ("rope.scaling.factor", 1),
+    ):
+        if metadata.get(f"gemma2.{key}", expected) != expected:
+            raise RefgemmaError(f"gemma2.{key} is {quote(metadata[f'gemma2.{key}'])}, where Gemma 2 has {expected}")
+    return fields
+
+
+def config_fields(file: Gguf, error: type[RefgemmaError]) -> dict[str, Any]:
+    """Return the fields of the configuration that the metadata give, with what llama.cpp takes where they do not.
+
+    The query scalar, which no key gives, is what llama.cpp takes: ``hidden_size // num_attention_heads`` with 46
+    layers, ``head_dim`` with any other number.
+
+    Raises
+    ------
+    error
+        If the file is no Gemma 2, or asks for what Gemma 2 does not have.
+    """
+    with one_line(file.path, error, ""):
+        fields = _read_numbers(file.metadata)
+        table = file.tensors.get("token_embd.weight")
+        if table is None or len(table.shape) != 2:
+            raise RefgemmaError("holds no matrix token_embd.weight, the embedding")
+        ids = {field: file.metadata[key] for field, key in IDS.items() if key in file.metadata}
+        return fields | ids | {"model_type": "gemma2", "vocab_size": table.shape[0], "dtype": "float32"}

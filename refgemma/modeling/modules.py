@@ -1,0 +1,514 @@
+"""The parts of a model under torch's names, ``model.layers[0].mlp.up_proj.weight``, and other weights in their place.
+
+Checked against the modules, the printed text and `resize_token_embeddings` of transformers 5.23 in the parity tests.
+"""
+
+import copy
+import math
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
+
+import numpy as np
+import numpy.typing as npt
+from jaxtyping import Float
+
+from refgemma.config import Gemma2Config
+from refgemma.inputs import InputError, as_array, check_token_ids
+from refgemma.model import embed, unembed
+from refgemma.ops import linear, rms_norm
+from refgemma.precision import Array, Rounded, as_dtype, dtype_name, narrow, precision_named, wide
+from refgemma.weights.parameters import EMBED_TOKENS, LM_HEAD, LayerWeights, OnDemand, Rows, Score, Weights, row_pieces
+
+# --- views ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Module:
+    """A part of a model: its tensors and parts by name, and if it is one operation, that operation.
+
+    A view: what the model holds is looked up at each access.
+
+    Examples
+    --------
+    >>> from refgemma import Gemma2ForCausalLM
+    >>> model = Gemma2ForCausalLM.from_pretrained("tiny")
+    >>> model.model.layers[0].self_attn.q_proj.weight.shape, len(model.model.layers)
+    ((192, 234), 6)
+    >>> model.lm_head(model.model.norm(np.ones((1, 1, 234), np.float32))).shape
+    (1, 1, 2048)
+    """
+
+    model: Any  # a Gemma2PreTrainedModel
+    name: str
+
+    def tensors(self) -> dict[str, Rows]:
+        """Return the tensors below this part by the rest of their names; of weights on disk nothing is read yet."""
+        named = self.model.named_tensors()
+        if EMBED_TOKENS in named:
+            named.setdefault(LM_HEAD, named[EMBED_TOKENS])  # a tied head
+        start = self.name + "."
+        return {name.removeprefix(start): tensor for name, tensor in named.items() if name.startswith(start)}
+
+    def parts(self) -> list[str]:
+        """List the names of what is directly below this part."""
+        return list(dict.fromkeys(name.partition(".")[0] for name in self.tensors()))
+
+    def __repr__(self) -> str:
+        """Return the name in the model, and the shape of the weight or the names of the parts."""
+        tensors = self.tensors()
+        inside = tensors["weight"].shape if "weight" in tensors else ", ".join(self.parts())
+        return f"{type(self.model).__name__}.{self.name}({inside})"
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a tensor, or the part of that name."""
+        tensors = {} if name.startswith("_") else self.tensors()
+        if name in tensors:
+            return tensors[name][:]
+        if name == "bias" and "weight" in tensors:
+            return None
+        if not any(tensor.startswith(f"{name}.") for tensor in tensors):
+            parts = f"; it has {', '.join(self.parts())}" if tensors and name not in INSTEAD else ""
+            raise AttributeError(explain_absence(self.name, name) + parts)
+        return Module(self.model, f"{self.name}.{name}")
+
+    def __len__(self) -> int:
+        """Return the number of layers."""
+        return len(self.parts())
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return a layer, or a list of layers."""
+        named = [Module(self.model, f"{self.name}.{part}") for part in self.parts()]
+        return named[index]
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield one layer after the other."""
+        return iter(self[:])
+
+    def __call__(self, x: Any) -> Array:
+        """Compute the embedding of token ids, a norm, or a linear layer.
+
+        Raises
+        ------
+        InputError
+            If this part is more than one operation.
+        """
+        tensors, config = self.tensors(), self.model.config
+        if "weight" not in tensors:
+            raise InputError(
+                f"{self.name} is not run by itself: use the functions of refgemma.layers, or run the model with "
+                "output_hidden_states=True"
+            )
+        table = tensors["weight"]
+        if self.name.endswith("embed_tokens"):
+            return embed(check_token_ids(x, table.shape[0]), table)
+        values = x if isinstance(x, Rounded) else narrow(as_array(x, "the input"), like=self.model.weights.norm)
+        if self.name.endswith("norm"):
+            return rms_norm(values, table[:], config.rms_norm_eps)
+        return unembed(values, table) if self.name == "lm_head" else linear(values, table[:], self.bias)
+
+
+def describe(model: Any) -> str:
+    """Return the text that torch prints for such a model.
+
+    Examples
+    --------
+    >>> from refgemma import Gemma2Model
+    >>> print(describe(Gemma2Model.from_pretrained("tiny"))[:86])
+    Gemma2Model(
+      (embed_tokens): Gemma2TextScaledWordEmbedding(2048, 234, padding_idx=0)
+    """
+    config, name = model.config, type(model).__name__
+    hidden = config.hidden_size
+    queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+
+    def line(part: str, inputs: int, outputs: int, bias: bool = False) -> str:
+        return f"({part}): Linear(in_features={inputs}, out_features={outputs}, bias={bias})"
+
+    def nest(head: str, inside: list[str]) -> str:
+        return "\n".join([f"{head}(", *("  " + text.replace("\n", "\n  ") for text in inside), ")"])
+
+    def norm(part: str) -> str:
+        return f"({part}): Gemma2RMSNorm(({hidden},), eps={config.rms_norm_eps})"
+
+    sizes = {
+        "q_proj": (hidden, queries),
+        "k_proj": (hidden, keys),
+        "v_proj": (hidden, keys),
+        "o_proj": (queries, hidden),
+    }
+    attention = [line(part, *size, config.attention_bias) for part, size in sizes.items()]
+    wide_size = config.intermediate_size
+    activation = "GELUTanh" if config.hidden_activation == "gelu_pytorch_tanh" else config.hidden_activation
+    mlp = [line("gate_proj", hidden, wide_size), line("up_proj", hidden, wide_size)]
+    mlp += [line("down_proj", wide_size, hidden), f"(act_fn): {activation}()"]
+    norms = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+    layer = [nest("(self_attn): Gemma2Attention", attention), nest("(mlp): Gemma2MLP", mlp), *map(norm, norms)]
+    layers = config.num_hidden_layers
+    numbers = "(0): Gemma2DecoderLayer" if layers == 1 else f"(0-{layers - 1}): {layers} x Gemma2DecoderLayer"
+    padding = "" if config.pad_token_id is None else f", padding_idx={config.pad_token_id}"
+    base = [
+        f"(embed_tokens): Gemma2TextScaledWordEmbedding({config.vocab_size}, {hidden}{padding})",
+        nest("(layers): ModuleList", [nest(numbers, layer)]), norm("norm"), "(rotary_emb): Gemma2RotaryEmbedding()",
+    ]  # fmt: skip
+    if model.has_head:
+        return nest(name, [nest("(model): Gemma2Model", base), line("lm_head", hidden, config.vocab_size)])
+    if model.has_score:
+        dropout = ["(dropout): Dropout(p=0.1, inplace=False)"] if model.has_score_bias else []
+        score = line("score", hidden, config.num_labels, model.has_score_bias)
+        return nest(name, [nest("(model): Gemma2Model", base), *dropout, score])
+    return nest(name, base)
+
+
+# --- other weights ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A tensor that is read or made as its rows are asked for, in another precision."""
+
+    tensor: Rows
+    dtype: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the tensor."""
+        return self.tensor.shape
+
+    def __getitem__(self, rows: Any, /) -> Array:
+        """Return the rows of a slice or of an integer array."""
+        return as_dtype(self.tensor[rows], self.dtype)
+
+
+def convert_weights(weights: Weights, dtype: str) -> Weights:
+    """Return the weights in another precision; those that are read from disk are converted as they are read.
+
+    Examples
+    --------
+    >>> import refgemma
+    >>> convert_weights(refgemma.load("tiny").weights, "float16").norm.dtype
+    dtype('float32')
+    """
+
+    def convert(tensor: Any) -> Any:
+        if tensor is None:
+            return None
+        return as_dtype(tensor, dtype) if isinstance(tensor, np.ndarray | Rounded) else Converted(tensor, dtype)
+
+    layers = weights.layers
+    if isinstance(layers, OnDemand):
+        tensor = layers.tensor
+        layers = replace(layers, tensor=lambda name: Converted(tensor(name), dtype))
+    else:
+        layers = [LayerWeights(**{name: convert(x) for name, x in vars(layer).items()}) for layer in layers]
+    return Weights(convert(weights.embed_tokens), layers, convert(weights.norm), convert(weights.lm_head))
+
+
+def resize_table(table: Rows, count: int, std: float | None, rng: np.random.Generator) -> Array:
+    """Return a table with `count` rows: the first ones of `table`, and new ones if there are too few.
+
+    New rows are drawn from a normal distribution with the mean of the old rows and 1e-9 of their covariance; they are
+    the mean itself where that is not positive definite, as with fewer rows than columns. With `std` they are drawn with
+    mean 0 and this standard deviation. Source: transformers ``_init_added_embeddings_weights_with_mean``; Hewitt 2021,
+    "Initializing New Word Embeddings for Pretrained Language Models".
+
+    Examples
+    --------
+    >>> resize_table(np.array([[1.0, 2.0], [3.0, 4.0]]), 3, None, np.random.default_rng(0))
+    array([[1., 2.],
+           [3., 4.],
+           [2., 3.]])
+    """
+    old, hidden = table.shape
+    kept: Array = table[: min(old, count)]
+    added = count - old
+    if added <= 0:
+        return kept
+    drawn = rng.standard_normal((added, hidden))
+    if std is not None:
+        rows = drawn * std
+    else:
+        mean, covariance = _mean_and_covariance(table)
+        try:
+            rows = mean + drawn @ np.linalg.cholesky(np.float32(1e-9) * covariance).T
+        except np.linalg.LinAlgError:
+            rows = np.broadcast_to(mean, drawn.shape)
+    return np.concatenate([kept, as_dtype(np.asarray(rows), dtype_name(kept))])
+
+
+def _mean_and_covariance(
+    table: Rows,
+) -> tuple[Float[np.ndarray, " hidden"], Float[np.ndarray, "hidden hidden"]]:
+    """Return the mean and the covariance of rows, some rows at a time; in float32, which decides what is definite."""
+    rows = table.shape[0]
+    mean = sum(wide(piece).sum(axis=0, dtype=np.float64) for piece in row_pieces(table)) / rows
+    centred = ((wide(piece) - mean).astype(np.float32) for piece in row_pieces(table))
+    covariance = sum(piece.T @ piece for piece in centred) / np.float32(rows)
+    return np.asarray(mean), np.asarray(covariance)
+
+
+# --- the methods of a torch module ------------------------------------------------------------------------------------
+
+DEVICE = re.compile(r"(auto|cpu|cuda|mps|xpu|npu|hpu|tpu|xla)(:\d+)?")
+
+
+# What modules of torch have and these do not -> what to do instead.
+_ABSENT = {
+    "register_forward_hook register_forward_pre_hook register_full_backward_hook": (
+        "refgemma.forward returns every tensor by name; the model's outputs have hidden states and attentions"
+    ),
+    "add_adapter load_adapter merge_and_unload set_adapter": (
+        "an adapter is merged as its folder is read: from_pretrained(folder of the adapter)"
+    ),
+    "enable_input_require_grads gradient_checkpointing_enable zero_grad": "nothing is trained here",
+    "set_input_embeddings set_output_embeddings": "write into get_input_embeddings().weight, or use load_state_dict",
+}
+INSTEAD = {name: advice for names, advice in _ABSENT.items() for name in names.split()}
+
+
+def explain_absence(owner: str, name: str) -> str:
+    """Return the text of the error for an attribute that there is not."""
+    return f"{owner} has no {name!r}" + (f": {INSTEAD[name]}" if name in INSTEAD else "")
+
+
+class LoadedKeys(NamedTuple):
+    """The result of `load_state_dict`: the names it did not find, and those it had no place for."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+class ModuleMethods:
+    """What the documented classes share with torch's modules."""
+
+    config: Gemma2Config
+    weights: Weights
+    score: Score | None
+    has_head: ClassVar[bool]
+    has_score: ClassVar[bool]
+    device: ClassVar[str] = "cpu"
+    training: ClassVar[bool] = False
+
+    def named_tensors(self) -> dict[str, Rows]:  # noqa: D102  # documented where it is defined
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Array]:  # noqa: D102
+        raise NotImplementedError
+
+    if not TYPE_CHECKING:  # to which every attribute would seem to be there
+
+        def __getattr__(self, name: str) -> Any:
+            """Say what to do instead of what torch's modules have and this has not."""
+            raise AttributeError(explain_absence(type(self).__name__, name))
+
+    @property
+    def dtype(self) -> str:
+        """The precision of the weights and of the computation, by name."""
+        return dtype_name(self.weights.norm)
+
+    def __str__(self) -> str:
+        """Return the parts of the model, as torch prints them."""
+        return describe(self)
+
+    def to(self, *places: Any, dtype: Any = None, device: Any = None, **ignored: Any) -> Self:
+        """Convert the weights, in place, to another precision; a device is taken and ignored, for there is one only.
+
+        Unlike a cast in torch, it leaves the rotary frequencies in float32, as ``from_pretrained(dtype=...)`` does.
+
+        Examples
+        --------
+        >>> from refgemma import Gemma2ForCausalLM
+        >>> Gemma2ForCausalLM.from_pretrained("tiny").to("cuda").to("bfloat16")
+        Gemma2ForCausalLM(2,922,426 parameters, bfloat16)
+        """
+        for given in (*places, dtype):
+            text = str(given)
+            if given is None or isinstance(given, int) or DEVICE.fullmatch(text):
+                continue  # the text of a torch.device is its name
+            precision = precision_named(given)
+            self.weights = convert_weights(self.weights, precision)
+            if self.score is not None:
+                bias = None if self.score.bias is None else as_dtype(self.score.bias, precision)
+                self.score = Score(as_dtype(self.score.weight, precision), bias)
+        return self
+
+    def cpu(self) -> Self:
+        """Return the model itself."""
+        return self
+
+    def cuda(self, device: Any = None) -> Self:
+        """Return the model itself: it is computed on the CPU."""
+        return self
+
+    def half(self) -> Self:
+        """Convert the weights to float16, in place."""
+        return self.to("float16")
+
+    def bfloat16(self) -> Self:
+        """Convert the weights to bfloat16, in place."""
+        return self.to("bfloat16")
+
+    def float(self) -> Self:
+        """Convert the weights to float32, in place."""
+        return self.to("float32")
+
+    def double(self) -> Self:
+        """Convert the weights to float64, in place."""
+        return self.to("float64")
+
+    def eval(self) -> Self:
+        """Return the model itself: there is no training mode here, and dropout is never active."""
+        return self
+
+    def train(self, mode: bool = True) -> Self:
+        """Return the model itself; a warning says so where dropout would be active in torch."""
+        if mode and (self.config.attention_dropout or self.has_score):
+            warnings.warn("dropout is never active here, and train() changes nothing", stacklevel=2)
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Return the model itself: nothing here has gradients."""
+        return self
+
+    def named_parameters(self) -> Iterator[tuple[str, Array]]:
+        """Yield every tensor with its name, a tied head once; changed in place, an array changes the model."""
+        return ((name, tensor[:]) for name, tensor in self.named_tensors().items())
+
+    def parameters(self) -> Iterator[Array]:
+        """Yield every tensor, a tied head once."""
+        return (tensor for _, tensor in self.named_parameters())
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Count the numbers of the weights, a tied head once; with `exclude_embeddings` not those of the embedding."""
+        tensors = self.named_tensors()
+        return sum(
+            math.prod(tensor.shape) for name, tensor in tensors.items()
+            if not (exclude_embeddings and name.endswith("embed_tokens.weight"))
+        )  # fmt: skip
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Return the bytes of the weights in their precision and of torch's buffers, as transformers counts them."""
+        size = {"float64": 8, "float32": 4}.get(self.dtype, 2)
+        # One factor of the embedding, and the rotary frequencies twice.
+        return self.num_parameters() * size + (size + 4 * self.config.head_dim if return_buffers else 0)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, npt.ArrayLike], strict: bool = True, assign: bool = False
+    ) -> LoadedKeys:
+        """Put copies of other tensors in place of the model's own.
+
+        Parameters
+        ----------
+        state_dict : mapping of str to array
+            Of this class, under its names.
+        strict : bool
+            Whether every tensor has to be there and no other; else what is missing stays as it is.
+        assign : bool
+            Taken and ignored.
+
+        Returns
+        -------
+        LoadedKeys
+            With ``strict=False``: the names that are missing, and those that have no place.
+
+        Raises
+        ------
+        CheckpointError
+            For a tensor that is missing, has no place, or has another shape.
+
+        Examples
+        --------
+        >>> from refgemma import Gemma2Model
+        >>> model = Gemma2Model.from_pretrained("tiny")
+        >>> model.load_state_dict({"norm.weight": np.ones(234, np.float32)}, strict=False).unexpected_keys
+        []
+        >>> float(model.norm.weight[0])
+        1.0
+        """
+        own = self.state_dict()
+        stored = self.named_tensors().keys()
+        missing = [name for name in stored if name not in state_dict]
+        unexpected = [name for name in state_dict if name not in own]
+        given = dict(state_dict)
+        if not strict:
+            given = {name: state_dict.get(name, own[name]) for name in stored}
+        new = copy.deepcopy(type(self).from_state_dict(self.config, given, self.dtype))  # type: ignore[attr-defined]
+        self.weights = new.weights if self.has_head else replace(new.weights, lm_head=self.weights.lm_head)
+        if self.has_score:
+            self.score = new.score
+        return LoadedKeys(missing, unexpected)
+
+    def get_input_embeddings(self) -> Module:
+        """Return the embedding: called with token ids, it gives what the layers begin with."""
+        prefix = next(name for name in self.named_tensors() if name.endswith("embed_tokens.weight"))
+        return Module(self, prefix.removesuffix(".weight"))
+
+    def get_output_embeddings(self) -> Module | None:
+        """Return the head of a language model, or None."""
+        return Module(self, "lm_head") if self.has_head else None
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True,
+        seed: int = 0,
+    ) -> Module:  # fmt: skip
+        """Give the embedding, and the head, more rows or fewer; the configuration follows.
+
+        Parameters
+        ----------
+        new_num_tokens : int, optional
+            Rows to have; by default as many as there are.
+        pad_to_multiple_of : int, optional
+            Round the number of rows up to a multiple of this.
+        mean_resizing : bool
+            Whether new rows are drawn around the mean of the old ones, see `resize_table`, or around zero with
+            ``config.initializer_range``.
+        seed : int
+            Of the draws.
+
+        Returns
+        -------
+        Module
+            The embedding.
+
+        Raises
+        ------
+        InputError
+            For a number that no table can have.
+
+        Examples
+        --------
+        >>> from refgemma import Gemma2ForCausalLM
+        >>> model = Gemma2ForCausalLM.from_pretrained("tiny")
+        >>> model.resize_token_embeddings(2050, pad_to_multiple_of=64).weight.shape, model.config.vocab_size
+        ((2112, 234), 2112)
+        """
+        count = self.config.vocab_size if new_num_tokens is None else new_num_tokens
+        given: dict[str, Any] = {"new_num_tokens": count, "pad_to_multiple_of": pad_to_multiple_of}
+        for name, value in given.items():
+            if value is not None and not (isinstance(value, int | np.integer) and 0 < value < 2**31):
+                raise InputError(f"{name} is {value!r}: a whole number of at least 1 is needed")
+        multiple = 1 if pad_to_multiple_of is None else pad_to_multiple_of
+        rows = -(-count // multiple) * multiple
+        if rows != self.config.vocab_size:
+            std = None if mean_resizing else self.config.initializer_range
+            rng, weights = np.random.default_rng(seed), self.weights
+            embed_tokens = resize_table(weights.embed_tokens, rows, std, rng)
+            head = None if weights.lm_head is None else resize_table(weights.lm_head, rows, std, rng)
+            self.weights = replace(weights, embed_tokens=embed_tokens, lm_head=head)
+            self.config.vocab_size = rows
+        return self.get_input_embeddings()
+
+    def tie_weights(self) -> None:
+        """Do nothing: a tied head is the embedding at any time."""
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse.
+
+        Raises
+        ------
+        InputError
+            Always: nothing is uploaded here.
+        """
+        raise InputError("nothing is uploaded here: save_pretrained(folder), then: hf upload REPOSITORY folder")

@@ -1,0 +1,128 @@
+"""``pipeline("text-generation")``: texts or conversations in, texts out. Checked against transformers 5.23
+`TextGenerationPipeline`, greedily, in the parity tests."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from refgemma.errors import UsageError
+from refgemma.generation.generation_config import GenerationConfig
+from refgemma.modeling.classes import Gemma2ForCausalLM
+from refgemma.tokenizer.tokenizer import AutoTokenizer, Tokenizer
+
+# transformers' own: what neither the call nor the model's generation configuration says.
+DEFAULTS = GenerationConfig(max_new_tokens=256, do_sample=True, temperature=0.7)
+
+
+class TextGenerationPipeline:
+    """A model and its tokenizer; called with a prompt, it returns the text that follows. Made by `pipeline`.
+
+    Parameters
+    ----------
+    model : Gemma2ForCausalLM
+        Writes the text.
+    tokenizer : Tokenizer
+        Of the model.
+    settings : mapping
+        Arguments of every call.
+    """
+
+    task = "text-generation"
+
+    def __init__(self, model: Gemma2ForCausalLM, tokenizer: Tokenizer, settings: Mapping[str, Any]) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.settings = dict(settings)
+        self.generation_config = model.generation_config.over(DEFAULTS)
+
+    def __call__(self, text_inputs: Any, return_full_text: bool = True, **settings: Any) -> list[Any]:
+        """Continue one prompt, or each of several.
+
+        Parameters
+        ----------
+        text_inputs : str, sequence of messages, or sequence of several of them
+            A text, or a conversation of mappings with ``"role"`` and ``"content"``.
+        return_full_text : bool
+            Whether the prompt comes back too.
+        **settings
+            As of `Gemma2ForCausalLM.generate`. What nobody says is drawn with temperature 0.7, at most 256 tokens.
+
+        Returns
+        -------
+        list of dict
+            One with ``"generated_text"`` for each returned sequence: a text, or the conversation with one message more.
+            For several prompts a list of such lists.
+        """
+        if not isinstance(text_inputs, str) and not (text_inputs and isinstance(text_inputs[0], Mapping)):
+            return [self(prompt, return_full_text, **settings) for prompt in text_inputs]
+        asked = {"generation_config": self.generation_config} | self.settings | settings
+        asked.pop("batch_size", None)
+        if isinstance(text_inputs, str):
+            inputs = self.tokenizer(text_inputs, return_tensors="np")
+        else:
+            inputs = self.tokenizer.apply_chat_template(text_inputs, add_generation_prompt=True, return_tensors="np")
+        length = inputs["input_ids"].shape[1]
+        rows = self.model.generate(**inputs, **asked)
+        assert not isinstance(rows, Mapping)  # return_dict_in_generate is of no use here
+        texts = [self.tokenizer.decode(row[length:], skip_special_tokens=True) for row in rows]
+        return [{"generated_text": self._join(text_inputs, text, return_full_text)} for text in texts]
+
+    @staticmethod
+    def _join(prompt: Any, text: str, return_full_text: bool) -> Any:
+        if not return_full_text:
+            return text
+        return prompt + text if isinstance(prompt, str) else [*prompt, {"role": "assistant", "content": text}]
+
+
+def pipeline(
+    task: str | None = None, model: Gemma2ForCausalLM | str | Path | None = None, tokenizer: Any = None, *,
+    dtype: Any = None, torch_dtype: Any = None, model_kwargs: Mapping[str, Any] | None = None, device: Any = None,
+    device_map: Any = None, trust_remote_code: Any = None, token: Any = None, revision: str | None = None,
+    use_fast: Any = None, batch_size: int | None = None, framework: str | None = None, **settings: Any,
+) -> TextGenerationPipeline:  # fmt: skip
+    """Make a pipeline that writes text, as transformers' ``pipeline("text-generation", model=...)``.
+
+    Parameters
+    ----------
+    task : str, optional
+        ``"text-generation"``, the only one there is.
+    model : Gemma2ForCausalLM, str or path
+        A model, or a name for `Gemma2ForCausalLM.from_pretrained`.
+    tokenizer : Tokenizer, str or path, optional
+        By default that of the model's folder.
+    dtype, torch_dtype, revision, model_kwargs
+        For `Gemma2ForCausalLM.from_pretrained`.
+    device, device_map, trust_remote_code, token, use_fast, batch_size, framework
+        Taken and ignored.
+    **settings
+        Arguments of every call.
+
+    Returns
+    -------
+    TextGenerationPipeline
+        See there.
+
+    Raises
+    ------
+    UsageError
+        For another task, and without a model or its tokenizer.
+
+    Examples
+    --------
+    >>> pipe = pipeline("text-generation", model="tiny")
+    >>> pipe("Once upon a time", max_new_tokens=4, do_sample=False)
+    [{'generated_text': 'Once upon a time the Rat, who'}]
+    """
+    if task not in (None, "text-generation"):
+        raise UsageError(f"pipeline {task!r}: there is 'text-generation' only; for classes use AutoModelFor...")
+    if model is None:
+        raise UsageError("pipeline: say which model, for instance model='tiny'")
+    name = tokenizer if tokenizer is not None else model
+    if isinstance(name, Gemma2ForCausalLM):
+        raise UsageError("pipeline: with a model that is loaded, give its tokenizer too: tokenizer=...")
+    revision = revision or "main"
+    reader = name if isinstance(name, Tokenizer) else AutoTokenizer.from_pretrained(name, revision=revision)
+    if not isinstance(model, Gemma2ForCausalLM):
+        given = {"dtype": dtype, "torch_dtype": torch_dtype} | dict(model_kwargs or {})
+        model = Gemma2ForCausalLM.from_pretrained(model, revision=revision, **given)
+    return TextGenerationPipeline(model, reader, settings)

@@ -1,0 +1,161 @@
+"""Tokens that are found in a text before it is cut into pieces. Checked against the tokenizers library 0.23."""
+
+import re
+import unicodedata
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from refgemma.files import quote
+from refgemma.tokenizer.sentencepiece_model import TokenizerError
+
+SPACE = "\u2581"  # how a piece writes a space
+# White space as Unicode has it: Python counts U+001C to U+001F, too.
+WHITE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token that is found in a text as it is written.
+
+    Parameters
+    ----------
+    content : str
+        The text.
+    single_word : bool
+        Whether it is not found within a word.
+    lstrip, rstrip : bool
+        Whether white space before and after it belongs to it.
+    special : bool
+        Whether it steers the model: decoding can leave it out, and `split_special_tokens` takes it for plain text.
+    normalized : bool
+        Whether a space of the text may stand for a U+2581 of the token, and the other way round; unless given, what
+        is not special.
+
+    Examples
+    --------
+    >>> AddedToken("<tool>").normalized, AddedToken("<tool>", special=True).normalized
+    (True, False)
+    """
+
+    content: str
+    single_word: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    normalized: bool | None = None
+    special: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.content, str):
+            raise TokenizerError(f"an added token is {quote(self.content)}, not a string")
+        if self.normalized is None:
+            object.__setattr__(self, "normalized", not self.special)
+
+    def __str__(self) -> str:
+        """Return the text."""
+        return self.content
+
+    @property
+    def flags(self) -> dict[str, bool]:
+        """All but the content, as files write it."""
+        return {name: bool(getattr(self, name)) for name in FLAGS}
+
+
+def make_special(token: AddedToken) -> AddedToken:
+    """Return the token as a special one, in which spaces are not normalised."""
+    return token if token.special else replace(token, special=True, normalized=False)
+
+
+def read_added_token(found: Any, special: bool = True) -> AddedToken:
+    """Return the token that a file or a caller names by its text, or with its properties; `special` is for a text.
+
+    Examples
+    --------
+    >>> read_added_token({"content": "<tool>", "special": False, "normalized": False}).special
+    False
+    """
+    if isinstance(found, AddedToken):
+        return found
+    if isinstance(found, Mapping) and "content" in found:
+        return AddedToken(found["content"], **{name: bool(found[name]) for name in FLAGS if name in found})
+    if isinstance(found, str):
+        return AddedToken(found, special=special)
+    if (content := getattr(found, "content", None)) is not None:  # of the tokenizers library
+        return AddedToken(content, **{name: bool(getattr(found, name)) for name in FLAGS})
+    raise TokenizerError(f"an added token is {quote(found)}, not a string")
+
+
+def _is_word(character: str) -> bool:
+    category = unicodedata.category(character)
+    return category[0] in "LM" or category in ("Nd", "Nl", "Pc") or character in "\u200c\u200d"
+
+
+class Splitter:
+    """Finds `tokens` in a text: the first first, of those that begin at one place the longest.
+
+    Parameters
+    ----------
+    tokens : collection of AddedToken
+        Those whose spaces are normalised are looked for in what the others leave.
+    special : collection of str
+        The texts of the special ones, which a call may leave alone.
+
+    Examples
+    --------
+    >>> splitter = Splitter([AddedToken("<a>", special=True), AddedToken("<ab>")], ["<a>"])
+    >>> splitter.split("x<ab> <a>")
+    [(None, 0, 1), ('<ab>', 1, 5), (None, 5, 6), ('<a>', 6, 9)]
+    >>> splitter.split("x<ab> <a>", leave_special=True)
+    [(None, 0, 1), ('<ab>', 1, 5), (None, 5, 9)]
+    """
+
+    def __init__(self, tokens: Collection[AddedToken], special: Collection[str]) -> None:
+        self._special = frozenset(special)
+        written = {token.content: token for token in tokens if not token.normalized and token.content}
+        spaced = {token.content.replace(" ", SPACE): token for token in tokens if token.normalized and token.content}
+        self._passes = [(found, _compile(found)) for found in (written, spaced) if found]
+        self._any_spaced = bool(spaced)
+
+    def split(self, text: str, leave_special: bool = False) -> list[tuple[str | None, int, int]]:
+        """Return the parts of a text: the token's content or ``None``, and where the part begins and ends."""
+        parts: list[tuple[str | None, int, int]] = [(None, 0, len(text))] if text else []
+        for tokens, pattern in self._passes:
+            if self._any_spaced and tokens is self._passes[-1][0]:
+                text = text.replace(" ", SPACE)
+            if len(parts) == 1 and not parts[0][0]:
+                parts = self._find(text, 0, len(text), tokens, pattern, leave_special)
+                continue
+            whole, parts = parts, []
+            for part in whole:
+                parts += [part] if part[0] else self._find(text, *part[1:], tokens, pattern, leave_special)
+        return parts
+
+    def _find(
+        self, text: str, done: int, end: int, tokens: dict[str, AddedToken], pattern: re.Pattern[str],
+        leave_special: bool,
+    ) -> list[tuple[str | None, int, int]]:  # fmt: skip
+        parts: list[tuple[str | None, int, int]] = []
+        begin = done
+        for match in pattern.finditer(text, done, end):
+            token = tokens[match[0]]
+            start, stop = match.span()
+            if leave_special and token.content in self._special:
+                continue
+            if token.single_word and (
+                (start > begin and _is_word(text[start - 1])) or (stop < end and _is_word(text[stop]))
+            ):
+                continue
+            if token.lstrip:
+                start = done + len(text[done:start].rstrip(WHITE))
+            if token.rstrip:
+                stop = end - len(text[stop:end].lstrip(WHITE))
+            if done < start:
+                parts.append((None, done, start))
+            parts.append((token.content, start, stop))
+            done = stop
+        return [*parts, (None, done, end)] if done < end else parts
+
+
+def _compile(contents: Iterable[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(contents, key=len, reverse=True))))

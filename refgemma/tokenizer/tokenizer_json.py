@@ -1,0 +1,256 @@
+"""A ``tokenizer.json`` of Gemma's kind, read and written. Checked against the tokenizers library 0.23, which reads what
+is written here, and whose ids and texts of the released file are those of what is read here."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from refgemma.errors import RefgemmaError
+from refgemma.files import JSON_LIMIT, parse_object, quote
+from refgemma.tokenizer.added_tokens import SPACE, AddedToken, read_added_token
+from refgemma.tokenizer.sentencepiece_model import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    USER_DEFINED,
+    Piece,
+    TokenizerError,
+    gemma_rest,
+)
+from refgemma.tokenizer.vocabulary import BYTES, TokenizerFile, Vocabulary
+
+# The parts of a tokenizer.json that are the same in all of Gemma's.
+NORMALIZER = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+PRE_TOKENIZER = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+DECODER = {
+    "type": "Sequence",
+    "decoders": [
+        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ],
+}
+MODEL = {
+    "type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None, "end_of_word_suffix": None,
+    "fuse_unk": True, "byte_fallback": True, "ignore_merges": False,
+}  # fmt: skip
+IDS_LIMIT = 10_000_000  # ids: forty times those of Gemma
+
+
+def read_json(name: str, content: bytes) -> TokenizerFile:
+    """Read a ``tokenizer.json``: a SentencePiece model of the same pieces, whose scores are the order of its merges.
+
+    Raises
+    ------
+    TokenizerError
+        If it is no such file, or its tokenizer is not of Gemma's kind: one line that names the part.
+    """
+    try:
+        if len(content) > JSON_LIMIT:
+            raise RefgemmaError(
+                f"is {len(content)} bytes long, and no JSON file of a model is longer than {JSON_LIMIT}"
+            )
+        found = parse_object(content)
+        _check_kind(found)
+        model = found["model"]
+        ids = _read_ids(model)
+        added = _read_added(found)
+        tokens = [token for _, token in added]
+        pieces = _make_pieces(ids, _rank_merges(model, ids, tokens), tokens, model.get("unk_token"))
+        settings = _read_settings(found)
+    except RefgemmaError as error:
+        raise TokenizerError(f"{name}: {error}") from None
+    roles = {role: (f"<{role}>", ids.get(f"<{role}>", -1)) for role in ("bos", "eos", "pad")}
+    unk = model.get("unk_token") or "<unk>"
+    return TokenizerFile(name, content, pieces, gemma_rest(unk=(unk, ids.get(unk, -1)), **roles), added, settings)
+
+
+def _check_kind(found: Mapping[str, Any]) -> None:
+    """Refuse what does not cut or join text as Gemma's tokenizer does."""
+    model = found.get("model")
+    if not isinstance(model, dict):
+        raise TokenizerError("has no model; it is no tokenizer.json")
+    for part, value, known in (
+        ("normalizer", found.get("normalizer"), (NORMALIZER,)),
+        ("pre_tokenizer", found.get("pre_tokenizer"), (PRE_TOKENIZER, None)),
+        ("decoder", found.get("decoder"), (DECODER,)),
+    ):
+        if value not in known:
+            raise TokenizerError(f"its {part} is {quote(value)}, which is not Gemma's; it is another model's tokenizer")
+    for key, value in MODEL.items():
+        given = model.get(key, value)
+        if key == "byte_fallback" or (key == "unk_token" and (given is None or isinstance(given, str))):
+            continue
+        if given != value and not (key.endswith("fix") and given == ""):
+            raise TokenizerError(f"its model's {key} is {quote(given)}, and Gemma's {value!r}; it is another model's")
+
+
+def _read_ids(model: Mapping[str, Any]) -> dict[str, int]:
+    """Return the vocabulary, whose ids have to be 0, 1, 2, ... in any order."""
+    ids = model.get("vocab")
+    if not isinstance(ids, dict) or not ids or len(ids) > IDS_LIMIT:
+        raise TokenizerError("its model has no vocab")
+    if {type(token) for token in ids.values()} != {int} or sorted(ids.values()) != list(range(len(ids))):
+        raise TokenizerError(f"the ids of its vocab are not 0 to {len(ids) - 1}, each once")
+    try:
+        "".join(ids).encode()
+    except UnicodeEncodeError:
+        raise TokenizerError("a piece of its vocab holds half a surrogate pair, which is no character") from None
+    return ids
+
+
+def _read_added(found: Mapping[str, Any]) -> list[tuple[int, AddedToken]]:
+    """Return the added tokens with their ids."""
+    entries = found.get("added_tokens") or []
+    if not isinstance(entries, list) or not all(
+        isinstance(entry, dict) and type(entry.get("id")) is int and isinstance(entry.get("content"), str)
+        for entry in entries
+    ):
+        raise TokenizerError("its added_tokens are no list of tokens with an id and a content")
+    return [(entry["id"], read_added_token(entry)) for entry in entries if entry["content"]]
+
+
+def _read_merges(model: Mapping[str, Any]) -> list[Any]:
+    """Return the merges as pairs: they are written as such, or as one string with a space between."""
+    merges = model.get("merges")
+    if not isinstance(merges, list):
+        raise TokenizerError("its model has no merges")
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    for merge, pair in zip(merges, pairs, strict=True):
+        if type(pair) is not list or len(pair) != 2 or type(pair[0]) is not str or type(pair[1]) is not str:
+            raise TokenizerError(f"one of its merges is {quote(merge)}, not two pieces")
+    return pairs
+
+
+def _rank_merges(model: Mapping[str, Any], ids: Mapping[str, int], added: Iterable[AddedToken]) -> dict[str, int]:
+    """Return the place of the first merge that makes a piece.
+
+    SentencePiece joins any two pieces that make a third, so the merges have to be all that there are. Pieces that are
+    always found in the text first do not count.
+    """
+    found = {token.content for token in added if not token.single_word and token.content.strip(SPACE)}
+    free = ids.keys() - found - BYTES.keys()
+    ranks: dict[str, int] = {}
+    number = 0
+    for left, right in dict.fromkeys(map(tuple, _read_merges(model))):
+        whole = left + right
+        if whole in free and left in free and right in free:
+            number += 1
+        elif left not in ids or right not in ids or whole not in ids:
+            raise TokenizerError(f"its merge of {quote(left)} and {quote(right)} is not of pieces of its vocab")
+        ranks.setdefault(whole, len(ranks))
+    needed = sum(piece[:n] in free and piece[n:] in free for piece in free for n in range(1, len(piece)))
+    if number != needed:
+        raise TokenizerError(
+            f"it has {number} merges, and its vocab allows for {needed}: it is not made from a SentencePiece model, "
+            "as Gemma's is; use the tokenizers library, and give the ids"
+        )
+    return ranks
+
+
+def _make_pieces(
+    ids: Mapping[str, int], ranks: Mapping[str, int], added: Iterable[AddedToken], unk: str | None
+) -> list[Piece]:
+    kinds = dict.fromkeys(BYTES, BYTE) | {unk or "<unk>": UNKNOWN}
+    for token in added:
+        if token.content.strip(SPACE) and not token.single_word:
+            kinds.setdefault(token.content, CONTROL if token.special else USER_DEFINED)
+    if "<0x09>" not in ids and "<0x0A>" in ids and "\t" in ids:
+        kinds["\t"] = BYTE
+    pieces = [Piece("", 0.0, NORMAL)] * len(ids)
+    for name, number in ids.items():
+        kind = kinds.get(name, NORMAL)
+        score = -float(ranks.get(name, len(ranks) + 1)) if kind == NORMAL else 0.0
+        pieces[number] = Piece("<0x09>" if name == "\t" and kind == BYTE else name, score, kind)
+    if sum(piece.type == UNKNOWN for piece in pieces) != 1:
+        raise TokenizerError(f"its vocab has no {unk or '<unk>'}; it is not Gemma's tokenizer")
+    return pieces
+
+
+def _read_settings(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the post-processor adds, and on which side texts are padded and cut."""
+    settings: dict[str, Any] = {"before": [], "after": []}
+    for key, name in (("padding", "padding_side"), ("truncation", "truncation_side")):
+        if isinstance(given := found.get(key), dict) and isinstance(side := given.get("direction"), str):
+            settings[name] = side.lower()
+    processor = found.get("post_processor")
+    if processor is None:
+        return settings
+    single = _read_template(processor, "single")
+    if "A" not in single or single.index("A") > 1 or len(single) - single.index("A") > 2:
+        raise TokenizerError(f"its post_processor writes {quote(single)}, not <bos>, a text and <eos>")
+    place = single.index("A")
+    settings["before"], settings["after"] = single[:place], single[place + 1 :]
+    return settings
+
+
+def _read_template(processor: Any, name: str) -> list[str]:
+    """Return the tokens of a template, and "A" or "B" for the texts."""
+    try:
+        if processor["type"] != "TemplateProcessing":
+            raise TypeError
+        parts: list[str] = [
+            part["Sequence"]["id"] if "Sequence" in part else part["SpecialToken"]["id"] for part in processor[name]
+        ]
+        if not all(isinstance(part, str) for part in parts):
+            raise TypeError
+    except (KeyError, TypeError, IndexError):
+        raise TokenizerError(f"its post_processor is {quote(processor)}, which is not Gemma's") from None
+    return parts
+
+
+# ---- writing
+
+
+def write_json(vocabulary: Vocabulary, before: Sequence[str], after: Sequence[str]) -> bytes:
+    """Return a ``tokenizer.json`` of which the tokenizers library gives the same ids.
+
+    `before` and `after` are the tokens that stand before and after a text.
+    """
+    found = parse_object(vocabulary.file.content) if vocabulary.file.is_json else _make_json(vocabulary)
+    found["added_tokens"] = [
+        {"id": vocabulary.ids[name], "content": name} | token.flags | {"special": name in vocabulary.special}
+        for name, token in sorted(vocabulary.added.items(), key=lambda item: vocabulary.ids[item[0]])
+    ]
+    found["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": _write_template(before, "A", after, 0),
+        "pair": _write_template(before, "A", after, 0) + _write_template(before, "B", after, 1),
+        "special_tokens": {
+            name: {"id": name, "ids": [vocabulary.ids[name]], "tokens": [name]} for name in [*before, *after]
+        },
+    }
+    found["truncation"] = found["padding"] = None
+    return (json.dumps(found, ensure_ascii=False) + "\n").encode()
+
+
+def _write_template(before: Sequence[str], text: str, after: Sequence[str], type_id: int) -> list[dict[str, Any]]:
+    def token(name: str) -> dict[str, Any]:
+        return {"SpecialToken": {"id": name, "type_id": type_id}}
+
+    return [*map(token, before), {"Sequence": {"id": text, "type_id": type_id}}, *map(token, after)]
+
+
+def _make_json(vocabulary: Vocabulary) -> dict[str, Any]:
+    """Make a tokenizer.json of a SentencePiece model: of each piece all pairs that make it, the highest score first."""
+    names = vocabulary.names[: vocabulary.base]
+    found = {name for name, token in vocabulary.added.items() if name.strip(SPACE) and not token.single_word}
+    scores = {
+        name: float(len(name)) if not name.strip(SPACE) and len(name) > 1 else piece.score
+        for name, piece in zip(names, vocabulary.file.pieces, strict=True)
+        if name not in BYTES and name not in found
+    }
+    merges = []
+    for name in sorted(scores, key=lambda name: -scores[name]):
+        splits = [(name[:n], name[n:]) for n in range(1, len(name))]
+        pairs = [pair for pair in splits if pair[0] in scores and pair[1] in scores]
+        merges += sorted(pairs, key=lambda pair: (vocabulary.ids[pair[0]], vocabulary.ids[pair[1]]))
+    unk = next(piece.name for piece in vocabulary.file.pieces if piece.type == UNKNOWN)
+    bytes_there = BYTES.keys() - {"<0x09>"} <= vocabulary.ids.keys()
+    model = MODEL | {"unk_token": unk, "byte_fallback": bytes_there}
+    return {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": NORMALIZER,
+        "pre_tokenizer": PRE_TOKENIZER, "post_processor": None, "decoder": DECODER,
+        "model": model | {"vocab": {name: token for token, name in enumerate(names)}, "merges": merges},
+    }  # fmt: skip

@@ -1,0 +1,198 @@
+"""The tensors of a GGUF file as the numbers that llama.cpp multiplies with. Checked bit for bit against gguf 0.19, and
+by the logits of llama.cpp.
+
+Blocks of quantised numbers are widened to float32, rows at a time, when they are used. Norms hold g = 1 + w, and
+Gemma 2 has w here. The subtraction is exact in float64 for every g from 2**-29 on, and in float32 for every g from 1/2
+on. Below 1/2, float32 rounds w, so that 1 + w is at most 2**-25 from g, or 2**-24 from a negative g.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from refgemma.config import Gemma2Config
+from refgemma.files import quote, quote_few
+from refgemma.gguf import Gguf, GgufTensor, config_fields, read_gguf
+from refgemma.precision import Array, as_dtype
+from refgemma.weights.parameters import EMBED_TOKENS, NORM, layer_tensors, tensor_shapes
+from refgemma.weights.stored import CheckpointError, Stored
+
+NUMBERS_AT_ONCE = 2**17  # widened at a time: half a megabyte of float32, which stays in the processor's cache
+PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+
+# Field of a layer's weights -> the name of its tensor in a GGUF file.
+NAMES = {
+    "input_layernorm": "attn_norm", "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output",
+    "post_attention_layernorm": "post_attention_norm", "pre_feedforward_layernorm": "ffn_norm", "gate_proj": "ffn_gate",
+    "up_proj": "ffn_up", "down_proj": "ffn_down", "post_feedforward_layernorm": "post_ffw_norm",
+}  # fmt: skip
+
+
+def gguf_names(num_hidden_layers: int) -> dict[str, str]:
+    """Return the name that each tensor of `tensor_shapes` has in a GGUF file.
+
+    Examples
+    --------
+    >>> gguf_names(26)["model.layers.3.self_attn.q_proj.weight"]
+    'blk.3.attn_q.weight'
+    """
+    names = {EMBED_TOKENS: "token_embd.weight"}
+    for layer in range(num_hidden_layers):
+        names |= {name: f"blk.{layer}.{NAMES[field]}.weight" for field, name in layer_tensors(layer).items()}
+    return names | {NORM: "output_norm.weight"}
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def _widen_q8_0(rows: Array, out: Array) -> None:
+    """Widen rows of Q8_0, whose blocks are a float16 scale and 32 bytes; the products are exact."""
+    blocks = rows.reshape(-1, 34)
+    scales, numbers = blocks[:, :2].view(np.float16).astype(np.float32), blocks[:, 2:].view(np.int8)
+    np.multiply(numbers, scales, out=out.reshape(-1, 32), dtype=np.float32)
+
+
+def _widen_by_library(kind: str) -> Callable[[Array, Array], None]:
+    from gguf import GGMLQuantizationType, dequantize
+
+    def widen(rows: Array, out: Array) -> None:
+        with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is refused by who asks for it
+            out[...] = dequantize(rows, GGMLQuantizationType[kind])
+
+    return widen
+
+
+@dataclass(frozen=True)
+class Widened:
+    """Quantised rows that are widened to float32 when they are asked for, as from an array."""
+
+    raw: Array
+    width: int
+    widen: Callable[[Array, Array], None]
+
+    def __getitem__(self, rows: Any, /) -> Array:
+        """Return the rows of a slice or of an array of integers."""
+        raw = self.raw[rows]
+        flat, out = raw.reshape(-1, raw.shape[-1]), np.empty((*raw.shape[:-1], self.width), np.float32)
+        self.widen(flat, out.reshape(len(flat), self.width))
+        return out
+
+
+@dataclass(frozen=True)
+class Quantised(Stored):
+    """A quantised tensor: `raw` is its bytes, a row of them for each row of numbers, which are float32."""
+
+    kind: str
+    raw: Stored
+    widen: Callable[[Array, Array], None]
+
+    @property
+    def format(self) -> str:
+        """The name of its format."""
+        return self.kind
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor on disk."""
+        return self.raw.nbytes
+
+    def map(self, keep: bool = False) -> Any:
+        """Map the bytes, of which rows are widened when they are asked for; see `Stored.map`."""
+        return Widened(self.raw.map(keep), self.shape[-1], self.widen)
+
+    def read(self, dtype: str, rows: Any = ...) -> Array:
+        """Widen the tensor, or some of its rows, and round them to `dtype`; see `Stored.read`."""
+        raw = self.raw.map()[rows]
+        flat, width, kind = raw.reshape(-1, raw.shape[-1]), self.shape[-1], as_dtype(np.zeros(0), dtype)
+        out = np.empty((len(flat), width), kind.dtype)
+        step = max(1, NUMBERS_AT_ONCE // width)
+        for start in range(0, len(flat), step):
+            block = out[start : start + step]
+            if dtype == "float32":
+                self.widen(flat[start : start + step], block)
+            else:
+                with np.errstate(over="ignore"):  # what this would warn of is an error just below
+                    block[...] = as_dtype(Widened(flat, width, self.widen)[start : start + step], dtype)
+            # A sum of squares is finite only if all are, and is had sooner than a look at each.
+            if not math.isfinite(np.vdot(block, block)) and not (finite := np.isfinite(block)).all():
+                part = Widened(flat, width, self.widen)[:].reshape(*raw.shape[:-1], width)
+                raise self._explain_bad_number(part, rows, start * width + int(np.argmin(finite)), dtype)
+        return out.reshape(*raw.shape[:-1], width).view(type(kind))
+
+
+@dataclass(frozen=True)
+class Norm(Stored):
+    """The weight of a norm, which the file has as 1 + w."""
+
+    def map(self, keep: bool = False) -> Array:
+        """Return w in float64, where the subtraction is exact."""
+        return super().map(keep).astype(np.float64) - 1
+
+
+# --- a file -----------------------------------------------------------------------------------------------------------
+
+
+def locate(file: Gguf, tensor: GgufTensor) -> Stored:
+    """Return a tensor of a file as it lies there.
+
+    Raises
+    ------
+    CheckpointError
+        If it is quantised in a format that needs the library, which is not installed.
+    """
+    where = (tensor.name, file.path)
+    if tensor.format in PLAIN:
+        return Stored(*where, PLAIN[tensor.format], tensor.shape, tensor.start, file.file_bytes)
+    if tensor.format != "Q8_0" and find_spec("gguf") is None:
+        raise CheckpointError(
+            f"{file.path}: tensor {quote(tensor.name)} is quantised as {tensor.format}, which the library gguf widens; "
+            'pip install "refgemma[gguf]"'
+        )
+    rows = (*tensor.shape[:-1], tensor.nbytes // max(1, math.prod(tensor.shape[:-1])))
+    raw = Stored(*where, np.dtype(np.uint8), rows, tensor.start, file.file_bytes)
+    widen = _widen_q8_0 if tensor.format == "Q8_0" else _widen_by_library(tensor.format)
+    return Quantised(
+        *where, np.dtype(np.float32), tensor.shape, tensor.start, file.file_bytes, tensor.format, raw, widen
+    )
+
+
+def _locate_norm(file: Gguf, tensor: GgufTensor) -> Stored:
+    if tensor.format != "F32":
+        raise CheckpointError(f"{file.path}: norm {quote(tensor.name)} is {tensor.format}; llama.cpp has norms in F32")
+    return Norm(tensor.name, file.path, PLAIN["F32"], tensor.shape, tensor.start, file.file_bytes)
+
+
+def read_model(path: Path) -> tuple[Gemma2Config, dict[str, Stored]]:
+    """Read the configuration, and where the tensors lie, under the names and in the order of `tensor_shapes`.
+
+    Raises
+    ------
+    CheckpointError, ConfigError
+        If the file is damaged, is no Gemma 2, or lacks a tensor.
+    """
+    file = read_gguf(path, CheckpointError)
+    config = Gemma2Config.from_dict(config_fields(file, CheckpointError), str(path))
+    if config.num_hidden_layers > len(file.tensors):
+        raise CheckpointError(f"{path}: has {len(file.tensors)} tensors for {config.num_hidden_layers} layers")
+    shapes, names = tensor_shapes(config), gguf_names(config.num_hidden_layers)
+    lacking = [name for name in names.values() if name not in file.tensors]
+    strange = sorted(file.tensors.keys() - names.values())
+    if lacking or strange:
+        what = f"lacks {quote_few(lacking)}" if lacking else f"holds {quote_few(strange)}"
+        raise CheckpointError(f"{path}: {what}, unlike a Gemma 2 of its size; download it again")
+    for name, theirs in names.items():
+        if file.tensors[theirs].shape != shapes[name]:
+            raise CheckpointError(
+                f"{path}: tensor {quote(theirs)} is {list(file.tensors[theirs].shape)}, but its metadata make it "
+                f"{list(shapes[name])}; download it again"
+            )
+    found = {name: file.tensors[theirs] for name, theirs in names.items()}
+    return config, {
+        name: (_locate_norm if len(shapes[name]) == 1 else locate)(file, tensor) for name, tensor in found.items()
+    }

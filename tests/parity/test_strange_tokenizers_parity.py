@@ -1,0 +1,308 @@
+"""Tokenizers as trainers leave them, read by transformers and by refgemma: the same ids, texts and refusals."""
+
+import json
+import shutil
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from refgemma.tokenizer.tokenizer import AutoTokenizer, Tokenizer, TokenizerError
+
+TINY = Path(str(files("refgemma") / "checkpoints/tiny"))
+TEXTS = [
+    "the cat",
+    "a<tool> b<|im_start|>user\nHi<|im_end|>",
+    "<end_of_turn> <bos><mask>x",
+    " " * 3 + "\n\n\u2581\u2581x",
+    "é😀 lead",
+    "",
+]
+
+
+def token(content: str, **flags: bool) -> dict[str, Any]:
+    plain = dict.fromkeys(["special", "lstrip", "rstrip", "normalized", "single_word"], False)
+    return {"content": content} | plain | flags
+
+
+DECLARED = {
+    "5": token("<start_of_turn>", special=True),
+    "6": token("<end_of_turn>", special=True),
+    "4": token("<mask>", special=True),
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "special and not": {"added_tokens_decoder": {"2049": token("<|im_start|>", special=True), "2048": token("<tool>")}},
+    "normalized": {
+        "added_tokens_decoder": {"2048": token("<tool> b", normalized=True), "2049": token(" lead", normalized=True)}
+    },
+    "strips": {
+        "added_tokens_decoder": {
+            "2048": token("<tool>", lstrip=True, rstrip=True, special=True),
+            "2049": token("Hi", single_word=True),
+        }
+    },
+    "within words": {
+        "added_tokens_decoder": {"2048": token("he", single_word=True), "2049": token("at", normalized=True)}
+    },
+}
+
+
+def from_folder(folder: Path) -> Any:
+    from transformers import GemmaTokenizer
+
+    return GemmaTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:.* has the id .*, not ")  # where a declared id is not the one given
+
+
+@pytest.fixture(params=CONFIGS)
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    config = CONFIGS[request.param]
+    decoder = DECLARED | config["added_tokens_decoder"]
+    shutil.copy(TINY / "tokenizer.model", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps(config | {"add_bos_token": True, "added_tokens_decoder": decoder})
+    )
+    return tmp_path
+
+
+def same(ours: Any, theirs: Any) -> None:
+    assert len(ours) == len(theirs)
+    for text in TEXTS:
+        ids = theirs.encode(text)
+        assert ours.encode(text) == ids, text
+        assert ours.decode(ids) == theirs.decode(ids)
+        assert ours.encode(text, split_special_tokens=True) == theirs.encode(text, split_special_tokens=True), text
+        expected = theirs(
+            text,
+            return_offsets_mapping=True,
+            return_special_tokens_mask=True,
+            return_token_type_ids=True,
+            return_length=True,
+        )
+        found = ours(
+            text,
+            return_offsets_mapping=True,
+            return_special_tokens_mask=True,
+            return_token_type_ids=True,
+            return_length=True,
+        )
+        assert found == dict(expected)
+        assert found.word_ids() == expected.word_ids()
+
+
+def test_added_tokens_have_the_same_ids(folder: Path) -> None:
+    same(Tokenizer.from_pretrained(folder), from_folder(folder))
+
+
+def test_what_transformers_saves_is_read_to_the_same_ids(folder: Path, tmp_path: Path) -> None:
+    theirs = from_folder(folder)
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert sorted(path.name for path in (tmp_path / "theirs").iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+    same(Tokenizer.from_pretrained(tmp_path / "theirs"), from_folder(tmp_path / "theirs"))
+
+
+def test_what_is_saved_is_read_by_transformers_to_the_same_ids(folder: Path, tmp_path: Path) -> None:
+    ours = Tokenizer.from_pretrained(folder)
+    ours.save_pretrained(tmp_path / "ours")
+    same(ours, from_folder(tmp_path / "ours"))
+    same(Tokenizer.from_pretrained(tmp_path / "ours"), from_folder(tmp_path / "ours"))
+
+
+@pytest.mark.parametrize("length", [*range(1, 70), 200, 1001])
+def test_runs_of_a_saved_bare_file_are_read_as_they_were_saved(bare_saved: tuple[Tokenizer, Any], length: int) -> None:
+    ours, theirs = bare_saved
+    for text in (" " * length, f"a{' ' * length}the", "\u2581" * length, "e" * length, "th" * length):
+        assert ours.encode(text) == theirs.encode(text)
+
+
+@pytest.fixture(scope="module")
+def bare_saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any]:
+    folder = tmp_path_factory.mktemp("bare")
+    shutil.copy(TINY / "tokenizer.model", folder)
+    from_folder(folder).save_pretrained(folder / "saved")
+    return Tokenizer.from_pretrained(folder / "saved"), from_folder(folder / "saved")
+
+
+def test_renamed_tokens_and_added_tokens_json(tmp_path: Path) -> None:
+    shutil.copy(TINY / "tokenizer.model", tmp_path)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<tool>": 2049, "<|im_start|>": 2048}))
+    same_ids(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"added_tokens_decoder": {"7": token("<tool>", special=True)}})
+    )
+    same_ids(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"extra_special_tokens": ["<tool>"], "pad_token": "[PAD]", "img_token": "<|im_end|>"})
+    )
+    (tmp_path / "added_tokens.json").unlink()
+    ours, theirs = Tokenizer.from_pretrained(tmp_path), from_folder(tmp_path)
+    for name in ("<tool>", "[PAD]", "<|im_end|>"):
+        assert ours.convert_tokens_to_ids(name) == theirs.convert_tokens_to_ids(name) >= 2048
+
+
+def same_ids(folder: Path) -> None:
+    ours, theirs = Tokenizer.from_pretrained(folder), from_folder(folder)
+    for text in TEXTS:
+        assert ours.encode(text, add_special_tokens=False) == theirs.encode(text, add_special_tokens=False)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any]:
+    folder = tmp_path_factory.mktemp("pair")
+    AutoTokenizer.from_pretrained("tiny").save_pretrained(folder)
+    return Tokenizer.from_pretrained(folder), from_folder(folder)
+
+
+LONG = "Alice met the king. " * 5
+CALLS: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+    (("a", "b"), {}),
+    ((["a b", "the"], ["the cat", "x"]), {"padding": True}),
+    (([("a", "b"), ("the cat", "c")],), {"padding": True, "return_token_type_ids": True}),
+    ((LONG, LONG), {"truncation": True, "max_length": 20}),
+    ((LONG, "the cat"), {"truncation": True, "max_length": 20}),
+    (("the cat", LONG), {"truncation": "longest_first", "max_length": 21}),
+    ((LONG, LONG), {"truncation": "only_first", "max_length": 50}),
+    ((LONG, LONG), {"truncation": "only_second", "max_length": 50}),
+    ((LONG,), {"truncation": True, "max_length": 16, "stride": 4, "return_overflowing_tokens": True}),
+    (([LONG, "the cat"],), {"truncation": True, "max_length": 9, "return_overflowing_tokens": True, "padding": True}),
+    (([LONG, "a"],), {"return_offsets_mapping": True, "padding": True, "return_special_tokens_mask": True}),
+    (("the cat",), {"return_offsets_mapping": True, "return_length": True, "padding": "max_length", "max_length": 6}),
+]
+
+
+@pytest.mark.parametrize(("texts", "arguments"), CALLS)
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_calls_give_the_same(pair: tuple[Tokenizer, Any], texts: Any, arguments: dict[str, Any], side: str) -> None:
+    ours, theirs = pair
+    ours.truncation_side = theirs.truncation_side = side
+    assert ours(*texts, **arguments) == dict(theirs(*texts, **arguments))
+    ours.truncation_side = theirs.truncation_side = "right"
+
+
+def test_tokens_are_added_alike(tmp_path: Path) -> None:
+    from tokenizers import AddedToken
+
+    Tokenizer.from_pretrained("tiny").save_pretrained(tmp_path)
+    both = Tokenizer.from_pretrained(tmp_path), from_folder(tmp_path)
+    results = []
+    for tokenizer in both:
+        results.append([
+            tokenizer.add_tokens(["<tool>", " lead", "the", "<tool>"]),
+            tokenizer.add_tokens([AddedToken("<x>", rstrip=True)], special_tokens=True),
+            tokenizer.add_special_tokens({"pad_token": "[PAD]", "extra_special_tokens": ["<e1>", "<e2>"]}),
+            len(tokenizer), tokenizer.vocab_size, tokenizer.pad_token_id, tokenizer.special_tokens_map,
+            tokenizer.encode("<x>  the<tool> lead [PAD]<e1><e2>"), tokenizer.vocab == tokenizer.get_vocab(),
+            tokenizer(["a", "a b"], padding=True), tokenizer.convert_tokens_to_string(["▁a", "<0xC3>", "<0xA9>", "b"]),
+            tokenizer.pad({"input_ids": [[2, 5], [2, 5, 6]], "labels": [[1], [1]]}, padding=True)["input_ids"],
+            tokenizer.num_special_tokens_to_add(), tokenizer.get_added_vocab()["<tool>"],
+            tokenizer.decode([2, 2048, 2049, 3000, 2050], skip_special_tokens=True),
+        ])  # fmt: skip
+    ours, theirs = results
+    theirs[9] = dict(theirs[9])
+    assert ours == theirs
+    both[0].save_pretrained(tmp_path / "again")
+    assert from_folder(tmp_path / "again").encode("<x>  the<tool> lead [PAD]<e1>") == both[1].encode(
+        "<x>  the<tool> lead [PAD]<e1>"
+    )
+
+
+def test_only_transformers_makes_a_text_of_no_rows(pair: tuple[Tokenizer, Any]) -> None:
+    ours, theirs = pair
+    assert (ours.batch_decode([]), theirs.batch_decode([])) == ([], [""])
+    assert ours.batch_decode([[]]) == theirs.batch_decode([[]]) == [""]
+
+
+# ---- chat templates
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TEMPLATES = {
+    "chatml": CHATML,
+    "tools": (
+        "{{ bos_token }}{% for t in tools or [] %}{{ t | tojson(indent=2) }}\n{% endfor %}"
+        "{% for d in documents or [] %}{{ d.title }}{% endfor %}" + CHATML
+    ),
+    "namespace": (
+        "{% set ns = namespace(n=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.n = ns.n + 1 %}"
+        "{% endif %}"
+        "{{ ns.n }}{{ m.content.strip() | upper }}{% if loop.last %}{% break %}{% endif %}{% endfor %}"
+    ),
+    "blocks": (
+        "{% for m in messages %}\n    {% if m.role == 'user' %}\nU: {{ m.content | trim }}\n    {% else %}\n"
+        "A: {{ m.content }}\n    {% endif %}\n{% endfor %}"
+    ),
+    "variable": "{{ style | default('none') }}{{ messages[0].content }}{{ eos_token }}",
+}
+CHAT = [
+    {"role": "user", "content": " Hi <end_of_turn> "},
+    {"role": "assistant", "content": "Well, <tool> ", "tool_calls": None},
+]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"add_generation_prompt": True},
+        {"continue_final_message": True},
+        {"tools": [{"name": "é", "n": 1}]},
+        {"documents": [{"title": "t"}]},
+        {"style": "x"},
+    ],
+    ids=lambda arguments: "-".join(arguments),
+)
+def test_templates_are_rendered_alike(pair: tuple[Tokenizer, Any], name: str, arguments: dict[str, Any]) -> None:
+    ours, theirs = pair
+    given = arguments | {"chat_template": TEMPLATES[name]}
+    if not all(argument in TEMPLATES[name] for argument in arguments if argument in ("tools", "documents", "style")):
+        with pytest.raises(TokenizerError, match="is not known: the chat template has no"):
+            ours.apply_chat_template(CHAT, tokenize=False, **given)
+        return
+    try:
+        expected = theirs.apply_chat_template(CHAT, tokenize=False, **given)
+    except ValueError:
+        with pytest.raises(TokenizerError):
+            ours.apply_chat_template(CHAT, tokenize=False, **given)
+        return
+    assert ours.apply_chat_template(CHAT, tokenize=False, **given) == expected
+    for sanitize in (False, True):
+        ids = theirs.apply_chat_template(CHAT, return_dict=False, sanitize_control_tokens=sanitize, **given)
+        assert ours.apply_chat_template(CHAT, return_dict=False, sanitize_control_tokens=sanitize, **given) == ids
+
+
+def test_gemmas_own_template_continues_alike(pair: tuple[Tokenizer, Any]) -> None:
+    ours, theirs = pair
+    for content in ("Well,", "Well, ", " Well,\n"):
+        chat = [CHAT[0], {"role": "assistant", "content": content}]
+        given: dict[str, Any] = {"continue_final_message": True, "tokenize": False}
+        assert ours.apply_chat_template(chat, **given) == theirs.apply_chat_template(chat, **given)
+
+
+def test_assistant_masks_are_the_same(pair: tuple[Tokenizer, Any]) -> None:
+    ours, theirs = pair
+    template = (
+        "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+        "{% endgeneration %}{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
+    )
+    for chats in (CHAT, [CHAT * 2, CHAT]):
+        given: dict[str, Any] = {"chat_template": template, "return_assistant_tokens_mask": True}
+        assert ours.apply_chat_template(chats, **given) == dict(theirs.apply_chat_template(chats, **given))
+
+
+def test_templates_of_a_folder_are_the_same(tmp_path: Path) -> None:
+    theirs = from_folder(TINY)
+    theirs.chat_template = {"default": TEMPLATES["chatml"], "tool_use": TEMPLATES["tools"]}
+    theirs.save_pretrained(tmp_path)
+    ours, theirs = Tokenizer.from_pretrained(tmp_path), from_folder(tmp_path)
+    assert ours.chat_template == theirs.chat_template
+    for arguments in ({}, {"tools": [{"a": 1}]}, {"chat_template": "tool_use"}):
+        given: dict[str, Any] = arguments | {"tokenize": False}
+        assert ours.apply_chat_template(CHAT, **given) == theirs.apply_chat_template(CHAT, **given)
+    ours.save_pretrained(tmp_path / "ours")
+    assert from_folder(tmp_path / "ours").chat_template == theirs.chat_template
