@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from refgemma.activations import ACTIVATIONS, Activation
 from refgemma.arguments import drop_arguments, refuse_arguments
 from refgemma.errors import RefgemmaError
-from refgemma.files import read_object, replace_file
+from refgemma.files import quote, read_object, replace_file
 from refgemma.gguf import config_fields, read_gguf
 from refgemma.hub import find_model
 
@@ -321,17 +321,22 @@ class Gemma2Config:
             raise ConfigError(f"{source}: model_type is {raw['model_type']!r}; refgemma reads 'gemma2' only")
         if missing := [key for key in REQUIRED if key not in raw]:
             raise ConfigError(f"{source}: lacks {', '.join(missing)}")
-        for key, harmless in {"rope_scaling": None, "quantization_config": None}.items():
-            if raw.get(key, harmless) != harmless:
-                raise ConfigError(f"{source}: {key} = {raw[key]!r} is no part of Gemma 2 and is not computed here")
+        if raw.get("rope_scaling") is not None:
+            raise ConfigError(
+                f"{source}: rope_scaling = {raw['rope_scaling']!r} is no part of Gemma 2 and is not computed here"
+            )
         if raw.get("use_bidirectional_attention"):
             raise ConfigError(f"{source}: use_bidirectional_attention is not Gemma 2's causal attention")
         known = {f.name for f in fields(cls)} - {"num_labels"}
         # null where a field may be left out; any other is kept, and refused where it means nothing.
         left_out = {f.name for f in fields(cls) if f.default is None and raw.get(f.name) is None}
         values: dict[str, Any] = {key: value for key, value in raw.items() if key in known - left_out}
-        # transformers reads hidden_activation; hidden_act is the older key, which it leaves unread.
-        values["hidden_activation"] = raw.get("hidden_activation") or raw.get("hidden_act") or cls.hidden_activation
+        if "hidden_activation" not in raw and raw.get("hidden_act") not in (None, cls.hidden_activation):
+            warnings.warn(
+                f"{source}: hidden_act = {quote(raw['hidden_act'])} is not read, as in transformers; the activation is "
+                f"hidden_activation, {cls.hidden_activation!r} if not given",
+                stacklevel=2,
+            )
         values["dtype"] = raw.get("dtype", raw.get("torch_dtype"))
         if "id2label" not in values and raw.get("num_labels") is not None:
             values["num_labels"] = raw["num_labels"]
@@ -518,8 +523,12 @@ def _derive_labels(config: Gemma2Config) -> dict[str, Any]:
         count = len(names) if count is None else count
     else:
         return {}
-    given = config.label2id
-    ids = _number_labels(names) if given is None or isinstance(given, Derived) else given
+    ids: Any = config.label2id
+    if ids is None or isinstance(ids, Derived):
+        ids = _number_labels(names)
+    elif isinstance(names, Derived) and ids != _number_labels(names):
+        warnings.warn("label2id without id2label is not read, as in transformers: give id2label", stacklevel=4)
+        ids = _number_labels(names)
     return {"num_labels": count, "id2label": names, "label2id": ids}
 
 
@@ -549,6 +558,13 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     ),
     "a number from 0 to below 1": (lambda value: _is_finite(value) and 0 <= value < 1, ("attention_dropout",)),
     "a number of at least 0": (lambda value: _is_finite(value) and value >= 0, ("initializer_range",)),
+    "true or false": (
+        lambda value: isinstance(value, bool),
+        (
+            "attention_bias", "tie_word_embeddings", "use_cache", "return_dict", "output_attentions",
+            "output_hidden_states",
+        ),
+    ),
     "a token id or None": (_is_id, ("pad_token_id", "bos_token_id")),
     "a token id, several of them or None": (
         lambda value: all(map(_is_id, value)) and None not in value if isinstance(value, tuple) else _is_id(value),

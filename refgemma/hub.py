@@ -14,6 +14,7 @@ from refgemma.errors import RefgemmaError
 
 PACKAGE = Path(__file__).parent
 CONFIG_JSON = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"  # of an adapter, whose configuration is that of its base
 GGUF = ".gguf"
 
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -61,6 +62,7 @@ def _find_snapshot(hub_id: str, revision: str, cache: Path) -> Path | None:
 
 def _list_missing(folder: Path, needed: Collection[str]) -> list[str]:
     """List the `needed` files that are absent, and the links whose file is absent."""
+    needed = set(needed) - ({CONFIG_JSON} if (folder / ADAPTER_CONFIG).exists() else set())
     cut_short = [path.name for path in folder.iterdir() if path.is_symlink() and not path.exists()]
     return sorted({*cut_short, *(name for name in needed if not (folder / name).exists())})
 

@@ -36,8 +36,12 @@ class Inputs:
 
 def as_array(value: npt.ArrayLike, name: str) -> npt.NDArray[Any]:
     """`value` as an array; `name` is what to call it if its rows are not all of one length."""
+    tensor: Any = value
+    if hasattr(tensor, "detach"):  # PyTorch's, which NumPy reads without gradients, from the CPU, and not in bfloat16
+        tensor = tensor.detach().cpu()
+        tensor = tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor
     try:
-        return np.asarray(value)
+        return np.asarray(tensor)
     except ValueError:
         raise InputError(f"{name} is ragged: its rows are not all of one length") from None
 

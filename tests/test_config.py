@@ -100,7 +100,7 @@ def test_scale_of_the_27b_is_not_head_dim() -> None:
         ({"hidden_size": 10**400}, "hidden_size must be a whole number"),
         ({"rms_norm_eps": 10**400}, "rms_norm_eps must be a number"),
         ({"eos_token_id": ["</s>"]}, "eos_token_id must be a token id"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings must be true or false, not 'false'"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
     ],
 )

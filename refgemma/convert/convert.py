@@ -1,5 +1,5 @@
-"""Original Gemma 2 checkpoints <-> Hugging Face folders, a few rows at a time. Checked against files of torch.save and
-TensorStore, and by transformers 5.23, which loads a converted folder as the model that it was.
+"""Original Gemma 2 checkpoints and other files of PyTorch -> Hugging Face folders, and back. Checked against files of
+torch.save and TensorStore, and by transformers 5.23, which loads a converted folder as the model that it was.
 
 Both ways follow from one table, ``refgemma.convert.layouts``.
 """
@@ -20,7 +20,16 @@ import numpy as np
 from refgemma.config import PRESETS, Gemma2Config
 from refgemma.convert.flax_tree import read_npz, read_tree, write_npz
 from refgemma.convert.gguf import check_model, gguf_layout, write_gguf
-from refgemma.convert.layouts import ROWWISE, Original, View, flax_layout, hf_layout, pytorch_layout
+from refgemma.convert.layouts import (
+    LITGPT_EMBEDDING,
+    ROWWISE,
+    Original,
+    View,
+    flax_layout,
+    hf_layout,
+    litgpt_layout,
+    pytorch_layout,
+)
 from refgemma.convert.orbax import is_orbax
 from refgemma.convert.pickles import read_torch, write_torch
 from refgemma.files import quote_few, read_object, replace_file
@@ -37,6 +46,8 @@ from refgemma.weights.checkpoint import (
     read_files,
     read_shards,
 )
+from refgemma.weights.names import has_other_numbers, match_names
+from refgemma.weights.parameters import EMBED_TOKENS, LM_HEAD
 from refgemma.weights.save import (
     FILE_DTYPES,
     STAGING,
@@ -54,7 +65,10 @@ from refgemma.weights.save import (
 FORMATS = ("hf", "pytorch", "flax", "flax-npz", "gguf")
 TORCH_SINGLE, TORCH_INDEX, NPZ = "model.ckpt", "pytorch_model.bin.index.json", "params.npz"
 TORCH_SHARD = re.compile(r"[A-Za-z0-9_.-]{1,200}\.bin")
+TORCH_FILES = ("pytorch_model.bin", "model.pth", "lit_model.pth", "pytorch_model_fsdp.bin")  # beside *.ckpt
 ROTARY_TABLE = "freqs_cis"  # the end of the name of a table that gemma_pytorch may store beside the weights
+ORIGINAL_EMBEDDING = "embedder.weight"
+EMBEDDINGS = (ORIGINAL_EMBEDDING, EMBED_TOKENS, LITGPT_EMBEDDING, "transformer/embedder/input_embedding")
 GENERATION = "generation_config.json"
 BESIDE = (GENERATION, "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 ONE_FILE = 10**17  # bytes
@@ -186,23 +200,29 @@ def detect_kind(path: Path) -> str:
         return "flax" if path.suffix in (".npz", ".safetensors") else "pytorch"
     if (path / SINGLE).exists() or (path / INDEX).exists():
         return "flax" if any("/" in name for name in read_files(path)[1]) else "hf"
-    if (path / TORCH_INDEX).exists() or any(path.glob("*.ckpt")):
+    if (path / TORCH_INDEX).exists() or _list_torch_files(path):
         return "pytorch"
     if any(path.glob("*.npz")) or is_orbax(path):
         return "flax"
-    raise CheckpointError(f"{path}: holds no checkpoint: no *.ckpt, {TORCH_INDEX}, *.npz, {SINGLE} or {INDEX}")
+    raise CheckpointError(
+        f"{path}: holds no checkpoint: no *.ckpt, {TORCH_INDEX}, {TORCH_FILES[0]}, *.npz, {SINGLE} or {INDEX}"
+    )
+
+
+def _list_torch_files(folder: Path) -> list[Path]:
+    return [*sorted(folder.glob("*.ckpt")), *(folder / name for name in TORCH_FILES if (folder / name).exists())]
 
 
 def _read_torch_tensors(path: Path) -> dict[str, Stored]:
-    """Read the tensors of a file, or of a folder with one ``.ckpt`` or an index and shards; no rotary tables."""
+    """Read the tensors of a file, or of a folder with one such file or an index and shards; no rotary tables."""
     if not path.is_dir():
         found = read_torch(path)
     elif (path / TORCH_INDEX).exists():
         found = read_shards(path / TORCH_INDEX, TORCH_SHARD, read_torch, (ROTARY_TABLE,))
     else:
-        files = sorted(path.glob("*.ckpt"))
+        files = _list_torch_files(path)
         if len(files) != 1:
-            raise CheckpointError(f"{path}: holds {len(files)} .ckpt files and no {TORCH_INDEX}; give one of them")
+            raise CheckpointError(f"{path}: holds {len(files)} files of PyTorch and no {TORCH_INDEX}; give one of them")
         found = read_torch(files[0])
     if quantised := [name for name in found if name.endswith("weight_scaler")]:
         raise CheckpointError(f"{path}: is quantised ({quote_few(quantised)}); give the checkpoint that is not")
@@ -216,12 +236,18 @@ def _find_config(path: Path, found: Mapping[str, Stored], given: str | Path | No
     beside = (path if path.is_dir() else path.parent) / CONFIG_JSON
     if beside.is_file() and read_object(beside, CheckpointError).get("model_type") == "gemma2":
         return Gemma2Config.from_json_file(beside)
-    layers = {match[1] for name in found if (match := re.search(r"layers?[._](\d+)[./]", name))}
+    layers = {match[1] for name in found if (match := re.search(r"(?:layers?[._]|transformer\.h\.)(\d+)[./]", name))}
     sizes = {
-        "hidden_size": _find_length(found, ("embedder.weight", "transformer/embedder/input_embedding"), 1),
+        "hidden_size": _find_length(found, EMBEDDINGS, 1),
         "num_hidden_layers": len(layers),
         "intermediate_size": _find_length(
-            found, ("model.layers.0.mlp.gate_proj.weight", "transformer/layer_0/mlp/linear/w"), 0
+            found,
+            (
+                "model.layers.0.mlp.gate_proj.weight",
+                "transformer.h.0.mlp.fc_1.weight",
+                "transformer/layer_0/mlp/linear/w",
+            ),
+            0,
         ),
     }
     for preset, values in PRESETS.items():
@@ -321,8 +347,10 @@ def open_source(
         raise CheckpointError(f"{path}: there is no such file or folder")
     found = _read_torch_tensors(path) if kind == "pytorch" else read_tree(path)
     shape = _find_config(path, found, config)
+    if kind == "pytorch" and ORIGINAL_EMBEDDING not in found:
+        return _open_state_dict(path, shape, found)
     if kind == "pytorch":
-        name = "embedder.weight"
+        name = ORIGINAL_EMBEDDING
         rows = _count_rows(path, found.get(name), shape)
         layout = pytorch_layout(shape, rows)
     else:
@@ -339,6 +367,23 @@ def _open_hf(path: Path, kind: str) -> Source:
     checkpoint = open_checkpoint(path)
     _check_layout(path, hf_layout(checkpoint.config), checkpoint.tensors)
     return Source(path, kind, checkpoint.config, _unfold(hf_layout(checkpoint.config), checkpoint.tensors))
+
+
+def _open_state_dict(path: Path, config: Gemma2Config, found: Mapping[str, Stored]) -> Source:
+    """Open the tensors of PyTorch's files under the names of transformers or LitGPT."""
+    if LITGPT_EMBEDDING in found:
+        head = found.get(LM_HEAD)
+        if head is not None and config.tie_word_embeddings:
+            if has_other_numbers(head, found[LITGPT_EMBEDDING]):
+                config = config.changed(tie_word_embeddings=False)
+            else:
+                found = {name: tensor for name, tensor in found.items() if name != LM_HEAD}
+        layout = litgpt_layout(config)
+    else:
+        config, found = match_names(found, config, path)
+        layout = hf_layout(config)
+    _check_layout(path, layout, found)
+    return Source(path, "pytorch", config, _unfold(layout, found))
 
 
 # --- the target -------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import numpy as np
 
 from refgemma.config import Gemma2Config
 from refgemma.precision import Array
-from refgemma.weights.parameters import EMBED_TOKENS, NORM, layer_tensors, tensor_shapes
+from refgemma.weights.parameters import EMBED_TOKENS, LM_HEAD, NORM, layer_tensors, tensor_shapes
 
 View: TypeAlias = Callable[[Array], Array]
 
@@ -148,6 +148,44 @@ def _flax_attention(config: Gemma2Config, names: Mapping[str, str], path: str) -
         Original(f"{path}/kv_einsum/w", (2, kv_heads, hidden, head_dim), keys),
         vec,
     ]
+
+
+# The names of LitGPT inside a layer -> the fields of `LayerWeights` that it holds, one below the other.
+LITGPT = {
+    "norm_1": ("input_layernorm",),
+    "attn.qkv": ("q_proj", "k_proj", "v_proj"),
+    "attn.proj": ("o_proj",),
+    "post_attention_norm": ("post_attention_layernorm",),
+    "norm_2": ("pre_feedforward_layernorm",),
+    "mlp.fc_1": ("gate_proj",),
+    "mlp.fc_2": ("up_proj",),
+    "mlp.proj": ("down_proj",),
+    "post_mlp_norm": ("post_feedforward_layernorm",),
+}
+LITGPT_EMBEDDING = "transformer.wte.weight"
+
+
+def litgpt_layout(config: Gemma2Config) -> list[Original]:
+    """Return the tensors of LitGPT's ``lit_model.pth``, named as in its ``copy_weights_gemma_2``.
+
+    Examples
+    --------
+    >>> [original.name for original in litgpt_layout(Gemma2Config.preset("2b"))][:3]
+    ['transformer.wte.weight', 'transformer.h.0.norm_1.weight', 'transformer.h.0.attn.qkv.weight']
+    """
+    shapes = tensor_shapes(config)
+    names: dict[str, tuple[str, ...]] = {LITGPT_EMBEDDING: (EMBED_TOKENS,)}
+    for layer in range(config.num_hidden_layers):
+        own = layer_tensors(layer)
+        names |= {
+            f"transformer.h.{layer}.{module}.weight": tuple(own[key] for key in keys) for module, keys in LITGPT.items()
+        }
+    names |= {"transformer.ln_f.weight": (NORM,)} | ({LM_HEAD: (LM_HEAD,)} if LM_HEAD in shapes else {})
+    layout = []
+    for name, parts in names.items():
+        pieces = tuple(Piece(part, shapes[part][0]) for part in parts)
+        layout.append(Original(name, (sum(piece.rows for piece in pieces), *shapes[parts[0]][1:]), pieces))
+    return layout
 
 
 def hf_layout(config: Gemma2Config) -> list[Original]:

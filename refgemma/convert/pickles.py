@@ -29,6 +29,8 @@ from refgemma.weights.save import FILE_DTYPES, OutputTensor
 
 PICKLE_LIMIT = 2**24  # bytes: the pickle of a 27B has 100 thousand
 
+STATE_KEYS = ("model_state_dict", "model", "state_dict", "module")  # of a dict that holds the state dict
+
 STORAGES: dict[str, np.dtype[Any]] = {
     "torch.DoubleStorage": np.dtype(np.float64),
     "torch.FloatStorage": np.dtype(np.float32),
@@ -225,7 +227,7 @@ def read_torch(file: Path) -> dict[str, Stored]:
     Parameters
     ----------
     file : Path
-        Holds a state dict, or a dict with one under ``model_state_dict``.
+        Holds a state dict, or a dict with one under ``model_state_dict``, ``model``, ``state_dict`` or ``module``.
 
     Raises
     ------
@@ -285,7 +287,9 @@ def _unpickle(raw: bytes, file: Path) -> Any:
 
 
 def _find_state_dict(top: Any, file: Path) -> dict[str, _Tensor]:
-    state = top.get("model_state_dict", top) if isinstance(top, dict) else top
+    state = top
+    if isinstance(top, dict):
+        state = next((top[key] for key in STATE_KEYS if isinstance(top.get(key), dict)), top)
     if not isinstance(state, dict) or not state:
         raise CheckpointError(f"{file}: holds no state dict, a dict from names to tensors; give the model's checkpoint")
     for name, tensor in state.items():

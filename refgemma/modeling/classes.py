@@ -357,7 +357,7 @@ class Gemma2PreTrainedModel(ModuleMethods):
     def from_state_dict(
         cls, config: Gemma2Config, state_dict: Mapping[str, npt.ArrayLike], dtype: Any = "float32"
     ) -> Self:
-        """Make a model of the tensors of a state dict: this class's, or PyTorch's as NumPy arrays.
+        """Make a model of the tensors of a state dict: arrays, or PyTorch's tensors.
 
         Raises
         ------
@@ -372,6 +372,14 @@ class Gemma2PreTrainedModel(ModuleMethods):
         True
         """
         given = {name if name == LM_HEAD else cls.prefix + name: as_array(x, name) for name, x in state_dict.items()}
+        own_head = cls.has_head and config.tie_word_embeddings and {LM_HEAD, EMBED_TOKENS} <= given.keys()
+        if own_head and not np.array_equal(given[LM_HEAD], given[EMBED_TOKENS]):
+            warnings.warn(
+                f"the state dict's {LM_HEAD!r} holds other numbers than {EMBED_TOKENS!r}, to which the configuration "
+                "ties it; it is used as it is: set tie_word_embeddings to false",
+                stacklevel=2,
+            )
+            config = config.changed(tie_word_embeddings=False)
         shapes = cls.tensor_shapes(config)
         for name, shape in shapes.items():
             if name not in given:

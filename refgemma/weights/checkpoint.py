@@ -18,10 +18,12 @@ import numpy as np
 
 from refgemma.config import Gemma2Config
 from refgemma.files import open_tensors, quote, quote_few, read_object
-from refgemma.hub import CONFIG_JSON, GGUF
+from refgemma.hub import ADAPTER_CONFIG, CONFIG_JSON, GGUF, ModelNameError, find_model
 from refgemma.precision import Array
+from refgemma.weights.adapters import ADAPTER_MODEL, merge_adapter, read_adapter_config
 from refgemma.weights.gguf import read_model
 from refgemma.weights.initial import fits_in_memory
+from refgemma.weights.names import check_score, match_names
 from refgemma.weights.parameters import (
     EMBED_TOKENS,
     LM_HEAD,
@@ -32,9 +34,7 @@ from refgemma.weights.parameters import (
     Score,
     Weights,
     layer_tensors,
-    tensor_shapes,
 )
-from refgemma.weights.stored import NUMBERS_AT_ONCE
 from refgemma.weights.stored import REMEDY as REMEDY
 from refgemma.weights.stored import CheckpointError as CheckpointError
 from refgemma.weights.stored import Stored as Stored
@@ -190,10 +190,10 @@ def read_files(folder: Path) -> tuple[Path, dict[str, Stored]]:
     if (folder / INDEX).exists():
         return folder / INDEX, read_shards(folder / INDEX, SHARD_NAME, read_header)
     names = sorted(path.name for path in folder.iterdir())
-    if pickles := [name for name in names if name.startswith("pytorch_model")]:
+    if pickles := [name for name in names if name.endswith((".bin", ".pth", ".ckpt", ".pt"))]:
         raise CheckpointError(
-            f"{folder}: holds its weights as {quote_few(pickles)}, which only PyTorch can read; convert them to "
-            "safetensors: load them with transformers and call save_pretrained, which writes model.safetensors"
+            f"{folder}: holds {quote_few(pickles)}, PyTorch's pickles, and no {SINGLE}; write that from them with: "
+            f"refgemma convert {folder} NEW_FOLDER"
         )
     if shards := [name for name in names if name.endswith(".safetensors")]:
         raise CheckpointError(
@@ -203,74 +203,6 @@ def read_files(folder: Path) -> tuple[Path, dict[str, Stored]]:
     raise CheckpointError(f"{folder}: holds no weights, neither {SINGLE} nor {INDEX}; give the folder that holds them")
 
 
-def _check_head(head: Stored, table: Stored) -> None:
-    """Require that a stored head holds the bytes of the embedding it is tied to: any other is another model's."""
-    where = f"{head.file}: tensor {head.name!r}"
-    if (head.shape, head.dtype) != (table.shape, table.dtype):
-        raise CheckpointError(
-            f"{where}: is {head.dtype} {list(head.shape)}, but it is tied to {table.name!r}, "
-            f"which is {table.dtype} {list(table.shape)}; leave it out when the model is saved"
-        )
-    own, tied = head.map(), table.map()
-    step = max(1, NUMBERS_AT_ONCE // head.shape[1])
-    for start in range(0, head.shape[0], step):
-        rows = slice(start, start + step)
-        different = (own[rows].view(np.uint8) != tied[rows].view(np.uint8)).any(axis=1)
-        if different.any():
-            row = start + int(np.argmax(different))
-            raise CheckpointError(
-                f"{where}: row {row} differs from that of {table.name!r}, to which Gemma 2's head is tied; "
-                "this model's head was trained apart and is not computed here"
-            )
-
-
-def _check_score(score: Mapping[str, Stored], hidden_size: int) -> None:
-    """Require a classifier's head to be ``(num_labels, hidden)``, and its bias, if there is one, ``(num_labels,)``."""
-    num_labels = score[SCORE_WEIGHT].shape[0] if SCORE_WEIGHT in score and score[SCORE_WEIGHT].shape else 0
-    expected = {SCORE_WEIGHT: (num_labels, hidden_size), SCORE_BIAS: (num_labels,)}
-    for name, tensor in score.items():
-        if tensor.shape != expected[name] or not num_labels:
-            raise CheckpointError(
-                f"{tensor.file}: tensor {tensor.name!r} is {list(tensor.shape)}; with hidden_size {hidden_size}, "
-                f"{SCORE_WEIGHT} has to be [num_labels, {hidden_size}] and {SCORE_BIAS}, if there is one, [num_labels]"
-            )
-
-
-def _match_names(found: Mapping[str, Stored], config: Gemma2Config, source: Path) -> dict[str, Stored]:
-    """Give the tensors the names and order of `tensor_shapes`; those of a classifier's head come last."""
-    expected = tensor_shapes(config)
-    named: dict[str, Stored] = {}
-    bare = EMBED_TOKENS not in found
-    for name, tensor in found.items():
-        full = f"model.{name}" if f"model.{name}" in expected else name  # saved from a bare Gemma2Model
-        if full in named:
-            raise CheckpointError(f"{tensor.file}: tensor {name!r} is stored as {named[full].name!r} too; remove one")
-        named[full] = tensor
-    head = named.pop(LM_HEAD, None) if config.tie_word_embeddings else None
-    if LM_HEAD in expected and LM_HEAD not in named and (bare or SCORE_WEIGHT in named):
-        del expected[LM_HEAD]  # only a causal language model has one
-    score = {name: named.pop(name) for name in (SCORE_WEIGHT, SCORE_BIAS) if name in named}
-    missing, extra = [name for name in expected if name not in named], [name for name in named if name not in expected]
-    if missing or extra:
-        faults = [f"lacks {len(missing)} of {len(expected)} tensors: {quote_few(missing)}"] if missing else []
-        faults += [f"holds {len(extra)} that Gemma 2 has no place for: {quote_few(extra)}"] if extra else []
-        raise CheckpointError(
-            f"{source}: {'; '.join(faults)}. The checkpoint is incomplete, or not the one that {CONFIG_JSON} "
-            f"({config.num_hidden_layers} layers) describes: fetch both again"
-        )
-    for name, shape in expected.items():
-        if named[name].shape != shape:
-            tensor = named[name]
-            raise CheckpointError(
-                f"{tensor.file}: tensor {tensor.name!r} is {list(tensor.shape)}, but {CONFIG_JSON} makes it "
-                f"{list(shape)}; the weights and the configuration are of two models"
-            )
-    if head is not None:
-        _check_head(head, named[EMBED_TOKENS])
-    _check_score(score, config.hidden_size)
-    return {name: named[name] for name in expected} | score
-
-
 @dataclass(frozen=True)
 class Checkpoint:
     """A Gemma 2 on disk, headers read and checked, data not; made by `open_checkpoint`.
@@ -278,7 +210,7 @@ class Checkpoint:
     Parameters
     ----------
     folder : Path
-        The folder.
+        The folder; of an adapter, that of its base.
     config : Gemma2Config
         Its ``config.json``.
     tensors : mapping of str to Stored
@@ -307,8 +239,10 @@ class Checkpoint:
 
     def score(self, dtype: str = "float32") -> Score | None:
         """Read the head of a classifier, if there is one."""
-        if SCORE_WEIGHT not in self.tensors:
+        score = {name: self.tensors[name] for name in (SCORE_WEIGHT, SCORE_BIAS) if name in self.tensors}
+        if not score:
             return None
+        check_score(score, self.config.hidden_size)
         bias = self.tensors[SCORE_BIAS].read(dtype) if SCORE_BIAS in self.tensors else None
         return Score(self.tensors[SCORE_WEIGHT].read(dtype), bias)
 
@@ -339,7 +273,7 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
-    """Open a folder with ``config.json`` and ``model.safetensors``, or with an index and its shards; or a GGUF file.
+    """Open a folder with ``config.json`` and ``model.safetensors`` or an index and shards, an adapter, or a GGUF file.
 
     Reads the headers only and checks what can be checked from them: that files, index and configuration agree, and
     that each file is complete. (Only a stored ``lm_head.weight`` is compared with the embedding here and now.)
@@ -347,7 +281,8 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     Parameters
     ----------
     folder : str or Path
-        As downloaded from the Hugging Face hub, or as ``save_pretrained`` writes it; or a ``.gguf`` file.
+        As downloaded from the Hugging Face hub, or as ``save_pretrained`` writes it; or a ``.gguf`` file. An adapter of
+        PEFT is merged into its base as it is read.
 
     Raises
     ------
@@ -362,6 +297,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     >>> from safetensors.numpy import save_file
     >>> config = Gemma2Config(vocab_size=61, hidden_size=24, intermediate_size=56, num_hidden_layers=2,
     ...                       num_attention_heads=4, num_key_value_heads=2, head_dim=10)
+    >>> from refgemma.weights.parameters import tensor_shapes
     >>> weights = {name: np.full(shape, 0.1, np.float16) for name, shape in tensor_shapes(config).items()}
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     _ = (Path(folder) / "config.json").write_text(json.dumps(config.to_dict()))
@@ -378,14 +314,40 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     if not folder.is_dir():
         fault = "is a file; give the folder that holds it" if folder.exists() else "there is no such folder"
         raise CheckpointError(f"{folder}: {fault}")
-    for path in (folder / name for name in (CONFIG_JSON, SINGLE, INDEX)):
+    for path in (folder / name for name in (CONFIG_JSON, SINGLE, INDEX, ADAPTER_CONFIG, ADAPTER_MODEL)):
         if path.exists() and not (path.is_file() or path.is_dir()):  # reading it might wait for ever
             raise CheckpointError(f"{path}: is a pipe or a device, not a file")
     try:
-        if not (folder / CONFIG_JSON).exists():
-            raise CheckpointError(f"{folder}: holds no {CONFIG_JSON}; give the folder of a Hugging Face checkpoint")
-        config = Gemma2Config.from_json_file(folder / CONFIG_JSON)
-        source, found = read_files(folder)
-        return Checkpoint(folder, config, _match_names(found, config, source))
+        return (_open_adapter if (folder / ADAPTER_CONFIG).exists() else _open_model)(folder)
     except OSError as error:
         raise CheckpointError(f"{error.filename or folder}: cannot be read: {error.strerror}") from None
+
+
+def _open_model(folder: Path) -> Checkpoint:
+    if not (folder / CONFIG_JSON).exists():
+        raise CheckpointError(f"{folder}: holds no {CONFIG_JSON}; give the folder of a Hugging Face checkpoint")
+    config = Gemma2Config.from_json_file(folder / CONFIG_JSON)
+    source, found = read_files(folder)
+    return Checkpoint(folder, *match_names(found, config, source))
+
+
+def _open_adapter(folder: Path) -> Checkpoint:
+    """Open the base of an adapter, in the same folder or where ``adapter_config.json`` says, and merge the adapter."""
+    adapter = read_adapter_config(folder)
+    if not (folder / ADAPTER_MODEL).exists():
+        raise CheckpointError(f"{folder}: holds {ADAPTER_CONFIG} but no {ADAPTER_MODEL}; write that with a newer PEFT")
+    if (folder / SINGLE).exists() or (folder / INDEX).exists():
+        base = _open_model(folder)
+    else:
+        name, revision = adapter.get("base_model_name_or_path"), adapter.get("revision") or "main"
+        if not isinstance(name, str) or not isinstance(revision, str):
+            raise CheckpointError(f"{folder / ADAPTER_CONFIG}: base_model_name_or_path is {quote(name)}; name the base")
+        try:
+            place = find_model(name, revision)
+        except ModelNameError as error:
+            raise CheckpointError(f"{folder / ADAPTER_CONFIG}: base_model_name_or_path: {error}") from None
+        if (place / ADAPTER_CONFIG).exists():
+            raise CheckpointError(f"{folder / ADAPTER_CONFIG}: its base, {place}, is an adapter too; merge that first")
+        base = open_checkpoint(place)
+    merged = merge_adapter(base.config, base.tensors, adapter, read_header(folder / ADAPTER_MODEL), folder)
+    return Checkpoint(base.folder, *merged)

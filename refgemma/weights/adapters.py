@@ -1,0 +1,322 @@
+"""Merges a LoRA adapter of PEFT into the weights of its base, a tensor at a time, as they are read. Checked against
+PEFT 0.21 `merge_and_unload`: patterns, rank-stabilised, DoRA, embeddings, whole modules, single tokens."""
+
+import functools
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from refgemma.config import Gemma2Config
+from refgemma.files import quote, quote_few, read_object
+from refgemma.hub import ADAPTER_CONFIG
+from refgemma.precision import Array, as_dtype
+from refgemma.weights.parameters import EMBED_TOKENS, LM_HEAD, SCORE_BIAS, SCORE_WEIGHT
+from refgemma.weights.stored import REMEDY, CheckpointError, Stored
+
+ADAPTER_MODEL = "adapter_model.safetensors"
+
+# Keys of adapter_config.json that say how an adapter was made or where it goes, which its tensors say again.
+DESCRIPTIVE = {
+    "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying", "eva_config",
+    "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform", "lora_dropout",
+    "megatron_core", "modules_to_save", "peft_version", "qalora_group_size", "revision", "runtime_config",
+    "target_modules", "task_type", "unsloth_fixed",
+}  # fmt: skip
+READ = {
+    "alpha_pattern", "init_lora_weights", "lora_alpha", "peft_type", "r", "rank_pattern", "trainable_token_indices",
+    "lora_bias", "use_dora", "use_rslora",
+}  # fmt: skip
+INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # the others change the base before the adapter is added
+
+# A pattern is a regular expression of a stranger's: with few repetitions, none inside another, it cannot take long.
+PATTERN_LIMIT, REPETITIONS = 200, 3
+
+Change: TypeAlias = Callable[[Array, Any, str], Array]
+
+TENSOR = re.compile(
+    r"(?:base_model\.model\.)?(?P<module>.+?)(?:\.modules_to_save)?"
+    r"\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|base_layer|"
+    r"token_adapter\.trainable_tokens_delta|weight|bias)(?:\.default)?(?P<end>\.weight|\.bias)?"
+)
+
+
+HALF = ("bfloat16", "float16")
+TOKENS = "token_adapter.trainable_tokens_delta"  # rows of an embedding
+BASE = ("base_layer.weight", "base_layer.bias")  # of the base itself
+KINDS = ("weight", "bias")  # of a whole module that stands in the adapter
+PARTS = {
+    "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", *BASE,
+    "lora_B.bias", TOKENS, *KINDS,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Changed(Stored):
+    """A tensor on disk that an adapter changes when it is read."""
+
+    base: Stored
+    change: Change  # rows of the base in float64, which, and the precision of the model
+
+    def read(self, dtype: str, rows: Any = ...) -> Array:
+        """Copy the changed tensor, or some of its rows; see `Stored.read`."""
+        with np.errstate(over="ignore", invalid="ignore"):  # what these would warn of is an error just below
+            half = dtype in HALF  # PEFT rounds to the precision of the model after each change
+            part = np.asarray(self.base.read(dtype if half else "float64", rows), np.float64)
+            found = as_dtype(self.change(part, rows, dtype), dtype)
+        if not np.isfinite(found).all():
+            raise CheckpointError(
+                f"{self.file}: merged into tensor {self.base.name!r} of the base it gives numbers that are no weights "
+                f"or beyond the largest {dtype}"
+            )
+        return found
+
+    def map(self, keep: bool = False) -> Array:
+        """Return all of the changed tensor in float64; nothing is kept."""
+        return self.change(self.base.map().astype(np.float64), ..., "float64")
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """Read ``adapter_config.json`` and require an adapter that can be merged.
+
+    Raises
+    ------
+    CheckpointError
+        Naming what cannot be merged.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = (Path(folder) / ADAPTER_CONFIG).write_text('{"peft_type": "LORA", "r": 8, "lora_alpha": 16}')
+    ...     read_adapter_config(Path(folder))["r"]
+    8
+    """
+    path = folder / ADAPTER_CONFIG
+    raw = read_object(path, CheckpointError, REMEDY)
+    merge = "merge it with PEFT (merge_and_unload, save_pretrained) if PEFT can, and load that"
+    if raw.get("peft_type") != "LORA":
+        raise CheckpointError(f"{path}: peft_type is {quote(raw.get('peft_type'))}; LORA is merged here: {merge}")
+    # A key of a newer PEFT may change the numbers, unless it is off.
+    for key, value in raw.items():
+        if key not in DESCRIPTIVE | READ and key != "loftq_config" and value not in (None, False, {}, []):
+            raise CheckpointError(f"{path}: {quote(key)} is {quote(value)}, which is not merged here; {merge}")
+    if raw.get("init_lora_weights") not in INITS:
+        raise CheckpointError(
+            f"{path}: init_lora_weights is {quote(raw['init_lora_weights'])}, which changes the base first; {merge}"
+        )
+    if not all(_is_number(raw.get(key)) for key in ("r", "lora_alpha")):
+        raise CheckpointError(f"{path}: r and lora_alpha have to be numbers above 0")
+    for key in ("rank_pattern", "alpha_pattern"):
+        pattern = raw.get(key) or {}
+        if not isinstance(pattern, dict) or not all(map(_is_number, pattern.values())):
+            raise CheckpointError(f"{path}: {key} is {quote(pattern)}, not an object from names to numbers")
+    return raw
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e9
+
+
+def merge_adapter(
+    config: Gemma2Config, tensors: Mapping[str, Stored], adapter: Mapping[str, Any], found: Mapping[str, Stored],
+    folder: Path,
+) -> tuple[Gemma2Config, dict[str, Stored]]:  # fmt: skip
+    """Merge an adapter into the tensors of its base, which are read and changed when they are asked for.
+
+    Parameters
+    ----------
+    config, tensors : Gemma2Config, mapping of str to Stored
+        The base.
+    adapter : mapping
+        See `read_adapter_config`.
+    found : mapping of str to Stored
+        The tensors of ``adapter_model.safetensors``.
+    folder : Path
+        Of the adapter.
+
+    Returns
+    -------
+    config : Gemma2Config
+        Not tied if the adapter holds an embedding or a head of its own, as in PEFT.
+    tensors : dict of str to Stored
+        The merged tensors.
+
+    Raises
+    ------
+    CheckpointError
+        If a tensor of the adapter has another shape than the base gives it, or no place.
+
+    Examples
+    --------
+    >>> import refgemma
+    >>> tiny = refgemma.open_checkpoint(refgemma.find_model("tiny"))
+    >>> merge_adapter(tiny.config, tiny.tensors, {}, {}, Path("adapter"))
+    Traceback (most recent call last):
+    refgemma.weights.stored.CheckpointError: adapter/adapter_model.safetensors: holds no tensor of an adapter
+    """
+    source = folder / ADAPTER_MODEL
+    if not found:
+        raise CheckpointError(f"{source}: holds no tensor of an adapter")
+    modules = _group(found, tensors, source)
+    merged = dict(tensors)
+    whole = {f"{module}.{kind}": parts[kind] for module, parts in modules.items() for kind in parts if kind in KINDS}
+    if config.tie_word_embeddings and not whole.keys().isdisjoint({EMBED_TOKENS, LM_HEAD}):
+        config = config.changed(tie_word_embeddings=False)
+        merged[LM_HEAD] = merged[EMBED_TOKENS]
+    for name, tensor in whole.items():
+        _check_shape(tensor, merged[name].shape if name in merged else tensor.shape)
+        merged[name] = tensor
+    # PEFT changes the one table of a tied head, whichever of the two modules it is asked for.
+    tied = {} if LM_HEAD in merged else {LM_HEAD: EMBED_TOKENS}
+    places = {module: tied.get(f"{module}.weight", f"{module}.weight") for module in modules}
+    for module, parts in modules.items():
+        for kind, name in zip(BASE, (places[module], f"{module}.bias"), strict=True):
+            if kind in parts:
+                _check_shape(parts[kind], merged[name].shape if name in merged else ())
+                merged[name] = parts[kind]
+    for module, parts in sorted(modules.items(), key=lambda item: item[0] == LM_HEAD.removesuffix(".weight")):
+        for field, change in _make_changes(module, parts, adapter, merged[places[module]], source).items():
+            name = places[module] if field == "weight" else f"{module}.{field}"
+            if name not in merged:
+                raise CheckpointError(f"{source}: {module} has no bias in the base, into which lora_B.bias is merged")
+            base = merged[name]
+            merged[name] = Changed(base.name, source, base.dtype, base.shape, 0, base.file_bytes, base, change)
+    return config, merged
+
+
+def _group(found: Mapping[str, Stored], tensors: Mapping[str, Stored], source: Path) -> dict[str, dict[str, Stored]]:
+    """Module of the base -> its tensors in the adapter by kind."""
+    own = {*tensors, LM_HEAD, SCORE_WEIGHT, SCORE_BIAS}
+    modules: dict[str, dict[str, Stored]] = {}
+    strange = []
+    for name, tensor in found.items():
+        match = TENSOR.fullmatch(name) if len(name) < PATTERN_LIMIT else None
+        module, kind = (match["module"], match["part"] + (match["end"] or "")) if match else ("", "")
+        names = (module, f"model.{module}")
+        module = next((m for m in names if f"{m}.{kind if kind == 'bias' else 'weight'}" in own), "")
+        kind = kind if kind in (*BASE, "lora_B.bias") else kind.removesuffix(".weight")
+        if not module or kind in modules.get(module, {}) or kind not in PARTS:
+            strange.append(name)
+        modules.setdefault(module, {})[kind] = tensor
+    if strange:
+        raise CheckpointError(
+            f"{source}: holds {quote_few(strange)}, which is merged into no tensor of this base; the adapter is of "
+            "another model, or has to be merged with PEFT"
+        )
+    return modules
+
+
+def _check_shape(tensor: Stored, shape: Sequence[int]) -> None:
+    if tensor.shape != tuple(shape):
+        raise CheckpointError(
+            f"{tensor.file}: tensor {quote(tensor.name)} is {list(tensor.shape)}, where the base and "
+            f"{ADAPTER_CONFIG} make it {list(shape)}"
+        )
+
+
+def _make_changes(
+    module: str, parts: Mapping[str, Stored], adapter: Mapping[str, Any], base: Stored, source: Path
+) -> dict[str, Change]:
+    """Return what the adapter does to the rows of ``weight`` and ``bias`` of a module, with all shapes checked."""
+    kinds = parts.keys() - {*KINDS, *BASE}
+    if not kinds:
+        return {}
+    if kinds == {TOKENS}:
+        return {"weight": _replace_tokens(module, parts[TOKENS], adapter, base)}
+    side = "lora_embedding_" if "lora_embedding_A" in kinds else "lora_"
+    wanted = {f"{side}A", f"{side}B"} | ({"lora_magnitude_vector"} if adapter.get("use_dora") else set())
+    if kinds - ({"lora_B.bias"} if side == "lora_" else set()) != wanted or len(base.shape) != 2:
+        raise CheckpointError(
+            f"{source}: {module} has {quote_few(sorted(kinds))}, where {ADAPTER_CONFIG} asks for "
+            f"{quote_few(sorted(wanted))}; {REMEDY}"
+        )
+    inner, outer, magnitude = (parts.get(kind) for kind in (f"{side}A", f"{side}B", "lora_magnitude_vector"))
+    assert inner is not None
+    assert outer is not None
+    rank = _match_pattern(adapter, "rank_pattern", module, adapter["r"])
+    alpha = _match_pattern(adapter, "alpha_pattern", module, adapter["lora_alpha"])
+    scale = alpha / (math.sqrt(rank) if adapter.get("use_rslora") else rank)
+    rows, columns = base.shape if side == "lora_" else base.shape[::-1]
+    _check_shape(inner, (rank, columns))
+    _check_shape(outer, (rows, rank))
+    if magnitude is not None:
+        _check_shape(magnitude, (rows,))
+    if side != "lora_":
+        return {"weight": _add_embedding(inner, outer, scale, magnitude, base)}
+    changes = {"weight": _add(inner, outer, scale, magnitude)}
+    if offset := parts.get("lora_B.bias"):
+        _check_shape(offset, (rows,))
+        changes["bias"] = lambda part, asked, _: part + scale * offset.read("float64", asked)
+    return changes
+
+
+def _match_pattern(adapter: Mapping[str, Any], key: str, module: str, usual: float) -> Any:
+    """Return the number that a pattern gives a module, as PEFT finds it: the first that fits the end of its name."""
+    for pattern, value in (adapter.get(key) or {}).items():
+        try:
+            if len(pattern) > PATTERN_LIMIT or len(re.findall(r"[*+?{]", pattern)) > REPETITIONS or ")" in pattern:
+                raise re.error("is too involved")
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return value
+        except (re.error, OverflowError, RecursionError) as error:
+            raise CheckpointError(
+                f"{ADAPTER_CONFIG}: {key}: {quote(pattern)} is no plain pattern of a name: {error}"
+            ) from None
+    return usual
+
+
+def _add(inner: Stored, outer: Stored, scale: float, magnitude: Stored | None) -> Change:
+    """Return the change of a linear layer: ``W + scale * B @ A``, whose rows DoRA gives the lengths `magnitude`."""
+
+    def change(part: Array, rows: Any, _: str) -> Array:
+        merged = part + scale * (outer.read("float64", rows) @ inner.read("float64"))
+        if magnitude is None:
+            return merged
+        lengths = np.linalg.norm(merged, axis=-1, keepdims=True)
+        scaled: Array = magnitude.read("float64", rows)[..., None] / lengths * merged
+        return scaled
+
+    return change
+
+
+def _add_embedding(inner: Stored, outer: Stored, scale: float, magnitude: Stored | None, base: Stored) -> Change:
+    """Return the change of an embedding: ``W + scale * (B @ A).T``; DoRA gives its columns the lengths `magnitude`."""
+
+    def add(part: Array, rows: Any, dtype: str) -> Array:
+        delta: Array = scale * (inner.read("float64").T[rows] @ outer.read("float64").T)
+        if dtype in HALF and magnitude is None:
+            delta = np.asarray(as_dtype(delta, dtype), np.float64)  # PEFT rounds it before it is added
+        return part + delta
+
+    @functools.cache
+    def find_factor() -> Array:
+        assert magnitude is not None
+        lengths = np.linalg.norm(add(base.read("float64"), ..., "float64"), axis=0)
+        factor: Array = magnitude.read("float64") / lengths
+        return factor
+
+    return add if magnitude is None else lambda part, rows, dtype: find_factor() * add(part, rows, dtype)
+
+
+def _replace_tokens(module: str, tokens: Stored, adapter: Mapping[str, Any], base: Stored) -> Change:
+    """Return the change of an embedding some of whose rows the adapter holds."""
+    given = adapter.get("trainable_token_indices")
+    if isinstance(given, dict):
+        given = next((ids for name, ids in given.items() if module.endswith(name)), None)
+    if not isinstance(given, list) or not all(type(token) is int and 0 <= token < base.shape[0] for token in given):
+        raise CheckpointError(f"{ADAPTER_CONFIG}: trainable_token_indices does not name rows of {module}")
+    _check_shape(tokens, (len(given), *base.shape[1:]))
+    places = np.full(base.shape[0], -1)
+    places[given] = np.arange(len(given))
+
+    def change(part: Array, rows: Any, _: str) -> Array:
+        found = places[rows]
+        part[found >= 0] = tokens.read("float64")[found[found >= 0]]
+        return part
+
+    return change

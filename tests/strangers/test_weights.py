@@ -1,0 +1,268 @@
+"""Weights and configurations as trainers leave them. What transformers 5.23 makes of each is in
+``tests/parity/test_weights_parity.py``, with the same names."""
+
+import json
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from refgemma.config import ConfigError, Gemma2Config
+from refgemma.convert.convert import convert
+from refgemma.convert.pickles import write_torch
+from refgemma.modeling.classes import Gemma2ForCausalLM
+from refgemma.weights.checkpoint import CheckpointError, open_checkpoint
+from refgemma.weights.parameters import tensor_shapes
+from refgemma.weights.save import OutputTensor
+
+CONFIG = Gemma2Config(
+    vocab_size=61, hidden_size=24, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=10, query_pre_attn_scalar=12, sliding_window=5,
+)  # fmt: skip
+EMBED, HEAD, VICTIM = "model.embed_tokens.weight", "lm_head.weight", "model.layers.1.mlp.up_proj.weight"
+Tensors = dict[str, Any]
+
+
+def random_tensors() -> Tensors:
+    rng = np.random.default_rng(8)
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in tensor_shapes(CONFIG).items()}
+
+
+TENSORS = random_tensors()
+ONES = np.ones((1, 24), np.float32)
+
+
+def write(folder: Path, tensors: Tensors, **config: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(json.loads(CONFIG.to_json_string()) | config))
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(folder)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def are_the_tensors(folder: Path) -> bool:
+    found = open_checkpoint(folder).tensors
+    return list(found) == list(TENSORS) and all((found[n].read("float32") == x).all() for n, x in TENSORS.items())
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        "model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq", "v_head.summary.weight",
+        "v_head.summary.bias", "value_head.weight", "score.0.weight", "module.v_head.summary.weight",
+    ],
+)  # fmt: skip
+def test_what_no_logit_depends_on_is_not_read(tmp_path: Path, extra: str) -> None:
+    folder = write(tmp_path, TENSORS | {extra: ONES})
+    with pytest.warns(UserWarning, match=f"model.safetensors: '{extra}' is not read"):
+        assert are_the_tensors(folder)
+
+
+WRAPPERS = [
+    "_orig_mod.", "module.", "base_model.model.", "_fsdp_wrapped_module.", "pretrained_model.", "module._orig_mod.",
+    "_orig_mod.module.",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_wrappers_are_taken_off(tmp_path: Path, wrapper: str) -> None:
+    folder = write(tmp_path, {wrapper + name: x for name, x in TENSORS.items()})
+    with pytest.warns(UserWarning, match="in the names of its tensors is left out") as said:
+        assert are_the_tensors(folder)
+    assert all(f"'{part}.'" in str(said[0].message) for part in wrapper.replace("base_model.model", "*").split(".")[:-1]
+               if part != "*")  # fmt: skip
+
+
+def test_wrappers_at_any_depth(tmp_path: Path) -> None:
+    inside = {name.replace("layers.0.", "layers.0._fsdp_wrapped_module."): x for name, x in TENSORS.items()}
+    with pytest.warns(UserWarning, match=r"'_fsdp_wrapped_module\.'"):
+        assert are_the_tensors(write(tmp_path, inside))
+
+
+def test_a_value_head_beside_a_wrapper(tmp_path: Path) -> None:
+    wrapped = {f"pretrained_model.{name}": x for name, x in TENSORS.items()} | {"v_head.summary.weight": ONES}
+    folder = write(tmp_path, wrapped)
+    with (
+        pytest.warns(UserWarning, match="'pretrained_model.' in the names"),
+        pytest.warns(UserWarning, match="'v_head.summary.weight' is not read"),
+    ):
+        assert are_the_tensors(folder)
+
+
+@pytest.mark.parametrize("prefix", ["model.model.", "model.", ""])
+def test_model_twice_or_not_at_all(tmp_path: Path, prefix: str) -> None:
+    assert are_the_tensors(write(tmp_path, {prefix + name.removeprefix("model."): x for name, x in TENSORS.items()}))
+
+
+def test_no_weight_is_random(tmp_path: Path) -> None:
+    wrapped = {f"module.{name}": x for name, x in TENSORS.items() if name != VICTIM}
+    assert f"lacks 1 of {len(TENSORS)} tensors: '{VICTIM}'" in refusal(write(tmp_path, wrapped))
+    assert "holds 1 that Gemma 2 has no place for: 'other.x'" in refusal(write(tmp_path, TENSORS | {"other.x": ONES}))
+
+
+def test_two_tensors_of_one_name(tmp_path: Path) -> None:
+    both = TENSORS | {f"module.{VICTIM}": TENSORS[VICTIM]}
+    assert "is stored as" in refusal(write(tmp_path, both))
+
+
+def test_an_unmerged_adapter(tmp_path: Path) -> None:
+    module = "model.layers.0.self_attn.q_proj"
+    tensors = {name.replace(module, f"{module}.base_layer"): x for name, x in TENSORS.items()}
+    tensors |= {f"{module}.lora_A.default.weight": ONES}
+    assert "holds an adapter that is not merged" in refusal(write(tmp_path, tensors))
+
+
+@pytest.mark.parametrize("name", [VICTIM, EMBED])
+def test_tensors_that_zero3_left_empty(tmp_path: Path, name: str) -> None:
+    message = refusal(write(tmp_path, TENSORS | {name: np.zeros(0, np.float32)}))
+    assert f"tensor '{name}' is empty, [0]: DeepSpeed's ZeRO-3" in message
+    assert "zero_to_fp32.py" in message
+
+
+# --- heads ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_head_apart_is_used(tmp_path: Path) -> None:
+    folder = write(tmp_path, TENSORS | {HEAD: TENSORS[EMBED] * 2})
+    with pytest.warns(UserWarning, match="holds other numbers than"):
+        model = Gemma2ForCausalLM.from_pretrained(folder)
+    assert not model.config.tie_word_embeddings
+    assert (model.weights.head[:] == TENSORS[EMBED] * 2).all()
+    with pytest.warns(UserWarning, match="holds other numbers than"):
+        again = Gemma2ForCausalLM.from_state_dict(CONFIG, TENSORS | {HEAD: TENSORS[EMBED] * 2})
+    assert (again([[2, 3]]).logits == model([[2, 3]]).logits).all()
+    model.save_pretrained(tmp_path / "again")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert (Gemma2ForCausalLM.from_pretrained(tmp_path / "again")([[2, 3]]).logits == again([[2, 3]]).logits).all()
+
+
+def test_a_head_alone_is_the_embedding(tmp_path: Path) -> None:
+    tensors = {HEAD if name == EMBED else name: x for name, x in TENSORS.items()}
+    assert are_the_tensors(write(tmp_path, tensors))
+
+
+def test_a_classifier_s_head_beside_a_language_model(tmp_path: Path) -> None:
+    assert (
+        open_checkpoint(write(tmp_path, TENSORS | {"score.weight": np.ones((3, 24), np.float32)})).score() is not None
+    )
+
+
+# --- configurations ---------------------------------------------------------------------------------------------------
+
+
+def test_hidden_act_alone_is_left_unread() -> None:
+    raw = {k: v for k, v in CONFIG.to_dict().items() if k != "hidden_activation"} | {"hidden_act": "silu"}
+    with pytest.warns(UserWarning, match="my.json: hidden_act = 'silu' is not read"):
+        assert Gemma2Config.from_dict(raw, "my.json").hidden_activation == "gelu_pytorch_tanh"
+
+
+def test_a_null_activation_is_refused_as_in_transformers() -> None:
+    with pytest.raises(ConfigError, match="hidden_activation None is unknown"):
+        Gemma2Config.from_dict(CONFIG.to_dict() | {"hidden_activation": None})
+
+
+def test_label2id_alone_is_left_unread() -> None:
+    raw = {k: v for k, v in CONFIG.to_dict().items() if k not in ("id2label", "num_labels")}
+    with pytest.warns(UserWarning, match="label2id without id2label is not read"):
+        found = Gemma2Config.from_dict(raw | {"label2id": {"a": 0, "b": 1, "c": 2}})
+    assert (found.num_labels, found.label2id) == (2, {"LABEL_0": 0, "LABEL_1": 1})
+
+
+@pytest.mark.parametrize("leftover", [{}, None, {"quant_method": "bitsandbytes", "load_in_4bit": False}])
+def test_a_leftover_quantization_config(tmp_path: Path, leftover: Any) -> None:
+    assert are_the_tensors(write(tmp_path, TENSORS, quantization_config=leftover))
+
+
+# --- files of PyTorch -------------------------------------------------------------------------------------------------
+
+
+def as_outputs(tensors: Tensors) -> list[OutputTensor]:
+    return [OutputTensor(name, "float32", x.shape, x) for name, x in tensors.items()]
+
+
+LITGPT = {
+    "embed_tokens": "transformer.wte", "norm": "transformer.ln_f", "input_layernorm": "norm_1",
+    "post_attention_layernorm": "post_attention_norm", "pre_feedforward_layernorm": "norm_2",
+    "post_feedforward_layernorm": "post_mlp_norm", "self_attn.o_proj": "attn.proj", "mlp.gate_proj": "mlp.fc_1",
+    "mlp.up_proj": "mlp.fc_2", "mlp.down_proj": "mlp.proj",
+}  # fmt: skip
+
+
+def as_litgpt(tensors: Tensors) -> Tensors:
+    """As LitGPT's ``copy_weights_gemma_2`` maps the names; ``attn.qkv`` is query, key and value one below the other."""
+    found: Tensors = {}
+    for name, x in tensors.items():
+        plain = name.removeprefix("model.").removesuffix(".weight")
+        if plain in LITGPT:
+            found[f"{LITGPT[plain]}.weight"] = x
+            continue
+        _, layer, inside = plain.split(".", 2)
+        if inside in LITGPT:
+            found[f"transformer.h.{layer}.{LITGPT[inside]}.weight"] = x
+        elif inside == "self_attn.q_proj":
+            parts = [tensors[name.replace("q_proj", other)] for other in ("q_proj", "k_proj", "v_proj")]
+            found[f"transformer.h.{layer}.attn.qkv.weight"] = np.concatenate(parts)
+    return found | {HEAD: tensors[EMBED]}
+
+
+PICKLES: dict[str, tuple[str, Tensors, str | None]] = {
+    "transformers": ("pytorch_model.bin", TENSORS | {HEAD: TENSORS[EMBED]}, None),
+    "LitGPT, converted back": ("model.pth", TENSORS, None),
+    "LitGPT": ("lit_model.pth", as_litgpt(TENSORS), None),
+    "LitGPT, trained": ("lit_model.pth", as_litgpt(TENSORS), "model"),
+    "Lightning": ("model.ckpt", TENSORS, "state_dict"),
+}
+
+
+@pytest.mark.parametrize("case", PICKLES)
+def test_pickles_are_converted(tmp_path: Path, case: str) -> None:
+    name, tensors, key = PICKLES[case]
+    source = tmp_path / "source"
+    write(source, {})
+    (source / "model.safetensors").unlink()
+    write_torch(source / name, as_outputs(tensors), key)
+    assert f"write that from them with: refgemma convert {source} NEW_FOLDER" in refusal(source)
+    convert(source, tmp_path / "target")
+    assert are_the_tensors(tmp_path / "target")
+
+
+def test_shards_of_pickles_are_converted(tmp_path: Path) -> None:
+    names = list(TENSORS)
+    parts = {"pytorch_model-00001-of-00002.bin": names[:7], "pytorch_model-00002-of-00002.bin": names[7:]}
+    for file, part in parts.items():
+        write_torch(tmp_path / file, as_outputs({name: TENSORS[name] for name in part}), None)
+    index = {"metadata": {}, "weight_map": {name: file for file, part in parts.items() for name in part}}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    (tmp_path / "config.json").write_text(CONFIG.to_json_string())
+    convert(tmp_path, tmp_path / "target")
+    assert are_the_tensors(tmp_path / "target")
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return (print, ("the code of a pickle ran",))
+
+
+def test_no_code_of_a_pickle_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import zipfile
+
+    with zipfile.ZipFile(tmp_path / "pytorch_model.bin", "w") as archive:
+        archive.writestr("m/data.pkl", pickle.dumps({"model.norm.weight": Evil()}, 2))
+    with pytest.raises(CheckpointError, match="which no checkpoint needs; do not trust the file"):
+        convert(tmp_path, tmp_path / "target")
+    assert not capsys.readouterr().out
+    assert not (tmp_path / "target").exists()
