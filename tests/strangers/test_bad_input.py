@@ -12,7 +12,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -93,11 +92,9 @@ def write_tokenizer_json() -> bytes:
 
 
 TEMPLATE = b"{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] | trim }}\n{% endfor %}"
-if find_spec("refgemma.tokenizer.tokenizer_json"):  # what reads the two
-    TARGETS["tokenizer.json"] = in_tiny("tokenizer.json", write_tokenizer_json(), TEXT)
-    del TARGETS["tokenizer.json"].beside["tokenizer.model"]
-    if find_spec("jinja2"):
-        TARGETS["template"] = in_tiny("chat_template.jinja", TEMPLATE, CHAT)
+TARGETS["tokenizer.json"] = in_tiny("tokenizer.json", write_tokenizer_json(), TEXT)
+del TARGETS["tokenizer.json"].beside["tokenizer.model"]
+TARGETS["template"] = in_tiny("chat_template.jinja", TEMPLATE, CHAT)
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 Q_ROWS, Q_COLUMNS = tensor_shapes(Gemma2Config.from_pretrained("tiny"))[f"{Q_PROJ}.weight"]
@@ -108,11 +105,8 @@ LORA = save({
 ADAPTER = json.dumps({
     "peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "base_model_name_or_path": str(TINY)
 }).encode()  # fmt: skip
-if find_spec("refgemma.weights.adapters"):  # what reads them
-    TARGETS["adapter"] = Target("adapter_config.json", ADAPTER, (INFO, IDS), {"adapter_model.safetensors": LORA})
-    TARGETS["adapter's tensors"] = Target(
-        "adapter_model.safetensors", LORA, (INFO, IDS), {"adapter_config.json": ADAPTER}
-    )
+TARGETS["adapter"] = Target("adapter_config.json", ADAPTER, (INFO, IDS), {"adapter_model.safetensors": LORA})
+TARGETS["adapter's tensors"] = Target("adapter_model.safetensors", LORA, (INFO, IDS), {"adapter_config.json": ADAPTER})
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------

@@ -64,6 +64,14 @@ def test_set_seed_seeds_what_transformers_seeds_too() -> None:
 # --- what changes the tokens ------------------------------------------------------------------------------------------
 
 
+def describe(value: Any) -> str:
+    """Return a name of a case that is the same in every process: no object's address."""
+    if not isinstance(value, dict):
+        return str(value)
+    plain = (int, float, str, list, tuple, dict, type(None))
+    return ", ".join(f"{k}={v if isinstance(v, plain) else type(v).__name__}" for k, v in value.items())
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
@@ -95,7 +103,7 @@ def test_set_seed_seeds_what_transformers_seeds_too() -> None:
         ({"stop_strings": ["a time", "Once"], "tokenizer": TOKENIZER, "max_new_tokens": 4}, PLAIN[:4]),
         ({"stop_strings": ["zzz", "ery g"], "tokenizer": TOKENIZER, "max_new_tokens": 20}, PLAIN),
     ],
-    ids=str,
+    ids=describe,
 )  # fmt: skip
 def test_settings_give_the_tokens_of_transformers(settings: dict[str, Any], expected: list[int]) -> None:
     assert new(**settings) == expected
@@ -127,7 +135,7 @@ def test_max_time_ends_a_text_after_the_token_that_passes_it() -> None:
         {"logits_processor": None, "stopping_criteria": None, "streamer": None, "assistant_model": None},
         {"prompt_lookup_num_tokens": 3}, {"assistant_model": MODEL}, {"trust_remote_code": True}, {"low_memory": True},
     ],
-    ids=str,
+    ids=describe,
 )  # fmt: skip
 def test_what_changes_no_token_is_taken_in_silence(settings: dict[str, Any]) -> None:
     assert new(**settings) == PLAIN
@@ -160,7 +168,7 @@ def test_what_changes_no_token_is_taken_in_silence(settings: dict[str, Any]) -> 
         ({"temprature": 1.0}, "temprature is no setting of generate; is temperature meant?"),
         ({"inputs_embed": 1.0}, "inputs_embed is no setting of generate$"),
     ],
-    ids=str,
+    ids=describe,
 )
 def test_the_others_are_refused_in_one_line(settings: dict[str, Any], reason: str) -> None:
     with pytest.raises(InputError, match=reason) as caught:
