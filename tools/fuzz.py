@@ -213,12 +213,25 @@ TINY = find_model("tiny")
 MODEL, SETTINGS = ((TINY / name).read_bytes() for name in ("tokenizer.model", "tokenizer_config.json"))
 TOKENIZER_JSON = tiny_json()
 
+BASE_FILES = (("config.json", CONFIG), ("model.safetensors", CHECKPOINT))
+ADAPTER_SETTINGS = {"peft_type": "LORA", "r": 2, "lora_alpha": 16, "rank_pattern": {}, "alpha_pattern": {}}
+ADAPTER = {
+    f"base_model.model.model.layers.0.self_attn.q_proj.lora_{side}.weight": np.full(shape, 0.5, np.float32)
+    for side, shape in {"A": (2, 4), "B": (4, 2)}.items()
+}
+
 TARGETS: dict[str, Target] = {
     "header": Target("model.safetensors", lambda f: every_number(read_header(f)), CheckpointError, (CHECKPOINT,)),
     "checkpoint": Target("model.safetensors", lambda f: open_checkpoint(f.parent).resident("bfloat16"), CheckpointError,
                          (CHECKPOINT,), (("config.json", CONFIG),)),
     "index": Target("model.safetensors.index.json", lambda f: open_checkpoint(f.parent), CheckpointError, (INDEX,),
                     (("config.json", CONFIG), ("a.safetensors", CHECKPOINT))),
+    "adapter": Target("adapter_model.safetensors", lambda f: open_checkpoint(f.parent).resident(), CheckpointError,
+                      (save(ADAPTER),),
+                      (*BASE_FILES, ("adapter_config.json", json.dumps(ADAPTER_SETTINGS).encode()))),
+    "adapter-config": Target("adapter_config.json", lambda f: open_checkpoint(f.parent).resident(), CheckpointError,
+                             (json.dumps(ADAPTER_SETTINGS).encode(),),
+                             (*BASE_FILES, ("adapter_model.safetensors", save(ADAPTER)))),
     "config": Target("config.json", lambda f: Gemma2Config.from_json_file(f).to_json_string(), ConfigError,
                      (CONFIG, (TINY / "config.json").read_bytes())),
     "generation": Target("generation_config.json", lambda f: GenerationConfig.from_json_file(f).to_dict(),

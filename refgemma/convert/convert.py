@@ -33,7 +33,7 @@ from refgemma.convert.layouts import (
 from refgemma.convert.orbax import is_orbax
 from refgemma.convert.pickles import read_torch, write_torch
 from refgemma.files import quote_few, read_object, replace_file
-from refgemma.hub import CONFIG_JSON, GGUF
+from refgemma.hub import ADAPTER_CONFIG, CONFIG_JSON, GGUF
 from refgemma.precision import Array
 from refgemma.tokenizer.gguf_tokenizer import has_tokens
 from refgemma.tokenizer.tokenizer import Tokenizer
@@ -180,7 +180,12 @@ class Source:
             return []
         if not self.path.is_dir():
             return [self.path.parent]
-        return [self.path, self.path.parent] if is_orbax(self.path) else [self.path]
+        if is_orbax(self.path):
+            return [self.path, self.path.parent]
+        return [
+            self.path,
+            *sorted({part.tensor.file.parent for part in self.parts.values()}),
+        ]  # an adapter, and its base
 
 
 def detect_kind(path: Path) -> str:
@@ -198,6 +203,8 @@ def detect_kind(path: Path) -> str:
         return "gguf"
     if not path.is_dir():
         return "flax" if path.suffix in (".npz", ".safetensors") else "pytorch"
+    if (path / ADAPTER_CONFIG).exists():
+        return "hf"
     if (path / SINGLE).exists() or (path / INDEX).exists():
         return "flax" if any("/" in name for name in read_files(path)[1]) else "hf"
     if (path / TORCH_INDEX).exists() or _list_torch_files(path):

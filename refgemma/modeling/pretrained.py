@@ -73,8 +73,9 @@ def load(
     """
     folder = find_model(name, revision, download, gguf_file=gguf_file)
     checkpoint = open_checkpoint(folder)
-    stops = _read_stop_ids(folder, checkpoint.config)
-    model = Pretrained(folder, checkpoint.config, checkpoint.weights(dtype), stops)
+    stops = _read_stop_ids(checkpoint.folder, checkpoint.config)
+    place = folder if _has_tokenizer(folder) else checkpoint.folder  # an adapter may leave the tokenizer to its base
+    model = Pretrained(place, checkpoint.config, checkpoint.weights(dtype), stops)
     # A chat model ends its turn with <end_of_turn>, which the released configuration does not list as an end.
     if model.has_tokenizer and END_OF_TURN in model.tokenizer.all_special_tokens:
         end = model.tokenizer.convert_tokens_to_ids(END_OF_TURN)

@@ -8,6 +8,7 @@ each tensor a second time, and its errors name no tensor.
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -327,7 +328,14 @@ def _open_model(folder: Path) -> Checkpoint:
     if not (folder / CONFIG_JSON).exists():
         raise CheckpointError(f"{folder}: holds no {CONFIG_JSON}; give the folder of a Hugging Face checkpoint")
     config = Gemma2Config.from_json_file(folder / CONFIG_JSON)
+    leftover = read_object(folder / CONFIG_JSON, CheckpointError).get("quantization_config")
     source, found = read_files(folder)
+    if leftover:  # files that are quantised are refused when they are read
+        warnings.warn(
+            f"{folder / CONFIG_JSON}: quantization_config = {quote(leftover)} is not applied: the weights beside it "
+            "are not quantised and are used as they are; remove it",
+            stacklevel=4,
+        )
     return Checkpoint(folder, *match_names(found, config, source))
 
 

@@ -15,6 +15,7 @@ from support import quiet
 from transformers import Gemma2ForCausalLM as Theirs
 
 from refgemma.config import Gemma2Config
+from refgemma.convert.convert import convert
 from refgemma.modeling.classes import Gemma2ForCausalLM
 from refgemma.weights.checkpoint import open_checkpoint
 
@@ -249,3 +250,24 @@ def test_files_of_the_tests_are_in_their_precision(stored: Any) -> None:
     assert load_file(folder / "plain" / "model.safetensors")[EMBED].dtype == dtype
     kinds = {torch.float32: np.float32, torch.bfloat16: ml_dtypes.bfloat16}
     assert open_checkpoint(folder / "plain").tensors[EMBED].dtype == kinds[dtype]
+
+
+# --- PyTorch's own tensors and files ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_state_dict_of_torch(tmp_path: Path, dtype: Any) -> None:
+    model = theirs(write(tmp_path, STATE), dtype)
+    state = dict(model.named_parameters())  # with gradients
+    assert all(x.requires_grad and x.dtype == dtype for x in state.values())
+    ours = Gemma2ForCausalLM.from_state_dict(Gemma2Config(**SIZES), state)
+    assert all((ours.state_dict()[name] == x.detach().float().numpy()).all() for name, x in state.items())
+
+
+def test_what_torch_saves_is_converted(tmp_path: Path) -> None:
+    source = write(tmp_path / "source", STATE)
+    expected = logits(theirs(source))
+    (source / "model.safetensors").unlink()
+    torch.save(STATE | {HEAD: STATE[EMBED]}, source / "pytorch_model.bin")  # the tied head is the same storage
+    convert(source, tmp_path / "target")
+    assert near(Gemma2ForCausalLM.from_pretrained(tmp_path / "target")(IDS).logits, expected)

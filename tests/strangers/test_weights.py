@@ -182,9 +182,20 @@ def test_label2id_alone_is_left_unread() -> None:
     assert (found.num_labels, found.label2id) == (2, {"LABEL_0": 0, "LABEL_1": 1})
 
 
-@pytest.mark.parametrize("leftover", [{}, None, {"quant_method": "bitsandbytes", "load_in_4bit": False}])
-def test_a_leftover_quantization_config(tmp_path: Path, leftover: Any) -> None:
+@pytest.mark.parametrize("leftover", [{}, None])
+def test_an_empty_quantization_config(tmp_path: Path, leftover: Any) -> None:
     assert are_the_tensors(write(tmp_path, TENSORS, quantization_config=leftover))
+
+
+def test_a_leftover_quantization_config(tmp_path: Path) -> None:
+    folder = write(tmp_path, TENSORS, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
+    with pytest.warns(UserWarning, match="is not applied: the weights beside it are not quantised"):
+        assert are_the_tensors(folder)
+
+
+@pytest.mark.parametrize("code", [np.uint8, np.int8, np.int32, np.uint32])
+def test_quantised_numbers_are_refused(tmp_path: Path, code: Any) -> None:
+    assert "a quantised checkpoint has to be converted" in refusal(write(tmp_path, {VICTIM: np.ones((4, 4), code)}))
 
 
 # --- files of PyTorch -------------------------------------------------------------------------------------------------
