@@ -266,11 +266,20 @@ def test_a_merged_tally_is_that_of_all_errors_in_any_order(sizes: list[int], see
     )  # fmt: skip
 
 
+# A shell makes what it runs in the background ignore SIGINT, and so the tests of such a pytest.
+INTERRUPTIBLE = """
+import signal, sys
+from refgemma.cli.main import main
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_no_worker_and_no_command_outlives_a_sweep(number: int, tmp_path: Path) -> None:
     command = "sh -c 'echo $PPID $$ > pids; exec sleep 100' {trace}"
     (tmp_path / "jobs.jsonl").write_text(json.dumps({"run": command}) + "\n")
-    sweep = [sys.executable, "-m", "refgemma", "sweep", "jobs.jsonl", "--workers", "1"]
+    sweep = [sys.executable, "-c", INTERRUPTIBLE, "sweep", "jobs.jsonl", "--workers", "1"]
     with subprocess.Popen(sweep, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         wait_for(lambda: (tmp_path / "pids").exists() and len((tmp_path / "pids").read_text().split()) == 2)
         started = [int(pid) for pid in (tmp_path / "pids").read_text().split()]

@@ -327,6 +327,8 @@ class Gemma2PreTrainedModel(ModuleMethods):
         score = None
         if cls.has_score:
             score = cls._read_score(checkpoint, config, seed, precision, ignore_mismatched_sizes)
+        elif SCORE_WEIGHT in checkpoint.tensors:
+            warnings.warn(f"{checkpoint.folder}: {cls.__name__} does not use its {SCORE_WEIGHT}", stacklevel=2)
         weights = replace(checkpoint, config=config).weights(precision)
         model = cls(config, weights=weights, score=score)
         model._folder = checkpoint.folder

@@ -328,8 +328,12 @@ def _open_model(folder: Path) -> Checkpoint:
     if not (folder / CONFIG_JSON).exists():
         raise CheckpointError(f"{folder}: holds no {CONFIG_JSON}; give the folder of a Hugging Face checkpoint")
     config = Gemma2Config.from_json_file(folder / CONFIG_JSON)
-    leftover = read_object(folder / CONFIG_JSON, CheckpointError).get("quantization_config")
-    source, found = read_files(folder)
+    raw = read_object(folder / CONFIG_JSON, CheckpointError)
+    leftover = raw.get("quantization_config")
+    try:
+        source, found = read_files(folder)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{_name_quantisation(raw)}") from None
     if leftover:  # files that are quantised are refused when they are read
         warnings.warn(
             f"{folder / CONFIG_JSON}: quantization_config = {quote(leftover)} is not applied: the weights beside it "
@@ -337,6 +341,18 @@ def _open_model(folder: Path) -> Checkpoint:
             stacklevel=4,
         )
     return Checkpoint(folder, *match_names(found, config, source))
+
+
+def _name_quantisation(raw: Mapping[str, Any]) -> str:
+    """Say by which method a configuration says that its weights are quantised, and what to do; else nothing."""
+    method = raw.get("quantization_config") or raw.get("quantization")  # the second is MLX's
+    if not isinstance(method, dict):
+        return ""
+    name = method.get("quant_method", "MLX" if "group_size" in method else "a method without a name")
+    return (
+        f"; {CONFIG_JSON} says that the weights are quantised by {quote(name)}: load them with that library, "
+        "dequantise them and save them again"
+    )
 
 
 def _open_adapter(folder: Path) -> Checkpoint:

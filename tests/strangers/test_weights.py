@@ -193,6 +193,16 @@ def test_a_leftover_quantization_config(tmp_path: Path) -> None:
         assert are_the_tensors(folder)
 
 
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [({"quantization_config": {"quant_method": method}}, method) for method in ("gptq", "awq", "fp8", "bitsandbytes")]
+    + [({"quantization": {"group_size": 64, "bits": 4}}, "MLX")],
+)  # fmt: skip
+def test_quantised_folders_are_refused_by_name(tmp_path: Path, config: dict[str, Any], name: str) -> None:
+    folder = write(tmp_path, {VICTIM: np.ones((4, 4), np.uint32 if name == "MLX" else np.int8)}, **config)
+    assert f"quantised by '{name}': load them with that library, dequantise them" in refusal(folder)
+
+
 @pytest.mark.parametrize("code", [np.uint8, np.int8, np.int32, np.uint32])
 def test_quantised_numbers_are_refused(tmp_path: Path, code: Any) -> None:
     assert "a quantised checkpoint has to be converted" in refusal(write(tmp_path, {VICTIM: np.ones((4, 4), code)}))
@@ -277,3 +287,9 @@ def test_no_code_of_a_pickle_runs(tmp_path: Path, capsys: pytest.CaptureFixture[
         convert(tmp_path, tmp_path / "target")
     assert not capsys.readouterr().out
     assert not (tmp_path / "target").exists()
+
+
+def test_a_fitting_head_that_is_not_used_is_said(tmp_path: Path) -> None:
+    folder = write(tmp_path, TENSORS | {"score.weight": np.ones((2, 24), np.float32)})
+    with pytest.warns(UserWarning, match="Gemma2ForCausalLM does not use its score.weight"):
+        Gemma2ForCausalLM.from_pretrained(folder)
