@@ -21,7 +21,7 @@ from refgemma.files import LFS_POINTER, one_line, open_file, quote, refuse_point
 
 VERSIONS = (2, 3)
 REMEDY = "download or write it again"
-HEADER_LIMIT = 2**26  # bytes; the header of a Gemma 2 has 6 to 20 MB, almost all of it the vocabulary
+METADATA_LIMIT = 2**26  # bytes; the header of a Gemma 2 has 6 to 20 MB, almost all of it the vocabulary
 ENTRIES_LIMIT = 2**17  # keys, or tensors: a 27B has 508
 TEXTS_LIMIT = 2**20  # in a list: Gemma 2 has 256,000 pieces
 AXES = 4  # at most, in ggml
@@ -86,7 +86,7 @@ class _Cursor:
     def take(self, count: int) -> bytes:
         start, self.at = self.at, self.at + count
         if self.at > len(self.content):
-            limit = " (or has a header above 64 MiB)" if len(self.content) == HEADER_LIMIT else ""
+            limit = " (or has a header above 64 MiB)" if len(self.content) == METADATA_LIMIT else ""
             raise RefgemmaError(f"ends before what its header promises at byte {start}{limit}")
         return self.content[start : self.at]
 
@@ -218,7 +218,7 @@ def read_gguf(path: str | Path, error: type[RefgemmaError]) -> Gguf:
         size = os.fstat(stream.fileno()).st_size
         if not size:
             raise RefgemmaError("is empty")
-        with mmap.mmap(stream.fileno(), min(size, HEADER_LIMIT), access=mmap.ACCESS_READ) as content:
+        with mmap.mmap(stream.fileno(), min(size, METADATA_LIMIT), access=mmap.ACCESS_READ) as content:
             return _parse(Path(path), _Cursor(content), size)
 
 

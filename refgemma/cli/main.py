@@ -213,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"refgemma {args.command}: not enough memory: the prompt is too long for this machine", file=sys.stderr)
         return MISUSE
     except (RefgemmaError, OSError, UnicodeError) as error:
-        print(f"refgemma {args.command}: {one_line(error)}", file=sys.stderr)
+        print(f"refgemma {args.command}: {describe_error(error)}", file=sys.stderr)
         return MISUSE
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -222,13 +222,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if sys.flags.dev_mode:
             raise
         print(
-            f"refgemma {args.command}: fault in refgemma itself: {type(error).__name__}: {one_line(error)}; please "
-            f"report it with the output of: python -X dev -m refgemma {args.command} ...", file=sys.stderr,
+            f"refgemma {args.command}: fault in refgemma itself: {type(error).__name__}: {describe_error(error)}; "
+            f"please report it with the output of: python -X dev -m refgemma {args.command} ...", file=sys.stderr,
         )  # fmt: skip
         return FAULT
 
 
-def one_line(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """Return an error's message, an OSError's with its file, in characters that a terminal prints and does not obey."""
     said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
     said = " ".join(said.split())

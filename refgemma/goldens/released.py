@@ -65,9 +65,9 @@ def published_figures(text: str) -> dict[str, float]:
 
 # --- which release a folder is ----------------------------------------------------------------------------------------
 
-GENERATION = "generation_config.json"
+GENERATION_FILE = "generation_config.json"
 SHARD_SIZE = "5GB"  # of the released weights
-SHOWN = 4  # keys of a configuration that are named in one line
+LINES_SHOWN = 4  # keys of a configuration that are named in one line
 # The keys of a released config.json that a `Gemma2Config` has too.
 CONFIG_KEYS = (
     "attention_bias", "attention_dropout", "attn_logit_softcapping", "final_logit_softcapping", "head_dim",
@@ -75,7 +75,7 @@ CONFIG_KEYS = (
     "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "query_pre_attn_scalar", "rms_norm_eps",
     "rope_theta", "sliding_window", "use_cache", "vocab_size",
 )  # fmt: skip
-SIZES = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+RELEASE_SIZES = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def released_json(release: str) -> dict[str, dict[str, Any]]:
     usual = ids | {"cache_implementation": "hybrid"} | own if own else {}
     kind = {"architectures": ["Gemma2ForCausalLM"], "hidden_act": config.hidden_activation, "model_type": "gemma2"}
     known = {key: getattr(config, key) for key in CONFIG_KEYS} | kind | {"torch_dtype": about["dtype"]} | usual
-    generation = {GENERATION: {"_from_model_config": True} | usual} if GENERATION in about["files"] else {}
+    generation = {GENERATION_FILE: {"_from_model_config": True} | usual} if GENERATION_FILE in about["files"] else {}
     return {CONFIG_JSON: known} | generation
 
 
@@ -210,7 +210,7 @@ def _compare_json(path: Path, released: Mapping[str, Any], whole: bool) -> str:
         for key in sorted(keys)
         if (key in own) != (key in released) or own[key] != released[key]
     ]
-    return "; ".join(said[:SHOWN] + ([f"and {len(said) - SHOWN} more"] if len(said) > SHOWN else []))
+    return "; ".join(said[:LINES_SHOWN] + ([f"and {len(said) - LINES_SHOWN} more"] if len(said) > LINES_SHOWN else []))
 
 
 def _judge(path: Path, known: ReleasedFile | None, json_keys: Mapping[str, Any], hash_weights: bool) -> FileVerdict:
@@ -258,7 +258,11 @@ def _judge_template(folder: Path) -> FileVerdict:
 
 def _judge_all(folder: Path, release: str, hash_weights: bool) -> Identified:
     known, json_keys = known_files(release), released_json(release)
-    others = {CONFIG_JSON, GENERATION, *(name for file in releases().values() for name in file["files"])} - known.keys()
+    others = {
+        CONFIG_JSON,
+        GENERATION_FILE,
+        *(name for file in releases().values() for name in file["files"]),
+    } - known.keys()
     here = {name for name in others if not name.endswith(".safetensors") and _measure(folder / name) is not None}
     found = [
         _judge(folder / name, known.get(name), json_keys.get(name, {}), hash_weights)
@@ -267,7 +271,7 @@ def _judge_all(folder: Path, release: str, hash_weights: bool) -> Identified:
     if release.endswith("-it"):
         found.append(_judge_template(folder))
     extra = [path.name for path in sorted(folder.glob("*.safetensors")) if path.name not in known]
-    found += [FileVerdict(quote(name)[1:-1], "extra", "the release has no such file") for name in extra[:SHOWN]]
+    found += [FileVerdict(quote(name)[1:-1], "extra", "the release has no such file") for name in extra[:LINES_SHOWN]]
     return Identified(release, releases()[release]["revision"], tuple(found))
 
 
@@ -299,7 +303,7 @@ def identify_release(folder: str | Path, config: Gemma2Config, hash_weights: boo
     names = [
         name for name, about in releases().items()
         if Path(folder).is_dir()  # and no GGUF file, of which nothing was published
-        and all(getattr(config, size) == PRESETS[about["size"]][size] for size in SIZES)
+        and all(getattr(config, size) == PRESETS[about["size"]][size] for size in RELEASE_SIZES)
     ]  # fmt: skip
     found = [_judge_all(Path(folder), name, hash_weights) for name in names]
     telling = [one for one in found if any(file.verdict.startswith("same") for file in one.files if _tells(file.name))]

@@ -70,7 +70,7 @@ class Module:
         if name == "bias" and "weight" in tensors:
             return None
         if not any(tensor.startswith(f"{name}.") for tensor in tensors):
-            parts = f"; it has {', '.join(self.parts())}" if tensors and name not in INSTEAD else ""
+            parts = f"; it has {', '.join(self.parts())}" if tensors and name not in ADVICE else ""
             raise AttributeError(explain_absence(self.name, name) + parts)
         return Module(self.model, f"{self.name}.{name}")
 
@@ -166,7 +166,7 @@ def describe(model: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Converted:
+class CastMethods:
     """A tensor that is read or made as its rows are asked for, in another precision."""
 
     tensor: Rows
@@ -195,12 +195,12 @@ def convert_weights(weights: Weights, dtype: str) -> Weights:
     def convert(tensor: Any) -> Any:
         if tensor is None:
             return None
-        return as_dtype(tensor, dtype) if isinstance(tensor, np.ndarray | Rounded) else Converted(tensor, dtype)
+        return as_dtype(tensor, dtype) if isinstance(tensor, np.ndarray | Rounded) else CastMethods(tensor, dtype)
 
     layers = weights.layers
     if isinstance(layers, OnDemand):
         tensor = layers.tensor
-        layers = replace(layers, tensor=lambda name: Converted(tensor(name), dtype))
+        layers = replace(layers, tensor=lambda name: CastMethods(tensor(name), dtype))
     else:
         layers = [LayerWeights(**{name: convert(x) for name, x in vars(layer).items()}) for layer in layers]
     return Weights(convert(weights.embed_tokens), layers, convert(weights.norm), convert(weights.lm_head))
@@ -265,12 +265,12 @@ _ABSENT = {
     "enable_input_require_grads gradient_checkpointing_enable zero_grad": "nothing is trained here",
     "set_input_embeddings set_output_embeddings": "write into get_input_embeddings().weight, or use load_state_dict",
 }
-INSTEAD = {name: advice for names, advice in _ABSENT.items() for name in names.split()}
+ADVICE = {name: advice for names, advice in _ABSENT.items() for name in names.split()}
 
 
 def explain_absence(owner: str, name: str) -> str:
     """Return the text of the error for an attribute that there is not."""
-    return f"{owner} has no {name!r}" + (f": {INSTEAD[name]}" if name in INSTEAD else "")
+    return f"{owner} has no {name!r}" + (f": {ADVICE[name]}" if name in ADVICE else "")
 
 
 class LoadedKeys(NamedTuple):

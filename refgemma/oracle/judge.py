@@ -153,7 +153,7 @@ def judge(
         len(c), same, largest, float(np.sqrt(np.mean(errors[~exactly] ** 2))) if not exactly.all() else math.inf,
         *_measure_leaning(c - nearest, r, std, allowed.common * override), place, count_errors(errors),
     )  # fmt: skip
-    return Judged(_choose_verdict(statistics), statistics, _describe(c[exactly], r[exactly]))
+    return Judged(_choose_verdict(statistics), statistics, _describe_exact(c[exactly], r[exactly]))
 
 
 def _judge_measured(errors: Array, apart: Array, bound: Array, same: float, places: Array) -> Judged:
@@ -164,7 +164,7 @@ def _judge_measured(errors: Array, apart: Array, bound: Array, same: float, plac
     return Judged(FAIL if beyond else PASS, statistics)
 
 
-def _describe(found: Array, exact: Array) -> str:
+def _describe_exact(found: Array, exact: Array) -> str:
     """Say what is wrong where rounding may do nothing at all, so that an error has no bound to be measured by."""
     if not len(found):
         return ""

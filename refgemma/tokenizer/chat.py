@@ -6,7 +6,7 @@ from typing import Any
 
 from refgemma.files import quote
 from refgemma.tokenizer.sentencepiece_model import TokenizerError
-from refgemma.tokenizer.templates import inspect_template, plain, render_template
+from refgemma.tokenizer.templates import as_plain, inspect_template, render_template
 
 START, END = "<start_of_turn>", "<end_of_turn>"
 
@@ -142,7 +142,7 @@ def render(
         If the template cannot be rendered, or does not write the message that is to be continued.
     """
     check_chat(messages)
-    chat = [{key: value for key, value in plain(message).items() if value is not None} for message in messages]
+    chat = [{key: value for key, value in as_plain(message).items() if value is not None} for message in messages]
     for n, message in enumerate(chat):
         if reasoning := next((message[key] for key in REASONING if key in message), None):
             chat[n] = {"thinking": reasoning} | message | {"reasoning_content": reasoning}

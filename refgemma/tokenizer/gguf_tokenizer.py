@@ -20,9 +20,9 @@ from refgemma.tokenizer.sentencepiece_model import (
     write_model,
 )
 
-SPACE = "\u2581"  # how a piece writes a space; user-defined pieces of a GGUF file have the space itself
+SPACE_MARK = "\u2581"  # how a piece writes a space; user-defined pieces of a GGUF file have the space itself
 # The role of a token -> what its id is called, and the piece of Gemma's that has it where no id is given.
-ROLES = {"bos": ("bos", "<bos>"), "eos": ("eos", "<eos>"), "unk": ("unknown", "<unk>"), "pad": ("padding", "<pad>")}
+ROLE_KEYS = {"bos": ("bos", "<bos>"), "eos": ("eos", "<eos>"), "unk": ("unknown", "<unk>"), "pad": ("padding", "<pad>")}
 
 
 def _read_pieces(about: Mapping[str, Any]) -> list[Piece]:
@@ -35,13 +35,13 @@ def _read_pieces(about: Mapping[str, Any]) -> list[Piece]:
     if not np.isin(kinds, range(NORMAL, BYTE + 1)).all():  # type: ignore[arg-type]  # they are an array
         raise RefgemmaError("has types of tokens that SentencePiece does not know")
     pieces = map(Piece, names, map(float, scores), map(int, kinds))  # type: ignore[arg-type]  # they are arrays
-    return [p._replace(name=p.name.replace(" ", SPACE)) if p.type == USER_DEFINED else p for p in pieces]
+    return [p._replace(name=p.name.replace(" ", SPACE_MARK)) if p.type == USER_DEFINED else p for p in pieces]
 
 
 def _name_roles(about: Mapping[str, Any], names: list[str]) -> dict[str, tuple[str, int]]:
     """Return the piece and the id of each role that a token has."""
     found = {}
-    for role, (key, usual) in ROLES.items():
+    for role, (key, usual) in ROLE_KEYS.items():
         token = about.get(f"{key}_token_id", names.index(usual) if usual in names else -1)
         if type(token) is not int or not -1 <= token < len(names):
             raise RefgemmaError(f"has {quote(token)} for tokenizer.ggml.{key}_token_id, which is no id of a token")

@@ -39,7 +39,7 @@ def _message(field: int, content: bytes) -> bytes:
     return _varint(field << 3 | 2) + _varint(len(content)) + content
 
 
-def _number(field: int, value: int) -> bytes:
+def _number_field(field: int, value: int) -> bytes:
     return _varint(field << 3) + _varint(value)
 
 
@@ -48,11 +48,13 @@ def gemma_rest(**roles: tuple[str, int]) -> bytes:
 
     `roles` are the name and the id of ``unk``, ``bos``, ``eos`` and ``pad``; -1 is the id of one that is not there.
     """
-    trainer = _number(3, 2) + _number(35, 1)
+    trainer = _number_field(3, 2) + _number_field(35, 1)
     for n, role in enumerate(("unk", "bos", "eos", "pad")):
         name, token = roles[role]
-        trainer += _number(40 + n, token % 2**64) + _message(45 + n, name.encode())
-    return _message(2, trainer) + _message(3, _message(1, b"identity") + _number(3, 0) + _number(4, 0) + _number(5, 1))
+        trainer += _number_field(40 + n, token % 2**64) + _message(45 + n, name.encode())
+    return _message(2, trainer) + _message(
+        3, _message(1, b"identity") + _number_field(3, 0) + _number_field(4, 0) + _number_field(5, 1)
+    )
 
 
 def write_model(pieces: Iterable[Piece], rest: bytes) -> bytes:
@@ -72,7 +74,7 @@ def _write_piece(name: str, score: float, kind: int) -> bytes:
     content = name.encode()
     if len(content) < 119:  # every length takes a byte: the same as below, in a third of the time
         return b"\n%c\n%c%b\x15%b\x18%c" % (len(content) + 9, len(content), content, _FLOAT.pack(score), kind)
-    return _message(1, _message(1, content) + b"\x15" + _FLOAT.pack(score) + _number(3, kind))
+    return _message(1, _message(1, content) + b"\x15" + _FLOAT.pack(score) + _number_field(3, kind))
 
 
 def read_model(model: bytes) -> tuple[list[Piece], bytes]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from refgemma.tokenizer.sentencepiece_model import TokenizerError
 
-SECONDS = 10.0  # that a chat may take
+TIME_LIMIT = 10.0  # that a chat may take
 _LOCK = threading.Lock()
 _WORKERS: dict[int, subprocess.Popen[bytes]] = {}  # of each process that a fork made
 
@@ -45,7 +45,7 @@ def _ask(request: Mapping[str, Any]) -> dict[str, Any]:
             worker = _WORKERS[os.getpid()] = _start()
         assert worker.stdin is not None
         assert worker.stdout is not None
-        timer = threading.Timer(SECONDS, worker.kill)
+        timer = threading.Timer(TIME_LIMIT, worker.kill)
         timer.start()
         try:
             worker.stdin.write(line)
@@ -58,7 +58,7 @@ def _ask(request: Mapping[str, Any]) -> dict[str, Any]:
         if not reply.endswith(b"\n"):
             _stop()
             raise TokenizerError(
-                f"the chat template cannot be rendered: it takes more than {SECONDS:.0f} s or too much memory"
+                f"the chat template cannot be rendered: it takes more than {TIME_LIMIT:.0f} s or too much memory"
             )
     answer: dict[str, Any] = json.loads(reply)
     if "error" in answer:
@@ -80,7 +80,7 @@ def render_template(template: str, values: Mapping[str, Any]) -> tuple[str, list
     >>> render_template("{% for m in messages %}[{{ m.role }}]{% endfor %}", {"messages": [{"role": "user"}]})
     ('[user]', [])
     """
-    answer = _ask({"template": template, "values": plain(values)})
+    answer = _ask({"template": template, "values": as_plain(values)})
     return answer["text"], [(start, end) for start, end in answer["spans"]]
 
 
@@ -97,12 +97,12 @@ def inspect_template(template: str) -> tuple[frozenset[str], tuple[str, ...]]:
     return frozenset(answer["variables"]), tuple(answer["literals"])
 
 
-def plain(value: Any) -> Any:
+def as_plain(value: Any) -> Any:
     """Return `value` made of what JSON has; of anything else a template sees the name of its type."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Mapping):
-        return {str(key): plain(entry) for key, entry in value.items()}
+        return {str(key): as_plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(entry) for entry in value]
+        return [as_plain(entry) for entry in value]
     return f"<{type(value).__name__}>"

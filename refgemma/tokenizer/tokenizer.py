@@ -56,7 +56,7 @@ from refgemma.tokenizer.tokenizer_config import (
     WITHOUT_EFFECT,
     read_settings,
 )
-from refgemma.tokenizer.tokenizer_json import read_json, write_json
+from refgemma.tokenizer.tokenizer_json import read_tokenizer_json, write_tokenizer_json
 from refgemma.tokenizer.vocabulary import (
     TokenizerError,
     TokenizerFile,
@@ -87,7 +87,7 @@ def _read_file(source: str | Path | bytes) -> TokenizerFile:
     if Path(source).suffix == GGUF:
         return read_sentencepiece(str(source), read_gguf_tokenizer(Path(source))[0])
     content = read_bytes(source)
-    return (read_json if Path(source).suffix == ".json" else read_sentencepiece)(str(source), content)
+    return (read_tokenizer_json if Path(source).suffix == ".json" else read_sentencepiece)(str(source), content)
 
 
 def _make_id_property(role: str) -> property:
@@ -432,7 +432,7 @@ class Tokenizer:
             config["chat_template"] = [{"name": n, "template": text} for n, text in self.chat_template.items()]
         config = {name: value for name, value in config.items() if value is not None}
         contents = {
-            JSON_FILE: write_json(self._vocabulary, self._before, self._after),
+            JSON_FILE: write_tokenizer_json(self._vocabulary, self._before, self._after),
             CONFIG_FILE: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
         }
         if not self._vocabulary.file.is_json:

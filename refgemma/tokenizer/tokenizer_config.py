@@ -54,14 +54,14 @@ def read_settings(folder: Path) -> dict[str, Any]:
     # Saving a tokenizer made of the bare file, transformers lists the pieces of white space among them: taken at its
     # word, decoding without special tokens would drop the spaces and lines of the text.
     settings["extra_special_tokens"] = [t for t in extra if not (isinstance(t, str) and not t.strip(" \t\n\u2581"))]
-    if (added := _read_added(folder, config)) is not None:
+    if (added := _added_of(folder, config)) is not None:
         settings["added_tokens"] = added
     if (templates := _read_templates(folder, settings.get("chat_template"))) is not None:
         settings["chat_template"] = templates
     return settings
 
 
-def _read_added(folder: Path, config: Mapping[str, Any]) -> dict[int, AddedToken] | None:
+def _added_of(folder: Path, config: Mapping[str, Any]) -> dict[int, AddedToken] | None:
     """Return the added tokens by their ids, if a file lists them, as transformers reads it."""
     found = config.get("added_tokens_decoder")
     if found is None:

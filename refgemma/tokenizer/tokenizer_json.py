@@ -38,7 +38,7 @@ MODEL = {
 IDS_LIMIT = 10_000_000  # ids: forty times those of Gemma
 
 
-def read_json(name: str, content: bytes) -> TokenizerFile:
+def read_tokenizer_json(name: str, content: bytes) -> TokenizerFile:
     """Read a ``tokenizer.json``: a SentencePiece model of the same pieces, whose scores are the order of its merges.
 
     Raises
@@ -203,7 +203,7 @@ def _read_template(processor: Any, name: str) -> list[str]:
 # ---- writing
 
 
-def write_json(vocabulary: Vocabulary, before: Sequence[str], after: Sequence[str]) -> bytes:
+def write_tokenizer_json(vocabulary: Vocabulary, before: Sequence[str], after: Sequence[str]) -> bytes:
     """Return a ``tokenizer.json`` of which the tokenizers library gives the same ids.
 
     `before` and `after` are the tokens that stand before and after a text.

@@ -126,7 +126,7 @@ def _is_part(value: object) -> bool:
 
 
 # Field of a rule -> what it must be, and how that is seen.
-FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+RULE_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "pattern": (A_PATTERN, _is_pattern),
     "tensor": (
         "a name of refgemma's, with {layer} for a number",
@@ -150,9 +150,9 @@ def _read_rule(rule: object, where: str) -> Rule:
     if not isinstance(rule, dict) or not {"pattern", "tensor"} <= rule.keys():
         raise InputError(f"{where} is not an object with a pattern and a tensor; {HELP}")
     for name, value in rule.items():
-        if name not in FIELDS:
-            raise InputError(f"{where} has {quote(name)}; a rule has {', '.join(FIELDS)}")
-        needed, holds = FIELDS[name]
+        if name not in RULE_FIELDS:
+            raise InputError(f"{where} has {quote(name)}; a rule has {', '.join(RULE_FIELDS)}")
+        needed, holds = RULE_FIELDS[name]
         if not holds(value):
             raise InputError(f"{where}: {name} is {quote(value)}; it must be {needed}")
     return Rule(**{**rule, "part": tuple(rule.get("part", ()))})

@@ -36,7 +36,7 @@ INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # the others chang
 # A pattern is a regular expression of a stranger's: with few repetitions, none inside another, it cannot take long.
 PATTERN_LIMIT, REPETITIONS = 200, 3
 
-Change: TypeAlias = Callable[[Array, Any, str], Array]
+Delta: TypeAlias = Callable[[Array, Any, str], Array]
 
 TENSOR = re.compile(
     r"(?:base_model\.model\.)?(?P<module>.+?)(?:\.modules_to_save)?"
@@ -45,13 +45,13 @@ TENSOR = re.compile(
 )
 
 
-HALF = ("bfloat16", "float16")
-TOKENS = "token_adapter.trainable_tokens_delta"  # rows of an embedding
+HALF_PRECISIONS = ("bfloat16", "float16")
+TOKEN_INDICES = "token_adapter.trainable_tokens_delta"  # rows of an embedding
 BASE = ("base_layer.weight", "base_layer.bias")  # of the base itself
-KINDS = ("weight", "bias")  # of a whole module that stands in the adapter
+ADAPTER_KINDS = ("weight", "bias")  # of a whole module that stands in the adapter
 PARTS = {
     "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", *BASE,
-    "lora_B.bias", TOKENS, *KINDS,
+    "lora_B.bias", TOKEN_INDICES, *ADAPTER_KINDS,
 }  # fmt: skip
 
 
@@ -60,12 +60,12 @@ class Changed(Stored):
     """A tensor on disk that an adapter changes when it is read."""
 
     base: Stored
-    change: Change  # rows of the base in float64, which, and the precision of the model
+    change: Delta  # rows of the base in float64, which, and the precision of the model
 
     def read(self, dtype: str, rows: Any = ...) -> Array:
         """Copy the changed tensor, or some of its rows; see `Stored.read`."""
         with np.errstate(over="ignore", invalid="ignore"):  # what these would warn of is an error just below
-            half = dtype in HALF  # PEFT rounds to the precision of the model after each change
+            half = dtype in HALF_PRECISIONS  # PEFT rounds to the precision of the model after each change
             part = np.asarray(self.base.read(dtype if half else "float64", rows), np.float64)
             found = as_dtype(self.change(part, rows, dtype), dtype)
         if not np.isfinite(found).all():
@@ -164,7 +164,9 @@ def merge_adapter(
         raise CheckpointError(f"{source}: holds no tensor of an adapter")
     modules = _group(found, tensors, source)
     merged = dict(tensors)
-    whole = {f"{module}.{kind}": parts[kind] for module, parts in modules.items() for kind in parts if kind in KINDS}
+    whole = {
+        f"{module}.{kind}": parts[kind] for module, parts in modules.items() for kind in parts if kind in ADAPTER_KINDS
+    }
     if config.tie_word_embeddings and not whole.keys().isdisjoint({EMBED_TOKENS, LM_HEAD}):
         config = config.changed(tie_word_embeddings=False)
         merged[LM_HEAD] = merged[EMBED_TOKENS]
@@ -221,13 +223,13 @@ def _check_shape(tensor: Stored, shape: Sequence[int]) -> None:
 
 def _make_changes(
     module: str, parts: Mapping[str, Stored], adapter: Mapping[str, Any], base: Stored, source: Path
-) -> dict[str, Change]:
+) -> dict[str, Delta]:
     """Return what the adapter does to the rows of ``weight`` and ``bias`` of a module, with all shapes checked."""
-    kinds = parts.keys() - {*KINDS, *BASE}
+    kinds = parts.keys() - {*ADAPTER_KINDS, *BASE}
     if not kinds:
         return {}
-    if kinds == {TOKENS}:
-        return {"weight": _replace_tokens(module, parts[TOKENS], adapter, base)}
+    if kinds == {TOKEN_INDICES}:
+        return {"weight": _replace_tokens(module, parts[TOKEN_INDICES], adapter, base)}
     side = "lora_embedding_" if "lora_embedding_A" in kinds else "lora_"
     wanted = {f"{side}A", f"{side}B"} | ({"lora_magnitude_vector"} if adapter.get("use_dora") else set())
     if kinds - ({"lora_B.bias"} if side == "lora_" else set()) != wanted or len(base.shape) != 2:
@@ -270,7 +272,7 @@ def _match_pattern(adapter: Mapping[str, Any], key: str, module: str, usual: flo
     return usual
 
 
-def _add(inner: Stored, outer: Stored, scale: float, magnitude: Stored | None) -> Change:
+def _add(inner: Stored, outer: Stored, scale: float, magnitude: Stored | None) -> Delta:
     """Return the change of a linear layer: ``W + scale * B @ A``, whose rows DoRA gives the lengths `magnitude`."""
 
     def change(part: Array, rows: Any, _: str) -> Array:
@@ -284,12 +286,12 @@ def _add(inner: Stored, outer: Stored, scale: float, magnitude: Stored | None) -
     return change
 
 
-def _add_embedding(inner: Stored, outer: Stored, scale: float, magnitude: Stored | None, base: Stored) -> Change:
+def _add_embedding(inner: Stored, outer: Stored, scale: float, magnitude: Stored | None, base: Stored) -> Delta:
     """Return the change of an embedding: ``W + scale * (B @ A).T``; DoRA gives its columns the lengths `magnitude`."""
 
     def add(part: Array, rows: Any, dtype: str) -> Array:
         delta: Array = scale * (inner.read("float64").T[rows] @ outer.read("float64").T)
-        if dtype in HALF and magnitude is None:
+        if dtype in HALF_PRECISIONS and magnitude is None:
             delta = np.asarray(as_dtype(delta, dtype), np.float64)  # PEFT rounds it before it is added
         return part + delta
 
@@ -303,7 +305,7 @@ def _add_embedding(inner: Stored, outer: Stored, scale: float, magnitude: Stored
     return add if magnitude is None else lambda part, rows, dtype: find_factor() * add(part, rows, dtype)
 
 
-def _replace_tokens(module: str, tokens: Stored, adapter: Mapping[str, Any], base: Stored) -> Change:
+def _replace_tokens(module: str, tokens: Stored, adapter: Mapping[str, Any], base: Stored) -> Delta:
     """Return the change of an embedding some of whose rows the adapter holds."""
     given = adapter.get("trainable_token_indices")
     if isinstance(given, dict):

@@ -22,7 +22,7 @@ from refgemma.files import open_tensors, quote, quote_few, read_object
 from refgemma.hub import ADAPTER_CONFIG, CONFIG_JSON, GGUF, ModelNameError, find_model
 from refgemma.precision import Array
 from refgemma.weights.adapters import ADAPTER_MODEL, merge_adapter, read_adapter_config
-from refgemma.weights.gguf import read_model
+from refgemma.weights.gguf import read_gguf_model
 from refgemma.weights.initial import fits_in_memory
 from refgemma.weights.names import check_score, match_names
 from refgemma.weights.parameters import (
@@ -311,7 +311,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     """
     folder = Path(folder)
     if folder.is_file() and folder.suffix == GGUF:
-        return Checkpoint(folder, *read_model(folder))
+        return Checkpoint(folder, *read_gguf_model(folder))
     if not folder.is_dir():
         fault = "is a file; give the folder that holds it" if folder.exists() else "there is no such folder"
         raise CheckpointError(f"{folder}: {fault}")

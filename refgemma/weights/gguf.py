@@ -127,7 +127,7 @@ class Quantised(Stored):
 
 
 @dataclass(frozen=True)
-class Norm(Stored):
+class GgufNorm(Stored):
     """The weight of a norm, which the file has as 1 + w."""
 
     def map(self, keep: bool = False) -> Array:
@@ -165,10 +165,10 @@ def locate(file: Gguf, tensor: GgufTensor) -> Stored:
 def _locate_norm(file: Gguf, tensor: GgufTensor) -> Stored:
     if tensor.format != "F32":
         raise CheckpointError(f"{file.path}: norm {quote(tensor.name)} is {tensor.format}; llama.cpp has norms in F32")
-    return Norm(tensor.name, file.path, PLAIN["F32"], tensor.shape, tensor.start, file.file_bytes)
+    return GgufNorm(tensor.name, file.path, PLAIN["F32"], tensor.shape, tensor.start, file.file_bytes)
 
 
-def read_model(path: Path) -> tuple[Gemma2Config, dict[str, Stored]]:
+def read_gguf_model(path: Path) -> tuple[Gemma2Config, dict[str, Stored]]:
     """Read the configuration, and where the tensors lie, under the names and in the order of `tensor_shapes`.
 
     Raises

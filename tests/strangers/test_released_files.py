@@ -222,7 +222,7 @@ def small_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shapes = tensor_shapes(config)
     write_checkpoint(tmp_path, [OutputTensor(n, "float32", s, np.ones(s, np.float32)) for n, s in shapes.items()])
     config.save_pretrained(tmp_path)
-    names = ("vocab_size", *released.SIZES, "head_dim", "query_pre_attn_scalar")
+    names = ("vocab_size", *released.RELEASE_SIZES, "head_dim", "query_pre_attn_scalar")
     monkeypatch.setitem(PRESETS, "small", {name: getattr(config, name) for name in names})
     sums = {name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in os.listdir(tmp_path)}
     files = {name: {"sha256": digest, "state": "pin"} for name, digest in sums.items()}

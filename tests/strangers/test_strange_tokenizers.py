@@ -351,7 +351,7 @@ BOMBS = {
 def test_a_template_bomb_is_one_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    monkeypatch.setattr("refgemma.tokenizer.templates.SECONDS", 2.0)
+    monkeypatch.setattr("refgemma.tokenizer.templates.TIME_LIMIT", 2.0)
     folder_with(tmp_path, chat_template=BOMBS[name])
     for other in ("config.json", "model.safetensors"):
         (tmp_path / other).symlink_to(TINY / other)
