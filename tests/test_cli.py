@@ -298,13 +298,21 @@ def test_a_generation_config_that_is_no_object(content, tmp_path, capsys) -> Non
     assert "not a JSON object" in capsys.readouterr().err
 
 
-def test_a_pipe_in_place_of_a_file_does_not_hang(tmp_path, capsys) -> None:
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+@pytest.mark.parametrize(
+    "name",
+    ["model.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "tokenizer.model",
+     "tokenizer_config.json", "tokenizer.json", "chat_template.jinja", "added_tokens.json", "adapter_config.json"],
+)  # fmt: skip
+def test_what_is_no_file_in_place_of_one_is_refused_at_once(kind: str, name: str, tmp_path, capsys) -> None:
     folder = damaged(tmp_path, lambda tensors: None)
-    for name in ("model.safetensors", "config.json"):
-        (tmp_path / name).unlink()
-        os.mkfifo(tmp_path / name)
-        assert main(["info", folder]) == MISUSE
-        assert capsys.readouterr().err.count("\n") == 1
+    for path in [tmp_path / name] + [tmp_path / "model.safetensors"] * ("index" in name):
+        path.unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name) if kind == "pipe" else (tmp_path / name).symlink_to("/dev/zero")
+    assert main(["generate", "Once", "--max-new-tokens", "1", "--model", folder]) == MISUSE
+    err = capsys.readouterr().err
+    assert name in err
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize("listed", ["[[1]]", '{"a": 1}', '"x"', "1.5", "99999", "[" * 9999])

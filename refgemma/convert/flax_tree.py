@@ -20,7 +20,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from refgemma.convert.orbax import is_orbax, read_orbax
-from refgemma.files import new_file, quote
+from refgemma.files import new_file, open_file, quote
 from refgemma.precision import Array
 from refgemma.weights.checkpoint import (
     INDEX,
@@ -71,7 +71,7 @@ def read_zip_entries(file: Path) -> dict[str, ZipEntry]:
     ['a.npy', 'b.npy']
     """
     try:
-        with file.open("rb") as stream, zipfile.ZipFile(stream) as archive:
+        with open_file(file) as stream, zipfile.ZipFile(stream) as archive:
             infos = archive.infolist()
             found = {info.filename: _locate_entry(stream, info, file) for info in infos}
             if len(found) != len(infos):
@@ -239,7 +239,7 @@ def read_npz(file: Path) -> dict[str, Stored]:
 
 
 def _read_array(name: str, file: Path, entry: ZipEntry) -> Stored:
-    with file.open("rb") as stream:
+    with open_file(file) as stream:
         stream.seek(entry.start)
         raw = stream.read(min(entry.size, HEADER_LIMIT))
     width = {b"\x93NUMPY\x01\x00": 2, b"\x93NUMPY\x02\x00": 4}.get(raw[:8])

@@ -23,7 +23,7 @@ from refgemma.convert.flax_tree import (
     row_major_strides,
     write_zip,
 )
-from refgemma.files import AXES_LIMIT, quote
+from refgemma.files import AXES_LIMIT, open_file, quote
 from refgemma.weights.checkpoint import REMEDY, CheckpointError, Stored
 from refgemma.weights.save import FILE_DTYPES, OutputTensor
 
@@ -259,7 +259,7 @@ def read_torch(file: Path) -> dict[str, Stored]:
 def _refuse_others(file: Path) -> None:
     if not file.is_file():
         raise CheckpointError(f"{file}: is not a file; give the checkpoint that torch.save wrote")
-    with file.open("rb") as stream:
+    with open_file(file) as stream:
         start = stream.read(16)
     if start[:1] == b"\x80":
         raise CheckpointError(
@@ -273,7 +273,7 @@ def _refuse_others(file: Path) -> None:
 def _read_entry(file: Path, entries: dict[str, ZipEntry], name: str) -> bytes:
     if entries[name].size > PICKLE_LIMIT:
         raise CheckpointError(f"{file}: {name} has {entries[name].size} bytes; that of no checkpoint is so long")
-    with file.open("rb") as stream:
+    with open_file(file) as stream:
         stream.seek(entries[name].start)
         return stream.read(entries[name].size)
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from refgemma.files import quote, read_object
+from refgemma.files import quote, read_file, read_object
 from refgemma.tokenizer.added_tokens import AddedToken, read_added_token
 from refgemma.tokenizer.chat import END, START
 from refgemma.tokenizer.sentencepiece_model import TokenizerError
@@ -99,8 +99,8 @@ def _read_templates(folder: Path, configured: Any) -> Any:
 
 def _read_text(path: Path) -> str:
     try:
-        if path.stat().st_size > TEMPLATE_LIMIT:
-            raise TokenizerError(f"{path}: has more than {TEMPLATE_LIMIT} bytes, and no chat template is as long")
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TokenizerError(f"{path}: cannot be read as text in UTF-8: {error}") from None
+        return read_file(path, TEMPLATE_LIMIT).decode("utf-8")
+    except OSError as error:
+        raise TokenizerError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise TokenizerError(f"{path}: is not text in UTF-8: {error}") from None

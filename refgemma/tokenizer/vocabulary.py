@@ -10,7 +10,7 @@ from typing import Any
 
 import sentencepiece
 
-from refgemma.files import LFS_POINTER
+from refgemma.files import LFS_POINTER, read_file
 from refgemma.tokenizer.added_tokens import SPACE, AddedToken, Splitter
 from refgemma.tokenizer.sentencepiece_model import (
     CONTROL,
@@ -78,7 +78,7 @@ def read_bytes(path: str | Path) -> bytes:
         If it cannot be read, is empty or stands for another file.
     """
     try:
-        content = Path(path).read_bytes()
+        content = read_file(path)
     except OSError as error:
         raise TokenizerError(f"{path}: cannot be read: {error.strerror}; give a Gemma tokenizer.model") from None
     if content.startswith(LFS_POINTER):
