@@ -41,11 +41,11 @@ default_role = "py:obj"
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"[A-Za-z_]\w*"),
-    ("py:class", r"(collections|hypothesis|jaxtyping|ml_dtypes|numpy|pathlib|typing)\..*"),
+    ("py:class", r"(collections|hypothesis|io|jaxtyping|ml_dtypes|numpy|pathlib|typing)\..*"),
     ("py:obj", r"numpy\..*"),
     # Of ours, what only occurs in a signature and has no entry of its own.
     ("py:class", r"refgemma\.generation\.(stream\.Streamer|generation_config\.Settings)"),
-    ("py:class", r"refgemma\.weights\.(checkpoint\.Stored|parameters\.(Rows|Score)|save\.OutputTensor)"),
+    ("py:class", r"refgemma\.weights\.(stored\.Stored|parameters\.(Rows|Score)|save\.OutputTensor)"),
     ("py:class", r"refgemma\.(testing\.program\.Asked|convert\.convert\.Source)"),
     ("py:class", r"refgemma\.trace\.candidate\.(Call|Tensor)"),
     ("py:class", r"refgemma\.oracle\.(engine\.Instance|estimate\.Estimate|locate\.ErrorMap|preflight\.Preflight)"),

@@ -496,7 +496,8 @@ def generate(
     top_k, top_p : int, float, optional
         Draw only from the k most likely, and from the most likely that together reach probability p; unused if greedy.
     seed : int, optional
-        Of the draws: the same seed gives the same tokens. None goes on with the draws of `refgemma.set_seed`.
+        Of the draws: the same seed gives the same tokens. None goes on with the draws of
+        `refgemma.generation.beams.set_seed`.
     stop_ids : collection of int, optional
         Tokens that end the text; the one met is yielded last. Default: the configuration's ``eos_token_id``.
     tokenizer : Tokenizer, optional

@@ -178,7 +178,7 @@ class GenerationConfig:
         What comes back: with the last a record in place of the tokens, and in it what the others ask for.
     seed : int, optional
         Of the draws of one call, which it repeats; refgemma's own. By default they go on from call to call, see
-        `refgemma.set_seed`.
+        `refgemma.generation.beams.set_seed`.
 
     Raises
     ------

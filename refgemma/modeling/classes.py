@@ -746,7 +746,8 @@ class Gemma2ForCausalLM(_WithHead):
 
         Notes
         -----
-        Draws go on from call to call until `refgemma.set_seed`; ``seed`` gives one call the same tokens again. Neither
+        Draws go on from call to call until `refgemma.generation.beams.set_seed`;
+        ``seed`` gives one call the same tokens again. Neither
         gives those of a torch seed. Of equal scores the
         first token wins, as in torch's argmax; torch's ``topk``, which its beam search uses, promises no order of them.
 

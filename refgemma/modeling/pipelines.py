@@ -87,11 +87,11 @@ def pipeline(
     task : str, optional
         ``"text-generation"``, the only one there is.
     model : Gemma2ForCausalLM, str or path
-        A model, or a name for `Gemma2ForCausalLM.from_pretrained`.
+        A model, or a name for ``Gemma2ForCausalLM.from_pretrained``.
     tokenizer : Tokenizer, str or path, optional
         By default that of the model's folder.
     dtype, torch_dtype, revision, model_kwargs
-        For `Gemma2ForCausalLM.from_pretrained`.
+        For ``Gemma2ForCausalLM.from_pretrained``.
     device, device_map, trust_remote_code, token, use_fast, batch_size, framework
         Taken and ignored.
     **settings
