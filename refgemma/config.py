@@ -42,7 +42,7 @@ OMITTED = (
 )
 
 
-# Keys of a file that are no fields, or are written anew.
+# Keys of a file that are not fields, or that are derived when it is written.
 READ_ELSEWHERE = (
     "hidden_act", "model_type", "num_labels", "quantization_config", "rope_scaling", "torch_dtype",
     "transformers_version", "use_bidirectional_attention",

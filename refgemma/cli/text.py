@@ -135,7 +135,7 @@ def find_traps(text: str, tokenizer: Tokenizer) -> list[str]:
     """
     found = []
     if text.startswith("\ufeff"):
-        found.append("begins with a byte order mark, which is no part of the text; save it as UTF-8 without one")
+        found.append("begins with a byte order mark, which does not belong to the text; save it as UTF-8 without one")
     if lines := text.count("\r\n"):
         what = "line ends" if lines == 1 else "lines end"
         found.append(f'{lines} {what} in CR LF, and models read LF; convert it with: tr -d "\\r"')
