@@ -31,10 +31,10 @@ KINDS = ("docstring", "message", "comment", "prose")
 LONG = 25  # words
 FIRST_WORDS = "docstring begins with What, Whether, Of or Those"
 
-# Phrase -> where it counts. "There is no X" and "is no longer" are usual English; "what to do" and a question are too.
+# Allowed: "there is no", "is no longer", "what to do", "what is wrong", "what happens", and "what" in a question.
 PATTERNS = {
     FIRST_WORDS: re.compile(r"\A(What|Whether|Of|Those)\b"),
-    'nominal "what"': re.compile(r"\bwhat\b(?! to\b)(?![^.!?]*\?)", re.IGNORECASE),
+    'nominal "what"': re.compile(r"\bwhat\b(?! to\b| is wrong\b| happens\b)(?![^.!?]*\?)", re.IGNORECASE),
     '"of which"': re.compile(r"\bof which\b", re.IGNORECASE),
     '"is no", "are no"': re.compile(r"(?<!there )\b(is|are|was|were|be) no\b(?! longer| more)", re.IGNORECASE),
     '"there are of"': re.compile(r"\bthere (is|are|were) of\b", re.IGNORECASE),
@@ -156,7 +156,7 @@ def notebook_texts(file: str, source: str) -> Iterator[Text]:
 
 def paragraphs(file: str, line: int, text: str) -> Iterator[Text]:
     """Yield the paragraphs, items of lists and cells of tables of a text in Markdown."""
-    text = re.sub(r"(?ms)^ *(```|~~~).*?^ *\1|^\$\$.*?\$\$|<!--.*?-->", lambda m: "\n" * m[0].count("\n"), text)
+    text = re.sub(r"(?ms)^ *(```|~~~).*?^ *\1|^\$\$.*?\$\$|<!-- words: off -->.*?<!-- words: on -->|<!--.*?-->", lambda m: "\n" * m[0].count("\n"), text)
     for part in re.finditer(r"(?ms)(?:^(?=\S| )(?!\s*\n).+?)(?=\n\s*\n|\n *(?:[-*]|\d+\.) |\n *\||\n#|\Z)", text):
         at = line + text.count("\n", 0, part.start())
         cells = part[0].split("|") if part[0].lstrip().startswith("|") else [part[0]]
