@@ -36,7 +36,9 @@ PATTERNS = {
     FIRST_WORDS: re.compile(r"\A(What|Whether|Of|Those)\b"),
     'nominal "what"': re.compile(r"\bwhat\b(?! to\b| is wrong\b| happens\b)(?![^.!?]*\?)", re.IGNORECASE),
     '"of which"': re.compile(r"\bof which\b", re.IGNORECASE),
-    '"is no", "are no"': re.compile(r"(?<!there )\b(is|are|was|were|be) no\b(?! longer| more)", re.IGNORECASE),
+    '"is no", "are no"': re.compile(
+        r"(?<!there )\b(is|are|was|were|be) no\b(?! longer| more| \w+er than)", re.IGNORECASE
+    ),
     '"there are of"': re.compile(r"\bthere (is|are|were) of\b", re.IGNORECASE),
     '"told"': re.compile(r"\btold\b", re.IGNORECASE),
     '"anew"': re.compile(r"\banew\b", re.IGNORECASE),
@@ -50,6 +52,10 @@ PATTERNS = {
 REPORTS = {"print", "report", "warn", "error", "exit", "fail", "SystemExit", "write_line", "add_note"}
 SHOWN_ARGUMENTS = {"help", "description", "epilog", "says", "shows", "seen", "title", "hint"}
 MARKS = re.compile(r"#(!| ?(type:|noqa|fmt:|pragma|%%|///)| dependencies| -\*-)")  # comments for programs
+
+
+# Code, formulas and HTML comments; CONTRIBUTING.md quotes the phrases between two of these comments.
+NOT_PROSE = re.compile(r"(?ms)^ *(```|~~~).*?^ *\1|^\$\$.*?\$\$|<!-- words: off -->.*?<!-- words: on -->|<!--.*?-->")
 
 
 @dataclass(frozen=True)
@@ -156,7 +162,7 @@ def notebook_texts(file: str, source: str) -> Iterator[Text]:
 
 def paragraphs(file: str, line: int, text: str) -> Iterator[Text]:
     """Yield the paragraphs, items of lists and cells of tables of a text in Markdown."""
-    text = re.sub(r"(?ms)^ *(```|~~~).*?^ *\1|^\$\$.*?\$\$|<!-- words: off -->.*?<!-- words: on -->|<!--.*?-->", lambda m: "\n" * m[0].count("\n"), text)
+    text = NOT_PROSE.sub(lambda m: "\n" * m[0].count("\n"), text)
     for part in re.finditer(r"(?ms)(?:^(?=\S| )(?!\s*\n).+?)(?=\n\s*\n|\n *(?:[-*]|\d+\.) |\n *\||\n#|\Z)", text):
         at = line + text.count("\n", 0, part.start())
         cells = part[0].split("|") if part[0].lstrip().startswith("|") else [part[0]]
