@@ -157,7 +157,7 @@ def test_places_that_are_no_files_are_2(tmp_path: Path, capsys: pytest.CaptureFi
     # Another file's path in place of tensors, a trace's header alone, JSON, a pickle, an image.
     for n, content in enumerate((b"../port.safetensors\n", b"{}", b"\x80\x04\x95", b"\x89PNG\r\n\x1a\n" + bytes(64))):
         (tmp_path / f"{n}").write_bytes(content)
-        refused(tmp_path / f"{n}", "not a whole safetensors file", capsys)
+        refused(tmp_path / f"{n}", "not a complete safetensors file", capsys)
 
 
 def test_a_file_cut_off_anywhere_is_2(
@@ -167,7 +167,7 @@ def test_a_file_cut_off_anywhere_is_2(
     header = struct.unpack("<Q", whole[:8])[0]
     for length in (0, 1, 7, 8, 9, 8 + header // 2, 8 + header, 8 + header + 1, len(whole) // 2, len(whole) - 1):
         (tmp_path / "cut").write_bytes(whole[:length])
-        refused(tmp_path / "cut", "not a whole safetensors file", capsys)
+        refused(tmp_path / "cut", "not a complete safetensors file", capsys)
 
 
 def sparse(path: Path, header: Mapping[str, Any], size: int) -> Path:
@@ -183,7 +183,7 @@ def test_four_gigabytes_of_junk_are_2_and_never_read(tmp_path: Path, capsys: pyt
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with (tmp_path / "zeros").open("wb") as file:
         file.truncate(4 * GIB)
-    refused(tmp_path / "zeros", "not a whole safetensors file", capsys)
+    refused(tmp_path / "zeros", "not a complete safetensors file", capsys)
     ids = {"dtype": "I64", "shape": [1, GIB // 2], "data_offsets": [0, 4 * GIB]}
     refused(sparse(tmp_path / "ids", {"input_ids": ids}, 4 * GIB), "tokens at most", capsys)
     small = {"input_ids": {"dtype": "I64", "shape": [1, 1], "data_offsets": [0, 8]}}
