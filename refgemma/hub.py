@@ -20,7 +20,7 @@ GGUF = ".gguf"
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 # Files to download, without second copies of the weights as pickles or in other programs' formats.
 WANTED = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
-# Ends of the names that are read in a folder, and the folder of which all is.
+# Endings of the file names that are read in a folder, and the folder with all of its files.
 READ = (".json", ".safetensors", ".model", ".jinja", GGUF, ".bin", ".pth", ".pt", ".ckpt", ".npz", ".msgpack")
 TEMPLATE_FOLDER = "additional_chat_templates"
 FOLLOW_LINKS = "REFGEMMA_FOLLOW_LINKS"
