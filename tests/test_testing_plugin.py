@@ -122,7 +122,7 @@ def test_known_failures_are_expected_and_stale_ones_reported(run, pytester: pyte
             "conforms: 1, differs: 1, not applicable: 1",
             "warning: *skips.txt: causality passes now; remove its line",
             "warning: *skips.txt: chunks_change_nothing is not applicable; remove its line",
-            "warning: *skips.txt: spelt_wrongly is the name of no law or recording",
+            "warning: *skips.txt: unknown law or recording spelt_wrongly; remove its line",
             "*1 xfailed, 1 xpassed*",
         ]
     )
