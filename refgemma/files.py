@@ -44,7 +44,7 @@ def quote(value: object) -> str:
 
 
 def escape(text: str) -> str:
-    r"""Return `text` with escapes in place of all characters that a terminal would obey.
+    r"""Return `text` with escapes in place of all characters that a terminal would interpret.
 
     Examples
     --------

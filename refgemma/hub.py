@@ -72,22 +72,23 @@ def _list_missing(folder: Path, needed: Collection[str]) -> list[str]:
 
 
 def refuse_link(path: Path, folder: Path) -> None:
-    """Raise `ModelNameError` if `path` is a link that leads out of `folder`.
+    """Raise `ModelNameError` if `path` is a link to a place outside `folder`.
 
-    A stranger's folder could have any file of this machine read by it. Links to the blobs of the same repository, as
-    the Hugging Face cache has them, are followed; the folder may itself be a link, and the environment may allow all.
+    An untrusted folder could otherwise make refgemma read any file of this machine. Links to the blobs of the same
+    repository, as in the Hugging Face cache, are followed. The folder itself may be a link. An environment variable can
+    allow all links.
     """
     home, place = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
     blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else home  # itself no link
     if path.is_symlink() and not any(map(place.is_relative_to, (home, blobs))) and os.environ.get(FOLLOW_LINKS) != "1":
         raise ModelNameError(
-            f"{path}: is a link that leads out of its folder, and is not followed; put the file itself or a hard link "
-            f"there, or set {FOLLOW_LINKS}=1 if whoever made the folder is to be trusted"
+            f"{path}: is a link to a place outside its folder; replace it by the file itself or a hard link, or set "
+            f"{FOLLOW_LINKS}=1 if you trust the author of the folder"
         )
 
 
 def refuse_links(folder: Path, every: bool = False) -> None:
-    """Apply `refuse_link` to the files that are read in the `folder` of a model, or to `every` one at any depth."""
+    """Apply `refuse_link` to the files that refgemma reads in a model's `folder`, or to `every` file at any depth."""
     try:
         found = [*folder.rglob("*")] if every else [*folder.iterdir(), *(folder / TEMPLATE_FOLDER).glob("*")]
     except OSError as error:
@@ -124,12 +125,12 @@ def find_model(
     Raises
     ------
     ModelNameError
-        If there is no such model, it lacks a file, or one of its files is a link that leads out of the folder.
+        If there is no such model, it lacks a file, or one of its files is a link to a place outside the folder.
 
     Notes
     -----
-    Links inside a folder are followed within it and, in the Hugging Face cache, to the blobs of the same repository;
-    with the variable ``REFGEMMA_FOLLOW_LINKS=1`` wherever they lead. The folder that is named may be a link.
+    Links are followed within the folder and, in the Hugging Face cache, to the blobs of the same repository.
+    ``REFGEMMA_FOLLOW_LINKS=1`` allows all links. The named folder may be a link.
 
     Examples
     --------

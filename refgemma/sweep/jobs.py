@@ -114,7 +114,7 @@ def _job(fields: dict[str, Any], folder: Path) -> Job:
         if isinstance(value, str) and not value.isprintable():  # names of files contain no NUL and no half characters
             raise InputError(f"{field} is {quote(value)}; it must have only printable characters")
     if ("trace" in fields) == ("run" in fields):
-        raise InputError("give either trace, a file, or run, a command that writes one")
+        raise InputError("give either trace (a file) or run (a command that writes one), not both or neither")
     given: dict[str, Any] = {"model": "tiny", "allow": 1.0} | fields
     if not 0 < given["allow"] < np.inf:
         raise InputError(f"allow is {given['allow']}; it must be a factor above 0")
