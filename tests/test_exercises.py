@@ -180,7 +180,7 @@ EXERCISES = [
     Exercise("embed", [
         Wrong("sqrt(hidden) is missing", lambda ids, table: np.stack([table[row] for row in ids])),
         Wrong("not hidden", lambda ids, table: 0.0 + table[ids] * float(table.shape[1])),
-        Wrong("rounded to the table's precision first", lambda ids, table: table[ids] * table.shape[1] ** 0.5),
+        Wrong("be rounded to the table's precision", lambda ids, table: table[ids] * table.shape[1] ** 0.5),
         Wrong("columns, not of rows", lambda ids, table: table[ids] * len(table) ** 0.5),
         Wrong("divide by sqrt", lambda ids, table: table[ids] / narrow(table.shape[1] ** 0.5, like=table)),
     ]),
@@ -214,7 +214,7 @@ EXERCISES = [
         Wrong("after the cap", leak),
         Wrong("the cap is missing", lambda s, mask, cap: soft(np.where(mask, s, -np.inf))),
         Wrong("the mask is missing", lambda s, mask, cap: soft(cap * np.tanh(s / cap))),
-        Wrong("sum is not 1", lambda s, mask, cap: soft(cap * np.tanh(s / cap)) * mask),
+        Wrong("the sum of a row is not 1", lambda s, mask, cap: soft(cap * np.tanh(s / cap)) * mask),
         Wrong("must be minus infinity", lambda s, mask, cap: soft(cap * np.tanh(s / cap) * mask)),
     ]),
     Exercise("sliding_mask", [

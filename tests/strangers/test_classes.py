@@ -327,7 +327,7 @@ def test_attributes_that_are_no_fields(tmp_path: Path) -> None:
         Gemma2Config(num_hidden_layer=2)
     with pytest.raises(ConfigError, match="to_dict is a method or a property, not a field"):
         config.to_dict = 3  # type: ignore[method-assign, assignment]
-    with pytest.raises(ConfigError, match="check is no field"):
+    with pytest.raises(ConfigError, match="check is a method or a property, not a field"):
         Gemma2Config(check=3)
     assert callable(Gemma2Config.from_dict(config.to_dict() | {"check": 3}).check)
     config.my_note = object()
