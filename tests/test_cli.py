@@ -263,7 +263,7 @@ def test_a_trace_replaces_a_file_but_nothing_else(tmp_path, capsys) -> None:
     os.mkfifo(pipe)
     link.symlink_to("real.safetensors")
     kept.write_text("mine")
-    for target, reason in ((pipe, "no ordinary file"), (tmp_path, "is a folder"), ("", "is a folder")):
+    for target, reason in ((pipe, "a device or a pipe"), (tmp_path, "is a folder"), ("", "is a folder")):
         assert main(["trace", "Once", "-o", str(target)]) == MISUSE
         assert reason in capsys.readouterr().err
     assert pipe.is_fifo()
