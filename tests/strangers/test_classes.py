@@ -196,7 +196,7 @@ def test_arguments_that_change_nothing_are_taken_in_silence(cls: Any, argument: 
         ("subfolder", "inside", "give the path of the folder inside"),
         ("use_safetensors", False, "leave it out"),
         ("variant", "fp16", "rename the files"),
-        ("hiden_size", 4, "there is no field 'hiden_size'"),
+        ("hiden_size", 4, "unknown field 'hiden_size'"),
     ],
 )  # fmt: skip
 def test_arguments_that_would_change_the_result_are_refused(argument: str, value: Any, advice: str) -> None:
