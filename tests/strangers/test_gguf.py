@@ -417,7 +417,7 @@ DAMAGED: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "cut in a tensor": (lambda raw: raw[:-1], "would end beyond that"),
     "a text beyond the file": (lambda raw: patched(raw, 24, "Q", 2**62), "is too short"),
     "tensors without end": (lambda raw: patched(raw, 8, "Q", 2**64 - 1), "promises 18446744073709551615 tensors"),
-    "many tensors": (lambda raw: patched(raw, 8, "Q", 2**17), "tensor .* duplicate key|same name|is too short|axes"),
+    "many tensors": (lambda raw: patched(raw, 8, "Q", 2**17), "same name|is too short|axes"),
     "keys without end": (lambda raw: patched(raw, 16, "Q", 2**63), "promises"),
     "many axes": (lambda raw: patched(raw, first_info(raw), "I", 2**31), "has 2147483648 axes"),
     "a long axis": (lambda raw: patched(raw, first_info(raw) + 12, "Q", 2**63), "would end beyond that"),
@@ -426,7 +426,7 @@ DAMAGED: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "a list too long": (lambda raw: bomb(8, 2**20 + 1) + bytes(2**24), "array of 1048577 values"),
     "an unknown format": (lambda raw: patched(raw, first_info(raw) + 20, "I", 999), "in format 999"),
     "rows of no whole blocks": (
-        lambda raw: patched(patched(raw, first_info(raw) + 20, "I", 12), first_info(raw) + 4, "Q", 255), "no multiple"
+        lambda raw: patched(patched(raw, first_info(raw) + 20, "I", 12), first_info(raw) + 4, "Q", 255), "needs a multiple"
     ),
 }  # fmt: skip
 
