@@ -426,7 +426,7 @@ DAMAGED: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "a list too long": (lambda raw: bomb(8, 2**20 + 1) + bytes(2**24), "array of 1048577 values"),
     "an unknown format": (lambda raw: patched(raw, first_info(raw) + 20, "I", 999), "in format 999"),
     "rows of no whole blocks": (
-        lambda raw: patched(patched(raw, first_info(raw) + 20, "I", 12), first_info(raw) + 4, "Q", 255), "needs a multiple"
+        lambda raw: patched(patched(raw, first_info(raw) + 20, "I", 12), first_info(raw) + 4, "Q", 255), "a multiple"
     ),
 }  # fmt: skip
 
