@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2."""
-        self.exit(MISUSE, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(MISUSE, f"{self.prog}: {clean(message)} (see {self.prog} --help)\n")
 
 
 def parser() -> Parser:
@@ -230,8 +230,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def describe_error(error: Exception) -> str:
     """Return an error's message, an OSError's with its file, in characters that a terminal prints and does not obey."""
-    said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-    said = " ".join(said.split())
+    return clean(f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error))
+
+
+def clean(message: str) -> str:
+    """Return a message as one line that is not too long, of characters that a terminal prints."""
+    said = " ".join(message.split())
     if len(said) > LINE:  # it quotes a damaged file: where and what to do stand at the two ends
         said = f"{said[: LINE - 400]} ... {said[-400:]}"
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in said)
