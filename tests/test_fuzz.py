@@ -9,7 +9,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fuzz.readers import CHECKPOINT, CONFIG, EVAL_TEXT, INDEX, JOBS, MODEL, NAME_MAP, RULES, SETTINGS, TARGETS, TOKENIZER_JSON
+from fuzz.readers import (
+    CHECKPOINT,
+    CONFIG,
+    EVAL_TEXT,
+    INDEX,
+    JOBS,
+    MODEL,
+    NAME_MAP,
+    RULES,
+    SETTINGS,
+    TARGETS,
+    TOKENIZER_JSON,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save

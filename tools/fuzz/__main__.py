@@ -1,8 +1,8 @@
 """Give hostile files and arguments to every command: `python -m tools.fuzz`.
 
-A case is a folder of files, one of them damaged, and a command. The same seed gives the same cases. A process runs many,
-one after the other; it is ended where a case takes 20 s of processor time. A failing case is written to a file, which
-``--again FILE`` runs once more.
+A case is a folder of files, one of them damaged, and a command. The same seed gives the same cases. A process runs
+many, one after the other; it is ended where a case takes 20 s of processor time. A failing case is written to a file,
+which ``--again FILE`` runs once more.
 """
 
 import argparse
@@ -140,7 +140,7 @@ class Row:
 
     codes: Counter[int | None] = field(default_factory=Counter)
     failures: Counter[str] = field(default_factory=Counter)
-    slowest: float = 0.0
+    slowest: tuple[float, int] = (0.0, 0)  # seconds of processor time, and the number of the case
     peak: int = 0
 
 
@@ -162,7 +162,7 @@ def run(families: list[str], seed: int, seconds: float, workers: int, folder: Pa
                 done += 1
                 row = rows[family]
                 row.codes[result.code] += 1
-                row.slowest = max(row.slowest, time.monotonic() - worker.begun)
+                row.slowest = max(row.slowest, (worker.used() - worker.cpu, number))
                 row.peak = max(row.peak, result.peak)
                 if result.problem:
                     kind = re.sub(r"\d+", "N", result.problem)
@@ -183,7 +183,8 @@ def run(families: list[str], seed: int, seconds: float, workers: int, folder: Pa
 
 def show(rows: dict[str, Row]) -> int:
     """Print a table, and return how many cases failed."""
-    print(f"\n{'family':16s} {'cases':>7s} {'read':>7s} {'refused':>7s} {'other':>7s} {'failed':>7s} {'slowest':>9s} {'memory':>9s}")
+    columns = " ".join(f"{column:>7s}" for column in ("cases", "read", "refused", "other", "failed"))
+    print(f"\n{'family':16s} {columns} {'slowest':>9s} {'memory':>9s}  slowest")
     total = Counter[str]()
     for family, row in rows.items():
         counts = {
@@ -192,7 +193,7 @@ def show(rows: dict[str, Row]) -> int:
         }  # fmt: skip
         total.update(counts)
         numbers = " ".join(f"{n:7d}" for n in counts.values())
-        print(f"{family:16s} {numbers} {row.slowest:7.1f} s {row.peak >> 20:5d} MiB")
+        print(f"{family:16s} {numbers} {row.slowest[0]:7.1f} s {row.peak >> 20:5d} MiB  case {row.slowest[1]}")
     print(f"{'all':16s} " + " ".join(f"{total[key]:7d}" for key in ("cases", "read", "refused", "other", "failed")))
     for family, row in rows.items():
         for kind, count in row.failures.most_common():
@@ -216,7 +217,8 @@ def main() -> int:
     if args.again:
         prepare()
         result = run_case(read_case(args.again))
-        print(f"{result.said}\nexit code {result.code}, {result.peak >> 20} MiB: {result.problem or 'nothing is wrong'}")
+        print(f"{result.said}\nexit code {result.code}, {result.peak >> 20} MiB")
+        print(result.problem or "nothing is wrong")
         return int(bool(result.problem))
     began = time.monotonic()
     rows = run(args.family or list(FAMILIES), args.seed, args.seconds, args.workers, args.failures, args.cases)

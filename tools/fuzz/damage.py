@@ -1,4 +1,4 @@
-"""Damages whole files: bytes, JSON at any depth, headers, lines and numbers. All draws come from one seeded generator."""
+"""Damages whole files: bytes, JSON at any depth, headers, lines and numbers, all drawn from one seeded generator."""
 
 import json
 import random
@@ -13,7 +13,8 @@ SIZES = (0, 1, 127, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**53, 2**63 - 1, 2
 TEXTS = (
     "", " ", "x" * 20_000, "\0", "a\0b", "\ud800", "\udfff\ud800", "../../etc/passwd", "/etc/passwd", "/dev/zero", "..",
     "\x1b[31mred\x1b[0m\n# a", "\u202e\u2028\r\n", "{{ 1 }}", "{layer:>300000000}", "{0.__class__}", "*a" * 12, "NaN",
-    "-inf", "1e999", "0" * 5000, "9" * 5000, "true", "False", "<bos>", "os.system", "google/gemma-2-2b", "%s%n", "\U0010ffff",
+    "-inf", "1e999", "0" * 5000, "9" * 5000, "true", "False", "<bos>", "os.system", "google/gemma-2-2b", "%s%n",
+    "\U0010ffff",
 )  # fmt: skip
 NUMBERS = (
     "0", "-0.0", "-1", "1e-299", "1e-40", "5e-324", "1e299", "1e308", "1e999", "-1e999", "NaN", "Infinity", "0.5", "3",

@@ -43,10 +43,17 @@ from .readers import (
     CHECKPOINT,
     CONFIG,
     EVAL_TEXT,
-    INDEX as INDEX_JSON,
+    NAME_MAP,
+    SETTINGS,
+    TENSORS,
+    TINY,
+    TOKENIZER_JSON,
+    as_torch,
+    gguf_file,
+    pickled,
 )
+from .readers import INDEX as INDEX_JSON
 from .readers import MODEL as TOKENIZER_MODEL
-from .readers import NAME_MAP, SETTINGS, SMALL, TENSORS, TINY, TOKENIZER_JSON, as_torch, gguf_file, npz, pickled
 
 
 @dataclass(frozen=True)
@@ -113,7 +120,19 @@ def run(argv: Sequence[str], files: Files, wanted: str) -> bytes:
 @functools.cache
 def make_trace(text: bool = False) -> bytes:
     files = make_text_model() if text else MODEL
-    return run(["trace", "--model", "@/m", "--ids", "2,3,4,1,2,3", "-o", "@/t"], in_folder("m", files), "t")
+    return sort_metadata(
+        run(["trace", "--model", "@/m", "--ids", "2,3,4,1,2,3", "-o", "@/t"], in_folder("m", files), "t")
+    )
+
+
+def sort_metadata(raw: bytes) -> bytes:
+    """Return a safetensors file with its metadata in order, which the library writes in another one each time."""
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + raw[8 + length :]
 
 
 GGUF_FILE = gguf_file()
@@ -122,7 +141,8 @@ ADDED = json.dumps({"<new>": 2048, "<other>": 5}).encode()
 GENERATION = json.dumps({
     "do_sample": True, "temperature": 0.7, "top_k": 4, "top_p": 0.9, "eos_token_id": [1, 107], "bos_token_id": 2,
     "max_new_tokens": 2, "num_beams": 2, "repetition_penalty": 1.1, "bad_words_ids": [[3]], "suppress_tokens": [4],
-    "sequence_bias": [[[3], 1.0]], "min_p": 0.1, "no_repeat_ngram_size": 2, "length_penalty": 1.0, "num_return_sequences": 1,
+    "sequence_bias": [[[3], 1.0]], "min_p": 0.1, "no_repeat_ngram_size": 2, "length_penalty": 1.0,
+    "num_return_sequences": 1,
 }).encode()  # fmt: skip
 ADAPTER_JSON = json.dumps(ADAPTER_SETTINGS | {
     "base_model_name_or_path": "model", "target_modules": ["q_proj"], "modules_to_save": None, "use_rslora": False
@@ -141,17 +161,18 @@ TEXT = ["generate", "--model", "model", "Once <bos> upon\n\n\u00e9", *SHORT]
 CHAT = ["chat", "--model", "model", *SHORT]
 CONVERT = ["convert", "model", "-o", "out"]
 OF_A_MODEL = (
-    ["info", "model"], ["info", "model", "--json", "--hash"], IDS, [*IDS, "--num-beams", "2"], [*IDS, "--reference"], CONVERT,
-    ["trace", "--model", "model", "--ids", "2,3", "-o", "out.safetensors"], [*CONVERT, "--to", "flax-npz"],
-    [*CONVERT, "--to", "pytorch"], [*CONVERT, "--dtype", "float16", "--max-shard-size", "200"], ["prompts", "--model", "model"],
-    ["check", "trace.safetensors", "--model", "model"], ["verify", "--model", "model"],
+    ["info", "model"], ["info", "model", "--json", "--hash"], IDS, [*IDS, "--num-beams", "2"], [*IDS, "--reference"],
+    CONVERT,    ["trace", "--model", "model", "--ids", "2,3", "-o", "out.safetensors"], [*CONVERT, "--to", "flax-npz"],
+    [*CONVERT, "--to", "pytorch"], [*CONVERT, "--dtype", "float16", "--max-shard-size", "200"],
+    ["prompts", "--model", "model"], ["check", "trace.safetensors", "--model", "model"], ["verify", "--model", "model"],
 )  # fmt: skip
 OF_A_TRACE = (
     ["check", "port", "--model", "model"], ["check", "port", "--model", "model", "--json", "--dtype", "float64"],
     ["check", "port", "--model", "model", "--html", "out.html", "--markdown", "out.md", "--junit", "out.xml"],
     ["check", "port", "--model", "model", "--repro", "out.safetensors"], ["check", "port"],
     ["diff", "port", "whole"], ["diff", "whole", "port", "--model", "model", "--json"],
-    ["map", "port", "--model", "model", "--map", "transformers"], ["check", "whole", "--model", "model", "--weights", "port"],
+    ["map", "port", "--model", "model", "--map", "transformers"],
+    ["check", "whole", "--model", "model", "--weights", "port"],
 )  # fmt: skip
 
 
@@ -159,7 +180,8 @@ OF_A_TRACE = (
 
 
 def damaged(
-    file: str, whole: bytes | Sequence[bytes], damage: Damage, commands: Sequence[list[str]], beside: Files, stdin: str = ""
+    file: str, whole: bytes | Sequence[bytes], damage: Damage, commands: Sequence[list[str]], beside: Files,
+    stdin: str = "",
 ) -> Family:  # fmt: skip
     """Make the family of a file that is damaged once, or in one case of ten twice."""
     kinds = [whole] if isinstance(whole, bytes) else whole
@@ -197,7 +219,8 @@ def indices(draw: random.Random) -> Case:
 
 
 def tokenizers(draw: random.Random) -> Case:
-    commands = (TEXT, ["perplexity", "text", "--model", "model"], ["trace", "a", "--model", "model", "-o", "out.safetensors"])
+    trace = ["trace", "a", "--model", "model", "-o", "out.safetensors"]
+    commands = (TEXT, ["perplexity", "text", "--model", "model"], trace)
     file, whole, damage = draw.choice([
         ("tokenizer.model", TOKENIZER_MODEL, damage_bytes), ("tokenizer.json", TOKENIZER_JSON, JSON_FILE),
         ("tokenizer_config.json", SETTINGS, JSON_FILE), ("special_tokens_map.json", SPECIAL, JSON_FILE),
@@ -209,8 +232,8 @@ def tokenizers(draw: random.Random) -> Case:
 
 def templates(draw: random.Random) -> Case:
     if draw.random() < 0.3:
-        return in_model("tokenizer_config.json", json.dumps(json.loads(SETTINGS) | {"chat_template": TEMPLATES[0].decode()})
-                        .encode(), JSON_FILE, (CHAT,))(draw)  # fmt: skip
+        settings = json.loads(SETTINGS) | {"chat_template": TEMPLATES[0].decode()}
+        return in_model("tokenizer_config.json", json.dumps(settings).encode(), JSON_FILE, (CHAT,))(draw)
     return in_model("chat_template.jinja", TEMPLATES, TEXT_FILE, (CHAT,))(draw)
 
 
@@ -237,15 +260,15 @@ def maps(draw: random.Random) -> Case:
     names = {"embed": "embedded", "odded": "other", "x.0.qkv": "logits"}
     whole = load(make_trace())
     port = save({a: whole[b] for a, b in names.items() if b in whole} | {"input_ids": whole["input_ids"]})
-    commands = (["map", "port", "--model", "model", "--map", "map.json"], ["check", "port", "--model", "model", "--map", "map.json"],
-                ["map", "port", "--json", "--model", "model", "--map", "map.json"])  # fmt: skip
+    known = ["port", "--model", "model", "--map", "map.json"]
+    commands = (["map", *known], ["check", *known], ["map", "--json", *known])
     files = in_folder("model", MODEL) | {"port": port}
     return damaged("map.json", NAME_MAP, JSON_FILE, commands, files)(draw)
 
 
 def eval_texts(draw: random.Random) -> Case:
-    commands = (["check", "port.txt", "--model", "model", "--map", "llama.cpp"], ["map", "port.txt", "--model", "model"],
-                ["diff", "port.txt", "port.txt"], ["check", "port.txt", "--model", "model"])  # fmt: skip
+    check = ["check", "port.txt", "--model", "model"]
+    commands = (check, [*check, "--map", "llama.cpp"], ["map", *check[1:]], ["diff", "port.txt", "port.txt"])
     return damaged("port.txt", EVAL_TEXT.encode(), TEXT_FILE, commands, in_folder("model", MODEL))(draw)
 
 
@@ -266,12 +289,14 @@ def damage_numbers(raw: bytes, draw: random.Random) -> bytes:
             case 4:
                 x = np.repeat(x, 2, axis=-1) if x.ndim else x
             case _:
-                tensors[draw.choice([*sorted(tensors), "calls.0.logits", "attention_mask", "position_ids", "layers.9.out"])] = x
+                names = [*sorted(tensors), "calls.0.logits", "attention_mask", "position_ids", "layers.9.out"]
+                tensors[draw.choice(names)] = x
         tensors[name] = np.ascontiguousarray(x)
     metadata = {"dtype": "float32", "format": "refgemma-trace/1", "calls": draw.choice(["[6]", "[3, 3]", "[1, 5]"])}
+    texts = [*(text for text in TEXTS if text.isprintable()), "float16", "llama.cpp", "map.json", "[" * 5000]
     for key in draw.sample([*metadata, "map", "text", "chat", "config", "engine"], draw.randint(0, 2)):
-        metadata[key] = draw.choice([*(t for t in TEXTS if t.isprintable()), "float16", "llama.cpp", "map.json", "[" * 5000])
-    return save(tensors, metadata if draw.random() < 0.7 else {"dtype": "float32"})
+        metadata[key] = draw.choice(texts)
+    return sort_metadata(save(tensors, metadata if draw.random() < 0.7 else {"dtype": "float32"}))
 
 
 def traces(draw: random.Random) -> Case:
@@ -287,8 +312,8 @@ def traces(draw: random.Random) -> Case:
 JOB = {"trace": "t.safetensors", "model": "model", "config": {"sliding_window": 8}, "name": "one", "dtype": "float32"}
 JOBS = (
     json.dumps(JOB).encode() + b"\n",
-    json.dumps({"trace": ["t.safetensors", "u.safetensors"], "model": "model", "allow": 2, "weights": "model"}).encode(),
-    b'{"run": "./absent {model} {prompt} {trace}", "prompt": "t.safetensors", "model": "model", "map": "transformers"}\n',
+    b'{"trace": ["t.safetensors", "u.safetensors"], "model": "model", "allow": 2, "weights": "model"}\n',
+    b'{"run": "./absent {model} {prompt} {trace}", "prompt": "t.safetensors", "model": "model", "map": "llama.cpp"}\n',
 )
 
 
@@ -298,7 +323,7 @@ def of_jobs() -> Files:
 
 def jobs(draw: random.Random) -> Case:
     line = damage_json(draw.choice(JOBS), draw) if draw.random() < 0.6 else TEXT_FILE(b"".join(JOBS), draw)
-    argv = ["sweep", "jobs.jsonl", *(["--json"] if draw.random() < 0.5 else []), *(["--again"] if draw.random() < 0.1 else [])]
+    argv = ["sweep", "jobs.jsonl", *draw.choice([[], ["--json"], ["--again"]])]
     return Case(argv, of_jobs() | {"jobs.jsonl": line})
 
 
@@ -323,7 +348,15 @@ def results(draw: random.Random) -> Case:
 
 # --- pickles and archives ---------------------------------------------------------------------------------------------
 
-OPCODES = b"(.0N]}t)\x85\x86\x87\x88\x89aeusbRQqrhj\x94K\x01M\x01\x02J\x01\x02\x03\x04G12345678c\x93X\x8c\x8a\x80\x95lIFSVUTBCdo\x81\x92"
+OPCODES = b"(.0N]}t)\x85\x86\x87\x88\x89aeusbRQqrhj\x94K\x01M\x01\x02J\x01\x02\x03\x04G12345678"
+OPCODES += b"c\x93X\x8c\x8a\x80\x95lIFSVUTBCdo\x81\x92"
+CYCLES = (b"}q\x00X\x01\x00\x00\x00ah\x00s", b"]q\x00h\x00a", b"}q\x00]q\x01h\x01ah\x00b")
+CALLED = (
+    b"ctorch\ndevice\n",
+    b"ctorch._utils\n_rebuild_parameter\n",
+    b"ccollections\nOrderedDict\n",
+    b"ctorch\nSize\n",
+)
 
 
 class Calls:
@@ -339,7 +372,7 @@ def draw_call(command: str) -> None:
 
 
 def draw_pickle(draw: random.Random) -> bytes:
-    """A pickle: one of torch.save, damaged; opcodes in any order; deep, cyclic or wide ones; one that asks for a call."""
+    """Draw a pickle: one of torch.save, damaged; opcodes in any order; deep, cyclic, wide; one that asks for a call."""
     depth = draw.choice([10, 1000, 100_000, 1_000_000])
     match draw.randrange(9):
         case 0 | 1 | 2:
@@ -351,20 +384,21 @@ def draw_pickle(draw: random.Random) -> bytes:
         case 5:  # each list holds the one before twice
             return b"\x80\x02]" + b"".join(b"q%c](h%ch%ce" % (n, n, n) for n in range(draw.choice([3, 30, 200]))) + b"."
         case 6:  # a dict and a list that hold themselves
-            return draw.choice([b"\x80\x02}q\x00X\x01\x00\x00\x00ah\x00s.", b"\x80\x02]q\x00h\x00a.", b"\x80\x02}q\x00]q\x01h\x01ah\x00b."])
+            return b"\x80\x02" + draw.choice(CYCLES) + b"."
         case 7:
-            items: Any = draw.choice([Calls(), {"a": Calls()}, {b"a": 1}, {1: {2}}, {"a": 2**4000}, {"x": [1.5, None, (1, 2)]}])
-            return pickle.dumps(items, draw.randrange(6))
+            odd: list[Any] = [Calls(), {"a": Calls()}, {b"a": 1}, {1: {2}}, {"a": 2**4000}, {"x": [1.5, (1, 2)]}]
+            return pickle.dumps(draw.choice(odd), draw.randrange(6))
         case _:  # many arguments for what is called again and again
-            call = draw.choice([b"ctorch\ndevice\n", b"ctorch._utils\n_rebuild_parameter\n", b"ccollections\nOrderedDict\n", b"ctorch\nSize\n"])
-            return b"\x80\x02(" + b"N" * 10_000 + b"tq\x00" + call + b"q\x01" + b"h\x01h\x00R" * draw.choice([5, 50_000]) + b"."
+            calls = b"h\x01h\x00R" * draw.choice([5, 50_000])
+            return b"\x80\x02(" + b"N" * 10_000 + b"tq\x00" + draw.choice(CALLED) + b"q\x01" + calls + b"."
 
 
 def pickles(draw: random.Random) -> Case:
     raw = draw_pickle(draw)
     content = as_torch(raw) if draw.random() < 0.9 else raw
     files = {"in/config.json": CONFIG, "in/model.ckpt": content}
-    return Case(draw.choice([["convert", "in", "-o", "out"], ["convert", "in/model.ckpt", "-o", "out", "--from", "pytorch"]]), files)
+    source = draw.choice([["in"], ["in/model.ckpt", "--from", "pytorch"]])
+    return Case(["convert", *source, "-o", "out"], files)
 
 
 def zipped(entries: dict[str, bytes], draw: random.Random) -> bytes:
@@ -410,7 +444,7 @@ def archives(draw: random.Random) -> Case:
 
 NEVER = ("--download", "--scheduler", "--full", "--workers", "--cover")  # networks, minutes
 ODD_NUMBERS = ("0", "-1", "2", "3", "nan", "inf", "1e400", "", "x", "\u0663", "1_000", "9" * 30, "0x10", "2.5", " 4")
-ODD_PATHS = ("", ".", "model", "absent", "absent/out", "whole", "model/config.json", "/dev/null", "out/", "../out", "a" * 300)
+ODD_PATHS = ("", ".", "model", "absent", "absent/out", "whole", "model/config.json", "/dev/null", "out/", "a" * 300)
 
 
 @functools.cache
@@ -431,7 +465,7 @@ def draw_argument(action: argparse.Action, draw: random.Random) -> str:
 
 def arguments(draw: random.Random) -> Case:
     if draw.random() < 0.1:
-        words = ["verify", "synth", "2b", "-o", "--list", "--json", "absent", "--version", "--help", "", "-1", "--", *TEXTS]
+        words = ["verify", "synth", "2b", "-o", "--list", "--json", "absent", "--version", "--help", "-1", "--", *TEXTS]
         argv = [draw.choice(["", "verify", "info", "nothing", "synth", *TEXTS]), *draw.choices(words, k=2)]
         if argv[:1] == ["verify"] and not {"--help", "--list"} & set(argv):
             argv.insert(1, "absent")
@@ -460,10 +494,11 @@ def prompts(draw: random.Random) -> Case:
     text = TEXT_FILE(b"One day, a <bos> girl.\r\n\r\nShe <end_of_turn> said 12 <0x0A>\t\n", draw)
     files = in_folder("model", make_text_model()) | {"text": text}
     said = text.decode("utf-8", "replace").replace("\0", "0")[:2000]
+    measure = ["perplexity", "text", "--model", "model"]
     argv, stdin = draw.choice([
-        (["perplexity", "text", "--model", "model"], ""), (["perplexity", "text", "--model", "model", "--max-length", "8",
-         "--stride", draw.choice(["1", "7", "8", "9", "0", "-1"])], ""), (["generate", said, "--model", "model", *SHORT], ""),
-        (CHAT, said), (["explore", said[:200], "--model", "model", "-o", "out.html"], ""),
+        (measure, ""), ([*measure, "--max-length", "8", "--stride", draw.choice(["1", "7", "8", "9", "0", "-1"])], ""),
+        (["generate", said, "--model", "model", *SHORT], ""), (CHAT, said),
+        (["explore", said[:200], "--model", "model", "-o", "out.html"], ""),
     ])  # fmt: skip
     return Case(argv, files, stdin)
 
@@ -482,7 +517,7 @@ PORT_TENSORS = {name: x * 3 for name, x in tensors_of(PORT).items()}
 def make_port() -> tuple[Files, bytes]:
     files = {"config.json": PORT.to_json_string().encode(), SINGLE: save(PORT_TENSORS, {"format": "pt"})}
     ids = ",".join(map(str, PORT_IDS[0]))
-    return files, run(["trace", "--model", "@/m", "--ids", ids, "-o", "@/t"], in_folder("m", files), "t")
+    return files, sort_metadata(run(["trace", "--model", "@/m", "--ids", ids, "-o", "@/t"], in_folder("m", files), "t"))
 
 
 def differs(files: Files) -> bool:
@@ -506,7 +541,8 @@ def wrong_ports(draw: random.Random) -> Case:
         config = json.loads(files["config.json"])
         key = draw.choice(NUMBERS)
         value = float(config[key]) * draw.choice(FACTORS)
-        files = files | {"config.json": json.dumps(config | {key: max(1, int(value)) if key == "sliding_window" else value}).encode()}
+        changed = config | {key: max(1, int(value)) if key == "sliding_window" else value}
+        files = files | {"config.json": json.dumps(changed).encode()}
     elif kind == 1:
         tensors = {name: x.copy() for name, x in PORT_TENSORS.items()}
         x = tensors[draw.choice(sorted(tensors))]
@@ -526,9 +562,9 @@ def wrong_ports(draw: random.Random) -> Case:
 
 FAMILIES: dict[str, Family] = {
     "configurations": configurations, "headers": headers, "indices": indices, "tokenizers": tokenizers,
-    "templates": templates, "generation": generation, "gguf": gguf, "adapters": adapters, "maps": maps, "eval-texts": eval_texts,
-    "traces": traces, "jobs": jobs, "results": results, "pickles": pickles, "archives": archives, "arguments": arguments,
-    "prompts": prompts, "wrong-ports": wrong_ports,
+    "templates": templates, "generation": generation, "gguf": gguf, "adapters": adapters, "maps": maps,
+    "eval-texts": eval_texts, "traces": traces, "jobs": jobs, "results": results, "pickles": pickles,
+    "archives": archives, "arguments": arguments, "prompts": prompts, "wrong-ports": wrong_ports,
 }  # fmt: skip
 
 

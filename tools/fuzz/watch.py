@@ -1,5 +1,5 @@
-"""Runs one case in this process and says what is wrong with it: the exit code, what was printed, what was left, what was
-opened, and the memory it took. A watcher in another process ends it where it takes too long."""
+"""Runs one case in this process and says what is wrong with it: the exit code, the output, the files that are left or
+were opened, and the memory. A watcher in another process ends it where it takes too long."""
 
 import contextlib
 import io
@@ -24,12 +24,13 @@ from .families import Case
 
 MEMORY = 2**30  # bytes
 LINE = 2000  # characters of an error message
-CODES = {"check": {0, 1, 2, 3, 4, 5}, "sweep": {0, 1, 2, 3, 4, 5}, "diff": {0, 1, 2, 4}, "map": {0, 2, 4}, "verify": {0, 1, 2}}
+CHECKED = {0, 1, 2, 3, 4, 5}
+CODES = {"check": CHECKED, "sweep": CHECKED, "diff": {0, 1, 2, 4}, "map": {0, 2, 4}, "verify": {0, 1, 2}}
 WRITES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod")
 PROCESSES = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "os.startfile", "pty.spawn")
 SOCKETS = ("socket.connect", "socket.bind", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto")
 CODE = [Path(__file__).parents[2], *map(Path, {sys.prefix, sys.base_prefix, *filter(None, sys.path)})]
-SYSTEM = ("/dev/null", "/dev/urandom", "/proc/self", "/proc/meminfo", "/proc/cpuinfo", "/etc/localtime", "/usr/share/zoneinfo", "/sys")
+SYSTEM = ("/dev/null", "/dev/urandom", "/proc/self", "/proc/meminfo", "/proc/cpuinfo", "/etc/localtime", "/sys")
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Result:
     peak: int = 0  # bytes
 
 
-# --- what a process does, as Python's audit events tell it --------------------------------------------------------------
+# --- what a process does, as Python's audit events say ---------------------------------------------------------------
 
 
 class Audit:
@@ -62,7 +63,7 @@ class Audit:
             self.look_at(os.fsdecode(arguments[0]), isinstance(arguments[2], int) and bool(arguments[2] & 3))
         elif event in WRITES:
             for path in arguments[: 2 if event in ("os.rename", "os.link") else 1]:
-                if isinstance(path, str | bytes | os.PathLike) and not (arguments[-1] not in (-1, None) and event != "os.chmod"):
+                if isinstance(path, str | bytes | os.PathLike) and arguments[-1] in (-1, None):  # not within a folder
                     self.look_at(os.fsdecode(path), True)
         elif event == "pickle.find_class":
             self.seen.append(f"unpickles {arguments[:2]}")
@@ -94,7 +95,7 @@ AUDIT = Audit()
 class Inline(Executor):
     """An executor in this process: a sweep's own workers would be processes that nobody watches."""
 
-    def submit(self, call: Callable[..., Any], /, *arguments: Any, **others: Any) -> Future[Any]:  # noqa: D102
+    def submit(self, call: Callable[..., Any], /, *arguments: Any, **others: Any) -> Future[Any]:
         future: Future[Any] = Future()
         try:
             future.set_result(call(*arguments, **others))
@@ -229,7 +230,8 @@ def judge(case: Case, code: int | None, out: str, err: str) -> str:
             return f"{len(said)} lines of error: {said[:2]!r:.100}"
     if odd := [line for line in lines if "encountered in" in line]:
         return f"a warning of NumPy's: {odd[0][:100]}"
-    obeyed = {c for c in err + ("" if command in ("generate", "chat") else out) if unicodedata.category(c) in ("Cc", "Cs")} - set("\n\t")
+    shown = err if command in ("generate", "chat") else out + err  # a model may write any character to a file
+    obeyed = {c for c in shown if unicodedata.category(c) in ("Cc", "Cs")} - set("\n\t")
     return f"prints {sorted(obeyed)!r:.100}, which a terminal obeys" if obeyed else ""
 
 
@@ -240,6 +242,7 @@ def judge_files(code: int | None, before: dict[str, bytes | None], left: dict[st
     fresh = [name for name in left if name not in before]
     if partial := [name for name in fresh if name.endswith(".part") or "/." in f"/{name}"]:
         return f"leaves {partial[0]!r:.60}"
-    if code == MISUSE and (files := [name for name in fresh if left[name] is not None or name != "jobs.jsonl.results"]):
-        return f"is refused, but leaves {files[0]!r:.60}"
+    new = [name for name in fresh if not name.startswith("jobs.jsonl.results")]  # kept of the jobs that were done
+    if code == MISUSE and new:
+        return f"is refused, but leaves {new[0]!r:.60}"
     return ""
