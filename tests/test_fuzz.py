@@ -1,4 +1,4 @@
-"""Damaged and made-up files: only documented errors, no crash, no hang, memory in proportion. ``tools/fuzz.py`` has the
+"""Damaged and made-up files: only documented errors, no crash, no hang, memory in proportion. ``tools/fuzz/readers.py`` has the
 readers, and can run them under atheris; what was found is kept here."""
 
 import json
