@@ -1,5 +1,7 @@
-"""Damaged and made-up files: only documented errors, no crash, no hang, memory in proportion. ``tools/fuzz/readers.py`` has the
-readers, and can run them under atheris; what was found is kept here."""
+"""Damaged and made-up files: only documented errors, no crash, no hang, memory in proportion.
+
+``tools/fuzz/readers.py`` has the readers, and can run them under atheris; what was found is kept here.
+"""
 
 import json
 import struct

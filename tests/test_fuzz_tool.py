@@ -20,6 +20,8 @@ from fuzz.watch import Result, run_case
 from refgemma.cli import candidates
 from refgemma.cli import main as command_line
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the fuzzer reads /proc")
+
 
 @pytest.fixture(autouse=True)
 def prepared(monkeypatch: pytest.MonkeyPatch) -> None:

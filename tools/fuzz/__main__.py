@@ -2,7 +2,7 @@
 
 A case is a folder of files, one of them damaged, and a command. The same seed gives the same cases. A process runs
 many, one after the other; it is ended where a case takes 20 s of processor time. A failing case is written to a file,
-which ``--again FILE`` runs once more.
+which ``--again FILE`` runs once more. It needs Linux.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import resource
 import sys
 import tempfile
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -92,7 +93,10 @@ class Worker:
         self.pipe, theirs = multiprocessing.Pipe(duplex=False)
         context = multiprocessing.get_context("fork")
         self.process = context.Process(target=work, args=(theirs, self.cases(), self.seed), daemon=True)
-        self.process.start()
+        with warnings.catch_warnings(
+            action="ignore", category=DeprecationWarning
+        ):  # BLAS has threads, which is no harm
+            self.process.start()
         theirs.close()
         self.where, self.done, self.begun, self.cpu = None, 0, time.monotonic(), 0.0
 
