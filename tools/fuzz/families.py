@@ -48,9 +48,7 @@ from .readers import (
     TENSORS,
     TINY,
     TOKENIZER_JSON,
-    as_torch,
     gguf_file,
-    pickled,
 )
 from .readers import INDEX as INDEX_JSON
 from .readers import MODEL as TOKENIZER_MODEL
@@ -376,7 +374,7 @@ def draw_pickle(draw: random.Random) -> bytes:
     depth = draw.choice([10, 1000, 100_000, 1_000_000])
     match draw.randrange(9):
         case 0 | 1 | 2:
-            return damage_bytes(pickled(), draw)
+            return damage_bytes(read_entries("model.ckpt")["archive/data.pkl"], draw)
         case 3:
             return b"\x80\x02" + bytes(draw.choices(OPCODES, k=draw.choice([5, 50, 1000]))) + b"."
         case 4:
@@ -395,10 +393,25 @@ def draw_pickle(draw: random.Random) -> bytes:
 
 def pickles(draw: random.Random) -> Case:
     raw = draw_pickle(draw)
-    content = as_torch(raw) if draw.random() < 0.9 else raw
+    content = pack(read_entries("model.ckpt") | {"archive/data.pkl": raw}) if draw.random() < 0.9 else raw
     files = {"in/config.json": CONFIG, "in/model.ckpt": content}
     source = draw.choice([["in"], ["in/model.ckpt", "--from", "pytorch"]])
     return Case(["convert", *source, "-o", "out"], files)
+
+
+def pack(entries: dict[str, bytes]) -> bytes:
+    """Return an archive of entries that are not compressed."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    return stream.getvalue()
+
+
+def read_entries(name: str) -> dict[str, bytes]:
+    """Return the entries of an original checkpoint."""
+    with zipfile.ZipFile(io.BytesIO(make_originals()[name])) as archive:
+        return {entry: archive.read(entry) for entry in archive.namelist()}
 
 
 def zipped(entries: dict[str, bytes], draw: random.Random) -> bytes:
@@ -432,8 +445,7 @@ def archives(draw: random.Random) -> Case:
     elif draw.random() < 0.5:
         content = damage_bytes(whole, draw)
     else:
-        with zipfile.ZipFile(io.BytesIO(whole)) as archive:
-            entries = {entry: archive.read(entry) for entry in archive.namelist()}
+        entries = read_entries(name)
         chosen = draw.choice(sorted(entries))
         content = zipped(entries | {chosen: damage_bytes(entries[chosen], draw)}, draw)
     argv = ["convert", f"in/{name}", "-o", "out", "--config", "in/config.json", "--gating-einsum", "transposed"]
