@@ -135,3 +135,17 @@ def test_a_hang_and_a_crash_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_failing_case_is_kept_and_read(tmp_path: Path) -> None:
     case = make_case("pickles", 5, 1)
     assert read_case(keep_case(tmp_path, case, Result("no", 1), ("pickles", 1), 5)) == case
+
+
+WHOLE = ("configurations", "headers", "indices", "tokenizers", "templates", "generation", "gguf", "adapters", "maps",
+         "eval-texts", "traces", "results")  # fmt: skip
+
+
+@pytest.mark.parametrize("family", WHOLE)
+def test_most_whole_files_are_not_refused(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were every file refused, no fault behind the readers could be found."""
+    for damage in ("JSON_FILE", "TENSOR_FILE", "TEXT_FILE", "damage_bytes", "damage_header", "damage_numbers"):
+        monkeypatch.setattr(f"fuzz.families.{damage}", lambda raw, draw: raw)
+    results = [run_case(make_case(family, 1, number)) for number in range(6)]
+    assert [result.problem for result in results] == [""] * len(results)
+    assert [result.code for result in results].count(2) <= 3
