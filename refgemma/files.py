@@ -25,11 +25,12 @@ from refgemma.errors import RefgemmaError
 TEXT_LIMIT = 1_000_000_000  # bytes of a text: the log of an engine may be long
 JSON_LIMIT = 100_000_000  # bytes: safetensors' limit for a header, the longest JSON text of a checkpoint
 AXES_LIMIT = 64  # NumPy's limit
+DEPTH_LIMIT = 100  # of JSON: a function that calls itself for each level would reach Python's limit
 ABANDONED = 24 * 3600  # seconds after which a partial file is assumed to be left by a killed process
 LFS_POINTER = b"version https://git-lfs"
 
 _SHORT = reprlib.Repr()  # a damaged file can hold anything: quote only a short part of it
-_SHORT.maxstring = 120
+_SHORT.maxstring, _SHORT.maxlevel = 120, 3
 
 
 def quote(value: object) -> str:
@@ -140,7 +141,7 @@ def parse_object(text: bytes) -> dict[str, Any]:
     Raises
     ------
     RefgemmaError
-        If it is not UTF-8, not JSON, not an object, nested too deeply, or has a duplicate key.
+        If it is not UTF-8, not JSON, not an object, nested more than 100 deep, or has a duplicate key.
 
     Examples
     --------
@@ -155,6 +156,12 @@ def parse_object(text: bytes) -> dict[str, Any]:
         raise RefgemmaError(f"is not JSON: {error}") from None
     if not isinstance(found, dict):
         raise RefgemmaError(f"holds a {type(found).__name__}, not a JSON object")
+    level: list[Any] = [found]
+    for _ in range(DEPTH_LIMIT):
+        items = (item for value in level for item in (value.values() if isinstance(value, dict) else value))
+        level = [item for item in items if isinstance(item, dict | list)]
+    if level:
+        raise RefgemmaError(f"is not read: its objects and lists are nested more than {DEPTH_LIMIT} deep")
     return found
 
 

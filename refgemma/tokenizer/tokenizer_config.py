@@ -69,8 +69,9 @@ def _added_of(folder: Path, config: Mapping[str, Any]) -> dict[int, AddedToken] 
         if (folder / JSON_FILE).exists() or not (listed := _read_if_there(folder / "added_tokens.json")):
             return None
         special = {str(_unwrap(value)) for name, value in config.items() if name.endswith("_token")}
-        special |= {str(_unwrap(token)) for token in config.get("extra_special_tokens") or []}
-        found = {token: {"content": name, "special": name in special} for name, token in listed.items()}
+        extra = config.get("extra_special_tokens") or []
+        special |= {str(_unwrap(token)) for token in (extra.values() if isinstance(extra, dict) else extra)}
+        found = {str(token): {"content": name, "special": name in special} for name, token in listed.items()}
     where = f"{folder / CONFIG_FILE}: its added tokens"
     if not isinstance(found, dict):
         raise TokenizerError(f"{where} are no mapping from ids: {quote(found)}")
