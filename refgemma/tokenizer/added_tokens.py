@@ -152,7 +152,8 @@ class Splitter:
                 stop = end - len(text[stop:end].lstrip(WHITE))
             if done < start:
                 parts.append((None, done, start))
-            parts.append((token.content, start, stop))
+            if start < stop:  # a token that takes white space can leave none for the next
+                parts.append((token.content, start, stop))
             done = stop
         return [*parts, (None, done, end)] if done < end else parts
 

@@ -1,5 +1,6 @@
 """Tokenizers as trainers leave them, read by transformers and by refgemma: the same ids, texts and refusals."""
 
+import copy
 import json
 import shutil
 from importlib.resources import files
@@ -7,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from refgemma.tokenizer.tokenizer import AutoTokenizer, Tokenizer, TokenizerError
 
@@ -149,6 +152,83 @@ def same_ids(folder: Path) -> None:
         assert ours.encode(text, add_special_tokens=False) == theirs.encode(text, add_special_tokens=False)
 
 
+# ---- every kind of added token, by every file that can list it
+
+CONTENTS = [
+    "the", "▁the", "he", "▁", "▁▁", "\n", "\n\n", "t", "▁t", "at", "ing", "<tool>", "▁lead", " lead", "a b", "the cat",
+    "▁the▁", "☃", "é", "<b>", "<0x41>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "x ▁", " ",
+]  # fmt: skip
+WORDS = [content for content in CONTENTS if content != "<start_of_turn>"] + [
+    "another;", "he.", "   ", " cat", " the", "king", "\r\n", "A", "\t",
+]  # fmt: skip
+ROUTES = ["json", "config and json", "plain class and json", "config and model", "added_tokens and json"]
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, dict[str, Any]]:
+    """A tokenizer.json as transformers makes it of the bare file, and as refgemma does."""
+    folder = tmp_path_factory.mktemp("kinds")
+    from_folder(TINY).save_pretrained(folder / "theirs")
+    Tokenizer.from_pretrained("tiny").save_pretrained(folder / "ours")
+    names = {False: "theirs", True: "ours"}
+    return {key: json.loads((folder / name / "tokenizer.json").read_text()) for key, name in names.items()}
+
+
+def write_route(folder: Path, route: str, entries: list[dict[str, Any]], found: dict[str, Any]) -> None:
+    ids, number = found["model"]["vocab"], len(found["model"]["vocab"])
+    for entry in entries:
+        if (known := ids.get(entry["content"])) is None:
+            known, number = number, number + 1
+        entry["id"] = known
+    if route == "json":
+        kept = [e for e in found["added_tokens"] if e["content"] not in {entry["content"] for entry in entries}]
+        found = found | {"added_tokens": sorted([*kept, *entries], key=lambda entry: entry["id"])}
+    if "json" in route:
+        (folder / "tokenizer.json").write_text(json.dumps(found))
+    else:
+        shutil.copy(TINY / "tokenizer.model", folder)
+    config: dict[str, Any] = {"add_bos_token": True, "tokenizer_class": "GemmaTokenizer"}
+    if route.startswith(("config", "plain")):
+        config["added_tokens_decoder"] = {
+            entry["id"]: {key: value for key, value in entry.items() if key != "id"} for entry in entries
+        }
+    if route.startswith("plain"):
+        config |= {f"{role}_token": f"<{role}>" for role in ("bos", "eos", "unk", "pad")}
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if route.startswith("added"):
+        (folder / "added_tokens.json").write_text(json.dumps({e["content"]: e["id"] for e in entries}))
+        config["extra_special_tokens"] = [entries[0]["content"]]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_every_kind_of_added_token_from_every_file(
+    kinds: dict[bool, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory, route: str, data: st.DataObject
+) -> None:
+    from transformers import AutoTokenizer as TheirAutoTokenizer
+
+    flags = st.fixed_dictionaries(
+        {name: st.booleans() for name in ("single_word", "lstrip", "rstrip", "normalized", "special")}
+    )
+    contents = data.draw(st.lists(st.sampled_from(CONTENTS), min_size=1, max_size=3, unique=True))
+    folder = tmp_path_factory.mktemp("route")
+    write_route(folder, route, [{"content": c} | data.draw(flags) for c in contents], kinds[data.draw(st.booleans())])
+    ours, theirs = Tokenizer.from_pretrained(folder), TheirAutoTokenizer.from_pretrained(folder)
+    assert (len(ours), ours.padding_side, ours.mask_token) == (len(theirs), theirs.padding_side, theirs.mask_token)
+    words = st.lists(st.sampled_from(WORDS), min_size=1, max_size=6)
+    for text in ["another; he. the", *("".join(data.draw(words)) for _ in range(8))]:
+        for split in (False, True):
+            given: dict[str, Any] = {"split_special_tokens": split, "return_offsets_mapping": True}
+            found, expected = ours(text, **given), theirs(text, **given)
+            assert found == dict(expected), text
+            assert found.tokens() == expected.tokens()
+            assert ours.convert_ids_to_tokens(found.input_ids) == theirs.convert_ids_to_tokens(found.input_ids)
+            for skip in (False, True):
+                assert ours.decode(found.input_ids, skip) == theirs.decode(found.input_ids, skip)
+
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any]:
     folder = tmp_path_factory.mktemp("pair")
@@ -207,6 +287,31 @@ def test_tokens_are_added_alike(tmp_path: Path) -> None:
     assert from_folder(tmp_path / "again").encode("<x>  the<tool> lead [PAD]<e1>") == both[1].encode(
         "<x>  the<tool> lead [PAD]<e1>"
     )
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_tokens_of_every_kind_are_added_alike(pair: tuple[Tokenizer, Any], data: st.DataObject) -> None:
+    from tokenizers import AddedToken
+
+    ours, theirs = (copy.deepcopy(tokenizer) for tokenizer in pair)
+    for _ in range(data.draw(st.integers(1, 3))):
+        content, special, flag = data.draw(st.tuples(st.sampled_from(CONTENTS), st.booleans(), st.booleans()))
+        token = AddedToken(content, lstrip=flag, rstrip=not special, normalized=flag, special=special)
+        calls: dict[str, tuple[Any, ...]] = {
+            "add_tokens": ([token], data.draw(st.booleans())),
+            "add_special_tokens": (data.draw(st.sampled_from([
+                {"pad_token": content}, {"extra_special_tokens": [content]}, {"extra_special_tokens": [token]},
+            ])),),
+        }  # fmt: skip
+        name = data.draw(st.sampled_from(sorted(calls)))
+        assert getattr(ours, name)(*calls[name]) == getattr(theirs, name)(*calls[name])
+    for _ in range(8):
+        text = "".join(data.draw(st.lists(st.sampled_from(WORDS), min_size=1, max_size=6)))
+        for split in (False, True):
+            ids = theirs.encode(text, split_special_tokens=split)
+            assert ours.encode(text, split_special_tokens=split) == ids
+            assert ours.decode(ids, skip_special_tokens=True) == theirs.decode(ids, skip_special_tokens=True)
 
 
 def test_only_transformers_makes_a_text_of_no_rows(pair: tuple[Tokenizer, Any]) -> None:
