@@ -57,6 +57,7 @@ from refgemma.tokenizer.tokenizer_config import (
     read_settings,
 )
 from refgemma.tokenizer.tokenizer_json import read_tokenizer_json, write_tokenizer_json
+from refgemma.tokenizer.tools import make_json_schema
 from refgemma.tokenizer.vocabulary import (
     TokenizerError,
     TokenizerFile,
@@ -352,7 +353,7 @@ class Tokenizer:
                 self.extra_special_tokens = [*kept, *map(str, extra)]
                 tokens += extra
             elif role in (*TOKEN_ROLES, "mask_token"):
-                tokens.append(read_added_token(value))
+                tokens.append(read_added_token(value, special=True))
                 setattr(self, role, str(tokens[-1]))
             else:
                 raise TokenizerError(
@@ -937,7 +938,8 @@ class Tokenizer:
 
     def apply_chat_template(
         self, conversation: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
-        tools: Sequence[Mapping[str, Any]] | None = None, documents: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, Any] | Callable[..., Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
         chat_template: str | None = None, add_generation_prompt: bool = False,
         continue_final_message: bool | str = False, tokenize: bool = True, sanitize_control_tokens: bool = False, *,
         return_dict: bool = True, return_assistant_tokens_mask: bool = False, truncation: bool | str = False,
@@ -955,7 +957,7 @@ class Tokenizer:
             ``"user"``; the other is ``"assistant"``, which the template writes ``model``, or ``"model"`` itself.
             Content loses its outer white space.
         tools, documents : sequence of mapping
-            For a template that has them: JSON schemas of functions, and texts.
+            For a template that has them: JSON schemas of functions, or the functions themselves, and texts.
         chat_template : str
             A template in Jinja's language, or the name of one of several that the tokenizer has.
         add_generation_prompt : bool
@@ -1012,6 +1014,7 @@ class Tokenizer:
             raise TokenizerError("return_assistant_tokens_mask needs tokenize=True, and neither of the other two")
         if sanitize_control_tokens and not tokenize:
             raise TokenizerError("sanitize_control_tokens=True needs tokenize=True: only ids tell the two apart")
+        tools = tools and [make_json_schema(tool) if callable(tool) else tool for tool in tools]
         template = self.get_chat_template(chat_template, tools)
         settings |= dict(tokenizer_kwargs or {})
         known = {f.name for f in fields(Layout)} - {"truncation_side"}
@@ -1019,8 +1022,6 @@ class Tokenizer:
         layout = self._choose_layout(truncation=truncation, **layout_given)
         variables = {"tools": tools, "documents": documents} | settings
         variables = {name: value for name, value in variables.items() if value is not None}
-        if any(callable(tool) for tool in tools or ()):
-            raise TokenizerError("tools are Python functions; give the JSON schema of each as a dict")
         if variables:
             check_variables(template, variables)
         single = not (

@@ -3,15 +3,17 @@
 import copy
 import json
 import shutil
+from enum import Enum
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Optional, Union
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from refgemma.tokenizer.tokenizer import AutoTokenizer, Tokenizer, TokenizerError
+from refgemma.tokenizer.tools import make_json_schema
 
 TINY = Path(str(files("refgemma") / "checkpoints/tiny"))
 TEXTS = [
@@ -202,12 +204,12 @@ def write_route(folder: Path, route: str, entries: list[dict[str, Any]], found: 
 
 
 @pytest.mark.parametrize("route", ROUTES)
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
 @given(data=st.data())
 def test_every_kind_of_added_token_from_every_file(
     kinds: dict[bool, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory, route: str, data: st.DataObject
 ) -> None:
-    from transformers import AutoTokenizer as TheirAutoTokenizer
+    from transformers import GemmaTokenizer, PreTrainedTokenizerFast
 
     flags = st.fixed_dictionaries(
         {name: st.booleans() for name in ("single_word", "lstrip", "rstrip", "normalized", "special")}
@@ -215,9 +217,11 @@ def test_every_kind_of_added_token_from_every_file(
     contents = data.draw(st.lists(st.sampled_from(CONTENTS), min_size=1, max_size=3, unique=True))
     folder = tmp_path_factory.mktemp("route")
     write_route(folder, route, [{"content": c} | data.draw(flags) for c in contents], kinds[data.draw(st.booleans())])
-    ours, theirs = Tokenizer.from_pretrained(folder), TheirAutoTokenizer.from_pretrained(folder)
+    kind = PreTrainedTokenizerFast if route.startswith("plain") else GemmaTokenizer
+    ours, theirs = Tokenizer.from_pretrained(folder), kind.from_pretrained(folder, local_files_only=True)
     assert (len(ours), ours.padding_side, ours.mask_token) == (len(theirs), theirs.padding_side, theirs.mask_token)
-    words = st.lists(st.sampled_from(WORDS), min_size=1, max_size=6)
+    # A tab of a bare tokenizer.model has the name of the released file here, and that of its byte in transformers.
+    words = st.lists(st.sampled_from(WORDS if "json" in route else WORDS[:-1]), min_size=1, max_size=6)
     for text in ["another; he. the", *("".join(data.draw(words)) for _ in range(8))]:
         for split in (False, True):
             given: dict[str, Any] = {"split_special_tokens": split, "return_offsets_mapping": True}
@@ -289,7 +293,7 @@ def test_tokens_are_added_alike(tmp_path: Path) -> None:
     )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
 @given(data=st.data())
 def test_tokens_of_every_kind_are_added_alike(pair: tuple[Tokenizer, Any], data: st.DataObject) -> None:
     from tokenizers import AddedToken
@@ -411,3 +415,105 @@ def test_templates_of_a_folder_are_the_same(tmp_path: Path) -> None:
         assert ours.apply_chat_template(CHAT, **given) == theirs.apply_chat_template(CHAT, **given)
     ours.save_pretrained(tmp_path / "ours")
     assert from_folder(tmp_path / "ours").chat_template == theirs.chat_template
+
+
+# ---- functions as tools
+
+
+class Unit(Enum):
+    CELSIUS = "celsius"
+    KELVIN = 1
+
+
+def weather(place: str, days: int = 1, unit: Unit = Unit.KELVIN) -> dict[str, float]:
+    """
+    Tell the weather.
+
+    It may rain.
+
+    Args:
+        place: Where, for example
+            in Paris: the capital
+        days: How many
+        unit: Which (choices: ["celsius", 1])
+
+    Returns:
+        Temperatures.
+
+    Raises:
+        ValueError: Never.
+    """
+    return {}
+
+
+def many(
+    a: list[int], b: dict[str, list[str]], c: tuple[int, str], d: int | None, e: Union[int, str], f: Any,
+    g: Literal["x", 2, None], h: list[int] | str, i: list | tuple, j: Optional[bool] = None,
+) -> bytes:  # fmt: skip
+    """Take much.
+
+    Args:
+        a: A
+        b: B
+        c: C
+        d: D
+        e: E
+        f: F
+        g: G
+        h: H
+        i: I
+        j: J
+    """
+    return b""
+
+
+class Tool:
+    def method(self, x: float) -> None:
+        """Do it.
+
+        Args:
+            x: A number
+        """
+
+
+def no_docstring(a: int) -> None: ...
+
+
+def no_description(a: int) -> None:
+    """Do it."""
+
+
+def no_annotation(a) -> None:  # type: ignore[no-untyped-def]
+    """Do it.
+
+    Args:
+        a: A
+    """
+
+
+def no_json(a: bytes) -> None:
+    """Do it.
+
+    Args:
+        a: A
+    """
+
+
+@pytest.mark.parametrize("function", [weather, many, Tool().method])
+def test_a_function_is_the_tool_that_transformers_makes_of_it(pair: tuple[Tokenizer, Any], function: Any) -> None:
+    from transformers.utils import get_json_schema
+
+    assert make_json_schema(function) == get_json_schema(function)
+    ours, theirs = pair
+    arguments: dict[str, Any] = {"tools": [function], "tokenize": False, "chat_template": TEMPLATES["tools"]}
+    assert ours.apply_chat_template(CHAT, **arguments) == theirs.apply_chat_template(CHAT, **arguments)
+
+
+@pytest.mark.parametrize("function", [no_docstring, no_description, no_annotation, no_json])
+def test_a_function_that_is_no_tool_is_refused_by_both(pair: tuple[Tokenizer, Any], function: Any) -> None:
+    from transformers.utils import get_json_schema
+
+    with pytest.raises(Exception, match=r".*"):
+        get_json_schema(function)
+    with pytest.raises(TokenizerError, match=f"tools: the function {function.__name__} has .*; or give its JSON"):
+        pair[0].apply_chat_template(CHAT, tools=[function], chat_template=TEMPLATES["tools"])
