@@ -261,7 +261,7 @@ def test_an_encoding_is_a_mapping_with_attributes() -> None:
     ("arguments", "problem"),
     [
         ({"return_tensors": "pt"}, "return_tensors is 'pt', but refgemma computes in NumPy"),
-        ({"is_split_into_words": True}, "is_split_into_words=True is not supported: Gemma's spaces"),
+        ({"is_split_into_words": True}, "is_split_into_words=True needs a list of words"),
         ({"text_target": "b"}, "text_target='b' is not supported: Gemma's labels are its input_ids"),
         ({"padding_sid": "left"}, "padding_sid='left' is not known"),
         ({"padding": "left"}, "padding is 'left'; there are False, True, 'longest'"),

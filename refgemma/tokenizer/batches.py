@@ -18,7 +18,6 @@ Cell = TypeVar("Cell")  # an id, or one that is followed back
 UNSUPPORTED = {
     "text_target": "Gemma's labels are its input_ids",
     "text_pair_target": "Gemma's labels are its input_ids",
-    "is_split_into_words": "Gemma's spaces belong to its pieces; join the words yourself",
 }
 
 
@@ -73,6 +72,14 @@ class BatchEncoding(dict[str, Any]):
             return self[name]
         except KeyError:
             raise AttributeError(f"there is no {name!r} in it, only {', '.join(self)}") from None
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, int | slice):
+            raise TokenizerError(
+                f"a row has no object of its own, so [{key}] is not supported; write inputs['input_ids'][n], "
+                "inputs.tokens(n), inputs.word_ids(n) or inputs.token_to_chars(n, place)"
+            )
+        return super().__getitem__(key)
 
     @property
     def data(self) -> dict[str, Any]:

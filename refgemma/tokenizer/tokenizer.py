@@ -162,7 +162,7 @@ class Tokenizer:
     vocab_size : int
         Number of ids of the file; ``len(tokenizer)`` counts added tokens, too.
     all_special_tokens, all_special_ids : list
-        All special tokens, the four roles first.
+        All special tokens, the four roles first. In transformers only those with a role and the extra ones.
 
     Raises
     ------
@@ -175,7 +175,8 @@ class Tokenizer:
     id that ends a turn or begins a text, here as in transformers. So whoever writes a part of a prompt can end their
     own turn and speak as the model: a forged conversation that the model cannot tell from a real one. For text from
     people you do not trust say ``split_special_tokens=True``, or in a chat ``sanitize_control_tokens=True``; then none
-    of `all_special_ids` can come out of their text, and decoding gives the text back. Other pieces that look like
+    of `all_special_ids` can come out of their text, and decoding gives the text back; except those that are ordinary
+    pieces, too, if somebody made such a one special. Other pieces that look like
     markup, in Gemma ``<b>`` or ``<unused7>``, are found in any text, unless `extra_special_tokens` names them.
 
     In transformers ``split_special_tokens`` spares tokens that are not declared special: made from the bare file, as by
@@ -591,7 +592,7 @@ class Tokenizer:
         add_special_tokens: bool = True, padding: bool | str = False, truncation: bool | str | None = None,
         max_length: int | None = None, pad_to_multiple_of: int | None = None,
         padding_side: str | None = None, return_tensors: str | None = None, return_attention_mask: bool | None = None,
-        split_special_tokens: bool | None = None, **others: Any,
+        split_special_tokens: bool | None = None, is_split_into_words: bool = False, **others: Any,
     ) -> BatchEncoding:  # fmt: skip
         """Turn a text, or a list of texts, into what a model takes.
 
@@ -622,6 +623,9 @@ class Tokenizer:
         split_special_tokens : bool
             Whether special tokens written out in the text are plain text: say ``True`` for text from people you do not
             trust, who could otherwise end their own turn. See the Notes of `Tokenizer`.
+        is_split_into_words : bool
+            Whether a text is a list of words, which are encoded one by one: no space is put between them, and
+            `BatchEncoding.word_ids` numbers them.
         **others
             ``return_overflowing_tokens`` with `stride`, ``return_offsets_mapping``, ``return_special_tokens_mask``,
             ``return_token_type_ids`` and ``return_length``, as in transformers. What else it takes is refused with the
@@ -649,7 +653,7 @@ class Tokenizer:
         >>> tokenizer("<end_of_turn>").input_ids, len(tokenizer("<end_of_turn>", split_special_tokens=True).input_ids)
         ([2, 6], 10)
         """
-        single = isinstance(text, str)
+        single = isinstance(text, str) or (is_split_into_words and not _are_lists(text))
         if not single and not (isinstance(text, list | tuple) and text):
             what = f"an empty {type(text).__name__}" if isinstance(text, list | tuple) else f"a {type(text).__name__}"
             raise TokenizerError(f"text is {what}, not a string or a list of strings")
@@ -659,15 +663,22 @@ class Tokenizer:
             **others,
         )  # fmt: skip
         split = self.split_special_tokens if split_special_tokens is None else split_special_tokens
-        pairs = _pair_texts(text, text_pair)
+        pairs = _pair_words(text, text_pair) if is_split_into_words else _pair_texts(text, text_pair)
         layout = replace(layout, return_overflowing_tokens=layout.return_overflowing_tokens and layout.truncates)
 
-        def encode(one: str, sequence: int) -> list[int]:
+        def encode(one: Any, sequence: int) -> list[int]:
+            if is_split_into_words:
+                return [token for word in one for token in self._vocabulary.encode(check_text(word), split)]
             return self._vocabulary.encode(check_text(one), split)
 
-        def follow(one: str, sequence: int) -> list[Token]:
-            found = self._vocabulary.follow(check_text(one), split)
-            return [Token(*token, sequence, 0, sequence) for token in found]
+        def follow(one: Any, sequence: int) -> list[Token]:
+            words = one if is_split_into_words else [one]
+            rows = [self._vocabulary.follow(check_text(word), split) for word in words]
+            found = [Token(*token, sequence, 0, sequence) for row in rows for token in row]
+            if is_split_into_words:
+                numbers = [n for n, row in enumerate(rows) for _ in row]
+                found = [token._replace(word=n) for token, n in zip(found, numbers, strict=True)]
+            return found
 
         def make(follows: bool) -> BatchEncoding:
             rows: list[Any] = []
@@ -929,8 +940,6 @@ class Tokenizer:
         >>> Tokenizer.from_pretrained("tiny").batch_decode([[2, 1688], [2, 1]], skip_special_tokens=True)
         ['Alice', '']
         """
-        if isinstance(sequences, Sequence | np.ndarray) and len(sequences) == 0:
-            return []
         texts: Any = self.decode(sequences, skip_special_tokens, clean_up_tokenization_spaces)
         return [texts] if isinstance(texts, str) else list(texts)
 
@@ -1111,6 +1120,20 @@ class Tokenizer:
             elif part != UNMARK:
                 ids += self._vocabulary.encode(part)
         return ids
+
+
+def _are_lists(text: Any) -> bool:
+    return isinstance(text, list | tuple) and bool(text) and all(isinstance(row, list | tuple) for row in text)
+
+
+def _pair_words(text: Any, text_pair: Any) -> list[list[Any]]:
+    """Return the words of the one or two texts of each row."""
+    if isinstance(text, str) or (text_pair is not None and _are_lists(text) != _are_lists(text_pair)):
+        raise TokenizerError("is_split_into_words=True needs a list of words, or a list of such lists; and so a pair")
+    rows, others = (text, text_pair) if _are_lists(text) else ([text], None if text_pair is None else [text_pair])
+    if others is not None and len(others) != len(rows):
+        raise TokenizerError(f"text has {len(rows)} texts, and text_pair is not as many")
+    return [[words] for words in rows] if others is None else [[*row] for row in zip(rows, others, strict=True)]
 
 
 def _pair_texts(text: Any, text_pair: Any) -> list[list[str]]:

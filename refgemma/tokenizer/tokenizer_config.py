@@ -20,8 +20,8 @@ PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 GEMMA_CLASSES = ("GemmaTokenizer", "GemmaTokenizerFast")
 # The parameters of `Tokenizer` that a tokenizer_config.json may give.
 SETTINGS = (
-    *TOKEN_ROLES, "mask_token", "extra_special_tokens", "model_input_names", "add_bos_token", "add_eos_token", "padding_side", "truncation_side",
-    "model_max_length", "split_special_tokens", "chat_template",
+    *TOKEN_ROLES, "mask_token", "extra_special_tokens", "model_input_names", "add_bos_token", "add_eos_token",
+    "padding_side", "truncation_side", "model_max_length", "split_special_tokens", "chat_template",
 )  # fmt: skip
 # Arguments of transformers' `from_pretrained` that change no result here.
 WITHOUT_EFFECT = (

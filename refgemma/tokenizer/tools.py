@@ -1,4 +1,4 @@
-"""JSON schemas of Python functions, for chat templates with tools. Checked against `get_json_schema` of transformers."""
+"""JSON schemas of Python functions, for chat templates with tools. Checked against transformers' `get_json_schema`."""
 
 import inspect
 import json
@@ -59,7 +59,9 @@ def make_json_schema(function: Callable[..., Any]) -> dict[str, Any]:
     found = DESCRIPTION.search(text)
     schema = {"name": name, "description": found and found[1].strip(), "parameters": parameters}
     if result is not None:
-        schema["return"] = result | ({"description": described[1].strip()} if (described := RETURNS.search(text)) else {})
+        schema["return"] = result | (
+            {"description": described[1].strip()} if (described := RETURNS.search(text)) else {}
+        )
     return {"type": "function", "function": schema}
 
 
@@ -73,7 +75,9 @@ def _read_arguments(text: str) -> dict[str, str]:
 def _describe_parameters(function: Callable[..., Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Return the schema of the parameters, and that of the result if JSON has its type."""
     given, hints = inspect.signature(function).parameters, get_type_hints(function)
-    names = [n for n, p in given.items() if n not in ("self", "cls") or p.annotation is not p.empty or n != [*given][0]]
+    names = list(given)
+    if names and names[0] in ("self", "cls") and names[0] not in hints:
+        del names[0]
     if bare := [name for name in names if name not in hints]:
         raise TokenizerError(f"has no type annotation of {bare[0]}")
     schema: dict[str, Any] = {"type": "object", "properties": {name: _describe_type(hints[name]) for name in names}}
