@@ -146,26 +146,26 @@ def locate(file: Gguf, tensor: GgufTensor) -> Stored:
     CheckpointError
         If it is quantised in a format that needs the library, which is not installed.
     """
-    where = (tensor.name, file.path)
+    path, file_bytes = tensor.path or file.path, tensor.file_bytes or file.file_bytes
+    where = (tensor.name, path)
     if tensor.format in PLAIN:
-        return Stored(*where, PLAIN[tensor.format], tensor.shape, tensor.start, file.file_bytes)
+        return Stored(*where, PLAIN[tensor.format], tensor.shape, tensor.start, file_bytes)
     if tensor.format != "Q8_0" and find_spec("gguf") is None:
         raise CheckpointError(
-            f"{file.path}: tensor {quote(tensor.name)} is quantised as {tensor.format}, which the library gguf widens; "
+            f"{path}: tensor {quote(tensor.name)} is quantised as {tensor.format}, which the library gguf widens; "
             'pip install "refgemma[gguf]"'
         )
     rows = (*tensor.shape[:-1], tensor.nbytes // max(1, math.prod(tensor.shape[:-1])))
-    raw = Stored(*where, np.dtype(np.uint8), rows, tensor.start, file.file_bytes)
+    raw = Stored(*where, np.dtype(np.uint8), rows, tensor.start, file_bytes)
     widen = _widen_q8_0 if tensor.format == "Q8_0" else _widen_by_library(tensor.format)
-    return Quantised(
-        *where, np.dtype(np.float32), tensor.shape, tensor.start, file.file_bytes, tensor.format, raw, widen
-    )
+    return Quantised(*where, np.dtype(np.float32), tensor.shape, tensor.start, file_bytes, tensor.format, raw, widen)
 
 
 def _locate_norm(file: Gguf, tensor: GgufTensor) -> Stored:
     if tensor.format != "F32":
         raise CheckpointError(f"{file.path}: norm {quote(tensor.name)} is {tensor.format}; llama.cpp has norms in F32")
-    return GgufNorm(tensor.name, file.path, PLAIN["F32"], tensor.shape, tensor.start, file.file_bytes)
+    stored = locate(file, tensor)
+    return GgufNorm(stored.name, stored.file, stored.dtype, stored.shape, stored.start, stored.file_bytes)
 
 
 def read_gguf_model(path: Path) -> tuple[Gemma2Config, dict[str, Stored]]:

@@ -114,3 +114,28 @@ def test_a_whole_head_unties(tmp_path: Path) -> None:
     found = open_checkpoint(write(tmp_path, ADAPTER | {"base_model.model.lm_head.weight": head}))
     assert not found.config.tie_word_embeddings
     assert (found.resident().head[:] == head).all()
+
+
+def test_a_shared_table_is_said(tmp_path: Path) -> None:
+    vocab, hidden = tensor_shapes(SMALL)["model.embed_tokens.weight"]
+    sides = {"lora_embedding_A": (2, vocab), "lora_embedding_B": (hidden, 2)}
+    table = {f"base_model.model.model.embed_tokens.{k}": np.ones(shape, np.float32) for k, shape in sides.items()}
+    with pytest.warns(UserWarning, match=r"LoRA of 'model\.embed_tokens' is merged into the one table"):
+        open_checkpoint(write(tmp_path, table))
+
+
+def test_tables_of_a_resized_base(tmp_path: Path) -> None:
+    vocab, hidden = tensor_shapes(SMALL)["model.embed_tokens.weight"]
+    table = np.random.default_rng(0).standard_normal((vocab + 3, hidden)).astype(np.float32)
+    both = {f"base_model.model.{name}.weight": table for name in ("lm_head", "model.embed_tokens")}
+    found = open_checkpoint(write(tmp_path, ADAPTER | both))
+    assert (found.config.vocab_size, found.config.tie_word_embeddings) == (vocab + 3, True)
+    assert (found.resident().head[:] == table).all()
+    assert f"call resize_token_embeddings({vocab + 3}) on the base" in refusal(
+        write(tmp_path, ADAPTER | {"base_model.model.lm_head.weight": table})
+    )
+
+
+def test_a_bias_that_the_base_lacks(tmp_path: Path) -> None:
+    bias = {f"base_model.model.{Q}.lora_B.bias": np.ones(tensor_shapes(SMALL)[f"{Q}.weight"][0], np.float32)}
+    assert "train with lora_bias=False" in refusal(write(tmp_path, ADAPTER | bias, lora_bias=True))

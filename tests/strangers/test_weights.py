@@ -113,6 +113,12 @@ def test_no_weight_is_random(tmp_path: Path) -> None:
     assert "holds 1 that Gemma 2 has no place for: 'other.x'" in refusal(write(tmp_path, TENSORS | {"other.x": ONES}))
 
 
+def test_an_untied_head_that_is_not_there(tmp_path: Path) -> None:
+    message = refusal(write(tmp_path, TENSORS, tie_word_embeddings=False))
+    assert "lacks 'lm_head.weight', which tie_word_embeddings false asks for" in message
+    assert "set it to true in config.json" in message
+
+
 def test_two_tensors_of_one_name(tmp_path: Path) -> None:
     both = TENSORS | {f"module.{VICTIM}": TENSORS[VICTIM]}
     assert "is stored as" in refusal(write(tmp_path, both))
