@@ -18,9 +18,9 @@ from refgemma.hub import ADAPTER_CONFIG
 from refgemma.precision import Array, as_dtype
 from refgemma.weights.names import has_other_numbers
 from refgemma.weights.parameters import EMBED_TOKENS, LM_HEAD, SCORE_BIAS, SCORE_WEIGHT
-from refgemma.weights.stored import REMEDY, CheckpointError, Stored
+from refgemma.weights.stored import REMEDY, CheckpointError, ComputedRows, Stored
 
-ADAPTER_MODEL = "adapter_model.safetensors"
+ADAPTER_MODEL, PICKLED_ADAPTER = "adapter_model.safetensors", "adapter_model.bin"
 
 # Keys of adapter_config.json that say how an adapter was made or where it goes, which its tensors say again.
 DESCRIPTIVE = {
@@ -77,9 +77,9 @@ class Changed(Stored):
             )
         return found
 
-    def map(self, keep: bool = False) -> Array:
-        """Return all of the changed tensor in float64; nothing is kept."""
-        return self.change(self.base.map().astype(np.float64), ..., "float64")
+    def map(self, keep: bool = False) -> Any:
+        """Return the rows in float64, changed when they are asked for; nothing is kept."""
+        return ComputedRows(self, np.dtype(np.float64))
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def merge_adapter(
     adapter : mapping
         See `read_adapter_config`.
     found : mapping of str to Stored
-        The tensors of ``adapter_model.safetensors``.
+        The tensors of the adapter.
     folder : Path
         Of the adapter.
 
@@ -161,7 +161,7 @@ def merge_adapter(
     Traceback (most recent call last):
     refgemma.weights.stored.CheckpointError: adapter/adapter_model.safetensors: holds no tensor of an adapter
     """
-    source = folder / ADAPTER_MODEL
+    source = next(iter(found.values())).file if found else folder / ADAPTER_MODEL
     if not found:
         raise CheckpointError(f"{source}: holds no tensor of an adapter")
     modules = _group(found, tensors, source)

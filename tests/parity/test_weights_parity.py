@@ -310,3 +310,32 @@ def test_an_adapter_with_the_rows_of_a_resized_base(tmp_path: Path) -> None:
     assert found.config.tie_word_embeddings
     expected = merged.model.embed_tokens.weight.detach().numpy()
     assert (found.get_input_embeddings().weight == expected).all()
+
+
+# --- float8 -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", ["tensor", "channel"])
+def test_a_float8_folder_is_what_transformers_dequantises(tmp_path: Path, strategy: str) -> None:
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    tensors = dict(STATE)
+    for name in [name for name in STATE if "_proj" in name]:
+        largest = STATE[name].abs().amax(1, keepdim=True) if strategy == "channel" else STATE[name].abs().amax()[None]
+        tensors[name + "_scale"] = largest / 448
+        tensors[name] = (STATE[name] / tensors[name + "_scale"]).to(torch.float8_e4m3fn)
+    how = {"num_bits": 8, "type": "float", "strategy": strategy, "symmetric": True, "dynamic": False}
+    group = {"targets": ["Linear"], "weights": how, "input_activations": None, "output_activations": None}
+    settings = {
+        "quant_method": "compressed-tensors", "format": "float-quantized", "quantization_status": "compressed",
+        "config_groups": {"group_0": group}, "ignore": ["lm_head"],
+    }  # fmt: skip
+    folder = write(tmp_path, tensors, quantization_config=settings)
+    with quiet():
+        model = Theirs.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager",
+            quantization_config=transformers.CompressedTensorsConfig(dequantize=True),
+        ).eval()  # fmt: skip
+    with pytest.warns(UserWarning, match="its float8 matrices"):
+        found = Gemma2ForCausalLM.from_pretrained(folder)
+    assert near(found(IDS).logits, logits(model))
+    assert not near(logits(theirs(write(tmp_path / "plain", STATE))), logits(model))
