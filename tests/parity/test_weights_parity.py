@@ -222,6 +222,7 @@ def test_an_adapter_is_what_peft_merges(stored: Any, tmp_path: Path, case: str) 
     )
 
 
+@pytest.mark.filterwarnings("ignore:.*is merged into the one table")
 def test_streamed_numbers_are_resident_numbers(stored: Any, tmp_path: Path) -> None:
     _, folder = stored
     found = open_checkpoint(train_adapter(folder / "plain", tmp_path, ADAPTERS["both"] | {"use_dora": False}))
