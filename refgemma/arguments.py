@@ -1,6 +1,7 @@
 """The arguments of transformers' ``from_pretrained`` and ``save_pretrained`` that have no meaning of their own here.
 Checked against the signatures and the documentation of transformers 5.23 `PreTrainedModel`."""
 
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -87,5 +88,6 @@ def drop_arguments(given: Mapping[str, Any], name: str, error: type[RefgemmaErro
             continue
         harmless, advice = NEUTRAL[argument]
         if value is not None and not any(value is x or value == x for x in harmless):
-            raise error(f"{name}: {argument}={value!r}: {advice}")
+            shown = " ".join(reprlib.repr(value).split())[:80]  # a state dict is long
+            raise error(f"{name}: {argument}={shown}: {advice}")
     return left

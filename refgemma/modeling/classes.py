@@ -443,7 +443,8 @@ class Gemma2PreTrainedModel(ModuleMethods):
     def save_pretrained(self, folder: str | Path, max_shard_size: int | str = "50GB", **ignored: Any) -> None:
         """Write ``config.json`` and the weights as safetensors, which transformers and `from_pretrained` read.
 
-        A tied head is not written. The weights appear whole or not at all, and keep their precision.
+        A tied head is not written; ``config.tie_word_embeddings = False`` unties it. The weights appear whole or not at
+        all, and keep their precision.
 
         Parameters
         ----------
@@ -475,6 +476,8 @@ class Gemma2PreTrainedModel(ModuleMethods):
         config = self.config.changed(dtype=self.dtype, architectures=(type(self).__name__,))
         config.to_json_string()  # what no file can hold is refused before anything is written
         tensors = self.named_tensors()
+        if self.has_head and not config.tie_word_embeddings:
+            tensors.setdefault(LM_HEAD, tensors[EMBED_TOKENS])  # untied since it was made: its head is the embedding
         outputs = [OutputTensor(name, self.dtype, tuple(tensor.shape), tensor) for name, tensor in tensors.items()]
         write_checkpoint(folder, outputs, max_shard_size)
         config.save_pretrained(folder)

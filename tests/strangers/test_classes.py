@@ -405,7 +405,7 @@ def test_weights_by_their_names_and_modules(model: Any) -> None:
     assert model.model.layers[-1].self_attn.q_proj.bias is None
     assert (model.num_parameters(), model.num_parameters(exclude_embeddings=True)) == (2_922_426, 2_443_194)
     assert model.get_memory_footprint() == 11_689_836
-    with pytest.raises(AttributeError, match=r"layers\.0 has no 'attention'; it has input_layernorm, self_attn"):
+    with pytest.raises(AttributeError, match=r"layers\.0 has no 'attention'; it has self_attn, mlp, input_layernorm"):
         _ = model.model.layers[0].attention
     with pytest.raises(InputError, match=r"layers\.0\.mlp is not run by itself"):
         model.model.layers[0].mlp(ones)
@@ -488,7 +488,7 @@ def test_what_is_read_from_disk_is_not_written_into_in_vain() -> None:
     ):
         with pytest.raises(ValueError, match="read-only"):
             weight[:] = 0
-    model.model.norm.weight[:] = 0  # this one is in memory
+    model.model.norm.weight[:] = -1  # this one is in memory, and 1 + w is what a norm multiplies with
     assert not model(IDS).logits.any()
     with pytest.raises(InputError, match=r"is read from disk, .* load_state_dict puts arrays in its place"):
         model.model.layers[0].mlp.up_proj.weight = np.zeros((408, 234), np.float32)
@@ -497,7 +497,7 @@ def test_what_is_read_from_disk_is_not_written_into_in_vain() -> None:
 def test_parts_are_gone_through(model: Any) -> None:
     modules = dict(model.named_modules())
     assert modules[""] is model
-    assert len(modules) == len(list(model.modules())) == 5 + 6 * 14
+    assert len(modules) == len(list(model.modules())) == 6 + 6 * 14
     assert modules["model.layers.0.mlp"] == model.get_submodule("model.layers.0.mlp") == model.model.layers[0].mlp
     assert model.get_parameter("model.norm.weight").shape == (234,)
     seen: list[Any] = []
@@ -566,6 +566,23 @@ def test_a_resized_model_is_saved_with_its_rows(model: Any, tmp_path: Path) -> N
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert again.config.vocab_size == 2051
     np.testing.assert_array_equal(again([[2, 2050]]).logits, model([[2, 2050]]).logits)
+
+
+def test_a_head_is_untied_and_saved(model: Any, tmp_path: Path) -> None:
+    before = model(IDS).logits
+    model.config.tie_word_embeddings = False
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    np.testing.assert_array_equal(again(IDS).logits, before)
+    again.lm_head.weight = again.lm_head.weight * 2  # and not the embedding
+    np.testing.assert_array_equal(again.get_input_embeddings().weight, model.get_input_embeddings().weight)
+
+
+def test_a_long_argument_is_cut_in_the_line(model: Any) -> None:
+    with pytest.raises(ConfigError, match=r"use from_state_dict\(config, state_dict\)$") as caught:
+        AutoModelForCausalLM.from_pretrained("tiny", state_dict=model.state_dict())
+    assert len(str(caught.value)) < 250
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("count", [0, -1, 2.5, "2050"])
