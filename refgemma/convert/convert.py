@@ -487,6 +487,8 @@ def convert(
             f"cannot write {target_format} in {dtype}; there are {', '.join((*FORMATS, *FILE_DTYPES))}"
         )
     if target_format == "gguf":
+        if str(target).endswith("/"):
+            raise CheckpointError(f"{target}: is the name of a folder; give that of a file, which ends in {GGUF}")
         return _convert_to_gguf(open_source(source, source_format, config, transposed), Path(target), dtype)
     size = parse_size(max_shard_size or (ONE_FILE if target_format == "pytorch" else "5GB"))
     opened = open_source(source, source_format, config, transposed)
@@ -494,12 +496,12 @@ def convert(
     outputs = _fold(layout, opened.parts, dtype)
     folder = Path(target)
     fingerprint = _make_fingerprint(opened, outputs, target_format, size)
-    claim(folder, fingerprint)
-    _write_beside(opened, folder, target_format, outputs[0].dtype)
-    if target_format in ("hf", "flax"):
-        write_checkpoint(folder, outputs, size, fingerprint)
-    else:
-        _write_zips(folder, outputs, target_format, size)
+    with claim(folder, fingerprint):
+        _write_beside(opened, folder, target_format, outputs[0].dtype)
+        if target_format in ("hf", "flax"):
+            write_checkpoint(folder, outputs, size, fingerprint)
+        else:
+            _write_zips(folder, outputs, target_format, size)
     return Converted(opened, folder, target_format, outputs)
 
 
@@ -548,19 +550,19 @@ def _write_beside(source: Source, folder: Path, kind: str, dtype: str) -> None:
 
 
 def _write_zips(folder: Path, outputs: Sequence[OutputTensor], kind: str, limit: int) -> None:
-    """Write PyTorch's format, in one file or in shards with an index, or a ``.npz``; then compare."""
+    """Write PyTorch's format, in one file or in shards with an index, or a ``.npz``; compare, then move into place."""
     parts = _split_into_files(outputs, kind, limit)
     staging = folder / STAGING
     key = None if len(parts) > 1 else "model_state_dict"
     write = write_npz if kind == "flax-npz" else functools.partial(write_torch, key=key)
     write_parts(staging, {name: part for name, part in parts.items() if not (staging / name).is_file()}, write)
+    read = read_npz if kind == "flax-npz" else read_torch
+    check_same({name: tensor for file in parts for name, tensor in read(staging / file).items()}, outputs, staging)
     for name in parts:
         os.replace(staging / name, folder / name)
     if len(parts) > 1:
         replace_file(folder / TORCH_INDEX, build_index(parts))
     shutil.rmtree(staging)
-    read = read_npz if kind == "flax-npz" else read_torch
-    check_same({name: tensor for file in parts for name, tensor in read(folder / file).items()}, outputs, folder)
 
 
 def _split_into_files(outputs: Sequence[OutputTensor], kind: str, limit: int) -> dict[str, list[OutputTensor]]:
