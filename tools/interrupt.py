@@ -1,12 +1,14 @@
-"""Stop every command that writes, at random moments and in eight ways, and look at what is left: `python tools/interrupt.py`.
+"""Stop every command that writes, at random moments and in eight ways, and look at what is left. Run it as
+`python tools/interrupt.py --rounds 2`; a small part of it is among the tests.
 
-Whatever stops a command, each output is whole or absent, the error is at most one line, no process is left after five
-seconds, and the same command then does its work, or refuses what is finished already. The table counts the attempts, and
-those of them that the command was too quick for; every fault is printed above it, and makes the exit code 1.
+Whatever stops a command: each output is whole or absent, the error is at most one line, and no process is left after
+five seconds. The same command then does its work, or refuses to write what is finished. The table counts the attempts
+that stopped a command, and those that came too late. Every fault is printed above it, and makes the exit code 1.
 
-Ways: SIGINT, SIGTERM and SIGKILL after the command has begun to take signals (before that Python itself answers); a limit
-on the length of files, as on a full disk (RLIMIT_FSIZE); a full disk (a small tmpfs, as root only); a folder that nobody
-may write (chmod, or chattr +i as root); the same command twice at once; and outputs that cannot be printed (/dev/full).
+Ways: SIGINT, SIGTERM and SIGKILL after the command has begun to take signals (before that, Python itself answers); a
+limit on the length of files, as on a full disk (RLIMIT_FSIZE); a full disk (a small tmpfs, as root only); a folder that
+nobody may write (chmod, and chattr +i as root); the same command twice at once; outputs that cannot be printed
+(/dev/full).
 """
 
 import argparse
@@ -52,21 +54,22 @@ class Case:
         return [sys.executable, "-m", "refgemma", *words]
 
 
+CONVERT = "convert {given}/tiny -o {out}/m --max-shard-size 2MB --to"
+REPORTS = "--html {out}/page.html --markdown {out}/r.md --junit {out}/r.xml --repro {out}/repro.safetensors"
 CASES = (
-    *(Case(f"convert --to {kind}", f"convert {{given}}/tiny -o {{out}}/{'m.gguf' if kind == 'gguf' else 'm'} --to {kind} "
-           f"--max-shard-size 2MB", resumes=kind != "gguf") for kind in FORMATS),
+    *(Case(f"convert --to {kind}", f"{CONVERT} {kind}", resumes=True) for kind in FORMATS if kind != "gguf"),
+    Case("convert --to gguf", "convert {given}/tiny -o {out}/m.gguf --to gguf"),
     Case("synth", "synth 2b -o {out}/m", resumes=True, endless=True),
     Case("trace", "trace --ids 2,300,301,5 -o {out}/run.safetensors"),
     Case("explore", "explore --ids 2,300,301,5 -o {out}/page.html"),
-    Case("check", "check {given}/run.safetensors --model conformance --json --html {out}/page.html --markdown {out}/r.md "
-         "--junit {out}/r.xml --repro {out}/repro.safetensors"),
+    Case("check", f"check {{given}}/run.safetensors --model conformance --json {REPORTS}"),
     Case("check --run", "check {given}/made.safetensors --run {given}/port --html {out}/page.html"),
     Case("prompts", "prompts -o {out}/prompts"),
     Case("sweep", "sweep {given}/jobs.jsonl --workers 2 --results {out}/kept"),
     Case("verify", "verify bends-forward-f32 op-linear-bf16 --json"),
     Case("info", "info {given}/tiny --json"),
     Case("diff", "diff {given}/run.safetensors {given}/other.safetensors --json"),
-)  # fmt: skip
+)
 
 
 # --- inputs and outputs -----------------------------------------------------------------------------------------------
@@ -77,7 +80,15 @@ def make_inputs(given: Path) -> None:
     given.mkdir()
     shutil.copytree(find_model("tiny"), given / "tiny")
     for name, ids in (("run", "2,300,301"), ("other", "2,300,302")):
-        trace = ["trace", "--model", "conformance", "--ids", ids.replace("30", "3"), "-o", f"{given}/{name}.safetensors"]
+        trace = [
+            "trace",
+            "--model",
+            "conformance",
+            "--ids",
+            ids.replace("30", "3"),
+            "-o",
+            f"{given}/{name}.safetensors",
+        ]
         subprocess.run([sys.executable, "-m", "refgemma", *trace], check=True, stdout=subprocess.DEVNULL)
     damaged = bytearray((given / "run.safetensors").read_bytes())
     damaged[-3] ^= 1  # the last logit
@@ -242,7 +253,8 @@ class Attempts:
             code, said = finish(start(case.command(out, self.given), "reference"))
             outputs = {name: text.replace(str(out).encode(), b"OUT") for name, text in read_outputs(out).items()}
             self.references[case.name] = Reference(code, outputs, time.monotonic() - began)
-            assert code in (0, 1) and not judge_text(said), (case.name, code, said)
+            if code not in (0, 1) or judge_text(said):
+                raise RuntimeError(f"{case.name} fails undisturbed: exit code {code}: {said}")
             shutil.rmtree(out)
         return self.references[case.name]
 
@@ -323,9 +335,10 @@ class Attempts:
     def compare(self, out: Path, reference: Reference, when: str, every: bool = False) -> list[str]:
         """Return how the outputs differ from those of an undisturbed run; absent ones only if `every` is asked for."""
         found = {name: text.replace(str(out).encode(), b"OUT") for name, text in read_outputs(out).items()}
-        bad = [f"{when}: {name} is not whole" for name, text in found.items()
-               if reference.outputs.get(name) != text and not (reference.outputs == {} and name.endswith("config.json"))]  # fmt: skip
-        return bad + ([f"{when}: {name} is absent" for name in reference.outputs if name not in found] if every else [])
+        known = reference.outputs or {name: text for name, text in found.items() if name.endswith("config.json")}
+        bad = [f"{when}: {name} is not whole" for name, text in found.items() if known.get(name) != text]
+        absent = [f"{when}: {name} is absent" for name in reference.outputs if name not in found]
+        return bad + (absent if every else [])
 
 
 def table(counts: Counter[tuple[str, str]]) -> Iterator[str]:

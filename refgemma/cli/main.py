@@ -10,14 +10,14 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import refgemma
 from refgemma.cli import candidates as oracle
 from refgemma.cli.folders import run_convert, run_synth
 from refgemma.cli.inspection import run_explore, run_info, run_trace
-from refgemma.cli.output import CUT_OFF, DTYPES, FAULT, MISUSE, say
+from refgemma.cli.output import CUT_OFF, DTYPES, FAULT, MISUSE, complain
 from refgemma.cli.signals import raise_on_signals
 from refgemma.cli.text import run_chat, run_generate, run_perplexity
 from refgemma.cli.verification import run_verify
@@ -180,7 +180,7 @@ def short_warnings() -> Iterator[None]:
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
         if str(message) not in detect:
             detect.add(str(message))
-            say(f"refgemma: warning: {message}", error=True)
+            complain(f"refgemma: warning: {message}")
 
     with warnings.catch_warnings():
         warnings.simplefilter("always")
@@ -197,8 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with raise_on_signals():
             return run_command(argv)
     except KeyboardInterrupt as interruption:
-        with suppress(OSError):
-            say(error=True)
+        complain()
         return 128 + getattr(interruption, "number", signal.SIGINT)
 
 
@@ -224,18 +223,18 @@ def run_command(argv: Sequence[str] | None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return CUT_OFF
     except MemoryError:
-        say(f"refgemma {args.command}: not enough memory: the prompt is too long for this machine", error=True)
+        complain(f"refgemma {args.command}: not enough memory: the prompt is too long for this machine")
         return MISUSE
     except (RefgemmaError, OSError, UnicodeError) as error:
-        say(f"refgemma {args.command}: {describe_error(error)}", error=True)
+        complain(f"refgemma {args.command}: {describe_error(error)}")
         return MISUSE
     except Exception as error:  # nothing about the files: exit code 1 would say that they differ
         if sys.flags.dev_mode:
             raise
-        say(
+        complain(
             f"refgemma {args.command}: fault in refgemma itself: {type(error).__name__}: {describe_error(error)}; "
-            f"please report it with the output of: python -X dev -m refgemma {args.command} ...", error=True,
-        )  # fmt: skip
+            f"please report it with the output of: python -X dev -m refgemma {args.command} ..."
+        )
         return FAULT
 
 

@@ -518,6 +518,8 @@ def _convert_to_gguf(source: Source, target: Path, dtype: str | None) -> Convert
     """Write a GGUF file, with the norms in float32 as llama.cpp has them, and the tokenizer if there is one."""
     if target.suffix != GGUF or target.is_dir():
         raise CheckpointError(f"{target}: a GGUF file is written, whose name has to end in {GGUF}")
+    if any(os.path.realpath(part.tensor.file) == os.path.realpath(target) for part in source.parts.values()):
+        raise CheckpointError(f"{target}: is the source, and is not replaced; give another file")
     check_model(source.config, source.path)
     matrices, norms = gguf_layout(source.config)
     outputs = _fold(matrices, source.parts, dtype) + _fold(norms, source.parts, "float32")
