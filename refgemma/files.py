@@ -10,6 +10,7 @@ import re
 import reprlib
 import secrets
 import stat
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -22,10 +23,8 @@ from safetensors import SafetensorError, safe_open
 
 from refgemma.errors import RefgemmaError
 
-try:
+if sys.platform != "win32":  # where files that are being written are known by their age alone
     import fcntl
-except ImportError:  # on Windows, where files that are being written are known by their age alone
-    fcntl = None  # type: ignore[assignment]
 
 TEXT_LIMIT = 1_000_000_000  # bytes of a text: the log of an engine may be long
 JSON_LIMIT = 100_000_000  # bytes: what safetensors allows for a header, the longest JSON text of a checkpoint
@@ -299,13 +298,13 @@ def lock(descriptor: int, wait: bool = False) -> bool:
     True
     """
     try:
-        if fcntl is not None:
+        if sys.platform != "win32":
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         raise
     except OSError:
         return False
-    return fcntl is not None
+    return sys.platform != "win32"
 
 
 @contextmanager
@@ -325,7 +324,7 @@ def lock_folder(folder: Path, error: type[RefgemmaError]) -> Iterator[None]:
     ...
     refgemma.errors.RefgemmaError: .: another process is writing it; wait until it has ended
     """
-    if fcntl is None:  # Windows, which opens no folders
+    if sys.platform == "win32":  # it opens no folders
         yield
         return
     descriptor = os.open(folder, os.O_RDONLY)
