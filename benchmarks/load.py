@@ -1,4 +1,4 @@
-"""Load: much work in one process, in many threads and in many processes. Run it as `python benchmarks/load.py [PART ...]`.
+"""Load: much work in one process, in threads and in processes. Run it as `python benchmarks/load.py [PART ...]`.
 
 Each part prints a row of the table in docs/reliability.md, and the exit code is 1 if one does not hold.
 """

@@ -105,7 +105,8 @@ def make_inputs(given: Path) -> None:
         f'{{"trace": "{given}/other.safetensors", "model": "conformance"}}\n'
     )
     (given / "port").write_text(
-        f"#!/bin/sh\nsleep 0.3\n{sys.executable} -m refgemma trace --ids 2,300 -o {given}/made.safetensors >/dev/null 2>&1\n"
+        "#!/bin/sh\nexec >/dev/null 2>&1\nsleep 0.3\n"
+        f"{sys.executable} -m refgemma trace --ids 2,300 -o {given}/made.safetensors\n"
     )
     (given / "port").chmod(0o755)
 
