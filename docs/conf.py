@@ -57,7 +57,7 @@ myst_enable_extensions = ["dollarmath", "deflist"]
 myst_heading_anchors = 3
 
 nb_execution_mode = "force"
-nb_execution_timeout = 60  # seconds a cell
+nb_execution_timeout = 600  # seconds a cell, for one that hangs: the machine may have other work
 nb_execution_raise_on_error = True
 nb_execution_show_tb = True
 

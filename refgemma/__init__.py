@@ -23,6 +23,9 @@ Examples
 (1, 6, 7, 7)
 """
 
+import refgemma.cli.signals  # noqa: F401  (first: an interruption while the others are imported prints nothing)
+
+# isort: split
 import sys
 import warnings
 from importlib.metadata import version

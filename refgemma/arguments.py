@@ -1,6 +1,7 @@
 """Arguments of transformers' ``from_pretrained`` and ``save_pretrained`` that have no effect or are refused here.
 Checked against the signatures and the documentation of transformers 5.23 `PreTrainedModel`."""
 
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,20 +12,27 @@ WITHOUT_EFFECT = frozenset({
     "_fast_init", "_from_auto", "adapter_kwargs", "attn_kwargs", "code_revision", "device", "device_map", "device_mesh",
     "force_download", "local_files_only", "low_cpu_mem_usage", "max_memory", "mirror", "offload_buffers",
     "offload_folder", "offload_state_dict", "proxies", "resume_download", "token", "torch_compile", "tp_plan",
-    "tp_size", "trust_remote_code", "use_auth_token", "use_fast", "use_flash_attention_2", "use_kernels",
-    "weights_only",
+    "token_type_ids", "tp_size", "trust_remote_code", "use_auth_token", "use_fast", "use_flash_attention_2",
+    "use_kernels", "weights_only",
 })  # fmt: skip
+
+PACKED = "packed texts are kept apart by position_ids that begin again, with use_cache=False; leave it out"
 
 # Argument -> the values, apart from None, that have no effect here, and the advice for any other value.
 NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "attn_implementation": (("eager",), "attention is that of transformers' 'eager'; leave it out"),
+    "cu_seq_lens_k": ((), PACKED),
+    "cu_seq_lens_q": ((), PACKED),
     "experts_implementation": ((), "Gemma 2 has no experts; leave it out"),
     "from_flax": ((False,), "convert the folder with refgemma convert"),
     "from_tf": ((False,), "weights of TensorFlow are not read; save them with transformers first"),
     "key_mapping": ((), "rename the tensors, and give them to from_state_dict"),
     "load_in_4bit": ((False,), "weights are not quantised here; leave it out"),
     "load_in_8bit": ((False,), "weights are not quantised here; leave it out"),
+    "is_causal": ((True,), "give attention_mask with four axes"),
     "is_main_process": ((True,), "call save_pretrained in one process"),
+    "max_length_k": ((), PACKED),
+    "max_length_q": ((), PACKED),
     "output_loading_info": ((False,), "a folder that does not fit raises an error here, so there is nothing to list"),
     "quantization_config": ((), "weights are not quantised here; leave it out"),
     "push_to_hub": ((False,), "nothing is uploaded here: hf upload REPOSITORY folder"),
@@ -81,5 +89,6 @@ def drop_arguments(given: Mapping[str, Any], name: str, error: type[RefgemmaErro
             continue
         harmless, advice = NEUTRAL[argument]
         if value is not None and not any(value is x or value == x for x in harmless):
-            raise error(f"{name}: {argument}={value!r}: {advice}")
+            shown = " ".join(reprlib.repr(value).split())[:80]  # a state dict is long
+            raise error(f"{name}: {argument}={shown}: {advice}")
     return left

@@ -44,7 +44,7 @@ OMITTED = (
 
 # Keys of a file that are not fields, or that are derived when the file is written.
 READ_ELSEWHERE = (
-    "hidden_act", "model_type", "num_labels", "quantization_config", "rope_scaling", "torch_dtype",
+    "hidden_act", "model_type", "num_labels", "quantization", "quantization_config", "rope_scaling", "torch_dtype",
     "transformers_version", "use_bidirectional_attention",
 )  # fmt: skip
 

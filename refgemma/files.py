@@ -10,6 +10,7 @@ import re
 import reprlib
 import secrets
 import stat
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -22,14 +23,18 @@ from safetensors import SafetensorError, safe_open
 
 from refgemma.errors import RefgemmaError
 
+if sys.platform != "win32":  # where files that are being written are known by their age alone
+    import fcntl
+
 TEXT_LIMIT = 1_000_000_000  # bytes of a text: the log of an engine may be long
 JSON_LIMIT = 100_000_000  # bytes: safetensors' limit for a header, the longest JSON text of a checkpoint
 AXES_LIMIT = 64  # NumPy's limit
+DEPTH_LIMIT = 100  # of JSON: a function that calls itself for each level would reach Python's limit
 ABANDONED = 24 * 3600  # seconds after which a partial file is assumed to be left by a killed process
 LFS_POINTER = b"version https://git-lfs"
 
 _SHORT = reprlib.Repr()  # a damaged file can hold anything: quote only a short part of it
-_SHORT.maxstring = 120
+_SHORT.maxstring, _SHORT.maxlevel = 120, 3
 
 
 def quote(value: object) -> str:
@@ -140,7 +145,7 @@ def parse_object(text: bytes) -> dict[str, Any]:
     Raises
     ------
     RefgemmaError
-        If it is not UTF-8, not JSON, not an object, nested too deeply, or has a duplicate key.
+        If it is not UTF-8, not JSON, not an object, nested more than 100 deep, or has a duplicate key.
 
     Examples
     --------
@@ -155,6 +160,12 @@ def parse_object(text: bytes) -> dict[str, Any]:
         raise RefgemmaError(f"is not JSON: {error}") from None
     if not isinstance(found, dict):
         raise RefgemmaError(f"holds a {type(found).__name__}, not a JSON object")
+    level: list[Any] = [found]
+    for _ in range(DEPTH_LIMIT):
+        items = (item for value in level for item in (value.values() if isinstance(value, dict) else value))
+        level = [item for item in items if isinstance(item, dict | list)]
+    if level:
+        raise RefgemmaError(f"is not read: its objects and lists are nested more than {DEPTH_LIMIT} deep")
     return found
 
 
@@ -279,9 +290,91 @@ def _without_infinity(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def lock(descriptor: int, wait: bool = False) -> bool:
+    """Lock an open file or folder until it is closed or its process ends; False if the file system has no locks.
+
+    Raises
+    ------
+    BlockingIOError
+        If another process has locked it, unless the caller wants to `wait`.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryFile() as file:
+    ...     lock(file.fileno())
+    True
+    """
+    try:
+        if sys.platform != "win32":
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise
+    except OSError:
+        return False
+    return sys.platform != "win32"
+
+
+@contextmanager
+def lock_folder(folder: Path, error: type[RefgemmaError]) -> Iterator[None]:
+    """Keep other processes out of a `folder` of temporary files.
+
+    Raises
+    ------
+    error
+        If another process has locked it.
+
+    Examples
+    --------
+    >>> with lock_folder(Path("."), RefgemmaError), lock_folder(Path("."), RefgemmaError):
+    ...     pass
+    Traceback (most recent call last):
+    ...
+    refgemma.errors.RefgemmaError: .: another process is writing it; wait until it has ended
+    """
+    if sys.platform == "win32":  # it opens no folders
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            lock(descriptor)
+        except BlockingIOError:
+            raise error(f"{folder.parent}: another process is writing it; wait until it has ended") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove what killed processes left of `target`: nobody holds its lock, or it is old."""
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
+        with suppress(OSError), open_file(left) as file:  # another process may remove it too
+            if lock(file.fileno()) or time.time() - left.stat().st_mtime > ABANDONED:
+                left.unlink()
+
+
+def _create(target: Path) -> tuple[Path, BinaryIO]:
+    """Create a file beside `target` and lock it, so that no other process takes it for an abandoned one."""
+    while True:
+        partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+        file = partial.open("xb")
+        try:
+            lock(file.fileno(), wait=True)
+            if partial.exists():  # between the two lines above another process may have found it unlocked
+                return partial, file
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            file.close()
+            raise
+        file.close()
+
+
 @contextmanager
 def new_file(path: str | Path) -> Iterator[BinaryIO]:
     """Open a new file that replaces `path` at the end; after an error the new file is removed and `path` is unchanged.
+
+    What a killed process left is removed by the next one that writes the same file.
 
     Raises
     ------
@@ -297,21 +390,18 @@ def new_file(path: str | Path) -> Iterator[BinaryIO]:
     False
     """
     target = Path(os.path.realpath(path))  # a link stays a link
-    for left in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
-        with suppress(OSError):  # another process may remove it too
-            if time.time() - left.stat().st_mtime > ABANDONED:
-                left.unlink()
-    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
-    with partial.open("xb") as file:
-        try:
+    _remove_abandoned(target)
+    partial, file = _create(target)
+    try:
+        with file:
             if target.exists():
                 os.fchmod(file.fileno(), stat.S_IMODE(target.stat().st_mode))  # keep the permissions of a private file
             yield file
             file.flush()  # a full disk raises now, before the old file is replaced
             os.replace(partial, target)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def replace_file(path: str | Path, content: bytes) -> None:

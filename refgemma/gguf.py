@@ -8,6 +8,7 @@ trusts the counts and offsets of the file. This reader checks each of them again
 import math
 import mmap
 import os
+import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -25,6 +26,8 @@ METADATA_LIMIT = 2**26  # bytes; the header of a Gemma 2 has 6 to 20 MB, almost 
 ENTRIES_LIMIT = 2**17  # keys, or tensors: a 27B has 508
 TEXTS_LIMIT = 2**20  # texts in a list: Gemma 2 has 256,000 pieces
 AXES = 4  # the maximum in ggml
+PARTS_LIMIT = 999  # of a model; they are named model-00001-of-00003.gguf
+PART_NAME = re.compile(r"(.*-)(\d{5})(-of-\d{5}\.gguf)")
 
 # The number of a type of values -> its letter in `struct`. Strings and arrays are read in another way.
 LETTERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -58,13 +61,18 @@ LAYERS_27B = 46  # llama.cpp recognises the 27B, whose query scalar differs from
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """The entry of a tensor: its format, its shape with rows first, its first byte in the file, and its bytes."""
+    """The entry of a tensor: its format, its shape with rows first, its first byte in the file, and its bytes.
+
+    `path` and `file_bytes` are those of its file, if the model is in several.
+    """
 
     name: str
     format: str
     shape: tuple[int, ...]
     start: int
     nbytes: int
+    path: Path | None = None
+    file_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -199,7 +207,7 @@ def read_gguf(path: str | Path, error: type[RefgemmaError]) -> Gguf:
     Parameters
     ----------
     path : str or Path
-        The file.
+        The file; of a model in several, the first.
     error : type
         The exception to raise.
 
@@ -214,12 +222,44 @@ def read_gguf(path: str | Path, error: type[RefgemmaError]) -> Gguf:
     Traceback (most recent call last):
     refgemma.errors.RefgemmaError: model.gguf: cannot be read: No such file or directory
     """
+    first = _read_part(Path(path), error)
+    count = first.metadata.get("split.count", 1)
+    if count in (0, 1):
+        return first
+    with one_line(path, error, ""):
+        return _join_parts(first, count, error)
+
+
+def _read_part(path: Path, error: type[RefgemmaError]) -> Gguf:
     with one_line(path, error, REMEDY), open_file(path) as stream:
         size = os.fstat(stream.fileno()).st_size
         if not size:
             raise RefgemmaError("is empty")
         with mmap.mmap(stream.fileno(), min(size, METADATA_LIMIT), access=mmap.ACCESS_READ) as content:
-            return _parse(Path(path), _Cursor(content), size)
+            return _parse(path, _Cursor(content), size)
+
+
+def _join_parts(first: Gguf, count: Any, error: type[RefgemmaError]) -> Gguf:
+    """Return the header of a model in several files, which lie beside each other and are named by their numbers."""
+    name = PART_NAME.fullmatch(first.path.name)
+    if name is None or type(count) is not int or not 1 < count <= PARTS_LIMIT:
+        raise RefgemmaError(f"is a part of {quote(count)}, without the name of one: model-00001-of-00003.gguf")
+    paths = [first.path.with_name(f"{name[1]}{number:05}{name[3]}") for number in range(1, count + 1)]
+    if first.metadata.get("split.no", 0) != 0 or first.path != paths[0]:
+        raise RefgemmaError(f"is one of {count} parts of a model; give the first, {paths[0].name}")
+    if absent := [path.name for path in paths if not path.exists()]:
+        raise RefgemmaError(f"is one of {count} parts of a model; {quote(absent[0])} is not beside it: download all")
+    tensors: dict[str, GgufTensor] = {}
+    for number, path in enumerate(paths):
+        part = _read_part(path, error) if number else first
+        if (part.metadata.get("split.no", 0), part.metadata.get("split.count")) != (number, count):
+            raise RefgemmaError(f"and {path.name} are no parts of one model")
+        if twice := tensors.keys() & part.tensors.keys():
+            raise RefgemmaError(f"has tensor {quote(min(twice))} in two parts")
+        tensors |= {
+            name: replace(tensor, path=path, file_bytes=part.file_bytes) for name, tensor in part.tensors.items()
+        }
+    return replace(first, tensors=tensors)
 
 
 # --- from metadata to the configuration -------------------------------------------------------------------------------
@@ -240,8 +280,6 @@ def _read_numbers(metadata: Mapping[str, Any]) -> dict[str, Any]:
     if metadata.get("general.architecture") != "gemma2" or metadata.get("general.type", "model") != "model":
         what = f"{metadata.get('general.architecture')!r} of type {metadata.get('general.type', 'model')!r}"
         raise RefgemmaError(f"is a {what[:200]}, not a model of architecture 'gemma2'")
-    if metadata.get("split.count", 1) not in (0, 1):
-        raise RefgemmaError("is one part of a model; merge the parts with llama-gguf-split --merge")
     fields = {
         field: _read_number(metadata, f"gemma2.{key}", default) for field, (key, default) in (SIZES | NUMBERS).items()
     }

@@ -32,10 +32,14 @@ def log_softmax(logits: Float[np.ndarray, "*batch vocab"]) -> Float[np.ndarray, 
     return log_probabilities
 
 
-def cross_entropy(logits: Float[np.ndarray, "tokens classes"], labels: Int[np.ndarray, " tokens"]) -> float:
+def cross_entropy(
+    logits: Float[np.ndarray, "tokens classes"], labels: Int[np.ndarray, " tokens"],
+    num_items: float | None = None, ignore_index: int = IGNORED,
+) -> float:  # fmt: skip
     """Compute the mean of ``-log p(label)`` over the labels that are not -100, in nats; NaN without any, as in torch.
 
-    Computed in at least float32, in any precision of the logits. Source: ``torch.nn.functional.cross_entropy``.
+    With `num_items`, return their sum divided by that number. `ignore_index` takes the place of -100. Computed in at
+    least float32, in any precision of the logits. Source: ``torch.nn.functional.cross_entropy``.
 
     Raises
     ------
@@ -47,14 +51,16 @@ def cross_entropy(logits: Float[np.ndarray, "tokens classes"], labels: Int[np.nd
     >>> round(cross_entropy(np.zeros((2, 4)), np.array([1, -100])), 4)
     1.3863
     """
-    counted = labels != IGNORED
+    counted = labels != ignore_index
     outside = counted & ((labels < 0) | (labels >= logits.shape[-1]))
     if outside.any():
-        raise InputError(f"label {labels[outside][0]} is neither -100 nor a class (0 to {logits.shape[-1] - 1})")
-    if not counted.any():
+        raise InputError(
+            f"label {labels[outside][0]} is neither {ignore_index} nor a class (0 to {logits.shape[-1] - 1})"
+        )
+    if not counted.any() and num_items is None:
         return float("nan")
     picked: Array = log_softmax(logits[counted])[np.arange(counted.sum()), labels[counted]]
-    return -float(np.mean(picked))
+    return -float(np.mean(picked)) if num_items is None else -float(np.sum(picked)) / num_items
 
 
 def _check_labels(labels: npt.ArrayLike, kinds: str, shape: tuple[int, ...], needed: str) -> Array:
@@ -107,7 +113,10 @@ def binary_cross_entropy(logits: Float[np.ndarray, "*shape"], labels: npt.ArrayL
     return float(np.mean(np.maximum(z, 0) - z * targets + np.log1p(np.exp(-np.abs(z)))))
 
 
-def causal_lm_loss(logits: Logits, labels: npt.ArrayLike) -> float:
+def causal_lm_loss(
+    logits: Logits, labels: npt.ArrayLike, num_items_in_batch: float | None = None, ignore_index: int = IGNORED,
+    shift_labels: npt.ArrayLike | None = None,
+) -> float:  # fmt: skip
     """Compute the cross entropy of each token given the tokens before it, in nats per token.
 
     The logits at place ``t`` are compared with the label at ``t + 1``; labels of -100 do not count. This is
@@ -119,6 +128,12 @@ def causal_lm_loss(logits: Logits, labels: npt.ArrayLike) -> float:
         From `forward`.
     labels : int array (batch, seq)
         Usually the input ids themselves, with -100 at padding.
+    num_items_in_batch : float, optional
+        What the sum of the losses is divided by, in place of how many labels count.
+    ignore_index : int
+        In place of -100.
+    shift_labels : int array (batch, seq), optional
+        In place of `labels`: the label at place ``t`` judges the logits at place ``t``.
 
     Raises
     ------
@@ -130,8 +145,11 @@ def causal_lm_loss(logits: Logits, labels: npt.ArrayLike) -> float:
     >>> round(causal_lm_loss(np.zeros((1, 3, 4)), [[1, 2, 3]]), 4)
     1.3863
     """
-    targets = _check_labels(labels, "iu", logits.shape[:2], f"they must be whole numbers of shape {logits.shape[:2]}")
-    return cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), targets[:, 1:].ravel())
+    given = labels if shift_labels is None else shift_labels
+    targets = _check_labels(given, "iu", logits.shape[:2], f"they must be whole numbers of shape {logits.shape[:2]}")
+    if shift_labels is None:
+        logits, targets = logits[:, :-1], targets[:, 1:]
+    return cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.ravel(), num_items_in_batch, ignore_index)
 
 
 def last_tokens(input_ids: TokenIds, pad_token_id: int) -> Int[np.ndarray, " batch"]:
@@ -150,6 +168,21 @@ def last_tokens(input_ids: TokenIds, pad_token_id: int) -> Int[np.ndarray, " bat
     return last
 
 
+def infer_problem_type(labels: npt.ArrayLike, num_labels: int) -> str:
+    """Return the kind of problem: one class is a regression, whole numbers are single labels, others multi-label.
+
+    Source: transformers ``ForSequenceClassificationLoss``.
+
+    Examples
+    --------
+    >>> infer_problem_type([2, 0], 3)
+    'single_label_classification'
+    """
+    if num_labels == 1:
+        return "regression"
+    return "single_label_classification" if as_array(labels, "labels").dtype.kind in "iu" else MULTI_LABEL
+
+
 def sequence_classification_loss(
     logits: Float[np.ndarray, "batch labels"], labels: npt.ArrayLike, problem_type: str | None
 ) -> float:
@@ -166,9 +199,7 @@ def sequence_classification_loss(
         Single label: the class of each sequence, whole numbers of shape ``(batch,)``, -100 to leave one out.
         Multi-label: for each sequence and class a number from 0.0 to 1.0.
     problem_type : str, optional
-        Selects one of the three. If not given, one class means regression, whole numbers mean single labels, and other
-        numbers mean multi-label, as in transformers. In transformers, the guess is stored in the configuration for
-        later calls.
+        Selects one of the three; see `infer_problem_type` if not given.
 
     Raises
     ------
@@ -183,16 +214,14 @@ def sequence_classification_loss(
     1.3863
     """
     targets, num_labels = as_array(labels, "labels"), logits.shape[1]
-    whole = targets.dtype.kind in "iu"
-    guessed = "regression" if num_labels == 1 else "single_label_classification" if whole else MULTI_LABEL
-    match problem_type or guessed:
+    match problem_type or infer_problem_type(targets, num_labels):
         case "regression" if num_labels == 1:
             return mean_squared_error(logits[:, 0], targets.reshape(-1))
         case "regression":
             return mean_squared_error(logits, targets)
         case "multi_label_classification":
             return binary_cross_entropy(logits, targets)
-    if not whole or targets.size != len(logits):
+    if targets.dtype.kind not in "iu" or targets.size != len(logits):
         raise InputError(
             f"labels have shape {targets.shape} and dtype {targets.dtype}: "
             f"they must be one class for each of the {len(logits)} sequences, whole numbers from 0 to {num_labels - 1}"

@@ -218,13 +218,24 @@ def test_every_mistake_is_one_line_and_exit_2(arguments, reason, capsys) -> None
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["sing"], ["generate", "x", "--dtype", "int8"], ["trace", "x"], ["generate", "x", "--top-k", "a"]]
+    "arguments",
+    [
+        [],
+        ["sing"],
+        ["generate", "x", "--dtype", "int8"],
+        ["trace", "x"],
+        ["generate", "x", "--top-k", "a"],
+        ["9" * 9999],
+    ],
+    ids=["nothing", "command", "dtype", "output", "number", "long"],
 )
 def test_misuse_is_one_line_and_exit_2(arguments, capsys) -> None:
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     assert ended.value.code == MISUSE
-    assert capsys.readouterr().err.count("\n") == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert len(err) < 2000
 
 
 def test_a_trace_that_cannot_be_written_leaves_nothing(tmp_path, capsys, monkeypatch) -> None:

@@ -1,5 +1,6 @@
 """JSON objects and safetensors files of strangers: read, or refused in one line that names the file."""
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -13,6 +14,7 @@ from refgemma.files import (
     AXES_LIMIT,
     JSON_LIMIT,
     LFS_POINTER,
+    new_file,
     open_file,
     open_tensors,
     parse_object,
@@ -123,11 +125,27 @@ def test_a_new_file_keeps_the_mode_of_the_old_one(tmp_path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-def test_what_a_killed_process_left_blocks_nothing_and_goes(tmp_path: Path) -> None:
+def test_what_a_killed_process_left_goes_and_what_is_being_written_stays(tmp_path: Path) -> None:
+    for pid in ("1234", "5678"):
+        (tmp_path / f".run.{pid}.part").write_bytes(b"half")
+    with new_file(tmp_path / "run") as file:
+        [being_written] = tmp_path.glob("*.part")  # the two others are nobody's
+        replace_file(tmp_path / "run", b"whole")
+        assert being_written.exists()
+        file.write(b"later")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"run": b"later"}
+
+
+def test_where_a_file_system_has_no_locks_age_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old, young = tmp_path / ".run.1234.part", tmp_path / ".run.5678.part"
     for partial in (old, young):
         partial.write_bytes(b"half")
     os.utime(old, (0, 0))
+
+    def refuse(*_: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
     replace_file(tmp_path / "run", b"whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == [young.name, "run"]
 

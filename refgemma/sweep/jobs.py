@@ -14,6 +14,7 @@ import json
 import math
 import shlex
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -116,8 +117,8 @@ def _job(fields: dict[str, Any], folder: Path) -> Job:
     if ("trace" in fields) == ("run" in fields):
         raise InputError("give either trace (a file) or run (a command that writes one), not both or neither")
     given: dict[str, Any] = {"model": "tiny", "allow": 1.0} | fields
-    if not 0 < given["allow"] < np.inf:
-        raise InputError(f"allow is {given['allow']}; it must be a factor above 0")
+    if not 0 < given["allow"] <= sys.float_info.max:
+        raise InputError(f"allow is {quote(given['allow'])}; it must be a factor above 0")
     command = given.get("run", "{trace} {prompt}" if "prompt" in given else "{trace}")
     if "{trace}" not in command or ("prompt" in given) != ("{prompt}" in command):
         raise InputError(

@@ -12,7 +12,15 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    BrokenExecutor,
+    CancelledError,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    wait,
+)
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from multiprocessing import Pipe, get_context
@@ -74,20 +82,30 @@ def cluster(address: str) -> Iterator[tuple[Pool, int]]:
     ------
     UsageError
         If dask.distributed is not installed, or no scheduler answers.
+    RefgemmaError
+        If the scheduler ends before the work.
     """
     try:
         from distributed import Client
+        from distributed.utils import silence_logging_cmgr
     except ImportError:
         raise UsageError('--scheduler needs dask.distributed: pip install "refgemma[cluster]"') from None
     try:
         client = Client(address, timeout="10s", set_as_default=False)
     except (OSError, ValueError) as error:
         raise UsageError(f"--scheduler {address}: no scheduler answers ({error})") from None
-    with client:
+    with silence_logging_cmgr("CRITICAL"), client:  # else it prints tracebacks when it loses its scheduler
         threads = sum(client.nthreads().values())
         if not threads:
             raise UsageError(f"--scheduler {address}: it has no workers")
-        yield (lambda workers: nullcontext(client.get_executor(pure=False))), 2 * threads
+        try:
+            yield (lambda workers: nullcontext(client.get_executor(pure=False))), 2 * threads
+        except Exception as error:
+            if client.status == "running" and not isinstance(error, CancelledError):
+                raise
+            raise RefgemmaError(
+                f"--scheduler {address}: the scheduler ended before the work; the same command continues with another"
+            ) from None
 
 
 def is_lost_worker(error: BaseException) -> bool:

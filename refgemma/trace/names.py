@@ -115,7 +115,7 @@ def target_file(path: str | Path) -> Path:
     refgemma.inputs.InputError: /: is a folder; give the name of a file to write
     """
     target = Path(os.path.realpath(path))
-    if not str(path) or target.is_dir():
+    if not str(path) or target.is_dir() or str(path).endswith("/"):
         raise InputError(f"{path or repr('')}: is a folder; give the name of a file to write")
     if target.exists() and not target.is_file():
         raise InputError(f"{path}: is a device or a pipe; give the name of a file to write")

@@ -72,7 +72,9 @@ def blocks(kind: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
         return raw.reshape(shape[0], -1)
 
 
-def write(path: Path, changes: dict[str, Any] | None = None, tensors: dict[str, Any] | None = None) -> Path:
+def write(
+    path: Path, changes: dict[str, Any] | None = None, tensors: dict[str, Any] | None = None, part: int = 0
+) -> Path:
     """A GGUF file by the library: the metadata of llama.cpp's converter, some of them changed or (None) left out."""
     config = CONFIG
     about: dict[str, Any] = {
@@ -87,7 +89,7 @@ def write(path: Path, changes: dict[str, Any] | None = None, tensors: dict[str, 
         "gemma2.attention.sliding_window": config.sliding_window,
         "tokenizer.ggml.bos_token_id": 2, "tokenizer.ggml.eos_token_id": 1, "tokenizer.ggml.padding_token_id": 0,
     }  # fmt: skip
-    writer = gguf.GGUFWriter(path, (changes or {}).pop("general.architecture", "gemma2"))
+    writer = gguf.GGUFWriter(path, (changes or {}).pop("general.architecture", "gemma2"), split_max_tensors=part)
     for key, value in (about | (changes or {})).items():
         adds = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array,
                 bool: writer.add_bool}  # fmt: skip
@@ -201,7 +203,7 @@ def test_the_query_scalar_is_that_of_llama_cpp(layers: int, scalar: int, tmp_pat
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "architecture": ({"general.architecture": "gemma3"}, {}, "'gemma3'.* not a model of architecture 'gemma2'"),
     "adapter": ({"general.type": "adapter"}, {}, "of type 'adapter'"),
-    "part": ({"split.count": 3}, {}, "llama-gguf-split --merge"),
+    "part": ({"split.count": 3}, {}, "is a part of 3, without the name of one"),
     "rope scaling": ({"gemma2.rope.scaling.factor": 2.0}, {}, r"rope\.scaling\.factor is 2\.0"),
     "head widths": ({"gemma2.attention.value_length": 16}, {}, r"value_length is 16; Gemma 2 has 64"),
     "layers that differ": ({"gemma2.attention.head_count": [4, 2]}, {}, "it must be one number for all layers"),
@@ -224,6 +226,26 @@ def test_what_is_no_gemma_2_of_llama_cpp_is_refused(name: str, tmp_path: Path) -
         open_checkpoint(write(tmp_path / "a.gguf", changes, tensors))
     assert str(caught.value).startswith(str(tmp_path / "a.gguf"))
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_in_several_files(plain: Path, tmp_path: Path) -> None:
+    write(tmp_path / "a.gguf", part=9)
+    first, second, third = sorted(tmp_path.iterdir())
+    assert first.name == "a-00001-of-00003.gguf"
+    expected, found = open_checkpoint(plain), open_checkpoint(first)
+    assert found.config == expected.config
+    for name, tensor in expected.tensors.items():
+        np.testing.assert_array_equal(found.tensors[name].read("float32"), tensor.read("float32"))
+    assert {tensor.file for tensor in found.tensors.values()} == {first, second, third}
+    convert(first, tmp_path / "folder")
+    with pytest.raises(RefgemmaError, match=r"is one of 3 parts of a model; give the first, a-00001-of-00003\.gguf$"):
+        open_checkpoint(second)
+    second.write_bytes(third.read_bytes())
+    with pytest.raises(RefgemmaError, match=r"and a-00002-of-00003\.gguf are no parts of one model"):
+        open_checkpoint(first)
+    third.unlink()
+    with pytest.raises(RefgemmaError, match=r"'a-00003-of-00003\.gguf' is not beside it: download all"):
+        open_checkpoint(first)
 
 
 # --- written ----------------------------------------------------------------------------------------------------------
