@@ -203,7 +203,7 @@ def test_the_query_scalar_is_that_of_llama_cpp(layers: int, scalar: int, tmp_pat
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "architecture": ({"general.architecture": "gemma3"}, {}, "'gemma3'.* not a model of architecture 'gemma2'"),
     "adapter": ({"general.type": "adapter"}, {}, "of type 'adapter'"),
-    "part": ({"split.count": 3}, {}, "is a part of 3, without the name of one"),
+    "part": ({"split.count": 3}, {}, "is one of 3 parts; name it like"),
     "rope scaling": ({"gemma2.rope.scaling.factor": 2.0}, {}, r"rope\.scaling\.factor is 2\.0"),
     "head widths": ({"gemma2.attention.value_length": 16}, {}, r"value_length is 16; Gemma 2 has 64"),
     "layers that differ": ({"gemma2.attention.head_count": [4, 2]}, {}, "it must be one number for all layers"),
@@ -241,10 +241,10 @@ def test_a_model_in_several_files(plain: Path, tmp_path: Path) -> None:
     with pytest.raises(RefgemmaError, match=r"is one of 3 parts of a model; give the first, a-00001-of-00003\.gguf$"):
         open_checkpoint(second)
     second.write_bytes(third.read_bytes())
-    with pytest.raises(RefgemmaError, match=r"and a-00002-of-00003\.gguf are no parts of one model"):
+    with pytest.raises(RefgemmaError, match=r"and a-00002-of-00003\.gguf are not parts of the same model"):
         open_checkpoint(first)
     third.unlink()
-    with pytest.raises(RefgemmaError, match=r"'a-00003-of-00003\.gguf' is not beside it: download all"):
+    with pytest.raises(RefgemmaError, match=r"'a-00003-of-00003\.gguf' is missing; download all parts"):
         open_checkpoint(first)
 
 
