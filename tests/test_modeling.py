@@ -247,7 +247,7 @@ def test_arguments_that_belong_to_transformers_are_refused_with_advice() -> None
         Gemma2ForCausalLM.from_pretrained("tiny", load_in_4bit=True)
     with pytest.raises(ConfigError, match="attn_implementation='sdpa': attention is that of transformers' 'eager'"):
         Gemma2Model.from_pretrained("tiny", attn_implementation="sdpa")
-    with pytest.raises(ValueError, match="unknown dtype 'int8': float64, float32"):
+    with pytest.raises(ValueError, match="unknown dtype 'int8'; it must be one of float64, float32"):
         Gemma2Model.from_pretrained("tiny", dtype="int8")
 
 

@@ -558,7 +558,7 @@ def test_resize_token_embeddings(model: Any) -> None:
     np.testing.assert_allclose(logits[:, :3, :2048], before[:, :3], rtol=0, atol=SAME)
     assert model.resize_token_embeddings(2000).weight.shape == (2000, 234)
     assert model.resize_token_embeddings().weight.shape == (2000, 234)
-    with pytest.raises(InputError, match="not in the vocabulary of 2000 tokens"):
+    with pytest.raises(InputError, match="the vocabulary has 2000 tokens"):
         model([[2000]])
 
 
