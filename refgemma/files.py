@@ -347,7 +347,7 @@ def lock_folder(folder: Path, error: type[RefgemmaError]) -> Iterator[None]:
 
 
 def _remove_abandoned(target: Path) -> None:
-    """Remove what killed processes left of `target`: nobody holds its lock, or it is old."""
+    """Remove partial files of `target` that killed processes left: they are unlocked, or old."""
     for left in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
         with suppress(OSError), open_file(left) as file:  # another process may remove it too
             if lock(file.fileno()) or time.time() - left.stat().st_mtime > ABANDONED:
@@ -374,7 +374,7 @@ def _create(target: Path) -> tuple[Path, BinaryIO]:
 def new_file(path: str | Path) -> Iterator[BinaryIO]:
     """Open a new file that replaces `path` at the end; after an error the new file is removed and `path` is unchanged.
 
-    What a killed process left is removed by the next one that writes the same file.
+    The next process that writes the same file removes the partial files of killed ones.
 
     Raises
     ------

@@ -241,7 +241,7 @@ def test_a_model_in_several_files(plain: Path, tmp_path: Path) -> None:
     with pytest.raises(RefgemmaError, match=r"is one of 3 parts of a model; give the first, a-00001-of-00003\.gguf$"):
         open_checkpoint(second)
     second.write_bytes(third.read_bytes())
-    with pytest.raises(RefgemmaError, match=r"and a-00002-of-00003\.gguf are no parts of one model"):
+    with pytest.raises(RefgemmaError, match=r"and a-00002-of-00003\.gguf are parts of different models"):
         open_checkpoint(first)
     third.unlink()
     with pytest.raises(RefgemmaError, match=r"'a-00003-of-00003\.gguf' is not beside it: download all"):
