@@ -76,9 +76,10 @@ def _read_added_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, dic
     if found is None:
         where, kind = f"{folder / ADDED_FILE}: its tokens", "listed_tokens"
         special = {str(_unwrap(value)) for name, value in config.items() if name.endswith("_token")}
-        special |= {str(_unwrap(token)) for token in config.get("extra_special_tokens") or []}
+        extra = config.get("extra_special_tokens") or []
+        special |= {str(_unwrap(token)) for token in (extra.values() if isinstance(extra, dict) else extra)}
         listed = _read_if_there(folder / ADDED_FILE)
-        found = {token: {"content": name, "special": name in special} for name, token in listed.items()}
+        found = {str(token): {"content": name, "special": name in special} for name, token in listed.items()}
     if not isinstance(found, dict):
         raise TokenizerError(f"{where} are no mapping from ids: {quote(found)}")
     try:

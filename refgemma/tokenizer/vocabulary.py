@@ -175,7 +175,8 @@ class Vocabulary:
         self.added: dict[str, AddedToken] = {}
         self.add([token for _, token in sorted(file.added, key=lambda entry: entry[0])])
         self.add([AddedToken(name, special=True) for name in self.special if name not in self.added])
-        moved = [f"{t} has the id {self.ids[str(t)]}, not {n}" for n, t in file.added if self.ids[str(t)] != n]
+        known = [(n, str(t), self.ids[str(t)]) for n, t in file.added if str(t)]  # an empty one is left out
+        moved = [f"{name} has the id {token}, not {n}" for n, name, token in known if token != n]
         if moved:
             warnings.warn(
                 f"{file.name}: {', '.join(moved[:3])}{', ...' * (len(moved) > 3)}: a piece keeps its id, and "

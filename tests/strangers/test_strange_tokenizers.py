@@ -218,6 +218,19 @@ def test_added_tokens_json_is_read(tmp_path: Path) -> None:
     assert Tokenizer.from_pretrained(tmp_path).encode("<tool><x>") == [BOS, 2049, 2048]
 
 
+def test_an_empty_added_token_is_left_out(tmp_path: Path) -> None:
+    # tokenizers 0.23.3: add_tokens(["", "<tool>"]) adds one, and ids begin after the vocabulary.
+    (folder_with(tmp_path) / "added_tokens.json").write_text('{"": 4, "<tool>": 2048}')
+    assert Tokenizer.from_pretrained(tmp_path).encode("<tool>") == [BOS, 2048]
+
+
+@pytest.mark.parametrize("ids", [{"a": 1}, [2048], "2048x", None, 2048.5])
+def test_added_tokens_json_with_odd_ids_is_refused(ids: object, tmp_path: Path) -> None:
+    (folder_with(tmp_path) / "added_tokens.json").write_text(json.dumps({"<tool>": ids}))
+    with pytest.raises(TokenizerError, match="added tokens: have an id that is no number"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
 def test_a_renamed_piece_gets_the_id_that_transformers_gives_and_that_is_said(tmp_path: Path) -> None:
     folder_with(tmp_path, added_tokens_decoder={"4": token("<|im_start|>", special=True)})
     with pytest.warns(UserWarning, match=r"<\|im_start\|> has the id 2048, not 4"):
