@@ -74,7 +74,7 @@ def _read_added_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, dic
     where, kind = f"{folder / CONFIG_FILE}: its added tokens", "added_tokens"
     found = config.get("added_tokens_decoder")
     if found is None:
-        where, kind = f"{folder / ADDED_FILE}: its tokens", "listed_tokens"
+        where, kind = f"{folder / ADDED_FILE}: its added tokens", "listed_tokens"
         special = {str(_unwrap(value)) for name, value in config.items() if name.endswith("_token")}
         extra = config.get("extra_special_tokens") or []
         special |= {str(_unwrap(token)) for token in (extra.values() if isinstance(extra, dict) else extra)}
