@@ -205,11 +205,11 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "adapter": ({"general.type": "adapter"}, {}, "of type 'adapter'"),
     "part": ({"split.count": 3}, {}, "is a part of 3, without the name of one"),
     "rope scaling": ({"gemma2.rope.scaling.factor": 2.0}, {}, r"rope\.scaling\.factor is 2\.0"),
-    "head widths": ({"gemma2.attention.value_length": 16}, {}, r"value_length is 16, where Gemma 2 has 64"),
-    "layers that differ": ({"gemma2.attention.head_count": [4, 2]}, {}, "not a number that all layers share"),
+    "head widths": ({"gemma2.attention.value_length": 16}, {}, r"value_length is 16; Gemma 2 has 64"),
+    "layers that differ": ({"gemma2.attention.head_count": [4, 2]}, {}, "it must be one number for all layers"),
     "text for a number": ({"gemma2.block_count": "2"}, {}, "block_count is '2'"),
-    "too many layers": ({"gemma2.block_count": 2**31}, {}, "num_hidden_layers must be a whole number"),
-    "no heads": ({"gemma2.attention.head_count": 0}, {}, "num_attention_heads must be"),
+    "too many layers": ({"gemma2.block_count": 2**31}, {}, r"num_hidden_layers is .*; it must be a whole number"),
+    "no heads": ({"gemma2.attention.head_count": 0}, {}, r"num_attention_heads is .*; it must be"),
     "no embedding": ({}, {"token_embd.weight": None}, "token_embd.weight, the embedding"),
     "a tensor less": ({}, {"blk.1.attn_q.weight": None}, r"lacks 'blk\.1\.attn_q\.weight'"),
     "a head": ({}, {"output.weight": np.zeros((2050, 256), np.float32)}, "holds 'output.weight'"),
@@ -392,7 +392,7 @@ def test_a_file_is_a_model(plain: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert {"name": Q_PROJ, "shape": [256, 256], "dtype": "float32"} in about["tensors"]
     assert main(["generate", "--model", str(plain), "--ids", "2,7", "--max-new-tokens", "3"]) == 0
     assert capsys.readouterr().out.strip()
-    with pytest.raises(refgemma.ModelNameError, match=r"has no file other\.gguf"):
+    with pytest.raises(refgemma.ModelNameError, match=r"the file other\.gguf is missing"):
         refgemma.load(plain.parent, gguf_file="other.gguf")
     with pytest.raises(refgemma.ModelNameError, match="no such folder"):
         refgemma.load(plain.parent / "other.gguf")
@@ -435,7 +435,7 @@ DAMAGED: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "another file": (lambda raw: b"PK" + raw, "does not begin with the letters GGUF"),
     "another version": (lambda raw: patched(raw, 4, "I", 1), "version 1"),
     "big endian": (lambda raw: patched(raw, 4, "I", 3 << 24), "byte order"),
-    "cut in the header": (lambda raw: raw[:300], "ends before what its header promises"),
+    "cut in the header": (lambda raw: raw[:300], "is too short: its header promises"),
     "cut in a tensor": (lambda raw: raw[:-1], "would end beyond that"),
     "a text beyond the file": (lambda raw: patched(raw, 24, "Q", 2**62), "ends before"),
     "tensors without end": (lambda raw: patched(raw, 8, "Q", 2**64 - 1), "promises 18446744073709551615 tensors"),

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fuzz import ADAPTER, ADAPTER_SETTINGS, BASE_FILES, SMALL
+from fuzz.readers import ADAPTER, ADAPTER_SETTINGS, BASE_FILES, SMALL
 from safetensors.numpy import save_file
 
 import refgemma

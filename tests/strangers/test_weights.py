@@ -184,7 +184,7 @@ def test_a_null_activation_is_refused_as_in_transformers() -> None:
 
 def test_label2id_alone_is_left_unread() -> None:
     raw = {k: v for k, v in CONFIG.to_dict().items() if k not in ("id2label", "num_labels")}
-    with pytest.warns(UserWarning, match="label2id without id2label is not read"):
+    with pytest.warns(UserWarning, match="label2id without id2label is ignored"):
         found = Gemma2Config.from_dict(raw | {"label2id": {"a": 0, "b": 1, "c": 2}})
     assert (found.num_labels, found.label2id) == (2, {"LABEL_0": 0, "LABEL_1": 1})
 
