@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2."""
-        self.exit(MISUSE, escape(f"{self.prog}: {message} (see {self.prog} --help)") + "\n")
+        self.exit(MISUSE, escape(f"{self.prog}: {shorten(message)} (see {self.prog} --help)") + "\n")
 
 
 def parser() -> Parser:
@@ -240,8 +240,12 @@ def run_command(argv: Sequence[str] | None) -> int:
 
 def describe_error(error: Exception) -> str:
     """Return an error's message in one line, an OSError's with its file."""
-    said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-    said = " ".join(said.split())
-    if len(said) > LINE:  # it quotes a damaged file: where and what to do stand at the two ends
-        said = f"{said[: LINE - 400]} ... {said[-400:]}"
-    return said
+    return shorten(
+        f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+    )
+
+
+def shorten(message: str) -> str:
+    """Return a message in one line; the two ends of a long one say where the fault is and what to do."""
+    said = " ".join(message.split())
+    return said if len(said) <= LINE else f"{said[: LINE - 400]} ... {said[-400:]}"

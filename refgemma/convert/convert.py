@@ -37,6 +37,7 @@ from refgemma.hub import ADAPTER_CONFIG, CONFIG_JSON, GGUF, refuse_links
 from refgemma.precision import Array
 from refgemma.tokenizer.gguf_tokenizer import has_tokens
 from refgemma.tokenizer.tokenizer import Tokenizer
+from refgemma.weights.adapters import ADAPTER_MODEL, PICKLED_ADAPTER
 from refgemma.weights.checkpoint import (
     INDEX,
     SINGLE,
@@ -373,7 +374,9 @@ def open_source(
 
 
 def _open_hf(path: Path, kind: str) -> Source:
-    checkpoint = open_checkpoint(path)
+    pickled = path / PICKLED_ADAPTER
+    adapter = read_torch(pickled) if pickled.exists() and not (path / ADAPTER_MODEL).exists() else None
+    checkpoint = open_checkpoint(path, adapter)
     _check_layout(path, hf_layout(checkpoint.config), checkpoint.tensors)
     return Source(path, kind, checkpoint.config, _unfold(hf_layout(checkpoint.config), checkpoint.tensors))
 
