@@ -4,6 +4,7 @@ and, for the defaults, the Transformers documentation page of Gemma 2."""
 import difflib
 import functools
 import json
+import operator
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -28,7 +29,12 @@ REQUIRED = (
 )  # fmt: skip
 
 LABELS_LIMIT = 2**20  # more classes than any classifier has; their names are written out
-LAYERS_LIMIT = 2**16  # each has a type: a number without limit would take memory without limit
+# Four times and more of what any Gemma has. Without limits, a few lines of JSON and a file of holes take all memory.
+LAYERS_LIMIT = 2**10
+LIMITS = {
+    LAYERS_LIMIT: ("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 2**12: ("head_dim",),
+    2**15: ("hidden_size",), 2**18: ("intermediate_size",), 2**20: ("vocab_size",),
+}  # fmt: skip
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 # Left out of a file where they have their defaults: they say how a model is used, not which one it is.
@@ -551,7 +557,7 @@ def _is_id(value: object) -> bool:
 # What a value must be -> how that is seen, and of which fields.
 _VALUES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "a whole number from 1 to 2147483647": (_is_size, (*REQUIRED[:-1], "max_position_embeddings", "sliding_window")),
-    f"at most {LAYERS_LIMIT}": (lambda value: value <= LAYERS_LIMIT, ("num_hidden_layers",)),
+    **{f"at most {limit}": (functools.partial(operator.ge, limit), names) for limit, names in LIMITS.items()},
     "a number above 0 and below 1e300": (_is_positive, ("rms_norm_eps", "rope_theta", "query_pre_attn_scalar")),
     "a number above 0, or None for no cap": (
         lambda value: value is None or _is_positive(value), ("attn_logit_softcapping", "final_logit_softcapping"),
