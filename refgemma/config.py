@@ -551,7 +551,7 @@ def _is_size(value: object) -> bool:
 
 
 def _is_id(value: object) -> bool:
-    return value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0)
+    return value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31)
 
 
 # What a value must be -> how that is seen, and of which fields.
@@ -608,6 +608,8 @@ def _find_problems(config: Gemma2Config) -> Iterator[str]:
     labels, label_names = config.num_labels, config.id2label
     if not isinstance(label_names, Mapping) or sorted(label_names) != list(range(labels or 0)):
         yield f"id2label must name each of the {labels!r} labels, 0 and up, not {label_names!r}"
+    if not isinstance(config.label2id, Mapping):
+        yield f"label2id must be an object from names to numbers, not {config.label2id!r}"
     if config.problem_type == "single_label_classification" and labels == 1:
         yield "problem_type single_label_classification needs num_labels above 1: one class is no choice"
     kinds: Any = config.layer_types
