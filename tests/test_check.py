@@ -325,6 +325,7 @@ def own_trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(st.sampled_from(NUMBERS), st.floats(-310, 310))
 @example("rope_theta", -299.0)  # no angle is finite
