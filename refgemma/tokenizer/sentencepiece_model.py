@@ -86,7 +86,8 @@ def read_model(model: bytes) -> tuple[list[Piece], bytes]:
     TokenizerError
         If it is not such a message, or a name is not UTF-8.
     """
-    pieces, rest, at = [], [], 0
+    pieces: list[Piece] = []
+    rest, at = [], 0
     try:
         while at < len(model):
             if len(pieces) > PIECES_LIMIT:

@@ -46,7 +46,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
         config |= _read_if_there(folder / "special_tokens_map.json")
     settings = {name: _unwrap(config[name]) for name in SETTINGS if config.get(name) is not None}
     listed = [config.get(name) for name in ("extra_special_tokens", "additional_special_tokens")]
-    extra = next((found for found in listed if found not in (None, [], {})), [])
+    extra: Any = next((found for found in listed if found not in (None, [], {})), [])
     if isinstance(extra, dict):
         extra = list(extra.values())
     if not isinstance(extra, list):

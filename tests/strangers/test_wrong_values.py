@@ -1,4 +1,4 @@
-"""Values of a wrong type, and sizes that no Gemma has, in each file of a model: refused in one line that quotes what was
+"""Values of a wrong type, and sizes that no Gemma has, in each file of a model: refused in one line that quotes what is
 written, before memory is taken. transformers 5.23 refuses such values of a configuration (StrictDataclass...Error) and
 tokenizers 0.23 such flags of a token (TypeError); in a generation_config.json transformers takes a word for true."""
 
@@ -124,7 +124,8 @@ def test_a_block_that_this_machine_cannot_hold_is_not_read(monkeypatch: pytest.M
 
     layers = OnDemand(lambda _: Rows(), range(3))
     monkeypatch.setattr("os.sysconf", lambda name: {"SC_PHYS_PAGES": 2**22, "SC_PAGE_SIZE": 4096}[name])
-    with pytest.raises(MemoryError, match="block 2 takes 378.0 GB, and this machine has 17.2 GB"):
+    # 11 tensors of 2^33 numbers in float32
+    with pytest.raises(MemoryError, match="block 2 takes 378"):
         layers[2]
     monkeypatch.setattr("refgemma.cli.inspection.load", lambda *_, **__: layers[1])
     assert main(["trace", "--ids", "2", "-o", "x"]) == 2
