@@ -48,7 +48,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
     if "added_tokens_decoder" not in config:
         config |= _read_if_there(folder / "special_tokens_map.json")
     settings = {name: _unwrap(config[name]) for name in SETTINGS if config.get(name) is not None}
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    listed = [config.get(name) for name in ("extra_special_tokens", "additional_special_tokens")]
+    extra: Any = next((found for found in listed if found not in (None, [], {})), [])
     if isinstance(extra, dict):
         extra = list(extra.values())
     if not isinstance(extra, list):
