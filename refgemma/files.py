@@ -23,13 +23,13 @@ from safetensors import SafetensorError, safe_open
 
 from refgemma.errors import RefgemmaError
 
-if sys.platform != "win32":  # where files that are being written are known by their age alone
+if sys.platform != "win32":  # on Windows only the age of a partial file shows that it is abandoned
     import fcntl
 
 TEXT_LIMIT = 1_000_000_000  # bytes of a text: the log of an engine may be long
 JSON_LIMIT = 100_000_000  # bytes: safetensors' limit for a header, the longest JSON text of a checkpoint
 AXES_LIMIT = 64  # NumPy's limit
-DEPTH_LIMIT = 100  # of JSON: a function that calls itself for each level would reach Python's limit
+DEPTH_LIMIT = 100  # of JSON: a recursive function would reach Python's limit
 ABANDONED = 24 * 3600  # seconds after which a partial file is assumed to be left by a killed process
 LFS_POINTER = b"version https://git-lfs"
 
@@ -173,7 +173,7 @@ def parse_object(text: bytes) -> dict[str, Any]:
         items = (item for value in level for item in (value.values() if isinstance(value, dict) else value))
         level = [item for item in items if isinstance(item, dict | list)]
     if level:
-        raise RefgemmaError(f"is not read: its objects and lists are nested more than {DEPTH_LIMIT} deep")
+        raise RefgemmaError(f"is not read: its objects and lists are nested more than {DEPTH_LIMIT} levels deep")
     return found
 
 
@@ -355,7 +355,7 @@ def lock_folder(folder: Path, error: type[RefgemmaError]) -> Iterator[None]:
 
 
 def _remove_abandoned(target: Path) -> None:
-    """Remove partial files of `target` that killed processes left: they are unlocked, or old."""
+    """Remove partial files of `target` from killed processes: no process holds their lock, or they are old."""
     for left in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
         with suppress(OSError), open_file(left) as file:  # another process may remove it too
             if lock(file.fileno()) or time.time() - left.stat().st_mtime > ABANDONED:
@@ -363,13 +363,13 @@ def _remove_abandoned(target: Path) -> None:
 
 
 def _create(target: Path) -> tuple[Path, BinaryIO]:
-    """Create a file beside `target` and lock it, so that no other process takes it for an abandoned one."""
+    """Create a file beside `target` and lock it, so that no other process removes it as abandoned."""
     while True:
         partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
         file = partial.open("xb")
         try:
             lock(file.fileno(), wait=True)
-            if partial.exists():  # between the two lines above another process may have found it unlocked
+            if partial.exists():  # another process may have removed it before it was locked
                 return partial, file
         except BaseException:
             partial.unlink(missing_ok=True)
@@ -382,7 +382,7 @@ def _create(target: Path) -> tuple[Path, BinaryIO]:
 def new_file(path: str | Path) -> Iterator[BinaryIO]:
     """Open a new file that replaces `path` at the end; after an error the new file is removed and `path` is unchanged.
 
-    The next process that writes the same file removes the partial files of killed ones.
+    The next process that writes the same file removes partial files of killed processes.
 
     Raises
     ------

@@ -38,8 +38,8 @@ def cross_entropy(
 ) -> float:  # fmt: skip
     """Compute the mean of ``-log p(label)`` over the labels that are not -100, in nats; NaN without any, as in torch.
 
-    With `num_items`, return their sum divided by that number. `ignore_index` takes the place of -100. Computed in at
-    least float32, in any precision of the logits. Source: ``torch.nn.functional.cross_entropy``.
+    With `num_items`, return their sum divided by that number. `ignore_index` replaces -100. Computed in at least
+    float32, in any precision of the logits. Source: ``torch.nn.functional.cross_entropy``.
 
     Raises
     ------
