@@ -109,6 +109,13 @@ def test_a_wrong_answer_is_found(case: Case, problem: str, monkeypatch: pytest.M
     assert run_case(case).problem == problem
 
 
+def test_processor_time_and_memory_of_a_case_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command_line, "main", do(lambda: sum(range(3_000_000)) + len(b"x" * 2**27)))
+    result = run_case(Case(["info"]))
+    assert result.seconds > 0.01
+    assert result.peak > 2**27
+
+
 def test_a_hang_and_a_crash_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def main(_: list[str]) -> int:
         if ran.exists():

@@ -166,7 +166,7 @@ def run(families: list[str], seed: int, seconds: float, workers: int, folder: Pa
                 done += 1
                 row = rows[family]
                 row.codes[result.code] += 1
-                row.slowest = max(row.slowest, (worker.used() - worker.cpu, number))
+                row.slowest = max(row.slowest, (result.seconds, number))
                 row.peak = max(row.peak, result.peak)
                 if result.problem:
                     kind = re.sub(r"\d+", "N", result.problem)
