@@ -133,8 +133,8 @@ def test_a_hang_and_a_crash_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
         found = []
         while len(found) < 2:
             found += [heard] if (heard := worker.hear()) else []
-        worker.process.kill()
-        worker.process.join()
+        worker.stop()
+    assert not Path(worker.folder).exists()
     assert [where for where, _ in found] == [("configurations", 0), ("configurations", 1)]
     assert [result.problem for _, result in found] == ["is not done after 0 s", "the process ended with -9"]
 
