@@ -139,13 +139,21 @@ def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _read_float(text: str) -> float:
+    """Return a number with a fraction or an exponent; one that Python would read as infinite is quoted as written."""
+    if math.isinf(value := float(text)):
+        raise ValueError(f"the number {quote(text)} is beyond the largest float")
+    return value
+
+
 def parse_object(text: bytes) -> dict[str, Any]:
     """Parse `text`, a JSON object in UTF-8.
 
     Raises
     ------
     RefgemmaError
-        If it is not UTF-8, not JSON, not an object, nested more than 100 deep, or has a duplicate key.
+        If it is not UTF-8, not JSON, not an object, nested more than 100 deep, or has a duplicate key or a number
+        beyond all floats.
 
     Examples
     --------
@@ -155,7 +163,7 @@ def parse_object(text: bytes) -> dict[str, Any]:
     refgemma.errors.RefgemmaError: is not JSON: duplicate key 'head_dim'
     """
     try:
-        found = json.loads(text.decode("utf-8"), object_pairs_hook=_make_object)
+        found = json.loads(text.decode("utf-8"), object_pairs_hook=_make_object, parse_float=_read_float)
     except (ValueError, RecursionError) as error:
         raise RefgemmaError(f"is not JSON: {error}") from None
     if not isinstance(found, dict):

@@ -253,7 +253,7 @@ def _join_parts(first: Gguf, count: Any, error: type[RefgemmaError]) -> Gguf:
     for number, path in enumerate(paths):
         part = _read_part(path, error) if number else first
         if (part.metadata.get("split.no", 0), part.metadata.get("split.count")) != (number, count):
-            raise RefgemmaError(f"and {path.name} are not parts of the same model")
+            raise RefgemmaError(f"and {path.name} are not parts of the same model; download all parts again")
         if twice := tensors.keys() & part.tensors.keys():
             raise RefgemmaError(f"has tensor {quote(min(twice))} in two parts")
         tensors |= {

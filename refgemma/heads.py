@@ -129,11 +129,11 @@ def causal_lm_loss(
     labels : int array (batch, seq)
         Usually the input ids themselves, with -100 at padding.
     num_items_in_batch : float, optional
-        The divisor of the sum of the losses; by default the number of counted labels.
+        Divides the sum of the losses, in place of the number of labels that count.
     ignore_index : int
-        Replaces -100.
+        A label with this number does not count.
     shift_labels : int array (batch, seq), optional
-        Replaces `labels`: the logits at place ``t`` are compared with the label at place ``t``.
+        In place of `labels`: the logits at place ``t`` are compared with the label at ``t``.
 
     Raises
     ------

@@ -109,6 +109,13 @@ def test_a_wrong_answer_is_found(case: Case, problem: str, monkeypatch: pytest.M
     assert run_case(case).problem == problem
 
 
+def test_processor_time_and_memory_of_a_case_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command_line, "main", do(lambda: sum(range(3_000_000)) + len(b"x" * 2**27)))
+    result = run_case(Case(["info"]))
+    assert result.seconds > 0.01
+    assert result.peak > 2**27
+
+
 def test_a_hang_and_a_crash_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def main(_: list[str]) -> int:
         if ran.exists():
@@ -126,8 +133,8 @@ def test_a_hang_and_a_crash_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
         found = []
         while len(found) < 2:
             found += [heard] if (heard := worker.hear()) else []
-        worker.process.kill()
-        worker.process.join()
+        worker.stop()
+    assert not Path(worker.folder).exists()
     assert [where for where, _ in found] == [("configurations", 0), ("configurations", 1)]
     assert [result.problem for _, result in found] == ["is not done after 0 s", "the process ended with -9"]
 

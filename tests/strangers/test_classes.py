@@ -500,8 +500,13 @@ def test_parts_are_gone_through(model: Any) -> None:
     modules = dict(model.named_modules())
     assert modules[""] is model
     assert len(modules) == len(list(model.modules())) == 6 + 6 * 14
-    assert modules["model.layers.0.mlp"] == model.get_submodule("model.layers.0.mlp") == model.model.layers[0].mlp
+    for found in (modules["model.layers.0.mlp"], model.get_submodule("model.layers.0.mlp")):
+        assert found.up_proj.weight is not None
+        assert repr(found) == repr(model.model.layers[0].mlp)
     assert model.get_parameter("model.norm.weight").shape == (234,)
+    assert (model.can_generate(), model.model.can_generate()) == (True, False)
+    for base in (model.base_model, model.get_decoder(), model.model.base_model):
+        np.testing.assert_array_equal(base(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
     seen: list[Any] = []
     assert model.apply(seen.append) is model
     assert seen[-1] is model

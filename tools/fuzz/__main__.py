@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import re
 import resource
+import shutil
 import sys
 import tempfile
 import time
@@ -51,10 +52,11 @@ def read_case(file: Path) -> Case:
     return Case(**kept | {"files": {name: base64.b64decode(content) for name, content in kept["files"].items()}})
 
 
-def work(pipe: Connection, cases: Iterator[Where], seed: int) -> None:
+def work(pipe: Connection, cases: Iterator[Where], seed: int, folder: str) -> None:
     """Run cases in this process, and say before each which it is, and after each what it came to."""
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESSES, ADDRESSES))
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+    tempfile.tempdir = folder
     prepare()
     for family, number in cases:
         pipe.send(((family, number), None))
@@ -73,6 +75,7 @@ class Worker:
     where: Where | None = None  # the case under way
     process: Any = None
     pipe: Any = None
+    folder: str = ""
     begun: float = 0.0
     cpu: float = 0.0
     done: int = 0
@@ -84,15 +87,21 @@ class Worker:
             if turn % self.step == self.first:
                 yield self.families[place], number
 
-    def start(self) -> None:
-        """Begin, or go on behind the case at which it was ended."""
+    def stop(self) -> None:
+        """End the process and remove the files of the case under way."""
         if self.process is not None:
             self.process.kill()
             self.process.join()
             self.pipe.close()
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def start(self) -> None:
+        """Begin, or go on behind the case at which it was ended."""
+        self.stop()
+        self.folder = tempfile.mkdtemp(prefix="refgemma-fuzz-")
         self.pipe, theirs = multiprocessing.Pipe(duplex=False)
         context = multiprocessing.get_context("fork")
-        self.process = context.Process(target=work, args=(theirs, self.cases(), self.seed), daemon=True)
+        self.process = context.Process(target=work, args=(theirs, self.cases(), self.seed, self.folder), daemon=True)
         with warnings.catch_warnings(
             action="ignore", category=DeprecationWarning
         ):  # BLAS has threads, which is no harm
@@ -166,7 +175,7 @@ def run(families: list[str], seed: int, seconds: float, workers: int, folder: Pa
                 done += 1
                 row = rows[family]
                 row.codes[result.code] += 1
-                row.slowest = max(row.slowest, (worker.used() - worker.cpu, number))
+                row.slowest = max(row.slowest, (result.seconds, number))
                 row.peak = max(row.peak, result.peak)
                 if result.problem:
                     kind = re.sub(r"\d+", "N", result.problem)
@@ -180,8 +189,7 @@ def run(families: list[str], seed: int, seconds: float, workers: int, folder: Pa
         print("interrupted")
     finally:
         for worker in some:
-            worker.process.kill()
-            worker.process.join()
+            worker.stop()
     return rows
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 import traceback
 import unicodedata
 import warnings
@@ -41,6 +42,7 @@ class Result:
     code: int | None
     said: str = ""
     peak: int = 0  # bytes
+    seconds: float = 0.0  # of processor time
 
 
 # --- what a process does, as Python's audit events say ---------------------------------------------------------------
@@ -161,14 +163,14 @@ def run_case(case: Case) -> Result:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(content)
         folder.mkdir(exist_ok=True)
-        before = list_files(folder)
+        before, began = list_files(folder), time.process_time()
         code, out, err = call(case, folder, scratch)
-        peak = read_peak()
+        peak, seconds = read_peak(), time.process_time() - began
         problem = judge(case, code, out, err) or (f"takes {peak >> 20} MiB" if peak > MEMORY else "")
         if not problem:
             left = list_files(folder)
             problem = judge_files(code, before, left) or ("leaves a temporary file" if list_files(scratch) else "")
-        return Result(problem, code, f"{err[-3000:]}{LAST_FAULT[0][-3000:] if code == FAULT else ''}", peak)
+        return Result(problem, code, f"{err[-3000:]}{LAST_FAULT[0][-3000:] if code == FAULT else ''}", peak, seconds)
     finally:
         os.chdir("/")
         shutil.rmtree(top, ignore_errors=True)
