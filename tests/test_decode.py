@@ -290,9 +290,9 @@ def test_prompts_as_they_are_read() -> None:
     shape = (
         "attention_mask has shape {}; it must be (2, 3): one entry for each token so far, including those in the cache"
     )
-    refused(lambda: read(input_ids=ids, attention_mask=[[1] * 4] * 2), shape.format("(2, 4)") + " included")
-    refused(lambda: read(input_ids=ids, attention_mask=1, past_key_values=cache), shape.format("()") + " included")
-    one_row = shape.format("(3,)") + " included"
+    refused(lambda: read(input_ids=ids, attention_mask=[[1] * 4] * 2), shape.format("(2, 4)"))
+    refused(lambda: read(input_ids=ids, attention_mask=1, past_key_values=cache), shape.format("()"))
+    one_row = shape.format("(3,)")
     refused(lambda: read(input_ids=ids, attention_mask=[1, 1, 1], past_key_values=cache), one_row)
     # Embeddings: no ids, but a mask and positions.
     embeds = np.ones((2, 3, 12))
@@ -305,10 +305,10 @@ def test_prompts_as_they_are_read() -> None:
     whole = "inputs_embeds are the whole prompt: give no input_ids and no past_key_values"
     refused(lambda: read(inputs_embeds=embeds, input_ids=ids), whole)
     refused(lambda: read(inputs_embeds=embeds, past_key_values=cache), whole)
-    needed = "numbers of shape (batch, seq, 12) are needed"
+    needed = "it must be numbers of shape (batch, seq, 12)"
     refused(
         lambda: read(inputs_embeds=np.ones((2, 3, 11))),
-        f"inputs_embeds has shape (2, 3, 11) and dtype float64: {needed}",
+        f"inputs_embeds has shape (2, 3, 11) and dtype float64; {needed}",
     )
 
 
