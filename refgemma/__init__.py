@@ -23,7 +23,7 @@ Examples
 (1, 6, 7, 7)
 """
 
-import refgemma.cli.signals  # noqa: F401  (first: an interruption while the others are imported prints nothing)
+import refgemma.cli.signals  # noqa: F401  (first: then an interruption of the later imports prints nothing)
 
 # isort: split
 import sys

@@ -16,7 +16,7 @@ WITHOUT_EFFECT = frozenset({
     "use_kernels", "weights_only",
 })  # fmt: skip
 
-PACKED = "packed texts are kept apart by position_ids that begin again, with use_cache=False; leave it out"
+PACKED = "packed texts are separated by position_ids that restart, with use_cache=False; leave it out"
 
 # Argument -> the values, apart from None, that have no effect here, and the advice for any other value.
 NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {

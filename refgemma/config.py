@@ -4,6 +4,7 @@ and, for the defaults, the Transformers documentation page of Gemma 2."""
 import difflib
 import functools
 import json
+import operator
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -28,7 +29,12 @@ REQUIRED = (
 )  # fmt: skip
 
 LABELS_LIMIT = 2**20  # more classes than any classifier has; each gets a name
-LAYERS_LIMIT = 2**16  # each layer has a type, so an unlimited number would take unlimited memory
+# At least four times the largest Gemma. Without limits, a few lines of JSON and a sparse file take all memory.
+LAYERS_LIMIT = 2**10
+LIMITS = {
+    LAYERS_LIMIT: ("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 2**12: ("head_dim",),
+    2**15: ("hidden_size",), 2**18: ("intermediate_size",), 2**20: ("vocab_size",),
+}  # fmt: skip
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 # Omitted from a file if they have their defaults: they describe the use of a model, not the model.
@@ -544,13 +550,13 @@ def _is_size(value: object) -> bool:
 
 
 def _is_id(value: object) -> bool:
-    return value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0)
+    return value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31)
 
 
 # Requirement -> the function that checks it, and the fields it applies to.
 _VALUES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "a whole number from 1 to 2147483647": (_is_size, (*REQUIRED[:-1], "max_position_embeddings", "sliding_window")),
-    f"at most {LAYERS_LIMIT}": (lambda value: value <= LAYERS_LIMIT, ("num_hidden_layers",)),
+    **{f"at most {limit}": (functools.partial(operator.ge, limit), names) for limit, names in LIMITS.items()},
     "a number above 0 and below 1e300": (_is_positive, ("rms_norm_eps", "rope_theta", "query_pre_attn_scalar")),
     "a number above 0, or None for no cap": (
         lambda value: value is None or _is_positive(value), ("attn_logit_softcapping", "final_logit_softcapping"),
@@ -601,6 +607,8 @@ def _find_problems(config: Gemma2Config) -> Iterator[str]:
     labels, label_names = config.num_labels, config.id2label
     if not isinstance(label_names, Mapping) or sorted(label_names) != list(range(labels or 0)):
         yield f"id2label is {label_names!r}; it must name each of the {labels!r} labels, starting at 0"
+    if not isinstance(config.label2id, Mapping):
+        yield f"label2id is {config.label2id!r}; it must be an object from names to numbers"
     if config.problem_type == "single_label_classification" and labels == 1:
         yield "num_labels is 1; problem_type single_label_classification needs at least 2"
     kinds: Any = config.layer_types

@@ -23,13 +23,13 @@ from safetensors import SafetensorError, safe_open
 
 from refgemma.errors import RefgemmaError
 
-if sys.platform != "win32":  # where files that are being written are known by their age alone
+if sys.platform != "win32":  # on Windows only the age of a partial file shows that it is abandoned
     import fcntl
 
 TEXT_LIMIT = 1_000_000_000  # bytes of a text: the log of an engine may be long
 JSON_LIMIT = 100_000_000  # bytes: safetensors' limit for a header, the longest JSON text of a checkpoint
 AXES_LIMIT = 64  # NumPy's limit
-DEPTH_LIMIT = 100  # of JSON: a function that calls itself for each level would reach Python's limit
+DEPTH_LIMIT = 100  # of JSON: a recursive function would reach Python's limit
 ABANDONED = 24 * 3600  # seconds after which a partial file is assumed to be left by a killed process
 LFS_POINTER = b"version https://git-lfs"
 
@@ -139,13 +139,21 @@ def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _read_float(text: str) -> float:
+    """Return a number with a fraction or an exponent; one that Python would read as infinite is quoted as written."""
+    if math.isinf(value := float(text)):
+        raise ValueError(f"the number {quote(text)} is beyond the largest float")
+    return value
+
+
 def parse_object(text: bytes) -> dict[str, Any]:
     """Parse `text`, a JSON object in UTF-8.
 
     Raises
     ------
     RefgemmaError
-        If it is not UTF-8, not JSON, not an object, nested more than 100 deep, or has a duplicate key.
+        If it is not UTF-8, not JSON, not an object, nested more than 100 deep, or has a duplicate key or a number
+        beyond all floats.
 
     Examples
     --------
@@ -155,7 +163,7 @@ def parse_object(text: bytes) -> dict[str, Any]:
     refgemma.errors.RefgemmaError: is not JSON: duplicate key 'head_dim'
     """
     try:
-        found = json.loads(text.decode("utf-8"), object_pairs_hook=_make_object)
+        found = json.loads(text.decode("utf-8"), object_pairs_hook=_make_object, parse_float=_read_float)
     except (ValueError, RecursionError) as error:
         raise RefgemmaError(f"is not JSON: {error}") from None
     if not isinstance(found, dict):
@@ -165,7 +173,7 @@ def parse_object(text: bytes) -> dict[str, Any]:
         items = (item for value in level for item in (value.values() if isinstance(value, dict) else value))
         level = [item for item in items if isinstance(item, dict | list)]
     if level:
-        raise RefgemmaError(f"is not read: its objects and lists are nested more than {DEPTH_LIMIT} deep")
+        raise RefgemmaError(f"is not read: its objects and lists are nested more than {DEPTH_LIMIT} levels deep")
     return found
 
 
@@ -347,7 +355,7 @@ def lock_folder(folder: Path, error: type[RefgemmaError]) -> Iterator[None]:
 
 
 def _remove_abandoned(target: Path) -> None:
-    """Remove what killed processes left of `target`: nobody holds its lock, or it is old."""
+    """Remove partial files of `target` from killed processes: no process holds their lock, or they are old."""
     for left in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
         with suppress(OSError), open_file(left) as file:  # another process may remove it too
             if lock(file.fileno()) or time.time() - left.stat().st_mtime > ABANDONED:
@@ -355,13 +363,13 @@ def _remove_abandoned(target: Path) -> None:
 
 
 def _create(target: Path) -> tuple[Path, BinaryIO]:
-    """Create a file beside `target` and lock it, so that no other process takes it for an abandoned one."""
+    """Create a file beside `target` and lock it, so that no other process removes it as abandoned."""
     while True:
         partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
         file = partial.open("xb")
         try:
             lock(file.fileno(), wait=True)
-            if partial.exists():  # between the two lines above another process may have found it unlocked
+            if partial.exists():  # another process may have removed it before it was locked
                 return partial, file
         except BaseException:
             partial.unlink(missing_ok=True)
@@ -374,7 +382,7 @@ def _create(target: Path) -> tuple[Path, BinaryIO]:
 def new_file(path: str | Path) -> Iterator[BinaryIO]:
     """Open a new file that replaces `path` at the end; after an error the new file is removed and `path` is unchanged.
 
-    What a killed process left is removed by the next one that writes the same file.
+    The next process that writes the same file removes partial files of killed processes.
 
     Raises
     ------

@@ -63,7 +63,7 @@ LAYERS_27B = 46  # llama.cpp recognises the 27B, whose query scalar differs from
 class GgufTensor:
     """The entry of a tensor: its format, its shape with rows first, its first byte in the file, and its bytes.
 
-    `path` and `file_bytes` are those of its file, if the model is in several.
+    `path` and `file_bytes` describe its file, if the model is in several files.
     """
 
     name: str
@@ -207,7 +207,7 @@ def read_gguf(path: str | Path, error: type[RefgemmaError]) -> Gguf:
     Parameters
     ----------
     path : str or Path
-        The file; of a model in several, the first.
+        The file; for a model in several files, the first.
     error : type
         The exception to raise.
 
@@ -240,20 +240,20 @@ def _read_part(path: Path, error: type[RefgemmaError]) -> Gguf:
 
 
 def _join_parts(first: Gguf, count: Any, error: type[RefgemmaError]) -> Gguf:
-    """Return the header of a model in several files, which lie beside each other and are named by their numbers."""
+    """Return the header of a model in several files, which are in the same folder and numbered."""
     name = PART_NAME.fullmatch(first.path.name)
     if name is None or type(count) is not int or not 1 < count <= PARTS_LIMIT:
-        raise RefgemmaError(f"is a part of {quote(count)}, without the name of one: model-00001-of-00003.gguf")
+        raise RefgemmaError(f"is one of {quote(count)} parts; name it like model-00001-of-00003.gguf")
     paths = [first.path.with_name(f"{name[1]}{number:05}{name[3]}") for number in range(1, count + 1)]
     if first.metadata.get("split.no", 0) != 0 or first.path != paths[0]:
         raise RefgemmaError(f"is one of {count} parts of a model; give the first, {paths[0].name}")
     if absent := [path.name for path in paths if not path.exists()]:
-        raise RefgemmaError(f"is one of {count} parts of a model; {quote(absent[0])} is not beside it: download all")
+        raise RefgemmaError(f"is one of {count} parts of a model; {quote(absent[0])} is missing; download all parts")
     tensors: dict[str, GgufTensor] = {}
     for number, path in enumerate(paths):
         part = _read_part(path, error) if number else first
         if (part.metadata.get("split.no", 0), part.metadata.get("split.count")) != (number, count):
-            raise RefgemmaError(f"and {path.name} are no parts of one model")
+            raise RefgemmaError(f"and {path.name} are not parts of the same model; download all parts again")
         if twice := tensors.keys() & part.tensors.keys():
             raise RefgemmaError(f"has tensor {quote(min(twice))} in two parts")
         tensors |= {

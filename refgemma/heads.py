@@ -38,8 +38,8 @@ def cross_entropy(
 ) -> float:  # fmt: skip
     """Compute the mean of ``-log p(label)`` over the labels that are not -100, in nats; NaN without any, as in torch.
 
-    With `num_items`, return their sum divided by that number. `ignore_index` takes the place of -100. Computed in at
-    least float32, in any precision of the logits. Source: ``torch.nn.functional.cross_entropy``.
+    With `num_items`, return their sum divided by that number. `ignore_index` replaces -100. Computed in at least
+    float32, in any precision of the logits. Source: ``torch.nn.functional.cross_entropy``.
 
     Raises
     ------
@@ -129,11 +129,11 @@ def causal_lm_loss(
     labels : int array (batch, seq)
         Usually the input ids themselves, with -100 at padding.
     num_items_in_batch : float, optional
-        What the sum of the losses is divided by, in place of how many labels count.
+        Divides the sum of the losses, in place of the number of labels that count.
     ignore_index : int
-        In place of -100.
+        A label with this number does not count.
     shift_labels : int array (batch, seq), optional
-        In place of `labels`: the label at place ``t`` judges the logits at place ``t``.
+        In place of `labels`: the logits at place ``t`` are compared with the label at ``t``.
 
     Raises
     ------

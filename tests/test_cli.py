@@ -103,7 +103,7 @@ def test_chat_takes_markers_that_are_typed_for_text(capsys, monkeypatch) -> None
         seen.append(list(ids))
         return iter([1])
 
-    monkeypatch.setattr("refgemma.cli.text.greedy", noted)
+    monkeypatch.setattr("refgemma.cli.text.continue_prompt", noted)
     monkeypatch.setattr("sys.stdin", io.StringIO("Hi<end_of_turn><start_of_turn>model<eos>\n"))
     assert main(["chat", "--json"]) == OK
     assert [token for token in seen[0] if token < 7] == [2, 5, 6, 5]  # <bos>, the turn, and the model's beginning

@@ -275,7 +275,7 @@ def test_prompts_as_they_are_read() -> None:
     masked = read(input_ids=ids, attention_mask=[[1, 1, 1], [0, 1, 1]], position_ids=[[5, 6, 7], [1, 2, 3]])
     assert masked.visible.tolist() == [[True] * 3, [False, True, True]]
     assert masked.positions.tolist() == [[5, 6, 7], [1, 2, 3]]
-    with pytest.warns(UserWarning, match=r"beyond max_position_embeddings \(64\)"):
+    with pytest.warns(UserWarning, match=r"exceeds max_position_embeddings \(64\)"):
         read(input_ids=ids, position_ids=[[62, 63, 64]])
     # With a cache: all tokens, or those after it with a mask over all.
     cache = SMALL([[3, 4], [6, 7]]).past_key_values
@@ -464,7 +464,7 @@ def test_the_default_settings_of_generate() -> None:
     assert list(generate([3, 4], weights, config, 6, stop_ids=())) == greedy
     drawn = {"max_new_tokens": 12, "temperature": 1.0, "stop_ids": ()}
     assert list(generate([3, 4], weights, config, **drawn)) == list(generate([3, 4], weights, config, **drawn, seed=0))
-    with pytest.warns(UserWarning, match=r"beyond max_position_embeddings \(64\)"):
+    with pytest.warns(UserWarning, match=r"exceeds max_position_embeddings \(64\)"):
         list(generate([3] * 64, weights, SMALL.config, 2, stop_ids=()))
 
 

@@ -149,7 +149,7 @@ def test_losses_by_hand() -> None:
     ("cls", "labels", "reason"),
     [
         (Gemma2ForCausalLM, [[1, 2]], r"labels have shape \(1, 2\)"),
-        (Gemma2ForTokenClassification, np.full(IDS.shape, 3), "label 3 is neither -100 nor one of the 3 classes"),
+        (Gemma2ForTokenClassification, np.full(IDS.shape, 3), "label 3 is neither -100 nor a class"),
         (Gemma2ForSequenceClassification, [0], "one class for each of the 2 sequences"),
         (Gemma2ForSequenceClassification, [[1, 0, 0], [0, 1, 0]], "one class for each of the 2 sequences"),
     ],

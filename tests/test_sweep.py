@@ -143,7 +143,12 @@ def test_a_job_that_kills_every_worker_is_lost_and_no_other(folder: Path, capsys
         ({"run": "true {trace}"}, "failed", 5, "did not write trace.safetensors"),
         ({"run": "cp port.py {trace}"}, "unreadable", 2, "not a complete safetensors file"),
         ({"trace": "port.py"}, "unreadable", 2, "not a complete safetensors file"),
-        ({"run": "cp a.safetensors {trace} {prompt}", "prompt": "b.safetensors"}, "unreadable", 2, "other input_ids"),
+        (
+            {"run": "cp a.safetensors {trace} {prompt}", "prompt": "b.safetensors"},
+            "unreadable",
+            2,
+            "input_ids of the",
+        ),
     ],
 )
 def test_a_job_that_comes_to_nothing_is_told(

@@ -89,7 +89,6 @@ NOT_YET = {
     "docs/architecture.md": "edited by others when the check began",
     "docs/oracle.md": "edited by others when the check began",
     "docs/reference/command-line.md": "made from refgemma/cli",
-    "docs/reliability.md": "written by others when the check began",
     "docs/strangers.md": "edited by others when the check began",
 }
 

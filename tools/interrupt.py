@@ -371,6 +371,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cases", nargs="*", default=[case.name for case in CASES], help="some of the cases")
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=WAYS, help="some of the ways")
     args = parser.parse_args(argv)
+    for number in (signal.SIGINT, signal.SIGTERM):  # in the background a shell makes its commands ignore SIGINT
+        signal.signal(number, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="refgemma-interrupt-") as folder:
         attempts = Attempts(Path(folder), args.seed)
         try:

@@ -24,7 +24,7 @@ def run_trace(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     check_outputs({"-o": args.output}, [find_model(args.model, args.revision, args.download)])
-    model = load(args.model, args.dtype, args.revision, args.download)
+    model = load(args.model, args.dtype, args.revision, args.download, read=False)
     ids = prompt_ids(args, model)
     metadata = {
         "format": "refgemma-trace/1",
@@ -33,7 +33,7 @@ def run_trace(args: argparse.Namespace) -> int:
         "refgemma": refgemma.__version__,
     }
     row = np.array([ids])
-    run = chain([("input_ids", row)], run_in_order(row, model.weights, model.config))
+    run = chain([("input_ids", row)], run_in_order(row, model.read().weights, model.config))
     bar = tqdm(run, unit="tensor", disable=None, delay=2, leave=False)
     shapes = save_trace(iter(bar), args.output, metadata)
     if args.json:
@@ -46,12 +46,13 @@ def run_trace(args: argparse.Namespace) -> int:
 
 def run_explore(args: argparse.Namespace) -> int:
     """``refgemma explore``."""
-    from refgemma.teach.explorer import explore_run, render_page
+    from refgemma.teach.explorer import check_length, explore_run, render_page
 
     check_outputs({"-o": args.output}, [find_model(args.model, args.revision, args.download)])
-    model = load(args.model, args.dtype, args.revision, args.download)
+    model = load(args.model, args.dtype, args.revision, args.download, read=False)
     ids = prompt_ids(args, model)
-    content = render_page(explore_run(ids, model, args.model, args.dtype)).encode()
+    check_length(len(ids), model.config)
+    content = render_page(explore_run(ids, model.read(), args.model, args.dtype)).encode()
     replace_file(args.output, content)
     if args.json:
         as_json({"file": args.output, "bytes": len(content), "ids": ids})

@@ -140,7 +140,10 @@ def parser() -> Parser:
     command.add_argument(
         "--max-length", type=int, metavar="N", help="tokens of a window (default: 4096, or what the model can)"
     )
-    command.add_argument("--stride", type=int, default=512, metavar="N", help="tokens from window to window (512)")
+    command.add_argument(
+        "--stride", type=int, metavar="N",
+        help="tokens from window to window (default: a window, so that each token is read once; less takes longer)",
+    )  # fmt: skip
     add_reference(command)
 
     command = add("convert", "convert an original checkpoint or a GGUF file to a Hugging Face folder, or back")
@@ -222,8 +225,9 @@ def run_command(argv: Sequence[str] | None) -> int:
     except BrokenPipeError:  # whoever read our output has seen enough; Python must not find out again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return CUT_OFF
-    except MemoryError:
-        complain(f"refgemma {args.command}: not enough memory: the prompt is too long for this machine")
+    except MemoryError as error:
+        what = describe_error(error) or "the prompt is too long for this machine"
+        complain(f"refgemma {args.command}: not enough memory: {what}")
         return MISUSE
     except (RefgemmaError, OSError, UnicodeError) as error:
         complain(f"refgemma {args.command}: {describe_error(error)}")

@@ -11,6 +11,7 @@ from typing import Any
 
 from refgemma.errors import UsageError
 from refgemma.files import escape, write_json
+from refgemma.inputs import check_token_ids
 from refgemma.modeling.pretrained import Pretrained
 from refgemma.trace.names import target_file
 
@@ -81,7 +82,9 @@ def prompt_ids(args: argparse.Namespace, model: Pretrained) -> list[int]:
         parts = [part.strip() for part in args.ids.split(",")]
         if not all(part.isascii() and part.isdigit() and len(part) < 19 for part in parts):
             raise UsageError(f"--ids {args.ids!r}: whole numbers with commas between them are needed")
-        return [int(part) for part in parts]
+        ids = [int(part) for part in parts]
+        check_token_ids([ids], model.config.vocab_size)  # before the weights are read
+        return ids
     if not args.prompt:
         raise UsageError("the prompt is empty")
     return model.tokenizer.encode(args.prompt)

@@ -316,6 +316,8 @@ _ABSENT = {
     "lm_head": "only Gemma2ForCausalLM has one; load the folder with that class",
     "buffers named_buffers": "the rotary tables are computed: refgemma.ops.rotary_tables",
     "act_fn rotary_emb": "it has no weights; see refgemma.activations and refgemma.ops.rotary_tables",
+    "vocab_size": "it is in the configuration: model.config.vocab_size",
+    "named_children": "named_modules lists the parts at any depth",
     "data": "it is an array already",
     "grad": "nothing is trained here",
     "add_module register_buffer register_module register_parameter": "a model has the parts of Gemma 2 only",
@@ -459,6 +461,19 @@ class ModuleMethods:
                 if part not in seen:
                     seen.add(part)
                     yield part, self.get_submodule(part)
+
+    @property
+    def base_model(self) -> Any:
+        """The model without its head."""
+        return getattr(self, "model", self)
+
+    def get_decoder(self) -> Any:
+        """Return the model without its head."""
+        return self.base_model
+
+    def can_generate(self) -> bool:
+        """Tell whether there is `generate`."""
+        return self.has_head
 
     def modules(self) -> Iterator[Any]:
         """Yield what `named_modules` yields, without the names."""

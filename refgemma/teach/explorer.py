@@ -70,6 +70,15 @@ def most_tokens(config: Gemma2Config) -> int:
     return seq
 
 
+def check_length(seq: int, config: Gemma2Config) -> None:
+    """Raise `InputError` if `seq` tokens do not fit on a page; this needs no weights."""
+    if page_bytes(seq, config) > PAGE_LIMIT:
+        raise InputError(
+            f"the prompt has {seq} tokens: with this model a page of {PAGE_LIMIT / 1e6:g} MB "
+            f"holds {most_tokens(config)}; give a part of the prompt"
+        )
+
+
 def token_sizes(x: Array) -> npt.NDArray[np.float64]:
     """Return the root mean square of each token's numbers in `x`, a tensor of a trace with ``seq`` as the second last
     axis.
@@ -141,11 +150,7 @@ def explore_run(ids: Sequence[int], model: Pretrained, name: str, dtype: str) ->
     ('<bos>', 6, 6)
     """
     config, seq = model.config, len(ids)
-    if page_bytes(seq, config) > PAGE_LIMIT:
-        raise InputError(
-            f"the prompt has {seq} tokens; with this model a page of {PAGE_LIMIT / 1e6:g} MB "
-            f"holds at most {most_tokens(config)}"
-        )
+    check_length(seq, config)
     lower = np.tril_indices(seq)
     attention: list[Array] = []
     residual: list[Array] = []

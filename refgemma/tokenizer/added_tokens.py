@@ -12,6 +12,7 @@ from refgemma.tokenizer.sentencepiece_model import TokenizerError
 SPACE = "\u2581"  # how a piece writes a space
 # White space as Unicode has it: Python counts U+001C to U+001F, too.
 WHITE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
+ADDED_LIMIT = 2**14  # that a file may have: sixty times those of Gemma
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -80,7 +81,10 @@ def read_added_token(found: Any, special: bool = True) -> AddedToken:
     if isinstance(found, AddedToken):
         return found
     if isinstance(found, Mapping) and "content" in found:
-        return AddedToken(found["content"], **{name: bool(found[name]) for name in FLAGS if name in found})
+        flags = {name: found[name] for name in FLAGS if found.get(name) is not None}
+        if wrong := [name for name, value in flags.items() if not isinstance(value, bool)]:
+            raise TokenizerError(f"{wrong[0]} of an added token is {quote(flags[wrong[0]])}, not true or false")
+        return AddedToken(found["content"], **flags)
     if isinstance(found, str):
         return AddedToken(found, special=special)
     if (content := getattr(found, "content", None)) is not None:  # of the tokenizers library

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from refgemma.files import replace_file
 from refgemma.hub import GGUF, find_model, refuse_link
-from refgemma.tokenizer.added_tokens import SPACE, AddedToken, make_special, read_added_token
+from refgemma.tokenizer.added_tokens import ADDED_LIMIT, SPACE, AddedToken, make_special, read_added_token
 from refgemma.tokenizer.batches import (
     LIMITED,
     SIDES,
@@ -204,15 +204,17 @@ class Tokenizer:
         file = _read_file(model_file)
         if added_tokens is not None:
             file = _replace_added(file, added_tokens)
+        if (number := len(file.added) + len(extra_special_tokens)) > ADDED_LIMIT:
+            raise TokenizerError(f"{file.name}: has {number} added tokens, and {ADDED_LIMIT} are read at most")
         given = file.settings
-        self.padding_side = padding_side or given.get("padding_side", "left")
-        self.truncation_side = truncation_side or given.get("truncation_side", "right")
+        self.padding_side = given.get("padding_side", "left") if padding_side is None else padding_side
+        self.truncation_side = given.get("truncation_side", "right") if truncation_side is None else truncation_side
         check_choice("padding_side", self.padding_side, SIDES)
         check_choice("truncation_side", self.truncation_side, SIDES)
         for name, value in (("add_bos_token", add_bos_token), ("add_eos_token", add_eos_token)):
             check_choice(name, value, (None, False, True))
         check_choice("split_special_tokens", split_special_tokens, (False, True))
-        if type(model_max_length) not in (int, float) or model_max_length < 1:
+        if type(model_max_length) not in (int, float) or not model_max_length >= 1:
             raise TokenizerError(f"model_max_length is {model_max_length!r}, not a number of tokens")
         roles = [bos_token, eos_token, unk_token, pad_token]
         if not all(isinstance(piece, str) for piece in roles):

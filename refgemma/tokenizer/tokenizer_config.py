@@ -48,7 +48,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
     if "added_tokens_decoder" not in config:
         config |= _read_if_there(folder / "special_tokens_map.json")
     settings = {name: _unwrap(config[name]) for name in SETTINGS if config.get(name) is not None}
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    listed = [config.get(name) for name in ("extra_special_tokens", "additional_special_tokens")]
+    extra: Any = next((found for found in listed if found not in (None, [], {})), [])
     if isinstance(extra, dict):
         extra = list(extra.values())
     if not isinstance(extra, list):
@@ -74,7 +75,7 @@ def _read_added_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, dic
     where, kind = f"{folder / CONFIG_FILE}: its added tokens", "added_tokens"
     found = config.get("added_tokens_decoder")
     if found is None:
-        where, kind = f"{folder / ADDED_FILE}: its tokens", "listed_tokens"
+        where, kind = f"{folder / ADDED_FILE}: its added tokens", "listed_tokens"
         special = {str(_unwrap(value)) for name, value in config.items() if name.endswith("_token")}
         extra = config.get("extra_special_tokens") or []
         special |= {str(_unwrap(token)) for token in (extra.values() if isinstance(extra, dict) else extra)}

@@ -14,6 +14,7 @@ from refgemma.tokenizer.sentencepiece_model import (
     BYTE,
     CONTROL,
     NORMAL,
+    PIECES_LIMIT,
     UNKNOWN,
     USER_DEFINED,
     Piece,
@@ -39,7 +40,6 @@ MODEL = {
 }  # fmt: skip
 # Ends the error about merges that are not those of all pairs of pieces.
 OTHERS = ": it is not made from a SentencePiece model, as Gemma's is; use the tokenizers library, and give the ids"
-IDS_LIMIT = 10_000_000  # ids: forty times those of Gemma
 
 
 def read_tokenizer_json(name: str, content: bytes) -> TokenizerFile:
@@ -94,7 +94,7 @@ def _check_kind(found: Mapping[str, Any]) -> None:
 def _read_ids(model: Mapping[str, Any]) -> dict[str, int]:
     """Return the vocabulary, whose ids have to be 0, 1, 2, ... in any order."""
     ids = model.get("vocab")
-    if not isinstance(ids, dict) or not ids or len(ids) > IDS_LIMIT:
+    if not isinstance(ids, dict) or not ids or len(ids) > PIECES_LIMIT:
         raise TokenizerError("its model has no vocab")
     if {type(token) for token in ids.values()} != {int} or sorted(ids.values()) != list(range(len(ids))):
         raise TokenizerError(f"the ids of its vocab are not 0 to {len(ids) - 1}, each once")

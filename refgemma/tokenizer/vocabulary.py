@@ -200,8 +200,10 @@ class Vocabulary:
         ]
 
     def _is_found(self, name: str) -> bool:
-        """Tell whether a piece is an added token that the text of a space can be part of, if it has one."""
-        return name in self.added and (SPACE not in name or bool(self.added[name].normalized))
+        """Tell whether a piece is an added token, and not one with a U+2581 that no space of a text stands for."""
+        if name not in self.added:
+            return False
+        return bool(self.added[name].normalized) or SPACE not in name or not name.strip(SPACE)
 
     def _load_model(self, file: TokenizerFile) -> Any:
         """Make the SentencePiece model that cuts what stands between added tokens, and check its conventions."""

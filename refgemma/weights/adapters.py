@@ -111,6 +111,9 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: init_lora_weights is {quote(raw['init_lora_weights'])}, which changes the base first; {merge}"
         )
+    for key in ("use_dora", "use_rslora", "lora_bias"):
+        if not isinstance(raw.get(key, False), bool | None):
+            raise CheckpointError(f"{path}: {key} is {quote(raw[key])}, not true or false")
     if not all(_is_number(raw.get(key)) for key in ("r", "lora_alpha")):
         raise CheckpointError(f"{path}: r and lora_alpha have to be numbers above 0")
     for key in ("rank_pattern", "alpha_pattern"):

@@ -1,6 +1,8 @@
 """The weights of a Gemma 2 as dataclasses with Hugging Face's names, and the table of all tensors with their shapes.
 Checked against the state dict of transformers 5.23 `Gemma2ForCausalLM`."""
 
+import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol, runtime_checkable
@@ -175,6 +177,13 @@ def weights_of(tensors: Mapping[str, Any], config: Gemma2Config) -> Weights:
     return Weights(tensors[EMBED_TOKENS], layers, tensors[NORM], head)
 
 
+def _require_memory(nbytes: int, what: str) -> None:
+    """Raise `MemoryError` before anything is read that this machine cannot hold: later, the system would end us."""
+    holds = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
+    if nbytes > holds:
+        raise MemoryError(f"{what} takes {nbytes / 1e9:.1f} GB, and this machine has {holds / 1e9:.1f} GB")
+
+
 @dataclass(frozen=True)
 class OnDemand(Sequence[LayerWeights]):
     """Blocks that are made or read when they are asked for, every time they are asked for; none is kept.
@@ -207,7 +216,9 @@ class OnDemand(Sequence[LayerWeights]):
         """Make block `layer`; of a slice nothing is made yet."""
         if isinstance(layer, slice):
             return replace(self, numbers=self.numbers[layer])
-        return LayerWeights(**{name: rows[:] for name, rows in self.rows(layer).items()})
+        tensors = self.rows(layer)
+        _require_memory(4 * sum(math.prod(rows.shape) for rows in tensors.values()), f"block {layer}")
+        return LayerWeights(**{name: rows[:] for name, rows in tensors.items()})
 
     def __iter__(self) -> Iterator[LayerWeights]:
         """Make one block after the other; the iterator of `Sequence` would hold each while it makes the next."""

@@ -196,7 +196,7 @@ def test_arguments_that_change_nothing_are_taken_in_silence(cls: Any, argument: 
         ("subfolder", "inside", "give the path of the folder inside"),
         ("use_safetensors", False, "leave it out"),
         ("variant", "fp16", "rename the files"),
-        ("hiden_size", 4, "there is no field 'hiden_size'"),
+        ("hiden_size", 4, "unknown field 'hiden_size'"),
     ],
 )  # fmt: skip
 def test_arguments_that_would_change_the_result_are_refused(argument: str, value: Any, advice: str) -> None:
@@ -323,7 +323,7 @@ def test_attributes_that_are_no_fields(tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     again = Gemma2Config.from_pretrained(tmp_path)
     assert (again.my_note, again.to_dict()["my_note"], hasattr(again, "_private")) == ("kept", "kept", False)
-    with pytest.warns(UserWarning, match="num_hidden_layer is no field.*is num_hidden_layers meant"):
+    with pytest.warns(UserWarning, match="unknown field 'num_hidden_layer' .*did you mean 'num_hidden_layers'"):
         Gemma2Config(num_hidden_layer=2)
     with pytest.raises(ConfigError, match="to_dict is a method or a property, not a field"):
         config.to_dict = 3  # type: ignore[method-assign, assignment]
@@ -500,8 +500,13 @@ def test_parts_are_gone_through(model: Any) -> None:
     modules = dict(model.named_modules())
     assert modules[""] is model
     assert len(modules) == len(list(model.modules())) == 6 + 6 * 14
-    assert modules["model.layers.0.mlp"] == model.get_submodule("model.layers.0.mlp") == model.model.layers[0].mlp
+    for found in (modules["model.layers.0.mlp"], model.get_submodule("model.layers.0.mlp")):
+        assert found.up_proj.weight is not None
+        assert repr(found) == repr(model.model.layers[0].mlp)
     assert model.get_parameter("model.norm.weight").shape == (234,)
+    assert (model.can_generate(), model.model.can_generate()) == (True, False)
+    for base in (model.base_model, model.get_decoder(), model.model.base_model):
+        np.testing.assert_array_equal(base(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
     seen: list[Any] = []
     assert model.apply(seen.append) is model
     assert seen[-1] is model
