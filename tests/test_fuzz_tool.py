@@ -1,7 +1,9 @@
 """The fuzzer of the commands, `python -m tools.fuzz`: it passes what is right, and each of its checks finds a fault."""
 
+import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,6 +21,7 @@ from fuzz.watch import Result, run_case
 
 from refgemma.cli import candidates
 from refgemma.cli import main as command_line
+from refgemma.files import replace_file
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the fuzzer reads /proc")
 
@@ -109,6 +112,35 @@ def test_a_wrong_answer_is_found(case: Case, problem: str, monkeypatch: pytest.M
     assert run_case(case).problem == problem
 
 
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("how", ["replace", "open", "remove", "truncate", "move", "chmod", "rmtree"])
+def test_nothing_outside_the_folder_is_written(
+    how: str, named: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    victim = tmp_path / "folder" / "victim"
+    victim.parent.mkdir()
+    victim.write_bytes(b"whole")
+    before = victim.stat()
+    actions = {
+        "replace": lambda: replace_file(victim, b"x"), "open": lambda: victim.open("w").close(),
+        "remove": victim.unlink,
+        "truncate": lambda: os.truncate(victim, 0), "move": lambda: os.replace("kept", victim),
+        "chmod": lambda: victim.chmod(0), "rmtree": lambda: shutil.rmtree(victim.parent),
+    }  # fmt: skip
+    monkeypatch.setattr(command_line, "main", do(actions[how]))
+    case = Case(["info", *([str(victim)] if named else [])], {"kept": b"new"})
+    assert run_case(case).problem.startswith("writes ")
+    assert victim.read_bytes() == b"whole"
+    assert [path.name for path in victim.parent.iterdir()] == ["victim"]
+    assert victim.stat().st_mode == before.st_mode
+
+
+def test_no_argument_names_a_file_of_the_system() -> None:
+    given = {part for number in range(3000) for part in make_case("arguments", 1, number).argv}
+    assert len(given) > 60
+    assert not [part for part in given if ".." in part or part.startswith("/")]
+
+
 def test_processor_time_and_memory_of_a_case_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command_line, "main", do(lambda: sum(range(3_000_000)) + len(b"x" * 2**27)))
     result = run_case(Case(["info"]))
@@ -117,23 +149,23 @@ def test_processor_time_and_memory_of_a_case_are_measured(monkeypatch: pytest.Mo
 
 
 def test_a_hang_and_a_crash_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = multiprocessing.Value("i", 0)  # shared with the processes of the worker
+
     def main(_: list[str]) -> int:
-        if ran.exists():
+        runs.value += 1
+        if runs.value == 2:
             os.kill(os.getpid(), signal.SIGKILL)
-        ran.touch()
         while True:
             pass
 
     monkeypatch.setattr(command_line, "main", main)
     monkeypatch.setattr("fuzz.__main__.SECONDS", 0.2)
-    with tempfile.TemporaryDirectory() as folder:
-        ran = Path(folder) / "ran"
-        worker = Worker(["configurations"], 0, 0, 1)
-        worker.start()
-        found = []
-        while len(found) < 2:
-            found += [heard] if (heard := worker.hear()) else []
-        worker.stop()
+    worker = Worker(["configurations"], 0, 0, 1)
+    worker.start()
+    found = []
+    while len(found) < 2:
+        found += [heard] if (heard := worker.hear()) else []
+    worker.stop()
     assert not Path(worker.folder).exists()
     assert [where for where, _ in found] == [("configurations", 0), ("configurations", 1)]
     assert [result.problem for _, result in found] == ["is not done after 0 s", "the process ended with -9"]

@@ -456,7 +456,19 @@ def archives(draw: random.Random) -> Case:
 
 NEVER = ("--download", "--scheduler", "--full", "--workers", "--cover")  # networks, minutes
 ODD_NUMBERS = ("0", "-1", "2", "3", "nan", "inf", "1e400", "", "x", "\u0663", "1_000", "9" * 30, "0x10", "2.5", " 4")
-ODD_PATHS = ("", ".", "model", "absent", "absent/out", "whole", "model/config.json", "/dev/null", "out/", "a" * 300)
+# An argument may name a file to write: never one of the system, whatever else would stop that.
+HARMLESS = tuple(text for text in TEXTS if not text.startswith(("/", "..")))
+ODD_PATHS = (
+    "",
+    ".",
+    "model",
+    "absent",
+    "absent/out",
+    "whole",
+    "model/config.json",
+    "out/",
+    "a" * 300,
+)
 
 
 @functools.cache
@@ -474,13 +486,26 @@ def draw_argument(action: argparse.Action, draw: random.Random) -> str:
         return ",".join(draw.choices(chosen, k=draw.choice([1, 3]) if action.dest == "ids" else 1))
     # The work of a trace grows with the square of the tokens: prompts are short.
     longest = 500 if action.dest == "prompt" else None
-    return draw.choice([*ODD_PATHS, *(text[:longest] for text in TEXTS if text)])
+    return draw.choice([*ODD_PATHS, *(text[:longest] for text in HARMLESS if text)])
 
 
 def arguments(draw: random.Random) -> Case:
     if draw.random() < 0.1:
-        words = ["verify", "synth", "2b", "-o", "--list", "--json", "absent", "--version", "--help", "-1", "--", *TEXTS]
-        argv = [draw.choice(["", "verify", "info", "nothing", "synth", *TEXTS]), *draw.choices(words, k=2)]
+        words = [
+            "verify",
+            "synth",
+            "2b",
+            "-o",
+            "--list",
+            "--json",
+            "absent",
+            "--version",
+            "--help",
+            "-1",
+            "--",
+            *HARMLESS,
+        ]
+        argv = [draw.choice(["", "verify", "info", "nothing", "synth", *HARMLESS]), *draw.choices(words, k=2)]
         if argv[:1] == ["verify"] and not {"--help", "--list"} & set(argv):
             argv.insert(1, "absent")
         if argv[0] == "synth" and "2b" in argv:

@@ -27,7 +27,10 @@ MEMORY = 2**30  # bytes
 LINE = 2000  # characters of an error message
 CHECKED = {0, 1, 2, 3, 4, 5}
 CODES = {"check": CHECKED, "sweep": CHECKED, "diff": {0, 1, 2, 4}, "map": {0, 2, 4}, "verify": {0, 1, 2}}
-WRITES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod")
+WRITES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod",
+          "os.chown",
+          "os.utime", "os.setxattr", "shutil.rmtree", "shutil.move")  # fmt: skip
+BETWEEN_TWO = ("os.rename", "os.link", "os.symlink", "shutil.move")
 PROCESSES = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "os.startfile", "pty.spawn")
 SOCKETS = ("socket.connect", "socket.bind", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto")
 CODE = [Path(__file__).parents[2], *map(Path, {sys.prefix, sys.base_prefix, *filter(None, sys.path)})]
@@ -64,8 +67,10 @@ class Audit:
         if event == "open" and isinstance(arguments[0], str | bytes | os.PathLike):
             self.look_at(os.fsdecode(arguments[0]), isinstance(arguments[2], int) and bool(arguments[2] & 3))
         elif event in WRITES:
-            for path in arguments[: 2 if event in ("os.rename", "os.link") else 1]:
-                if isinstance(path, str | bytes | os.PathLike) and arguments[-1] in (-1, None):  # not within a folder
+            for path in arguments[: 2 if event in BETWEEN_TWO else 1]:
+                # A path that is relative to an open folder is of `shutil.rmtree`, which was asked about as a whole.
+                within = event in ("os.remove", "os.rmdir") and arguments[1] not in (-1, None)
+                if isinstance(path, str | bytes | os.PathLike) and not within:
                     self.look_at(os.fsdecode(path), True)
         elif event == "pickle.find_class":
             self.seen.append(f"unpickles {arguments[:2]}")
@@ -79,13 +84,16 @@ class Audit:
             raise PermissionError(1, f"no {event} while fuzzing")
 
     def look_at(self, path: str, writes: bool) -> None:
-        """Note a path outside the folders."""
+        """Note a path outside the folders, and let nothing be written there: root may run the fuzzer."""
         whole = os.path.realpath(path)
-        if whole.startswith(tuple(self.folders)) or {path, whole} & self.named:
+        if any(whole == folder or whole.startswith(f"{folder}/") for folder in self.folders) or whole == "/dev/null":
             return
-        if whole.startswith(SYSTEM) or (not writes and any(whole.startswith(f"{folder}/") for folder in CODE)):
-            return
-        self.seen.append(f"{'writes' if writes else 'opens'} {path!r:.100}")
+        if writes:
+            self.seen.append(f"writes {path!r:.100}")
+            raise PermissionError(1, "nothing is written outside the folder while fuzzing", path)
+        named = {path, whole} & self.named or whole.startswith(SYSTEM)
+        if not named and not any(whole.startswith(f"{folder}/") for folder in CODE):
+            self.seen.append(f"opens {path!r:.100}")
 
 
 AUDIT = Audit()
@@ -185,7 +193,7 @@ def call(case: Case, folder: Path, scratch: Path) -> tuple[int | None, str, str]
     streams = io.TextIOWrapper(out, "utf-8"), io.TextIOWrapper(err, "utf-8", "backslashreplace")
     sys.stdout, sys.stderr = streams
     tempfile.tempdir = str(scratch)
-    AUDIT.seen, AUDIT.folders = [], [f"{folder.parent}/", str(folder.parent)]
+    AUDIT.seen, AUDIT.folders = [], [os.path.realpath(folder.parent)]
     AUDIT.named = {*case.argv, *(part + "/" for part in case.argv), "./absent"}
     if "jobs.jsonl" in case.files:  # names the files that are read, as arguments do
         AUDIT.named |= {"/etc/passwd", "/dev/zero"}
