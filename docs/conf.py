@@ -47,6 +47,7 @@ nitpick_ignore_regex = [
     ("py:class", r"refgemma\.generation\.(stream\.Streamer|generation_config\.Settings)"),
     ("py:class", r"refgemma\.weights\.(stored\.Stored|parameters\.(Rows|Score)|save\.OutputTensor)"),
     ("py:class", r"refgemma\.(testing\.program\.Asked|convert\.convert\.Source)"),
+    ("py:class", r"refgemma\.tokenizer\.vocabulary\.TokenizerFile"),
     ("py:class", r"refgemma\.trace\.candidate\.(Call|Tensor)"),
     ("py:class", r"refgemma\.oracle\.(engine\.Instance|estimate\.Estimate|locate\.ErrorMap|preflight\.Preflight)"),
     ("py:class", r"refgemma\.oracle\.operations\.(Context|Operation)"),
