@@ -3,6 +3,7 @@ written, before memory is taken. transformers 5.23 refuses such values of a conf
 tokenizers 0.23 such flags of a token (TypeError); in a generation_config.json transformers takes a word for true."""
 
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -45,7 +46,7 @@ def test_a_field_of_the_configuration_with_a_wrong_value(name: str, value: Any) 
 
 @pytest.mark.parametrize("value", ["x", 7, [1], True])
 def test_labels_that_are_no_mapping(value: Any) -> None:
-    with pytest.raises(ConfigError, match="label2id must be an object"):
+    with pytest.raises(ConfigError, match=r"label2id is .*; it must be an object"):
         Gemma2Config.from_dict(CONFIG | {"id2label": {"0": "a", "1": "b"}, "label2id": value})
 
 
@@ -100,7 +101,8 @@ def test_a_number_that_no_float_holds_is_quoted_as_it_is_written(written: str, t
 
 @pytest.mark.parametrize("written", ["1e300", "-1e-300", "0.0", "1e-400"])
 def test_a_refused_number_is_the_one_that_was_given(written: str) -> None:
-    with pytest.raises(ConfigError, match=rf"rms_norm_eps must be .*, not {float(written)!r}$".replace("+", r"\+")):
+    given = re.escape(repr(float(written)))
+    with pytest.raises(ConfigError, match=f"rms_norm_eps is {given}; it must be "):
         Gemma2Config.from_dict(CONFIG | {"rms_norm_eps": float(written)})
 
 
@@ -109,7 +111,7 @@ def test_a_refused_number_is_the_one_that_was_given(written: str) -> None:
 
 @pytest.mark.parametrize(("limit", "name"), [(limit, name) for limit, names in LIMITS.items() for name in names])
 def test_sizes_that_no_gemma_has_are_refused(limit: int, name: str) -> None:
-    with pytest.raises(ConfigError, match=f"{name} must be at most {limit}, not {limit + 1}"):
+    with pytest.raises(ConfigError, match=f"{name} is {limit + 1}; it must be at most {limit}"):
         Gemma2Config(**{name: limit + 1})
     largest = max(getattr(Gemma2Config.preset(size), name) for size in ("2b", "9b", "27b"))
     assert limit >= 4 * largest
