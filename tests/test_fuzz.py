@@ -125,6 +125,7 @@ def edited(draw: st.DrawFn, text: bytes) -> Any:
     return top
 
 
+@pytest.mark.filterwarnings("ignore:.*tokenizer_class is ")  # of another model: read as Gemma's, and said
 @pytest.mark.parametrize(
     ("name", "text"),
     [

@@ -74,8 +74,8 @@ def check_length(seq: int, config: Gemma2Config) -> None:
     """Raise `InputError` if `seq` tokens do not fit on a page; this needs no weights."""
     if page_bytes(seq, config) > PAGE_LIMIT:
         raise InputError(
-            f"the prompt has {seq} tokens: with this model a page of {PAGE_LIMIT / 1e6:g} MB "
-            f"holds {most_tokens(config)}; give a part of the prompt"
+            f"the prompt has {seq} tokens; with this model a page of {PAGE_LIMIT / 1e6:g} MB "
+            f"holds at most {most_tokens(config)}; give a part of the prompt"
         )
 
 

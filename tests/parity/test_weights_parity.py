@@ -105,7 +105,7 @@ def test_a_head_apart_is_another_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize("config", [{"hidden_act": "silu", "hidden_activation": "absent"}, {"hidden_act": "gelu"}])
 def test_hidden_act_is_left_unread(tmp_path: Path, config: dict[str, Any]) -> None:
     folder = write(tmp_path, STATE, **config)
-    words = "hidden_act = 'silu' is not read" if "hidden_activation" in config else ""
+    words = "hidden_act = 'silu' is ignored" if "hidden_activation" in config else ""
     with_warning(lambda: Gemma2ForCausalLM.from_pretrained(folder)(IDS).logits, words, logits(theirs(folder)))
 
 
@@ -227,7 +227,7 @@ def test_streamed_numbers_are_resident_numbers(stored: Any, tmp_path: Path) -> N
     _, folder = stored
     found = open_checkpoint(train_adapter(folder / "plain", tmp_path, ADAPTERS["both"] | {"use_dora": False}))
     tensor = found.tensors[EMBED]
-    assert (tensor.map().astype(np.float32) == tensor.read("float32")).all()
+    assert (tensor.map()[:].astype(np.float32) == tensor.read("float32")).all()
     assert (tensor.read("float32")[5:9] == tensor.read("float32", slice(5, 9))).all()
 
 
