@@ -33,7 +33,8 @@ WRITES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symli
 BETWEEN_TWO = ("os.rename", "os.link", "os.symlink", "shutil.move")
 PROCESSES = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "os.startfile", "pty.spawn")
 SOCKETS = ("socket.connect", "socket.bind", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto")
-CODE = [Path(__file__).parents[2], *map(Path, {sys.prefix, sys.base_prefix, *filter(None, sys.path)})]
+CODE = [Path(__file__).parents[2],
+        *map(Path, {sys.prefix, sys.base_prefix, *filter(None, [sys.pycache_prefix, *sys.path])})]  # fmt: skip
 SYSTEM = ("/dev/null", "/dev/urandom", "/proc/self", "/proc/meminfo", "/proc/cpuinfo", "/etc/localtime", "/sys")
 
 
@@ -132,6 +133,7 @@ def describe_error(error: Exception) -> str:
 
 def prepare() -> None:
     """Make this process one that runs cases."""
+    sys.dont_write_bytecode = True  # a module that a case is the first to import
     candidates.processes = run_inline
     command_line.describe_error = describe_error
     os.environ |= {"HF_HOME": "/nonexistent/hub", "COLUMNS": "100"}
