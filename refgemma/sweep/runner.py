@@ -141,7 +141,7 @@ def is_lost_worker(error: BaseException) -> bool:
 
 
 def submit(job: Job, workers: Executor) -> Future[Done]:
-    """Hand a job to the workers, one of which may start for it."""
+    """Hand a job to the workers; one may start for it."""
     with hold_signals():
         return workers.submit(perform, job)
 
