@@ -231,6 +231,15 @@ class Gemma2Config:
         return self.layer_types[layer] == SLIDING
 
     @property
+    def is_encoder_decoder(self) -> bool:
+        """False: Gemma 2 has only a decoder."""
+        return False
+
+    def get_text_config(self, **ignored: Any) -> "Gemma2Config":
+        """Return this configuration: Gemma 2 reads only text."""
+        return self
+
+    @property
     def torch_dtype(self) -> str | None:
         """The name of `dtype` before transformers 5."""
         return self.dtype
