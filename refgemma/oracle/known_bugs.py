@@ -268,6 +268,23 @@ def norm_cast_early(storage: str) -> Norm:
     return norm
 
 
+def norm_in_storage(storage: str, squares: bool = True) -> Norm:
+    """Each step rounded, as arithmetic in the input's own precision does; without `squares` a compiler joins the first
+    two steps.
+    """
+
+    def norm(x: Array, weight: Array, eps: float) -> Array:
+        def keep(y: Array) -> Array:
+            return as_float64(as_dtype(y, storage))
+
+        square = as_float64(x) ** 2
+        mean = keep(np.mean(keep(square) if squares else square, axis=-1, keepdims=True))
+        root = keep(1 / np.sqrt(keep(mean + keep(np.array(eps)))))
+        return narrow(keep(keep(as_float64(x) * root) * keep(1 + as_float64(weight))), like=x)
+
+    return norm
+
+
 def norm_weight_in_storage(storage: str) -> Norm:
     """``1 + weight`` rounded to half precision."""
     return lambda x, weight, eps: ops.rms_norm(x, as_float64(as_dtype(1 + wide(weight), storage)) - 1, eps)
@@ -666,6 +683,12 @@ KNOWN_BUGS: tuple[KnownBug, ...] = (
     KnownBug("norm-cast-order-llama", "rounded before the multiplication by 1 + w", NORMS,
              in_storage("rms_norm", norm_cast_early), "transformers #29402, gemma_pytorch f499fd4", HALF,
              "place of the cast", "rounding"),
+    KnownBug("norm-in-half", "every step of the norm is rounded to half precision", NORMS,
+             in_storage("rms_norm", norm_in_storage), "google-deepmind/gemma RMSNorm, on purpose", HALF,
+             "dtype of the norm", "rounding"),
+    KnownBug("norm-in-half-compiled", "every step of the norm but the squares is rounded to half precision", NORMS,
+             in_storage("rms_norm", lambda storage: norm_in_storage(storage, squares=False)),
+             "google-deepmind/gemma RMSNorm under jax.jit, on purpose", HALF, "dtype of the norm", "rounding"),
     KnownBug("norm-weight-in-half", "1 + w is rounded to half precision", NORMS,
              in_storage("rms_norm", norm_weight_in_storage), "Unsloth's list of Gemma bugs", HALF, "dtype of 1 + w",
              "rounding"),

@@ -9,18 +9,22 @@ have happened; only one that gives the tensor exactly is named.
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from refgemma.config import Gemma2Config
+from refgemma.hub import GGUF
 from refgemma.inputs import InputError
+from refgemma.oracle.engine import QUANTISED_LIMIT
 from refgemma.oracle.known_bugs import interleave
 from refgemma.oracle.verdicts import EXACT, FAIL, INVALID, MISSING, NOISY, UNKNOWN
 from refgemma.precision import Array, as_dtype, as_float64, wide
 from refgemma.tokenizer.tokenizer import Tokenizer
 from refgemma.trace.reader import Entry, open_safetensors
+from refgemma.weights.gguf import read_gguf_model
 from refgemma.weights.parameters import EMBED_TOKENS, tensor_shapes
 
 HEAD_WEIGHT = "lm_head.weight"
@@ -39,7 +43,7 @@ class Preflight:
 
 
 def open_weights(path: str | Path) -> dict[str, Entry]:
-    """The tensors of a safetensors file, or of all those in a folder.
+    """The tensors of a safetensors file, or of all those in a folder; of a GGUF file, widened.
 
     Raises
     ------
@@ -47,6 +51,9 @@ def open_weights(path: str | Path) -> dict[str, Entry]:
         If there is none.
     """
     folder = Path(path)
+    if folder.suffix == GGUF and folder.is_file():
+        _, stored = read_gguf_model(folder)
+        return {name: Entry("F32", x.shape, partial(x.read, "float32")) for name, x in stored.items()}
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else [folder]
     if not files:
         raise InputError(f"{path}: has no safetensors file in it")
@@ -114,8 +121,21 @@ def judge_weight(name: str, entry: Entry, checkpoint: Mapping[str, Entry], confi
     others = [o for o, e in checkpoint.items() if o != name and e.shape == found.shape and is_same(found, e.read())]
     if others:
         return Preflight(name, FAIL, "weights-of-another", f"is the checkpoint's {others[0]}")
+    if found.shape == right.shape and found.ndim == 2:
+        off = _measure_off(found, right)
+        if off < QUANTISED_LIMIT:
+            return Preflight(name, NOISY, "weights-quantised", f"is off by {off:.2g} of its size")
     wrong = int(np.sum(as_float64(found) != as_float64(right))) if found.shape == right.shape else found.size
     return Preflight(name, FAIL, UNKNOWN, f"{wrong} of {found.size} elements are other numbers")
+
+
+def _measure_off(found: Array, right: Array) -> float:
+    """The largest distance of a row from the right one, in units of its size; infinite if a row has no size."""
+    starts = range(0, len(right), ROWS_AT_ONCE)
+    parts = [(as_float64(found[n : n + ROWS_AT_ONCE]), as_float64(right[n : n + ROWS_AT_ONCE])) for n in starts]
+    with np.errstate(all="ignore"):
+        units = [np.linalg.norm(a - b, axis=-1) / np.linalg.norm(b, axis=-1) for a, b in parts]
+    return float(np.nan_to_num(np.concatenate(units), nan=0.0, posinf=np.inf).max(initial=0.0))
 
 
 def _also_rounded(x: Array) -> Iterator[Array]:

@@ -94,9 +94,12 @@ def trace_axes(record: Any = Forward, prefix: str = "") -> Iterator[tuple[str, s
             yield from trace_axes(kind, f"{name}.")
 
 
-# The axes of each field, in the order of execution; the fields of one layer; those that are norms.
+# The axes of each field, in the order of execution; the fields of one layer; norms. Log probabilities are no tensor of
+# a run, but servers give them in the place of logits.
+LOGPROBS = "logprobs"
+FIELDS = tuple(field_of(name) for name, _ in trace_axes())
 AXES = {field_of(name): axes for name, axes in trace_axes()}
-FIELDS = tuple(AXES)
+AXES[LOGPROBS] = AXES["logits"]
 LAYER_FIELDS = tuple(field_of(name) for name, _ in trace_axes() if name.startswith("layers."))
 LAYER_NORMS = tuple(field for field in LAYER_FIELDS if field.endswith("norm"))
 
