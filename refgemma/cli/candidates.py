@@ -68,7 +68,7 @@ def add_commands(add: Callable[[str, str], Any]) -> None:
     command.add_argument("--quantised", action="store_true",
                          help="leave products with weights out of the verdict, unless --weights has them")  # fmt: skip
     command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="changes",
-                         help="judge against the model with another number; every line of the report says so")  # fmt: skip
+                         help="judge against the model with another number, which every line then says")  # fmt: skip
     command.add_argument("--run", metavar="COMMAND",
                          help="first run this command, which writes CANDIDATE; its failure is code 5")  # fmt: skip
 

@@ -140,9 +140,11 @@ class Report:
 class Diagnosis:
     """What the known bugs make of a candidate's inputs, beside what it recorded."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, bugs: Sequence[KnownBug] | None = None) -> None:
         self.engine, self.usual, self.candidate = engine, engine.usual, engine.candidate
-        self._ranked: dict[tuple[str, ...], list[tuple[float, KnownBug]]] = {}
+        self.bugs = KNOWN_BUGS if bugs is None else tuple(bugs)
+        self._fits: dict[tuple[str, str], bool] = {}
+        self._left: dict[tuple[str, str], float] = {}
 
     @cached_property
     def few(self) -> set[str]:
@@ -150,12 +152,19 @@ class Diagnosis:
         wrong = (i for i in self.engine.instances if i.between and i.judged.verdict == verdicts.FAIL)
         return {i.tensor for i in wrong if i.judged.statistics.rms <= SPAN_LIMIT}
 
+    @cached_property
+    def wrong(self) -> set[str]:
+        """The tensors that are wrong."""
+        return {i.tensor for i in self.engine.instances if i.judged.verdict in verdicts.BAD}
+
     def fits(self, name: str, computed: Computed, bug: KnownBug, before: Computed | None = None) -> bool:
         """Return whether a recorded tensor is what a known bug makes of its inputs.
 
         Of a bug with a way of rounding, `before` is the bug alone.
         """
         found, exact, where = self.candidate.tensors[name], computed.result(name), self.engine.where(name)
+        if not self.engine.is_direct(name) and name in self.wrong:
+            self._left[bug.name, name] = self._measure(name, computed)
         allowed = self.engine.tolerance(name, computed, exact)
         # The noise of another reading of the model is not that of the right one, so that only its size is judged.
         if allowed.measured and name not in self.few:
@@ -182,13 +191,16 @@ class Diagnosis:
         self, bug: KnownBug, names: Sequence[str] | None = None, before: Computed | None = None
     ) -> bool | None:
         """Return whether the recorded tensors are what a bug makes of their inputs; None if it touches none of them."""
-        computed = Computed(bug.table(self.engine.context, self.usual.table), self.candidate)
+        computed = self.read(bug)
         touched = False
         for name in self.engine.recorded if names is None else names:
             if all(computed.table[step] is self.usual.table[step] for step in computed.span(name)):
                 continue
             touched = True
-            if not self.fits(name, computed, bug, before):
+            key = bug.name, name
+            if before or key not in self._fits:
+                self._fits[key] = self.fits(name, computed, bug, before)
+            if not self._fits[key]:
                 return False
         return True if touched else None
 
@@ -197,10 +209,10 @@ class Diagnosis:
         names = [i.tensor for i in finding]
         same_field = [n for n in self.engine.recorded if field_of(n) == field_of(names[0])]
         if finding[0].judged.verdict == verdicts.INVALID:
-            return tuple(v for v in KNOWN_BUGS if v.kind == "stage" and self._is_preflight_bug(v, finding[0]))
+            return tuple(v for v in self.bugs if v.kind == "stage" and self._is_preflight_bug(v, finding[0]))
         good = [i.tensor for i in self.engine.instances if i.judged.verdict in verdicts.GOOD]
         found = []
-        for v in KNOWN_BUGS:
+        for v in self.bugs:
             if v.change is None or not self.is_consistent(v, names) or self.is_consistent(v, same_field) is False:
                 continue
             if self.is_consistent(v, good) is not False:
@@ -216,49 +228,57 @@ class Diagnosis:
         if not finding[0].between:
             return []
         names = [i.tensor for i in finding]
-        alone = [v for v in KNOWN_BUGS if v.change is not None and self.is_consistent(v, names[:1])]
+        alone = [v for v in self.bugs if v.change is not None and self.is_consistent(v, names[:1])]
         alone = alone if len(finding) > 1 else []
-        close = [v for left, v in self.rank(names)[:TRIED] if left < CLOSE and v.kind == "mistake" and v not in alone]
-        ways = [r for r in KNOWN_BUGS if r.kind == "rounding"]
+        close = [
+            v for left, v in self.rank(names[0])[:TRIED] if left < CLOSE and v.kind == "mistake" and v not in alone
+        ]
+        ways = [r for r in self.bugs if r.kind == "rounding"]
         pairs = [combine(v, r) for v in alone for r in ways if r is not v]
         if found := [pair for pair in pairs if self.is_consistent(pair, names)]:
             return found
         for v in close:
-            before = Computed(v.table(self.engine.context, self.usual.table), self.candidate)
+            before = self.read(v)
             found += [pair for r in ways if self.is_consistent(pair := combine(v, r), names, before)]
         return found
 
-    def rank(self, names: Sequence[str]) -> list[tuple[float, KnownBug]]:
-        """Return the bugs by what they leave of the root mean square error of some tensors, the closest first."""
+    def rank(self, name: str) -> list[tuple[float, KnownBug]]:
+        """Return the bugs by what they leave of the root mean square error of a span, the closest first."""
+        usual = self._measure(name, self.usual)
+        for v in self.bugs:
+            if v.change is not None and (v.name, name) not in self._left:
+                self._left[v.name, name] = self._measure(name, self.read(v))
+        left = [(self._left[v.name, name] / max(usual, 1e-300), v) for v in self.bugs if v.change is not None]
+        return sorted(left, key=lambda one: one[0])
 
-        if (key := tuple(names)) in self._ranked:
-            return self._ranked[key]
+    def _measure(self, name: str, computed: Computed) -> float:
+        """The root mean square error of a recorded tensor under a reading of the model, in standard deviations."""
+        where = self.engine.where(name)
+        with np.errstate(all="ignore"):
+            error = self.candidate.tensors[name].numbers - computed.result(name)
+            units = (error / self.engine.tolerance(name).std)[where]
+            found = float(np.sqrt(np.mean(units**2)))
+        return found if math.isfinite(found) else math.inf
 
-        def measure(computed: Computed) -> float:
-            parts = []
-            for name in names:
-                where = self.engine.where(name)
-                with np.errstate(all="ignore"):
-                    error = (self.candidate.tensors[name].numbers - computed.result(name))[where]
-                    parts.append(error / np.broadcast_to(spread[name], where.shape)[where])
-            units = np.concatenate(parts)
-            return float(np.sqrt(np.mean(units**2))) if np.isfinite(units).all() else math.inf
-
-        spread = {name: self.engine.tolerance(name).std for name in names}
-        usual = measure(self.usual)
-        tables = ((v, v.table(self.engine.context, self.usual.table)) for v in KNOWN_BUGS if v.change is not None)
-        ranked = [(measure(Computed(table, self.candidate)) / max(usual, 1e-300), v) for v, table in tables]
-        self._ranked[key] = sorted(ranked, key=lambda one: one[0])
-        return self._ranked[key]
+    def read(self, bug: KnownBug) -> Computed:
+        """The operations as a bug has them, beside what the usual ones have computed that it does not change."""
+        table = bug.table(self.engine.context, self.usual.table)
+        changed: set[str] = set()
+        for name, op in table.items():
+            # What was recorded is an input as it is, whatever has changed before it.
+            sources = {source for source in op.inputs if source not in self.candidate.inputs}
+            if op is not self.usual.table[name] or sources & changed:
+                changed.add(name)
+        return Computed(table, self.candidate, {n: x for n, x in self.usual.between.items() if n not in changed})
 
     def _find_behind(self, names: Sequence[str]) -> tuple[KnownBug, ...]:
         """The bugs that leave so little of an error which quantisation could explain that they are there as well."""
-        ranked = [(left, v) for left, v in self.rank(names) if v.kind == "mistake"]
+        ranked = [(left, v) for left, v in self.rank(names[0]) if v.kind == "mistake"]
         return tuple(v for left, v in ranked if left < min(MUCH_CLOSER, 1.2 * ranked[0][0]))
 
     def _find_gemma_1(self, finding: Sequence[Instance]) -> list[KnownBug]:
         """The fewest of `GEMMA_1_BUGS` that together explain several operations; as many as there are ways."""
-        if not finding[0].between:
+        if not finding[0].between or self.bugs is not KNOWN_BUGS:
             return []
         names = [i.tensor for i in finding]
         for count in range(2, len(GEMMA_1_BUGS) + 1):
@@ -295,13 +315,13 @@ class Diagnosis:
             # Tensors of another shape, or with NaN, say nothing of the numbers of the others.
             judged = [i for i in wrong if i.judged.verdict != verdicts.INVALID]
             first, names = (judged or wrong)[0], [i.tensor for i in judged]
-            fitted = tuple(estimate_parameters(self.engine, names))
+            fitted = tuple(estimate_parameters(self.engine, names)) if self.bugs is KNOWN_BUGS else ()
             where = locate_errors(self.engine, first.tensor) if judged and not first.between else ""
             maps = map_errors(self.engine, first.tensor) if first.tensor in self.candidate.tensors else ()
             explained, closest = self.explain(judged or wrong), None
             if not explained and first.between and not any(e.fits for e in fitted):
-                left, bug = self.rank(names)[0]
-                closest = (bug, left) if left < CLOSE else None
+                ranked = self.rank(names[0])
+                closest = (ranked[0][1], ranked[0][0]) if ranked and ranked[0][0] < CLOSE else None
                 if self.engine.quantised:
                     explained = self._find_behind(names)
             yield Finding(kind, tuple(wrong), total, where, explained, fitted, maps, closest)
@@ -310,7 +330,7 @@ class Diagnosis:
         """Return the bugs under which the tensors could not be what they are, and those that are undetectable."""
         excluded: list[KnownBug] = []
         undetectable: list[KnownBug] = []
-        for v in KNOWN_BUGS:
+        for v in self.bugs:
             if v.change is not None:
                 (excluded if self.is_consistent(v) is False else undetectable).append(v)
         return tuple(excluded), tuple(undetectable)
@@ -427,10 +447,10 @@ def looks_quantised(report: Report) -> bool:
     return len({field_of(i.tensor) for i in products}) >= 3 and len(unknown) >= 3 and len(wrong) >= 0.75 * len(products)
 
 
-def report_on(engine: Engine) -> Report:
-    """Judge all that an engine's candidate recorded."""
+def report_on(engine: Engine, bugs: Sequence[KnownBug] | None = None) -> Report:
+    """Judge all that an engine's candidate recorded, and name what is wrong; of some `bugs` only, without estimates."""
     candidate, config, override = engine.candidate, engine.config, engine.override
-    work = Diagnosis(engine)
+    work = Diagnosis(engine, bugs)
     order = list(engine.usual.table)
     findings = tuple(sorted(work.findings(), key=lambda finding: order.index(finding.instances[0].tensor)))
     excluded, undetectable = work.coverage()

@@ -11,7 +11,9 @@ from pathlib import Path
 from refgemma.config import Gemma2Config
 from refgemma.hub import find_model
 from refgemma.inputs import InputError
-from refgemma.oracle.diagnose import Report, diagnose
+from refgemma.oracle.diagnose import Report, diagnose, report_on
+from refgemma.oracle.engine import Engine
+from refgemma.oracle.known_bugs import KNOWN_BUGS
 from refgemma.oracle.preflight import Preflight, compare_tokens, compare_weights, open_weights
 from refgemma.oracle.verdicts import EXACT, UNKNOWN
 from refgemma.precision import Array, as_dtype, as_float64
@@ -19,7 +21,7 @@ from refgemma.tokenizer.tokenizer import Tokenizer, TokenizerError
 from refgemma.trace.candidate import Candidate, load_trace
 from refgemma.trace.name_maps import load_map, map_names, match, open_any
 from refgemma.weights.checkpoint import open_checkpoint
-from refgemma.weights.parameters import tensor_shapes, weights_of
+from refgemma.weights.parameters import Weights, tensor_shapes, weights_of
 
 STDERR = 2  # as a number: what a subprocess writes to
 EMBEDDED = ("tiny", "conformance")
@@ -127,15 +129,18 @@ def check(
     preflight, remarks = run_preflight(candidate, folder, numbers, weights)
     by_name = read_dequantised(weights, preflight, numbers)
 
-    def diagnose_in(one: Candidate) -> Report:
-        model = open_checkpoint(folder).weights(one.dtype)
-        if by_name:
-            model = weights_of({name: as_dtype(x, one.dtype) for name, x in by_name.items()}, numbers)
-        return diagnose(one, model, numbers, override, quantised and not by_name)
+    def read_weights(precision: str) -> Weights:
+        if not by_name:
+            return open_checkpoint(folder).weights(precision)
+        return weights_of({name: as_dtype(x, precision) for name, x in by_name.items()}, numbers)
 
-    found = diagnose_in(candidate)
-    unknown = any(finding.named == UNKNOWN for finding in found.findings)
-    again = [diagnose_in(compute_in(candidate, other)) for other in HALVES if unknown and other != candidate.dtype]
+    found = diagnose(candidate, read_weights(candidate.dtype), numbers, override, quantised and not by_name)
+    unknown = [finding for finding in found.findings if finding.named == UNKNOWN][:1]
+    # Only what may be the reason is tried again: bugs of this tensor, and the closest one.
+    closest = [finding.closest[0] for finding in unknown if finding.closest]
+    bugs = [v for v in KNOWN_BUGS if v in closest or any(finding.field in v.fields for finding in unknown)]
+    others = [compute_in(found.candidate, other) for other in HALVES if unknown and other != candidate.dtype]
+    again = [report_on(Engine(one, read_weights(one.dtype), numbers, override), bugs) for one in others]
     if by_name:
         remarks.append("products are judged by the port's own weights, which are quantised")
     return replace(found, preflight=preflight, remarks=(*found.remarks, *remarks), again=tuple(again))

@@ -1,5 +1,5 @@
-"""Traces as other engines write them: no false word is said of right ones, and what is wrong is named. The right runs are
-recorded, of PyTorch (golden/) and of TransformerLens (tests/recorded); so is DeepMind's norm, of JAX 0.10.2."""
+"""Traces as other engines write them: no false word is said of right ones, and what is wrong is named. The right runs
+are recordings of PyTorch (golden/), and DeepMind's norm is one of JAX 0.10.2 (tests/recorded)."""
 
 import json
 from collections.abc import Mapping
@@ -137,7 +137,7 @@ def test_room_in_a_static_cache_is_padding_at_the_end(case: str, tmp_path: Path)
 
 
 def in_pairs(x: Any) -> Any:
-    """Heads as rotation of neighbours needs them: number ``i`` at ``2 i``, number ``i + head_dim / 2`` at ``2 i + 1``."""
+    """Heads as rotation of neighbours needs them: number ``i`` at ``2 i``, ``i + head_dim / 2`` beside it."""
     half = x.shape[-1] // 2
     return np.stack([x[..., :half], x[..., half:]], axis=-1).reshape(x.shape)
 
