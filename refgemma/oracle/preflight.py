@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from refgemma.config import Gemma2Config
-from refgemma.hub import GGUF
+from refgemma.hub import GGUF, refuse_links
 from refgemma.inputs import InputError
 from refgemma.oracle.engine import QUANTISED_LIMIT
 from refgemma.oracle.known_bugs import interleave
@@ -54,6 +54,8 @@ def open_weights(path: str | Path) -> dict[str, Entry]:
     if folder.suffix == GGUF and folder.is_file():
         _, stored = read_gguf_model(folder)
         return {name: Entry("F32", x.shape, partial(x.read, "float32")) for name, x in stored.items()}
+    if folder.is_dir():
+        refuse_links(folder)
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else [folder]
     if not files:
         raise InputError(f"{path}: has no safetensors file in it")
