@@ -274,7 +274,7 @@ class Diagnosis:
     def _find_behind(self, names: Sequence[str]) -> tuple[KnownBug, ...]:
         """The bugs that leave so little of an error which quantisation could explain that they are there as well."""
         ranked = [(left, v) for left, v in self.rank(names[0]) if v.kind == "mistake"]
-        return tuple(v for left, v in ranked if left < min(MUCH_CLOSER, 1.2 * ranked[0][0]))
+        return tuple(v for left, v in ranked if left <= min(MUCH_CLOSER, 1.2 * ranked[0][0]))
 
     def _find_gemma_1(self, finding: Sequence[Instance]) -> list[KnownBug]:
         """The fewest of `GEMMA_1_BUGS` that together explain several operations; as many as there are ways."""
@@ -413,7 +413,9 @@ def diagnose(
             found = turned
     if not quantised and looks_quantised(found):
         again = report_on(Engine(found.candidate, weights, config, override, quantised=True))
-        said = "every product with weights is off, as quantised weights or activations make it: judged with --quantised"
+        said = (
+            "every product with weights is off, as quantised weights or activations make it: judged as with --quantised"
+        )
         found = replace(again, remarks=(*again.remarks, said))
     return found
 

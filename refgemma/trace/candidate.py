@@ -237,6 +237,8 @@ def _spread_words(name: str, entries: Mapping[str, Entry], config: Gemma2Config)
     entry, ids = entries[name], entries.get(f"{name.removesuffix(LOGPROBS)}{WORDS}")
     if ids is None or not name.endswith(LOGPROBS) or ids.dtype[0] not in "IU" or ids.shape != entry.shape:
         return entry
+    if entry.shape[-1] > config.vocab_size:  # refused for its shape, unread
+        return entry
     shape = (*entry.shape[:-1], config.vocab_size)
 
     def spread(numbers: Array) -> Array:
