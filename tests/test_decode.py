@@ -190,7 +190,7 @@ def test_without_prompts_one_text_begins_with_bos() -> None:
     refused(
         lambda: SMALL.generate(bos_token_id=None), "give input_ids: no bos_token_id is set that a text could begin with"
     )
-    message = "input_ids[0, 0] is 13: not in the vocabulary of 13 tokens (0 to 12)"
+    message = "input_ids[0, 0] is 13; the vocabulary has 13 tokens (0 to 12)"
     refused(lambda: SMALL.generate(bos_token_id=13), message)
     refused(lambda: SMALL.generate([[13]]), message)
 
@@ -275,7 +275,7 @@ def test_prompts_as_they_are_read() -> None:
     masked = read(input_ids=ids, attention_mask=[[1, 1, 1], [0, 1, 1]], position_ids=[[5, 6, 7], [1, 2, 3]])
     assert masked.visible.tolist() == [[True] * 3, [False, True, True]]
     assert masked.positions.tolist() == [[5, 6, 7], [1, 2, 3]]
-    with pytest.warns(UserWarning, match=r"beyond max_position_embeddings \(64\)"):
+    with pytest.warns(UserWarning, match=r"exceeds max_position_embeddings \(64\)"):
         read(input_ids=ids, position_ids=[[62, 63, 64]])
     # With a cache: all tokens, or those after it with a mask over all.
     cache = SMALL([[3, 4], [6, 7]]).past_key_values
@@ -287,10 +287,12 @@ def test_prompts_as_they_are_read() -> None:
         lambda: read(input_ids=[[5, 6], [7, 8]], past_key_values=cache),
         "the cache has seen 2 tokens and the prompt has 2: one more is needed at least",
     )
-    shape = "attention_mask has shape {}, but (2, 3) is needed: one entry for each token so far, those in the cache"
-    refused(lambda: read(input_ids=ids, attention_mask=[[1] * 4] * 2), shape.format("(2, 4)") + " included")
-    refused(lambda: read(input_ids=ids, attention_mask=1, past_key_values=cache), shape.format("()") + " included")
-    one_row = shape.format("(3,)") + " included"
+    shape = (
+        "attention_mask has shape {}; it must be (2, 3): one entry for each token so far, including those in the cache"
+    )
+    refused(lambda: read(input_ids=ids, attention_mask=[[1] * 4] * 2), shape.format("(2, 4)"))
+    refused(lambda: read(input_ids=ids, attention_mask=1, past_key_values=cache), shape.format("()"))
+    one_row = shape.format("(3,)")
     refused(lambda: read(input_ids=ids, attention_mask=[1, 1, 1], past_key_values=cache), one_row)
     # Embeddings: no ids, but a mask and positions.
     embeds = np.ones((2, 3, 12))
@@ -303,10 +305,10 @@ def test_prompts_as_they_are_read() -> None:
     whole = "inputs_embeds are the whole prompt: give no input_ids and no past_key_values"
     refused(lambda: read(inputs_embeds=embeds, input_ids=ids), whole)
     refused(lambda: read(inputs_embeds=embeds, past_key_values=cache), whole)
-    needed = "numbers of shape (batch, seq, 12) are needed"
+    needed = "it must be numbers of shape (batch, seq, 12)"
     refused(
         lambda: read(inputs_embeds=np.ones((2, 3, 11))),
-        f"inputs_embeds has shape (2, 3, 11) and dtype float64: {needed}",
+        f"inputs_embeds has shape (2, 3, 11) and dtype float64; {needed}",
     )
 
 
@@ -462,7 +464,7 @@ def test_the_default_settings_of_generate() -> None:
     assert list(generate([3, 4], weights, config, 6, stop_ids=())) == greedy
     drawn = {"max_new_tokens": 12, "temperature": 1.0, "stop_ids": ()}
     assert list(generate([3, 4], weights, config, **drawn)) == list(generate([3, 4], weights, config, **drawn, seed=0))
-    with pytest.warns(UserWarning, match=r"beyond max_position_embeddings \(64\)"):
+    with pytest.warns(UserWarning, match=r"exceeds max_position_embeddings \(64\)"):
         list(generate([3] * 64, weights, SMALL.config, 2, stop_ids=()))
 
 

@@ -37,7 +37,7 @@ from refgemma.sweep.runner import as_json as sweep_json
 from refgemma.sweep.runner import cluster, processes, sweep
 from refgemma.trace.candidate import Candidate, is_known, load_trace
 from refgemma.trace.name_maps import apply_map, load_map, map_names, match, open_any
-from refgemma.trace.names import save_trace, target_file
+from refgemma.trace.names import save_trace
 from refgemma.weights.checkpoint import open_checkpoint
 from refgemma.weights.parameters import Weights, tensor_shapes
 
@@ -109,11 +109,13 @@ def add_commands(add: Callable[[str, str], Any]) -> None:
 def run_check(args: argparse.Namespace) -> int:
     """``refgemma check``."""
     outputs = {kind: path for kind in ("html", "markdown", "junit", "bundle") if (path := getattr(args, kind))}
-    for path in outputs.values():
-        target_file(path)  # before the work, not after it
+    folder = find_model(args.model)
+    output.check_outputs(
+        {f"--{'repro' if kind == 'bundle' else kind}": path for kind, path in outputs.items()},
+        (args.candidate, args.weights, args.map, folder),
+    )
     if not args.allow > 0 or not np.isfinite(args.allow):
         raise UsageError(f"--allow {args.allow}: a factor above 0 is needed")
-    folder = find_model(args.model)
     config, changed = read_changes(open_checkpoint(folder).config, args.changes), ", ".join(args.changes)
     if args.run is not None and (problem := run_backend(args.run, Path(args.candidate))) is not None:
         output.say(f"refgemma check: --run: {problem}", error=True)
@@ -139,7 +141,7 @@ def read_changes(config: Gemma2Config, changes: Sequence[str]) -> Gemma2Config:
     Raises
     ------
     UsageError
-        If there is no such field, or it cannot have that value.
+        If a field does not exist, or a value does not fit the model.
     """
     values: dict[str, Any] = {}
     for change in changes:
@@ -149,7 +151,7 @@ def read_changes(config: Gemma2Config, changes: Sequence[str]) -> Gemma2Config:
         except ValueError:
             equals = ""
         if not equals:
-            raise UsageError(f"--set {change}: NAME=VALUE is needed, the value as in JSON: query_pre_attn_scalar=10")
+            raise UsageError(f"--set {change}: it must be NAME=VALUE, the value as in JSON: query_pre_attn_scalar=10")
     if "rope_theta" in values:
         values.setdefault("rope_parameters", None)
     try:
@@ -157,7 +159,7 @@ def read_changes(config: Gemma2Config, changes: Sequence[str]) -> Gemma2Config:
     except ConfigError as error:
         raise UsageError(f"--set: {error}") from None
     if tensor_shapes(changed) != tensor_shapes(config):
-        raise UsageError("--set changes the axes of the weights, which the model has not; give another model")
+        raise UsageError("--set: these values change the shapes of the weights; give a model that has them with --model")
     return changed
 
 

@@ -9,12 +9,12 @@ from itertools import chain
 import numpy as np
 
 import refgemma
-from refgemma.cli.output import OK, as_json, prompt_ids, say
+from refgemma.cli.output import OK, as_json, check_outputs, prompt_ids, say
 from refgemma.files import replace_file
 from refgemma.goldens.released import Identified, identify_release
 from refgemma.hub import find_model
 from refgemma.modeling.pretrained import load
-from refgemma.trace.names import run_in_order, save_trace, target_file
+from refgemma.trace.names import run_in_order, save_trace
 from refgemma.weights.checkpoint import open_checkpoint
 from refgemma.weights.parameters import tensor_shapes
 
@@ -23,8 +23,8 @@ def run_trace(args: argparse.Namespace) -> int:
     """``refgemma trace``."""
     from tqdm import tqdm
 
-    target_file(args.output)  # before a minute's work, not after it
-    model = load(args.model, args.dtype, args.revision, args.download)
+    check_outputs({"-o": args.output}, [find_model(args.model, args.revision, args.download)])
+    model = load(args.model, args.dtype, args.revision, args.download, read=False)
     ids = prompt_ids(args, model)
     metadata = {
         "format": "refgemma-trace/1",
@@ -33,7 +33,7 @@ def run_trace(args: argparse.Namespace) -> int:
         "refgemma": refgemma.__version__,
     }
     row = np.array([ids])
-    run = chain([("input_ids", row)], run_in_order(row, model.weights, model.config))
+    run = chain([("input_ids", row)], run_in_order(row, model.read().weights, model.config))
     bar = tqdm(run, unit="tensor", disable=None, delay=2, leave=False)
     shapes = save_trace(iter(bar), args.output, metadata)
     if args.json:
@@ -46,12 +46,13 @@ def run_trace(args: argparse.Namespace) -> int:
 
 def run_explore(args: argparse.Namespace) -> int:
     """``refgemma explore``."""
-    from refgemma.teach.explorer import explore_run, render_page
+    from refgemma.teach.explorer import check_length, explore_run, render_page
 
-    target_file(args.output)  # before the work, not after it
-    model = load(args.model, args.dtype, args.revision, args.download)
+    check_outputs({"-o": args.output}, [find_model(args.model, args.revision, args.download)])
+    model = load(args.model, args.dtype, args.revision, args.download, read=False)
     ids = prompt_ids(args, model)
-    content = render_page(explore_run(ids, model, args.model, args.dtype)).encode()
+    check_length(len(ids), model.config)
+    content = render_page(explore_run(ids, model.read(), args.model, args.dtype)).encode()
     replace_file(args.output, content)
     if args.json:
         as_json({"file": args.output, "bytes": len(content), "ids": ids})

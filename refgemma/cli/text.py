@@ -1,19 +1,22 @@
 """The commands that read or write text: `generate`, `chat` and `perplexity`. Checked through the command line."""
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
+from tqdm import tqdm
+
 from refgemma import fast
 from refgemma.cli.output import OK, as_json, prompt_ids, say, show_text
 from refgemma.errors import UsageError
 from refgemma.files import read_file
-from refgemma.generation.decode import Prompts, collect_settings, continue_prompt, generate_batch
+from refgemma.generation.decode import Memory, Prompts, collect_settings, continue_prompt, generate_batch
 from refgemma.generation.generation_config import GenerationConfig
 from refgemma.generation.greedy import greedy, is_plain_greedy
-from refgemma.generation.perplexity import gemma_cpp_bits_per_byte, strided_perplexity
+from refgemma.generation.perplexity import GEMMA_CPP_TOKENS, gemma_cpp_bits_per_byte, strided_perplexity
 from refgemma.goldens.released import PUBLISHED, published_figures, published_text
 from refgemma.hub import PACKAGE
 from refgemma.inputs import InputError
@@ -30,13 +33,15 @@ def generation_settings(model: Pretrained, args: argparse.Namespace) -> Generati
     return collect_settings(model.config, *common, others)
 
 
-def new_tokens(ids: Sequence[int], model: Pretrained, args: argparse.Namespace) -> Iterator[int]:
-    """Continue `ids` under the sampling arguments, token by token; a search gives all tokens at its end.
+def is_embedded(model: Pretrained) -> bool:
+    """Whether a model is inside this package, and so small that the definition computes it."""
+    return model.folder.parent == PACKAGE / "checkpoints"
 
-    The model inside this package is small enough for the definition itself.
-    """
+
+def new_tokens(ids: Sequence[int], model: Pretrained, args: argparse.Namespace) -> Iterator[int]:
+    """Continue `ids` under the sampling arguments, token by token; a search gives all tokens at its end."""
     call = generation_settings(model, args)
-    if is_plain_greedy(call) and (args.reference or model.folder.parent == PACKAGE / "checkpoints"):
+    if is_plain_greedy(call) and (args.reference or is_embedded(model)):
         return greedy(ids, model.weights, model.config, max_new_tokens=args.max_new_tokens, stop_ids=model.stop_ids)
     if call.num_beams == 1:
         return continue_prompt(ids, model.weights, model.config, call, args.reference)
@@ -63,8 +68,9 @@ def stream_text(tokens: Iterator[int], model: Pretrained, show: bool) -> tuple[l
 
 def run_generate(args: argparse.Namespace) -> int:
     """``refgemma generate``; it prints ids if the model has no tokenizer."""
-    model = load(args.model, args.dtype, args.revision, args.download)
+    model = load(args.model, args.dtype, args.revision, args.download, read=False)
     ids, known = prompt_ids(args, model), model.has_tokenizer
+    model = model.read()
     tokens = new_tokens(ids, model, args)
     began = time.perf_counter()
     if not args.json:
@@ -92,10 +98,12 @@ def read_line() -> str:
 
 
 def run_chat(args: argparse.Namespace) -> int:
-    """``refgemma chat``: one JSON object a turn with ``--json``."""
-    model = load(args.model, args.dtype, args.revision, args.download)
+    """``refgemma chat``: one JSON object a turn with ``--json``. No token is read in two turns."""
+    model = load(args.model, args.dtype, args.revision, args.download, read=False)
     generation_settings(model, args)  # wrong settings are refused before anybody says anything
-    messages: list[dict[str, str]] = []
+    _ = model.tokenizer  # and a model without one
+    model, memory, messages = model.read(), Memory(), list[dict[str, str]]()
+    limit = model.config.max_position_embeddings
     while True:
         line = read_line()
         if not line:
@@ -105,10 +113,24 @@ def run_chat(args: argparse.Namespace) -> int:
         ids = model.tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False
         )
-        made, text = stream_text(new_tokens(ids, model, args), model, show=not args.json)
+        _check_room(len(ids), limit)
+        call = generation_settings(model, args)
+        call.max_new_tokens = min(args.max_new_tokens, limit - len(ids))
+        reference = args.reference or is_embedded(model)
+        tokens = continue_prompt(ids, model.weights, model.config, call, reference, memory=memory)
+        made, text = stream_text(tokens, model, show=not args.json)
         messages.append({"role": "assistant", "content": text})
         if args.json:
             as_json({"turn": len(messages) // 2, "ids": made, "text": text}, indent=None)
+        _check_room(len(ids) + len(made), limit)
+
+
+def _check_room(tokens: int, limit: int) -> None:
+    """End a talk that is as long as the model's positions: beyond them it would wander."""
+    if tokens >= limit:
+        raise InputError(
+            f"the talk has {tokens} tokens, and the model was made for {limit} (max_position_embeddings): begin another"
+        )
 
 
 def text_of(args: argparse.Namespace) -> str:
@@ -148,30 +170,41 @@ def find_traps(text: str, tokenizer: Tokenizer) -> list[str]:
 def run_perplexity(args: argparse.Namespace) -> int:
     """``refgemma perplexity``."""
     text = text_of(args)
-    model = load(args.model, args.dtype, args.revision, args.download)
+    model = load(args.model, args.dtype, args.revision, args.download, read=False)
     for warning in find_traps(text, model.tokenizer):
         say(f"refgemma: {args.file or args.published}: {warning}", error=True)
-    ids = model.tokenizer.encode(text)
-    max_length = args.max_length or min(4096, model.config.max_position_embeddings)
-    layers = reference_outputs if args.reference else fast.outputs
-    strided = strided_perplexity(ids, model.weights, model.config, max_length, min(args.stride, max_length), layers)
-    bits = gemma_cpp_bits_per_byte(ids, len(text.encode()), model.weights, model.config, layers)
+    ids, nbytes = model.tokenizer.encode(text), len(text.encode())
+    usual = min(4096, model.config.max_position_embeddings)
+    max_length = usual if args.max_length is None else args.max_length
+    stride = max_length if args.stride is None else min(args.stride, max_length)
+    layers, model = reference_outputs if args.reference else fast.outputs, model.read()
+    with tqdm(total=len(ids), unit="token", disable=None, delay=2, leave=False) as bar:
+        strided = strided_perplexity(ids, model.weights, model.config, max_length, stride, layers, bar.update)
+    bits = strided.nats_per_token * (len(ids) - 1) / math.log(2) / nbytes
+    gemma_cpp = gemma_cpp_bits_per_byte(ids, nbytes, model.weights, model.config, layers)
     figures = published_figures(text)
     if args.json:
         as_json({
             "tokens": len(ids),
-            "bytes": len(text.encode()),
-            "transformers": {**asdict(strided), "max_length": max_length, "stride": min(args.stride, max_length)},
-            "gemma_cpp_bits_per_byte": bits,
+            "bytes": nbytes,
+            "transformers": {**asdict(strided), "max_length": max_length, "stride": stride, "bits_per_byte": bits},
+            "gemma_cpp_bits_per_byte": gemma_cpp,
+            "gemma_cpp_tokens": min(len(ids), GEMMA_CPP_TOKENS),
             "published_gemma_cpp_bits_per_byte": figures,
         })  # fmt: skip
         return OK
-    say(f"{len(ids)} tokens, {len(text.encode())} bytes, computed in {args.dtype}")
+    say(f"{len(ids)} tokens, {nbytes} bytes, computed in {args.dtype}")
     say(
-        f"transformers: perplexity {strided.perplexity:.4f} ({strided.nats_per_token:.4f} nats a token, windows: "
-        f"{strided.windows} of {max_length} every {min(args.stride, max_length)})"
+        f"transformers: perplexity {strided.perplexity:.4f} ({strided.nats_per_token:.4f} nats a token, {bits:.4f} "
+        f"bits a byte of the whole text, windows: {strided.windows} of {max_length} every {stride})"
     )
-    say(f"gemma.cpp:    {bits:.4f} bits a byte, <bos> counted as log2 of the vocabulary")
+    if len(ids) > GEMMA_CPP_TOKENS:
+        say(
+            f"gemma.cpp:    sums the first {GEMMA_CPP_TOKENS} of the {len(ids)} tokens and divides by all bytes: of a "
+            "text this long that is no measure"
+        )
+    else:
+        say(f"gemma.cpp:    {gemma_cpp:.4f} bits a byte, <bos> counted as log2 of the vocabulary")
     for model_name, figure in figures.items():
         say(f"              {figure:.2f} published for gemma-2-{model_name}, within 0.02")
     if not figures:

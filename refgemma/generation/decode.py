@@ -528,15 +528,42 @@ def generate(
     return continue_prompt(prompt, weights, config, call, tokenizer=tokenizer)
 
 
+class Memory:
+    """Texts that were read, and the cache after each: a text that begins with one of them goes on from there.
+
+    Examples
+    --------
+    >>> Memory().find([2, 300]) is None
+    True
+    """
+
+    def __init__(self) -> None:
+        self.texts: list[tuple[list[int], Cache]] = []
+
+    def find(self, ids: list[int]) -> Cache | None:
+        """Return the cache after the longest beginning of `ids` that was read; one token at least is left to read."""
+        known = [(len(text), cache) for text, cache in self.texts if len(text) < len(ids) and ids[: len(text)] == text]
+        return max(known, key=lambda found: found[0])[1] if known else None
+
+    def keep(self, prompt: list[int], steps: Iterator[Step]) -> Iterator[Step]:
+        """Yield the steps after a prompt, and keep the cache after it and that of the last step."""
+        new: list[int] = []
+        for step in steps:
+            self.texts = [*self.texts[:1] * bool(new), (prompt + new, step.cache)]
+            new.append(int(step.tokens[0]))
+            yield step
+
+
 def continue_prompt(
     prompt: Sequence[int] | Int[np.ndarray, " seq"], weights: Weights, config: Gemma2Config, call: GenerationConfig,
-    reference: bool = False, tokenizer: Any = None,
+    reference: bool = False, tokenizer: Any = None, memory: Memory | None = None,
 ) -> Iterator[int]:  # fmt: skip
-    """`generate` with all settings in one record; `reference` as of `generate_batch`."""
+    """`generate` with all settings in one record; `reference` as of `generate_batch`, `memory` of a talk's turns."""
     if len(prompt) == 0:
         raise InputError("the prompt is empty: a model needs at least one token (<bos>, for instance)")
     ids = check_token_ids([list(prompt)], config.vocab_size)
-    reading = Reading(ids, np.ones(ids.shape, bool), np.arange(ids.shape[1])[None], None)
+    text, memory = ids[0].tolist(), memory or Memory()
+    reading = Reading(ids, np.ones(ids.shape, bool), np.arange(ids.shape[1])[None], memory.find(text))
     limit = config.max_position_embeddings
     settings = resolve_settings(call, ids.shape[1], config.vocab_size, limit)
     if settings.num_beams > 1 or settings.num_return_sequences > 1:
@@ -544,7 +571,7 @@ def continue_prompt(
     read = choose_reader(weights, config, reference)
     guide = None if settings.guidance_scale == 1 else Guide(settings.guidance_scale, read)
     how = Decoding(settings, np.zeros(1, int), criteria=[*list_criteria(settings, tokenizer)], guide=guide)
-    return (int(step.tokens[0]) for step in run_steps(reading, read, how))
+    return (int(step.tokens[0]) for step in memory.keep(text, run_steps(reading, read, how)))
 
 
 def collect_settings(

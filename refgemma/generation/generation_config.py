@@ -5,6 +5,7 @@ transformers 5.23, its default values and its files."""
 
 import difflib
 import json
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -32,7 +33,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_finite(value: Any) -> bool:
-    return _is_number(value) and abs(float(value)) < float("inf")
+    return _is_number(value) and bool(abs(value) <= sys.float_info.max)  # a whole number of 400 digits is no float
 
 
 def _setting(is_right: Callable[[Any], bool], needed: str, default: Any = None) -> Any:

@@ -2,7 +2,7 @@
 transformers' page on perplexity, run with transformers 5.23, and against gemma.cpp's formula written out in a test."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -127,7 +127,7 @@ class StridedPerplexity:
 
 def strided_perplexity(
     ids: Sequence[int], weights: Weights, config: Gemma2Config, max_length: int, stride: int,
-    layers: fast.Outputs = fast.outputs,
+    layers: fast.Outputs = fast.outputs, report: Callable[[int], object] | None = None,
 ) -> StridedPerplexity:  # fmt: skip
     """``exp`` of the mean loss of a text, in windows, as the program on transformers' page computes it.
 
@@ -148,6 +148,8 @@ def strided_perplexity(
         Tokens from the start of one window to that of the next, 1 to `max_length`.
     layers : callable
         What computes the layers, see `token_losses`.
+    report : callable, optional
+        Is given the number of tokens judged, after each window.
 
     Raises
     ------
@@ -169,6 +171,8 @@ def strided_perplexity(
         raise InputError("the text has no token after the first; there is nothing to predict")
     total, weight, number = 0.0, 0, 0
     for window in split_windows(len(ids), max_length, stride):
+        if report is not None:
+            report(window.targets)
         if window.targets < 2:
             continue  # of weight 0; on the page its loss may be the mean of nothing, NaN
         losses = token_losses(ids[window.start : window.stop], weights, config, layers)[-window.targets :]

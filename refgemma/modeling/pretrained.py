@@ -1,7 +1,7 @@
 """A model by name: its configuration, weights, tokenizer and stop ids from one folder. Checked against the layout of
 the released Gemma 2 folders and of transformers 5.23 `save_pretrained`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from refgemma.generation.decode import stop_tokens
 from refgemma.hub import find_model
 from refgemma.tokenizer.gguf_tokenizer import has_tokens
 from refgemma.tokenizer.tokenizer import Tokenizer
-from refgemma.weights.checkpoint import CheckpointError, open_checkpoint
+from refgemma.weights.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from refgemma.weights.parameters import Weights
 
 TOKENIZERS, END_OF_TURN = ("tokenizer.json", "tokenizer.model"), "<end_of_turn>"
@@ -25,6 +25,8 @@ class Pretrained:
     config: Gemma2Config
     weights: Weights
     stop_ids: frozenset[int]
+    checkpoint: Checkpoint = field(repr=False)
+    dtype: str
 
     @property
     def has_tokenizer(self) -> bool:
@@ -36,10 +38,16 @@ class Pretrained:
         """Read when it is first asked for: a model without one can still be given token ids."""
         return Tokenizer.from_pretrained(self.folder)
 
+    def read(self) -> "Pretrained":
+        """Return the same with the weights in memory, if they take no more than 4 GiB in their precision."""
+        model = replace(self, weights=self.checkpoint.weights(self.dtype))
+        vars(model).update({name: value for name, value in vars(self).items() if name == "tokenizer"})  # read by now
+        return model
+
 
 def load(
     name: str | Path = "tiny", dtype: str = "float32", revision: str = "main", download: bool = False,
-    gguf_file: str | None = None,
+    gguf_file: str | None = None, read: bool = True,
 ) -> Pretrained:  # fmt: skip
     """Load a model to compute with.
 
@@ -54,6 +62,8 @@ def load(
         where PyTorch does, which makes it slower here than float32, not faster.
     revision, download, gguf_file
         As of `refgemma.hub.find_model`.
+    read : bool
+        Whether to call `Pretrained.read`. Without it everything but the weights is read: they are when they are used.
 
     Returns
     -------
@@ -75,12 +85,12 @@ def load(
     checkpoint = open_checkpoint(folder)
     stops = _read_stop_ids(checkpoint.folder, checkpoint.config)
     place = folder if _has_tokenizer(folder) else checkpoint.folder  # an adapter may leave the tokenizer to its base
-    model = Pretrained(place, checkpoint.config, checkpoint.weights(dtype), stops)
+    model = Pretrained(place, checkpoint.config, checkpoint.streamed(dtype), stops, checkpoint, dtype)
     # A chat model ends its turn with <end_of_turn>, which the released configuration does not list as an end.
-    if model.has_tokenizer and END_OF_TURN in model.tokenizer.all_special_tokens:
+    if model.has_tokenizer and END_OF_TURN in model.tokenizer.added_tokens_encoder:
         end = model.tokenizer.convert_tokens_to_ids(END_OF_TURN)
         object.__setattr__(model, "stop_ids", stops | {end})
-    return model
+    return model.read() if read else model
 
 
 def _has_tokenizer(folder: Path) -> bool:

@@ -12,6 +12,7 @@ from refgemma.tokenizer.sentencepiece_model import TokenizerError
 SPACE = "\u2581"  # how a piece writes a space
 # White space as Unicode has it: Python counts U+001C to U+001F, too.
 WHITE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
+ADDED_LIMIT = 2**14  # that a file may have: sixty times those of Gemma
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -49,6 +50,7 @@ class AddedToken:
     def __post_init__(self) -> None:
         if not isinstance(self.content, str):
             raise TokenizerError(f"an added token is {quote(self.content)}, not a string")
+        object.__setattr__(self, "_is_open", self.normalized is None)
         if self.normalized is None:
             object.__setattr__(self, "normalized", not self.special)
 
@@ -63,8 +65,9 @@ class AddedToken:
 
 
 def make_special(token: AddedToken) -> AddedToken:
-    """Return the token as a special one, in which spaces are not normalised."""
-    return token if token.special else replace(token, special=True, normalized=False)
+    """Return the token as a special one, in which spaces are not normalised unless it says so."""
+    given = None if getattr(token, "_is_open", False) else token.normalized
+    return token if token.special else replace(token, special=True, normalized=given)
 
 
 def read_added_token(found: Any, special: bool = True) -> AddedToken:
@@ -78,10 +81,15 @@ def read_added_token(found: Any, special: bool = True) -> AddedToken:
     if isinstance(found, AddedToken):
         return found
     if isinstance(found, Mapping) and "content" in found:
-        return AddedToken(found["content"], **{name: bool(found[name]) for name in FLAGS if name in found})
+        flags = {name: found[name] for name in FLAGS if found.get(name) is not None}
+        if wrong := [name for name, value in flags.items() if not isinstance(value, bool)]:
+            raise TokenizerError(f"{wrong[0]} of an added token is {quote(flags[wrong[0]])}, not true or false")
+        return AddedToken(found["content"], **flags)
     if isinstance(found, str):
         return AddedToken(found, special=special)
     if (content := getattr(found, "content", None)) is not None:  # of the tokenizers library
+        if special:  # that library, too, sets it, and the default of `normalized` follows
+            found.special = True
         return AddedToken(content, **{name: bool(getattr(found, name)) for name in FLAGS})
     raise TokenizerError(f"an added token is {quote(found)}, not a string")
 
@@ -152,7 +160,8 @@ class Splitter:
                 stop = end - len(text[stop:end].lstrip(WHITE))
             if done < start:
                 parts.append((None, done, start))
-            parts.append((token.content, start, stop))
+            if start < stop:  # a token that takes white space can leave none for the next
+                parts.append((token.content, start, stop))
             done = stop
         return [*parts, (None, done, end)] if done < end else parts
 

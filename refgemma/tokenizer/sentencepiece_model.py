@@ -12,6 +12,7 @@ from typing import NamedTuple
 from refgemma.errors import RefgemmaError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # the types of a piece
+PIECES_LIMIT = 2**20  # ids: four times those of Gemma
 _FLOAT = struct.Struct("<f")
 
 
@@ -85,9 +86,12 @@ def read_model(model: bytes) -> tuple[list[Piece], bytes]:
     TokenizerError
         If it is not such a message, or a name is not UTF-8.
     """
-    pieces, rest, at = [], [], 0
+    pieces: list[Piece] = []
+    rest, at = [], 0
     try:
         while at < len(model):
+            if len(pieces) > PIECES_LIMIT:
+                raise TokenizerError(f"has more than {PIECES_LIMIT} pieces, and Gemma has 256000")
             if model[at] == 10 and (piece := _read_short_piece(model, at)):
                 pieces.append(piece)
                 at += 2 + model[at + 1]

@@ -1,6 +1,8 @@
 """The weights of a Gemma 2 as dataclasses with Hugging Face's names, and the table of all tensors with their shapes.
 Checked against the state dict of transformers 5.23 `Gemma2ForCausalLM`."""
 
+import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol, runtime_checkable
@@ -175,6 +177,13 @@ def weights_of(tensors: Mapping[str, Any], config: Gemma2Config) -> Weights:
     return Weights(tensors[EMBED_TOKENS], layers, tensors[NORM], head)
 
 
+def _require_memory(nbytes: int, what: str) -> None:
+    """Raise `MemoryError` before anything is read that this machine cannot hold: later, the system would end us."""
+    holds = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
+    if nbytes > holds:
+        raise MemoryError(f"{what} takes {nbytes / 1e9:.1f} GB, and this machine has {holds / 1e9:.1f} GB")
+
+
 @dataclass(frozen=True)
 class OnDemand(Sequence[LayerWeights]):
     """Blocks that are made or read when they are asked for, every time they are asked for; none is kept.
@@ -207,7 +216,9 @@ class OnDemand(Sequence[LayerWeights]):
         """Make block `layer`; of a slice nothing is made yet."""
         if isinstance(layer, slice):
             return replace(self, numbers=self.numbers[layer])
-        return LayerWeights(**{name: rows[:] for name, rows in self.rows(layer).items()})
+        tensors = self.rows(layer)
+        _require_memory(4 * sum(math.prod(rows.shape) for rows in tensors.values()), f"block {layer}")
+        return LayerWeights(**{name: rows[:] for name, rows in tensors.items()})
 
     def __iter__(self) -> Iterator[LayerWeights]:
         """Make one block after the other; the iterator of `Sequence` would hold each while it makes the next."""
@@ -243,6 +254,7 @@ class LayerRows:
     number: int
     field: str
     shape: tuple[int, ...]
+    kept: bool  # whether the layer is in memory, so that what is written into its tensors stays there
 
     def __getitem__(self, rows: Any, /) -> Any:
         """Return the rows of a slice or of an integer array."""
@@ -250,7 +262,7 @@ class LayerRows:
 
 
 def named_weights(weights: Weights, config: Gemma2Config) -> dict[str, Rows]:
-    """Return every tensor by name, in the order of `tensor_shapes`; weights on disk are read when rows are asked.
+    """Return every tensor by name, in torch's order; weights on disk are read when rows are asked.
 
     Examples
     --------
@@ -261,8 +273,13 @@ def named_weights(weights: Weights, config: Gemma2Config) -> dict[str, Rows]:
     """
     shapes, one_layer = tensor_shapes(config), _OneLayer(weights.layers)
     named: dict[str, Rows] = {EMBED_TOKENS: weights.embed_tokens}
+    order = list(layer_tensors(0))
+
+    def place(item: tuple[str, str]) -> tuple[bool, int]:  # norms last, a bias after its weight
+        return item[0].endswith("layernorm"), order.index(item[0].removesuffix("_bias"))
+
     for n in range(config.num_hidden_layers):
-        for weight, name in layer_tensors(n, config.attention_bias).items():
-            named[name] = LayerRows(one_layer, n, weight, shapes[name])
+        for weight, name in sorted(layer_tensors(n, config.attention_bias).items(), key=place):
+            named[name] = LayerRows(one_layer, n, weight, shapes[name], not isinstance(weights.layers, OnDemand))
     named[NORM] = weights.norm
     return named if weights.lm_head is None else named | {LM_HEAD: weights.lm_head}

@@ -217,6 +217,7 @@ def test_a_megabyte_in_one_piece(ours: Tokenizer, theirs: Any, block: str) -> No
     assert ours.decode(ids, skip_special_tokens=True) == text
 
 
+MASK = 4
 BYTES = st.integers(217, 217 + 255)
 IDS = st.lists(st.integers(0, 255_999) | BYTES | st.integers(0, 107) | st.sampled_from([226, 347, 472]))
 
@@ -230,7 +231,9 @@ def test_any_text(ours: Tokenizer, theirs: Any, text: str) -> None:
 @given(IDS, st.booleans())
 @settings(max_examples=2000)
 def test_any_ids(ours: Tokenizer, theirs: Any, ids: list[int], skip: bool) -> None:
-    assert ours.decode(ids, skip_special_tokens=skip) == theirs.decode(ids, skip_special_tokens=skip)
+    # The file does not call <mask> special. GemmaTokenizer of transformers does, which reads the same file.
+    expected = [token for token in ids if not (skip and token == MASK)]
+    assert ours.decode(ids, skip_special_tokens=skip) == theirs.decode(expected, skip_special_tokens=skip)
 
 
 @given(st.lists(st.sampled_from(BLOCKS) | st.characters(exclude_categories=["Cs"]), max_size=12).map("".join))

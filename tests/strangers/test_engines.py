@@ -369,11 +369,11 @@ def test_a_changed_configuration_is_said_in_every_line(tmp_path: Path, capsys: p
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("query_pre_attn_scalar", "NAME=VALUE is needed"),
-        ("query_pre_attn_scalar=ten", "NAME=VALUE is needed"),
-        ("scalar=10", "there is no field 'scalar'"),
+        ("query_pre_attn_scalar", "it must be NAME=VALUE"),
+        ("query_pre_attn_scalar=ten", "it must be NAME=VALUE"),
+        ("scalar=10", "unknown field 'scalar'"),
         ("sliding_window=0", "sliding_window"),
-        ("head_dim=4", "changes the axes of the weights"),
+        ("head_dim=4", "change the shapes of the weights"),
     ],
 )
 def test_a_configuration_that_cannot_be_is_refused(

@@ -157,15 +157,20 @@ def test_the_report_of_check_has_no_script_and_a_policy_against_any(reports: dic
     assert MARKUP in "".join(page.texts)  # it is shown
 
 
+def assert_only_code(text: str) -> None:
+    """Require that nothing outside of the code in a Markdown text is markup, a mention or a link."""
+    outside = re.sub(r"```text\n.*?\n```", "", text, flags=re.DOTALL)
+    outside = re.sub(r"`[^`\n]*`", "", outside)
+    assert not re.search(r"[<>@\[\]]|://|^#(?!## refgemma)", outside, re.MULTILINE), outside
+
+
 def test_a_comment_of_github_has_names_as_code(reports: dict[str, str]) -> None:
     """Outside of code there are only our own words; a fence or a code span cannot be left."""
     text = reports["markdown"]
     fences = [line for line in text.split("\n") if line.startswith("```")]
     assert fences == ["```text", "```"] * (len(fences) // 2)
     assert MARKUP in text
-    outside = re.sub(r"```text\n.*?\n```", "", text, flags=re.DOTALL)
-    outside = re.sub(r"`[^`\n]*`", "", outside)
-    assert not re.search(r"[<>@\[\]]|://|^#(?!## refgemma)", outside, re.MULTILINE), outside
+    assert_only_code(text)
     for row in text.split("\n"):
         assert not row.startswith("| ") or row.count("|") == 7
 
@@ -177,10 +182,12 @@ def test_a_test_runner_reads_every_name(reports: dict[str, str]) -> None:
 
 def test_a_control_character_does_not_break_the_xml(files: tuple[Path, Path], tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    write_folder(tmp_path / "model\x1b\x01")
+    name = "model\x1b\x01 @someone <b>`|"
+    write_folder(tmp_path / name)
     written = ["--junit", "j", "--markdown", "m", "--html", "h"]
-    assert main(["check", str(files[0]), "--model", "model\x1b\x01", *written]) == 0
+    assert main(["check", str(files[0]), "--model", name, *written]) == 0
     assert "model\\x1b\\x01" in str(ElementTree.parse("j").getroot().get("name"))
+    assert_only_code(Path("m").read_text("utf-8"))
     for name in ("m", "h"):
         assert all(line.isprintable() for line in Path(name).read_text("utf-8").split("\n"))
 
