@@ -461,9 +461,6 @@ MAKE: dict[str, Make] = {
     "norm-cast-order-llama": norms_by(lambda self, x: normed(self, x.float()).type_as(x) * (1.0 + self.weight)),
     "norm-in-half": norms_by(
         lambda self, x: x * torch.rsqrt((x * x).mean(-1, keepdim=True) + self.eps) * (1.0 + self.weight)),
-    "norm-in-half-compiled": norms_by(
-        lambda self, x: x * torch.rsqrt((x.float() * x.float()).mean(-1, keepdim=True).to(x.dtype) + self.eps)
-        * (1.0 + self.weight)),
     "norm-weight-in-half": norms_by(lambda self, x: (normed(self, x.float()) * (1.0 + self.weight).float()).type_as(x)),
     "post-attn-norm-after-residual": layers_by(after_residual),
     "llama-block": layers_by(llama_block),

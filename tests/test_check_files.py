@@ -238,5 +238,5 @@ def test_calls_that_do_not_fit_are_invalid(run: Mapping[str, np.ndarray], tmp_pa
     candidate = load_trace(written(tensors, tmp_path, calls="[3, 2]"), CONFIG)
     assert candidate.refused == {
         "norm": "has different axes in some calls: (1, 3, 30), (1, 2, 7)",
-        "logits": "has shape (1, 5, 97); (1, 3, 97) is needed: (batch, seq, vocab)",
+        "logits": "has shape (1, 5, 97); it must be (1, 3, 97): (batch, seq, vocab)",
     }  # fmt: skip

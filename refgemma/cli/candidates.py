@@ -159,7 +159,9 @@ def read_changes(config: Gemma2Config, changes: Sequence[str]) -> Gemma2Config:
     except ConfigError as error:
         raise UsageError(f"--set: {error}") from None
     if tensor_shapes(changed) != tensor_shapes(config):
-        raise UsageError("--set: these values change the shapes of the weights; give a model that has them with --model")
+        raise UsageError(
+            "--set: these values change the shapes of the weights; give a model that has them with --model"
+        )
     return changed
 
 

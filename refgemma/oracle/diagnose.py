@@ -19,7 +19,7 @@ from refgemma.config import Gemma2Config
 from refgemma.oracle import verdicts
 from refgemma.oracle.engine import PRODUCTS, Engine, Instance
 from refgemma.oracle.estimate import Estimate, estimate_parameters
-from refgemma.oracle.judge import SPAN_LIMIT, judge, resembles
+from refgemma.oracle.judge import SPAN_LIMIT, judge, nearest, resembles
 from refgemma.oracle.known_bugs import KNOWN_BUGS, KnownBug, combine, known_bug
 from refgemma.oracle.locate import ErrorMap, locate_errors, map_errors
 from refgemma.oracle.preflight import Preflight
@@ -175,7 +175,8 @@ class Diagnosis:
             eager = self.engine.eager_result(name, computed, table)
         if bug.kind == "rounding" or before:
             usual = (before or self.usual).result(name)
-            ways = [exact] if eager is None else [exact, eager]
+            others = [self.read(replace(bug, change=way)).result(name) for way in bug.ways]
+            ways = [nearest(found.numbers, [exact, *others])] + ([] if eager is None else [eager])
             if not any(resembles(found.numbers, way, usual, allowed, found.storage, where) for way in ways):
                 return False
             if not (allowed.measured and name in self.few):

@@ -71,7 +71,7 @@ class Candidate:
     name_map: str = ""  # the map of the file's names; refgemma's own if empty
     columns: int = 0  # of the logits in the file
     metadata: Mapping[str, str] = field(default_factory=dict)
-    remarks: tuple[str, ...] = ()  # what was not recorded, or was taken for something else
+    remarks: tuple[str, ...] = ()  # on rows that were not recorded, and on tensors of another kind than their name says
 
     @cached_property
     def inputs(self) -> Mapping[str, Tensor]:
@@ -249,7 +249,7 @@ def _spread_words(name: str, entries: Mapping[str, Entry], config: Gemma2Config)
         np.put_along_axis(whole, np.where(inside, words, config.vocab_size), numbers, axis=-1)
         return whole[..., :-1]
 
-    # What is there of a row: a server gives minus infinity, or nothing, for words that it left out.
+    # A server gives minus infinity, or nothing, for words that it left out.
     return replace(entry, shape=shape, read=lambda: spread(entry.read()),
                    known=lambda: spread(np.isfinite(entry.read().astype(np.float64))))  # fmt: skip
 

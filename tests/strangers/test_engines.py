@@ -160,9 +160,9 @@ def test_permuted_rows_with_pairs_turned_are_the_same_model(case: str, tmp_path:
 JAX = Path(__file__).parents[1] / "recorded" / "deepmind-norm.npz"
 
 
-@pytest.mark.parametrize(("how", "named"), [("eager", "norm-in-half"), ("jit", "norm-in-half-compiled")])
+@pytest.mark.parametrize("how", ["eager", "jit"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_deepminds_norm_is_a_way_of_rounding(dtype: str, how: str, named: str, tmp_path: Path) -> None:
+def test_deepminds_norm_is_a_way_of_rounding(dtype: str, how: str, tmp_path: Path) -> None:
     kept = np.load(JAX)
     x, result = (as_dtype(kept[f"{dtype}.{part}"], dtype) for part in ("x", how))
     model = refgemma.load("conformance", dtype)
@@ -174,7 +174,7 @@ def test_deepminds_norm_is_a_way_of_rounding(dtype: str, how: str, named: str, t
     found = diagnose(candidate, weights, model.config)
     finding = next(f for f in found.findings if f.field == "norm")
     assert finding.is_rounding
-    assert named in {v.name for v in finding.explanations}
+    assert "norm-in-half" in {v.name for v in finding.explanations}
 
 
 # --- estimates --------------------------------------------------------------------------------------------------------
@@ -256,6 +256,16 @@ def quantised_run(bits: int = 8, **changes: Any) -> tuple[Tensors, Tensors]:
     tensors = dict(named_tensors(forward(IDS, few, CONFORMANCE.config.changed(**changes))))
     stored = open_checkpoint(find_model("conformance")).tensors
     return tensors, {name: quantise(np.float32(x.read("float32")), bits) for name, x in stored.items()}
+
+
+def test_one_wrong_matrix_is_not_quantised(tmp_path: Path) -> None:
+    tensors, weights = quantised_run()
+    stored = open_checkpoint(find_model("conformance")).tensors
+    name = "model.layers.1.mlp.up_proj.weight"
+    one = {other: np.float32(x.read("float32")) for other, x in stored.items()} | {name: weights[name]}
+    save_file(one, tmp_path / "weights.safetensors")
+    found = checked(tensors, tmp_path, weights=tmp_path / "weights.safetensors")
+    assert [(stage.name, stage.named) for stage in found.wrong_preflight] == [(name, "UNKNOWN")]
 
 
 LOGITS, BLOCK = ("logits",), ("embedded", "norm", "logits", "attention.out", "middle", "out")
