@@ -33,7 +33,7 @@ from refgemma.files import read_object, replace_file, write_json
 from refgemma.oracle.verdicts import EXIT, FAILED, LOST, UNREADABLE
 from refgemma.sweep.jobs import KEPT, Done, Job, fail, perform
 from refgemma.sweep.tally import Tally, merge_tallies
-from refgemma.trace.names import FIELDS
+from refgemma.trace.names import AXES
 
 TRIES = 3  # for a job that ended its worker
 ONE_THREAD = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
@@ -252,7 +252,7 @@ def as_json(found: Sequence[tuple[Job, Done]]) -> dict[str, Any]:
             "verdict", "first_divergence", "named", "dtype", "message")}} for job, done in ordered],
         "tensors": [
             {"dtype": dtype, "tensor": kind} | total.as_json() | {"rms": total.rms}
-            for (dtype, kind), total in sorted(totals.items(), key=lambda one: (one[0][0], FIELDS.index(one[0][1])))
+            for (dtype, kind), total in sorted(totals.items(), key=lambda one: (one[0][0], [*AXES].index(one[0][1])))
         ],
         "found": sorted(seen), "excluded": sorted(excluded), "blind": sorted(blind),
     }  # fmt: skip
