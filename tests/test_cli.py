@@ -196,7 +196,7 @@ def test_nan_weights_are_named(tmp_path, capsys) -> None:
         (["generate", "Once", "--ids", "2"], "only one of them"),
         (["generate", "--ids", "2,x"], "whole numbers"),
         (["generate", "--ids", "9" * 5000], "whole numbers"),
-        (["generate", "a\udcff"], "character 1 is U+DCFF, the byte 0xFF, which is no UTF-8"),
+        (["generate", "a\udcff"], "character 1 is U+DCFF, the byte 0xFF, which is not UTF-8"),
         (["chat", "--max-new-tokens", "0"], "max_new_tokens must be"),
         (["generate", "--ids", "2,99999"], "input_ids[0, 1] is 99999; the vocabulary has 2048 tokens"),
         (["generate", "Once", "--temperature", "-1"], "temperature must be"),

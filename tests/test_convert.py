@@ -368,7 +368,7 @@ def test_shards_and_their_index(tmp_path: Path) -> None:
     first, *_, last = sorted(set(whole["weight_map"].values()))
     assert "model_state_dict" not in str(read_torch(index.parent / first))
     for change, told in [
-        ({"embedder.weight": "../outside.bin"}, "not the plain name of a file of weights"),
+        ({"embedder.weight": "../outside.bin"}, "it must be the plain name of a weights file"),
         ({"embedder.weight": "pytorch_model-9.bin"}, "the folder lacks 'pytorch_model-9.bin'"),
         ({"another": first}, "lacks tensor 'another', which pytorch_model.bin.index.json places there"),
     ]:

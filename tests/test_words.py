@@ -84,8 +84,6 @@ NOT_YET = {
     "refgemma/generation/": "edited by others when the check began",
     "refgemma/modeling/": "edited by others when the check began",
     "refgemma/oracle/": "edited by others when the check began",
-    "refgemma/tokenizer/": "edited by others when the check began",
-    "refgemma/weights/": "edited by others when the check began",
     "docs/architecture.md": "edited by others when the check began",
     "docs/oracle.md": "edited by others when the check began",
     "docs/reference/command-line.md": "made from refgemma/cli",

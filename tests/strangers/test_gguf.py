@@ -321,7 +321,7 @@ def test_user_defined_pieces_have_spaces_in_a_file(tmp_path: Path) -> None:
     for key, value, reason in (
         ("tokenizer.ggml.model", "gpt2", "no SentencePiece vocabulary.*'gpt2'"),
         ("tokenizer.ggml.scores", [1.0], "no scores and types for its 265 tokens"),
-        ("tokenizer.ggml.token_type", [9] * 265, "types of tokens that SentencePiece does not know"),
+        ("tokenizer.ggml.token_type", [9] * 265, "token types that SentencePiece does not know"),
         ("tokenizer.ggml.add_space_prefix", True, "adds a space before"),
         ("tokenizer.ggml.bos_token_id", 265, "265 for tokenizer.ggml.bos_token_id"),
     ):
