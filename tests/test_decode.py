@@ -151,16 +151,16 @@ def test_processors_and_criteria_of_the_caller() -> None:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ({"max_length": 3}, "the prompt has 7 tokens, which leaves none of max_length"),
+        ({"max_length": 3}, "the prompt has 7 tokens, and max_length, which includes the prompt,"),
         ({"num_return_sequences": 2}, "without do_sample=True or num_beams"),
-        ({"num_return_sequences": 3, "num_beams": 2}, r"num_return_sequences \(3\) is more than num_beams \(2\)"),
-        ({"do_sample": True, "temperature": 0}, "temperature is 0: scores cannot be divided"),
-        ({"eos_token_id": 5000}, "eos_token_id is 5000: not in the vocabulary of 2048"),
-        ({"num_beams": 2, "streamer": TextStreamer(TINY.tokenizer)}, "a beam search has none before its end"),
+        ({"num_return_sequences": 3, "num_beams": 2}, "num_return_sequences is 3; it must be at most num_beams, 2"),
+        ({"do_sample": True, "temperature": 0}, "temperature is 0; it must be above 0 for sampling"),
+        ({"eos_token_id": 5000}, "eos_token_id is 5000; the vocabulary has 2048 tokens"),
+        ({"num_beams": 2, "streamer": TextStreamer(TINY.tokenizer)}, "a beam search has them only at its end"),
         ({"input_ids": [PROMPT]}, "only once"),
         ({"inputs_embeds": np.zeros((1, 2, 234), np.float32)}, "inputs_embeds are the whole prompt"),
-        ({"num_beam_groups": 2}, "num_beam_groups = 2 is not computed here"),
-        ({"do_sample": 1}, "do_sample must be True or False, not 1"),
+        ({"num_beam_groups": 2}, "num_beam_groups = 2 is not supported"),
+        ({"do_sample": 1}, "do_sample is 1; it must be True or False"),
     ],
 )
 def test_arguments_that_do_not_fit(arguments: dict[str, Any], reason: str) -> None:
@@ -171,7 +171,7 @@ def test_arguments_that_do_not_fit(arguments: dict[str, Any], reason: str) -> No
 def test_padding_at_the_right_is_warned_of() -> None:
     with pytest.warns(UserWarning, match="padding at the right"):
         MODEL.generate([[2, 300, 0], [2, 300, 400]], max_new_tokens=1)
-    with pytest.warns(UserWarning, match="min_new_tokens .9. cannot be reached"):
+    with pytest.warns(UserWarning, match="min_new_tokens is 9, but there are at most"):
         MODEL.generate([PROMPT], max_new_tokens=1, min_new_tokens=9)
 
 
@@ -322,7 +322,7 @@ def test_embeddings_of_tokens_are_continued_as_the_tokens_are() -> None:
         assert new.tolist() == told[:, 3:].tolist()
     assert SMALL.generate(inputs_embeds=embeds, max_length=7, **NO_END).shape == (2, 4)
     assert SMALL.generate(inputs_embeds=embeds[:, :1], **NO_END).shape == (2, 20)
-    with pytest.raises(InputError, match="the prompt has 3 tokens, which leaves none of max_length"):
+    with pytest.raises(InputError, match="the prompt has 3 tokens, and max_length"):
         SMALL.generate(inputs_embeds=embeds, max_length=3, **NO_END)
 
 
@@ -470,7 +470,7 @@ def test_the_default_settings_of_generate() -> None:
 
 def test_one_text_is_no_search() -> None:
     weights, config = SMALL.weights, SMALL.config
-    message = "one text, token by token, has no beams; for a search use Gemma2ForCausalLM.generate"
+    message = "num_beams and num_return_sequences must be 1 for one text; use Gemma2ForCausalLM.generate"
     refused(lambda: generate([3], weights, config, num_beams=2), message)
     refused(lambda: generate([3], weights, config, temperature=1.0, num_return_sequences=2), message)
     refused(
@@ -480,7 +480,7 @@ def test_one_text_is_no_search() -> None:
     assert len(list(generate([3], weights, config, 2, stop_ids=()))) == 2
     refused(
         lambda: generate([3], weights, config, stop_ids={13}),
-        "eos_token_id is 13: not in the vocabulary of 13 tokens",
+        "eos_token_id is 13; the vocabulary has 13 tokens",
     )
     # Repeated tokens are counted from the first: nothing is padding, whatever its id.
     plain, penalised = (list(generate([0, 3], weights, config, 6, stop_ids=(), **more)) for more in (
@@ -494,7 +494,7 @@ def test_one_text_stops_at_strings_and_is_guided() -> None:
     whole = list(generate(PROMPT, weights, config, 8))
     stop = TINY.tokenizer.decode(whole[2:3])
     assert list(generate(PROMPT, weights, config, 8, stop_strings=stop, tokenizer=TINY.tokenizer)) == whole[:3]
-    message = "stop_strings are looked for in the text: give the model's tokenizer too, as tokenizer="
+    message = "stop_strings need the model's tokenizer, as tokenizer="
     refused(lambda: generate(PROMPT, weights, config, 8, stop_strings=stop), message)
     # As transformers 5.23 has it.
     assert list(generate(PROMPT, weights, config, 4, guidance_scale=1.5)) == [458, 324, 276, 598]

@@ -63,8 +63,8 @@ class Dequantised(Stored):
                 out[block] = as_dtype(found.reshape(-1, width), dtype)
             if not np.isfinite(out[block]).all():
                 raise CheckpointError(
-                    f"{self.file}: tensor {quote(self.name)} gives NaN, infinity or a number above the largest {dtype}; "
-                    "use a wider dtype, or download the file again"
+                    f"{self.file}: tensor {quote(self.name)} gives NaN, infinity or a number above the largest {dtype}"
+                    "; use a wider dtype, or download the file again"
                 )
         return out.reshape(*packed.shape[:-1], width).view(type(kind))
 

@@ -73,7 +73,7 @@ LOADED: dict[str, tuple[Tensors, str]] = {
     "value head of another": (STATE | {"value_head.weight": torch.ones(1, 24)}, "'value_head.weight' is not read"),
     "score of another shape": (STATE | {"score.0.weight": torch.ones(7)}, "'score.0.weight' is not read"),
     "head again": (STATE | {HEAD: STATE[EMBED].clone()}, ""),
-    "head apart": (STATE | {HEAD: OTHER}, "'lm_head.weight' holds other numbers"),
+    "head apart": (STATE | {HEAD: OTHER}, "'lm_head.weight' differs from"),
     "head alone": ({HEAD: STATE[EMBED]} | {name: x for name, x in STATE.items() if name != EMBED}, ""),
 }
 

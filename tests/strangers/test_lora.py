@@ -81,7 +81,7 @@ def test_the_base_elsewhere_and_every_way_to_load(tmp_path: Path) -> None:
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes the base first"),
         ({"r": 3}, "where the base and adapter_config.json make it [3, 4]"),
         ({"r": 0}, "r and lora_alpha must be numbers above 0"),
-        ({"use_dora": True}, "'lora_A', 'lora_B', where adapter_config.json asks for"),
+        ({"use_dora": True}, "'lora_A', 'lora_B'; adapter_config.json requires"),
         ({"alpha_pattern": {"(a+)+b": 2}}, "must be a simple pattern of a name"),
     ],
     ids=str,

@@ -124,7 +124,7 @@ def test_an_untied_head_that_is_not_there(tmp_path: Path) -> None:
 
 def test_two_tensors_of_one_name(tmp_path: Path) -> None:
     both = TENSORS | {f"module.{VICTIM}": TENSORS[VICTIM]}
-    assert "is stored as" in refusal(write(tmp_path, both))
+    assert "is also stored as" in refusal(write(tmp_path, both))
 
 
 def test_an_unmerged_adapter(tmp_path: Path) -> None:
@@ -146,11 +146,11 @@ def test_tensors_that_zero3_left_empty(tmp_path: Path, name: str) -> None:
 
 def test_a_head_apart_is_used(tmp_path: Path) -> None:
     folder = write(tmp_path, TENSORS | {HEAD: TENSORS[EMBED] * 2})
-    with pytest.warns(UserWarning, match="holds other numbers than"):
+    with pytest.warns(UserWarning, match="differs from"):
         model = Gemma2ForCausalLM.from_pretrained(folder)
     assert not model.config.tie_word_embeddings
     assert (model.weights.head[:] == TENSORS[EMBED] * 2).all()
-    with pytest.warns(UserWarning, match="holds other numbers than"):
+    with pytest.warns(UserWarning, match="differs from"):
         again = Gemma2ForCausalLM.from_state_dict(CONFIG, TENSORS | {HEAD: TENSORS[EMBED] * 2})
     assert (again([[2, 3]]).logits == model([[2, 3]]).logits).all()
     model.save_pretrained(tmp_path / "again")
@@ -214,7 +214,7 @@ def test_quantised_folders_are_refused_by_name(tmp_path: Path, config: dict[str,
 
 @pytest.mark.parametrize("code", [np.uint8, np.int8, np.int32, np.uint32])
 def test_quantised_numbers_are_refused(tmp_path: Path, code: Any) -> None:
-    assert "convert a quantised checkpoint" in refusal(write(tmp_path, {VICTIM: np.ones((4, 4), code)}))
+    assert "quantised checkpoint" in refusal(write(tmp_path, {VICTIM: np.ones((4, 4), code)}))
 
 
 # Words of 32 bits, and the numbers that mlx 0.32 `dequantize` makes of them with scale 1 and bias 0.
@@ -280,7 +280,7 @@ def test_a_module_with_groups_of_its_own(tmp_path: Path) -> None:
         ({"quantization": None}, "which is not supported"),
         ({"scales": None}, "but its scales and biases are missing"),
         ({"scales": np.ones((3, 2), np.float32)}, "which is not supported"),
-        ({"biases": np.zeros((1, 2), np.uint32)}, "without scales and biases"),
+        ({"biases": np.zeros((1, 2), np.uint32)}, "but its scales and biases are missing"),
     ],
     ids=str,
 )
@@ -311,7 +311,7 @@ def test_a_number_beyond_the_precision(tmp_path: Path) -> None:
     tensors, settings = quantise(8)
     tensors[EMBED.replace("weight", "scales")][3] = 1e4
     checkpoint = open_checkpoint(write_wide(tmp_path, tensors, **settings))
-    with pytest.raises(CheckpointError, match="beyond the largest float16"):
+    with pytest.raises(CheckpointError, match="above the largest float16"):
         checkpoint.resident("float16")
 
 
@@ -390,7 +390,7 @@ def test_no_code_of_a_pickle_runs(tmp_path: Path, capsys: pytest.CaptureFixture[
 
     with zipfile.ZipFile(tmp_path / "pytorch_model.bin", "w") as archive:
         archive.writestr("m/data.pkl", pickle.dumps({"model.norm.weight": Evil()}, 2))
-    with pytest.raises(CheckpointError, match="which no checkpoint needs; do not trust the file"):
+    with pytest.raises(CheckpointError, match="which checkpoints never need; do not trust the file"):
         convert(tmp_path, tmp_path / "target")
     assert not capsys.readouterr().out
     assert not (tmp_path / "target").exists()
@@ -398,5 +398,5 @@ def test_no_code_of_a_pickle_runs(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_a_fitting_head_that_is_not_used_is_said(tmp_path: Path) -> None:
     folder = write(tmp_path, TENSORS | {"score.weight": np.ones((2, 24), np.float32)})
-    with pytest.warns(UserWarning, match="Gemma2ForCausalLM does not use its score.weight"):
+    with pytest.warns(UserWarning, match="Gemma2ForCausalLM does not use score.weight"):
         Gemma2ForCausalLM.from_pretrained(folder)
