@@ -267,7 +267,7 @@ def test_layers_are_a_sequence(tmp_path: Path) -> None:
     for layer in (layers[1], layers[-2], layers[1:][0], layers[::-1][1]):
         assert bits(layer.up_proj) == bits(tensors[VICTIM])
     for position in (3, -4):
-        with pytest.raises(IndexError, match=f"no layer {position}: this sequence holds 3"):
+        with pytest.raises(IndexError, match=f"layer {position} does not exist: this sequence has 3 layers"):
             layers[position]
 
 

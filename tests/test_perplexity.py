@@ -70,7 +70,7 @@ def test_numbers_that_cannot_be() -> None:
     for length, stride in ((1, 1), (8, 0), (8, 9)):
         with pytest.raises(InputError, match="max_length"):
             strided_perplexity(IDS, TINY.weights, TINY.config, length, stride)
-    with pytest.raises(InputError, match="give a (longer )?text"):
+    with pytest.raises(InputError, match="give a longer text"):
         strided_perplexity([2], TINY.weights, TINY.config, 8, 8)
 
 

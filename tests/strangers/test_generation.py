@@ -156,7 +156,7 @@ def test_what_changes_no_token_is_taken_in_silence(settings: dict[str, Any]) -> 
         ({"num_beam_groups": 2, "num_beams": 4}, "num_beam_groups = 2 is not supported; transformers 5 runs it as"),
         ({"cache_implementation": "quantized"}, "a quantized cache gives other numbers; leave it out"),
         ({"stop_strings": "x"}, "stop_strings need the model's tokenizer"),
-        ({"stop_strings": [""], "tokenizer": TOKENIZER}, "stop_strings is .*; it must be a text that is not empty, or several"),
+        ({"stop_strings": [""], "tokenizer": TOKENIZER}, "stop_strings is .*; it must be a text that is not empty"),
         ({"bad_words_ids": [[2048]]}, "bad_words_ids is 2048; the vocabulary has 2048 tokens"),
         ({"bad_words_ids": [5]}, "bad_words_ids is .*; it must be a list of lists of token ids"),
         ({"sequence_bias": {300: 1.0}}, "sequence_bias is .*; it must be a dict of tuples of token ids to numbers"),
