@@ -366,7 +366,7 @@ def test_a_fault_of_our_own_has_a_code_of_its_own(capsys, monkeypatch) -> None:
     assert main(["info", "tiny"]) == 70
     captured = capsys.readouterr()
     assert len(captured.err.splitlines()) == 1
-    assert "fault in refgemma itself: KeyError: 'planted'" in captured.err
+    assert "internal error: KeyError: 'planted'" in captured.err
 
 
 @pytest.mark.parametrize("closed", ["2>&-", ">&-", ">&- 2>&-"])

@@ -92,7 +92,7 @@ def test_the_command_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     junk.write_bytes(b"\xff\xfe\x00")
     (tmp_path / "empty").write_text("")
     for arguments, reason in (
-        ([str(junk)], "no text in UTF-8 (byte 0)"),
+        ([str(junk)], "is not UTF-8 text (byte 0)"),
         ([str(tmp_path / "empty")], "give a longer text"),
         ([str(tmp_path / "none")], "No such file"),
         ([str(tmp_path)], "Is a directory"),

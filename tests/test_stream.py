@@ -58,9 +58,7 @@ def test_a_text_streamer_prints_one_text(monkeypatch: pytest.MonkeyPatch) -> Non
     skipping = TextStreamer(tokenizer, skip_prompt=True)
     twice = printed(skipping, ids[:3], ids[3:], None, ids[:3], ids[3:], None).getvalue()
     assert twice == 2 * ", the queen\n"
-    refused(
-        lambda: TextStreamer(tokenizer).put(ids[None].repeat(2, 0)), "TextStreamer got 2 texts; it prints only one"
-    )
+    refused(lambda: TextStreamer(tokenizer).put(ids[None].repeat(2, 0)), "TextStreamer got 2 texts; it prints only one")
     assert printed(TextStreamer(tokenizer), ids[None, :1], ids[1:], None).getvalue() == words + "\n"
     # Bytes are kept back until their run is over: at a piece, a special token, or the end. What is no character then is
     # a replacement character for each byte, as transformers' byte fallback has it.
