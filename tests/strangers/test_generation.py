@@ -302,7 +302,7 @@ def test_what_code_reads_and_writes_in_a_generation_configuration(tmp_path: Path
     config = GenerationConfig(top_k=5)
     assert config.update(top_p=0.5, colour="red") == {"colour": "red"}
     assert (config.top_k, config.top_p) == (5, 0.5)
-    with pytest.raises(InputError, match="top_p must be"):
+    with pytest.raises(InputError, match="top_p is 2; it must be"):
         config.update(top_k=7, top_p=2)
     assert (config.top_k, config.top_p) == (5, 0.5)
     assert config.cache_implementation is config.num_assistant_tokens is config.watermarking_config is None
