@@ -244,14 +244,14 @@ def _check_shape(tensor: Stored, shape: Sequence[int]) -> None:
         return
     resized = ("embed_tokens" in tensor.name or "lm_head" in tensor.name) and tensor.shape[1:] == tuple(shape)[1:]
     step = (
-        f"; its base had other rows: call resize_token_embeddings({tensor.shape[0]}) on the base, save it, and name "
+        f"; the base was resized: call resize_token_embeddings({tensor.shape[0]}) on the base, save it, and name "
         "that folder as base_model_name_or_path"
         if resized
         else ""
     )
     raise CheckpointError(
-        f"{tensor.file}: tensor {quote(tensor.name)} is {list(tensor.shape)}, where the base and "
-        f"{ADAPTER_CONFIG} make it {list(shape)}{step}"
+        f"{tensor.file}: tensor {quote(tensor.name)} is {list(tensor.shape)}; by the base and "
+        f"{ADAPTER_CONFIG} it must be {list(shape)}{step}"
     )
 
 
