@@ -655,7 +655,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     told = json.loads(out)
     assert (told["from"], told["to"], told["tensors"], told["verified"]) == ("hf", "flax", 20, True)
     assert main(["convert", there, "-o", back, "--max-shard-size", "20KB"]) == OK
-    assert "left out 67 rows of the embedding, beyond the vocabulary; 0 were not zero" in capsys.readouterr().out
+    assert "left out 67 rows of the embedding beyond the vocabulary; 0 were not zero" in capsys.readouterr().out
     assert same(Path(back), tensors)
     assert load_file(Path(there) / "model.safetensors")["transformer/embedder/input_embedding"].shape == (128, 24)
 

@@ -189,7 +189,7 @@ def test_logits_to_keep_by_places_of_each_row() -> None:
 def test_a_configuration_in_place_of_a_model_and_the_other_way_round() -> None:
     with pytest.raises(ConfigError, match="config is a dict; it must be a Gemma2Config"):
         Gemma2Model({"vocab_size": 3})  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"a model is loaded by its name with Gemma2Model\.from_pretrained"):
+    with pytest.raises(ConfigError, match=r"to load a model by name use Gemma2Model\.from_pretrained"):
         Gemma2Model("tiny")  # type: ignore[arg-type]
 
 
