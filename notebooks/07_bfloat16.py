@@ -169,7 +169,7 @@ for name, run in {"float64": exact, **runs}.items():
     same = np.mean(shares.argmax(axis=-1) == truth.argmax(axis=-1))
     print(
         f"{name:9s} loss {loss:.4f}, largest error of a probability {np.abs(shares - truth).max():.1e}, "
-        f"same likeliest token at {same:.0%} of the places"
+        f"same most likely token at {same:.0%} of the places"
     )
 
 # %% [markdown]

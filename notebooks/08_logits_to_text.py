@@ -91,7 +91,7 @@ axes = viz.new_axes(6.4, 3)
 axes.semilogx(np.arange(1, len(p) + 1), together)
 axes.axvline(40, linestyle="--", color="tab:orange", label="top-k 40")
 axes.axvline(kept_p, linestyle="--", color="tab:green", label=f"top-p 0.9: {kept_p} tokens")
-axes.set(xlabel="tokens, the likeliest first", ylabel="probability together", title="how much the tail holds")
+axes.set(xlabel="tokens, most likely first", ylabel="probability together", title="how much the tail holds")
 _ = axes.legend()
 
 # %%

@@ -72,7 +72,7 @@ def arrays(output: Any) -> dict[str, Any]:
 
 def call(model: Any, arguments: dict[str, Any]) -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that padding cannot be told in inputs_embeds: both say so
+        warnings.simplefilter("ignore")  # that padding is not visible in inputs_embeds: both say so
         if isinstance(model, torch.nn.Module):
             with torch.no_grad():
                 return model(**{key: as_torch(value) for key, value in arguments.items()})
