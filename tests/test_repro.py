@@ -89,7 +89,7 @@ def test_a_good_trace_is_reported_and_leaves_no_repro_file(tmp_path: Path, capsy
         assert main(["check", str(path), "--model", "conformance", option, str(tmp_path / "b")]) == 0
         printed = capsys.readouterr()
         assert "CONFORMS" in printed.out
-        assert "nothing differs" in printed.err
+        assert "no difference found" in printed.err
     assert not (tmp_path / "b").exists()
 
 
