@@ -366,7 +366,7 @@ class Diagnosis:
         elif bos is not None and twice:
             yield f"tokens: row {twice[0]} begins with <bos> twice (double-bos)"
         for name in candidate.unknown[:3]:
-            yield f"{name}: is no tensor of this model"
+            yield f"{name}: is not a tensor of this model"
         if len(candidate.unknown) > 3:
             yield f"and {len(candidate.unknown) - 3} other unknown tensors"
         if candidate.dtype_from == "numbers":

@@ -153,7 +153,7 @@ def assert_continues(theirs: Any, ours: Any, argument: str) -> None:
         if "past_key_values" in answer:
             assert type(answer.past_key_values) is type(past)
     if argument == "cache_position":
-        with pytest.raises(refgemma.InputError, match=r"cache_position is \[0, 1, 2, 3\], but after 9 tokens"):
+        with pytest.raises(refgemma.InputError, match=r"cache_position is \[0, 1, 2, 3\]; after 9 tokens"):
             call(ours, following | {"past_key_values": first.past_key_values, "cache_position": np.arange(4)})
 
 

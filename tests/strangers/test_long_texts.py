@@ -77,7 +77,7 @@ def test_bits_of_a_text_in_one_window_are_those_of_gemma_cpp(tmp_path: Path, cap
 @pytest.mark.parametrize("option", ["--max-length", "--stride"])
 def test_zero_is_not_taken_for_the_default(option: str, text: Path, capsys: Any) -> None:
     assert main(["perplexity", str(text), option, "0"]) == 2
-    assert "are needed" in capsys.readouterr().err
+    assert "max_length must be at least 2" in capsys.readouterr().err
 
 
 # --- talks ------------------------------------------------------------------------------------------------------------
