@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -26,7 +27,7 @@ class TrainingError(RefgemmaError):
 # --- one rounding -----------------------------------------------------------------------------------------------------
 
 
-def split_bits(x: Array) -> tuple[Array, Array]:
+def split_bits(x: Any) -> tuple[Any, Any]:
     """Split float64 numbers into an upper and a lower half of 26 bits each: ``x == upper + lower``, exactly.
 
     Source: Veltkamp 1968; Dekker 1971, doi:10.1007/BF01397083.
@@ -43,7 +44,9 @@ def split_bits(x: Array) -> tuple[Array, Array]:
 
 
 def fused_multiply_add(
-    a: float | Float[np.ndarray, "*shape"], b: Float[np.ndarray, "*shape"], c: Float[np.ndarray, "*shape"]
+    a: float | np.floating[Any] | Float[np.ndarray, "*shape"],
+    b: Float[np.ndarray, "*shape"],
+    c: Float[np.ndarray, "*shape"],
 ) -> Float[np.ndarray, "*shape"]:
     """Compute ``a * b + c`` with one rounding, as processors do, and as the vectorised kernels of PyTorch do.
 
@@ -61,7 +64,6 @@ def fused_multiply_add(
     if c.dtype == np.float32:
         rounded: Array = (np.multiply(a, b, dtype=np.float64) + c).astype(np.float32)
         return rounded
-    a = np.asarray(a)
     (a_upper, a_lower), (b_upper, b_lower) = split_bits(a), split_bits(b)
     product = a * b
     product_rest = ((a_upper * b_upper - product) + a_upper * b_lower + a_lower * b_upper) + a_lower * b_lower
