@@ -73,8 +73,13 @@ def where_compared(name: str, context: Context) -> Array:
     return visible[:, :, None]
 
 
-def measure_noise(computed: Computed, names: Sequence[str], context: Context, seed: int = 0) -> dict[str, Array]:
-    """The standard deviation of the last tensors of spans, measured over `DRAWS` simulated runs."""
+def measure_noise(
+    computed: Computed, names: Sequence[str], context: Context, more: Mapping[str, float] | None = None, seed: int = 0
+) -> dict[str, Array]:
+    """The standard deviation of the last tensors of spans, measured over `DRAWS` simulated runs.
+
+    To what rounding does comes, in the fields that `more` names, such a part of the size of each row.
+    """
     rng = np.random.default_rng(seed)
     storage = context.arithmetic.storage
     steps = sorted({step for name in names for step in computed.span(name)}, key=computed.places.__getitem__)
@@ -87,7 +92,8 @@ def measure_noise(computed: Computed, names: Sequence[str], context: Context, se
             with np.errstate(all="ignore"):
                 right = np.asarray(computed.table[step].compute(*inputs), np.float64)
                 allowed = computed.table[step].tolerance(inputs, right, storage, context.arithmetic.unit)
-                run.between[step] = right + rng.standard_normal(right.shape) * allowed.std
+                off = (more or {}).get(field_of(step), 0.0) * np.sqrt(np.mean(right**2, axis=-1, keepdims=True))
+                run.between[step] = right + rng.standard_normal(right.shape) * np.hypot(allowed.std, off)
                 if step in exact:
                     squares[step] = squares.get(step, 0.0) + (run.between[step] - exact[step]) ** 2
     return {name: add_typical_spread(np.sqrt(total / DRAWS)) for name, total in squares.items()}
