@@ -148,7 +148,7 @@ INSTEAD = {
     "OffloadedCache": "use DynamicCache",
     "QuantizedCache": "use DynamicCache, whose numbers are those of the model",
     "SlidingWindowCache": "use DynamicCache(config=model.config)",
-    "Trainer": "train with refgemma.training or the command refgemma train",
+    "Trainer": "train with refgemma.training or refgemma train",
     "TrainingArguments": "use refgemma.training.run.TrainingArguments",
 }
 

@@ -220,8 +220,8 @@ def test_rows_hold_every_token_once() -> None:
     train, held = hold_out(rows, 25)
     assert [*train, *held] == rows
     assert len(held) == 1
-    assert [len(part) for part in hold_out(rows, 0)] == [3, 1]
-    assert [len(part) for part in hold_out(rows, 100)] == [1, 3]
+    assert [len(part) for part in hold_out(rows, 0.1)] == [3, 1]
+    assert [len(part) for part in hold_out(rows, 99.9)] == [1, 3]
     with pytest.raises(TrainingError, match="too short"):
         hold_out(rows[:1], 10)
 
@@ -335,7 +335,7 @@ def test_training_stops_where_numbers_are_not_finite() -> None:
     base, config = small_base("float32")
     arguments = TrainingArguments(max_steps=3, learning_rate=1e30)
     state = train_step(first_state(base, config, arguments), ROWS, base, config, arguments)
-    with pytest.raises(TrainingError, match=r"step 2: the loss .* gradient nan, so training stops; lower the learning rate"):
+    with pytest.raises(TrainingError, match=r"step 2: the loss .* gradient nan, so training stops; lower the learning"):
         train_step(state, ROWS, base, config, arguments)
 
 

@@ -61,7 +61,7 @@ def hold_out(rows: Sequence[Row], percentage: float) -> tuple[list[Row], list[Ro
     Raises
     ------
     TrainingError
-        If there are fewer than two rows.
+        If there are fewer than two rows, or the percentage is not one.
 
     Examples
     --------
@@ -69,6 +69,8 @@ def hold_out(rows: Sequence[Row], percentage: float) -> tuple[list[Row], list[Ro
     >>> len(train), len(held_out)
     (8, 2)
     """
+    if not 0 < percentage < 100:
+        raise TrainingError(f"the validation split is {percentage:g} percent; it must be above 0 and below 100")
     if len(rows) < 2:
         raise TrainingError("the text is too short: one row to train on and one to hold out are needed")
     held = min(len(rows) - 1, max(1, round(len(rows) * percentage / 100)))

@@ -181,7 +181,7 @@ def train_step(
     Raises
     ------
     TrainingError
-        If the loss or a gradient is not finite.
+        If the loss, a gradient or a new weight is not finite.
 
     Examples
     --------
@@ -210,9 +210,12 @@ def train_step(
     new, moments = dict[str, Array](), dict[str, Moments]()
     for name, tensor in state.tensors.items():
         optimizer = arguments.optimizer if decays(name) else replace(arguments.optimizer, weight_decay=0.0)
-        new[name], moments[name] = adamw(
-            tensor, gradients.pop(name), state.moments[name], number, arguments.rate(state.step), optimizer
-        )
+        with np.errstate(over="ignore", invalid="ignore"):
+            new[name], moments[name] = adamw(
+                tensor, gradients.pop(name), state.moments[name], number, arguments.rate(state.step), optimizer
+            )
+        if not np.isfinite(new[name]).all():
+            raise TrainingError(f"step {number}: {name} is not finite after it; lower the learning rate")
     return State(new, moments, (*state.losses, loss), norm, state.held_out)
 
 
