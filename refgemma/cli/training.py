@@ -132,7 +132,7 @@ def run_train(args: argparse.Namespace) -> int:
         )
         arguments = read_arguments(args, len(rows))
         base_model = name_base(args, model) if arguments.lora else ""
-        copies = 2 if arguments.lora else 5  # weights, gradients of two rows, moments
+        copies = 5 if arguments.lora else 8  # weights and moments, old and new; gradients of two rows and their sum
         require_memory(copies * model.checkpoint.parameters * np.dtype(args.dtype).itemsize, "training this model")
         base = {
             name: np.ascontiguousarray(r[:]) for name, r in named_weights(model.read().weights, model.config).items()
