@@ -43,7 +43,7 @@ def recompute_gradients(
     input_ids: npt.ArrayLike, labels: npt.ArrayLike, weights: Weights, config: Gemma2Config, *,
     attention_mask: Any = None, position_ids: npt.ArrayLike | None = None, num_items: float | None = None,
 ) -> tuple[float, Named]:  # fmt: skip
-    """Return what `refgemma.backward.compute_gradients` returns, with the records of one block in memory.
+    """Return the results of `refgemma.backward.compute_gradients`, with the records of one block in memory.
 
     The forward pass keeps the input of each block. On the way back each block is computed again from its input, and
     its record is dropped when its gradients are known. That costs a second forward pass. The arguments and all bits of

@@ -134,7 +134,7 @@ def adamw(
 
     ::
 
-        w = w * (1 - lr * decay)                          the decay is no part of the gradient
+        w = w * (1 - lr * decay)                          the decay is not part of the gradient
         m = m + (1 - beta1) * (g - m)                     mean of the gradient
         v = beta2 * v + (1 - beta2) * g**2                mean of its square
         w = w - lr / (1 - beta1**t) * m / (sqrt(v) / sqrt(1 - beta2**t) + eps)

@@ -17,7 +17,6 @@ from safetensors.numpy import save
 
 from refgemma.config import Gemma2Config
 from refgemma.convert.convert import BESIDE
-from refgemma.errors import RefgemmaError
 from refgemma.files import lock_folder, one_line, open_tensors, parse_object, replace_file
 from refgemma.precision import Array
 from refgemma.tokenizer.tokenizer import Tokenizer
@@ -245,10 +244,10 @@ def read_state(path: Path, first: State, identity: Mapping[str, Any]) -> State:
     found = read_header(path)
     with one_line(path, TrainingError, REMEDY):
         about = parse_object((opened.metadata() or {}).get(ABOUT, "{}").encode())
-        theirs, losses = about.get("identity"), about.get("losses")
-        numbers = [about.get("grad_norm"), about.get("held_out"), *(losses if isinstance(losses, list) else [None])]
-        if not isinstance(theirs, dict) or not all(type(number) is float for number in numbers):
-            raise RefgemmaError("is not a checkpoint of refgemma train")
+    theirs, losses = about.get("identity"), about.get("losses")
+    numbers = [about.get("grad_norm"), about.get("held_out"), *(losses if isinstance(losses, list) else [None])]
+    if not isinstance(theirs, dict) or not all(type(number) is float for number in numbers):
+        raise TrainingError(f"{path}: is not a checkpoint of refgemma train; {REMEDY}")
     for name, value in json.loads(json.dumps(identity)).items():
         if theirs.get(name) != value:
             raise TrainingError(
@@ -340,7 +339,7 @@ class Run:
     arguments: TrainingArguments
 
     def identify(self) -> dict[str, Any]:
-        """Return what a checkpoint must have in common with this run."""
+        """Return the facts that a checkpoint must share with this run."""
         hashes = {"text": hash_rows([*self.rows, *self.held_out]), "model": hash_tensors(self.base)}
         return asdict(self.arguments) | hashes | {"rows_held_out": len(self.held_out)}
 
@@ -355,6 +354,11 @@ class Run:
 
         Every `save_steps` steps a checkpoint is written before the state is yielded. The same bits come out however
         often a run is killed and resumed.
+
+        Raises
+        ------
+        TrainingError
+            If the checkpoint is of another run, or a loss is not finite.
         """
         identity, checkpoint = self.identify(), self.folder / CHECKPOINT
         state = first_state(self.base, self.config, self.arguments)
