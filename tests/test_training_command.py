@@ -38,6 +38,7 @@ def names(folder: Path) -> list[str]:
 # --- what is written --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_model_learns_its_text_and_is_loaded(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "m"
     command = ["train", text, "-o", str(out), *SMALL, "--max-steps", "12", "--learning-rate", "0.002"]
@@ -87,6 +88,7 @@ def test_an_adapter_is_written_and_read(text: str, tmp_path: Path, capsys: pytes
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.slow
 def test_only_the_number_of_rows_of_a_step_counts(text: str, tmp_path: Path) -> None:
     ways = (["8"], ["2", "--gradient-accumulation-steps", "4"], ["8", "--gradient-checkpointing"])
     for n, way in enumerate(ways):

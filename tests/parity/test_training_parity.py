@@ -170,6 +170,7 @@ def draw_batches(seed: int, vocab: int, steps: int) -> list[list[Any]]:
     return [[rng.integers(3, vocab, int(rng.integers(2, 9))) for _ in range(8)] for _ in range(steps)]
 
 
+@pytest.mark.slow
 @settings(max_examples=5, phases=[Phase.generate])
 @given(shape=shapes(hidden_activation="gelu_pytorch_tanh"), seed=st.integers(0, 2**16))
 def test_three_steps_of_random_models(shape: dict[str, Any], seed: int) -> None:
