@@ -20,6 +20,7 @@ from refgemma.cli.inspection import run_explore, run_info, run_trace
 from refgemma.cli.output import CUT_OFF, DTYPES, FAULT, MISUSE, complain
 from refgemma.cli.signals import raise_on_signals
 from refgemma.cli.text import run_chat, run_generate, run_perplexity
+from refgemma.cli.training import add_train, run_train
 from refgemma.cli.verification import run_verify
 from refgemma.convert.convert import FORMATS
 from refgemma.errors import RefgemmaError
@@ -150,6 +151,8 @@ def parser() -> Parser:
     )  # fmt: skip
     add_reference(command)
 
+    add_train(add("train", "train a model on a text, and write it as a Hugging Face folder"), add_hub, MODEL_HELP)
+
     command = add("convert", "convert an original checkpoint or a GGUF file to a Hugging Face folder, or back")
     command.add_argument("source", metavar="SOURCE", help="a folder or file: .ckpt, .npz, .gguf, .safetensors, shards")
     command.add_argument(
@@ -227,6 +230,7 @@ def run_command(argv: Sequence[str] | None) -> int:
         "info": run_info,
         "convert": run_convert,
         "synth": run_synth,
+        "train": run_train,
         "perplexity": run_perplexity,
         **oracle.RUN,
     }[args.command]
