@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
-from itertools import combinations
+from itertools import chain, combinations, islice
 
 import numpy as np
 
@@ -19,6 +19,15 @@ from refgemma.config import Gemma2Config
 from refgemma.oracle import verdicts
 from refgemma.oracle.engine import Engine, Instance
 from refgemma.oracle.estimate import Estimate, estimate_parameters
+from refgemma.oracle.families import (
+    WEIGHT_OF_FIELD,
+    Place,
+    exchanges_at,
+    exchanges_in_all,
+    list_places,
+    parts_in_half,
+    weights_of_another,
+)
 from refgemma.oracle.judge import SPAN_LIMIT, judge, resembles
 from refgemma.oracle.known_bugs import KNOWN_BUGS, KnownBug, combine, known_bug
 from refgemma.oracle.locate import ErrorMap, locate_errors, map_errors
@@ -26,12 +35,14 @@ from refgemma.oracle.preflight import Preflight
 from refgemma.oracle.spans import Computed
 from refgemma.oracle.tolerance import from_measured_std, rescale
 from refgemma.trace.candidate import Candidate
-from refgemma.trace.names import field_of
+from refgemma.trace.names import field_of, layer_of
 from refgemma.weights.parameters import Weights
 
 # The operation of a known bug rounds a little differently from the right one, for which the bounds are derived: errors
 # may be those of its row's largest element.
 BUG_FACTOR, BUG_FLOOR = 4.0, 16 * 2.0**-24
+# Multiplications that may go into trying weights in other weights' places, of one finding: a second or two.
+WORK = 2e9
 # What code that was written for Gemma 1 leaves out of Gemma 2, often all at once.
 GEMMA_1_BUGS = ("attn-softcap-missing", "final-softcap-missing", "scale-head-dim", "swa-all-global")
 
@@ -130,6 +141,7 @@ class Diagnosis:
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.usual, self.candidate = engine, engine.usual, engine.candidate
+        self.untried = False  # whether other weights' places were left out, for the time that they take
 
     @cached_property
     def few(self) -> set[str]:
@@ -164,7 +176,7 @@ class Diagnosis:
 
     def is_consistent(self, bug: KnownBug, names: Sequence[str] | None = None) -> bool | None:
         """Return whether the recorded tensors are what a bug makes of their inputs; None if it touches none of them."""
-        computed = Computed(bug.table(self.engine.context, self.usual.table), self.candidate)
+        computed = self.usual.edit(bug.table(self.engine.context, self.usual.table))
         touched = False
         for name in self.engine.recorded if names is None else names:
             if all(computed.table[step] is self.usual.table[step] for step in computed.span(name)):
@@ -188,7 +200,47 @@ class Diagnosis:
             if self.is_consistent(v, good) is not False:
                 found.append(v)
         mistakes = [v for v in found if v.kind == "mistake"]
-        return tuple(mistakes or found or self._find_pairs(finding) or self._find_gemma_1(finding))
+        found = mistakes or found or self._find_part(names) or self._find_weights(names, good)
+        return tuple(found or self._find_pairs(finding) or self._find_gemma_1(finding))
+
+    def _find_part(self, names: Sequence[str]) -> list[KnownBug]:
+        """The largest part in half precision that explains every tensor it touches, some of `names` among them."""
+        if self.candidate.dtype != "float32":
+            return []
+        wrong = sorted({layer for name in names if (layer := layer_of(name)) is not None})
+        alone = wrong and len(wrong) < self.engine.config.num_hidden_layers
+        for part in chain(parts_in_half(), parts_in_half(wrong) if alone else ()):
+            if self.is_consistent(part, names) and self.is_consistent(part):
+                return [part]
+        return []
+
+    def _find_weights(self, names: Sequence[str], good: Sequence[str]) -> list[KnownBug]:
+        """Weights in the places of others: of each wrong tensor's own operation, else of all on the way to the first.
+
+        What lies on the way is computed anew for each, so that of large models not all are tried, which is said.
+        """
+        context, kinds = self.engine.context, {field_of(name) for name in names}
+        if not kinds - set(WEIGHT_OF_FIELD) and all(self.engine.is_direct(name) for name in names):
+            sources: dict[Place, Place] = {}
+            for name in names:
+                place = (layer_of(name), WEIGHT_OF_FIELD[field_of(name)])
+                fitting = (v for v in exchanges_at(context, place) if self.is_consistent(v, [name]))
+                if (bug := next(fitting, None)) is None:
+                    return []
+                sources |= bug.sources
+            return [weights_of_another(sources)]
+        steps = self.usual.span(names[0])
+        if len(steps) == 1:
+            return []
+        places = [(layer_of(s), WEIGHT_OF_FIELD[field_of(s)]) for s in steps if field_of(s) in WEIGHT_OF_FIELD]
+        tried = chain(exchanges_in_all(context), *(exchanges_at(context, place) for place in places))
+        numbers = sum(math.prod(list_places(context)[place]) for place in places)
+        affordable = int(WORK // max(1, numbers * self.candidate.call.input_ids.size))
+        for bug in islice(tried, affordable):
+            if self.is_consistent(bug, names) and self.is_consistent(bug, good) is not False:
+                return [bug]
+        self.untried |= next(tried, None) is not None
+        return []
 
     def _find_pairs(self, finding: Sequence[Instance]) -> list[KnownBug]:
         """A bug that explains the first of several tensors alone, with a way of rounding that then explains all.
@@ -274,6 +326,8 @@ class Diagnosis:
             yield f"tokens: row {without[0]} does not begin with <bos> {remark}"
         elif bos is not None and twice:
             yield f"tokens: row {twice[0]} begins with <bos> twice (double-bos)"
+        if self.untried:
+            yield "weights in the places of others were not all tried: record the projections and norms to name one"
         for name in candidate.unknown[:3]:
             yield f"{name}: is no tensor of this model"
         if len(candidate.unknown) > 3:
