@@ -658,7 +658,6 @@ MAKE: dict[str, Make] = {
     "rope-turned-back": turned_by(lambda x, cos, sin: x * cos - modeling.rotate_half(x) * sin),
     "rope-bf16-angles": tables_by(lambda pos, inv: pos.to(HALF) * inv.to(HALF)),
     "rope-frequencies-in-bf16": frequencies_in(HALF),
-    "rope-frequencies-in-f16": frequencies_in(torch.float16),
     "rope-tf32-angles": tables_by(lambda pos, inv: tf32(pos) * tf32(inv)),
     "rope-partial": turned_in_part(own=True),
     "rope-partial-proportional": turned_in_part(own=False),

@@ -29,7 +29,7 @@ WITH_WEIGHTS = (*PROJECTIONS, *NORMS, "attention.out", "embedded", "raw_logits",
 PARTS: Mapping[str, tuple[str, ...]] = {
     "layers": LAYER_FIELDS, "feed-forward": FEED_FORWARD, "attention": ATTENTION, "norms": NORMS,
     "projections": PROJECTIONS, "softmax": ("attention.probs",),
-} | {field: (field,) for field in ("embedded", *LAYER_FIELDS, "norm", "raw_logits", "logits")}  # fmt: skip
+} | {field: (field,) for field in ("embedded", *LAYER_FIELDS, "norm", "raw_logits")}  # fmt: skip
 
 SEEN_IN_HALF = {"attention": "transformers #26451", "softmax": "optimum-habana #396"}
 

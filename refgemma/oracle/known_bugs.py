@@ -524,6 +524,11 @@ def angles_of_frequencies_in(storage: str) -> Callable[..., Array]:
     return angles
 
 
+def beyond_tf32(change: Change) -> Change:
+    """An edit where some position has more than the eleven bits of TF32, which without one it cannot be told from."""
+    return lambda context: change(context) if np.max(context.call.positions, initial=0) > 2048 else context
+
+
 def turned_in_part(pairs_of_part: bool) -> Change:
     """Half of each head is turned: with its own pairs and frequencies, or half of the pairs of the whole head."""
 
@@ -755,9 +760,9 @@ KNOWN_BUGS: tuple[KnownBug, ...] = (
              config(attn_logit_softcapping=lambda c: c.config.final_logit_softcapping,
                     final_logit_softcapping=lambda c: c.config.attn_logit_softcapping),
              "torchtune's gemma2_2b (hidden_capping_value=30.0, final_capping_value=50.0)", knob="both caps"),
-    KnownBug("softcap-none-as-zero", "a cap of None is kept as 0.0, which makes every score and logit 0",
-             (*CAPPED, "logits"), function(soft_cap=cap_none_as_zero),
-             "unverified: mistral.rs #1930 refuses 0 for that", "a model without one of the caps", "both caps"),
+    KnownBug("attn-softcap-none-as-zero", "a cap of None is kept as 0.0, which makes every score 0", CAPPED,
+             function(soft_cap=cap_none_as_zero), "unverified: mistral.rs #1930 refuses 0 for that",
+             "a model without this cap", "attn_logit_softcapping"),
     KnownBug("attn-softcap-before-scale", "the product is capped, then scaled", CAPPED, rewire(cap_before_scale),
              "unverified", knob="order of cap and scale"),
     KnownBug("attn-softcap-in-bf16", "scores are capped in bfloat16", CAPPED, function(soft_cap=cap_in_half),
@@ -775,6 +780,9 @@ KNOWN_BUGS: tuple[KnownBug, ...] = (
              "unverified", knob="soft cap formula"),
     KnownBug("final-softcap-unmultiplied", "tanh(x / cap) of logits is not multiplied back by the cap", ("logits",),
              function(soft_cap=cap_unmultiplied), "unverified", knob="soft cap formula"),
+    KnownBug("final-softcap-none-as-zero", "a cap of None is kept as 0.0, which makes every logit 0", ("logits",),
+             function(soft_cap=cap_none_as_zero), "unverified: mistral.rs #1930 refuses 0 for that",
+             "a model without this cap", "final_logit_softcapping"),
     KnownBug("final-softcap-on-hidden", "the last hidden state is capped, not the logits", ("norm", "logits"),
              rewire(hidden_capped), "unverified", knob="place of the cap"),
     KnownBug("final-softcap-x-tanh", "x tanh(x / cap) for cap tanh(x / cap) of logits", ("logits",),
@@ -921,10 +929,11 @@ KNOWN_BUGS: tuple[KnownBug, ...] = (
              "transformers #30709, NeMo Automodel #2549, sglang-jax #1472, Megatron-LM #744",
              "positions above 0; the more the higher", "dtype of inv_freq"),
     KnownBug("rope-frequencies-in-f16", "inverse frequencies are rounded to float16, by model.half()", TABLES,
-             function(rotary_tables=tables_of(angles_of_frequencies_in("float16"))),
-             "gpt-neox #1003", "positions above 0; the more the higher", "dtype of inv_freq"),
-    KnownBug("rope-tf32-angles", "angles from a TF32 product", TABLES,
-             function(rotary_tables=tables_of(angles_in_tf32)), "transformers #48428",
+             beyond_tf32(function(rotary_tables=tables_of(angles_of_frequencies_in("float16")))),
+             "gpt-neox #1003", "positions above 2048; below it is rope-tf32-angles", "dtype of inv_freq"),
+    KnownBug("rope-tf32-angles",
+             "angles from a TF32 product, or of inverse frequencies in float16 (model.half()): both keep ten bits",
+             TABLES, function(rotary_tables=tables_of(angles_in_tf32)), "transformers #48428, gpt-neox #1003",
              "float32, or positions above 2048", "dtype of angles"),
     KnownBug("rope-partial", "half of each head is turned, with frequencies and pairs of its own", TURNED,
              turned_in_part(pairs_of_part=True), "unverified: partial_rotary_factor of other models (pie #603)",
