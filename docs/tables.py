@@ -1,5 +1,4 @@
-"""The pages of the reference that are tables: `python docs/tables.py` writes them from the package. tests/test_docs.py
-holds them against it."""
+"""Write the reference pages that are tables, from the package; tests/test_docs.py checks that they are current."""
 
 import argparse
 import inspect
@@ -26,18 +25,18 @@ AGAIN = "<!-- written by docs/tables.py -->"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table in Markdown."""
+    """Return a table in Markdown."""
     lines = [list(head), ["---"] * len(head), *([str(cell).replace("|", "\\|") for cell in row] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def code(text: object) -> str:
-    """Text as code; nothing for nothing."""
+    """Return a text as code, or an empty text unchanged."""
     return f"`{text}`" if str(text) else ""
 
 
 def trace_names() -> str:
-    """Every tensor of a trace: axes, and what it is computed from, as the table of operations of the oracle has it."""
+    """Return the page of every tensor of a trace, with its axes and its inputs in the oracle's table of operations."""
     model = refgemma.load("conformance")
     call = Call(np.array([[2, 5]]), np.array([[0, 1]]), np.ones((1, 2), bool), (2,))
     found = operations(Context(model.config, double(model.weights), call, Arithmetic()))
@@ -53,35 +52,35 @@ def trace_names() -> str:
 
 {AGAIN}
 
-`refgemma trace` writes these tensors, `refgemma check` reads them, and in Python they are the fields of what
-{{py:func}}`~refgemma.model.forward` returns: `run.layers[3].attention.probs` is `layers.3.attention.probs`. They
-stand in the order of computation; `N` is the number of a layer. The axes are the words of {{py:mod}}`refgemma.shapes`.
-What computes each is in [The forward pass](../explanation/forward.md).
+`refgemma trace` writes these tensors and `refgemma check` reads them. In Python they are fields of the result of
+{{py:func}}`~refgemma.model.forward`: `run.layers[3].attention.probs` is `layers.3.attention.probs`. The table is in the
+order of computation; `N` is the number of a layer. {{py:mod}}`refgemma.shapes` defines the axes. [The forward
+pass](../explanation/forward.md) names the function that computes each tensor.
 
 {table(("name", "axes", "computed from"), rows)}
 
-Where nothing stands in the last column, it is the token ids or their positions. In layer 0 `layers.N-1.out` is
-`embedded`. A file besides has `input_ids`, of axes batch seq, and if there is padding `attention_mask`.
+If the last column is empty, the tensor is computed from the token ids or their positions. In layer 0, `layers.N-1.out`
+is `embedded`. A file also has `input_ids` with the axes batch seq, and `attention_mask` if there is padding.
 """
 
 
 def known_bugs() -> str:
-    """The catalogue of known bugs."""
+    """Return the page of the catalogue of known bugs."""
     rows = [(code(v.name), v.kind, code(v.fields[0]), v.says, v.shows, v.seen) for v in KNOWN_BUGS]
     return f"""# Known bugs
 
 {AGAIN}
 
-The {len(KNOWN_BUGS)} known bugs that `refgemma check` compares a trace with; `refgemma known-bugs NAME` says more about
-one. A *mistake* is another model, *rounding* the same model rounded elsewhere, and a *stage* is seen in the tokens, the
-shapes or the weights.
+`refgemma check` compares a trace with these {len(KNOWN_BUGS)} known bugs; `refgemma known-bugs NAME` describes one.
+A *mistake* computes another model. *Rounding* is the same model, rounded at another place. A *stage* appears in the
+tokens, the shapes or the weights.
 
-{table(("name", "kind", "first tensor", "what is computed instead", "shown by", "seen in"), rows)}
+{table(("name", "kind", "first tensor", "computed instead", "shown by", "seen in"), rows)}
 """
 
 
 def sizes() -> str:
-    """The numbers of the released models."""
+    """Return the page of the released models' sizes."""
     presets = {name: Gemma2Config.preset(name) for name in ("2b", "9b", "27b")}
     fields = (
         "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads",
@@ -101,15 +100,15 @@ def sizes() -> str:
 
 {AGAIN}
 
-The released models, as {{py:meth}}`Gemma2Config.preset("9b") <refgemma.config.Gemma2Config.preset>` has them. Layers 0,
-2, 4 ... slide.
+The sizes of the released models, from {{py:meth}}`Gemma2Config.preset("9b") <refgemma.config.Gemma2Config.preset>`.
+Layers 0, 2, 4 ... use the sliding window.
 
 {table(("", *presets), rows)}
 """
 
 
 def command_line() -> str:
-    """Every command with its arguments."""
+    """Return the page of every command with its arguments."""
     top = parser()
     commands = next(action for action in top._actions if isinstance(action, argparse._SubParsersAction)).choices
     parts = []
@@ -140,7 +139,7 @@ def command_line() -> str:
 
 
 def laws() -> str:
-    """The laws that a backend is asked."""
+    """Return the page of the laws."""
     rows = []
     for name, law in LAWS.items():
         first, _, _ = (inspect.getdoc(law.check) or "").partition("\n\n")
@@ -149,11 +148,10 @@ def laws() -> str:
 
 {AGAIN}
 
-The {len(rows)} laws that `pytest --pyargs refgemma.testing` asks of an implementation:
-[Write an adapter](../how-to/write-an-adapter.md). From Python, `refgemma.testing.properties.causality(backend)` checks
-one.
+`pytest --pyargs refgemma.testing` tests an implementation against these {len(rows)} laws: see [Write an
+adapter](../how-to/write-an-adapter.md). From Python, `refgemma.testing.properties.causality(backend)` checks one law.
 
-{table(("law", "what holds"), rows)}
+{table(("law", "statement"), rows)}
 """
 
 

@@ -6,6 +6,7 @@ import glob
 import json
 import math
 import os
+import re
 import reprlib
 import secrets
 import stat
@@ -40,6 +41,17 @@ def quote(value: object) -> str:
     ("[1, 'a']", 120)
     """
     return _SHORT.repr(value)
+
+
+def escape(text: str) -> str:
+    r"""Return `text` with escapes in place of all characters that a terminal would obey.
+
+    Examples
+    --------
+    >>> print(escape("red \x1b[31m\nname"))
+    red \x1b[31m\nname
+    """
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def quote_few(names: Sequence[str]) -> str:
@@ -241,8 +253,10 @@ def open_tensors(path: str | Path, error: type[RefgemmaError], remedy: str) -> t
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def write_json(value: Any) -> str:
+def write_json(value: Any, indent: int | None = 2) -> str:
     """Return `value` as JSON, which has neither NaN nor infinity: these become texts.
+
+    Characters that a terminal would obey are written as JSON's escapes, which mean the same.
 
     Examples
     --------
@@ -252,7 +266,8 @@ def write_json(value: Any) -> str:
       "inf"
     ]
     """
-    return json.dumps(_without_infinity(value), indent=2, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(_without_infinity(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    return re.sub(r"[^ -~\n]", lambda found: found[0] if found[0].isprintable() else json.dumps(found[0])[1:-1], text)
 
 
 def _without_infinity(value: Any) -> Any:

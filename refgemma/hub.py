@@ -20,6 +20,10 @@ GGUF = ".gguf"
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 # What is downloaded: not the same weights once more as pickles or in other programs' formats.
 WANTED = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+# Ends of the names that are read in a folder, and the folder of which all is.
+READ = (".json", ".safetensors", ".model", ".jinja", GGUF, ".bin", ".pth", ".pt", ".ckpt", ".npz", ".msgpack")
+TEMPLATE_FOLDER = "additional_chat_templates"
+FOLLOW_LINKS = "REFGEMMA_FOLLOW_LINKS"
 
 
 class ModelNameError(RefgemmaError):
@@ -67,6 +71,32 @@ def _list_missing(folder: Path, needed: Collection[str]) -> list[str]:
     return sorted({*cut_short, *(name for name in needed if not (folder / name).exists())})
 
 
+def refuse_link(path: Path, folder: Path) -> None:
+    """Raise `ModelNameError` if `path` is a link that leads out of `folder`.
+
+    A stranger's folder could have any file of this machine read by it. Links to the blobs of the same repository, as
+    the Hugging Face cache has them, are followed; the folder may itself be a link, and the environment may allow all.
+    """
+    home, place = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
+    blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else home  # itself no link
+    if path.is_symlink() and not any(map(place.is_relative_to, (home, blobs))) and os.environ.get(FOLLOW_LINKS) != "1":
+        raise ModelNameError(
+            f"{path}: is a link that leads out of its folder, and is not followed; put the file itself or a hard link "
+            f"there, or set {FOLLOW_LINKS}=1 if whoever made the folder is to be trusted"
+        )
+
+
+def refuse_links(folder: Path, every: bool = False) -> None:
+    """Apply `refuse_link` to the files that are read in the `folder` of a model, or to `every` one at any depth."""
+    try:
+        found = [*folder.rglob("*")] if every else [*folder.iterdir(), *(folder / TEMPLATE_FOLDER).glob("*")]
+    except OSError as error:
+        raise ModelNameError(f"{folder}: cannot be read: {error.strerror}") from None
+    for path in found:
+        if every or path.name.endswith((*READ, TEMPLATE_FOLDER)):
+            refuse_link(path, folder)
+
+
 def find_model(
     name: str | Path, revision: str = "main", download: bool = False, needed: Collection[str] = (CONFIG_JSON,),
     cache_dir: str | Path | None = None, gguf_file: str | None = None,
@@ -94,7 +124,12 @@ def find_model(
     Raises
     ------
     ModelNameError
-        If there is no such model, or it lacks a file.
+        If there is no such model, it lacks a file, or one of its files is a link that leads out of the folder.
+
+    Notes
+    -----
+    Links inside a folder are followed within it and, in the Hugging Face cache, to the blobs of the same repository;
+    with the variable ``REFGEMMA_FOLLOW_LINKS=1`` wherever they lead. The folder that is named may be a link.
 
     Examples
     --------
@@ -110,6 +145,7 @@ def find_model(
     if text in ("tiny", "conformance"):
         return PACKAGE / "checkpoints" / text
     if text and Path(name).is_dir():
+        refuse_links(Path(name))
         return Path(name)
     if text and Path(name).is_file() and Path(name).suffix == GGUF:
         return Path(name)
@@ -131,6 +167,7 @@ def _find_in_cache(hub_id: str, revision: str, download: bool, needed: Collectio
     snapshot = _find_snapshot(hub_id, revision, cache)
     lacking = _list_missing(snapshot, needed) if snapshot else []
     if snapshot and not lacking:
+        refuse_links(snapshot)
         return snapshot
     if download:
         wanted = [name for name in needed if name.endswith(GGUF)] or WANTED

@@ -152,7 +152,7 @@ class ChangesItsCache(Forgetful):
 
 
 class Noisy(Forgetful):
-    """Sums in an order that changes from call to call: the last bit of a logit is chance."""
+    """Sums in an order that changes from call to call: the last bit of a logit is random."""
 
     def __init__(self) -> None:
         self.rng = np.random.default_rng(0)
@@ -445,10 +445,10 @@ def keeps_the_window_only(layer: int, record: Any, config: Any) -> Any:
 
 
 OWN: dict[str, Callable[[], Any]] = {
-    "a cache is changed by going on from it": ChangesItsCache,
-    "the last bit of a logit is chance": Noisy,
-    "float32 whatever is asked for": Single,
-    "the padding mask is turned round": MasksTurned,
+    "a call changes the cache that it continues": ChangesItsCache,
+    "the last bit of a logit is random": Noisy,
+    "always float32": Single,
+    "the padding mask is inverted": MasksTurned,
     "rows of a batch are mixed": FirstRowOnly,
     "token 0 has no embedding": PadHasNoEmbedding,
     "logits are clipped, beyond their cap": CapsByClipping,
@@ -456,7 +456,7 @@ OWN: dict[str, Callable[[], Any]] = {
     "search with one beam": GreedySearch,
     "loss of the token that was read": LossOfTheSameToken,
     "loss divided by all tokens": LossCountsAll,
-    "what is saved is rounded": SavesInHalf,
+    "saved weights are rounded": SavesInHalf,
     "texts are stripped": Strips,
     "operation: linear without its bias": with_operation("linear", without_bias),
     "operation: window one too wide": with_operation("sliding_mask", window_of_one_more),
@@ -507,10 +507,10 @@ NONE = "no mistake"  # the catalogue's way of computing, unedited: what the othe
 
 # What no law can find, and why.
 WHY_NOT = {
-    "rope-positions-skip-pads": "positions that are all smaller by one number mean the same: only a recording can tell",
+    "rope-positions-skip-pads": "a shift of all positions changes no logit; only a recording can tell",
     **dict.fromkeys(
         ("here: frequencies by a float32 exponential", "here: angles in float64"),
-        "which of two neighbours a float32 angle is, PyTorch has chosen: only a recording can tell",
+        "PyTorch chose between two neighbouring float32 angles; only a recording can tell",
     ),
 }
 
@@ -568,7 +568,7 @@ def still_open(found: Mapping[str, Sequence[str]]) -> str:
     """How much was asked, as a sentence."""
     blind = [law for law in LAWS if not any(law in laws for laws in found.values())]
     return (
-        f"Asked for {len(found)} of {len(ALL)} mistakes. Laws not yet shown to find one: "
+        f"Results for {len(found)} of {len(ALL)} mistakes. Laws that find none: "
         f"{', '.join(f'`{law}`' for law in blind) or 'none'}."
     )
 

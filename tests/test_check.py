@@ -248,7 +248,7 @@ def test_exit_codes_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert found["blind"]
     for kind in ("html", "markdown", "junit"):
         assert "final-softcap-missing" in (tmp_path / kind).read_text(encoding="utf-8")
-    assert "http" not in (tmp_path / "html").read_text(encoding="utf-8")
+    assert "://" not in (tmp_path / "html").read_text(encoding="utf-8")  # it needs no network
     assert set(load_file(tmp_path / "bundle")) == {"raw_logits", "logits", "expected"}
     without = {name: x for name, x in tensors.items() if name != "logits"}
     save_trace(without.items(), trace, {"dtype": "float32"})
@@ -325,6 +325,7 @@ def own_trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(st.sampled_from(NUMBERS), st.floats(-310, 310))
 @example("rope_theta", -299.0)  # no angle is finite

@@ -618,6 +618,7 @@ def test_what_the_disk_has_made_of_it_is_checked(tmp_path: Path, kind: str, monk
         convert(tmp_path / "hf", tmp_path / "there", target_format=kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["hf", "pytorch", "flax"])
 def test_memory_is_that_of_a_tensor(tmp_path: Path, kind: str) -> None:
     """Of 330 MB with 67 MB in the largest tensor, in a process of its own."""

@@ -62,6 +62,7 @@ def test_one_candidate_is_greedy() -> None:
     assert run(temperature=2.0, top_k=1) == run() == run(temperature=1.0, top_p=1e-6)
 
 
+@pytest.mark.slow
 def test_draws_have_the_computed_odds() -> None:
     """Chi-square of the first token's draws against softmax(logits / temperature) cut to five tokens."""
     logits = forward([PROMPT], TINY.weights, TINY.config).logits[0, -1]
@@ -96,6 +97,7 @@ def test_half_precision_generates_too() -> None:
 MODEL = refgemma.Gemma2ForCausalLM.from_pretrained("tiny")
 
 
+@pytest.mark.slow
 def test_a_prompt_means_the_same_with_padding_at_its_left() -> None:
     alone = MODEL.generate([PROMPT], max_new_tokens=70, eos_token_id=None)[0]
     padded = [[0] * 5 + PROMPT, [2] * (5 + len(PROMPT))]

@@ -16,6 +16,8 @@ import pytest
 from refgemma import layers, model, ops, precision
 from refgemma.trace.names import trace_axes
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [path for path in sorted(DOCS.rglob("*.md")) if "_build" not in path.parts]

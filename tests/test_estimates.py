@@ -93,6 +93,7 @@ RANGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", MODELS)
 @pytest.mark.parametrize("parameter", RANGES)
 @settings(max_examples=8)

@@ -16,6 +16,8 @@ from refgemma.cli.output import MISUSE, OK
 from refgemma.teach.explorer import PAGE_LIMIT, TEMPLATE, explore_run, most_tokens, page_bytes, render_page
 from refgemma.trace.names import named_tensors, trace_axes
 
+pytestmark = pytest.mark.slow
+
 TINY = refgemma.load("tiny")
 IDS = TINY.tokenizer.encode("Once upon a time there was a little princess who")
 RUN = refgemma.forward([IDS], TINY.weights, TINY.config)

@@ -69,6 +69,7 @@ def nudged(weights: Weights, config: Gemma2Config, seed: int) -> Weights:
     return weights_of(moved, config)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.data(), configs())
 def test_equal_to_the_definition(data: st.DataObject, config: Gemma2Config) -> None:
@@ -174,6 +175,7 @@ np.save(sys.argv[3], found)
 """
 
 
+@pytest.mark.slow
 def test_the_same_numbers_with_any_number_of_threads(tmp_path: Path) -> None:
     """Of ours and of BLAS's, to the bit."""
     write_synthetic(SIZES, tmp_path)

@@ -17,6 +17,8 @@ from refgemma.goldens.load import GoldenError
 from refgemma.goldens.sketch import PROJECTIONS, SAMPLES, sketch
 from refgemma.goldens.verify import CaseResult
 
+pytestmark = pytest.mark.slow
+
 NAME = "9b-synthetic-two-layers"
 TOP = ("top_ids", "top_order", "top_logits")
 

@@ -16,6 +16,8 @@ from safetensors.numpy import save
 
 from refgemma.trace.names import FIELDS
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = settings(max_examples=60)
 MEMORY = 2**26  # bytes: the files here have some kilobytes
 SECONDS = 20.0  # some thousand times what an example takes

@@ -7,6 +7,8 @@ from law_power import ALL, BEGIN, END, NONE, PAGE, finds, mistaken, problems, re
 
 from refgemma.testing.properties import LAWS
 
+pytestmark = pytest.mark.slow
+
 # Of each law the mistake that the fewest other laws find: it is the law's own more than others'.
 FOUND_BY_LAW = {law: [name for name, laws in read_found().items() if law in laws] for law in LAWS}
 OWN = {law: min(names, key=lambda name: len(read_found()[name])) for law, names in FOUND_BY_LAW.items() if names}

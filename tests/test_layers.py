@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from refgemma.cache import LayerCache
-from refgemma.layers import attention
+from refgemma.layers import attention, block
+from refgemma.ops import gelu_tanh
 from refgemma.precision import BF16, as_dtype, bf16, plain
 from refgemma.weights.parameters import LayerWeights
 
@@ -53,3 +54,24 @@ def test_a_bias_of_half_precision_is_added_as_pytorch_adds_it() -> None:
         probs[dtype] = plain(run.probs).ravel().tolist()
     assert probs["bfloat16"] == [0.5, 0.5]
     assert probs["float32"] == [0.515625, 0.484375]  # 1 / (1 + exp(-1/16)), rounded to bfloat16
+
+
+def test_a_block_adds_its_bias() -> None:
+    """A key with a bias of minus infinity is one that the mask hides."""
+    weights, x = one_head("float64"), as_dtype([[[1.0], [2.0]]], "float64")
+    past = LayerCache(np.zeros((1, 1, 0, 2)), np.zeros((1, 1, 0, 2)), 0)
+    turn = np.ones((1, 1, 2, 2)), np.zeros((1, 1, 2, 2))
+    hidden = np.array([[[[True, False], [False, True]]]])
+    settings = {
+        "past": past,
+        "cos": turn[0],
+        "sin": turn[1],
+        "scale": 1.0,
+        "cap": None,
+        "activation": gelu_tanh,
+        "eps": 1e-6,
+    }
+    masked = block(x, weights, mask=hidden, **settings)
+    biased = block(x, weights, mask=np.ones_like(hidden), bias=np.where(hidden, 0.0, -np.inf), **settings)
+    assert masked.attention.probs.tolist() == biased.attention.probs.tolist() == [[[[1.0, 0.0], [0.0, 1.0]]]]
+    assert masked.out.tolist() == biased.out.tolist()

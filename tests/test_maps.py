@@ -54,6 +54,7 @@ def show(path: Path, capsys: pytest.CaptureFixture[str], *options: str) -> tuple
 # --- llama.cpp --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_llama_cpp_scales_by_head_dim_and_looks_gelu_up(llama: Path) -> None:
     # Its gemma2.cpp has 1 / sqrt(head_dim) for every model but the 27B, and ggml's CPU GELU is a float16 table.
     code, found = check(llama)

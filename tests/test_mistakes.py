@@ -21,6 +21,8 @@ from refgemma.ops import linear, rms_norm
 from refgemma.oracle.known_bugs import angles_in_half, edit_model, frequencies, known_bug, tables_of
 from refgemma.weights.parameters import Weights
 
+pytestmark = pytest.mark.slow
+
 CORRECT_MODEL_OF = oracle.model_of
 
 

@@ -12,6 +12,8 @@ from matplotlib import pyplot as plt
 
 from refgemma import layers, model, ops
 
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(__file__).parents[1] / "notebooks"
 SOURCES = sorted(FOLDER.glob("*.py"))
 WORD_PAGE = FOLDER.parent / "docs" / "tutorial" / "index.md"

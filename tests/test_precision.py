@@ -12,7 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from refgemma.precision import BF16, F16, as_dtype, bf16, dtype_name, f16, narrow, plain, precision_named, wide
+from refgemma.precision import (
+    BF16,
+    F16,
+    as_dtype,
+    as_float64,
+    bf16,
+    dtype_name,
+    f16,
+    narrow,
+    plain,
+    precision_named,
+    wide,
+)
 
 FLOATS = hnp.arrays(np.float32, hnp.array_shapes(max_dims=2, max_side=8), elements=st.floats(width=32))
 
@@ -323,7 +335,10 @@ def test_a_method_writes_rounded_numbers_into_the_array_of_another_format(name: 
 def test_what_would_write_bytes_is_refused() -> None:
     x = square()
     for name in ("byteswap", "setfield"):
-        with pytest.raises(TypeError, match="not to be changed: use"):
+        with pytest.raises(
+            TypeError,
+            match=r"^the bytes of a rounded array are not to be changed: use x\[...\] = values, or x.astype\(\)$",
+        ):
             getattr(x, name)(*REFUSED[name])
     with pytest.raises(ValueError, match="read-only"):
         x.flat[0] = 0.1
@@ -409,3 +424,49 @@ def test_names_of_precisions() -> None:
         with pytest.raises(ValueError, match="unknown dtype") as caught:
             call()
         assert str(caught.value) == message + " computed with"
+
+
+# --- what a method or a written array returns -------------------------------------------------------------------------
+
+
+def test_what_is_written_into_is_what_is_returned() -> None:
+    x, out = square(), bf16(np.zeros((4, 4)))
+    assert np.cumsum(x, axis=0, out=out) is out
+    by_position = bf16(np.zeros((4, 4)))
+    assert np.cumsum(x, 0, None, by_position) is by_position
+    np.testing.assert_array_equal(plain(by_position), round_bits(np.cumsum(plain(x), axis=0)))
+    assert np.atleast_1d(x) is x
+    parts = bf16(np.zeros((4, 4))), bf16(np.zeros((4, 4)))
+    returned = np.modf(x, out=parts)
+    assert isinstance(returned, tuple)
+    assert all(given is back for given, back in zip(parts, returned, strict=True))
+
+
+def test_a_mask_of_a_reduction_says_what_is_summed_and_not_what_is_written() -> None:
+    x, out = square(), bf16(np.zeros(4))
+    np.add.reduce(x, axis=0, where=FIELD > 0, out=out)
+    np.testing.assert_array_equal(
+        plain(out), round_bits(np.where(FIELD > 0, plain(x), 0).sum(axis=0, dtype=np.float32))
+    )
+
+
+def test_numbers_are_cast_as_they_are_asked_to_be() -> None:
+    whole = np.zeros((4, 4), int)
+    np.multiply(square(), 3.0, out=whole, casting="unsafe")
+    np.testing.assert_array_equal(whole, np.trunc(plain(square() * 3.0)))
+    with pytest.raises(TypeError, match="Cannot cast"):
+        np.multiply(square(), 3.0, out=bf16(np.zeros((4, 4))), casting="no", dtype=np.float64)
+
+
+def test_methods_use_their_arguments() -> None:
+    x = square()
+    np.testing.assert_array_equal(plain(x.compress([True, False, True], 1)), plain(x)[:, [0, 2]])
+    x.fill(0.1)
+    np.testing.assert_array_equal(plain(x), round_bits(np.full((4, 4), 0.1)))
+
+
+def test_errors_are_measured_in_ordinary_float64() -> None:
+    for x in (bf16([0.1]), f16([0.1]), np.array([0.1], np.float32), np.array([1])):
+        assert type(as_float64(x)) is np.ndarray
+        assert as_float64(x).dtype == np.float64
+        assert as_float64(x)[0] == float(x[0])

@@ -186,6 +186,7 @@ def test_a_program_that_cannot_be_started_is_a_usage_error(pytester: pytest.Pyte
     result.stderr.fnmatch_lines(["*program ./port: cannot be started*"])
 
 
+@pytest.mark.slow
 def test_the_laws_are_asked_of_a_program(program, pytester: pytest.Pytester) -> None:
     command = program("crash").__backend_name__
     result = pytester.runpytest_subprocess(

@@ -21,6 +21,8 @@ from refgemma.cli.main import main
 from refgemma.oracle.judge import count_errors
 from refgemma.sweep.tally import Tally, merge_tallies
 
+pytestmark = pytest.mark.slow
+
 PORT = """
 import os, shutil, signal, sys
 from pathlib import Path

@@ -6,6 +6,8 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 pytest_plugins = ["pytester"]
 
 # An adapter as small as one can be: three methods, logits in float32, nothing else. Two others are wrong on purpose.

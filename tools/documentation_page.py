@@ -20,23 +20,25 @@ INTRODUCTION = """\
 # The documentation page, name by name
 
 The [Transformers documentation of Gemma 2](https://huggingface.co/docs/transformers/model_doc/gemma2) was the
-specification of this package: in its examples `transformers` can be replaced by `refgemma` and `torch` by `numpy`.
-Each name that the page documents is listed here with the test that holds it against transformers: it is set to a
-value that matters, both answer the same, and not what they answer without it. Random mixtures of all of them are in
+specification of this package: in its examples, `transformers` can be replaced by `refgemma` and `torch` by `numpy`.
+This page lists each documented name with the test that compares it with transformers. The test sets the name to a value
+that matters. Both libraries must give the same result, and it must differ from the result without the name. Random
+mixtures of all names are in
 `tests/parity/test_modeling_parity.py`, texts in `tests/parity/test_generation_parity.py`.
 
     pip install -e ".[test,record]" && pytest {names}
 
-Made by `python tools/documentation_page.py`; `tests/test_documentation_page.py` keeps it complete and its tests real.
+`python tools/documentation_page.py` writes this page. `tests/test_documentation_page.py` checks that it is complete and
+that its tests exist.
 
-Where the page and transformers 5.23 say different things, this package does what transformers does:
+Where the page and transformers 5.23 differ, this package follows transformers:
 
-- `GemmaForCausalLM` in the page's second example is the class of Gemma 1, with which a Gemma 2 checkpoint computes
-  something else. `refgemma.GemmaForCausalLM` is `Gemma2ForCausalLM`, and warns.
-- `past_key_values`: what comes back is a `Cache`, which is also the tuple of pairs that the page calls the legacy
-  format. Who hands in plain tuples gets plain tuples back.
-- `Gemma2ForSequenceClassification` without a `pad_token_id` "takes the last value in each row of the batch": several
-  rows are refused then.
+- `GemmaForCausalLM` in the page's second example is the class of Gemma 1. It computes wrong results from a Gemma 2
+  checkpoint. `refgemma.GemmaForCausalLM` is `Gemma2ForCausalLM`, with a warning.
+- `past_key_values`: the model returns a `Cache`, which is also the tuple of pairs that the page calls the legacy
+  format. If you pass plain tuples, you get plain tuples back.
+- `Gemma2ForSequenceClassification` without a `pad_token_id` "takes the last value in each row of the batch": then
+  several rows are refused.
 - `inputs_embeds` are not scaled by the square root of `hidden_size`.
 
 | section | name | default on the page | test |

@@ -3,7 +3,6 @@ the command line."""
 
 import argparse
 import os
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -111,7 +110,7 @@ def run_check(args: argparse.Namespace) -> int:
     folder = find_model(args.model)
     config = open_checkpoint(folder).config
     if args.run is not None and (problem := run_backend(args.run, Path(args.candidate))) is not None:
-        print(f"refgemma check: --run: {problem}", file=sys.stderr)
+        output.say(f"refgemma check: --run: {problem}", error=True)
         return EXIT[FAILED]
     candidate = read_candidate(args.candidate, config, args.dtype, args.map)
     found = check(candidate, folder, config=config, weights=args.weights, override=args.allow)
@@ -121,7 +120,9 @@ def run_check(args: argparse.Namespace) -> int:
             write_repro(candidate, open_checkpoint(folder).weights(candidate.dtype), found, path)
         else:
             replace_file(path, made[kind](found, args.model).encode())
-    output.as_json(reports.as_json(found, args.model)) if args.json else print(reports.text(found, args.model))
+    output.as_json(reports.as_json(found, args.model)) if args.json else output.say(
+        *reports.text(found, args.model).split("\n")
+    )
     return EXIT[found.verdict]
 
 
@@ -148,15 +149,19 @@ def run_map(args: argparse.Namespace) -> int:
             "matched": rows, "ignored": dict(matched.ignored), "unmatched": list(matched.unmatched), "exit_code": code,
         })  # fmt: skip
         return code
-    print(f"{names.name}: {names.says}")
-    print(f"from {names.learned_from}; " + (f"tried on {names.run_on}" if names.run_on else "not tried on real output"))
+    output.say(f"{names.name}: {names.says}")
+    output.say(
+        f"from {names.learned_from}; " + (f"tried on {names.run_on}" if names.run_on else "not tried on real output")
+    )
     for row in rows:
-        print(f"  {row['from']:44} {row['tensor']:40} {tuple(row['shape'])} {row['problem']}".rstrip())
+        output.say(f"  {row['from']:44} {row['tensor']:40} {tuple(row['shape'])} {row['problem']}".rstrip())
     for name, why in matched.ignored.items():
-        print(f"  {name:44} - {why}")
+        output.say(f"  {name:44} - {why}")
     for name in matched.unmatched:
-        print(f"  {name:44} ? matches nothing")
-    print(f"{len(rows)} matched, {len(matched.ignored)} known to be of no use, {len(matched.unmatched)} match nothing")
+        output.say(f"  {name:44} ? matches nothing")
+    output.say(
+        f"{len(rows)} matched, {len(matched.ignored)} known to be of no use, {len(matched.unmatched)} match nothing"
+    )
     return code
 
 
@@ -176,7 +181,7 @@ def run_diff(args: argparse.Namespace) -> int:
     if args.json:
         output.as_json(difference_json(args.a, args.b, found, only_a, only_b, code))
         return code
-    print("\n".join(reports.cut(line) for line in diff_lines(found, only_a, only_b)))
+    output.say(*map(reports.cut, diff_lines(found, only_a, only_b)))
     return code
 
 
@@ -225,24 +230,26 @@ def run_prompts(args: argparse.Namespace) -> int:
         found = cover([detect(p, d, m.weights, config) for p in known.values() for d, m in models.items()])
     if args.output:
         for path in write_prompts(found, config, Path(args.output), args.model):
-            print(path, file=sys.stderr)
+            output.say(str(path), error=True)
     if args.json:
         output.as_json(prompts_json(found, config, args.model))
         return 0
     for s in found:
         prompt = known[s.prompt]
         count = f" in {s.dtype}: shows {len(s.variants)} mistakes" if args.cover else ""
-        print(f"{prompt.name}{count}: {prompt.why}; {prompt.input_ids.shape[0]} x {prompt.input_ids.shape[1]} tokens")
-        print(f"  in calls of {', '.join(map(str, prompt.calls))}")
+        output.say(
+            f"{prompt.name}{count}: {prompt.why}; {prompt.input_ids.shape[0]} x {prompt.input_ids.shape[1]} tokens"
+        )
+        output.say(f"  in calls of {', '.join(map(str, prompt.calls))}")
     for v in list_undetected(found) if args.cover else ():
-        print(f"not shown by any: {v.name}, which needs {v.shows}")
+        output.say(f"not shown by any: {v.name}, which needs {v.shows}")
     return 0
 
 
 def write_repro(candidate: Candidate, weights: Weights, found: Report, path: str) -> None:
     """Write the inputs and the result of the first finding's operation, for somebody else to look at."""
     if not found.findings:
-        print(f"refgemma check: nothing differs, so that {path} is not written", file=sys.stderr)
+        output.say(f"refgemma check: nothing differs, so that {path} is not written", error=True)
         return
     finding = found.findings[0]
     tensors, about = make_repro(Engine(candidate, weights, found.config), finding.instances[0])
@@ -259,7 +266,7 @@ def run_sweep(args: argparse.Namespace) -> int:
     with cluster(args.scheduler) if args.scheduler else nullcontext((processes, workers)) as (pool, width):
         found = list(tqdm(sweep(jobs, results, pool, width, args.again), "jobs", len(jobs), disable=None))
     report = sweep_json(found)
-    output.as_json(report) if args.json else print("\n".join(sweep_lines(report)))
+    output.as_json(report) if args.json else output.say(*sweep_lines(report))
     return int(report["exit_code"])
 
 
@@ -299,11 +306,12 @@ def run_known_bugs(args: argparse.Namespace) -> int:
         output.as_json([reports.known_bug_json(v) for v in chosen])
     elif args.name:
         v = chosen[0]
-        print(f"{v.name} ({v.kind})\n  {v.says}\n  first tensor: {v.fields[0]}; all: {', '.join(v.fields)}")
-        print(f"  look at: {v.knob}\n  shown by: {v.shows}\n  seen in: {v.seen}")
+        tensors = f"  first tensor: {v.fields[0]}; all: {', '.join(v.fields)}"
+        output.say(f"{v.name} ({v.kind})", f"  {v.says}", tensors)
+        output.say(f"  look at: {v.knob}", f"  shown by: {v.shows}", f"  seen in: {v.seen}")
     else:
         for v in chosen:
-            print(f"{v.name:34s} {v.fields[0]:28s} {v.says}")
+            output.say(f"{v.name:34s} {v.fields[0]:28s} {v.says}")
     return 0
 
 

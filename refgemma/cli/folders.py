@@ -2,7 +2,7 @@
 
 import argparse
 
-from refgemma.cli.output import OK, as_json
+from refgemma.cli.output import OK, as_json, say
 from refgemma.config import Gemma2Config
 from refgemma.convert.convert import convert
 from refgemma.weights.synthetic import write_synthetic
@@ -31,8 +31,8 @@ def run_convert(args: argparse.Namespace) -> int:
         })  # fmt: skip
         return OK
     if source.padding:
-        print(f"left out {source.padding} rows of the embedding, beyond the vocabulary; {source.nonzero} were not zero")
-    print(
+        say(f"left out {source.padding} rows of the embedding, beyond the vocabulary; {source.nonzero} were not zero")
+    say(
         f"{done.target}: {len(done.outputs)} tensors, {done.nbytes:,} bytes in {', '.join(dtypes)}, "
         f"from {source.kind} to {done.kind}, read again and found the same"
     )
@@ -46,7 +46,7 @@ def run_synth(args: argparse.Namespace) -> int:
     if args.json:
         as_json({"folder": args.output, "parameters": parameters, "dtype": "bfloat16", "weights": "synthetic"})
     else:
-        print(
+        say(
             f"{args.output}: {parameters:,} synthetic weights in bfloat16, of the size {args.size}; nobody trained them"
         )
     return OK

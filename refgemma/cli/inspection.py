@@ -9,7 +9,7 @@ from itertools import chain
 import numpy as np
 
 import refgemma
-from refgemma.cli.output import OK, as_json, prompt_ids
+from refgemma.cli.output import OK, as_json, prompt_ids, say
 from refgemma.files import replace_file
 from refgemma.goldens.released import Identified, identify_release
 from refgemma.hub import find_model
@@ -40,9 +40,7 @@ def run_trace(args: argparse.Namespace) -> int:
         as_json({"file": args.output, "ids": ids, "tensors": {name: list(shape) for name, shape in shapes.items()}})
     else:
         size = os.path.getsize(args.output)
-        print(
-            f"{args.output}: {len(shapes)} tensors of {len(ids)} tokens, {size / 1e6:.1f} MB, computed in {args.dtype}"
-        )
+        say(f"{args.output}: {len(shapes)} tensors of {len(ids)} tokens, {size / 1e6:.1f} MB, computed in {args.dtype}")
     return OK
 
 
@@ -58,24 +56,24 @@ def run_explore(args: argparse.Namespace) -> int:
     if args.json:
         as_json({"file": args.output, "bytes": len(content), "ids": ids})
     else:
-        print(f"{args.output}: {len(ids)} tokens, {len(content) / 1e6:.1f} MB; open it in a browser")
+        say(f"{args.output}: {len(ids)} tokens, {len(content) / 1e6:.1f} MB; open it in a browser")
     return OK
 
 
 def _print_release(found: Identified) -> None:
     if found.release is None:
-        print("release: none is known by these sizes and files\n")
+        say("release: none is known by these sizes and files", "")
         return
     name = f"{found.release} (revision {(found.revision or 'unknown')[:8]})"
     unread = any(file.verdict == "same length" for file in found.files)
     numbers = "; the numbers in files of the same length were not compared" if unread else ""
     if found.complete:
-        print(f"release: {name}, all {found.as_released} files that are known of it{numbers}")
+        say(f"release: {name}, all {found.as_released} files that are known of it{numbers}")
     else:
-        print(f"release: nearest is {name}, {found.as_released} files of it are here{numbers}")
+        say(f"release: nearest is {name}, {found.as_released} files of it are here{numbers}")
     for file in found.files:
-        print(f"  {file.name:34s} {file.verdict:12s} {file.detail}")
-    print()
+        say(f"  {file.name:34s} {file.verdict:12s} {file.detail}")
+    say()
 
 
 def run_info(args: argparse.Namespace) -> int:
@@ -97,11 +95,11 @@ def run_info(args: argparse.Namespace) -> int:
             "tensors": [{"name": name, "shape": list(shape), "dtype": dtype} for name, shape, dtype in table],
         })  # fmt: skip
         return OK
-    print(f"{checkpoint.folder}\n{checkpoint.parameters:,} parameters, {checkpoint.nbytes:,} bytes")
+    say(str(checkpoint.folder), f"{checkpoint.parameters:,} parameters, {checkpoint.nbytes:,} bytes")
     _print_release(release)
     for key, value in config.items():
-        print(f"{key:26s} {value}")
-    print()
+        say(f"{key:26s} {value}")
+    say()
     for name, shape, dtype in table:
-        print(f"{name:56s} {shape!s:18s} {dtype}")
+        say(f"{name:56s} {shape!s:18s} {dtype}")
     return OK

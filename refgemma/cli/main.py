@@ -16,11 +16,12 @@ import refgemma
 from refgemma.cli import candidates as oracle
 from refgemma.cli.folders import run_convert, run_synth
 from refgemma.cli.inspection import run_explore, run_info, run_trace
-from refgemma.cli.output import CUT_OFF, DTYPES, FAULT, INTERRUPTED, MISUSE
+from refgemma.cli.output import CUT_OFF, DTYPES, FAULT, INTERRUPTED, MISUSE, say
 from refgemma.cli.text import run_chat, run_generate, run_perplexity
 from refgemma.cli.verification import run_verify
 from refgemma.convert.convert import FORMATS
 from refgemma.errors import RefgemmaError
+from refgemma.files import escape
 from refgemma.goldens.released import PUBLISHED
 
 EXIT_CODES = (
@@ -36,7 +37,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2."""
-        self.exit(MISUSE, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(MISUSE, escape(f"{self.prog}: {message} (see {self.prog} --help)") + "\n")
 
 
 def parser() -> Parser:
@@ -177,7 +178,7 @@ def short_warnings() -> Iterator[None]:
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
         if str(message) not in detect:
             detect.add(str(message))
-            print(f"refgemma: warning: {message}", file=sys.stderr)
+            say(f"refgemma: warning: {message}", error=True)
 
     with warnings.catch_warnings():
         warnings.simplefilter("always")
@@ -210,28 +211,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return CUT_OFF
     except MemoryError:
-        print(f"refgemma {args.command}: not enough memory: the prompt is too long for this machine", file=sys.stderr)
+        say(f"refgemma {args.command}: not enough memory: the prompt is too long for this machine", error=True)
         return MISUSE
     except (RefgemmaError, OSError, UnicodeError) as error:
-        print(f"refgemma {args.command}: {describe_error(error)}", file=sys.stderr)
+        say(f"refgemma {args.command}: {describe_error(error)}", error=True)
         return MISUSE
     except KeyboardInterrupt:
-        print(file=sys.stderr)
+        say(error=True)
         return INTERRUPTED
     except Exception as error:  # nothing about the files: exit code 1 would say that they differ
         if sys.flags.dev_mode:
             raise
-        print(
+        say(
             f"refgemma {args.command}: fault in refgemma itself: {type(error).__name__}: {describe_error(error)}; "
-            f"please report it with the output of: python -X dev -m refgemma {args.command} ...", file=sys.stderr,
+            f"please report it with the output of: python -X dev -m refgemma {args.command} ...", error=True,
         )  # fmt: skip
         return FAULT
 
 
 def describe_error(error: Exception) -> str:
-    """Return an error's message, an OSError's with its file, in characters that a terminal prints and does not obey."""
+    """Return an error's message in one line, an OSError's with its file."""
     said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
     said = " ".join(said.split())
     if len(said) > LINE:  # it quotes a damaged file: where and what to do stand at the two ends
         said = f"{said[: LINE - 400]} ... {said[-400:]}"
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in said)
+    return said

@@ -1,19 +1,40 @@
 """Exit codes, JSON and the tokens of a prompt, which all commands share. Checked through the command line."""
 
 import argparse
+import re
+import sys
 from typing import Any
 
 from refgemma.errors import UsageError
-from refgemma.files import write_json
+from refgemma.files import escape, write_json
 from refgemma.modeling.pretrained import Pretrained
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 OK, DIFFERS, MISUSE, FAULT, INTERRUPTED, CUT_OFF = 0, 1, 2, 70, 130, 141
 
 
-def as_json(value: Any) -> None:
+# What a text of a model may not do to a terminal; lines, tabs and characters of any script are text.
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def say(*lines: str, error: bool = False) -> None:
+    """Print lines at once, with escapes for the characters that a terminal would obey, an end of line among them.
+
+    Everything that the commands print goes through here, `show_text` or `as_json`: names come from strangers' files.
+    """
+    for line in lines or ("",):
+        print(escape(line), file=sys.stderr if error else sys.stdout, flush=True)
+
+
+def show_text(text: str, end: str = "") -> None:
+    """Print what a model or a user wrote, at once: to a terminal without control characters, to a file as it is."""
+    shown = CONTROLS.sub(lambda found: escape(found[0]), text) if sys.stdout.isatty() else text
+    print(shown, end=end, flush=True)
+
+
+def as_json(value: Any, indent: int | None = 2) -> None:
     """Print one JSON object."""
-    print(write_json(value))
+    print(write_json(value, indent), flush=True)
 
 
 def prompt_ids(args: argparse.Namespace, model: Pretrained) -> list[int]:

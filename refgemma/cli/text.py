@@ -1,14 +1,13 @@
 """The commands that read or write text: `generate`, `chat` and `perplexity`. Checked through the command line."""
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 from refgemma import fast
-from refgemma.cli.output import OK, as_json, prompt_ids
+from refgemma.cli.output import OK, as_json, prompt_ids, say, show_text
 from refgemma.errors import UsageError
 from refgemma.files import read_file
 from refgemma.generation.decode import Prompts, collect_settings, continue_prompt, generate_batch
@@ -55,10 +54,10 @@ def stream_text(tokens: Iterator[int], model: Pretrained, show: bool) -> tuple[l
         if stream is None or token not in model.stop_ids:
             texts.append(stream.push(token) if stream else f",{token}")
             if show:
-                print(texts[-1], end="", flush=True)
+                show_text(texts[-1])
     texts.append(stream.finish() if stream else "")
     if show:
-        print(texts[-1], flush=True)
+        show_text(texts[-1], end="\n")
     return ids, "".join(texts)
 
 
@@ -70,7 +69,7 @@ def run_generate(args: argparse.Namespace) -> int:
     began = time.perf_counter()
     if not args.json:
         prompt = model.tokenizer.decode(ids, skip_special_tokens=True) if known else ",".join(map(str, ids))
-        print(prompt, end="", flush=True)
+        show_text(prompt)
     made, text = stream_text(tokens, model, show=not args.json)
     if args.json:
         as_json({
@@ -109,7 +108,7 @@ def run_chat(args: argparse.Namespace) -> int:
         made, text = stream_text(new_tokens(ids, model, args), model, show=not args.json)
         messages.append({"role": "assistant", "content": text})
         if args.json:
-            print(json.dumps({"turn": len(messages) // 2, "ids": made, "text": text}, ensure_ascii=False), flush=True)
+            as_json({"turn": len(messages) // 2, "ids": made, "text": text}, indent=None)
 
 
 def text_of(args: argparse.Namespace) -> str:
@@ -151,7 +150,7 @@ def run_perplexity(args: argparse.Namespace) -> int:
     text = text_of(args)
     model = load(args.model, args.dtype, args.revision, args.download)
     for warning in find_traps(text, model.tokenizer):
-        print(f"refgemma: {args.file or args.published}: {warning}", file=sys.stderr)
+        say(f"refgemma: {args.file or args.published}: {warning}", error=True)
     ids = model.tokenizer.encode(text)
     max_length = args.max_length or min(4096, model.config.max_position_embeddings)
     layers = reference_outputs if args.reference else fast.outputs
@@ -167,14 +166,14 @@ def run_perplexity(args: argparse.Namespace) -> int:
             "published_gemma_cpp_bits_per_byte": figures,
         })  # fmt: skip
         return OK
-    print(f"{len(ids)} tokens, {len(text.encode())} bytes, computed in {args.dtype}")
-    print(
+    say(f"{len(ids)} tokens, {len(text.encode())} bytes, computed in {args.dtype}")
+    say(
         f"transformers: perplexity {strided.perplexity:.4f} ({strided.nats_per_token:.4f} nats a token, windows: "
         f"{strided.windows} of {max_length} every {min(args.stride, max_length)})"
     )
-    print(f"gemma.cpp:    {bits:.4f} bits a byte, <bos> counted as log2 of the vocabulary")
+    say(f"gemma.cpp:    {bits:.4f} bits a byte, <bos> counted as log2 of the vocabulary")
     for model_name, figure in figures.items():
-        print(f"              {figure:.2f} published for gemma-2-{model_name}, within 0.02")
+        say(f"              {figure:.2f} published for gemma-2-{model_name}, within 0.02")
     if not figures:
-        print(f"              no figures are published of this text; there are of --published {', '.join(PUBLISHED)}")
+        say(f"              no figures are published of this text; there are of --published {', '.join(PUBLISHED)}")
     return OK

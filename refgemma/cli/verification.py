@@ -7,7 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from refgemma.cli.output import DIFFERS, OK, as_json
+from refgemma.cli.output import DIFFERS, OK, as_json, say
 from refgemma.errors import UsageError
 from refgemma.goldens.full_size import (
     TWO_LAYERS,
@@ -66,15 +66,15 @@ def run_verify(args: argparse.Namespace) -> int:
     else:
         names = [args.full] if args.full else choose_cases(args.cases)
     if args.list:
-        as_json(names) if args.json else print("\n".join(names))
+        as_json(names) if args.json else say(*names)
         return OK
     if not args.json:
-        print(f"{'case':32s} {'tensors':>7s}  {'worst/bound':>11s}  verdict")
+        say(f"{'case':32s} {'tensors':>7s}  {'worst/bound':>11s}  verdict")
     results = []
     for name in progress(names):
         results.append(verify_case(name, args.dtype, checkpoint, args.reference))
         if not args.json:
-            print(case_row(results[-1]), flush=True)
+            say(case_row(results[-1]))
     differing = [r.case for r in results if not r.conforms]
     tensors = sum(r.tensors for r in results)
     if args.json:
@@ -87,7 +87,7 @@ def run_verify(args: argparse.Namespace) -> int:
     else:
         about = results[0].about
         against = f"recorded with torch {about['torch']}, transformers {about['transformers']} (eager)"
-        print(f"{len(results)} cases, {tensors} tensors, {len(differing)} differ; {against}")
+        say(f"{len(results)} cases, {tensors} tensors, {len(differing)} differ; {against}")
     return DIFFERS if differing else OK
 
 

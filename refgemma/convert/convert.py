@@ -33,7 +33,7 @@ from refgemma.convert.layouts import (
 from refgemma.convert.orbax import is_orbax
 from refgemma.convert.pickles import read_torch, write_torch
 from refgemma.files import quote_few, read_object, replace_file
-from refgemma.hub import ADAPTER_CONFIG, CONFIG_JSON, GGUF
+from refgemma.hub import ADAPTER_CONFIG, CONFIG_JSON, GGUF, refuse_links
 from refgemma.precision import Array
 from refgemma.tokenizer.gguf_tokenizer import has_tokens
 from refgemma.tokenizer.tokenizer import Tokenizer
@@ -352,6 +352,8 @@ def open_source(
         return _open_hf(path, kind)
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such file or folder")
+    if path.is_dir():
+        refuse_links(path, every=True)
     found = _read_torch_tensors(path) if kind == "pytorch" else read_tree(path)
     shape = _find_config(path, found, config)
     if kind == "pytorch" and ORIGINAL_EMBEDDING not in found:

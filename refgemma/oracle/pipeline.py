@@ -2,13 +2,14 @@
 are judged. Checked through the command line and in the tests of `refgemma.oracle`.
 """
 
+import os
 import shlex
 import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 from refgemma.config import Gemma2Config
-from refgemma.hub import find_model
+from refgemma.hub import FOLLOW_LINKS, find_model
 from refgemma.inputs import InputError
 from refgemma.oracle.diagnose import Report, diagnose
 from refgemma.oracle.preflight import Preflight, compare_tokens, compare_weights
@@ -136,15 +137,19 @@ def run_preflight(
     return (*([tokens] if tokens else []), *compare_tensors), []
 
 
-def run_backend(command: str, trace: Path, folder: Path | None = None) -> str | None:
+def run_backend(command: str, trace: Path, folder: Path | None = None, follow_links: bool = False) -> str | None:
     """Run a candidate's own command, in a folder, that writes `trace`; return what went wrong, if anything did.
 
-    The command's output goes to stderr, where it cannot be taken for a report.
+    The command's output goes to stderr, where it cannot be taken for a report. If it is a refgemma, `follow_links`
+    lets it read a model's folder that was made of links.
     """
     before = trace.stat() if trace.exists() else None
+    environment = os.environ | ({FOLLOW_LINKS: "1"} if follow_links else {})
     try:
         words = shlex.split(command)
-        code = subprocess.run(words, stdout=STDERR, check=False, cwd=folder).returncode if words else None
+        code = (
+            subprocess.run(words, stdout=STDERR, check=False, cwd=folder, env=environment).returncode if words else None
+        )
     except (OSError, ValueError) as error:
         return f"{command!r} cannot be run ({error})"
     if code is None:

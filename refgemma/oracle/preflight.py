@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from refgemma.config import Gemma2Config
+from refgemma.hub import refuse_links
 from refgemma.inputs import InputError
 from refgemma.oracle.known_bugs import interleave
 from refgemma.oracle.verdicts import EXACT, FAIL, INVALID, MISSING, NOISY, UNKNOWN
@@ -47,6 +48,8 @@ def open_weights(path: str | Path) -> dict[str, Entry]:
         If there is none.
     """
     folder = Path(path)
+    if folder.is_dir():
+        refuse_links(folder)
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else [folder]
     if not files:
         raise InputError(f"{path}: has no safetensors file in it")

@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
+from refgemma.files import escape
 from refgemma.oracle.diagnose import Finding, Report
 from refgemma.oracle.engine import Instance
 from refgemma.oracle.estimate import Estimate
@@ -54,7 +55,8 @@ def short(names: Iterable[str], most: int = 8) -> str:
 
 
 def cut(line: str) -> str:
-    """A line that fits."""
+    """A line that fits, of characters that no terminal or page obeys."""
+    line = escape(line)
     return line if len(line) <= WIDTH else line[: WIDTH - 3] + "..."
 
 
@@ -249,33 +251,44 @@ def junit(report: Report, model: str) -> str:
     bad = [i for i in report.instances if i.judged.verdict in BAD]
     absent = [*report.missing, *(p.name for p in report.preflight if p.verdict == MISSING)]
     suite = ElementTree.Element(
-        "testsuite", name=f"refgemma check {model}", skipped=str(len(absent)),
+        "testsuite", name=escape(f"refgemma check {model}"), skipped=str(len(absent)),
         tests=str(len(report.instances) + len(report.preflight)), failures=str(len(bad) + len(report.wrong_preflight)),
     )  # fmt: skip
     for p in report.preflight:
         if p.verdict != MISSING:
-            case = ElementTree.SubElement(suite, "testcase", classname="preflight", name=p.name)
+            case = ElementTree.SubElement(suite, "testcase", classname="preflight", name=escape(p.name))
             if p.verdict in BAD:
-                ElementTree.SubElement(case, "failure", type=p.verdict, message=f"{p.named}: {p.note}".strip(": "))
+                said = escape(f"{p.named}: {p.note}".strip(": "))
+                ElementTree.SubElement(case, "failure", type=p.verdict, message=said)
     named = {i.tensor: f.named for f in report.findings for i in f.instances}
     for i in report.instances:
         case = ElementTree.SubElement(suite, "testcase", classname=field_of(i.tensor), name=i.tensor)
         if i.judged.verdict in BAD:
             said = i.judged.note or f"{_describe_error(i.judged.statistics)}: {named.get(i.tensor)}"
-            ElementTree.SubElement(case, "failure", type=i.judged.verdict, message=said)
-    for name in absent:
+            ElementTree.SubElement(case, "failure", type=i.judged.verdict, message=escape(said))
+    for name in map(escape, absent):
         case = ElementTree.SubElement(suite, "testcase", classname=field_of(name), name=name)
         ElementTree.SubElement(case, "skipped", message="not recorded")
     ElementTree.indent(suite)
     return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(suite, encoding="unicode") + "\n"
 
 
+def _as_code(text: str) -> str:
+    """Return `text` as code, in which GitHub finds no link, mention or markup, nor the end of a table's cell."""
+    shown = escape(text).replace("`", "'").replace("|", "\N{BROKEN BAR}")
+    return f"`{shown}`"
+
+
+def _as_block(lines: Iterable[str]) -> list[str]:
+    return ["```text", *(escape(line).replace("`", "'") for line in lines), "```", ""]
+
+
 def markdown(report: Report, model: str) -> str:
-    """The comment of a pull request."""
-    head = "\n".join(first_lines(report)).replace("`", "'")
+    """The comment of a pull request; names and texts of the trace are in it as code."""
     rows = [
-        f"| `{f.field}` | {f.worst.judged.verdict} | {len(f.instances)} of {f.total} | "
-        f"{number(f.worst.judged.statistics.error_over_bound)} | {number(f.worst.judged.statistics.rms)} | {f.named} |"
+        f"| {_as_code(f.field)} | {f.worst.judged.verdict} | {len(f.instances)} of {f.total} | "
+        f"{number(f.worst.judged.statistics.error_over_bound)} | {number(f.worst.judged.statistics.rms)} | "
+        f"{_as_code(f.named)} |"
         for f in report.findings
     ]
     table = [
@@ -285,13 +298,13 @@ def markdown(report: Report, model: str) -> str:
     ]
     counts = Counter(i.judged.verdict for i in report.instances)
     return "\n".join([
-        f"### refgemma check against {model}: {report.verdict}", "", "```text", head, "```", "",
+        f"### refgemma check against {_as_code(model)}: {report.verdict}", "", *_as_block(first_lines(report)),
         *(table if rows else []), *([""] if rows else []),
         ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items())) + ".",
         "",
         f"Excluded {len(report.excluded)} of {report.asked} known mistakes. "
         f"Not shown by this trace: {', '.join(v.name for v in report.undetectable) or 'none'}.",
-        *(f"\n{remark}" for remark in report.remarks), "",
+        *(["", *_as_block(report.remarks)] if report.remarks else [""]),
     ])  # fmt: skip
 
 
@@ -329,7 +342,7 @@ def _strip(report: Report) -> str:
 
 def _cell(instance: Instance | None, name: str) -> str:
     if instance is None:
-        return f'<td title="{name}: not recorded" class="{MISSING}"></td>'
+        return f'<td title="{html.escape(name)}: not recorded" class="{MISSING}"></td>'
     s, verdict = instance.judged.statistics, instance.judged.verdict
     title = f"{name}: {verdict}, {_describe_error(s)}, exact {s.exact:.3f}"
     rms = f"{s.rms:.1f}" if 0 < s.rms < 100 else f"{s.rms:.0e}" if s.rms else verdict[0]
@@ -346,7 +359,8 @@ def _drift(report: Report) -> str:
     y = 180 - 160 * (logs - low) / max(1.0, high - low)
     path = " ".join(f"{40 + n * step:.1f},{v:.1f}" for n, v in enumerate(y))
     dots = "".join(
-        f'<circle cx="{40 + n * step:.1f}" cy="{v:.1f}" r="3" fill="#1769aa"><title>{name}: {x:.3g}</title></circle>'
+        f'<circle cx="{40 + n * step:.1f}" cy="{v:.1f}" r="3" fill="#1769aa">'
+        f"<title>{html.escape(name)}: {x:.3g}</title></circle>"
         for n, (v, (name, x)) in enumerate(zip(y, points, strict=True))
     )
     return (
@@ -400,8 +414,8 @@ def _bar_chart(
 def _maps(report: Report) -> str:
     """Where the errors of the first findings are."""
     figures = [
-        f"<figure><figcaption>{finding.instances[0].tensor}: largest error in standard deviations, {m.rows} down, "
-        f"{m.columns} across</figcaption>{_map(m)}</figure>"
+        f"<figure><figcaption>{html.escape(finding.instances[0].tensor)}: largest error in standard deviations, "
+        f"{m.rows} down, {m.columns} across</figcaption>{_map(m)}</figure>"
         for finding in report.findings[:MAPS]
         for m in finding.maps
     ]

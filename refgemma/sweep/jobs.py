@@ -226,7 +226,7 @@ def _run_job(job: Job, scratch: Path) -> Done:
         command = fields["run"]
         for place, path in places.items():
             command = command.replace(place, shlex.quote(path))
-        if problem := run_backend(command, Path(trace), Path(job.folder)):
+        if problem := run_backend(command, Path(trace), Path(job.folder), follow_links=model != folder):
             return fail(FAILED, problem.replace(f"{scratch}/", ""))
     candidate = read_candidate(trace, config, fields.get("dtype"), fields.get("map"))
     if "prompt" in fields:

@@ -7,6 +7,7 @@ places, colours, and the sum of the shares that a table leaves out.
 """
 
 import base64
+import hashlib
 import html
 import json
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ import numpy.typing as npt
 
 from refgemma.config import Gemma2Config
 from refgemma.errors import explain_renames
+from refgemma.files import escape
 from refgemma.inputs import InputError
 from refgemma.model import head
 from refgemma.modeling.pretrained import Pretrained
@@ -163,7 +165,7 @@ def explore_run(ids: Sequence[int], model: Pretrained, name: str, dtype: str) ->
     known = np.unique(best)
     windows = [config.sliding_window if config.is_sliding(n) else None for n in range(config.num_hidden_layers)]
     return {
-        "model": name,
+        "model": escape(name),
         "dtype": dtype,
         "ids": list(ids),
         "tokens": texts(np.array(ids)),
@@ -207,8 +209,11 @@ def render_page(run: dict[str, Any]) -> str:
     """
     # In a script element only "<" can end the element; \u003c is the same character to JSON.
     data = json.dumps(run, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-    title = html.escape(f"{run['model']}: {' '.join(run['tokens'][1:9])}")
-    before, rest = TEMPLATE.read_text("utf-8").split("{{title}}")
+    title = html.escape(escape(f"{run['model']}: {' '.join(run['tokens'][1:9])}"))
+    template = TEMPLATE.read_text("utf-8")
+    script = template.split("<script>")[1].split("</script>")[0]  # the only one that the page's own policy lets run
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    before, rest = template.replace("{{hash}}", digest).split("{{title}}")
     middle, after = rest.split("{{run}}")
     whole = before + title + middle + data + after
     if len(whole.encode()) > PAGE_LIMIT:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refgemma.files import replace_file
-from refgemma.hub import GGUF, find_model
+from refgemma.hub import GGUF, find_model, refuse_link
 from refgemma.tokenizer.added_tokens import AddedToken, make_special, read_added_token
 from refgemma.tokenizer.batches import (
     LIMITED,
@@ -383,7 +383,10 @@ class Tokenizer:
             raise TokenizerError(f"{unknown[0]}: is no setting of this tokenizer; there are {', '.join(SETTINGS)}")
         if (folder := asked.pop("cache_dir", None)) is not None and not Path(name).is_dir() and str(name) != "tiny":
             raise TokenizerError(f"cache_dir={str(folder)!r} is not supported: set the variable HF_HUB_CACHE to it")
-        folder = find_model(name, revision, download, needed=(), gguf_file=gguf_file) / asked.pop("subfolder", "")
+        folder = find_model(name, revision, download, needed=(), gguf_file=gguf_file)
+        if subfolder := asked.pop("subfolder", ""):
+            refuse_link(folder / subfolder, folder)
+            folder = find_model(folder / subfolder)
         if folder.is_file():
             return cls(folder, **(read_gguf_tokenizer(folder)[1] | asked))
         path = next((folder / file for file in (JSON_FILE, MODEL_FILE) if (folder / file).exists()), None)

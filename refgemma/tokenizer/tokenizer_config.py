@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from refgemma.files import quote, read_file, read_object
+from refgemma.hub import TEMPLATE_FOLDER
 from refgemma.tokenizer.added_tokens import AddedToken, read_added_token
 from refgemma.tokenizer.chat import END, START
 from refgemma.tokenizer.sentencepiece_model import TokenizerError
 
 MODEL_FILE, JSON_FILE, CONFIG_FILE = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
-TEMPLATE_FILE, TEMPLATE_FOLDER = "chat_template.jinja", "additional_chat_templates"
+TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_LIMIT = 1_000_000
 TOKEN_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 # Special where a file has them, whatever has the four roles; as the released configurations and transformers say.

@@ -19,7 +19,7 @@ import numpy as np
 
 from refgemma.config import Gemma2Config
 from refgemma.files import open_tensors, quote, quote_few, read_object
-from refgemma.hub import ADAPTER_CONFIG, CONFIG_JSON, GGUF, ModelNameError, find_model
+from refgemma.hub import ADAPTER_CONFIG, CONFIG_JSON, GGUF, ModelNameError, find_model, refuse_links
 from refgemma.precision import Array
 from refgemma.weights.adapters import ADAPTER_MODEL, merge_adapter, read_adapter_config
 from refgemma.weights.gguf import read_gguf_model
@@ -315,6 +315,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     if not folder.is_dir():
         fault = "is a file; give the folder that holds it" if folder.exists() else "there is no such folder"
         raise CheckpointError(f"{folder}: {fault}")
+    refuse_links(folder)
     for path in (folder / name for name in (CONFIG_JSON, SINGLE, INDEX, ADAPTER_CONFIG, ADAPTER_MODEL)):
         if path.exists() and not (path.is_file() or path.is_dir()):  # reading it might wait for ever
             raise CheckpointError(f"{path}: is a pipe or a device, not a file")

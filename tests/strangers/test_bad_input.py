@@ -7,6 +7,7 @@ import io
 import json
 import random
 import resource
+import shutil
 import struct
 import tempfile
 import time
@@ -60,14 +61,14 @@ class Target:
         folder.mkdir()
         for name, other in self.beside.items():
             if isinstance(other, Path):
-                (folder / name).symlink_to(other)
+                shutil.copyfile(other, folder / name)
             else:
                 (folder / name).write_bytes(other)
         (folder / self.file).write_bytes(content)
 
 
 def in_tiny(file: str, whole: bytes, *commands: list[str]) -> Target:
-    """A file of the tiny model, whose other files are links."""
+    """A file of the tiny model, whose other files are copied."""
     beside: dict[str, bytes | Path] = {path.name: path for path in TINY.iterdir() if path.name != file}
     return Target(file, whole, commands, beside)
 

@@ -1,0 +1,72 @@
+"""The phrases that CONTRIBUTING.md asks writers to avoid are found by tools/words.py."""
+
+import ast
+
+import pytest
+from words import Text, matches, messages, notebook_texts, paragraphs, python_texts, sentences, texts_of
+
+
+def phrases(kind: str, text: str) -> list[str]:
+    return [name for name, _ in matches(Text("x.py", 1, kind, text))]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("It returns what it computed.", ['nominal "what"']),
+        ("What is a token?", []),
+        ("Say what to do.", []),
+        ("The cap is no number.", ['"is no", "are no"']),
+        ("There is no cap. It is no longer used.", []),
+        ("Three files, of which one is empty, told anew.", ['"of which"', '"told"', '"anew"']),
+        ("The likeliest token comes sooner.", ['"likeliest"', '"sooner"']),
+    ],
+)
+def test_a_phrase_is_found(text: str, found: list[str]) -> None:
+    assert phrases("prose", text) == found
+
+
+@pytest.mark.parametrize("first", ["What", "Whether", "Of", "Those"])
+def test_only_a_docstring_may_not_begin_so(first: str) -> None:
+    assert any("begins" in name for name in phrases("docstring", f"{first} the layers do."))
+    assert not any("begins" in name for name in phrases("comment", f"{first} the layers do."))
+
+
+def test_the_texts_of_a_program() -> None:
+    source = '''"""A file."""
+# One comment
+# of two lines.
+def f(x):
+    """Return `what` it holds."""  # noqa: D
+    raise ValueError(f"{x} is no number")
+    print("two words")
+'''
+    found = [(text.line, text.kind, text.text) for text in python_texts("x.py", source)]
+    assert found == [
+        (1, "docstring", "A file."),
+        (5, "docstring", "Return X it holds."),
+        (6, "message", "X is no number"),
+        (2, "comment", "One comment\nof two lines."),
+    ]
+    assert list(messages(ast.parse("parser.add_argument('x', help='what it is')"))) == [(1, "what it is")]
+
+
+def test_the_texts_of_a_page_and_a_notebook() -> None:
+    page = "# Title\n\nOne\nparagraph.\n\n- an item\n- another\n\n```\nwhat\n```\n\n| a | told |\n"
+    found = [(text.line, text.text) for text in paragraphs("x.md", 1, page)]
+    assert found == [(1, "Title"), (3, "One\nparagraph."), (6, "an item"), (7, "another"), (13, "a"), (13, "told")]
+    cells = list(notebook_texts("n.py", "# %% [markdown]\n# Some text.\n\n# %%\nx = 1\n# A comment.\n"))
+    assert [(text.line, text.kind, text.text) for text in cells] == [
+        (2, "prose", "Some text."),
+        (6, "comment", "A comment."),
+    ]
+    html = "<style>told</style>\n<p>Some text</p>"
+    assert [(text.line, text.text) for text in texts_of("x.html", html)] == [(2, "Some text")]
+
+
+def test_sentences_are_split() -> None:
+    assert sentences("One is here. Two is\nthere: Three follows. `x` is 1.5 now.") == [
+        "One is here.",
+        "Two is there:",
+        "Three follows. `x` is 1.5 now.",
+    ]
