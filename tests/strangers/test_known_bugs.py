@@ -163,7 +163,7 @@ def test_a_product_in_half_precision_is_a_way_of_rounding(dtype: str, model: Pre
     found = report({"layers.3.feed_forward.product": product, "layers.3.feed_forward.out": out}, model)
     assert {f.field for f in found.findings} == {"feed_forward.out"}
     assert found.verdict == NOISY_ONLY
-    assert first(found) == ("layers.3.feed_forward.out", f"feed_forward.out-in-{short}")
+    assert first(found) == ("layers.3.feed_forward.out", f"feed_forward.out-in-{short} of layers 3")
 
 
 # --- an honest port ---------------------------------------------------------------------------------------------------
