@@ -345,6 +345,11 @@ def embedding_by(function: Callable[[Any, Tensor], Tensor]) -> Make:
     return make
 
 
+def scale_in_decimals(n: int) -> Make:
+    """sqrt(hidden) as it is written out."""
+    return embedding_by(lambda table, x: (x.float() * float(f"{x.shape[-1] ** 0.5:.{n}f}")).to(x.dtype))
+
+
 def turned_by(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Make:
     """Another rotation."""
 
@@ -639,8 +644,7 @@ MAKE: dict[str, Make] = {
     "embed-scale-not-rounded": embedding_by(lambda table, x: (x.float() * math.sqrt(x.shape[-1])).to(x.dtype)),
     "embed-scale-in-bf16": embedding_by(
         lambda table, x: (x.float() * torch.tensor(math.sqrt(x.shape[-1])).to(HALF).float()).to(x.dtype)),
-    **{f"embed-scale-in-{n}-decimals": embedding_by(
-        lambda table, x, n=n: (x.float() * float(f"{x.shape[-1] ** 0.5:.{n}f}")).to(x.dtype)) for n in (1, 2, 3, 4)},
+    **{f"embed-scale-in-{n}-decimals": scale_in_decimals(n) for n in (1, 2, 3, 4)},
     "logits-in-bf16": lambda model, prompt, put: put(
         model.lm_head, "forward",
         lambda x: torch.nn.functional.linear(x, model.lm_head.weight).to(HALF).to(x.dtype)),
