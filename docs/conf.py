@@ -22,11 +22,11 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 from links import problems  # noqa: E402  (Sphinx does not put the folder of this file on the path)
 
-# Sphinx reads what lies in its own folder.
+# Sphinx reads only files in its own folder.
 for notebook in (HERE.parent / "notebooks").glob("*.ipynb"):
     shutil.copy(notebook, HERE / "tutorial")
 
-# Of Hypothesis' own docstrings, which numpydoc reads on the way to ours.
+# numpydoc also reads Hypothesis's own docstrings.
 warnings.filterwarnings("ignore", "Unknown section", UserWarning)
 
 project = "refgemma"
@@ -36,14 +36,14 @@ release = refgemma.__version__
 extensions = ["myst_nb", "numpydoc", "sphinx.ext.autodoc", "sphinx.ext.viewcode", "sphinx_copybutton"]
 exclude_patterns = ["_build", "jupyter_execute"]
 default_role = "py:obj"
-# Every name in backquotes must lead somewhere, but for what a docstring so names within itself: arguments, attributes,
-# and functions of its own file; and what is in annotations of other people's.
+# Every name in backquotes must have a target. Exceptions are names inside a docstring (arguments, attributes, functions
+# of its own file) and annotations of other packages.
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"[A-Za-z_]\w*"),
     ("py:class", r"(collections|hypothesis|io|jaxtyping|ml_dtypes|numpy|pathlib|typing)\..*"),
     ("py:obj", r"numpy\..*"),
-    # Of ours, what only occurs in a signature and has no entry of its own.
+    # Our own names that occur only in signatures and have no entry.
     ("py:class", r"refgemma\.generation\.(stream\.Streamer|generation_config\.Settings)"),
     ("py:class", r"refgemma\.weights\.(stored\.Stored|parameters\.(Rows|Score)|save\.OutputTensor)"),
     ("py:class", r"refgemma\.(testing\.program\.Asked|convert\.convert\.Source)"),
@@ -57,7 +57,7 @@ myst_enable_extensions = ["dollarmath", "deflist"]
 myst_heading_anchors = 3
 
 nb_execution_mode = "force"
-nb_execution_timeout = 60  # seconds a cell
+nb_execution_timeout = 600  # seconds a cell, for one that hangs: the machine may have other work
 nb_execution_raise_on_error = True
 nb_execution_show_tb = True
 

@@ -1,11 +1,11 @@
-"""Whether every link within a built site leads somewhere, and whether a page fetches anything from elsewhere. Checked
-in tests/test_docs.py on pages that are wrong."""
+"""Check that every link within a built site has a target, and that no page fetches anything from another site. Checked
+in tests/test_docs.py on wrong pages."""
 
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-# What a browser fetches by itself, without anybody's click.
+# Elements that a browser fetches without a click.
 FETCHED = {
     ("script", "src"),
     ("link", "href"),

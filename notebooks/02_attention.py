@@ -12,11 +12,11 @@
 # ---
 
 # %% [markdown]
-# # 2. Attention, shared heads, and what heads look at
+# # 2. Attention, shared heads, and attention patterns
 #
-# Attention is the part of a transformer (the kind of model that Gemma is) where a token looks at the tokens before
-# it. You should have seen notebook 1: *token*, *block* or *layer*, *residual stream* (the vector of a token that all
-# blocks read and add to), *norm* (brings a vector to a standard size), *softmax* (scores to probabilities).
+# Attention is the part of a transformer (the kind of model that Gemma is) in which a token looks at earlier tokens.
+# You need from notebook 1: *token*, *block* or *layer*, *residual stream* (the vector of a token that all blocks read
+# and add to), *norm* (brings a vector to a standard size), *softmax* (scores to probabilities).
 
 # %%
 import numpy as np
@@ -35,14 +35,15 @@ run = refgemma.forward([ids], weights, config)
 # %% [markdown]
 # ## Queries, keys, values
 #
-# Each token makes three vectors of its (normed) stream $x$, by three matrices. The **query** says what it looks for,
-# the **key** what it has to offer, the **value** what it hands over if it is looked at:
+# Three matrices turn each token's normalised stream $x$ into three vectors. The **query** describes the information
+# that the token looks for. The **key** describes the information that it offers. The **value** is the information
+# that it passes on:
 #
 # $$q = W_q x \qquad k = W_k x \qquad v = W_v x$$
 #
-# This is done several times side by side, in **heads**: each has its own part of the matrices and vectors of
-# `head_dim` numbers (32 here). The tiny model has 6 query heads, and only 2 key/value heads. `split_heads` cuts what
-# a matrix gives for each token, heads side by side, into an array with an axis of heads.
+# This happens several times in parallel, in **heads**. Each head has its own part of the matrices, and its vectors
+# have `head_dim` numbers (32 here). The tiny model has 6 query heads, and only 2 key/value heads. A matrix returns
+# all heads of a token side by side; `split_heads` turns them into an array with an axis of heads.
 
 # %%
 heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -61,13 +62,13 @@ heads, kv_heads, heads // kv_heads
 # ## Shared key heads
 #
 # Query heads 0, 1, 2 look at key head 0, and 3, 4, 5 at key head 1. This is **grouped-query attention** (GQA): the
-# keys and values of all tokens so far must be kept in memory, so having fewer of them saves memory (notebook 5).
+# keys and values of all earlier tokens must stay in memory, so fewer of them save memory (notebook 5).
 #
 # $$\text{query head } h \text{ uses key head } \lfloor h / \mathrm{groups} \rfloor, \qquad \mathrm{groups} =
 # \mathrm{heads} / \mathrm{kv\_heads}$$
 #
-# Before they are compared, queries and keys are turned by an angle that depends on their place in the text (notebook
-# 3); the record has them as `q_rot` and `k_rot`.
+# Before the comparison, queries and keys are rotated by an angle that depends on their place in the text (notebook
+# 3). The record calls them `q_rot` and `k_rot`.
 
 # %%
 groups = heads // kv_heads
@@ -78,25 +79,27 @@ assert np.array_equal(keys[:, 0], keys[:, 2]) and np.array_equal(keys[:, 3], key
 assert not np.array_equal(keys[:, 2], keys[:, 3])
 
 # %% [markdown]
-# **Question.** One could also repeat the heads as 0, 1, 0, 1, 0, 1 (`np.tile`). All shapes would fit. What would
+# **Question.** You could also repeat the heads as 0, 1, 0, 1, 0, 1 (`np.tile`). All shapes would fit. What would
 # happen?
 #
 # <details><summary>Answer</summary>
-# Four of the six query heads would look at keys they were not trained with. Nothing fails; the text is nonsense. This
-# has happened in **ports** (the model written anew in other programs), and one of the exercises below is about it.
+# Four of the six query heads would look at keys that they were not trained with. No error appears, but the text is
+# nonsense. This has happened in **ports** (reimplementations of the model in other programs). The exercise below is
+# about it.
 # </details>
 #
 # ## Scores
 #
-# How well a query fits a key is their product, made smaller by a constant so that it does not grow with `head_dim`:
+# The product of a query and a key measures how well they fit. It is divided by a constant, so that it does not grow
+# with `head_dim`:
 #
 # $$s_{ij} = \frac{q_i \cdot k_j}{\sqrt{\mathrm{query\_pre\_attn\_scalar}}}$$
 #
-# (The constant is there because a sum of many products of random numbers is large: of $n$ products with the size 1
-# about $\sqrt n$.)
+# (A sum of $n$ random products of size 1 has a size of about $\sqrt n$. The constant compensates for this.)
 #
-# In many models that constant is `head_dim`. In Gemma 2 it is a number of its own: 144 in the 27B, whose heads have
-# 128 numbers. The scores are bent so that none leaves ±50 (notebook 4), which the record calls `capped`.
+# In many models the constant under the root is `head_dim`. In Gemma 2 it is a separate number: 144 in the 27B, whose
+# heads have 128 numbers. A smooth function keeps the scores between −50 and 50 (notebook 4). The record calls the
+# result `capped`.
 
 # %%
 scores = seen.attention.q_rot @ keys.swapaxes(-1, -2) * config.query_pre_attn_scalar**-0.5
@@ -106,19 +109,19 @@ assert np.allclose(scores, seen.attention.scores, atol=1e-4)
 config.query_pre_attn_scalar, head_dim, float(np.abs(scores).max())
 
 # %% [markdown]
-# **Question.** Take the constant away. What would the softmax make of scores that are six times as large?
+# **Question.** Remove the constant. What does the softmax return for scores that are six times as large?
 #
 # <details><summary>Answer</summary>
-# Nearly all of each row goes to its best key: the softmax of large scores is close to picking the maximum. Then there
-# is hardly any slope left to learn from.
+# Nearly all of each row goes to its best key, because the softmax of large scores is close to picking the maximum.
+# The slope is then almost 0, so training has little to learn from.
 # </details>
 
 # %% [markdown]
 # ## Only the past
 #
-# When the model is trained, every token has to guess the next one, so it must not see it. A **mask** says which keys
-# a query may see: those at its own place and before. That is the **causal** mask. What is masked gets the probability
-# 0, and the rest share 1 by the softmax of their scores (the bent ones, `capped`):
+# During training, every token must predict the next one, so it must not see it. A **mask** marks the keys that a
+# query may see. The **causal** mask allows the keys at the query's own place and before. Masked keys get the
+# probability 0. The softmax of the other scores (`capped`) gives the other probabilities, whose sum is 1:
 #
 # $$p_{ij} = \frac{e^{s_{ij}}}{\sum_{k \le i} e^{s_{ik}}} \;\text{ for } j \le i, \text{ else } 0$$
 
@@ -135,8 +138,8 @@ _ = viz.mask_picture(mask, places, places, "causal mask: dark may be seen")
 # %% [markdown]
 # ## Mixing
 #
-# Every query takes the values of the keys it looks at, in the shares $p$. The results of all heads are put side by
-# side, and a last matrix brings them back to `hidden` numbers:
+# Every query averages the values of the keys that it sees, with the weights $p$. The results of all heads are placed
+# side by side, and a last matrix brings them back to `hidden` numbers:
 #
 # $$\mathrm{attention}(x)_i = W_o \; \mathrm{concat}_h \Big(\sum_j p^h_{ij}\, v^h_j\Big)$$
 
@@ -150,12 +153,12 @@ assert out.shape == (1, seq, config.hidden_size)
 assert np.allclose(out, seen.attention.out, atol=1e-5)
 
 # %% [markdown]
-# ## What heads look at
+# ## Attention patterns
 #
-# Each row of these pictures is one query, and shows where it looks. Head 0 of block 2 looks at the token just before,
-# almost always. Head 0 of block 3 looks at `<bos>`: a head that finds nothing to its liking has to put its attention
-# *somewhere*, since the shares must have the sum 1, and the first token is where trained models put it. It is called
-# an **attention sink**.
+# Each row of these pictures shows where one query looks. Head 0 of block 2 almost always looks at the token just
+# before. Head 0 of block 3 looks at `<bos>`. The probabilities of a query must have the sum 1, so a head that finds
+# nothing relevant must still look *somewhere*. Trained models then use the first token. It is called an **attention
+# sink**.
 
 # %%
 from matplotlib import pyplot as plt
@@ -165,7 +168,7 @@ viz.attention_map(run.layers[2].attention.probs[0, 0], tokens, title="block 2, h
 _ = viz.attention_map(run.layers[3].attention.probs[0, 0], tokens, title="block 3, head 0: a sink", axes=right)
 
 # %% [markdown]
-# Look at the others yourself. In Jupyter there are two sliders below the picture.
+# Look at the other heads yourself. In Jupyter there are two sliders below the picture.
 
 
 # %%
@@ -178,8 +181,8 @@ def one_head(block, head):
 _ = viz.with_sliders(one_head, block=range(config.num_hidden_layers), head=range(heads))
 
 # %% [markdown]
-# To see all heads at once, measure three habits: the share that goes to the token before, to the token itself and to
-# `<bos>`, averaged over all queries but the first.
+# To see all heads at once, measure three patterns: the share of attention on the token before, on the token itself
+# and on `<bos>`, averaged over all queries except the first.
 
 # %%
 probs = np.stack([block.attention.probs[0] for block in run.layers])
@@ -198,17 +201,17 @@ for axes, (habit, shares) in zip(all_axes, habits.items(), strict=True):
 _ = figure.colorbar(image, ax=all_axes, label="mean share of the attention")
 
 # %% [markdown]
-# **Question.** Does a high share prove that the model *uses* what it looks at?
+# **Question.** Does a high share prove that the model *uses* the token that it looks at?
 #
 # <details><summary>Answer</summary>
-# No. What is handed over is the value vector, and that may be close to zero, as it often is for
-# <code>&lt;bos&gt;</code>. To know, change the value and see what happens to the logits (the scores of the next token).
+# No. The model receives the value vector, which may be close to zero, as it often is for <code>&lt;bos&gt;</code>. To
+# find out, change the value and look at the logits (the scores of the next token).
 # </details>
 #
 # ## Exercise
 #
 # `repeat_kv` gives every query head its key head. The array has the axes (batch, kv_heads, keys, head_dim). Replace
-# the line that raises, run the cell, and read what the check says.
+# the line that raises, run the cell, and read the result of the check.
 
 # %%
 from refgemma.teach import exercises

@@ -14,10 +14,10 @@
 # %% [markdown]
 # # 3. Rotary positions
 #
-# Attention as it stands in notebook 2 does not know the order of words: a product of a query and a key is the same
-# wherever the two stand. Gemma tells the order by *turning* queries and keys by angles that depend on their places.
-# This is called **rotary position embedding**, RoPE. You need from notebook 2: *query*, *key*, *head*, *score* (their
-# product), *port* (the model written anew in another program).
+# The attention of notebook 2 does not know the order of words: the product of a query and a key is the same at any
+# two places. Gemma encodes the order by *rotating* queries and keys by angles that depend on their places. This is
+# called **rotary position embedding**, RoPE. You need from notebook 2: *query*, *key*, *head*, *score* (their
+# product), *port* (a reimplementation of the model in another program).
 
 # %%
 import numpy as np
@@ -33,15 +33,15 @@ head_dim, theta = config.head_dim, config.rope_theta
 
 
 # %% [markdown]
-# ## Turning a pair
+# ## Rotating a pair
 #
-# Two numbers are a point in the plane. To turn it by an angle $\varphi$:
+# Two numbers are a point in the plane. To rotate it by an angle $\varphi$:
 #
 # $$(a, b) \mapsto (a \cos\varphi - b \sin\varphi, \; b \cos\varphi + a \sin\varphi)$$
 #
-# A turn does not change the length. And if one point is turned by $\varphi$ and another by $\psi$, their product
-# depends on $\varphi - \psi$ alone. That is the whole idea: let the angle be proportional to the position, and the
-# score of a query and a key depends on *how far apart* they are.
+# A rotation does not change the length. If one point is rotated by $\varphi$ and another by $\psi$, their product
+# depends only on $\varphi - \psi$. So if the angle is proportional to the position, the score of a query and a key
+# depends on the *distance* between them. This is the whole idea.
 
 
 # %%
@@ -61,13 +61,13 @@ np.round(products, 4)
 # %% [markdown]
 # ## Many speeds
 #
-# A head of `head_dim` numbers has `head_dim / 2` pairs, and each turns at its own speed. Pair $i$ turns, from one
-# position to the next, by
+# A head of `head_dim` numbers has `head_dim / 2` pairs, and each rotates at its own speed. From one position to the
+# next, pair $i$ rotates by
 #
 # $$\omega_i = \theta^{-2i / \mathrm{head\_dim}}, \qquad \theta = 10000$$
 #
-# The first pair turns by a whole radian a token, and tells neighbours apart. The last one turns by about a
-# ten-thousandth, and tells far places apart.
+# The first pair rotates by one radian per token, which distinguishes neighbours. The last one rotates by about a
+# ten-thousandth of a radian per token, which distinguishes distant places.
 
 # %%
 exponents = np.arange(0, head_dim, 2) / head_dim
@@ -78,18 +78,18 @@ print(f"fastest: once around in {2 * np.pi / speeds[0]:.1f} tokens, slowest: in 
 _ = viz.rotary_phases(np.arange(200), head_dim, theta)
 
 # %% [markdown]
-# **Question.** The tiny model reads at most 320 tokens. Which rows of the picture are of little use to it?
+# **Question.** The tiny model reads at most 320 tokens. Which rows of the picture are almost useless for it?
 #
 # <details><summary>Answer</summary>
-# The lower ones: over 320 tokens they hardly turn at all. The network can still use these numbers, for what does not
-# depend on the place.
+# The lower ones: over 320 tokens they hardly rotate at all. The network can still use these numbers for information
+# that does not depend on the place.
 # </details>
 #
 # ## The tables
 #
-# `ops.rotary_tables` gives cosines and sines for all positions at once. They have an axis of length 1, because all
-# heads turn alike, and every angle stands in them twice, at $i$ and at $i + \mathrm{head\_dim}/2$, for a reason that
-# comes next. The last argument is an array that only says in which precision the tables are wanted.
+# `ops.rotary_tables` returns cosines and sines for all positions at once. They have an axis of length 1, because all
+# heads rotate by the same angles. Every angle is in them twice, at $i$ and at $i + \mathrm{head\_dim}/2$; the next
+# section explains why. The last argument is an array that only sets the precision of the tables.
 
 # %%
 positions = np.arange(12)[None]  # (batch, seq)
@@ -100,14 +100,14 @@ assert np.array_equal(cos[..., : head_dim // 2], cos[..., head_dim // 2 :])
 assert np.allclose(cos[0, 0, :, : head_dim // 2], np.cos(positions[0][:, None] * speeds), atol=1e-5)
 
 # %% [markdown]
-# ## Which two numbers are a pair?
+# ## Which numbers form a pair?
 #
-# The paper that proposed it (Su et al. 2021) pairs neighbours: $(0, 1), (2, 3), \dots$ Gemma's weights are made for
-# another choice: number $i$ goes with number $i + \mathrm{head\_dim}/2$, one in each half.
+# The paper that proposed RoPE (Su et al. 2021) pairs neighbours: $(0, 1), (2, 3), \dots$ Gemma's weights were trained
+# with another choice: number $i$ is paired with number $i + \mathrm{head\_dim}/2$, one in each half.
 #
 # $$\mathrm{rotate}(x) = x \cdot \cos + (-x_{\text{second half}},\; x_{\text{first half}}) \cdot \sin$$
 #
-# Either is as good as the other, if training and use agree. Mixing them up is one of the commonest mistakes of ports.
+# Both choices are equally good if training and use agree. Confusing them is one of the most common mistakes in ports.
 
 # %%
 x = np.random.default_rng(0).standard_normal((1, 1, 12, head_dim)).astype(np.float32)
@@ -122,8 +122,8 @@ assert np.allclose(np.linalg.norm(rotated, axis=-1), np.linalg.norm(x, axis=-1),
 # %% [markdown]
 # ## The score depends on the distance
 #
-# Take one query and one key, put them at all places, and look at the score. Along a diagonal the distance is the
-# same, and so is the score.
+# Take one query and one key, put them at all places, and look at the score. Along a diagonal the distance is
+# constant, and so is the score.
 
 # %%
 rng = np.random.default_rng(1)
@@ -140,19 +140,19 @@ right.plot(scores[:, 0])
 _ = right.set(xlabel="query's place minus key's", ylabel="score", title="the same by distance")
 
 # %% [markdown]
-# **Question.** Does the score have to fall with the distance?
+# **Question.** Must the score decrease with the distance?
 #
 # <details><summary>Answer</summary>
-# No. It depends on the distance, in whatever way the query and the key make of it. In notebook 2 there is a head that
-# looks one token back: its queries and keys fit best at distance 1.
+# No. The query and the key determine how it depends on the distance. In notebook 2 there is a head that looks one
+# token back: its queries and keys fit best at distance 1.
 # </details>
 #
 # ## Why the angles are float32 in every model
 #
-# Models compute with numbers of 16 bits (*half precision*, notebook 7). Gemma's kind, *bfloat16*, has 8 bits for the
-# digits of a number. At position 8000 an angle is as large as 8000, and what matters is where it lies within one
-# turn. 8 bits do not tell 8000 from 8015, which are more than two turns apart. So the angles are computed with the 24
-# bits of float32, always. In the code `bf16` rounds to bfloat16, and `wide` makes an ordinary array of the result.
+# Models compute with numbers of 16 bits (*half precision*, notebook 7). Gemma's format, *bfloat16*, has 8 bits for
+# the digits of a number. At position 8000 an angle is as large as 8000, and only its place within one turn matters. 8
+# bits cannot distinguish 8000 from 8015, which is more than two turns further. So the angles are always computed with
+# the 24 bits of float32. In the code, `bf16` rounds to bfloat16, and `wide` converts the result to an ordinary array.
 
 # %%
 far = np.arange(7900, 8000)
@@ -169,19 +169,20 @@ axes.legend(loc="upper right")
 np.abs(in_float32 - exact).max(), np.abs(in_bfloat16 - exact).max()
 
 # %% [markdown]
-# **Question.** The fastest pair has whole numbers for angles. What about the others, in float32, at position 8000?
+# **Question.** The angles of the fastest pair are whole numbers. What is the error of the other angles in float32, at
+# position 8000?
 #
 # <details><summary>Answer</summary>
-# The speed itself is rounded, by up to 6e-8 of it (half the distance of two float32 numbers at 1), and 8000 times its
-# error is the error of the angle: about 8000 · 6e-8, a half of a thousandth. Two programs that form the speeds in
-# another order differ by that much. Hence the odd-looking formula in
-# <code>ops.rotary_tables</code>, which agrees with PyTorch to the last bit.
+# The speed itself is rounded, by up to 6e-8 of its value (half the distance between two float32 numbers near 1). The
+# error of the angle is 8000 times as large: about 8000 · 6e-8, or half a thousandth. Two programs that compute the
+# speeds in a different order differ by that much. This is why <code>ops.rotary_tables</code> has an unusual formula:
+# it agrees with PyTorch to the last bit.
 # </details>
 #
 # ## Exercise
 #
-# `rotate` turns all pairs of a head. The tables have every angle twice, as above. Replace the line that raises, run
-# the cell, and read what the check says.
+# `rotate` rotates all pairs of a head. The tables have every angle twice, as above. Replace the line that raises, run
+# the cell, and read the result of the check.
 
 # %%
 from refgemma.teach import exercises

@@ -12,11 +12,10 @@
 # ---
 
 # %% [markdown]
-# # 4. The two soft caps, and why they exist
+# # 4. The two soft caps and their purpose
 #
-# Gemma 2 bends two kinds of numbers so that they cannot become too large: the scores of attention, at 50, and the
-# logits, at 30. Few other models do. You need from notebooks 1 and 2: *logits* and *softmax*, *slope*, attention
-# *scores* and *mask*.
+# Gemma 2 limits two kinds of numbers smoothly: the scores of attention to 50, and the logits to 30. Few other models
+# do this. You need from notebooks 1 and 2: *logits* and *softmax*, *slope*, attention *scores* and *mask*.
 
 # %%
 import numpy as np
@@ -36,9 +35,9 @@ config.attn_logit_softcapping, config.final_logit_softcapping
 # $$\mathrm{softcap}(x) = c \, \tanh(x / c)$$
 #
 # The hyperbolic tangent goes from −1 to 1 and is steep in the middle. So small numbers pass nearly unchanged, and
-# large ones come close to $\pm c$ and never beyond. Cutting off at $c$ would do that too, but then all numbers beyond
-# would be the same, and training could not move them: the slope there is 0. The picture has the two caps of Gemma 2;
-# in Jupyter a slider below it puts others in the place of 50.
+# large ones come close to $\pm c$ but never beyond. Cutting off at $c$ would also limit the numbers. But then all
+# numbers beyond $c$ would become equal, and training could not change them, because the slope there is 0. The picture
+# shows the two caps of Gemma 2. In Jupyter, a slider below it replaces 50 by other caps.
 
 # %%
 x = np.array([0.5, 5.0, 25.0, 50.0, 100.0, 400.0])
@@ -50,22 +49,22 @@ viz.with_sliders(lambda cap: viz.cap_curves([cap, 30.0]), cap=[50.0, 10.0, 20.0,
 dict(zip(x.tolist(), bent.round(3).tolist(), strict=True))
 
 # %% [markdown]
-# **Question.** At which $x$ does the cap take away 1 % ? Use that $\tanh(t) \approx t - t^3/3$.
+# **Question.** At which $x$ does the cap reduce the number by 1 %? Use $\tanh(t) \approx t - t^3/3$.
 #
 # <details><summary>Answer</summary>
-# Where (x/c)²/3 = 0.01, so x = 0.17 c: at 8.7 for the scores and 5.2 for the logits. The caps act on ordinary numbers
-# too, only a little.
+# Where (x/c)²/3 = 0.01, so x = 0.17 c: at 8.7 for the scores and 5.2 for the logits. The caps also change ordinary
+# numbers, but only a little.
 # </details>
 #
 # ## The slope
 #
-# For training the slope matters. Training starts from the error of an answer and goes back through the model, part by
-# part, to see what each number has to do with it; at each part it multiplies by the slope there (the *chain rule*).
-# Where a slope is 0 nothing gets through, and all before it learns nothing.
+# The slope is important for training. Training starts from the error of an answer and goes back through the model,
+# part by part, to find the influence of each number. At each part it multiplies by the slope there (the *chain
+# rule*). If a slope is 0, the product is 0, and no earlier part learns anything.
 #
 # $$\frac{d}{dx}\, c \tanh(x/c) = 1 - \tanh^2(x/c)$$
 #
-# It is never 0, so a score that became too large can come back. Hence *soft*.
+# This slope is never 0, so training can reduce a score that became too large. This is why the cap is called *soft*.
 
 # %%
 x = np.linspace(-150, 150, 301)
@@ -79,9 +78,9 @@ axes.set(xlabel="before the cap", ylabel="slope", title="what is left of an erro
 _ = axes.legend()
 
 # %% [markdown]
-# ## What the caps do in this model
+# ## The effect of the caps in this model
 #
-# The tiny model has the caps of the released ones. How far do its scores go?
+# The tiny model has the caps of the released models. How large are its scores?
 
 # %%
 text = "Once upon a time there was a little princess who lived in a great castle by the sea."
@@ -98,8 +97,8 @@ right.plot(before, before - after, ".", markersize=2)
 _ = right.set(xlabel="score before the cap", ylabel="taken away", title="what the cap takes")
 
 # %% [markdown]
-# Where is that? Here is the head with the largest score of all, the sink of notebook 2. Orange dots are what the cap
-# takes, on the keys that each query may see.
+# Which head is that? The next picture shows the head with the largest score of all, the sink of notebook 2. Orange
+# dots show how much the cap subtracts, for the keys that each query may see.
 
 # %%
 scores = np.stack([layer.attention.scores[0] for layer in run.layers])
@@ -112,9 +111,9 @@ tokens = tiny.tokenizer.convert_ids_to_tokens(ids)
 _ = viz.attention_map(looking.probs[0, head], tokens, title=f"block {block}, head {head}", taken=taken)
 
 # %% [markdown]
-# Removing a cap is a change of the configuration, so the model can be run without, and the answers compared. No score
-# here comes near a cap, and yet the probabilities move: the likeliest tokens have the largest logits, which are bent
-# the most.
+# A cap can be removed in the configuration. So we can run the model without caps and compare the answers. No score
+# here comes near a cap, and yet the probabilities change: the most likely tokens have the largest logits, and the cap
+# reduces these the most.
 
 # %%
 without = config.changed(attn_logit_softcapping=None, final_logit_softcapping=None)
@@ -129,18 +128,18 @@ for token in best:
 
 
 # %% [markdown]
-# **Question.** Can the final cap change which token is the likeliest?
+# **Question.** Can the final cap change which token is the most likely?
 #
 # <details><summary>Answer</summary>
-# In exact arithmetic no: the curve always rises, so the order stays. That is why tests that only look at the
-# likeliest token do not notice a missing final cap; the probabilities do. In half precision (numbers of 16 bits,
+# Not in exact arithmetic: the curve always rises, so the order stays. Tests that only look at the most likely token
+# therefore do not notice a missing final cap; tests of the probabilities do. In half precision (numbers of 16 bits,
 # notebook 7) two large logits may be rounded to the same number.
 # </details>
 #
-# ## No probability is quite 1
+# ## No probability reaches 1
 #
-# With a cap $c$ on $n$ logits, the best one is at most $c$ and the others at least $-c$. So no probability is more
-# than
+# With a cap $c$ on $n$ logits, the largest one is at most $c$ and the others are at least $-c$. So no probability is
+# larger than
 #
 # $$p_{max} = \frac{e^{c}}{e^{c} + (n - 1) e^{-c}}$$
 
@@ -160,17 +159,18 @@ axes.set(xlabel="cap of the logits", ylabel="largest probability", title="how su
 _ = axes.legend()
 
 # %% [markdown]
-# **Question.** At 30 that is no limit in practice. What would a cap of 5 do to a vocabulary of 256000?
+# **Question.** A cap of 30 is not a limit in practice. What would a cap of 5 do with a vocabulary of 256000?
 #
 # <details><summary>Answer</summary>
-# At most 8 %: the model could never be sure. The smallest model of the tests here, <code>bends</code>, has caps of 2
-# and 3 on purpose, so that a mistake in a cap cannot hide.
+# No probability could exceed 8 %, so the model could never be sure. The smallest model in refgemma's tests,
+# <code>bends</code>, has caps of 2 and 3 on purpose, so that a mistake in a cap changes the result.
 # </details>
 #
 # ## First the cap, then the mask
 #
 # A masked score becomes minus infinity, whose exponential is 0. If the cap came *after* the mask, minus infinity
-# would become $-c$, and $e^{-c}$ is not 0: the future would leak into the past. The order is part of the model.
+# would become $-c$, and $e^{-c}$ is not 0. Information from later tokens would then leak to earlier ones. The order
+# is part of the model.
 
 # %%
 rng = np.random.default_rng(0)
@@ -188,17 +188,17 @@ viz.attention_map(right[0, 0], list("abcdef"), title="cap, then mask", axes=pane
 _ = viz.attention_map(wrong[0, 0], list("abcdef"), title="mask, then cap: leaks", axes=panels[1])
 
 # %% [markdown]
-# **Question.** With the released cap of 50, how much leaks from one masked key, if the best visible score is 0? Would
-# a test with tolerance 1e-5 see it?
+# **Question.** With the released cap of 50, how much leaks from one masked key if the best visible score is 0? Would
+# a test with a tolerance of 1e-5 find it?
 #
 # <details><summary>Answer</summary>
-# e^-50, about 2e-22: no test of that kind would. It shows where all visible scores are near −50, and in models with
-# small caps. So test with caps that bend.
+# e^-50, about 2e-22: such a test would not find it. The leak is visible only if all visible scores are near −50, or
+# in models with small caps. So test with caps that change the scores.
 # </details>
 #
 # ## Exercises
 #
-# `soft_cap`, from the formula. Replace the line that raises, run the cell, and read what the check says.
+# Write `soft_cap` from the formula. Replace the line that raises, run the cell, and read the result of the check.
 
 # %%
 from refgemma.teach import exercises
@@ -212,7 +212,8 @@ exercises.check_soft_cap(soft_cap)
 
 
 # %% [markdown]
-# `attention_probs` makes probabilities of scores. The mask is true where a key may be seen. Mind the order.
+# `attention_probs` turns scores into probabilities. The mask is true where a key may be seen. The order of the steps
+# matters.
 
 
 # %%

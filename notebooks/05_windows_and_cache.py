@@ -14,10 +14,10 @@
 # %% [markdown]
 # # 5. Sliding windows and the cache
 #
-# Attention compares every token with every token before it, which for long texts is a lot. Gemma 2 does two things
-# about it: every second layer looks only a short way back, and what was computed for earlier tokens is kept. You need
-# from notebook 2: *query*, *key*, *value* and their *heads*, the *causal mask* (a token sees its own place and those
-# before), *port* (the model written anew in another program).
+# Attention compares every token with every earlier token, which is expensive for long texts. Gemma 2 reduces the cost
+# in two ways: every second layer looks only a short way back, and results for earlier tokens are kept. You need from
+# notebook 2: *query*, *key*, *value* and their *heads*, the *causal mask* (a token sees its own place and earlier
+# places), *port* (a reimplementation of the model in another program).
 
 # %%
 import numpy as np
@@ -34,12 +34,12 @@ config.sliding_window, config.layer_types
 # %% [markdown]
 # ## Two kinds of layers
 #
-# A **full** layer sees everything so far. A **sliding** layer sees the last `window` keys, its own included:
+# A **full** layer sees all keys so far. A **sliding** layer sees the last `window` keys, its own included:
 #
 # $$\text{full: } j \le i \qquad\qquad \text{sliding: } i - \mathrm{window} < j \le i$$
 #
-# They take turns, sliding first. The window is 4096 tokens in the released models and 64 in the tiny one. (Only their
-# attention differs; in all else the two kinds of layers, or blocks, are the same.)
+# The two kinds alternate, and a sliding layer comes first. The window is 4096 tokens in the released models and 64 in
+# the tiny one. (Only their attention differs; all other parts of the two kinds of layers, or blocks, are the same.)
 
 # %%
 places = np.arange(12)
@@ -54,18 +54,19 @@ _ = viz.mask_picture(sliding, places, places, "sliding layer, window 4", axes=ri
 
 
 # %% [markdown]
-# **Question.** How many keys does the query at place 2 see in either kind? And at place 9?
+# **Question.** How many keys does the query at place 2 see in each kind of layer? And at place 9?
 #
 # <details><summary>Answer</summary>
-# Place 2: three in both, since the window is not filled yet. Place 9: ten, and four. A text shorter than the window
-# cannot show a mistake in it, which is why several programs had none of the sliding layers and passed their tests.
+# Place 2: three in both, because the window is not full yet. Place 9: ten in the full layer, and four in the sliding
+# one. A text shorter than the window cannot reveal a mistake in it. Several programs therefore passed their tests
+# although they had no sliding layers at all.
 # </details>
 #
 # ## How far information travels
 #
-# A token that a sliding layer cannot see is not lost. The layer before may have handed it on: after two sliding
-# layers a token can know of what lies up to $2 (\mathrm{window} - 1)$ places back, and a full layer reaches
-# everything.
+# A token that a sliding layer cannot see is not lost, because an earlier layer may have passed its information on.
+# After two sliding layers, information can come from up to $2 (\mathrm{window} - 1)$ places back. A full layer
+# reaches every earlier place.
 
 
 # %%
@@ -88,10 +89,10 @@ for count, axes in enumerate(panels, start=1):
 # %% [markdown]
 # ## One token at a time
 #
-# To write a text, the model is asked for the next token, that token is appended, and it is asked again. Nothing about
-# earlier tokens changes by that: they cannot see the new one. So their keys and values are kept, in the **cache**,
-# and each step computes one token only. The text that the model is given to continue is the **prompt**. Reading all
-# of it at once is called **prefill**, going on by single tokens **decoding**.
+# To write a text, the model predicts the next token, appends it, and repeats this. Results for earlier tokens do not
+# change, because these cannot see the new token. So their keys and values are kept in the **cache**, and each step
+# computes only one token. The given text that the model continues is the **prompt**. Reading the whole prompt at once
+# is called **prefill**; continuing by single tokens is called **decoding**.
 #
 # $$k_{\text{all}} = [\,k_{\text{cache}},\; k_{\text{new}}\,] \qquad v_{\text{all}} = [\,v_{\text{cache}},\;
 # v_{\text{new}}\,]$$
@@ -113,18 +114,19 @@ assert in_steps.shape == whole.logits.shape == (1, 90, config.vocab_size)
 float(np.abs(in_steps - whole.logits).max())
 
 # %% [markdown]
-# The two agree up to rounding: the last digits differ because sums of other lengths are taken in another order.
+# The two agree up to rounding. The last digits differ because sums of different lengths are computed in a different
+# order.
 #
-# **Question.** Queries are not kept. Why not?
+# **Question.** Why are queries not kept?
 #
 # <details><summary>Answer</summary>
-# A query is used when its token looks, once. Keys and values are looked at again by every later token.
+# A query is used only once, when its token looks. Every later token uses the keys and values again.
 # </details>
 #
-# ## What a sliding layer keeps
+# ## The cache of a sliding layer
 #
-# A sliding layer need not keep what no later query can see. The next query, at place $i$, sees the keys from $i -
-# \mathrm{window} + 1$ to $i$, and brings the last of them itself. So `window - 1` keys are enough, 63 here.
+# A sliding layer need not keep keys that no later query can see. The next query, at place $i$, sees the keys from $i
+# - \mathrm{window} + 1$ to $i$. Its own token adds the last of these. So `window - 1` keys are enough, 63 here.
 
 # %%
 for number, layer in enumerate(cache):
@@ -135,8 +137,8 @@ for number, layer in enumerate(cache):
     print(f"layer {number} ({kind:7s}): places {layer.start} to {layer.stop - 1}, {kept} keys")
 
 # %% [markdown]
-# What goes wrong with one key fewer? Only the last key of the window is missing, for one layer in two. Try it: a
-# model whose window is 63 keeps 62, and gives other logits from the 64th token on, but not before.
+# What goes wrong with one key fewer? Only the oldest key of the window is missing, in every second layer. Try it: a
+# model with a window of 63 keeps 62 keys. Its logits differ from the 64th token on, but not before.
 
 # %%
 short = refgemma.forward([ids], weights, config.changed(sliding_window=63))
@@ -152,17 +154,18 @@ _ = axes.legend()
 
 
 # %% [markdown]
-# **Question.** A port passes all tests with texts of 50 tokens on this model. What do you know about its window?
+# **Question.** A port passes all tests with texts of 50 tokens on this model. What do these tests show about its
+# window?
 #
 # <details><summary>Answer</summary>
-# Nothing, except that it is at least 50.
+# Only that it is at least 50.
 # </details>
 #
-# ## What the cache costs
+# ## The cost of the cache
 #
-# For each token kept: keys and values (the first 2), for each layer and key/value head, `head_dim` numbers of 2 bytes
-# (the second 2; such numbers are called bfloat16, and are the subject of notebook 7). The configurations of the
-# released models are in the package, as *presets*.
+# For each kept token, each layer and each key/value head, the cache holds keys and values (the first 2 in the
+# formula) of `head_dim` numbers with 2 bytes each (the second 2). Such numbers are called bfloat16 (notebook 7). The
+# configurations of the released models are in the package, as *presets*.
 #
 # $$\text{bytes} = 2 \cdot 2 \cdot \mathrm{kv\_heads} \cdot \mathrm{head\_dim} \cdot \sum_{\text{layers}} \text{tokens
 # kept}$$
@@ -188,17 +191,18 @@ axes.set(xlabel="tokens", ylabel="GiB", title="cache of the 9B, one text, bfloat
 _ = axes.legend()
 
 # %% [markdown]
-# **Question.** At 8192 tokens, the longest text Gemma 2 was made for, how much do the windows save? Why not half?
+# **Question.** At 8192 tokens, the longest text that Gemma 2 was designed for, how much memory do the windows save?
+# Why not half?
 #
 # <details><summary>Answer</summary>
-# A quarter: half of the layers keep half of the tokens. The saving would near one half for texts much longer than the
-# window.
+# A quarter: half of the layers keep half of the tokens. The saving would approach one half for texts much longer than
+# the window.
 # </details>
 #
 # ## Exercise
 #
-# `sliding_mask` takes the places of queries and of keys, which need not be the same, and returns true where a query
-# may look. Replace the line that raises, run the cell, and read what the check says.
+# `sliding_mask` takes the places of queries and of keys, which need not be the same. It returns true where a query
+# may look. Replace the line that raises, run the cell, and read the result of the check.
 
 # %%
 from refgemma.teach import exercises

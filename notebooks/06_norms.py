@@ -14,10 +14,10 @@
 # %% [markdown]
 # # 6. Norms, the unit offset, and the embedding scale
 #
-# Numbers in a deep network (one of many blocks) drift: each block adds to the stream, and products grow. Norms
-# bring them back to a standard size. Gemma 2 has more of them than most models, and stores their weights in an
-# unusual way. You need notebook 1: *residual stream*, *block*, *embedding*, *logits*, *training*; and from notebook 2
-# the word *port* (the model written anew in another program).
+# In a deep network (one with many blocks) numbers drift: each block adds to the stream, and products grow. Norms
+# bring them back to a standard size. Gemma 2 has more norms than most models, and stores their weights in an unusual
+# way. You need from notebook 1: *residual stream*, *block*, *embedding*, *logits*, *training*; and from notebook 2
+# the word *port* (a reimplementation of the model in another program).
 
 # %%
 import numpy as np
@@ -36,13 +36,13 @@ run = refgemma.forward([ids], weights, config)
 # %% [markdown]
 # ## The norm
 #
-# The **root mean square** (RMS) of a vector is a measure of how large its numbers are. RMSNorm divides by it, and
-# then gives every column a factor that was learned:
+# The **root mean square** (RMS) of a vector measures the size of its numbers. RMSNorm divides by it, and then
+# multiplies every column by a learned factor:
 #
 # $$y = \frac{x}{\sqrt{\mathrm{mean}(x^2) + \epsilon}} \cdot (1 + w)$$
 #
-# $\epsilon$, a millionth, keeps a vector of zeros from being divided by zero. The older LayerNorm also subtracts the
-# mean; RMSNorm leaves that out and works as well.
+# $\epsilon$, a millionth, prevents a division by zero for a vector of zeros. The older LayerNorm also subtracts the
+# mean; RMSNorm does not, and works equally well.
 
 # %%
 x = run.layers[0].middle
@@ -55,8 +55,8 @@ assert np.allclose(y, ops.rms_norm(x, w, config.rms_norm_eps), atol=1e-5)
 viz.root_mean_square(x).round(3), viz.root_mean_square(y).round(3)
 
 # %% [markdown]
-# Whatever the size of what goes in, what comes out has a size near 1. Make $x$ a thousand times larger: nothing
-# changes. Make it a thousand times smaller, and $\epsilon$ is no longer small beside its square.
+# The output has a size near 1 for an input of any usual size. If $x$ is a thousand times larger, the output is the
+# same. If $x$ is a thousand times smaller, $\epsilon$ is no longer small compared with its square.
 
 # %%
 factors = 10.0 ** np.arange(-7, 4)
@@ -72,19 +72,19 @@ axes.axvline(1e-3, linestyle="--", color="grey", label="square root of eps")
 _ = axes.legend()
 
 # %% [markdown]
-# **Question.** A port writes `x / (sqrt(mean(x**2)) + eps)`, with $\epsilon$ outside the root. For which inputs do
-# you see it?
+# **Question.** A port computes `x / (sqrt(mean(x**2)) + eps)`, with $\epsilon$ outside the root. For which inputs is
+# the mistake visible?
 #
 # <details><summary>Answer</summary>
-# For tiny ones only: at size 0.001 the right norm gives 0.71, the wrong one 0.999. For ordinary inputs the difference
-# is in the seventh digit. Test with inputs where the feature matters.
+# Only for tiny ones: at size 0.001 the right norm gives 0.71, and the wrong one 0.999. For ordinary inputs the
+# difference is in the seventh digit. Test with inputs for which the feature matters.
 # </details>
 #
 # ## The unit offset
 #
-# Most models multiply by $w$, which begins at 1. Gemma multiplies by $1 + w$, and $w$ begins at 0. While training,
-# weights are pulled towards 0 a little (*weight decay*); stored this way, 0 means "leave it as it is". A port that
-# multiplies by $w$ has all its norms wrong.
+# Most models multiply by $w$, which starts at 1. Gemma multiplies by $1 + w$, and $w$ starts at 0. During training,
+# weights are pulled towards 0 a little (*weight decay*). With Gemma's formula, 0 means a factor of 1. In a port that
+# multiplies by $w$, all norms are wrong.
 
 # %%
 rows = [
@@ -107,21 +107,23 @@ for axes, kind in zip(all_axes, dict.fromkeys(name for name, _, _ in rows), stri
 _ = all_axes[0].set_ylabel("factor 1 + w")
 
 # %% [markdown]
-# **Question.** Look at block 0 in the second panel: what did training do there?
+# **Question.** Look at block 0 in the second panel. What did training do there?
 #
 # <details><summary>Answer</summary>
-# The factors after attention are well below 1: the first blocks learned to add less of what attention found.
+# The factors after attention are well below 1: the first blocks learned to add less of attention's output.
 # </details>
 #
-# ## Four norms a block
+# ## Four norms per block
 #
-# Older models norm what a half of a block *reads*. Gemma 2 also norms what it *writes*, before it is added:
+# Older models apply a norm to the *input* of each half of a block. Gemma 2 also applies one to its *output*, before
+# the output is added:
 #
 # $$h' = h + \mathrm{norm}_2(\mathrm{attention}(\mathrm{norm}_1(h))) \qquad h'' = h' +
 # \mathrm{norm}_4(\mathrm{feedforward}(\mathrm{norm}_3(h')))$$
 #
-# Beware of a name: `post_attention_layernorm` is norm 2 here. In Llama, another family of models much alike, the norm
-# of that name has the place of norm 3. The picture shows what is read and written in each block, for the last token.
+# One name is misleading: `post_attention_layernorm` is norm 2 in Gemma 2. In Llama, another similar family of models,
+# the norm of that name is at the place of norm 3. The picture shows the inputs and outputs of both halves in each
+# block, for the last token.
 
 # %%
 names = ["input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"]
@@ -137,27 +139,28 @@ axes.set(xlabel="block", ylabel="root mean square", title="read (dashed) and wri
 _ = axes.legend(fontsize=8)
 
 # %% [markdown]
-# **Question.** The stream grows and what is written stays of one size. What does that mean for the last blocks?
+# **Question.** The stream grows, but the outputs keep their size. What does that mean for the last blocks?
 #
 # <details><summary>Answer</summary>
-# Each turns the stream's direction less than the block before. One reason why in deep models the last blocks can
-# often be left out with little harm.
+# Each changes the stream's direction less than the block before. This is one reason why the last blocks of deep
+# models can often be removed with little harm.
 # </details>
 #
 # ## The embedding scale
 #
-# The rows of the embedding table are short, and serve the head too (notebook 1). For the blocks they are made longer:
+# The rows of the embedding table are short vectors, and the head uses them too (notebook 1). For the blocks they are
+# scaled up:
 #
 # $$h_0 = \sqrt{\mathrm{hidden}} \; E[\mathrm{id}]$$
 #
-# Norms undo any scale, so does it matter? It does: what blocks *add* has a fixed size. Without the factor, the token
-# itself is drowned by the first additions.
+# Norms remove any scale, so does it matter? It does: the vectors that blocks *add* have a fixed size. Without the
+# factor, the first additions would be much larger than the token's own vector.
 
 # %%
 scaled = weights.embed_tokens[ids] * np.float32(np.sqrt(config.hidden_size))
 assert np.array_equal(run.embedded[0], scaled)
 
-unscaled = weights.embed_tokens[ids][None]  # handed in as they are: `inputs_embeds` is not scaled
+unscaled = weights.embed_tokens[ids][None]  # passed without the scale: `inputs_embeds` is not scaled
 wrong = refgemma.forward(None, weights, config, inputs_embeds=unscaled)
 assert wrong.embedded.shape == run.embedded.shape == (1, len(ids), config.hidden_size)
 
@@ -167,9 +170,9 @@ viz.most_likely_tokens(run.logits[0, -1], names, title="as it should be", axes=l
 _ = viz.most_likely_tokens(wrong.logits[0, -1], names, title="without the scale", axes=right)
 
 # %% [markdown]
-# In a model that computes in bfloat16 (numbers of 16 bits, notebook 7) the factor is itself rounded to bfloat16
-# first. The 9B multiplies by 59.75 and not by $\sqrt{3584} = 59.866\dots$ That is a difference of 0.2 % in
-# everything that follows, and part of the released model.
+# In a model that computes in bfloat16 (numbers of 16 bits, notebook 7), the factor itself is first rounded to
+# bfloat16. The 9B multiplies by 59.75 and not by $\sqrt{3584} = 59.866\dots$ This changes all later results by 0.2 %,
+# and is part of the released model.
 
 # %%
 for name in ("2b", "9b", "27b"):
@@ -177,17 +180,18 @@ for name in ("2b", "9b", "27b"):
     print(f"{name:4s} sqrt({width}) = {np.sqrt(width):.4f}, in bfloat16 {float(refgemma.bf16(np.sqrt(width)))}")
 
 # %% [markdown]
-# **Question.** For which of the three does the rounding do nothing?
+# **Question.** For which of the three models does the rounding change nothing?
 #
 # <details><summary>Answer</summary>
-# The 2B: 2304 is 48 squared. A port tested on the 2B alone may have this wrong and not know.
+# The 2B: 2304 is 48 squared. So a test on the 2B alone cannot reveal this mistake in a port.
 # </details>
 #
 # ## Exercise
 #
-# `rms_norm`, from the formula. It is tried in float32 and in bfloat16. To be right in bfloat16, compute with
-# `wide(x)` (the same numbers as float32) and return `narrow(result, like=x)` (rounded to the precision of `x`), both
-# of `refgemma`: notebook 7 says why. Replace the line that raises, run the cell, and read what the check says.
+# Write `rms_norm` from the formula. The check runs it in float32 and in bfloat16. For bfloat16, compute with
+# `wide(x)` (the same numbers as float32) and return `narrow(result, like=x)` (rounded to the precision of `x`). Both
+# functions are in `refgemma`; notebook 7 explains them. Replace the line that raises, run the cell, and read the
+# result of the check.
 
 # %%
 from refgemma.teach import exercises

@@ -12,12 +12,12 @@
 # ---
 
 # %% [markdown]
-# # 7. bfloat16: what is rounded where, and what it costs
+# # 7. bfloat16: where numbers are rounded, and the cost
 #
-# Models are stored and run in 16 bits a number, to save memory. This notebook shows what that does to the numbers,
-# and where the model rounds. You need notebook 1: *block*, *residual stream*, *logits*; from notebook 2 *port* (the
-# model written anew in another program); from notebook 6 the *norm* and its factor $1 + w$. PyTorch is the library in
-# which the model is usually run.
+# Models are stored and run with 16 bits per number, to save memory. This notebook shows the effect on the numbers,
+# and the places where the model rounds. You need from notebook 1: *block*, *residual stream*, *logits*; from notebook
+# 2 *port* (a reimplementation of the model in another program); from notebook 6 the *norm* and its factor $1 + w$.
+# PyTorch is the library that usually runs the model.
 
 # %%
 import numpy as np
@@ -36,11 +36,11 @@ tokenizer = models["float32"].tokenizer
 #
 # A floating-point number is a sign, a power of two (its *exponent*), and digits (its *significand*). **float32** has
 # 8 bits for the power and 24 for the digits (one of them is always 1 and not stored). **bfloat16** is its upper half:
-# the same 8 bits of power, 8 bits of digits. (The *b* is for the group that made it, Google Brain.) **float16** has 5
-# and 11: more digits, but nothing above 65504. These two are called *half precision*. The distance from a number to
-# the next one is called an **ulp** (*unit in the last place*): at 1.0 it is $2^{-7}$ in bfloat16, $2^{-10}$ in
-# float16 and $2^{-23}$ in float32. In the code `bf16` and `f16` round to these formats, and `wide` gives the result
-# as ordinary float32 numbers.
+# the same 8 bits for the power, and 8 bits for the digits. (The *b* stands for the group that invented it, Google
+# Brain.) **float16** has 5 and 11 bits: more digits, but no numbers above 65504. These two are called *half
+# precision*. The distance from a number to the next one is called an **ulp** (*unit in the last place*): at 1.0 it is
+# $2^{-7}$ in bfloat16, $2^{-10}$ in float16 and $2^{-23}$ in float32. In the code, `bf16` and `f16` round to these
+# formats, and `wide` returns the result as ordinary float32 numbers.
 
 
 # %%
@@ -53,14 +53,14 @@ def bits(x):
 
 for x in (1.0, 1 + 2**-7, 0.1, 3.14159, -2.5):
     print(f"{x:10.6f} -> {float(bf16(x)):10.6f}   {bits(x)}")
-assert bf16(1 + 2**-7) != 1 and bf16(1 + 2**-9) == 1  # an ulp is seen, a quarter of one is not
+assert bf16(1 + 2**-7) != 1 and bf16(1 + 2**-9) == 1  # an ulp counts, a quarter of an ulp does not
 
 # %% [markdown]
 # ## Rounding
 #
-# A result that is no bfloat16 number is **rounded** to the nearest one, and where two are equally near to the one
-# whose last bit is 0 (*ties to even*). So the **relative error**, the error as a part of the number, is at most half
-# an ulp, $2^{-8}$ in bfloat16:
+# A result between two bfloat16 numbers is **rounded** to the nearer one. If both are equally near, it is rounded to
+# the one whose last bit is 0 (*ties to even*). So the **relative error**, the error divided by the number, is at most
+# half an ulp, $2^{-8}$ in bfloat16:
 #
 # $$|\mathrm{round}(x) - x| \le 2^{-8}\, |x|$$
 
@@ -77,18 +77,18 @@ axes.set(xlabel="number", ylabel="relative error", title="rounding: worst just a
 _ = axes.legend()
 
 # %% [markdown]
-# **Question.** How much is `bf16(256) + bf16(1)`, and why? What does it mean for adding 300 ones one after another?
+# **Question.** How much is `bf16(256) + bf16(1)`, and why? What follows for adding 300 ones one after another?
 #
 # <details><summary>Answer</summary>
-# 256: the next bfloat16 number is 258, and 257 lies between the two, a tie that goes to the even one. Adding ones
-# never gets beyond 256. So sums are taken in float32, and only the result is rounded.
+# 256: the next bfloat16 number is 258, and 257 is in the middle, a tie that is rounded to the even one. Adding ones
+# never exceeds 256. So sums are computed in float32, and only the result is rounded.
 # </details>
 #
 # ## One kernel, one rounding
 #
 # A **kernel** is one operation that PyTorch starts: a product of matrices, a sum, a tanh. It reads bfloat16 numbers,
-# computes with float32 and rounds its result once. refgemma follows this rule: a `BF16` array rounds the result of
-# every NumPy operation. Two operations round twice, and that can differ from rounding once at the end:
+# computes in float32 and rounds its result once. refgemma follows this rule: a `BF16` array rounds the result of
+# every NumPy operation. Two operations round twice, which can differ from rounding once at the end:
 #
 # $$\mathrm{round}(\mathrm{round}(a \cdot b) + c) \ne \mathrm{round}(a \cdot b + c)$$
 
@@ -103,12 +103,11 @@ print(f"{np.mean(twice != once):.0%} of the results differ")
 
 
 # %% [markdown]
-# ## Where the model says "in float32"
+# ## Where the model computes in float32
 #
-# `wide(x)` leaves the 16 bits (PyTorch's `x.float()`), `narrow(y, like=x)` goes back to them. Gemma's norm is
-# computed wide from beginning to end and rounded once. Llama, a model built much alike, rounds before it multiplies
-# by the weight. With the same weights that gives other numbers. With $\hat x$ for the vector divided by its root mean
-# square:
+# `wide(x)` converts to float32 (PyTorch's `x.float()`), and `narrow(y, like=x)` rounds back to 16 bits. Gemma's norm
+# computes every step in float32 and rounds once. Llama, a similar model, rounds before it multiplies by the weight.
+# With the same weights this gives different numbers. Let $\hat x$ be the vector divided by its root mean square:
 #
 # $$\text{Gemma: } \mathrm{round}\big(\hat x\,(1 + w)\big) \qquad \text{Llama's way: }
 # \mathrm{round}\big(\mathrm{round}(\hat x) \cdot \mathrm{round}(1 + w)\big)$$
@@ -127,11 +126,11 @@ assert right.shape == early.shape == x.shape and isinstance(right, refgemma.BF16
 print(f"{np.mean(right != early):.0%} of the elements differ")
 
 # %% [markdown]
-# **Question.** By how many ulps do they differ? Is one of the two more exact?
+# **Question.** By how many ulps do they differ? Is one of them more exact?
 #
 # <details><summary>Answer</summary>
-# By one, seldom two. Gemma's is the more exact on average, as it rounds once. But more exact is not the point: only
-# one of the two is what the weights were trained with and what other programs compute.
+# By one, rarely by two. Gemma's norm is more exact on average, because it rounds once. But exactness is not the
+# point: the weights were trained with only one of the two, and other programs compute that one.
 # </details>
 #
 # ## How errors grow
@@ -147,19 +146,19 @@ assert all(run.logits.shape == exact.logits.shape for run in runs.values())
 _ = viz.rounding_growth(runs, exact)
 
 # %% [markdown]
-# **Question.** float32 has 16 more bits of digits than bfloat16. How far apart should the two curves be, and are
-# they?
+# **Question.** float32 has 16 more bits for digits than bfloat16. How far apart should the two curves be? Does the
+# picture agree?
 #
 # <details><summary>Answer</summary>
-# A factor of 2 to the 16, 65536, nearly five powers of ten: and so they are. Everything else, the operations and
-# their order, is the same.
+# A factor of 2 to the 16, or 65536, nearly five powers of ten. The picture agrees, because the operations and their
+# order are the same.
 # </details>
 #
-# ## What it costs
+# ## The cost of rounding
 #
-# Does a reader notice? Compare the probabilities of the next token, and the choice of the likeliest, at every place
-# of the text. The **loss** is the mean of $-\log p$ of the token that really came next: lower is better. (Its unit is
-# the *nat*, since the logarithm is the natural one.)
+# Does a reader notice the errors? Compare the probabilities of the next token, and the most likely token, at every
+# place of the text. The **loss** is the mean of $-\log p$ of the token that really came next; lower is better. (Its
+# unit is the *nat*, because the logarithm is natural.)
 
 # %%
 for name, run in {"float64": exact, **runs}.items():
@@ -178,15 +177,15 @@ for name, run in {"float64": exact, **runs}.items():
 # different 20th word. Does that prove it wrong?
 #
 # <details><summary>Answer</summary>
-# Neither. Most mistakes leave the likeliest token as it is; and where two tokens are nearly equally likely, rounding
-# alone decides. Compare tensors, with bounds for what rounding can do: notebook 9.
+# Neither. Most mistakes do not change the most likely token. And if two tokens are nearly equally likely, rounding
+# alone decides. Compare tensors instead, with bounds for rounding errors (notebook 9).
 # </details>
 #
 # ## Large numbers
 #
-# What float16 gains in digits it lacks in reach. One number above 65504 becomes infinity, and soon everything is NaN
-# (*not a number*, the result of infinity minus infinity). The streams of large models can have such numbers, and
-# Gemma 2 is meant for bfloat16.
+# float16 has more digits, but a smaller range. A number above 65504 becomes infinity, and soon all results are NaN
+# (*not a number*, the result of infinity minus infinity). The streams of large models can contain such numbers, so
+# Gemma 2 is intended for bfloat16.
 
 # %%
 large = np.array([60000.0, 70000.0, 1e30], np.float32)
@@ -202,8 +201,8 @@ in_half, in_brain
 # ## Exercise
 #
 # `round_to_bf16` rounds float32 numbers to bfloat16 and returns float32. `x.view(np.uint32)` shows the 32 bits of a
-# number as a whole number; the upper 16 are the result. Replace the line that raises, run the cell, and read what the
-# check says.
+# number as a whole number; the upper 16 bits are the result. Replace the line that raises, run the cell, and read the
+# result of the check.
 
 # %%
 from refgemma.teach import exercises

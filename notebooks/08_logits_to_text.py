@@ -14,9 +14,9 @@
 # %% [markdown]
 # # 8. From logits to text
 #
-# The model gives scores; somebody has to choose. You need notebook 1: *token*, *logits*, *softmax* (scores to
-# probabilities). `next_token_logits` gives the logits after the last token, and the *cache* of notebook 5, which is
-# not needed here.
+# The model returns scores; another step must choose a token. You need from notebook 1: *token*, *logits*, *softmax*
+# (scores to probabilities). `next_token_logits` returns the logits after the last token, and the *cache* of notebook
+# 5, which is not needed here.
 
 # %%
 import numpy as np
@@ -36,7 +36,7 @@ assert logits.shape == (1, 1, config.vocab_size)
 # %% [markdown]
 # ## Greedy
 #
-# The simplest choice is the likeliest token, each time. That is called **greedy** decoding. It always gives the same
+# The simplest choice is always the most likely token. This is called **greedy** decoding. It always gives the same
 # text, and small models soon repeat themselves.
 #
 # $$\mathrm{next} = \arg\max_i z_i$$
@@ -49,12 +49,12 @@ print(tiny.tokenizer.decode([*ids, *new], skip_special_tokens=True))
 # %% [markdown]
 # ## Temperature
 #
-# Or **draw** a token at random, each with its probability: that is called *sampling*. Before, all logits $z$ are
-# divided by a number $T$, the **temperature**:
+# You can also **draw** a token at random, according to the probabilities. This is called *sampling*. First, all
+# logits $z$ are divided by a number $T$, the **temperature**:
 #
 # $$p_i = \frac{e^{z_i / T}}{\sum_j e^{z_j / T}}$$
 #
-# Below 1 the likely tokens become likelier still, above 1 all become more alike.
+# Below 1, likely tokens become even more likely. Above 1, the probabilities become more similar.
 
 # %%
 figure, panels = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
@@ -68,15 +68,16 @@ for axes, temperature in zip(panels, (0.5, 1.0, 2.0), strict=True):
 # **Question.** What is the limit for temperature 0? And for infinity?
 #
 # <details><summary>Answer</summary>
-# At 0 the likeliest token has probability 1: greedy decoding. At infinity all tokens are equally likely: noise.
+# At 0 the most likely token has probability 1, which is greedy decoding. At infinity all tokens are equally likely,
+# which is noise.
 # </details>
 #
 # ## Cutting off the tail
 #
-# There are 2048 tokens (256000 in the released models). Each of the unlikely ones is unlikely, but there are so many
-# that one is drawn now and then, and spoils the text. Two ways to prevent that: **top-k** draws from the $k$
-# likeliest only. **top-p** draws from the smallest number of likeliest tokens that together have at least probability
-# $p$: few where the model is sure, many where it is not. Either gives all other tokens the score minus infinity,
+# There are 2048 tokens (256000 in the released models). Most of them are very unlikely, but there are so many that
+# one of them is sometimes drawn and spoils the text. Two methods prevent this. **top-k** draws only from the $k$ most
+# likely tokens. **top-p** draws from the smallest set of most likely tokens whose total probability is at least $p$:
+# few tokens if the model is sure, many if it is not. Both methods give all other tokens the score minus infinity,
 # whose exponential is 0.
 
 # %%
@@ -99,17 +100,18 @@ for seed in range(3):
     print(f"seed {seed}:", tiny.tokenizer.decode([*ids, *drawn], skip_special_tokens=True), "\n")
 
 # %% [markdown]
-# **Question.** The **seed** sets the beginning of the random numbers. Why is it worth having?
+# **Question.** The **seed** determines the sequence of random numbers. Why is it useful?
 #
 # <details><summary>Answer</summary>
-# With the same seed a text can be made again, to show it to somebody or to look for the cause of something odd.
+# The same seed gives the same text again, so you can show it to others or look for the cause of a problem.
 # </details>
 #
 # ## Drawing by adding noise
 #
-# To draw from the softmax one needs no sum over all tokens: add to each logit an independent random number of the
-# *Gumbel* kind, $g = -\log(-\log u)$ with $u$ uniform between 0 and 1, and take the largest. The result has just the
-# softmax's probabilities ($\sim$ is read: is distributed as). Here it is tried 20000 times on the 8 likeliest tokens.
+# You can draw from the softmax without a sum over all tokens. Add an independent random number with a *Gumbel*
+# distribution to each logit, $g = -\log(-\log u)$ with $u$ uniform between 0 and 1, and take the largest. The result
+# has exactly the softmax's probabilities ($\sim$ means: is distributed as). The next cell draws 20000 times from the
+# 8 most likely tokens.
 #
 # $$\arg\max_i (z_i + g_i) \;\sim\; \mathrm{softmax}(z)$$
 
@@ -134,10 +136,10 @@ _ = axes.legend()
 # %% [markdown]
 # ## How good is a model?
 #
-# Give it a text that people wrote, and see how likely it found each next token. The mean of $-\log p$ is the
-# **loss**, in nats (natural logarithms). $e^{\mathrm{loss}}$ is called **perplexity**: the number of equally likely
-# tokens that would leave one as unsure. Here $p(a \mid b)$ is the probability of $a$ once $b$ is known, and
-# `log_softmax` gives the logarithms of the softmax directly.
+# Give it a text that people wrote, and compute the probability that it gave each next token. The mean of $-\log p$ is
+# the **loss**, in nats (natural logarithms). $e^{\mathrm{loss}}$ is called **perplexity**. The model is as unsure as
+# in a choice between that many equally likely tokens. Here $p(a \mid b)$ is the probability of $a$ if $b$ is known,
+# and `log_softmax` returns the logarithms of the softmax directly.
 #
 # $$\mathrm{loss} = -\frac{1}{n} \sum_t \log p(\mathrm{token}_{t+1} \mid \text{tokens up to } t)$$
 
@@ -161,7 +163,7 @@ _ = axes.set(
 )
 
 # %% [markdown]
-# **Question.** Someone who knows nothing of language would give all 2048 tokens the same probability. What is their
+# **Question.** A model that knows nothing about language gives all 2048 tokens the same probability. What is its
 # loss?
 #
 # <details><summary>Answer</summary>
@@ -170,8 +172,8 @@ _ = axes.set(
 #
 # ## Exercise
 #
-# `keep_top_p` returns true for the tokens that top-p keeps, in the order in which the probabilities were given.
-# Replace the line that raises, run the cell, and read what the check says.
+# `keep_top_p` returns true for the tokens that top-p keeps, in the order of the given probabilities. Replace the line
+# that raises, run the cell, and read the result of the check.
 
 # %%
 from refgemma.teach import exercises

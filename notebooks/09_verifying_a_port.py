@@ -14,9 +14,10 @@
 # %% [markdown]
 # # 9. Verifying a port: find the bug from a trace
 #
-# A **port** is a model written anew in another program or for another machine. Most have had a bug that no crash
-# announced: the text was only a little worse. This notebook finds such bugs by comparing tensors. It uses words of
-# the notebooks before, above all the *trace* and the parts of a block (1), the window (5) and *rounding* (7).
+# A **port** is a reimplementation of a model in another program or for another machine. Most ports have had a bug
+# that did not crash, but only made the text a little worse. This notebook finds such bugs by comparing tensors. It
+# uses words of earlier notebooks, above all the *trace* and the parts of a block (1), the window (5) and *rounding*
+# (7).
 
 # %%
 import numpy as np
@@ -29,15 +30,15 @@ from refgemma.teach import exercises, viz
 # %% [markdown]
 # ## The recording
 #
-# To judge a port one needs to know what is right. PyTorch's tensors were recorded; such a recording is called a
-# **golden**, and this one `bends-forward-f32`: the model `bends`, its forward pass (from tokens to logits), in
-# float32. It is a small model with random weights, made so that mistakes cannot hide: caps of 2 and 3, a window of 5
-# for texts of 13 tokens, random norm weights.
+# To judge a port you need the right values. They were recorded from PyTorch. Such a recording is called a **golden**.
+# This one is `bends-forward-f32`: the forward pass (from tokens to logits) of the model `bends`, in float32. `bends`
+# is a small model with random weights. It is designed so that mistakes change the result: it has caps of 2 and 3, a
+# window of 5 for texts of 13 tokens, and random norm weights.
 
 # %%
 about, _ = verify.load_golden("bends-forward-f32")
 config, weights = verify.model_of(about)
-recorded = exercises.recorded_trace()  # what PyTorch computed, in the order of computation
+recorded = exercises.recorded_trace()  # PyTorch's tensors, in the order of computation
 
 assert recorded["embedded"].shape == (3, 13, config.hidden_size)  # three texts of 13 tokens
 print(len(recorded), "tensors, recorded with torch", about["torch"])
@@ -46,8 +47,8 @@ list(recorded)[:12]
 # %% [markdown]
 # ## A port with a bug
 #
-# Here is the trace of a port: the same names, in the order of computation. Somewhere something is wrong. Does the
-# text show it? Compare the likeliest tokens.
+# Here is the trace of a port: the same names, in the order of computation. One part of this port is wrong. Does its
+# text show this? Compare the most likely tokens.
 
 # %%
 trace = exercises.mystery_trace(1)
@@ -59,9 +60,9 @@ print(f"the same likeliest token at {same.mean():.0%} of the places")
 # %% [markdown]
 # ## Differences along the way
 #
-# The relative error of a tensor: the root mean square of the difference, as a part of that of the recorded
-# tensor. Drawn in the order of computation it has a step. Before the step there is only rounding, after it the bug
-# and all that follows from it.
+# The relative error of a tensor is the root mean square of the difference, divided by that of the recorded tensor. In
+# the order of computation the curve has a step. Before the step there is only rounding. After it there are the bug
+# and its consequences.
 #
 # $$\mathrm{error} = \sqrt{\mathrm{mean}((x - x_{\text{recorded}})^2) \,/\, \mathrm{mean}(x_{\text{recorded}}^2)}$$
 
@@ -83,24 +84,25 @@ print("last good:", order[place - 1], f"{errors[place - 1]:.1e}")
 print("first bad:", order[place], f"{errors[place]:.1e}")
 
 # %% [markdown]
-# **Question.** Here the step is large, and 1e-5 a safe limit. Why is one limit for all tensors no good in general?
+# **Question.** Here the step is large, and 1e-5 is a safe limit. Why is one limit for all tensors not enough in
+# general?
 #
 # <details><summary>Answer</summary>
-# Rounding is not the same everywhere. A sum of 14336 products is less exact than a single product; bfloat16 errs by
-# 0.4 % at each step; a cosine at position 8000 by a half of a thousandth. A limit that is safe for the worst is blind
-# for the best.
+# Rounding errors differ from tensor to tensor. A sum of 14336 products is less exact than a single product. bfloat16
+# has an error of 0.4 % at each step; a cosine at position 8000 has one of half a thousandth. A limit that allows the
+# largest of these errors misses mistakes in the most exact tensors.
 # </details>
 #
 # ## A bound for each operation
 #
-# Better: ask of each operation how far rounding *can* carry it. For a sum of $n$ products, with $u = 2^{-24}$, the
-# largest relative error of one rounding in float32:
+# It is better to compute, for each operation, how large the rounding error *can* be. This is the bound for a sum of
+# $n$ products, with $u = 2^{-24}$, the largest relative error of one rounding in float32:
 #
 # $$|\mathrm{computed} - \mathrm{exact}| \;\le\; \frac{n u}{1 - n u} \sum_i |x_i|\,|w_i|$$
 #
-# Two programs that are both right differ by at most twice that, whatever the order in which they sum.
-# `refgemma.oracle.tolerance` has one for each operation. The distance of two tensors in units of what is allowed is at
-# most 1 if rounding explains it.
+# Two correct programs differ by at most twice the bound, in any order of summation. `refgemma.oracle.tolerance` has a
+# bound for each operation. The distance of two tensors is measured in units of the allowed difference. It is at most
+# 1 if rounding explains it.
 
 # %%
 x, w = recorded["layers.0.input_layernorm"], weights.layers[0].q_proj
@@ -114,20 +116,20 @@ assert used.max() <= 1
 
 
 # %% [markdown]
-# **Question.** The bound is for the worst case, where all roundings go the same way. What does that mean for its use?
+# **Question.** The bound is for the worst case, in which all roundings have the same sign. What follows for its use?
 #
 # <details><summary>Answer</summary>
-# It never blames a port that is right. And a mistake that is smaller than rounding passes, as it must: no one could
-# tell it from another order of the same sum.
+# It never rejects a correct port. A mistake that is smaller than rounding passes, and must pass: it looks the same as
+# another order of the same sum.
 # </details>
 
 # %% [markdown]
 # ## Judging each operation alone
 #
-# After the first bad tensor all others differ, bug or no bug. To see which *operations* are wrong, give each the
-# recorded inputs instead of the port's own: what was wrong before it is then not held against it. In a port one can
-# do that for the suspect. Here: does attention in layer 0 use the right mask? The probabilities are computed
-# again from the recorded scores.
+# After the first bad tensor all later tensors differ, even if their own operations are right. To find the wrong
+# *operations*, give each operation the recorded inputs instead of the port's own. Earlier mistakes then do not affect
+# it. In a port you can do this for a suspect operation. The example: does attention in layer 0 use the right mask?
+# The probabilities are computed again from the recorded scores.
 
 
 # %%
@@ -153,15 +155,16 @@ axes.set(xlabel="window", ylabel="distance", title="attention of layer 0, by win
 _ = axes.legend()
 
 # %% [markdown]
-# ## What the difference looks like
+# ## A picture of the difference
 #
-# A picture tells the kind of bug. Where one query and one key are wrong, look at the mask. Where whole rows are
-# wrong, at the norm; whole columns, at the weights; where errors grow with the place, at the positions.
+# A picture shows the kind of bug. If single pairs of a query and a key are wrong, look at the mask. If whole rows are
+# wrong, look at the norm; if whole columns are wrong, at the weights; if errors grow with the place, at the
+# positions.
 
 # %%
 name = order[place]
 apart = np.abs(trace[name] - recorded[name])[0]
-apart = apart[0] if apart.ndim == 3 else apart  # of an attention tensor one head
+apart = apart[0] if apart.ndim == 3 else apart  # for an attention tensor, one head
 assert apart.ndim == 2
 
 axes = viz.new_axes(6, 3.4)
@@ -170,17 +173,17 @@ axes.figure.colorbar(image, ax=axes, label="difference")
 _ = axes.set(title=name, xlabel="last axis of the tensor", ylabel="place")
 
 # %% [markdown]
-# **Question.** Which mistake is it? Say it in one sentence, then confirm it: make the same mistake yourself
-# (`config.changed(...)` helps) and see whether you get the port's tensor.
+# **Question.** Which mistake is it? Describe it in one sentence. Then confirm it: make the same mistake yourself
+# (`config.changed(...)` helps) and compare your tensor with the port's.
 #
 # <details><summary>Answer</summary>
-# The window is one too wide: each query past the fifth sees one key more, and the others of its row get less. With
-# <code>config.changed(sliding_window=6)</code> the forward pass gives the port's tensors.
+# The window is one key too wide. Each query after the fifth sees one key more, and the other keys of its row get
+# less. With <code>config.changed(sliding_window=6)</code> the forward pass gives the port's tensors.
 # </details>
 #
 # ## The whole check as one command
 #
-# On the command line `refgemma verify` does this for every recording, with the bounds; and `refgemma check` judges a
+# On the command line, `refgemma verify` does this for every recording, with the bounds. `refgemma check` judges a
 # file with the tensors of a port, and names the mistake if it knows it. From Python:
 
 # %%
@@ -193,9 +196,9 @@ print(result.case, result.tensors, "tensors, worst at", f"{result.worst.distance
 # %% [markdown]
 # ## Exercise
 #
-# `first_divergence` names the first tensor that rounding does not explain, and returns `None` if there is none. It is
-# tried on six ports. (Then read their traces, `exercises.mystery_trace(2)` to `6`: which mistake does each make?)
-# Replace the line that raises, run the cell, and read what the check says.
+# `first_divergence` returns the name of the first tensor that rounding does not explain, or `None` if there is none.
+# The check runs it on six ports. (Then look at their traces, `exercises.mystery_trace(2)` to `6`: which mistake does
+# each make?) Replace the line that raises, run the cell, and read the result of the check.
 
 
 # %%

@@ -12,11 +12,12 @@
 # ---
 
 # %% [markdown]
-# # 10. The 9B and the 27B by numbers
+# # 10. The 9B and the 27B in numbers
 #
-# How large are the released models, where do their numbers sit, and what does a token cost? All of it follows from
-# the configuration. You need notebooks 1 (the parts of a block), 2 (*heads*, *key/value heads*, the *query scalar*
-# under the root of the scores), 5 (the cache, the window) and of 7 that a bfloat16 number has 2 bytes.
+# How large are the released models, which parts are the largest, and what does a token cost? The configuration
+# answers all three questions. You need notebooks 1 (the parts of a block), 2 (*heads*, *key/value heads*, the *query
+# scalar* under the root of the scores) and 5 (the cache, the window). From notebook 7 you need that a bfloat16 number
+# has 2 bytes.
 
 # %%
 import numpy as np
@@ -37,7 +38,7 @@ for name, config in sizes.items():
 # %% [markdown]
 # ## Parameters
 #
-# A **parameter** is one trained number. A matrix from $n$ to $m$ numbers has $n \cdot m$ of them. In each block:
+# A **parameter** is one trained number. A matrix from $n$ to $m$ numbers has $n \cdot m$ parameters. In each block:
 #
 # $$\text{attention} = \mathrm{hidden} \cdot \mathrm{head\_dim} \cdot (2\,\mathrm{heads} + 2\,\mathrm{kv\_heads}) \qquad
 # \text{feed-forward} = 3 \cdot \mathrm{hidden} \cdot \mathrm{intermediate}$$
@@ -78,20 +79,21 @@ _ = axes.legend()
 
 
 # %% [markdown]
-# **Question.** The embedding table is counted once although it is used twice. What would the 2B be with a head of its
-# own?
+# **Question.** The embedding table is counted once although it is used twice. How large would the 2B be with a
+# separate head?
 #
 # <details><summary>Answer</summary>
-# 3.2 billion instead of 2.6: with 256000 tokens the table is more than a fifth of the model. (Hence the name "2b",
-# which leaves the table out.)
+# 3.2 billion instead of 2.6: with 256000 tokens the table is more than a fifth of the model. (The name "2b" does not
+# count the table.)
 # </details>
 #
 # ## Operations
 #
-# A product of a matrix and a vector takes a multiplication and an addition for each parameter. So a token costs about
-# 2 operations for each parameter. Attention adds two products for each key that is seen, query with key and share
-# with value: for each layer $4 \cdot \mathrm{heads} \cdot \mathrm{head\_dim}$ operations. Floating-point operations
-# are called **FLOPs**. (The embedding is only looked up; but the head, which is the same table, is a product.)
+# A product of a matrix and a vector takes one multiplication and one addition for each parameter. So a token costs
+# about 2 operations per parameter. Attention adds two products for each visible key: query with key, and probability
+# with value. This takes $4 \cdot \mathrm{heads} \cdot \mathrm{head\_dim}$ operations per layer. Floating-point
+# operations are called **FLOPs**. (The embedding is only a lookup; but the head, which is the same table, is a
+# product.)
 #
 # $$\text{FLOPs a token} \approx 2 \cdot \text{parameters} + 4 \cdot \mathrm{heads} \cdot \mathrm{head\_dim} \cdot
 # \sum_{\text{layers}} \text{keys seen}$$
@@ -120,15 +122,15 @@ _ = axes.legend()
 
 
 # %% [markdown]
-# **Question.** The curves bend at 4096. Why?
+# **Question.** Why do the curves bend at 4096?
 #
 # <details><summary>Answer</summary>
-# From there on half of the layers see no more keys than before: their window is full.
+# From there on, the window of half of the layers is full, so they see no additional keys.
 # </details>
 #
 # ## Memory
 #
-# Two bytes a parameter in bfloat16, four in float32; and the cache of notebook 5 for each text.
+# A parameter takes two bytes in bfloat16 and four in float32. Each text also needs the cache of notebook 5.
 
 
 # %%
@@ -146,9 +148,8 @@ for name, config in sizes.items():
     print(f"{name:4s} weights in bfloat16 {stored:5.1f} GiB, cache of 8192 tokens {cached:.2f} GiB")
 
 # %% [markdown]
-# To write one token, every parameter is read once. So the speed of a single text is bounded by how fast memory can be
-# read, long before arithmetic counts. (A *GPU*, a graphics processor, is what large models are usually run on; its
-# own memory is fast.)
+# To write one token, every parameter is read once. So the speed of reading memory limits the speed of a single text,
+# long before arithmetic does. (Large models usually run on a *GPU*, a graphics processor with fast memory.)
 #
 # $$\text{tokens a second} \le \frac{\text{bytes a second}}{\text{bytes of weights}}$$
 
@@ -166,18 +167,18 @@ axes.set(
 _ = axes.legend(loc="upper right")
 
 # %% [markdown]
-# **Question.** Many texts at once (a batch) are computed nearly as fast as one. Why?
+# **Question.** Why is a batch of many texts computed nearly as fast as a single text?
 #
 # <details><summary>Answer</summary>
-# The weights are read once for all of them. Only the arithmetic grows, of which there is plenty, and the caches.
+# The weights are read once for all texts. Only the arithmetic, which is not the limit, and the caches grow.
 # </details>
 #
 # ## Streaming: a model larger than memory
 #
-# Blocks are used one after the other, and each only once a token. So a model can be run with a single block in
-# memory: read it, use it, forget it. The files with the weights of a model are called a **checkpoint**, and
-# `Checkpoint.streamed` gives weights that are read from the disk when they are asked for. Shown here with the tiny
-# model; nothing but the file's name would be different for a 9B.
+# Blocks are used one after the other, and each only once per token. So a model can run with a single block in memory:
+# read it, use it, discard it. The files with the weights of a model are called a **checkpoint**.
+# `Checkpoint.streamed` returns weights that are read from the disk when they are needed. This example uses the tiny
+# model; for a 9B only the name of the file would differ.
 
 # %%
 from refgemma.weights.checkpoint import open_checkpoint
@@ -199,15 +200,15 @@ for name, count in largest.items():
     print(f"{name:4s} one block in float32: {4 * count / 2**30:.2f} GiB")
 
 # %% [markdown]
-# **Question.** At 3 GB a second, how long does one token of the 27B take from a disk? And a prompt of 1000 tokens?
+# **Question.** At 3 GB per second, how long does one token of the 27B take from a disk? And a prompt of 1000 tokens?
 #
 # <details><summary>Answer</summary>
-# 54 GB take 18 seconds. The prompt takes the same reading, since all its tokens use a block while it is there, and
-# then the arithmetic: 1000 times 54 billion FLOPs.
+# Reading 54 GB takes 18 seconds. The prompt needs the same reading, because all its tokens use a block while it is in
+# memory. The arithmetic comes on top: 1000 times 54 billion FLOPs.
 # </details>
 #
-# Weights with random numbers in them are called *synthetic* here. They say nothing, but have every shape right, and
-# any rows of any tensor can be made when they are needed, without the 18 GB of a 9B.
+# Random weights are called *synthetic* here. Their texts are meaningless, but every shape is right. Any rows of any
+# tensor can be generated when they are needed, without the 18 GB of a 9B.
 
 # %%
 from refgemma.weights.synthetic import synthetic_weights
@@ -224,9 +225,9 @@ _ = axes.set(xlabel="column", ylabel="row", title="eight rows of a synthetic emb
 # %% [markdown]
 # ## Exercise
 #
-# `parameters` gives the number of all parameters of a model from its configuration alone, by formulas like the two
-# above (which are for one block; what else is there?). It is compared with what was published. Replace the line that
-# raises, run the cell, and read what the check says.
+# `parameters` returns the number of all parameters of a model from its configuration alone, by formulas like the two
+# above. (Those are for one block; which other parts are there?) The check compares it with the published numbers.
+# Replace the line that raises, run the cell, and read the result of the check.
 
 # %%
 from refgemma.teach import exercises

@@ -14,9 +14,9 @@
 # %% [markdown]
 # # 11. Property-based testing of a model
 #
-# An ordinary test compares one result with one expected value. A **property** says something about *all* inputs:
-# whatever the text, a later token must not change an earlier answer. A tool tries to find an input that breaks it.
-# You need notebooks 2 (*mask*, *softmax*), 3 (*rotation*), 4 (*soft cap*), 5 (*cache*) and 6 (*norm*).
+# An ordinary test compares one result with one expected value. A **property** is a statement about *all* inputs: for
+# any text, a later token must not change an earlier answer. A tool tries to find an input that breaks it. You need
+# notebooks 2 (*mask*, *softmax*), 3 (*rotation*), 4 (*soft cap*), 5 (*cache*) and 6 (*norm*).
 
 # %%
 import numpy as np
@@ -35,10 +35,10 @@ quick = settings(max_examples=40, deadline=None, database=None, derandomize=True
 # %% [markdown]
 # ## The tool
 #
-# [Hypothesis](https://hypothesis.readthedocs.io) makes inputs from **strategies**: descriptions like "a list of whole
-# numbers from 3 to 9". `@given` runs the test on many of them. When one fails, it looks for a smaller one that still
-# fails (**shrinking**), and shows that. The settings `quick` ask for 40 inputs, the same ones each time. Below,
-# `hnp.arrays` are arrays of up to 6 numbers, and `st.sampled_from` is one of a list.
+# [Hypothesis](https://hypothesis.readthedocs.io) generates inputs from **strategies**: descriptions like "a list of
+# whole numbers from 3 to 9". `@given` runs the test on many inputs. If one fails, Hypothesis looks for a smaller
+# input that still fails (**shrinking**), and shows it. The settings `quick` request 40 inputs, the same ones each
+# time. Below, `hnp.arrays` generates arrays of up to 6 numbers, and `st.sampled_from` picks an element of a list.
 #
 # $$\forall x:\quad |\mathrm{softcap}(x)| \le c \qquad \mathrm{softcap}(-x) = -\mathrm{softcap}(x) \qquad x \le y
 # \Rightarrow \mathrm{softcap}(x) \le \mathrm{softcap}(y)$$
@@ -58,21 +58,21 @@ def test_soft_cap(x, cap):
     assert (np.diff(ops.soft_cap(np.sort(x), cap)) >= 0).all()
 
 
-test_soft_cap()  # no news is good news
+test_soft_cap()  # prints nothing: the test passes
 
 
 # %% [markdown]
 # **Question.** Why `<=` and not `<`, although the curve never reaches the cap?
 #
 # <details><summary>Answer</summary>
-# In float32 it does: tanh(20) is rounded to 1. A property has to hold for the numbers one computes with, not for
-# those of mathematics.
+# In float32 it does reach it: tanh(20) is rounded to 1. A property must hold for computed numbers, not only for exact
+# ones.
 # </details>
 #
-# ## A wrong function, and the smallest input that shows it
+# ## A wrong function and its minimal test input
 #
-# Here is a cap that cuts off. It obeys all three lines above! So they do not say enough. What distinguishes the soft
-# cap: two different inputs well inside give different outputs, and numbers near the cap are bent.
+# Here is a cap that cuts off. It has all three properties above! So they are not enough. The soft cap differs in one
+# respect: it also reduces numbers near the cap, not only those beyond it.
 
 
 # %%
@@ -94,7 +94,7 @@ except AssertionError as error:
 
 
 # %% [markdown]
-# It tried many pairs, and shows the simplest that fails. The right function passes:
+# Hypothesis tried many pairs and shows the simplest one that fails. The right function passes:
 
 
 # %%
@@ -119,11 +119,11 @@ _ = axes.legend()
 # %% [markdown]
 # ## Properties of the operations
 #
-# Each says in one line what the operation is *for*. None needs an expected value.
+# Each states the *purpose* of an operation in one line. None needs an expected value.
 #
-# * norm: the size of the input does not matter, $\mathrm{norm}(c\,x) = \mathrm{norm}(x)$;
-# * rotation: lengths stay, and products depend on distance alone;
-# * softmax: shares are not negative, have the sum 1, and are 0 where masked.
+# * norm: the result does not depend on the size of the input, $\mathrm{norm}(c\,x) = \mathrm{norm}(x)$;
+# * rotation: lengths do not change, and products depend only on the distance;
+# * softmax: probabilities are not negative, have the sum 1, and are 0 where masked.
 
 
 # %%
@@ -150,9 +150,9 @@ test_operations()
 # ## Properties of the model
 #
 # **Causality**: changing the token at place $t$ changes no logit before $t$. **The cache is only a shortcut**:
-# reading a text in two pieces gives what reading it at once gives. Both must hold for any text, window, and place of
-# the cut. A place must lie in the text, so it can only be drawn once the text is there: `st.data()` lets a test draw
-# more on its way. Causality as a formula, with $x$ and $y$ for two texts and $z$ for their logits:
+# reading a text in two pieces gives the same result as reading it at once. Both must hold for any text, window, and
+# place of the cut. A place must lie in the text, so it can be drawn only after the text. `st.data()` lets a test draw
+# more values while it runs. Causality as a formula, with $x$ and $y$ for two texts and $z$ for their logits:
 #
 # $$x_s = y_s \text{ for all } s < t \quad\Rightarrow\quad z(x)_s = z(y)_s \text{ for all } s < t$$
 
@@ -184,23 +184,23 @@ def test_reading_in_pieces_is_reading(ids, data, window):
     first = refgemma.forward([ids[:cut]], weights, narrow)
     second = refgemma.forward([ids[cut:]], weights, narrow, cache=first.cache)
     assert second.logits.shape == (1, len(ids) - cut, config.vocab_size)
-    # Sums are taken in another order: float32, numbers up to 30, six blocks.
+    # Sums are computed in another order: float32, numbers up to 30, six blocks.
     assert np.allclose(np.concatenate([first.logits, second.logits], axis=1), whole, atol=1e-3)
 
 
 test_reading_in_pieces_is_reading()
 
 # %% [markdown]
-# **Question.** The window is drawn between 2 and 6 here, not 64 as in the model. Why is that a better test?
+# **Question.** The window is drawn between 2 and 6 here, while the model has 64. Why is that a better test?
 #
 # <details><summary>Answer</summary>
-# Texts of 12 tokens never fill a window of 64. A property that is not exercised is no test: see to it that the
-# feature is switched on.
+# Texts of 12 tokens never fill a window of 64. A property tests nothing if its feature is never used, so make sure
+# that it is.
 # </details>
 #
-# ## The picture behind causality
+# ## A picture of causality
 #
-# Change one token after the other, and draw which answers move. All of it must lie on or below the diagonal.
+# Change one token after the other, and draw which answers change. All changes must be on or below the diagonal.
 
 # %%
 ids = tiny.tokenizer.encode("Once upon a time there was a king")
@@ -220,18 +220,18 @@ viz.label_tokens(axes, tokens, tokens)
 _ = axes.set(xlabel="token that was changed", ylabel="answer after this token", title="influence")
 
 # %% [markdown]
-# **Question.** Write a model that has both properties and is still wrong. What does that tell you?
+# **Question.** Write a model that has both properties and is still wrong. What can you conclude?
 #
 # <details><summary>Answer</summary>
-# One without any rotation, for instance, or with all caps left out. Properties say that a model is consistent; only a
-# comparison with another implementation (notebook 9) says that it is Gemma 2. One needs both.
+# For example a model without rotation, or without caps. Properties show that a model is consistent. Only a comparison
+# with another implementation (notebook 9) shows that it is Gemma 2. You need both.
 # </details>
 #
 # ## Exercise
 #
 # `causality_test` gets a `model`: a function from a list of ids (at most 320, below 2048) to logits (seq, vocab). It
-# must raise an `AssertionError` if any token changes an answer before it. It is given a right model and three wrong
-# ones. Replace the line that raises, run the cell, and read what the check says.
+# must raise an `AssertionError` if any token changes an earlier answer. The check passes it a right model and three
+# wrong ones. Replace the line that raises, run the cell, and read the result of the check.
 
 # %%
 from refgemma.teach import exercises

@@ -1,16 +1,16 @@
-"""Gemma 2 in NumPy, to be read and to be trusted.
+"""Gemma 2 in NumPy: a reference implementation to read and to trust.
 
 Reading order, bottom to top:
 
-1. `refgemma.shapes` names the axes, `refgemma.precision` says where numbers are rounded, `refgemma.config` which
-   numbers make a model;
-2. `refgemma.ops`, `refgemma.cache`, `refgemma.layers`, `refgemma.model` are Gemma 2: operations, what a layer
-   remembers, one layer, the whole;
-3. `refgemma.heads`, `refgemma.generation`, `refgemma.tokenizer` make losses and text of it;
-4. `refgemma.weights`, `refgemma.hub` read it from a folder, `refgemma.convert` from an original checkpoint;
+1. `refgemma.shapes` names the axes, `refgemma.precision` defines where numbers are rounded, `refgemma.config` holds the
+   numbers that define a model;
+2. `refgemma.ops`, `refgemma.cache`, `refgemma.layers`, `refgemma.model` are Gemma 2: operations, the memory of a layer,
+   one layer, the whole model;
+3. `refgemma.heads`, `refgemma.generation`, `refgemma.tokenizer` turn logits into losses and text;
+4. `refgemma.weights` and `refgemma.hub` read a model from a folder, `refgemma.convert` from an original checkpoint;
 5. `refgemma.modeling` has the classes of transformers' documentation, call for call;
-6. `refgemma.trace` names the tensors of a run, `refgemma.oracle` judges those of another implementation, and
-   `refgemma.goldens` compares refgemma with what PyTorch recorded;
+6. `refgemma.trace` names the tensors of a run, `refgemma.oracle` judges the tensors of another implementation, and
+   `refgemma.goldens` compares refgemma with recordings of PyTorch;
 7. `refgemma.testing` has laws for any implementation, `refgemma.teach` pictures and exercises.
 
 Examples
@@ -23,6 +23,9 @@ Examples
 (1, 6, 7, 7)
 """
 
+import refgemma.cli.signals  # noqa: F401  (first: an interruption while the others are imported prints nothing)
+
+# isort: split
 import sys
 import warnings
 from importlib.metadata import version
@@ -68,7 +71,7 @@ from refgemma.weights.parameters import LayerWeights, Weights
 __version__ = version("refgemma")
 sys.meta_path.append(Moved())
 
-# Under transformers' Auto names there is one model.
+# transformers' Auto names all mean this one model.
 AutoConfig = Gemma2Config
 AutoModel = Gemma2Model
 AutoModelForCausalLM = Gemma2ForCausalLM
@@ -137,7 +140,7 @@ __all__ = [
 ]
 
 
-# Names of transformers that there are not, and what to do.
+# Names of transformers that do not exist here, and what to do.
 INSTEAD = {
     "AutoProcessor": "Gemma 2 reads text only; use AutoTokenizer",
     "BitsAndBytesConfig": "weights are not quantised here; leave out quantization_config",
@@ -151,14 +154,14 @@ INSTEAD = {
 
 
 def __getattr__(name: str) -> type[Gemma2ForCausalLM]:
-    """Of ``GemmaForCausalLM``, which an example of transformers' documentation page names: what is meant there."""
-    if name in INSTEAD:  # not an AttributeError, of which `from refgemma import ...` would lose the text
+    """Return `Gemma2ForCausalLM` for ``GemmaForCausalLM``, which transformers' documentation page uses in its place."""
+    if name in INSTEAD:  # not an AttributeError: `from refgemma import ...` would lose its text
         raise ImportError(f"refgemma has no {name}: {INSTEAD[name]}")
     if name != "GemmaForCausalLM":
         raise AttributeError(f"module 'refgemma' has no attribute {name!r}")
     warnings.warn(
-        "GemmaForCausalLM is the class of Gemma 1; the documentation page of Gemma 2 names it in an example where "
-        "Gemma2ForCausalLM is meant, and that is what you get",
+        "GemmaForCausalLM is the class of Gemma 1; this is Gemma2ForCausalLM, which an example on the documentation "
+        "page of Gemma 2 means by that name",
         stacklevel=2,
     )
     return Gemma2ForCausalLM

@@ -1,8 +1,8 @@
-"""The activations that a configuration may name, with transformers' names. Checked against `ACT2FN` of transformers
-5.23 in the parity tests, on random numbers in float32 and bfloat16.
+"""Activations that a configuration may name, under transformers' names. Checked against `ACT2FN` of transformers 5.23
+in the parity tests, on random numbers in float32 and bfloat16.
 
 Gemma 2 itself uses one of them, `gelu_tanh`, which is defined with the other operations of the model. In half precision
-each rounds as often as PyTorch has kernels for it: once, or as its docstring says.
+each function rounds once per PyTorch kernel: once, unless its docstring says otherwise.
 """
 
 import math
@@ -17,12 +17,12 @@ from refgemma.precision import Array, narrow, wide
 
 Activation: TypeAlias = Callable[[Array], Array]
 
-# NumPy has no error function; Python's works a number at a time, which is slow and exact.
+# NumPy has no error function. Python's handles one number at a time, which is slow and exact.
 _erf = np.vectorize(math.erf, otypes=[np.float64])
 
 
 def gelu(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
-    """The exact GELU: ``x * (1 + erf(x / sqrt(2))) / 2``.
+    """Compute the exact GELU: ``x * (1 + erf(x / sqrt(2))) / 2``.
 
     One rounding in half precision. Source: ``torch.nn.functional.gelu``; Hendrycks and Gimpel 2016, arXiv:1606.08415.
 
@@ -37,7 +37,7 @@ def gelu(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
 
 
 def gelu_new(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
-    """`gelu_tanh` step by step: ``0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x**3)))``, each step rounded.
+    """Compute `gelu_tanh` step by step: ``0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x**3)))``, each step rounded.
 
     Source: transformers ``NewGELUActivation``.
 
@@ -52,7 +52,7 @@ def gelu_new(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
 
 
 def sigmoid(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
-    """``1 / (1 + exp(-x))``, computed as ``exp(-log(1 + exp(-x)))``, in which nothing overflows and no digit is lost.
+    """Compute ``1 / (1 + exp(-x))`` as ``exp(-log(1 + exp(-x)))``, which neither overflows nor loses digits.
 
     One rounding in half precision. Source: ``torch.sigmoid``.
 
@@ -66,7 +66,7 @@ def sigmoid(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
 
 
 def silu(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
-    """``x * sigmoid(x)``, also called swish.
+    """Compute ``x * sigmoid(x)``, also called swish.
 
     One rounding in half precision. Source: ``torch.nn.functional.silu``; Elfwing et al. 2017, arXiv:1702.03118.
 
@@ -79,7 +79,7 @@ def silu(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
 
 
 def quick_gelu(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
-    """``x * sigmoid(1.702 x)``: GELU, roughly.
+    """Compute ``x * sigmoid(1.702 x)``, an approximation of GELU.
 
     Three roundings in half precision: two products and the sigmoid. Source: transformers ``QuickGELUActivation``.
 
@@ -93,7 +93,7 @@ def quick_gelu(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
 
 
 def relu(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
-    """``max(x, 0)``.
+    """Compute ``max(x, 0)``.
 
     Nothing is rounded. Source: ``torch.nn.functional.relu``.
 
@@ -107,7 +107,7 @@ def relu(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
 
 
 def relu2(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
-    """``max(x, 0) ** 2``.
+    """Compute ``max(x, 0) ** 2``.
 
     One rounding in half precision. Source: transformers ``ReLUSquaredActivation``; So et al. 2021, arXiv:2109.08668.
 
@@ -121,7 +121,7 @@ def relu2(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
 
 
 def relu6(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
-    """``min(max(x, 0), 6)``.
+    """Compute ``min(max(x, 0), 6)``.
 
     Nothing is rounded. Source: ``torch.nn.functional.relu6``.
 
@@ -135,7 +135,7 @@ def relu6(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
 
 
 def leaky_relu(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
-    """``max(x, 0.01 x)``: ``x`` above 0, a hundredth of it below.
+    """Compute ``max(x, 0.01 x)``: ``x`` above 0, a hundredth of it below.
 
     One rounding in half precision. Source: ``torch.nn.functional.leaky_relu``.
 
@@ -148,7 +148,7 @@ def leaky_relu(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
 
 
 def tanh(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
-    """The hyperbolic tangent, ``(exp(x) - exp(-x)) / (exp(x) + exp(-x))``.
+    """Compute the hyperbolic tangent, ``(exp(x) - exp(-x)) / (exp(x) + exp(-x))``.
 
     One rounding in half precision. Source: ``torch.tanh``.
 
@@ -162,7 +162,7 @@ def tanh(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
 
 
 def identity(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
-    """``x`` itself.
+    """Return ``x`` unchanged.
 
     Nothing is rounded. Source: transformers ``LinearActivation``.
 

@@ -1,31 +1,39 @@
-"""The arguments of transformers' ``from_pretrained`` and ``save_pretrained`` that have no meaning of their own here.
+"""Arguments of transformers' ``from_pretrained`` and ``save_pretrained`` that have no effect or are refused here.
 Checked against the signatures and the documentation of transformers 5.23 `PreTrainedModel`."""
 
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
 from refgemma.errors import RefgemmaError, UsageError
 
-# They say where and how transformers computes and downloads, and change no number.
+# These set where and how transformers computes and downloads, and change no number.
 WITHOUT_EFFECT = frozenset({
     "_fast_init", "_from_auto", "adapter_kwargs", "attn_kwargs", "code_revision", "device", "device_map", "device_mesh",
     "force_download", "local_files_only", "low_cpu_mem_usage", "max_memory", "mirror", "offload_buffers",
     "offload_folder", "offload_state_dict", "proxies", "resume_download", "token", "torch_compile", "tp_plan",
-    "tp_size", "trust_remote_code", "use_auth_token", "use_fast", "use_flash_attention_2", "use_kernels",
-    "weights_only",
+    "token_type_ids", "tp_size", "trust_remote_code", "use_auth_token", "use_fast", "use_flash_attention_2",
+    "use_kernels", "weights_only",
 })  # fmt: skip
 
-# Argument -> the values besides None that change nothing here, and what to do about another value.
+PACKED = "packed texts are kept apart by position_ids that begin again, with use_cache=False; leave it out"
+
+# Argument -> the values, apart from None, that have no effect here, and the advice for any other value.
 NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "attn_implementation": (("eager",), "attention is that of transformers' 'eager'; leave it out"),
+    "cu_seq_lens_k": ((), PACKED),
+    "cu_seq_lens_q": ((), PACKED),
     "experts_implementation": ((), "Gemma 2 has no experts; leave it out"),
     "from_flax": ((False,), "convert the folder with refgemma convert"),
     "from_tf": ((False,), "weights of TensorFlow are not read; save them with transformers first"),
     "key_mapping": ((), "rename the tensors, and give them to from_state_dict"),
     "load_in_4bit": ((False,), "weights are not quantised here; leave it out"),
     "load_in_8bit": ((False,), "weights are not quantised here; leave it out"),
+    "is_causal": ((True,), "give attention_mask with four axes"),
     "is_main_process": ((True,), "call save_pretrained in one process"),
-    "output_loading_info": ((False,), "a folder that does not fit is an error here, so there is nothing to list"),
+    "max_length_k": ((), PACKED),
+    "max_length_q": ((), PACKED),
+    "output_loading_info": ((False,), "a folder that does not fit raises an error here, so there is nothing to list"),
     "quantization_config": ((), "weights are not quantised here; leave it out"),
     "push_to_hub": ((False,), "nothing is uploaded here: hf upload REPOSITORY folder"),
     "safe_serialization": ((True,), "weights are written as safetensors only"),
@@ -33,37 +41,38 @@ NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "save_peft_format": ((True, False), ""),
     "state_dict": ((), "use from_state_dict(config, state_dict)"),
     "subfolder": (("",), "give the path of the folder inside"),
-    "use_safetensors": ((True,), "safetensors go before pickles; leave it out"),
+    "use_safetensors": ((True,), "safetensors are preferred to pickles; leave it out"),
     "variant": ((), "rename the files to model.safetensors"),
 }
 
 
 def refuse_arguments(given: Mapping[str, Any], name: str) -> None:
-    """Refuse arguments of a function of this `name`, except those that change nothing here.
+    """Refuse the arguments of the function `name`, except those that have no effect here.
 
     Raises
     ------
     UsageError
-        Naming the first argument that is left.
+        Naming the first refused argument.
 
     Examples
     --------
     >>> refuse_arguments({"safe_serialization": True}, "save_pretrained")
     >>> refuse_arguments({"shard_size": 5}, "save_pretrained")
     Traceback (most recent call last):
-    refgemma.errors.UsageError: save_pretrained: there is no argument shard_size
+    refgemma.errors.UsageError: save_pretrained: unexpected keyword argument 'shard_size'
     """
     for argument in drop_arguments(given, name):
-        raise UsageError(f"{name}: there is no argument {argument}")
+        raise UsageError(f"{name}: unexpected keyword argument {argument!r}")
 
 
 def drop_arguments(given: Mapping[str, Any], name: str, error: type[RefgemmaError] = UsageError) -> dict[str, Any]:
-    """Return what is left of the arguments of a function of this `name` without those that change nothing here.
+    """Return the arguments of the function `name` without those that have no effect here.
 
     Raises
     ------
     error
-        For an argument of transformers with a value that would change the result: it says what to write instead.
+        For an argument of transformers with a value that would change the result. The message says what to write
+        instead.
 
     Examples
     --------
@@ -80,5 +89,6 @@ def drop_arguments(given: Mapping[str, Any], name: str, error: type[RefgemmaErro
             continue
         harmless, advice = NEUTRAL[argument]
         if value is not None and not any(value is x or value == x for x in harmless):
-            raise error(f"{name}: {argument}={value!r}: {advice}")
+            shown = " ".join(reprlib.repr(value).split())[:80]  # a state dict is long
+            raise error(f"{name}: {argument}={shown}: {advice}")
     return left

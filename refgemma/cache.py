@@ -1,8 +1,8 @@
-"""The key/value cache as a plain value: what a block has to remember of the tokens before. Checked against the
-recorded cached decoding of transformers 5.23 (`DynamicCache` with sliding layers).
+"""The key/value cache as a plain value: each block's memory of earlier tokens. Checked against the recorded cached
+decoding of transformers 5.23 (`DynamicCache` with sliding layers).
 
-A `Cache` is never changed: `forward` takes one and returns the next, and its methods return another. So a prompt can be
-continued in many ways from one cache, and nothing goes wrong when a step is thrown away.
+A `Cache` is never changed: `forward` takes one and returns the next, and its methods return new ones. So a prompt can
+be continued in many ways from one cache, and a step can be discarded.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,9 +22,9 @@ LegacyCache: TypeAlias = Sequence[Sequence[Array]]
 
 @dataclass(frozen=True)
 class LayerCache:
-    """Keys (already turned to their positions) and values of one layer, and the place of the first one kept.
+    """Keys (already rotated by their positions) and values of one layer, and the place of the first one kept.
 
-    Unpacks and indexes as the pair ``(keys, values)``, which is what a layer is in the legacy format.
+    Unpacks and indexes as the pair ``(keys, values)``, the form of a layer in the legacy format.
     """
 
     keys: Past
@@ -33,27 +33,27 @@ class LayerCache:
 
     @property
     def stop(self) -> int:
-        """The number of tokens that this layer has seen, not of those it has kept."""
+        """The number of tokens that this layer has seen, including dropped ones."""
         kept: int = self.keys.shape[2]
         return self.start + kept
 
     def __iter__(self) -> Iterator[Array]:
-        """Keys, then values."""
+        """Yield keys, then values."""
         return iter((self.keys, self.values))
 
     def __getitem__(self, index: int) -> Array:
-        """Keys for 0, values for 1."""
+        """Return the keys for 0, the values for 1."""
         return (self.keys, self.values)[index]
 
     def __len__(self) -> int:
-        """Two, whatever the number of tokens."""
+        """Return 2, for any number of tokens."""
         return 2
 
 
 class Cache(tuple[LayerCache, ...]):
     """The memory of all layers, one `LayerCache` each.
 
-    A full layer keeps every token, a sliding layer the last ``window - 1``. It is a tuple, so that whoever reads the
+    A full layer keeps every token, a sliding layer the last ``window - 1``. The cache is a tuple, so code for the
     legacy format (``past[layer][0].shape[2]``) can read it too.
 
     Examples
@@ -81,72 +81,72 @@ class Cache(tuple[LayerCache, ...]):
         return Cache(LayerCache(select(layer.keys), select(layer.values), layer.start) for layer in self)
 
     def reorder(self, rows: npt.ArrayLike) -> "Cache":
-        """The cache whose row ``i`` is this one's row ``rows[i]``: for beams, and to drop or repeat sequences.
+        """Return the cache whose row ``i`` is this one's row ``rows[i]``: for beams, and to drop or repeat sequences.
 
         Raises
         ------
         InputError
-            If `rows` are no row numbers of this cache.
+            If `rows` are not row numbers of this cache.
         """
         picked = as_array(rows, "rows")
         batch = self[0].keys.shape[0] if self else 0
         if picked.ndim != 1 or picked.dtype.kind not in "iu" or ((picked < 0) | (picked >= batch)).any():
-            raise InputError(f"rows is {picked.tolist()}: a list of row numbers from 0 to {batch - 1} is needed")
+            raise InputError(f"rows is {picked.tolist()}; it must be a list of row numbers from 0 to {batch - 1}")
         return self._rows(lambda x: x[picked])
 
     def repeat_interleave(self, repeats: Any) -> "Cache":
-        """Every row `repeats` times, beside itself: rows 0, 1 become 0, 0, 1, 1.
+        """Repeat every row `repeats` times in place: rows 0, 1 become 0, 0, 1, 1.
 
         Raises
         ------
         InputError
-            If `repeats` is no whole number of at least 1.
+            If `repeats` is not a whole number of at least 1.
         """
         if not isinstance(repeats, int | np.integer) or repeats < 1:
-            raise InputError(f"repeats is {repeats!r}: a whole number of at least 1 is needed")
+            raise InputError(f"repeats is {repeats!r}; it must be a whole number of at least 1")
         return self._rows(lambda x: np.repeat(x, repeats, axis=0))
 
     def crop(self, max_length: int) -> "Cache":
-        """The cache after its first `max_length` tokens; a negative number takes so many off the end.
+        """Return the cache after its first `max_length` tokens; a negative number removes that many from the end.
 
         Raises
         ------
         InputError
-            If a sliding layer has already dropped keys that the cache would have to hold then.
+            If a sliding layer has already dropped keys that the shorter cache needs.
         """
         seen = self.get_seq_length()
         length = max(max_length + seen, 0) if max_length < 0 else min(max_length, seen)
         dropped = [n for n, layer in enumerate(self) if layer.start and length < layer.stop]
         if dropped:
             raise InputError(
-                f"the cache cannot be cut back to {length} tokens: sliding layer {dropped[0]} has dropped its first "
-                f"{self[dropped[0]].start}; keep an earlier cache (caches are never changed) and go on from that"
+                f"the cache cannot be cropped to {length} tokens: sliding layer {dropped[0]} has dropped its first "
+                f"{self[dropped[0]].start}; keep an earlier cache (caches are never changed) and continue from that"
             )
         return self._rows(lambda x: x[:, :, :length].copy())
 
     def to_legacy(self) -> tuple[tuple[Array, Array], ...]:
-        """A tuple of plain pairs ``(keys, values)``, each ``(batch, kv_heads, kept, head_dim)``.
+        """Return a tuple of plain pairs ``(keys, values)``, each ``(batch, kv_heads, kept, head_dim)``.
 
-        It no longer says how many tokens sliding layers have dropped; see `from_legacy`.
+        The tuple does not contain the number of tokens that sliding layers have dropped; see `from_legacy`.
         """
         return tuple((layer.keys, layer.values) for layer in self)
 
     @classmethod
     def from_legacy(cls, pairs: LegacyCache, config: Gemma2Config, like: Array, seen: int | None = None) -> "Cache":
-        """The cache of a tuple of pairs ``(keys, values)``, one a layer, in the precision of `like`.
+        """Make a cache from a tuple of pairs ``(keys, values)``, one per layer, in the precision of `like`.
 
         Parameters
         ----------
         pairs : sequence of (keys, values)
             Each ``(batch, kv_heads, kept, head_dim)``, the last `kept` of the tokens seen.
         seen : int, optional
-            How many tokens the cache has seen. By default as many as the longest layer keeps, which is all of them
-            if a layer is full, or if no window is filled yet.
+            The number of tokens that the cache has seen. The default is the number that the longest layer keeps. This
+            is all tokens if a layer is full, or if no window is filled yet.
 
         Raises
         ------
         InputError
-            For a layer that is no such pair, and where the number of tokens seen cannot be told.
+            For a layer that is not such a pair, or if the number of tokens seen is unknown.
         """
         layers = [_pair(pair, n, like) for n, pair in enumerate(pairs)]
         if not layers or len(layers) != config.num_hidden_layers:
@@ -156,34 +156,34 @@ class Cache(tuple[LayerCache, ...]):
         told = any(not config.is_sliding(n) for n in range(len(layers))) or total < config.sliding_window - 1
         if seen is None and not told:
             raise InputError(
-                "past_key_values is a plain tuple of sliding layers only, which does not say how many tokens it has "
-                "seen; pass cache_position, or the Cache itself"
+                "past_key_values is a plain tuple with sliding layers only, so the number of tokens it has seen is "
+                "unknown; pass cache_position, or the Cache itself"
             )
         for n, count in enumerate(kept):
             needed = min(total, config.sliding_window - 1) if config.is_sliding(n) else total
             if not needed <= count <= total:
                 raise InputError(
-                    f"past_key_values: layer {n} keeps {count} tokens, but after {total} it has to keep {needed}"
+                    f"past_key_values: layer {n} keeps {count} tokens; after {total} tokens it must keep {needed}"
                 )
         return cls(LayerCache(keys, values, total - count) for (keys, values), count in zip(layers, kept, strict=True))
 
 
 def _pair(pair: Sequence[Array], layer: int, like: Array) -> tuple[Array, Array]:
-    """Keys and values of one layer of the legacy format, checked."""
+    """Check the keys and values of one layer of the legacy format."""
     if len(pair) != 2:
-        raise InputError(f"past_key_values[{layer}] has {len(pair)} parts: a pair (keys, values) is needed")
+        raise InputError(f"past_key_values[{layer}] has {len(pair)} parts; it must be a pair (keys, values)")
     name = f"past_key_values[{layer}]"
     keys, values = (x if isinstance(x, Rounded) else as_array(x, name) for x in pair)
     if keys.ndim != 4 or keys.shape != values.shape or keys.dtype.kind != "f" or values.dtype.kind != "f":
         raise InputError(
-            f"past_key_values[{layer}]: keys have shape {keys.shape}, values {values.shape}; both have to be numbers "
+            f"past_key_values[{layer}]: keys have shape {keys.shape}, values {values.shape}; both must be numbers "
             "of shape (batch, kv_heads, tokens, head_dim)"
         )
     return as_dtype(keys, dtype_name(like)), as_dtype(values, dtype_name(like))
 
 
 def empty_cache(config: Gemma2Config, batch: int, like: Array) -> Cache:
-    """The cache before the first token, in the precision of `like`.
+    """Return the cache before the first token, in the precision of `like`.
 
     Examples
     --------
@@ -196,14 +196,14 @@ def empty_cache(config: Gemma2Config, batch: int, like: Array) -> Cache:
 
 
 def check_cache(cache: Cache | None, config: Gemma2Config, batch: int, like: Array) -> Cache:
-    """Return the cache to go on from, or an empty one if there is none; refuse that of another model or batch.
+    """Return `cache`, or an empty cache for None; refuse the cache of another model or batch.
 
-    Its precision must be that of `like`.
+    It must have the precision of `like`.
 
     Raises
     ------
     InputError
-        If the cache is not one of such a model and batch.
+        If the cache does not fit the model, the batch or the precision.
     """
     if cache is None:
         return empty_cache(config, batch, like)
@@ -214,14 +214,14 @@ def check_cache(cache: Cache | None, config: Gemma2Config, batch: int, like: Arr
         for x in layer
     ):
         raise InputError(
-            f"the cache is one of {len(cache)} layers, not of this model, batch size ({batch}) and "
-            f"precision ({precision}): go on from the cache that an earlier call with the same ones returned"
+            f"the cache of {len(cache)} layers does not fit this model, batch size ({batch}) or precision "
+            f"({precision}); continue from a cache that the same model returned for the same batch"
         )
     return cache
 
 
 def extend(past: LayerCache, keys: KVHeads, values: KVHeads) -> LayerCache:
-    """`past` followed by the keys and values of this call."""
+    """Append the keys and values of this call to `past`."""
     return LayerCache(
         np.concatenate([past.keys, keys], axis=2), np.concatenate([past.values, values], axis=2), past.start
     )
@@ -230,8 +230,8 @@ def extend(past: LayerCache, keys: KVHeads, values: KVHeads) -> LayerCache:
 def keep_last(layer: LayerCache, count: int) -> LayerCache:
     """Drop all but the last `count` tokens.
 
-    A sliding layer keeps ``window - 1``: the next query brings the window's last key itself. Keeping one fewer, or
-    dropping one step too early, is a mistake that several implementations made.
+    A sliding layer keeps ``window - 1``, because the next query adds the window's last key itself. Several
+    implementations kept one key fewer, or dropped it one step too early.
 
     Examples
     --------

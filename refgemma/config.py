@@ -1,4 +1,4 @@
-"""The numbers that make a Gemma 2: sizes, window, caps. Checked against transformers 5.23 ``configuration_gemma2.py``
+"""The numbers that define a Gemma 2: sizes, window, caps. Checked against transformers 5.23 ``configuration_gemma2.py``
 and, for the defaults, the Transformers documentation page of Gemma 2."""
 
 import difflib
@@ -20,18 +20,18 @@ from refgemma.hub import find_model
 SLIDING = "sliding_attention"
 FULL = "full_attention"
 
-# A config.json without one of these would silently become another model: sizes have no sensible default, and the
+# Without one of these, a config.json would silently become another model. Sizes have no sensible default, and the
 # default of the query scalar differs between the documentation (224) and transformers (256).
 REQUIRED = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "query_pre_attn_scalar",
 )  # fmt: skip
 
-LABELS_LIMIT = 2**20  # more classes than any classifier has; their names are written out
-LAYERS_LIMIT = 2**16  # each has a type: a number without limit would take memory without limit
+LABELS_LIMIT = 2**20  # more classes than any classifier has; each gets a name
+LAYERS_LIMIT = 2**16  # each layer has a type, so an unlimited number would take unlimited memory
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
-# Left out of a file where they have their defaults: they say how a model is used, not which one it is.
+# Omitted from a file if they have their defaults: they describe the use of a model, not the model.
 OMITTED = (
     "architectures",
     "dtype",
@@ -42,28 +42,27 @@ OMITTED = (
 )
 
 
-# Keys of a file that are not fields, or that are derived when it is written.
+# Keys of a file that are not fields, or that are derived when the file is written.
 READ_ELSEWHERE = (
-    "hidden_act", "model_type", "num_labels", "quantization_config", "rope_scaling", "torch_dtype",
+    "hidden_act", "model_type", "num_labels", "quantization", "quantization_config", "rope_scaling", "torch_dtype",
     "transformers_version", "use_bidirectional_attention",
 )  # fmt: skip
 
 
 class Derived(dict[Any, Any]):
-    """A mapping that was filled in, not given: with another `rope_theta` or `num_labels` it is filled in again."""
+    """A mapping that was derived, not given: a new `rope_theta` or `num_labels` derives it again."""
 
 
 class ConfigError(RefgemmaError):
-    """A configuration that no Gemma 2 can have, or that asks for something this reference does not compute."""
+    """Raised for an impossible configuration of a Gemma 2, or one that this reference does not compute."""
 
 
 @dataclass(repr=False)
 class Gemma2Config:
     """The configuration of a Gemma 2 model, with Hugging Face's names and the documented defaults.
 
-    A field can be set, ``config.num_hidden_layers = 2``; what follows from it is set with it. Other attributes can be
-    set too: nothing here reads them, and they are written to files. Fields that contradict one another are refused
-    where a model is made or run.
+    Fields can be set, as in ``config.num_hidden_layers = 2``; derived fields follow. Other attributes can be set too:
+    refgemma ignores them, and writes them to files. Contradictory fields are refused when a model is made or run.
 
     Parameters
     ----------
@@ -76,31 +75,31 @@ class Gemma2Config:
     num_hidden_layers : int
         Number of blocks.
     num_attention_heads, num_key_value_heads : int
-        Query heads (axis ``heads``) and the key/value heads they share (axis ``kv_heads``): as many as query heads is
-        multi-head attention, one is multi-query attention. ``None`` means as many as query heads.
+        Query heads (axis ``heads``) and the key/value heads they share (axis ``kv_heads``). Equal numbers are
+        multi-head attention; one key/value head is multi-query attention. ``None`` means as many as query heads.
     head_dim : int
-        Width of one head (axis ``head_dim``); even, because rotary positions turn pairs.
+        Width of one head (axis ``head_dim``); even, because rotary positions rotate pairs.
     hidden_activation : str or callable
         ``"gelu_pytorch_tanh"`` in every released Gemma 2. Another name of `refgemma.activations`, or a function of an
         array that returns one of the same shape.
     max_position_embeddings : int
-        Longest sequence the model was made for; beyond it ``forward`` warns.
+        Longest sequence that the model was designed for; ``forward`` warns beyond it.
     initializer_range : float
-        Standard deviation of freshly initialised weights, before the tails are cut off.
+        Standard deviation of newly initialised weights, before truncation.
     rms_norm_eps : float
         Added to the mean square in every norm.
     use_cache : bool
-        Whether the documented classes return ``past_key_values`` unless a call says otherwise.
+        Whether the documented classes return ``past_key_values``, unless a call overrides it.
     pad_token_id, eos_token_id, bos_token_id : int or tuple of int, optional
         Special ids.
     tie_word_embeddings : bool
-        Whether the head is the embedding table, as in every released Gemma 2, or has a table of its own.
+        Whether the head is the embedding table, as in every released Gemma 2, or a separate table.
     rope_theta : float
         Base of the rotary frequencies.
     attention_bias : bool
         Whether the four projections of attention have biases; no released Gemma 2 has them.
     attention_dropout : float
-        Accepted and kept; inactive outside training, hence never applied here.
+        Accepted and stored; it only acts in training, so it is never applied here.
     final_logit_softcapping, attn_logit_softcapping : float, optional
         Caps of the final logits and of the attention scores; ``None`` switches one off.
     query_pre_attn_scalar : float
@@ -114,12 +113,12 @@ class Gemma2Config:
     num_labels : int, optional
         Classes of a classifier; 2 unless `id2label` says otherwise.
     id2label, label2id : mapping, optional
-        Names of the classes, and back; ``LABEL_0`` and so on if not given.
+        Names of the classes, and the reverse mapping; ``LABEL_0`` and so on if not given.
     problem_type : str, optional
         The loss of a sequence classifier: ``"regression"``, ``"single_label_classification"`` or
-        ``"multi_label_classification"``; follows from the labels if not given.
+        ``"multi_label_classification"``; derived from the labels if not given.
     output_attentions, output_hidden_states, return_dict : bool
-        What the documented classes return unless a call says otherwise.
+        Outputs of the documented classes, unless a call overrides them.
     dtype : str, optional
         The precision of the weights on disk; ``from_pretrained(dtype="auto")`` computes in it.
     architectures : tuple of str, optional
@@ -128,7 +127,7 @@ class Gemma2Config:
     Raises
     ------
     ConfigError
-        For an impossible combination, naming the field and the reason.
+        For an impossible combination; the message names the field and the reason.
 
     Examples
     --------
@@ -140,7 +139,7 @@ class Gemma2Config:
     >>> Gemma2Config(head_dim=7)
     Traceback (most recent call last):
     ...
-    refgemma.config.ConfigError: Gemma2Config: head_dim (7) is odd: rotary positions turn pairs
+    refgemma.config.ConfigError: Gemma2Config: head_dim is 7; it must be even, because rotary positions rotate pairs
     """
 
     model_type: ClassVar[str] = "gemma2"
@@ -177,7 +176,7 @@ class Gemma2Config:
     output_attentions: bool = False
     output_hidden_states: bool = False
     return_dict: bool = True
-    # Where the weights come from: of two equal models these may differ.
+    # The origin of the weights: two equal models may differ in these.
     dtype: str | None = field(default=None, compare=False)
     architectures: tuple[str, ...] | None = field(default=None, compare=False)
 
@@ -186,11 +185,11 @@ class Gemma2Config:
         self.check()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set a field and what follows from it, as `changed` does; a value that no Gemma 2 can have is refused."""
+        """Set a field and its derived fields, as `changed` does; refuse a value that no Gemma 2 can have."""
         if name not in self.__dataclass_fields__ and hasattr(type(self), name):
-            raise ConfigError(f"Gemma2Config: {name} is no field, but a method or a property, and cannot be set")
+            raise ConfigError(f"Gemma2Config: {name} is a method or a property, not a field; it cannot be set")
         if name not in self.__dataclass_fields__ or [*self.__dataclass_fields__][-1] not in vars(self):
-            object.__setattr__(self, name, value)  # an attribute of the caller's own; or in __init__, before the last
+            object.__setattr__(self, name, value)  # the caller's own attribute; or in __init__, before the last field
             return
         before = dict(vars(self))
         vars(self).update(_refill(self, {name: value}))
@@ -204,14 +203,14 @@ class Gemma2Config:
         return f"{type(self).__name__} {json.dumps(self._file_values(), indent=2, sort_keys=True, default=repr)}"
 
     def check(self) -> None:
-        """Check all fields, and whether they go together.
+        """Check all fields and their combination.
 
         Raises
         ------
         ConfigError
             Naming the first field that is wrong.
         """
-        for problem in _find_problems(self):  # the first one is said
+        for problem in _find_problems(self):  # only the first is reported
             raise ConfigError(f"Gemma2Config: {problem}")
 
     def update(self, values: Mapping[str, Any]) -> None:
@@ -221,12 +220,12 @@ class Gemma2Config:
 
     def is_sliding(self, layer: int) -> bool:
         """Tell whether `layer` sees only the last ``sliding_window`` keys."""
-        assert self.layer_types is not None  # filled in by __post_init__
+        assert self.layer_types is not None  # set by __post_init__
         return self.layer_types[layer] == SLIDING
 
     @property
     def attention_scale(self) -> float:
-        """What the attention scores are multiplied by: ``query_pre_attn_scalar ** -0.5``."""
+        """The factor of the attention scores: ``query_pre_attn_scalar ** -0.5``."""
         return float(self.query_pre_attn_scalar**-0.5)
 
     @property
@@ -236,12 +235,12 @@ class Gemma2Config:
         return ACTIVATIONS[named] if isinstance(named, str) else named
 
     def changed(self, **changes: Any) -> "Gemma2Config":
-        """Return the configuration with other values, and what follows from them.
+        """Return a configuration with other values, and with their derived fields.
 
         Raises
         ------
         ConfigError
-            If a name is none of the configuration's, or a value does not fit.
+            If a field does not exist, or a value does not fit.
 
         Examples
         --------
@@ -250,14 +249,14 @@ class Gemma2Config:
         """
         own = self._own_attributes()
         if unknown := changes.keys() - {f.name for f in fields(self)} - own.keys():
-            raise ConfigError(f"Gemma2Config: there is no field {min(unknown)!r}")
+            raise ConfigError(f"Gemma2Config: unknown field {min(unknown)!r}")
         given = own | changes
         config = replace(self, **_refill(self, {name: x for name, x in given.items() if name not in own}))
         vars(config).update({name: given[name] for name in own})
         return config
 
     def _own_attributes(self) -> dict[str, Any]:
-        """Return the attributes that are no fields of this class: a caller's own, or a newer release's."""
+        """Return the attributes that are not fields of this class: a caller's own, or a newer release's."""
         known = {f.name for f in fields(self)}
         return {name: value for name, value in vars(self).items() if name not in known}
 
@@ -274,12 +273,12 @@ class Gemma2Config:
         return plain | {"model_type": self.model_type, "hidden_act": self.hidden_activation}
 
     def to_json_string(self) -> str:
-        """Return the text of a ``config.json``, without the fields that transformers leaves out too.
+        """Return the text of a ``config.json``, without the fields that transformers omits too.
 
         Raises
         ------
         ConfigError
-            If `hidden_activation` is a function, or an attribute an object: a file can only hold names and numbers.
+            If `hidden_activation` is a function, or an attribute is an object: a file can hold only names and numbers.
 
         Examples
         --------
@@ -289,13 +288,13 @@ class Gemma2Config:
         """
         if not isinstance(self.hidden_activation, str):
             raise ConfigError(
-                f"Gemma2Config: hidden_activation is the function {self.hidden_activation!r}, which no file can hold; "
-                "put its name in its place"
+                f"Gemma2Config: hidden_activation is {self.hidden_activation!r}, a function, which a file cannot hold; "
+                "set it to the function's name"
             )
         return json.dumps(self._file_values(), indent=2, sort_keys=True, default=_refuse_value) + "\n"
 
     def _file_values(self) -> dict[str, Any]:
-        """Return what a ``config.json`` says: not what is usual."""
+        """Return the contents of a ``config.json``: the values that differ from the usual ones."""
         usual = {f.name: f.default for f in fields(self) if f.name in OMITTED}
         names = _name_labels(2)
         usual |= {"id2label": names, "label2id": _number_labels(names), "num_labels": self.num_labels}
@@ -310,12 +309,12 @@ class Gemma2Config:
         raw : mapping
             The parsed JSON object.
         source : str
-            What to call it in an error message.
+            Its name in error messages.
 
         Raises
         ------
         ConfigError
-            If it is no Gemma 2, lacks a size, or asks for something that changes the maths and is not Gemma 2's.
+            If it is not a Gemma 2, lacks a size, or has a setting that changes the computation and is not Gemma 2's.
         """
         if raw.get("model_type", "gemma2") != "gemma2":
             raise ConfigError(f"{source}: model_type is {raw['model_type']!r}; refgemma reads 'gemma2' only")
@@ -323,18 +322,18 @@ class Gemma2Config:
             raise ConfigError(f"{source}: lacks {', '.join(missing)}")
         if raw.get("rope_scaling") is not None:
             raise ConfigError(
-                f"{source}: rope_scaling = {raw['rope_scaling']!r} is no part of Gemma 2 and is not computed here"
+                f"{source}: rope_scaling is {raw['rope_scaling']!r}; Gemma 2 has none, and refgemma does not compute it"
             )
         if raw.get("use_bidirectional_attention"):
             raise ConfigError(f"{source}: use_bidirectional_attention is not Gemma 2's causal attention")
         known = {f.name for f in fields(cls)} - {"num_labels"}
-        # null where a field may be left out; any other is kept, and refused where it means nothing.
+        # null is accepted for an optional field; any other null is kept, and refused later.
         left_out = {f.name for f in fields(cls) if f.default is None and raw.get(f.name) is None}
         values: dict[str, Any] = {key: value for key, value in raw.items() if key in known - left_out}
         if "hidden_activation" not in raw and raw.get("hidden_act") not in (None, cls.hidden_activation):
             warnings.warn(
-                f"{source}: hidden_act = {quote(raw['hidden_act'])} is not read, as in transformers; the activation is "
-                f"hidden_activation, {cls.hidden_activation!r} if not given",
+                f"{source}: hidden_act = {quote(raw['hidden_act'])} is ignored, as in transformers; "
+                f"set hidden_activation instead, whose default is {cls.hidden_activation!r}",
                 stacklevel=2,
             )
         values["dtype"] = raw.get("dtype", raw.get("torch_dtype"))
@@ -364,16 +363,16 @@ class Gemma2Config:
         cls, name: str | Path, revision: str | None = "main", download: bool = False,
         cache_dir: str | Path | None = None, **changes: Any,
     ) -> "Gemma2Config":  # fmt: skip
-        """Read the ``config.json`` of a model; see `refgemma.hub.find_model` for the names there are.
+        """Read the ``config.json`` of a model; see `refgemma.hub.find_model` for the possible names.
 
         Parameters
         ----------
         name : str or path
             ``"tiny"``, ``"conformance"``, a folder, or a hub id whose snapshot is in the Hugging Face cache.
         revision, download, cache_dir
-            As of `refgemma.hub.find_model`.
+            As in `refgemma.hub.find_model`.
         **changes
-            Fields to replace. Arguments of transformers that change nothing here are taken and ignored.
+            Fields to replace. Arguments of transformers that have no effect here are ignored.
 
         Examples
         --------
@@ -389,9 +388,9 @@ class Gemma2Config:
         return read.changed(**changes)
 
     def save_pretrained(self, folder: str | Path, **ignored: Any) -> None:
-        """Write ``config.json`` into `folder`, which is made if there is none; the file appears whole or not at all.
+        """Write ``config.json`` into `folder`, which is created if necessary; the file appears complete or not at all.
 
-        Arguments of transformers that change nothing here are taken, ``push_to_hub=False`` for instance.
+        Arguments of transformers that have no effect here are ignored, for example ``push_to_hub=False``.
 
         Examples
         --------
@@ -408,7 +407,7 @@ class Gemma2Config:
 
     @classmethod
     def preset(cls, name: str) -> "Gemma2Config":
-        """Return the shape of a released Gemma 2: ``"2b"``, ``"9b"`` or ``"27b"``.
+        """Return the configuration of a released Gemma 2: ``"2b"``, ``"9b"`` or ``"27b"``.
 
         Raises
         ------
@@ -421,12 +420,12 @@ class Gemma2Config:
         144
         """
         if name not in PRESETS:
-            raise ConfigError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
+            raise ConfigError(f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}")
         return cls(**PRESETS[name])
 
 
 def _keep_unknown(make: Callable[..., None]) -> Callable[..., None]:
-    """Let ``__init__`` keep arguments that are no fields, as in transformers; one that looks misspelt is warned of."""
+    """Let ``__init__`` keep unknown arguments, as in transformers; warn of one that looks misspelt."""
 
     @functools.wraps(make)
     def init(config: Gemma2Config, *args: Any, **given: Any) -> None:
@@ -436,7 +435,7 @@ def _keep_unknown(make: Callable[..., None]) -> Callable[..., None]:
         for name, value in own.items():
             if near := difflib.get_close_matches(name, known, n=1, cutoff=0.85):
                 warnings.warn(
-                    f"Gemma2Config: {name} is no field; it is kept, and nothing reads it; is {near[0]} meant?",
+                    f"Gemma2Config: unknown field {name!r} is stored but has no effect; did you mean {near[0]!r}?",
                     stacklevel=2,
                 )
             setattr(config, name, value)
@@ -467,11 +466,11 @@ def _number_labels(names: Mapping[int, str]) -> "Derived":
 
 
 def _refuse_value(value: Any) -> None:
-    raise ConfigError(f"Gemma2Config: the attribute {value!r} is an object, which no file can hold; delete it first")
+    raise ConfigError(f"Gemma2Config: the attribute {value!r} is an object, which a file cannot hold; delete it first")
 
 
 def _refill(config: Gemma2Config, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `changes`, and what else they change: a value that is to be derived again is None."""
+    """Return `changes`, and None for each field that must be derived again."""
     refilled: dict[str, Any] = {}
     if "id2label" in changes:
         refilled["num_labels"] = None
@@ -484,7 +483,7 @@ def _refill(config: Gemma2Config, changes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _derive(config: Gemma2Config) -> dict[str, Any]:
-    """Return the fields that follow from others; a value that makes no sense is left to `_find_problems`."""
+    """Return the fields that are derived from others; `_find_problems` reports invalid values."""
     values: dict[str, Any] = {}
     for name in ("layer_types", "eos_token_id", "architectures"):
         if isinstance(getattr(config, name), list):
@@ -498,7 +497,7 @@ def _derive(config: Gemma2Config) -> dict[str, Any]:
 
 
 def _derive_rope(config: Gemma2Config) -> dict[str, Any]:
-    """Return the rotary base, and the mapping that says the same."""
+    """Return the rotary base, and the equivalent mapping."""
     given: Any = config.rope_parameters
     if not (given is None or isinstance(given, Mapping)) or set(given or ()) - {"rope_type", "rope_theta"}:
         return {}
@@ -510,7 +509,7 @@ def _derive_rope(config: Gemma2Config) -> dict[str, Any]:
 
 
 def _derive_labels(config: Gemma2Config) -> dict[str, Any]:
-    """Return number and names of the classes: each follows from the other."""
+    """Return number and names of the classes; each is derived from the other."""
     names: Any = config.id2label
     count = config.num_labels
     if names is None or isinstance(names, Derived):
@@ -527,7 +526,7 @@ def _derive_labels(config: Gemma2Config) -> dict[str, Any]:
     if ids is None or isinstance(ids, Derived):
         ids = _number_labels(names)
     elif isinstance(names, Derived) and ids != _number_labels(names):
-        warnings.warn("label2id without id2label is not read, as in transformers: give id2label", stacklevel=4)
+        warnings.warn("label2id without id2label is ignored, as in transformers; set id2label", stacklevel=4)
         ids = _number_labels(names)
     return {"num_labels": count, "id2label": names, "label2id": ids}
 
@@ -548,7 +547,7 @@ def _is_id(value: object) -> bool:
     return value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0)
 
 
-# What a value must be -> how that is seen, and of which fields.
+# Requirement -> the function that checks it, and the fields it applies to.
 _VALUES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "a whole number from 1 to 2147483647": (_is_size, (*REQUIRED[:-1], "max_position_embeddings", "sliding_window")),
     f"at most {LAYERS_LIMIT}": (lambda value: value <= LAYERS_LIMIT, ("num_hidden_layers",)),
@@ -575,36 +574,36 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
 
 
 def _find_value_problems(config: Gemma2Config, wanted: Collection[str]) -> Iterator[str]:
-    """Yield what is wrong with the value of each of the `wanted` fields by itself."""
+    """Yield the problems of each of the `wanted` fields by itself."""
     for what, (holds, names) in _VALUES.items():
         for name in names:
             if name in wanted and not holds(getattr(config, name)):
-                yield f"{name} must be {what}, not {getattr(config, name)!r}"
+                yield f"{name} is {getattr(config, name)!r}; it must be {what}"
 
 
 def _find_problems(config: Gemma2Config) -> Iterator[str]:
-    """Yield what is wrong with `config`, a sentence each; a rule may take for granted what those before it say."""
+    """Yield one sentence for each problem of `config`; a rule may rely on the rules before it."""
     yield from _find_value_problems(config, vars(config))
     if config.num_attention_heads % config.num_key_value_heads:
         yield (
-            f"num_attention_heads ({config.num_attention_heads}) is no multiple of "
-            f"num_key_value_heads ({config.num_key_value_heads}): every key/value head serves equally many query heads"
+            f"num_attention_heads is {config.num_attention_heads}; it must be a multiple of num_key_value_heads "
+            f"({config.num_key_value_heads}), because every key/value head serves equally many query heads"
         )
     if config.head_dim % 2:
-        yield f"head_dim ({config.head_dim}) is odd: rotary positions turn pairs"
+        yield f"head_dim is {config.head_dim}; it must be even, because rotary positions rotate pairs"
     activation: Any = config.hidden_activation
     if not callable(activation) and not (isinstance(activation, str) and activation in ACTIVATIONS):
         known = ", ".join(ACTIVATIONS)
-        yield f"hidden_activation {activation!r} is unknown; there are {known}, and any function of an array"
+        yield f"hidden_activation is {activation!r}; it must be one of {known}, or a function of an array"
     rope = config.rope_parameters
     if not isinstance(rope, Derived) or rope["rope_type"] != "default":
-        yield f"rope_parameters {rope!r} is not Gemma 2's {{'rope_type': 'default', 'rope_theta': ...}}"
+        yield f"rope_parameters is {rope!r}; Gemma 2 has {{'rope_type': 'default', 'rope_theta': ...}}"
     labels, label_names = config.num_labels, config.id2label
     if not isinstance(label_names, Mapping) or sorted(label_names) != list(range(labels or 0)):
-        yield f"id2label must name each of the {labels!r} labels, 0 and up, not {label_names!r}"
+        yield f"id2label is {label_names!r}; it must name each of the {labels!r} labels, starting at 0"
     if config.problem_type == "single_label_classification" and labels == 1:
-        yield "problem_type single_label_classification needs num_labels above 1: one class is no choice"
+        yield "num_labels is 1; problem_type single_label_classification needs at least 2"
     kinds: Any = config.layer_types
     layers = config.num_hidden_layers
     if not isinstance(kinds, tuple) or len(kinds) != layers or not all(kind in (SLIDING, FULL) for kind in kinds):
-        yield f"layer_types must name {SLIDING!r} or {FULL!r} for each of the {layers} layers, not {kinds!r}"
+        yield f"layer_types is {kinds!r}; it must name {SLIDING!r} or {FULL!r} for each of the {layers} layers"

@@ -1,5 +1,5 @@
-"""The base of all errors of this package, and the present names of modules that have moved. Checked by walking the
-package and by the command line's tests."""
+"""The base of all errors of this package, and the present names of moved modules. Checked by walking the package and by
+the command line's tests."""
 
 import importlib.abc
 from collections.abc import Callable, Iterable
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class RefgemmaError(ValueError):
-    """The base of every error that a caller or a file can cause; the message says what, where, and what to do.
+    """Base of every error that a caller or a file can cause; the message says what is wrong, where, and what to do.
 
     Examples
     --------
@@ -23,10 +23,10 @@ class RefgemmaError(ValueError):
 
 
 class UsageError(RefgemmaError):
-    """Arguments of a command that do not go together or have a value that it does not take."""
+    """Raised for arguments of a command that contradict one another or have an invalid value."""
 
 
-# The modules of version 0.1 that have another name now.
+# Modules of version 0.1 and their present names.
 MOVED = {
     "settings": "generation.generation_config", "beams": "generation.beams", "processors": "generation.processors",
     "perplexity": "generation.perplexity", "outputs": "modeling.model_outputs", "pretrained": "modeling.pretrained",
@@ -46,9 +46,9 @@ MOVED = {
 
 
 class Moved(importlib.abc.MetaPathFinder):
-    """The last finder that Python asks: it knows the modules of version 0.1."""
+    """The last import finder: it knows the modules of version 0.1."""
 
-    # A namespace package's path is iterable, and no Sequence.
+    # The path of a namespace package is iterable, but not a Sequence.
     def find_spec(
         self, fullname: str, path: Iterable[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
@@ -59,7 +59,7 @@ class Moved(importlib.abc.MetaPathFinder):
 
 
 def explain_renames(module: str, **present: str) -> Callable[[str], Any]:
-    """Return the ``__getattr__`` of a module some of whose names have changed: it says what each is called now.
+    """Return the ``__getattr__`` of a module with renamed attributes; it raises an error with the present name.
 
     Examples
     --------

@@ -1,10 +1,10 @@
-"""The blocks of `refgemma.layers` in pieces that stay in the processor's cache: the same numbers to rounding, sooner.
+"""The blocks of `refgemma.layers`, computed faster: the results are equal up to rounding.
 
-Checked against the definition on random shapes, windows, caches, padding and numbers of threads, and like it against
-PyTorch's recordings (``refgemma verify --full``). `refgemma.layers` says what is computed; here is only how else it can
-be: nothing whole that a piece can be, nothing masked that can be skipped, nothing copied that can be shared.
+Checked against the definition on random shapes, windows, caches, padding and numbers of threads, and against PyTorch's
+recordings (``refgemma verify --full``). `refgemma.layers` defines the computation. This file works in pieces that fit
+the processor's cache, skips masked keys and avoids copies.
 
-For float32 and float64. In half precision, where each rounding has its place, the definition itself is run.
+It serves float32 and float64. In half precision, where the place of each rounding matters, the definition itself runs.
 """
 
 import functools
@@ -34,15 +34,15 @@ from refgemma.shapes import Hidden, Logits, RotaryTable
 from refgemma.weights.checkpoint import StoredRows
 from refgemma.weights.parameters import LayerWeights, OnDemand, Rows, Weights
 
-ROWS = 1000  # tokens that go through a block together: fewer slow the matrix products down, more need more memory, and
-# the rows of an array of 1024 columns would fall on each other in the cache
-QUERIES = 128  # tokens whose scores are taken together, for one key/value head
-SQUARE = 256  # rows and columns that are turned together: a quarter of a megabyte of either array
-CHUNK = 2**17  # numbers that one elementwise operation after the other goes over: half a megabyte
-TILE, LARGE_TILE = 2**19, 2**21  # weights that a thread widens at a time, for the product with few tokens and with many
-FEW = 4  # tokens or queries; for so few, reading what they are multiplied with is the whole work
-WORK = 2**21  # multiplications that are worth a thread of their own
-CUT = 48  # rows: a matrix cut at multiples of it falls into the same tiles of OpenBLAS's kernels as the whole
+ROWS = 1000  # tokens that go through a block together: fewer make the matrix products slower, more need more memory;
+# with 1024, rows of the arrays would collide in the cache
+QUERIES = 128  # tokens whose scores are computed together, for one key/value head
+SQUARE = 256  # rows and columns that are transposed together: a quarter of a megabyte of each array
+CHUNK = 2**17  # numbers that all elementwise operations process before the next ones: half a megabyte
+TILE, LARGE_TILE = 2**19, 2**21  # weights that a thread widens at a time, for products with few and with many tokens
+FEW = 4  # tokens or queries; for so few, reading the other factor takes all the time
+WORK = 2**21  # multiplications that are worth a separate thread
+CUT = 48  # rows: a matrix that is split at multiples of it has the same tiles in OpenBLAS's kernels as the whole
 SAFE_CAP = 60.0  # exp(60) times any number of keys is far from the largest float32, and exp(-60) from the smallest
 
 
@@ -51,17 +51,17 @@ SAFE_CAP = 60.0  # exp(60) times any number of keys is far from the largest floa
 BLAS = ThreadpoolController().select(user_api="blas")
 THREADS = max((library.num_threads for library in BLAS.lib_controllers), default=os.cpu_count() or 1)
 ALONE = threading.RLock()
-if hasattr(os, "register_at_fork"):  # a process is not forked while another thread holds the lock: nobody would free it
+if hasattr(os, "register_at_fork"):  # do not fork while another thread holds the lock: the child could never release it
     os.register_at_fork(before=ALONE.acquire, after_in_parent=ALONE.release, after_in_child=ALONE.release)
 
 
 @contextmanager
 def own_threads() -> Iterator[None]:
-    """Within it, BLAS uses the thread that calls it and no other; also as a decorator.
+    """Limit BLAS to the thread that calls it; also usable as a decorator.
 
-    BLAS cuts a matrix where its number of threads says, and next to a cut some of its kernels sum in another order.
-    And its threads spin for a while after each product, on processors that the elementwise operations need. That
-    number is the whole process's: so one block is computed at a time, and the number is put back after it.
+    BLAS splits a matrix between its threads, and next to a split some of its kernels sum in another order. Its threads
+    also spin for a while after each product, on processors that the elementwise operations need. The number of BLAS's
+    threads is global to the process. So one block is computed at a time, and the number is restored after it.
     """
     with ALONE, BLAS.limit(limits=1):
         yield
@@ -69,17 +69,17 @@ def own_threads() -> Iterator[None]:
 
 @functools.cache
 def helpers(process: int) -> ThreadPoolExecutor:
-    """Threads of a process that wait for work: to start some for each product takes a tenth of a token's time.
+    """Return the waiting threads of a process; starting threads for each product takes a tenth of a token's time.
 
-    A forked process has its parent's memory but none of its threads, so by its number it gets its own.
+    A forked process has its parent's memory but none of its threads. So each process number has its own threads.
     """
     return ThreadPoolExecutor()
 
 
 def in_threads(fill: Callable[[int, int], None], count: int, least: int = 1, multiple: int = 1) -> None:
-    """Call ``fill(start, stop)`` for parts of ``range(count)``, one a thread, of which this is the first.
+    """Call ``fill(start, stop)`` for parts of ``range(count)``, one part per thread; the first runs in this thread.
 
-    There are so many that each has at least `least` before it is made to begin at a multiple of `multiple`.
+    Each part has at least `least` elements, before its start is moved to a multiple of `multiple`.
     """
     parts = min(THREADS, count // max(least, multiple))
     if parts <= 1:
@@ -97,12 +97,12 @@ def in_threads(fill: Callable[[int, int], None], count: int, least: int = 1, mul
 
 
 def multiply_rows(weight: Array, x: Array, y: Array, start: int, stop: int) -> None:
-    """Some rows of ``y = weight @ x``."""
+    """Compute some rows of ``y = weight @ x``."""
     np.matmul(weight[start:stop], x, out=y[start:stop])
 
 
 def widen_and_multiply_rows(source: Any, x: Array, y: Array, start: int, stop: int) -> None:
-    """Some rows of ``y = source @ x``: a tile is widened, and used while it is in the cache."""
+    """Compute some rows of ``y = source @ x``: widen one tile at a time, and use it while it is in the cache."""
     width, few = len(x), x.shape[1] <= FEW
     rows = max((TILE if few else LARGE_TILE) // width // CUT, 1) * CUT
     buffer, vectors = np.empty((min(rows, stop - start), width), x.dtype), np.ascontiguousarray(x.T)
@@ -110,16 +110,16 @@ def widen_and_multiply_rows(source: Any, x: Array, y: Array, start: int, stop: i
         last = min(first + rows, stop)
         tile = buffer[: last - first]
         tile[...] = source[first:last]
-        if few and len(vectors) > 1:  # of which BLAS would first put all of the tile in another order
+        if few and len(vectors) > 1:  # for these, BLAS would first reorder the whole tile
             np.vecdot(tile[:, None], vectors, out=y[first:last])
         else:
             np.matmul(tile, x, out=y[first:last])
 
 
 def multiply(weight: Rows, x: Float[np.ndarray, "in seq"]) -> Float[np.ndarray, "out seq"]:
-    """``weight @ x``, a token a column, each thread its own rows of the weight.
+    """Compute ``weight @ x`` with one token per column; each thread computes some rows of the weight.
 
-    For few tokens up to 1.5 times as fast as ``x.T @ weight.T``; and its sums are the same wherever rows are cut.
+    For few tokens this is up to 1.5 times as fast as ``x.T @ weight.T``. Its sums do not depend on the split into rows.
 
     Examples
     --------
@@ -127,20 +127,20 @@ def multiply(weight: Rows, x: Float[np.ndarray, "in seq"]) -> Float[np.ndarray, 
     array([[1.],
            [3.]])
     """
-    # As they lie in the file, unchecked: a number that is not finite shows in the product, and is looked for then.
-    few = x.shape[1] <= FEW  # a token of many that will come: the map is kept for the next
+    # Weights are used as stored, unchecked: a non-finite number appears in the product, and is searched for then.
+    few = x.shape[1] <= FEW  # more tokens will follow: keep the map of the file
     source: Any = weight.tensor.map(keep=few) if isinstance(weight, StoredRows) else weight
     in_memory = isinstance(weight, np.ndarray)
     y = np.empty((weight.shape[0], x.shape[1]), np.result_type(source, x) if in_memory else x.dtype)
     fill = multiply_rows if in_memory else widen_and_multiply_rows
     in_threads(functools.partial(fill, source, x, y), len(y), WORK // max(1, x.size), CUT)
     if isinstance(weight, StoredRows) and not np.isfinite(y).all():
-        weight[:]  # raises, naming the file and the place, if the weight is what is not finite
+        weight[:]  # raises an error with the file and the place, if the weight is not finite
     return y
 
 
 def transpose_rows(x: Array, y: Array, start: int, stop: int) -> None:
-    """Some rows of ``y = x.T``, a square at a time: what is fetched of a row of `x` lies beside what is used of it."""
+    """Compute some rows of ``y = x.T``, one square at a time, to use all of each cache line of `x`."""
     for first in range(start, stop, SQUARE):
         rows = slice(first, min(first + SQUARE, stop))
         for column in range(0, len(x), SQUARE):
@@ -149,14 +149,14 @@ def transpose_rows(x: Array, y: Array, start: int, stop: int) -> None:
 
 
 def transpose(x: Float[np.ndarray, "any seq"]) -> Float[np.ndarray, "seq any"]:
-    """``x.T``, with each row's numbers side by side."""
+    """Return ``x.T`` as a contiguous array."""
     y = np.empty(x.shape[::-1], x.dtype)
     in_threads(functools.partial(transpose_rows, x, y), len(y), CHUNK // max(1, len(x)))
     return y
 
 
 def fast_linear(x: Float[np.ndarray, "rows in"], weight: Rows, bias: Any = None) -> Float[np.ndarray, "rows out"]:
-    """``x @ weight.T + bias``, where the weight may be one that is still on disk, or is yet to be made.
+    """Compute ``x @ weight.T + bias``; the weight may still be on disk, or not yet generated.
 
     Examples
     --------
@@ -180,27 +180,27 @@ def chunk_by_chunk(work: Callable[..., None], rows: int, arrays: tuple[Array, ..
 
 
 def over_chunks(work: Callable[..., None], *arrays: Array) -> None:
-    """Call `work` with rows of equally long arrays, few enough to stay in the cache from one operation to the next."""
+    """Call `work` with some rows of equally long arrays, few enough to stay in the cache between operations."""
     rows = max(1, CHUNK // max(1, arrays[0][0].size)) if len(arrays[0]) else 1
     in_threads(functools.partial(chunk_by_chunk, work, rows, arrays), len(arrays[0]), rows)
 
 
 def norm_rows(x: Array, normed: Array, gain: Array, eps: float) -> None:
-    """`refgemma.ops.rms_norm`, with the squares summed as they are made."""
+    """Compute `refgemma.ops.rms_norm` without storing the squares."""
     mean_square = np.vecdot(x, x)[:, None] / x.dtype.type(x.shape[-1])
     np.multiply(x, 1 / np.sqrt(mean_square + x.dtype.type(eps)), out=normed)
     normed *= gain
 
 
 def fast_rms_norm(x: Float[np.ndarray, "rows hidden"], weight: Rows, eps: float) -> Float[np.ndarray, "rows hidden"]:
-    """`refgemma.ops.rms_norm`."""
+    """Compute `refgemma.ops.rms_norm`."""
     normed = np.empty_like(x)
     over_chunks(functools.partial(norm_rows, gain=1 + weight[:], eps=eps), x, normed)
     return normed
 
 
 def rotate_rows(x: Array, cos: Array, sin: Array, rotated: Array) -> None:
-    """`refgemma.ops.rotate`, half a head at a time."""
+    """Compute `refgemma.ops.rotate`, half a head at a time."""
     half = x.shape[-1] // 2
     first, second = x[..., :half], x[..., half:]
     np.multiply(first, cos, out=rotated[..., :half])
@@ -216,7 +216,7 @@ def fast_rotate(x: Float[np.ndarray, "seq any_heads head_dim"], cos: Array, sin:
 
 
 def gate_up_rows(gate: Array, up: Array, activation: Activation) -> None:
-    """``activation(gate) * up``, in place of `gate`."""
+    """Replace `gate` by ``activation(gate) * up``."""
     if activation is gelu_tanh:
         inner = gate * gate
         inner *= gate.dtype.type(0.044715)
@@ -237,7 +237,7 @@ def gate_up_rows(gate: Array, up: Array, activation: Activation) -> None:
 
 @dataclass
 class Buffer:
-    """Keys and values of a layer, with room for those to come; what is written in the first `used` places stays."""
+    """Keys and values of a layer, with room for later ones; the first `used` places never change."""
 
     keys: Float[np.ndarray, "batch kv_heads room head_dim"]
     values: Float[np.ndarray, "batch kv_heads room head_dim"]
@@ -246,10 +246,10 @@ class Buffer:
 
 @dataclass(frozen=True)
 class BufferedLayer(LayerCache):
-    """A `LayerCache` whose keys and values are the places from `first` on of a `Buffer`: a value like any other.
+    """A `LayerCache` whose keys and values are places of a `Buffer`, from `first` on.
 
-    Whoever goes on from it first writes behind it in the same room; whoever does so later finds the place taken and
-    moves into a room of its own.
+    It behaves like any other value. The first call that continues it writes behind it in the same buffer. A later call
+    finds these places used and copies to a new buffer.
     """
 
     buffer: Buffer
@@ -257,12 +257,12 @@ class BufferedLayer(LayerCache):
 
 
 def reserve(past: LayerCache, count: int) -> BufferedLayer:
-    """`past` with `count` places more, which are yet to be filled."""
+    """Return `past` with `count` more places, which are not filled yet."""
     batch, kv_heads, kept, head_dim = past.keys.shape
     if isinstance(past, BufferedLayer) and past.first + kept == past.buffer.used <= past.buffer.keys.shape[2] - count:
         buffer, first = past.buffer, past.first
     else:
-        spare = (kept + count) // 2 if kept else 0  # none for a whole prompt, which may be all there is
+        spare = (kept + count) // 2 if kept else 0  # none after a whole prompt, which may be the only call
         shape = (batch, kv_heads, kept + count + spare, head_dim)
         buffer, first = Buffer(np.empty(shape, past.keys.dtype), np.empty(shape, past.keys.dtype), kept), 0
         buffer.keys[:, :, :kept], buffer.values[:, :, :kept] = past.keys, past.values
@@ -272,7 +272,7 @@ def reserve(past: LayerCache, count: int) -> BufferedLayer:
 
 
 def forget(present: BufferedLayer, window: int) -> LayerCache:
-    """Keep the last ``window - 1`` tokens of a sliding layer: no copy until more lies before them than is kept."""
+    """Keep the last ``window - 1`` tokens of a sliding layer; copy only if the unused part before them is larger."""
     dropped = max(present.keys.shape[2] - (window - 1), 0)
     if present.first + dropped > window:
         return keep_last(present, window - 1)
@@ -295,12 +295,12 @@ class Numbers:
 
 
 def weigh(scores: Float[np.ndarray, "seq groups keys"], seen: Array, scale: float, cap: float | None) -> None:
-    """In place, ``exp`` of the capped scores, times `seen`, which is 1 or 0, ``(seq, 1, keys)``.
+    """Replace scores by ``exp(capped scores) * seen``; `seen` is 1 or 0, ``(seq, 1, keys)``.
 
-    Not divided by their sum: the few numbers that they weigh are, later.
+    They are not divided by their sum here. The much fewer mixed values are divided later.
     """
     kind = scores.dtype.type
-    if cap is not None and cap <= SAFE_CAP:  # no score is so large that a maximum would have to be looked for
+    if cap is not None and cap <= SAFE_CAP:  # the cap bounds the scores, so no maximum is needed
         scores *= kind(scale / cap)
         np.tanh(scores, out=scores)
         scores *= kind(cap)
@@ -313,12 +313,12 @@ def weigh(scores: Float[np.ndarray, "seq groups keys"], seen: Array, scale: floa
 
 
 def score_keys(q: Float[np.ndarray, "queries head_dim"], keys: Float[np.ndarray, "keys head_dim"]) -> Array:
-    """``q @ keys.T``; for few queries without BLAS, which would first put all keys in another order."""
+    """Compute ``q @ keys.T``; for few queries without BLAS, which would first reorder all keys."""
     return np.ascontiguousarray(np.vecdot(keys[:, None], q).T) if len(q) <= FEW else q @ keys.T
 
 
 def mix(scores: Float[np.ndarray, "queries keys"], values: Float[np.ndarray, "keys head_dim"]) -> Array:
-    """``scores @ values``; for few queries without BLAS, like `score_keys`."""
+    """Compute ``scores @ values``; for few queries without BLAS, like `score_keys`."""
     few: Array = np.einsum("qk,kd->qd", scores, values) if len(scores) <= FEW else scores @ values
     return few
 
@@ -327,7 +327,7 @@ def attend_heads(
     q: Float[np.ndarray, "seq kv_heads groups head_dim"], keys: Array, values: Array, seen: Array, numbers: Numbers,
     mixed: Float[np.ndarray, "seq kv_heads groups head_dim"], start: int, stop: int,
 ) -> None:  # fmt: skip
-    """Some heads of `attend`; the queries that share a key/value head are rows of one product."""
+    """Compute some heads of `attend`; the queries that share a key/value head are rows of one product."""
     seq, _, groups, head_dim = q.shape
     for head in range(start, stop):
         scores = score_keys(q[:, head].reshape(-1, head_dim), keys[head]).reshape(seq, groups, -1)
@@ -337,7 +337,7 @@ def attend_heads(
             some = slice(first, first + rows)
             weigh(scores[some], seen[some], numbers.scale, numbers.cap)
             np.sum(scores[some], axis=-1, keepdims=True, out=total[some])
-        total[total == 0] = 1  # a padding token's query that sees nothing: its row means nothing
+        total[total == 0] = 1  # the query of a padding token sees no key; its row is meaningless
         found = mix(scores.reshape(seq * groups, -1), values[head])
         np.divide(found.reshape(seq, groups, head_dim), total, out=mixed[:, head])
 
@@ -346,12 +346,12 @@ def attend(
     q_rot: Float[np.ndarray, "seq heads head_dim"], keys: Float[np.ndarray, "kv_heads keys head_dim"],
     values: Float[np.ndarray, "kv_heads keys head_dim"], seen: Array, numbers: Numbers,
 ) -> Float[np.ndarray, "seq heads head_dim"]:  # fmt: skip
-    """The values that a few queries of one text mix."""
+    """Return the mixed values of a few queries of one text."""
     seq, heads, head_dim = q_rot.shape
     mixed, kv_heads = np.empty_like(q_rot), len(keys)
     q, out = (array.reshape(seq, kv_heads, heads // kv_heads, head_dim) for array in (q_rot, mixed))
     of_heads = functools.partial(attend_heads, q, keys, values, seen, numbers, out)
-    # With few queries these multiplications, and the tanh and exp that follow, take four times as long as a weight's.
+    # With few queries these multiplications, with tanh and exp, take four times as long as those with a weight.
     in_threads(of_heads, kv_heads, WORK // 4 // (q[:, 0].size * keys.shape[1]))
     return mixed
 
@@ -360,9 +360,9 @@ def fast_attention(
     q_rot: Float[np.ndarray, "batch seq heads head_dim"], first: int, present: LayerCache,
     visible: Bool[np.ndarray, "batch total"], numbers: Numbers,
 ) -> Float[np.ndarray, "batch seq heads head_dim"]:  # fmt: skip
-    """The values that queries at places `first` and on mix, `QUERIES` of them at a time.
+    """Return the mixed values of the queries from place `first` on, computed for `QUERIES` of them at a time.
 
-    Keys that none of these can see are skipped: those after the last query, and before the window of the first.
+    Keys that none of these can see are skipped: keys after the last query, and before the window of the first.
     """
     mixed = np.empty_like(q_rot)
     for start in range(first, first + q_rot.shape[1], QUERIES):
@@ -385,9 +385,9 @@ def attention_of_piece(
     hidden: Hidden, first: int, present: LayerCache, cos: Array, sin: Array, visible: Bool[np.ndarray, "batch total"],
     weights: Mapping[str, Any], numbers: Numbers,
 ) -> Float[np.ndarray, "rows hidden"]:  # fmt: skip
-    """The first half of `refgemma.layers.block` for the tokens at places `first` and on, a token a row.
+    """Compute the first half of `refgemma.layers.block` for the tokens from place `first` on, one token per row.
 
-    Their keys and values are put into `present`.
+    Their keys and values are written into `present`.
     """
     batch, seq, width = hidden.shape
     x = hidden.reshape(batch * seq, width)
@@ -414,7 +414,7 @@ def attention_of_piece(
 def fast_feed_forward(
     normed: Float[np.ndarray, "rows hidden"], weights: Mapping[str, Any], activation: Activation
 ) -> Float[np.ndarray, "rows hidden"]:
-    """The feed-forward network, which until its last product has a token a column."""
+    """Compute the feed-forward network, with one token per column until the last product."""
     gate, up = (multiply(weights[f"{name}_proj"], normed.T) for name in ("gate", "up"))
     over_chunks(functools.partial(gate_up_rows, activation=activation), gate, up)  # gate is the product now
     return transpose(multiply(weights["down_proj"], gate))
@@ -424,7 +424,7 @@ def piece_of_block(
     hidden: Hidden, first: int, present: LayerCache, cos: Array, sin: Array, visible: Bool[np.ndarray, "batch total"],
     weights: Mapping[str, Any], numbers: Numbers,
 ) -> Hidden:  # fmt: skip
-    """`refgemma.layers.block` for the tokens at places `first` and on; their keys and values are put into `present`."""
+    """Compute `refgemma.layers.block` for the tokens from place `first` on; write keys and values into `present`."""
     middle = attention_of_piece(hidden, first, present, cos, sin, visible, weights, numbers)
     normed = fast_rms_norm(middle, weights["pre_feedforward_layernorm"], numbers.eps)
     fed = fast_feed_forward(normed, weights, numbers.activation)
@@ -437,16 +437,16 @@ def fast_block(
     hidden: Hidden, past: LayerCache, cos: RotaryTable, sin: RotaryTable, visible: Bool[np.ndarray, "batch total"],
     weights: Mapping[str, Any], numbers: Numbers,
 ) -> tuple[Hidden, BufferedLayer]:  # fmt: skip
-    """`refgemma.layers.block`, at most `ROWS` tokens at a time, and the cache with the keys and values of its tokens.
+    """Compute `refgemma.layers.block` in pieces of at most `ROWS` tokens; return its output and cache.
 
-    No token looks at a later piece, so each goes through the whole block before the next begins. Beside its results a
-    block needs ``ROWS * (3 * hidden + max(2 * intermediate, 4 * heads * head_dim))`` numbers and, for scores,
-    ``QUERIES * keys * (1 + THREADS * heads / kv_heads)``.
+    No token looks at a later piece, so each piece goes through the whole block before the next one. In addition to its
+    results, a block needs ``ROWS * (3 * hidden + max(2 * intermediate, 4 * heads * head_dim))`` numbers and, for
+    scores, ``QUERIES * keys * (1 + THREADS * heads / kv_heads)``.
     """
     out, seq = np.empty_like(hidden), hidden.shape[1]
     present = reserve(past, seq)
     pieces = -(-seq // max(1, ROWS // len(hidden)))
-    step = -(-seq // pieces)  # all of one size: a small one at the end would slow its products down
+    step = -(-seq // pieces)  # equal pieces: the products of a small last piece would be slower
     for start in range(0, seq, step):
         part = slice(start, start + step)
         out[:, part] = piece_of_block(
@@ -459,7 +459,7 @@ def fast_block(
 
 
 def layer_rows(layers: Any, layer: int) -> Mapping[str, Any]:
-    """The weights of block `layer` by field: arrays if there are any, else what gives their rows."""
+    """Return the weights of block `layer` by field: arrays, or objects that give rows of them."""
     absent = dict.fromkeys(name for name in LayerWeights.__dataclass_fields__ if name.endswith("_bias"))
     return absent | (layers.rows(layer) if isinstance(layers, OnDemand) else vars(layers[layer]))
 
@@ -468,7 +468,7 @@ Outputs: TypeAlias = Callable[[Start, Weights, Gemma2Config], Iterator[tuple[Hid
 
 
 def outputs(start: Start, weights: Weights, config: Gemma2Config) -> Iterator[tuple[Hidden, LayerCache]]:
-    """`refgemma.model.reference_outputs`, sooner; in half precision, and with a caller's own mask, these themselves.
+    """Compute `refgemma.model.reference_outputs` faster; in half precision or with a caller's own mask, call it.
 
     Examples
     --------
@@ -496,7 +496,7 @@ def outputs(start: Start, weights: Weights, config: Gemma2Config) -> Iterator[tu
 
 @own_threads()
 def fast_head(norm: Hidden, weights: Weights, config: Gemma2Config) -> tuple[Logits, Logits]:
-    """`refgemma.model.head`, which widens few rows of a table at a time."""
+    """Compute `refgemma.model.head`, widening a few rows of the table at a time."""
     if isinstance(norm, Rounded):
         return model.head(norm, weights, config)
     raw_logits = fast_linear(norm.reshape(-1, norm.shape[-1]), model.head_table(weights, config))
@@ -507,7 +507,7 @@ def fast_head(norm: Hidden, weights: Weights, config: Gemma2Config) -> tuple[Log
 def next_token_logits(
     input_ids: npt.ArrayLike | None, weights: Weights, config: Gemma2Config, **given: Unpack[Given]
 ) -> tuple[Logits, Cache]:  # fmt: skip
-    """`refgemma.model.next_token_logits` with fast blocks: the same `input_ids` and other arguments.
+    """Compute `refgemma.model.next_token_logits` with fast blocks; the arguments are the same.
 
     Examples
     --------

@@ -1,5 +1,5 @@
-"""Reads the files that strangers write, JSON and safetensors, and writes files that appear whole or not at all. Checked
-by fuzzing, by damaged files and by tests that interrupt the writing."""
+"""Read untrusted JSON and safetensors files, and write files that appear complete or not at all. Checked by fuzzing, by
+damaged files and by tests that interrupt the writing."""
 
 import errno
 import glob
@@ -10,6 +10,7 @@ import re
 import reprlib
 import secrets
 import stat
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -22,18 +23,22 @@ from safetensors import SafetensorError, safe_open
 
 from refgemma.errors import RefgemmaError
 
+if sys.platform != "win32":  # where files that are being written are known by their age alone
+    import fcntl
+
 TEXT_LIMIT = 1_000_000_000  # bytes of a text: the log of an engine may be long
-JSON_LIMIT = 100_000_000  # bytes: what safetensors allows for a header, the longest JSON text of a checkpoint
+JSON_LIMIT = 100_000_000  # bytes: safetensors' limit for a header, the longest JSON text of a checkpoint
 AXES_LIMIT = 64  # NumPy's limit
-ABANDONED = 24 * 3600  # seconds after which a file that was being written is a killed process's
+DEPTH_LIMIT = 100  # of JSON: a function that calls itself for each level would reach Python's limit
+ABANDONED = 24 * 3600  # seconds after which a partial file is assumed to be left by a killed process
 LFS_POINTER = b"version https://git-lfs"
 
-_SHORT = reprlib.Repr()  # a damaged file can hold anything: quote no more of it than fits on a screen
-_SHORT.maxstring = 120
+_SHORT = reprlib.Repr()  # a damaged file can hold anything: quote only a short part of it
+_SHORT.maxstring, _SHORT.maxlevel = 120, 3
 
 
 def quote(value: object) -> str:
-    """Return the `repr` of a `value` that a file holds, cut to what fits into a message.
+    """Return the `repr` of a `value` from a file, shortened for a message.
 
     Examples
     --------
@@ -44,7 +49,7 @@ def quote(value: object) -> str:
 
 
 def escape(text: str) -> str:
-    r"""Return `text` with escapes in place of all characters that a terminal would obey.
+    r"""Return `text` with escapes in place of all characters that a terminal would interpret.
 
     Examples
     --------
@@ -74,14 +79,14 @@ def _open_without_waiting(path: str, flags: int) -> int:
 
 
 def open_file(path: str | Path) -> BufferedReader:
-    """Open a file for reading, and refuse what only has the name of one.
+    """Open a regular file for reading; refuse anything else.
 
-    A pipe would make the reader wait for ever, and a device such as ``/dev/zero`` has no end.
+    A pipe would make the reader wait for ever, and a device such as ``/dev/zero`` never ends.
 
     Raises
     ------
     OSError
-        If it cannot be opened, or is a pipe, a socket or a device.
+        If the file cannot be opened, or is a pipe, a socket or a device.
 
     Examples
     --------
@@ -98,12 +103,12 @@ def open_file(path: str | Path) -> BufferedReader:
 
 
 def read_file(path: str | Path, limit: int = TEXT_LIMIT) -> bytes:
-    """Read a file of at most `limit` bytes, which `open_file` opens.
+    """Read a file of at most `limit` bytes with `open_file`.
 
     Raises
     ------
     OSError
-        As `open_file`; if the file is longer.
+        As in `open_file`, or if the file is longer.
 
     Examples
     --------
@@ -112,24 +117,24 @@ def read_file(path: str | Path, limit: int = TEXT_LIMIT) -> bytes:
     """
     with open_file(path) as file:
         if (size := os.fstat(file.fileno()).st_size) > limit:
-            raise OSError(errno.EFBIG, f"{size} bytes long, which is more than {limit}", str(path))
+            raise OSError(errno.EFBIG, f"{size} bytes long; the limit is {limit}", str(path))
         return file.read()
 
 
 def refuse_pointer(start: bytes) -> None:
-    """Raise `RefgemmaError` for a file whose first bytes are those of a Git LFS pointer."""
+    """Raise `RefgemmaError` if the first bytes of a file are those of a Git LFS pointer."""
     if start.startswith(LFS_POINTER):
         raise RefgemmaError(
-            "is a Git LFS pointer, a few lines of text in place of the data; fetch these with 'git lfs pull'"
+            "is a Git LFS pointer, a few lines of text in place of the data; fetch the data with 'git lfs pull'"
         )
 
 
 def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a JSON object; of a key that stands twice, Python would silently take the last value."""
+    """Make a JSON object; refuse a duplicate key, because Python would silently use its last value."""
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"the key {quote(key)} stands in it twice")
+            raise ValueError(f"duplicate key {quote(key)}")
         found[key] = value
     return found
 
@@ -140,14 +145,14 @@ def parse_object(text: bytes) -> dict[str, Any]:
     Raises
     ------
     RefgemmaError
-        If it is not UTF-8, not JSON, not an object, nested without end, or has a key twice.
+        If it is not UTF-8, not JSON, not an object, nested more than 100 deep, or has a duplicate key.
 
     Examples
     --------
     >>> parse_object(b'{"head_dim": 256, "head_dim": 128}')
     Traceback (most recent call last):
     ...
-    refgemma.errors.RefgemmaError: is not JSON: the key 'head_dim' stands in it twice
+    refgemma.errors.RefgemmaError: is not JSON: duplicate key 'head_dim'
     """
     try:
         found = json.loads(text.decode("utf-8"), object_pairs_hook=_make_object)
@@ -155,18 +160,24 @@ def parse_object(text: bytes) -> dict[str, Any]:
         raise RefgemmaError(f"is not JSON: {error}") from None
     if not isinstance(found, dict):
         raise RefgemmaError(f"holds a {type(found).__name__}, not a JSON object")
+    level: list[Any] = [found]
+    for _ in range(DEPTH_LIMIT):
+        items = (item for value in level for item in (value.values() if isinstance(value, dict) else value))
+        level = [item for item in items if isinstance(item, dict | list)]
+    if level:
+        raise RefgemmaError(f"is not read: its objects and lists are nested more than {DEPTH_LIMIT} deep")
     return found
 
 
 @contextmanager
 def one_line(path: str | Path, error: type[RefgemmaError], remedy: str) -> Iterator[None]:
-    """Raise whatever is wrong with `path` as an `error` of one line that names the file."""
+    """Turn any problem with `path` into an `error` of one line that names the file."""
     try:
         yield
     except OSError as fault:
         raise error(f"{path}: cannot be read: {fault.strerror or fault}") from None
     except SafetensorError as fault:
-        reason = f"is not a whole safetensors file ({' '.join(str(fault).split())[:200]})"
+        reason = f"is not a complete safetensors file ({' '.join(str(fault).split())[:200]})"
     except RefgemmaError as fault:
         reason = str(fault)
     else:
@@ -182,14 +193,15 @@ def read_object(path: str | Path, error: type[RefgemmaError], remedy: str = "") 
     path : str or Path
         The file.
     error : type
-        What to raise.
+        The exception to raise.
     remedy : str
-        What to do about a damaged file: the end of the message.
+        The advice for a damaged file: the end of the message.
 
     Raises
     ------
     error
-        If it cannot be read, is longer than 100 MB, or `parse_object` refuses it: one line that names the file.
+        If it cannot be read, is longer than 100 MB, or `parse_object` refuses it; the message is one line with the
+        file.
 
     Examples
     --------
@@ -206,24 +218,24 @@ def read_object(path: str | Path, error: type[RefgemmaError], remedy: str = "") 
 
 
 def open_tensors(path: str | Path, error: type[RefgemmaError], remedy: str) -> tuple[Any, int]:
-    """Open a safetensors file: the library's handle, and the byte where the numbers start.
+    """Open a safetensors file; return the library's handle, and the byte where the numbers start.
 
     The library checks the header: its length, its JSON, that shapes and dtypes fit the offsets, and that the data of
-    the tensors follow each other without a gap and fill the file. A name that stands twice it accepts; this does not.
+    the tensors follow each other without a gap and fill the file. It accepts duplicate names; this function does not.
 
     Parameters
     ----------
     path : str or Path
         The file.
     error : type
-        What to raise.
+        The exception to raise.
     remedy : str
-        What to do about a damaged file: the end of the message.
+        The advice for a damaged file: the end of the message.
 
     Raises
     ------
     error
-        If it cannot be opened or breaks a rule of the format: one line that names the file.
+        If it cannot be opened or breaks a rule of the format; the message is one line with the file.
 
     Examples
     --------
@@ -243,8 +255,8 @@ def open_tensors(path: str | Path, error: type[RefgemmaError], remedy: str) -> t
         length = int.from_bytes(stream.read(8), "little")
         parse_object(stream.read(length))
         for name in opened.keys():
-            if not name.isprintable():  # a terminal would obey some of its characters
-                raise RefgemmaError(f"the name {quote(name)} of a tensor has characters that cannot be printed")
+            if not name.isprintable():  # a terminal would interpret some of its characters
+                raise RefgemmaError(f"the tensor name {quote(name)} has unprintable characters")
             if len(opened.get_slice(name).get_shape()) > AXES_LIMIT:
                 raise RefgemmaError(f"tensor {quote(name)} has more than {AXES_LIMIT} axes")
         return opened, 8 + length
@@ -254,9 +266,9 @@ def open_tensors(path: str | Path, error: type[RefgemmaError], remedy: str) -> t
 
 
 def write_json(value: Any, indent: int | None = 2) -> str:
-    """Return `value` as JSON, which has neither NaN nor infinity: these become texts.
+    """Return `value` as JSON text; NaN and infinity, which JSON does not have, become strings.
 
-    Characters that a terminal would obey are written as JSON's escapes, which mean the same.
+    Characters that a terminal would interpret are written as JSON's escapes, which mean the same.
 
     Examples
     --------
@@ -278,14 +290,96 @@ def _without_infinity(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def lock(descriptor: int, wait: bool = False) -> bool:
+    """Lock an open file or folder until it is closed or its process ends; False if the file system has no locks.
+
+    Raises
+    ------
+    BlockingIOError
+        If another process has locked it, unless the caller wants to `wait`.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryFile() as file:
+    ...     lock(file.fileno())
+    True
+    """
+    try:
+        if sys.platform != "win32":
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise
+    except OSError:
+        return False
+    return sys.platform != "win32"
+
+
+@contextmanager
+def lock_folder(folder: Path, error: type[RefgemmaError]) -> Iterator[None]:
+    """Keep other processes out of a `folder` of temporary files.
+
+    Raises
+    ------
+    error
+        If another process has locked it.
+
+    Examples
+    --------
+    >>> with lock_folder(Path("."), RefgemmaError), lock_folder(Path("."), RefgemmaError):
+    ...     pass
+    Traceback (most recent call last):
+    ...
+    refgemma.errors.RefgemmaError: .: another process is writing it; wait until it has ended
+    """
+    if sys.platform == "win32":  # it opens no folders
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            lock(descriptor)
+        except BlockingIOError:
+            raise error(f"{folder.parent}: another process is writing it; wait until it has ended") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove what killed processes left of `target`: nobody holds its lock, or it is old."""
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
+        with suppress(OSError), open_file(left) as file:  # another process may remove it too
+            if lock(file.fileno()) or time.time() - left.stat().st_mtime > ABANDONED:
+                left.unlink()
+
+
+def _create(target: Path) -> tuple[Path, BinaryIO]:
+    """Create a file beside `target` and lock it, so that no other process takes it for an abandoned one."""
+    while True:
+        partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+        file = partial.open("xb")
+        try:
+            lock(file.fileno(), wait=True)
+            if partial.exists():  # between the two lines above another process may have found it unlocked
+                return partial, file
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            file.close()
+            raise
+        file.close()
+
+
 @contextmanager
 def new_file(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a file that takes the place of `path` at the end; after an error it is removed and `path` is as it was.
+    """Open a new file that replaces `path` at the end; after an error the new file is removed and `path` is unchanged.
+
+    What a killed process left is removed by the next one that writes the same file.
 
     Raises
     ------
     OSError
-        If it cannot be written; `path` is as it was then.
+        If it cannot be written; `path` is then unchanged.
 
     Examples
     --------
@@ -295,31 +389,28 @@ def new_file(path: str | Path) -> Iterator[BinaryIO]:
     ...     (Path(folder) / "notes.txt").exists()
     False
     """
-    target = Path(os.path.realpath(path))  # a link stays one
-    for left in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
-        with suppress(OSError):  # another process may remove it too
-            if time.time() - left.stat().st_mtime > ABANDONED:
-                left.unlink()
-    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
-    with partial.open("xb") as file:
-        try:
+    target = Path(os.path.realpath(path))  # a link stays a link
+    _remove_abandoned(target)
+    partial, file = _create(target)
+    try:
+        with file:
             if target.exists():
-                os.fchmod(file.fileno(), stat.S_IMODE(target.stat().st_mode))  # what was private stays so
+                os.fchmod(file.fileno(), stat.S_IMODE(target.stat().st_mode))  # keep the permissions of a private file
             yield file
-            file.flush()  # a full disk is found now, and not after the old file is gone
+            file.flush()  # a full disk raises now, before the old file is replaced
             os.replace(partial, target)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def replace_file(path: str | Path, content: bytes) -> None:
-    """Write `content` to `path`, in the place of what is there: first beside it, then renamed.
+    """Replace the contents of `path` by `content`, through a temporary file that is renamed.
 
     Raises
     ------
     OSError
-        If it cannot be written; `path` is as it was then.
+        If it cannot be written; `path` is then unchanged.
 
     Examples
     --------

@@ -1,13 +1,14 @@
-"""The header of a GGUF file: what the model is, and where its tensors lie. Checked against files that gguf 0.19 writes
-and llama.cpp reads, and by fuzzing.
+"""The header of a GGUF file: metadata and the places of the tensors. Checked against files that gguf 0.19 writes and
+llama.cpp reads, and by fuzzing.
 
-The library's own reader makes an object of every piece of the vocabulary, which takes seconds and a gigabyte, and it
-believes the counts and offsets that a file gives. Here nothing is taken that the file is too short for.
+The library's own reader makes an object for every piece of the vocabulary, which takes seconds and a gigabyte. It also
+trusts the counts and offsets of the file. This reader checks each of them against the length of the file.
 """
 
 import math
 import mmap
 import os
+import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -23,14 +24,16 @@ VERSIONS = (2, 3)
 REMEDY = "download or write it again"
 METADATA_LIMIT = 2**26  # bytes; the header of a Gemma 2 has 6 to 20 MB, almost all of it the vocabulary
 ENTRIES_LIMIT = 2**17  # keys, or tensors: a 27B has 508
-TEXTS_LIMIT = 2**20  # in a list: Gemma 2 has 256,000 pieces
-AXES = 4  # at most, in ggml
+TEXTS_LIMIT = 2**20  # texts in a list: Gemma 2 has 256,000 pieces
+AXES = 4  # the maximum in ggml
+PARTS_LIMIT = 999  # of a model; they are named model-00001-of-00003.gguf
+PART_NAME = re.compile(r"(.*-)(\d{5})(-of-\d{5}\.gguf)")
 
-# The number of a type of values -> its letter in `struct`. Strings and arrays are read otherwise.
+# The number of a type of values -> its letter in `struct`. Strings and arrays are read in another way.
 LETTERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 
-# The number of a format of tensors -> its name, the numbers of a block and the bytes of a block.
+# The number of a tensor format -> its name, and the numbers and bytes of one block.
 FORMATS = {
     0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20),
     6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110),
@@ -40,7 +43,7 @@ FORMATS = {
 }  # fmt: skip
 
 
-# Field of the configuration -> its key, and what llama.cpp takes where the file does not say.
+# Field of the configuration -> its key, and llama.cpp's default for a missing key.
 SIZES: dict[str, tuple[str, int | None]] = {
     "hidden_size": ("embedding_length", None), "num_hidden_layers": ("block_count", None),
     "intermediate_size": ("feed_forward_length", None), "num_attention_heads": ("attention.head_count", None),
@@ -53,18 +56,23 @@ NUMBERS: dict[str, tuple[str, float | None]] = {
 }  # fmt: skip
 IDS = {f"{role}_token_id": f"tokenizer.ggml.{key}_token_id" for role, key in zip(
     ("bos", "eos", "pad"), ("bos", "eos", "padding"), strict=True)}  # fmt: skip
-LAYERS_27B = 46  # by which llama.cpp knows the size whose query scalar is not its head_dim
+LAYERS_27B = 46  # llama.cpp recognises the 27B, whose query scalar differs from head_dim, by this number
 
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """Where a tensor lies: its format, its shape with rows first, its first byte in the file, and how many it has."""
+    """The entry of a tensor: its format, its shape with rows first, its first byte in the file, and its bytes.
+
+    `path` and `file_bytes` are those of its file, if the model is in several.
+    """
 
     name: str
     format: str
     shape: tuple[int, ...]
     start: int
     nbytes: int
+    path: Path | None = None
+    file_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,7 @@ class Gguf:
 
 
 class _Cursor:
-    """Values read one after the other, from the beginning of a file."""
+    """Reader of consecutive values, from the beginning of a file."""
 
     def __init__(self, content: mmap.mmap) -> None:
         self.content, self.at = content, 0
@@ -87,7 +95,7 @@ class _Cursor:
         start, self.at = self.at, self.at + count
         if self.at > len(self.content):
             limit = " (or has a header above 64 MiB)" if len(self.content) == METADATA_LIMIT else ""
-            raise RefgemmaError(f"ends before what its header promises at byte {start}{limit}")
+            raise RefgemmaError(f"is too short: its header promises more data at byte {start}{limit}")
         return self.content[start : self.at]
 
     def number(self, letter: str) -> Any:
@@ -101,7 +109,7 @@ class _Cursor:
             raise RefgemmaError(f"has text at byte {at} that is not UTF-8") from None
 
     def texts(self, count: int) -> list[str]:
-        """Return the next `count` texts; a call for each would take as long as all the rest."""
+        """Return the next `count` texts; a separate call for each would double the time of reading a file."""
         content, at, found, length = self.content, self.at, [], struct.Struct("<Q").unpack_from
         try:
             for _ in range(count):
@@ -122,14 +130,14 @@ class _Cursor:
         if kind == STRING:
             return self.text()
         if kind != ARRAY:
-            raise RefgemmaError(f"has a value of type {kind} at byte {self.at}, which GGUF does not know")
+            raise RefgemmaError(f"has a value of the unknown type {kind} at byte {self.at}")
         kind, count = self.number("I"), self.number("Q")
         if kind == STRING and count <= TEXTS_LIMIT:
             return self.texts(count)
         if kind in LETTERS:
             item = np.dtype("<" + LETTERS[kind])
             return np.frombuffer(self.take(count * item.itemsize), item)
-        raise RefgemmaError(f"has an array of {count} values of type {kind} at byte {self.at}, which no Gemma 2 has")
+        raise RefgemmaError(f"has an array of {count} values of type {kind} at byte {self.at}, unlike any Gemma 2")
 
 
 def _read_metadata(cursor: _Cursor, count: int) -> dict[str, Any]:
@@ -137,36 +145,36 @@ def _read_metadata(cursor: _Cursor, count: int) -> dict[str, Any]:
     for _ in range(count):
         key = cursor.text()
         if key in metadata:
-            raise RefgemmaError(f"has the key {quote(key)} twice")
+            raise RefgemmaError(f"has the duplicate key {quote(key)}")
         metadata[key] = cursor.value(cursor.number("I"))
     return metadata
 
 
 def _read_tensor(cursor: _Cursor) -> GgufTensor:
-    """Read what the header says of one tensor; its start is counted from the first byte of the first one."""
+    """Read the header's entry of one tensor; its start is counted from the first byte of the first tensor."""
     name, axes = cursor.text(), cursor.number("I")
     if not 1 <= axes <= AXES:
-        raise RefgemmaError(f"has {axes} axes for tensor {quote(name)}")
+        raise RefgemmaError(f"has {axes} axes for tensor {quote(name)}; 1 to {AXES} are allowed")
     shape = tuple(cursor.number("Q") for _ in range(axes))[::-1]
     code, start = cursor.number("I"), cursor.number("Q")
     if code not in FORMATS:
         known = ", ".join(kind for kind, _, _ in FORMATS.values())
-        raise RefgemmaError(f"has tensor {quote(name)} in format {code}; those that are read are {known}")
+        raise RefgemmaError(f"has tensor {quote(name)} in format {code}; refgemma reads {known}")
     kind, numbers, nbytes = FORMATS[code]
     if shape[-1] % numbers:
-        raise RefgemmaError(f"has rows of {shape[-1]} in tensor {quote(name)}, no multiple of {kind}'s {numbers}")
+        raise RefgemmaError(f"has rows of {shape[-1]} in tensor {quote(name)}; {kind} needs a multiple of {numbers}")
     return GgufTensor(name, kind, shape, start, math.prod(shape) // numbers * nbytes)
 
 
 def _place_tensors(tensors: Iterable[GgufTensor], first: int, alignment: int, file_bytes: int) -> Iterator[GgufTensor]:
-    """Require that each tensor begins where the one before it ends, as ggml does, and lies in the file."""
+    """Check that each tensor begins where the one before it ends, as in ggml, and that it lies in the file."""
     expected = 0
     for tensor in tensors:
         where = f"tensor {quote(tensor.name)}"
         if tensor.start != expected:
-            raise RefgemmaError(f"has {where} at offset {tensor.start}, where {expected} follows from those before it")
+            raise RefgemmaError(f"has {where} at offset {tensor.start}; the tensors before it end at {expected}")
         if first + tensor.start + tensor.nbytes > file_bytes:
-            raise RefgemmaError(f"is {file_bytes} bytes long, and its {where} would end beyond that")
+            raise RefgemmaError(f"is {file_bytes} bytes long; its {where} would end beyond that")
         expected += -(-tensor.nbytes // alignment) * alignment
         yield replace(tensor, start=first + tensor.start)
 
@@ -177,36 +185,36 @@ def _parse(path: Path, cursor: _Cursor, file_bytes: int) -> Gguf:
         raise RefgemmaError("does not begin with the letters GGUF")
     version = cursor.number("I")
     if version not in VERSIONS:
-        raise RefgemmaError(f"is of version {version} of the format or of another byte order; 2 and 3 are read")
+        raise RefgemmaError(f"has version {version} of the format, or another byte order; refgemma reads 2 and 3")
     tensors, keys = cursor.number("Q"), cursor.number("Q")
     if max(tensors, keys) > ENTRIES_LIMIT:
-        raise RefgemmaError(f"promises {tensors} tensors and {keys} keys; no Gemma 2 has so many")
+        raise RefgemmaError(f"promises {tensors} tensors and {keys} keys; the limit is {ENTRIES_LIMIT} each")
     metadata = _read_metadata(cursor, keys)
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or not 1 <= alignment <= 2**20 or alignment & (alignment - 1):
-        raise RefgemmaError(f"has general.alignment {quote(alignment)}, which is no power of two")
+        raise RefgemmaError(f"has general.alignment {quote(alignment)}; it must be a power of two")
     listed = [_read_tensor(cursor) for _ in range(tensors)]
     first = -(-cursor.at // alignment) * alignment
     found = {tensor.name: tensor for tensor in _place_tensors(listed, first, alignment, file_bytes)}
     if len(found) < len(listed):
-        raise RefgemmaError("has two tensors of one name")
+        raise RefgemmaError("has two tensors of the same name")
     return Gguf(path, metadata, found, file_bytes)
 
 
 def read_gguf(path: str | Path, error: type[RefgemmaError]) -> Gguf:
-    """Read the header of a GGUF file: metadata and where the tensors lie, without their numbers.
+    """Read the header of a GGUF file: metadata and the places of the tensors, without their numbers.
 
     Parameters
     ----------
     path : str or Path
-        The file.
+        The file; of a model in several, the first.
     error : type
-        What to raise.
+        The exception to raise.
 
     Raises
     ------
     error
-        If it cannot be read, is cut, or promises what it does not hold: one line that names the file.
+        If it cannot be read, is truncated, or contradicts its header; the message is one line with the file.
 
     Examples
     --------
@@ -214,25 +222,57 @@ def read_gguf(path: str | Path, error: type[RefgemmaError]) -> Gguf:
     Traceback (most recent call last):
     refgemma.errors.RefgemmaError: model.gguf: cannot be read: No such file or directory
     """
+    first = _read_part(Path(path), error)
+    count = first.metadata.get("split.count", 1)
+    if count in (0, 1):
+        return first
+    with one_line(path, error, ""):
+        return _join_parts(first, count, error)
+
+
+def _read_part(path: Path, error: type[RefgemmaError]) -> Gguf:
     with one_line(path, error, REMEDY), open_file(path) as stream:
         size = os.fstat(stream.fileno()).st_size
         if not size:
             raise RefgemmaError("is empty")
         with mmap.mmap(stream.fileno(), min(size, METADATA_LIMIT), access=mmap.ACCESS_READ) as content:
-            return _parse(Path(path), _Cursor(content), size)
+            return _parse(path, _Cursor(content), size)
 
 
-# --- what the metadata say of the model -------------------------------------------------------------------------------
+def _join_parts(first: Gguf, count: Any, error: type[RefgemmaError]) -> Gguf:
+    """Return the header of a model in several files, which lie beside each other and are named by their numbers."""
+    name = PART_NAME.fullmatch(first.path.name)
+    if name is None or type(count) is not int or not 1 < count <= PARTS_LIMIT:
+        raise RefgemmaError(f"is a part of {quote(count)}, without the name of one: model-00001-of-00003.gguf")
+    paths = [first.path.with_name(f"{name[1]}{number:05}{name[3]}") for number in range(1, count + 1)]
+    if first.metadata.get("split.no", 0) != 0 or first.path != paths[0]:
+        raise RefgemmaError(f"is one of {count} parts of a model; give the first, {paths[0].name}")
+    if absent := [path.name for path in paths if not path.exists()]:
+        raise RefgemmaError(f"is one of {count} parts of a model; {quote(absent[0])} is not beside it: download all")
+    tensors: dict[str, GgufTensor] = {}
+    for number, path in enumerate(paths):
+        part = _read_part(path, error) if number else first
+        if (part.metadata.get("split.no", 0), part.metadata.get("split.count")) != (number, count):
+            raise RefgemmaError(f"and {path.name} are no parts of one model")
+        if twice := tensors.keys() & part.tensors.keys():
+            raise RefgemmaError(f"has tensor {quote(min(twice))} in two parts")
+        tensors |= {
+            name: replace(tensor, path=path, file_bytes=part.file_bytes) for name, tensor in part.tensors.items()
+        }
+    return replace(first, tensors=tensors)
+
+
+# --- from metadata to the configuration -------------------------------------------------------------------------------
 
 
 def _read_number(metadata: Mapping[str, Any], key: str, default: float | None) -> Any:
-    """Return a number; of one for each layer, which must all be the same, the first."""
+    """Return a number; a list with one number per layer must have equal numbers."""
     value = metadata.get(key, default)
     if isinstance(value, np.ndarray) and len(value) and (value == value[0]).all():
         value = value[0].item()
     if type(value) not in (int, float):
-        raise RefgemmaError(f"{key} is {quote(value)}, not a number that all layers share")
-    # What was rounded to float32 is written as it was before: 1e-06, not 9.999999974752427e-07.
+        raise RefgemmaError(f"{key} is {quote(value)}; it must be one number for all layers")
+    # Undo the rounding to float32: 1e-06, not 9.999999974752427e-07.
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
@@ -240,8 +280,6 @@ def _read_numbers(metadata: Mapping[str, Any]) -> dict[str, Any]:
     if metadata.get("general.architecture") != "gemma2" or metadata.get("general.type", "model") != "model":
         what = f"{metadata.get('general.architecture')!r} of type {metadata.get('general.type', 'model')!r}"
         raise RefgemmaError(f"is a {what[:200]}, not a model of architecture 'gemma2'")
-    if metadata.get("split.count", 1) not in (0, 1):
-        raise RefgemmaError("is a part of a model; put the parts together with llama-gguf-split --merge")
     fields = {
         field: _read_number(metadata, f"gemma2.{key}", default) for field, (key, default) in (SIZES | NUMBERS).items()
     }
@@ -249,7 +287,7 @@ def _read_numbers(metadata: Mapping[str, Any]) -> dict[str, Any]:
     fields["num_key_value_heads"] = _read_number(metadata, "gemma2.attention.head_count_kv", heads)
     share = fields["hidden_size"] // max(heads, 1)
     width = fields["head_dim"] = _read_number(metadata, "gemma2.attention.key_length", share)
-    # The file does not say it, and this is what llama.cpp takes.
+    # The file does not contain it; this is llama.cpp's value.
     fields["query_pre_attn_scalar"] = share if layers == LAYERS_27B else width
     for key, expected in (
         ("attention.value_length", width),
@@ -257,25 +295,25 @@ def _read_numbers(metadata: Mapping[str, Any]) -> dict[str, Any]:
         ("rope.scaling.factor", 1),
     ):
         if metadata.get(f"gemma2.{key}", expected) != expected:
-            raise RefgemmaError(f"gemma2.{key} is {quote(metadata[f'gemma2.{key}'])}, where Gemma 2 has {expected}")
+            raise RefgemmaError(f"gemma2.{key} is {quote(metadata[f'gemma2.{key}'])}; Gemma 2 has {expected}")
     return fields
 
 
 def config_fields(file: Gguf, error: type[RefgemmaError]) -> dict[str, Any]:
-    """Return the fields of the configuration that the metadata give, with what llama.cpp takes where they do not.
+    """Return the fields of the configuration from the metadata, with llama.cpp's defaults for missing keys.
 
-    The query scalar, which no key gives, is what llama.cpp takes: ``hidden_size // num_attention_heads`` with 46
-    layers, ``head_dim`` with any other number.
+    No key gives the query scalar. As in llama.cpp, it is ``hidden_size // num_attention_heads`` for 46 layers, and
+    ``head_dim`` for any other number.
 
     Raises
     ------
     error
-        If the file is no Gemma 2, or asks for what Gemma 2 does not have.
+        If the file is not a Gemma 2, or has a setting that Gemma 2 does not have.
     """
     with one_line(file.path, error, ""):
         fields = _read_numbers(file.metadata)
         table = file.tensors.get("token_embd.weight")
         if table is None or len(table.shape) != 2:
-            raise RefgemmaError("holds no matrix token_embd.weight, the embedding")
+            raise RefgemmaError("lacks the matrix token_embd.weight, the embedding")
         ids = {field: file.metadata[key] for field, key in IDS.items() if key in file.metadata}
         return fields | ids | {"model_type": "gemma2", "vocab_size": table.shape[0], "dtype": "float32"}

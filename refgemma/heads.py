@@ -1,8 +1,8 @@
-"""What is made of the logits: log probabilities, the losses, and the token a sequence is classified at. Checked against
-transformers 5.23 `ForCausalLMLoss` on recorded losses, and its classifiers and their losses in the parity tests.
+"""Log probabilities, losses, and the token at which a sequence is classified. Checked against transformers 5.23
+`ForCausalLMLoss` on recorded losses, and its classifiers and their losses in the parity tests.
 
-Losses are taken in at least float32 and are Python numbers. (Those of transformers' sequence classifiers are bfloat16
-in a bfloat16 model.)
+Losses are computed in at least float32 and are Python numbers. (Those of transformers' sequence classifiers are
+bfloat16 in a bfloat16 model.)
 """
 
 import numpy as np
@@ -18,7 +18,7 @@ MULTI_LABEL = "multi_label_classification"
 
 
 def log_softmax(logits: Float[np.ndarray, "*batch vocab"]) -> Float[np.ndarray, "*batch vocab"]:
-    """Log probabilities: ``z - log(sum(exp(z)))``, in at least float32.
+    """Compute log probabilities: ``z - log(sum(exp(z)))``, in at least float32.
 
     Source: ``torch.nn.functional.log_softmax``.
 
@@ -32,10 +32,14 @@ def log_softmax(logits: Float[np.ndarray, "*batch vocab"]) -> Float[np.ndarray, 
     return log_probabilities
 
 
-def cross_entropy(logits: Float[np.ndarray, "tokens classes"], labels: Int[np.ndarray, " tokens"]) -> float:
-    """The mean of ``-log p(label)`` over the labels that are not -100, in nats; NaN if there are none, as in torch.
+def cross_entropy(
+    logits: Float[np.ndarray, "tokens classes"], labels: Int[np.ndarray, " tokens"],
+    num_items: float | None = None, ignore_index: int = IGNORED,
+) -> float:  # fmt: skip
+    """Compute the mean of ``-log p(label)`` over the labels that are not -100, in nats; NaN without any, as in torch.
 
-    In at least float32, whatever the precision of the logits. Source: ``torch.nn.functional.cross_entropy``.
+    With `num_items`, return their sum divided by that number. `ignore_index` takes the place of -100. Computed in at
+    least float32, in any precision of the logits. Source: ``torch.nn.functional.cross_entropy``.
 
     Raises
     ------
@@ -47,20 +51,20 @@ def cross_entropy(logits: Float[np.ndarray, "tokens classes"], labels: Int[np.nd
     >>> round(cross_entropy(np.zeros((2, 4)), np.array([1, -100])), 4)
     1.3863
     """
-    counted = labels != IGNORED
+    counted = labels != ignore_index
     outside = counted & ((labels < 0) | (labels >= logits.shape[-1]))
     if outside.any():
         raise InputError(
-            f"label {labels[outside][0]} is neither -100 nor one of the {logits.shape[-1]} classes, 0 and up"
+            f"label {labels[outside][0]} is neither {ignore_index} nor a class (0 to {logits.shape[-1] - 1})"
         )
-    if not counted.any():
+    if not counted.any() and num_items is None:
         return float("nan")
     picked: Array = log_softmax(logits[counted])[np.arange(counted.sum()), labels[counted]]
-    return -float(np.mean(picked))
+    return -float(np.mean(picked)) if num_items is None else -float(np.sum(picked)) / num_items
 
 
 def _check_labels(labels: npt.ArrayLike, kinds: str, shape: tuple[int, ...], needed: str) -> Array:
-    """Return `labels` as an array of that shape, and of a kind of numbers that is `needed`."""
+    """Return `labels` as an array of this shape and one of these kinds of numbers."""
     targets = as_array(labels, "labels")
     if targets.shape != shape or targets.dtype.kind not in kinds:
         raise InputError(f"labels have shape {targets.shape} and dtype {targets.dtype}: {needed}")
@@ -68,53 +72,55 @@ def _check_labels(labels: npt.ArrayLike, kinds: str, shape: tuple[int, ...], nee
 
 
 def mean_squared_error(values: Float[np.ndarray, "*shape"], labels: npt.ArrayLike) -> float:
-    """The mean of ``(value - label) ** 2``, in at least float32.
+    """Compute the mean of ``(value - label) ** 2``, in at least float32.
 
     Source: ``torch.nn.MSELoss``.
 
     Raises
     ------
     InputError
-        If `labels` are no numbers of the shape of `values`.
+        If `labels` are not numbers of the shape of `values`.
 
     Examples
     --------
     >>> mean_squared_error(np.array([1.0, 2.0]), [1.0, 4.0])
     2.0
     """
-    targets = _check_labels(labels, "iuf", values.shape, f"numbers of shape {values.shape} are needed")
+    targets = _check_labels(labels, "iuf", values.shape, f"they must be numbers of shape {values.shape}")
     difference = wide(values) - targets
     return float(np.mean(difference * difference))
 
 
 def binary_cross_entropy(logits: Float[np.ndarray, "*shape"], labels: npt.ArrayLike) -> float:
-    """The mean of ``-y log(sigmoid(z)) - (1 - y) log(1 - sigmoid(z))``: every class is a question of its own.
+    """Compute the mean of ``-y log(sigmoid(z)) - (1 - y) log(1 - sigmoid(z))``: every class is independent.
 
-    Computed as ``max(z, 0) - z y + log(1 + exp(-|z|))``, in which nothing can overflow, in at least float32.
-    Source: ``torch.nn.BCEWithLogitsLoss``.
+    Computed as ``max(z, 0) - z y + log(1 + exp(-|z|))``, which cannot overflow, in at least float32. Source:
+    ``torch.nn.BCEWithLogitsLoss``.
 
     Raises
     ------
     InputError
-        If `labels` are no fractions of the shape of `logits`.
+        If `labels` are not floating-point numbers of the shape of `logits`.
 
     Examples
     --------
     >>> round(binary_cross_entropy(np.array([[0.0, 1000.0]]), [[1.0, 1.0]]), 4)
     0.3466
     """
-    needed = f"numbers from 0.0 to 1.0 of shape {logits.shape} are needed, one for each class"
+    needed = f"they must be numbers from 0.0 to 1.0 of shape {logits.shape}, one for each class"
     targets = _check_labels(labels, "f", logits.shape, needed)
     z = wide(logits)
     return float(np.mean(np.maximum(z, 0) - z * targets + np.log1p(np.exp(-np.abs(z)))))
 
 
-def causal_lm_loss(logits: Logits, labels: npt.ArrayLike) -> float:
-    """Cross entropy of each token given the ones before it, in nats a token.
+def causal_lm_loss(
+    logits: Logits, labels: npt.ArrayLike, num_items_in_batch: float | None = None, ignore_index: int = IGNORED,
+    shift_labels: npt.ArrayLike | None = None,
+) -> float:  # fmt: skip
+    """Compute the cross entropy of each token given the tokens before it, in nats per token.
 
-    The logits at place ``t`` are judged by the label at ``t + 1``; labels of -100 do not count. `cross_entropy` of the
-    two, in at least float32.
-    Source: transformers ``ForCausalLMLoss``.
+    The logits at place ``t`` are compared with the label at ``t + 1``; labels of -100 do not count. This is
+    `cross_entropy` of the two, in at least float32. Source: transformers ``ForCausalLMLoss``.
 
     Parameters
     ----------
@@ -122,26 +128,35 @@ def causal_lm_loss(logits: Logits, labels: npt.ArrayLike) -> float:
         From `forward`.
     labels : int array (batch, seq)
         Usually the input ids themselves, with -100 at padding.
+    num_items_in_batch : float, optional
+        What the sum of the losses is divided by, in place of how many labels count.
+    ignore_index : int
+        In place of -100.
+    shift_labels : int array (batch, seq), optional
+        In place of `labels`: the label at place ``t`` judges the logits at place ``t``.
 
     Raises
     ------
     InputError
-        If `labels` are no whole numbers of that shape.
+        If `labels` are not whole numbers of that shape.
 
     Examples
     --------
     >>> round(causal_lm_loss(np.zeros((1, 3, 4)), [[1, 2, 3]]), 4)
     1.3863
     """
-    targets = _check_labels(labels, "iu", logits.shape[:2], f"whole numbers of shape {logits.shape[:2]} are needed")
-    return cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), targets[:, 1:].ravel())
+    given = labels if shift_labels is None else shift_labels
+    targets = _check_labels(given, "iu", logits.shape[:2], f"they must be whole numbers of shape {logits.shape[:2]}")
+    if shift_labels is None:
+        logits, targets = logits[:, :-1], targets[:, 1:]
+    return cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.ravel(), num_items_in_batch, ignore_index)
 
 
 def last_tokens(input_ids: TokenIds, pad_token_id: int) -> Int[np.ndarray, " batch"]:
-    """The place of the rightmost token that is not padding, in each row; 0 where all of it is padding.
+    """Return the place of the rightmost token that is not padding, for each row; 0 if the whole row is padding.
 
-    ``argmax(place * (id != pad))``: the last token of the text, with padding on either side. Padding is told by its id,
-    not by the attention mask. Source: transformers ``GenericForSequenceClassification``.
+    ``argmax(place * (id != pad))``: the last token of the text, with padding on either side. Padding is recognised by
+    its id, not by the attention mask. Source: transformers ``GenericForSequenceClassification``.
 
     Examples
     --------
@@ -153,11 +168,28 @@ def last_tokens(input_ids: TokenIds, pad_token_id: int) -> Int[np.ndarray, " bat
     return last
 
 
+def infer_problem_type(labels: npt.ArrayLike, num_labels: int) -> str:
+    """Return the kind of problem: one class is a regression, whole numbers are single labels, others multi-label.
+
+    Source: transformers ``ForSequenceClassificationLoss``.
+
+    Examples
+    --------
+    >>> infer_problem_type([2, 0], 3)
+    'single_label_classification'
+    """
+    if num_labels == 1:
+        return "regression"
+    return "single_label_classification" if as_array(labels, "labels").dtype.kind in "iu" else MULTI_LABEL
+
+
 def sequence_classification_loss(
     logits: Float[np.ndarray, "batch labels"], labels: npt.ArrayLike, problem_type: str | None
 ) -> float:
-    """The loss of a sequence classifier: `mean_squared_error`, `cross_entropy` or `binary_cross_entropy`, in at least
-    float32. Source: transformers ``ForSequenceClassificationLoss``.
+    """Compute the loss of a sequence classifier, in at least float32.
+
+    It is `mean_squared_error`, `cross_entropy` or `binary_cross_entropy`. Source: transformers
+    ``ForSequenceClassificationLoss``.
 
     Parameters
     ----------
@@ -167,8 +199,7 @@ def sequence_classification_loss(
         Single label: the class of each sequence, whole numbers of shape ``(batch,)``, -100 to leave one out.
         Multi-label: for each sequence and class a number from 0.0 to 1.0.
     problem_type : str, optional
-        Which of the three. If not given, one class is a regression, whole numbers are single labels, and other numbers
-        multi-label, as in transformers; which notes its guess in the configuration, where it holds for later calls.
+        Selects one of the three; see `infer_problem_type` if not given.
 
     Raises
     ------
@@ -183,37 +214,35 @@ def sequence_classification_loss(
     1.3863
     """
     targets, num_labels = as_array(labels, "labels"), logits.shape[1]
-    whole = targets.dtype.kind in "iu"
-    guessed = "regression" if num_labels == 1 else "single_label_classification" if whole else MULTI_LABEL
-    match problem_type or guessed:
+    match problem_type or infer_problem_type(targets, num_labels):
         case "regression" if num_labels == 1:
             return mean_squared_error(logits[:, 0], targets.reshape(-1))
         case "regression":
             return mean_squared_error(logits, targets)
         case "multi_label_classification":
             return binary_cross_entropy(logits, targets)
-    if not whole or targets.size != len(logits):
+    if targets.dtype.kind not in "iu" or targets.size != len(logits):
         raise InputError(
             f"labels have shape {targets.shape} and dtype {targets.dtype}: "
-            f"the class of each of the {len(logits)} sequences is needed, whole numbers from 0 to {num_labels - 1}"
+            f"they must be one class for each of the {len(logits)} sequences, whole numbers from 0 to {num_labels - 1}"
         )
     return cross_entropy(logits, targets.reshape(-1))
 
 
 def token_classification_loss(logits: Float[np.ndarray, "batch seq labels"], labels: npt.ArrayLike) -> float:
-    """`cross_entropy` over all tokens whose label is not -100, in at least float32.
+    """Compute `cross_entropy` over all tokens whose label is not -100, in at least float32.
 
     Source: transformers ``ForTokenClassification``.
 
     Raises
     ------
     InputError
-        If `labels` are no whole numbers ``(batch, seq)``.
+        If `labels` are not whole numbers ``(batch, seq)``.
 
     Examples
     --------
     >>> round(token_classification_loss(np.zeros((1, 3, 4)), [[1, -100, 3]]), 4)
     1.3863
     """
-    targets = _check_labels(labels, "iu", logits.shape[:2], f"whole numbers of shape {logits.shape[:2]} are needed")
+    targets = _check_labels(labels, "iu", logits.shape[:2], f"they must be whole numbers of shape {logits.shape[:2]}")
     return cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.ravel())

@@ -1,7 +1,7 @@
-"""Which folder the name of a model means: one of this package, a path, or a snapshot in the Hugging Face cache. Checked
-against the layout that huggingface_hub 1.x writes and the variables it reads.
+"""Find the folder of a model by its name: in this package, at a path, or in the Hugging Face cache. Checked against the
+layout that huggingface_hub 1.x writes and the variables it reads.
 
-Nothing here opens a connection unless the caller asks for a download.
+Nothing here opens a connection unless the caller requests a download.
 """
 
 import os
@@ -14,20 +14,20 @@ from refgemma.errors import RefgemmaError
 
 PACKAGE = Path(__file__).parent
 CONFIG_JSON = "config.json"
-ADAPTER_CONFIG = "adapter_config.json"  # of an adapter, whose configuration is that of its base
+ADAPTER_CONFIG = "adapter_config.json"  # of an adapter, which has the configuration of its base
 GGUF = ".gguf"
 
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
-# What is downloaded: not the same weights once more as pickles or in other programs' formats.
+# Files to download, without second copies of the weights as pickles or in other programs' formats.
 WANTED = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
-# Ends of the names that are read in a folder, and the folder of which all is.
+# Endings of the file names that are read in a folder, and the folder with all of its files.
 READ = (".json", ".safetensors", ".model", ".jinja", GGUF, ".bin", ".pth", ".pt", ".ckpt", ".npz", ".msgpack")
 TEMPLATE_FOLDER = "additional_chat_templates"
 FOLLOW_LINKS = "REFGEMMA_FOLLOW_LINKS"
 
 
 class ModelNameError(RefgemmaError):
-    """A name that means no model here: says where it was looked for, and what to do."""
+    """Raised for the name of a model that cannot be found; the message says where it was searched and what to do."""
 
 
 def golden_folder() -> Path:
@@ -37,10 +37,10 @@ def golden_folder() -> Path:
 
 
 def cache_folder() -> Path:
-    """Return where huggingface_hub keeps downloads: what the environment says, or ``~/.cache/huggingface/hub``.
+    """Return huggingface_hub's folder of downloads: from the environment, or ``~/.cache/huggingface/hub``.
 
-    ``HF_HUB_CACHE``, the older ``HUGGINGFACE_HUB_CACHE``, ``HF_HOME`` and ``XDG_CACHE_HOME`` are asked in this order;
-    an empty one counts as not set.
+    ``HF_HUB_CACHE``, the older ``HUGGINGFACE_HUB_CACHE``, ``HF_HOME`` and ``XDG_CACHE_HOME`` are read in this order; an
+    empty variable counts as not set.
     """
     for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         if folder := os.environ.get(variable):
@@ -51,12 +51,12 @@ def cache_folder() -> Path:
 
 
 def _expand(folder: str) -> Path:
-    """Return a path with the home folder for ``~``, which stays where the user has none, as in a container."""
+    """Replace ``~`` in a path by the home folder; keep it if the user has none, as in a container."""
     return Path(os.path.expanduser(os.path.expandvars(folder)))  # Path.expanduser raises there
 
 
 def _find_snapshot(hub_id: str, revision: str, cache: Path) -> Path | None:
-    """Return the folder of a snapshot in the cache, if it is there: of a branch, a tag or a whole commit hash."""
+    """Return the folder of a snapshot in the cache, or None; `revision` is a branch, a tag or a full commit hash."""
     repository = cache / f"models--{hub_id.replace('/', '--')}"
     reference = repository / "refs" / revision
     commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
@@ -65,29 +65,30 @@ def _find_snapshot(hub_id: str, revision: str, cache: Path) -> Path | None:
 
 
 def _list_missing(folder: Path, needed: Collection[str]) -> list[str]:
-    """List the `needed` files that are absent, and the links whose file is absent."""
+    """List the `needed` files that are missing, and the links whose target is missing."""
     needed = set(needed) - ({CONFIG_JSON} if (folder / ADAPTER_CONFIG).exists() else set())
     cut_short = [path.name for path in folder.iterdir() if path.is_symlink() and not path.exists()]
     return sorted({*cut_short, *(name for name in needed if not (folder / name).exists())})
 
 
 def refuse_link(path: Path, folder: Path) -> None:
-    """Raise `ModelNameError` if `path` is a link that leads out of `folder`.
+    """Raise `ModelNameError` if `path` is a link to a place outside `folder`.
 
-    A stranger's folder could have any file of this machine read by it. Links to the blobs of the same repository, as
-    the Hugging Face cache has them, are followed; the folder may itself be a link, and the environment may allow all.
+    An untrusted folder could otherwise make refgemma read any file of this machine. Links to the blobs of the same
+    repository, as in the Hugging Face cache, are followed. The folder itself may be a link. An environment variable can
+    allow all links.
     """
     home, place = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
     blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else home  # itself no link
     if path.is_symlink() and not any(map(place.is_relative_to, (home, blobs))) and os.environ.get(FOLLOW_LINKS) != "1":
         raise ModelNameError(
-            f"{path}: is a link that leads out of its folder, and is not followed; put the file itself or a hard link "
-            f"there, or set {FOLLOW_LINKS}=1 if whoever made the folder is to be trusted"
+            f"{path}: is a link to a place outside its folder; replace it by the file itself or a hard link, or set "
+            f"{FOLLOW_LINKS}=1 if you trust the author of the folder"
         )
 
 
 def refuse_links(folder: Path, every: bool = False) -> None:
-    """Apply `refuse_link` to the files that are read in the `folder` of a model, or to `every` one at any depth."""
+    """Apply `refuse_link` to the files that refgemma reads in a model's `folder`, or to `every` file at any depth."""
     try:
         found = [*folder.rglob("*")] if every else [*folder.iterdir(), *(folder / TEMPLATE_FOLDER).glob("*")]
     except OSError as error:
@@ -106,30 +107,30 @@ def find_model(
     Parameters
     ----------
     name : str or path
-        ``"tiny"``, the trained model in this package; ``"conformance"``, the small one with random weights in which
-        known mistakes show; a folder; a ``.gguf`` file; or a hub id like ``"google/gemma-2-9b"``. A folder goes before
-        a hub id.
+        ``"tiny"``, the trained model in this package; ``"conformance"``, the small model with random weights that
+        exposes known mistakes; a folder; a ``.gguf`` file; or a hub id such as ``"google/gemma-2-9b"``. A folder takes
+        precedence over a hub id.
     revision : str
-        Of a hub id: a branch, a tag or a whole commit hash.
+        For a hub id: a branch, a tag or a full commit hash.
     download : bool
-        Whether a hub id that is not in the cache may be downloaded, with huggingface_hub (the extra ``hub``). Without
-        it, nothing here touches the network.
+        Whether a hub id that is not in the cache may be downloaded, with huggingface_hub (the extra ``hub``). If False,
+        nothing here uses the network.
     needed : collection of str
-        Files that the folder has to have.
+        Files that the folder must contain.
     cache_dir : str or path, optional
-        In place of `cache_folder`.
+        Replaces `cache_folder`.
     gguf_file : str, optional
-        A file of the folder, as in transformers: it, and nothing else there, is the model.
+        A file in the folder, as in transformers: only this file is the model.
 
     Raises
     ------
     ModelNameError
-        If there is no such model, it lacks a file, or one of its files is a link that leads out of the folder.
+        If there is no such model, it lacks a file, or one of its files is a link to a place outside the folder.
 
     Notes
     -----
-    Links inside a folder are followed within it and, in the Hugging Face cache, to the blobs of the same repository;
-    with the variable ``REFGEMMA_FOLLOW_LINKS=1`` wherever they lead. The folder that is named may be a link.
+    Links are followed within the folder and, in the Hugging Face cache, to the blobs of the same repository.
+    ``REFGEMMA_FOLLOW_LINKS=1`` allows all links. The named folder may be a link.
 
     Examples
     --------
@@ -140,7 +141,7 @@ def find_model(
     if gguf_file is not None:
         place = find_model(name, revision, download, (gguf_file,), cache_dir) / gguf_file
         if not place.is_file():
-            raise ModelNameError(f"{place.parent}: has no file {place.name}")
+            raise ModelNameError(f"{place.parent}: the file {place.name} is missing")
         return place
     if text in ("tiny", "conformance"):
         return PACKAGE / "checkpoints" / text
@@ -159,7 +160,7 @@ def find_model(
             f"weights, a {GGUF} file, or a hub id like google/gemma-2-9b"
         )
     if not re.fullmatch(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*", revision) or ".." in revision:
-        raise ModelNameError(f"{text}: {revision!r} is no revision; give a branch, a tag or a whole commit hash")
+        raise ModelNameError(f"{text}: {revision!r} is not a revision; give a branch, a tag or a full commit hash")
     return _find_in_cache(text, revision, download, needed, Path(cache_dir) if cache_dir else cache_folder())
 
 
@@ -174,17 +175,17 @@ def _find_in_cache(hub_id: str, revision: str, download: bool, needed: Collectio
         return download_model(hub_id, revision, cache, wanted)
     if snapshot:
         raise ModelNameError(
-            f"{hub_id}: the snapshot {snapshot} lacks {', '.join(lacking)}: the download was cut short; "
+            f"{hub_id}: the snapshot {snapshot} lacks {', '.join(lacking)}: the download is incomplete; "
             f"{_explain_download(hub_id)}"
         )
     raise ModelNameError(
-        f"{hub_id}: there is no folder of that name, and {cache} holds no snapshot of its revision "
+        f"{hub_id}: there is no such folder, and {cache} has no snapshot of its revision "
         f"{revision!r}; {_explain_download(hub_id)}"
     )
 
 
 def _explain_download(hub_id: str) -> str:
-    return f"download it with: refgemma info {hub_id} --download (it is downloaded only if asked for)"
+    return f"download it with: refgemma info {hub_id} --download (refgemma downloads only on request)"
 
 
 def download_model(
@@ -195,20 +196,20 @@ def download_model(
     Raises
     ------
     ModelNameError
-        If it cannot be had: huggingface_hub is not installed, the model's licence has not been accepted, there is no
-        such model, or there is no connection.
+        If the download fails: huggingface_hub is not installed, the model's licence has not been accepted, the model
+        does not exist, or there is no connection.
     """
     if any(
         os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")
         for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
     ):
-        raise ModelNameError(f"{hub_id}: HF_HUB_OFFLINE forbids to download it; unset the variable to allow it")
+        raise ModelNameError(f"{hub_id}: HF_HUB_OFFLINE forbids the download; unset the variable to allow it")
     try:
         from huggingface_hub import errors, snapshot_download
         from huggingface_hub.utils import disable_progress_bars
     except ImportError:
         raise ModelNameError(
-            f'{hub_id}: huggingface_hub, which downloads it, is not installed; pip install "refgemma[hub]"'
+            f'{hub_id}: the download needs huggingface_hub, which is not installed; pip install "refgemma[hub]"'
         ) from None
     if not sys.stderr.isatty():
         disable_progress_bars()
@@ -217,13 +218,13 @@ def download_model(
         return Path(found)
     except errors.GatedRepoError:
         reason = (
-            "its licence has to be accepted first: on its page on the hub, logged in; then log in here too, with "
-            "hf auth login or the variable HF_TOKEN"
+            "its licence must be accepted first: log in on the hub and accept it on the model's page; then log in here "
+            "too, with hf auth login or the variable HF_TOKEN"
         )
     except errors.RevisionNotFoundError:
         reason = f"the hub has no revision {revision!r} of it"
     except errors.RepositoryNotFoundError:
-        reason = "the hub has no such model, or shows it only to those who are logged in (hf auth login)"
+        reason = "the hub has no such model, or shows it only after login (hf auth login)"
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
-        reason = f"could not be downloaded: {' '.join(str(error).split())[:300]}; run it again to go on"
+        reason = f"could not be downloaded: {' '.join(str(error).split())[:300]}; run the command again to continue"
     raise ModelNameError(f"{hub_id}: {reason}")

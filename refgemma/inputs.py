@@ -1,4 +1,4 @@
-"""What a caller hands in, checked and put into the arrays the model computes with. Checked against the defaults of
+"""Check a caller's inputs and convert them to the arrays that the model computes with. Checked against the defaults of
 transformers 5.23 ``Gemma2Model.forward`` (positions, masks, continuation of a cache)."""
 
 import warnings
@@ -18,48 +18,48 @@ from refgemma.shapes import Bias, Hidden, Mask, Positions, TokenIds
 
 
 class InputError(RefgemmaError):
-    """An input that no model can take: empty, ragged, of the wrong type, or out of range."""
+    """Raised for an invalid input of a model: empty, ragged, of the wrong type, or out of range."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """One call's inputs. A *place* counts all tokens of a sequence from its first, padding included."""
+    """The inputs of one call. A *place* counts all tokens of a sequence from the first, including padding."""
 
     tokens: TokenIds | None  # ids to look up
-    embeds: Hidden | None  # or what stands in for their embeddings: one of the two is given
+    embeds: Hidden | None  # or embeddings in their place: exactly one of the two is given
     places: Int[np.ndarray, " seq"]  # of this call's tokens; masks are functions of places
-    positions: Positions  # what the rotary angles are taken of; the places, unless the caller says otherwise
+    positions: Positions  # for the rotary angles; the places, unless the caller passes others
     visible: Bool[np.ndarray, "batch total"]  # false for padding; over all places up to the last of this call
-    masks: Mapping[str, Mask] | None = None  # ready-made, for each type of layer: then nothing else hides a key
+    masks: Mapping[str, Mask] | None = None  # complete masks for each type of layer: then nothing else hides a key
     biases: Mapping[str, Bias] | None = None  # added to the scores, for each type of layer that has one
 
 
 def as_array(value: npt.ArrayLike, name: str) -> npt.NDArray[Any]:
-    """`value` as an array; `name` is what to call it if its rows are not all of one length."""
+    """Return `value` as an array; `name` is its name in error messages."""
     tensor: Any = value
-    if hasattr(tensor, "detach"):  # PyTorch's, which NumPy reads without gradients, from the CPU, and not in bfloat16
+    if hasattr(tensor, "detach"):  # a tensor of PyTorch: NumPy needs it on the CPU, without gradients, not in bfloat16
         tensor = tensor.detach().cpu()
         tensor = tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor
     try:
         return np.asarray(tensor)
     except ValueError:
-        raise InputError(f"{name} is ragged: its rows are not all of one length") from None
+        raise InputError(f"{name} is ragged: its rows have different lengths") from None
 
 
 def check_token_ids(input_ids: npt.ArrayLike, vocab_size: int) -> TokenIds:
-    """`input_ids` as an integer array ``(batch, seq)`` with every id inside the vocabulary.
+    """Return `input_ids` as an integer array ``(batch, seq)``; check that every id is in the vocabulary.
 
     Raises
     ------
     InputError
-        Naming the row or the id that is wrong.
+        Naming the wrong row or id.
 
     Examples
     --------
     >>> check_token_ids([[2, 5], [2, 99]], vocab_size=64)
     Traceback (most recent call last):
     ...
-    refgemma.inputs.InputError: input_ids[1, 1] is 99: not in the vocabulary of 64 tokens (0 to 63)
+    refgemma.inputs.InputError: input_ids[1, 1] is 99; the vocabulary has 64 tokens (0 to 63)
     """
     if isinstance(input_ids, list | tuple) and all(isinstance(row, list | tuple) for row in input_ids):
         lengths = [len(row) for row in input_ids]
@@ -71,101 +71,101 @@ def check_token_ids(input_ids: npt.ArrayLike, vocab_size: int) -> TokenIds:
             )
     ids = as_array(input_ids, "input_ids")
     if ids.size == 0:
-        raise InputError("input_ids is empty: a model needs at least one token (<bos>, for instance)")
+        raise InputError("input_ids is empty; a model needs at least one token (for example <bos>)")
     if ids.dtype.kind not in "iu":
-        raise InputError(f"input_ids has dtype {ids.dtype}: token ids are whole numbers")
+        raise InputError(f"input_ids has dtype {ids.dtype}; token ids must be whole numbers")
     if ids.ndim != 2:
-        raise InputError(f"input_ids has shape {ids.shape}: (batch, seq) is needed, [ids] for a single sequence")
+        raise InputError(f"input_ids has shape {ids.shape}; it must be (batch, seq): [ids] for a single sequence")
     outside = np.argwhere((ids < 0) | (ids >= vocab_size))
     if len(outside):
         row, column = outside[0]
         raise InputError(
-            f"input_ids[{row}, {column}] is {ids[row, column]}: not in the vocabulary of {vocab_size} tokens "
+            f"input_ids[{row}, {column}] is {ids[row, column]}; the vocabulary has {vocab_size} tokens "
             f"(0 to {vocab_size - 1})"
         )
     return ids.astype(np.int64)
 
 
 def check_padding(attention_mask: npt.ArrayLike | None, batch: int, total: int) -> Bool[np.ndarray, "batch total"]:
-    """The padding mask over all tokens so far, as booleans; all true if none is given."""
+    """Return the padding mask over all tokens so far, as booleans; all true for None."""
     if attention_mask is None:
         return np.ones((batch, total), bool)
     mask = as_array(attention_mask, "attention_mask")
     if mask.shape != (batch, total):
         raise InputError(
-            f"attention_mask has shape {mask.shape}, but {(batch, total)} is needed: "
-            "one entry for each token so far, those in the cache included"
+            f"attention_mask has shape {mask.shape}; it must be {(batch, total)}: "
+            "one entry for each token so far, including those in the cache"
         )
     if not np.isin(mask, (0, 1)).all():
-        raise InputError("attention_mask may hold 1 (a token) and 0 (padding) only")
+        raise InputError("attention_mask may contain only 1 (a token) and 0 (padding)")
     return mask.astype(bool)
 
 
 def check_positions(
     position_ids: npt.ArrayLike | None, places: Int[np.ndarray, " seq"], batch: int, limit: int
 ) -> Positions:
-    """Rotary positions ``(batch, seq)``, the places if none are given; warns beyond the model's `limit`."""
+    """Return rotary positions ``(batch, seq)``, the places for None; warn beyond the model's `limit`."""
     positions = places[None] if position_ids is None else as_array(position_ids, "position_ids")
     if positions.dtype.kind not in "iu" or positions.shape not in ((batch, len(places)), (1, len(places))):
         raise InputError(
-            f"position_ids has shape {positions.shape} and dtype {positions.dtype}: "
-            f"whole numbers of shape {(batch, len(places))} are needed"
+            f"position_ids has shape {positions.shape} and dtype {positions.dtype}; "
+            f"it must be whole numbers of shape {(batch, len(places))}"
         )
     if (positions < 0).any():
         raise InputError("position_ids has a negative entry")
     if positions.max() >= limit:
         warnings.warn(
-            f"the sequence goes beyond max_position_embeddings ({limit}): "
-            "the model was not made for that many tokens, its predictions may degrade",
+            f"the sequence exceeds max_position_embeddings ({limit}): "
+            "the model was not designed for that many tokens, and its predictions may degrade",
             stacklevel=4,
         )
     return np.broadcast_to(positions, (batch, len(places)))
 
 
 def check_embeddings(inputs_embeds: npt.ArrayLike, hidden_size: int) -> Float[np.ndarray, "batch seq hidden"]:
-    """`inputs_embeds` as an array of numbers ``(batch, seq, hidden)``."""
+    """Return `inputs_embeds` as an array of numbers ``(batch, seq, hidden)``."""
     given = inputs_embeds if isinstance(inputs_embeds, Rounded) else as_array(inputs_embeds, "inputs_embeds")
     if given.dtype.kind != "f" or given.ndim != 3 or given.shape[2] != hidden_size or given.size == 0:
         raise InputError(
-            f"inputs_embeds has shape {given.shape} and dtype {given.dtype}: "
-            f"numbers of shape (batch, seq, {hidden_size}) are needed"
+            f"inputs_embeds has shape {given.shape} and dtype {given.dtype}; "
+            f"it must be numbers of shape (batch, seq, {hidden_size})"
         )
     return given
 
 
 def check_mask(mask: npt.ArrayLike, batch: int, seq: int, total: int, heads: int) -> Mask | Bias:
-    """A mask ``(batch, 1 or heads, seq, total)`` that a caller has made: true where a query may see a key, or numbers.
+    """Check a caller's mask ``(batch, 1 or heads, seq, total)``: true where a query may see a key, or numbers.
 
-    Numbers are added to the scores: 0 where a query may see a key, the lowest of the format where it may not.
+    Numbers are added to the scores: 0 where a query may see a key, the lowest number of the format where it may not.
     """
     given = mask if isinstance(mask, Rounded) else as_array(mask, "attention_mask")
     if given.ndim != 4 or given.dtype.kind not in "bf":
         raise InputError(
-            f"attention_mask has shape {given.shape} and dtype {given.dtype}: with four axes, it is a mask of "
-            "true and false or of numbers to add to the scores"
+            f"attention_mask has shape {given.shape} and dtype {given.dtype}; with four axes, it must hold "
+            "true and false, or numbers to add to the scores"
         )
     wanted = (batch, heads, seq, total)
     if any(length not in (1, full) for length, full in zip(given.shape[:2], wanted[:2], strict=True)) or (
         given.shape[2:] != wanted[2:]
     ):
         raise InputError(
-            f"attention_mask has shape {given.shape}: (batch, 1 or heads, seq, tokens so far) = "
-            f"{(batch, f'1 or {heads}', seq, total)} is needed"
+            f"attention_mask has shape {given.shape}; it must be (batch, 1 or heads, seq, tokens so far) = "
+            f"{(batch, f'1 or {heads}', seq, total)}"
         )
     if given.dtype.kind == "f" and (np.isnan(given).any() or (given == np.inf).any()):
-        raise InputError("attention_mask holds NaN or plus infinity: scores cannot be told apart after that is added")
+        raise InputError("attention_mask contains NaN or plus infinity, which would make the softmax NaN")
     blind = (given == -np.inf).all(axis=-1)
     if blind.any():
         row, head, query = np.argwhere(blind)[0]
         raise InputError(
-            f"attention_mask[{row}, {head}, {query}] is minus infinity for every key, which makes NaN of its softmax; "
+            f"attention_mask[{row}, {head}, {query}] is minus infinity for every key, which makes its softmax NaN; "
             f"use np.finfo(np.float32).min"
         )
     return np.broadcast_to(given, (batch, *given.shape[1:]), subok=True)
 
 
 def check_masks(attention_mask: Any, batch: int, seq: int, total: int, heads: int) -> Mapping[str, Mask | Bias] | None:
-    """Masks by type of layer, if that is what `attention_mask` is: one of four axes for all, or a mapping.
+    """Return masks by type of layer, if `attention_mask` has four axes or is a mapping; None otherwise.
 
     Each is ``(batch, 1 or heads, seq, total)``.
 
@@ -177,7 +177,7 @@ def check_masks(attention_mask: Any, batch: int, seq: int, total: int, heads: in
     if isinstance(attention_mask, Mapping):
         if set(attention_mask) != {SLIDING, FULL}:
             raise InputError(
-                f"attention_mask has the keys {sorted(attention_mask)}: {FULL!r} and {SLIDING!r} are needed"
+                f"attention_mask has the keys {sorted(attention_mask)}; they must be {FULL!r} and {SLIDING!r}"
             )
         return {kind: check_mask(mask, batch, seq, total, heads) for kind, mask in attention_mask.items()}
     if attention_mask is None or as_array(attention_mask, "attention_mask").ndim != 4:
@@ -188,9 +188,9 @@ def check_masks(attention_mask: Any, batch: int, seq: int, total: int, heads: in
 def packed_masks(
     position_ids: npt.ArrayLike, config: Gemma2Config
 ) -> Mapping[str, Bool[np.ndarray, "batch 1 seq seq"]] | None:
-    """Return masks that keep packed texts apart: each begins where a position is not one more than that before it.
+    """Return masks that separate packed texts; a text begins where a position is not the previous one plus 1.
 
-    None if every row is one text. Source: transformers ``find_packed_sequence_indices``.
+    Return None if every row is one text. Source: transformers ``find_packed_sequence_indices``.
 
     Examples
     --------
@@ -202,7 +202,7 @@ def packed_masks(
     """
     positions = as_array(position_ids, "position_ids")
     if positions.ndim != 2 or positions.size == 0 or positions.dtype.kind not in "iu":
-        return None  # which `check_positions` refuses
+        return None  # `check_positions` refuses these
     steps = np.diff(positions.astype(np.int64), axis=1)
     texts = np.pad(np.cumsum(steps != 1, axis=1), ((0, 0), (1, 0)))
     if not texts.any():
@@ -223,15 +223,15 @@ def check_inputs(
     seen: int = 0,
     inputs_embeds: npt.ArrayLike | None = None,
 ) -> Inputs:
-    """All inputs of one call, after `seen` tokens that are in the cache already.
+    """Check all inputs of one call, after `seen` tokens that are already in the cache.
 
     Raises
     ------
     InputError
-        Saying which input is wrong, where, and what is needed.
+        Naming the wrong input, the place, and the requirement.
     """
     if (input_ids is None) == (inputs_embeds is None):
-        raise InputError("give either input_ids or inputs_embeds, and only one of them")
+        raise InputError("pass either input_ids or inputs_embeds, not both or neither")
     tokens = None if input_ids is None else check_token_ids(input_ids, config.vocab_size)
     embeds = None if inputs_embeds is None else check_embeddings(inputs_embeds, config.hidden_size)
     batch, seq = (tokens if embeds is None else embeds).shape[:2]  # type: ignore[union-attr]  # one of them is there

@@ -1,7 +1,7 @@
-"""Attention, feed-forward and block: Gemma 2's layer. Checked against transformers 5.23 `Gemma2DecoderLayer` (eager)
-on recorded tensors, every one of those named here.
+"""Attention, feed-forward and block: Gemma 2's layer. Checked against transformers 5.23 `Gemma2DecoderLayer` (eager) on
+recordings of every tensor named here.
 
-Each function returns a record of all it computed, in the order of computation. The records are the names of the trace:
+Each function returns a record of all its results, in the order of computation. The records give the names of the trace:
 ``run.layers[3].attention.probs`` in Python is ``layers.3.attention.probs`` in a file.
 """
 
@@ -20,35 +20,35 @@ from refgemma.weights.parameters import LayerWeights
 
 @dataclass(frozen=True)
 class Attention:
-    """The result of `attention`, with every step."""
+    """Every step of `attention`."""
 
     q: Heads
     k: KVHeads
     v: KVHeads
-    q_rot: Heads  # turned by their positions
+    q_rot: Heads  # rotated by their positions
     k_rot: KVHeads
     scores: Scores  # scaled
     capped: Scores  # soft-capped, not yet masked
     probs: Scores
     mixed: Merged  # values weighted by probs, heads side by side
     out: Hidden
-    present: LayerCache  # the keys and values that were looked at: not traced, but the next step's past
+    present: LayerCache  # the keys and values of this call and the past; not traced: the past of the next call
 
 
 @dataclass(frozen=True)
 class FeedForward:
-    """The result of `feed_forward`, with every step."""
+    """Every step of `feed_forward`."""
 
     gate: Intermediate
     up: Intermediate
-    gelu: Intermediate  # or what another activation makes of gate
+    gelu: Intermediate  # or another activation of gate
     product: Intermediate
     out: Hidden
 
 
 @dataclass(frozen=True)
 class Block:
-    """The result of `block`, with every step. The norms have the names of their weights."""
+    """Every step of `block`. The norms have the names of their weights."""
 
     input_layernorm: Hidden
     attention: Attention
@@ -61,12 +61,12 @@ class Block:
 
 
 def split_heads(x: Float[np.ndarray, "batch seq width"], head_dim: int) -> Array:
-    """``(batch, seq, heads * head_dim)`` -> ``(batch, heads, seq, head_dim)``."""
+    """Reshape ``(batch, seq, heads * head_dim)`` to ``(batch, heads, seq, head_dim)``."""
     return x.reshape(*x.shape[:2], -1, head_dim).swapaxes(1, 2)
 
 
 def merge_heads(x: Heads) -> Array:
-    """``(batch, heads, seq, head_dim)`` -> ``(batch, seq, heads * head_dim)``."""
+    """Reshape ``(batch, heads, seq, head_dim)`` to ``(batch, seq, heads * head_dim)``."""
     swapped = x.swapaxes(1, 2)
     return swapped.reshape(*swapped.shape[:2], -1)
 
@@ -77,20 +77,21 @@ def attention(
 ) -> Attention:  # fmt: skip
     """Mix the values of all visible tokens: ``softmax(mask(cap(scale * q k^T))) v``, projected back to ``hidden``.
 
-    Each operation rounds as `refgemma.ops` says, the mixing of values once. Source: transformers ``Gemma2Attention``.
+    Each operation rounds as documented in `refgemma.ops`; mixing the values rounds once. Source: transformers
+    ``Gemma2Attention``.
 
     Parameters
     ----------
     x : (batch, seq, hidden)
-        The normed residual stream.
+        The residual stream after its norm.
     weights : LayerWeights
-        Of these, the four projections and their biases.
+        Only the four projections and their biases are used.
     past : LayerCache
         Keys and values of the tokens before this call.
     cos, sin : (batch, 1, seq, head_dim)
         From `rotary_tables`.
     mask : (batch, 1 or heads, seq, keys)
-        True where a query may see a key; ``keys`` counts the past, then this call.
+        True where a query may see a key; ``keys`` are those of the past, then those of this call.
     scale, cap : float
         ``query_pre_attn_scalar ** -0.5`` (not ``head_dim ** -0.5``) and the cap of the scores.
     bias : (batch, 1 or heads, seq, keys), optional
@@ -120,9 +121,9 @@ def attention(
 
 
 def feed_forward(x: Hidden, weights: LayerWeights, activation: Activation) -> FeedForward:
-    """The gated feed-forward layer: ``down(gelu(gate(x)) * up(x))``; `activation` is `gelu_tanh` in Gemma 2.
+    """Compute the gated feed-forward layer: ``down(gelu(gate(x)) * up(x))``; `activation` is `gelu_tanh` in Gemma 2.
 
-    One rounding an operation in half precision. Source: transformers ``Gemma2MLP``; Shazeer 2020, arXiv:2002.05202.
+    In half precision each operation rounds once. Source: transformers ``Gemma2MLP``; Shazeer 2020, arXiv:2002.05202.
     """
     gate = linear(x, weights.gate_proj)
     up = linear(x, weights.up_proj)
@@ -136,12 +137,13 @@ def block(
     hidden: Hidden, weights: LayerWeights, *, past: LayerCache, cos: RotaryTable, sin: RotaryTable, mask: Mask,
     scale: float, cap: float | None, activation: Activation, eps: float, bias: Bias | None = None,
 ) -> Block:  # fmt: skip
-    """One layer: ``middle = hidden + norm(attention(norm(hidden)))``, ``out = middle + norm(mlp(norm(middle)))``.
+    """Compute one layer: ``middle = hidden + norm(attention(norm(hidden)))``, ``out = middle +
+    norm(mlp(norm(middle)))``.
 
-    Four norms, one before and one after each half. Despite its name, ``post_attention_layernorm`` here comes right
-    after attention and before the sum; in Llama a norm of that name feeds the feed-forward layer.
-    The arguments are those of `attention` and `feed_forward`; `eps` is that of the norms. In half precision each sum is
-    one rounding. Source: transformers ``Gemma2DecoderLayer``.
+    There are four norms, one before and one after each half. ``post_attention_layernorm`` comes right after attention
+    and before the sum; in Llama the norm of that name feeds the feed-forward layer. The arguments are those of
+    `attention` and `feed_forward`; `eps` is for the norms. In half precision each sum rounds once. Source: transformers
+    ``Gemma2DecoderLayer``.
     """
     input_layernorm = rms_norm(hidden, weights.input_layernorm, eps)
     attended = attention(

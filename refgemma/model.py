@@ -23,7 +23,7 @@ from refgemma.weights.parameters import Rows, Weights, row_pieces
 
 @dataclass(frozen=True)
 class Forward:
-    """The result of `forward`, with every step in order; `refgemma.trace.names` gives it as named tensors."""
+    """Every step of `forward`, in order; `refgemma.trace.names` returns it as named tensors."""
 
     cos: RotaryTable
     sin: RotaryTable
@@ -32,7 +32,7 @@ class Forward:
     norm: Hidden
     raw_logits: Logits  # before the cap
     logits: Logits
-    cache: Cache  # not traced: what the next call continues from
+    cache: Cache  # not traced: the next call continues from it
 
 
 def embedding_scale(hidden_size: int, like: Array) -> Array:
@@ -48,10 +48,10 @@ def embedding_scale(hidden_size: int, like: Array) -> Array:
 
 
 def embed(input_ids: TokenIds, embed_tokens: Rows) -> Hidden:
-    """Look the tokens up and scale: ``embed_tokens[id] * sqrt(hidden)``.
+    """Look up the rows of the tokens and scale them: ``embed_tokens[id] * sqrt(hidden)``.
 
-    The factor is rounded to the precision of the weights first, see `embedding_scale`.
-    Source: transformers ``Gemma2TextScaledWordEmbedding``.
+    The factor is first rounded to the precision of the weights, see `embedding_scale`. Source: transformers
+    ``Gemma2TextScaledWordEmbedding``.
 
     Examples
     --------
@@ -66,9 +66,9 @@ def embed(input_ids: TokenIds, embed_tokens: Rows) -> Hidden:
 def unembed(norm: Hidden, embed_tokens: Rows) -> Logits:
     """Score every token of the vocabulary: ``norm @ embed_tokens.T``.
 
-    The head is tied: the table that embeds the tokens also scores them. It is read a piece at a time, which changes no
-    sum. One rounding in half precision.
-    Source: transformers ``Gemma2ForCausalLM``; Press and Wolf 2016, arXiv:1608.05859.
+    The head is tied: the table that embeds the tokens also scores them. It is read one piece at a time, which changes
+    no sum. In half precision each score rounds once. Source: transformers ``Gemma2ForCausalLM``; Press and Wolf 2016,
+    arXiv:1608.05859.
 
     Examples
     --------
@@ -79,7 +79,7 @@ def unembed(norm: Hidden, embed_tokens: Rows) -> Logits:
 
 
 def layer_mask(layer: int, past: LayerCache, inputs: Inputs, config: Gemma2Config) -> Mask:
-    """Return what the queries may see in `layer`: causal, in its window, and no padding; or what the caller says."""
+    """Return the mask of `layer`: causal, in its window and without padding; or the caller's own mask."""
     if inputs.masks is not None:
         return inputs.masks[SLIDING if config.is_sliding(layer) else FULL][..., past.start :]
     k_places = np.arange(past.start, inputs.places[-1] + 1)
@@ -92,13 +92,13 @@ def layer_mask(layer: int, past: LayerCache, inputs: Inputs, config: Gemma2Confi
 
 
 def layer_bias(layer: int, past: LayerCache, inputs: Inputs, config: Gemma2Config) -> Bias | None:
-    """Return what is added to the scores of `layer`, if the caller hands in a mask of numbers."""
+    """Return the numbers to add to the scores of `layer`, if the caller passes a mask of numbers."""
     bias = (inputs.biases or {}).get(SLIDING if config.is_sliding(layer) else FULL)
     return None if bias is None else bias[..., past.start :]
 
 
 def next_past(layer: int, record: Block, config: Gemma2Config) -> LayerCache:
-    """Return the memory of `layer`: everything, or in a sliding layer what the next query can still see."""
+    """Return the cache of `layer`: all keys and values, or in a sliding layer those that the next query can see."""
     present = record.attention.present
     return keep_last(present, config.sliding_window - 1) if config.is_sliding(layer) else present
 
@@ -116,16 +116,16 @@ def check_call(
     input_ids: npt.ArrayLike | None, weights: Weights, config: Gemma2Config, *, cache: Cache | None = None,
     **given: Any,
 ) -> tuple[Inputs, Cache]:  # fmt: skip
-    """Check the arguments of `forward`; return them as arrays, and the cache to go on from."""
+    """Check the arguments of `forward`; return them as arrays, and the cache to continue from."""
     inputs = check_inputs(input_ids, config, seen=cache[0].stop if cache else 0, **given)
     return inputs, check_cache(cache, config, batch=len(inputs.positions), like=weights.norm)
 
 
 def embed_inputs(inputs: Inputs, weights: Weights) -> Hidden:
-    """Embed the tokens of a call; embeddings of the caller's own are not scaled."""
+    """Embed the tokens of a call; embeddings that the caller passes are not scaled."""
     if inputs.embeds is not None:
         return narrow(inputs.embeds, like=weights.norm)
-    assert inputs.tokens is not None  # `check_inputs` has seen to it
+    assert inputs.tokens is not None  # `check_inputs` ensures it
     return embed(inputs.tokens, weights.embed_tokens)
 
 
@@ -133,7 +133,7 @@ def run_block(
     hidden: Hidden, weights: Weights, config: Gemma2Config, *, layer: int, inputs: Inputs, past: LayerCache,
     cos: RotaryTable, sin: RotaryTable,
 ) -> Block:  # fmt: skip
-    """Run `block` with the weights, the mask and the numbers of `layer`."""
+    """Run `block` with the weights, the mask and the configuration of `layer`."""
     return block(
         hidden, weights.layers[layer], past=past, cos=cos, sin=sin, mask=layer_mask(layer, past, inputs, config),
         scale=config.attention_scale, cap=config.attn_logit_softcapping, activation=config.activation,
@@ -142,7 +142,7 @@ def run_block(
 
 
 def head_table(weights: Weights, config: Gemma2Config) -> Rows:
-    """Return the table that scores the tokens: the one that embeds them, unless the head is untied.
+    """Return the table that scores the tokens: the embedding table, unless the head is untied.
 
     Raises
     ------
@@ -150,14 +150,15 @@ def head_table(weights: Weights, config: Gemma2Config) -> Rows:
         If the head is untied and missing.
     """
     if weights.lm_head is None and not config.tie_word_embeddings:
-        raise InputError("these weights have no head: lm_head.weight is missing, and tie_word_embeddings is false")
+        raise InputError("lm_head.weight is missing from the weights, and tie_word_embeddings is false")
     return weights.head
 
 
 def head(norm: Hidden, weights: Weights, config: Gemma2Config) -> tuple[Logits, Logits]:
-    """Return the logits of the normed residual stream, before and after the final cap.
+    """Return the logits before and after the final cap, from the residual stream after the final norm.
 
-    ``z = norm @ head.T`` and `soft_cap` of it, rounded as these two are. Source: transformers ``Gemma2ForCausalLM``.
+    They are ``z = norm @ head.T`` and ``soft_cap(z)``, with the roundings of these two operations. Source: transformers
+    ``Gemma2ForCausalLM``.
 
     Raises
     ------
@@ -179,30 +180,31 @@ def forward(
     input_ids : int array (batch, seq)
         Token ids.
     weights : Weights
-        Their precision is the precision of the computation.
+        Their precision is that of the computation.
     config : Gemma2Config
-        The model's numbers.
+        The model's configuration.
     attention_mask : array, optional
-        0 and 1, of shape ``(batch, tokens so far)``: 0 marks padding, on either side. Default: no padding. Or a mask of
-        one's own in place of the causal and sliding ones, see `refgemma.inputs.check_masks`.
+        0 and 1, of shape ``(batch, tokens so far)``: 0 marks padding, on either side. Default: no padding. Or your own
+        mask in place of the causal and sliding ones, see `refgemma.inputs.check_masks`.
     position_ids : int array (batch, seq), optional
-        Positions for the rotary angles; by default each token's place in its row, padding counted, as in transformers.
+        Positions for the rotary angles; by default each token's place in its row, including padding, as in
+        transformers.
     cache : Cache, optional
-        ``Forward.cache`` of an earlier call, which this one continues. It is not changed.
+        ``Forward.cache`` of an earlier call, which this call continues. It is not changed.
     inputs_embeds : array (batch, seq, hidden), optional
-        In place of `input_ids`: what the blocks begin with. Not scaled by ``sqrt(hidden)``, as in transformers 5.x; in
-        4.x they were.
+        The input of the first block, in place of `input_ids`. It is not scaled by ``sqrt(hidden)``, as in transformers
+        5.x; 4.x scaled it.
 
     Returns
     -------
     Forward
-        All tensors, in order; ``.logits`` has shape ``(batch, seq, vocab)``. Rows of padding tokens are computed and
-        mean nothing.
+        All tensors, in order; ``.logits`` has shape ``(batch, seq, vocab)``. Rows of padding tokens are computed but
+        meaningless.
 
     Raises
     ------
     InputError
-        For ids, masks, positions or a cache that do not fit, naming the place.
+        For ids, masks, positions or a cache that do not fit; the message names the place.
 
     Examples
     --------
@@ -236,12 +238,12 @@ def forward(
     )  # fmt: skip
 
 
-# --- the same, one block in memory ------------------------------------------------------------------------------------
+# --- the same with one block in memory --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Start:
-    """The input of the first block of a call, and what all its blocks share."""
+    """The input of the first block of a call, and the inputs that all blocks share."""
 
     inputs: Inputs
     past: Cache
@@ -253,7 +255,7 @@ class Start:
 def begin(
     input_ids: npt.ArrayLike | None, weights: Weights, config: Gemma2Config, **given: Unpack[Given]
 ) -> Start:  # fmt: skip
-    """Do what `forward` does before its first block, with its arguments."""
+    """Do the steps of `forward` before the first block, with its arguments."""
     inputs, past = check_call(input_ids, weights, config, **given)
     embedded = embed_inputs(inputs, weights)
     cos, sin = rotary_tables(inputs.positions, config.head_dim, config.rope_theta, like=embedded)
@@ -261,10 +263,10 @@ def begin(
 
 
 def blocks(start: Start, weights: Weights, config: Gemma2Config) -> Iterator[Block]:
-    """Run the blocks one after the other, yielding the record of each; nothing is kept here.
+    """Run the blocks one after the other and yield the record of each; no record is kept here.
 
-    A caller that drops each record (``del record``) before it asks for the next runs a model of any depth in the memory
-    of one block. `enumerate` and `zip` hold what they gave last: count by hand.
+    A caller that deletes each record (``del record``) before the next one runs a model of any depth in the memory of
+    one block. `enumerate` and `zip` keep their last item, so count by hand.
     """
     hidden = start.embedded
     for layer, past in enumerate(start.past):
@@ -277,7 +279,7 @@ def blocks(start: Start, weights: Weights, config: Gemma2Config) -> Iterator[Blo
 
 
 def reference_outputs(start: Start, weights: Weights, config: Gemma2Config) -> Iterator[tuple[Hidden, LayerCache]]:
-    """Yield what each block makes of the residual stream, and what it has to remember."""
+    """Yield the output of each block, and its cache."""
     layer = 0
     for record in blocks(start, weights, config):
         yield record.out, next_past(layer, record, config)
@@ -288,9 +290,9 @@ def reference_outputs(start: Start, weights: Weights, config: Gemma2Config) -> I
 def next_token_logits(
     input_ids: npt.ArrayLike | None, weights: Weights, config: Gemma2Config, **given: Unpack[Given]
 ) -> tuple[Logits, Cache]:  # fmt: skip
-    """Return the logits ``(batch, 1, vocab)`` after the last token, and the cache to go on from.
+    """Return the logits ``(batch, 1, vocab)`` after the last token, and the cache to continue from.
 
-    `forward` for decoding, with its arguments, one block in memory.
+    This is `forward` for decoding, with the same arguments and one block in memory.
 
     Examples
     --------

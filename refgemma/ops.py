@@ -1,8 +1,8 @@
-"""The operations of Gemma 2, one idea each. Checked against torch 2.13 / transformers 5.23 (eager), operation by
-operation, in float32, bfloat16 and float16; where a rounding is a choice, the comment says what the others do.
+"""The operations of Gemma 2, one function each. Checked against torch 2.13 / transformers 5.23 (eager), operation by
+operation, in float32, bfloat16 and float16. If implementations round at different places, a comment names the others.
 
-An operation receives arrays and numbers, never a configuration. Half precision needs no mention except where PyTorch
-itself widens: see `refgemma.precision`.
+An operation takes arrays and numbers, never a configuration. The code mentions half precision only where PyTorch itself
+widens: see `refgemma.precision`.
 """
 
 import math
@@ -21,8 +21,8 @@ def linear(
 ) -> Float[np.ndarray, "*batch out"]:
     """Project: ``y[..., o] = sum_i x[..., i] * weight[o, i] + bias[o]``, with the weight as the checkpoint stores it.
 
-    In half precision the sum is taken in float32, the bias included, and rounded once.
-    Source: ``torch.nn.functional.linear``.
+    In half precision the sum, including the bias, is computed in float32 and rounded once. Source:
+    ``torch.nn.functional.linear``.
 
     Examples
     --------
@@ -40,9 +40,9 @@ def rms_norm(
 ) -> Float[np.ndarray, "*batch hidden"]:
     """Divide by the root mean square, then scale: ``y = x / sqrt(mean(x**2) + eps) * (1 + weight)``.
 
-    The stored weight is an offset from one. Everything happens in (at least) float32 and is rounded once, at the very
-    end: Llama rounds before multiplying by the weight, Gemma after.
-    Source: transformers ``Gemma2RMSNorm``; Zhang and Sennrich 2019, arXiv:1910.07467.
+    The stored weight is an offset from one. All steps use (at least) float32, and the result is rounded once, at the
+    very end: Llama rounds before multiplying by the weight, Gemma after. Source: transformers ``Gemma2RMSNorm``; Zhang
+    and Sennrich 2019, arXiv:1910.07467.
 
     Examples
     --------
@@ -58,10 +58,9 @@ def rms_norm(
 def inverse_frequencies(head_dim: int, theta: float) -> Float[np.ndarray, " half"]:
     """Return the angle from one position to the next, for each pair of a head: ``theta ** (-2 i / head_dim)``.
 
-    They are float32 in every precision: that is part of the model, since at position 8192 another rounding of the
-    frequencies moves the cosine by 1e-3. Hence ``float32(1) / float32(float64 power)``, which agrees with torch; a
-    float32 power is an ulp off in many entries.
-    Source: transformers ``Gemma2RotaryEmbedding``.
+    They are float32 in every precision. This is part of the model: at position 8192, another rounding of the
+    frequencies changes the cosine by 1e-3. So the formula is ``float32(1) / float32(float64 power)``, which agrees with
+    torch; a float32 power differs by an ulp in many entries. Source: transformers ``Gemma2RotaryEmbedding``.
 
     Examples
     --------
@@ -74,19 +73,19 @@ def inverse_frequencies(head_dim: int, theta: float) -> Float[np.ndarray, " half
 
 
 def rotary_tables(positions: Positions, head_dim: int, theta: float, like: Array) -> tuple[RotaryTable, RotaryTable]:
-    """Return cosines and sines of the angles ``position * inverse_frequency[i]``, which tell where a token stands.
+    """Return cosines and sines of the angles ``position * inverse_frequency[i]``, which encode the position of a token.
 
-    A query and a key are turned by the angles of their positions (see `rotate`), so that their product depends on how
-    far apart they are. Each angle ``i`` turns a pair of numbers, one in either half of a head, and so stands in the
-    table twice: at ``i`` and at ``i + head_dim / 2``.
+    A query and a key are rotated by the angles of their positions (see `rotate`), so their product depends on the
+    distance between them. Each angle ``i`` rotates a pair of numbers, one in each half of a head. So it is in the table
+    twice: at ``i`` and at ``i + head_dim / 2``.
 
-    The angles are float32 in every precision, like `inverse_frequencies`; the tables come in the precision of `like`.
+    The angles are float32 in every precision, like `inverse_frequencies`; the tables have the precision of `like`.
     Source: transformers ``Gemma2RotaryEmbedding``; Su et al. 2021, arXiv:2104.09864.
 
     Returns
     -------
     cos, sin : arrays of shape ``(batch, 1, seq, head_dim)``
-        The axis of length 1 stands for the heads, which all turn alike.
+        The axis of length 1 is for the heads, which all have the same angles.
 
     Examples
     --------
@@ -104,10 +103,10 @@ def rotary_tables(positions: Positions, head_dim: int, theta: float, like: Array
 def rotate(
     x: Float[np.ndarray, "batch any_heads seq head_dim"], cos: RotaryTable, sin: RotaryTable
 ) -> Float[np.ndarray, "batch any_heads seq head_dim"]:
-    """Turn each pair ``(x[i], x[i + head_dim/2])`` by its angle: ``x * cos + (-second half, first half) * sin``.
+    """Rotate each pair ``(x[i], x[i + head_dim/2])`` by its angle: ``x * cos + (-second half, first half) * sin``.
 
-    Pairs lie half a head apart, not side by side. In half precision three roundings: two products and their sum.
-    Source: transformers ``apply_rotary_pos_emb``.
+    The two numbers of a pair are half a head apart, not side by side. Half precision has three roundings: two products
+    and their sum. Source: transformers ``apply_rotary_pos_emb``.
 
     Examples
     --------
@@ -123,9 +122,9 @@ def rotate(
 def repeat_kv(x: Float[np.ndarray, "batch kv_heads keys head_dim"], groups: int) -> Array:
     """Give every query head its key/value head: query head ``h`` uses key/value head ``h // groups``.
 
-    `groups` is the number of query heads that share one key/value head, 2 in every released Gemma 2.
-    Each head is repeated in place (0, 0, 1, 1), not tiled (0, 1, 0, 1). Nothing is rounded.
-    Source: transformers ``repeat_kv``; Ainslie et al. 2023, arXiv:2305.13245.
+    `groups` is the number of query heads that share one key/value head, 2 in every released Gemma 2. Heads are repeated
+    in place (0, 0, 1, 1), not tiled (0, 1, 0, 1). Nothing is rounded. Source: transformers ``repeat_kv``; Ainslie et
+    al. 2023, arXiv:2305.13245.
 
     Examples
     --------
@@ -136,10 +135,10 @@ def repeat_kv(x: Float[np.ndarray, "batch kv_heads keys head_dim"], groups: int)
 
 
 def soft_cap(x: Float[np.ndarray, "*shape"], cap: float | None) -> Float[np.ndarray, "*shape"]:
-    """Bend towards plus and minus `cap`: ``cap * tanh(x / cap)``; with ``None`` nothing is done.
+    """Limit smoothly to plus and minus `cap`: ``cap * tanh(x / cap)``; with ``None``, return `x` unchanged.
 
-    In half precision three roundings, as PyTorch launches three kernels. Scores are capped *before* they are masked:
-    afterwards, the minus infinity of a masked key would become ``-cap`` and let it through.
+    Half precision has three roundings, because PyTorch launches three kernels. Scores are capped *before* they are
+    masked. After masking, the minus infinity of a masked key would become ``-cap``, and the key would be visible.
     Source: transformers ``eager_attention_forward`` and ``Gemma2ForCausalLM``; Bello et al. 2016, arXiv:1611.09940.
 
     Examples
@@ -155,9 +154,9 @@ def attention_scores(
 ) -> Scores:
     """Score how well each query matches each key: ``scale * (q . k)``.
 
-    The product is scaled, not the query, as in transformers; others scale the query first, which in half precision is
-    another rounding.
-    Source: transformers ``eager_attention_forward``; Vaswani et al. 2017, arXiv:1706.03762.
+    The product is scaled, not the query, as in transformers. Other implementations scale the query first, which rounds
+    differently in half precision. Source: transformers ``eager_attention_forward``; Vaswani et al. 2017,
+    arXiv:1706.03762.
 
     Examples
     --------
@@ -169,10 +168,10 @@ def attention_scores(
 
 
 def causal_mask(q_places: Int[np.ndarray, " seq"], k_places: Int[np.ndarray, " keys"]) -> Bool[Array, "seq keys"]:
-    """Tell which keys a query may see in a full layer: those at its own place or before, ``k <= q``.
+    """Return the mask of a full layer: a query may see keys at its own place or before, ``k <= q``.
 
-    A place counts all tokens of a sequence from its first, padding included, so that prefill, a prompt in pieces and
-    decoding are one case, with different places. Source: transformers ``masking_utils.causal_mask_function``.
+    A place counts all tokens of a sequence from the first, including padding. So prefill, a prompt in pieces and
+    decoding are the same case, with different places. Source: transformers ``masking_utils.causal_mask_function``.
 
     Examples
     --------
@@ -186,7 +185,7 @@ def causal_mask(q_places: Int[np.ndarray, " seq"], k_places: Int[np.ndarray, " k
 def sliding_mask(
     q_places: Int[np.ndarray, " seq"], k_places: Int[np.ndarray, " keys"], window: int
 ) -> Bool[Array, "seq keys"]:
-    """Tell which keys a query may see in a sliding layer: the last `window`, with its own, ``q - window < k <= q``.
+    """Return the mask of a sliding layer: a query may see the last `window` keys, ``q - window < k <= q``.
 
     Source: transformers ``masking_utils.sliding_window_overlay``; Beltagy et al. 2020, arXiv:2004.05150.
 
@@ -202,13 +201,12 @@ def sliding_mask(
 
 
 def softmax(scores: Scores, mask: Mask) -> Scores:
-    """Weights over the visible keys: ``p[j] = exp(s[j]) / sum_k exp(s[k])``, and 0 where the mask is false.
+    """Return weights over the visible keys: ``p[j] = exp(s[j]) / sum_k exp(s[k])``, and 0 where the mask is false.
 
-    Computed in (at least) float32 and rounded once. A query that may see no key at all, which only a padding token
-    can be, weighs all keys alike; no real token looks at a padding token, so its row reaches no result. PyTorch's
-    arithmetic gives the same in float32 and bfloat16; in float16 it gives other weights and in float64 NaN, so compare
-    only the rows of real tokens.
-    Source: transformers ``eager_attention_forward``.
+    Computed in (at least) float32 and rounded once. Only the query of a padding token may see no key at all; it then
+    weighs all keys equally. No real token looks at a padding token, so this row affects no result. PyTorch's arithmetic
+    gives the same in float32 and bfloat16, but other weights in float16 and NaN in float64. So compare only the rows of
+    real tokens. Source: transformers ``eager_attention_forward``.
 
     Examples
     --------
@@ -216,7 +214,7 @@ def softmax(scores: Scores, mask: Mask) -> Scores:
     array([[1. , 0. ],
            [0.5, 0.5]])
     """
-    # The lowest finite number, not minus infinity: a row without any visible key would give NaN.
+    # The lowest finite number, not minus infinity: a row without visible keys would become NaN.
     lowest = np.finfo(scores.dtype).min
     masked = np.where(mask, wide(scores), lowest)
     exponentials = np.exp(masked - np.max(masked, axis=-1, keepdims=True))  # the largest is 1: no overflow
@@ -224,10 +222,10 @@ def softmax(scores: Scores, mask: Mask) -> Scores:
 
 
 def gelu_tanh(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
-    """The tanh form of GELU: ``0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x**3)))``.
+    """Compute the tanh form of GELU: ``0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x**3)))``.
 
-    Not the exact form with the error function, which differs by up to 5e-4. One rounding in half precision.
-    Source: ``torch.nn.functional.gelu(approximate="tanh")``; Hendrycks and Gimpel 2016, arXiv:1606.08415.
+    The exact form with the error function differs by up to 5e-4. Half precision has one rounding. Source:
+    ``torch.nn.functional.gelu(approximate="tanh")``; Hendrycks and Gimpel 2016, arXiv:1606.08415.
 
     Examples
     --------
@@ -235,8 +233,8 @@ def gelu_tanh(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
     array([-0.1588,  0.    ,  0.8412])
     """
     x_wide = wide(x)
-    cube = x_wide * x_wide * x_wide  # x**3 calls pow: twelve times slower, and no more exact
+    cube = x_wide * x_wide * x_wide  # x**3 calls pow: twelve times slower, and not more exact
     inner = math.sqrt(2 / math.pi) * (x_wide + 0.044715 * cube)
-    # In 1 + tanh all digits but the last cancel for x below -3, so that the last must be right: hence float64.
+    # For x below -3, all digits but the last cancel in 1 + tanh. The last one must be right, so tanh uses float64.
     tanh = np.tanh(inner.astype(np.float64)).astype(x_wide.dtype)
     return narrow(0.5 * x_wide * (1 + tanh), like=x)

@@ -1,12 +1,12 @@
 """Rounding to half precision: `BF16` and `F16` arrays, `wide` and `narrow`. Checked bit for bit against torch 2.13.
 
-The rule that the rest of the package follows: **one PyTorch kernel is one rounding**. A kernel, one operation that
-PyTorch starts, widens half-precision inputs to float32, computes, and rounds its result once. So an array here holds
-float32 numbers that all lie on the grid of the half-precision format, and each NumPy operation on it rounds its result
-back onto that grid. Layer code then reads the same in every precision, and says `wide` and `narrow` only where PyTorch
-says ``.float()`` and ``.type_as(x)``.
+The rest of the package follows one rule: **one PyTorch kernel is one rounding**. A kernel is one operation that PyTorch
+starts. It widens half-precision inputs to float32, computes, and rounds its result once. So an array here holds float32
+numbers that all lie on the grid of the half-precision format, and each NumPy operation on it rounds its result to that
+grid. Layer code is then the same in every precision. It calls `wide` and `narrow` only where PyTorch calls ``.float()``
+and ``.type_as(x)``.
 
-Arrays of ml_dtypes' own ``bfloat16`` are never computed with: ``bf16 * 0.1`` and ``bf16 @ bf16`` silently become
+Arrays of ml_dtypes' own ``bfloat16`` are not used for computation: ``bf16 * 0.1`` and ``bf16 @ bf16`` silently become
 float32 there, and sums accumulate in bf16.
 """
 
@@ -16,29 +16,29 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]  # not npt.NDArray: since NumPy 2.5 that is no class
+Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]  # not npt.NDArray, which is not a class since NumPy 2.5
 
 
 class Rounded(np.ndarray[Any, np.dtype[Any]]):
     """float32 numbers on the grid of a 16-bit format; results of operations are rounded to nearest, ties to even.
 
-    With an ordinary floating-point array of at least one axis the result is an ordinary, wider array, as PyTorch
-    promotes; Python numbers do not widen. Use `bf16` or `f16` to make one.
+    An operation with an ordinary floating-point array of at least one axis returns an ordinary, wider array, as in
+    PyTorch. Python numbers do not widen. Use `bf16` or `f16` to make a rounded array.
 
-    What NumPy writes into such an array is rounded as well: by an assignment, by ``out=``, by `numpy.copyto`,
-    ``np.add.at`` and all others of its functions, and by the array's own methods. The methods that would write bytes
-    instead of numbers are refused (`byteswap`, `setfield`), and so is writing through ``.flat``. What asks no array
-    before it writes into its memory cannot be seen: an ordinary view (`numpy.asarray`, ``.data``), `numpy.nditer`, and
-    ``out=`` of a random generator.
+    Numbers that NumPy writes into such an array are rounded too: by an assignment, ``out=``, `numpy.copyto`,
+    ``np.add.at``, all its other functions, and the array's own methods. Methods that would write bytes instead of
+    numbers are refused (`byteswap`, `setfield`), and so is writing through ``.flat``. Code that writes into the memory
+    directly cannot be detected: an ordinary view (`numpy.asarray`, ``.data``), `numpy.nditer`, and ``out=`` of a random
+    generator.
     """
 
     grid: ClassVar[npt.DTypeLike]
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, out: Any = None, **kwargs: Any) -> Any:
-        """Compute in float32, then round once; what is computed in place is rounded in place."""
+        """Compute in float32, then round once; in-place operations round in place."""
         new = (
             {} if out is None else {"out": (None,) * ufunc.nout if ufunc.nout > 1 else None}
-        )  # computed apart, then rounded into `out`
+        )  # computed separately, then rounded into `out`
         result = getattr(ufunc, method)(*plain(inputs), **plain(kwargs), **new)
         if method == "at":
             return _round_in_place(inputs)
@@ -53,52 +53,52 @@ class Rounded(np.ndarray[Any, np.dtype[Any]]):
         return returned if isinstance(rounded, tuple) else returned[0]
 
     def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        """Without this, concatenate, where, stack and einsum would return ordinary arrays and lose the rounding."""
+        """Round the results of concatenate, where, stack, einsum and the like, which would else be ordinary arrays."""
         given, views = (*args, *kwargs.values()), dict[int, Any]()
         result = func(*plain(args, views), **plain(kwargs, views))
-        if result is None or id(result) in views:  # written into what was given
+        if result is None or id(result) in views:  # written into an argument
             _round_in_place(given)
             return result if result is None else views[id(result)][1]
         return self._rounded(result, given)
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        """Round what is put into the array."""
+        """Round the assigned values."""
         plain(self)[plain(key)] = plain(_onto_grid(plain(value), type(self)))
 
     def astype(self, dtype: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return an ordinary array of another format: this is how to leave the grid."""
+        """Return an ordinary array of another format; this leaves the grid."""
         return self.view(np.ndarray).astype(dtype, *args, **kwargs)
 
     def fill(self, value: Any) -> None:
-        """Round `value`, and put it everywhere."""
+        """Round `value`, and set every element to it."""
         self[...] = value
 
     @property
     def flat(self) -> Any:
-        """All numbers one after the other, to be read only; write with ``x[...] = values``."""
+        """All numbers one after the other, read-only; write with ``x[...] = values``."""
         numbers = self.view(np.ndarray)
         numbers.flags.writeable = False
         return numbers.flat
 
-    @property  # type: ignore[misc]  # not to be assigned to: that would round nothing
+    @property  # type: ignore[misc]  # assigning to it is not allowed: that would not round
     def real(self) -> Any:
         """The array itself."""
         return self
 
     def byteswap(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse: other bytes are other numbers, off the grid; so does `setfield`.
+        """Refuse to change bytes, because the new numbers would be off the grid; so does `setfield`.
 
         Raises
         ------
         TypeError
             Always.
         """
-        raise TypeError("the bytes of a rounded array are not to be changed: use x[...] = values, or x.astype()")
+        raise TypeError("the bytes of a rounded array cannot be changed; use x[...] = values, or x.astype()")
 
     setfield = byteswap
 
     def compress(self, condition: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call `numpy.compress`, which rounds what it writes into another array."""
+        """Call `numpy.compress`, which rounds the numbers that it writes into another array."""
         return np.compress(condition, self, *args, **kwargs)
 
     def _rounded(self, result: Any, inputs: tuple[Any, ...]) -> Any:
@@ -110,7 +110,7 @@ class Rounded(np.ndarray[Any, np.dtype[Any]]):
 
 
 def _by_function(name: str) -> Any:
-    """Return a method that calls the NumPy function of its name, which computes in float32 and rounds once."""
+    """Return a method that calls the NumPy function of this name, which computes in float32 and rounds once."""
 
     def method(self: Rounded, *args: Any, **kwargs: Any) -> Any:
         return getattr(np, name)(self, *args, **kwargs)
@@ -119,7 +119,7 @@ def _by_function(name: str) -> Any:
     return method
 
 
-# As methods these would round after each of their own steps, or not at all.
+# NumPy's own methods would round after each of their steps, or not at all.
 for _name in ("mean", "std", "var", "round", "dot", "trace", "put", "take", "conjugate", "conj"):
     setattr(Rounded, _name, _by_function(_name))
 
@@ -137,9 +137,9 @@ class F16(Rounded):
 
 
 def plain(value: Any, views: dict[int, Any] | None = None) -> Any:
-    """`value` with every `Rounded` array in it (also inside lists, tuples and dicts) seen as ordinary float32.
+    """Return `value` with every `Rounded` array in it (also in lists, tuples and dicts) viewed as ordinary float32.
 
-    `views`, if given, notes each view with the array that it is of, by the view's `id`.
+    `views`, if given, receives each view and its array, under the view's `id`.
     """
     if isinstance(value, Rounded):
         view = value.view(np.ndarray)
@@ -159,7 +159,7 @@ def _like_sequence(sequence: Any, items: list[Any]) -> Any:
 
 
 def _round_in_place(value: Any) -> None:
-    """Put every `Rounded` array in `value` that can be written to back onto its grid."""
+    """Round every writable `Rounded` array in `value` to its grid."""
     if isinstance(value, list | tuple):
         for item in value:
             _round_in_place(item)
@@ -168,7 +168,7 @@ def _round_in_place(value: Any) -> None:
 
 
 def _write(result: Any, out: Any, where: Any, casting: Any) -> Any:
-    """Copy `result` into `out`, rounded as that is, and return it; without an `out` return `result`."""
+    """Copy `result` into `out`, rounded to its format, and return `out`; without `out` return `result`."""
     if out is None:
         return result
     number = plain(_onto_grid(result, type(out)) if isinstance(out, Rounded) else result)
@@ -177,7 +177,7 @@ def _write(result: Any, out: Any, where: Any, casting: Any) -> Any:
 
 
 def _widens(inputs: tuple[Any, ...], kind: type[Rounded]) -> bool:
-    """Return whether an input is a floating-point array of another format, which makes the result float32."""
+    """Return True if an input is a floating-point array of another format, which makes the result float32."""
     for value in inputs:
         if isinstance(value, list | tuple):
             if _widens(tuple(value), kind):
@@ -218,9 +218,9 @@ def f16(x: npt.ArrayLike) -> F16:
 
 
 def wide(x: Array) -> Array:
-    """PyTorch's ``x.float()``: half precision becomes float32; float32 and float64 stay what they are.
+    """Widen half precision to float32, like PyTorch's ``x.float()``; float32 and float64 do not change.
 
-    float64 is not brought down to float32, unlike in PyTorch, so that a float64 run is one throughout.
+    Unlike in PyTorch, float64 is not reduced to float32, so a float64 run uses float64 in every step.
 
     Examples
     --------
@@ -232,7 +232,7 @@ def wide(x: Array) -> Array:
 
 
 def narrow(y: npt.ArrayLike, like: Array) -> Array:
-    """PyTorch's ``y.type_as(like)``: round `y` to the precision of `like`.
+    """Round `y` to the precision of `like`, like PyTorch's ``y.type_as(like)``.
 
     Examples
     --------
@@ -246,7 +246,7 @@ def narrow(y: npt.ArrayLike, like: Array) -> Array:
 
 
 def as_dtype(x: npt.ArrayLike, dtype: str) -> Array:
-    """`x` in one of the four precisions, by name: ``float64``, ``float32``, ``float16`` or ``bfloat16``.
+    """Return `x` in a precision by name: ``float64``, ``float32``, ``float16`` or ``bfloat16``.
 
     Raises
     ------
@@ -265,11 +265,11 @@ def as_dtype(x: npt.ArrayLike, dtype: str) -> Array:
             return f16(x)
         case "float32" | "float64":
             return np.asarray(x, dtype)
-    raise ValueError(f"unknown dtype {dtype!r}: float64, float32, float16 and bfloat16 are computed with")
+    raise ValueError(f"unknown dtype {dtype!r}; it must be float64, float32, float16 or bfloat16")
 
 
 def as_float64(x: npt.ArrayLike) -> Array:
-    """Return `x` as an ordinary float64 array, whatever its precision: what errors are measured in.
+    """Return `x` as an ordinary float64 array, from any precision; errors are measured in float64.
 
     Examples
     --------
@@ -283,12 +283,12 @@ PRECISIONS = ("float64", "float32", "float16", "bfloat16")
 
 
 def precision_named(dtype: Any) -> str:
-    """The name of a precision that is given by name, as a NumPy dtype, or as torch writes it.
+    """Return the name of a precision that is given by name, as a NumPy dtype, or as torch writes it.
 
     Raises
     ------
     ValueError
-        For what is none of the four.
+        For any other precision.
 
     Examples
     --------
@@ -298,12 +298,12 @@ def precision_named(dtype: Any) -> str:
     said = getattr(dtype, "__name__", None) or str(dtype)
     name = said.rpartition(".")[2]
     if name not in PRECISIONS:
-        raise ValueError(f"unknown dtype {said!r}: {', '.join(PRECISIONS)} are computed with")
+        raise ValueError(f"unknown dtype {said!r}; it must be one of {', '.join(PRECISIONS)}")
     return name
 
 
 def dtype_name(x: Array) -> str:
-    """The precision of `x` by name; the inverse of `as_dtype`.
+    """Return the precision of `x` by name; the inverse of `as_dtype`.
 
     Examples
     --------

@@ -1,13 +1,13 @@
-"""The axis glossary: every axis is a word, and the shapes that recur have a name. Checked by beartype under pytest.
+"""Names of axes and of common shapes: every axis is a word. Checked by beartype under pytest.
 
 ======================  ==================================================================================
 axis                    length
 ======================  ==================================================================================
 ``batch``               sequences computed together
 ``seq``                 tokens of this call (the queries)
-``past``                tokens of the calls before that a layer still remembers
-``total``               all tokens so far, padding included
-``keys``                tokens that may be looked at: those of the cache, then those of this call
+``past``                tokens of earlier calls that a layer still keeps
+``total``               all tokens so far, including padding
+``keys``                tokens that a query may see: those of the cache, then those of this call
 ``hidden``              ``config.hidden_size``, the residual stream
 ``heads``               ``config.num_attention_heads``
 ``kv_heads``            ``config.num_key_value_heads``; each serves ``heads // kv_heads`` query heads
@@ -16,12 +16,12 @@ axis                    length
 ``vocab``               ``config.vocab_size``
 ======================  ==================================================================================
 
-``Float[np.ndarray, "batch seq hidden"]`` is read: an array of floating-point numbers with these three axes. An axis has
-one length throughout a call, wherever its name occurs. ``"*batch hidden"`` has any number of axes before the last, and
-the blank in ``" hidden"`` only marks an array of one axis. `jaxtyping` gives these annotations their meaning.
+``Float[np.ndarray, "batch seq hidden"]`` means: an array of floating-point numbers with these three axes. An axis has
+the same length everywhere in a call. ``"*batch hidden"`` has any number of axes before the last, and the space in ``"
+hidden"`` only marks an array of one axis. `jaxtyping` defines these annotations.
 
-The *residual stream* is what the layers read and add to, one vector of ``hidden`` numbers a token. *Logits* are the
-scores of all words of the vocabulary for the next token; their softmax are its probabilities.
+The *residual stream* is one vector of ``hidden`` numbers per token; each layer reads it and adds to it. *Logits* are
+the scores of all words of the vocabulary for the next token; their softmax gives its probabilities.
 
 Weights are stored as ``(out, in)``, as in the checkpoint: `linear` computes ``x @ weight.T``.
 """

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Generator
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -55,6 +56,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.name == "test_backend.py":  # a file of the package, where our marks are not registered
             item.add_marker(pytest.mark.slow)
+
+
+# Of a test and of the processes that it has waited for. A clock would count what other programs of the machine do too;
+# it only ends a test that hangs, at `timeout` in pyproject.toml. The slowest test takes 10 s alone.
+PROCESSOR_SECONDS = 60.0
+
+
+def processor_seconds() -> float:
+    """The processor time of this process and of its children that have ended."""
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
+    """Fail a test that takes too much processor time; those beside PyTorch may take what PyTorch takes."""
+    before = processor_seconds()
+    yield
+    if (seconds := processor_seconds() - before) > PROCESSOR_SECONDS and "parity" not in item.path.parts:
+        pytest.fail(f"took {seconds:.0f} s of processor time, where {PROCESSOR_SECONDS:.0f} are the limit")
 
 
 def pytest_report_header() -> list[str]:

@@ -85,7 +85,7 @@ def test_crop_goes_back_to_an_earlier_place() -> None:
 
 
 def test_crop_refuses_what_a_sliding_layer_has_dropped() -> None:
-    with pytest.raises(InputError, match=r"cannot be cut back to 6 tokens: sliding layer 0 has dropped its first 4"):
+    with pytest.raises(InputError, match=r"cannot be cropped to 6 tokens: sliding layer 0 has dropped its first 4"):
         run(IDS[:, :8]).past_key_values.crop(6)
 
 
@@ -105,7 +105,7 @@ def test_the_legacy_format_goes_in_and_comes_out(prompt: int) -> None:
 def test_a_plain_tuple_of_sliding_layers_needs_to_be_told_its_length() -> None:
     sliding = Gemma2ForCausalLM.from_config(Gemma2Config(**SHAPE, layer_types=[SLIDING, SLIDING]), dtype="float64")
     cache = sliding(IDS[:, :8]).past_key_values
-    with pytest.raises(InputError, match="does not say how many tokens it has seen"):
+    with pytest.raises(InputError, match="the number of tokens it has seen is unknown"):
         sliding(IDS[:, 8:9], past_key_values=cache.to_legacy())
     told = sliding(IDS[:, 8:9], past_key_values=cache.to_legacy(), cache_position=[8]).logits
     np.testing.assert_array_equal(told, sliding(IDS[:, 8:9], past_key_values=cache).logits)
@@ -117,8 +117,8 @@ def test_a_plain_tuple_of_sliding_layers_needs_to_be_told_its_length() -> None:
         ([], "past_key_values has 0 layers, the model 2"),
         ([(np.zeros((3, 2, 4, 6)),)] * 2, r"past_key_values\[0\] has 1 parts"),
         ([(np.zeros((3, 2, 4, 6)), np.zeros((3, 2, 5, 6)))] * 2, r"keys have shape \(3, 2, 4, 6\), values"),
-        ([(np.zeros((3, 2, n, 6)), np.zeros((3, 2, n, 6))) for n in (4, 3)], "layer 1 keeps 3 tokens, but after 4"),
-        ([(np.zeros((2, 2, 4, 6)), np.zeros((2, 2, 4, 6)))] * 2, "not of this model, batch size"),
+        ([(np.zeros((3, 2, n, 6)), np.zeros((3, 2, n, 6))) for n in (4, 3)], "layer 1 keeps 3 tokens; after 4 tokens"),
+        ([(np.zeros((2, 2, 4, 6)), np.zeros((2, 2, 4, 6)))] * 2, "does not fit this model, batch size"),
     ],
 )
 def test_tuples_that_are_no_cache(past: Any, reason: str) -> None:
@@ -129,7 +129,7 @@ def test_tuples_that_are_no_cache(past: Any, reason: str) -> None:
 @pytest.mark.parametrize(
     ("call", "reason"),
     [
-        (lambda cache: cache.reorder([3]), r"rows is \[3\]: a list of row numbers from 0 to 2"),
+        (lambda cache: cache.reorder([3]), r"rows is \[3\]; it must be a list of row numbers from 0 to 2"),
         (lambda cache: cache.reorder([[0]]), "a list of row numbers"),
         (lambda cache: cache.repeat_interleave(0), "repeats is 0"),
     ],
@@ -170,13 +170,13 @@ def test_rows_of_a_cache() -> None:
         assert picked[0].start == 3
     np.testing.assert_array_equal(cache.repeat_interleave(1)[0].keys, cache[0].keys)
     np.testing.assert_array_equal(cache.repeat_interleave(np.int64(2))[0].values, cache[0].values[[0, 0, 1, 1, 2, 2]])
-    rows = "a list of row numbers from 0 to {} is needed"
+    rows = "it must be a list of row numbers from 0 to {}"
     for wrong, said in (([3], "[3]"), ([-1, 0], "[-1, 0]"), ([[0]], "[[0]]"), ([0.0], "[0.0]")):
-        refused(lambda wrong=wrong: cache.reorder(wrong), f"rows is {said}: {rows.format(2)}")
-    refused(lambda: Cache().reorder([0]), f"rows is [0]: {rows.format(-1)}")
-    refused(lambda: cache.reorder([[0], [1, 2]]), "rows is ragged: its rows are not all of one length")
+        refused(lambda wrong=wrong: cache.reorder(wrong), f"rows is {said}; {rows.format(2)}")
+    refused(lambda: Cache().reorder([0]), f"rows is [0]; {rows.format(-1)}")
+    refused(lambda: cache.reorder([[0], [1, 2]]), "rows is ragged: its rows have different lengths")
     for repeats in (0, 1.5):
-        message = f"repeats is {repeats}: a whole number of at least 1 is needed"
+        message = f"repeats is {repeats}; it must be a whole number of at least 1"
         refused(lambda repeats=repeats: cache.repeat_interleave(repeats), message)
 
 
@@ -193,8 +193,8 @@ def test_cutting_a_cache_back() -> None:
     for asked in (8, -1):
         refused(
             lambda asked=asked: dropped.crop(asked),
-            "the cache cannot be cut back to 8 tokens: sliding layer 1 has dropped its first 5; "
-            "keep an earlier cache (caches are never changed) and go on from that",
+            "the cache cannot be cropped to 8 tokens: sliding layer 1 has dropped its first 5; "
+            "keep an earlier cache (caches are never changed) and continue from that",
         )
 
 
@@ -222,21 +222,21 @@ def test_the_legacy_format_by_hand() -> None:
     assert starts(both, (4, 4)) == [0, 0]  # a full layer says that these are all
     assert starts(sliding, (3, 3)) == [0, 0]
     assert starts(sliding, (4, 4), seen=9) == [5, 5]
-    keeps = "past_key_values: layer {} keeps {} tokens, but after {} it has to keep {}"
+    keeps = "past_key_values: layer {} keeps {} tokens; after {} tokens it must keep {}"
     refused(lambda: starts(both, (3, 8)), keeps.format(0, 3, 8, 4))
     refused(lambda: starts(both, (4, 7), seen=8), keeps.format(1, 7, 8, 8))
     refused(lambda: starts(both, (4, 8), seen=7), keeps.format(1, 8, 7, 7))
     for kept in ((4, 4), (9, 9)):
         refused(
             lambda kept=kept: starts(sliding, kept),
-            "past_key_values is a plain tuple of sliding layers only, which does not say how many tokens it has seen; "
-            "pass cache_position, or the Cache itself",
+            "past_key_values is a plain tuple with sliding layers only, so the number of tokens it has seen is "
+            "unknown; pass cache_position, or the Cache itself",
         )
     refused(lambda: Cache.from_legacy(pairs(4), both, like), "past_key_values has 1 layers, the model 2")
     refused(lambda: Cache.from_legacy([], both, like), "past_key_values has 0 layers, the model 2")
     refused(
         lambda: Cache.from_legacy([(np.zeros(1),)], both, like),
-        "past_key_values[0] has 1 parts: a pair (keys, values) is needed",
+        "past_key_values[0] has 1 parts; it must be a pair (keys, values)",
     )
 
 
@@ -267,10 +267,10 @@ def test_pairs_of_the_legacy_format() -> None:
     ):  # fmt: skip
         refused(
             lambda keys=keys, values=values: pair(keys, values),
-            f"past_key_values[0]: keys have shape {keys.shape}, values {values.shape}; both have to be numbers "
+            f"past_key_values[0]: keys have shape {keys.shape}, values {values.shape}; both must be numbers "
             "of shape (batch, kv_heads, tokens, head_dim)",
         )
-    refused(lambda: pair([[1.0], [1.0, 2.0]], good), "past_key_values[0] is ragged: its rows are not all of one length")
+    refused(lambda: pair([[1.0], [1.0, 2.0]], good), "past_key_values[0] is ragged: its rows have different lengths")
 
 
 @pytest.mark.usefixtures("_unchecked")
@@ -284,6 +284,6 @@ def test_a_cache_made_by_hand_is_looked_at_whole() -> None:
         LayerCache(keys[:, :1], values, 0), LayerCache(keys, values.astype(np.float64), 0),
         LayerCache(bf16(keys), values, 0),
     ):  # fmt: skip
-        with pytest.raises(InputError, match="go on from the cache that an earlier call"):
+        with pytest.raises(InputError, match="continue from a cache that the same model returned"):
             forward([[5]], weights, config, cache=Cache([cache[0], wrong]))
     forward([[5]], weights, config, cache=Cache([cache[0], LayerCache(keys, values, 0)]))

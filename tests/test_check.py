@@ -278,10 +278,10 @@ def test_an_override_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     ("content", "said"),
     [
         (None, "no such file"),
-        (b"", "not a whole safetensors file"),
-        (b"\xff" * 4096, "not a whole safetensors file"),
+        (b"", "not a complete safetensors file"),
+        (b"\xff" * 4096, "not a complete safetensors file"),
         ({"logits": np.zeros((1, 3, 97), np.float32)}, "lacks input_ids"),
-        ({"input_ids": np.array([[2, 500]])}, "not in the vocabulary"),
+        ({"input_ids": np.array([[2, 500]])}, "the vocabulary has"),
         ({"input_ids": np.array([[2, 5]])}, "holds no tensor of this model"),
     ],
 )

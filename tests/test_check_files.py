@@ -123,11 +123,11 @@ LOGITS = np.zeros((1, 2, 97), np.float32)
 @pytest.mark.parametrize(
     ("tensors", "metadata", "said"),
     [
-        ({"input_ids": np.array([[2.0, 5.0]], np.float32), "logits": LOGITS}, {}, "integers are needed"),
-        ({"input_ids": np.array([[2, 5]], ml_dtypes.bfloat16), "logits": LOGITS}, {}, "integers are needed"),
+        ({"input_ids": np.array([[2.0, 5.0]], np.float32), "logits": LOGITS}, {}, "it must be integers"),
+        ({"input_ids": np.array([[2, 5]], ml_dtypes.bfloat16), "logits": LOGITS}, {}, "it must be integers"),
         ({"input_ids": np.zeros((1, 0), np.int64), "logits": LOGITS}, {}, "input_ids"),
         ({"input_ids": np.zeros((1, 1, 2), np.int64), "logits": LOGITS}, {}, "input_ids"),
-        ({"input_ids": np.array([[2, -5]]), "logits": LOGITS}, {}, "not in the vocabulary"),
+        ({"input_ids": np.array([[2, -5]]), "logits": LOGITS}, {}, "the vocabulary has"),
         ({"input_ids": np.array([[2, 5]]), "attention_mask": np.ones((1, 3), np.int64), "logits": LOGITS}, {},
          "attention_mask"),
         ({"input_ids": np.array([[2, 5]]), "position_ids": np.zeros((1, 3), np.int64), "logits": LOGITS}, {},
@@ -153,11 +153,11 @@ def test_what_cannot_be_judged_at_all_is_2(
 def test_places_that_are_no_files_are_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refused(tmp_path, "is a folder", capsys)
     refused(tmp_path / "none", "no such file", capsys)
-    refused(Path("/dev/null"), "no ordinary file", capsys)
+    refused(Path("/dev/null"), "not a regular file", capsys)
     # Another file's path in place of tensors, a trace's header alone, JSON, a pickle, an image.
     for n, content in enumerate((b"../port.safetensors\n", b"{}", b"\x80\x04\x95", b"\x89PNG\r\n\x1a\n" + bytes(64))):
         (tmp_path / f"{n}").write_bytes(content)
-        refused(tmp_path / f"{n}", "not a whole safetensors file", capsys)
+        refused(tmp_path / f"{n}", "not a complete safetensors file", capsys)
 
 
 def test_a_file_cut_off_anywhere_is_2(
@@ -167,7 +167,7 @@ def test_a_file_cut_off_anywhere_is_2(
     header = struct.unpack("<Q", whole[:8])[0]
     for length in (0, 1, 7, 8, 9, 8 + header // 2, 8 + header, 8 + header + 1, len(whole) // 2, len(whole) - 1):
         (tmp_path / "cut").write_bytes(whole[:length])
-        refused(tmp_path / "cut", "not a whole safetensors file", capsys)
+        refused(tmp_path / "cut", "not a complete safetensors file", capsys)
 
 
 def sparse(path: Path, header: Mapping[str, Any], size: int) -> Path:
@@ -183,9 +183,9 @@ def test_four_gigabytes_of_junk_are_2_and_never_read(tmp_path: Path, capsys: pyt
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with (tmp_path / "zeros").open("wb") as file:
         file.truncate(4 * GIB)
-    refused(tmp_path / "zeros", "not a whole safetensors file", capsys)
+    refused(tmp_path / "zeros", "not a complete safetensors file", capsys)
     ids = {"dtype": "I64", "shape": [1, GIB // 2], "data_offsets": [0, 4 * GIB]}
-    refused(sparse(tmp_path / "ids", {"input_ids": ids}, 4 * GIB), "tokens at most", capsys)
+    refused(sparse(tmp_path / "ids", {"input_ids": ids}, 4 * GIB), "the limit is", capsys)
     small = {"input_ids": {"dtype": "I64", "shape": [1, 1], "data_offsets": [0, 8]}}
     for name in ("junk", "logits"):  # a tensor that is none of ours, and one of ours that is far too large
         tensor = {"dtype": "F32", "shape": [1, 1, GIB], "data_offsets": [8, 8 + 4 * GIB]}
@@ -237,5 +237,5 @@ def test_calls_that_do_not_fit_are_invalid(run: Mapping[str, np.ndarray], tmp_pa
     tensors = {"input_ids": IDS, "calls.0.norm": one, "calls.1.norm": two[..., :7], "calls.0.logits": run["logits"]}
     candidate = load_trace(written(tensors, tmp_path, calls="[3, 2]"), CONFIG)
     assert candidate.refused == {
-        "norm": "has other axes in some calls: (1, 3, 30), (1, 2, 7)", "logits": "is there of 1 calls of 2",
+        "norm": "has different axes in some calls: (1, 3, 30), (1, 2, 7)", "logits": "exists for 1 of 2 calls",
     }  # fmt: skip

@@ -677,7 +677,7 @@ HEADERS: dict[str, tuple[Damage, str]] = {
     "not JSON": (lambda h, d: (json.dumps(h).encode()[:-1], d), "invalid JSON in header: EOF"),
     "not UTF-8": (lambda h, d: (json.dumps(h).encode().replace(b"up_proj", b"up\xff\xfe\xfdoj"), d), "invalid UTF-8"),
     "UTF-16": (lambda h, d: (json.dumps(h).encode("utf-16"), d), "invalid UTF-8"),
-    "a key twice": (twice, f"the key '{VICTIM}' stands in it twice"),
+    "a key twice": (twice, f"duplicate key '{VICTIM}'"),
     "a list": (lambda h, d: (b"[1, 2]", d), "invalid type: sequence"),
     "nested without end": (lambda h, d: (b"[" * 100_000, d), "invalid type: sequence"),
     "nested without end, deeper": (lambda h, d: (b'{"a": {"x": ' + b"[" * 100_000, d), "recursion limit"),
@@ -774,14 +774,14 @@ def test_a_header_of_absurd_length(tmp_path: Path, length: int, words: str) -> N
     file = write_single(tmp_path, random_tensors()) / FILE
     join(file, *split(file), length=length)
     message = refusal(tmp_path)
-    assert message.startswith(f"{file}: is not a whole safetensors file")
+    assert message.startswith(f"{file}: is not a complete safetensors file")
     assert words in message
 
 
 def test_another_format_under_this_name(tmp_path: Path) -> None:
     write_config(tmp_path)
     (tmp_path / FILE).write_bytes(b"PK\x03\x04" + bytes(range(200)))  # a zip, as torch.save writes
-    assert "is not a whole safetensors file" in refusal(tmp_path)
+    assert "is not a complete safetensors file" in refusal(tmp_path)
 
 
 # -- indexes ---------------------------------------------------------------------------------------------------------
@@ -792,7 +792,7 @@ def test_another_format_under_this_name(tmp_path: Path) -> None:
     [
         (b"{", "is not JSON"),
         (b"\xff{}", "is not JSON"),
-        (b'{"weight_map": {"a": "b.safetensors", "a": "c.safetensors"}}', "'a' stands in it twice"),
+        (b'{"weight_map": {"a": "b.safetensors", "a": "c.safetensors"}}', "duplicate key 'a'"),
         (b"[]", "holds a list, not a JSON object"),
         (b"{}", "has no weight_map"),
         (b'{"weight_map": []}', "has no weight_map"),
@@ -832,7 +832,7 @@ def test_an_absent_shard(tmp_path: Path) -> None:
 def test_a_truncated_shard(tmp_path: Path) -> None:
     shard = write_shards(tmp_path, random_tensors()) / "model-00003-of-00003.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
-    assert refusal(tmp_path).startswith(f"{shard}: is not a whole safetensors file")
+    assert refusal(tmp_path).startswith(f"{shard}: is not a complete safetensors file")
 
 
 def test_a_shard_that_lacks_a_tensor(tmp_path: Path) -> None:

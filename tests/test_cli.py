@@ -162,7 +162,7 @@ def test_beyond_the_longest_sequence_it_warns_once_in_one_line(capsys) -> None:
     ids = ",".join(["2"] + ["300"] * 320)
     assert main(["generate", "--ids", ids, "--max-new-tokens", "3"]) == OK
     err = capsys.readouterr().err
-    assert err.startswith("refgemma: warning: the sequence goes beyond max_position_embeddings (320)")
+    assert err.startswith("refgemma: warning: the sequence exceeds max_position_embeddings (320)")
     assert err.count("\n") == 1
 
 
@@ -198,7 +198,7 @@ def test_nan_weights_are_named(tmp_path, capsys) -> None:
         (["generate", "--ids", "9" * 5000], "whole numbers"),
         (["generate", "a\udcff"], "character 1 is U+DCFF, the byte 0xFF, which is no UTF-8"),
         (["chat", "--max-new-tokens", "0"], "max_new_tokens must be"),
-        (["generate", "--ids", "2,99999"], "input_ids[0, 1] is 99999: not in the vocabulary of 2048"),
+        (["generate", "--ids", "2,99999"], "input_ids[0, 1] is 99999; the vocabulary has 2048 tokens"),
         (["generate", "Once", "--temperature", "-1"], "temperature must be"),
         (["generate", "Once", "--top-p", "2"], "top_p must be"),
         (["generate", "Once", "--model", "no/such/folder"], "no/such/folder: no such folder"),
@@ -218,13 +218,24 @@ def test_every_mistake_is_one_line_and_exit_2(arguments, reason, capsys) -> None
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["sing"], ["generate", "x", "--dtype", "int8"], ["trace", "x"], ["generate", "x", "--top-k", "a"]]
+    "arguments",
+    [
+        [],
+        ["sing"],
+        ["generate", "x", "--dtype", "int8"],
+        ["trace", "x"],
+        ["generate", "x", "--top-k", "a"],
+        ["9" * 9999],
+    ],
+    ids=["nothing", "command", "dtype", "output", "number", "long"],
 )
 def test_misuse_is_one_line_and_exit_2(arguments, capsys) -> None:
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     assert ended.value.code == MISUSE
-    assert capsys.readouterr().err.count("\n") == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert len(err) < 2000
 
 
 def test_a_trace_that_cannot_be_written_leaves_nothing(tmp_path, capsys, monkeypatch) -> None:
@@ -263,7 +274,7 @@ def test_a_trace_replaces_a_file_but_nothing_else(tmp_path, capsys) -> None:
     os.mkfifo(pipe)
     link.symlink_to("real.safetensors")
     kept.write_text("mine")
-    for target, reason in ((pipe, "no ordinary file"), (tmp_path, "is a folder"), ("", "is a folder")):
+    for target, reason in ((pipe, "a device or a pipe"), (tmp_path, "is a folder"), ("", "is a folder")):
         assert main(["trace", "Once", "-o", str(target)]) == MISUSE
         assert reason in capsys.readouterr().err
     assert pipe.is_fifo()

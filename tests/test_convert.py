@@ -605,8 +605,7 @@ def test_what_the_disk_has_made_of_it_is_checked(tmp_path: Path, kind: str, monk
 
     def damage(*arguments: Any) -> None:
         there = tmp_path / "there"
-        place = there / STAGING if kind == "flax" else there
-        file = next(path for path in place.iterdir() if path.suffix in (".ckpt", ".npz", ".safetensors"))
+        file = next(path for path in (there / STAGING).iterdir() if path.suffix in (".ckpt", ".npz", ".safetensors"))
         place = read_tree(file) if kind != "pytorch" else read_torch(file)
         raw = bytearray(file.read_bytes())
         raw[next(iter(place.values())).start + 48 * 5] ^= 1

@@ -190,7 +190,7 @@ def test_without_prompts_one_text_begins_with_bos() -> None:
     refused(
         lambda: SMALL.generate(bos_token_id=None), "give input_ids: no bos_token_id is set that a text could begin with"
     )
-    message = "input_ids[0, 0] is 13: not in the vocabulary of 13 tokens (0 to 12)"
+    message = "input_ids[0, 0] is 13; the vocabulary has 13 tokens (0 to 12)"
     refused(lambda: SMALL.generate(bos_token_id=13), message)
     refused(lambda: SMALL.generate([[13]]), message)
 
@@ -287,7 +287,9 @@ def test_prompts_as_they_are_read() -> None:
         lambda: read(input_ids=[[5, 6], [7, 8]], past_key_values=cache),
         "the cache has seen 2 tokens and the prompt has 2: one more is needed at least",
     )
-    shape = "attention_mask has shape {}, but (2, 3) is needed: one entry for each token so far, those in the cache"
+    shape = (
+        "attention_mask has shape {}; it must be (2, 3): one entry for each token so far, including those in the cache"
+    )
     refused(lambda: read(input_ids=ids, attention_mask=[[1] * 4] * 2), shape.format("(2, 4)") + " included")
     refused(lambda: read(input_ids=ids, attention_mask=1, past_key_values=cache), shape.format("()") + " included")
     one_row = shape.format("(3,)") + " included"

@@ -15,6 +15,7 @@ from refgemma.errors import RefgemmaError, UsageError
 
 # Exceptions that are not an error of a caller or of a file.
 OTHERS = {
+    "Interrupted": "a signal, as KeyboardInterrupt is; the command ends with its number",
     "LawBroken": "the answer of a law that does not hold: an assertion, as pytest expects",
     "NotApplicable": "ends a law that a backend cannot be asked; the plugin makes a skip of it",
     "Unsupported": "a backend's own answer to an example; the search goes on with the next one",

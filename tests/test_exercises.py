@@ -180,7 +180,7 @@ EXERCISES = [
     Exercise("embed", [
         Wrong("sqrt(hidden) is missing", lambda ids, table: np.stack([table[row] for row in ids])),
         Wrong("not hidden", lambda ids, table: 0.0 + table[ids] * float(table.shape[1])),
-        Wrong("rounded to the table's precision first", lambda ids, table: table[ids] * table.shape[1] ** 0.5),
+        Wrong("be rounded to the table's precision", lambda ids, table: table[ids] * table.shape[1] ** 0.5),
         Wrong("columns, not of rows", lambda ids, table: table[ids] * len(table) ** 0.5),
         Wrong("divide by sqrt", lambda ids, table: table[ids] / narrow(table.shape[1] ** 0.5, like=table)),
     ]),
@@ -199,44 +199,44 @@ EXERCISES = [
     ]),
     Exercise("rotate", [
         Wrong("half a head apart", turn_complex),
-        Wrong("turns the other way", turn_backwards),
+        Wrong("in the wrong direction", turn_backwards),
         Wrong("a minus is missing", turn_without_minus),
-        Wrong("nothing is turned", lambda x, cos, sin: x.copy()),
-        Wrong("change places", lambda x, cos, sin: x * (cos + sin)),
+        Wrong("nothing is rotated", lambda x, cos, sin: x.copy()),
+        Wrong("must be exchanged", lambda x, cos, sin: x * (cos + sin)),
     ]),
     Exercise("soft_cap", [
         Wrong("cuts off", lambda x, cap: np.minimum(np.maximum(x, -cap), cap)),
-        Wrong("divided by the cap", lambda x, cap: np.tanh(x) * cap),
+        Wrong("divide x by the cap", lambda x, cap: np.tanh(x) * cap),
         Wrong("between -1 and 1", lambda x, cap: np.tanh(x / cap)),
-        Wrong("nothing is bent", lambda x, cap: x),
+        Wrong("the values are unchanged", lambda x, cap: x),
     ]),
     Exercise("attention_probs", [
         Wrong("after the cap", leak),
         Wrong("the cap is missing", lambda s, mask, cap: soft(np.where(mask, s, -np.inf))),
         Wrong("the mask is missing", lambda s, mask, cap: soft(cap * np.tanh(s / cap))),
-        Wrong("sum is not 1", lambda s, mask, cap: soft(cap * np.tanh(s / cap)) * mask),
+        Wrong("the sum of a row is not 1", lambda s, mask, cap: soft(cap * np.tanh(s / cap)) * mask),
         Wrong("must be minus infinity", lambda s, mask, cap: soft(cap * np.tanh(s / cap) * mask)),
     ]),
     Exercise("sliding_mask", [
         Wrong("window is missing", lambda q, k, w: np.less_equal.outer(k, q).T),
-        Wrong("one too wide", lambda q, k, w: (k <= q[:, None]) & (k >= q[:, None] - w)),
-        Wrong("one too narrow", lambda q, k, w: (k <= q[:, None]) & (k > q[:, None] - w + 1)),
-        Wrong("may not see the future", lambda q, k, w: k > q[:, None] - w),
-        Wrong("the other way round", lambda q, k, w: (k[:, None] <= q) & (k[:, None] > q - w)),
-        Wrong("places that are handed in", lambda q, k, w:
+        Wrong("one key too wide", lambda q, k, w: (k <= q[:, None]) & (k >= q[:, None] - w)),
+        Wrong("one key too narrow", lambda q, k, w: (k <= q[:, None]) & (k > q[:, None] - w + 1)),
+        Wrong("may not see later keys", lambda q, k, w: k > q[:, None] - w),
+        Wrong("you exchanged them", lambda q, k, w: (k[:, None] <= q) & (k[:, None] > q - w)),
+        Wrong("arguments q_places", lambda q, k, w:
               np.array([[0 <= i - j < w for j in range(len(k))] for i in range(len(q))])),
     ]),
     Exercise("rms_norm", [
         Wrong("multiply by 1 + weight", norm_by_loops_without_offset),
         Wrong("LayerNorm", norm_with_mean_removed),
-        Wrong("each vector alone", norm_of_the_whole_array),
+        Wrong("each vector separately", norm_of_the_whole_array),
         Wrong("square root of the mean square", norm_without_root),
         Wrong("round once at the end", norm_in_half_precision),
         Wrong("not their sum", lambda x, w, eps:
               narrow(wide(x) / np.sqrt((wide(x) ** 2).sum(-1, keepdims=True) + eps) * (1 + wide(w)), like=x)),
     ]),
     Exercise("round_to_bf16", [
-        Wrong("cuts the lower half off", lambda x: (x.view(np.uint32) // 65536 * 65536).astype(np.uint32).view("f4")),
+        Wrong("truncates the lower half", lambda x: (x.view(np.uint32) // 65536 * 65536).astype(np.uint32).view("f4")),
         Wrong("always up", lambda x: ((x.view(np.uint32) + 32768) // 65536 * 65536).astype(np.uint32).view("f4")),
         Wrong("float16", lambda x: np.float32(np.float16(x))),
         Wrong("nothing is rounded", lambda x: np.array(x)),
@@ -254,12 +254,12 @@ EXERCISES = [
         Wrong("four norms", lambda config: parameters_of(config, norms=2)),
     ]),
     Exercise("first_divergence", [
-        Wrong("take the first, not the worst", worst),
+        Wrong("return the first, not the worst", worst),
         Wrong("allow for rounding", first_unequal),
-        Wrong("by the alphabet", first_by_name),
+        Wrong("alphabetical order", first_by_name),
     ]),
     Exercise("causality_test", [
-        Wrong("every token but the first", causality_at_the_end),
+        Wrong("every token except the first", causality_at_the_end),
         Wrong("to the last digit", causality_to_the_last_digit),
         Wrong("which may change", causality_of_what_may_change),
         Wrong("all answers before it", causality_far_away),
@@ -341,7 +341,7 @@ def said(answer: Answer, right: Any = DOUBLED) -> str:
 
 
 def test_no_result() -> None:
-    assert "None: does it end in `return ...`?" in said(lambda x: None)
+    assert "None; does it end with `return ...`?" in said(lambda x: None)
 
 
 def test_another_shape() -> None:
@@ -350,7 +350,7 @@ def test_another_shape() -> None:
 
 def test_no_numbers() -> None:
     assert "returned str, not an array of numbers" in said(lambda x: "2, 4, 8")
-    assert "its rows have several lengths" in said(lambda x: [[1.0], [2.0, 3.0]])
+    assert "returned rows of different lengths" in said(lambda x: [[1.0], [2.0, 3.0]])
 
 
 def test_not_a_number() -> None:
@@ -358,7 +358,9 @@ def test_not_a_number() -> None:
 
 
 def test_the_farthest_element_is_shown() -> None:
-    assert "2 of 3 elements are wrong; the farthest, at [2], is 8 instead of 4" in said(lambda x: 4 * x - [1, 1, 0])
+    assert "2 of 3 elements are wrong; the largest error, at [2], is 8 instead of 4" in said(
+        lambda x: 4 * x - [1, 1, 0]
+    )
 
 
 def test_an_argument_that_is_written_into() -> None:
@@ -366,7 +368,7 @@ def test_an_argument_that_is_written_into() -> None:
         x *= 2
         return x
 
-    assert "changes an array that it was given" in said(doubled)
+    assert "changes its argument" in said(doubled)
 
 
 def test_lists_and_double_precision_will_do() -> None:
@@ -392,5 +394,5 @@ def test_an_array_where_a_number_is_asked_for() -> None:
 
 
 def test_a_port_that_does_not_exist() -> None:
-    with pytest.raises(ValueError, match="no port 7: they are numbered from 1 to 6"):
+    with pytest.raises(ValueError, match="number is 7; the ports have the numbers 1 to 6"):
         exercises.mystery_trace(7)

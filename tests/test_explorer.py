@@ -121,7 +121,7 @@ def test_a_page_is_small_and_a_prompt_too_long_for_one_is_refused() -> None:
     ids = (TINY.tokenizer.encode("There was once a king who had three daughters, and " * 20))[:most]
     made = render_page(explore_run(ids, TINY, "tiny", "float32"))
     assert 0.75 * PAGE_LIMIT < len(made.encode()) <= page_bytes(most, TINY.config) <= PAGE_LIMIT
-    with pytest.raises(refgemma.InputError, match=f"has {most + 1} tokens: with this model .* holds {most}"):
+    with pytest.raises(refgemma.InputError, match=f"has {most + 1} tokens; with this model .* holds at most {most}"):
         explore_run([*ids, 2], TINY, "tiny", "float32")
 
 
@@ -159,7 +159,7 @@ def test_a_model_without_tokenizer_shows_ids(tmp_path: Path) -> None:
         (["explore", "word " * 400], "a page of 2 MB holds"),
         (["explore", "Once", "-o", "no/such/folder/page.html"], "no/such/folder"),
         (["explore", "Once", "-o", "."], "is a folder"),
-        (["explore", "--ids", "2,99999"], "not in the vocabulary"),
+        (["explore", "--ids", "2,99999"], "the vocabulary has"),
     ],
 )
 def test_a_mistake_is_one_line(arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:

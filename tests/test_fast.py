@@ -310,7 +310,7 @@ def test_half_precision_and_masks_of_ones_own_are_the_definition() -> None:
 def test_a_missing_head_is_refused() -> None:
     untied = CONFIG.changed(tie_word_embeddings=False)
     headless = initial_weights(CONFIG)
-    with pytest.raises(refgemma.inputs.InputError, match="these weights have no head"):
+    with pytest.raises(refgemma.inputs.InputError, match=r"lm_head\.weight is missing from the weights"):
         fast.next_token_logits([[3]], headless, untied)
 
 

@@ -1,5 +1,6 @@
 """JSON objects and safetensors files of strangers: read, or refused in one line that names the file."""
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -13,6 +14,7 @@ from refgemma.files import (
     AXES_LIMIT,
     JSON_LIMIT,
     LFS_POINTER,
+    new_file,
     open_file,
     open_tensors,
     parse_object,
@@ -33,7 +35,7 @@ from refgemma.trace.reader import open_safetensors
         ("{}".encode("utf-16"), "is not JSON: 'utf-8' codec"),
         (b"[1]", "holds a list, not a JSON object"),
         (b"null", "holds a NoneType, not a JSON object"),
-        (b'{"a": {"b": 1, "b": 1}}', "is not JSON: the key 'b' stands in it twice"),
+        (b'{"a": {"b": 1, "b": 1}}', "is not JSON: duplicate key 'b'"),
         (b'{"a": ' * 100_000, "is not JSON: "),
         (b'{"a": ' + b"1" * 5000 + b"}", "is not JSON: Exceeds the limit"),
         (LFS_POINTER + b"/spec/v1\noid sha256:0\n", "is a Git LFS pointer"),
@@ -78,7 +80,7 @@ def test_a_trace_is_refused_for_what_a_checkpoint_is(tmp_path: Path) -> None:
     entry = '"logits":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
     twice = f"{{{entry},{entry}}}".encode()
     file.write_bytes(len(twice).to_bytes(8, "little") + twice + bytes(4))
-    with pytest.raises(InputError, match="the key 'logits' stands in it twice; write it again"):
+    with pytest.raises(InputError, match="duplicate key 'logits'; write it again"):
         open_safetensors(file)
     many = entry.replace("[1]", str([1] * (AXES_LIMIT + 1))).encode()
     file.write_bytes((len(many) + 2).to_bytes(8, "little") + b"{" + many + b"}" + bytes(4))
@@ -110,7 +112,7 @@ def test_a_pipe_a_device_and_a_long_file_are_refused(tmp_path: Path) -> None:
         with pytest.raises(RefgemmaError, match="not a regular file"):
             open_tensors(path, RefgemmaError, "write it again")
     (tmp_path / "long").write_bytes(bytes(11))
-    with pytest.raises(OSError, match="11 bytes long, which is more than 10"):
+    with pytest.raises(OSError, match="11 bytes long; the limit is 10"):
         read_file(tmp_path / "long", 10)
 
 
@@ -123,11 +125,27 @@ def test_a_new_file_keeps_the_mode_of_the_old_one(tmp_path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-def test_what_a_killed_process_left_blocks_nothing_and_goes(tmp_path: Path) -> None:
+def test_what_a_killed_process_left_goes_and_what_is_being_written_stays(tmp_path: Path) -> None:
+    for pid in ("1234", "5678"):
+        (tmp_path / f".run.{pid}.part").write_bytes(b"half")
+    with new_file(tmp_path / "run") as file:
+        [being_written] = tmp_path.glob("*.part")  # the two others are nobody's
+        replace_file(tmp_path / "run", b"whole")
+        assert being_written.exists()
+        file.write(b"later")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"run": b"later"}
+
+
+def test_where_a_file_system_has_no_locks_age_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old, young = tmp_path / ".run.1234.part", tmp_path / ".run.5678.part"
     for partial in (old, young):
         partial.write_bytes(b"half")
     os.utime(old, (0, 0))
+
+    def refuse(*_: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
     replace_file(tmp_path / "run", b"whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == [young.name, "run"]
 
@@ -135,5 +153,5 @@ def test_what_a_killed_process_left_blocks_nothing_and_goes(tmp_path: Path) -> N
 def test_names_that_a_terminal_obeys_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "port.safetensors"
     path.write_bytes(save({"\x1b[31mlogits": np.zeros(2, np.float32)}))
-    with pytest.raises(RefgemmaError, match=r"the name '\\x1b\[31mlogits' of a tensor"):
+    with pytest.raises(RefgemmaError, match=r"the tensor name '\\x1b\[31mlogits'"):
         open_tensors(path, RefgemmaError, "")

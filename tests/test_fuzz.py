@@ -1,5 +1,7 @@
-"""Damaged and made-up files: only documented errors, no crash, no hang, memory in proportion. ``tools/fuzz.py`` has the
-readers, and can run them under atheris; what was found is kept here."""
+"""Damaged and made-up files: only documented errors, no crash, no hang, memory in proportion.
+
+``tools/fuzz/readers.py`` has the readers, and can run them under atheris; what was found is kept here.
+"""
 
 import json
 import struct
@@ -9,7 +11,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fuzz import CHECKPOINT, CONFIG, EVAL_TEXT, INDEX, JOBS, MODEL, NAME_MAP, RULES, SETTINGS, TARGETS, TOKENIZER_JSON
+from fuzz.readers import (
+    CHECKPOINT,
+    CONFIG,
+    EVAL_TEXT,
+    INDEX,
+    JOBS,
+    MODEL,
+    NAME_MAP,
+    RULES,
+    SETTINGS,
+    TARGETS,
+    TOKENIZER_JSON,
+    pickled,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
@@ -189,6 +204,13 @@ def config_with(**values: Any) -> bytes:
     return json.dumps(json.loads(CONFIG) | values).encode()
 
 
+def deep(levels: int) -> Any:
+    value: Any = 1
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
 def map_with(**values: Any) -> bytes:
     return json.dumps(json.loads(NAME_MAP) | {"rules": [RULES[0] | values]}).encode()
 
@@ -201,6 +223,11 @@ def size_bomb() -> bytes:
     """A pickle that makes a shape of a long list, again and again: each was a copy."""
     opening = b"\x80\x02](" + b"K\x01" * 50_000 + b"eq\x00" + b"ctorch\nSize\nq\x01"
     return opening + b"h\x01h\x00\x85R" * 400 + b"."
+
+
+def many_arguments() -> bytes:
+    """Return a pickle that calls something with ten thousand arguments, again and again: each call copies them."""
+    return b"\x80\x02(" + b"N" * 10_000 + b"tq\x00ctorch\ndevice\nq\x01" + b"h\x01h\x00R" * 50_000 + b"."
 
 
 FOUND = {
@@ -226,6 +253,10 @@ FOUND = {
     "infinite call": ("candidate", candidate_with("[1e999]")),
     "deep calls": ("candidate", candidate_with("[" * 100_000)),
     "copies of a shape": ("pickle", size_bomb()),
+    "many arguments of a call": ("pickle", many_arguments()),
+    "a million opcodes": ("pickle", pickled()[:-1] + b"Nb" * 2**19 + b"."),
+    "500 levels": ("index", json.dumps(json.loads(INDEX) | {"metadata": deep(500)}).encode()),
+    "a factor beyond all numbers": ("jobs", b'{"trace": "a.safetensors", "allow": 1' + b"0" * 400 + b"}"),
     "a piece is no text": ("tokenizer-model", MODEL.replace(b"the", b"t\xc2e", 1)),
     "the piece of a byte is no text": ("tokenizer-model", MODEL.replace(b"<0xB5>", b"<0x\xc25>", 1)),
 }

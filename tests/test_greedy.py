@@ -50,7 +50,7 @@ def test_greedy_ends_at_a_stop_token_and_at_the_count() -> None:
 
 
 def test_greedy_refuses_at_the_call() -> None:
-    for prompt, reason in (([], "input_ids is empty"), ([2, 99999], "not in the vocabulary")):
+    for prompt, reason in (([], "input_ids is empty"), ([2, 99999], "the vocabulary has")):
         with pytest.raises(InputError, match=reason):
             greedy(prompt, TINY.weights, TINY.config)
     broken = replace(TINY.weights, norm=np.full_like(TINY.weights.norm, np.nan))

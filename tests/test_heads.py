@@ -39,7 +39,7 @@ def test_cross_entropy_by_hand() -> None:
     for label in (-1, 3, -101):
         refused(
             lambda label=label: cross_entropy(logits, np.array([-100, 0, label, 7])),
-            f"label {label} is neither -100 nor one of the 3 classes, 0 and up",
+            f"label {label} is neither -100 nor a class (0 to 2)",
         )
 
 
@@ -51,10 +51,10 @@ def test_the_causal_loss_is_of_the_next_token() -> None:
     assert causal_lm_loss(logits, labels) == pytest.approx(by_hand, abs=1e-12)
     first = -math.log(0.25)
     assert causal_lm_loss(logits[:1, :2], [[2, 1]]) == pytest.approx(first, abs=1e-12)
-    needed = "whole numbers of shape (2, 4) are needed"
+    needed = "they must be whole numbers of shape (2, 4)"
     refused(lambda: causal_lm_loss(logits, [[1, 2]]), f"labels have shape (1, 2) and dtype int64: {needed}")
     refused(lambda: causal_lm_loss(logits, np.zeros((2, 4))), f"labels have shape (2, 4) and dtype float64: {needed}")
-    refused(lambda: causal_lm_loss(logits, [[1], [1, 2]]), "labels is ragged: its rows are not all of one length")
+    refused(lambda: causal_lm_loss(logits, [[1], [1, 2]]), "labels is ragged: its rows have different lengths")
 
 
 def test_the_loss_of_a_token_classifier_is_of_the_same_token() -> None:
@@ -64,7 +64,7 @@ def test_the_loss_of_a_token_classifier_is_of_the_same_token() -> None:
     logits[1, 3] = np.log([0.25, 0.5, 0.25])
     assert token_classification_loss(logits, labels) == pytest.approx(by_hand, abs=1e-12)
     assert token_classification_loss(logits[:1, :1], [[0]]) == pytest.approx(-math.log(0.5), abs=1e-12)
-    needed = "whole numbers of shape (2, 4) are needed"
+    needed = "they must be whole numbers of shape (2, 4)"
     refused(lambda: token_classification_loss(logits, [[1, 2]]), f"labels have shape (1, 2) and dtype int64: {needed}")
     refused(
         lambda: token_classification_loss(logits, np.zeros((2, 4))),
@@ -72,7 +72,7 @@ def test_the_loss_of_a_token_classifier_is_of_the_same_token() -> None:
     )
     refused(
         lambda: token_classification_loss(logits, [[1], [1, 2]]),
-        "labels is ragged: its rows are not all of one length",
+        "labels is ragged: its rows have different lengths",
     )
 
 
@@ -113,15 +113,15 @@ def test_labels_that_no_classifier_takes() -> None:
     def wrong(labels: Any, kind: str | None, message: str, logits: Any = three) -> None:
         refused(lambda: sequence_classification_loss(logits, labels, kind), message)
 
-    a_class = "the class of each of the 2 sequences is needed, whole numbers from 0 to 2"
+    a_class = "they must be one class for each of the 2 sequences, whole numbers from 0 to 2"
     wrong([1], None, f"labels have shape (1,) and dtype int64: {a_class}")
     wrong([0.0, 1.0], "single_label_classification", f"labels have shape (2,) and dtype float64: {a_class}")
-    numbers = "numbers of shape (2, 3) are needed"
+    numbers = "they must be numbers of shape (2, 3)"
     wrong([1.0], "regression", f"labels have shape (1,) and dtype float64: {numbers}")
     wrong(np.ones((2, 3), bool), "regression", f"labels have shape (2, 3) and dtype bool: {numbers}")
-    fractions = "numbers from 0.0 to 1.0 of shape (2, 3) are needed, one for each class"
+    fractions = "they must be numbers from 0.0 to 1.0 of shape (2, 3), one for each class"
     wrong([0.0, 1.0], None, f"labels have shape (2,) and dtype float64: {fractions}")
     wrong([[1, 0, 0]] * 2, "multi_label_classification", f"labels have shape (2, 3) and dtype int64: {fractions}")
-    wrong([[1], [1, 2]], None, "labels is ragged: its rows are not all of one length")
+    wrong([[1], [1, 2]], None, "labels is ragged: its rows have different lengths")
     for loss in (mean_squared_error, binary_cross_entropy):
-        refused(lambda loss=loss: loss(three, [[1], [1, 2]]), "labels is ragged: its rows are not all of one length")
+        refused(lambda loss=loss: loss(three, [[1], [1, 2]]), "labels is ragged: its rows have different lengths")

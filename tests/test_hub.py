@@ -101,7 +101,7 @@ def test_the_environment_says_where_the_cache_is(
         (Path("org/small"), "no such folder"),
         (
             "org/other",
-            r"org/other: there is no folder of that name, and .* holds no snapshot .*'main'; download it with",
+            r"org/other: there is no such folder, and .* has no snapshot .*'main'; download it with",
         ),
     ],
 )
@@ -112,13 +112,13 @@ def test_what_is_no_model(cache: Path, name: str | Path, reason: str) -> None:
 
 @pytest.mark.parametrize("revision", ["../../..", "", "/etc", "a/../b"])
 def test_a_revision_stays_in_the_cache(cache: Path, revision: str) -> None:
-    with pytest.raises(ModelNameError, match=re.escape(f"{revision!r} is no revision")):
+    with pytest.raises(ModelNameError, match=re.escape(f"{revision!r} is not a revision")):
         find_model("org/small", revision)
 
 
 def test_a_reference_that_leads_out_of_the_cache_is_not_followed(cache: Path) -> None:
     (cache / "models--org--small" / "refs" / "main").write_text("../../..")
-    with pytest.raises(ModelNameError, match="holds no snapshot"):
+    with pytest.raises(ModelNameError, match="has no snapshot"):
         find_model("org/small")
 
 
@@ -131,7 +131,7 @@ def test_a_file_is_no_model(tmp_path: Path) -> None:
 def test_a_download_cut_short_is_named(cache: Path) -> None:
     snapshot = cache / "models--org--small" / "snapshots" / COMMIT
     (snapshot / "model.safetensors").symlink_to("../../blobs/missing")
-    with pytest.raises(ModelNameError, match=r"lacks model\.safetensors: the download was cut short"):
+    with pytest.raises(ModelNameError, match=r"lacks model\.safetensors: the download is incomplete"):
         find_model("org/small")
     with pytest.raises(ModelNameError, match=r"lacks model\.safetensors, tokenizer\.model"):
         find_model("org/small", needed=["tokenizer.model"])
@@ -184,10 +184,10 @@ def test_a_download_happens_only_if_asked_for(cache: Path, tmp_path: Path, monke
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        ("GatedRepoError", r"its licence has to be accepted first.*hf auth login"),
+        ("GatedRepoError", r"its licence must be accepted first.*hf auth login"),
         ("RepositoryNotFoundError", "the hub has no such model"),
         ("RevisionNotFoundError", "the hub has no revision 'main'"),
-        ("HfHubHTTPError", "could not be downloaded: it broke; run it again to go on"),
+        ("HfHubHTTPError", "could not be downloaded: it broke; run the command again to continue"),
         ("LocalEntryNotFoundError", "could not be downloaded: it broke"),
     ],
 )

@@ -15,18 +15,18 @@ CONFIG = Gemma2Config(vocab_size=61, num_hidden_layers=1, max_position_embedding
     [
         ([], "input_ids is empty"),
         ([[]], "input_ids is empty"),
-        ([2, 3], r"shape \(2,\): \(batch, seq\) is needed, \[ids\] for a single sequence"),
+        ([2, 3], r"shape \(2,\); it must be \(batch, seq\): \[ids\] for a single sequence"),
         ([[[2]]], r"shape \(1, 1, 1\)"),
         (
             [[2, 3, 4], [2, 3]],
             "ragged: row 1 has 2 tokens, row 0 has 3; pad the shorter rows and pass an attention_mask",
         ),
         ([np.array([2, 3]), np.array([2])], "input_ids is ragged"),
-        ([[10**30]], "dtype object: token ids are whole numbers"),
-        ([[2.0, 3.0]], "dtype float64: token ids are whole numbers"),
+        ([[10**30]], "dtype object; token ids must be whole numbers"),
+        ([[2.0, 3.0]], "dtype float64; token ids must be whole numbers"),
         ([["2"]], "dtype <U1"),
         ([[True]], "dtype bool"),
-        ([[2, 61]], r"input_ids\[0, 1\] is 61: not in the vocabulary of 61 tokens \(0 to 60\)"),
+        ([[2, 61]], r"input_ids\[0, 1\] is 61; the vocabulary has 61 tokens \(0 to 60\)"),
         ([[2], [-1]], r"input_ids\[1, 0\] is -1"),
     ],
 )
@@ -38,9 +38,9 @@ def test_token_ids(input_ids: object, reason: str) -> None:
 @pytest.mark.parametrize(
     ("mask", "reason"),
     [
-        ([[1, 1, 1]], r"attention_mask has shape \(1, 3\), but \(1, 5\) is needed.*those in the cache included"),
-        ([[1, 1, 1, 1, 2]], "may hold 1 .* and 0"),
-        ([[0.5] * 5], "may hold 1"),
+        ([[1, 1, 1]], r"attention_mask has shape \(1, 3\); it must be \(1, 5\).*including those in the cache"),
+        ([[1, 1, 1, 1, 2]], "may contain only 1 .* and 0"),
+        ([[0.5] * 5], "may contain only 1"),
         ([[1, 1], [1]], "attention_mask is ragged"),
     ],
 )
@@ -57,14 +57,14 @@ BLIND[0, 0, 1] = -np.inf
 @pytest.mark.parametrize(
     ("mask", "reason"),
     [
-        (np.ones((1, 1, 2, 5), int), r"shape \(1, 1, 2, 5\) and dtype int64: with four axes, it is a mask of true and"),
-        (np.ones((1, 1, 2, 4), bool), r"\(batch, 1 or heads, seq, tokens so far\) = \(1, '1 or 16', 2, 5\) is needed"),
+        (np.ones((1, 1, 2, 5), int), r"shape \(1, 1, 2, 5\) and dtype int64; with four axes, it must hold true and"),
+        (np.ones((1, 1, 2, 4), bool), r"it must be \(batch, 1 or heads, seq, tokens so far\) = \(1, '1 or 16', 2, 5\)"),
         (np.ones((1, 3, 2, 5), bool), r"attention_mask has shape \(1, 3, 2, 5\)"),
         (np.ones((2, 1, 2, 5), bool), r"attention_mask has shape \(2, 1, 2, 5\)"),
         (np.full((1, 1, 2, 5), np.nan), "NaN or plus infinity"),
         (np.full((1, 1, 2, 5), np.inf), "NaN or plus infinity"),
         (BLIND, r"attention_mask\[0, 0, 1\] is minus infinity for every key.*use np.finfo"),
-        ({"full_attention": BLIND}, "'full_attention' and 'sliding_attention' are needed"),
+        ({"full_attention": BLIND}, "they must be 'full_attention' and 'sliding_attention'"),
         ({"full_attention": np.ones((1, 5)), "sliding_attention": np.ones((1, 5))}, "with four axes"),
     ],
 )
@@ -95,7 +95,7 @@ def test_a_mask_of_ones_own_is_taken_as_it_is() -> None:
     ("embeds", "reason"),
     [
         (np.zeros((1, 2)), r"inputs_embeds has shape \(1, 2\)"),
-        (np.zeros((1, 2, 5)), r"numbers of shape \(batch, seq, 3072\) are needed"),
+        (np.zeros((1, 2, 5)), r"it must be numbers of shape \(batch, seq, 3072\)"),
         (np.zeros((1, 2, 3072), int), "dtype int64"),
         (np.zeros((1, 0, 3072)), "inputs_embeds has shape"),
         ([[1.0], [1.0, 2.0]], "inputs_embeds is ragged"),
@@ -108,7 +108,7 @@ def test_embeddings_as_input(embeds: object, reason: str) -> None:
 
 def test_tokens_or_embeddings_and_only_one_of_them() -> None:
     for ids, embeds in ((None, None), ([[2]], np.zeros((1, 1, 3072)))):
-        with pytest.raises(InputError, match="either input_ids or inputs_embeds, and only one"):
+        with pytest.raises(InputError, match="either input_ids or inputs_embeds, not both"):
             check_inputs(ids, CONFIG, inputs_embeds=embeds)
 
 
@@ -131,7 +131,7 @@ def test_places_go_on_after_the_cache_and_positions_follow_them() -> None:
 
 def test_the_last_known_position_does_not_warn() -> None:
     check_inputs([[2]], CONFIG, seen=19)
-    with pytest.warns(UserWarning, match=r"beyond max_position_embeddings \(20\)"):
+    with pytest.warns(UserWarning, match=r"exceeds max_position_embeddings \(20\)"):
         check_inputs([[2]], CONFIG, seen=20)
 
 
@@ -141,5 +141,5 @@ def test_labels() -> None:
         causal_lm_loss(logits, [[1, 2]])
     with pytest.raises(InputError, match="labels is ragged"):
         causal_lm_loss(logits, [[1, 2, 3], [1]])
-    with pytest.raises(InputError, match="label 61 is neither -100 nor one of the 61 classes"):
+    with pytest.raises(InputError, match="label 61 is neither -100 nor a class"):
         causal_lm_loss(logits, [[1, 61, 2]])

@@ -103,7 +103,7 @@ def test_a_damaged_text_is_refused(damage: str, llama: Path, capsys: pytest.Capt
     llama.write_text(changed)
     assert main(["check", str(llama), "--model", "conformance"]) == 2
     said = capsys.readouterr().err
-    assert ("lacks input_ids" if damage == "no tokens" else "Qcur-0 of shape") in said
+    assert ("input_ids, the tokens of the run, are missing" if damage == "no tokens" else "Qcur-0 of shape") in said
     assert len(said.splitlines()) == 1
 
 
@@ -163,7 +163,7 @@ def test_parts_of_one_tensor_are_taken_apart() -> None:
         part = arrange(whole, rule, CONFIG)
         assert part.shape == (1, heads, 3, 10)
         assert (part == n).all()
-    with pytest.raises(InputError, match="has 11 heads; 12 are needed"):
+    with pytest.raises(InputError, match="has 11 heads; it must have 12"):
         arrange(whole[..., :110], rules[0], CONFIG)
 
 
@@ -192,7 +192,7 @@ def test_a_map_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert file.entries["norm"].shape == (1, 3, 30)
     assert file.entries["norm"].read()[0, 1, 2] == 7
     save_file({"input_ids": IDS, "final": np.zeros((30, 3)), "last": np.zeros((1, 3, 30))}, path)
-    with pytest.raises(InputError, match="final and last are both norm"):
+    with pytest.raises(InputError, match="gives norm for both final and last"):
         open_trace(path, CONFIG, str(tmp_path / "mine.json"))
     (tmp_path / "mine.json").write_text('{"rules": 3}')
     assert main(["check", str(path), "--model", "conformance", "--map", str(tmp_path / "mine.json")]) == 2
@@ -205,7 +205,7 @@ def test_other_axes_than_the_map_says_are_refused(tmp_path: Path) -> None:
     save_file({"input_ids": IDS, "model.layers.0.self_attn.q_proj": q}, path, {"map": "transformers"})
     candidate = load_trace(path, CONFIG)
     assert not candidate.tensors
-    assert "has shape (1, 3, 61); (1, 6, 3, 10) is needed" in candidate.refused["layers.0.attention.q"]
+    assert "has shape (1, 3, 61); it must be (1, 6, 3, 10)" in candidate.refused["layers.0.attention.q"]
 
 
 def test_one_row_is_the_last(tmp_path: Path) -> None:

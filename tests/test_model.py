@@ -155,7 +155,7 @@ def test_an_empty_cache_changes_nothing() -> None:
 
 def test_beyond_the_longest_sequence_it_warns() -> None:
     short = replace(CONFIG, max_position_embeddings=12)
-    with pytest.warns(UserWarning, match=r"beyond max_position_embeddings \(12\)"):
+    with pytest.warns(UserWarning, match=r"exceeds max_position_embeddings \(12\)"):
         forward(IDS, CHECKPOINT.resident(), short)
 
 
@@ -184,7 +184,7 @@ def test_a_cache_of_another_model_batch_or_precision_is_refused() -> None:
         "another precision": (IDS, CHECKPOINT.resident("bfloat16"), cache),
     }
     for ids, other_weights, other_cache in wrong.values():
-        with pytest.raises(refgemma.InputError, match="go on from the cache that an earlier call"):
+        with pytest.raises(refgemma.InputError, match="continue from a cache that the same model returned"):
             forward(ids, other_weights, CONFIG, cache=other_cache)
 
 
@@ -309,7 +309,7 @@ def test_a_model_without_a_head_says_so() -> None:
     config = SMALL.config.changed(tie_word_embeddings=False)
     refused(
         lambda: forward([[3]], replace(SMALL.weights, lm_head=None), config),
-        "these weights have no head: lm_head.weight is missing, and tie_word_embeddings is false",
+        "lm_head.weight is missing from the weights, and tie_word_embeddings is false",
     )
     untied = replace(SMALL.weights, lm_head=2 * SMALL.weights.embed_tokens)
     # Twice the head, without a cap: twice the logits, to the last bit.

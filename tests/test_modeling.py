@@ -150,8 +150,8 @@ def test_losses_by_hand() -> None:
     [
         (Gemma2ForCausalLM, [[1, 2]], r"labels have shape \(1, 2\)"),
         (Gemma2ForTokenClassification, np.full(IDS.shape, 3), "label 3 is neither -100 nor one of the 3 classes"),
-        (Gemma2ForSequenceClassification, [0], "the class of each of the 2 sequences is needed"),
-        (Gemma2ForSequenceClassification, [[1, 0, 0], [0, 1, 0]], "the class of each of the 2 sequences"),
+        (Gemma2ForSequenceClassification, [0], "one class for each of the 2 sequences"),
+        (Gemma2ForSequenceClassification, [[1, 0, 0], [0, 1, 0]], "one class for each of the 2 sequences"),
     ],
 )
 def test_labels_that_do_not_fit(cls: Any, labels: Any, reason: str) -> None:
@@ -213,7 +213,7 @@ def test_what_is_saved_says_what_it_is(tmp_path: Path) -> None:
     raw = json.loads((tmp_path / "config.json").read_text())
     assert raw["architectures"] == ["Gemma2ForTokenClassification"]
     assert raw["dtype"] == "bfloat16"
-    with pytest.raises(ConfigError, match="hidden_activation is the function"):
+    with pytest.raises(ConfigError, match="a function, which a file cannot hold"):
         Gemma2Model.from_config(CONFIG.changed(hidden_activation=np.tanh)).save_pretrained(tmp_path / "other")
     assert not (tmp_path / "other").exists()
 

@@ -166,6 +166,6 @@ def test_every_format_says_that_weights_are_wrong(weights: Weights, tmp_path: Pa
     assert wrong == EXIT["differs"]
     suite = ElementTree.parse(f"{page}.junit").getroot()
     assert (suite.get("failures"), len(suite.findall("testcase/failure"))) == ("1", 1)
-    assert suite.get("tests") == str(len(suite.findall("testcase")) - int(suite.get("skipped", "0")))
+    assert suite.get("tests") == str(len(suite.findall("testcase")))  # skipped ones too, as pytest counts them
     for kind in ("html", "markdown"):
         assert "weights-one-plus" in Path(f"{page}.{kind}").read_text("utf-8")

@@ -126,8 +126,8 @@ def test_a_program_that_is_wrong_breaks_the_law(program) -> None:
     [
         ("crash", "ended with exit status 3 instead of answering; it said:\nthe head is missing"),
         ("no file", "there is no such file"),
-        ("junk", "is not a whole safetensors file"),
-        ("no logits", r"the answer has no tensor logits, only \['cache.ids', 'out'\]"),
+        ("junk", "is not a complete safetensors file"),
+        ("no logits", r"the answer lacks the tensor logits; it has \['cache.ids', 'out'\]"),
         ("shape", r"logits have shape \(3, 97\)"),
     ],
 )

@@ -141,8 +141,8 @@ def test_a_job_that_kills_every_worker_is_lost_and_no_other(folder: Path, capsys
     [
         ({"run": "port {trace}"}, "failed", 5, "cannot be run"),
         ({"run": "true {trace}"}, "failed", 5, "did not write trace.safetensors"),
-        ({"run": "cp port.py {trace}"}, "unreadable", 2, "not a whole safetensors file"),
-        ({"trace": "port.py"}, "unreadable", 2, "not a whole safetensors file"),
+        ({"run": "cp port.py {trace}"}, "unreadable", 2, "not a complete safetensors file"),
+        ({"trace": "port.py"}, "unreadable", 2, "not a complete safetensors file"),
         ({"run": "cp a.safetensors {trace} {prompt}", "prompt": "b.safetensors"}, "unreadable", 2, "other input_ids"),
     ],
 )
@@ -171,23 +171,23 @@ def test_a_command_gets_the_model_with_the_jobs_numbers(folder: Path, capsys: py
     ("text", "said"),
     [
         (None, "no such file"),
-        ("", "holds no job"),
-        ("\xff", "is no text"),
+        ("", "contains no job"),
+        ("\xff", "is not text"),
         ("{", "line 1: is not JSON"),
         ("[1]", "line 1: holds a list, not a JSON object"),
         ('{"trace": "a.safetensors"}\n{"model": "tiny"}', "line 2: give either trace"),
         ('{"trace": "a.safetensors", "run": "x {trace}"}', "give either trace"),
         ('{"trace": "none.safetensors"}', "none.safetensors"),
         ('{"trace": "a.safetensors", "model": "no-such"}', "no-such"),
-        ('{"trace": "a.safetensors", "colour": "red"}', "no field 'colour'"),
+        ('{"trace": "a.safetensors", "colour": "red"}', "unknown field 'colour'"),
         ('{"trace": 3}', "trace is 3"),
         ('{"trace": "a.safetensors", "allow": -1}', "a factor above 0"),
-        ('{"trace": "a.safetensors", "map": "none"}', "no map"),
-        ('{"trace": "a.safetensors", "config": {"caps": 3}}', "no field 'caps'"),
-        ('{"trace": "a.safetensors", "config": {"head_dim": 4}}', "changes the axes"),
-        ('{"run": "port"}', "run needs {trace}"),
-        ('{"run": "port {trace} {prompt}"}', "run needs {trace}"),
-        ('{"run": "port \' {trace}"}', "no command"),
+        ('{"trace": "a.safetensors", "map": "none"}', "unknown map"),
+        ('{"trace": "a.safetensors", "config": {"caps": 3}}', "unknown field 'caps'"),
+        ('{"trace": "a.safetensors", "config": {"head_dim": 4}}', "changes the shapes"),
+        ('{"run": "port"}', "run must contain {trace}"),
+        ('{"run": "port {trace} {prompt}"}', "run must contain {trace}"),
+        ('{"run": "port \' {trace}"}', "not a valid command"),
     ],
 )
 def test_a_bad_file_of_jobs_is_refused_in_one_line(
@@ -287,7 +287,7 @@ def test_no_worker_and_no_command_outlives_a_sweep(number: int, tmp_path: Path) 
         started = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
         process.send_signal(number)
         said = process.communicate(timeout=20)[1]
-        assert process.returncode in ((130,) if number == signal.SIGINT else (-number,))
+        assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
         assert "Traceback" not in said
         wait_for(lambda: not any(is_running(pid) for pid in started), seconds=5)
 

@@ -67,9 +67,9 @@ def test_what_a_backend_cannot_do_is_not_applicable_and_not_passed(run) -> None:
             "refgemma: testing adapters:Small (float32; cache: False, padding: False, positions: False), profile dev",
             "conforms: 2, differs: 0, not applicable: 4",
             "its forward takes no cache: chunks_change_nothing",
-            "it does not compute in float64 throughout: float32_is_near_float64",
+            "it does not use float64 in every step: float32_is_near_float64",
             "it has no method tokenizer: a_text_comes_back",
-            "it does not compute in bfloat16 throughout: no-caps-forward-bf16",
+            "it does not use bfloat16 in every step: no-caps-forward-bf16",
             "*2 passed*4 not applicable*",
         ]
     )
@@ -120,9 +120,9 @@ def test_known_failures_are_expected_and_stale_ones_reported(run, pytester: pyte
     result.stdout.fnmatch_lines(
         [
             "conforms: 1, differs: 1, not applicable: 1",
-            "warning: *skips.txt: causality passes now; take its line out",
-            "warning: *skips.txt: chunks_change_nothing is not applicable; take its line out",
-            "warning: *skips.txt: spelt_wrongly is the name of no law or recording",
+            "warning: *skips.txt: causality passes now; remove its line",
+            "warning: *skips.txt: chunks_change_nothing is not applicable; remove its line",
+            "warning: *skips.txt: unknown law or recording spelt_wrongly; remove its line",
             "*1 xfailed, 1 xpassed*",
         ]
     )
@@ -131,9 +131,9 @@ def test_known_failures_are_expected_and_stale_ones_reported(run, pytester: pyte
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("causality\n", "*skips.txt, line 1: write the name of a law, a colon, and the reason why it fails"),
-        ("causality:\n", "*skips.txt, line 1: write the name of a law, a colon, and the reason why it fails"),
-        ("causality: a\ncausality: b\n", "*skips.txt, line 2: causality stands there twice"),
+        ("causality\n", "*skips.txt, line 1: write the name of a law, a colon, and the reason of the failure"),
+        ("causality:\n", "*skips.txt, line 1: write the name of a law, a colon, and the reason of the failure"),
+        ("causality: a\ncausality: b\n", "*skips.txt, line 2: duplicate entry causality; remove it"),
     ],
 )
 def test_a_known_failure_needs_a_reason(run, pytester: pytest.Pytester, text: str, message: str) -> None:

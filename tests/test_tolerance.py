@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from refgemma import ops
 from refgemma.goldens.distance import logits_distance, rounding_noise, run_distance
 from refgemma.oracle import tolerance as tol
-from refgemma.oracle.judge import strict_distance
+from refgemma.oracle.judge import judge, strict_distance
+from refgemma.oracle.spans import add_typical_spread
 from refgemma.oracle.tolerance import tolerance, ulp
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -134,3 +135,10 @@ def test_nan_and_infinity_never_conform(bad: float) -> None:
     assert run_distance(computed, recorded, rounding_noise(computed, recorded, recorded, "bfloat16"), "bfloat16") > 1
     assert run_distance(computed, recorded, 1e-6, "bfloat16") > 1
     assert logits_distance(computed, recorded) > 1
+
+
+def test_a_number_beyond_all_others_is_a_verdict_and_not_a_warning() -> None:
+    exact = np.ones(2)  # under pytest a warning of NumPy's is an error
+    assert judge(np.array([1e200, 1.0]), exact, tol.one_rounding(exact), "float64", np.ones(2, bool)).verdict == "FAIL"
+    assert not np.isfinite(add_typical_spread(np.array([np.inf, np.nan]))).any()
+    assert add_typical_spread(np.array([1e200, 1e200]))[0] == np.inf

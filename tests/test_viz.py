@@ -249,7 +249,7 @@ def test_half_precision_has_an_array_view() -> None:
 
 
 def test_an_array_view_wants_a_name_for_each_axis() -> None:
-    with pytest.raises(ValueError, match=r"names 2 axes \(seq keys\), and the array has 3"):
+    with pytest.raises(ValueError, match=r"has 2 names \(seq keys\); the array has 3 axes"):
         viz.array_view(np.zeros((1, 2, 3)), "seq keys")
 
 

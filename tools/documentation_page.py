@@ -41,6 +41,13 @@ Where the page and transformers 5.23 differ, this package follows transformers:
   several rows are refused.
 - `inputs_embeds` are not scaled by the square root of `hidden_size`.
 
+Two things differ from transformers 5.23:
+
+- Without `dtype`, `from_pretrained` computes in float32, which rounds least. transformers takes the precision of the
+  configuration, as `dtype="auto"` does in both.
+- In a mask with four axes, true means visible, and a warning says so. transformers adds true and false to the scores
+  of Gemma 2 as 1 and 0, which hides nothing.
+
 | section | name | default on the page | test |
 | --- | --- | --- | --- |
 """

@@ -35,7 +35,7 @@ from refgemma.sweep.runner import as_json as sweep_json
 from refgemma.sweep.runner import cluster, processes, sweep
 from refgemma.trace.candidate import Candidate, is_known, load_trace
 from refgemma.trace.name_maps import apply_map, load_map, map_names, match, open_any
-from refgemma.trace.names import save_trace, target_file
+from refgemma.trace.names import save_trace
 from refgemma.weights.checkpoint import open_checkpoint
 from refgemma.weights.parameters import Weights
 
@@ -103,11 +103,13 @@ def add_commands(add: Callable[[str, str], Any]) -> None:
 def run_check(args: argparse.Namespace) -> int:
     """``refgemma check``."""
     outputs = {kind: path for kind in ("html", "markdown", "junit", "bundle") if (path := getattr(args, kind))}
-    for path in outputs.values():
-        target_file(path)  # before the work, not after it
+    folder = find_model(args.model)
+    output.check_outputs(
+        {f"--{'repro' if kind == 'bundle' else kind}": path for kind, path in outputs.items()},
+        (args.candidate, args.weights, args.map, folder),
+    )
     if not args.allow > 0 or not np.isfinite(args.allow):
         raise UsageError(f"--allow {args.allow}: a factor above 0 is needed")
-    folder = find_model(args.model)
     config = open_checkpoint(folder).config
     if args.run is not None and (problem := run_backend(args.run, Path(args.candidate))) is not None:
         output.say(f"refgemma check: --run: {problem}", error=True)

@@ -9,12 +9,12 @@ from itertools import chain
 import numpy as np
 
 import refgemma
-from refgemma.cli.output import OK, as_json, prompt_ids, say
+from refgemma.cli.output import OK, as_json, check_outputs, prompt_ids, say
 from refgemma.files import replace_file
 from refgemma.goldens.released import Identified, identify_release
 from refgemma.hub import find_model
 from refgemma.modeling.pretrained import load
-from refgemma.trace.names import run_in_order, save_trace, target_file
+from refgemma.trace.names import run_in_order, save_trace
 from refgemma.weights.checkpoint import open_checkpoint
 from refgemma.weights.parameters import tensor_shapes
 
@@ -23,7 +23,7 @@ def run_trace(args: argparse.Namespace) -> int:
     """``refgemma trace``."""
     from tqdm import tqdm
 
-    target_file(args.output)  # before a minute's work, not after it
+    check_outputs({"-o": args.output}, [find_model(args.model, args.revision, args.download)])
     model = load(args.model, args.dtype, args.revision, args.download)
     ids = prompt_ids(args, model)
     metadata = {
@@ -48,7 +48,7 @@ def run_explore(args: argparse.Namespace) -> int:
     """``refgemma explore``."""
     from refgemma.teach.explorer import explore_run, render_page
 
-    target_file(args.output)  # before the work, not after it
+    check_outputs({"-o": args.output}, [find_model(args.model, args.revision, args.download)])
     model = load(args.model, args.dtype, args.revision, args.download)
     ids = prompt_ids(args, model)
     content = render_page(explore_run(ids, model, args.model, args.dtype)).encode()

@@ -1,11 +1,12 @@
 """The command line: it handles arguments and prints; the work is done elsewhere.
 
 Exit codes: 0 all is well (verify: conforms), 1 verify found a difference, 2 misuse or bad input, 70 a fault
-of refgemma itself, 130 interrupted, 141 the reader of the output went away before its end.
+of refgemma itself, 130 interrupted, 143 terminated, 141 the reader of the output went away before its end.
 """
 
 import argparse
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,8 @@ import refgemma
 from refgemma.cli import candidates as oracle
 from refgemma.cli.folders import run_convert, run_synth
 from refgemma.cli.inspection import run_explore, run_info, run_trace
-from refgemma.cli.output import CUT_OFF, DTYPES, FAULT, INTERRUPTED, MISUSE, say
+from refgemma.cli.output import CUT_OFF, DTYPES, FAULT, MISUSE, complain
+from refgemma.cli.signals import raise_on_signals
 from refgemma.cli.text import run_chat, run_generate, run_perplexity
 from refgemma.cli.verification import run_verify
 from refgemma.convert.convert import FORMATS
@@ -37,7 +39,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2."""
-        self.exit(MISUSE, escape(f"{self.prog}: {message} (see {self.prog} --help)") + "\n")
+        self.exit(MISUSE, escape(f"{self.prog}: {shorten(message)} (see {self.prog} --help)") + "\n")
 
 
 def parser() -> Parser:
@@ -178,7 +180,7 @@ def short_warnings() -> Iterator[None]:
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
         if str(message) not in detect:
             detect.add(str(message))
-            say(f"refgemma: warning: {message}", error=True)
+            complain(f"refgemma: warning: {message}")
 
     with warnings.catch_warnings():
         warnings.simplefilter("always")
@@ -191,6 +193,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started the command; print would write to the other one
             setattr(sys, name, open(os.devnull, "w"))  # until the process ends
+    try:
+        with raise_on_signals():
+            return run_command(argv)
+    except KeyboardInterrupt as interruption:
+        complain()
+        return 128 + getattr(interruption, "number", signal.SIGINT)
+
+
+def run_command(argv: Sequence[str] | None) -> int:
+    """Run one command and return its exit code, unless it is interrupted."""
     args = parser().parse_args(argv)
     run = {
         "generate": run_generate,
@@ -211,28 +223,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return CUT_OFF
     except MemoryError:
-        say(f"refgemma {args.command}: not enough memory: the prompt is too long for this machine", error=True)
+        complain(f"refgemma {args.command}: not enough memory: the prompt is too long for this machine")
         return MISUSE
     except (RefgemmaError, OSError, UnicodeError) as error:
-        say(f"refgemma {args.command}: {describe_error(error)}", error=True)
+        complain(f"refgemma {args.command}: {describe_error(error)}")
         return MISUSE
-    except KeyboardInterrupt:
-        say(error=True)
-        return INTERRUPTED
     except Exception as error:  # nothing about the files: exit code 1 would say that they differ
         if sys.flags.dev_mode:
             raise
-        say(
+        complain(
             f"refgemma {args.command}: fault in refgemma itself: {type(error).__name__}: {describe_error(error)}; "
-            f"please report it with the output of: python -X dev -m refgemma {args.command} ...", error=True,
-        )  # fmt: skip
+            f"please report it with the output of: python -X dev -m refgemma {args.command} ..."
+        )
         return FAULT
 
 
 def describe_error(error: Exception) -> str:
     """Return an error's message in one line, an OSError's with its file."""
-    said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-    said = " ".join(said.split())
-    if len(said) > LINE:  # it quotes a damaged file: where and what to do stand at the two ends
-        said = f"{said[: LINE - 400]} ... {said[-400:]}"
-    return said
+    return shorten(
+        f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+    )
+
+
+def shorten(message: str) -> str:
+    """Return a message in one line; the two ends of a long one say where the fault is and what to do."""
+    said = " ".join(message.split())
+    return said if len(said) <= LINE else f"{said[: LINE - 400]} ... {said[-400:]}"

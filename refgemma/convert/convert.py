@@ -37,6 +37,7 @@ from refgemma.hub import ADAPTER_CONFIG, CONFIG_JSON, GGUF, refuse_links
 from refgemma.precision import Array
 from refgemma.tokenizer.gguf_tokenizer import has_tokens
 from refgemma.tokenizer.tokenizer import Tokenizer
+from refgemma.weights.adapters import ADAPTER_MODEL, PICKLED_ADAPTER
 from refgemma.weights.checkpoint import (
     INDEX,
     SINGLE,
@@ -373,7 +374,9 @@ def open_source(
 
 
 def _open_hf(path: Path, kind: str) -> Source:
-    checkpoint = open_checkpoint(path)
+    pickled = path / PICKLED_ADAPTER
+    adapter = read_torch(pickled) if pickled.exists() and not (path / ADAPTER_MODEL).exists() else None
+    checkpoint = open_checkpoint(path, adapter)
     _check_layout(path, hf_layout(checkpoint.config), checkpoint.tensors)
     return Source(path, kind, checkpoint.config, _unfold(hf_layout(checkpoint.config), checkpoint.tensors))
 
@@ -487,6 +490,8 @@ def convert(
             f"cannot write {target_format} in {dtype}; there are {', '.join((*FORMATS, *FILE_DTYPES))}"
         )
     if target_format == "gguf":
+        if str(target).endswith("/"):
+            raise CheckpointError(f"{target}: is the name of a folder; give that of a file, which ends in {GGUF}")
         return _convert_to_gguf(open_source(source, source_format, config, transposed), Path(target), dtype)
     size = parse_size(max_shard_size or (ONE_FILE if target_format == "pytorch" else "5GB"))
     opened = open_source(source, source_format, config, transposed)
@@ -494,12 +499,12 @@ def convert(
     outputs = _fold(layout, opened.parts, dtype)
     folder = Path(target)
     fingerprint = _make_fingerprint(opened, outputs, target_format, size)
-    claim(folder, fingerprint)
-    _write_beside(opened, folder, target_format, outputs[0].dtype)
-    if target_format in ("hf", "flax"):
-        write_checkpoint(folder, outputs, size, fingerprint)
-    else:
-        _write_zips(folder, outputs, target_format, size)
+    with claim(folder, fingerprint):
+        _write_beside(opened, folder, target_format, outputs[0].dtype)
+        if target_format in ("hf", "flax"):
+            write_checkpoint(folder, outputs, size, fingerprint)
+        else:
+            _write_zips(folder, outputs, target_format, size)
     return Converted(opened, folder, target_format, outputs)
 
 
@@ -516,6 +521,8 @@ def _convert_to_gguf(source: Source, target: Path, dtype: str | None) -> Convert
     """Write a GGUF file, with the norms in float32 as llama.cpp has them, and the tokenizer if there is one."""
     if target.suffix != GGUF or target.is_dir():
         raise CheckpointError(f"{target}: a GGUF file is written, whose name has to end in {GGUF}")
+    if any(os.path.realpath(part.tensor.file) == os.path.realpath(target) for part in source.parts.values()):
+        raise CheckpointError(f"{target}: is the source, and is not replaced; give another file")
     check_model(source.config, source.path)
     matrices, norms = gguf_layout(source.config)
     outputs = _fold(matrices, source.parts, dtype) + _fold(norms, source.parts, "float32")
@@ -548,19 +555,19 @@ def _write_beside(source: Source, folder: Path, kind: str, dtype: str) -> None:
 
 
 def _write_zips(folder: Path, outputs: Sequence[OutputTensor], kind: str, limit: int) -> None:
-    """Write PyTorch's format, in one file or in shards with an index, or a ``.npz``; then compare."""
+    """Write PyTorch's format, in one file or in shards with an index, or a ``.npz``; compare, then move into place."""
     parts = _split_into_files(outputs, kind, limit)
     staging = folder / STAGING
     key = None if len(parts) > 1 else "model_state_dict"
     write = write_npz if kind == "flax-npz" else functools.partial(write_torch, key=key)
     write_parts(staging, {name: part for name, part in parts.items() if not (staging / name).is_file()}, write)
+    read = read_npz if kind == "flax-npz" else read_torch
+    check_same({name: tensor for file in parts for name, tensor in read(staging / file).items()}, outputs, staging)
     for name in parts:
         os.replace(staging / name, folder / name)
     if len(parts) > 1:
         replace_file(folder / TORCH_INDEX, build_index(parts))
     shutil.rmtree(staging)
-    read = read_npz if kind == "flax-npz" else read_torch
-    check_same({name: tensor for file in parts for name, tensor in read(folder / file).items()}, outputs, folder)
 
 
 def _split_into_files(outputs: Sequence[OutputTensor], kind: str, limit: int) -> dict[str, list[OutputTensor]]:

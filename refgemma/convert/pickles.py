@@ -9,6 +9,7 @@ import pickletools
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from refgemma.weights.checkpoint import REMEDY, CheckpointError, Stored
 from refgemma.weights.save import FILE_DTYPES, OutputTensor
 
 PICKLE_LIMIT = 2**24  # bytes: the pickle of a 27B has 100 thousand
+STEPS_LIMIT = 2**20  # opcodes: that of a 27B has 12 thousand; each may make an object
+ARGUMENTS_LIMIT = 10  # of what is called; they are copied in each call
 
 STATE_KEYS = ("model_state_dict", "model", "state_dict", "module")  # of a dict that holds the state dict
 
@@ -117,12 +120,13 @@ class _Machine:
 
     def run(self, raw: bytes) -> Any:
         """Return the object in the pickle."""
-        for opcode, argument, _ in pickletools.genops(raw):
+        for opcode, argument, _ in islice(pickletools.genops(raw), STEPS_LIMIT):
             if opcode.name == "STOP":
                 return self.stack.pop()
             if opcode.name not in _STEPS:
                 raise ValueError(f"it holds the opcode {opcode.name}, which no checkpoint needs; do not trust the file")
             _STEPS[opcode.name](self, argument)
+        raise ValueError(f"it has more than {STEPS_LIMIT} opcodes; that of no checkpoint is so long")
 
     def since_mark(self) -> list[Any]:
         items, self.stack = self.stack, self.outer.pop()
@@ -151,6 +155,8 @@ class _Machine:
         made, arguments = self.take(2)
         if not isinstance(made, _Name) or made.dotted not in _RESULTS or not isinstance(arguments, tuple):
             raise ValueError(f"it calls {quote(made)}; do not trust the file")
+        if len(arguments) > ARGUMENTS_LIMIT:
+            raise ValueError(f"it calls {made.dotted} with {len(arguments)} arguments; do not trust the file")
         self.stack.append(_RESULTS[made.dotted](*arguments))
 
     def storage(self, _: Any) -> None:

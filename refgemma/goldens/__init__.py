@@ -1,1 +1,1 @@
-"""PyTorch's recordings: reading them, and comparing refgemma with each."""
+"""Read PyTorch's recordings, and compare refgemma with them."""

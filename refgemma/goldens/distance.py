@@ -1,13 +1,13 @@
-"""How far a tensor of a whole run is from its recording, in units of what rounding explains: at most 1 if it conforms.
+"""The distance of a tensor of a whole run from its recording, in units of its tolerance: at most 1 if it conforms.
 
-Checked in the tests: no recorded run is farther off, NaN and infinity never conform.
+Checked in the tests: no recorded run exceeds it, and NaN and infinity never conform.
 
-* In float32, a tensor may be off by `NOISE_FACTOR` times the error that rounding makes in it, which the same run in
-  float64 shows: ours or PyTorch's, whichever is smaller. So a mistake does not widen its own tolerance, neither one
-  that loses digits (then PyTorch's error is the smaller) nor any other (then ours is). The logits must also be within
-  `END_TO_END` of the largest logit.
-* In half precision, the root mean square difference of two correct runs is that of two independent roundings, sqrt(2)
-  times the rounding error of one: PyTorch's distance from its own float32 recording.
+* In float32, the tolerance is `NOISE_FACTOR` times the rounding error of the tensor. The same run in float64 measures
+  this error: ours or PyTorch's, whichever is smaller. So a mistake cannot widen its own tolerance. If our run loses
+  digits, PyTorch's error is smaller; for any other mistake, ours is. The logits must also be within `END_TO_END` of the
+  largest logit.
+* In half precision, two correct runs differ by two independent roundings, in root mean square by sqrt(2) times the
+  rounding error of one. That error is PyTorch's distance from its own float32 recording.
 """
 
 import math
@@ -18,22 +18,23 @@ from refgemma.oracle.judge import distance_from, ratio
 from refgemma.precision import Array
 
 END_TO_END = 5e-6
-# Two correct runs err independently and by similar amounts, so they differ by about sqrt(2) of one's error. But the
-# largest of few errors is itself uncertain, and libraries sum in other orders: PyTorch may err a few times as much.
+# Two correct runs have independent errors of similar size, so they differ by about sqrt(2) times one error. But the
+# largest of few errors is itself uncertain, and libraries sum in different orders: PyTorch's error may be a few times
+# as large.
 NOISE_FACTOR = 8
-# What is left where our own rounding happens to be exact: two roundings on either side.
+# The minimum for a tensor that our run happens to compute exactly: two roundings on either side.
 FLOOR = 4 * 2.0**-24
 
 
 def rounding_noise(computed: Array, recorded: Array, reference: Array, dtype: str = "float32") -> float:
     """Return the rounding error of a run's tensor.
 
-    In float32 the largest error, ours or the recorded one, of which the smaller counts; `reference` is our own run in
-    float64. In half precision the mean square error of the recording; `reference` is PyTorch's float32 recording.
+    In float32 it is the smaller one of two largest errors, ours and the recorded one; `reference` is our own run in
+    float64. In half precision it is the mean square error of the recording; `reference` is PyTorch's float32 recording.
     """
     if dtype != "float32":
         return float(np.mean(distance_from(recorded, reference) ** 2))
-    # Python's min would pass a NaN by; numpy's gives it back, and nothing conforms to it.
+    # Python's min would ignore a NaN; numpy's returns it, and then nothing conforms.
     errors = (distance_from(x, reference).max(initial=0) for x in (computed, recorded))
     return float(np.minimum(*errors))
 

@@ -1,7 +1,7 @@
-"""Compare refgemma with PyTorch at the size of the 9B and the 27B, on *synthetic* weights: nobody trained them, so this
-is about arithmetic at full width and depth, not about what a released model answers.
+"""Compare refgemma with PyTorch at the size of the 9B and the 27B, on *synthetic* (untrained) weights. This tests the
+arithmetic at full width and depth, not the outputs of a released model.
 
-Checked by making mistakes on purpose, which are found, in the tests; recorded by `golden/full_size.py`.
+Checked by mistakes made on purpose, which the tests find; recorded by `golden/full_size.py`.
 """
 
 import hashlib
@@ -31,27 +31,27 @@ from refgemma.weights.checkpoint import Checkpoint
 from refgemma.weights.parameters import Weights, tensor_shapes
 from refgemma.weights.synthetic import synthetic_weights
 
-TOP_LOGITS = 3e-5  # of the largest logit: what was asked for at full depth
+TOP_LOGITS = 3e-5  # of the largest logit: the requirement at full depth
 TWO_LAYERS, SYNTHETIC, CHECKPOINT = "-two-layers", "-synthetic", "checkpoint-"  # in the names of recordings
-PIECE = 256  # a call of more tokens than this is computed in pieces, and sketched after each layer only
-# In half precision the first tensors come of the same numbers, rounded at the same places: an element differs only
-# where a float32 sum falls on the other side of a rounding boundary, 1 in 1000 of an operation (tests/test_golden.py).
-# Four operations deep that is 0.13 of 32 samples; more than three are as good as impossible (1e-5), where rounding at
-# other places moves seven or more (tools/full_size_mistakes.py).
+PIECE = 256  # a call with more tokens is computed in pieces, and sketched only after each layer
+# In half precision the first tensors are computed from the same numbers, rounded at the same places. An element differs
+# only if a float32 sum falls on the other side of a rounding boundary, 1 in 1000 per operation (tests/test_golden.py).
+# After four operations this is 0.13 of 32 samples; more than three are practically impossible (1e-5). Rounding at other
+# places changes seven or more (tools/full_size_mistakes.py).
 FIRST = re.compile(
     r"calls\.\d+\.(cos|sin|embedded|layers\.0\.input_layernorm|layers\.0\.attention\.([qkv]|[qk]_rot|scores|capped))"
 )
 FLIPPED = 3
-SAMPLED = 4096  # bytes of either end of a tensor that its fingerprint reads
+SAMPLED = 4096  # bytes at each end of a tensor that its fingerprint reads
 
 
 def read_full_manifest() -> dict[str, Any]:
-    """The recordings at full size, with provenance and hashes."""
+    """Return the recordings at full size, with provenance and hashes."""
     return dict(read_manifest("full", "refgemma-golden-full/1")["cases"])
 
 
 def two_layer_names() -> list[str]:
-    """The recordings of two layers at full width, which ``refgemma verify`` compares among others.
+    """Return the names of the recordings of two layers at full width, which ``refgemma verify`` includes.
 
     Examples
     --------
@@ -62,7 +62,7 @@ def two_layer_names() -> list[str]:
 
 
 def is_full_size(name: str) -> bool:
-    """Return whether `name` is meant for a recording at full size.
+    """Return True if `name` is the name of a recording at full size.
 
     Examples
     --------
@@ -73,7 +73,7 @@ def is_full_size(name: str) -> bool:
 
 
 def load_full(name: str) -> tuple[dict[str, Any], dict[str, Array]]:
-    """One recording: its entry in the manifest and its tensors.
+    """Return one recording: its entry in the manifest and its tensors.
 
     Examples
     --------
@@ -83,15 +83,15 @@ def load_full(name: str) -> tuple[dict[str, Any], dict[str, Array]]:
     cases = read_full_manifest()
     if name not in cases:
         whole = ", ".join(sorted(case for case in cases if SYNTHETIC in case))
-        raise GoldenError(f"unknown recording {name!r}; there are {whole}")
+        raise GoldenError(f"unknown recording {name!r}; the recordings are {whole}")
     return cases[name], read_recording(golden_folder() / "full" / cases[name]["file"], cases[name]["sha256"])
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """A name for the weights of a checkpoint: of names, formats, shapes, and the first and last 4 KiB of each tensor.
+    """Hash the weights of a checkpoint: names, formats, shapes, and the first and last 4 KiB of each tensor.
 
-    Enough to tell one checkpoint from another, base from instruction-tuned for instance; not to find a single changed
-    weight. The configuration is left out, so that a wrong one is found as a difference.
+    This distinguishes checkpoints, for example a base model from an instruction-tuned one, but does not find a single
+    changed weight. The configuration is not included, so a wrong configuration is reported as a difference.
 
     Examples
     --------
@@ -111,27 +111,27 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 
 
 def recording_of(checkpoint: Checkpoint) -> str:
-    """The name of the recording of these weights, made by ``golden/record.py --checkpoint``.
+    """Return the name of the recording of these weights, made by ``golden/record.py --checkpoint``.
 
     Raises
     ------
     GoldenError
-        If there is none.
+        If there is no such recording.
     """
     wanted = fingerprint(checkpoint)
     for name, about in read_full_manifest().items():
         if about.get("checkpoint") == wanted:
             return name
     raise GoldenError(
-        f"{checkpoint.folder}: there is no recording of these weights; make one, with PyTorch: python "
-        f"golden/record.py --checkpoint {checkpoint.folder} (if they are synthetic, there is: give --full 9b-synthetic)"
+        f"{checkpoint.folder}: these weights have no recording; record them with PyTorch: python "
+        f"golden/record.py --checkpoint {checkpoint.folder} (for synthetic weights use --full 9b-synthetic)"
     )
 
 
 def _run_long_call(
     ids: Array, cache: Cache | None, weights: Weights, config: Gemma2Config, layers: fast.Outputs
 ) -> tuple[list[Array], Cache | None]:
-    """What each layer gives for a long call, computed piece by piece so that the scores fit in memory."""
+    """Return the output of each layer for a long call, computed in pieces so that the scores fit in memory."""
     outs: list[list[Array]] = [[] for _ in range(config.num_hidden_layers)]
     for first in range(0, ids.shape[1], PIECE):
         start, present = begin(ids[:, first : first + PIECE], weights, config, cache=cache), []
@@ -145,7 +145,8 @@ def _run_long_call(
 def _layers(
     start: Start, weights: Weights, config: Gemma2Config, reference: bool
 ) -> Iterator[tuple[Iterator[tuple[str, Array]], Array, LayerCache]]:
-    """Of each layer its named tensors, what it gives, and what it remembers; of a fast one only what it gives."""
+    """Yield the named tensors, the output and the cache of each layer; for fast layers, the only tensor is the
+    output."""
     if not reference:
         for layer, (out, past) in enumerate(fast.outputs(start, weights, config)):
             yield iter([(f"layers.{layer}.out", out)]), out, past
@@ -160,10 +161,10 @@ def _layers(
 def sketches_of(
     ids: Array, calls: list[int], weights: Weights, config: Gemma2Config, reference: bool = True
 ) -> Iterator[tuple[str, Array]]:
-    """The name of every tensor of every call with its sketch; of the first whole call its norm and logits too.
+    """Yield the name and sketch of every tensor of every call, and the norm and logits of the first short call.
 
-    One block is in memory at a time. Of a call of more than `PIECE` tokens there is what each layer gives, and of fast
-    blocks (`reference` is false) no more either.
+    One block is in memory at a time. For a call of more than `PIECE` tokens, and for fast blocks (`reference` is
+    false), only the outputs of the layers are sketched.
     """
     cache, done, first = None, 0, True
     for call, length in enumerate(calls):
@@ -194,11 +195,11 @@ def sketches_of(
         cache, first = Cache(present), False
 
 
-WHOLE = ("last_hidden_state", "top_logits", "loss")  # of the first whole call, after its sketches
+WHOLE = ("last_hidden_state", "top_logits", "loss")  # of the first short call, after its sketches
 
 
 def steps_of(names: Iterable[str], reference: bool) -> list[str]:
-    """What `sketches_of` gives of a recording with these `names`: so how much there is to do.
+    """Return the names that `sketches_of` yields for a recording with these `names`, for a progress bar.
 
     Examples
     --------
@@ -210,16 +211,17 @@ def steps_of(names: Iterable[str], reference: bool) -> list[str]:
 
 
 def half_tolerance(noise: float) -> float:
-    """The root mean square difference of two half-precision tensors that rounding explains, with mean square `noise`.
+    """Return the tolerance of the root mean square difference of two half-precision tensors, from the mean square
+    `noise`.
 
-    Of independent roundings the difference is sqrt(2) times one of them, as in `half_run_distance`. The projections of
-    a sketch tell it with a relative deviation of ``1 / sqrt(2 * PROJECTIONS)``: four of those are allowed.
+    Independent roundings differ by sqrt(2) times one of them, as in `run_distance`. The projections of a sketch measure
+    this with a relative deviation of ``1 / sqrt(2 * PROJECTIONS)``; the tolerance adds four of these deviations.
     """
     return math.sqrt(2 * noise) * (1 + 4 / math.sqrt(2 * PROJECTIONS))
 
 
 def neighbours(tensor: str) -> Iterator[str]:
-    """The names of a tensor in the first four calls, in its layer and in those before and after it.
+    """Yield the names of a tensor in the first four calls, in its layer and in the layers before and after it.
 
     Examples
     --------
@@ -237,7 +239,7 @@ def neighbours(tensor: str) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Recorded:
-    """The sketches of one recording: of one precision, and what tells its rounding error."""
+    """The sketches of one recording: in one precision, and those that measure its rounding error."""
 
     dtype: str
     names: Mapping[str, int]
@@ -246,14 +248,16 @@ class Recorded:
     double: Array  # PyTorch's float64
 
     def noise(self, tensor: str) -> float:
-        """Of float32 the largest error in the sketch; of half precision the mean square error of the tensor.
+        """Return the rounding error: in float32 the largest error in the sketch, else the mean square error of the
+        tensor.
 
-        In half precision only the projections tell that: into each goes every element. A score of 40 is rounded to a
-        quarter, so a few attention weights are far off in any correct run; whether one of them is a sample is chance.
+        In half precision only the projections measure it, because every element contributes to each of them. A score of
+        40 is rounded to a multiple of a quarter, so a few attention weights have large errors in any correct run. It is
+        chance if one of them is a sample.
 
-        What few errors tell is itself uncertain, and may by chance be small. So those of the same tensor in the layers
-        before and after, and in other calls, are looked at too, since errors there are of the same size, and the
-        largest counts. All of them are PyTorch's; no mistake of ours widens them.
+        An estimate from few errors is uncertain, and may by chance be small. So the errors of the same tensor in the
+        layers before and after, and in other calls, are used too, because they have the same size. The largest counts.
+        All of them are PyTorch's errors, so a mistake of ours does not widen them.
         """
         alike = [self.names[name] for name in neighbours(tensor) if name in self.names]
         if self.dtype == "float32":
@@ -262,7 +266,7 @@ class Recorded:
         return float(np.mean(errors**2, axis=1).max())
 
     def distance(self, tensor: str, computed: Array, recorded: Array) -> float:
-        """Of something as large as `tensor` from its recording, in units of what rounding explains."""
+        """Return the distance of numbers of the size of `tensor` from their recording, in units of the tolerance."""
         if self.dtype == "float32":
             return run_distance(computed, recorded, self.noise(tensor))
         apart = math.sqrt(float(np.mean((np.asarray(computed, np.float64) - recorded) ** 2)))
@@ -270,7 +274,7 @@ class Recorded:
         return apart / allowed if allowed else (math.inf if apart else 0.0)
 
     def sketch_distance(self, tensor: str, computed: Array) -> float:
-        """Of a sketch of `tensor` from the recorded one, in units of what rounding explains."""
+        """Return the distance of a sketch of `tensor` from the recorded one, in units of the tolerance."""
         recorded = self.sketches[self.names[tensor]]
         if self.dtype == "float32":
             return self.distance(tensor, computed, recorded)
@@ -280,7 +284,7 @@ class Recorded:
         return distance
 
     def loss_distance(self, logits: str, computed: Array, recorded: Array) -> float:
-        """Of the mean of ``-log p``, each of which an error of e in the logits changes by at most 2 e."""
+        """Return the distance of the mean of ``-log p``; an error of e in the logits changes each by at most 2 e."""
         if self.dtype == "float32":
             allowed = NOISE_FACTOR * self.noise(logits) + FLOOR * float(self.sketches[self.names[logits]][1])
         else:
@@ -289,11 +293,11 @@ class Recorded:
 
 
 def _compare_top(logits: str, computed: Array, golden: Mapping[str, Array], recorded: Recorded) -> Iterator[Comparison]:
-    """The best tokens of the prompt's last place: in float32 all 64, their order and their logits, else the first.
+    """Compare the best tokens of the prompt's last place: in float32 all 64, their order and logits, else the first.
 
-    ``top_ids`` is about which they are: another one among them conforms only if its logit is above that of PyTorch's
-    last by no more than rounding allows. ``top_order`` is about their places: two may change them only if PyTorch has
-    them no further apart than that, since rounding has decided their order then.
+    ``top_ids`` compares the set. A different token conforms only if its logit exceeds PyTorch's last one by at most the
+    tolerance. ``top_order`` compares the order. Two tokens may be exchanged only if PyTorch's logits for them differ by
+    at most the tolerance, because then rounding decides their order.
     """
     ids, logit = golden[f"top_ids.{recorded.dtype}"], golden[f"top_logits.{recorded.dtype}"]
     ours = wide(computed)
@@ -314,15 +318,15 @@ def _compare_top(logits: str, computed: Array, golden: Mapping[str, Array], reco
 def model_of_recording(
     about: Mapping[str, Any], dtype: str, checkpoint: Checkpoint | None
 ) -> tuple[Gemma2Config, Weights]:
-    """What was recorded: synthetic weights, unless they are read from a checkpoint."""
+    """Return the recorded model: with synthetic weights, or with those of a checkpoint."""
     changes = about.get("changes", {})
     if checkpoint is None and "preset" not in about:
-        raise GoldenError(f"{about['weights']} was recorded; give the folder that holds it: --model DIR")
+        raise GoldenError(f"the recording is of {about['weights']}; give its folder: --model DIR")
     if checkpoint is None:
         config = Gemma2Config.preset(about["preset"]).changed(**changes)
         return config, synthetic_weights(config, dtype)
     if "preset" in about and tensor_shapes(checkpoint.config) != tensor_shapes(Gemma2Config.preset(about["preset"])):
-        raise GoldenError(f"{checkpoint.folder}: is a model of another size than the one recorded")
+        raise GoldenError(f"{checkpoint.folder}: the model has another size than the recorded one")
     config, weights = checkpoint.config.changed(**changes), checkpoint.weights(dtype)
     if "vocab_size" in changes:
         weights = replace(weights, embed_tokens=weights.embed_tokens[: config.vocab_size])
@@ -332,27 +336,28 @@ def model_of_recording(
 def verify_full(
     name: str, dtype: str = "float32", checkpoint: Checkpoint | None = None, reference: bool = True
 ) -> Iterator[Comparison | str]:
-    """Compare one model at full size with its recording; yields the name of each tensor, and then its comparison.
+    """Compare one model at full size with its recording; yield the name of each tensor, then its comparison.
 
     Parameters
     ----------
     name : str
-        ``9b-synthetic``, ``27b-synthetic``, one of them with ``-two-layers`` or ``-long``; or what `recording_of` says.
+        ``9b-synthetic``, ``27b-synthetic``, one of them with ``-two-layers`` or ``-long``; or the result of
+        `recording_of`.
     dtype : str
         ``float32`` or ``bfloat16``.
     checkpoint : Checkpoint, optional
-        What the weights are read from; by default synthetic ones are made as they are needed.
+        The source of the weights; by default synthetic weights are generated when they are needed.
     reference : bool
-        Compare every tensor of the definition; else, in float32, what each layer of `refgemma.fast` gives.
+        Compare every tensor of the definition; else, in float32, the output of each layer of `refgemma.fast`.
 
     Raises
     ------
     GoldenError
-        If there is no such recording, or the checkpoint is not what was recorded.
+        If there is no such recording, or the checkpoint is not the recorded one.
     """
     about, golden = load_full(name)
     if f"top_ids.{dtype}" not in golden:
-        raise GoldenError(f"{name}: was recorded in float32 and bfloat16, not in {dtype}")
+        raise GoldenError(f"{name}: there is no recording in {dtype}, only in float32 and bfloat16")
     config, weights = model_of_recording(about, dtype, checkpoint)
     names = {tensor: number for number, tensor in enumerate(about["names"])}
     kinds = (golden[f"sketches.{kind}"] for kind in (dtype, "float32", "float64"))
@@ -378,5 +383,5 @@ def verify_full(
 
 
 def full_result(name: str, dtype: str, comparisons: list[Comparison]) -> CaseResult:
-    """The comparisons as a case of ``refgemma verify``."""
+    """Return the comparisons as a case of ``refgemma verify``."""
     return CaseResult(f"{name}-{'f32' if dtype == 'float32' else 'bf16'}", load_full(name)[0], tuple(comparisons))

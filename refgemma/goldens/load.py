@@ -1,4 +1,4 @@
-"""The goldens, PyTorch's recordings, read and checked against their manifest. Checked in the tests on damaged files."""
+"""Read the goldens, PyTorch's recordings, and check them against their manifest. Checked on damaged files."""
 
 import difflib
 import hashlib
@@ -23,11 +23,11 @@ AGAIN = "install refgemma again, or in a checkout record with: python golden/rec
 
 
 class GoldenError(RefgemmaError):
-    """A golden that is missing, damaged or unknown."""
+    """Raised for a golden that is missing, damaged or unknown."""
 
 
 def read_manifest(folder: str = ".", format: str = "refgemma-golden/1") -> dict[str, Any]:
-    """Return what is recorded in a folder of the recordings, with provenance and hashes."""
+    """Return the manifest of a folder of recordings, with provenance and hashes."""
     path = golden_folder() / folder / "manifest.json"
     manifest = read_object(path, GoldenError, AGAIN)
     if manifest.get("format") != format or not manifest.get("cases"):
@@ -36,7 +36,7 @@ def read_manifest(folder: str = ".", format: str = "refgemma-golden/1") -> dict[
 
 
 def check_hash(path: Path, sha256: str, says: str, again: str = AGAIN) -> None:
-    """Raise `GoldenError`, which `says` what a file is not, unless it is the one that was recorded."""
+    """Raise `GoldenError` unless the file has this hash; `says` describes the expected file."""
     try:
         found = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
@@ -46,7 +46,7 @@ def check_hash(path: Path, sha256: str, says: str, again: str = AGAIN) -> None:
 
 
 def read_recording(path: Path, sha256: str, again: str = AGAIN) -> dict[str, Array]:
-    """Return the tensors of a file, as they are stored, after a look whether it is the one of the manifest."""
+    """Return the stored tensors of a file, after checking its hash."""
     check_hash(path, sha256, "the file of the manifest", again)
     try:
         return dict(load_file(path))
@@ -55,12 +55,12 @@ def read_recording(path: Path, sha256: str, again: str = AGAIN) -> dict[str, Arr
 
 
 def case_names(wanted: list[str] | None = None) -> list[str]:
-    """Return all cases, or those `wanted` after checking that they exist.
+    """Return all cases, or the `wanted` ones after checking that they exist.
 
     Raises
     ------
     GoldenError
-        If there is no case of a name.
+        If a case does not exist.
 
     Examples
     --------
@@ -73,7 +73,7 @@ def case_names(wanted: list[str] | None = None) -> list[str]:
     for name in wanted or []:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else "refgemma verify --list names them all"
+            hint = f"did you mean {near[0]}?" if near else "refgemma verify --list prints all cases"
             raise GoldenError(f"unknown case {name!r}; {hint}")
     return wanted or known
 
@@ -84,7 +84,7 @@ def load_golden(name: str) -> tuple[dict[str, Any], dict[str, Array]]:
     Raises
     ------
     GoldenError
-        If the file of case `name` is missing, or is not the one that was recorded.
+        If the file of case `name` is missing, or is not the recorded one.
     """
     about = read_manifest()["cases"][name]
     tensors = read_recording(golden_folder() / about["file"], about["sha256"], f"{AGAIN} {name}")
@@ -107,6 +107,6 @@ def model_of(about: Mapping[str, Any]) -> tuple[Gemma2Config, Weights]:
     """Return the model that a case was recorded on, in the case's precision."""
     folder = recorded_model(about)
     for file, recorded in read_manifest()["models"][about["model"]].items():
-        check_hash(folder / file, recorded, "what the goldens were recorded with")
+        check_hash(folder / file, recorded, "the file that the goldens were recorded with")
     checkpoint = open_checkpoint(folder)
     return checkpoint.config, checkpoint.resident(about["dtype"])

@@ -1,6 +1,6 @@
-"""Published outputs of the released checkpoints, as data files in ``golden/released``, and which release a folder is.
-Nothing in the data was computed by us. Checked against one another without weights, and against the checkpoints by
-whoever has them, in the tests."""
+"""Published outputs of the released checkpoints, as data files in ``golden/released``, and the release of a folder. We
+computed none of the data. The tests check them against one another without weights, and against the checkpoints if
+available."""
 
 import hashlib
 import json
@@ -18,13 +18,12 @@ from refgemma.hub import CONFIG_JSON, golden_folder
 from refgemma.weights.parameters import tensor_shapes
 from refgemma.weights.save import OutputTensor, file_bytes, plan_files
 
-# Texts that gemma.cpp published cross entropies of: short name -> name in its file.
+# Texts for which gemma.cpp published cross entropies: short name -> name in its file.
 PUBLISHED = {"hungary": "Hungary", "jingle-bells": "Jingle Bells", "gettysburg": "Gettysburg, Hay Draft"}
 
 
 def read_released(name: str) -> dict[str, Any]:
-    """One data file, by `name`: ``checkpoint``, ``source``, ``commit``, ``licence``, ``precision``, ``caveats``, and
-    the numbers.
+    """Return one data file by `name`: its source, licence, precision, caveats and numbers.
 
     Examples
     --------
@@ -37,7 +36,7 @@ def read_released(name: str) -> dict[str, Any]:
 
 
 def published_text(name: str) -> str:
-    """A text that gemma.cpp published cross entropies of, by its `name` in `PUBLISHED`.
+    """Return a text for which gemma.cpp published cross entropies, by its `name` in `PUBLISHED`.
 
     Examples
     --------
@@ -50,7 +49,7 @@ def published_text(name: str) -> str:
 
 
 def published_figures(text: str) -> dict[str, float]:
-    """What gemma.cpp published for a text, in bits a byte by model; nothing for any other text.
+    """Return gemma.cpp's published figures for a text, in bits per byte by model; empty for any other text.
 
     Examples
     --------
@@ -63,11 +62,11 @@ def published_figures(text: str) -> dict[str, float]:
     return figures
 
 
-# --- which release a folder is ----------------------------------------------------------------------------------------
+# --- the release of a folder ------------------------------------------------------------------------------------------
 
 GENERATION_FILE = "generation_config.json"
 SHARD_SIZE = "5GB"  # of the released weights
-LINES_SHOWN = 4  # keys of a configuration that are named in one line
+LINES_SHOWN = 4  # keys of a configuration in one message
 # The keys of a released config.json that a `Gemma2Config` has too.
 CONFIG_KEYS = (
     "attention_bias", "attention_dropout", "attn_logit_softcapping", "final_logit_softcapping", "head_dim",
@@ -80,7 +79,7 @@ RELEASE_SIZES = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_a
 
 @dataclass(frozen=True)
 class ReleasedFile:
-    """A file of a release: its length and SHA-256, where they are known, and how they are known."""
+    """A file of a release: its length and SHA-256, if known, and their source."""
 
     bytes: int | None
     sha256: str | None
@@ -89,19 +88,19 @@ class ReleasedFile:
 
 @dataclass(frozen=True)
 class FileVerdict:
-    """A file of a folder beside that of a release.
+    """The comparison of a file with that of a release.
 
     Parameters
     ----------
     name : str
         Its name.
     verdict : str
-        ``same`` (SHA-256), ``same length`` (not hashed, or no hash was published), ``differs``, ``absent``,
-        ``unknown`` (nothing was published of it), or ``extra`` (the release has no such file).
+        ``same`` (SHA-256), ``same length`` (not hashed, or no hash was published), ``differs``, ``absent``, ``unknown``
+        (nothing was published about it), or ``extra`` (the release has no such file).
     detail : str
-        What differs, or how the released file is known.
+        The difference, or the source of the released file's data.
     sha256 : str, optional
-        Of the file in the folder, if all of it was read.
+        The hash of the file in the folder, if the whole file was read.
     """
 
     name: str
@@ -112,7 +111,7 @@ class FileVerdict:
 
 @dataclass(frozen=True)
 class Identified:
-    """The release that a folder is nearest to, None if no released Gemma 2 has its sizes or no file is as released."""
+    """The release that a folder matches best; None if no release has its sizes, or no file is as released."""
 
     release: str | None
     revision: str | None
@@ -120,17 +119,17 @@ class Identified:
 
     @property
     def as_released(self) -> int:
-        """How many of the release's files are there, in content or at least in length."""
+        """The number of the release's files that the folder has, by content or at least by length."""
         return sum(file.verdict.startswith("same") for file in self.files)
 
     @property
     def complete(self) -> bool:
-        """Whether no file differs and none is absent."""
+        """True if no file differs and none is absent."""
         return self.release is not None and not {"differs", "absent"} & {file.verdict for file in self.files}
 
 
 def releases() -> dict[str, Any]:
-    """Return what ``golden/released/files.json`` has of each release, by hub id.
+    """Return the data of ``golden/released/files.json`` on each release, by hub id.
 
     Examples
     --------
@@ -142,7 +141,7 @@ def releases() -> dict[str, Any]:
 
 
 def released_json(release: str) -> dict[str, dict[str, Any]]:
-    """Return what the released ``config.json`` and ``generation_config.json`` say, as far as it is known.
+    """Return the known contents of the released ``config.json`` and ``generation_config.json``.
 
     Examples
     --------
@@ -164,9 +163,9 @@ def released_json(release: str) -> dict[str, dict[str, Any]]:
 
 @cache
 def known_files(release: str) -> dict[str, ReleasedFile]:
-    """Return what is known of each file of a release: what was published, and the layout of the weights.
+    """Return the known data of each file of a release: published data, and the layout of the weights.
 
-    The lengths of the shards follow from names, shapes and dtype where they were not published.
+    Unpublished lengths of shards are derived from names, shapes and dtype.
 
     Examples
     --------
@@ -187,7 +186,7 @@ def known_files(release: str) -> dict[str, ReleasedFile]:
 
 
 def _measure(path: Path) -> int | None:
-    """Return the length of a file, None if there is none; a link counts as the file it leads to."""
+    """Return the length of a file, or None if it does not exist; links are followed."""
     try:
         status = path.stat()
     except FileNotFoundError:
@@ -198,7 +197,7 @@ def _measure(path: Path) -> int | None:
 
 
 def _compare_json(path: Path, released: Mapping[str, Any], whole: bool) -> str:
-    """Say which keys of a JSON file differ from the released ones; of one not known as a `whole`, the known keys."""
+    """List the keys of a JSON file that differ from the released ones; if not `whole`, only those known of both."""
     try:
         own = read_object(path, RefgemmaError)
     except RefgemmaError as error:
@@ -220,7 +219,9 @@ def _judge(path: Path, known: ReleasedFile | None, json_keys: Mapping[str, Any],
         return FileVerdict(path.name, "absent", "the release has it")
     if known is None:
         different = _compare_json(path, json_keys, whole=False)
-        return FileVerdict(path.name, "differs" if different else "unknown", different or "nothing was published of it")
+        return FileVerdict(
+            path.name, "differs" if different else "unknown", different or "nothing was published about it"
+        )
     sha256 = None
     if known.bytes in (None, length):
         if hash_weights or (path.suffix != ".safetensors" and length <= JSON_LIMIT):
@@ -232,12 +233,12 @@ def _judge(path: Path, known: ReleasedFile | None, json_keys: Mapping[str, Any],
             how = "no hash was published" if known.sha256 is None else "--hash compares the hash"
             return FileVerdict(path.name, "same length", f"{known.state}; {how}", sha256)
     different = _compare_json(path, json_keys, whole=True) if json_keys else ""
-    lengths = "other content" if known.bytes in (None, length) else f"{length:,} bytes, released {known.bytes:,}"
+    lengths = "different content" if known.bytes in (None, length) else f"{length:,} bytes, released {known.bytes:,}"
     return FileVerdict(path.name, "differs", different or lengths, sha256)
 
 
 def _judge_template(folder: Path) -> FileVerdict:
-    """Compare the chat template of a folder, a file of its own or a text in the tokenizer's settings, as a text."""
+    """Compare the chat template of a folder, from its own file or from the tokenizer's settings, as a text."""
     released = read_released("files")["chat_template"]
     try:
         if (folder / "chat_template.jinja").exists():
@@ -252,7 +253,7 @@ def _judge_template(folder: Path) -> FileVerdict:
         return FileVerdict("chat template", "absent", "the release has it")
     sha256 = hashlib.sha256(str(text).encode("utf-8", "replace")).hexdigest()
     if sha256 != released["sha256"]:
-        return FileVerdict("chat template", "differs", "another text", sha256)
+        return FileVerdict("chat template", "differs", "different text", sha256)
     return FileVerdict("chat template", "same", released["state"], sha256)
 
 
@@ -276,10 +277,10 @@ def _judge_all(folder: Path, release: str, hash_weights: bool) -> Identified:
 
 
 def identify_release(folder: str | Path, config: Gemma2Config, hash_weights: bool = False) -> Identified:
-    """Find out which released Gemma 2 a folder holds, file by file, and what differs.
+    """Identify the released Gemma 2 of a folder, file by file, with the differences.
 
-    Files of weights are compared by length; their numbers are read only with `hash_weights`. Of a folder that holds
-    other weights of the same names, shapes and dtype, as every fine-tuned one does, the lengths are the released ones.
+    Files of weights are compared by length; their numbers are read only with `hash_weights`. A fine-tuned model with
+    the same names, shapes and dtype has the released lengths too.
 
     Parameters
     ----------
@@ -288,12 +289,12 @@ def identify_release(folder: str | Path, config: Gemma2Config, hash_weights: boo
     config : Gemma2Config
         Its configuration.
     hash_weights : bool
-        Whether to hash the weights too: some seconds a gigabyte.
+        Whether to hash the weights too, which takes some seconds per gigabyte.
 
     Raises
     ------
     RefgemmaError
-        If a folder, a pipe or a device has the name of a file.
+        If a folder, a pipe or a device has the name of a released file.
 
     Examples
     --------
@@ -302,7 +303,7 @@ def identify_release(folder: str | Path, config: Gemma2Config, hash_weights: boo
     """
     names = [
         name for name, about in releases().items()
-        if Path(folder).is_dir()  # and no GGUF file, of which nothing was published
+        if Path(folder).is_dir()  # no GGUF file: nothing was published about those
         and all(getattr(config, size) == PRESETS[about["size"]][size] for size in RELEASE_SIZES)
     ]  # fmt: skip
     found = [_judge_all(Path(folder), name, hash_weights) for name in names]
@@ -311,7 +312,7 @@ def identify_release(folder: str | Path, config: Gemma2Config, hash_weights: boo
 
 
 def _tells(name: str) -> bool:
-    """Tell whether a file is not the same in all releases, as those of the tokenizer are."""
+    """Return True if a file differs between releases, unlike those of the tokenizer."""
     return name.startswith(("config", "generation_config", "model"))
 
 

@@ -21,7 +21,7 @@ OFFERED = (
 def recorded_operations(
     kind: str, golden: Mapping[str, Array], functions: Functions
 ) -> Iterator[tuple[Operation, list[Array]]]:
-    """The operations of one recording, each with its recorded inputs.
+    """Yield the operations of one recording, each with its recorded inputs.
 
     Parameters
     ----------
@@ -70,7 +70,7 @@ def recorded_operations(
             once = tol.one_rounding(np.asarray(wide(golden["y"]), np.float64))
             yield make(kind, lambda ids, weight: once), [golden["ids"], golden["weight"]]
         case "rotary":
-            # The angles have to be the same to the last bit: only a library's cosine may differ.
+            # The angles must be equal to the last bit: only a library's cosine may differ.
             for number, name in enumerate(("cos", "sin")):
                 yield Operation(name, (), table(number), lambda: tol.same_angles(golden["cos"])), []
             operation = make("rotate", tol.rotate, stores=tol.rotate_stores)
@@ -78,5 +78,5 @@ def recorded_operations(
 
 
 def in_float64(inputs: Sequence[Array]) -> list[Array]:
-    """Return floating-point inputs in float64, and all others as they are."""
+    """Return floating-point inputs in float64, and all others unchanged."""
     return [np.asarray(wide(x), np.float64) if x.dtype.kind == "f" else x for x in inputs]

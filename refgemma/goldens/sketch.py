@@ -1,8 +1,8 @@
-"""A tensor in forty numbers: enough to see whether rounding explains a difference, in a file that is small. Checked in
-the tests: every element counts.
+"""A tensor in forty numbers: enough to decide if rounding explains a difference, in a small file. Checked in the tests:
+every element counts.
 
 A sketch is the root mean square, the largest magnitude, elements at regular distances, and projections on random
-directions, into which every element goes.
+directions. Every element contributes to each projection.
 """
 
 import numpy as np
@@ -19,10 +19,10 @@ RMS_OF_BYTES = np.sqrt((2**16 - 1) / 12 + 1 / 4)  # of -128 to 127, all equally 
 
 
 def sketch(x: Array) -> npt.NDArray[np.float64]:
-    """The sketch of a tensor, computed in float64.
+    """Compute the sketch of a tensor, in float64.
 
-    Projections are sums of all elements times random bytes, divided so that independent errors of size e in the
-    elements make one of size e in each projection, as in each sample.
+    Projections are sums of all elements times random bytes, with a scale: independent errors of size e in the elements
+    make an error of size e in each projection, as in each sample.
 
     Examples
     --------

@@ -1,15 +1,15 @@
-"""Compare refgemma with the goldens, what PyTorch recorded: case by case, tensor by tensor, in the order of execution.
+"""Compare refgemma with the goldens, PyTorch's recordings: case by case, tensor by tensor, in the order of execution.
 
-Checked by making every known bug on purpose: each is found, and first at the tensor where it is made.
+Checked by making every known bug on purpose: each is found first at the tensor where it is made.
 
 A case of a whole model is compared three times:
 
-* ``operation``: each recorded tensor on the inputs that were recorded for it. It has to be what a conforming
-  implementation can make of them (`judge`), and our own operation, in the case's precision, has to be as near to it as
-  two roundings can be (`strict_distance`). A wrong operation is found here, and what follows from it is not;
-* ``wiring``: each tensor of our own run on the inputs that this run gave it. What `refgemma.layers` and
-  `refgemma.model` connect otherwise than the table of operations is found here, in cached calls too;
-* ``run``: each tensor of our own run beside the recorded one, see `refgemma.goldens.distance`.
+* ``operation``: compares each recorded tensor with its operation on the recorded inputs. A conforming implementation
+  must be able to compute it from them (`judge`). Our own operation, in the case's precision, must be as near to it as
+  two roundings can be (`strict_distance`). This finds a wrong operation, but not its consequences;
+* ``wiring``: compares each tensor of our own run with its operation on the inputs from this run. This finds connections
+  in `refgemma.layers` and `refgemma.model` that differ from the table of operations, in cached calls too;
+* ``run``: compares each tensor of our own run with the recorded one, see `refgemma.goldens.distance`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -38,7 +38,7 @@ from refgemma.weights.parameters import Weights
 
 @dataclass(frozen=True)
 class Comparison:
-    """One tensor against its recording; `distance` is in units of what rounding allows, at most 1 if it conforms."""
+    """One tensor against its recording; `distance` is in units of the tolerance, at most 1 if it conforms."""
 
     tensor: str
     how: str  # "operation", "wiring" or "run", see above
@@ -46,7 +46,7 @@ class Comparison:
     identical: int  # elements that are equal to the last bit
     elements: int
     ulps: float = 0.0  # of an operation in half precision: the largest difference among elements above 1e-3
-    note: str = ""  # what else there is to say
+    note: str = ""  # further information
 
     @property
     def conforms(self) -> bool:
@@ -64,22 +64,22 @@ class CaseResult:
 
     @property
     def conforms(self) -> bool:
-        """True if every tensor does."""
+        """True if every tensor conforms."""
         return all(c.conforms for c in self.comparisons)
 
     @property
     def tensors(self) -> int:
-        """The number of recorded tensors that were compared, some of them in more than one way."""
+        """The number of recorded tensors that were compared, each counted once."""
         return len({c.tensor for c in self.comparisons if c.how != "wiring"})
 
     @property
     def worst(self) -> Comparison:
-        """The tensor that is farthest from its recording, in units of its bound."""
+        """The tensor with the largest distance from its recording, in units of its bound."""
         return max(self.comparisons, key=lambda c: c.distance)
 
     @property
     def first_divergence(self) -> Comparison | None:
-        """The tensor that is wrong first, in the order of execution."""
+        """The first wrong tensor, in the order of execution."""
         return next((c for c in self.comparisons if not c.conforms), None)
 
 
@@ -87,18 +87,18 @@ class CaseResult:
 
 
 def compare_forward(about: Mapping[str, Any], golden: Mapping[str, Array], name: str) -> Iterator[Comparison]:
-    """Compare a forward case: each operation alone, the wiring of our own run, and the run."""
+    """Compare a forward case: each operation alone, the wiring of our own run, and the whole run."""
     config, weights = model_of(about)
     ours = run_case(about, golden, config, weights)
     order = {tensor: place for place, tensor in enumerate(ours)}
-    wired = about["density"] != "logits"  # where only those were recorded, smaller models show the same wiring
+    wired = about["density"] != "logits"  # if only logits were recorded, smaller models show the same wiring
     found = [
         *compare_operations(golden_candidate(golden, about, golden, config, name), weights, config),
         *(compare_wiring(golden_candidate(ours, about, golden, config, name), weights, config) if wired else ()),
         *compare_run(about, golden, ours, name),
     ]
     whole = len(about["calls"]) == 1
-    # One after the other as they are computed; sorting keeps the order of the three ways.
+    # In the order of computation; sorting keeps the order of the three comparisons.
     for c in sorted(found, key=lambda c: order[c.tensor]):
         yield replace(c, tensor=c.tensor.removeprefix("calls.0.")) if whole else c
 
@@ -106,14 +106,14 @@ def compare_forward(about: Mapping[str, Any], golden: Mapping[str, Array], name:
 def golden_candidate(
     tensors: Mapping[str, Array], about: Mapping[str, Any], golden: Mapping[str, Array], config: Gemma2Config, name: str
 ) -> Candidate:
-    """Return the tensors of a case's calls, recorded or our own, as what the engine judges."""
+    """Return the tensors of a case's calls, recorded or our own, as a candidate for the engine."""
     given = {"input_ids": golden["input_ids"], "attention_mask": golden["attention_mask"]}
     computed = {tensor: x for tensor, x in tensors.items() if tensor.startswith("calls.")}
     return candidate_of(given | computed, config, dtype=about["dtype"], calls=about["calls"], source=name)
 
 
 def compare_operations(candidate: Candidate, weights: Weights, config: Gemma2Config) -> Iterator[Comparison]:
-    """Compare each recorded tensor, all inputs of which are recorded, with its operation."""
+    """Compare each recorded tensor with its operation, if all its inputs are recorded."""
     engine = Engine(candidate, weights, config)
     for name in filter(engine.is_direct, engine.recorded):
         judged, found = engine.judge(name), candidate.tensors[name]
@@ -126,7 +126,7 @@ def compare_operations(candidate: Candidate, weights: Weights, config: Gemma2Con
 
 
 def compare_wiring(candidate: Candidate, weights: Weights, config: Gemma2Config) -> Iterator[Comparison]:
-    """Compare each tensor of our own run with its operation on the inputs that this run gave it."""
+    """Compare each tensor of our own run with its operation on the inputs from this run."""
     engine = Engine(candidate, weights, config)
     for instance in engine.instances:
         judged = instance.judged
@@ -143,7 +143,7 @@ def _measure(judged: Judged) -> float:
 
 
 def _compare_both(name: str, judged: Judged, strict: float, ours: Array, theirs: Array, dtype: str) -> Comparison:
-    """A tensor by both of the engine's questions."""
+    """Compare a tensor by both of the engine's measures."""
     distance, same = max(_measure(judged), strict), int(np.sum(ours == theirs))
     return Comparison(name, "operation", distance, same, theirs.size, ulps_apart(ours, theirs, dtype), judged.note)
 
@@ -157,7 +157,7 @@ def ulps_apart(computed: Array, recorded: Array, dtype: str) -> float:
 
 
 def _name_in_call(name: str, judged: Judged, candidate: Candidate) -> str:
-    """The name of a tensor in the call in which its largest error is."""
+    """Return the name of a tensor in the call that has its largest error."""
     seq = judged.statistics.place[-2] if judged.statistics.place else 0
     ends = np.cumsum(candidate.call.calls)
     return f"calls.{int(np.searchsorted(ends, seq, side='right'))}.{name}"
@@ -166,7 +166,7 @@ def _name_in_call(name: str, judged: Judged, candidate: Candidate) -> str:
 def compare_run(
     about: Mapping[str, Any], golden: Mapping[str, Array], ours: Mapping[str, Array], name: str
 ) -> Iterator[Comparison]:
-    """Compare each tensor of a run, our own or another's, with the recorded one: the rows of real tokens."""
+    """Compare each tensor of a run, our own or another's, with the recorded one, in the rows of real tokens."""
     dtype = about["dtype"]
     if dtype == "float32":
         other = run_case(about, golden, *model_of({**about, "dtype": "float64"}))
@@ -191,9 +191,9 @@ def compare_run(
 def run_case(
     about: Mapping[str, Any], golden: Mapping[str, Array], config: Gemma2Config, weights: Weights
 ) -> dict[str, Array]:
-    """Return all tensors of a case's calls, ``calls.0.embedded`` and so on; each goes on from the cache of the last.
+    """Return all tensors of a case's calls, ``calls.0.embedded`` and so on; each call continues the last one's cache.
 
-    With them the loss, where PyTorch recorded one.
+    The result includes the loss, if PyTorch recorded one.
     """
     ids, padding = golden["input_ids"], golden["attention_mask"]
     tensors = dict(run_calls(ids, about["calls"], weights, config, padding))
@@ -206,7 +206,7 @@ def run_case(
 def _real_tokens(
     tensors: Mapping[str, Array], about: Mapping[str, Any], golden: Mapping[str, Array]
 ) -> dict[str, Array]:
-    """The tensors of the calls without the rows of padding tokens, which mean nothing; and the loss."""
+    """Return the tensors of the calls without the meaningless rows of padding tokens; and the loss."""
     padding, starts = golden["attention_mask"].astype(bool), np.cumsum([0, *about["calls"]])
     kept = {}
     for name, x in tensors.items():
@@ -217,13 +217,13 @@ def _real_tokens(
 
 
 def _real_rows(x: Array, real: Array) -> Array:
-    """The rows of tokens other than padding; ``seq`` is the last axis but one."""
-    rows = np.broadcast_to(x, (len(real), *x.shape[1:]))  # one rotary table may serve all rows
+    """Return the rows of tokens other than padding; ``seq`` is the second last axis."""
+    rows = np.broadcast_to(x, (len(real), *x.shape[1:]))  # all rows may share one rotary table
     return rows[real] if x.ndim == 3 else rows.swapaxes(1, 2)[real]
 
 
 def _pool(noise: Mapping[str, float]) -> dict[str, float]:
-    """The noise of a tensor over all calls: one decoding step has too few elements to measure it by."""
+    """Return the noise of a tensor over all calls, because one decoding step has too few elements to measure it."""
     fields = {tensor: tensor.split(".", 2)[-1] for tensor in noise}
     return {tensor: max(noise[other] for other in noise if fields[other] == fields[tensor]) for tensor in noise}
 
@@ -243,7 +243,7 @@ def compare_operation(about: Mapping[str, Any], golden: Mapping[str, Array]) -> 
 
 
 def compare_single(kind: str, dtype: str, golden: Mapping[str, Array]) -> Iterator[Comparison]:
-    """Compare an operation on its recorded inputs by both of the engine's questions."""
+    """Compare an operation on its recorded inputs by both of the engine's measures."""
     functions = vars(ops) | {"embed": embed}
     for operation, inputs in recorded_operations(kind, golden, functions):
         recorded = np.asarray(golden[operation.name], np.float64)
@@ -260,7 +260,7 @@ def compare_single(kind: str, dtype: str, golden: Mapping[str, Array]) -> Iterat
 def _compare_loss(golden: Mapping[str, Array]) -> Iterator[Comparison]:
     labels, recorded = golden["labels"], golden["y"].astype(np.float64)
     ours = np.array([causal_lm_loss(golden["logits"], labels)])
-    # As much as a whole run's logits may be off: a mean of log probabilities, each a sum over the vocabulary.
+    # The tolerance of a whole run's logits: the loss is a mean of log probabilities, each a sum over the vocabulary.
     distance = ratio(distance_from(ours, recorded), np.abs(recorded) * END_TO_END)
     yield Comparison("y", "operation", distance, int(np.sum(ours == recorded)), 1)
     nothing = np.array([causal_lm_loss(golden["logits"], np.full_like(labels, -100))])
@@ -273,7 +273,7 @@ def _compare_masks(g: Mapping[str, Array]) -> Iterator[Comparison]:
     places = np.arange(padding.shape[1])
     ours = {"full": ops.causal_mask(places, places), "sliding": ops.sliding_mask(places, places, window)}
     for name, mask in ours.items():
-        # A query that is padding itself may see what it likes.
+        # The query of a padding token may see any key.
         both = (mask & padding[:, None, None], g[name].astype(bool))
         computed, recorded = (m.swapaxes(1, 2)[padding] for m in both)
         different = np.sum(computed != recorded)
@@ -281,7 +281,7 @@ def _compare_masks(g: Mapping[str, Array]) -> Iterator[Comparison]:
 
 
 def compare_greedy(about: Mapping[str, Any], golden: Mapping[str, Array]) -> Iterator[Comparison]:
-    """Text continued greedily: token for token the same."""
+    """Compare greedily generated text, which must be equal token by token."""
     config, weights = model_of(about)
     for number in range(len(about["prompts"])):
         recorded = golden[f"continued.{number}"]
@@ -320,7 +320,7 @@ def verify(name: str) -> CaseResult:
         case "greedy":
             comparisons = compare_greedy(about, golden)
         case other:
-            raise GoldenError(f"{name}: this version of refgemma does not know the kind {other!r}")
+            raise GoldenError(f"{name}: unknown kind {other!r}; it needs another version of refgemma")
     found = tuple(comparisons)
     assert found, f"{name}: nothing was compared"
     return CaseResult(name, about, found)

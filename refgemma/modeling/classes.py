@@ -32,7 +32,14 @@ from refgemma.generation.outputs import (
 )
 from refgemma.generation.processors import Processor
 from refgemma.generation.stream import Streamer
-from refgemma.heads import causal_lm_loss, last_tokens, sequence_classification_loss, token_classification_loss
+from refgemma.heads import (
+    IGNORED,
+    causal_lm_loss,
+    infer_problem_type,
+    last_tokens,
+    sequence_classification_loss,
+    token_classification_loss,
+)
 from refgemma.hub import find_model
 from refgemma.inputs import InputError, as_array, packed_masks
 from refgemma.model import begin, blocks, head, next_past
@@ -159,6 +166,16 @@ def _count_tokens(input_ids: Any, inputs_embeds: Any) -> int:
     return given.shape[1] if given.ndim > 1 else 0
 
 
+def _warn_of_bools(attention_mask: Any) -> None:
+    masks = attention_mask.values() if isinstance(attention_mask, Mapping) else [attention_mask]
+    if any(str(getattr(mask, "dtype", "")).endswith("bool") and mask.ndim == 4 for mask in masks):
+        warnings.warn(
+            "attention_mask: true means visible here; transformers adds true and false to the scores of Gemma 2 as 1 "
+            "and 0, which hides nothing: give 0 and np.finfo(np.float32).min, which mean the same in both",
+            stacklevel=3,
+        )
+
+
 def _check_config(config: object, name: str) -> None:
     if not isinstance(config, Gemma2Config):
         raise ConfigError(
@@ -273,8 +290,9 @@ class Gemma2PreTrainedModel(ModuleMethods):
             ``"tiny"``, ``"conformance"``, a folder, a ``.gguf`` file, or a hub id whose snapshot is in the Hugging Face
             cache; see `refgemma.hub.find_model`.
         dtype, torch_dtype : str or numpy.dtype, optional
-            The precision of the computation, under either name, by default float32; ``"auto"`` for that of the
-            configuration or, if it names none, of the file.
+            The precision of the computation, under either name, by default float32, which rounds least (transformers 5
+            takes that of the configuration); ``"auto"`` for that of the configuration or, if it names none, of the
+            file.
         seed : int
             Of a classifier's head, if the folder holds a model without one; a warning says so.
         revision : str
@@ -417,7 +435,7 @@ class Gemma2PreTrainedModel(ModuleMethods):
         Examples
         --------
         >>> list(Gemma2ForCausalLM.from_pretrained("tiny").state_dict())[1]
-        'model.layers.0.input_layernorm.weight'
+        'model.layers.0.self_attn.q_proj.weight'
         """
         tensors: dict[str, Array] = {name: tensor[:] for name, tensor in self.named_tensors().items()}
         return tensors | ({LM_HEAD: tensors[EMBED_TOKENS]} if self.has_head and LM_HEAD not in tensors else {})
@@ -425,7 +443,8 @@ class Gemma2PreTrainedModel(ModuleMethods):
     def save_pretrained(self, folder: str | Path, max_shard_size: int | str = "50GB", **ignored: Any) -> None:
         """Write ``config.json`` and the weights as safetensors, which transformers and `from_pretrained` read.
 
-        A tied head is not written. The weights appear whole or not at all, and keep their precision.
+        A tied head is not written; ``config.tie_word_embeddings = False`` unties it. The weights appear whole or not at
+        all, and keep their precision.
 
         Parameters
         ----------
@@ -457,6 +476,8 @@ class Gemma2PreTrainedModel(ModuleMethods):
         config = self.config.changed(dtype=self.dtype, architectures=(type(self).__name__,))
         config.to_json_string()  # what no file can hold is refused before anything is written
         tensors = self.named_tensors()
+        if self.has_head and not config.tie_word_embeddings:
+            tensors.setdefault(LM_HEAD, tensors[EMBED_TOKENS])  # untied since it was made: its head is the embedding
         outputs = [OutputTensor(name, self.dtype, tuple(tensor.shape), tensor) for name, tensor in tensors.items()]
         write_checkpoint(folder, outputs, max_shard_size)
         config.save_pretrained(folder)
@@ -500,7 +521,7 @@ class Gemma2Model(Gemma2PreTrainedModel):
         self, input_ids: Given = None, attention_mask: Any = None, position_ids: Given = None,
         past_key_values: PastArgument = None, inputs_embeds: Given = None, use_cache: Flag = None,
         output_attentions: Flag = None, output_hidden_states: Flag = None, return_dict: Flag = None,
-        cache_position: Given = None, cache: PastArgument = None,
+        cache_position: Given = None, cache: PastArgument = None, **ignored: Any,
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:  # fmt: skip
         """Run the layers. Calling the model is the same.
 
@@ -530,6 +551,8 @@ class Gemma2Model(Gemma2PreTrainedModel):
             sliding layers does not say how many tokens it has seen, and this does.
         cache : optional
             `past_key_values` under the name of transformers 5.24.
+        **ignored
+            Arguments of transformers that change nothing here; others are refused.
 
         Returns
         -------
@@ -549,8 +572,10 @@ class Gemma2Model(Gemma2PreTrainedModel):
         >>> second.last_hidden_state.shape, second.attentions[1].shape
         ((1, 1, 234), (1, 6, 1, 3))
         """
+        refuse_arguments(ignored, f"{type(self).__name__}.forward")
         config, weights, like = self.config, self.weights, self.weights.norm
         config.check()
+        _warn_of_bools(attention_mask)
         given = name_once(past_key_values, cache)
         filled = given if isinstance(given, DynamicCache) else None
         keep_cache = _choose(use_cache, config.use_cache) or filled is not None
@@ -824,6 +849,8 @@ class Gemma2ForCausalLM(_WithHead):
         past_key_values: PastArgument = None, inputs_embeds: Given = None, labels: Given = None, use_cache: Flag = None,
         output_attentions: Flag = None, output_hidden_states: Flag = None, return_dict: Flag = None,
         cache_position: Given = None, logits_to_keep: int | npt.NDArray[Any] = 0, cache: PastArgument = None,
+        num_items_in_batch: float | None = None, ignore_index: int = IGNORED, shift_labels: Given = None,
+        **ignored: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:  # fmt: skip
         """Run the model and its head. Calling the model is the same.
 
@@ -839,6 +866,10 @@ class Gemma2ForCausalLM(_WithHead):
             Of which tokens to compute the logits: of the last n, of all for 0; or of the places in an int array
             ``(kept,)`` or ``(batch, kept)``; or of those where a bool array ``(batch, seq)`` is true, which gives
             ``(tokens, vocab)``.
+        num_items_in_batch, ignore_index, shift_labels : optional
+            See `refgemma.heads.causal_lm_loss`; read where there are `labels`.
+        **ignored
+            As of `Gemma2Model.forward`.
 
         Returns
         -------
@@ -857,13 +888,16 @@ class Gemma2ForCausalLM(_WithHead):
         >>> logits.shape
         (1, 1, 2048)
         """
+        refuse_arguments(ignored, f"{type(self).__name__}.forward")
         base = self._run_base(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
                               output_attentions, output_hidden_states, True, cache_position, cache)  # fmt: skip
         kept = select_tokens(base.last_hidden_state, logits_to_keep)
         flat = kept.ndim == 2  # the tokens that a bool array picks have lost their rows
         _, all_logits = head(kept[None] if flat else kept, self.weights, self.config)
         logits = all_logits[0] if flat else all_logits
-        loss = None if labels is None else causal_lm_loss(logits, labels)
+        loss = None if labels is None else causal_lm_loss(
+            logits, labels, num_items_in_batch, ignore_index, shift_labels
+        )  # fmt: skip
         return self._answer(CausalLMOutputWithPast, base, logits, loss, return_dict)
 
     __call__ = forward
@@ -896,7 +930,7 @@ class Gemma2ForSequenceClassification(_WithHead):
         self, input_ids: Given = None, attention_mask: Any = None, position_ids: Given = None,
         past_key_values: PastArgument = None, inputs_embeds: Given = None, labels: Given = None, use_cache: Flag = None,
         output_attentions: Flag = None, output_hidden_states: Flag = None, return_dict: Flag = None,
-        cache_position: Given = None, cache: PastArgument = None,
+        cache_position: Given = None, cache: PastArgument = None, **ignored: Any,
     ) -> SequenceClassifierOutputWithPast | tuple[Any, ...]:  # fmt: skip
         """Run the model and its head. Calling the model is the same.
 
@@ -905,8 +939,9 @@ class Gemma2ForSequenceClassification(_WithHead):
         input_ids, attention_mask, position_ids, past_key_values, inputs_embeds
             As of `Gemma2Model.forward`.
         labels : array, optional
-            What `refgemma.heads.sequence_classification_loss` takes: a class for each sequence, or numbers.
-        use_cache, output_attentions, output_hidden_states, return_dict, cache_position, cache
+            What `refgemma.heads.sequence_classification_loss` takes: a class for each sequence, or numbers. The kind
+            of problem that they are is kept in the configuration, as in transformers, and holds for later calls.
+        use_cache, output_attentions, output_hidden_states, return_dict, cache_position, cache, **ignored
             As of `Gemma2Model.forward`.
 
         Returns
@@ -926,12 +961,17 @@ class Gemma2ForSequenceClassification(_WithHead):
         >>> model([[2, 300]], labels=[0.5]).logits.shape  # a regression
         (1, 1)
         """
+        refuse_arguments(ignored, f"{type(self).__name__}.forward")
         base = self._run_base(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
                               output_attentions, output_hidden_states, True, cache_position, cache)  # fmt: skip
         assert self.score is not None  # made by __init__
         all_logits = linear(base.last_hidden_state, self.score.weight)
         logits = all_logits[np.arange(len(all_logits)), self._find_last(input_ids, len(all_logits))]
-        loss = None if labels is None else sequence_classification_loss(logits, labels, self.config.problem_type)
+        loss = None
+        if labels is not None:
+            kind = self.config.problem_type or infer_problem_type(labels, logits.shape[1])
+            loss = sequence_classification_loss(logits, labels, kind)
+            self.config.problem_type = kind
         return self._answer(SequenceClassifierOutputWithPast, base, logits, loss, return_dict)
 
     def _find_last(self, input_ids: npt.ArrayLike | None, batch: int) -> Any:
@@ -977,7 +1017,7 @@ class Gemma2ForTokenClassification(_WithHead):
         self, input_ids: Given = None, attention_mask: Any = None, position_ids: Given = None,
         past_key_values: PastArgument = None, inputs_embeds: Given = None, labels: Given = None, use_cache: Flag = None,
         output_attentions: Flag = None, output_hidden_states: Flag = None, return_dict: Flag = None,
-        cache_position: Given = None, cache: PastArgument = None,
+        cache_position: Given = None, cache: PastArgument = None, **ignored: Any,
     ) -> TokenClassifierOutput | tuple[Any, ...]:  # fmt: skip
         """Run the model and its head. Calling the model is the same.
 
@@ -987,7 +1027,7 @@ class Gemma2ForTokenClassification(_WithHead):
             As of `Gemma2Model.forward`.
         labels : int array (batch, seq), optional
             The class of each token; -100 does not count.
-        use_cache, output_attentions, output_hidden_states, return_dict, cache_position, cache
+        use_cache, output_attentions, output_hidden_states, return_dict, cache_position, cache, **ignored
             As of `Gemma2Model.forward`. No cache comes back.
 
         Returns
@@ -1006,6 +1046,7 @@ class Gemma2ForTokenClassification(_WithHead):
         >>> model([[2, 300]]).keys()
         dict_keys(['logits'])
         """
+        refuse_arguments(ignored, f"{type(self).__name__}.forward")
         base = self._run_base(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
                               output_attentions, output_hidden_states, True, cache_position, cache)  # fmt: skip
         assert self.score is not None  # made by __init__

@@ -4,10 +4,11 @@ Checked against the modules, the printed text and `resize_token_embeddings` of t
 """
 
 import copy
+import functools
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
@@ -20,12 +21,23 @@ from refgemma.inputs import InputError, as_array, check_token_ids
 from refgemma.model import embed, unembed
 from refgemma.ops import linear, rms_norm
 from refgemma.precision import Array, Rounded, as_dtype, dtype_name, narrow, precision_named, wide
-from refgemma.weights.parameters import EMBED_TOKENS, LM_HEAD, LayerWeights, OnDemand, Rows, Score, Weights, row_pieces
+from refgemma.weights.parameters import (
+    EMBED_TOKENS,
+    LM_HEAD,
+    LayerRows,
+    LayerWeights,
+    OnDemand,
+    Rows,
+    Score,
+    Weights,
+    row_pieces,
+)
+from refgemma.weights.stored import CheckpointError
 
 # --- views ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class Module:
     """A part of a model: its tensors and parts by name, and if it is one operation, that operation.
 
@@ -43,6 +55,29 @@ class Module:
 
     model: Any  # a Gemma2PreTrainedModel
     name: str
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Write other numbers of the same shape into a tensor of this part."""
+        if name in self.__dataclass_fields__:
+            return object.__setattr__(self, name, value)
+        tensor = self.tensors().get(name)
+        if tensor is None:
+            raise AttributeError(f"{self.name}.{name} {CANNOT_BE_SET}")
+        if self.name.endswith(("embed_tokens", "lm_head")) and self.model.config.tie_word_embeddings:
+            raise AttributeError(
+                f"{self.name}.{name} is the table of both embedding and head, which this would untie; "
+                f"{name}[:] = ... changes both"
+            )
+        given = as_array(value, name)
+        if given.shape != tensor.shape:
+            raise InputError(f"{self.name}.{name} has shape {tensor.shape}, which {given.shape} cannot replace")
+        if not _is_kept(tensor):
+            raise InputError(
+                f"{self.name}.{name} is read from disk, or made, each time it is used, and cannot be changed; "
+                "load_state_dict puts arrays in its place"
+            )
+        tensor[:][...] = given
+        return None
 
     def tensors(self) -> dict[str, Rows]:
         """Return the tensors below this part by the rest of their names; of weights on disk nothing is read yet."""
@@ -66,7 +101,7 @@ class Module:
         """Return a tensor, or the part of that name."""
         tensors = {} if name.startswith("_") else self.tensors()
         if name in tensors:
-            return tensors[name][:]
+            return _show(tensors[name])
         if name == "bias" and "weight" in tensors:
             return None
         if not any(tensor.startswith(f"{name}.") for tensor in tensors):
@@ -108,6 +143,18 @@ class Module:
         if self.name.endswith("norm"):
             return rms_norm(values, table[:], config.rms_norm_eps)
         return unembed(values, table) if self.name == "lm_head" else linear(values, table[:], self.bias)
+
+
+def _is_kept(tensor: Rows) -> bool:
+    return isinstance(tensor, np.ndarray) or (isinstance(tensor, LayerRows) and tensor.kept)
+
+
+def _show(tensor: Rows) -> Array:
+    """Return all rows; read-only where they are a copy, for what is written there would be lost in silence."""
+    array: Array = tensor[:]
+    if not _is_kept(tensor):
+        array.flags.writeable = False
+    return array
 
 
 def describe(model: Any) -> str:
@@ -262,9 +309,24 @@ _ABSENT = {
     "add_adapter load_adapter merge_and_unload set_adapter": (
         "an adapter is merged as its folder is read: from_pretrained(folder of the adapter)"
     ),
-    "enable_input_require_grads gradient_checkpointing_enable zero_grad": "nothing is trained here",
+    "disable_input_require_grads enable_input_require_grads gradient_checkpointing_disable "
+    "gradient_checkpointing_enable print_trainable_parameters zero_grad": "nothing is trained here",
     "set_input_embeddings set_output_embeddings": "write into get_input_embeddings().weight, or use load_state_dict",
+    "generate generation_config": "only Gemma2ForCausalLM generates; load the folder with that class",
+    "lm_head": "only Gemma2ForCausalLM has one; load the folder with that class",
+    "buffers named_buffers": "the rotary tables are computed: refgemma.ops.rotary_tables",
+    "act_fn rotary_emb": "it has no weights; see refgemma.activations and refgemma.ops.rotary_tables",
+    "data": "it is an array already",
+    "grad": "nothing is trained here",
+    "add_module register_buffer register_module register_parameter": "a model has the parts of Gemma 2 only",
+    "compile set_attn_implementation": "there is one way to compute; leave it out",
+    "prepare_inputs_for_generation": "generate does it; in a loop of your own give all tokens, or a cache and the next",
+    "save_pretrained_merged": "an adapter is merged as its folder is read: save_pretrained",
 }
+CANNOT_BE_SET = (
+    "cannot be set: write into its weights, weight[:] = ..., use load_state_dict, or make the model with another "
+    "configuration (from_pretrained(folder, num_hidden_layers=3) takes the first layers)"
+)
 ADVICE = {name: advice for names, advice in _ABSENT.items() for name in names.split()}
 
 
@@ -302,6 +364,12 @@ class ModuleMethods:
         def __getattr__(self, name: str) -> Any:
             """Say what to do instead of what torch's modules have and this has not."""
             raise AttributeError(explain_absence(type(self).__name__, name))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; a part of the model is refused, with what to write instead."""
+        if isinstance(getattr(type(self), name, None), property):
+            raise AttributeError(f"{type(self).__name__}.{name} {CANNOT_BE_SET}")
+        object.__setattr__(self, name, value)
 
     @property
     def dtype(self) -> str:
@@ -372,9 +440,51 @@ class ModuleMethods:
         """Return the model itself: nothing here has gradients."""
         return self
 
+    def named_modules(self) -> Iterator[tuple[str, Any]]:
+        """Yield the model under the name "", then each part that holds weights with its name, in torch's order.
+
+        Examples
+        --------
+        >>> from refgemma import Gemma2Model
+        >>> [name for name, _ in Gemma2Model.from_pretrained("tiny").named_modules()][:5]
+        ['', 'embed_tokens', 'layers', 'layers.0', 'layers.0.self_attn']
+        """
+        yield "", self
+        seen = set()
+        tied_head = [LM_HEAD] if self.has_head else []
+        for name in dict.fromkeys([*self.named_tensors(), *tied_head]):
+            parts = name.split(".")[:-1]
+            for end in range(1, len(parts) + 1):
+                part = ".".join(parts[:end])
+                if part not in seen:
+                    seen.add(part)
+                    yield part, self.get_submodule(part)
+
+    def modules(self) -> Iterator[Any]:
+        """Yield what `named_modules` yields, without the names."""
+        return (module for _, module in self.named_modules())
+
+    def get_submodule(self, target: str) -> Any:
+        """Return the part of that name."""
+        return functools.reduce(getattr, target.split("."), self) if target else self
+
+    def get_parameter(self, target: str) -> Array:
+        """Return the tensor of that name."""
+        found: Array = self.get_submodule(target)
+        return found
+
+    def apply(self, fn: Callable[[Any], Any]) -> Self:
+        """Call `fn` with each part before what holds it, and with the model last."""
+        for module in [*self.modules()][::-1]:
+            fn(module)
+        return self
+
     def named_parameters(self) -> Iterator[tuple[str, Array]]:
-        """Yield every tensor with its name, a tied head once; changed in place, an array changes the model."""
-        return ((name, tensor[:]) for name, tensor in self.named_tensors().items())
+        """Yield every tensor with its name, a tied head once; changed in place, an array changes the model.
+
+        Of weights that are read from disk as they are used, the arrays are read-only.
+        """
+        return ((name, _show(tensor)) for name, tensor in self.named_tensors().items())
 
     def parameters(self) -> Iterator[Array]:
         """Yield every tensor, a tied head once."""
@@ -404,7 +514,8 @@ class ModuleMethods:
         state_dict : mapping of str to array
             Of this class, under its names.
         strict : bool
-            Whether every tensor has to be there and no other; else what is missing stays as it is.
+            Whether every name of `state_dict` has to be there and no other, a tied head's too, as in torch; else what
+            is missing stays as it is.
         assign : bool
             Taken and ignored.
 
@@ -429,11 +540,16 @@ class ModuleMethods:
         """
         own = self.state_dict()
         stored = self.named_tensors().keys()
-        missing = [name for name in stored if name not in state_dict]
+        missing = [name for name in own if name not in state_dict]
         unexpected = [name for name in state_dict if name not in own]
-        given = dict(state_dict)
-        if not strict:
-            given = {name: state_dict.get(name, own[name]) for name in stored}
+        if strict and missing:
+            raise CheckpointError(f"the state dict lacks {missing[0]!r}; strict=False leaves what is missing as it is")
+        if strict and unexpected:
+            name = type(self).__name__
+            raise CheckpointError(f"the state dict holds {unexpected[0]!r}, for which {name} has no place")
+        given = {name: state_dict.get(name, own[name]) for name in stored}
+        if LM_HEAD in state_dict and LM_HEAD in own and LM_HEAD not in stored:
+            given[EMBED_TOKENS] = state_dict[LM_HEAD]  # one table under two names, of which torch copies this one last
         new = copy.deepcopy(type(self).from_state_dict(self.config, given, self.dtype))  # type: ignore[attr-defined]
         self.weights = new.weights if self.has_head else replace(new.weights, lm_head=self.weights.lm_head)
         if self.has_score:

@@ -77,7 +77,7 @@ def load(
     place = folder if _has_tokenizer(folder) else checkpoint.folder  # an adapter may leave the tokenizer to its base
     model = Pretrained(place, checkpoint.config, checkpoint.weights(dtype), stops)
     # A chat model ends its turn with <end_of_turn>, which the released configuration does not list as an end.
-    if model.has_tokenizer and END_OF_TURN in model.tokenizer.all_special_tokens:
+    if model.has_tokenizer and END_OF_TURN in model.tokenizer.added_tokens_encoder:
         end = model.tokenizer.convert_tokens_to_ids(END_OF_TURN)
         object.__setattr__(model, "stop_ids", stops | {end})
     return model

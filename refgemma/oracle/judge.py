@@ -87,6 +87,7 @@ def round_to(exact: Array, storage: str) -> Array:
         return np.asarray(as_dtype(exact, storage), np.float64)
 
 
+@np.errstate(all="ignore")  # a number beyond all others is a verdict, not a warning of NumPy's
 def judge(
     found: Array, exact: Array, allowed: Tolerance, storage: str, where: Array, eager: Array | None = None,
     override: float = 1.0,

@@ -4,7 +4,10 @@ are judged. Checked through the command line and in the tests of `refgemma.oracl
 
 import os
 import shlex
+import signal
 import subprocess
+import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from refgemma.trace.name_maps import load_map, map_names, match, open_any
 from refgemma.weights.checkpoint import open_checkpoint
 
 STDERR = 2  # as a number: what a subprocess writes to
+WATCHER = "import os, sys; sys.stdin.read(); os.killpg(int(sys.argv[1]), 9)"  # the system closes stdin at our end
 EMBEDDED = ("tiny", "conformance")
 
 
@@ -137,6 +141,22 @@ def run_preflight(
     return (*([tokens] if tokens else []), *compare_tensors), []
 
 
+def _run_words(words: list[str], folder: Path | None, environment: Mapping[str, str]) -> int:
+    """Run a command and return its exit code; it ends with this process, however that ends, and all that it started."""
+    command = subprocess.Popen(words, stdout=STDERR, cwd=folder, env=environment, start_new_session=True)
+    watcher = subprocess.Popen([sys.executable, "-IS", "-c", WATCHER, str(command.pid)], stdin=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+    try:
+        return command.wait()
+    except BaseException:
+        os.killpg(command.pid, signal.SIGKILL)
+        command.wait()
+        raise
+    finally:
+        watcher.kill()
+        watcher.communicate()
+
+
 def run_backend(command: str, trace: Path, folder: Path | None = None, follow_links: bool = False) -> str | None:
     """Run a candidate's own command, in a folder, that writes `trace`; return what went wrong, if anything did.
 
@@ -147,9 +167,7 @@ def run_backend(command: str, trace: Path, folder: Path | None = None, follow_li
     environment = os.environ | ({FOLLOW_LINKS: "1"} if follow_links else {})
     try:
         words = shlex.split(command)
-        code = (
-            subprocess.run(words, stdout=STDERR, check=False, cwd=folder, env=environment).returncode if words else None
-        )
+        code = _run_words(words, folder, environment) if words else None
     except (OSError, ValueError) as error:
         return f"{command!r} cannot be run ({error})"
     if code is None:

@@ -184,7 +184,7 @@ def _chat(text: str, tokenizer: Tokenizer) -> list[int]:
     try:
         messages: Any = json.loads(text)
         prompted = tokenizer.apply_chat_template(messages, add_generation_prompt=messages[-1]["role"] == "user")
-    except (ValueError, TypeError, KeyError, IndexError) as error:
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise InputError(f"the metadata's chat is no chat ({' '.join(str(error).split())[:120]})") from None
     found: Any = prompted["input_ids"] if isinstance(prompted, Mapping) else prompted
     return [int(n) for n in np.ravel(found)]

@@ -105,5 +105,7 @@ def measure_noise(computed: Computed, names: Sequence[str], context: Context, se
 
 def add_typical_spread(spread: Array) -> Array:
     """Add a part of the tensor's typical spread: sixteen draws give a standard deviation to a fifth only."""
-    typical = float(np.sqrt(np.mean(spread[np.isfinite(spread)] ** 2)))
-    return np.asarray(np.hypot(spread, 0.2 * typical))
+    finite = spread[np.isfinite(spread)]
+    with np.errstate(over="ignore"):
+        typical = float(np.sqrt(np.mean(finite**2))) if finite.size else 0.0
+        return np.asarray(np.hypot(spread, 0.2 * typical))

@@ -1,1 +1,1 @@
-"""Many checks: a file of jobs, the workers that do them, and their sum."""
+"""Run many checks: the file of jobs, the workers, and the totals."""

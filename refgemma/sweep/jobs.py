@@ -1,11 +1,11 @@
-"""What a sweep is asked: a file of jobs, the key of each, and how one is done. Checked in the tests with `sweep`.
+"""The jobs of a sweep: their file, their keys, and running one. Checked in the tests with `sweep`.
 
-A file of jobs has a JSON object a line. A job is a `trace` to check, or a command to `run` that writes one: of a
-`prompt`, by a `model`, whose `config` may have other numbers. A list in place of a value stands for a job each, several
-lists for every combination.
+A file of jobs has one JSON object per line. A job is a `trace` to check, or a command to `run` that writes one. The
+command gets a `prompt` and a `model`, whose `config` may be changed. A list in place of a value makes one job for each
+element; several lists make every combination.
 
-A job's key is a hash of all that decides its result: its fields, with the contents of files in place of their names,
-and this package's code.
+A job's key is a hash of everything that determines its result: its fields, with the contents of files in place of their
+names, and this package's code.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ import json
 import math
 import shlex
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -44,16 +45,16 @@ FIELDS_OF_A_JOB = {
     "name": str, "trace": str, "run": str, "prompt": str, "model": str, "config": dict, "dtype": str, "map": str,
     "weights": str, "allow": float,
 }  # fmt: skip
-JOBS_LIMIT = 100_000  # that one line makes
+JOBS_LIMIT = 100_000  # per line
 OF_A_MODEL = (".json", ".safetensors", ".model")
 
 Done = dict[str, Any]
-"""What is kept of a job: its verdict in words, and a `Tally` of every kind of tensor."""
+"""The stored result of a job: its verdict in words, and a `Tally` for every kind of tensor."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One thing to check; files are absolute names."""
+    """One check; file names are absolute."""
 
     name: str
     fields: Mapping[str, Any]
@@ -66,20 +67,20 @@ class Job:
 
 
 def read_jobs(path: str | Path) -> list[Job]:
-    """The jobs of a file, those that are the same only once, in the order of their names.
+    """Read the jobs of a file, without duplicates, in the order of their names.
 
     Raises
     ------
     InputError
-        If a line is no job, or names a file or a model that is not there.
+        If a line is not a job, or names a file or a model that does not exist.
     """
     file = Path(path)
     if not file.is_file():
-        raise InputError(f"{path}: {'is a folder; a file of jobs is needed' if file.is_dir() else 'no such file'}")
+        raise InputError(f"{path}: {'is a folder; give a file of jobs' if file.is_dir() else 'no such file'}")
     try:
         lines = read_file(file).decode("utf-8").splitlines()
     except UnicodeDecodeError:
-        raise InputError(f"{path}: is no text; a JSON object a line is needed") from None
+        raise InputError(f"{path}: is not text; it must have one JSON object per line") from None
     content.cache_clear()
     jobs: dict[str, Job] = {}
     for number, line in enumerate(lines, 1):
@@ -91,16 +92,16 @@ def read_jobs(path: str | Path) -> list[Job]:
             for job in found:
                 jobs.setdefault(job.key, job)
     if not jobs:
-        raise InputError(f"{path}: holds no job")
+        raise InputError(f"{path}: contains no job")
     return sorted(jobs.values(), key=lambda job: (job.name, job.key))
 
 
 def _combinations(line: str) -> Iterator[dict[str, Any]]:
-    """Every combination of a line's lists."""
+    """Yield every combination of a line's lists."""
     given = parse_object(line.encode())
     choices = [[(field, v) for v in (value if isinstance(value, list) else [value])] for field, value in given.items()]
     if (count := math.prod(map(len, choices))) > JOBS_LIMIT:
-        raise InputError(f"its lists make {count} jobs; a line makes at most {JOBS_LIMIT}")
+        raise InputError(f"its lists make {count} jobs; the limit per line is {JOBS_LIMIT}")
     yield from (dict(chosen) for chosen in itertools.product(*choices))
 
 
@@ -108,20 +109,20 @@ def _job(fields: dict[str, Any], folder: Path) -> Job:
     for field, value in fields.items():
         kind = FIELDS_OF_A_JOB.get(field)
         if kind is None:
-            raise InputError(f"there is no field {field!r}; there are {', '.join(FIELDS_OF_A_JOB)}")
+            raise InputError(f"unknown field {field!r}; the fields are {', '.join(FIELDS_OF_A_JOB)}")
         if not isinstance(value, kind) and not (kind is float and type(value) is int):
-            raise InputError(f"{field} is {quote(value)}: {'a number' if kind is float else kind.__name__} is needed")
-        if isinstance(value, str) and not value.isprintable():  # NUL and half characters are in no name of a file
-            raise InputError(f"{field} is {quote(value)}: printable characters are needed")
+            raise InputError(f"{field} is {quote(value)}; it must be a {'number' if kind is float else kind.__name__}")
+        if isinstance(value, str) and not value.isprintable():  # names of files contain no NUL and no half characters
+            raise InputError(f"{field} is {quote(value)}; it must have only printable characters")
     if ("trace" in fields) == ("run" in fields):
-        raise InputError("give either trace, a file, or run, a command that writes one")
+        raise InputError("give either trace (a file) or run (a command that writes one), not both or neither")
     given: dict[str, Any] = {"model": "tiny", "allow": 1.0} | fields
-    if not 0 < given["allow"] < np.inf:
-        raise InputError(f"allow is {given['allow']}: a factor above 0 is needed")
+    if not 0 < given["allow"] <= sys.float_info.max:
+        raise InputError(f"allow is {quote(given['allow'])}; it must be a factor above 0")
     command = given.get("run", "{trace} {prompt}" if "prompt" in given else "{trace}")
     if "{trace}" not in command or ("prompt" in given) != ("{prompt}" in command):
         raise InputError(
-            "run needs {trace}, where the file has to be written, and {prompt} if and only if there is one"
+            "run must contain {trace}, the name of the file to write, and {prompt} if and only if the job has a prompt"
         )
     for field in ("trace", "prompt", "weights"):
         if field in given:
@@ -136,18 +137,19 @@ def _job(fields: dict[str, Any], folder: Path) -> Job:
 
 
 def _describe_job(fields: Mapping[str, Any]) -> str:
-    """A name for a job without one: what is in its line."""
+    """Return a name for a job without one: the text of its line."""
     first = fields.get("trace") or fields["run"]
     others = {k: v for k, v in sorted(fields.items()) if k not in ("trace", "run")}
     return " ".join([first, *(f"{k}={json.dumps(v) if isinstance(v, dict) else v}" for k, v in others.items())])
 
 
 def change_config(fields: Mapping[str, Any]) -> Gemma2Config:
-    """The configuration of a job's model, with its own numbers; its axes stay, for the weights have them."""
+    """Return the configuration of a job's model, with the job's changes; sizes cannot change, because of the
+    weights."""
     config = open_checkpoint(find_model(fields["model"])).config
     changed = config.changed(**fields.get("config", {}))
     if tensor_shapes(changed) != tensor_shapes(config):
-        raise InputError("config changes the axes of the weights, which the model has not; give another model")
+        raise InputError("config changes the shapes of the model's weights; give a model with these sizes")
     return changed
 
 
@@ -156,7 +158,7 @@ def change_config(fields: Mapping[str, Any]) -> Gemma2Config:
 
 @lru_cache
 def content(path: str) -> str:
-    """A hash of a file, or of a model's folder."""
+    """Hash a file, or a model's folder."""
     if Path(path).is_dir():
         return _hash(sorted((p.name, content(str(p))) for p in Path(path).iterdir() if p.suffix in OF_A_MODEL))
     with open_file(path) as file:
@@ -165,7 +167,7 @@ def content(path: str) -> str:
 
 @lru_cache
 def code() -> str:
-    """A hash of this package's sources and of NumPy's version: what the same inputs give the same result with."""
+    """Hash this package's sources and NumPy's version, which together determine the results."""
     package = Path(__file__).parents[1]
     sources = sorted((p.relative_to(package).as_posix(), content(str(p))) for p in package.rglob("*.py"))
     maps = [(name, content(str(package / "trace" / "maps" / f"{name}.json"))) for name in map_names()]
@@ -177,7 +179,7 @@ def _hash(value: Any) -> str:
 
 
 def _key(fields: Mapping[str, Any], folder: Path) -> str:
-    """The hash that a job's result is kept under; of a command also the files that it names."""
+    """Return the hash under which a job's result is kept; for a command it covers the files that it names."""
     decides = dict(fields) | {"model": content(str(find_model(fields["model"])))}
     for field in ("trace", "prompt", "weights"):
         if field in fields:
@@ -189,7 +191,7 @@ def _key(fields: Mapping[str, Any], folder: Path) -> str:
         try:
             words = shlex.split(fields["run"])
         except ValueError as error:
-            raise InputError(f"run is no command: {error}") from None
+            raise InputError(f"run is not a valid command: {error}") from None
         programs = [shutil.which(word) or str(folder / word) for word in words]
         decides["programs"] = [content(p) for p in programs if Path(p).is_file()]
     return _hash([KEPT, decides, code()])
@@ -199,20 +201,22 @@ def _key(fields: Mapping[str, Any], folder: Path) -> str:
 
 
 def perform(job: Job) -> Done:
-    """Do one job, in whatever process; what is wrong with it is its result.
+    """Do one job, in any process; an error of the job is its result.
 
     Raises
     ------
     InputError
-        If this process runs other code than the one that made the job.
+        If this process runs other code than the process that made the job.
     """
     if job.code != code():
-        raise InputError("a worker runs another refgemma or NumPy than this process; its results would be others'")
+        raise InputError(
+            "a worker has another version of refgemma or NumPy than this process; install the same versions"
+        )
     with tempfile.TemporaryDirectory() as scratch:
         try:
             return _run_job(job, Path(scratch))
         except (RefgemmaError, OSError) as error:
-            said = str(error).replace(f"{scratch}/", "").replace(f"{job.folder}/", "")  # the same wherever it is done
+            said = str(error).replace(f"{scratch}/", "").replace(f"{job.folder}/", "")  # the same on every machine
             return fail(UNREADABLE, " ".join(said.split()))
 
 
@@ -236,7 +240,7 @@ def _run_job(job: Job, scratch: Path) -> Done:
 
 
 def _with_config(folder: Path, config: Gemma2Config, target: Path) -> Path:
-    """A folder with the model's files, linked, and another config.json."""
+    """Make a folder with links to the model's files, and a changed config.json."""
     target.mkdir()
     for file in folder.iterdir():
         if file.name != "config.json":
@@ -248,17 +252,17 @@ def _with_config(folder: Path, config: Gemma2Config, target: Path) -> Path:
 def _same_tokens(candidate: Candidate, prompt: str) -> None:
     asked = open_safetensors(prompt).entries.get("input_ids")
     if asked is not None and not np.array_equal(asked.read(), candidate.call.input_ids):
-        raise InputError("the trace is of other input_ids than the prompt's")
+        raise InputError("the input_ids of the trace differ from those of the prompt")
 
 
 def fail(verdict: str, message: str) -> Done:
-    """The result of a job that came to nothing."""
+    """Return the result of a failed job."""
     return {"schema": KEPT, "verdict": verdict, "message": message, "dtype": "", "first_divergence": None, "named": "",
             "excluded": [], "blind": [], "found": [], "tensors": {}}  # fmt: skip
 
 
 def summarize(report: Report) -> Done:
-    """What is kept of a check: its verdict, and of every kind of tensor a tally."""
+    """Return the stored result of a check: its verdict, and a tally for every kind of tensor."""
     kinds: dict[str, list[Tally]] = {}
     for instance in report.instances:
         kinds.setdefault(field_of(instance.tensor), []).append(tally(instance))

@@ -1,9 +1,9 @@
-"""Many checks, on the processes of this machine or the workers of a Dask cluster. Checked in the tests: the report is
-the same to the last byte for one worker, two and a cluster, a worker that is killed loses nothing, and what is known is
-not computed again.
+"""Run many checks in processes of this machine or on the workers of a Dask cluster. Checked in the tests: the report is
+the same to the last byte for one worker, two and a cluster, a killed worker loses nothing, and known results are not
+computed again.
 
-The result of a job is kept under its key, in a file that appears whole or not at all. So a sweep that was ended goes on
-where it was, and what has another input, or another program, is computed anew.
+The result of a job is kept under its key, in a file that appears complete or not at all. So an interrupted sweep
+continues where it stopped, and a job with a changed input or program is computed again.
 """
 
 import hashlib
@@ -12,7 +12,15 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    BrokenExecutor,
+    CancelledError,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    wait,
+)
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from multiprocessing import Pipe, get_context
@@ -27,25 +35,25 @@ from refgemma.sweep.jobs import KEPT, Done, Job, fail, perform
 from refgemma.sweep.tally import Tally, merge_tallies
 from refgemma.trace.names import FIELDS
 
-TRIES = 3  # of a job that ended its worker
+TRIES = 3  # for a job that ended its worker
 ONE_THREAD = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
 Pool = Callable[[int], AbstractContextManager[Executor]]
-"""Makes an executor with so many workers."""
+"""Makes an executor with the given number of workers."""
 
 
 @contextmanager
 def processes(workers: int) -> Iterator[Executor]:
-    """Processes of this machine, each with one thread: so a sum is the same however many of them there are."""
+    """Start processes of this machine, each with one thread, so that sums do not depend on their number."""
     before = {name: os.environ.get(name) for name in ONE_THREAD}
     os.environ.update(dict.fromkeys(ONE_THREAD, "1"))
-    theirs, ours = Pipe(duplex=False)  # closed by the system when this process ends, however it does
+    theirs, ours = Pipe(duplex=False)  # the system closes it when this process ends, in any way
     try:
         with ProcessPoolExecutor(workers, get_context("spawn"), _follow, (theirs,)) as pool:
             try:
                 yield pool
             except BaseException:
-                ours.close()  # what is under way is not waited for
+                ours.close()  # do not wait for running jobs
                 raise
     finally:
         ours.close()
@@ -55,8 +63,8 @@ def processes(workers: int) -> Iterator[Executor]:
 
 
 def _follow(parent: Connection) -> None:
-    """End this worker, and the command that it runs, when the other end of a pipe is closed."""
-    os.setpgid(0, 0)  # the command is of the same group
+    """End this worker and its command when the other end of the pipe is closed."""
+    os.setpgid(0, 0)  # the command belongs to the same group
 
     def end() -> None:
         with suppress(EOFError, OSError):
@@ -68,38 +76,48 @@ def _follow(parent: Connection) -> None:
 
 @contextmanager
 def cluster(address: str) -> Iterator[tuple[Pool, int]]:
-    """The workers of a Dask cluster, as executors, and how many jobs keep them busy.
+    """Return the workers of a Dask cluster as executors, and the number of jobs that keeps them busy.
 
     Raises
     ------
     UsageError
         If dask.distributed is not installed, or no scheduler answers.
+    RefgemmaError
+        If the scheduler ends before the work.
     """
     try:
         from distributed import Client
+        from distributed.utils import silence_logging_cmgr
     except ImportError:
         raise UsageError('--scheduler needs dask.distributed: pip install "refgemma[cluster]"') from None
     try:
         client = Client(address, timeout="10s", set_as_default=False)
     except (OSError, ValueError) as error:
         raise UsageError(f"--scheduler {address}: no scheduler answers ({error})") from None
-    with client:
+    with silence_logging_cmgr("CRITICAL"), client:  # else it prints tracebacks when it loses its scheduler
         threads = sum(client.nthreads().values())
         if not threads:
             raise UsageError(f"--scheduler {address}: it has no workers")
-        yield (lambda workers: nullcontext(client.get_executor(pure=False))), 2 * threads
+        try:
+            yield (lambda workers: nullcontext(client.get_executor(pure=False))), 2 * threads
+        except Exception as error:
+            if client.status == "running" and not isinstance(error, CancelledError):
+                raise
+            raise RefgemmaError(
+                f"--scheduler {address}: the scheduler ended before the work; the same command continues with another"
+            ) from None
 
 
 def is_lost_worker(error: BaseException) -> bool:
-    """Return whether an exception says that a worker died, of a pool or of a cluster."""
+    """Return True if an exception means that a worker died, in a pool or a cluster."""
     return isinstance(error, BrokenExecutor) or type(error).__name__ == "KilledWorker"
 
 
 def run_jobs(jobs: Sequence[Job], pool: Pool, width: int) -> Iterator[tuple[Job, Done]]:
-    """Each job and its result, as they are finished.
+    """Yield each job and its result when it is finished.
 
-    When a worker dies, what was running goes on in a new pool, one job at a time: so it is known which of them it was,
-    and the others lose nothing. At most `width` jobs are under way.
+    When a worker dies, the running jobs are repeated in a new pool, one at a time. This finds the job that caused it,
+    and the others are not affected. At most `width` jobs run at once.
     """
     waiting, suspects = deque(jobs), list[Job]()
     while waiting:
@@ -140,20 +158,20 @@ def _run_alone(job: Job, pool: Pool) -> Done:
 def sweep(
     jobs: Sequence[Job], results: Path, pool: Pool, width: int, again: bool = False
 ) -> Iterator[tuple[Job, Done]]:
-    """Each job and its result: kept ones first, then those that are computed, as they are finished.
+    """Yield each job and its result: kept ones first, then computed ones when they are finished.
 
     Parameters
     ----------
     jobs : sequence of Job
         From `read_jobs`.
     results : Path
-        A folder, in which results are kept by key.
+        A folder for results, by key.
     pool : callable
         Makes an executor; see `processes` and `cluster`.
     width : int
-        How many jobs are under way at once.
+        The number of jobs that run at once.
     again : bool
-        Whether to do also what was done already.
+        Whether to repeat finished jobs.
     """
     results.mkdir(parents=True, exist_ok=True)
     kept = {} if again else {job.key: found for job in jobs if (found := _read_result(results, job)) is not None}
@@ -169,7 +187,7 @@ def _read_result(results: Path, job: Job) -> Done | None:
         found = read_object(results / f"{job.key}.json", RefgemmaError)
     except RefgemmaError:
         return None
-    whole = found.pop("digest", None) == _digest(found)  # what another program changed is computed again
+    whole = found.pop("digest", None) == _digest(found)  # a result that another program changed is computed again
     return found if whole and found.get("schema") == KEPT else None
 
 
@@ -181,7 +199,7 @@ def _digest(result: Mapping[str, Any]) -> str:
 
 
 def as_json(found: Sequence[tuple[Job, Done]]) -> dict[str, Any]:
-    """All results as one, whatever their order: that of names."""
+    """Combine all results, in the order of the jobs' names."""
     ordered = sorted(found, key=lambda pair: (pair[0].name, pair[0].key))
     verdicts = {done["verdict"] for _, done in ordered}
     verdict = next(v for v in EXIT if v in verdicts)

@@ -1,9 +1,9 @@
-"""What many checks found of one kind of tensor, in a few numbers that can be added up. Checked in the tests: in
-whatever order tallies are merged, the result is the same to the last bit, and it is that of all errors together.
+"""The results of many checks of one kind of tensor, in a few numbers that can be added. Checked in the tests: tallies
+merged in any order give the same result to the last bit, and it equals that of all errors together.
 
-Of n errors ``z`` in standard deviations a tally keeps n, the sum of ``z**2`` and a histogram. The root mean square of
-all is then ``sqrt(sum z**2 / n)`` of the merged sums. Counts are integers, and `math.fsum` adds the sums with one
-rounding, so that the order cannot show.
+For n errors ``z`` in standard deviations, a tally keeps n, the sum of ``z**2`` and a histogram. The root mean square of
+all errors is then ``sqrt(sum z**2 / n)`` of the merged sums. Counts are integers, and `math.fsum` adds the sums with
+one rounding, so the order has no effect.
 """
 
 import math
@@ -30,12 +30,12 @@ class Tally:
     ({'FAIL': 1, 'PASS': 3}, 40, 2.0, 4.0, 'layers.1.out')
     """
 
-    verdicts: Mapping[str, int]  # of how many tensors
+    verdicts: Mapping[str, int]  # verdict -> number of tensors
     elements: int = 0
     exact: int = 0  # elements that are the correctly rounded result
     squares: float = 0.0  # sum of squared errors in standard deviations
     worst: float = 0.0  # largest error in units of the worst case
-    at: str = ""  # where that is
+    at: str = ""  # the place of the largest error
     histogram: tuple[int, ...] = NOTHING  # elements by their error in standard deviations, between `judge.EDGES`
 
     @property
@@ -44,18 +44,18 @@ class Tally:
         return math.sqrt(self.squares / max(1, self.elements))
 
     def as_json(self) -> dict[str, Any]:
-        """For a file; `from_json` reads it, infinities as text as well."""
+        """Return the tally for a JSON file; `from_json` reads it, also infinities as text."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, kept: Mapping[str, Any]) -> "Tally":
-        """What `as_json` wrote."""
+        """Read the output of `as_json`."""
         numbers = {name: float(kept[name]) for name in ("squares", "worst")}
         return cls(**{**kept, **numbers, "histogram": tuple(kept["histogram"])})
 
 
 def merge_tallies(tallies: Iterable[Tally]) -> Tally:
-    """One tally of all; of largest errors that are equal, the one whose place comes first in the alphabet is told."""
+    """Merge tallies; among equal largest errors, keep the place that comes first in alphabetical order."""
     some = list(tallies)
     verdicts = sorted({word for t in some for word in t.verdicts})
     largest = min(some, key=lambda t: (-t.worst, t.at), default=Tally({}))
@@ -67,7 +67,7 @@ def merge_tallies(tallies: Iterable[Tally]) -> Tally:
 
 
 def tally(instance: Instance) -> Tally:
-    """Of one judged tensor."""
+    """Return the tally of one judged tensor."""
     s = instance.judged.statistics
     return Tally({instance.judged.verdict: 1}, s.elements, round(s.exact * s.elements), s.rms**2 * s.elements,
                  s.error_over_bound,

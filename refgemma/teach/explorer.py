@@ -1,9 +1,9 @@
-"""One run as one page: choose a token, a layer and a head, and see what was computed. Checked by tests that read the
-numbers back from the page, by themselves and in a browser, and compare them with the trace.
+"""Write a run as one HTML page: choose a token, a layer and a head, and see the results. Checked by tests that read the
+numbers back from the page, directly and in a browser, and compare them with the trace.
 
-The page needs no network and nothing beside it: numbers, script and style are in the file. The numbers are float32; the
-shares are those of the trace, bit for bit, unless that is float64. ``explorer.html`` shows them, and computes only
-places, colours, and the sum of the shares that a table leaves out.
+The page works offline: numbers, script and style are in the file. The numbers are float32. The attention weights are
+those of the trace, bit for bit, unless the trace is float64. ``explorer.html`` shows them. It computes only places,
+colours, and the sum of the weights that a table omits.
 """
 
 import base64
@@ -30,7 +30,7 @@ from refgemma.tokenizer.tokenizer import Tokenizer
 from refgemma.trace.names import run_in_order, trace_axes
 from refgemma.weights.parameters import Weights
 
-PAGE_LIMIT = 2_000_000  # bytes of a page: what opens at once, and can be sent by mail
+PAGE_LIMIT = 2_000_000  # bytes of a page: it opens quickly, and can be sent by mail
 TOP = 5  # next tokens shown at each depth
 TEMPLATE = Path(__file__).with_name("explorer.html")
 __getattr__ = explain_renames(__name__, explored="explore_run", page="render_page", likeliest="rank_tokens",
@@ -38,9 +38,10 @@ __getattr__ = explain_renames(__name__, explored="explore_run", page="render_pag
 
 
 def page_bytes(seq: int, config: Gemma2Config) -> int:
-    """About how large a page on `seq` tokens is, and seldom larger.
+    """Estimate the size of a page on `seq` tokens; it is rarely larger.
 
-    A number takes 4 bytes and in base64 16/3; a head has ``seq (seq + 1) / 2`` shares, as no key is behind its query.
+    A number takes 4 bytes, and 16/3 in base64. A head has ``seq (seq + 1) / 2`` weights, because no key is after its
+    query.
 
     Examples
     --------
@@ -51,12 +52,12 @@ def page_bytes(seq: int, config: Gemma2Config) -> int:
     shares = layers * config.num_attention_heads * seq * (seq + 1) // 2
     sizes = (len(dict(trace_axes())) * layers + depths) * seq
     answers = depths * TOP * seq
-    # An answer is a share, an id, and a text if it is the first of its kind; the page without numbers is 40,000 bytes.
+    # An answer is a probability, an id, and a text at its first occurrence; the page without numbers has 40,000 bytes.
     return 16 * (shares + sizes) // 3 + answers * (6 + 8 + 32) + 40_000
 
 
 def most_tokens(config: Gemma2Config) -> int:
-    """How many tokens a page of `PAGE_LIMIT` bytes holds.
+    """Return the number of tokens that fit on a page of `PAGE_LIMIT` bytes.
 
     Examples
     --------
@@ -70,7 +71,8 @@ def most_tokens(config: Gemma2Config) -> int:
 
 
 def token_sizes(x: Array) -> npt.NDArray[np.float64]:
-    """The root mean square of all numbers of each token in `x`, a tensor of a trace: ``seq`` is the last axis but one.
+    """Return the root mean square of each token's numbers in `x`, a tensor of a trace with ``seq`` as the second last
+    axis.
 
     Examples
     --------
@@ -89,7 +91,7 @@ def rank_tokens(stream: Array, weights: Weights, config: Gemma2Config) -> tuple[
 
 
 def pack(numbers: Sequence[Array] | Array) -> str:
-    """Return the `numbers` as the page keeps them: float32, the low byte first, in base64.
+    """Return the `numbers` in the format of the page: float32, little endian, in base64.
 
     Examples
     --------
@@ -100,7 +102,7 @@ def pack(numbers: Sequence[Array] | Array) -> str:
 
 
 def _make_labels(model: Pretrained) -> Callable[[Array], list[str]]:
-    """Return what writes ids: the tokenizer's pieces with blanks made visible, or the ids where there is none."""
+    """Return a function that labels ids: with the tokenizer's pieces, or with the ids if there is no tokenizer."""
     if not model.has_tokenizer:
         return lambda ids: [f"#{token}" for token in ids.tolist()]
     tokenizer: Tokenizer = model.tokenizer
@@ -115,21 +117,21 @@ def explore_run(ids: Sequence[int], model: Pretrained, name: str, dtype: str) ->
     ids : sequence of int
         The token ids of the prompt.
     model : Pretrained
-        What is run.
+        The model to run.
     name, dtype : str
-        What the page calls the model and its precision.
+        The names of the model and its precision on the page.
 
     Returns
     -------
     dict
-        What ``explorer.html`` reads. Arrays are `pack`: ``attention`` is ``(layers, heads, seq (seq + 1) / 2)``, of
-        each query its keys up to itself; ``residual`` ``(depth, seq)``; ``sizes`` of a tensor ``(layers, seq)``;
-        ``answers`` ``(depth, seq, TOP)``. A depth is the number of blocks done.
+        The input of ``explorer.html``. Arrays are encoded by `pack`: ``attention`` is ``(layers, heads, seq (seq + 1) /
+        2)``, for each query the keys up to its own; ``residual`` ``(depth, seq)``; ``sizes`` of a tensor ``(layers,
+        seq)``; ``answers`` ``(depth, seq, TOP)``. A depth is the number of blocks done.
 
     Raises
     ------
     InputError
-        For ids that are none of the model, and for more of them than fit on a page.
+        For ids outside the vocabulary, and for more ids than fit on a page.
 
     Examples
     --------
@@ -141,8 +143,8 @@ def explore_run(ids: Sequence[int], model: Pretrained, name: str, dtype: str) ->
     config, seq = model.config, len(ids)
     if page_bytes(seq, config) > PAGE_LIMIT:
         raise InputError(
-            f"the prompt has {seq} tokens: with this model a page of {PAGE_LIMIT / 1e6:g} MB "
-            f"holds {most_tokens(config)}"
+            f"the prompt has {seq} tokens; with this model a page of {PAGE_LIMIT / 1e6:g} MB "
+            f"holds at most {most_tokens(config)}"
         )
     lower = np.tril_indices(seq)
     attention: list[Array] = []
@@ -189,17 +191,17 @@ def render_page(run: dict[str, Any]) -> str:
     Parameters
     ----------
     run : dict
-        Of `explore_run`.
+        The result of `explore_run`.
 
     Returns
     -------
     str
-        HTML. Nothing in the prompt is taken for markup.
+        HTML. Markup in the prompt is escaped.
 
     Raises
     ------
     InputError
-        If it is larger than `PAGE_LIMIT` all the same, by unusually long tokens.
+        If it is larger than `PAGE_LIMIT`, because of unusually long tokens.
 
     Examples
     --------
@@ -207,15 +209,15 @@ def render_page(run: dict[str, Any]) -> str:
     >>> render_page(explore_run([2, 300], refgemma.load("tiny"), "tiny", "float32"))[:15]
     '<!doctype html>'
     """
-    # In a script element only "<" can end the element; \u003c is the same character to JSON.
+    # Only "<" can end a script element; \\u003c is the same character in JSON.
     data = json.dumps(run, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     title = html.escape(escape(f"{run['model']}: {' '.join(run['tokens'][1:9])}"))
     template = TEMPLATE.read_text("utf-8")
-    script = template.split("<script>")[1].split("</script>")[0]  # the only one that the page's own policy lets run
+    script = template.split("<script>")[1].split("</script>")[0]  # the only script that the page's own policy allows
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     before, rest = template.replace("{{hash}}", digest).split("{{title}}")
     middle, after = rest.split("{{run}}")
     whole = before + title + middle + data + after
     if len(whole.encode()) > PAGE_LIMIT:
-        raise InputError(f"the page would be larger than {PAGE_LIMIT / 1e6:g} MB; give a shorter prompt")
+        raise InputError(f"the page is larger than {PAGE_LIMIT / 1e6:g} MB; use a shorter prompt")
     return whole

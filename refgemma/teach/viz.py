@@ -1,10 +1,9 @@
-"""Pictures of Gemma 2, a function each, and the few numbers that are only ever drawn. Checked by tests that read the
-numbers back from the drawing, and look whether any text is cut off.
+"""Pictures of Gemma 2, one function each, and the numbers for them. Checked by tests that read the numbers back from
+the drawing, and look for truncated text.
 
-Every picture function draws into `axes`, or into a figure of its own, writes `title` above, and returns the axes.
-`tokens` are the texts of the tokens that were read, `names` those of the whole vocabulary. matplotlib is imported when
-the first picture is drawn: ``pip install "refgemma[viz]"``. `with_sliders` and `array_view` give something to move and
-to point at.
+Every picture function draws into `axes`, or into a new figure, writes `title` above, and returns the axes. `tokens` are
+the texts of the input tokens, `names` those of the whole vocabulary. matplotlib is imported when the first picture is
+drawn: ``pip install "refgemma[viz]"``. `with_sliders` and `array_view` make interactive pictures.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +26,7 @@ __getattr__ = explain_renames(__name__, shown="show_blanks", likeliest="most_lik
 
 
 def residual_streams(run: Forward) -> Float[np.ndarray, "depth batch seq hidden"]:
-    """The residual stream before the first block and after each: ``depth`` counts the blocks done so far.
+    """Return the residual stream before the first block and after each: ``depth`` counts the finished blocks.
 
     Examples
     --------
@@ -40,7 +39,7 @@ def residual_streams(run: Forward) -> Float[np.ndarray, "depth batch seq hidden"
 
 
 def root_mean_square(x: Float[np.ndarray, "*batch hidden"]) -> Float[np.ndarray, "*batch"]:
-    """The size of the numbers of a vector: ``sqrt(mean(x**2))`` over the last axis, in at least float32.
+    """Return the size of a vector's numbers: ``sqrt(mean(x**2))`` over the last axis, in at least float32.
 
     Examples
     --------
@@ -51,9 +50,10 @@ def root_mean_square(x: Float[np.ndarray, "*batch hidden"]) -> Float[np.ndarray,
 
 
 def lens_logits(run: Forward, weights: Weights, config: Gemma2Config) -> Float[np.ndarray, "depth batch seq vocab"]:
-    """What the model would answer if it stopped after each block: its norm and head, applied to every residual stream.
+    """Return the logits that the model would give after each block: its norm and head, applied to every residual
+    stream.
 
-    The last depth has the logits of the run itself. The idea is called the logit lens (nostalgebraist 2020).
+    The last depth has the logits of the run itself. This is called the logit lens (nostalgebraist 2020).
 
     Examples
     --------
@@ -69,7 +69,7 @@ def lens_logits(run: Forward, weights: Weights, config: Gemma2Config) -> Float[n
 
 
 def probabilities(logits: Float[np.ndarray, "*batch vocab"]) -> Float[np.ndarray, "*batch vocab"]:
-    """The softmax of logits: ``exp(z) / sum(exp(z))``, in at least float32.
+    """Compute the softmax of logits: ``exp(z) / sum(exp(z))``, in at least float32.
 
     Examples
     --------
@@ -83,7 +83,7 @@ def probabilities(logits: Float[np.ndarray, "*batch vocab"]) -> Float[np.ndarray
 
 
 def relative_error(x: Float[np.ndarray, "*shape"], exact: Float[np.ndarray, "*shape"]) -> float:
-    """The root mean square of ``x - exact``, as a part of that of `exact`.
+    """Return the root mean square of ``x - exact``, divided by that of `exact`.
 
     Examples
     --------
@@ -95,7 +95,7 @@ def relative_error(x: Float[np.ndarray, "*shape"], exact: Float[np.ndarray, "*sh
 
 
 def show_blanks(token: str) -> str:
-    """Return `token` as a label: blanks (the tokenizer writes them as ▁) and line breaks are made visible.
+    """Return `token` as a label, with visible spaces (▁ in the tokenizer) and line breaks.
 
     Examples
     --------
@@ -109,14 +109,15 @@ def show_blanks(token: str) -> str:
 
 
 def new_axes(width: float = 6.4, height: float = 4.0) -> Axes:
-    """Axes in a figure of their own, `width` by `height` inches, laid out so that no label is cut off."""
+    """Return the axes of a new figure, `width` by `height` inches, with room for all labels."""
     from matplotlib import pyplot as plt
 
     return plt.subplots(figsize=(width, height), layout="constrained")[1]
 
 
 def label_tokens(axes: Axes, tokens: Sequence[str], queries: Sequence[str] | None = None) -> None:
-    """Write tokens along the lower side, and `queries` along the left one; of many only every second, third ..."""
+    """Write tokens along the lower side and `queries` along the left one; of many tokens, only every second, third
+    ..."""
     for axis, texts, turned in ((axes.xaxis, tokens, 90), (axes.yaxis, queries or (), 0)):
         every = 1 + len(texts) // 40
         labels = [show_blanks(text) for text in texts[::every]]
@@ -131,19 +132,19 @@ def attention_map(
     taken: Float[np.ndarray, "seq keys"] | None = None,
     axes: Axes | None = None,
 ) -> Axes:
-    """One head of one layer: how much each query (a row) takes from each key (a column).
+    """Draw one head of one layer: the weight of each key (a column) for each query (a row).
 
     Parameters
     ----------
     probs : (seq, keys)
         ``run.layers[layer].attention.probs[0, head]``; rows sum to 1.
     tokens : sequence of str
-        One a key; the queries are the last ``seq`` of them.
+        One per key; the queries are the last ``seq`` of them.
     window : int, optional
-        Of a sliding layer: the edge of what a query may see is drawn as a dashed line.
+        For a sliding layer: a dashed line marks the first key that a query may see.
     taken : (seq, keys), optional
-        What the soft cap took from each score, ``attention.scores - attention.capped`` of that head: a dot on each key
-        that is looked at, of an area in proportion.
+        The reduction of each score by the soft cap, ``attention.scores - attention.capped`` of that head. It is drawn
+        as a dot of proportional area on each visible key.
 
     Examples
     --------
@@ -157,7 +158,7 @@ def attention_map(
     axes.figure.colorbar(image, ax=axes, label="share of the attention")
     label_tokens(axes, tokens, queries)
     if window is not None and window < keys:
-        # The first key that query q sees is q - window + 1; its left edge is half a cell before.
+        # The first key that query q sees is q - window + 1; its left edge is half a cell earlier.
         edge = np.arange(seq) + keys - seq - window + 0.5
         sides = np.ravel([(query - 0.5, query + 0.5) for query in range(seq)])
         axes.plot(np.repeat(edge, 2), sides, "--", color="tab:red")
@@ -169,7 +170,7 @@ def attention_map(
         axes.scatter(
             columns, rows, 80 * sizes / most, color="tab:orange", label=f"taken by the cap, at most {most:.2g}"
         )
-        axes.legend(loc="upper right")  # where no key is seen
+        axes.legend(loc="upper right")  # there, no key is visible
     axes.set(xlabel="key: the token looked at", ylabel="query: the token that looks", title=title)
     return axes
 
@@ -181,7 +182,7 @@ def mask_picture(
     title: str = "mask",
     axes: Axes | None = None,
 ) -> Axes:
-    """Which keys each query may see: dark cells are visible.
+    """Draw a mask: dark cells are the keys that each query may see.
 
     Examples
     --------
@@ -204,7 +205,7 @@ def mask_picture(
 def rotary_phases(
     positions: Int[np.ndarray, " seq"], head_dim: int, theta: float = 10000.0, axes: Axes | None = None
 ) -> Axes:
-    """The cosine of every rotary angle (a row each) at every position: fast ones above, slow ones below.
+    """Draw the cosine of every rotary angle (one row each) at every position: fast ones above, slow ones below.
 
     `theta` is the base of the angles, 10000 in Gemma 2.
 
@@ -224,7 +225,7 @@ def rotary_phases(
 
 
 def residual_norms(run: Forward, tokens: Sequence[str], axes: Axes | None = None) -> Axes:
-    """The size of the residual stream after each block, a line for each token of the first row of the batch.
+    """Draw the size of the residual stream after each block, one line per token of the first row of the batch.
 
     Examples
     --------
@@ -263,7 +264,7 @@ def logit_lens(
     lens : (depth, seq, vocab)
         One row of the batch of `lens_logits`.
     tokens : sequence of str
-        What was read.
+        The input tokens.
     names : sequence of str
         The text of every token of the vocabulary.
 
@@ -290,7 +291,7 @@ def logit_lens(
 
 
 def cap_curves(caps: Sequence[float] = (50.0, 30.0), reach: float = 150.0, axes: Axes | None = None) -> Axes:
-    """Soft caps beside no cap and beside a hard one (cut off at the first cap), from ``-reach`` to `reach`.
+    """Draw soft caps beside no cap and a hard cap (cut off at the first cap), from ``-reach`` to `reach`.
 
     Examples
     --------
@@ -310,7 +311,7 @@ def cap_curves(caps: Sequence[float] = (50.0, 30.0), reach: float = 150.0, axes:
 
 
 def rounding_growth(runs: Mapping[str, Forward], exact: Forward, axes: Axes | None = None) -> Axes:
-    """How the error of rounding grows with depth: each run's residual stream against that of the `exact` run.
+    """Draw the rounding error by depth: each run's residual stream against that of the `exact` run.
 
     Parameters
     ----------
@@ -364,26 +365,26 @@ def most_likely_tokens(
     return axes
 
 
-# --- pictures to move and to point at ---------------------------------------------------------------------------------
+# --- interactive pictures ---------------------------------------------------------------------------------------------
 
 
 def with_sliders(draw: Callable[..., Axes], **choices: Sequence[Any]) -> Axes:
-    """Draw the picture of the first of all `choices`; where somebody can move them, with a slider for each.
+    """Draw the picture for the first of all `choices`; in Jupyter, add a slider for each.
 
-    The sliders only add to the picture, which stands without them: where ipywidgets is not installed, outside Jupyter,
-    and where a notebook is run with nobody there, to make a page of it.
+    The picture has no sliders without ipywidgets, outside Jupyter, and if a program runs the notebook, for example to
+    build the site.
 
     Parameters
     ----------
     draw : callable
-        Takes one of each of `choices`, by name, and returns the axes of a figure of its own.
+        Takes one value of each of `choices`, by name, and returns the axes of a new figure.
     **choices : sequence
-        What each slider goes through.
+        The values of each slider.
 
     Returns
     -------
     axes
-        Of the first picture.
+        The axes of the first picture.
 
     Examples
     --------
@@ -398,23 +399,23 @@ def with_sliders(draw: Callable[..., Axes], **choices: Sequence[Any]) -> Axes:
 
 
 def array_view(x: Array, axes: str) -> Any:
-    """Every number of `x` as a coloured square, which says the number and its place when it is pointed at.
+    """Return a view of `x` with a coloured square per number; hover over it to see the number and its place.
 
-    Rows are the last axis but one, columns the last one; the axes before stand side by side, and below one another. Of
-    a large array the middle is left out. The result, of treescope (``pip install "refgemma[viz]"``), shows itself in
-    Jupyter; ``treescope.render_to_html`` makes a page of it.
+    Rows are the second last axis, columns the last one; earlier axes are side by side, and below one another. The
+    middle of a large array is omitted. The result is an object of treescope (``pip install "refgemma[viz]"``). Jupyter
+    shows it directly; ``treescope.render_to_html`` writes it as a page.
 
     Parameters
     ----------
     x : array
-        Of any precision and at least one axis.
+        In any precision, with at least one axis.
     axes : str
-        The names of its axes, as `refgemma.trace.names.trace_axes` has them: ``"batch heads seq keys"``.
+        The names of its axes, as in `refgemma.trace.names.trace_axes`: ``"batch heads seq keys"``.
 
     Raises
     ------
     ValueError
-        If `axes` names another number of axes than `x` has.
+        If the number of names differs from the number of axes of `x`.
 
     Examples
     --------
@@ -425,7 +426,7 @@ def array_view(x: Array, axes: str) -> Any:
     """
     names = axes.split()
     if len(names) != x.ndim:
-        raise ValueError(f"axes names {len(names)} axes ({axes}), and the array has {x.ndim}: {x.shape}")
+        raise ValueError(f"axes has {len(names)} names ({axes}); the array has {x.ndim} axes: {x.shape}")
     import treescope
 
     outwards = range(x.ndim - 1, -1, -1)
@@ -437,7 +438,7 @@ def array_view(x: Array, axes: str) -> Any:
 
 
 def _can_show_sliders() -> bool:
-    """Return whether somebody can move sliders: a program that runs a notebook takes no input."""
+    """Return True if a person can use sliders; a kernel that a program runs takes no input."""
     try:
         import ipywidgets  # noqa: F401
         from IPython import get_ipython
@@ -448,13 +449,13 @@ def _can_show_sliders() -> bool:
 
 
 def _show_with_sliders(first: Axes, draw: Callable[..., Axes], choices: Mapping[str, Sequence[Any]]) -> None:
-    """The picture that is drawn, and below it sliders that put another one in its place."""
+    """Show the first picture, and below it sliders that replace it."""
     from IPython.display import display
     from ipywidgets import SelectionSlider, VBox
     from matplotlib import pyplot as plt
 
     shown_figure = display(first.figure, display_id=True)
-    plt.close(first.figure)  # or Jupyter would show it once more at the end of the cell
+    plt.close(first.figure)  # else Jupyter would show it again at the end of the cell
     sliders = {
         name: SelectionSlider(options=[(str(value), value) for value in values], description=name)
         for name, values in choices.items()
@@ -471,8 +472,8 @@ def _show_with_sliders(first: Axes, draw: Callable[..., Axes], choices: Mapping[
 
 
 def _color_places(count: int) -> Any:
-    """A colour for each of `count` places, from dark to light."""
+    """Return a colour for each of `count` places, from dark to light."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
-    return ScalarMappable(Normalize(0, count), "viridis")  # one more than there is: the lightest is hard to see
+    return ScalarMappable(Normalize(0, count), "viridis")  # one more than needed: the lightest is hard to see

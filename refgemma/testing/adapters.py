@@ -1,5 +1,5 @@
-"""transformers as a backend, once for each of its attention implementations that run on any machine. Checked in
-``tests/parity/test_adapters.py``; ``docs/property-tests.md`` has what the laws find.
+"""transformers as a backend, for each attention implementation that runs on any machine. Checked in
+``tests/parity/test_adapters.py``; ``docs/property-tests.md`` has the results of the laws.
 
 torch and transformers are imported when a model is loaded.
 """
@@ -20,7 +20,7 @@ from refgemma.testing.interface import Capabilities, Output
 from refgemma.trace.capture import as_numpy, catch_tensors, in_heads
 from refgemma.trace.names import LAYER_NORMS
 
-# What transformers computes outside the attention function: every implementation shows it.
+# Tensors that transformers computes outside the attention function: every implementation shows them.
 AROUND_ATTENTION = (
     "cos", "sin", "embedded", "norm", "raw_logits", "logits", "layers.*.middle", "layers.*.out",
     *(f"layers.*.{norm}" for norm in LAYER_NORMS), "layers.*.feed_forward.*",
@@ -32,21 +32,21 @@ SCORES = tuple(f"layers.*.attention.{name}" for name in ("scores", "capped", "pr
 class Transformers:
     """``Gemma2ForCausalLM`` of transformers. Use one of its three subclasses.
 
-    Its float64 has float32 norms and softmax, so it does not claim float64. It has no single operations, and its
-    tokenizer, which is the same for all three, is compared elsewhere.
+    Its float64 has float32 norms and softmax, so it does not claim float64. It has no single operations. Its tokenizer
+    is the same for all three and is compared elsewhere.
     """
 
     attention: ClassVar[str]
     shown: ClassVar[tuple[str, ...]] = AROUND_ATTENTION
 
     def capabilities(self) -> Capabilities:
-        """Three precisions, cache, padding, positions."""
+        """Return three precisions, cache, padding and positions."""
         return Capabilities(
             ("float32", "bfloat16", "float16"), tensors=self.shown, cache=True, padding=True, positions=True
         )
 
     def load(self, folder: Path, dtype: str) -> Any:
-        """Load in the precision: a cast afterwards would round the rotary frequencies."""
+        """Load in the precision, because a later cast would round the rotary frequencies."""
         import torch
         from transformers import Gemma2ForCausalLM, GenerationConfig
         from transformers.utils import logging
@@ -70,18 +70,18 @@ class Transformers:
         cache: Any = None,
         tensors: Sequence[str] = ("logits",),
     ) -> Output:
-        """One call of the model, on a copy of the cache: transformers changes the one it is given."""
+        """Call the model once, on a copy of the cache, because transformers changes the cache."""
         import torch
         from transformers import DynamicCache
 
         past = DynamicCache(config=model.config) if cache is None else copy.deepcopy(cache)
-        # A mask even where nothing is padding: without one, positions that leave some out are taken for several texts
-        # in one row, which do not see each other.
+        # Always pass a mask: without one, transformers treats position ids with gaps as several texts in one row, which
+        # do not see each other.
         done = past.get_seq_length()
         unpadded = np.ones((len(input_ids), done + input_ids.shape[1]), np.int64)
         mask = unpadded if attention_mask is None else attention_mask
         positions = None if position_ids is None else torch.tensor(np.broadcast_to(position_ids, input_ids.shape))
-        # By their places: what is called past_key_values in transformers 5.23 is called cache from 5.24 on.
+        # Positional arguments: past_key_values of transformers 5.23 is called cache from 5.24 on.
         given = (torch.tensor(input_ids), torch.tensor(mask), positions, past)
         with torch.no_grad(), self._prepare_run():
             if set(tensors) == {"logits"}:
@@ -100,22 +100,22 @@ class Transformers:
         return Output(asked, past)
 
     def _prepare_run(self) -> Any:
-        """What has to hold while the model runs."""
+        """Return the context in which the model runs."""
         return contextlib.nullcontext()
 
     def loss(self, model: Any, input_ids: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]) -> float:
-        """The model's own loss."""
+        """Return the model's own loss."""
         import torch
 
         with torch.no_grad(), self._prepare_run():
             return float(model(input_ids=torch.tensor(input_ids), labels=torch.tensor(labels)).loss)
 
     def save(self, model: Any, folder: Path) -> None:
-        """``save_pretrained``."""
+        """Call ``save_pretrained``."""
         model.save_pretrained(folder)
 
     def sample(self, model: Any, input_ids: npt.NDArray[np.int64], count: int, seed: int) -> Array:
-        """``generate`` with ``do_sample``, all draws as one batch."""
+        """Call ``generate`` with ``do_sample``, with all draws as one batch."""
         import torch
 
         torch.manual_seed(seed)
@@ -126,7 +126,7 @@ class Transformers:
     def search(
         self, model: Any, input_ids: npt.NDArray[np.int64], num_beams: int, new_tokens: int
     ) -> tuple[Array, float]:
-        """``generate`` with beams, and no token that ends a text."""
+        """Call ``generate`` with beams, and without a token that ends a text."""
         asked = self._generate(model, input_ids, new_tokens, num_beams=num_beams, length_penalty=0.0, do_sample=False)
         return asked.sequences[0].numpy(), float(asked.sequences_scores[0])
 
@@ -148,36 +148,36 @@ class Transformers:
 
 
 class TransformersEager(Transformers):
-    """Attention as written, ``attn_implementation="eager"``: what the recordings were made with."""
+    """Attention as written, ``attn_implementation="eager"``, which was used for the recordings."""
 
     attention = "eager"
     shown = (*AROUND_ATTENTION, *SCORES)
 
 
 class TransformersSdpa(Transformers):
-    """torch's fused attention, which has no soft cap: so the cap is left out.
+    """torch's fused attention, which has no soft cap, so the cap is omitted.
 
-    transformers 5.23 refuses this twice, when the model is loaded and when attention is called with a cap. Until
-    4.45 it was the default (transformers #32865), and other packages turn it on again (optimum-intel #976): the laws
-    show why not to.
+    transformers 5.23 refuses this twice: when the model is loaded, and when attention is called with a cap. Until 4.45
+    it was the default (transformers #32865), and other packages enable it again (optimum-intel #976). The laws show the
+    error.
     """
 
     attention = "sdpa"
 
     def _set_attention(self, model: Any) -> None:
-        """Past both refusals."""
+        """Bypass both refusals."""
         model.config._attn_implementation = "sdpa"
         for layer in model.model.layers:
             layer.self_attn.attn_logit_softcapping = None
 
 
 class TransformersFlex(Transformers):
-    """``attn_implementation="flex_attention"``, not compiled: torch's own reference of it, on any machine."""
+    """``attn_implementation="flex_attention"``, not compiled: torch's own reference, on any machine."""
 
     attention = "flex_attention"
 
     def _prepare_run(self) -> Any:
-        """Compiling for each shape would take seconds an example, and needs a C++ compiler. Torch warns of both."""
+        """Disable compilation, which would take seconds per shape and needs a C++ compiler; torch warns of both."""
         import torch
 
         inside = contextlib.ExitStack()

@@ -1,6 +1,6 @@
 """refgemma as a backend, and any backend by its name. Checked by running the laws through it.
 
-What a backend offers is in `refgemma.testing.interface`; its names can be imported from here, too.
+`refgemma.testing.interface` defines a backend; its names can be imported from here too.
 """
 
 import importlib
@@ -65,7 +65,7 @@ class NumpyBackend:
     """
 
     def capabilities(self) -> Capabilities:
-        """Everything."""
+        """Return everything that a backend can have."""
         every = ("cos", "sin", "embedded", "layers.*", "norm", "raw_logits", "logits")
         return Capabilities(
             ("float64", "float32", "bfloat16", "float16"), tensors=every, cache=True, padding=True, positions=True
@@ -85,7 +85,7 @@ class NumpyBackend:
         cache: Any = None,
         tensors: Sequence[str] = ("logits",),
     ) -> Output:
-        """`refgemma.model.forward`."""
+        """Call `refgemma.model.forward`."""
         run = forward(
             input_ids, model.weights, model.config,
             attention_mask=attention_mask, position_ids=position_ids, cache=cache,
@@ -94,47 +94,47 @@ class NumpyBackend:
         return Output(found, run.cache)
 
     def operations(self) -> Mapping[str, Callable[..., Array]]:
-        """Those of `refgemma.ops`, as they are now."""
+        """Return the present functions of `refgemma.ops`."""
         names = ("linear", "rms_norm", "rotary_tables", "rotate", "repeat_kv", "soft_cap", "attention_scores",
                  "softmax", "gelu_tanh", "causal_mask", "sliding_mask")  # fmt: skip
         return {name: getattr(ops, name) for name in names}
 
     def sample(self, model: Loaded, input_ids: npt.NDArray[np.int64], count: int, seed: int) -> Array:
-        """Draws from the logits of the last token, as `generate` draws them."""
+        """Draw from the logits of the last token, like `generate`."""
         logits = wide(next_token_logits(input_ids, model.weights, model.config)[0][:, -1]).astype(np.float32)
         return draw(np.repeat(logits, count, axis=0), 1, np.random.default_rng(seed))[:, 0]
 
     def search(
         self, model: Loaded, input_ids: npt.NDArray[np.int64], num_beams: int, new_tokens: int
     ) -> tuple[Array, float]:
-        """Beam search over texts of `new_tokens`, none of which ends before."""
+        """Search with beams over texts of exactly `new_tokens` new tokens."""
         asked = {"num_beams": num_beams, "max_new_tokens": new_tokens, "output_scores": True, "length_penalty": 0.0}
         call = merge_settings(None, GenerationConfig(), asked | {"return_dict_in_generate": True})
         found: Any = generate_batch(Prompts(input_ids), model.weights, model.config, call)
         return found.sequences[0], float(found.sequences_scores[0])
 
     def loss(self, model: Loaded, input_ids: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]) -> float:
-        """`refgemma.heads.causal_lm_loss` of a forward pass."""
+        """Compute `refgemma.heads.causal_lm_loss` of a forward pass."""
         return causal_lm_loss(forward(input_ids, model.weights, model.config).logits, labels)
 
     def save(self, model: Loaded, folder: Path) -> None:
-        """As `save_pretrained` of the documented class does."""
+        """Save with `save_pretrained` of the documented class."""
         Gemma2ForCausalLM.from_pretrained(model.folder, dtype=model.dtype).save_pretrained(folder)
 
     def tokenizer(self, folder: Path) -> Tokenizer:
-        """The tokenizer of a folder."""
+        """Return the tokenizer of a folder."""
         return Tokenizer.from_pretrained(folder)
 
 
 def backend_named(name: str) -> Any:
-    """The backend of a name like ``mypkg.adapter:Backend``: an instance, or a class, which is called without arguments.
+    """Return the backend of a name like ``mypkg.adapter:Backend``: an instance, or a class, called without arguments.
 
-    Of a name like ``program:./port --threads 1`` it is that program; see `refgemma.testing.program`.
+    A name like ``program:./port --threads 1`` gives a program; see `refgemma.testing.program`.
 
     Raises
     ------
     BackendError
-        If there is nothing of that name, or it lacks one of the three methods.
+        If the name does not exist, or lacks one of the three methods.
 
     Examples
     --------
@@ -143,7 +143,7 @@ def backend_named(name: str) -> Any:
     """
     module, _, attribute = name.partition(":")
     if not module or not attribute:
-        raise BackendError(f"backend {name!r}: write it as package.module:Name, or as program:COMMAND")
+        raise BackendError(f"backend {name!r}: use the form package.module:Name or program:COMMAND")
     if module == "program":
         return Program(attribute)
     try:

@@ -1,8 +1,8 @@
-"""What an implementation offers to be tested. Checked by running the laws through `NumpyBackend`, which offers all.
+"""The methods of an implementation under test. Checked by running the laws through `NumpyBackend`, which has all.
 
-Three methods are enough: `Backend`. An implementation offers more (draw a token, search with beams, take a loss, save,
-split text, single operations) by having a method of that name, see `OPTIONAL`; a law that needs one is not applicable
-to a backend without it.
+Three methods are enough: `Backend`. Further methods allow further laws (draw a token, search with beams, compute a
+loss, save, split text, single operations), see `OPTIONAL`. A law that needs one is not applicable to a backend without
+it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from refgemma.errors import RefgemmaError
 from refgemma.precision import Array
 
-# Methods that a backend may have besides the three, and what each does; `NumpyBackend` has all of them.
+# Optional methods of a backend and their descriptions; `NumpyBackend` has all of them.
 OPTIONAL: Mapping[str, str] = {
     "operations": "() -> functions by the names of refgemma.ops, with their arguments",
     "sample": "(model, input_ids, count, seed) -> that many draws of the next token of one text",
@@ -33,19 +33,19 @@ class Unsupported(Exception):
 
 
 class BackendError(RefgemmaError):
-    """A backend that cannot be found, or that is none."""
+    """Raised for a backend that cannot be found, or an object that is not a backend."""
 
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a backend can do.
+    """The capabilities of a backend.
 
     Parameters
     ----------
     dtypes : tuple of str
         The precisions it computes in *throughout*, of ``float64``, ``float32``, ``float16`` and ``bfloat16``.
     max_length : int, optional
-        The longest text it can be given; ``None`` for any.
+        The longest text it accepts; ``None`` for any.
     tensors : tuple of str
         The tensors it can show, by the names of the trace, ``*`` for anything: ``layers.*.attention.probs``.
     cache, padding, positions : bool
@@ -60,7 +60,7 @@ class Capabilities:
     positions: bool = False
 
     def shows(self, name: str) -> bool:
-        """Whether the tensor `name` of the trace can be had.
+        """Return True if the backend can return the tensor `name` of the trace.
 
         Examples
         --------
@@ -72,7 +72,7 @@ class Capabilities:
 
 @dataclass(frozen=True)
 class Output:
-    """What a call of `Backend.forward` gives: tensors by name, ``logits`` at least, and a cache to go on from."""
+    """The result of `Backend.forward`: tensors by name, at least ``logits``, and a cache to continue from."""
 
     tensors: Mapping[str, Array]
     cache: Any = None
@@ -84,16 +84,16 @@ class Output:
 
 
 class Backend(Protocol):
-    """An implementation of Gemma 2. Arrays go in and come out as NumPy arrays."""
+    """An implementation of Gemma 2. Inputs and outputs are NumPy arrays."""
 
     def capabilities(self) -> Capabilities:
-        """Say what can be asked for."""
+        """Return the capabilities."""
         ...
 
     def load(self, folder: Path, dtype: str) -> Any:
         """Read a Hugging Face folder (``config.json``, ``model.safetensors``) to compute in `dtype`.
 
-        Raises `Unsupported` for a configuration that is not computed here.
+        Raises `Unsupported` for a configuration that it does not compute.
         """
         ...
 
@@ -111,14 +111,14 @@ class Backend(Protocol):
         Parameters
         ----------
         model
-            What `load` gave.
+            The result of `load`.
         attention_mask : int array (batch, tokens so far)
-            0 for padding, which may be on either side; those of earlier calls included. None: no padding.
+            0 for padding, which may be on either side; it includes tokens of earlier calls. None: no padding.
         position_ids : int array (batch, seq)
-            Rotary positions; None: 0 and up, going on from the cache.
+            Rotary positions; None: they start at 0, or continue those of the cache.
         cache
-            ``Output.cache`` of the call before. It must stay usable: two calls may go on from one cache.
+            ``Output.cache`` of the previous call. It must stay usable: two calls may continue one cache.
         tensors : sequence of str
-            What is to be in ``Output.tensors``, as patterns.
+            The tensors to return in ``Output.tensors``, as patterns.
         """
         ...

@@ -1,14 +1,14 @@
-"""What a law is, how an example of it is checked, and how Hypothesis looks for one that breaks it. Checked from
-outside, through the plugin, in ``tests/test_testing_plugin.py``.
+"""Laws, the check of an example, and Hypothesis's search for an example that breaks a law. Checked from outside,
+through the plugin, in ``tests/test_testing_plugin.py``.
 
-How far apart two results may be that a law says are equal: rounding a sum of n products is like changing its weights by
-``gamma(n)`` relative to themselves (Higham 2002, section 3.1), of which independent roundings reach about ``sqrt(n) u``
-(Higham and Mary 2019, doi:10.1137/18M1226312). So the model is run once more with weights changed at random by a small
-known amount, and the change that this makes, brought down to the size of rounding, is the measure: a model that
-magnifies errors is allowed larger ones, and none other.
+The tolerance between two results that a law calls equal is measured. Rounding a sum of n products is like a relative
+change of its weights by ``gamma(n)`` (Higham 2002, section 3.1). Independent roundings reach about ``sqrt(n) u`` of
+this (Higham and Mary 2019, doi:10.1137/18M1226312). So the model is run again with weights changed at random by a small
+known amount. The change of the result, scaled down to the size of rounding, is the tolerance. Only a model that
+magnifies errors gets a larger tolerance.
 
-Two roundings are float32 in every precision, so they are added where they occur, each once for a number: that of a
-rotary angle, and that of a weight which a law derives from others and writes to a file.
+Two roundings are float32 in every precision, so they are added where they occur, once per number: that of a rotary
+angle, and that of a weight that a law derives from others and writes to a file.
 """
 
 import tempfile
@@ -37,14 +37,14 @@ Exact = npt.NDArray[np.float64]
 
 ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 PRECISE_FIRST = ("float64", "float32", "float16", "bfloat16")
-# Of how many standard deviations of a random walk of roundings the two results may be apart.
+# The tolerance in standard deviations of a random walk of roundings.
 DEVIATIONS = 8
-# Weights are float32 in a file: so much of itself a weight may lose there.
+# Weights are float32 in a file: the relative error of a weight that is written.
 FILE_ROUNDOFF = ROUNDOFF["float32"]
-# By how much weights are changed to see what a change does: far above float32's rounding, far below 1.
+# The relative change of the weights that measures the response: far above float32's rounding, far below 1.
 PROBE = 2.0**-14
 
-# Examples that Hypothesis tries of each law. The deadline is off: a first call may compile.
+# The number of examples per law. There is no deadline, because a first call may compile.
 PROFILES: Mapping[str, settings] = {
     "dev": settings(max_examples=8, deadline=None, database=None, suppress_health_check=list(HealthCheck)),
     "ci": settings(max_examples=20, deadline=None, database=None, derandomize=True,
@@ -54,11 +54,11 @@ PROFILES: Mapping[str, settings] = {
 
 
 class NotApplicable(Exception):
-    """A law that cannot be asked of a backend; the message says what the backend lacks."""
+    """Raised for a law that does not apply to a backend; the message names the missing capability."""
 
 
 class LawBroken(AssertionError):
-    """A law that does not hold, or a recording that is not met; `script` is a program that shows it."""
+    """Raised for a broken law or a failed recording; `script` is a program that reproduces it."""
 
     def __init__(self, message: str, script: str) -> None:
         super().__init__(message)
@@ -66,13 +66,13 @@ class LawBroken(AssertionError):
 
 
 def exact(x: Any) -> Exact:
-    """Any array as ordinary float64 numbers."""
+    """Return any array as ordinary float64 numbers."""
     return np.array(x, np.float64)
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model loaded by the backend under test, and what it was made of."""
+    """A model loaded by the backend under test, with its configuration and weights."""
 
     bench: "Bench"
     config: Gemma2Config
@@ -83,7 +83,7 @@ class LoadedModel:
 
     def run(self, ids: Any, wanted: Sequence[str] = ("logits",), mask: Any = None, positions: Any = None,
             cache: Any = None) -> Output:  # fmt: skip
-        """One call of the backend."""
+        """Call the backend once."""
         limit = self.bench.can.max_length
         if limit is not None and np.shape(mask if mask is not None else ids)[1] > limit:
             raise Unsupported(f"texts of more than {limit} tokens")
@@ -92,12 +92,12 @@ class LoadedModel:
         return output
 
     def logits(self, ids: Any, mask: Any = None, positions: Any = None) -> Exact:
-        """The final logits ``(batch, seq, vocab)`` in float64."""
+        """Return the final logits ``(batch, seq, vocab)`` in float64."""
         return exact(self.run(ids, mask=mask, positions=positions).logits)
 
     @cached_property
     def probe(self) -> "LoadedModel":
-        """The model with each weight changed at random, by `PROBE` relative to itself."""
+        """The model with each weight changed at random, by a relative amount of `PROBE`."""
         rng = np.random.default_rng(0)
         changed = {
             name: (x * (1 + PROBE * rng.standard_normal(x.shape))).astype(np.float32)
@@ -107,7 +107,7 @@ class LoadedModel:
 
     @property
     def roundings(self) -> float:
-        """How many roundings in a row amount to, as a random walk, in units of the precision's roundoff."""
+        """The effect of many roundings in a row, as a random walk, in units of the precision's roundoff."""
         c = self.config
         terms = c.hidden_size + c.intermediate_size + c.num_attention_heads * c.head_dim
         return DEVIATIONS * float(np.sqrt(terms))
@@ -117,7 +117,7 @@ Ask = Callable[[LoadedModel], Any]  # from a model to an array
 
 
 class Bench(ExitStack):
-    """The backend under test and the models of one example, each in a folder of its own that is removed at the end."""
+    """The backend under test and the models of one example, each in its own folder, which is removed at the end."""
 
     def __init__(self, backend: Backend) -> None:
         super().__init__()
@@ -125,9 +125,9 @@ class Bench(ExitStack):
         self.can: Capabilities = backend.capabilities()
         folder = tempfile.TemporaryDirectory(prefix="refgemma-", ignore_cleanup_errors=True)
         self._folder = Path(self.enter_context(folder))
-        self.enter_context(np.errstate(all="ignore"))  # numbers too large for float16 are for the laws to judge
+        self.enter_context(np.errstate(all="ignore"))  # the laws judge numbers that are too large for float16
         self._models = 0
-        self.file_roundoff = 0.0  # `FILE_ROUNDOFF` once a weight was written that float32 does not have
+        self.file_roundoff = 0.0  # `FILE_ROUNDOFF` after a weight was rounded to float32 in a file
 
     @property
     def operations(self) -> Mapping[str, Callable[..., Any]]:
@@ -137,20 +137,20 @@ class Bench(ExitStack):
 
     @property
     def dtype(self) -> str:
-        """The most precise format of the backend, in which laws are checked that hold in any."""
+        """The most precise format of the backend, which checks the laws that hold in any format."""
         return next(dtype for dtype in PRECISE_FIRST if dtype in self.can.dtypes)
 
     def new_folder(self) -> Path:
-        """An empty folder."""
+        """Make an empty folder."""
         self._models += 1
         folder = self._folder / str(self._models)
         folder.mkdir()
         return folder
 
     def model(self, config: Gemma2Config, tensors: Tensors, dtype: str | None = None) -> LoadedModel:
-        """Write a Hugging Face folder and have the backend load it.
+        """Write a Hugging Face folder and load it with the backend.
 
-        The weights become float32. Where that rounds one, `allowed` allows for it.
+        The weights become float32. If this rounds a weight, `allowed` includes it.
         """
         folder = self.new_folder()
         config.save_pretrained(folder)
@@ -162,11 +162,11 @@ class Bench(ExitStack):
         return LoadedModel(self, config, stored, dtype, folder, self.backend.load(folder, dtype))
 
     def scene(self, scene: Scene, changed: Tensors | None = None, dtype: str | None = None) -> LoadedModel:
-        """The model of a scene, with some tensors `changed`."""
+        """Load the model of a scene, with some tensors `changed`."""
         return self.model(scene.config, scene.tensors | dict(changed or {}), dtype)
 
     def allowed(self, model: LoadedModel, ask: Ask, angle: float = 0.0) -> float:
-        """How far two roundings of what is asked of the model may be apart."""
+        """Return the tolerance between two roundings of the result of `ask`."""
         value, changed = exact(ask(model)), exact(ask(model.probe))
         response = float(np.max(np.abs(changed - value), initial=0.0)) / PROBE
         largest = float(np.max(np.abs(value), initial=0.0))
@@ -176,19 +176,19 @@ class Bench(ExitStack):
     def same(
         self, model: LoadedModel, ask: Callable[[LoadedModel], Any], other: Any, says: str, angle: float = 0.0
     ) -> None:
-        """Require that what is asked of the model is `other`, up to rounding.
+        """Require that the result of `ask` is `other`, up to rounding.
 
         Parameters
         ----------
         ask : callable
-            From a model to an array.
+            Takes a model and returns an array.
         other : array
-            What the law says that it has to be.
+            The result that the law requires.
         says : str
-            What has to be equal, for the message.
+            A description of the two results, for the message.
         angle : float
-            By how much rotary angles, which are float32 in every precision, may be rounded differently: turning a query
-            by a small angle is like changing it by that much.
+            The rounding error of rotary angles, which are float32 in every precision. Rotating a query by a small angle
+            changes it by the same relative amount.
         """
         value, expected = exact(ask(model)), exact(other)
         require(value.shape == expected.shape, f"{says}: the shapes are {value.shape} and {expected.shape}")
@@ -207,16 +207,16 @@ class Bench(ExitStack):
     def same_logits(
         self, model: LoadedModel, ids: Any, other: Any, says: str, at: Any = ..., angle: float = 0.0
     ) -> None:
-        """Require that the logits of token ids are `other`, each at the places `at`; see `same`."""
+        """Require that the logits of token ids equal `other`, both at the places `at`; see `same`."""
         self.same(model, lambda m: m.logits(ids)[at], exact(other)[at], says, angle)
 
     def keep_logits(self, scene: Scene, changed: Tensors, says: str, **numbers: Any) -> None:
-        """Require that a scene with other tensors and numbers of its configuration has the logits that it has."""
+        """Require that changed tensors and numbers of the configuration leave the logits of a scene unchanged."""
         other = self.model(scene.config.changed(**numbers), scene.tensors | dict(changed))
         self.same_logits(self.scene(scene), scene.ids, other.logits(scene.ids), f"logits, and {says}")
 
     def different_logits(self, model: LoadedModel, ids: Any, other: Any, says: str, at: Any = ...) -> None:
-        """Require that the logits of token ids are not `other` at the places `at`, by more than rounding."""
+        """Require that the logits of token ids differ from `other` at the places `at`, by more than rounding."""
 
         def ask(m: LoadedModel) -> Exact:
             return exact(m.logits(ids)[at])
@@ -227,13 +227,13 @@ class Bench(ExitStack):
 
 
 def require(holds: Any, says: str) -> None:
-    """Raise an AssertionError that says what is wrong unless all of `holds` is true; also under ``python -O``."""
+    """Raise an AssertionError with this message unless all of `holds` is true; also under ``python -O``."""
     if not np.all(holds):
         raise AssertionError(says)
 
 
 def find_missing(backend: Any, needs: Sequence[str]) -> str:
-    """Return the first of `needs` that a backend does not have, in words; empty if it has them all.
+    """Return a sentence on the first of `needs` that a backend lacks; empty if it has all.
 
     A need is ``cache``, ``padding`` or ``positions``, ``dtype:float64``, ``tensor:layers.0.out``, or the name of an
     optional method.
@@ -242,7 +242,7 @@ def find_missing(backend: Any, needs: Sequence[str]) -> str:
     for need in needs:
         kind, _, name = need.partition(":")
         if kind == "dtype" and name not in can.dtypes:
-            return f"it does not compute in {name} throughout"
+            return f"it does not use {name} in every step"
         if kind == "tensor" and not can.shows(name):
             return f"it does not show the tensor {name}"
         if need in ("cache", "padding", "positions") and not getattr(can, need):
@@ -254,9 +254,9 @@ def find_missing(backend: Any, needs: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Law:
-    """One law: `check` of one example, and the strategy that makes examples.
+    """One law: the `check` of one example, and the strategy that generates examples.
 
-    Call it with a backend to look for an example that breaks it; with a backend and an example to check that one.
+    Call it with a backend to search for an example that breaks it, or with a backend and an example to check that one.
     """
 
     name: str
@@ -271,9 +271,9 @@ class Law:
         Raises
         ------
         NotApplicable
-            If the backend cannot be asked.
+            If the law does not apply to the backend.
         LawBroken
-            If the law does not hold, with a script that shows it.
+            If the law does not hold; it contains a script that reproduces this.
         """
         if fault := find_missing(backend, self.needs):
             raise NotApplicable(fault)
@@ -284,7 +284,7 @@ class Law:
         self.search(backend, PROFILES[profile])
 
     def search(self, backend: Any, profile: settings) -> None:
-        """Look for an example that breaks the law."""
+        """Search for an example that breaks the law."""
         refusals: list[str] = []
         broken: list[tuple[Mapping[str, Any], Exception]] = []
         checked: list[int] = []
@@ -321,20 +321,20 @@ class Law:
             example, cause = broken[-1]
             raise LawBroken(f"{self.name}: {message(cause)}", script(self.name, backend, example)) from error
         if not checked:
-            raise NotApplicable(refusals[0] if refusals else "no example could be made for it")
+            raise NotApplicable(refusals[0] if refusals else "no example could be generated for it")
 
 
 def message(cause: Exception) -> str:
-    """What went wrong, in a sentence: what a check says, or what the backend raised."""
+    """Return a sentence on the failure: the message of a check, or the backend's exception."""
     return str(cause) if isinstance(cause, AssertionError) else f"the backend raised {cause!r}"
 
 
 def law(
     examples: st.SearchStrategy[Mapping[str, Any]] | None = None, needs: Sequence[str] = (), **parts: Any
 ) -> Callable[[Callable[..., None]], Law]:
-    """Make a `Law` of a function from a `Bench` and an example; its docstring says the law.
+    """Make a `Law` from a function of a `Bench` and an example; its docstring states the law.
 
-    An example is drawn from `examples`, or has `parts`, each drawn by itself from the strategy of that name.
+    An example is drawn from `examples`, or has `parts`, each drawn from the strategy of that name.
     """
 
     def make(check: Callable[..., None]) -> Law:
@@ -349,7 +349,7 @@ def law(
 
 
 def write_value(value: Any) -> str:
-    """Return a value of an example as Python text; arrays by their bits, so that nothing is lost."""
+    """Return a value of an example as Python text; arrays are written by their bits, without loss."""
     if isinstance(value, np.ndarray) and value.dtype.kind == "f" and value.ndim == 1:
         dtype = dtype_name(value)
         stored = exact(value).astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
@@ -361,12 +361,12 @@ def write_value(value: Any) -> str:
 
 
 def find_name(backend: Any) -> str:
-    """Return the name under which `backend_named` finds a backend again."""
+    """Return the name by which `backend_named` finds a backend."""
     return str(getattr(backend, "__backend_name__", f"{type(backend).__module__}:{type(backend).__qualname__}"))
 
 
 def script(name: str, backend: Any, example: Mapping[str, Any]) -> str:
-    """A program without pytest that checks one example of a law."""
+    """Return a program without pytest that checks one example of a law."""
     arguments = "".join(f",\n    {key}={write_value(value)}" for key, value in example.items())
     return (
         f"{_says(f'Breaks the law {name}.')}"
@@ -380,7 +380,7 @@ def script(name: str, backend: Any, example: Mapping[str, Any]) -> str:
 
 
 def golden_script(name: str, backend: Any) -> str:
-    """A program without pytest that compares a backend with one recording."""
+    """Return a program without pytest that compares a backend with one recording."""
     return (
         f"{_says(f'Differs from the recording {name}.')}"
         "from refgemma.testing.backends import backend_named\n"
@@ -390,4 +390,4 @@ def golden_script(name: str, backend: Any) -> str:
 
 
 def _says(what: str) -> str:
-    return f'"""{what} Run with Python where refgemma[test] and the backend are installed."""\n\n'
+    return f'"""{what} Needs refgemma[test] and the backend."""\n\n'

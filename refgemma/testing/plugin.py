@@ -1,5 +1,5 @@
 """``pytest --pyargs refgemma.testing --backend package.module:Name``: every law and recording against any backend.
-Checked with pytester: failures, what is not applicable, known failures, stale ones, reproducing scripts.
+Checked with pytester: failures, laws that are not applicable, known failures, stale ones, reproducing scripts.
 """
 
 from collections.abc import Iterator
@@ -24,21 +24,21 @@ def add_options(parser: pytest.Parser) -> None:
     group = parser.getgroup("refgemma", "refgemma: test an implementation of Gemma 2")
     group.addoption(
         "--backend", default=OURS,
-        help="the implementation, as package.module:Name or program:COMMAND (default: refgemma's)",
+        help="the implementation, as package.module:Name or program:COMMAND (default: refgemma itself)",
     )  # fmt: skip
     group.addoption(
         "--profile", choices=sorted(PROFILES), default="ci",
-        help="how many examples of each law: dev 8, ci 20 (always the same ones), deep 1000",
+        help="examples per law: dev 8, ci 20 (always the same ones), deep 1000",
     )  # fmt: skip
     group.addoption(
         "--skips", type=Path, default=None, metavar="FILE",
-        help="known failures, one a line: the name of a law or recording, a colon, the reason; # begins a comment",
+        help="known failures, one per line: the name of a law or recording, a colon, the reason; # starts a comment",
     )  # fmt: skip
 
 
 @dataclass
 class KnownFailures:
-    """The file of known failures: reasons by name, and what became of each."""
+    """The file of known failures: reasons by name, and their results."""
 
     file: str = ""
     reasons: dict[str, str] = field(default_factory=dict)
@@ -47,14 +47,14 @@ class KnownFailures:
     collected: set[str] = field(default_factory=set)
 
     def find_stale(self) -> Iterator[str]:
-        """Return a sentence for each entry that is not a failure any more."""
+        """Yield a sentence for each entry that no longer fails."""
         for name in self.reasons:
             if name not in self.collected:
-                yield f"{self.file}: {name} is the name of no law or recording"
+                yield f"{self.file}: unknown law or recording {name}; remove its line"
             elif name in self.passed:
-                yield f"{self.file}: {name} passes now; take its line out"
+                yield f"{self.file}: {name} passes now; remove its line"
             elif name not in self.failed:
-                yield f"{self.file}: {name} is not applicable; take its line out"
+                yield f"{self.file}: {name} is not applicable; remove its line"
 
 
 def read_known_failures(path: Path) -> KnownFailures:
@@ -63,7 +63,7 @@ def read_known_failures(path: Path) -> KnownFailures:
     Raises
     ------
     BackendError
-        If it cannot be read, or a line has no reason or comes twice.
+        If it cannot be read, or a line has no reason or is a duplicate.
     """
     found = KnownFailures(str(path))
     try:
@@ -75,15 +75,17 @@ def read_known_failures(path: Path) -> KnownFailures:
             continue
         name, _, reason = (part.strip() for part in line.partition(":"))
         if not name or not reason:
-            raise BackendError(f"{path}, line {number}: write the name of a law, a colon, and the reason why it fails")
+            raise BackendError(
+                f"{path}, line {number}: write the name of a law, a colon, and the reason of the failure"
+            )
         if name in found.reasons:
-            raise BackendError(f"{path}, line {number}: {name} stands there twice")
+            raise BackendError(f"{path}, line {number}: duplicate entry {name}; remove it")
         found.reasons[name] = reason
     return found
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Find the backend and read the known failures, before anything runs."""
+    """Find the backend and read the known failures before any test runs."""
     name = config.getoption("backend")
     config.addinivalue_line("markers", "law(name): the law or recording that a test checks")
     try:
@@ -99,20 +101,20 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    """Say what is tested."""
+    """Return a line on the backend under test."""
     can = config.stash[BACKEND].capabilities()
     extent = f"{', '.join(can.dtypes)}; cache: {can.cache}, padding: {can.padding}, positions: {can.positions}"
     return f"refgemma: testing {find_name(config.stash[BACKEND])} ({extent}), profile {config.getoption('profile')}"
 
 
 def _find_law(item: pytest.Item) -> str:
-    """Return the law or recording that a test is about."""
+    """Return the law or recording of a test."""
     marker = item.get_closest_marker("law")
     return str(marker.args[0]) if marker else ""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Expect the known failures to fail."""
+    """Mark the known failures as expected to fail."""
     known = config.stash[KNOWN]
     for item in items:
         known.collected.add(_find_law(item))
@@ -122,14 +124,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
-    """Add the reproducing script to a failure, and note what became of known ones."""
+    """Add the reproducing script to a failure, and record the results of known failures."""
     report: pytest.TestReport = yield
     if call.when == "call":
         error = call.excinfo.value if call.excinfo else None
         if isinstance(error, LawBroken):
-            report.sections.append(("this program shows it", error.script))
+            report.sections.append(("this program reproduces it", error.script))
             if not report.skipped:
-                report.longrepr = str(error)  # the way through Hypothesis to it says nothing
+                report.longrepr = str(error)  # the traceback through Hypothesis is of no use
         known = item.config.stash[KNOWN]
         if report.passed:
             known.passed.add(_find_law(item))
@@ -140,14 +142,14 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
-    """Count what is not applicable by itself, apart from passed and skipped."""
+    """Count laws that are not applicable separately from passed and skipped ones."""
     if report.skipped and not hasattr(report, "wasxfail") and NOT_APPLICABLE in str(report.longrepr):
         return "not applicable", "n", "NOT APPLICABLE"
     return None
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Count the verdicts, and list what was not applicable and known failures that are none."""
+    """Count the verdicts, and list laws that are not applicable and stale known failures."""
     stats: dict[str, list[Any]] = terminalreporter.stats
     verdicts = {
         "conforms": [*stats.get("passed", []), *stats.get("xpassed", [])],
@@ -167,6 +169,6 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     for reason, names in found.items():
         terminalreporter.line(f"{reason}: {', '.join(names)}")
     if stale := list(config.stash[KNOWN].find_stale()):
-        terminalreporter.section("known failures that are none")
+        terminalreporter.section("stale known failures")
     for sentence in stale:
         terminalreporter.line(f"warning: {sentence}", yellow=True)

@@ -1,20 +1,20 @@
 """An implementation in any language as a backend: a program that reads requests and writes answers as safetensors
-files. Checked with programs that answer rightly, crash, hang, and answer junk.
+files. Checked with programs that answer correctly, crash, hang, and answer junk.
 
-The program is started once. For each line of its standard input, the path of a folder, it reads ``request.safetensors``
-in that folder, writes ``answer.safetensors`` beside it, and prints the line to its standard output. It ends when its
-input ends. Other lines that it prints count for nothing.
+The program is started once. Each line of its standard input is the path of a folder. For each line it reads
+``request.safetensors`` in that folder, writes ``answer.safetensors`` beside it, and prints the line to its standard
+output. It ends when its input ends. Other lines that it prints are ignored.
 
 A request
-    Metadata: ``ask``, which is ``capabilities`` or ``forward``; of a forward pass besides ``folder``, ``dtype``, and
-    ``tensors``: the wanted names with blanks between them, ``*`` for anything. Tensors: ``input_ids``, and where there
-    are any ``attention_mask`` and ``position_ids``, all int64; and every ``cache.*`` of an earlier answer, as it was.
+    Metadata: ``ask``, which is ``capabilities`` or ``forward``; for a forward pass also ``folder``, ``dtype``, and
+    ``tensors``: the wanted names separated by spaces, ``*`` for any text. Tensors: ``input_ids``, and optionally
+    ``attention_mask`` and ``position_ids``, all int64; and every ``cache.*`` of an earlier answer, unchanged.
 
 An answer
-    To ``capabilities``, metadata: ``dtypes`` and ``tensors`` with blanks between them, ``max_length``, and ``cache``,
-    ``padding`` and ``positions``, each ``true`` or ``false``; what is missing is as in `Capabilities`. To ``forward``,
-    tensors: ``logits``, what else was asked for, and any ``cache.*`` to go on from; or metadata: ``unsupported``, why
-    this is not computed.
+    For ``capabilities``, metadata: ``dtypes`` and ``tensors`` separated by spaces, ``max_length``, and ``cache``,
+    ``padding`` and ``positions``, each ``true`` or ``false``; missing fields have the defaults of `Capabilities`. For
+    ``forward``, tensors: ``logits``, other requested tensors, and any ``cache.*`` to continue from; or metadata:
+    ``unsupported``, the reason why the program does not compute this.
 """
 
 import atexit
@@ -41,36 +41,36 @@ from refgemma.trace.candidate import STORED
 from refgemma.trace.names import save_trace
 from refgemma.trace.reader import open_safetensors
 
-SECONDS = 60.0  # that an answer may take
-STDERR_LINES = 8  # of the program's last words, in a message
+SECONDS = 60.0  # the time limit of an answer
+STDERR_LINES = 8  # last lines of the program's stderr in a message
 
 
 class ProgramError(BackendError):
-    """A program that crashed, hung, or gave an answer that is none; the message says which."""
+    """Raised for a program that crashed, hung, or gave an invalid answer; the message says which."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A model, for a program that loads it when it is first asked of it."""
+    """A model, for a program that loads it at its first request."""
 
     folder: Path
     dtype: str
 
 
 class Program:
-    """A backend that is a program; see the top of this file for what it has to do.
+    """A backend that is a program; the top of this file defines the protocol.
 
     Parameters
     ----------
     command : str
-        As in a shell, but without one: ``./port --threads 1``.
+        The command line, which runs without a shell: ``./port --threads 1``.
     seconds : float
-        How long an answer may take before the program is ended.
+        The time limit of an answer; after it the program is ended.
 
     Raises
     ------
     ProgramError
-        From each method, if the program crashed, hung or answered junk. It is started anew for the next request.
+        From each method, if the program crashed, hung or answered junk. It is restarted for the next request.
 
     Examples
     --------
@@ -86,12 +86,12 @@ class Program:
         self._capabilities: Capabilities | None = None
 
     def capabilities(self) -> Capabilities:
-        """What the program says of itself, asked once.
+        """Return the program's capabilities, requested once.
 
         Raises
         ------
         ProgramError
-            If that is no answer.
+            If the answer is invalid.
         """
         if self._capabilities is None:
             about, _ = self._answer({"ask": "capabilities"}, {})
@@ -102,7 +102,7 @@ class Program:
         return self._capabilities
 
     def load(self, folder: Path, dtype: str) -> Asked:
-        """Only note what to load: the program is told with each request."""
+        """Return only the folder and precision, which are sent with each request."""
         return Asked(folder, dtype)
 
     def forward(
@@ -114,14 +114,14 @@ class Program:
         cache: Any = None,
         tensors: Sequence[str] = ("logits",),
     ) -> Output:
-        """Ask the program.
+        """Send a request to the program.
 
         Raises
         ------
         ProgramError
-            If the answer is none.
+            If the answer is invalid.
         Unsupported
-            If the program says that it does not compute this.
+            If the program answers that it does not compute this.
         """
         asked = {"ask": "forward", "folder": str(model.folder), "dtype": model.dtype, "tensors": " ".join(tensors)}
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
@@ -131,7 +131,7 @@ class Program:
             raise Unsupported(about["unsupported"])
         logits = found.get("logits")
         if logits is None:
-            raise ProgramError(f"{self._describe()}: the answer has no tensor logits, only {sorted(found)[:5]}")
+            raise ProgramError(f"{self._describe()}: the answer lacks the tensor logits; it has {sorted(found)[:5]}")
         if logits.ndim != 3 or logits.shape[:2] != input_ids.shape:
             expected = (*input_ids.shape, "vocab")
             raise ProgramError(f"{self._describe()}: logits have shape {logits.shape} instead of {expected}")
@@ -144,7 +144,7 @@ class Program:
     def _answer(
         self, asked: Mapping[str, str], tensors: Mapping[str, Array]
     ) -> tuple[dict[str, str], dict[str, Array]]:
-        """The metadata and tensors that the program answers with."""
+        """Return the metadata and tensors of the program's answer."""
         with tempfile.TemporaryDirectory(prefix="refgemma-", ignore_cleanup_errors=True) as name:
             folder = Path(name)
             save_trace(tensors.items(), folder / "request.safetensors", asked)
@@ -161,16 +161,16 @@ class Program:
 
 
 def _read_answer(file: Path) -> tuple[dict[str, str], dict[str, Array]]:
-    """The metadata and the tensors of an answer."""
+    """Read the metadata and the tensors of an answer."""
     answer = open_safetensors(file)
     for name, entry in answer.entries.items():
         if entry.dtype[0] == "F" and entry.dtype not in STORED:
-            raise InputError(f"{file}: {name} is stored as {entry.dtype}; {', '.join(STORED)} can be read")
+            raise InputError(f"{file}: {name} is stored as {entry.dtype}; refgemma reads {', '.join(STORED)}")
     return dict(answer.metadata), {name: entry.read() for name, entry in answer.entries.items()}
 
 
 class _Process:
-    """A program that was started, and its answers line by line."""
+    """A running program, and its answers line by line."""
 
     def __init__(self, command: Sequence[str]) -> None:
         try:
@@ -181,7 +181,7 @@ class _Process:
         except (OSError, ValueError) as error:
             raise ProgramError(f"program {shlex.join(command)}: cannot be started: {error}") from None
         atexit.register(self.end)
-        # Pipes are read as they fill, by threads, which any system has: a program that fills one is not held up.
+        # Threads read the pipes, on any system, so a program that fills a pipe does not block.
         self.lines: queue.Queue[str | None] = queue.Queue()
         self.words: list[str] = []
         self.readers = [
@@ -205,13 +205,13 @@ class _Process:
     def ask(self, request: str, seconds: float) -> None:
         """Send a request and wait until it is answered."""
         assert self.process.stdin is not None
-        with contextlib.suppress(OSError):  # a program that has ended: its lines end, too, which is told below
+        with contextlib.suppress(OSError):  # the program has ended; its output ends too, which is reported below
             self.process.stdin.write(request + "\n")
             self.process.stdin.flush()
         line: str | None = ""
         deadline = time.monotonic() + seconds
         while line != request:
-            left = deadline - time.monotonic()  # looked at anew with each line: one may print without an end
+            left = deadline - time.monotonic()  # computed for each line: a program may print for ever
             try:
                 line = self.lines.get(timeout=left)
             except (queue.Empty, ValueError):  # no line in time, or no time left
@@ -221,7 +221,7 @@ class _Process:
 
     def _describe_end(self) -> str:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(timeout=1)  # one that has closed its output may run on
+            self.process.wait(timeout=1)  # a program that has closed its output may still run
         self.readers[1].join(timeout=1)
         said = "; it said:\n" + "\n".join(self.words) if self.words else ""
         status = self.process.returncode
@@ -229,7 +229,7 @@ class _Process:
         return f"{ended} instead of answering{said}"
 
     def end(self) -> None:
-        """End the program, if need be by force."""
+        """End the program, by force if necessary."""
         atexit.unregister(self.end)
         assert self.process.stdin is not None
         self.process.kill()
@@ -241,7 +241,7 @@ class _Process:
 
 
 def _capabilities(about: Mapping[str, str]) -> Capabilities:
-    """What metadata say a program can do.
+    """Return the capabilities in the metadata of an answer.
 
     Examples
     --------
@@ -252,10 +252,10 @@ def _capabilities(about: Mapping[str, str]) -> Capabilities:
     dtypes = tuple(about.get("dtypes", " ".join(usual.dtypes)).split())
     if not dtypes or (foreign := set(dtypes) - {"float64", "float32", "float16", "bfloat16"}):
         said = sorted(foreign) if dtypes else "none"
-        raise ProgramError(f"its dtypes are {said}; known are float64, float32, float16, bfloat16")
+        raise ProgramError(f"its dtypes are {said}; they must be among float64, float32, float16, bfloat16")
     length = about.get("max_length")
     if length is not None and not (length.isascii() and length.isdecimal() and int(length) > 0):
-        raise ProgramError(f"its max_length is {length!r}, which is no number of tokens")
+        raise ProgramError(f"its max_length is {length!r}; it must be a number of tokens")
     can = {}
     for name in ("cache", "padding", "positions"):
         if about.get(name, "false") not in ("true", "false"):

@@ -1,9 +1,9 @@
-"""The laws: what holds for every Gemma 2, whatever its weights. Each is one function of a backend, and needs no
-recording. Checked on refgemma itself.
+"""Laws that hold for every Gemma 2 with any weights. Each is one function of a backend, and needs no recording. Checked
+on refgemma itself.
 
-Most laws relate the logits of two models or two inputs, so they can be asked of an implementation that shows nothing
-else: ``causality(backend)`` looks for an example that breaks it, ``causality(backend, scene=..., place=...)`` checks
-one. The factors are powers of two, so that the two sides round alike.
+Most laws relate the logits of two models or two inputs, so they apply to an implementation that returns only logits.
+``causality(backend)`` searches for an example that breaks the law; ``causality(backend, scene=..., place=...)`` checks
+one example. Factors are powers of two, so that both sides round in the same way.
 """
 
 import math
@@ -32,11 +32,11 @@ from refgemma.trace.candidate import candidate_of
 from refgemma.weights.checkpoint import open_checkpoint
 
 EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
-ANGLE = 2.0**-24  # a rotary angle is float32 in every precision: so much of itself may be rounded away
+ANGLE = 2.0**-24  # a rotary angle is float32 in every precision: its relative rounding error
 
 
 def tensor(layer: int, name: str) -> str:
-    """The name of a layer's weight in a checkpoint.
+    """Return the name of a layer's weight in a checkpoint.
 
     Examples
     --------
@@ -47,24 +47,24 @@ def tensor(layer: int, name: str) -> str:
 
 
 def scale(tensors: Mapping[str, Array], factor: float, *names: str) -> dict[str, Array]:
-    """The named tensors multiplied by `factor`."""
+    """Return the named tensors multiplied by `factor`."""
     return {name: tensors[name] * np.float32(factor) for name in names}
 
 
 def every_layer(config: Gemma2Config, *names: str) -> list[str]:
-    """The names of these weights of all layers."""
+    """Return the names of these weights in all layers."""
     return [tensor(layer, name) for layer in range(config.num_hidden_layers) for name in names]
 
 
 def silence(scene: Scene, *names: str, but: int = -1) -> dict[str, Array]:
-    """These weights as zeros, in all layers but one: attention or feed-forward then adds nothing."""
+    """Return these weights as zeros in all layers except one: attention or feed-forward then adds nothing."""
     kept = {tensor(but, name) for name in names}
     return {name: 0 * scene.tensors[name] for name in every_layer(scene.config, *names) if name not in kept}
 
 
 ATTENTION_OUT, FEED_FORWARD_OUT = "self_attn.o_proj", "mlp.down_proj"
 
-# --- who sees whom ----------------------------------------------------------------------------------------------------
+# --- visible keys -----------------------------------------------------------------------------------------------------
 
 
 def replace_token(scene: Scene, place: int, step: int = 0) -> Array:
@@ -76,7 +76,7 @@ def replace_token(scene: Scene, place: int, step: int = 0) -> Array:
 
 @law(scene=scenes(), place=st.integers(0, 12), step=st.integers(0, 60))
 def causality(bench: Bench, scene: Scene, place: int, step: int) -> None:
-    """A token changes no logit before it."""
+    """A token does not change earlier logits."""
     model, ids = bench.scene(scene), scene.ids
     place %= ids.shape[1]
     changed = model.logits(replace_token(scene, place, step))
@@ -84,17 +84,17 @@ def causality(bench: Bench, scene: Scene, place: int, step: int) -> None:
     bench.same_logits(model, ids, changed, says, at=np.s_[:, :place])
 
 
-# Ordinary weights and distant caps: no change is too small to be noticed. With the nearer attention cap scores are
-# between -0.5 and 0.5, so that no key within the window has too little weight for that.
+# Ordinary weights and distant caps: every change is large enough to be noticed. With the smaller attention cap, scores
+# are between -0.5 and 0.5, so every key within the window has enough weight.
 UNBENT: dict[str, Any] = {"kinds": ["ordinary"], "attn_logit_softcapping": 50.0, "final_logit_softcapping": 50.0}
 NOTICED: dict[str, Any] = UNBENT | {"attn_logit_softcapping": 0.5}
 
 
 @law(scene=scenes(seq=(11, 13), **NOTICED), place=st.integers(0, 12), layer=st.integers(0, 1))
 def window_locality(bench: Bench, scene: Scene, place: int, layer: int) -> None:
-    """In a sliding layer a token is seen for exactly ``sliding_window`` places, its own included.
+    """In a sliding layer a token is visible for exactly ``sliding_window`` places, including its own.
 
-    Attention of all other layers is silenced. Layers 0, 2, 4 and so on are sliding.
+    Attention of all other layers is set to zero. Layers 0, 2, 4 and so on are sliding.
     """
     sliding = [n for n in range(scene.config.num_hidden_layers) if scene.config.is_sliding(n)]
     model = bench.scene(scene, silence(scene, ATTENTION_OUT, but=sliding[layer % len(sliding)]))
@@ -108,7 +108,7 @@ def window_locality(bench: Bench, scene: Scene, place: int, layer: int) -> None:
 
 @law(scene=scenes(seq=(11, 13), num_hidden_layers=2, **NOTICED))
 def full_layers_reach_back(bench: Bench, scene: Scene) -> None:
-    """In a full layer, of which layer 1 is one, the last token sees the first, however far back."""
+    """In a full layer, such as layer 1, the last token sees the first at any distance."""
     model = bench.scene(scene, silence(scene, ATTENTION_OUT, but=1))
     changed = model.logits(replace_token(scene, 0))
     bench.different_logits(model, scene.ids, changed, "the last logits, with another first token", at=np.s_[:, -1])
@@ -121,7 +121,7 @@ def _draw_calls(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def read_in_calls(model: LoadedModel, ids: Array, calls: Sequence[int], mask: Any = None) -> Exact:
-    """The logits of a text read in several calls, each going on from the cache of the last."""
+    """Return the logits of a text read in several calls, each continuing the cache of the last."""
     cache, done, parts = None, 0, []
     for length in calls:
         seen = None if mask is None else mask[:, : done + length]
@@ -133,14 +133,14 @@ def read_in_calls(model: LoadedModel, ids: Array, calls: Sequence[int], mask: An
 
 @law(_draw_calls(), needs=["cache"])
 def chunks_change_nothing(bench: Bench, scene: Scene, calls: list[int]) -> None:
-    """A text read in any number of calls (prefill, chunks, single tokens) has the logits of the text read at once."""
+    """A text read in any number of calls (prefill, chunks, single tokens) has the same logits as in one call."""
     model = bench.scene(scene)
     bench.same_logits(model, scene.ids, read_in_calls(model, scene.ids, calls), f"logits in calls of {calls}")
 
 
 @law(_draw_calls(), needs=["cache"])
 def a_cache_can_be_continued_twice(bench: Bench, scene: Scene, calls: list[int]) -> None:
-    """Going on from a cache leaves it as it was."""
+    """Continuing a cache does not change it."""
     model, ids, first = bench.scene(scene), scene.ids, calls[0]
     if first == ids.shape[1]:
         return
@@ -148,12 +148,12 @@ def a_cache_can_be_continued_twice(bench: Bench, scene: Scene, calls: list[int])
     once = exact(model.run(ids[:, first:], cache=cache).logits)
     model.run(replace_token(scene, first)[:, first:], cache=cache)
     again = exact(model.run(ids[:, first:], cache=cache).logits)
-    require(np.array_equal(once, again), "a second continuation of one cache gives other logits than the first")
+    require(np.array_equal(once, again), "a second continuation of the same cache gives different logits")
 
 
 @law(scene=scenes(batch=(2, 3)))
 def batch_rows_are_independent(bench: Bench, scene: Scene) -> None:
-    """Each row of a batch has the logits it has alone."""
+    """Each row of a batch has the same logits as alone."""
     model = bench.scene(scene)
     alone = np.concatenate([model.logits(scene.ids[row : row + 1]) for row in range(len(scene.ids))])
     bench.same_logits(model, scene.ids, alone, "logits of a batch and of its rows alone")
@@ -173,7 +173,7 @@ def _padding_changes_nothing(bench: Bench, scene: Scene, padded: list[int], side
     together = model.logits(ids, mask=mask) if len(calls) == 1 else read_in_calls(model, ids, calls, mask)
     for row, count in enumerate(padded):
         real = slice(count, seq) if side == "left" else slice(0, seq - count)
-        # Padding at the left shifts all positions alike, which rounds every angle anew.
+        # Padding at the left shifts all positions, so every angle is rounded differently.
         angle = ANGLE * seq if side == "left" else 0.0
         says = f"logits of row {row} alone, and in a batch with {count} padding tokens at its {side}"
         bench.same_logits(model, ids[row : row + 1, real], together[row : row + 1, real], says, angle=angle)
@@ -181,19 +181,19 @@ def _padding_changes_nothing(bench: Bench, scene: Scene, padded: list[int], side
 
 @law(_draw_padding(), needs=["padding"])
 def right_padding_changes_nothing(bench: Bench, scene: Scene, padded: list[int]) -> None:
-    """A row with padding at its right has the logits of the row alone, whatever tokens the padding is."""
+    """A row with padding at its right has the same logits as alone, for any padding tokens."""
     _padding_changes_nothing(bench, scene, padded, "right", [scene.ids.shape[1]])
 
 
 @law(_draw_padding(), needs=["padding"])
 def left_padding_changes_nothing(bench: Bench, scene: Scene, padded: list[int]) -> None:
-    """A row with padding at its left has the logits of the row alone, whatever tokens the padding is."""
+    """A row with padding at its left has the same logits as alone, for any padding tokens."""
     _padding_changes_nothing(bench, scene, padded, "left", [scene.ids.shape[1]])
 
 
 @law(_draw_padding(calls=True), needs=["padding", "cache"])
 def left_padding_in_calls_changes_nothing(bench: Bench, scene: Scene, padded: list[int], calls: list[int]) -> None:
-    """A row with padding at its left, read in several calls, has the logits of the row alone."""
+    """A row with padding at its left, read in several calls, has the same logits as alone."""
     _padding_changes_nothing(bench, scene, padded, "left", calls)
 
 
@@ -208,7 +208,7 @@ def _draw_positions(draw: st.DrawFn) -> dict[str, Any]:
 
 @law(_draw_positions(), needs=["positions"])
 def only_distances_count(bench: Bench, scene: Scene, places: Array, shift: int) -> None:
-    """Positions that are all larger by one number give the same logits."""
+    """Adding the same number to all positions does not change the logits."""
     model, ids = bench.scene(scene), scene.ids
     limit = bench.can.max_length or scene.config.max_position_embeddings
     shift %= max(1, limit - int(places.max()))
@@ -220,7 +220,7 @@ def only_distances_count(bench: Bench, scene: Scene, places: Array, shift: int) 
 
 @law(scene=scenes(seq=(3, 5), num_hidden_layers=1, sliding_window=5, **UNBENT))
 def order_counts(bench: Bench, scene: Scene) -> None:
-    """One layer tells the order of the tokens it looks back at: only their positions can say it."""
+    """In one layer, the order of earlier tokens changes the logits, through their positions."""
     model, ids = bench.scene(scene), replace_token(scene, 0)
     ids[:, 1] = (ids[:, 0] + 1) % scene.config.vocab_size
     swapped = model.logits(ids[:, [1, 0, *range(2, ids.shape[1])]])
@@ -229,7 +229,8 @@ def order_counts(bench: Bench, scene: Scene) -> None:
 
 @law(scene=scenes(rope_theta=1.0, head_dim=6), order=st.permutations(range(3)))
 def pairs_lie_half_a_head_apart(bench: Bench, scene: Scene, order: list[int]) -> None:
-    """With a rotary base of 1 all pairs ``(i, i + head_dim / 2)`` turn alike, so that their order does not matter."""
+    """With a rotary base of 1, all pairs ``(i, i + head_dim / 2)`` have the same angle, so their order has no
+    effect."""
     rows = np.array([*order, *(3 + n for n in order)])
     moved = {
         name: scene.tensors[name].reshape(-1, 6, scene.config.hidden_size)[:, rows].reshape(scene.tensors[name].shape)
@@ -242,13 +243,13 @@ def pairs_lie_half_a_head_apart(bench: Bench, scene: Scene, order: list[int]) ->
 
 
 def split_rows(weight: Array, head_dim: int) -> Array:
-    """Rows of a projection as ``(heads, head_dim, in)``."""
+    """Reshape the rows of a projection to ``(heads, head_dim, in)``."""
     return weight.reshape(-1, head_dim, weight.shape[-1])
 
 
 @law(scene=scenes())
 def shared_key_heads_can_be_written_out(bench: Bench, scene: Scene) -> None:
-    """With each key/value head repeated for the query heads it serves, side by side, the logits are the same."""
+    """Repeating each key/value head in place for its query heads does not change the logits."""
     config = scene.config
     group = config.num_attention_heads // config.num_key_value_heads
     repeated = {
@@ -261,7 +262,8 @@ def shared_key_heads_can_be_written_out(bench: Bench, scene: Scene) -> None:
 
 @law(scene=scenes(num_key_value_heads=3, num_attention_heads=6), order=st.permutations(range(3)), flip=st.booleans())
 def heads_have_no_order(bench: Bench, scene: Scene, order: list[int], flip: bool) -> None:
-    """Key/value heads, each with its query heads, can be put in any order; so can the query heads of one."""
+    """The order of key/value heads, with their query heads, has no effect; nor has the order of the query heads of
+    one."""
     config = scene.config
     queries = np.arange(6).reshape(3, 2)[order, :: -1 if flip else 1].ravel()
     moved: dict[str, Array] = {}
@@ -277,7 +279,7 @@ def heads_have_no_order(bench: Bench, scene: Scene, order: list[int], flip: bool
 
 @law(scene=scenes())
 def the_query_scalar_scales_scores(bench: Bench, scene: Scene) -> None:
-    """Scores are divided by the root of ``query_pre_attn_scalar``: four times it undoes queries twice as large."""
+    """Scores are divided by the root of ``query_pre_attn_scalar``: a factor of 4 compensates for doubled queries."""
     twice = scale(scene.tensors, 2, *every_layer(scene.config, "self_attn.q_proj"))
     says, scalar = "with twice the queries and four times the query scalar", 4 * scene.config.query_pre_attn_scalar
     bench.keep_logits(scene, twice, says, query_pre_attn_scalar=scalar)
@@ -288,7 +290,7 @@ def the_query_scalar_scales_scores(bench: Bench, scene: Scene) -> None:
 
 @law(scene=scenes(final_logit_softcapping=None), cap=st.sampled_from([30.0, 2.0, 0.25]))
 def the_final_cap_is_a_tanh(bench: Bench, scene: Scene, cap: float) -> None:
-    """Final logits with a cap are ``cap * tanh(logits without / cap)``: bounded, odd, in the same order."""
+    """Final logits with a cap are ``cap * tanh(logits without cap / cap)``: bounded, odd, in the same order."""
     raw = bench.scene(scene)
     capped = bench.model(scene.config.changed(final_logit_softcapping=cap), scene.tensors)
     bent = cap_by_hand(raw.logits(scene.ids), cap)
@@ -297,7 +299,7 @@ def the_final_cap_is_a_tanh(bench: Bench, scene: Scene, cap: float) -> None:
 
 @law(scene=scenes(attn_logit_softcapping=1e-20, seq=(3, 13)), seed=st.integers(0, 9))
 def a_vanishing_attention_cap_makes_all_keys_alike(bench: Bench, scene: Scene, seed: int) -> None:
-    """With an attention cap of nearly 0 all scores are nearly 0, so that other queries give the same logits."""
+    """With an attention cap near 0, all scores are near 0, so changed queries do not change the logits."""
     rng = np.random.default_rng(seed)
     others = {
         name: rng.standard_normal(scene.tensors[name].shape).astype(np.float32)
@@ -308,7 +310,7 @@ def a_vanishing_attention_cap_makes_all_keys_alike(bench: Bench, scene: Scene, s
 
 @law(scene=scenes(seq=(3, 13), num_hidden_layers=1, **NOTICED))
 def the_attention_cap_counts(bench: Bench, scene: Scene) -> None:
-    """With queries 64 times as large, an attention cap of 0.5 gives other logits than no cap."""
+    """With queries 64 times as large, an attention cap of 0.5 changes the logits."""
     large = scale(scene.tensors, 64, *every_layer(scene.config, "self_attn.q_proj"))
     capped, ids = bench.scene(scene, large), replace_token(scene, 0)
     free = bench.model(scene.config.changed(attn_logit_softcapping=None), scene.tensors | large)
@@ -317,32 +319,32 @@ def the_attention_cap_counts(bench: Bench, scene: Scene) -> None:
 
 @law(scene=scenes(attn_logit_softcapping=None, final_logit_softcapping=None))
 def distant_caps_do_nothing(bench: Bench, scene: Scene) -> None:
-    """Caps of 1e20 give the logits of a model without caps."""
+    """Caps of 1e20 give the same logits as no caps."""
     bench.keep_logits(scene, {}, "with caps of 1e20", attn_logit_softcapping=1e20, final_logit_softcapping=1e20)
 
 
 def overflows(x: Exact, dtype: str) -> bool:
-    """Whether a model overflowed: float16 ends at 65504, and infinities become NaN."""
+    """Return True if a model overflowed: float16 ends at 65504, and infinities become NaN."""
     return dtype == "float16" and bool(np.isnan(x).any())
 
 
 @law(scene=scenes(), cap=st.sampled_from([30.0, 0.5]))
 def logits_stay_below_their_cap(bench: Bench, scene: Scene, cap: float) -> None:
-    """In every precision no logit is beyond the final cap; none is NaN, but in float16, where numbers overflow."""
+    """In every precision no logit exceeds the final cap, and none is NaN, except in float16, where numbers overflow."""
     config = scene.config.changed(final_logit_softcapping=cap)
     for dtype in bench.can.dtypes:
         logits = bench.model(config, scene.tensors, dtype).logits(scene.ids)
         if overflows(logits, dtype):
             continue
-        require(not np.isnan(logits).any(), f"there are NaN among the logits in {dtype}")
-        # tanh is at most 1 when rounded; half a unit more for a library that rounds it up.
+        require(not np.isnan(logits).any(), f"the logits in {dtype} contain NaN")
+        # A rounded tanh is at most 1; half a unit more for a library that rounds it up.
         limit = cap * (1 + 2 * ROUNDOFF[dtype])
         require(np.abs(logits) <= limit, f"a logit in {dtype} is {np.abs(logits).max()}, beyond {cap}")
 
 
 @law(scene=scenes(), needs=["tensor:layers.0.attention.probs"])
 def attention_weights_sum_to_one(bench: Bench, scene: Scene) -> None:
-    """The weights of a query are 0 on keys it may not see, not negative, and sum to 1 over the others."""
+    """A query's weights are 0 on hidden keys, not negative, and sum to 1 over the visible keys."""
     seq, window = scene.ids.shape[1], scene.config.sliding_window
     ago = np.arange(seq)[:, None] - np.arange(seq)
     for dtype in bench.can.dtypes:
@@ -353,9 +355,10 @@ def attention_weights_sum_to_one(bench: Bench, scene: Scene) -> None:
             if overflows(probs, dtype) and (layer > 0 or scene.config.attn_logit_softcapping is None):
                 break
             allowed = (ago >= 0) & (ago < (window if kind == SLIDING else seq))
-            require(not probs[..., ~allowed].any(), f"layer {layer} ({kind}) in {dtype} looks at keys it may not see")
+            require(not probs[..., ~allowed].any(), f"layer {layer} ({kind}) in {dtype} has weight on hidden keys")
             require(probs >= 0, f"layer {layer} in {dtype} has negative attention weights")
-            # Each weight is rounded once more than the sum that it was divided by, and the sum errs as its terms do.
+            # Each weight has one more rounding than the sum that it was divided by, and the sum has the errors of its
+            # terms.
             far = np.abs(probs.sum(axis=-1) - 1).max()
             limit = (seq + 4) * ROUNDOFF[dtype]
             require(far <= limit, f"layer {layer} in {dtype}: a row of attention weights is {far} off 1")
@@ -363,7 +366,7 @@ def attention_weights_sum_to_one(bench: Bench, scene: Scene) -> None:
 
 # --- norms and wiring -------------------------------------------------------------------------------------------------
 
-# The norms, and what is negated with them so that nothing changes; after the last norm the logits are.
+# Norm -> the weights that are negated with it so that the logits do not change; the last norm negates the logits.
 REFLECTED: dict[str, tuple[str, ...]] = {
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "post_attention_layernorm": (ATTENTION_OUT,),
@@ -375,7 +378,7 @@ REFLECTED: dict[str, tuple[str, ...]] = {
 
 @law(scene=scenes(), which=st.sampled_from(sorted(REFLECTED)))
 def norm_weights_count_from_minus_one(bench: Bench, scene: Scene, which: str) -> None:
-    """A norm multiplies by ``1 + weight``: a weight ``-2 - w`` in place of ``w`` changes the sign and nothing else."""
+    """A norm multiplies by ``1 + weight``: a weight ``-2 - w`` in place of ``w`` changes only the sign."""
     norms = [NORM] if which == "norm" else every_layer(scene.config, which)
     reflected = {name: -2 - exact(scene.tensors[name]) for name in norms}
     negated = scale(scene.tensors, -1, *every_layer(scene.config, *REFLECTED[which]))
@@ -388,17 +391,17 @@ def norm_weights_count_from_minus_one(bench: Bench, scene: Scene, which: str) ->
     scene=scenes(rms_norm_eps=1e-30), which=st.sampled_from([ATTENTION_OUT, FEED_FORWARD_OUT]), power=st.integers(1, 6)
 )
 def norms_after_a_layer_erase_its_size(bench: Bench, scene: Scene, which: str, power: int) -> None:
-    """What attention and feed-forward give is normed before it is added, so that it can have any size."""
+    """The outputs of attention and feed-forward go through a norm before the sum, so their size has no effect."""
     larger = scale(scene.tensors, 2.0**power, *every_layer(scene.config, which))
     bench.keep_logits(scene, larger, f"with {which} {2**power} times as large")
 
 
 @law(scene=scenes(rms_norm_eps=1e-30), power=st.integers(1, 6))
 def norms_before_a_layer_erase_the_size_of_the_stream(bench: Bench, scene: Scene, power: int) -> None:
-    """A residual stream that is larger throughout gives the same logits: each layer reads it through a norm.
+    """Scaling the whole residual stream does not change the logits, because each layer reads it through a norm.
 
-    The embedding of what is read, and what the layers add, are made larger; the head's rows, the same table, are not,
-    so only tokens that are not read are compared.
+    The embeddings of the input tokens and the outputs of the layers are scaled. The head uses the same table unscaled,
+    so only the logits of other tokens are compared.
     """
     factor = 2.0**power
     tensors, read = scene.tensors, np.unique(scene.ids)
@@ -415,9 +418,9 @@ def norms_before_a_layer_erase_the_size_of_the_stream(bench: Bench, scene: Scene
 
 @law(scene=scenes())
 def the_embedding_scale_grows_with_the_root_of_the_width(bench: Bench, scene: Scene) -> None:
-    """A model of four times the width that does everything four times over has the same logits.
+    """A model of four times the width, with every number repeated four times, has the same logits.
 
-    Its embedding has half the size, because ``sqrt(hidden)`` is twice as large.
+    Its embedding is halved, because ``sqrt(hidden)`` is twice as large.
     """
     tensors = scene.tensors
     wide_tensors: dict[str, Array] = {}
@@ -437,13 +440,13 @@ def the_embedding_scale_grows_with_the_root_of_the_width(bench: Bench, scene: Sc
 
 @law(scene=scenes())
 def up_is_linear(bench: Bench, scene: Scene) -> None:
-    """Only ``gate`` goes through the activation: with ``up`` and ``down`` both negated nothing changes."""
+    """Only ``gate`` goes through the activation: negating both ``up`` and ``down`` changes nothing."""
     negated = scale(scene.tensors, -1, *every_layer(scene.config, "mlp.up_proj", FEED_FORWARD_OUT))
     bench.keep_logits(scene, negated, "with up_proj and down_proj negated")
 
 
 def norm_by_hand(x: Exact, weight: Exact, eps: float) -> Exact:
-    """Return a norm in float64, written out for the laws that calculate by hand."""
+    """Return a norm in float64, written out for the laws that compute by hand."""
     y: Exact = x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps) * (1 + weight)
     return y
 
@@ -464,7 +467,7 @@ Layer = Callable[[Exact, Callable[[str], Exact]], Exact]
 
 
 def logits_by_hand(scene: Scene, tensors: Mapping[str, Array], layer: Layer | None = None) -> Exact:
-    """Return the logits of a model of one `layer`, which gets the stream, and the weights by their names."""
+    """Return the logits of a model with one `layer`, a function of the stream and of the weights by name."""
     config, table = scene.config, exact(tensors[EMBED])
     stream = table[scene.ids] * math.sqrt(config.hidden_size)
     if layer is not None:
@@ -484,7 +487,8 @@ def a_silent_model_can_be_calculated_by_hand(bench: Bench, scene: Scene, power: 
 
 @law(scene=scenes(kinds=["ordinary", "tied rows"], num_hidden_layers=1, final_logit_softcapping=None))
 def one_feed_forward_layer_can_be_calculated_by_hand(bench: Bench, scene: Scene) -> None:
-    """With attention silenced, one layer adds ``norm(down(gelu(gate(norm(x))) * up(norm(x))))``, with the tanh GELU."""
+    """With attention set to zero, one layer adds ``norm(down(gelu(gate(norm(x))) * up(norm(x))))``, with the tanh
+    GELU."""
     eps = scene.config.rms_norm_eps
 
     def feed_forward(stream: Exact, weight: Callable[[str], Exact]) -> Exact:
@@ -499,7 +503,7 @@ def one_feed_forward_layer_can_be_calculated_by_hand(bench: Bench, scene: Scene)
 
 @law(scene=scenes(seq=(1, 1), kinds=["ordinary", "tied rows"], num_hidden_layers=1, final_logit_softcapping=None))
 def one_token_sees_its_own_value(bench: Bench, scene: Scene) -> None:
-    """A single token's attention is its own value, projected: nothing else of attention can matter."""
+    """The attention of a single token is its own projected value; no other part of attention has an effect."""
     config = scene.config
 
     def attend(stream: Exact, weight: Callable[[str], Exact]) -> Exact:
@@ -519,7 +523,7 @@ def one_token_sees_its_own_value(bench: Bench, scene: Scene) -> None:
 
 @law(scene=scenes(seq=(1, 5), final_logit_softcapping=None), token=st.integers(0, 60))
 def the_head_is_the_embedding(bench: Bench, scene: Scene, token: int) -> None:
-    """A token that is not read, with twice its embedding, has twice its logit, and no other logit changes."""
+    """Doubling the embedding of a token outside the input doubles its logit, and changes no other logit."""
     unread = np.setdiff1d(np.arange(scene.config.vocab_size), scene.ids)
     token = int(unread[token % len(unread)])
     table = scene.tensors[EMBED].copy()
@@ -533,7 +537,7 @@ def the_head_is_the_embedding(bench: Bench, scene: Scene, token: int) -> None:
 
 @law(scene=scenes(), seed=st.integers(0, 2**16))
 def the_vocabulary_has_no_order(bench: Bench, scene: Scene, seed: int) -> None:
-    """With tokens renumbered, in the embedding and in the text, the logits are renumbered and nothing else."""
+    """Renumbering the tokens, in the embedding and in the text, only renumbers the logits."""
     renumbered = np.random.default_rng(seed).permutation(scene.config.vocab_size)  # token n becomes renumbered[n]
     table = np.empty_like(scene.tensors[EMBED])
     table[renumbered] = scene.tensors[EMBED]
@@ -543,24 +547,26 @@ def the_vocabulary_has_no_order(bench: Bench, scene: Scene, seed: int) -> None:
 
 @law(scene=scenes(tie_word_embeddings=False, final_logit_softcapping=None, seq=(1, 5)))
 def an_untied_head_is_used(bench: Bench, scene: Scene) -> None:
-    """Where ``tie_word_embeddings`` is false, twice the head gives twice the logits. (No released Gemma 2 has one.)"""
+    """If ``tie_word_embeddings`` is false, doubling the head doubles the logits. (No released Gemma 2 has such a
+    head.)"""
     twice, logits = bench.scene(scene, scale(scene.tensors, 2, HEAD)), bench.scene(scene).logits(scene.ids)
     bench.same_logits(twice, scene.ids, 2 * logits, "logits with twice the head")
 
 
 @law(scene=scenes(seq=(3, 9), num_hidden_layers=1, attention_bias=True, **UNBENT), letter=st.sampled_from("qkvo"))
 def each_bias_counts(bench: Bench, scene: Scene, letter: str) -> None:
-    """Where ``attention_bias`` is true, logits change with each of the four biases. (No released Gemma 2 has them.)"""
+    """If ``attention_bias`` is true, each of the four biases changes the logits. (No released Gemma 2 has them.)"""
     name = f"model.layers.0.self_attn.{letter}_proj.bias"
     ids = replace_token(scene, 0)
-    # A bias of all keys alike would move all scores of a query alike if positions did not turn it: one of size 4 does.
+    # The same bias for all keys would shift all scores of a query equally, but rotary positions rotate it: size 4 is
+    # enough.
     without = bench.scene(scene, {name: 0 * scene.tensors[name] + 4})
     bench.different_logits(bench.scene(scene), ids, without.logits(ids), f"logits with another {letter} bias")
 
 
 @law(scene=scenes(attention_bias=True))
 def a_value_bias_goes_through(bench: Bench, scene: Scene) -> None:
-    """As attention weights sum to 1, a bias of the values can be moved through ``o_proj`` into its bias."""
+    """Attention weights sum to 1, so a bias of the values can be moved through ``o_proj`` into its bias."""
     config = scene.config
     moved: dict[str, Array] = {}
     group = config.num_attention_heads // config.num_key_value_heads
@@ -573,7 +579,7 @@ def a_value_bias_goes_through(bench: Bench, scene: Scene) -> None:
     bench.keep_logits(scene, moved, "with the bias of the values moved into that of the output")
 
 
-# --- what is shown ----------------------------------------------------------------------------------------------------
+# --- tensors of a trace -----------------------------------------------------------------------------------------------
 
 
 @law(scene=scenes(), needs=["tensor:embedded"])
@@ -593,7 +599,7 @@ STREAM = ("embedded", "layers.*.post_attention_layernorm", "layers.*.post_feedfo
 
 @law(scene=scenes(), needs=[f"tensor:{name.replace('*', '0')}" for name in STREAM])
 def the_stream_is_a_sum(bench: Bench, scene: Scene) -> None:
-    """What leaves the last layer is the embedding and all that attention and feed-forward layers gave, normed."""
+    """The last layer's output is the sum of the embedding and the outputs of all attention and feed-forward norms."""
 
     def add_up(m: LoadedModel) -> Exact:
         shown = m.run(scene.ids, ("logits", *STREAM)).tensors
@@ -608,29 +614,29 @@ def the_stream_is_a_sum(bench: Bench, scene: Scene) -> None:
 
 @law(scene=scenes(seq=(1, 6), num_hidden_layers=2))
 def results_are_of_their_precision(bench: Bench, scene: Scene) -> None:
-    """Each tensor that is shown is one of numbers of the precision asked for, and in float64 not all are float32's."""
+    """Each returned tensor has numbers of the requested precision, and in float64 not only float32 numbers."""
     for dtype in bench.can.dtypes:
         shown = bench.scene(scene, dtype=dtype).run(scene.ids, ("*",)).tensors
         for name, x in shown.items():
             with np.errstate(over="ignore"):
                 same = np.array_equal(exact(as_dtype(exact(x), dtype)), exact(x), equal_nan=True)
-            require(same, f"{name} holds numbers that {dtype} has not")
+            require(same, f"{name} contains numbers that do not exist in {dtype}")
         if dtype == "float64":
             logits = exact(shown["logits"])
-            # The logits of constant weights may all be the same round number.
+            # With constant weights, all logits may be the same round number.
             finer = scene.kind == "constant" or not np.array_equal(logits, logits.astype(np.float32))
-            require(finer, "float64 logits are float32 numbers")
+            require(finer, "all float64 logits are float32 numbers")
 
 
 @law(scene=scenes())
 def the_same_twice(bench: Bench, scene: Scene) -> None:
-    """The same call has the same logits to the last bit, also of a model loaded again, in every precision."""
+    """The same call gives the same logits to the last bit, also after loading the model again, in every precision."""
     for dtype in bench.can.dtypes:
         model = bench.scene(scene, dtype=dtype)
         first, second = model.logits(scene.ids), model.logits(scene.ids)
         again = exact(bench.backend.forward(bench.backend.load(model.folder, dtype), scene.ids).logits)
         same = np.array_equal(first, second, equal_nan=True) and np.array_equal(first, again, equal_nan=True)
-        require(same, f"the same call in {dtype} gives other logits the second time")
+        require(same, f"the same call in {dtype} gives different logits the second time")
 
 
 LAYER_WEIGHTS = (
@@ -646,7 +652,8 @@ LAYER_WEIGHTS = (
     needs=["dtype:float32"],
 )
 def no_weight_is_kept_in_half(bench: Bench, scene: Scene, which: str) -> None:
-    """In float32 weights have more digits than in bfloat16: changed by less than half a step of that, each counts."""
+    """In float32, weights have more digits than in bfloat16: changing one by less than half a bfloat16 step has an
+    effect."""
     ids, vocab = scene.ids, scene.config.vocab_size
     ids[:, 1], ids[:, 2] = (ids[:, 0] + 1) % vocab, (ids[:, 0] + 2) % vocab  # three values to choose among
     x = scene.tensors[which]
@@ -658,7 +665,7 @@ def no_weight_is_kept_in_half(bench: Bench, scene: Scene, which: str) -> None:
 
 @law(scene=scenes(), needs=["dtype:float64", "dtype:float32"])
 def float32_is_near_float64(bench: Bench, scene: Scene) -> None:
-    """float32 logits are as far from float64's as rounding explains."""
+    """The difference between float32 and float64 logits is explained by rounding."""
     single, double = bench.scene(scene, dtype="float32"), bench.scene(scene, dtype="float64")
     bench.same_logits(single, scene.ids, double.logits(scene.ids), "logits in float32 and in float64")
 
@@ -670,9 +677,9 @@ ALL_TENSORS = [
 
 
 def operation_by_operation(bench: Bench, scene: Scene, dtype: str) -> Iterator[tuple[str, int, int]]:
-    """Each tensor of a run on the tensors before it: its name, and how many of its elements rounding does not explain.
+    """Yield each tensor of a run, computed from earlier tensors: its name, and the number of unexplained elements.
 
-    The tolerances are those of `refgemma.oracle.tolerance`, one an element.
+    The tolerances are those of `refgemma.oracle.tolerance`, one per element.
     """
     model = bench.scene(scene, dtype=dtype)
     shown = {name: exact(x) for name, x in model.run(scene.ids, ("*",)).tensors.items()}
@@ -681,7 +688,7 @@ def operation_by_operation(bench: Bench, scene: Scene, dtype: str) -> Iterator[t
         require(False, f"{name} {problem}")
     engine = Engine(candidate, open_checkpoint(model.folder).resident(dtype), scene.config)
     for name in filter(engine.is_direct, engine.recorded):
-        if name != "embedded":  # its factor is a rounded number, which is part of the model: there is a law for it
+        if name != "embedded":  # its factor is a rounded number, which is part of the model; another law tests it
             where = engine.where(name)
             beyond = (np.abs(engine.errors(name)) > engine.tolerance(name).error_bound) & where
             yield name, int(beyond.sum()), int(where.sum())
@@ -689,17 +696,17 @@ def operation_by_operation(bench: Bench, scene: Scene, dtype: str) -> Iterator[t
 
 @law(scene=scenes(), needs=["dtype:float32", *ALL_TENSORS])
 def each_operation_keeps_within_its_bound(bench: Bench, scene: Scene) -> None:
-    """Each tensor of a float32 run is the float64 operation on the tensors before it, within a derived bound."""
+    """Each tensor of a float32 run equals the float64 operation on earlier tensors, within a derived bound."""
     for name, beyond, size in operation_by_operation(bench, scene, "float32"):
         require(not beyond, f"{name}: {beyond} of {size} elements are beyond the bound of rounding")
 
 
 @law(scene=scenes(), needs=["dtype:bfloat16", *ALL_TENSORS])
 def a_kernel_rounds_once(bench: Bench, scene: Scene) -> None:
-    """Each tensor of a bfloat16 run is the operation on the tensors before it, rounded where PyTorch's kernels round.
+    """Each tensor of a bfloat16 run equals the operation on earlier tensors, rounded where PyTorch's kernels round.
 
-    That is once for a norm, a softmax, a projection or a sum, computed in float32: half a step of bfloat16. A norm that
-    is rounded before its weight, or queries that are rounded in place of scores, go further.
+    This is once for a norm, a softmax, a projection or a sum, computed in float32: half a step of bfloat16. The error
+    is larger if a norm is rounded before its weight, or queries are rounded in place of scores.
     """
     for name, beyond, size in operation_by_operation(bench, scene, "bfloat16"):
         require(not beyond, f"{name}: {beyond} of {size} elements are rounded more often or elsewhere")
@@ -711,13 +718,13 @@ ANY_DTYPE = st.sampled_from(["float32", "float64", "bfloat16", "float16"])
 
 
 def any_numbers(size: int, limit: float) -> st.SearchStrategy[Array]:
-    """Numbers of any precision, none beyond `limit`."""
+    """Draw numbers of any precision, none beyond `limit`."""
     return ANY_DTYPE.flatmap(lambda dtype: activations(dtype, size)).map(lambda x: np.clip(x, -limit, limit))
 
 
 @law(x=ANY_DTYPE.flatmap(activations), cap=st.sampled_from([50.0, 30.0, 2.0]), needs=["operations"])
 def soft_cap_is_bounded_odd_and_monotone(bench: Bench, x: Array, cap: float) -> None:
-    """``|cap(x)|`` is at most ``cap`` and at most ``|x|``, ``cap(-x) = -cap(x)``, and larger numbers stay larger."""
+    """``|cap(x)|`` is at most ``cap`` and at most ``|x|``, ``cap(-x) = -cap(x)``, and the order of numbers is kept."""
     soft_cap, u = bench.operations["soft_cap"], 2.0**-8
     y = soft_cap(x, cap)
     require(type(y) is type(x) and y.dtype == x.dtype, f"soft_cap makes {type(y).__name__} of {type(x).__name__}")
@@ -728,15 +735,15 @@ def soft_cap_is_bounded_odd_and_monotone(bench: Bench, x: Array, cap: float) -> 
     require(np.abs(y) <= np.abs(x64) * (1 + 4 * u) + cap * 2.0**-24, "soft_cap enlarges a number")
     order = np.argsort(x64)
     drop = np.diff(y[order])
-    require(drop >= -4 * 2.0**-24 * cap, "soft_cap of a larger number is smaller")
+    require(drop >= -4 * 2.0**-24 * cap, "soft_cap does not keep the order of numbers")
 
 
 @law(x=activations("float32").map(lambda x: np.clip(x, -1, 1)), needs=["operations"])
 def a_distant_soft_cap_is_the_identity(bench: Bench, x: Array) -> None:
-    """For a cap far beyond the numbers nothing changes but a rounding of each of three steps; for None nothing does."""
+    """A very large cap changes numbers only by the rounding of three steps; None changes nothing."""
     soft_cap = bench.operations["soft_cap"]
     far = exact(soft_cap(x, 2.0**40))
-    # What falls below float32's smallest normal number when divided by the cap loses digits.
+    # A quotient below float32's smallest normal number loses digits.
     limit = 4 * 2.0**-24 * np.abs(exact(x)) + 2.0 ** (40 - 126)
     require(np.abs(far - exact(x)) <= limit, "a cap of 2**40 changes numbers below 1")
     require(np.array_equal(exact(soft_cap(x, None)), exact(x)), "no cap changes numbers")
@@ -750,7 +757,7 @@ HEADS = st.builds(
 
 @law(pair=HEADS, start=st.integers(0, 4000), shift=st.integers(0, 4000), needs=["operations"])
 def rotation_keeps_lengths_and_distances(bench: Bench, pair: Array, start: int, shift: int) -> None:
-    """Turning keeps the length of every pair; the product of two turned vectors depends on how far apart they are."""
+    """Rotation keeps the length of every pair; the product of two rotated vectors depends on their distance."""
     ops, (q, k) = bench.operations, pair
     half, places = q.shape[-1] // 2, start + np.arange(q.shape[2])[None]
 
@@ -760,19 +767,20 @@ def rotation_keeps_lengths_and_distances(bench: Bench, pair: Array, start: int, 
     for x in (q, k):
         y = rotate(x, places)
         before, after = (z[..., :half] ** 2 + z[..., half:] ** 2 for z in (exact(x), y))
-        # cos and sin are within 2 ulp, so that cos**2 + sin**2 is within 16 u of 1.
+        # cos and sin are within 2 ulp, so cos**2 + sin**2 is within 16 u of 1.
         require(np.abs(after - before) <= 16 * 2.0**-53 * before + 1e-300, "a pair changes its length")
     scores = rotate(q, places) @ rotate(k, places).swapaxes(-1, -2)
     moved = rotate(q, places + shift) @ rotate(k, places + shift).swapaxes(-1, -2)
     size = np.linalg.norm(exact(q), axis=-1)[..., None] * np.linalg.norm(exact(k), axis=-1)[..., None, :]
-    # Each angle is rounded to float32 twice (its frequency and the product), in query and key, at both places.
+    # Each angle has two float32 roundings (its frequency and the product), in query and key, at both places.
     limit = 8 * ANGLE * (start + shift + q.shape[2]) * size + 64 * 2.0**-53 * size
-    require(np.abs(scores - moved) <= limit, f"scores depend on where a pair of tokens stands, by {shift}")
+    require(np.abs(scores - moved) <= limit, f"scores change if both tokens are shifted by {shift}")
 
 
 @law(pair=HEADS, needs=["operations"])
 def position_zero_does_not_turn(bench: Bench, pair: Array) -> None:
-    """At position 0 nothing is turned; one step turns the first pair by one radian, each by its own angle."""
+    """At position 0 nothing is rotated; one step rotates the first pair by one radian, and each other pair by its
+    angle."""
     ops, q = bench.operations, pair[0]
     half = q.shape[-1] // 2
     cos, sin = ops["rotary_tables"](np.array([[0, 1]]), 2 * half, 10000.0, like=q)
@@ -786,7 +794,7 @@ def position_zero_does_not_turn(bench: Bench, pair: Array) -> None:
 
 @law(x=any_numbers(6, 256), eps=st.sampled_from([1e-6, 1e-2]), needs=["operations"])
 def rms_norm_has_unit_size_and_offset(bench: Bench, x: Array, eps: float) -> None:
-    """The result does not change with the size of its input (eps growing alike); 1 + weight multiplies it."""
+    """The result does not depend on the size of the input (if eps grows too); 1 + weight multiplies it."""
     rms_norm, u = bench.operations["rms_norm"], 2.0**-8
     zero = np.zeros_like(x)
     y = rms_norm(x, zero, eps)
@@ -799,13 +807,13 @@ def rms_norm_has_unit_size_and_offset(bench: Bench, x: Array, eps: float) -> Non
     require(np.abs(larger - exact(y)) <= 4 * u * np.abs(exact(y)) + 2.0**-24, "its size depends on the input's")
     require(not exact(rms_norm(x, zero - 1, eps)).any(), "a weight of -1 does not give 0")
     doubled = np.abs(exact(rms_norm(x, zero + 1, eps)) - 2 * exact(y))
-    # Exactly, but for float16's smallest numbers, of which half a step is lost before doubling.
+    # This is exact, except for float16's smallest numbers, which lose half a step before doubling.
     require(doubled <= 2.0**-24, "a weight of 1 does not double")
 
 
 @law(x=any_numbers(8, 80), hidden=st.lists(st.booleans(), min_size=8, max_size=8), needs=["operations"])
 def softmax_sums_to_one_over_what_is_visible(bench: Bench, x: Array, hidden: list[bool]) -> None:
-    """Rows sum to 1 over the visible keys and are 0 elsewhere; a number added to all scores changes nothing."""
+    """Rows sum to 1 over the visible keys and are 0 elsewhere; adding a number to all scores changes nothing."""
     softmax = bench.operations["softmax"]
     mask = ~np.array(hidden)[None, None, None]
     mask[..., 0] = True
@@ -813,8 +821,8 @@ def softmax_sums_to_one_over_what_is_visible(bench: Bench, x: Array, hidden: lis
     probs = softmax(scores, mask)
     require(type(probs) is type(x) and probs.dtype == x.dtype, f"softmax makes {type(probs).__name__} of its input")
     p, u = exact(probs), ROUNDOFF[dtype_name(x)]
-    require(not p[~mask].any(), "a key that is not visible has weight")
-    # Scores of up to 80: exp multiplies the rounding of its argument by that much.
+    require(not p[~mask].any(), "a hidden key has weight")
+    # Scores are up to 80, and exp multiplies the rounding of its argument by up to 80.
     require(abs(p.sum() - 1) <= 12 * u, "the weights do not sum to 1")
     shifted = exact(softmax(np.clip(scores, -16, 16) + scores.dtype.type(0), mask))
     visible = np.where(mask, np.clip(exact(scores), -16, 16), -np.inf)
@@ -824,7 +832,7 @@ def softmax_sums_to_one_over_what_is_visible(bench: Bench, x: Array, hidden: lis
 
 @law(x=ANY_DTYPE.flatmap(activations), needs=["operations"])
 def gelu_of_opposite_numbers_differs_by_the_number(bench: Bench, x: Array) -> None:
-    """``gelu(x) - gelu(-x) = x``, and it is between 0 and x for positive x, never far below 0."""
+    """``gelu(x) - gelu(-x) = x``; GELU is between 0 and x for positive x, and at least -0.171."""
     gelu_tanh = bench.operations["gelu_tanh"]
     with np.errstate(over="ignore", invalid="ignore"):  # the cube of the largest numbers
         y, minus = gelu_tanh(x), gelu_tanh(-x)
@@ -840,7 +848,7 @@ def gelu_of_opposite_numbers_differs_by_the_number(bench: Bench, x: Array) -> No
 
 @law(pair=HEADS, scale=st.sampled_from([0.25, 1.0, 2.0]), needs=["operations"])
 def attention_scores_are_scaled_products(bench: Bench, pair: Array, scale: float) -> None:
-    """``scores[i, j] = scale * sum_d q[i, d] k[j, d]``, in whole numbers exactly."""
+    """``scores[i, j] = scale * sum_d q[i, d] k[j, d]``, exactly for whole numbers."""
     q, k = np.round(4 * pair)  # sums of whole numbers this small are exact in any order
     scores = exact(bench.operations["attention_scores"](q, k, scale))
     by_hand = scale * np.einsum("bhid,bhjd->bhij", q, k)
@@ -858,7 +866,7 @@ def query_heads_share_in_order(bench: Bench, pair: Array, groups: int) -> None:
 
 @law(pair=HEADS, biased=st.booleans(), needs=["operations"])
 def linear_is_a_sum_of_products(bench: Bench, pair: Array, biased: bool) -> None:
-    """``y[o] = sum_i x[i] w[o, i] + b[o]``, in whole numbers exactly."""
+    """``y[o] = sum_i x[i] w[o, i] + b[o]``, exactly for whole numbers."""
     x, weight = np.round(4 * pair[0]), np.round(4 * pair[1, 0, 0])
     bias = np.round(4 * pair[1, 0, 0, :, 0]) if biased else None
     y = exact(bench.operations["linear"](x, weight, bias))
@@ -868,7 +876,7 @@ def linear_is_a_sum_of_products(bench: Bench, pair: Array, biased: bool) -> None
 
 @law(start=st.integers(0, 9), seq=st.integers(1, 9), window=st.integers(1, 9), needs=["operations"])
 def masks_are_functions_of_places(bench: Bench, start: int, seq: int, window: int) -> None:
-    """A query sees the keys before it and itself; in a sliding layer the last ``window`` of them."""
+    """A query sees its own key and earlier ones; in a sliding layer only the last ``window`` of them."""
     ops, queries, keys = bench.operations, start + np.arange(seq), np.arange(start + seq)
     full, sliding = ops["causal_mask"](queries, keys), ops["sliding_mask"](queries, keys, window)
     for row, query in enumerate(queries):
@@ -881,7 +889,7 @@ def masks_are_functions_of_places(bench: Bench, start: int, seq: int, window: in
 
 
 def log_probabilities(logits: Exact) -> Exact:
-    """Written out in float64 for the laws that calculate by hand."""
+    """Return log probabilities in float64, written out for the laws that compute by hand."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
     result: Exact = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     return result
@@ -892,13 +900,13 @@ DRAW_COUNT = 4000
 
 @law(scene=scenes(batch=(1, 1), seq=(1, 6), final_logit_softcapping=2.0), seed=st.integers(0, 2**16), needs=["sample"])
 def draws_follow_the_probabilities(bench: Bench, scene: Scene, seed: int) -> None:
-    """Drawn tokens have the frequencies of the softmax of the logits, by a chi-square test at five sigma."""
+    """The frequencies of drawn tokens follow the softmax of the logits, by a chi-square test at five sigma."""
     model = bench.scene(scene)
     probabilities = np.exp(log_probabilities(model.logits(scene.ids)[0, -1]))
     drawn = np.asarray(bench.backend.sample(model.handle, scene.ids, DRAW_COUNT, seed))
     require(drawn.shape == (DRAW_COUNT,), f"{DRAW_COUNT} draws have shape {drawn.shape}")
     counts, expected = np.bincount(drawn, minlength=len(probabilities)), DRAW_COUNT * probabilities
-    often = expected >= 5  # the test is one for classes that are not rare: the others are taken as one
+    often = expected >= 5  # the test needs classes that are not rare: the rare ones are combined
     counts = np.append(counts[often], counts[~often].sum())
     expected = np.append(expected[often], max(expected[~often].sum(), 1e-9))
     counts, expected = (counts, expected) if expected[-1] >= 5 else (counts[:-1], expected[:-1])
@@ -911,9 +919,9 @@ def draws_follow_the_probabilities(bench: Bench, scene: Scene, seed: int) -> Non
 
 @law(scene=scenes(kinds=["ordinary"], batch=(1, 1), seq=(1, 4), vocab_size=7), needs=["search"])
 def a_search_with_all_beams_finds_the_best(bench: Bench, scene: Scene) -> None:
-    """With a beam for each token a search over two tokens is complete: no text is likelier, the greedy one neither.
+    """With one beam per token, a search over two tokens finds the most likely text; greedy decoding is never better.
 
-    With fewer beams greedy decoding may win; that is no mistake.
+    With fewer beams greedy decoding may find a better text; that is not a mistake.
     """
     model, ids, vocab = bench.scene(scene), scene.ids, scene.config.vocab_size
     first = log_probabilities(model.logits(ids)[0, -1])
@@ -924,7 +932,7 @@ def a_search_with_all_beams_finds_the_best(bench: Bench, scene: Scene) -> None:
     require(len(text) == ids.shape[1] + 2, f"two tokens after {ids.shape[1]} make {len(text)}")
     own = sums[text[-2], text[-1]]
     near = 1e-5 * (1 + abs(own))  # scores are float32 sums of two log probabilities
-    require(abs(own - score) <= near, f"the score is {score}, and the log probability of the text {own}")
+    require(abs(own - score) <= near, f"the score is {score}, but the log probability of the text is {own}")
     require(own >= sums.max() - near, f"the text found has {own}, the best {sums.max()}")
     require(own >= sums[greedy].max() - near, f"the text found has {own}, the greedy one {sums[greedy].max()}")
 
@@ -940,7 +948,7 @@ def _draw_labels(draw: st.DrawFn) -> dict[str, Any]:
 
 @law(_draw_labels(), ["loss"])
 def the_loss_is_a_mean_cross_entropy(bench: Bench, scene: Scene, labels: list[list[int]]) -> None:
-    """The loss is the mean of ``-log p(label)`` of the next token over labels that are not -100; NaN without any."""
+    """The loss is the mean of ``-log p(label)`` for the next token over labels that are not -100; NaN without any."""
     model, targets = bench.scene(scene), np.array(labels)
     told = log_probabilities(model.logits(scene.ids))
     taken = [
@@ -955,28 +963,28 @@ def the_loss_is_a_mean_cross_entropy(bench: Bench, scene: Scene, labels: list[li
 
 @law(scene=scenes(seq=(1, 5)), needs=["save"])
 def what_is_saved_is_loaded_again(bench: Bench, scene: Scene) -> None:
-    """A model saved and loaded has the same logits to the last bit."""
+    """A saved and loaded model has the same logits to the last bit."""
     for dtype in bench.can.dtypes:
         model, folder = bench.scene(scene, dtype=dtype), bench.new_folder()
         bench.backend.save(model.handle, folder)
         again = bench.backend.forward(bench.backend.load(folder, dtype), scene.ids).logits
         same = np.array_equal(model.logits(scene.ids), exact(again), equal_nan=True)
-        require(same, f"a model saved in {dtype} and loaded again has other logits")
+        require(same, f"a model saved in {dtype} and loaded again has different logits")
 
 
 @law(text=texts(), needs=["tokenizer"])
 def a_text_comes_back(bench: Bench, text: str) -> None:
-    """Decoding the ids of a text gives the text, whatever is in it; no id is outside the vocabulary.
+    """Decoding the ids of any text gives the text; no id is outside the vocabulary.
 
-    But for U+2581, with which SentencePiece writes a blank: it comes back as one. A prompt is what `encode` gives where
-    it may add special tokens: one ``<bos>``, then the text.
+    The exception is U+2581, SentencePiece's mark for a space, which becomes a space. With special tokens, `encode`
+    gives one ``<bos>``, then the text.
     """
     tokenizer = bench.backend.tokenizer(find_model("tiny"))
     for split in (True, False):
         ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=split)
         require(all(0 <= token < len(tokenizer) for token in ids), "an id is outside the vocabulary")
         back = tokenizer.decode(ids)
-        require(back == text.replace("\u2581", " "), f"{text!r} comes back as {back!r}")
+        require(back == text.replace("\u2581", " "), f"{text!r} is decoded as {back!r}")
         if split:
             require(not set(ids) & set(tokenizer.all_special_ids), f"{text!r} as plain text gave a special token")
         prompt = tokenizer.encode(text, split_special_tokens=split)
@@ -986,15 +994,17 @@ def a_text_comes_back(bench: Bench, text: str) -> None:
 
 @law(messages=chat_messages(), prompt=st.booleans(), needs=["tokenizer"])
 def a_chat_is_written_in_turns(bench: Bench, messages: list[dict[str, str]], prompt: bool) -> None:
-    """A chat is one ``<bos>`` and its turns, trimmed, as text and as ids; the assistant's are the model's."""
+    """A chat is one ``<bos>`` and its trimmed turns, as text and as ids; the assistant's role is called model."""
     tokenizer = bench.backend.tokenizer(find_model("tiny"))
     names = {"user": "user", "assistant": "model"}
     turns = [f"<start_of_turn>{names[m['role']]}\n{m['content'].strip()}<end_of_turn>\n" for m in messages]
     by_hand = "<bos>" + "".join(turns) + ("<start_of_turn>model\n" if prompt else "")
     told = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-    require(told == by_hand, f"the chat is {told!r}, by hand {by_hand!r}")
+    require(told == by_hand, f"the chat is {told!r}; it must be {by_hand!r}")
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=False)
-    require(ids == tokenizer.encode(by_hand, add_special_tokens=False), f"its ids say {tokenizer.decode(ids)!r}")
+    require(
+        ids == tokenizer.encode(by_hand, add_special_tokens=False), f"its ids are decoded as {tokenizer.decode(ids)!r}"
+    )
 
 
 LAWS: Mapping[str, Law] = {name: value for name, value in list(globals().items()) if isinstance(value, Law)}

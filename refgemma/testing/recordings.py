@@ -1,4 +1,4 @@
-"""PyTorch's recordings against any implementation: each case's calls are made, and every tensor compared that both
+"""Compare any implementation with PyTorch's recordings: make the calls of each case, and compare every tensor that both
 have. The measures are those of `refgemma verify`: see `refgemma.goldens.verify`.
 """
 
@@ -17,7 +17,7 @@ from refgemma.testing.laws import LawBroken, NotApplicable, exact, golden_script
 
 
 def golden_names() -> list[str]:
-    """All recorded cases."""
+    """Return the names of all recorded cases."""
     return list(read_manifest()["cases"])
 
 
@@ -27,9 +27,9 @@ def check_golden(backend: Any, name: str) -> None:
     Raises
     ------
     NotApplicable
-        If the backend does not do what was recorded.
+        If the backend cannot run the recorded case.
     LawBroken
-        Naming the first tensor that differs by more than rounding explains, with a script that shows it.
+        Naming the first tensor that differs by more than rounding explains, with a script that reproduces it.
 
     Examples
     --------
@@ -58,8 +58,8 @@ def check_golden(backend: Any, name: str) -> None:
 def _load(backend: Any, about: Mapping[str, Any]) -> Any:
     can = backend.capabilities()
     if about["dtype"] not in can.dtypes:
-        raise NotApplicable(f"it does not compute in {about['dtype']} throughout")
-    model_of(about)  # the folder is the one that was recorded, or this says that it is not
+        raise NotApplicable(f"it does not use {about['dtype']} in every step")
+    model_of(about)  # raises if the folder is not the recorded one
     return backend.load(recorded_model(about), about["dtype"])
 
 
@@ -71,7 +71,7 @@ def _check_forward(backend: Any, name: str) -> None:
     if not padding.all() and not can.padding:
         raise NotApplicable("its forward takes no padding")
     if can.max_length is not None and ids.shape[1] > can.max_length:
-        raise NotApplicable(f"it takes no texts of more than {can.max_length} tokens")
+        raise NotApplicable(f"its texts have at most {can.max_length} tokens")
     model, cache, done = _load(backend, about), None, 0
     computed: dict[str, Array] = {}
     wanted = sorted({tensor.split(".", 2)[2] for tensor in golden if tensor.startswith("calls.")} | {"logits"})
@@ -83,14 +83,14 @@ def _check_forward(backend: Any, name: str) -> None:
         cache, done = output.cache, end
     distances = _measure_distances(name, about, golden, computed)
     beyond = [(tensor, far) for tensor, far in distances.items() if not far <= 1]
-    listed = "; ".join(f"{tensor}: {far:.3g} times what rounding explains" for tensor, far in beyond[:8])
+    listed = "; ".join(f"{tensor}: {far:.3g} times the tolerance" for tensor, far in beyond[:8])
     require(not beyond, f"{len(beyond)} of {len(distances)} tensors differ, first {listed}")
 
 
 def _measure_distances(
     name: str, about: Mapping[str, Any], golden: Mapping[str, Array], computed: Mapping[str, Array]
 ) -> dict[str, float]:
-    """For each tensor that both have, in the order of recording, how far apart in units of what rounding explains."""
+    """Return the distance of each tensor that both have, in units of the tolerance, in the order of the recording."""
     shown = {tensor: exact(x) for tensor, x in computed.items()}
     for tensor in [tensor for tensor in golden if tensor in shown]:
         ours, theirs = shown[tensor].shape, golden[tensor].shape
@@ -99,13 +99,13 @@ def _measure_distances(
 
 
 def _check_greedy(backend: Any, name: str) -> None:
-    """Text continued by the likeliest token, all read anew at each step: it needs no cache."""
+    """Compare greedily generated tokens; all tokens are read in one call, so no cache is needed."""
     about, golden = load_golden(name)
     model = _load(backend, about)
     for number in range(len(about["prompts"])):
         text = [int(token) for token in golden[f"prompt.{number}"]]
         recorded = [int(token) for token in golden[f"continued.{number}"]]
-        # Each token on the recorded ones, so that one near tie is told from a text that goes another way.
+        # Each token is predicted from the recorded ones, so a near tie changes one token and not the rest of the text.
         whole = np.array([text + recorded[:-1]], np.int64)
         logits = exact(backend.forward(model, whole).logits)[0, len(text) - 1 :]
         chosen = logits.argmax(axis=-1).tolist()
@@ -114,17 +114,17 @@ def _check_greedy(backend: Any, name: str) -> None:
 
 
 def _check_operation(backend: Any, name: str) -> None:
-    """Single operations on recorded inputs, for a backend that offers them."""
+    """Compare single operations on recorded inputs, for a backend that has them."""
     about, golden = load_golden(name)
     if not hasattr(backend, "operations"):
         raise NotApplicable("it has no method operations")
     if about["operation"] not in OFFERED:
         raise NotApplicable(
-            f"{about['operation']} is no single operation of a backend; the recordings of models use it"
+            f"{about['operation']} is not a single operation of a backend; the recordings of models test it"
         )
     for operation, inputs in recorded_operations(about["operation"], golden, backend.operations()):
         with np.errstate(over="ignore"):  # the cube of the largest numbers
             computed = operation.compute(*inputs)
         allowed = operation.allowed(*inputs)
         distance = strict_distance(computed, golden[operation.name], allowed, about["dtype"])
-        require(distance <= 1, f"{operation.name} is {distance:.3g} times as far away as rounding explains")
+        require(distance <= 1, f"{operation.name} differs by {distance:.3g} times the tolerance")

@@ -1,8 +1,8 @@
-"""Hypothesis strategies in the words of Gemma 2: configurations, weights, token batches, positions, divisions of a text
-into calls, arrays by their bits, chats, texts. Checked by the laws that draw from them.
+"""Hypothesis strategies for Gemma 2: configurations, weights, token batches, positions, divisions of a text into calls,
+arrays by their bits, chats, texts. Checked by the laws that draw from them.
 
 Models are described, not drawn number by number: a `Scene` is a configuration, the kind of its weights, a seed and
-token ids, from which `tensors_of` makes the weights. So an example shrinks fast, and can be written into a script.
+token ids. `tensors_of` generates the weights from it. So an example shrinks fast, and can be written into a script.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ KINDS = ("ordinary", "outliers", "tied rows", "tiny norms", "huge norms", "const
 CAPS = (50.0, 2.0, 0.5, None)
 UNIT_EPS = 1e-6
 __getattr__ = explain_renames(__name__, written="write_config", token_ids="token_rows")
-# Text that looks like a special token, is one, or is nearly one.
+# Special tokens, and texts that look like one.
 LOOK_ALIKES = (
     "<bos>", "<eos>", "<pad>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>", "<unused7>", "<0x41>", "<b>",
     "<start_of_turn>model\n", "<bos", "bos>", "< bos>", "\u2581", "  ", "\n\n", "\t",
@@ -33,20 +33,21 @@ LOOK_ALIKES = (
 
 @st.composite
 def configs(draw: st.DrawFn, /, distinct: bool = True, **fixed: Any) -> Gemma2Config:
-    """Small configurations.
+    """Draw small configurations.
 
     Parameters
     ----------
     distinct : bool
-        Let no two axes have one length by chance, so that no mistake of axes can hide: key/value heads are fewer than
-        query heads, ``heads * head_dim`` is not ``hidden``, the query scalar is not ``head_dim``.
+        Let no two axes have the same length by chance, so that exchanged axes change the result. There are fewer
+        key/value heads than query heads, ``heads * head_dim`` differs from ``hidden``, and the query scalar differs
+        from ``head_dim``.
     **fixed
-        Fields of `Gemma2Config` that are given.
+        Fixed fields of `Gemma2Config`.
 
     Notes
     -----
     Shrinks towards one layer, one key/value head, a head of two numbers. The window is at least 2 (with 1, the cache of
-    transformers 5.23 keeps every key); ``hidden_size`` is a multiple of the heads, which transformers demands.
+    transformers 5.23 keeps every key); ``hidden_size`` is a multiple of the heads, which transformers requires.
 
     Examples
     --------
@@ -83,12 +84,12 @@ def configs(draw: st.DrawFn, /, distinct: bool = True, **fixed: Any) -> Gemma2Co
 
 
 def _other_than(taken: set[int], size: int, step: int) -> int:
-    """Return the first of `size`, ``size + step`` and so on that is not `taken`."""
+    """Return the first number of `size`, ``size + step`` and so on that is not in `taken`."""
     return next(n for n in range(size, size + (len(taken) + 1) * step, step) if n not in taken)
 
 
 def write_config(config: Gemma2Config) -> str:
-    """Return `config` as Python text, without what has its default or follows from the rest.
+    """Return `config` as Python text, without default and derived values.
 
     Examples
     --------
@@ -107,16 +108,17 @@ def write_config(config: Gemma2Config) -> str:
 
 
 def tensors_of(config: Gemma2Config, kind: str = "ordinary", seed: int = 0) -> dict[str, npt.NDArray[np.float32]]:
-    """Seeded weights of a kind, by the names of a checkpoint; all are bfloat16 numbers, so every precision has them.
+    """Generate seeded weights of a kind, by the names of a checkpoint; all are bfloat16 numbers, exact in any
+    precision.
 
     Parameters
     ----------
     config : Gemma2Config
         Their shapes.
     kind : str
-        ``ordinary``: normal, scores and logits of the order of 1. ``outliers``: one number in a hundred is 30 times as
-        large. ``tied rows``: tokens share embeddings. ``tiny norms``: ``1 + weight`` near 0; ``huge norms``: near 60.
-        ``constant``: all numbers of a matrix are equal.
+        ``ordinary``: normally distributed, with scores and logits of the order of 1. ``outliers``: one number in a
+        hundred is 30 times as large. ``tied rows``: tokens share embeddings. ``tiny norms``: ``1 + weight`` near 0;
+        ``huge norms``: near 60. ``constant``: all numbers of a matrix are equal.
     seed : int
         The same seed gives the same weights.
 
@@ -139,7 +141,7 @@ def _make_tensor(name: str, shape: tuple[int, ...], kind: str, std: float, rng: 
     noise = rng.standard_normal(shape)
     is_norm = len(shape) == 1 and not name.endswith(".bias")
     if kind not in KINDS:
-        raise ValueError(f"unknown kind of weights {kind!r}; there are {', '.join(KINDS)}")
+        raise ValueError(f"unknown kind of weights {kind!r}; it must be one of {', '.join(KINDS)}")
     if is_norm and kind in ("tiny norms", "huge norms"):
         values = -1 + 2.0**-6 * noise if kind == "tiny norms" else 60 * noise
     elif kind == "constant":
@@ -155,23 +157,23 @@ def _make_tensor(name: str, shape: tuple[int, ...], kind: str, std: float, rng: 
 
 
 def weights(config: Gemma2Config) -> st.SearchStrategy[dict[str, npt.NDArray[np.float32]]]:
-    """Weights of every kind for `config`; shrink towards ordinary ones. See `tensors_of`."""
+    """Draw weights of every kind for `config`; they shrink towards ordinary ones. See `tensors_of`."""
     return st.builds(tensors_of, st.just(config), st.sampled_from(KINDS), st.integers(0, 2**16))
 
 
-# --- what a call is given ---------------------------------------------------------------------------------------------
+# --- inputs of a call -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Token ids ``(batch, seq)`` and where they are no padding (1) or padding (0)."""
+    """Token ids ``(batch, seq)`` and a mask: 1 for a token, 0 for padding."""
 
     input_ids: npt.NDArray[np.int64]
     attention_mask: npt.NDArray[np.int64]
 
 
 def token_rows(config: Gemma2Config, batch: int, seq: int) -> st.SearchStrategy[list[list[int]]]:
-    """`batch` rows of `seq` tokens, without padding."""
+    """Draw `batch` rows of `seq` tokens, without padding."""
     row = st.lists(st.integers(0, config.vocab_size - 1), min_size=seq, max_size=seq)
     return st.lists(row, min_size=batch, max_size=batch)
 
@@ -184,9 +186,9 @@ def token_batches(
     max_seq: int = 13,
     sides: Sequence[str] = ("right", "left"),
 ) -> TokenBatch:
-    """Batches whose rows have padding on one of `sides`, at least one real token each; padding holds any token.
+    """Draw batches whose rows have padding on one of `sides`, and at least one real token; padding holds any token.
 
-    At most `max_batch` rows of at most `max_seq` tokens.
+    There are at most `max_batch` rows of at most `max_seq` tokens.
     """
     batch, seq = draw(st.integers(1, max_batch)), draw(st.integers(1, max_seq))
     ids = np.array(draw(token_rows(config, batch, seq)), np.int64)
@@ -197,7 +199,7 @@ def token_batches(
 
 
 def padding_mask(seq: int, padded: int, side: str) -> list[int]:
-    """One row of a mask over `seq` tokens, of which `padded` are padding, on the `side` ``left`` or ``right``.
+    """Return one row of a mask over `seq` tokens, with `padded` padding tokens on the `side` ``left`` or ``right``.
 
     Examples
     --------
@@ -210,7 +212,7 @@ def padding_mask(seq: int, padded: int, side: str) -> list[int]:
 
 @st.composite
 def positions(draw: st.DrawFn, seq: int, limit: int = 8192) -> npt.NDArray[np.int64]:
-    """Increasing rotary positions ``(1, seq)`` below `limit`, which may begin anywhere and leave some out."""
+    """Draw increasing rotary positions ``(1, seq)`` below `limit`, with any start and with gaps."""
     room = limit - seq
     start = draw(st.integers(0, room))
     gaps = draw(st.lists(st.integers(0, max(0, (room - start) // max(seq, 1))), min_size=seq, max_size=seq))
@@ -220,7 +222,7 @@ def positions(draw: st.DrawFn, seq: int, limit: int = 8192) -> npt.NDArray[np.in
 
 @st.composite
 def cache_splits(draw: st.DrawFn, n: int) -> list[int]:
-    """Lengths of calls that together read `n` tokens: a prefill, chunks, single tokens.
+    """Draw lengths of calls that together read `n` tokens: a prefill, chunks, single tokens.
 
     Shrinks towards few calls. Examples: ``[13]``, ``[9, 1, 1, 1, 1]``, ``[4, 6, 3]``.
     """
@@ -233,7 +235,7 @@ _UNSIGNED = {"float64": np.uint64, "float32": np.uint32, "float16": np.uint16, "
 
 
 def from_bits(bits: Sequence[int], dtype: str) -> Array:
-    """The numbers that these bit patterns mean in `dtype`.
+    """Return the numbers with these bit patterns in `dtype`.
 
     Examples
     --------
@@ -246,12 +248,13 @@ def from_bits(bits: Sequence[int], dtype: str) -> Array:
 
 @st.composite
 def activations(draw: st.DrawFn, dtype: str = "float32", size: int = 8, finite: bool = True) -> Array:
-    """`size` numbers of any bit patterns of `dtype`: subnormal, huge, both zeros; infinite and NaN unless `finite`."""
+    """Draw `size` numbers of any bit patterns of `dtype`: subnormal, huge, both zeros; infinite and NaN unless
+    `finite`."""
     width = np.dtype(_UNSIGNED[dtype]).itemsize * 8
     numbers = st.integers(0, 2**width - 1)
     if finite:
         numbers = numbers.filter(lambda bits: bool(np.isfinite(from_bits([bits], dtype)[0])))
-    else:  # two of all patterns are infinite: too few to be met by chance
+    else:  # only two patterns are infinite, too few to occur by chance
         numbers |= st.sampled_from([_INFINITE[dtype], _INFINITE[dtype] | 1 << (width - 1)])
     return from_bits(draw(st.lists(numbers, min_size=size, max_size=size)), dtype)
 
@@ -260,9 +263,9 @@ def activations(draw: st.DrawFn, dtype: str = "float32", size: int = 8, finite: 
 
 
 def texts(max_size: int = 40) -> st.SearchStrategy[str]:
-    """Text of all of Unicode that UTF-8 can hold, with special tokens, what looks like one, and runs of blanks.
+    """Draw text of all of Unicode that UTF-8 can hold, with special tokens, similar texts, and runs of spaces.
 
-    It has up to five parts; those of any characters have at most `max_size`.
+    It has up to five parts; parts of any characters have at most `max_size`.
     """
     anything = st.text(st.characters(exclude_categories=["Cs"]), max_size=max_size)
     parts = st.one_of(anything, st.sampled_from(LOOK_ALIKES), st.text(" ", max_size=40))
@@ -270,7 +273,7 @@ def texts(max_size: int = 40) -> st.SearchStrategy[str]:
 
 
 def chat_messages(max_turns: int = 5) -> st.SearchStrategy[list[dict[str, str]]]:
-    """Conversations that Gemma 2 allows, of at most `max_turns`: user and assistant in turn, the user first."""
+    """Draw conversations that Gemma 2 allows, of at most `max_turns`: user and assistant alternate, the user first."""
     roles = ("user", "assistant")
 
     def alternate(contents: list[str]) -> list[dict[str, str]]:
@@ -284,7 +287,7 @@ def chat_messages(max_turns: int = 5) -> st.SearchStrategy[list[dict[str, str]]]
 
 @dataclass(frozen=True)
 class Scene:
-    """A model and what it reads, small enough to be written down."""
+    """A model and its input, small enough for a script."""
 
     config: Gemma2Config
     input_ids: tuple[tuple[int, ...], ...]
@@ -298,15 +301,15 @@ class Scene:
 
     @property
     def tensors(self) -> dict[str, npt.NDArray[np.float32]]:
-        """The weights, made anew at each call."""
+        """The weights, generated again at each access."""
         return tensors_of(self.config, self.kind, self.seed)
 
     def changed(self, **changes: Any) -> "Scene":
-        """The scene with other fields."""
+        """Return the scene with other fields."""
         return replace(self, **changes)
 
     def __repr__(self) -> str:
-        """Python text that makes this scene."""
+        """Return Python text that makes this scene."""
         return f"Scene({write_config(self.config)}, {self.input_ids!r}, kind={self.kind!r}, seed={self.seed})"
 
 
@@ -320,16 +323,16 @@ def scenes(
     distinct: bool = True,
     **fixed: Any,
 ) -> Scene:
-    """Models with weights of any of `kinds`, and texts to read.
+    """Draw models with weights of any of `kinds`, and texts as input.
 
     Parameters
     ----------
     kinds : sequence of str
-        As of `tensors_of`.
+        As in `tensors_of`.
     batch, seq : (int, int)
-        The fewest and the most rows and tokens.
+        The minimum and maximum of rows and tokens.
     distinct, **fixed
-        As of `configs`.
+        As in `configs`.
     """
     config = draw(configs(distinct, **fixed))
     rows, length = draw(st.integers(*batch)), draw(st.integers(*seq))

@@ -1,5 +1,5 @@
-"""What ``pytest --pyargs refgemma.testing`` collects: a test for each law and each recording, against the backend asked
-for; in refgemma's own test run, against refgemma."""
+"""The tests of ``pytest --pyargs refgemma.testing``: one for each law and each recording, against the chosen backend;
+in refgemma's own test run, against refgemma."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,18 +15,18 @@ from refgemma.testing.recordings import check_golden, golden_names
 
 @pytest.fixture(scope="session")
 def backend(pytestconfig: pytest.Config) -> Any:
-    """The implementation under test."""
+    """Return the implementation under test."""
     return pytestconfig.stash.get(BACKEND, None) or backend_named(OURS)
 
 
 @pytest.fixture(scope="session")
 def profile(pytestconfig: pytest.Config) -> str:
-    """How many examples are tried."""
+    """Return the profile, which sets the number of examples."""
     return str(pytestconfig.getoption("profile", "ci"))
 
 
 def ask(check: Callable[..., None], *arguments: Any) -> None:
-    """Run a check; what is not applicable is skipped, and counted apart by the plugin."""
+    """Run a check; skip it if it is not applicable, which the plugin counts separately."""
     try:
         check(*arguments)
     except NotApplicable as reason:
@@ -35,11 +35,11 @@ def ask(check: Callable[..., None], *arguments: Any) -> None:
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.law(name)) for name in LAWS])
 def test_law(backend: Any, profile: str, name: str) -> None:
-    """A law holds."""
+    """Check that a law holds."""
     ask(LAWS[name], backend, profile)
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.law(name)) for name in golden_names()])
 def test_golden(backend: Any, name: str) -> None:
-    """A recording of PyTorch is met."""
+    """Check the backend against a recording of PyTorch."""
     ask(check_golden, backend, name)

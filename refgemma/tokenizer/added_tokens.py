@@ -49,6 +49,7 @@ class AddedToken:
     def __post_init__(self) -> None:
         if not isinstance(self.content, str):
             raise TokenizerError(f"an added token is {quote(self.content)}, not a string")
+        object.__setattr__(self, "_is_open", self.normalized is None)
         if self.normalized is None:
             object.__setattr__(self, "normalized", not self.special)
 
@@ -63,8 +64,9 @@ class AddedToken:
 
 
 def make_special(token: AddedToken) -> AddedToken:
-    """Return the token as a special one, in which spaces are not normalised."""
-    return token if token.special else replace(token, special=True, normalized=False)
+    """Return the token as a special one, in which spaces are not normalised unless it says so."""
+    given = None if getattr(token, "_is_open", False) else token.normalized
+    return token if token.special else replace(token, special=True, normalized=given)
 
 
 def read_added_token(found: Any, special: bool = True) -> AddedToken:
@@ -82,6 +84,8 @@ def read_added_token(found: Any, special: bool = True) -> AddedToken:
     if isinstance(found, str):
         return AddedToken(found, special=special)
     if (content := getattr(found, "content", None)) is not None:  # of the tokenizers library
+        if special:  # that library, too, sets it, and the default of `normalized` follows
+            found.special = True
         return AddedToken(content, **{name: bool(getattr(found, name)) for name in FLAGS})
     raise TokenizerError(f"an added token is {quote(found)}, not a string")
 
@@ -152,7 +156,8 @@ class Splitter:
                 stop = end - len(text[stop:end].lstrip(WHITE))
             if done < start:
                 parts.append((None, done, start))
-            parts.append((token.content, start, stop))
+            if start < stop:  # a token that takes white space can leave none for the next
+                parts.append((token.content, start, stop))
             done = stop
         return [*parts, (None, done, end)] if done < end else parts
 

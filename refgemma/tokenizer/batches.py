@@ -18,7 +18,6 @@ Cell = TypeVar("Cell")  # an id, or one that is followed back
 UNSUPPORTED = {
     "text_target": "Gemma's labels are its input_ids",
     "text_pair_target": "Gemma's labels are its input_ids",
-    "is_split_into_words": "Gemma's spaces belong to its pieces; join the words yourself",
 }
 
 
@@ -47,6 +46,7 @@ class Token(NamedTuple):
     """An id that is followed back: to its characters, its part of the text, and which of two texts that is."""
 
     id: int
+    name: str
     start: int = 0
     end: int = 0
     word: int | None = None
@@ -73,6 +73,14 @@ class BatchEncoding(dict[str, Any]):
         except KeyError:
             raise AttributeError(f"there is no {name!r} in it, only {', '.join(self)}") from None
 
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, int | slice):
+            raise TokenizerError(
+                f"a row has no object of its own, so [{key}] is not supported; write inputs['input_ids'][n], "
+                "inputs.tokens(n), inputs.word_ids(n) or inputs.token_to_chars(n, place)"
+            )
+        return super().__getitem__(key)
+
     @property
     def data(self) -> dict[str, Any]:
         """The entries as a plain dict."""
@@ -98,6 +106,10 @@ class BatchEncoding(dict[str, Any]):
             raise TokenizerError(f"there is no row {row}; there are {len(rows)}")
         return rows[row]
 
+    def tokens(self, batch_index: int = 0) -> list[str]:
+        """Return the names of the pieces of a row; an added token is written as it stands in the text."""
+        return [token.name for token in self._row(batch_index)]
+
     def word_ids(self, batch_index: int = 0) -> list[int | None]:
         """Return which part of its text each id of a row belongs to; added tokens separate the parts, not spaces.
 
@@ -108,6 +120,14 @@ class BatchEncoding(dict[str, Any]):
         [None, 0, 0, 1]
         """
         return [token.word for token in self._row(batch_index)]
+
+    def mask_spans(self, spans: Sequence[Sequence[tuple[int, int]]]) -> list[list[int]]:
+        """Return 1 for each id with a character within one of the `spans` of its row, 0 for each other."""
+        rows = zip((self._row(n) for n in range(len(spans))), spans, strict=True)
+        return [
+            [int(any(token.start < stop and token.end > start for start, stop in places)) for token in row]
+            for row, places in rows
+        ]
 
     def sequence_ids(self, batch_index: int = 0) -> list[int | None]:
         """Return for each id of a row which of two texts it belongs to; ``None`` for ``<bos>`` and padding."""
@@ -268,7 +288,7 @@ class Layout:
         """Pad `rows`, and make what else was asked for; `pad` is the id of the padding token."""
         if pad is None and self.pads:
             raise TokenizerError("this tokenizer has no pad_token; set it: tokenizer.pad_token = tokenizer.eos_token")
-        followed = self.pad(rows, Token(pad or 0)) if self.follows else []
+        followed = self.pad(rows, Token(pad or 0, "")) if self.follows else []
         columns: dict[str, Any] = {}
         if self.follows:
             columns["input_ids"] = [[token.id for token in row] for row in followed]

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from refgemma.files import replace_file
 from refgemma.hub import GGUF, find_model, refuse_link
-from refgemma.tokenizer.added_tokens import AddedToken, make_special, read_added_token
+from refgemma.tokenizer.added_tokens import SPACE, AddedToken, make_special, read_added_token
 from refgemma.tokenizer.batches import (
     LIMITED,
     SIDES,
@@ -47,16 +47,17 @@ from refgemma.tokenizer.chat import (
 from refgemma.tokenizer.gguf_tokenizer import read_gguf_tokenizer
 from refgemma.tokenizer.templates import inspect_template
 from refgemma.tokenizer.tokenizer_config import (
-    ALWAYS_SPECIAL,
     CONFIG_FILE,
     JSON_FILE,
     MODEL_FILE,
+    RELEASED,
     SETTINGS,
     TOKEN_ROLES,
     WITHOUT_EFFECT,
     read_settings,
 )
 from refgemma.tokenizer.tokenizer_json import read_tokenizer_json, write_tokenizer_json
+from refgemma.tokenizer.tools import make_json_schema
 from refgemma.tokenizer.vocabulary import (
     TokenizerError,
     TokenizerFile,
@@ -80,14 +81,23 @@ FORMER = {
 }  # fmt: skip
 
 
-def _read_file(source: str | Path | bytes) -> TokenizerFile:
+def _read_file(source: str | Path | bytes | TokenizerFile) -> TokenizerFile:
     """Read a ``tokenizer.model`` or a ``tokenizer.json``, or take the content of the first."""
+    if isinstance(source, TokenizerFile):
+        return source
     if isinstance(source, bytes):
         return read_sentencepiece(MODEL_FILE, source)
     if Path(source).suffix == GGUF:
         return read_sentencepiece(str(source), read_gguf_tokenizer(Path(source))[0])
     content = read_bytes(source)
     return (read_tokenizer_json if Path(source).suffix == ".json" else read_sentencepiece)(str(source), content)
+
+
+def _replace_added(file: TokenizerFile, added: Mapping[int, AddedToken]) -> TokenizerFile:
+    """Return the file with other added tokens; the pieces that a tokenizer.model itself finds in any text stay."""
+    named = {token.content for token in added.values()}
+    kept = [] if file.is_json else [entry for entry in file.added if entry[1].content not in named]
+    return replace(file, added=[*kept, *added.items()])
 
 
 def _make_id_property(role: str) -> property:
@@ -126,11 +136,16 @@ class Tokenizer:
         The ``tokenizer.json`` or ``tokenizer.model`` of a checkpoint, or the content of a ``tokenizer.model``.
     bos_token, eos_token, unk_token, pad_token : str
         Which pieces have these roles. One that the file lacks is added to it, unless it is the released name.
+    mask_token : str
+        A special token if the file has it.
     extra_special_tokens : sequence of str or AddedToken
-        Further special tokens, added if the file lacks them. The four above always are, by these names too, and
-        ``<mask>`` and the turn markers.
+        Further special tokens, added if the file lacks them.
     added_tokens : mapping of int to AddedToken
-        The tokens that are found in a text first, by their ids, instead of those that the file lists.
+        The tokens that are found in a text first, by their ids, instead of those that the file lists; those among them
+        are special that say so. A ``tokenizer.model`` keeps its own, and unless these are given, the turn markers are
+        special in it.
+    model_input_names : sequence of str
+        What calling the tokenizer returns: ``token_type_ids`` can be among them.
     add_bos_token, add_eos_token : bool
         What `add_special_tokens` adds; unless given, what a ``tokenizer.json`` says, or ``<bos>`` alone.
     padding_side, truncation_side : {"left", "right"}
@@ -147,7 +162,7 @@ class Tokenizer:
     vocab_size : int
         Number of ids of the file; ``len(tokenizer)`` counts added tokens, too.
     all_special_tokens, all_special_ids : list
-        All special tokens, the four roles first.
+        All special tokens, the four roles first. In transformers only those with a role and the extra ones.
 
     Raises
     ------
@@ -160,7 +175,8 @@ class Tokenizer:
     id that ends a turn or begins a text, here as in transformers. So whoever writes a part of a prompt can end their
     own turn and speak as the model: a forged conversation that the model cannot tell from a real one. For text from
     people you do not trust say ``split_special_tokens=True``, or in a chat ``sanitize_control_tokens=True``; then none
-    of `all_special_ids` can come out of their text, and decoding gives the text back. Other pieces that look like
+    of `all_special_ids` can come out of their text, and decoding gives the text back; except those that are ordinary
+    pieces, too, if somebody made such a one special. Other pieces that look like
     markup, in Gemma ``<b>`` or ``<unused7>``, are found in any text, unless `extra_special_tokens` names them.
 
     In transformers ``split_special_tokens`` spares tokens that are not declared special: made from the bare file, as by
@@ -177,19 +193,17 @@ class Tokenizer:
     """
 
     def __init__(
-        self, model_file: str | Path | bytes, *, bos_token: str = "<bos>", eos_token: str = "<eos>",
-        unk_token: str = "<unk>", pad_token: str = "<pad>", extra_special_tokens: Sequence[str | AddedToken] = (),
-        added_tokens: Mapping[int, AddedToken] | None = None, add_bos_token: bool | None = None,
+        self, model_file: str | Path | bytes | TokenizerFile, *, bos_token: str = "<bos>", eos_token: str = "<eos>",
+        unk_token: str = "<unk>", pad_token: str = "<pad>", mask_token: str | None = "<mask>",
+        extra_special_tokens: Sequence[str | AddedToken] = (), added_tokens: Mapping[int, AddedToken] | None = None,
+        model_input_names: Sequence[str] = ("input_ids", "attention_mask"), add_bos_token: bool | None = None,
         add_eos_token: bool | None = None, padding_side: str | None = None, truncation_side: str | None = None,
         model_max_length: float = UNLIMITED, split_special_tokens: bool = False,
         chat_template: str | dict[str, str] | None = CHAT_TEMPLATE,
     ) -> None:  # fmt: skip
         file = _read_file(model_file)
         if added_tokens is not None:
-            # The pieces that a tokenizer.model itself finds in any text stay.
-            named = {token.content for token in added_tokens.values()}
-            kept = [] if file.is_json else [entry for entry in file.added if entry[1].content not in named]
-            file = replace(file, added=[*kept, *added_tokens.items()])
+            file = _replace_added(file, added_tokens)
         given = file.settings
         self.padding_side = padding_side or given.get("padding_side", "left")
         self.truncation_side = truncation_side or given.get("truncation_side", "right")
@@ -204,13 +218,20 @@ class Tokenizer:
         if not all(isinstance(piece, str) for piece in roles):
             raise TokenizerError(f"{file.name}: its special tokens are {roles!r}, which are not all strings")
         extra = [read_added_token(token) for token in extra_special_tokens]
-        always = [name for name in ALWAYS_SPECIAL if name != "<mask>" or not file.is_json]
-        self._vocabulary = Vocabulary(file, dict.fromkeys([*roles, *map(str, extra), *always]))
-        if missing := [name for name in roles if name in ALWAYS_SPECIAL and name not in self._vocabulary.ids]:
+        declares = file.is_json or added_tokens is not None
+        plain = {str(token) for _, token in file.added if not token.special}
+        plain = plain if declares else {name for name in plain if not name.strip(f"\t\n{SPACE}")}
+        special = [*roles, *(str(token) for token in extra if str(token) not in plain)]
+        special += [mask_token] if mask_token else []
+        special += [] if declares else [START, END]  # as in the released tokenizer.json
+        self._vocabulary = Vocabulary(file, dict.fromkeys(special))
+        if missing := [name for name in roles if name in RELEASED and name not in self._vocabulary.ids]:
             raise TokenizerError(f"{file.name}: has no {', '.join(missing)}; it is not Gemma's tokenizer")
-        self._vocabulary.add(map(make_special, [*map(AddedToken, roles), *extra]))
+        new = [token for token in [*map(AddedToken, roles), *extra] if str(token) not in self._vocabulary.added]
+        self._vocabulary.add(map(make_special, new))
         self.bos_token, self.eos_token, self.unk_token, self.pad_token = roles
-        self.mask_token = "<mask>" if "<mask>" in self._vocabulary.ids else None
+        self.mask_token = mask_token if mask_token in self._vocabulary.ids else None
+        self.model_input_names = list(model_input_names)
         self.extra_special_tokens = [str(token) for token in extra]
         self._before, self._after = given.get("before", [bos_token]), given.get("after", [])
         if unknown := [name for name in [*self._before, *self._after] if name not in self._vocabulary.ids]:
@@ -333,7 +354,7 @@ class Tokenizer:
                 self.extra_special_tokens = [*kept, *map(str, extra)]
                 tokens += extra
             elif role in (*TOKEN_ROLES, "mask_token"):
-                tokens.append(read_added_token(value))
+                tokens.append(read_added_token(value, special=True))
                 setattr(self, role, str(tokens[-1]))
             else:
                 raise TokenizerError(
@@ -399,7 +420,13 @@ class Tokenizer:
         if path.name == JSON_FILE:
             found.pop("add_bos_token", None)
             found.pop("add_eos_token", None)
-        return cls(path, **(found | asked))
+        file, listed, is_plain = _read_file(path), found.pop("listed_tokens", None), found.pop("is_plain")
+        if listed:
+            file = _replace_added(file, listed | dict(file.added) if file.is_json else listed)
+        if is_plain and file.is_json:
+            file = replace(file, added=[*file.added, *found.pop("added_tokens", {}).items()])
+            found = {"mask_token": None, "padding_side": file.settings.get("padding_side", "right")} | found
+        return cls(file, **(found | asked))
 
     def save_pretrained(self, save_directory: str | Path, **others: Any) -> tuple[str, ...]:
         """Write ``tokenizer.json`` and ``tokenizer_config.json``, of which transformers, too, makes this tokenizer.
@@ -469,7 +496,7 @@ class Tokenizer:
         return (len(self._before) + len(self._after)) * (1 + pair)
 
     def get_special_tokens_mask(self, token_ids_0: Sequence[int], already_has_special_tokens: bool = True) -> list[int]:
-        """Return 1 for each special token of a row that has them, 0 for each other.
+        """Return 1 for each special token with a role or among `extra_special_tokens` of a row, 0 for each other.
 
         Raises
         ------
@@ -478,7 +505,8 @@ class Tokenizer:
         """
         if not already_has_special_tokens:
             raise TokenizerError("of ids without special tokens there is no mask; say return_special_tokens_mask=True")
-        special = set(self.all_special_ids)
+        named = [*self.special_tokens_map.values(), *self.extra_special_tokens]
+        special = {self._vocabulary.ids[name] for name in named if name in self._vocabulary.ids}
         return [int(token in special) for token in token_ids_0]
 
     def _check_id(self, value: object, where: str, rows: bool = False) -> int:
@@ -502,8 +530,7 @@ class Tokenizer:
             tokens = [self._check_id(value, f"ids[{n}]", rows) for n, value in enumerate(tokens)]
         if not skip_special_tokens:
             return tokens
-        special = set(self.all_special_ids)
-        return [token for token in tokens if token not in special]
+        return [token for token in tokens if token not in self._vocabulary.skipped]
 
     @overload
     def convert_ids_to_tokens(self, ids: int) -> str: ...
@@ -568,7 +595,7 @@ class Tokenizer:
         add_special_tokens: bool = True, padding: bool | str = False, truncation: bool | str | None = None,
         max_length: int | None = None, pad_to_multiple_of: int | None = None,
         padding_side: str | None = None, return_tensors: str | None = None, return_attention_mask: bool | None = None,
-        split_special_tokens: bool | None = None, **others: Any,
+        split_special_tokens: bool | None = None, is_split_into_words: bool = False, **others: Any,
     ) -> BatchEncoding:  # fmt: skip
         """Turn a text, or a list of texts, into what a model takes.
 
@@ -599,6 +626,9 @@ class Tokenizer:
         split_special_tokens : bool
             Whether special tokens written out in the text are plain text: say ``True`` for text from people you do not
             trust, who could otherwise end their own turn. See the Notes of `Tokenizer`.
+        is_split_into_words : bool
+            Whether a text is a list of words, which are encoded one by one: no space is put between them, and
+            `BatchEncoding.word_ids` numbers them.
         **others
             ``return_overflowing_tokens`` with `stride`, ``return_offsets_mapping``, ``return_special_tokens_mask``,
             ``return_token_type_ids`` and ``return_length``, as in transformers. What else it takes is refused with the
@@ -626,7 +656,7 @@ class Tokenizer:
         >>> tokenizer("<end_of_turn>").input_ids, len(tokenizer("<end_of_turn>", split_special_tokens=True).input_ids)
         ([2, 6], 10)
         """
-        single = isinstance(text, str)
+        single = isinstance(text, str) or (is_split_into_words and not _are_lists(text))
         if not single and not (isinstance(text, list | tuple) and text):
             what = f"an empty {type(text).__name__}" if isinstance(text, list | tuple) else f"a {type(text).__name__}"
             raise TokenizerError(f"text is {what}, not a string or a list of strings")
@@ -636,15 +666,22 @@ class Tokenizer:
             **others,
         )  # fmt: skip
         split = self.split_special_tokens if split_special_tokens is None else split_special_tokens
-        pairs = _pair_texts(text, text_pair)
+        pairs = _pair_words(text, text_pair) if is_split_into_words else _pair_texts(text, text_pair)
         layout = replace(layout, return_overflowing_tokens=layout.return_overflowing_tokens and layout.truncates)
 
-        def encode(one: str, sequence: int) -> list[int]:
+        def encode(one: Any, sequence: int) -> list[int]:
+            if is_split_into_words:
+                return [token for word in one for token in self._vocabulary.encode(check_text(word), split)]
             return self._vocabulary.encode(check_text(one), split)
 
-        def follow(one: str, sequence: int) -> list[Token]:
-            found = self._vocabulary.follow(check_text(one), split)
-            return [Token(*token, sequence, 0, sequence) for token in found]
+        def follow(one: Any, sequence: int) -> list[Token]:
+            words = one if is_split_into_words else [one]
+            rows = [self._vocabulary.follow(check_text(word), split) for word in words]
+            found = [Token(*token, sequence, 0, sequence) for row in rows for token in row]
+            if is_split_into_words:
+                numbers = [n for n, row in enumerate(rows) for _ in row]
+                found = [token._replace(word=n) for token, n in zip(found, numbers, strict=True)]
+            return found
 
         def make(follows: bool) -> BatchEncoding:
             rows: list[Any] = []
@@ -680,7 +717,7 @@ class Tokenizer:
         for pair in pairs:
             texts = [follow(one, sequence) for sequence, one in enumerate(pair)]
             rows += self._add_special(texts, layout, add_special_tokens, True)
-        return layout.pad(rows, Token(self.pad_token_id or 0))
+        return layout.pad(rows, Token(self.pad_token_id or 0, self.pad_token))
 
     def _add_special(
         self, texts: list[list[Any]], layout: Layout, add_special_tokens: bool, follows: bool
@@ -692,7 +729,7 @@ class Tokenizer:
             joined = []
             for sequence, part in enumerate(row):
                 first, last = (
-                    [Token(self._vocabulary.ids[name], type=sequence) if follows else self._vocabulary.ids[name]
+                    [Token(self._vocabulary.ids[name], name, type=sequence) if follows else self._vocabulary.ids[name]
                      for name in names]
                     for names in (before, after)
                 )  # fmt: skip
@@ -709,6 +746,8 @@ class Tokenizer:
         if chosen.get("max_length") is None and needs_length and self.model_max_length < LIMITED:
             chosen["max_length"] = int(self.model_max_length)
         chosen.setdefault("padding_side", self.padding_side)
+        for name in ("attention_mask", "token_type_ids"):
+            chosen.setdefault(f"return_{name}", name in self.model_input_names)
         return Layout(truncation_side=self.truncation_side, **chosen)
 
     def pad(
@@ -746,7 +785,7 @@ class Tokenizer:
             raise TokenizerError(f"encoded_inputs has no input_ids, only {', '.join(columns) or 'nothing'}")
         layout = self._choose_layout(
             padding=padding, max_length=max_length, pad_to_multiple_of=pad_to_multiple_of, padding_side=padding_side,
-            return_tensors=return_tensors, return_attention_mask=return_attention_mask,
+            return_tensors=return_tensors, return_attention_mask=return_attention_mask, return_token_type_ids=False,
         )  # fmt: skip
         single = not isinstance(columns["input_ids"][0], list)
         if single:
@@ -816,15 +855,14 @@ class Tokenizer:
     def tokenize(
         self, text: str, pair: str | None = None, add_special_tokens: bool = False, **settings: Any
     ) -> list[str]:
-        """Turn one text into the names of its pieces: to show to people.
+        """Turn one text into the names of its pieces, to show to people; an added token is named as it is written.
 
         Examples
         --------
         >>> Tokenizer.from_pretrained("tiny").tokenize("Oh dear!")
         ['Oh', '▁dear', '!']
         """
-        names: list[str] = self.convert_ids_to_tokens(self.encode(text, pair, add_special_tokens, **settings))
-        return names
+        return self(text, pair, add_special_tokens=add_special_tokens, **settings).tokens()
 
     # ---- ids to text
 
@@ -905,8 +943,6 @@ class Tokenizer:
         >>> Tokenizer.from_pretrained("tiny").batch_decode([[2, 1688], [2, 1]], skip_special_tokens=True)
         ['Alice', '']
         """
-        if isinstance(sequences, Sequence | np.ndarray) and len(sequences) == 0:
-            return []
         texts: Any = self.decode(sequences, skip_special_tokens, clean_up_tokenization_spaces)
         return [texts] if isinstance(texts, str) else list(texts)
 
@@ -914,7 +950,8 @@ class Tokenizer:
 
     def apply_chat_template(
         self, conversation: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
-        tools: Sequence[Mapping[str, Any]] | None = None, documents: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, Any] | Callable[..., Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
         chat_template: str | None = None, add_generation_prompt: bool = False,
         continue_final_message: bool | str = False, tokenize: bool = True, sanitize_control_tokens: bool = False, *,
         return_dict: bool = True, return_assistant_tokens_mask: bool = False, truncation: bool | str = False,
@@ -932,7 +969,7 @@ class Tokenizer:
             ``"user"``; the other is ``"assistant"``, which the template writes ``model``, or ``"model"`` itself.
             Content loses its outer white space.
         tools, documents : sequence of mapping
-            For a template that has them: JSON schemas of functions, and texts.
+            For a template that has them: JSON schemas of functions, or the functions themselves, and texts.
         chat_template : str
             A template in Jinja's language, or the name of one of several that the tokenizer has.
         add_generation_prompt : bool
@@ -989,6 +1026,7 @@ class Tokenizer:
             raise TokenizerError("return_assistant_tokens_mask needs tokenize=True, and neither of the other two")
         if sanitize_control_tokens and not tokenize:
             raise TokenizerError("sanitize_control_tokens=True needs tokenize=True: only ids tell the two apart")
+        tools = tools and [make_json_schema(tool) if callable(tool) else tool for tool in tools]
         template = self.get_chat_template(chat_template, tools)
         settings |= dict(tokenizer_kwargs or {})
         known = {f.name for f in fields(Layout)} - {"truncation_side"}
@@ -996,8 +1034,6 @@ class Tokenizer:
         layout = self._choose_layout(truncation=truncation, **layout_given)
         variables = {"tools": tools, "documents": documents} | settings
         variables = {name: value for name, value in variables.items() if value is not None}
-        if any(callable(tool) for tool in tools or ()):
-            raise TokenizerError("tools are Python functions; give the JSON schema of each as a dict")
         if variables:
             check_variables(template, variables)
         single = not (
@@ -1008,7 +1044,7 @@ class Tokenizer:
         values = {"add_generation_prompt": add_generation_prompt} | self.special_tokens_map | variables
         spans: list[list[tuple[int, int]]] = []
         if is_gemma_template(template):
-            if unknown := [name for name in (START, END) if name not in self._vocabulary.special]:
+            if unknown := [name for name in (START, END) if name not in self._vocabulary.added]:
                 raise TokenizerError(f"this tokenizer has no {' and '.join(unknown)}, which a chat is made of")
             pieces = [
                 render_chat(chat, self.bos_token, add_generation_prompt, continue_final_message) for chat in chats
@@ -1026,19 +1062,23 @@ class Tokenizer:
             rows = [self._encode_marked(text) for text in texts] if sanitize else []
         if not tokenize:
             return texts[0] if single else texts
-        if not sanitize:
-            rows = [self._vocabulary.encode(check_text(text)) for text in texts]
-        rows = [layout.cut([row])[0][0] for row in rows]
-        encoding = layout.batch(rows, self.pad_token_id)
+        if sanitize:
+            if layout.follows or layout.return_overflowing_tokens:
+                raise TokenizerError("with sanitize_control_tokens=True there are input_ids and attention_mask alone")
+            encoding = layout.batch([layout.cut([row])[0][0] for row in rows], self.pad_token_id)
+            if layout.return_tensors is not None:
+                encoding = to_arrays(encoding)
+            elif single:
+                encoding = BatchEncoding({key: value[0] for key, value in encoding.items()})
+        else:
+            encoding = self(
+                texts[0] if single else texts, add_special_tokens=False, split_special_tokens=False,
+                truncation=truncation, **layout_given,
+            )  # fmt: skip
         if return_assistant_tokens_mask:
-            masks = [
-                self._mask_spans(text, places)[: len(row)] for text, places, row in zip(texts, spans, rows, strict=True)
-            ]
-            encoding["assistant_masks"] = layout.pad(masks, 0)
-        if layout.return_tensors is not None:
-            encoding = to_arrays(encoding)
-        elif single:
-            encoding = BatchEncoding({key: value[0] for key, value in encoding.items()})
+            masks = encoding.mask_spans(spans)
+            encoding["assistant_masks"] = masks[0] if single and layout.return_tensors is None else masks
+            encoding = to_arrays(encoding) if layout.return_tensors is not None else encoding
         return encoding if return_dict else encoding["input_ids"]
 
     def get_chat_template(self, chat_template: str | None = None, tools: Any = None) -> str:
@@ -1056,11 +1096,13 @@ class Tokenizer:
 
         As in transformers, a special token written out there is encoded on its own, apart from what is beside it.
         """
-        special = self._vocabulary.special
-        if piece in special:
-            return [special[piece]]
-        parts = re.split(f"({'|'.join(map(re.escape, sorted(special, key=len, reverse=True)))})", check_text(piece))
-        return [token for part in parts for token in self._vocabulary.encode(part, leave_special=True)]
+        control = {name: self._vocabulary.ids[name] for name in (*self._vocabulary.special, START, END)}
+        if piece in control:
+            return [control[piece]]
+        parts = re.split(f"({'|'.join(map(re.escape, sorted(control, key=len, reverse=True)))})", check_text(piece))
+        vocabulary = self._vocabulary
+        rows = [vocabulary.encode_plain(part) if part in control else vocabulary.encode(part, True) for part in parts]
+        return [token for row in rows for token in row]
 
     def _control_pattern(self, template: str) -> "re.Pattern[str]":
         """Return what finds special tokens, and the added tokens that the template writes, white space apart."""
@@ -1082,10 +1124,19 @@ class Tokenizer:
                 ids += self._vocabulary.encode(part)
         return ids
 
-    def _mask_spans(self, text: str, spans: Sequence[tuple[int, int]]) -> list[int]:
-        """Return 1 for each token of a text with a character within one of `spans`, 0 for each other."""
-        found = self._vocabulary.follow(text)
-        return [int(any(start < stop and end > begin for begin, stop in spans)) for _, start, end, _ in found]
+
+def _are_lists(text: Any) -> bool:
+    return isinstance(text, list | tuple) and bool(text) and all(isinstance(row, list | tuple) for row in text)
+
+
+def _pair_words(text: Any, text_pair: Any) -> list[list[Any]]:
+    """Return the words of the one or two texts of each row."""
+    if isinstance(text, str) or (text_pair is not None and _are_lists(text) != _are_lists(text_pair)):
+        raise TokenizerError("is_split_into_words=True needs a list of words, or a list of such lists; and so a pair")
+    rows, others = (text, text_pair) if _are_lists(text) else ([text], None if text_pair is None else [text_pair])
+    if others is not None and len(others) != len(rows):
+        raise TokenizerError(f"text has {len(rows)} texts, and text_pair is not as many")
+    return [[words] for words in rows] if others is None else [[*row] for row in zip(rows, others, strict=True)]
 
 
 def _pair_texts(text: Any, text_pair: Any) -> list[list[str]]:
@@ -1161,7 +1212,7 @@ class TextStream:
             If the id is negative or no number.
         """
         checked = self._tokenizer._check_id(token, "token", rows=True)
-        if checked in self._tokenizer.all_special_ids:
+        if checked in self._tokenizer._vocabulary.skipped:
             return ""
         self._held.append(checked)
         return "" if self._tokenizer._vocabulary.is_byte(checked) else self.finish()

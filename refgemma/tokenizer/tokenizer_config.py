@@ -1,5 +1,6 @@
 """What the files beside a tokenizer's own say. Checked against those that transformers 5.23 writes and reads."""
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,19 +8,21 @@ from typing import Any
 from refgemma.files import quote, read_file, read_object
 from refgemma.hub import TEMPLATE_FOLDER
 from refgemma.tokenizer.added_tokens import AddedToken, read_added_token
-from refgemma.tokenizer.chat import END, START
 from refgemma.tokenizer.sentencepiece_model import TokenizerError
 
 MODEL_FILE, JSON_FILE, CONFIG_FILE = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
+ADDED_FILE = "added_tokens.json"
 TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_LIMIT = 1_000_000
 TOKEN_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
-# Special where a file has them, whatever has the four roles; as the released configurations and transformers say.
-ALWAYS_SPECIAL = ("<bos>", "<eos>", "<unk>", "<pad>", "<mask>", START, END)
+RELEASED = ("<bos>", "<eos>", "<unk>", "<pad>")  # which a file of Gemma's has
+# The tokenizer of transformers that takes a tokenizer.json as it is, under its names; Gemma's has settings of its own.
+PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+GEMMA_CLASSES = ("GemmaTokenizer", "GemmaTokenizerFast")
 # The parameters of `Tokenizer` that a tokenizer_config.json may give.
 SETTINGS = (
-    *TOKEN_ROLES, "extra_special_tokens", "add_bos_token", "add_eos_token", "padding_side", "truncation_side",
-    "model_max_length", "split_special_tokens", "chat_template",
+    *TOKEN_ROLES, "mask_token", "extra_special_tokens", "model_input_names", "add_bos_token", "add_eos_token",
+    "padding_side", "truncation_side", "model_max_length", "split_special_tokens", "chat_template",
 )  # fmt: skip
 # Arguments of transformers' `from_pretrained` that change no result here.
 WITHOUT_EFFECT = (
@@ -52,30 +55,35 @@ def read_settings(folder: Path) -> dict[str, Any]:
         raise TokenizerError(f"{folder / CONFIG_FILE}: its special tokens are no list: {quote(extra)}")
     named = [value for name, value in config.items() if name.endswith("_token") and name not in SETTINGS]
     extra = [_unwrap(token) for token in [*(value for value in named if isinstance(_unwrap(value), str)), *extra]]
-    # Saving a tokenizer made of the bare file, transformers lists the pieces of white space among them: taken at its
-    # word, decoding without special tokens would drop the spaces and lines of the text.
-    settings["extra_special_tokens"] = [t for t in extra if not (isinstance(t, str) and not t.strip(" \t\n\u2581"))]
-    if (added := _added_of(folder, config)) is not None:
-        settings["added_tokens"] = added
+    settings["extra_special_tokens"] = extra
+    settings |= _read_added_tokens(folder, config)
+    if (name := config.get("tokenizer_class")) not in (None, *PLAIN_CLASSES, *GEMMA_CLASSES):
+        warnings.warn(
+            f"{folder / CONFIG_FILE}: tokenizer_class is {quote(name)}; this is read as Gemma's tokenizer, of which "
+            "transformers may make another; set it to GemmaTokenizer",
+            stacklevel=4,
+        )
+    settings["is_plain"] = name in PLAIN_CLASSES
     if (templates := _read_templates(folder, settings.get("chat_template"))) is not None:
         settings["chat_template"] = templates
     return settings
 
 
-def _added_of(folder: Path, config: Mapping[str, Any]) -> dict[int, AddedToken] | None:
-    """Return the added tokens by their ids, if a file lists them, as transformers reads it."""
+def _read_added_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, dict[int, AddedToken]]:
+    """Return the added tokens by their ids that a file beside the tokenizer's own declares, or else lists."""
+    where, kind = f"{folder / CONFIG_FILE}: its added tokens", "added_tokens"
     found = config.get("added_tokens_decoder")
     if found is None:
-        if (folder / JSON_FILE).exists() or not (listed := _read_if_there(folder / "added_tokens.json")):
-            return None
+        where, kind = f"{folder / ADDED_FILE}: its tokens", "listed_tokens"
         special = {str(_unwrap(value)) for name, value in config.items() if name.endswith("_token")}
-        special |= {str(_unwrap(token)) for token in config.get("extra_special_tokens") or []}
-        found = {token: {"content": name, "special": name in special} for name, token in listed.items()}
-    where = f"{folder / CONFIG_FILE}: its added tokens"
+        extra = config.get("extra_special_tokens") or []
+        special |= {str(_unwrap(token)) for token in (extra.values() if isinstance(extra, dict) else extra)}
+        listed = _read_if_there(folder / ADDED_FILE)
+        found = {str(token): {"content": name, "special": name in special} for name, token in listed.items()}
     if not isinstance(found, dict):
         raise TokenizerError(f"{where} are no mapping from ids: {quote(found)}")
     try:
-        return {int(token): read_added_token(value) for token, value in found.items()}
+        return {kind: {int(token): read_added_token(value) for token, value in found.items()}}
     except (ValueError, TypeError) as error:
         reason = str(error) if isinstance(error, TokenizerError) else "have an id that is no number"
         raise TokenizerError(f"{where}: {reason}") from None

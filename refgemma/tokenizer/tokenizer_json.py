@@ -2,7 +2,9 @@
 is written here, and whose ids and texts of the released file are those of what is read here."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 from refgemma.errors import RefgemmaError
@@ -35,6 +37,8 @@ MODEL = {
     "type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None, "end_of_word_suffix": None,
     "fuse_unk": True, "byte_fallback": True, "ignore_merges": False,
 }  # fmt: skip
+# Ends the error about merges that are not those of all pairs of pieces.
+OTHERS = ": it is not made from a SentencePiece model, as Gemma's is; use the tokenizers library, and give the ids"
 IDS_LIMIT = 10_000_000  # ids: forty times those of Gemma
 
 
@@ -63,7 +67,8 @@ def read_tokenizer_json(name: str, content: bytes) -> TokenizerFile:
         raise TokenizerError(f"{name}: {error}") from None
     roles = {role: (f"<{role}>", ids.get(f"<{role}>", -1)) for role in ("bos", "eos", "pad")}
     unk = model.get("unk_token") or "<unk>"
-    return TokenizerFile(name, content, pieces, gemma_rest(unk=(unk, ids.get(unk, -1)), **roles), added, settings)
+    rest = gemma_rest(unk=(unk, ids.get(unk, -1)), **roles)
+    return TokenizerFile(name, content, pieces, rest, added, settings, has_tab="<0x09>" not in ids)
 
 
 def _check_kind(found: Mapping[str, Any]) -> None:
@@ -111,50 +116,69 @@ def _read_added(found: Mapping[str, Any]) -> list[tuple[int, AddedToken]]:
     return [(entry["id"], read_added_token(entry)) for entry in entries if entry["content"]]
 
 
-def _read_merges(model: Mapping[str, Any]) -> list[Any]:
-    """Return the merges as pairs: they are written as such, or as one string with a space between."""
+def _read_merges(model: Mapping[str, Any]) -> list[str]:
+    """Return the merges as two pieces with a space between: they are written as such, or as pairs."""
     merges = model.get("merges")
     if not isinstance(merges, list):
         raise TokenizerError("its model has no merges")
-    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
-    for merge, pair in zip(merges, pairs, strict=True):
-        if type(pair) is not list or len(pair) != 2 or type(pair[0]) is not str or type(pair[1]) is not str:
+    found = []
+    for merge in merges:
+        try:
+            found.append(merge if type(merge) is str else " ".join([*merge]))
+        except TypeError:
+            found.append("")
+        if found[-1].count(" ") != 1:
             raise TokenizerError(f"one of its merges is {quote(merge)}, not two pieces")
-    return pairs
+    return found
 
 
 def _rank_merges(model: Mapping[str, Any], ids: Mapping[str, int], added: Iterable[AddedToken]) -> dict[str, int]:
-    """Return the place of the first merge that makes a piece.
+    """Return the pieces that merges make, each with its place in their order.
 
-    SentencePiece joins any two pieces that make a third, so the merges have to be all that there are. Pieces that are
-    always found in the text first do not count.
+    SentencePiece joins any two pieces that make a third, so of each piece the merges have to be all that there are, one
+    after another. They need not be all if the piece is always found in the text before.
     """
-    found = {token.content for token in added if not token.single_word and token.content.strip(SPACE)}
-    free = ids.keys() - found - BYTES.keys()
-    ranks: dict[str, int] = {}
-    number = 0
-    for left, right in dict.fromkeys(map(tuple, _read_merges(model))):
-        whole = left + right
-        if whole in free and left in free and right in free:
-            number += 1
-        elif left not in ids or right not in ids or whole not in ids:
-            raise TokenizerError(f"its merge of {quote(left)} and {quote(right)} is not of pieces of its vocab")
-        ranks.setdefault(whole, len(ranks))
-    needed = sum(piece[:n] in free and piece[n:] in free for piece in free for n in range(1, len(piece)))
-    if number != needed:
-        raise TokenizerError(
-            f"it has {number} merges, and its vocab allows for {needed}: it is not made from a SentencePiece model, "
-            "as Gemma's is; use the tokenizers library, and give the ids"
-        )
-    return ranks
+    merges = _read_merges(model)
+    wholes = [merge.replace(" ", "") for merge in merges]
+    ranks = {whole: place for place, whole in enumerate(dict.fromkeys(wholes))}
+    parts = {part for merge in merges for part in merge.split(" ")}
+    if unknown := (parts | ranks.keys()) - ids.keys():
+        raise TokenizerError(f"its merges have the piece {quote(min(unknown))}, which is not in its vocab")
+    turns = Counter(whole for whole, _ in groupby(wholes))  # in runs of one character, the order does not matter
+    if len(set(merges)) < len(merges) or any(turns[whole] > 1 < len(set(whole)) for whole in turns):
+        raise TokenizerError(f"the merges of a piece do not follow one another, each once{OTHERS}")
+    unmade = {token.content for token in added if len(token.content) > 1 and token.content not in ranks}
+    first = {token.content for token in added if not token.single_word and SPACE not in token.content}
+    free = ids.keys() - BYTES.keys() - unmade
+    lacking = _find_lacking(merges, free, free)
+    if found := _find_lacking(merges, free - first, lacking - first):
+        raise TokenizerError(f"it lacks a merge that makes {quote(min(found))}{OTHERS}")
+    return {piece: place for piece, place in ranks.items() if piece not in lacking & first}
+
+
+def _find_lacking(merges: Iterable[str], free: set[str], pieces: set[str]) -> set[str]:
+    """Return the `pieces` that lack one of the merges which pieces among `free` allow for."""
+    if not pieces:
+        return set()
+    numbers = Counter([merge.replace(" ", "") for merge in merges if free.issuperset(merge.split(" "))])
+    lacking = set()
+    for piece in pieces:
+        number = 0
+        for n in range(1, len(piece)):
+            if piece[:n] in free and piece[n:] in free:
+                number += 1
+        if number != numbers[piece]:
+            lacking.add(piece)
+    return lacking
 
 
 def _make_pieces(
     ids: Mapping[str, int], ranks: Mapping[str, int], added: Iterable[AddedToken], unk: str | None
 ) -> list[Piece]:
+    """Return the pieces by their ids: text can only give those that merges make, and single characters and bytes."""
     kinds = dict.fromkeys(BYTES, BYTE) | {unk or "<unk>": UNKNOWN}
     for token in added:
-        if token.content.strip(SPACE) and not token.single_word:
+        if token.content not in ranks and len(token.content) > 1:
             kinds.setdefault(token.content, CONTROL if token.special else USER_DEFINED)
     if "<0x09>" not in ids and "<0x0A>" in ids and "\t" in ids:
         kinds["\t"] = BYTE
@@ -235,11 +259,10 @@ def _write_template(before: Sequence[str], text: str, after: Sequence[str], type
 def _make_json(vocabulary: Vocabulary) -> dict[str, Any]:
     """Make a tokenizer.json of a SentencePiece model: of each piece all pairs that make it, the highest score first."""
     names = vocabulary.names[: vocabulary.base]
-    found = {name for name, token in vocabulary.added.items() if name.strip(SPACE) and not token.single_word}
     scores = {
-        name: float(len(name)) if not name.strip(SPACE) and len(name) > 1 else piece.score
+        name: float(len(name)) if piece.type == USER_DEFINED else piece.score
         for name, piece in zip(names, vocabulary.file.pieces, strict=True)
-        if name not in BYTES and name not in found
+        if piece.type == NORMAL or (piece.type == USER_DEFINED and len(set(name)) == 1)
     }
     merges = []
     for name in sorted(scores, key=lambda name: -scores[name]):

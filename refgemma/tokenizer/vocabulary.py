@@ -32,8 +32,9 @@ class TokenizerFile:
     """What a ``tokenizer.model`` or a ``tokenizer.json`` says.
 
     `content` is the file, `pieces` and `rest` make its SentencePiece model, `added` are the tokens that are found in a
-    text first, with the ids that the file gives them, and `settings` are those of
-    `refgemma.tokenizer.tokenizer.Tokenizer`.
+    text first, with the ids that the file gives them, `settings` are those of
+    `refgemma.tokenizer.tokenizer.Tokenizer`, and `has_tab` says whether the piece of byte 9 is a tab, as in the
+    released ``tokenizer.json``.
     """
 
     name: str
@@ -42,6 +43,7 @@ class TokenizerFile:
     rest: bytes
     added: list[tuple[int, AddedToken]]
     settings: dict[str, Any] = field(default_factory=dict)
+    has_tab: bool = True
 
     @property
     def is_json(self) -> bool:
@@ -139,6 +141,8 @@ class Vocabulary:
         The added tokens by their text.
     special : dict of str to int
         The ids of the special tokens.
+    skipped : set of int
+        The ids that decoding leaves out on request.
     base : int
         Number of pieces of the file; the tokens from this id on were added to it.
 
@@ -161,8 +165,7 @@ class Vocabulary:
         self.names = [piece.name for piece in file.pieces]
         self.ids = {name: token for token, name in enumerate(self.names)}
         self.base = len(self.names)
-        # The released tokenizer.json has a tab in the place of the piece of its byte.
-        if (tab := self.ids.get("<0x09>")) is not None and "\t" not in self.ids:
+        if file.has_tab and (tab := self.ids.get("<0x09>")) is not None and "\t" not in self.ids:
             del self.ids["<0x09>"]
             self.names[tab], self.ids["\t"] = "\t", tab
         self._texts: list[str | None] = []
@@ -171,8 +174,9 @@ class Vocabulary:
         self._model: Any = self._load_model(file)
         self.added: dict[str, AddedToken] = {}
         self.add([token for _, token in sorted(file.added, key=lambda entry: entry[0])])
-        self.add([AddedToken(name, special=True) for name in self.special])
-        moved = [f"{t} has the id {self.ids[str(t)]}, not {n}" for n, t in file.added if self.ids[str(t)] != n]
+        self.add([AddedToken(name, special=True) for name in self.special if name not in self.added])
+        known = [(n, str(t), self.ids[str(t)]) for n, t in file.added if str(t)]  # an empty one is left out
+        moved = [f"{name} has the id {token}, not {n}" for n, name, token in known if token != n]
         if moved:
             warnings.warn(
                 f"{file.name}: {', '.join(moved[:3])}{', ...' * (len(moved) > 3)}: a piece keeps its id, and "
@@ -191,9 +195,13 @@ class Vocabulary:
         """The pieces of the file and the tokens added to it, as those of one SentencePiece model."""
         more = [Piece(name, 0.0, CONTROL if name in self.special else USER_DEFINED) for name in self.names[self.base :]]
         return [
-            piece._replace(type=USER_DEFINED) if piece.type == NORMAL and piece.name in self.added else piece
+            piece._replace(type=USER_DEFINED) if piece.type == NORMAL and self._is_found(piece.name) else piece
             for piece in [*self.file.pieces, *more]
         ]
+
+    def _is_found(self, name: str) -> bool:
+        """Tell whether a piece is an added token that the text of a space can be part of, if it has one."""
+        return name in self.added and (SPACE not in name or bool(self.added[name].normalized))
 
     def _load_model(self, file: TokenizerFile) -> Any:
         """Make the SentencePiece model that cuts what stands between added tokens, and check its conventions."""
@@ -214,20 +222,17 @@ class Vocabulary:
             )
         return model
 
-    def _change_type(self, piece: Piece) -> Piece:
-        """Return the piece with another type if no text between added tokens may give it, or only a run of spaces.
+    @staticmethod
+    def _change_type(piece: Piece) -> Piece:
+        """Return the piece with another type if it is user-defined: SentencePiece would find it in any text.
 
-        SentencePiece finds user-defined pieces in any text, and control pieces in none. Runs of spaces it has to put
-        together as the tokenizers library does: the longest piece first.
+        No text between added tokens may give it, but for a run of one character. Runs of spaces SentencePiece has to
+        put together as the tokenizers library does: the longest piece first.
         """
         name, _, kind = piece
-        if kind == USER_DEFINED and name.strip(SPACE) == "":
-            return Piece(name, float(len(name)), NORMAL)
-        if kind == NORMAL and name in self.special:
-            if any(name[:n] in self.ids and name[n:] in self.ids for n in range(1, len(name))):
-                raise TokenizerError(f"{self.file.name}: {name} is an ordinary piece in it, which any text may contain")
-            return piece._replace(type=CONTROL)
-        return piece._replace(type=CONTROL) if kind == USER_DEFINED else piece
+        if kind != USER_DEFINED:
+            return piece
+        return Piece(name, float(len(name)), NORMAL) if len(set(name)) == 1 else piece._replace(type=CONTROL)
 
     def _extend_texts(self) -> None:
         new = self.names[len(self._texts) :]
@@ -238,20 +243,24 @@ class Vocabulary:
         return len(self.names)
 
     def add(self, tokens: Iterable[AddedToken]) -> int:
-        """Add tokens, at the end those that are no pieces; return how many were no added tokens yet.
+        """Add tokens, at the end those that are no pieces; return how many were not, or had other properties.
 
-        The first properties of a token stay, except that it can become special.
+        A special token stays special. As in the tokenizers library, the name of one whose spaces are normalised has
+        U+2581 in it, and decoding then leaves it out never.
         """
         number = 0
         for token in tokens:
-            if token.content and token.content not in self.added:
-                if token.content not in self.ids:
-                    self.ids[token.content] = len(self.names)
-                    self.names.append(token.content)
-                self.added[token.content] = token
+            name = token.content
+            if name and self.added.get(name) != token:
+                if name not in self.ids:
+                    self.ids[name] = len(self.names)
+                    self.names.append(name)
+                self.names[self.ids[name]] = name.replace(" ", SPACE) if token.normalized else name
+                self.added[name] = token
                 number += 1
-            if token.content and token.special:
-                self.special.setdefault(token.content, self.ids[token.content])
+            if name and token.special:
+                self.special.setdefault(name, self.ids[name])
+        self.skipped = {token for name, token in self.special.items() if self.names[token] == name}
         self._extend_texts()
         self._splitter = Splitter(self.added.values(), self.special)
         return number
@@ -288,22 +297,30 @@ class Vocabulary:
         """Encode `text` without looking for added tokens."""
         return list(self._model.encode(text))
 
-    def follow(self, text: str, leave_special: bool = False) -> list[tuple[int, int, int, int]]:
-        """Encode `text`, and follow each id back: the id, its characters' start and end, and the number of its part."""
+    def follow(self, text: str, leave_special: bool = False) -> list[tuple[int, str, int, int, int]]:
+        """Encode `text`, and follow each id back to where its characters start and end.
+
+        Returns
+        -------
+        list of tuple
+            The id, its name, which is the text itself for an added token, start, end, and the number of its part.
+        """
         found = []
         for number, (content, start, stop) in enumerate(self._splitter.split(text, leave_special)):
             if content is not None:
-                found.append((self.ids[content], start, stop, number))
+                name = text[start:stop].replace(" ", SPACE) if self.added[content].normalized else text[start:stop]
+                found.append((self.ids[content], name, start, stop, number))
                 continue
             pending = 0  # bytes of the character at `start` that are still to come
             for token in self._model.encode(text[start:stop]):
                 if token == self._model.unk_id():
                     raise TokenizerError(f"{self.file.name}: has no bytes, so unknown characters cannot be followed")
+                name = self.names[token]
                 if self.is_byte(token):
                     pending = (pending or len(text[start].encode())) - 1
-                    found.append((token, start, start + 1, number))
+                    found.append((token, name, start, start + 1, number))
                     start += not pending
                 else:
-                    found.append((token, start, start + len(self.names[token]), number))
-                    start += len(self.names[token])
+                    found.append((token, name, start, start + len(name), number))
+                    start += len(name)
         return found

@@ -1,1 +1,1 @@
-"""A run as named tensors: names, files, the names of other projects, and what another implementation recorded."""
+"""A run as named tensors: names, files, the names of other projects, and traces of other implementations."""

@@ -1,10 +1,10 @@
-"""What another implementation computed, read from a file and checked before anything is made of it. Checked in the
-tests on damaged, foreign and incomplete files.
+"""Read the trace of another implementation from a file, and check it before use. Checked in the tests on damaged,
+foreign and incomplete files.
 
 The file is safetensors. Its tensors have the names and shapes that ``refgemma trace`` writes: ``input_ids`` (batch,
 seq), and any of ``position_ids``, ``attention_mask`` (1 for a token, 0 for padding) and the named tensors; ``logits``
-at the least are of use. Tensors of several calls that share a cache are named ``calls.0.embedded``,
-``calls.1.embedded`` and so on. Its metadata may say ``dtype`` (what tensors are stored in) and ``engine``.
+are the minimum. Tensors of several calls that share a cache are named ``calls.0.embedded``, ``calls.1.embedded`` and so
+on. Its metadata may contain ``dtype`` (the precision of the tensors) and ``engine``.
 """
 
 import json
@@ -26,59 +26,59 @@ from refgemma.trace.reader import Entry, TraceFile
 
 STORED = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 MOST_TOKENS = 2**20
-# A static cache has keys that no query sees: a tensor with more elements than that many times what is needed is not it.
+# A static cache has keys that no query sees. A tensor with more than this many times the needed elements is an error.
 MUCH = 16
 
 
 @dataclass(frozen=True)
 class Call:
-    """What a model was asked. Several calls that share a cache are one, of all their tokens."""
+    """The input of a run. Several calls that share a cache are one `Call` with all their tokens."""
 
     input_ids: npt.NDArray[np.int64]  # (batch, seq)
-    positions: npt.NDArray[np.int64]  # (batch, seq), what the rotary angles are taken of
+    positions: npt.NDArray[np.int64]  # (batch, seq), for the rotary angles
     visible: npt.NDArray[np.bool_]  # (batch, seq), false for padding
     calls: tuple[int, ...]  # tokens of each call
 
     @property
     def starts(self) -> npt.NDArray[np.int64]:
-        """The place at which each token's call begins, ``(seq,)``."""
+        """The first place of each token's call, ``(seq,)``."""
         return np.repeat(np.cumsum([0, *self.calls])[:-1], self.calls)
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of the candidate: its numbers in the precision they were computed in, and what they are kept in."""
+    """One tensor of the candidate: its numbers in the precision of the computation, and their storage format."""
 
     numbers: Array
     storage: str
-    known: Array | None = None  # which elements the file holds; all, unless given
-    coarse: float = 0.0  # the distance of neighbouring decimals, where the file holds those
+    known: Array | None = None  # the elements that the file holds; None means all
+    coarse: float = 0.0  # the distance of neighbouring decimals, if the file holds decimals
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A checked trace: every tensor has a known name and the right shape; what has not is in `refused`."""
+    """A checked trace: every tensor has a known name and the right shape; the others are in `refused`."""
 
     source: str
     dtype: str
-    dtype_from: str  # "metadata", "file" or "numbers": how `dtype` is known
+    dtype_from: str  # "metadata", "file" or "numbers": the source of `dtype`
     call: Call
     tensors: Mapping[str, Tensor]
     refused: Mapping[str, str]  # name -> why the tensor cannot be judged
-    unknown: tuple[str, ...]  # names that are none of ours
+    unknown: tuple[str, ...]  # names that refgemma does not use
     engine: str = ""
-    name_map: str = ""  # whose names the file has; ours if empty
+    name_map: str = ""  # the map of the file's names; refgemma's own if empty
     columns: int = 0  # of the logits in the file
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def inputs(self) -> Mapping[str, Tensor]:
-        """The tensors of which every element is there, as it was: what another can be computed from."""
+        """The tensors with every element at full precision, from which others can be computed."""
         return {name: x for name, x in self.tensors.items() if x.known is None and not x.coarse}
 
 
 def axes_of(name: str) -> str:
-    """The axes of a named tensor, as words.
+    """Return the axes of a named tensor, as words.
 
     Examples
     --------
@@ -89,7 +89,7 @@ def axes_of(name: str) -> str:
 
 
 def shape_of(name: str, config: Gemma2Config, batch: int, seq: int) -> tuple[int, ...]:
-    """The shape that a named tensor of a call has.
+    """Return the shape of a named tensor of a call.
 
     Examples
     --------
@@ -102,7 +102,7 @@ def shape_of(name: str, config: Gemma2Config, batch: int, seq: int) -> tuple[int
 
 
 def is_known(name: str, config: Gemma2Config) -> bool:
-    """Return whether a run of this model has a tensor of that name.
+    """Return True if a run of this model has a tensor of that name.
 
     Examples
     --------
@@ -128,16 +128,17 @@ def load_trace(
     path : str or path
         The file.
     config : Gemma2Config
-        The model that it claims to be.
+        The configuration of the model.
     dtype : str, optional
-        What it stores tensors in, if neither its metadata nor the numbers say so.
+        The precision of the tensors; replaces the file's metadata.
     name_map : str, optional
-        Whose names the file has, see ``refgemma/trace/name_maps.py``; ours, unless its metadata has a ``map``.
+        The map of the file's names, see ``refgemma/trace/name_maps.py``; by default the ``map`` of its metadata, else
+        refgemma's own names.
 
     Raises
     ------
     InputError
-        If the file cannot be read, or lacks ``input_ids``, or those do not fit the model.
+        If the file cannot be read, lacks ``input_ids``, or they do not fit the model.
     """
     return check_trace(open_trace(path, config, name_map), config, dtype)
 
@@ -150,16 +151,16 @@ def candidate_of(
     Parameters
     ----------
     tensors : mapping
-        ``input_ids``, perhaps ``attention_mask`` and ``position_ids``, and named tensors; those of several calls, or
-        of one, may be named ``calls.0.embedded`` and so on.
+        ``input_ids``, optionally ``attention_mask`` and ``position_ids``, and named tensors. Tensors of one or several
+        calls may be named ``calls.0.embedded`` and so on.
     config : Gemma2Config
         The model's.
     dtype : str
         The precision of the tensors.
     calls : sequence of int
-        Tokens of each call; by default there is one.
+        Tokens of each call; by default there is one call.
     source : str
-        What to call it in messages.
+        Its name in messages.
 
     Examples
     --------
@@ -186,11 +187,11 @@ def _as_is(x: Array) -> Array:
 
 
 def check_trace(file: TraceFile, config: Gemma2Config, dtype: str | None = None) -> Candidate:
-    """Check the tensors of a trace that has our names; arguments and errors are those of `load_trace`."""
+    """Check the tensors of a trace with refgemma's names; arguments and errors are those of `load_trace`."""
     path = file.path
     declared = dtype or file.metadata.get("dtype")
     if declared is not None and declared not in STORED.values():
-        raise InputError(f"{path}: dtype is {declared!r}; {', '.join(STORED.values())} are known")
+        raise InputError(f"{path}: dtype is {declared!r}; it must be one of {', '.join(STORED.values())}")
     call = _call(file, config)
     named = [name for name in file.entries if name not in GIVEN]
     wanted = {name for name in named if is_known(_without_call(name, call), config)}
@@ -229,17 +230,20 @@ def _columns(file: TraceFile) -> int:
 
 
 def _without_call(name: str, call: Call) -> str:
-    """``embedded`` of ``calls.0.embedded``, where there are several calls."""
+    """Return ``embedded`` for ``calls.0.embedded``, if there are several calls."""
     parts = name.split(".", 2)
     several = len(call.calls) > 1 and parts[0] == "calls" and len(parts) == 3 and parts[1].isdecimal()
     return parts[2] if several and int(parts[1]) < len(call.calls) else name
 
 
 def _find_problem(name: str, entry: Entry, call: Call, config: Gemma2Config) -> str | None:
-    """Why a tensor cannot be judged; told by its header, so that one of any size costs nothing."""
+    """Return the reason why a tensor cannot be judged, from its header only, so the size of its data does not
+    matter."""
     shape = shape_of(_without_call(name, call), config, *call.input_ids.shape)
     if entry.dtype not in STORED:
-        floating = f"; {', '.join(STORED)} can be read" if entry.dtype[0] == "F" else ", which are no such numbers"
+        floating = (
+            f"; refgemma reads {', '.join(STORED)}" if entry.dtype[0] == "F" else ", not as floating-point numbers"
+        )
         return f"is stored as {entry.dtype}{floating}"
     if len(entry.shape) != len(shape) or math.prod(entry.shape) > MUCH * math.prod(shape):
         return _wrong_shape(_without_call(name, call), entry.shape, shape)
@@ -247,18 +251,20 @@ def _find_problem(name: str, entry: Entry, call: Call, config: Gemma2Config) -> 
 
 
 def _wrong_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> str:
-    return f"has shape {found}; {wanted} is needed: ({axes_of(name).replace(' ', ', ')})"
+    return f"has shape {found}; it must be {wanted}: ({axes_of(name).replace(' ', ', ')})"
 
 
 def _call(file: TraceFile, config: Gemma2Config) -> Call:
     if "input_ids" not in file.entries:
-        raise InputError(f"{file.path}: lacks input_ids, the tokens that were run; add them as integers (batch, seq)")
+        raise InputError(
+            f"{file.path}: input_ids, the tokens of the run, are missing; add them as integers (batch, seq)"
+        )
     given = {name: file.entries[name] for name in GIVEN if name in file.entries}
     for name, entry in given.items():
         if math.prod(entry.shape) > MOST_TOKENS:
-            raise InputError(f"{file.path}: {name} has shape {entry.shape}; a check takes {MOST_TOKENS} tokens at most")
+            raise InputError(f"{file.path}: {name} has shape {entry.shape}; the limit is {MOST_TOKENS} tokens")
         if entry.dtype[0] not in "IUB" or entry.dtype == "BF16":
-            raise InputError(f"{file.path}: {name} is stored as {entry.dtype}; integers are needed")
+            raise InputError(f"{file.path}: {name} is stored as {entry.dtype}; it must be integers")
     try:
         return _read_call({name: entry.read() for name, entry in given.items()}, file.metadata, config)
     except InputError as error:
@@ -269,50 +275,50 @@ def _read_call(tensors: Mapping[str, Array], metadata: Mapping[str, str], config
     ids = tensors["input_ids"]
     inputs = check_inputs(ids[None] if ids.ndim == 1 else ids, config, attention_mask=tensors.get("attention_mask"),
                           position_ids=tensors.get("position_ids"))  # fmt: skip
-    assert inputs.tokens is not None  # embeddings are not asked for
+    assert inputs.tokens is not None  # a trace has no embeddings as input
     seq = inputs.tokens.shape[1]
     try:
         calls = tuple(int(n) for n in json.loads(metadata.get("calls", f"[{seq}]")))
     except (ValueError, TypeError, OverflowError, RecursionError):
         said = metadata["calls"][:100]
-        raise InputError(f"the metadata's calls is {said!r}: a list of token counts is needed") from None
+        raise InputError(f"calls in the metadata is {said!r}; it must be a list of token counts") from None
     if sum(calls) != seq or min(calls) < 1:
-        raise InputError(f"the metadata's calls are of {list(calls)} tokens, but input_ids has {seq}")
+        raise InputError(f"calls in the metadata is {list(calls)}; it must be positive and sum to the {seq} input_ids")
     return Call(inputs.tokens, inputs.positions, inputs.visible, calls)
 
 
 def _join_calls(tensors: Mapping[str, Array], call: Call, refused: dict[str, str]) -> dict[str, Array]:
-    """The tensors of calls that share a cache, one below the other; the keys of a row end at its call's last token.
+    """Join the tensors of calls that share a cache along ``seq``; the keys of a row end at its call's last token.
 
-    A key that the cache no longer held was not looked at: its probability is 0, and its score is not a number that was
-    computed, which no comparison asks for.
+    A key that the cache had dropped was not visible: its probability is 0, and its score was not computed. No
+    comparison uses that score.
     """
     seq, ends = call.input_ids.shape[1], np.cumsum(call.calls)
     joined = {name: x for name, x in tensors.items() if not name.startswith("calls.")}
     for name in {name.split(".", 2)[2] for name in tensors if name.startswith("calls.")}:
         parts = [x for n in range(len(ends)) if (x := tensors.get(f"calls.{n}.{name}")) is not None]
         if len(parts) < len(ends):
-            refused[name] = f"is there of {len(parts)} calls of {len(ends)}"
+            refused[name] = f"exists for {len(parts)} of {len(ends)} calls"
             continue
         if axes_of(name).endswith("keys"):
             parts = [_place_keys(part, int(end), seq) for part, end in zip(parts, ends, strict=True)]
         others = {(*part.shape[:-2], part.shape[-1]) for part in parts}
         if len(others) > 1:
-            refused[name] = f"has other axes in some calls: {', '.join(str(part.shape) for part in parts)}"
+            refused[name] = f"has different axes in some calls: {', '.join(str(part.shape) for part in parts)}"
             continue
         joined[name] = np.concatenate(parts, axis=-2)
     return joined
 
 
 def _place_keys(x: Array, end: int, seq: int) -> Array:
-    """``(batch, heads, rows, keys)`` whose last key is token ``end - 1``, among all `seq` keys."""
+    """Pad ``(batch, heads, rows, keys)``, whose last key is token ``end - 1``, to all `seq` keys."""
     kept = x[..., max(0, x.shape[-1] - end) :]
     before = end - kept.shape[-1]
     return np.pad(kept, [(0, 0)] * 3 + [(before, seq - end)])
 
 
 def _infer_dtype(tensors: Mapping[str, Array]) -> str:
-    """The precision that the numbers show: the file's, or the half precision that they all are numbers of."""
+    """Return the precision of the numbers: the file's, or the half precision that represents all of them exactly."""
     if not tensors:
         return "float32"
     widest = max((x.dtype for x in tensors.values()), key=lambda dtype: dtype.itemsize).name
@@ -330,21 +336,21 @@ def _on_grid(x: Array, dtype: str) -> bool:
 
 
 def _choose_storage(x: Array, dtype: str) -> tuple[Array, str]:
-    """The numbers, and what they are kept in: `dtype`, unless they are finer."""
+    """Return the numbers and their storage format: `dtype`, unless they are finer."""
     if dtype in ("bfloat16", "float16") and not _on_grid(x, dtype):
         return x.astype(np.float64), "float64" if x.dtype == np.float64 else "float32"
     return x.astype(np.float64), dtype
 
 
 def only(candidate: Candidate, names: tuple[str, ...]) -> Candidate:
-    """The candidate with some of its tensors.
+    """Return the candidate with only some of its tensors.
 
     Parameters
     ----------
     candidate : Candidate
         A checked trace.
     names : tuple of str
-        Those to keep; ``layers.*.out`` keeps that of every layer.
+        The tensors to keep; ``layers.*.out`` keeps that of every layer.
     """
 
     def is_wanted(name: str) -> bool:

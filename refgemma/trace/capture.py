@@ -1,10 +1,10 @@
-"""The named tensors of a live transformers model, with what happens inside attention. Checked in tests/parity:
-every tensor is there, and ``refgemma check`` accuses none, in three precisions, padded and cached.
+"""Capture the named tensors of a live transformers model, also those inside attention. Checked in tests/parity: every
+tensor is there, and ``refgemma check`` reports no error, in three precisions, padded and cached.
 
-Module outputs are caught by hooks, rotated queries and keys where they are made, and scores, capped scores and weights
-by watching the torch calls of the attention function, whichever that is: one that computes no scores, like sdpa,
-leaves them out. Nothing is changed in the model, and everything is put back at the end. torch is imported when a model
-is captured.
+Hooks capture module outputs. Rotated queries and keys are captured by wrapping the rotation. Scores, capped scores and
+weights are captured by watching the torch calls of the attention function. A function that computes no scores, such as
+sdpa, gives none. The model is not changed, and every hook is removed at the end. torch is imported when a model is
+captured.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from refgemma.trace.names import LAYER_NORMS
 
 @contextmanager
 def catch_tensors(model: Any) -> Iterator[dict[str, Any]]:
-    """Every named tensor of the calls made inside, under the names of refgemma's records; those of the last call stay.
+    """Capture every named tensor of the calls made inside, under refgemma's names; the last call overwrites earlier
+    ones.
 
     Parameters
     ----------
@@ -76,14 +77,14 @@ def catch_tensors(model: Any) -> Iterator[dict[str, Any]]:
 def _watched_attention(modeling: Any, found: dict[str, Any]) -> Iterator[None]:
     """Watch the rotation and the attention function of a modeling file."""
     rotate, interfaces = modeling.apply_rotary_pos_emb, modeling.ALL_ATTENTION_FUNCTIONS
-    rotated: list[tuple[Any, Any]] = []  # the layer's number is known only to the attention that follows
+    rotated: list[tuple[Any, Any]] = []  # only the later attention call knows the layer's number
 
     def noted_rotate(*args: Any, **named: Any) -> Any:
         rotated.append(rotate(*args, **named))
         return rotated[-1]
 
     class Interfaces:
-        """The attention functions there are, each watched."""
+        """The existing attention functions, each watched."""
 
         def get_interface(self, *args: Any) -> Callable[..., Any]:
             return _watch(interfaces.get_interface(*args), rotated, found)
@@ -102,7 +103,7 @@ def _watch(attend: Callable[..., Any], rotated: list[tuple[Any, Any]], found: di
     from torch.overrides import TorchFunctionMode
 
     class Watch(TorchFunctionMode):  # type: ignore[misc]
-        """Note every torch function called while active."""
+        """Record every torch function called while active."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -127,10 +128,10 @@ def _watch(attend: Callable[..., Any], rotated: list[tuple[Any, Any]], found: di
 
 
 def scores_of(calls: Sequence[tuple[str, Any, Any]]) -> dict[str, Any]:
-    """Scores, and capped scores, of the torch calls that an attention function made; nothing if it made no softmax.
+    """Return scores and capped scores from the torch calls of an attention function; empty if it calls no softmax.
 
-    Scores are the first product of matrices, or what the multiplication right after it makes of them. Capped scores are
-    what the last multiplication after a tanh gives; without a tanh, the scores themselves.
+    Scores are the first matrix product, or the result of the multiplication right after it. Capped scores are the
+    result of the last multiplication after a tanh; without a tanh, the scores themselves.
     """
     names = [name for name, _, _ in calls]
     if "softmax" not in names or "matmul" not in names:
@@ -151,13 +152,13 @@ def capture_transformers(
     Parameters
     ----------
     model : torch.nn.Module
-        A ``Gemma2ForCausalLM``; its attention implementation stays what it is.
+        A ``Gemma2ForCausalLM``; its attention implementation does not change.
     input_ids, attention_mask : array (batch, seq)
-        The tokens, and 0 where they are padding.
+        The tokens, and a mask with 0 for padding.
     calls : sequence of int, optional
         Tokens of each call, to run them one after the other with a cache; by default all in one call.
     **named
-        Handed on to the model, ``position_ids`` for instance.
+        Passed to the model, for example ``position_ids``.
 
     Returns
     -------
@@ -178,7 +179,7 @@ def capture_transformers(
     mask = None if attention_mask is None else torch.as_tensor(np.asarray(attention_mask))
     lengths = list(calls or [ids.shape[1]])
     cache = transformers.DynamicCache(config=model.config) if len(lengths) > 1 else None
-    # transformers 5.24 has another name for it, and warns of the one before.
+    # transformers 5.24 renamed it, and warns of the former name.
     parameter = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     past = {} if cache is None else {parameter: cache}
     head_dim = model.model.layers[0].self_attn.head_dim
@@ -205,14 +206,14 @@ def capture_transformers(
 
 
 def in_heads(name: str, x: Any, head_dim: int) -> Any:
-    """The projections are caught before they are taken apart into heads."""
+    """Split projections into heads, because they are captured before the split."""
     if name.rpartition(".")[2] in ("q", "k", "v"):
         return x.view(*x.shape[:2], -1, head_dim).transpose(1, 2)
     return x
 
 
 def as_numpy(x: Any) -> Array:
-    """A torch tensor as an array of its precision."""
+    """Return a torch tensor as an array of its precision."""
     name = str(x.dtype).removeprefix("torch.")
     numbers = x.detach().cpu()
     return as_dtype(numbers.float().numpy(), name) if name in ("bfloat16", "float16") else numbers.numpy()

@@ -1,9 +1,10 @@
-"""What llama.cpp's ``llama-eval-callback`` prints, as tensors. Checked in the tests on a recorded run of llama.cpp.
+"""Read the output of llama.cpp's ``llama-eval-callback`` as tensors. Checked in the tests on a recorded run of
+llama.cpp.
 
-Each operation prints a line ``name = (type) OP(...) = {ne0, ne1, ne2, ne3}`` and below it the numbers, in brackets, to
-four decimals, of which the first three and last three along an axis stand for all. So most numbers of a tensor are not
-known, and those that are known are known to half a unit of the fourth decimal. The tokens are in the lines after
-``number of input tokens``, if the program was built since January 2026; else they are given by hand.
+Each operation prints a line ``name = (type) OP(...) = {ne0, ne1, ne2, ne3}``, and below it the numbers in brackets,
+with four decimals. Along each axis it prints only the first three and the last three. So most numbers of a tensor are
+unknown, and the known ones are accurate to half a unit of the fourth decimal. The tokens are in the lines after
+``number of input tokens``, if the program was built since January 2026; otherwise the user passes them.
 """
 
 import math
@@ -20,7 +21,7 @@ from refgemma.inputs import InputError
 from refgemma.precision import Array
 from refgemma.trace.reader import Entry, TraceFile
 
-SHOWN = 3  # numbers at either end of an axis
+SHOWN = 3  # printed numbers at each end of an axis
 STEP = 1e-4
 HEAD = re.compile(
     r"(?:common_debug_cb_eval|ggml_debug):\s+(?P<name>.+?) = \((?P<type>\w+)\)\s+"
@@ -34,19 +35,19 @@ PEEK = 2**18
 
 
 def is_eval_callback(path: Path) -> bool:
-    """Return whether a file begins like what ``llama-eval-callback`` prints."""
+    """Return True if a file begins like the output of ``llama-eval-callback``."""
     with open_file(path) as file:
         start = file.read(PEEK)
     return b"common_debug_cb_eval:" in start or b"ggml_debug:" in start
 
 
 def open_eval_callback(path: str | Path) -> TraceFile:
-    """The tensors of a text, numbered where several have one name: ``Qcur-0``, ``Qcur-0#1``.
+    """Return the tensors of a text; several with the same name are numbered: ``Qcur-0``, ``Qcur-0#1``.
 
     Raises
     ------
     InputError
-        If a tensor's numbers do not fit its shape, naming the line.
+        If a tensor's numbers do not fit its shape; the message names the line.
     """
     entries: dict[str, Entry] = {}
     counts: dict[str, int] = {}
@@ -60,7 +61,7 @@ def open_eval_callback(path: str | Path) -> TraceFile:
         assert head is not None
         name = head["name"].strip()
         if UNNAMED.fullmatch(name):
-            name = f"{head['op']}({head['of']})"  # its number changes with every version; what it is does not
+            name = f"{head['op']}({head['of']})"  # its number changes with every version, the operation does not
         number = counts.get(name, 0)
         counts[name] = number + 1
         axes = head["ne"].replace(" ", "").split(",")
@@ -71,7 +72,7 @@ def open_eval_callback(path: str | Path) -> TraceFile:
         numbers = [float(x) for row in rows for x in NUMBER.findall(row)]
         if len(numbers) != shape[0] * math.prod(min(n, 2 * SHOWN) for n in shape[1:]):
             if not numbers:
-                continue  # a quantized tensor is named, not printed
+                continue  # for a quantized tensor only the name is printed
             raise InputError(f"{path}: line {start + 1}: {name} of shape {shape} has {len(numbers)} numbers below it")
         places = _list_printed(shape)
         printed = np.reshape(np.array(numbers, np.float32), [len(along) for along in places])
@@ -94,7 +95,7 @@ def _tokens(lines: list[str], path: str | Path) -> Iterator[int]:
 
 
 def _list_printed(shape: tuple[int, ...]) -> tuple[Array, ...]:
-    """The places along each axis that are printed; of the first axis all."""
+    """Return the printed places along each axis; for the first axis, all."""
     return tuple(
         np.arange(n) if axis == 0 or n <= 2 * SHOWN else np.array([*range(SHOWN), *range(n - SHOWN, n)])
         for axis, n in enumerate(shape)
@@ -102,7 +103,7 @@ def _list_printed(shape: tuple[int, ...]) -> tuple[Array, ...]:
 
 
 def _spread(shape: tuple[int, ...], places: tuple[Array, ...], numbers: Array) -> Array:
-    """Zeros, and at these places the numbers."""
+    """Return zeros, with the numbers at these places."""
     whole = np.zeros(shape, numbers.dtype)
     whole[np.ix_(*places)] = numbers
     return whole

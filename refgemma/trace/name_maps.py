@@ -1,11 +1,11 @@
-"""Other implementations' names for our tensors, as data: ``maps/*.json``. Each says in `run_on` what real output it was
-tried on.
+"""Other implementations' names for refgemma's tensors, as data: ``maps/*.json``. The `run_on` of each map names the
+real output that it was tested on.
 
-A map is a list of rules. A rule has a ``pattern``, a name in the other implementation's words (``{layer}`` stands for a
-number); the ``tensor`` that it is in ours; and, where they differ, the ``layout`` of its axes as einops writes it,
-which of several tensors of that name it is (``occurrence``, from 0), which ``part`` of tensors that are kept in one,
-and that it may have the ``last`` row only. Names under ``ignored`` are known and of no use, with the reason. All other
-names match nothing, and are told as such: nothing is guessed.
+A map is a list of rules. A rule has a ``pattern``, a name in the other implementation (``{layer}`` stands for a
+number), and the ``tensor`` in refgemma. If they differ, it also has the ``layout`` of the axes in einops's notation,
+the number among several tensors of that name (``occurrence``, from 0), the ``part`` of a tensor that holds several, and
+``last`` if the tensor may have only the last row. Names under ``ignored`` are known but useless, with the reason. All
+other names are reported as unknown; refgemma does not guess.
 """
 
 import re
@@ -35,11 +35,11 @@ class Rule:
 
     pattern: str
     tensor: str
-    layout: str = ""  # einops; empty if the axes are ours
+    layout: str = ""  # einops; empty if the axes are refgemma's
     occurrence: int | str = 0  # "layer": the first is layer 0's, the second layer 1's
-    part: tuple[str, ...] = ()  # heads of each part, and which of them, of an axis of heads: ("1", "heads", "kv_heads")
-    last: bool = False  # whether it may have the last row only
-    more_keys: bool = False  # whether it may have more keys than there are tokens; the first are kept
+    part: tuple[str, ...] = ()  # number of the part, and the heads of each part: ("1", "heads", "kv_heads")
+    last: bool = False  # True if it may have only the last row
+    more_keys: bool = False  # True if it may have more keys than tokens; the first are kept
 
 
 @dataclass(frozen=True)
@@ -48,23 +48,23 @@ class NameMap:
 
     name: str
     says: str
-    learned_from: str  # the source that its author read
-    run_on: str  # the real output that it was tried on; empty if none
+    learned_from: str  # the source of the map
+    run_on: str  # the real output that it was tested on; empty if none
     rules: tuple[Rule, ...]
     ignored: Mapping[str, str]  # pattern -> why
 
 
 @dataclass(frozen=True)
 class Matched:
-    """What a map made of a file's names."""
+    """The result of a map for a file's names."""
 
-    found: Mapping[str, tuple[str, Rule]]  # our name -> theirs, and why
-    ignored: Mapping[str, str]  # their name -> why
+    found: Mapping[str, tuple[str, Rule]]  # refgemma's name -> the file's name and the rule
+    ignored: Mapping[str, str]  # the file's name -> the reason
     unmatched: tuple[str, ...]
 
 
 def map_names() -> tuple[str, ...]:
-    """The maps there are.
+    """Return the names of all maps.
 
     Examples
     --------
@@ -75,12 +75,12 @@ def map_names() -> tuple[str, ...]:
 
 
 def load_map(name: str) -> NameMap:
-    """A map by its name, or from a file of one's own.
+    """Return a map by its name, or from a JSON file.
 
     Raises
     ------
     InputError
-        If there is none of that name, or the file is no map.
+        If there is no such map, or the file is not a map.
 
     Examples
     --------
@@ -89,7 +89,7 @@ def load_map(name: str) -> NameMap:
     """
     path = FOLDER / f"{name}.json" if name in map_names() else Path(name)
     if not path.is_file():
-        raise InputError(f"there is no map {name!r}; there are {', '.join(map_names())}, or give a JSON file")
+        raise InputError(f"unknown map {name!r}; use one of {', '.join(map_names())}, or a JSON file")
     about = read_object(path, InputError, HELP)
     rules, ignored = about.get("rules"), about.get("ignored")
     if not isinstance(rules, list) or not isinstance(ignored, dict):
@@ -102,9 +102,9 @@ def load_map(name: str) -> NameMap:
     return NameMap(**known, rules=read, ignored=ignored)
 
 
-# --- what a map may hold: its author may be a stranger ----------------------------------------------------------------
+# --- checks of a map, which may be untrusted --------------------------------------------------------------------------
 
-NAME_LIMIT, STARS_LIMIT = 200, 3  # each further star multiplies the time of a search by the length of a name
+NAME_LIMIT, STARS_LIMIT = 200, 3  # each further star multiplies the search time by the length of a name
 A_PATTERN = f"at most {NAME_LIMIT} characters, one {{layer}} and {STARS_LIMIT} stars in its pattern"
 
 
@@ -116,7 +116,7 @@ def _is_pattern(value: object) -> bool:
 
 
 def _is_part(value: object) -> bool:
-    """Return whether `value` says which part comes first, and then the axes of all parts."""
+    """Return True if `value` is the number of a part, followed by the axes of all parts."""
     if value == []:
         return True
     axes = axis_lengths(Gemma2Config())
@@ -125,15 +125,15 @@ def _is_part(value: object) -> bool:
     return set(value[1:]) <= axes.keys() and value[0] in [str(n) for n in range(len(value) - 1)]
 
 
-# Field of a rule -> what it must be, and how that is seen.
+# Field of a rule -> its requirement, and the function that checks it.
 RULE_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "pattern": (A_PATTERN, _is_pattern),
     "tensor": (
-        "a name of refgemma's, with {layer} for a number",
+        "a name of refgemma, with {layer} for a number",
         lambda value: bool(isinstance(value, str) and re.fullmatch(r"(\w|\.|\{layer\}){1,200}", value)),
     ),
     "layout": (
-        "axes before and after '->' as einops writes them",
+        "axes before and after '->' in einops's notation",
         lambda value: bool(isinstance(value, str) and re.fullmatch(r"([\w() ]{1,200}->[\w() ]{1,200})?", value)),
     ),
     "occurrence": (
@@ -151,7 +151,7 @@ def _read_rule(rule: object, where: str) -> Rule:
         raise InputError(f"{where} is not an object with a pattern and a tensor; {HELP}")
     for name, value in rule.items():
         if name not in RULE_FIELDS:
-            raise InputError(f"{where} has {quote(name)}; a rule has {', '.join(RULE_FIELDS)}")
+            raise InputError(f"{where} has the unknown field {quote(name)}; the fields are {', '.join(RULE_FIELDS)}")
         needed, holds = RULE_FIELDS[name]
         if not holds(value):
             raise InputError(f"{where}: {name} is {quote(value)}; it must be {needed}")
@@ -159,16 +159,16 @@ def _read_rule(rule: object, where: str) -> Rule:
 
 
 def _expression(pattern: str) -> re.Pattern[str]:
-    """``{layer}`` is a number, ``*`` is anything; all else is itself."""
+    """Compile a pattern: ``{layer}`` is a number, ``*`` is any text; all else is literal."""
     parts = re.split(r"(\{layer\}|\*)", pattern)
     said = {"{layer}": r"(?P<layer>0|[1-9][0-9]*)", "*": ".*"}
     return re.compile("".join(said.get(part, re.escape(part)) for part in parts))
 
 
 def match(file: TraceFile, names: NameMap) -> Matched:
-    """Which of a file's names a map knows.
+    """Match the names of a file with the rules of a map.
 
-    Several tensors of one name are ``name``, ``name#1``, ``name#2`` in a file that keeps their order.
+    Several tensors of the same name are ``name``, ``name#1``, ``name#2`` in a file that keeps their order.
     """
     found: dict[str, tuple[str, Rule]] = {}
     used: set[str] = set()
@@ -181,7 +181,9 @@ def match(file: TraceFile, names: NameMap) -> Matched:
                 continue
             ours = rule.tensor.replace("{layer}", hit.groupdict().get("layer") or number or "0")
             if ours in found and found[ours][0] != theirs:
-                raise InputError(f"{file.path}: {found[ours][0]} and {theirs} are both {ours} in the map {names.name}")
+                raise InputError(
+                    f"{file.path}: the map {names.name} gives {ours} for both {found[ours][0]} and {theirs}"
+                )
             found[ours] = (theirs, rule)
             used.add(theirs)
     rest = [name for name in file.entries if name not in used and name not in GIVEN]
@@ -195,7 +197,7 @@ def match(file: TraceFile, names: NameMap) -> Matched:
 
 
 def apply_map(file: TraceFile, names: NameMap, config: Gemma2Config) -> TraceFile:
-    """The file with our names and axes; what matches nothing keeps its own name."""
+    """Return the file with refgemma's names and axes; unmatched tensors keep their names."""
     matched = match(file, names)
     entries = {name: file.entries[name] for name in (*GIVEN, *matched.unmatched) if name in file.entries}
     seq = file.entries["input_ids"].shape[-1] if "input_ids" in file.entries and entries["input_ids"].shape else 0
@@ -205,7 +207,7 @@ def apply_map(file: TraceFile, names: NameMap, config: Gemma2Config) -> TraceFil
 
 
 def axis_lengths(config: Gemma2Config) -> dict[str, int]:
-    """The axes whose lengths a model fixes, in the words of the layouts."""
+    """Return the lengths of the axes that a model determines, under the names of the layouts."""
     return {
         "heads": config.num_attention_heads, "kv_heads": config.num_key_value_heads, "head_dim": config.head_dim,
         "hidden": config.hidden_size, "intermediate": config.intermediate_size, "vocab": config.vocab_size,
@@ -214,12 +216,12 @@ def axis_lengths(config: Gemma2Config) -> dict[str, int]:
 
 
 def arrange(x: Array, rule: Rule, config: Gemma2Config) -> Array:
-    """One tensor with our axes.
+    """Return one tensor with refgemma's axes.
 
     Raises
     ------
     InputError
-        If it has not the axes that the rule says.
+        If it does not have the axes of the rule.
 
     Examples
     --------
@@ -238,13 +240,13 @@ def arrange(x: Array, rule: Rule, config: Gemma2Config) -> Array:
     if rule.part:
         sizes = [axis_lengths(config)[axis] for axis in rule.part[1:]]
         if x.shape[1] != sum(sizes):
-            raise InputError(f"has {x.shape[1]} heads; {sum(sizes)} are needed")
+            raise InputError(f"has {x.shape[1]} heads; it must have {sum(sizes)}")
         x = np.split(x, np.cumsum(sizes)[:-1], axis=1)[int(rule.part[0])]
     return x
 
 
 def _arrange_entry(entry: Entry, rule: Rule, config: Gemma2Config, seq: int) -> Entry:
-    """The entry with our axes, still unread; if it has not the axes that the rule says, with its own."""
+    """Return the unread entry with refgemma's axes; if it does not have the axes of the rule, with its own."""
     try:
         shape = arrange(np.broadcast_to(np.zeros((), np.int8), entry.shape), rule, config).shape
     except InputError:
@@ -272,24 +274,24 @@ def _arrange_entry(entry: Entry, rule: Rule, config: Gemma2Config, seq: int) -> 
 
 
 def open_any(path: str | Path) -> TraceFile:
-    """A safetensors file, or what llama.cpp's ``llama-eval-callback`` printed."""
+    """Open a safetensors file, or the output of llama.cpp's ``llama-eval-callback``."""
     return open_eval_callback(path) if is_eval_callback(is_there(path)) else open_safetensors(path)
 
 
 def open_trace(path: str | Path, config: Gemma2Config, name_map: str | None = None) -> TraceFile:
-    """A candidate's file with our names.
+    """Open a candidate's file with refgemma's names.
 
     Parameters
     ----------
     path : str or path
         A safetensors file, or the text of ``llama-eval-callback``.
     config : Gemma2Config
-        The model's, whose axes have lengths.
+        The model's configuration, for the lengths of its axes.
     name_map : str, optional
-        Whose names it has; else what its metadata says under ``map``; else they are ours.
+        The map of its names; by default the ``map`` of its metadata, else refgemma's own names.
     """
     file = open_any(path)
     chosen = name_map or file.metadata.get("map")
-    if not name_map and chosen and chosen not in map_names():  # a file's author does not choose what else is opened
-        raise InputError(f"{path}: its metadata names the map {quote(chosen)}; give it with --map if it is to be read")
+    if not name_map and chosen and chosen not in map_names():  # a file must not choose which other file is opened
+        raise InputError(f"{path}: its metadata names the map {quote(chosen)}; to use it, pass it with --map")
     return apply_map(file, load_map(chosen), config) if chosen else file

@@ -27,7 +27,7 @@ from refgemma.weights.save import CODE_OF_DTYPE, as_stored
 
 
 def field_of(name: str) -> str:
-    """``attention.probs`` of ``layers.3.attention.probs``; another name is its own field.
+    """Return ``attention.probs`` for ``layers.3.attention.probs``; any other name is its own field.
 
     Examples
     --------
@@ -38,7 +38,7 @@ def field_of(name: str) -> str:
 
 
 def layer_of(name: str) -> int | None:
-    """The number of the layer in a tensor's `name`, if there is one.
+    """Return the number of the layer in a tensor's `name`, or None.
 
     Examples
     --------
@@ -49,11 +49,9 @@ def layer_of(name: str) -> int | None:
 
 
 def named_tensors(record: Any, prefix: str = "") -> Iterator[tuple[str, Array]]:
-    """Every array of a record with its name, e.g. ``layers.3.attention.probs``, in the order of execution.
+    """Yield every array of a record with its name, e.g. ``layers.3.attention.probs``, in the order of execution.
 
-    `prefix` comes before each name.
-
-    What a record keeps for the next call (a cache) is no tensor of the trace.
+    `prefix` is put before each name. The cache for the next call is not part of the trace.
 
     Examples
     --------
@@ -74,9 +72,9 @@ def named_tensors(record: Any, prefix: str = "") -> Iterator[tuple[str, Array]]:
 
 
 def trace_axes(record: Any = Forward, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Every name of a trace with the words of its axes, read from the records; ``N`` stands for a layer's number.
+    """Yield every name of a trace with its axes, read from the records; ``N`` stands for a layer's number.
 
-    Those of `record` and what is inside it, with `prefix` before each name.
+    The names are those of `record` and the records inside it, with `prefix` before each.
 
     Examples
     --------
@@ -94,7 +92,7 @@ def trace_axes(record: Any = Forward, prefix: str = "") -> Iterator[tuple[str, s
             yield from trace_axes(kind, f"{name}.")
 
 
-# The axes of each field, in the order of execution; the fields of one layer; those that are norms.
+# The axes of each field, in the order of execution; the fields of one layer; the norms among them.
 AXES = {field_of(name): axes for name, axes in trace_axes()}
 FIELDS = tuple(AXES)
 LAYER_FIELDS = tuple(field_of(name) for name, _ in trace_axes() if name.startswith("layers."))
@@ -102,7 +100,7 @@ LAYER_NORMS = tuple(field for field in LAYER_FIELDS if field.endswith("norm"))
 
 
 def target_file(path: str | Path) -> Path:
-    """Where `path` leads, links followed, after a look whether a file can be written there.
+    """Return the target of `path`, with links followed, after checking that a file can be written there.
 
     Raises
     ------
@@ -117,17 +115,17 @@ def target_file(path: str | Path) -> Path:
     refgemma.inputs.InputError: /: is a folder; give the name of a file to write
     """
     target = Path(os.path.realpath(path))
-    if not str(path) or target.is_dir():
+    if not str(path) or target.is_dir() or str(path).endswith("/"):
         raise InputError(f"{path or repr('')}: is a folder; give the name of a file to write")
     if target.exists() and not target.is_file():
-        raise InputError(f"{path}: is no ordinary file, and is not replaced by one")
+        raise InputError(f"{path}: is a device or a pipe; give the name of a file to write")
     if not target.parent.is_dir():
-        raise InputError(f"{path}: there is no folder {target.parent}")
+        raise InputError(f"{path}: the folder {target.parent} does not exist")
     return target
 
 
 def run_in_order(ids: TokenIds, weights: Weights, config: Gemma2Config) -> Iterator[tuple[str, Array]]:
-    """The tensors of `forward` by name, each as it is computed: one block is in memory, however deep the model.
+    """Yield the tensors of `forward` by name when they are computed, with one block in memory for any depth.
 
     Examples
     --------
@@ -152,7 +150,7 @@ def run_in_order(ids: TokenIds, weights: Weights, config: Gemma2Config) -> Itera
 def run_calls(
     ids: TokenIds, calls: Sequence[int], weights: Weights, config: Gemma2Config, attention_mask: npt.ArrayLike
 ) -> Iterator[tuple[str, Array]]:
-    """The tensors of calls that share a cache, of so many tokens each: ``calls.0.embedded`` and so on.
+    """Yield the tensors of calls that share a cache: ``calls.0.embedded`` and so on; `calls` are the tokens of each.
 
     Examples
     --------
@@ -173,20 +171,21 @@ def run_calls(
 def save_trace(
     tensors: Iterable[tuple[str, Array]], path: str | Path, metadata: Mapping[str, str]
 ) -> dict[str, tuple[int, ...]]:
-    """Write tensors to a safetensors file, which appears whole or not at all; none is kept after it is written.
+    """Write tensors to a safetensors file, which appears complete or not at all; no tensor is kept after it is written.
 
-    The header of such a file comes first and says where each tensor is, and has the `metadata`. So the data go into a
-    file without a name first, which is copied behind the header; for a moment they take twice their space on the disk.
+    The header of the file comes first. It holds the place of each tensor and the `metadata`. So the data are first
+    written to a temporary file, which is then copied behind the header. For a moment they take twice their space on the
+    disk.
 
     Returns
     -------
     dict
-        Name and shape of each.
+        Name and shape of each tensor.
 
     Raises
     ------
     InputError
-        If `path` is no place for a file; see `target_file`.
+        If `path` cannot be a file; see `target_file`.
     OSError
         If it cannot be written.
     """
@@ -211,5 +210,5 @@ def save_trace(
 
 
 def _in_file(x: Array) -> Array:
-    """Half precision in two bytes instead of the four it is computed in; what is neither, token ids too, as it is."""
+    """Store half precision in two bytes instead of four; all other arrays, also token ids, unchanged."""
     return as_stored(x, dtype_name(x)) if isinstance(x, Rounded) else np.ascontiguousarray(x)

@@ -1,4 +1,4 @@
-"""A file of named tensors, opened and not yet read: what is in it, and how to read one of them. Checked in the tests on
+"""An open file of named tensors: its contents, and functions that read one tensor each. Checked in the tests on
 damaged, foreign and huge files."""
 
 from collections.abc import Callable, Mapping
@@ -21,15 +21,15 @@ class Entry:
     Parameters
     ----------
     dtype : str
-        As safetensors calls it: ``BF16``, ``F32``, ``I64``.
+        In safetensors' notation: ``BF16``, ``F32``, ``I64``.
     shape : tuple of int
         Its shape.
     read : callable
-        Gives its numbers.
+        Returns its numbers.
     known : callable, optional
-        Which of its numbers the file holds; all, unless given.
+        Returns the elements that the file holds; None means all.
     coarse : float
-        The distance of neighbouring numbers that the file can hold, where it holds decimals; else 0.
+        The distance of neighbouring numbers, if the file holds decimals; else 0.
     """
 
     dtype: str
@@ -49,12 +49,12 @@ class TraceFile:
 
 
 def is_there(path: str | Path) -> Path:
-    """Return `path`, if it is an ordinary file.
+    """Return `path` if it is a regular file.
 
     Raises
     ------
     InputError
-        If it is a folder, a device or nothing.
+        If it is a folder or a device, or does not exist.
 
     Examples
     --------
@@ -69,17 +69,17 @@ def is_there(path: str | Path) -> Path:
     if not file.exists():
         raise InputError(f"{path}: there is no such file")
     if not file.is_file():
-        raise InputError(f"{path}: is no ordinary file; give a safetensors file")
+        raise InputError(f"{path}: is not a regular file; give a safetensors file")
     return file
 
 
 def open_safetensors(path: str | Path) -> TraceFile:
-    """Look at a safetensors file; its tensors stay on the disk until they are read.
+    """Open a safetensors file; its tensors stay on the disk until they are read.
 
     Raises
     ------
     InputError
-        If it is none, saying why.
+        If it is not a safetensors file; the message gives the reason.
     """
     opened, _ = open_tensors(is_there(path), InputError, "write it again")
     entries = {}

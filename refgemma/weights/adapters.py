@@ -4,6 +4,7 @@ PEFT 0.21 `merge_and_unload`: patterns, rank-stabilised, DoRA, embeddings, whole
 import functools
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,11 @@ from refgemma.config import Gemma2Config
 from refgemma.files import quote, quote_few, read_object
 from refgemma.hub import ADAPTER_CONFIG
 from refgemma.precision import Array, as_dtype
+from refgemma.weights.names import has_other_numbers
 from refgemma.weights.parameters import EMBED_TOKENS, LM_HEAD, SCORE_BIAS, SCORE_WEIGHT
-from refgemma.weights.stored import REMEDY, CheckpointError, Stored
+from refgemma.weights.stored import REMEDY, CheckpointError, ComputedRows, Stored
 
-ADAPTER_MODEL = "adapter_model.safetensors"
+ADAPTER_MODEL, PICKLED_ADAPTER = "adapter_model.safetensors", "adapter_model.bin"
 
 # Keys of adapter_config.json that say how an adapter was made or where it goes, which its tensors say again.
 DESCRIPTIVE = {
@@ -75,9 +77,9 @@ class Changed(Stored):
             )
         return found
 
-    def map(self, keep: bool = False) -> Array:
-        """Return all of the changed tensor in float64; nothing is kept."""
-        return self.change(self.base.map().astype(np.float64), ..., "float64")
+    def map(self, keep: bool = False) -> Any:
+        """Return the rows in float64, changed when they are asked for; nothing is kept."""
+        return ComputedRows(self, np.dtype(np.float64))
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -135,7 +137,7 @@ def merge_adapter(
     adapter : mapping
         See `read_adapter_config`.
     found : mapping of str to Stored
-        The tensors of ``adapter_model.safetensors``.
+        The tensors of the adapter.
     folder : Path
         Of the adapter.
 
@@ -159,7 +161,7 @@ def merge_adapter(
     Traceback (most recent call last):
     refgemma.weights.stored.CheckpointError: adapter/adapter_model.safetensors: holds no tensor of an adapter
     """
-    source = folder / ADAPTER_MODEL
+    source = next(iter(found.values())).file if found else folder / ADAPTER_MODEL
     if not found:
         raise CheckpointError(f"{source}: holds no tensor of an adapter")
     modules = _group(found, tensors, source)
@@ -167,6 +169,13 @@ def merge_adapter(
     whole = {
         f"{module}.{kind}": parts[kind] for module, parts in modules.items() for kind in parts if kind in ADAPTER_KINDS
     }
+    tables = [whole[name] for name in (EMBED_TOKENS, LM_HEAD) if name in whole]
+    if len(tables) == 2 and tables[0].shape == tables[1].shape == (*tables[0].shape[:1], config.hidden_size):
+        # All rows are given, of a resized base as well.
+        config = config.changed(vocab_size=tables[0].shape[0])
+        merged |= {EMBED_TOKENS: tables[0]} | ({LM_HEAD: tables[1]} if LM_HEAD in merged else {})
+        if config.tie_word_embeddings and not has_other_numbers(tables[1], tables[0]):
+            del whole[LM_HEAD], whole[EMBED_TOKENS]  # one table under two names, and still tied
     if config.tie_word_embeddings and not whole.keys().isdisjoint({EMBED_TOKENS, LM_HEAD}):
         config = config.changed(tie_word_embeddings=False)
         merged[LM_HEAD] = merged[EMBED_TOKENS]
@@ -175,6 +184,13 @@ def merge_adapter(
         merged[name] = tensor
     # PEFT changes the one table of a tied head, whichever of the two modules it is asked for.
     tied = {} if LM_HEAD in merged else {LM_HEAD: EMBED_TOKENS}
+    if tied and (shared := [name for name in ("model.embed_tokens", "lm_head") if _is_low_rank(modules.get(name, {}))]):
+        warnings.warn(
+            f"{source}: its LoRA of {quote_few(shared)} is merged into the one table that embedding and head share, as "
+            "PEFT's merge_and_unload does; running in PEFT it changes only the use it names, which gives other logits: "
+            "for those, save the base with tie_word_embeddings false and an lm_head.weight of its own",
+            stacklevel=2,
+        )
     places = {module: tied.get(f"{module}.weight", f"{module}.weight") for module in modules}
     for module, parts in modules.items():
         for kind, name in zip(BASE, (places[module], f"{module}.bias"), strict=True):
@@ -185,7 +201,10 @@ def merge_adapter(
         for field, change in _make_changes(module, parts, adapter, merged[places[module]], source).items():
             name = places[module] if field == "weight" else f"{module}.{field}"
             if name not in merged:
-                raise CheckpointError(f"{source}: {module} has no bias in the base, into which lora_B.bias is merged")
+                raise CheckpointError(
+                    f"{source}: {module} has no bias in the base, into which lora_B.bias is merged, "
+                    "and PEFT does not merge it either; run it with PEFT, or train with lora_bias=False"
+                )
             base = merged[name]
             merged[name] = Changed(base.name, source, base.dtype, base.shape, 0, base.file_bytes, base, change)
     return config, merged
@@ -213,12 +232,24 @@ def _group(found: Mapping[str, Stored], tensors: Mapping[str, Stored], source: P
     return modules
 
 
+def _is_low_rank(parts: Mapping[str, Stored]) -> bool:
+    return any(kind.startswith("lora_") for kind in parts)
+
+
 def _check_shape(tensor: Stored, shape: Sequence[int]) -> None:
-    if tensor.shape != tuple(shape):
-        raise CheckpointError(
-            f"{tensor.file}: tensor {quote(tensor.name)} is {list(tensor.shape)}, where the base and "
-            f"{ADAPTER_CONFIG} make it {list(shape)}"
-        )
+    if tensor.shape == tuple(shape):
+        return
+    resized = ("embed_tokens" in tensor.name or "lm_head" in tensor.name) and tensor.shape[1:] == tuple(shape)[1:]
+    step = (
+        f"; its base had other rows: call resize_token_embeddings({tensor.shape[0]}) on the base, save it, and name "
+        "that folder as base_model_name_or_path"
+        if resized
+        else ""
+    )
+    raise CheckpointError(
+        f"{tensor.file}: tensor {quote(tensor.name)} is {list(tensor.shape)}, where the base and "
+        f"{ADAPTER_CONFIG} make it {list(shape)}{step}"
+    )
 
 
 def _make_changes(

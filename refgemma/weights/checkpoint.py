@@ -6,6 +6,7 @@ resident; for decoding, which comes back to each tensor at each token, a map is 
 each tensor a second time, and its errors name no tensor.
 """
 
+import functools
 import math
 import re
 import warnings
@@ -21,7 +22,7 @@ from refgemma.config import Gemma2Config
 from refgemma.files import open_tensors, quote, quote_few, read_object
 from refgemma.hub import ADAPTER_CONFIG, CONFIG_JSON, GGUF, ModelNameError, find_model, refuse_links
 from refgemma.precision import Array
-from refgemma.weights.adapters import ADAPTER_MODEL, merge_adapter, read_adapter_config
+from refgemma.weights.adapters import ADAPTER_MODEL, PICKLED_ADAPTER, Changed, merge_adapter, read_adapter_config
 from refgemma.weights.gguf import read_gguf_model
 from refgemma.weights.initial import fits_in_memory
 from refgemma.weights.names import check_score, match_names
@@ -36,6 +37,7 @@ from refgemma.weights.parameters import (
     Weights,
     layer_tensors,
 )
+from refgemma.weights.quantised import RAW_DTYPES, Dequantised, dequantise
 from refgemma.weights.stored import REMEDY as REMEDY
 from refgemma.weights.stored import CheckpointError as CheckpointError
 from refgemma.weights.stored import Stored as Stored
@@ -91,8 +93,10 @@ class StoredRows:
         return self.tensor.read(self.dtype, rows)
 
 
-def read_header(file: Path) -> dict[str, Stored]:
+def read_header(file: Path, quantised: bool = False) -> dict[str, Stored]:
     """Read the header of one safetensors file: its tensors by name, without their data.
+
+    With `quantised` the numbers that `refgemma.weights.quantised` makes weights of are listed, too.
 
     Raises
     ------
@@ -110,16 +114,17 @@ def read_header(file: Path) -> dict[str, Stored]:
     """
     opened, position = open_tensors(file, CheckpointError, REMEDY)
     file_bytes = file.stat().st_size
+    known = DTYPE_OF_CODE | (RAW_DTYPES if quantised else {})
     found: dict[str, Stored] = {}
     for name in opened.offset_keys():  # in the order of the data, which follow each other without a gap
         entry = opened.get_slice(name)
         code = entry.get_dtype()
-        if code not in DTYPE_OF_CODE:
+        if code not in known:
             raise CheckpointError(
                 f"{file}: tensor {quote(name)}: its dtype is {code!r}; {', '.join(DTYPE_OF_CODE)} are read here, and a "
                 "quantised checkpoint has to be converted to one of them first"
             )
-        found[name] = Stored(name, file, DTYPE_OF_CODE[code], tuple(entry.get_shape()), position, file_bytes)
+        found[name] = Stored(name, file, known[code], tuple(entry.get_shape()), position, file_bytes)
         position += found[name].nbytes
     return found
 
@@ -186,10 +191,11 @@ def read_files(folder: Path) -> tuple[Path, dict[str, Stored]]:
 
     A single file goes before an index, as in transformers.
     """
+    read = functools.partial(read_header, quantised=True)
     if (folder / SINGLE).exists():
-        return folder / SINGLE, read_header(folder / SINGLE)
+        return folder / SINGLE, read(folder / SINGLE)
     if (folder / INDEX).exists():
-        return folder / INDEX, read_shards(folder / INDEX, SHARD_NAME, read_header)
+        return folder / INDEX, read_shards(folder / INDEX, SHARD_NAME, read)
     names = sorted(path.name for path in folder.iterdir())
     if pickles := [name for name in names if name.endswith((".bin", ".pth", ".ckpt", ".pt"))]:
         raise CheckpointError(
@@ -249,7 +255,15 @@ class Checkpoint:
 
     def weights(self, dtype: str = "float32") -> Weights:
         """Return `resident` weights, or `streamed` ones if they would take more than 4 GiB."""
-        return self.resident(dtype) if fits_in_memory(self.parameters, dtype) else self.streamed(dtype)
+        if fits_in_memory(self.parameters, dtype):
+            return self.resident(dtype)
+        if any(isinstance(tensor, Changed) for tensor in self.tensors.values()):
+            warnings.warn(
+                f"{self.folder}: too large for memory here, and its adapter is merged again for every token; merge it "
+                "once with: refgemma convert ADAPTER NEW_FOLDER",
+                stacklevel=3,
+            )
+        return self.streamed(dtype)
 
     def resident(self, dtype: str = "float32") -> Weights:
         """Read all weights into memory; see `Stored.read` for `dtype` and errors."""
@@ -273,7 +287,7 @@ class Checkpoint:
         return Weights(tensor(EMBED_TOKENS), layers, tensor(NORM)[:], head)
 
 
-def open_checkpoint(folder: str | Path) -> Checkpoint:
+def open_checkpoint(folder: str | Path, adapter: Mapping[str, Stored] | None = None) -> Checkpoint:
     """Open a folder with ``config.json`` and ``model.safetensors`` or an index and shards, an adapter, or a GGUF file.
 
     Reads the headers only and checks what can be checked from them: that files, index and configuration agree, and
@@ -284,6 +298,8 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     folder : str or Path
         As downloaded from the Hugging Face hub, or as ``save_pretrained`` writes it; or a ``.gguf`` file. An adapter of
         PEFT is merged into its base as it is read.
+    adapter : mapping of str to Stored, optional
+        The tensors of an adapter, which are not in ``adapter_model.safetensors`` then.
 
     Raises
     ------
@@ -320,7 +336,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         if path.exists() and not (path.is_file() or path.is_dir()):  # reading it might wait for ever
             raise CheckpointError(f"{path}: is a pipe or a device, not a file")
     try:
-        return (_open_adapter if (folder / ADAPTER_CONFIG).exists() else _open_model)(folder)
+        return _open_adapter(folder, adapter) if (folder / ADAPTER_CONFIG).exists() else _open_model(folder)
     except OSError as error:
         raise CheckpointError(f"{error.filename or folder}: cannot be read: {error.strerror}") from None
 
@@ -333,9 +349,10 @@ def _open_model(folder: Path) -> Checkpoint:
     leftover = raw.get("quantization_config")
     try:
         source, found = read_files(folder)
+        found = dequantise(found, raw, source)
     except CheckpointError as error:
         raise CheckpointError(f"{error}{_name_quantisation(raw)}") from None
-    if leftover:  # files that are quantised are refused when they are read
+    if leftover and not any(isinstance(tensor, Dequantised) for tensor in found.values()):
         warnings.warn(
             f"{folder / CONFIG_JSON}: quantization_config = {quote(leftover)} is not applied: the weights beside it "
             "are not quantised and are used as they are; remove it",
@@ -356,10 +373,15 @@ def _name_quantisation(raw: Mapping[str, Any]) -> str:
     )
 
 
-def _open_adapter(folder: Path) -> Checkpoint:
+def _open_adapter(folder: Path, tensors: Mapping[str, Stored] | None) -> Checkpoint:
     """Open the base of an adapter, in the same folder or where ``adapter_config.json`` says, and merge the adapter."""
     adapter = read_adapter_config(folder)
-    if not (folder / ADAPTER_MODEL).exists():
+    if tensors is None and not (folder / ADAPTER_MODEL).exists():
+        if (folder / PICKLED_ADAPTER).exists():
+            raise CheckpointError(
+                f"{folder}: holds {PICKLED_ADAPTER}, PyTorch's pickle, and no {ADAPTER_MODEL}; merge it into its base "
+                f"with: refgemma convert {folder} NEW_FOLDER"
+            )
         raise CheckpointError(f"{folder}: holds {ADAPTER_CONFIG} but no {ADAPTER_MODEL}; write that with a newer PEFT")
     if (folder / SINGLE).exists() or (folder / INDEX).exists():
         base = _open_model(folder)
@@ -374,5 +396,5 @@ def _open_adapter(folder: Path) -> Checkpoint:
         if (place / ADAPTER_CONFIG).exists():
             raise CheckpointError(f"{folder / ADAPTER_CONFIG}: its base, {place}, is an adapter too; merge that first")
         base = open_checkpoint(place)
-    merged = merge_adapter(base.config, base.tensors, adapter, read_header(folder / ADAPTER_MODEL), folder)
+    merged = merge_adapter(base.config, base.tensors, adapter, tensors or read_header(folder / ADAPTER_MODEL), folder)
     return Checkpoint(base.folder, *merged)

@@ -127,6 +127,11 @@ def _check_tensors(
             f"{source}: holds an adapter that is not merged: {quote_few(extra)}; merge it with PEFT's "
             "merge_and_unload() and save the model again"
         )
+    if missing == [LM_HEAD] and not extra:
+        raise CheckpointError(
+            f"{source}: lacks {LM_HEAD!r}, which tie_word_embeddings false asks for (transformers takes a random one); "
+            f"set it to true in {CONFIG_JSON} if the head is the embedding, as in each released Gemma 2"
+        )
     if missing or extra:
         faults = [f"lacks {len(missing)} of {len(expected)} tensors: {quote_few(missing)}"] if missing else []
         faults += [f"holds {len(extra)} that Gemma 2 has no place for: {quote_few(extra)}"] if extra else []

@@ -243,6 +243,7 @@ class LayerRows:
     number: int
     field: str
     shape: tuple[int, ...]
+    kept: bool  # whether the layer is in memory, so that what is written into its tensors stays there
 
     def __getitem__(self, rows: Any, /) -> Any:
         """Return the rows of a slice or of an integer array."""
@@ -250,7 +251,7 @@ class LayerRows:
 
 
 def named_weights(weights: Weights, config: Gemma2Config) -> dict[str, Rows]:
-    """Return every tensor by name, in the order of `tensor_shapes`; weights on disk are read when rows are asked.
+    """Return every tensor by name, in torch's order; weights on disk are read when rows are asked.
 
     Examples
     --------
@@ -261,8 +262,13 @@ def named_weights(weights: Weights, config: Gemma2Config) -> dict[str, Rows]:
     """
     shapes, one_layer = tensor_shapes(config), _OneLayer(weights.layers)
     named: dict[str, Rows] = {EMBED_TOKENS: weights.embed_tokens}
+    order = list(layer_tensors(0))
+
+    def place(item: tuple[str, str]) -> tuple[bool, int]:  # norms last, a bias after its weight
+        return item[0].endswith("layernorm"), order.index(item[0].removesuffix("_bias"))
+
     for n in range(config.num_hidden_layers):
-        for weight, name in layer_tensors(n, config.attention_bias).items():
-            named[name] = LayerRows(one_layer, n, weight, shapes[name])
+        for weight, name in sorted(layer_tensors(n, config.attention_bias).items(), key=place):
+            named[name] = LayerRows(one_layer, n, weight, shapes[name], not isinstance(weights.layers, OnDemand))
     named[NORM] = weights.norm
     return named if weights.lm_head is None else named | {LM_HEAD: weights.lm_head}

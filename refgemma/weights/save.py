@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from refgemma.files import new_file, open_file, replace_file
+from refgemma.errors import RefgemmaError
+from refgemma.files import lock_folder, new_file, open_file, replace_file
 from refgemma.precision import Array, as_dtype
 from refgemma.weights.checkpoint import DTYPE_OF_CODE, INDEX, SINGLE, CheckpointError, Stored, read_header
 
@@ -207,24 +209,41 @@ def _check_space(folder: Path, needed: int) -> None:
         )
 
 
-def claim(folder: Path, fingerprint: str) -> None:
-    """Require a folder that is empty, or that of an interrupted run with the same fingerprint, and make it one.
+@contextmanager
+def claim(folder: Path, fingerprint: str) -> Iterator[None]:
+    """Require a folder that is empty, or that of an interrupted run with the same fingerprint, and keep others out.
+
+    After an interruption, or on a full disk, the folder keeps what was written, and the same run continues there. After
+    an error in the source or on the disk, the folder is as it was before the first run.
 
     Raises
     ------
     CheckpointError
-        If it holds anything else.
+        If it holds anything else, or another process is writing it.
     """
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder}: is a file; give a folder that is empty or not there")
-    state = folder / STAGING / STATE
-    if state.is_file() and state.read_text(encoding="utf-8") == fingerprint:
-        return
-    if folder.exists() and any(folder.iterdir()):
-        fault = "the beginning of another checkpoint" if state.is_file() else "files"
-        raise CheckpointError(f"{folder}: holds {fault} already; give an empty folder, or remove this one first")
-    state.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(state, fingerprint.encode())
+    staging, made = folder / STAGING, not folder.exists()
+    state = staging / STATE
+    fresh = not (state.is_file() and state.read_text(encoding="utf-8") == fingerprint)
+    if fresh:
+        # A run that was killed in its first moment left an empty staging folder.
+        begun = [staging] if staging.is_dir() and all(path.suffix == ".part" for path in staging.iterdir()) else []
+        if not made and list(folder.iterdir()) not in ([], begun):
+            fault = "the beginning of another checkpoint" if state.is_file() else "files"
+            raise CheckpointError(f"{folder}: holds {fault} already; give an empty folder, or remove this one first")
+        staging.mkdir(parents=True, exist_ok=True)
+    with lock_folder(staging, CheckpointError):
+        try:
+            replace_file(state, fingerprint.encode())
+            yield
+        except RefgemmaError:
+            if fresh:
+                for path in folder.iterdir():
+                    shutil.rmtree(path) if path == staging else path.unlink()
+            if made:
+                folder.rmdir()
+            raise
 
 
 def write_checkpoint(
@@ -267,15 +286,18 @@ def write_checkpoint(
     shards = plan_files(outputs, max_shard_size)
     staging = target / STAGING
     staging.mkdir(parents=True, exist_ok=True)
-    try:
+    if fingerprint:  # and the folder was claimed
         _write_shards(staging, shards, fingerprint)
-        if fingerprint:
-            check_written(staging, outputs)
-    except BaseException:
-        if not fingerprint:
+        check_written(staging, outputs)
+        _move_into_place(target, shards)
+        return
+    with lock_folder(staging, CheckpointError):
+        try:
+            _write_shards(staging, shards, fingerprint)
+        except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
-        raise
-    _move_into_place(target, shards)
+            raise
+        _move_into_place(target, shards)
 
 
 def _write_shards(staging: Path, shards: dict[str, list[OutputTensor]], fingerprint: str) -> None:
@@ -347,7 +369,8 @@ def check_same(found: Mapping[str, Stored], outputs: Sequence[OutputTensor], fol
                 if again.tobytes() != block.tobytes():
                     raise CheckpointError(
                         f"{tensor.file}: tensor {output.name!r} does not read as it was written, from row {row} on; "
-                        "the disk is failing, or another program has changed the file: remove it and run again"
+                        "the disk is failing, or another program has changed the file: remove it if it is still there, "
+                        "and run again"
                     )
                 row += len(block)
                 bar.update(block.nbytes)

@@ -145,3 +145,15 @@ class Stored:
         return CheckpointError(
             f"{where}: {value} is no weight; the file is damaged or was written by a training run that diverged"
         )
+
+
+@dataclass(frozen=True)
+class ComputedRows:
+    """The rows of a tensor that is computed as it is read, to be had as from an array."""
+
+    tensor: Stored
+    dtype: np.dtype[Any]
+
+    def __getitem__(self, rows: Any, /) -> Array:
+        """Return the rows of a slice or of an array of integers."""
+        return self.tensor.read(self.dtype.name, rows)

@@ -138,7 +138,7 @@ def write_synthetic(config: Gemma2Config, folder: str | Path, max_shard_size: in
     ]
     fingerprint = f"synthetic {SYNTHETIC_SEED} {EXPONENTS} {max_shard_size} {config.to_json_string()}"
     digest = hashlib.sha256(fingerprint.encode()).hexdigest()
-    claim(Path(folder), digest)
-    config.changed(dtype="bfloat16", architectures=("Gemma2ForCausalLM",)).save_pretrained(folder)
-    write_checkpoint(folder, outputs, max_shard_size, digest)
+    with claim(Path(folder), digest):
+        config.changed(dtype="bfloat16", architectures=("Gemma2ForCausalLM",)).save_pretrained(folder)
+        write_checkpoint(folder, outputs, max_shard_size, digest)
     return sum(math.prod(output.shape) for output in outputs)

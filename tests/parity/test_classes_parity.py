@@ -310,3 +310,67 @@ def test_a_text_generation_pipeline() -> None:
             with quiet():
                 expected = theirs(prompt, **settings)
             assert pipe(prompt, **settings) == expected
+
+
+# --- names, losses, other weights -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False}, {"attention_bias": True}], ids=str)
+def test_names_come_in_the_order_of_torch(name: str, changes: dict[str, Any]) -> None:
+    theirs, ours = both(name, **changes)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    assert [n for n, _ in ours.named_parameters()] == [n for n, _ in theirs.named_parameters()]
+    without_weights = re.compile(r".*(act_fn|rotary_emb|dropout)")
+    modules = [n for n, _ in theirs.named_modules() if not without_weights.fullmatch(n)]
+    assert [n for n, _ in ours.named_modules()] == modules
+
+
+LABELS = np.where(IDS > 20, -100, IDS)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"num_items_in_batch": 5}, {"ignore_index": int(IDS[0, 3])}, {"shift_labels": LABELS},
+     {"shift_labels": LABELS, "num_items_in_batch": 2}],
+    ids=lambda given: "-".join(given),
+)  # fmt: skip
+def test_losses_as_trainers_ask_for_them(given: dict[str, Any]) -> None:
+    labels = IDS if "ignore_index" in given else LABELS
+    as_tensors = {k: torch.tensor(x) if isinstance(x, np.ndarray) else x for k, x in given.items()}
+    with quiet():
+        expected = THEIRS(torch.tensor(IDS), labels=torch.tensor(labels), **as_tensors).loss.item()
+        plain = THEIRS(torch.tensor(IDS), labels=torch.tensor(labels)).loss.item()
+    assert OURS(IDS, labels=labels, **given).loss == pytest.approx(expected, rel=1e-5)  # sums of some losses near 4
+    assert abs(expected - plain) > 0.01
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.embed_tokens.weight"])
+def test_one_of_two_names_of_a_tied_table_is_loaded(name: str) -> None:
+    theirs, ours = both()
+    with torch.no_grad(), quiet():
+        keys = theirs.load_state_dict({name: theirs.state_dict()[name] * 2}, strict=False)
+        expected = theirs(torch.tensor(IDS)).logits.numpy()
+    found = ours.load_state_dict({name: ours.state_dict()[name] * 2}, strict=False)
+    assert (found.missing_keys, found.unexpected_keys) == (keys.missing_keys, keys.unexpected_keys)
+    np.testing.assert_allclose(ours(IDS).logits, expected, rtol=0, atol=SAME)
+
+
+@pytest.mark.parametrize("change", ["without the head", "another name"])
+def test_what_load_state_dict_refuses(change: str) -> None:
+    for model in both():
+        state = dict(model.state_dict())
+        head = state.pop("lm_head.weight")
+        if change == "another name":
+            state |= {"lm_head.weight": head, "other": head}
+        with pytest.raises(Exception, match=r"'other'|\"other\"" if change == "another name" else r"lm_head\.weight"):
+            model.load_state_dict(state)
+
+
+@pytest.mark.parametrize("labels", [[1, 2], [[1.0, 0.0, 1.0], [0.0, 1.0, 1.0]]], ids=["whole", "fractions"])
+def test_the_kind_of_problem_stays(labels: Any) -> None:
+    theirs, ours = both("Gemma2ForSequenceClassification", pad_token_id=0)
+    with quiet():
+        theirs(torch.tensor(IDS), labels=torch.tensor(labels))
+    ours(IDS, labels=labels)
+    assert ours.config.problem_type == theirs.config.problem_type is not None

@@ -1,14 +1,19 @@
 """Tokenizers as trainers leave them, read by transformers and by refgemma: the same ids, texts and refusals."""
 
+import copy
 import json
 import shutil
+from enum import Enum
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Optional, Union
 
 import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 
 from refgemma.tokenizer.tokenizer import AutoTokenizer, Tokenizer, TokenizerError
+from refgemma.tokenizer.tools import make_json_schema
 
 TINY = Path(str(files("refgemma") / "checkpoints/tiny"))
 TEXTS = [
@@ -149,6 +154,85 @@ def same_ids(folder: Path) -> None:
         assert ours.encode(text, add_special_tokens=False) == theirs.encode(text, add_special_tokens=False)
 
 
+# ---- every kind of added token, by every file that can list it
+
+CONTENTS = [
+    "the", "▁the", "he", "▁", "▁▁", "\n", "\n\n", "t", "▁t", "at", "ing", "<tool>", "▁lead", " lead", "a b", "the cat",
+    "▁the▁", "☃", "é", "<b>", "<0x41>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "x ▁", " ",
+]  # fmt: skip
+WORDS = [content for content in CONTENTS if content != "<start_of_turn>"] + [
+    "another;", "he.", "   ", " cat", " the", "king", "\r\n", "A", "\t",
+]  # fmt: skip
+ROUTES = ["json", "config and json", "plain class and json", "config and model", "added_tokens and json"]
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, dict[str, Any]]:
+    """A tokenizer.json as transformers makes it of the bare file, and as refgemma does."""
+    folder = tmp_path_factory.mktemp("kinds")
+    from_folder(TINY).save_pretrained(folder / "theirs")
+    Tokenizer.from_pretrained("tiny").save_pretrained(folder / "ours")
+    names = {False: "theirs", True: "ours"}
+    return {key: json.loads((folder / name / "tokenizer.json").read_text()) for key, name in names.items()}
+
+
+def write_route(folder: Path, route: str, entries: list[dict[str, Any]], found: dict[str, Any]) -> None:
+    ids, number = found["model"]["vocab"], len(found["model"]["vocab"])
+    for entry in entries:
+        if (known := ids.get(entry["content"])) is None:
+            known, number = number, number + 1
+        entry["id"] = known
+    if route == "json":
+        kept = [e for e in found["added_tokens"] if e["content"] not in {entry["content"] for entry in entries}]
+        found = found | {"added_tokens": sorted([*kept, *entries], key=lambda entry: entry["id"])}
+    if "json" in route:
+        (folder / "tokenizer.json").write_text(json.dumps(found))
+    else:
+        shutil.copy(TINY / "tokenizer.model", folder)
+    config: dict[str, Any] = {"add_bos_token": True, "tokenizer_class": "GemmaTokenizer"}
+    if route.startswith(("config", "plain")):
+        config["added_tokens_decoder"] = {
+            entry["id"]: {key: value for key, value in entry.items() if key != "id"} for entry in entries
+        }
+    if route.startswith("plain"):
+        config |= {f"{role}_token": f"<{role}>" for role in ("bos", "eos", "unk", "pad")}
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if route.startswith("added"):
+        (folder / "added_tokens.json").write_text(json.dumps({e["content"]: e["id"] for e in entries}))
+        config["extra_special_tokens"] = [entries[0]["content"]]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+@given(data=st.data())
+def test_every_kind_of_added_token_from_every_file(
+    kinds: dict[bool, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory, route: str, data: st.DataObject
+) -> None:
+    from transformers import GemmaTokenizer, PreTrainedTokenizerFast
+
+    flags = st.fixed_dictionaries(
+        {name: st.booleans() for name in ("single_word", "lstrip", "rstrip", "normalized", "special")}
+    )
+    contents = data.draw(st.lists(st.sampled_from(CONTENTS), min_size=1, max_size=3, unique=True))
+    folder = tmp_path_factory.mktemp("route")
+    write_route(folder, route, [{"content": c} | data.draw(flags) for c in contents], kinds[data.draw(st.booleans())])
+    kind = PreTrainedTokenizerFast if route.startswith("plain") else GemmaTokenizer
+    ours, theirs = Tokenizer.from_pretrained(folder), kind.from_pretrained(folder, local_files_only=True)
+    assert (len(ours), ours.padding_side, ours.mask_token) == (len(theirs), theirs.padding_side, theirs.mask_token)
+    # A tab of a bare tokenizer.model has the name of the released file here, and that of its byte in transformers.
+    words = st.lists(st.sampled_from(WORDS if "json" in route else WORDS[:-1]), min_size=1, max_size=6)
+    for text in ["another; he. the", *("".join(data.draw(words)) for _ in range(8))]:
+        for split in (False, True):
+            given: dict[str, Any] = {"split_special_tokens": split, "return_offsets_mapping": True}
+            found, expected = ours(text, **given), theirs(text, **given)
+            assert found == dict(expected), text
+            assert found.tokens() == expected.tokens()
+            assert ours.convert_ids_to_tokens(found.input_ids) == theirs.convert_ids_to_tokens(found.input_ids)
+            for skip in (False, True):
+                assert ours.decode(found.input_ids, skip) == theirs.decode(found.input_ids, skip)
+
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any]:
     folder = tmp_path_factory.mktemp("pair")
@@ -169,6 +253,8 @@ CALLS: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
     ((LONG,), {"truncation": True, "max_length": 16, "stride": 4, "return_overflowing_tokens": True}),
     (([LONG, "the cat"],), {"truncation": True, "max_length": 9, "return_overflowing_tokens": True, "padding": True}),
     (([LONG, "a"],), {"return_offsets_mapping": True, "padding": True, "return_special_tokens_mask": True}),
+    ((["the", " cat<bos>", ""],), {"is_split_into_words": True, "return_offsets_mapping": True}),
+    (([["the", "cat"], ["é"]], [["a"], ["b c"]]), {"is_split_into_words": True, "padding": True}),
     (("the cat",), {"return_offsets_mapping": True, "return_length": True, "padding": "max_length", "max_length": 6}),
 ]
 
@@ -178,7 +264,12 @@ CALLS: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
 def test_calls_give_the_same(pair: tuple[Tokenizer, Any], texts: Any, arguments: dict[str, Any], side: str) -> None:
     ours, theirs = pair
     ours.truncation_side = theirs.truncation_side = side
-    assert ours(*texts, **arguments) == dict(theirs(*texts, **arguments))
+    found, expected = ours(*texts, **arguments), theirs(*texts, **arguments)
+    assert found == dict(expected)
+    rows = range(len(expected.encodings))
+    assert [found.tokens(n) for n in rows] == [expected.tokens(n) for n in rows]
+    if "is_split_into_words" in arguments:
+        assert [found.word_ids(n) for n in rows] == [expected.word_ids(n) for n in rows]
     ours.truncation_side = theirs.truncation_side = "right"
 
 
@@ -209,9 +300,34 @@ def test_tokens_are_added_alike(tmp_path: Path) -> None:
     )
 
 
-def test_only_transformers_makes_a_text_of_no_rows(pair: tuple[Tokenizer, Any]) -> None:
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+@given(data=st.data())
+def test_tokens_of_every_kind_are_added_alike(pair: tuple[Tokenizer, Any], data: st.DataObject) -> None:
+    from tokenizers import AddedToken
+
+    ours, theirs = (copy.deepcopy(tokenizer) for tokenizer in pair)
+    for _ in range(data.draw(st.integers(1, 3))):
+        content, special, flag = data.draw(st.tuples(st.sampled_from(CONTENTS), st.booleans(), st.booleans()))
+        token = AddedToken(content, lstrip=flag, rstrip=not special, normalized=flag, special=special)
+        calls: dict[str, tuple[Any, ...]] = {
+            "add_tokens": ([token], data.draw(st.booleans())),
+            "add_special_tokens": (data.draw(st.sampled_from([
+                {"pad_token": content}, {"extra_special_tokens": [content]}, {"extra_special_tokens": [token]},
+            ])),),
+        }  # fmt: skip
+        name = data.draw(st.sampled_from(sorted(calls)))
+        assert getattr(ours, name)(*calls[name]) == getattr(theirs, name)(*calls[name])
+    for _ in range(8):
+        text = "".join(data.draw(st.lists(st.sampled_from(WORDS), min_size=1, max_size=6)))
+        for split in (False, True):
+            ids = theirs.encode(text, split_special_tokens=split)
+            assert ours.encode(text, split_special_tokens=split) == ids
+            assert ours.decode(ids, skip_special_tokens=True) == theirs.decode(ids, skip_special_tokens=True)
+
+
+def test_no_ids_are_an_empty_text(pair: tuple[Tokenizer, Any]) -> None:
     ours, theirs = pair
-    assert (ours.batch_decode([]), theirs.batch_decode([])) == ([], [""])
+    assert ours.batch_decode([]) == theirs.batch_decode([]) == [""]
     assert ours.batch_decode([[]]) == theirs.batch_decode([[]]) == [""]
 
 
@@ -306,3 +422,105 @@ def test_templates_of_a_folder_are_the_same(tmp_path: Path) -> None:
         assert ours.apply_chat_template(CHAT, **given) == theirs.apply_chat_template(CHAT, **given)
     ours.save_pretrained(tmp_path / "ours")
     assert from_folder(tmp_path / "ours").chat_template == theirs.chat_template
+
+
+# ---- functions as tools
+
+
+class Unit(Enum):
+    CELSIUS = "celsius"
+    KELVIN = 1
+
+
+def weather(place: str, days: int = 1, unit: Unit = Unit.KELVIN) -> dict[str, float]:
+    """
+    Tell the weather.
+
+    It may rain.
+
+    Args:
+        place: Where, for example
+            in Paris: the capital
+        days: How many
+        unit: Which (choices: ["celsius", 1])
+
+    Returns:
+        Temperatures.
+
+    Raises:
+        ValueError: Never.
+    """
+    return {}
+
+
+def many(
+    a: list[int], b: dict[str, list[str]], c: tuple[int, str], d: int | None, e: Union[int, str], f: Any,  # noqa: UP007
+    g: Literal["x", 2, None], h: list[int] | str, i: list | tuple, j: Optional[bool] = None,  # type: ignore[type-arg]  # noqa: UP045
+) -> bytes:  # fmt: skip
+    """Take much.
+
+    Args:
+        a: A
+        b: B
+        c: C
+        d: D
+        e: E
+        f: F
+        g: G
+        h: H
+        i: I
+        j: J
+    """
+    return b""
+
+
+class Tool:
+    def method(self, x: float) -> None:
+        """Do it.
+
+        Args:
+            x: A number
+        """
+
+
+def no_docstring(a: int) -> None: ...
+
+
+def no_description(a: int) -> None:
+    """Do it."""
+
+
+def no_annotation(a) -> None:  # type: ignore[no-untyped-def]
+    """Do it.
+
+    Args:
+        a: A
+    """
+
+
+def no_json(a: bytes) -> None:
+    """Do it.
+
+    Args:
+        a: A
+    """
+
+
+@pytest.mark.parametrize("function", [weather, many, Tool().method])
+def test_a_function_is_the_tool_that_transformers_makes_of_it(pair: tuple[Tokenizer, Any], function: Any) -> None:
+    from transformers.utils import get_json_schema
+
+    assert make_json_schema(function) == get_json_schema(function)
+    ours, theirs = pair
+    arguments: dict[str, Any] = {"tools": [function], "tokenize": False, "chat_template": TEMPLATES["tools"]}
+    assert ours.apply_chat_template(CHAT, **arguments) == theirs.apply_chat_template(CHAT, **arguments)
+
+
+@pytest.mark.parametrize("function", [no_docstring, no_description, no_annotation, no_json])
+def test_a_function_that_is_no_tool_is_refused_by_both(pair: tuple[Tokenizer, Any], function: Any) -> None:
+    from transformers.utils import get_json_schema
+
+    with pytest.raises(Exception, match=r".*"):
+        get_json_schema(function)
+    with pytest.raises(TokenizerError, match=f"tools: the function {function.__name__} has .*; or give its JSON"):
+        pair[0].apply_chat_template(CHAT, tools=[function], chat_template=TEMPLATES["tools"])

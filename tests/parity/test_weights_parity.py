@@ -190,6 +190,7 @@ def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return request.param, folder
 
 
+@pytest.mark.filterwarnings("ignore:.*is merged into the one table")
 @pytest.mark.parametrize("case", ADAPTERS)
 def test_an_adapter_is_what_peft_merges(stored: Any, tmp_path: Path, case: str) -> None:
     dtype, folder = stored
@@ -221,6 +222,7 @@ def test_an_adapter_is_what_peft_merges(stored: Any, tmp_path: Path, case: str) 
     )
 
 
+@pytest.mark.filterwarnings("ignore:.*is merged into the one table")
 def test_streamed_numbers_are_resident_numbers(stored: Any, tmp_path: Path) -> None:
     _, folder = stored
     found = open_checkpoint(train_adapter(folder / "plain", tmp_path, ADAPTERS["both"] | {"use_dora": False}))
@@ -271,3 +273,70 @@ def test_what_torch_saves_is_converted(tmp_path: Path) -> None:
     torch.save(STATE | {HEAD: STATE[EMBED]}, source / "pytorch_model.bin")  # the tied head is the same storage
     convert(source, tmp_path / "target")
     assert near(Gemma2ForCausalLM.from_pretrained(tmp_path / "target")(IDS).logits, expected)
+
+
+@pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
+def test_an_adapter_of_one_use_of_a_shared_table_is_warned_of(tmp_path: Path, module: str) -> None:
+    peft = pytest.importorskip("peft")
+    base = write(tmp_path / "base", STATE)
+    adapter = train_adapter(base, tmp_path / "adapter", {"target_modules": [module]})
+    with quiet():
+        running = peft.PeftModel.from_pretrained(theirs(base), adapter).eval()
+    with pytest.warns(UserWarning, match=f"LoRA of '.*{module}' is merged into the one table"):
+        found = Gemma2ForCausalLM.from_pretrained(adapter)(IDS).logits
+    assert not near(found, logits(running))
+    # What the warning says to do gives the running adapter's numbers.
+    write(base, STATE | {HEAD: STATE[EMBED].clone()}, tie_word_embeddings=False)
+    assert near(Gemma2ForCausalLM.from_pretrained(adapter)(IDS).logits, logits(running))
+
+
+def test_an_adapter_with_the_rows_of_a_resized_base(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    base = write(tmp_path / "base", STATE)
+
+    def resized() -> Any:
+        model = theirs(base)
+        with quiet():
+            model.resize_token_embeddings(67)
+        return model
+
+    with quiet():
+        model = peft.get_peft_model(resized(), peft.LoraConfig(r=4, target_modules=["q_proj"]))
+        for parameter in model.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        model.save_pretrained(tmp_path / "adapter")
+        merged = peft.PeftModel.from_pretrained(resized(), tmp_path / "adapter").merge_and_unload().eval()
+    found = Gemma2ForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert found.config.vocab_size == 67
+    assert found.config.tie_word_embeddings
+    expected = merged.model.embed_tokens.weight.detach().numpy()
+    assert (found.get_input_embeddings().weight == expected).all()
+
+
+# --- float8 -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", ["tensor", "channel"])
+def test_a_float8_folder_is_what_transformers_dequantises(tmp_path: Path, strategy: str) -> None:
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    tensors = dict(STATE)
+    for name in [name for name in STATE if "_proj" in name]:
+        largest = STATE[name].abs().amax(1, keepdim=True) if strategy == "channel" else STATE[name].abs().amax()[None]
+        tensors[name + "_scale"] = largest / 448
+        tensors[name] = (STATE[name] / tensors[name + "_scale"]).to(torch.float8_e4m3fn)
+    how = {"num_bits": 8, "type": "float", "strategy": strategy, "symmetric": True, "dynamic": False}
+    group = {"targets": ["Linear"], "weights": how, "input_activations": None, "output_activations": None}
+    settings = {
+        "quant_method": "compressed-tensors", "format": "float-quantized", "quantization_status": "compressed",
+        "config_groups": {"group_0": group}, "ignore": ["lm_head"],
+    }  # fmt: skip
+    folder = write(tmp_path, tensors, quantization_config=settings)
+    with quiet():
+        model = Theirs.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager",
+            quantization_config=transformers.CompressedTensorsConfig(dequantize=True),
+        ).eval()  # fmt: skip
+    with pytest.warns(UserWarning, match="its float8 matrices"):
+        found = Gemma2ForCausalLM.from_pretrained(folder)
+    assert near(found(IDS).logits, logits(model))
+    assert not near(logits(theirs(write(tmp_path / "plain", STATE))), logits(model))

@@ -72,7 +72,9 @@ def blocks(kind: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
         return raw.reshape(shape[0], -1)
 
 
-def write(path: Path, changes: dict[str, Any] | None = None, tensors: dict[str, Any] | None = None) -> Path:
+def write(
+    path: Path, changes: dict[str, Any] | None = None, tensors: dict[str, Any] | None = None, part: int = 0
+) -> Path:
     """A GGUF file by the library: the metadata of llama.cpp's converter, some of them changed or (None) left out."""
     config = CONFIG
     about: dict[str, Any] = {
@@ -87,7 +89,7 @@ def write(path: Path, changes: dict[str, Any] | None = None, tensors: dict[str, 
         "gemma2.attention.sliding_window": config.sliding_window,
         "tokenizer.ggml.bos_token_id": 2, "tokenizer.ggml.eos_token_id": 1, "tokenizer.ggml.padding_token_id": 0,
     }  # fmt: skip
-    writer = gguf.GGUFWriter(path, (changes or {}).pop("general.architecture", "gemma2"))
+    writer = gguf.GGUFWriter(path, (changes or {}).pop("general.architecture", "gemma2"), split_max_tensors=part)
     for key, value in (about | (changes or {})).items():
         adds = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array,
                 bool: writer.add_bool}  # fmt: skip
@@ -201,13 +203,13 @@ def test_the_query_scalar_is_that_of_llama_cpp(layers: int, scalar: int, tmp_pat
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "architecture": ({"general.architecture": "gemma3"}, {}, "'gemma3'.* not a model of architecture 'gemma2'"),
     "adapter": ({"general.type": "adapter"}, {}, "of type 'adapter'"),
-    "part": ({"split.count": 3}, {}, "llama-gguf-split --merge"),
+    "part": ({"split.count": 3}, {}, "is a part of 3, without the name of one"),
     "rope scaling": ({"gemma2.rope.scaling.factor": 2.0}, {}, r"rope\.scaling\.factor is 2\.0"),
-    "head widths": ({"gemma2.attention.value_length": 16}, {}, r"value_length is 16, where Gemma 2 has 64"),
-    "layers that differ": ({"gemma2.attention.head_count": [4, 2]}, {}, "not a number that all layers share"),
+    "head widths": ({"gemma2.attention.value_length": 16}, {}, r"value_length is 16; Gemma 2 has 64"),
+    "layers that differ": ({"gemma2.attention.head_count": [4, 2]}, {}, "it must be one number for all layers"),
     "text for a number": ({"gemma2.block_count": "2"}, {}, "block_count is '2'"),
-    "too many layers": ({"gemma2.block_count": 2**31}, {}, "num_hidden_layers must be a whole number"),
-    "no heads": ({"gemma2.attention.head_count": 0}, {}, "num_attention_heads must be"),
+    "too many layers": ({"gemma2.block_count": 2**31}, {}, r"num_hidden_layers is .*; it must be a whole number"),
+    "no heads": ({"gemma2.attention.head_count": 0}, {}, r"num_attention_heads is .*; it must be"),
     "no embedding": ({}, {"token_embd.weight": None}, "token_embd.weight, the embedding"),
     "a tensor less": ({}, {"blk.1.attn_q.weight": None}, r"lacks 'blk\.1\.attn_q\.weight'"),
     "a head": ({}, {"output.weight": np.zeros((2050, 256), np.float32)}, "holds 'output.weight'"),
@@ -224,6 +226,26 @@ def test_what_is_no_gemma_2_of_llama_cpp_is_refused(name: str, tmp_path: Path) -
         open_checkpoint(write(tmp_path / "a.gguf", changes, tensors))
     assert str(caught.value).startswith(str(tmp_path / "a.gguf"))
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_in_several_files(plain: Path, tmp_path: Path) -> None:
+    write(tmp_path / "a.gguf", part=9)
+    first, second, third = sorted(tmp_path.iterdir())
+    assert first.name == "a-00001-of-00003.gguf"
+    expected, found = open_checkpoint(plain), open_checkpoint(first)
+    assert found.config == expected.config
+    for name, tensor in expected.tensors.items():
+        np.testing.assert_array_equal(found.tensors[name].read("float32"), tensor.read("float32"))
+    assert {tensor.file for tensor in found.tensors.values()} == {first, second, third}
+    convert(first, tmp_path / "folder")
+    with pytest.raises(RefgemmaError, match=r"is one of 3 parts of a model; give the first, a-00001-of-00003\.gguf$"):
+        open_checkpoint(second)
+    second.write_bytes(third.read_bytes())
+    with pytest.raises(RefgemmaError, match=r"and a-00002-of-00003\.gguf are no parts of one model"):
+        open_checkpoint(first)
+    third.unlink()
+    with pytest.raises(RefgemmaError, match=r"'a-00003-of-00003\.gguf' is not beside it: download all"):
+        open_checkpoint(first)
 
 
 # --- written ----------------------------------------------------------------------------------------------------------
@@ -370,7 +392,7 @@ def test_a_file_is_a_model(plain: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert {"name": Q_PROJ, "shape": [256, 256], "dtype": "float32"} in about["tensors"]
     assert main(["generate", "--model", str(plain), "--ids", "2,7", "--max-new-tokens", "3"]) == 0
     assert capsys.readouterr().out.strip()
-    with pytest.raises(refgemma.ModelNameError, match=r"has no file other\.gguf"):
+    with pytest.raises(refgemma.ModelNameError, match=r"the file other\.gguf is missing"):
         refgemma.load(plain.parent, gguf_file="other.gguf")
     with pytest.raises(refgemma.ModelNameError, match="no such folder"):
         refgemma.load(plain.parent / "other.gguf")
@@ -413,7 +435,7 @@ DAMAGED: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "another file": (lambda raw: b"PK" + raw, "does not begin with the letters GGUF"),
     "another version": (lambda raw: patched(raw, 4, "I", 1), "version 1"),
     "big endian": (lambda raw: patched(raw, 4, "I", 3 << 24), "byte order"),
-    "cut in the header": (lambda raw: raw[:300], "ends before what its header promises"),
+    "cut in the header": (lambda raw: raw[:300], "is too short: its header promises"),
     "cut in a tensor": (lambda raw: raw[:-1], "would end beyond that"),
     "a text beyond the file": (lambda raw: patched(raw, 24, "Q", 2**62), "ends before"),
     "tensors without end": (lambda raw: patched(raw, 8, "Q", 2**64 - 1), "promises 18446744073709551615 tensors"),

@@ -7,14 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fuzz import ADAPTER, ADAPTER_SETTINGS, BASE_FILES, SMALL
+from fuzz.readers import ADAPTER, ADAPTER_SETTINGS, BASE_FILES, SMALL
 from safetensors.numpy import save_file
 
 import refgemma
 from refgemma.convert.convert import convert
+from refgemma.convert.pickles import write_torch
 from refgemma.modeling.classes import Gemma2ForCausalLM
 from refgemma.weights.checkpoint import CheckpointError, open_checkpoint
 from refgemma.weights.parameters import tensor_shapes
+from refgemma.weights.save import OutputTensor
 
 Q = "model.layers.0.self_attn.q_proj"
 FILE = "adapter_model.safetensors"
@@ -114,3 +116,49 @@ def test_a_whole_head_unties(tmp_path: Path) -> None:
     found = open_checkpoint(write(tmp_path, ADAPTER | {"base_model.model.lm_head.weight": head}))
     assert not found.config.tie_word_embeddings
     assert (found.resident().head[:] == head).all()
+
+
+def test_a_shared_table_is_said(tmp_path: Path) -> None:
+    vocab, hidden = tensor_shapes(SMALL)["model.embed_tokens.weight"]
+    sides = {"lora_embedding_A": (2, vocab), "lora_embedding_B": (hidden, 2)}
+    table = {f"base_model.model.model.embed_tokens.{k}": np.ones(shape, np.float32) for k, shape in sides.items()}
+    with pytest.warns(UserWarning, match=r"LoRA of 'model\.embed_tokens' is merged into the one table"):
+        open_checkpoint(write(tmp_path, table))
+
+
+def test_tables_of_a_resized_base(tmp_path: Path) -> None:
+    vocab, hidden = tensor_shapes(SMALL)["model.embed_tokens.weight"]
+    table = np.random.default_rng(0).standard_normal((vocab + 3, hidden)).astype(np.float32)
+    both = {f"base_model.model.{name}.weight": table for name in ("lm_head", "model.embed_tokens")}
+    found = open_checkpoint(write(tmp_path, ADAPTER | both))
+    assert (found.config.vocab_size, found.config.tie_word_embeddings) == (vocab + 3, True)
+    assert (found.resident().head[:] == table).all()
+    assert f"call resize_token_embeddings({vocab + 3}) on the base" in refusal(
+        write(tmp_path, ADAPTER | {"base_model.model.lm_head.weight": table})
+    )
+
+
+def test_a_bias_that_the_base_lacks(tmp_path: Path) -> None:
+    bias = {f"base_model.model.{Q}.lora_B.bias": np.ones(tensor_shapes(SMALL)[f"{Q}.weight"][0], np.float32)}
+    assert "train with lora_bias=False" in refusal(write(tmp_path, ADAPTER | bias, lora_bias=True))
+
+
+def test_a_pickled_adapter_is_converted(tmp_path: Path) -> None:
+    folder = tmp_path / "pickled"
+    folder.mkdir()
+    write(folder, ADAPTER)
+    expected = open_checkpoint(folder).tensors[f"{Q}.weight"].read("float32")
+    (folder / FILE).unlink()
+    write_torch(folder / "adapter_model.bin", [OutputTensor(n, "float32", x.shape, x) for n, x in ADAPTER.items()])
+    assert f"merge it into its base with: refgemma convert {folder} NEW_FOLDER" in refusal(folder)
+    convert(folder, tmp_path / "merged")
+    merged = open_checkpoint(tmp_path / "merged")
+    assert (merged.tensors[f"{Q}.weight"].read("float32") == expected).all()
+
+
+def test_a_large_adapter_is_merged_at_each_token_and_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("refgemma.weights.checkpoint.fits_in_memory", lambda *_: False)
+    with pytest.warns(UserWarning, match=r"merge it once with. refgemma convert"):
+        open_checkpoint(write(tmp_path, ADAPTER)).weights()

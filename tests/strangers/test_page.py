@@ -21,7 +21,7 @@ def rows(text: str) -> list[list[str]]:
     """The cells of every row of every table, without the heads; a pipe in a cell is written with a backslash."""
     lines = [line for line in text.splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
-    return [row for row in cells if row[0] != "situation" and not set(row[0]) <= set("-: ")]
+    return [row for row in cells if row[0] not in ("situation", "claim") and not set(row[0]) <= set("-: ")]
 
 
 def names_in(file: Path) -> set[str]:
@@ -63,6 +63,16 @@ def test_every_test_exists_and_every_refusal_has_a_next_step() -> None:
     text = PAGE.read_text(encoding="utf-8")
     assert not problems(text)
     assert len(rows(text)) >= 14
+
+
+def test_every_claim_about_security_has_a_test() -> None:
+    claims = rows((ROOT / "SECURITY.md").read_text(encoding="utf-8"))
+    assert len(claims) >= 10
+    for claim, tests in claims:
+        named = TEST.findall(tests)
+        assert named, claim
+        absent = [f"{file}::{name}" for file, name in named if name not in names_in(ROOT / file)]
+        assert not absent, claim
 
 
 @pytest.mark.parametrize(

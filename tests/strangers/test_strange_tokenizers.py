@@ -15,6 +15,7 @@ import pytest
 
 import refgemma
 from refgemma.cli.main import main
+from refgemma.tokenizer.added_tokens import AddedToken
 from refgemma.tokenizer.chat import CHAT_TEMPLATE
 from refgemma.tokenizer.sentencepiece_model import read_model, write_model
 from refgemma.tokenizer.tokenizer import TextStream, Tokenizer, TokenizerError
@@ -82,8 +83,51 @@ def test_a_tab_is_no_byte_of_a_broken_character(tokenizer: Tokenizer) -> None:
     assert stream.push(tab) + stream.push(half) + stream.finish() == "\t\ufffd"
 
 
-def test_no_rows_make_no_texts(tokenizer: Tokenizer) -> None:
-    assert tokenizer.batch_decode([]) == tokenizer.batch_decode(np.zeros((0, 3), np.int64)) == []
+def test_no_rows_make_one_empty_text(tokenizer: Tokenizer) -> None:
+    assert tokenizer.batch_decode([]) == tokenizer.batch_decode(np.zeros((0, 3), np.int64)) == [""]
+
+
+def test_an_added_token_that_is_a_piece_with_a_space_is_found_as_it_is_written(tmp_path: Path) -> None:
+    # Right values from transformers 5.23. "▁the" is not found in " the", of which the merges make the same piece.
+    tokenizer = Tokenizer.from_pretrained("tiny")
+    tokenizer.add_tokens([AddedToken("▁the", normalized=False)])
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.model").unlink()
+    ids = Tokenizer.from_pretrained(tmp_path).encode("another; he. the▁the")
+    assert ids == tokenizer.encode("another; he. the▁the")
+    assert ids[-2:] == [278, 278]
+
+
+def test_what_a_file_says_is_special_is_special(tmp_path: Path) -> None:
+    folder = json_folder(tmp_path)
+    found = json.loads((folder / "tokenizer.json").read_text())
+    edit_json(folder, added_tokens=[entry | {"special": entry["id"] < 4} for entry in found["added_tokens"]])
+    tokenizer = Tokenizer.from_pretrained(folder)
+    assert tokenizer.decode([5, 1035, 6, 4, 1], skip_special_tokens=True) == "<start_of_turn>the<end_of_turn>"
+
+
+def test_settings_of_transformers_own_classes(tmp_path: Path) -> None:
+    (json_folder(tmp_path) / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "token_type_ids"]}'
+    )
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    assert tokenizer(["the", "the the"], padding=True) == {
+        "input_ids": [[BOS, 1035, 0], [BOS, 1035, 278]],
+        "token_type_ids": [[0, 0, 0], [0, 0, 0]],
+    }
+    assert tokenizer.mask_token is None
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    with pytest.warns(UserWarning, match="tokenizer_class is 'LlamaTokenizer'; .* set it to GemmaTokenizer"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+def test_words_are_encoded_one_by_one(tokenizer: Tokenizer) -> None:
+    inputs = tokenizer(["the", " the", "the"], is_split_into_words=True)
+    assert inputs.input_ids == [BOS, 1035, 278, 1035]
+    assert inputs.word_ids() == [None, 0, 1, 2]
+    assert inputs.tokens() == ["<bos>", "the", "▁the", "the"]
+    with pytest.raises(TokenizerError, match=r"write inputs\['input_ids'\]\[n\], inputs.tokens\(n\)"):
+        inputs[0]
 
 
 # ---- tokenizer.json
@@ -121,9 +165,11 @@ def test_a_tokenizer_json_goes_before_a_tokenizer_model(tmp_path: Path) -> None:
         ({"model": None}, "has no model; it is no tokenizer.json"),
         ({"model": {"type": "BPE", "vocab": {"a": 5}, "merges": []}}, "the ids of its vocab are not 0 to 0"),
         ({"model": {"type": "BPE", "vocab": {"<unk>": 0}, "merges": [["a"]]}}, r"one of its merges is \['a'\]"),
-        ({"model": {"type": "BPE", "vocab": {"<unk>": 0}, "merges": ["a b"]}}, "its merge of 'a' and 'b' is not of"),
+        ({"model": {"type": "BPE", "vocab": {"<unk>": 0}, "merges": ["a b"]}}, "its merges have the piece 'a',"),
         ({"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2, "<unk>": 3}, "merges": []}},
-         "it has 0 merges, and its vocab allows for 1"),
+         "it lacks a merge that makes 'ab'"),
+        ({"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2, "<unk>": 3}, "merges": ["a b", "a b"]}},
+         "the merges of a piece do not follow one another, each once"),
         ({"decoder": {"type": "ByteLevel"}}, "its decoder is .*, which is not Gemma's"),
         ({"normalizer": {"type": "NFC"}}, "its normalizer is .*, which is not Gemma's"),
         ({"post_processor": {"type": "BertProcessing"}}, "its post_processor is .*, which is not Gemma's"),
@@ -170,6 +216,19 @@ def test_chatml_and_tool_tokens_have_ids_of_their_own(tmp_path: Path, as_json: b
 def test_added_tokens_json_is_read(tmp_path: Path) -> None:
     (folder_with(tmp_path) / "added_tokens.json").write_text('{"<tool>": 2049, "<x>": 2048}')
     assert Tokenizer.from_pretrained(tmp_path).encode("<tool><x>") == [BOS, 2049, 2048]
+
+
+def test_an_empty_added_token_is_left_out(tmp_path: Path) -> None:
+    # tokenizers 0.23.3: add_tokens(["", "<tool>"]) adds one, and ids begin after the vocabulary.
+    (folder_with(tmp_path) / "added_tokens.json").write_text('{"": 4, "<tool>": 2048}')
+    assert Tokenizer.from_pretrained(tmp_path).encode("<tool>") == [BOS, 2048]
+
+
+@pytest.mark.parametrize("ids", [{"a": 1}, [2048], "2048x", None, 2048.5])
+def test_added_tokens_json_with_odd_ids_is_refused(ids: object, tmp_path: Path) -> None:
+    (folder_with(tmp_path) / "added_tokens.json").write_text(json.dumps({"<tool>": ids}))
+    with pytest.raises(TokenizerError, match="added tokens: have an id that is no number"):
+        Tokenizer.from_pretrained(tmp_path)
 
 
 def test_a_renamed_piece_gets_the_id_that_transformers_gives_and_that_is_said(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -113,6 +114,12 @@ def test_no_weight_is_random(tmp_path: Path) -> None:
     assert "holds 1 that Gemma 2 has no place for: 'other.x'" in refusal(write(tmp_path, TENSORS | {"other.x": ONES}))
 
 
+def test_an_untied_head_that_is_not_there(tmp_path: Path) -> None:
+    message = refusal(write(tmp_path, TENSORS, tie_word_embeddings=False))
+    assert "lacks 'lm_head.weight', which tie_word_embeddings false asks for" in message
+    assert "set it to true in config.json" in message
+
+
 def test_two_tensors_of_one_name(tmp_path: Path) -> None:
     both = TENSORS | {f"module.{VICTIM}": TENSORS[VICTIM]}
     assert "is stored as" in refusal(write(tmp_path, both))
@@ -177,7 +184,7 @@ def test_a_null_activation_is_refused_as_in_transformers() -> None:
 
 def test_label2id_alone_is_left_unread() -> None:
     raw = {k: v for k, v in CONFIG.to_dict().items() if k not in ("id2label", "num_labels")}
-    with pytest.warns(UserWarning, match="label2id without id2label is not read"):
+    with pytest.warns(UserWarning, match="label2id without id2label is ignored"):
         found = Gemma2Config.from_dict(raw | {"label2id": {"a": 0, "b": 1, "c": 2}})
     assert (found.num_labels, found.label2id) == (2, {"LABEL_0": 0, "LABEL_1": 1})
 
@@ -206,6 +213,104 @@ def test_quantised_folders_are_refused_by_name(tmp_path: Path, config: dict[str,
 @pytest.mark.parametrize("code", [np.uint8, np.int8, np.int32, np.uint32])
 def test_quantised_numbers_are_refused(tmp_path: Path, code: Any) -> None:
     assert "a quantised checkpoint has to be converted" in refusal(write(tmp_path, {VICTIM: np.ones((4, 4), code)}))
+
+
+# Words of 32 bits, and the numbers that mlx 0.32 `dequantize` makes of them with scale 1 and bias 0.
+WORDS = [2654435761, 1013904226, 3668339987, 2027808452, 387276917, 3041712678, 1401181143, 4055616904]
+IN_WORDS = {
+    2: "10321231313023122021303323210330", 3: "16647651632166476516364055132566",
+    4: [1, 11, 9, 7, 7, 3, 14, 9, 2, 6, 3, 15, 14, 6, 12, 3, 3, 1, 13, 6, 6, 10, 10, 13, 4, 12, 6, 14, 13, 13, 8, 7],
+    5: [17, 13, 30, 14, 3, 15, 10, 12, 19, 23, 27, 24, 19, 9, 20, 13, 6, 21, 22, 9, 12, 19, 23, 27, 24, 11, 29, 0, 22,
+        10, 28, 2],
+    6: [49, 38, 55, 13, 30, 10, 54, 60, 46, 49, 51, 4, 45, 25, 42, 54, 4, 27, 30, 55, 56, 21, 7, 24, 21, 28, 33, 9, 26,
+        51, 20, 45],
+    8: [177, 121, 55, 158, 98, 243, 110, 60, 19, 109, 166, 218, 196, 230, 221, 120, 117, 96, 21, 23, 38, 218, 76, 181,
+        215, 83, 132, 83, 136, 205, 187, 241],
+}  # fmt: skip
+WIDE = CONFIG.changed(hidden_size=64)
+
+
+def quantise(bits: int, group_size: int = 32) -> tuple[Tensors, dict[str, Any]]:
+    """A model whose embedding is as MLX has it: each row the words above, twice, and groups of their own."""
+    rng = np.random.default_rng(0)
+    tensors = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in tensor_shapes(WIDE).items()}
+    rows, module = WIDE.vocab_size, EMBED.removesuffix(".weight")
+    tensors[EMBED] = np.tile(np.array(WORDS[:bits] * 2, np.uint32), (rows, 1))
+    tensors |= {f"{module}.{end}": rng.random((rows, 64 // group_size), np.float32) for end in ("scales", "biases")}
+    return tensors, {"quantization": {"group_size": group_size, "bits": bits}}
+
+
+def write_wide(folder: Path, tensors: Tensors, **config: Any) -> Path:
+    return write(folder, tensors, **{"hidden_size": 64, **config})
+
+
+@pytest.mark.parametrize("bits", IN_WORDS)
+@pytest.mark.parametrize("group_size", [32, 64])
+def test_an_mlx_folder_is_read(tmp_path: Path, bits: int, group_size: int) -> None:
+    tensors, settings = quantise(bits, group_size)
+    found = open_checkpoint(write_wide(tmp_path, tensors, **settings, quantization_config=settings["quantization"]))
+    numbers = np.array([int(x) for x in IN_WORDS[bits]] * 2, np.float32)
+    scales, biases = (tensors[EMBED.replace("weight", end)].repeat(group_size, 1) for end in ("scales", "biases"))
+    expected = numbers * scales + biases
+    table = found.tensors[EMBED]
+    np.testing.assert_array_equal(table.read("float32"), expected)
+    np.testing.assert_array_equal(table.read("float32", np.array([[3, 0], [5, 5]])), expected[[[3, 0], [5, 5]]])
+    np.testing.assert_array_equal(table.map()[2:5], expected[2:5])
+    assert table.format == f"MLX {bits} bits"
+    assert table.nbytes == sum(tensors[n].nbytes for n in tensors if n.startswith("model.embed_tokens"))
+    convert(tmp_path, tmp_path / "plain")
+    again = open_checkpoint(tmp_path / "plain")
+    np.testing.assert_array_equal(again.tensors[EMBED].read("float32"), expected)
+    assert "quantization" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+
+
+def test_a_module_with_groups_of_its_own(tmp_path: Path) -> None:
+    tensors, _ = quantise(4, 32)
+    settings = {"quantization": {"group_size": 64, "bits": 8, "model.embed_tokens": {"group_size": 32, "bits": 4}}}
+    assert open_checkpoint(write_wide(tmp_path, tensors, **settings)).tensors[EMBED].shape == (WIDE.vocab_size, 64)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"quantization": {"group_size": 32, "bits": 4, "mode": "mxfp4"}}, "which are not read here"),
+        ({"quantization": {"group_size": 7, "bits": 4}}, "which are not read here"),
+        ({"quantization": None}, "which are not read here"),
+        ({"scales": None}, "without scales and biases that make numbers of it"),
+        ({"scales": np.ones((3, 2), np.float32)}, "which are not read here"),
+        ({"biases": np.zeros((1, 2), np.uint32)}, "without scales and biases"),
+    ],
+    ids=str,
+)
+def test_mlx_folders_of_other_kinds_are_refused(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    tensors, settings = quantise(4)
+    for end in change.keys() & {"scales", "biases"}:
+        name = EMBED.replace("weight", end)
+        tensors |= {name: change[end]}
+    kept = {name: x for name, x in tensors.items() if x is not None}
+    assert words in refusal(write_wide(tmp_path, kept, **settings | {k: x for k, x in change.items() if k[0] == "q"}))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (56,), (56, 1)])
+def test_float8_with_scales_is_read(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    numbers = rng.standard_normal(TENSORS[VICTIM].shape).astype(ml_dtypes.float8_e4m3fn)
+    scales = (1 + rng.random(shape)).astype(np.float32)
+    tensors = TENSORS | {VICTIM: numbers, f"{VICTIM}_scale": np.asarray(scales)}
+    tensors |= {VICTIM.replace("weight", "input_scale"): np.ones(1, np.float32)}
+    folder = write(tmp_path, tensors, quantization_config={"quant_method": "compressed-tensors"})
+    with pytest.warns(UserWarning, match="round the activations as well, which is not done here"):
+        found = open_checkpoint(folder)
+    expected = numbers.astype(np.float32) * (scales if scales.ndim != 1 else scales[:, None])
+    np.testing.assert_array_equal(found.tensors[VICTIM].read("float32"), expected)
+
+
+def test_a_number_beyond_the_precision(tmp_path: Path) -> None:
+    tensors, settings = quantise(8)
+    tensors[EMBED.replace("weight", "scales")][3] = 1e4
+    checkpoint = open_checkpoint(write_wide(tmp_path, tensors, **settings))
+    with pytest.raises(CheckpointError, match="beyond the largest float16"):
+        checkpoint.resident("float16")
 
 
 # --- files of PyTorch -------------------------------------------------------------------------------------------------

@@ -1,16 +1,16 @@
-"""Exercises: write a part of Gemma 2 yourself, hand it to its ``check_`` function as `answer`, and read what that says.
+"""Exercises: write a part of Gemma 2, pass it to its ``check_`` function as `answer`, and read the feedback.
 
-What is right was recorded from PyTorch (or is published, or drawn by hand), and how exact it must be is the rounding
-bound of the operation. A wrong answer is compared with those of known mistakes, and the one that fits is named.
-`refgemma.teach.exercises.solutions` has an answer to each; look there last.
+The expected values were recorded from PyTorch, published, or drawn by hand. The tolerance is the rounding bound of the
+operation. A wrong answer is compared with the results of known mistakes, and the feedback names the mistake that fits.
+`refgemma.teach.exercises.solutions` has a solution of each; try the exercise first.
 
 Examples
 --------
 >>> from refgemma.teach import exercises
 >>> exercises.check_soft_cap(lambda x, cap: x)
 Not yet: soft_cap(x, cap) on numbers from -400 to 400 with a cap of 50
-  4800 of 4801 elements are wrong; the farthest, at [0], is -400 instead of -50
-  Hint: nothing is bent here. The formula is cap * tanh(x / cap).
+  4800 of 4801 elements are wrong; the largest error, at [0], is -400 instead of -50
+  Hint: the values are unchanged. The formula is cap * tanh(x / cap).
 >>> bool(exercises.check_soft_cap(exercises.solutions.soft_cap))
 True
 """

@@ -1,5 +1,5 @@
-"""Feedback on an answer: it is called on given arguments, compared with what is right, and if it is wrong with what
-known bugs give. Checked by tests that hand in solutions, stubs and typical wrong answers."""
+"""Feedback on an answer: call it, compare its result with the expected one, and compare a wrong result with known bugs.
+Checked by tests with solutions, stubs and typical wrong answers."""
 
 import copy
 import math
@@ -15,14 +15,14 @@ from refgemma.precision import Array, Rounded, dtype_name, wide
 
 Attempt = Callable[..., Any]
 
-# A bug is named if it leaves no more than this part of the difference. Two people with the same bug round
-# otherwise, in bfloat16 by 0.4 %, and in float32 by nothing that counts; other bugs leave a half or more.
+# A bug is named if it leaves at most this part of the difference. Two programs with the same bug differ by rounding: by
+# 0.4 % in bfloat16, and by much less in float32. Other bugs leave a half or more.
 EXPLAINED = 0.01
 
 
 @dataclass(frozen=True)
 class Feedback:
-    """What a check says; true if the answer passed.
+    """The feedback of a check; true if the answer passed.
 
     Examples
     --------
@@ -34,19 +34,19 @@ class Feedback:
     message: str
 
     def __bool__(self) -> bool:
-        """Whether the answer passed."""
+        """Return True if the answer passed."""
         return self.passed
 
     def __repr__(self) -> str:
-        """The message, so that a notebook shows it."""
+        """Return the message, so that a notebook shows it."""
         return self.message
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One call of an answer: what is handed in, what is right, and how far rounding may carry it, each element."""
+    """One call of an answer: its arguments, the expected result, and the rounding bound of each element."""
 
-    call: str  # how the call is described to the student
+    call: str  # the call's description in the feedback
     arguments: tuple[Any, ...]
     right: Any
     bound: Any = 0.0
@@ -54,7 +54,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Hint:
-    """What to say to an answer that gives what `wrong`, a function with a known bug, gives."""
+    """The feedback for an answer with the same result as `wrong`, a function with a known bug."""
 
     text: str
     wrong: Attempt
@@ -62,7 +62,7 @@ class Hint:
 
 @dataclass(frozen=True)
 class Raised:
-    """What stands for the result of an answer that raised."""
+    """In place of a result: the exception that the answer raised."""
 
     error: Exception
 
@@ -83,30 +83,30 @@ def give_feedback(answer: Attempt, trials: Iterable[Trial], hints: Sequence[Hint
 
 
 def call(answer: Attempt, arguments: tuple[Any, ...]) -> Any:
-    """Return what `answer` returns, or `Raised`."""
+    """Return the result of `answer`, or `Raised`."""
     try:
         with np.errstate(all="ignore"):
             return answer(*arguments)
-    except Exception as error:  # whatever a student's function raises, they are to read it
+    except Exception as error:  # show the student any exception of their function
         return Raised(error)
 
 
 def describe_changed_arguments(before: tuple[Any, ...], after: tuple[Any, ...]) -> str:
-    """Return what to say if the answer wrote into an array that it was given."""
+    """Return the feedback for an answer that changed one of its arguments, or an empty text."""
     for old, new in zip(before, after, strict=True):
         if isinstance(old, np.ndarray) and not np.array_equal(old, new):
-            return "your function changes an array that it was given; make a new one (x = x * 2, not x *= 2)"
+            return "your function changes its argument; make a new array (x = x * 2, not x *= 2)"
     return ""
 
 
 def describe_fault(given: Any, trial: Trial) -> str:
-    """Return what is wrong with a result, in a sentence; nothing if it conforms."""
+    """Return one sentence that describes the fault of a result, or an empty text if it conforms."""
     if isinstance(given, Raised):
         if isinstance(given.error, NotImplementedError):
             return "nothing is written yet: replace the line that raises NotImplementedError"
         return f"your function raised {type(given.error).__name__}: {given.error}"
     if given is None:
-        return "your function returned None: does it end in `return ...`?"
+        return "your function returned None; does it end with `return ...`?"
     if not isinstance(trial.right, np.ndarray):
         same = np.shape(given) == () and given == trial.right
         return "" if same else f"{given!r} instead of {trial.right!r}"
@@ -114,28 +114,28 @@ def describe_fault(given: Any, trial: Trial) -> str:
 
 
 def describe_wrong_array(given: Any, right: Array, bound: Any) -> str:
-    """Return what is wrong with an array: kind, shape, precision, or the element farthest from what is right."""
+    """Describe the fault of an array: kind, shape, precision, or the element with the largest error."""
     try:
         array = given if isinstance(given, np.ndarray) else np.asarray(given)
     except ValueError:
-        return "your function returned something that is no array: its rows have several lengths"
+        return "your function returned rows of different lengths, which are not an array"
     if array.dtype.kind not in "biuf":
         return f"your function returned {type(given).__name__}, not an array of numbers"
     if array.shape != right.shape:
         return f"the shape is {array.shape} instead of {right.shape}"
     if isinstance(right, Rounded) and type(array) is not type(right):
         name = dtype_name(right)
-        return f"the result is not rounded to {name}: return narrow(result, like=x), or keep the arrays {name}"
+        return f"the result is not rounded to {name}; return narrow(result, like=x), or keep the arrays in {name}"
     if np.isnan(wide(array)).any():
         place = tuple(int(n) for n in np.argwhere(np.isnan(wide(array)))[0])
-        return f"there is NaN (not a number), first at {list(place)}"
+        return f"the result contains NaN (not a number), first at {list(place)}"
     if conforms(array, right, bound):
         return ""
     apart = distance_from(array, right)
     place = tuple(int(n) for n in np.unravel_index(np.argmax(apart), apart.shape))
     wrong = int(np.sum(array != right if isinstance(right, Rounded) else apart > 2 * np.asarray(bound)))
     return (
-        f"{wrong} of {right.size} elements are wrong; the farthest, at {list(place)}, is {_show(array[place])} "
+        f"{wrong} of {right.size} elements are wrong; the largest error, at {list(place)}, is {_show(array[place])} "
         f"instead of {_show(right[place])}"
     )
 
@@ -145,19 +145,19 @@ def _show(value: Any) -> str:
 
 
 def conforms(array: Array, right: Array, bound: Any) -> bool:
-    """Return whether rounding explains the difference of two arrays of one shape."""
+    """Return True if rounding explains the difference of two arrays of the same shape."""
     if right.dtype.kind != "f":
         return bool(np.array_equal(array, right))
     allowed = np.broadcast_to(np.asarray(bound, np.float64), right.shape)
-    # Whatever precision the answer has, it is held to that of what is right.
+    # The answer is judged in the precision of the expected result.
     return strict_distance(wide(array), wide(right), tolerance(allowed), dtype_name(right)) <= 1
 
 
 def measure_rest(given: Any, hint: Hint, trial: Trial) -> float:
-    """Return which part of what is wrong with a result a bug does not explain: 0 if it gives the same.
+    """Return the part of a result's error that a bug does not explain: 0 if the bug gives the same result.
 
-    That is the distance of the result from the bug's, in units of that from what is right. Infinite where the bug
-    makes no difference on this trial.
+    This is the distance of the result from the bug's, divided by its distance from the expected result. It is infinite
+    if the bug makes no difference on this trial.
     """
     made = call(hint.wrong, copy.deepcopy(trial.arguments))
     if isinstance(made, Raised) or not describe_fault(made, trial):
@@ -176,7 +176,7 @@ def measure_rest(given: Any, hint: Hint, trial: Trial) -> float:
 
 
 def read_numbers(x: Any) -> Array | None:
-    """Return a result in float64, or None if it is no array of numbers."""
+    """Return a result in float64, or None if it is not an array of numbers."""
     try:
         array = np.asarray(x)
     except ValueError:

@@ -1,4 +1,4 @@
-"""The exercises on single operations. What is right was recorded from PyTorch (`golden/`)."""
+"""Exercises on single operations. The expected results were recorded from PyTorch (`golden/`)."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -19,13 +19,13 @@ EPS = 1e-6
 
 
 def check_embed(answer: Attempt) -> Feedback:
-    """``embed(ids, table)``: rows of the table times ``sqrt(hidden)``, the factor in the precision of the table.
+    """Check ``embed(ids, table)``: rows of the table times ``sqrt(hidden)``, the factor in the table's precision.
 
     Examples
     --------
     >>> check_embed(lambda ids, table: table[ids])
     Not yet: embed(ids, table) with a table of 5 rows and 3584 columns in float32
-      21504 of 21504 elements are wrong; the farthest, at [0, 2, 1908], is -3.92562 instead of -235.013
+      21504 of 21504 elements are wrong; the largest error, at [0, 2, 1908], is -3.92562 instead of -235.013
       Hint: the factor sqrt(hidden) is missing.
     """
 
@@ -42,9 +42,9 @@ def check_embed(answer: Attempt) -> Feedback:
         Hint("the factor is sqrt(hidden), not hidden.", lambda ids, table: table[ids] * table.shape[-1]),
         Hint("the factor is the square root of the number of columns, not of rows.",
              lambda ids, table: table[ids] * np.float32(math.sqrt(table.shape[0]))),
-        Hint("you divide by sqrt(hidden); the rows are to become longer.",
+        Hint("you divide by sqrt(hidden); multiply by it instead.",
              lambda ids, table: table[ids] / narrow(math.sqrt(table.shape[-1]), like=table)),
-        Hint("the factor itself has to be rounded to the table's precision first: narrow(sqrt(hidden), like=table).",
+        Hint("the factor itself must first be rounded to the table's precision: narrow(sqrt(hidden), like=table).",
              lambda ids, table: table[ids] * math.sqrt(table.shape[-1])),
     ])  # fmt: skip
 
@@ -53,7 +53,7 @@ def check_embed(answer: Attempt) -> Feedback:
 
 
 def check_gelu_tanh(answer: Attempt) -> Feedback:
-    """``gelu_tanh(x)``: ``0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x**3)))``.
+    """Check ``gelu_tanh(x)``: ``0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x**3)))``.
 
     Examples
     --------
@@ -70,7 +70,7 @@ def check_gelu_tanh(answer: Attempt) -> Feedback:
         Hint("that is x * sigmoid(1.702 x), another approximation of GELU.", activations.quick_gelu),
         Hint("that is SiLU, x * sigmoid(x), which Llama uses.", activations.silu),
         Hint("the cube is missing: tanh(sqrt(2/pi) (x + 0.044715 x**3)).", bugs.gelu_without_cube),
-        Hint("sqrt(2/pi) multiplies the whole bracket, the cube too.", bugs.gelu_cube_outside),
+        Hint("sqrt(2/pi) multiplies the whole bracket, including the cube.", bugs.gelu_cube_outside),
         Hint("the 0.5 in front is missing.", bugs.gelu_without_half),
     ])  # fmt: skip
 
@@ -79,18 +79,18 @@ def check_gelu_tanh(answer: Attempt) -> Feedback:
 
 
 def check_repeat_kv(answer: Attempt) -> Feedback:
-    """``repeat_kv(x, groups)``: from (batch, kv_heads, keys, head_dim) to as many heads as there are queries.
+    """Check ``repeat_kv(x, groups)``: from (batch, kv_heads, keys, head_dim) to as many heads as there are queries.
 
     Examples
     --------
     >>> print(str(check_repeat_kv(lambda x, groups: np.tile(x, (1, groups, 1, 1)))).splitlines()[-1])
-      Hint: the heads come as 0 1 2 0 1 2, but neighbours share a key head: 0 0 1 1 2 2.
+      Hint: the heads have the order 0 1 2 0 1 2, but neighbours share a key head: 0 0 1 1 2 2.
     """
     _, g = load_golden("op-repeat-kv-f32")
     groups = int(g["groups"][0])
     call = f"repeat_kv(x, {groups}) on 3 key heads"
     return give_feedback(answer, [Trial(call, (g["x"], groups), g["y"])], [
-        Hint("the heads come as 0 1 2 0 1 2, but neighbours share a key head: 0 0 1 1 2 2.", bugs.tile_heads),
+        Hint("the heads have the order 0 1 2 0 1 2, but neighbours share a key head: 0 0 1 1 2 2.", bugs.tile_heads),
         Hint("that repeats the places (axis 2); the heads are axis 1.",
              lambda x, groups: np.repeat(x, groups, axis=2)),
         Hint("that repeats the texts of the batch (axis 0); the heads are axis 1.",
@@ -103,12 +103,12 @@ def check_repeat_kv(answer: Attempt) -> Feedback:
 
 
 def check_rotate(answer: Attempt) -> Feedback:
-    """``rotate(x, cos, sin)``: turn each pair ``(x[i], x[i + head_dim/2])`` by its angle.
+    """Check ``rotate(x, cos, sin)``: rotate each pair ``(x[i], x[i + head_dim/2])`` by its angle.
 
     Examples
     --------
     >>> print(str(check_rotate(lambda x, cos, sin: x)).splitlines()[-1])
-      Hint: nothing is turned.
+      Hint: nothing is rotated.
     """
 
     def trials() -> Iterator[Trial]:
@@ -119,13 +119,13 @@ def check_rotate(answer: Attempt) -> Feedback:
 
     halves = "pairs lie half a head apart, (0, head_dim/2), not side by side, (0, 1)."
     return give_feedback(answer, trials(), [
-        Hint("nothing is turned.", bugs.leave_unturned),
+        Hint("nothing is rotated.", bugs.leave_unturned),
         Hint(halves, bugs.neighbours),
         Hint(halves, bugs.neighbours_by_place),
-        Hint("that turns the other way: the minus belongs to the second half, which becomes the first.",
+        Hint("that rotates in the wrong direction: the minus belongs to the second half, which becomes the first.",
              bugs.turned_back),
-        Hint("a minus is missing: a turn is (a cos - b sin, b cos + a sin).", bugs.turned_without_minus),
-        Hint("the two halves have to change places in the second product.", bugs.turned_in_place),
+        Hint("a minus is missing: a rotation is (a cos - b sin, b cos + a sin).", bugs.turned_without_minus),
+        Hint("the two halves must be exchanged in the second product.", bugs.turned_in_place),
         Hint("cosine and sine are exchanged.", bugs.cos_for_sin),
     ])  # fmt: skip
 
@@ -134,12 +134,12 @@ def check_rotate(answer: Attempt) -> Feedback:
 
 
 def check_soft_cap(answer: Attempt) -> Feedback:
-    """``soft_cap(x, cap)``: ``cap * tanh(x / cap)``.
+    """Check ``soft_cap(x, cap)``: ``cap * tanh(x / cap)``.
 
     Examples
     --------
     >>> print(str(check_soft_cap(lambda x, cap: np.clip(x, -cap, cap))).splitlines()[-1])
-      Hint: that cuts off at the cap. A soft cap bends before it: cap * tanh(x / cap).
+      Hint: that cuts off at the cap. A soft cap also reduces smaller numbers: cap * tanh(x / cap).
     """
 
     def trials() -> Iterator[Trial]:
@@ -150,11 +150,11 @@ def check_soft_cap(answer: Attempt) -> Feedback:
             yield Trial(call, (g["x"], float(cap)), g["y"], tol.soft_cap(g["x"], float(cap)).bound)
 
     return give_feedback(answer, trials(), [
-        Hint("nothing is bent here. The formula is cap * tanh(x / cap).", lambda x, cap: x),
-        Hint("that cuts off at the cap. A soft cap bends before it: cap * tanh(x / cap).", bugs.cut_off),
-        Hint("x has to be divided by the cap inside the tanh.", bugs.cap_undivided),
-        Hint("the result lies between -1 and 1: multiply by the cap again.", bugs.cap_unmultiplied),
-        Hint("the cap is 50 or 30 as it is handed in; you use one of your own.",
+        Hint("the values are unchanged. The formula is cap * tanh(x / cap).", lambda x, cap: x),
+        Hint("that cuts off at the cap. A soft cap also reduces smaller numbers: cap * tanh(x / cap).", bugs.cut_off),
+        Hint("divide x by the cap inside the tanh.", bugs.cap_undivided),
+        Hint("the result lies between -1 and 1: multiply it by the cap.", bugs.cap_unmultiplied),
+        Hint("use the argument cap, which is 50 or 30, not a fixed number.",
              lambda x, cap: ops.soft_cap(x, 80 - cap)),
     ])  # fmt: skip
 
@@ -163,7 +163,7 @@ def check_soft_cap(answer: Attempt) -> Feedback:
 
 
 def check_attention_probs(answer: Attempt) -> Feedback:
-    """``attention_probs(scores, mask, cap)``: cap, mask, softmax. `mask` is true where a key may be seen.
+    """Check ``attention_probs(scores, mask, cap)``: cap, mask, softmax. `mask` is true where a key may be seen.
 
     Examples
     --------
@@ -181,7 +181,7 @@ def check_attention_probs(answer: Attempt) -> Feedback:
             mask = np.tri(seq, dtype=bool)
             if kind == "sliding":
                 mask &= ~np.tri(seq, k=-window, dtype=bool)
-            # The cap's own error is one of the exponent's, and so a relative one of the result; likewise for the sum.
+            # An error of the cap is an error of the exponent, so it is a relative error of the result and of the sum.
             bound = tol.softmax(g[prefix + "capped"], mask).bound
             bound = bound + 2 * g[prefix + "probs"] * float(tol.soft_cap(np.array([1e9]), cap).bound[0])
             call = f"attention_probs(scores, mask, {cap}) of a {kind} layer"
@@ -191,15 +191,15 @@ def check_attention_probs(answer: Attempt) -> Feedback:
         return lambda scores, mask, cap: softmax(ops.soft_cap(scores, cap), mask.repeat(len(scores), axis=0))
 
     return give_feedback(answer, trials(), [
-        Hint("the mask has to come after the cap: minus infinity, capped, lets the future through.",
+        Hint("apply the mask after the cap: a capped minus infinity makes later tokens visible.",
              lambda scores, mask, cap: probs(bugs.hidden_keys_at(-cap))(scores, mask, cap)),
         Hint("the cap is missing.", lambda scores, mask, cap: ops.softmax(scores, mask.repeat(len(scores), axis=0))),
-        Hint("the mask is missing: tokens see the future.", probs(bugs.softmax_over_all)),
-        Hint("the mask is the wrong way round: true means that a key may be seen.",
+        Hint("the mask is missing: tokens see later tokens.", probs(bugs.softmax_over_all)),
+        Hint("the mask is inverted: true means that a key may be seen.",
              probs(lambda capped, mask: ops.softmax(capped, ~mask))),
-        Hint("the softmax has to run along the keys, the last axis, so that each row has the sum 1.",
+        Hint("apply the softmax along the keys, the last axis, so that each row has the sum 1.",
              probs(lambda capped, mask: _exchange(ops.softmax(_exchange(capped), _exchange(mask))))),
-        Hint("probabilities that are set to 0 after the softmax leave rows whose sum is not 1: mask the scores.",
+        Hint("mask the scores: if you set probabilities to 0 after the softmax, the sum of a row is not 1.",
              probs(lambda capped, mask: np.where(mask, bugs.softmax_over_all(capped, mask), 0))),
         Hint("a score of 0 is an ordinary score; to hide a key its score must be minus infinity.",
              probs(bugs.hidden_keys_at(0))),
@@ -216,7 +216,7 @@ def _exchange(x: Array) -> Array:
 
 
 def check_sliding_mask(answer: Attempt) -> Feedback:
-    """``sliding_mask(q_places, k_places, window)``: true for the last `window` keys, the query's own included.
+    """Check ``sliding_mask(q_places, k_places, window)``: true for the last `window` keys, including the query's own.
 
     Examples
     --------
@@ -225,7 +225,7 @@ def check_sliding_mask(answer: Attempt) -> Feedback:
     """
     _, g = load_golden("op-masks-f32")
     window = int(g["window"][0])
-    row = int(np.argmax(g["padding"].sum(axis=-1)))  # the one without padding
+    row = int(np.argmax(g["padding"].sum(axis=-1)))  # the row without padding
     recorded = g["sliding"][row, 0].astype(bool)
     places = np.arange(len(recorded))
 
@@ -237,18 +237,18 @@ def check_sliding_mask(answer: Attempt) -> Feedback:
     ]  # fmt: skip
     return give_feedback(answer, trials, [
         Hint("that is the causal mask; the window is missing.", lambda q, k, w: ops.causal_mask(q, k)),
-        Hint("the window is one too wide: the query's own place counts as one of the keys.",
+        Hint("the window is one key too wide: the query's own place counts as one of the keys.",
              lambda q, k, w: ops.sliding_mask(q, k, w + 1)),
-        Hint("the window is one too narrow: the query's own place counts as one of the keys.",
+        Hint("the window is one key too narrow: the query's own place counts as one of the keys.",
              lambda q, k, w: ops.sliding_mask(q, k, w - 1)),
-        Hint("a query may not see the future, however near: keys come at its place or before.", bugs.window_both_ways),
-        Hint("a query may not see the future: the window begins behind it and ends at its own place.",
+        Hint("a query may not see later keys, even near ones: keys are at its place or before.", bugs.window_both_ways),
+        Hint("a query may not see later keys: the window ends at its own place.",
              bugs.window_open_ahead),
-        Hint("a query must see itself, too.", lambda q, k, w: ops.sliding_mask(q, k, w) & (k != q[:, None])),
-        Hint("rows are queries and columns are keys; yours are the other way round.",
+        Hint("a query must also see its own key.", lambda q, k, w: ops.sliding_mask(q, k, w) & (k != q[:, None])),
+        Hint("rows are queries and columns are keys; you exchanged them.",
              lambda q, k, w: ops.sliding_mask(q, k, w).T),
         Hint("true means that a key may be seen.", lambda q, k, w: ~ops.sliding_mask(q, k, w)),
-        Hint("use the places that are handed in: when a text is continued, the first query is not at place 0.",
+        Hint("use the arguments q_places and k_places: when a text is continued, the first query is not at place 0.",
              lambda q, k, w: ops.sliding_mask(np.arange(len(q)), k, w)),
     ])  # fmt: skip
 
@@ -257,7 +257,8 @@ def check_sliding_mask(answer: Attempt) -> Feedback:
 
 
 def check_rms_norm(answer: Attempt) -> Feedback:
-    """``rms_norm(x, weight, eps)``: ``x / sqrt(mean(x**2) + eps) * (1 + weight)``, in float32, rounded once at the end.
+    """Check ``rms_norm(x, weight, eps)``: ``x / sqrt(mean(x**2) + eps) * (1 + weight)``, in float32, rounded at the
+    end.
 
     Examples
     --------
@@ -272,13 +273,13 @@ def check_rms_norm(answer: Attempt) -> Feedback:
             bound = tol.rms_norm(g["x"], g["weight"], EPS).bound
             yield Trial(f"rms_norm(x, weight, {EPS}) in {dtype}", (g["x"], g["weight"], EPS), g["y"], bound)
 
-    early = "in half precision, compute in float32 (wide) and round once at the end (narrow); you round on the way."
+    early = "in half precision, compute in float32 (wide) and round once at the end (narrow); you round earlier."
     return give_feedback(answer, trials(), [
         Hint("Gemma stores the weight as an offset from one: multiply by 1 + weight.", bugs.norm_offset(0)),
         Hint("that is LayerNorm: RMSNorm does not subtract the mean.", bugs.mean_subtracted),
         Hint("divide by the square root of the mean square.", bugs.norm_without_root),
-        Hint("take the mean of the squares, not their sum.", bugs.norm_of_sum),
-        Hint("the mean runs over each vector alone: axis=-1, keepdims=True.", bugs.norm_of_all),
+        Hint("use the mean of the squares, not their sum.", bugs.norm_of_sum),
+        Hint("compute the mean of each vector separately: axis=-1, keepdims=True.", bugs.norm_of_all),
         Hint("eps belongs inside the root: sqrt(mean(x**2) + eps).", bugs.eps_outside),
         Hint("the factor 1 + weight is missing.", bugs.norm_without_factor),
         Hint(early, bugs.norm_cast_early("bfloat16")),
@@ -295,9 +296,9 @@ def _cut(x: Array, added: int) -> Array:
 
 
 def check_round_to_bf16(answer: Attempt) -> Feedback:
-    """``round_to_bf16(x)``: float32 numbers rounded to bfloat16, ties to even, as a float32 array.
+    """Check ``round_to_bf16(x)``: float32 numbers rounded to bfloat16, ties to even, as a float32 array.
 
-    What is right is the conversion of `ml_dtypes`, which the machine-learning libraries share.
+    The expected result is the conversion of `ml_dtypes`, which the machine-learning libraries share.
 
     Examples
     --------
@@ -316,13 +317,13 @@ def check_round_to_bf16(answer: Attempt) -> Feedback:
         Trial("round_to_bf16(x) on numbers half way between two bfloat16 numbers", (ties,), right(ties)),
     ]
     return give_feedback(answer, trials, [
-        Hint("that cuts the lower half off; round to the nearest instead.", lambda x: _cut(x, 0)),
-        Hint("numbers half way go to the neighbour whose last bit is 0 (ties to even), not always up.",
+        Hint("that truncates the lower half; round to the nearest instead.", lambda x: _cut(x, 0)),
+        Hint("a number in the middle is rounded to the neighbour whose last bit is 0 (ties to even), not always up.",
              lambda x: _cut(x, 0x8000)),
-        Hint("numbers half way go to the neighbour whose last bit is 0 (ties to even), not always down.",
+        Hint("a number in the middle is rounded to the neighbour whose last bit is 0 (ties to even), not always down.",
              lambda x: _cut(x, 0x7FFF)),
-        Hint("that is float16: five bits of power and eleven of digits.",
+        Hint("that is float16: five bits for the power and eleven for the digits.",
              lambda x: x.astype(np.float16).astype(np.float32)),
         Hint("nothing is rounded.", lambda x: x),
-        Hint("bf16(x) gives an array that goes on rounding; return an ordinary one: wide(bf16(x)).", bf16),
+        Hint("bf16(x) returns an array that rounds every operation; return an ordinary one: wide(bf16(x)).", bf16),
     ])  # fmt: skip

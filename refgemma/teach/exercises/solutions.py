@@ -1,8 +1,8 @@
-"""An answer to each exercise of `refgemma.teach.exercises`. Checked with the exercises' own checks.
+"""A solution of each exercise of `refgemma.teach.exercises`. Checked with the exercises' own checks.
 
-They are written for reading, with NumPy alone where that is the point of the exercise. The arguments (`x`, `ids`,
-`cos`, `sin`, `scores`, `cap`, `q_places`, `k_places`, `weight`, `eps`, `probabilities`, `ours`, `recorded`, `model`)
-are those that the notebooks give.
+They are written for reading, and use only NumPy if that is the point of the exercise. The arguments (`x`, `ids`, `cos`,
+`sin`, `scores`, `cap`, `q_places`, `k_places`, `weight`, `eps`, `probabilities`, `ours`, `recorded`, `model`) are those
+of the notebooks.
 """
 
 import math
@@ -16,37 +16,37 @@ from refgemma.precision import Array, narrow, wide
 
 
 def embed(ids: Array, table: Array) -> Array:
-    """Rows of the table, times sqrt(hidden) rounded to the table's precision."""
+    """Multiply rows of the table by sqrt(hidden), rounded to the table's precision."""
     rows: Array = table[ids]
     return rows * narrow(math.sqrt(table.shape[-1]), like=table)
 
 
 def gelu_tanh(x: Array) -> Array:
-    """The tanh form of GELU."""
+    """Compute the tanh form of GELU."""
     bent: Array = 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
     return bent
 
 
 def repeat_kv(x: Array, groups: int) -> Array:
-    """Each key head `groups` times, in place."""
+    """Repeat each key head `groups` times, in place."""
     return np.repeat(x, groups, axis=1)
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Turn the pairs that lie half a head apart."""
+    """Rotate the pairs that lie half a head apart."""
     half = x.shape[-1] // 2
     turned: Array = x * cos + np.concatenate([-x[..., half:], x[..., :half]], axis=-1) * sin
     return turned
 
 
 def soft_cap(x: Array, cap: float) -> Array:
-    """Bend towards plus and minus `cap`."""
+    """Limit smoothly to plus and minus `cap`."""
     bent: Array = cap * np.tanh(x / cap)
     return bent
 
 
 def attention_probs(scores: Array, mask: Array, cap: float) -> Array:
-    """Cap, mask, softmax, in this order."""
+    """Apply cap, mask and softmax, in this order."""
     masked = np.where(mask, soft_cap(scores, cap), -np.inf)
     exponentials = np.exp(masked - masked.max(axis=-1, keepdims=True))
     shares: Array = exponentials / exponentials.sum(axis=-1, keepdims=True)
@@ -54,7 +54,7 @@ def attention_probs(scores: Array, mask: Array, cap: float) -> Array:
 
 
 def sliding_mask(q_places: Array, k_places: Array, window: int) -> Array:
-    """The last `window` keys, the query's own included."""
+    """Return true for the last `window` keys, including the query's own."""
     distance = q_places[:, None] - k_places
     seen: Array = (distance >= 0) & (distance < window)
     return seen
@@ -76,7 +76,7 @@ def round_to_bf16(x: Array) -> Array:
 
 
 def keep_top_p(probabilities: Array, p: float) -> Array:
-    """The likeliest tokens up to and with the one that reaches `p`."""
+    """Keep the most likely tokens, up to and including the one that reaches `p`."""
     order = np.argsort(-probabilities)
     before = np.cumsum(probabilities[order]) - probabilities[order]
     kept = np.zeros(len(probabilities), bool)
@@ -85,7 +85,7 @@ def keep_top_p(probabilities: Array, p: float) -> Array:
 
 
 def parameters(config: Gemma2Config) -> int:
-    """Embedding, attention, feed-forward, norms."""
+    """Count the numbers of embedding, attention, feed-forward and norms."""
     hidden, layers = config.hidden_size, config.num_hidden_layers
     heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
     block = hidden * config.head_dim * heads + 3 * hidden * config.intermediate_size + 4 * hidden
@@ -93,7 +93,7 @@ def parameters(config: Gemma2Config) -> int:
 
 
 def first_divergence(ours: Mapping[str, Array], recorded: Mapping[str, Array]) -> str | None:
-    """The first tensor, in the order of computation, whose relative error is more than rounding makes."""
+    """Return the first tensor, in the order of computation, whose relative error is larger than rounding explains."""
     for name, right in recorded.items():
         if np.sqrt(np.mean((ours[name] - right) ** 2)) > 1e-5 * np.sqrt(np.mean(right**2)):
             return name
@@ -101,7 +101,7 @@ def first_divergence(ours: Mapping[str, Array], recorded: Mapping[str, Array]) -
 
 
 def causality_test(model: Callable[[list[int]], Any]) -> None:
-    """Change the last token, and each before it: no earlier logit may move."""
+    """Change each token but the first: no earlier logit may change."""
     ids = [2, 300, 400, 500, 600, 700, 800, 900]
     before = model(ids)
     for place in range(1, len(ids)):

@@ -1,4 +1,4 @@
-"""The exercises on the whole model: choosing tokens, counting parameters, finding a bug, testing a property."""
+"""Exercises on the whole model: choosing tokens, counting parameters, finding a bug, testing a property."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -34,9 +34,10 @@ def _sort(probabilities: Array) -> Array:
 
 
 def check_keep_top_p(answer: Attempt) -> Feedback:
-    """``keep_top_p(probabilities, p)``: true for the likeliest tokens that together have at least probability p.
+    """Check ``keep_top_p(probabilities, p)``: true for the most likely tokens with a total probability of at least p.
 
-    As few as possible, so the one that reaches p is the last that is kept. Right is what one can add up by hand.
+    It keeps as few tokens as possible, so the token that reaches p is the last one kept. The expected results were
+    added up by hand.
 
     Examples
     --------
@@ -61,11 +62,11 @@ def check_keep_top_p(answer: Attempt) -> Feedback:
              lambda s, p: _mark(s, _sort(s)[running(s) - s[_sort(s)] <= p])),
         Hint("one token too many: stop at the one that reaches p.",
              lambda s, p: _mark(s, _sort(s)[: int(np.argmax(running(s) >= p)) + 2])),
-        Hint("begin with the likeliest: sort before you add up.",
+        Hint("start with the most likely token: sort before you add up.",
              lambda s, p: np.cumsum(s) - s < p),
-        Hint("begin with the likeliest, not with the least likely.",
+        Hint("start with the most likely token, not with the least likely.",
              lambda s, p: _mark(s, np.argsort(s)[np.cumsum(np.sort(s)) - np.sort(s) < p])),
-        Hint("the result is in sorted order: put it back in the order of the tokens.",
+        Hint("the result is in sorted order; return it in the order of the tokens.",
              lambda s, p: running(s) - s[_sort(s)] < p),
         Hint("p is the probability of all kept tokens together, not of each.", lambda s, p: s >= p),
     ])  # fmt: skip
@@ -80,7 +81,7 @@ def _count(
     c: Gemma2Config, kv_heads: int | None = None, norms: int = 4, matrices: int = 3, tables: int = 1,
     heads_width: int | None = None, last: int = 1,
 ) -> int:  # fmt: skip
-    """Parameters, with what one might get wrong as arguments."""
+    """Count the parameters; the arguments make typical mistakes."""
     width = c.num_attention_heads * c.head_dim if heads_width is None else heads_width
     keys = (c.num_key_value_heads if kv_heads is None else kv_heads) * c.head_dim
     block = 2 * c.hidden_size * (width + keys) + matrices * c.hidden_size * c.intermediate_size + norms * c.hidden_size
@@ -88,7 +89,7 @@ def _count(
 
 
 def check_parameters(answer: Attempt) -> Feedback:
-    """``parameters(config)``: how many numbers a model has. Right are the counts published with the released models.
+    """Check ``parameters(config)``: the number of parameters, as published with the released models.
 
     Examples
     --------
@@ -100,13 +101,13 @@ def check_parameters(answer: Attempt) -> Feedback:
         for name, count in PARAMETER_COUNTS.items()
     ]
     return give_feedback(answer, trials, [
-        Hint("the head is tied: the embedding table is used twice, but is there once.", partial(_count, tables=2)),
+        Hint("the head is tied: the embedding table is used twice, but counted once.", partial(_count, tables=2)),
         Hint("the embedding table is missing.", partial(_count, tables=0)),
         Hint("keys and values have fewer heads than queries: num_key_value_heads.",
              lambda c: _count(c, kv_heads=c.num_attention_heads)),
         Hint("the feed-forward layer has three matrices: gate, up and down.", partial(_count, matrices=2)),
         Hint("a block has four norms.", partial(_count, norms=2)),
-        Hint("the norms have parameters, too: four in a block, and a last one.", partial(_count, norms=0, last=0)),
+        Hint("the norms have parameters too: four norms per block, and a last one.", partial(_count, norms=0, last=0)),
         Hint("the last norm, after all blocks, is missing.", partial(_count, last=0)),
         Hint("heads * head_dim need not be hidden_size.", lambda c: _count(c, heads_width=c.hidden_size)),
     ])  # fmt: skip
@@ -119,7 +120,7 @@ def _reduce_post_attention_norm(layer: LayerWeights, context: Context) -> LayerW
     return replace(layer, post_attention_layernorm=layer.post_attention_layernorm - 1)
 
 
-# The tensor that shows first what is wrong with each port, and its bug.
+# Number of a port -> its first wrong tensor, and its bug.
 _PORTS: dict[int, tuple[str, Change]] = {
     1: ("layers.0.attention.probs", bugs.sliding_window(lambda window: window + 1)),
     2: ("layers.0.attention.scores", bugs.config(query_pre_attn_scalar=lambda context: context.config.head_dim)),
@@ -131,7 +132,7 @@ _PORTS: dict[int, tuple[str, Change]] = {
 
 
 def _run_port(change: Change = lambda context: context) -> dict[str, Array]:
-    """Return what refgemma computes of the recording's input with a bug."""
+    """Return refgemma's tensors for the recording's input, with a bug."""
     about, golden = load_golden(GOLDEN)
     config, weights, _ = bugs.edit_model(change, *model_of(about))
     return dict(named_tensors(forward(golden["input_ids"], weights, config)))
@@ -140,12 +141,12 @@ def _run_port(change: Change = lambda context: context) -> dict[str, Array]:
 @cache
 def _load_recorded() -> dict[str, Array]:
     _, golden = load_golden(GOLDEN)
-    order = _run_port()  # a file of tensors has them by the alphabet
+    order = _run_port()  # a file has its tensors in alphabetical order
     return {name: golden[f"calls.0.{name}"] for name in order if f"calls.0.{name}" in golden}
 
 
 def recorded_trace() -> dict[str, Array]:
-    """What PyTorch computed in the recording ``bends-forward-f32``: tensors by name, in the order of computation.
+    """Return PyTorch's tensors of the recording ``bends-forward-f32`` by name, in the order of computation.
 
     Examples
     --------
@@ -156,19 +157,19 @@ def recorded_trace() -> dict[str, Array]:
 
 
 def mystery_trace(number: int) -> dict[str, Array]:
-    """The trace of a port that has a bug: tensors by name, in the order of computation.
+    """Return the trace of a port with a bug: tensors by name, in the order of computation.
 
-    The port has read what the recording ``bends-forward-f32`` was made of.
+    The port's input is that of the recording ``bends-forward-f32``.
 
     Parameters
     ----------
     number : int
-        1 to 6: which port.
+        The number of the port, 1 to 6.
 
     Raises
     ------
     ValueError
-        If there is no port of that number.
+        If there is no port with that number.
 
     Examples
     --------
@@ -176,7 +177,7 @@ def mystery_trace(number: int) -> dict[str, Array]:
     ['cos', 'sin', 'embedded']
     """
     if number not in _PORTS:
-        raise ValueError(f"there is no port {number}: they are numbered from 1 to {len(_PORTS)}")
+        raise ValueError(f"number is {number}; the ports have the numbers 1 to {len(_PORTS)}")
     made = _run_port(_PORTS[number][1])
     return {name: made[name] for name in _load_recorded()}
 
@@ -186,7 +187,7 @@ def _measure_errors(ours: Mapping[str, Array], recorded: Mapping[str, Array]) ->
 
 
 def check_first_divergence(answer: Attempt) -> Feedback:
-    """``first_divergence(ours, recorded)``: the name of the first tensor that rounding does not explain, or None.
+    """Check ``first_divergence(ours, recorded)``: the first tensor that rounding does not explain, by name, or None.
 
     Both are mappings from names to arrays, in the order of computation.
 
@@ -219,15 +220,15 @@ def check_first_divergence(answer: Attempt) -> Feedback:
         return "none" if found is None else found
 
     return give_feedback(answer_in_words, trials(), [
-        Hint("that is the tensor with the largest error. Errors grow on the way: take the first, not the worst.",
+        Hint("that is the tensor with the largest error. Errors grow along the way: return the first, not the worst.",
              worst),
-        Hint("that is the first by the alphabet; the order of computation is that of the mapping.",
+        Hint("that is the first in alphabetical order; the mapping is in the order of computation.",
              lambda o, r: min(wrong_names(o, r), default="none")),
-        Hint("that is the last wrong tensor; the bug is where the first is.",
+        Hint("that is the last wrong tensor; the bug is at the first one.",
              lambda o, r: [*wrong_names(o, r), "none"][-1 if not wrong_names(o, r) else -2]),
-        Hint("two programs that are both right differ in the last digits: allow for rounding, say 1e-5.",
+        Hint("two correct programs differ in the last digits: allow for rounding, for example 1e-5.",
              exact),
-        Hint("that is the last tensor before the difference; name the first that is wrong.",
+        Hint("that is the last correct tensor; return the first wrong one.",
              lambda o, r: [*r][max([*r].index(wrong_names(o, r)[0]) - 1, 0)] if wrong_names(o, r) else "none"),
     ])  # fmt: skip
 
@@ -249,10 +250,10 @@ def _make_model(mask: Callable[[int], Array] | None) -> LogitsOf:
 
 
 def check_causality_test(answer: Attempt) -> Feedback:
-    """``causality_test(model)``: raises AssertionError if a token of a text changes an answer before it, else nothing.
+    """Check ``causality_test(model)``: raises AssertionError if a token of a text changes an earlier answer.
 
-    ``model(ids)`` takes a list of token ids and returns logits (seq, vocab). The test is
-    given a right model and wrong ones.
+    ``model(ids)`` takes a list of token ids and returns logits (seq, vocab). The check passes the test a right model
+    and wrong ones.
 
     Examples
     --------
@@ -266,8 +267,8 @@ def check_causality_test(answer: Attempt) -> Feedback:
             hint = "nothing is written yet: replace the line that raises NotImplementedError"
         elif isinstance(right.error, AssertionError):
             hint = (
-                "it may compare to the last digit, where sums of other lengths are rounded otherwise (np.allclose, "
-                "atol=1e-4); or it looks at answers at or after the changed token, which may change"
+                "it may compare to the last digit, although sums of different lengths round differently (use "
+                "np.allclose, atol=1e-4); or it compares answers at or after the changed token, which may change"
             )
         else:
             hint = "ids are a list of whole numbers below 2048; the logits have the shape (seq, vocab)"
@@ -283,11 +284,11 @@ def check_causality_test(answer: Attempt) -> Feedback:
 
     leaks: list[tuple[str, Callable[[int], Array], str]] = [
         ("every token sees the whole text", lambda seq: np.ones((seq, seq), bool),
-         "does it raise (assert ...) where an answer before the changed token moved?"),
+         "does it raise (assert ...) if an answer before the changed token changes?"),
         ("every token sees the next one", one_ahead,
-         "only the answer just before the changed token moves at once: compare all answers up to it, logits[:place]."),
+         "only the answer just before the changed token changes: compare all answers before it, logits[:place]."),
         ("only the first token sees the second", first_sees_second,
-         "change every token but the first, and compare all answers before it, logits[:place]."),
+         "change every token except the first, and compare all answers before it, logits[:place]."),
     ]  # fmt: skip
     for what, mask, hint in leaks:
         outcome = call(answer, (_make_model(mask),))
@@ -295,5 +296,5 @@ def check_causality_test(answer: Attempt) -> Feedback:
             return Feedback(False, f"Not yet: your test accepts a model in which {what}\n  Hint: {hint}")
         if not isinstance(outcome.error, AssertionError):
             error = f"{type(outcome.error).__name__}: {outcome.error}"
-            return Feedback(False, f"Not yet: your test fails with another error than AssertionError\n  {error}")
-    return Feedback(True, "Right: the right model passes, and three that see the future are caught.")
+            return Feedback(False, f"Not yet: your test raises an error other than AssertionError\n  {error}")
+    return Feedback(True, "Right: the right model passes, and the three models that see later tokens fail.")

@@ -2,7 +2,7 @@
 or is read; never another exception, a crash, a wait, or memory out of all proportion.
 
     pip install -e ".[test]" "atheris>=3"
-    python tools/fuzz.py NAME [-max_total_time=120 ...]      coverage-guided, with libFuzzer's options
+    python -m tools.fuzz.readers NAME [-max_total_time=120 ...]      coverage-guided, with libFuzzer's options
 
 ``tests/test_fuzz.py`` tries the same readers with Hypothesis, and keeps what was found.
 """

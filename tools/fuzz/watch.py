@@ -1,0 +1,250 @@
+"""Runs one case in this process and says what is wrong with it: the exit code, the output, the files that are left or
+were opened, and the memory. A watcher in another process ends it where it takes too long."""
+
+import contextlib
+import io
+import os
+import shutil
+import sys
+import tempfile
+import traceback
+import unicodedata
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from refgemma.cli import candidates
+from refgemma.cli import main as command_line
+from refgemma.cli.output import FAULT, MISUSE, OK
+
+from .families import Case
+
+MEMORY = 2**30  # bytes
+LINE = 2000  # characters of an error message
+CHECKED = {0, 1, 2, 3, 4, 5}
+CODES = {"check": CHECKED, "sweep": CHECKED, "diff": {0, 1, 2, 4}, "map": {0, 2, 4}, "verify": {0, 1, 2}}
+WRITES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod")
+PROCESSES = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "os.startfile", "pty.spawn")
+SOCKETS = ("socket.connect", "socket.bind", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto")
+CODE = [Path(__file__).parents[2], *map(Path, {sys.prefix, sys.base_prefix, *filter(None, sys.path)})]
+SYSTEM = ("/dev/null", "/dev/urandom", "/proc/self", "/proc/meminfo", "/proc/cpuinfo", "/etc/localtime", "/sys")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a case came to: nothing is wrong if `problem` is empty."""
+
+    problem: str
+    code: int | None
+    said: str = ""
+    peak: int = 0  # bytes
+
+
+# --- what a process does, as Python's audit events say ---------------------------------------------------------------
+
+
+class Audit:
+    """Notes each file outside the folders that a case may use, and each process, socket and unpickled name."""
+
+    def __init__(self) -> None:
+        self.active, self.seen = False, list[str]()
+        self.folders: list[str] = []
+        self.named: set[str] = set()  # in the arguments, or in a file of jobs
+        sys.addaudithook(self)
+
+    def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
+        """Look at an event; a process or a socket that nobody asked for does not come to be."""
+        if not self.active:
+            return
+        if event == "open" and isinstance(arguments[0], str | bytes | os.PathLike):
+            self.look_at(os.fsdecode(arguments[0]), isinstance(arguments[2], int) and bool(arguments[2] & 3))
+        elif event in WRITES:
+            for path in arguments[: 2 if event in ("os.rename", "os.link") else 1]:
+                if isinstance(path, str | bytes | os.PathLike) and arguments[-1] in (-1, None):  # not within a folder
+                    self.look_at(os.fsdecode(path), True)
+        elif event == "pickle.find_class":
+            self.seen.append(f"unpickles {arguments[:2]}")
+        elif event == "subprocess.Popen":
+            if not any("template_worker" in str(part) for part in arguments[1]):
+                if str(arguments[1][0]) not in self.named:
+                    self.seen.append(f"starts {arguments[1]!r:.100}")
+                raise FileNotFoundError(2, "no process is started while fuzzing", str(arguments[0]))
+        elif event in PROCESSES or event in SOCKETS:
+            self.seen.append(f"{event} {arguments!r:.100}")
+            raise PermissionError(1, f"no {event} while fuzzing")
+
+    def look_at(self, path: str, writes: bool) -> None:
+        """Note a path outside the folders."""
+        whole = os.path.realpath(path)
+        if whole.startswith(tuple(self.folders)) or {path, whole} & self.named:
+            return
+        if whole.startswith(SYSTEM) or (not writes and any(whole.startswith(f"{folder}/") for folder in CODE)):
+            return
+        self.seen.append(f"{'writes' if writes else 'opens'} {path!r:.100}")
+
+
+AUDIT = Audit()
+
+
+# --- one case ---------------------------------------------------------------------------------------------------------
+
+
+class Inline(Executor):
+    """An executor in this process: a sweep's own workers would be processes that nobody watches."""
+
+    def submit(self, call: Callable[..., Any], /, *arguments: Any, **others: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(call(*arguments, **others))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+@contextlib.contextmanager
+def run_inline(workers: int) -> Iterator[Executor]:
+    """In place of `refgemma.sweep.runner.processes`."""
+    yield Inline()
+
+
+LAST_FAULT = [""]
+_describe = command_line.describe_error
+
+
+def describe_error(error: Exception) -> str:
+    """Keep the traceback of a fault of refgemma itself, of which the command prints one line."""
+    LAST_FAULT[0] = "".join(traceback.format_exception(error))
+    return _describe(error)
+
+
+def prepare() -> None:
+    """Make this process one that runs cases."""
+    candidates.processes = run_inline
+    command_line.describe_error = describe_error
+    os.environ |= {"HF_HOME": "/nonexistent/hub", "COLUMNS": "100"}
+
+
+def list_files(folder: Path) -> dict[str, bytes | None]:
+    """Each file of a folder with its content, each folder with None."""
+    found: dict[str, bytes | None] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            found[str(path.relative_to(folder))] = path.read_bytes() if path.stat().st_size < 2**24 else b""
+        else:
+            found[str(path.relative_to(folder))] = None
+    return found
+
+
+def read_peak() -> int:
+    """The most memory that this process had since `forget_peak`."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def forget_peak() -> None:
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def run_case(case: Case) -> Result:
+    """Run a case in a folder of its own."""
+    top = Path(tempfile.mkdtemp(prefix="refgemma-fuzz-"))
+    folder, scratch = top / "case", top / "tmp"
+    try:
+        scratch.mkdir()
+        for name, content in case.files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+        folder.mkdir(exist_ok=True)
+        before = list_files(folder)
+        code, out, err = call(case, folder, scratch)
+        peak = read_peak()
+        problem = judge(case, code, out, err) or (f"takes {peak >> 20} MiB" if peak > MEMORY else "")
+        if not problem:
+            left = list_files(folder)
+            problem = judge_files(code, before, left) or ("leaves a temporary file" if list_files(scratch) else "")
+        return Result(problem, code, f"{err[-3000:]}{LAST_FAULT[0][-3000:] if code == FAULT else ''}", peak)
+    finally:
+        os.chdir("/")
+        shutil.rmtree(top, ignore_errors=True)
+
+
+def call(case: Case, folder: Path, scratch: Path) -> tuple[int | None, str, str]:
+    """The exit code of a case's command, and what it prints."""
+    os.chdir(folder)
+    kept = tempfile.tempdir, sys.stdin, sys.stdout, sys.stderr
+    out, err = io.BytesIO(), io.BytesIO()
+    sys.stdin = io.TextIOWrapper(io.BytesIO(case.stdin.encode("utf-8", "surrogateescape")), "utf-8", "surrogateescape")
+    streams = io.TextIOWrapper(out, "utf-8"), io.TextIOWrapper(err, "utf-8", "backslashreplace")
+    sys.stdout, sys.stderr = streams
+    tempfile.tempdir = str(scratch)
+    AUDIT.seen, AUDIT.folders = [], [f"{folder.parent}/", str(folder.parent)]
+    AUDIT.named = {*case.argv, *(part + "/" for part in case.argv), "./absent"}
+    if "jobs.jsonl" in case.files:  # names the files that are read, as arguments do
+        AUDIT.named |= {"/etc/passwd", "/dev/zero"}
+    forget_peak()
+    LAST_FAULT[0] = ""
+    code: int | None = None
+    try:
+        AUDIT.active = True
+        with warnings.catch_warnings():
+            code = command_line.main(list(case.argv))
+        sys.stdout.flush()
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        AUDIT.active = False
+        for stream in streams:
+            with contextlib.suppress(Exception):
+                stream.flush()
+        tempfile.tempdir, sys.stdin, sys.stdout, sys.stderr = kept
+    return code, out.getvalue().decode("utf-8", "replace"), err.getvalue().decode("utf-8", "replace")
+
+
+def judge(case: Case, code: int | None, out: str, err: str) -> str:
+    """What is wrong with how a command ended and with what it printed."""
+    command = case.argv[0] if case.argv else ""
+    if AUDIT.seen:
+        return AUDIT.seen[0]
+    if "Traceback" in err or code is None:
+        return "traceback: " + (err.strip().splitlines() or [""])[-1]
+    if code == FAULT:
+        return "fault of our own: " + err.partition("itself: ")[2][:100]
+    if code not in CODES.get(command, {OK, MISUSE}):
+        return f"exit code {code}"
+    if case.code not in (None, code):
+        return f"exit code {code}, where {case.code} is right"
+    if case.wrong and code == OK:
+        return "wrong PASS"
+    lines = err.splitlines()
+    if code == MISUSE:
+        said = [line for line in lines if not line.startswith("refgemma: ") or line.endswith("--help)")]  # no warnings
+        if command == "sweep" and not said and out:
+            return ""  # its report says which job cannot be read
+        if len(said) != 1 or len(said[0]) > LINE or not said[0].isprintable() or not said[0].startswith("refgemma"):
+            return f"{len(said)} lines of error: {said[:2]!r:.100}"
+    if odd := [line for line in lines if "encountered in" in line]:
+        return f"a warning of NumPy's: {odd[0][:100]}"
+    shown = err if command in ("generate", "chat") else out + err  # a model may write any character to a file
+    obeyed = {c for c in shown if unicodedata.category(c) in ("Cc", "Cs")} - set("\n\t")
+    return f"prints {sorted(obeyed)!r:.100}, which a terminal obeys" if obeyed else ""
+
+
+def judge_files(code: int | None, before: dict[str, bytes | None], left: dict[str, bytes | None]) -> str:
+    """What is wrong with the files that a command leaves."""
+    if gone := [name for name in before if before[name] != left.get(name, b"?") and ".results/" not in name]:
+        return f"changes {gone[0]!r:.60}"
+    fresh = [name for name in left if name not in before]
+    if partial := [name for name in fresh if name.endswith(".part") or "/." in f"/{name}"]:
+        return f"leaves {partial[0]!r:.60}"
+    new = [name for name in fresh if not name.startswith("jobs.jsonl.results")]  # kept of the jobs that were done
+    if code == MISUSE and new:
+        return f"is refused, but leaves {new[0]!r:.60}"
+    return ""
