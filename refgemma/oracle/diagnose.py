@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
-from itertools import combinations
+from itertools import chain, combinations, islice
 
 import numpy as np
 
@@ -19,6 +19,15 @@ from refgemma.config import Gemma2Config
 from refgemma.oracle import verdicts
 from refgemma.oracle.engine import PRODUCTS, Engine, Instance
 from refgemma.oracle.estimate import Estimate, estimate_parameters
+from refgemma.oracle.families import (
+    WEIGHT_OF_FIELD,
+    Place,
+    exchanges_at,
+    exchanges_in_all,
+    list_places,
+    parts_in_half,
+    weights_of_another,
+)
 from refgemma.oracle.judge import SPAN_LIMIT, judge, nearest, resembles
 from refgemma.oracle.known_bugs import KNOWN_BUGS, KnownBug, combine, known_bug
 from refgemma.oracle.locate import ErrorMap, locate_errors, map_errors
@@ -27,7 +36,7 @@ from refgemma.oracle.spans import Computed
 from refgemma.oracle.tolerance import from_measured_std, rescale
 from refgemma.precision import Array
 from refgemma.trace.candidate import Candidate
-from refgemma.trace.names import LOGPROBS, field_of
+from refgemma.trace.names import LOGPROBS, field_of, layer_of
 from refgemma.weights.parameters import Weights
 
 # The operation of a known bug rounds a little differently from the right one, for which the bounds are derived: errors
@@ -36,6 +45,8 @@ BUG_FACTOR, BUG_FLOOR = 4.0, 16 * 2.0**-24
 # A bug that leaves less of a span's error than this explains more than half of it, or what stands behind quantisation.
 CLOSE, MUCH_CLOSER = 0.5, 1 / 3
 TRIED = 4  # closest bugs that are tried with each way of rounding
+# Multiplications that may go into trying weights in other weights' places, of one finding: a second or two.
+WORK = 2e9
 # What code that was written for Gemma 1 leaves out of Gemma 2, often all at once.
 GEMMA_1_BUGS = ("attn-softcap-missing", "final-softcap-missing", "scale-head-dim", "swa-all-global")
 
@@ -145,6 +156,7 @@ class Diagnosis:
         self.bugs = KNOWN_BUGS if bugs is None else tuple(bugs)
         self._fits: dict[tuple[str, str], bool] = {}
         self._left: dict[tuple[str, str], float] = {}
+        self.untried = False  # whether other weights' places were left out, for the time that they take
 
     @cached_property
     def few(self) -> set[str]:
@@ -219,7 +231,49 @@ class Diagnosis:
             if self.is_consistent(v, good) is not False:
                 found.append(v)
         mistakes = [v for v in found if v.kind == "mistake"]
-        return tuple(mistakes or found or self._find_pairs(finding) or self._find_gemma_1(finding))
+        found = mistakes or found
+        if self.bugs is KNOWN_BUGS:
+            found = found or self._find_part(names) or self._find_weights(names, good)
+        return tuple(found or self._find_pairs(finding) or self._find_gemma_1(finding))
+
+    def _find_part(self, names: Sequence[str]) -> list[KnownBug]:
+        """The largest part in half precision that explains every tensor it touches, some of `names` among them."""
+        if self.candidate.dtype != "float32":
+            return []
+        wrong = sorted({layer for name in names if (layer := layer_of(name)) is not None})
+        alone = wrong and len(wrong) < self.engine.config.num_hidden_layers
+        for part in chain(parts_in_half(), parts_in_half(wrong) if alone else ()):
+            if self.is_consistent(part, names) and self.is_consistent(part):
+                return [part]
+        return []
+
+    def _find_weights(self, names: Sequence[str], good: Sequence[str]) -> list[KnownBug]:
+        """Weights in the places of others: of each wrong tensor's own operation, else of all on the way to the first.
+
+        What lies on the way is computed anew for each, so that of large models not all are tried, which is said.
+        """
+        context, kinds = self.engine.context, {field_of(name) for name in names}
+        if not kinds - set(WEIGHT_OF_FIELD) and all(self.engine.is_direct(name) for name in names):
+            sources: dict[Place, Place] = {}
+            for name in names:
+                place = (layer_of(name), WEIGHT_OF_FIELD[field_of(name)])
+                fitting = (v for v in exchanges_at(context, place) if self.is_consistent(v, [name]))
+                if (bug := next(fitting, None)) is None:
+                    return []
+                sources |= bug.sources
+            return [weights_of_another(sources)]
+        steps = self.usual.span(names[0])
+        if len(steps) == 1:
+            return []
+        places = [(layer_of(s), WEIGHT_OF_FIELD[field_of(s)]) for s in steps if field_of(s) in WEIGHT_OF_FIELD]
+        tried = chain(exchanges_in_all(context), *(exchanges_at(context, place) for place in places))
+        numbers = sum(math.prod(list_places(context)[place]) for place in places)
+        affordable = int(WORK // max(1, numbers * self.candidate.call.input_ids.size))
+        for bug in islice(tried, affordable):
+            if self.is_consistent(bug, names) and self.is_consistent(bug, good) is not False:
+                return [bug]
+        self.untried |= next(tried, None) is not None
+        return []
 
     def _find_pairs(self, finding: Sequence[Instance]) -> list[KnownBug]:
         """A bug that explains the first of several tensors, or most of the error, with a way of rounding for the rest.
@@ -262,15 +316,8 @@ class Diagnosis:
         return found if math.isfinite(found) else math.inf
 
     def read(self, bug: KnownBug) -> Computed:
-        """The operations as a bug has them, beside what the usual ones have computed that it does not change."""
-        table = bug.table(self.engine.context, self.usual.table)
-        changed: set[str] = set()
-        for name, op in table.items():
-            # What was recorded is an input as it is, whatever has changed before it.
-            sources = {source for source in op.inputs if source not in self.candidate.inputs}
-            if op is not self.usual.table[name] or sources & changed:
-                changed.add(name)
-        return Computed(table, self.candidate, {n: x for n, x in self.usual.between.items() if n not in changed})
+        """Return the operations as a bug has them, with the usual results that it does not change."""
+        return self.usual.edit(bug.table(self.engine.context, self.usual.table))
 
     def _find_behind(self, names: Sequence[str]) -> tuple[KnownBug, ...]:
         """The bugs that leave so little of an error which quantisation could explain that they are there as well."""
@@ -361,6 +408,8 @@ class Diagnosis:
             yield f"tokens: row {without[0]} does not begin with <bos> {remark}"
         elif bos is not None and twice:
             yield f"tokens: row {twice[0]} begins with <bos> twice (double-bos)"
+        if self.untried:
+            yield "weights in the places of others were not all tried: record the projections and norms to name one"
         for name in candidate.unknown[:3]:
             yield f"{name}: is no tensor of this model"
         if len(candidate.unknown) > 3:

@@ -27,6 +27,16 @@ class Computed:
     candidate: Candidate
     between: dict[str, Array] = field(default_factory=dict)  # not recorded, computed
 
+    def edit(self, table: Mapping[str, Operation]) -> "Computed":
+        """Return the same with operations of another table; what does not depend on them is not computed again."""
+        changed: set[str] = set()
+        for name, op in table.items():
+            unrecorded = (source for source in op.inputs if source not in self.candidate.inputs)
+            if op is not self.table.get(name) or not changed.isdisjoint(unrecorded):
+                changed.add(name)
+        kept = {name: x for name, x in self.between.items() if name not in changed}
+        return Computed(table, self.candidate, kept)
+
     @cached_property
     def places(self) -> Mapping[str, int]:
         """The number of each operation in the order of execution."""
