@@ -176,7 +176,9 @@ class Diagnosis:
         """
         found, exact, where = self.candidate.tensors[name], computed.result(name), self.engine.where(name)
         if not self.engine.is_direct(name) and name in self.wrong:
-            self._left[bug.name, name] = self._measure(name, computed)
+            self._left[bug.name, name] = left = self._measure(name, computed)
+            if bug.kind == "mistake" and not before and left > SPAN_LIMIT * self.engine.override:
+                return False  # as `judge` would say, in more time
         allowed = self.engine.tolerance(name, computed, exact)
         # The noise of another reading of the model is not that of the right one, so that only its size is judged.
         if allowed.measured and name not in self.few:
@@ -367,11 +369,13 @@ class Diagnosis:
             where = locate_errors(self.engine, first.tensor) if judged and not first.between else ""
             maps = map_errors(self.engine, first.tensor) if first.tensor in self.candidate.tensors else ()
             explained, closest = self.explain(judged or wrong), None
-            if not explained and first.between and not any(e.fits for e in fitted):
+            if not explained and judged and first.between and not any(e.fits for e in fitted):
                 ranked = self.rank(names[0])
                 closest = (ranked[0][1], ranked[0][0]) if ranked and ranked[0][0] < CLOSE else None
                 if self.engine.quantised:
                     explained = self._find_behind(names)
+            if explained and all(v.kind == "rounding" for v in explained):
+                fitted = ()  # another rounding moves an estimate as well
             yield Finding(kind, tuple(wrong), total, where, explained, fitted, maps, closest)
 
     def coverage(self) -> tuple[tuple[KnownBug, ...], tuple[KnownBug, ...]]:

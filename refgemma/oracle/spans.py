@@ -95,15 +95,18 @@ def measure_noise(
     steps = sorted({step for name in names for step in computed.span(name)}, key=computed.places.__getitem__)
     squares: dict[str, Array] = {}
     exact = {name: computed.result(name) for name in names}
-    for _ in range(DRAWS):
-        run = Computed(computed.table, computed.candidate)
+    spread: dict[str, Array] = {}  # of the usual numbers: those of a draw are so near that theirs is the same
+    with np.errstate(all="ignore"):
         for step in steps:
-            inputs = run.inputs(step)
-            with np.errstate(all="ignore"):
-                right = np.asarray(computed.table[step].compute(*inputs), np.float64)
-                allowed = computed.table[step].tolerance(inputs, right, storage, context.arithmetic.unit)
-                off = (more or {}).get(field_of(step), 0.0) * np.sqrt(np.mean(right**2, axis=-1, keepdims=True))
-                run.between[step] = right + rng.standard_normal(right.shape) * np.hypot(allowed.std, off)
+            right = computed.value(step) if step not in computed.candidate.inputs else computed.result(step)
+            allowed = computed.table[step].tolerance(computed.inputs(step), right, storage, context.arithmetic.unit)
+            off = (more or {}).get(field_of(step), 0.0) * np.sqrt(np.mean(right**2, axis=-1, keepdims=True))
+            spread[step] = np.hypot(allowed.std, off)
+        for _ in range(DRAWS):
+            run = Computed(computed.table, computed.candidate)
+            for step in steps:
+                right = run.result(step)
+                run.between[step] = right + rng.standard_normal(right.shape) * spread[step]
                 if step in exact:
                     squares[step] = squares.get(step, 0.0) + (run.between[step] - exact[step]) ** 2
     return {name: add_typical_spread(np.sqrt(total / DRAWS)) for name, total in squares.items()}
