@@ -717,7 +717,7 @@ MAKE: dict[str, Make] = {
 CACHED = (
     "cache-drops-one-key", "chunked-prefill-ring-overwritten", "chunk-without-window", "cache-length-from-layer-0",
     "positions-restart", "mask-missing-in-chunk", "mask-missing-in-decode", "decode-without-window",
-    "mask-aligned-to-start",
+    "mask-aligned-to-start", "prefill-without-window",
 )  # fmt: skip
 
 # What a port writes down: all, one tensor a step of the block, or only what comes out.

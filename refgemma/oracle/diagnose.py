@@ -45,6 +45,8 @@ BUG_FACTOR, BUG_FLOOR = 4.0, 16 * 2.0**-24
 # A bug that leaves less of a span's error than this explains more than half of it, or what stands behind quantisation.
 CLOSE, MUCH_CLOSER = 0.5, 1 / 3
 TRIED = 4  # closest bugs that are tried with each way of rounding
+# A part in half precision moves no tensor by more than this share of its size: bfloat16 rounds by 0.004 at the most.
+PART_LIMIT = 0.25
 # Multiplications that may go into trying weights in other weights' places, of one finding: a second or two.
 WORK = 2e9
 # What code that was written for Gemma 1 leaves out of Gemma 2, often all at once.
@@ -232,15 +234,27 @@ class Diagnosis:
                 continue
             if self.is_consistent(v, good) is not False:
                 found.append(v)
-        mistakes = [v for v in found if v.kind == "mistake"]
-        found = mistakes or found
+        found = self._choose([v for v in found if v.kind == "mistake"]) or found
         if self.bugs is KNOWN_BUGS:
             found = found or self._find_part(names) or self._find_weights(names, good)
         return tuple(found or self._find_pairs(finding) or self._find_gemma_1(finding))
 
+    def _choose(self, mistakes: Sequence[KnownBug]) -> list[KnownBug]:
+        """Return the mistakes but those that another one makes needless: it explains more fields, or is named alone."""
+        wrong: dict[str, list[str]] = {}
+        for name in self.engine.recorded:
+            if name in self.wrong:
+                wrong.setdefault(field_of(name), []).append(name)
+        explained = {v.name: {kind for kind in wrong if kind in v.fields and self.is_consistent(v, wrong[kind])}
+                     for v in mistakes} if len(mistakes) > 1 else {}  # fmt: skip
+        return [
+            v for v in mistakes
+            if v.unless not in explained and not any(explained[v.name] < other for other in explained.values())
+        ]  # fmt: skip
+
     def _find_part(self, names: Sequence[str]) -> list[KnownBug]:
         """The largest part in half precision that explains every tensor it touches, some of `names` among them."""
-        if self.candidate.dtype != "float32":
+        if self.candidate.dtype != "float32" or self._apart(names[0]) > PART_LIMIT:
             return []
         wrong = sorted({layer for name in names if (layer := layer_of(name)) is not None})
         alone = wrong and len(wrong) < self.engine.config.num_hidden_layers
@@ -248,6 +262,14 @@ class Diagnosis:
             if self.is_consistent(part, names) and self.is_consistent(part):
                 return [part]
         return []
+
+    def _apart(self, name: str) -> float:
+        """Return how far a recorded tensor is from its reference, in units of the reference's size."""
+        where = self.engine.where(name)
+        with np.errstate(all="ignore"):
+            return float(
+                np.linalg.norm(self.engine.errors(name)[where]) / np.linalg.norm(self.usual.result(name)[where])
+            )
 
     def _find_weights(self, names: Sequence[str], good: Sequence[str]) -> list[KnownBug]:
         """Weights in the places of others: of each wrong tensor's own operation, else of all on the way to the first.

@@ -31,6 +31,12 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "projections": PROJECTIONS, "softmax": ("attention.probs",),
 } | {field: (field,) for field in ("embedded", *LAYER_FIELDS, "norm", "raw_logits")}  # fmt: skip
 
+# What a trace has of a cache in half precision: keys and values as they are kept.
+STORED: Mapping[str, tuple[str, ...]] = {
+    "keys-and-values-kept": ("attention.k_rot", "attention.v"), "keys-kept": ("attention.k_rot",),
+    "values-kept": ("attention.v",),
+}  # fmt: skip
+
 SEEN_IN_HALF = {"attention": "transformers #26451", "softmax": "optimum-habana #396"}
 
 
@@ -53,6 +59,17 @@ def compute_in(storage: str, fields: Sequence[str], layers: Sequence[int] = ()) 
     return in_float32(rewire(edit))
 
 
+def store_in(storage: str, fields: Sequence[str], layers: Sequence[int] = ()) -> Change:
+    """Round the results of some fields to half precision, in some layers or in all."""
+
+    def edit(table: Table, context: Context) -> Iterator[Operation]:
+        for name, op in table.items():
+            if field_of(name) in fields and (not layers or layer_of(name) in layers):
+                yield replace(op, compute=lambda *x, op=op: as_float64(as_dtype(op.compute(*x), storage)))
+
+    return in_float32(rewire(edit))
+
+
 def parts_in_half(layers: Sequence[int] = ()) -> Iterator[KnownBug]:
     """Yield the bug of each part in each half precision, in some layers or in all."""
     where = f" of layers {', '.join(map(str, layers))}" if layers else ""
@@ -62,6 +79,12 @@ def parts_in_half(layers: Sequence[int] = ()) -> Iterator[KnownBug]:
             yield KnownBug(
                 f"{part}-in-{short}{where}", says, fields, compute_in(storage, fields, layers),
                 SEEN_IN_HALF.get(part, "unverified"), "float32", f"dtype of {part}", "rounding",
+            )  # fmt: skip
+        for stored, kept in STORED.items():
+            says = f"{stored.replace('-', ' ')} in {storage}{where}, and all else in float32"
+            yield KnownBug(
+                f"{stored}-in-{short}{where}", says, kept, store_in(storage, kept, layers),
+                "llama.cpp's default (float16)", "float32", "dtype of the cache", "rounding",
             )  # fmt: skip
         for operand, word in (("keys", "scores"), ("values", "mixed")):
             yield KnownBug(

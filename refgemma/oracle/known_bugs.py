@@ -53,6 +53,8 @@ class KnownBug:
         ``mistake``, ``rounding`` or ``stage``.
     ways : tuple of callable
         Other edits of the same bug, where engines or compilers round its steps differently, even from row to row.
+    unless : str
+        Another bug that is named alone where both explain a tensor.
     """
 
     name: str
@@ -64,6 +66,7 @@ class KnownBug:
     knob: str = ""
     kind: str = "mistake"
     ways: tuple[Change, ...] = ()
+    unless: str = ""
 
     def table(self, context: Context, usual: Mapping[str, Operation]) -> dict[str, Operation]:
         """All operations, those of `fields` as this bug has them."""
@@ -214,20 +217,28 @@ def cap_before_scale(table: Table, context: Context) -> Iterator[Operation]:
         yield replace(op, compute=lambda x, op=op: op.compute(x / scale) * scale)
 
 
+def _then_capped(op: Operation, cap: float | None, storage: str) -> Operation:
+    """Return an operation whose result is capped; in half precision it is rounded first, as are the cap's steps."""
+
+    def compute(*inputs: Array) -> Array:
+        result = op.compute(*inputs)
+        return as_float64(ops.soft_cap(as_dtype(result, storage) if storage in FORMATS else result, cap))
+
+    return replace(op, compute=compute)
+
+
 def output_capped(table: Table, context: Context) -> Iterator[Operation]:
     """What attention mixes is capped, the scores are not."""
-    cap = context.config.attn_logit_softcapping
+    cap, storage = context.config.attn_logit_softcapping, context.arithmetic.storage
     for op in _of_field(table, "attention.capped"):
         yield _pass(op.name, *op.inputs)
     for op in _of_field(table, "attention.mixed"):
-        yield replace(op, compute=lambda probs, v, op=op: ops.soft_cap(op.compute(probs, v), cap))
+        yield _then_capped(op, cap, storage)
 
 
 def hidden_capped(table: Table, context: Context) -> Iterator[Operation]:
     """The last hidden state is capped, the logits are not."""
-    norm = table["norm"]
-    cap = context.config.final_logit_softcapping
-    yield replace(norm, compute=lambda x: ops.soft_cap(norm.compute(x), cap))
+    yield _then_capped(table["norm"], context.config.final_logit_softcapping, context.arithmetic.storage)
     yield _pass("logits", "raw_logits")
 
 
@@ -264,9 +275,14 @@ def softmax_over_all(scores: Array, mask: Array) -> Array:
     return ops.softmax(scores, np.ones_like(mask))
 
 
-def mask_added(scores: Array, mask: Array) -> Array:
-    """A mask of true and false is added: visible keys get 1 more, and none is hidden."""
-    return softmax_over_all(np.where(mask, scores + np.ones_like(scores), scores), mask)
+def mask_added(storage: str) -> Callable[[Array, Array], Array]:
+    """Return a softmax after a mask of true and false was added: visible keys get 1 more, and none is hidden."""
+
+    def softmax(scores: Array, mask: Array) -> Array:
+        added = as_float64(as_dtype(as_float64(scores) + mask, storage))
+        return softmax_over_all(narrow(added, like=scores), mask)
+
+    return softmax
 
 
 def hidden_keys_at(score: float) -> Callable[[Array, Array], Array]:
@@ -782,7 +798,7 @@ KNOWN_BUGS: tuple[KnownBug, ...] = (
     KnownBug("attn-softcap-twice", "scores are capped twice", CAPPED, function(soft_cap=cap_twice), "unverified",
              knob="kernel and caller both cap"),
     KnownBug("attn-softcap-clip", "scores are cut off at the cap, not bent", CAPPED, function(soft_cap=cut_off),
-             "unverified", "scores not far below the cap", "soft cap formula"),
+             "unverified", "scores not far below the cap", "soft cap formula", unless="attn-softcap-missing"),
     KnownBug("attn-softcap-unmultiplied", "tanh(x / cap) of scores is not multiplied back by the cap", CAPPED,
              function(soft_cap=cap_unmultiplied), "unverified", knob="soft cap formula"),
     KnownBug("attn-softcap-on-output", "what attention mixes is capped, not the scores", (*CAPPED, "attention.mixed"),
@@ -1007,15 +1023,16 @@ KNOWN_BUGS: tuple[KnownBug, ...] = (
     KnownBug("mask-not-causal", "queries see the keys after them", PROBS, mask(not_causal),
              "onnx #7865's companions; unverified", "more than one token", "causal"),
     KnownBug("mask-added-as-bool", "a mask of true and false is added to the scores, so that it hides nothing", PROBS,
-             function(softmax=mask_added), "transformers #41443", "more than one token", "dtype of the mask"),
+             in_storage("softmax", mask_added), "transformers #41443", "more than one token", "dtype of the mask"),
     KnownBug("mask-missing-in-prefill", "the first call has no mask: every query sees all its keys", PROBS,
-             mask(prefill_sees_all), "mlxcel #1001 (gemma2), TinyLLM #17", "more than one token", "mask of prefill"),
+             mask(prefill_sees_all), "mlxcel #1001 (gemma2), TinyLLM #17", "more than one token", "mask of prefill",
+             unless="attn-softcap-after-mask"),
     KnownBug("mask-missing-in-chunk", "a later call of several tokens has no mask", PROBS, mask(later_chunk_sees_all),
              "TinyLLM #17", "several calls, a later one of several tokens", "mask of a chunk"),
     KnownBug("mask-missing-in-decode", "a call of one token has no mask: it sees padding, and beyond the window", PROBS,
              mask(decode_sees_all), "unverified", "several calls, beyond the window or padded", "mask of a step"),
     KnownBug("prefill-without-window", "in the first call no layer slides", PROBS, mask(prefill_without_window),
-             "unverified", LONG, "sliding_window of prefill"),
+             "unverified", LONG, "sliding_window of prefill", unless="swa-all-global"),
     KnownBug("decode-without-window", "in calls of one token no layer slides", PROBS, mask(decode_without_window),
              "unsloth-zoo #635 (in review)", "several calls, beyond the window", "sliding_window of a step"),
     KnownBug("mask-aligned-to-start", "in full layers the first query of a later call sees the first key alone", PROBS,
