@@ -172,7 +172,8 @@ def attention_in_half(model: Gemma2ForCausalLM, prompt: Prompt, put: Put) -> Non
     """As an attention that computes in bfloat16 only is called from a float32 model."""
 
     def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, **named: Any) -> Any:
-        output, weights = attention()(module, q.to(HALF), k.to(HALF), v.to(HALF), mask.to(HALF), **named)
+        hidden = mask.clamp(min=torch.finfo(HALF).min).to(HALF)  # minus infinity would make rows of padding NaN
+        output, weights = attention()(module, q.to(HALF), k.to(HALF), v.to(HALF), hidden, **named)
         return output.to(q.dtype), weights.to(q.dtype)
 
     put(modeling, "eager_attention_forward", attend)
@@ -863,11 +864,14 @@ BEGIN, END = "<!-- python golden/mistakes.py --write -->", "<!-- end -->"
 
 
 def write(found: list[Outcome], path: Path) -> None:
-    """Put both tables into the page, between its marks."""
+    """Put the tables into the page, between its marks: of the catalogue, and of the families of known bugs."""
+    catalogue = {v.name for v in KNOWN_BUGS}
+    known, families = ([o for o in found if (o.name in catalogue) is wanted] for wanted in (True, False))
+    made = f"{rates(known)}\n\n{table(known)}\n\nOf the families, some of many:\n\n{table(families)}"
     page = path.read_text(encoding="utf-8")
     before, rest = page.split(BEGIN)
     _, after = rest.split(END)
-    path.write_text(f"{before}{BEGIN}\n\n{rates(found)}\n\n{table(found)}\n\n{END}{after}", encoding="utf-8")
+    path.write_text(f"{before}{BEGIN}\n\n{made}\n\n{END}{after}", encoding="utf-8")
 
 
 def main() -> int:

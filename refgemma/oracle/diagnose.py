@@ -158,6 +158,7 @@ class Diagnosis:
         self.bugs = KNOWN_BUGS if bugs is None else tuple(bugs)
         self._fits: dict[tuple[str, str], bool] = {}
         self._left: dict[tuple[str, str], float] = {}
+        self._parts: list[KnownBug] = []  # parts in half precision that were tried
         self.untried = False  # whether other weights' places were left out, for the time that they take
 
     @cached_property
@@ -254,11 +255,13 @@ class Diagnosis:
 
     def _find_part(self, names: Sequence[str]) -> list[KnownBug]:
         """The largest part in half precision that explains every tensor it touches, some of `names` among them."""
+        self._parts = []
         if self.candidate.dtype != "float32" or self._apart(names[0]) > PART_LIMIT:
             return []
         wrong = sorted({layer for name in names if (layer := layer_of(name)) is not None})
         alone = wrong and len(wrong) < self.engine.config.num_hidden_layers
-        for part in chain(parts_in_half(), parts_in_half(wrong) if alone else ()):
+        self._parts = [*parts_in_half(), *(parts_in_half(wrong) if alone else ())]
+        for part in self._parts:
             if self.is_consistent(part, names) and self.is_consistent(part):
                 return [part]
         return []
@@ -323,11 +326,11 @@ class Diagnosis:
 
     def rank(self, name: str) -> list[tuple[float, KnownBug]]:
         """Return the bugs by what they leave of the root mean square error of a span, the closest first."""
-        usual = self._measure(name, self.usual)
-        for v in self.bugs:
-            if v.change is not None and (v.name, name) not in self._left:
+        usual, bugs = self._measure(name, self.usual), [v for v in (*self.bugs, *self._parts) if v.change is not None]
+        for v in bugs:
+            if (v.name, name) not in self._left:
                 self._left[v.name, name] = self._measure(name, self.read(v))
-        left = [(self._left[v.name, name] / max(usual, 1e-300), v) for v in self.bugs if v.change is not None]
+        left = [(self._left[v.name, name] / max(usual, 1e-300), v) for v in bugs]
         return sorted(left, key=lambda one: one[0])
 
     def _measure(self, name: str, computed: Computed) -> float:
