@@ -606,7 +606,8 @@ def compute_gradients(
 ) -> tuple[float, dict[str, Array]]:  # fmt: skip
     """Return the loss of a language model on `labels`, and the gradient of each weight.
 
-    A training step needs no more from the model. The steps are `forward`, `causal_lm_loss` and `backward`.
+    A training step needs no more from the model. The steps are `forward`, `causal_lm_loss` and `backward`. Dropout is
+    off, as in evaluation; Gemma 2 has none.
 
     Parameters
     ----------
@@ -649,13 +650,37 @@ def compute_gradients(
     >>> round(loss, 1), grads["model.layers.0.self_attn.q_proj.weight"].shape
     (14.6, (192, 234))
     """
+    loss, grads = compute_all_gradients(
+        input_ids, labels, weights, config, attention_mask=attention_mask, position_ids=position_ids,
+        num_items=num_items, keep_activations=False,
+    )  # fmt: skip
+    return loss, grads.weights
+
+
+def compute_all_gradients(
+    input_ids: npt.ArrayLike, labels: npt.ArrayLike, weights: Weights, config: Gemma2Config, *,
+    attention_mask: Any = None, position_ids: npt.ArrayLike | None = None, num_items: float | None = None,
+    keep_activations: bool = True,
+) -> tuple[float, Gradients]:  # fmt: skip
+    """Return the loss of a language model on `labels`, and the gradients of all steps and weights.
+
+    The arguments are those of `compute_gradients`, and `keep_activations` of `backward`.
+
+    Examples
+    --------
+    >>> import refgemma
+    >>> tiny = refgemma.load("tiny")
+    >>> _, grads = compute_all_gradients([[2, 300]], [[2, 300]], tiny.weights, tiny.config)
+    >>> bool((grads.logits[0, 1] == 0).all())  # nothing follows the last token
+    True
+    """
     ids = check_token_ids(input_ids, config.vocab_size)
     if attention_mask is None and position_ids is not None:
         attention_mask = packed_masks(position_ids, config)
     run = forward(ids, weights, config, attention_mask=attention_mask, position_ids=position_ids)
     loss = causal_lm_loss(run.logits, labels, num_items)
     grad_logits = causal_lm_loss_backward(run.logits, labels, num_items)
-    return loss, backward(grad_logits, run, ids, weights, config, keep_activations=False).weights
+    return loss, backward(grad_logits, run, ids, weights, config, keep_activations=keep_activations)
 
 
 def compute_classifier_gradients(
