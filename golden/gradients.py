@@ -5,7 +5,7 @@
 
 Nothing that refgemma computes is ever written here, except the form: a sketch of each gradient is kept, see
 `refgemma/goldens/sketch.py`. Every case is recorded in float64, float32 and bfloat16. transformers computes norms,
-softmax and loss in float32 in any precision; the float64 recording is made with that lifted (`Float64`), so that it tells
+softmax and loss in float32 in any precision; the float64 recording is made without that (`Float64`), so that it shows
 the rounding errors of the other two.
 """
 
@@ -37,6 +37,7 @@ from record import (
 )
 from torch.overrides import TorchFunctionMode
 from transformers import Gemma2ForCausalLM, Gemma2ForSequenceClassification, Gemma2ForTokenClassification
+from transformers.activations import ACT2FN
 
 from refgemma.goldens.sketch import sketch
 
@@ -46,7 +47,9 @@ CLASSES = {
     "sequence": Gemma2ForSequenceClassification,
     "token": Gemma2ForTokenClassification,
 }
-LABELS = 3  # of the classifiers
+LABELS = 3  # of the classifiers; a regression has one
+NAMES = ("gelu_pytorch_tanh", "gelu", "gelu_new", "quick_gelu", "silu", "sigmoid", "relu", "relu2", "relu6",
+         "leaky_relu", "tanh", "linear")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Case:
     packed: bool = False  # two texts in each row: positions begin again at 0
     head: str = "language model"
     num_items: int | None = None  # divides the sum of the losses
+    problem_type: str | None = None  # of a sequence classifier
     activations: bool = True  # whether the gradients of all tensors are kept, or those of the blocks' results
 
 
@@ -69,6 +73,10 @@ CASES = {
     "bends-packed": Case("bends", 2, 11, packed=True, activations=False),
     "bends-num-items": Case("bends", 1, 8, num_items=100, activations=False),
     "bends-sequence": Case("bends", 3, 8, padding="right", head="sequence", activations=False),
+    "bends-regression": Case("bends", 2, 7, head="sequence", problem_type="regression", activations=False),
+    "bends-multi-label": Case(
+        "bends", 2, 7, head="sequence", problem_type="multi_label_classification", activations=False
+    ),
     "bends-token": Case("bends", 2, 8, padding="left", head="token", activations=False),
     "reaches": Case("reaches", 2, 7),
     "one-key-head": Case("one-key-head", 2, 7),
@@ -96,7 +104,8 @@ class Float64(TorchFunctionMode):
 def model_of(case: Case, dtype: str) -> Any:
     """The stored model with the head of the case; a classifier's head has seeded weights that are bf16 numbers."""
     folder = TINY if case.model == "tiny" else Path(__file__).parent / "models" / case.model
-    kwargs = {} if case.head == "language model" else {"num_labels": LABELS}
+    labels = 1 if case.problem_type == "regression" else LABELS
+    kwargs = {} if case.head == "language model" else {"num_labels": labels, "problem_type": case.problem_type}
     transformers.logging.set_verbosity_error()
     model = CLASSES[case.head].from_pretrained(folder, dtype=DTYPES[dtype], attn_implementation="eager", **kwargs)
     if case.head != "language model":
@@ -107,7 +116,7 @@ def model_of(case: Case, dtype: str) -> Any:
 
 
 def inputs_of(case: Case, vocab_size: int) -> dict[str, torch.Tensor]:
-    """The arguments of the model: tokens, some more than once; a mask or positions; labels, some of which do not count."""
+    """The arguments of the model: tokens, some more than once; mask or positions; labels, not all of which count."""
     generator = torch.Generator().manual_seed(SEED)
     shape = (case.batch, case.tokens)
     if case.model == "tiny":
@@ -127,6 +136,10 @@ def inputs_of(case: Case, vocab_size: int) -> dict[str, torch.Tensor]:
         half = case.tokens // 2
         given["position_ids"] = torch.cat([torch.arange(half), torch.arange(case.tokens - half)]).repeat(case.batch, 1)
     match case.head:
+        case "sequence" if case.problem_type == "regression":
+            given["labels"] = torch.randint(-8, 9, (case.batch,), generator=generator) / 8
+        case "sequence" if case.problem_type:
+            given["labels"] = torch.randint(0, 9, (case.batch, LABELS), generator=generator) / 8  # exact in all formats
         case "sequence":
             given["labels"] = torch.randint(0, LABELS, (case.batch,), generator=generator)
         case "token":
@@ -137,9 +150,11 @@ def inputs_of(case: Case, vocab_size: int) -> dict[str, torch.Tensor]:
 
 
 def gradients(case: Case, dtype: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The inputs of a case with its loss, and every gradient by its name: ``grads.`` and that of the tensor or weight."""
+    """The inputs of a case with its loss, and each gradient: ``grads.`` and the name of the tensor or weight."""
     model = model_of(case, dtype)
     given = inputs_of(case, model.config.vocab_size)
+    if given["labels"].is_floating_point():  # torch takes the multi-label loss in the precision of the labels
+        given["labels"] = given["labels"].to(DTYPES[dtype])
     rest = {} if case.num_items is None else {"num_items_in_batch": case.num_items}
     is_lm = case.head == "language model"
     hooked = SimpleNamespace(model=model.model, lm_head=model.lm_head if is_lm else model.score)
@@ -160,6 +175,21 @@ def gradients(case: Case, dtype: str) -> tuple[dict[str, torch.Tensor], dict[str
     if not is_lm:
         about |= {n: p.detach() for n, p in model.named_parameters() if n.startswith("score.")}
     return about, {f"grads.{name}": x for name, x in named.items()}
+
+
+def activations() -> dict[str, torch.Tensor]:
+    """The gradients of the activations, by name and precision, at numbers on either side of every bend."""
+    generator = torch.Generator().manual_seed(SEED)
+    x = (torch.randn(300, generator=generator) * 3).bfloat16()
+    x = torch.cat([x, torch.tensor([0.0, 6.0, -6.0, 40.0, -40.0]).bfloat16()])
+    grad = torch.randn(x.shape, generator=generator).bfloat16()
+    found = {"x": x, "grad": grad}
+    for name in NAMES:
+        for dtype in ("float64", "float32", "bfloat16"):
+            given = x.clone().to(DTYPES[dtype]).requires_grad_()
+            ACT2FN[name](given).backward(grad.to(DTYPES[dtype]))
+            found[f"{name}.{dtype}"] = given.grad
+    return found
 
 
 def kept(name: str, case: Case) -> bool:
@@ -196,8 +226,12 @@ def record_all(folder: Path = FOLDER) -> None:
             "torch": torch.__version__, "transformers": transformers.__version__, "attn_implementation": "eager",
             "date": date.today().isoformat(),
         }  # fmt: skip
-    write_json({"format": "refgemma-golden-gradients/1", "cases": entries}, folder / "manifest.json")
-    for path in set(folder.glob("*.safetensors")) - {folder / f"{name}.safetensors" for name in CASES}:
+    alone = folder / "activations.safetensors"
+    write_tensors(activations(), alone)
+    about = {"file": alone.name, "sha256": sha256(alone), "names": NAMES}
+    manifest = {"format": "refgemma-golden-gradients/1", "cases": entries, "activations": about}
+    write_json(manifest, folder / "manifest.json")
+    for path in set(folder.glob("*.safetensors")) - {alone, *(folder / f"{name}.safetensors" for name in CASES)}:
         path.unlink()
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(f"recorded the gradients of {len(CASES)} cases, {size / 1e6:.1f} MB in {folder.name}/")
@@ -214,8 +248,15 @@ def check() -> int:
                 print(f"{name}: DIFFERS: other cases or tensors")
                 failures += 1
                 continue
-            old, new = (read(at / f"{name}.safetensors")["sketches.float64"] for at in (FOLDER, Path(folder)))
+            file = f"{name}.safetensors"
+            old, new = (read(at / file)["sketches.float64"] for at in (FOLDER, Path(folder)))
             worst = float((np.abs(new - old).max(axis=1) / (old[:, 0] + 1e-300)).max())
             print(f"{name:32s} {len(old):4d} gradients, worst {worst:.1e}: {'agrees' if worst <= 1e-9 else 'DIFFERS'}")
             failures += worst > 1e-9
+        alone, renewed = (read(at / "activations.safetensors") for at in (FOLDER, Path(folder)))
+        wide = [name for name in alone if name.endswith("float64")]
+        apart = max(float(np.abs(renewed[n] - alone[n]).max() / np.abs(alone[n]).max()) for n in wide)
+        verdict = "agrees" if apart <= 1e-9 else "DIFFERS"
+        print(f"{'activations':32s} {len(NAMES):4d} gradients, worst {apart:.1e}: {verdict}")
+        failures += apart > 1e-9
     return 1 if failures else 0

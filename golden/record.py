@@ -445,7 +445,10 @@ def main() -> None:
     if args.gradients:
         import gradients
 
-        sys.exit(gradients.check() if args.check else gradients.record_all())
+        if args.check:
+            sys.exit(gradients.check())
+        gradients.record_all()
+        return
     if args.check:
         sys.exit(check())
     if args.full or args.checkpoint:

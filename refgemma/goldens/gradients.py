@@ -2,8 +2,8 @@
 switched off or wrong by a factor, each of which a recording finds.
 
 `golden/gradients.py` keeps a sketch of each gradient (`refgemma.goldens.sketch`). The tolerance is a multiple of
-PyTorch's own rounding error, the difference from its float64 recording; the largest among the gradients of the same name
-in all layers counts, because one error may be small by chance. A mistake of ours cannot widen it.
+PyTorch's own rounding error, the difference from its float64 recording. One error may be small by chance, so the
+largest among the gradients of the same name in all layers counts. A mistake of ours cannot widen it.
 
 * In float32, `NOISE_FACTOR` times the largest error in the sketches, as for activations (`refgemma.goldens.distance`).
 * In float64, the same times ``2**-29``, the ratio of the two unit roundoffs.
@@ -13,11 +13,13 @@ in all layers counts, because one error may be small by chance. A mistake of our
 import math
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import numpy as np
 
-from refgemma.backward import Gradients, compute_all_gradients, compute_classifier_gradients
+from refgemma.activations import ACTIVATIONS
+from refgemma.backward import Gradients, activation_backward, compute_all_gradients, compute_classifier_gradients
 from refgemma.goldens.distance import FLOOR, NOISE_FACTOR
 from refgemma.goldens.full_size import half_tolerance
 from refgemma.goldens.load import model_of, read_manifest, read_recording, restore_precision
@@ -25,11 +27,13 @@ from refgemma.goldens.sketch import PROJECTIONS_AT, sketch
 from refgemma.goldens.verify import Comparison
 from refgemma.hub import golden_folder
 from refgemma.oracle.judge import distance_from, ratio
-from refgemma.precision import Array, as_dtype
+from refgemma.oracle.tolerance import UNDERFLOW, U, ulp
+from refgemma.precision import Array, as_dtype, as_float64
 from refgemma.trace.gradients import named_gradients
 from refgemma.weights.parameters import SCORE_BIAS, SCORE_WEIGHT, Score
 
 AGAIN = "record it again with: python golden/record.py --gradients"
+FORMAT = "refgemma-golden-gradients/1"
 DTYPES = ("float64", "float32", "bfloat16")
 ROUNDOFF = {"float64": 2.0**-29, "float32": 1.0}  # in units of float32's
 
@@ -42,7 +46,7 @@ def gradient_cases() -> dict[str, Any]:
     >>> gradient_cases()["bends-packed"]["packed"]
     True
     """
-    return dict(read_manifest("gradients", "refgemma-golden-gradients/1")["cases"])
+    return dict(read_manifest("gradients", FORMAT)["cases"])
 
 
 def load_gradients(name: str) -> tuple[dict[str, Any], dict[str, Array]]:
@@ -55,7 +59,8 @@ def load_gradients(name: str) -> tuple[dict[str, Any], dict[str, Array]]:
 def run_gradients(about: Mapping[str, Any], golden: Mapping[str, Array], dtype: str) -> tuple[float, Gradients]:
     """Return our loss and gradients of a recorded case."""
     config, weights = model_of({**about, "dtype": dtype})
-    given = {name: golden[name] for name in ("attention_mask", "position_ids") if name in golden}
+    config = config.changed(problem_type=about["problem_type"])
+    given: dict[str, Any] = {name: golden[name] for name in ("attention_mask", "position_ids") if name in golden}
     ids, labels = golden["input_ids"], golden["labels"]
     if about["head"] == "language model":
         return compute_all_gradients(ids, labels, weights, config, num_items=about["num_items"], **given)
@@ -94,11 +99,48 @@ def verify_gradients(name: str, dtype: str) -> Iterator[Comparison]:
         yield Comparison(tensor, "run", distance, int(np.sum(computed == recorded)), recorded.size)
 
 
+def verify_activations(dtype: str) -> Iterator[Comparison]:
+    """Compare the gradient of each activation with its recording, on the recorded numbers.
+
+    The tolerance is eight roundings of the result and of `grad`: a derivative is near 1, or the small difference of two
+    such terms. In the tanh forms of GELU one term is ``x (1 - t**2) du/dx / 2``, which multiplies the errors of ``t``,
+    and in `silu` and `quick_gelu` one is ``x s (1 - s)``.
+    In bfloat16 one ulp of the result is added, or of all these terms if a function has several kernels.
+
+    Examples
+    --------
+    >>> [comparison.tensor for comparison in verify_activations("float32")][:2]
+    ['gelu_pytorch_tanh', 'gelu']
+    """
+    about = read_manifest("gradients", FORMAT)["activations"]
+    golden = read_recording(golden_folder() / "gradients" / about["file"], about["sha256"], AGAIN)
+    x, grad = (as_dtype(golden[name].astype(np.float32), dtype) for name in ("x", "grad"))
+    bent = np.minimum(np.abs(as_float64(x)), 8)  # beyond 8, tanh and sigmoid are 1 in every precision, or very small
+    for name in about["names"]:
+        recorded = golden[f"{name}.{dtype}"].astype(np.float64)
+        computed = as_float64(activation_backward(grad, x, ACTIVATIONS[name]))
+        size = np.maximum(np.abs(as_float64(grad)), np.abs(recorded))
+        if name in ("gelu_pytorch_tanh", "gelu_new"):
+            size = size * (1 + 0.5 * bent * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * bent**2))
+        if name in ("quick_gelu", "silu"):
+            size = size * (1 + bent)
+        allowed = 8 * U * ROUNDOFF.get(dtype, 1.0) * size + UNDERFLOW
+        if dtype == "bfloat16":
+            allowed = allowed + ulp(size if name in ("gelu_new", "quick_gelu") else recorded, dtype)
+        distance = ratio(distance_from(computed, recorded), allowed)
+        yield Comparison(name, "operation", distance, int(np.sum(computed == recorded)), recorded.size)
+
+
+@cache
+def _loss_noise(dtype: str) -> float:
+    """Return PyTorch's largest relative error of a recorded loss; that of a single loss may be small by chance."""
+    recordings = (load_gradients(name)[1] for name in gradient_cases())
+    return max(float(np.abs(x[f"loss.{dtype}"] / x["loss.float64"] - 1)[0]) for x in recordings)
+
+
 def _compare_loss(loss: float, golden: Mapping[str, Array], dtype: str) -> Comparison:
-    """Compare the loss, with the tolerances of a gradient's numbers."""
-    recorded, exact, single = (float(golden[f"loss.{kind}"][0]) for kind in (dtype, "float64", "float32"))
-    if dtype == "bfloat16":
-        allowed = math.sqrt(2) * 4 * abs(recorded - exact)
-    else:
-        allowed = ROUNDOFF[dtype] * (NOISE_FACTOR * abs(single - exact) + FLOOR * abs(recorded))
+    """Compare the loss; the tolerance is `NOISE_FACTOR` times PyTorch's error."""
+    recorded = float(golden[f"loss.{dtype}"][0])
+    noise = _loss_noise("float32" if dtype == "float64" else dtype)
+    allowed = ROUNDOFF.get(dtype, 1.0) * NOISE_FACTOR * noise * abs(recorded)
     return Comparison("loss", "run", abs(loss - recorded) / allowed, int(loss == recorded), 1)

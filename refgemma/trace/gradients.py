@@ -1,4 +1,4 @@
-"""Gradients as named tensors: ``grads.`` and the name of the tensor or the weight. Checked against the recorded gradients
+"""Gradients as named tensors: ``grads.`` and the name of the tensor or weight. Checked against the recorded gradients
 of transformers 5.23."""
 
 from collections.abc import Iterator
