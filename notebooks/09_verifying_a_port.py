@@ -55,7 +55,7 @@ trace = exercises.mystery_trace(1)
 
 assert list(trace) == list(recorded) and all(trace[name].shape == recorded[name].shape for name in recorded)
 same = trace["logits"].argmax(axis=-1) == recorded["logits"].argmax(axis=-1)
-print(f"the same likeliest token at {same.mean():.0%} of the places")
+print(f"the same most likely token at {same.mean():.0%} of the places")
 
 # %% [markdown]
 # ## Differences along the way
@@ -79,7 +79,6 @@ _ = axes.legend()
 
 # %%
 place = int(np.argmax(errors > 1e-5))
-assert errors[:place].max(initial=0) < 1e-5
 print("last good:", order[place - 1], f"{errors[place - 1]:.1e}")
 print("first bad:", order[place], f"{errors[place]:.1e}")
 
@@ -112,7 +111,6 @@ bound = tolerance.linear(x, w).bound
 assert computed.shape == bound.shape == exact.shape
 used = np.abs(computed - exact) / bound
 print(f"rounding used at most {used.max():.0%} of what the bound allows")
-assert used.max() <= 1
 
 
 # %% [markdown]
@@ -165,7 +163,6 @@ _ = axes.legend()
 name = order[place]
 apart = np.abs(trace[name] - recorded[name])[0]
 apart = apart[0] if apart.ndim == 3 else apart  # for an attention tensor, one head
-assert apart.ndim == 2
 
 axes = viz.new_axes(6, 3.4)
 image = axes.imshow(apart, cmap="Reds", aspect="auto", interpolation="nearest")
@@ -189,7 +186,6 @@ _ = axes.set(title=name, xlabel="last axis of the tensor", ylabel="place")
 # %%
 result = verify.verify("bends-forward-f32")
 
-assert result.conforms
 print(result.case, result.tensors, "tensors, worst at", f"{result.worst.distance:.2f} of what rounding allows")
 
 
