@@ -27,6 +27,10 @@
 # The model in this notebook is *tiny*. It has 2.9 million trained numbers, while the 9B has 9.2 billion, but it has
 # the same parts in the same order. It was trained on old tales. It is inside the package, so nothing is downloaded. A
 # model also has a **configuration**: the few numbers that give the sizes of its parts.
+#
+# ![Drawing of the model: all parts of Gemma 2](pictures/model-01.svg)
+#
+# The whole model, with the sizes of the tiny one. Each later notebook lights its part.
 
 # %%
 import numpy as np

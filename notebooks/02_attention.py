@@ -17,6 +17,10 @@
 # Attention is the part of a transformer (the kind of model that Gemma is) in which a token looks at earlier tokens.
 # You need from notebook 1: *token*, *block* or *layer*, *residual stream* (the vector of a token that all blocks read
 # and add to), *norm* (brings a vector to a standard size), *softmax* (scores to probabilities).
+#
+# ![Drawing of the model: attention is lit: heads, scores, mask, average of values](pictures/model-02.svg)
+#
+# The same drawing in each notebook; lit: attention, without rotation and cap.
 
 # %%
 import numpy as np

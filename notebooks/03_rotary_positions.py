@@ -18,6 +18,10 @@
 # two places. Gemma encodes the order by *rotating* queries and keys by angles that depend on their places. This is
 # called **rotary position embedding**, RoPE. You need from notebook 2: *query*, *key*, *head*, *score* (their
 # product), *port* (a reimplementation of the model in another program).
+#
+# ![Drawing of the model: the rotation of queries and keys is lit](pictures/model-03.svg)
+#
+# Lit: the rotation of queries and keys.
 
 # %%
 import numpy as np

@@ -16,6 +16,10 @@
 #
 # Gemma 2 limits two kinds of numbers smoothly: the scores of attention to 50, and the logits to 30. Few other models
 # do this. You need from notebooks 1 and 2: *logits* and *softmax*, *slope*, attention *scores* and *mask*.
+#
+# ![Drawing of the model: the cap of 50 on scores and the cap of 30 on logits are lit](pictures/model-04.svg)
+#
+# Lit: the two soft caps.
 
 # %%
 import numpy as np

@@ -18,6 +18,10 @@
 # in two ways: every second layer looks only a short way back, and results for earlier tokens are kept. You need from
 # notebook 2: *query*, *key*, *value* and their *heads*, the *causal mask* (a token sees its own place and earlier
 # places), *port* (a reimplementation of the model in another program).
+#
+# ![Drawing of the model: the two masks and the alternating blocks are lit](pictures/model-05.svg)
+#
+# Lit: the masks, and the blocks that have them in turn.
 
 # %%
 import numpy as np

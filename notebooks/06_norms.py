@@ -18,6 +18,10 @@
 # bring them back to a standard size. Gemma 2 has more norms than most models, and stores their weights in an unusual
 # way. You need from notebook 1: *residual stream*, *block*, *embedding*, *logits*, *training*; and from notebook 2
 # the word *port* (a reimplementation of the model in another program).
+#
+# ![Drawing of the model: the norms, the stream and the embedding are lit](pictures/model-06.svg)
+#
+# Lit: the norms, the stream and the embedding, whose sizes this notebook follows.
 
 # %%
 import numpy as np
@@ -131,8 +135,8 @@ axes.set(xlabel="block", ylabel="root mean square", title="read (dashed) and wri
 _ = axes.legend(fontsize=8)
 
 # %% [markdown]
-# **Question.** The stream grows more than sevenfold, but each addition has a size between 0.5 and 1.3. What follows for the last
-# blocks?
+# **Question.** The stream grows more than sevenfold, but each addition has a size between 0.5 and 1.3. What follows
+# for the last blocks?
 #
 # <details><summary>Answer</summary>
 # They turn the stream less: the first block turns the last token's stream by 55 degrees, the last block by 12. (Not

@@ -18,6 +18,10 @@
 # and the places where the model rounds. You need from notebook 1: *block*, *residual stream*, *logits*; from notebook
 # 2 *port* (a reimplementation of the model in another program); from notebook 6 the *norm* and its factor $1 + w$.
 # PyTorch is the library that usually runs the model.
+#
+# ![Drawing of the model: the norms, the rotation and the softmax are lit](pictures/model-07.svg)
+#
+# Lit: the parts that compute in float32 inside a bfloat16 model.
 
 # %%
 import numpy as np

@@ -17,6 +17,10 @@
 # The model returns scores; another step must choose a token. You need from notebook 1: *token*, *logits*, *softmax*
 # (scores to probabilities). `next_token_logits` returns the logits after the last token, and the *cache* of notebook
 # 5, which is not needed here.
+#
+# ![Drawing of the model: the final cap and the logits are lit](pictures/model-08.svg)
+#
+# Lit: the last cap and the logits, where text begins.
 
 # %%
 import numpy as np

@@ -18,6 +18,10 @@
 # that did not crash, but only made the text a little worse. This notebook finds such bugs by comparing tensors. It
 # uses words of earlier notebooks, above all the *trace* and the parts of a block (1), the window (5) and *rounding*
 # (7).
+#
+# ![Drawing of the model: all parts of Gemma 2](pictures/model-09.svg)
+#
+# In which of these parts is the bug?
 
 # %%
 import numpy as np

@@ -18,6 +18,10 @@
 # answers all three questions. You need notebooks 1 (the parts of a block), 2 (*heads*, *key/value heads*, the *query
 # scalar* under the root of the scores) and 5 (the cache, the window). From notebook 7 you need that a bfloat16 number
 # has 2 bytes.
+#
+# ![Drawing of the model: the parts with the most numbers, and the sizes](pictures/model-10.svg)
+#
+# The 9B. Lit: the parts with the most numbers, and the table of sizes.
 
 # %%
 import numpy as np

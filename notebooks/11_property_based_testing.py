@@ -17,6 +17,10 @@
 # An ordinary test compares one result with one expected value. A **property** is a statement about *all* inputs: for
 # any text, a later token must not change an earlier answer. A tool tries to find an input that breaks it. You need
 # notebooks 2 (*mask*, *softmax*), 3 (*rotation*), 4 (*soft cap*), 5 (*cache*) and 6 (*norm*).
+#
+# ![Drawing of the model: five parts with a property are lit](pictures/model-11.svg)
+#
+# Lit: the parts with a property in this notebook.
 
 # %%
 import numpy as np
