@@ -25,6 +25,7 @@ from links import problems  # noqa: E402  (Sphinx does not put the folder of thi
 # Sphinx reads only files in its own folder.
 for notebook in (HERE.parent / "notebooks").glob("*.ipynb"):
     shutil.copy(notebook, HERE / "tutorial")
+shutil.copytree(HERE.parent / "notebooks" / "pictures", HERE / "tutorial" / "pictures", dirs_exist_ok=True)
 
 # numpydoc also reads Hypothesis's own docstrings.
 warnings.filterwarnings("ignore", "Unknown section", UserWarning)

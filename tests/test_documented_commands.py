@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from refgemma.cli.main import main
 from refgemma.hub import find_model
 from refgemma.oracle import known_bugs
 from refgemma.precision import narrow, wide
+from refgemma.testing.properties import LAWS
 from refgemma.trace.names import run_in_order, save_trace
 
 pytestmark = pytest.mark.slow
@@ -28,14 +30,24 @@ README = PAGES[0].read_text("utf-8")
 
 
 def blocks(page: str, kind: str) -> list[str]:
-    return re.findall(rf"^```{kind}\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    found = re.findall(rf"^( *)```{kind}\n(.*?)^ *```$", page, re.DOTALL | re.MULTILINE)  # in a list they are indented
+    return [textwrap.dedent(block) for _, block in found]
+
+
+def block_of(kind: str, start: str) -> str:
+    """Return the only block of all pages with these first letters."""
+    (found,) = {block for page in PAGES for block in blocks(page.read_text("utf-8"), kind) if block.startswith(start)}
+    return found
 
 
 def commands() -> set[str]:
     """The lines of console blocks (`$` marks those that are followed by output), and README's table of commands."""
-    found = set(re.findall(r"^\| `(refgemma .*?)` \|", README, re.MULTILINE))
+    found = set()
     for page in PAGES:
-        for block in blocks(page.read_text("utf-8"), "console"):
+        text = page.read_text("utf-8")
+        if "| command | action |" in text:
+            found |= set(re.findall(r"^\| `(refgemma .*?)` \|", text, re.MULTILINE))
+        for block in blocks(text, "console"):
             lines = block.splitlines()
             typed = [line[2:] for line in lines if line.startswith("$ ")] or lines
             found |= {part.split("   #")[0].strip() for line in typed for part in line.split(" && ")}
@@ -201,7 +213,7 @@ def test_a_wrong_command_is_seen(command: str) -> None:
 
 
 def test_the_sample_of_generate(capsys: pytest.CaptureFixture[str]) -> None:
-    (sample,) = [block for block in blocks(README, "console") if block.startswith("$ refgemma generate")]
+    sample = block_of("console", "$ refgemma generate")
     command, _, said = sample.partition("\n")
     assert main(shlex.split(command)[2:]) == 0
     assert capsys.readouterr().out == said
@@ -215,7 +227,7 @@ def columns(line: str) -> tuple[str, ...]:
 
 
 def test_the_sample_of_verify() -> None:
-    (sample,) = [block for block in blocks(README, "text") if block.startswith("case ")]
+    sample = block_of("text", "case                             tensors  worst/bound  verdict\nbends")
     head, *rows, _, total = sample.splitlines()
     command = [sys.executable, "-m", "refgemma", "verify"]  # not in pytest, where shapes are checked and cost time
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
@@ -226,7 +238,7 @@ def test_the_sample_of_verify() -> None:
 
 def test_the_sample_of_an_error(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     # "the tanh form of GELU was replaced by the exact one on purpose"
-    (sample,) = [block for block in blocks(README, "text") if "DIFFERS" in block and block.startswith("bends")]
+    sample = block_of("text", "bends-forward-f32")
     monkeypatch.setattr(layers, "ACTIVATIONS", {"gelu_pytorch_tanh": activations.gelu}, raising=False)
     monkeypatch.setattr(layers, "gelu_tanh", activations.gelu, raising=False)
     monkeypatch.setitem(activations.ACTIVATIONS, "gelu_pytorch_tanh", activations.gelu)
@@ -266,7 +278,7 @@ def test_the_samples_of_a_known_bug(
 SAMPLES: dict[str, str] = {  # the first line of a block of output -> where it is compared
     "case                             tensors  worst/bound  verdict": "test_the_sample_of_verify",
     "def gelu_without_cube(x: Array) -> Array:": "test_the_samples_of_a_known_bug",
-    '    KnownBug("gelu-without-cube", "the tanh form of GELU has no cubic term", ("feed_forward.gelu",),': (
+    'KnownBug("gelu-without-cube", "the tanh form of GELU has no cubic term", ("feed_forward.gelu",),': (
         "test_the_samples_of_a_known_bug"
     ),
     "DIFFERS first at layers.0.feed_forward.gelu: gelu-without-cube": "test_the_samples_of_a_known_bug",
@@ -278,3 +290,15 @@ def test_every_sample_is_compared() -> None:
     first = [block.splitlines()[0] for page in PAGES for block in blocks(page.read_text("utf-8"), "text")]
     left = [line for line in first if line not in SAMPLES and not line.startswith("bends-forward-f32")]
     assert left == []
+
+
+def test_the_numbers_in_the_readme() -> None:
+    said = " ".join(README.split())
+    assert f"knows {len(known_bugs.KNOWN_BUGS)} bugs" in said
+    assert f"apply {len(LAWS)} laws" in said
+    total = block_of("text", "case                             tensors  worst/bound  verdict\nbends").splitlines()[-1]
+    assert f"Of {total.split()[2]} recorded tensors none differs" in said  # test_the_sample_of_verify measures it
+    listed = len(re.findall(r"^\| `refgemma ", README, re.MULTILINE))
+    command_page = (ROOT / "docs" / "reference" / "command-line.md").read_text("utf-8")
+    assert len(re.findall(r"^## refgemma ", command_page, re.MULTILINE)) - listed == 13
+    assert "There are thirteen more" in said
