@@ -129,6 +129,7 @@ def parser() -> Parser:
     command = add("explore", "write one page that shows a run: attention, sizes and answers by token, layer and head")
     add_prompt(command)
     command.add_argument("-o", "--output", default="explorer.html", metavar="FILE", help="default: explorer.html")
+    command.add_argument("--live", action="store_true", help="a page in which the tiny model runs, on any text")
     add_model(command)
 
     command = add("perplexity", "how well a model predicts a text, as transformers defines it and as gemma.cpp does")

@@ -11,18 +11,22 @@
 function linear(x, weight, seq) {
   const width = x.length / seq, out = weight.length / width, y = new Float32Array(seq * out);
   for (let s = 0; s < seq; s++) {
-    for (let o = 0; o < out; o++) {
-      let a = 0, b = 0;
-      const row = s * width, column = o * width, even = width - (width % 2);
-      for (let i = 0; i < even; i += 2) {
-        a += x[row + i] * weight[column + i];
-        b += x[row + i + 1] * weight[column + i + 1];
-      }
-      if (even < width) a += x[row + even] * weight[column + even];
-      y[s * out + o] = a + b;
-    }
+    for (let o = 0; o < out; o++) y[s * out + o] = dot(x, s * width, weight, o * width, width);
   }
   return y;
+}
+
+/** The product of two rows. Four sums side by side do not wait for each other. */
+function dot(x, a, y, b, length) {
+  let p = 0, q = 0, r = 0, t = 0, i = 0;
+  for (; i + 3 < length; i += 4) {
+    p += x[a + i] * y[b + i];
+    q += x[a + i + 1] * y[b + i + 1];
+    r += x[a + i + 2] * y[b + i + 2];
+    t += x[a + i + 3] * y[b + i + 3];
+  }
+  for (; i < length; i++) p += x[a + i] * y[b + i];
+  return p + q + (r + t);
 }
 
 /** Divide each row by its root mean square, then multiply by 1 + weight. */
@@ -115,37 +119,30 @@ function attention(x, weights, past, call) {
   const qRot = rotate(q, cos, sin, settings), kRot = rotate(k, cos, sin, settings);
   const present = { keys: extend(past?.keys, kRot, kvHeads), values: extend(past?.values, v, kvHeads) };
 
-  const scores = new Float32Array(heads * seq * keys), probs = new Float32Array(heads * seq * keys);
-  const owner = (h) => (settings.tiledHeads ? h % kvHeads : Math.floor(h / (heads / kvHeads)));
+  const owner = (h) => (settings.tiledHeads ? h % kvHeads : Math.floor(h / (heads / kvHeads))); // of a query head
+  const scores = new Float32Array(heads * seq * keys);
   for (let h = 0; h < heads; h++) {
     for (let s = 0; s < seq; s++) {
+      const query = (h * seq + s) * headDim, row = (h * seq + s) * keys, first = owner(h) * keys * headDim;
       for (let j = 0; j < keys; j++) {
-        let sum = 0;
-        const query = (h * seq + s) * headDim, key = (owner(h) * keys + j) * headDim;
-        for (let i = 0; i < headDim; i++) sum += qRot[query + i] * present.keys[key + i];
-        scores[(h * seq + s) * keys + j] = sum * settings.scale;
+        scores[row + j] = dot(qRot, query, present.keys, first + j * headDim, headDim) * settings.scale;
       }
     }
   }
   const capped = softCap(scores, settings.attentionCap);
-  for (let row = 0; row < heads * seq; row++) {
-    const place = start + (row % seq), visible = (j) => mayBeSeen(place, j, sliding, settings);
-    let largest = -Infinity, sum = 0;
-    for (let j = 0; j < keys; j++) if (visible(j)) largest = Math.max(largest, capped[row * keys + j]);
-    for (let j = 0; j < keys; j++) if (visible(j)) sum += Math.exp(capped[row * keys + j] - largest);
-    for (let j = 0; j < keys; j++) {
-      if (visible(j)) probs[row * keys + j] = Math.exp(capped[row * keys + j] - largest) / sum;
-    }
-  }
+  const probs = new Float32Array(heads * seq * keys);
   const mixed = new Float32Array(seq * heads * headDim); // (seq, heads, headDim): the heads side by side
   for (let h = 0; h < heads; h++) {
     for (let s = 0; s < seq; s++) {
-      for (let i = 0; i < headDim; i++) {
-        let sum = 0;
-        for (let j = 0; j < keys; j++) {
-          sum += probs[(h * seq + s) * keys + j] * present.values[(owner(h) * keys + j) * headDim + i];
-        }
-        mixed[(s * heads + h) * headDim + i] = sum;
+      const row = (h * seq + s) * keys, to = (s * heads + h) * headDim, first = owner(h) * keys;
+      const visible = [];
+      for (let j = 0; j < keys; j++) if (mayBeSeen(start + s, j, sliding, settings)) visible.push(j);
+      const largest = visible.reduce((most, j) => Math.max(most, capped[row + j]), -Infinity);
+      const sum = visible.reduce((total, j) => total + Math.exp(capped[row + j] - largest), 0);
+      for (const j of visible) {
+        const share = Math.exp(capped[row + j] - largest) / sum, value = (first + j) * headDim;
+        probs[row + j] = share;
+        for (let i = 0; i < headDim; i++) mixed[to + i] += share * present.values[value + i];
       }
     }
   }
