@@ -459,6 +459,8 @@ MAKE: dict[str, Make] = {
         lambda self, x: (normed(self, x.float() - x.float().mean(-1, keepdim=True))
                          * (1.0 + self.weight.float())).type_as(x)),
     "norm-cast-order-llama": norms_by(lambda self, x: normed(self, x.float()).type_as(x) * (1.0 + self.weight)),
+    "norm-in-half": norms_by(
+        lambda self, x: x * torch.rsqrt((x * x).mean(-1, keepdim=True) + self.eps) * (1.0 + self.weight)),
     "norm-weight-in-half": norms_by(lambda self, x: (normed(self, x.float()) * (1.0 + self.weight).float()).type_as(x)),
     "post-attn-norm-after-residual": layers_by(after_residual),
     "llama-block": layers_by(llama_block),

@@ -192,6 +192,7 @@ class Gemma2Config:
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set a field and its derived fields, as `changed` does; refuse a value that no Gemma 2 can have."""
+        name = "dtype" if name == "torch_dtype" else name  # the name before transformers 5
         if name not in self.__dataclass_fields__ and hasattr(type(self), name):
             raise ConfigError(f"Gemma2Config: {name} is a method or a property, not a field; it cannot be set")
         if name not in self.__dataclass_fields__ or [*self.__dataclass_fields__][-1] not in vars(self):
@@ -228,6 +229,20 @@ class Gemma2Config:
         """Tell whether `layer` sees only the last ``sliding_window`` keys."""
         assert self.layer_types is not None  # set by __post_init__
         return self.layer_types[layer] == SLIDING
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """False: Gemma 2 has only a decoder."""
+        return False
+
+    def get_text_config(self, **ignored: Any) -> "Gemma2Config":
+        """Return this configuration: Gemma 2 reads only text."""
+        return self
+
+    @property
+    def torch_dtype(self) -> str | None:
+        """The name of `dtype` before transformers 5."""
+        return self.dtype
 
     @property
     def attention_scale(self) -> float:
@@ -298,6 +313,34 @@ class Gemma2Config:
                 "set it to the function's name"
             )
         return json.dumps(self._file_values(), indent=2, sort_keys=True, default=_refuse_value) + "\n"
+
+    def to_json_file(self, json_file_path: str | Path) -> None:
+        """Write `to_json_string` to a file, which appears complete or not at all.
+
+        Raises
+        ------
+        ConfigError
+            As in `to_json_string`.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Gemma2Config.preset("2b").to_json_file(f"{folder}/config.json")
+        ...     Gemma2Config.from_json_file(f"{folder}/config.json").hidden_size
+        2304
+        """
+        replace_file(Path(json_file_path), self.to_json_string().encode())
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return the contents of `to_json_string`: `to_dict` without the fields that transformers omits too.
+
+        Examples
+        --------
+        >>> "id2label" in Gemma2Config().to_dict(), "id2label" in Gemma2Config().to_diff_dict()
+        (True, False)
+        """
+        return self._file_values()
 
     def _file_values(self) -> dict[str, Any]:
         """Return the contents of a ``config.json``: the values that differ from the usual ones."""
@@ -407,9 +450,9 @@ class Gemma2Config:
         True
         """
         refuse_arguments(ignored, "Gemma2Config.save_pretrained")
-        text = self.to_json_string()
+        self.to_json_string()  # raises before the folder is made
         Path(folder).mkdir(parents=True, exist_ok=True)
-        replace_file(Path(folder) / "config.json", text.encode())
+        self.to_json_file(Path(folder) / "config.json")
 
     @classmethod
     def preset(cls, name: str) -> "Gemma2Config":

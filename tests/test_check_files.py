@@ -237,5 +237,6 @@ def test_calls_that_do_not_fit_are_invalid(run: Mapping[str, np.ndarray], tmp_pa
     tensors = {"input_ids": IDS, "calls.0.norm": one, "calls.1.norm": two[..., :7], "calls.0.logits": run["logits"]}
     candidate = load_trace(written(tensors, tmp_path, calls="[3, 2]"), CONFIG)
     assert candidate.refused == {
-        "norm": "has different axes in some calls: (1, 3, 30), (1, 2, 7)", "logits": "exists for 1 of 2 calls",
+        "norm": "has different axes in some calls: (1, 3, 30), (1, 2, 7)",
+        "logits": "has shape (1, 5, 97); it must be (1, 3, 97): (batch, seq, vocab)",
     }  # fmt: skip

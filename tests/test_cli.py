@@ -177,6 +177,17 @@ def damaged(tmp_path: Path, change) -> str:
     return str(tmp_path)
 
 
+def with_huge_numbers(tensors) -> None:
+    tensors["model.layers.2.mlp.up_proj.weight"][:] = 3e38
+
+
+def test_overflow_is_warned_of_once_and_not_in_numpys_words(tmp_path, capsys) -> None:
+    assert main(["generate", "Once", "--model", damaged(tmp_path, with_huge_numbers)]) == MISUSE
+    warning, error = capsys.readouterr().err.splitlines()  # NumPy warns of several operations
+    assert warning.startswith("refgemma: warning: numbers became too large for this precision")
+    assert error.startswith("refgemma generate: the logits are NaN")
+
+
 def with_nan(tensors) -> None:
     tensors["model.layers.2.mlp.up_proj.weight"][7, 3] = np.nan
 

@@ -3,12 +3,14 @@ worker. The port of these tests is a script that copies a trace, notes that it r
 """
 
 import json
+import os
 import random
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ pytestmark = pytest.mark.slow
 
 PORT = """
 import os, shutil, signal, sys
+from contextlib import suppress
 from pathlib import Path
 trace, written, dies = sys.argv[1:]
 with open("ran.txt", "a") as log:
@@ -297,6 +300,28 @@ def test_no_worker_and_no_command_outlives_a_sweep(number: int, tmp_path: Path) 
         wait_for(lambda: not any(is_running(pid) for pid in started), seconds=5)
 
 
+@pytest.mark.parametrize("delay", [0, 0.05, 0.2])
+def test_ctrl_c_while_workers_start_is_silent(delay: float, tmp_path: Path) -> None:
+    (tmp_path / "jobs.jsonl").write_text(json.dumps({"run": "sh -c 'sleep 100' {trace}"}) + "\n")
+    sweep = [sys.executable, "-c", INTERRUPTIBLE, "sweep", "jobs.jsonl", "--workers", "1"]
+    with subprocess.Popen(sweep, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        wait_for(lambda: has_worker(process.pid))
+        time.sleep(delay)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the worker gets it too, while it imports
+        assert process.communicate(timeout=20)[1].strip() == ""
+        assert process.returncode == 130
+
+
+def has_worker(group: int) -> bool:
+    """Return whether a process of `group` is a worker of `multiprocessing`."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it ended meanwhile
+            words = stat.read_text().rpartition(")")[2].split()
+            if int(words[2]) == group and b"spawn_main" in stat.with_name("cmdline").read_bytes():
+                return True
+    return False
+
+
 def is_running(pid: int) -> bool:
     """Return whether a process is there and has not ended; one that nobody has waited for is a zombie."""
     try:
@@ -309,4 +334,4 @@ def wait_for(happened: Callable[[], bool], seconds: float = 60) -> None:
     until = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < until
-        time.sleep(0.05)
+        time.sleep(0.02)

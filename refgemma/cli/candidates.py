@@ -2,8 +2,9 @@
 the command line."""
 
 import argparse
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from refgemma.cli import output
+from refgemma.config import ConfigError, Gemma2Config
 from refgemma.errors import UsageError
 from refgemma.files import replace_file
 from refgemma.hub import find_model
@@ -37,7 +39,7 @@ from refgemma.trace.candidate import Candidate, is_known, load_trace
 from refgemma.trace.name_maps import apply_map, load_map, map_names, match, open_any
 from refgemma.trace.names import save_trace
 from refgemma.weights.checkpoint import open_checkpoint
-from refgemma.weights.parameters import Weights
+from refgemma.weights.parameters import Weights, tensor_shapes
 
 CODES = "Exit codes: 0 conforms, 1 differs, 2 misuse or bad file, 3 noisy only, 4 inconclusive, 5 the backend failed."
 
@@ -51,7 +53,7 @@ def add_commands(add: Callable[[str, str], Any]) -> None:
         "--model", default="tiny", metavar="MODEL", help="tiny, conformance or a folder (default: tiny)"
     )
     command.add_argument(
-        "--dtype", choices=output.DTYPES, help="what it stores tensors in, if its file does not say so"
+        "--dtype", choices=output.DTYPES, help="the arithmetic that it computes in, if its file does not say so"
     )
     command.add_argument("--allow", type=float, default=1.0, metavar="X",
                          help="multiply what rounding may do by X; every report says so")  # fmt: skip
@@ -62,6 +64,10 @@ def add_commands(add: Callable[[str, str], Any]) -> None:
     command.add_argument("--map", metavar="NAME", help=f"whose names it has: {', '.join(map_names())}, or a file")
     command.add_argument("--weights", metavar="PATH",
                          help="the port's weights, a file or folder: compared with the model's first")  # fmt: skip
+    command.add_argument("--quantised", action="store_true",
+                         help="leave products with weights out of the verdict, unless --weights has them")  # fmt: skip
+    command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="changes",
+                         help="judge against the model with another number, which every line then says")  # fmt: skip
     command.add_argument("--run", metavar="COMMAND",
                          help="first run this command, which writes CANDIDATE; its failure is code 5")  # fmt: skip
 
@@ -110,12 +116,13 @@ def run_check(args: argparse.Namespace) -> int:
     )
     if not args.allow > 0 or not np.isfinite(args.allow):
         raise UsageError(f"--allow {args.allow}: a factor above 0 is needed")
-    config = open_checkpoint(folder).config
+    config, changed = read_changes(open_checkpoint(folder).config, args.changes), ", ".join(args.changes)
     if args.run is not None and (problem := run_backend(args.run, Path(args.candidate))) is not None:
         output.say(f"refgemma check: --run: {problem}", error=True)
         return EXIT[FAILED]
     candidate = read_candidate(args.candidate, config, args.dtype, args.map)
-    found = check(candidate, folder, config=config, weights=args.weights, override=args.allow)
+    found = check(candidate, folder, config=config, weights=args.weights, override=args.allow, quantised=args.quantised)
+    found = replace(found, changed=changed)
     made = {"html": reports.page, "markdown": reports.markdown, "junit": reports.junit}
     for kind, path in outputs.items():
         if kind == "bundle":
@@ -126,6 +133,36 @@ def run_check(args: argparse.Namespace) -> int:
         *reports.text(found, args.model).split("\n")
     )
     return EXIT[found.verdict]
+
+
+def read_changes(config: Gemma2Config, changes: Sequence[str]) -> Gemma2Config:
+    """Return the configuration with the numbers of ``NAME=VALUE``, values as JSON writes them.
+
+    Raises
+    ------
+    UsageError
+        If a field does not exist, or a value does not fit the model.
+    """
+    values: dict[str, Any] = {}
+    for change in changes:
+        name, equals, value = change.partition("=")
+        try:
+            values[name] = json.loads(value)
+        except ValueError:
+            equals = ""
+        if not equals:
+            raise UsageError(f"--set {change}: it must be NAME=VALUE, the value as in JSON: query_pre_attn_scalar=10")
+    if "rope_theta" in values:
+        values.setdefault("rope_parameters", None)
+    try:
+        changed = config.changed(**values)
+    except ConfigError as error:
+        raise UsageError(f"--set: {error}") from None
+    if tensor_shapes(changed) != tensor_shapes(config):
+        raise UsageError(
+            "--set: these values change the shapes of the weights; give a model that has them with --model"
+        )
+    return changed
 
 
 def run_map(args: argparse.Namespace) -> int:

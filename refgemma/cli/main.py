@@ -178,13 +178,16 @@ def parser() -> Parser:
 
 @contextmanager
 def short_warnings() -> Iterator[None]:
-    """Warnings as one line on stderr, and the same one only once."""
-    detect: set[str] = set()
+    """Print each warning as one line on stderr, and only once; say what NumPy's own mean for a model."""
+    shown: set[str] = set()
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        if str(message) not in detect:
-            detect.add(str(message))
-            complain(f"refgemma: warning: {message}")
+        said = str(message)
+        if isinstance(message, RuntimeWarning) and " encountered in " in said:
+            said = "numbers became too large for this precision; are the weights damaged? The result is not reliable"
+        if said not in shown:
+            shown.add(said)
+            complain(f"refgemma: warning: {said}")
 
     with warnings.catch_warnings():
         warnings.simplefilter("always")

@@ -245,6 +245,12 @@ class GenerationConfig:
             value = vars(self.changed(**{name: value})).get(name)
         object.__setattr__(self, name, value)
 
+    def __getattr__(self, name: str) -> None:
+        """Return None for a setting of transformers that is not computed here: it is not set."""
+        if name in NEUTRAL or name in WITHOUT_EFFECT:
+            return
+        raise AttributeError(f"{name!r} is not a setting of generate", name=name, obj=self)
+
     def __repr__(self) -> str:
         """The settings that are said."""
         return f"GenerationConfig({', '.join(f'{name}={value!r}' for name, value in self.to_dict().items())})"
@@ -274,6 +280,43 @@ class GenerationConfig:
         """The settings that are said, as JSON can hold them."""
         said = {name: value for name, value in vars(self).items() if value is not None}
         return {name: _plain(value) for name, value in said.items()}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return `to_dict`: settings with their defaults are not in it."""
+        return self.to_dict()
+
+    def to_json_string(self) -> str:
+        """Return the text of a ``generation_config.json``.
+
+        Examples
+        --------
+        >>> print(GenerationConfig(top_k=5).to_json_string(), end="")
+        {
+          "top_k": 5
+        }
+        """
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    def to_json_file(self, json_file_path: str | Path) -> None:
+        """Write `to_json_string` to a file, which appears complete or not at all."""
+        replace_file(Path(json_file_path), self.to_json_string().encode())
+
+    def update(self, **changes: Any) -> dict[str, Any]:
+        """Set several settings, and return the others, which are not settings of generate.
+
+        Raises
+        ------
+        InputError
+            For a value that is not allowed; then no setting is changed.
+
+        Examples
+        --------
+        >>> GenerationConfig().update(top_k=5, colour="red")
+        {'colour': 'red'}
+        """
+        ours = {name: value for name, value in changes.items() if hasattr(self, name)}
+        vars(self).update(vars(self.changed(**ours)))
+        return {name: value for name, value in changes.items() if name not in ours}
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "GenerationConfig":
@@ -341,9 +384,8 @@ class GenerationConfig:
         ...     GenerationConfig.from_pretrained(folder).top_k
         5
         """
-        text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
         Path(folder).mkdir(parents=True, exist_ok=True)
-        replace_file(Path(folder) / FILE, text.encode())
+        self.to_json_file(Path(folder) / FILE)
 
 
 def _freeze(value: Any) -> Any:

@@ -17,21 +17,25 @@ import numpy as np
 
 from refgemma.config import Gemma2Config
 from refgemma.oracle import verdicts
-from refgemma.oracle.engine import Engine, Instance
+from refgemma.oracle.engine import PRODUCTS, Engine, Instance
 from refgemma.oracle.estimate import Estimate, estimate_parameters
-from refgemma.oracle.judge import SPAN_LIMIT, judge, resembles
+from refgemma.oracle.judge import SPAN_LIMIT, judge, nearest, resembles
 from refgemma.oracle.known_bugs import KNOWN_BUGS, KnownBug, combine, known_bug
 from refgemma.oracle.locate import ErrorMap, locate_errors, map_errors
 from refgemma.oracle.preflight import Preflight
 from refgemma.oracle.spans import Computed
 from refgemma.oracle.tolerance import from_measured_std, rescale
+from refgemma.precision import Array
 from refgemma.trace.candidate import Candidate
-from refgemma.trace.names import field_of
+from refgemma.trace.names import LOGPROBS, field_of
 from refgemma.weights.parameters import Weights
 
 # The operation of a known bug rounds a little differently from the right one, for which the bounds are derived: errors
 # may be those of its row's largest element.
 BUG_FACTOR, BUG_FLOOR = 4.0, 16 * 2.0**-24
+# A bug that leaves less of a span's error than this explains more than half of it, or what stands behind quantisation.
+CLOSE, MUCH_CLOSER = 0.5, 1 / 3
+TRIED = 4  # closest bugs that are tried with each way of rounding
 # What code that was written for Gemma 1 leaves out of Gemma 2, often all at once.
 GEMMA_1_BUGS = ("attn-softcap-missing", "final-softcap-missing", "scale-head-dim", "swa-all-global")
 
@@ -47,6 +51,9 @@ class Finding:
     explanations: tuple[KnownBug, ...]
     estimates: tuple[Estimate, ...]
     maps: tuple[ErrorMap, ...] = ()  # of the first instance
+    closest: tuple[KnownBug, float] | None = (
+        None  # where none explains it: the closest, and what it leaves of the error
+    )
 
     @property
     def worst(self) -> Instance:
@@ -82,6 +89,8 @@ class Report:
     override: float = 1.0
     drift: tuple[tuple[str, float], ...] = field(default=())
     preflight: tuple[Preflight, ...] = ()  # weights and tokens, where they were compared
+    again: tuple["Report", ...] = ()  # as if computed in another precision, where nothing explains what was found
+    changed: str = ""  # numbers of the model that the user changed
 
     @property
     def asked(self) -> int:
@@ -99,13 +108,16 @@ class Report:
             return verdicts.NOISY_ONLY
         judged = {i.tensor for i in self.instances if i.judged.verdict != verdicts.BLIND}
         blind = verdicts.BLIND in words or verdicts.MISSING in words
-        return verdicts.INCONCLUSIVE if "logits" not in judged or blind or self.logits_missing else verdicts.CONFORMS
+        ends = {"logits", LOGPROBS} & judged
+        return verdicts.INCONCLUSIVE if not ends or blind or self.logits_missing else verdicts.CONFORMS
 
     @property
     def logits_missing(self) -> int:
         """The number of logits of the rows' last tokens that are not in the file, where it has a part of them."""
-        logits = self.candidate.tensors.get("logits")
-        return 0 if logits is None or logits.known is None else int(np.sum(~logits.known[:, -1]))
+        tensors, visible = self.candidate.tensors, self.candidate.call.visible
+        last = visible.shape[1] - 1 - np.argmax(visible[:, ::-1], axis=1)
+        known = [x.known for name in ("logits", LOGPROBS) if (x := tensors.get(name)) is not None]
+        return min((0 if k is None else int(np.sum(~k[np.arange(len(k)), last])) for k in known), default=0)
 
     @property
     def wrong_preflight(self) -> list[Preflight]:
@@ -128,8 +140,11 @@ class Report:
 class Diagnosis:
     """What the known bugs make of a candidate's inputs, beside what it recorded."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, bugs: Sequence[KnownBug] | None = None) -> None:
         self.engine, self.usual, self.candidate = engine, engine.usual, engine.candidate
+        self.bugs = KNOWN_BUGS if bugs is None else tuple(bugs)
+        self._fits: dict[tuple[str, str], bool] = {}
+        self._left: dict[tuple[str, str], float] = {}
 
     @cached_property
     def few(self) -> set[str]:
@@ -137,9 +152,19 @@ class Diagnosis:
         wrong = (i for i in self.engine.instances if i.between and i.judged.verdict == verdicts.FAIL)
         return {i.tensor for i in wrong if i.judged.statistics.rms <= SPAN_LIMIT}
 
-    def fits(self, name: str, computed: Computed, bug: KnownBug) -> bool:
-        """Return whether a recorded tensor is what a known bug makes of its inputs."""
+    @cached_property
+    def wrong(self) -> set[str]:
+        """The tensors that are wrong."""
+        return {i.tensor for i in self.engine.instances if i.judged.verdict in verdicts.BAD}
+
+    def fits(self, name: str, computed: Computed, bug: KnownBug, before: Computed | None = None) -> bool:
+        """Return whether a recorded tensor is what a known bug makes of its inputs.
+
+        Of a bug with a way of rounding, `before` is the bug alone.
+        """
         found, exact, where = self.candidate.tensors[name], computed.result(name), self.engine.where(name)
+        if not self.engine.is_direct(name) and name in self.wrong:
+            self._left[bug.name, name] = self._measure(name, computed)
         allowed = self.engine.tolerance(name, computed, exact)
         # The noise of another reading of the model is not that of the right one, so that only its size is judged.
         if allowed.measured and name not in self.few:
@@ -148,9 +173,10 @@ class Diagnosis:
         if self.engine.rounds_several_times(name, computed):
             table = bug.table(self.engine.eager_context, self.engine.eager_table)
             eager = self.engine.eager_result(name, computed, table)
-        if bug.kind == "rounding":
-            usual = self.usual.result(name)
-            ways = [exact] if eager is None else [exact, eager]
+        if bug.kind == "rounding" or before:
+            usual = (before or self.usual).result(name)
+            others = [self.read(replace(bug, change=way)).result(name) for way in bug.ways]
+            ways = [nearest(found.numbers, [exact, *others])] + ([] if eager is None else [eager])
             if not any(resembles(found.numbers, way, usual, allowed, found.storage, where) for way in ways):
                 return False
             if not (allowed.measured and name in self.few):
@@ -162,15 +188,20 @@ class Diagnosis:
         judged = judge(found.numbers, exact, allowed, found.storage, where, eager, self.engine.override)
         return judged.verdict in (*verdicts.GOOD, verdicts.BLIND)
 
-    def is_consistent(self, bug: KnownBug, names: Sequence[str] | None = None) -> bool | None:
+    def is_consistent(
+        self, bug: KnownBug, names: Sequence[str] | None = None, before: Computed | None = None
+    ) -> bool | None:
         """Return whether the recorded tensors are what a bug makes of their inputs; None if it touches none of them."""
-        computed = Computed(bug.table(self.engine.context, self.usual.table), self.candidate)
+        computed = self.read(bug)
         touched = False
         for name in self.engine.recorded if names is None else names:
             if all(computed.table[step] is self.usual.table[step] for step in computed.span(name)):
                 continue
             touched = True
-            if not self.fits(name, computed, bug):
+            key = bug.name, name
+            if before or key not in self._fits:
+                self._fits[key] = self.fits(name, computed, bug, before)
+            if not self._fits[key]:
                 return False
         return True if touched else None
 
@@ -179,10 +210,10 @@ class Diagnosis:
         names = [i.tensor for i in finding]
         same_field = [n for n in self.engine.recorded if field_of(n) == field_of(names[0])]
         if finding[0].judged.verdict == verdicts.INVALID:
-            return tuple(v for v in KNOWN_BUGS if v.kind == "stage" and self._is_preflight_bug(v, finding[0]))
+            return tuple(v for v in self.bugs if v.kind == "stage" and self._is_preflight_bug(v, finding[0]))
         good = [i.tensor for i in self.engine.instances if i.judged.verdict in verdicts.GOOD]
         found = []
-        for v in KNOWN_BUGS:
+        for v in self.bugs:
             if v.change is None or not self.is_consistent(v, names) or self.is_consistent(v, same_field) is False:
                 continue
             if self.is_consistent(v, good) is not False:
@@ -191,20 +222,64 @@ class Diagnosis:
         return tuple(mistakes or found or self._find_pairs(finding) or self._find_gemma_1(finding))
 
     def _find_pairs(self, finding: Sequence[Instance]) -> list[KnownBug]:
-        """A bug that explains the first of several tensors alone, with a way of rounding that then explains all.
+        """A bug that explains the first of several tensors, or most of the error, with a way of rounding for the rest.
 
         Only of tensors whose inputs were not recorded: what one operation made of its own inputs has one reason.
         """
-        if len(finding) < 2 or not finding[0].between:
+        if not finding[0].between:
             return []
         names = [i.tensor for i in finding]
-        alone = [v for v in KNOWN_BUGS if v.change is not None and self.is_consistent(v, names[:1])]
-        pairs = (combine(v, r) for v in alone for r in KNOWN_BUGS if r.kind == "rounding" and r is not v)
-        return [pair for pair in pairs if self.is_consistent(pair, names)]
+        alone = [v for v in self.bugs if v.change is not None and self.is_consistent(v, names[:1])]
+        alone = alone if len(finding) > 1 else []
+        close = [
+            v for left, v in self.rank(names[0])[:TRIED] if left < CLOSE and v.kind == "mistake" and v not in alone
+        ]
+        ways = [r for r in self.bugs if r.kind == "rounding"]
+        pairs = [combine(v, r) for v in alone for r in ways if r is not v]
+        if found := [pair for pair in pairs if self.is_consistent(pair, names)]:
+            return found
+        for v in close:
+            before = self.read(v)
+            found += [pair for r in ways if self.is_consistent(pair := combine(v, r), names, before)]
+        return found
+
+    def rank(self, name: str) -> list[tuple[float, KnownBug]]:
+        """Return the bugs by what they leave of the root mean square error of a span, the closest first."""
+        usual = self._measure(name, self.usual)
+        for v in self.bugs:
+            if v.change is not None and (v.name, name) not in self._left:
+                self._left[v.name, name] = self._measure(name, self.read(v))
+        left = [(self._left[v.name, name] / max(usual, 1e-300), v) for v in self.bugs if v.change is not None]
+        return sorted(left, key=lambda one: one[0])
+
+    def _measure(self, name: str, computed: Computed) -> float:
+        """The root mean square error of a recorded tensor under a reading of the model, in standard deviations."""
+        where = self.engine.where(name)
+        with np.errstate(all="ignore"):
+            error = self.candidate.tensors[name].numbers - computed.result(name)
+            units = (error / self.engine.tolerance(name).std)[where]
+            found = float(np.sqrt(np.mean(units**2)))
+        return found if math.isfinite(found) else math.inf
+
+    def read(self, bug: KnownBug) -> Computed:
+        """The operations as a bug has them, beside what the usual ones have computed that it does not change."""
+        table = bug.table(self.engine.context, self.usual.table)
+        changed: set[str] = set()
+        for name, op in table.items():
+            # What was recorded is an input as it is, whatever has changed before it.
+            sources = {source for source in op.inputs if source not in self.candidate.inputs}
+            if op is not self.usual.table[name] or sources & changed:
+                changed.add(name)
+        return Computed(table, self.candidate, {n: x for n, x in self.usual.between.items() if n not in changed})
+
+    def _find_behind(self, names: Sequence[str]) -> tuple[KnownBug, ...]:
+        """The bugs that leave so little of an error which quantisation could explain that they are there as well."""
+        ranked = [(left, v) for left, v in self.rank(names[0]) if v.kind == "mistake"]
+        return tuple(v for left, v in ranked if left <= min(MUCH_CLOSER, 1.2 * ranked[0][0]))
 
     def _find_gemma_1(self, finding: Sequence[Instance]) -> list[KnownBug]:
         """The fewest of `GEMMA_1_BUGS` that together explain several operations; as many as there are ways."""
-        if not finding[0].between:
+        if not finding[0].between or self.bugs is not KNOWN_BUGS:
             return []
         names = [i.tensor for i in finding]
         for count in range(2, len(GEMMA_1_BUGS) + 1):
@@ -227,24 +302,36 @@ class Diagnosis:
     def findings(self) -> Iterator[Finding]:
         """What is wrong, a field at a time, in the order of execution."""
         groups: dict[str, list[Instance]] = {}
+        excused: dict[str, list[Instance]] = {}  # by quantisation, of unrecorded inputs
         for instance in self.engine.instances:
             if instance.judged.verdict in verdicts.BAD:
                 groups.setdefault(field_of(instance.tensor), []).append(instance)
+            elif self.engine.quantised and instance.between and instance.judged.verdict == verdicts.NOISY:
+                excused.setdefault(field_of(instance.tensor), []).append(instance)
+        for kind, some in excused.items():
+            if kind not in groups and (behind := self._find_behind([i.tensor for i in some])):
+                yield Finding(kind, tuple(some), len(some), "", behind, ())
         for kind, wrong in groups.items():
             total = sum(field_of(i.tensor) == kind for i in self.engine.instances)
             # Tensors of another shape, or with NaN, say nothing of the numbers of the others.
             judged = [i for i in wrong if i.judged.verdict != verdicts.INVALID]
             first, names = (judged or wrong)[0], [i.tensor for i in judged]
-            fitted = tuple(estimate_parameters(self.usual, names, self.engine.context))
+            fitted = tuple(estimate_parameters(self.engine, names)) if self.bugs is KNOWN_BUGS else ()
             where = locate_errors(self.engine, first.tensor) if judged and not first.between else ""
             maps = map_errors(self.engine, first.tensor) if first.tensor in self.candidate.tensors else ()
-            yield Finding(kind, tuple(wrong), total, where, self.explain(judged or wrong), fitted, maps)
+            explained, closest = self.explain(judged or wrong), None
+            if not explained and first.between and not any(e.fits for e in fitted):
+                ranked = self.rank(names[0])
+                closest = (ranked[0][1], ranked[0][0]) if ranked and ranked[0][0] < CLOSE else None
+                if self.engine.quantised:
+                    explained = self._find_behind(names)
+            yield Finding(kind, tuple(wrong), total, where, explained, fitted, maps, closest)
 
     def coverage(self) -> tuple[tuple[KnownBug, ...], tuple[KnownBug, ...]]:
         """Return the bugs under which the tensors could not be what they are, and those that are undetectable."""
         excluded: list[KnownBug] = []
         undetectable: list[KnownBug] = []
-        for v in KNOWN_BUGS:
+        for v in self.bugs:
             if v.change is not None:
                 (excluded if self.is_consistent(v) is False else undetectable).append(v)
         return tuple(excluded), tuple(undetectable)
@@ -280,11 +367,14 @@ class Diagnosis:
             yield f"and {len(candidate.unknown) - 3} other unknown tensors"
         if candidate.dtype_from == "numbers":
             yield f"the file does not say its dtype; its numbers are those of {candidate.dtype}"
+        yield from candidate.remarks
         if self.engine.override != 1:
             yield f"OVERRIDE: everything that rounding may do was multiplied by {self.engine.override:g}, by option"
 
 
-def diagnose(candidate: Candidate, weights: Weights, config: Gemma2Config, override: float = 1.0) -> Report:
+def diagnose(
+    candidate: Candidate, weights: Weights, config: Gemma2Config, override: float = 1.0, quantised: bool = False
+) -> Report:
     """Judge a candidate's tensors, and say what is wrong with them.
 
     Parameters
@@ -297,6 +387,9 @@ def diagnose(candidate: Candidate, weights: Weights, config: Gemma2Config, overr
         The model's.
     override : float
         A factor on everything that rounding may do. Other than 1, every report says so.
+    quantised : bool
+        Whether products with weights may be off, as those of quantised weights are. Where every product is, and nothing
+        else is known that does it, they are taken for quantised anyway.
 
     Examples
     --------
@@ -314,13 +407,59 @@ def diagnose(candidate: Candidate, weights: Weights, config: Gemma2Config, overr
     >>> report.verdict, report.first_divergence.tensor, report.findings[0].named
     ('differs', 'logits', 'final-softcap-missing')
     """
-    engine = Engine(candidate, weights, config, override)
-    work = Diagnosis(engine)
+    found = report_on(Engine(candidate, weights, config, override, quantised))
+    if HEAD_FIELDS & {finding.field for finding in found.findings}:
+        turned = report_on(Engine(join_halves(candidate), weights, config, override, quantised))
+        if not HEAD_FIELDS & {finding.field for finding in turned.findings}:
+            found = turned
+    if not quantised and looks_quantised(found):
+        again = report_on(Engine(found.candidate, weights, config, override, quantised=True))
+        said = (
+            "every product with weights is off, as quantised weights or activations make it: judged as with --quantised"
+        )
+        found = replace(again, remarks=(*again.remarks, said))
+    return found
+
+
+HEAD_FIELDS = {"attention.q", "attention.k", "attention.q_rot", "attention.k_rot"}
+
+
+def join_halves(candidate: Candidate) -> Candidate:
+    """Put the numbers of each head of queries and keys, if they lie for pairs side by side, in the order for halves.
+
+    Rows of the weights in that order, with a rotation of such pairs, are the same model: no score differs.
+    """
+
+    def move(x: Array) -> Array:
+        return np.concatenate([x[..., ::2], x[..., 1::2]], axis=-1)
+
+    said = "queries and keys lie in the order for pairs side by side, and are turned in it: the same model"
+    tensors = {
+        name: replace(x, numbers=move(x.numbers), known=None if x.known is None else move(x.known))
+        if field_of(name) in HEAD_FIELDS else x
+        for name, x in candidate.tensors.items()
+    }  # fmt: skip
+    return replace(candidate, tensors=tensors, remarks=(*candidate.remarks, said))
+
+
+def looks_quantised(report: Report) -> bool:
+    """Return whether nearly all products of recorded inputs with weights are off, and nothing known explains it."""
+    products = [i for i in report.instances if field_of(i.tensor) in PRODUCTS and not i.between]
+    wrong = [i for i in products if i.judged.verdict in (verdicts.SKEWED, verdicts.FAIL)]
+    unknown = {f.field for f in report.findings if not f.explanations and f.field in PRODUCTS}
+    return len({field_of(i.tensor) for i in products}) >= 3 and len(unknown) >= 3 and len(wrong) >= 0.75 * len(products)
+
+
+def report_on(engine: Engine, bugs: Sequence[KnownBug] | None = None) -> Report:
+    """Judge all that an engine's candidate recorded, and name what is wrong; of some `bugs` only, without estimates."""
+    candidate, config, override = engine.candidate, engine.config, engine.override
+    work = Diagnosis(engine, bugs)
     order = list(engine.usual.table)
     findings = tuple(sorted(work.findings(), key=lambda finding: order.index(finding.instances[0].tensor)))
     excluded, undetectable = work.coverage()
     explained = {v.name for finding in findings for v in finding.explanations}
-    missing = tuple(name for name in order if name not in candidate.tensors and name not in candidate.refused)
+    done = {*candidate.tensors, *candidate.refused, LOGPROBS} | ({"logits"} if LOGPROBS in candidate.tensors else set())
+    missing = tuple(name for name in order if name not in done)
     return Report(
         candidate, config, tuple(engine.instances), findings, missing, excluded,
         tuple(v for v in undetectable if v.name not in explained), tuple(work.remarks()), override, tuple(work.drift()),

@@ -19,8 +19,8 @@ from refgemma.inputs import InputError
 from refgemma.oracle.judge import DEVIATIONS, SPAN_LIMIT, Judged, Statistics, judge
 from refgemma.oracle.operations import Context, Operation, double, operations
 from refgemma.oracle.spans import Computed, measure_noise, where_compared
-from refgemma.oracle.tolerance import EVEN, FORMATS, Arithmetic, Tolerance, from_measured_std, in_decimals
-from refgemma.oracle.verdicts import INVALID
+from refgemma.oracle.tolerance import EVEN, FORMATS, UNDERFLOW, Arithmetic, Tolerance, from_measured_std, in_decimals
+from refgemma.oracle.verdicts import FAIL, INVALID, NOISY, SKEWED
 from refgemma.precision import Array, as_dtype
 from refgemma.trace.candidate import Candidate
 from refgemma.trace.names import field_of
@@ -28,6 +28,14 @@ from refgemma.weights.parameters import Weights
 
 # The operations that PyTorch's eager kernels round more than once in half precision.
 SEVERAL_ROUNDINGS = ("attention.q_rot", "attention.k_rot", "attention.scores", "attention.capped", "logits")
+# Products with weights, which differ wherever weights are quantised.
+PRODUCTS = (
+    "embedded", "attention.q", "attention.k", "attention.v", "attention.out", "feed_forward.gate", "feed_forward.up",
+    "feed_forward.out", "raw_logits",
+)  # fmt: skip
+# The largest relative error of products that is taken for quantisation: four bits are off by 5 to 10 per cent, three by
+# twice as much. One tensor may be off by `UNEVEN` times the median.
+QUANTISED_LIMIT, UNEVEN = 0.25, 4.0
 
 
 @dataclass(frozen=True)
@@ -53,18 +61,23 @@ class Engine:
         The model's numbers.
     override : float
         A factor on everything that rounding may do; 1 unless a user asks for another.
+    quantised : bool
+        Whether products with weights may be off, all about as much.
     """
 
-    def __init__(self, candidate: Candidate, weights: Weights, config: Gemma2Config, override: float = 1.0) -> None:
+    def __init__(
+        self, candidate: Candidate, weights: Weights, config: Gemma2Config, override: float = 1.0,
+        quantised: bool = False,
+    ) -> None:  # fmt: skip
         if config.hidden_activation != "gelu_pytorch_tanh":
             raise InputError(
                 f"hidden_activation is {config.hidden_activation!r}: bounds are derived for gelu_pytorch_tanh only"
             )
-        self.candidate, self.config, self.override = candidate, config, override
+        self.candidate, self.config, self.override, self.quantised = candidate, config, override, quantised
         self.context = Context(config, double(weights), candidate.call, Arithmetic(candidate.dtype))
         self.eager_context = replace(self.context, weights=weights, exact=False)
         self.usual = Computed(operations(self.context), candidate)
-        self._noise: dict[str, Array] = {}
+        self._noise: dict[tuple[str, float], Array] = {}
 
     @cached_property
     def recorded(self) -> list[str]:
@@ -97,8 +110,28 @@ class Engine:
         allowed = self.tolerance(name, exact=exact)
         eager = self.eager_result(name) if self.rounds_several_times(name) else None
         judged = judge(found.numbers, exact, allowed, found.storage, self.where(name), eager, self.override)
+        if self.quantised and judged.verdict in (SKEWED, FAIL) and (off := self.quantisation.get(name)):
+            if off <= min(QUANTISED_LIMIT, UNEVEN * float(np.median([*self.quantisation.values()]))):
+                return replace(judged, verdict=NOISY, note=f"products with weights are off by {off:.2g} of their size")
         masked = field_of(name) == "attention.probs" and np.isinf(judged.statistics.error_over_bound)
         return replace(judged, note=f"weight on a masked key: {judged.note}") if masked else judged
+
+    @cached_property
+    def quantisation(self) -> dict[str, float]:
+        """How far products with weights are off, of their own size, by each recorded tensor that shows it."""
+        found = {}
+        for name in self.recorded:
+            step, where = 0.01, self.where(name)
+            if self.is_direct(name) and field_of(name) in PRODUCTS:
+                exact = self.usual.result(name)[where]
+                units = self.errors(name)[where] / max(np.sqrt(np.mean(exact**2)), UNDERFLOW)
+                step = 1.0
+            elif not self.is_direct(name) and any(field_of(n) in PRODUCTS for n in self.usual.span(name)):
+                units = self.errors(name)[where] / self.noise(name, step)[where]
+            else:
+                continue
+            found[name] = step * float(np.sqrt(np.mean(units[np.isfinite(units)] ** 2)))
+        return found
 
     def is_direct(self, name: str, computed: Computed | None = None) -> bool:
         """Return whether all inputs of a tensor's operation are recorded."""
@@ -116,17 +149,18 @@ class Engine:
         allowed = reading.table[name].tolerance(inputs, result, found.storage, self.context.arithmetic.unit)
         return in_decimals(allowed, found.coarse)
 
-    def noise(self, name: str) -> Array:
+    def noise(self, name: str, off: float = 0.0) -> Array:
         """Return the measured uncertainty of a tensor whose inputs were not recorded.
 
-        That of the right model serves every known bug.
+        That of the right model serves every known bug. Products with weights may be `off` by a part of their size.
         """
-        if name not in self._noise:
-            spans = [n for n in self.recorded if not self.is_direct(n) and n not in self._noise]
+        if (name, off) not in self._noise:
+            spans = [n for n in self.recorded if not self.is_direct(n) and (n, off) not in self._noise]
             names = spans if name in spans else [name]  # a known bug may be wired otherwise, and have another span
-            for found, noise in measure_noise(self.usual, names, self.context).items():
-                self._noise[found] = np.hypot(noise, EVEN * self.candidate.tensors[found].coarse / 2)
-        return self._noise[name]
+            more = dict.fromkeys(PRODUCTS, off) if off else {}
+            for found, noise in measure_noise(self.usual, names, self.context, more).items():
+                self._noise[found, off] = np.hypot(noise, EVEN * self.candidate.tensors[found].coarse / 2)
+        return self._noise[name, off]
 
     def eager_result(
         self, name: str, computed: Computed | None = None, table: Mapping[str, Operation] | None = None

@@ -7,18 +7,20 @@ the number itself; so it is taken from the model's number first, and then from t
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import numpy as np
 
 from refgemma.config import ConfigError
+from refgemma.heads import log_softmax
+from refgemma.oracle.engine import Engine
 from refgemma.oracle.known_bugs import change_positions, config, scaled_embedding
 from refgemma.oracle.operations import Context, operations
 from refgemma.oracle.spans import Computed, where_compared
 from refgemma.oracle.tolerance import in_decimals
 from refgemma.precision import Array
-from refgemma.trace.names import LAYER_NORMS, field_of
+from refgemma.trace.names import LAYER_NORMS, LOGPROBS, field_of
 
 FITS = 3.0  # root mean square in standard deviations
 STEPS = 40
@@ -37,6 +39,7 @@ class Estimate:
     near: str = ""  # a number of the model that it agrees with
 
 
+TEMPERATURE = "temperature"
 # Which parameter each tensor depends on.
 PARAMETERS: Mapping[str, tuple[str, ...]] = {
     "attention.scores": ("query_pre_attn_scalar",),
@@ -45,25 +48,44 @@ PARAMETERS: Mapping[str, tuple[str, ...]] = {
     "cos": ("rope_theta", "position offset"),
     "embedded": ("embedding scale",),
     "attention.probs": ("sliding_window",),
+    LOGPROBS: (TEMPERATURE,),
 } | dict.fromkeys((*LAYER_NORMS, "norm"), ("rms_norm_eps",))
+# An estimate is one if it differs by so many of its standard deviations from the model's number, and leaves no more
+# than this part of the mean square error; and it is a known number if it differs from that by no more than such a part.
+SIGNIFICANT, LEFT, ALIKE = 4.0, 0.25, 0.02
 
 
-def estimate_parameters(usual: Computed, names: Sequence[str], context: Context) -> Iterator[Estimate]:
-    """What the candidate's parameters are, of those that the wrong tensors depend on; whole spans are not fitted."""
-    names = [name for name in names if len(usual.span(name)) == 1][:4]
-    for parameter in PARAMETERS.get(field_of(names[0]), ()) if names else ():
+def estimate_parameters(engine: Engine, names: Sequence[str]) -> Iterator[Estimate]:
+    """What the candidate's parameters are, of those that the wrong tensors depend on; of spans only the temperature.
+
+    An estimate that is not significantly another number, or explains little of the error, is none.
+    """
+    usual = engine.usual
+    names = [name for name in names if engine.is_direct(name) or field_of(name) == LOGPROBS][:4]
+    for parameter in PARAMETERS.get(field_of(names[0]), ()) if names and not engine.quantised else ():
         try:
-            found = _estimate(parameter, usual, names, context)
+            found = _estimate(parameter, usual, names, engine)
         except ConfigError:  # the search left what a model can have, so that this number does not explain it
             continue
-        # An estimate of the model's own number explains nothing.
-        if found is not None and f"{found.value:.6g}" != f"{found.expected:.6g}":
+        if found is not None and is_significant(found.value, found.uncertainty, found.expected):
             yield found
+
+
+def is_significant(value: float, uncertainty: float, expected: float) -> bool:
+    """Return whether an estimate says another number than the expected one.
+
+    Examples
+    --------
+    >>> is_significant(0.00137, 0.0005, 1e-6), is_significant(8.0, 0.0, 8.0), is_significant(1e-5, 1e-7, 1e-6)
+    (False, False, True)
+    """
+    return f"{value:.6g}" != f"{expected:.6g}" and abs(value - expected) > SIGNIFICANT * uncertainty
 
 
 def _errors(usual: Computed, names: Sequence[str], context: Context, deviations: Sequence[Array]) -> Array:
     """The errors of all the tensors in standard deviations, under a context."""
-    computed = Computed(operations(context), usual.candidate)
+    # What lies between is the usual: of a whole span only the last operation has a parameter.
+    computed = Computed(operations(context), usual.candidate, dict(usual.between))
     parts = []
     for name, std in zip(names, deviations, strict=True):
         tensor = usual.candidate.tensors[name]
@@ -76,12 +98,15 @@ def _errors(usual: Computed, names: Sequence[str], context: Context, deviations:
     return np.asarray(z[np.isfinite(z)])
 
 
-def _deviations(usual: Computed, names: Sequence[str], context: Context) -> list[Array]:
+def _deviations(usual: Computed, names: Sequence[str], context: Context, engine: Engine) -> list[Array]:
     """The standard deviations of the tensors under a context."""
     computed = Computed(operations(context), usual.candidate)
     found = []
     for name in names:
         tensor, op = usual.candidate.tensors[name], computed.table[name]
+        if not engine.is_direct(name):
+            found.append(engine.noise(name))
+            continue
         with np.errstate(all="ignore"):
             inputs, result = computed.inputs(name), computed.result(name)
             allowed = op.tolerance(inputs, result, tensor.storage, context.arithmetic.unit)
@@ -94,6 +119,8 @@ def _with(context: Context, parameter: str, value: float) -> Context:
     match parameter:
         case "embedding scale":
             return scaled_embedding(lambda _: value)(context)
+        case "temperature":
+            return replace(context, functions={"log_softmax": lambda x: log_softmax(x / value)})
         case "position offset":
             return change_positions(lambda c: c.call.positions + int(value))(context)
         case "sliding_window":
@@ -103,14 +130,16 @@ def _with(context: Context, parameter: str, value: float) -> Context:
     return config(**{parameter: float(value)})(context)
 
 
-def _estimate(parameter: str, usual: Computed, names: Sequence[str], context: Context) -> Estimate | None:
+def _estimate(parameter: str, usual: Computed, names: Sequence[str], engine: Engine) -> Estimate | None:
+    context = engine.context
+
     def errors(value: float, at: float) -> Array:
         """With the standard deviations of the parameter `at`."""
         return _errors(usual, names, _with(context, parameter, value), deviations(at))
 
     @cache
     def deviations(at: float) -> list[Array]:
-        return _deviations(usual, names, _with(context, parameter, at))
+        return _deviations(usual, names, _with(context, parameter, at), engine)
 
     def misfit(value: float, at: float) -> float:
         z = errors(value, at)
@@ -124,14 +153,17 @@ def _estimate(parameter: str, usual: Computed, names: Sequence[str], context: Co
         choices = range(1, most + 1) if parameter == "sliding_window" else range(0, 9)
         best = min((float(v) for v in choices), key=lambda value: misfit(value, value))
         return Estimate(parameter, best, 0.0, expected, misfit(best, best) <= FITS**2)
-    value = min((expected * 2.0**n for n in range(-16, 17)), key=lambda value: misfit(value, expected))
+    tried = [expected * 2.0**n for n in range(-16, 17)]
+    value = min(tried, key=lambda value: misfit(value, expected))
     at = expected
     for _ in range(ROUNDS):
         value, uncertainty = _least_squares(partial(errors, at=at), value)
-        if not np.isfinite(uncertainty):
+        if not np.isfinite(uncertainty) or not tried[0] <= value <= tried[-1]:
             return None  # these inputs do not tell
         at = value
     fits = misfit(value, at) <= FITS**2
+    if not fits and misfit(value, expected) > LEFT * misfit(expected, expected):
+        return None
     return Estimate(parameter, value, uncertainty, expected, fits, _near(parameter, value, uncertainty, context))
 
 
@@ -140,6 +172,8 @@ def _read_expected(parameter: str, context: Context) -> float | None:
         return context.embedding_scale()
     if parameter == "position offset":
         return 0.0
+    if parameter == TEMPERATURE:
+        return 1.0
     value = getattr(context.config, parameter)
     return None if value is None else float(value)
 
@@ -183,5 +217,9 @@ def _near(parameter: str, value: float, uncertainty: float, context: Context) ->
         "attn_logit_softcapping": caps, "final_logit_softcapping": caps,
     }  # fmt: skip
     known = numbers.get(parameter, {})
-    close = [name for name, number in known.items() if abs(value - number) <= 4 * uncertainty + 1e-6 * number]
+    # A wide uncertainty makes no number another.
+    close = [
+        name for name, number in known.items()
+        if abs(value - number) <= min(SIGNIFICANT * uncertainty + 1e-6 * number, ALIKE * number)
+    ]  # fmt: skip
     return close[0] if close else ""

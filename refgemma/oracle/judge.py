@@ -9,6 +9,7 @@ finds. There are three questions, and docs/reference/verdicts.md has them with a
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -270,6 +271,19 @@ def resembles(
         near = (np.abs(c - r) <= inner) | (c == r)
         share = 0.9 if allowed.measured else 0.97
         return bool(np.mean(near) >= share and (near | (np.abs(c - r) <= outer + 2 * moved)).all())
+
+
+def nearest(found: Array, ways: Sequence[Array]) -> Array:
+    """Return the nearest of several results at each element.
+
+    Examples
+    --------
+    >>> nearest(np.array([1.0, 2.0]), [np.array([1.1, 1.0]), np.array([3.0, 2.1])]).tolist()
+    [1.1, 2.1]
+    """
+    stacked = np.stack(ways)
+    best = np.abs(stacked - found).argmin(axis=0)
+    return np.asarray(np.take_along_axis(stacked, best[None], axis=0)[0])
 
 
 def _limits(allowed: Tolerance) -> tuple[Array, Array]:

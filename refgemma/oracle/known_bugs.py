@@ -12,6 +12,7 @@ tokens, the shapes or the weights.
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,8 @@ class KnownBug:
         What to look at in a port.
     kind : str
         ``mistake``, ``rounding`` or ``stage``.
+    ways : tuple of callable
+        Other edits of the same bug, where engines or compilers round its steps differently, even from row to row.
     """
 
     name: str
@@ -60,6 +63,7 @@ class KnownBug:
     shows: str = "any input"
     knob: str = ""
     kind: str = "mistake"
+    ways: tuple[Change, ...] = ()
 
     def table(self, context: Context, usual: Mapping[str, Operation]) -> dict[str, Operation]:
         """All operations, those of `fields` as this bug has them."""
@@ -266,6 +270,34 @@ def norm_cast_early(storage: str) -> Norm:
         return narrow(wide(normed * as_dtype(1 + wide(weight), storage)), like=x)
 
     return norm
+
+
+def norm_in_storage(storage: str, squares: bool = True, root: bool = False) -> Norm:
+    """Return a norm that rounds each step, as arithmetic in the input's own precision does.
+
+    A compiler joins the first two steps and does not round the `squares`. PyTorch on a CPU rounds the square `root` in
+    the rows that are left over from whole vectors.
+    """
+
+    def keep(y: Array) -> Array:
+        return as_float64(as_dtype(y, storage))
+
+    def norm(x: Array, weight: Array, eps: float) -> Array:
+        square = as_float64(x) ** 2
+        mean = keep(np.mean(keep(square) if squares else square, axis=-1, keepdims=True))
+        size = np.sqrt(keep(mean + keep(np.array(eps))))
+        return narrow(
+            keep(keep(as_float64(x) * keep(1 / (keep(size) if root else size))) * keep(1 + as_float64(weight))), like=x
+        )
+
+    return norm
+
+
+NORM_WAYS = tuple(
+    in_storage("rms_norm", partial(norm_in_storage, squares=squares, root=root))
+    for squares in (True, False)
+    for root in (False, True)
+)
 
 
 def norm_weight_in_storage(storage: str) -> Norm:
@@ -666,6 +698,8 @@ KNOWN_BUGS: tuple[KnownBug, ...] = (
     KnownBug("norm-cast-order-llama", "rounded before the multiplication by 1 + w", NORMS,
              in_storage("rms_norm", norm_cast_early), "transformers #29402, gemma_pytorch f499fd4", HALF,
              "place of the cast", "rounding"),
+    KnownBug("norm-in-half", "every step of the norm is rounded to half precision", NORMS, NORM_WAYS[0],
+             "google-deepmind/gemma RMSNorm, on purpose", HALF, "dtype of the norm", "rounding", NORM_WAYS[1:]),
     KnownBug("norm-weight-in-half", "1 + w is rounded to half precision", NORMS,
              in_storage("rms_norm", norm_weight_in_storage), "Unsloth's list of Gemma bugs", HALF, "dtype of 1 + w",
              "rounding"),

@@ -10,12 +10,14 @@ import numpy as np
 
 from refgemma import ops
 from refgemma.config import Gemma2Config
+from refgemma.heads import log_softmax
 from refgemma.layers import merge_heads, split_heads
 from refgemma.model import embedding_scale
 from refgemma.oracle import tolerance as tol
 from refgemma.oracle.tolerance import FORMATS, Arithmetic, Tolerance, U, rescale, with_storage
 from refgemma.precision import Array, as_dtype, as_float64
 from refgemma.trace.candidate import Call
+from refgemma.trace.names import LOGPROBS
 from refgemma.weights.parameters import LayerWeights, Weights, row_pieces
 
 
@@ -149,6 +151,7 @@ def _ends(context: Context) -> Iterator[Operation]:
 
     yield Operation("raw_logits", ("norm",), raw_logits, raw_logits_tolerance)
     yield _cap(context, "logits", "raw_logits", cap)
+    yield Operation(LOGPROBS, ("logits",), context.function("log_softmax", log_softmax), tol.log_softmax)
 
 
 def _norm(context: Context, name: str, source: str, weight: Callable[[], Array]) -> Operation:

@@ -7,23 +7,29 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from refgemma.config import Gemma2Config
 from refgemma.hub import FOLLOW_LINKS, find_model
 from refgemma.inputs import InputError
-from refgemma.oracle.diagnose import Report, diagnose
-from refgemma.oracle.preflight import Preflight, compare_tokens, compare_weights
+from refgemma.oracle.diagnose import Report, diagnose, report_on
+from refgemma.oracle.engine import Engine
+from refgemma.oracle.known_bugs import KNOWN_BUGS
+from refgemma.oracle.preflight import Preflight, compare_tokens, compare_weights, open_weights
+from refgemma.oracle.verdicts import EXACT, UNKNOWN
+from refgemma.precision import Array, as_dtype, as_float64
 from refgemma.tokenizer.tokenizer import Tokenizer, TokenizerError
 from refgemma.trace.candidate import Candidate, load_trace
 from refgemma.trace.name_maps import load_map, map_names, match, open_any
 from refgemma.weights.checkpoint import open_checkpoint
+from refgemma.weights.parameters import Weights, tensor_shapes, weights_of
 
 STDERR = 2  # as a number: what a subprocess writes to
 WATCHER = "import os, sys; sys.stdin.read(); os.killpg(int(sys.argv[1]), 9)"  # the system closes stdin at our end
 EMBEDDED = ("tiny", "conformance")
+HALVES = ("bfloat16", "float16")
 
 
 def read_candidate(
@@ -70,6 +76,7 @@ def suggest_map(path: str | Path, candidate: Candidate) -> str:
 def check(
     trace: str | Path | Candidate, model: str | Path = "tiny", *, config: Gemma2Config | None = None,
     dtype: str | None = None, name_map: str | None = None, weights: str | Path | None = None, override: float = 1.0,
+    quantised: bool = False,
 ) -> Report:  # fmt: skip
     """Compare another implementation's trace with the model it claims to be, and say what is wrong with it.
 
@@ -82,13 +89,16 @@ def check(
     config : Gemma2Config, optional
         The same model with other numbers.
     dtype : str, optional
-        The precision that it stores tensors in, if its file does not say so.
+        The precision that it computes in, if its file does not say so.
     name_map : str, optional
         Whose names the file has, see `refgemma.trace.name_maps`.
     weights : path, optional
-        The weights of the implementation, a file or folder, compared with the model's first.
+        The weights of the implementation, a file or folder, compared with the model's first. Quantised ones are
+        those that its products are judged by.
     override : float
         A factor on everything that rounding may do. Other than 1, every report says so.
+    quantised : bool
+        Whether its weights are quantised: their products are then left out of the verdict, unless `weights` are given.
 
     Returns
     -------
@@ -121,8 +131,40 @@ def check(
     numbers = config or open_checkpoint(folder).config
     candidate = trace if isinstance(trace, Candidate) else read_candidate(trace, numbers, dtype, name_map)
     preflight, remarks = run_preflight(candidate, folder, numbers, weights)
-    found = diagnose(candidate, open_checkpoint(folder).weights(candidate.dtype), numbers, override)
-    return replace(found, preflight=preflight, remarks=(*found.remarks, *remarks))
+    by_name = read_dequantised(weights, preflight, numbers)
+
+    def read_weights(precision: str) -> Weights:
+        if not by_name:
+            return open_checkpoint(folder).weights(precision)
+        return weights_of({name: as_dtype(x, precision) for name, x in by_name.items()}, numbers)
+
+    found = diagnose(candidate, read_weights(candidate.dtype), numbers, override, quantised and not by_name)
+    unknown = [finding for finding in found.findings if finding.named == UNKNOWN][:1]
+    # Only what may be the reason is tried again: bugs of this tensor, and the closest one.
+    closest = [finding.closest[0] for finding in unknown if finding.closest]
+    bugs = [v for v in KNOWN_BUGS if v in closest or any(finding.field in v.fields for finding in unknown)]
+    others = [compute_in(found.candidate, other) for other in HALVES if unknown and other != candidate.dtype]
+    again = [report_on(Engine(one, read_weights(one.dtype), numbers, override), bugs) for one in others]
+    if by_name:
+        remarks.append("products are judged by the port's own weights, which are quantised")
+    return replace(found, preflight=preflight, remarks=(*found.remarks, *remarks), again=tuple(again))
+
+
+def compute_in(candidate: Candidate, dtype: str) -> Candidate:
+    """Return a candidate as if it had computed in `dtype`, whatever its numbers are kept in."""
+    tensors = {name: replace(x, storage=dtype) for name, x in candidate.tensors.items()}
+    return replace(candidate, dtype=dtype, tensors=tensors, dtype_from="option")
+
+
+def read_dequantised(
+    weights: str | Path | None, preflight: Sequence[Preflight], config: Gemma2Config
+) -> dict[str, Array]:
+    """Return a port's weights as numbers, if they are the model's, quantised; else none."""
+    words = {stage.named for stage in preflight if stage.verdict != EXACT}
+    if weights is None or words != {"weights-quantised"}:
+        return {}
+    entries = open_weights(weights)
+    return {name: as_float64(entries[name].read()) for name in tensor_shapes(config)}
 
 
 def run_preflight(

@@ -9,22 +9,26 @@ have happened; only one that gives the tensor exactly is named.
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from refgemma.config import Gemma2Config
-from refgemma.hub import refuse_links
+from refgemma.hub import GGUF, refuse_links
 from refgemma.inputs import InputError
+from refgemma.oracle.engine import QUANTISED_LIMIT
 from refgemma.oracle.known_bugs import interleave
 from refgemma.oracle.verdicts import EXACT, FAIL, INVALID, MISSING, NOISY, UNKNOWN
 from refgemma.precision import Array, as_dtype, as_float64, wide
 from refgemma.tokenizer.tokenizer import Tokenizer
 from refgemma.trace.reader import Entry, open_safetensors
+from refgemma.weights.gguf import read_gguf_model
 from refgemma.weights.parameters import EMBED_TOKENS, tensor_shapes
 
 HEAD_WEIGHT = "lm_head.weight"
+QUANTISED = "weights-quantised"
 ROWS_AT_ONCE = 16384  # compared at a time
 FLOATS = ("BF16", "F16", "F32", "F64")
 
@@ -40,7 +44,7 @@ class Preflight:
 
 
 def open_weights(path: str | Path) -> dict[str, Entry]:
-    """The tensors of a safetensors file, or of all those in a folder.
+    """The tensors of a safetensors file, or of all those in a folder; of a GGUF file, widened.
 
     Raises
     ------
@@ -48,6 +52,9 @@ def open_weights(path: str | Path) -> dict[str, Entry]:
         If there is none.
     """
     folder = Path(path)
+    if folder.suffix == GGUF and folder.is_file():
+        _, stored = read_gguf_model(folder)
+        return {name: Entry("F32", x.shape, partial(x.read, "float32")) for name, x in stored.items()}
     if folder.is_dir():
         refuse_links(folder)
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else [folder]
@@ -117,8 +124,32 @@ def judge_weight(name: str, entry: Entry, checkpoint: Mapping[str, Entry], confi
     others = [o for o, e in checkpoint.items() if o != name and e.shape == found.shape and is_same(found, e.read())]
     if others:
         return Preflight(name, FAIL, "weights-of-another", f"is the checkpoint's {others[0]}")
+    if found.shape == right.shape and found.ndim == 2 and (off := measure_quantisation(found, right)):
+        return Preflight(name, NOISY, QUANTISED, f"is off by {off:.2g} of its size")
     wrong = int(np.sum(as_float64(found) != as_float64(right))) if found.shape == right.shape else found.size
     return Preflight(name, FAIL, UNKNOWN, f"{wrong} of {found.size} elements are other numbers")
+
+
+def measure_quantisation(found: Array, right: Array) -> float:
+    """Return how far the worst row is off, in units of its size, if quantisation may be the reason; else 0.
+
+    Errors of quantisation are small, and no common factor of a matrix explains them.
+
+    Examples
+    --------
+    >>> right = np.random.default_rng(0).standard_normal((4, 64))
+    >>> round(measure_quantisation(np.round(right, 1), right), 2), measure_quantisation(right * 1.01, right)
+    (0.03, 0.0)
+    """
+    worst, squares, shared, size = 0.0, 0.0, 0.0, 0.0
+    for n in range(0, len(right), ROWS_AT_ONCE):
+        b = as_float64(right[n : n + ROWS_AT_ONCE])
+        error = as_float64(found[n : n + ROWS_AT_ONCE]) - b
+        sizes, errors = np.sum(b * b, axis=-1), np.sum(error * error, axis=-1)
+        with np.errstate(all="ignore"):
+            worst = max(worst, float(np.nan_to_num(np.sqrt(errors / sizes), nan=0.0, posinf=np.inf).max(initial=0.0)))
+        squares, shared, size = squares + errors.sum(), shared + np.sum(error * b), size + sizes.sum()
+    return worst if worst < QUANTISED_LIMIT and abs(shared) < 0.5 * np.sqrt(squares * size) else 0.0
 
 
 def _also_rounded(x: Array) -> Iterator[Array]:
@@ -141,6 +172,9 @@ def compare_weights(path: str | Path, folder: Path, config: Gemma2Config) -> lis
             stages.append(Preflight(name, MISSING, note="is not in the port's weights"))
         else:
             stages.append(judge_weight(name, port[name], checkpoint, config))
+    matrices = [name for name in names if len(port[name].shape if name in port else ()) == 2 and name != EMBED_TOKENS]
+    if 2 * sum(stage.named == QUANTISED for stage in stages) < len(matrices):  # engines quantise all layers, or none
+        stages = [s if s.named != QUANTISED else Preflight(s.name, FAIL, UNKNOWN, s.note) for s in stages]
     strange = [name for name in port if name not in names and name != HEAD_WEIGHT]
     return stages + [Preflight(name, INVALID, UNKNOWN, "is no tensor of this model") for name in strange]
 

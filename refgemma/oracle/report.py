@@ -104,14 +104,18 @@ def finding_lines(report: Report) -> list[str]:
     if not report.findings:
         said = {
             CONFORMS: "CONFORMS: rounding explains every recorded tensor",
-            NOISY_ONLY: "NOISY: within the worst case, but noisier than the declared arithmetic: "
+            NOISY_ONLY: _why_noisy(report)
+            + ": "
             + short([i.tensor for i in report.instances if i.judged.verdict == NOISY] or ["weights"]),
             INCONCLUSIVE: "INCONCLUSIVE: " + why_inconclusive(report),
         }
         return [said[report.verdict]]
     finding = report.findings[0]
+    more = [f"  as if computed in {other.candidate.dtype}: {_headline(other)}" for other in report.again]
     first, word = finding.instances[0], "NOISY" if report.verdict == NOISY_ONLY else "DIFFERS"
-    lines = [f"{word} first at {first.tensor}: {finding.named}"]
+    lines = [f"{word} first at {first.tensor}: {finding.named}", *more]
+    if more:
+        lines.append("    --dtype says which arithmetic it is")
     if first.judged.note:
         lines.append(f"  {first.judged.note}")
     for v in finding.explanations[:3]:
@@ -119,6 +123,9 @@ def finding_lines(report: Report) -> list[str]:
         lines.append(f"    seen in {v.seen}; look at: {v.knob}")
     if not finding.explanations and not any(e.fits for e in finding.estimates) and not first.judged.note:
         lines.append("  no known mistake explains it; --repro FILE keeps its inputs and its result")
+    if finding.closest:
+        bug, left = finding.closest
+        lines.append(f"  closest: {bug.name} ({bug.says}), which leaves {_as_part(left)} of the error")
     lines += [f"  {estimate_text(e)}" for e in finding.estimates]
     if finding.where:
         lines.append(f"  {finding.where}")
@@ -126,6 +133,35 @@ def finding_lines(report: Report) -> list[str]:
         lines.append(f"  it was computed from {short(first.sources) or 'the tokens'}; to narrow it down, record")
         lines.append(f"    {short(_to_record(first), 5)}")
     return lines
+
+
+def _headline(report: Report) -> str:
+    """The verdict in a word, and what is wrong first."""
+    finding = report.findings[0] if report.findings else None
+    return report.verdict.upper() + (f" first at {finding.instances[0].tensor}: {finding.named}" if finding else "")
+
+
+def _as_part(x: float) -> str:
+    """A part of 1.
+
+    Examples
+    --------
+    >>> _as_part(0.037), _as_part(0.4), _as_part(0.0)
+    ('1/27', '0.4', 'nothing')
+    """
+    return "nothing" if x < 1e-6 else f"1/{1 / x:.0f}" if x < 1 / 3 else f"{x:.1g}"
+
+
+def label(report: Report, model: str) -> str:
+    """The name of the model, and the numbers that were changed."""
+    return f"{model} with {report.changed}" if report.changed else model
+
+
+def _why_noisy(report: Report) -> str:
+    quantised = [i.judged.note for i in report.instances if i.judged.verdict == NOISY and i.judged.note]
+    return f"NOISY: {quantised[0]}, as quantisation makes them" if quantised else (
+        "NOISY: within the worst case, but noisier than the declared arithmetic"
+    )  # fmt: skip
 
 
 def _to_record(instance: Instance) -> list[str]:
@@ -155,8 +191,9 @@ def text(report: Report, model: str) -> str:
     call, candidate = report.candidate.call, report.candidate
     counts = Counter(i.judged.verdict for i in report.instances)
     asked = "x".join(str(n) for n in call.input_ids.shape)
+    against = f"{candidate.source} against {label(report, model)}"
     lines = [
-        f"{candidate.source} against {model}: {len(report.instances)} tensors of {asked} tokens in {candidate.dtype}",
+        f"{against}: {len(report.instances)} tensors of {asked} tokens in {candidate.dtype}",
         "",
         *first_lines(report),
         "",
@@ -178,7 +215,8 @@ def text(report: Report, model: str) -> str:
     if report.missing:
         lines.append(f"not recorded: {len(report.missing)} tensors, {short(report.missing, 3)}")
     kept = [cut(line) for line in (*lines, *(f"remark: {r}" for r in report.remarks))]
-    return "\n".join(kept[:LINES])
+    said = f"[{report.changed}] " if report.changed else ""
+    return "\n".join(cut(said + line) if line else "" for line in kept[:LINES])
 
 
 # --- for programs -----------------------------------------------------------------------------------------------------
@@ -215,6 +253,7 @@ def finding_json(finding: Finding) -> dict[str, Any]:
         "named": finding.named,
         "explanations": [known_bug_json(v) for v in finding.explanations],
         "estimates": [asdict(e) for e in finding.estimates],
+        "closest": finding.closest and {"variant": finding.closest[0].name, "leaves": finding.closest[1]},
         "where": finding.where,
         "computed_from": finding.instances[0].sources,
         "not_recorded_between": finding.instances[0].between,
@@ -228,6 +267,7 @@ def as_json(report: Report, model: str) -> dict[str, Any]:
         "candidate": report.candidate.source,
         "engine": report.candidate.engine,
         "model": model,
+        "changed": report.changed,
         "dtype": report.candidate.dtype,
         "dtype_from": report.candidate.dtype_from,
         "shape": report.candidate.call.input_ids.shape,
@@ -241,6 +281,7 @@ def as_json(report: Report, model: str) -> dict[str, Any]:
         "excluded": [v.name for v in report.excluded],
         "blind": [{"variant": v.name, "shows": v.shows} for v in report.undetectable],
         "remarks": report.remarks,
+        "again": [{"dtype": r.candidate.dtype, "verdict": r.verdict, "said": _headline(r)} for r in report.again],
         "override": report.override,
         "drift": [{"tensor": name, "relative": x} for name, x in report.drift],
     }
@@ -252,7 +293,7 @@ def junit(report: Report, model: str) -> str:
     A noisy or inconclusive run may have no wrong tensor; then the last case, the verdict, fails.
     """
     absent = [*report.missing, *(p.name for p in report.preflight if p.verdict == MISSING)]
-    suite = ElementTree.Element("testsuite", name=escape(f"refgemma check {model}"))
+    suite = ElementTree.Element("testsuite", name=escape(f"refgemma check {label(report, model)}"))
     for p in report.preflight:
         if p.verdict != MISSING:
             case = ElementTree.SubElement(suite, "testcase", classname="preflight", name=escape(p.name))
@@ -303,7 +344,8 @@ def markdown(report: Report, model: str) -> str:
     ]
     counts = Counter(i.judged.verdict for i in report.instances)
     return "\n".join([
-        f"### refgemma check against {_as_code(model)}: {report.verdict}", "", *_as_block(first_lines(report)),
+        f"### refgemma check against {_as_code(label(report, model))}: {report.verdict}", "",
+        *_as_block(first_lines(report)),
         *(table if rows else []), *([""] if rows else []),
         ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items())) + ".",
         "",

@@ -303,6 +303,22 @@ def softmax(scores: Array, mask: Array) -> Tolerance:
     return tolerance(probs * (own + mean + 2 * LIBRARY + rounds), common=rounds + LIBRARY)
 
 
+def log_softmax(x: Array) -> Tolerance:
+    """The distance from the row's largest number is off by u of itself; the logarithm of the sum as `softmax` has it.
+
+    An absolute error of the logarithm is the relative one of the sum, which the whole row shares.
+    """
+    x64 = as_float64(x)
+    distance = np.max(x64, axis=-1, keepdims=True) - x64
+    exponentials = np.exp(-distance)
+    total = exponentials.sum(axis=-1, keepdims=True)
+    of_sum = np.sum(exponentials * U * distance, axis=-1, keepdims=True) / total + LIBRARY + gamma(x.shape[-1] + 1)
+    log_of_sum = np.log(total)
+    return tolerance(
+        2 * U * distance + of_sum + (LIBRARY + 2 * U) * log_of_sum + U * np.abs(np.max(x64, axis=-1, keepdims=True))
+    )
+
+
 def gelu_tanh(x: Array) -> Tolerance:
     """An absolute error: in ``1 + tanh`` the digits cancel for negative x, so that it is relative to x, not to y.
 

@@ -9,7 +9,8 @@ verdict   when
 ========  ==============================================================================================================
 EXACT     every element is the correctly rounded result, or what PyTorch's eager kernels make of the inputs
 PASS      inside every limit
-NOISY     inside the error bound, but `RMS_LIMIT` times as noisy as the declared arithmetic: some undeclared precision
+NOISY     inside the error bound, but `RMS_LIMIT` times as noisy as the declared arithmetic: some undeclared precision;
+          or a product with weights that are quantised
 SKEWED    inside the error bound, but all elements lean one way, as a wrong factor or offset makes them
 FAIL      an element is outside the error bound
 BLIND     nothing can be compared: the reference is not finite, or no element of it means anything

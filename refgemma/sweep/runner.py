@@ -33,7 +33,7 @@ from refgemma.files import read_object, replace_file, write_json
 from refgemma.oracle.verdicts import EXIT, FAILED, LOST, UNREADABLE
 from refgemma.sweep.jobs import KEPT, Done, Job, fail, perform
 from refgemma.sweep.tally import Tally, merge_tallies
-from refgemma.trace.names import FIELDS
+from refgemma.trace.names import AXES
 
 TRIES = 3  # for a job that ended its worker
 ONE_THREAD = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
@@ -62,9 +62,36 @@ def processes(workers: int) -> Iterator[Executor]:
             os.environ.update({} if value is None else {name: value})
 
 
+@contextmanager
+def hold_signals() -> Iterator[None]:
+    """Act on SIGINT and SIGTERM at the end of this block, in which a worker starts.
+
+    A worker that loses its parent while it starts prints a traceback. So does one that gets the SIGINT of a terminal
+    while it imports: it inherits a mask without SIGINT, which `_follow` lifts.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived = list[int]()
+    handled = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, lambda number, frame: arrived.append(number)) for number in handled}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # a blocked signal arrives here
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if arrived:
+            signal.raise_signal(arrived[0])
+
+
 def _follow(parent: Connection) -> None:
     """End this worker and its command when the other end of the pipe is closed."""
-    os.setpgid(0, 0)  # the command belongs to the same group
+    os.setpgid(0, 0)  # the command belongs to the same group, which the terminal's Ctrl-C no longer reaches
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # discards one that arrived before
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def end() -> None:
         with suppress(EOFError, OSError):
@@ -113,6 +140,12 @@ def is_lost_worker(error: BaseException) -> bool:
     return isinstance(error, BrokenExecutor) or type(error).__name__ == "KilledWorker"
 
 
+def submit(job: Job, workers: Executor) -> Future[Done]:
+    """Hand a job to the workers; one may start for it."""
+    with hold_signals():
+        return workers.submit(perform, job)
+
+
 def run_jobs(jobs: Sequence[Job], pool: Pool, width: int) -> Iterator[tuple[Job, Done]]:
     """Yield each job and its result when it is finished.
 
@@ -127,7 +160,7 @@ def run_jobs(jobs: Sequence[Job], pool: Pool, width: int) -> Iterator[tuple[Job,
             while running or (waiting and whole):
                 while waiting and whole and len(running) < width:
                     try:
-                        running[workers.submit(perform, waiting[0])] = waiting[0]
+                        running[submit(waiting[0], workers)] = waiting[0]
                         waiting.popleft()
                     except BrokenExecutor:
                         whole = False
@@ -148,7 +181,7 @@ def _run_alone(job: Job, pool: Pool) -> Done:
     for _ in range(TRIES):
         with pool(1) as workers:
             try:
-                return workers.submit(perform, job).result()
+                return submit(job, workers).result()
             except Exception as error:
                 if not is_lost_worker(error):
                     raise
@@ -219,7 +252,7 @@ def as_json(found: Sequence[tuple[Job, Done]]) -> dict[str, Any]:
             "verdict", "first_divergence", "named", "dtype", "message")}} for job, done in ordered],
         "tensors": [
             {"dtype": dtype, "tensor": kind} | total.as_json() | {"rms": total.rms}
-            for (dtype, kind), total in sorted(totals.items(), key=lambda one: (one[0][0], FIELDS.index(one[0][1])))
+            for (dtype, kind), total in sorted(totals.items(), key=lambda one: (one[0][0], [*AXES].index(one[0][1])))
         ],
         "found": sorted(seen), "excluded": sorted(excluded), "blind": sorted(blind),
     }  # fmt: skip

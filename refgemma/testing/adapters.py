@@ -157,9 +157,9 @@ class TransformersEager(Transformers):
 class TransformersSdpa(Transformers):
     """torch's fused attention, which has no soft cap, so the cap is omitted.
 
-    transformers 5.23 refuses this twice: when the model is loaded, and when attention is called with a cap. Until 4.45
-    it was the default (transformers #32865), and other packages enable it again (optimum-intel #976). The laws show the
-    error.
+    transformers 5.23 refuses this twice: when the model is loaded, and when attention is called with a cap. In 4.57.6
+    it is still the default (`_supports_sdpa` of its Gemma 2), and other packages enable it again (optimum-intel #976).
+    The laws show the error.
     """
 
     attention = "sdpa"

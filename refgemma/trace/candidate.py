@@ -21,13 +21,14 @@ from refgemma.config import Gemma2Config
 from refgemma.inputs import InputError, check_inputs
 from refgemma.precision import Array, as_dtype, as_float64, wide
 from refgemma.trace.name_maps import GIVEN, axis_lengths, open_trace
-from refgemma.trace.names import AXES, FIELDS, LAYER_FIELDS, field_of, layer_of
+from refgemma.trace.names import AXES, FIELDS, LAYER_FIELDS, LOGPROBS, field_of, layer_of
 from refgemma.trace.reader import Entry, TraceFile
 
 STORED = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 MOST_TOKENS = 2**20
 # A static cache has keys that no query sees. A tensor with more than this many times the needed elements is an error.
 MUCH = 16
+WORDS = "logprob_ids"  # beside log probabilities of some words: which
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class Candidate:
     name_map: str = ""  # the map of the file's names; refgemma's own if empty
     columns: int = 0  # of the logits in the file
     metadata: Mapping[str, str] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()  # on rows that were not recorded, and on tensors of another kind than their name says
 
     @cached_property
     def inputs(self) -> Mapping[str, Tensor]:
@@ -115,7 +117,7 @@ def is_known(name: str, config: Gemma2Config) -> bool:
 @cache
 def _known_names(layers: int) -> frozenset[str]:
     inside = {f"layers.{layer}.{field}" for layer in range(layers) for field in LAYER_FIELDS}
-    return frozenset(inside.union(FIELDS).difference(LAYER_FIELDS))
+    return frozenset(inside.union(FIELDS, [LOGPROBS]).difference(LAYER_FIELDS))
 
 
 def load_trace(
@@ -193,35 +195,95 @@ def check_trace(file: TraceFile, config: Gemma2Config, dtype: str | None = None)
     if declared is not None and declared not in STORED.values():
         raise InputError(f"{path}: dtype is {declared!r}; it must be one of {', '.join(STORED.values())}")
     call = _call(file, config)
-    named = [name for name in file.entries if name not in GIVEN]
+    ids = {
+        name for name in file.entries if name.endswith(WORDS) and name.removesuffix(WORDS) + LOGPROBS in file.entries
+    }
+    named = [name for name in file.entries if name not in GIVEN and name not in ids]
     wanted = {name for name in named if is_known(_without_call(name, call), config)}
-    refused, read = {}, {}
+    refused: dict[str, str] = {}
+    read: dict[str, Tensor] = {}
     for name in sorted(wanted):
-        if (problem := _find_problem(name, file.entries[name], call, config)) is None:
-            read[name] = file.entries[name].read()
+        entry = _spread_words(name, file.entries, config)
+        if (problem := _find_problem(name, entry, call, config)) is None:
+            read[name] = Tensor(entry.read(), entry.dtype, entry.known and entry.known(), entry.coarse)
         else:
             refused[_without_call(name, call)] = problem
-    known = {name: file.entries[name].known for name in read}
-    judged = _join_calls(read, call, refused) if len(call.calls) > 1 else read
+    judged = _join_calls(read, call, refused)
     batch, seq = call.input_ids.shape
-    for name, x in list(judged.items()):
+    for name, x in judged.items():
         shape = shape_of(name, config, batch, seq)
-        if name in ("cos", "sin") and x.shape == (1, *shape[1:]):
-            judged[name] = np.broadcast_to(x, shape)  # one table for all rows
-        elif x.shape != shape:
-            refused[name] = _wrong_shape(name, x.shape, shape)
-    judged = {name: x for name, x in judged.items() if name not in refused}
-    chosen = declared or _infer_dtype(judged)
+        if name in ("cos", "sin") and x.numbers.shape == (1, *shape[1:]):
+            judged[name] = replace(x, numbers=np.broadcast_to(x.numbers, shape))  # one table for all rows
+        elif x.numbers.shape != shape:
+            refused[name] = _wrong_shape(name, x.numbers.shape, shape)
+    judged = {name: _leave_out_nan(name, x, call) for name, x in judged.items() if name not in refused}
+    chosen = declared or _infer_dtype({name: x.numbers for name, x in judged.items()})
+    remarks = [said for name, x in judged.items() if (said := _count_rows(name, x, call))]
+    if "logits" in judged and LOGPROBS not in judged and _are_log_probabilities(judged["logits"], call):
+        judged[LOGPROBS] = judged.pop("logits")
+        remarks.append("logits: are log probabilities, and are judged as such")
     tensors = {}
     for name, x in judged.items():
-        parts = known.get(name)
-        coarse = file.entries[name].coarse if name in file.entries else 0.0
-        tensors[name] = Tensor(*_choose_storage(x, chosen), None if parts is None else parts(), coarse)
+        numbers, storage = _choose_storage(x.numbers, chosen)
+        tensors[name] = replace(x, numbers=numbers, storage=storage)
     return Candidate(
         str(path), chosen, "option" if dtype else "metadata" if declared else "numbers", call, tensors, refused,
         tuple(sorted(set(named) - wanted)), file.metadata.get("engine", ""), file.metadata.get("map", ""),
-        _columns(file), file.metadata,
+        _columns(file), file.metadata, tuple(remarks),
     )  # fmt: skip
+
+
+def _spread_words(name: str, entries: Mapping[str, Entry], config: Gemma2Config) -> Entry:
+    """The entry of a tensor; log probabilities of some words, with these words' ids beside them, among all words."""
+    entry, ids = entries[name], entries.get(f"{name.removesuffix(LOGPROBS)}{WORDS}")
+    if ids is None or not name.endswith(LOGPROBS) or ids.dtype[0] not in "IU" or ids.shape != entry.shape:
+        return entry
+    if entry.shape[-1] > config.vocab_size:  # refused for its shape, unread
+        return entry
+    shape = (*entry.shape[:-1], config.vocab_size)
+
+    def spread(numbers: Array) -> Array:
+        words = ids.read().astype(np.int64)
+        inside = (words >= 0) & (words < config.vocab_size)  # another number fills a row that has fewer words
+        whole = np.zeros((*shape[:-1], config.vocab_size + 1), numbers.dtype)
+        np.put_along_axis(whole, np.where(inside, words, config.vocab_size), numbers, axis=-1)
+        return whole[..., :-1]
+
+    # A server gives minus infinity, or nothing, for words that it left out.
+    return replace(entry, shape=shape, read=lambda: spread(entry.read()),
+                   known=lambda: spread(np.isfinite(entry.read().astype(np.float64))))  # fmt: skip
+
+
+def _leave_out_nan(name: str, x: Tensor, call: Call) -> Tensor:
+    """Take rows of NaN for rows that were not recorded, where the same text has others."""
+    others = tuple(n for n, axis in enumerate(axes_of(name).split()) if axis not in ("batch", "seq"))
+    numbers = x.numbers if x.numbers.dtype.kind == "f" else x.numbers.astype(np.float32)
+    empty = np.isnan(numbers).all(axis=others) & call.visible
+    empty &= (call.visible & ~empty).any(axis=1, keepdims=True)
+    if not empty.any():
+        return x
+    there = np.broadcast_to(~np.expand_dims(empty, others), numbers.shape)
+    return replace(x, numbers=np.where(there, x.numbers, 0), known=there if x.known is None else there & x.known)
+
+
+def _count_rows(name: str, x: Tensor, call: Call) -> str:
+    """Say how many rows of a tensor are not recorded, if there are such."""
+    if x.known is None or x.coarse:
+        return ""
+    others = tuple(n for n, axis in enumerate(axes_of(name).split()) if axis not in ("batch", "seq"))
+    missing = int(np.sum(~x.known.any(axis=others) & call.visible))
+    return f"{name}: {missing} of {int(call.visible.sum())} rows are not recorded" if missing else ""
+
+
+def _are_log_probabilities(x: Tensor, call: Call) -> bool:
+    """Return whether the exponentials of each row add up to 1, which those of logits do not."""
+    rows = x.numbers[call.visible & (True if x.known is None else x.known.all(axis=-1))].astype(np.float64)
+    if not len(rows) or not rows.max() <= 0:
+        return False
+    with np.errstate(over="ignore"):
+        sums = np.exp(rows).sum(axis=-1)
+    # Half precision rounds a logarithm of 8 by as much as 2**-6 in bfloat16; the errors of many words cancel.
+    return bool((np.abs(sums - 1) < (0.05 if x.storage in ("BF16", "F16") else 1e-3)).all())
 
 
 def _columns(file: TraceFile) -> int:
@@ -239,14 +301,18 @@ def _without_call(name: str, call: Call) -> str:
 def _find_problem(name: str, entry: Entry, call: Call, config: Gemma2Config) -> str | None:
     """Return the reason why a tensor cannot be judged, from its header only, so the size of its data does not
     matter."""
-    shape = shape_of(_without_call(name, call), config, *call.input_ids.shape)
+    field_name = _without_call(name, call)
+    shape = shape_of(field_name, config, *call.input_ids.shape)
     if entry.dtype not in STORED:
         floating = (
             f"; refgemma reads {', '.join(STORED)}" if entry.dtype[0] == "F" else ", not as floating-point numbers"
         )
         return f"is stored as {entry.dtype}{floating}"
+    rows = call.input_ids.shape[1] if name == field_name else call.calls[int(name.split(".")[1])]
+    if len(entry.shape) == len(shape) and entry.shape[-2] > rows:
+        return _wrong_shape(field_name, entry.shape, (*shape[:-2], rows, shape[-1]))
     if len(entry.shape) != len(shape) or math.prod(entry.shape) > MUCH * math.prod(shape):
-        return _wrong_shape(_without_call(name, call), entry.shape, shape)
+        return _wrong_shape(field_name, entry.shape, shape)
     return None
 
 
@@ -287,34 +353,56 @@ def _read_call(tensors: Mapping[str, Array], metadata: Mapping[str, str], config
     return Call(inputs.tokens, inputs.positions, inputs.visible, calls)
 
 
-def _join_calls(tensors: Mapping[str, Array], call: Call, refused: dict[str, str]) -> dict[str, Array]:
+def _join_calls(tensors: Mapping[str, Tensor], call: Call, refused: dict[str, str]) -> dict[str, Tensor]:
     """Join the tensors of calls that share a cache along ``seq``; the keys of a row end at its call's last token.
 
     A key that the cache had dropped was not visible: its probability is 0, and its score was not computed. No
-    comparison uses that score.
+    comparison uses that score. The rows of a call that recorded nothing of a tensor are not known.
     """
-    seq, ends = call.input_ids.shape[1], np.cumsum(call.calls)
-    joined = {name: x for name, x in tensors.items() if not name.startswith("calls.")}
-    for name in {name.split(".", 2)[2] for name in tensors if name.startswith("calls.")}:
-        parts = [x for n in range(len(ends)) if (x := tensors.get(f"calls.{n}.{name}")) is not None]
-        if len(parts) < len(ends):
-            refused[name] = f"exists for {len(parts)} of {len(ends)} calls"
-            continue
-        if axes_of(name).endswith("keys"):
-            parts = [_place_keys(part, int(end), seq) for part, end in zip(parts, ends, strict=True)]
-        others = {(*part.shape[:-2], part.shape[-1]) for part in parts}
+    seq, joined = call.input_ids.shape[1], {}
+    for kind in dict.fromkeys(_without_call(name, call) for name in tensors):
+        whole = kind in tensors
+        lengths = (seq,) if whole else call.calls
+        found = [tensors.get(kind if whole else f"calls.{n}.{kind}") for n in range(len(lengths))]
+        ends = np.cumsum(lengths)
+        parts = [x and _place(x, kind, n, int(end), seq) for x, n, end in zip(found, lengths, ends, strict=True)]
+        there = [x for x in parts if x is not None]
+        others = {(*x.numbers.shape[:-2], x.numbers.shape[-1]) for x in there}
         if len(others) > 1:
-            refused[name] = f"has different axes in some calls: {', '.join(str(part.shape) for part in parts)}"
+            shapes = ", ".join(str(x.numbers.shape) for x in found if x is not None)
+            refused[kind] = f"has different axes in some calls: {shapes}"
             continue
-        joined[name] = np.concatenate(parts, axis=-2)
+        parts = [x or _unknown_rows(there[0], n) for x, n in zip(parts, lengths, strict=True)]
+        numbers = np.concatenate([x.numbers for x in parts if x], axis=-2)
+        masks = [np.ones(x.numbers.shape, bool) if x.known is None else x.known for x in parts if x]
+        partial = any(x.known is not None for x in parts if x)
+        joined[kind] = replace(there[0], numbers=numbers, known=np.concatenate(masks, axis=-2) if partial else None)
     return joined
 
 
-def _place_keys(x: Array, end: int, seq: int) -> Array:
-    """Pad ``(batch, heads, rows, keys)``, whose last key is token ``end - 1``, to all `seq` keys."""
-    kept = x[..., max(0, x.shape[-1] - end) :]
-    before = end - kept.shape[-1]
-    return np.pad(kept, [(0, 0)] * 3 + [(before, seq - end)])
+def _unknown_rows(like: Tensor, rows: int) -> Tensor:
+    """Return `rows` rows that are not recorded, with the other axes of a tensor."""
+    shape = (*like.numbers.shape[:-2], rows, like.numbers.shape[-1])
+    return replace(like, numbers=np.zeros(shape, like.numbers.dtype), known=np.zeros(shape, bool))
+
+
+def _place(x: Tensor, name: str, rows: int, end: int, seq: int) -> Tensor:
+    """Return a call's tensor with `rows` rows and all `seq` keys; token ``end - 1`` is the call's last.
+
+    If the call recorded fewer rows, they are the last ones. More keys than tokens are room at the end of a static
+    cache; fewer keys are the last ones, which a cache kept.
+    """
+    missing = max(0, rows - x.numbers.shape[-2])
+    keys, pads = slice(None), [(0, 0)] * (x.numbers.ndim - 2) + [(missing, 0), (0, 0)]
+    if axes_of(name).endswith("keys") and (x.numbers.shape[-1] > end or end < seq or rows < end):
+        keys, kept = slice(end), min(end, x.numbers.shape[-1])
+        pads[-1] = (end - kept, seq - end)
+    known = x.known
+    if missing and known is None:
+        known = np.ones(x.numbers.shape, bool)
+    return replace(
+        x, numbers=np.pad(x.numbers[..., keys], pads), known=None if known is None else np.pad(known[..., keys], pads)
+    )
 
 
 def _infer_dtype(tensors: Mapping[str, Array]) -> str:

@@ -92,9 +92,12 @@ def trace_axes(record: Any = Forward, prefix: str = "") -> Iterator[tuple[str, s
             yield from trace_axes(kind, f"{name}.")
 
 
-# The axes of each field, in the order of execution; the fields of one layer; the norms among them.
+# The axes of each field, in the order of execution; the fields of one layer; the norms among them. A run has no log
+# probabilities, but servers give them in the place of logits.
+LOGPROBS = "logprobs"
+FIELDS = tuple(field_of(name) for name, _ in trace_axes())
 AXES = {field_of(name): axes for name, axes in trace_axes()}
-FIELDS = tuple(AXES)
+AXES[LOGPROBS] = AXES["logits"]
 LAYER_FIELDS = tuple(field_of(name) for name, _ in trace_axes() if name.startswith("layers."))
 LAYER_NORMS = tuple(field for field in LAYER_FIELDS if field.endswith("norm"))
 

@@ -4,16 +4,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "golden"))
 import mistakes
 
+from refgemma.hub import find_model
 from refgemma.modeling.pretrained import load
 from refgemma.oracle.conformance import prompts
 from refgemma.oracle.diagnose import diagnose
 from refgemma.oracle.known_bugs import known_bug
-from refgemma.oracle.verdicts import CONFORMS
-from refgemma.trace.names import field_of
+from refgemma.oracle.verdicts import CONFORMS, NOISY_ONLY
+from refgemma.trace.candidate import load_trace
+from refgemma.trace.names import field_of, save_trace
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -23,6 +27,52 @@ def test_transformers_conforms(dtype: str, prompt: str, tmp_path: Path) -> None:
     candidate = mistakes.port(None, dtype, prompts(ours.config)[prompt], tmp_path, ours.config)
     report = diagnose(candidate, ours.weights, ours.config)
     assert (report.verdict, report.missing) == (CONFORMS, ())
+
+
+@pytest.mark.parametrize("squares", [torch.bfloat16, torch.float32])
+def test_norms_in_the_precision_of_their_input_are_a_way_of_rounding(
+    squares: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As DeepMind's norm computes, without a compiler and with one: no other eps.
+
+    PyTorch on a CPU rounds the square root of the rows that fill no whole vector.
+    """
+    ours = load("conformance", "bfloat16")
+
+    def norm(self, x):  # type: ignore[no-untyped-def]
+        mean = x.to(squares).pow(2).mean(-1, keepdim=True).to(x.dtype)
+        return x * torch.rsqrt(mean + self.eps) * (1.0 + self.weight)
+
+    monkeypatch.setitem(mistakes.MAKE, "norm-in-half", mistakes.norms_by(norm))
+    candidate = mistakes.port("norm-in-half", "bfloat16", prompts(ours.config)["padded"], tmp_path, ours.config)
+    report = diagnose(candidate, ours.weights, ours.config)
+    assert report.verdict == NOISY_ONLY
+    assert {v.name for finding in report.findings for v in finding.explanations} == {"norm-in-half"}
+
+
+def test_a_static_cache_has_room_that_is_not_judged(tmp_path: Path) -> None:
+    """transformers' own: its scores have more keys than there are tokens."""
+    ours = load("conformance")
+    model = transformers.Gemma2ForCausalLM.from_pretrained(
+        find_model("conformance"), dtype=torch.float32, attn_implementation="eager", output_attentions=True
+    )
+    ids = prompts(ours.config)["plain"].input_ids
+    cache = transformers.StaticCache(config=model.config, max_cache_len=40)
+    tensors, done = {"input_ids": ids}, 0
+    for number, length in enumerate((6, 1, 1, 9, ids.shape[1] - 17)):
+        part = torch.as_tensor(ids[:, done : done + length])
+        with torch.no_grad():
+            result = model(part, past_key_values=cache, cache_position=torch.arange(done, done + length))
+        done += length
+        tensors[f"calls.{number}.logits"] = result.logits.numpy()
+        for layer, probs in enumerate(result.attentions):
+            if model.config.layer_types[layer] == "full_attention":
+                assert probs.shape[-1] == 40
+                tensors[f"calls.{number}.layers.{layer}.attention.probs"] = probs.numpy()
+    calls = f"[6, 1, 1, 9, {ids.shape[1] - 17}]"
+    save_trace(tensors.items(), tmp_path / "port.safetensors", {"dtype": "float32", "calls": calls})
+    report = diagnose(load_trace(tmp_path / "port.safetensors", ours.config), ours.weights, ours.config)
+    assert (report.verdict, report.findings) == (CONFORMS, ())
 
 
 @pytest.mark.parametrize("name", ["gelu-exact", "gqa-tile", "scale-head-dim", "swa-all-global", "norm-two-plus"])

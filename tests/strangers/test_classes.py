@@ -2,6 +2,7 @@
 float32, eager; many more comparisons are in `parity/test_classes_parity.py`."""
 
 import copy
+import json
 import pickle
 import shutil
 import warnings
@@ -258,6 +259,18 @@ def test_a_head_of_another_size(tmp_path: Path) -> None:
 
 
 # --- configurations ---------------------------------------------------------------------------------------------------
+
+
+def test_names_of_a_configuration_before_transformers_5(tmp_path: Path) -> None:
+    config = AutoConfig.from_pretrained("tiny")
+    assert config.torch_dtype == config.dtype == "bfloat16"
+    config.torch_dtype = "float32"
+    assert config.dtype == "float32"
+    assert "torch_dtype" not in config.to_dict()
+    config.to_json_file(tmp_path / "any.json")
+    assert (
+        json.loads((tmp_path / "any.json").read_text()) == config.to_diff_dict() == json.loads(config.to_json_string())
+    )
 
 
 def test_a_configuration_that_is_set() -> None:

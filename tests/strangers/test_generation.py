@@ -5,7 +5,11 @@ case; `tests/parity/test_generation_parity.py` compares them in one process. Dra
 what has to hold.
 """
 
+import copy
+import json
+import pickle
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -285,3 +289,20 @@ def test_a_cache_is_gone_on_from() -> None:
     second = MODEL.generate(first, cache=cache, max_new_tokens=4)
     assert second[0, 7:].tolist() == PLAIN
     assert cache.get_seq_length() == 7 + 8 - 1
+
+
+def test_what_code_reads_and_writes_in_a_generation_configuration(tmp_path: Path) -> None:
+    """transformers 5.23 returns the same, and None for each of these settings as long as it is not set."""
+    config = GenerationConfig(top_k=5)
+    assert config.update(top_p=0.5, colour="red") == {"colour": "red"}
+    assert (config.top_k, config.top_p) == (5, 0.5)
+    with pytest.raises(InputError, match="top_p must be"):
+        config.update(top_k=7, top_p=2)
+    assert (config.top_k, config.top_p) == (5, 0.5)
+    assert config.cache_implementation is config.num_assistant_tokens is config.watermarking_config is None
+    assert not hasattr(config, "colour")
+    config.to_json_file(tmp_path / "any.json")
+    written = json.loads((tmp_path / "any.json").read_text())
+    assert written == json.loads(config.to_json_string()) == {"top_k": 5, "top_p": 0.5}
+    assert config.to_diff_dict() == config.to_dict()
+    assert pickle.loads(pickle.dumps(config)) == copy.deepcopy(config) == config

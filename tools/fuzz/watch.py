@@ -11,9 +11,10 @@ import time
 import traceback
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,11 @@ WRITES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symli
           "os.chown",
           "os.utime", "os.setxattr", "shutil.rmtree", "shutil.move")  # fmt: skip
 BETWEEN_TWO = ("os.rename", "os.link", "os.symlink", "shutil.move")
+OUTPUTS = ("-o", "--output", "--html", "--junit", "--bundle", "--repro")
 PROCESSES = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "os.startfile", "pty.spawn")
 SOCKETS = ("socket.connect", "socket.bind", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto")
-CODE = [Path(__file__).parents[2], *map(Path, {sys.prefix, sys.base_prefix, *filter(None, sys.path)})]
+CODE = [Path(__file__).parents[2],
+        *map(Path, {sys.prefix, sys.base_prefix, *filter(None, [sys.pycache_prefix, *sys.path])})]  # fmt: skip
 SYSTEM = ("/dev/null", "/dev/urandom", "/proc/self", "/proc/meminfo", "/proc/cpuinfo", "/etc/localtime", "/sys")
 
 
@@ -132,6 +135,7 @@ def describe_error(error: Exception) -> str:
 
 def prepare() -> None:
     """Make this process one that runs cases."""
+    sys.dont_write_bytecode = True  # a module that a case is the first to import
     candidates.processes = run_inline
     command_line.describe_error = describe_error
     os.environ |= {"HF_HOME": "/nonexistent/hub", "COLUMNS": "100"}
@@ -177,7 +181,10 @@ def run_case(case: Case) -> Result:
         problem = judge(case, code, out, err) or (f"takes {peak >> 20} MiB" if peak > MEMORY else "")
         if not problem:
             left = list_files(folder)
-            problem = judge_files(code, before, left) or ("leaves a temporary file" if list_files(scratch) else "")
+            outputs = {file for option, file in pairwise(case.argv) if option in OUTPUTS}
+            problem = judge_files(code, before, left, outputs) or (
+                "leaves a temporary file" if list_files(scratch) else ""
+            )
         return Result(problem, code, f"{err[-3000:]}{LAST_FAULT[0][-3000:] if code == FAULT else ''}", peak, seconds)
     finally:
         os.chdir("/")
@@ -196,7 +203,7 @@ def call(case: Case, folder: Path, scratch: Path) -> tuple[int | None, str, str]
     AUDIT.seen, AUDIT.folders = [], [os.path.realpath(folder.parent)]
     AUDIT.named = {*case.argv, *(part + "/" for part in case.argv), "./absent"}
     if "jobs.jsonl" in case.files:  # names the files that are read, as arguments do
-        AUDIT.named |= {"/etc/passwd", "/dev/zero"}
+        AUDIT.named |= {"/etc/passwd", "/dev/zero", os.path.realpath("../../etc/passwd")}
     forget_peak()
     LAST_FAULT[0] = ""
     code: int | None = None
@@ -247,9 +254,12 @@ def judge(case: Case, code: int | None, out: str, err: str) -> str:
     return f"prints {sorted(obeyed)!r:.100}, which a terminal obeys" if obeyed else ""
 
 
-def judge_files(code: int | None, before: dict[str, bytes | None], left: dict[str, bytes | None]) -> str:
-    """What is wrong with the files that a command leaves."""
-    if gone := [name for name in before if before[name] != left.get(name, b"?") and ".results/" not in name]:
+def judge_files(
+    code: int | None, before: dict[str, bytes | None], left: dict[str, bytes | None], outputs: Collection[str] = ()
+) -> str:
+    """What is wrong with the files that a command leaves; it may replace those that its arguments name as outputs."""
+    changed = [name for name in before if before[name] != left.get(name, b"?") and ".results/" not in name]
+    if gone := [name for name in changed if code == MISUSE or name not in outputs]:
         return f"changes {gone[0]!r:.60}"
     fresh = [name for name in left if name not in before]
     if partial := [name for name in fresh if name.endswith(".part") or "/." in f"/{name}"]:
