@@ -63,6 +63,7 @@ RUN = {
     "refgemma verify": ("{}", 0),
     'refgemma trace "Once upon a time" -o run.safetensors': ("{}", 0),
     'refgemma explore "Once upon a time" -o page.html': ("{}", 0),
+    "refgemma explore --live -o page.html": ("{}", 0),
     "refgemma perplexity FILE": ("refgemma perplexity text.txt", 0),
     "refgemma convert SOURCE -o DIR": ("refgemma convert model.gguf -o again", 0),
     "refgemma check PORT.safetensors": ("refgemma check run.safetensors", 0),
@@ -298,7 +299,7 @@ def test_the_numbers_in_the_readme() -> None:
     assert f"apply {len(LAWS)} laws" in said
     total = block_of("text", "case                             tensors  worst/bound  verdict\nbends").splitlines()[-1]
     assert f"Of {total.split()[2]} recorded tensors none differs" in said  # test_the_sample_of_verify measures it
-    listed = len(re.findall(r"^\| `refgemma ", README, re.MULTILINE))
+    listed = len(set(re.findall(r"^\| `refgemma (\w+)", README, re.MULTILINE)))
     command_page = (ROOT / "docs" / "reference" / "command-line.md").read_text("utf-8")
     assert len(re.findall(r"^## refgemma ", command_page, re.MULTILINE)) - listed == 13
     assert "There are thirteen more" in said

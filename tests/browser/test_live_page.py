@@ -125,7 +125,8 @@ def test_all_bugs_are_offered(live: Page) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", [SEA, "", " a", "  two  blanks ", "née œ ☃", "<bos> is written", "\n\nHe said, \"No\"\n", "Rumpelstiltskin"],
+    "text",
+    [SEA, "", " a", "  two  blanks ", "née œ ☃", "<bos> is written", "\n\nHe said, \"No\"\n", "Rumpelstiltskin"],
 )  # fmt: skip
 def test_tokens_are_the_tokenizers(text: str, live: Page) -> None:
     # "<bos>" in a text stays text here, as with split_special_tokens=True.
