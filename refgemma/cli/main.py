@@ -134,6 +134,7 @@ def parser() -> Parser:
     command = add("explore", "write a page that shows a run: attention, sizes and predictions by token, layer and head")
     add_prompt(command)
     command.add_argument("-o", "--output", default="explorer.html", metavar="FILE", help="default: explorer.html")
+    command.add_argument("--live", action="store_true", help="a page in which the tiny model runs, on any text")
     add_model(command)
 
     command = add("perplexity", "measure how well a model predicts a text, as transformers and gemma.cpp define it")
