@@ -91,7 +91,7 @@ def run_chat(turns: int = 40) -> tuple[bool, str]:
     done = subprocess.run(command, input=(line + "\n") * turns, capture_output=True, text=True, check=False)
     answers, lines = done.stdout.count("\n"), done.stderr.splitlines()
     good = done.returncode in (0, 2) and answers < turns and len(lines) == 1 and "position" in lines[0]
-    said = f"exit code {done.returncode}, {lines[0][:80]!r}" if lines else f"exit code {done.returncode}"
+    said = f"exit code {done.returncode}, {lines[0][:120]!r}" if lines else f"exit code {done.returncode}"
     return good, f"chat of {turns} turns: {answers} answers, then {said}"
 
 

@@ -655,8 +655,10 @@ WHOLE = MODEL_FILE.read_bytes()
         (b'{"version": "1.0", "model": {"type": "BPE"}}', "is no SentencePiece model"),
         (WHOLE[:1000], "is no SentencePiece model, or is cut short"),
         (WHOLE[:-5], "is no SentencePiece model, or is cut short"),
+        (b"\n\x0a\n\x01a\x15\0\0\0\0\x18\x07" + WHOLE, "the type of piece 'a' is 7; it must be from 1 to 6"),
+        (b"\n\x0b\n\x01a\x15\0\0\0\0\x18\x80\x02" + WHOLE, "the type of piece 'a' is 256; it must be from 1 to 6"),
     ],
-    ids=["lfs", "empty", "json", "head", "cut"],
+    ids=["lfs", "empty", "json", "head", "cut", "type", "long type"],
 )
 def test_a_file_that_is_no_model_is_refused(tmp_path: Path, content: bytes, problem: str) -> None:
     file = tmp_path / "tokenizer.model"

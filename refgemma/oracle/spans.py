@@ -17,6 +17,7 @@ from refgemma.trace.candidate import Candidate
 from refgemma.trace.names import field_of, layer_of
 
 DRAWS = 16
+KEPT_BYTES = 2**26  # larger tensors, such as the scores of long texts, are computed at each use and not kept
 
 
 @dataclass
@@ -36,9 +37,12 @@ class Computed:
         """A tensor as an input: what was recorded, or else what follows from what was."""
         if name in self.candidate.inputs:
             return self.candidate.inputs[name].numbers
-        if name not in self.between:
-            self.between[name] = self.result(name)
-        return self.between[name]
+        if name in self.between:
+            return self.between[name]
+        result = self.result(name)
+        if result.nbytes <= KEPT_BYTES:
+            self.between[name] = result
+        return result
 
     def inputs(self, name: str) -> list[Array]:
         """The inputs of an operation."""
@@ -83,6 +87,7 @@ def measure_noise(
     rng = np.random.default_rng(seed)
     storage = context.arithmetic.storage
     steps = sorted({step for name in names for step in computed.span(name)}, key=computed.places.__getitem__)
+    last_use = {source: step for step in steps for source in computed.table[step].inputs}
     squares: dict[str, Array] = {}
     exact = {name: computed.result(name) for name in names}
     for _ in range(DRAWS):
@@ -96,6 +101,9 @@ def measure_noise(
                 run.between[step] = right + rng.standard_normal(right.shape) * np.hypot(allowed.std, off)
                 if step in exact:
                     squares[step] = squares.get(step, 0.0) + (run.between[step] - exact[step]) ** 2
+                for source in computed.table[step].inputs:  # one layer's scores in memory at a time
+                    if last_use[source] == step:
+                        run.between.pop(source, None)
     return {name: add_typical_spread(np.sqrt(total / DRAWS)) for name, total in squares.items()}
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from refgemma.errors import RefgemmaError
+from refgemma.files import quote
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # the types of a piece
 PIECES_LIMIT = 2**20  # ids: four times those of Gemma
@@ -104,6 +105,8 @@ def read_model(model: bytes) -> tuple[list[Piece], bytes]:
             at = stop
     except (IndexError, struct.error, UnicodeDecodeError):
         raise TokenizerError("is no SentencePiece model, or is cut short") from None
+    if odd := next((piece for piece in pieces if not NORMAL <= piece.type <= BYTE), None):
+        raise TokenizerError(f"the type of piece {quote(odd.name)} is {odd.type}; it must be from {NORMAL} to {BYTE}")
     return pieces, b"".join(rest)
 
 

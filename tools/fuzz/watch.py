@@ -203,7 +203,7 @@ def call(case: Case, folder: Path, scratch: Path) -> tuple[int | None, str, str]
     AUDIT.seen, AUDIT.folders = [], [os.path.realpath(folder.parent)]
     AUDIT.named = {*case.argv, *(part + "/" for part in case.argv), "./absent"}
     if "jobs.jsonl" in case.files:  # names the files that are read, as arguments do
-        AUDIT.named |= {"/etc/passwd", "/dev/zero"}
+        AUDIT.named |= {"/etc/passwd", "/dev/zero", os.path.realpath("../../etc/passwd")}
     forget_peak()
     LAST_FAULT[0] = ""
     code: int | None = None
