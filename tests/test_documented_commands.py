@@ -296,7 +296,9 @@ def test_every_sample_is_compared() -> None:
 def test_the_numbers_in_the_readme() -> None:
     said = " ".join(README.split())
     assert f"knows {len(known_bugs.KNOWN_BUGS)} bugs, most of them found in real ports" in said
-    assert sum(not bug.seen.startswith("unverified") for bug in known_bugs.KNOWN_BUGS) > 0.7 * len(known_bugs.KNOWN_BUGS)
+    assert sum(not bug.seen.startswith("unverified") for bug in known_bugs.KNOWN_BUGS) > 0.7 * len(
+        known_bugs.KNOWN_BUGS
+    )
     assert f"apply {len(LAWS)} laws" in said
     total = block_of("text", "case                             tensors  worst/bound  verdict\nbends").splitlines()[-1]
     assert f"Of {total.split()[2]} recorded tensors none differs" in said  # test_the_sample_of_verify measures it
