@@ -77,7 +77,7 @@ assert all(slope.shape == x.shape for slope in slopes.values())
 axes = viz.new_axes(6.4, 3)
 for (name, slope), style in zip(slopes.items(), ("-", "--"), strict=True):
     axes.plot(x, slope, style, label=name)
-axes.set(xlabel="before the cap", ylabel="slope", title="what is left of an error that travels back")
+axes.set(xlabel="before the cap", ylabel="slope", title="remaining gradient")
 _ = axes.legend()
 
 # %% [markdown]
@@ -97,7 +97,7 @@ figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.4), layout="constraine
 left.hist(before, bins=60, log=True)
 left.set(xlabel="score before the cap", ylabel="how many", title="most scores are small")
 right.plot(before, before - after, ".", markersize=2)
-_ = right.set(xlabel="score before the cap", ylabel="taken away", title="what the cap takes")
+_ = right.set(xlabel="score before the cap", ylabel="reduction", title="reduction by the cap")
 
 # %% [markdown]
 # Which head is that? The next picture shows the head with the largest score of all, the sink of notebook 2. Orange

@@ -114,7 +114,7 @@ bound = tolerance.linear(x, w).bound
 
 assert computed.shape == bound.shape == exact.shape
 used = np.abs(computed - exact) / bound
-print(f"rounding used at most {used.max():.0%} of what the bound allows")
+print(f"rounding used at most {used.max():.0%} of the bound")
 
 
 # %% [markdown]
@@ -152,7 +152,7 @@ for window in windows:
     distances.append(judge.strict_distance(candidate, right, allowed, "float32"))
 axes = viz.new_axes(6, 3)
 axes.bar(windows, distances, log=True)
-axes.axhline(1, linestyle="--", color="tab:red", label="what rounding allows")
+axes.axhline(1, linestyle="--", color="tab:red", label="tolerance")
 axes.set(xlabel="window", ylabel="distance", title="attention of layer 0, by window", ylim=(0.01, 1e10))
 _ = axes.legend()
 
@@ -190,7 +190,7 @@ _ = axes.set(title=name, xlabel="last axis of the tensor", ylabel="place")
 # %%
 result = verify.verify("bends-forward-f32")
 
-print(result.case, result.tensors, "tensors, worst at", f"{result.worst.distance:.2f} of what rounding allows")
+print(result.case, result.tensors, "tensors, worst at", f"{result.worst.distance:.2f} of the tolerance")
 
 
 # %% [markdown]

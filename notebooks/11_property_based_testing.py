@@ -116,7 +116,7 @@ axes = viz.new_axes(6, 3)
 axes.plot(x, np.clip(x, -1, 1), "--", label="cut off")
 axes.plot(x, ops.soft_cap(x, 1.0), label="soft cap")
 axes.plot(x, 0.97 * np.minimum(x, 1), ":", color="grey", label="limit of the test")
-axes.set(xlabel="x / cap", ylabel="result / cap", title="what tells them apart")
+axes.set(xlabel="x / cap", ylabel="result / cap", title="the difference between the two")
 _ = axes.legend()
 
 

@@ -21,7 +21,7 @@ from refgemma.weights.parameters import tensor_shapes
 
 
 def run_trace(args: argparse.Namespace) -> int:
-    """``refgemma trace``."""
+    """Run ``refgemma trace``."""
     from tqdm import tqdm
 
     check_outputs({"-o": args.output}, [find_model(args.model, args.revision, args.download)])
@@ -46,7 +46,7 @@ def run_trace(args: argparse.Namespace) -> int:
 
 
 def run_explore(args: argparse.Namespace) -> int:
-    """``refgemma explore``."""
+    """Run ``refgemma explore``."""
     from refgemma.teach.explorer import check_length, explore_run, render_page
 
     check_outputs({"-o": args.output}, [find_model(args.model, args.revision, args.download)])
@@ -81,22 +81,22 @@ def run_live(args: argparse.Namespace) -> int:
 
 def _print_release(found: Identified) -> None:
     if found.release is None:
-        say("release: none is known by these sizes and files", "")
+        say("release: unknown; no release has these sizes and files", "")
         return
     name = f"{found.release} (revision {(found.revision or 'unknown')[:8]})"
     unread = any(file.verdict == "same length" for file in found.files)
-    numbers = "; the numbers in files of the same length were not compared" if unread else ""
+    numbers = "; files of the same length were not compared by content" if unread else ""
     if found.complete:
-        say(f"release: {name}, all {found.as_released} files that are known of it{numbers}")
+        say(f"release: {name}, all {found.as_released} known files{numbers}")
     else:
-        say(f"release: nearest is {name}, {found.as_released} files of it are here{numbers}")
+        say(f"release: nearest is {name}, with {found.as_released} of its files{numbers}")
     for file in found.files:
         say(f"  {file.name:34s} {file.verdict:12s} {file.detail}")
     say()
 
 
 def run_info(args: argparse.Namespace) -> int:
-    """``refgemma info``."""
+    """Run ``refgemma info``."""
     checkpoint = open_checkpoint(find_model(args.model, args.revision, args.download))
     config = checkpoint.config.to_dict()
     release = identify_release(checkpoint.folder, checkpoint.config, args.hash)
