@@ -141,7 +141,7 @@ angles = np.degrees(np.arccos(np.sum(added * stream[:-1], axis=1) / lengths))
 axes = viz.new_axes(6.4, 3)
 axes.bar(np.arange(6) - 0.2, sizes, width=0.4, label="size of the added vector")
 axes.bar(np.arange(6) + 0.2, rises, width=0.4, label="rise of the line")
-axes.set(xlabel="block", ylabel="root mean square", title="added, and what it does to the size", ylim=(0, 2))
+axes.set(xlabel="block", ylabel="root mean square", title="size of the addition, and growth", ylim=(0, 2))
 for number, angle in enumerate(angles):
     axes.text(number - 0.2, sizes[number] + 0.04, f"{angle:.0f}°", ha="center")
 _ = axes.legend()

@@ -1,7 +1,7 @@
-"""Write one HTML page in which the tiny model runs: a port of Gemma 2 in JavaScript, `gemma2.js`, with its weights.
+"""Write one HTML page in which the tiny model runs: a port of Gemma 2 in JavaScript, with its weights.
 
-The page works offline and in a browser alone. It writes a trace, which `refgemma check` judges in
-``tests/browser/test_live_page.py``: it conforms, and each bug that the page can make is named.
+The page works offline and in a browser alone; ``gemma2.js`` computes and ``live.html`` shows. It writes a trace, which
+``refgemma check`` judges in ``tests/browser/test_live_page.py``: it conforms, and each bug of the page is named.
 """
 
 import base64

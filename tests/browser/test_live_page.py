@@ -89,7 +89,7 @@ def test_the_right_model_conforms(live: Page, tmp_path: Path) -> None:
     code, out = check(live, tmp_path)
     assert code == 0
     assert "\nCONFORMS: rounding explains every recorded tensor\n" in out
-    assert "of 1x67 tokens" in out
+    assert "132 tensors of 1x67 " in out
 
 
 @pytest.mark.parametrize("bug", BUGS)
