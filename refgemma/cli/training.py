@@ -149,7 +149,7 @@ def run_train(args: argparse.Namespace) -> int:
 
 
 def follow(run: Run, args: argparse.Namespace) -> State:
-    """Run all steps, with a line every few steps, or a bar on stderr if that is a terminal; return the last state."""
+    """Run all steps, with a line every few steps and a bar on stderr at a terminal; return the last state."""
     arguments = run.arguments
     with tqdm(total=arguments.max_steps, unit="step", disable=None, leave=False) as bar:
         for state in run.states(args.resume, args.save_steps):
@@ -158,11 +158,10 @@ def follow(run: Run, args: argparse.Namespace) -> State:
                 continue
             bar.set_postfix(loss=f"{state.losses[-1]:.3f}", refresh=False)
             if not args.json and state.step % args.logging_steps == 0:
-                rate = arguments.rate(state.step - 1)
-                say(
-                    f"step {state.step} of {arguments.max_steps}: loss {state.losses[-1]:.4f}, "
-                    f"gradient norm {state.grad_norm:.3f}, learning rate {rate:.3g}"
-                )
+                said = f"step {state.step} of {arguments.max_steps}: loss {state.losses[-1]:.4f}, "
+                said += f"gradient norm {state.grad_norm:.3f}, learning rate {arguments.rate(state.step - 1):.3g}"
+                with tqdm.external_write_mode():  # takes the bar out of the way
+                    say(said)
     return state
 
 
