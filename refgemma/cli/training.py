@@ -3,6 +3,7 @@
 import argparse
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -131,6 +132,12 @@ def run_train(args: argparse.Namespace) -> int:
             pack_rows(ids, args.seq_len, model.config.bos_token_id), args.validation_split_percentage
         )
         arguments = read_arguments(args, len(rows))
+        if model.config.attention_dropout:
+            warnings.warn(
+                f"attention_dropout is {model.config.attention_dropout:g} in the configuration; dropout is never "
+                "active here, and transformers would train with it",
+                stacklevel=2,
+            )
         base_model = name_base(args, model) if arguments.lora else ""
         copies = 5 if arguments.lora else 8  # weights and moments, old and new; gradients of two rows and their sum
         require_memory(copies * model.checkpoint.parameters * np.dtype(args.dtype).itemsize, "training this model")
