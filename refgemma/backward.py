@@ -13,36 +13,44 @@ docstring says where this cannot be reproduced.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from jaxtyping import Float, Int
 
-from refgemma.activations import Activation
+from refgemma.activations import Activation, sigmoid
+from refgemma.activations_backward import ACTIVATIONS_BACKWARD, tanh_backward
 from refgemma.cache import LayerCache
 from refgemma.config import Gemma2Config
-from refgemma.heads import IGNORED, causal_lm_loss, log_softmax
-from refgemma.inputs import check_token_ids, packed_masks
+from refgemma.heads import (
+    IGNORED,
+    causal_lm_loss,
+    infer_problem_type,
+    last_tokens,
+    log_softmax,
+    sequence_classification_loss,
+    token_classification_loss,
+)
+from refgemma.inputs import InputError, check_token_ids, packed_masks
 from refgemma.layers import Attention, Block, FeedForward, merge_heads, split_heads
-from refgemma.model import Forward, embedding_scale, forward, head_table
-from refgemma.ops import gelu_tanh, repeat_kv
+from refgemma.model import Forward, Start, begin, blocks, embedding_scale, forward, head_table
+from refgemma.ops import gelu_tanh, linear, repeat_kv, rms_norm
 from refgemma.precision import Array, narrow, wide
 from refgemma.shapes import Heads, Hidden, Intermediate, Logits, RotaryTable, Scores, TokenIds
 from refgemma.weights.parameters import (
     EMBED_TOKENS,
     LM_HEAD,
     NORM,
+    SCORE_BIAS,
+    SCORE_WEIGHT,
     LayerWeights,
+    Score,
     Weights,
     layer_tensors,
-    tensor_shapes,
 )
-
-ActivationBackward: TypeAlias = Callable[[Array, Array], Array]
-
 
 # --- operations, in the order of ops.py -------------------------------------------------------------------------------
 
@@ -159,21 +167,7 @@ def soft_cap_backward(
     >>> soft_cap_backward(np.ones(3), np.array([0.0, 50.0, 1000.0]), cap=50.0).round(3)
     array([1.  , 0.42, 0.  ])
     """
-    return grad if cap is None else tanh_backward(grad * cap, np.tanh(x / cap)) / cap
-
-
-def tanh_backward(grad: Float[np.ndarray, "*shape"], y: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
-    """Return the gradient of ``y = tanh(x)``, from its result: ``grad * (1 - y**2)``.
-
-    ``tanh = sinh / cosh``, so ``tanh' = (cosh**2 - sinh**2) / cosh**2 = 1 - tanh**2``. One rounding in half precision.
-    Source: ``torch.tanh`` under autograd.
-
-    Examples
-    --------
-    >>> tanh_backward(np.ones(2), np.tanh(np.array([0.0, 1.0]))).round(4)
-    array([1.  , 0.42])
-    """
-    return narrow(wide(grad) * (1 - wide(y) * wide(y)), like=grad)
+    return grad if cap is None else tanh_backward(grad * cap, x / cap) / cap
 
 
 def attention_scores_backward(
@@ -245,7 +239,29 @@ def gelu_tanh_backward(
     return narrow(wide(grad) * slope, like=x)
 
 
-ACTIVATIONS_BACKWARD: dict[Activation, ActivationBackward] = {gelu_tanh: gelu_tanh_backward}
+def activation_backward(
+    grad: Float[np.ndarray, "*shape"], x: Float[np.ndarray, "*shape"], activation: Activation
+) -> Float[np.ndarray, "*shape"]:
+    """Return the gradient of `activation`, for Gemma 2's own and those of `refgemma.activations_backward`.
+
+    Raises
+    ------
+    InputError
+        For a function of the caller's, whose derivative is unknown.
+
+    Examples
+    --------
+    >>> activation_backward(np.ones(1), np.zeros(1), gelu_tanh)
+    array([0.5])
+    """
+    if activation is gelu_tanh:
+        return gelu_tanh_backward(grad, x)
+    if activation not in ACTIVATIONS_BACKWARD:
+        raise InputError(
+            f"hidden_activation is {activation!r}, a function whose derivative is unknown; "
+            "add it to refgemma.activations_backward.ACTIVATIONS_BACKWARD"
+        )
+    return ACTIVATIONS_BACKWARD[activation](grad, x)
 
 
 # --- layers, in the order of layers.py, backwards ---------------------------------------------------------------------
@@ -325,7 +341,7 @@ def feed_forward_backward(
     grad_product, of["down_proj"], _ = linear_backward(grad, record.product, weights.down_proj)
     grad_gelu = grad_product * record.up
     grad_up = grad_product * record.gelu
-    grad_gate = ACTIVATIONS_BACKWARD[activation](grad_gelu, record.gate)
+    grad_gate = activation_backward(grad_gelu, record.gate, activation)
     through_up, of["up_proj"], _ = linear_backward(grad_up, x, weights.up_proj)
     through_gate, of["gate_proj"], _ = linear_backward(grad_gate, x, weights.gate_proj)
     grads = FeedForward(gate=grad_gate, up=grad_up, gelu=grad_gelu, product=grad_product, out=grad)
@@ -378,8 +394,8 @@ class Gradients:
     embedded: Hidden  # also of `inputs_embeds`, if the caller passes them
     layers: tuple[Block, ...]
     norm: Hidden
-    raw_logits: Logits
-    logits: Logits
+    raw_logits: Logits | None  # a classifier has none
+    logits: Float[np.ndarray, "batch seq classes"]
     weights: dict[str, Array]  # by their names in a checkpoint
 
 
@@ -448,38 +464,36 @@ def backward(
     """
     grad_raw = soft_cap_backward(grad_logits, run.raw_logits, config.final_logit_softcapping)
     grad_norm, grad_head, _ = linear_backward(grad_raw, run.norm, head_table(weights, config)[:])
-    grad, of_weights, layers = trunk_backward(grad_norm, run, input_ids, weights, config, keep_activations)
+    grad, layers, of = _trunk_backward(grad_norm, run, run.layers, input_ids, weights, config, keep_activations)
     if weights.lm_head is None:
-        of_weights[EMBED_TOKENS] = of_weights[EMBED_TOKENS] + grad_head
+        of[EMBED_TOKENS] = of[EMBED_TOKENS] + grad_head
     else:
-        of_weights[LM_HEAD] = grad_head
-    return Gradients(
-        embedded=grad, layers=layers, norm=grad_norm, raw_logits=grad_raw, logits=grad_logits, weights=of_weights
-    )
+        of[LM_HEAD] = grad_head
+    return Gradients(embedded=grad, layers=layers, norm=grad_norm, raw_logits=grad_raw, logits=grad_logits, weights=of)
 
 
-def trunk_backward(
-    grad_norm: Hidden, run: Forward, input_ids: TokenIds | None, weights: Weights, config: Gemma2Config, keep: bool
-) -> tuple[Hidden, dict[str, Array], tuple[Block, ...]]:
-    """Go back from the gradient of ``run.norm`` through the final norm, every block and the embedding."""
-    stream = [run.embedded, *(record.out for record in run.layers)]
-    of_weights: dict[str, Any] = dict.fromkeys(tensor_shapes(config))  # in this order
-    grad, of_weights[NORM] = rms_norm_backward(grad_norm, stream[-1], weights.norm, config.rms_norm_eps)
+def _trunk_backward(
+    grad_norm: Hidden, start: Start | Forward, records: Sequence[Block], input_ids: TokenIds | None, weights: Weights,
+    config: Gemma2Config, keep_activations: bool,
+) -> tuple[Hidden, tuple[Block, ...], dict[str, Any]]:  # fmt: skip
+    """Return the gradients of the embedded tokens, of the blocks and of the weights, from that of the final norm."""
+    stream = [start.embedded, *(record.out for record in records)]
+    of: dict[str, Any] = {}
     layers: tuple[Block, ...] = ()
-    for layer in reversed(range(config.num_hidden_layers)):
-        grad, record, of_layer = block_backward(
-            grad, run.layers[layer], stream[layer], weights.layers[layer], cos=run.cos, sin=run.sin,
+    grad, of[NORM] = rms_norm_backward(grad_norm, stream[-1], weights.norm, config.rms_norm_eps)
+    for layer in reversed(range(len(records))):
+        grad, grads, of_layer = block_backward(
+            grad, records[layer], stream[layer], weights.layers[layer], cos=start.cos, sin=start.sin,
             scale=config.attention_scale, cap=config.attn_logit_softcapping, activation=config.activation,
             eps=config.rms_norm_eps,
         )  # fmt: skip
-        names = layer_tensors(layer, config.attention_bias)
-        of_weights |= {name: getattr(of_layer, field) for field, name in names.items()}
-        layers = (record, *layers) if keep else ()
+        of |= {name: getattr(of_layer, field) for field, name in layer_tensors(layer, config.attention_bias).items()}
+        layers = (grads, *layers) if keep_activations else ()
     if input_ids is None:
-        of_weights[EMBED_TOKENS] = narrow(np.zeros(weights.embed_tokens.shape), like=grad)
+        of[EMBED_TOKENS] = narrow(np.zeros(weights.embed_tokens.shape), like=grad)
     else:
-        of_weights[EMBED_TOKENS] = embed_backward(grad, input_ids, config.vocab_size, config.pad_token_id)
-    return grad, of_weights, layers
+        of[EMBED_TOKENS] = embed_backward(grad, input_ids, config.vocab_size, config.pad_token_id)
+    return grad, layers, of
 
 
 # --- losses, in the order of heads.py ---------------------------------------------------------------------------------
@@ -512,6 +526,60 @@ def cross_entropy_backward(
     return narrow(grad, like=logits)
 
 
+def mean_squared_error_backward(
+    values: Float[np.ndarray, "*shape"], labels: npt.ArrayLike
+) -> Float[np.ndarray, "*shape"]:
+    """Return the gradient of the values of `mean_squared_error`: ``2 (value - label) / n``.
+
+    Computed in at least float32 and rounded once. Source: ``torch.nn.MSELoss`` under autograd.
+
+    Examples
+    --------
+    >>> mean_squared_error_backward(np.array([1.0, 2.0]), [1.0, 4.0])
+    array([ 0., -2.])
+    """
+    return narrow(2 * (wide(values) - np.asarray(labels)) / values.size, like=values)
+
+
+def binary_cross_entropy_backward(
+    logits: Float[np.ndarray, "*shape"], labels: npt.ArrayLike
+) -> Float[np.ndarray, "*shape"]:
+    """Return the gradient of the logits of `binary_cross_entropy`: ``(sigmoid(z) - y) / n``.
+
+    ``loss = log(1 + exp(z)) - z y`` for each class, and the derivative of the first term is the sigmoid. Computed in at
+    least float32 and rounded once. Source: ``torch.nn.BCEWithLogitsLoss`` under autograd.
+
+    Examples
+    --------
+    >>> binary_cross_entropy_backward(np.array([[0.0, 1000.0]]), [[1.0, 1.0]])
+    array([[-0.25,  0.  ]])
+    """
+    return narrow((sigmoid(wide(logits)) - np.asarray(labels)) / logits.size, like=logits)
+
+
+def sequence_classification_loss_backward(
+    logits: Float[np.ndarray, "batch labels"], labels: npt.ArrayLike, problem_type: str | None
+) -> Float[np.ndarray, "batch labels"]:
+    """Return the gradient of the logits of `sequence_classification_loss`, for the same kinds of problem.
+
+    In a half-precision model PyTorch computes this loss in half precision, and autograd rounds more often; here the
+    gradient is computed in float32 and rounded once. Source: transformers ``ForSequenceClassificationLoss``.
+
+    Examples
+    --------
+    >>> sequence_classification_loss_backward(np.array([[1.0], [2.0]]), [1.0, 4.0], None)
+    array([[ 0.],
+           [-2.]])
+    """
+    targets, num_labels = np.asarray(labels), logits.shape[1]
+    match problem_type or infer_problem_type(targets, num_labels):
+        case "regression":
+            return mean_squared_error_backward(logits, targets.reshape(logits.shape))
+        case "multi_label_classification":
+            return binary_cross_entropy_backward(logits, targets)
+    return cross_entropy_backward(logits, targets.reshape(-1))
+
+
 def causal_lm_loss_backward(
     logits: Logits, labels: npt.ArrayLike, num_items_in_batch: float | None = None, ignore_index: int = IGNORED
 ) -> Logits:
@@ -538,7 +606,8 @@ def compute_gradients(
 ) -> tuple[float, dict[str, Array]]:  # fmt: skip
     """Return the loss of a language model on `labels`, and the gradient of each weight.
 
-    A training step needs no more from the model. The steps are `forward`, `causal_lm_loss` and `backward`.
+    A training step needs no more from the model. The steps are `forward`, `causal_lm_loss` and `backward`. Dropout is
+    off, as in evaluation; Gemma 2 has none.
 
     Parameters
     ----------
@@ -581,10 +650,107 @@ def compute_gradients(
     >>> round(loss, 1), grads["model.layers.0.self_attn.q_proj.weight"].shape
     (14.6, (192, 234))
     """
+    loss, grads = compute_all_gradients(
+        input_ids, labels, weights, config, attention_mask=attention_mask, position_ids=position_ids,
+        num_items=num_items, keep_activations=False,
+    )  # fmt: skip
+    return loss, grads.weights
+
+
+def compute_all_gradients(
+    input_ids: npt.ArrayLike, labels: npt.ArrayLike, weights: Weights, config: Gemma2Config, *,
+    attention_mask: Any = None, position_ids: npt.ArrayLike | None = None, num_items: float | None = None,
+    keep_activations: bool = True,
+) -> tuple[float, Gradients]:  # fmt: skip
+    """Return the loss of a language model on `labels`, and the gradients of all steps and weights.
+
+    The arguments are those of `compute_gradients`, and `keep_activations` of `backward`.
+
+    Examples
+    --------
+    >>> import refgemma
+    >>> tiny = refgemma.load("tiny")
+    >>> _, grads = compute_all_gradients([[2, 300]], [[2, 300]], tiny.weights, tiny.config)
+    >>> bool((grads.logits[0, 1] == 0).all())  # nothing follows the last token
+    True
+    """
     ids = check_token_ids(input_ids, config.vocab_size)
     if attention_mask is None and position_ids is not None:
         attention_mask = packed_masks(position_ids, config)
     run = forward(ids, weights, config, attention_mask=attention_mask, position_ids=position_ids)
     loss = causal_lm_loss(run.logits, labels, num_items)
     grad_logits = causal_lm_loss_backward(run.logits, labels, num_items)
-    return loss, backward(grad_logits, run, ids, weights, config, keep_activations=False).weights
+    return loss, backward(grad_logits, run, ids, weights, config, keep_activations=keep_activations)
+
+
+def compute_classifier_gradients(
+    input_ids: npt.ArrayLike, labels: npt.ArrayLike, weights: Weights, score: Score, config: Gemma2Config, *,
+    each_token: bool = False, attention_mask: Any = None, position_ids: npt.ArrayLike | None = None,
+    keep_activations: bool = False,
+) -> tuple[float, Gradients]:  # fmt: skip
+    """Return the loss of a classifier on `labels`, and its gradients; dropout is off, as in evaluation.
+
+    A sequence classifier has a loss at one token of each row, and the gradient of all other logits is 0. The model
+    below is that of `backward`. Source: transformers ``Gemma2ForSequenceClassification`` and
+    ``Gemma2ForTokenClassification``.
+
+    Parameters
+    ----------
+    input_ids, weights, config, attention_mask, position_ids
+        As in `compute_gradients`.
+    labels : array
+        Those of `sequence_classification_loss`, or of `token_classification_loss` for `each_token`.
+    score : Score
+        The head.
+    each_token : bool
+        Whether each token has a label, or each sequence.
+    keep_activations : bool
+        Whether to keep the gradients of the layers' steps.
+
+    Raises
+    ------
+    InputError
+        For inputs or labels that do not fit.
+
+    Examples
+    --------
+    >>> import refgemma
+    >>> tiny = refgemma.load("tiny")
+    >>> score = Score(np.zeros((3, 234), np.float32))
+    >>> loss, grads = compute_classifier_gradients([[2, 300], [2, 400]], [0, 2], tiny.weights, score, tiny.config)
+    >>> round(loss, 4), grads.weights["score.weight"].shape
+    (1.0986, (3, 234))
+    """
+    ids = check_token_ids(input_ids, config.vocab_size)
+    if attention_mask is None and position_ids is not None:
+        attention_mask = packed_masks(position_ids, config)
+    start = begin(ids, weights, config, attention_mask=attention_mask, position_ids=position_ids)
+    records = list(blocks(start, weights, config))
+    norm = rms_norm(records[-1].out, weights.norm, config.rms_norm_eps)
+    logits = linear(norm, score.weight, score.bias)
+    if each_token:
+        loss = token_classification_loss(logits, labels)
+        flat = logits.reshape(-1, logits.shape[-1])
+        grad_logits = cross_entropy_backward(flat, np.asarray(labels).ravel()).reshape(logits.shape)
+    else:
+        place = np.arange(len(ids)), _last_places(ids, config)
+        loss = sequence_classification_loss(logits[place], labels, config.problem_type)
+        grad_logits = narrow(np.zeros(logits.shape), like=logits)
+        grad_logits[place] = sequence_classification_loss_backward(logits[place], labels, config.problem_type)
+    grad_norm, grad_weight, grad_bias = linear_backward(grad_logits, norm, score.weight, score.bias)
+    grad, layers, of = _trunk_backward(grad_norm, start, records, ids, weights, config, keep_activations)
+    of[SCORE_WEIGHT] = grad_weight
+    if score.bias is not None:
+        of[SCORE_BIAS] = grad_bias
+    return loss, Gradients(
+        embedded=grad, layers=layers, norm=grad_norm, raw_logits=None, logits=grad_logits, weights=of
+    )
+
+
+def _last_places(input_ids: TokenIds, config: Gemma2Config) -> Int[np.ndarray, " batch"]:
+    """Return the place at which each row is classified: `last_tokens`, or the last one without a padding token."""
+    if config.pad_token_id is not None:
+        return last_tokens(input_ids, config.pad_token_id)
+    if len(input_ids) > 1:
+        raise InputError(f"{len(input_ids)} sequences, but the configuration has no pad_token_id; set it")
+    return np.array([input_ids.shape[1] - 1])
