@@ -3,6 +3,8 @@ The recording is from ``golden/training.py``; more comparisons are in ``tests/pa
 
 import json
 import math
+import tracemalloc
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from safetensors import safe_open
 from refgemma.backward import compute_gradients
 from refgemma.config import Gemma2Config
 from refgemma.hub import find_model, golden_folder
+from refgemma.modeling.pretrained import load
 from refgemma.training import gradients
 from refgemma.training.data import hold_out, pack_rows, read_text, take_batch
 from refgemma.training.gradients import accumulate_gradients, mean_loss, recompute_gradients
@@ -25,6 +28,7 @@ from refgemma.training.run import State, TrainingArguments, first_state, read_st
 from refgemma.weights.checkpoint import open_checkpoint
 from refgemma.weights.initial import initial_weights
 from refgemma.weights.parameters import named_weights, tensor_shapes, weights_of
+from refgemma.weights.synthetic import synthetic_weights
 
 SMALL: dict[str, Any] = {
     "vocab_size": 23, "hidden_size": 12, "intermediate_size": 10, "num_hidden_layers": 2, "num_attention_heads": 3,
@@ -186,6 +190,38 @@ def test_recomputation_changes_no_bit(changes: dict[str, Any]) -> None:
         plain, checkpointed = (accumulate_gradients(ROWS, weights, config, flag) for flag in (False, True))
         assert plain[0] == checkpointed[0]
         assert all((plain[1][name] == gradient).all() for name, gradient in checkpointed[1].items())
+
+
+@pytest.mark.slow
+def test_two_layers_of_the_2b_at_their_full_width() -> None:
+    config = Gemma2Config.preset("2b").changed(num_hidden_layers=2, vocab_size=512)
+    weights, ids = synthetic_weights(config), [[2, 5, 400, 7, 100, 9]]  # each layer is made when it is asked for
+    loss, expected = compute_gradients(ids, ids, weights, config)
+    again, named = recompute_gradients(ids, ids, weights, config)
+    assert again == loss
+    for name, gradient in named:
+        assert (gradient == expected.pop(name)).all(), name
+    assert not expected
+
+
+def test_recomputation_keeps_one_block() -> None:
+    tiny = load("tiny")
+    ids = np.random.default_rng(0).integers(8, 2048, (4, 64))
+
+    def peak(compute: Callable[[], object]) -> int:
+        tracemalloc.start()
+        try:
+            compute()
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    def recompute() -> None:
+        for _ in recompute_gradients(ids, ids, tiny.weights, tiny.config)[1]:
+            pass
+
+    # Six blocks against one, and no gradient is kept. Both hold the logits.
+    assert peak(recompute) < 0.5 * peak(lambda: compute_gradients(ids, ids, tiny.weights, tiny.config))
 
 
 def test_packed_texts_are_recomputed_apart() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -300,6 +301,15 @@ def test_a_loss_that_is_not_finite_at_the_end(
     monkeypatch.setattr(run, "mean_loss", lambda *_: next(losses))
     command = ["train", text, "-o", str(tmp_path / "m"), *SMALL, "--max-steps", "1"]
     check_refusal(command, "the held-out loss after the last step is nan; lower --learning-rate", tmp_path, capsys)
+
+
+def test_dropout_is_not_silent(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(find_model("tiny"), tmp_path / "tiny")
+    config = json.loads((tmp_path / "tiny" / "config.json").read_text())
+    (tmp_path / "tiny" / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.1}))
+    command = ["train", text, "-o", str(tmp_path / "m"), *SMALL, "--max-steps", "1", "--model", str(tmp_path / "tiny")]
+    assert main(command) == OK
+    assert "attention_dropout is 0.1 in the configuration; dropout is never active here" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_a_file(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -131,6 +132,12 @@ def run_train(args: argparse.Namespace) -> int:
             pack_rows(ids, args.seq_len, model.config.bos_token_id), args.validation_split_percentage
         )
         arguments = read_arguments(args, len(rows))
+        if model.config.attention_dropout:
+            warnings.warn(
+                f"attention_dropout is {model.config.attention_dropout:g} in the configuration; dropout is never "
+                "active here, and transformers would train with it",
+                stacklevel=2,
+            )
         base_model = name_base(args, model) if arguments.lora else ""
         copies = 5 if arguments.lora else 8  # weights and moments, old and new; gradients of two rows and their sum
         require_memory(copies * model.checkpoint.parameters * np.dtype(args.dtype).itemsize, "training this model")
@@ -149,7 +156,7 @@ def run_train(args: argparse.Namespace) -> int:
 
 
 def follow(run: Run, args: argparse.Namespace) -> State:
-    """Run all steps, with a line every few steps, or a bar on stderr if that is a terminal; return the last state."""
+    """Run all steps, with a line every few steps and a bar on stderr at a terminal; return the last state."""
     arguments = run.arguments
     with tqdm(total=arguments.max_steps, unit="step", disable=None, leave=False) as bar:
         for state in run.states(args.resume, args.save_steps):
@@ -158,11 +165,10 @@ def follow(run: Run, args: argparse.Namespace) -> State:
                 continue
             bar.set_postfix(loss=f"{state.losses[-1]:.3f}", refresh=False)
             if not args.json and state.step % args.logging_steps == 0:
-                rate = arguments.rate(state.step - 1)
-                say(
-                    f"step {state.step} of {arguments.max_steps}: loss {state.losses[-1]:.4f}, "
-                    f"gradient norm {state.grad_norm:.3f}, learning rate {rate:.3g}"
-                )
+                said = f"step {state.step} of {arguments.max_steps}: loss {state.losses[-1]:.4f}, "
+                said += f"gradient norm {state.grad_norm:.3f}, learning rate {arguments.rate(state.step - 1):.3g}"
+                with tqdm.external_write_mode():  # takes the bar out of the way
+                    say(said)
     return state
 
 

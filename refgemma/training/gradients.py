@@ -56,7 +56,7 @@ def recompute_gradients(
         In nats a token.
     gradients : iterator of (str, array)
         Each gradient with its name, computed when it is asked for: the head first, the embedding last. With weights on
-        disk (`Checkpoint.streamed`), whoever keeps none needs the memory of one layer and of the two tables.
+        disk (``Checkpoint.streamed``), whoever keeps none needs the memory of one layer and of the two tables.
 
     Examples
     --------

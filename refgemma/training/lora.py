@@ -103,7 +103,7 @@ class Lora:
     def merge(self, base: Mapping[str, Array], adapter: Mapping[str, Array], config: Gemma2Config) -> dict[str, Array]:
         """Return all weights, with ``W + scale * B @ A`` in place of each W that has an adapter.
 
-        The sum is in float64 and rounded once, as when `refgemma.weights.adapters` reads the folder: the weights that
+        The sum is in float64 and rounded once, as when ``refgemma.weights.adapters`` reads the folder: the weights that
         are trained are those that are read.
         """
         merged = dict(base)
