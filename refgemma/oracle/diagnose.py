@@ -349,7 +349,7 @@ class Diagnosis:
     def _find_behind(self, names: Sequence[str]) -> tuple[KnownBug, ...]:
         """The bugs that leave so little of an error which quantisation could explain that they are there as well."""
         ranked = [(left, v) for left, v in self.rank(names[0]) if v.kind == "mistake"]
-        return tuple(v for left, v in ranked if left <= min(MUCH_CLOSER, 1.2 * ranked[0][0]))
+        return tuple(self._choose([v for left, v in ranked if left <= min(MUCH_CLOSER, 1.2 * ranked[0][0])]))
 
     def _find_gemma_1(self, finding: Sequence[Instance]) -> list[KnownBug]:
         """The fewest of `GEMMA_1_BUGS` that together explain several operations; as many as there are ways."""
