@@ -1,10 +1,10 @@
-"""Which tensor of a candidate is wrong first, which known bug explains it, and which known bugs the trace excludes.
+"""Find a candidate's first wrong tensor, the known bugs that explain it, and the known bugs that its trace excludes.
 
 Checked by making every known bug in transformers (docs/oracle.md).
 
-A known bug explains a finding if the candidate's tensors are, in every layer, what that bug makes of the candidate's
-own inputs. The same question, asked of a candidate that conforms, says what its trace excludes: the bugs under which
-its tensors could not be what they are. The others are undetectable in this trace.
+A known bug explains a finding if, in every layer, it turns the candidate's own inputs into the candidate's tensors. For
+a candidate that conforms, the same test finds the excluded bugs: those that contradict its tensors. The other bugs are
+undetectable in this trace.
 """
 
 import math
@@ -39,10 +39,11 @@ from refgemma.trace.candidate import Candidate
 from refgemma.trace.names import LOGPROBS, field_of, layer_of
 from refgemma.weights.parameters import Weights
 
-# The operation of a known bug rounds a little differently from the right one, for which the bounds are derived: errors
-# may be those of its row's largest element.
+# The operation of a known bug rounds slightly differently from the correct one, for which the bounds are derived:
+# errors may be as large as those of the row's largest element.
 BUG_FACTOR, BUG_FLOOR = 4.0, 16 * 2.0**-24
-# A bug that leaves less of a span's error than this explains more than half of it, or what stands behind quantisation.
+# Remaining parts of a span's error: below the first, a bug explains more than half; below the second, it is present in
+# addition to quantisation.
 CLOSE, MUCH_CLOSER = 0.5, 1 / 3
 TRIED = 4  # closest bugs that are tried with each way of rounding
 # A part in half precision moves no tensor by more than this share of its size: bfloat16 rounds by 0.004 at the most.
@@ -59,18 +60,18 @@ class Finding:
 
     field: str
     instances: tuple[Instance, ...]
-    total: int  # of how many recorded
+    total: int  # number of recorded tensors of this field
     where: str
     explanations: tuple[KnownBug, ...]
     estimates: tuple[Estimate, ...]
     maps: tuple[ErrorMap, ...] = ()  # of the first instance
     closest: tuple[KnownBug, float] | None = (
-        None  # where none explains it: the closest, and what it leaves of the error
+        None  # if none explains it: the closest bug, and the remaining part of the error
     )
 
     @property
     def worst(self) -> Instance:
-        """The instance that is wrong most."""
+        """The instance with the largest error."""
         return max(self.instances, key=lambda i: (verdicts.BAD.index(i.judged.verdict), i.judged.statistics.rms))
 
     @property
@@ -83,13 +84,13 @@ class Finding:
 
     @property
     def is_rounding(self) -> bool:
-        """True if the same model, rounded elsewhere, explains it."""
+        """True if different rounding of the same model explains it."""
         return bool(self.explanations) and all(v.kind == "rounding" for v in self.explanations)
 
 
 @dataclass(frozen=True)
 class Report:
-    """All that a check found."""
+    """The result of a check."""
 
     candidate: Candidate
     config: Gemma2Config
@@ -101,19 +102,19 @@ class Report:
     remarks: tuple[str, ...]
     override: float = 1.0
     drift: tuple[tuple[str, float], ...] = field(default=())
-    preflight: tuple[Preflight, ...] = ()  # weights and tokens, where they were compared
-    again: tuple["Report", ...] = ()  # as if computed in another precision, where nothing explains what was found
+    preflight: tuple[Preflight, ...] = ()  # weights and tokens, if they were compared
+    again: tuple["Report", ...] = ()  # as if computed in another precision, if no known bug explains the findings
     changed: str = ""  # numbers of the model that the user changed
 
     @property
     def asked(self) -> int:
-        """The number of known bugs that were asked for: excluded, undetectable here, or named."""
+        """The number of known bugs tested for: excluded, undetectable here, or named."""
         named = {v.name for finding in self.findings for v in finding.explanations if v.change is not None}
         return len({v.name for v in (*self.excluded, *self.undetectable)} | named)
 
     @property
     def verdict(self) -> str:
-        """In one word."""
+        """The verdict."""
         if any(not finding.is_rounding for finding in self.findings) or self.wrong_preflight:
             return verdicts.DIFFERS
         words = {i.judged.verdict for i in self.instances} | {result.verdict for result in self.preflight}
@@ -126,7 +127,7 @@ class Report:
 
     @property
     def logits_missing(self) -> int:
-        """The number of logits of the rows' last tokens that are not in the file, where it has a part of them."""
+        """The number of missing logits of the rows' last tokens, if the file has a part of them."""
         tensors, visible = self.candidate.tensors, self.candidate.call.visible
         last = visible.shape[1] - 1 - np.argmax(visible[:, ::-1], axis=1)
         known = [x.known for name in ("logits", LOGPROBS) if (x := tensors.get(name)) is not None]
@@ -134,24 +135,24 @@ class Report:
 
     @property
     def wrong_preflight(self) -> list[Preflight]:
-        """Weights and tokens that are wrong."""
+        """The wrong weights and tokens."""
         return [result for result in self.preflight if result.verdict in verdicts.BAD]
 
     @property
     def first_wrong(self) -> str | None:
-        """The name of what is wrong first: weights and tokens, then tensors."""
+        """The name of the first wrong item: weights and tokens first, then tensors."""
         if self.wrong_preflight:
             return self.wrong_preflight[0].name
         return self.first_divergence.tensor if self.first_divergence else None
 
     @property
     def first_divergence(self) -> Instance | None:
-        """The computed tensor that is wrong first, in the order of execution."""
+        """The first wrong computed tensor, in the order of execution."""
         return self.findings[0].instances[0] if self.findings else None
 
 
 class Diagnosis:
-    """What the known bugs make of a candidate's inputs, beside what it recorded."""
+    """Compares the results of known bugs on a candidate's inputs with its recorded tensors."""
 
     def __init__(self, engine: Engine, bugs: Sequence[KnownBug] | None = None) -> None:
         self.engine, self.usual, self.candidate = engine, engine.usual, engine.candidate
@@ -169,13 +170,13 @@ class Diagnosis:
 
     @cached_property
     def wrong(self) -> set[str]:
-        """The tensors that are wrong."""
+        """The names of the wrong tensors."""
         return {i.tensor for i in self.engine.instances if i.judged.verdict in verdicts.BAD}
 
     def fits(self, name: str, computed: Computed, bug: KnownBug, before: Computed | None = None) -> bool:
-        """Return whether a recorded tensor is what a known bug makes of its inputs.
+        """Return True if a known bug turns a recorded tensor's inputs into the tensor.
 
-        Of a bug with a way of rounding, `before` is the bug alone.
+        For a bug with a way of rounding, `before` is the bug alone.
         """
         found, exact, where = self.candidate.tensors[name], computed.result(name), self.engine.where(name)
         if not self.engine.is_direct(name) and name in self.wrong:
@@ -208,7 +209,7 @@ class Diagnosis:
     def is_consistent(
         self, bug: KnownBug, names: Sequence[str] | None = None, before: Computed | None = None
     ) -> bool | None:
-        """Return whether the recorded tensors are what a bug makes of their inputs; None if it touches none of them."""
+        """Return True if a bug turns the recorded inputs into the recorded tensors; None if it affects none of them."""
         computed = self.read(bug)
         touched = False
         for name in self.engine.recorded if names is None else names:
@@ -223,7 +224,7 @@ class Diagnosis:
         return True if touched else None
 
     def explain(self, finding: Sequence[Instance]) -> tuple[KnownBug, ...]:
-        """Return the bugs that explain a finding in every layer, and make nothing else worse that they touch."""
+        """Return the bugs that explain a finding in every layer, and contradict no other tensor that they affect."""
         names = [i.tensor for i in finding]
         same_field = [n for n in self.engine.recorded if field_of(n) == field_of(names[0])]
         if finding[0].judged.verdict == verdicts.INVALID:
@@ -325,7 +326,7 @@ class Diagnosis:
         return found
 
     def rank(self, name: str) -> list[tuple[float, KnownBug]]:
-        """Return the bugs by what they leave of the root mean square error of a span, the closest first."""
+        """Return the bugs by the remaining part of a span's root mean square error, the closest first."""
         usual, bugs = self._measure(name, self.usual), [v for v in (*self.bugs, *self._parts) if v.change is not None]
         for v in bugs:
             if (v.name, name) not in self._left:
@@ -334,7 +335,8 @@ class Diagnosis:
         return sorted(left, key=lambda one: one[0])
 
     def _measure(self, name: str, computed: Computed) -> float:
-        """The root mean square error of a recorded tensor under a reading of the model, in standard deviations."""
+        """Return the root mean square error of a recorded tensor, in standard deviations, for a reading of the
+        model."""
         where = self.engine.where(name)
         with np.errstate(all="ignore"):
             error = self.candidate.tensors[name].numbers - computed.result(name)
@@ -347,12 +349,13 @@ class Diagnosis:
         return self.usual.edit(bug.table(self.engine.context, self.usual.table))
 
     def _find_behind(self, names: Sequence[str]) -> tuple[KnownBug, ...]:
-        """The bugs that leave so little of an error which quantisation could explain that they are there as well."""
+        """Return bugs that reduce an error so much that they are present, although quantisation could explain the
+        error."""
         ranked = [(left, v) for left, v in self.rank(names[0]) if v.kind == "mistake"]
         return tuple(self._choose([v for left, v in ranked if left <= min(MUCH_CLOSER, 1.2 * ranked[0][0])]))
 
     def _find_gemma_1(self, finding: Sequence[Instance]) -> list[KnownBug]:
-        """The fewest of `GEMMA_1_BUGS` that together explain several operations; as many as there are ways."""
+        """Return the smallest combinations of `GEMMA_1_BUGS` that explain several operations."""
         if not finding[0].between or self.bugs is not KNOWN_BUGS:
             return []
         names = [i.tensor for i in finding]
@@ -374,7 +377,7 @@ class Diagnosis:
         return False
 
     def findings(self) -> Iterator[Finding]:
-        """What is wrong, a field at a time, in the order of execution."""
+        """Yield the findings, one per field, in the order of execution."""
         groups: dict[str, list[Instance]] = {}
         excused: dict[str, list[Instance]] = {}  # by quantisation, of unrecorded inputs
         for instance in self.engine.instances:
@@ -404,7 +407,7 @@ class Diagnosis:
             yield Finding(kind, tuple(wrong), total, where, explained, fitted, maps, closest)
 
     def coverage(self) -> tuple[tuple[KnownBug, ...], tuple[KnownBug, ...]]:
-        """Return the bugs under which the tensors could not be what they are, and those that are undetectable."""
+        """Return the bugs that contradict the recorded tensors, and those that are undetectable."""
         excluded: list[KnownBug] = []
         undetectable: list[KnownBug] = []
         for v in self.bugs:
@@ -413,7 +416,8 @@ class Diagnosis:
         return tuple(excluded), tuple(undetectable)
 
     def drift(self) -> Iterator[tuple[str, float]]:
-        """The relative distance of the residual stream and logits from the model's own; it accuses no tensor."""
+        """Yield the relative distance of the residual stream and logits from the model's own; it is only
+        informative."""
         alone = Computed(self.usual.table, replace(self.candidate, tensors={}))
         for name in self.usual.table:
             if field_of(name) not in ("embedded", "out", "norm", "logits"):
@@ -426,7 +430,7 @@ class Diagnosis:
                     yield name, float(np.sqrt(np.sum((found - ours) ** 2) / max(np.sum(ours**2), 1e-300)))
 
     def remarks(self) -> Iterator[str]:
-        """What else a reader should know."""
+        """Yield further remarks for the reader."""
         candidate, call = self.candidate, self.candidate.call
         texts = [row[seen].tolist() for row, seen in zip(call.input_ids, call.visible, strict=True)]
         bos = self.engine.config.bos_token_id
@@ -440,7 +444,7 @@ class Diagnosis:
         if self.untried:
             yield "weights in the places of others were not all tried: record the projections and norms to name one"
         for name in candidate.unknown[:3]:
-            yield f"{name}: is no tensor of this model"
+            yield f"{name}: is not a tensor of this model"
         if len(candidate.unknown) > 3:
             yield f"and {len(candidate.unknown) - 3} other unknown tensors"
         if candidate.dtype_from == "numbers":
@@ -453,21 +457,21 @@ class Diagnosis:
 def diagnose(
     candidate: Candidate, weights: Weights, config: Gemma2Config, override: float = 1.0, quantised: bool = False
 ) -> Report:
-    """Judge a candidate's tensors, and say what is wrong with them.
+    """Judge a candidate's tensors, and report the wrong ones with the reason.
 
     Parameters
     ----------
     candidate : Candidate
         From `refgemma.trace.candidate.load_trace`.
     weights : Weights
-        The model's, in the candidate's precision.
+        The model's weights, in the candidate's precision.
     config : Gemma2Config
-        The model's.
+        The model's configuration.
     override : float
-        A factor on everything that rounding may do. Other than 1, every report says so.
+        A factor on all tolerances. Every report shows it if it is not 1.
     quantised : bool
-        Whether products with weights may be off, as those of quantised weights are. Where every product is, and nothing
-        else is known that does it, they are taken for quantised anyway.
+        If true, products with weights may have errors as from quantised weights. If every product has such errors and
+        no known bug explains them, the weights count as quantised in any case.
 
     Examples
     --------
@@ -503,9 +507,9 @@ HEAD_FIELDS = {"attention.q", "attention.k", "attention.q_rot", "attention.k_rot
 
 
 def join_halves(candidate: Candidate) -> Candidate:
-    """Put the numbers of each head of queries and keys, if they lie for pairs side by side, in the order for halves.
+    """Reorder each head of queries and keys from adjacent pairs to halves.
 
-    Rows of the weights in that order, with a rotation of such pairs, are the same model: no score differs.
+    Weights with rows in that order, and a rotation of adjacent pairs, are the same model: no score differs.
     """
 
     def move(x: Array) -> Array:
@@ -521,7 +525,7 @@ def join_halves(candidate: Candidate) -> Candidate:
 
 
 def looks_quantised(report: Report) -> bool:
-    """Return whether nearly all products of recorded inputs with weights are off, and nothing known explains it."""
+    """Return True if nearly all products with weights are wrong, and no known bug explains it."""
     products = [i for i in report.instances if field_of(i.tensor) in PRODUCTS and not i.between]
     wrong = [i for i in products if i.judged.verdict in (verdicts.SKEWED, verdicts.FAIL)]
     unknown = {f.field for f in report.findings if not f.explanations and f.field in PRODUCTS}
@@ -529,7 +533,7 @@ def looks_quantised(report: Report) -> bool:
 
 
 def report_on(engine: Engine, bugs: Sequence[KnownBug] | None = None) -> Report:
-    """Judge all that an engine's candidate recorded, and name what is wrong; of some `bugs` only, without estimates."""
+    """Judge all recorded tensors of an engine's candidate; with some `bugs`, test only these, without estimates."""
     candidate, config, override = engine.candidate, engine.config, engine.override
     work = Diagnosis(engine, bugs)
     order = list(engine.usual.table)

@@ -1,11 +1,11 @@
-"""The known mistakes of Gemma 2 ports, as data: what each changes, where it shows first, and where it was seen.
-Checked by making each of them in transformers (``docs/oracle.md`` has the table).
+"""The known mistakes of Gemma 2 ports as data: the change, the first tensor that shows it, and the place where it was
+seen. Checked by making each of them in transformers (``docs/oracle.md`` has the table).
 
 A known bug is an edit of a `Context`: another number of the configuration, another function, mask, set of weights or
-wiring. Nothing in the model itself knows how to be wrong.
+wiring. The model itself contains no code for mistakes.
 
-``kind`` says how bad it is. A *mistake* is another model. *rounding* is the same model, rounded elsewhere: some
-released implementations do so on purpose, and it is only told. *stage* is no operation's fault: it is found in the
+``kind`` gives the severity. A *mistake* is another model. *rounding* is the same model with different rounding: some
+released implementations do this on purpose, so it is only reported. A *stage* bug is not in an operation, but in the
 tokens, the shapes or the weights.
 """
 
@@ -36,13 +36,13 @@ class KnownBug:
     Parameters
     ----------
     name : str
-        What the report calls it.
+        The name in reports.
     says : str
-        What is computed, and what should be.
+        The wrong computation, and the correct one.
     fields : tuple of str
-        The tensors that differ, the first of them first; ``attention.probs`` is that of every layer.
+        The tensors that differ, in the order of execution; ``attention.probs`` means that of every layer.
     change : callable
-        The edit; ``None`` for what is found in the tokens, shapes or weights.
+        The edit; ``None`` for bugs in the tokens, shapes or weights.
     seen : str
         Where it was seen, or ``unverified``.
     shows : str

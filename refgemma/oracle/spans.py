@@ -1,8 +1,8 @@
-"""The candidate's tensors again, each computed from what the candidate recorded before it. Checked in the tests: a
-wrong operation is accused, and what follows from it is not.
+"""Compute each of a candidate's tensors from the tensors recorded before it. Checked in the tests: a wrong operation is
+reported, but not its consequences.
 
-What lies between two recorded tensors and was not recorded is computed exactly, and how far rounding in it carries the
-result is measured: `DRAWS` times over, every tensor between gets random errors of its operation's standard deviation.
+Unrecorded tensors between two recorded ones are computed exactly. The effect of rounding in them is measured: in
+`DRAWS` runs, each of them gets random errors with its operation's standard deviation.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ KEPT_BYTES = 2**26  # larger tensors, such as the scores of long texts, are comp
 
 @dataclass
 class Computed:
-    """The operations of one reading of the model, applied to what a candidate recorded."""
+    """The operations of one reading of the model, applied to a candidate's recorded tensors."""
 
     table: Mapping[str, Operation]
     candidate: Candidate
@@ -44,7 +44,7 @@ class Computed:
         return {name: place for place, name in enumerate(self.table)}
 
     def value(self, name: str) -> Array:
-        """A tensor as an input: what was recorded, or else what follows from what was."""
+        """Return a tensor as an input: the recorded one, or else the one computed from recorded ones."""
         if name in self.candidate.inputs:
             return self.candidate.inputs[name].numbers
         if name in self.between:
@@ -55,16 +55,16 @@ class Computed:
         return result
 
     def inputs(self, name: str) -> list[Array]:
-        """The inputs of an operation."""
+        """Return the inputs of an operation."""
         return [self.value(source) for source in self.table[name].inputs]
 
     def result(self, name: str) -> Array:
-        """What an operation gives; float64."""
+        """Return the result of an operation in float64."""
         with np.errstate(all="ignore"):
             return np.asarray(self.table[name].compute(*self.inputs(name)), np.float64)
 
     def span(self, name: str) -> list[str]:
-        """The operations that lead to a tensor from recorded ones, itself the last."""
+        """Return the operations between recorded tensors and a tensor, its own operation last."""
         found: set[str] = set()
         waiting = [name]
         while waiting:
@@ -76,7 +76,7 @@ class Computed:
 
 
 def where_compared(name: str, context: Context) -> Array:
-    """Which elements of a tensor mean something: rows of real tokens, and scores of keys that a query may see."""
+    """Return a mask of the elements to compare: rows of real tokens, and scores of visible keys."""
     visible = context.call.visible
     kind, layer = field_of(name), layer_of(name)
     if kind in ("attention.scores", "attention.capped"):
@@ -121,7 +121,7 @@ def measure_noise(
 
 
 def add_typical_spread(spread: Array) -> Array:
-    """Add a part of the tensor's typical spread: sixteen draws give a standard deviation to a fifth only."""
+    """Add a part of the tensor's typical spread, because sixteen draws give a standard deviation only to 1/5."""
     finite = spread[np.isfinite(spread)]
     with np.errstate(over="ignore"):
         typical = float(np.sqrt(np.mean(finite**2))) if finite.size else 0.0
