@@ -148,8 +148,8 @@ INSTEAD = {
     "OffloadedCache": "use DynamicCache",
     "QuantizedCache": "use DynamicCache, whose numbers are those of the model",
     "SlidingWindowCache": "use DynamicCache(config=model.config)",
-    "Trainer": "nothing is trained here",
-    "TrainingArguments": "nothing is trained here",
+    "Trainer": "train with refgemma.training or refgemma train",
+    "TrainingArguments": "use refgemma.training.run.TrainingArguments",
 }
 
 

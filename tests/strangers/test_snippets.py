@@ -204,12 +204,12 @@ RUNS = {
 
 # Code -> what it says.
 SAYS = {
-    'AutoModelForCausalLM.from_pretrained("tiny").push_to_hub("me/mine")': "nothing is uploaded here: save_pretrained",
+    'AutoModelForCausalLM.from_pretrained("tiny").push_to_hub("me/mine")': "is not supported; use save_pretrained",
     'AutoModelForCausalLM.from_pretrained("tiny", load_in_8bit=True)': "weights are not quantised here; leave it out",
     'AutoModelForCausalLM.from_pretrained("tiny", attn_implementation="sdpa")': "attention is that of transformers'",
     'AutoModel.from_pretrained("tiny").save_pretrained("x", safe_serialization=False)': "as safetensors only",
-    'AutoModel.from_pretrained("tiny").layers[0].register_forward_hook(print)': "refgemma.forward returns every tensor",
-    'AutoModel.from_pretrained("tiny").gradient_checkpointing_enable()': "nothing is trained here",
+    'AutoModel.from_pretrained("tiny").layers[0].register_forward_hook(print)': "use refgemma.forward, which returns",
+    'AutoModel.from_pretrained("tiny").gradient_checkpointing_enable()': "train with refgemma.training or",
     'AutoModel.from_pretrained("tiny").merge_and_unload()': "an adapter is merged as its folder is read",
     'AutoModel.from_pretrained("tiny").generate([[2]])': "only Gemma2ForCausalLM generates",
     'AutoModel.from_pretrained("tiny").lm_head': "only Gemma2ForCausalLM has one",
@@ -220,10 +220,10 @@ SAYS = {
     'm = AutoModelForCausalLM.from_pretrained("tiny"); m.model.layers[0].mlp = None': "cannot be set: write into its",
     'AutoModelForCausalLM.from_pretrained("tiny")([[2]], cu_seq_lens_q=[0, 1])': "position_ids that restart",
     'AutoModelForCausalLM.from_pretrained("tiny")([[2]], position_id=[[0]])': "keyword argument 'position_id'",
-    "from refgemma import Trainer": "nothing is trained here",
+    "from refgemma import Trainer": "train with refgemma.training or refgemma train",
     "from refgemma import HybridCache": "use StaticCache",
     "from refgemma import BitsAndBytesConfig": "leave out quantization_config",
-    'pipeline("summarization", model="tiny")': "there is 'text-generation' only",
+    'pipeline("summarization", model="tiny")': "it must be 'text-generation'",
 }  # fmt: skip
 
 
