@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from parity.support import in_transformers, random_tensors, shapes
@@ -30,10 +31,12 @@ from refgemma.backward import (
 )
 from refgemma.config import Gemma2Config
 from refgemma.goldens.distance import FLOOR, NOISE_FACTOR
+from refgemma.inputs import InputError
 from refgemma.oracle.tolerance import ulp
 from refgemma.precision import as_dtype, bf16, dtype_name
-from refgemma.trace.capture import catch_tensors, in_heads
+from refgemma.trace.capture import capture_transformers, catch_tensors, in_heads
 from refgemma.trace.gradients import named_gradients
+from refgemma.weights.checkpoint import open_checkpoint
 from refgemma.weights.parameters import Score, weights_of
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "golden"))
@@ -216,3 +219,27 @@ def test_no_label_counts() -> None:
     loss.backward()
     assert loss.isnan()
     assert not z.grad.any()
+
+
+def test_captured_gradients_are_ours() -> None:
+    """Of a live model, under our names; its own gradients stay as they are."""
+    folder = Path(__file__).parents[2] / "golden" / "models" / "bends"
+    model = transformers.Gemma2ForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    ids, mask = np.array([[5, 7, 9, 7], [5, 8, 0, 0]]), np.array([[1, 1, 1, 1], [1, 1, 0, 0]])
+    tensors, _ = capture_transformers(model, ids, mask, backward=True)
+    assert all(p.grad is None for p in model.parameters())
+    checkpoint = open_checkpoint(folder)
+    labels = np.where(mask == 0, -100, ids)
+    _, grads = compute_all_gradients(
+        ids, labels, checkpoint.resident("float32"), checkpoint.config, attention_mask=mask
+    )
+    ours = dict(named_gradients(grads))
+    assert {name for name in tensors if name.startswith("grads.")} == ours.keys()
+    for name, x in ours.items():
+        # Some hundred roundings of the largest: whether they are the right ones the recordings say, more sharply.
+        np.testing.assert_allclose(tensors[name], x, rtol=0, atol=500 * 2**-24 * np.abs(x).max(), err_msg=name)
+
+
+def test_gradients_of_several_calls_are_refused() -> None:
+    with pytest.raises(InputError, match="backward=True with 2 calls"):
+        capture_transformers(None, [[2, 3]], calls=[1, 1], backward=True)
