@@ -18,6 +18,10 @@
 # that did not crash, but only made the text a little worse. This notebook finds such bugs by comparing tensors. It
 # uses words of earlier notebooks, above all the *trace* and the parts of a block (1), the window (5) and *rounding*
 # (7).
+#
+# ![Drawing of the model: all parts of Gemma 2](pictures/model-09.svg)
+#
+# In which of these parts is the bug?
 
 # %%
 import numpy as np
@@ -55,7 +59,7 @@ trace = exercises.mystery_trace(1)
 
 assert list(trace) == list(recorded) and all(trace[name].shape == recorded[name].shape for name in recorded)
 same = trace["logits"].argmax(axis=-1) == recorded["logits"].argmax(axis=-1)
-print(f"the same likeliest token at {same.mean():.0%} of the places")
+print(f"the same most likely token at {same.mean():.0%} of the places")
 
 # %% [markdown]
 # ## Differences along the way
@@ -79,7 +83,6 @@ _ = axes.legend()
 
 # %%
 place = int(np.argmax(errors > 1e-5))
-assert errors[:place].max(initial=0) < 1e-5
 print("last good:", order[place - 1], f"{errors[place - 1]:.1e}")
 print("first bad:", order[place], f"{errors[place]:.1e}")
 
@@ -111,8 +114,7 @@ bound = tolerance.linear(x, w).bound
 
 assert computed.shape == bound.shape == exact.shape
 used = np.abs(computed - exact) / bound
-print(f"rounding used at most {used.max():.0%} of what the bound allows")
-assert used.max() <= 1
+print(f"rounding used at most {used.max():.0%} of the bound")
 
 
 # %% [markdown]
@@ -150,7 +152,7 @@ for window in windows:
     distances.append(judge.strict_distance(candidate, right, allowed, "float32"))
 axes = viz.new_axes(6, 3)
 axes.bar(windows, distances, log=True)
-axes.axhline(1, linestyle="--", color="tab:red", label="what rounding allows")
+axes.axhline(1, linestyle="--", color="tab:red", label="tolerance")
 axes.set(xlabel="window", ylabel="distance", title="attention of layer 0, by window", ylim=(0.01, 1e10))
 _ = axes.legend()
 
@@ -165,7 +167,6 @@ _ = axes.legend()
 name = order[place]
 apart = np.abs(trace[name] - recorded[name])[0]
 apart = apart[0] if apart.ndim == 3 else apart  # for an attention tensor, one head
-assert apart.ndim == 2
 
 axes = viz.new_axes(6, 3.4)
 image = axes.imshow(apart, cmap="Reds", aspect="auto", interpolation="nearest")
@@ -189,8 +190,7 @@ _ = axes.set(title=name, xlabel="last axis of the tensor", ylabel="place")
 # %%
 result = verify.verify("bends-forward-f32")
 
-assert result.conforms
-print(result.case, result.tensors, "tensors, worst at", f"{result.worst.distance:.2f} of what rounding allows")
+print(result.case, result.tensors, "tensors, worst at", f"{result.worst.distance:.2f} of the tolerance")
 
 
 # %% [markdown]

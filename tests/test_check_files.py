@@ -226,7 +226,7 @@ def test_bad_tensors_are_invalid_with_a_reason_and_the_others_are_judged(
     assert {name: verdict for name, (verdict, _) in said.items()} == dict.fromkeys(notes, "INVALID")
     for name, note in notes.items():
         assert note in said[name][1]
-    assert sum("is no tensor of this model" in remark for remark in found["remarks"]) == 3
+    assert sum("is not a tensor of this model" in remark for remark in found["remarks"]) == 3
     good = [t["tensor"] for t in found["tensors"] if t["verdict"] in ("EXACT", "PASS")]
     assert "layers.0.attention.mixed" in good
     assert not set(good) & set(notes)

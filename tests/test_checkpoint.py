@@ -253,7 +253,7 @@ def test_rows_that_are_not_there(tmp_path: Path) -> None:
     rows = open_checkpoint(write_single(tmp_path, random_tensors())).streamed().embed_tokens
     with pytest.raises(IndexError, match="61"):
         rows[np.array([0, 61])]
-    with pytest.raises(TypeError, match="one slice or one array"):
+    with pytest.raises(TypeError, match="a slice or an array"):
         rows[:, 3]
 
 
@@ -267,7 +267,7 @@ def test_layers_are_a_sequence(tmp_path: Path) -> None:
     for layer in (layers[1], layers[-2], layers[1:][0], layers[::-1][1]):
         assert bits(layer.up_proj) == bits(tensors[VICTIM])
     for position in (3, -4):
-        with pytest.raises(IndexError, match=f"no layer {position}: this sequence holds 3"):
+        with pytest.raises(IndexError, match=f"layer {position} does not exist: this sequence has 3 layers"):
             layers[position]
 
 
@@ -363,8 +363,8 @@ def test_one_tensor_under_two_names(tmp_path: Path) -> None:
     tensors = random_tensors()
     message = refusal(write_single(tmp_path, tensors | {"norm.weight": tensors["model.norm.weight"]}))
     assert FILE in message
-    assert "'norm.weight' is stored as 'model.norm.weight' too" in message or (
-        "'model.norm.weight' is stored as 'norm.weight' too" in message
+    assert "'norm.weight' is also stored as 'model.norm.weight'" in message or (
+        "'model.norm.weight' is also stored as 'norm.weight'" in message
     )
 
 
@@ -417,7 +417,7 @@ def test_a_head_of_its_own_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     head = tensors[EMBED].copy()
     head[row, 23] = np.nextafter(head[row, 23], np.float32(9))
     folder = write_single(tmp_path, tensors | {"lm_head.weight": head})
-    with pytest.warns(UserWarning, match=f"{FILE}: tensor 'lm_head.weight' holds other numbers than '{EMBED}'"):
+    with pytest.warns(UserWarning, match=f"{FILE}: tensor 'lm_head.weight' differs from '{EMBED}'"):
         found = open_checkpoint(folder)
     assert not found.config.tie_word_embeddings
     assert bits(found.resident().head[:]) == bits(head)
@@ -446,21 +446,21 @@ def test_missing_tensors_are_counted(tmp_path: Path) -> None:
 def test_extra_tensors_are_named(tmp_path: Path) -> None:
     extra = {"model.layers.3.mlp.up_proj.weight": np.ones((56, 24), np.float32), "x": np.ones(1, np.float32)}
     message = refusal(write_shards(tmp_path, random_tensors() | extra))
-    assert f"{INDEX}: holds 2 that Gemma 2 has no place for" in message
+    assert f"{INDEX}: holds 2 tensors that Gemma 2 does not have" in message
     assert all(f"'{name}'" in message for name in extra)
 
 
 def test_names_of_another_model(tmp_path: Path) -> None:
     message = refusal(write_single(tmp_path, {"transformer.wte.weight": np.ones((2, 2), np.float32)}))
     assert "lacks 35 of 35 tensors" in message
-    assert "holds 1 that Gemma 2 has no place for: 'transformer.wte.weight'" in message
+    assert "holds 1 tensors that Gemma 2 does not have: 'transformer.wte.weight'" in message
 
 
 def test_a_misshapen_tensor(tmp_path: Path) -> None:
     tensors = random_tensors()
     tensors[VICTIM] = np.ascontiguousarray(tensors[VICTIM].T)  # as many bytes, so only the shape tells
     message = refusal(write_single(tmp_path, tensors))
-    assert f"{FILE}: tensor '{VICTIM}' is [24, 56], but config.json makes it [56, 24]" in message
+    assert f"{FILE}: tensor '{VICTIM}' is [24, 56]; by config.json it must be [56, 24]" in message
 
 
 # -- numbers ---------------------------------------------------------------------------------------------------------
@@ -480,7 +480,7 @@ def test_a_bad_weight_is_found_where_it_is(
     found = open_checkpoint(folder)
     with pytest.raises(CheckpointError) as caught:
         list(getattr(found, way)("bfloat16").layers)
-    assert str(caught.value).startswith(f"{shard}: tensor '{VICTIM}', index [7, 3]: {bad} is no weight")
+    assert str(caught.value).startswith(f"{shard}: tensor '{VICTIM}', index [7, 3]: {bad} is not a finite number")
 
 
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.input_layernorm.weight"])
@@ -502,7 +502,7 @@ def test_a_bad_weight_in_a_row(tmp_path: Path, rows: Any) -> None:
     tensors[EMBED][8, 5] = np.inf
     table = open_checkpoint(write_single(tmp_path, tensors)).streamed().embed_tokens
     assert table[9:].shape == (52, 24)  # only what is read is checked
-    with pytest.raises(CheckpointError, match=r"index \[8, 5\]: inf is no weight"):
+    with pytest.raises(CheckpointError, match=r"index \[8, 5\]: inf is not a finite number"):
         table[rows]
 
 
@@ -556,7 +556,7 @@ def test_a_bad_config(tmp_path: Path) -> None:
         ([], "holds no weights, neither model.safetensors nor"),
         (
             ["pytorch_model.bin"],
-            "'pytorch_model.bin', PyTorch's pickles, and no model.safetensors; write that from them",
+            "'pytorch_model.bin', PyTorch's pickles, and no model.safetensors; convert the pickles",
         ),
         (["pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"], "refgemma convert"),
         (["model-00001-of-00002.safetensors"], "but neither model.safetensors nor model.safetensors.index.json"),
@@ -692,10 +692,13 @@ HEADERS: dict[str, tuple[Damage, str]] = {
     "no dtype": (entry(dtype=None), "missing field `dtype`"),
     "no shape": (entry(shape=None), "missing field `shape`"),
     "no offsets": (entry(data_offsets=None), "missing field `data_offsets`"),
-    "dtype of integers": (entry(dtype="I32"), f"tensor '{VICTIM}': its dtype is 'I32'; F64, F32, F16, BF16 are read"),
+    "dtype of integers": (
+        entry(dtype="I32"),
+        f"tensor '{VICTIM}': the dtype is 'I32'; it must be one of F64, F32, F16, BF16",
+    ),
     "quantised": (
         quantised,
-        f"tensor '{VICTIM}': its dtype is float8_e4m3fn, without weight_scale that make numbers of it; a quantised",
+        f"tensor '{VICTIM}': the dtype is float8_e4m3fn, but its weight_scale are missing; convert the quantised",
     ),
     "dtype a number": (entry(dtype=32), "invalid type: integer `32`"),
     "dtype a list": (entry(dtype=["F32"]), "invalid type: sequence"),
@@ -735,7 +738,7 @@ def test_a_damaged_header(tmp_path: Path, name: str) -> None:
     message = refusal(tmp_path)
     assert message.startswith(str(file))
     assert words in message
-    assert message.endswith("write or download the file again") or "to be converted" in message
+    assert message.endswith("write or download the file again") or "quantised checkpoint" in message
     assert "\n" not in message
     assert len(message) < 600 + len(str(file))  # however much nonsense the file holds
 
@@ -800,21 +803,21 @@ def test_another_format_under_this_name(tmp_path: Path) -> None:
         (b"{}", "has no weight_map"),
         (b'{"weight_map": []}', "has no weight_map"),
         (b'{"weight_map": {}}', "has no weight_map"),
-        (b'{"weight_map": {"a": 3}}', "tensor 'a': its shard is 3"),
-        (b'{"weight_map": {"a": ["b.safetensors"]}}', "tensor 'a': its shard is ['b.safetensors']"),
-        (b'{"weight_map": {"a": "../b.safetensors"}}', "its shard is '../b.safetensors', not the plain name"),
-        (b'{"weight_map": {"a": "/etc/b.safetensors"}}', "not the plain name"),
-        (b'{"weight_map": {"a": "sub/b.safetensors"}}', "not the plain name"),
-        (b'{"weight_map": {"a": "..\\\\b.safetensors"}}', "not the plain name"),
-        (b'{"weight_map": {"a": "C:b.safetensors"}}', "not the plain name"),
-        (b'{"weight_map": {"a": ".."}}', "not the plain name"),
-        (b'{"weight_map": {"a": ""}}', "not the plain name"),
-        (b'{"weight_map": {"a": "b.safetensors\\n"}}', "not the plain name"),
-        (b'{"weight_map": {"a": "\\u0000.safetensors"}}', "not the plain name"),
-        (b'{"weight_map": {"a": "\\ud800.safetensors"}}', "not the plain name"),
-        (b'{"weight_map": {"a": "pytorch_model.bin"}}', "not the plain name"),
-        (b'{"weight_map": {"a": "%s.safetensors"}}' % (b"b" * 5000), "not the plain name"),
-        (b'{"weight_map": {"a": "b.safetensors"}}', "lacks 'b.safetensors' of its 1 shards"),
+        (b'{"weight_map": {"a": 3}}', "tensor 'a': the shard is 3"),
+        (b'{"weight_map": {"a": ["b.safetensors"]}}', "tensor 'a': the shard is ['b.safetensors']"),
+        (b'{"weight_map": {"a": "../b.safetensors"}}', "the shard is '../b.safetensors'; it must be the plain name"),
+        (b'{"weight_map": {"a": "/etc/b.safetensors"}}', "it must be the plain name"),
+        (b'{"weight_map": {"a": "sub/b.safetensors"}}', "it must be the plain name"),
+        (b'{"weight_map": {"a": "..\\\\b.safetensors"}}', "it must be the plain name"),
+        (b'{"weight_map": {"a": "C:b.safetensors"}}', "it must be the plain name"),
+        (b'{"weight_map": {"a": ".."}}', "it must be the plain name"),
+        (b'{"weight_map": {"a": ""}}', "it must be the plain name"),
+        (b'{"weight_map": {"a": "b.safetensors\\n"}}', "it must be the plain name"),
+        (b'{"weight_map": {"a": "\\u0000.safetensors"}}', "it must be the plain name"),
+        (b'{"weight_map": {"a": "\\ud800.safetensors"}}', "it must be the plain name"),
+        (b'{"weight_map": {"a": "pytorch_model.bin"}}', "it must be the plain name"),
+        (b'{"weight_map": {"a": "%s.safetensors"}}' % (b"b" * 5000), "it must be the plain name"),
+        (b'{"weight_map": {"a": "b.safetensors"}}', "lacks 'b.safetensors' of 1 shards"),
     ],
 )
 def test_a_damaged_index(tmp_path: Path, text: bytes, words: str) -> None:
@@ -829,7 +832,7 @@ def test_a_damaged_index(tmp_path: Path, text: bytes, words: str) -> None:
 def test_an_absent_shard(tmp_path: Path) -> None:
     (write_shards(tmp_path, random_tensors()) / "model-00002-of-00003.safetensors").unlink()
     message = refusal(tmp_path)
-    assert f"{INDEX}: the folder lacks 'model-00002-of-00003.safetensors' of its 3 shards" in message
+    assert f"{INDEX}: the folder lacks 'model-00002-of-00003.safetensors' of 3 shards" in message
 
 
 def test_a_truncated_shard(tmp_path: Path) -> None:

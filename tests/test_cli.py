@@ -207,11 +207,11 @@ def test_nan_weights_are_named(tmp_path, capsys) -> None:
         (["generate", "Once", "--ids", "2"], "only one of them"),
         (["generate", "--ids", "2,x"], "whole numbers"),
         (["generate", "--ids", "9" * 5000], "whole numbers"),
-        (["generate", "a\udcff"], "character 1 is U+DCFF, the byte 0xFF, which is no UTF-8"),
-        (["chat", "--max-new-tokens", "0"], "max_new_tokens must be"),
+        (["generate", "a\udcff"], "character 1 is U+DCFF, the byte 0xFF, which is not UTF-8"),
+        (["chat", "--max-new-tokens", "0"], "max_new_tokens is 0; it must be"),
         (["generate", "--ids", "2,99999"], "input_ids[0, 1] is 99999; the vocabulary has 2048 tokens"),
-        (["generate", "Once", "--temperature", "-1"], "temperature must be"),
-        (["generate", "Once", "--top-p", "2"], "top_p must be"),
+        (["generate", "Once", "--temperature", "-1"], "temperature is -1.0; it must be"),
+        (["generate", "Once", "--top-p", "2"], "top_p is 2.0; it must be"),
         (["generate", "Once", "--model", "no/such/folder"], "no/such/folder: no such folder"),
         (["verify", "no-such-case"], "unknown case 'no-such-case'"),
         (["trace", "Once", "-o", "no/such/folder/run.safetensors"], "no/such/folder"),
@@ -366,7 +366,7 @@ def test_a_fault_of_our_own_has_a_code_of_its_own(capsys, monkeypatch) -> None:
     assert main(["info", "tiny"]) == 70
     captured = capsys.readouterr()
     assert len(captured.err.splitlines()) == 1
-    assert "fault in refgemma itself: KeyError: 'planted'" in captured.err
+    assert "internal error: KeyError: 'planted'" in captured.err
 
 
 @pytest.mark.parametrize("closed", ["2>&-", ">&-", ">&- 2>&-"])

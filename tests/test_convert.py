@@ -254,7 +254,7 @@ def test_a_dtype_is_rounded_to_nearest(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("value", "dtype", "told"), [
-    (1e6, "float16", r"'model.norm.weight': a number is beyond the largest float16"),
+    (1e6, "float16", r"'model.norm.weight': a number is above the largest float16"),
     (np.nan, None, r"'model.norm.weight': holds NaN or infinity"),
     (np.inf, "float64", r"'model.norm.weight': holds NaN or infinity"),
 ])  # fmt: skip
@@ -277,10 +277,10 @@ NORM, TABLE, FUSED = "model.norm.weight", "embedder.weight", "model.layers.0.sel
     (lambda t: t.pop(NORM), r"lacks 'model.norm.weight'"),
     (lambda t: t.update({"model.layers.2.input_layernorm.weight": t[NORM]}), r"holds 'model.layers.2"),
     (lambda t: t.update({"embedder.weight_scaler": t[NORM]}), r"is quantised \('embedder.weight_scaler'"),
-    (lambda t: t.update({NORM: t[TABLE]}), r"'model.norm.weight' has shape \(61, 24\), where"),
-    (lambda t: t.update({TABLE: np.ones((128 + 61, 24), np.float32)}), r"the embedding has 189 rows for a"),
-    (lambda t: t.update({TABLE: np.ones((60, 24), np.float32)}), r"the embedding has 60 rows for a"),
-    (lambda t: t.update({FUSED: np.ones((80, 23), np.float32)}), r"has shape \(80, 23\), where"),
+    (lambda t: t.update({NORM: t[TABLE]}), r"'model.norm.weight' has shape \(61, 24\); by the"),
+    (lambda t: t.update({TABLE: np.ones((128 + 61, 24), np.float32)}), r"the embedding has 189 rows; for a"),
+    (lambda t: t.update({TABLE: np.ones((60, 24), np.float32)}), r"the embedding has 60 rows; for a"),
+    (lambda t: t.update({FUSED: np.ones((80, 23), np.float32)}), r"has shape \(80, 23\); by the"),
 ])  # fmt: skip
 def test_an_original_that_is_another(tmp_path: Path, change: Callable[[dict[str, Any]], Any], told: str) -> None:
     tensors = originals(weights(dtype="float32"))
@@ -304,7 +304,7 @@ def test_a_shape_that_does_not_tell_the_layout(tmp_path: Path) -> None:
     for transposed in (True, False):
         there, back = tmp_path / f"{transposed}", tmp_path / f"{transposed} back"
         convert(tmp_path / "hf", there, target_format="flax", transposed=transposed)
-        with pytest.raises(CheckpointError, match="does not tell which axis is which"):
+        with pytest.raises(CheckpointError, match="axes of gating_einsum are ambiguous"):
             convert(there, back)
         convert(there, back, transposed=transposed)
         assert same(back, tensors)
@@ -313,13 +313,13 @@ def test_a_shape_that_does_not_tell_the_layout(tmp_path: Path) -> None:
 def test_no_released_size(tmp_path: Path) -> None:
     write_torch(tmp_path / "gemma.ckpt", outputs(originals(weights())))
     with pytest.raises(
-        CheckpointError, match=r"hidden_size 24, num_hidden_layers 2, intermediate_size 56 is no released"
+        CheckpointError, match=r"hidden_size 24, num_hidden_layers 2, intermediate_size 56 fits no released"
     ):
         convert(tmp_path, tmp_path / "hf")
 
 
 @pytest.mark.parametrize(("change", "told"), [
-    ({"tie_word_embeddings": False}, "a head of its own"), ({"attention_bias": True}, "biases in attention"),
+    ({"tie_word_embeddings": False}, "an untied head"), ({"attention_bias": True}, "biases in attention"),
 ])  # fmt: skip
 def test_what_the_originals_have_no_place_for(tmp_path: Path, change: dict[str, bool], told: str) -> None:
     tensors = write_hf(tmp_path / "hf", CONFIG.changed(**change))
@@ -332,7 +332,7 @@ def test_what_the_originals_have_no_place_for(tmp_path: Path, change: dict[str, 
 @pytest.mark.parametrize("rows", [60, 100, 256])
 def test_rows_that_are_no_padding(tmp_path: Path, rows: int) -> None:
     write_hf(tmp_path / "hf")
-    with pytest.raises(CheckpointError, match=f"{rows} rows for the 61 tokens"):
+    with pytest.raises(CheckpointError, match=rf"vocab_rows is {rows}[,;] .* has 61 tokens"):
         convert(tmp_path / "hf", tmp_path / "there", target_format="flax", vocab_rows=rows)
 
 
@@ -342,8 +342,8 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "old.ckpt").write_bytes(pickle.dumps({"a": 1}))
     np.savez_compressed(tmp_path / "small.npz", a=np.zeros(3))
     for name, told in {
-        "nothing": "there is no such", "empty": "holds no checkpoint", "text.ckpt": "is no checkpoint of torch.save",
-        "old.ckpt": r"before 1.6, or a bare pickle", "small.npz": "is compressed",
+        "nothing": "there is no such", "empty": "holds no checkpoint", "text.ckpt": "is not a checkpoint of torch.save",
+        "old.ckpt": r"before 1.6, or is a bare pickle", "small.npz": "is compressed",
     }.items():  # fmt: skip
         with pytest.raises(CheckpointError, match=told):
             convert(tmp_path / name, tmp_path / "hf")
@@ -368,7 +368,7 @@ def test_shards_and_their_index(tmp_path: Path) -> None:
     first, *_, last = sorted(set(whole["weight_map"].values()))
     assert "model_state_dict" not in str(read_torch(index.parent / first))
     for change, told in [
-        ({"embedder.weight": "../outside.bin"}, "not the plain name of a file of weights"),
+        ({"embedder.weight": "../outside.bin"}, "it must be the plain name of a weights file"),
         ({"embedder.weight": "pytorch_model-9.bin"}, "the folder lacks 'pytorch_model-9.bin'"),
         ({"another": first}, "lacks tensor 'another', which pytorch_model.bin.index.json places there"),
     ]:
@@ -489,10 +489,10 @@ def test_a_tensor_beyond_its_storage(tmp_path: Path) -> None:
         raw = archive.read("archive/data.pkl")
     shape = b"J\x02\x00\x00\x00J\x03\x00\x00\x00t"
     assert shape in raw
-    with pytest.raises(CheckpointError, match="beyond the 6 numbers of its storage"):
+    with pytest.raises(CheckpointError, match="exceeds the 6 numbers of its storage"):
         read_torch(zipped(tmp_path / "b.ckpt", raw.replace(shape, b"J\x02\x00\x00\x00J\x04\x00\x00\x00t")))
     count = raw.replace(b"J\x06\x00\x00\x00t", b"J\x60\x00\x00\x00t")
-    with pytest.raises(CheckpointError, match="tensor 'a': needs 384 bytes, but 64 are there"):
+    with pytest.raises(CheckpointError, match="tensor 'a': needs 384 bytes, but has 64"):
         read_torch(zipped(tmp_path / "c.ckpt", count))
     with pytest.raises(CheckpointError, match="entry '1', are not in the file"):
         read_torch(zipped(tmp_path / "d.ckpt", raw.replace(b"X\x01\x00\x00\x000", b"X\x01\x00\x00\x001")))
@@ -591,7 +591,7 @@ def test_what_is_in_the_way_stays(tmp_path: Path) -> None:
     write_hf(tmp_path / "hf")
     before = (tmp_path / "hf" / "config.json").read_bytes()
     for target in (tmp_path / "hf", tmp_path / "hf" / "config.json"):
-        with pytest.raises(CheckpointError, match=r"give (an empty folder|a folder that is empty)"):
+        with pytest.raises(CheckpointError, match=r"give an empty folder"):
             convert(tmp_path / "hf", target, target_format="pytorch")
     assert (tmp_path / "hf" / "config.json").read_bytes() == before
     assert len(list((tmp_path / "hf").iterdir())) == 2
@@ -613,7 +613,7 @@ def test_what_the_disk_has_made_of_it_is_checked(tmp_path: Path, kind: str, monk
         check(*arguments)
 
     monkeypatch.setattr(module, name, damage)
-    with pytest.raises(CheckpointError, match=r"does not read as it was written, from row 0 on"):
+    with pytest.raises(CheckpointError, match=r"reads back differently from row 0 on"):
         convert(tmp_path / "hf", tmp_path / "there", target_format=kind)
 
 
@@ -655,7 +655,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     told = json.loads(out)
     assert (told["from"], told["to"], told["tensors"], told["verified"]) == ("hf", "flax", 20, True)
     assert main(["convert", there, "-o", back, "--max-shard-size", "20KB"]) == OK
-    assert "left out 67 rows of the embedding, beyond the vocabulary; 0 were not zero" in capsys.readouterr().out
+    assert "left out 67 rows of the embedding beyond the vocabulary; 0 were not zero" in capsys.readouterr().out
     assert same(Path(back), tensors)
     assert load_file(Path(there) / "model.safetensors")["transformer/embedder/input_embedding"].shape == (128, 24)
 

@@ -151,16 +151,16 @@ def test_processors_and_criteria_of_the_caller() -> None:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ({"max_length": 3}, "the prompt has 7 tokens, which leaves none of max_length"),
+        ({"max_length": 3}, "the prompt has 7 tokens, and max_length, which includes the prompt,"),
         ({"num_return_sequences": 2}, "without do_sample=True or num_beams"),
-        ({"num_return_sequences": 3, "num_beams": 2}, r"num_return_sequences \(3\) is more than num_beams \(2\)"),
-        ({"do_sample": True, "temperature": 0}, "temperature is 0: scores cannot be divided"),
-        ({"eos_token_id": 5000}, "eos_token_id is 5000: not in the vocabulary of 2048"),
-        ({"num_beams": 2, "streamer": TextStreamer(TINY.tokenizer)}, "a beam search has none before its end"),
-        ({"input_ids": [PROMPT]}, "only once"),
+        ({"num_return_sequences": 3, "num_beams": 2}, "num_return_sequences is 3; it must be at most num_beams, 2"),
+        ({"do_sample": True, "temperature": 0}, "temperature is 0; it must be above 0 for sampling"),
+        ({"eos_token_id": 5000}, "eos_token_id is 5000; the vocabulary has 2048 tokens"),
+        ({"num_beams": 2, "streamer": TextStreamer(TINY.tokenizer)}, "a beam search has them only at its end"),
+        ({"input_ids": [PROMPT]}, "give only one"),
         ({"inputs_embeds": np.zeros((1, 2, 234), np.float32)}, "inputs_embeds are the whole prompt"),
-        ({"num_beam_groups": 2}, "num_beam_groups = 2 is not computed here"),
-        ({"do_sample": 1}, "do_sample must be True or False, not 1"),
+        ({"num_beam_groups": 2}, "num_beam_groups = 2 is not supported"),
+        ({"do_sample": 1}, "do_sample is 1; it must be True or False"),
     ],
 )
 def test_arguments_that_do_not_fit(arguments: dict[str, Any], reason: str) -> None:
@@ -169,9 +169,9 @@ def test_arguments_that_do_not_fit(arguments: dict[str, Any], reason: str) -> No
 
 
 def test_padding_at_the_right_is_warned_of() -> None:
-    with pytest.warns(UserWarning, match="padding at the right"):
+    with pytest.warns(UserWarning, match="a prompt has right padding"):
         MODEL.generate([[2, 300, 0], [2, 300, 400]], max_new_tokens=1)
-    with pytest.warns(UserWarning, match="min_new_tokens .9. cannot be reached"):
+    with pytest.warns(UserWarning, match="min_new_tokens is 9, but there are at most"):
         MODEL.generate([PROMPT], max_new_tokens=1, min_new_tokens=9)
 
 
@@ -187,9 +187,7 @@ def test_padding_and_positions_by_hand() -> None:
 
 def test_without_prompts_one_text_begins_with_bos() -> None:
     assert SMALL.generate(bos_token_id=5, max_new_tokens=2, **NO_END)[0, 0] == 5
-    refused(
-        lambda: SMALL.generate(bos_token_id=None), "give input_ids: no bos_token_id is set that a text could begin with"
-    )
+    refused(lambda: SMALL.generate(bos_token_id=None), "give input_ids, or set bos_token_id to begin a text with it")
     message = "input_ids[0, 0] is 13; the vocabulary has 13 tokens (0 to 12)"
     refused(lambda: SMALL.generate(bos_token_id=13), message)
     refused(lambda: SMALL.generate([[13]]), message)
@@ -233,7 +231,7 @@ def test_the_model_is_told_what_is_not_in_the_cache() -> None:
 
     refused(
         lambda: reading().next_logits(broken),
-        "the logits are NaN: numbers became too large for this precision on the way; try float32, or float64",
+        "the logits are NaN: a number overflowed this precision; try float32 or float64",
     )
 
 
@@ -285,7 +283,7 @@ def test_prompts_as_they_are_read() -> None:
     assert rest.positions.tolist() == [[0, 0, 1], [0, 1, 2]]
     refused(
         lambda: read(input_ids=[[5, 6], [7, 8]], past_key_values=cache),
-        "the cache has seen 2 tokens and the prompt has 2: one more is needed at least",
+        "the cache has seen 2 tokens and the prompt has 2; the prompt must be longer than the cache",
     )
     shape = (
         "attention_mask has shape {}; it must be (2, 3): one entry for each token so far, including those in the cache"
@@ -302,7 +300,7 @@ def test_prompts_as_they_are_read() -> None:
     assert embedded.visible.tolist() == [[True] * 3] * 2
     assert embedded.embeds is embeds
     assert read(inputs_embeds=embeds, attention_mask=[[0, 1, 1]] * 2).positions.tolist() == [[0, 0, 1]] * 2
-    whole = "inputs_embeds are the whole prompt: give no input_ids and no past_key_values"
+    whole = "inputs_embeds are the whole prompt: leave out input_ids and past_key_values"
     refused(lambda: read(inputs_embeds=embeds, input_ids=ids), whole)
     refused(lambda: read(inputs_embeds=embeds, past_key_values=cache), whole)
     needed = "it must be numbers of shape (batch, seq, 12)"
@@ -322,7 +320,7 @@ def test_embeddings_of_tokens_are_continued_as_the_tokens_are() -> None:
         assert new.tolist() == told[:, 3:].tolist()
     assert SMALL.generate(inputs_embeds=embeds, max_length=7, **NO_END).shape == (2, 4)
     assert SMALL.generate(inputs_embeds=embeds[:, :1], **NO_END).shape == (2, 20)
-    with pytest.raises(InputError, match="the prompt has 3 tokens, which leaves none of max_length"):
+    with pytest.raises(InputError, match="the prompt has 3 tokens, and max_length"):
         SMALL.generate(inputs_embeds=embeds, max_length=3, **NO_END)
 
 
@@ -344,7 +342,7 @@ def test_padding_at_the_left_changes_nothing() -> None:
         padded = SMALL.generate([[0, 0, 3, 4], [5, 6, 7, 8]], **settings, **more)
         assert padded[0, 2:].tolist() == alone
         assert padded[1].tolist() == SMALL.generate([[5, 6, 7, 8]], **settings, **more)[0].tolist()
-    message = "^there is padding at the right of a prompt, which new tokens would follow: set padding_side='left'$"
+    message = "^a prompt has right padding, so new tokens follow the padding: set padding_side='left'$"
     with pytest.warns(UserWarning, match=message):
         SMALL.generate([[3, 4], [3, 0]], **settings)
 
@@ -357,7 +355,7 @@ def test_a_warning_names_the_line_of_the_caller(tmp_path: Path) -> None:
         "model.generate([[2, 300, 0], [2, 300, 400]], max_new_tokens=1)\n"
     )
     said = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True).stderr
-    assert f"{script}:3: UserWarning: there is padding at the right" in said
+    assert f"{script}:3: UserWarning: a prompt has right padding" in said
 
 
 def test_what_ends_a_text() -> None:
@@ -470,17 +468,17 @@ def test_the_default_settings_of_generate() -> None:
 
 def test_one_text_is_no_search() -> None:
     weights, config = SMALL.weights, SMALL.config
-    message = "one text, token by token, has no beams; for a search use Gemma2ForCausalLM.generate"
+    message = "num_beams and num_return_sequences must be 1 for one text; use Gemma2ForCausalLM.generate"
     refused(lambda: generate([3], weights, config, num_beams=2), message)
     refused(lambda: generate([3], weights, config, temperature=1.0, num_return_sequences=2), message)
     refused(
         lambda: generate([], weights, config),
-        "the prompt is empty: a model needs at least one token (<bos>, for instance)",
+        "the prompt is empty; it must have at least one token, for example <bos>",
     )
     assert len(list(generate([3], weights, config, 2, stop_ids=()))) == 2
     refused(
         lambda: generate([3], weights, config, stop_ids={13}),
-        "eos_token_id is 13: not in the vocabulary of 13 tokens",
+        "eos_token_id is 13; the vocabulary has 13 tokens",
     )
     # Repeated tokens are counted from the first: nothing is padding, whatever its id.
     plain, penalised = (list(generate([0, 3], weights, config, 6, stop_ids=(), **more)) for more in (
@@ -494,7 +492,7 @@ def test_one_text_stops_at_strings_and_is_guided() -> None:
     whole = list(generate(PROMPT, weights, config, 8))
     stop = TINY.tokenizer.decode(whole[2:3])
     assert list(generate(PROMPT, weights, config, 8, stop_strings=stop, tokenizer=TINY.tokenizer)) == whole[:3]
-    message = "stop_strings are looked for in the text: give the model's tokenizer too, as tokenizer="
+    message = "stop_strings need the model's tokenizer to search the text; give it as tokenizer="
     refused(lambda: generate(PROMPT, weights, config, 8, stop_strings=stop), message)
     # As transformers 5.23 has it.
     assert list(generate(PROMPT, weights, config, 4, guidance_scale=1.5)) == [458, 324, 276, 598]

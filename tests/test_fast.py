@@ -287,7 +287,9 @@ def test_a_damaged_weight_is_named(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors")
     CONFIG.save_pretrained(tmp_path)
     damaged = open_checkpoint(tmp_path).streamed()
-    with pytest.raises(CheckpointError, match=r"model.layers.1.mlp.up_proj.weight', index \[5, 3\]: nan is no weight"):
+    with pytest.raises(
+        CheckpointError, match=r"model.layers.1.mlp.up_proj.weight', index \[5, 3\]: nan is not a finite number"
+    ):
         fast.next_token_logits([[3, 4]], damaged, CONFIG)
 
 

@@ -76,7 +76,7 @@ def take_memory() -> None:
 
 FAULTS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "an exception": (lambda _: {}["a"], "traceback: KeyError: 'a'"),
-    "a fault of our own": (say("refgemma info: fault in refgemma itself: a", 70), "fault of our own: a"),
+    "a fault of our own": (say("refgemma info: internal error: a", 70), "fault of our own: a"),
     "an exit code": (say("", 3), "exit code 3"),
     "no line": (say("", 2), "0 lines of error: []"),
     "two lines": (say("refgemma info: a\nb\n", 2), "2 lines of error: ['refgemma info: a', 'b']"),

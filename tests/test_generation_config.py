@@ -29,16 +29,16 @@ def run(**settings) -> list[int]:
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of at least 1, not 0"),
-        ({"temperature": -1}, "temperature must be a number above 0, .* not -1"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be a whole number of at least 1"),
+        ({"temperature": -1}, "temperature is -1; it must be a number above 0, "),
         ({"temperature": float("nan")}, "temperature"),
-        ({"top_k": 0}, "top_k must be a whole number of at least 1"),
-        ({"seed": -1}, "seed must be a whole number of at least 0"),
-        ({"top_p": -0.5}, "top_p must be a number from 0 to 1, not -0.5"),
+        ({"top_k": 0}, "top_k is 0; it must be a whole number of at least 1"),
+        ({"seed": -1}, "seed is -1; it must be a whole number of at least 0"),
+        ({"top_p": -0.5}, "top_p is -0.5; it must be a number from 0 to 1"),
         ({"top_p": 1.5}, "top_p"),
-        ({"min_p": 2}, "min_p must be a number from 0 to 1, not 2"),
-        ({"num_beams": 2}, "one text, token by token, has no beams"),
-        ({"top_q": 0.5}, "top_q is no setting of generate; is top_p meant?"),
+        ({"min_p": 2}, "min_p is 2; it must be a number from 0 to 1"),
+        ({"num_beams": 2}, "num_beams and num_return_sequences must be 1 for one text"),
+        ({"top_q": 0.5}, "unexpected generation option 'top_q'; did you mean top_p?"),
     ],
 )
 def test_settings_that_mean_nothing(settings, reason) -> None:
@@ -76,10 +76,10 @@ def test_the_folder_says_how_to_generate(tmp_path: Path) -> None:
     [
         ("{", "is not JSON"),
         ("[]", "holds a list, not a JSON object"),
-        ('{"top_k": -1}', "top_k must be a whole number of at least 0, not -1"),
-        ('{"num_beam_groups": 3}', "num_beam_groups = 3 is not computed here"),
-        ('{"eos_token_id": []}', "eos_token_id must be a token id, or several"),
-        ('{"temprature": 2}', "temprature is no setting of generate; is temperature meant?"),
+        ('{"top_k": -1}', "top_k is -1; it must be a whole number of at least 0"),
+        ('{"num_beam_groups": 3}', "num_beam_groups = 3 is not supported"),
+        ('{"eos_token_id": []}', r"eos_token_id is \(\); it must be a token id, or several"),
+        ('{"temprature": 2}', "unexpected generation option 'temprature'; did you mean temperature?"),
     ],
 )
 def test_bad_files_are_named(tmp_path: Path, text: str, reason: str) -> None:
@@ -101,7 +101,7 @@ def test_the_settings_of_one_text() -> None:
     assert collect_settings(config.changed(eos_token_id=None), 3, 0.0, None, None, 0, None, {}).eos_token_id is None
     refused(
         lambda: collect_settings(config, 3, 1.0, 0, None, 0, None, {}),
-        "top_k must be a whole number of at least 1, not 0; leave it out to draw from all tokens",
+        "top_k is 0; it must be a whole number of at least 1: leave it out to draw from all tokens",
     )
     assert stop_tokens(config) == {5, 7}
     assert stop_tokens(config.changed(eos_token_id=4)) == {4}
@@ -139,5 +139,5 @@ def test_settings_of_lists_are_kept_and_written(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_lists_that_mean_nothing(settings: dict[str, object]) -> None:
     (name,) = settings
-    with pytest.raises(InputError, match=f"^{name} must be "):
+    with pytest.raises(InputError, match=f"^{name} is .*; it must be "):
         GenerationConfig(**settings)

@@ -61,7 +61,7 @@ def test_nothing_is_in_place_before_it_is_compared(
     left = [target] if target.is_file() else [path for path in target.glob("*") if path.suffix != ".json"]
     assert [path.name for path in left] == ([] if kind == "gguf" else [STAGING])
     assert main(command) == OK
-    assert "found the same" in capsys.readouterr().out
+    assert "compared: identical" in capsys.readouterr().out
     assert not (target / STAGING).exists()
 
 

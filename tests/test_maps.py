@@ -178,7 +178,7 @@ def test_nothing_is_matched_by_guess(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert [row["tensor"] for row in found["matched"] if row["problem"]] == ["layers.9.out"]
     assert found["unmatched"] == ["model.Norm", "model.layers.00"]
     assert main(["map", str(path)]) == 2
-    assert "does not say whose names" in capsys.readouterr().err
+    assert "does not name its map" in capsys.readouterr().err
 
 
 def test_a_map_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,7 +68,7 @@ def test_a_state_dict_makes_the_same_model(cls: Any) -> None:
     ("change", "reason"),
     [
         (lambda state: state.pop("model.norm.weight"), "lacks 'model.norm.weight'"),
-        (lambda state: state.update({"model.norm.weight": np.zeros(3)}), r"has shape \(3,\), but the configuration"),
+        (lambda state: state.update({"model.norm.weight": np.zeros(3)}), r"has shape \(3,\); by the configuration"),
         (lambda state: state.update(extra=np.zeros(3)), "holds 'model.extra'|holds 'extra'"),
     ],
 )
@@ -112,14 +112,14 @@ def test_classifiers_pool_at_the_last_token_on_either_side() -> None:
 def test_classifiers_without_a_pad_id_take_one_row() -> None:
     model = Gemma2ForSequenceClassification.from_config(CONFIG.changed(pad_token_id=None))
     assert model(IDS[:1]).logits.shape == (1, 3)
-    with pytest.raises(InputError, match="2 sequences, but the configuration has no pad_token_id"):
+    with pytest.raises(InputError, match="there are 2 sequences, but pad_token_id is None"):
         model(IDS)
 
 
 def test_classifiers_of_embeddings_take_the_last_place_and_say_so() -> None:
     model = Gemma2ForSequenceClassification.from_config(CONFIG)
     embeds = np.random.default_rng(0).standard_normal((2, 7, 24)).astype(np.float32)
-    with pytest.warns(UserWarning, match="padding cannot be told in inputs_embeds"):
+    with pytest.warns(UserWarning, match="padding is not visible in inputs_embeds"):
         pooled = model(inputs_embeds=embeds).logits
     states = Gemma2Model(CONFIG, weights=model.weights)(inputs_embeds=embeds).last_hidden_state
     np.testing.assert_allclose(pooled, states[:, -1] @ model.score.weight.T, rtol=0, atol=1e-5)
@@ -166,7 +166,7 @@ def test_labels_that_do_not_fit(cls: Any, labels: Any, reason: str) -> None:
         (-1, "logits_to_keep is -1"),
         (np.array([7]), "places up to 6"),
         (np.array([0.5]), "dtype float64"),
-        (np.ones((2, 3), bool), r"true and false of shape \(2, 7\)"),
+        (np.ones((2, 3), bool), r"booleans of shape \(2, 7\)"),
     ],
 )
 def test_logits_to_keep_that_do_not_fit(kept: Any, reason: str) -> None:
@@ -187,9 +187,9 @@ def test_logits_to_keep_by_places_of_each_row() -> None:
 
 
 def test_a_configuration_in_place_of_a_model_and_the_other_way_round() -> None:
-    with pytest.raises(ConfigError, match="config is a dict, not a Gemma2Config"):
+    with pytest.raises(ConfigError, match="config is a dict; it must be a Gemma2Config"):
         Gemma2Model({"vocab_size": 3})  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"a model is loaded by its name with Gemma2Model\.from_pretrained"):
+    with pytest.raises(ConfigError, match=r"to load a model by name use Gemma2Model\.from_pretrained"):
         Gemma2Model("tiny")  # type: ignore[arg-type]
 
 
@@ -203,9 +203,9 @@ def test_a_model_without_a_head_of_its_own_is_warned_of(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no bias; Gemma2ForTokenClassification"):
         Gemma2ForTokenClassification.from_pretrained(tmp_path / "trained")
     more = CONFIG.num_hidden_layers + 1
-    with pytest.raises(ConfigError, match=r"model\.layers\.\d\.input_layernorm\.weight is not there"):
+    with pytest.raises(ConfigError, match=r"model\.layers\.\d\.input_layernorm\.weight is missing"):
         Gemma2ForCausalLM.from_pretrained(tmp_path, num_hidden_layers=more)
-    with pytest.raises(ConfigError, match=r"model\.embed_tokens\.weight has shape .*would change the shapes"):
+    with pytest.raises(ConfigError, match=r"model\.embed_tokens\.weight has shape .*change the shapes"):
         Gemma2ForCausalLM.from_pretrained(tmp_path, vocab_size=7)
 
 

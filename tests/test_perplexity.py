@@ -70,7 +70,7 @@ def test_numbers_that_cannot_be() -> None:
     for length, stride in ((1, 1), (8, 0), (8, 9)):
         with pytest.raises(InputError, match="max_length"):
             strided_perplexity(IDS, TINY.weights, TINY.config, length, stride)
-    with pytest.raises(InputError, match="nothing to predict"):
+    with pytest.raises(InputError, match="give a longer text"):
         strided_perplexity([2], TINY.weights, TINY.config, 8, 8)
 
 
@@ -92,8 +92,8 @@ def test_the_command_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     junk.write_bytes(b"\xff\xfe\x00")
     (tmp_path / "empty").write_text("")
     for arguments, reason in (
-        ([str(junk)], "no text in UTF-8 (byte 0)"),
-        ([str(tmp_path / "empty")], "nothing to predict"),
+        ([str(junk)], "is not UTF-8 text (byte 0)"),
+        ([str(tmp_path / "empty")], "give a longer text"),
         ([str(tmp_path / "none")], "No such file"),
         ([str(tmp_path)], "Is a directory"),
         ([], "either a FILE or --published"),

@@ -136,7 +136,7 @@ def test_turns_are_compared_with_the_template() -> None:
         assert stage is not None
         assert stage.named == named
     for broken in ("{", "[]", "3", '[{"content": 1}]', '[{"role": "system", "content": "x"}]'):
-        with pytest.raises(InputError, match="is no chat"):
+        with pytest.raises(InputError, match="invalid chat in the metadata"):
             compare_tokens(right, {"chat": broken}, tokenizer)
 
 

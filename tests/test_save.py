@@ -175,10 +175,10 @@ def test_what_the_disk_has_made_of_it_is_checked(tmp_path: Path, limit: int | st
     damaged = bytearray(file.read_bytes())
     damaged[-3] ^= 1
     file.write_bytes(bytes(damaged))
-    with pytest.raises(CheckpointError, match=rf"{file.name}: tensor 'd' does not read as it was written, from row 0"):
+    with pytest.raises(CheckpointError, match=rf"{file.name}: tensor 'd' reads back differently from row 0"):
         check_written(tmp_path, wanted)
     file.unlink()
-    with pytest.raises(CheckpointError, match="is not there"):
+    with pytest.raises(CheckpointError, match="is missing after writing"):
         check_written(tmp_path, wanted)
 
 

@@ -24,7 +24,7 @@ def test_a_streamer_prints_the_text(capsys: pytest.CaptureFixture[str]) -> None:
     streamer = TextStreamer(TINY.tokenizer, skip_special_tokens=True)
     MODEL.generate([PROMPT], max_new_tokens=9, streamer=streamer)
     assert capsys.readouterr().out == TINY.tokenizer.decode(ids[0], skip_special_tokens=True) + "\n"
-    with pytest.raises(InputError, match="TextStreamer prints one text, and there are 2"):
+    with pytest.raises(InputError, match="TextStreamer got 2 texts; it prints only one: generate one at a time"):
         MODEL.generate([PROMPT, PROMPT], max_new_tokens=9, streamer=TextStreamer(TINY.tokenizer))
 
 
@@ -59,7 +59,8 @@ def test_a_text_streamer_prints_one_text(monkeypatch: pytest.MonkeyPatch) -> Non
     twice = printed(skipping, ids[:3], ids[3:], None, ids[:3], ids[3:], None).getvalue()
     assert twice == 2 * ", the queen\n"
     refused(
-        lambda: TextStreamer(tokenizer).put(ids[None].repeat(2, 0)), "TextStreamer prints one text, and there are 2"
+        lambda: TextStreamer(tokenizer).put(ids[None].repeat(2, 0)),
+        "TextStreamer got 2 texts; it prints only one: generate one at a time",
     )
     assert printed(TextStreamer(tokenizer), ids[None, :1], ids[1:], None).getvalue() == words + "\n"
     # Bytes are kept back until their run is over: at a piece, a special token, or the end. What is no character then is
@@ -91,7 +92,7 @@ def test_a_streamer_is_given_the_prompt_then_each_token_then_the_end() -> None:
     assert listener.heard == [[[3, 4], [6, 7]], found[:, 2].tolist(), found[:, 3].tolist(), "end"]
     refused(
         lambda: SMALL.generate([[3, 4]], streamer=listener, num_beams=2),
-        "a streamer is given tokens that stay, and a beam search has none before its end",
+        "a streamer needs final tokens, and a beam search has them only at its end; use num_beams=1",
     )
 
 
@@ -107,7 +108,7 @@ def test_a_subclass_does_something_else_with_the_text() -> None:
     assert "".join(text for text, _ in kept) == TINY.tokenizer.decode(MODEL.generate([PROMPT], max_new_tokens=2)[0, 7:])
     refused(
         lambda: TextIteratorStreamer(TINY.tokenizer, skip_specials=True),
-        "TextIteratorStreamer takes no skip_specials; what it takes is skip_special_tokens",
+        "TextIteratorStreamer has no argument 'skip_specials'; use skip_special_tokens",
     )
 
 

@@ -50,7 +50,19 @@ PATTERNS = {
 }
 # Their strings are read by a person. Any attribute of these names counts: `parser.error`, `sys.exit`, `warnings.warn`.
 REPORTS = {"print", "report", "warn", "error", "exit", "fail", "SystemExit", "write_line", "add_note"}
-SHOWN_ARGUMENTS = {"help", "description", "epilog", "says", "shows", "seen", "title", "hint"}
+SHOWN_ARGUMENTS = {
+    "help",
+    "description",
+    "epilog",
+    "says",
+    "shows",
+    "seen",
+    "title",
+    "hint",
+    "xlabel",
+    "ylabel",
+    "label",
+}
 MARKS = re.compile(r"#(!| ?(type:|noqa|fmt:|pragma|%%|///)| dependencies| -\*-)")  # comments for programs
 
 
@@ -147,7 +159,7 @@ def python_texts(file: str, source: str) -> Iterator[Text]:
 
 
 def notebook_texts(file: str, source: str) -> Iterator[Text]:
-    """Yield the text cells and the comments of a notebook's program."""
+    """Yield the text cells of a notebook, and the comments and messages of its program."""
     line = 1
     for cell in re.split(r"(?m)^(?=# %%)", source):
         head, _, body = cell.partition("\n")
@@ -157,6 +169,8 @@ def notebook_texts(file: str, source: str) -> Iterator[Text]:
         elif head.startswith("# %%"):
             for at, text in comments(body):
                 yield Text(file, line + at, "comment", without_code(text))
+            for at, text in messages(ast.parse(body)):
+                yield Text(file, line + at, "message", without_code(text))
         line += cell.count("\n")
 
 

@@ -1,4 +1,4 @@
-"""The commands of the oracle: `check`, `sweep`, `diff` and the others. They handle arguments and print; checked through
+"""Run the commands of the oracle: `check`, `sweep`, `diff` and others. They handle arguments and print. Checked through
 the command line."""
 
 import argparse
@@ -45,69 +45,77 @@ CODES = "Exit codes: 0 conforms, 1 differs, 2 misuse or bad file, 3 noisy only, 
 
 
 def add_commands(add: Callable[[str, str], Any]) -> None:
-    """Register the commands; `add` makes one of a name and a sentence."""
-    command = add("check", "say which tensor of another implementation is wrong first, and which known mistake it is")
+    """Add the commands to the parser; `add` makes one from a name and a sentence."""
+    command = add(
+        "check", "find the first wrong tensor of another implementation, and the known mistake that explains it"
+    )
     command.epilog = CODES
-    command.add_argument("candidate", metavar="CANDIDATE", help="the safetensors file that it wrote")
+    command.add_argument("candidate", metavar="CANDIDATE", help="the trace file of the implementation")
     command.add_argument(
         "--model", default="tiny", metavar="MODEL", help="tiny, conformance or a folder (default: tiny)"
     )
     command.add_argument(
-        "--dtype", choices=output.DTYPES, help="the arithmetic that it computes in, if its file does not say so"
+        "--dtype", choices=output.DTYPES, help="the arithmetic of the implementation, if the file does not name it"
     )
     command.add_argument("--allow", type=float, default=1.0, metavar="X",
-                         help="multiply what rounding may do by X; every report says so")  # fmt: skip
+                         help="multiply all tolerances by X; every report shows it")  # fmt: skip
     for kind in ("html", "markdown", "junit"):
         command.add_argument(f"--{kind}", metavar="FILE", help=f"write the report as {kind} too")
     command.add_argument("--repro", "--bundle", dest="bundle", metavar="FILE",
-                         help="write the inputs and the result of the first finding, below 1 MB")  # fmt: skip
-    command.add_argument("--map", metavar="NAME", help=f"whose names it has: {', '.join(map_names())}, or a file")
-    command.add_argument("--weights", metavar="PATH",
-                         help="the port's weights, a file or folder: compared with the model's first")  # fmt: skip
-    command.add_argument("--quantised", action="store_true",
-                         help="leave products with weights out of the verdict, unless --weights has them")  # fmt: skip
-    command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="changes",
-                         help="judge against the model with another number, which every line then says")  # fmt: skip
-    command.add_argument("--run", metavar="COMMAND",
-                         help="first run this command, which writes CANDIDATE; its failure is code 5")  # fmt: skip
-
-    command = add("map", "show which tensors of a file a name map knows, and which it does not")
-    command.add_argument("file", metavar="FILE")
-    command.add_argument("--map", metavar="NAME", help="a name map or a file; needed, unless FILE says which")
-    command.add_argument("--model", default="tiny", metavar="MODEL", help="the model, whose axes have lengths")
-
-    command = add("diff", "compare two traces: which tensor differs first, and which by more than rounding explains")
-    command.add_argument("a", metavar="A", help="a trace")
-    command.add_argument("b", metavar="B", help="another of the same tokens")
-    command.add_argument("--model", metavar="MODEL", help="what both claim to be; then each operation is judged")
-    command.epilog = (
-        "Exit codes: 0 the same numbers (with --model: rounding explains what differs), 1 not so, "
-        "2 misuse or bad file, 4 some tensors are in one of them only, or none in both."
-    )
-
-    command = add("prompts", "inputs that together show every mistake that can be shown, and which shows which")
-    command.add_argument("--cover", action="store_true", help="find out which shows which, and choose few that do")
-    command.add_argument("-o", "--output", metavar="DIR", help="write them, and with --cover what each shows")
+                         help="write a repro file of the first finding: inputs and result, at most 1 MB")  # fmt: skip
     command.add_argument(
-        "--model", default="conformance", metavar="MODEL", help="for which model (default: conformance)"
+        "--map", metavar="NAME", help=f"the map for the file's names: {', '.join(map_names())}, or a file"
+    )
+    command.add_argument("--weights", metavar="PATH",
+                         help="the port's weights, a file or folder; first compared with the model's")  # fmt: skip
+    command.add_argument("--quantised", action="store_true",
+                         help="ignore products with weights in the verdict, unless --weights is given")  # fmt: skip
+    command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="changes",
+                         help="judge against the model with another number; every line shows it")  # fmt: skip
+    command.add_argument("--run", metavar="COMMAND",
+                         help="first run this command, which writes CANDIDATE; if it fails, exit with 5")  # fmt: skip
+
+    command = add("map", "show the tensors of a file that a name map knows, and the others")
+    command.add_argument("file", metavar="FILE")
+    command.add_argument("--map", metavar="NAME", help="a name map or a file; required unless FILE names one")
+    command.add_argument("--model", default="tiny", metavar="MODEL", help="the model, for the lengths of the axes")
+
+    command = add("diff", "compare two traces: find the first difference, and the first that rounding does not explain")
+    command.add_argument("a", metavar="A", help="a trace")
+    command.add_argument("b", metavar="B", help="another trace of the same tokens")
+    command.add_argument("--model", metavar="MODEL", help="the model of both; then each operation is judged")
+    command.epilog = (
+        "Exit codes: 0 the same numbers (with --model: rounding explains all differences), 1 different, "
+        "2 misuse or bad file, 4 some tensors are in only one trace, or none are in both."
     )
 
-    command = add("sweep", "check many traces, or many runs of a port; what was done already is not done again")
-    command.add_argument("jobs", metavar="JOBS", help="a file with a JSON object a line; see docs/how-to/sweep.md")
-    command.add_argument("--workers", type=int, metavar="N",
-                         help="processes of this machine (default: one a processor)")  # fmt: skip
-    command.add_argument("--scheduler", metavar="ADDRESS", help="instead: the workers of a Dask cluster")
-    command.add_argument("--results", metavar="DIR", help="where results are kept (default: JOBS.results)")
-    command.add_argument("--again", action="store_true", help="do also what was done already")
-    command.epilog = f"{CODES} Of many verdicts the worst counts, in the order 1, 5, 2, 4, 3, 0."
+    command = add("prompts", "list prompts that together show every mistake that can be shown")
+    command.add_argument(
+        "--cover",
+        action="store_true",
+        help="find the mistakes that each prompt shows, and choose a few prompts that show all",
+    )
+    command.add_argument(
+        "-o", "--output", metavar="DIR", help="write the prompts, and with --cover the mistakes that each shows"
+    )
+    command.add_argument("--model", default="conformance", metavar="MODEL", help="the model (default: conformance)")
 
-    for name in ("known-bugs", "variants"):  # the second is its name in version 0.1
+    command = add("sweep", "check many traces, or many runs of a port; finished jobs are not repeated")
+    command.add_argument("jobs", metavar="JOBS", help="a file with one JSON object per line; see docs/how-to/sweep.md")
+    command.add_argument("--workers", type=int, metavar="N",
+                         help="processes on this machine (default: one per processor)")  # fmt: skip
+    command.add_argument("--scheduler", metavar="ADDRESS", help="instead: the workers of a Dask cluster")
+    command.add_argument("--results", metavar="DIR", help="the folder for results (default: JOBS.results)")
+    command.add_argument("--again", action="store_true", help="repeat finished jobs, too")
+    command.epilog = f"{CODES} The worst verdict counts, in the order 1, 5, 2, 4, 3, 0."
+
+    for name in ("known-bugs", "variants"):  # the second is the name in version 0.1
         command = add(name, "list the known bugs of Gemma 2 implementations, or describe one")
         command.add_argument("name", nargs="?", metavar="NAME")
 
 
 def run_check(args: argparse.Namespace) -> int:
-    """``refgemma check``."""
+    """Run ``refgemma check``."""
     outputs = {kind: path for kind in ("html", "markdown", "junit", "bundle") if (path := getattr(args, kind))}
     folder = find_model(args.model)
     output.check_outputs(
@@ -115,7 +123,7 @@ def run_check(args: argparse.Namespace) -> int:
         (args.candidate, args.weights, args.map, folder),
     )
     if not args.allow > 0 or not np.isfinite(args.allow):
-        raise UsageError(f"--allow {args.allow}: a factor above 0 is needed")
+        raise UsageError(f"--allow is {args.allow}; it must be a factor above 0")
     config, changed = read_changes(open_checkpoint(folder).config, args.changes), ", ".join(args.changes)
     if args.run is not None and (problem := run_backend(args.run, Path(args.candidate))) is not None:
         output.say(f"refgemma check: --run: {problem}", error=True)
@@ -136,7 +144,7 @@ def run_check(args: argparse.Namespace) -> int:
 
 
 def read_changes(config: Gemma2Config, changes: Sequence[str]) -> Gemma2Config:
-    """Return the configuration with the numbers of ``NAME=VALUE``, values as JSON writes them.
+    """Return the configuration with the numbers of ``NAME=VALUE``; values are JSON.
 
     Raises
     ------
@@ -166,12 +174,12 @@ def read_changes(config: Gemma2Config, changes: Sequence[str]) -> Gemma2Config:
 
 
 def run_map(args: argparse.Namespace) -> int:
-    """``refgemma map``: exit code 0 if every tensor of the file is one of ours or known to be of no use, else 4."""
+    """Run ``refgemma map``; return 0 if every tensor of the file is known or ignored, else 4."""
     config = open_checkpoint(find_model(args.model)).config
     file = open_any(args.file)
     chosen = args.map or file.metadata.get("map")
     if not chosen:
-        raise UsageError(f"{args.file}: does not say whose names it has; --map {', '.join(map_names())} or a file")
+        raise UsageError(f"{args.file}: does not name its map; give --map {', '.join(map_names())} or a file")
     names = load_map(chosen)
     matched = match(file, names)
     usable = apply_map(file, names, config).entries
@@ -205,7 +213,7 @@ def run_map(args: argparse.Namespace) -> int:
 
 
 def run_diff(args: argparse.Namespace) -> int:
-    """``refgemma diff``."""
+    """Run ``refgemma diff``."""
     a, b = (open_any(path) for path in (args.a, args.b))
     found = compare_traces(a, b)
     only_a, only_b = sorted(set(a.entries) - set(b.entries)), sorted(set(b.entries) - set(a.entries))
@@ -225,7 +233,7 @@ def run_diff(args: argparse.Namespace) -> int:
 
 
 def diff_code(found: list[Difference], missing: bool, judged: bool) -> int:
-    """The exit code of a comparison."""
+    """Return the exit code of a comparison."""
     wrong = [d for d in found if d.problem or ((d.unexplained or 0) > 1 if judged else d.differs)]
     unknown = judged and any(d.differs and d.unexplained is None for d in found)
     if wrong:
@@ -234,7 +242,7 @@ def diff_code(found: list[Difference], missing: bool, judged: bool) -> int:
 
 
 def diff_lines(found: list[Difference], only_a: list[str], only_b: list[str]) -> list[str]:
-    """What a person reads: the first difference, the first that nothing explains, and the tensors from there on."""
+    """Return the text: the first difference, the first unexplained one, and the tensors from there on."""
     wrong = [d for d in found if d.differs]
     bad = [d for d in wrong if (d.unexplained or 0) > 1]
     lines = [f"{len(found)} tensors in both, {len(found) - len(wrong)} of them the same to the last bit"]
@@ -260,7 +268,7 @@ def diff_lines(found: list[Difference], only_a: list[str], only_b: list[str]) ->
 
 
 def run_prompts(args: argparse.Namespace) -> int:
-    """``refgemma prompts``."""
+    """Run ``refgemma prompts``."""
     config = open_checkpoint(find_model(args.model)).config
     known = prompts(config)
     found: list[Detected] = [Detected(name, "", ()) for name in known]
@@ -286,9 +294,9 @@ def run_prompts(args: argparse.Namespace) -> int:
 
 
 def write_repro(candidate: Candidate, weights: Weights, found: Report, path: str) -> None:
-    """Write the inputs and the result of the first finding's operation, for somebody else to look at."""
+    """Write the inputs and the result of the first finding's operation into a repro file."""
     if not found.findings:
-        output.say(f"refgemma check: nothing differs, so that {path} is not written", error=True)
+        output.say(f"refgemma check: no difference found; {path} not written", error=True)
         return
     finding = found.findings[0]
     tensors, about = make_repro(Engine(candidate, weights, found.config), finding.instances[0])
@@ -296,10 +304,10 @@ def write_repro(candidate: Candidate, weights: Weights, found: Report, path: str
 
 
 def run_sweep(args: argparse.Namespace) -> int:
-    """``refgemma sweep``."""
+    """Run ``refgemma sweep``."""
     workers = (os.cpu_count() or 1) if args.workers is None else args.workers
     if workers < 1:
-        raise UsageError(f"--workers {workers}: at least one is needed")
+        raise UsageError(f"--workers is {workers}; it must be at least 1")
     jobs = read_jobs(args.jobs)
     results = Path(args.results or f"{args.jobs}.results")
     with cluster(args.scheduler) if args.scheduler else nullcontext((processes, workers)) as (pool, width):
@@ -310,7 +318,7 @@ def run_sweep(args: argparse.Namespace) -> int:
 
 
 def sweep_lines(report: dict[str, Any]) -> list[str]:
-    """What a person reads: the verdicts, the jobs that do not conform, and the tensors that are farthest off."""
+    """Return the text: the verdicts, the jobs that do not conform, and the tensors with the largest errors."""
     counts = ", ".join(f"{n} {verdict}" for verdict, n in report["counts"].items())
     lines = [f"{len(report['jobs'])} jobs: {counts}", ""]
     other = [job for job in report["jobs"] if job["verdict"] != CONFORMS]
@@ -322,7 +330,7 @@ def sweep_lines(report: dict[str, Any]) -> list[str]:
     if rows:
         lines.append(f"{'tensor':28s} {'precision':9s} {'elements':>9s} {'error/bound':>11s} {'rms/sigma':>10s} exact")
     for row in rows[:8]:
-        worst = reports.number(float(row["worst"])) if float(row["worst"]) else "-"  # of spans there is no bound
+        worst = reports.number(float(row["worst"])) if float(row["worst"]) else "-"  # spans have no bound
         numbers = f"{worst:>11s} {reports.number(float(row['rms'])):>10s} {row['exact'] / max(1, row['elements']):.3f}"
         lines.append(f"{row['tensor']:28s} {row['dtype']:9s} {row['elements']:>9d} {numbers}")
     lines += [f"and {len(rows) - 8} other kinds of tensors", ""] if len(rows) > 8 else [""] if rows else []
@@ -335,7 +343,7 @@ def sweep_lines(report: dict[str, Any]) -> list[str]:
 
 
 def run_known_bugs(args: argparse.Namespace) -> int:
-    """``refgemma known-bugs``."""
+    """Run ``refgemma known-bugs``."""
     chosen = [v for v in KNOWN_BUGS if args.name in (None, v.name)]
     if not chosen:
         near = [v.name for v in KNOWN_BUGS if args.name in v.name or args.name in v.fields[0]]

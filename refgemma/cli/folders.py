@@ -9,7 +9,7 @@ from refgemma.weights.synthetic import write_synthetic
 
 
 def run_convert(args: argparse.Namespace) -> int:
-    """``refgemma convert``."""
+    """Run ``refgemma convert``."""
     transposed = None if args.gating_einsum is None else args.gating_einsum == "transposed"
     done = convert(
         args.source, args.output, args.kind, args.to, args.config, args.dtype, args.max_shard_size, args.vocab_rows,
@@ -31,22 +31,20 @@ def run_convert(args: argparse.Namespace) -> int:
         })  # fmt: skip
         return OK
     if source.padding:
-        say(f"left out {source.padding} rows of the embedding, beyond the vocabulary; {source.nonzero} were not zero")
+        say(f"left out {source.padding} rows of the embedding beyond the vocabulary; {source.nonzero} were not zero")
     say(
         f"{done.target}: {len(done.outputs)} tensors, {done.nbytes:,} bytes in {', '.join(dtypes)}, "
-        f"from {source.kind} to {done.kind}, read again and found the same"
+        f"from {source.kind} to {done.kind}, read back and compared: identical"
     )
     return OK
 
 
 def run_synth(args: argparse.Namespace) -> int:
-    """``refgemma synth``."""
+    """Run ``refgemma synth``."""
     config = Gemma2Config.preset(args.size)
     parameters = write_synthetic(config, args.output, args.max_shard_size)
     if args.json:
         as_json({"folder": args.output, "parameters": parameters, "dtype": "bfloat16", "weights": "synthetic"})
     else:
-        say(
-            f"{args.output}: {parameters:,} synthetic weights in bfloat16, of the size {args.size}; nobody trained them"
-        )
+        say(f"{args.output}: {parameters:,} synthetic (untrained) weights in bfloat16, size {args.size}")
     return OK

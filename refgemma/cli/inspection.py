@@ -10,6 +10,7 @@ import numpy as np
 
 import refgemma
 from refgemma.cli.output import OK, as_json, check_outputs, prompt_ids, say
+from refgemma.errors import UsageError
 from refgemma.files import replace_file
 from refgemma.goldens.released import Identified, identify_release
 from refgemma.hub import find_model
@@ -20,7 +21,7 @@ from refgemma.weights.parameters import tensor_shapes
 
 
 def run_trace(args: argparse.Namespace) -> int:
-    """``refgemma trace``."""
+    """Run ``refgemma trace``."""
     from tqdm import tqdm
 
     check_outputs({"-o": args.output}, [find_model(args.model, args.revision, args.download)])
@@ -45,10 +46,12 @@ def run_trace(args: argparse.Namespace) -> int:
 
 
 def run_explore(args: argparse.Namespace) -> int:
-    """``refgemma explore``."""
+    """Run ``refgemma explore``."""
     from refgemma.teach.explorer import check_length, explore_run, render_page
 
     check_outputs({"-o": args.output}, [find_model(args.model, args.revision, args.download)])
+    if args.live:
+        return run_live(args)
     model = load(args.model, args.dtype, args.revision, args.download, read=False)
     ids = prompt_ids(args, model)
     check_length(len(ids), model.config)
@@ -61,24 +64,39 @@ def run_explore(args: argparse.Namespace) -> int:
     return OK
 
 
+def run_live(args: argparse.Namespace) -> int:
+    """``refgemma explore --live``."""
+    from refgemma.teach.live import TEXT, render_live
+
+    if args.model != "tiny" or args.dtype != "float32" or args.ids:
+        raise UsageError("--live runs the tiny model in float32 on a text; omit --model, --dtype and --ids")
+    content = render_live(TEXT if args.prompt is None else args.prompt).encode()
+    replace_file(args.output, content)
+    if args.json:
+        as_json({"file": args.output, "bytes": len(content)})
+    else:
+        say(f"{args.output}: a live page, {len(content) / 1e6:.1f} MB; open it in a browser")
+    return OK
+
+
 def _print_release(found: Identified) -> None:
     if found.release is None:
-        say("release: none is known by these sizes and files", "")
+        say("release: unknown; no release has these sizes and files", "")
         return
     name = f"{found.release} (revision {(found.revision or 'unknown')[:8]})"
     unread = any(file.verdict == "same length" for file in found.files)
-    numbers = "; the numbers in files of the same length were not compared" if unread else ""
+    numbers = "; files of the same length were not compared by content" if unread else ""
     if found.complete:
-        say(f"release: {name}, all {found.as_released} files that are known of it{numbers}")
+        say(f"release: {name}, all {found.as_released} known files{numbers}")
     else:
-        say(f"release: nearest is {name}, {found.as_released} files of it are here{numbers}")
+        say(f"release: nearest is {name}, with {found.as_released} of its files{numbers}")
     for file in found.files:
         say(f"  {file.name:34s} {file.verdict:12s} {file.detail}")
     say()
 
 
 def run_info(args: argparse.Namespace) -> int:
-    """``refgemma info``."""
+    """Run ``refgemma info``."""
     checkpoint = open_checkpoint(find_model(args.model, args.revision, args.download))
     config = checkpoint.config.to_dict()
     release = identify_release(checkpoint.folder, checkpoint.config, args.hash)

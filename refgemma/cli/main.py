@@ -1,7 +1,7 @@
-"""The command line: it handles arguments and prints; the work is done elsewhere.
+"""Run the command line: handle arguments and print results; other modules do the work.
 
-Exit codes: 0 all is well (verify: conforms), 1 verify found a difference, 2 misuse or bad input, 70 a fault
-of refgemma itself, 130 interrupted, 143 terminated, 141 the reader of the output went away before its end.
+Exit codes: 0 success (verify: conforms), 1 verify found a difference, 2 misuse or bad input, 70 an internal error of
+refgemma, 130 interrupted, 143 terminated, 141 the reader of the output closed it early.
 """
 
 import argparse
@@ -28,23 +28,23 @@ from refgemma.files import escape
 from refgemma.goldens.released import PUBLISHED
 
 EXIT_CODES = (
-    "Exit codes: 0 all is well, 1 verify or check found a difference, 2 misuse or bad input (one line says which), "
-    "3 and 4: see refgemma check --help, 70 a fault of refgemma itself."
+    "Exit codes: 0 success, 1 verify or check found a difference, 2 misuse or bad input (one line gives the reason), "
+    "3 and 4: see refgemma check --help, 70 an internal error of refgemma."
 )
 MODEL_HELP = "tiny, conformance, a Hugging Face folder, a .gguf file, or a hub id like google/gemma-2-9b"
-LINE = 1500  # characters of an error message
+LINE = 1500  # maximum characters of an error message
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with errors of one line."""
+    """An argument parser with one-line errors."""
 
     def error(self, message: str) -> NoReturn:
-        """Exit with code 2."""
+        """Print the error in one line and exit with code 2."""
         self.exit(MISUSE, escape(f"{self.prog}: {shorten(message)} (see {self.prog} --help)") + "\n")
 
 
 def parser() -> Parser:
-    """All commands and their arguments."""
+    """Return the parser of all commands and their arguments."""
     top = Parser(
         prog="refgemma",
         description="Gemma 2 in NumPy: run it, look inside, compare it with PyTorch.",
@@ -55,11 +55,13 @@ def parser() -> Parser:
 
     def add(name: str, help: str) -> Parser:
         command: Parser = commands.add_parser(name, help=help, description=help)
-        command.add_argument("--json", action="store_true", help="print JSON instead of text (chat: an object a turn)")
+        command.add_argument(
+            "--json", action="store_true", help="print JSON instead of text (chat: one object per turn)"
+        )
         return command
 
     def add_hub(command: Parser) -> None:
-        command.add_argument("--revision", default="main", metavar="REV", help="of a hub id: branch, tag or commit")
+        command.add_argument("--revision", default="main", metavar="REV", help="branch, tag or commit of a hub id")
         command.add_argument("--download", action="store_true", help="download a hub id that is not in the cache")
 
     def add_model(command: Parser) -> None:
@@ -68,26 +70,26 @@ def parser() -> Parser:
         command.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of the computation")
 
     def add_reference(command: Parser) -> None:
-        command.add_argument("--reference", action="store_true", help="compute as the definition says, which is slower")
+        command.add_argument("--reference", action="store_true", help="compute with the definition, which is slower")
 
     def add_sampling(command: Parser) -> None:
         command.add_argument("--max-new-tokens", type=int, default=200, metavar="N")
         command.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
-        command.add_argument("--top-k", type=int, metavar="K", help="draw only from the K likeliest tokens")
+        command.add_argument("--top-k", type=int, metavar="K", help="draw only from the K most likely tokens")
         command.add_argument(
-            "--top-p", type=float, metavar="P", help="draw only from the likeliest up to probability P"
+            "--top-p", type=float, metavar="P", help="draw only from the most likely tokens that reach probability P"
         )
         command.add_argument(
-            "--min-p", type=float, metavar="P", help="draw only tokens P times as likely as the likeliest"
+            "--min-p", type=float, metavar="P", help="draw only tokens at least P times as likely as the most likely"
         )
         command.add_argument("--repetition-penalty", type=float, metavar="R", help="above 1: fewer repetitions")
-        command.add_argument("--min-new-tokens", type=int, metavar="N", help="no end of text before N tokens")
+        command.add_argument("--min-new-tokens", type=int, metavar="N", help="do not end the text before N tokens")
         command.add_argument("--seed", type=int, default=0)
         add_reference(command)
 
     def add_prompt(command: Parser) -> None:
         command.add_argument("prompt", nargs="?", metavar="PROMPT")
-        command.add_argument("--ids", metavar="ID,ID,...", help="token ids instead of a prompt, taken as they are")
+        command.add_argument("--ids", metavar="ID,ID,...", help="token ids instead of a prompt, used unchanged")
 
     command = add("generate", "continue a text")
     add_prompt(command)
@@ -97,29 +99,31 @@ def parser() -> Parser:
         "--num-beams", type=int, default=1, metavar="N", help="search with N beams, and print the best"
     )
 
-    command = add("chat", "talk in turns; an empty line or end of input ends it")
+    command = add("chat", "start a chat; an empty line or the end of input ends it")
     add_model(command)
     add_sampling(command)
 
-    command = add("verify", "compare with what PyTorch recorded, tensor by tensor")
+    command = add("verify", "compare with PyTorch's recordings, tensor by tensor")
     command.add_argument("cases", nargs="*", metavar="CASE", help="default: all")
     command.add_argument("--list", action="store_true", help="print the names of the cases and stop")
     command.add_argument(
         "--full",
         metavar="NAME",
-        help="instead: a whole model at full size with synthetic weights, 9b-synthetic for instance",
+        help="instead: a whole model at full size with synthetic weights, for example 9b-synthetic",
     )
-    command.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of --full and --model")
+    command.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="precision of --full and --model"
+    )
     command.add_argument(
         "--model",
         metavar="DIR",
-        help="instead: a checkpoint, with what golden/record.py --checkpoint recorded of it; with --full, "
-        "what refgemma synth wrote",
+        help="instead: a checkpoint with a recording from golden/record.py --checkpoint; with --full, "
+        "a folder from refgemma synth",
     )
     command.add_argument(
         "--reference",
         action="store_true",
-        help="of --full and --model in float32: every tensor of the definition, not what each fast layer gives",
+        help="for --full and --model in float32: compare every tensor of the definition, not only the layers' outputs",
     )
 
     command = add("trace", "write every named tensor of a run to a safetensors file")
@@ -127,23 +131,24 @@ def parser() -> Parser:
     command.add_argument("-o", "--output", required=True, metavar="FILE")
     add_model(command)
 
-    command = add("explore", "write one page that shows a run: attention, sizes and answers by token, layer and head")
+    command = add("explore", "write a page that shows a run: attention, sizes and predictions by token, layer and head")
     add_prompt(command)
     command.add_argument("-o", "--output", default="explorer.html", metavar="FILE", help="default: explorer.html")
+    command.add_argument("--live", action="store_true", help="a page in which the tiny model runs, on any text")
     add_model(command)
 
-    command = add("perplexity", "how well a model predicts a text, as transformers defines it and as gemma.cpp does")
+    command = add("perplexity", "measure how well a model predicts a text, as transformers and gemma.cpp define it")
     command.add_argument("file", nargs="?", metavar="FILE", help="a text in UTF-8")
     command.add_argument(
-        "--published", choices=list(PUBLISHED), help="instead: a text that gemma.cpp has published figures of"
+        "--published", choices=list(PUBLISHED), help="instead: a text for which gemma.cpp published figures"
     )
     add_model(command)
     command.add_argument(
-        "--max-length", type=int, metavar="N", help="tokens of a window (default: 4096, or what the model can)"
+        "--max-length", type=int, metavar="N", help="tokens of a window (default: 4096, or the model's maximum)"
     )
     command.add_argument(
         "--stride", type=int, metavar="N",
-        help="tokens from window to window (default: a window, so that each token is read once; less takes longer)",
+        help="tokens from window to window (default: one window, so that each token is read once; less takes longer)",
     )  # fmt: skip
     add_reference(command)
 
@@ -156,22 +161,26 @@ def parser() -> Parser:
     )
     command.add_argument("--from", dest="kind", choices=("auto", "hf", "pytorch", "flax", "gguf"), default="auto")
     command.add_argument("--to", choices=FORMATS, default="hf", help="default: hf")
-    command.add_argument("--config", metavar="FILE", help="config.json of an original that is no released size")
+    command.add_argument("--config", metavar="FILE", help="config.json of an original that is not a released size")
     command.add_argument("--dtype", choices=DTYPES, help="default: that of the source, bit for bit")
-    command.add_argument("--max-shard-size", metavar="SIZE", help="of a file (default: 5GB; pytorch: all in one)")
+    command.add_argument(
+        "--max-shard-size", metavar="SIZE", help="maximum size of a file (default: 5GB; pytorch: one file)"
+    )
     command.add_argument("--vocab-rows", type=int, metavar="N", help="pad the embedding of an original: 256128 in Flax")
     command.add_argument(
-        "--gating-einsum", choices=("transposed", "plain"), help="its layout in a Flax tree, where sizes do not tell"
+        "--gating-einsum", choices=("transposed", "plain"), help="its layout in a Flax tree, if the sizes are ambiguous"
     )
 
-    command = add("synth", "write a checkpoint of a released size with synthetic weights, that nobody trained")
+    command = add("synth", "write a checkpoint of a released size with synthetic (untrained) weights")
     command.add_argument("size", choices=("2b", "9b", "27b"), metavar="SIZE", help="2b, 9b or 27b")
     command.add_argument("-o", "--output", required=True, metavar="DIR", help="an empty folder, or none yet")
-    command.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file (default: 5GB)")
+    command.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="maximum size of a file (default: 5GB)"
+    )
 
-    command = add("info", "print a model's configuration, size and tensors, and which release its files are of")
+    command = add("info", "print a model's configuration, size and tensors, and the release of its files")
     command.add_argument("model", nargs="?", default="tiny", metavar="MODEL", help=f"{MODEL_HELP} (default: tiny)")
-    command.add_argument("--hash", action="store_true", help="compare the hashes of the weights too, not only lengths")
+    command.add_argument("--hash", action="store_true", help="compare the weights by hash, not only by length")
     add_hub(command)
 
     oracle.add_commands(add)
@@ -180,7 +189,7 @@ def parser() -> Parser:
 
 @contextmanager
 def short_warnings() -> Iterator[None]:
-    """Print each warning as one line on stderr, and only once; say what NumPy's own mean for a model."""
+    """Print each warning once, in one line on stderr; explain NumPy's own warnings for a model."""
     shown: set[str] = set()
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -200,7 +209,7 @@ def short_warnings() -> Iterator[None]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by whoever started the command; print would write to the other one
+        if getattr(sys, name) is None:  # closed by the calling program; print would write to the other stream
             setattr(sys, name, open(os.devnull, "w"))  # until the process ends
     try:
         with raise_on_signals():
@@ -229,7 +238,7 @@ def run_command(argv: Sequence[str] | None) -> int:
     try:
         with short_warnings():
             return run(args)
-    except BrokenPipeError:  # whoever read our output has seen enough; Python must not find out again at exit
+    except BrokenPipeError:  # the reader closed our output; Python must not notice it again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return CUT_OFF
     except MemoryError as error:
@@ -239,24 +248,24 @@ def run_command(argv: Sequence[str] | None) -> int:
     except (RefgemmaError, OSError, UnicodeError) as error:
         complain(f"refgemma {args.command}: {describe_error(error)}")
         return MISUSE
-    except Exception as error:  # nothing about the files: exit code 1 would say that they differ
+    except Exception as error:  # an internal error: exit code 1 would mean that the files differ
         if sys.flags.dev_mode:
             raise
         complain(
-            f"refgemma {args.command}: fault in refgemma itself: {type(error).__name__}: {describe_error(error)}; "
+            f"refgemma {args.command}: internal error: {type(error).__name__}: {describe_error(error)}; "
             f"please report it with the output of: python -X dev -m refgemma {args.command} ..."
         )
         return FAULT
 
 
 def describe_error(error: Exception) -> str:
-    """Return an error's message in one line, an OSError's with its file."""
+    """Return an error's message in one line, with the file of an OSError."""
     return shorten(
         f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
     )
 
 
 def shorten(message: str) -> str:
-    """Return a message in one line; the two ends of a long one say where the fault is and what to do."""
+    """Return a message in one line; a long one is cut in the middle, because its ends name the place and the remedy."""
     said = " ".join(message.split())
     return said if len(said) <= LINE else f"{said[: LINE - 400]} ... {said[-400:]}"

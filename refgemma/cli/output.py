@@ -1,4 +1,4 @@
-"""Exit codes, JSON and the tokens of a prompt, which all commands share. Checked through the command line."""
+"""Exit codes, printing and the tokens of a prompt, shared by all commands. Checked through the command line."""
 
 import argparse
 import os
@@ -19,27 +19,28 @@ DTYPES = ("float32", "float64", "bfloat16", "float16")
 OK, DIFFERS, MISUSE, FAULT, INTERRUPTED, CUT_OFF = 0, 1, 2, 70, 130, 141
 MODEL_FILES = (".json", ".safetensors", ".model", ".jinja", ".gguf")
 
-# What a text of a model may not do to a terminal; lines, tabs and characters of any script are text.
+# Control characters that a model's text must not send to a terminal; line ends and tabs are allowed.
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def complain(line: str = "") -> None:
-    """Print a line on stderr, if anybody can read it there; a full disk behind it changes no exit code."""
+    """Print a line on stderr; ignore an error in writing it, so that a full disk does not change the exit code."""
     with suppress(OSError):
         say(line, error=True)
 
 
 def say(*lines: str, error: bool = False) -> None:
-    """Print lines at once, with escapes for the characters that a terminal would obey, an end of line among them.
+    """Print lines immediately, with escapes for control characters, including line ends.
 
-    Everything that the commands print goes through here, `show_text` or `as_json`: names come from strangers' files.
+    All output of the commands goes through this function, `show_text` or `as_json`, because names come from untrusted
+    files.
     """
     for line in lines or ("",):
         print(escape(line), file=sys.stderr if error else sys.stdout, flush=True)
 
 
 def show_text(text: str, end: str = "") -> None:
-    """Print what a model or a user wrote, at once: to a terminal without control characters, to a file as it is."""
+    """Print text of a model or user immediately: escape control characters on a terminal, but not in a file."""
     shown = CONTROLS.sub(lambda found: escape(found[0]), text) if sys.stdout.isatty() else text
     print(shown, end=end, flush=True)
 
@@ -50,14 +51,14 @@ def as_json(value: Any, indent: int | None = 2) -> None:
 
 
 def check_outputs(outputs: Mapping[str, str], inputs: Iterable[str | Path | None]) -> None:
-    """Refuse, before any work, outputs that cannot be written, that are one file, or that are a file which is read.
+    """Raise an error, before any work, if outputs cannot be written, are the same file, or are an input.
 
     Parameters
     ----------
     outputs : mapping
-        Flag -> the path given with it.
+        The path given with each flag.
     inputs : iterable
-        Files and folders that the command reads; of a folder, files that may belong to a model are meant.
+        Files and folders that the command reads; in a folder, only files that may belong to a model count.
     """
     read = {}
     for path in inputs:
@@ -68,23 +69,23 @@ def check_outputs(outputs: Mapping[str, str], inputs: Iterable[str | Path | None
     for flag, path in outputs.items():
         target = str(target_file(path))
         if target in read:
-            raise UsageError(f"{flag} {path}: is an input of this command, and is not replaced; give another file")
+            raise UsageError(f"{flag} {path}: is an input of this command; give another file")
         if target in written:
-            raise UsageError(f"{written[target]} and {flag} are both {path}; give each a file of its own")
+            raise UsageError(f"{written[target]} and {flag} are both {path}; give two different files")
         written[target] = flag
 
 
 def prompt_ids(args: argparse.Namespace, model: Pretrained) -> list[int]:
-    """The token ids of ``PROMPT`` or ``--ids``."""
+    """Return the token ids of ``PROMPT`` or ``--ids``."""
     if (args.prompt is None) == (args.ids is None):
         raise UsageError("give either a PROMPT or --ids, and only one of them")
     if args.ids is not None:
         parts = [part.strip() for part in args.ids.split(",")]
         if not all(part.isascii() and part.isdigit() and len(part) < 19 for part in parts):
-            raise UsageError(f"--ids {args.ids!r}: whole numbers with commas between them are needed")
+            raise UsageError(f"--ids is {args.ids!r}; it must be whole numbers separated by commas")
         ids = [int(part) for part in parts]
         check_token_ids([ids], model.config.vocab_size)  # before the weights are read
         return ids
     if not args.prompt:
-        raise UsageError("the prompt is empty")
+        raise UsageError("the prompt is empty; give a text")
     return model.tokenizer.encode(args.prompt)

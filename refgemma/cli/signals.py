@@ -1,7 +1,7 @@
-"""Ends the command when it gets SIGINT (Ctrl-C) or SIGTERM: exit code 130 or 143, and no traceback. Checked by
+"""End the command on SIGINT (Ctrl-C) or SIGTERM, with exit code 130 or 143 and no traceback. Checked by
 `tools/interrupt.py`, which interrupts every command that writes.
 
-While modules are imported, and after the work, there is nothing to clean up: the process ends at once. In between an
+During imports and after the work there is nothing to clean up, so the process ends immediately. In between, an
 exception ends the work, so that half-written files are removed and workers end. A second signal does not wait for that.
 """
 
@@ -18,7 +18,7 @@ NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal; `number` says which."""
+    """Raised for a signal; `number` is the signal's number."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def is_command() -> bool:
-    """Return whether this process was started as ``refgemma`` or ``python -m refgemma``, and not by another program.
+    """Return True if this process was started as ``refgemma`` or ``python -m refgemma``.
 
     Examples
     --------
@@ -34,13 +34,13 @@ def is_command() -> bool:
     False
     """
     called = sys.argv[0] if sys.argv else ""
-    if called == "-m":  # Python looks for the module, and gives its arguments from the end
+    if called == "-m":  # Python is still looking for the module; take the arguments from the end
         called = sys.orig_argv[-len(sys.argv)]
     return os.path.basename(called).removesuffix(".exe").removesuffix("-script.py") in ("refgemma", "-mrefgemma")
 
 
 def end_at_once(number: int, frame: FrameType | None = None) -> None:
-    """Handle a signal where there is nothing to clean up."""
+    """Handle a signal by ending the process, when there is nothing to clean up."""
     os._exit(128 + number)
 
 
@@ -50,7 +50,7 @@ def _raise(number: int, frame: FrameType | None) -> None:
 
 
 def handle(handler: Any) -> None:
-    """Let `handler` have both signals; one that is ignored, as in the background of a shell, stays ignored."""
+    """Set `handler` for both signals; an ignored signal, as in a shell's background, stays ignored."""
     if threading.current_thread() is threading.main_thread():
         for number in NUMBERS:
             if signal.getsignal(number) is not signal.SIG_IGN:
@@ -59,10 +59,10 @@ def handle(handler: Any) -> None:
 
 @contextmanager
 def raise_on_signals() -> Iterator[None]:
-    """Raise `Interrupted` in this block; at its end the former handlers are back."""
+    """Raise `Interrupted` on a signal in this block; restore the former handlers at its end."""
     before, hook = {number: signal.getsignal(number) for number in NUMBERS}, sys.unraisablehook
 
-    def end_in_destructor(unraisable: Any) -> None:  # where Python prints an exception and goes on
+    def end_in_destructor(unraisable: Any) -> None:  # Python would print the exception and continue
         if isinstance(unraisable.exc_value, Interrupted):
             end_at_once(unraisable.exc_value.number)
         hook(unraisable)

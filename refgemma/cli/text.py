@@ -26,7 +26,7 @@ from refgemma.tokenizer.tokenizer import TextStream, Tokenizer
 
 
 def generation_settings(model: Pretrained, args: argparse.Namespace) -> GenerationConfig:
-    """The sampling arguments, checked."""
+    """Return the settings of the sampling arguments, after checking them."""
     others = {name: getattr(args, name) for name in ("min_p", "repetition_penalty", "min_new_tokens")}
     others["num_beams"] = getattr(args, "num_beams", 1)
     common = (args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed, model.stop_ids)
@@ -34,12 +34,12 @@ def generation_settings(model: Pretrained, args: argparse.Namespace) -> Generati
 
 
 def is_embedded(model: Pretrained) -> bool:
-    """Whether a model is inside this package, and so small that the definition computes it."""
+    """Return True if a model is inside this package; these are small enough for the definition."""
     return model.folder.parent == PACKAGE / "checkpoints"
 
 
 def new_tokens(ids: Sequence[int], model: Pretrained, args: argparse.Namespace) -> Iterator[int]:
-    """Continue `ids` under the sampling arguments, token by token; a search gives all tokens at its end."""
+    """Yield the tokens after `ids` with the sampling arguments, one by one; a beam search yields all at its end."""
     call = generation_settings(model, args)
     if is_plain_greedy(call) and (args.reference or is_embedded(model)):
         return greedy(ids, model.weights, model.config, max_new_tokens=args.max_new_tokens, stop_ids=model.stop_ids)
@@ -52,7 +52,7 @@ def new_tokens(ids: Sequence[int], model: Pretrained, args: argparse.Namespace) 
 
 
 def stream_text(tokens: Iterator[int], model: Pretrained, show: bool) -> tuple[list[int], str]:
-    """Collect tokens and their text, printing it as it comes if `show`; without a tokenizer, ids stand for text."""
+    """Return the tokens and their text, printing it as it arrives if `show`; without a tokenizer, ids replace text."""
     stream, ids, texts = TextStream(model.tokenizer) if model.has_tokenizer else None, [], []
     for token in tokens:
         ids.append(token)
@@ -67,7 +67,7 @@ def stream_text(tokens: Iterator[int], model: Pretrained, show: bool) -> tuple[l
 
 
 def run_generate(args: argparse.Namespace) -> int:
-    """``refgemma generate``; it prints ids if the model has no tokenizer."""
+    """Run ``refgemma generate``; print ids if the model has no tokenizer."""
     model = load(args.model, args.dtype, args.revision, args.download, read=False)
     ids, known = prompt_ids(args, model), model.has_tokenizer
     model = model.read()
@@ -89,7 +89,7 @@ def run_generate(args: argparse.Namespace) -> int:
 
 
 def read_line() -> str:
-    """Return the next line of input, asked for at a terminal; empty at the end of input, or without any."""
+    """Return the next line of input, with a prompt on a terminal; empty at the end of input."""
     if sys.stdin is None:
         return ""
     if sys.stdin.isatty():
@@ -98,10 +98,10 @@ def read_line() -> str:
 
 
 def run_chat(args: argparse.Namespace) -> int:
-    """``refgemma chat``: one JSON object a turn with ``--json``. No token is read in two turns."""
+    """Run ``refgemma chat``; with ``--json``, print one object per turn. No token is read in two turns."""
     model = load(args.model, args.dtype, args.revision, args.download, read=False)
-    generation_settings(model, args)  # wrong settings are refused before anybody says anything
-    _ = model.tokenizer  # and a model without one
+    generation_settings(model, args)  # raises an error for wrong settings before the first turn
+    _ = model.tokenizer  # and for a model without a tokenizer
     model, memory, messages = model.read(), Memory(), list[dict[str, str]]()
     limit = model.config.max_position_embeddings
     while True:
@@ -109,7 +109,7 @@ def run_chat(args: argparse.Namespace) -> int:
         if not line:
             return OK
         messages.append({"role": "user", "content": line})
-        # Sanitized: whoever types "<end_of_turn>" means these letters, and does not end the turn.
+        # Sanitized: a typed "<end_of_turn>" is plain text and does not end the turn.
         ids = model.tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False
         )
@@ -126,15 +126,15 @@ def run_chat(args: argparse.Namespace) -> int:
 
 
 def _check_room(tokens: int, limit: int) -> None:
-    """End a talk that is as long as the model's positions: beyond them it would wander."""
+    """Raise an error if a chat is as long as the model's maximum length; a longer one would degenerate."""
     if tokens >= limit:
         raise InputError(
-            f"the talk has {tokens} tokens, and the model was made for {limit} (max_position_embeddings): begin another"
+            f"the chat has {tokens} tokens; the model's maximum is {limit} (max_position_embeddings): start a new chat"
         )
 
 
 def text_of(args: argparse.Namespace) -> str:
-    """The text of ``FILE`` or ``--published``."""
+    """Return the text of ``FILE`` or ``--published``."""
     if (args.file is None) == (args.published is None):
         raise UsageError("give either a FILE or --published, and only one of them")
     if args.published:
@@ -142,11 +142,11 @@ def text_of(args: argparse.Namespace) -> str:
     try:
         return read_file(args.file).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"{args.file}: is no text in UTF-8 (byte {error.start})") from None
+        raise InputError(f"{args.file}: is not UTF-8 text (byte {error.start}); convert it") from None
 
 
 def find_traps(text: str, tokenizer: Tokenizer) -> list[str]:
-    r"""Return what in a `text` makes its perplexity another than that of its words, a warning for each.
+    r"""Return a warning for each part of a `text` that distorts its perplexity.
 
     Examples
     --------
@@ -156,19 +156,19 @@ def find_traps(text: str, tokenizer: Tokenizer) -> list[str]:
     """
     found = []
     if text.startswith("\ufeff"):
-        found.append("begins with a byte order mark, which does not belong to the text; save it as UTF-8 without one")
+        found.append("begins with a byte order mark, which is not part of the text; save it as UTF-8 without one")
     if lines := text.count("\r\n"):
         what = "line ends" if lines == 1 else "lines end"
         found.append(f'{lines} {what} in CR LF, and models read LF; convert it with: tr -d "\\r"')
     special = {token: text.count(token) for token in tokenizer.all_special_tokens if token in text}
     if special:
         names = ", ".join(f"{token} ({number} times)" for token, number in special.items())
-        found.append(f"has special tokens written out: {names}; <bos> is added by itself, so take them out")
+        found.append(f"has special tokens written out: {names}; remove them: <bos> is added automatically")
     return found
 
 
 def run_perplexity(args: argparse.Namespace) -> int:
-    """``refgemma perplexity``."""
+    """Run ``refgemma perplexity``."""
     text = text_of(args)
     model = load(args.model, args.dtype, args.revision, args.download, read=False)
     for warning in find_traps(text, model.tokenizer):
@@ -195,18 +195,18 @@ def run_perplexity(args: argparse.Namespace) -> int:
         return OK
     say(f"{len(ids)} tokens, {nbytes} bytes, computed in {args.dtype}")
     say(
-        f"transformers: perplexity {strided.perplexity:.4f} ({strided.nats_per_token:.4f} nats a token, {bits:.4f} "
-        f"bits a byte of the whole text, windows: {strided.windows} of {max_length} every {stride})"
+        f"transformers: perplexity {strided.perplexity:.4f} ({strided.nats_per_token:.4f} nats per token, {bits:.4f} "
+        f"bits per byte of the whole text, windows: {strided.windows} of {max_length} every {stride})"
     )
     if len(ids) > GEMMA_CPP_TOKENS:
         say(
-            f"gemma.cpp:    sums the first {GEMMA_CPP_TOKENS} of the {len(ids)} tokens and divides by all bytes: of a "
-            "text this long that is no measure"
+            f"gemma.cpp:    sums the first {GEMMA_CPP_TOKENS} of the {len(ids)} tokens and divides by all bytes: "
+            "meaningless for a text this long"
         )
     else:
-        say(f"gemma.cpp:    {gemma_cpp:.4f} bits a byte, <bos> counted as log2 of the vocabulary")
+        say(f"gemma.cpp:    {gemma_cpp:.4f} bits per byte, <bos> counted as log2 of the vocabulary")
     for model_name, figure in figures.items():
         say(f"              {figure:.2f} published for gemma-2-{model_name}, within 0.02")
     if not figures:
-        say(f"              no figures are published of this text; there are of --published {', '.join(PUBLISHED)}")
+        say(f"              no published figures for this text; --published {', '.join(PUBLISHED)} have them")
     return OK

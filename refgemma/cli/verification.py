@@ -1,4 +1,4 @@
-"""The command `verify`: goldens in, a table or JSON out. Checked through the command line."""
+"""Run the command `verify`: compare with the goldens, and print a table or JSON. Checked through the command line."""
 
 import argparse
 import sys
@@ -26,7 +26,7 @@ from refgemma.weights.checkpoint import Checkpoint, open_checkpoint
 
 
 def case_row(result: CaseResult) -> str:
-    """One line of the table that ``refgemma verify`` prints."""
+    """Return one line of the table that ``refgemma verify`` prints."""
     verdict = "conforms"
     if first := result.first_divergence:
         how_far = first.note or f"{first.distance:.3g} x its bound"
@@ -35,12 +35,12 @@ def case_row(result: CaseResult) -> str:
 
 
 def comparison_json(c: Comparison) -> dict[str, Any]:
-    """One tensor of ``refgemma verify --json``."""
+    """Return one tensor of ``refgemma verify --json``."""
     return {"tensor": c.tensor, "how": c.how, "in_units_of_bound": c.distance, "note": c.note}
 
 
 def case_json(result: CaseResult) -> dict[str, Any]:
-    """One case of ``refgemma verify --json``."""
+    """Return one case of ``refgemma verify --json``."""
     first = result.first_divergence
     alone = [c for c in result.comparisons if c.how == "operation"]
     return {
@@ -55,11 +55,11 @@ def case_json(result: CaseResult) -> dict[str, Any]:
 
 
 def run_verify(args: argparse.Namespace) -> int:
-    """``refgemma verify``."""
+    """Run ``refgemma verify``."""
     if args.full and args.cases:
         raise UsageError("give either cases or --full, and only one of them")
     if args.model and args.cases:
-        raise UsageError("--model is a checkpoint, compared with its own recording; the cases have models of their own")
+        raise UsageError("--model and cases are both given; give only one: the cases have their own models")
     checkpoint = open_checkpoint(find_model(args.model)) if args.model else None
     if checkpoint is not None and not args.full:
         names = [recording_of(checkpoint)]
@@ -92,7 +92,7 @@ def run_verify(args: argparse.Namespace) -> int:
 
 
 def choose_cases(cases: list[str]) -> list[str]:
-    """The cases that were named, after a look whether they exist; or all, and two layers of each full size."""
+    """Return the named cases, if all exist; without names all cases, and two layers of each full size."""
     if not cases:
         return [*case_names(), *two_layer_names()]
     case_names([name for name in cases if not is_full_size(name)])
@@ -100,9 +100,9 @@ def choose_cases(cases: list[str]) -> list[str]:
 
 
 def verify_case(name: str, dtype: str, checkpoint: Checkpoint | None, reference: bool) -> CaseResult:
-    """One case; one at full size with a bar of its own, since it takes longer than all others.
+    """Compare one case; a case at full size has its own progress bar, because it takes longest.
 
-    Two layers, which ``verify`` compares by itself, are always compared tensor by tensor.
+    The two layers that ``verify`` compares by default are always compared tensor by tensor.
     """
     if not is_full_size(name):
         return verify(name)
@@ -116,6 +116,6 @@ def verify_case(name: str, dtype: str, checkpoint: Checkpoint | None, reference:
 
 
 def progress(names: list[str]) -> Iterator[str]:
-    """`names` one by one, with a bar on stderr if that is a terminal and stdout is not."""
+    """Yield `names` one by one, with a progress bar on stderr if that is a terminal and stdout is not."""
     quiet = not sys.stderr.isatty() or sys.stdout.isatty()
     yield from tqdm(names, unit="case", disable=quiet, file=sys.stderr)

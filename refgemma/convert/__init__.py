@@ -1,1 +1,1 @@
-"""Original checkpoints read and written: PyTorch pickles, Flax trees, Orbax folders."""
+"""Read and write original checkpoints: PyTorch pickles, Flax trees, Orbax folders and GGUF files."""

@@ -1,7 +1,7 @@
-"""Original Gemma 2 checkpoints and other files of PyTorch -> Hugging Face folders, and back. Checked against files of
-torch.save and TensorStore, and by transformers 5.23, which loads a converted folder as the model that it was.
+"""Convert original Gemma 2 checkpoints and other PyTorch files to Hugging Face folders, and back. Checked against files
+of torch.save and TensorStore, and with transformers 5.23, which loads the same model from a converted folder.
 
-Both ways follow from one table, ``refgemma.convert.layouts``.
+Both directions use one table, ``refgemma.convert.layouts``.
 """
 
 import functools
@@ -67,28 +67,28 @@ FORMATS = ("hf", "pytorch", "flax", "flax-npz", "gguf")
 TORCH_SINGLE, TORCH_INDEX, NPZ = "model.ckpt", "pytorch_model.bin.index.json", "params.npz"
 TORCH_SHARD = re.compile(r"[A-Za-z0-9_.-]{1,200}\.bin")
 TORCH_FILES = ("pytorch_model.bin", "model.pth", "lit_model.pth", "pytorch_model_fsdp.bin")  # beside *.ckpt
-ROTARY_TABLE = "freqs_cis"  # the end of the name of a table that gemma_pytorch may store beside the weights
+ROTARY_TABLE = "freqs_cis"  # suffix of the name of a table that gemma_pytorch may store beside the weights
 ORIGINAL_EMBEDDING = "embedder.weight"
 EMBEDDINGS = (ORIGINAL_EMBEDDING, EMBED_TOKENS, LITGPT_EMBEDDING, "transformer/embedder/input_embedding")
 GENERATION = "generation_config.json"
 BESIDE = (GENERATION, "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 ONE_FILE = 10**17  # bytes
-PADDING = 128  # tables of originals may have rows up to the next multiple of this that no token has
+PADDING = 128  # embeddings of originals may be padded with rows to a multiple of this
 
 
-# --- tensors that are read when rows are asked for --------------------------------------------------------------------
+# --- tensors that are read on access ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Part:
-    """Some rows of a tensor on disk, seen through `views`, one after the other."""
+    """Some rows of a tensor on disk, changed by `views` in order."""
 
     tensor: Stored
     rows: slice
     views: tuple[View, ...]
 
     def read(self, rows: slice) -> Array:
-        """Return some rows of the part; no other is read, unless a view moves axes and the file has no array."""
+        """Return some rows of the part; only these are read, unless a view moves axes."""
         kept = all(view in ROWWISE for view in self.views)
         inside = slice(self.rows.start + rows.start, self.rows.start + rows.stop) if kept else self.rows
         x = self.tensor.map()[inside]
@@ -99,7 +99,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Joined:
-    """Parts one below the other, then rows of zeros, in one precision: the rows of an `OutputTensor`."""
+    """Parts stacked by rows, then rows of zeros, in one precision: the rows of an `OutputTensor`."""
 
     name: str
     parts: tuple[tuple[Part, int], ...]
@@ -107,7 +107,7 @@ class Joined:
     shape: tuple[int, ...]
 
     def __getitem__(self, rows: slice) -> Array:
-        """Return some rows; infinite ones and NaN are refused."""
+        """Return some rows; raise an error for NaN or infinity."""
         start, stop, _ = rows.indices(self.shape[0])
         blocks, at = [], 0
         for part, count in self.parts:
@@ -126,13 +126,13 @@ class Joined:
         if not np.isfinite(block).all():
             where = f"{part.tensor.file}: tensor {part.tensor.name!r}"
             if np.isfinite(found).all():
-                raise CheckpointError(f"{where}: a number is beyond the largest {self.dtype}; keep a wider dtype")
-            raise CheckpointError(f"{where}: holds NaN or infinity, which no weight is; the file is damaged")
+                raise CheckpointError(f"{where}: a number is above the largest {self.dtype}; use a wider dtype")
+            raise CheckpointError(f"{where}: holds NaN or infinity; the file is damaged")
         return block
 
 
 def _unfold(layout: Sequence[Original], found: Mapping[str, Stored]) -> dict[str, Part]:
-    """Hugging Face name -> part of an original tensor."""
+    """Return the part of an original tensor for each Hugging Face name."""
     parts = {}
     for original in layout:
         at = 0
@@ -143,15 +143,13 @@ def _unfold(layout: Sequence[Original], found: Mapping[str, Stored]) -> dict[str
 
 
 def _fold(layout: Sequence[Original], parts: Mapping[str, Part], dtype: str | None) -> list[OutputTensor]:
-    """Return the original tensors made of Hugging Face tensors."""
+    """Return the original tensors, made from Hugging Face tensors."""
     outputs = []
     for original in layout:
         pieces = [(parts[piece.name], piece) for piece in original.pieces]
         kinds = {part.tensor.dtype.name for part, _ in pieces}
         if dtype is None and len(kinds) > 1:
-            raise CheckpointError(
-                f"{original.name!r} is made of tensors in {' and '.join(sorted(kinds))}; give a dtype"
-            )
+            raise CheckpointError(f"{original.name!r} joins tensors in {' and '.join(sorted(kinds))}; give a dtype")
         kind = dtype or kinds.pop()
         joined = tuple((replace(part, views=(*part.views, piece.fold)), piece.rows) for part, piece in pieces)
         outputs.append(
@@ -165,18 +163,18 @@ def _fold(layout: Sequence[Original], parts: Mapping[str, Part], dtype: str | No
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint to convert, headers read and checked: its Hugging Face tensors by name."""
+    """A checkpoint to convert, with headers read and checked: its Hugging Face tensors by name."""
 
     path: Path
     kind: str
     config: Gemma2Config
     parts: Mapping[str, Part]
-    padding: int = 0  # rows of the embedding that no token has, and that are left out
-    nonzero: int = 0  # how many of these hold anything but zeros
+    padding: int = 0  # rows of the embedding without a token, which are left out
+    nonzero: int = 0  # the number of these rows that are not zero
 
     @property
     def folders(self) -> list[Path]:
-        """Where files beside the weights are looked for; those of a released Orbax folder lie beside it."""
+        """The folders to search for files beside the weights; those of a released Orbax folder are beside it."""
         if self.kind == "gguf":
             return []
         if not self.path.is_dir():
@@ -186,11 +184,11 @@ class Source:
         return [
             self.path,
             *sorted({part.tensor.file.parent for part in self.parts.values()}),
-        ]  # an adapter, and its base
+        ]  # an adapter and its base
 
 
 def detect_kind(path: Path) -> str:
-    """Tell which format the checkpoint at `path` has, from the files that are there.
+    """Return the format of the checkpoint at `path`, found from its files.
 
     Examples
     --------
@@ -213,7 +211,7 @@ def detect_kind(path: Path) -> str:
     if any(path.glob("*.npz")) or is_orbax(path):
         return "flax"
     raise CheckpointError(
-        f"{path}: holds no checkpoint: no *.ckpt, {TORCH_INDEX}, {TORCH_FILES[0]}, *.npz, {SINGLE} or {INDEX}"
+        f"{path}: holds no checkpoint; it must hold *.ckpt, {TORCH_INDEX}, {TORCH_FILES[0]}, *.npz, {SINGLE} or {INDEX}"
     )
 
 
@@ -222,7 +220,7 @@ def _list_torch_files(folder: Path) -> list[Path]:
 
 
 def _read_torch_tensors(path: Path) -> dict[str, Stored]:
-    """Read the tensors of a file, or of a folder with one such file or an index and shards; no rotary tables."""
+    """Read the tensors of a file, or of a folder with one file or an index and shards, without rotary tables."""
     if not path.is_dir():
         found = read_torch(path)
     elif (path / TORCH_INDEX).exists():
@@ -230,15 +228,15 @@ def _read_torch_tensors(path: Path) -> dict[str, Stored]:
     else:
         files = _list_torch_files(path)
         if len(files) != 1:
-            raise CheckpointError(f"{path}: holds {len(files)} files of PyTorch and no {TORCH_INDEX}; give one of them")
+            raise CheckpointError(f"{path}: holds {len(files)} PyTorch files and no {TORCH_INDEX}; give one of them")
         found = read_torch(files[0])
     if quantised := [name for name in found if name.endswith("weight_scaler")]:
-        raise CheckpointError(f"{path}: is quantised ({quote_few(quantised)}); give the checkpoint that is not")
+        raise CheckpointError(f"{path}: is quantised ({quote_few(quantised)}); give the unquantised checkpoint")
     return {name: tensor for name, tensor in found.items() if not name.endswith(ROTARY_TABLE)}
 
 
 def _find_config(path: Path, found: Mapping[str, Stored], given: str | Path | None) -> Gemma2Config:
-    """Return the configuration that is given, or lies beside the weights, or is the released one of these shapes."""
+    """Return the given configuration, or the one beside the weights, or the released one with these shapes."""
     if given is not None:
         return Gemma2Config.from_json_file(given)
     beside = (path if path.is_dir() else path.parent) / CONFIG_JSON
@@ -262,7 +260,7 @@ def _find_config(path: Path, found: Mapping[str, Stored], given: str | Path | No
         if all(values[key] == size for key, size in sizes.items()):
             return Gemma2Config.preset(preset)
     described = ", ".join(f"{key} {size}" for key, size in sizes.items())
-    raise CheckpointError(f"{path}: {described} is no released Gemma 2 ({', '.join(PRESETS)}); give its config.json")
+    raise CheckpointError(f"{path}: {described} fits no released Gemma 2 ({', '.join(PRESETS)}); give its config.json")
 
 
 def _find_length(found: Mapping[str, Stored], names: Sequence[str], axis: int) -> int:
@@ -276,67 +274,67 @@ def _is_padded(rows: int, config: Gemma2Config) -> bool:
 
 
 def _count_rows(path: Path, table: Stored | None, config: Gemma2Config) -> int:
-    """Count the rows of the embedding, which may be padded."""
+    """Return the number of rows of the embedding, which may be padded."""
     rows = table.shape[0] if table is not None and table.shape else config.vocab_size
     if not _is_padded(rows, config):
         raise CheckpointError(
-            f"{path}: the embedding has {rows} rows for a vocabulary of {config.vocab_size}, which no padding to a "
-            f"multiple of {PADDING} explains; give the config.json of this checkpoint"
+            f"{path}: the embedding has {rows} rows; for a vocabulary of {config.vocab_size} it must have as many, or "
+            f"be padded to a multiple of {PADDING}: give the config.json of this checkpoint"
         )
     return rows
 
 
 def _is_transposed(path: Path, gate: Stored | None, config: Gemma2Config, given: bool | None) -> bool:
-    """Tell whether ``gating_einsum`` is ``(2, intermediate, hidden)``."""
+    """Return True if ``gating_einsum`` is ``(2, intermediate, hidden)``."""
     if given is not None:
         return given
     if config.hidden_size == config.intermediate_size:
         raise CheckpointError(
-            f"{path}: with hidden_size and intermediate_size both {config.hidden_size} the shape of gating_einsum does "
-            "not tell which axis is which; say whether it is transposed"
+            f"{path}: hidden_size and intermediate_size are both {config.hidden_size}, so the axes of gating_einsum "
+            "are ambiguous; set transposed"
         )
     return gate is not None and gate.shape[1:] == (config.intermediate_size, config.hidden_size)
 
 
 def _check_layout(path: Path, layout: Sequence[Original], found: Mapping[str, Stored]) -> None:
-    """Require each tensor of the layout, in its shape, and no other."""
+    """Raise an error unless each tensor of the layout, and no other, is there with the right shape and dtype."""
     wanted = {original.name: original.shape for original in layout}
     if missing := [name for name in wanted if name not in found]:
-        raise CheckpointError(
-            f"{path}: lacks {quote_few(missing)}; it is incomplete, or of another shape than its config"
-        )
+        raise CheckpointError(f"{path}: lacks {quote_few(missing)}; it is incomplete, or does not belong to its config")
     if unused := sorted(found.keys() - wanted.keys()):
-        raise CheckpointError(f"{path}: holds {quote_few(unused)}, which a Gemma 2 of this shape has not")
+        raise CheckpointError(f"{path}: holds {quote_few(unused)}, which a Gemma 2 of this shape does not have")
     for name, shape in wanted.items():
         tensor = found[name]
         if tensor.shape != shape:
             raise CheckpointError(
-                f"{tensor.file}: tensor {name!r} has shape {tensor.shape}, where the configuration says {shape}"
+                f"{tensor.file}: tensor {name!r} has shape {tensor.shape}; by the configuration it is {shape}"
             )
         if tensor.dtype not in FILE_DTYPES.values():
-            raise CheckpointError(f"{tensor.file}: tensor {name!r} holds {tensor.dtype}, not {', '.join(FILE_DTYPES)}")
+            raise CheckpointError(
+                f"{tensor.file}: tensor {name!r} holds {tensor.dtype}; it must be one of {', '.join(FILE_DTYPES)}"
+            )
 
 
 def open_source(
     path: str | Path, kind: str = "auto", config: str | Path | None = None, transposed: bool | None = None
 ) -> Source:
-    """Open a checkpoint in any of the formats; read and check all but the numbers.
+    """Open a checkpoint in any supported format, and check everything except the numbers.
 
     Parameters
     ----------
     path : str or Path
         A file or a folder.
     kind : str
-        ``hf``, ``gguf``, ``pytorch``, ``flax``, or ``auto`` to tell it from the files.
+        ``hf``, ``gguf``, ``pytorch``, ``flax``, or ``auto`` to find it from the files.
     config : str or Path, optional
-        The ``config.json`` of an original; without one that beside it, or the released one of these shapes.
+        The ``config.json`` of an original. Default: the one beside it, or the released one with these shapes.
     transposed : bool, optional
-        Whether ``gating_einsum`` of a Flax tree is ``(2, intermediate, hidden)``; follows from its shape if not given.
+        If true, ``gating_einsum`` of a Flax tree is ``(2, intermediate, hidden)``. Default: found from its shape.
 
     Raises
     ------
     CheckpointError
-        Naming the file, the tensor and what to do.
+        If the checkpoint cannot be converted; the error names the file, the tensor and the remedy.
 
     Examples
     --------
@@ -349,7 +347,7 @@ def open_source(
     kind = detect_kind(path) if kind == "auto" else kind
     if kind in ("hf", "gguf"):
         if config is not None:
-            raise CheckpointError(f"{path}: has a configuration already; leave out the other one")
+            raise CheckpointError(f"{path}: already has a configuration; leave out the other one")
         return _open_hf(path, kind)
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such file or folder")
@@ -382,7 +380,7 @@ def _open_hf(path: Path, kind: str) -> Source:
 
 
 def _open_state_dict(path: Path, config: Gemma2Config, found: Mapping[str, Stored]) -> Source:
-    """Open the tensors of PyTorch's files under the names of transformers or LitGPT."""
+    """Open PyTorch tensors with the names of transformers or LitGPT."""
     if LITGPT_EMBEDDING in found:
         head = found.get(LM_HEAD)
         if head is not None and config.tie_word_embeddings:
@@ -403,7 +401,7 @@ def _open_state_dict(path: Path, config: Gemma2Config, found: Mapping[str, Store
 
 @dataclass(frozen=True)
 class Converted:
-    """What `convert` has done."""
+    """The result of `convert`."""
 
     source: Source
     target: Path
@@ -412,7 +410,7 @@ class Converted:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors that were written."""
+        """Bytes of all written tensors."""
         return sum(output.nbytes for output in self.outputs)
 
 
@@ -420,17 +418,17 @@ def _choose_layout(source: Source, kind: str, vocab_rows: int | None, transposed
     config = source.config
     if vocab_rows is not None and (kind == "hf" or not _is_padded(vocab_rows, config)):
         raise CheckpointError(
-            f"{vocab_rows} rows for the {config.vocab_size} tokens of {source.path}: in a Hugging Face folder each row "
-            f"has its token, and in the originals rows are padded to the next multiple of {PADDING}"
+            f"vocab_rows is {vocab_rows}, and {source.path} has {config.vocab_size} tokens; leave it out for a Hugging "
+            f"Face folder, and for an original give the next multiple of {PADDING}"
         )
     if kind == "hf":
         return hf_layout(config)
     if config.attention_bias or not config.tie_word_embeddings:
-        what = "biases in attention" if config.attention_bias else "a head of its own"
-        raise CheckpointError(f"{source.path}: has {what}, for which the original formats have no place")
+        what = "biases in attention" if config.attention_bias else "an untied head"
+        raise CheckpointError(f"{source.path}: has {what}, which the original formats cannot store; convert to hf")
     if vocab_rows is not None and vocab_rows < config.vocab_size:
         raise CheckpointError(
-            f"{source.path}: has {config.vocab_size} tokens, more than the {vocab_rows} rows asked for"
+            f"vocab_rows is {vocab_rows}; {source.path} has {config.vocab_size} tokens: give at least as many rows"
         )
     if kind == "pytorch":
         return pytorch_layout(config, vocab_rows)
@@ -443,33 +441,34 @@ def convert(
     config: str | Path | None = None, dtype: str | None = None, max_shard_size: int | str | None = None,
     vocab_rows: int | None = None, transposed: bool | None = None,
 ) -> Converted:  # fmt: skip
-    """Convert a checkpoint, a few rows at a time, and compare what was written with the source.
+    """Convert a checkpoint, a few rows at a time, and compare the written files with the source.
 
-    Run again after an interruption, it continues with the first file that was not finished.
+    Run again after an interruption, it continues with the first unfinished file.
 
     Parameters
     ----------
     source : str or Path
         A folder or a file; see `open_source`.
     target : str or Path
-        A folder that is empty or not there, or that of the same conversion, interrupted. Of GGUF, a file.
+        An empty or new folder, or that of the same conversion after an interruption. For GGUF, a file.
     source_format, target_format : str
         ``hf``, ``gguf``, ``pytorch`` or ``flax``; the source also ``auto``, and the target also ``flax-npz``.
     config : str or Path, optional
         See `open_source`.
     dtype : str, optional
-        The precision to write; the numbers are copied bit for bit if it is that of the source, or not given.
+        The precision to write. The numbers are copied bit for bit if it is the source's, or not given.
     max_shard_size : int or str, optional
-        See `write_checkpoint`. 5GB if not given; PyTorch's format in one file then, and ``flax-npz`` always.
+        See `write_checkpoint`. Default: 5GB; PyTorch's format then is one file, and ``flax-npz`` always is.
     vocab_rows : int, optional
-        Rows of the embedding in an original, 256128 in the released Flax trees; those of no token are zero.
+        Number of rows of the embedding in an original, 256128 in the released Flax trees; rows without a token are
+        zero.
     transposed : bool, optional
         Layout of ``gating_einsum`` in a Flax tree, source or target; see `flax_layout`.
 
     Raises
     ------
     CheckpointError
-        If the source is not complete, a number does not fit `dtype`, or the target holds other files.
+        If the source is incomplete, a number does not fit `dtype`, or the target holds other files.
     OSError
         If a file cannot be read or written.
 
@@ -487,11 +486,11 @@ def convert(
     """
     if target_format not in FORMATS or (dtype is not None and dtype not in FILE_DTYPES):
         raise CheckpointError(
-            f"cannot write {target_format} in {dtype}; there are {', '.join((*FORMATS, *FILE_DTYPES))}"
+            f"cannot write {target_format} in {dtype}; use one of {', '.join((*FORMATS, *FILE_DTYPES))}"
         )
     if target_format == "gguf":
         if str(target).endswith("/"):
-            raise CheckpointError(f"{target}: is the name of a folder; give that of a file, which ends in {GGUF}")
+            raise CheckpointError(f"{target}: is the name of a folder; give the name of a file that ends in {GGUF}")
         return _convert_to_gguf(open_source(source, source_format, config, transposed), Path(target), dtype)
     size = parse_size(max_shard_size or (ONE_FILE if target_format == "pytorch" else "5GB"))
     opened = open_source(source, source_format, config, transposed)
@@ -513,16 +512,16 @@ def _find_tokenizer(source: Source) -> Tokenizer | None:
     places = own or [p for p in source.folders if (p / "tokenizer.model").is_file()]
     if places:
         return Tokenizer.from_pretrained(places[0])
-    warnings.warn(f"{source.path}: has no tokenizer, and the GGUF file will have none: it takes ids only", stacklevel=2)
+    warnings.warn(f"{source.path}: has no tokenizer, so the GGUF file has none: it takes only ids", stacklevel=2)
     return None
 
 
 def _convert_to_gguf(source: Source, target: Path, dtype: str | None) -> Converted:
-    """Write a GGUF file, with the norms in float32 as llama.cpp has them, and the tokenizer if there is one."""
+    """Write a GGUF file, with the norms in float32 as in llama.cpp, and the tokenizer if there is one."""
     if target.suffix != GGUF or target.is_dir():
-        raise CheckpointError(f"{target}: a GGUF file is written, whose name has to end in {GGUF}")
+        raise CheckpointError(f"{target}: the name of a GGUF file must end in {GGUF}")
     if any(os.path.realpath(part.tensor.file) == os.path.realpath(target) for part in source.parts.values()):
-        raise CheckpointError(f"{target}: is the source, and is not replaced; give another file")
+        raise CheckpointError(f"{target}: is the source; give another file")
     check_model(source.config, source.path)
     matrices, norms = gguf_layout(source.config)
     outputs = _fold(matrices, source.parts, dtype) + _fold(norms, source.parts, "float32")
@@ -531,7 +530,7 @@ def _convert_to_gguf(source: Source, target: Path, dtype: str | None) -> Convert
 
 
 def _make_fingerprint(source: Source, outputs: Sequence[OutputTensor], kind: str, size: int) -> str:
-    """Hash what is converted to what: an interrupted run is continued only by one with the same."""
+    """Hash the source and the target: only a run with the same hash continues an interrupted one."""
     files = sorted({part.tensor.file for part in source.parts.values()})
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     tensors = [(output.name, output.dtype, output.shape) for output in outputs]
@@ -540,7 +539,7 @@ def _make_fingerprint(source: Source, outputs: Sequence[OutputTensor], kind: str
 
 
 def _write_beside(source: Source, folder: Path, kind: str, dtype: str) -> None:
-    """Write the files beside the weights: the configuration, and what lies beside those of the source."""
+    """Write the files beside the weights: the configuration, and copies of those beside the source's weights."""
     config = source.config.changed(dtype=dtype, architectures=("Gemma2ForCausalLM",))
     config.save_pretrained(folder)
     if source.kind == "gguf" and has_tokens(source.path):
@@ -555,7 +554,7 @@ def _write_beside(source: Source, folder: Path, kind: str, dtype: str) -> None:
 
 
 def _write_zips(folder: Path, outputs: Sequence[OutputTensor], kind: str, limit: int) -> None:
-    """Write PyTorch's format, in one file or in shards with an index, or a ``.npz``; compare, then move into place."""
+    """Write PyTorch's format, in one file or shards with an index, or a ``.npz``; compare, then move into place."""
     parts = _split_into_files(outputs, kind, limit)
     staging = folder / STAGING
     key = None if len(parts) > 1 else "model_state_dict"

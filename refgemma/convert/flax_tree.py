@@ -1,8 +1,8 @@
-"""The Flax parameter tree of Gemma 2 in flat files: a .npz or .safetensors whose names are paths, joined with "/".
+"""Read and write Gemma 2's Flax parameter tree in flat files: .npz or .safetensors, with paths joined by "/" as names.
 
-The names are those of google-deepmind/gemma and of the released Orbax folders, which `refgemma.convert.orbax` reads. A
-tensor is read at a time; bfloat16 in a .npz are the two-byte voids that NumPy makes of them. A .npz is a zip file whose
-entries are stored as they are, and so is what `torch.save` writes.
+The names are those of google-deepmind/gemma and of the released Orbax folders, which `refgemma.convert.orbax` reads.
+One tensor is read at a time. A .npz holds bfloat16 as NumPy writes it, as two-byte voids. A .npz is a zip file with
+uncompressed entries; so are the files of `torch.save`.
 """
 
 import ast
@@ -33,32 +33,35 @@ from refgemma.weights.checkpoint import (
 )
 from refgemma.weights.save import FILE_DTYPES, OutputTensor
 
-# What numpy.save says of the numbers: bfloat16, which NumPy does not know, is two bytes to it.
+# The dtypes in a header of numpy.save; NumPy does not know bfloat16 and writes two bytes.
 DESCRS = {"<f8": FILE_DTYPES["float64"], "<f4": FILE_DTYPES["float32"], "<f2": FILE_DTYPES["float16"]}
 DESCRS |= dict.fromkeys(("|V2", "<V2"), FILE_DTYPES["bfloat16"])
 HEADER_LIMIT = 2**16  # bytes
-WITH_W = ("gating_einsum", "linear")  # w of the feed-forward layer: a level of its own in releases, not in the model
-ALIGNMENT = 64  # of the numbers of a tensor in a zip file, as torch.save does
+WITH_W = (
+    "gating_einsum",
+    "linear",
+)  # w of the feed-forward layer: a level of its own in releases, but not in the model
+ALIGNMENT = 64  # of a tensor's numbers in a zip file, as in torch.save
 
 
-# --- zip files whose entries are stored as they are -------------------------------------------------------------------
+# --- zip files with uncompressed entries ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class ZipEntry:
-    """Where the bytes of an entry are in its zip file."""
+    """The place of an entry's bytes in its zip file."""
 
     start: int
     size: int
 
 
 def read_zip_entries(file: Path) -> dict[str, ZipEntry]:
-    """Name -> place of every entry of a zip file, none of which may be compressed.
+    """Return the place of every entry of a zip file by name; no entry may be compressed.
 
     Raises
     ------
     CheckpointError
-        If it is no such file.
+        If it is not such a file.
     OSError
         If it cannot be opened.
 
@@ -75,7 +78,7 @@ def read_zip_entries(file: Path) -> dict[str, ZipEntry]:
             infos = archive.infolist()
             found = {info.filename: _locate_entry(stream, info, file) for info in infos}
             if len(found) != len(infos):
-                raise CheckpointError(f"{file}: two of its entries have the same name; {REMEDY}")
+                raise CheckpointError(f"{file}: two entries have the same name; {REMEDY}")
             return found
     except CheckpointError:
         raise
@@ -91,22 +94,22 @@ def _locate_entry(stream: IO[bytes], info: zipfile.ZipInfo, file: Path) -> ZipEn
     where = f"{file}: entry {quote(info.filename)}"
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
         raise CheckpointError(
-            f"{where}: is compressed, as in TorchScript or by numpy.savez_compressed, or encrypted; write the tensors "
+            f"{where}: is compressed (as by TorchScript or numpy.savez_compressed) or encrypted; write the tensors "
             "with torch.save or numpy.savez"
         )
     stream.seek(info.header_offset)
     header = stream.read(30)
     if len(header) < 30 or header[:4] != b"PK\x03\x04":
-        raise CheckpointError(f"{where}: does not begin where the zip file says; {REMEDY}")
+        raise CheckpointError(f"{where}: does not begin at its place in the zip file; {REMEDY}")
     name, extra = struct.unpack("<26xHH", header)
     start = info.header_offset + 30 + name + extra
     if start + info.file_size > file.stat().st_size:
-        raise CheckpointError(f"{where}: ends beyond the end of the file, a download that was cut short; {REMEDY}")
+        raise CheckpointError(f"{where}: ends beyond the end of the file, which is truncated; {REMEDY}")
     return ZipEntry(start, info.file_size)
 
 
 def add_entry(archive: zipfile.ZipFile, stream: IO[bytes], name: str, chunks: Iterable[Any]) -> None:
-    """Add an entry to a zip file that is written to `stream`, chunk after chunk, its first byte aligned."""
+    """Add an aligned entry to a zip file that is being written to `stream`, chunk by chunk."""
     info = zipfile.ZipInfo(name)
     begin = stream.tell() + 30 + len(name.encode()) + 20 + 4  # header, name, sizes of 64 bits, head of the padding
     padding = -begin % ALIGNMENT
@@ -125,7 +128,7 @@ def iterate_data(output: OutputTensor, bar: Any = None) -> Iterator[Any]:
 
 
 def write_zip(path: Path, entries: dict[str, Iterable[Any]]) -> None:
-    """Write a zip file of entries given in chunks; it has its name only once it is whole and on the disk."""
+    """Write a zip file of entries given in chunks; it gets its name only when complete and on the disk."""
     with new_file(path) as stream:
         with zipfile.ZipFile(stream, "w") as archive:
             for name, chunks in entries.items():
@@ -136,12 +139,12 @@ def write_zip(path: Path, entries: dict[str, Iterable[Any]]) -> None:
 
 @dataclass(frozen=True)
 class StridedTensor(Stored):
-    """A tensor on disk whose numbers do not follow each other in the order of its axes."""
+    """A tensor on disk that is not contiguous."""
 
     strides: tuple[int, ...]
 
     def map(self, keep: bool = False) -> Array:
-        """Map it, again each time; see `Stored.map`."""
+        """Map the tensor again at each call; see `Stored.map`."""
         if not all(self.shape):
             return np.zeros(self.shape, self.dtype)
         span = 1 + sum((length - 1) * stride for length, stride in zip(self.shape, self.strides, strict=True))
@@ -151,7 +154,7 @@ class StridedTensor(Stored):
 
 
 def row_major_strides(shape: Sequence[int]) -> tuple[int, ...]:
-    """Return the strides, in numbers, of an array of `shape` whose numbers follow each other.
+    """Return the strides, in numbers, of a contiguous array of `shape`.
 
     Examples
     --------
@@ -165,7 +168,7 @@ def row_major_strides(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def tidy(name: str) -> str:
-    """Return the one spelling of a name that is used here: the released one.
+    """Return a name in the released spelling, which refgemma uses.
 
     Examples
     --------
@@ -178,7 +181,7 @@ def tidy(name: str) -> str:
 
 
 def read_tree(source: Path) -> dict[str, Stored]:
-    """Read names, shapes and places of the tensors of a flat Flax tree; the numbers are read when asked for.
+    """Read the names, shapes and places of the tensors of a flat Flax tree; the numbers are read on access.
 
     Parameters
     ----------
@@ -188,7 +191,7 @@ def read_tree(source: Path) -> dict[str, Stored]:
     Raises
     ------
     CheckpointError
-        If it is damaged, or no such tree.
+        If it is damaged, or not such a tree.
 
     Examples
     --------
@@ -202,7 +205,7 @@ def read_tree(source: Path) -> dict[str, Stored]:
     found: dict[str, Stored] = {}
     for name, tensor in _read_source(source).items():
         if tidy(name) in found:
-            raise CheckpointError(f"{tensor.file}: {quote(tidy(name))} stands in it twice, in two spellings")
+            raise CheckpointError(f"{tensor.file}: holds {quote(tidy(name))} twice, in two spellings; remove one")
         found[tidy(name)] = tensor
     return found
 
@@ -217,11 +220,11 @@ def _read_source(source: Path) -> dict[str, Stored]:
         return read_npz(files[0])
     if is_orbax(source):
         return read_orbax(source)
-    raise CheckpointError(f"{source}: holds {len(files)} .npz files and no {SINGLE}; give the one file of the tree")
+    raise CheckpointError(f"{source}: holds {len(files)} .npz files and no {SINGLE}; give the file of the tree")
 
 
 def read_npz(file: Path) -> dict[str, Stored]:
-    """Read names, shapes and places of the arrays of a ``.npz`` that `numpy.savez` wrote, not compressed.
+    """Read the names, shapes and places of the arrays of an uncompressed ``.npz``, as from `numpy.savez`.
 
     Examples
     --------
@@ -234,7 +237,7 @@ def read_npz(file: Path) -> dict[str, Stored]:
         try:
             found[name] = _read_array(name, file, entry)
         except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
-            raise CheckpointError(f"{where}: is not read: {' '.join(str(error).split())[:200]}; {REMEDY}") from None
+            raise CheckpointError(f"{where}: cannot be read: {' '.join(str(error).split())[:200]}; {REMEDY}") from None
     return found
 
 
@@ -251,7 +254,7 @@ def _read_array(name: str, file: Path, entry: ZipEntry) -> Stored:
         raise ValueError("its header lacks descr, fortran_order or shape")
     shape, dtype = header["shape"], DESCRS.get(str(header["descr"])[:20])
     if dtype is None:
-        raise ValueError(f"its numbers are {quote(header['descr'])}, not {', '.join(FILE_DTYPES)}")
+        raise ValueError(f"its dtype is {quote(header['descr'])}; it must be one of {', '.join(FILE_DTYPES)}")
     if not isinstance(shape, tuple) or len(shape) > 32 or not all(type(n) is int and 0 <= n < 2**62 for n in shape):
         raise ValueError(f"its shape is {quote(shape)}")
     tensor = Stored(name, file, dtype, shape, entry.start + length, file.stat().st_size)
@@ -269,7 +272,7 @@ def write_npz(path: Path, outputs: Sequence[OutputTensor], bar: Any = None) -> N
     Parameters
     ----------
     path : Path
-        Appears under this name when it is whole.
+        The path of the file; it appears when it is complete.
     outputs : sequence of Output
         The tensors.
     bar : tqdm, optional

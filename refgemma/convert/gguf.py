@@ -1,8 +1,8 @@
-"""Writes a GGUF file that llama.cpp loads, with the library gguf 0.19. Checked by reading it back, and by the logits of
+"""Write a GGUF file that llama.cpp loads, with the library gguf 0.19. Checked by reading it back, and by the logits of
 llama.cpp.
 
-Names, metadata and what is kept in float32 are those of llama.cpp's own converter: norms hold 1 + w, rounded once to
-float32, which loses no bit of a w in bfloat16 that is 0 or at least 2**-16.
+Names, metadata and the choice of tensors in float32 are those of llama.cpp's own converter. Norms hold 1 + w, rounded
+once to float32; this loses no bit of a w in bfloat16 that is 0 or at least 2**-16.
 """
 
 import os
@@ -28,7 +28,7 @@ from refgemma.weights.stored import CheckpointError
 
 CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 ALIGNMENT = 32
-# What llama.cpp takes for every Gemma 2, or of which it has a default that no value switches off.
+# Fields that llama.cpp fixes for every Gemma 2, or with a default that no value switches off.
 FIXED = (
     "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", "hidden_activation", "layer_types",
     "attention_bias", "tie_word_embeddings",
@@ -68,12 +68,12 @@ def _describe(config: Gemma2Config) -> dict[str, int | float]:
 
 
 def check_model(config: Gemma2Config, source: Path) -> None:
-    """Refuse a model that llama.cpp would compute as another one.
+    """Raise an error for a model that llama.cpp would compute differently.
 
     Raises
     ------
     CheckpointError
-        Naming the field, and what llama.cpp would take.
+        If a field differs from llama.cpp's value; the error names both.
     """
     described = {"general.architecture": "gemma2"} | _describe(config)
     table = GgufTensor("token_embd.weight", "F32", (config.vocab_size, config.hidden_size), 0, 0)
@@ -85,11 +85,11 @@ def check_model(config: Gemma2Config, source: Path) -> None:
             np.float32(ours) == np.float32(theirs) if isinstance(theirs, float) and ours is not None else ours == theirs
         )
         if not same:
-            remedy = ""
+            remedy = "; write another format"
             if field == "query_pre_attn_scalar":
                 remedy = f"; multiply each q_proj by {(theirs / ours) ** 0.5!r} and set it to {theirs} first"
             raise CheckpointError(
-                f"{source}: {field} is {ours!r}, where llama.cpp takes {theirs!r} for such a model, and gives other "
+                f"{source}: {field} is {ours!r}, but llama.cpp uses {theirs!r} for such a model, which gives other "
                 f"logits{remedy}"
             )
 
@@ -98,7 +98,7 @@ def check_model(config: Gemma2Config, source: Path) -> None:
 
 
 def _add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Add pieces, scores and types: spaces are written out in user-defined ones, and rows beyond have unused ones."""
+    """Add pieces, scores and types: user-defined pieces have plain spaces, and rows without a token unused pieces."""
     pieces, special = tokenizer._vocabulary.pieces, set(tokenizer.all_special_ids)
     kinds = [CONTROL if n in special and p.type != UNKNOWN else p.type for n, p in enumerate(pieces)]
     names = [
@@ -147,14 +147,14 @@ def _make_header(config: Gemma2Config, tokenizer: Tokenizer | None, outputs: Seq
 
 
 def write_gguf(path: Path, config: Gemma2Config, tokenizer: Tokenizer | None, outputs: Sequence[OutputTensor]) -> None:
-    """Write a GGUF file, some rows of a tensor at a time, and compare what was written with what had to be.
+    """Write a GGUF file, some rows of a tensor at a time, then read it back and compare.
 
     Raises
     ------
     CheckpointError
-        If the library is not installed, or a tensor does not read as it was written.
+        If the library is not installed, or a tensor reads back differently.
     OSError
-        If it cannot be written; `path` is as it was then.
+        If the file cannot be written; `path` is then unchanged.
     """
     with (
         new_file(path) as file,

@@ -1,7 +1,7 @@
-"""The tensors of the original Gemma 2 releases, each as Hugging Face tensors one below the other, with axes moved.
+"""The tensors of the original Gemma 2 releases, each made from Hugging Face tensors, stacked and with axes moved.
 
-Names and shapes are those of gemma_pytorch's `model.py` and google-deepmind/gemma's `modules.py`; which norm is which
-was checked against MaxText's converter as well. gemma_pytorch's own module, given weights converted by this table,
+Names and shapes are those of gemma_pytorch's `model.py` and google-deepmind/gemma's `modules.py`. The order of the
+norms was also checked against MaxText's converter. With weights converted by this table, gemma_pytorch's own module
 computes the logits of refgemma.
 """
 
@@ -27,13 +27,15 @@ def add_one(x: Array) -> Array:
     return x.astype(np.float64) + 1
 
 
-ROWWISE = (_identity, add_one)  # the views that make each row of the same row
+ROWWISE = (_identity, add_one)  # the views that compute each row from the same row
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Some rows of an original tensor, which are one Hugging Face tensor: `fold` makes these rows of it, and `unfold`
-    it of them."""
+    """Some rows of an original tensor, which correspond to one Hugging Face tensor.
+
+    `fold` makes the rows from the Hugging Face tensor; `unfold` is the inverse.
+    """
 
     name: str
     rows: int
@@ -43,7 +45,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Original:
-    """One tensor of an original checkpoint: its pieces, one below the other."""
+    """One tensor of an original checkpoint, made of pieces stacked by rows."""
 
     name: str
     shape: tuple[int, ...]
@@ -51,7 +53,7 @@ class Original:
 
 
 def pytorch_layout(config: Gemma2Config, vocab_rows: int | None = None) -> list[Original]:
-    """Return the tensors of gemma_pytorch: Hugging Face's, but for the embedding's name and ``qkv_proj``.
+    """Return the tensors of gemma_pytorch: those of Hugging Face, except the embedding's name and ``qkv_proj``.
 
     Examples
     --------
@@ -73,7 +75,7 @@ def pytorch_layout(config: Gemma2Config, vocab_rows: int | None = None) -> list[
 
 
 def _fold_heads(name: str, heads: int, config: Gemma2Config, stacked: bool) -> Piece:
-    """Fold a projection ``(heads*head_dim, hidden)``, which Flax has as ``(heads, hidden, head_dim)``."""
+    """Return the piece for a projection ``(heads*head_dim, hidden)``, in Flax ``(heads, hidden, head_dim)``."""
     hidden, head_dim = config.hidden_size, config.head_dim
 
     def fold(x: Array) -> Array:
@@ -91,14 +93,14 @@ def _transpose(name: str, rows: int) -> Piece:
 
 
 def _fold_gate(name: str, transposed: bool) -> Piece:
-    """Fold a half of ``gating_einsum``, which with `transpose_gating_einsum` is as Hugging Face has it."""
+    """Return the piece for a half of ``gating_einsum``; with `transpose_gating_einsum` it is as in Hugging Face."""
     if transposed:
         return Piece(name, 1, lambda x: x[None], lambda x: x[0])
     return Piece(name, 1, lambda x: x.T[None], lambda x: x[0].T)
 
 
 def flax_layout(config: Gemma2Config, transposed: bool, vocab_rows: int | None = None) -> list[Original]:
-    """Return the tensors of google-deepmind/gemma; `transposed` is its `transpose_gating_einsum`: not for the 2B.
+    """Return the tensors of google-deepmind/gemma; `transposed` is its `transpose_gating_einsum`, false for the 2B.
 
     Examples
     --------
@@ -150,7 +152,7 @@ def _flax_attention(config: Gemma2Config, names: Mapping[str, str], path: str) -
     ]
 
 
-# The names of LitGPT inside a layer -> the fields of `LayerWeights` that it holds, one below the other.
+# The names of LitGPT inside a layer -> the fields of `LayerWeights` that it holds, stacked by rows.
 LITGPT = {
     "norm_1": ("input_layernorm",),
     "attn.qkv": ("q_proj", "k_proj", "v_proj"),
@@ -189,7 +191,7 @@ def litgpt_layout(config: Gemma2Config) -> list[Original]:
 
 
 def hf_layout(config: Gemma2Config) -> list[Original]:
-    """Return the tensors of a Hugging Face folder, each made of itself.
+    """Return the tensors of a Hugging Face folder, unchanged.
 
     Examples
     --------

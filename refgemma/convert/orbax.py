@@ -1,5 +1,6 @@
-"""Orbax folders, in which the Flax release comes: read a tensor at a time with TensorStore, the extra ``flax``. Checked
-against folders that orbax-checkpoint 0.12 wrote: OCDBT with zarr 2 and zarr 3, and a folder for each parameter.
+"""Read Orbax folders, the format of the Flax release, one tensor at a time with TensorStore (the extra ``flax``).
+Checked against folders written by orbax-checkpoint 0.12: OCDBT with zarr 2 and zarr 3, and one folder for each
+parameter.
 """
 
 from dataclasses import dataclass, field
@@ -13,13 +14,13 @@ from refgemma.precision import Array
 from refgemma.weights.checkpoint import CheckpointError, Stored
 
 OCDBT = "manifest.ocdbt"
-# Files of which an Orbax folder has at least one; which ones depends on the version that wrote it.
+# An Orbax folder has at least one of these files, depending on the version that wrote it.
 ORBAX_FILES = (OCDBT, "_METADATA", "_CHECKPOINT_METADATA", "checkpoint", "ocdbt.process_0")
-DRIVERS = {".zarray": "zarr", "zarr.json": "zarr3"}  # the file that says how an array is stored -> what reads it
+DRIVERS = {".zarray": "zarr", "zarr.json": "zarr3"}  # the file that describes an array -> the driver that reads it
 
 
 def is_orbax(folder: Path) -> bool:
-    """Tell whether `folder` looks like one that Orbax wrote.
+    """Return True if `folder` looks like an Orbax folder.
 
     Examples
     --------
@@ -31,14 +32,14 @@ def is_orbax(folder: Path) -> bool:
 
 @dataclass
 class Opened:
-    """A folder that is being read. It keeps the tensor it read last: rows of one are asked for one after the other."""
+    """A folder that is being read. It keeps the last tensor, because rows of one tensor are read one after another."""
 
-    store: dict[str, Any]  # TensorStore's description of where names are looked up
+    store: dict[str, Any]  # TensorStore's description of the place of names
     prefix: str  # of the names in it
     last: tuple[str, Array] = field(default=("", np.zeros(0)))
 
     def names(self) -> dict[str, str]:
-        """Name of each array -> the driver that reads it."""
+        """Return the driver of each array by name."""
         import tensorstore
 
         listed = tensorstore.KvStore.open({**self.store, "path": self.prefix}).result().list().result()
@@ -46,7 +47,7 @@ class Opened:
         return {name: DRIVERS[file] for name, _, file in parts if file in DRIVERS}
 
     def handle(self, name: str, driver: str) -> Any:
-        """Open one array, of which nothing is read yet but shape and dtype."""
+        """Open one array, reading only its shape and dtype."""
         import tensorstore
 
         place = {**self.store, "path": f"{self.prefix}{name}/"}
@@ -55,7 +56,7 @@ class Opened:
     def read(self, name: str, driver: str) -> Array:
         """Read one array, whole."""
         if self.last[0] != name:
-            self.last = ("", np.zeros(0))  # given up before the next one is read: never two at a time
+            self.last = ("", np.zeros(0))  # released before the next one is read: never two at a time
             array: Array = self.handle(name, driver).read().result()
             self.last = (name, array)
         return self.last[1]
@@ -63,13 +64,13 @@ class Opened:
 
 @dataclass(frozen=True)
 class OrbaxTensor(Stored):
-    """One tensor of an Orbax folder; `file` is one by which a change of the folder would be noticed."""
+    """One tensor of an Orbax folder; a change of `file` shows that the folder changed."""
 
     opened: Opened
     driver: str
 
     def map(self, keep: bool = False) -> Array:
-        """Return the whole tensor, in memory: its chunks are compressed. It is never kept."""
+        """Return the whole tensor in memory, because its chunks are compressed. It is never kept."""
         try:
             return self.opened.read(self.name, self.driver)
         except ValueError as error:
@@ -79,12 +80,12 @@ class OrbaxTensor(Stored):
 
 
 def _shorten(error: Exception) -> str:
-    """Return the beginning of TensorStore's message, which goes on with places in its own source."""
+    """Return the beginning of TensorStore's message; the rest names places in its own source."""
     return str(error).split("[")[0].strip()[:200]
 
 
 def read_orbax(folder: Path) -> dict[str, Stored]:
-    """Read names and shapes of the parameters of an Orbax folder; the numbers are read when asked for.
+    """Read the names and shapes of the parameters of an Orbax folder; the numbers are read on access.
 
     Raises
     ------
@@ -107,4 +108,4 @@ def read_orbax(folder: Path) -> dict[str, Stored]:
             found[name] = OrbaxTensor(name, sign, dtype, shape, 0, sign.stat().st_size, opened, driver)
         return found
     except ValueError as error:
-        raise CheckpointError(f"{folder}: is no Orbax folder that can be read: {_shorten(error)}") from None
+        raise CheckpointError(f"{folder}: cannot be read as an Orbax folder: {_shorten(error)}") from None

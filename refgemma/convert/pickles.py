@@ -1,7 +1,7 @@
-"""Reads and writes the files of `torch.save` without PyTorch: a zip of one pickle and of each tensor's numbers.
+"""Read and write the files of `torch.save` without PyTorch: a zip of one pickle and each tensor's numbers.
 
-Checked both ways against torch 2.13. The pickle is walked by a machine of our own, which knows the opcodes that such a
-file needs. A name in it is compared with a short list; nothing is imported and nothing is called.
+Checked both ways against torch 2.13. An interpreter in this file reads the pickle; it knows only the opcodes that such
+a file needs. Names in the pickle are compared with a short list; nothing is imported and nothing is called.
 """
 
 import pickle
@@ -28,18 +28,18 @@ from refgemma.files import AXES_LIMIT, open_file, quote
 from refgemma.weights.checkpoint import REMEDY, CheckpointError, Stored
 from refgemma.weights.save import FILE_DTYPES, OutputTensor
 
-PICKLE_LIMIT = 2**24  # bytes: the pickle of a 27B has 100 thousand
-STEPS_LIMIT = 2**20  # opcodes: that of a 27B has 12 thousand; each may make an object
-ARGUMENTS_LIMIT = 10  # of what is called; they are copied in each call
+PICKLE_LIMIT = 2**24  # bytes: the pickle of a 27B has 100,000
+STEPS_LIMIT = 2**20  # opcodes: the pickle of a 27B has 12,000; each may make an object
+ARGUMENTS_LIMIT = 10  # of a call; each call copies them
 
-STATE_KEYS = ("model_state_dict", "model", "state_dict", "module")  # of a dict that holds the state dict
+STATE_KEYS = ("model_state_dict", "model", "state_dict", "module")  # keys of a dict that holds the state dict
 
 STORAGES: dict[str, np.dtype[Any]] = {
     "torch.DoubleStorage": np.dtype(np.float64),
     "torch.FloatStorage": np.dtype(np.float32),
     "torch.HalfStorage": np.dtype(np.float16),
     "torch.BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
-    # No weights, but they may lie beside them: the rotary table, counters, quantised numbers.
+    # Not weights, but possible beside them: the rotary table, counters, quantised numbers.
     "torch.ComplexFloatStorage": np.dtype(np.complex64),
     "torch.LongStorage": np.dtype(np.int64),
     "torch.IntStorage": np.dtype(np.int32),
@@ -55,7 +55,7 @@ STORAGE_OF = {dtype: name for name, dtype in STORAGES.items()}
 
 @dataclass(frozen=True)
 class _Name:
-    """What a pickle asks to import. It is not imported."""
+    """A name that a pickle wants to import. It is not imported."""
 
     dotted: str
 
@@ -76,15 +76,15 @@ class _Tensor:
 
 
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
-    """Check what ``torch._utils._rebuild_tensor_v2`` is given."""
+    """Check the arguments of ``torch._utils._rebuild_tensor_v2``, and return the tensor's place."""
     if not isinstance(storage, _Storage) or not all(isinstance(part, tuple) for part in (shape, strides)):
-        raise ValueError("a tensor without storage, shape or strides")
+        raise ValueError("a tensor lacks storage, shape or strides")
     numbers = (offset, *shape, *strides)
     if len(shape) != len(strides) or len(shape) > AXES_LIMIT or not all(_is_count(n) for n in numbers):
-        raise ValueError(f"a tensor of shape {quote(shape)} with strides {quote(strides)}")
+        raise ValueError(f"a tensor has the invalid shape {quote(shape)} with strides {quote(strides)}")
     last = offset + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
     if all(shape) and last >= storage.count:
-        raise ValueError(f"a tensor that goes beyond the {storage.count} numbers of its storage")
+        raise ValueError(f"a tensor exceeds the {storage.count} numbers of its storage")
     return _Tensor(storage, offset, shape, strides)
 
 
@@ -93,13 +93,13 @@ def _is_count(value: Any) -> bool:
 
 
 def _check_size(axes: Any) -> tuple[int, ...]:
-    """A shape: a tuple as it is. A copy of a long list, made again and again, would take memory without limit."""
+    """Return a shape unchanged if it is a tuple. Copying a long list repeatedly would take unlimited memory."""
     if not isinstance(axes, tuple):
-        raise ValueError(f"a shape that is no tuple but {quote(axes)}")
+        raise ValueError(f"a shape is {quote(axes)}; it must be a tuple")
     return axes
 
 
-# What may be called in a checkpoint: a name -> what stands for the result here.
+# The functions that a checkpoint may call: a name -> the function that replaces it here.
 _RESULTS: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": lambda: {},
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
@@ -111,7 +111,7 @@ _RESULTS: dict[str, Callable[..., Any]] = {
 
 
 class _Machine:
-    """The stack machine of a pickle, for plain containers and tensors."""
+    """The stack machine of a pickle, limited to plain containers and tensors."""
 
     def __init__(self) -> None:
         self.stack: list[Any] = []
@@ -124,9 +124,11 @@ class _Machine:
             if opcode.name == "STOP":
                 return self.stack.pop()
             if opcode.name not in _STEPS:
-                raise ValueError(f"it holds the opcode {opcode.name}, which no checkpoint needs; do not trust the file")
+                raise ValueError(
+                    f"it holds the opcode {opcode.name}, which checkpoints never need; do not trust the file"
+                )
             _STEPS[opcode.name](self, argument)
-        raise ValueError(f"it has more than {STEPS_LIMIT} opcodes; that of no checkpoint is so long")
+        raise ValueError(f"it has more than {STEPS_LIMIT} opcodes, more than any checkpoint; do not trust the file")
 
     def since_mark(self) -> list[Any]:
         items, self.stack = self.stack, self.outer.pop()
@@ -142,13 +144,13 @@ class _Machine:
     def name(self, dotted: str) -> None:
         dotted = dotted.replace(" ", ".")
         if dotted not in _RESULTS and dotted not in STORAGES:
-            raise ValueError(f"it asks for {quote(dotted)}, which no checkpoint needs; do not trust the file")
+            raise ValueError(f"it imports {quote(dotted)}, which checkpoints never need; do not trust the file")
         self.stack.append(_Name(dotted))
 
     def stack_name(self, _: Any) -> None:
         parts = self.take(2)
         if not all(isinstance(part, str) for part in parts):
-            raise ValueError("it asks for what has no name; do not trust the file")
+            raise ValueError("it imports an object without a name; do not trust the file")
         self.name(".".join(parts))
 
     def reduce(self, _: Any) -> None:
@@ -163,24 +165,24 @@ class _Machine:
         kind, dtype, key, _device, count = self.stack.pop()
         known = isinstance(dtype, _Name) and dtype.dotted in STORAGES
         if kind != "storage" or not known or not isinstance(key, str) or not _is_count(count):
-            raise ValueError(f"it refers to {quote(kind)} outside of it, not to a storage")
+            raise ValueError(f"it refers to {quote(kind)}; it may refer only to storages: do not trust the file")
         self.stack.append(_Storage(STORAGES[dtype.dotted], key, count))
 
     def set_items(self, pairs: Sequence[Any]) -> None:
         target = self.stack[-1]
         if not isinstance(target, dict) or not all(isinstance(key, str | int) for key in pairs[::2]):
-            raise ValueError("a dict with keys that are neither text nor whole numbers")
+            raise ValueError("a dict has keys that are neither text nor whole numbers")
         target.update(zip(pairs[::2], pairs[1::2], strict=True))
 
     def append(self, items: Sequence[Any]) -> None:
         if not isinstance(self.stack[-1], list):
-            raise ValueError("it appends to what is no list")
+            raise ValueError("it appends to an object that is not a list")
         self.stack[-1].extend(items)
 
     def build(self, _: Any) -> None:
-        self.stack.pop()  # the attributes of a state dict, its _metadata: not needed
+        self.stack.pop()  # the attributes of a state dict (_metadata) are not needed
         if not isinstance(self.stack[-1], dict):
-            raise ValueError("it sets the attributes of what is no dict; do not trust the file")
+            raise ValueError("it sets the attributes of an object that is not a dict; do not trust the file")
 
 
 def _push(self: _Machine, value: Any) -> None:
@@ -228,17 +230,18 @@ _STEPS: dict[str, Callable[[_Machine, Any], None]] = {
 
 
 def read_torch(file: Path) -> dict[str, Stored]:
-    """Read the names, shapes and places of the tensors in a file of `torch.save`; nothing in it is executed.
+    """Read the names, shapes and places of the tensors in a file of `torch.save`, without executing anything.
 
     Parameters
     ----------
     file : Path
-        Holds a state dict, or a dict with one under ``model_state_dict``, ``model``, ``state_dict`` or ``module``.
+        A file with a state dict, or with a dict that holds one under ``model_state_dict``, ``model``, ``state_dict`` or
+        ``module``.
 
     Raises
     ------
     CheckpointError
-        If it is no such file, or asks for anything but tensors.
+        If it is not such a file, or needs anything but tensors.
     OSError
         If it cannot be opened.
 
@@ -254,10 +257,12 @@ def read_torch(file: Path) -> dict[str, Stored]:
     entries = read_zip_entries(file)
     roots = [name.removesuffix("data.pkl") for name in entries if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(roots) != 1 or f"{roots[0]}constants.pkl" in entries:
-        raise CheckpointError(f"{file}: is no checkpoint of torch.save (TorchScript?); save its state_dict() instead")
+        raise CheckpointError(
+            f"{file}: is not a checkpoint of torch.save (TorchScript?); save its state_dict() instead"
+        )
     order = _read_entry(file, entries, f"{roots[0]}byteorder") if f"{roots[0]}byteorder" in entries else b"little"
     if order != b"little":
-        raise CheckpointError(f"{file}: its byte order is {quote(order)}; save it on a little-endian machine")
+        raise CheckpointError(f"{file}: the byte order is {quote(order)}; save it on a little-endian machine")
     state = _find_state_dict(_unpickle(_read_entry(file, entries, f"{roots[0]}data.pkl"), file), file)
     return {name: _locate_tensor(name, tensor, file, entries, roots[0]) for name, tensor in state.items()}
 
@@ -269,16 +274,18 @@ def _refuse_others(file: Path) -> None:
         start = stream.read(16)
     if start[:1] == b"\x80":
         raise CheckpointError(
-            f"{file}: is in the format of PyTorch before 1.6, or a bare pickle; load it with "
+            f"{file}: has the format of PyTorch before 1.6, or is a bare pickle; load it with "
             "torch.load(..., weights_only=True) and write it again with torch.save"
         )
     if start[:4] != b"PK\x03\x04":
-        raise CheckpointError(f"{file}: is no checkpoint of torch.save, which is a zip file; {REMEDY}")
+        raise CheckpointError(f"{file}: is not a checkpoint of torch.save, which is a zip file; {REMEDY}")
 
 
 def _read_entry(file: Path, entries: dict[str, ZipEntry], name: str) -> bytes:
     if entries[name].size > PICKLE_LIMIT:
-        raise CheckpointError(f"{file}: {name} has {entries[name].size} bytes; that of no checkpoint is so long")
+        raise CheckpointError(
+            f"{file}: {name} has {entries[name].size} bytes, more than in any checkpoint; do not trust the file"
+        )
     with open_file(file) as stream:
         stream.seek(entries[name].start)
         return stream.read(entries[name].size)
@@ -289,7 +296,7 @@ def _unpickle(raw: bytes, file: Path) -> Any:
         return _Machine().run(raw)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         fault = error if isinstance(error, ValueError) else "it is damaged"
-        raise CheckpointError(f"{file}: its pickle is refused: {' '.join(str(fault).split())[:300]}") from None
+        raise CheckpointError(f"{file}: the pickle is refused: {' '.join(str(fault).split())[:300]}") from None
 
 
 def _find_state_dict(top: Any, file: Path) -> dict[str, _Tensor]:
@@ -300,7 +307,7 @@ def _find_state_dict(top: Any, file: Path) -> dict[str, _Tensor]:
         raise CheckpointError(f"{file}: holds no state dict, a dict from names to tensors; give the model's checkpoint")
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, _Tensor):
-            raise CheckpointError(f"{file}: {quote(name)} in its state dict is no tensor; save the tensors only")
+            raise CheckpointError(f"{file}: {quote(name)} in the state dict is not a tensor; save only tensors")
     return state
 
 
@@ -308,10 +315,10 @@ def _locate_tensor(name: str, tensor: _Tensor, file: Path, entries: dict[str, Zi
     where = f"{file}: tensor {quote(name)}"
     storage, entry = tensor.storage, entries.get(f"{root}data/{tensor.storage.key}")
     if entry is None:
-        raise CheckpointError(f"{where}: its numbers, entry {quote(storage.key)}, are not in the file; {REMEDY}")
+        raise CheckpointError(f"{where}: the numbers, entry {quote(storage.key)}, are not in the file; {REMEDY}")
     itemsize = storage.dtype.itemsize
     if storage.count * itemsize > entry.size:
-        raise CheckpointError(f"{where}: needs {storage.count * itemsize} bytes, but {entry.size} are there; {REMEDY}")
+        raise CheckpointError(f"{where}: needs {storage.count * itemsize} bytes, but has {entry.size}; {REMEDY}")
     start, size = entry.start + tensor.offset * itemsize, file.stat().st_size
     plain = Stored(name, file, storage.dtype, tensor.shape, start, size)
     if tensor.strides == row_major_strides(tensor.shape):
@@ -330,11 +337,11 @@ def write_torch(
     Parameters
     ----------
     path : Path
-        Appears under this name when it is whole.
+        The path of the file; it appears when it is complete.
     outputs : sequence of Output
         The tensors.
     key : str, optional
-        Under which the state dict is in the dict of the file; without one the file holds the state dict itself.
+        The key of the state dict in the file's dict; without a key, the file holds the state dict itself.
     bar : tqdm, optional
         Counts the bytes written.
 

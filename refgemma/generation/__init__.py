@@ -1,4 +1,4 @@
-"""From logits to text: greedy decoding, sampling, beam search, and how well a text is predicted."""
+"""Generate text from logits: greedy decoding, sampling and beam search; measure how well a text is predicted."""
 
 from refgemma.generation.decode import generate, generate_batch
 from refgemma.generation.generation_config import GenerationConfig

@@ -1,8 +1,8 @@
-"""Choosing tokens: the most likely, drawn ones, and the beams of a search. Checked against `_beam_search` of
-transformers 5.23, search for search.
+"""Choose tokens: the most likely, drawn ones, or those of a beam search. Checked against `_beam_search` of transformers
+5.23, search for search.
 
-A *beam* is an unfinished text of a search. At every step all tokens after all beams are candidates; the best unfinished
-ones are the next beams, and the best finished ones are kept aside.
+A *beam* is an unfinished text of a search. At each step, every token after every beam is a candidate. The best
+unfinished candidates become the next beams; the best finished ones are stored.
 """
 
 import random
@@ -24,7 +24,7 @@ Ends: TypeAlias = Callable[[TokenIds], Bool[np.ndarray, " rows"]]
 
 
 def largest(values: Float[np.ndarray, "batch n"], count: int) -> Int[np.ndarray, "batch count"]:
-    """The places of the `count` largest values of each row, the largest first; of equal ones the first comes first.
+    """Return the places of the `count` largest values of each row, in descending order; equal values keep their order.
 
     torch's ``topk`` promises no order of equal values.
 
@@ -41,26 +41,26 @@ def largest(values: Float[np.ndarray, "batch n"], count: int) -> Int[np.ndarray,
     return np.stack(rows)
 
 
-_DRAWS = np.random.default_rng(0)  # goes on from call to call
+_DRAWS = np.random.default_rng(0)  # continues from call to call
 
 
 def set_seed(seed: Any, deterministic: bool = False) -> None:
-    """Begin the draws of `generate` again, and those of Python's `random` and of `numpy.random`, as transformers does.
+    """Restart the draws of `generate`, of Python's `random` and of `numpy.random`, as transformers does.
 
-    A call of ``Gemma2ForCausalLM.generate`` with ``do_sample=True`` and without `seed` goes on where the last one
-    ended. The draws are not torch's of the same seed.
+    ``Gemma2ForCausalLM.generate`` with ``do_sample=True`` and without `seed` continues the draws of the last call. The
+    draws differ from torch's for the same seed.
 
     Parameters
     ----------
     seed : int
-        The same one gives the same draws.
+        The same seed gives the same draws.
     deterministic : bool
-        Of no effect: nothing here depends on the order in which threads end.
+        Has no effect: no result here depends on the order of threads.
 
     Raises
     ------
     InputError
-        If it is no whole number from 0 to 2**32 - 1.
+        If `seed` is not a whole number from 0 to 2**32 - 1.
 
     Examples
     --------
@@ -80,16 +80,16 @@ def set_seed(seed: Any, deterministic: bool = False) -> None:
 
 
 def choose_generator(seed: int | None) -> np.random.Generator:
-    """Return a generator of its own for a seed, or else the one that goes on from call to call."""
+    """Return a new generator for a seed, or without a seed the one that continues from call to call."""
     return _DRAWS if seed is None else np.random.default_rng(seed)
 
 
 def draw(scores: Float[np.ndarray, "batch n"], count: int, rng: np.random.Generator) -> Int[np.ndarray, "batch count"]:
     """Draw `count` places of each row without replacement, with probabilities ``softmax(scores)``.
 
-    To each score a number from the standard Gumbel distribution is added, and the largest sums are the draws, in order:
-    the first is then distributed as the softmax, the next as the softmax of the others, and so on. A score of minus
-    infinity is drawn only when nothing else is left.
+    A number from the standard Gumbel distribution is added to each score, and the largest sums are the draws, in order.
+    The first draw then follows the softmax, the next the softmax of the others, and so on. A score of minus infinity is
+    drawn only when nothing else is left.
 
     Examples
     --------
@@ -104,35 +104,35 @@ class Rules:
     """The rules of a search."""
 
     num_beams: int
-    candidates: int  # at each step: more than the beams, since some may be finished
-    longest: int  # new tokens at most
+    candidates: int  # at each step: more than the beams, because some may be finished
+    longest: int  # maximum number of new tokens
     early_stopping: bool | str  # True, False or "never"
     length_penalty: float
-    fill: int  # what follows the end of a text
+    fill: int  # the token after the end of a text
 
 
 @dataclass(frozen=True)
 class Beams:
-    """A search after some steps. Best first, so far as there is an order.
+    """The state of a search after some steps, best beams first.
 
-    `origins` say for each new token which row of the step before it continued, counted through the batch; -1 after the
-    end of a text.
+    `origins` hold for each new token the row of the step before that it continued, counted through the batch; -1 after
+    the end of a text.
     """
 
     running: Int[np.ndarray, "batch beams length"]
     running_scores: Float[np.ndarray, "batch beams"]  # sums of log probabilities
     running_origins: Int[np.ndarray, "batch beams new"]
-    finished: Int[np.ndarray, "batch beams length"]  # filled up; of no meaning where `is_finished` is false
+    finished: Int[np.ndarray, "batch beams length"]  # filled up; meaningless where `is_finished` is false
     finished_scores: Float[np.ndarray, "batch beams"]  # divided by the length penalty
     finished_origins: Int[np.ndarray, "batch beams new"]
     is_finished: Bool[np.ndarray, "batch beams"]
-    improvable: Bool[np.ndarray, " batch"]  # whether a running beam may still become better than a finished text
+    improvable: Bool[np.ndarray, " batch"]  # true if a running beam may still become better than a finished text
     exhausted: bool  # no candidate of the last step can be continued
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """The continuations that a step chose among."""
+    """The continuations to choose from in one step."""
 
     sequences: Int[np.ndarray, "batch candidates length"]
     scores: Float[np.ndarray, "batch candidates"]
@@ -141,7 +141,7 @@ class Candidates:
 
 
 def pick(values: Array, places: Int[np.ndarray, "batch picked"]) -> Array:
-    """Row by row, the entries of `values` (batch, n, ...) at `places`.
+    """Return the entries of `values` (batch, n, ...) at `places`, row by row.
 
     Examples
     --------
@@ -153,7 +153,8 @@ def pick(values: Array, places: Int[np.ndarray, "batch picked"]) -> Array:
 
 
 def start_search(prompt: Int[np.ndarray, "batch seq"], rules: Rules) -> Beams:
-    """The search before its first step: all beams are the prompt, and only the first counts, else all were equal."""
+    """Return a search before its first step: all beams are the prompt, but only the first counts, to avoid
+    duplicates."""
     batch, count = len(prompt), rules.num_beams
     sequences = np.repeat(prompt[:, None], count, axis=1)
     origins = np.zeros((batch, count, 0), np.int64)
@@ -178,7 +179,7 @@ def find_candidates(
     rules: Rules,
     rng: np.random.Generator | None,
 ) -> Candidates:
-    """The best continuations of all beams, best first; or drawn ones, in the order they were drawn."""
+    """Return the best continuations of all beams, best first; or drawn ones, in the order of the draws."""
     batch, count = beams.running_scores.shape
     vocab = log_probs.shape[1]
     totals = log_probs.reshape(batch, count, vocab) + beams.running_scores[:, :, None]
@@ -193,14 +194,14 @@ def find_candidates(
 
 
 def _plus_column(values: Array, fill: int) -> Array:
-    """`values` (batch, n, length) with one more entry in the last axis."""
+    """Return `values` (batch, n, length) with one more entry in the last axis."""
     return np.concatenate([values, np.full((*values.shape[:2], 1), fill)], axis=2)
 
 
 def _add_finished(beams: Beams, found: Candidates, rules: Rules) -> dict[str, Any]:
-    """The fields of finished texts after a step: the best of those before and those that ended now.
+    """Return the fields of finished texts after a step: the best of the earlier texts and those that ended now.
 
-    Only a candidate among the best `num_beams` can be a finished text; the others are there to go on from.
+    Only a candidate among the best `num_beams` can be a finished text; the others can only be continued.
     """
     now = found.ended & (np.arange(rules.candidates) < rules.num_beams)
     closed = beams.is_finished.all(axis=1, keepdims=True) & (rules.early_stopping is True)
@@ -227,10 +228,10 @@ def can_improve(
     new_tokens: int,
     rules: Rules,
 ) -> Bool[np.ndarray, " batch"]:
-    """Return whether the best beam, divided by the penalty of its final length, could beat the worst finished text.
+    """Return true if the best beam, divided by the penalty of its final length, could beat the worst finished text.
 
-    That length is not known. ``early_stopping="never"`` takes the greatest where length is rewarded, which is safe;
-    else it is the present one, which is a guess.
+    The final length is unknown. If length is rewarded, ``early_stopping="never"`` uses the maximum, which is safe.
+    Otherwise the present length is used, which is a guess.
     """
     safe = rules.early_stopping == "never" and rules.length_penalty > 0
     length = rules.longest if safe else new_tokens
@@ -247,20 +248,20 @@ def advance_search(
     rules: Rules,
     rng: np.random.Generator | None = None,
 ) -> Beams:
-    """The search after one more step. Source: transformers ``GenerationMixin._beam_search``.
+    """Return the search after one more step. Source: transformers ``GenerationMixin._beam_search``.
 
     Parameters
     ----------
     beams : Beams
         The search so far.
     log_probs : float32 array (batch * beams, vocab)
-        Of the tokens after each running beam.
+        Log probabilities of the tokens after each running beam.
     ends : callable
-        Of sequences ``(rows, length)``, which ones are complete.
+        Returns true for each complete row of sequences ``(rows, length)``.
     rules : Rules
-        What the search goes by.
+        The rules of the search.
     rng : numpy.random.Generator, optional
-        Draws the candidates with the probabilities of their texts; without it they are the most likely.
+        Draws the candidates with the probabilities of their texts; without it, they are the most likely ones.
 
     Examples
     --------
@@ -289,13 +290,13 @@ def advance_search(
 
 
 def is_over(beams: Beams, rules: Rules) -> bool:
-    """Return whether a search has ended: nothing to gain, nothing open, or nothing to go on from."""
+    """Return True if a search has ended: no beam can improve, all texts are complete, or no candidate can continue."""
     complete = rules.early_stopping is True and bool(beams.is_finished.all())
     return beams.exhausted or complete or not beams.improvable.any()
 
 
 def collect_texts(beams: Beams, count: int) -> tuple[TokenIds, Float[np.ndarray, " rows"], Int[np.ndarray, "rows new"]]:
-    """The `count` best finished texts of each sequence, as rows: tokens, scores, origins; cut to the longest."""
+    """Return the `count` best finished texts per prompt, as rows: tokens, scores, origins; cut to the longest."""
     rows, width = len(beams.finished) * count, beams.finished_origins.shape[2]
     origins = beams.finished_origins[:, :count].reshape(rows, width)
     unused = width - int((origins >= 0).sum(axis=1).max())

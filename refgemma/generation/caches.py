@@ -1,7 +1,7 @@
 """The caches of transformers, which a call of a model fills in place. Checked against `DynamicCache` and `StaticCache`
-of transformers 5.23 in the parity tests: loops that hand one in, and what it holds afterwards.
+of transformers 5.23 in the parity tests: loops that pass one in, and its content afterwards.
 
-What they hold is a `refgemma.cache.Cache`, a value; here is only the object that changes from one value to the next.
+Each object here holds a `refgemma.cache.Cache`, which is immutable, and replaces it when it changes.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,16 +17,16 @@ from refgemma.precision import Array, Rounded
 
 
 class DynamicCache:
-    """A cache that a model fills in place when it is handed in as ``past_key_values``.
+    """A cache that a model fills in place when it is passed as ``past_key_values``.
 
     Parameters
     ----------
     ddp_cache_data : sequence of (keys, values), optional
-        What it holds to begin with, one pair a layer, each ``(batch, kv_heads, tokens, head_dim)``.
+        The initial content, one pair per layer, each array ``(batch, kv_heads, tokens, head_dim)``.
     config : Gemma2Config, optional
         With it, sliding layers keep the last ``window - 1`` tokens; without it, every layer keeps all.
     offloading, offload_only_non_sliding : bool
-        Taken and ignored: there is one place to keep numbers.
+        Ignored: all numbers are in main memory.
 
     Examples
     --------
@@ -47,7 +47,7 @@ class DynamicCache:
         self.keeps_all = config is None
 
     def __repr__(self) -> str:
-        """Return the numbers of layers and tokens, not their values."""
+        """Return the number of layers and of tokens, without values."""
         return repr(self.value).replace("Cache", type(self).__name__, 1)
 
     def __len__(self) -> int:
@@ -64,12 +64,12 @@ class DynamicCache:
 
     @property
     def layers(self) -> Cache:
-        """What the layers hold, each with ``keys`` and ``values``."""
+        """The content of the layers, each with ``keys`` and ``values``."""
         return self.value
 
     @property
     def is_initialized(self) -> bool:
-        """Whether a call has filled it."""
+        """True if a call has filled it."""
         return bool(self.value)
 
     def fill(self, value: Cache) -> None:
@@ -81,19 +81,19 @@ class DynamicCache:
         return self.value.get_seq_length(layer_idx)
 
     def get_max_length(self) -> int:
-        """Return how many tokens fit; -1 for any number."""
+        """Return the maximum number of tokens; -1 means unlimited."""
         return -1
 
     get_max_cache_shape = get_max_length
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take tokens off the end: three for ``-3``; as in transformers 4, a positive number says how many to keep.
+        """Remove tokens from the end: three for ``-3``. As in transformers 4, a positive number is the number to keep.
 
         Raises
         ------
         InputError
-            If a sliding layer has dropped tokens that it would have to hold then; a ``DynamicCache()`` without `config`
-            keeps all.
+            If a sliding layer has dropped tokens that it would then need; a ``DynamicCache()`` without `config` keeps
+            all.
         """
         if tokens_to_remove:
             self.fill(self.value.crop(tokens_to_remove))
@@ -105,11 +105,11 @@ class DynamicCache:
     batch_select_indices = reorder_cache
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row, beside itself."""
+        """Repeat every row, with the copies side by side."""
         self.fill(self.value.repeat_interleave(repeats))
 
     def reset(self) -> None:
-        """Forget all tokens."""
+        """Remove all tokens."""
         self.fill(Cache())
 
     def to_legacy_cache(self) -> tuple[tuple[Array, Array], ...]:
@@ -118,21 +118,21 @@ class DynamicCache:
 
     @classmethod
     def from_legacy_cache(cls, past_key_values: Iterable[Sequence[Array]] | None = None) -> "DynamicCache":
-        """Make a cache of a tuple of pairs (keys, values) of all tokens."""
+        """Make a cache from a tuple of pairs (keys, values) of all tokens."""
         return DynamicCache(past_key_values)
 
 
 class StaticCache(DynamicCache):
-    """A cache of at most `max_cache_len` tokens, filled in place; `DynamicCache` otherwise.
+    """A cache of at most `max_cache_len` tokens, filled in place; otherwise like `DynamicCache`.
 
     Parameters
     ----------
     config : Gemma2Config
-        Of the model.
+        The model's configuration.
     max_cache_len : int
-        Tokens that fit.
+        The maximum number of tokens.
     **ignored
-        What else transformers takes or took: ``max_batch_size``, ``device``, ``dtype``, ``offloading``.
+        Other arguments of transformers: ``max_batch_size``, ``device``, ``dtype``, ``offloading``.
 
     Examples
     --------
@@ -150,17 +150,17 @@ class StaticCache(DynamicCache):
         Raises
         ------
         InputError
-            If it has more tokens than fit.
+            If it has too many tokens.
         """
         if value.get_seq_length() > self.max_cache_len:
             raise InputError(
-                f"the StaticCache has room for {self.max_cache_len} tokens, and these are {value.get_seq_length()}; "
-                "make it with a larger max_cache_len, or use a DynamicCache"
+                f"the StaticCache would hold {value.get_seq_length()} tokens; max_cache_len is {self.max_cache_len}: "
+                "make it with a larger one, or use a DynamicCache"
             )
         super().fill(value)
 
     def get_max_length(self) -> int:
-        """Return how many tokens fit."""
+        """Return the maximum number of tokens."""
         return self.max_cache_len
 
     get_max_cache_shape = get_max_length

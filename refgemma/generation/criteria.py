@@ -1,5 +1,5 @@
-"""When a text is complete: a caller's criteria, stop strings and seconds. Checked against the criteria of transformers
-5.23: texts that end at the same token."""
+"""Decide when a text is complete, by a caller's criteria, stop strings or time. Checked against the criteria of
+transformers 5.23: texts end at the same token."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ Criterion: TypeAlias = Callable[[TokenIds, Any], Any]
 
 
 class StoppingCriteria:
-    """The base of criteria that a caller writes: a subclass has a ``__call__``. A plain function will do as well.
+    """The base class of a caller's criteria; a subclass defines ``__call__``. A plain function also works.
 
     Examples
     --------
@@ -29,15 +29,15 @@ class StoppingCriteria:
     """
 
     def __call__(self, input_ids: Any, scores: Any, **others: Any) -> Any:
-        """Return which rows of `input_ids` ``(rows, length)`` are complete, or one answer for all of them."""
+        """Return true for each complete row of `input_ids` ``(rows, length)``, or one answer for all rows."""
         raise NotImplementedError(f"{type(self).__name__} needs a method __call__(self, input_ids, scores, **kwargs)")
 
 
 class StoppingCriteriaList(list[Any]):
-    """Criteria, of which one is enough: a list that can be called as each of them."""
+    """A list of criteria, called like one criterion; one that is met is enough."""
 
     def __call__(self, input_ids: Any, scores: Any, **others: Any) -> Any:
-        """Return which rows are complete."""
+        """Return true for each complete row."""
         complete = np.zeros(len(input_ids), bool)
         for criterion in self:
             complete = complete | np.asarray(criterion(input_ids, scores, **others), bool)
@@ -45,14 +45,14 @@ class StoppingCriteriaList(list[Any]):
 
 
 def end_at_strings(strings: str | list[str], tokenizer: Any) -> Criterion:
-    """Return a criterion: a text is complete if one of `strings` ends in its last token, wherever in that.
+    """Return a criterion: a text is complete if one of `strings` ends anywhere within its last token.
 
     Texts are compared as bytes, with special tokens as they are written. Source: transformers ``StopStringCriteria``.
 
     Parameters
     ----------
     strings : str or list of str
-        Not empty.
+        The strings, none of them empty.
     tokenizer : Tokenizer
         Anything with ``convert_ids_to_tokens``.
 
@@ -65,12 +65,12 @@ def end_at_strings(strings: str | list[str], tokenizer: Any) -> Criterion:
     array([ True, False])
     """
     stops = [string.encode() for string in ([strings] if isinstance(strings, str) else strings)]
-    longest = max(map(len, stops))  # in bytes, so that no more tokens matter
+    longest = max(map(len, stops))  # in bytes, so this many tokens are enough
 
     @cache
     def spell(token: int) -> bytes:
         if token >= len(tokenizer):
-            return b"\xff"  # a row of the model that stands for no text
+            return b"\xff"  # a row of the model without a token
         piece = tokenizer.convert_ids_to_tokens([token])[0]
         is_byte = len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
         return bytes.fromhex(piece[3:5]) if is_byte else piece.replace("\u2581", " ").encode()
@@ -99,5 +99,5 @@ def list_criteria(settings: Settings, tokenizer: Any) -> Iterator[Criterion]:
         yield lambda ids, scores: time.monotonic() - began > seconds
     if settings.stop_strings is not None:
         if tokenizer is None:
-            raise InputError("stop_strings are looked for in the text: give the model's tokenizer too, as tokenizer=")
+            raise InputError("stop_strings need the model's tokenizer to search the text; give it as tokenizer=")
         yield end_at_strings(settings.stop_strings, tokenizer)

@@ -1,5 +1,5 @@
-"""From logits to text: for a batch of prompts greedy decoding, sampling, or a search with beams. Checked against
-`generate` of transformers 5.23: greedy and searched texts token for token, processed scores within rounding."""
+"""Generate texts for a batch of prompts by greedy decoding, sampling or beam search. Checked against `generate` of
+transformers 5.23: texts of greedy decoding and beam search token for token, processed scores within rounding."""
 
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -44,25 +44,26 @@ from refgemma.ops import rms_norm
 from refgemma.shapes import Positions, TokenIds
 from refgemma.weights.parameters import Weights
 
-# `next_token_logits` of one model: token ids or embeddings, the cache and so on in, the last logits and a cache out.
+# `next_token_logits` of one model: takes token ids or embeddings, a cache and so on; returns the last logits and a
+# cache.
 TokenReader: TypeAlias = Callable[..., tuple[Any, Cache]]
 
 
-# --- what the model is told, step by step -----------------------------------------------------------------------------
+# --- the model's inputs, step by step ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A batch of texts so far, and what the model needs in order to go on from them."""
+    """A batch of texts so far, with the inputs that the model needs to continue them."""
 
-    ids: TokenIds  # those of the prompt and the new ones; of a prompt of embeddings only the new ones
-    visible: Bool[np.ndarray, "batch total"]  # false for padding; over all places, those in the cache included
+    ids: TokenIds  # prompt and new tokens; only the new ones if the prompt is embeddings
+    visible: Bool[np.ndarray, "batch total"]  # false for padding; for all places, including those in the cache
     positions: Int[np.ndarray, "batch total"]  # of all places
     cache: Cache | None  # of all but the last tokens
     embeds: Float[np.ndarray, "batch embedded hidden"] | None = None  # the prompt itself, until it is read
 
     def next_logits(self, model: TokenReader) -> tuple[Float[np.ndarray, "batch vocab"], Cache]:
-        """Read what is not in the cache yet: float32 logits of the next token, and the cache after it.
+        """Read the tokens not in the cache yet; return float32 logits of the next token, and the new cache.
 
         Raises
         ------
@@ -81,24 +82,24 @@ class Reading:
         return last_scores(logits), cache
 
     def add_tokens(self, ids: TokenIds, cache: Cache | None) -> "Reading":
-        """The texts with one more token each, whose position is one after the last."""
+        """Return the texts with one more token each, at the next position."""
         one = np.ones((len(ids), 1), bool)
         visible = np.concatenate([self.visible, one], axis=1)
         positions = np.concatenate([self.positions, self.positions[:, -1:] + 1], axis=1)
         return Reading(ids, visible, positions, cache)
 
     def repeat(self, times: int) -> "Reading":
-        """Each text so many times, beside itself."""
+        """Return each text repeated `times` times, the copies side by side."""
         ids, visible, positions = (np.repeat(x, times, axis=0) for x in (self.ids, self.visible, self.positions))
         cache = self.cache and self.cache.repeat_interleave(times)
         return Reading(ids, visible, positions, cache, None if self.embeds is None else self.embeds.repeat(times, 0))
 
 
 def mask_padding(ids: TokenIds, pad: int | None, ends: Collection[int]) -> Bool[np.ndarray, "batch seq"]:
-    """Return a mask of the tokens that are no padding, for a caller who gives none: those that are not the pad token.
+    """Return the default mask: false for the pad token, true for all others.
 
-    But if a text may end with the pad token too, it cannot be told apart, and every token counts. Source: transformers
-    ``_prepare_attention_mask_for_generation``.
+    If the pad token can also end a text, padding cannot be recognised, and the mask is true everywhere. Source:
+    transformers ``_prepare_attention_mask_for_generation``.
 
     Examples
     --------
@@ -111,9 +112,9 @@ def mask_padding(ids: TokenIds, pad: int | None, ends: Collection[int]) -> Bool[
 
 
 def count_positions(visible: Bool[np.ndarray, "batch total"]) -> Positions:
-    """Each token's number among those of its row that are no padding; padding has 0.
+    """Return the position of each token in its row, not counting padding; padding has position 0.
 
-    So a prompt means the same with padding at its left. Source: transformers ``_prepare_position_ids_for_generation``.
+    So left padding does not change a prompt's result. Source: transformers ``_prepare_position_ids_for_generation``.
 
     Examples
     --------
@@ -134,14 +135,14 @@ class Prompts:
     past_key_values: Cache | None = None
 
     def reading(self, call: GenerationConfig, config: Gemma2Config) -> Reading:
-        """The prompts, checked, before anything is read.
+        """Check the prompts and return them as a `Reading`, before the model reads anything.
 
-        With a cache, `input_ids` are all tokens, those in the cache included; or with a longer `attention_mask` only
-        those after it.
+        With a cache, `input_ids` are all tokens, including those in the cache; or, with a longer `attention_mask`, only
+        the tokens after the cache.
         """
         if self.inputs_embeds is not None:
             if self.input_ids is not None or self.past_key_values is not None:
-                raise InputError("inputs_embeds are the whole prompt: give no input_ids and no past_key_values")
+                raise InputError("inputs_embeds are the whole prompt: leave out input_ids and past_key_values")
             embeds = check_embeddings(self.inputs_embeds, config.hidden_size)
             batch, seq = embeds.shape[:2]
             ids = np.zeros((batch, 0), np.int64)
@@ -153,7 +154,7 @@ class Prompts:
         seen = self.past_key_values.get_seq_length() if self.past_key_values else 0
         if embeds is None and not seen < total:
             raise InputError(
-                f"the cache has seen {seen} tokens and the prompt has {total}: one more is needed at least"
+                f"the cache has seen {seen} tokens and the prompt has {total}; the prompt must be longer than the cache"
             )
         positions = count_positions(visible)
         if self.position_ids is not None:
@@ -162,7 +163,7 @@ class Prompts:
         return Reading(ids, visible, positions, self.past_key_values, embeds)
 
     def _visible(self, ids: TokenIds, call: GenerationConfig) -> Bool[np.ndarray, "batch total"]:
-        """The padding mask over all tokens so far."""
+        """Return the padding mask over all tokens so far."""
         batch, seq = ids.shape
         if self.attention_mask is not None:
             total = np.shape(self.attention_mask)[-1] if self.past_key_values and np.ndim(self.attention_mask) else seq
@@ -173,11 +174,11 @@ class Prompts:
 
 
 def _prompt_ids(input_ids: npt.ArrayLike | None, call: GenerationConfig, config: Gemma2Config) -> TokenIds:
-    """The token ids of the prompts; if there are none, one prompt of ``<bos>``."""
+    """Return the token ids of the prompts; without any, one prompt of ``<bos>``."""
     if input_ids is not None:
         return check_token_ids(input_ids, config.vocab_size)
     if call.bos_token_id is None:
-        raise InputError("give input_ids: no bos_token_id is set that a text could begin with")
+        raise InputError("give input_ids, or set bos_token_id to begin a text with it")
     return check_token_ids([[call.bos_token_id]], config.vocab_size)
 
 
@@ -186,7 +187,7 @@ def _prompt_ids(input_ids: npt.ArrayLike | None, call: GenerationConfig, config:
 
 @dataclass(frozen=True)
 class Decoding:
-    """The settings of a call, and the processors and criteria that the caller adds to them."""
+    """The settings of a call, with the caller's processors and criteria."""
 
     settings: Settings
     skipped: Int[np.ndarray, " batch"]  # leading padding of each text
@@ -196,20 +197,20 @@ class Decoding:
     guide: Processor | None = None
 
     def scores(self, ids: TokenIds, raw: NextScores) -> NextScores:
-        """Raw scores of the next tokens, processed: constraints, the caller's processors, then the cuts of sampling."""
+        """Process raw scores of the next tokens: constraints, the caller's processors, then the cuts of sampling."""
         guided = raw if self.guide is None else self.guide(ids, raw)
         processed = constrain(guided, ids, self.skipped, self.settings, self.allowed)
         for processor in self.processors:
             processed = processor(ids, processed)
-        if self.settings.num_beams == 1 and np.isneginf(processed.max(axis=1)).any():  # of several beams one may end so
-            raise InputError("the settings and processors forbid every token: there is none to go on with; allow one")
+        if self.settings.num_beams == 1 and np.isneginf(processed.max(axis=1)).any():  # a beam of several may end so
+            raise InputError("the settings and processors forbid every token; allow at least one")
         drawn = warp(processed, self.settings) if self.settings.do_sample else processed
         return log_softmax(drawn) if self.settings.renormalize_logits else drawn
 
     def check_ended(
         self, ids: Int[np.ndarray, "rows length"], scores: Float[np.ndarray, "beams vocab"]
     ) -> Bool[np.ndarray, " rows"]:
-        """Return which texts are complete: at an end of text, at the greatest length, or by the caller's criteria."""
+        """Return true for each complete text: at an end of text, at the maximum length, or by the caller's criteria."""
         complete: Bool[np.ndarray, " rows"] = np.isin(ids[:, -1], self.settings.eos_token_ids)
         complete = complete | (ids.shape[1] >= self.settings.max_length)
         for criterion in self.criteria:
@@ -219,7 +220,7 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Step:
-    """One token more for each text."""
+    """One more token for each text."""
 
     tokens: Int[np.ndarray, " batch"]
     scores: NextScores  # processed
@@ -228,7 +229,7 @@ class Step:
 
 
 def run_steps(reading: Reading, model: TokenReader, how: Decoding) -> Iterator[Step]:
-    """One step after the other, until every text is complete; one that is gets the pad token."""
+    """Yield one step after the other until every text is complete; complete texts get the pad token."""
     settings, rng = how.settings, choose_generator(how.settings.seed)
     unfinished = np.ones(len(reading.ids), bool)
     while unfinished.any():
@@ -246,7 +247,7 @@ def run_steps(reading: Reading, model: TokenReader, how: Decoding) -> Iterator[S
 def decode_steps(
     reading: Reading, model: TokenReader, how: Decoding, streamer: Streamer | None
 ) -> GenerateDecoderOnlyOutput:
-    """Greedy decoding or sampling, whole."""
+    """Run greedy decoding or sampling to the end, and return the output."""
     scores, logits, new = [], [], []
     if streamer is not None:
         streamer.put(reading.ids)
@@ -267,7 +268,7 @@ def decode_steps(
 
 
 def _rules(settings: Settings) -> Rules:
-    """Candidates: so many that `num_beams` can be continued, whatever ends of text are among them."""
+    """Return the rules of a search, with enough candidates that `num_beams` can continue even if others end."""
     ends = settings.eos_token_ids
     return Rules(
         num_beams=settings.num_beams,
@@ -275,13 +276,13 @@ def _rules(settings: Settings) -> Rules:
         longest=settings.max_length - settings.prompt_length,
         early_stopping=settings.early_stopping,
         length_penalty=settings.length_penalty,
-        # `pad or eos[0]` in transformers: a pad token whose id is 0, as Gemma's is, counts as none.
+        # `pad or eos[0]` in transformers: a pad token with id 0, as in Gemma, counts as missing.
         fill=(settings.pad_token_id or ends[0]) if ends else -1,
     )
 
 
 def beam_search(reading: Reading, model: TokenReader, how: Decoding) -> GenerateBeamDecoderOnlyOutput:
-    """A search for each prompt; `reading` has each of them `num_beams` times."""
+    """Run a beam search for each prompt; `reading` holds each prompt `num_beams` times."""
     settings, rules = how.settings, _rules(how.settings)
     rng = choose_generator(settings.seed) if settings.do_sample else None
     beams = start_search(reading.ids[:: rules.num_beams], rules)
@@ -314,20 +315,20 @@ def generate_batch(
     reference: bool = False, *, allowed: Callable[[int, Any], Any] | None = None, tokenizer: Any = None,
     negative: tuple[npt.ArrayLike | None, npt.ArrayLike | None] = (None, None),
 ) -> GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput:  # fmt: skip
-    """Continue a batch of prompts; see ``Gemma2ForCausalLM.generate``, which is this under transformers' arguments.
+    """Continue a batch of prompts; ``Gemma2ForCausalLM.generate`` is the same with transformers' arguments.
 
     Parameters
     ----------
     prompts : Prompts
-        What to continue.
+        The prompts to continue.
     call : GenerationConfig
-        All settings of this call, as `refgemma.generation.generation_config.merge_settings` gives them.
+        All settings of this call, from `refgemma.generation.generation_config.merge_settings`.
     processors, criteria : sequence of callable
-        ``processor(ids, scores)`` gives other scores, ``criterion(ids, scores)`` says which texts are complete.
+        ``processor(ids, scores)`` returns other scores, ``criterion(ids, scores)`` returns true for complete texts.
     streamer : Streamer, optional
-        Is given tokens as they come.
+        Receives tokens as they are generated.
     reference : bool
-        Compute with the definition, `refgemma.model`, instead of `refgemma.fast`.
+        If true, compute with the definition, `refgemma.model`, instead of `refgemma.fast`.
     allowed : callable, optional
         ``prefix_allowed_tokens_fn``.
     tokenizer : Tokenizer, optional
@@ -340,7 +341,7 @@ def generate_batch(
     >>> import refgemma
     >>> tiny = refgemma.load("tiny")
     >>> call = merge_settings(None, GenerationConfig(eos_token_id=1, pad_token_id=0), {"max_new_tokens": 3})
-    >>> prompts = Prompts([[0, 2, 300], [2, 300, 400]])  # the first with padding at its left
+    >>> prompts = Prompts([[0, 2, 300], [2, 300, 400]])  # the first has left padding
     >>> generate_batch(prompts, tiny.weights, tiny.config, call).sequences.shape
     (2, 6)
     """
@@ -348,15 +349,15 @@ def generate_batch(
     embedded = 0 if reading.embeds is None else reading.embeds.shape[1]
     limit = config.max_position_embeddings
     asked = resolve_settings(call, reading.ids.shape[1], config.vocab_size, limit, embedded)
-    # What only a cache knows cannot be read anew at each step.
+    # Tokens that are only in a cache cannot be read again at each step.
     settings = asked if reading.cache is None and not embedded else replace(asked, use_cache=True)
     if streamer is not None and settings.num_beams > 1:
-        raise InputError("a streamer is given tokens that stay, and a beam search has none before its end")
+        raise InputError("a streamer needs final tokens, and a beam search has them only at its end; use num_beams=1")
     _warn_of_right_padding(reading.visible)
     times = max(settings.num_beams, settings.num_return_sequences)
     expanded = reading.repeat(times) if times > 1 else reading
     read = choose_reader(weights, config, reference)
-    # As in transformers, where a text that begins with no padding has 0 here.
+    # As in transformers: 0 for a text without leading padding.
     how = Decoding(
         settings, np.argmax(expanded.visible, axis=1), processors, [*list_criteria(settings, tokenizer), *criteria],
         allowed, None if settings.guidance_scale == 1 else Guide(settings.guidance_scale, read, *negative),
@@ -377,16 +378,16 @@ def generate_batch(
 
 
 class Guide:
-    """Classifier-free guidance: log probabilities moved away from those of the same tokens after another prompt.
+    """Classifier-free guidance: moves log probabilities away from those of the same tokens after another prompt.
 
     ``other + scale * (log_probs - other)``. Source: transformers ``UnbatchedClassifierFreeGuidanceLogitsProcessor``.
 
     Parameters
     ----------
     scale : float
-        1 changes nothing.
+        The strength; 1 changes nothing.
     read : TokenReader
-        Of the model.
+        Reads tokens with the model.
     prompt, mask
         The other prompt, and its padding; by default the last token of each text.
     """
@@ -416,7 +417,7 @@ class Guide:
         array = np.asarray(given)
         if array.ndim != 2 or rows % len(array):
             raise InputError(
-                f"the negative prompt has shape {array.shape}, and there are {rows} texts: one row for each"
+                f"the negative prompt has shape {array.shape}; it must have one row for each of the {rows} texts"
             )
         return array.repeat(rows // len(array), axis=0)
 
@@ -424,7 +425,7 @@ class Guide:
 def record_layers(
     weights: Weights, config: Gemma2Config, layers: list[tuple[tuple[Any, ...], tuple[Any, ...]]]
 ) -> TokenReader:
-    """Return `refgemma.model.next_token_logits` that appends to `layers` the hidden states and the attentions."""
+    """Return a version of `refgemma.model.next_token_logits` that appends hidden states and attentions to `layers`."""
 
     def read(input_ids: npt.ArrayLike | None, **given: Any) -> tuple[Any, Cache]:
         start = begin(input_ids, weights, config, **given)
@@ -443,13 +444,13 @@ def record_layers(
 
 
 def choose_reader(weights: Weights, config: Gemma2Config, reference: bool) -> TokenReader:
-    """Return the function that reads tokens with these weights: fast, or as the definition says."""
+    """Return the function that reads tokens with these weights: the fast one, or the definition."""
     read = definition if reference else next_token_logits
     return partial(read, weights=weights, config=config)
 
 
 def keep_apart(read: TokenReader, config: Gemma2Config) -> TokenReader:
-    """Return `read` that keeps packed texts apart, as transformers does with neither a mask nor a cache."""
+    """Return a `read` that keeps packed texts separate, as transformers does without a mask and a cache."""
 
     def read_apart(*args: Any, **given: Any) -> tuple[Any, Cache]:
         if given["attention_mask"] is None:
@@ -462,7 +463,7 @@ def keep_apart(read: TokenReader, config: Gemma2Config) -> TokenReader:
 def _warn_of_right_padding(visible: Bool[np.ndarray, "batch total"]) -> None:
     if not visible[:, -1].all():
         warnings.warn(
-            "there is padding at the right of a prompt, which new tokens would follow: set padding_side='left'",
+            "a prompt has right padding, so new tokens follow the padding: set padding_side='left'",
             stacklevel=4,
         )
 
@@ -483,27 +484,30 @@ def generate(
     tokenizer: Any = None,
     **settings: Any,
 ) -> Iterator[int]:
-    """Continue a prompt, yielding each new token as soon as it is known.
+    """Continue a prompt, and yield each new token as soon as it is known.
 
     Parameters
     ----------
     prompt : sequence of int
         Token ids, usually beginning with ``<bos>``.
     max_new_tokens : int
-        Stop after this many.
+        The maximum number of new tokens.
     temperature : float
-        0 takes the most likely token each time (greedy); above 0 one is drawn from ``softmax(logits / temperature)``.
+        0 takes the most likely token each time (greedy); above 0, tokens are drawn from ``softmax(logits /
+        temperature)``.
     top_k, top_p : int, float, optional
-        Draw only from the k most likely, and from the most likely that together reach probability p; unused if greedy.
+        Draw only from the k most likely tokens, and from the most likely that together reach probability p; unused if
+        greedy.
     seed : int, optional
-        Of the draws: the same seed gives the same tokens. None goes on with the draws of
+        The seed of the draws; the same seed gives the same tokens. None continues the draws of
         `refgemma.generation.beams.set_seed`.
     stop_ids : collection of int, optional
-        Tokens that end the text; the one met is yielded last. Default: the configuration's ``eos_token_id``.
+        Tokens that end the text; the text ends with the one that is generated. Default: the configuration's
+        ``eos_token_id``.
     tokenizer : Tokenizer, optional
         For the setting ``stop_strings``.
     **settings
-        Others of `GenerationConfig` for a single text: ``min_p``, ``repetition_penalty``, ``min_new_tokens`` ...
+        Other settings of `GenerationConfig` for a single text: ``min_p``, ``repetition_penalty``, ``min_new_tokens``...
 
     Yields
     ------
@@ -513,7 +517,7 @@ def generate(
     Raises
     ------
     InputError
-        For a prompt or a setting that cannot be used, at the call rather than at the first token.
+        For an invalid prompt or setting; raised at the call, not at the first token.
 
     Examples
     --------
@@ -529,7 +533,7 @@ def generate(
 
 
 class Memory:
-    """Texts that were read, and the cache after each: a text that begins with one of them goes on from there.
+    """Texts that were read, with the cache after each; a text that begins with one of them continues from its cache.
 
     Examples
     --------
@@ -541,12 +545,12 @@ class Memory:
         self.texts: list[tuple[list[int], Cache]] = []
 
     def find(self, ids: list[int]) -> Cache | None:
-        """Return the cache after the longest beginning of `ids` that was read; one token at least is left to read."""
+        """Return the cache after the longest prefix of `ids` that was read; at least one token is left to read."""
         known = [(len(text), cache) for text, cache in self.texts if len(text) < len(ids) and ids[: len(text)] == text]
         return max(known, key=lambda found: found[0])[1] if known else None
 
     def keep(self, prompt: list[int], steps: Iterator[Step]) -> Iterator[Step]:
-        """Yield the steps after a prompt, and keep the cache after it and that of the last step."""
+        """Yield the steps after a prompt, and keep the caches after the prompt and after the last step."""
         new: list[int] = []
         for step in steps:
             self.texts = [*self.texts[:1] * bool(new), (prompt + new, step.cache)]
@@ -558,16 +562,17 @@ def continue_prompt(
     prompt: Sequence[int] | Int[np.ndarray, " seq"], weights: Weights, config: Gemma2Config, call: GenerationConfig,
     reference: bool = False, tokenizer: Any = None, memory: Memory | None = None,
 ) -> Iterator[int]:  # fmt: skip
-    """`generate` with all settings in one record; `reference` as of `generate_batch`, `memory` of a talk's turns."""
+    """Continue a prompt as `generate` does, with settings in one record; `memory` keeps caches between a chat's
+    turns."""
     if len(prompt) == 0:
-        raise InputError("the prompt is empty: a model needs at least one token (<bos>, for instance)")
+        raise InputError("the prompt is empty; it must have at least one token, for example <bos>")
     ids = check_token_ids([list(prompt)], config.vocab_size)
     text, memory = ids[0].tolist(), memory or Memory()
     reading = Reading(ids, np.ones(ids.shape, bool), np.arange(ids.shape[1])[None], memory.find(text))
     limit = config.max_position_embeddings
     settings = resolve_settings(call, ids.shape[1], config.vocab_size, limit)
     if settings.num_beams > 1 or settings.num_return_sequences > 1:
-        raise InputError("one text, token by token, has no beams; for a search use Gemma2ForCausalLM.generate")
+        raise InputError("num_beams and num_return_sequences must be 1 for one text; use Gemma2ForCausalLM.generate")
     read = choose_reader(weights, config, reference)
     guide = None if settings.guidance_scale == 1 else Guide(settings.guidance_scale, read)
     how = Decoding(settings, np.zeros(1, int), criteria=[*list_criteria(settings, tokenizer)], guide=guide)
@@ -578,17 +583,17 @@ def collect_settings(
     config: Gemma2Config, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None,
     seed: int | None, stop_ids: Collection[int] | None, settings: Mapping[str, Any],
 ) -> GenerationConfig:  # fmt: skip
-    """The settings of `generate`, checked."""
+    """Check the settings of `generate` and return them in one record."""
     stops = stop_tokens(config) if stop_ids is None else stop_ids
     if top_k is not None and top_k == 0:
-        raise InputError("top_k must be a whole number of at least 1, not 0; leave it out to draw from all tokens")
+        raise InputError("top_k is 0; it must be a whole number of at least 1: leave it out to draw from all tokens")
     given = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     ends = {"eos_token_id": sorted(stops) or None, "pad_token_id": config.pad_token_id}
     return merge_settings(None, GenerationConfig(), given | {"do_sample": temperature > 0} | ends | dict(settings))
 
 
 def stop_tokens(config: Gemma2Config) -> frozenset[int]:
-    """The ids that end a text, as a set.
+    """Return the ids that end a text, as a set.
 
     Examples
     --------

@@ -1,7 +1,7 @@
-"""The settings of a generation: what was said, and what it comes to for a prompt. Checked against `GenerationConfig` of
+"""The settings of a generation, as given and as resolved for a prompt. Checked against `GenerationConfig` of
 transformers 5.23, its default values and its files."""
 
-# ruff: noqa: RUF009  # what a setting may be is a function in its field
+# ruff: noqa: RUF009  # a field's default holds the function that checks its values
 
 import difflib
 import json
@@ -21,7 +21,7 @@ from refgemma.inputs import InputError
 
 FILE = "generation_config.json"
 
-DEFAULT_NEW_TOKENS = 20  # where neither `max_length` nor `max_new_tokens` is said
+DEFAULT_NEW_TOKENS = 20  # if neither `max_length` nor `max_new_tokens` is set
 
 
 def _is_whole(value: Any, least: int) -> bool:
@@ -33,11 +33,11 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_finite(value: Any) -> bool:
-    return _is_number(value) and bool(abs(value) <= sys.float_info.max)  # a whole number of 400 digits is no float
+    return _is_number(value) and bool(abs(value) <= sys.float_info.max)  # 400 digits do not fit a float
 
 
 def _setting(is_right: Callable[[Any], bool], needed: str, default: Any = None) -> Any:
-    """A setting that nobody has to say: which values it may have, and what it is where nobody says it."""
+    """Return the field of an optional setting, with the check of its values and its default."""
     return field(default=None, metadata={"is_right": is_right, "needed": needed, "default": default})
 
 
@@ -83,29 +83,29 @@ def _is_decay(value: Any) -> bool:
     return isinstance(value, tuple) and len(value) == 2 and _is_whole(value[0], 0) and _is_finite(value[1])
 
 
-# Settings of transformers that are not computed here: the values that change nothing there, and what to do otherwise.
-# Those that transformers itself has given to a repository whose code it downloads have no other advice.
-MOVED_AWAY = "transformers 5 runs it as code of a repository, and no such code runs here; leave it out"
+# Settings of transformers that are not supported here: the values that change nothing there, and the remedy for others.
+# transformers itself runs some of them with code that it downloads from a repository.
+MOVED_AWAY = "transformers 5 runs it as code of a repository, which refgemma does not; leave it out"
 ELSEWHERE = "leave it out, or generate with transformers"
 NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
-    "assistant_ensemble_weight": ((), "it changes the tokens; leave it out, and they are the model's own"),
+    "assistant_ensemble_weight": ((), "it changes the tokens; leave it out to get the model's own"),
     "cache_config": ((), "it is for quantized caches, which give other numbers; leave it out"),
     "constraints": ((), MOVED_AWAY), "diversity_penalty": ((0,), MOVED_AWAY), "dola_layers": ((), MOVED_AWAY),
     "encoder_no_repeat_ngram_size": ((0,), ELSEWHERE), "encoder_repetition_penalty": ((1,), ELSEWHERE),
     "epsilon_cutoff": ((0,), ELSEWHERE), "eta_cutoff": ((0,), ELSEWHERE), "top_h": ((), ELSEWHERE),
     "force_words_ids": ((), MOVED_AWAY), "num_beam_groups": ((1,), MOVED_AWAY), "penalty_alpha": ((0,), MOVED_AWAY),
-    "custom_generate": ((), "no code of a repository runs here; write the loop with model(ids, past_key_values=...)"),
-    "generator": ((), "it is an argument of torch; for draws that can be repeated give seed=, or call set_seed before"),
+    "custom_generate": ((), "refgemma runs no code of a repository; write a loop with model(ids, past_key_values=...)"),
+    "generator": ((), "it is an argument of torch; for reproducible draws give seed=, or call set_seed first"),
     "remove_invalid_values": ((False,), ELSEWHERE), "token_healing": ((False,), ELSEWHERE),
     "use_mtp": ((False,), "Gemma 2 has no layers for it; leave it out"), "watermarking_config": ((), ELSEWHERE),
-    # How the cache is stored. A quantized one gives other numbers.
+    # How the cache is stored. A quantized cache gives other numbers.
     "cache_implementation": ((
         "dynamic", "dynamic_full", "hybrid", "hybrid_chunked", "offloaded", "offloaded_static", "offloaded_hybrid",
         "offloaded_hybrid_chunked", "paged", "sliding_window", "static",
     ), "a quantized cache gives other numbers; leave it out"),
 }  # fmt: skip
 
-# Settings of transformers that say how it computes, and not what; and notes that files hold.
+# Settings of transformers that affect speed or memory but no result, and notes in files.
 WITHOUT_EFFECT = frozenset({
     "_commit_hash", "_from_model_config", "assistant_confidence_threshold", "assistant_early_exit",
     "assistant_lookbehind", "compile_config", "continuous_batching_config", "decoder_start_token_id",
@@ -117,74 +117,73 @@ WITHOUT_EFFECT = frozenset({
 
 @dataclass(init=False, repr=False)
 class GenerationConfig:
-    """The settings of a generation, as far as somebody has given them; the others are None.
+    """Generation options; None means not set.
 
-    Names and meanings are those of transformers. A setting can be set, ``config.top_k = 5``.
+    Names and meanings are those of transformers. An option can be set: ``config.top_k = 5``.
 
     Parameters
     ----------
     max_length, max_new_tokens : int, optional
-        When to stop: after so many tokens with the prompt, or without it; the second counts if both are there. By
-        default after 20 new tokens.
+        The maximum number of tokens, with the prompt or without it; the second has priority. Default: 20 new tokens.
     min_length, min_new_tokens : int, optional
-        No end of text before so many tokens, counted in the same two ways.
+        The minimum number of tokens before an end of text, counted in the same two ways.
     do_sample : bool, optional
         Draw tokens (True) or take the most likely (False, the default).
     num_beams : int, optional
-        Beams to search with; 1, the default, is no search.
+        Number of beams of a search; 1, the default, means no search.
     early_stopping : bool or "never", optional
-        When a search ends: as soon as `num_beams` texts are complete (True), once a better one is unlikely (False, the
-        default), or impossible ("never").
+        When a search ends: as soon as `num_beams` texts are complete (True), when a better one is unlikely (False, the
+        default), or when it is impossible ("never").
     length_penalty : float, optional
-        The sum of log probabilities of a text is divided by its new tokens to this power, by default 1.
+        The exponent p of the length: a text's sum of log probabilities is divided by ``new_tokens ** p``. Default: 1.
     temperature : float, optional
-        When sampling: scores are divided by it.
+        When sampling: the divisor of the scores.
     top_k, top_p, min_p : int, float, float, optional
-        When sampling: draw only from the k most likely, by default 50 and all for 0; only from the most likely that
-        together reach probability p; only from those at least `min_p` times as likely as the most likely.
+        When sampling, draw only from the k most likely tokens (default 50; 0 means all); from the most likely tokens
+        that together reach probability p; from the tokens at least `min_p` times as likely as the most likely.
     repetition_penalty : float, optional
-        Above 1 makes tokens that are there already less likely, by a factor of their scores.
+        Above 1, makes tokens of the text so far less likely, by a factor on their scores.
     no_repeat_ngram_size : int, optional
-        No n tokens in a row occur twice; 0, the default, for no such rule.
+        No sequence of n tokens occurs twice; 0, the default, allows it.
     num_return_sequences : int, optional
-        Texts for each prompt.
+        Number of texts for each prompt.
     pad_token_id, bos_token_id : int, optional
-        What fills a text that has ended, and what a text begins with if there is no prompt.
+        The token that fills a text after its end, and the first token if there is no prompt.
     eos_token_id : int or sequence of int, optional
-        What ends a text.
+        The tokens that end a text.
     typical_p : float, optional
-        When sampling: draw only from the tokens whose information is nearest to the entropy, as many as reach that
-        probability.
+        When sampling: draw only from the tokens whose information is nearest to the entropy; as many as together reach
+        this probability.
     renormalize_logits : bool, optional
-        Make log probabilities of the processed scores.
+        Turn the processed scores into log probabilities.
     guidance_scale : float, optional
-        Above 1 moves the scores away from those after another prompt: ``negative_prompt_ids``, or the last token alone.
+        Above 1, moves the scores away from those after another prompt: ``negative_prompt_ids``, or only the last token.
     sequence_bias : dict or sequence of pairs, optional
-        Token ids, as a tuple, and what is added to the score of the last of them after the others.
+        Token ids, as a tuple, and the number to add to the score of the last one when it follows the others.
     bad_words_ids : sequence of sequence of int, optional
-        Tokens in a row that never occur.
+        Sequences of tokens that never occur.
     suppress_tokens, begin_suppress_tokens : sequence of int, optional
-        Tokens that never occur; that the new text does not begin with.
+        Tokens that never occur; tokens that the new text never begins with.
     forced_bos_token_id, forced_eos_token_id : int, optional
-        The token after a prompt of one token; the last token at the greatest length (one of several).
+        The token after a prompt of one token; the last token at the maximum length (one of several).
     exponential_decay_length_penalty : tuple (int, float), optional
-        After so many new tokens an end of text becomes more likely, by powers of the factor.
+        A number of new tokens and a factor: after that many tokens, an end of text becomes more likely by powers of it.
     stop_strings : str or sequence of str, optional
-        A text that one of them appears in is complete. ``generate`` needs the ``tokenizer``.
+        A text is complete when one of them appears in it. ``generate`` needs the ``tokenizer``.
     max_time : float, optional
-        No token more after so many seconds.
+        The maximum time, in seconds; after it, no token is added.
     use_cache : bool, optional
-        False computes everything anew for each token, and gives the same ones.
+        False reads the whole text again for each token, with the same result.
     output_scores, output_logits, output_attentions, output_hidden_states, return_dict_in_generate : bool, optional
-        What comes back: with the last a record in place of the tokens, and in it what the others ask for.
+        The last returns a record instead of the tokens; the others add their entries to the record.
     seed : int, optional
-        Of the draws of one call, which it repeats; refgemma's own. By default they go on from call to call, see
+        The seed of one call's draws; only refgemma has it. Without a seed the draws continue from call to call; see
         `refgemma.generation.beams.set_seed`.
 
     Raises
     ------
     InputError
-        Naming the setting that means nothing.
+        If a setting is unknown, unsupported or has an invalid value; the error names it.
 
     Examples
     --------
@@ -237,11 +236,11 @@ class GenerationConfig:
         for setting in fields(self):
             value = vars(self)[setting.name] = _freeze(given.get(setting.name))
             if value is not None and not setting.metadata["is_right"](value):
-                raise InputError(f"{setting.name} must be {setting.metadata['needed']}, not {value!r}")
+                raise InputError(f"{setting.name} is {value!r}; it must be {setting.metadata['needed']}")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set a setting; one that means nothing is refused, and the others stay as they are."""
-        if [*self.__dataclass_fields__][-1] in vars(self):  # after __init__, which sets it last
+        """Set an option; for an invalid value, raise an error and change nothing."""
+        if [*self.__dataclass_fields__][-1] in vars(self):  # true after __init__, which sets this field last
             value = vars(self.changed(**{name: value})).get(name)
         object.__setattr__(self, name, value)
 
@@ -252,32 +251,32 @@ class GenerationConfig:
         raise AttributeError(f"{name!r} is not a setting of generate", name=name, obj=self)
 
     def __repr__(self) -> str:
-        """The settings that are said."""
+        """Return the options that are set."""
         return f"GenerationConfig({', '.join(f'{name}={value!r}' for name, value in self.to_dict().items())})"
 
     def changed(self, **changes: Any) -> "GenerationConfig":
-        """The same with other values of some settings.
+        """Return a copy with some settings changed.
 
         Raises
         ------
         InputError
-            For a setting that means nothing, is unknown, or is not computed here.
+            If a setting is unknown, unsupported or has an invalid value.
 
         Examples
         --------
         >>> GenerationConfig().changed(top_q=0.9)
         Traceback (most recent call last):
         ...
-        refgemma.inputs.InputError: top_q is no setting of generate; is top_p meant?
+        refgemma.inputs.InputError: unexpected generation option 'top_q'; did you mean top_p?
         """
         return replace(self, **changes)
 
     def over(self, other: "GenerationConfig") -> "GenerationConfig":
-        """These settings, and where they say nothing those of `other`."""
+        """Return these settings, filled up with those of `other`."""
         return replace(other, **{name: value for name, value in vars(self).items() if value is not None})
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings that are said, as JSON can hold them."""
+        """Return the options that are set, as JSON types."""
         said = {name: value for name, value in vars(self).items() if value is not None}
         return {name: _plain(value) for name, value in said.items()}
 
@@ -320,12 +319,12 @@ class GenerationConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "GenerationConfig":
-        """The settings of a ``generation_config.json``, as released or as transformers writes it.
+        """Return the settings of a ``generation_config.json``, as released or as written by transformers.
 
         Raises
         ------
         InputError
-            For a setting that means nothing, is unknown, or is not computed here.
+            If a setting is unknown, unsupported or has an invalid value.
 
         Examples
         --------
@@ -336,7 +335,7 @@ class GenerationConfig:
 
     @classmethod
     def from_model_config(cls, config: Gemma2Config) -> "GenerationConfig":
-        """Return what a model's configuration says about generating, for a model without a ``generation_config.json``.
+        """Return the settings in a model's configuration, for a model without a ``generation_config.json``.
 
         Examples
         --------
@@ -352,7 +351,7 @@ class GenerationConfig:
         Raises
         ------
         ConfigError
-            Naming the file, and what is wrong with it.
+            If the file is invalid; the error names the file and the problem.
         """
         try:
             return cls.from_dict(read_object(path, ConfigError))
@@ -361,7 +360,7 @@ class GenerationConfig:
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **changes: Any) -> "GenerationConfig":
-        """Read the ``generation_config.json`` of a model; see `refgemma.hub.find_model` for the names there are.
+        """Read the ``generation_config.json`` of a model; `refgemma.hub.find_model` explains the names.
 
         Examples
         --------
@@ -369,12 +368,12 @@ class GenerationConfig:
         5
         """
         place = find_model(name)
-        if place.is_file():  # a GGUF file says no more than these
+        if place.is_file():  # a GGUF file has only these settings
             return cls.from_model_config(Gemma2Config.from_pretrained(place)).changed(**changes)
         return cls.from_json_file(place / FILE).changed(**changes)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``generation_config.json`` into `folder`, made if there is none; the file appears whole or not at all.
+        """Write ``generation_config.json`` into `folder`, creating it if needed; the file appears whole or not at all.
 
         Examples
         --------
@@ -398,7 +397,7 @@ def _freeze(value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Return NumPy's numbers as Python's and tuples as lists: JSON knows no other."""
+    """Return NumPy's numbers as Python's and tuples as lists, for JSON."""
     if isinstance(value, tuple):
         return [_plain(one) for one in value]
     return value.item() if isinstance(value, np.generic) else value
@@ -409,25 +408,25 @@ def _changes_nothing(value: Any, harmless: tuple[Any, ...]) -> bool:
 
 
 def _supported(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of `given` that are computed here, after a look at the others; unknown ones that are None go."""
+    """Return the supported settings of `given`; raise an error for others unless they are None or change nothing."""
     known = [setting.name for setting in fields(GenerationConfig)]
     for name, value in given.items():
         if name in NEUTRAL and not _changes_nothing(value, NEUTRAL[name][0]):
-            raise InputError(f"{name} = {value!r} is not computed here; {NEUTRAL[name][1]}")
+            raise InputError(f"{name} = {value!r} is not supported; {NEUTRAL[name][1]}")
         if value is not None and name not in known and name not in NEUTRAL and name not in WITHOUT_EFFECT:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
-            raise InputError(f"{name} is no setting of generate" + (f"; is {near[0]} meant?" if near else ""))
+            raise InputError(f"unexpected generation option {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
     return {name: value for name, value in given.items() if name in known}
 
 
-# --- what they come to ------------------------------------------------------------------------------------------------
+# --- resolved settings ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a call for one prompt: here every one has a value."""
+    """The settings of a call for one prompt, each with a value."""
 
-    prompt_length: int  # tokens that the returned texts begin with
+    prompt_length: int  # number of prompt tokens at the start of the returned texts
     max_length: int  # counted with the prompt
     min_length: int
     do_sample: bool
@@ -465,16 +464,16 @@ class Settings:
 
     @property
     def min_kept(self) -> int:
-        """The number of tokens that the cuts leave at least: in a beam search one that is no end of text."""
+        """The minimum number of tokens that the cuts leave; in a beam search one of them does not end the text."""
         if self.num_beams == 1:
             return 1
         return len(self.eos_token_ids) + 1 if self.eos_token_ids else 2
 
 
 def merge_settings(own: Any, model: GenerationConfig, changes: Mapping[str, Any]) -> GenerationConfig:
-    """The settings of one call: `changes` over the caller's `own` over those of the `model` over the default values.
+    """Return the settings of one call: `changes` override the caller's `own`, the `model`'s, and the defaults.
 
-    None among the changes switches a setting off: with ``top_k=None`` there is no top-k, although the default is 50.
+    None in `changes` switches a setting off: ``top_k=None`` means no top-k, although the default is 50.
 
     Examples
     --------
@@ -484,7 +483,7 @@ def merge_settings(own: Any, model: GenerationConfig, changes: Mapping[str, Any]
     """
     if own is not None and not isinstance(own, GenerationConfig):
         raise InputError(
-            f"generation_config is a {type(own).__name__}, not a GenerationConfig; GenerationConfig.from_dict makes one"
+            f"generation_config is a {type(own).__name__}; it must be a GenerationConfig, as from its from_dict"
         )
     said = model if own is None else own.over(model)
     defaults = GenerationConfig(**{setting.name: setting.metadata["default"] for setting in fields(GenerationConfig)})
@@ -492,9 +491,9 @@ def merge_settings(own: Any, model: GenerationConfig, changes: Mapping[str, Any]
 
 
 def _lengths(call: GenerationConfig, prompt_length: int, embedded: int, limit: int) -> tuple[int, int]:
-    """The greatest and the least number of tokens, counted with the prompt ids.
+    """Return the maximum and the minimum number of tokens, including the prompt ids.
 
-    Of a prompt of `embedded` embeddings there are no ids, so that those are taken off again.
+    A prompt of `embedded` embeddings has no ids, so these are subtracted.
     """
     if call.max_new_tokens is not None:
         longest = prompt_length + call.max_new_tokens
@@ -504,8 +503,8 @@ def _lengths(call: GenerationConfig, prompt_length: int, embedded: int, limit: i
         longest = min(prompt_length + DEFAULT_NEW_TOKENS, limit)
     if longest <= prompt_length:
         raise InputError(
-            f"the prompt has {prompt_length + embedded} tokens, which leaves none of max_length "
-            f"({longest + embedded}, prompt included); raise max_length, or set max_new_tokens"
+            f"the prompt has {prompt_length + embedded} tokens, and max_length, which includes the prompt, is "
+            f"{longest + embedded}; raise max_length, or set max_new_tokens"
         )
     if call.min_new_tokens is not None:
         name, shortest = "min_new_tokens", prompt_length + call.min_new_tokens
@@ -513,19 +512,19 @@ def _lengths(call: GenerationConfig, prompt_length: int, embedded: int, limit: i
         name, shortest = "min_length", max((call.min_length or 0) - embedded, 0)
     if shortest > longest:
         warnings.warn(
-            f"{name} ({getattr(call, name)}) cannot be reached: there are {longest - prompt_length} new tokens at most",
+            f"{name} is {getattr(call, name)}, but there are at most {longest - prompt_length} new tokens",
             stacklevel=5,
         )
     return longest, shortest
 
 
 def _listed(ids: Any) -> tuple[int, ...]:
-    """Return one token id, several or none as a tuple."""
+    """Return one token id, several or none, as a tuple."""
     return () if ids is None else ids if isinstance(ids, tuple) else (ids,)
 
 
 def _check_vocabulary(call: GenerationConfig, vocab_size: int) -> None:
-    """Refuse token ids that are not in the vocabulary."""
+    """Raise an error for token ids that are not in the vocabulary."""
     words = {"bad_words_ids": call.bad_words_ids, "sequence_bias": [pair[0] for pair in call.sequence_bias or ()]}
     listed = {name: [token for word in several or () for token in word] for name, several in words.items()}
     for name in ("eos_token_id", "pad_token_id", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id",
@@ -533,66 +532,62 @@ def _check_vocabulary(call: GenerationConfig, vocab_size: int) -> None:
         listed[name] = list(_listed(getattr(call, name)))
     for name, tokens in listed.items():
         if any(token >= vocab_size for token in tokens):
-            raise InputError(f"{name} is {max(tokens)}: not in the vocabulary of {vocab_size} tokens")
+            raise InputError(f"{name} is {max(tokens)}; the vocabulary has {vocab_size} tokens")
 
 
 def _check_together(call: GenerationConfig, longest_new: int) -> None:
-    """Refuse settings that contradict one another."""
+    """Raise an error for settings that contradict each other."""
     beams, wanted = call.num_beams or 1, call.num_return_sequences or 1
     if beams == 1 and wanted > 1 and not call.do_sample:
         raise InputError(
-            f"num_return_sequences is {wanted}, but without do_sample=True or num_beams there is one most likely text "
-            "only, and all would be the same"
+            f"num_return_sequences is {wanted}, but without do_sample=True or num_beams all texts would be the same; "
+            "set one of them"
         )
     if 1 < beams < wanted:
-        raise InputError(f"num_return_sequences ({wanted}) is more than num_beams ({beams})")
+        raise InputError(f"num_return_sequences is {wanted}; it must be at most num_beams, {beams}")
     if call.do_sample and call.temperature == 0:
         raise InputError(
-            "temperature is 0: scores cannot be divided by it; for the most likely token use do_sample=False"
+            "temperature is 0; it must be above 0 for sampling: for the most likely token use do_sample=False"
         )
     if call.guidance_scale != 1 and beams > 1:
-        raise InputError("guidance_scale is not computed in a beam search; use num_beams=1")
+        raise InputError("guidance_scale is not supported in a beam search; use num_beams=1")
     if call.exponential_decay_length_penalty is not None and call.eos_token_id is None:
-        raise InputError(
-            "exponential_decay_length_penalty makes an end of text more likely, and there is no eos_token_id"
-        )
+        raise InputError("exponential_decay_length_penalty makes an end of text more likely; set eos_token_id")
     for name in ("forced_bos_token_id", "forced_eos_token_id"):
         forced = _listed(getattr(call, name))
         if forced and set(forced) <= set(call.suppress_tokens or ()):
-            raise InputError(
-                f"{name} is {_plain(forced)}, and suppress_tokens forbids that; take it out of one of them"
-            )
+            raise InputError(f"{name} is {_plain(forced)}, but suppress_tokens forbids it; remove it from one of them")
     with np.errstate(over="ignore"):
         divisor = np.float64(longest_new) ** np.float64(call.length_penalty or 0)
     if beams > 1 and not 1e-30 < divisor < 1e30:
         raise InputError(
-            f"length_penalty is {call.length_penalty}: {longest_new} new tokens to that power are out of range"
+            f"length_penalty is {call.length_penalty}; {longest_new} new tokens to that power are out of range: "
+            "set it closer to 0"
         )
 
 
 def resolve_settings(
     call: GenerationConfig, prompt_length: int, vocab_size: int, limit: int, embedded: int = 0
 ) -> Settings:
-    """Resolve the settings of a call for its prompt.
+    """Return the settings of a call, resolved for its prompt.
 
     Parameters
     ----------
     call : GenerationConfig
-        As `merge_settings` gives it.
+        The settings from `merge_settings`.
     prompt_length : int
-        Token ids in the prompt; 0 if it is one of embeddings.
+        Number of token ids in the prompt; 0 if the prompt is embeddings.
     vocab_size : int
-        Ids are below it.
+        The size of the vocabulary; all ids must be below it.
     limit : int
-        ``max_position_embeddings``: where neither `max_length` nor `max_new_tokens` is said, the 20 new tokens end
-        there at the latest.
+        ``max_position_embeddings``: without `max_length` and `max_new_tokens`, the text ends there at the latest.
     embedded : int
-        Embeddings in the prompt.
+        Number of embeddings in the prompt.
 
     Raises
     ------
     InputError
-        For settings that contradict one another or do not fit the prompt.
+        For settings that contradict each other or do not fit the prompt.
 
     Examples
     --------

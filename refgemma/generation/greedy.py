@@ -1,4 +1,4 @@
-"""Greedy decoding by the definition: the most likely token, again and again. Checked against recorded texts of
+"""Decode greedily with the definition: take the most likely token at each step. Checked against recorded texts of
 transformers 5.23, and against `refgemma.generation.decode.generate` token for token."""
 
 from collections.abc import Collection, Iterator, Sequence
@@ -31,9 +31,7 @@ def last_scores(logits: Logits) -> Float[np.ndarray, "batch vocab"]:
     """
     last: Array = wide(logits[:, -1]).astype(np.float32)
     if np.isnan(last).any():
-        raise InputError(
-            "the logits are NaN: numbers became too large for this precision on the way; try float32, or float64"
-        )
+        raise InputError("the logits are NaN: a number overflowed this precision; try float32 or float64")
     return last
 
 
@@ -41,20 +39,20 @@ def greedy(
     prompt: Sequence[int] | Int[np.ndarray, " seq"], weights: Weights, config: Gemma2Config, *,
     max_new_tokens: int = 128, stop_ids: Collection[int] = (),
 ) -> Iterator[int]:  # fmt: skip
-    """Continue a prompt with the most likely token each time, computed as `refgemma.model` says.
+    """Continue a prompt with the most likely token at each step, computed by `refgemma.model`.
 
-    The whole prompt is read once; after that each token is read alone, with a cache of all before it.
+    The whole prompt is read once. After that each token is read alone, with a cache of all tokens before it.
 
     Parameters
     ----------
     prompt : sequence of int
         Token ids, usually beginning with ``<bos>``.
     weights, config
-        Of the model.
+        The model's.
     max_new_tokens : int
-        Stop after this many.
+        The maximum number of new tokens.
     stop_ids : collection of int
-        Tokens that end the text; the one met is yielded last.
+        Tokens that end the text; the text ends with the one that is generated.
 
     Yields
     ------
@@ -64,7 +62,7 @@ def greedy(
     Raises
     ------
     InputError
-        For a prompt that cannot be used, at the call; for logits that are NaN, at their token.
+        For an invalid prompt, at the call; for logits that are NaN, at their token.
 
     Examples
     --------
@@ -90,7 +88,7 @@ def greedy(
     return decode()
 
 
-# Settings that do not change which tokens the plain way takes: they end it, belong to another way, or say what returns.
+# Settings that do not change the tokens of greedy decoding: they end it, belong to other methods, or shape the output.
 OF_OTHER_WAYS = frozenset({
     "max_length", "max_new_tokens", "pad_token_id", "bos_token_id", "eos_token_id", "use_cache", "seed",
     "early_stopping", "length_penalty", "temperature", "top_k", "top_p", "min_p", "typical_p", "renormalize_logits",
@@ -99,7 +97,7 @@ OF_OTHER_WAYS = frozenset({
 
 
 def is_plain_greedy(call: GenerationConfig) -> bool:
-    """Return whether `call` asks for the most likely token each time and nothing else, so that `greedy` will do.
+    """Return True if `call` only asks for the most likely token each time, so that `greedy` is enough.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""The outputs of `generate`, and what all outputs have in common: dataclasses that also answer like a dict and a tuple.
+"""The outputs of `generate`, and the base of all outputs: dataclasses that also act like a dict and a tuple.
 
 Checked against `ModelOutput` and its subclasses in transformers 5.23."""
 
@@ -17,7 +17,7 @@ PastKeyValues = Cache | DynamicCache | tuple[tuple[Array, Array], ...]
 
 
 class ModelOutput(Mapping[str, Any]):
-    """A dataclass whose fields are found by attribute, by name and by number; fields that are None are left out.
+    """A dataclass with fields accessible by attribute, name and number; fields that are None are left out.
 
     Examples
     --------
@@ -29,7 +29,7 @@ class ModelOutput(Mapping[str, Any]):
     """
 
     def _present(self) -> dict[str, Any]:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]  # subclasses are
+        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]  # in dataclasses
         return {name: value for name, value in values.items() if value is not None}
 
     @property
@@ -38,13 +38,13 @@ class ModelOutput(Mapping[str, Any]):
         return getattr(self, "past_key_values", None)
 
     def __getitem__(self, key: Any) -> Any:
-        """The field of a name, or the fields of a number or slice."""
+        """Return the field with a name or number, or the fields of a slice."""
         if key == "cache" and self.cache is not None:
             return self.cache
         return self._present()[key] if isinstance(key, str) else self.to_tuple()[key]
 
     def __iter__(self) -> Iterator[str]:
-        """The names of the fields, as of a dict: to unpack the values, use `to_tuple`."""
+        """Yield the names of the fields, like a dict; to unpack the values, use `to_tuple`."""
         return iter(self._present())
 
     def __len__(self) -> int:
@@ -52,14 +52,14 @@ class ModelOutput(Mapping[str, Any]):
         return len(self._present())
 
     def keys(self) -> KeysView[str]:
-        """The names of the fields that are not None."""
+        """Return the names of the fields that are not None."""
         return self._present().keys()
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """The fields that are not None, in order: what a model returns with ``return_dict=False``."""
+        """Return the fields that are not None, in order; a model returns them with ``return_dict=False``."""
         return tuple(self._present().values())
 
-    # Comparing arrays has no single answer: an output equals itself only.
+    # Comparing arrays has no single answer, so an output equals only itself.
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
@@ -71,18 +71,18 @@ class GenerateDecoderOnlyOutput(ModelOutput):
     Attributes
     ----------
     sequences : int array (rows, length)
-        Prompts and what was generated; a text that ended before others is filled with the pad token.
+        Prompts and generated tokens; a text that ended before others is filled with the pad token.
     scores : tuple of arrays (rows, vocab), optional
-        With ``output_scores``: for each new token the scores it was chosen by, processed.
+        With ``output_scores``: for each new token, the processed scores that it was chosen by.
     logits : tuple of arrays (rows, vocab), optional
-        With ``output_logits``: the same before they were processed.
+        With ``output_logits``: the same before processing.
     attentions : tuple of tuples of arrays (rows, heads, seq, keys), optional
-        With ``output_attentions``: for each step the attention of each layer, the prompt's first.
+        With ``output_attentions``: for each step, the prompt's first, the attention probabilities of each layer.
     hidden_states : tuple of tuples of arrays (rows, seq, hidden), optional
-        With ``output_hidden_states``: for each step the embedded tokens and what each layer makes of them, the last
-        after the norm.
+        With ``output_hidden_states``: for each step, the embedded tokens and the output of each layer, the last after
+        the norm.
     past_key_values : Cache, optional
-        With ``use_cache``: all tokens but the last.
+        With ``use_cache``: the cache of all tokens but the last.
     """
 
     sequences: Array
@@ -100,22 +100,22 @@ class GenerateBeamDecoderOnlyOutput(ModelOutput):
     Attributes
     ----------
     sequences : int array (rows, length)
-        Of each prompt the best texts, best first.
+        The best texts for each prompt, best first.
     sequences_scores : array (rows,), optional
         With ``output_scores``: sums of log probabilities, divided by the length penalty.
     scores : tuple of arrays (batch * beams, vocab), optional
-        With ``output_scores``: log probabilities of each step, processed, without those of the text before.
+        With ``output_scores``: processed log probabilities of each step, without those of the text before.
     logits : tuple of arrays (batch * beams, vocab), optional
         With ``output_logits``: raw scores of each step.
     beam_indices : int array (rows, new)
-        Which row of the step before each new token continued; -1 after the end of a text.
+        The row of the step before that each new token continued; -1 after the end of a text.
     attentions : tuple of tuples of arrays (rows, heads, seq, keys), optional
-        With ``output_attentions``: for each step the attention of each layer, the prompt's first.
+        With ``output_attentions``: for each step, the prompt's first, the attention probabilities of each layer.
     hidden_states : tuple of tuples of arrays (rows, seq, hidden), optional
-        With ``output_hidden_states``: for each step the embedded tokens and what each layer makes of them, the last
-        after the norm.
+        With ``output_hidden_states``: for each step, the embedded tokens and the output of each layer, the last after
+        the norm.
     past_key_values : Cache, optional
-        With ``use_cache``: of the beams after the last step.
+        With ``use_cache``: the cache of the beams after the last step.
     """
 
     sequences: Array
@@ -131,7 +131,7 @@ class GenerateBeamDecoderOnlyOutput(ModelOutput):
 def compute_transition_scores(
     sequences: Array, scores: Sequence[Array], beam_indices: Array | None = None, normalize_logits: bool = False
 ) -> Array:
-    """The scores that the new tokens of `generate` were chosen by; see ``Gemma2ForCausalLM.compute_transition_scores``.
+    """Return the scores that chose the new tokens of `generate`; see ``Gemma2ForCausalLM.compute_transition_scores``.
 
     Examples
     --------

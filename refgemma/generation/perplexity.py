@@ -1,5 +1,5 @@
-"""The perplexity of a text, as transformers defines it and as gemma.cpp does. Checked against the program of
-transformers' page on perplexity, run with transformers 5.23, and against gemma.cpp's formula written out in a test."""
+"""Compute the perplexity of a text as transformers and gemma.cpp define it. Checked against the program on
+transformers' page on perplexity, run with transformers 5.23, and against gemma.cpp's formula, written out in a test."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -20,18 +20,18 @@ from refgemma.precision import wide
 from refgemma.shapes import Hidden
 from refgemma.weights.parameters import Weights, row_pieces
 
-CHUNK_TOKENS = 512  # tokens computed at a time, which bounds the memory of the scores
-GEMMA_CPP_TOKENS = 3072  # gemma.cpp sums over no more
-GEMMA_CPP_MOST = 64.0  # and counts no more nats than this for one of them
+CHUNK_TOKENS = 512  # tokens computed at a time; bounds the memory of the scores
+GEMMA_CPP_TOKENS = 3072  # gemma.cpp sums over at most this many
+GEMMA_CPP_MOST = 64.0  # and limits the nats per token to this
 
 
 def label_losses(
     norm: Hidden, labels: Int[np.ndarray, "batch seq"], weights: Weights, config: Gemma2Config
 ) -> Float[np.ndarray, "batch seq"]:
-    """``-log p(label)`` of each place in nats, from its normed hidden state, in float64.
+    """Return ``-log p(label)`` at each place in nats, computed in float64 from the normed hidden state.
 
-    ``log(sum(exp(logits))) - logits[label]``, summed over a piece of the head at a time: the logits of a long text with
-    256000 words would not fit in memory.
+    ``log(sum(exp(logits))) - logits[label]``, summed over one piece of the head at a time, because the logits of a long
+    text with 256000 tokens would not fit into memory.
 
     Examples
     --------
@@ -58,10 +58,10 @@ def label_losses(
 def token_losses(
     ids: Sequence[int], weights: Weights, config: Gemma2Config, layers: fast.Outputs = fast.outputs
 ) -> Float[np.ndarray, " tokens_after_first"]:
-    """``-log p(token)`` of every token of a text, `ids`, after the first, given all before it, in nats.
+    """Return ``-log p(token)`` in nats for every token of `ids` after the first, given all tokens before it.
 
-    `CHUNK_TOKENS` tokens are computed at a time, each piece going on from the cache of the last. `layers`
-    computes them: `refgemma.fast.outputs`, or `refgemma.model.reference_outputs`.
+    `CHUNK_TOKENS` tokens are computed at a time; each piece continues from the cache of the one before. `layers`
+    computes them: `refgemma.fast.outputs` or `refgemma.model.reference_outputs`.
 
     Examples
     --------
@@ -89,7 +89,7 @@ def token_losses(
 
 @dataclass(frozen=True)
 class Window:
-    """Part of a text that is read at once: tokens `start` to `stop`, of which the last `targets` are judged."""
+    """Part of a text that is read at once: tokens `start` to `stop`; the last `targets` of them are scored."""
 
     start: int
     stop: int
@@ -97,7 +97,7 @@ class Window:
 
 
 def split_windows(tokens: int, max_length: int, stride: int) -> Iterator[Window]:
-    """Windows of `max_length` tokens every `stride` tokens, each judged where none before it was.
+    """Yield windows of `max_length` tokens every `stride` tokens; each scores the tokens that no earlier one scored.
 
     Source: transformers' page "Perplexity of fixed-length models".
 
@@ -117,11 +117,11 @@ def split_windows(tokens: int, max_length: int, stride: int) -> Iterator[Window]
 
 @dataclass(frozen=True)
 class StridedPerplexity:
-    """A perplexity of transformers' definition."""
+    """A perplexity as transformers defines it."""
 
     perplexity: float
     nats_per_token: float
-    tokens: int  # that the mean is of
+    tokens: int  # number of tokens in the mean
     windows: int
 
 
@@ -129,32 +129,32 @@ def strided_perplexity(
     ids: Sequence[int], weights: Weights, config: Gemma2Config, max_length: int, stride: int,
     layers: fast.Outputs = fast.outputs, report: Callable[[int], object] | None = None,
 ) -> StridedPerplexity:  # fmt: skip
-    """``exp`` of the mean loss of a text, in windows, as the program on transformers' page computes it.
+    """Return ``exp`` of the mean loss of a text, in windows, as the program on transformers' page computes it.
 
-    Each window begins at position 0, and gives the mean loss of its targets; the weight of that mean is the number of
-    targets less one, although only the first window has one target less (its first token has none before it). That is
-    how the page has it, and where windows overlap it makes a small difference.
+    Each window begins at position 0 and gives the mean loss of its targets. The weight of this mean is the number of
+    targets minus one, although only the first window has one target less (its first token has no token before it). The
+    page does the same; if windows overlap, it makes a small difference.
 
     Parameters
     ----------
     ids : sequence of int
-        The whole text. ``<bos>`` is at its beginning only: windows after the first begin in the middle of the text,
-        which Gemma is not used to.
+        The whole text. ``<bos>`` is only at its beginning: later windows begin in the middle of the text, which Gemma
+        was not trained for.
     weights, config
-        Of the model.
+        The model's.
     max_length : int
-        Tokens of a window, at least 2.
+        Number of tokens of a window, at least 2.
     stride : int
-        Tokens from the start of one window to that of the next, 1 to `max_length`.
+        Number of tokens from the start of one window to the next, 1 to `max_length`.
     layers : callable
-        What computes the layers, see `token_losses`.
+        Computes the layers; see `token_losses`.
     report : callable, optional
-        Is given the number of tokens judged, after each window.
+        Called for each window with the number of tokens to score.
 
     Raises
     ------
     InputError
-        If the text has fewer than two tokens, or a number cannot be.
+        If the text has fewer than two tokens, or a number is out of range.
 
     Examples
     --------
@@ -166,15 +166,17 @@ def strided_perplexity(
     (1, True)
     """
     if not 1 <= stride <= max_length or max_length < 2:
-        raise InputError(f"max_length {max_length} and stride {stride}: at least 2, and 1 to max_length, are needed")
+        raise InputError(
+            f"max_length is {max_length}, stride {stride}; max_length must be at least 2, and stride 1 to max_length"
+        )
     if len(ids) < 2:
-        raise InputError("the text has no token after the first; there is nothing to predict")
+        raise InputError("the text has no token after the first; give a longer text")
     total, weight, number = 0.0, 0, 0
     for window in split_windows(len(ids), max_length, stride):
         if report is not None:
             report(window.targets)
         if window.targets < 2:
-            continue  # of weight 0; on the page its loss may be the mean of nothing, NaN
+            continue  # its weight is 0; on the page its loss may be the mean of nothing, NaN
         losses = token_losses(ids[window.start : window.stop], weights, config, layers)[-window.targets :]
         total += float(losses.mean()) * (window.targets - 1)
         weight += window.targets - 1
@@ -185,10 +187,10 @@ def strided_perplexity(
 def gemma_cpp_bits_per_byte(
     ids: Sequence[int], text_bytes: int, weights: Weights, config: Gemma2Config, layers: fast.Outputs = fast.outputs
 ) -> float:
-    """gemma.cpp's cross entropy: ``(log2(vocab) + sum(min(-ln p, 64)) / ln 2) / bytes of the text``.
+    """Return gemma.cpp's cross entropy: ``(log2(vocab) + sum(min(-ln p, 64)) / ln 2) / bytes of the text``.
 
-    The first summand is for the first token, ``<bos>``, as if it were one of all words alike. Only the first 3072
-    tokens are summed, and all bytes divided by. gemma.cpp prints the result as "per-token entropy".
+    The first summand is for the first token, ``<bos>``, as if all tokens were equally likely. The sum covers only the
+    first 3072 tokens, but is divided by all bytes. gemma.cpp prints the result as "per-token entropy".
 
     Source: gemma.cpp ``evals/cross_entropy.cc`` and ``evals/benchmark_helper.cc``.
 
@@ -199,9 +201,9 @@ def gemma_cpp_bits_per_byte(
     text_bytes : int
         Length of the text in UTF-8.
     weights, config
-        Of the model.
+        The model's.
     layers : callable
-        What computes the layers, see `token_losses`.
+        Computes the layers; see `token_losses`.
 
     Raises
     ------
@@ -217,7 +219,7 @@ def gemma_cpp_bits_per_byte(
     True
     """
     if text_bytes < 1:
-        raise InputError("the text is empty; there is nothing to predict")
+        raise InputError("the text is empty; give a text")
     losses = token_losses(ids[:GEMMA_CPP_TOKENS], weights, config, layers)
     nats = math.log(config.vocab_size) + float(np.minimum(losses, GEMMA_CPP_MOST).sum())
     return nats / math.log(2) / text_bytes

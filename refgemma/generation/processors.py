@@ -1,7 +1,7 @@
-"""The effect of the settings of a generation on the scores of the next token. Checked against the logits processors of
-transformers 5.23, which act in the order of this file.
+"""Apply generation settings to the scores of the next token. Checked against the logits processors of transformers
+5.23, which act in the order of this file.
 
-`scores` are float32, as there, also in a float64 model: a setting then means the same in every precision.
+`scores` are float32, as in transformers, even in a float64 model: so a setting means the same in every precision.
 """
 
 import inspect
@@ -24,7 +24,7 @@ Processor: TypeAlias = Callable[[TokenIds, NextScores], Any]
 
 
 class LogitsProcessor:
-    """The base of processors that a caller writes: a subclass has a ``__call__``. A plain function will do as well.
+    """The base class of a caller's processors; a subclass defines ``__call__``. A plain function also works.
 
     Examples
     --------
@@ -36,15 +36,15 @@ class LogitsProcessor:
     """
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        """Return other scores ``(rows, vocab)`` of the tokens after `input_ids` ``(rows, length)``."""
+        """Return changed scores ``(rows, vocab)`` for the tokens after `input_ids` ``(rows, length)``."""
         raise NotImplementedError(f"{type(self).__name__} needs a method __call__(self, input_ids, scores)")
 
 
 class LogitsProcessorList(list[Any]):
-    """Processors, one after the other: a list that can be called as each of them."""
+    """A list of processors, called like one processor; applies them in order."""
 
     def __call__(self, input_ids: Any, scores: Any, **others: Any) -> Any:
-        """Return the scores that all of them make; those that take further arguments are given `others`."""
+        """Return the scores after all processors; those that take further arguments get `others`."""
         for processor in self:
             takes_more = len(inspect.signature(processor).parameters) > 2
             scores = processor(input_ids, scores, **others) if takes_more else processor(input_ids, scores)
@@ -55,7 +55,7 @@ class LogitsProcessorList(list[Any]):
 
 
 def add_biases(scores: NextScores, ids: TokenIds, biases: Sequence[Any]) -> NextScores:
-    """Add to the score of the last token of each sequence its bias, where the tokens before it are those of `ids`.
+    """Add each sequence's bias to the score of its last token, where `ids` end with its other tokens.
 
     Source: transformers ``SequenceBiasLogitsProcessor``, and with minus infinity ``NoBadWordsLogitsProcessor``.
 
@@ -77,9 +77,9 @@ def add_biases(scores: NextScores, ids: TokenIds, biases: Sequence[Any]) -> Next
 def penalise_repetition(
     scores: NextScores, ids: TokenIds, penalty: float, skipped: Int[np.ndarray, " batch"]
 ) -> NextScores:
-    """Divide the score of every token that is there already by `penalty`, or multiply it where it is negative.
+    """Divide the score of every token of the text so far by `penalty`; multiply a negative score instead.
 
-    The first `skipped` tokens of each row do not count: they are padding. Source: transformers
+    The first `skipped` tokens of each row are padding and do not count. Source: transformers
     ``RepetitionPenaltyLogitsProcessor``.
 
     Examples
@@ -90,13 +90,13 @@ def penalise_repetition(
     batch, vocab = scores.shape
     counted = np.arange(ids.shape[1]) >= skipped[:, None]
     there = np.zeros((batch, vocab + 1), bool)
-    np.put_along_axis(there, np.where(counted, ids, vocab), True, axis=1)  # the last column takes what does not count
+    np.put_along_axis(there, np.where(counted, ids, vocab), True, axis=1)  # the last column takes skipped tokens
     penalised = np.where(scores < 0, scores * penalty, scores / penalty)
     return np.where(there[:, :vocab], penalised, scores)
 
 
 def ban_repeated_ngrams(scores: NextScores, ids: TokenIds, size: int) -> NextScores:
-    """Minus infinity for every token that would make the last `size` tokens a sequence that is there already.
+    """Set the score of each token that would repeat a sequence of `size` tokens to minus infinity.
 
     Padding counts as a token. Source: transformers ``NoRepeatNGramLogitsProcessor``.
 
@@ -118,7 +118,7 @@ def ban_repeated_ngrams(scores: NextScores, ids: TokenIds, size: int) -> NextSco
 
 
 def forbid(scores: NextScores, tokens: Collection[int]) -> NextScores:
-    """Minus infinity for `tokens`: the ends of text, before the least length is reached.
+    """Set the scores of `tokens` to minus infinity: the ends of text, below the minimum length.
 
     Source: transformers ``MinLengthLogitsProcessor``.
 
@@ -132,7 +132,7 @@ def forbid(scores: NextScores, tokens: Collection[int]) -> NextScores:
 
 
 def force(scores: NextScores, tokens: Collection[int]) -> NextScores:
-    """Minus infinity for all but `tokens`, and 0 for those.
+    """Set the scores of `tokens` to 0 and all others to minus infinity.
 
     Source: transformers ``ForcedBOSTokenLogitsProcessor`` and ``ForcedEOSTokenLogitsProcessor``.
 
@@ -146,15 +146,15 @@ def force(scores: NextScores, tokens: Collection[int]) -> NextScores:
 
 
 def keep_allowed(scores: NextScores, ids: TokenIds, allowed: Callable[[int, Any], Any], num_beams: int) -> NextScores:
-    """Minus infinity for all but the tokens that ``allowed(text, ids of a row)`` lists, `num_beams` rows a text.
+    """Set all scores but those that ``allowed(text, ids of a row)`` lists to minus infinity; `num_beams` rows per text.
 
-    Where that leaves nothing, the listed ones are all as likely. Source: transformers
+    If no finite score is left for a text, the listed tokens become equally likely. Source: transformers
     ``PrefixConstrainedLogitsProcessor``.
 
     Raises
     ------
     InputError
-        If it lists none.
+        If `allowed` lists no token.
 
     Examples
     --------
@@ -166,7 +166,7 @@ def keep_allowed(scores: NextScores, ids: TokenIds, allowed: Callable[[int, Any]
         found = np.asarray(allowed(row // num_beams, tokens))
         if found.size == 0:
             raise InputError(
-                f"prefix_allowed_tokens_fn lists no token for text {row // num_beams}; it needs one at least"
+                f"prefix_allowed_tokens_fn lists no token for text {row // num_beams}; it must list at least one"
             )
         listed[row, found] = 0
     kept = scores + listed
@@ -175,7 +175,7 @@ def keep_allowed(scores: NextScores, ids: TokenIds, allowed: Callable[[int, Any]
 
 
 def favour_ends(scores: NextScores, length: int, start: int, factor: float, ends: Collection[int]) -> NextScores:
-    """Raise the scores of the ends of text by powers of `factor`, once a text is longer than `start`.
+    """Raise the scores of the ends of text by powers of `factor`, for texts longer than `start`.
 
     Source: transformers ``ExponentialDecayLengthPenalty``.
 
@@ -189,14 +189,14 @@ def favour_ends(scores: NextScores, length: int, start: int, factor: float, ends
     with np.errstate(over="ignore"):
         growth = float(np.float64(factor) ** (length - start)) - 1
     listed = np.isin(np.arange(scores.shape[1]), list(ends)) & np.isfinite(scores)
-    # Not without limit, so that no score becomes infinite.
+    # Limited, so that no score becomes infinite.
     return scores + np.abs(np.where(listed, scores, 0)) * min(growth, 1e30)
 
 
 def list_constraints(
     settings: Settings, skipped: Int[np.ndarray, " batch"], allowed: Callable[[int, Any], Any] | None
 ) -> Iterator[Processor]:
-    """Yield what holds for every way of decoding, in the order of transformers ``_get_logits_processor``."""
+    """Yield the processors for every decoding method, in the order of transformers ``_get_logits_processor``."""
     said, ends, begin = settings, settings.eos_token_ids, settings.prompt_length
     words = [word for word in said.bad_words_ids or () if len(word) > 1 or word[0] not in ends]
     if said.sequence_bias is not None:
@@ -228,7 +228,7 @@ def constrain(
     scores: NextScores, ids: TokenIds, skipped: Int[np.ndarray, " batch"], settings: Settings,
     allowed: Callable[[int, Any], Any] | None = None,
 ) -> NextScores:  # fmt: skip
-    """The scores after what holds for every way of decoding; `allowed` is the caller's ``prefix_allowed_tokens_fn``."""
+    """Return the scores after all processors of `list_constraints`; `allowed` is ``prefix_allowed_tokens_fn``."""
     for process in list_constraints(settings, skipped, allowed):
         scores = process(ids, scores)
     return scores
@@ -238,7 +238,7 @@ def constrain(
 
 
 def to_probabilities(scores: Float[np.ndarray, "*batch vocab"]) -> Float[np.ndarray, "*batch vocab"]:
-    """Probabilities in the precision of `scores`: ``exp(z) / sum(exp(z))``, computed from ``z - max(z)``.
+    """Return probabilities in the precision of `scores`: ``exp(z) / sum(exp(z))``, computed from ``z - max(z)``.
 
     Examples
     --------
@@ -251,9 +251,9 @@ def to_probabilities(scores: Float[np.ndarray, "*batch vocab"]) -> Float[np.ndar
 
 
 def divide(scores: NextScores, temperature: float) -> NextScores:
-    """The scores divided by the temperature; where that overflows, with the highest score shifted to 0 before.
+    """Divide the scores by the temperature; if that overflows, shift the highest score to 0 first.
 
-    A shift changes no probability, so that no temperature is too low; transformers fails there. Source: transformers
+    A shift changes no probability, so any temperature works; transformers fails for very low ones. Source: transformers
     ``TemperatureLogitsWarper``.
 
     Examples
@@ -261,7 +261,7 @@ def divide(scores: NextScores, temperature: float) -> NextScores:
     >>> divide(np.array([[1.0, 2.0]], np.float32), 0.5), divide(np.array([[1.0, 2.0]], np.float32), 1e-300)
     (array([[2., 4.]], dtype=float32), array([[-inf,   0.]], dtype=float32))
     """
-    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):  # looked for in the next line
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):  # checked in the line after next
         heated: NextScores = scores / temperature
         if not (np.isnan(heated) | (heated == np.inf)).any():
             return heated
@@ -273,9 +273,9 @@ def divide(scores: NextScores, temperature: float) -> NextScores:
 def keep_top_k(
     scores: Float[np.ndarray, "*batch vocab"], top_k: int, min_kept: int = 1
 ) -> Float[np.ndarray, "*batch vocab"]:
-    """Minus infinity for all but the `top_k` highest scores, and those that are as high as the last of them.
+    """Set all scores but the `top_k` highest to minus infinity; scores equal to the last of these stay, too.
 
-    At least `min_kept` are kept.
+    At least `min_kept` scores stay.
 
     Source: transformers ``TopKLogitsWarper``.
 
@@ -292,11 +292,12 @@ def keep_top_k(
 def keep_top_p(
     scores: Float[np.ndarray, "*batch vocab"], top_p: float, min_kept: int = 1
 ) -> Float[np.ndarray, "*batch vocab"]:
-    """Minus infinity for all but the most likely tokens that together reach probability `top_p`; at least `min_kept`.
+    """Keep only the most likely tokens that together reach probability `top_p`, at least `min_kept`.
 
-    The sum runs upwards from the least likely, in float64, and is rounded to the precision of the scores, as in torch.
-    The exponentials may differ from torch's in the last bit: where the sum meets ``1 - top_p`` to within a few
-    roundings, one token more or less may be kept. Source: transformers ``TopPLogitsWarper``.
+    All other scores become minus infinity. The sum starts at the least likely token, in float64, and is rounded to the
+    precision of the scores, as in torch. The exponentials may differ from torch's in the last bit. So where the sum
+    equals ``1 - top_p`` to within a few roundings, one token more or less may stay. Source: transformers
+    ``TopPLogitsWarper``.
 
     Examples
     --------
@@ -316,10 +317,10 @@ def keep_top_p(
 def keep_min_p(
     scores: Float[np.ndarray, "*batch vocab"], min_p: float, min_kept: int = 1
 ) -> Float[np.ndarray, "*batch vocab"]:
-    """Minus infinity for all tokens less than `min_p` times as likely as the most likely; `min_kept` stay in any case.
+    """Keep only tokens at least `min_p` times as likely as the most likely, and at least `min_kept`.
 
-    Source: transformers ``MinPLogitsWarper``. As in `keep_top_p`, a token within a few roundings of the threshold may
-    be judged differently there.
+    All other scores become minus infinity. Source: transformers ``MinPLogitsWarper``. As in `keep_top_p`, the result
+    for a token within a few roundings of the threshold may differ from transformers.
 
     Examples
     --------
@@ -336,10 +337,11 @@ def keep_min_p(
 def keep_typical(
     scores: Float[np.ndarray, "*batch vocab"], mass: float, min_kept: int = 1
 ) -> Float[np.ndarray, "*batch vocab"]:
-    """Minus infinity for all but the most typical tokens that together reach probability `mass`; at least `min_kept`.
+    """Keep only the most typical tokens that together reach probability `mass`, at least `min_kept`.
 
-    A token is the more typical the nearer its ``-log p`` is to the mean of that, the entropy. Source: transformers
-    ``TypicalLogitsWarper``. As in `keep_top_p`, a sum within a few roundings of `mass` may be judged differently there.
+    All other scores become minus infinity. A token is more typical the nearer its ``-log p`` is to the mean, the
+    entropy. Source: transformers ``TypicalLogitsWarper``. As in `keep_top_p`, the result for a sum within a few
+    roundings of `mass` may differ from transformers.
 
     Examples
     --------
@@ -347,7 +349,7 @@ def keep_typical(
     array([-inf, -1.2, -inf])
     """
     information = -log_softmax(scores)
-    with np.errstate(invalid="ignore"):  # 0 * inf is nan, and counts as 0
+    with np.errstate(invalid="ignore"):  # 0 * inf is NaN, and counts as 0
         entropy = np.nansum(information * np.exp(-information), axis=-1, keepdims=True)
     distance = np.abs(information - entropy)
     nearest = np.argsort(distance, axis=-1, kind="stable")
@@ -362,7 +364,7 @@ def keep_typical(
 
 
 def warp(scores: NextScores, settings: Settings) -> NextScores:
-    """The scores that are drawn from: divided by the temperature, then cut to top k, top p, min p and typical p.
+    """Return the scores for drawing: divided by the temperature, then cut to top k, top p, min p and typical p.
 
     Examples
     --------

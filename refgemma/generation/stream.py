@@ -1,5 +1,5 @@
-"""Text as it is generated. Checked against `TextStreamer` of transformers 5.23, whose text it prints character by
-character instead of word by word."""
+"""Print text as it is generated. Checked against `TextStreamer` of transformers 5.23: the text is the same, printed by
+characters instead of words."""
 
 from collections.abc import Iterator
 from queue import Queue
@@ -16,7 +16,7 @@ DECODE_WITHOUT_EFFECT = frozenset({"clean_up_tokenization_spaces", "spaces_betwe
 
 @runtime_checkable
 class Streamer(Protocol):
-    """A receiver of tokens: `generate` gives it each as it comes.
+    """A receiver of tokens: `generate` passes each token to it.
 
     Examples
     --------
@@ -26,32 +26,32 @@ class Streamer(Protocol):
     """
 
     def put(self, value: npt.NDArray[np.int64]) -> None:
-        """Take the prompt ``(batch, seq)``, then again and again a new token of each row ``(batch,)``."""
+        """Take the prompt ``(batch, seq)``, and in each later call a new token of each row ``(batch,)``."""
 
     def end(self) -> None:
-        """Know that no token follows."""
+        """Mark the end: no token follows."""
 
 
 class TextStreamer:
     """Prints text as it is generated: a streamer for ``Gemma2ForCausalLM.generate``, for one text at a time.
 
-    transformers' prints whole words only; here every character is printed as soon as it is certain, and never half.
+    transformers prints only whole words. Here each character is printed as soon as it is complete.
 
     Parameters
     ----------
     tokenizer : Tokenizer
-        What the tokens belong to.
+        The tokenizer of the tokens.
     skip_prompt : bool
-        Print the new text only.
+        If true, print only the new text.
     skip_special_tokens : bool
-        Leave out ``<bos>``, ``<end_of_turn>`` and the like, which are printed by default, as in transformers.
+        If true, leave out ``<bos>``, ``<end_of_turn>`` and other special tokens. Default: false, as in transformers.
     **decode_kwargs
-        What else transformers hands to ``decode``: ``clean_up_tokenization_spaces`` and
-        ``spaces_between_special_tokens``, which have no effect on Gemma's text.
+        Other arguments that transformers passes to ``decode``: ``clean_up_tokenization_spaces`` and
+        ``spaces_between_special_tokens``. They have no effect on Gemma's text.
 
     Notes
     -----
-    A subclass with its own ``on_finalized_text(text, stream_end=False)`` does something else with the text.
+    A subclass with its own ``on_finalized_text(text, stream_end=False)`` can use the text differently.
 
     Examples
     --------
@@ -68,7 +68,7 @@ class TextStreamer:
         self, tokenizer: Tokenizer, skip_prompt: bool = False, skip_special_tokens: bool = False, **decode_kwargs: Any
     ) -> None:
         if unknown := sorted(decode_kwargs.keys() - DECODE_WITHOUT_EFFECT):
-            raise InputError(f"{type(self).__name__} takes no {unknown[0]}; what it takes is skip_special_tokens")
+            raise InputError(f"{type(self).__name__} has no argument {unknown[0]!r}; use skip_special_tokens")
         self._tokenizer = tokenizer
         self._skip_next = self._skip_prompt = skip_prompt
         self._shown = frozenset() if skip_special_tokens else frozenset(tokenizer.all_special_ids)
@@ -83,38 +83,38 @@ class TextStreamer:
             If it gets more than one text.
         """
         if value.ndim > 1 and len(value) > 1:
-            raise InputError(f"TextStreamer prints one text, and there are {len(value)}")
+            raise InputError(f"TextStreamer got {len(value)} texts; it prints only one: generate one at a time")
         if not self._skip_next:
             self.on_finalized_text("".join(self._text(int(token)) for token in value.reshape(-1)))
         self._skip_next = False
 
     def _text(self, token: int) -> str:
-        """Return the text that becomes certain with one more token."""
+        """Return the text that is complete after one more token."""
         if token in self._shown:
             return self._stream.finish() + self._tokenizer.decode([token])
         return self._stream.push(token)
 
     def end(self) -> None:
-        """Print what is left, and a line break."""
+        """Print the rest, and a line break."""
         self._skip_next = self._skip_prompt
         self.on_finalized_text(self._stream.finish(), stream_end=True)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Print text that has become certain; the last with a line break."""
+        """Print complete text; the last with a line break."""
         print(text, end="\n" if stream_end else "", flush=True)
 
 
 class TextIteratorStreamer(TextStreamer):
-    """Text as it is generated in another thread: a streamer to iterate over.
+    """A streamer to iterate over: yields text as another thread generates it.
 
     Parameters
     ----------
     tokenizer, skip_prompt
-        As of `TextStreamer`.
+        As in `TextStreamer`.
     timeout : float, optional
-        Seconds to wait for the next text, by default forever.
+        Seconds to wait for the next text; by default, no limit.
     **decode_kwargs
-        ``skip_special_tokens``, and the others of `TextStreamer`.
+        ``skip_special_tokens``, and the other arguments of `TextStreamer`.
 
     Examples
     --------
@@ -139,17 +139,17 @@ class TextIteratorStreamer(TextStreamer):
         self.text_queue: Queue[str | None] = Queue()  # None: no text follows
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Keep the text for whoever iterates."""
+        """Keep the text for the iterating thread."""
         self.text_queue.put(text)
         if stream_end:
             self.text_queue.put(None)
 
     def __iter__(self) -> Iterator[str]:
-        """Return itself."""
+        """Return this object."""
         return self
 
     def __next__(self) -> str:
-        """Wait for the next text.
+        """Wait for the next text and return it.
 
         Raises
         ------

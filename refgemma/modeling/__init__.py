@@ -1,4 +1,4 @@
-"""The classes of the Transformers documentation page of Gemma 2, and a folder's parts put together."""
+"""The classes of the Transformers documentation page of Gemma 2, and loading all parts of a folder."""
 
 from refgemma.modeling.classes import (
     Gemma2ForCausalLM,

@@ -1,7 +1,7 @@
-"""The classes of the Transformers documentation page of Gemma 2, call for call. Checked against those of transformers
-5.23 in the parity tests, on random configurations, inputs and arguments.
+"""The classes of the Transformers documentation page of Gemma 2, with the same calls. Checked against those of
+transformers 5.23 in the parity tests, on random configurations, inputs and arguments.
 
-Here arguments are taken apart and results put together; what is computed is in `refgemma.model` and `refgemma.heads`.
+This file handles arguments and results; `refgemma.model` and `refgemma.heads` do the computation.
 """
 
 import copy
@@ -69,16 +69,16 @@ from refgemma.weights.parameters import (
 )
 from refgemma.weights.save import OutputTensor, write_checkpoint
 
-# The types of the documented arguments, of which all four classes take the same set.
+# The types of the documented arguments; all four classes take the same set.
 Given: TypeAlias = npt.ArrayLike | None
 PastArgument: TypeAlias = Cache | DynamicCache | LegacyCache | None
-Flag: TypeAlias = bool | None  # None: what the configuration says
+Flag: TypeAlias = bool | None  # None: use the configuration
 
 AnyOutput = TypeVar("AnyOutput", bound=ModelOutput)
 
 
 def _count_seen(places: Array | None, attention_mask: Any, seq: int) -> int | None:
-    """Count the tokens that came before: from the places of these `seq` tokens, or from a mask over all tokens."""
+    """Return the number of earlier tokens, from the places of these `seq` tokens or from a mask over all tokens."""
     if places is not None and places.size:
         return int(places[0])
     if attention_mask is None or isinstance(attention_mask, Mapping):
@@ -91,49 +91,49 @@ def read_cache(
     past_key_values: PastArgument, config: Gemma2Config, like: Array, seq: int, attention_mask: Any,
     cache_position: Given,
 ) -> Cache | None:  # fmt: skip
-    """Return the cache of a caller, in whichever format, and check that `cache_position` agrees with it."""
+    """Return a caller's cache of any format as a `Cache`, and check that `cache_position` agrees with it."""
     places = None if cache_position is None else as_array(cache_position, "cache_position")
     if places is not None and (places.shape != (seq,) or places.dtype.kind not in "iu"):
         raise InputError(
-            f"cache_position has shape {places.shape} and dtype {places.dtype}: "
-            f"the places of the {seq} tokens are needed"
+            f"cache_position has shape {places.shape} and dtype {places.dtype}; "
+            f"it must be the places of the {seq} tokens, shape ({seq},)"
         )
     given = past_key_values.value if isinstance(past_key_values, DynamicCache) else past_key_values
     if given is None or isinstance(given, Cache):
-        cache = given or None  # an empty one is none
+        cache = given or None  # an empty cache counts as none
     else:
         seen = _count_seen(places, attention_mask, seq)
         cache = Cache.from_legacy(given, config, like, seen)
     seen_now = cache.get_seq_length() if cache else 0
     if places is not None and (places != np.arange(seen_now, seen_now + seq)).any():
         raise InputError(
-            f"cache_position is {places.tolist()}, but after {seen_now} tokens in the cache these have the places "
-            f"{seen_now} to {seen_now + seq - 1}; for other rotary positions use position_ids"
+            f"cache_position is {places.tolist()}; after {seen_now} tokens in the cache it must be "
+            f"{seen_now} to {seen_now + seq - 1}: for other rotary positions use position_ids"
         )
     return cache
 
 
 def _format_cache(cache: Cache, given: PastArgument) -> PastKeyValues:
-    """Return the cache after a call as the caller handed in the one before."""
+    """Return the cache after a call, in the format of the caller's cache."""
     if isinstance(given, DynamicCache):
         return given
     return cache if given is None or isinstance(given, Cache) else cache.to_legacy()
 
 
 def name_once(past_key_values: Any, cache: Any) -> Any:
-    """Return the cache, which transformers 5.24 calls ``cache`` and the documentation page ``past_key_values``."""
+    """Return the cache given as ``cache``, as in transformers 5.24, or as ``past_key_values``."""
     if past_key_values is not None and cache is not None:
-        raise InputError("give the cache as past_key_values or as cache, and only once")
+        raise InputError("past_key_values and cache are both given; give only one")
     return cache if past_key_values is None else past_key_values
 
 
 def _choose(given: Flag, configured: bool) -> bool:
-    """Return what the caller says, or else the configuration."""
+    """Return the caller's value, or the configuration's if it is None."""
     return configured if given is None else given
 
 
 def select_tokens(hidden: Any, logits_to_keep: int | npt.NDArray[Any]) -> Any:
-    """Select the tokens of `hidden` whose logits are wanted; see `Gemma2ForCausalLM.forward`.
+    """Return the tokens of `hidden` whose logits are requested; see `Gemma2ForCausalLM.forward`.
 
     Examples
     --------
@@ -146,7 +146,7 @@ def select_tokens(hidden: Any, logits_to_keep: int | npt.NDArray[Any]) -> Any:
     batch, seq = hidden.shape[:2]
     if isinstance(logits_to_keep, int | np.integer) and not isinstance(logits_to_keep, bool):
         if logits_to_keep < 0:
-            raise InputError(f"logits_to_keep is {logits_to_keep}: how many of the last tokens, 0 for all")
+            raise InputError(f"logits_to_keep is {logits_to_keep}; it must be a number of last tokens, or 0 for all")
         return hidden[:, -logits_to_keep:] if logits_to_keep else hidden
     kept = as_array(logits_to_keep, "logits_to_keep")
     if kept.dtype == bool and kept.shape == (batch, seq):
@@ -154,14 +154,14 @@ def select_tokens(hidden: Any, logits_to_keep: int | npt.NDArray[Any]) -> Any:
     rows = kept.ndim == 1 or (kept.ndim == 2 and len(kept) == batch)
     if kept.dtype.kind not in "iu" or not rows or ((kept < -seq) | (kept >= seq)).any():
         raise InputError(
-            f"logits_to_keep has shape {kept.shape} and dtype {kept.dtype}: places up to {seq - 1} of shape (kept,) "
-            f"or ({batch}, kept) are needed, or true and false of shape {(batch, seq)}"
+            f"logits_to_keep has shape {kept.shape} and dtype {kept.dtype}; it must be places up to {seq - 1} of "
+            f"shape (kept,) or ({batch}, kept), or booleans of shape {(batch, seq)}"
         )
     return hidden[:, kept] if kept.ndim == 1 else hidden[np.arange(batch)[:, None], kept]
 
 
 def _count_tokens(input_ids: Any, inputs_embeds: Any) -> int:
-    """Count the tokens of a row; 0 where the shape does not say, which `check_inputs` refuses with a reason."""
+    """Return the number of tokens of a row; 0 for a wrong shape, for which `check_inputs` raises an error later."""
     given = as_array(input_ids, "input_ids") if inputs_embeds is None else as_array(inputs_embeds, "inputs_embeds")
     return given.shape[1] if given.ndim > 1 else 0
 
@@ -170,8 +170,8 @@ def _warn_of_bools(attention_mask: Any) -> None:
     masks = attention_mask.values() if isinstance(attention_mask, Mapping) else [attention_mask]
     if any(str(getattr(mask, "dtype", "")).endswith("bool") and mask.ndim == 4 for mask in masks):
         warnings.warn(
-            "attention_mask: true means visible here; transformers adds true and false to the scores of Gemma 2 as 1 "
-            "and 0, which hides nothing: give 0 and np.finfo(np.float32).min, which mean the same in both",
+            "attention_mask is boolean: here true means visible, but transformers adds true and false to the scores as "
+            "1 and 0, which hides nothing; give 0 and np.finfo(np.float32).min, which mean the same in both",
             stacklevel=3,
         )
 
@@ -179,50 +179,50 @@ def _warn_of_bools(attention_mask: Any) -> None:
 def _check_config(config: object, name: str) -> None:
     if not isinstance(config, Gemma2Config):
         raise ConfigError(
-            f"{name}: config is a {type(config).__name__}, not a Gemma2Config; a model is loaded by its name with "
+            f"{name}: config is a {type(config).__name__}; it must be a Gemma2Config: to load a model by name use "
             f"{name}.from_pretrained"
         )
-    config.check()  # fields that were set one by one
+    config.check()  # fields may have been set one by one
 
 
 def _check_shapes(config: Gemma2Config, checkpoint: Checkpoint) -> None:
-    """Refuse a configuration that the weights of the folder do not fit; with fewer layers, the first are taken."""
+    """Raise an error if the folder's weights do not fit the configuration; with fewer layers, use the first ones."""
     layers, stored_layers = config.num_hidden_layers, checkpoint.config.num_hidden_layers
     if layers < stored_layers:
         warnings.warn(
-            f"{checkpoint.folder}: its layers {layers} to {stored_layers - 1} are left out, for num_hidden_layers is "
+            f"{checkpoint.folder}: layers {layers} to {stored_layers - 1} are left out, because num_hidden_layers is "
             f"{layers}",
             stacklevel=3,
         )
     for name, shape in tensor_shapes(config).items():
         stored = checkpoint.tensors.get(name)
         if name != LM_HEAD and (stored is None or tuple(stored.shape) != shape):
-            found = "is not there" if stored is None else f"has shape {tuple(stored.shape)}"
+            found = "is missing" if stored is None else f"has shape {tuple(stored.shape)}"
             raise ConfigError(
-                f"{checkpoint.folder}: {name} {found}, but the configuration asked for makes it {shape}; leave out what"
-                " would change the shapes of the weights in the folder"
+                f"{checkpoint.folder}: {name} {found}; by the given configuration it must be {shape}: leave out fields"
+                " that change the shapes of the folder's weights"
             )
 
 
 class Gemma2PreTrainedModel(ModuleMethods):
-    """What the four classes share: making, loading and saving them.
+    """The base of the four classes: makes, loads and saves models.
 
     Parameters
     ----------
     config : Gemma2Config
-        The model's numbers.
+        The model's configuration.
     seed : int
-        Of the fresh weights: the same seed gives the same ones.
+        The seed of fresh weights; the same seed gives the same weights.
     dtype : str
         ``float32``, ``float64``, ``bfloat16`` or ``float16``: the precision of fresh weights, and of the computation.
     weights, score : Weights, Score, optional
-        Weights to use in place of fresh ones, and the head of a classifier.
+        Weights to use instead of fresh ones, and the head of a classifier.
     """
 
-    has_head: ClassVar[bool] = False  # that of a language model
-    has_score: ClassVar[bool] = False  # that of a classifier
+    has_head: ClassVar[bool] = False  # of a language model
+    has_score: ClassVar[bool] = False  # the head of a classifier
     has_score_bias: ClassVar[bool] = False
-    prefix: ClassVar[str] = ""  # of the names of a whole model that a state dict leaves out
+    prefix: ClassVar[str] = ""  # of a whole model's names, which a state dict leaves out
 
     def __init__(
         self, config: Gemma2Config, seed: int = 0, dtype: Any = "float32", weights: Weights | None = None,
@@ -242,7 +242,7 @@ class Gemma2PreTrainedModel(ModuleMethods):
 
     @classmethod
     def tensor_shapes(cls, config: Gemma2Config) -> dict[str, tuple[int, ...]]:
-        """Return the tensors of this class, under the names of a whole model, with their shapes."""
+        """Return the shapes of this class's tensors, by their names in a whole model."""
         shapes = tensor_shapes(config)
         if not cls.has_head:
             shapes.pop(LM_HEAD, None)
@@ -257,15 +257,15 @@ class Gemma2PreTrainedModel(ModuleMethods):
     ) -> Self:
         """Make a model with fresh weights: a truncated normal of ``config.initializer_range``, norms and biases zero.
 
-        Arguments of transformers that change nothing here are taken, as in `from_pretrained`; the configuration is
+        Arguments of transformers that change nothing here are ignored, as in `from_pretrained`. The configuration is
         copied.
 
         Raises
         ------
         UsageError
-            For an argument that would change the result, or that there is not.
+            For an unknown argument, or one that would change the result.
         ConfigError
-            For fields that contradict one another.
+            For fields that contradict each other.
 
         Examples
         --------
@@ -290,36 +290,36 @@ class Gemma2PreTrainedModel(ModuleMethods):
             ``"tiny"``, ``"conformance"``, a folder, a ``.gguf`` file, or a hub id whose snapshot is in the Hugging Face
             cache; see `refgemma.hub.find_model`.
         dtype, torch_dtype : str or numpy.dtype, optional
-            The precision of the computation, under either name, by default float32, which rounds least (transformers 5
-            takes that of the configuration); ``"auto"`` for that of the configuration or, if it names none, of the
-            file.
+            The precision of the computation, under either name. Default: float32 (transformers 5 uses the
+            configuration's). ``"auto"`` uses the precision of the configuration or, if it names none, of the file.
         seed : int
-            Of a classifier's head, if the folder holds a model without one; a warning says so.
+            The seed of a classifier's head, if the folder holds none; a warning reports it.
         revision : str
-            Of a hub id: a branch, a tag or a commit.
+            The branch, tag or commit of a hub id.
         download : bool
-            Whether a hub id that is not in the cache may be downloaded.
+            If true, a hub id that is not in the cache is downloaded.
         config : Gemma2Config, str or path, optional
-            In place of the folder's own: the first layers of its weights are taken if it has fewer.
+            A configuration to use instead of the folder's own. If it has fewer layers, the first ones are used.
         ignore_mismatched_sizes : bool
-            Whether a classifier's head of another number of labels is replaced by a fresh one.
+            If true, a classifier's head with another number of labels is replaced by a fresh one.
         cache_dir : str or path, optional
-            In place of the Hugging Face cache.
+            A folder to use instead of the Hugging Face cache.
         gguf_file : str, optional
-            A GGUF file of the folder or hub id, which is read instead of what else is there.
+            A GGUF file of the folder or hub id, read instead of the other files.
         **changes
-            Fields of the configuration to replace, ``num_labels=3`` for instance. Arguments of transformers that change
-            nothing here are taken and ignored, ``device_map="auto"`` for instance; others are refused.
+            Fields of the configuration to replace, for example ``num_labels=3``. Arguments of transformers that change
+            nothing here, for example ``device_map="auto"``, are ignored; others raise an error.
 
         Returns
         -------
         Gemma2PreTrainedModel
-            Of this class. A model of more than 4 GiB in that precision is read from disk layer by layer, at every call.
+            A model of this class. A model of more than 4 GiB in its precision is read from disk layer by layer, at each
+            call.
 
         Raises
         ------
         CheckpointError, ConfigError, ModelNameError
-            Naming the file, and the tensor, that is at fault.
+            If the model cannot be loaded; the error names the file and the tensor.
 
         Examples
         --------
@@ -337,7 +337,9 @@ class Gemma2PreTrainedModel(ModuleMethods):
         config = config.changed(**changes)
         _check_shapes(config, checkpoint)
         if cls.has_head and not config.tie_word_embeddings and LM_HEAD not in checkpoint.tensors:
-            raise CheckpointError(f"{checkpoint.folder}: holds no {LM_HEAD!r}, and tie_word_embeddings is false")
+            raise CheckpointError(
+                f"{checkpoint.folder}: holds no {LM_HEAD!r}, but tie_word_embeddings is false; set it to true"
+            )
         dtype = dtype or torch_dtype or "float32"
         if dtype == "auto":
             dtype = config.dtype or checkpoint.tensors[NORM].dtype.name
@@ -346,7 +348,7 @@ class Gemma2PreTrainedModel(ModuleMethods):
         if cls.has_score:
             score = cls._read_score(checkpoint, config, seed, precision, ignore_mismatched_sizes)
         elif SCORE_WEIGHT in checkpoint.tensors:
-            warnings.warn(f"{checkpoint.folder}: {cls.__name__} does not use its {SCORE_WEIGHT}", stacklevel=2)
+            warnings.warn(f"{checkpoint.folder}: {cls.__name__} does not use {SCORE_WEIGHT}", stacklevel=2)
         weights = replace(checkpoint, config=config).weights(precision)
         model = cls(config, weights=weights, score=score)
         model._folder = checkpoint.folder
@@ -360,15 +362,15 @@ class Gemma2PreTrainedModel(ModuleMethods):
         fits = score and len(score.weight) == config.num_labels and (score.bias is not None) == cls.has_score_bias
         if score and not fits and not ignore_mismatched_sizes:
             raise CheckpointError(
-                f"{checkpoint.folder}: its classifier's head has {len(score.weight)} labels and "
-                f"{'no' if score.bias is None else 'a'} bias; {cls.__name__} with num_labels {config.num_labels} has "
-                f"{'a' if cls.has_score_bias else 'no'} bias; for a fresh head say ignore_mismatched_sizes=True"
+                f"{checkpoint.folder}: the classifier's head has {len(score.weight)} labels and "
+                f"{'no' if score.bias is None else 'a'} bias; {cls.__name__} needs {config.num_labels} labels and "
+                f"{'a' if cls.has_score_bias else 'no'} bias: for a fresh head set ignore_mismatched_sizes=True"
             )
         if score and fits:
             return score
         warnings.warn(
-            f"{checkpoint.folder} holds no {'fitting ' if score else ''}classifier's head: {cls.__name__} begins with "
-            "fresh weights there, which have to be trained before its answers mean anything",
+            f"{checkpoint.folder} holds no {'matching ' if score else ''}classifier's head: the head of {cls.__name__} "
+            "has random (untrained) weights; train it before use",
             stacklevel=3,
         )
         return initial_score(config, seed, dtype, cls.has_score_bias)
@@ -377,12 +379,12 @@ class Gemma2PreTrainedModel(ModuleMethods):
     def from_state_dict(
         cls, config: Gemma2Config, state_dict: Mapping[str, npt.ArrayLike], dtype: Any = "float32"
     ) -> Self:
-        """Make a model of the tensors of a state dict: arrays, or PyTorch's tensors.
+        """Make a model from a state dict of arrays or PyTorch tensors.
 
         Raises
         ------
         CheckpointError
-            For a tensor that is missing, has no place, or has another shape.
+            If a tensor is missing or unknown, or has the wrong shape.
 
         Examples
         --------
@@ -395,29 +397,29 @@ class Gemma2PreTrainedModel(ModuleMethods):
         own_head = cls.has_head and config.tie_word_embeddings and {LM_HEAD, EMBED_TOKENS} <= given.keys()
         if own_head and not np.array_equal(given[LM_HEAD], given[EMBED_TOKENS]):
             warnings.warn(
-                f"the state dict's {LM_HEAD!r} holds other numbers than {EMBED_TOKENS!r}, to which the configuration "
-                "ties it; it is used as it is: set tie_word_embeddings to false",
+                f"the state dict's {LM_HEAD!r} differs from {EMBED_TOKENS!r}, although the configuration ties the "
+                "two; it is used as it is: set tie_word_embeddings to false",
                 stacklevel=2,
             )
             config = config.changed(tie_word_embeddings=False)
         shapes = cls.tensor_shapes(config)
         for name, shape in shapes.items():
             if name not in given:
-                raise CheckpointError(f"the state dict lacks {name.removeprefix(cls.prefix)!r}")
+                raise CheckpointError(f"the state dict lacks {name.removeprefix(cls.prefix)!r}; add it")
             if given[name].shape != shape:
                 raise CheckpointError(
-                    f"the state dict's {name.removeprefix(cls.prefix)!r} has shape {given[name].shape}, but the "
-                    f"configuration makes it {shape}"
+                    f"the state dict's {name.removeprefix(cls.prefix)!r} has shape {given[name].shape}; by the "
+                    f"configuration it must be {shape}"
                 )
-        tied = {LM_HEAD} if cls.has_head else set()  # the embedding once more
+        tied = {LM_HEAD} if cls.has_head else set()  # a copy of the embedding
         if extra := given.keys() - shapes.keys() - tied:
-            raise CheckpointError(f"the state dict holds {min(extra)!r}, for which {cls.__name__} has no place")
+            raise CheckpointError(f"the state dict holds {min(extra)!r}, which {cls.__name__} does not have; remove it")
         tensors = {name: as_dtype(given[name], precision_named(dtype)) for name in shapes}
         score = Score(tensors[SCORE_WEIGHT], tensors.get(SCORE_BIAS)) if cls.has_score else None
         return cls(config, weights=weights_of(tensors, config), score=score)
 
     def named_tensors(self) -> dict[str, Rows]:
-        """Return every tensor by its Hugging Face name, a tied head once; of weights on disk nothing is read yet."""
+        """Return every tensor by its Hugging Face name, a tied head once; weights on disk are not read yet."""
         named = named_weights(self.weights, self.config)
         if not self.has_head:
             named.pop(LM_HEAD, None)
@@ -430,7 +432,7 @@ class Gemma2PreTrainedModel(ModuleMethods):
         return tensors | {name: tensor for name, tensor in score.items() if tensor is not None}
 
     def state_dict(self) -> dict[str, Array]:
-        """Return every tensor by its Hugging Face name; of a model that is read from disk, all of it is read.
+        """Return every tensor by its Hugging Face name, reading weights that are on disk.
 
         Examples
         --------
@@ -449,16 +451,16 @@ class Gemma2PreTrainedModel(ModuleMethods):
         Parameters
         ----------
         folder : str or Path
-            Made if there is none; weights that are in it are replaced.
+            Created if it does not exist; weights in it are replaced.
         max_shard_size : int or str
-            Above this, the weights go into several files with an index: a number of bytes, or for instance ``"5GB"``.
+            A number of bytes, or for example ``"5GB"``. Larger weights are written as several files with an index.
         **ignored
-            Arguments of transformers that change nothing here, ``safe_serialization=True`` for instance.
+            Arguments of transformers that change nothing here, for example ``safe_serialization=True``.
 
         Raises
         ------
         ConfigError
-            If ``config.hidden_activation`` is a function, which no file can hold.
+            If ``config.hidden_activation`` is a function, which a file cannot hold.
         CheckpointError
             If the disk has too little space.
 
@@ -474,23 +476,25 @@ class Gemma2PreTrainedModel(ModuleMethods):
         """
         refuse_arguments(ignored, f"{type(self).__name__}.save_pretrained")
         config = self.config.changed(dtype=self.dtype, architectures=(type(self).__name__,))
-        config.to_json_string()  # what no file can hold is refused before anything is written
+        config.to_json_string()  # raises an error before anything is written
         tensors = self.named_tensors()
         if self.has_head and not config.tie_word_embeddings:
-            tensors.setdefault(LM_HEAD, tensors[EMBED_TOKENS])  # untied since it was made: its head is the embedding
+            tensors.setdefault(
+                LM_HEAD, tensors[EMBED_TOKENS]
+            )  # untied after loading: the head is a copy of the embedding
         outputs = [OutputTensor(name, self.dtype, tuple(tensor.shape), tensor) for name, tensor in tensors.items()]
         write_checkpoint(folder, outputs, max_shard_size)
         config.save_pretrained(folder)
 
 
 class Gemma2Model(Gemma2PreTrainedModel):
-    """Gemma 2 without a head: the residual stream after the last layer and the final norm.
+    """Gemma 2 without a head: returns the residual stream after the last layer and the final norm.
 
     Parameters
     ----------
     config, seed, dtype, weights
-        As of `Gemma2PreTrainedModel`. A model that does not fit into memory is made at once, and its weights are drawn
-        as they are used.
+        As in `Gemma2PreTrainedModel`. The weights of a model that does not fit into memory are drawn when they are
+        used.
 
     Examples
     --------
@@ -504,17 +508,17 @@ class Gemma2Model(Gemma2PreTrainedModel):
 
     @property
     def embed_tokens(self) -> Module:
-        """The embedding."""
+        """The embedding module."""
         return Module(self, "embed_tokens")
 
     @property
     def layers(self) -> Module:
-        """The layers."""
+        """The modules of the layers."""
         return Module(self, "layers")
 
     @property
     def norm(self) -> Module:
-        """The last norm."""
+        """The module of the final norm."""
         return Module(self, "norm")
 
     def forward(
@@ -528,41 +532,42 @@ class Gemma2Model(Gemma2PreTrainedModel):
         Parameters
         ----------
         input_ids : int array (batch, seq)
-            Token ids: all, or with `past_key_values` those that come after.
+            Token ids: all, or with `past_key_values` those after the cache.
         attention_mask : array, optional
             ``(batch, tokens so far)`` of 1 (a token) and 0 (padding), on either side. Or with four axes, ``(batch, 1 or
-            heads, seq, tokens so far)``: true where a query may see a key, or numbers that are added to the scores; it
-            takes the place of the causal mask and the window. Or a mapping from ``"full_attention"`` and
-            ``"sliding_attention"`` to two such masks.
+            heads, seq, tokens so far)``: true where a query may see a key, or numbers to add to the scores. Such a mask
+            replaces the causal mask and the window. Or a mapping from ``"full_attention"`` and ``"sliding_attention"``
+            to two such masks.
         position_ids : int array (batch, seq), optional
-            What the rotary angles are taken of. By default each token's place in its row, padding counted. As in
-            transformers, a call without a mask and with ``use_cache=False`` keeps packed texts apart: one begins at
-            each position that is not one more than that before it. With a cache all see what came before.
+            The positions for the rotary angles. Default: each token's place in its row, including padding. As in
+            transformers, a call without a mask and with ``use_cache=False`` separates packed texts: a text begins
+            wherever the position does not increase by one. With a cache, each token sees all earlier tokens.
         past_key_values : Cache, DynamicCache, StaticCache or tuple of pairs (keys, values), optional
-            From an earlier call. A `DynamicCache` or `StaticCache`, which may be empty, is filled in place and comes
-            back; the others are not changed, and what comes back has the same format.
+            The cache from an earlier call. A `DynamicCache` or `StaticCache`, which may be empty, is filled in place
+            and returned. Other formats are not changed, and a new cache of the same format is returned.
         inputs_embeds : array (batch, seq, hidden), optional
-            In place of `input_ids`: what the blocks begin with, not scaled by ``sqrt(hidden)``, as in transformers 5.x.
+            The inputs of the first block, instead of `input_ids`; not scaled by ``sqrt(hidden)``, as in transformers
+            5.x.
         use_cache, output_attentions, output_hidden_states, return_dict : bool, optional
-            What comes back; by default what the configuration says. With ``return_dict=False`` a plain tuple of what is
-            not None.
+            The entries of the output. Default: the configuration's. With ``return_dict=False``, a plain tuple of the
+            entries that are not None.
         cache_position : int array (seq,), optional
-            The places of these tokens. They are known from the cache, so this is only compared; but a plain tuple of
-            sliding layers does not say how many tokens it has seen, and this does.
+            The places of these tokens. They follow from the cache and are only compared with it. A plain tuple of
+            sliding layers does not give the number of tokens seen; then they are needed.
         cache : optional
             `past_key_values` under the name of transformers 5.24.
         **ignored
-            Arguments of transformers that change nothing here; others are refused.
+            Arguments of transformers that change nothing here; others raise an error.
 
         Returns
         -------
         BaseModelOutputWithPast
-            See there. Without `past_key_values`, those that come back are a `Cache`, which is a tuple of pairs too.
+            The output. If no cache was given, its ``past_key_values`` is a `Cache`, which is also a tuple of pairs.
 
         Raises
         ------
         InputError
-            Naming the argument that does not fit.
+            If an argument is invalid; the error names it.
 
         Examples
         --------
@@ -617,11 +622,11 @@ class Gemma2Model(Gemma2PreTrainedModel):
 
 
 class _WithHead(Gemma2PreTrainedModel):
-    """A model and something on top of it."""
+    """A model with a head on top."""
 
     @property
     def model(self) -> Gemma2Model:
-        """The model without its head: all that it holds is this one's, and what is changed there is changed here."""
+        """The model without its head; it shares all attributes, so that changes to it change this model."""
         base = Gemma2Model.__new__(Gemma2Model)
         base.__dict__ = self.__dict__
         return base
@@ -629,13 +634,13 @@ class _WithHead(Gemma2PreTrainedModel):
     def _run_base(self, *arguments: Any) -> BaseModelOutputWithPast:
         """Run the model without its head on the arguments of `Gemma2Model.forward`."""
         output = self.model.forward(*arguments)
-        assert isinstance(output, BaseModelOutputWithPast)  # for return_dict is true
+        assert isinstance(output, BaseModelOutputWithPast)  # because return_dict is true
         return output
 
     def _answer(
         self, kind: type[AnyOutput], base: BaseModelOutputWithPast, logits: Array, loss: float | None, return_dict: Flag
     ) -> AnyOutput | tuple[Any, ...]:
-        """Put an output of `kind` together; its loss has the precision it was taken in."""
+        """Return an output of `kind`; its loss has the precision of its computation."""
         names = {f.name for f in fields(kind)}  # type: ignore[arg-type]  # every output is a dataclass
         record: dict[str, Any] = {name: value for name, value in base.items() if name in names}
         record["loss"] = None if loss is None else wide(logits).dtype.type(loss)
@@ -645,25 +650,25 @@ class _WithHead(Gemma2PreTrainedModel):
 
 
 def _list_callables(given: Any, name: str) -> Sequence[Any]:
-    """Return the functions of a list that a caller may have left out."""
+    """Return the functions of a list; none if the caller gave no list."""
     if given is None:
         return ()
     if callable(given) and not isinstance(given, Sequence):
-        raise InputError(f"{name} is one {type(given).__name__}; give it in a list")
+        raise InputError(f"{name} is a {type(given).__name__}; it must be a list: put it into one")
     return list(given)
 
 
 class Gemma2ForCausalLM(_WithHead):
-    """Gemma 2 with its language-modelling head: scores of the next token, and text.
+    """Gemma 2 with its language-modelling head: computes scores of the next token, and generates text.
 
     Parameters
     ----------
     config, seed, dtype, weights
-        As of `Gemma2PreTrainedModel`.
+        As in `Gemma2PreTrainedModel`.
 
     Examples
     --------
-    The example of transformers' documentation page, which names Gemma 1's class and ``google/gemma-2-9b``:
+    The example of transformers' documentation page; the page uses Gemma 1's class and ``google/gemma-2-9b``:
 
     >>> from refgemma import AutoTokenizer, Gemma2ForCausalLM
     >>> model = Gemma2ForCausalLM.from_pretrained("tiny")
@@ -686,12 +691,12 @@ class Gemma2ForCausalLM(_WithHead):
 
     @property
     def lm_head(self) -> Module:
-        """The head: called with hidden states, it gives logits before the final cap."""
+        """The head; called with hidden states, it returns logits before the final cap."""
         return Module(self, "lm_head")
 
     @cached_property
     def generation_config(self) -> GenerationConfig:
-        """The settings that `generate` begins with: those of the folder's ``generation_config.json``, if it has one."""
+        """The default settings of `generate`: those of the folder's ``generation_config.json``, if it has one."""
         file = self._folder and self._folder / GENERATION_CONFIG
         if file is not None and file.exists():
             return GenerationConfig.from_json_file(file)
@@ -726,55 +731,54 @@ class Gemma2ForCausalLM(_WithHead):
         Parameters
         ----------
         inputs, input_ids : int array (batch, seq), optional
-            The prompts, under either name, with padding at the left. Without any, one text is begun with ``<bos>``.
-            `inputs` may be all that a tokenizer returns, mask included.
+            The prompts, under either name, with left padding. Without prompts, one text begins with ``<bos>``. `inputs`
+            may be the whole output of a tokenizer, including the mask.
         generation_config : GenerationConfig, optional
-            Settings. What it does not say, `generation_config` of the model says, and else the default values.
+            Settings. Options not set here come from the model's `generation_config`, then from the defaults.
         logits_processor : sequence of callable, optional
-            Each takes token ids ``(rows, length)`` and scores ``(rows, vocab)``, and gives other scores.
+            Each takes token ids ``(rows, length)`` and scores ``(rows, vocab)``, and returns changed scores.
         stopping_criteria : sequence of callable, optional
-            Each takes the same, ids with the newest token, and says which texts are complete.
+            Each takes the ids, with the newest token, and the scores, and returns true for each complete text.
         prefix_allowed_tokens_fn : callable, optional
             Takes the number of a prompt and the ids of its text ``(length,)``, and lists the tokens that may follow.
         synced_gpus, custom_generate : optional
-            The first has no effect, and the second, code of a repository, is refused.
+            The first has no effect; the second, code of a repository, raises an error.
         assistant_model, assistant_tokenizer : optional
-            A smaller model to guess tokens, and its tokenizer: of no effect, as the texts do not depend on it.
+            A smaller model to guess tokens, and its tokenizer. They have no effect: the texts do not depend on them.
         streamer : object with ``put`` and ``end``, optional
-            Is given the prompts, then new tokens as they come: a `TextStreamer`, for instance.
+            Receives the prompts, then new tokens as they are generated; for example a `TextStreamer`.
         negative_prompt_ids, negative_prompt_attention_mask : int array (batch, seq), optional
-            For ``guidance_scale``: what the texts move away from.
+            For ``guidance_scale``: the prompt that the texts move away from.
         tokenizer : Tokenizer, optional
             For ``stop_strings``.
         attention_mask : int array (batch, seq), optional
-            1 for tokens, 0 for padding. By default pad tokens are padding, unless they may end a text.
+            1 for tokens, 0 for padding. By default pad tokens are padding, unless they can also end a text.
         position_ids : int array (batch, seq), optional
-            By default tokens are counted from the first that is no padding.
+            By default tokens are counted from the first that is not padding.
         inputs_embeds : array (batch, seq, hidden), optional
-            The prompts as embeddings. Then only the new tokens come back.
+            The prompts as embeddings. Then only the new tokens are returned.
         past_key_values, cache : Cache, DynamicCache or StaticCache, optional
-            Of the beginning of the prompts, which `input_ids` hold too, under either name. The last two may be empty
-            and are filled in place.
+            A cache of the beginning of the prompts, under either name; `input_ids` include these tokens. The last two
+            may be empty and are filled in place.
         **settings
-            Settings of this call, which come before all others: see `GenerationConfig`.
+            Settings of this call, which override all others; see `GenerationConfig`.
 
         Returns
         -------
         array (rows, length), GenerateDecoderOnlyOutput or GenerateBeamDecoderOnlyOutput
-            The prompts and what follows, ``num_return_sequences`` rows for each; with ``return_dict_in_generate`` a
+            The prompts with the new tokens, ``num_return_sequences`` rows for each; with ``return_dict_in_generate`` a
             record.
 
         Raises
         ------
         InputError
-            Naming the argument or the setting that does not fit.
+            If an argument or a setting is invalid; the error names it.
 
         Notes
         -----
-        Draws go on from call to call until `refgemma.generation.beams.set_seed`;
-        ``seed`` gives one call the same tokens again. Neither
-        gives those of a torch seed. Of equal scores the
-        first token wins, as in torch's argmax; torch's ``topk``, which its beam search uses, promises no order of them.
+        Draws continue from call to call until `refgemma.generation.beams.set_seed`; ``seed`` makes one call
+        reproducible. Neither gives the draws of a torch seed. If scores are equal, the first token wins, as in torch's
+        argmax; torch's ``topk``, which its beam search uses, promises no order.
 
         Examples
         --------
@@ -795,7 +799,7 @@ class Gemma2ForCausalLM(_WithHead):
                 **encoded, **settings,
             )  # fmt: skip
         if inputs is not None and input_ids is not None:
-            raise InputError("give the prompts as inputs or as input_ids, and only once")
+            raise InputError("inputs and input_ids are both given; give only one")
         ids = input_ids if inputs is None else inputs
         unused = {"synced_gpus": synced_gpus, "custom_generate": custom_generate}
         call = merge_settings(generation_config, self.generation_config, unused | settings)
@@ -810,7 +814,7 @@ class Gemma2ForCausalLM(_WithHead):
             tokenizer=tokenizer, negative=(negative_prompt_ids, negative_prompt_attention_mask),
         )  # fmt: skip
         if isinstance(past, DynamicCache):
-            assert isinstance(output.past_key_values, Cache)  # for use_cache is true
+            assert isinstance(output.past_key_values, Cache)  # because use_cache is true
             past.fill(output.past_key_values)
             output = replace(output, past_key_values=past)
         return output if call.return_dict_in_generate else output.sequences
@@ -824,9 +828,9 @@ class Gemma2ForCausalLM(_WithHead):
         Parameters
         ----------
         sequences, scores, beam_indices
-            From the record of `generate` with ``output_scores=True``; the last after a search only.
+            From the record of `generate` with ``output_scores=True``; the last only after a beam search.
         normalize_logits : bool
-            Make log probabilities of the scores first.
+            If true, turn the scores into log probabilities first.
 
         Examples
         --------
@@ -839,7 +843,7 @@ class Gemma2ForCausalLM(_WithHead):
         return compute_transition_scores(as_array(sequences, "sequences"), scores, origins, normalize_logits)
 
     def save_pretrained(self, folder: str | Path, max_shard_size: int | str = "50GB", **ignored: Any) -> None:
-        """Write what `Gemma2PreTrainedModel.save_pretrained` writes, and ``generation_config.json``."""
+        """Write the files of `Gemma2PreTrainedModel.save_pretrained`, and ``generation_config.json``."""
         settings = self.generation_config  # read before anything is written
         super().save_pretrained(folder, max_shard_size, **ignored)
         settings.save_pretrained(folder)
@@ -857,29 +861,28 @@ class Gemma2ForCausalLM(_WithHead):
         Parameters
         ----------
         input_ids, attention_mask, position_ids, past_key_values, inputs_embeds
-            As of `Gemma2Model.forward`.
+            As in `Gemma2Model.forward`.
         labels : int array (batch, seq), optional
-            The tokens themselves: each is judged by the logits of the token before it. -100 does not count.
+            The tokens themselves; the logits of the token before predict each label. -100 is ignored.
         use_cache, output_attentions, output_hidden_states, return_dict, cache_position, cache
-            As of `Gemma2Model.forward`.
+            As in `Gemma2Model.forward`.
         logits_to_keep : int or array
-            Of which tokens to compute the logits: of the last n, of all for 0; or of the places in an int array
-            ``(kept,)`` or ``(batch, kept)``; or of those where a bool array ``(batch, seq)`` is true, which gives
-            ``(tokens, vocab)``.
+            The tokens whose logits are computed: the last n, or all for 0; the places in an int array ``(kept,)`` or
+            ``(batch, kept)``; or the true places of a bool array ``(batch, seq)``, with logits ``(tokens, vocab)``.
         num_items_in_batch, ignore_index, shift_labels : optional
-            See `refgemma.heads.causal_lm_loss`; read where there are `labels`.
+            See `refgemma.heads.causal_lm_loss`; used only with `labels`.
         **ignored
-            As of `Gemma2Model.forward`.
+            As in `Gemma2Model.forward`.
 
         Returns
         -------
         CausalLMOutputWithPast
-            See there.
+            The output.
 
         Raises
         ------
         InputError
-            Naming the argument that does not fit.
+            If an argument is invalid; the error names it.
 
         Examples
         --------
@@ -892,7 +895,7 @@ class Gemma2ForCausalLM(_WithHead):
         base = self._run_base(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
                               output_attentions, output_hidden_states, True, cache_position, cache)  # fmt: skip
         kept = select_tokens(base.last_hidden_state, logits_to_keep)
-        flat = kept.ndim == 2  # the tokens that a bool array picks have lost their rows
+        flat = kept.ndim == 2  # a bool array selects tokens without rows
         _, all_logits = head(kept[None] if flat else kept, self.weights, self.config)
         logits = all_logits[0] if flat else all_logits
         loss = None if labels is None else causal_lm_loss(
@@ -906,14 +909,14 @@ class Gemma2ForCausalLM(_WithHead):
 class Gemma2ForSequenceClassification(_WithHead):
     """Gemma 2 with a linear layer on top of the last token of each sequence.
 
-    The last token is the rightmost one that is not ``config.pad_token_id``, whichever side the padding is on. Without a
-    pad id it is the last in the row, and there can be one row only; with `inputs_embeds` too, where padding does not
-    show.
+    The last token is the rightmost one that is not ``config.pad_token_id``, with padding on either side. Without a pad
+    id it is the last in the row, and only one row is possible. With `inputs_embeds`, where padding is not visible, it
+    is also the last in the row.
 
     Parameters
     ----------
     config, seed, dtype, weights, score
-        As of `Gemma2PreTrainedModel`. ``config.num_labels`` is the number of classes.
+        As in `Gemma2PreTrainedModel`. ``config.num_labels`` is the number of classes.
 
     Examples
     --------
@@ -937,22 +940,22 @@ class Gemma2ForSequenceClassification(_WithHead):
         Parameters
         ----------
         input_ids, attention_mask, position_ids, past_key_values, inputs_embeds
-            As of `Gemma2Model.forward`.
+            As in `Gemma2Model.forward`.
         labels : array, optional
-            What `refgemma.heads.sequence_classification_loss` takes: a class for each sequence, or numbers. The kind
-            of problem that they are is kept in the configuration, as in transformers, and holds for later calls.
+            A class for each sequence, or numbers, as for `refgemma.heads.sequence_classification_loss`. Their problem
+            type is stored in the configuration, as in transformers, and used in later calls.
         use_cache, output_attentions, output_hidden_states, return_dict, cache_position, cache, **ignored
-            As of `Gemma2Model.forward`.
+            As in `Gemma2Model.forward`.
 
         Returns
         -------
         SequenceClassifierOutputWithPast
-            See there.
+            The output.
 
         Raises
         ------
         InputError
-            Naming the argument that does not fit; and for several rows where the configuration has no pad id.
+            If an argument is invalid, or if there are several rows and the configuration has no pad id.
 
         Examples
         --------
@@ -975,18 +978,18 @@ class Gemma2ForSequenceClassification(_WithHead):
         return self._answer(SequenceClassifierOutputWithPast, base, logits, loss, return_dict)
 
     def _find_last(self, input_ids: npt.ArrayLike | None, batch: int) -> Any:
-        """Return the place of the token that each row is classified at."""
+        """Return the place of each row's token to classify."""
         padding = self.config.pad_token_id
         if padding is None and batch > 1:
             raise InputError(
-                f"{batch} sequences, but the configuration has no pad_token_id to tell where each ends; give one "
-                "sequence at a time, or set it"
+                f"there are {batch} sequences, but pad_token_id is None, so their ends are unknown; give one sequence "
+                "at a time, or set config.pad_token_id"
             )
         if padding is not None and input_ids is not None:
             return last_tokens(np.asarray(input_ids), padding)
         if input_ids is None:
             warnings.warn(
-                "padding cannot be told in inputs_embeds: each row is classified at its last place", stacklevel=4
+                "padding is not visible in inputs_embeds: each row is classified at its last place", stacklevel=4
             )
         return -1
 
@@ -994,13 +997,13 @@ class Gemma2ForSequenceClassification(_WithHead):
 
 
 class Gemma2ForTokenClassification(_WithHead):
-    """Gemma 2 with a linear layer on top of every token, to name entities for instance.
+    """Gemma 2 with a linear layer on top of every token, for example to find named entities.
 
     Parameters
     ----------
     config, seed, dtype, weights, score
-        As of `Gemma2PreTrainedModel`. ``config.num_labels`` is the number of classes. The dropout before the layer is
-        inactive, as always.
+        As in `Gemma2PreTrainedModel`. ``config.num_labels`` is the number of classes. The dropout before the layer is
+        never active.
 
     Examples
     --------
@@ -1024,21 +1027,21 @@ class Gemma2ForTokenClassification(_WithHead):
         Parameters
         ----------
         input_ids, attention_mask, position_ids, past_key_values, inputs_embeds
-            As of `Gemma2Model.forward`.
+            As in `Gemma2Model.forward`.
         labels : int array (batch, seq), optional
-            The class of each token; -100 does not count.
+            The class of each token; -100 is ignored.
         use_cache, output_attentions, output_hidden_states, return_dict, cache_position, cache, **ignored
-            As of `Gemma2Model.forward`. No cache comes back.
+            As in `Gemma2Model.forward`. No cache is returned.
 
         Returns
         -------
         TokenClassifierOutput
-            See there.
+            The output.
 
         Raises
         ------
         InputError
-            Naming the argument that does not fit.
+            If an argument is invalid; the error names it.
 
         Examples
         --------

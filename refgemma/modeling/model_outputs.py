@@ -1,4 +1,4 @@
-"""What the documented classes return: dataclasses that also answer like a dict and a tuple. Checked against
+"""The outputs of the documented classes: dataclasses that also act like a dict and a tuple. Checked against
 `ModelOutput` and its subclasses in transformers 5.23."""
 
 from dataclasses import dataclass
@@ -12,17 +12,17 @@ from refgemma.precision import Array
 
 @dataclass(frozen=True, eq=False)
 class BaseModelOutputWithPast(ModelOutput):
-    """What `Gemma2Model` returns.
+    """The output of `Gemma2Model`.
 
     Attributes
     ----------
     last_hidden_state : array (batch, seq, hidden)
         The residual stream after the final norm.
     past_key_values : Cache or tuple of pairs, optional
-        With ``use_cache``: what the next call continues from.
+        With ``use_cache``: the cache from which the next call continues.
     hidden_states : tuple of arrays (batch, seq, hidden), optional
-        With ``output_hidden_states``: the embeddings, then what each layer gave; of the last layer its normed output,
-        which is `last_hidden_state`.
+        With ``output_hidden_states``: the embeddings, then the output of each layer; the last is normed and equals
+        `last_hidden_state`.
     attentions : tuple of arrays (batch, heads, seq, keys), optional
         With ``output_attentions``: the attention weights of each layer.
     """
@@ -35,16 +35,16 @@ class BaseModelOutputWithPast(ModelOutput):
 
 @dataclass(frozen=True, eq=False)
 class CausalLMOutputWithPast(ModelOutput):
-    """What `Gemma2ForCausalLM` returns.
+    """The output of `Gemma2ForCausalLM`.
 
     Attributes
     ----------
     loss : float, optional
-        With ``labels``: the cross entropy of each token given those before it, in nats a token.
+        With ``labels``: the mean cross entropy of each token given the tokens before it, in nats per token.
     logits : array (batch, kept, vocab)
-        Scores of all tokens of the vocabulary, capped.
+        Capped scores of all tokens of the vocabulary.
     past_key_values, hidden_states, attentions
-        As of `BaseModelOutputWithPast`.
+        As in `BaseModelOutputWithPast`.
     """
 
     loss: np.floating[Any] | None = None
@@ -56,16 +56,17 @@ class CausalLMOutputWithPast(ModelOutput):
 
 @dataclass(frozen=True, eq=False)
 class SequenceClassifierOutputWithPast(ModelOutput):
-    """What `Gemma2ForSequenceClassification` returns.
+    """The output of `Gemma2ForSequenceClassification`.
 
     Attributes
     ----------
     loss : float, optional
-        With ``labels``: mean square, cross entropy or binary cross entropy, after ``config.problem_type``.
+        With ``labels``: mean squared error, cross entropy or binary cross entropy, depending on
+        ``config.problem_type``.
     logits : array (batch, num_labels)
         Scores of the classes, taken at the last token of each sequence.
     past_key_values, hidden_states, attentions
-        As of `BaseModelOutputWithPast`.
+        As in `BaseModelOutputWithPast`.
     """
 
     loss: np.floating[Any] | None = None
@@ -77,7 +78,7 @@ class SequenceClassifierOutputWithPast(ModelOutput):
 
 @dataclass(frozen=True, eq=False)
 class TokenClassifierOutput(ModelOutput):
-    """What `Gemma2ForTokenClassification` returns.
+    """The output of `Gemma2ForTokenClassification`.
 
     Attributes
     ----------
@@ -86,7 +87,7 @@ class TokenClassifierOutput(ModelOutput):
     logits : array (batch, seq, num_labels)
         Scores of the classes for each token.
     hidden_states, attentions
-        As of `BaseModelOutputWithPast`.
+        As in `BaseModelOutputWithPast`.
     """
 
     loss: np.floating[Any] | None = None

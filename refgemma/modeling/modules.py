@@ -1,4 +1,4 @@
-"""The parts of a model under torch's names, ``model.layers[0].mlp.up_proj.weight``, and other weights in their place.
+"""The parts of a model under torch's names, as in ``model.layers[0].mlp.up_proj.weight``, and replacing their weights.
 
 Checked against the modules, the printed text and `resize_token_embeddings` of transformers 5.23 in the parity tests.
 """
@@ -39,9 +39,9 @@ from refgemma.weights.stored import CheckpointError
 
 @dataclass(unsafe_hash=True)
 class Module:
-    """A part of a model: its tensors and parts by name, and if it is one operation, that operation.
+    """A part of a model, with its tensors and parts by name; callable if it is a single operation.
 
-    A view: what the model holds is looked up at each access.
+    It is a view: each access looks up the model's present tensors.
 
     Examples
     --------
@@ -57,7 +57,7 @@ class Module:
     name: str
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Write other numbers of the same shape into a tensor of this part."""
+        """Write new numbers of the same shape into a tensor of this part."""
         if name in self.__dataclass_fields__:
             return object.__setattr__(self, name, value)
         tensor = self.tensors().get(name)
@@ -65,22 +65,22 @@ class Module:
             raise AttributeError(f"{self.name}.{name} {CANNOT_BE_SET}")
         if self.name.endswith(("embed_tokens", "lm_head")) and self.model.config.tie_word_embeddings:
             raise AttributeError(
-                f"{self.name}.{name} is the table of both embedding and head, which this would untie; "
-                f"{name}[:] = ... changes both"
+                f"{self.name}.{name} is the shared table of embedding and head, which setting it would untie; "
+                f"write {name}[:] = ... to change both"
             )
         given = as_array(value, name)
         if given.shape != tensor.shape:
-            raise InputError(f"{self.name}.{name} has shape {tensor.shape}, which {given.shape} cannot replace")
+            raise InputError(f"the new {self.name}.{name} has shape {given.shape}; it must have shape {tensor.shape}")
         if not _is_kept(tensor):
             raise InputError(
-                f"{self.name}.{name} is read from disk, or made, each time it is used, and cannot be changed; "
-                "load_state_dict puts arrays in its place"
+                f"{self.name}.{name} is read from disk or made at each use, so it cannot be changed; "
+                "replace it with load_state_dict"
             )
         tensor[:][...] = given
         return None
 
     def tensors(self) -> dict[str, Rows]:
-        """Return the tensors below this part by the rest of their names; of weights on disk nothing is read yet."""
+        """Return the tensors of this part by the rest of their names; weights on disk are not read yet."""
         named = self.model.named_tensors()
         if EMBED_TOKENS in named:
             named.setdefault(LM_HEAD, named[EMBED_TOKENS])  # a tied head
@@ -88,17 +88,17 @@ class Module:
         return {name.removeprefix(start): tensor for name, tensor in named.items() if name.startswith(start)}
 
     def parts(self) -> list[str]:
-        """List the names of what is directly below this part."""
+        """Return the names of the tensors and parts directly below this part."""
         return list(dict.fromkeys(name.partition(".")[0] for name in self.tensors()))
 
     def __repr__(self) -> str:
-        """Return the name in the model, and the shape of the weight or the names of the parts."""
+        """Return the name in the model, with the shape of the weight or the names of the parts."""
         tensors = self.tensors()
         inside = tensors["weight"].shape if "weight" in tensors else ", ".join(self.parts())
         return f"{type(self.model).__name__}.{self.name}({inside})"
 
     def __getattr__(self, name: str) -> Any:
-        """Return a tensor, or the part of that name."""
+        """Return the tensor or the part with this name."""
         tensors = {} if name.startswith("_") else self.tensors()
         if name in tensors:
             return _show(tensors[name])
@@ -133,7 +133,7 @@ class Module:
         tensors, config = self.tensors(), self.model.config
         if "weight" not in tensors:
             raise InputError(
-                f"{self.name} is not run by itself: use the functions of refgemma.layers, or run the model with "
+                f"{self.name} cannot be called by itself: use the functions of refgemma.layers, or run the model with "
                 "output_hidden_states=True"
             )
         table = tensors["weight"]
@@ -150,7 +150,7 @@ def _is_kept(tensor: Rows) -> bool:
 
 
 def _show(tensor: Rows) -> Array:
-    """Return all rows; read-only where they are a copy, for what is written there would be lost in silence."""
+    """Return all rows; a copy is read-only, because changes to it would be lost silently."""
     array: Array = tensor[:]
     if not _is_kept(tensor):
         array.flags.writeable = False
@@ -158,7 +158,7 @@ def _show(tensor: Rows) -> Array:
 
 
 def describe(model: Any) -> str:
-    """Return the text that torch prints for such a model.
+    """Return the text that torch prints for this model.
 
     Examples
     --------
@@ -214,7 +214,7 @@ def describe(model: Any) -> str:
 
 @dataclass(frozen=True)
 class CastMethods:
-    """A tensor that is read or made as its rows are asked for, in another precision."""
+    """A tensor in another precision, whose rows are read or made on access."""
 
     tensor: Rows
     dtype: str
@@ -230,7 +230,7 @@ class CastMethods:
 
 
 def convert_weights(weights: Weights, dtype: str) -> Weights:
-    """Return the weights in another precision; those that are read from disk are converted as they are read.
+    """Return the weights in another precision; weights on disk are converted when they are read.
 
     Examples
     --------
@@ -254,12 +254,13 @@ def convert_weights(weights: Weights, dtype: str) -> Weights:
 
 
 def resize_table(table: Rows, count: int, std: float | None, rng: np.random.Generator) -> Array:
-    """Return a table with `count` rows: the first ones of `table`, and new ones if there are too few.
+    """Return a table with `count` rows: the first rows of `table`, and new rows if there are too few.
 
-    New rows are drawn from a normal distribution with the mean of the old rows and 1e-9 of their covariance; they are
-    the mean itself where that is not positive definite, as with fewer rows than columns. With `std` they are drawn with
-    mean 0 and this standard deviation. Source: transformers ``_init_added_embeddings_weights_with_mean``; Hewitt 2021,
-    "Initializing New Word Embeddings for Pretrained Language Models".
+    New rows are drawn from a normal distribution with the mean of the old rows and 1e-9 of their covariance. If the
+    covariance is not positive definite, for example with fewer rows than columns, they equal the mean. With `std` they
+    are drawn with mean 0 and this standard deviation. Source: transformers
+    ``_init_added_embeddings_weights_with_mean``; Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language
+    Models".
 
     Examples
     --------
@@ -288,7 +289,7 @@ def resize_table(table: Rows, count: int, std: float | None, rng: np.random.Gene
 def _mean_and_covariance(
     table: Rows,
 ) -> tuple[Float[np.ndarray, " hidden"], Float[np.ndarray, "hidden hidden"]]:
-    """Return the mean and the covariance of rows, some rows at a time; in float32, which decides what is definite."""
+    """Return the mean and the covariance of the rows; float32, as in torch, decides if it is positive definite."""
     rows = table.shape[0]
     mean = sum(wide(piece).sum(axis=0, dtype=np.float64) for piece in row_pieces(table)) / rows
     centred = ((wide(piece) - mean).astype(np.float32) for piece in row_pieces(table))
@@ -301,10 +302,10 @@ def _mean_and_covariance(
 DEVICE = re.compile(r"(auto|cpu|cuda|mps|xpu|npu|hpu|tpu|xla)(:\d+)?")
 
 
-# What modules of torch have and these do not -> what to do instead.
+# Attributes that torch's modules have and these do not -> what to do instead.
 _ABSENT = {
     "register_forward_hook register_forward_pre_hook register_full_backward_hook": (
-        "refgemma.forward returns every tensor by name; the model's outputs have hidden states and attentions"
+        "use refgemma.forward, which returns every tensor by name, or the outputs' hidden states and attentions"
     ),
     "add_adapter load_adapter merge_and_unload set_adapter": (
         "an adapter is merged as its folder is read: from_pretrained(folder of the adapter)"
@@ -320,34 +321,34 @@ _ABSENT = {
     "act_fn rotary_emb": "it has no weights; see refgemma.activations and refgemma.ops.rotary_tables",
     "vocab_size": "it is in the configuration: model.config.vocab_size",
     "named_children": "named_modules lists the parts at any depth",
-    "data": "it is an array already",
+    "data": "it is already an array",
     "grad": "train with refgemma.training or refgemma train",
-    "add_module register_buffer register_module register_parameter": "a model has the parts of Gemma 2 only",
-    "compile set_attn_implementation": "there is one way to compute; leave it out",
-    "prepare_inputs_for_generation": "generate does it; in a loop of your own give all tokens, or a cache and the next",
+    "add_module register_buffer register_module register_parameter": "a model has only the parts of Gemma 2",
+    "compile set_attn_implementation": "there is only one way to compute; leave it out",
+    "prepare_inputs_for_generation": "generate does it; in your own loop give all tokens, or a cache and the next",
     "save_pretrained_merged": "an adapter is merged as its folder is read: save_pretrained",
 }
 CANNOT_BE_SET = (
-    "cannot be set: write into its weights, weight[:] = ..., use load_state_dict, or make the model with another "
-    "configuration (from_pretrained(folder, num_hidden_layers=3) takes the first layers)"
+    "cannot be set: write into its weights (weight[:] = ...), use load_state_dict, or make the model with another "
+    "configuration (from_pretrained(folder, num_hidden_layers=3) uses the first layers)"
 )
 ADVICE = {name: advice for names, advice in _ABSENT.items() for name in names.split()}
 
 
 def explain_absence(owner: str, name: str) -> str:
-    """Return the text of the error for an attribute that there is not."""
+    """Return the error text for a missing attribute."""
     return f"{owner} has no {name!r}" + (f": {ADVICE[name]}" if name in ADVICE else "")
 
 
 class LoadedKeys(NamedTuple):
-    """The result of `load_state_dict`: the names it did not find, and those it had no place for."""
+    """The result of `load_state_dict`: the missing and the unknown names."""
 
     missing_keys: list[str]
     unexpected_keys: list[str]
 
 
 class ModuleMethods:
-    """What the documented classes share with torch's modules."""
+    """The methods that the documented classes share with torch's modules."""
 
     config: Gemma2Config
     weights: Weights
@@ -363,14 +364,14 @@ class ModuleMethods:
     def state_dict(self) -> dict[str, Array]:  # noqa: D102
         raise NotImplementedError
 
-    if not TYPE_CHECKING:  # to which every attribute would seem to be there
+    if not TYPE_CHECKING:  # for a type checker, every attribute would seem to exist
 
         def __getattr__(self, name: str) -> Any:
-            """Say what to do instead of what torch's modules have and this has not."""
+            """Raise an error that gives the replacement for an attribute of torch's modules."""
             raise AttributeError(explain_absence(type(self).__name__, name))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; a part of the model is refused, with what to write instead."""
+        """Set an attribute; for a part of the model, raise an error that gives the replacement."""
         if isinstance(getattr(type(self), name, None), property):
             raise AttributeError(f"{type(self).__name__}.{name} {CANNOT_BE_SET}")
         object.__setattr__(self, name, value)
@@ -385,9 +386,9 @@ class ModuleMethods:
         return describe(self)
 
     def to(self, *places: Any, dtype: Any = None, device: Any = None, **ignored: Any) -> Self:
-        """Convert the weights, in place, to another precision; a device is taken and ignored, for there is one only.
+        """Convert the weights to another precision, in place; a device is ignored, because there is only one.
 
-        Unlike a cast in torch, it leaves the rotary frequencies in float32, as ``from_pretrained(dtype=...)`` does.
+        Unlike a cast in torch, this keeps the rotary frequencies in float32, as ``from_pretrained(dtype=...)`` does.
 
         Examples
         --------
@@ -407,11 +408,11 @@ class ModuleMethods:
         return self
 
     def cpu(self) -> Self:
-        """Return the model itself."""
+        """Return this model unchanged."""
         return self
 
     def cuda(self, device: Any = None) -> Self:
-        """Return the model itself: it is computed on the CPU."""
+        """Return this model unchanged: it runs on the CPU."""
         return self
 
     def half(self) -> Self:
@@ -431,17 +432,17 @@ class ModuleMethods:
         return self.to("float64")
 
     def eval(self) -> Self:
-        """Return the model itself: there is no training mode here, and dropout is never active."""
+        """Return this model unchanged: there is no training mode, and dropout is never active."""
         return self
 
     def train(self, mode: bool = True) -> Self:
-        """Return the model itself; a warning says so where dropout would be active in torch."""
+        """Return this model unchanged; warn if dropout would be active in torch."""
         if mode and (self.config.attention_dropout or self.has_score):
-            warnings.warn("dropout is never active here, and train() changes nothing", stacklevel=2)
+            warnings.warn("dropout is never active in refgemma, so train() changes nothing", stacklevel=2)
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """Return the model itself: nothing here has gradients."""
+        """Return this model unchanged: nothing here has gradients."""
         return self
 
     def named_modules(self) -> Iterator[tuple[str, Any]]:
@@ -474,32 +475,32 @@ class ModuleMethods:
         return self.base_model
 
     def can_generate(self) -> bool:
-        """Tell whether there is `generate`."""
+        """Return True if the class has `generate`."""
         return self.has_head
 
     def modules(self) -> Iterator[Any]:
-        """Yield what `named_modules` yields, without the names."""
+        """Yield the modules of `named_modules`, without the names."""
         return (module for _, module in self.named_modules())
 
     def get_submodule(self, target: str) -> Any:
-        """Return the part of that name."""
+        """Return the part with this name."""
         return functools.reduce(getattr, target.split("."), self) if target else self
 
     def get_parameter(self, target: str) -> Array:
-        """Return the tensor of that name."""
+        """Return the tensor with this name."""
         found: Array = self.get_submodule(target)
         return found
 
     def apply(self, fn: Callable[[Any], Any]) -> Self:
-        """Call `fn` with each part before what holds it, and with the model last."""
+        """Call `fn` with each part before the part that contains it, and with the model last."""
         for module in [*self.modules()][::-1]:
             fn(module)
         return self
 
     def named_parameters(self) -> Iterator[tuple[str, Array]]:
-        """Yield every tensor with its name, a tied head once; changed in place, an array changes the model.
+        """Yield every tensor with its name, a tied head once; changing an array in place changes the model.
 
-        Of weights that are read from disk as they are used, the arrays are read-only.
+        Arrays of weights that are read from disk at each use are read-only.
         """
         return ((name, _show(tensor)) for name, tensor in self.named_tensors().items())
 
@@ -508,7 +509,7 @@ class ModuleMethods:
         return (tensor for _, tensor in self.named_parameters())
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Count the numbers of the weights, a tied head once; with `exclude_embeddings` not those of the embedding."""
+        """Return the number of parameters, a tied head counted once; `exclude_embeddings` leaves out the embedding."""
         tensors = self.named_tensors()
         return sum(
             math.prod(tensor.shape) for name, tensor in tensors.items()
@@ -516,7 +517,7 @@ class ModuleMethods:
         )  # fmt: skip
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """Return the bytes of the weights in their precision and of torch's buffers, as transformers counts them."""
+        """Return the bytes of the weights in their precision, and of torch's buffers, as transformers counts them."""
         size = {"float64": 8, "float32": 4}.get(self.dtype, 2)
         # One factor of the embedding, and the rotary frequencies twice.
         return self.num_parameters() * size + (size + 4 * self.config.head_dim if return_buffers else 0)
@@ -524,27 +525,27 @@ class ModuleMethods:
     def load_state_dict(
         self, state_dict: Mapping[str, npt.ArrayLike], strict: bool = True, assign: bool = False
     ) -> LoadedKeys:
-        """Put copies of other tensors in place of the model's own.
+        """Replace the model's tensors with copies of others.
 
         Parameters
         ----------
         state_dict : mapping of str to array
-            Of this class, under its names.
+            Tensors under the names of this class.
         strict : bool
-            Whether every name of `state_dict` has to be there and no other, a tied head's too, as in torch; else what
-            is missing stays as it is.
+            If true, all names of the model, including a tied head's, and no others must be given, as in torch. If
+            false, missing tensors stay as they are.
         assign : bool
-            Taken and ignored.
+            Ignored.
 
         Returns
         -------
         LoadedKeys
-            With ``strict=False``: the names that are missing, and those that have no place.
+            With ``strict=False``: the missing and the unknown names.
 
         Raises
         ------
         CheckpointError
-            For a tensor that is missing, has no place, or has another shape.
+            If a tensor is missing or unknown, or has the wrong shape.
 
         Examples
         --------
@@ -560,13 +561,13 @@ class ModuleMethods:
         missing = [name for name in own if name not in state_dict]
         unexpected = [name for name in state_dict if name not in own]
         if strict and missing:
-            raise CheckpointError(f"the state dict lacks {missing[0]!r}; strict=False leaves what is missing as it is")
+            raise CheckpointError(f"the state dict lacks {missing[0]!r}; strict=False keeps the model's own tensor")
         if strict and unexpected:
             name = type(self).__name__
-            raise CheckpointError(f"the state dict holds {unexpected[0]!r}, for which {name} has no place")
+            raise CheckpointError(f"the state dict holds {unexpected[0]!r}, which {name} does not have; remove it")
         given = {name: state_dict.get(name, own[name]) for name in stored}
         if LM_HEAD in state_dict and LM_HEAD in own and LM_HEAD not in stored:
-            given[EMBED_TOKENS] = state_dict[LM_HEAD]  # one table under two names, of which torch copies this one last
+            given[EMBED_TOKENS] = state_dict[LM_HEAD]  # one table under two names; torch copies this one last
         new = copy.deepcopy(type(self).from_state_dict(self.config, given, self.dtype))  # type: ignore[attr-defined]
         self.weights = new.weights if self.has_head else replace(new.weights, lm_head=self.weights.lm_head)
         if self.has_score:
@@ -574,7 +575,7 @@ class ModuleMethods:
         return LoadedKeys(missing, unexpected)
 
     def get_input_embeddings(self) -> Module:
-        """Return the embedding: called with token ids, it gives what the layers begin with."""
+        """Return the embedding module; called with token ids, it returns the inputs of the layers."""
         prefix = next(name for name in self.named_tensors() if name.endswith("embed_tokens.weight"))
         return Module(self, prefix.removesuffix(".weight"))
 
@@ -586,19 +587,19 @@ class ModuleMethods:
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True,
         seed: int = 0,
     ) -> Module:  # fmt: skip
-        """Give the embedding, and the head, more rows or fewer; the configuration follows.
+        """Change the number of rows of the embedding and the head, and update the configuration.
 
         Parameters
         ----------
         new_num_tokens : int, optional
-            Rows to have; by default as many as there are.
+            The new number of rows; by default the present number.
         pad_to_multiple_of : int, optional
             Round the number of rows up to a multiple of this.
         mean_resizing : bool
-            Whether new rows are drawn around the mean of the old ones, see `resize_table`, or around zero with
+            If true, new rows are drawn around the mean of the old ones (see `resize_table`); if false, around zero with
             ``config.initializer_range``.
         seed : int
-            Of the draws.
+            The seed of the draws.
 
         Returns
         -------
@@ -608,7 +609,7 @@ class ModuleMethods:
         Raises
         ------
         InputError
-            For a number that no table can have.
+            For an invalid number of rows.
 
         Examples
         --------
@@ -621,7 +622,7 @@ class ModuleMethods:
         given: dict[str, Any] = {"new_num_tokens": count, "pad_to_multiple_of": pad_to_multiple_of}
         for name, value in given.items():
             if value is not None and not (isinstance(value, int | np.integer) and 0 < value < 2**31):
-                raise InputError(f"{name} is {value!r}: a whole number of at least 1 is needed")
+                raise InputError(f"{name} is {value!r}; it must be a whole number of at least 1")
         multiple = 1 if pad_to_multiple_of is None else pad_to_multiple_of
         rows = -(-count // multiple) * multiple
         if rows != self.config.vocab_size:
@@ -634,14 +635,14 @@ class ModuleMethods:
         return self.get_input_embeddings()
 
     def tie_weights(self) -> None:
-        """Do nothing: a tied head is the embedding at any time."""
+        """Do nothing: a tied head is always the embedding."""
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse.
+        """Raise an error: refgemma uploads nothing.
 
         Raises
         ------
         InputError
-            Always: nothing is uploaded here.
+            Always.
         """
-        raise InputError("nothing is uploaded here: save_pretrained(folder), then: hf upload REPOSITORY folder")
+        raise InputError("push_to_hub is not supported; use save_pretrained(folder), then: hf upload REPOSITORY folder")

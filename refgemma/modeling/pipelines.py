@@ -1,5 +1,5 @@
-"""``pipeline("text-generation")``: texts or conversations in, texts out. Checked against transformers 5.23
-`TextGenerationPipeline`, greedily, in the parity tests."""
+"""Run ``pipeline("text-generation")``: continue texts or conversations. Checked against transformers 5.23
+`TextGenerationPipeline` with greedy decoding, in the parity tests."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,19 +10,19 @@ from refgemma.generation.generation_config import GenerationConfig
 from refgemma.modeling.classes import Gemma2ForCausalLM
 from refgemma.tokenizer.tokenizer import AutoTokenizer, Tokenizer
 
-# transformers' own: what neither the call nor the model's generation configuration says.
+# transformers' own defaults, for settings in neither the call nor the model's generation configuration.
 DEFAULTS = GenerationConfig(max_new_tokens=256, do_sample=True, temperature=0.7)
 
 
 class TextGenerationPipeline:
-    """A model and its tokenizer; called with a prompt, it returns the text that follows. Made by `pipeline`.
+    """A model with its tokenizer, made by `pipeline`; called with a prompt, it returns the continuation.
 
     Parameters
     ----------
     model : Gemma2ForCausalLM
-        Writes the text.
+        The model that generates text.
     tokenizer : Tokenizer
-        Of the model.
+        The model's tokenizer.
     settings : mapping
         Arguments of every call.
     """
@@ -43,15 +43,15 @@ class TextGenerationPipeline:
         text_inputs : str, sequence of messages, or sequence of several of them
             A text, or a conversation of mappings with ``"role"`` and ``"content"``.
         return_full_text : bool
-            Whether the prompt comes back too.
+            If true, the prompt is returned, too.
         **settings
-            As of `Gemma2ForCausalLM.generate`. What nobody says is drawn with temperature 0.7, at most 256 tokens.
+            As in `Gemma2ForCausalLM.generate`. Defaults: sampling with temperature 0.7, at most 256 new tokens.
 
         Returns
         -------
         list of dict
-            One with ``"generated_text"`` for each returned sequence: a text, or the conversation with one message more.
-            For several prompts a list of such lists.
+            One dict for each returned sequence; its ``"generated_text"`` is a text, or the conversation with one more
+            message. For several prompts, a list of such lists.
         """
         if not isinstance(text_inputs, str) and not (text_inputs and isinstance(text_inputs[0], Mapping)):
             return [self(prompt, return_full_text, **settings) for prompt in text_inputs]
@@ -63,7 +63,7 @@ class TextGenerationPipeline:
             inputs = self.tokenizer.apply_chat_template(text_inputs, add_generation_prompt=True, return_tensors="np")
         length = inputs["input_ids"].shape[1]
         rows = self.model.generate(**inputs, **asked)
-        assert not isinstance(rows, Mapping)  # return_dict_in_generate is of no use here
+        assert not isinstance(rows, Mapping)  # return_dict_in_generate cannot be used here
         texts = [self.tokenizer.decode(row[length:], skip_special_tokens=True) for row in rows]
         return [{"generated_text": self._join(text_inputs, text, return_full_text)} for text in texts]
 
@@ -80,27 +80,27 @@ def pipeline(
     device_map: Any = None, trust_remote_code: Any = None, token: Any = None, revision: str | None = None,
     use_fast: Any = None, batch_size: int | None = None, framework: str | None = None, **settings: Any,
 ) -> TextGenerationPipeline:  # fmt: skip
-    """Make a pipeline that writes text, as transformers' ``pipeline("text-generation", model=...)``.
+    """Make a text-generation pipeline, as transformers' ``pipeline("text-generation", model=...)``.
 
     Parameters
     ----------
     task : str, optional
-        ``"text-generation"``, the only one there is.
+        ``"text-generation"``, the only supported task.
     model : Gemma2ForCausalLM, str or path
         A model, or a name for ``Gemma2ForCausalLM.from_pretrained``.
     tokenizer : Tokenizer, str or path, optional
-        By default that of the model's folder.
+        The tokenizer; by default that of the model's folder.
     dtype, torch_dtype, revision, model_kwargs
         For ``Gemma2ForCausalLM.from_pretrained``.
     device, device_map, trust_remote_code, token, use_fast, batch_size, framework
-        Taken and ignored.
+        Ignored.
     **settings
         Arguments of every call.
 
     Returns
     -------
     TextGenerationPipeline
-        See there.
+        The pipeline.
 
     Raises
     ------
@@ -114,12 +114,12 @@ def pipeline(
     [{'generated_text': 'Once upon a time the Rat, who'}]
     """
     if task not in (None, "text-generation"):
-        raise UsageError(f"pipeline {task!r}: there is 'text-generation' only; for classes use AutoModelFor...")
+        raise UsageError(f"pipeline: task is {task!r}; it must be 'text-generation': for classes use AutoModelFor...")
     if model is None:
-        raise UsageError("pipeline: say which model, for instance model='tiny'")
+        raise UsageError("pipeline: model is missing; give one, for example model='tiny'")
     name = tokenizer if tokenizer is not None else model
     if isinstance(name, Gemma2ForCausalLM):
-        raise UsageError("pipeline: with a model that is loaded, give its tokenizer too: tokenizer=...")
+        raise UsageError("pipeline: tokenizer is missing; give it together with a loaded model: tokenizer=...")
     revision = revision or "main"
     reader = name if isinstance(name, Tokenizer) else AutoTokenizer.from_pretrained(name, revision=revision)
     if not isinstance(model, Gemma2ForCausalLM):

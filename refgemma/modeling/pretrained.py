@@ -1,4 +1,4 @@
-"""A model by name: its configuration, weights, tokenizer and stop ids from one folder. Checked against the layout of
+"""Load a model by name: configuration, weights, tokenizer and stop ids from one folder. Checked against the layout of
 the released Gemma 2 folders and of transformers 5.23 `save_pretrained`."""
 
 from dataclasses import dataclass, field, replace
@@ -19,7 +19,7 @@ TOKENIZERS, END_OF_TURN = ("tokenizer.json", "tokenizer.model"), "<end_of_turn>"
 
 @dataclass(frozen=True)
 class Pretrained:
-    """Everything that a folder holds: call `forward` or `generate` with its parts."""
+    """The content of a model's folder; call `forward` or `generate` with its parts."""
 
     folder: Path
     config: Gemma2Config
@@ -30,18 +30,18 @@ class Pretrained:
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether the folder holds one; ``refgemma synth`` has none to write."""
+        """True if the folder holds a tokenizer; folders from ``refgemma synth`` do not."""
         return _has_tokenizer(self.folder)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Read when it is first asked for: a model without one can still be given token ids."""
+        """The tokenizer, read on first access; a model without one can still run on token ids."""
         return Tokenizer.from_pretrained(self.folder)
 
     def read(self) -> "Pretrained":
-        """Return the same with the weights in memory, if they take no more than 4 GiB in their precision."""
+        """Return the same model with its weights in memory, if they take at most 4 GiB in their precision."""
         model = replace(self, weights=self.checkpoint.weights(self.dtype))
-        vars(model).update({name: value for name, value in vars(self).items() if name == "tokenizer"})  # read by now
+        vars(model).update({name: value for name, value in vars(self).items() if name == "tokenizer"})  # already read
         return model
 
 
@@ -49,7 +49,7 @@ def load(
     name: str | Path = "tiny", dtype: str = "float32", revision: str = "main", download: bool = False,
     gguf_file: str | None = None, read: bool = True,
 ) -> Pretrained:  # fmt: skip
-    """Load a model to compute with.
+    """Load a model: configuration, weights and tokenizer.
 
     Parameters
     ----------
@@ -61,19 +61,20 @@ def load(
         ``float32``, ``float64``, ``bfloat16`` or ``float16``: the precision of the computation. Half precision rounds
         where PyTorch does, which makes it slower here than float32, not faster.
     revision, download, gguf_file
-        As of `refgemma.hub.find_model`.
+        As in `refgemma.hub.find_model`.
     read : bool
-        Whether to call `Pretrained.read`. Without it everything but the weights is read: they are when they are used.
+        If true, call `Pretrained.read`. If false, the weights are read only when they are used.
 
     Returns
     -------
     Pretrained
-        Models of more than 4 GiB in that precision are read from disk layer by layer, at every forward pass.
+        The model. If it takes more than 4 GiB in its precision, it is read from disk layer by layer in each forward
+        pass.
 
     Raises
     ------
     CheckpointError, ConfigError, ModelNameError, TokenizerError
-        Naming the file, and the tensor, that is at fault.
+        If the model cannot be loaded; the error names the file and the tensor.
 
     Examples
     --------
@@ -84,9 +85,9 @@ def load(
     folder = find_model(name, revision, download, gguf_file=gguf_file)
     checkpoint = open_checkpoint(folder)
     stops = _read_stop_ids(checkpoint.folder, checkpoint.config)
-    place = folder if _has_tokenizer(folder) else checkpoint.folder  # an adapter may leave the tokenizer to its base
+    place = folder if _has_tokenizer(folder) else checkpoint.folder  # an adapter without a tokenizer uses its base's
     model = Pretrained(place, checkpoint.config, checkpoint.streamed(dtype), stops, checkpoint, dtype)
-    # A chat model ends its turn with <end_of_turn>, which the released configuration does not list as an end.
+    # A chat model ends its turn with <end_of_turn>, but the released configuration does not list this token as an end.
     if model.has_tokenizer and END_OF_TURN in model.tokenizer.added_tokens_encoder:
         end = model.tokenizer.convert_tokens_to_ids(END_OF_TURN)
         object.__setattr__(model, "stop_ids", stops | {end})
@@ -98,7 +99,7 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 def _read_stop_ids(folder: Path, config: Gemma2Config) -> frozenset[int]:
-    """Return the ends in ``generation_config.json``, or else in the configuration."""
+    """Return the stop ids in ``generation_config.json``, or else in the configuration."""
     path = folder / "generation_config.json"
     stops = stop_tokens(config)
     if path.exists():
@@ -106,6 +107,6 @@ def _read_stop_ids(folder: Path, config: Gemma2Config) -> frozenset[int]:
         if listed is not None:
             ids = listed if isinstance(listed, list) else [listed]
             if not all(type(token) is int and 0 <= token < config.vocab_size for token in ids):
-                raise CheckpointError(f"{path}: eos_token_id is {listed!r}, not one or several token ids")
+                raise CheckpointError(f"{path}: eos_token_id is {listed!r}; it must be one or several token ids")
             stops = frozenset(ids)
     return stops

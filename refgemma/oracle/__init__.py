@@ -1,8 +1,8 @@
-"""Another implementation's trace judged: which tensor is wrong first, and which known bug explains it.
+"""Judge another implementation's trace: find the first wrong tensor, and the known bug that explains it.
 
-`check` takes a file that another implementation wrote and returns a `Report`; `capture_transformers` makes the tensors
-of such a file from a live transformers model, `save_trace` writes one and `load_trace` reads it. `known_bugs` has the
-catalogue, ``known_bugs.KNOWN_BUGS``. The command line is ``refgemma check``.
+`check` takes a trace file of another implementation and returns a `Report`. `capture_transformers` makes the tensors of
+such a file from a live transformers model; `save_trace` writes it and `load_trace` reads it. `known_bugs` has the
+catalogue, ``known_bugs.KNOWN_BUGS``. The command is ``refgemma check``.
 """
 
 from refgemma.oracle import known_bugs

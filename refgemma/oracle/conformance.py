@@ -1,7 +1,8 @@
-"""Inputs that show the known bugs which can be shown, on the conformance checkpoint and on other models. Checked in the
-tests and in tests/parity.
+"""Prompts that show the known bugs, on the conformance checkpoint and on other models. Checked in the tests and in
+tests/parity.
 
-The conformance checkpoint is a small model in which every known bug shows; tools/conformance_checkpoint.py wrote it.
+The conformance checkpoint is a small model in which every known bug is visible; tools/conformance_checkpoint.py wrote
+it.
 """
 
 from collections.abc import Mapping
@@ -23,11 +24,11 @@ class Prompt:
     why: str
     input_ids: Array  # (batch, seq)
     attention_mask: Array
-    calls: tuple[int, ...]  # tokens of each call, when they share a cache
+    calls: tuple[int, ...]  # number of tokens in each call; the calls share a cache
 
 
 def prompts(config: Gemma2Config) -> Mapping[str, Prompt]:
-    """Inputs that together show what can be shown; random tokens after <bos>.
+    """Return prompts that together show all bugs that can be shown; each has random tokens after <bos>.
 
     Examples
     --------
@@ -45,7 +46,7 @@ def prompts(config: Gemma2Config) -> Mapping[str, Prompt]:
     padded[1, :3] = config.pad_token_id or 0
     pieces = (window + 2, window - 2, 1, 1, window + 1)
     return {
-        "padded": Prompt("padded", "two rows, one of which begins with padding", padded, visible, (length,)),
+        "padded": Prompt("padded", "two rows, the second with left padding", padded, visible, (length,)),
         "plain": Prompt("plain", "one row of more than three windows", ids[:1], seen[:1], (length,)),
         "cached": Prompt("cached", "a prompt in pieces and steps that share a cache", ids[:1], seen[:1],
                          (*pieces, length - sum(pieces))),

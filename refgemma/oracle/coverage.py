@@ -1,8 +1,8 @@
-"""Inputs that together show every mistake that can be shown, and which of them shows which. Checked in tests/parity:
-what is said here of a prompt is what `refgemma check` excludes for a transformers run of it.
+"""Find the mistakes that each prompt can show. Checked in tests/parity: the result for a prompt equals the mistakes
+that `refgemma check` excludes for a transformers run of it.
 
-A prompt shows a mistake if a right port's trace of it, judged by `refgemma check`, excludes the mistake. So that is
-what is done: refgemma itself runs the prompt, in each precision, and its full trace is checked.
+A prompt shows a mistake if the trace of a correct port, judged by `refgemma check`, excludes the mistake. So refgemma
+runs the prompt in each precision, and its own full trace is checked.
 """
 
 import json
@@ -27,7 +27,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Detected:
-    """What one prompt shows in one precision."""
+    """The mistakes that one prompt shows in one precision."""
 
     prompt: str
     dtype: str
@@ -35,7 +35,7 @@ class Detected:
 
 
 def run_prompt(prompt: Prompt, weights: Weights, config: Gemma2Config) -> Iterator[tuple[str, Array]]:
-    """The trace of a prompt, as a port would write it: its calls one after the other, with a cache.
+    """Yield the trace of a prompt as a port would write it: the calls in order, sharing a cache.
 
     Examples
     --------
@@ -50,24 +50,25 @@ def run_prompt(prompt: Prompt, weights: Weights, config: Gemma2Config) -> Iterat
 
 
 def input_tensors(prompt: Prompt) -> Iterator[tuple[str, Array]]:
-    """The tensors that say what is asked."""
+    """Yield the input tensors of a prompt."""
     yield "input_ids", prompt.input_ids
     yield "attention_mask", prompt.attention_mask
 
 
 def detect(prompt: Prompt, dtype: str, weights: Weights, config: Gemma2Config) -> Detected:
-    """The mistakes that a right port's full trace of a prompt excludes."""
+    """Return the mistakes that a correct port's full trace of a prompt excludes."""
     candidate = candidate_of(dict(run_prompt(prompt, weights, config)), config, dtype, prompt.calls, prompt.name)
     return Detected(prompt.name, dtype, Diagnosis(Engine(candidate, weights, config)).coverage()[0])
 
 
 def about(prompt: Prompt) -> dict[str, str]:
-    """The metadata of a prompt's file."""
+    """Return the metadata of a prompt's file."""
     return {"calls": json.dumps(prompt.calls), "prompt": prompt.name}
 
 
 def cover(found: Sequence[Detected]) -> list[Detected]:
-    """What few prompts show: always that one more, which shows most of what is left.
+    """Return the results of a few prompts that together show all; each next prompt shows most of the remaining
+    mistakes.
 
     Examples
     --------
@@ -90,13 +91,13 @@ def cover(found: Sequence[Detected]) -> list[Detected]:
 
 
 def list_undetected(found: Sequence[Detected]) -> list[KnownBug]:
-    """What none of them shows, of the mistakes that change a computation."""
+    """Return the mistakes that change a computation but that no prompt shows."""
     seen = {v.name for s in found for v in s.variants}
     return [v for v in KNOWN_BUGS if v.change is not None and v.name not in seen]
 
 
 def as_json(found: Sequence[Detected], config: Gemma2Config, model: str) -> dict[str, Any]:
-    """Everything, for a program."""
+    """Return all results as JSON types."""
     known = prompts(config)
     return {
         "schema": "refgemma-prompts/1", "model": model,
@@ -111,7 +112,7 @@ def as_json(found: Sequence[Detected], config: Gemma2Config, model: str) -> dict
 
 
 def write_prompts(found: Sequence[Detected], config: Gemma2Config, folder: Path, model: str) -> list[Path]:
-    """A file with the inputs of each prompt, and ``prompts.json`` with what each shows."""
+    """Write a file with the inputs of each prompt, and ``prompts.json`` with the mistakes that each shows."""
     folder.mkdir(parents=True, exist_ok=True)
     known, written = prompts(config), []
     for name in dict.fromkeys(s.prompt for s in found):

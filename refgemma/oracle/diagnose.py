@@ -1,17 +1,17 @@
-"""Which tensor of a candidate is wrong first, which known bug explains it, and which known bugs the trace excludes.
+"""Find a candidate's first wrong tensor, the known bugs that explain it, and the known bugs that its trace excludes.
 
 Checked by making every known bug in transformers (docs/oracle.md).
 
-A known bug explains a finding if the candidate's tensors are, in every layer, what that bug makes of the candidate's
-own inputs. The same question, asked of a candidate that conforms, says what its trace excludes: the bugs under which
-its tensors could not be what they are. The others are undetectable in this trace.
+A known bug explains a finding if, in every layer, it turns the candidate's own inputs into the candidate's tensors. For
+a candidate that conforms, the same test finds the excluded bugs: those that contradict its tensors. The other bugs are
+undetectable in this trace.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
-from itertools import combinations
+from itertools import chain, combinations, islice
 
 import numpy as np
 
@@ -19,6 +19,15 @@ from refgemma.config import Gemma2Config
 from refgemma.oracle import verdicts
 from refgemma.oracle.engine import PRODUCTS, Engine, Instance
 from refgemma.oracle.estimate import Estimate, estimate_parameters
+from refgemma.oracle.families import (
+    WEIGHT_OF_FIELD,
+    Place,
+    exchanges_at,
+    exchanges_in_all,
+    list_places,
+    parts_in_half,
+    weights_of_another,
+)
 from refgemma.oracle.judge import SPAN_LIMIT, judge, nearest, resembles
 from refgemma.oracle.known_bugs import KNOWN_BUGS, KnownBug, combine, known_bug
 from refgemma.oracle.locate import ErrorMap, locate_errors, map_errors
@@ -27,15 +36,20 @@ from refgemma.oracle.spans import Computed
 from refgemma.oracle.tolerance import from_measured_std, rescale
 from refgemma.precision import Array
 from refgemma.trace.candidate import Candidate
-from refgemma.trace.names import LOGPROBS, field_of
+from refgemma.trace.names import LOGPROBS, field_of, layer_of
 from refgemma.weights.parameters import Weights
 
-# The operation of a known bug rounds a little differently from the right one, for which the bounds are derived: errors
-# may be those of its row's largest element.
+# The operation of a known bug rounds slightly differently from the correct one, for which the bounds are derived:
+# errors may be as large as those of the row's largest element.
 BUG_FACTOR, BUG_FLOOR = 4.0, 16 * 2.0**-24
-# A bug that leaves less of a span's error than this explains more than half of it, or what stands behind quantisation.
+# Remaining parts of a span's error: below the first, a bug explains more than half; below the second, it is present in
+# addition to quantisation.
 CLOSE, MUCH_CLOSER = 0.5, 1 / 3
 TRIED = 4  # closest bugs that are tried with each way of rounding
+# A part in half precision moves no tensor by more than this share of its size: bfloat16 rounds by 0.004 at the most.
+PART_LIMIT = 0.25
+# Multiplications that may go into trying weights in other weights' places, of one finding: a second or two.
+WORK = 2e9
 # What code that was written for Gemma 1 leaves out of Gemma 2, often all at once.
 GEMMA_1_BUGS = ("attn-softcap-missing", "final-softcap-missing", "scale-head-dim", "swa-all-global")
 
@@ -46,18 +60,18 @@ class Finding:
 
     field: str
     instances: tuple[Instance, ...]
-    total: int  # of how many recorded
+    total: int  # number of recorded tensors of this field
     where: str
     explanations: tuple[KnownBug, ...]
     estimates: tuple[Estimate, ...]
     maps: tuple[ErrorMap, ...] = ()  # of the first instance
     closest: tuple[KnownBug, float] | None = (
-        None  # where none explains it: the closest, and what it leaves of the error
+        None  # if none explains it: the closest bug, and the remaining part of the error
     )
 
     @property
     def worst(self) -> Instance:
-        """The instance that is wrong most."""
+        """The instance with the largest error."""
         return max(self.instances, key=lambda i: (verdicts.BAD.index(i.judged.verdict), i.judged.statistics.rms))
 
     @property
@@ -70,13 +84,13 @@ class Finding:
 
     @property
     def is_rounding(self) -> bool:
-        """True if the same model, rounded elsewhere, explains it."""
+        """True if different rounding of the same model explains it."""
         return bool(self.explanations) and all(v.kind == "rounding" for v in self.explanations)
 
 
 @dataclass(frozen=True)
 class Report:
-    """All that a check found."""
+    """The result of a check."""
 
     candidate: Candidate
     config: Gemma2Config
@@ -88,19 +102,19 @@ class Report:
     remarks: tuple[str, ...]
     override: float = 1.0
     drift: tuple[tuple[str, float], ...] = field(default=())
-    preflight: tuple[Preflight, ...] = ()  # weights and tokens, where they were compared
-    again: tuple["Report", ...] = ()  # as if computed in another precision, where nothing explains what was found
+    preflight: tuple[Preflight, ...] = ()  # weights and tokens, if they were compared
+    again: tuple["Report", ...] = ()  # as if computed in another precision, if no known bug explains the findings
     changed: str = ""  # numbers of the model that the user changed
 
     @property
     def asked(self) -> int:
-        """The number of known bugs that were asked for: excluded, undetectable here, or named."""
+        """The number of known bugs tested for: excluded, undetectable here, or named."""
         named = {v.name for finding in self.findings for v in finding.explanations if v.change is not None}
         return len({v.name for v in (*self.excluded, *self.undetectable)} | named)
 
     @property
     def verdict(self) -> str:
-        """In one word."""
+        """The verdict."""
         if any(not finding.is_rounding for finding in self.findings) or self.wrong_preflight:
             return verdicts.DIFFERS
         words = {i.judged.verdict for i in self.instances} | {result.verdict for result in self.preflight}
@@ -113,7 +127,7 @@ class Report:
 
     @property
     def logits_missing(self) -> int:
-        """The number of logits of the rows' last tokens that are not in the file, where it has a part of them."""
+        """The number of missing logits of the rows' last tokens, if the file has a part of them."""
         tensors, visible = self.candidate.tensors, self.candidate.call.visible
         last = visible.shape[1] - 1 - np.argmax(visible[:, ::-1], axis=1)
         known = [x.known for name in ("logits", LOGPROBS) if (x := tensors.get(name)) is not None]
@@ -121,30 +135,32 @@ class Report:
 
     @property
     def wrong_preflight(self) -> list[Preflight]:
-        """Weights and tokens that are wrong."""
+        """The wrong weights and tokens."""
         return [result for result in self.preflight if result.verdict in verdicts.BAD]
 
     @property
     def first_wrong(self) -> str | None:
-        """The name of what is wrong first: weights and tokens, then tensors."""
+        """The name of the first wrong item: weights and tokens first, then tensors."""
         if self.wrong_preflight:
             return self.wrong_preflight[0].name
         return self.first_divergence.tensor if self.first_divergence else None
 
     @property
     def first_divergence(self) -> Instance | None:
-        """The computed tensor that is wrong first, in the order of execution."""
+        """The first wrong computed tensor, in the order of execution."""
         return self.findings[0].instances[0] if self.findings else None
 
 
 class Diagnosis:
-    """What the known bugs make of a candidate's inputs, beside what it recorded."""
+    """Compares the results of known bugs on a candidate's inputs with its recorded tensors."""
 
     def __init__(self, engine: Engine, bugs: Sequence[KnownBug] | None = None) -> None:
         self.engine, self.usual, self.candidate = engine, engine.usual, engine.candidate
         self.bugs = KNOWN_BUGS if bugs is None else tuple(bugs)
         self._fits: dict[tuple[str, str], bool] = {}
         self._left: dict[tuple[str, str], float] = {}
+        self._parts: list[KnownBug] = []  # parts in half precision that were tried
+        self.untried = False  # whether other weights' places were left out, for the time that they take
 
     @cached_property
     def few(self) -> set[str]:
@@ -154,17 +170,19 @@ class Diagnosis:
 
     @cached_property
     def wrong(self) -> set[str]:
-        """The tensors that are wrong."""
+        """The names of the wrong tensors."""
         return {i.tensor for i in self.engine.instances if i.judged.verdict in verdicts.BAD}
 
     def fits(self, name: str, computed: Computed, bug: KnownBug, before: Computed | None = None) -> bool:
-        """Return whether a recorded tensor is what a known bug makes of its inputs.
+        """Return True if a known bug turns a recorded tensor's inputs into the tensor.
 
-        Of a bug with a way of rounding, `before` is the bug alone.
+        For a bug with a way of rounding, `before` is the bug alone.
         """
         found, exact, where = self.candidate.tensors[name], computed.result(name), self.engine.where(name)
         if not self.engine.is_direct(name) and name in self.wrong:
-            self._left[bug.name, name] = self._measure(name, computed)
+            self._left[bug.name, name] = left = self._measure(name, computed)
+            if bug.kind == "mistake" and not before and left > SPAN_LIMIT * self.engine.override:
+                return False  # as `judge` would say, in more time
         allowed = self.engine.tolerance(name, computed, exact)
         # The noise of another reading of the model is not that of the right one, so that only its size is judged.
         if allowed.measured and name not in self.few:
@@ -191,7 +209,7 @@ class Diagnosis:
     def is_consistent(
         self, bug: KnownBug, names: Sequence[str] | None = None, before: Computed | None = None
     ) -> bool | None:
-        """Return whether the recorded tensors are what a bug makes of their inputs; None if it touches none of them."""
+        """Return True if a bug turns the recorded inputs into the recorded tensors; None if it affects none of them."""
         computed = self.read(bug)
         touched = False
         for name in self.engine.recorded if names is None else names:
@@ -206,7 +224,7 @@ class Diagnosis:
         return True if touched else None
 
     def explain(self, finding: Sequence[Instance]) -> tuple[KnownBug, ...]:
-        """Return the bugs that explain a finding in every layer, and make nothing else worse that they touch."""
+        """Return the bugs that explain a finding in every layer, and contradict no other tensor that they affect."""
         names = [i.tensor for i in finding]
         same_field = [n for n in self.engine.recorded if field_of(n) == field_of(names[0])]
         if finding[0].judged.verdict == verdicts.INVALID:
@@ -218,8 +236,72 @@ class Diagnosis:
                 continue
             if self.is_consistent(v, good) is not False:
                 found.append(v)
-        mistakes = [v for v in found if v.kind == "mistake"]
-        return tuple(mistakes or found or self._find_pairs(finding) or self._find_gemma_1(finding))
+        found = self._choose([v for v in found if v.kind == "mistake"]) or found
+        if self.bugs is KNOWN_BUGS:
+            found = found or self._find_part(names) or self._find_weights(names, good)
+        return tuple(found or self._find_pairs(finding) or self._find_gemma_1(finding))
+
+    def _choose(self, mistakes: Sequence[KnownBug]) -> list[KnownBug]:
+        """Return the mistakes but those that another one makes needless: it explains more fields, or is named alone."""
+        wrong: dict[str, list[str]] = {}
+        for name in self.engine.recorded:
+            if name in self.wrong:
+                wrong.setdefault(field_of(name), []).append(name)
+        explained = {v.name: {kind for kind in wrong if kind in v.fields and self.is_consistent(v, wrong[kind])}
+                     for v in mistakes} if len(mistakes) > 1 else {}  # fmt: skip
+        return [
+            v for v in mistakes
+            if v.unless not in explained and not any(explained[v.name] < other for other in explained.values())
+        ]  # fmt: skip
+
+    def _find_part(self, names: Sequence[str]) -> list[KnownBug]:
+        """The largest part in half precision that explains every tensor it touches, some of `names` among them."""
+        self._parts = []
+        if self.candidate.dtype != "float32" or self._apart(names[0]) > PART_LIMIT:
+            return []
+        wrong = sorted({layer for name in names if (layer := layer_of(name)) is not None})
+        alone = wrong and len(wrong) < self.engine.config.num_hidden_layers
+        self._parts = [*parts_in_half(), *(parts_in_half(wrong) if alone else ())]
+        for part in self._parts:
+            if self.is_consistent(part, names) and self.is_consistent(part):
+                return [part]
+        return []
+
+    def _apart(self, name: str) -> float:
+        """Return how far a recorded tensor is from its reference, in units of the reference's size."""
+        where = self.engine.where(name)
+        with np.errstate(all="ignore"):
+            return float(
+                np.linalg.norm(self.engine.errors(name)[where]) / np.linalg.norm(self.usual.result(name)[where])
+            )
+
+    def _find_weights(self, names: Sequence[str], good: Sequence[str]) -> list[KnownBug]:
+        """Weights in the places of others: of each wrong tensor's own operation, else of all on the way to the first.
+
+        What lies on the way is computed anew for each, so that of large models not all are tried, which is said.
+        """
+        context, kinds = self.engine.context, {field_of(name) for name in names}
+        if not kinds - set(WEIGHT_OF_FIELD) and all(self.engine.is_direct(name) for name in names):
+            sources: dict[Place, Place] = {}
+            for name in names:
+                place = (layer_of(name), WEIGHT_OF_FIELD[field_of(name)])
+                fitting = (v for v in exchanges_at(context, place) if self.is_consistent(v, [name]))
+                if (bug := next(fitting, None)) is None:
+                    return []
+                sources |= bug.sources
+            return [weights_of_another(sources)]
+        steps = self.usual.span(names[0])
+        if len(steps) == 1:
+            return []
+        places = [(layer_of(s), WEIGHT_OF_FIELD[field_of(s)]) for s in steps if field_of(s) in WEIGHT_OF_FIELD]
+        tried = chain(exchanges_in_all(context), *(exchanges_at(context, place) for place in places))
+        numbers = sum(math.prod(list_places(context)[place]) for place in places)
+        affordable = int(WORK // max(1, numbers * self.candidate.call.input_ids.size))
+        for bug in islice(tried, affordable):
+            if self.is_consistent(bug, names) and self.is_consistent(bug, good) is not False:
+                return [bug]
+        self.untried |= next(tried, None) is not None
+        return []
 
     def _find_pairs(self, finding: Sequence[Instance]) -> list[KnownBug]:
         """A bug that explains the first of several tensors, or most of the error, with a way of rounding for the rest.
@@ -244,16 +326,17 @@ class Diagnosis:
         return found
 
     def rank(self, name: str) -> list[tuple[float, KnownBug]]:
-        """Return the bugs by what they leave of the root mean square error of a span, the closest first."""
-        usual = self._measure(name, self.usual)
-        for v in self.bugs:
-            if v.change is not None and (v.name, name) not in self._left:
+        """Return the bugs by the remaining part of a span's root mean square error, the closest first."""
+        usual, bugs = self._measure(name, self.usual), [v for v in (*self.bugs, *self._parts) if v.change is not None]
+        for v in bugs:
+            if (v.name, name) not in self._left:
                 self._left[v.name, name] = self._measure(name, self.read(v))
-        left = [(self._left[v.name, name] / max(usual, 1e-300), v) for v in self.bugs if v.change is not None]
+        left = [(self._left[v.name, name] / max(usual, 1e-300), v) for v in bugs]
         return sorted(left, key=lambda one: one[0])
 
     def _measure(self, name: str, computed: Computed) -> float:
-        """The root mean square error of a recorded tensor under a reading of the model, in standard deviations."""
+        """Return the root mean square error of a recorded tensor, in standard deviations, for a reading of the
+        model."""
         where = self.engine.where(name)
         with np.errstate(all="ignore"):
             error = self.candidate.tensors[name].numbers - computed.result(name)
@@ -262,23 +345,17 @@ class Diagnosis:
         return found if math.isfinite(found) else math.inf
 
     def read(self, bug: KnownBug) -> Computed:
-        """The operations as a bug has them, beside what the usual ones have computed that it does not change."""
-        table = bug.table(self.engine.context, self.usual.table)
-        changed: set[str] = set()
-        for name, op in table.items():
-            # What was recorded is an input as it is, whatever has changed before it.
-            sources = {source for source in op.inputs if source not in self.candidate.inputs}
-            if op is not self.usual.table[name] or sources & changed:
-                changed.add(name)
-        return Computed(table, self.candidate, {n: x for n, x in self.usual.between.items() if n not in changed})
+        """Return the operations as a bug has them, with the usual results that it does not change."""
+        return self.usual.edit(bug.table(self.engine.context, self.usual.table))
 
     def _find_behind(self, names: Sequence[str]) -> tuple[KnownBug, ...]:
-        """The bugs that leave so little of an error which quantisation could explain that they are there as well."""
+        """Return bugs that reduce an error so much that they are present, although quantisation could explain the
+        error."""
         ranked = [(left, v) for left, v in self.rank(names[0]) if v.kind == "mistake"]
         return tuple(v for left, v in ranked if left <= min(MUCH_CLOSER, 1.2 * ranked[0][0]))
 
     def _find_gemma_1(self, finding: Sequence[Instance]) -> list[KnownBug]:
-        """The fewest of `GEMMA_1_BUGS` that together explain several operations; as many as there are ways."""
+        """Return the smallest combinations of `GEMMA_1_BUGS` that explain several operations."""
         if not finding[0].between or self.bugs is not KNOWN_BUGS:
             return []
         names = [i.tensor for i in finding]
@@ -300,7 +377,7 @@ class Diagnosis:
         return False
 
     def findings(self) -> Iterator[Finding]:
-        """What is wrong, a field at a time, in the order of execution."""
+        """Yield the findings, one per field, in the order of execution."""
         groups: dict[str, list[Instance]] = {}
         excused: dict[str, list[Instance]] = {}  # by quantisation, of unrecorded inputs
         for instance in self.engine.instances:
@@ -320,15 +397,17 @@ class Diagnosis:
             where = locate_errors(self.engine, first.tensor) if judged and not first.between else ""
             maps = map_errors(self.engine, first.tensor) if first.tensor in self.candidate.tensors else ()
             explained, closest = self.explain(judged or wrong), None
-            if not explained and first.between and not any(e.fits for e in fitted):
+            if not explained and judged and first.between and not any(e.fits for e in fitted):
                 ranked = self.rank(names[0])
                 closest = (ranked[0][1], ranked[0][0]) if ranked and ranked[0][0] < CLOSE else None
                 if self.engine.quantised:
                     explained = self._find_behind(names)
+            if explained and all(v.kind == "rounding" for v in explained):
+                fitted = ()  # another rounding moves an estimate as well
             yield Finding(kind, tuple(wrong), total, where, explained, fitted, maps, closest)
 
     def coverage(self) -> tuple[tuple[KnownBug, ...], tuple[KnownBug, ...]]:
-        """Return the bugs under which the tensors could not be what they are, and those that are undetectable."""
+        """Return the bugs that contradict the recorded tensors, and those that are undetectable."""
         excluded: list[KnownBug] = []
         undetectable: list[KnownBug] = []
         for v in self.bugs:
@@ -337,7 +416,8 @@ class Diagnosis:
         return tuple(excluded), tuple(undetectable)
 
     def drift(self) -> Iterator[tuple[str, float]]:
-        """The relative distance of the residual stream and logits from the model's own; it accuses no tensor."""
+        """Yield the relative distance of the residual stream and logits from the model's own; it is only
+        informative."""
         alone = Computed(self.usual.table, replace(self.candidate, tensors={}))
         for name in self.usual.table:
             if field_of(name) not in ("embedded", "out", "norm", "logits"):
@@ -350,7 +430,7 @@ class Diagnosis:
                     yield name, float(np.sqrt(np.sum((found - ours) ** 2) / max(np.sum(ours**2), 1e-300)))
 
     def remarks(self) -> Iterator[str]:
-        """What else a reader should know."""
+        """Yield further remarks for the reader."""
         candidate, call = self.candidate, self.candidate.call
         texts = [row[seen].tolist() for row, seen in zip(call.input_ids, call.visible, strict=True)]
         bos = self.engine.config.bos_token_id
@@ -361,8 +441,10 @@ class Diagnosis:
             yield f"tokens: row {without[0]} does not begin with <bos> {remark}"
         elif bos is not None and twice:
             yield f"tokens: row {twice[0]} begins with <bos> twice (double-bos)"
+        if self.untried:
+            yield "weights in the places of others were not all tried: record the projections and norms to name one"
         for name in candidate.unknown[:3]:
-            yield f"{name}: is no tensor of this model"
+            yield f"{name}: is not a tensor of this model"
         if len(candidate.unknown) > 3:
             yield f"and {len(candidate.unknown) - 3} other unknown tensors"
         if candidate.dtype_from == "numbers":
@@ -375,21 +457,21 @@ class Diagnosis:
 def diagnose(
     candidate: Candidate, weights: Weights, config: Gemma2Config, override: float = 1.0, quantised: bool = False
 ) -> Report:
-    """Judge a candidate's tensors, and say what is wrong with them.
+    """Judge a candidate's tensors, and report the wrong ones with the reason.
 
     Parameters
     ----------
     candidate : Candidate
         From `refgemma.trace.candidate.load_trace`.
     weights : Weights
-        The model's, in the candidate's precision.
+        The model's weights, in the candidate's precision.
     config : Gemma2Config
-        The model's.
+        The model's configuration.
     override : float
-        A factor on everything that rounding may do. Other than 1, every report says so.
+        A factor on all tolerances. Every report shows it if it is not 1.
     quantised : bool
-        Whether products with weights may be off, as those of quantised weights are. Where every product is, and nothing
-        else is known that does it, they are taken for quantised anyway.
+        If true, products with weights may have errors as from quantised weights. If every product has such errors and
+        no known bug explains them, the weights count as quantised in any case.
 
     Examples
     --------
@@ -425,9 +507,9 @@ HEAD_FIELDS = {"attention.q", "attention.k", "attention.q_rot", "attention.k_rot
 
 
 def join_halves(candidate: Candidate) -> Candidate:
-    """Put the numbers of each head of queries and keys, if they lie for pairs side by side, in the order for halves.
+    """Reorder each head of queries and keys from adjacent pairs to halves.
 
-    Rows of the weights in that order, with a rotation of such pairs, are the same model: no score differs.
+    Weights with rows in that order, and a rotation of adjacent pairs, are the same model: no score differs.
     """
 
     def move(x: Array) -> Array:
@@ -443,7 +525,7 @@ def join_halves(candidate: Candidate) -> Candidate:
 
 
 def looks_quantised(report: Report) -> bool:
-    """Return whether nearly all products of recorded inputs with weights are off, and nothing known explains it."""
+    """Return True if nearly all products with weights are wrong, and no known bug explains it."""
     products = [i for i in report.instances if field_of(i.tensor) in PRODUCTS and not i.between]
     wrong = [i for i in products if i.judged.verdict in (verdicts.SKEWED, verdicts.FAIL)]
     unknown = {f.field for f in report.findings if not f.explanations and f.field in PRODUCTS}
@@ -451,7 +533,7 @@ def looks_quantised(report: Report) -> bool:
 
 
 def report_on(engine: Engine, bugs: Sequence[KnownBug] | None = None) -> Report:
-    """Judge all that an engine's candidate recorded, and name what is wrong; of some `bugs` only, without estimates."""
+    """Judge all recorded tensors of an engine's candidate; with some `bugs`, test only these, without estimates."""
     candidate, config, override = engine.candidate, engine.config, engine.override
     work = Diagnosis(engine, bugs)
     order = list(engine.usual.table)

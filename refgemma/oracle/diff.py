@@ -1,9 +1,9 @@
-"""Two traces side by side: which tensor differs first, and which differs by more than its inputs and rounding explain.
-Checked in the tests on recordings of PyTorch, one of them changed in a known place.
+"""Compare two traces: find the first tensor that differs, and those that inputs and rounding do not explain. Checked in
+the tests on recordings of PyTorch, one of them changed in a known place.
 
-Of one operation with result ``f(inputs)`` the first trace has ``a = f(a's inputs) + e`` and the second ``b = f(b's
-inputs) + e'``, and the errors are bounded by ``B`` and ``B'`` of ``refgemma.oracle.tolerance``. So ``(a - b) - (f(a's
-inputs) - f(b's inputs))`` is at most ``B + B'``, however far the inputs are apart: what exceeds that is unexplained.
+For an operation with result ``f(inputs)``, the first trace has ``a = f(a's inputs) + e`` and the second ``b = f(b's
+inputs) + e'``. The errors are bounded by ``B`` and ``B'`` from ``refgemma.oracle.tolerance``. So ``(a - b) - (f(a's
+inputs) - f(b's inputs))`` is at most ``B + B'``, however much the inputs differ; a larger difference is unexplained.
 """
 
 from collections.abc import Mapping
@@ -35,20 +35,20 @@ class Difference:
     tensor: str
     problem: str  # why the two cannot be compared; empty if they can
     elements: int = 0
-    equal: float = 0.0  # share of elements that are the same number
+    equal: float = 0.0  # share of equal elements
     largest: float = 0.0  # absolute difference
     relative: float = 0.0  # root mean square of the difference, over that of the first trace's tensor
     place: tuple[int, ...] = ()  # of the largest
-    unexplained: float | None = None  # largest error over bound, where all inputs are recorded in both
+    unexplained: float | None = None  # largest error over bound, if both traces have all inputs
 
     @property
     def differs(self) -> bool:
-        """True if it is not the same to the last bit."""
+        """True if the two are not equal to the last bit."""
         return bool(self.problem) or self.equal < 1
 
 
 def sort_names(names: list[str]) -> list[str]:
-    """Names of ours in the order of execution, then all others as they come.
+    """Return our names in the order of execution, then all others in their given order.
 
     Examples
     --------
@@ -67,7 +67,7 @@ def sort_names(names: list[str]) -> list[str]:
 
 
 def compare_tensors(name: str, a: Array, b: Array) -> Difference:
-    """The `Difference` of two arrays, `a` and `b`, of one tensor, `name`.
+    """Return the `Difference` of two arrays, `a` and `b`, of the tensor `name`.
 
     Examples
     --------
@@ -91,7 +91,7 @@ def compare_tensors(name: str, a: Array, b: Array) -> Difference:
 
 
 def compare_traces(a: TraceFile, b: TraceFile) -> list[Difference]:
-    """Every tensor that both files have, in the order of execution."""
+    """Return the difference of every tensor in both files, in the order of execution."""
     found = []
     for name in sort_names([name for name in a.entries if name in b.entries]):
         left, right = a.entries[name], b.entries[name]
@@ -105,19 +105,19 @@ def compare_traces(a: TraceFile, b: TraceFile) -> list[Difference]:
 def measure_unexplained(
     a: Candidate, b: Candidate, weights: Mapping[str, Weights], config: Gemma2Config
 ) -> dict[str, float]:
-    """By how many bounds each tensor differs that its inputs do not explain; those whose inputs both traces have.
+    """Return the unexplained difference of each tensor, in units of its bound, where both traces have its inputs.
 
     Parameters
     ----------
     a, b : Candidate
-        Of the same tokens.
+        Two traces of the same tokens.
     weights : mapping
-        The model's, in each trace's precision.
+        The model's weights, in each trace's precision.
     config : Gemma2Config
-        The model's.
+        The model's configuration.
     """
     if not np.array_equal(a.call.input_ids, b.call.input_ids):
-        raise InputError(f"{a.source} and {b.source} are of other tokens; their operations cannot be told apart")
+        raise InputError(f"{a.source} and {b.source} have different tokens; give two traces of the same tokens")
     engines = [Engine(c, weights[c.dtype], config) for c in (a, b)]
     found = {}
     for name in engines[0].usual.table:
@@ -132,7 +132,7 @@ def measure_unexplained(
 
 
 def as_json(a: str, b: str, found: list[Difference], only_a: list[str], only_b: list[str], code: int) -> dict[str, Any]:
-    """Everything, for a program."""
+    """Return all results as JSON types."""
     return {
         "schema": "refgemma-diff/1", "a": a, "b": b, "exit_code": code,
         "first_difference": next((d.tensor for d in found if d.differs), None),

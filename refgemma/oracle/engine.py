@@ -1,11 +1,11 @@
-"""A candidate beside the model that it claims to be: every recorded tensor judged on what was recorded before it.
+"""Judge a candidate against its model: each recorded tensor is judged on the tensors recorded before it.
 
 ``verify``, ``check``, ``diff``, ``sweep`` and the prompts all use it. Checked in the tests: a wrong operation is
-accused and what follows from it is not; a defect planted in the engine itself is seen by three witnesses from outside.
+reported, but not its consequences; three independent sources detect defects planted in the engine itself.
 
-A tensor's reference is its operation in float64, applied to the candidate's own recorded inputs. What lies between two
-recorded tensors and was not recorded is computed exactly, and how far rounding in it carries the result is measured:
-see `refgemma.oracle.spans`.
+A tensor's reference is its operation in float64, applied to the candidate's own recorded inputs. Unrecorded tensors
+between two recorded ones are computed exactly, and the effect of rounding in them is measured; see
+`refgemma.oracle.spans`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -28,7 +28,7 @@ from refgemma.weights.parameters import Weights
 
 # The operations that PyTorch's eager kernels round more than once in half precision.
 SEVERAL_ROUNDINGS = ("attention.q_rot", "attention.k_rot", "attention.scores", "attention.capped", "logits")
-# Products with weights, which differ wherever weights are quantised.
+# Products with weights; they differ if the weights are quantised.
 PRODUCTS = (
     "embedded", "attention.q", "attention.k", "attention.v", "attention.out", "feed_forward.gate", "feed_forward.up",
     "feed_forward.out", "raw_logits",
@@ -40,7 +40,7 @@ QUANTISED_LIMIT, UNEVEN = 0.25, 4.0
 
 @dataclass(frozen=True)
 class Instance:
-    """One recorded tensor, judged on what was recorded before it."""
+    """One recorded tensor, judged on the tensors recorded before it."""
 
     tensor: str
     sources: tuple[str, ...]  # recorded tensors that it was computed from
@@ -49,20 +49,20 @@ class Instance:
 
 
 class Engine:
-    """The table of operations applied to what a candidate recorded.
+    """Applies the table of operations to a candidate's recorded tensors.
 
     Parameters
     ----------
     candidate : Candidate
         The recorded tensors.
     weights : Weights
-        The model's, in the candidate's precision.
+        The model's weights, in the candidate's precision.
     config : Gemma2Config
-        The model's numbers.
+        The model's configuration.
     override : float
-        A factor on everything that rounding may do; 1 unless a user asks for another.
+        A factor on all tolerances; 1 unless the user gives another.
     quantised : bool
-        Whether products with weights may be off, all about as much.
+        If true, products with weights may have errors of about the same relative size.
     """
 
     def __init__(
@@ -71,7 +71,8 @@ class Engine:
     ) -> None:  # fmt: skip
         if config.hidden_activation != "gelu_pytorch_tanh":
             raise InputError(
-                f"hidden_activation is {config.hidden_activation!r}: bounds are derived for gelu_pytorch_tanh only"
+                f"hidden_activation is {config.hidden_activation!r}; it must be gelu_pytorch_tanh, the only "
+                "one with derived bounds"
             )
         self.candidate, self.config, self.override, self.quantised = candidate, config, override, quantised
         self.context = Context(config, double(weights), candidate.call, Arithmetic(candidate.dtype))
@@ -91,7 +92,7 @@ class Engine:
 
     @cached_property
     def instances(self) -> list[Instance]:
-        """Each recorded tensor, judged, in the order of execution."""
+        """The judged tensors, in the order of execution."""
         return list(self._judge_all())
 
     def _judge_all(self) -> Iterator[Instance]:
@@ -118,7 +119,7 @@ class Engine:
 
     @cached_property
     def quantisation(self) -> dict[str, float]:
-        """How far products with weights are off, of their own size, by each recorded tensor that shows it."""
+        """The relative error of products with weights, for each recorded tensor that shows it."""
         found = {}
         for name in self.recorded:
             step, where = 0.01, self.where(name)
@@ -134,13 +135,13 @@ class Engine:
         return found
 
     def is_direct(self, name: str, computed: Computed | None = None) -> bool:
-        """Return whether all inputs of a tensor's operation are recorded."""
+        """Return True if all inputs of a tensor's operation are recorded."""
         return len((computed or self.usual).span(name)) == 1
 
     def tolerance(self, name: str, computed: Computed | None = None, exact: Array | None = None) -> Tolerance:
-        """Return what rounding may do to a recorded tensor, under the usual reading of the model or another.
+        """Return the tolerance of a recorded tensor, for the usual model or for another reading of it.
 
-        `exact` is the result of that reading, if it is known already.
+        `exact` is the result of that reading, if it is already known.
         """
         reading, found = computed or self.usual, self.candidate.tensors[name]
         if not self.is_direct(name, reading):
@@ -152,11 +153,12 @@ class Engine:
     def noise(self, name: str, off: float = 0.0) -> Array:
         """Return the measured uncertainty of a tensor whose inputs were not recorded.
 
-        That of the right model serves every known bug. Products with weights may be `off` by a part of their size.
+        The uncertainty of the correct model is used for every known bug, too. `off` is the relative error of products
+        with weights.
         """
         if (name, off) not in self._noise:
             spans = [n for n in self.recorded if not self.is_direct(n) and (n, off) not in self._noise]
-            names = spans if name in spans else [name]  # a known bug may be wired otherwise, and have another span
+            names = spans if name in spans else [name]  # a known bug may have other connections, and so another span
             more = dict.fromkeys(PRODUCTS, off) if off else {}
             for found, noise in measure_noise(self.usual, names, self.context, more).items():
                 self._noise[found, off] = np.hypot(noise, EVEN * self.candidate.tensors[found].coarse / 2)
@@ -165,24 +167,25 @@ class Engine:
     def eager_result(
         self, name: str, computed: Computed | None = None, table: Mapping[str, Operation] | None = None
     ) -> Array:  # fmt: skip
-        """Return a tensor as PyTorch's eager kernels round its operation, on the inputs of a reading of the model."""
+        """Return a tensor with the rounding of PyTorch's eager kernels, on the inputs of a reading of the model."""
         storage, inputs = self.candidate.tensors[name].storage, (computed or self.usual).inputs(name)
         with np.errstate(all="ignore"):
             result = (table or self.eager_table)[name].compute(*(as_dtype(x, storage) for x in inputs))
         return np.asarray(result, np.float64)
 
     def rounds_several_times(self, name: str, computed: Computed | None = None) -> bool:
-        """Whether PyTorch's eager kernels round more than once from a tensor's inputs, all of them recorded, to it."""
+        """Return True if PyTorch's eager kernels round more than once between a tensor's recorded inputs and the
+        tensor."""
         half = self.candidate.tensors[name].storage in FORMATS
         return half and field_of(name) in SEVERAL_ROUNDINGS and self.is_direct(name, computed)
 
     def where(self, name: str) -> Array:
-        """Return which elements of a recorded tensor are compared."""
+        """Return a mask of the elements of a recorded tensor to compare."""
         tensor = self.candidate.tensors[name]
         where = where_compared(name, self.context)
         return np.broadcast_to(where if tensor.known is None else where & tensor.known, tensor.numbers.shape)
 
     def errors(self, name: str) -> Array:
-        """Return by how much each element of a recorded tensor is off its reference."""
+        """Return the error of each element of a recorded tensor."""
         with np.errstate(invalid="ignore"):
             return np.subtract(self.candidate.tensors[name].numbers, self.usual.result(name))

@@ -1,9 +1,9 @@
-"""The number that a candidate used in place of the model's: scale, cap, eps, theta, window or position. Checked in the
-tests on recordings, and on runs with random numbers, which the estimates are off by no more than they say.
+"""Estimate the number that a candidate used instead of the model's: scale, cap, eps, theta, window or position. Checked
+in the tests on recordings, and on runs with random numbers: the errors of the estimates are within their uncertainties.
 
-A number is found by least squares in units of rounding's standard deviation, and is told with its own standard
-deviation (widened by the misfit that is left). It fits if what is left is rounding. How large rounding is depends on
-the number itself; so it is taken from the model's number first, and then from the one that was found.
+The number is found by least squares in units of the standard deviation of rounding, and is reported with its own
+standard deviation (widened by the remaining misfit). It fits if the rest is rounding. The size of rounding depends on
+the number itself, so it is computed first for the model's number, and then for the estimate.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,12 +24,12 @@ from refgemma.trace.names import LAYER_NORMS, LOGPROBS, field_of
 
 FITS = 3.0  # root mean square in standard deviations
 STEPS = 40
-ROUNDS = 3  # the standard deviations are taken anew after each
+ROUNDS = 3  # the standard deviations are computed again after each
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A parameter as the candidate seems to have it."""
+    """The estimated value of a candidate's parameter."""
 
     parameter: str
     value: float
@@ -40,7 +40,7 @@ class Estimate:
 
 
 TEMPERATURE = "temperature"
-# Which parameter each tensor depends on.
+# The parameters that each tensor depends on.
 PARAMETERS: Mapping[str, tuple[str, ...]] = {
     "attention.scores": ("query_pre_attn_scalar",),
     "attention.capped": ("attn_logit_softcapping",),
@@ -50,29 +50,29 @@ PARAMETERS: Mapping[str, tuple[str, ...]] = {
     "attention.probs": ("sliding_window",),
     LOGPROBS: (TEMPERATURE,),
 } | dict.fromkeys((*LAYER_NORMS, "norm"), ("rms_norm_eps",))
-# An estimate is one if it differs by so many of its standard deviations from the model's number, and leaves no more
-# than this part of the mean square error; and it is a known number if it differs from that by no more than such a part.
+# An estimate counts if it differs from the model's number by this many standard deviations and leaves at most this part
+# of the mean square error. It is a known number if its relative difference from that number is at most the last value.
 SIGNIFICANT, LEFT, ALIKE = 4.0, 0.25, 0.02
 
 
 def estimate_parameters(engine: Engine, names: Sequence[str]) -> Iterator[Estimate]:
-    """What the candidate's parameters are, of those that the wrong tensors depend on; of spans only the temperature.
+    """Yield estimates of the parameters that the wrong tensors depend on; for spans, only the temperature.
 
-    An estimate that is not significantly another number, or explains little of the error, is none.
+    An estimate is left out if it does not differ significantly, or explains little of the error.
     """
     usual = engine.usual
     names = [name for name in names if engine.is_direct(name) or field_of(name) == LOGPROBS][:4]
     for parameter in PARAMETERS.get(field_of(names[0]), ()) if names and not engine.quantised else ():
         try:
             found = _estimate(parameter, usual, names, engine)
-        except ConfigError:  # the search left what a model can have, so that this number does not explain it
+        except ConfigError:  # the search left the valid range, so this parameter does not explain it
             continue
         if found is not None and is_significant(found.value, found.uncertainty, found.expected):
             yield found
 
 
 def is_significant(value: float, uncertainty: float, expected: float) -> bool:
-    """Return whether an estimate says another number than the expected one.
+    """Return True if an estimate differs significantly from the expected number.
 
     Examples
     --------
@@ -83,8 +83,8 @@ def is_significant(value: float, uncertainty: float, expected: float) -> bool:
 
 
 def _errors(usual: Computed, names: Sequence[str], context: Context, deviations: Sequence[Array]) -> Array:
-    """The errors of all the tensors in standard deviations, under a context."""
-    # What lies between is the usual: of a whole span only the last operation has a parameter.
+    """Return the errors of all the tensors in standard deviations, under a context."""
+    # The tensors between are the usual ones: in a whole span, only the last operation has a parameter.
     computed = Computed(operations(context), usual.candidate, dict(usual.between))
     parts = []
     for name, std in zip(names, deviations, strict=True):
@@ -99,7 +99,7 @@ def _errors(usual: Computed, names: Sequence[str], context: Context, deviations:
 
 
 def _deviations(usual: Computed, names: Sequence[str], context: Context, engine: Engine) -> list[Array]:
-    """The standard deviations of the tensors under a context."""
+    """Return the standard deviations of the tensors under a context."""
     computed = Computed(operations(context), usual.candidate)
     found = []
     for name in names:
@@ -115,7 +115,7 @@ def _deviations(usual: Computed, names: Sequence[str], context: Context, engine:
 
 
 def _with(context: Context, parameter: str, value: float) -> Context:
-    """The context with another value of a parameter."""
+    """Return the context with another value of a parameter."""
     match parameter:
         case "embedding scale":
             return scaled_embedding(lambda _: value)(context)
@@ -134,7 +134,7 @@ def _estimate(parameter: str, usual: Computed, names: Sequence[str], engine: Eng
     context = engine.context
 
     def errors(value: float, at: float) -> Array:
-        """With the standard deviations of the parameter `at`."""
+        """Return the errors for a value, in standard deviations for the parameter value `at`."""
         return _errors(usual, names, _with(context, parameter, value), deviations(at))
 
     @cache
@@ -159,7 +159,7 @@ def _estimate(parameter: str, usual: Computed, names: Sequence[str], engine: Eng
     for _ in range(ROUNDS):
         value, uncertainty = _least_squares(partial(errors, at=at), value)
         if not np.isfinite(uncertainty) or not tried[0] <= value <= tried[-1]:
-            return None  # these inputs do not tell
+            return None  # these inputs do not determine it
         at = value
     fits = misfit(value, at) <= FITS**2
     if not fits and misfit(value, expected) > LEFT * misfit(expected, expected):
@@ -179,7 +179,7 @@ def _read_expected(parameter: str, context: Context) -> float | None:
 
 
 def _least_squares(errors: Callable[[float], Array], start: float) -> tuple[float, float]:
-    """Gauss and Newton's method in the parameter's logarithm, damped; its solution and standard deviation."""
+    """Return the solution and its standard deviation, by a damped Gauss-Newton method in the parameter's logarithm."""
     log, step = np.log(start), 1e-5
     z = errors(float(np.exp(log)))
     damping = 1e-3
@@ -202,7 +202,7 @@ def _least_squares(errors: Callable[[float], Array], start: float) -> tuple[floa
 
 
 def _near(parameter: str, value: float, uncertainty: float, context: Context) -> str:
-    """The number of the model that an estimate agrees with."""
+    """Return the name of a known number that an estimate agrees with, or an empty string."""
     c = context.config
     caps = {"50": 50, "30": 30, "attn_logit_softcapping": c.attn_logit_softcapping or 0,
             "final_logit_softcapping": c.final_logit_softcapping or 0}  # fmt: skip
@@ -217,7 +217,7 @@ def _near(parameter: str, value: float, uncertainty: float, context: Context) ->
         "attn_logit_softcapping": caps, "final_logit_softcapping": caps,
     }  # fmt: skip
     known = numbers.get(parameter, {})
-    # A wide uncertainty makes no number another.
+    # A wide uncertainty alone must not match a different number.
     close = [
         name for name, number in known.items()
         if abs(value - number) <= min(SIGNIFICANT * uncertainty + 1e-6 * number, ALIKE * number)

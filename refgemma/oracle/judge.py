@@ -1,11 +1,11 @@
-"""One tensor against its reference, in units of what rounding allows: statistics, and a verdict.
+"""Compare one tensor with its reference, in units of its tolerance: statistics and a verdict.
 
-Checked in the tests on correct implementations of many kinds, none of which it accuses, and on small mistakes, which it
-finds. There are three questions, and docs/reference/verdicts.md has them with all other notions of "close enough":
+Checked in the tests on correct implementations of many kinds, which all pass, and on small mistakes, which it finds. It
+answers three questions; docs/reference/verdicts.md lists them with all other notions of "close enough":
 
-* `judge`: is this what a conforming implementation can make of these inputs?
-* `strict_distance`: are these two results of one operation on the same inputs as near as two roundings can be?
-* `resembles`: is this what a certain way of rounding makes of them?
+* `judge`: can a conforming implementation compute this result from these inputs? * `strict_distance`: are two results
+of one operation on the same inputs as near as two roundings can be? * `resembles`: is this the result of a certain way
+of rounding?
 """
 
 import math
@@ -18,36 +18,36 @@ from refgemma.oracle.tolerance import FORMATS, UNDERFLOW, Tolerance, ulp
 from refgemma.oracle.verdicts import BLIND, EXACT, FAIL, INVALID, NOISY, PASS, SKEWED
 from refgemma.precision import Array, as_dtype
 
-# A conforming implementation has 1 by the meaning of a standard deviation, and sqrt(3) if each of its errors were the
+# A conforming implementation has 1, by the definition of a standard deviation, and sqrt(3) if each error were the
 # largest possible.
 RMS_LIMIT = 2.0
-# Standard deviations of a sum over all elements: chance exceeds it in one of 4e11 tensors.
+# In standard deviations of a sum over all elements; exceeded by chance in one of 4e11 tensors.
 DEVIATIONS = 7.0
-# The noise of a tensor whose inputs were not recorded is measured by simulation; real errors of one run are not
-# independent of each other. A single element may be off by `SPAN_LIMIT * DEVIATIONS`: of 14 honest configurations the
-# farthest was at 5.8, in 24672 logits.
+# If a tensor's inputs were not recorded, its noise is measured by simulation; but the real errors of one run are not
+# independent. A single element may be off by `SPAN_LIMIT * DEVIATIONS`: in 14 correct configurations the largest error
+# was 5.8, in 24672 logits.
 SPAN_LIMIT = 3.0
-# The edges of the bins that errors are counted in, in standard deviations; the outermost two have all beyond them too.
+# The edges of the bins of errors, in standard deviations; the two outermost bins include all errors beyond them.
 EDGES = np.linspace(-6, 6, 49)
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """How far a tensor is from its reference."""
+    """The distance of a tensor from its reference."""
 
-    elements: int = 0  # compared
-    exact: float = 0.0  # share of elements that are the correctly rounded result
-    error_over_bound: float = 0.0  # the largest; 0 where the tolerance was measured, infinite where nothing is allowed
+    elements: int = 0  # number of compared elements
+    exact: float = 0.0  # share of correctly rounded elements
+    error_over_bound: float = 0.0  # the largest; 0 if the tolerance was measured, infinite if the tolerance is 0
     rms: float = 0.0  # root mean square error in standard deviations
-    gain: float = 0.0  # a common factor, in standard deviations from 1, less what may be shared
-    bias: float = 0.0  # a common offset, likewise
+    gain: float = 0.0  # a common factor, in standard deviations from 1, minus the allowed common error
+    bias: float = 0.0  # a common offset, measured in the same way
     factor: float = 1.0  # the common factor itself
     place: tuple[int, ...] = ()  # of the largest error
-    histogram: tuple[int, ...] = ()  # elements by their error in standard deviations, see `EDGES`
+    histogram: tuple[int, ...] = ()  # numbers of elements by error in standard deviations, see `EDGES`
 
     @property
     def distance(self) -> float:
-        """The largest of all errors in units of its limit: at most 1 for what passes.
+        """The largest of all errors in units of its limit; at most 1 for a tensor that passes.
 
         Examples
         --------
@@ -60,7 +60,7 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Judged:
-    """A verdict and what it rests on."""
+    """A verdict with its statistics."""
 
     verdict: str
     statistics: Statistics
@@ -68,7 +68,7 @@ class Judged:
 
 
 def count_errors(units: Array) -> tuple[int, ...]:
-    """Count the errors, in standard deviations, in each of the bins between `EDGES`.
+    """Return the number of errors, in standard deviations, in each bin between `EDGES`.
 
     Examples
     --------
@@ -88,27 +88,27 @@ def round_to(exact: Array, storage: str) -> Array:
         return np.asarray(as_dtype(exact, storage), np.float64)
 
 
-@np.errstate(all="ignore")  # a number beyond all others is a verdict, not a warning of NumPy's
+@np.errstate(all="ignore")  # an overflow leads to a verdict, not to a NumPy warning
 def judge(
     found: Array, exact: Array, allowed: Tolerance, storage: str, where: Array, eager: Array | None = None,
     override: float = 1.0,
 ) -> Judged:  # fmt: skip
-    """Judge a tensor by what rounding may do to it.
+    """Judge a tensor by its tolerance.
 
     Parameters
     ----------
     found, exact : array
         The candidate's tensor and the reference, in float64.
     allowed : Tolerance
-        What rounding may do. A measured one is judged by its standard deviation: see `SPAN_LIMIT`.
+        The tolerance. If it was measured, the standard deviation decides: see `SPAN_LIMIT`.
     storage : str
-        What the tensor is kept in.
+        The storage format of the tensor.
     where : bool array
-        Which elements mean something, of a shape that broadcasts.
+        The elements to compare, of a shape that broadcasts.
     eager : array, optional
-        What PyTorch's eager kernels make of the same inputs: in half precision they round several times.
+        The result of PyTorch's eager kernels on the same inputs; in half precision they round several times.
     override : float
-        A user's factor on what is allowed; 1 unless the report says otherwise.
+        A user's factor on the tolerance; every report shows it if it is not 1.
 
     Examples
     --------
@@ -122,7 +122,7 @@ def judge(
     """
     where = np.broadcast_to(where, found.shape)
     if not where.any():
-        return Judged(BLIND, Statistics(), "nothing in it is compared")
+        return Judged(BLIND, Statistics(), "it has no element to compare")
     places, c, r = np.argwhere(where), found[where], exact[where]
     nearest = round_to(r, storage)
     if eager is not None and np.sum(eager[where] == c) > np.sum(nearest == c):
@@ -135,12 +135,12 @@ def judge(
     std, bound = (np.broadcast_to(x, found.shape)[where] * override for x in (allowed.std, allowed.error_bound))
     if not np.isfinite(r).all():
         return Judged(BLIND, Statistics(), "the reference is not finite")
-    usable = np.isfinite(c)  # an infinite element is the correctly rounded result here, as float16 overflows
-    # Rounding that may do more than the largest element and its opposite leaves nothing to judge: such are the cosines
-    # of angles beyond float32's whole numbers. A tensor of zeros has only the smallest of bounds.
+    usable = np.isfinite(c)  # an infinite element is correctly rounded here, because float16 overflows
+    # A bound above twice the largest element leaves nothing to judge, for example for cosines of angles beyond
+    # float32's whole numbers. A tensor of zeros has only the smallest bound.
     limit = math.inf if allowed.measured or not r.any() else 2 * np.abs(r).max()
     if not usable.any() or not np.isfinite(std[usable]).all() or not (bound[usable] <= limit).all():
-        return Judged(BLIND, Statistics(), "rounding may do more than the tensor's own size")
+        return Judged(BLIND, Statistics(), "the tolerance exceeds the tensor's own size")
     c, r, nearest, places, std, bound = (x[usable] for x in (c, r, nearest, places, std, bound))
     errors = (c - r) / std
     if allowed.measured:
@@ -167,7 +167,7 @@ def _judge_measured(errors: Array, apart: Array, bound: Array, same: float, plac
 
 
 def _describe_exact(found: Array, exact: Array) -> str:
-    """Say what is wrong where rounding may do nothing at all, so that an error has no bound to be measured by."""
+    """Return a description of errors in elements whose tolerance is 0, or an empty string."""
     if not len(found):
         return ""
     farthest = np.argmax(np.abs(found - exact))
@@ -176,7 +176,7 @@ def _describe_exact(found: Array, exact: Array) -> str:
 
 
 def _measure_leaning(error: Array, exact: Array, std: Array, common: float) -> tuple[float, float, float]:
-    """The common factor and offset in standard deviations, and the factor; by weighted least squares."""
+    """Return the common factor and offset in standard deviations, and the factor, by weighted least squares."""
     weight = exact / std
     squares = float(np.sum(weight * weight))
     slope = float(np.sum(weight * (error / std))) / squares if squares else 0.0
@@ -200,13 +200,13 @@ def _choose_verdict(s: Statistics) -> str:
 
 
 def distance_from(computed: Array, reference: Array) -> Array:
-    """The absolute difference in float64; NaN where either is NaN, or both are infinite."""
+    """Return the absolute difference in float64; NaN if either is NaN or both are infinite."""
     with np.errstate(invalid="ignore"):
         return np.abs(np.asarray(computed, np.float64) - np.asarray(reference, np.float64))
 
 
 def ratio(difference: Array, allowed: Array) -> float:
-    """The largest difference in units of what is allowed; infinite where either is NaN, or where nothing is allowed.
+    """Return the largest difference in units of the tolerance; infinite if either is NaN or the tolerance is 0.
 
     Examples
     --------
@@ -220,13 +220,13 @@ def ratio(difference: Array, allowed: Array) -> float:
 
 
 def strict_distance(computed: Array, recorded: Array, allowed: Tolerance, dtype: str) -> float:
-    """Return the distance of two results of one operation on the same inputs; at most 1 if both are rounded rightly.
+    """Return the distance of two results of one operation on the same inputs; at most 1 if both are correctly rounded.
 
     Every element may be off by twice the operation's float32 bound. In half precision the results are rounded once
-    more, so that two of them may be neighbours, an ulp apart, but only where a boundary of rounding lies within the
-    bound: no more elements than that may differ at all. A boundary, of which there is one an ulp, lies within ``2 *
-    bound`` on either side of a result with probability ``4 * bound / ulp``; to the expected number come three standard
-    deviations and one.
+    more, so two of them may be one ulp apart, but only if a boundary of rounding lies within the bound. This limits the
+    number of elements that may differ. There is one boundary per ulp, so it lies within ``2 * bound`` on either side of
+    a result with probability ``4 * bound / ulp``. The limit is the expected number plus three standard deviations plus
+    one.
 
     Examples
     --------
@@ -239,7 +239,7 @@ def strict_distance(computed: Array, recorded: Array, allowed: Tolerance, dtype:
     """
     bound = np.broadcast_to(allowed.bound, recorded.shape)
     step = ulp(np.asarray(recorded, np.float64), dtype)
-    difference = np.where(computed == recorded, 0.0, distance_from(computed, recorded))  # the same infinity conforms
+    difference = np.where(computed == recorded, 0.0, distance_from(computed, recorded))  # equal infinities conform
     apart = ratio(difference, 2 * (bound + UNDERFLOW) + step)
     if dtype not in FORMATS:
         return apart
@@ -253,12 +253,11 @@ def strict_distance(computed: Array, recorded: Array, allowed: Tolerance, dtype:
 def resembles(
     found: Array, reference: Array, usual: Array, allowed: Tolerance, storage: str, where: Array
 ) -> bool:  # fmt: skip
-    """Return whether a tensor is what a certain way of rounding, `reference`, gives.
+    """Return True if a tensor is the result of a certain way of rounding, `reference`.
 
-    Nearly all elements agree without the rounding of that way itself: 97 of 100 within four bounds of float32
-    arithmetic, or where the tolerance was measured 9 of 10 within five standard deviations. The others may lie so near
-    to a boundary of rounding that the arithmetic before it decides. That moves a result as far as such roundings move
-    results: no farther than twice the largest difference from the `usual` ones.
+    Nearly all elements must agree: 97 of 100 within four bounds of float32 arithmetic, or, if the tolerance was
+    measured, 9 of 10 within five standard deviations. The others may lie so near to a boundary of rounding that the
+    arithmetic before it decides. This moves a result by at most twice the largest difference from the `usual` results.
     """
     where = np.broadcast_to(where, found.shape)
     if not where.any():
@@ -287,7 +286,7 @@ def nearest(found: Array, ways: Sequence[Array]) -> Array:
 
 
 def _limits(allowed: Tolerance) -> tuple[Array, Array]:
-    """How far most elements may be off, and how far the others may before they are moved."""
+    """Return the limit for most elements, and the limit for the others apart from their movement."""
     if allowed.measured:
         return 5 * allowed.spread, 5 * allowed.spread
     return 4 * allowed.bound + UNDERFLOW, 4 * allowed.error_bound

@@ -1,4 +1,4 @@
-"""Which elements of a wrong tensor are wrong: heads, positions, distances, halves, in words and as maps. Checked in the
+"""Locate the wrong elements of a tensor: heads, positions, distances, halves, in words and as maps. Checked in the
 tests by making chosen elements wrong.
 """
 
@@ -12,7 +12,7 @@ from refgemma.trace.candidate import axes_of
 
 
 def find_wrong(engine: Engine, name: str) -> Array:
-    """The elements beyond the worst case; or if there are none, those beyond three standard deviations."""
+    """Return a mask of the elements beyond the error bound; if there are none, of those beyond three std."""
     error, where, allowed = np.abs(engine.errors(name)), engine.where(name), engine.tolerance(name)
     beyond = (error > allowed.error_bound) & where
     return np.asarray(beyond if beyond.any() else (error > 3 * allowed.std) & where)
@@ -22,13 +22,13 @@ def find_wrong(engine: Engine, name: str) -> Array:
 class ErrorMap:
     """The errors of a tensor along two of its axes."""
 
-    rows: str  # the words of the axes
+    rows: str  # the names of the axes
     columns: str
-    numbers: Array  # the largest error in standard deviations; NaN where nothing is compared
+    numbers: Array  # the largest error in standard deviations; NaN for elements that are not compared
 
 
 def map_errors(engine: Engine, name: str) -> tuple[ErrorMap, ...]:
-    """A wrong tensor's errors by position and its last axis, and if it has heads by head and position."""
+    """Return maps of a wrong tensor's errors by position and last axis, and for heads also by head and position."""
     with np.errstate(invalid="ignore"):
         units = np.abs(engine.errors(name)) / engine.tolerance(name).std
     units = np.where(engine.where(name), np.where(np.isfinite(units), units, np.inf), np.nan)
@@ -42,7 +42,7 @@ def map_errors(engine: Engine, name: str) -> tuple[ErrorMap, ...]:
 
 
 def list_some(numbers: Array, total: int, word: str) -> str:
-    """``heads 1, 2``, ``positions 8 to 23``, or nothing if it is all of them.
+    """Return ``heads 1, 2`` or ``positions 8 to 23``, or an empty string for all of them.
 
     Examples
     --------
@@ -57,10 +57,10 @@ def list_some(numbers: Array, total: int, word: str) -> str:
 
 
 def locate_errors(engine: Engine, name: str) -> str:
-    """Where the wrong elements of a tensor are, in words."""
+    """Return a description of the places of the wrong elements."""
     wrong = find_wrong(engine, name)
     if not wrong.any():
-        return "everywhere a little"
+        return "small errors across the whole tensor"
     axes = axes_of(name).split()
     said = [f"{np.sum(wrong)} of {wrong.size} elements"]
     lengths = dict(zip(axes, wrong.shape, strict=True))
@@ -80,7 +80,7 @@ def locate_errors(engine: Engine, name: str) -> str:
 
 
 def describe_distances(wrong: Array, window: int) -> str:
-    """How far the wrong keys are from their queries."""
+    """Return a description of the distances of the wrong keys from their queries."""
     _, _, queries, keys = np.nonzero(wrong)
     if len(set(keys)) == 1 and wrong.shape[-1] > 2:
         return f"only key {keys[0]}"
@@ -95,7 +95,7 @@ def describe_distances(wrong: Array, window: int) -> str:
 
 
 def describe_halves(places: Array, head_dim: int) -> str:
-    """Return whether it is one half of a head, or every other number."""
+    """Return the half of each head that holds the wrong elements, or an empty string."""
     if len(places) and places.min() >= head_dim // 2:
         return "second halves of heads"
     if len(places) and places.max() < head_dim // 2:

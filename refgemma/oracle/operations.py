@@ -1,5 +1,5 @@
-"""The model as a table of named operations, each of which can be computed alone, exactly or as PyTorch's eager kernels
-round. Checked against `refgemma.model.forward`, whose tensors it names and whose operations it calls."""
+"""The model as a table of named operations; each can be computed alone, exactly or with the rounding of PyTorch's eager
+kernels. Checked against `refgemma.model.forward`: the table has its names and calls its operations."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,29 +22,32 @@ from refgemma.weights.parameters import LayerWeights, Weights, row_pieces
 
 
 def store_nothing(*inputs: Array, storage: str) -> list[Array]:
-    """Return the errors of results stored on the way, where there are none."""
+    """Return no errors, for an operation without intermediate stored results."""
     return []
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One named tensor: what it is computed from, how, and what rounding may do to it."""
+    """One named tensor: its inputs, its function and its tolerance."""
 
     name: str
     inputs: tuple[str, ...]
     compute: Callable[..., Array]
-    allowed: Callable[..., Tolerance]  # of the inputs; in float32 arithmetic, before the result is stored
-    stores: Callable[..., list[Array]] = store_nothing  # what results stored on the way leave in the result
+    allowed: Callable[..., Tolerance]  # a function of the inputs, for float32 arithmetic without storage
+    stores: Callable[..., list[Array]] = store_nothing  # errors in the result from storing intermediate results
 
     def tolerance(self, inputs: Sequence[Array], exact: Array, storage: str, unit: float = U) -> Tolerance:
-        """Return what rounding may do to the result, which is kept in `storage`; `unit` is that of the arithmetic."""
+        """Return the tolerance of the result, stored in `storage`; `unit` is the unit roundoff of the arithmetic."""
         with np.errstate(over="ignore", invalid="ignore"):
             stored = self.stores(*inputs, storage=storage) if storage in FORMATS else []
             return with_storage(rescale(self.allowed(*inputs), unit / U), exact, storage, stored)
 
 
+SMALL = 2**21  # numbers: such layers, and such a table, are kept in float64
+
+
 class Layers(Sequence[LayerWeights]):
-    """Layers in float64, of which the one asked for last is kept."""
+    """Layers in float64. The one asked for last is kept; small ones are all kept."""
 
     def __init__(self, layers: Sequence[LayerWeights]) -> None:
         self._layers = layers
@@ -59,17 +62,21 @@ class Layers(Sequence[LayerWeights]):
         if layer not in self._kept:
             found = self._layers[layer]
             numbers: dict[str, Any] = {name: None if x is None else as_float64(x) for name, x in vars(found).items()}
-            self._kept = {layer: LayerWeights(**numbers)}
+            size = len(self) * sum(x.size for x in numbers.values() if x is not None)
+            self._kept = (self._kept if size <= SMALL else {}) | {layer: LayerWeights(**numbers)}
         return self._kept[layer]
 
 
 def double(weights: Weights) -> Weights:
-    """Return the same numbers in float64: layers as they are asked for, the embedding table as it is."""
-    return Weights(weights.embed_tokens, Layers(weights.layers), as_float64(weights.norm), weights.lm_head)
+    """Return the same numbers in float64: layers as they are asked for, a large embedding table as it is."""
+    table = weights.embed_tokens
+    if isinstance(table, np.ndarray) and table.size <= SMALL:
+        table = as_float64(table)
+    return Weights(table, Layers(weights.layers), as_float64(weights.norm), weights.lm_head)
 
 
 def window_mask(context: "Context", layer: int) -> Array:
-    """Which keys each query may see: ``(batch, 1, seq, keys)``."""
+    """Return a mask of the keys that each query can see: ``(batch, 1, seq, keys)``."""
     places = np.arange(context.call.input_ids.shape[1])
     if context.config.is_sliding(layer):
         allowed = ops.sliding_mask(places, places, context.config.sliding_window)
@@ -81,33 +88,34 @@ def window_mask(context: "Context", layer: int) -> Array:
 
 @dataclass(frozen=True)
 class Context:
-    """Everything the operations are made of. A mistake is another context: other numbers, functions, masks or wires."""
+    """All values that the operations use. A mistake is another context: other numbers, functions, masks or
+    connections."""
 
     config: Gemma2Config
     weights: Weights  # in float64, or in the candidate's precision
     call: Call
     arithmetic: Arithmetic
-    exact: bool = True  # whether `weights`, and so all results, are float64
+    exact: bool = True  # true if `weights`, and so all results, are float64
     functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     mask: Callable[["Context", int], Array] = window_mask
     layer_weights: Callable[[LayerWeights, "Context"], LayerWeights] = lambda weights, context: weights
     rewire: Callable[[dict[str, Operation], "Context"], Mapping[str, Operation]] = lambda table, context: {}
 
     def function(self, name: str, usual: Callable[..., Any]) -> Callable[..., Any]:
-        """The function of that name, unless the context has another."""
+        """Return the context's function with this name, or the usual one."""
         return self.functions.get(name, usual)
 
     def layer(self, number: int) -> LayerWeights:
-        """The weights of a block."""
+        """Return the weights of a block."""
         return self.layer_weights(self.weights.layers[number], self)
 
     @property
     def groups(self) -> int:
-        """How many query heads share a key head."""
+        """The number of query heads that share a key head."""
         return self.config.num_attention_heads // self.config.num_key_value_heads
 
     def embedding_scale(self) -> float:
-        """``sqrt(hidden)`` as the candidate's precision has it."""
+        """Return ``sqrt(hidden)``, rounded to the candidate's precision."""
         return float(embedding_scale(self.config.hidden_size, like=as_dtype(np.zeros(0), self.arithmetic.storage)))
 
 
@@ -119,13 +127,13 @@ def scale_rows(context: Context) -> Array:
 
 
 def head_pieces(context: Context) -> Iterator[Array]:
-    """The rows of the head, a piece of it at a time."""
+    """Yield the rows of the head, one piece at a time."""
     for rows in row_pieces(context.weights.head):
         yield as_float64(rows) if context.exact else rows
 
 
 def _ends(context: Context) -> Iterator[Operation]:
-    """What comes before the layers and after them."""
+    """Yield the operations before the layers and after them."""
     config, last = context.config, f"layers.{context.config.num_hidden_layers - 1}.out"
     like = np.zeros(0) if context.exact else context.weights.norm
     tables = context.function("rotary_tables", ops.rotary_tables)
@@ -177,7 +185,7 @@ def _linear(name: str, source: str, weight: Matrix) -> Operation:
 
 
 def _heads(name: str, source: str, weight: Matrix, head_dim: int) -> Operation:
-    """A projection whose result is taken apart into heads."""
+    """Return a projection whose result is split into heads."""
     split = partial(split_heads, head_dim=head_dim)
     flat = _linear(name, source, weight)
     return Operation(name, (source,), lambda x: split(flat.compute(x)), lambda x: tol.rearrange(flat.allowed(x), split))
@@ -191,7 +199,7 @@ def _attention(context: Context, layer: int, source: str) -> Iterator[Operation]
     score = context.function("attention_scores", ops.attention_scores)
 
     def share_keys(compute: Callable[..., Any]) -> Callable[..., Any]:
-        """Give each query head its key or value head."""
+        """Return the operation with each query head paired with its key or value head."""
         return lambda left, kv, **named: compute(left, repeat(kv, context.groups), **named)
 
     def weight(letter: str) -> Matrix:
@@ -248,7 +256,7 @@ def _block(context: Context, layer: int) -> Iterator[Operation]:
 
 
 def operations(context: Context) -> dict[str, Operation]:
-    """Every operation of a call by its tensor's name, in the order of execution.
+    """Return every operation of a call by its tensor's name, in the order of execution.
 
     Examples
     --------

@@ -1,5 +1,5 @@
-"""One check from a file to a report: the candidate's command is run, its weights and tokens are compared, its tensors
-are judged. Checked through the command line and in the tests of `refgemma.oracle`.
+"""Run one check from a file to a report: run the candidate's command, compare weights and tokens, judge the tensors.
+Checked through the command line and in the tests of `refgemma.oracle`.
 """
 
 import os
@@ -26,8 +26,8 @@ from refgemma.trace.name_maps import load_map, map_names, match, open_any
 from refgemma.weights.checkpoint import open_checkpoint
 from refgemma.weights.parameters import Weights, tensor_shapes, weights_of
 
-STDERR = 2  # as a number: what a subprocess writes to
-WATCHER = "import os, sys; sys.stdin.read(); os.killpg(int(sys.argv[1]), 9)"  # the system closes stdin at our end
+STDERR = 2  # the number of the stream that a subprocess writes to
+WATCHER = "import os, sys; sys.stdin.read(); os.killpg(int(sys.argv[1]), 9)"  # stdin closes when this process ends
 EMBEDDED = ("tiny", "conformance")
 HALVES = ("bfloat16", "float16")
 
@@ -35,12 +35,12 @@ HALVES = ("bfloat16", "float16")
 def read_candidate(
     path: str | Path, config: Gemma2Config, dtype: str | None = None, name_map: str | None = None
 ) -> Candidate:
-    """Read a candidate's trace, some tensor of which can be judged; arguments are those of `load_trace`.
+    """Read a candidate's trace, and check that some tensor can be judged; the arguments are those of `load_trace`.
 
     Raises
     ------
     InputError
-        As `load_trace`; if the file has no tensor of this model; if most have the shapes of another model.
+        As in `load_trace`; and if the file has no tensor of this model, or most tensors have another model's shapes.
     """
     candidate = load_trace(path, config, dtype, name_map)
     if not candidate.tensors and not candidate.refused:
@@ -48,7 +48,7 @@ def read_candidate(
     if len(candidate.refused) > len(candidate.tensors):
         name, problem = next(iter(candidate.refused.items()))
         fitting = [model for model in EMBEDDED if fits_model(path, model, name_map)]
-        hint = f"they are those of {fitting[0]}: --model {fitting[0]}" if fitting else "give its folder with --model"
+        hint = f"they fit {fitting[0]}: --model {fitting[0]}" if fitting else "give its folder with --model"
         raise InputError(
             f"{path}: {len(candidate.refused)} of {len(candidate.refused) + len(candidate.tensors)} tensors have the "
             f"shapes of another model ({name} {problem}); {hint}"
@@ -57,7 +57,7 @@ def read_candidate(
 
 
 def fits_model(path: str | Path, model: str, name_map: str | None) -> bool:
-    """Return whether most tensors of a trace have the shapes of an embedded model."""
+    """Return True if most tensors of a trace have the shapes of a model inside this package."""
     try:
         found = load_trace(path, open_checkpoint(find_model(model)).config, None, name_map)
     except InputError:
@@ -66,7 +66,7 @@ def fits_model(path: str | Path, model: str, name_map: str | None) -> bool:
 
 
 def suggest_map(path: str | Path, candidate: Candidate) -> str:
-    """Say what to do about a file without a name of ours."""
+    """Return advice for a file without any of our names."""
     file = open_any(path)
     counts = {name: len(match(file, load_map(name)).found) for name in map_names()} if not candidate.name_map else {}
     fitting = [f"--map {name} knows {n}" for name, n in counts.items() if n]
@@ -78,27 +78,27 @@ def check(
     dtype: str | None = None, name_map: str | None = None, weights: str | Path | None = None, override: float = 1.0,
     quantised: bool = False,
 ) -> Report:  # fmt: skip
-    """Compare another implementation's trace with the model it claims to be, and say what is wrong with it.
+    """Compare another implementation's trace with its model, and report the first wrong tensor and the reason.
 
     Parameters
     ----------
     trace : path or Candidate
-        The file that it wrote, see docs/how-to/write-a-trace.md; or what `load_trace` read of it.
+        The trace file (see docs/how-to/write-a-trace.md), or the result of `load_trace`.
     model : str or path
         ``tiny``, ``conformance``, a Hugging Face folder or a hub id.
     config : Gemma2Config, optional
-        The same model with other numbers.
+        The configuration to use instead of the model's own.
     dtype : str, optional
-        The precision that it computes in, if its file does not say so.
+        The precision of the computation, if the file does not name it.
     name_map : str, optional
-        Whose names the file has, see `refgemma.trace.name_maps`.
+        The map for the file's names; see `refgemma.trace.name_maps`.
     weights : path, optional
-        The weights of the implementation, a file or folder, compared with the model's first. Quantised ones are
-        those that its products are judged by.
+        The weights of the implementation, a file or folder. They are first compared with the model's. If they are
+        quantised, products are judged with them.
     override : float
-        A factor on everything that rounding may do. Other than 1, every report says so.
+        A factor on all tolerances. Every report shows it if it is not 1.
     quantised : bool
-        Whether its weights are quantised: their products are then left out of the verdict, unless `weights` are given.
+        If true, the weights are quantised, and their products do not affect the verdict unless `weights` are given.
 
     Returns
     -------
@@ -140,7 +140,7 @@ def check(
 
     found = diagnose(candidate, read_weights(candidate.dtype), numbers, override, quantised and not by_name)
     unknown = [finding for finding in found.findings if finding.named == UNKNOWN][:1]
-    # Only what may be the reason is tried again: bugs of this tensor, and the closest one.
+    # Only possible reasons are tried again: bugs of this tensor, and the closest one.
     closest = [finding.closest[0] for finding in unknown if finding.closest]
     bugs = [v for v in KNOWN_BUGS if v in closest or any(finding.field in v.fields for finding in unknown)]
     others = [compute_in(found.candidate, other) for other in HALVES if unknown and other != candidate.dtype]
@@ -151,7 +151,7 @@ def check(
 
 
 def compute_in(candidate: Candidate, dtype: str) -> Candidate:
-    """Return a candidate as if it had computed in `dtype`, whatever its numbers are kept in."""
+    """Return a candidate as if it had computed in `dtype`, whatever its storage format."""
     tensors = {name: replace(x, storage=dtype) for name, x in candidate.tensors.items()}
     return replace(candidate, dtype=dtype, tensors=tensors, dtype_from="option")
 
@@ -159,7 +159,7 @@ def compute_in(candidate: Candidate, dtype: str) -> Candidate:
 def read_dequantised(
     weights: str | Path | None, preflight: Sequence[Preflight], config: Gemma2Config
 ) -> dict[str, Array]:
-    """Return a port's weights as numbers, if they are the model's, quantised; else none."""
+    """Return a port's weights as numbers if they are the model's weights, quantised; else an empty dict."""
     words = {stage.named for stage in preflight if stage.verdict != EXACT}
     if weights is None or words != {"weights-quantised"}:
         return {}
@@ -170,21 +170,21 @@ def read_dequantised(
 def run_preflight(
     candidate: Candidate, folder: Path, config: Gemma2Config, weights: str | Path | None
 ) -> tuple[tuple[Preflight, ...], list[str]]:
-    """Compare what comes before any computation: weights that are given, and tokens whose text the trace has."""
+    """Compare the given weights, and the tokens if the trace has their text, before any computation."""
     compare_tensors = compare_weights(weights, folder, config) if weights else []
     if not {"text", "chat"} & set(candidate.metadata):
         return tuple(compare_tensors), []
     try:
         tokenizer = Tokenizer.from_pretrained(folder)
     except TokenizerError as error:
-        return tuple(compare_tensors), [f"tokens: not compared, for the model has no tokenizer ({error})"]
+        return tuple(compare_tensors), [f"tokens: not compared, because the model has no tokenizer ({error})"]
     row, seen = candidate.call.input_ids[0], candidate.call.visible[0]
     tokens = compare_tokens([int(n) for n in row[seen]], candidate.metadata, tokenizer)
     return (*([tokens] if tokens else []), *compare_tensors), []
 
 
 def _run_words(words: list[str], folder: Path | None, environment: Mapping[str, str]) -> int:
-    """Run a command and return its exit code; it ends with this process, however that ends, and all that it started."""
+    """Run a command and return its exit code; it and all its processes end when this process ends."""
     command = subprocess.Popen(words, stdout=STDERR, cwd=folder, env=environment, start_new_session=True)
     watcher = subprocess.Popen([sys.executable, "-IS", "-c", WATCHER, str(command.pid)], stdin=subprocess.PIPE,
                                stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
@@ -200,10 +200,10 @@ def _run_words(words: list[str], folder: Path | None, environment: Mapping[str, 
 
 
 def run_backend(command: str, trace: Path, folder: Path | None = None, follow_links: bool = False) -> str | None:
-    """Run a candidate's own command, in a folder, that writes `trace`; return what went wrong, if anything did.
+    """Run a candidate's command, which writes `trace`, in a folder; return the problem, or ``None`` on success.
 
-    The command's output goes to stderr, where it cannot be taken for a report. If it is a refgemma, `follow_links`
-    lets it read a model's folder that was made of links.
+    The command's output goes to stderr, so that it cannot be mistaken for a report. If the command is refgemma,
+    `follow_links` lets it read a model's folder that was made of links.
     """
     before = trace.stat() if trace.exists() else None
     environment = os.environ | ({FOLLOW_LINKS: "1"} if follow_links else {})
@@ -218,5 +218,5 @@ def run_backend(command: str, trace: Path, folder: Path | None = None, follow_li
         return f"{words[0]} ended with code {code}"
     after = trace.stat() if trace.exists() else None
     if after is None or (before and (before.st_mtime_ns, before.st_ino) == (after.st_mtime_ns, after.st_ino)):
-        return f"{words[0]} ended well, but did not write {trace}"
+        return f"{words[0]} succeeded, but did not write {trace}"
     return None

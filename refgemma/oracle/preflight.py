@@ -1,9 +1,9 @@
-"""The stages before any computation: a port's weights beside the checkpoint's, and its tokens beside the tokenizer's.
-Checked in the tests on copies of the conformance checkpoint and texts of the tiny model, each wrong in a known way.
+"""Compare a port's weights with the checkpoint's, and its tokens with the tokenizer's, before any computation. Checked
+in the tests on copies of the conformance checkpoint and texts of the tiny model, each wrong in a known way.
 
-Weights are copied, not computed, so nothing is allowed: a tensor is the checkpoint's to the last bit, or rounded to
-half precision (which is told, and is no mistake), or it is wrong. Of a wrong one every way is tried that is known to
-have happened; only one that gives the tensor exactly is named.
+Weights are copied, not computed, so there is no tolerance. A tensor is the checkpoint's to the last bit, or rounded to
+half precision (which is reported, but is not a mistake), or it is wrong. For a wrong tensor every known mistake is
+tried; only one that gives the tensor exactly is named.
 """
 
 import json
@@ -35,7 +35,7 @@ FLOATS = ("BF16", "F16", "F32", "F64")
 
 @dataclass(frozen=True)
 class Preflight:
-    """What one tensor of weights, or one row of tokens, turned out to be."""
+    """The result for one tensor of weights, or one row of tokens."""
 
     name: str
     verdict: str
@@ -44,12 +44,12 @@ class Preflight:
 
 
 def open_weights(path: str | Path) -> dict[str, Entry]:
-    """The tensors of a safetensors file, or of all those in a folder; of a GGUF file, widened.
+    """Return the tensors of a safetensors file, of all such files in a folder, or of a GGUF file, widened.
 
     Raises
     ------
     InputError
-        If there is none.
+        If there is no such file.
     """
     folder = Path(path)
     if folder.suffix == GGUF and folder.is_file():
@@ -59,18 +59,18 @@ def open_weights(path: str | Path) -> dict[str, Entry]:
         refuse_links(folder)
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else [folder]
     if not files:
-        raise InputError(f"{path}: has no safetensors file in it")
+        raise InputError(f"{path}: has no safetensors file; give a folder with the weights")
     found: dict[str, Entry] = {}
     for file in files:
         for name, entry in open_safetensors(file).entries.items():
             if name in found:
-                raise InputError(f"{file}: {name} is in another file of {path} too")
+                raise InputError(f"{file}: {name} is also in another file of {path}; remove one")
             found[name] = entry
     return found
 
 
 def is_same(a: Array, b: Array) -> bool:
-    """Return whether two arrays hold the same numbers, whatever they are kept in; some rows at a time.
+    """Return True if two arrays hold the same numbers, whatever their storage format; compares some rows at a time.
 
     Examples
     --------
@@ -84,7 +84,7 @@ def is_same(a: Array, b: Array) -> bool:
 
 
 def known_ways(name: str, right: Array, config: Gemma2Config) -> Iterator[tuple[str, Callable[[], Array]]]:
-    """What the checkpoint's tensor is under each mistake."""
+    """Yield the name of each known mistake, and a function for the checkpoint's tensor with it."""
     if right.ndim == 1:
         yield "weights-one-plus", lambda: 1 + as_float64(right)
         yield "weights-minus-one", lambda: as_float64(right) - 1
@@ -97,9 +97,9 @@ def known_ways(name: str, right: Array, config: Gemma2Config) -> Iterator[tuple[
 
 
 def judge_weight(name: str, entry: Entry, checkpoint: Mapping[str, Entry], config: Gemma2Config) -> Preflight:
-    """One tensor of a port."""
+    """Return the result for one tensor of a port."""
     if entry.dtype not in FLOATS:
-        return Preflight(name, INVALID, UNKNOWN, f"is stored as {entry.dtype}; {', '.join(FLOATS)} can be compared")
+        return Preflight(name, INVALID, UNKNOWN, f"is stored as {entry.dtype}; it must be one of {', '.join(FLOATS)}")
     right = checkpoint[name].read() if name in checkpoint else checkpoint[EMBED_TOKENS].read()
     vocabulary = name in (EMBED_TOKENS, HEAD_WEIGHT)
     if vocabulary and len(entry.shape) == 2 and entry.shape[0] > right.shape[0] and entry.shape[1:] == right.shape[1:]:
@@ -107,12 +107,12 @@ def judge_weight(name: str, entry: Entry, checkpoint: Mapping[str, Entry], confi
             rows = f"has {entry.shape[0]} rows; the vocabulary has {right.shape[0]}"
             return Preflight(name, FAIL, "vocab-padded", rows)
     if np.prod(entry.shape) != right.size:
-        return Preflight(name, FAIL, UNKNOWN, f"has shape {entry.shape}; {right.shape} is needed")
+        return Preflight(name, FAIL, UNKNOWN, f"has shape {entry.shape}; it must be {right.shape}")
     found = entry.read()
     if is_same(found, right):
         return Preflight(name, EXACT)
     if not np.isfinite(as_float64(found)).all():
-        return Preflight(name, INVALID, UNKNOWN, "has elements that are no numbers")
+        return Preflight(name, INVALID, UNKNOWN, "has elements that are NaN or infinite")
     for half in ("bfloat16", "float16"):
         if found.shape == right.shape and is_same(found, np.asarray(wide(as_dtype(as_float64(right), half)))):
             return Preflight(name, NOISY, "weights-rounded", f"is rounded to {half}")
@@ -120,20 +120,20 @@ def judge_weight(name: str, entry: Entry, checkpoint: Mapping[str, Entry], confi
         if any(is_same(found, x) for x in _also_rounded(made())):
             return Preflight(name, FAIL, mistake)
     if name == HEAD_WEIGHT:
-        return Preflight(name, FAIL, "head-untied", "is another matrix than the embedding, to which this model ties it")
+        return Preflight(name, FAIL, "head-untied", "differs from the embedding, although this model ties the two")
     others = [o for o, e in checkpoint.items() if o != name and e.shape == found.shape and is_same(found, e.read())]
     if others:
         return Preflight(name, FAIL, "weights-of-another", f"is the checkpoint's {others[0]}")
     if found.shape == right.shape and found.ndim == 2 and (off := measure_quantisation(found, right)):
         return Preflight(name, NOISY, QUANTISED, f"is off by {off:.2g} of its size")
     wrong = int(np.sum(as_float64(found) != as_float64(right))) if found.shape == right.shape else found.size
-    return Preflight(name, FAIL, UNKNOWN, f"{wrong} of {found.size} elements are other numbers")
+    return Preflight(name, FAIL, UNKNOWN, f"{wrong} of {found.size} elements differ")
 
 
 def measure_quantisation(found: Array, right: Array) -> float:
-    """Return how far the worst row is off, in units of its size, if quantisation may be the reason; else 0.
+    """Return the relative error of the worst row if quantisation may be the reason; else 0.
 
-    Errors of quantisation are small, and no common factor of a matrix explains them.
+    Errors of quantisation are small, and a common factor of a matrix does not explain them.
 
     Examples
     --------
@@ -154,15 +154,15 @@ def measure_quantisation(found: Array, right: Array) -> float:
 
 def _also_rounded(x: Array) -> Iterator[Array]:
     yield x
-    for dtype in ("float32", "bfloat16", "float16"):  # numbers are kept in one of these after the change
+    for dtype in ("float32", "bfloat16", "float16"):  # the changed numbers are stored in one of these
         yield np.asarray(wide(as_dtype(as_float64(x), dtype)))
 
 
 def compare_weights(path: str | Path, folder: Path, config: Gemma2Config) -> list[Preflight]:
-    """Every tensor of a port's weights, the file or folder `path`, beside the checkpoint in `folder`, in the order of
-    execution.
+    """Compare each tensor of a port's weights, a file or folder `path`, with the checkpoint in `folder`, in order.
 
-    Names are Hugging Face's. What the port has not is `MISSING`; names that are none of the model's are `INVALID`.
+    Names are Hugging Face's. Tensors that the port lacks are `MISSING`; names that the model does not have are
+    `INVALID`.
     """
     port, checkpoint = open_weights(path), open_weights(folder)
     names = list(tensor_shapes(config))
@@ -173,32 +173,32 @@ def compare_weights(path: str | Path, folder: Path, config: Gemma2Config) -> lis
         else:
             stages.append(judge_weight(name, port[name], checkpoint, config))
     matrices = [name for name in names if len(port[name].shape if name in port else ()) == 2 and name != EMBED_TOKENS]
-    if 2 * sum(stage.named == QUANTISED for stage in stages) < len(matrices):  # engines quantise all layers, or none
+    if 2 * sum(stage.named == QUANTISED for stage in stages) < len(matrices):  # engines quantise all layers or none
         stages = [s if s.named != QUANTISED else Preflight(s.name, FAIL, UNKNOWN, s.note) for s in stages]
     strange = [name for name in port if name not in names and name != HEAD_WEIGHT]
-    return stages + [Preflight(name, INVALID, UNKNOWN, "is no tensor of this model") for name in strange]
+    return stages + [Preflight(name, INVALID, UNKNOWN, "is not a tensor of this model") for name in strange]
 
 
 # --- tokens -----------------------------------------------------------------------------------------------------------
 
 
 def compare_tokens(ids: Sequence[int], metadata: Mapping[str, str], tokenizer: Tokenizer) -> Preflight | None:
-    """The tokens of a row beside those of the text, or of the chat, that the metadata says they are of.
+    """Compare the tokens of a row with those of the text or chat in the metadata.
 
     Parameters
     ----------
     ids : sequence of int
         The row, without padding.
     metadata : mapping
-        A trace's; ``text`` is a text, ``chat`` a JSON list of ``{"role": ..., "content": ...}``. Without either there
-        is nothing to compare with.
+        The metadata of a trace: ``text`` is a text, ``chat`` a JSON list of ``{"role": ..., "content": ...}``. Without
+        either, the result is ``None``.
     tokenizer : Tokenizer
         The model's.
 
     Raises
     ------
     InputError
-        If ``chat`` is no chat.
+        If ``chat`` is not a valid chat.
 
     Examples
     --------
@@ -219,7 +219,7 @@ def _chat(text: str, tokenizer: Tokenizer) -> list[int]:
         messages: Any = json.loads(text)
         prompted = tokenizer.apply_chat_template(messages, add_generation_prompt=messages[-1]["role"] == "user")
     except (ValueError, TypeError, LookupError, RecursionError) as error:
-        raise InputError(f"the metadata's chat is no chat ({' '.join(str(error).split())[:120]})") from None
+        raise InputError(f"invalid chat in the metadata ({' '.join(str(error).split())[:120]})") from None
     found: Any = prompted["input_ids"] if isinstance(prompted, Mapping) else prompted
     return [int(n) for n in np.ravel(found)]
 
@@ -229,10 +229,10 @@ def _beside(ids: Sequence[int], expected: list[int], otherwise: str, tokenizer: 
     if found == expected:
         return Preflight("input_ids", EXACT)
     if [bos, *found] == expected:
-        return Preflight("input_ids", FAIL, "missing-bos", "does not begin with <bos>; the rest is right")
+        return Preflight("input_ids", FAIL, "missing-bos", "does not begin with <bos>; the rest is correct")
     if found == [bos, *expected]:
-        return Preflight("input_ids", FAIL, "double-bos", "begins with <bos> twice; the rest is right")
+        return Preflight("input_ids", FAIL, "double-bos", "begins with <bos> twice; the rest is correct")
     shorter = min(len(found), len(expected))
     place = next((n for n in range(shorter) if found[n] != expected[n]), shorter)
     sides = [tokenizer.convert_ids_to_tokens(row[place : place + 4]) for row in (found, expected)]
-    return Preflight("input_ids", FAIL, otherwise, f"token {place} and after: {sides[0]} for {sides[1]}")
+    return Preflight("input_ids", FAIL, otherwise, f"from token {place} on: {sides[0]} instead of {sides[1]}")

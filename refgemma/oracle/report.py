@@ -1,5 +1,5 @@
-"""What a check found, for a terminal, a program, a page, a pull request and a test runner. Checked in the tests: each
-says the same verdict, and the JSON has every field of its schema."""
+"""Write the results of a check for a terminal, a program, a page, a pull request and a test runner. Checked in the
+tests: all five have the same verdict, and the JSON has every field of its schema."""
 
 import html
 import itertools
@@ -31,7 +31,7 @@ WIDTH = 118
 
 
 def number(x: float) -> str:
-    """Three digits, or what is no number.
+    """Return a number with three digits; infinity and NaN by name.
 
     Examples
     --------
@@ -42,7 +42,7 @@ def number(x: float) -> str:
 
 
 def short(names: Iterable[str], most: int = 8) -> str:
-    """The first of many names.
+    """Return the first names, and the number of the others.
 
     Examples
     --------
@@ -55,21 +55,21 @@ def short(names: Iterable[str], most: int = 8) -> str:
 
 
 def cut(line: str) -> str:
-    """A line that fits, of characters that no terminal or page obeys."""
+    """Return a line cut to the width, with escapes for control characters."""
     line = escape(line)
     return line if len(line) <= WIDTH else line[: WIDTH - 3] + "..."
 
 
 def estimate_text(e: Estimate) -> str:
-    """An estimate in a sentence."""
+    """Return an estimate as a sentence."""
     spread = f" +- {e.uncertainty:.1g}" if e.uncertainty else ""
     near = f", which is {e.near}" if e.near else ""
-    fit = "" if e.fits else "; but that explains only a part"
+    fit = "" if e.fits else "; this explains only a part of the error"
     return f"{e.parameter} seems to be {e.value:.6g}{spread} instead of {e.expected:.6g}{near}{fit}"
 
 
 def finding_row(finding: Finding) -> str:
-    """A line of the table."""
+    """Return a line of the table."""
     s, verdict = finding.worst.judged.statistics, finding.worst.judged.verdict
     layers = f"{len(finding.instances)} of {finding.total}"
     error = number(s.error_over_bound) if s.error_over_bound else "-"  # a measured tolerance has no bound
@@ -77,7 +77,7 @@ def finding_row(finding: Finding) -> str:
 
 
 def preflight_lines(report: Report) -> list[str]:
-    """What is wrong with weights and tokens, those of one mistake in a line."""
+    """Return the problems of weights and tokens, one line per mistake."""
     groups: dict[tuple[str, str], list[Preflight]] = {}
     for stage in report.preflight:
         if stage.verdict != EXACT:
@@ -91,7 +91,7 @@ def preflight_lines(report: Report) -> list[str]:
 
 
 def first_lines(report: Report) -> list[str]:
-    """The verdict, and of the first finding what a person can act on."""
+    """Return the verdict, and the useful details of the first finding."""
     lines = preflight_lines(report)
     if report.wrong_preflight:
         lines = [f"DIFFERS first at {report.wrong_preflight[0].name}: {report.wrong_preflight[0].named}", *lines]
@@ -100,7 +100,7 @@ def first_lines(report: Report) -> list[str]:
 
 
 def finding_lines(report: Report) -> list[str]:
-    """The same of what was computed."""
+    """Return the verdict and details of the computed tensors."""
     if not report.findings:
         said = {
             CONFORMS: "CONFORMS: rounding explains every recorded tensor",
@@ -136,13 +136,13 @@ def finding_lines(report: Report) -> list[str]:
 
 
 def _headline(report: Report) -> str:
-    """The verdict in a word, and what is wrong first."""
+    """Return the verdict and the first wrong tensor."""
     finding = report.findings[0] if report.findings else None
     return report.verdict.upper() + (f" first at {finding.instances[0].tensor}: {finding.named}" if finding else "")
 
 
 def _as_part(x: float) -> str:
-    """A part of 1.
+    """Return a part of 1 as text.
 
     Examples
     --------
@@ -153,7 +153,7 @@ def _as_part(x: float) -> str:
 
 
 def label(report: Report, model: str) -> str:
-    """The name of the model, and the numbers that were changed."""
+    """Return the name of the model, and its changed numbers."""
     return f"{model} with {report.changed}" if report.changed else model
 
 
@@ -165,7 +165,7 @@ def _why_noisy(report: Report) -> str:
 
 
 def _to_record(instance: Instance) -> list[str]:
-    """The tensors that would halve a span, and halve it again."""
+    """Return the tensors to record that divide a span into about four parts."""
     between = [name for name in instance.between if field_of(name) in ("out", "middle", "norm", "raw_logits")]
     steps = between or list(instance.between)
     every = max(1, len(steps) // 4)
@@ -173,21 +173,21 @@ def _to_record(instance: Instance) -> list[str]:
 
 
 def why_inconclusive(report: Report) -> str:
-    """What is missing."""
+    """Return the reason why a check is inconclusive."""
     blind = [i.tensor for i in report.instances if i.judged.verdict == BLIND]
     if blind:
         return f"nothing could be compared in {short(blind)}"
     if report.logits_missing:
         return (
-            f"rounding explains all that is in the file, but {report.logits_missing} logits of the last token are not"
+            f"rounding explains all recorded tensors, but {report.logits_missing} logits of the last token are missing"
         )
     if any(stage.verdict == MISSING for stage in report.preflight):
         return "some weights are missing"
-    return "logits are missing, so that what comes before them was not compared to the end"
+    return "logits are missing, so the comparison is not complete"
 
 
 def text(report: Report, model: str) -> str:
-    """The report for a terminal: at most `LINES` lines."""
+    """Return the report for a terminal, at most `LINES` lines."""
     call, candidate = report.candidate.call, report.candidate
     counts = Counter(i.judged.verdict for i in report.instances)
     asked = "x".join(str(n) for n in call.input_ids.shape)
@@ -223,7 +223,7 @@ def text(report: Report, model: str) -> str:
 
 
 def known_bug_json(v: KnownBug) -> dict[str, Any]:
-    """A catalogue entry."""
+    """Return a catalogue entry as JSON types."""
     return {
         "variant": v.name, "kind": v.kind, "says": v.says, "first_tensor": v.fields[0], "tensors": v.fields,
         "knob": v.knob, "seen": v.seen, "shows": v.shows,
@@ -231,7 +231,7 @@ def known_bug_json(v: KnownBug) -> dict[str, Any]:
 
 
 def statistic_json(instance: Instance) -> dict[str, Any]:
-    """The numbers behind one verdict."""
+    """Return the statistics of one verdict as JSON types."""
     s = instance.judged.statistics
     return {
         "verdict": instance.judged.verdict,
@@ -243,7 +243,7 @@ def statistic_json(instance: Instance) -> dict[str, Any]:
 
 
 def finding_json(finding: Finding) -> dict[str, Any]:
-    """One finding."""
+    """Return one finding as JSON types."""
     return {
         "tensor": finding.instances[0].tensor,
         "field": finding.field,
@@ -261,7 +261,7 @@ def finding_json(finding: Finding) -> dict[str, Any]:
 
 
 def as_json(report: Report, model: str) -> dict[str, Any]:
-    """Everything, for a program."""
+    """Return all results as JSON types."""
     return {
         "schema": "refgemma-check/1",
         "candidate": report.candidate.source,
@@ -288,7 +288,7 @@ def as_json(report: Report, model: str) -> dict[str, Any]:
 
 
 def junit(report: Report, model: str) -> str:
-    """Return one test case a tensor, one for each weight and row of tokens that was compared, and one for the verdict.
+    """Return a test case for each tensor, each compared weight and row of tokens, and the verdict.
 
     A noisy or inconclusive run may have no wrong tensor; then the last case, the verdict, fails.
     """
@@ -320,7 +320,7 @@ def junit(report: Report, model: str) -> str:
 
 
 def _as_code(text: str) -> str:
-    """Return `text` as code, in which GitHub finds no link, mention or markup, nor the end of a table's cell."""
+    """Return `text` formatted as code, so that GitHub finds no link, mention, markup or cell border in it."""
     shown = escape(text).replace("`", "'").replace("|", "\N{BROKEN BAR}")
     return f"`{shown}`"
 
@@ -330,7 +330,7 @@ def _as_block(lines: Iterable[str]) -> list[str]:
 
 
 def markdown(report: Report, model: str) -> str:
-    """The comment of a pull request; names and texts of the trace are in it as code."""
+    """Return a comment for a pull request; names and texts of the trace are formatted as code."""
     rows = [
         f"| {_as_code(f.field)} | {f.worst.judged.verdict} | {len(f.instances)} of {f.total} | "
         f"{number(f.worst.judged.statistics.error_over_bound)} | {number(f.worst.judged.statistics.rms)} | "
@@ -357,14 +357,14 @@ def markdown(report: Report, model: str) -> str:
 
 # --- a page -----------------------------------------------------------------------------------------------------------
 
-# Largest error in standard deviations, from which a map has the colour: rounding, then ten times more each.
+# Lower limits of the colours of a map, in standard deviations: rounding, then ten times more for each.
 LEVELS = ((0.0, "#7fc98f"), (4.0, "#f0c419"), (10.0, "#f4a300"), (100.0, "#e8743b"), (1e3, "#d62828"), (1e4, "#7f1d1d"))
 CELLS = 64  # of a map in each direction, at most
-MAPS = 6  # findings that are shown as maps
+MAPS = 6  # findings shown as maps
 
 
 def page(report: Report, model: str) -> str:
-    """One HTML file that needs no network."""
+    """Return an HTML page that needs no network."""
     page = Template(Path(__file__).with_name("report.html").read_text("utf-8"))
     return page.substitute(
         verdict=html.escape(report.verdict), text=html.escape(text(report, model)), strip=_strip(report),
@@ -427,7 +427,7 @@ def _worst(report: Report) -> str:
 
 
 def _histogram(report: Report) -> str:
-    """Shares of all elements, and of the normal distribution, between the edges."""
+    """Return a chart of the shares of all elements between the edges, with the normal distribution."""
     count_errors = [s.histogram for i in report.instances if (s := i.judged.statistics).histogram]
     counts = np.sum(count_errors, axis=0) if count_errors else np.zeros(len(EDGES) - 1)
     share = counts / max(1, counts.sum())
@@ -444,7 +444,7 @@ def _bar_chart(
     label: str, bars: Array, titles: Sequence[str], colours: Sequence[str], ticks: Mapping[int, str],
     curve: Array | None = None,
 ) -> str:  # fmt: skip
-    """Bars of at most 1, a text below the edge of some of them, and a curve over them."""
+    """Return a chart of bars of at most 1, with labels below some edges and an optional curve."""
     width = 672 / len(bars)
     parts = [
         f'<rect x="{40 + width * n:.1f}" y="{170 - 150 * bar:.1f}" width="{width - 1:.1f}" height="{150 * bar:.1f}" '
@@ -459,7 +459,7 @@ def _bar_chart(
 
 
 def _maps(report: Report) -> str:
-    """Where the errors of the first findings are."""
+    """Return maps of the errors of the first findings."""
     figures = [
         f"<figure><figcaption>{html.escape(finding.instances[0].tensor)}: largest error in standard deviations, "
         f"{m.rows} down, {m.columns} across</figcaption>{_map(m)}</figure>"
@@ -474,7 +474,7 @@ def _maps(report: Report) -> str:
 
 
 def _map(m: ErrorMap) -> str:
-    """Cells of one colour that lie side by side are one rectangle."""
+    """Return one map; adjacent cells of one colour form one rectangle."""
     numbers, (down, across) = pool_blocks(m.numbers, CELLS)
     size = 10
     parts = []
@@ -501,7 +501,7 @@ def _map(m: ErrorMap) -> str:
 
 
 def pool_blocks(numbers: Array, most: int) -> tuple[Array, tuple[int, int]]:
-    """The largest numbers of blocks, at most `most` in each direction, and the size of a block; NaN counts as none.
+    """Return the maxima of at most `most` blocks in each direction, and the size of a block; NaN is ignored.
 
     Examples
     --------

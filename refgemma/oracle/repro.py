@@ -1,5 +1,5 @@
-"""The inputs and the result of one operation in a small file: what somebody else needs to look at a finding. Checked in
-the tests: whatever is cut away, the file keeps the worst element and all that it was computed from.
+"""Write the inputs and the result of one operation into a small repro file, so that others can study a finding. Checked
+in the tests: however small, the file keeps the worst element and all its inputs.
 """
 
 import json
@@ -14,11 +14,12 @@ from refgemma.trace.names import field_of
 LIMIT = 1_000_000
 HEADER = 10_000  # bytes for names and metadata
 Cut = dict[str, slice]
-"""What is kept of each axis."""
+"""The part of each axis that is kept."""
 
 
 def axes_in(source: str, name: str) -> list[str]:
-    """The words of a tensor's axes as the operation `name` uses them: of keys and values, the tokens are the keys."""
+    """Return the names of a tensor's axes in the operation `name`; for keys and values, the axis of tokens is
+    ``keys``."""
     keys = field_of(name) in ("attention.scores", "attention.mixed") and field_of(source) in (
         "attention.k_rot", "attention.v",
     )  # fmt: skip
@@ -26,7 +27,8 @@ def axes_in(source: str, name: str) -> list[str]:
 
 
 def cuts(name: str, place: tuple[int, ...], seq: int, groups: int) -> Iterator[Cut]:
-    """Ever less, `place` always inside: one text, fewer of its tokens, one head, fewer keys or words."""
+    """Yield smaller and smaller cuts around `place`: one text, fewer tokens, one head, fewer keys or vocabulary
+    entries."""
     at = dict(zip(axes_of(name).split(), place, strict=True))
     kind, cut = field_of(name), {"batch": slice(at["batch"], at["batch"] + 1)}
     yield dict(cut)
@@ -39,7 +41,7 @@ def cuts(name: str, place: tuple[int, ...], seq: int, groups: int) -> Iterator[C
         head = at.get("heads", at.get("kv_heads", 0) * groups)
         cut |= {"heads": slice(head, head + 1), "kv_heads": slice(head // groups, head // groups + 1)}
         yield dict(cut)
-    # What is computed for each key, or word, alone.
+    # The axis along which each element is computed separately.
     axis = {"attention.scores": "keys", "attention.capped": "keys", "logits": "vocab", "raw_logits": "vocab"}.get(kind)
     count = 4096
     while axis and count > 1:
@@ -49,35 +51,35 @@ def cuts(name: str, place: tuple[int, ...], seq: int, groups: int) -> Iterator[C
 
 
 def make_repro(engine: Engine, first: Instance, limit: int = LIMIT) -> tuple[dict[str, Array], dict[str, str]]:
-    """Tensors and metadata of a finding's file.
+    """Return the tensors and metadata of a finding's repro file.
 
     Parameters
     ----------
     engine : Engine
-        Of the candidate.
+        The candidate's engine.
     first : Instance
-        What is wrong.
+        The wrong tensor.
     limit : int
-        Bytes that the file may have.
+        The maximum size of the file in bytes.
 
     Raises
     ------
     InputError
-        If the tensor is not there, or what one element is computed from is larger than `limit`.
+        If the tensor is missing, or the inputs of one element exceed `limit`.
     """
     name, candidate = first.tensor, engine.candidate
     if name not in candidate.tensors:
-        raise InputError(f"--repro: {name} {first.judged.note}: there is nothing to keep")
+        raise InputError(f"--repro: {name} {first.judged.note}; no repro file written")
     known = {source: candidate.tensors[source] for source in (*first.sources, name)}
     whole: dict[str, tuple[list[str], Array]] = {
         source: (axes_in(source, name), as_dtype(x.numbers, x.storage)) for source, x in known.items()
     }
     whole["expected"] = (axes_in(name, name), engine.usual.result(name))
     place, seq = first.judged.statistics.place, candidate.call.input_ids.shape[1]
-    # A span may have mixed tokens and heads on the way: of it only the texts are taken apart.
+    # A span may mix tokens and heads, so it is cut only into texts.
     for cut in [{}, *cuts(name, place, seq, engine.context.groups)][: 2 if first.between else None]:
         tensors = {source: x[tuple(cut.get(axis, slice(None)) for axis in axes)] for source, (axes, x) in whole.items()}
-        # Half precision has two bytes a number in a file.
+        # Half precision takes two bytes per number in a file.
         size = sum(x.size * (2 if source in known and known[source].storage in ("bfloat16", "float16") else x.itemsize)
                    for source, x in tensors.items())  # fmt: skip
         if size <= limit - HEADER:
@@ -86,4 +88,4 @@ def make_repro(engine: Engine, first: Instance, limit: int = LIMIT) -> tuple[dic
                 "format": "refgemma-bundle/1", "tensor": name, "inputs": ",".join(first.sources),
                 "dtype": candidate.dtype, "kept": json.dumps(kept), "worst": json.dumps(place),
             }  # fmt: skip
-    raise InputError(f"--repro: what an element of {name} is computed from has {size} bytes, and {limit} is the most")
+    raise InputError(f"--repro: the inputs of one element of {name} have {size} bytes; the limit is {limit}")

@@ -1,8 +1,8 @@
-"""The candidate's tensors again, each computed from what the candidate recorded before it. Checked in the tests: a
-wrong operation is accused, and what follows from it is not.
+"""Compute each of a candidate's tensors from the tensors recorded before it. Checked in the tests: a wrong operation is
+reported, but not its consequences.
 
-What lies between two recorded tensors and was not recorded is computed exactly, and how far rounding in it carries the
-result is measured: `DRAWS` times over, every tensor between gets random errors of its operation's standard deviation.
+Unrecorded tensors between two recorded ones are computed exactly. The effect of rounding in them is measured: in
+`DRAWS` runs, each of them gets random errors with its operation's standard deviation.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,11 +22,21 @@ KEPT_BYTES = 2**26  # larger tensors, such as the scores of long texts, are comp
 
 @dataclass
 class Computed:
-    """The operations of one reading of the model, applied to what a candidate recorded."""
+    """The operations of one reading of the model, applied to a candidate's recorded tensors."""
 
     table: Mapping[str, Operation]
     candidate: Candidate
     between: dict[str, Array] = field(default_factory=dict)  # not recorded, computed
+
+    def edit(self, table: Mapping[str, Operation]) -> "Computed":
+        """Return the same with operations of another table; what does not depend on them is not computed again."""
+        changed: set[str] = set()
+        for name, op in table.items():
+            unrecorded = (source for source in op.inputs if source not in self.candidate.inputs)
+            if op is not self.table.get(name) or not changed.isdisjoint(unrecorded):
+                changed.add(name)
+        kept = {name: x for name, x in self.between.items() if name not in changed}
+        return Computed(table, self.candidate, kept)
 
     @cached_property
     def places(self) -> Mapping[str, int]:
@@ -34,7 +44,7 @@ class Computed:
         return {name: place for place, name in enumerate(self.table)}
 
     def value(self, name: str) -> Array:
-        """A tensor as an input: what was recorded, or else what follows from what was."""
+        """Return a tensor as an input: the recorded one, or else the one computed from recorded ones."""
         if name in self.candidate.inputs:
             return self.candidate.inputs[name].numbers
         if name in self.between:
@@ -45,16 +55,16 @@ class Computed:
         return result
 
     def inputs(self, name: str) -> list[Array]:
-        """The inputs of an operation."""
+        """Return the inputs of an operation."""
         return [self.value(source) for source in self.table[name].inputs]
 
     def result(self, name: str) -> Array:
-        """What an operation gives; float64."""
+        """Return the result of an operation in float64."""
         with np.errstate(all="ignore"):
             return np.asarray(self.table[name].compute(*self.inputs(name)), np.float64)
 
     def span(self, name: str) -> list[str]:
-        """The operations that lead to a tensor from recorded ones, itself the last."""
+        """Return the operations between recorded tensors and a tensor, its own operation last."""
         found: set[str] = set()
         waiting = [name]
         while waiting:
@@ -66,7 +76,7 @@ class Computed:
 
 
 def where_compared(name: str, context: Context) -> Array:
-    """Which elements of a tensor mean something: rows of real tokens, and scores of keys that a query may see."""
+    """Return a mask of the elements to compare: rows of real tokens, and scores of visible keys."""
     visible = context.call.visible
     kind, layer = field_of(name), layer_of(name)
     if kind in ("attention.scores", "attention.capped"):
@@ -90,15 +100,18 @@ def measure_noise(
     last_use = {source: step for step in steps for source in computed.table[step].inputs}
     squares: dict[str, Array] = {}
     exact = {name: computed.result(name) for name in names}
-    for _ in range(DRAWS):
-        run = Computed(computed.table, computed.candidate)
+    spread: dict[str, Array] = {}  # of the usual numbers: those of a draw are so near that theirs is the same
+    with np.errstate(all="ignore"):
         for step in steps:
-            inputs = run.inputs(step)
-            with np.errstate(all="ignore"):
-                right = np.asarray(computed.table[step].compute(*inputs), np.float64)
-                allowed = computed.table[step].tolerance(inputs, right, storage, context.arithmetic.unit)
-                off = (more or {}).get(field_of(step), 0.0) * np.sqrt(np.mean(right**2, axis=-1, keepdims=True))
-                run.between[step] = right + rng.standard_normal(right.shape) * np.hypot(allowed.std, off)
+            right = computed.value(step) if step not in computed.candidate.inputs else computed.result(step)
+            allowed = computed.table[step].tolerance(computed.inputs(step), right, storage, context.arithmetic.unit)
+            off = (more or {}).get(field_of(step), 0.0) * np.sqrt(np.mean(right**2, axis=-1, keepdims=True))
+            spread[step] = np.hypot(allowed.std, off)
+        for _ in range(DRAWS):
+            run = Computed(computed.table, computed.candidate)
+            for step in steps:
+                right = run.result(step)
+                run.between[step] = right + rng.standard_normal(right.shape) * spread[step]
                 if step in exact:
                     squares[step] = squares.get(step, 0.0) + (run.between[step] - exact[step]) ** 2
                 for source in computed.table[step].inputs:  # one layer's scores in memory at a time
@@ -108,7 +121,7 @@ def measure_noise(
 
 
 def add_typical_spread(spread: Array) -> Array:
-    """Add a part of the tensor's typical spread: sixteen draws give a standard deviation to a fifth only."""
+    """Add a part of the tensor's typical spread, because sixteen draws give a standard deviation only to 1/5."""
     finite = spread[np.isfinite(spread)]
     with np.errstate(over="ignore"):
         typical = float(np.sqrt(np.mean(finite**2))) if finite.size else 0.0

@@ -1,20 +1,20 @@
-"""How far rounding may carry the result of each operation: an error bound for every element, and a standard deviation.
+"""The tolerance of each operation: an error bound and a standard deviation for every element of its result.
 
-Derived below. Checked against fifty digits, against sums in every order, in pairs and in blocks, and against PyTorch's
-recordings in three precisions: no bound is exceeded, and none is 1000 times the largest error seen.
+Derived below. Checked against fifty-digit arithmetic, against sums in every order, in pairs and in blocks, and against
+PyTorch's recordings in three precisions: no bound is exceeded, and none is 1000 times the largest error seen.
 
-``u = 2**-24`` is the unit roundoff of float32. ``gamma(n) = n u / (1 - n u)`` bounds the relative error of n roundings
-in a row, in any order of a sum (Higham, *Accuracy and Stability of Numerical Algorithms*, 2002, sections 3.1 and 4.2).
-A library's ``tanh``, ``exp``, ``cos`` and ``1/sqrt`` are taken to be within 2 ulp (``4 u``). A function here takes the
-arguments of the operation of its name in `refgemma.ops`, and returns the `Tolerance` of float32 arithmetic;
-`rescale` turns it into that of float64, and `with_storage` adds what half-precision storage rounds: half an ulp for
-every result that PyTorch's eager kernels store on the way. An implementation that stores fewer of them stays inside.
+``u = 2**-24`` is the unit roundoff of float32. ``gamma(n) = n u / (1 - n u)`` bounds the relative error of n successive
+roundings, in any order of a sum (Higham, *Accuracy and Stability of Numerical Algorithms*, 2002, sections 3.1 and 4.2).
+A library's ``tanh``, ``exp``, ``cos`` and ``1/sqrt`` are assumed to be within 2 ulp (``4 u``). Each function here takes
+the arguments of the operation with its name in `refgemma.ops`, and returns the `Tolerance` of float32 arithmetic.
+`rescale` converts it to float64. `with_storage` adds the rounding of half-precision storage: half an ulp for every
+result that PyTorch's eager kernels store. An implementation that stores fewer results stays inside.
 
-A standard deviation: a sum of n products ``t_i``, taken one after the other, rounds its k-th partial sum ``S_k``, which
-errs by at most ``u |S_k|``, evenly distributed: variance ``u**2 S_k**2 / 3``. Where the terms have random signs,
-``S_k**2`` grows like ``k t**2``, which adds up to ``u**2 n / 6 * sum t_i**2``; where they have one sign, like ``(k /
-n)**2 S**2``, which adds up to ``u**2 n / 9 * S**2``. Both are counted. Sums in blocks or pairs err less. Any other
-result is taken to lie evenly within its bound, whose standard deviation is ``bound / sqrt(3)``.
+The standard deviation of a sum: a sequential sum of n products ``t_i`` rounds its k-th partial sum ``S_k``. The error
+is at most ``u |S_k|``, uniformly distributed, with variance ``u**2 S_k**2 / 3``. If the terms have random signs,
+``S_k**2`` grows like ``k t**2``, and the total is ``u**2 n / 6 * sum t_i**2``. If all have one sign, it grows like ``(k
+/ n)**2 S**2``, and the total is ``u**2 n / 9 * S**2``. Both are counted. Sums in blocks or pairs have smaller errors.
+Any other result is assumed to be uniformly distributed within its bound, with standard deviation ``bound / sqrt(3)``.
 """
 
 import math
@@ -28,9 +28,9 @@ import numpy as np
 from refgemma.precision import Array, as_float64
 
 U = 2.0**-24
-LIBRARY = 4 * U  # relative error allowed to tanh, exp, cos, rsqrt
+LIBRARY = 4 * U  # relative error of tanh, exp, cos, rsqrt
 UNDERFLOW = 2.0**-126  # the smallest normal float32: smaller numbers may be rounded coarsely, or to zero
-EVEN = 1 / math.sqrt(3)  # the standard deviation of a number that lies evenly within -1 and 1
+EVEN = 1 / math.sqrt(3)  # the standard deviation of a uniform distribution from -1 to 1
 
 # Relative distance of neighbouring numbers at a power of two, and the smallest normal number.
 FORMATS = {
@@ -41,7 +41,7 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """The declared arithmetic: what tensors are stored in, and the unit roundoff of the sums (float32's, or float64's).
+    """The declared arithmetic: the storage format of tensors, and the unit roundoff of sums (float32's or float64's).
 
     Examples
     --------
@@ -53,23 +53,23 @@ class Arithmetic:
 
     @property
     def unit(self) -> float:
-        """The unit roundoff of a sum. Half precision is accumulated in float32."""
+        """The unit roundoff of a sum; sums in half precision are accumulated in float32."""
         return 2.0**-53 if self.storage == "float64" else U
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far rounding may carry each element of one result, in float64.
+    """The tolerance of each element of one result, in float64.
 
     Attributes
     ----------
     bound, spread : array
-        Error bound of the arithmetic, storage not counted, and its standard deviation.
+        Error bound of the arithmetic, without storage, and its standard deviation.
     stored, stored_spread : array
-        The same of what half-precision storage adds.
+        The error bound of half-precision storage, and its standard deviation.
     common : float
-        The relative error that all elements may share, of a rounded factor for instance: an estimate of a common
-        factor may be off by as much, however many elements there are.
+        The relative error that all elements may share, for example from a rounded factor. An estimate of a common
+        factor may have this error, however many elements there are.
     """
 
     bound: Array
@@ -77,22 +77,22 @@ class Tolerance:
     stored: Array
     stored_spread: Array
     common: float = 0.0
-    measured: bool = False  # whether `spread` was measured by simulation, and the bound is only a multiple of it
+    measured: bool = False  # true if `spread` was measured by simulation; then the bound is only a multiple of it
 
     @property
     def error_bound(self) -> Array:
-        """No conforming implementation is farther off than this."""
+        """The largest error of a conforming implementation."""
         total: Array = self.bound + self.stored + UNDERFLOW
         return total
 
     @property
     def std(self) -> Array:
-        """One standard deviation of a conforming implementation."""
+        """The standard deviation of a conforming implementation."""
         total: Array = np.sqrt(self.spread**2 + self.stored_spread**2) + UNDERFLOW
         return total
 
     def select(self, where: Array) -> "Tolerance":
-        """Return the tolerance of the elements `where` is true."""
+        """Return the tolerance of the elements where `where` is true."""
         parts: dict[str, Any] = {
             n: np.broadcast_to(x, where.shape)[where] for n, x in vars(self).items() if isinstance(x, np.ndarray)
         }
@@ -112,9 +112,9 @@ def tolerance(bound: Array, spread: Array | None = None, common: float = 0.0) ->
 
 
 def from_measured_std(std: Array, deviations: float) -> Tolerance:
-    """Return the tolerance of a result whose inputs were not recorded: `std` was measured by simulation.
+    """Return the tolerance of a result with unrecorded inputs, whose `std` was measured by simulation.
 
-    Its bound is so many standard `deviations`; infinity leaves only the root mean square to judge by.
+    Its bound is `deviations` times `std`; with infinity, only the root mean square is judged.
     """
     nothing = np.zeros(np.shape(std))
     bound = deviations * std if math.isfinite(deviations) else nothing + math.inf
@@ -139,7 +139,7 @@ def ulp(x: Array, dtype: str) -> Array:
 
 
 def with_storage(allowed: Tolerance, exact: Array, storage: str, before: Sequence[Array] = ()) -> Tolerance:
-    """Add the rounding of the result to half precision, and the errors that stores `before` it leave in it."""
+    """Add the rounding of the result to half precision, and the errors from earlier stores, `before`."""
     steps = [*before, ulp(np.abs(exact) + allowed.bound + sum(before), storage) / 2]
     spread = np.sqrt(sum((EVEN * step) ** 2 for step in steps))
     return replace(allowed, stored=np.asarray(sum(steps)), stored_spread=np.asarray(spread))
@@ -153,16 +153,17 @@ def in_decimals(allowed: Tolerance, step: float) -> Tolerance:
 
 
 def rescale(allowed: Tolerance, factor: float, floor: Array | float = 0.0) -> Tolerance:
-    """Multiply what arithmetic may do by `factor`, and add `floor` to it.
+    """Multiply the tolerance of the arithmetic by `factor`, and add `floor`.
 
-    All that is derived for float32 is proportional to the unit roundoff: the factor of another is ``unit / U``.
+    All tolerances derived for float32 are proportional to the unit roundoff; the factor for another one is ``unit /
+    U``.
     """
     bound, spread = allowed.bound * factor + floor, allowed.spread * factor + floor
     return replace(allowed, bound=bound, spread=spread, common=allowed.common * factor)
 
 
 def rearrange(allowed: Tolerance, move: Callable[[Array], Array]) -> Tolerance:
-    """Move the axes of a tolerance, before anything is stored, as an operation moves those of its result."""
+    """Move the axes of a tolerance without storage, as an operation moves the axes of its result."""
     return tolerance(move(allowed.bound), move(allowed.spread), allowed.common)
 
 
@@ -170,7 +171,7 @@ def rearrange(allowed: Tolerance, move: Callable[[Array], Array]) -> Tolerance:
 
 
 def gamma(n: int) -> float:
-    """Return the relative error that `n` roundings in a row can amount to.
+    """Return the largest relative error of `n` successive roundings.
 
     Examples
     --------
@@ -181,16 +182,16 @@ def gamma(n: int) -> float:
 
 
 def matmul(a: Array, b: Array) -> Tolerance:
-    """Sums of n products: ``gamma(n) * |a| @ |b|``."""
+    """Return the tolerance of sums of n products: ``gamma(n) * |a| @ |b|``."""
     left, right = as_float64(a), as_float64(b)
     n = left.shape[-1]
     squares, total = (left * left) @ (right * right), left @ right
-    spread = U * np.sqrt((n / 6 + EVEN**2) * squares + n / 9 * total**2)  # see above; and of the products themselves
+    spread = U * np.sqrt((n / 6 + EVEN**2) * squares + n / 9 * total**2)  # see above; plus the products themselves
     return tolerance(gamma(n) * (np.abs(left) @ np.abs(right)), spread)
 
 
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Tolerance:
-    """A sum of ``in`` products; a bias is one term more."""
+    """Return the tolerance of a sum of ``in`` products; a bias is one more term."""
     products = matmul(x, weight.T)
     if bias is None:
         return products
@@ -201,10 +202,12 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Tolerance:
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Tolerance:
-    """The mean of n squares is off by ``gamma(n + 1)``, its root by half of it; then 1/sqrt, (1 + w) and two products.
+    """Return the tolerance of a norm.
 
-    ``1 + w`` is off by u of the larger of 1 and ``|1 + w|``, which is more than u of itself where w is near -1.
-    The terms of the mean have one sign: its standard deviation is ``u sqrt(n) / 3`` of itself, the root's half of that.
+    The mean of n squares has the relative error ``gamma(n + 1)``, its root half of it. Then come 1/sqrt, (1 + w) and
+    two products. The error of ``1 + w`` is u times the larger of 1 and ``|1 + w|``; its relative error exceeds u for w
+    near -1. The terms of the mean have one sign, so its relative standard deviation is ``u sqrt(n) / 3``, and the
+    root's is half of that.
     """
     n, scale = x.shape[-1], np.abs(1 + as_float64(weight))
     normed = np.abs(as_float64(x)) / np.sqrt(np.mean(as_float64(x) ** 2, axis=-1, keepdims=True) + eps)
@@ -215,12 +218,13 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Tolerance:
 
 
 def rotary_tables(positions: Array, head_dim: int, theta: float) -> Tolerance:
-    """The angle is a float32 in every arithmetic, and its error grows with the position.
+    """Return the tolerance of the rotary tables; the angle is float32 in every arithmetic, and its error grows.
 
-    The power in a frequency ``theta ** -e`` is off by `LIBRARY` on the other side and ``u`` on ours, the reciprocal
-    and the product with the position by ``u`` on either: 9 u. The exponent ``e = 2 i / head_dim`` is rounded on either
-    side, which costs ``2 u e |ln(theta)|``. Some multiply ``theta ** (-2 / head_dim)`` by itself ``i`` times, as
-    llama.cpp does: ``2 i u``. A cosine is off by no more than its angle, and by `LIBRARY`.
+    For the power in a frequency ``theta ** -e``, the candidate's error is `LIBRARY` and ours ``u``. The reciprocal and
+    the product with the position add ``u`` on each side: 9 u in total. The exponent ``e = 2 i / head_dim`` is rounded
+    on each side, which adds ``2 u e |ln(theta)|``. Some implementations, such as llama.cpp, multiply ``theta ** (-2 /
+    head_dim)`` by itself ``i`` times, which adds ``2 i u``. The error of a cosine is at most that of its angle plus
+    `LIBRARY`.
     """
     number = np.tile(np.arange(head_dim // 2), 2)
     exponent = 2 * number / head_dim
@@ -230,29 +234,29 @@ def rotary_tables(positions: Array, head_dim: int, theta: float) -> Tolerance:
 
 
 def same_angles(cos: Array) -> Tolerance:
-    """Rotary tables of angles that agree to the last bit: only a library's cosine may differ."""
+    """Return the tolerance of rotary tables from identical angles: only the libraries' cosines may differ."""
     return tolerance(np.full(cos.shape, LIBRARY))
 
 
 def _rotation_terms(x: Array, cos: Array, sin: Array) -> tuple[Array, Array]:
-    """The absolute values of both products: of a number, and of the one half a head away."""
+    """Return the absolute values of both products: of a number, and of the number half a head away."""
     x64, half = as_float64(x), x.shape[-1] // 2
     return np.abs(x64 * as_float64(cos)), np.abs(np.roll(x64, half, axis=-1) * as_float64(sin))
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Tolerance:
-    """Two products and a sum: 2 u of the absolute values."""
+    """Return the tolerance of two products and a sum: 2 u times the absolute values."""
     first, second = _rotation_terms(x, cos, sin)
     return tolerance(2 * U * (first + second))
 
 
 def rotate_stores(x: Array, cos: Array, sin: Array, storage: str) -> list[Array]:
-    """Return what both products, stored in half precision, leave in the result."""
+    """Return the errors in the result from storing both products in half precision."""
     return [ulp(term, storage) / 2 for term in _rotation_terms(x, cos, sin)]
 
 
 def attention_scores(q: Array, k: Array, scale: float) -> Tolerance:
-    """Sums of head_dim products, the product with the scale, and the rounding of the scale itself."""
+    """Return the tolerance of sums of head_dim products, the product with the scale, and the scale's own rounding."""
     keys = k.swapaxes(-1, -2)
     product, exact = matmul(q, keys), np.abs(as_float64(q) @ as_float64(keys))
     return tolerance(
@@ -261,14 +265,14 @@ def attention_scores(q: Array, k: Array, scale: float) -> Tolerance:
 
 
 def scores_stores(q: Array, k: Array, scale: float, storage: str) -> list[Array]:
-    """Return what the product, stored in half precision before it is scaled, leaves in the result."""
+    """Return the error in the result from storing the product in half precision before scaling."""
     return [scale * ulp(as_float64(q) @ as_float64(k).swapaxes(-1, -2), storage) / 2]
 
 
 def soft_cap(x: Array, cap: float | None) -> Tolerance:
-    """Division, tanh, product; tanh never enlarges the relative error of its argument.
+    """Return the tolerance of a division, a tanh and a product; tanh never increases a relative error.
 
-    The reciprocal of the cap and the library's tanh may err the same everywhere.
+    The errors of the cap's reciprocal and the library's tanh may be the same for all elements.
     """
     if cap is None:
         return tolerance(np.zeros(x.shape))
@@ -277,21 +281,22 @@ def soft_cap(x: Array, cap: float | None) -> Tolerance:
 
 
 def soft_cap_stores(x: Array, cap: float | None, storage: str) -> list[Array]:
-    """Return what the quotient and the tanh, stored in half precision, leave in the result."""
+    """Return the errors in the result from storing the quotient and the tanh in half precision."""
     if cap is None:
         return []
     t = as_float64(x) / cap
     bent = np.tanh(t)
-    # At the quotient rounded away from 0 the slope is smaller, towards 0 larger: the largest within half an ulp counts.
+    # The slope is largest where the quotient is nearest to 0, so the value half an ulp nearer to 0 counts.
     inner = np.maximum(np.abs(t) - ulp(t, storage) / 2, 0)
     return [cap / np.cosh(inner) ** 2 * ulp(t, storage) / 2, cap * ulp(np.abs(bent) + ulp(t, storage), storage) / 2]
 
 
 def softmax(scores: Array, mask: Array) -> Tolerance:
-    """An absolute error of exp's argument is a relative one of its result; the sum errs as its summands do on average.
+    """Return the tolerance of a softmax.
 
-    The argument is the distance from the row's largest score, off by u relative to itself. The sum of a row and the
-    library's exp may err the same everywhere.
+    An absolute error of exp's argument is a relative error of its result; the sum has the average error of its terms.
+    The argument is the distance from the row's largest score, with relative error u. The errors of the row's sum and of
+    the library's exp may be the same for all elements.
     """
     masked = np.where(mask, as_float64(scores), np.finfo(np.float64).min)
     distance = np.max(masked, axis=-1, keepdims=True) - masked
@@ -304,9 +309,10 @@ def softmax(scores: Array, mask: Array) -> Tolerance:
 
 
 def log_softmax(x: Array) -> Tolerance:
-    """The distance from the row's largest number is off by u of itself; the logarithm of the sum as `softmax` has it.
+    """Return the tolerance of log probabilities.
 
-    An absolute error of the logarithm is the relative one of the sum, which the whole row shares.
+    The distance from the row's largest number has the relative error u; the sum is as in `softmax`. An absolute error
+    of the logarithm is the relative error of the sum, which the whole row shares.
     """
     x64 = as_float64(x)
     distance = np.max(x64, axis=-1, keepdims=True) - x64
@@ -320,10 +326,10 @@ def log_softmax(x: Array) -> Tolerance:
 
 
 def gelu_tanh(x: Array) -> Tolerance:
-    """An absolute error: in ``1 + tanh`` the digits cancel for negative x, so that it is relative to x, not to y.
+    """Return the tolerance of GELU; it is relative to x, not to y, because ``1 + tanh`` cancels for negative x.
 
-    The argument of tanh carries 4 roundings, and ``|t| sech(t)**2 < 0.45``; tanh itself is within 4 u, the sum adds
-    another u; half of all that times x, and two products.
+    The argument of tanh has 4 roundings, and ``|t| sech(t)**2 < 0.45``. tanh itself is within 4 u, and the sum adds
+    another u. Half of this total is multiplied by x; then come two products.
     """
     x64 = as_float64(x)
     y = 0.5 * x64 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x64 + 0.044715 * x64**3)))
@@ -331,5 +337,5 @@ def gelu_tanh(x: Array) -> Tolerance:
 
 
 def one_rounding(exact: Array, common: float = 0.0) -> Tolerance:
-    """A sum or product of two numbers."""
+    """Return the tolerance of a sum or product of two numbers."""
     return tolerance(U * np.abs(exact), common=common)

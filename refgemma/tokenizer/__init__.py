@@ -1,4 +1,4 @@
-"""Text to token ids and back, as the released tokenizer does it."""
+"""Convert text to token ids and back, as the released tokenizer does."""
 
 from refgemma.tokenizer.batches import BatchEncoding
 from refgemma.tokenizer.tokenizer import AutoTokenizer, TextStream, Tokenizer

@@ -10,9 +10,9 @@ from refgemma.files import quote
 from refgemma.tokenizer.sentencepiece_model import TokenizerError
 
 SPACE = "\u2581"  # how a piece writes a space
-# White space as Unicode has it: Python counts U+001C to U+001F, too.
+# White space as Unicode defines it; Python also counts U+001C to U+001F.
 WHITE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
-ADDED_LIMIT = 2**14  # that a file may have: sixty times those of Gemma
+ADDED_LIMIT = 2**14  # tokens in a file: sixty times as many as Gemma's
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -25,14 +25,13 @@ class AddedToken:
     content : str
         The text.
     single_word : bool
-        Whether it is not found within a word.
+        If true, it is not found within a word.
     lstrip, rstrip : bool
-        Whether white space before and after it belongs to it.
+        If true, white space before or after it belongs to it.
     special : bool
-        Whether it steers the model: decoding can leave it out, and `split_special_tokens` takes it for plain text.
+        If true, it steers the model: decoding can leave it out, and `split_special_tokens` makes it plain text.
     normalized : bool
-        Whether a space of the text may stand for a U+2581 of the token, and the other way round; unless given, what
-        is not special.
+        If true, a space matches U+2581 and the other way round, in text and token. Default: true unless special.
 
     Examples
     --------
@@ -49,7 +48,7 @@ class AddedToken:
 
     def __post_init__(self) -> None:
         if not isinstance(self.content, str):
-            raise TokenizerError(f"an added token is {quote(self.content)}, not a string")
+            raise TokenizerError(f"an added token is {quote(self.content)}; it must be a string")
         object.__setattr__(self, "_is_open", self.normalized is None)
         if self.normalized is None:
             object.__setattr__(self, "normalized", not self.special)
@@ -60,18 +59,18 @@ class AddedToken:
 
     @property
     def flags(self) -> dict[str, bool]:
-        """All but the content, as files write it."""
+        """All fields but the content, as files write them."""
         return {name: bool(getattr(self, name)) for name in FLAGS}
 
 
 def make_special(token: AddedToken) -> AddedToken:
-    """Return the token as a special one, in which spaces are not normalised unless it says so."""
+    """Return the token as a special one; its spaces are not normalised unless it says so."""
     given = None if getattr(token, "_is_open", False) else token.normalized
     return token if token.special else replace(token, special=True, normalized=given)
 
 
 def read_added_token(found: Any, special: bool = True) -> AddedToken:
-    """Return the token that a file or a caller names by its text, or with its properties; `special` is for a text.
+    """Return the token that a file or caller gives as a text or with its properties; `special` applies to a text.
 
     Examples
     --------
@@ -83,15 +82,15 @@ def read_added_token(found: Any, special: bool = True) -> AddedToken:
     if isinstance(found, Mapping) and "content" in found:
         flags = {name: found[name] for name in FLAGS if found.get(name) is not None}
         if wrong := [name for name, value in flags.items() if not isinstance(value, bool)]:
-            raise TokenizerError(f"{wrong[0]} of an added token is {quote(flags[wrong[0]])}, not true or false")
+            raise TokenizerError(f"{wrong[0]} of an added token is {quote(flags[wrong[0]])}; it must be true or false")
         return AddedToken(found["content"], **flags)
     if isinstance(found, str):
         return AddedToken(found, special=special)
-    if (content := getattr(found, "content", None)) is not None:  # of the tokenizers library
-        if special:  # that library, too, sets it, and the default of `normalized` follows
+    if (content := getattr(found, "content", None)) is not None:  # an AddedToken of the tokenizers library
+        if special:  # that library also sets it, and the default of `normalized` follows
             found.special = True
         return AddedToken(content, **{name: bool(getattr(found, name)) for name in FLAGS})
-    raise TokenizerError(f"an added token is {quote(found)}, not a string")
+    raise TokenizerError(f"an added token is {quote(found)}; it must be a string")
 
 
 def _is_word(character: str) -> bool:
@@ -100,14 +99,14 @@ def _is_word(character: str) -> bool:
 
 
 class Splitter:
-    """Finds `tokens` in a text: the first first, of those that begin at one place the longest.
+    """Finds `tokens` in a text from left to right; at each place, the longest.
 
     Parameters
     ----------
     tokens : collection of AddedToken
-        Those whose spaces are normalised are looked for in what the others leave.
+        Tokens with normalised spaces are searched for in the text that the others leave.
     special : collection of str
-        The texts of the special ones, which a call may leave alone.
+        The texts of the special tokens; a call can leave them as plain text.
 
     Examples
     --------
@@ -126,7 +125,7 @@ class Splitter:
         self._any_spaced = bool(spaced)
 
     def split(self, text: str, leave_special: bool = False) -> list[tuple[str | None, int, int]]:
-        """Return the parts of a text: the token's content or ``None``, and where the part begins and ends."""
+        """Return the parts of a text: the token's content or ``None``, and the part's start and end."""
         parts: list[tuple[str | None, int, int]] = [(None, 0, len(text))] if text else []
         for tokens, pattern in self._passes:
             if self._any_spaced and tokens is self._passes[-1][0]:

@@ -1,4 +1,4 @@
-"""Rows of ids cut, padded and put together, as the arguments of transformers 5.23 say. Checked against it."""
+"""Cut, pad and join rows of ids, following the arguments of transformers 5.23. Checked against it."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -9,12 +9,12 @@ import numpy as np
 
 from refgemma.tokenizer.sentencepiece_model import TokenizerError
 
-# The model_max_length of a tokenizer that sets none, and below what it is taken for a length; both as in transformers.
+# The model_max_length of a tokenizer that sets none; it counts as a length below LIMITED. Both as in transformers.
 UNLIMITED, LIMITED = int(1e30), int(1e20)
 SIDES = ("left", "right")
-Cell = TypeVar("Cell")  # an id, or one that is followed back
+Cell = TypeVar("Cell")  # an id, or a Token with its place in the text
 
-# Arguments that transformers documents -> why they are refused, unless they ask for nothing.
+# Arguments that transformers documents -> the reason why they are refused, unless their value is false.
 UNSUPPORTED = {
     "text_target": "Gemma's labels are its input_ids",
     "text_pair_target": "Gemma's labels are its input_ids",
@@ -22,28 +22,28 @@ UNSUPPORTED = {
 
 
 def refuse(others: Mapping[str, Any]) -> None:
-    """Refuse arguments that no parameter takes, unless transformers has them and they ask for nothing."""
+    """Raise an error for unknown arguments, unless transformers has them and their value is false."""
     for name, value in others.items():
         if name not in UNSUPPORTED and name != "verbose":
-            raise TokenizerError(f"{name}={value!r} is not known to this tokenizer; look for a slip of the pen")
+            raise TokenizerError(f"unexpected keyword argument {name!r} (its value is {value!r})")
         if value and name != "verbose":
             raise TokenizerError(f"{name}={value!r} is not supported: {UNSUPPORTED[name]}")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
-    """Refuse a `value` that is not among `choices`."""
+    """Raise an error if `value` is not among `choices`."""
     if not any(type(value) is type(choice) and value == choice for choice in choices):
-        raise TokenizerError(f"{name} is {value!r}; there are {', '.join(map(repr, choices))}")
+        raise TokenizerError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}")
 
 
 def check_positive(name: str, value: Any) -> None:
-    """Refuse what is neither ``None`` nor a whole number from 1 on."""
+    """Raise an error unless `value` is ``None`` or a whole number of at least 1."""
     if value is not None and (type(value) is not int or value < 1):
-        raise TokenizerError(f"{name} is {value!r}, not a whole number of at least 1")
+        raise TokenizerError(f"{name} is {value!r}; it must be a whole number of at least 1")
 
 
 class Token(NamedTuple):
-    """An id that is followed back: to its characters, its part of the text, and which of two texts that is."""
+    """An id with its origin: its characters, its part of the text, and the text's number in a pair."""
 
     id: int
     name: str
@@ -52,11 +52,11 @@ class Token(NamedTuple):
     word: int | None = None
     sequence: int | None = None
     special: int = 1
-    type: int = 0  # which of two texts it stands with, also if it is added to them
+    type: int = 0  # the number of its text in a pair, also for a token that was added
 
 
 class BatchEncoding(dict[str, Any]):
-    """What a tokenizer returns: a dict whose entries are attributes, too.
+    """The result of a tokenizer: a dict whose entries are also attributes.
 
     Examples
     --------
@@ -65,18 +65,18 @@ class BatchEncoding(dict[str, Any]):
     (True, True)
     """
 
-    _follow: Callable[[], list[list[Token]]] | None = None  # makes the rows once more, followed back
+    _follow: Callable[[], list[list[Token]]] | None = None  # makes the rows again, with each token's origin
 
     def __getattr__(self, name: str) -> Any:
         try:
             return self[name]
         except KeyError:
-            raise AttributeError(f"there is no {name!r} in it, only {', '.join(self)}") from None
+            raise AttributeError(f"BatchEncoding has no {name!r}; it has {', '.join(self)}") from None
 
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, int | slice):
             raise TokenizerError(
-                f"a row has no object of its own, so [{key}] is not supported; write inputs['input_ids'][n], "
+                f"inputs[{key}] is not supported: a row is not an object of its own; write inputs['input_ids'][n], "
                 "inputs.tokens(n), inputs.word_ids(n) or inputs.token_to_chars(n, place)"
             )
         return super().__getitem__(key)
@@ -87,7 +87,7 @@ class BatchEncoding(dict[str, Any]):
         return dict(self)
 
     def to(self, device: Any = None, **others: Any) -> "BatchEncoding":
-        """Return itself: everything here is on the CPU.
+        """Return this object unchanged: everything here is on the CPU.
 
         Raises
         ------
@@ -100,10 +100,10 @@ class BatchEncoding(dict[str, Any]):
 
     def _row(self, row: int) -> list[Token]:
         if self._follow is None:
-            raise TokenizerError("these ids cannot be followed back into a text; call the tokenizer with the text")
+            raise TokenizerError("the text of these ids is not known; call the tokenizer with the text")
         rows = self._follow()
         if not 0 <= row < len(rows):
-            raise TokenizerError(f"there is no row {row}; there are {len(rows)}")
+            raise TokenizerError(f"row {row} does not exist; there are {len(rows)} rows")
         return rows[row]
 
     def tokens(self, batch_index: int = 0) -> list[str]:
@@ -111,7 +111,7 @@ class BatchEncoding(dict[str, Any]):
         return [token.name for token in self._row(batch_index)]
 
     def word_ids(self, batch_index: int = 0) -> list[int | None]:
-        """Return which part of its text each id of a row belongs to; added tokens separate the parts, not spaces.
+        """Return the part of the text that each id of a row belongs to; added tokens separate the parts, spaces do not.
 
         Examples
         --------
@@ -122,7 +122,7 @@ class BatchEncoding(dict[str, Any]):
         return [token.word for token in self._row(batch_index)]
 
     def mask_spans(self, spans: Sequence[Sequence[tuple[int, int]]]) -> list[list[int]]:
-        """Return 1 for each id with a character within one of the `spans` of its row, 0 for each other."""
+        """Return 1 for each id with a character within one of the `spans` of its row, 0 for each other id."""
         rows = zip((self._row(n) for n in range(len(spans))), spans, strict=True)
         return [
             [int(any(token.start < stop and token.end > start for start, stop in places)) for token in row]
@@ -130,11 +130,11 @@ class BatchEncoding(dict[str, Any]):
         ]
 
     def sequence_ids(self, batch_index: int = 0) -> list[int | None]:
-        """Return for each id of a row which of two texts it belongs to; ``None`` for ``<bos>`` and padding."""
+        """Return the number of the text (0 or 1) of each id of a row; ``None`` for ``<bos>`` and padding."""
         return [token.sequence for token in self._row(batch_index)]
 
     def token_to_chars(self, batch_or_token_index: int, token_index: int | None = None) -> tuple[int, int] | None:
-        """Return where the characters of a token start and end: of a row and a place, or a place in the first."""
+        """Return the start and end of a token's characters, given a row and a place, or a place in the first row."""
         row, place = (0, batch_or_token_index) if token_index is None else (batch_or_token_index, token_index)
         token = self._row(row)[place]
         return None if token.sequence is None else (token.start, token.end)
@@ -142,7 +142,7 @@ class BatchEncoding(dict[str, Any]):
     def char_to_token(
         self, batch_or_char_index: int, char_index: int | None = None, sequence_index: int = 0
     ) -> int | None:
-        """Return the place of the token of a character: of a row and a character, or one in the first row."""
+        """Return the place of a character's token, given a row and a character, or a character of the first row."""
         row, place = (0, batch_or_char_index) if char_index is None else (batch_or_char_index, char_index)
         for n, token in enumerate(self._row(row)):
             if token.sequence == sequence_index and token.start <= place < token.end:
@@ -152,12 +152,12 @@ class BatchEncoding(dict[str, Any]):
 
 @dataclass(frozen=True)
 class Layout:
-    """How rows of ids are put together; what the fields mean, `refgemma.tokenizer.tokenizer.Tokenizer` says.
+    """How rows of ids are put together; `refgemma.tokenizer.tokenizer.Tokenizer` explains the fields.
 
     Raises
     ------
     TokenizerError
-        For a value that there is not, or values that contradict each other.
+        For an unknown value, or values that contradict each other.
 
     Examples
     --------
@@ -195,34 +195,36 @@ class Layout:
             check_positive("stride", self.stride)
         if self.return_tensors not in (None, "np"):
             raise TokenizerError(
-                f"return_tensors is {self.return_tensors!r}, but refgemma computes in NumPy; say 'np', from which "
-                "every other library makes its own"
+                f"return_tensors is {self.return_tensors!r}; it must be 'np', because refgemma computes in NumPy: "
+                "convert the arrays with the other library"
             )
         if self.max_length is not None and not self.truncates and self.padding != "max_length":
             warnings.warn(
                 f"max_length={self.max_length} has no effect with padding={self.padding!r} and truncation="
-                f"{self.truncation!r}; say truncation=True or padding='max_length'",
+                f"{self.truncation!r}; set truncation=True or padding='max_length'",
                 stacklevel=5,  # where the tokenizer was called
             )
         multiple = self.pad_to_multiple_of or 1
         if self.truncates and self.pads and self.max_length is not None and self.max_length % multiple:
-            raise TokenizerError(f"max_length {self.max_length} is no multiple of pad_to_multiple_of {multiple}")
+            raise TokenizerError(
+                f"max_length is {self.max_length}; it must be a multiple of pad_to_multiple_of, {multiple}"
+            )
 
     @property
     def pads(self) -> bool:
-        """Whether rows are padded."""
+        """True if rows are padded."""
         return self.padding not in (False, "do_not_pad")
 
     @property
     def truncates(self) -> bool:
-        """Whether rows are cut. Where nothing is said, a `max_length` says it, unless it may be meant for padding."""
+        """True if rows are cut. Without `truncation` they are cut if `max_length` is given and there is no padding."""
         if self.truncation is None:
             return self.max_length is not None and self.padding is False
         return self.truncation not in (False, "do_not_truncate")
 
     @property
     def follows(self) -> bool:
-        """Whether more is asked for than ids."""
+        """True if more than ids is requested."""
         return bool(self.return_offsets_mapping or self.return_special_tokens_mask or self.return_token_type_ids)
 
     def cut(self, texts: Sequence[list[Cell]], reserved: int = 0) -> list[list[list[Cell]]]:
@@ -231,24 +233,27 @@ class Layout:
         Returns
         -------
         list
-            The row, and with `return_overflowing_tokens` the rows of what was cut off, each `stride` ids into the last.
+            The row, and with `return_overflowing_tokens` rows of the rest, each sharing `stride` ids with the row
+            before.
         """
         if not self.truncates or self.max_length is None:
             return [list(texts)]
         space = self.max_length - reserved
         if space < 0:
             raise TokenizerError(
-                f"max_length {self.max_length} has no room for the {reserved} special tokens; raise it, or say "
+                f"max_length is {self.max_length}, less than the {reserved} special tokens; raise it, or set "
                 "add_special_tokens=False"
             )
         if self.stride and self.stride >= space:
-            raise TokenizerError(f"stride {self.stride} leaves no step of the {space} ids that fit into max_length")
+            raise TokenizerError(
+                f"stride is {self.stride}; it must be below {space}, the number of ids that fit into max_length"
+            )
         if len(texts) > 1:
             if self.return_overflowing_tokens:
-                raise TokenizerError("return_overflowing_tokens of pairs is not supported; give one text a row")
+                raise TokenizerError("return_overflowing_tokens is not supported for pairs; give one text per row")
             return [[self._cut(text, n) for text, n in zip(texts, self._share(texts, space), strict=True)]]
         if self.truncation == "only_second":
-            raise TokenizerError("truncation='only_second' needs two texts a row; there is one")
+            raise TokenizerError("truncation='only_second' needs two texts per row; there is one")
         if not self.return_overflowing_tokens or len(texts[0]) <= space:
             return [[self._cut(texts[0], space)]]
         return [[window] for window in self._windows(texts[0], space)]
@@ -267,7 +272,7 @@ class Layout:
         return [row[max(len(row) - n * step - space, 0) : len(row) - n * step] for n in range(count)]
 
     def _share(self, texts: Sequence[list[Cell]], space: int) -> list[int]:
-        """Return how many ids of each of two texts fit into `space`, as the tokenizers library shares them."""
+        """Return the number of ids of each of two texts that fit into `space`, as the tokenizers library shares it."""
         lengths = [len(text) for text in texts]
         excess = sum(lengths) - space
         if excess <= 0:
@@ -275,7 +280,9 @@ class Layout:
         if self.truncation in ("only_first", "only_second"):
             n = int(self.truncation == "only_second")
             if lengths[n] <= excess:
-                raise TokenizerError(f"truncation={self.truncation!r} cannot cut {excess} ids of {lengths[n]}")
+                raise TokenizerError(
+                    f"truncation={self.truncation!r} cannot cut {excess} ids from {lengths[n]}; raise max_length"
+                )
             lengths[n] -= excess
             return lengths
         short = min(lengths)
@@ -285,7 +292,7 @@ class Layout:
         return [short, long] if lengths[0] <= lengths[1] else [long, short]
 
     def batch(self, rows: Sequence[Sequence[int | Token]], pad: int | None) -> BatchEncoding:
-        """Pad `rows`, and make what else was asked for; `pad` is the id of the padding token."""
+        """Pad `rows` with the id `pad`, and make the other requested entries."""
         if pad is None and self.pads:
             raise TokenizerError("this tokenizer has no pad_token; set it: tokenizer.pad_token = tokenizer.eos_token")
         followed = self.pad(rows, Token(pad or 0, "")) if self.follows else []
@@ -330,5 +337,5 @@ def to_arrays(encoding: BatchEncoding) -> BatchEncoding:
     """
     lengths = sorted({len(row) for row in encoding.input_ids})
     if len(lengths) > 1:
-        raise TokenizerError(f"the rows have {lengths[0]} to {lengths[-1]} tokens, which makes no array; padding=True")
+        raise TokenizerError(f"the rows have {lengths[0]} to {lengths[-1]} tokens; set padding=True to make an array")
     return BatchEncoding({key: np.array(rows, dtype=np.int64) for key, rows in encoding.items()})

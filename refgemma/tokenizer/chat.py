@@ -1,4 +1,4 @@
-"""The turns of a chat as Gemma 2's template writes them. Checked against a template of the same effect under Jinja."""
+"""Write the turns of a chat as Gemma 2's template does. Checked against an equivalent template rendered by Jinja."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ START, END = "<start_of_turn>", "<end_of_turn>"
 # The role of a message -> the name that the model was trained to see.
 ROLES = {"user": "user", "assistant": "model", "model": "model"}
 
-# The text in the released folders, for other programs: `render_chat` does what it says.
+# The template in the released folders, for other programs; `render_chat` does the same.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
     "{% endif %}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
@@ -22,14 +22,14 @@ CHAT_TEMPLATE = (
     "{% endif %}{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
 )
-# What marks special tokens that somebody wrote into a chat, until its text is rendered; transformers uses the same two.
+# Mark special tokens written into a chat until its text is rendered; transformers uses the same two characters.
 MARK, UNMARK = "\U000f0000", "\U000f0001"
-CONTINUE = "CONTINUE_FINAL_MESSAGE_TAG "  # as in transformers: what stands after it is cut off
-REASONING = ("reasoning_content", "thinking", "reasoning")  # names of a message's reasoning; templates read the first
+CONTINUE = "CONTINUE_FINAL_MESSAGE_TAG "  # as in transformers: the text after it is cut off
+REASONING = ("reasoning_content", "thinking", "reasoning")  # names for a message's reasoning; templates read the first
 
 
 def _normalize(template: str) -> list[str] | None:
-    """Return the tags of a template without their spaces, or ``None`` if it has text between tags."""
+    """Return the tags of a template without spaces, or ``None`` if there is text between the tags."""
     tags = re.findall(r"\{[{%].*?[%}]\}", template, flags=re.DOTALL)
     if "".join(tags) != template:
         return None
@@ -41,7 +41,7 @@ def _normalize(template: str) -> list[str] | None:
 
 
 def is_gemma_template(chat_template: object) -> bool:
-    """Tell whether a `chat_template` is Gemma 2's, but for spaces within its tags.
+    """Return True if a `chat_template` is Gemma 2's, apart from spaces within its tags.
 
     Examples
     --------
@@ -54,12 +54,12 @@ def is_gemma_template(chat_template: object) -> bool:
 
 
 def choose_template(templates: Any, asked: str | None, tools: object) -> str:
-    """Return the template that is `asked` for, by its name or itself, or the one that is the default.
+    """Return the template that `asked` names or contains, or the default.
 
     Raises
     ------
     TokenizerError
-        If there is none, or several without a default.
+        If there is no template, or several without a default.
 
     Examples
     --------
@@ -70,32 +70,32 @@ def choose_template(templates: Any, asked: str | None, tools: object) -> str:
         named: Mapping[str, str] = templates
         name = asked or ("tool_use" if tools is not None and "tool_use" in named else "default")
         if asked is None and name not in named:
-            raise TokenizerError(f"there is no default among the chat templates; name one: {', '.join(sorted(named))}")
+            raise TokenizerError(f"the chat templates have no default; name one of {', '.join(sorted(named))}")
         chosen: Any = named.get(name, asked)
     else:
         chosen = templates if asked is None else asked
     if not isinstance(chosen, str):
-        raise TokenizerError(f"chat_template is {quote(chosen)}, not a Jinja template; give one as chat_template")
+        raise TokenizerError(f"chat_template is {quote(chosen)}; it must be a Jinja template")
     return chosen
 
 
 def check_variables(template: str, given: Mapping[str, Any]) -> None:
-    """Refuse what is `given` for a template that does not have it.
+    """Raise an error if one of the `given` variables is not in the template.
 
     Raises
     ------
     TokenizerError
-        Naming it.
+        If a variable is unknown; the error names it.
     """
     known = {"messages", "bos_token"} if is_gemma_template(template) else inspect_template(template)[0]
     if unknown := [name for name in given if name not in known]:
         raise TokenizerError(
-            f"{unknown[0]}={quote(given[unknown[0]])} is not known: the chat template has no {unknown[0]}"
+            f"unexpected argument {unknown[0]}={quote(given[unknown[0]])}: the chat template has no such variable"
         )
 
 
 def mark(value: Any, pattern: "re.Pattern[str]") -> Any:
-    """Return `value` with marks around what the pattern finds in its strings."""
+    """Return `value` with marks around each match of the pattern in its strings."""
     if isinstance(value, str):
         return pattern.sub(f"{MARK}\\g<0>{UNMARK}", value.replace(MARK, "").replace(UNMARK, ""))
     if isinstance(value, Mapping):
@@ -104,42 +104,44 @@ def mark(value: Any, pattern: "re.Pattern[str]") -> Any:
 
 
 def check_chat(messages: Any) -> None:
-    """Refuse what is no list of messages.
+    """Raise an error unless `messages` is a list of messages.
 
     Raises
     ------
     TokenizerError
-        Saying what it is.
+        If it is anything else; the error describes it.
     """
     if isinstance(messages, str) or not isinstance(messages, Sequence):
-        raise TokenizerError(f"messages is a {type(messages).__name__}, not a list of messages")
+        raise TokenizerError(f"messages is a {type(messages).__name__}; it must be a list of messages")
     if not messages:
-        raise TokenizerError("messages is empty: a chat begins with a user's turn")
+        raise TokenizerError("messages is empty; a chat begins with a user's turn")
     for n, message in enumerate(messages):
         if not isinstance(message, Mapping):
-            raise TokenizerError(f"messages[{n}] is a {type(message).__name__}, not a dict with 'role' and 'content'")
+            raise TokenizerError(
+                f"messages[{n}] is a {type(message).__name__}; it must be a dict with 'role' and 'content'"
+            )
 
 
 def render(
     template: str, messages: Any, values: Mapping[str, Any], continue_final_message: bool | str = False
 ) -> tuple[str, list[tuple[int, int]]]:
-    """Return the text of a chat, and which characters of it the template says that the model wrote.
+    """Return the text of a chat, and the spans of it that the template attributes to the model.
 
     Parameters
     ----------
     template : str
-        In Jinja's language.
+        A Jinja template.
     messages : sequence of mapping
         The chat.
     values : mapping
         The other variables of the template.
     continue_final_message : bool or str
-        Whether the text ends within the last message; a string names which entry of it.
+        If true, the text ends within the last message; a string names the entry of that message to continue.
 
     Raises
     ------
     TokenizerError
-        If the template cannot be rendered, or does not write the message that is to be continued.
+        If the template cannot be rendered, or does not write the message to continue.
     """
     check_chat(messages)
     chat = [{key: value for key, value in as_plain(message).items() if value is not None} for message in messages]
@@ -172,14 +174,14 @@ def render(
 def render_chat(
     messages: Any, bos_token: str, add_generation_prompt: bool, continue_final_message: bool | str = False
 ) -> list[str]:
-    r"""Check `messages` and write the chat: markers, and between them role, newline and trimmed content of each turn.
+    r"""Check `messages` and write the chat: for each turn its role, a newline and the trimmed content between markers.
 
-    This is Gemma 2's template without Jinja, in pieces, and with an error that names the message.
+    The result equals that of Gemma 2's template, without Jinja. It is a list of pieces, and an error names the message.
 
     Raises
     ------
     TokenizerError
-        If there is no message, one lacks a string, or the roles do not alternate, beginning with the user's.
+        If there is no message, a message lacks a string, or the roles do not alternate, beginning with the user.
 
     Examples
     --------
@@ -191,13 +193,13 @@ def render_chat(
     for n, message in enumerate(messages):
         for key in ("role", "content"):
             if not isinstance(message.get(key), str):
-                problem = f"is {message[key]!r}, not a string" if key in message else "is missing"
+                problem = f"is {message[key]!r}; it must be a string" if key in message else "is missing"
                 raise TokenizerError(f"messages[{n}]: {key!r} {problem}")
         role, content = message["role"], message["content"]
         if role == "system":
             raise TokenizerError(f"messages[{n}]: System role not supported; put it into the first user's content")
         if role not in ROLES:
-            raise TokenizerError(f"messages[{n}]: unknown role {role!r}; there are {', '.join(ROLES)}")
+            raise TokenizerError(f"messages[{n}]: unknown role {role!r}; it must be one of {', '.join(ROLES)}")
         if ROLES[role] != ("model" if n % 2 else "user"):
             raise TokenizerError(
                 f"messages[{n}]: Conversation roles must alternate user/assistant/user/assistant/... but this is {role}"
@@ -205,6 +207,8 @@ def render_chat(
         pieces += [START, f"{ROLES[role]}\n{content.strip()}", END, "\n"]
     if continue_final_message:
         if isinstance(continue_final_message, str) and continue_final_message != "content":
-            raise TokenizerError(f"the chat template has no {continue_final_message!r} to continue, only 'content'")
+            raise TokenizerError(
+                f"continue_final_message is {continue_final_message!r}; this template can continue only 'content'"
+            )
         return [*pieces[:-3], pieces[-3].rstrip()]
     return [*pieces, START, "model\n"] if add_generation_prompt else pieces

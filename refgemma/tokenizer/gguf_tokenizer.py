@@ -1,4 +1,4 @@
-"""The tokenizer in the metadata of a GGUF file. Checked against the tokenizer.model that such a file was made of."""
+"""Read the tokenizer in the metadata of a GGUF file. Checked against the tokenizer.model that it was made from."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,8 +20,8 @@ from refgemma.tokenizer.sentencepiece_model import (
     write_model,
 )
 
-SPACE_MARK = "\u2581"  # how a piece writes a space; user-defined pieces of a GGUF file have the space itself
-# The role of a token -> what its id is called, and the piece of Gemma's that has it where no id is given.
+SPACE_MARK = "\u2581"  # how a piece writes a space; a GGUF file's user-defined pieces have the space itself
+# The role of a token -> the name of its id in a GGUF file, and Gemma's piece for it if the file gives no id.
 ROLE_KEYS = {"bos": ("bos", "<bos>"), "eos": ("eos", "<eos>"), "unk": ("unknown", "<unk>"), "pad": ("padding", "<pad>")}
 
 
@@ -33,29 +33,29 @@ def _read_pieces(about: Mapping[str, Any]) -> list[Piece]:
     if not all(isinstance(x, np.ndarray) and len(x) == len(names) for x in (scores, kinds)):
         raise RefgemmaError(f"has no scores and types for its {len(names)} tokens")
     if not np.isin(kinds, range(NORMAL, BYTE + 1)).all():  # type: ignore[arg-type]  # they are an array
-        raise RefgemmaError("has types of tokens that SentencePiece does not know")
+        raise RefgemmaError(f"has token types that SentencePiece does not know; they must be {NORMAL} to {BYTE}")
     pieces = map(Piece, names, map(float, scores), map(int, kinds))  # type: ignore[arg-type]  # they are arrays
     return [p._replace(name=p.name.replace(" ", SPACE_MARK)) if p.type == USER_DEFINED else p for p in pieces]
 
 
 def _name_roles(about: Mapping[str, Any], names: list[str]) -> dict[str, tuple[str, int]]:
-    """Return the piece and the id of each role that a token has."""
+    """Return the piece and the id of each role; the id is -1 for a role without a token."""
     found = {}
     for role, (key, usual) in ROLE_KEYS.items():
         token = about.get(f"{key}_token_id", names.index(usual) if usual in names else -1)
         if type(token) is not int or not -1 <= token < len(names):
-            raise RefgemmaError(f"has {quote(token)} for tokenizer.ggml.{key}_token_id, which is no id of a token")
+            raise RefgemmaError(f"has {quote(token)} for tokenizer.ggml.{key}_token_id, which is not the id of a token")
         found[role] = (names[token], token) if token >= 0 else ("", -1)
     return found
 
 
 def has_tokens(path: Path) -> bool:
-    """Tell whether a GGUF file has a vocabulary; one made for ids alone has none."""
+    """Return True if a GGUF file has a vocabulary; a file made only for ids has none."""
     return "tokenizer.ggml.tokens" in read_gguf(path, TokenizerError).metadata
 
 
 def read_gguf_tokenizer(path: Path) -> tuple[bytes, dict[str, Any]]:
-    """Return the SentencePiece model that the metadata give, and the parameters of `Tokenizer`.
+    """Return the SentencePiece model in the metadata, and the parameters of `Tokenizer`.
 
     Raises
     ------

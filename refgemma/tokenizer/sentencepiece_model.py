@@ -1,8 +1,8 @@
-"""A SentencePiece model as its pieces, and pieces as a model in memory. Checked against the library, which
-reads what is written here, and against what it says of the pieces of its own files.
+"""Read the pieces of a SentencePiece model, and write a model from pieces. Checked against the library: it reads the
+models written here, and reports the same pieces for its own files.
 
 A model is a protobuf message. Its field 1, repeated, is a piece: a message with the name (1), the score (2) and the
-type (3). The other fields say how text is prepared; they are copied as they are.
+type (3). The other fields describe how text is prepared; they are copied unchanged.
 """
 
 import struct
@@ -13,16 +13,16 @@ from refgemma.errors import RefgemmaError
 from refgemma.files import quote
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # the types of a piece
-PIECES_LIMIT = 2**20  # ids: four times those of Gemma
+PIECES_LIMIT = 2**20  # ids: four times as many as Gemma's
 _FLOAT = struct.Struct("<f")
 
 
 class TokenizerError(RefgemmaError):
-    """No Gemma tokenizer, an id that it does not have, messages that are no Gemma chat, or what it cannot be asked."""
+    """Raised for a tokenizer that is not Gemma's, an unknown id, an invalid chat, or an unsupported argument."""
 
 
 class Piece(NamedTuple):
-    """A piece: `type` is one of the numbers above, and the piece with the highest `score` is merged first."""
+    """A piece of the vocabulary: `type` is one of the numbers above; the highest `score` is merged first."""
 
     name: str
     score: float
@@ -48,7 +48,7 @@ def _number_field(field: int, value: int) -> bytes:
 def gemma_rest(**roles: tuple[str, int]) -> bytes:
     """Return the other fields of a model with Gemma's conventions: BPE, byte pieces, no space added or removed.
 
-    `roles` are the name and the id of ``unk``, ``bos``, ``eos`` and ``pad``; -1 is the id of one that is not there.
+    `roles` are the name and the id of ``unk``, ``bos``, ``eos`` and ``pad``; the id is -1 if there is no such token.
     """
     trainer = _number_field(3, 2) + _number_field(35, 1)
     for n, role in enumerate(("unk", "bos", "eos", "pad")):
@@ -60,7 +60,7 @@ def gemma_rest(**roles: tuple[str, int]) -> bytes:
 
 
 def write_model(pieces: Iterable[Piece], rest: bytes) -> bytes:
-    """Return the SentencePiece model of `pieces`, whose order is that of their ids, and of the other fields `rest`.
+    """Return the SentencePiece model of `pieces`, in the order of their ids, and the other fields `rest`.
 
     Examples
     --------
@@ -74,7 +74,7 @@ def write_model(pieces: Iterable[Piece], rest: bytes) -> bytes:
 
 def _write_piece(name: str, score: float, kind: int) -> bytes:
     content = name.encode()
-    if len(content) < 119:  # every length takes a byte: the same as below, in a third of the time
+    if len(content) < 119:  # every length takes one byte: the same as below in a third of the time
         return b"\n%c\n%c%b\x15%b\x18%c" % (len(content) + 9, len(content), content, _FLOAT.pack(score), kind)
     return _message(1, _message(1, content) + b"\x15" + _FLOAT.pack(score) + _number_field(3, kind))
 
@@ -85,14 +85,14 @@ def read_model(model: bytes) -> tuple[list[Piece], bytes]:
     Raises
     ------
     TokenizerError
-        If it is not such a message, or a name is not UTF-8.
+        If it is not a SentencePiece model, or a name is not UTF-8.
     """
     pieces: list[Piece] = []
     rest, at = [], 0
     try:
         while at < len(model):
             if len(pieces) > PIECES_LIMIT:
-                raise TokenizerError(f"has more than {PIECES_LIMIT} pieces, and Gemma has 256000")
+                raise TokenizerError(f"has more than {PIECES_LIMIT} pieces; Gemma has 256000")
             if model[at] == 10 and (piece := _read_short_piece(model, at)):
                 pieces.append(piece)
                 at += 2 + model[at + 1]
@@ -104,14 +104,14 @@ def read_model(model: bytes) -> tuple[list[Piece], bytes]:
                 rest.append(model[at:stop])
             at = stop
     except (IndexError, struct.error, UnicodeDecodeError):
-        raise TokenizerError("is no SentencePiece model, or is cut short") from None
+        raise TokenizerError("is not a SentencePiece model, or is truncated") from None
     if odd := next((piece for piece in pieces if not NORMAL <= piece.type <= BYTE), None):
         raise TokenizerError(f"the type of piece {quote(odd.name)} is {odd.type}; it must be from {NORMAL} to {BYTE}")
     return pieces, b"".join(rest)
 
 
 def _read_short_piece(model: bytes, at: int) -> Piece | None:
-    """Return the piece if it is written as almost all are: short, name, score and type in this order."""
+    """Return the piece if it is short, with name, score and type in this order, as almost all are; else ``None``."""
     stop, end = at + 2 + model[at + 1], at + 4 + model[at + 3]
     if model[at + 1] > 127 or model[at + 2] != 10 or model[end] != 0x15 or stop - end not in (5, 7):
         return None
@@ -147,7 +147,7 @@ def _read_varint(model: bytes, at: int) -> tuple[int, int]:
 
 
 def _read_field(model: bytes, at: int, end: int) -> tuple[int, int, int]:
-    """Return the number of the field at `at`, and where its value begins and ends."""
+    """Return the number of the field at `at`, and the start and end of its value."""
     tag, value = _read_varint(model, at)
     match tag & 7:
         case 0:

@@ -1,8 +1,8 @@
-"""Renders chat templates in a process of its own, which `refgemma.tokenizer.templates` starts. Checked against
+"""Render chat templates in a separate process, which `refgemma.tokenizer.templates` starts. Checked against
 `apply_chat_template` of transformers 5.23.
 
-A template is a program by a stranger. Jinja's sandbox keeps it from what Python can do, and this process from more
-memory and time than a chat needs. It imports nothing of refgemma, so that it starts at once.
+A template is an untrusted program. Jinja's sandbox limits it to harmless operations, and this process limits its memory
+and time. The process imports nothing from refgemma, so that it starts fast.
 """
 
 import json
@@ -12,12 +12,12 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
-MEMORY = 700_000_000  # bytes of addresses, of which Python and Jinja take a tenth
-TEXT = 10_000_000  # characters of a chat: forty times what a model can read
+MEMORY = 700_000_000  # bytes of address space; Python and Jinja take a tenth of it
+TEXT = 10_000_000  # characters of a chat: forty times as many as a model can read
 
 
 def limit_memory() -> None:
-    """Let the system refuse more memory, where it can."""
+    """Limit the memory of this process, if the system can."""
     try:
         import resource
     except ImportError:  # Windows
@@ -27,14 +27,14 @@ def limit_memory() -> None:
 
 
 def make_environment() -> Any:
-    """Return the sandbox, with what transformers adds to it."""
+    """Return the sandbox, with the additions of transformers."""
     import jinja2
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
     from jinja2.utils import Namespace
 
     class Generation(Extension):
-        """The block ``{% generation %}``, whose place in the text is kept."""
+        """The block ``{% generation %}``; its place in the text is recorded."""
 
         tags = {"generation"}  # noqa: RUF012  (Jinja's convention)
 
@@ -62,7 +62,7 @@ def make_environment() -> Any:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     class TemplateNamespace(Namespace):
-        """A namespace without names that begin with an underscore."""
+        """A namespace that refuses names with a leading underscore."""
 
         def __init__(*args: Any, **values: Any) -> None:
             for name in dict(*args[1:], **values):
@@ -75,7 +75,7 @@ def make_environment() -> Any:
 
     def _check_name(name: object) -> None:
         if str(name).startswith("_"):
-            raise jinja2.exceptions.SecurityError(f"a namespace holds no {name!r}")
+            raise jinja2.exceptions.SecurityError(f"a namespace cannot hold {name!r}; leave out the leading underscore")
 
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
@@ -91,7 +91,7 @@ def make_environment() -> Any:
 
 
 def answer(environment: Any, compile_template: Callable[[str], Any], request: dict[str, Any]) -> dict[str, Any]:
-    """Render a template, or list the variables and the texts that it has."""
+    """Render a template, or list its variables and texts."""
     from jinja2 import meta, nodes
 
     template = request["template"]
@@ -112,7 +112,7 @@ def answer(environment: Any, compile_template: Callable[[str], Any], request: di
 
 
 def main() -> None:
-    """Answer requests, one JSON object a line, until there is none."""
+    """Answer requests, one JSON object per line, until the input ends."""
     limit_memory()
     try:
         environment = make_environment()

@@ -1,7 +1,7 @@
-"""Chat templates of any kind, rendered by Jinja in a process of its own. Checked against `apply_chat_template` of
-transformers 5.23, and with templates that would take all time or memory.
+"""Render any chat template with Jinja in a separate process. Checked against `apply_chat_template` of transformers
+5.23, and with templates that would take unlimited time or memory.
 
-The process stays for further chats: the first costs 0.2 s, each further one less than a millisecond.
+The process is kept for further chats: the first takes 0.2 s, each later one less than 1 ms.
 """
 
 import atexit
@@ -17,9 +17,9 @@ from typing import Any
 
 from refgemma.tokenizer.sentencepiece_model import TokenizerError
 
-TIME_LIMIT = 10.0  # that a chat may take
+TIME_LIMIT = 10.0  # seconds per chat
 _LOCK = threading.Lock()
-_WORKERS: dict[int, subprocess.Popen[bytes]] = {}  # of each process that a fork made
+_WORKERS: dict[int, subprocess.Popen[bytes]] = {}  # process id -> its worker; a fork starts its own
 
 
 def _start() -> "subprocess.Popen[bytes]":
@@ -37,7 +37,7 @@ def _stop() -> None:
 
 
 def _ask(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Send a request to the worker, which is started if there is none, and return its answer."""
+    """Send a request to the worker, starting one if needed, and return its answer."""
     line = json.dumps(request).encode() + b"\n"
     with _LOCK:
         worker = _WORKERS.get(os.getpid())
@@ -67,13 +67,13 @@ def _ask(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def render_template(template: str, values: Mapping[str, Any]) -> tuple[str, list[tuple[int, int]]]:
-    """Return the text of a template, and where its blocks ``{% generation %}`` begin and end.
+    """Return the rendered text, and the start and end of each block ``{% generation %}``.
 
     Raises
     ------
     TokenizerError
-        If the template is wrong, raises an exception itself, takes more than 10 s, 700 MB or 10 million characters, or
-        reaches for what the sandbox keeps from it.
+        If the template is invalid, raises an exception itself, needs more than 10 s or 700 MB, writes more than 10
+        million characters, or does something that the sandbox forbids.
 
     Examples
     --------
@@ -86,7 +86,7 @@ def render_template(template: str, values: Mapping[str, Any]) -> tuple[str, list
 
 @lru_cache(maxsize=32)
 def inspect_template(template: str) -> tuple[frozenset[str], tuple[str, ...]]:
-    """Return the names of the variables of a template, and the texts that stand in it.
+    """Return the names of a template's variables, and the texts in it.
 
     Examples
     --------
@@ -98,7 +98,7 @@ def inspect_template(template: str) -> tuple[frozenset[str], tuple[str, ...]]:
 
 
 def as_plain(value: Any) -> Any:
-    """Return `value` made of what JSON has; of anything else a template sees the name of its type."""
+    """Return `value` as JSON types; an object of another type becomes the name of its type."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Mapping):

@@ -1,7 +1,7 @@
-"""Text to ids and back: one text or a batch, the turns of a chat, and text as it is generated.
+"""Convert text to ids and back: one text or a batch, the turns of a chat, and text as it is generated.
 
-Names, defaults and results are those of transformers 5.23 `GemmaTokenizer`, made from the same file; what is refused
-instead says why.
+Names, defaults and results equal those of transformers 5.23 `GemmaTokenizer`, made from the same file. An argument that
+is not supported raises an error that gives the reason.
 """
 
 import json
@@ -82,7 +82,7 @@ FORMER = {
 
 
 def _read_file(source: str | Path | bytes | TokenizerFile) -> TokenizerFile:
-    """Read a ``tokenizer.model`` or a ``tokenizer.json``, or take the content of the first."""
+    """Read a ``tokenizer.model``, a ``tokenizer.json`` or a GGUF file, or take the content of a ``tokenizer.model``."""
     if isinstance(source, TokenizerFile):
         return source
     if isinstance(source, bytes):
@@ -94,27 +94,27 @@ def _read_file(source: str | Path | bytes | TokenizerFile) -> TokenizerFile:
 
 
 def _replace_added(file: TokenizerFile, added: Mapping[int, AddedToken]) -> TokenizerFile:
-    """Return the file with other added tokens; the pieces that a tokenizer.model itself finds in any text stay."""
+    """Return the file with other added tokens; a tokenizer.model keeps the pieces that it finds in any text itself."""
     named = {token.content for token in added.values()}
     kept = [] if file.is_json else [entry for entry in file.added if entry[1].content not in named]
     return replace(file, added=[*kept, *added.items()])
 
 
 def _make_id_property(role: str) -> property:
-    """Return the property ``<role>_id``, which may be set, too."""
+    """Return the property ``<role>_id``, which can also be set."""
 
     def find(tokenizer: "Tokenizer") -> int | None:
-        """Return the id of the token of this role, ``None`` if there is none; it may be set.
+        """Return the id of the token with this role, ``None`` if there is none; it can be set.
 
         Raises
         ------
         TokenizerError
-            If the token was not added yet.
+            If the token has not been added yet.
         """
         piece = getattr(tokenizer, role)
         if piece is not None and piece not in tokenizer._vocabulary.ids:
             raise TokenizerError(
-                f"{role} is {piece!r}, which is no token yet; add it: tokenizer.add_special_tokens"
+                f"{role} is {piece!r}, which is not in the vocabulary; add it: tokenizer.add_special_tokens"
                 f"({{{role!r}: {piece!r}}}), then model.resize_token_embeddings(len(tokenizer))"
             )
         return None if piece is None else tokenizer._vocabulary.ids[piece]
@@ -126,61 +126,61 @@ def _make_id_property(role: str) -> property:
 
 
 class Tokenizer:
-    """Gemma's tokenizer: SentencePiece pieces, byte pieces for what has none, and special tokens that steer the model.
+    """Gemma's tokenizer: SentencePiece pieces, byte pieces for other characters, and special tokens that steer the
+    model.
 
-    `from_pretrained` makes one from a model's name; calling it turns text into what a model takes.
+    `from_pretrained` makes one from a model's name. Calling the tokenizer turns text into the inputs of a model.
 
     Parameters
     ----------
     model_file : str, Path or bytes
         The ``tokenizer.json`` or ``tokenizer.model`` of a checkpoint, or the content of a ``tokenizer.model``.
     bos_token, eos_token, unk_token, pad_token : str
-        Which pieces have these roles. One that the file lacks is added to it, unless it is the released name.
+        The pieces with these roles. A piece that the file lacks is added to it, unless its name is the released one.
     mask_token : str
-        A special token if the file has it.
+        A special token, if the file has it.
     extra_special_tokens : sequence of str or AddedToken
         Further special tokens, added if the file lacks them.
     added_tokens : mapping of int to AddedToken
-        The tokens that are found in a text first, by their ids, instead of those that the file lists; those among them
-        are special that say so. A ``tokenizer.model`` keeps its own, and unless these are given, the turn markers are
-        special in it.
+        The tokens that are found in a text first, by id, instead of those that the file lists. Their `special` says
+        which are special. A ``tokenizer.model`` also keeps its own; without this argument its turn markers are special.
     model_input_names : sequence of str
-        What calling the tokenizer returns: ``token_type_ids`` can be among them.
+        The entries that calling the tokenizer returns; they may include ``token_type_ids``.
     add_bos_token, add_eos_token : bool
-        What `add_special_tokens` adds; unless given, what a ``tokenizer.json`` says, or ``<bos>`` alone.
+        The tokens that `add_special_tokens` adds. By default those that a ``tokenizer.json`` names, or ``<bos>`` alone.
     padding_side, truncation_side : {"left", "right"}
-        Where padding is put, and where too long a text loses tokens.
+        The side where padding is put, and the side where a text that is too long loses tokens.
     model_max_length : int
-        The length that `truncation` and ``padding="max_length"`` mean if they are given none.
+        The length that `truncation` and ``padding="max_length"`` use if `max_length` is not given.
     split_special_tokens : bool
-        Whether special tokens written out in a text are plain text, unless a call says otherwise.
+        If true, special tokens written out in a text are plain text. A call can override this.
     chat_template : str, or dict of str to str
-        A Jinja template, or several by name, for `apply_chat_template`; Gemma 2's unless given.
+        A Jinja template, or several by name, for `apply_chat_template`; Gemma 2's by default.
 
     Attributes
     ----------
     vocab_size : int
-        Number of ids of the file; ``len(tokenizer)`` counts added tokens, too.
+        Number of ids of the file; ``len(tokenizer)`` also counts added tokens.
     all_special_tokens, all_special_ids : list
-        All special tokens, the four roles first. In transformers only those with a role and the extra ones.
+        All special tokens, the four roles first. In transformers only tokens with a role and the extra ones.
 
     Raises
     ------
     TokenizerError
-        If the file cannot be read, is no SentencePiece model, or does not follow Gemma's conventions.
+        If the file cannot be read, is not a SentencePiece model, or does not follow Gemma's conventions.
 
     Notes
     -----
-    **Special tokens in a text.** A text that contains ``"<end_of_turn>"`` or ``"<bos>"`` letter by letter gets the very
-    id that ends a turn or begins a text, here as in transformers. So whoever writes a part of a prompt can end their
-    own turn and speak as the model: a forged conversation that the model cannot tell from a real one. For text from
-    people you do not trust say ``split_special_tokens=True``, or in a chat ``sanitize_control_tokens=True``; then none
-    of `all_special_ids` can come out of their text, and decoding gives the text back; except those that are ordinary
-    pieces, too, if somebody made such a one special. Other pieces that look like
-    markup, in Gemma ``<b>`` or ``<unused7>``, are found in any text, unless `extra_special_tokens` names them.
+    **Special tokens in a text.** If a text contains ``"<end_of_turn>"`` or ``"<bos>"`` letter by letter, it gets the id
+    that ends a turn or begins a text, as in transformers. The author of one part of a prompt can therefore end their
+    turn and speak as the model; the model cannot distinguish this forged conversation from a real one. For untrusted
+    text use ``split_special_tokens=True``, or in a chat ``sanitize_control_tokens=True``. The text then gives none of
+    `all_special_ids`, and decoding restores the text. The exception is an ordinary piece that was made special. Other
+    pieces that look like markup, in Gemma ``<b>`` or ``<unused7>``, are found in any text, unless
+    `extra_special_tokens` names them.
 
-    In transformers ``split_special_tokens`` spares tokens that are not declared special: made from the bare file, as by
-    ``GemmaTokenizer.from_pretrained`` of a folder without ``added_tokens_decoder``, it still finds the turn markers.
+    In transformers ``split_special_tokens`` ignores tokens that are not declared special. A tokenizer made there from a
+    folder without ``added_tokens_decoder`` by ``GemmaTokenizer.from_pretrained`` still finds the turn markers.
 
     Examples
     --------
@@ -205,7 +205,7 @@ class Tokenizer:
         if added_tokens is not None:
             file = _replace_added(file, added_tokens)
         if (number := len(file.added) + len(extra_special_tokens)) > ADDED_LIMIT:
-            raise TokenizerError(f"{file.name}: has {number} added tokens, and {ADDED_LIMIT} are read at most")
+            raise TokenizerError(f"{file.name}: has {number} added tokens; at most {ADDED_LIMIT} are read")
         given = file.settings
         self.padding_side = given.get("padding_side", "left") if padding_side is None else padding_side
         self.truncation_side = given.get("truncation_side", "right") if truncation_side is None else truncation_side
@@ -215,10 +215,10 @@ class Tokenizer:
             check_choice(name, value, (None, False, True))
         check_choice("split_special_tokens", split_special_tokens, (False, True))
         if type(model_max_length) not in (int, float) or not model_max_length >= 1:
-            raise TokenizerError(f"model_max_length is {model_max_length!r}, not a number of tokens")
+            raise TokenizerError(f"model_max_length is {model_max_length!r}; it must be a number of tokens, at least 1")
         roles = [bos_token, eos_token, unk_token, pad_token]
         if not all(isinstance(piece, str) for piece in roles):
-            raise TokenizerError(f"{file.name}: its special tokens are {roles!r}, which are not all strings")
+            raise TokenizerError(f"{file.name}: the special tokens are {roles!r}; each must be a string")
         extra = [read_added_token(token) for token in extra_special_tokens]
         declares = file.is_json or added_tokens is not None
         plain = {str(token) for _, token in file.added if not token.special}
@@ -237,7 +237,7 @@ class Tokenizer:
         self.extra_special_tokens = [str(token) for token in extra]
         self._before, self._after = given.get("before", [bos_token]), given.get("after", [])
         if unknown := [name for name in [*self._before, *self._after] if name not in self._vocabulary.ids]:
-            raise TokenizerError(f"{file.name}: its post_processor adds {unknown[0]!r}, which is no token of it")
+            raise TokenizerError(f"{file.name}: the post_processor adds {unknown[0]!r}, which is not in the vocabulary")
         if add_bos_token is not None or not given:
             self.add_bos_token = add_bos_token is not False
         if add_eos_token is not None:
@@ -254,7 +254,7 @@ class Tokenizer:
 
     @property
     def add_bos_token(self) -> bool:
-        """Whether `bos_token` stands before a text."""
+        """True if `bos_token` is put before a text."""
         return bool(self._before)
 
     @add_bos_token.setter
@@ -263,7 +263,7 @@ class Tokenizer:
 
     @property
     def add_eos_token(self) -> bool:
-        """Whether `eos_token` stands after a text."""
+        """True if `eos_token` is put after a text."""
         return bool(self._after)
 
     @add_eos_token.setter
@@ -282,13 +282,13 @@ class Tokenizer:
 
     @property
     def special_tokens_map(self) -> dict[str, str]:
-        """The tokens that have a role, by its name."""
+        """The tokens that have a role, by the role's name."""
         roles = {role: getattr(self, role) for role in (*TOKEN_ROLES, "mask_token")}
         return {role: piece for role, piece in roles.items() if piece is not None}
 
     @property
     def added_tokens_decoder(self) -> dict[int, AddedToken]:
-        """The tokens that are found in a text first, by their ids."""
+        """The tokens that are found in a text before all others, by id."""
         found = self._vocabulary
         return {
             found.ids[name]: replace(token, special=name in found.special)
@@ -303,16 +303,17 @@ class Tokenizer:
     def add_tokens(
         self, new_tokens: str | AddedToken | Sequence[str | AddedToken], special_tokens: bool = False
     ) -> int:
-        """Add tokens that are found in any text, and return how many are new.
+        """Add tokens that are found in any text, and return the number of new ones.
 
-        A token that is no piece gets the next id: the model needs a row for it, from ``model.resize_token_embeddings``.
+        A token that is not a piece yet gets the next id. The model needs a row for it:
+        ``model.resize_token_embeddings``.
 
         Parameters
         ----------
         new_tokens : str, AddedToken, or sequence of them
-            What to find.
+            The tokens to find.
         special_tokens : bool
-            Whether they are special.
+            If true, they are special.
 
         Examples
         --------
@@ -327,20 +328,20 @@ class Tokenizer:
     def add_special_tokens(
         self, special_tokens_dict: Mapping[str, Any], replace_extra_special_tokens: bool = True
     ) -> int:
-        """Give tokens their roles, adding those that are new, and return how many these are.
+        """Give tokens their roles, add those that are new, and return the number of new ones.
 
         Parameters
         ----------
         special_tokens_dict : mapping
-            ``"bos_token"``, ``"eos_token"``, ``"unk_token"``, ``"pad_token"`` and ``"mask_token"`` to a token,
-            ``"extra_special_tokens"`` to several.
+            One token for ``"bos_token"``, ``"eos_token"``, ``"unk_token"``, ``"pad_token"`` and ``"mask_token"``;
+            several for ``"extra_special_tokens"``.
         replace_extra_special_tokens : bool
-            Whether `extra_special_tokens` are these alone from now on.
+            If true, these replace the present `extra_special_tokens`; otherwise they are added to them.
 
         Raises
         ------
         TokenizerError
-            If there is no such role.
+            If a role is unknown.
 
         Examples
         --------
@@ -360,7 +361,7 @@ class Tokenizer:
                 setattr(self, role, str(tokens[-1]))
             else:
                 raise TokenizerError(
-                    f"{role!r} is no role of a token here; there are {', '.join((*TOKEN_ROLES, 'mask_token'))} and "
+                    f"{role!r} is not a token's role; the roles are {', '.join((*TOKEN_ROLES, 'mask_token'))} and "
                     "extra_special_tokens"
                 )
         return self._vocabulary.add(map(make_special, tokens))
@@ -380,21 +381,22 @@ class Tokenizer:
             ``"tiny"``, a folder, a ``.gguf`` file, or a hub id whose snapshot is in the cache: see
             `refgemma.hub.find_model`.
         revision, download, gguf_file
-            As of `refgemma.hub.find_model`.
+            As in `refgemma.hub.find_model`.
         **settings
-            Parameters of `Tokenizer` that go before what the folder's ``tokenizer_config.json`` says.
+            Parameters of `Tokenizer` that override the folder's ``tokenizer_config.json``.
 
         Raises
         ------
         TokenizerError
             If the folder has neither ``tokenizer.json`` nor ``tokenizer.model``, or its files cannot be used.
         ModelNameError
-            If the name means no folder.
+            If no folder is found for the name.
 
         Notes
         -----
-        As in transformers, a ``tokenizer.json`` goes before a ``tokenizer.model``, and it alone says whether ``<bos>``
-        and ``<eos>`` are added. Arguments of transformers that change nothing here are taken in silence: `use_fast`.
+        As in transformers, ``tokenizer.json`` has priority over ``tokenizer.model``, and it alone decides whether
+        ``<bos>`` and ``<eos>`` are added. Arguments of transformers that change nothing here, such as `use_fast`, are
+        ignored.
 
         Examples
         --------
@@ -403,7 +405,7 @@ class Tokenizer:
         """
         asked = {name: value for name, value in settings.items() if name not in WITHOUT_EFFECT and value is not None}
         if unknown := sorted(asked.keys() - {*SETTINGS, "added_tokens", "cache_dir", "subfolder"}):
-            raise TokenizerError(f"{unknown[0]}: is no setting of this tokenizer; there are {', '.join(SETTINGS)}")
+            raise TokenizerError(f"unexpected keyword argument {unknown[0]!r}; the tokenizer has {', '.join(SETTINGS)}")
         if (folder := asked.pop("cache_dir", None)) is not None and not Path(name).is_dir() and str(name) != "tiny":
             raise TokenizerError(f"cache_dir={str(folder)!r} is not supported: set the variable HF_HUB_CACHE to it")
         folder = find_model(name, revision, download, needed=(), gguf_file=gguf_file)
@@ -414,9 +416,9 @@ class Tokenizer:
             return cls(folder, **(read_gguf_tokenizer(folder)[1] | asked))
         path = next((folder / file for file in (JSON_FILE, MODEL_FILE) if (folder / file).exists()), None)
         if path is None:
-            folder = find_model(name, revision, download, needed=(MODEL_FILE,))  # says what to do about a download
+            folder = find_model(name, revision, download, needed=(MODEL_FILE,))  # its error explains the download
             raise TokenizerError(
-                f"{folder}: has no {MODEL_FILE} and no {JSON_FILE}; copy one there from the folder of the model"
+                f"{folder}: has no {MODEL_FILE} or {JSON_FILE}; copy one of them there from the model's folder"
             )
         found = read_settings(folder)
         if path.name == JSON_FILE:
@@ -431,20 +433,20 @@ class Tokenizer:
         return cls(file, **(found | asked))
 
     def save_pretrained(self, save_directory: str | Path, **others: Any) -> tuple[str, ...]:
-        """Write ``tokenizer.json`` and ``tokenizer_config.json``, of which transformers, too, makes this tokenizer.
+        """Write ``tokenizer.json`` and ``tokenizer_config.json``; transformers reads the same tokenizer from them.
 
-        A tokenizer that was made of a ``tokenizer.model`` writes that, too. Each file appears whole or not at all; the
-        folder is made if it is not there.
+        A tokenizer that was made from a ``tokenizer.model`` also writes that file. Each file appears whole or not at
+        all. The folder is created if it does not exist.
 
         Returns
         -------
         tuple of str
-            The files.
+            The paths of the files.
 
         Raises
         ------
         TokenizerError
-            If more is asked for than a folder.
+            For any other argument that has a value.
 
         Examples
         --------
@@ -456,7 +458,7 @@ class Tokenizer:
         """
         if asked := {name: value for name, value in others.items() if value and name != "legacy_format"}:
             name, value = next(iter(asked.items()))
-            raise TokenizerError(f"{name}={value!r} is not supported; give save_directory alone")
+            raise TokenizerError(f"{name}={value!r} is not supported; give only save_directory")
         added = {str(n): {"content": str(token)} | token.flags for n, token in self.added_tokens_decoder.items()}
         settings = {name: getattr(self, name) for name in SETTINGS}
         config = settings | {"added_tokens_decoder": added, "tokenizer_class": "GemmaTokenizer"}
@@ -482,51 +484,54 @@ class Tokenizer:
         return len(self._vocabulary)
 
     def get_vocab(self) -> dict[str, int]:
-        """Return all pieces and their ids; `vocab` is the same."""
+        """Return the ids by piece; `vocab` is the same."""
         return dict(self._vocabulary.ids)
 
-    vocab = property(get_vocab, doc="All pieces and their ids.")
+    vocab = property(get_vocab, doc="The ids by piece.")
 
     def get_added_vocab(self) -> dict[str, int]:
-        """Return the tokens that are found in a text first, and their ids; `added_tokens_encoder` is the same."""
+        """Return the ids of the tokens that are found in a text first; `added_tokens_encoder` is the same."""
         return {str(token): number for number, token in self.added_tokens_decoder.items()}
 
-    added_tokens_encoder = property(get_added_vocab, doc="The tokens that are found in a text first, and their ids.")
+    added_tokens_encoder = property(get_added_vocab, doc="The ids of the tokens that are found in a text first.")
 
     def num_special_tokens_to_add(self, pair: bool = False) -> int:
-        """Return how many tokens `add_special_tokens` adds to a text, or to a pair of them."""
+        """Return the number of tokens that `add_special_tokens` adds to a text, or to a pair of texts."""
         return (len(self._before) + len(self._after)) * (1 + pair)
 
     def get_special_tokens_mask(self, token_ids_0: Sequence[int], already_has_special_tokens: bool = True) -> list[int]:
-        """Return 1 for each special token with a role or among `extra_special_tokens` of a row, 0 for each other.
+        """Return 1 for each token of a row that has a role or is one of `extra_special_tokens`, 0 for each other token.
 
         Raises
         ------
         TokenizerError
-            If the row has none yet.
+            If `already_has_special_tokens` is false.
         """
         if not already_has_special_tokens:
-            raise TokenizerError("of ids without special tokens there is no mask; say return_special_tokens_mask=True")
+            raise TokenizerError(
+                "already_has_special_tokens is False; it must be True, or call the tokenizer with "
+                "return_special_tokens_mask=True"
+            )
         named = [*self.special_tokens_map.values(), *self.extra_special_tokens]
         special = {self._vocabulary.ids[name] for name in named if name in self._vocabulary.ids}
         return [int(token in special) for token in token_ids_0]
 
     def _check_id(self, value: object, where: str, rows: bool = False) -> int:
-        """Make `value` a Python integer that is one of the ids, or with `rows` may be one of a model's rows.
+        """Return `value` as a Python integer, and check that it is one of the ids, or with `rows` at least 0.
 
-        `where` is what to call it in an error.
+        `where` names the value in an error.
         """
         try:
             token = operator.index(value)  # type: ignore[arg-type]  # takes NumPy's integers, and no float
         except TypeError:
-            raise TokenizerError(f"{where} is a {type(value).__name__}, not a whole number") from None
+            raise TokenizerError(f"{where} is a {type(value).__name__}; it must be a whole number") from None
         if token < 0 or (token >= len(self) and not rows):
-            raise TokenizerError(f"{where} is {token}, but this tokenizer has the ids 0 to {len(self) - 1}")
+            raise TokenizerError(f"{where} is {token}; the ids of this tokenizer are 0 to {len(self) - 1}")
         return token
 
     def _check_ids(self, ids: object, skip_special_tokens: bool, rows: bool = False) -> list[int]:
         if not isinstance(ids, Iterable):
-            raise TokenizerError(f"ids is a {type(ids).__name__}, not a list of ids")
+            raise TokenizerError(f"ids is a {type(ids).__name__}; it must be a list of ids")
         tokens: list[int] = list(ids)
         if set(map(type, tokens)) != {int} or min(tokens) < 0 or not (rows or max(tokens) < len(self)):
             tokens = [self._check_id(value, f"ids[{n}]", rows) for n, value in enumerate(tokens)]
@@ -543,12 +548,12 @@ class Tokenizer:
     def convert_ids_to_tokens(
         self, ids: int | Iterable[SupportsIndex], skip_special_tokens: bool = False
     ) -> str | list[str]:
-        """Name the piece of an id or of each id: U+2581 stands for a space, ``<0xC3>`` for a byte.
+        """Return the name of the piece of an id, or of each id: U+2581 stands for a space, ``<0xC3>`` for a byte.
 
         Raises
         ------
         TokenizerError
-            If the tokenizer lacks one of the ids, naming it and where it stands.
+            If the tokenizer lacks one of the ids; the error names the id and its place.
 
         Examples
         --------
@@ -569,7 +574,7 @@ class Tokenizer:
     def convert_tokens_to_ids(self, tokens: Iterable[str]) -> list[int]: ...
 
     def convert_tokens_to_ids(self, tokens: str | Iterable[str]) -> int | list[int]:
-        """Give the id of a piece or of each piece; `unk_token_id` for what is none.
+        """Return the id of a piece, or of each piece; `unk_token_id` for a string that is not a piece.
 
         Examples
         --------
@@ -581,7 +586,7 @@ class Tokenizer:
         return [self.convert_tokens_to_ids(token) for token in tokens]
 
     def convert_tokens_to_string(self, tokens: Sequence[str]) -> str:
-        """Join the names of pieces to the text that they stand for.
+        """Join the names of pieces into the text that they stand for.
 
         Examples
         --------
@@ -599,54 +604,54 @@ class Tokenizer:
         padding_side: str | None = None, return_tensors: str | None = None, return_attention_mask: bool | None = None,
         split_special_tokens: bool | None = None, is_split_into_words: bool = False, **others: Any,
     ) -> BatchEncoding:  # fmt: skip
-        """Turn a text, or a list of texts, into what a model takes.
+        """Turn a text, or a list of texts, into the inputs of a model.
 
         Parameters
         ----------
         text : str, or list or tuple of str
-            Kept as it is: no space is added or removed. A pair of texts may stand for one.
+            No space is added or removed. In a list, a pair of texts may take the place of a text.
         text_pair : str, or list or tuple of str
-            A second text for each, put after it: ``<bos>`` stands between the two.
+            A second text for each, put after it; ``<bos>`` separates the two.
         add_special_tokens : bool
-            Whether ``<bos>`` comes first (see `add_bos_token`). The model was trained with it, and without it says
-            little of sense.
+            If true, ``<bos>`` comes first (see `add_bos_token`). The model was trained with ``<bos>``; without it the
+            output makes little sense.
         padding : bool or {"longest", "max_length", "do_not_pad"}
-            ``True`` makes all rows as long as the longest, ``"max_length"`` as long as `max_length`.
+            ``True`` pads all rows to the longest, ``"max_length"`` to `max_length`.
         truncation : bool or {"longest_first", "only_first", "only_second", "do_not_truncate"}
-            Whether a row loses what is beyond `max_length`, but never its ``<bos>``. If it is ``None``: only if
-            `max_length` is given and nothing is padded.
+            If true, a row is cut to `max_length`, but keeps its ``<bos>``. ``None`` cuts only if `max_length` is given
+            and nothing is padded.
         max_length : int
-            In tokens, special ones included; otherwise `model_max_length`, which a released Gemma does not limit.
+            In tokens, special ones included. Default: `model_max_length`, which sets no limit in the released models.
         pad_to_multiple_of : int
-            The length of padded rows is rounded up to a multiple of it.
+            The length of padded rows is rounded up to a multiple of this number.
         padding_side : {"left", "right"}
-            Instead of the tokenizer's own. Generation goes on at the right end, so it needs ``"left"``.
+            Overrides the tokenizer's own. Generation continues at the right end, so it needs ``"left"``.
         return_tensors : {"np"}
-            Arrays of int64 with an axis for the rows, also for one text. Otherwise lists.
+            ``"np"`` returns int64 arrays with an axis for the rows, even for one text; otherwise lists are returned.
         return_attention_mask : bool
-            Whether ``attention_mask`` is returned, too: 1 for a token, 0 for padding. ``None`` is yes.
+            If true or ``None``, ``attention_mask`` is returned, too: 1 for a token, 0 for padding.
         split_special_tokens : bool
-            Whether special tokens written out in the text are plain text: say ``True`` for text from people you do not
-            trust, who could otherwise end their own turn. See the Notes of `Tokenizer`.
+            If true, special tokens written out in the text are plain text. Set it for untrusted text, whose author
+            could otherwise end their own turn: see the Notes of `Tokenizer`.
         is_split_into_words : bool
-            Whether a text is a list of words, which are encoded one by one: no space is put between them, and
+            If true, a text is a list of words. They are encoded one by one, without spaces between them, and
             `BatchEncoding.word_ids` numbers them.
         **others
             ``return_overflowing_tokens`` with `stride`, ``return_offsets_mapping``, ``return_special_tokens_mask``,
-            ``return_token_type_ids`` and ``return_length``, as in transformers. What else it takes is refused with the
-            reason, unless it asks for nothing.
+            ``return_token_type_ids`` and ``return_length``, as in transformers. Its other arguments raise an error with
+            the reason, unless their value is false.
 
         Returns
         -------
         BatchEncoding
-            ``input_ids`` and ``attention_mask``: lists for a text, lists of lists for several. It knows the characters
-            of each token: `BatchEncoding.char_to_token`, `BatchEncoding.word_ids`.
+            ``input_ids`` and ``attention_mask``: lists for a text, lists of lists for several.
+            `BatchEncoding.char_to_token` and `BatchEncoding.word_ids` relate tokens to the text.
 
         Raises
         ------
         TokenizerError
-            If a text is no string, or holds half a surrogate pair, which is no character; or if what is asked for is
-            not supported or contradicts itself.
+            If a text is not a string or holds half a surrogate pair, or if arguments are not supported or contradict
+            each other.
 
         Examples
         --------
@@ -661,7 +666,7 @@ class Tokenizer:
         single = isinstance(text, str) or (is_split_into_words and not _are_lists(text))
         if not single and not (isinstance(text, list | tuple) and text):
             what = f"an empty {type(text).__name__}" if isinstance(text, list | tuple) else f"a {type(text).__name__}"
-            raise TokenizerError(f"text is {what}, not a string or a list of strings")
+            raise TokenizerError(f"text is {what}; it must be a string or a list of strings")
         layout = self._choose_layout(
             padding=padding, truncation=truncation, max_length=max_length, pad_to_multiple_of=pad_to_multiple_of,
             padding_side=padding_side, return_tensors=return_tensors, return_attention_mask=return_attention_mask,
@@ -724,7 +729,8 @@ class Tokenizer:
     def _add_special(
         self, texts: list[list[Any]], layout: Layout, add_special_tokens: bool, follows: bool
     ) -> list[list[Any]]:
-        """Cut the texts of a row, put special tokens before and after each, and join them; with the rows cut off."""
+        """Cut the texts of a row, put special tokens around each and join them; return also the rows that were cut
+        off."""
         before, after = ([*self._before], [*self._after]) if add_special_tokens else ([], [])
         rows = []
         for row in layout.cut(texts, (len(before) + len(after)) * len(texts)):
@@ -740,8 +746,8 @@ class Tokenizer:
         return rows
 
     def _choose_layout(self, **given: Any) -> Layout:
-        """Check the arguments and put in what the tokenizer itself says."""
-        known = {f.name for f in fields(Layout)} - {"truncation_side"}  # which only a tokenizer has
+        """Check the arguments and add the tokenizer's own settings."""
+        known = {f.name for f in fields(Layout)} - {"truncation_side"}  # only the tokenizer sets it
         refuse({name: value for name, value in given.items() if name not in known})
         chosen = {name: value for name, value in given.items() if name in known and value is not None}
         needs_length = chosen.get("truncation") or chosen.get("padding") == "max_length"
@@ -757,12 +763,12 @@ class Tokenizer:
         max_length: int | None = None, pad_to_multiple_of: int | None = None, padding_side: str | None = None,
         return_attention_mask: bool | None = None, return_tensors: str | None = None, verbose: bool = True,
     ) -> BatchEncoding:  # fmt: skip
-        """Pad rows of ids that were encoded before, with their masks and whatever else they have.
+        """Pad rows of ids that were encoded before, with their masks and other entries.
 
         Parameters
         ----------
         encoded_inputs : mapping, or sequence of mappings
-            ``input_ids`` and so on of one row or several; or one mapping a row.
+            ``input_ids`` and other entries of one row or several, or one mapping for each row.
         padding, max_length, pad_to_multiple_of, padding_side, return_attention_mask, return_tensors
             As in calling the tokenizer.
         verbose : bool
@@ -771,7 +777,7 @@ class Tokenizer:
         Raises
         ------
         TokenizerError
-            If there are no ``input_ids``, or arrays cannot be made of them.
+            If there are no ``input_ids``, or they cannot become arrays.
 
         Examples
         --------
@@ -784,7 +790,7 @@ class Tokenizer:
             rows = list(encoded_inputs)
             columns = {name: [_to_lists(row[name]) for row in rows] for name in (rows[0] if rows else ())}
         if not columns.get("input_ids"):
-            raise TokenizerError(f"encoded_inputs has no input_ids, only {', '.join(columns) or 'nothing'}")
+            raise TokenizerError(f"encoded_inputs has no input_ids; it has {', '.join(columns) or 'no entries'}")
         layout = self._choose_layout(
             padding=padding, max_length=max_length, pad_to_multiple_of=pad_to_multiple_of, padding_side=padding_side,
             return_tensors=return_tensors, return_attention_mask=return_attention_mask, return_token_type_ids=False,
@@ -837,12 +843,12 @@ class Tokenizer:
         return_tensors: str | None = None,
         **settings: Any,
     ) -> list[int] | NDArray[np.int64]:
-        r"""Turn one text into ids: the ``input_ids`` of calling the tokenizer, which takes the same arguments.
+        r"""Turn one text into ids: the ``input_ids`` that calling the tokenizer with the same arguments returns.
 
         Raises
         ------
         TokenizerError
-            As calling the tokenizer does; and for several texts.
+            As for calling the tokenizer, and if several texts are given.
 
         Examples
         --------
@@ -857,7 +863,7 @@ class Tokenizer:
     def tokenize(
         self, text: str, pair: str | None = None, add_special_tokens: bool = False, **settings: Any
     ) -> list[str]:
-        """Turn one text into the names of its pieces, to show to people; an added token is named as it is written.
+        """Turn one text into the names of its pieces, for display; an added token is named as it is written.
 
         Examples
         --------
@@ -884,28 +890,29 @@ class Tokenizer:
         self, token_ids: SupportsIndex | Iterable[SupportsIndex] | Iterable[Iterable[SupportsIndex]],
         skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None,
     ) -> str | list[str]:  # fmt: skip
-        """Turn ids into text. Bytes in a row that are no UTF-8 become U+FFFD, one for each, whole characters too.
+        """Turn ids into text.
 
-        A model may have more rows than there are tokens; the ids of such rows stand for no text, as in transformers.
+        If a run of byte pieces is not valid UTF-8, each of its bytes becomes U+FFFD, even those of whole characters. A
+        model may have more rows than the tokenizer has tokens; the ids of these rows give no text, as in transformers.
 
         Parameters
         ----------
         token_ids : int, iterable of int, or of such iterables
             An id, a row, or several rows; lists or arrays.
         skip_special_tokens : bool
-            Leave out `all_special_tokens`; otherwise they are written out.
+            If true, `all_special_tokens` are left out; otherwise they are written out.
         clean_up_tokenization_spaces : bool
-            ``True`` has no effect but a warning, as in transformers: Gemma's spaces belong to the text.
+            ``True`` only warns, as in transformers: Gemma's spaces belong to the text.
 
         Returns
         -------
         str or list of str
-            A text a row.
+            One text for each row.
 
         Raises
         ------
         TokenizerError
-            If one of the ids is negative or no number, naming it and where it stands.
+            If an id is negative or not a number; the error names the id and its place.
 
         Notes
         -----
@@ -938,7 +945,7 @@ class Tokenizer:
         skip_special_tokens: bool = False,
         clean_up_tokenization_spaces: bool | None = None,
     ) -> list[str]:
-        """Turn rows of ids into texts: `decode`, but always a list.
+        """Turn rows of ids into texts, as `decode` does, but always return a list.
 
         Examples
         --------
@@ -959,52 +966,52 @@ class Tokenizer:
         return_dict: bool = True, return_assistant_tokens_mask: bool = False, truncation: bool | str = False,
         tokenizer_kwargs: Mapping[str, Any] | None = None, **settings: Any,
     ) -> Any:  # fmt: skip
-        r"""Write a conversation as the chat template does, and turn it into ids.
+        r"""Write a conversation with the chat template, and turn it into ids.
 
-        Gemma's text begins with ``<bos>``, and no second one is added to its ids. Do not `encode` the text yourself:
-        that would add one, unless you say ``add_special_tokens=False``.
+        Gemma's template begins with ``<bos>``, so no second one is added. If you `encode` the text yourself, set
+        ``add_special_tokens=False``; otherwise `encode` adds a second ``<bos>``.
 
         Parameters
         ----------
         conversation : sequence of mapping, or several of them
-            Each mapping with ``"role"`` and ``"content"``. In Gemma 2's template the roles alternate and begin with
-            ``"user"``; the other is ``"assistant"``, which the template writes ``model``, or ``"model"`` itself.
-            Content loses its outer white space.
+            Each mapping has ``"role"`` and ``"content"``. In Gemma 2's template the roles alternate, beginning with
+            ``"user"``; the other role is ``"assistant"`` or ``"model"``, and the template writes ``model`` for both.
+            White space around the content is removed.
         tools, documents : sequence of mapping
-            For a template that has them: JSON schemas of functions, or the functions themselves, and texts.
+            For a template that uses them: JSON schemas of functions, or the functions themselves, and texts.
         chat_template : str
-            A template in Jinja's language, or the name of one of several that the tokenizer has.
+            A Jinja template, or the name of one of the tokenizer's templates.
         add_generation_prompt : bool
-            Whether the text ends where the model is to speak.
+            If true, the text ends with the beginning of the model's turn.
         continue_final_message : bool or str
-            Whether the text ends within the last message; a string names which entry of it.
+            If true, the text ends within the last message; a string names the entry of that message to continue.
         tokenize : bool
-            ``False`` gives the text, to look at.
+            ``False`` returns the text instead of ids.
         sanitize_control_tokens : bool
-            Whether special tokens written out in the contents are plain text, and only the template's own count. Say
-            ``True`` unless you trust all who wrote the contents: see the Notes of `Tokenizer`.
+            If true, special tokens written out in the contents are plain text; only those of the template keep their
+            effect. Set it unless you trust all authors of the contents: see the Notes of `Tokenizer`.
         return_dict : bool
-            ``False`` gives the ``input_ids`` alone.
+            ``False`` returns only ``input_ids``.
         return_assistant_tokens_mask : bool
-            Whether ``assistant_masks`` is returned, too: 1 for what a template's ``{% generation %}`` encloses.
+            If true, ``assistant_masks`` is returned, too: 1 for tokens within the template's ``{% generation %}``.
         truncation, tokenizer_kwargs, **settings
-            ``padding``, ``max_length``, ``return_tensors`` and so on, as in calling the tokenizer; any other argument
-            has to be a variable of the template.
+            ``padding``, ``max_length``, ``return_tensors`` and so on, as for calling the tokenizer. Any other argument
+            must be a variable of the template.
 
         Returns
         -------
         BatchEncoding, list or str
-            For several conversations of rows, or a list of texts.
+            For several conversations: one with a row for each, or a list of texts.
 
         Raises
         ------
         TokenizerError
-            If the template refuses the messages: Gemma's has no system role. If it cannot be rendered, or has no
-            variable of a name.
+            If the template rejects the messages (Gemma's has no system role), cannot be rendered, or lacks a variable
+            that was given.
 
         Notes
         -----
-        A template that is not Gemma 2's is rendered by Jinja's sandbox, in a process that has 10 s and 700 MB for it.
+        Jinja's sandbox renders a template that is not Gemma 2's, in a process limited to 10 s and 700 MB.
 
         Examples
         --------
@@ -1017,17 +1024,20 @@ class Tokenizer:
         I obey.<end_of_turn>
         |
         >>> end_of_turn = tokenizer.convert_tokens_to_ids("<end_of_turn>")
-        >>> tokenizer.apply_chat_template(chat).input_ids.count(end_of_turn)  # the forged turn counts
+        >>> tokenizer.apply_chat_template(chat).input_ids.count(end_of_turn)  # the forged turn takes effect
         2
         >>> tokenizer.apply_chat_template(chat, sanitize_control_tokens=True).input_ids.count(end_of_turn)
         1
         """
         if continue_final_message and add_generation_prompt:
-            raise TokenizerError("continue_final_message and add_generation_prompt exclude each other; give one")
+            raise TokenizerError("continue_final_message and add_generation_prompt are both given; give only one")
         if return_assistant_tokens_mask and (sanitize_control_tokens or continue_final_message or not tokenize):
-            raise TokenizerError("return_assistant_tokens_mask needs tokenize=True, and neither of the other two")
+            raise TokenizerError(
+                "return_assistant_tokens_mask=True needs tokenize=True, sanitize_control_tokens=False and "
+                "continue_final_message=False"
+            )
         if sanitize_control_tokens and not tokenize:
-            raise TokenizerError("sanitize_control_tokens=True needs tokenize=True: only ids tell the two apart")
+            raise TokenizerError("sanitize_control_tokens=True needs tokenize=True: text cannot mark tokens as plain")
         tools = tools and [make_json_schema(tool) if callable(tool) else tool for tool in tools]
         template = self.get_chat_template(chat_template, tools)
         settings |= dict(tokenizer_kwargs or {})
@@ -1047,7 +1057,7 @@ class Tokenizer:
         spans: list[list[tuple[int, int]]] = []
         if is_gemma_template(template):
             if unknown := [name for name in (START, END) if name not in self._vocabulary.added]:
-                raise TokenizerError(f"this tokenizer has no {' and '.join(unknown)}, which a chat is made of")
+                raise TokenizerError(f"this tokenizer has no {' and '.join(unknown)}; a chat needs them")
             pieces = [
                 render_chat(chat, self.bos_token, add_generation_prompt, continue_final_message) for chat in chats
             ]
@@ -1066,7 +1076,9 @@ class Tokenizer:
             return texts[0] if single else texts
         if sanitize:
             if layout.follows or layout.return_overflowing_tokens:
-                raise TokenizerError("with sanitize_control_tokens=True there are input_ids and attention_mask alone")
+                raise TokenizerError(
+                    "sanitize_control_tokens=True returns only input_ids and attention_mask; leave out the others"
+                )
             encoding = layout.batch([layout.cut([row])[0][0] for row in rows], self.pad_token_id)
             if layout.return_tensors is not None:
                 encoding = to_arrays(encoding)
@@ -1084,7 +1096,7 @@ class Tokenizer:
         return encoding if return_dict else encoding["input_ids"]
 
     def get_chat_template(self, chat_template: str | None = None, tools: Any = None) -> str:
-        """Return the chat template that `apply_chat_template` takes: one of several by its name, or the default.
+        """Return the chat template that `apply_chat_template` uses: the one with the given name, or the default.
 
         Examples
         --------
@@ -1094,9 +1106,9 @@ class Tokenizer:
         return choose_template(self.chat_template, chat_template, tools)
 
     def _sanitize(self, piece: str) -> list[int]:
-        """Encode a marker of the template by its id, and what stands between two of them as plain text.
+        """Encode a marker of the template as its id, and the text between two markers as plain text.
 
-        As in transformers, a special token written out there is encoded on its own, apart from what is beside it.
+        As in transformers, a special token written out in that text is encoded separately from the text beside it.
         """
         control = {name: self._vocabulary.ids[name] for name in (*self._vocabulary.special, START, END)}
         if piece in control:
@@ -1107,7 +1119,7 @@ class Tokenizer:
         return [token for row in rows for token in row]
 
     def _control_pattern(self, template: str) -> "re.Pattern[str]":
-        """Return what finds special tokens, and the added tokens that the template writes, white space apart."""
+        """Return a pattern for special tokens and the added tokens that the template writes, except white space."""
         written = "\0".join(inspect_template(template)[1])
         names = [
             name
@@ -1117,7 +1129,7 @@ class Tokenizer:
         return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
 
     def _encode_marked(self, text: str) -> list[int]:
-        """Encode a rendered chat, in which special tokens that are plain text stand between marks."""
+        """Encode a rendered chat, where marks enclose the special tokens that are plain text."""
         ids = []
         for part in re.split(f"({MARK}[^{MARK}{UNMARK}]*{UNMARK}|[{MARK}{UNMARK}])", check_text(text)):
             if part.startswith(MARK):
@@ -1134,10 +1146,12 @@ def _are_lists(text: Any) -> bool:
 def _pair_words(text: Any, text_pair: Any) -> list[list[Any]]:
     """Return the words of the one or two texts of each row."""
     if isinstance(text, str) or (text_pair is not None and _are_lists(text) != _are_lists(text_pair)):
-        raise TokenizerError("is_split_into_words=True needs a list of words, or a list of such lists; and so a pair")
+        raise TokenizerError(
+            "is_split_into_words=True needs a list of words or a list of such lists, also as text_pair"
+        )
     rows, others = (text, text_pair) if _are_lists(text) else ([text], None if text_pair is None else [text_pair])
     if others is not None and len(others) != len(rows):
-        raise TokenizerError(f"text has {len(rows)} texts, and text_pair is not as many")
+        raise TokenizerError(f"text has {len(rows)} texts; text_pair must have as many")
     return [[words] for words in rows] if others is None else [[*row] for row in zip(rows, others, strict=True)]
 
 
@@ -1145,12 +1159,12 @@ def _pair_texts(text: Any, text_pair: Any) -> list[list[str]]:
     """Return the one or two texts of each row."""
     if isinstance(text, str):
         if text_pair is not None and not isinstance(text_pair, str):
-            raise TokenizerError(f"text_pair is a {type(text_pair).__name__}, and text a string")
+            raise TokenizerError(f"text_pair is a {type(text_pair).__name__}; it must be a string, as text is")
         return [[text, text_pair]] if text_pair else [[text]]
     if text_pair is None:
         return [list(one) if isinstance(one, tuple | list) and len(one) == 2 else [one] for one in text]
     if not isinstance(text_pair, list | tuple) or len(text_pair) != len(text):
-        raise TokenizerError(f"text has {len(text)} texts, and text_pair is not as many")
+        raise TokenizerError(f"text has {len(text)} texts; text_pair must be a list of as many")
     return [[one, other] for one, other in zip(text, text_pair, strict=True)]
 
 
@@ -1162,7 +1176,7 @@ def _to_lists(values: Any) -> Any:
 
 
 class AutoTokenizer:
-    """For code that was written for transformers: there is one tokenizer here.
+    """Find the tokenizer by name, for code written for transformers; refgemma has one tokenizer.
 
     Examples
     --------
@@ -1172,7 +1186,7 @@ class AutoTokenizer:
 
     @staticmethod
     def from_pretrained(name: str | Path, **settings: Any) -> Tokenizer:
-        """Make the tokenizer of a model: `Tokenizer.from_pretrained`."""
+        """Make the tokenizer of a model, as `Tokenizer.from_pretrained` does."""
         return Tokenizer.from_pretrained(name, **settings)
 
 
@@ -1180,16 +1194,16 @@ GemmaTokenizer = GemmaTokenizerFast = Tokenizer  # its names in transformers
 
 
 class TextStream:
-    """Ids in, text out, as they are generated: special tokens are left out, and no half character is ever given out.
+    """Turn ids into text as they are generated, without special tokens and without half characters.
 
-    All that `push` and `finish` return, joined, is ``tokenizer.decode(ids, skip_special_tokens=True)`` of all ids. A
-    run of byte pieces is held until it ends, since a wrong byte among them spoils the whole run; nothing else is kept,
-    so that a token costs the same however long the text is.
+    The returns of `push` and `finish`, joined, equal ``tokenizer.decode(ids, skip_special_tokens=True)`` of all ids. A
+    run of byte pieces is held until it ends, because one wrong byte invalidates the whole run. Nothing else is kept, so
+    the cost per token does not depend on the length of the text.
 
     Parameters
     ----------
     tokenizer : Tokenizer
-        What the ids belong to.
+        The tokenizer of the ids.
 
     Examples
     --------
@@ -1206,12 +1220,12 @@ class TextStream:
         self._held: list[int] = []  # byte pieces
 
     def push(self, token: SupportsIndex) -> str:
-        """Take the next id and return the text that became certain: ``""`` while bytes come in.
+        """Take the next id and return the text that is complete: ``""`` within a run of byte pieces.
 
         Raises
         ------
         TokenizerError
-            If the id is negative or no number.
+            If the id is negative or not a number.
         """
         checked = self._tokenizer._check_id(token, "token", rows=True)
         if checked in self._tokenizer._vocabulary.skipped:
@@ -1220,6 +1234,6 @@ class TextStream:
         return "" if self._tokenizer._vocabulary.is_byte(checked) else self.finish()
 
     def finish(self) -> str:
-        """Return what is left when no id follows."""
+        """Return the text of the held byte pieces, after the last id."""
         ready, self._held = self._held, []
         return self._tokenizer.decode(ready)

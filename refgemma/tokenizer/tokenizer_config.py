@@ -1,4 +1,4 @@
-"""What the files beside a tokenizer's own say. Checked against those that transformers 5.23 writes and reads."""
+"""Read the settings beside a tokenizer's file. Checked against the files that transformers 5.23 writes and reads."""
 
 import warnings
 from collections.abc import Mapping
@@ -15,8 +15,8 @@ ADDED_FILE = "added_tokens.json"
 TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_LIMIT = 1_000_000
 TOKEN_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
-RELEASED = ("<bos>", "<eos>", "<unk>", "<pad>")  # which a file of Gemma's has
-# The tokenizer of transformers that takes a tokenizer.json as it is, under its names; Gemma's has settings of its own.
+RELEASED = ("<bos>", "<eos>", "<unk>", "<pad>")  # the names in Gemma's files
+# Names of the transformers tokenizer that uses a tokenizer.json as it is; Gemma's classes have settings of their own.
 PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 GEMMA_CLASSES = ("GemmaTokenizer", "GemmaTokenizerFast")
 # The parameters of `Tokenizer` that a tokenizer_config.json may give.
@@ -34,7 +34,7 @@ WITHOUT_EFFECT = (
 
 
 def _unwrap(token: Any) -> Any:
-    """Return the piece itself, where a configuration writes it with its properties."""
+    """Return the text of a token that a configuration writes with its properties; other values stay."""
     return token["content"] if isinstance(token, dict) and "content" in token else token
 
 
@@ -43,7 +43,7 @@ def _read_if_there(path: Path) -> dict[str, Any]:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """Read what ``tokenizer_config.json`` and the files of chat templates, if there, give to `Tokenizer`."""
+    """Read the parameters of `Tokenizer` from ``tokenizer_config.json`` and the chat template files, if present."""
     config = _read_if_there(folder / CONFIG_FILE)
     if "added_tokens_decoder" not in config:
         config |= _read_if_there(folder / "special_tokens_map.json")
@@ -53,15 +53,15 @@ def read_settings(folder: Path) -> dict[str, Any]:
     if isinstance(extra, dict):
         extra = list(extra.values())
     if not isinstance(extra, list):
-        raise TokenizerError(f"{folder / CONFIG_FILE}: its special tokens are no list: {quote(extra)}")
+        raise TokenizerError(f"{folder / CONFIG_FILE}: the special tokens are {quote(extra)}; they must be a list")
     named = [value for name, value in config.items() if name.endswith("_token") and name not in SETTINGS]
     extra = [_unwrap(token) for token in [*(value for value in named if isinstance(_unwrap(value), str)), *extra]]
     settings["extra_special_tokens"] = extra
     settings |= _read_added_tokens(folder, config)
     if (name := config.get("tokenizer_class")) not in (None, *PLAIN_CLASSES, *GEMMA_CLASSES):
         warnings.warn(
-            f"{folder / CONFIG_FILE}: tokenizer_class is {quote(name)}; this is read as Gemma's tokenizer, of which "
-            "transformers may make another; set it to GemmaTokenizer",
+            f"{folder / CONFIG_FILE}: tokenizer_class is {quote(name)}; refgemma reads it as Gemma's tokenizer, but "
+            "transformers may not; set it to GemmaTokenizer",
             stacklevel=4,
         )
     settings["is_plain"] = name in PLAIN_CLASSES
@@ -71,7 +71,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def _read_added_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, dict[int, AddedToken]]:
-    """Return the added tokens by their ids that a file beside the tokenizer's own declares, or else lists."""
+    """Return the added tokens by id: those that the configuration declares, or else those that another file lists."""
     where, kind = f"{folder / CONFIG_FILE}: its added tokens", "added_tokens"
     found = config.get("added_tokens_decoder")
     if found is None:
@@ -82,22 +82,24 @@ def _read_added_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, dic
         listed = _read_if_there(folder / ADDED_FILE)
         found = {str(token): {"content": name, "special": name in special} for name, token in listed.items()}
     if not isinstance(found, dict):
-        raise TokenizerError(f"{where} are no mapping from ids: {quote(found)}")
+        raise TokenizerError(f"{where} are {quote(found)}; they must be a mapping from ids to tokens")
     try:
         return {kind: {int(token): read_added_token(value) for token, value in found.items()}}
     except (ValueError, TypeError) as error:
-        reason = str(error) if isinstance(error, TokenizerError) else "have an id that is no number"
+        reason = str(error) if isinstance(error, TokenizerError) else "an id is not a whole number"
         raise TokenizerError(f"{where}: {reason}") from None
 
 
 def _read_templates(folder: Path, configured: Any) -> Any:
-    """Return the chat template, or several by name; a file of its own goes before the configuration."""
+    """Return the chat template, or several by name; a separate file has priority over the configuration."""
     named = {}
     if isinstance(configured, list):
         try:
             configured = {entry["name"]: entry["template"] for entry in configured}
         except (KeyError, TypeError):
-            raise TokenizerError(f"{folder / CONFIG_FILE}: its chat_template is {quote(configured)}") from None
+            raise TokenizerError(
+                f"{folder / CONFIG_FILE}: chat_template is {quote(configured)}; each entry needs a name and a template"
+            ) from None
     files = [folder / TEMPLATE_FILE, *sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))]
     for path in files:
         if path.exists():
@@ -113,4 +115,4 @@ def _read_text(path: Path) -> str:
     except OSError as error:
         raise TokenizerError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise TokenizerError(f"{path}: is not text in UTF-8: {error}") from None
+        raise TokenizerError(f"{path}: is not UTF-8 text: {error}") from None

@@ -1,5 +1,5 @@
-"""A ``tokenizer.json`` of Gemma's kind, read and written. Checked against the tokenizers library 0.23, which reads what
-is written here, and whose ids and texts of the released file are those of what is read here."""
+"""Read and write a ``tokenizer.json`` of Gemma's kind. Checked against the tokenizers library 0.23: it reads the files
+written here, and its ids and texts from the released file equal those found here."""
 
 import json
 from collections import Counter
@@ -39,22 +39,20 @@ MODEL = {
     "fuse_unk": True, "byte_fallback": True, "ignore_merges": False,
 }  # fmt: skip
 # Ends the error about merges that are not those of all pairs of pieces.
-OTHERS = ": it is not made from a SentencePiece model, as Gemma's is; use the tokenizers library, and give the ids"
+OTHERS = ": it was not made from a SentencePiece model, as Gemma's is; encode with the tokenizers library and give ids"
 
 
 def read_tokenizer_json(name: str, content: bytes) -> TokenizerFile:
-    """Read a ``tokenizer.json``: a SentencePiece model of the same pieces, whose scores are the order of its merges.
+    """Read a ``tokenizer.json`` as a SentencePiece model of the same pieces, whose scores are the order of the merges.
 
     Raises
     ------
     TokenizerError
-        If it is no such file, or its tokenizer is not of Gemma's kind: one line that names the part.
+        If it is not such a file, or its tokenizer is not of Gemma's kind; the error names the part in one line.
     """
     try:
         if len(content) > JSON_LIMIT:
-            raise RefgemmaError(
-                f"is {len(content)} bytes long, and no JSON file of a model is longer than {JSON_LIMIT}"
-            )
+            raise RefgemmaError(f"is {len(content)} bytes long; a model's JSON file has at most {JSON_LIMIT}")
         found = parse_object(content)
         _check_kind(found)
         model = found["model"]
@@ -72,36 +70,36 @@ def read_tokenizer_json(name: str, content: bytes) -> TokenizerFile:
 
 
 def _check_kind(found: Mapping[str, Any]) -> None:
-    """Refuse what does not cut or join text as Gemma's tokenizer does."""
+    """Raise an error unless the file cuts and joins text as Gemma's tokenizer does."""
     model = found.get("model")
     if not isinstance(model, dict):
-        raise TokenizerError("has no model; it is no tokenizer.json")
+        raise TokenizerError("has no model; it is not a tokenizer.json")
     for part, value, known in (
         ("normalizer", found.get("normalizer"), (NORMALIZER,)),
         ("pre_tokenizer", found.get("pre_tokenizer"), (PRE_TOKENIZER, None)),
         ("decoder", found.get("decoder"), (DECODER,)),
     ):
         if value not in known:
-            raise TokenizerError(f"its {part} is {quote(value)}, which is not Gemma's; it is another model's tokenizer")
+            raise TokenizerError(f"the {part} is {quote(value)}, which is not Gemma's; give Gemma's tokenizer.json")
     for key, value in MODEL.items():
         given = model.get(key, value)
         if key == "byte_fallback" or (key == "unk_token" and (given is None or isinstance(given, str))):
             continue
         if given != value and not (key.endswith("fix") and given == ""):
-            raise TokenizerError(f"its model's {key} is {quote(given)}, and Gemma's {value!r}; it is another model's")
+            raise TokenizerError(f"the model's {key} is {quote(given)}; it must be {value!r}, as in Gemma's tokenizer")
 
 
 def _read_ids(model: Mapping[str, Any]) -> dict[str, int]:
-    """Return the vocabulary, whose ids have to be 0, 1, 2, ... in any order."""
+    """Return the vocabulary; its ids must be 0, 1, 2, ... in any order."""
     ids = model.get("vocab")
     if not isinstance(ids, dict) or not ids or len(ids) > PIECES_LIMIT:
-        raise TokenizerError("its model has no vocab")
+        raise TokenizerError(f"the model's vocab must be an object with 1 to {PIECES_LIMIT} pieces")
     if {type(token) for token in ids.values()} != {int} or sorted(ids.values()) != list(range(len(ids))):
-        raise TokenizerError(f"the ids of its vocab are not 0 to {len(ids) - 1}, each once")
+        raise TokenizerError(f"the ids of the vocab must be 0 to {len(ids) - 1}, each once")
     try:
         "".join(ids).encode()
     except UnicodeEncodeError:
-        raise TokenizerError("a piece of its vocab holds half a surrogate pair, which is no character") from None
+        raise TokenizerError("a piece of the vocab holds half a surrogate pair, which is not a character") from None
     return ids
 
 
@@ -112,15 +110,15 @@ def _read_added(found: Mapping[str, Any]) -> list[tuple[int, AddedToken]]:
         isinstance(entry, dict) and type(entry.get("id")) is int and isinstance(entry.get("content"), str)
         for entry in entries
     ):
-        raise TokenizerError("its added_tokens are no list of tokens with an id and a content")
+        raise TokenizerError("added_tokens must be a list of tokens, each with an id and a content")
     return [(entry["id"], read_added_token(entry)) for entry in entries if entry["content"]]
 
 
 def _read_merges(model: Mapping[str, Any]) -> list[str]:
-    """Return the merges as two pieces with a space between: they are written as such, or as pairs."""
+    """Return the merges as two pieces with a space between; a file writes them so, or as pairs."""
     merges = model.get("merges")
     if not isinstance(merges, list):
-        raise TokenizerError("its model has no merges")
+        raise TokenizerError("the model has no list of merges")
     found = []
     for merge in merges:
         try:
@@ -128,36 +126,36 @@ def _read_merges(model: Mapping[str, Any]) -> list[str]:
         except TypeError:
             found.append("")
         if found[-1].count(" ") != 1:
-            raise TokenizerError(f"one of its merges is {quote(merge)}, not two pieces")
+            raise TokenizerError(f"one of the merges is {quote(merge)}; it must be two pieces")
     return found
 
 
 def _rank_merges(model: Mapping[str, Any], ids: Mapping[str, int], added: Iterable[AddedToken]) -> dict[str, int]:
-    """Return the pieces that merges make, each with its place in their order.
+    """Return the pieces that merges make, each with its place in the order of the merges.
 
-    SentencePiece joins any two pieces that make a third, so of each piece the merges have to be all that there are, one
-    after another. They need not be all if the piece is always found in the text before.
+    SentencePiece joins any two pieces that make a third. So the file must list all possible merges of each piece, one
+    after another. They need not be complete for a piece that is always found in the text first.
     """
     merges = _read_merges(model)
     wholes = [merge.replace(" ", "") for merge in merges]
     ranks = {whole: place for place, whole in enumerate(dict.fromkeys(wholes))}
     parts = {part for merge in merges for part in merge.split(" ")}
     if unknown := (parts | ranks.keys()) - ids.keys():
-        raise TokenizerError(f"its merges have the piece {quote(min(unknown))}, which is not in its vocab")
+        raise TokenizerError(f"the merges have the piece {quote(min(unknown))}, which is not in the vocab")
     turns = Counter(whole for whole, _ in groupby(wholes))  # in runs of one character, the order does not matter
     if len(set(merges)) < len(merges) or any(turns[whole] > 1 < len(set(whole)) for whole in turns):
-        raise TokenizerError(f"the merges of a piece do not follow one another, each once{OTHERS}")
+        raise TokenizerError(f"the merges of each piece must follow one another, each once{OTHERS}")
     unmade = {token.content for token in added if len(token.content) > 1 and token.content not in ranks}
     first = {token.content for token in added if not token.single_word and SPACE not in token.content}
     free = ids.keys() - BYTES.keys() - unmade
     lacking = _find_lacking(merges, free, free)
     if found := _find_lacking(merges, free - first, lacking - first):
-        raise TokenizerError(f"it lacks a merge that makes {quote(min(found))}{OTHERS}")
+        raise TokenizerError(f"a merge that makes {quote(min(found))} is missing{OTHERS}")
     return {piece: place for piece, place in ranks.items() if piece not in lacking & first}
 
 
 def _find_lacking(merges: Iterable[str], free: set[str], pieces: set[str]) -> set[str]:
-    """Return the `pieces` that lack one of the merges which pieces among `free` allow for."""
+    """Return the `pieces` for which the merges lack a pair of pieces among `free`."""
     if not pieces:
         return set()
     numbers = Counter([merge.replace(" ", "") for merge in merges if free.issuperset(merge.split(" "))])
@@ -175,7 +173,7 @@ def _find_lacking(merges: Iterable[str], free: set[str], pieces: set[str]) -> se
 def _make_pieces(
     ids: Mapping[str, int], ranks: Mapping[str, int], added: Iterable[AddedToken], unk: str | None
 ) -> list[Piece]:
-    """Return the pieces by their ids: text can only give those that merges make, and single characters and bytes."""
+    """Return the pieces by id: a text gives only pieces that merges make, single characters and bytes."""
     kinds = dict.fromkeys(BYTES, BYTE) | {unk or "<unk>": UNKNOWN}
     for token in added:
         if token.content not in ranks and len(token.content) > 1:
@@ -188,12 +186,12 @@ def _make_pieces(
         score = -float(ranks.get(name, len(ranks) + 1)) if kind == NORMAL else 0.0
         pieces[number] = Piece("<0x09>" if name == "\t" and kind == BYTE else name, score, kind)
     if sum(piece.type == UNKNOWN for piece in pieces) != 1:
-        raise TokenizerError(f"its vocab has no {unk or '<unk>'}; it is not Gemma's tokenizer")
+        raise TokenizerError(f"the vocab has no {unk or '<unk>'}; it is not Gemma's tokenizer")
     return pieces
 
 
 def _read_settings(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the post-processor adds, and on which side texts are padded and cut."""
+    """Return the tokens that the post-processor adds, and the sides where texts are padded and cut."""
     settings: dict[str, Any] = {"before": [], "after": []}
     for key, name in (("padding", "padding_side"), ("truncation", "truncation_side")):
         if isinstance(given := found.get(key), dict) and isinstance(side := given.get("direction"), str):
@@ -203,7 +201,7 @@ def _read_settings(found: Mapping[str, Any]) -> dict[str, Any]:
         return settings
     single = _read_template(processor, "single")
     if "A" not in single or single.index("A") > 1 or len(single) - single.index("A") > 2:
-        raise TokenizerError(f"its post_processor writes {quote(single)}, not <bos>, a text and <eos>")
+        raise TokenizerError(f"the post_processor writes {quote(single)}; it must write <bos>, a text and <eos>")
     place = single.index("A")
     settings["before"], settings["after"] = single[:place], single[place + 1 :]
     return settings
@@ -220,7 +218,7 @@ def _read_template(processor: Any, name: str) -> list[str]:
         if not all(isinstance(part, str) for part in parts):
             raise TypeError
     except (KeyError, TypeError, IndexError):
-        raise TokenizerError(f"its post_processor is {quote(processor)}, which is not Gemma's") from None
+        raise TokenizerError(f"the post_processor is {quote(processor)}; it must be a TemplateProcessing") from None
     return parts
 
 
@@ -228,9 +226,9 @@ def _read_template(processor: Any, name: str) -> list[str]:
 
 
 def write_tokenizer_json(vocabulary: Vocabulary, before: Sequence[str], after: Sequence[str]) -> bytes:
-    """Return a ``tokenizer.json`` of which the tokenizers library gives the same ids.
+    """Return a ``tokenizer.json`` with which the tokenizers library gives the same ids.
 
-    `before` and `after` are the tokens that stand before and after a text.
+    `before` and `after` are the tokens before and after a text.
     """
     found = parse_object(vocabulary.file.content) if vocabulary.file.is_json else _make_json(vocabulary)
     found["added_tokens"] = [
@@ -257,7 +255,7 @@ def _write_template(before: Sequence[str], text: str, after: Sequence[str], type
 
 
 def _make_json(vocabulary: Vocabulary) -> dict[str, Any]:
-    """Make a tokenizer.json of a SentencePiece model: of each piece all pairs that make it, the highest score first."""
+    """Make a tokenizer.json from a SentencePiece model: all pairs that make each piece, the highest score first."""
     names = vocabulary.names[: vocabulary.base]
     scores = {
         name: float(len(name)) if piece.type == USER_DEFINED else piece.score

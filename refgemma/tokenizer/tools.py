@@ -1,4 +1,4 @@
-"""JSON schemas of Python functions, for chat templates with tools. Checked against transformers' `get_json_schema`."""
+"""Make JSON schemas of Python functions, for chats with tools. Checked against transformers' `get_json_schema`."""
 
 import inspect
 import json
@@ -26,7 +26,7 @@ def make_json_schema(function: Callable[..., Any]) -> dict[str, Any]:
     Raises
     ------
     TokenizerError
-        If an argument has no description, no annotation or one that JSON has no type for.
+        If an argument lacks a description or an annotation, or JSON has no type for its annotation.
 
     Examples
     --------
@@ -55,7 +55,7 @@ def make_json_schema(function: Callable[..., Any]) -> dict[str, Any]:
                 description = description[: choices.start()].strip()
             schema["description"] = description
     except (TokenizerError, NameError, TypeError, ValueError) as error:
-        raise TokenizerError(f"tools: the function {name} {error}; or give its JSON schema as a dict") from None
+        raise TokenizerError(f"tools: the function {name} {error}; add it, or give the JSON schema as a dict") from None
     found = DESCRIPTION.search(text)
     schema = {"name": name, "description": found and found[1].strip(), "parameters": parameters}
     if result is not None:
@@ -73,13 +73,13 @@ def _read_arguments(text: str) -> dict[str, str]:
 
 
 def _describe_parameters(function: Callable[..., Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Return the schema of the parameters, and that of the result if JSON has its type."""
+    """Return the schema of the parameters, and that of the result if JSON has a type for it."""
     given, hints = inspect.signature(function).parameters, get_type_hints(function)
     names = list(given)
     if names and names[0] in ("self", "cls") and names[0] not in hints:
         del names[0]
     if bare := [name for name in names if name not in hints]:
-        raise TokenizerError(f"has no type annotation of {bare[0]}")
+        raise TokenizerError(f"has no type annotation for {bare[0]}")
     schema: dict[str, Any] = {"type": "object", "properties": {name: _describe_type(hints[name]) for name in names}}
     if required := [name for name in names if given[name].default is inspect.Parameter.empty]:
         schema["required"] = required
@@ -107,7 +107,7 @@ def _describe_type(hint: Any) -> dict[str, Any]:
         return {"type": "object", "additionalProperties": _describe_type(inner[1])}
     if origin in (Union, UnionType):
         return _describe_union(inner)
-    raise TokenizerError(f"has the type annotation {hint!r}, which is none of JSON")
+    raise TokenizerError(f"has the type annotation {hint!r}, which has no JSON type")
 
 
 def _describe_union(inner: tuple[Any, ...]) -> dict[str, Any]:
@@ -124,6 +124,6 @@ def _describe_union(inner: tuple[Any, ...]) -> dict[str, Any]:
 
 def _describe_values(values: list[Any]) -> dict[str, Any]:
     if unknown := [value for value in values if type(value) not in SCALARS]:
-        raise TokenizerError(f"may be given {unknown[0]!r}, which is no value of JSON")
+        raise TokenizerError(f"may be given {unknown[0]!r}, which JSON cannot write")
     names = list(dict.fromkeys(SCALARS[type(value)] for value in values))
     return {"type": names[0] if len(names) == 1 else names, "enum": values}

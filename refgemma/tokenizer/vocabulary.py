@@ -1,5 +1,5 @@
-"""The pieces of a Gemma tokenizer: plain text to ids, ids to pieces, ids to text. Checked against what the tokenizers
-library makes of the released ``tokenizer.json``."""
+"""The pieces of a Gemma tokenizer: plain text to ids, ids to pieces, ids to text. Checked against the results of the
+tokenizers library with the released ``tokenizer.json``."""
 
 import warnings
 from collections.abc import Iterable, Sequence
@@ -29,12 +29,11 @@ BYTES = {f"<0x{byte:02X}>": byte for byte in range(256)}  # the pieces of bytes
 
 @dataclass(frozen=True)
 class TokenizerFile:
-    """What a ``tokenizer.model`` or a ``tokenizer.json`` says.
+    """The content of a ``tokenizer.model`` or a ``tokenizer.json``.
 
-    `content` is the file, `pieces` and `rest` make its SentencePiece model, `added` are the tokens that are found in a
-    text first, with the ids that the file gives them, `settings` are those of
-    `refgemma.tokenizer.tokenizer.Tokenizer`, and `has_tab` says whether the piece of byte 9 is a tab, as in the
-    released ``tokenizer.json``.
+    `content` is the file; `pieces` and `rest` make its SentencePiece model. `added` are the tokens that are found in a
+    text first, with their ids in the file. `settings` are those of `refgemma.tokenizer.tokenizer.Tokenizer`. `has_tab`
+    is true if the piece of byte 9 is a tab, as in the released ``tokenizer.json``.
     """
 
     name: str
@@ -47,7 +46,7 @@ class TokenizerFile:
 
     @property
     def is_json(self) -> bool:
-        """Whether the content is a ``tokenizer.json``."""
+        """True if the content is a ``tokenizer.json``."""
         return self.name.endswith(".json")
 
 
@@ -57,7 +56,7 @@ def read_sentencepiece(name: str, content: bytes) -> TokenizerFile:
     Raises
     ------
     TokenizerError
-        If it is no SentencePiece model.
+        If it is not a SentencePiece model.
     """
     try:
         pieces, rest = read_model(content)
@@ -77,7 +76,7 @@ def read_bytes(path: str | Path) -> bytes:
     Raises
     ------
     TokenizerError
-        If it cannot be read, is empty or stands for another file.
+        If it cannot be read, is empty or is a Git LFS pointer.
     """
     try:
         content = read_file(path)
@@ -85,13 +84,13 @@ def read_bytes(path: str | Path) -> bytes:
         raise TokenizerError(f"{path}: cannot be read: {error.strerror}; give a Gemma tokenizer.model") from None
     if content.startswith(LFS_POINTER):
         raise TokenizerError(f"{path}: is a Git LFS pointer, not the file itself; fetch it with: git lfs pull")
-    if not content:  # SentencePiece takes no bytes for no model, and then answers every question with a default
+    if not content:  # SentencePiece accepts an empty model, and then returns defaults
         raise TokenizerError(f"{path}: is empty; download it again")
     return content
 
 
 def _decode_bytes(utf8: bytes) -> str:
-    """Return the characters of `utf8`; if it is not UTF-8, U+FFFD for each byte, as transformers does."""
+    """Return the characters of `utf8`, or U+FFFD for each byte if it is not UTF-8, as transformers does."""
     try:
         return utf8.decode()
     except UnicodeDecodeError:
@@ -107,29 +106,29 @@ def join_pieces(names: Iterable[str]) -> str:
 
 
 def check_text(text: object) -> str:
-    """Refuse what is no string, or holds half a surrogate pair, which is no character."""
+    """Raise an error if `text` is not a string, or holds half a surrogate pair, which is not a character."""
     if not isinstance(text, str):
-        raise TokenizerError(f"text is a {type(text).__name__}, not a string")
+        raise TokenizerError(f"text is a {type(text).__name__}; it must be a string")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
-        # Python reads a byte that is no UTF-8 as one of these, from the command line for instance.
-        byte = f"the byte 0x{code - 0xDC00:02X}, which is no UTF-8"
+        # Python reads a byte that is not UTF-8 as one of these, for example from the command line.
+        byte = f"the byte 0x{code - 0xDC00:02X}, which is not UTF-8"
         what = byte if 0xDC80 <= code <= 0xDCFF else "half a surrogate pair"
         raise TokenizerError(f"text: character {error.start} is U+{code:04X}, {what}") from None
     return text
 
 
 class Vocabulary:
-    """The pieces and their ids, and the added tokens, which are found in a text before it is cut into pieces.
+    """The pieces and their ids, and the added tokens, which are found before a text is cut into pieces.
 
     Parameters
     ----------
     file : TokenizerFile
-        What was read.
+        The content of the tokenizer's file.
     special : iterable of str
-        Pieces that steer the model; those that the file has become added tokens.
+        Pieces that steer the model. Those in the file become added tokens.
 
     Attributes
     ----------
@@ -138,13 +137,13 @@ class Vocabulary:
     ids : dict of str to int
         The id of each piece.
     added : dict of str to AddedToken
-        The added tokens by their text.
+        The added tokens by text.
     special : dict of str to int
         The ids of the special tokens.
     skipped : set of int
         The ids that decoding leaves out on request.
     base : int
-        Number of pieces of the file; the tokens from this id on were added to it.
+        Number of pieces of the file; higher ids are tokens that were added to it.
 
     Raises
     ------
@@ -175,12 +174,12 @@ class Vocabulary:
         self.added: dict[str, AddedToken] = {}
         self.add([token for _, token in sorted(file.added, key=lambda entry: entry[0])])
         self.add([AddedToken(name, special=True) for name in self.special if name not in self.added])
-        known = [(n, str(t), self.ids[str(t)]) for n, t in file.added if str(t)]  # an empty one is left out
+        known = [(n, str(t), self.ids[str(t)]) for n, t in file.added if str(t)]  # an empty token is left out
         moved = [f"{name} has the id {token}, not {n}" for n, name, token in known if token != n]
         if moved:
             warnings.warn(
                 f"{file.name}: {', '.join(moved[:3])}{', ...' * (len(moved) > 3)}: a piece keeps its id, and "
-                "what is no piece is added after all others, here as in transformers",
+                "a token that is not a piece is added after all others, as in transformers",
                 stacklevel=2,
             )
 
@@ -192,7 +191,7 @@ class Vocabulary:
 
     @property
     def pieces(self) -> list[Piece]:
-        """The pieces of the file and the tokens added to it, as those of one SentencePiece model."""
+        """The pieces of the file and the tokens added to it, as the pieces of one SentencePiece model."""
         more = [Piece(name, 0.0, CONTROL if name in self.special else USER_DEFINED) for name in self.names[self.base :]]
         return [
             piece._replace(type=USER_DEFINED) if piece.type == NORMAL and self._is_found(piece.name) else piece
@@ -200,36 +199,35 @@ class Vocabulary:
         ]
 
     def _is_found(self, name: str) -> bool:
-        """Tell whether a piece is an added token, and not one with a U+2581 that no space of a text stands for."""
+        """Return True if a piece is an added token that a text can contain: without a U+2581, or with one for a
+        space."""
         if name not in self.added:
             return False
         return bool(self.added[name].normalized) or SPACE not in name or not name.strip(SPACE)
 
     def _load_model(self, file: TokenizerFile) -> Any:
-        """Make the SentencePiece model that cuts what stands between added tokens, and check its conventions."""
+        """Make the SentencePiece model that cuts the text between added tokens, and check its conventions."""
         pieces = [self._change_type(piece) for piece in file.pieces]
         try:
             model = sentencepiece.SentencePieceProcessor(model_proto=write_model(pieces, file.rest))
-            # Gemma puts no space before a text and keeps every space. A model that does otherwise (SentencePiece's
-            # default) would slip a space in after each turn marker, which nobody sees in the decoded text.
+            # Gemma puts no space before a text and keeps every space. SentencePiece's default would insert a space
+            # after each turn marker, and the decoded text would not show it.
             probe = "a  b "
             spaced = join_pieces([self.names[token] for token in model.encode(probe)])
         except (RuntimeError, UnicodeError):
             raise TokenizerError(
-                f"{file.name}: is no SentencePiece model, or is cut short; download it again"
+                f"{file.name}: is not a SentencePiece model, or is truncated; download it again"
             ) from None
         if spaced != probe:
-            raise TokenizerError(
-                f"{file.name}: adds or removes spaces, which Gemma's tokenizer does not; it is another's"
-            )
+            raise TokenizerError(f"{file.name}: adds or removes spaces; give Gemma's tokenizer, which keeps all spaces")
         return model
 
     @staticmethod
     def _change_type(piece: Piece) -> Piece:
-        """Return the piece with another type if it is user-defined: SentencePiece would find it in any text.
+        """Return the piece, with another type if it is user-defined: SentencePiece would find it in any text.
 
-        No text between added tokens may give it, but for a run of one character. Runs of spaces SentencePiece has to
-        put together as the tokenizers library does: the longest piece first.
+        The text between added tokens must not give such a piece, except for a run of one character. SentencePiece must
+        join runs of spaces as the tokenizers library does: the longest piece first.
         """
         name, _, kind = piece
         if kind != USER_DEFINED:
@@ -245,10 +243,10 @@ class Vocabulary:
         return len(self.names)
 
     def add(self, tokens: Iterable[AddedToken]) -> int:
-        """Add tokens, at the end those that are no pieces; return how many were not, or had other properties.
+        """Add tokens, and return how many are new or have new properties; those that are not pieces get ids at the end.
 
-        A special token stays special. As in the tokenizers library, the name of one whose spaces are normalised has
-        U+2581 in it, and decoding then leaves it out never.
+        A special token stays special. As in the tokenizers library, normalised spaces of a token are U+2581 in its
+        name, and decoding never leaves such a token out.
         """
         number = 0
         for token in tokens:
@@ -268,20 +266,20 @@ class Vocabulary:
         return number
 
     def is_byte(self, token: int) -> bool:
-        """Tell whether `token` stands for one byte of a character that has no piece."""
+        """Return True if `token` stands for one byte of a character that has no piece."""
         return token < len(self._texts) and self._texts[token] is None
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text that `ids` stand for; special pieces are written out, and ids that there are not left out."""
+        """Return the text that `ids` stand for; special pieces are written out, and unknown ids are left out."""
         texts = self._texts
         try:
             return "".join([texts[token] for token in ids])  # type: ignore[misc]
-        except (TypeError, IndexError):  # there are bytes among them, or ids of rows that a model has for no token
+        except (TypeError, IndexError):  # some are bytes, or ids of a model's rows without a token
             known = [token for token in ids if token < len(texts)]
         return join_pieces([self.names[token] for token in known])
 
     def encode(self, text: str, leave_special: bool = False) -> list[int]:
-        """Encode `text`; with `leave_special` no special token is found in it."""
+        """Encode `text`; with `leave_special`, special tokens in it are plain text."""
         parts = self._splitter.split(text, leave_special)
         plain = [text[start:stop] for content, start, stop in parts if content is None]
         if len(plain) == len(parts) == 1:
@@ -300,12 +298,12 @@ class Vocabulary:
         return list(self._model.encode(text))
 
     def follow(self, text: str, leave_special: bool = False) -> list[tuple[int, str, int, int, int]]:
-        """Encode `text`, and follow each id back to where its characters start and end.
+        """Encode `text`, and return for each id the place of its characters.
 
         Returns
         -------
         list of tuple
-            The id, its name, which is the text itself for an added token, start, end, and the number of its part.
+            The id, its name (for an added token the text itself), start, end, and the number of its part.
         """
         found = []
         for number, (content, start, stop) in enumerate(self._splitter.split(text, leave_special)):
@@ -316,7 +314,9 @@ class Vocabulary:
             pending = 0  # bytes of the character at `start` that are still to come
             for token in self._model.encode(text[start:stop]):
                 if token == self._model.unk_id():
-                    raise TokenizerError(f"{self.file.name}: has no bytes, so unknown characters cannot be followed")
+                    raise TokenizerError(
+                        f"{self.file.name}: has no byte pieces, so unknown characters have no place in a text"
+                    )
                 name = self.names[token]
                 if self.is_byte(token):
                     pending = (pending or len(text[start].encode())) - 1

@@ -1,4 +1,4 @@
-"""The weights of a Gemma 2: what there is (`parameters`), and reading it from disk (`checkpoint`)."""
+"""The weights of a Gemma 2: their names and shapes (`parameters`), and reading them from disk (`checkpoint`)."""
 
 from refgemma.weights.checkpoint import Checkpoint, CheckpointError, Stored, StoredRows, open_checkpoint
 from refgemma.weights.parameters import LayerWeights, Rows, Weights, layer_tensors, tensor_shapes

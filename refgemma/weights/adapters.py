@@ -1,4 +1,4 @@
-"""Merges a LoRA adapter of PEFT into the weights of its base, a tensor at a time, as they are read. Checked against
+"""Merge a LoRA adapter of PEFT into the weights of its base, one tensor at a time, as they are read. Checked against
 PEFT 0.21 `merge_and_unload`: patterns, rank-stabilised, DoRA, embeddings, whole modules, single tokens."""
 
 import functools
@@ -22,7 +22,7 @@ from refgemma.weights.stored import REMEDY, CheckpointError, ComputedRows, Store
 
 ADAPTER_MODEL, PICKLED_ADAPTER = "adapter_model.safetensors", "adapter_model.bin"
 
-# Keys of adapter_config.json that say how an adapter was made or where it goes, which its tensors say again.
+# Keys of adapter_config.json that describe how an adapter was made or where it goes; the tensors show this, too.
 DESCRIPTIVE = {
     "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying", "eva_config",
     "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform", "lora_dropout",
@@ -33,9 +33,9 @@ READ = {
     "alpha_pattern", "init_lora_weights", "lora_alpha", "peft_type", "r", "rank_pattern", "trainable_token_indices",
     "lora_bias", "use_dora", "use_rslora",
 }  # fmt: skip
-INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # the others change the base before the adapter is added
+INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # all others change the base before the adapter is added
 
-# A pattern is a regular expression of a stranger's: with few repetitions, none inside another, it cannot take long.
+# A pattern is an untrusted regular expression; with few repetitions, none inside another, it cannot take long.
 PATTERN_LIMIT, REPETITIONS = 200, 3
 
 Delta: TypeAlias = Callable[[Array, Any, str], Array]
@@ -49,8 +49,8 @@ TENSOR = re.compile(
 
 HALF_PRECISIONS = ("bfloat16", "float16")
 TOKEN_INDICES = "token_adapter.trainable_tokens_delta"  # rows of an embedding
-BASE = ("base_layer.weight", "base_layer.bias")  # of the base itself
-ADAPTER_KINDS = ("weight", "bias")  # of a whole module that stands in the adapter
+BASE = ("base_layer.weight", "base_layer.bias")  # tensors of the base itself
+ADAPTER_KINDS = ("weight", "bias")  # tensors of a whole module in the adapter
 PARTS = {
     "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", *BASE,
     "lora_B.bias", TOKEN_INDICES, *ADAPTER_KINDS,
@@ -62,33 +62,33 @@ class Changed(Stored):
     """A tensor on disk that an adapter changes when it is read."""
 
     base: Stored
-    change: Delta  # rows of the base in float64, which, and the precision of the model
+    change: Delta  # called with rows of the base in float64, their places, and the model's precision
 
     def read(self, dtype: str, rows: Any = ...) -> Array:
         """Copy the changed tensor, or some of its rows; see `Stored.read`."""
-        with np.errstate(over="ignore", invalid="ignore"):  # what these would warn of is an error just below
-            half = dtype in HALF_PRECISIONS  # PEFT rounds to the precision of the model after each change
+        with np.errstate(over="ignore", invalid="ignore"):  # the check below raises an error instead
+            half = dtype in HALF_PRECISIONS  # PEFT rounds to the model's precision after each change
             part = np.asarray(self.base.read(dtype if half else "float64", rows), np.float64)
             found = as_dtype(self.change(part, rows, dtype), dtype)
         if not np.isfinite(found).all():
             raise CheckpointError(
-                f"{self.file}: merged into tensor {self.base.name!r} of the base it gives numbers that are no weights "
-                f"or beyond the largest {dtype}"
+                f"{self.file}: merged into the base's tensor {self.base.name!r}, it gives NaN, infinity or a number "
+                f"above the largest {dtype}; use a wider dtype, or the adapter is damaged"
             )
         return found
 
     def map(self, keep: bool = False) -> Any:
-        """Return the rows in float64, changed when they are asked for; nothing is kept."""
+        """Return the rows in float64, changed on each access; nothing is kept."""
         return ComputedRows(self, np.dtype(np.float64))
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """Read ``adapter_config.json`` and require an adapter that can be merged.
+    """Read ``adapter_config.json`` and check that the adapter can be merged.
 
     Raises
     ------
     CheckpointError
-        Naming what cannot be merged.
+        If the adapter cannot be merged; the error gives the reason.
 
     Examples
     --------
@@ -100,26 +100,26 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / ADAPTER_CONFIG
     raw = read_object(path, CheckpointError, REMEDY)
-    merge = "merge it with PEFT (merge_and_unload, save_pretrained) if PEFT can, and load that"
+    merge = "merge the adapter with PEFT (merge_and_unload, save_pretrained) if PEFT can, and load the result"
     if raw.get("peft_type") != "LORA":
-        raise CheckpointError(f"{path}: peft_type is {quote(raw.get('peft_type'))}; LORA is merged here: {merge}")
-    # A key of a newer PEFT may change the numbers, unless it is off.
+        raise CheckpointError(f"{path}: peft_type is {quote(raw.get('peft_type'))}; it must be LORA: {merge}")
+    # A key of a newer PEFT may change the weights, unless it is off.
     for key, value in raw.items():
         if key not in DESCRIPTIVE | READ and key != "loftq_config" and value not in (None, False, {}, []):
-            raise CheckpointError(f"{path}: {quote(key)} is {quote(value)}, which is not merged here; {merge}")
+            raise CheckpointError(f"{path}: {quote(key)} is {quote(value)}, which is not supported; {merge}")
     if raw.get("init_lora_weights") not in INITS:
         raise CheckpointError(
             f"{path}: init_lora_weights is {quote(raw['init_lora_weights'])}, which changes the base first; {merge}"
         )
     for key in ("use_dora", "use_rslora", "lora_bias"):
         if not isinstance(raw.get(key, False), bool | None):
-            raise CheckpointError(f"{path}: {key} is {quote(raw[key])}, not true or false")
+            raise CheckpointError(f"{path}: {key} is {quote(raw[key])}; it must be true or false")
     if not all(_is_number(raw.get(key)) for key in ("r", "lora_alpha")):
-        raise CheckpointError(f"{path}: r and lora_alpha have to be numbers above 0")
+        raise CheckpointError(f"{path}: r and lora_alpha must be numbers above 0")
     for key in ("rank_pattern", "alpha_pattern"):
         pattern = raw.get(key) or {}
         if not isinstance(pattern, dict) or not all(map(_is_number, pattern.values())):
-            raise CheckpointError(f"{path}: {key} is {quote(pattern)}, not an object from names to numbers")
+            raise CheckpointError(f"{path}: {key} is {quote(pattern)}; it must be an object from names to numbers")
     return raw
 
 
@@ -131,7 +131,7 @@ def merge_adapter(
     config: Gemma2Config, tensors: Mapping[str, Stored], adapter: Mapping[str, Any], found: Mapping[str, Stored],
     folder: Path,
 ) -> tuple[Gemma2Config, dict[str, Stored]]:  # fmt: skip
-    """Merge an adapter into the tensors of its base, which are read and changed when they are asked for.
+    """Merge an adapter into the tensors of its base; they are read and changed on access.
 
     Parameters
     ----------
@@ -142,27 +142,27 @@ def merge_adapter(
     found : mapping of str to Stored
         The tensors of the adapter.
     folder : Path
-        Of the adapter.
+        The adapter's folder.
 
     Returns
     -------
     config : Gemma2Config
-        Not tied if the adapter holds an embedding or a head of its own, as in PEFT.
+        The configuration; the head is not tied if the adapter has an embedding or head of its own, as in PEFT.
     tensors : dict of str to Stored
         The merged tensors.
 
     Raises
     ------
     CheckpointError
-        If a tensor of the adapter has another shape than the base gives it, or no place.
+        If a tensor of the adapter does not fit the base in shape or name.
 
     Examples
     --------
     >>> import refgemma
     >>> tiny = refgemma.open_checkpoint(refgemma.find_model("tiny"))
     >>> merge_adapter(tiny.config, tiny.tensors, {}, {}, Path("adapter"))
-    Traceback (most recent call last):
-    refgemma.weights.stored.CheckpointError: adapter/adapter_model.safetensors: holds no tensor of an adapter
+    Traceback (most recent call last): refgemma.weights.stored.CheckpointError: adapter/adapter_model.safetensors: holds
+    no tensor of an adapter
     """
     source = next(iter(found.values())).file if found else folder / ADAPTER_MODEL
     if not found:
@@ -174,7 +174,7 @@ def merge_adapter(
     }
     tables = [whole[name] for name in (EMBED_TOKENS, LM_HEAD) if name in whole]
     if len(tables) == 2 and tables[0].shape == tables[1].shape == (*tables[0].shape[:1], config.hidden_size):
-        # All rows are given, of a resized base as well.
+        # The adapter holds all rows, even of a resized base.
         config = config.changed(vocab_size=tables[0].shape[0])
         merged |= {EMBED_TOKENS: tables[0]} | ({LM_HEAD: tables[1]} if LM_HEAD in merged else {})
         if config.tie_word_embeddings and not has_other_numbers(tables[1], tables[0]):
@@ -185,13 +185,13 @@ def merge_adapter(
     for name, tensor in whole.items():
         _check_shape(tensor, merged[name].shape if name in merged else tensor.shape)
         merged[name] = tensor
-    # PEFT changes the one table of a tied head, whichever of the two modules it is asked for.
+    # PEFT changes the shared table of a tied head, whichever of the two modules the adapter names.
     tied = {} if LM_HEAD in merged else {LM_HEAD: EMBED_TOKENS}
     if tied and (shared := [name for name in ("model.embed_tokens", "lm_head") if _is_low_rank(modules.get(name, {}))]):
         warnings.warn(
-            f"{source}: its LoRA of {quote_few(shared)} is merged into the one table that embedding and head share, as "
-            "PEFT's merge_and_unload does; running in PEFT it changes only the use it names, which gives other logits: "
-            "for those, save the base with tie_word_embeddings false and an lm_head.weight of its own",
+            f"{source}: the LoRA of {quote_few(shared)} is merged into the table that embedding and head share, as "
+            "PEFT's merge_and_unload does; run unmerged in PEFT, it changes only one of the two, with other logits: "
+            "for those logits, save the base with tie_word_embeddings false and a separate lm_head.weight",
             stacklevel=2,
         )
     places = {module: tied.get(f"{module}.weight", f"{module}.weight") for module in modules}
@@ -205,8 +205,8 @@ def merge_adapter(
             name = places[module] if field == "weight" else f"{module}.{field}"
             if name not in merged:
                 raise CheckpointError(
-                    f"{source}: {module} has no bias in the base, into which lora_B.bias is merged, "
-                    "and PEFT does not merge it either; run it with PEFT, or train with lora_bias=False"
+                    f"{source}: {module} has no bias in the base, so lora_B.bias cannot be merged, in PEFT neither; "
+                    "run the adapter with PEFT, or train with lora_bias=False"
                 )
             base = merged[name]
             merged[name] = Changed(base.name, source, base.dtype, base.shape, 0, base.file_bytes, base, change)
@@ -214,7 +214,7 @@ def merge_adapter(
 
 
 def _group(found: Mapping[str, Stored], tensors: Mapping[str, Stored], source: Path) -> dict[str, dict[str, Stored]]:
-    """Module of the base -> its tensors in the adapter by kind."""
+    """Return the tensors of the adapter, by module of the base and by kind."""
     own = {*tensors, LM_HEAD, SCORE_WEIGHT, SCORE_BIAS}
     modules: dict[str, dict[str, Stored]] = {}
     strange = []
@@ -229,8 +229,8 @@ def _group(found: Mapping[str, Stored], tensors: Mapping[str, Stored], source: P
         modules.setdefault(module, {})[kind] = tensor
     if strange:
         raise CheckpointError(
-            f"{source}: holds {quote_few(strange)}, which is merged into no tensor of this base; the adapter is of "
-            "another model, or has to be merged with PEFT"
+            f"{source}: holds {quote_few(strange)}, which fits no tensor of this base; use the adapter's own base, "
+            "or merge the adapter with PEFT"
         )
     return modules
 
@@ -244,21 +244,21 @@ def _check_shape(tensor: Stored, shape: Sequence[int]) -> None:
         return
     resized = ("embed_tokens" in tensor.name or "lm_head" in tensor.name) and tensor.shape[1:] == tuple(shape)[1:]
     step = (
-        f"; its base had other rows: call resize_token_embeddings({tensor.shape[0]}) on the base, save it, and name "
+        f"; the base was resized: call resize_token_embeddings({tensor.shape[0]}) on the base, save it, and name "
         "that folder as base_model_name_or_path"
         if resized
         else ""
     )
     raise CheckpointError(
-        f"{tensor.file}: tensor {quote(tensor.name)} is {list(tensor.shape)}, where the base and "
-        f"{ADAPTER_CONFIG} make it {list(shape)}{step}"
+        f"{tensor.file}: tensor {quote(tensor.name)} is {list(tensor.shape)}; by the base and "
+        f"{ADAPTER_CONFIG} it must be {list(shape)}{step}"
     )
 
 
 def _make_changes(
     module: str, parts: Mapping[str, Stored], adapter: Mapping[str, Any], base: Stored, source: Path
 ) -> dict[str, Delta]:
-    """Return what the adapter does to the rows of ``weight`` and ``bias`` of a module, with all shapes checked."""
+    """Return the changes of a module's ``weight`` and ``bias``; check all shapes."""
     kinds = parts.keys() - {*ADAPTER_KINDS, *BASE}
     if not kinds:
         return {}
@@ -268,7 +268,7 @@ def _make_changes(
     wanted = {f"{side}A", f"{side}B"} | ({"lora_magnitude_vector"} if adapter.get("use_dora") else set())
     if kinds - ({"lora_B.bias"} if side == "lora_" else set()) != wanted or len(base.shape) != 2:
         raise CheckpointError(
-            f"{source}: {module} has {quote_few(sorted(kinds))}, where {ADAPTER_CONFIG} asks for "
+            f"{source}: {module} has {quote_few(sorted(kinds))}; {ADAPTER_CONFIG} requires "
             f"{quote_few(sorted(wanted))}; {REMEDY}"
         )
     inner, outer, magnitude = (parts.get(kind) for kind in (f"{side}A", f"{side}B", "lora_magnitude_vector"))
@@ -292,22 +292,22 @@ def _make_changes(
 
 
 def _match_pattern(adapter: Mapping[str, Any], key: str, module: str, usual: float) -> Any:
-    """Return the number that a pattern gives a module, as PEFT finds it: the first that fits the end of its name."""
+    """Return the number for a module: as in PEFT, that of the first pattern that matches the end of its name."""
     for pattern, value in (adapter.get(key) or {}).items():
         try:
             if len(pattern) > PATTERN_LIMIT or len(re.findall(r"[*+?{]", pattern)) > REPETITIONS or ")" in pattern:
-                raise re.error("is too involved")
+                raise re.error("it is too complex")
             if re.match(rf"(.*\.)?({pattern})$", module):
                 return value
         except (re.error, OverflowError, RecursionError) as error:
             raise CheckpointError(
-                f"{ADAPTER_CONFIG}: {key}: {quote(pattern)} is no plain pattern of a name: {error}"
+                f"{ADAPTER_CONFIG}: {key}: {quote(pattern)} must be a simple pattern of a name: {error}"
             ) from None
     return usual
 
 
 def _add(inner: Stored, outer: Stored, scale: float, magnitude: Stored | None) -> Delta:
-    """Return the change of a linear layer: ``W + scale * B @ A``, whose rows DoRA gives the lengths `magnitude`."""
+    """Return the change of a linear layer: ``W + scale * B @ A``; DoRA scales its rows to the norms `magnitude`."""
 
     def change(part: Array, rows: Any, _: str) -> Array:
         merged = part + scale * (outer.read("float64", rows) @ inner.read("float64"))
@@ -321,12 +321,12 @@ def _add(inner: Stored, outer: Stored, scale: float, magnitude: Stored | None) -
 
 
 def _add_embedding(inner: Stored, outer: Stored, scale: float, magnitude: Stored | None, base: Stored) -> Delta:
-    """Return the change of an embedding: ``W + scale * (B @ A).T``; DoRA gives its columns the lengths `magnitude`."""
+    """Return the change of an embedding: ``W + scale * (B @ A).T``; DoRA scales its columns to norms `magnitude`."""
 
     def add(part: Array, rows: Any, dtype: str) -> Array:
         delta: Array = scale * (inner.read("float64").T[rows] @ outer.read("float64").T)
         if dtype in HALF_PRECISIONS and magnitude is None:
-            delta = np.asarray(as_dtype(delta, dtype), np.float64)  # PEFT rounds it before it is added
+            delta = np.asarray(as_dtype(delta, dtype), np.float64)  # PEFT rounds it before adding it
         return part + delta
 
     @functools.cache
@@ -340,12 +340,12 @@ def _add_embedding(inner: Stored, outer: Stored, scale: float, magnitude: Stored
 
 
 def _replace_tokens(module: str, tokens: Stored, adapter: Mapping[str, Any], base: Stored) -> Delta:
-    """Return the change of an embedding some of whose rows the adapter holds."""
+    """Return the change of an embedding when the adapter holds some of its rows."""
     given = adapter.get("trainable_token_indices")
     if isinstance(given, dict):
         given = next((ids for name, ids in given.items() if module.endswith(name)), None)
     if not isinstance(given, list) or not all(type(token) is int and 0 <= token < base.shape[0] for token in given):
-        raise CheckpointError(f"{ADAPTER_CONFIG}: trainable_token_indices does not name rows of {module}")
+        raise CheckpointError(f"{ADAPTER_CONFIG}: trainable_token_indices must be a list of rows of {module}")
     _check_shape(tokens, (len(given), *base.shape[1:]))
     places = np.full(base.shape[0], -1)
     places[given] = np.arange(len(given))

@@ -1,9 +1,8 @@
-"""Opens a Hugging Face folder of a Gemma 2 and reads it a tensor, a layer or a few rows at a time.
+"""Open the Hugging Face folder of a Gemma 2 and read it one tensor, one layer or a few rows at a time.
 
-Checked bit for bit against the loader of safetensors 0.8, which also checks the headers.
-The file is memory-mapped while a tensor is read and let go afterwards, so that a 27B (54 GB in bfloat16) is never
-resident; for decoding, which comes back to each tensor at each token, a map is kept. safetensors' own loader copies
-each tensor a second time, and its errors name no tensor.
+Checked bit for bit against the loader of safetensors 0.8, which also checks the headers. The file is memory-mapped only
+while a tensor is read, so that a 27B (54 GB in bfloat16) is never resident. Decoding reads each tensor for each token,
+so it keeps the maps. safetensors' own loader copies each tensor a second time, and its errors name no tensor.
 """
 
 import functools
@@ -57,14 +56,14 @@ SHARD_NAME = re.compile(r"[A-Za-z0-9_.-]{1,200}\.safetensors")  # a plain file n
 
 @dataclass(frozen=True)
 class StoredRows:
-    """A table on disk whose rows are read, converted and checked when they are asked for.
+    """A table on disk whose rows are read, converted and checked on access.
 
     Parameters
     ----------
     tensor : Stored
         The table.
     dtype : str
-        The precision of the rows handed out; see `Stored.read`.
+        The precision of the returned rows; see `Stored.read`.
 
     Examples
     --------
@@ -89,19 +88,19 @@ class StoredRows:
     def __getitem__(self, rows: Any, /) -> Array:
         """Read the rows of a slice, or of an array of integers, which gives ``(*rows.shape, hidden)``."""
         if isinstance(rows, tuple):
-            raise TypeError("rows on disk are asked for by one slice or one array of integers: cut columns afterwards")
+            raise TypeError("rows on disk take one index, a slice or an array of integers: cut columns afterwards")
         return self.tensor.read(self.dtype, rows)
 
 
 def read_header(file: Path, quantised: bool = False) -> dict[str, Stored]:
-    """Read the header of one safetensors file: its tensors by name, without their data.
+    """Read the header of one safetensors file, and return its tensors by name, without their data.
 
-    With `quantised` the numbers that `refgemma.weights.quantised` makes weights of are listed, too.
+    With `quantised`, tensors in the packed formats of `refgemma.weights.quantised` are listed, too.
 
     Raises
     ------
     CheckpointError
-        If the file cannot be opened, breaks a rule of the format, or holds numbers that no weight is stored in.
+        If the file cannot be opened, breaks a rule of the format, or has a dtype that is not one of weights.
 
     Examples
     --------
@@ -116,13 +115,13 @@ def read_header(file: Path, quantised: bool = False) -> dict[str, Stored]:
     file_bytes = file.stat().st_size
     known = DTYPE_OF_CODE | (RAW_DTYPES if quantised else {})
     found: dict[str, Stored] = {}
-    for name in opened.offset_keys():  # in the order of the data, which follow each other without a gap
+    for name in opened.offset_keys():  # in the order of the data, which have no gaps
         entry = opened.get_slice(name)
         code = entry.get_dtype()
         if code not in known:
             raise CheckpointError(
-                f"{file}: tensor {quote(name)}: its dtype is {code!r}; {', '.join(DTYPE_OF_CODE)} are read here, and a "
-                "quantised checkpoint has to be converted to one of them first"
+                f"{file}: tensor {quote(name)}: the dtype is {code!r}; it must be one of {', '.join(DTYPE_OF_CODE)}: "
+                "convert a quantised checkpoint to one of them first"
             )
         found[name] = Stored(name, file, known[code], tuple(entry.get_shape()), position, file_bytes)
         position += found[name].nbytes
@@ -132,38 +131,36 @@ def read_header(file: Path, quantised: bool = False) -> dict[str, Stored]:
 def read_shards(
     index: Path, shard_name: re.Pattern[str], read: Callable[[Path], Mapping[str, Stored]], tables: tuple[str, ...] = ()
 ) -> dict[str, Stored]:
-    """Read the headers of all shards of a checkpoint: each tensor is where the index says, and nowhere else.
+    """Read the headers of all shards of a checkpoint; each tensor must be only where the index places it.
 
     Parameters
     ----------
     index : Path
-        Its ``weight_map`` is an object from tensor names to files.
+        A JSON file whose ``weight_map`` is an object from tensor names to files.
     shard_name : re.Pattern
-        What the name of a shard looks like: a plain file name.
+        A pattern that the name of each shard must match: a plain file name.
     read : callable
         Reads the header of one shard.
     tables : tuple of str
-        Ends of names that are no weights, which a checkpoint may hold in every shard; left out.
+        Suffixes of names that are not weights and may occur in every shard; they are left out.
 
     Raises
     ------
     CheckpointError
-        If the index is damaged, a shard is absent, or the two are of two checkpoints.
+        If the index is damaged, a shard is missing, or index and shards belong to different checkpoints.
     """
     weight_map = read_object(index, CheckpointError, REMEDY).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: has no weight_map, the object from tensor names to files; {REMEDY}")
+        raise CheckpointError(f"{index}: has no weight_map, an object from tensor names to files; {REMEDY}")
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not shard_name.fullmatch(shard):
             raise CheckpointError(
-                f"{index}: tensor {quote(name)}: its shard is {quote(shard)}, not the plain name of a file of weights "
-                "beside the index"
+                f"{index}: tensor {quote(name)}: the shard is {quote(shard)}; it must be the plain name of a weights "
+                "file beside the index"
             )
     shards = sorted(set(weight_map.values()))
     if absent := [shard for shard in shards if not (index.parent / shard).exists()]:
-        raise CheckpointError(
-            f"{index}: the folder lacks {quote_few(absent)} of its {len(shards)} shards; download them"
-        )
+        raise CheckpointError(f"{index}: the folder lacks {quote_few(absent)} of {len(shards)} shards; download them")
     weight_map = {name: shard for name, shard in weight_map.items() if not name.endswith(tables)}
     found: dict[str, Stored] = {}
     for shard in shards:
@@ -173,23 +170,23 @@ def read_shards(
             where = f"{tensor.file}: tensor {quote(name)}"
             if name in found:
                 other = found[name].file.name
-                raise CheckpointError(f"{where} is in {other} too; one of the two is a leftover of another checkpoint")
+                raise CheckpointError(f"{where} is in {other} too; remove the one left from another checkpoint")
             if name not in weight_map:
-                raise CheckpointError(f"{where} is not in {index.name}; index and shard are of two checkpoints")
+                raise CheckpointError(f"{where} is not in {index.name}; index and shard must be of one checkpoint")
             found[name] = tensor
     for name, shard in weight_map.items():
         if name not in found or found[name].file.name != shard:
             raise CheckpointError(
                 f"{index.parent / shard}: lacks tensor {quote(name)}, which {index.name} places there; "
-                "index and shard are of two checkpoints"
+                "index and shard must be of one checkpoint"
             )
     return found
 
 
 def read_files(folder: Path) -> tuple[Path, dict[str, Stored]]:
-    """Find the file to name in errors about the whole checkpoint, and every tensor in the folder.
+    """Return the file to name in errors about the whole checkpoint, and every tensor in the folder.
 
-    A single file goes before an index, as in transformers.
+    A single file has priority over an index, as in transformers.
     """
     read = functools.partial(read_header, quantised=True)
     if (folder / SINGLE).exists():
@@ -199,7 +196,7 @@ def read_files(folder: Path) -> tuple[Path, dict[str, Stored]]:
     names = sorted(path.name for path in folder.iterdir())
     if pickles := [name for name in names if name.endswith((".bin", ".pth", ".ckpt", ".pt"))]:
         raise CheckpointError(
-            f"{folder}: holds {quote_few(pickles)}, PyTorch's pickles, and no {SINGLE}; write that from them with: "
+            f"{folder}: holds {quote_few(pickles)}, PyTorch's pickles, and no {SINGLE}; convert the pickles with: "
             f"refgemma convert {folder} NEW_FOLDER"
         )
     if shards := [name for name in names if name.endswith(".safetensors")]:
@@ -212,18 +209,18 @@ def read_files(folder: Path) -> tuple[Path, dict[str, Stored]]:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A Gemma 2 on disk, headers read and checked, data not; made by `open_checkpoint`.
+    """A Gemma 2 on disk, with its headers read and checked but its data unread; made by `open_checkpoint`.
 
     Parameters
     ----------
     folder : Path
-        The folder; of an adapter, that of its base.
+        The folder; for an adapter, the folder of its base.
     config : Gemma2Config
-        Its ``config.json``.
+        The configuration in ``config.json``.
     tensors : mapping of str to Stored
-        Every tensor of `tensor_shapes`, under that name also if the file leaves out ``model.``; then ``score.weight``
-        and ``score.bias`` of a classifier. A stored ``lm_head.weight`` that is tied is the embedding once more and is
-        not listed.
+        Every tensor of `tensor_shapes`, under that name even if the file leaves out ``model.``; then ``score.weight``
+        and ``score.bias`` of a classifier. A stored ``lm_head.weight`` that is tied repeats the embedding and is not
+        listed.
 
     Examples
     --------
@@ -241,7 +238,7 @@ class Checkpoint:
 
     @property
     def parameters(self) -> int:
-        """How many numbers `tensors` hold."""
+        """The number of parameters in `tensors`."""
         return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
 
     def score(self, dtype: str = "float32") -> Score | None:
@@ -254,12 +251,12 @@ class Checkpoint:
         return Score(self.tensors[SCORE_WEIGHT].read(dtype), bias)
 
     def weights(self, dtype: str = "float32") -> Weights:
-        """Return `resident` weights, or `streamed` ones if they would take more than 4 GiB."""
+        """Return `resident` weights, or `streamed` weights if they would take more than 4 GiB."""
         if fits_in_memory(self.parameters, dtype):
             return self.resident(dtype)
         if any(isinstance(tensor, Changed) for tensor in self.tensors.values()):
             warnings.warn(
-                f"{self.folder}: too large for memory here, and its adapter is merged again for every token; merge it "
+                f"{self.folder}: is too large for memory, so its adapter is merged again for every token; merge it "
                 "once with: refgemma convert ADAPTER NEW_FOLDER",
                 stacklevel=3,
             )
@@ -272,10 +269,11 @@ class Checkpoint:
         return Weights(streamed.embed_tokens[:], list(streamed.layers), streamed.norm, head)
 
     def streamed(self, dtype: str = "float32") -> Weights:
-        """Give the same weights, but read each block and each row of the embedding when it is asked for, and keep none.
+        """Return the same weights, but read each block and each row of the embedding on access, and keep none.
 
-        The numbers are those of `resident`, bit for bit. A NaN in the file is met when its block or row is read. What
-        `refgemma.fast` decodes with stays mapped, which a system counts as the process's memory and can take back.
+        The numbers equal those of `resident`, bit for bit. A NaN in the file is found when its block or row is read.
+        `refgemma.fast` keeps its tensors mapped while decoding; the system counts these pages as the process's memory
+        and can reclaim them.
         """
 
         def tensor(name: str) -> StoredRows:
@@ -290,23 +288,23 @@ class Checkpoint:
 def open_checkpoint(folder: str | Path, adapter: Mapping[str, Stored] | None = None) -> Checkpoint:
     """Open a folder with ``config.json`` and ``model.safetensors`` or an index and shards, an adapter, or a GGUF file.
 
-    Reads the headers only and checks what can be checked from them: that files, index and configuration agree, and
-    that each file is complete. (Only a stored ``lm_head.weight`` is compared with the embedding here and now.)
+    Reads only the headers, and checks that files, index and configuration agree and that each file is complete. The one
+    exception is a stored ``lm_head.weight``: its data are compared with the embedding now.
 
     Parameters
     ----------
     folder : str or Path
-        As downloaded from the Hugging Face hub, or as ``save_pretrained`` writes it; or a ``.gguf`` file. An adapter of
-        PEFT is merged into its base as it is read.
+        A folder from the Hugging Face hub or from ``save_pretrained``, or a ``.gguf`` file. A PEFT adapter is merged
+        into its base as it is read.
     adapter : mapping of str to Stored, optional
-        The tensors of an adapter, which are not in ``adapter_model.safetensors`` then.
+        The tensors of an adapter, used instead of ``adapter_model.safetensors``.
 
     Raises
     ------
     CheckpointError
-        For anything wrong with the files: names the file, the tensor and what to do.
+        For any problem in the files; the error names the file, the tensor and the remedy.
     ConfigError
-        For a ``config.json`` that is not a Gemma 2's.
+        If ``config.json`` is not that of a Gemma 2.
 
     Examples
     --------
@@ -334,7 +332,7 @@ def open_checkpoint(folder: str | Path, adapter: Mapping[str, Stored] | None = N
     refuse_links(folder)
     for path in (folder / name for name in (CONFIG_JSON, SINGLE, INDEX, ADAPTER_CONFIG, ADAPTER_MODEL)):
         if path.exists() and not (path.is_file() or path.is_dir()):  # reading it might wait for ever
-            raise CheckpointError(f"{path}: is a pipe or a device, not a file")
+            raise CheckpointError(f"{path}: is a pipe or a device; it must be a file")
     try:
         return _open_adapter(folder, adapter) if (folder / ADAPTER_CONFIG).exists() else _open_model(folder)
     except OSError as error:
@@ -354,7 +352,7 @@ def _open_model(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{error}{_name_quantisation(raw)}") from None
     if leftover and not any(isinstance(tensor, Dequantised) for tensor in found.values()):
         warnings.warn(
-            f"{folder / CONFIG_JSON}: quantization_config = {quote(leftover)} is not applied: the weights beside it "
+            f"{folder / CONFIG_JSON}: quantization_config = {quote(leftover)} is ignored: the weights beside it "
             "are not quantised and are used as they are; remove it",
             stacklevel=4,
         )
@@ -362,19 +360,19 @@ def _open_model(folder: Path) -> Checkpoint:
 
 
 def _name_quantisation(raw: Mapping[str, Any]) -> str:
-    """Say by which method a configuration says that its weights are quantised, and what to do; else nothing."""
+    """Return a note on the quantisation method that a configuration names and the remedy, or an empty string."""
     method = raw.get("quantization_config") or raw.get("quantization")  # the second is MLX's
     if not isinstance(method, dict):
         return ""
     name = method.get("quant_method", "MLX" if "group_size" in method else "a method without a name")
     return (
-        f"; {CONFIG_JSON} says that the weights are quantised by {quote(name)}: load them with that library, "
+        f"; according to {CONFIG_JSON} the weights are quantised by {quote(name)}: load them with that library, "
         "dequantise them and save them again"
     )
 
 
 def _open_adapter(folder: Path, tensors: Mapping[str, Stored] | None) -> Checkpoint:
-    """Open the base of an adapter, in the same folder or where ``adapter_config.json`` says, and merge the adapter."""
+    """Open the base of an adapter, in its folder or where ``adapter_config.json`` points, and merge the adapter."""
     adapter = read_adapter_config(folder)
     if tensors is None and not (folder / ADAPTER_MODEL).exists():
         if (folder / PICKLED_ADAPTER).exists():
@@ -382,7 +380,7 @@ def _open_adapter(folder: Path, tensors: Mapping[str, Stored] | None) -> Checkpo
                 f"{folder}: holds {PICKLED_ADAPTER}, PyTorch's pickle, and no {ADAPTER_MODEL}; merge it into its base "
                 f"with: refgemma convert {folder} NEW_FOLDER"
             )
-        raise CheckpointError(f"{folder}: holds {ADAPTER_CONFIG} but no {ADAPTER_MODEL}; write that with a newer PEFT")
+        raise CheckpointError(f"{folder}: holds {ADAPTER_CONFIG} but no {ADAPTER_MODEL}; save it with a newer PEFT")
     if (folder / SINGLE).exists() or (folder / INDEX).exists():
         base = _open_model(folder)
     else:
@@ -394,7 +392,7 @@ def _open_adapter(folder: Path, tensors: Mapping[str, Stored] | None) -> Checkpo
         except ModelNameError as error:
             raise CheckpointError(f"{folder / ADAPTER_CONFIG}: base_model_name_or_path: {error}") from None
         if (place / ADAPTER_CONFIG).exists():
-            raise CheckpointError(f"{folder / ADAPTER_CONFIG}: its base, {place}, is an adapter too; merge that first")
+            raise CheckpointError(f"{folder / ADAPTER_CONFIG}: the base, {place}, is an adapter too; merge it first")
         base = open_checkpoint(place)
     merged = merge_adapter(base.config, base.tensors, adapter, tensors or read_header(folder / ADAPTER_MODEL), folder)
     return Checkpoint(base.folder, *merged)

@@ -1,9 +1,9 @@
-"""The tensors of a GGUF file as the numbers that llama.cpp multiplies with. Checked bit for bit against gguf 0.19, and
-by the logits of llama.cpp.
+"""Read the tensors of a GGUF file as the numbers that llama.cpp multiplies with. Checked bit for bit against gguf 0.19,
+and against the logits of llama.cpp.
 
-Blocks of quantised numbers are widened to float32, rows at a time, when they are used. Norms hold g = 1 + w, and
-Gemma 2 has w here. The subtraction is exact in float64 for every g from 2**-29 on, and in float32 for every g from 1/2
-on. Below 1/2, float32 rounds w, so that 1 + w is at most 2**-25 from g, or 2**-24 from a negative g.
+Blocks of quantised numbers are widened to float32, some rows at a time, on access. Norms hold g = 1 + w in the file;
+refgemma uses w. The subtraction is exact in float64 for every g of at least 2**-29, and in float32 for every g of at
+least 1/2. Below 1/2, float32 rounds w, so that 1 + w is at most 2**-25 from g, or 2**-24 from a negative g.
 """
 
 import math
@@ -23,7 +23,7 @@ from refgemma.precision import Array, as_dtype
 from refgemma.weights.parameters import EMBED_TOKENS, NORM, layer_tensors, tensor_shapes
 from refgemma.weights.stored import CheckpointError, Stored
 
-NUMBERS_AT_ONCE = 2**16  # widened at a time: a quarter of a megabyte of float32, which stays in the processor's cache
+NUMBERS_AT_ONCE = 2**16  # widened at a time: 0.25 MB of float32, which stays in the processor's cache
 PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
 # Field of a layer's weights -> the name of its tensor in a GGUF file.
@@ -35,7 +35,7 @@ NAMES = {
 
 
 def gguf_names(num_hidden_layers: int) -> dict[str, str]:
-    """Return the name that each tensor of `tensor_shapes` has in a GGUF file.
+    """Return the name in a GGUF file of each tensor of `tensor_shapes`.
 
     Examples
     --------
@@ -55,7 +55,7 @@ def _widen_q8_0(rows: Array, out: Array) -> None:
     """Widen rows of Q8_0, whose blocks are a float16 scale and 32 bytes; the products are exact."""
     blocks = rows.reshape(-1, 34)
     numbers = out.reshape(-1, 32)
-    numbers[...] = blocks[:, 2:].view(np.int8)  # then in place: a product of two kinds of numbers is buffered
+    numbers[...] = blocks[:, 2:].view(np.int8)  # then multiply in place: a product of two dtypes is buffered
     numbers *= blocks[:, :2].view(np.float16).astype(np.float32)
 
 
@@ -63,7 +63,7 @@ def _widen_by_library(kind: str) -> Callable[[Array, Array], None]:
     from gguf import GGMLQuantizationType, dequantize
 
     def widen(rows: Array, out: Array) -> None:
-        with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is refused by who asks for it
+        with np.errstate(invalid="ignore", over="ignore"):  # the caller checks for numbers that are not finite
             out[...] = dequantize(rows, GGMLQuantizationType[kind])
 
     return widen
@@ -71,7 +71,7 @@ def _widen_by_library(kind: str) -> Callable[[Array, Array], None]:
 
 @dataclass(frozen=True)
 class Widened:
-    """Quantised rows that are widened to float32 when they are asked for, as from an array."""
+    """Quantised rows that are widened to float32 on access; indexed as an array."""
 
     raw: Array
     width: int
@@ -87,7 +87,7 @@ class Widened:
 
 @dataclass(frozen=True)
 class Quantised(Stored):
-    """A quantised tensor: `raw` is its bytes, a row of them for each row of numbers, which are float32."""
+    """A quantised tensor: `raw` holds its bytes, one row for each row of float32 numbers."""
 
     kind: str
     raw: Stored
@@ -95,7 +95,7 @@ class Quantised(Stored):
 
     @property
     def format(self) -> str:
-        """The name of its format."""
+        """The name of its quantised format."""
         return self.kind
 
     @property
@@ -104,7 +104,7 @@ class Quantised(Stored):
         return self.raw.nbytes
 
     def map(self, keep: bool = False) -> Any:
-        """Map the bytes, of which rows are widened when they are asked for; see `Stored.map`."""
+        """Map the bytes; rows are widened on access. See `Stored.map`."""
         return Widened(self.raw.map(keep), self.shape[-1], self.widen)
 
     def read(self, dtype: str, rows: Any = ...) -> Array:
@@ -118,9 +118,9 @@ class Quantised(Stored):
             if dtype == "float32":
                 self.widen(flat[start : start + step], block)
             else:
-                with np.errstate(over="ignore"):  # what this would warn of is an error just below
+                with np.errstate(over="ignore"):  # the check below raises an error instead
                     block[...] = as_dtype(Widened(flat, width, self.widen)[start : start + step], dtype)
-            # A sum of squares is finite only if all are, and is had sooner than a look at each.
+            # A sum of squares is finite only if all numbers are; it takes less time than checking each.
             if not math.isfinite(np.vdot(block, block)) and not (finite := np.isfinite(block)).all():
                 part = Widened(flat, width, self.widen)[:].reshape(*raw.shape[:-1], width)
                 raise self._explain_bad_number(part, rows, start * width + int(np.argmin(finite)), dtype)
@@ -129,7 +129,7 @@ class Quantised(Stored):
 
 @dataclass(frozen=True)
 class GgufNorm(Stored):
-    """The weight of a norm, which the file has as 1 + w."""
+    """The weight w of a norm; the file holds 1 + w."""
 
     def map(self, keep: bool = False) -> Array:
         """Return w in float64, where the subtraction is exact."""
@@ -140,12 +140,12 @@ class GgufNorm(Stored):
 
 
 def locate(file: Gguf, tensor: GgufTensor) -> Stored:
-    """Return a tensor of a file as it lies there.
+    """Return a tensor of a file as it is stored.
 
     Raises
     ------
     CheckpointError
-        If it is quantised in a format that needs the library, which is not installed.
+        If its quantised format needs the library gguf, which is not installed.
     """
     path, file_bytes = tensor.path or file.path, tensor.file_bytes or file.file_bytes
     where = (tensor.name, path)
@@ -153,7 +153,7 @@ def locate(file: Gguf, tensor: GgufTensor) -> Stored:
         return Stored(*where, PLAIN[tensor.format], tensor.shape, tensor.start, file_bytes)
     if tensor.format != "Q8_0" and find_spec("gguf") is None:
         raise CheckpointError(
-            f"{path}: tensor {quote(tensor.name)} is quantised as {tensor.format}, which the library gguf widens; "
+            f"{path}: tensor {quote(tensor.name)} is quantised as {tensor.format}, which needs the library gguf; "
             'pip install "refgemma[gguf]"'
         )
     rows = (*tensor.shape[:-1], tensor.nbytes // max(1, math.prod(tensor.shape[:-1])))
@@ -164,18 +164,18 @@ def locate(file: Gguf, tensor: GgufTensor) -> Stored:
 
 def _locate_norm(file: Gguf, tensor: GgufTensor) -> Stored:
     if tensor.format != "F32":
-        raise CheckpointError(f"{file.path}: norm {quote(tensor.name)} is {tensor.format}; llama.cpp has norms in F32")
+        raise CheckpointError(f"{file.path}: norm {quote(tensor.name)} is {tensor.format}; it must be F32")
     stored = locate(file, tensor)
     return GgufNorm(stored.name, stored.file, stored.dtype, stored.shape, stored.start, stored.file_bytes)
 
 
 def read_gguf_model(path: Path) -> tuple[Gemma2Config, dict[str, Stored]]:
-    """Read the configuration, and where the tensors lie, under the names and in the order of `tensor_shapes`.
+    """Read the configuration and the places of the tensors, with the names and order of `tensor_shapes`.
 
     Raises
     ------
     CheckpointError, ConfigError
-        If the file is damaged, is no Gemma 2, or lacks a tensor.
+        If the file is damaged, is not a Gemma 2, or lacks a tensor.
     """
     file = read_gguf(path, CheckpointError)
     config = Gemma2Config.from_dict(config_fields(file, CheckpointError), str(path))
@@ -186,11 +186,11 @@ def read_gguf_model(path: Path) -> tuple[Gemma2Config, dict[str, Stored]]:
     strange = sorted(file.tensors.keys() - names.values())
     if lacking or strange:
         what = f"lacks {quote_few(lacking)}" if lacking else f"holds {quote_few(strange)}"
-        raise CheckpointError(f"{path}: {what}, unlike a Gemma 2 of its size; download it again")
+        raise CheckpointError(f"{path}: {what}, unlike a Gemma 2 of this size; download it again")
     for name, theirs in names.items():
         if file.tensors[theirs].shape != shapes[name]:
             raise CheckpointError(
-                f"{path}: tensor {quote(theirs)} is {list(file.tensors[theirs].shape)}, but its metadata make it "
+                f"{path}: tensor {quote(theirs)} is {list(file.tensors[theirs].shape)}; by the metadata it must be "
                 f"{list(shapes[name])}; download it again"
             )
     found = {name: file.tensors[theirs] for name, theirs in names.items()}

@@ -1,8 +1,9 @@
-"""Fresh weights: a truncated normal, drawn on demand. Checked against the zeros, the shapes and the standard deviation
-of transformers 5.23 `Gemma2PreTrainedModel._init_weights`; that draws a whole normal, the documentation says truncated.
+"""Draw fresh weights from a truncated normal on demand. Checked against the zeros, shapes and standard deviation of
+transformers 5.23 `Gemma2PreTrainedModel._init_weights`. That method draws a full normal; its documentation says
+truncated.
 
-Each block of rows of each tensor has a generator of its own. So a model of any size can be made at once, and a layer's
-weights are the same however often and in whatever order they are asked for.
+Each block of rows of each tensor has its own generator. So a model of any size is made at once, and a layer's weights
+do not depend on how often or in which order they are read.
 """
 
 import math
@@ -33,7 +34,7 @@ RESIDENT_BYTES = 4 * 2**30
 
 
 def truncated_normal(shape: tuple[int, ...], std: float, rng: np.random.Generator) -> npt.NDArray[np.float32]:
-    """Draw from a normal distribution, and again whatever lies beyond two standard deviations.
+    """Draw from a normal distribution, and redraw all numbers beyond two standard deviations.
 
     Cutting the tails leaves a standard deviation of ``0.88 * std``, as in TensorFlow's initialiser of that name.
 
@@ -50,7 +51,7 @@ def truncated_normal(shape: tuple[int, ...], std: float, rng: np.random.Generato
 
 @dataclass(frozen=True)
 class Drawn:
-    """A fresh tensor of which any rows can be had: norms and biases are zero, and so is the embedding of padding.
+    """A fresh tensor, drawn by rows on access; norms, biases and the embedding of the padding token are zero.
 
     Examples
     --------
@@ -88,7 +89,7 @@ class Drawn:
 
 
 def fits_in_memory(parameters: int, dtype: str) -> bool:
-    """Tell whether a model is kept in memory: up to 4 GiB in its precision. Else it is read a layer at a time.
+    """Return True if a model is kept in memory (at most 4 GiB in its precision), else it is read layer by layer.
 
     Examples
     --------
@@ -99,7 +100,7 @@ def fits_in_memory(parameters: int, dtype: str) -> bool:
 
 
 def initial_weights(config: Gemma2Config, seed: int = 0, dtype: str = "float32") -> Weights:
-    """Return fresh weights; a model that does not fit into memory draws them again each time they are used.
+    """Return fresh weights; if the model does not fit into memory, they are drawn again at each use.
 
     Examples
     --------
@@ -125,7 +126,7 @@ def initial_weights(config: Gemma2Config, seed: int = 0, dtype: str = "float32")
 
 
 def initial_score(config: Gemma2Config, seed: int = 0, dtype: str = "float32", bias: bool = False) -> Score:
-    """Return the fresh head of a classifier: normal weights, and a bias of zeros if it has one.
+    """Return the fresh head of a classifier: normal weights, and with `bias` a bias of zeros.
 
     Examples
     --------

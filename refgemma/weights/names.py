@@ -1,7 +1,8 @@
-"""Finds the tensors of a Gemma 2 among the names that trainers give them. Checked against what transformers 5.23 loads.
+"""Find the tensors of a Gemma 2 under the names that trainers give them. Checked against the loader of transformers
+5.23.
 
-Wrappers of PyTorch, PEFT and TRL put words before the names. transformers does not know them and leaves every weight
-random; here they are taken off if all tensors then fit, and a warning says so.
+Wrappers of PyTorch, PEFT and TRL add prefixes to the names. transformers does not know these names and leaves every
+weight random. Here the prefixes are removed, with a warning, if all tensors then fit.
 """
 
 import math
@@ -18,42 +19,42 @@ from refgemma.hub import CONFIG_JSON
 from refgemma.weights.parameters import EMBED_TOKENS, LM_HEAD, SCORE_BIAS, SCORE_WEIGHT, tensor_shapes
 from refgemma.weights.stored import NUMBERS_AT_ONCE, CheckpointError, Stored
 
-# torch.compile and FSDP wrap modules at any depth; the others stand before all names.
+# torch.compile and FSDP wrap modules at any depth; the other prefixes stand before all names.
 WRAPPER = re.compile(
     r"^(?:module|base_model\.model|pretrained_model)\.|"
     r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
-WRAPPERS_LIMIT = 4  # one in the other
-# Heads that trainers set beside the language model, and the rotary table of older releases: transformers leaves both
-# unread, and no logit depends on them.
+WRAPPERS_LIMIT = 4  # nested wrappers
+# Heads that trainers add to the language model, and the rotary table of older releases. transformers does not read
+# them, and no logit depends on them.
 UNREAD = re.compile(r"(v_head|value_head|reward_head|classifier|score)\..*|(.*\.)?rotary_emb\.inv_freq")
 
 
 def match_names(
     found: Mapping[str, Stored], config: Gemma2Config, source: Path
 ) -> tuple[Gemma2Config, dict[str, Stored]]:
-    """Give the tensors the names and order of `tensor_shapes`; those of a classifier's head come last.
+    """Return the tensors with the names and order of `tensor_shapes`; those of a classifier's head come last.
 
     Parameters
     ----------
     found : mapping of str to Stored
         All tensors of a checkpoint, by their names in the files.
     config : Gemma2Config
-        Its ``config.json``.
+        The configuration in ``config.json``.
     source : Path
         The file to name in errors about the whole checkpoint.
 
     Returns
     -------
     config : Gemma2Config
-        The same, unless it ties a head that is stored with other numbers: then the head is not tied.
+        The same, unless it ties a head that is stored with different numbers: then the head is not tied.
     tensors : dict of str to Stored
         The tensors.
 
     Raises
     ------
     CheckpointError
-        If a tensor is missing, has no place, is there twice, or has another shape.
+        If a tensor is missing, unknown or stored twice, or has the wrong shape.
 
     Examples
     --------
@@ -67,15 +68,15 @@ def match_names(
     named = _rename(found, expected, source)
     head = named.pop(LM_HEAD, None) if config.tie_word_embeddings else None
     if head is not None and EMBED_TOKENS not in named:
-        named[EMBED_TOKENS], head = head, None  # they are tied, and one of them is enough
+        named[EMBED_TOKENS], head = head, None  # they are tied, so one of them is enough
     score = {name: named.pop(name) for name in (SCORE_WEIGHT, SCORE_BIAS) if name in named}
     if LM_HEAD in expected and LM_HEAD not in named and (EMBED_TOKENS not in found or score):
         del expected[LM_HEAD]  # only a causal language model has one
     _check_tensors(named, expected, config, source)
     if head is not None and has_other_numbers(head, named[EMBED_TOKENS]):
         warnings.warn(
-            f"{head.file}: tensor {head.name!r} holds other numbers than {named[EMBED_TOKENS].name!r}, to which "
-            f"{CONFIG_JSON} ties it; it is used as it is stored, as in transformers: set tie_word_embeddings to false",
+            f"{head.file}: tensor {head.name!r} differs from {named[EMBED_TOKENS].name!r}, although {CONFIG_JSON} ties "
+            "the two; it is used as stored, as in transformers: set tie_word_embeddings to false",
             stacklevel=2,
         )
         config, expected[LM_HEAD] = config.changed(tie_word_embeddings=False), head.shape
@@ -84,7 +85,7 @@ def match_names(
 
 
 def _rename(found: Mapping[str, Stored], expected: Mapping[str, object], source: Path) -> dict[str, Stored]:
-    """Give each tensor the name it has in a whole model; warn of wrappers taken off, and of tensors left unread."""
+    """Return each tensor under its name in a whole model; warn about removed prefixes and unread tensors."""
     own = {*expected, LM_HEAD, SCORE_WEIGHT, SCORE_BIAS}
     named: dict[str, Stored] = {}
     wrappers: set[str] = set()
@@ -95,18 +96,18 @@ def _rename(found: Mapping[str, Stored], expected: Mapping[str, object], source:
         for _ in range(WRAPPERS_LIMIT):
             taken_off += WRAPPER.findall(plain)
             plain = WRAPPER.sub("", plain)
-        # From a bare Gemma2Model names lack "model."; from a model within a model they have it twice.
+        # Names from a bare Gemma2Model lack "model."; names from a model within a model have it twice.
         full = next((n for n in (plain, f"model.{plain}", plain.removeprefix("model.")) if n in own), name)
         if full not in own and UNREAD.fullmatch(plain):
             unread.append(name)
         elif full in named:
-            raise CheckpointError(f"{tensor.file}: tensor {name!r} is stored as {named[full].name!r} too; remove one")
+            raise CheckpointError(f"{tensor.file}: tensor {name!r} is also stored as {named[full].name!r}; remove one")
         else:
             named[full] = tensor
             wrappers.update(taken_off)
     if wrappers and own.issuperset(named) and expected.keys() - {EMBED_TOKENS, LM_HEAD} <= named.keys():
         warnings.warn(
-            f"{source}: {quote_few(sorted(wrappers))} in the names of its tensors is left out; transformers would not "
+            f"{source}: the prefix {quote_few(sorted(wrappers))} of tensor names is ignored; transformers would not "
             "find these tensors, so save the model without its wrapper",
             stacklevel=3,
         )
@@ -120,46 +121,46 @@ def _rename(found: Mapping[str, Stored], expected: Mapping[str, object], source:
 def _check_tensors(
     named: Mapping[str, Stored], expected: Mapping[str, tuple[int, ...]], config: Gemma2Config, source: Path
 ) -> None:
-    """Require each expected tensor, in its shape, and no other."""
+    """Raise an error unless each expected tensor, and no other, is there with the right shape."""
     missing, extra = [name for name in expected if name not in named], [name for name in named if name not in expected]
     if any(".lora_" in name or ".base_layer." in name for name in extra):
         raise CheckpointError(
-            f"{source}: holds an adapter that is not merged: {quote_few(extra)}; merge it with PEFT's "
+            f"{source}: holds an unmerged adapter: {quote_few(extra)}; merge it with PEFT's "
             "merge_and_unload() and save the model again"
         )
     if missing == [LM_HEAD] and not extra:
         raise CheckpointError(
-            f"{source}: lacks {LM_HEAD!r}, which tie_word_embeddings false asks for (transformers takes a random one); "
+            f"{source}: lacks {LM_HEAD!r}, which tie_word_embeddings false requires (transformers uses a random one); "
             f"set it to true in {CONFIG_JSON} if the head is the embedding, as in each released Gemma 2"
         )
     if missing or extra:
         faults = [f"lacks {len(missing)} of {len(expected)} tensors: {quote_few(missing)}"] if missing else []
-        faults += [f"holds {len(extra)} that Gemma 2 has no place for: {quote_few(extra)}"] if extra else []
+        faults += [f"holds {len(extra)} tensors that Gemma 2 does not have: {quote_few(extra)}"] if extra else []
         raise CheckpointError(
-            f"{source}: {'; '.join(faults)}. The checkpoint is incomplete, or not the one that {CONFIG_JSON} "
-            f"({config.num_hidden_layers} layers) describes: fetch both again"
+            f"{source}: {'; '.join(faults)}. The checkpoint is incomplete, or does not belong to {CONFIG_JSON} "
+            f"({config.num_hidden_layers} layers): fetch both again"
         )
     for name, shape in expected.items():
         tensor = named[name]
         if tensor.shape != shape and not math.prod(tensor.shape):
             raise CheckpointError(
-                f"{tensor.file}: tensor {tensor.name!r} is empty, {list(tensor.shape)}: DeepSpeed's ZeRO-3 keeps its "
-                "numbers in other files; gather them with the zero_to_fp32.py that lies beside them"
+                f"{tensor.file}: tensor {tensor.name!r} is empty, {list(tensor.shape)}: DeepSpeed's ZeRO-3 stores the "
+                "numbers in other files; gather them with the zero_to_fp32.py beside them"
             )
         if tensor.shape != shape:
             raise CheckpointError(
-                f"{tensor.file}: tensor {tensor.name!r} is {list(tensor.shape)}, but {CONFIG_JSON} makes it "
-                f"{list(shape)}; the weights and the configuration are of two models"
+                f"{tensor.file}: tensor {tensor.name!r} is {list(tensor.shape)}; by {CONFIG_JSON} it must be "
+                f"{list(shape)}: take weights and configuration from the same model"
             )
 
 
 def has_other_numbers(head: Stored, table: Stored) -> bool:
-    """Tell whether a stored head holds other numbers than the embedding it is tied to.
+    """Return True if a stored head differs from the embedding that it is tied to.
 
     Raises
     ------
     CheckpointError
-        If it has another shape.
+        If the shapes differ.
 
     Examples
     --------
@@ -171,11 +172,11 @@ def has_other_numbers(head: Stored, table: Stored) -> bool:
     if head.shape != table.shape:
         raise CheckpointError(
             f"{head.file}: tensor {head.name!r} is {list(head.shape)}, but it is tied to {table.name!r}, which is "
-            f"{list(table.shape)}; leave it out when the model is saved"
+            f"{list(table.shape)}; save the model without it"
         )
     own, tied = head.map(), table.map()
     step = max(1, NUMBERS_AT_ONCE // head.shape[1])
-    kind = np.dtype(np.uint8) if own.dtype == tied.dtype else None  # the same bytes are the same numbers
+    kind = np.dtype(np.uint8) if own.dtype == tied.dtype else None  # equal bytes are equal numbers
     for start in range(0, head.shape[0], step):
         x, y = (part[start : start + step] for part in (own, tied))
         x, y = (x.astype(np.float64), y.astype(np.float64)) if kind is None else (x.view(kind), y.view(kind))
@@ -185,12 +186,12 @@ def has_other_numbers(head: Stored, table: Stored) -> bool:
 
 
 def check_score(score: Mapping[str, Stored], hidden_size: int) -> None:
-    """Require a classifier's head to be ``(num_labels, hidden)``, and its bias, if there is one, ``(num_labels,)``.
+    """Check that a classifier's head is ``(num_labels, hidden)`` and its bias, if there is one, ``(num_labels,)``.
 
     Raises
     ------
     CheckpointError
-        If it is not.
+        If a shape is wrong.
 
     Examples
     --------
@@ -202,5 +203,5 @@ def check_score(score: Mapping[str, Stored], hidden_size: int) -> None:
         if tensor.shape != expected[name] or not num_labels:
             raise CheckpointError(
                 f"{tensor.file}: tensor {tensor.name!r} is {list(tensor.shape)}; with hidden_size {hidden_size}, "
-                f"{SCORE_WEIGHT} has to be [num_labels, {hidden_size}] and {SCORE_BIAS}, if there is one, [num_labels]"
+                f"{SCORE_WEIGHT} must be [num_labels, {hidden_size}] and {SCORE_BIAS}, if there is one, [num_labels]"
             )

@@ -15,7 +15,7 @@ from refgemma.config import Gemma2Config
 
 @runtime_checkable
 class Rows(Protocol):
-    """An embedding table: an array, or something on disk that is read and converted as it is indexed by row."""
+    """An embedding table: an array, or a table on disk whose rows are read and converted when indexed."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -56,7 +56,7 @@ class LayerWeights:
     up_proj: Float[np.ndarray, "intermediate hidden"]
     down_proj: Float[np.ndarray, "hidden intermediate"]
     post_feedforward_layernorm: Float[np.ndarray, " hidden"]
-    q_proj_bias: Float[np.ndarray, " heads*head_dim"] | None = None  # with config.attention_bias, which Gemma 2 has not
+    q_proj_bias: Float[np.ndarray, " heads*head_dim"] | None = None  # with config.attention_bias, unused in Gemma 2
     k_proj_bias: Float[np.ndarray, " kv_heads*head_dim"] | None = None
     v_proj_bias: Float[np.ndarray, " kv_heads*head_dim"] | None = None
     o_proj_bias: Float[np.ndarray, " hidden"] | None = None
@@ -64,22 +64,22 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class Weights:
-    """All weights. `layers` may read each block as it is asked for; `embed_tokens` may read rows as they are."""
+    """All weights. `layers` may read each block on access, and `embed_tokens` each row."""
 
     embed_tokens: Rows
     layers: Sequence[LayerWeights]
     norm: Float[np.ndarray, " hidden"]
-    lm_head: Rows | None = None  # a head of its own, which no released Gemma 2 has
+    lm_head: Rows | None = None  # an untied head, which no released Gemma 2 has
 
     @property
     def head(self) -> Rows:
-        """The table that scores the tokens: the one that embeds them, unless the head is untied."""
+        """The table that scores the tokens: the embedding table, unless the head is untied."""
         return self.embed_tokens if self.lm_head is None else self.lm_head
 
 
 @dataclass(frozen=True)
 class Score:
-    """The head of a classifier; that of a token classifier has a bias."""
+    """The head of a classifier; a token classifier has a bias."""
 
     weight: Float[np.ndarray, "labels hidden"]
     bias: Float[np.ndarray, " labels"] | None = None
@@ -90,7 +90,7 @@ _INSIDE |= {name: f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj"
 
 EMBED_TOKENS = "model.embed_tokens.weight"
 NORM = "model.norm.weight"
-# Where the head is tied to the embedding, a checkpoint may store the same table a second time under this name.
+# If the head is tied to the embedding, a checkpoint may store the same table a second time under this name.
 LM_HEAD = "lm_head.weight"
 # The head of a sequence or token classifier.
 SCORE_WEIGHT = "score.weight"
@@ -98,20 +98,20 @@ SCORE_BIAS = "score.bias"
 
 
 def _name_tensor(field: str) -> str:
-    """Name the tensor of a field inside its layer: ``self_attn.q_proj.bias`` for ``q_proj_bias``."""
+    """Return the name of a field's tensor within its layer: ``self_attn.q_proj.bias`` for ``q_proj_bias``."""
     module = field.removesuffix("_bias")
     return f"{_INSIDE.get(module, module)}.{'weight' if module == field else 'bias'}"
 
 
 def layer_tensors(layer: int, bias: bool = False) -> dict[str, str]:
-    """Field of `LayerWeights` -> name of the tensor in a checkpoint, for block `layer`.
+    """Return the name in a checkpoint of each field of `LayerWeights`, for block `layer`.
 
     Parameters
     ----------
     layer : int
-        Which block.
+        The number of the block.
     bias : bool
-        Whether the projections of attention have biases.
+        If true, the projections of attention have biases.
 
     Examples
     --------
@@ -123,7 +123,7 @@ def layer_tensors(layer: int, bias: bool = False) -> dict[str, str]:
 
 
 def tensor_shapes(config: Gemma2Config) -> dict[str, tuple[int, ...]]:
-    """Return every tensor that a checkpoint of `config` holds, in the order of execution, with its shape.
+    """Return the names and shapes of all tensors in a checkpoint of `config`, in the order of execution.
 
     Examples
     --------
@@ -159,7 +159,7 @@ def tensor_shapes(config: Gemma2Config) -> dict[str, tuple[int, ...]]:
 
 
 def weights_of(tensors: Mapping[str, Any], config: Gemma2Config) -> Weights:
-    """Put tensors under the names of `tensor_shapes` in their places.
+    """Return the `Weights` made of tensors with the names of `tensor_shapes`.
 
     Examples
     --------
@@ -173,29 +173,29 @@ def weights_of(tensors: Mapping[str, Any], config: Gemma2Config) -> Weights:
         LayerWeights(**{field: tensors[name] for field, name in layer_tensors(n, config.attention_bias).items()})
         for n in range(config.num_hidden_layers)
     ]
-    head = None if config.tie_word_embeddings else tensors.get(LM_HEAD)  # a bare model and a classifier have none
+    head = None if config.tie_word_embeddings else tensors.get(LM_HEAD)  # a bare model or a classifier has none
     return Weights(tensors[EMBED_TOKENS], layers, tensors[NORM], head)
 
 
 def require_memory(nbytes: int, what: str) -> None:
-    """Raise `MemoryError` before anything is read that this machine cannot hold: later, the system would end us."""
+    """Raise `MemoryError` before reading more than the machine's memory: later, the system would kill the process."""
     holds = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
     if nbytes > holds:
-        raise MemoryError(f"{what} takes {nbytes / 1e9:.1f} GB, and this machine has {holds / 1e9:.1f} GB")
+        raise MemoryError(f"{what} takes {nbytes / 1e9:.1f} GB; this machine has {holds / 1e9:.1f} GB")
 
 
 @dataclass(frozen=True)
 class OnDemand(Sequence[LayerWeights]):
-    """Blocks that are made or read when they are asked for, every time they are asked for; none is kept.
+    """Blocks that are made or read on each access; none is kept.
 
     Parameters
     ----------
     tensor : callable
-        Gives a tensor by its name, to be had by rows.
+        Returns the rows of a tensor, given its name.
     numbers : range
         The blocks in this sequence.
     bias : bool
-        Whether the projections of attention have biases.
+        If true, the projections of attention have biases.
 
     Examples
     --------
@@ -213,7 +213,7 @@ class OnDemand(Sequence[LayerWeights]):
         return len(self.numbers)
 
     def __getitem__(self, layer: Any) -> Any:
-        """Make block `layer`; of a slice nothing is made yet."""
+        """Make block `layer`, or return a sequence of the blocks of a slice without making them."""
         if isinstance(layer, slice):
             return replace(self, numbers=self.numbers[layer])
         tensors = self.rows(layer)
@@ -221,19 +221,19 @@ class OnDemand(Sequence[LayerWeights]):
         return LayerWeights(**{name: rows[:] for name, rows in tensors.items()})
 
     def __iter__(self) -> Iterator[LayerWeights]:
-        """Make one block after the other; the iterator of `Sequence` would hold each while it makes the next."""
+        """Make one block at a time; the iterator of `Sequence` would keep each while making the next."""
         return (self[layer] for layer in range(len(self)))
 
     def rows(self, layer: int) -> dict[str, Rows]:
-        """Return the tensors of block `layer` by field, of which no row is made yet."""
+        """Return the tensors of block `layer` by field, without making their rows."""
         if not -len(self) <= layer < len(self):
-            raise IndexError(f"there is no layer {layer}: this sequence holds {len(self)}")
+            raise IndexError(f"layer {layer} does not exist: this sequence has {len(self)} layers")
         names = layer_tensors(self.numbers[layer], self.bias)
         return {name: self.tensor(tensor) for name, tensor in names.items()}
 
 
 class _OneLayer:
-    """Layers of which the one asked for last is kept: read from disk once while its tensors are gone through."""
+    """Keeps the layer accessed last, so that it is read from disk once for all its tensors."""
 
     def __init__(self, layers: Sequence[LayerWeights]) -> None:
         self._layers = layers
@@ -248,13 +248,13 @@ class _OneLayer:
 
 @dataclass(frozen=True)
 class LayerRows:
-    """One tensor of a layer, which is read when rows are asked for."""
+    """One tensor of a layer, read when its rows are accessed."""
 
     layer: Callable[[int], LayerWeights]
     number: int
     field: str
     shape: tuple[int, ...]
-    kept: bool  # whether the layer is in memory, so that what is written into its tensors stays there
+    kept: bool  # true if the layer is in memory, so that changes to its tensors last
 
     def __getitem__(self, rows: Any, /) -> Any:
         """Return the rows of a slice or of an integer array."""
@@ -262,7 +262,7 @@ class LayerRows:
 
 
 def named_weights(weights: Weights, config: Gemma2Config) -> dict[str, Rows]:
-    """Return every tensor by name, in torch's order; weights on disk are read when rows are asked.
+    """Return every tensor by name, in torch's order; weights on disk are read when their rows are accessed.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""The quantised matrices of a safetensors folder as numbers: MLX's groups of 2 to 8 bits, and float8 with scales.
+"""Read the quantised matrices of a safetensors folder: MLX's groups of 2 to 8 bits, and float8 with scales.
 
 Checked bit for bit against `mlx.core.dequantize` of mlx 0.32 in float32, and against compressed-tensors.
 """
@@ -18,15 +18,15 @@ from refgemma.precision import Array, as_dtype
 from refgemma.weights.stored import NUMBERS_AT_ONCE, CheckpointError, ComputedRows, Stored
 
 FLOAT8, PACKED = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(np.uint32)
-RAW_DTYPES = {"F8_E4M3": FLOAT8, "U32": PACKED}  # by their code in a header
+RAW_DTYPES = {"F8_E4M3": FLOAT8, "U32": PACKED}  # code in a header -> dtype
 BITS = (2, 3, 4, 5, 6, 8)
-# What float8 folders have beside a matrix for the rounding of activations and of the cache.
+# Tensors beside the matrices of float8 folders, for the rounding of activations and of the cache.
 ACTIVATIONS = ("input_scale", "input_scale_ub", "k_scale", "output_scale", "v_scale")
 
 
 @dataclass(frozen=True)
 class Dequantised(Stored):
-    """A matrix ``number * scale + bias``, with a scale, and perhaps a bias, for each group of numbers of a row."""
+    """A matrix ``number * scale + bias``; each group of numbers of a row has a scale and may have a bias."""
 
     packed: Stored
     scales: Stored
@@ -34,7 +34,7 @@ class Dequantised(Stored):
 
     @property
     def format(self) -> str:
-        """What its numbers are stored in."""
+        """The format of the stored numbers."""
         bits = self.packed.shape[-1] * 32 // self.shape[-1]
         return f"MLX {bits} bits" if self.packed.dtype == PACKED else self.packed.dtype.name
 
@@ -44,7 +44,7 @@ class Dequantised(Stored):
         return sum(part.nbytes for part in (self.packed, self.scales, self.biases) if part is not None)
 
     def map(self, keep: bool = False) -> Any:
-        """Return the rows in float32, computed when they are asked for."""
+        """Return the rows in float32, computed on access."""
         return ComputedRows(self, self.dtype)
 
     def read(self, dtype: str, rows: Any = ...) -> Array:
@@ -58,18 +58,18 @@ class Dequantised(Stored):
         for start in range(0, len(flat), step):
             block = slice(start, start + step)
             numbers = _unpack(flat[block], width).reshape(-1, scales.shape[-1], width // scales.shape[-1])
-            with np.errstate(over="ignore", invalid="ignore"):  # what these would warn of is an error just below
+            with np.errstate(over="ignore", invalid="ignore"):  # the check below raises an error instead
                 found = numbers * scales[block, :, None] + biases[block, :, None]
                 out[block] = as_dtype(found.reshape(-1, width), dtype)
             if not np.isfinite(out[block]).all():
                 raise CheckpointError(
-                    f"{self.file}: tensor {quote(self.name)} gives numbers that are no weights or beyond the largest "
-                    f"{dtype}"
+                    f"{self.file}: tensor {quote(self.name)} gives NaN, infinity or a number above the largest {dtype}"
+                    "; use a wider dtype, or download the file again"
                 )
         return out.reshape(*packed.shape[:-1], width).view(type(kind))
 
     def _pick(self, part: Stored | None, rows: Any) -> Array:
-        """Return the scales or biases of some rows, a row each."""
+        """Return the scales or biases of some rows, one row for each."""
         if part is None:
             zeros: Array = np.broadcast_to(np.float32(0), (self.shape[0], 1))[rows].reshape(-1, 1)
             return zeros
@@ -80,7 +80,7 @@ class Dequantised(Stored):
 
 
 def _unpack(packed: Array, width: int) -> Array:
-    """Return the numbers of packed rows in float32: of words their bits from the lowest on, as many for each number."""
+    """Return the numbers of packed rows in float32; each word is split into equal groups of bits, lowest first."""
     if packed.dtype == FLOAT8:
         return packed.astype(np.float32)
     bits = packed.shape[-1] * 32 // width
@@ -89,21 +89,21 @@ def _unpack(packed: Array, width: int) -> Array:
 
 
 def dequantise(found: Mapping[str, Stored], raw: Mapping[str, Any], source: Path) -> dict[str, Stored]:
-    """Return the tensors of a folder with each quantised matrix and what belongs to it as one tensor.
+    """Return the tensors of a folder, with each quantised matrix and its scales and biases as one tensor.
 
     Parameters
     ----------
     found : mapping of str to Stored
-        By their names in the files.
+        The tensors by their names in the files.
     raw : mapping
-        The ``config.json``, which says how many numbers MLX's groups have.
+        The ``config.json``, which gives the size of MLX's groups.
     source : Path
-        The file to name in a warning about all.
+        The file to name in a warning about the whole checkpoint.
 
     Raises
     ------
     CheckpointError
-        For a quantised matrix whose scales are not there, or of another shape.
+        If the scales of a quantised matrix are missing or have the wrong shape.
 
     Examples
     --------
@@ -121,8 +121,8 @@ def dequantise(found: Mapping[str, Stored], raw: Mapping[str, Any], source: Path
         parts = [f"{module}.{end}" for end in ends]
         if len(tensor.shape) != 2 or not all(part in found for part in parts):
             raise CheckpointError(
-                f"{tensor.file}: tensor {quote(name)}: its dtype is {tensor.dtype.name}, without "
-                f"{' and '.join(ends)} that make numbers of it; a quantised checkpoint has to be converted first"
+                f"{tensor.file}: tensor {quote(name)}: the dtype is {tensor.dtype.name}, but its "
+                f"{' and '.join(ends)} are missing; convert the quantised checkpoint first"
             )
         used.update(parts, *([f"{module}.{end}"] for end in ACTIVATIONS))
         scales, *biases = (found[part] for part in parts)
@@ -133,15 +133,15 @@ def dequantise(found: Mapping[str, Stored], raw: Mapping[str, Any], source: Path
         )  # fmt: skip
     if any(tensor.dtype == FLOAT8 for tensor in found.values()):
         warnings.warn(
-            f"{source}: its float8 matrices are used as the numbers they stand for; libraries that compute in float8 "
-            "round the activations as well, which is not done here",
+            f"{source}: the float8 matrices are widened; libraries that compute in float8 also round the activations, "
+            "which refgemma does not",
             stacklevel=4,
         )
     return {name: tensor for name, tensor in tensors.items() if name not in used}
 
 
 def _find_width(tensor: Stored, scales: Stored, biases: list[Stored], raw: Mapping[str, Any], module: str) -> int:
-    """Return how many numbers a row has, with all shapes checked."""
+    """Return the number of columns, after checking all shapes."""
     rows, words = tensor.shape
     fits = all(part.dtype not in RAW_DTYPES.values() for part in (scales, *biases))
     if tensor.dtype == FLOAT8:
@@ -159,7 +159,7 @@ def _find_width(tensor: Stored, scales: Stored, biases: list[Stored], raw: Mappi
     if not fits or not math.prod(tensor.shape):
         shapes = quote_few([str(list(part.shape)) for part in (tensor, scales, *biases)])
         raise CheckpointError(
-            f"{tensor.file}: tensor {quote(tensor.name)} and its scales are {shapes}, which are not read here; a "
-            "quantised checkpoint has to be converted first"
+            f"{tensor.file}: tensor {quote(tensor.name)} and its scales are {shapes}, which is not supported; "
+            "convert the quantised checkpoint first"
         )
     return width

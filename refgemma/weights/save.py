@@ -1,9 +1,9 @@
-"""Writes a Hugging Face folder a few rows at a time: safetensors, in one file or in shards with an index. Checked by
+"""Write a Hugging Face folder a few rows at a time: safetensors, in one file or in shards with an index. Checked by
 reading back with the loaders of safetensors 0.8 and transformers 5.23, bit for bit.
 
-All is written into a folder of its own inside the target, and moved into place when it is whole, the index last. So a
-checkpoint is never half-written, and an interrupted run finds there what it has finished. A run that may be continued
-also reads everything back before: what is in place has been compared with what had to be written.
+All files are written into a staging folder inside the target and moved into place when complete, the index last. So a
+checkpoint is never half-written, and an interrupted run finds its finished files there. A run that can be continued
+also reads all files back before the move and compares them.
 """
 
 import json
@@ -31,21 +31,21 @@ BLOCK_BYTES = 2**24  # written at a time
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
-# A layer's modules in the order in which torch registers them: the released shards were filled in it.
+# A layer's modules in the order in which torch registers them; the released shards were filled in this order.
 MODULES = (
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "input_layernorm",
     "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",
 )  # fmt: skip
 IN_LAYER = re.compile(rf"(?:model\.)?layers\.(\d+)\.(?:self_attn\.|mlp\.)?({'|'.join(MODULES)})\.(?:weight|bias)")
 
-# The name of a precision -> what numbers of it are in a file.
+# The name of a precision -> the dtype of its numbers in a file.
 FILE_DTYPES: dict[str, np.dtype[Any]] = {dtype.name: dtype for dtype in DTYPE_OF_CODE.values()}
 CODE_OF_DTYPE = {dtype: code for code, dtype in DTYPE_OF_CODE.items()}
 
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """One tensor to write: `rows` is an array, or anything that gives an array for a slice of rows."""
+    """One tensor to write: `rows` is an array, or an object that returns an array for a slice of rows."""
 
     name: str
     dtype: str
@@ -58,7 +58,7 @@ class OutputTensor:
         return math.prod(self.shape) * FILE_DTYPES[self.dtype].itemsize
 
     def blocks(self) -> Iterator[Array]:
-        """Its data in the format of the file, some rows at a time."""
+        """Yield the data in the format of the file, some rows at a time."""
         row_bytes = max(1, self.nbytes // max(1, self.shape[0]))
         step = max(1, BLOCK_BYTES // row_bytes)
         for start in range(0, self.shape[0], step):
@@ -67,7 +67,7 @@ class OutputTensor:
 
 
 def as_stored(x: Array, dtype: str) -> Array:
-    """Return `x` in the format of a file: half precision takes two bytes, and four in the computation.
+    """Return `x` in the format of a file: half precision takes two bytes there, and four in the computation.
 
     Examples
     --------
@@ -80,7 +80,7 @@ def as_stored(x: Array, dtype: str) -> Array:
 
 
 def parse_size(size: int | str) -> int:
-    """Return the largest size of a file in bytes, of a number or of text: ``"5GB"`` (1e9) or ``"5GiB"`` (2**30).
+    """Return a size in bytes, given as a number or as text: ``"5GB"`` (1 GB is 1e9 bytes) or ``"5GiB"`` (2**30).
 
     Examples
     --------
@@ -89,12 +89,12 @@ def parse_size(size: int | str) -> int:
     """
     match = re.fullmatch(r"(\d{1,18})\s*([KMGT]?I?B?)", str(size).strip().upper())
     if isinstance(size, bool) or not match or match[2] not in UNITS or int(match[1]) == 0:
-        raise CheckpointError(f"max_shard_size is {size!r}: a number of bytes, or for instance 5GB, is needed")
+        raise CheckpointError(f"max_shard_size is {size!r}; it must be a number of bytes or a size such as 5GB")
     return int(match[1]) * UNITS[match[2]]
 
 
 def split_into_shards(outputs: Sequence[OutputTensor], limit: int) -> dict[str, list[OutputTensor]]:
-    """File name -> its tensors, in order; a file holds more than `limit` bytes only if one tensor does.
+    """Return the tensors of each file, in order; a file exceeds `limit` bytes only if a single tensor does.
 
     Examples
     --------
@@ -113,17 +113,17 @@ def split_into_shards(outputs: Sequence[OutputTensor], limit: int) -> dict[str, 
 
 
 def _rank(output: OutputTensor) -> tuple[int, int, int]:
-    """Return the place of a tensor in torch's state dict: embedding, layers, and then norm and heads."""
+    """Return the place of a tensor in torch's state dict: embedding, layers, then norm and heads."""
     if found := IN_LAYER.fullmatch(output.name):
         return 1, int(found[1]), MODULES.index(found[2])
     return (0 if "embed_tokens" in output.name else 2), 0, 0
 
 
 def plan_files(outputs: Sequence[OutputTensor], max_shard_size: int | str) -> dict[str, list[OutputTensor]]:
-    """File name -> its tensors, as transformers and safetensors lay them out; no number is read or written.
+    """Return the tensors of each file, laid out as by transformers and safetensors; no data are read or written.
 
-    Files are filled in the order of the state dict. Inside a file wider dtypes go first, then names are sorted. The
-    released index files and lengths of shards come out to the byte.
+    Files are filled in the order of the state dict. Inside a file, wider dtypes come first, then names are sorted. This
+    reproduces the released index files and the lengths of the released shards to the byte.
 
     Examples
     --------
@@ -154,8 +154,8 @@ def build_index(files: Mapping[str, Sequence[OutputTensor]]) -> bytes:
 
 
 def build_header(outputs: Sequence[OutputTensor]) -> bytes:
-    """Return the start of a safetensors file: the length of the JSON text, and the text, padded to eight bytes."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers reads no file without it
+    """Return the start of a safetensors file: the length of the JSON text, then the text, padded to eight bytes."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers does not read a file without it
     position = 0
     for output in outputs:
         end = position + output.nbytes
@@ -179,7 +179,7 @@ def file_bytes(outputs: Sequence[OutputTensor]) -> int:
 
 
 def write_file(path: Path, outputs: Sequence[OutputTensor], bar: Any) -> None:
-    """Write one safetensors file, which has its name only once it is whole and on the disk."""
+    """Write one safetensors file; it gets its name only when it is complete and on the disk."""
     with new_file(path) as file:
         file.write(build_header(outputs))
         for output in outputs:
@@ -191,7 +191,7 @@ def write_file(path: Path, outputs: Sequence[OutputTensor], bar: Any) -> None:
 
 
 def _is_finished(path: Path, outputs: Sequence[OutputTensor]) -> bool:
-    """Tell whether an earlier run has finished this file: it has its name and the right header."""
+    """Return True if an earlier run finished this file: its name, header and length are right."""
     if not path.is_file():
         return False
     start = build_header(outputs)
@@ -211,27 +211,27 @@ def _check_space(folder: Path, needed: int) -> None:
 
 @contextmanager
 def claim(folder: Path, fingerprint: str) -> Iterator[None]:
-    """Require a folder that is empty, or that of an interrupted run with the same fingerprint, and keep others out.
+    """Check that a folder is empty or belongs to an interrupted run with the same fingerprint, and lock it.
 
-    After an interruption, or on a full disk, the folder keeps what was written, and the same run continues there. After
-    an error in the source or on the disk, the folder is as it was before the first run.
+    After an interruption, or on a full disk, the folder keeps the finished files, and the same run continues there.
+    After an error in the source or on the disk, the folder is as it was before the first run.
 
     Raises
     ------
     CheckpointError
-        If it holds anything else, or another process is writing it.
+        If the folder holds anything else, or another process is writing to it.
     """
     if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"{folder}: is a file; give a folder that is empty or not there")
+        raise CheckpointError(f"{folder}: is a file; give an empty folder or a new one")
     staging, made = folder / STAGING, not folder.exists()
     state = staging / STATE
     fresh = not (state.is_file() and state.read_text(encoding="utf-8") == fingerprint)
     if fresh:
-        # A run that was killed in its first moment left an empty staging folder.
+        # A run that was killed at its start left an empty staging folder.
         begun = [staging] if staging.is_dir() and all(path.suffix == ".part" for path in staging.iterdir()) else []
         if not made and list(folder.iterdir()) not in ([], begun):
             fault = "the beginning of another checkpoint" if state.is_file() else "files"
-            raise CheckpointError(f"{folder}: holds {fault} already; give an empty folder, or remove this one first")
+            raise CheckpointError(f"{folder}: already holds {fault}; give an empty folder, or remove this one first")
         staging.mkdir(parents=True, exist_ok=True)
     with lock_folder(staging, CheckpointError):
         try:
@@ -249,28 +249,28 @@ def claim(folder: Path, fingerprint: str) -> Iterator[None]:
 def write_checkpoint(
     folder: str | Path, outputs: Sequence[OutputTensor], max_shard_size: int | str = "50GB", fingerprint: str = ""
 ) -> None:
-    """Write the weights of a checkpoint into `folder`, in place of those that are there.
+    """Write the weights of a checkpoint into `folder`, replacing weights that are already there.
 
-    A progress bar on stderr after two seconds, if that is a terminal. Needs a few times 16 MB of memory beside what the
-    rows need.
+    Shows a progress bar on stderr after two seconds, if stderr is a terminal. Needs a few times 16 MB of memory in
+    addition to the rows.
 
     Parameters
     ----------
     folder : str or Path
-        Made if there is none.
+        Created if it does not exist.
     outputs : sequence of Output
         All tensors, in any order; see `plan_files` for the order in the files.
     max_shard_size : int or str
-        With more than this, in several files with an index; see `parse_size`.
+        A larger checkpoint is written as several files with an index; see `parse_size`.
     fingerprint : str
-        What is being written, if an interrupted run is to be continued: a run with the same one takes over the files
-        that an earlier one has finished, and all files are read again and compared before they are moved into place.
-        Without one it starts again, and leaves nothing behind if it fails.
+        Identifies the content, so that an interrupted run can be continued. A run with the same fingerprint keeps the
+        finished files; all files are read back and compared before they are moved into place. Without a fingerprint the
+        run starts again, and leaves nothing behind if it fails.
 
     Raises
     ------
     CheckpointError
-        If the disk has too little space, a number cannot be read, or a file does not read as it was written.
+        If the disk has too little space, a number cannot be read, or a file reads back differently.
     OSError
         If the folder cannot be written.
 
@@ -286,7 +286,7 @@ def write_checkpoint(
     shards = plan_files(outputs, max_shard_size)
     staging = target / STAGING
     staging.mkdir(parents=True, exist_ok=True)
-    if fingerprint:  # and the folder was claimed
+    if fingerprint:  # the folder was claimed, too
         _write_shards(staging, shards, fingerprint)
         check_written(staging, outputs)
         _move_into_place(target, shards)
@@ -310,14 +310,14 @@ def _write_shards(staging: Path, shards: dict[str, list[OutputTensor]], fingerpr
 
 
 def write_parts(folder: Path, parts: Mapping[str, Sequence[OutputTensor]], write: Callable[..., None]) -> None:
-    """Write each file of `parts`, with one progress bar for all, if the disk has space for them.
+    """Write each file of `parts`, with one progress bar for all.
 
     Raises
     ------
     CheckpointError
-        If it has not.
+        If the disk lacks the space.
     """
-    for partial in folder.glob("*.part"):  # of a run that was killed
+    for partial in folder.glob("*.part"):  # from a run that was killed
         partial.unlink()
     total = sum(output.nbytes for part in parts.values() for output in part)
     _check_space(folder, total)
@@ -327,7 +327,7 @@ def write_parts(folder: Path, parts: Mapping[str, Sequence[OutputTensor]], write
 
 
 def _move_into_place(target: Path, shards: dict[str, list[OutputTensor]]) -> None:
-    """Old weights away, new ones in their place, the index last: at no moment is there a mixture that can be read."""
+    """Remove the old weights and move the new ones into place, the index last; a mixture can never be read."""
     for path in [target / SINGLE, target / INDEX]:
         path.unlink(missing_ok=True)
     for path in target.iterdir():
@@ -341,12 +341,12 @@ def _move_into_place(target: Path, shards: dict[str, list[OutputTensor]]) -> Non
 
 
 def check_written(folder: str | Path, outputs: Sequence[OutputTensor]) -> None:
-    """Read everything back and compare it, byte for byte, with what had to be written.
+    """Read all files back and compare them, byte for byte, with the tensors to write.
 
     Raises
     ------
     CheckpointError
-        Naming the first tensor that differs.
+        If a tensor differs; the error names the first.
     """
     root = Path(folder)
     files = sorted(path for path in root.iterdir() if path.name == SINGLE or SHARD.fullmatch(path.name))
@@ -355,22 +355,23 @@ def check_written(folder: str | Path, outputs: Sequence[OutputTensor]) -> None:
 
 
 def check_same(found: Mapping[str, Stored], outputs: Sequence[OutputTensor], folder: Path) -> None:
-    """Compare the tensors that were `found` in `folder` with what had to be written; see `check_written`."""
+    """Compare the tensors `found` in `folder` with the tensors to write; see `check_written`."""
     total = sum(output.nbytes for output in outputs)
     with tqdm(total=total, unit="B", unit_scale=True, desc="checking", disable=None, delay=2) as bar:
         for output in outputs:
             tensor = found.get(output.name)
             if tensor is None or (tensor.shape, tensor.dtype) != (output.shape, FILE_DTYPES[output.dtype]):
-                raise CheckpointError(f"{folder}: tensor {output.name!r} is not there; another program has been at it")
+                raise CheckpointError(
+                    f"{folder}: tensor {output.name!r} is missing after writing; did another process change the folder?"
+                )
             row = 0
             for block in output.blocks():
-                # Mapped again each time: of a mapping, all that was read stays in memory.
+                # Mapped again each time: all pages read through one map stay in memory.
                 again = np.ascontiguousarray(tensor.map()[row : row + len(block)])
                 if again.tobytes() != block.tobytes():
                     raise CheckpointError(
-                        f"{tensor.file}: tensor {output.name!r} does not read as it was written, from row {row} on; "
-                        "the disk is failing, or another program has changed the file: remove it if it is still there, "
-                        "and run again"
+                        f"{tensor.file}: tensor {output.name!r} reads back differently from row {row} on; the disk is "
+                        "failing, or another process changed the file: remove it if it still exists, and run again"
                     )
                 row += len(block)
                 bar.update(block.nbytes)

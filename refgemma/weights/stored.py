@@ -1,5 +1,5 @@
-"""One tensor of a file: where it lies, and how it is read in one of the four precisions. Checked bit for bit against
-the loader of safetensors 0.8."""
+"""One tensor of a file: its place, and reading it in one of the four precisions. Checked bit for bit against the loader
+of safetensors 0.8."""
 
 import functools
 import math
@@ -17,7 +17,7 @@ REMEDY = "write or download the file again"
 
 
 class CheckpointError(RefgemmaError):
-    """A checkpoint that cannot be read as a Gemma 2: says which file, which tensor, and what to do about it.
+    """Raised for a checkpoint that cannot be read as a Gemma 2; names the file, the tensor and the remedy.
 
     Examples
     --------
@@ -35,15 +35,15 @@ class Stored:
     Parameters
     ----------
     name : str
-        Its name in the file.
+        The tensor's name in the file.
     file : Path
         The safetensors file that holds it.
     dtype : numpy.dtype
         float64, float32, float16, or bfloat16 of ml_dtypes.
     shape : tuple of int
-        Its shape.
+        The tensor's shape.
     start : int
-        Where its data start in the file, in bytes.
+        The position of its data in the file, in bytes.
     file_bytes : int
         The length of the file when its header was read.
 
@@ -69,7 +69,7 @@ class Stored:
 
     @property
     def format(self) -> str:
-        """What its numbers are stored in: the name of a dtype, or of a quantised format."""
+        """The format of the stored numbers: the name of a dtype or of a quantised format."""
         return self.dtype.name
 
     @property
@@ -83,17 +83,17 @@ class Stored:
     _kept_map = functools.cached_property(_open_map)
 
     def map(self, keep: bool = False) -> Array:
-        """Map the tensor as it lies in the file: read-only, of the file's dtype, and no part of it read yet.
+        """Map the tensor as it is in the file: read-only, with the file's dtype, and without reading any part yet.
 
-        With `keep` by the same map each time, as long as this object lives: to map a layer of a 9B again takes a sixth
-        of a decoded token's time. Its pages are the file's own, which the system takes back when memory is short.
+        With `keep`, this object reuses one map: mapping a layer of a 9B again would take a sixth of the time of a
+        decoded token. The pages belong to the file, so the system reclaims them when memory is short.
         """
         try:
             found = self.file.stat().st_size
-            # A file that was cut short under its map would kill the process at the first access, without a message.
+            # If a file is truncated while mapped, the first access kills the process without a message.
             if found != self.file_bytes:
                 raise CheckpointError(
-                    f"{self.file}: is {found} bytes long and was {self.file_bytes} when it was opened; open it again"
+                    f"{self.file}: is {found} bytes long; it was {self.file_bytes} when it was opened: open it again"
                 )
             raw = self._kept_map if keep else self._open_map()
         except OSError as error:
@@ -108,17 +108,17 @@ class Stored:
         dtype : str
             ``float64``, ``float32``, ``float16`` or ``bfloat16``. Rounds to nearest, ties to even; widening is exact.
         rows : slice or array of int, optional
-            Which rows; all of them if not given.
+            The rows to read; all by default.
 
         Returns
         -------
         array
-            Beside it, the conversion needs a few megabytes and, for an array of rows, these rows as stored.
+            The copy. The conversion also needs a few megabytes and, for an array of rows, these rows as stored.
 
         Raises
         ------
         CheckpointError
-            If a number is NaN or infinite, in the file or once it is rounded to `dtype`.
+            If a number is NaN or infinite, in the file or after rounding to `dtype`.
         """
         part = self.map()[rows]
         flat = part.reshape(-1)
@@ -126,8 +126,9 @@ class Stored:
         out = np.empty(flat.shape, kind.dtype)
         for start in range(0, flat.size, NUMBERS_AT_ONCE):
             block = slice(start, start + NUMBERS_AT_ONCE)
-            with np.errstate(over="ignore", invalid="ignore"):  # what these would warn of is an error just below
-                # Numbers that are on the grid of `dtype` already need no rounding: four times as fast in bfloat16.
+            with np.errstate(over="ignore", invalid="ignore"):  # the check below raises an error instead
+                # Numbers already on the grid of `dtype` need no rounding; skipping it is four times as fast in
+                # bfloat16.
                 out[block] = flat[block] if self.dtype.name == dtype else as_dtype(flat[block], dtype)
             finite = np.isfinite(out[block])
             if not finite.all():
@@ -135,7 +136,7 @@ class Stored:
         return out.reshape(part.shape).view(type(kind))
 
     def _explain_bad_number(self, part: Array, rows: Any, position: int, dtype: str) -> CheckpointError:
-        """Make the error for number `position` of `part`, which is what `rows` selects."""
+        """Return the error for number `position` of `part`, the selected `rows`."""
         value, place = float(part.reshape(-1)[position]), np.unravel_index(position, part.shape)
         source = np.arange(self.shape[0])[rows]  # row of the tensor for each row of `part`
         index = [int(axis) for axis in (source[place[: source.ndim]], *place[source.ndim :])]
@@ -143,13 +144,13 @@ class Stored:
         if math.isfinite(value):
             return CheckpointError(f"{where}: {value} is beyond the largest {dtype}; read it in a wider dtype")
         return CheckpointError(
-            f"{where}: {value} is no weight; the file is damaged or was written by a training run that diverged"
+            f"{where}: {value} is not a finite number; the file is damaged, or its training run diverged"
         )
 
 
 @dataclass(frozen=True)
 class ComputedRows:
-    """The rows of a tensor that is computed as it is read, to be had as from an array."""
+    """The rows of a tensor that is computed as it is read; indexed as an array."""
 
     tensor: Stored
     dtype: np.dtype[Any]

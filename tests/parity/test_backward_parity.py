@@ -179,7 +179,7 @@ OPERATIONS = {
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_bfloat16_rounds_where_autograd_does(name: str) -> None:
-    """At least 99 % to the last bit, and none farther than an ulp of the largest: a float32 sum beside a boundary."""
+    """At least 99 % are bit-identical; the rest differ by an ulp of the largest: a float32 sum near a boundary."""
     forward, backward, out, inputs = OPERATIONS[name]
     given, grad = [bf16(X(shape)) for shape in inputs], bf16(X(out))
     for ours, theirs in zip(backward(grad, *given), autograd(forward, grad, *given), strict=True):

@@ -150,7 +150,7 @@ def test_an_orbax_folder(tmp_path: Path, in_one: bool, driver: str) -> None:
     assert (tmp_path / "back" / "tokenizer.model").read_bytes() == b"beside the folder, as released"
     data = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
-    with pytest.raises(CheckpointError, match=r"cannot be read|no Orbax folder that can be read"):
+    with pytest.raises(CheckpointError, match="cannot be read"):
         convert(folder, tmp_path / "damaged", config=tmp_path / "config.json")
 
 
@@ -183,7 +183,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     torch.save(state | {"embedder.weight": table.to(torch.int8), "embedder.weight_scaler": table[:, 0]}, tmp_path / "q")
     for name, told in {
         "old.ckpt": "before 1.6", "script.ckpt": "TorchScript", "module.ckpt": "'torch.nn.modules.linear.Linear'",
-        "sparse.ckpt": "_rebuild_sparse_tensor", "numbers.ckpt": "'a' in its state dict is no tensor",
+        "sparse.ckpt": "_rebuild_sparse_tensor", "numbers.ckpt": "'a' in the state dict is not a tensor",
         "q": "is quantised",
     }.items():  # fmt: skip
         with pytest.raises(CheckpointError, match=told):

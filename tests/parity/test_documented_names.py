@@ -72,7 +72,7 @@ def arrays(output: Any) -> dict[str, Any]:
 
 def call(model: Any, arguments: dict[str, Any]) -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that padding cannot be told in inputs_embeds: both say so
+        warnings.simplefilter("ignore")  # that padding is not visible in inputs_embeds: both say so
         if isinstance(model, torch.nn.Module):
             with torch.no_grad():
                 return model(**{key: as_torch(value) for key, value in arguments.items()})
@@ -153,7 +153,7 @@ def assert_continues(theirs: Any, ours: Any, argument: str) -> None:
         if "past_key_values" in answer:
             assert type(answer.past_key_values) is type(past)
     if argument == "cache_position":
-        with pytest.raises(refgemma.InputError, match=r"cache_position is \[0, 1, 2, 3\], but after 9 tokens"):
+        with pytest.raises(refgemma.InputError, match=r"cache_position is \[0, 1, 2, 3\]; after 9 tokens"):
             call(ours, following | {"past_key_values": first.past_key_values, "cache_position": np.arange(4)})
 
 

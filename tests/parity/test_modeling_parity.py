@@ -132,7 +132,7 @@ def loss_allowance(ours: dict[str, Any], theirs: dict[str, Any], drawn: dict[str
     return 2 * size * apart + 16 * 2**-24 * size**2
 
 
-@pytest.mark.filterwarnings("ignore:attention_mask. true means visible here")
+@pytest.mark.filterwarnings("ignore:attention_mask is boolean. here true means visible")
 @pytest.mark.parametrize("name", CLASSES)
 @settings(max_examples=70)
 @given(data=st.data(), seed=st.integers(0, 2**31))
@@ -156,7 +156,7 @@ def test_float32(name: str, data: st.DataObject, seed: int) -> None:
         assert np.isnan(ours["loss"])  # no label counts
 
 
-@pytest.mark.filterwarnings("ignore:attention_mask. true means visible here")
+@pytest.mark.filterwarnings("ignore:attention_mask is boolean. here true means visible")
 @pytest.mark.parametrize("name", CLASSES)
 @settings(max_examples=25)
 @given(data=st.data(), seed=st.integers(0, 2**31))

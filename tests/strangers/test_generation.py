@@ -148,29 +148,35 @@ def test_what_changes_no_token_is_taken_in_silence(settings: dict[str, Any]) -> 
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"generator": 5}, "generator = 5 is not computed here; .* give seed=, or call set_seed"),
-        ({"custom_generate": "me/repo"}, "custom_generate = 'me/repo' is not computed here; no code of a repository"),
-        ({"num_beam_groups": 2, "num_beams": 4}, "num_beam_groups = 2 is not computed here; transformers 5 runs it as"),
+        ({"generator": 5}, "generator = 5 is not supported; .* give seed=, or call set_seed"),
+        (
+            {"custom_generate": "me/repo"},
+            "custom_generate = 'me/repo' is not supported; refgemma runs no code of a repository",
+        ),
+        ({"num_beam_groups": 2, "num_beams": 4}, "num_beam_groups = 2 is not supported; transformers 5 runs it as"),
         ({"cache_implementation": "quantized"}, "a quantized cache gives other numbers; leave it out"),
-        ({"stop_strings": "x"}, "stop_strings are looked for in the text: give the model's tokenizer too"),
-        ({"stop_strings": [""], "tokenizer": TOKENIZER}, "stop_strings must be a text that is not empty, or several"),
-        ({"bad_words_ids": [[2048]]}, "bad_words_ids is 2048: not in the vocabulary of 2048 tokens"),
-        ({"bad_words_ids": [5]}, "bad_words_ids must be a list of lists of token ids, not"),
-        ({"sequence_bias": {300: 1.0}}, "sequence_bias must be a dict of tuples of token ids to numbers"),
-        ({"suppress_tokens": [5], "forced_eos_token_id": 5}, "forced_eos_token_id is .5., and suppress_tokens forbids"),
-        ({"guidance_scale": 2.0, "num_beams": 2}, "guidance_scale is not computed in a beam search; use num_beams=1"),
-        ({"guidance_scale": 2.0, "negative_prompt_ids": [2]}, "the negative prompt has shape .1,., and there are 1"),
+        ({"stop_strings": "x"}, "stop_strings need the model's tokenizer"),
+        ({"stop_strings": [""], "tokenizer": TOKENIZER}, "stop_strings is .*; it must be a text that is not empty"),
+        ({"bad_words_ids": [[2048]]}, "bad_words_ids is 2048; the vocabulary has 2048 tokens"),
+        ({"bad_words_ids": [5]}, "bad_words_ids is .*; it must be a list of lists of token ids"),
+        ({"sequence_bias": {300: 1.0}}, "sequence_bias is .*; it must be a dict of tuples of token ids to numbers"),
+        ({"suppress_tokens": [5], "forced_eos_token_id": 5}, "forced_eos_token_id is .5., but suppress_tokens forbids"),
+        ({"guidance_scale": 2.0, "num_beams": 2}, "guidance_scale is not supported in a beam search; use num_beams=1"),
+        (
+            {"guidance_scale": 2.0, "negative_prompt_ids": [2]},
+            "the negative prompt has shape .1,.; it must have one row for each of the 1",
+        ),
         ({"prefix_allowed_tokens_fn": lambda text, ids: []}, "prefix_allowed_tokens_fn lists no token for text 0"),
-        ({"exponential_decay_length_penalty": (1, 2.0), "eos_token_id": None}, "there is no eos_token_id"),
+        ({"exponential_decay_length_penalty": (1, 2.0), "eos_token_id": None}, "set eos_token_id"),
         (
             {"prefix_allowed_tokens_fn": lambda text, ids: [5], "suppress_tokens": [5]},
-            "forbid every token: there is none",
+            "forbid every token; allow at least one",
         ),
-        ({"typical_p": 0}, "typical_p must be a number above 0, up to 1, not 0"),
-        ({"stopping_criteria": lambda ids, scores: True}, "stopping_criteria is one function; give it in a list"),
-        ({"generation_config": {"top_k": 5}}, "generation_config is a dict, not a GenerationConfig"),
-        ({"temprature": 1.0}, "temprature is no setting of generate; is temperature meant?"),
-        ({"inputs_embed": 1.0}, "inputs_embed is no setting of generate$"),
+        ({"typical_p": 0}, "typical_p is 0; it must be a number above 0, up to 1"),
+        ({"stopping_criteria": lambda ids, scores: True}, "stopping_criteria is a function; it must be a list"),
+        ({"generation_config": {"top_k": 5}}, "generation_config is a dict; it must be a GenerationConfig"),
+        ({"temprature": 1.0}, "unexpected generation option 'temprature'; did you mean temperature?"),
+        ({"inputs_embed": 1.0}, "unexpected generation option 'inputs_embed'$"),
     ],
     ids=describe,
 )
@@ -226,7 +232,7 @@ def test_what_a_tokenizer_returns_is_a_first_argument() -> None:
     expected = MODEL.generate(**inputs, max_new_tokens=5)
     assert MODEL.generate(inputs, max_new_tokens=5).tolist() == expected.tolist()
     assert MODEL.generate(dict(inputs), GenerationConfig(max_new_tokens=5)).tolist() == expected.tolist()
-    with pytest.raises(InputError, match="offset_mapping is no setting of generate"):
+    with pytest.raises(InputError, match="unexpected generation option 'offset_mapping'"):
         MODEL.generate({"input_ids": IDS, "offset_mapping": [[0, 1]]})
 
 
@@ -277,9 +283,9 @@ def test_a_generation_config_takes_what_generate_takes() -> None:
     config = GenerationConfig(max_new_tokens=3, cache_implementation="static", num_beam_groups=1, unheard_of=None)
     assert config == GenerationConfig(max_new_tokens=3)
     assert MODEL.generate(IDS, generation_config=config)[0, 7:].tolist() == PLAIN[:3]
-    with pytest.raises(InputError, match=r"temprature is no setting of generate; is temperature meant\?"):
+    with pytest.raises(InputError, match=r"unexpected generation option 'temprature'; did you mean temperature\?"):
         GenerationConfig(temprature=1.0)
-    with pytest.raises(InputError, match="num_beam_groups = 2 is not computed here"):
+    with pytest.raises(InputError, match="num_beam_groups = 2 is not supported"):
         GenerationConfig(num_beam_groups=2)
 
 
@@ -296,7 +302,7 @@ def test_what_code_reads_and_writes_in_a_generation_configuration(tmp_path: Path
     config = GenerationConfig(top_k=5)
     assert config.update(top_p=0.5, colour="red") == {"colour": "red"}
     assert (config.top_k, config.top_p) == (5, 0.5)
-    with pytest.raises(InputError, match="top_p must be"):
+    with pytest.raises(InputError, match="top_p is 2; it must be"):
         config.update(top_k=7, top_p=2)
     assert (config.top_k, config.top_p) == (5, 0.5)
     assert config.cache_implementation is config.num_assistant_tokens is config.watermarking_config is None

@@ -213,7 +213,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "no embedding": ({}, {"token_embd.weight": None}, "token_embd.weight, the embedding"),
     "a tensor less": ({}, {"blk.1.attn_q.weight": None}, r"lacks 'blk\.1\.attn_q\.weight'"),
     "a head": ({}, {"output.weight": np.zeros((2050, 256), np.float32)}, "holds 'output.weight'"),
-    "a shape": ({}, {"blk.1.attn_q.weight": np.zeros((64, 256), np.float32)}, r"is \[64, 256\], but .*256"),
+    "a shape": ({}, {"blk.1.attn_q.weight": np.zeros((64, 256), np.float32)}, r"is \[64, 256\]; by the metadata .*256"),
     "a norm in half": ({}, {"output_norm.weight": np.ones(256, np.float16)}, "norm 'output_norm.weight' is F16"),
     "a format": ({}, {"output_norm.weight": np.ones(256, np.int8)}, "'output_norm.weight' in format 24"),
 }  # fmt: skip
@@ -321,7 +321,7 @@ def test_user_defined_pieces_have_spaces_in_a_file(tmp_path: Path) -> None:
     for key, value, reason in (
         ("tokenizer.ggml.model", "gpt2", "no SentencePiece vocabulary.*'gpt2'"),
         ("tokenizer.ggml.scores", [1.0], "no scores and types for its 265 tokens"),
-        ("tokenizer.ggml.token_type", [9] * 265, "types of tokens that SentencePiece does not know"),
+        ("tokenizer.ggml.token_type", [9] * 265, "token types that SentencePiece does not know"),
         ("tokenizer.ggml.add_space_prefix", True, "adds a space before"),
         ("tokenizer.ggml.bos_token_id", 265, "265 for tokenizer.ggml.bos_token_id"),
     ):
@@ -355,7 +355,7 @@ def test_a_quantised_file_becomes_a_folder(tmp_path: Path) -> None:
             {"query_pre_attn_scalar": 100},
             r"query_pre_attn_scalar is 100, .* 64 .*multiply each q_proj by 0\.8 and set it",
         ),
-        ({"attn_logit_softcapping": None}, "attn_logit_softcapping is None, where llama.cpp takes 50.0"),
+        ({"attn_logit_softcapping": None}, "attn_logit_softcapping is None, but llama.cpp uses 50.0"),
         ({"final_logit_softcapping": None}, "final_logit_softcapping is None"),
         ({"hidden_activation": "silu"}, "hidden_activation is 'silu'"),
         ({"layer_types": ("full_attention",) * 2}, "layer_types"),
@@ -373,7 +373,7 @@ def test_a_model_that_llama_cpp_would_compute_otherwise_is_not_written(
 
 def test_the_name_of_what_is_written_ends_in_gguf(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", str(TINY), "-o", str(tmp_path / "a"), "--to", "gguf"]) == 2
-    assert "whose name has to end in .gguf" in capsys.readouterr().err
+    assert "the name of a GGUF file must end in .gguf" in capsys.readouterr().err
 
 
 # --- where a model is named -------------------------------------------------------------------------------------------

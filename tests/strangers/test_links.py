@@ -128,7 +128,7 @@ def test_the_name_of_a_shard_stays_in_its_folder(model: Path, shard: str, capsys
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
     assert main(["info", str(model)]) == 2
     out, err = capsys.readouterr()
-    assert "not the plain name of a file of weights" in err
+    assert "it must be the plain name of a weights file" in err
     assert "swordfish" not in out + err
 
 
@@ -137,7 +137,7 @@ def test_the_name_of_a_pickled_shard_stays_in_its_folder(tmp_path: Path, shard: 
     index = {"metadata": {}, "weight_map": {"model.norm.weight": shard}}
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     assert main(["convert", str(tmp_path), "-o", str(tmp_path / "out")]) == 2
-    assert "not the plain name of a file of weights" in capsys.readouterr().err
+    assert "it must be the plain name of a weights file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "d/0000", "d"])

@@ -61,7 +61,7 @@ def test_bits_a_byte_are_of_the_whole_text(text: Path, capsys: Any) -> None:
     assert found["gemma_cpp_bits_per_byte"] < 0.9 * whole["bits_per_byte"]  # of a part of the tokens, over all bytes
     assert main(["perplexity", str(text)]) == 0
     said = capsys.readouterr().out
-    assert f"{whole['bits_per_byte']:.4f} bits a byte of the whole text" in said
+    assert f"{whole['bits_per_byte']:.4f} bits per byte of the whole text" in said
     assert f"sums the first 3072 of the {found['tokens']} tokens" in said
     assert f"{found['gemma_cpp_bits_per_byte']:.4f}" not in said
 
@@ -77,7 +77,7 @@ def test_bits_of_a_text_in_one_window_are_those_of_gemma_cpp(tmp_path: Path, cap
 @pytest.mark.parametrize("option", ["--max-length", "--stride"])
 def test_zero_is_not_taken_for_the_default(option: str, text: Path, capsys: Any) -> None:
     assert main(["perplexity", str(text), option, "0"]) == 2
-    assert "are needed" in capsys.readouterr().err
+    assert "max_length must be at least 2" in capsys.readouterr().err
 
 
 # --- talks ------------------------------------------------------------------------------------------------------------
@@ -137,14 +137,14 @@ def test_a_talk_ends_at_the_models_positions(capsys: Any, monkeypatch: Any) -> N
     code, turns, err = talk(["Tell me of a king."] * 9, capsys, monkeypatch, "--max-new-tokens", "100")
     assert code == 2
     assert 2 <= len(turns) < 9
-    said = "the talk has 320 tokens, and the model was made for 320 (max_position_embeddings): begin another"
+    said = "the chat has 320 tokens; the model's maximum is 320 (max_position_embeddings): start a new chat"
     assert err == f"refgemma chat: {said}\n"
 
 
 def test_a_first_turn_that_is_too_long_is_refused(capsys: Any, monkeypatch: Any) -> None:
     code, turns, err = talk(["a king and a queen " * 200], capsys, monkeypatch)
     assert (code, turns, err.count("\n")) == (2, [], 1)
-    assert "the model was made for 320" in err
+    assert "the model's maximum is 320" in err
 
 
 def test_a_page_says_how_much_it_holds_before_weights_are_read(capsys: Any, monkeypatch: Any) -> None:

@@ -73,16 +73,16 @@ def test_the_base_elsewhere_and_every_way_to_load(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"peft_type": "IA3"}, "peft_type is 'IA3'; LORA is merged here"),
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'; it must be LORA"),
         ({"peft_type": "PROMPT_TUNING"}, "peft_type is 'PROMPT_TUNING'"),
-        ({"use_qalora": True}, "'use_qalora' is True, which is not merged here"),
+        ({"use_qalora": True}, "'use_qalora' is True, which is not supported"),
         ({"layer_replication": [[0, 2]]}, "'layer_replication' is [[0, 2]]"),
         ({"a_key_of_tomorrow": 1}, "'a_key_of_tomorrow' is 1"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes the base first"),
-        ({"r": 3}, "where the base and adapter_config.json make it [3, 4]"),
-        ({"r": 0}, "r and lora_alpha have to be numbers above 0"),
-        ({"use_dora": True}, "'lora_A', 'lora_B', where adapter_config.json asks for"),
-        ({"alpha_pattern": {"(a+)+b": 2}}, "is no plain pattern of a name"),
+        ({"r": 3}, "by the base and adapter_config.json it must be [3, 4]"),
+        ({"r": 0}, "r and lora_alpha must be numbers above 0"),
+        ({"use_dora": True}, "'lora_A', 'lora_B'; adapter_config.json requires"),
+        ({"alpha_pattern": {"(a+)+b": 2}}, "must be a simple pattern of a name"),
     ],
     ids=str,
 )
@@ -93,9 +93,9 @@ def test_what_cannot_be_merged(tmp_path: Path, settings: dict[str, Any], words: 
 @pytest.mark.parametrize(
     ("name", "shape", "words"),
     [
-        (f"{Q}.lora_A.weight", (2, 5), "is [2, 5], where the base and adapter_config.json make it [2, 4]"),
+        (f"{Q}.lora_A.weight", (2, 5), "is [2, 5]; by the base and adapter_config.json it must be [2, 4]"),
         (f"{Q}.lora_B.weight", (5, 2), "is [5, 2]"),
-        ("model.layers.9.self_attn.q_proj.lora_A.weight", (2, 4), "merged into no tensor of this base"),
+        ("model.layers.9.self_attn.q_proj.lora_A.weight", (2, 4), "which fits no tensor of this base"),
         ("model.norm.lora_A.weight", (2, 4), "model.norm has 'lora_A'"),
         ("model.embed_tokens.weight", (6, 4), "is [6, 4]"),
     ],
@@ -122,7 +122,7 @@ def test_a_shared_table_is_said(tmp_path: Path) -> None:
     vocab, hidden = tensor_shapes(SMALL)["model.embed_tokens.weight"]
     sides = {"lora_embedding_A": (2, vocab), "lora_embedding_B": (hidden, 2)}
     table = {f"base_model.model.model.embed_tokens.{k}": np.ones(shape, np.float32) for k, shape in sides.items()}
-    with pytest.warns(UserWarning, match=r"LoRA of 'model\.embed_tokens' is merged into the one table"):
+    with pytest.warns(UserWarning, match=r"LoRA of 'model\.embed_tokens' is merged into the table"):
         open_checkpoint(write(tmp_path, table))
 
 

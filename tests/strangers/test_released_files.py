@@ -128,7 +128,7 @@ def test_info_says_which_release_a_folder_is(tmp_path: Path, capsys: Any) -> Non
     pretend(tmp_path, "google/gemma-2-2b-it")
     assert main(["info", str(tmp_path)]) == OK
     out = capsys.readouterr().out
-    assert "nearest is google/gemma-2-2b-it (revision 299a8560), 5 files of it are here" in out
+    assert "nearest is google/gemma-2-2b-it (revision 299a8560), with 5 of its files" in out
     assert main(["info", str(tmp_path), "--json"]) == OK
     found = json.loads(capsys.readouterr().out)["released"]
     assert (found["release"], found["complete"]) == ("google/gemma-2-2b-it", False)
@@ -245,7 +245,7 @@ def test_weights_are_hashed_on_request_only(small_release: Path) -> None:
 def test_a_whole_release_is_called_one(small_release: Path, capsys: Any) -> None:
     assert main(["info", str(small_release), "--hash"]) == OK
     out = capsys.readouterr().out
-    assert "release: x/small (revision 00000000), all 2 files that are known of it\n" in out
+    assert "release: x/small (revision 00000000), all 2 known files\n" in out
     assert main(["info", str(small_release)]) == OK
     assert "were not compared" in capsys.readouterr().out
 

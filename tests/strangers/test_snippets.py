@@ -204,11 +204,11 @@ RUNS = {
 
 # Code -> what it says.
 SAYS = {
-    'AutoModelForCausalLM.from_pretrained("tiny").push_to_hub("me/mine")': "nothing is uploaded here: save_pretrained",
+    'AutoModelForCausalLM.from_pretrained("tiny").push_to_hub("me/mine")': "is not supported; use save_pretrained",
     'AutoModelForCausalLM.from_pretrained("tiny", load_in_8bit=True)': "weights are not quantised here; leave it out",
     'AutoModelForCausalLM.from_pretrained("tiny", attn_implementation="sdpa")': "attention is that of transformers'",
     'AutoModel.from_pretrained("tiny").save_pretrained("x", safe_serialization=False)': "as safetensors only",
-    'AutoModel.from_pretrained("tiny").layers[0].register_forward_hook(print)': "refgemma.forward returns every tensor",
+    'AutoModel.from_pretrained("tiny").layers[0].register_forward_hook(print)': "use refgemma.forward, which returns",
     'AutoModel.from_pretrained("tiny").gradient_checkpointing_enable()': "train with refgemma.training or",
     'AutoModel.from_pretrained("tiny").merge_and_unload()': "an adapter is merged as its folder is read",
     'AutoModel.from_pretrained("tiny").generate([[2]])': "only Gemma2ForCausalLM generates",
@@ -223,7 +223,7 @@ SAYS = {
     "from refgemma import Trainer": "train with refgemma.training or refgemma train",
     "from refgemma import HybridCache": "use StaticCache",
     "from refgemma import BitsAndBytesConfig": "leave out quantization_config",
-    'pipeline("summarization", model="tiny")': "there is 'text-generation' only",
+    'pipeline("summarization", model="tiny")': "it must be 'text-generation'",
 }  # fmt: skip
 
 

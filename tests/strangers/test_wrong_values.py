@@ -88,7 +88,7 @@ def test_a_flag_of_an_adapter_that_is_a_word(name: str, tmp_path: Path) -> None:
     about = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": str(TINY), name: "false"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(about))
     save_file({"a": np.zeros(1, np.float32)}, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(RefgemmaError, match=f"{name} is 'false', not true or false"):
+    with pytest.raises(RefgemmaError, match=f"{name} is 'false'; it must be true or false"):
         refgemma.load(tmp_path)
 
 

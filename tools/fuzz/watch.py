@@ -233,7 +233,7 @@ def judge(case: Case, code: int | None, out: str, err: str) -> str:
     if "Traceback" in err or code is None:
         return "traceback: " + (err.strip().splitlines() or [""])[-1]
     if code == FAULT:
-        return "fault of our own: " + err.partition("itself: ")[2][:100]
+        return "fault of our own: " + err.partition("internal error: ")[2][:100]
     if code not in CODES.get(command, {OK, MISUSE}):
         return f"exit code {code}"
     if case.code not in (None, code):
