@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
-from itertools import combinations
+from itertools import chain, combinations, islice
 
 import numpy as np
 
@@ -19,6 +19,15 @@ from refgemma.config import Gemma2Config
 from refgemma.oracle import verdicts
 from refgemma.oracle.engine import PRODUCTS, Engine, Instance
 from refgemma.oracle.estimate import Estimate, estimate_parameters
+from refgemma.oracle.families import (
+    WEIGHT_OF_FIELD,
+    Place,
+    exchanges_at,
+    exchanges_in_all,
+    list_places,
+    parts_in_half,
+    weights_of_another,
+)
 from refgemma.oracle.judge import SPAN_LIMIT, judge, nearest, resembles
 from refgemma.oracle.known_bugs import KNOWN_BUGS, KnownBug, combine, known_bug
 from refgemma.oracle.locate import ErrorMap, locate_errors, map_errors
@@ -27,7 +36,7 @@ from refgemma.oracle.spans import Computed
 from refgemma.oracle.tolerance import from_measured_std, rescale
 from refgemma.precision import Array
 from refgemma.trace.candidate import Candidate
-from refgemma.trace.names import LOGPROBS, field_of
+from refgemma.trace.names import LOGPROBS, field_of, layer_of
 from refgemma.weights.parameters import Weights
 
 # The operation of a known bug rounds slightly differently from the correct one, for which the bounds are derived:
@@ -37,7 +46,11 @@ BUG_FACTOR, BUG_FLOOR = 4.0, 16 * 2.0**-24
 # addition to quantisation.
 CLOSE, MUCH_CLOSER = 0.5, 1 / 3
 TRIED = 4  # closest bugs that are tried with each way of rounding
-# What code that was written for Gemma 1 leaves out of Gemma 2, often all at once.
+# A part in half precision changes a tensor by at most this share of its size: bfloat16 rounds by at most 0.004.
+PART_LIMIT = 0.25
+# The limit of multiplications for trying weights in other weights' places, per finding: 1 to 2 s.
+WORK = 2e9
+# Features of Gemma 2 that code written for Gemma 1 leaves out, often all of them.
 GEMMA_1_BUGS = ("attn-softcap-missing", "final-softcap-missing", "scale-head-dim", "swa-all-global")
 
 
@@ -146,6 +159,8 @@ class Diagnosis:
         self.bugs = KNOWN_BUGS if bugs is None else tuple(bugs)
         self._fits: dict[tuple[str, str], bool] = {}
         self._left: dict[tuple[str, str], float] = {}
+        self._parts: list[KnownBug] = []  # parts in half precision that were tried
+        self.untried = False  # true if some weights' places were not tried, to save time
 
     @cached_property
     def few(self) -> set[str]:
@@ -165,7 +180,9 @@ class Diagnosis:
         """
         found, exact, where = self.candidate.tensors[name], computed.result(name), self.engine.where(name)
         if not self.engine.is_direct(name) and name in self.wrong:
-            self._left[bug.name, name] = self._measure(name, computed)
+            self._left[bug.name, name] = left = self._measure(name, computed)
+            if bug.kind == "mistake" and not before and left > SPAN_LIMIT * self.engine.override:
+                return False  # as `judge` would say, in more time
         allowed = self.engine.tolerance(name, computed, exact)
         # The noise of another reading of the model is not that of the right one, so that only its size is judged.
         if allowed.measured and name not in self.few:
@@ -219,13 +236,81 @@ class Diagnosis:
                 continue
             if self.is_consistent(v, good) is not False:
                 found.append(v)
-        mistakes = [v for v in found if v.kind == "mistake"]
-        return tuple(mistakes or found or self._find_pairs(finding) or self._find_gemma_1(finding))
+        found = self._choose([v for v in found if v.kind == "mistake"]) or found
+        if self.bugs is KNOWN_BUGS:
+            found = found or self._find_part(names) or self._find_weights(names, good)
+        return tuple(found or self._find_pairs(finding) or self._find_gemma_1(finding))
+
+    def _choose(self, mistakes: Sequence[KnownBug]) -> list[KnownBug]:
+        """Return the mistakes, except those that another mistake replaces: it explains more fields, or is named
+        alone."""
+        wrong: dict[str, list[str]] = {}
+        for name in self.engine.recorded:
+            if name in self.wrong:
+                wrong.setdefault(field_of(name), []).append(name)
+        explained = {v.name: {kind for kind in wrong if kind in v.fields and self.is_consistent(v, wrong[kind])}
+                     for v in mistakes} if len(mistakes) > 1 else {}  # fmt: skip
+        return [
+            v for v in mistakes
+            if v.unless not in explained and not any(explained[v.name] < other for other in explained.values())
+        ]  # fmt: skip
+
+    def _find_part(self, names: Sequence[str]) -> list[KnownBug]:
+        """Return the largest part in half precision that explains every tensor it affects, including some of
+        `names`."""
+        self._parts = []
+        if self.candidate.dtype != "float32" or self._apart(names[0]) > PART_LIMIT:
+            return []
+        wrong = sorted({layer for name in names if (layer := layer_of(name)) is not None})
+        alone = wrong and len(wrong) < self.engine.config.num_hidden_layers
+        self._parts = [*parts_in_half(), *(parts_in_half(wrong) if alone else ())]
+        for part in self._parts:
+            if self.is_consistent(part, names) and self.is_consistent(part):
+                return [part]
+        return []
+
+    def _apart(self, name: str) -> float:
+        """Return the distance of a recorded tensor from its reference, in units of the reference's size."""
+        where = self.engine.where(name)
+        with np.errstate(all="ignore"):
+            return float(
+                np.linalg.norm(self.engine.errors(name)[where]) / np.linalg.norm(self.usual.result(name)[where])
+            )
+
+    def _find_weights(self, names: Sequence[str], good: Sequence[str]) -> list[KnownBug]:
+        """Return weights in the places of others: of each wrong tensor's operation, else of all that lead to the first
+        one.
+
+        The tensors between are computed again for each. So for large models not all are tried, and a remark reports it.
+        """
+        context, kinds = self.engine.context, {field_of(name) for name in names}
+        if not kinds - set(WEIGHT_OF_FIELD) and all(self.engine.is_direct(name) for name in names):
+            sources: dict[Place, Place] = {}
+            for name in names:
+                place = (layer_of(name), WEIGHT_OF_FIELD[field_of(name)])
+                fitting = (v for v in exchanges_at(context, place) if self.is_consistent(v, [name]))
+                if (bug := next(fitting, None)) is None:
+                    return []
+                sources |= bug.sources
+            return [weights_of_another(sources)]
+        steps = self.usual.span(names[0])
+        if len(steps) == 1:
+            return []
+        places = [(layer_of(s), WEIGHT_OF_FIELD[field_of(s)]) for s in steps if field_of(s) in WEIGHT_OF_FIELD]
+        tried = chain(exchanges_in_all(context), *(exchanges_at(context, place) for place in places))
+        numbers = sum(math.prod(list_places(context)[place]) for place in places)
+        affordable = int(WORK // max(1, numbers * self.candidate.call.input_ids.size))
+        for bug in islice(tried, affordable):
+            if self.is_consistent(bug, names) and self.is_consistent(bug, good) is not False:
+                return [bug]
+        self.untried |= next(tried, None) is not None
+        return []
 
     def _find_pairs(self, finding: Sequence[Instance]) -> list[KnownBug]:
-        """A bug that explains the first of several tensors, or most of the error, with a way of rounding for the rest.
+        """Return bugs that explain the first of several tensors, or most of the error, with a way of rounding for the
+        rest.
 
-        Only of tensors whose inputs were not recorded: what one operation made of its own inputs has one reason.
+        This is only for tensors with unrecorded inputs: a single operation on its own inputs has one reason.
         """
         if not finding[0].between:
             return []
@@ -246,11 +331,11 @@ class Diagnosis:
 
     def rank(self, name: str) -> list[tuple[float, KnownBug]]:
         """Return the bugs by the remaining part of a span's root mean square error, the closest first."""
-        usual = self._measure(name, self.usual)
-        for v in self.bugs:
-            if v.change is not None and (v.name, name) not in self._left:
+        usual, bugs = self._measure(name, self.usual), [v for v in (*self.bugs, *self._parts) if v.change is not None]
+        for v in bugs:
+            if (v.name, name) not in self._left:
                 self._left[v.name, name] = self._measure(name, self.read(v))
-        left = [(self._left[v.name, name] / max(usual, 1e-300), v) for v in self.bugs if v.change is not None]
+        left = [(self._left[v.name, name] / max(usual, 1e-300), v) for v in bugs]
         return sorted(left, key=lambda one: one[0])
 
     def _measure(self, name: str, computed: Computed) -> float:
@@ -264,15 +349,8 @@ class Diagnosis:
         return found if math.isfinite(found) else math.inf
 
     def read(self, bug: KnownBug) -> Computed:
-        """The operations as a bug has them, beside what the usual ones have computed that it does not change."""
-        table = bug.table(self.engine.context, self.usual.table)
-        changed: set[str] = set()
-        for name, op in table.items():
-            # What was recorded is an input as it is, whatever has changed before it.
-            sources = {source for source in op.inputs if source not in self.candidate.inputs}
-            if op is not self.usual.table[name] or sources & changed:
-                changed.add(name)
-        return Computed(table, self.candidate, {n: x for n, x in self.usual.between.items() if n not in changed})
+        """Return the operations as a bug has them, with the usual results that it does not change."""
+        return self.usual.edit(bug.table(self.engine.context, self.usual.table))
 
     def _find_behind(self, names: Sequence[str]) -> tuple[KnownBug, ...]:
         """Return bugs that reduce an error so much that they are present, although quantisation could explain the
@@ -323,11 +401,13 @@ class Diagnosis:
             where = locate_errors(self.engine, first.tensor) if judged and not first.between else ""
             maps = map_errors(self.engine, first.tensor) if first.tensor in self.candidate.tensors else ()
             explained, closest = self.explain(judged or wrong), None
-            if not explained and first.between and not any(e.fits for e in fitted):
+            if not explained and judged and first.between and not any(e.fits for e in fitted):
                 ranked = self.rank(names[0])
                 closest = (ranked[0][1], ranked[0][0]) if ranked and ranked[0][0] < CLOSE else None
                 if self.engine.quantised:
                     explained = self._find_behind(names)
+            if explained and all(v.kind == "rounding" for v in explained):
+                fitted = ()  # another rounding moves an estimate as well
             yield Finding(kind, tuple(wrong), total, where, explained, fitted, maps, closest)
 
     def coverage(self) -> tuple[tuple[KnownBug, ...], tuple[KnownBug, ...]]:
@@ -365,6 +445,8 @@ class Diagnosis:
             yield f"tokens: row {without[0]} does not begin with <bos> {remark}"
         elif bos is not None and twice:
             yield f"tokens: row {twice[0]} begins with <bos> twice (double-bos)"
+        if self.untried:
+            yield "weights in the places of others were not all tried: record the projections and norms to name one"
         for name in candidate.unknown[:3]:
             yield f"{name}: is not a tensor of this model"
         if len(candidate.unknown) > 3:

@@ -20,7 +20,7 @@ import numpy as np
 from refgemma import activations, ops
 from refgemma.config import FULL, SLIDING, ConfigError, Gemma2Config
 from refgemma.oracle.operations import Context, Operation, operations, window_mask
-from refgemma.oracle.tolerance import Arithmetic, one_rounding, ulp
+from refgemma.oracle.tolerance import FORMATS, Arithmetic, one_rounding, ulp
 from refgemma.precision import Array, as_dtype, as_float64, bf16, dtype_name, narrow, wide
 from refgemma.trace.candidate import Call
 from refgemma.trace.names import LAYER_NORMS, field_of, layer_of
@@ -53,6 +53,8 @@ class KnownBug:
         ``mistake``, ``rounding`` or ``stage``.
     ways : tuple of callable
         Other edits of the same bug, where engines or compilers round its steps differently, even from row to row.
+    unless : str
+        Another bug that is named alone where both explain a tensor.
     """
 
     name: str
@@ -64,9 +66,10 @@ class KnownBug:
     knob: str = ""
     kind: str = "mistake"
     ways: tuple[Change, ...] = ()
+    unless: str = ""
 
     def table(self, context: Context, usual: Mapping[str, Operation]) -> dict[str, Operation]:
-        """All operations, those of `fields` as this bug has them."""
+        """Return all operations, with those of `fields` as in this bug."""
         if self.change is None:
             return dict(usual)
         try:
@@ -82,7 +85,7 @@ Table = dict[str, Operation]
 
 
 def config(**changes: Any) -> Change:
-    """Other numbers; a callable value is given the context."""
+    """Return an edit with other numbers; a callable value gets the context."""
 
     def change(context: Context) -> Context:
         values = {name: value(context) if callable(value) else value for name, value in changes.items()}
@@ -92,39 +95,60 @@ def config(**changes: Any) -> Change:
 
 
 def function(**functions: Callable[..., Any]) -> Change:
-    """Other functions."""
+    """Return an edit with other functions."""
     return lambda context: replace(context, functions=dict(context.functions) | functions)
 
 
 def in_storage(name: str, make: Callable[[str], Callable[..., Any]]) -> Change:
-    """Another function that rounds by itself: it is made for a precision."""
+    """Return an edit with another function that does its own rounding; it is made for a precision."""
     return lambda context: function(**{name: make(context.arithmetic.storage)})(context)
 
 
+def in_float32(change: Change) -> Change:
+    """An edit of an engine in float32 only: half precision rounds there anyway."""
+    return lambda context: context if context.arithmetic.storage in FORMATS else change(context)
+
+
 def mask(rule: Callable[[Context, int], Array]) -> Change:
-    """Another mask."""
+    """Return an edit with another mask."""
     return lambda context: replace(context, mask=rule)
 
 
 def change_positions(rule: Callable[[Context], Array]) -> Change:
-    """Other positions."""
+    """Return an edit with other positions."""
     return lambda context: replace(context, call=replace(context.call, positions=rule(context)))
 
 
 def layer_weights(edit: Callable[[LayerWeights, Context], LayerWeights]) -> Change:
-    """Other weights."""
+    """Return an edit with other weights."""
     return lambda context: replace(context, layer_weights=edit)
 
 
 def rewire(edit: Callable[[Table, Context], Iterable[Operation]]) -> Change:
-    """Operations that take other inputs, or compute otherwise, in the place of those of their names."""
+    """Return an edit that replaces operations, by name, with others of different inputs or functions."""
     return lambda context: replace(context, rewire=lambda table, c: {op.name: op for op in edit(table, c)})
+
+
+def round_operand(storage: str, **places: int) -> Change:
+    """One operand of an operation is rounded to `storage`; `places` gives its place by the last word of the field."""
+
+    def edit(table: Table, context: Context) -> Iterator[Operation]:
+        for op in _of_field(table, *(f"attention.{word}" for word in places)):
+            place = places[op.name.rpartition(".")[2]]
+
+            def compute(*inputs: Array, op: Operation = op, place: int = place) -> Array:
+                rounded = narrow(as_float64(as_dtype(wide(inputs[place]), storage)), like=inputs[place])
+                return op.compute(*inputs[:place], rounded, *inputs[place + 1 :])
+
+            yield replace(op, compute=compute)
+
+    return in_float32(rewire(edit))
 
 
 def edit_model(
     change: Change, config: Gemma2Config, weights: Weights
 ) -> tuple[Gemma2Config, Weights, Mapping[str, Callable[..., Any]]]:
-    """Return the numbers, the weights and the functions of a model with an edit; masks and wires are not among them."""
+    """Return configuration, weights and functions of a model with an edit, without its masks and connections."""
     nowhere = np.zeros((1, 1), np.int64)
     call, arithmetic = Call(nowhere, nowhere, nowhere == 0, (1,)), Arithmetic(dtype_name(weights.norm))
     usual = Context(config, weights, call, arithmetic, exact=False)
@@ -138,7 +162,7 @@ def edit_model(
 
 
 def soft_cap_by(formula: Callable[[Array, float], Array]) -> Callable[[Array, float | None], Array]:
-    """A soft cap of another formula; without a cap nothing changes."""
+    """Return a soft cap with another formula; without a cap nothing changes."""
     return lambda x, cap: x if cap is None else formula(x, cap)
 
 
@@ -150,6 +174,11 @@ cap_twice = soft_cap_by(lambda x, cap: ops.soft_cap(ops.soft_cap(x, cap), cap))
 # A row's largest number is taken off first.
 cap_of_difference = soft_cap_by(lambda x, cap: ops.soft_cap(x - np.max(x, axis=-1, keepdims=True), cap))
 cap_in_half = soft_cap_by(lambda x, cap: narrow(wide(ops.soft_cap(bf16(wide(x)), cap)), like=x))
+
+
+def cap_none_as_zero(x: Array, cap: float | None) -> Array:
+    """A cap that is not there is kept as 0.0, which caps everything to 0."""
+    return x * 0 if cap is None else ops.soft_cap(x, cap)
 
 
 @soft_cap_by
@@ -188,6 +217,31 @@ def cap_before_scale(table: Table, context: Context) -> Iterator[Operation]:
         yield replace(op, compute=lambda x, op=op: op.compute(x / scale) * scale)
 
 
+def _then_capped(op: Operation, cap: float | None, storage: str) -> Operation:
+    """Return an operation whose result is capped; in half precision it is rounded first, as are the cap's steps."""
+
+    def compute(*inputs: Array) -> Array:
+        result = op.compute(*inputs)
+        return as_float64(ops.soft_cap(as_dtype(result, storage) if storage in FORMATS else result, cap))
+
+    return replace(op, compute=compute)
+
+
+def output_capped(table: Table, context: Context) -> Iterator[Operation]:
+    """Cap the mixed values instead of the scores."""
+    cap, storage = context.config.attn_logit_softcapping, context.arithmetic.storage
+    for op in _of_field(table, "attention.capped"):
+        yield _pass(op.name, *op.inputs)
+    for op in _of_field(table, "attention.mixed"):
+        yield _then_capped(op, cap, storage)
+
+
+def hidden_capped(table: Table, context: Context) -> Iterator[Operation]:
+    """The last hidden state is capped, the logits are not."""
+    yield _then_capped(table["norm"], context.config.final_logit_softcapping, context.arithmetic.storage)
+    yield _pass("logits", "raw_logits")
+
+
 # --- scores and heads -------------------------------------------------------------------------------------------------
 
 
@@ -201,19 +255,34 @@ def scaled_query_in(storage: str) -> Callable[..., Array]:
     return scores
 
 
-def keys_in_half(q: Array, k: Array, scale: float) -> Array:
-    """Keys kept in bfloat16 in the cache."""
-    return ops.attention_scores(q, narrow(wide(bf16(wide(k))), like=k), scale)
-
-
 def tile_heads(x: Array, groups: int) -> Array:
     """Heads 0, 1, 0, 1 for 0, 0, 1, 1."""
     return np.tile(x, (1, groups, 1, 1))
 
 
+def key_heads(choose: Callable[[Array, int], Array]) -> Change:
+    """Another key head for each query head: `choose` gets the right ones and how many key heads there are."""
+
+    def repeat(x: Array, groups: int) -> Array:
+        right = np.repeat(np.arange(x.shape[1]), groups)
+        return x[:, choose(right, x.shape[1])]
+
+    return function(repeat_kv=repeat)
+
+
 def softmax_over_all(scores: Array, mask: Array) -> Array:
     """A softmax over all keys."""
     return ops.softmax(scores, np.ones_like(mask))
+
+
+def mask_added(storage: str) -> Callable[[Array, Array], Array]:
+    """Return a softmax after a mask of true and false was added: visible keys get 1 more, and none is hidden."""
+
+    def softmax(scores: Array, mask: Array) -> Array:
+        added = as_float64(as_dtype(as_float64(scores) + mask, storage))
+        return softmax_over_all(narrow(added, like=scores), mask)
+
+    return softmax
 
 
 def hidden_keys_at(score: float) -> Callable[[Array, Array], Array]:
@@ -305,6 +374,11 @@ def norm_weight_in_storage(storage: str) -> Norm:
     return lambda x, weight, eps: ops.rms_norm(x, as_float64(as_dtype(1 + wide(weight), storage)) - 1, eps)
 
 
+def norm_weight_in(storage: str) -> Change:
+    """``1 + weight`` rounded to a half precision, in a float32 engine."""
+    return in_float32(function(rms_norm=norm_weight_in_storage(storage)))
+
+
 def _pass(name: str, source: str) -> Operation:
     """An operation that does nothing to its input."""
     return Operation(name, (source,), lambda x: x + 0, one_rounding)
@@ -369,6 +443,11 @@ def scaled_embedding(scale: Callable[[Context], float]) -> Change:
 def in_half(result: Callable[..., Array]) -> Callable[..., Array]:
     """A result kept in bfloat16."""
     return lambda x, *rest: narrow(wide(bf16(wide(result(x, *rest)))), like=x)
+
+
+def scale_in_decimals(decimals: int) -> Change:
+    """``sqrt(hidden)`` written with so many decimals."""
+    return in_float32(scaled_embedding(lambda c: round(math.sqrt(c.config.hidden_size), decimals)))
 
 
 # --- feed-forward -----------------------------------------------------------------------------------------------------
@@ -482,6 +561,42 @@ def angles_in_half(positions: Array, head_dim: int, theta: float) -> Array:
 def angles_in_tf32(positions: Array, head_dim: int, theta: float) -> Array:
     """A matrix product of numbers cut to ten bits."""
     return _tf32(positions) * _tf32(frequencies(head_dim, theta))
+
+
+def angles_of_frequencies_in(storage: str) -> Callable[..., Array]:
+    """Frequencies rounded to half precision, angles in float32."""
+
+    def angles(positions: Array, head_dim: int, theta: float) -> Array:
+        return as_float64(positions) * as_float64(as_dtype(frequencies(head_dim, theta), storage))
+
+    return angles
+
+
+def beyond_tf32(change: Change) -> Change:
+    """Return an edit that applies only if some position exceeds the eleven bits of TF32; smaller ones show no
+    difference."""
+    return lambda context: change(context) if np.max(context.call.positions, initial=0) > 2048 else context
+
+
+def turned_in_part(pairs_of_part: bool) -> Change:
+    """Half of each head is turned: with its own pairs and frequencies, or half of the pairs of the whole head."""
+
+    def edit(table: Table, context: Context) -> Iterator[Operation]:
+        d = context.config.head_dim
+        part = d // 4 * 2
+        own = ops.rotary_tables(context.call.positions, part, context.config.rope_theta, np.zeros(0))
+
+        def turn(x: Array, cos: Array, sin: Array) -> Array:
+            if pairs_of_part:
+                c, s = (narrow(table, like=x) for table in own)
+                return np.concatenate([ops.rotate(x[..., :part], c, s), x[..., part:]], axis=-1)
+            turned = np.tile(np.arange(d // 2) < part // 2, 2)
+            return np.where(turned, ops.rotate(x, cos, sin), x)
+
+        for op in _of_field(table, *TURNED):
+            yield replace(op, compute=turn)
+
+    return rewire(edit)
 
 
 def _tf32(x: Array) -> Array:
@@ -614,10 +729,54 @@ def chunk_sees_all(context: Context, layer: int) -> Array:
     return window_mask(context, layer) | _unless_padding(wide_open, context)
 
 
+def in_calls(
+    chosen: Callable[[int, int], bool], seen: Callable[[Context, int, Array, Array, Array], Array]
+) -> Callable[[Context, int], Array]:
+    """Return another mask for some calls: `chosen` gets a call's number and tokens.
+
+    `seen` gets places and the first and last place of the query's call, and returns the visible keys.
+    """
+
+    def rule(context: Context, layer: int) -> Array:
+        (q, k), call = _places(context), context.call
+        tokens = np.array(call.calls)
+        where = np.repeat([chosen(n, int(count)) for n, count in enumerate(tokens)], tokens)[:, None]
+        ends = np.repeat(np.cumsum(tokens), tokens)[:, None]
+        return np.where(where, seen(context, layer, q, k, ends), window_mask(context, layer))
+
+    return rule
+
+
+def _in_call(context: Context, layer: int, q: Array, k: Array, ends: Array) -> Array:
+    """Every key that there is by the end of the call, padding too."""
+    return np.asarray(k < ends)
+
+
+def _causal_in_call(context: Context, layer: int, q: Array, k: Array, ends: Array) -> Array:
+    """All keys before, without a window."""
+    return _unless_padding(k <= q, context)
+
+
+def _from_start(context: Context, layer: int, q: Array, k: Array, ends: Array) -> Array:
+    """In full layers the first query of a call sees the first key, the second the first two."""
+    if context.config.is_sliding(layer):
+        return window_mask(context, layer)
+    return _unless_padding(k <= q - context.call.starts[:, None], context)
+
+
+prefill_sees_all = in_calls(lambda n, tokens: n == 0, _in_call)
+later_chunk_sees_all = in_calls(lambda n, tokens: n > 0 and tokens > 1, _in_call)
+decode_sees_all = in_calls(lambda n, tokens: n > 0 and tokens == 1, _in_call)
+prefill_without_window = in_calls(lambda n, tokens: n == 0, _causal_in_call)
+decode_without_window = in_calls(lambda n, tokens: n > 0 and tokens == 1, _causal_in_call)
+aligned_to_start = in_calls(lambda n, tokens: n > 0, _from_start)
+
+
 # --- the catalogue ----------------------------------------------------------------------------------------------------
 
 NORMS = (*LAYER_NORMS, "norm")
 PROBS, CAPPED, SCORES = ("attention.probs",), ("attention.capped",), ("attention.scores",)
+MIXED = (*SCORES, "attention.mixed")
 TABLES, TURNED = ("cos", "sin"), ("attention.q_rot", "attention.k_rot")
 LONG = "more tokens than the window"
 HALF = "bfloat16 or float16"
@@ -640,6 +799,20 @@ KNOWN_BUGS: tuple[KnownBug, ...] = (
              "unverified: gemma ffe7bc1 is the other way round", knob="attn_logit_softcapping"),
     KnownBug("attn-softcap-twice", "scores are capped twice", CAPPED, function(soft_cap=cap_twice), "unverified",
              knob="kernel and caller both cap"),
+    KnownBug("attn-softcap-clip", "scores are cut off at the cap, not bent", CAPPED, function(soft_cap=cut_off),
+             "unverified", "scores not far below the cap", "soft cap formula", unless="attn-softcap-missing"),
+    KnownBug("attn-softcap-unmultiplied", "tanh(x / cap) of scores is not multiplied back by the cap", CAPPED,
+             function(soft_cap=cap_unmultiplied), "unverified", knob="soft cap formula"),
+    KnownBug("attn-softcap-on-output", "the mixed values are capped, not the scores", (*CAPPED, "attention.mixed"),
+             rewire(output_capped), "unverified", "scores or mixed values not far below the cap", "place of the cap"),
+    KnownBug("softcaps-exchanged", "scores are capped with the cap of the logits, and logits with that of the scores",
+             (*CAPPED, "logits"),
+             config(attn_logit_softcapping=lambda c: c.config.final_logit_softcapping,
+                    final_logit_softcapping=lambda c: c.config.attn_logit_softcapping),
+             "torchtune's gemma2_2b (hidden_capping_value=30.0, final_capping_value=50.0)", knob="both caps"),
+    KnownBug("attn-softcap-none-as-zero", "a cap of None is kept as 0.0, which makes every score 0", CAPPED,
+             function(soft_cap=cap_none_as_zero), "unverified: mistral.rs #1930 refuses 0 for that",
+             "a model without this cap", "attn_logit_softcapping"),
     KnownBug("attn-softcap-before-scale", "the product is capped, then scaled", CAPPED, rewire(cap_before_scale),
              "unverified", knob="order of cap and scale"),
     KnownBug("attn-softcap-in-bf16", "scores are capped in bfloat16", CAPPED, function(soft_cap=cap_in_half),
@@ -652,7 +825,16 @@ KNOWN_BUGS: tuple[KnownBug, ...] = (
              config(final_logit_softcapping=lambda c: c.config.attn_logit_softcapping), "google-deepmind/gemma ffe7bc1",
              knob="final_logit_softcapping"),
     KnownBug("final-softcap-twice", "logits are capped twice", ("logits",), function(soft_cap=cap_twice),
-             "Megatron-Bridge #4645", knob="head and loss both cap"),
+             "Megatron-Bridge #4645", knob="head, and loss or sampler, both cap"),
+    KnownBug("final-softcap-clip", "logits are cut off at the cap, not bent", ("logits",), function(soft_cap=cut_off),
+             "unverified", knob="soft cap formula"),
+    KnownBug("final-softcap-unmultiplied", "tanh(x / cap) of logits is not multiplied back by the cap", ("logits",),
+             function(soft_cap=cap_unmultiplied), "unverified", knob="soft cap formula"),
+    KnownBug("final-softcap-none-as-zero", "a cap of None is kept as 0.0, which makes every logit 0", ("logits",),
+             function(soft_cap=cap_none_as_zero), "unverified: mistral.rs #1930 refuses 0 for that",
+             "a model without this cap", "final_logit_softcapping"),
+    KnownBug("final-softcap-on-hidden", "the last hidden state is capped, not the logits", ("norm", "logits"),
+             rewire(hidden_capped), "unverified", knob="place of the cap"),
     KnownBug("final-softcap-x-tanh", "x tanh(x / cap) for cap tanh(x / cap) of logits", ("logits",),
              function(soft_cap=x_times_tanh), "unsloth-zoo #593", knob="soft cap formula"),
     KnownBug("final-softcap-subtracts-max", "a row's largest logit is taken off before the cap", ("logits",),
@@ -677,10 +859,22 @@ KNOWN_BUGS: tuple[KnownBug, ...] = (
     KnownBug("q-prescale-order", "the query is scaled and rounded, then multiplied", SCORES,
              in_storage("attention_scores", scaled_query_in), "gemma_pytorch, llama.cpp, gemma.cpp do so", HALF,
              "place of the scale", "rounding"),
-    KnownBug("kv-cache-in-bf16", "keys are rounded to bfloat16 in the cache", SCORES,
-             function(attention_scores=keys_in_half), "gemma.cpp 343482c", "float32", "dtype of the cache", "rounding"),
+    KnownBug("kv-cache-in-bf16", "keys and values are rounded to bfloat16 in the cache", MIXED,
+             round_operand("bfloat16", scores=1, mixed=1), "gemma.cpp 343482c", "float32", "dtype of the cache",
+             "rounding"),
+    KnownBug("kv-cache-in-f16", "keys and values are rounded to float16 in the cache", MIXED,
+             round_operand("float16", scores=1, mixed=1),
+             "llama.cpp's default; xFasterTransformer #336", "float32", "dtype of the cache", "rounding"),
+    KnownBug("kv-head-of-first", "every query head takes the first key head", MIXED,
+             key_heads(lambda right, count: right * 0), "ONNXim #33", "more than one key head", "key heads"),
+    KnownBug("kv-head-of-next-shard", "each query head takes the key head after its own", MIXED,
+             key_heads(lambda right, count: (right + 1) % count), "sglang #19086, vllm #52516 (offsets of shards)",
+             "more than one key head", "key heads of a shard"),
+    KnownBug("kv-head-of-first-shard", "the second half of the query heads takes the key heads of the first half",
+             MIXED, key_heads(lambda right, count: right % (-(-count // 2))), "vllm #52516 (one rank's heads for all)",
+             "more than one key head", "key heads of a shard"),
     KnownBug("gqa-tile", "key heads are tiled (0, 1, 0, 1) instead of repeated (0, 0, 1, 1)",
-             ("attention.scores", "attention.mixed"), function(repeat_kv=tile_heads),
+             MIXED, function(repeat_kv=tile_heads),
              "onnx #7274, axlearn #842, candle-vllm #52", "more than one key head", "repeat_kv"),
     # norms and wiring
     KnownBug("norm-without-one", "x w for x (1 + w) in every norm", NORMS, function(rms_norm=norm_offset(0)),
@@ -703,6 +897,11 @@ KNOWN_BUGS: tuple[KnownBug, ...] = (
     KnownBug("norm-weight-in-half", "1 + w is rounded to half precision", NORMS,
              in_storage("rms_norm", norm_weight_in_storage), "Unsloth's list of Gemma bugs", HALF, "dtype of 1 + w",
              "rounding"),
+    KnownBug("norm-weight-in-bf16", "1 + w is rounded to bfloat16, and all else is float32", NORMS,
+             norm_weight_in("bfloat16"), "llama.cpp's conversion before #5810, vllm #53203", "float32",
+             "dtype of 1 + w", "rounding"),
+    KnownBug("norm-weight-in-f16", "1 + w is rounded to float16, and all else is float32", NORMS,
+             norm_weight_in("float16"), "unverified", "float32", "dtype of 1 + w", "rounding"),
     KnownBug("post-attn-norm-after-residual", "norm(h + attention) for h + norm(attention)",
              ("post_attention_layernorm", "middle"), rewire(norm_after_residual),
              "google-deepmind/gemma 205e096, 7279d94", knob="post-attention norm"),
@@ -735,6 +934,14 @@ KNOWN_BUGS: tuple[KnownBug, ...] = (
     KnownBug("embed-scale-in-bf16", "sqrt(hidden) is rounded to bfloat16 whatever the model is in", ("embedded",),
              scaled_embedding(lambda c: float(bf16(math.sqrt(c.config.hidden_size)))),
              "gemma.cpp EmbeddingScaling, on purpose", "float32, and sqrt(hidden) inexact in bfloat16", "normalizer"),
+    KnownBug("embed-scale-in-1-decimals", "sqrt(hidden) is written with 1 decimals", ("embedded",),
+             scale_in_decimals(1), "unverified", "float32, and sqrt(hidden) that has more", "normalizer"),
+    KnownBug("embed-scale-in-2-decimals", "sqrt(hidden) is written with 2 decimals", ("embedded",),
+             scale_in_decimals(2), "unverified", "float32, and sqrt(hidden) that has more", "normalizer"),
+    KnownBug("embed-scale-in-3-decimals", "sqrt(hidden) is written with 3 decimals", ("embedded",),
+             scale_in_decimals(3), "unverified", "float32, and sqrt(hidden) that has more", "normalizer"),
+    KnownBug("embed-scale-in-4-decimals", "sqrt(hidden) is written with 4 decimals", ("embedded",),
+             scale_in_decimals(4), "unverified", "float32, and sqrt(hidden) that has more", "normalizer"),
     KnownBug("logits-in-bf16", "logits are rounded to bfloat16 before the cap", ("raw_logits",),
              function(unembed=in_half(ops.linear)), "transformers before #29285", "float32", "dtype of the head",
              "rounding"),
@@ -769,9 +976,23 @@ KNOWN_BUGS: tuple[KnownBug, ...] = (
     KnownBug("rope-bf16-angles", "positions and angles in bfloat16", TABLES,
              function(rotary_tables=tables_of(angles_in_half)), "transformers #29285, Keras #1497, candle-vllm #50",
              "positions above 1; the more the higher", "dtype of angles"),
-    KnownBug("rope-tf32-angles", "angles from a TF32 product", TABLES,
-             function(rotary_tables=tables_of(angles_in_tf32)), "transformers #48428",
+    KnownBug("rope-frequencies-in-bf16", "inverse frequencies are rounded to bfloat16, by model.to(torch.bfloat16)",
+             TABLES, function(rotary_tables=tables_of(angles_of_frequencies_in("bfloat16"))),
+             "transformers #30709, NeMo Automodel #2549, sglang-jax #1472, Megatron-LM #744",
+             "positions above 0; the more the higher", "dtype of inv_freq"),
+    KnownBug("rope-frequencies-in-f16", "inverse frequencies are rounded to float16, by model.half()", TABLES,
+             beyond_tf32(function(rotary_tables=tables_of(angles_of_frequencies_in("float16")))),
+             "gpt-neox #1003", "positions above 2048; below it is rope-tf32-angles", "dtype of inv_freq"),
+    KnownBug("rope-tf32-angles",
+             "angles from a TF32 product, or of inverse frequencies in float16 (model.half()): both keep ten bits",
+             TABLES, function(rotary_tables=tables_of(angles_in_tf32)), "transformers #48428, gpt-neox #1003",
              "float32, or positions above 2048", "dtype of angles"),
+    KnownBug("rope-partial", "half of each head is turned, with frequencies and pairs of its own", TURNED,
+             turned_in_part(pairs_of_part=True), "unverified: partial_rotary_factor of other models (pie #603)",
+             "a position other than 0", "partial_rotary_factor"),
+    KnownBug("rope-partial-proportional", "half of the pairs of each head are turned", TURNED,
+             turned_in_part(pairs_of_part=False), "unverified: Gemma 4's full layers (nexusquant #12)",
+             "a position other than 0", "partial_rotary_factor"),
     KnownBug("rope-theta-1e6", "theta is 1000000", TABLES, config(rope_theta=1e6, rope_parameters=None),
              "unverified: Gemma 3's for full layers", "a position other than 0", "rope_theta"),
     KnownBug("rope-theta-160000", "theta is 160000", TABLES, config(rope_theta=160000.0, rope_parameters=None),
@@ -803,6 +1024,22 @@ KNOWN_BUGS: tuple[KnownBug, ...] = (
              "google-deepmind/gemma 9218f5f, transformers' flash attention", "more than one token", "causal"),
     KnownBug("mask-not-causal", "queries see the keys after them", PROBS, mask(not_causal),
              "onnx #7865's companions; unverified", "more than one token", "causal"),
+    KnownBug("mask-added-as-bool", "a mask of true and false is added to the scores, so that it hides nothing", PROBS,
+             in_storage("softmax", mask_added), "transformers #41443", "more than one token", "dtype of the mask"),
+    KnownBug("mask-missing-in-prefill", "the first call has no mask: every query sees all its keys", PROBS,
+             mask(prefill_sees_all), "mlxcel #1001 (gemma2), TinyLLM #17", "more than one token", "mask of prefill",
+             unless="attn-softcap-after-mask"),
+    KnownBug("mask-missing-in-chunk", "a later call of several tokens has no mask", PROBS, mask(later_chunk_sees_all),
+             "TinyLLM #17", "several calls, a later one of several tokens", "mask of a chunk"),
+    KnownBug("mask-missing-in-decode", "a call of one token has no mask: it sees padding, and beyond the window", PROBS,
+             mask(decode_sees_all), "unverified", "several calls, beyond the window or padded", "mask of a step"),
+    KnownBug("prefill-without-window", "in the first call no layer slides", PROBS, mask(prefill_without_window),
+             "unverified", LONG, "sliding_window of prefill", unless="swa-all-global"),
+    KnownBug("decode-without-window", "in calls of one token no layer slides", PROBS, mask(decode_without_window),
+             "unsloth-zoo #635 (in review)", "several calls, beyond the window", "sliding_window of a step"),
+    KnownBug("mask-aligned-to-start", "in full layers the first query of a later call sees the first key alone", PROBS,
+             mask(aligned_to_start), "Megatron-Bridge #5259 (Gemma 2), onnx #8068, pytorch #108108 (is_causal=True)",
+             "several calls", "is_causal with a cache"),
     KnownBug("mask-without-self", "a query does not see itself", PROBS, mask(strictly_before), "unverified",
              "more than one token", "causal"),
     KnownBug("pad-attended", "padding is looked at", PROBS, mask(pads_seen), "google-deepmind/gemma bf2d158",

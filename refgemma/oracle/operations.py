@@ -43,8 +43,11 @@ class Operation:
             return with_storage(rescale(self.allowed(*inputs), unit / U), exact, storage, stored)
 
 
+SMALL = 2**21  # numbers: smaller layers, and a smaller table, are kept in float64
+
+
 class Layers(Sequence[LayerWeights]):
-    """Layers in float64, of which the one asked for last is kept."""
+    """Layers in float64. The last accessed layer is kept; small layers are all kept."""
 
     def __init__(self, layers: Sequence[LayerWeights]) -> None:
         self._layers = layers
@@ -55,17 +58,21 @@ class Layers(Sequence[LayerWeights]):
         return len(self._layers)
 
     def __getitem__(self, layer: Any) -> Any:
-        """Block `layer`."""
+        """Return block `layer`."""
         if layer not in self._kept:
             found = self._layers[layer]
             numbers: dict[str, Any] = {name: None if x is None else as_float64(x) for name, x in vars(found).items()}
-            self._kept = {layer: LayerWeights(**numbers)}
+            size = len(self) * sum(x.size for x in numbers.values() if x is not None)
+            self._kept = (self._kept if size <= SMALL else {}) | {layer: LayerWeights(**numbers)}
         return self._kept[layer]
 
 
 def double(weights: Weights) -> Weights:
-    """Return the same numbers in float64: layers as they are asked for, the embedding table as it is."""
-    return Weights(weights.embed_tokens, Layers(weights.layers), as_float64(weights.norm), weights.lm_head)
+    """Return the same numbers in float64: layers on access, a large embedding table unchanged."""
+    table = weights.embed_tokens
+    if isinstance(table, np.ndarray) and table.size <= SMALL:
+        table = as_float64(table)
+    return Weights(table, Layers(weights.layers), as_float64(weights.norm), weights.lm_head)
 
 
 def window_mask(context: "Context", layer: int) -> Array:

@@ -28,6 +28,17 @@ class Computed:
     candidate: Candidate
     between: dict[str, Array] = field(default_factory=dict)  # not recorded, computed
 
+    def edit(self, table: Mapping[str, Operation]) -> "Computed":
+        """Return this object with another table's operations; tensors that do not depend on them are not computed
+        again."""
+        changed: set[str] = set()
+        for name, op in table.items():
+            unrecorded = (source for source in op.inputs if source not in self.candidate.inputs)
+            if op is not self.table.get(name) or not changed.isdisjoint(unrecorded):
+                changed.add(name)
+        kept = {name: x for name, x in self.between.items() if name not in changed}
+        return Computed(table, self.candidate, kept)
+
     @cached_property
     def places(self) -> Mapping[str, int]:
         """The number of each operation in the order of execution."""
@@ -80,9 +91,9 @@ def where_compared(name: str, context: Context) -> Array:
 def measure_noise(
     computed: Computed, names: Sequence[str], context: Context, more: Mapping[str, float] | None = None, seed: int = 0
 ) -> dict[str, Array]:
-    """The standard deviation of the last tensors of spans, measured over `DRAWS` simulated runs.
+    """Return the standard deviation of the last tensors of spans, measured over `DRAWS` simulated runs.
 
-    To what rounding does comes, in the fields that `more` names, such a part of the size of each row.
+    For the fields in `more`, an error of the given part of each row's size is added to the rounding.
     """
     rng = np.random.default_rng(seed)
     storage = context.arithmetic.storage
@@ -90,15 +101,18 @@ def measure_noise(
     last_use = {source: step for step in steps for source in computed.table[step].inputs}
     squares: dict[str, Array] = {}
     exact = {name: computed.result(name) for name in names}
-    for _ in range(DRAWS):
-        run = Computed(computed.table, computed.candidate)
+    spread: dict[str, Array] = {}  # of the usual numbers: those of a draw are so near that theirs is the same
+    with np.errstate(all="ignore"):
         for step in steps:
-            inputs = run.inputs(step)
-            with np.errstate(all="ignore"):
-                right = np.asarray(computed.table[step].compute(*inputs), np.float64)
-                allowed = computed.table[step].tolerance(inputs, right, storage, context.arithmetic.unit)
-                off = (more or {}).get(field_of(step), 0.0) * np.sqrt(np.mean(right**2, axis=-1, keepdims=True))
-                run.between[step] = right + rng.standard_normal(right.shape) * np.hypot(allowed.std, off)
+            right = computed.value(step) if step not in computed.candidate.inputs else computed.result(step)
+            allowed = computed.table[step].tolerance(computed.inputs(step), right, storage, context.arithmetic.unit)
+            off = (more or {}).get(field_of(step), 0.0) * np.sqrt(np.mean(right**2, axis=-1, keepdims=True))
+            spread[step] = np.hypot(allowed.std, off)
+        for _ in range(DRAWS):
+            run = Computed(computed.table, computed.candidate)
+            for step in steps:
+                right = run.result(step)
+                run.between[step] = right + rng.standard_normal(right.shape) * spread[step]
                 if step in exact:
                     squares[step] = squares.get(step, 0.0) + (run.between[step] - exact[step]) ** 2
                 for source in computed.table[step].inputs:  # one layer's scores in memory at a time

@@ -131,7 +131,7 @@ def scores_of(calls: Sequence[tuple[str, Any, Any]]) -> dict[str, Any]:
     """Return scores and capped scores from the torch calls of an attention function; empty if it calls no softmax.
 
     Scores are the first matrix product, or the result of the multiplication right after it. Capped scores are the
-    result of the last multiplication after a tanh; without a tanh, the scores themselves.
+    result of the last multiplication after a tanh or a cut-off; without either, the scores themselves.
     """
     names = [name for name, _, _ in calls]
     if "softmax" not in names or "matmul" not in names:
@@ -140,7 +140,7 @@ def scores_of(calls: Sequence[tuple[str, Any, Any]]) -> dict[str, Any]:
     place = start + 1 if names[start + 1] == "mul" else start
     scores = calls[place][2]
     products = [n for n in range(place + 1, end) if names[n] == "mul"]
-    bent = "tanh" in names[place:end] and products
+    bent = {"tanh", "clamp"} & set(names[place:end]) and products
     return {"scores": scores, "capped": calls[products[-1]][2] if bent else scores}
 
 

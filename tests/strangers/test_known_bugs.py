@@ -1,0 +1,183 @@
+"""Known bugs of a kind: each is named at its own tensor, from a full trace and where it shows from logits alone.
+
+Rotary tables were recorded from transformers 5.23.0 with torch 2.13.0: ``Gemma2RotaryEmbedding(config).to(dtype)``, on
+positions 0 to 23 of the conformance checkpoint.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import refgemma
+from refgemma.model import forward
+from refgemma.modeling.pretrained import Pretrained
+from refgemma.oracle.diagnose import Report, diagnose
+from refgemma.oracle.engine import Engine
+from refgemma.oracle.families import list_families
+from refgemma.oracle.known_bugs import KNOWN_BUGS
+from refgemma.oracle.verdicts import CONFORMS, DIFFERS, NOISY_ONLY
+from refgemma.precision import as_dtype, as_float64
+from refgemma.trace.candidate import Candidate, candidate_of, only
+from refgemma.trace.names import named_tensors
+from refgemma.weights.parameters import LayerWeights
+
+RECORDED = Path(__file__).parents[1] / "recorded" / "rotary-to-half.npz"
+IDS = np.concatenate([[[2]], np.random.default_rng(0).integers(4, 97, (1, 23))], axis=1)
+DENSITIES = pytest.mark.parametrize("names", [None, ("logits",)], ids=["full", "logits"])
+
+
+@pytest.fixture(scope="module")
+def model() -> Pretrained:
+    return refgemma.load("conformance")
+
+
+def candidate(tensors: dict[str, Any], model: Pretrained, names: tuple[str, ...] | None = None) -> Candidate:
+    whole = candidate_of({"input_ids": IDS} | tensors, model.config, "float32", (IDS.shape[1],), "port")
+    return whole if names is None else only(whole, names)
+
+
+def report(tensors: dict[str, Any], model: Pretrained, names: tuple[str, ...] | None = None) -> Report:
+    return diagnose(candidate(tensors, model, names), model.weights, model.config)
+
+
+def run(model: Pretrained, layers: list[LayerWeights] | None = None, **numbers: Any) -> dict[str, Any]:
+    weights = model.weights if layers is None else replace(model.weights, layers=layers)
+    return dict(named_tensors(forward(IDS, weights, model.config.changed(**numbers))))
+
+
+def first(found: Report) -> tuple[str, str]:
+    assert found.first_divergence is not None
+    return found.first_divergence.tensor, found.findings[0].named
+
+
+# --- weights in the places of others ----------------------------------------------------------------------------------
+
+Edit = Callable[[list[LayerWeights]], list[LayerWeights]]
+
+
+def put(layer: int, **names: tuple[int, str]) -> Edit:
+    def edit(layers: list[LayerWeights]) -> list[LayerWeights]:
+        other = {name: getattr(layers[at], weight) for name, (at, weight) in names.items()}
+        return [replace(x, **other) if n == layer else x for n, x in enumerate(layers)]
+
+    return edit
+
+
+MISPLACED: list[tuple[Edit, str, str]] = [
+    (put(0, k_proj=(1, "k_proj")), "layers.0.attention.k",
+     "layers.1.self_attn.k_proj in the place of layers.0.self_attn.k_proj"),
+    (put(2, v_proj=(2, "k_proj")), "layers.2.attention.v",
+     "layers.2.self_attn.k_proj in the place of layers.2.self_attn.v_proj"),
+    (put(3, up_proj=(1, "gate_proj")), "layers.3.feed_forward.up",
+     "layers.1.mlp.gate_proj in the place of layers.3.mlp.up_proj"),
+    (put(1, post_feedforward_layernorm=(1, "input_layernorm")), "layers.1.post_feedforward_layernorm",
+     "layers.1.input_layernorm in the place of layers.1.post_feedforward_layernorm"),
+    (lambda layers: [replace(x, k_proj=x.v_proj) for x in layers], "layers.0.attention.k",
+     "v_proj in the place of k_proj in layers 0, 1, 2, 3"),
+]  # fmt: skip
+
+
+@DENSITIES
+@pytest.mark.parametrize(("edit", "tensor", "says"), MISPLACED, ids=[says[:24] for _, _, says in MISPLACED])
+def test_a_weight_in_anothers_place_is_named(
+    edit: Edit, tensor: str, says: str, names: tuple[str, ...] | None, model: Pretrained
+) -> None:
+    found = report(run(model, edit(list(model.weights.layers))), model, names)
+    assert found.verdict == DIFFERS
+    assert first(found) == (tensor if names is None else "logits", f"weights-of-another: {says}")
+
+
+def test_two_weights_exchanged_in_all_layers_are_named_from_the_logits(model: Pretrained) -> None:
+    layers = [replace(x, k_proj=x.v_proj, v_proj=x.k_proj) for x in model.weights.layers]
+    found = report(run(model, layers), model, ("logits",))
+    assert first(found) == ("logits", "weights-of-another: k_proj and v_proj exchanged")
+
+
+def test_layers_moved_by_one_are_named_from_the_logits(model: Pretrained) -> None:
+    layers = list(model.weights.layers)
+    found = report(run(model, layers[1:] + layers[:1]), model, ("logits",))
+    assert first(found) == ("logits", "weights-of-another: each layer has the weights of the one after it")
+
+
+def test_weights_that_no_other_place_has_stay_unknown(model: Pretrained) -> None:
+    layers = list(model.weights.layers)
+    layers[1] = replace(layers[1], k_proj=layers[1].k_proj[::-1] + 0)
+    assert first(report(run(model, layers), model)) == ("layers.1.attention.k", "UNKNOWN")
+
+
+def test_what_is_too_much_to_try_is_said(monkeypatch: pytest.MonkeyPatch, model: Pretrained) -> None:
+    monkeypatch.setattr("refgemma.oracle.diagnose.WORK", 1e4)
+    edit, _, _ = MISPLACED[0]
+    found = report(run(model, edit(list(model.weights.layers))), model, ("logits",))
+    assert found.findings[0].named == "UNKNOWN"
+    assert any("not all tried" in remark for remark in found.remarks)
+
+
+# --- rotary frequencies -----------------------------------------------------------------------------------------------
+
+
+# Below position 2048 float16 keeps as many bits of a frequency as TF32 does: the two are one bug, under one name.
+@pytest.mark.parametrize(("short", "named"), [("bf16", "rope-frequencies-in-bf16"), ("f16", "rope-tf32-angles")])
+def test_inverse_frequencies_that_a_cast_rounded_are_named(short: str, named: str, model: Pretrained) -> None:
+    with np.load(RECORDED) as recorded:
+        tables = {name: recorded[f"{short}.{name}"] for name in ("cos", "sin")}
+    assert first(report(tables, model)) == ("cos", named)
+
+
+# --- caps -------------------------------------------------------------------------------------------------------------
+
+
+@DENSITIES
+def test_caps_exchanged_are_named(names: tuple[str, ...] | None, model: Pretrained) -> None:
+    c = model.config
+    wrong = run(
+        model, attn_logit_softcapping=c.final_logit_softcapping, final_logit_softcapping=c.attn_logit_softcapping
+    )
+    tensor, named = first(report(wrong, model, names))
+    assert tensor == ("layers.0.attention.capped" if names is None else "logits")
+    assert "softcaps-exchanged" in named.split(" or ")
+
+
+def test_a_cap_of_none_that_is_kept_as_zero_is_named(model: Pretrained) -> None:
+    config = model.config.changed(final_logit_softcapping=None, attn_logit_softcapping=None)
+    tensors = dict(named_tensors(forward(IDS, model.weights, config)))
+    wrong = candidate({"raw_logits": tensors["raw_logits"], "logits": 0 * tensors["logits"]}, model)
+    found = diagnose(wrong, model.weights, config)
+    assert first(found) == ("logits", "final-softcap-none-as-zero")
+
+
+# --- a part in half precision -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_product_in_half_precision_is_a_way_of_rounding(dtype: str, model: Pretrained) -> None:
+    # The recorded inputs, rounded, times the weights, in float64, rounded once: what a half-precision kernel gives.
+    tensors, short = run(model), {"bfloat16": "bf16", "float16": "f16"}[dtype]
+    product = tensors["layers.3.feed_forward.product"]
+    half = as_float64(as_dtype(product, dtype)) @ as_float64(model.weights.layers[3].down_proj).T
+    out = np.float32(as_float64(as_dtype(half, dtype)))
+    found = report({"layers.3.feed_forward.product": product, "layers.3.feed_forward.out": out}, model)
+    assert {f.field for f in found.findings} == {"feed_forward.out"}
+    assert found.verdict == NOISY_ONLY
+    assert first(found) == ("layers.3.feed_forward.out", f"feed_forward.out-in-{short} of layers 3")
+
+
+# --- an honest port ---------------------------------------------------------------------------------------------------
+
+
+@DENSITIES
+def test_an_honest_port_is_nothing_of_this(names: tuple[str, ...] | None, model: Pretrained) -> None:
+    found = report(run(model), model, names)
+    assert found.verdict == CONFORMS
+    new = {"rope-frequencies-in-bf16", "kv-cache-in-f16", "norm-weight-in-bf16", "mask-added-as-bool", "rope-partial"}
+    assert new <= {bug.name for bug in found.excluded}
+
+
+def test_names_are_of_one_bug_each(model: Pretrained) -> None:
+    context = Engine(candidate(run(model), model), model.weights, model.config).context
+    names = [bug.name for bug in (*KNOWN_BUGS, *list_families(context))]
+    assert len(names) == len(set(names))
