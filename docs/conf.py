@@ -17,6 +17,7 @@ from sphinx.errors import SphinxError
 
 import refgemma
 from refgemma.teach.explorer import explore_run, render_page
+from refgemma.teach.live import TEXT, render_live
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -25,6 +26,7 @@ from links import problems  # noqa: E402  (Sphinx does not put the folder of thi
 # Sphinx reads only files in its own folder.
 for notebook in (HERE.parent / "notebooks").glob("*.ipynb"):
     shutil.copy(notebook, HERE / "tutorial")
+shutil.copytree(HERE.parent / "notebooks" / "pictures", HERE / "tutorial" / "pictures", dirs_exist_ok=True)
 
 # numpydoc also reads Hypothesis's own docstrings.
 warnings.filterwarnings("ignore", "Unknown section", UserWarning)
@@ -103,14 +105,13 @@ def visit_block(translator: Any, node: nodes.math_block) -> None:
 
 
 def write_explorer(app: Sphinx, failed: Exception | None) -> None:
-    """The page that `refgemma explore` writes, as an example; the tutorial leads there."""
+    """Write the pages of `refgemma explore` and `refgemma explore --live`, to which the tutorial leads."""
     if failed is None and app.builder.format == "html":
         model = refgemma.load("tiny")
-        ids = model.tokenizer.encode(
-            "Once upon a time there was a little princess who lived in a great castle by the sea."
-        )
+        ids = model.tokenizer.encode(TEXT)
         page = render_page(explore_run(ids, model, "tiny", "float32"))
         (Path(app.outdir) / "explorer.html").write_text(page, "utf-8")
+        (Path(app.outdir) / "live.html").write_text(render_live(), "utf-8")
 
 
 def follow_links(app: Sphinx, failed: Exception | None) -> None:

@@ -4,6 +4,7 @@
     python golden/record.py --check        record again elsewhere and compare with what is in golden/
     python golden/record.py --full 9b      record a model of that size with synthetic weights, see full_size.py
     python golden/record.py --checkpoint DIR   record a checkpoint on disk, for instance a released one
+    python golden/record.py --gradients    record the gradients by autograd, see gradients.py; --check compares them
 
 Nothing that refgemma computes is ever written here. Tensors inside transformers' functions are caught where they are
 made: module outputs by hooks, the rotated queries and keys by wrapping `apply_rotary_pos_emb`, scores and capped scores
@@ -435,11 +436,19 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="record again elsewhere and compare")
     parser.add_argument("--full", choices=("9b", "27b"), help="record a model of that size with synthetic weights")
     parser.add_argument("--checkpoint", metavar="DIR", type=Path, help="record a checkpoint on disk, of any size")
+    parser.add_argument("--gradients", action="store_true", help="record gradients, see gradients.py")
     args = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warm_up()
+    if args.gradients:
+        import gradients
+
+        if args.check:
+            sys.exit(gradients.check())
+        gradients.record_all()
+        return
     if args.check:
         sys.exit(check())
     if args.full or args.checkpoint:

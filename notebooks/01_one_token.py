@@ -27,6 +27,10 @@
 # The model in this notebook is *tiny*. It has 2.9 million trained numbers, while the 9B has 9.2 billion, but it has
 # the same parts in the same order. It was trained on old tales. It is inside the package, so nothing is downloaded. A
 # model also has a **configuration**: the few numbers that give the sizes of its parts.
+#
+# ![Drawing of the model: all parts of Gemma 2](pictures/model-01.svg)
+#
+# The whole model, with the sizes of the tiny one. Each later notebook lights its part.
 
 # %%
 import numpy as np
@@ -52,15 +56,16 @@ tokens = tiny.tokenizer.convert_ids_to_tokens(ids)
 names = tiny.tokenizer.convert_ids_to_tokens(range(config.vocab_size))
 
 seq = len(ids)
-assert tokens[0] == "<bos>"
 list(zip(ids, tokens, strict=True))
 
 # %% [markdown]
-# **Question.** How many tokens does `"Rumpelstiltskin"` have? Try it. Why does it have more than `"little"`?
+# **Question.** How many tokens does `" Rumpelstiltskin"` have? Try it. Why does it have more than `" little"`? (The
+# space belongs to the token of a word. Try `"little"` without it.)
 #
 # <details><summary>Answer</summary>
-# The vocabulary contains the pieces that were frequent in the training text. A rare name is split into short pieces,
-# and if necessary into single letters.
+# Eight, after <code>&lt;bos&gt;</code>. The vocabulary contains the pieces that were frequent in the training text. A
+# rare name is split into short pieces, and if necessary into single letters. So is <code>little</code> at the start of
+# a line, which was rare: <code>l</code>, <code>ittle</code>.
 # </details>
 #
 # ## The embedding
@@ -90,7 +95,6 @@ h0[-1, :5]
 run = refgemma.forward([ids], weights, config)
 
 assert run.embedded.shape == (1, seq, hidden)
-assert np.array_equal(run.embedded[0], h0)
 len(run.layers), run.logits.shape
 
 # %% [markdown]
@@ -113,7 +117,7 @@ block = run.layers[0]  # the record of the first block
 assert block.middle.shape == block.out.shape == (1, seq, hidden)
 assert np.array_equal(block.middle, run.embedded + block.post_attention_layernorm)
 assert np.array_equal(block.out, block.middle + block.post_feedforward_layernorm)
-[name for name in vars(block)]
+list(vars(block))
 
 # %% [markdown]
 # Because every block adds, the stream grows. The picture shows the size of its numbers, the **root mean square**
@@ -123,11 +127,33 @@ assert np.array_equal(block.out, block.middle + block.post_feedforward_layernorm
 _ = viz.residual_norms(run, tokens)
 
 # %% [markdown]
-# **Question.** Which block adds the most to the last token? How would the picture look if all blocks added nothing?
+# Is the block that adds most where the line is steepest? Measure both for the last token: the size of the vector that
+# each block adds, and the rise of the line. The third number is the angle between the added vector and the stream.
+
+# %%
+stream = viz.residual_streams(run)[:, 0, -1]  # the last token: before the first block, and after each
+added = np.diff(stream, axis=0)
+sizes = viz.root_mean_square(added)
+rises = np.diff(viz.root_mean_square(stream))
+lengths = np.linalg.norm(added, axis=1) * np.linalg.norm(stream[:-1], axis=1)
+angles = np.degrees(np.arccos(np.sum(added * stream[:-1], axis=1) / lengths))
+
+axes = viz.new_axes(6.4, 3)
+axes.bar(np.arange(6) - 0.2, sizes, width=0.4, label="size of the added vector")
+axes.bar(np.arange(6) + 0.2, rises, width=0.4, label="rise of the line")
+axes.set(xlabel="block", ylabel="root mean square", title="size of the addition, and growth", ylim=(0, 2))
+for number, angle in enumerate(angles):
+    axes.text(number - 0.2, sizes[number] + 0.04, f"{angle:.0f}°", ha="center")
+_ = axes.legend()
+
+# %% [markdown]
+# **Question.** Block 2 adds the most, but the line rises most in block 1. How is that possible?
 #
 # <details><summary>Answer</summary>
-# The block at the steepest part of the token's line. If nothing were added, every line would be flat, and the answer
-# would depend on the last token alone.
+# Five of the six vectors stand nearly at a right angle to the stream (75 to 90 degrees). Such a vector turns the stream
+# more than it lengthens it: the lengths add like the sides of a right triangle, $\sqrt{a^2 + b^2}$. The vector of block
+# 1 points more in the direction of the stream (51 degrees). So the slope of the line does not show how much a block
+# adds. If nothing were added, every line would be flat, and the answer would depend on the last token alone.
 # </details>
 #
 # ## Inside the feed-forward half
@@ -146,7 +172,6 @@ up = ops.linear(x, layer.up_proj)
 fed = ops.linear(ops.gelu_tanh(gate) * up, layer.down_proj)
 
 assert gate.shape == up.shape == (1, seq, config.intermediate_size)
-assert np.array_equal(fed, block.feed_forward.out)
 print(f"{np.mean(block.feed_forward.gelu < 0):.0%} of the gates are closed (negative after GELU)")
 
 # %% [markdown]
@@ -164,10 +189,9 @@ print(f"{np.mean(block.feed_forward.gelu < 0):.0%} of the gates are closed (nega
 # %%
 raw = run.norm @ weights.embed_tokens.T
 assert raw.shape == run.logits.shape == (1, seq, config.vocab_size)
-assert np.allclose(ops.soft_cap(raw, config.final_logit_softcapping), run.logits, atol=1e-4)
 
 probs = viz.probabilities(run.logits[0, -1])
-assert probs.shape == (config.vocab_size,) and np.isclose(probs.sum(), 1)
+assert probs.shape == (config.vocab_size,)
 _ = viz.most_likely_tokens(run.logits[0, -1], names, title="after: The little girl looked at the")
 
 # %% [markdown]
@@ -182,11 +206,13 @@ assert lens.shape == (config.num_hidden_layers + 1, 1, seq, config.vocab_size)
 _ = viz.logit_lens(lens[:, 0], tokens, names)
 
 # %% [markdown]
-# **Question.** In the lowest rows many tokens predict *themselves*. Why?
+# **Question.** In the two lowest rows nearly all tokens predict *themselves*. Why?
 #
 # <details><summary>Answer</summary>
-# The head is tied. In these rows the stream is still close to the token's own row of the table, and the product of a
-# row with itself is larger than with any other row.
+# The head is tied. In these rows the stream still points in the direction of the token's own row of the table, and no
+# other row has exactly this direction. But the product also grows with the length of a row, so a long row can win:
+# before the first block, <code>girl</code> predicts the byte token <code>&lt;0xE0&gt;</code>, whose row is three times
+# as long.
 # </details>
 #
 # ## Every tensor by name
@@ -199,7 +225,6 @@ _ = viz.logit_lens(lens[:, 0], tokens, names)
 from refgemma.trace.names import named_tensors
 
 shapes = {name: tensor.shape for name, tensor in named_tensors(run)}
-assert list(shapes)[:3] == ["cos", "sin", "embedded"] and list(shapes)[-1] == "logits"
 for name, shape in shapes.items():
     if name.startswith("layers.0."):
         print(f"{name:40s} {shape}")

@@ -18,6 +18,10 @@
 # and the places where the model rounds. You need from notebook 1: *block*, *residual stream*, *logits*; from notebook
 # 2 *port* (a reimplementation of the model in another program); from notebook 6 the *norm* and its factor $1 + w$.
 # PyTorch is the library that usually runs the model.
+#
+# ![Drawing of the model: the norms, the rotation and the softmax are lit](pictures/model-07.svg)
+#
+# Lit: the parts that compute in float32 inside a bfloat16 model.
 
 # %%
 import numpy as np
@@ -53,7 +57,7 @@ def bits(x):
 
 for x in (1.0, 1 + 2**-7, 0.1, 3.14159, -2.5):
     print(f"{x:10.6f} -> {float(bf16(x)):10.6f}   {bits(x)}")
-assert bf16(1 + 2**-7) != 1 and bf16(1 + 2**-9) == 1  # an ulp counts, a quarter of an ulp does not
+bf16(1 + 2**-7), bf16(1 + 2**-9)  # an ulp counts, a quarter of an ulp does not
 
 # %% [markdown]
 # ## Rounding
@@ -68,7 +72,6 @@ assert bf16(1 + 2**-7) != 1 and bf16(1 + 2**-9) == 1  # an ulp counts, a quarter
 x = np.linspace(0.5, 8, 4001).astype(np.float32)
 errors = {"bfloat16": np.abs(wide(bf16(x)) - x) / x, "float16": np.abs(wide(f16(x)) - x) / x}
 assert all(error.shape == x.shape for error in errors.values())
-assert errors["bfloat16"].max() <= 2**-8 and errors["float16"].max() <= 2**-11
 
 axes = viz.new_axes(7, 3)
 for name, error in errors.items():
@@ -129,7 +132,8 @@ print(f"{np.mean(right != early):.0%} of the elements differ")
 # **Question.** By how many ulps do they differ? Is one of them more exact?
 #
 # <details><summary>Answer</summary>
-# By one, rarely by two. Gemma's norm is more exact on average, because it rounds once. But exactness is not the
+# By one, rarely by two. Gemma's norm is more exact on average, because it rounds once (its mean error is 0.6 of the
+# other's). But exactness is not the
 # point: the weights were trained with only one of the two, and other programs compute that one.
 # </details>
 #
@@ -138,7 +142,7 @@ print(f"{np.mean(right != early):.0%} of the elements differ")
 # Run the same tokens in four precisions, and compare the residual stream with that of float64 after each block.
 
 # %%
-ids = tokenizer.encode("Once upon a time there was a little princess who lived in a great castle by the sea.")
+ids = tokenizer.encode("There was once a little princess who lived in a great castle by the sea.")
 runs = {name: refgemma.forward([ids], model.weights, model.config) for name, model in models.items()}
 exact = runs.pop("float64")
 
@@ -147,11 +151,28 @@ _ = viz.rounding_growth(runs, exact)
 
 # %% [markdown]
 # **Question.** float32 has 16 more bits for digits than bfloat16. How far apart should the two curves be? Does the
-# picture agree?
-#
+# picture agree? Compute the quotient, and compare one matrix product in both precisions.
+
+# %%
+depths = viz.residual_streams(exact)
+errors = {
+    name: np.array([viz.relative_error(x, y) for x, y in zip(viz.residual_streams(runs[name]), depths, strict=True)])
+    for name in ("float32", "bfloat16")
+}
+print("bfloat16 / float32, by blocks done:", *(errors["bfloat16"] / errors["float32"]).round().astype(int))
+
+x, weight = runs["float32"].layers[0].input_layernorm, models["float32"].weights.layers[0].q_proj
+product = x.astype(np.float64) @ weight.astype(np.float64).T
+print(f"a product in float32:               {viz.relative_error(ops.linear(x, weight), product):.1e}")
+print(f"rounded once, from the exact sum:   {viz.relative_error(product.astype(np.float32), product):.1e}")
+
+# %% [markdown]
 # <details><summary>Answer</summary>
-# A factor of 2 to the 16, or 65536, nearly five powers of ten. The picture agrees, because the operations and their
-# order are the same.
+# If every operation rounded once, the quotient would be about 2 to the 16, or 65536. After the embedding, which is one
+# product, it is about 50000. But after the first block it is only about 15000. In bfloat16 a kernel sums in float32
+# and rounds <b>once</b>, at the end. In float32 it also sums in float32, so it rounds <b>after every addition</b>: the
+# sum of 234 products has several times the error of a single rounding. bfloat16 loses digits only at the end of a
+# kernel; float32 loses them inside it too.
 # </details>
 #
 # ## The cost of rounding
@@ -177,7 +198,7 @@ for name, run in {"float64": exact, **runs}.items():
 # different 20th word. Does that prove it wrong?
 #
 # <details><summary>Answer</summary>
-# Neither. Most mistakes do not change the most likely token. And if two tokens are nearly equally likely, rounding
+# Neither. Many mistakes do not change the most likely token. And if two tokens are nearly equally likely, rounding
 # alone decides. Compare tensors instead, with bounds for rounding errors (notebook 9).
 # </details>
 #
@@ -194,7 +215,6 @@ with np.errstate(invalid="ignore"):
     in_brain = bf16(large)
 
 assert in_half.shape == in_brain.shape == (3,)
-assert np.isinf(wide(in_half)).tolist() == [False, True, True] and np.isfinite(wide(in_brain)).all()
 in_half, in_brain
 
 # %% [markdown]

@@ -18,6 +18,10 @@
 # that did not crash, but only made the text a little worse. This notebook finds such bugs by comparing tensors. It
 # uses words of earlier notebooks, above all the *trace* and the parts of a block (1), the window (5) and *rounding*
 # (7).
+#
+# ![Drawing of the model: all parts of Gemma 2](pictures/model-09.svg)
+#
+# In which of these parts is the bug?
 
 # %%
 import numpy as np
@@ -79,7 +83,6 @@ _ = axes.legend()
 
 # %%
 place = int(np.argmax(errors > 1e-5))
-assert errors[:place].max(initial=0) < 1e-5
 print("last good:", order[place - 1], f"{errors[place - 1]:.1e}")
 print("first bad:", order[place], f"{errors[place]:.1e}")
 
@@ -112,7 +115,6 @@ bound = tolerance.linear(x, w).bound
 assert computed.shape == bound.shape == exact.shape
 used = np.abs(computed - exact) / bound
 print(f"rounding used at most {used.max():.0%} of the bound")
-assert used.max() <= 1
 
 
 # %% [markdown]
@@ -165,7 +167,6 @@ _ = axes.legend()
 name = order[place]
 apart = np.abs(trace[name] - recorded[name])[0]
 apart = apart[0] if apart.ndim == 3 else apart  # for an attention tensor, one head
-assert apart.ndim == 2
 
 axes = viz.new_axes(6, 3.4)
 image = axes.imshow(apart, cmap="Reds", aspect="auto", interpolation="nearest")
@@ -189,7 +190,6 @@ _ = axes.set(title=name, xlabel="last axis of the tensor", ylabel="place")
 # %%
 result = verify.verify("bends-forward-f32")
 
-assert result.conforms
 print(result.case, result.tensors, "tensors, worst at", f"{result.worst.distance:.2f} of the tolerance")
 
 

@@ -148,8 +148,8 @@ INSTEAD = {
     "OffloadedCache": "use DynamicCache",
     "QuantizedCache": "use DynamicCache, whose numbers are those of the model",
     "SlidingWindowCache": "use DynamicCache(config=model.config)",
-    "Trainer": "refgemma does not train",
-    "TrainingArguments": "refgemma does not train",
+    "Trainer": "train with refgemma.training or refgemma train",
+    "TrainingArguments": "use refgemma.training.run.TrainingArguments",
 }
 
 

@@ -31,6 +31,8 @@ class Generator:
 
 
 QUICK = (
+    Generator(("tools/draw_model.py",), ("docs/_static/model.svg", "notebooks/pictures/*.svg")),
+    Generator(("tools/draw_recording.py",), ("docs/_static/check.svg",)),
     Generator(("docs/tables.py",), ("docs/reference/*.md",)),
     Generator(("-m", "jupytext", "--quiet", "--update", "--to", "ipynb", "notebooks/*.py"), ("notebooks/*.ipynb",)),
     Generator(("tests/law_power.py", "--tables"), ("docs/property-tests.md",)),

@@ -10,6 +10,7 @@ import numpy as np
 
 import refgemma
 from refgemma.cli.output import OK, as_json, check_outputs, prompt_ids, say
+from refgemma.errors import UsageError
 from refgemma.files import replace_file
 from refgemma.goldens.released import Identified, identify_release
 from refgemma.hub import find_model
@@ -49,6 +50,8 @@ def run_explore(args: argparse.Namespace) -> int:
     from refgemma.teach.explorer import check_length, explore_run, render_page
 
     check_outputs({"-o": args.output}, [find_model(args.model, args.revision, args.download)])
+    if args.live:
+        return run_live(args)
     model = load(args.model, args.dtype, args.revision, args.download, read=False)
     ids = prompt_ids(args, model)
     check_length(len(ids), model.config)
@@ -58,6 +61,21 @@ def run_explore(args: argparse.Namespace) -> int:
         as_json({"file": args.output, "bytes": len(content), "ids": ids})
     else:
         say(f"{args.output}: {len(ids)} tokens, {len(content) / 1e6:.1f} MB; open it in a browser")
+    return OK
+
+
+def run_live(args: argparse.Namespace) -> int:
+    """``refgemma explore --live``."""
+    from refgemma.teach.live import TEXT, render_live
+
+    if args.model != "tiny" or args.dtype != "float32" or args.ids:
+        raise UsageError("--live runs the tiny model in float32 on a text; omit --model, --dtype and --ids")
+    content = render_live(TEXT if args.prompt is None else args.prompt).encode()
+    replace_file(args.output, content)
+    if args.json:
+        as_json({"file": args.output, "bytes": len(content)})
+    else:
+        say(f"{args.output}: a live page, {len(content) / 1e6:.1f} MB; open it in a browser")
     return OK
 
 

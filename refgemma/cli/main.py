@@ -20,6 +20,7 @@ from refgemma.cli.inspection import run_explore, run_info, run_trace
 from refgemma.cli.output import CUT_OFF, DTYPES, FAULT, MISUSE, complain
 from refgemma.cli.signals import raise_on_signals
 from refgemma.cli.text import run_chat, run_generate, run_perplexity
+from refgemma.cli.training import add_train, run_train
 from refgemma.cli.verification import run_verify
 from refgemma.convert.convert import FORMATS
 from refgemma.errors import RefgemmaError
@@ -133,6 +134,7 @@ def parser() -> Parser:
     command = add("explore", "write a page that shows a run: attention, sizes and predictions by token, layer and head")
     add_prompt(command)
     command.add_argument("-o", "--output", default="explorer.html", metavar="FILE", help="default: explorer.html")
+    command.add_argument("--live", action="store_true", help="a page in which the tiny model runs, on any text")
     add_model(command)
 
     command = add("perplexity", "measure how well a model predicts a text, as transformers and gemma.cpp define it")
@@ -149,6 +151,8 @@ def parser() -> Parser:
         help="tokens from window to window (default: one window, so that each token is read once; less takes longer)",
     )  # fmt: skip
     add_reference(command)
+
+    add_train(add("train", "train a model on a text, and write it as a Hugging Face folder"), add_hub, MODEL_HELP)
 
     command = add("convert", "convert an original checkpoint or a GGUF file to a Hugging Face folder, or back")
     command.add_argument("source", metavar="SOURCE", help="a folder or file: .ckpt, .npz, .gguf, .safetensors, shards")
@@ -227,6 +231,7 @@ def run_command(argv: Sequence[str] | None) -> int:
         "info": run_info,
         "convert": run_convert,
         "synth": run_synth,
+        "train": run_train,
         "perplexity": run_perplexity,
         **oracle.RUN,
     }[args.command]

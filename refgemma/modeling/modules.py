@@ -311,7 +311,9 @@ _ABSENT = {
         "an adapter is merged as its folder is read: from_pretrained(folder of the adapter)"
     ),
     "disable_input_require_grads enable_input_require_grads gradient_checkpointing_disable "
-    "gradient_checkpointing_enable print_trainable_parameters zero_grad": "refgemma does not train",
+    "gradient_checkpointing_enable print_trainable_parameters zero_grad": (
+        "train with refgemma.training or refgemma train"
+    ),
     "set_input_embeddings set_output_embeddings": "write into get_input_embeddings().weight, or use load_state_dict",
     "generate generation_config": "only Gemma2ForCausalLM generates; load the folder with that class",
     "lm_head": "only Gemma2ForCausalLM has one; load the folder with that class",
@@ -320,7 +322,7 @@ _ABSENT = {
     "vocab_size": "it is in the configuration: model.config.vocab_size",
     "named_children": "named_modules lists the parts at any depth",
     "data": "it is already an array",
-    "grad": "refgemma does not train",
+    "grad": "train with refgemma.training or refgemma train",
     "add_module register_buffer register_module register_parameter": "a model has only the parts of Gemma 2",
     "compile set_attn_implementation": "there is only one way to compute; leave it out",
     "prepare_inputs_for_generation": "generate does it; in your own loop give all tokens, or a cache and the next",

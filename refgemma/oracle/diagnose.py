@@ -356,7 +356,7 @@ class Diagnosis:
         """Return bugs that reduce an error so much that they are present, although quantisation could explain the
         error."""
         ranked = [(left, v) for left, v in self.rank(names[0]) if v.kind == "mistake"]
-        return tuple(v for left, v in ranked if left <= min(MUCH_CLOSER, 1.2 * ranked[0][0]))
+        return tuple(self._choose([v for left, v in ranked if left <= min(MUCH_CLOSER, 1.2 * ranked[0][0])]))
 
     def _find_gemma_1(self, finding: Sequence[Instance]) -> list[KnownBug]:
         """Return the smallest combinations of `GEMMA_1_BUGS` that explain several operations."""

@@ -804,7 +804,7 @@ KNOWN_BUGS: tuple[KnownBug, ...] = (
              "unverified", "scores not far below the cap", "soft cap formula", unless="attn-softcap-missing"),
     KnownBug("attn-softcap-unmultiplied", "tanh(x / cap) of scores is not multiplied back by the cap", CAPPED,
              function(soft_cap=cap_unmultiplied), "unverified", knob="soft cap formula"),
-    KnownBug("attn-softcap-on-output", "the mixed values are capped, not the scores", (*CAPPED, "attention.mixed"),
+    KnownBug("attn-softcap-on-output", "the mixed output is capped, not the scores", (*CAPPED, "attention.mixed"),
              rewire(output_capped), "unverified", "scores or mixed values not far below the cap", "place of the cap"),
     KnownBug("softcaps-exchanged", "scores are capped with the cap of the logits, and logits with that of the scores",
              (*CAPPED, "logits"),

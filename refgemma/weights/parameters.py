@@ -177,7 +177,7 @@ def weights_of(tensors: Mapping[str, Any], config: Gemma2Config) -> Weights:
     return Weights(tensors[EMBED_TOKENS], layers, tensors[NORM], head)
 
 
-def _require_memory(nbytes: int, what: str) -> None:
+def require_memory(nbytes: int, what: str) -> None:
     """Raise `MemoryError` before reading more than the machine's memory: later, the system would kill the process."""
     holds = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
     if nbytes > holds:
@@ -217,7 +217,7 @@ class OnDemand(Sequence[LayerWeights]):
         if isinstance(layer, slice):
             return replace(self, numbers=self.numbers[layer])
         tensors = self.rows(layer)
-        _require_memory(4 * sum(math.prod(rows.shape) for rows in tensors.values()), f"block {layer}")
+        require_memory(4 * sum(math.prod(rows.shape) for rows in tensors.values()), f"block {layer}")
         return LayerWeights(**{name: rows[:] for name, rows in tensors.items()})
 
     def __iter__(self) -> Iterator[LayerWeights]:

@@ -22,7 +22,7 @@ from refgemma.oracle.known_bugs import KNOWN_BUGS
 from refgemma.oracle.verdicts import CONFORMS, DIFFERS, NOISY_ONLY
 from refgemma.precision import as_dtype, as_float64
 from refgemma.trace.candidate import Candidate, candidate_of, only
-from refgemma.trace.names import named_tensors
+from refgemma.trace.names import field_of, named_tensors
 from refgemma.weights.parameters import LayerWeights
 
 RECORDED = Path(__file__).parents[1] / "recorded" / "rotary-to-half.npz"
@@ -181,3 +181,29 @@ def test_names_are_of_one_bug_each(model: Pretrained) -> None:
     context = Engine(candidate(run(model), model), model.weights, model.config).context
     names = [bug.name for bug in (*KNOWN_BUGS, *list_families(context))]
     assert len(names) == len(set(names))
+
+
+# --- a cache in half precision, as it is kept -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [(("attention.k_rot", "attention.v"), "keys-and-values-kept-in-f16"), (("attention.v",), "values-kept-in-f16")],
+    ids=["both", "values"],
+)
+def test_keys_and_values_recorded_as_a_cache_keeps_them_are_a_way_of_rounding(
+    fields: tuple[str, ...], named: str, model: Pretrained
+) -> None:
+    """As llama.cpp keeps them."""
+    inputs = ("cos", "sin", "input_layernorm", "attention.k")
+    tensors = {name: x for name, x in run(model).items() if field_of(name) in (*inputs, *fields)}
+    for name in tensors:
+        if field_of(name) in fields:
+            tensors[name] = np.float32(as_float64(as_dtype(tensors[name], "float16")))
+    kept = [finding for finding in report(tensors, model).findings if finding.field in fields]
+    assert [(finding.named, finding.is_rounding) for finding in kept] == [(named, True)] * len(fields)
+
+
+def test_logits_of_nan_alone_are_invalid(model: Pretrained) -> None:
+    found = report({"logits": np.full_like(run(model)["logits"], np.nan)}, model)
+    assert (found.verdict, first(found)) == (DIFFERS, ("logits", "UNKNOWN"))

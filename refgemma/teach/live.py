@@ -1,0 +1,54 @@
+"""Write one HTML page in which the tiny model runs: a port of Gemma 2 in JavaScript, with its weights.
+
+The page works offline and in a browser alone; ``gemma2.js`` computes and ``live.html`` shows. It writes a trace, which
+``refgemma check`` judges in ``tests/browser/test_live_page.py``: it conforms, and each bug of the page is named.
+"""
+
+import base64
+import html
+import json
+from pathlib import Path
+
+from sentencepiece import SentencePieceProcessor
+
+from refgemma.hub import find_model
+
+HERE = Path(__file__).parent
+TEXT = "There was once a little princess who lived in a great castle by the sea."  # that the page opens with
+
+
+def token_scores() -> tuple[list[str], list[float | None]]:
+    """Return every token of the tiny model and its score; a token that is not merged from characters has None.
+
+    Examples
+    --------
+    >>> pieces, scores = token_scores()
+    >>> pieces[2], scores[2], pieces[276], scores[276] is None
+    ('<bos>', None, '▁a', False)
+    """
+    inside = SentencePieceProcessor(str(find_model("tiny") / "tokenizer.model"))
+    ids = range(inside.get_piece_size())
+    pieces = [str(inside.id_to_piece(n)) for n in ids]
+    special = [inside.is_control(n) or inside.is_byte(n) or pieces[n] in ("<unk>", "<mask>") for n in ids]
+    return pieces, [None if special[n] else float(inside.get_score(n)) for n in ids]
+
+
+def render_live(text: str = TEXT) -> str:
+    """Return the page, which opens with `text`.
+
+    Examples
+    --------
+    >>> page = render_live("A <b>king</b>")
+    >>> "A &lt;b&gt;king&lt;/b&gt;</textarea>" in page, "@PORT@" in page
+    (True, False)
+    """
+    folder = find_model("tiny")
+    pieces, scores = token_scores()
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    about = json.dumps({"config": config, "pieces": pieces, "scores": scores}).replace("<", "\\u003c")
+    weights = base64.b64encode((folder / "model.safetensors").read_bytes()).decode()
+    page = (HERE / "live.html").read_text("utf-8").replace("@TEXT@", html.escape(text), 1)
+    parts = {"@PORT@": (HERE / "gemma2.js").read_text("utf-8"), "@MODEL@": about, "@WEIGHTS@": weights}
+    for place, content in parts.items():
+        page = page.replace(place, content, 1)
+    return page

@@ -1,0 +1,27 @@
+"""Gradients as named tensors: ``grads.`` and the name of the tensor or weight. Checked against the recorded gradients
+of transformers 5.23."""
+
+from collections.abc import Iterator
+
+from refgemma.backward import Gradients
+from refgemma.precision import Array
+from refgemma.trace.names import named_tensors
+
+PREFIX = "grads."
+
+
+def named_gradients(gradients: Gradients) -> Iterator[tuple[str, Array]]:
+    """Yield every gradient with its name: those of the activations in the order of the forward pass, then the weights.
+
+    Examples
+    --------
+    >>> import refgemma
+    >>> from refgemma.backward import compute_all_gradients
+    >>> tiny = refgemma.load("tiny")
+    >>> _, grads = compute_all_gradients([[2, 300]], [[2, 300]], tiny.weights, tiny.config)
+    >>> names = [name for name, _ in named_gradients(grads)]
+    >>> names[0], names[21], names[-1]
+    ('grads.embedded', 'grads.layers.1.input_layernorm', 'grads.model.embed_tokens.weight')
+    """
+    yield from named_tensors(gradients, PREFIX)
+    yield from ((PREFIX + name, x) for name, x in gradients.weights.items())

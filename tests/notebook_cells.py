@@ -1,0 +1,57 @@
+"""The notebooks as tests use them: their prose, and the variables after each of their code cells."""
+
+import re
+import sys
+import time
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jupytext
+from matplotlib import pyplot as plt
+
+FOLDER = Path(__file__).parents[1] / "notebooks"
+SOURCES = sorted(FOLDER.glob("*.py"))
+
+plt.switch_backend("agg")
+
+
+@cache
+def cells(number: int) -> list[Any]:
+    return list(jupytext.read(SOURCES[number - 1]).cells)
+
+
+@cache
+def prose(number: int) -> str:
+    """All text of a notebook, with one space between words."""
+    return " ".join(" ".join(cell.source for cell in cells(number) if cell.cell_type == "markdown").split())
+
+
+@cache
+def answers(number: int) -> list[str]:
+    return re.findall(r"<details>(.*?)</details>", prose(number))
+
+
+@cache
+def run(number: int) -> tuple[dict[str, dict[str, Any]], float]:
+    """Run a notebook: each code cell -> the variables after it, and the seconds of processor time that all took."""
+    began, snapshots = time.process_time(), {}
+    sys.modules["notebook"] = type(sys)("notebook")  # as a module: Hypothesis asks where a function is defined
+    names = vars(sys.modules["notebook"])
+    try:
+        for place, cell in enumerate(cells(number)):
+            if cell.cell_type == "code":
+                exec(compile(cell.source, f"{SOURCES[number - 1].name}, cell {place}", "exec"), names)
+                snapshots[cell.source] = dict(names)
+    finally:
+        del sys.modules["notebook"]
+        plt.close("all")
+    return snapshots, time.process_time() - began
+
+
+def after(number: int, line: str) -> SimpleNamespace:
+    """The variables after the cell that contains `line`."""
+    found = [names for cell, names in run(number)[0].items() if line in cell]
+    assert len(found) == 1, f"{len(found)} cells of notebook {number} contain {line!r}"
+    return SimpleNamespace(**{name: value for name, value in found[0].items() if not name.startswith("__")})

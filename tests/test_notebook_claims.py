@@ -1,0 +1,768 @@
+"""The notebooks tell the truth: what their prose and their answers say of the models is measured here.
+
+Each test names its notebook and quotes the sentences that it measures, so a sentence that changes needs its test.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import errors as hypothesis_errors
+from notebook_cells import SOURCES, after, answers, prose
+
+import refgemma
+from refgemma import layers, ops
+from refgemma.generation import processors
+from refgemma.goldens import verify
+from refgemma.precision import bf16, f16, wide
+from refgemma.teach import exercises, viz
+from refgemma.weights.parameters import tensor_shapes
+
+pytestmark = pytest.mark.slow
+
+TINY = refgemma.load("tiny")
+CONFIG, WEIGHTS = TINY.config, TINY.weights
+SEA = "There was once a little princess who lived in a great castle by the sea."
+QUOTES: list[tuple[int, str]] = []
+# Answers that explain and say nothing of a model that could be measured.
+EXPLANATIONS = [
+    (5, "A query is used only once, when its token looks."),
+    (8, "The same seed gives the same text again"),  # tests/test_decode.py measures it
+    (10, "The weights are read once for all texts."),  # benchmarks/run.py measures it
+]
+
+Test = Callable[..., None]
+
+
+def claim(notebook: int, *quotes: str) -> Callable[[Test], Test]:
+    """Say which sentences of a notebook a test measures; they must stand there."""
+    QUOTES.extend((notebook, quote) for quote in quotes)
+    return lambda test: test
+
+
+def test_each_quoted_sentence_stands_in_its_notebook() -> None:
+    assert [(number, quote) for number, quote in [*QUOTES, *EXPLANATIONS] if quote not in prose(number)] == []
+
+
+def unmeasured(number: int, found: list[str]) -> list[str]:
+    quotes = [quote for at, quote in [*QUOTES, *EXPLANATIONS] if at == number]
+    return [answer for answer in found if not any(quote in answer for quote in quotes)]
+
+
+@pytest.mark.parametrize("number", range(1, len(SOURCES) + 1))
+def test_each_answer_is_measured(number: int) -> None:
+    assert unmeasured(number, answers(number)) == []
+
+
+def test_an_answer_that_nobody_measures_is_seen() -> None:
+    assert unmeasured(2, ["Attention sinks have a value of zero."]) != []
+
+
+def degrees(a: Any, b: Any) -> Any:
+    return np.degrees(np.arccos(np.sum(a * b, -1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)))
+
+
+def run_tiny(text: str) -> tuple[list[int], refgemma.Forward]:
+    ids = TINY.tokenizer.encode(text)
+    return ids, refgemma.forward([ids], WEIGHTS, CONFIG)
+
+
+def pieces(text: str) -> list[str]:
+    return TINY.tokenizer.convert_ids_to_tokens(TINY.tokenizer.encode(text))[1:]
+
+
+# --- every notebook ---------------------------------------------------------------------------------------------------
+
+
+@claim(1, "A frequent word is one token; a rare word is several tokens.")
+def test_the_example_texts_have_a_token_for_each_word() -> None:
+    for text in (SEA, "The little girl looked at the", "There was once a king who had a beautiful daughter."):
+        assert "".join(pieces(text)).replace("▁", " ") == text
+        assert len(pieces(text)) == len(text.replace(".", " .").split())
+
+
+def test_no_notebook_has_an_example_that_falls_apart() -> None:
+    assert [path.name for path in SOURCES if "Once upon" in path.read_text("utf-8")] == []
+
+
+# --- 1 ----------------------------------------------------------------------------------------------------------------
+
+
+@claim(
+    1,
+    "Eight, after <code>&lt;bos&gt;</code>.",
+    "<code>l</code>, <code>ittle</code>",
+    "The first token of every text is `<bos>`",
+)
+def test_01_rare_names_fall_into_pieces() -> None:
+    assert len(pieces(" Rumpelstiltskin")) == 8
+    assert pieces(" little") == ["▁little"]
+    assert pieces("little") == ["l", "ittle"]
+    assert after(1, "ids = tiny.tokenizer.encode").tokens[0] == "<bos>"
+
+
+@claim(
+    1,
+    "It has 2.9 million trained numbers",
+    "The model knows 2048 pieces of text.",
+    "(234 here, 3584 in the 9B)",
+    "6 here, 42 in the 9B",
+    "`intermediate` numbers (408 here)",
+)
+def test_01_sizes() -> None:
+    nine = refgemma.Gemma2Config.preset("9b")
+    assert round(sum(np.prod(shape) for shape in tensor_shapes(CONFIG).values()) / 1e6, 1) == 2.9
+    assert (CONFIG.vocab_size, CONFIG.hidden_size, CONFIG.intermediate_size) == (2048, 234, 408)
+    assert (nine.hidden_size, nine.num_hidden_layers, CONFIG.num_hidden_layers) == (3584, 42, 6)
+    assert CONFIG.final_logit_softcapping == 30
+
+
+@claim(1, "Because every block adds, the stream grows.")
+def test_01_the_record_is_the_computation() -> None:
+    names = after(1, "fed = ops.linear")
+    assert np.array_equal(names.run.embedded[0], names.h0)
+    assert np.array_equal(names.fed, names.block.feed_forward.out)
+    raw = after(1, "raw = run.norm")
+    assert np.allclose(ops.soft_cap(raw.raw, 30.0), raw.run.logits, atol=1e-4)
+    assert np.isclose(raw.probs.sum(), 1)
+    sizes = viz.root_mean_square(viz.residual_streams(names.run))[:, 0]
+    assert (sizes[-1] > 2 * sizes[0]).all()
+    shapes = after(1, "shapes = {name").shapes
+    assert list(shapes)[:3] == ["cos", "sin", "embedded"]
+    assert list(shapes)[-1] == "logits"
+
+
+@claim(1, "GELU keeps positive numbers and makes negative ones almost 0.")
+def test_01_gelu() -> None:
+    x = np.linspace(0, 20, 2001)
+    assert ops.gelu_tanh(-x).min() > -0.18
+    assert np.abs(ops.gelu_tanh(x) - x).max() < 0.18
+
+
+@claim(
+    1,
+    "Block 2 adds the most, but the line rises most in block 1.",
+    "Five of the six vectors stand nearly at a right angle to the stream (75 to 90 degrees).",
+    "points more in the direction of the stream (51 degrees)",
+)
+def test_01_additions_are_nearly_perpendicular() -> None:
+    names = after(1, "angles = np.degrees")
+    assert names.sizes.argmax() == 2
+    assert names.rises.argmax() == 1
+    assert round(names.angles[1]) == 51
+    others = np.delete(names.angles, 1)
+    assert others.min() > 75
+    assert others.max() < 90
+    # Pythagoras, and what is missing from it: the angle.
+    before = viz.root_mean_square(names.stream[:-1])
+    cosines = np.cos(np.radians(names.angles))
+    expected = np.sqrt(before**2 + names.sizes**2 + 2 * before * names.sizes * cosines)
+    assert np.allclose(expected, viz.root_mean_square(names.stream[1:]), rtol=1e-4)
+
+
+@claim(
+    1,
+    "In the two lowest rows nearly all tokens predict *themselves*.",
+    "<code>girl</code> predicts the byte token <code>&lt;0xE0&gt;</code>, whose row is three times as long",
+)
+def test_01_the_lowest_rows_predict_themselves() -> None:
+    names = after(1, "lens = viz.lens_logits")
+    best = names.lens[:2, 0].argmax(-1)
+    assert (best == names.ids).sum() == 2 * len(names.ids) - 1
+    assert np.array_equal(names.lens[-1], names.run.logits)
+    assert (names.tokens[3], names.names[best[0, 3]]) == ("▁girl", "<0xE0>")
+    lengths = np.linalg.norm(WEIGHTS.embed_tokens, axis=-1)
+    assert 3 < lengths[best[0, 3]] / lengths[names.ids[3]] < 3.5
+
+
+@claim(1, "If nothing were added, every line would be flat, and the answer would depend on the last token alone.")
+def test_01_without_additions_only_the_last_token_counts() -> None:
+    def without_blocks(ids: list[int]) -> Any:
+        silent = [
+            replace(layer, **{name: np.full_like(getattr(layer, name), -1) for name in
+                              ("post_attention_layernorm", "post_feedforward_layernorm")})
+            for layer in WEIGHTS.layers
+        ]  # fmt: skip
+        return refgemma.forward([ids], replace(WEIGHTS, layers=silent), CONFIG)
+
+    one, other = without_blocks([2, 300, 400]), without_blocks([2, 500, 400])
+    assert np.array_equal(one.embedded, one.layers[-1].out)
+    assert np.array_equal(one.logits[0, -1], other.logits[0, -1])
+
+
+# --- 2 ----------------------------------------------------------------------------------------------------------------
+
+
+@claim(
+    2,
+    "Query heads 0, 1, 2 look at key head 0, and 3, 4, 5 at key head 1.",
+    "144 in the 27B, whose heads have 128 numbers",
+    "The tiny model has 6 query heads, and only 2 key/value heads.",
+)
+def test_02_heads() -> None:
+    names = after(2, "keys = ops.repeat_kv")
+    heads = [
+        next(k for k in range(2) if np.array_equal(names.keys[0, h], names.seen.attention.k_rot[0, k]))
+        for h in range(6)
+    ]
+    assert heads == [0, 0, 0, 1, 1, 1]
+    big = refgemma.Gemma2Config.preset("27b")
+    assert (big.query_pre_attn_scalar, big.head_dim) == (144, 128)
+
+
+@claim(2, "Masked keys get the probability 0.", "Every query averages the values of the keys that it sees")
+def test_02_the_record_is_the_computation() -> None:
+    names = after(2, "side_by_side = mixed")
+    seen = names.seen.attention
+    assert np.array_equal(names.q, seen.q)
+    assert np.allclose(names.scores, seen.scores, atol=1e-4)
+    assert np.array_equal(names.probs, seen.probs)
+    assert np.allclose(names.probs.sum(axis=-1), 1, atol=1e-6)
+    assert (np.triu(names.probs[0], 1) == 0).all()
+    assert np.allclose(names.out, seen.out, atol=1e-5)
+    assert CONFIG.num_attention_heads * CONFIG.head_dim == 192 != CONFIG.hidden_size
+
+
+@claim(
+    2,
+    "Two of the six query heads, 1 and 4,",
+    "in the 9B it would be 14 of 16",
+    "less likely, by a factor of 0.72 on (geometric) average",
+)
+def test_02_tiled_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    owners, tiled = np.repeat([0, 1], 3), np.tile([0, 1], 3)
+    assert np.nonzero(owners != tiled)[0].tolist() == [1, 4]
+    assert (np.repeat(np.arange(8), 2) != np.tile(np.arange(8), 2)).sum() == 14
+    ids, run = run_tiny(SEA)
+    monkeypatch.setattr(layers, "repeat_kv", lambda x, groups: np.tile(x, (1, groups, 1, 1)))
+    _, wrong = run_tiny(SEA)
+    assert np.exp(loss(run, ids) - loss(wrong, ids)) == pytest.approx(0.72, abs=0.005)
+
+
+def loss(run: refgemma.Forward, ids: list[int]) -> float:
+    scores = refgemma.log_softmax(wide(run.logits[0]))
+    return float(-scores[np.arange(len(ids) - 1), ids[1:]].mean())
+
+
+@claim(
+    2,
+    "More than 90 % of a row goes to its best key, on average over the heads of this block; with the constant it "
+    "is 69 %.",
+)
+def test_02_without_the_constant() -> None:
+    names = after(2, "scores = seen.attention.q_rot @")
+    mask = np.tri(names.seq, dtype=bool)[None, None]
+    shares = [ops.softmax(names.scores * np.float32(f), mask)[0, :, 1:].max(-1).mean() for f in (1, np.sqrt(39))]
+    assert shares[0] == pytest.approx(0.69, abs=0.005)
+    assert shares[1] > 0.9
+
+
+@claim(
+    2,
+    "Head 0 of block 2 mostly looks at the token just before (80 % of its attention). Head 0 of block 3 looks at "
+    "`<bos>` (94 %).",
+)
+def test_02_patterns() -> None:
+    habits = {name: shares.mean(axis=-1) for name, shares in after(2, "habits = {").habits.items()}
+    assert habits["the token before"][2, 0] == pytest.approx(0.80, abs=0.005)
+    assert habits["<bos>"][3, 0] == pytest.approx(0.94, abs=0.005)
+    assert habits["the token before"].argmax() == 2 * 6
+    assert habits["<bos>"].argmax() == 3 * 6
+
+
+@claim(
+    2,
+    "but without this head only 3 % of the probability moves. Head 4 of block 2 matters most, with 17 %.",
+    "its length is 4.85, and the other values have a mean of 4.75",
+    "its value is the same vector in every text",
+)
+def test_02_the_value_of_bos_is_not_small_and_not_used() -> None:
+    moved = after(2, "moved = np.zeros").moved
+    assert round(100 * moved[3, 0]) == 3
+    assert moved.argmax() == 2 * 6 + 4
+    assert round(100 * moved[2, 4]) in (16, 17)
+    lengths = np.linalg.norm(run_tiny(SEA)[1].layers[3].attention.v[0, 0], axis=-1)
+    assert lengths[0] == pytest.approx(4.85, abs=0.005)
+    assert lengths[1:].mean() == pytest.approx(4.75, abs=0.005)
+    for one, other in zip(run_tiny(SEA)[1].layers, run_tiny("The little girl looked at the")[1].layers, strict=True):
+        assert np.allclose(one.attention.v[0, :, 0], other.attention.v[0, :, 0], atol=1e-5)
+
+
+# --- 3 ----------------------------------------------------------------------------------------------------------------
+
+
+@claim(
+    3,
+    "A rotation does not change the length.",
+    "their product depends only on $\\varphi - \\psi$",
+    "Along a diagonal the distance is constant, and so is the score.",
+)
+def test_03_rotation() -> None:
+    names = after(3, "products = [turn")
+    assert np.isclose(np.linalg.norm(names.turn(names.query, 1.0)), np.linalg.norm(names.query))
+    assert np.allclose(names.products, names.products[0])
+    scores = after(3, "scores = (ops.rotate").scores
+    assert np.allclose(scores[1:, 1:], scores[:-1, :-1], atol=1e-4)
+
+
+@claim(
+    3,
+    "The last one rotates by 0.00018 radian per token here (0.00011 with the 256 numbers of the 9B's heads)",
+    "over 320 tokens the last pair rotates by only 3 degrees",
+    "The first pair rotates by one radian per token",
+)
+def test_03_speeds() -> None:
+    speeds = after(3, "speeds = theta").speeds
+    assert speeds[0] == 1
+    assert speeds[-1] == pytest.approx(0.00018, abs=5e-6)
+    nine = refgemma.Gemma2Config.preset("9b")
+    assert nine.head_dim == 256
+    assert nine.rope_theta ** -(254 / 256) == pytest.approx(0.00011, abs=5e-6)
+    assert round(np.degrees(320 * speeds[-1])) == 3
+    assert CONFIG.max_position_embeddings == 320
+
+
+@claim(3, "Every angle is in them twice, at $i$ and at $i + \\mathrm{head\\_dim}/2$")
+def test_03_tables() -> None:
+    names = after(3, "positions = np.arange(12)")
+    assert np.array_equal(names.cos[..., :16], names.cos[..., 16:])
+    assert np.allclose(names.cos[0, 0, :, :16], np.cos(names.positions[0][:, None] * names.speeds), atol=1e-5)
+    turned = after(3, "rotated = ops.rotate")
+    assert np.allclose(np.linalg.norm(turned.rotated, axis=-1), np.linalg.norm(turned.x, axis=-1), rtol=1e-5)
+
+
+@claim(3, "No. The query and the key determine how it depends on the distance.")
+def test_03_a_score_may_rise_with_the_distance() -> None:
+    assert (np.diff(after(3, "scores = (ops.rotate").scores[:, 0]) > 0).any()
+
+
+@claim(
+    3,
+    "8 bits cannot distinguish 8000 from 8015, which is more than two turns further.",
+    "by up to 6e-8 of its value",
+    "about 8000 · 6e-8, or half a thousandth",
+)
+def test_03_angles_need_float32() -> None:
+    assert bf16(8000) == bf16(8015)
+    assert 15 / (2 * np.pi) > 2
+    speeds = 10000.0 ** -(np.arange(0, 256, 2) / 256)
+    errors = np.abs(speeds.astype(np.float32) - speeds)
+    assert (errors / speeds).max() < 6e-8
+    assert 1e-4 < 8000 * errors.max() < 5e-4
+    names = after(3, "far = np.arange")
+    assert np.abs(names.in_float32 - names.exact).max() < 1e-6
+    assert np.abs(names.in_bfloat16 - names.exact).max() > 1
+
+
+# --- 4 ----------------------------------------------------------------------------------------------------------------
+
+
+@claim(4, "at 8.7 for the scores and 5.2 for the logits", "never beyond")
+def test_04_one_percent() -> None:
+    for cap, x in ((50, 8.7), (30, 5.2)):
+        assert ops.soft_cap(np.array([x]), cap)[0] / x == pytest.approx(0.99, abs=2e-4)
+    bent = after(4, "bent = ops.soft_cap").bent
+    assert (np.abs(bent) <= 50).all()
+    assert (np.diff(bent) > 0).all()
+
+
+@claim(
+    4,
+    "No score here reaches half of its cap",
+    "the head with the largest score of all, the sink of notebook 2",
+    "so the most likely token becomes less likely",
+)
+def test_04_caps_of_the_tiny_model() -> None:
+    names = after(4, "block, head, _, _ =")
+    assert (names.block, names.head) == (3, 0)
+    assert np.abs(names.scores).max() < 25
+    shares = after(4, "best = np.argsort(-with_caps)")
+    assert shares.with_caps[shares.best[0]] < 0.9 * shares.without_caps[shares.best[0]]
+    assert np.abs(shares.plain.logits).max() < 25  # the logits without a cap
+    caps = (CONFIG.attn_logit_softcapping, CONFIG.final_logit_softcapping)
+    nine = refgemma.Gemma2Config.preset("9b")
+    assert caps == (nine.attn_logit_softcapping, nine.final_logit_softcapping) == (50, 30)
+
+
+@claim(4, "Not in exact arithmetic: the curve always rises", "two large logits may be rounded to the same number")
+def test_04_the_order_stays() -> None:
+    assert (np.diff(ops.soft_cap(np.linspace(-100, 100, 1001), 30.0)) > 0).all()
+    assert ops.soft_cap(bf16(60.0), 30.0) == ops.soft_cap(bf16(62.0), 30.0)
+
+
+@claim(4, "No probability could exceed 8 %", "has caps of 2 and 3 on purpose")
+def test_04_a_cap_of_five() -> None:
+    names = after(4, "def largest_probability")
+    assert 0.075 < names.largest_probability(5.0, 256000) < 0.08
+    assert names.largest_probability(30.0, 256000) > 1 - 1e-12
+    bends = after(9, "about, _ = verify").config
+    assert (bends.attn_logit_softcapping, bends.final_logit_softcapping) == (2, 3)
+
+
+@claim(4, "e^-50, about 2e-22: such a test would not find it.")
+def test_04_the_leak() -> None:
+    names = after(4, "wrong = ops.softmax")
+    assert (names.right[~names.mask] == 0).all()
+    assert (names.wrong[~names.mask] > 0).all()
+    assert np.exp(-50.0) == pytest.approx(2e-22, rel=0.1)
+
+
+# --- 5 ----------------------------------------------------------------------------------------------------------------
+
+
+@claim(
+    5,
+    "Place 2: three in both, because the window is not full yet. Place 9: ten in the full layer, and four in the "
+    "sliding one.",
+    "The window is 4096 tokens in the released models and 64 in the tiny one.",
+    "a sliding layer comes first",
+)
+def test_05_masks() -> None:
+    names = after(5, "sliding = ops.sliding_mask(places, places, window=4)")
+    assert [[int(mask[place].sum()) for mask in (names.full, names.sliding)] for place in (2, 9)] == [[3, 3], [10, 4]]
+    assert (refgemma.Gemma2Config.preset("9b").sliding_window, CONFIG.sliding_window) == (4096, 64)
+    assert [CONFIG.is_sliding(n) for n in range(6)] == [True, False] * 3
+
+
+@claim(5, "After two sliding layers, information can come from up to $2 (\\mathrm{window} - 1)$ places back.")
+def test_05_reach() -> None:
+    names = after(5, "def reach")
+    assert [int(names.reach([names.window] * n)[-1].sum()) for n in (1, 2, 3)] == [1 + 3, 1 + 6, 1 + 9]
+
+
+@claim(
+    5,
+    "The two agree up to rounding.",
+    "So `window - 1` keys are enough, 63 here.",
+    "Its logits differ from the 64th token on, but not before.",
+)
+def test_05_the_cache() -> None:
+    names = after(5, "in_steps = np.concatenate")
+    assert np.allclose(names.in_steps, names.whole.logits, atol=1e-4)
+    assert [layer.keys.shape[2] for layer in names.cache] == [63, 90] * 3
+    apart = after(5, "apart = np.abs").apart
+    assert (apart[:63] == 0).all()
+    assert apart[63] > 1e-3
+
+
+@claim(5, "Only that it is at least 50.")
+def test_05_short_texts_do_not_see_the_window() -> None:
+    names = after(5, "whole = refgemma.forward")
+    ids = names.ids[:50]
+    right, same, less = (
+        refgemma.forward([ids], WEIGHTS, CONFIG.changed(sliding_window=window)).logits for window in (64, 50, 49)
+    )
+    assert np.array_equal(right, same)
+    assert not np.array_equal(right, less)
+
+
+@claim(5, "A quarter: half of the layers keep half of the tokens.")
+def test_05_saving() -> None:
+    names = after(5, "def cache_bytes")
+    full, both = (names.cache_bytes(names.nine, 8192, windows) for windows in (False, True))
+    assert both / full == pytest.approx(0.75, abs=1e-3)
+
+
+# --- 6 ----------------------------------------------------------------------------------------------------------------
+
+
+@claim(
+    6,
+    "Before the factors, the output has the size 1 for an input of any usual size.",
+    "at size 0.001 the right norm gives 0.71, and the wrong one 0.999",
+    "the difference is in the seventh digit",
+)
+def test_06_the_norm() -> None:
+    names = after(6, "y = x / np.sqrt")
+    assert np.allclose(names.y, ops.rms_norm(names.x, names.w, CONFIG.rms_norm_eps), atol=1e-5)
+    assert np.allclose(after(6, "factors = 10.0").sizes[-3:], 1, atol=1e-5)
+    for size, right, wrong in ((1e-3, 0.71, 0.999), (1.0, 1.0, 1.0)):
+        x = np.full(8, size)
+        assert viz.root_mean_square(ops.rms_norm(x, np.zeros(8), 1e-6)) == pytest.approx(right, abs=0.005)
+        assert size / (size + 1e-6) == pytest.approx(wrong, abs=5e-5)
+    assert 1e-7 < abs(1 / np.sqrt(1 + 1e-6) - 1 / (1 + 1e-6)) < 1e-6
+
+
+@claim(
+    6,
+    "The stream grows more than sevenfold, but each addition has a size between 0.5 and 1.3.",
+    "the first block turns the last token's stream by 55 degrees, the last block by 12",
+    "55, 21, 25, 12, 19 and 12",
+)
+def test_06_late_blocks_turn_less() -> None:
+    names = after(6, "stream = viz.root_mean_square")
+    assert 7 < names.stream[-1] / names.stream[0] < 8
+    added = names.sizes[:, [1, 3]]
+    assert added.min() > 0.45
+    assert added.max() < 1.35
+    stream = viz.residual_streams(names.run)[:, 0, -1]
+    assert degrees(stream[1:], stream[:-1]).round().tolist() == [55, 21, 25, 12, 19, 12]
+
+
+@claim(
+    6,
+    "In block 1 the factors after attention are about 0.9, but the result has the size 0.5.",
+    "Column 53 of block 1 has the largest number for *every* token, but the smallest factor.",
+    "The factor 0.09 then removes most of the number itself.",
+    "for the last token to half the size",
+    "The number is largest for <code>&lt;bos&gt;</code> (74).",
+    "Here norm 2 stops them before the stream.",
+)
+def test_06_one_column_is_a_volume_control() -> None:
+    names = after(6, "column = int(np.abs(raw[1]).argmax())")
+    attention = names.run.layers[1].attention.out[0]
+    assert names.column == 53
+    assert (np.abs(attention).argmax(axis=-1) == 53).all()
+    assert names.factors[1].argmin() == 53
+    assert names.factors[1, 53] == pytest.approx(0.09, abs=0.005)
+    assert np.median(names.factors[1]) == pytest.approx(0.9, abs=0.05)
+    assert np.abs(attention[:, 53]).argmax() == 0
+    assert attention[0, 53] == pytest.approx(74, abs=0.5)
+    last = viz.root_mean_square(names.run.layers[1].post_attention_layernorm[0, -1])
+    assert last == pytest.approx(0.5, abs=0.05)
+    without = attention[-1].copy()  # a quiet column 53: the addition would be twice as large
+    without[53] = np.median(np.abs(without))
+    louder = viz.root_mean_square(ops.rms_norm(without, WEIGHTS.layers[1].post_attention_layernorm, 1e-6))
+    assert louder / last == pytest.approx(1.8, abs=0.2)
+    streams = np.abs(viz.residual_streams(names.run)[:, 0, :, 53])
+    assert streams.max() < 10  # the column is ordinary in the stream
+
+
+@claim(6, "the first additions would be much larger than the token's own vector")
+def test_06_the_embedding_scale() -> None:
+    names = after(6, "wrong = refgemma.forward")
+    assert np.array_equal(names.run.embedded[0], names.scaled)
+    first = viz.root_mean_square(names.run.layers[0].out[0] - names.run.embedded[0])
+    assert (first > 10 * viz.root_mean_square(names.unscaled[0])).all()
+
+
+@claim(
+    6, "The 9B multiplies by 59.75 and not by", "This changes all later results by 0.2 %", "The 2B: 2304 is 48 squared."
+)
+def test_06_rounded_factors() -> None:
+    assert bf16(np.sqrt(3584)) == 59.75
+    assert 59.75 / np.sqrt(3584) == pytest.approx(1 - 0.002, abs=1e-4)
+    exact = [name for name in ("2b", "9b", "27b")
+             if float(bf16(width := np.sqrt(refgemma.Gemma2Config.preset(name).hidden_size))) == width]  # fmt: skip
+    assert exact == ["2b"]
+
+
+# --- 7 ----------------------------------------------------------------------------------------------------------------
+
+
+@claim(7, "at most half an ulp, $2^{-8}$ in bfloat16", "256: the next bfloat16 number is 258")
+def test_07_rounding() -> None:
+    errors = after(7, "x = np.linspace(0.5, 8, 4001)").errors
+    assert 2**-9 < errors["bfloat16"].max() <= 2**-8
+    assert 2**-12 < errors["float16"].max() <= 2**-11
+    assert bf16(1 + 2**-7) != 1
+    assert bf16(1 + 2**-9) == 1
+    total = bf16(0)
+    for _ in range(300):
+        total = total + bf16(1)
+    assert float(total) == float(bf16(256) + bf16(1)) == 256
+    assert float(np.nextafter(bf16(256), bf16(1000))) >= 256
+    assert float(bf16(258)) == 258
+
+
+@claim(7, "By one, rarely by two.", "its mean error is 0.6 of the other's")
+def test_07_the_norm_that_rounds_once() -> None:
+    names = after(7, "def norm_rounded_early")
+    ulp = 2.0 ** (np.floor(np.log2(np.abs(wide(names.right)))) - 7)
+    apart = np.abs(wide(names.right) - wide(names.early)) / ulp
+    assert apart.max() == 2
+    assert (apart == 2).sum() < 0.02 * (apart > 0).sum()
+    exact = ops.rms_norm(wide(names.x).astype(float), wide(names.weight).astype(float), 1e-6)
+    one, two = (np.abs(wide(y) - exact).mean() for y in (names.right, names.early))
+    assert one / two == pytest.approx(0.6, abs=0.05)
+
+
+@claim(
+    7,
+    "After the embedding, which is one product, it is about 50000. But after the first block it is only about 15000.",
+    "the sum of 234 products has several times the error of a single rounding",
+)
+def test_07_float32_rounds_inside_a_sum() -> None:
+    names = after(7, "depths = viz.residual_streams(exact)")
+    quotient = names.errors["bfloat16"] / names.errors["float32"]
+    assert 45_000 < quotient[0] < 55_000
+    assert ((quotient[1:] > 7_000) & (quotient[1:] < 25_000)).all()  # the order of a sum is the BLAS's choice
+    summed = viz.relative_error(ops.linear(names.x, names.weight), names.product)
+    once = viz.relative_error(names.product.astype(np.float32), names.product)
+    assert summed > 2 * once
+    # The same in bfloat16: the error of the product is that of one rounding.
+    x, weight = bf16(names.x), bf16(names.weight)
+    exact = wide(x).astype(np.float64) @ wide(weight).astype(np.float64).T
+    one = viz.relative_error(bf16(exact), exact)
+    assert viz.relative_error(wide(ops.linear(x, weight)), exact) == pytest.approx(one, rel=0.01)
+
+
+@claim(7, "Many mistakes do not change the most likely token.")
+def test_07_the_most_likely_token_shows_little() -> None:
+    # Mistakes that leave every most likely token of this text: no final cap, a window that the text does not fill,
+    # eps of LayerNorm, an unrounded factor.
+    ids, run = run_tiny(SEA)
+    best = run.logits[0].argmax(-1)
+    for change in ({"final_logit_softcapping": None}, {"attn_logit_softcapping": None}, {"sliding_window": 320},
+                   {"rms_norm_eps": 1e-5}):  # fmt: skip
+        wrong = refgemma.forward([ids], WEIGHTS, CONFIG.changed(**change)).logits[0]
+        assert np.array_equal(wrong.argmax(-1), best), change
+
+
+@claim(7, "A number above 65504 becomes infinity")
+def test_07_large_numbers() -> None:
+    names = after(7, "large = np.array")
+    assert np.isinf(wide(names.in_half)).tolist() == [False, True, True]
+    assert np.isfinite(wide(names.in_brain)).all()
+    assert float(f16(65504)) == 65504
+
+
+# --- 8 ----------------------------------------------------------------------------------------------------------------
+
+
+@claim(8, "It always gives the same text, and small models soon repeat themselves.")
+def test_08_greedy() -> None:
+    names = after(8, "new = list(refgemma.generate")
+    again = list(refgemma.generate(names.ids, WEIGHTS, CONFIG, max_new_tokens=40))
+    assert names.new == again
+    assert names.new[0] == int(names.logits[0, 0].argmax())
+    text = TINY.tokenizer.decode(names.new)
+    assert text.count("I am sure") >= 4
+
+
+@claim(
+    8,
+    "At 0 the most likely token has probability 1, which is greedy decoding. At infinity all tokens are equally likely",
+)
+def test_08_limits_of_the_temperature() -> None:
+    logits = after(8, "logits, cache = refgemma.next_token_logits").logits[:, 0]
+    assert viz.probabilities(processors.divide(logits, 1e-3)).max() > 1 - 1e-6
+    assert np.allclose(viz.probabilities(processors.divide(logits, 1e6)), 1 / 2048, rtol=1e-3)
+
+
+@claim(
+    8,
+    "**top-p** draws from the smallest set of most likely tokens whose total probability is at least $p$",
+    "The result has exactly the softmax's probabilities",
+)
+def test_08_top_p_and_noise() -> None:
+    names = after(8, "kept_p = int")
+    assert np.isfinite(processors.keep_top_p(names.logits[:, 0], 0.9)).sum() == names.kept_p
+    drawn = after(8, "noise = -np.log")
+    assert np.abs(drawn.counts - drawn.expected).max() < 5 * 0.5 / np.sqrt(20000)  # five standard deviations of a share
+
+
+@claim(8, "log 2048 = 7.6 nats, a perplexity of 2048.")
+def test_08_knowing_nothing() -> None:
+    assert np.log(2048) == pytest.approx(7.6, abs=0.05)
+
+
+# --- 9 ----------------------------------------------------------------------------------------------------------------
+
+
+@claim(9, "Before the step there is only rounding.", "It never rejects a correct port.")
+def test_09_the_step() -> None:
+    names = after(9, "place = int(np.argmax")
+    assert names.errors[: names.place].max(initial=0) < 1e-5 < names.errors[names.place]
+    assert after(9, "bound = tolerance.linear").used.max() <= 1
+    assert after(9, "result = verify.verify").result.conforms
+
+
+@claim(
+    9,
+    "A limit that allows the largest of these errors misses mistakes in the most exact tensors.",
+    "bfloat16 has an error of 0.4 % at each step",
+)
+def test_09_one_limit_is_not_enough() -> None:
+    assert 2**-8 == pytest.approx(0.004, abs=1e-4)
+
+
+@claim(
+    9,
+    "The window is one key too wide.",
+    "Each query after the fifth sees one key more",
+    "With <code>config.changed(sliding_window=6)</code> the forward pass gives the port's tensors.",
+)
+def test_09_the_bug() -> None:
+    names = after(9, "place = int(np.argmax")
+    assert names.order[names.place] == "layers.0.attention.probs"
+    right, wrong = (trace["layers.0.attention.probs"] > 0 for trace in (names.recorded, names.trace))
+    assert (wrong.sum(-1) - right.sum(-1))[0, 0].tolist() == [0] * 5 + [1] * 8
+    _, golden = verify.load_golden("bends-forward-f32")
+    run = refgemma.forward(golden["input_ids"], names.weights, names.config.changed(sliding_window=6))
+    assert np.array_equal(run.logits, exercises.mystery_trace(1)["logits"])
+
+
+# --- 10 ---------------------------------------------------------------------------------------------------------------
+
+
+@claim(10, "3.2 billion instead of 2.6: with 256000 tokens the table is more than a fifth of the model.")
+def test_10_parameters() -> None:
+    names = after(10, "parts = {name: by_part")
+    two = names.parts["2b"]
+    assert names.total == {"2b": 2_614_341_888, "9b": 9_241_705_984, "27b": 27_227_128_320}  # as published
+    assert (names.total["2b"] + two["embedding"]) / 1e9 == pytest.approx(3.2, abs=0.05)
+    assert two["embedding"] / names.total["2b"] > 1 / 5
+    for name, config in names.sizes.items():
+        feed = config.num_hidden_layers * 3 * config.hidden_size * config.intermediate_size
+        assert names.parts[name]["feed-forward"] == feed
+
+
+@claim(10, "the window of half of the layers is full, so they see no additional keys")
+def test_10_the_curves_bend() -> None:
+    names = after(10, "def attention_flops")
+    config = names.sizes["9b"]
+    steps = [names.attention_flops(config, n + 1) - names.attention_flops(config, n) for n in (4000, 5000)]
+    assert steps[0] == 2 * steps[1]
+
+
+@claim(10, "Reading 54 GB takes 18 seconds.", "1000 times 54 billion FLOPs", "without the 18 GB of a 9B")
+def test_10_streaming() -> None:
+    names = after(10, "one_by_one = refgemma.forward")
+    assert np.array_equal(names.with_all.logits, names.one_by_one.logits)
+    assert round(2 * names.total["27b"] / 1e9) == 54
+    assert round(2 * names.total["27b"] / 3e9) == 18
+    assert round(2 * names.total["9b"] / 1e9) == 18
+
+
+# --- 11 ---------------------------------------------------------------------------------------------------------------
+
+
+@claim(11, "In float32 it does reach it: tanh(20) is rounded to 1.")
+def test_11_the_cap_is_reached() -> None:
+    assert np.tanh(np.float32(20)) == 1
+    assert ops.soft_cap(np.float32([1000]), 2.0)[0] == 2
+
+
+@claim(11, "It has all three properties above!")
+def test_11_cutting_off_passes_the_three_properties() -> None:
+    cut_off = after(11, "def cut_off").cut_off
+    x = np.linspace(-100, 100, 1001)
+    assert (np.abs(cut_off(x, 30)) <= 30).all()
+    assert np.array_equal(cut_off(-x, 30), -cut_off(x, 30))
+    assert (np.diff(cut_off(x, 30)) >= 0).all()
+    with pytest.raises((AssertionError, hypothesis_errors.HypothesisException)):
+        after(11, "def test_bends_before_the_cap").test_bends_before_the_cap()
+
+
+@claim(
+    11,
+    "Texts of 12 tokens never fill a window of 64.",
+    "For example a model without rotation, or without caps.",
+    "All changes must be on or below the diagonal.",
+)
+def test_11_a_consistent_model_may_be_wrong() -> None:
+    names = after(11, "moved = np.zeros")
+    assert (np.triu(names.moved, 1) < 1e-5).all()
+    ids = names.ids
+    plain = CONFIG.changed(attn_logit_softcapping=None, final_logit_softcapping=None)
+    whole = refgemma.forward([ids], WEIGHTS, plain)
+    first = refgemma.forward([ids[:4]], WEIGHTS, plain)
+    second = refgemma.forward([ids[4:]], WEIGHTS, plain, cache=first.cache)
+    assert np.allclose(np.concatenate([first.logits, second.logits], axis=1), whole.logits, atol=1e-3)
+    assert not np.allclose(whole.logits, refgemma.forward([ids], WEIGHTS, CONFIG).logits, atol=0.1)
+    short = [list(range(3, 15))]
+    usual, wider = (refgemma.forward(short, WEIGHTS, CONFIG.changed(sliding_window=w)).logits for w in (64, 320))
+    assert np.array_equal(usual, wider)
