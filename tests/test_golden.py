@@ -97,13 +97,14 @@ def test_manifest_says_where_everything_comes_from() -> None:
     assert files == {about["file"] for about in manifest["cases"].values()}
 
 
-def test_the_folder_stays_under_20_megabytes_and_full_size_under_10() -> None:
-    sizes = {path: path.stat().st_size for path in golden_folder().rglob("*") if path.is_file()}
-    at_full_size = {path: size for path, size in sizes.items() if path.is_relative_to(golden_folder() / "full")}
-    published = {path: size for path, size in sizes.items() if path.is_relative_to(golden_folder() / "released")}
-    assert sum(sizes.values()) - sum(at_full_size.values()) - sum(published.values()) < 20_000_000
-    assert 0 < sum(published.values()) < 1_000_000
-    assert 0 < sum(at_full_size.values()) < 10_000_000
+def test_no_part_of_the_folder_outgrows_its_limit() -> None:
+    limits = {"all others": 20e6, "full": 10e6, "released": 1e6, "gradients": 1.5e6, "training": 0.5e6}
+    sizes = Counter[str]()
+    for path in golden_folder().rglob("*"):
+        if path.is_file():
+            part = path.relative_to(golden_folder()).parts[0]
+            sizes[part if part in limits else "all others"] += path.stat().st_size
+    assert {part for part, size in sizes.items() if 0 < size < limits[part]} == set(limits)
 
 
 def test_a_damaged_golden_is_refused(tmp_path, monkeypatch) -> None:

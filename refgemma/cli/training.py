@@ -173,7 +173,7 @@ def follow(run: Run, args: argparse.Namespace) -> State:
 
 
 def report(args: argparse.Namespace, run: Run, state: State, after: float, seconds: float) -> None:
-    """Print the result."""
+    """Print the results."""
     if args.json:
         as_json({
             "folder": args.output, "steps": state.step, "rows": len(run.rows), "rows_held_out": len(run.held_out),

@@ -828,7 +828,7 @@ KNOWN_BUGS: tuple[KnownBug, ...] = (
     KnownBug("final-softcap-twice", "logits are capped twice", ("logits",), function(soft_cap=cap_twice),
              "Megatron-Bridge #4645", knob="head, and loss or sampler, both cap"),
     KnownBug("final-softcap-clip", "logits are cut off at the cap, not bent", ("logits",), function(soft_cap=cut_off),
-             "unverified", knob="soft cap formula"),
+             "unverified", "logits beyond the cap", "soft cap formula", unless="final-softcap-missing"),
     KnownBug("final-softcap-unmultiplied", "tanh(x / cap) of logits is not multiplied back by the cap", ("logits",),
              function(soft_cap=cap_unmultiplied), "unverified", knob="soft cap formula"),
     KnownBug("final-softcap-none-as-zero", "a cap of None is kept as 0.0, which makes every logit 0", ("logits",),

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from refgemma.inputs import InputError
 from refgemma.precision import Array, as_dtype
 from refgemma.trace.names import LAYER_NORMS
 
@@ -145,8 +146,9 @@ def scores_of(calls: Sequence[tuple[str, Any, Any]]) -> dict[str, Any]:
 
 
 def capture_transformers(
-    model: Any, input_ids: Any, attention_mask: Any = None, calls: Sequence[int] | None = None, **named: Any
-) -> tuple[dict[str, Array], dict[str, str]]:
+    model: Any, input_ids: Any, attention_mask: Any = None, calls: Sequence[int] | None = None, *,
+    backward: bool = False, labels: Any = None, **named: Any,
+) -> tuple[dict[str, Array], dict[str, str]]:  # fmt: skip
     """Run a live transformers model and return its named tensors and the metadata of their trace.
 
     Parameters
@@ -157,6 +159,11 @@ def capture_transformers(
         The tokens, and a mask with 0 for padding.
     calls : sequence of int, optional
         Tokens of each call, to run them one after the other with a cache; by default all in one call.
+    backward : bool
+        Whether to go back from the loss, in one call, and add the gradient of each tensor and weight: ``grads.`` and
+        its name. The parameters' own ``grad`` does not change.
+    labels : array (batch, seq), optional
+        For the loss; by default the tokens, without padding.
     **named
         Passed to the model, for example ``position_ids``.
 
@@ -164,6 +171,11 @@ def capture_transformers(
     -------
     tensors, metadata
         For `refgemma.trace.names.save_trace`.
+
+    Raises
+    ------
+    InputError
+        If gradients of several calls are asked for.
 
     Examples
     --------
@@ -175,6 +187,8 @@ def capture_transformers(
     import torch
     import transformers
 
+    if backward and len(calls or [0]) > 1:
+        raise InputError(f"backward=True with {len(calls or [])} calls; gradients are captured of a single call")
     ids = torch.as_tensor(np.asarray(input_ids))
     mask = None if attention_mask is None else torch.as_tensor(np.asarray(attention_mask))
     lengths = list(calls or [ids.shape[1]])
@@ -190,12 +204,19 @@ def capture_transformers(
     for number, length in enumerate(lengths):
         prefix = f"calls.{number}." if len(lengths) > 1 else ""
         end = done + length
-        with torch.no_grad(), catch_tensors(model) as found:
+        with torch.set_grad_enabled(backward), catch_tensors(model) as found:
             result = model(
                 input_ids=ids[:, done:end], attention_mask=None if mask is None else mask[:, :end],
                 use_cache=cache is not None, **past, **named,
             )  # fmt: skip
-        for name, x in (found | {"logits": result.logits}).items():
+        found["logits"] = result.logits
+        if backward:
+            given = ids if labels is None else torch.as_tensor(np.asarray(labels))
+            if labels is None and mask is not None:
+                given = ids.masked_fill(mask == 0, -100)
+            loss = model.loss_function(result.logits, given, model.config.vocab_size)
+            found |= _gradients_of(model, found, loss)
+        for name, x in found.items():
             tensors[prefix + name] = as_numpy(in_heads(name, x, head_dim))
         done = end
     about = {
@@ -205,9 +226,18 @@ def capture_transformers(
     return tensors, about
 
 
+def _gradients_of(model: Any, found: dict[str, Any], loss: Any) -> dict[str, Any]:
+    """Return the gradient of the loss for each captured tensor and each parameter, as autograd computes them."""
+    import torch
+
+    sources = {name: x for name, x in found.items() if x.requires_grad} | dict(model.named_parameters())
+    grads = torch.autograd.grad(loss, list(sources.values()), allow_unused=True)
+    return {f"grads.{name}": grad for name, grad in zip(sources, grads, strict=True) if grad is not None}
+
+
 def in_heads(name: str, x: Any, head_dim: int) -> Any:
     """Split projections into heads, because they are captured before the split."""
-    if name.rpartition(".")[2] in ("q", "k", "v"):
+    if name.rpartition(".")[2] in ("q", "k", "v") and x.ndim == 3:
         return x.view(*x.shape[:2], -1, head_dim).transpose(1, 2)
     return x
 

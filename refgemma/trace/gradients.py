@@ -20,7 +20,7 @@ def named_gradients(gradients: Gradients) -> Iterator[tuple[str, Array]]:
     >>> tiny = refgemma.load("tiny")
     >>> _, grads = compute_all_gradients([[2, 300]], [[2, 300]], tiny.weights, tiny.config)
     >>> names = [name for name, _ in named_gradients(grads)]
-    >>> names[0], names[21], names[-1]
+    >>> names[0], names[22], names[-1]
     ('grads.embedded', 'grads.layers.1.input_layernorm', 'grads.model.embed_tokens.weight')
     """
     yield from named_tensors(gradients, PREFIX)

@@ -161,8 +161,9 @@ def merge_adapter(
     >>> import refgemma
     >>> tiny = refgemma.open_checkpoint(refgemma.find_model("tiny"))
     >>> merge_adapter(tiny.config, tiny.tensors, {}, {}, Path("adapter"))
-    Traceback (most recent call last): refgemma.weights.stored.CheckpointError: adapter/adapter_model.safetensors: holds
-    no tensor of an adapter
+    Traceback (most recent call last):
+    ...
+    refgemma.weights.stored.CheckpointError: adapter/adapter_model.safetensors: holds no tensor of an adapter
     """
     source = next(iter(found.values())).file if found else folder / ADAPTER_MODEL
     if not found:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from parity.support import in_transformers, random_tensors, shapes
@@ -30,10 +31,13 @@ from refgemma.backward import (
 )
 from refgemma.config import Gemma2Config
 from refgemma.goldens.distance import FLOOR, NOISE_FACTOR
+from refgemma.inputs import InputError
+from refgemma.ops import inverse_frequencies
 from refgemma.oracle.tolerance import ulp
 from refgemma.precision import as_dtype, bf16, dtype_name
-from refgemma.trace.capture import catch_tensors, in_heads
+from refgemma.trace.capture import capture_transformers, catch_tensors, in_heads
 from refgemma.trace.gradients import named_gradients
+from refgemma.weights.checkpoint import open_checkpoint
 from refgemma.weights.parameters import Score, weights_of
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "golden"))
@@ -67,6 +71,10 @@ def scenes(draw: st.DrawFn) -> dict[str, Any]:
 def by_autograd(name: str, scene: dict[str, Any], tensors: Any, labels: Any, dtype: str) -> dict[str, Any]:
     """Every gradient under our names."""
     model = in_transformers(name, scene["shape"], tensors, dtype)
+    # Ours may differ by an ulp of float32 in one of a hundred frequencies, which float64 would show.
+    ours = inverse_frequencies(scene["shape"]["head_dim"], scene["shape"]["rope_theta"])
+    np.testing.assert_allclose(ours, model.model.rotary_emb.inv_freq.numpy(), rtol=2**-22)
+    model.model.rotary_emb.inv_freq = torch.tensor(ours)
     lm = name == "Gemma2ForCausalLM"
     given = {n: torch.tensor(x) for n, x in scene["inputs"].items()}
     hooked = SimpleNamespace(model=model.model, lm_head=model.lm_head if lm else model.score)
@@ -119,11 +127,12 @@ def test_random_configurations(name: str, scene: dict[str, Any]) -> None:
     tensors = random_tensors(name, scene["shape"], scene["seed"], gain=0.7)
     theirs, exact = (by_autograd(name, scene, tensors, labels, dtype) for dtype in ("float32", "float64"))
     scale = max(float(np.abs(x).max()) for n, x in exact.items() if n != "loss")
+    # The largest error of all tensors: that of a single one may be small by chance.
+    noise = max(float(np.abs(theirs[n] - exact[n]).max()) for n in exact)
     for dtype, recorded, unit in (("float32", theirs, 1.0), ("float64", exact, 2.0**-29)):
         ours = here(name, scene, tensors, labels, dtype)
         assert ours.keys() == recorded.keys()
         for n in ours:
-            noise = float(np.abs(theirs[n] - exact[n]).max())
             apart = float(np.abs(ours[n] - recorded[n]).max())
             assert apart <= unit * (NOISE_FACTOR * noise + FLOOR * scale), (dtype, n, apart, noise, scale)
 
@@ -216,3 +225,27 @@ def test_no_label_counts() -> None:
     loss.backward()
     assert loss.isnan()
     assert not z.grad.any()
+
+
+def test_captured_gradients_are_ours() -> None:
+    """Of a live model, under our names; its own gradients stay as they are."""
+    folder = Path(__file__).parents[2] / "golden" / "models" / "bends"
+    model = transformers.Gemma2ForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    ids, mask = np.array([[5, 7, 9, 7], [5, 8, 0, 0]]), np.array([[1, 1, 1, 1], [1, 1, 0, 0]])
+    tensors, _ = capture_transformers(model, ids, mask, backward=True)
+    assert all(p.grad is None for p in model.parameters())
+    checkpoint = open_checkpoint(folder)
+    labels = np.where(mask == 0, -100, ids)
+    _, grads = compute_all_gradients(
+        ids, labels, checkpoint.resident("float32"), checkpoint.config, attention_mask=mask
+    )
+    ours = dict(named_gradients(grads))
+    assert {name for name in tensors if name.startswith("grads.")} == ours.keys()
+    for name, x in ours.items():
+        # Some hundred roundings of the largest: whether they are the right ones the recordings say, more sharply.
+        np.testing.assert_allclose(tensors[name], x, rtol=0, atol=500 * 2**-24 * np.abs(x).max(), err_msg=name)
+
+
+def test_gradients_of_several_calls_are_refused() -> None:
+    with pytest.raises(InputError, match="backward=True with 2 calls"):
+        capture_transformers(None, [[2, 3]], calls=[1, 1], backward=True)
