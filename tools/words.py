@@ -4,7 +4,7 @@
     python tools/words.py COMMIT              count in a commit
     python tools/words.py --list [FILE ...]   print each phrase with its place
 
-tests/test_words.py forbids these phrases in the finished folders. Long sentences are counted, never forbidden. Neither
+tests/test_words.py forbids these phrases. Long sentences are counted, never forbidden. Neither
 vale nor proselint serves here: vale downloads a program when it first runs, proselint takes no rules of ours, and
 neither reads the strings in `raise` and `print`.
 """

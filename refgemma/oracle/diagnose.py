@@ -46,11 +46,11 @@ BUG_FACTOR, BUG_FLOOR = 4.0, 16 * 2.0**-24
 # addition to quantisation.
 CLOSE, MUCH_CLOSER = 0.5, 1 / 3
 TRIED = 4  # closest bugs that are tried with each way of rounding
-# A part in half precision moves no tensor by more than this share of its size: bfloat16 rounds by 0.004 at the most.
+# A part in half precision changes a tensor by at most this share of its size: bfloat16 rounds by at most 0.004.
 PART_LIMIT = 0.25
-# Multiplications that may go into trying weights in other weights' places, of one finding: a second or two.
+# The limit of multiplications for trying weights in other weights' places, per finding: 1 to 2 s.
 WORK = 2e9
-# What code that was written for Gemma 1 leaves out of Gemma 2, often all at once.
+# Features of Gemma 2 that code written for Gemma 1 leaves out, often all of them.
 GEMMA_1_BUGS = ("attn-softcap-missing", "final-softcap-missing", "scale-head-dim", "swa-all-global")
 
 
@@ -160,7 +160,7 @@ class Diagnosis:
         self._fits: dict[tuple[str, str], bool] = {}
         self._left: dict[tuple[str, str], float] = {}
         self._parts: list[KnownBug] = []  # parts in half precision that were tried
-        self.untried = False  # whether other weights' places were left out, for the time that they take
+        self.untried = False  # true if some weights' places were not tried, to save time
 
     @cached_property
     def few(self) -> set[str]:
@@ -242,7 +242,8 @@ class Diagnosis:
         return tuple(found or self._find_pairs(finding) or self._find_gemma_1(finding))
 
     def _choose(self, mistakes: Sequence[KnownBug]) -> list[KnownBug]:
-        """Return the mistakes but those that another one makes needless: it explains more fields, or is named alone."""
+        """Return the mistakes, except those that another mistake replaces: it explains more fields, or is named
+        alone."""
         wrong: dict[str, list[str]] = {}
         for name in self.engine.recorded:
             if name in self.wrong:
@@ -255,7 +256,8 @@ class Diagnosis:
         ]  # fmt: skip
 
     def _find_part(self, names: Sequence[str]) -> list[KnownBug]:
-        """The largest part in half precision that explains every tensor it touches, some of `names` among them."""
+        """Return the largest part in half precision that explains every tensor it affects, including some of
+        `names`."""
         self._parts = []
         if self.candidate.dtype != "float32" or self._apart(names[0]) > PART_LIMIT:
             return []
@@ -268,7 +270,7 @@ class Diagnosis:
         return []
 
     def _apart(self, name: str) -> float:
-        """Return how far a recorded tensor is from its reference, in units of the reference's size."""
+        """Return the distance of a recorded tensor from its reference, in units of the reference's size."""
         where = self.engine.where(name)
         with np.errstate(all="ignore"):
             return float(
@@ -276,9 +278,10 @@ class Diagnosis:
             )
 
     def _find_weights(self, names: Sequence[str], good: Sequence[str]) -> list[KnownBug]:
-        """Weights in the places of others: of each wrong tensor's own operation, else of all on the way to the first.
+        """Return weights in the places of others: of each wrong tensor's operation, else of all that lead to the first
+        one.
 
-        What lies on the way is computed anew for each, so that of large models not all are tried, which is said.
+        The tensors between are computed again for each. So for large models not all are tried, and a remark reports it.
         """
         context, kinds = self.engine.context, {field_of(name) for name in names}
         if not kinds - set(WEIGHT_OF_FIELD) and all(self.engine.is_direct(name) for name in names):
@@ -304,9 +307,10 @@ class Diagnosis:
         return []
 
     def _find_pairs(self, finding: Sequence[Instance]) -> list[KnownBug]:
-        """A bug that explains the first of several tensors, or most of the error, with a way of rounding for the rest.
+        """Return bugs that explain the first of several tensors, or most of the error, with a way of rounding for the
+        rest.
 
-        Only of tensors whose inputs were not recorded: what one operation made of its own inputs has one reason.
+        This is only for tensors with unrecorded inputs: a single operation on its own inputs has one reason.
         """
         if not finding[0].between:
             return []

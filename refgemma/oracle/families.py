@@ -1,7 +1,7 @@
-"""Known bugs of one form, tried in every place where nothing in the catalogue explains a finding: a weight in another's
-place, a part in half precision. Checked by making some of each in transformers (``golden/mistakes.py``).
+"""Families of known bugs, tried in every place if no bug of the catalogue explains a finding: a weight in another's
+place, or a part in half precision. Checked by making some of each in transformers (``golden/mistakes.py``).
 
-A family costs a computation for each place, so that none is asked for what a right trace excludes.
+A family needs one computation for each place, so coverage of a correct trace does not test for it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,13 +25,13 @@ PROJECTIONS = ("attention.q", "attention.k", "attention.v")
 ATTENTION = (*MIXED, "attention.capped", "attention.probs")
 WITH_WEIGHTS = (*PROJECTIONS, *NORMS, "attention.out", "embedded", "raw_logits", *(
     f"feed_forward.{name}" for name in ("gate", "up", "out")))  # fmt: skip
-# The largest first: the first that explains all that it touches is the answer.
+# The largest first: the first one that explains all tensors it affects is reported.
 PARTS: Mapping[str, tuple[str, ...]] = {
     "layers": LAYER_FIELDS, "feed-forward": FEED_FORWARD, "attention": ATTENTION, "norms": NORMS,
     "projections": PROJECTIONS, "softmax": ("attention.probs",),
 } | {field: (field,) for field in ("embedded", *LAYER_FIELDS, "norm", "raw_logits")}  # fmt: skip
 
-# What a trace has of a cache in half precision: keys and values as they are kept.
+# The tensors of a trace that show a cache in half precision: stored keys and values.
 STORED: Mapping[str, tuple[str, ...]] = {
     "keys-and-values-kept": ("attention.k_rot", "attention.v"), "keys-kept": ("attention.k_rot",),
     "values-kept": ("attention.v",),
@@ -41,7 +41,7 @@ SEEN_IN_HALF = {"attention": "transformers #26451", "softmax": "optimum-habana #
 
 
 def _compute_in(op: Operation, storage: str, *inputs: Array) -> Array:
-    """Compute an operation as an engine of that precision does; a product with weights is rounded once."""
+    """Return the result of an operation in an engine of that precision; a product with weights is rounded once."""
     halves = [as_dtype(x, storage) for x in inputs]
     if field_of(op.name) in WITH_WEIGHTS:
         return as_float64(as_dtype(op.compute(*map(as_float64, halves)), storage))
@@ -49,7 +49,7 @@ def _compute_in(op: Operation, storage: str, *inputs: Array) -> Array:
 
 
 def compute_in(storage: str, fields: Sequence[str], layers: Sequence[int] = ()) -> Change:
-    """Compute some fields in half precision, in some layers or in all."""
+    """Return an edit that computes some fields in half precision, in some layers or in all."""
 
     def edit(table: Table, context: Context) -> Iterator[Operation]:
         for name, op in table.items():
@@ -60,7 +60,7 @@ def compute_in(storage: str, fields: Sequence[str], layers: Sequence[int] = ()) 
 
 
 def store_in(storage: str, fields: Sequence[str], layers: Sequence[int] = ()) -> Change:
-    """Round the results of some fields to half precision, in some layers or in all."""
+    """Return an edit that rounds the results of some fields to half precision, in some layers or in all."""
 
     def edit(table: Table, context: Context) -> Iterator[Operation]:
         for name, op in table.items():
@@ -112,7 +112,7 @@ def read_weight(context: Context, place: Place) -> Array:
 
 
 class Exchanged(Sequence[LayerWeights]):
-    """Layers some of whose weights are those of other places."""
+    """Layers in which some weights come from other places."""
 
     def __init__(self, context: Context, sources: Mapping[Place, Place]) -> None:
         self.context, self.sources = context, sources
@@ -122,14 +122,14 @@ class Exchanged(Sequence[LayerWeights]):
         return len(self.context.weights.layers)
 
     def __getitem__(self, layer: Any) -> Any:
-        """Block `layer`."""
+        """Return block `layer`."""
         own = self.context.weights.layers[layer]
         others = {to[1]: read_weight(self.context, at) for to, at in self.sources.items() if to[0] == layer}
         return replace(own, **others)
 
 
 def name_place(place: Place) -> str:
-    """Name a weight as a checkpoint does, without the words that all have.
+    """Return the checkpoint's name of a weight, without the common prefix and suffix.
 
     Examples
     --------
@@ -143,9 +143,9 @@ def name_place(place: Place) -> str:
 
 @dataclass(frozen=True)
 class Misplaced(KnownBug):
-    """Weights in the places of others."""
+    """A known bug: weights in the places of others."""
 
-    sources: Mapping[Place, Place] = field(default_factory=dict)  # for each place, whose weight it has
+    sources: Mapping[Place, Place] = field(default_factory=dict)  # place -> the place that its weight comes from
 
 
 def _describe(sources: Mapping[Place, Place]) -> str:
@@ -157,7 +157,7 @@ def _describe(sources: Mapping[Place, Place]) -> str:
 
 
 def weights_of_another(sources: Mapping[Place, Place], says: str = "") -> Misplaced:
-    """Return the bug of weights that are in other weights' places; `sources` gives for each place whose it has."""
+    """Return the bug of weights in other weights' places; `sources` gives the origin of each place's weight."""
     says = says or _describe(sources)
 
     def change(context: Context) -> Context:
@@ -170,7 +170,7 @@ def weights_of_another(sources: Mapping[Place, Place], says: str = "") -> Mispla
 
 
 def list_places(context: Context) -> dict[Place, tuple[int, ...]]:
-    """Return the place of every weight that another can take, with its shape."""
+    """Return the shape of each weight that can be exchanged, by place."""
     places: dict[Place, tuple[int, ...]] = {(None, "norm"): context.weights.norm.shape}
     for layer, weights in enumerate(context.weights.layers):
         places |= {(layer, name): getattr(weights, name).shape for name in layer_tensors(layer)}
@@ -178,7 +178,8 @@ def list_places(context: Context) -> dict[Place, tuple[int, ...]]:
 
 
 def exchanges_in_all(context: Context) -> Iterator[Misplaced]:
-    """Yield what a wrong table of names does in every layer: one weight for another, two exchanged, layers moved."""
+    """Yield the effects of a wrong table of names in all layers: one weight for another, two exchanged, layers
+    moved."""
     shapes, layers = list_places(context), range(len(context.weights.layers))
     names = list(layer_tensors(0))
 
@@ -204,7 +205,7 @@ def exchanges_at(context: Context, place: Place) -> Iterator[Misplaced]:
 
 
 def list_families(context: Context) -> Iterator[KnownBug]:
-    """Yield every member of the families, those of single layers in half precision apart."""
+    """Yield every member of the families, except single layers in half precision."""
     yield from parts_in_half()
     yield from exchanges_in_all(context)
     for place in list_places(context):

@@ -3,9 +3,9 @@
 Checked in the tests on correct implementations of many kinds, which all pass, and on small mistakes, which it finds. It
 answers three questions; docs/reference/verdicts.md lists them with all other notions of "close enough":
 
-* `judge`: can a conforming implementation compute this result from these inputs? * `strict_distance`: are two results
-of one operation on the same inputs as near as two roundings can be? * `resembles`: is this the result of a certain way
-of rounding?
+* `judge`: can a conforming implementation compute this result from these inputs?
+* `strict_distance`: are two results of one operation on the same inputs as near as two roundings can be?
+* `resembles`: is this the result of a certain way of rounding?
 """
 
 import math

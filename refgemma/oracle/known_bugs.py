@@ -69,7 +69,7 @@ class KnownBug:
     unless: str = ""
 
     def table(self, context: Context, usual: Mapping[str, Operation]) -> dict[str, Operation]:
-        """All operations, those of `fields` as this bug has them."""
+        """Return all operations, with those of `fields` as in this bug."""
         if self.change is None:
             return dict(usual)
         try:
@@ -85,7 +85,7 @@ Table = dict[str, Operation]
 
 
 def config(**changes: Any) -> Change:
-    """Other numbers; a callable value is given the context."""
+    """Return an edit with other numbers; a callable value gets the context."""
 
     def change(context: Context) -> Context:
         values = {name: value(context) if callable(value) else value for name, value in changes.items()}
@@ -95,12 +95,12 @@ def config(**changes: Any) -> Change:
 
 
 def function(**functions: Callable[..., Any]) -> Change:
-    """Other functions."""
+    """Return an edit with other functions."""
     return lambda context: replace(context, functions=dict(context.functions) | functions)
 
 
 def in_storage(name: str, make: Callable[[str], Callable[..., Any]]) -> Change:
-    """Another function that rounds by itself: it is made for a precision."""
+    """Return an edit with another function that does its own rounding; it is made for a precision."""
     return lambda context: function(**{name: make(context.arithmetic.storage)})(context)
 
 
@@ -110,22 +110,22 @@ def in_float32(change: Change) -> Change:
 
 
 def mask(rule: Callable[[Context, int], Array]) -> Change:
-    """Another mask."""
+    """Return an edit with another mask."""
     return lambda context: replace(context, mask=rule)
 
 
 def change_positions(rule: Callable[[Context], Array]) -> Change:
-    """Other positions."""
+    """Return an edit with other positions."""
     return lambda context: replace(context, call=replace(context.call, positions=rule(context)))
 
 
 def layer_weights(edit: Callable[[LayerWeights, Context], LayerWeights]) -> Change:
-    """Other weights."""
+    """Return an edit with other weights."""
     return lambda context: replace(context, layer_weights=edit)
 
 
 def rewire(edit: Callable[[Table, Context], Iterable[Operation]]) -> Change:
-    """Operations that take other inputs, or compute otherwise, in the place of those of their names."""
+    """Return an edit that replaces operations, by name, with others of different inputs or functions."""
     return lambda context: replace(context, rewire=lambda table, c: {op.name: op for op in edit(table, c)})
 
 
@@ -148,7 +148,7 @@ def round_operand(storage: str, **places: int) -> Change:
 def edit_model(
     change: Change, config: Gemma2Config, weights: Weights
 ) -> tuple[Gemma2Config, Weights, Mapping[str, Callable[..., Any]]]:
-    """Return the numbers, the weights and the functions of a model with an edit; masks and wires are not among them."""
+    """Return configuration, weights and functions of a model with an edit, without its masks and connections."""
     nowhere = np.zeros((1, 1), np.int64)
     call, arithmetic = Call(nowhere, nowhere, nowhere == 0, (1,)), Arithmetic(dtype_name(weights.norm))
     usual = Context(config, weights, call, arithmetic, exact=False)
@@ -162,7 +162,7 @@ def edit_model(
 
 
 def soft_cap_by(formula: Callable[[Array, float], Array]) -> Callable[[Array, float | None], Array]:
-    """A soft cap of another formula; without a cap nothing changes."""
+    """Return a soft cap with another formula; without a cap nothing changes."""
     return lambda x, cap: x if cap is None else formula(x, cap)
 
 
@@ -183,7 +183,7 @@ def cap_none_as_zero(x: Array, cap: float | None) -> Array:
 
 @soft_cap_by
 def naive_tanh(x: Array, cap: float) -> Array:
-    """``tanh`` by ``exp(2 x)``, which overflows in float32."""
+    """Return a cap whose ``tanh`` is computed from ``exp(2 x)``, which overflows in float32."""
     with np.errstate(over="ignore", invalid="ignore"):
         e = np.exp(wide(2 * (x / cap)).astype(np.float32))
         return narrow((e - 1) / (e + 1) * np.float32(cap), like=x)
@@ -194,7 +194,7 @@ def _of_field(table: Table, *fields: str) -> Iterator[Operation]:
 
 
 def first_key_uncapped(table: Table, context: Context) -> Iterator[Operation]:
-    """The first key that a query sees is not capped."""
+    """Leave the score of the first visible key uncapped."""
     for op in _of_field(table, "attention.capped"):
 
         def compute(x: Array, op: Operation = op) -> Array:
@@ -205,13 +205,13 @@ def first_key_uncapped(table: Table, context: Context) -> Iterator[Operation]:
 
 
 def capped_after_mask(context: Context) -> Context:
-    """Masked keys have minus infinity capped to ``-cap``."""
+    """Cap the minus infinity of masked keys to ``-cap``."""
     cap = context.config.attn_logit_softcapping
     return function(softmax=softmax_over_all if cap is None else hidden_keys_at(-cap))(context)
 
 
 def cap_before_scale(table: Table, context: Context) -> Iterator[Operation]:
-    """The product of query and key is capped, and scaled afterwards."""
+    """Cap the product of query and key, and scale it afterwards."""
     scale = context.config.attention_scale
     for op in _of_field(table, "attention.capped"):
         yield replace(op, compute=lambda x, op=op: op.compute(x / scale) * scale)
@@ -228,7 +228,7 @@ def _then_capped(op: Operation, cap: float | None, storage: str) -> Operation:
 
 
 def output_capped(table: Table, context: Context) -> Iterator[Operation]:
-    """What attention mixes is capped, the scores are not."""
+    """Cap the mixed values instead of the scores."""
     cap, storage = context.config.attn_logit_softcapping, context.arithmetic.storage
     for op in _of_field(table, "attention.capped"):
         yield _pass(op.name, *op.inputs)
@@ -237,7 +237,7 @@ def output_capped(table: Table, context: Context) -> Iterator[Operation]:
 
 
 def hidden_capped(table: Table, context: Context) -> Iterator[Operation]:
-    """The last hidden state is capped, the logits are not."""
+    """Cap the last hidden state instead of the logits."""
     yield _then_capped(table["norm"], context.config.final_logit_softcapping, context.arithmetic.storage)
     yield _pass("logits", "raw_logits")
 
@@ -246,7 +246,7 @@ def hidden_capped(table: Table, context: Context) -> Iterator[Operation]:
 
 
 def scaled_query_in(storage: str) -> Callable[..., Array]:
-    """The query is scaled and rounded, not the product."""
+    """Return scores where the query is scaled and rounded, instead of the product."""
 
     def scores(q: Array, k: Array, scale: float) -> Array:
         query = as_float64(as_dtype(wide(q) * scale, storage))
@@ -256,12 +256,12 @@ def scaled_query_in(storage: str) -> Callable[..., Array]:
 
 
 def tile_heads(x: Array, groups: int) -> Array:
-    """Heads 0, 1, 0, 1 for 0, 0, 1, 1."""
+    """Return key heads in the order 0, 1, 0, 1 instead of 0, 0, 1, 1."""
     return np.tile(x, (1, groups, 1, 1))
 
 
 def key_heads(choose: Callable[[Array, int], Array]) -> Change:
-    """Another key head for each query head: `choose` gets the right ones and how many key heads there are."""
+    """Return an edit with other key heads: `choose` gets the correct ones and the number of key heads."""
 
     def repeat(x: Array, groups: int) -> Array:
         right = np.repeat(np.arange(x.shape[1]), groups)
@@ -271,12 +271,12 @@ def key_heads(choose: Callable[[Array, int], Array]) -> Change:
 
 
 def softmax_over_all(scores: Array, mask: Array) -> Array:
-    """A softmax over all keys."""
+    """Return a softmax over all keys, including masked ones."""
     return ops.softmax(scores, np.ones_like(mask))
 
 
 def mask_added(storage: str) -> Callable[[Array, Array], Array]:
-    """Return a softmax after a mask of true and false was added: visible keys get 1 more, and none is hidden."""
+    """Return a softmax to which a boolean mask is added: visible keys get 1 more, and no key is hidden."""
 
     def softmax(scores: Array, mask: Array) -> Array:
         added = as_float64(as_dtype(as_float64(scores) + mask, storage))
@@ -286,7 +286,7 @@ def mask_added(storage: str) -> Callable[[Array, Array], Array]:
 
 
 def hidden_keys_at(score: float) -> Callable[[Array, Array], Array]:
-    """A softmax in which hidden keys have this score, for minus infinity."""
+    """Return a softmax in which hidden keys have this score instead of minus infinity."""
     return lambda scores, mask: softmax_over_all(np.where(mask, scores, score), mask)
 
 
@@ -296,12 +296,12 @@ Norm = Callable[[Array, Array, float], Array]
 
 
 def norm_offset(offset: float) -> Norm:
-    """``offset + weight`` for ``1 + weight``."""
+    """Return a norm with ``offset + weight`` instead of ``1 + weight``."""
     return lambda x, weight, eps: ops.rms_norm(x, narrow(wide(weight) + (offset - 1), like=np.zeros(0)), eps)
 
 
 def norm_by(size: Callable[[Array, float], Array]) -> Norm:
-    """A norm that divides by another size of its input than ``sqrt(mean(x**2) + eps)``."""
+    """Return a norm that divides by another size than ``sqrt(mean(x**2) + eps)``."""
     return lambda x, weight, eps: narrow(wide(x) / size(wide(x), eps) * (1 + wide(weight)), like=x)
 
 
@@ -316,23 +316,23 @@ norm_of_all = norm_by(lambda x, eps: np.sqrt(np.mean(x * x) + eps))
 
 
 def norm_without_factor(x: Array, weight: Array, eps: float) -> Array:
-    """``x / rms(x)``, whatever the weight."""
+    """Return ``x / rms(x)``, without the weight."""
     return ops.rms_norm(x, np.zeros_like(weight), eps)
 
 
 def mean_subtracted(x: Array, weight: Array, eps: float) -> Array:
-    """LayerNorm: the mean is taken off."""
+    """Return a LayerNorm, which subtracts the mean."""
     return ops.rms_norm(narrow(wide(x) - np.mean(wide(x), axis=-1, keepdims=True), like=x), weight, eps)
 
 
 def norm_in_steps(x: Array, weight: Array, eps: float) -> Array:
-    """Each step rounded to the precision of the input."""
+    """Return a norm with each step rounded to the precision of the input."""
     y: Array = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * (1 + weight)
     return y
 
 
 def norm_cast_early(storage: str) -> Norm:
-    """Llama's order: rounded, then multiplied by the weight."""
+    """Return a norm in Llama's order: rounded first, then multiplied by the weight."""
 
     def norm(x: Array, weight: Array, eps: float) -> Array:
         normed = as_dtype(ops.rms_norm(as_float64(x), np.zeros(x.shape[-1]), eps), storage)
@@ -370,22 +370,22 @@ NORM_WAYS = tuple(
 
 
 def norm_weight_in_storage(storage: str) -> Norm:
-    """``1 + weight`` rounded to half precision."""
+    """Return a norm with ``1 + weight`` rounded to half precision."""
     return lambda x, weight, eps: ops.rms_norm(x, as_float64(as_dtype(1 + wide(weight), storage)) - 1, eps)
 
 
 def norm_weight_in(storage: str) -> Change:
-    """``1 + weight`` rounded to a half precision, in a float32 engine."""
+    """Return an edit that rounds ``1 + weight`` to half precision in a float32 engine."""
     return in_float32(function(rms_norm=norm_weight_in_storage(storage)))
 
 
 def _pass(name: str, source: str) -> Operation:
-    """An operation that does nothing to its input."""
+    """Return an operation that returns its input unchanged."""
     return Operation(name, (source,), lambda x: x + 0, one_rounding)
 
 
 def _norm_sum(norm: Operation, left: str, right: str) -> Operation:
-    """A norm of a sum. The sum's rounding is as much relative to the result as it is to the sum."""
+    """Return a norm of a sum. The sum's rounding has the same relative size in the result as in the sum."""
 
     def stores(h: Array, a: Array, storage: str) -> list[Array]:
         step = ulp(h + a, storage) / 2
@@ -397,7 +397,7 @@ def _norm_sum(norm: Operation, left: str, right: str) -> Operation:
 
 
 def norm_after_residual(table: Table, context: Context) -> Iterator[Operation]:
-    """The post-attention norm is applied to the sum."""
+    """Apply the post-attention norm to the sum."""
     for middle in _of_field(table, "middle"):
         stream, normed = middle.inputs
         yield _norm_sum(table[normed], stream, *table[normed].inputs)
@@ -405,7 +405,7 @@ def norm_after_residual(table: Table, context: Context) -> Iterator[Operation]:
 
 
 def llama_block(table: Table, context: Context) -> Iterator[Operation]:
-    """Llama's two norms: the one named post-attention is fed to the feed-forward layer."""
+    """Use Llama's two norms: the one named post-attention is the input of the feed-forward layer."""
     for middle in _of_field(table, "middle"):
         p, (stream, normed) = middle.name.removesuffix("middle"), middle.inputs
         attended = table[normed].inputs
@@ -416,12 +416,12 @@ def llama_block(table: Table, context: Context) -> Iterator[Operation]:
 
 
 def without(*norms: str) -> Change:
-    """Norms that are left out: their input goes through."""
+    """Return an edit that leaves norms out."""
     return rewire(lambda table, context: (_pass(op.name, *op.inputs) for op in _of_field(table, *norms)))
 
 
 def exporter_norms(weights: LayerWeights, context: Context) -> LayerWeights:
-    """The pre-feed-forward norm's weight under the name of the post-attention norm's, and zeros in its place."""
+    """Move the pre-feed-forward norm's weight to the post-attention norm, and put zeros in its place."""
     kept = weights.pre_feedforward_layernorm
     return replace(weights, post_attention_layernorm=kept, pre_feedforward_layernorm=np.zeros_like(kept))
 
@@ -430,7 +430,7 @@ def exporter_norms(weights: LayerWeights, context: Context) -> LayerWeights:
 
 
 def scaled_embedding(scale: Callable[[Context], float]) -> Change:
-    """The rows of the tokens times another number."""
+    """Return an edit that multiplies the tokens' rows by another number."""
 
     def embed(context: Context) -> Array:
         rows = context.weights.embed_tokens[context.call.input_ids]
@@ -441,12 +441,12 @@ def scaled_embedding(scale: Callable[[Context], float]) -> Change:
 
 
 def in_half(result: Callable[..., Array]) -> Callable[..., Array]:
-    """A result kept in bfloat16."""
+    """Return a function whose result is rounded to bfloat16."""
     return lambda x, *rest: narrow(wide(bf16(wide(result(x, *rest)))), like=x)
 
 
 def scale_in_decimals(decimals: int) -> Change:
-    """``sqrt(hidden)`` written with so many decimals."""
+    """Return an edit with ``sqrt(hidden)`` rounded to `decimals` decimals."""
     return in_float32(scaled_embedding(lambda c: round(math.sqrt(c.config.hidden_size), decimals)))
 
 
@@ -454,13 +454,13 @@ def scale_in_decimals(decimals: int) -> Change:
 
 
 def activation(formula: Callable[[Array], Array]) -> Callable[[Array], Array]:
-    """Another activation, computed in float64 and rounded once."""
+    """Return another activation, computed in float64 and rounded once."""
     return lambda x: narrow(formula(as_float64(x)), like=x)
 
 
 @activation
 def gelu_by_table(x: Array) -> Array:
-    """From a table of float16 numbers for float16 numbers; beyond 10 the line."""
+    """Return GELU from a table of float16 numbers for float16 inputs; beyond 10, x or 0."""
     half = as_float64(as_dtype(np.clip(x, -10, 10), "float16"))
     looked_up = as_float64(as_dtype(ops.gelu_tanh(half), "float16"))
     return np.where(x <= -10, 0, np.where(x >= 10, x, looked_up))
@@ -473,18 +473,18 @@ gelu_without_half = activation(lambda x: 2 * ops.gelu_tanh(x))
 
 
 def swapped_gate(weights: LayerWeights, context: Context) -> LayerWeights:
-    """Gate for up, and up for gate."""
+    """Exchange gate and up."""
     return replace(weights, gate_proj=weights.up_proj, up_proj=weights.gate_proj)
 
 
 def reshaped_gate(weights: LayerWeights, context: Context) -> LayerWeights:
-    """The matrix read with its axes taken for one another."""
+    """Read the matrix with its axes exchanged."""
     gate, up = (np.ascontiguousarray(x).reshape(x.shape[::-1]).T for x in (weights.gate_proj, weights.up_proj))
     return replace(weights, gate_proj=gate, up_proj=up)
 
 
 def activated_up(table: Table, context: Context) -> Iterator[Operation]:
-    """The activation is applied to up instead of gate."""
+    """Apply the activation to up instead of gate."""
     for product in _of_field(table, "feed_forward.product"):
         gelu, up = product.inputs
         yield replace(table[gelu], inputs=(up,))
@@ -495,7 +495,7 @@ def activated_up(table: Table, context: Context) -> Iterator[Operation]:
 
 
 def neighbours(x: Array, cos: Array, sin: Array) -> Array:
-    """Pairs ``(2 i, 2 i + 1)``."""
+    """Rotate the pairs ``(2 i, 2 i + 1)``."""
     half = x.shape[-1] // 2
     even, odd = x[..., ::2], x[..., 1::2]
     turned = [even * cos[..., :half] - odd * sin[..., :half], odd * cos[..., :half] + even * sin[..., :half]]
@@ -503,7 +503,7 @@ def neighbours(x: Array, cos: Array, sin: Array) -> Array:
 
 
 def rotate_in_place(x: Array, cos: Array, sin: Array) -> Array:
-    """Turned in place: the second half is computed from the first half's result."""
+    """Rotate in place: compute the second half from the first half's result."""
     first, second = np.split(x, 2, axis=-1)
     cos1, cos2 = np.split(cos, 2, axis=-1)
     sin1, sin2 = np.split(sin, 2, axis=-1)
@@ -512,22 +512,22 @@ def rotate_in_place(x: Array, cos: Array, sin: Array) -> Array:
 
 
 def leave_unturned(x: Array, cos: Array, sin: Array) -> Array:
-    """Not at all."""
+    """Return the input without rotation."""
     return x + 0
 
 
 def turned_back(x: Array, cos: Array, sin: Array) -> Array:
-    """The other way round."""
+    """Rotate in the opposite direction."""
     return ops.rotate(x, cos, -sin)
 
 
 def cos_for_sin(x: Array, cos: Array, sin: Array) -> Array:
-    """Cosine and sine exchanged."""
+    """Rotate with cosine and sine exchanged."""
     return ops.rotate(x, sin, cos)
 
 
 def rotate_by(partner: Callable[[Array], Array]) -> Callable[[Array, Array, Array], Array]:
-    """``x cos + y sin`` of another y than the halves exchanged, the one behind with a minus."""
+    """Return ``x cos + y sin`` with another `y` than the exchanged halves, whose second half is negated."""
     return lambda x, cos, sin: x * cos + partner(x) * sin
 
 
@@ -538,7 +538,7 @@ turned_in_place = rotate_by(lambda x: x)
 
 
 def tables_of(angles: Callable[..., Array]) -> Callable[..., Any]:
-    """Rotary tables of other angles."""
+    """Return rotary tables of other angles."""
 
     def tables(positions: Array, head_dim: int, theta: float, like: Array) -> tuple[Array, Array]:
         half = as_float64(angles(positions[:, None, :, None], head_dim, theta))
@@ -549,22 +549,22 @@ def tables_of(angles: Callable[..., Array]) -> Callable[..., Any]:
 
 
 def frequencies(head_dim: int, theta: float) -> Array:
-    """``theta ** (-2 i / head_dim)``."""
+    """Return the frequencies ``theta ** (-2 i / head_dim)``."""
     return theta ** (-np.arange(0, head_dim, 2) / head_dim)
 
 
 def angles_in_half(positions: Array, head_dim: int, theta: float) -> Array:
-    """Positions and angles in bfloat16."""
+    """Return angles with positions and angles rounded to bfloat16."""
     return wide(bf16(positions) * bf16(frequencies(head_dim, theta)))
 
 
 def angles_in_tf32(positions: Array, head_dim: int, theta: float) -> Array:
-    """A matrix product of numbers cut to ten bits."""
+    """Return angles from a matrix product of numbers rounded to ten bits."""
     return _tf32(positions) * _tf32(frequencies(head_dim, theta))
 
 
 def angles_of_frequencies_in(storage: str) -> Callable[..., Array]:
-    """Frequencies rounded to half precision, angles in float32."""
+    """Return float32 angles with frequencies rounded to half precision."""
 
     def angles(positions: Array, head_dim: int, theta: float) -> Array:
         return as_float64(positions) * as_float64(as_dtype(frequencies(head_dim, theta), storage))
@@ -573,12 +573,13 @@ def angles_of_frequencies_in(storage: str) -> Callable[..., Array]:
 
 
 def beyond_tf32(change: Change) -> Change:
-    """An edit where some position has more than the eleven bits of TF32, which without one it cannot be told from."""
+    """Return an edit that applies only if some position exceeds the eleven bits of TF32; smaller ones show no
+    difference."""
     return lambda context: change(context) if np.max(context.call.positions, initial=0) > 2048 else context
 
 
 def turned_in_part(pairs_of_part: bool) -> Change:
-    """Half of each head is turned: with its own pairs and frequencies, or half of the pairs of the whole head."""
+    """Return an edit that rotates half of each head: with its own pairs, or with half of the whole head's pairs."""
 
     def edit(table: Table, context: Context) -> Iterator[Operation]:
         d = context.config.head_dim
@@ -599,38 +600,38 @@ def turned_in_part(pairs_of_part: bool) -> Change:
 
 
 def _tf32(x: Array) -> Array:
-    """Rounded to 10 bits after the leading one, as tensor cores read float32."""
+    """Return numbers rounded to 10 bits after the leading one, as tensor cores read float32."""
     bits = np.asarray(x, np.float32).view(np.uint32)
     kept = (bits + np.uint32(0x0FFF) + ((bits >> np.uint32(13)) & np.uint32(1))) & np.uint32(0xFFFFE000)
     return as_float64(kept.view(np.float32))
 
 
 def without_pads(context: Context) -> Array:
-    """Positions that do not count padding."""
+    """Return positions that do not count padding."""
     return np.asarray(np.maximum(np.cumsum(context.call.visible, axis=1) - 1, 0))
 
 
 def restart_positions(context: Context) -> Array:
-    """Positions that begin at 0 in each call."""
+    """Return positions that begin at 0 in each call."""
     return np.subtract(context.call.positions, context.call.starts)
 
 
 def frozen_at_window(context: Context) -> Array:
-    """The length of the cache is read from a sliding layer: it does not grow beyond the window."""
+    """Return positions with the cache's length read from a sliding layer: it does not exceed the window."""
     call = context.call
     kept = np.minimum(call.starts, context.config.sliding_window - 1)
     return np.broadcast_to(kept + np.arange(len(kept)) - call.starts, call.positions.shape)
 
 
 def half_swapped_rows(weights: LayerWeights, context: Context) -> LayerWeights:
-    """The rows of each query and key head in the order that rotation of neighbours needs."""
+    """Return query and key weights with rows in the order for rotating adjacent pairs."""
     d = context.config.head_dim
     q, k = (interleave(x, d) for x in (weights.q_proj, weights.k_proj))
     return replace(weights, q_proj=q, k_proj=k)
 
 
 def interleave(x: Array, head_dim: int, parts: int = 2) -> Array:
-    """Rows of each head in the order for pairs side by side, as llama.cpp's conversion of Llama has them.
+    """Return the rows of each head in the order for adjacent pairs, as in llama.cpp's conversion of Llama.
 
     With ``head_dim // 2`` for `parts` it is the way back.
 
@@ -647,17 +648,17 @@ def interleave(x: Array, head_dim: int, parts: int = 2) -> Array:
 
 
 def window_both_ways(q_places: Array, k_places: Array, window: int) -> Array:
-    """As many keys ahead as back."""
+    """Return a mask with as many keys after the query as before it."""
     return np.asarray(np.abs(q_places[:, None] - k_places) < window)
 
 
 def window_open_ahead(q_places: Array, k_places: Array, window: int) -> Array:
-    """Where the window begins, and no end."""
+    """Return a mask from the window's beginning on, without an end."""
     return np.asarray(k_places > q_places[:, None] - window)
 
 
 def layer_types(is_sliding: Callable[[Context, int], bool]) -> Change:
-    """Other types of layers, by their numbers."""
+    """Return an edit with other layer types, chosen by layer number."""
 
     def types(context: Context) -> tuple[str, ...]:
         return tuple(SLIDING if is_sliding(context, n) else FULL for n in range(context.config.num_hidden_layers))
@@ -666,7 +667,7 @@ def layer_types(is_sliding: Callable[[Context, int], bool]) -> Change:
 
 
 def sliding_window(change: Callable[[int], int]) -> Change:
-    """Another window."""
+    """Return an edit with another window."""
     return config(sliding_window=lambda c: max(1, change(c.config.sliding_window)))
 
 
@@ -680,7 +681,7 @@ def _unless_padding(seen: Array, context: Context) -> Array:
 
 
 def two_sided(context: Context, layer: int) -> Array:
-    """The window looks ahead as well as back."""
+    """Return a mask whose window extends to both sides."""
     if not context.config.is_sliding(layer):
         return window_mask(context, layer)
     _, places = _places(context)
@@ -688,33 +689,34 @@ def two_sided(context: Context, layer: int) -> Array:
 
 
 def not_causal(context: Context, layer: int) -> Array:
-    """Every query sees every key in full layers, and all keys of its window and after in sliding ones."""
+    """Return a mask that is not causal: all keys in full layers, and in sliding layers those from the window on."""
     _, places = _places(context)
     window = context.config.sliding_window if context.config.is_sliding(layer) else len(places)
     return _unless_padding(window_open_ahead(places, places, window), context)
 
 
 def pads_seen(context: Context, layer: int) -> Array:
-    """Padding is looked at."""
+    """Return a mask that does not hide padding."""
     call = replace(context.call, visible=np.ones_like(context.call.visible))
     return window_mask(replace(context, call=call), layer)
 
 
 def strictly_before(context: Context, layer: int) -> Array:
-    """A query does not see itself, but for the first."""
+    """Return a mask in which no query sees itself, except the first."""
     q, k = _places(context)
     return np.asarray(window_mask(context, layer) & ((k < q) | (q == 0)))
 
 
 def one_dropped(context: Context, layer: int) -> Array:
-    """The sliding cache loses one key too many when a call begins with a full cache."""
+    """Return the mask of a sliding cache that drops one key too many when a call begins with a full cache."""
     _, k = _places(context)
     oldest = context.call.starts[:, None] - (context.config.sliding_window - 2)
     return window_mask(context, layer) & ~(context.config.is_sliding(layer) & (k < oldest))
 
 
 def ring_overwritten(context: Context, layer: int) -> Array:
-    """A ring of the window's size is overwritten by a chunk before its first queries have looked back."""
+    """Return the mask of a ring buffer of the window's size that a chunk overwrites before its first queries read
+    it."""
     q, k = _places(context)
     ends = context.call.starts + np.repeat(context.call.calls, context.call.calls)
     lost = context.config.is_sliding(layer) & (k < ends[:, None] - context.config.sliding_window)
@@ -722,7 +724,7 @@ def ring_overwritten(context: Context, layer: int) -> Array:
 
 
 def chunk_sees_all(context: Context, layer: int) -> Array:
-    """Within a later chunk the window is not applied."""
+    """Return a mask that does not apply the window within a later chunk."""
     (q, k), starts = _places(context), context.call.starts[:, None]
     wide_open = (k <= q) & (k > starts - context.config.sliding_window) & (starts > 0)
     return window_mask(context, layer) | _unless_padding(wide_open, context)
@@ -731,8 +733,9 @@ def chunk_sees_all(context: Context, layer: int) -> Array:
 def in_calls(
     chosen: Callable[[int, int], bool], seen: Callable[[Context, int, Array, Array, Array], Array]
 ) -> Callable[[Context, int], Array]:
-    """Another mask in some calls: `chosen` gets a call's number and tokens, `seen` places and the first and last of
-    the query's call, and gives what is seen there.
+    """Return another mask for some calls: `chosen` gets a call's number and tokens.
+
+    `seen` gets places and the first and last place of the query's call, and returns the visible keys.
     """
 
     def rule(context: Context, layer: int) -> Array:
@@ -746,17 +749,17 @@ def in_calls(
 
 
 def _in_call(context: Context, layer: int, q: Array, k: Array, ends: Array) -> Array:
-    """Every key that there is by the end of the call, padding too."""
+    """Return a mask of every key up to the end of the call, including padding."""
     return np.asarray(k < ends)
 
 
 def _causal_in_call(context: Context, layer: int, q: Array, k: Array, ends: Array) -> Array:
-    """All keys before, without a window."""
+    """Return a mask of all earlier keys, without a window."""
     return _unless_padding(k <= q, context)
 
 
 def _from_start(context: Context, layer: int, q: Array, k: Array, ends: Array) -> Array:
-    """In full layers the first query of a call sees the first key, the second the first two."""
+    """Return a mask where, in full layers, a call's first query sees the first key, the second the first two."""
     if context.config.is_sliding(layer):
         return window_mask(context, layer)
     return _unless_padding(k <= q - context.call.starts[:, None], context)
@@ -1085,7 +1088,7 @@ KNOWN_BUGS: tuple[KnownBug, ...] = (
 
 
 def combine(one: KnownBug, other: KnownBug) -> KnownBug:
-    """Two mistakes made together.
+    """Return a bug that combines two mistakes.
 
     Examples
     --------
@@ -1103,7 +1106,7 @@ def combine(one: KnownBug, other: KnownBug) -> KnownBug:
 
 
 def known_bug(name: str) -> KnownBug:
-    """One known bug by name.
+    """Return a known bug by name.
 
     Examples
     --------

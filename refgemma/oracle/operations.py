@@ -43,11 +43,11 @@ class Operation:
             return with_storage(rescale(self.allowed(*inputs), unit / U), exact, storage, stored)
 
 
-SMALL = 2**21  # numbers: such layers, and such a table, are kept in float64
+SMALL = 2**21  # numbers: smaller layers, and a smaller table, are kept in float64
 
 
 class Layers(Sequence[LayerWeights]):
-    """Layers in float64. The one asked for last is kept; small ones are all kept."""
+    """Layers in float64. The last accessed layer is kept; small layers are all kept."""
 
     def __init__(self, layers: Sequence[LayerWeights]) -> None:
         self._layers = layers
@@ -58,7 +58,7 @@ class Layers(Sequence[LayerWeights]):
         return len(self._layers)
 
     def __getitem__(self, layer: Any) -> Any:
-        """Block `layer`."""
+        """Return block `layer`."""
         if layer not in self._kept:
             found = self._layers[layer]
             numbers: dict[str, Any] = {name: None if x is None else as_float64(x) for name, x in vars(found).items()}
@@ -68,7 +68,7 @@ class Layers(Sequence[LayerWeights]):
 
 
 def double(weights: Weights) -> Weights:
-    """Return the same numbers in float64: layers as they are asked for, a large embedding table as it is."""
+    """Return the same numbers in float64: layers on access, a large embedding table unchanged."""
     table = weights.embed_tokens
     if isinstance(table, np.ndarray) and table.size <= SMALL:
         table = as_float64(table)

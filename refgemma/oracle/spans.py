@@ -29,7 +29,8 @@ class Computed:
     between: dict[str, Array] = field(default_factory=dict)  # not recorded, computed
 
     def edit(self, table: Mapping[str, Operation]) -> "Computed":
-        """Return the same with operations of another table; what does not depend on them is not computed again."""
+        """Return this object with another table's operations; tensors that do not depend on them are not computed
+        again."""
         changed: set[str] = set()
         for name, op in table.items():
             unrecorded = (source for source in op.inputs if source not in self.candidate.inputs)
@@ -90,9 +91,9 @@ def where_compared(name: str, context: Context) -> Array:
 def measure_noise(
     computed: Computed, names: Sequence[str], context: Context, more: Mapping[str, float] | None = None, seed: int = 0
 ) -> dict[str, Array]:
-    """The standard deviation of the last tensors of spans, measured over `DRAWS` simulated runs.
+    """Return the standard deviation of the last tensors of spans, measured over `DRAWS` simulated runs.
 
-    To what rounding does comes, in the fields that `more` names, such a part of the size of each row.
+    For the fields in `more`, an error of the given part of each row's size is added to the rounding.
     """
     rng = np.random.default_rng(seed)
     storage = context.arithmetic.storage

@@ -5,26 +5,32 @@
 A *tensor* is
 
 ========  ==============================================================================================================
-verdict   when ========
-============================================================================================================== EXACT
-every element is the correctly rounded result, or the result of PyTorch's eager kernels PASS      inside every limit
+verdict   when
+========  ==============================================================================================================
+EXACT     every element is the correctly rounded result, or the result of PyTorch's eager kernels
+PASS      inside every limit
 NOISY     inside the error bound, but `RMS_LIMIT` times as noisy as the declared arithmetic: some undeclared precision;
           or a product with quantised weights
-SKEWED    inside the error bound, but with a common factor or offset FAIL      an element is outside the error bound
-BLIND     nothing can be compared: the reference is not finite, or has no meaningful element MISSING   not recorded
-INVALID   NaN or infinite although the reference is finite, or of another shape ========
-==============================================================================================================
+SKEWED    inside the error bound, but with a common factor or offset
+FAIL      an element is outside the error bound
+BLIND     nothing can be compared: the reference is not finite, or has no meaningful element
+MISSING   not recorded
+INVALID   NaN or infinite although the reference is finite, or of another shape
+========  ==============================================================================================================
 
 A *run*, which is a case of ``verify`` or a job of ``sweep``, is
 
 ============  ====  ====================================================================================================
-verdict       code  when ============  ====
-==================================================================================================== conforms      0
-rounding explains every difference differs       1     rounding does not explain some difference unreadable    2     a
-file cannot be read noisy         3     the same model, with more rounding than its declared arithmetic inconclusive  4
-too little was recorded for a verdict failed        5     the command of the implementation failed lost          5
-the worker of a sweep died ============  ====
-====================================================================================================
+verdict       code  when
+============  ====  ====================================================================================================
+conforms      0     rounding explains every difference
+differs       1     rounding does not explain some difference
+unreadable    2     a file cannot be read
+noisy         3     the same model, with more rounding than its declared arithmetic
+inconclusive  4     too little was recorded for a verdict
+failed        5     the command of the implementation failed
+lost          5     the worker of a sweep died
+============  ====  ====================================================================================================
 """
 
 EXACT, PASS, NOISY, SKEWED, FAIL = "EXACT", "PASS", "NOISY", "SKEWED", "FAIL"
