@@ -126,7 +126,7 @@ def run_chat(args: argparse.Namespace) -> int:
 
 
 def _check_room(tokens: int, limit: int) -> None:
-    """Raise an error if a chat is as long as the model's maximum length; a longer one would degenerate."""
+    """Raise an error if a chat has reached the model's maximum length; beyond it, answers become meaningless."""
     if tokens >= limit:
         raise InputError(
             f"the chat has {tokens} tokens; the model's maximum is {limit} (max_position_embeddings): start a new chat"

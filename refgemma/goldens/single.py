@@ -1,5 +1,5 @@
-"""The recordings of single operations, as operations of the oracle's table. Checked by ``refgemma verify``, and with
-the functions of other implementations by `refgemma.testing`."""
+"""Turns the recordings of single operations into operations of the oracle's table. Checked by
+``refgemma verify``, and with the functions of other implementations by `refgemma.testing`."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any

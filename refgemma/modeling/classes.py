@@ -154,8 +154,8 @@ def select_tokens(hidden: Any, logits_to_keep: int | npt.NDArray[Any]) -> Any:
     rows = kept.ndim == 1 or (kept.ndim == 2 and len(kept) == batch)
     if kept.dtype.kind not in "iu" or not rows or ((kept < -seq) | (kept >= seq)).any():
         raise InputError(
-            f"logits_to_keep has shape {kept.shape} and dtype {kept.dtype}; it must be places up to {seq - 1} of "
-            f"shape (kept,) or ({batch}, kept), or booleans of shape {(batch, seq)}"
+            f"logits_to_keep has shape {kept.shape} and dtype {kept.dtype}; it must hold places from {-seq} to "
+            f"{seq - 1} in shape (kept,) or ({batch}, kept), or booleans in shape {(batch, seq)}"
         )
     return hidden[:, kept] if kept.ndim == 1 else hidden[np.arange(batch)[:, None], kept]
 
@@ -419,7 +419,7 @@ class Gemma2PreTrainedModel(ModuleMethods):
         return cls(config, weights=weights_of(tensors, config), score=score)
 
     def named_tensors(self) -> dict[str, Rows]:
-        """Return every tensor by its Hugging Face name, a tied head once; weights on disk are not read yet."""
+        """Return every tensor by its Hugging Face name. A tied table appears once; weights on disk are not read yet."""
         named = named_weights(self.weights, self.config)
         if not self.has_head:
             named.pop(LM_HEAD, None)

@@ -4,8 +4,8 @@ through the plugin, in ``tests/test_testing_plugin.py``.
 The tolerance between two results that a law calls equal is measured. Rounding a sum of n products is like a relative
 change of its weights by ``gamma(n)`` (Higham 2002, section 3.1). Independent roundings reach about ``sqrt(n) u`` of
 this (Higham and Mary 2019, doi:10.1137/18M1226312). So the model is run again with weights changed at random by a small
-known amount. The change of the result, scaled down to the size of rounding, is the tolerance. Only a model that
-magnifies errors gets a larger tolerance.
+known amount. The result changes; this change, divided by the ratio of that amount to rounding, is the tolerance. Only a
+model that magnifies errors gets a larger tolerance.
 
 Two roundings are float32 in every precision, so they are added where they occur, once per number: that of a rotary
 angle, and that of a weight that a law derives from others and writes to a file.

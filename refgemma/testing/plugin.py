@@ -38,7 +38,7 @@ def add_options(parser: pytest.Parser) -> None:
 
 @dataclass
 class KnownFailures:
-    """The file of known failures: reasons by name, and their results."""
+    """Laws that are known to fail: the file, the reason for each law, and the results."""
 
     file: str = ""
     reasons: dict[str, str] = field(default_factory=dict)

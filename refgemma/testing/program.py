@@ -1,8 +1,8 @@
 """An implementation in any language as a backend: a program that reads requests and writes answers as safetensors
 files. Checked with programs that answer correctly, crash, hang, and answer junk.
 
-The program is started once. Each line of its standard input is the path of a folder. For each line it reads
-``request.safetensors`` in that folder, writes ``answer.safetensors`` beside it, and prints the line to its standard
+The program is started once. Each line of its standard input is the path of a folder. For each line, the program
+reads ``request.safetensors`` in that folder, writes ``answer.safetensors`` to it, and prints the line to its standard
 output. It ends when its input ends. Other lines that it prints are ignored.
 
 A request
@@ -70,7 +70,7 @@ class Program:
     Raises
     ------
     ProgramError
-        From each method, if the program crashed, hung or answered junk. It is restarted for the next request.
+        Raised by each method if the program crashes, hangs or gives an invalid answer. The next request restarts it.
 
     Examples
     --------
