@@ -164,9 +164,9 @@ def test_labels_that_do_not_fit(cls: Any, labels: Any, reason: str) -> None:
     ("kept", "reason"),
     [
         (-1, "logits_to_keep is -1"),
-        (np.array([7]), "places up to 6"),
+        (np.array([7]), "places from -7 to 6"),
         (np.array([0.5]), "dtype float64"),
-        (np.ones((2, 3), bool), r"booleans of shape \(2, 7\)"),
+        (np.ones((2, 3), bool), r"booleans in shape \(2, 7\)"),
     ],
 )
 def test_logits_to_keep_that_do_not_fit(kept: Any, reason: str) -> None:

@@ -350,7 +350,8 @@ def _read_call(tensors: Mapping[str, Array], metadata: Mapping[str, str], config
         raise InputError(f"calls in the metadata is {said!r}; it must be a list of token counts") from None
     if sum(calls) != seq or min(calls) < 1:
         raise InputError(
-            f"calls in the metadata is {list(calls)}; its numbers must be positive and have the sum {seq}, the number of input_ids"
+            f"calls in the metadata is {list(calls)}; its numbers must be positive, with the sum {seq}, "
+            "the number of input_ids"
         )
     return Call(inputs.tokens, inputs.positions, inputs.visible, calls)
 
