@@ -17,7 +17,7 @@ from sphinx.errors import SphinxError
 
 import refgemma
 from refgemma.teach.explorer import explore_run, render_page
-from refgemma.teach.live import TEXT, render_live
+from refgemma.teach.live import FIRST_TEXT, render_live
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -108,7 +108,7 @@ def write_explorer(app: Sphinx, failed: Exception | None) -> None:
     """Write the pages of `refgemma explore` and `refgemma explore --live`, to which the tutorial leads."""
     if failed is None and app.builder.format == "html":
         model = refgemma.load("tiny")
-        ids = model.tokenizer.encode(TEXT)
+        ids = model.tokenizer.encode(FIRST_TEXT)
         page = render_page(explore_run(ids, model, "tiny", "float32"))
         (Path(app.outdir) / "explorer.html").write_text(page, "utf-8")
         (Path(app.outdir) / "live.html").write_text(render_live(), "utf-8")

@@ -1,5 +1,5 @@
 """Every operation with a gradient, and the two laws that its gradient has to obey; checked by the defects of
-test_backward_defects.py, each of which breaks one of them."""
+test_backward_golden.py, each of which breaks one of them."""
 
 import importlib.util
 from collections.abc import Callable, Iterator

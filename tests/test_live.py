@@ -8,7 +8,7 @@ import pytest
 
 from refgemma.cli.main import main
 from refgemma.oracle.known_bugs import KNOWN_BUGS
-from refgemma.teach.live import HERE, TEXT, render_live
+from refgemma.teach.live import FIRST_TEXT, HERE, render_live
 
 PAGE = render_live()
 
@@ -20,7 +20,7 @@ def test_it_is_one_file_that_asks_for_nothing() -> None:
         == []
     )
     assert "default-src 'none'" in PAGE
-    assert f">{TEXT}</textarea>" in PAGE
+    assert f">{FIRST_TEXT}</textarea>" in PAGE
     assert not re.search(r"@(PORT|MODEL|WEIGHTS|TEXT)@", PAGE)
 
 

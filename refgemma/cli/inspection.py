@@ -66,11 +66,11 @@ def run_explore(args: argparse.Namespace) -> int:
 
 def run_live(args: argparse.Namespace) -> int:
     """``refgemma explore --live``."""
-    from refgemma.teach.live import TEXT, render_live
+    from refgemma.teach.live import FIRST_TEXT, render_live
 
     if args.model != "tiny" or args.dtype != "float32" or args.ids:
         raise UsageError("--live runs the tiny model in float32 on a text; omit --model, --dtype and --ids")
-    content = render_live(TEXT if args.prompt is None else args.prompt).encode()
+    content = render_live(FIRST_TEXT if args.prompt is None else args.prompt).encode()
     replace_file(args.output, content)
     if args.json:
         as_json({"file": args.output, "bytes": len(content)})

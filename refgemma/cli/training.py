@@ -24,7 +24,7 @@ from refgemma.training.run import Run, State, TrainingArguments, claim_output
 from refgemma.weights.parameters import named_weights, require_memory
 
 # Option -> its type, its default, and its help. The names are those of transformers' TrainingArguments.
-NUMBERS: dict[str, tuple[Any, Any, str]] = {
+NUMBER_OPTIONS: dict[str, tuple[Any, Any, str]] = {
     "learning-rate": (float, 5e-4, "the highest learning rate (default: 0.0005)"),
     "warmup-steps": (float, 0, "steps in which the rate rises from 0; below 1, a share of all (default: 0)"),
     "weight-decay": (float, 0.0, "of matrices; norms and biases never decay (default: 0)"),
@@ -49,7 +49,7 @@ def add_train(command: Any, add_hub: Callable[[Any], None], model_help: str) -> 
     command.add_argument("--num-train-epochs", type=float, default=3.0, metavar="N", help="default: 3")
     command.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows of a batch (default: 8)")
     command.add_argument("--seq-len", type=int, default=128, metavar="N", help="tokens of a row (default: 128)")
-    for name, (kind, default, text) in NUMBERS.items():
+    for name, (kind, default, text) in NUMBER_OPTIONS.items():
         command.add_argument(f"--{name}", type=kind, default=default, metavar="N" if kind is int else "X", help=text)
     command.add_argument("--lr-scheduler-type", choices=list(SCHEDULES), default="linear", help="default: linear")
     command.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")

@@ -273,7 +273,7 @@ def _is_padded(rows: int, config: Gemma2Config) -> bool:
     return padding == 0 or (0 < padding <= PADDING and rows % PADDING == 0)
 
 
-def _count_rows(path: Path, table: Stored | None, config: Gemma2Config) -> int:
+def _count_tensor_rows(path: Path, table: Stored | None, config: Gemma2Config) -> int:
     """Return the number of rows of the embedding, which may be padded."""
     rows = table.shape[0] if table is not None and table.shape else config.vocab_size
     if not _is_padded(rows, config):
@@ -359,11 +359,11 @@ def open_source(
         return _open_state_dict(path, shape, found)
     if kind == "pytorch":
         name = ORIGINAL_EMBEDDING
-        rows = _count_rows(path, found.get(name), shape)
+        rows = _count_tensor_rows(path, found.get(name), shape)
         layout = pytorch_layout(shape, rows)
     else:
         name = "transformer/embedder/input_embedding"
-        rows = _count_rows(path, found.get(name), shape)
+        rows = _count_tensor_rows(path, found.get(name), shape)
         gate = found.get("transformer/layer_0/mlp/gating_einsum/w")
         layout = flax_layout(shape, _is_transposed(path, gate, shape, transposed), rows)
     _check_layout(path, layout, found)

@@ -32,10 +32,10 @@ from refgemma.precision import Array, as_dtype, as_float64
 from refgemma.trace.gradients import named_gradients
 from refgemma.weights.parameters import SCORE_BIAS, SCORE_WEIGHT, Score
 
-AGAIN = "record it again with: python golden/record.py --gradients"
+RECORD_AGAIN = "record it again with: python golden/record.py --gradients"
 FORMAT = "refgemma-golden-gradients/1"
-DTYPES = ("float64", "float32", "bfloat16")
-ROUNDOFF = {"float64": 2.0**-29, "float32": 1.0}  # in units of float32's
+PRECISIONS = ("float64", "float32", "bfloat16")
+FLOAT32_UNITS = {"float64": 2.0**-29, "float32": 1.0}  # in units of float32's
 
 
 def gradient_cases() -> dict[str, Any]:
@@ -52,7 +52,7 @@ def gradient_cases() -> dict[str, Any]:
 def load_gradients(name: str) -> tuple[dict[str, Any], dict[str, Array]]:
     """Return one recording: its entry in the manifest and its tensors."""
     about = gradient_cases()[name]
-    tensors = read_recording(golden_folder() / "gradients" / about["file"], about["sha256"], AGAIN)
+    tensors = read_recording(golden_folder() / "gradients" / about["file"], about["sha256"], RECORD_AGAIN)
     return about, {tensor: restore_precision(x) for tensor, x in tensors.items()}
 
 
@@ -80,7 +80,7 @@ def verify_gradients(name: str, dtype: str) -> Iterator[Comparison]:
     """
     about, golden = load_gradients(name)
     loss, gradients = run_gradients(about, golden, dtype)
-    yield _compare_loss(loss, golden, dtype)
+    yield _compare_gradient_loss(loss, golden, dtype)
     ours = dict(named_gradients(gradients))
     exact, single = golden["sketches.float64"], golden["errors.float32"]
     errors = np.zeros_like(single) if dtype == "float64" else golden[f"errors.{dtype}"]
@@ -94,7 +94,7 @@ def verify_gradients(name: str, dtype: str) -> Iterator[Comparison]:
             distance = ratio(np.sqrt(np.mean(apart**2, keepdims=True)), np.array([half_tolerance(noise)]))
         else:
             noise = float(np.abs(single[alike]).max())
-            allowed = ROUNDOFF[dtype] * (NOISE_FACTOR * noise + FLOOR * np.abs(recorded).max())
+            allowed = FLOAT32_UNITS[dtype] * (NOISE_FACTOR * noise + FLOOR * np.abs(recorded).max())
             distance = ratio(distance_from(computed, recorded), np.full(recorded.shape, allowed))
         yield Comparison(tensor, "run", distance, int(np.sum(computed == recorded)), recorded.size)
 
@@ -113,7 +113,7 @@ def verify_activations(dtype: str) -> Iterator[Comparison]:
     ['gelu_pytorch_tanh', 'gelu']
     """
     about = read_manifest("gradients", FORMAT)["activations"]
-    golden = read_recording(golden_folder() / "gradients" / about["file"], about["sha256"], AGAIN)
+    golden = read_recording(golden_folder() / "gradients" / about["file"], about["sha256"], RECORD_AGAIN)
     x, grad = (as_dtype(golden[name].astype(np.float32), dtype) for name in ("x", "grad"))
     bent = np.minimum(np.abs(as_float64(x)), 8)  # beyond 8, tanh and sigmoid are 1 in every precision, or very small
     for name in about["names"]:
@@ -124,7 +124,7 @@ def verify_activations(dtype: str) -> Iterator[Comparison]:
             size = size * (1 + 0.5 * bent * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * bent**2))
         if name in ("quick_gelu", "silu"):
             size = size * (1 + bent)
-        allowed = 8 * U * ROUNDOFF.get(dtype, 1.0) * size + UNDERFLOW
+        allowed = 8 * U * FLOAT32_UNITS.get(dtype, 1.0) * size + UNDERFLOW
         if dtype == "bfloat16":
             allowed = allowed + ulp(size if name in ("gelu_new", "quick_gelu") else recorded, dtype)
         distance = ratio(distance_from(computed, recorded), allowed)
@@ -138,9 +138,9 @@ def _loss_noise(dtype: str) -> float:
     return max(float(np.abs(x[f"loss.{dtype}"] / x["loss.float64"] - 1)[0]) for x in recordings)
 
 
-def _compare_loss(loss: float, golden: Mapping[str, Array], dtype: str) -> Comparison:
+def _compare_gradient_loss(loss: float, golden: Mapping[str, Array], dtype: str) -> Comparison:
     """Compare the loss; the tolerance is `NOISE_FACTOR` times PyTorch's error."""
     recorded = float(golden[f"loss.{dtype}"][0])
     noise = _loss_noise("float32" if dtype == "float64" else dtype)
-    allowed = ROUNDOFF.get(dtype, 1.0) * NOISE_FACTOR * noise * abs(recorded)
+    allowed = FLOAT32_UNITS.get(dtype, 1.0) * NOISE_FACTOR * noise * abs(recorded)
     return Comparison("loss", "run", abs(loss - recorded) / allowed, int(loss == recorded), 1)

@@ -49,7 +49,7 @@ TRIED = 4  # closest bugs that are tried with each way of rounding
 # A part in half precision changes a tensor by at most this share of its size: bfloat16 rounds by at most 0.004.
 PART_LIMIT = 0.25
 # The limit of multiplications for trying weights in other weights' places, per finding: 1 to 2 s.
-WORK = 2e9
+MULTIPLICATIONS = 2e9
 # Features of Gemma 2 that code written for Gemma 1 leaves out, often all of them.
 GEMMA_1_BUGS = ("attn-softcap-missing", "final-softcap-missing", "scale-head-dim", "swa-all-global")
 
@@ -299,7 +299,7 @@ class Diagnosis:
         places = [(layer_of(s), WEIGHT_OF_FIELD[field_of(s)]) for s in steps if field_of(s) in WEIGHT_OF_FIELD]
         tried = chain(exchanges_in_all(context), *(exchanges_at(context, place) for place in places))
         numbers = sum(math.prod(list_places(context)[place]) for place in places)
-        affordable = int(WORK // max(1, numbers * self.candidate.call.input_ids.size))
+        affordable = int(MULTIPLICATIONS // max(1, numbers * self.candidate.call.input_ids.size))
         for bug in islice(tried, affordable):
             if self.is_consistent(bug, names) and self.is_consistent(bug, good) is not False:
                 return [bug]

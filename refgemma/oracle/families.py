@@ -32,7 +32,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
 } | {field: (field,) for field in ("embedded", *LAYER_FIELDS, "norm", "raw_logits")}  # fmt: skip
 
 # The tensors of a trace that show a cache in half precision: stored keys and values.
-STORED: Mapping[str, tuple[str, ...]] = {
+ROUND_TO: Mapping[str, tuple[str, ...]] = {
     "keys-and-values-kept": ("attention.k_rot", "attention.v"), "keys-kept": ("attention.k_rot",),
     "values-kept": ("attention.v",),
 }  # fmt: skip
@@ -80,7 +80,7 @@ def parts_in_half(layers: Sequence[int] = ()) -> Iterator[KnownBug]:
                 f"{part}-in-{short}{where}", says, fields, compute_in(storage, fields, layers),
                 SEEN_IN_HALF.get(part, "unverified"), "float32", f"dtype of {part}", "rounding",
             )  # fmt: skip
-        for stored, kept in STORED.items():
+        for stored, kept in ROUND_TO.items():
             says = f"{stored.replace('-', ' ')} in {storage}{where}, and all else in float32"
             yield KnownBug(
                 f"{stored}-in-{short}{where}", says, kept, store_in(storage, kept, layers),
@@ -148,7 +148,7 @@ class Misplaced(KnownBug):
     sources: Mapping[Place, Place] = field(default_factory=dict)  # place -> the place that its weight comes from
 
 
-def _describe(sources: Mapping[Place, Place]) -> str:
+def _describe_part(sources: Mapping[Place, Place]) -> str:
     names = {(to[1], at[1]) for to, at in sources.items()}
     if len(sources) > 1 and len(names) == 1 and all(to[0] == at[0] for to, at in sources.items()):
         [(name, other)] = names
@@ -158,7 +158,7 @@ def _describe(sources: Mapping[Place, Place]) -> str:
 
 def weights_of_another(sources: Mapping[Place, Place], says: str = "") -> Misplaced:
     """Return the bug of weights in other weights' places; `sources` gives the origin of each place's weight."""
-    says = says or _describe(sources)
+    says = says or _describe_part(sources)
 
     def change(context: Context) -> Context:
         norm = read_weight(context, sources.get((None, "norm"), (None, "norm")))

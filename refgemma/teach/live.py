@@ -14,7 +14,7 @@ from sentencepiece import SentencePieceProcessor
 from refgemma.hub import find_model
 
 HERE = Path(__file__).parent
-TEXT = "There was once a little princess who lived in a great castle by the sea."  # that the page opens with
+FIRST_TEXT = "There was once a little princess who lived in a great castle by the sea."  # that the page opens with
 
 
 def token_scores() -> tuple[list[str], list[float | None]]:
@@ -33,7 +33,7 @@ def token_scores() -> tuple[list[str], list[float | None]]:
     return pieces, [None if special[n] else float(inside.get_score(n)) for n in ids]
 
 
-def render_live(text: str = TEXT) -> str:
+def render_live(text: str = FIRST_TEXT) -> str:
     """Return the page, which opens with `text`.
 
     Examples

@@ -21,8 +21,8 @@ from refgemma.training.optimizer import TrainingError
 from refgemma.weights.adapters import ADAPTER_MODEL
 from refgemma.weights.parameters import layer_tensors
 
-PREFIX = "base_model.model."  # PEFT's, before each name
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PEFT_PREFIX = "base_model.model."  # PEFT's, before each name
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ALL_LINEAR = "all-linear"  # PEFT's word for all of them
 
 
@@ -39,11 +39,11 @@ def parse_modules(text: str) -> tuple[str, ...]:
     >>> parse_modules("q_proj,v_proj")
     ('q_proj', 'v_proj')
     """
-    named = PROJECTIONS if text == ALL_LINEAR else tuple(name.strip() for name in text.split(","))
+    named = TARGETS if text == ALL_LINEAR else tuple(name.strip() for name in text.split(","))
     for name in named:
-        if name not in PROJECTIONS:
-            raise TrainingError(f"{name!r} is not a projection; give {ALL_LINEAR}, or some of {', '.join(PROJECTIONS)}")
-    return tuple(name for name in PROJECTIONS if name in named)
+        if name not in TARGETS:
+            raise TrainingError(f"{name!r} is not a projection; give {ALL_LINEAR}, or some of {', '.join(TARGETS)}")
+    return tuple(name for name in TARGETS if name in named)
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Lora:
     r, lora_alpha : int and float
         The rank, and the number that is divided by it to give the factor.
     target_modules : sequence of str
-        Some of `PROJECTIONS`, in every layer.
+        Some of `TARGETS`, in every layer.
 
     Examples
     --------
@@ -86,7 +86,7 @@ class Lora:
         for layer in range(config.num_hidden_layers):
             tensors = layer_tensors(layer)
             for module in self.target_modules:
-                stem = PREFIX + tensors[module].removesuffix(".weight")
+                stem = PEFT_PREFIX + tensors[module].removesuffix(".weight")
                 yield tensors[module], f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
 
     def draw(self, base: Mapping[str, Array], config: Gemma2Config, seed: int) -> dict[str, Array]:

@@ -112,7 +112,7 @@ class AdamW:
     adam_epsilon: float = 1e-8
 
 
-DEFAULTS = AdamW()
+ADAMW = AdamW()
 
 
 def first_moments(weight: Float[np.ndarray, "*shape"]) -> Moments:
@@ -128,7 +128,7 @@ def first_moments(weight: Float[np.ndarray, "*shape"]) -> Moments:
 
 def adamw(
     weight: Float[np.ndarray, "*shape"], gradient: Float[np.ndarray, "*shape"], moments: Moments, step: int,
-    learning_rate: float, numbers: AdamW = DEFAULTS,
+    learning_rate: float, numbers: AdamW = ADAMW,
 ) -> tuple[Float[np.ndarray, "*shape"], Moments]:  # fmt: skip
     """Return a weight and its moments after one step of AdamW.
 

@@ -41,8 +41,8 @@ from refgemma.weights.save import STAGING, OutputTensor, write_checkpoint
 
 CHECKPOINT = "checkpoint.safetensors"
 ABOUT = "refgemma-training"  # in its metadata
-PARTS = ("weight", "exp_avg", "exp_avg_sq")
-REMEDY = "remove the folder and train again"
+STATE_PARTS = ("weight", "exp_avg", "exp_avg_sq")
+TRY_INSTEAD = "remove the folder and train again"
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ def write_state(path: Path, state: State, identity: Mapping[str, Any]) -> None:
     tensors = {
         f"{part}.{name}": array
         for name, tensor in state.tensors.items()
-        for part, array in zip(PARTS, (tensor, *vars(state.moments[name]).values()), strict=True)
+        for part, array in zip(STATE_PARTS, (tensor, *vars(state.moments[name]).values()), strict=True)
     }
     about = {"losses": state.losses, "grad_norm": state.grad_norm, "held_out": state.held_out, "identity": identity}
     replace_file(path, save(tensors, metadata={ABOUT: json.dumps(about)}))
@@ -240,14 +240,14 @@ def read_state(path: Path, first: State, identity: Mapping[str, Any]) -> State:
     TrainingError
         If the file is damaged, or of a run with another text, model or argument.
     """
-    opened, _ = open_tensors(path, TrainingError, REMEDY)
+    opened, _ = open_tensors(path, TrainingError, TRY_INSTEAD)
     found = read_header(path)
-    with one_line(path, TrainingError, REMEDY):
+    with one_line(path, TrainingError, TRY_INSTEAD):
         about = parse_object((opened.metadata() or {}).get(ABOUT, "{}").encode())
     theirs, losses = about.get("identity"), about.get("losses")
     numbers = [about.get("grad_norm"), about.get("held_out"), *(losses if isinstance(losses, list) else [None])]
     if not isinstance(theirs, dict) or not all(type(number) is float for number in numbers):
-        raise TrainingError(f"{path}: is not a checkpoint of refgemma train; {REMEDY}")
+        raise TrainingError(f"{path}: is not a checkpoint of refgemma train; {TRY_INSTEAD}")
     for name, value in json.loads(json.dumps(identity)).items():
         if theirs.get(name) != value:
             raise TrainingError(
@@ -256,9 +256,11 @@ def read_state(path: Path, first: State, identity: Mapping[str, Any]) -> State:
             )
     tensors, moments = dict[str, Array](), dict[str, Moments]()
     for name, tensor in first.tensors.items():
-        stored = [found.get(f"{part}.{name}") for part in PARTS]
+        stored = [found.get(f"{part}.{name}") for part in STATE_PARTS]
         if any(s is None or (s.shape, s.dtype) != (tensor.shape, tensor.dtype) for s in stored):
-            raise TrainingError(f"{path}: lacks tensor {name!r}, or has it in another shape or precision; {REMEDY}")
+            raise TrainingError(
+                f"{path}: lacks tensor {name!r}, or has it in another shape or precision; {TRY_INSTEAD}"
+            )
         tensors[name], *rest = (s.read(tensor.dtype.name) for s in stored if s is not None)
         moments[name] = Moments(*rest)
     return State(tensors, moments, tuple(about["losses"]), about["grad_norm"], about["held_out"])

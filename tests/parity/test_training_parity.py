@@ -19,7 +19,7 @@ from refgemma.cli.output import OK
 from refgemma.config import Gemma2Config
 from refgemma.training import optimizer as training
 from refgemma.training.gradients import accumulate_gradients
-from refgemma.training.lora import PROJECTIONS, Lora
+from refgemma.training.lora import TARGETS, Lora
 from refgemma.training.optimizer import AdamW, adamw, clip_grad_norm, decays, first_moments, schedule
 from refgemma.training.run import TrainingArguments, first_state, train_step
 from refgemma.weights.checkpoint import open_checkpoint
@@ -212,7 +212,7 @@ def their_adapter(model: Any, lora: Lora) -> Any:
     return peft.get_peft_model(model, config)
 
 
-@pytest.mark.parametrize("modules", [("q_proj", "v_proj"), PROJECTIONS], ids=["two", "all"])
+@pytest.mark.parametrize("modules", [("q_proj", "v_proj"), TARGETS], ids=["two", "all"])
 def test_steps_of_an_adapter(modules: tuple[str, ...], tmp_path: Path) -> None:
     lora = Lora(r=3, lora_alpha=6.0, target_modules=modules)
     tensors = random_tensors("Gemma2ForCausalLM", TINY, 3)

@@ -110,7 +110,7 @@ def test_weights_that_no_other_place_has_stay_unknown(model: Pretrained) -> None
 
 
 def test_what_is_too_much_to_try_is_said(monkeypatch: pytest.MonkeyPatch, model: Pretrained) -> None:
-    monkeypatch.setattr("refgemma.oracle.diagnose.WORK", 1e4)
+    monkeypatch.setattr("refgemma.oracle.diagnose.MULTIPLICATIONS", 1e4)
     edit, _, _ = MISPLACED[0]
     found = report(run(model, edit(list(model.weights.layers))), model, ("logits",))
     assert found.findings[0].named == "UNKNOWN"
