@@ -258,7 +258,7 @@ def read_state(path: Path, first: State, identity: Mapping[str, Any]) -> State:
     for name, tensor in first.tensors.items():
         stored = [found.get(f"{part}.{name}") for part in STATE_PARTS]
         if any(s is None or (s.shape, s.dtype) != (tensor.shape, tensor.dtype) for s in stored):
-            raise TrainingError(f"{path}: lacks tensor {name!r}, or has another shape or precision; {TRY_INSTEAD}")
+            raise TrainingError(
                 f"{path}: lacks tensor {name!r}, or has it in another shape or precision; {TRY_INSTEAD}"
             )
         tensors[name], *rest = (s.read(tensor.dtype.name) for s in stored if s is not None)
