@@ -213,7 +213,8 @@ def test_a_bad_file_of_jobs_is_refused_in_one_line(
 
 def test_other_misuse_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     jobs = written(folder, {"trace": "a.safetensors", "model": "conformance"})
-    for options, said in ((["--workers", "0"], "at least one"), (["--scheduler", "tcp://127.0.0.1:9"], "--scheduler")):
+    wrong = ((["--workers", "0"], "must be at least 1"), (["--scheduler", "tcp://127.0.0.1:9"], "--scheduler"))
+    for options, said in wrong:
         assert main(["sweep", str(jobs), *options]) == 2
         assert said in capsys.readouterr().err
 
