@@ -211,7 +211,8 @@ def text(report: Report, model: str) -> str:
     lines.append(", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items())))
     lines.append(f"excluded: {len(report.excluded)} of {report.asked} known mistakes")
     if report.undetectable:
-        lines.append("this trace cannot show " + short([v.name for v in report.undetectable], 5))
+        names = short([v.name for v in report.undetectable], 5)
+        lines.append(f"this trace cannot show {len(report.undetectable)} known mistakes (--json lists all): {names}")
     if report.missing:
         lines.append(f"not recorded: {len(report.missing)} tensors, {short(report.missing, 3)}")
     kept = [cut(line) for line in (*lines, *(f"remark: {r}" for r in report.remarks))]
