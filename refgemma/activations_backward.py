@@ -106,7 +106,7 @@ def quick_gelu_backward(
 def relu_backward(grad: Float[np.ndarray, "*shape"], x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
     """Return the gradient of `relu`: `grad` where ``x > 0``, else 0.
 
-    At 0 there is no derivative; PyTorch takes 0. Nothing is rounded. Source: ``torch.nn.functional.relu``.
+    The derivative at 0 is undefined; PyTorch uses 0. Nothing is rounded. Source: ``torch.nn.functional.relu``.
 
     Examples
     --------

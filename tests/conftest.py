@@ -2,10 +2,11 @@
 
 import os
 import shutil
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -86,3 +87,15 @@ def pytest_report_header() -> list[str]:
         needed = 'pip install -e ".[browser]" and a Chromium are needed'
         return [parity, f"browser: not run, {' and '.join(NO_BROWSER)}; {needed}"]
     return [parity, f"browser: {BROWSER}"]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Yield a headless Chromium, for tests/browser."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        # In a container Chromium's own sandbox is often not allowed; the pages are ours and reach no network.
+        chromium = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()

@@ -148,7 +148,7 @@ class GenerationConfig:
     num_return_sequences : int, optional
         Number of texts for each prompt.
     pad_token_id, bos_token_id : int, optional
-        The token that fills a text after its end, and the first token if there is no prompt.
+        The token to fill a text with after its end, and the first token without a prompt.
     eos_token_id : int or sequence of int, optional
         The tokens that end a text.
     typical_p : float, optional

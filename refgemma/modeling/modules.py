@@ -432,7 +432,7 @@ class ModuleMethods:
         return self.to("float64")
 
     def eval(self) -> Self:
-        """Return this model unchanged: there is no training mode, and dropout is never active."""
+        """Return this model unchanged: it has no training mode, and dropout is never active."""
         return self
 
     def train(self, mode: bool = True) -> Self:

@@ -1,8 +1,8 @@
 """Compare a port's weights with the checkpoint's, and its tokens with the tokenizer's, before any computation. Checked
 in the tests on copies of the conformance checkpoint and texts of the tiny model, each wrong in a known way.
 
-Weights are copied, not computed, so there is no tolerance. A tensor is the checkpoint's to the last bit, or rounded to
-half precision (which is reported, but is not a mistake), or it is wrong. For a wrong tensor every known mistake is
+Weights are copied, not computed, so the tolerance is zero. A tensor equals the checkpoint's to the last bit, or rounded
+to half precision (which is reported, but is not a mistake), or it is wrong. For a wrong tensor every known mistake is
 tried; only one that gives the tensor exactly is named.
 """
 
@@ -49,7 +49,7 @@ def open_weights(path: str | Path) -> dict[str, Entry]:
     Raises
     ------
     InputError
-        If there is no such file.
+        If the file is missing.
     """
     folder = Path(path)
     if folder.suffix == GGUF and folder.is_file():

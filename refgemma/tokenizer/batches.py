@@ -152,7 +152,7 @@ class BatchEncoding(dict[str, Any]):
 
 @dataclass(frozen=True)
 class Layout:
-    """How rows of ids are put together; `refgemma.tokenizer.tokenizer.Tokenizer` explains the fields.
+    """The settings for combining rows of ids; `refgemma.tokenizer.tokenizer.Tokenizer` explains the fields.
 
     Raises
     ------

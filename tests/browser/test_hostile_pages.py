@@ -1,13 +1,11 @@
 """Pages that hold strangers' texts, in a headless Chromium: no script but our own runs, and nothing is fetched."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import BROWSER
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser
 from safetensors.numpy import load_file, save_file
 
 import refgemma
@@ -23,15 +21,6 @@ TEXTS = [
     f"<a href='javascript:{RUNS}'>x</a>", "<meta http-equiv=refresh content='0;url=//evil.example'>",
     "<iframe srcdoc='<script>parent.ran=1</script>'></iframe>",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        # In a container Chromium's own sandbox is often not allowed; nothing here reaches a network.
-        chromium = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 def look_at(browser: Browser, path: Path) -> tuple[Any, list[str], str]:

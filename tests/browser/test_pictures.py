@@ -1,11 +1,9 @@
 """The drawings in a headless Chromium: at the width of a phone text is legible, inside the picture, and not covered."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import BROWSER
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser
 
 ROOT = Path(__file__).parents[2]
 PICTURES = [
@@ -18,14 +16,6 @@ TEXTS = """svg => [...svg.querySelectorAll('text')].map(text => {
   return {text: text.textContent, x: box.x, y: box.y, right: box.right, bottom: box.bottom,
           size: parseFloat(getComputedStyle(text).fontSize) * svg.getScreenCTM().a};
 })"""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 @pytest.mark.parametrize("path", PICTURES, ids=lambda path: path.stem)
