@@ -623,7 +623,7 @@ def compute_gradients(
         As in `forward`.
     position_ids : int array (batch, seq), optional
         As in `forward`; without `attention_mask`, positions that restart begin another text of a packed row, see
-        `refgemma.inputs.packed_masks`.
+        ``refgemma.inputs.packed_masks``.
     num_items : float, optional
         Divides the sum of the losses, in place of the number of labels that count: to accumulate the gradients of
         several batches, pass the number of labels that count in all of them.

@@ -1,7 +1,7 @@
 """Compare our gradients with those that PyTorch autograd recorded, in three precisions. Checked by derivatives that are
 switched off or wrong by a factor: a recording finds each of them.
 
-`golden/gradients.py` keeps a sketch of each gradient (`refgemma.goldens.sketch`). The tolerance is a multiple of
+``golden/gradients.py`` keeps a sketch of each gradient (``refgemma.goldens.sketch``). The tolerance is a multiple of
 PyTorch's own rounding error, the difference from its float64 recording. One error may be small by chance, so the
 largest among the gradients of the same name in all layers counts. A mistake of ours cannot widen it.
 
