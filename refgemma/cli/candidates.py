@@ -20,6 +20,9 @@ from refgemma.files import replace_file
 from refgemma.hub import find_model
 from refgemma.modeling.pretrained import load
 from refgemma.oracle import report as reports
+from refgemma.oracle.config_check import as_json as config_json
+from refgemma.oracle.config_check import check_preset
+from refgemma.oracle.config_check import lines as config_lines
 from refgemma.oracle.conformance import prompts
 from refgemma.oracle.coverage import DTYPES as PRECISIONS
 from refgemma.oracle.coverage import Detected, cover, detect, list_undetected, write_prompts
@@ -74,6 +77,12 @@ def add_commands(add: Callable[[str, str], Any]) -> None:
                          help="judge against the model with another number; every line shows it")  # fmt: skip
     command.add_argument("--run", metavar="COMMAND",
                          help="first run this command, which writes CANDIDATE; if it fails, exit with 5")  # fmt: skip
+
+    command = add("check-config", "compare an engine's numbers for a released size with the release")
+    command.add_argument("source", metavar="FILE|MODULE:NAME",
+                         help="config.json, .gguf, FILE.py:FUNCTION, or an object of a module: a.b:NAME")  # fmt: skip
+    command.add_argument("--size", metavar="SIZE", help="2b, 9b or 27b (default: the one with the most equal numbers)")
+    command.epilog = "Exit codes: 0 conforms, 1 a number differs, 2 misuse or bad file, 4 a number is not given."
 
     command = add("map", "show the tensors of a file that a name map knows, and the others")
     command.add_argument("file", metavar="FILE")
@@ -171,6 +180,14 @@ def read_changes(config: Gemma2Config, changes: Sequence[str]) -> Gemma2Config:
             "--set: these values change the shapes of the weights; give a model that has them with --model"
         )
     return changed
+
+
+def run_check_config(args: argparse.Namespace) -> int:
+    """Run ``refgemma check-config``."""
+    found = check_preset(args.source, args.size)
+    code = EXIT[found.verdict]
+    output.as_json(config_json(found, code)) if args.json else output.say(*config_lines(found))
+    return code
 
 
 def run_map(args: argparse.Namespace) -> int:
@@ -363,6 +380,6 @@ def run_known_bugs(args: argparse.Namespace) -> int:
 
 
 RUN = {
-    "check": run_check, "diff": run_diff, "map": run_map, "prompts": run_prompts, "sweep": run_sweep,
-    "known-bugs": run_known_bugs, "variants": run_known_bugs,
+    "check": run_check, "check-config": run_check_config, "diff": run_diff, "map": run_map, "prompts": run_prompts,
+    "sweep": run_sweep, "known-bugs": run_known_bugs, "variants": run_known_bugs,
 }  # fmt: skip
