@@ -107,6 +107,10 @@ ELSEWHERE = {
     'llama-eval-callback -m model.gguf -p "Once upon a time" -fa off -ctk f32 -ctv f32 -t 1 -c 64 > port.txt 2>&1': (
         "tests/test_maps.py", "llama-eval-callback",
     ),
+    "refgemma check port.safetensors --model conformance --json": ("tests/test_skill.py", "CHECK"),
+    "refgemma check port.safetensors --model conformance --card card.json": ("tests/test_skill.py", "CARD"),
+    "refgemma check-config engine/presets.py:gemma2_9b": ("tests/test_config_check.py", "presets.py:gemma2_9b"),
+    "refgemma check-config 'engine.config:Config(\"gemma-2-9b\")'": ("tests/test_config_check.py", "engine.config:"),
     ".ci/quick": (".ci/quick", "pytest"),
     ".ci/installs": (".ci/installs", 'refgemma" verify'),
     "done": ("docs/reliability.md", "done"),

@@ -4,7 +4,7 @@ the command line."""
 import argparse
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +20,9 @@ from refgemma.files import replace_file
 from refgemma.hub import find_model
 from refgemma.modeling.pretrained import load
 from refgemma.oracle import report as reports
+from refgemma.oracle.config_check import as_json as config_json
+from refgemma.oracle.config_check import check_preset
+from refgemma.oracle.config_check import lines as config_lines
 from refgemma.oracle.conformance import prompts
 from refgemma.oracle.coverage import DTYPES as PRECISIONS
 from refgemma.oracle.coverage import Detected, cover, detect, list_undetected, write_prompts
@@ -41,6 +44,7 @@ from refgemma.trace.names import save_trace
 from refgemma.weights.checkpoint import open_checkpoint
 from refgemma.weights.parameters import Weights, tensor_shapes
 
+MODEL_SUFFIXES = (".json", ".safetensors", ".gguf")
 CODES = "Exit codes: 0 conforms, 1 differs, 2 misuse or bad file, 3 noisy only, 4 inconclusive, 5 the backend failed."
 
 
@@ -61,6 +65,8 @@ def add_commands(add: Callable[[str, str], Any]) -> None:
                          help="multiply all tolerances by X; every report shows it")  # fmt: skip
     for kind in ("html", "markdown", "junit"):
         command.add_argument(f"--{kind}", metavar="FILE", help=f"write the report as {kind} too")
+    command.add_argument("--card", metavar="FILE",
+                         help="write a verification card: files, versions, verdict, undetectable bugs")  # fmt: skip
     command.add_argument("--repro", "--bundle", dest="bundle", metavar="FILE",
                          help="write a repro file of the first finding: inputs and result, at most 1 MB")  # fmt: skip
     command.add_argument(
@@ -74,6 +80,12 @@ def add_commands(add: Callable[[str, str], Any]) -> None:
                          help="judge against the model with another number; every line shows it")  # fmt: skip
     command.add_argument("--run", metavar="COMMAND",
                          help="first run this command, which writes CANDIDATE; if it fails, exit with 5")  # fmt: skip
+
+    command = add("check-config", "compare an engine's numbers for a released size with the release")
+    command.add_argument("source", metavar="FILE|MODULE:NAME",
+                         help="config.json, .gguf, FILE.py:FUNCTION, or an object of a module: a.b:NAME")  # fmt: skip
+    command.add_argument("--size", metavar="SIZE", help="2b, 9b or 27b (default: the one with the most equal numbers)")
+    command.epilog = "Exit codes: 0 conforms, 1 a number differs, 2 misuse or bad file, 4 a number is not given."
 
     command = add("map", "show the tensors of a file that a name map knows, and the others")
     command.add_argument("file", metavar="FILE")
@@ -116,7 +128,7 @@ def add_commands(add: Callable[[str, str], Any]) -> None:
 
 def run_check(args: argparse.Namespace) -> int:
     """Run ``refgemma check``."""
-    outputs = {kind: path for kind in ("html", "markdown", "junit", "bundle") if (path := getattr(args, kind))}
+    outputs = {kind: path for kind in ("html", "markdown", "junit", "card", "bundle") if (path := getattr(args, kind))}
     folder = find_model(args.model)
     output.check_outputs(
         {f"--{'repro' if kind == 'bundle' else kind}": path for kind, path in outputs.items()},
@@ -135,12 +147,27 @@ def run_check(args: argparse.Namespace) -> int:
     for kind, path in outputs.items():
         if kind == "bundle":
             write_repro(candidate, open_checkpoint(folder).weights(candidate.dtype), found, path)
+        elif kind == "card":
+            files = list_files({"candidate": Path(args.candidate), "model": folder, "weights": args.weights})
+            replace_file(path, reports.card(found, args.model, files).encode())
         else:
             replace_file(path, made[kind](found, args.model).encode())
     output.as_json(reports.as_json(found, args.model)) if args.json else output.say(
         *reports.text(found, args.model).split("\n")
     )
     return EXIT[found.verdict]
+
+
+def list_files(roles: Mapping[str, str | Path | None]) -> dict[str, Path]:
+    """Return the files of each role; a folder stands for its configuration and weights."""
+    files: dict[str, Path] = {}
+    for role, path in roles.items():
+        if path is not None and Path(path).is_dir():
+            found = sorted(p for p in Path(path).iterdir() if p.suffix in MODEL_SUFFIXES and p.is_file())
+            files |= {f"{role}/{p.name}": p for p in found}
+        elif path is not None:
+            files[role] = Path(path)
+    return files
 
 
 def read_changes(config: Gemma2Config, changes: Sequence[str]) -> Gemma2Config:
@@ -171,6 +198,14 @@ def read_changes(config: Gemma2Config, changes: Sequence[str]) -> Gemma2Config:
             "--set: these values change the shapes of the weights; give a model that has them with --model"
         )
     return changed
+
+
+def run_check_config(args: argparse.Namespace) -> int:
+    """Run ``refgemma check-config``."""
+    found = check_preset(args.source, args.size)
+    code = EXIT[found.verdict]
+    output.as_json(config_json(found, code)) if args.json else output.say(*config_lines(found))
+    return code
 
 
 def run_map(args: argparse.Namespace) -> int:
@@ -363,6 +398,6 @@ def run_known_bugs(args: argparse.Namespace) -> int:
 
 
 RUN = {
-    "check": run_check, "diff": run_diff, "map": run_map, "prompts": run_prompts, "sweep": run_sweep,
-    "known-bugs": run_known_bugs, "variants": run_known_bugs,
+    "check": run_check, "check-config": run_check_config, "diff": run_diff, "map": run_map, "prompts": run_prompts,
+    "sweep": run_sweep, "known-bugs": run_known_bugs, "variants": run_known_bugs,
 }  # fmt: skip

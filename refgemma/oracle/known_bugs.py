@@ -149,13 +149,27 @@ def edit_model(
     change: Change, config: Gemma2Config, weights: Weights
 ) -> tuple[Gemma2Config, Weights, Mapping[str, Callable[..., Any]]]:
     """Return configuration, weights and functions of a model with an edit, without its masks and connections."""
-    nowhere = np.zeros((1, 1), np.int64)
-    call, arithmetic = Call(nowhere, nowhere, nowhere == 0, (1,)), Arithmetic(dtype_name(weights.norm))
-    usual = Context(config, weights, call, arithmetic, exact=False)
+    usual = _make_context(config, weights)
     edited = change(usual)
     if edited.layer_weights is not usual.layer_weights:
         weights = replace(weights, layers=[edited.layer(n) for n in range(config.num_hidden_layers)])
     return edited.config, weights, edited.functions
+
+
+def edit_config(change: Change | None, config: Gemma2Config) -> Gemma2Config:
+    """Return the configuration with an edit, or unchanged if the bug is not in the configuration."""
+    table = np.zeros((1, 1), np.float32)
+    try:
+        return config if change is None else change(_make_context(config, Weights(table, [], table[0]))).config
+    except ConfigError:  # no model can have these numbers
+        return config
+
+
+def _make_context(config: Gemma2Config, weights: Weights) -> Context:
+    """Return a context of one token, for edits that do not depend on the tokens."""
+    nowhere = np.zeros((1, 1), np.int64)
+    call, arithmetic = Call(nowhere, nowhere, nowhere == 0, (1,)), Arithmetic(dtype_name(weights.norm))
+    return Context(config, weights, call, arithmetic, exact=False)
 
 
 # --- soft caps --------------------------------------------------------------------------------------------------------
