@@ -28,6 +28,7 @@ from refgemma.teach.exercises.single_operations import (
     check_sliding_mask,
     check_soft_cap,
 )
+from refgemma.teach.exercises.stories import PlayError, Story, play, save_port
 from refgemma.teach.exercises.whole_model import (
     check_causality_test,
     check_first_divergence,
@@ -39,6 +40,8 @@ from refgemma.teach.exercises.whole_model import (
 
 __all__ = [
     "Feedback",
+    "PlayError",
+    "Story",
     "check_attention_probs",
     "check_causality_test",
     "check_embed",
@@ -53,6 +56,8 @@ __all__ = [
     "check_sliding_mask",
     "check_soft_cap",
     "mystery_trace",
+    "play",
     "recorded_trace",
+    "save_port",
     "solutions",
 ]

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache, partial
+from typing import Any
 
 import numpy as np
 
@@ -69,6 +70,12 @@ def check_keep_top_p(answer: Attempt) -> Feedback:
         Hint("the result is in sorted order; return it in the order of the tokens.",
              lambda s, p: running(s) - s[_sort(s)] < p),
         Hint("p is the probability of all kept tokens together, not of each.", lambda s, p: s >= p),
+        Hint("true means that a token is kept.", lambda s, p: running(s)[np.argsort(_sort(s))] - s >= p),
+        Hint("nothing is left out.", lambda s, p: np.ones(len(s), bool)),
+        Hint("return true or false for each token, not the kept probabilities.",
+             lambda s, p: np.where(running(s)[np.argsort(_sort(s))] - s < p, s, 0)),
+        Hint("return true or false for each token, not the numbers of the kept tokens.",
+             lambda s, p: _sort(s)[running(s) - s[_sort(s)] < p]),
     ])  # fmt: skip
 
 
@@ -79,12 +86,13 @@ PARAMETER_COUNTS = {"2b": 2_614_341_888, "9b": 9_241_705_984, "27b": 27_227_128_
 
 def _count(
     c: Gemma2Config, kv_heads: int | None = None, norms: int = 4, matrices: int = 3, tables: int = 1,
-    heads_width: int | None = None, last: int = 1,
+    heads_width: int | None = None, last: int = 1, own: int | None = None,
 ) -> int:  # fmt: skip
     """Count the parameters; the arguments make typical mistakes."""
     width = c.num_attention_heads * c.head_dim if heads_width is None else heads_width
     keys = (c.num_key_value_heads if kv_heads is None else kv_heads) * c.head_dim
-    block = 2 * c.hidden_size * (width + keys) + matrices * c.hidden_size * c.intermediate_size + norms * c.hidden_size
+    attention = 2 * c.hidden_size * (width + keys) if own is None else own
+    block = attention + matrices * c.hidden_size * c.intermediate_size + norms * c.hidden_size
     return tables * c.vocab_size * c.hidden_size + c.num_hidden_layers * block + last * c.hidden_size
 
 
@@ -110,6 +118,21 @@ def check_parameters(answer: Attempt) -> Feedback:
         Hint("the norms have parameters too: four norms per block, and a last one.", partial(_count, norms=0, last=0)),
         Hint("the last norm, after all blocks, is missing.", partial(_count, last=0)),
         Hint("heads * head_dim need not be hidden_size.", lambda c: _count(c, heads_width=c.hidden_size)),
+        Hint("attention is not 4 * hidden**2: q and o have hidden * heads * head_dim numbers each, k and v have "
+             "hidden * key heads * head_dim.", lambda c: _count(c, own=4 * c.hidden_size**2)),
+        Hint("attention has a fourth matrix, the output projection.",
+             lambda c: _count(c) - c.num_hidden_layers * c.hidden_size * c.num_attention_heads * c.head_dim),
+        Hint("keys and values have a matrix each; one is missing.",
+             lambda c: _count(c) - c.num_hidden_layers * c.hidden_size * c.num_key_value_heads * c.head_dim),
+        Hint("the matrices of attention are for all heads; you count one head.",
+             lambda c: _count(c, own=4 * c.hidden_size * c.head_dim)),
+        Hint("the attention is missing.", partial(_count, own=0)),
+        Hint("the feed-forward layer is missing.", partial(_count, matrices=0)),
+        Hint("the feed-forward layer has three matrices: gate, up and down.", partial(_count, matrices=1)),
+        Hint("a block has four norms.", partial(_count, norms=1)),
+        Hint("a block has four norms.", partial(_count, norms=3)),
+        Hint("count every block: num_hidden_layers.", lambda c: _count(c.changed(num_hidden_layers=1))),
+        Hint("return the number itself, not in billions.", lambda c: _count(c) / 1e9),
     ])  # fmt: skip
 
 
@@ -215,7 +238,15 @@ def check_first_divergence(answer: Attempt) -> Feedback:
     def exact(ours: Mapping[str, Array], recorded: Mapping[str, Array]) -> str:
         return next((name for name, x in recorded.items() if not np.array_equal(ours[name], x)), "none")
 
-    def answer_in_words(ours: Mapping[str, Array], recorded: Mapping[str, Array]) -> str:
+    def first_beyond(limit: Callable[[Array], Array]) -> Attempt:
+        def first(ours: Mapping[str, Array], recorded: Mapping[str, Array]) -> str:
+            return next((name for name, x in recorded.items() if (np.abs(ours[name] - x) > limit(x)).any()), "none")
+
+        return first
+
+    absolute = "numbers of 100 have larger rounding errors than numbers of 1: divide the error by the tensor's size."
+
+    def answer_in_words(ours: Mapping[str, Array], recorded: Mapping[str, Array]) -> Any:
         found = answer(ours, recorded)
         return "none" if found is None else found
 
@@ -228,6 +259,20 @@ def check_first_divergence(answer: Attempt) -> Feedback:
              lambda o, r: [*wrong_names(o, r), "none"][-1 if not wrong_names(o, r) else -2]),
         Hint("two correct programs differ in the last digits: allow for rounding, for example 1e-5.",
              exact),
+        Hint("the defaults of np.allclose allow an error of 1e-8 near 0, less than rounding: pass atol, or divide the "
+             "error of the whole tensor by its size.", first_beyond(lambda x: 1e-8 + 1e-5 * np.abs(x))),
+        Hint("a number near 0 has a large relative error: divide the error of the whole tensor by its size.",
+             first_beyond(lambda x: 1e-4 * np.abs(x))),
+        Hint("that is the tensor with the largest error. Errors grow along the way: return the first, not the worst.",
+             lambda o, r: max(r, key=lambda name: np.abs(o[name] - r[name]).max())),
+        Hint(absolute, first_beyond(lambda x: np.full_like(x, 1e-6))),
+        Hint(absolute, first_beyond(lambda x: np.full_like(x, 1e-5))),
+        Hint("errors have both signs: take their size (np.abs, or the square) before the mean.",
+             lambda o, r: next((n for n, x in r.items() if abs(np.mean(o[n] - x)) > 1e-5), "none")),
+        Hint("a port without a bug has no wrong tensor: return None.",
+             lambda o, r: "" if not wrong_names(o, r) else "none"),
+        Hint("a port without a bug has no wrong tensor: return None.",
+             lambda o, r: [*r][-1] if not wrong_names(o, r) else "none"),
         Hint("that is the last correct tensor; return the first wrong one.",
              lambda o, r: [*r][max([*r].index(wrong_names(o, r)[0]) - 1, 0)] if wrong_names(o, r) else "none"),
     ])  # fmt: skip
