@@ -70,7 +70,7 @@ def parser() -> Parser:
         command.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of the computation")
 
     def add_reference(command: Parser) -> None:
-        command.add_argument("--reference", action="store_true", help="compute with the definition, which is slower")
+        command.add_argument("--reference", action="store_true", help="use the slower reference code instead of the fast one")
 
     def add_sampling(command: Parser) -> None:
         command.add_argument("--max-new-tokens", type=int, default=200, metavar="N")
