@@ -69,6 +69,9 @@ RUN = {
     "refgemma check port.safetensors --model conformance": ("{}", 1),
     "refgemma sweep jobs.jsonl": ("{}", 1),
     "refgemma sweep jobs.jsonl --workers 4": ("refgemma sweep jobs.jsonl --workers 2", 1),
+    "refgemma conformance -o small --head-dim 64": ("{}", 0),
+    "refgemma conformance -o small-gguf --head-dim 64 --set query_pre_attn_scalar=64": ("{}", 0),
+    "refgemma convert small-gguf --to gguf -o small.gguf": ("refgemma convert source --to gguf -o small.gguf", 0),
     "refgemma info [MODEL]": ("refgemma info tiny", 0),
     "refgemma info gemma-2-2b-it-Q4_K_M.gguf": ("refgemma info model.gguf", 0),
     'refgemma generate "Why is the sky blue?" --model gemma-2-2b-it-Q4_K_M.gguf': (

@@ -3,6 +3,7 @@ the command line."""
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+import refgemma
 from refgemma.cli import output
 from refgemma.config import ConfigError, Gemma2Config
 from refgemma.errors import UsageError
@@ -42,8 +44,10 @@ from refgemma.trace.candidate import Candidate, is_known, load_trace
 from refgemma.trace.name_maps import apply_map, load_map, map_names, match, open_any
 from refgemma.trace.names import save_trace
 from refgemma.weights.checkpoint import open_checkpoint
+from refgemma.weights.conformance import proportions, write_conformance
 from refgemma.weights.parameters import Weights, tensor_shapes
 
+CONFORMANCE_LIMIT = 10**8  # weights: 200 MB
 MODEL_SUFFIXES = (".json", ".safetensors", ".gguf")
 CODES = "Exit codes: 0 conforms, 1 differs, 2 misuse or bad file, 3 noisy only, 4 inconclusive, 5 the backend failed."
 
@@ -80,6 +84,13 @@ def add_commands(add: Callable[[str, str], Any]) -> None:
                          help="judge against the model with another number; every line shows it")  # fmt: skip
     command.add_argument("--run", metavar="COMMAND",
                          help="first run this command, which writes CANDIDATE; if it fails, exit with 5")  # fmt: skip
+
+    command = add("conformance", "write a conformance checkpoint of a size that an engine loads, with a byte tokenizer")
+    command.add_argument("-o", "--output", required=True, metavar="DIR", help="an empty folder, or none yet")
+    command.add_argument("--head-dim", type=int, default=64, metavar="N",
+                         help="even; the width is 5 N, the query scalar 5 N / 4 (default: 64)")  # fmt: skip
+    command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="changes",
+                         help="another number of the configuration, such as query_pre_attn_scalar=64")  # fmt: skip
 
     command = add("check-config", "compare an engine's numbers for a released size with the release")
     command.add_argument("source", metavar="FILE|MODULE:NAME",
@@ -136,7 +147,7 @@ def run_check(args: argparse.Namespace) -> int:
     )
     if not args.allow > 0 or not np.isfinite(args.allow):
         raise UsageError(f"--allow is {args.allow}; it must be a factor above 0")
-    config, changed = read_changes(open_checkpoint(folder).config, args.changes), ", ".join(args.changes)
+    config, changed = change_numbers(open_checkpoint(folder).config, args.changes), ", ".join(args.changes)
     if args.run is not None and (problem := run_backend(args.run, Path(args.candidate))) is not None:
         output.say(f"refgemma check: --run: {problem}", error=True)
         return EXIT[FAILED]
@@ -149,7 +160,7 @@ def run_check(args: argparse.Namespace) -> int:
             write_repro(candidate, open_checkpoint(folder).weights(candidate.dtype), found, path)
         elif kind == "card":
             files = list_files({"candidate": Path(args.candidate), "model": folder, "weights": args.weights})
-            replace_file(path, reports.card(found, args.model, files).encode())
+            replace_file(path, reports.card(found, args.model, files, refgemma.__version__).encode())
         else:
             replace_file(path, made[kind](found, args.model).encode())
     output.as_json(reports.as_json(found, args.model)) if args.json else output.say(
@@ -168,6 +179,41 @@ def list_files(roles: Mapping[str, str | Path | None]) -> dict[str, Path]:
         elif path is not None:
             files[role] = Path(path)
     return files
+
+
+def run_conformance(args: argparse.Namespace) -> int:
+    """Run ``refgemma conformance``."""
+    if args.head_dim < 2:
+        raise UsageError(f"--head-dim is {args.head_dim}; it must be an even number above 0")
+    target = Path(args.output)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UsageError(f"-o {target}: must be an empty folder, or none yet")
+    config = read_changes(proportions(args.head_dim), args.changes)
+    if sum(math.prod(shape) for shape in tensor_shapes(config).values()) > CONFORMANCE_LIMIT:
+        raise UsageError(f"more than {CONFORMANCE_LIMIT:,} weights; for large models use refgemma synth")
+    write_conformance(target, config)
+    files = {path.name: path.stat().st_size for path in sorted(target.iterdir())}
+    if args.json:
+        output.as_json({"folder": args.output, "config": config.to_dict(), "files": files, "weights": "random"})
+    else:
+        output.say(f"{args.output}: random (untrained) weights, {sum(files.values()):,} bytes in {', '.join(files)}")
+    return 0
+
+
+def change_numbers(config: Gemma2Config, changes: Sequence[str]) -> Gemma2Config:
+    """Return the configuration of `read_changes` if the shapes of the weights stay the same.
+
+    Raises
+    ------
+    UsageError
+        As in `read_changes`, or for other shapes.
+    """
+    changed = read_changes(config, changes)
+    if tensor_shapes(changed) != tensor_shapes(config):
+        raise UsageError(
+            "--set: these values change the shapes of the weights; give a model that has them with --model"
+        )
+    return changed
 
 
 def read_changes(config: Gemma2Config, changes: Sequence[str]) -> Gemma2Config:
@@ -190,14 +236,9 @@ def read_changes(config: Gemma2Config, changes: Sequence[str]) -> Gemma2Config:
     if "rope_theta" in values:
         values.setdefault("rope_parameters", None)
     try:
-        changed = config.changed(**values)
+        return config.changed(**values)
     except ConfigError as error:
         raise UsageError(f"--set: {error}") from None
-    if tensor_shapes(changed) != tensor_shapes(config):
-        raise UsageError(
-            "--set: these values change the shapes of the weights; give a model that has them with --model"
-        )
-    return changed
 
 
 def run_check_config(args: argparse.Namespace) -> int:
@@ -398,6 +439,7 @@ def run_known_bugs(args: argparse.Namespace) -> int:
 
 
 RUN = {
-    "check": run_check, "check-config": run_check_config, "diff": run_diff, "map": run_map, "prompts": run_prompts,
-    "sweep": run_sweep, "known-bugs": run_known_bugs, "variants": run_known_bugs,
+    "check": run_check, "check-config": run_check_config, "conformance": run_conformance, "diff": run_diff,
+    "map": run_map, "prompts": run_prompts, "sweep": run_sweep, "known-bugs": run_known_bugs,
+    "variants": run_known_bugs,
 }  # fmt: skip

@@ -16,7 +16,6 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-import refgemma
 from refgemma.files import escape, hash_file, write_json
 from refgemma.oracle.diagnose import Finding, Report
 from refgemma.oracle.engine import Instance
@@ -291,7 +290,7 @@ def as_json(report: Report, model: str) -> dict[str, Any]:
     }
 
 
-def card(report: Report, model: str, files: Mapping[str, Path]) -> str:
+def card(report: Report, model: str, files: Mapping[str, Path], version: str) -> str:
     """Return a verification card as JSON: the verdict, the identities of the files, and the limits of the check.
 
     Parameters
@@ -302,8 +301,10 @@ def card(report: Report, model: str, files: Mapping[str, Path]) -> str:
         The name of the model.
     files : mapping
         The path of each file that was read, by its role: ``candidate``, ``model/config.json`` ...
+    version : str
+        That of refgemma.
     """
-    versions = {"python": platform.python_version(), "numpy": np.__version__, "refgemma": refgemma.__version__}
+    versions = {"python": platform.python_version(), "numpy": np.__version__, "refgemma": version}
     about = as_json(report, model)
     kept = (
         "candidate", "engine", "model", "changed", "dtype", "dtype_from", "shape", "verdict", "exit_code",
