@@ -17,6 +17,7 @@ True
 
 from refgemma.teach.exercises import solutions
 from refgemma.teach.exercises.feedback import Feedback
+from refgemma.teach.exercises.guide import ProgressError, hint, progress
 from refgemma.teach.exercises.single_operations import (
     check_attention_probs,
     check_embed,
@@ -31,6 +32,7 @@ from refgemma.teach.exercises.single_operations import (
 from refgemma.teach.exercises.stories import PlayError, Story, play, save_port
 from refgemma.teach.exercises.whole_model import (
     check_causality_test,
+    check_diagnosis,
     check_first_divergence,
     check_keep_top_p,
     check_parameters,
@@ -41,9 +43,11 @@ from refgemma.teach.exercises.whole_model import (
 __all__ = [
     "Feedback",
     "PlayError",
+    "ProgressError",
     "Story",
     "check_attention_probs",
     "check_causality_test",
+    "check_diagnosis",
     "check_embed",
     "check_first_divergence",
     "check_gelu_tanh",
@@ -55,8 +59,10 @@ __all__ = [
     "check_round_to_bf16",
     "check_sliding_mask",
     "check_soft_cap",
+    "hint",
     "mystery_trace",
     "play",
+    "progress",
     "recorded_trace",
     "save_port",
     "solutions",

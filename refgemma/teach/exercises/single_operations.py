@@ -13,12 +13,14 @@ from refgemma.oracle import known_bugs as bugs
 from refgemma.oracle import tolerance as tol
 from refgemma.precision import Array, bf16, narrow, wide
 from refgemma.teach.exercises.feedback import Attempt, Feedback, Hint, Trial, give_feedback
+from refgemma.teach.exercises.guide import count_tries
 
 EPS = 1e-6
 
 # --- embedding --------------------------------------------------------------------------------------------------------
 
 
+@count_tries
 def check_embed(answer: Attempt) -> Feedback:
     """Check ``embed(ids, table)``: rows of the table times ``sqrt(hidden)``, the factor in the table's precision.
 
@@ -63,6 +65,7 @@ def check_embed(answer: Attempt) -> Feedback:
 # --- GELU -------------------------------------------------------------------------------------------------------------
 
 
+@count_tries
 def check_gelu_tanh(answer: Attempt) -> Feedback:
     """Check ``gelu_tanh(x)``: ``0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x**3)))``.
 
@@ -109,6 +112,7 @@ def _gelu(x: Array, one: tuple[int, int] = (1, 1), **mistakes: Any) -> Array:
 # --- shared key heads -------------------------------------------------------------------------------------------------
 
 
+@count_tries
 def check_repeat_kv(answer: Attempt) -> Feedback:
     """Check ``repeat_kv(x, groups)``: from (batch, kv_heads, keys, head_dim) to as many heads as there are queries.
 
@@ -142,6 +146,7 @@ def check_repeat_kv(answer: Attempt) -> Feedback:
 # --- rotary positions -------------------------------------------------------------------------------------------------
 
 
+@count_tries
 def check_rotate(answer: Attempt) -> Feedback:
     """Check ``rotate(x, cos, sin)``: rotate each pair ``(x[i], x[i + head_dim/2])`` by its angle.
 
@@ -189,6 +194,7 @@ def _negate(x: Array, half: int) -> Array:
 # --- soft cap ---------------------------------------------------------------------------------------------------------
 
 
+@count_tries
 def check_soft_cap(answer: Attempt) -> Feedback:
     """Check ``soft_cap(x, cap)``: ``cap * tanh(x / cap)``.
 
@@ -227,6 +233,7 @@ def check_soft_cap(answer: Attempt) -> Feedback:
 # --- from scores to probabilities -------------------------------------------------------------------------------------
 
 
+@count_tries
 def check_attention_probs(answer: Attempt) -> Feedback:
     """Check ``attention_probs(scores, mask, cap)``: cap, mask, softmax. `mask` is true where a key may be seen.
 
@@ -300,6 +307,7 @@ def _exchange(x: Array) -> Array:
 # --- windows ----------------------------------------------------------------------------------------------------------
 
 
+@count_tries
 def check_sliding_mask(answer: Attempt) -> Feedback:
     """Check ``sliding_mask(q_places, k_places, window)``: true for the last `window` keys, including the query's own.
 
@@ -353,6 +361,7 @@ def check_sliding_mask(answer: Attempt) -> Feedback:
 # --- norms ------------------------------------------------------------------------------------------------------------
 
 
+@count_tries
 def check_rms_norm(answer: Attempt) -> Feedback:
     """Check ``rms_norm(x, weight, eps)``: ``x / sqrt(mean(x**2) + eps) * (1 + weight)``, in float32, rounded at the
     end.
@@ -434,6 +443,7 @@ def _round(x: Array) -> Array:
     return np.asarray(x.astype(ml_dtypes.bfloat16).astype(np.float32))
 
 
+@count_tries
 def check_round_to_bf16(answer: Attempt) -> Feedback:
     """Check ``round_to_bf16(x)``: float32 numbers rounded to bfloat16, ties to even, as a float32 array.
 

@@ -1,5 +1,6 @@
 """Exercises on the whole model: choosing tokens, counting parameters, finding a bug, testing a property."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache, partial
@@ -16,6 +17,7 @@ from refgemma.oracle.known_bugs import Change
 from refgemma.oracle.operations import Context
 from refgemma.precision import Array
 from refgemma.teach.exercises.feedback import Attempt, Feedback, Hint, Raised, Trial, call, give_feedback
+from refgemma.teach.exercises.guide import count_tries, record
 from refgemma.trace.names import named_tensors
 from refgemma.weights.parameters import LayerWeights
 
@@ -34,6 +36,7 @@ def _sort(probabilities: Array) -> Array:
     return np.argsort(-probabilities, kind="stable")
 
 
+@count_tries
 def check_keep_top_p(answer: Attempt) -> Feedback:
     """Check ``keep_top_p(probabilities, p)``: true for the most likely tokens with a total probability of at least p.
 
@@ -96,6 +99,7 @@ def _count(
     return tables * c.vocab_size * c.hidden_size + c.num_hidden_layers * block + last * c.hidden_size
 
 
+@count_tries
 def check_parameters(answer: Attempt) -> Feedback:
     """Check ``parameters(config)``: the number of parameters, as published with the released models.
 
@@ -205,10 +209,85 @@ def mystery_trace(number: int) -> dict[str, Array]:
     return {name: made[name] for name in _load_recorded()}
 
 
+# Number of a port -> patterns of its wrong part, and of the mistake. A diagnosis is right if it matches both.
+_DIAGNOSES: dict[int, tuple[str, str]] = {
+    1: (r"window|sliding|mask", r"wide|large|big|more|long|\b6\b|\+ ?1|plus"),
+    2: (r"scal|query_pre_attn|sqrt", r"head_?.?dim|query_pre_attn"),
+    3: (
+        r"\bup\b.*\bgate\b|\bgate\b.*\bup\b",
+        r"exchang|swap|switch|revers|mix|interchang|confus|instead|wrong (way|order)",
+    ),
+    4: (
+        r"post.?attention|after (the )?attention|second norm",
+        r"1 ?\+|offset|plus (1|one)|minus (1|one)|- ?1\b|\bby the weight|1 is missing",
+    ),
+    5: (
+        r"\bcap|soft.?cap|tanh",
+        r"(final|last|logit|head|output).*(miss|without|not|no |absent|left out|none|forg)"
+        r"|(miss|without|not|no |absent|left out|none|forg).*(final|last|logit|head|output)",
+    ),
+    6: (
+        r"theta|base|frequenc|rope|rotary|angle",
+        r"1e6|million|1[_, ]?000[_, ]?000|large|big|high|slow|100 times|1e4|10[_, ]?000\b|wrong",
+    ),
+}
+
+
+def check_diagnosis(number: int, diagnosis: str) -> Feedback:
+    """Check a sentence that names the mistake of a port: `mystery_trace` of this number.
+
+    The sentence needs the wrong part and its mistake, in the words of the notebooks. The check looks for such words; it
+    does not understand the sentence.
+
+    Parameters
+    ----------
+    number : int
+        The number of the port, 1 to 6.
+    diagnosis : str
+        Your sentence.
+
+    Raises
+    ------
+    ValueError
+        If there is no port with that number.
+
+    Examples
+    --------
+    >>> check_diagnosis(1, "the softmax is wrong")
+    Not yet: another part of port 1 is wrong
+      Hint: its first wrong tensor is layers.0.attention.probs. Which step makes it, with which numbers?
+    >>> check_diagnosis(1, "the window is wrong")
+    Not yet: the part is right. Add its mistake: how does it differ from the definition?
+    >>> check_diagnosis(1, "the window is one key too wide")
+    Right: that is the mistake of port 1.
+    """
+    if number not in _PORTS:
+        raise ValueError(f"number is {number}; the ports have the numbers 1 to {len(_PORTS)}")
+    words = " ".join(diagnosis[:500].lower().split())
+    part, mistake = (bool(re.search(pattern, words)) for pattern in _DIAGNOSES[number])
+    if not words:
+        feedback = Feedback(False, "Not yet: nothing is written yet; put a sentence between the quotation marks")
+    elif part and mistake:
+        feedback = Feedback(True, f"Right: that is the mistake of port {number}.")
+    elif part:
+        feedback = Feedback(
+            False, "Not yet: the part is right. Add its mistake: how does it differ from the definition?"
+        )
+    else:
+        tensor = _PORTS[number][0]
+        feedback = Feedback(
+            False,
+            f"Not yet: another part of port {number} is wrong\n  Hint: its first wrong tensor is {tensor}. Which "
+            "step makes it, with which numbers?",
+        )
+    return record(f"diagnosis {number}", feedback)
+
+
 def _measure_errors(ours: Mapping[str, Array], recorded: Mapping[str, Array]) -> dict[str, float]:
     return {name: float(np.sqrt(np.mean((ours[name] - x) ** 2) / np.mean(x**2))) for name, x in recorded.items()}
 
 
+@count_tries
 def check_first_divergence(answer: Attempt) -> Feedback:
     """Check ``first_divergence(ours, recorded)``: the first tensor that rounding does not explain, by name, or None.
 
@@ -294,6 +373,7 @@ def _make_model(mask: Callable[[int], Array] | None) -> LogitsOf:
     return model
 
 
+@count_tries
 def check_causality_test(answer: Attempt) -> Feedback:
     """Check ``causality_test(model)``: raises AssertionError if a token of a text changes an earlier answer.
 
