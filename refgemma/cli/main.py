@@ -70,7 +70,9 @@ def parser() -> Parser:
         command.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of the computation")
 
     def add_reference(command: Parser) -> None:
-        command.add_argument("--reference", action="store_true", help="use the slower reference code instead of the fast one")
+        command.add_argument(
+            "--reference", action="store_true", help="use the slower definition instead of the fast code"
+        )
 
     def add_sampling(command: Parser) -> None:
         command.add_argument("--max-new-tokens", type=int, default=200, metavar="N")
