@@ -53,8 +53,9 @@ def parser() -> Parser:
     top.add_argument("--version", action="version", version=f"refgemma {refgemma.__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, help: str) -> Parser:
-        command: Parser = commands.add_parser(name, help=help, description=help)
+    def add(name: str, help: str, hidden: bool = False) -> Parser:
+        shown: dict[str, Any] = {} if hidden else {"help": help}
+        command: Parser = commands.add_parser(name, description=help, **shown)
         command.add_argument(
             "--json", action="store_true", help="print JSON instead of text (chat: one object per turn)"
         )
