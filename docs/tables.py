@@ -108,7 +108,7 @@ Layers 0, 2, 4 ... use the sliding window.
 
 
 def command_line() -> str:
-    """Return the page of every command with its arguments."""
+    """Return the page that lists all commands and their arguments."""
     top = parser()
     commands = next(action for action in top._actions if isinstance(action, argparse._SubParsersAction)).choices
     parts = []

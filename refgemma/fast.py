@@ -360,7 +360,7 @@ def fast_attention(
     q_rot: Float[np.ndarray, "batch seq heads head_dim"], first: int, present: LayerCache,
     visible: Bool[np.ndarray, "batch total"], numbers: Numbers,
 ) -> Float[np.ndarray, "batch seq heads head_dim"]:  # fmt: skip
-    """Return the mixed values of the queries from place `first` on, computed for `QUERIES` of them at a time.
+    """Return the mixed values of the queries from place `first` on, computed `QUERIES` queries at a time.
 
     Keys that none of these can see are skipped: keys after the last query, and before the window of the first.
     """

@@ -26,7 +26,7 @@ from refgemma.tokenizer.tokenizer import TextStream, Tokenizer
 
 
 def generation_settings(model: Pretrained, args: argparse.Namespace) -> GenerationConfig:
-    """Return the settings of the sampling arguments, after checking them."""
+    """Check the sampling arguments, and return the settings."""
     others = {name: getattr(args, name) for name in ("min_p", "repetition_penalty", "min_new_tokens")}
     others["num_beams"] = getattr(args, "num_beams", 1)
     common = (args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed, model.stop_ids)

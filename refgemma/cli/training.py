@@ -102,7 +102,7 @@ def read_arguments(args: argparse.Namespace, rows: int) -> TrainingArguments:
 
 
 def name_base(args: argparse.Namespace, model: Pretrained) -> str:
-    """Return the name of the base for ``adapter_config.json``: a hub id as it is, or the folder's whole path.
+    """Return the base model's name for ``adapter_config.json``: a hub id unchanged, or a folder's absolute path.
 
     Raises
     ------

@@ -502,7 +502,7 @@ def generate(
         The seed of the draws; the same seed gives the same tokens. None continues the draws of
         `refgemma.generation.beams.set_seed`.
     stop_ids : collection of int, optional
-        Tokens that end the text; the text ends with the one that is generated. Default: the configuration's
+        Tokens that end the text; the generated one is kept as its last token. Default: the configuration's
         ``eos_token_id``.
     tokenizer : Tokenizer, optional
         For the setting ``stop_strings``.

@@ -52,7 +52,7 @@ def greedy(
     max_new_tokens : int
         The maximum number of new tokens.
     stop_ids : collection of int
-        Tokens that end the text; the text ends with the one that is generated.
+        Tokens that end the text; the generated one is kept as its last token.
 
     Yields
     ------

@@ -51,7 +51,7 @@ def read_full_manifest() -> dict[str, Any]:
 
 
 def two_layer_names() -> list[str]:
-    """Return the names of the recordings of two layers at full width, which ``refgemma verify`` includes.
+    """Return the names of the recordings of two full-width layers, which ``refgemma verify`` includes.
 
     Examples
     --------

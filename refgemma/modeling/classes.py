@@ -301,7 +301,7 @@ class Gemma2PreTrainedModel(ModuleMethods):
         config : Gemma2Config, str or path, optional
             A configuration to use instead of the folder's own. If it has fewer layers, the first ones are used.
         ignore_mismatched_sizes : bool
-            If true, a classifier's head with another number of labels is replaced by a fresh one.
+            If true, a classifier head with a different number of labels is replaced by a fresh one.
         cache_dir : str or path, optional
             A folder to use instead of the Hugging Face cache.
         gguf_file : str, optional

@@ -234,7 +234,7 @@ def read_layer_types(values: list[Any] | tuple[Any, ...]) -> tuple[str, ...]:
 
 
 def explain(numbers: tuple[Number, ...], released: Gemma2Config) -> tuple[str, ...]:
-    """Return the known bugs that have exactly some of the wrong numbers; a bug with more of them comes alone."""
+    """Return the known bugs that explain wrong numbers, without those that explain fewer of the same numbers."""
     wrong = {number.field: number.value for number in numbers if number.differs}
     found: dict[str, set[str]] = {}
     for bug in KNOWN_BUGS:

@@ -120,7 +120,7 @@ class Context:
 
 
 def scale_rows(context: Context) -> Array:
-    """Return the rows of the tokens times ``sqrt(hidden)``."""
+    """Return the rows of the tokens, multiplied by ``sqrt(hidden)``."""
     rows = context.weights.embed_tokens[context.call.input_ids]
     scaled: Array = (as_float64(rows) if context.exact else rows) * context.embedding_scale()
     return scaled

@@ -366,7 +366,7 @@ def find_name(backend: Any) -> str:
 
 
 def script(name: str, backend: Any, example: Mapping[str, Any]) -> str:
-    """Return a program without pytest that checks one example of a law."""
+    """Return a program that checks one example of a law and does not need pytest."""
     arguments = "".join(f",\n    {key}={write_value(value)}" for key, value in example.items())
     return (
         f"{_says(f'Breaks the law {name}.')}"
@@ -380,7 +380,7 @@ def script(name: str, backend: Any, example: Mapping[str, Any]) -> str:
 
 
 def golden_script(name: str, backend: Any) -> str:
-    """Return a program without pytest that compares a backend with one recording."""
+    """Return a program that compares a backend with one recording and does not need pytest."""
     return (
         f"{_says(f'Differs from the recording {name}.')}"
         "from refgemma.testing.backends import backend_named\n"

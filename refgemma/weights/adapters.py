@@ -131,7 +131,7 @@ def merge_adapter(
     config: Gemma2Config, tensors: Mapping[str, Stored], adapter: Mapping[str, Any], found: Mapping[str, Stored],
     folder: Path,
 ) -> tuple[Gemma2Config, dict[str, Stored]]:  # fmt: skip
-    """Merge an adapter into the tensors of its base; they are read and changed on access.
+    """Merge an adapter into the tensors of its base model; each tensor is read and changed on access.
 
     Parameters
     ----------

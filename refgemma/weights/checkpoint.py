@@ -100,7 +100,7 @@ def read_header(file: Path, quantised: bool = False) -> dict[str, Stored]:
     Raises
     ------
     CheckpointError
-        If the file cannot be opened, breaks a rule of the format, or has a dtype that is not one of weights.
+        If the file cannot be opened, violates the format, or has a dtype that weights cannot have.
 
     Examples
     --------

@@ -83,7 +83,7 @@ class Stored:
     _kept_map = functools.cached_property(_open_map)
 
     def map(self, keep: bool = False) -> Array:
-        """Map the tensor as it is in the file: read-only, with the file's dtype, and without reading any part yet.
+        """Memory-map the tensor as it is stored: read-only, in the file's dtype, without reading any data yet.
 
         With `keep`, this object reuses one map: mapping a layer of a 9B again would take a sixth of the time of a
         decoded token. The pages belong to the file, so the system reclaims them when memory is short.
