@@ -52,8 +52,8 @@ MODEL_SUFFIXES = (".json", ".safetensors", ".gguf")
 CODES = "Exit codes: 0 conforms, 1 differs, 2 misuse or bad file, 3 noisy only, 4 inconclusive, 5 the backend failed."
 
 
-def add_commands(add: Callable[[str, str], Any]) -> None:
-    """Add the commands to the parser; `add` makes one from a name and a sentence."""
+def add_commands(add: Callable[..., Any]) -> None:
+    """Add the commands to the parser; `add` makes one from a name, a sentence, and whether --help leaves it out."""
     command = add(
         "check", "find the first wrong tensor of another implementation, and the known mistake that explains it"
     )
@@ -133,7 +133,7 @@ def add_commands(add: Callable[[str, str], Any]) -> None:
     command.epilog = f"{CODES} The worst verdict counts, in the order 1, 5, 2, 4, 3, 0."
 
     for name in ("known-bugs", "variants"):  # the second is the name in version 0.1
-        command = add(name, "list the known bugs of Gemma 2 implementations, or describe one")
+        command = add(name, "list the known bugs of Gemma 2 implementations, or describe one", name == "variants")
         command.add_argument("name", nargs="?", metavar="NAME")
 
 

@@ -1009,7 +1009,7 @@ KNOWN_BUGS: tuple[KnownBug, ...] = (
              turned_in_part(pairs_of_part=False), "unverified: Gemma 4's full layers (nexusquant #12)",
              "a position other than 0", "partial_rotary_factor"),
     KnownBug("rope-theta-1e6", "theta is 1000000", TABLES, config(rope_theta=1e6, rope_parameters=None),
-             "unverified: Gemma 3's for full layers", "a position other than 0", "rope_theta"),
+             "unverified; Gemma 3 uses it in full layers", "a position other than 0", "rope_theta"),
     KnownBug("rope-theta-160000", "theta is 160000", TABLES, config(rope_theta=160000.0, rope_parameters=None),
              "config.json in a vllm 0.8.0 issue", "a position other than 0", "rope_theta"),
     KnownBug("rope-positions-skip-pads", "positions do not count padding", TABLES, change_positions(without_pads),
@@ -1096,7 +1096,7 @@ KNOWN_BUGS: tuple[KnownBug, ...] = (
              "Flax checkpoints have 256128 rows", "any input", "vocab_size", "stage"),
     KnownBug("left-pad-nan", "rows of padding are NaN and reach real tokens", ("attention.mixed",), None,
              "transformers #30004", "left padding, float16", "mask value", "stage"),
-    KnownBug("fp16-overflow", "activations beyond 65504 become infinite", ("feed_forward.product",), None,
+    KnownBug("fp16-overflow", "activations above 65504 overflow to infinity", ("feed_forward.product",), None,
              "vllm #6177, mlx-examples #876 (27B)", "float16", "dtype", "stage"),
 )  # fmt: skip
 
