@@ -126,7 +126,7 @@ assert frequencies.shape == (200,)
 
 axes = viz.new_axes(6.4, 3)
 axes.plot(lengths)
-axes.axhline(words.total(), linestyle=":", color="grey", label="one token for each word")
+axes.axhline(words.total(), linestyle=":", color="grey", label="one token a word")
 axes.set(xlabel="merges", ylabel="tokens", title="length of the tale", ylim=(0, None))
 _ = axes.legend()
 
@@ -163,7 +163,8 @@ for word in ("▁princess", "▁frogs", "▁Rumpelstiltskin"):
 snow = tiny.tokenizer.tokenize("The snow is 雪")
 print(snow)
 assert np.frombuffer("雪".encode(), np.uint8).shape == (3,)  # three bytes
-tiny.tokenizer.decode(tiny.tokenizer.encode("The snow is 雪"), skip_special_tokens=True)
+ids_of_snow = tiny.tokenizer.encode("The snow is 雪")
+tiny.tokenizer.decode(ids_of_snow, skip_special_tokens=True)
 
 # %% [markdown]
 # ## The order of the ids
