@@ -212,6 +212,17 @@ def first_not_close(**tolerances):
     return find
 
 
+def join_pairs(characters, ranks, best=min, rounds=99):
+    pieces = list(characters)
+    for _ in range(rounds):
+        places = [n for n in range(len(pieces) - 1) if pieces[n] + pieces[n + 1] in ranks]
+        if not places:
+            break
+        place = best(places, key=lambda n: ranks[pieces[n] + pieces[n + 1]])
+        pieces[place : place + 2] = [pieces[place] + pieces[place + 1]]
+    return pieces
+
+
 def causality_of_a_cut_text(model):
     ids = list(range(10, 20))
     for place in range(1, 10):
@@ -335,6 +346,15 @@ EXERCISES = [
         Wrong("nothing is left out", lambda s, p: s > 0),
         Wrong("not the kept probabilities", lambda s, p: s * solutions.keep_top_p(s, p)),
     ]),
+    Exercise("encode_word", [
+        Wrong("the lowest rank comes first", lambda word, ranks: join_pairs(word, ranks, best=max)),
+        Wrong("that is one merge", lambda word, ranks: join_pairs(word, ranks, rounds=1)),
+        Wrong("not the leftmost pair", lambda word, ranks: join_pairs(word, ranks, best=lambda places, key: places[0])),
+        Wrong("nothing is joined", lambda word, ranks: word),
+        Wrong("not the whole word", lambda word, ranks: "".join(word)),
+        Wrong("leftmost one first", lambda word, ranks: [piece[::-1] for piece in join_pairs(
+            word[::-1], {piece[::-1]: rank for piece, rank in ranks.items()})[::-1]]),
+    ]),
     Exercise("parameters", [
         Wrong("head is tied", lambda config: parameters_of(config, tables=2)),
         Wrong("num_key_value_heads", lambda config: parameters_of(config, kv_heads=config.num_attention_heads)),
@@ -449,7 +469,7 @@ def test_a_mask_of_numbers_is_not_a_mask(kind: type) -> None:
 @pytest.mark.parametrize("result", [["cos"], 11, np.zeros(3)])
 def test_a_name_is_asked_for(result: Any) -> None:
     message = repr(exercises.check_first_divergence(lambda ours, recorded: result))
-    assert f"returned {type(result).__name__}, not a name" in message
+    assert f"returned {type(result).__name__} instead of str" in message
 
 
 # --- what the judge says of any answer --------------------------------------------------------------------------------

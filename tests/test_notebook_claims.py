@@ -782,3 +782,51 @@ def test_a_port_of_ones_own_is_judged() -> None:
 def test_the_diagnosis_of_the_answer_is_right() -> None:
     (answer,) = [text for text in answers(9) if "sliding_window=6" in text]
     assert exercises.check_diagnosis(1, answer)
+
+
+# --- 12 ---------------------------------------------------------------------------------------------------------------
+
+
+@claim(
+    12,
+    "the most frequent word of the tale. It needs two merges before: its parts are frequent in other words too.",
+)
+def test_12_the_first_word() -> None:
+    names = after(12, "merges, frequencies = [], []")
+    joined = ["".join(pair) for pair in names.merges]
+    whole = [piece for piece in joined if piece in names.words and len(piece) > 2]
+    assert whole[0] == "▁the" == names.words.most_common(1)[0][0]
+    assert names.merges[joined.index("▁the")] == ("▁t", "he")
+    assert {"▁t", "he"} < set(joined[: joined.index("▁the")])
+    others = {word for word in names.words if not word.startswith("▁the") and ("▁t" in word or "he" in word)}
+    assert len(others) > 20
+
+
+@claim(
+    12, "The first saves 206 tokens of 6013, the last saves 4.", "A merge makes the text shorter by the number of pairs"
+)
+def test_12_less_and_less_to_gain() -> None:
+    names = after(12, "axes.plot(lengths)")
+    assert (names.lengths[0], names.frequencies[0], names.frequencies[-1]) == (6013, 206, 4)
+    assert np.array_equal(-np.diff(names.lengths), names.frequencies)
+
+
+@claim(12, "Nine of 12. The first pairs are those of English")
+def test_12_the_first_pieces() -> None:
+    names = after(12, 'names.index("▁t")')
+    joined = ["".join(pair) for pair in names.merges]
+    first = names.names[names.first :]
+    assert len(set(joined[:12]) & set(first[:12])) == 9
+    assert len(set(joined[188:200]) & set(first[188:200])) < 3  # "Later pieces do"
+    # The ids are in the order of the merges: each piece is joined from two that come before it.
+    known = {piece for piece in names.names if len(piece) == 1}
+    for piece in first:
+        assert len(piece) == 1 or any({piece[:n], piece[n:]} <= known for n in range(1, len(piece))), piece
+        known.add(piece)
+
+
+@claim(12, "Gemma writes it as the bytes of its UTF-8 form, each a token of its own.")
+def test_12_byte_fallback() -> None:
+    snow = after(12, "snow = ").snow
+    assert snow[-3:] == [f"<0x{byte:02X}>" for byte in "雪".encode()]
+    assert TINY.tokenizer.decode(TINY.tokenizer.encode("The snow is 雪"), skip_special_tokens=True) == "The snow is 雪"

@@ -62,7 +62,15 @@ def test_each_function_is_called() -> None:
 
 
 def test_every_exercise_on_a_part_of_the_model_has_its_place() -> None:
-    whole = {"round_to_bf16", "keep_top_p", "parameters", "first_divergence", "causality_test", "diagnosis"}
+    whole = {
+        "round_to_bf16",
+        "keep_top_p",
+        "parameters",
+        "first_divergence",
+        "causality_test",
+        "diagnosis",
+        "encode_word",
+    }
     checks = {name.removeprefix("check_") for name in exercises.__all__ if name.startswith("check_")}
     assert checks - whole == set(PARTS)
 

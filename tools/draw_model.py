@@ -41,6 +41,7 @@ NOTEBOOKS: dict[str, tuple[tuple[str, ...], str]] = {
     "09": ((), "tiny"),
     "10": (("sizes", "embedding", "heads", "feed-forward"), "9b"),
     "11": (("norms", "rotary", "attention cap", "mask", "mix"), "tiny"),
+    "12": (("tokens",), "tiny"),
 }
 
 # Colours by their use: in light and in dark surroundings.

@@ -33,6 +33,7 @@ from refgemma.teach.exercises.stories import PlayError, Story, play, save_port
 from refgemma.teach.exercises.whole_model import (
     check_causality_test,
     check_diagnosis,
+    check_encode_word,
     check_first_divergence,
     check_keep_top_p,
     check_parameters,
@@ -49,6 +50,7 @@ __all__ = [
     "check_causality_test",
     "check_diagnosis",
     "check_embed",
+    "check_encode_word",
     "check_first_divergence",
     "check_gelu_tanh",
     "check_keep_top_p",

@@ -130,7 +130,7 @@ def describe_fault(given: Any, trial: Trial) -> str:
     if given is None:
         return "your function returned None; does it end with `return ...`?"
     if isinstance(trial.right, str) and not isinstance(given, str):
-        return f"your function returned {type(given).__name__}, not a name; return the first name only, as str"
+        return f"your function returned {type(given).__name__} instead of {type(trial.right).__name__}"
     if not isinstance(trial.right, np.ndarray):
         same = np.shape(given) == () and given == trial.right
         return "" if same else f"{reprlib.repr(given)} instead of {trial.right!r}"

@@ -78,6 +78,11 @@ HINTS: dict[str, tuple[int, str, str]] = {
         "For each place but the first: logits = model(ids), changed = model(ids with another id there), and assert "
         "np.allclose(logits[:place], changed[:place], atol=1e-4).",
     ),
+    "encode_word": (
+        12, "Form all pairs of neighbours. Which of them may be joined, and which one first?",
+        "In a loop: the joined pairs that are in ranks; if there are none, return. Else take the one with the lowest "
+        "rank, at its first place, and replace both parts: pieces[place : place + 2] = [joined].",
+    ),
 }  # fmt: skip
 
 _shown: Counter[str] = Counter()

@@ -1,12 +1,13 @@
 """A solution of each exercise of `refgemma.teach.exercises`. Checked with the exercises' own checks.
 
 They are written for reading, and use only NumPy if that is the point of the exercise. The arguments (`x`, `ids`, `cos`,
-`sin`, `scores`, `cap`, `q_places`, `k_places`, `weight`, `eps`, `probabilities`, `ours`, `recorded`, `model`) are those
-of the notebooks.
+`sin`, `scores`, `cap`, `q_places`, `k_places`, `weight`, `eps`, `probabilities`, `characters`, `ranks`,
+`ours`, `recorded`, `model`) are those of the notebooks.
 """
 
 import math
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -82,6 +83,18 @@ def keep_top_p(probabilities: Array, p: float) -> Array:
     kept = np.zeros(len(probabilities), bool)
     kept[order[before < p]] = True
     return kept
+
+
+def encode_word(characters: list[str], ranks: Mapping[str, int]) -> list[str]:
+    """Join the pair with the lowest rank until no pair forms a piece."""
+    pieces = list(characters)
+    while True:
+        joined = [a + b for a, b in pairwise(pieces)]
+        known = [piece for piece in joined if piece in ranks]
+        if not known:
+            return pieces
+        place = joined.index(min(known, key=lambda piece: ranks[piece]))
+        pieces[place : place + 2] = [joined[place]]
 
 
 def parameters(config: Gemma2Config) -> int:

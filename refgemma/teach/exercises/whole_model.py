@@ -1,9 +1,11 @@
-"""Exercises on the whole model: choosing tokens, counting parameters, finding a bug, testing a property."""
+"""Exercises on the whole model: choosing tokens, reading a word, counting parameters, finding a bug, testing a
+property."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache, partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -79,6 +81,83 @@ def check_keep_top_p(answer: Attempt) -> Feedback:
              lambda s, p: np.where(running(s)[np.argsort(_sort(s))] - s < p, s, 0)),
         Hint("return true or false for each token, not the numbers of the kept tokens.",
              lambda s, p: _sort(s)[running(s) - s[_sort(s)] < p]),
+    ])  # fmt: skip
+
+
+# --- reading a word ---------------------------------------------------------------------------------------------------
+
+
+def _join_by(choose: Callable[[list[str], Mapping[str, int]], int], once: bool = False) -> Attempt:
+    """Return an `encode_word` that joins the pair at a place that `choose` finds in the joined pairs."""
+
+    def encode(characters: list[str], ranks: Mapping[str, int]) -> str:
+        pieces = list(characters)
+        while True:
+            joined = [a + b for a, b in pairwise(pieces)]
+            if not any(piece in ranks for piece in joined):
+                return " ".join(pieces)
+            place = choose(joined, ranks)
+            pieces[place : place + 2] = [joined[place]]
+            if once:
+                return " ".join(pieces)
+
+    return encode
+
+
+def _take_longest(characters: list[str], ranks: Mapping[str, int]) -> str:
+    text, pieces = "".join(characters), []
+    while text:
+        end = next((n for n in range(len(text), 1, -1) if text[:n] in ranks), 1)
+        pieces.append(text[:end])
+        text = text[end:]
+    return " ".join(pieces)
+
+
+def check_encode_word(answer: Attempt) -> Feedback:
+    """Check ``encode_word(characters, ranks)``: the pieces of a word, by the merges with the lowest rank first.
+
+    The expected pieces of the short words were found by hand, those of the last word by SentencePiece.
+
+    Examples
+    --------
+    >>> print(str(check_encode_word(lambda characters, ranks: characters)).splitlines()[1])
+      'a b c d' instead of 'ab cd'
+    """
+    names = load("tiny").tokenizer.convert_ids_to_tokens(range(load("tiny").config.vocab_size))
+    tiny = {name: place for place, name in enumerate(names[names.index("▁t") :]) if len(name) > 1}
+    words: list[tuple[str, dict[str, int], str]] = [
+        ("abcd", {"ab": 0, "bc": 2, "cd": 1}, "ab cd"),
+        ("abcd", {"ab": 1, "bc": 0, "cd": 2}, "a bc d"),
+        ("aaa", {"aa": 0}, "aa a"),
+        ("▁Rumpelstiltskin", tiny, "▁R ump el st il ts k in"),
+    ]
+    trials = [
+        Trial(f"encode_word({list(word)}, {ranks if ranks is not tiny else '...'})", (list(word), ranks), right)
+        for word, ranks, right in words
+    ]
+
+    def answer_in_words(characters: list[str], ranks: Mapping[str, int]) -> Any:
+        pieces = answer(characters, ranks)
+        return " ".join(map(str, pieces)) if isinstance(pieces, list | tuple) else pieces
+
+    def by_rank(best: Callable[..., str]) -> Callable[[list[str], Mapping[str, int]], int]:
+        return lambda joined, ranks: joined.index(best((p for p in joined if p in ranks), key=lambda p: ranks[p]))
+
+    def leftmost(joined: list[str], ranks: Mapping[str, int]) -> int:
+        return next(n for n, piece in enumerate(joined) if piece in ranks)
+
+    def last_lowest(joined: list[str], ranks: Mapping[str, int]) -> int:
+        return len(joined) - 1 - by_rank(min)(joined[::-1], ranks)
+
+    order = "join the pair with the lowest rank first, not the leftmost pair or the longest piece."
+    return give_feedback(answer_in_words, trials, [
+        Hint(order, _join_by(leftmost)),
+        Hint(order, _take_longest),
+        Hint("the lowest rank comes first: that merge was learned first.", _join_by(by_rank(max))),
+        Hint("that is one merge; go on until no pair forms a piece.", _join_by(by_rank(min), once=True)),
+        Hint("nothing is joined.", lambda characters, ranks: " ".join(characters)),
+        Hint("if a pair occurs twice, join the leftmost one first.", _join_by(last_lowest)),
+        Hint("return the list of pieces, not the whole word.", lambda characters, ranks: "".join(characters)),
     ])  # fmt: skip
 
 
