@@ -1,1 +1,1 @@
-"""Compute new weights from gradients: AdamW, clipping, schedules, accumulation, LoRA, and the run of `refgemma train`."""
+"""Compute new weights from gradients: AdamW, clipping, schedules, accumulation, LoRA, and `refgemma train`."""
