@@ -34,6 +34,7 @@ from refgemma.oracle.locate import ErrorMap, locate_errors, map_errors
 from refgemma.oracle.preflight import Preflight
 from refgemma.oracle.spans import Computed
 from refgemma.oracle.tolerance import from_measured_std, rescale
+from refgemma.oracle.training_bugs import TRAINING_BUGS
 from refgemma.precision import Array
 from refgemma.trace.candidate import Candidate
 from refgemma.trace.names import LOGPROBS, field_of, layer_of
@@ -156,7 +157,9 @@ class Diagnosis:
 
     def __init__(self, engine: Engine, bugs: Sequence[KnownBug] | None = None) -> None:
         self.engine, self.usual, self.candidate = engine, engine.usual, engine.candidate
-        self.bugs = KNOWN_BUGS if bugs is None else tuple(bugs)
+        self.whole = bugs is None  # whether families of bugs and estimates are tried, too
+        trainers = () if self.candidate.call.labels is None else TRAINING_BUGS
+        self.bugs = (*KNOWN_BUGS, *trainers) if bugs is None else tuple(bugs)
         self._fits: dict[tuple[str, str], bool] = {}
         self._left: dict[tuple[str, str], float] = {}
         self._parts: list[KnownBug] = []  # parts in half precision that were tried
@@ -237,7 +240,7 @@ class Diagnosis:
             if self.is_consistent(v, good) is not False:
                 found.append(v)
         found = self._choose([v for v in found if v.kind == "mistake"]) or found
-        if self.bugs is KNOWN_BUGS:
+        if self.whole:
             found = found or self._find_part(names) or self._find_weights(names, good)
         return tuple(found or self._find_pairs(finding) or self._find_gemma_1(finding))
 
@@ -360,7 +363,7 @@ class Diagnosis:
 
     def _find_gemma_1(self, finding: Sequence[Instance]) -> list[KnownBug]:
         """Return the smallest combinations of `GEMMA_1_BUGS` that explain several operations."""
-        if not finding[0].between or self.bugs is not KNOWN_BUGS:
+        if not finding[0].between or not self.whole:
             return []
         names = [i.tensor for i in finding]
         for count in range(2, len(GEMMA_1_BUGS) + 1):
@@ -397,7 +400,7 @@ class Diagnosis:
             # Tensors of another shape, or with NaN, say nothing of the numbers of the others.
             judged = [i for i in wrong if i.judged.verdict != verdicts.INVALID]
             first, names = (judged or wrong)[0], [i.tensor for i in judged]
-            fitted = tuple(estimate_parameters(self.engine, names)) if self.bugs is KNOWN_BUGS else ()
+            fitted = tuple(estimate_parameters(self.engine, names)) if self.whole else ()
             where = locate_errors(self.engine, first.tensor) if judged and not first.between else ""
             maps = map_errors(self.engine, first.tensor) if first.tensor in self.candidate.tensors else ()
             explained, closest = self.explain(judged or wrong), None

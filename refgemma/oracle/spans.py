@@ -14,7 +14,8 @@ import numpy as np
 from refgemma.oracle.operations import Context, Operation, window_mask
 from refgemma.precision import Array
 from refgemma.trace.candidate import Candidate
-from refgemma.trace.names import field_of, layer_of
+from refgemma.trace.names import AXES, GRADS, field_of, layer_of
+from refgemma.weights.parameters import EMBED_TOKENS
 
 DRAWS = 16
 KEPT_BYTES = 2**26  # larger tensors, such as the scores of long texts, are computed at each use and not kept
@@ -78,9 +79,13 @@ class Computed:
 
 def where_compared(name: str, context: Context) -> Array:
     """Return a mask of the elements to compare: rows of real tokens, and scores of visible keys."""
-    visible = context.call.visible
-    kind, layer = field_of(name), layer_of(name)
-    if kind in ("attention.scores", "attention.capped"):
+    visible, gradient = context.call.visible, name.startswith(GRADS)
+    kind, layer = field_of(name).removeprefix(GRADS), layer_of(name)
+    if gradient and kind not in AXES:
+        # Whether the padding token's row is trained is a choice of the embedding, not of the model.
+        rows = np.arange(context.config.vocab_size)[:, None] != context.config.pad_token_id
+        return rows if name == GRADS + EMBED_TOKENS else np.array(True)
+    if kind in ("attention.scores", "attention.capped") or (gradient and kind == "attention.probs"):
         assert layer is not None
         return window_mask(context, layer) & visible[:, None, :, None]
     if kind in ("cos", "sin") or (kind.startswith("attention.") and kind not in ("attention.mixed", "attention.out")):
