@@ -160,9 +160,7 @@ def _cap(context: Context, name: str, grad: str, x: str, cap: float | None) -> O
     )
 
 
-def _norm(
-    context: Context, name: str, grad: str, x: str, weight: Callable[[], Any], residual: str = ""
-) -> Operation:
+def _norm(context: Context, name: str, grad: str, x: str, weight: Callable[[], Any], residual: str = "") -> Operation:
     """Return the way back through a norm, added to the gradient of the residual stream if it has one."""
     function, eps = context.function("rms_norm_backward", back.rms_norm_backward), context.config.rms_norm_eps
     join = context.function("residual_backward", np.add)
@@ -342,9 +340,7 @@ def _block(context: Context, layer: int) -> Iterator[Operation]:
     yield _norm_weight(context, names[pre], g + pre, p + "middle", weight(pre))
     yield _copy(g + post_attention, g + "middle")
     yield _norm(context, g + "attention.out", g + post_attention, p + "attention.out", weight(post_attention))
-    yield _norm_weight(
-        context, names[post_attention], g + post_attention, p + "attention.out", weight(post_attention)
-    )
+    yield _norm_weight(context, names[post_attention], g + post_attention, p + "attention.out", weight(post_attention))
     yield from _attention(context, layer, names)
     yield _norm(context, PREFIX + before, g + first, before, weight(first), g + "middle")
     yield _norm_weight(context, names[first], g + first, before, weight(first))

@@ -37,8 +37,8 @@ from refgemma.oracle.tolerance import from_measured_std, rescale
 from refgemma.oracle.training_bugs import TRAINING_BUGS
 from refgemma.precision import Array
 from refgemma.trace.candidate import Candidate
-from refgemma.trace.names import LOGPROBS, field_of, layer_of
-from refgemma.weights.parameters import Weights
+from refgemma.trace.names import GRADS, LOGPROBS, field_of, layer_of
+from refgemma.weights.parameters import Weights, tensor_shapes
 
 # The operation of a known bug rounds slightly differently from the correct one, for which the bounds are derived:
 # errors may be as large as those of the row's largest element.
@@ -123,7 +123,7 @@ class Report:
             return verdicts.NOISY_ONLY
         judged = {i.tensor for i in self.instances if i.judged.verdict != verdicts.BLIND}
         blind = verdicts.BLIND in words or verdicts.MISSING in words
-        ends = {"logits", LOGPROBS} & judged
+        ends = {"logits", LOGPROBS} & judged or {GRADS + name for name in tensor_shapes(self.config)} <= judged
         return verdicts.INCONCLUSIVE if not ends or blind or self.logits_missing else verdicts.CONFORMS
 
     @property
@@ -240,6 +240,8 @@ class Diagnosis:
             if self.is_consistent(v, good) is not False:
                 found.append(v)
         found = self._choose([v for v in found if v.kind == "mistake"]) or found
+        if names[0].startswith(GRADS):
+            return tuple(found)
         if self.whole:
             found = found or self._find_part(names) or self._find_weights(names, good)
         return tuple(found or self._find_pairs(finding) or self._find_gemma_1(finding))
@@ -395,6 +397,7 @@ class Diagnosis:
         for kind, some in excused.items():
             if kind not in groups and (behind := self._find_behind([i.tensor for i in some])):
                 yield Finding(kind, tuple(some), len(some), "", behind, ())
+        earlier: list[KnownBug] = []  # those that explain gradients nearer to the loss
         for kind, wrong in groups.items():
             total = sum(field_of(i.tensor) == kind for i in self.engine.instances)
             # Tensors of another shape, or with NaN, say nothing of the numbers of the others.
@@ -403,7 +406,9 @@ class Diagnosis:
             fitted = tuple(estimate_parameters(self.engine, names)) if self.whole else ()
             where = locate_errors(self.engine, first.tensor) if judged and not first.between else ""
             maps = map_errors(self.engine, first.tensor) if first.tensor in self.candidate.tensors else ()
-            explained, closest = self.explain(judged or wrong), None
+            repeated = tuple(v for v in earlier if kind.startswith(GRADS) and self.is_consistent(v, names))
+            explained, closest = repeated or self.explain(judged or wrong), None
+            earlier += [v for v in explained if kind.startswith(GRADS) and v not in earlier]
             if not explained and judged and first.between and not any(e.fits for e in fitted):
                 ranked = self.rank(names[0])
                 closest = (ranked[0][1], ranked[0][0]) if ranked and ranked[0][0] < CLOSE else None

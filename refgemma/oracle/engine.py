@@ -16,8 +16,8 @@ import numpy as np
 
 from refgemma.config import Gemma2Config
 from refgemma.inputs import InputError
-from refgemma.oracle.judge import DEVIATIONS, SPAN_LIMIT, Judged, Statistics, judge
 from refgemma.oracle.backward_operations import backward_operations
+from refgemma.oracle.judge import DEVIATIONS, SPAN_LIMIT, Judged, Statistics, judge
 from refgemma.oracle.operations import Context, Operation, double, operations
 from refgemma.oracle.spans import Computed, measure_noise, where_compared
 from refgemma.oracle.tolerance import EVEN, FORMATS, UNDERFLOW, Arithmetic, Tolerance, from_measured_std, in_decimals

@@ -28,6 +28,7 @@ class Computed:
     table: Mapping[str, Operation]
     candidate: Candidate
     between: dict[str, Array] = field(default_factory=dict)  # not recorded, computed
+    spans: dict[str, list[str]] = field(default_factory=dict)  # the results of `span`
 
     def edit(self, table: Mapping[str, Operation]) -> "Computed":
         """Return this object with another table's operations; tensors that do not depend on them are not computed
@@ -67,6 +68,8 @@ class Computed:
 
     def span(self, name: str) -> list[str]:
         """Return the operations between recorded tensors and a tensor, its own operation last."""
+        if name in self.spans:
+            return self.spans[name]
         found: set[str] = set()
         waiting = [name]
         while waiting:
@@ -74,7 +77,8 @@ class Computed:
             if current not in found:
                 found.add(current)
                 waiting += [source for source in self.table[current].inputs if source not in self.candidate.inputs]
-        return sorted(found, key=self.places.__getitem__)
+        self.spans[name] = sorted(found, key=self.places.__getitem__)
+        return self.spans[name]
 
 
 def where_compared(name: str, context: Context) -> Array:

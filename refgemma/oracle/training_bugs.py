@@ -68,7 +68,7 @@ def per_row(context: Context) -> Array:
 def by_all_places(context: Context) -> float:
     """Return the factor of a mean over all places, also those with ignored labels."""
     rows_of, places = labels_of(context).shape
-    return divide_by(context) / (rows_of * (places - 1))
+    return divide_by(context) / float(rows_of * (places - 1))
 
 
 # --- derivatives ------------------------------------------------------------------------------------------------------
@@ -84,11 +84,6 @@ def slope_of_result(grad: Array, x: Array, cap: float | None) -> Array:
     return grad if cap is None else back.soft_cap_backward(grad, cap * np.tanh(x / cap), cap)
 
 
-def slope_in_units(grad: Array, x: Array, cap: float | None) -> Array:
-    """Return the gradient of a soft cap with ``1 - y**2`` of the capped ``y``, not of its tanh."""
-    return grad if cap is None else grad * (1 - (cap * np.tanh(x / cap)) ** 2)
-
-
 def norm_by(input_gradient: Callable[[Array, Array, Array, float], Array]) -> Callable[..., tuple[Array, Array]]:
     """Return the way back through a norm with another gradient of its input."""
     return lambda grad, x, weight, eps: (
@@ -101,7 +96,9 @@ def inverse_root(x: Array, eps: float) -> Array:
     return np.asarray(1 / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps))
 
 
-def norm_weight_by(weight_gradient: Callable[[Array, Array, Array, float], Array]) -> Callable[..., tuple[Array, Array]]:
+def norm_weight_by(
+    weight_gradient: Callable[[Array, Array, Array, float], Array],
+) -> Callable[..., tuple[Array, Array]]:
     """Return the way back through a norm with another gradient of its weight."""
     return lambda grad, x, weight, eps: (
         back.rms_norm_backward(grad, x, weight, eps)[0], weight_gradient(grad, x, weight, eps)
@@ -154,7 +151,11 @@ def without_window(table: Mapping[str, Operation], context: Context) -> Iterator
 # --- the catalogue ----------------------------------------------------------------------------------------------------
 
 LOSS, FINAL, CAPPED = ("grads.logits",), ("grads.raw_logits",), ("grads.attention.scores",)
-SOFTMAX, TURNED, TABLE = ("grads.attention.capped",), ("grads.attention.q", "grads.attention.k"), (field_of(GRADS + EMBED_TOKENS),)
+SOFTMAX, TURNED, TABLE = (
+    ("grads.attention.capped",),
+    ("grads.attention.q", "grads.attention.k"),
+    (field_of(GRADS + EMBED_TOKENS),),
+)
 SHARED = ("grads.attention.v", "grads.attention.k_rot")
 SCORES = ("grads.attention.q_rot", "grads.attention.k_rot")
 NORM_INPUTS = ("grads.out", "grads.embedded", "grads.middle", "grads.attention.out", "grads.feed_forward.out")
@@ -194,16 +195,12 @@ TRAINING_BUGS: tuple[KnownBug, ...] = (
     KnownBug("final-softcap-slope-of-result", "the slope of the soft cap is taken at its result, not at its input",
              FINAL, function(soft_cap_backward=slope_of_result), "unverified", "logits not far below the cap",
              "tensor saved for the backward"),
-    KnownBug("final-softcap-slope-in-units", "1 - y**2 of the capped logits, for 1 - (y / cap)**2", FINAL,
-             function(soft_cap_backward=slope_in_units), "unverified", knob="division by the cap"),
     KnownBug("attn-softcap-no-derivative", "the gradient of the scores passes the soft cap unchanged", CAPPED,
              function(soft_cap_backward=pass_through), f"{GITHUB}Dao-AILab/flash-attention/issues/1065",
              "scores not far below the cap", "backward of the attention kernel"),
     KnownBug("attn-softcap-slope-of-result", "the slope of the soft cap is taken at its result, not at its input",
              CAPPED, function(soft_cap_backward=slope_of_result), "unverified", "scores not far below the cap",
              "tensor saved for the backward"),
-    KnownBug("attn-softcap-slope-in-units", "1 - y**2 of the capped scores, for 1 - (y / cap)**2", CAPPED,
-             function(soft_cap_backward=slope_in_units), "unverified", knob="division by the cap"),
     # attention
     KnownBug("softmax-no-row-sum", "p g for p (g - sum(p g)): a row's own sum is left out", SOFTMAX,
              function(softmax_backward=lambda grad, probs: grad * probs), "unverified", knob="backward of softmax"),

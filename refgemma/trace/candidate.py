@@ -31,7 +31,6 @@ MOST_TOKENS = 2**20
 # A static cache has keys that no query sees. A tensor with more than this many times the needed elements is an error.
 MUCH = 16
 LABELS = "labels"
-VOCAB = ("embed_tokens", "lm_head")  # weights with a row for each token
 WORDS = "logprob_ids"  # beside log probabilities of some words: which
 
 
@@ -92,9 +91,13 @@ def axes_of(name: str) -> str:
     --------
     >>> axes_of("layers.3.attention.probs"), axes_of("layers.3.out")
     ('batch heads seq keys', 'batch seq hidden')
+    >>> axes_of("grads.layers.3.out"), axes_of("grads.model.norm.weight")
+    ('batch seq hidden', 'out')
     """
     kind = field_of(name).removeprefix(GRADS)
-    return AXES[kind] if kind in AXES else "vocab hidden" if kind.startswith(VOCAB) else "out in"
+    if kind in AXES:
+        return AXES[kind]
+    return "out" if kind.endswith(("norm.weight", "bias")) else "out in"  # of a weight
 
 
 def shape_of(name: str, config: Gemma2Config, batch: int, seq: int) -> tuple[int, ...]:

@@ -25,7 +25,6 @@ from refgemma.shapes import TokenIds
 from refgemma.weights.parameters import Weights
 from refgemma.weights.save import CODE_OF_DTYPE, as_stored
 
-
 GRADS = "grads."  # before the name of a tensor or weight: its gradient
 
 
