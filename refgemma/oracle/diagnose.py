@@ -398,6 +398,7 @@ class Diagnosis:
             if kind not in groups and (behind := self._find_behind([i.tensor for i in some])):
                 yield Finding(kind, tuple(some), len(some), "", behind, ())
         earlier: list[KnownBug] = []  # those that explain gradients nearer to the loss
+        unknown = False  # whether one of these is unexplained: gradients computed from it are wrong for the same reason
         for kind, wrong in groups.items():
             total = sum(field_of(i.tensor) == kind for i in self.engine.instances)
             # Tensors of another shape, or with NaN, say nothing of the numbers of the others.
@@ -407,8 +408,13 @@ class Diagnosis:
             where = locate_errors(self.engine, first.tensor) if judged and not first.between else ""
             maps = map_errors(self.engine, first.tensor) if first.tensor in self.candidate.tensors else ()
             repeated = tuple(v for v in earlier if kind.startswith(GRADS) and self.is_consistent(v, names))
+            if unknown and kind.startswith(GRADS) and first.between:
+                yield Finding(kind, tuple(wrong), total, where, repeated, fitted, maps)
+                continue
             explained, closest = repeated or self.explain(judged or wrong), None
-            earlier += [v for v in explained if kind.startswith(GRADS) and v not in earlier]
+            if kind.startswith(GRADS):
+                earlier += [v for v in explained if v not in earlier]
+                unknown |= not explained
             if not explained and judged and first.between and not any(e.fits for e in fitted):
                 ranked = self.rank(names[0])
                 closest = (ranked[0][1], ranked[0][0]) if ranked and ranked[0][0] < CLOSE else None

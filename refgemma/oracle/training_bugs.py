@@ -134,7 +134,7 @@ def embed_as(compute: Callable[..., Array], scale: Callable[[Context], float]) -
 
 def without_window(table: Mapping[str, Operation], context: Context) -> Iterator[Operation]:
     """Compute the weights of attention again on the way back, with a causal mask and no window."""
-    places, groups = np.arange(context.call.input_ids.shape[1]), context.groups
+    places = np.arange(context.call.input_ids.shape[1])
     seen = ops.causal_mask(places, places) & context.call.visible[:, None, None, :]
     for layer in range(context.config.num_hidden_layers):
         a = f"layers.{layer}.attention."

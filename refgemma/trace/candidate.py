@@ -264,7 +264,7 @@ def _read_labels(file: TraceFile, call: Call, config: Gemma2Config) -> Call:
     Raises
     ------
     InputError
-        Without labels; and where the gradients depend on what an implementation does with padding or packed texts.
+        Without labels; and where the gradients depend on the treatment of padding, or for packed texts.
     """
     said = f"{file.path}: labels"
     if len(call.calls) > 1:
