@@ -245,8 +245,9 @@ viz.array_view(looks, "batch heads seq keys")
 #
 # `embed` looks up rows and scales them. In half precision (numbers of 16 bits, notebook 7) the factor has the
 # precision of the table. Replace the line that raises, run the cell, and read the result of the check. The expected
-# values were recorded from PyTorch, the library that usually runs the model. Solutions are in
-# `refgemma.teach.exercises.solutions`; try the exercise first.
+# values were recorded from PyTorch, the library that usually runs the model. If you are stuck,
+# `exercises.hint("embed")` gives a hint, and a larger one at the next call. A solution is folded below each exercise.
+# `exercises.progress("progress.json")` shows a page of your progress; give all notebooks the same file.
 
 # %%
 from refgemma.teach import exercises
@@ -257,6 +258,22 @@ def embed(ids, table):
 
 
 exercises.check_embed(embed)
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# import math
+#
+# from refgemma import narrow
+#
+#
+# def embed(ids, table):
+#     rows = table[ids]
+#     return rows * narrow(math.sqrt(table.shape[-1]), like=table)
+# ```
+#
+# </details>
 
 
 # %% [markdown]
@@ -270,3 +287,18 @@ def gelu_tanh(x):
 
 
 exercises.check_gelu_tanh(gelu_tanh)
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# import math
+# import numpy as np
+#
+#
+# def gelu_tanh(x):
+#     bent = 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+#     return bent
+# ```
+#
+# </details>

@@ -253,3 +253,16 @@ def repeat_kv(x, groups):
 
 
 exercises.check_repeat_kv(repeat_kv)
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# import numpy as np
+#
+#
+# def repeat_kv(x, groups):
+#     return np.repeat(x, groups, axis=1)
+# ```
+#
+# </details>

@@ -192,3 +192,18 @@ def rotate(x, cos, sin):
 
 
 exercises.check_rotate(rotate)
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# import numpy as np
+#
+#
+# def rotate(x, cos, sin):
+#     half = x.shape[-1] // 2
+#     turned = x * cos + np.concatenate([-x[..., half:], x[..., :half]], axis=-1) * sin
+#     return turned
+# ```
+#
+# </details>

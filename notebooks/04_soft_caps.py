@@ -211,6 +211,20 @@ def soft_cap(x, cap):
 
 exercises.check_soft_cap(soft_cap)
 
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# import numpy as np
+#
+#
+# def soft_cap(x, cap):
+#     bent = cap * np.tanh(x / cap)
+#     return bent
+# ```
+#
+# </details>
+
 
 # %% [markdown]
 # `attention_probs` turns scores into probabilities. The mask is true where a key may be seen. The order of the steps
@@ -223,3 +237,19 @@ def attention_probs(scores, mask, cap):
 
 
 exercises.check_attention_probs(attention_probs)
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# import numpy as np
+#
+#
+# def attention_probs(scores, mask, cap):
+#     masked = np.where(mask, cap * np.tanh(scores / cap), -np.inf)
+#     exponentials = np.exp(masked - masked.max(axis=-1, keepdims=True))
+#     shares = exponentials / exponentials.sum(axis=-1, keepdims=True)
+#     return shares
+# ```
+#
+# </details>

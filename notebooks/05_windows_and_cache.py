@@ -213,3 +213,15 @@ def sliding_mask(q_places, k_places, window):
 
 
 exercises.check_sliding_mask(sliding_mask)
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def sliding_mask(q_places, k_places, window):
+#     distance = q_places[:, None] - k_places
+#     seen = (distance >= 0) & (distance < window)
+#     return seen
+# ```
+#
+# </details>

@@ -233,3 +233,20 @@ def rms_norm(x, weight, eps):
 
 
 exercises.check_rms_norm(rms_norm)
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# import numpy as np
+#
+# from refgemma import narrow, wide
+#
+#
+# def rms_norm(x, weight, eps):
+#     x_wide = wide(x)
+#     normed = x_wide / np.sqrt(np.mean(x_wide**2, axis=-1, keepdims=True) + eps)
+#     return narrow(normed * (1 + wide(weight)), like=x)
+# ```
+#
+# </details>

@@ -233,3 +233,19 @@ def round_to_bf16(x):
 
 
 exercises.check_round_to_bf16(round_to_bf16)
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# import numpy as np
+#
+#
+# def round_to_bf16(x):
+#     bits = np.asarray(x, np.float32).view(np.uint32)
+#     odd = (bits >> 16) & 1  # the last bit that is kept
+#     rounded = (bits + 0x7FFF + odd) & np.uint32(0xFFFF0000)
+#     return rounded.astype(np.uint32).view(np.float32)
+# ```
+#
+# </details>

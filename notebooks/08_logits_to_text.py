@@ -185,3 +185,20 @@ def keep_top_p(probabilities, p):
 
 
 exercises.check_keep_top_p(keep_top_p)
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# import numpy as np
+#
+#
+# def keep_top_p(probabilities, p):
+#     order = np.argsort(-probabilities)
+#     before = np.cumsum(probabilities[order]) - probabilities[order]
+#     kept = np.zeros(len(probabilities), bool)
+#     kept[order[before < p]] = True
+#     return kept
+# ```
+#
+# </details>

@@ -182,6 +182,12 @@ _ = axes.set(title=name, xlabel="last axis of the tensor", ylabel="place")
 # less. With <code>config.changed(sliding_window=6)</code> the forward pass gives the port's tensors.
 # </details>
 #
+# Write your sentence between the quotation marks. The check looks for the wrong part and for its mistake.
+
+# %%
+exercises.check_diagnosis(1, "")
+
+# %% [markdown]
 # ## The whole check as one command
 #
 # On the command line, `refgemma verify` does this for every recording, with the bounds. `refgemma check` judges a
@@ -197,8 +203,9 @@ print(result.case, result.tensors, "tensors, worst at", f"{result.worst.distance
 # ## Exercise
 #
 # `first_divergence` returns the name of the first tensor that rounding does not explain, or `None` if there is none.
-# The check runs it on six ports. (Then look at their traces, `exercises.mystery_trace(2)` to `6`: which mistake does
-# each make?) Replace the line that raises, run the cell, and read the result of the check.
+# The check runs it on six ports. Replace the line that raises, run the cell, and read the result of the check. Then
+# look at their traces, `exercises.mystery_trace(2)` to `6`. Which mistake does each make? Give your sentence to
+# `exercises.check_diagnosis(2, "...")`.
 
 
 # %%
@@ -207,3 +214,20 @@ def first_divergence(ours, recorded):
 
 
 exercises.check_first_divergence(first_divergence)
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# import numpy as np
+#
+#
+# def first_divergence(ours, recorded):
+#     for name, right in recorded.items():
+#         error = np.sqrt(np.mean((ours[name] - right) ** 2))
+#         if error > 1e-5 * np.sqrt(np.mean(right**2)):
+#             return name
+#     return None
+# ```
+#
+# </details>

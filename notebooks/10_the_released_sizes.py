@@ -239,3 +239,17 @@ def parameters(config):
 
 
 exercises.check_parameters(parameters)
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def parameters(config):
+#     hidden, layers = config.hidden_size, config.num_hidden_layers
+#     heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
+#     attention = hidden * config.head_dim * heads
+#     block = attention + 3 * hidden * config.intermediate_size + 4 * hidden
+#     return config.vocab_size * hidden + layers * block + hidden
+# ```
+#
+# </details>

@@ -23,14 +23,16 @@
 # Lit: the parts with a property in this notebook.
 
 # %%
+import tempfile
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import refgemma
-from refgemma import ops
-from refgemma.teach import viz
+from refgemma import ops, oracle
+from refgemma.teach import exercises, viz
 
 tiny = refgemma.load("tiny")
 config, weights = tiny.config, tiny.weights
@@ -231,18 +233,66 @@ _ = axes.set(xlabel="token that was changed", ylabel="answer after this token", 
 # with another implementation (notebook 9) shows that it is Gemma 2. You need both.
 # </details>
 #
+# ## Your Gemma
+#
+# Eight of the functions that you wrote in these notebooks are operations of the model. `exercises.play` runs the tiny
+# model on them. Here are two solutions and a mistake: neighbours are rotated, not pairs half a head apart (notebook
+# 3). Put your own functions in their place.
+
+
+# %%
+def rotate_neighbours(x, cos, sin):
+    turned = np.stack([-x[..., 1::2], x[..., ::2]], axis=-1).reshape(x.shape)
+    return x * cos + turned * sin
+
+
+mine = {"embed": exercises.solutions.embed, "rms_norm": exercises.solutions.rms_norm}
+exercises.play("There was once a little princess", rotate=rotate_neighbours, **mine)
+
+# %% [markdown]
+# A story that reads well does not show that a port is right. `exercises.save_port` writes the trace of your model, and
+# the check of notebook 9 compares every tensor with the definition. Without the mistake, the model conforms:
+
+# %%
+folder = tempfile.TemporaryDirectory()
+path = exercises.save_port(f"{folder.name}/mine.safetensors", **mine)
+report = oracle.check(path)
+print(report.verdict)
+
+path = exercises.save_port(path, rotate=rotate_neighbours, **mine)
+report = oracle.check(path)
+print(report.verdict, "first at", report.first_divergence.tensor)
+folder.cleanup()
+
+# %% [markdown]
 # ## Exercise
 #
 # `causality_test` gets a `model`: a function from a list of ids (at most 320, below 2048) to logits (seq, vocab). It
 # must raise an `AssertionError` if any token changes an earlier answer. The check passes it a right model and three
 # wrong ones. Replace the line that raises, run the cell, and read the result of the check.
 
+
 # %%
-from refgemma.teach import exercises
-
-
 def causality_test(model):
     raise NotImplementedError
 
 
 exercises.check_causality_test(causality_test)
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# import numpy as np
+#
+#
+# def causality_test(model):
+#     ids = [2, 300, 400, 500, 600, 700, 800, 900]
+#     before = model(ids)
+#     for place in range(1, len(ids)):
+#         after = model([*ids[:place], 1000, *ids[place + 1 :]])
+#         same = np.allclose(before[:place], after[:place], atol=1e-4)
+#         assert same, f"token {place} changes an answer before it"
+# ```
+#
+# </details>

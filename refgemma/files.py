@@ -3,6 +3,7 @@ damaged files and by tests that interrupt the writing."""
 
 import errno
 import glob
+import hashlib
 import json
 import math
 import os
@@ -119,6 +120,12 @@ def read_file(path: str | Path, limit: int = TEXT_LIMIT) -> bytes:
         if (size := os.fstat(file.fileno()).st_size) > limit:
             raise OSError(errno.EFBIG, f"{size} bytes long; the limit is {limit}", str(path))
         return file.read()
+
+
+def hash_file(path: str | Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal digits."""
+    with open_file(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def refuse_pointer(start: bytes) -> None:

@@ -153,7 +153,7 @@ def check_mask(mask: npt.ArrayLike, batch: int, seq: int, total: int, heads: int
             f"{(batch, f'1 or {heads}', seq, total)}"
         )
     if given.dtype.kind == "f" and (np.isnan(given).any() or (given == np.inf).any()):
-        raise InputError("attention_mask contains NaN or plus infinity, which would make the softmax NaN")
+        raise InputError("attention_mask contains NaN or +inf; the softmax would be NaN")
     blind = (given == -np.inf).all(axis=-1)
     if blind.any():
         row, head, query = np.argwhere(blind)[0]

@@ -30,7 +30,13 @@ def prose(number: int) -> str:
 
 @cache
 def answers(number: int) -> list[str]:
-    return re.findall(r"<details>(.*?)</details>", prose(number))
+    return re.findall(r"<details><summary>Answer</summary>(.*?)</details>", prose(number))
+
+
+def solutions(number: int) -> list[str]:
+    """The code of the solutions that are folded under the exercises of a notebook."""
+    text = "\n".join(cell.source for cell in cells(number) if cell.cell_type == "markdown")
+    return re.findall(r"<details><summary>Solution</summary>\n\n```python\n(.*?)```\n\n</details>", text, re.DOTALL)
 
 
 @cache

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conformance_checkpoint import write_conformance
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -18,7 +17,6 @@ import refgemma
 from refgemma.cli.main import main
 from refgemma.config import FULL, SLIDING, ConfigError, Gemma2Config
 from refgemma.goldens.load import load_golden, model_of, read_manifest
-from refgemma.hub import find_model
 from refgemma.model import forward
 from refgemma.oracle import check
 from refgemma.oracle import tolerance as tol
@@ -208,12 +206,6 @@ def test_what_is_allowed_is_not_vacuous(tmp_path: Path) -> None:
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
-
-
-def test_the_conformance_checkpoint_is_what_is_written(tmp_path: Path) -> None:
-    write_conformance(tmp_path)
-    for path in tmp_path.iterdir():
-        assert path.read_bytes() == (find_model("conformance") / path.name).read_bytes()
 
 
 def test_the_catalogue_is_whole() -> None:

@@ -148,10 +148,20 @@ def test_trace_writes_every_tensor(tmp_path, capsys) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["run.safetensors"]
 
 
+def test_help_lists_each_command_once(capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert "known-bugs" in text
+    assert "variants" not in text  # the former name still works, but is listed nowhere
+    assert main(["variants", "final-softcap-missing"]) == OK
+
+
 def test_info(capsys) -> None:
     assert main(["info"]) == OK
     text = capsys.readouterr().out
-    assert "model.layers.5.mlp.down_proj.weight" in text
+    (line,) = (line.split() for line in text.splitlines() if "down_proj" in line)
+    assert line == ["model.layers.N.mlp.down_proj.weight", "(234,", "408)", "bfloat16,", "in", "6", "layers"]
     assert main(["info", "tiny", "--json"]) == OK
     found = json.loads(capsys.readouterr().out)
     assert found["parameters"] == sum(np.prod(t["shape"]) for t in found["tensors"])

@@ -342,7 +342,7 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "old.ckpt").write_bytes(pickle.dumps({"a": 1}))
     np.savez_compressed(tmp_path / "small.npz", a=np.zeros(3))
     for name, told in {
-        "nothing": "there is no such", "empty": "holds no checkpoint", "text.ckpt": "is not a checkpoint of torch.save",
+        "nothing": "no such file", "empty": "holds no checkpoint", "text.ckpt": "is not a checkpoint of torch.save",
         "old.ckpt": r"before 1.6, or is a bare pickle", "small.npz": "is compressed",
     }.items():  # fmt: skip
         with pytest.raises(CheckpointError, match=told):

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conformance_checkpoint import CONFIG
 from safetensors.numpy import load_file
 
 from refgemma.cli.main import main
@@ -17,6 +16,7 @@ from refgemma.oracle.conformance import prompts
 from refgemma.oracle.coverage import Detected, cover, run_prompt, write_prompts
 from refgemma.oracle.known_bugs import known_bug
 from refgemma.trace.names import save_trace
+from refgemma.weights.conformance import CONFIG
 
 CASE = "bends-forward-f32"
 MODEL = Path(__file__).parents[1] / "golden" / "models" / "bends"

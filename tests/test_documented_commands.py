@@ -71,6 +71,9 @@ RUN = {
     "refgemma check gradients.safetensors --model conformance": ("{}", 1),
     "refgemma sweep jobs.jsonl": ("{}", 1),
     "refgemma sweep jobs.jsonl --workers 4": ("refgemma sweep jobs.jsonl --workers 2", 1),
+    "refgemma conformance -o small --head-dim 64": ("{}", 0),
+    "refgemma conformance -o small-gguf --head-dim 64 --set query_pre_attn_scalar=64": ("{}", 0),
+    "refgemma convert small-gguf --to gguf -o small.gguf": ("refgemma convert source --to gguf -o small.gguf", 0),
     "refgemma info [MODEL]": ("refgemma info tiny", 0),
     "refgemma info gemma-2-2b-it-Q4_K_M.gguf": ("refgemma info model.gguf", 0),
     'refgemma generate "Why is the sky blue?" --model gemma-2-2b-it-Q4_K_M.gguf': (
@@ -109,6 +112,10 @@ ELSEWHERE = {
     'llama-eval-callback -m model.gguf -p "Once upon a time" -fa off -ctk f32 -ctv f32 -t 1 -c 64 > port.txt 2>&1': (
         "tests/test_maps.py", "llama-eval-callback",
     ),
+    "refgemma check port.safetensors --model conformance --json": ("tests/test_skill.py", "CHECK"),
+    "refgemma check port.safetensors --model conformance --card card.json": ("tests/test_skill.py", "CARD"),
+    "refgemma check-config engine/presets.py:gemma2_9b": ("tests/test_config_check.py", "presets.py:gemma2_9b"),
+    "refgemma check-config 'engine.config:Config(\"gemma-2-9b\")'": ("tests/test_config_check.py", "engine.config:"),
     ".ci/quick": (".ci/quick", "pytest"),
     ".ci/installs": (".ci/installs", 'refgemma" verify'),
     "done": ("docs/reliability.md", "done"),

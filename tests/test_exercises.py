@@ -1,6 +1,7 @@
 """Every exercise both ways: its solution passes; the stub, and wrong answers as a student may write them, get the hint
 that helps. The wrong answers here are written apart from the known bugs that `refgemma.teach.exercises` knows."""
 
+import functools
 import inspect
 import math
 import re
@@ -13,6 +14,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from refgemma import ops
+from refgemma.model import embed
 from refgemma.precision import bf16, narrow, wide
 from refgemma.teach import exercises
 from refgemma.teach.exercises import solutions
@@ -168,12 +171,51 @@ def causality_far_away(model):
         assert np.allclose(before[: place - 1], after[: place - 1], atol=1e-4)
 
 
-def parameters_of(config, kv_heads=None, matrices=3, tables=1, norms=4):
+def parameters_of(config, kv_heads=None, matrices=3, tables=1, norms=4, attention=None):
     h, d = config.hidden_size, config.head_dim
     kv = config.num_key_value_heads if kv_heads is None else kv_heads
-    attention = h * d * config.num_attention_heads * 2 + h * d * kv * 2
+    if attention is None:
+        attention = h * d * config.num_attention_heads * 2 + h * d * kv * 2
     layer = attention + matrices * h * config.intermediate_size + norms * h
     return tables * config.vocab_size * h + config.num_hidden_layers * layer + h
+
+
+def halves(x):
+    return x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
+
+
+def turn(x, cos, sin, *, first=-1, second=1):
+    """Rotate, with the signs of the two halves in the second product."""
+    left, right = halves(x)
+    return x * cos + np.concatenate([first * right, second * left], axis=-1) * sin
+
+
+def gelu(x, plus=1, cube=0.044715, root=0.7978845608028654):
+    return x * (1 + plus * np.tanh(root * (x + cube * x * x * x))) / 2
+
+
+def rms(x, eps=0.0):
+    return np.sqrt((wide(x) ** 2).sum(-1, keepdims=True) / x.shape[-1] + eps)
+
+
+def norm(x, w, size, scale=lambda y, w: y + y * w):
+    return narrow(scale(wide(x) / size, wide(w)), like=x)
+
+
+def first_not_close(**tolerances):
+    def find(ours, recorded):
+        for name, x in recorded.items():
+            if not np.allclose(ours[name], x, **tolerances):
+                return name
+        return None
+
+    return find
+
+
+def causality_of_a_cut_text(model):
+    ids = list(range(10, 20))
+    for place in range(1, 10):
+        assert np.allclose(model(ids)[:place], model(ids[:place])[:place])
 
 
 EXERCISES = [
@@ -183,6 +225,9 @@ EXERCISES = [
         Wrong("be rounded to the table's precision", lambda ids, table: table[ids] * table.shape[1] ** 0.5),
         Wrong("columns, not of rows", lambda ids, table: table[ids] * len(table) ** 0.5),
         Wrong("divide by sqrt", lambda ids, table: table[ids] / narrow(table.shape[1] ** 0.5, like=table)),
+        Wrong("not of ids", lambda ids, table: table[ids] * np.sqrt(np.float32(len(ids)))),
+        Wrong("instead of adding", lambda ids, table: np.float32(table.shape[1] ** 0.5) + table[ids]),
+        Wrong("must first be rounded", lambda ids, table: table[ids] * np.float32(np.sqrt(table.shape[1]))),
     ]),
     Exercise("gelu_tanh", [
         Wrong("ReLU", lambda x: x * (x > 0)),
@@ -190,12 +235,22 @@ EXERCISES = [
         Wrong("SiLU", lambda x: x * (0.5 + 0.5 * np.tanh(x / 2))),
         Wrong("cube is missing", lambda x: x * (1 + np.tanh(np.sqrt(2 / np.pi) * x)) / 2),
         Wrong("0.5 in front", lambda x: x + x * np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x * x * x))),
+        Wrong("not 1 - tanh", lambda x: gelu(x, plus=-1)),
+        Wrong("not x - 0.044715", lambda x: gelu(x, cube=-0.044715)),
+        Wrong("the sign of 0.5 x", lambda x: -gelu(x)),
+        Wrong("root of the quotient", lambda x: gelu(x, root=2 / np.pi)),
+        Wrong("not sqrt(pi / 2)", lambda x: gelu(x, root=1.2533141373155)),
+        Wrong("the constant is", lambda x: gelu(x, cube=0.44715)),
+        Wrong("the 1 is missing", lambda x: gelu(x) - x / 2),
     ]),
     Exercise("repeat_kv", [
         Wrong("0 1 2 0 1 2", lambda x, groups: np.concatenate([x] * groups, axis=1)),
         Wrong("the heads are axis 1", lambda x, groups: np.repeat(x, groups, axis=0)),
         Wrong("the heads are axis 1", lambda x, groups: np.repeat(x, groups, axis=-2)),
         Wrong("nothing is repeated", lambda x, groups: x.copy()),
+        Wrong("one long row", lambda x, groups: x.repeat(groups)),
+        Wrong("the last axis", lambda x, groups: np.concatenate([x] * groups, axis=-1)),
+        Wrong("reshape it into the heads", lambda x, groups: x[:, :, None] + np.zeros((1, 1, groups, 1, 1))),
     ]),
     Exercise("rotate", [
         Wrong("half a head apart", turn_complex),
@@ -203,12 +258,21 @@ EXERCISES = [
         Wrong("a minus is missing", turn_without_minus),
         Wrong("nothing is rotated", lambda x, cos, sin: x.copy()),
         Wrong("must be exchanged", lambda x, cos, sin: x * (cos + sin)),
+        Wrong("one sign is wrong", lambda x, cos, sin: turn(x, cos, sin, first=-1, second=-1)),
+        Wrong("a minus is missing", lambda x, cos, sin: turn(x, cos, sin, first=1)),
+        Wrong("in the wrong direction", lambda x, cos, sin: turn(x, cos, sin, first=1, second=-1)),
+        Wrong("must be exchanged", lambda x, cos, sin: x * cos + np.hstack([-1, 1]).repeat(x.shape[-1] // 2) * x * sin),
+        Wrong("second product is missing", lambda x, cos, sin: cos * x),
     ]),
     Exercise("soft_cap", [
         Wrong("cuts off", lambda x, cap: np.minimum(np.maximum(x, -cap), cap)),
         Wrong("divide x by the cap", lambda x, cap: np.tanh(x) * cap),
         Wrong("between -1 and 1", lambda x, cap: np.tanh(x / cap)),
         Wrong("the values are unchanged", lambda x, cap: x),
+        Wrong("only large positive", lambda x, cap: np.where(x < cap, x, cap)),
+        Wrong("you multiply by it", lambda x, cap: cap * np.tanh(x * cap)),
+        Wrong("a sign is wrong", lambda x, cap: cap * np.tanh(-x / cap)),
+        Wrong("not a fixed number", lambda x, cap: 50 * np.tanh(x / 50)),
     ]),
     Exercise("attention_probs", [
         Wrong("after the cap", leak),
@@ -216,6 +280,11 @@ EXERCISES = [
         Wrong("the mask is missing", lambda s, mask, cap: soft(cap * np.tanh(s / cap))),
         Wrong("the sum of a row is not 1", lambda s, mask, cap: soft(cap * np.tanh(s / cap)) * mask),
         Wrong("must be minus infinity", lambda s, mask, cap: soft(cap * np.tanh(s / cap) * mask)),
+        Wrong("by its own sum", lambda s, mask, cap: (e := np.exp(cap * np.tanh(s / cap)) * mask) / np.sum(e)),
+        Wrong("keep the axis", lambda s, mask, cap: (e := np.exp(cap * np.tanh(s / cap)) * mask) / e.sum(-1)),
+        Wrong("multiply the tanh by the cap", lambda s, mask, cap: soft(np.where(mask, np.tanh(s / cap), -1e30))),
+        Wrong("is soft", lambda s, mask, cap: soft(np.where(mask, np.minimum(np.maximum(s, -cap), cap), -1e30))),
+        Wrong("adding the mask", lambda s, mask, cap: soft(cap * np.tanh(s / cap) + mask)),
     ]),
     Exercise("sliding_mask", [
         Wrong("window is missing", lambda q, k, w: np.less_equal.outer(k, q).T),
@@ -225,6 +294,10 @@ EXERCISES = [
         Wrong("you exchanged them", lambda q, k, w: (k[:, None] <= q) & (k[:, None] > q - w)),
         Wrong("arguments q_places", lambda q, k, w:
               np.array([[0 <= i - j < w for j in range(len(k))] for i in range(len(q))])),
+        Wrong("make q_places a column", lambda q, k, w: (k - q <= 0) & (k - q > -w)),
+        Wrong("brackets, not `and`", lambda q, k, w: (k <= q[:, None]) and (k > q[:, None] - w)),
+        Wrong("the first keys of the text", lambda q, k, w: (k <= q[:, None]) * (k < w)),
+        Wrong("not the numbers to add", lambda q, k, w: np.log((k <= q[:, None]) & (k > q[:, None] - w))),
     ]),
     Exercise("rms_norm", [
         Wrong("multiply by 1 + weight", norm_by_loops_without_offset),
@@ -234,29 +307,52 @@ EXERCISES = [
         Wrong("round once at the end", norm_in_half_precision),
         Wrong("not their sum", lambda x, w, eps:
               narrow(wide(x) / np.sqrt((wide(x) ** 2).sum(-1, keepdims=True) + eps) * (1 + wide(w)), like=x)),
+        Wrong("eps is missing", lambda x, w, eps: norm(x, w, rms(x))),
+        Wrong("eps is missing", lambda x, w, eps: norm(x, w, rms(x), lambda y, w: y * w)),
+        Wrong("not their sum", lambda x, w, eps: norm(x, w, np.linalg.norm(wide(x), axis=-1, keepdims=True))),
+        Wrong("eps belongs inside", lambda x, w, eps: norm(x, w, rms(x) + eps)),
+        Wrong("in brackets", lambda x, w, eps: norm(x, w, rms(x, eps), lambda y, w: 1 + w * y)),
+        Wrong("a sign is wrong", lambda x, w, eps: norm(x, w, rms(x, eps), lambda y, w: y - y * w)),
+        Wrong("std subtracts", lambda x, w, eps: norm(x, w, wide(x).std(-1, keepdims=True) + eps)),
+        Wrong("keepdims=True", lambda x, w, eps: x / np.sqrt(np.mean(x**2, -1) + eps)),
     ]),
     Exercise("round_to_bf16", [
         Wrong("truncates the lower half", lambda x: (x.view(np.uint32) // 65536 * 65536).astype(np.uint32).view("f4")),
         Wrong("always up", lambda x: ((x.view(np.uint32) + 32768) // 65536 * 65536).astype(np.uint32).view("f4")),
         Wrong("float16", lambda x: np.float32(np.float16(x))),
         Wrong("nothing is rounded", lambda x: np.array(x)),
+        Wrong("view(np.float32)", lambda x: x.astype(ml_dtypes.bfloat16).astype("f4").view("u4")),
+        Wrong("upper half of the bits", lambda x: x.view(np.uint16)[1::2]),
+        Wrong("away from 0", lambda x: ((x.view("u4") + 65535) // 65536 * 65536).astype("u4").view("f4")),
+        Wrong("nothing is rounded", lambda x: np.round(x, 7)),
     ]),
     Exercise("keep_top_p", [
         Wrong("reaches p is kept", top_p_below),
         Wrong("one token too many", top_p_one_more),
         Wrong("not with the least likely", top_p_from_below),
         Wrong("all kept tokens together", lambda s, p: np.array([share >= p for share in s])),
+        Wrong("true means", lambda s, p: ~solutions.keep_top_p(s, p)),
+        Wrong("nothing is left out", lambda s, p: s > 0),
+        Wrong("not the kept probabilities", lambda s, p: s * solutions.keep_top_p(s, p)),
     ]),
     Exercise("parameters", [
         Wrong("head is tied", lambda config: parameters_of(config, tables=2)),
         Wrong("num_key_value_heads", lambda config: parameters_of(config, kv_heads=config.num_attention_heads)),
         Wrong("three matrices", lambda config: parameters_of(config, matrices=2)),
         Wrong("four norms", lambda config: parameters_of(config, norms=2)),
+        Wrong("not 4 * hidden**2", lambda config: parameters_of(config, attention=4 * config.hidden_size**2)),
+        Wrong("count every block", lambda config: parameters_of(config.changed(num_hidden_layers=1))),
+        Wrong("not in billions", lambda config: round(parameters_of(config) / 1e9, 1)),
+        Wrong("feed-forward layer is missing", lambda config: parameters_of(config, matrices=0)),
     ]),
     Exercise("first_divergence", [
         Wrong("return the first, not the worst", worst),
         Wrong("allow for rounding", first_unequal),
         Wrong("alphabetical order", first_by_name),
+        Wrong("defaults of np.allclose", first_not_close()),
+        Wrong("near 0 has a large relative error", first_not_close(rtol=1e-4, atol=0)),
+        Wrong("larger rounding errors", first_not_close(rtol=0, atol=1e-6)),
+        Wrong("None", lambda ours, recorded: first_not_close(atol=1e-4)(ours, recorded) or "logits"),
     ]),
     Exercise("causality_test", [
         Wrong("every token except the first", causality_at_the_end),
@@ -264,10 +360,11 @@ EXERCISES = [
         Wrong("which may change", causality_of_what_may_change),
         Wrong("all answers before it", causality_far_away),
         Wrong("does it raise", lambda model: bool(np.isfinite(model([5, 6])).all())),
+        Wrong("np.allclose, atol=1e-4", causality_of_a_cut_text),
     ]),
 ]  # fmt: skip
 
-CHECKS = [name for name in exercises.__all__ if name.startswith("check_")]
+CHECKS = [name for name in exercises.__all__ if name.startswith("check_") and name != "check_diagnosis"]
 WRONG = [(exercise, wrong) for exercise in EXERCISES for wrong in exercise.wrong]
 
 
@@ -282,7 +379,7 @@ def hint(message: str) -> str:
 def test_every_exercise_is_here_and_in_a_notebook() -> None:
     assert sorted(f"check_{exercise.name}" for exercise in EXERCISES) == sorted(CHECKS)
     notebooks = "".join(path.read_text("utf-8") for path in (Path(__file__).parents[1] / "notebooks").glob("*.py"))
-    assert set(re.findall(r"exercises\.(check_\w+)\(", notebooks)) == set(CHECKS)
+    assert set(re.findall(r"exercises\.(check_\w+)\(", notebooks)) == {*CHECKS, "check_diagnosis"}
 
 
 def test_a_solution_has_the_arguments_of_its_notebook() -> None:
@@ -324,8 +421,35 @@ def test_a_wrong_answer_gets_its_hint(exercise: Exercise, wrong: Wrong) -> None:
 
 
 @pytest.mark.parametrize("exercise", EXERCISES, ids=lambda e: e.name)
-def test_there_are_three_wrong_answers_at_least(exercise: Exercise) -> None:
-    assert len(exercise.wrong) >= 3
+def test_there_are_four_wrong_answers_at_least(exercise: Exercise) -> None:
+    assert len({wrong.said for wrong in exercise.wrong}) >= 4
+
+
+@pytest.mark.parametrize("name", ["gelu_tanh", "repeat_kv", "rotate", "soft_cap", "sliding_mask", "rms_norm"])
+def test_the_definition_is_not_an_answer(name: str) -> None:
+    definition = getattr(ops, name)
+    for answer in (definition, functools.partial(definition)):
+        feedback = getattr(exercises, f"check_{name}")(answer)
+        assert not feedback
+        assert f"refgemma.ops.{name}, the definition itself" in feedback.message
+    assert not exercises.check_embed(embed)
+
+
+@pytest.mark.parametrize("kind", [int, np.float32, np.uint8])
+def test_a_mask_of_numbers_is_not_a_mask(kind: type) -> None:
+    def ints(*arguments: Any) -> Any:
+        return solutions.sliding_mask(*arguments).astype(kind)
+
+    message = repr(exercises.check_sliding_mask(ints))
+    assert f"the result is {np.dtype(kind)}, not bool" in message
+    assert "not bool" in repr(exercises.check_keep_top_p(lambda s, p: solutions.keep_top_p(s, p).astype(kind)))
+    assert exercises.check_sliding_mask(lambda *arguments: solutions.sliding_mask(*arguments).tolist())
+
+
+@pytest.mark.parametrize("result", [["cos"], 11, np.zeros(3)])
+def test_a_name_is_asked_for(result: Any) -> None:
+    message = repr(exercises.check_first_divergence(lambda ours, recorded: result))
+    assert f"returned {type(result).__name__}, not a name" in message
 
 
 # --- what the judge says of any answer --------------------------------------------------------------------------------

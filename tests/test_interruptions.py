@@ -132,7 +132,7 @@ def test_an_input_is_not_replaced_and_two_outputs_are_two_files(
     for file in find_model("conformance").iterdir():
         (model / file.name).write_bytes(file.read_bytes())
     check = ["check", str(trace), "--model", str(model)]
-    for flag in ("--html", "--markdown", "--junit", "--repro"):
+    for flag in ("--html", "--markdown", "--junit", "--card", "--repro"):
         refuse([*check, flag, str(trace)], f"{flag} {trace}: is an input", folder, capsys)
     refuse([*check, "--html", str(folder / "link.html")], "is an input", folder, capsys)
     refuse([*check, "--html", str(model / "config.json")], "is an input", folder, capsys)

@@ -766,3 +766,19 @@ def test_11_a_consistent_model_may_be_wrong() -> None:
     short = [list(range(3, 15))]
     usual, wider = (refgemma.forward(short, WEIGHTS, CONFIG.changed(sliding_window=w)).logits for w in (64, 320))
     assert np.array_equal(usual, wider)
+
+
+@claim(11, "Without the mistake, the model conforms:")
+def test_a_port_of_ones_own_is_judged() -> None:
+    last = after(11, "first at")
+    assert last.report.verdict == "differs"
+    assert last.report.first_divergence.tensor == "layers.0.attention.q_rot"
+    story = exercises.play(rotate=last.rotate_neighbours, **last.mine)
+    assert story.text != story.usual_text
+    assert [part for part, feedback in story.feedback.items() if not feedback] == ["rotate"]
+
+
+@claim(9, "The check looks for the wrong part and for its mistake.")
+def test_the_diagnosis_of_the_answer_is_right() -> None:
+    (answer,) = [text for text in answers(9) if "sliding_window=6" in text]
+    assert exercises.check_diagnosis(1, answer)

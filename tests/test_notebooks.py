@@ -2,13 +2,15 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import jupytext
 import nbformat
 import pytest
-from notebook_cells import FOLDER, SOURCES, run
+from notebook_cells import FOLDER, SOURCES, run, solutions
 
 from refgemma import layers, model, ops
+from refgemma.teach import exercises
 
 pytestmark = pytest.mark.slow
 
@@ -48,6 +50,21 @@ def test_the_rhythm(path: Path) -> None:
     assert sum("axes" in cell or "viz." in cell for cell in code) >= 3
     assert re.search(r"^exercises\.check_\w+\(\w+\)$", code[-1], re.MULTILINE)
     assert {cell: len(cell.splitlines()) for cell in code if len(cell.splitlines()) > 20} == {}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_a_solution_is_folded_under_each_exercise(path: Path) -> None:
+    exercise = re.compile(r"^exercises\.check_(\w+)\(\1\)$", re.MULTILINE)
+    cells = jupytext.read(path).cells
+    found = solutions(int(path.stem[:2]))
+    names = [(place, match[1]) for place, cell in enumerate(cells) if (match := exercise.search(cell.source))]
+    for (place, name_of), code in zip(names, found, strict=True):
+        assert cells[place + 1].source.startswith("<details><summary>Solution</summary>")
+        assert max(len(line) for line in code.splitlines()) <= 88
+        variables: dict[str, Any] = {}
+        exec(code, variables)
+        feedback = getattr(exercises, f"check_{name_of}")(variables[name_of])
+        assert feedback, feedback
 
 
 LAYERS = {name for module in (ops, layers, model) for name in vars(module) if not name.startswith("_")}

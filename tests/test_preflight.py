@@ -9,7 +9,6 @@ from xml.etree import ElementTree
 import ml_dtypes
 import numpy as np
 import pytest
-from conformance_checkpoint import CONFIG
 from safetensors.numpy import load_file, save_file
 
 from refgemma.cli.main import main
@@ -19,6 +18,7 @@ from refgemma.modeling.pretrained import load
 from refgemma.oracle.known_bugs import KNOWN_BUGS
 from refgemma.oracle.preflight import Preflight, compare_tokens, compare_weights
 from refgemma.oracle.verdicts import EXIT
+from refgemma.weights.conformance import CONFIG
 
 FOLDER = find_model("conformance")
 Weights = dict[str, np.ndarray]

@@ -1,5 +1,6 @@
 """The page of a check: one file without a network that shows what the JSON has."""
 
+import hashlib
 import json
 import re
 from html.parser import HTMLParser
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from refgemma.cli.main import main
+from refgemma.hub import find_model
 from refgemma.oracle.judge import EDGES, count_errors
 from refgemma.oracle.report import CELLS, pool_blocks
 from refgemma.trace.names import save_trace
@@ -111,3 +113,35 @@ def test_errors_are_counted_as_they_lie() -> None:
     assert (
         np.abs(counts - wanted)[inside] < 5 * np.sqrt(wanted[inside]) + 0.003 * wanted[inside]
     ).all()  # the curve bends within a bin
+
+
+def test_a_card_has_the_identities_and_the_limits_of_the_check(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace, card = tmp_path / "run.safetensors", tmp_path / "card.json"
+    assert main(["trace", "--ids", "2,5,9", "--model", "conformance", "-o", str(trace)]) == 0
+    capsys.readouterr()
+    assert main(["check", str(trace), "--model", "conformance", "--card", str(card), "--json"]) == 0
+    report, written = json.loads(capsys.readouterr().out), json.loads(card.read_text("utf-8"))
+    assert written["verdict"] == "conforms"
+    assert written["versions"]["numpy"] == np.__version__
+    listed = {role: (file["bytes"], file["sha256"]) for role, file in written["files"].items()}
+    model = find_model("conformance")
+    weights = (model / "model.safetensors").read_bytes()
+    assert listed["model/model.safetensors"] == (len(weights), hashlib.sha256(weights).hexdigest())
+    assert listed["candidate"] == (trace.stat().st_size, hashlib.sha256(trace.read_bytes()).hexdigest())
+    # Three tokens are fewer than the window of 8: the card must not read as if windows had been tested.
+    assert "swa-window-plus-one" in written["known_bugs_not_detectable"]
+    assert written["known_bugs_excluded"] == report["excluded"]
+    assert written["tensors_judged"] == len(report["tensors"])
+
+
+def test_a_card_of_a_wrong_port_says_so(tmp_path: Path) -> None:
+    trace, card = tmp_path / "run.safetensors", tmp_path / "card.json"
+    assert main(["trace", "--ids", "2,5,9", "--model", "conformance", "-o", str(trace)]) == 0
+    run = load_file(trace)
+    run["logits"] = run["logits"] * np.float32(1.5)
+    save_file(run, trace, {"dtype": "float32", "engine": "mine 1.2"})
+    assert main(["check", str(trace), "--model", "conformance", "--card", str(card)]) == 1
+    written = json.loads(card.read_text("utf-8"))
+    assert (written["verdict"], written["first_divergence"], written["engine"]) == ("differs", "logits", "mine 1.2")

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conformance_checkpoint import CONFIG
 from safetensors.numpy import load_file
 
 import refgemma
@@ -17,6 +16,7 @@ from refgemma.oracle.repro import HEADER, LIMIT, make_repro
 from refgemma.precision import as_dtype
 from refgemma.trace.candidate import load_trace
 from refgemma.trace.names import FIELDS, named_tensors, save_trace
+from refgemma.weights.conformance import CONFIG
 from refgemma.weights.initial import initial_weights
 
 IDS = np.random.default_rng(0).integers(4, 97, (2, 33))

@@ -92,7 +92,7 @@ def test_a_streamer_is_given_the_prompt_then_each_token_then_the_end() -> None:
     assert listener.heard == [[[3, 4], [6, 7]], found[:, 2].tolist(), found[:, 3].tolist(), "end"]
     refused(
         lambda: SMALL.generate([[3, 4]], streamer=listener, num_beams=2),
-        "a streamer needs final tokens, and a beam search has them only at its end; use num_beams=1",
+        "a streamer cannot show a beam search, whose tokens change until its end; set num_beams=1",
     )
 
 

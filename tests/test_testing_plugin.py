@@ -68,7 +68,7 @@ def test_what_a_backend_cannot_do_is_not_applicable_and_not_passed(run) -> None:
             "conforms: 2, differs: 0, not applicable: 4",
             "its forward takes no cache: chunks_change_nothing",
             "it does not use float64 in every step: float32_is_near_float64",
-            "it has no method tokenizer: a_text_comes_back",
+            "it has no method named tokenizer: a_text_comes_back",
             "it does not use bfloat16 in every step: no-caps-forward-bf16",
             "*2 passed*4 not applicable*",
         ]

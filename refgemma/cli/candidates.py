@@ -3,8 +3,9 @@ the command line."""
 
 import argparse
 import json
+import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+import refgemma
 from refgemma.cli import output
 from refgemma.config import ConfigError, Gemma2Config
 from refgemma.errors import UsageError
@@ -20,6 +22,9 @@ from refgemma.files import replace_file
 from refgemma.hub import find_model
 from refgemma.modeling.pretrained import load
 from refgemma.oracle import report as reports
+from refgemma.oracle.config_check import as_json as config_json
+from refgemma.oracle.config_check import check_preset
+from refgemma.oracle.config_check import lines as config_lines
 from refgemma.oracle.conformance import prompts
 from refgemma.oracle.coverage import DTYPES as PRECISIONS
 from refgemma.oracle.coverage import Detected, cover, detect, list_undetected, write_prompts
@@ -40,13 +45,16 @@ from refgemma.trace.candidate import Candidate, is_known, load_trace
 from refgemma.trace.name_maps import apply_map, load_map, map_names, match, open_any
 from refgemma.trace.names import save_trace
 from refgemma.weights.checkpoint import open_checkpoint
+from refgemma.weights.conformance import proportions, write_conformance
 from refgemma.weights.parameters import Weights, tensor_shapes
 
+CONFORMANCE_LIMIT = 10**8  # weights: 200 MB
+MODEL_SUFFIXES = (".json", ".safetensors", ".gguf")
 CODES = "Exit codes: 0 conforms, 1 differs, 2 misuse or bad file, 3 noisy only, 4 inconclusive, 5 the backend failed."
 
 
-def add_commands(add: Callable[[str, str], Any]) -> None:
-    """Add the commands to the parser; `add` makes one from a name and a sentence."""
+def add_commands(add: Callable[..., Any]) -> None:
+    """Add the commands to the parser; `add` makes one from a name, a sentence, and whether --help leaves it out."""
     command = add(
         "check", "find the first wrong tensor of another implementation, and the known mistake that explains it"
     )
@@ -62,6 +70,8 @@ def add_commands(add: Callable[[str, str], Any]) -> None:
                          help="multiply all tolerances by X; every report shows it")  # fmt: skip
     for kind in ("html", "markdown", "junit"):
         command.add_argument(f"--{kind}", metavar="FILE", help=f"write the report as {kind} too")
+    command.add_argument("--card", metavar="FILE",
+                         help="write a verification card: files, versions, verdict, undetectable bugs")  # fmt: skip
     command.add_argument("--repro", "--bundle", dest="bundle", metavar="FILE",
                          help="write a repro file of the first finding: inputs and result, at most 1 MB")  # fmt: skip
     command.add_argument(
@@ -75,6 +85,19 @@ def add_commands(add: Callable[[str, str], Any]) -> None:
                          help="judge against the model with another number; every line shows it")  # fmt: skip
     command.add_argument("--run", metavar="COMMAND",
                          help="first run this command, which writes CANDIDATE; if it fails, exit with 5")  # fmt: skip
+
+    command = add("conformance", "write a conformance checkpoint of a size that an engine loads, with a byte tokenizer")
+    command.add_argument("-o", "--output", required=True, metavar="DIR", help="an empty folder, or none yet")
+    command.add_argument("--head-dim", type=int, default=64, metavar="N",
+                         help="even; the width is 5 N, the query scalar 5 N / 4 (default: 64)")  # fmt: skip
+    command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="changes",
+                         help="another number of the configuration, such as query_pre_attn_scalar=64")  # fmt: skip
+
+    command = add("check-config", "compare an engine's numbers for a released size with the release")
+    command.add_argument("source", metavar="FILE|MODULE:NAME",
+                         help="config.json, .gguf, FILE.py:FUNCTION, or an object of a module: a.b:NAME")  # fmt: skip
+    command.add_argument("--size", metavar="SIZE", help="2b, 9b or 27b (default: the one with the most equal numbers)")
+    command.epilog = "Exit codes: 0 conforms, 1 a number differs, 2 misuse or bad file, 4 a number is not given."
 
     command = add("map", "show the tensors of a file that a name map knows, and the others")
     command.add_argument("file", metavar="FILE")
@@ -111,13 +134,13 @@ def add_commands(add: Callable[[str, str], Any]) -> None:
     command.epilog = f"{CODES} The worst verdict counts, in the order 1, 5, 2, 4, 3, 0."
 
     for name in ("known-bugs", "variants"):  # the second is the name in version 0.1
-        command = add(name, "list the known bugs of Gemma 2 implementations, or describe one")
+        command = add(name, "list the known bugs of Gemma 2 implementations, or describe one", name == "variants")
         command.add_argument("name", nargs="?", metavar="NAME")
 
 
 def run_check(args: argparse.Namespace) -> int:
     """Run ``refgemma check``."""
-    outputs = {kind: path for kind in ("html", "markdown", "junit", "bundle") if (path := getattr(args, kind))}
+    outputs = {kind: path for kind in ("html", "markdown", "junit", "card", "bundle") if (path := getattr(args, kind))}
     folder = find_model(args.model)
     output.check_outputs(
         {f"--{'repro' if kind == 'bundle' else kind}": path for kind, path in outputs.items()},
@@ -125,7 +148,7 @@ def run_check(args: argparse.Namespace) -> int:
     )
     if not args.allow > 0 or not np.isfinite(args.allow):
         raise UsageError(f"--allow is {args.allow}; it must be a factor above 0")
-    config, changed = read_changes(open_checkpoint(folder).config, args.changes), ", ".join(args.changes)
+    config, changed = change_numbers(open_checkpoint(folder).config, args.changes), ", ".join(args.changes)
     if args.run is not None and (problem := run_backend(args.run, Path(args.candidate))) is not None:
         output.say(f"refgemma check: --run: {problem}", error=True)
         return EXIT[FAILED]
@@ -136,12 +159,62 @@ def run_check(args: argparse.Namespace) -> int:
     for kind, path in outputs.items():
         if kind == "bundle":
             write_repro(candidate, open_checkpoint(folder).weights(candidate.dtype), found, path)
+        elif kind == "card":
+            files = list_files({"candidate": Path(args.candidate), "model": folder, "weights": args.weights})
+            replace_file(path, reports.card(found, args.model, files, refgemma.__version__).encode())
         else:
             replace_file(path, made[kind](found, args.model).encode())
     output.as_json(reports.as_json(found, args.model)) if args.json else output.say(
         *reports.text(found, args.model).split("\n")
     )
     return EXIT[found.verdict]
+
+
+def list_files(roles: Mapping[str, str | Path | None]) -> dict[str, Path]:
+    """Return the files of each role; a folder stands for its configuration and weights."""
+    files: dict[str, Path] = {}
+    for role, path in roles.items():
+        if path is not None and Path(path).is_dir():
+            found = sorted(p for p in Path(path).iterdir() if p.suffix in MODEL_SUFFIXES and p.is_file())
+            files |= {f"{role}/{p.name}": p for p in found}
+        elif path is not None:
+            files[role] = Path(path)
+    return files
+
+
+def run_conformance(args: argparse.Namespace) -> int:
+    """Run ``refgemma conformance``."""
+    if args.head_dim < 2:
+        raise UsageError(f"--head-dim is {args.head_dim}; it must be an even number above 0")
+    target = Path(args.output)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UsageError(f"-o {target}: must be an empty folder, or none yet")
+    config = read_changes(proportions(args.head_dim), args.changes)
+    if sum(math.prod(shape) for shape in tensor_shapes(config).values()) > CONFORMANCE_LIMIT:
+        raise UsageError(f"more than {CONFORMANCE_LIMIT:,} weights; for large models use refgemma synth")
+    write_conformance(target, config)
+    files = {path.name: path.stat().st_size for path in sorted(target.iterdir())}
+    if args.json:
+        output.as_json({"folder": args.output, "config": config.to_dict(), "files": files, "weights": "random"})
+    else:
+        output.say(f"{args.output}: random (untrained) weights, {sum(files.values()):,} bytes in {', '.join(files)}")
+    return 0
+
+
+def change_numbers(config: Gemma2Config, changes: Sequence[str]) -> Gemma2Config:
+    """Return the configuration of `read_changes` if the shapes of the weights stay the same.
+
+    Raises
+    ------
+    UsageError
+        As in `read_changes`, or for other shapes.
+    """
+    changed = read_changes(config, changes)
+    if tensor_shapes(changed) != tensor_shapes(config):
+        raise UsageError(
+            "--set: these values change the shapes of the weights; give a model that has them with --model"
+        )
+    return changed
 
 
 def read_changes(config: Gemma2Config, changes: Sequence[str]) -> Gemma2Config:
@@ -164,14 +237,17 @@ def read_changes(config: Gemma2Config, changes: Sequence[str]) -> Gemma2Config:
     if "rope_theta" in values:
         values.setdefault("rope_parameters", None)
     try:
-        changed = config.changed(**values)
+        return config.changed(**values)
     except ConfigError as error:
         raise UsageError(f"--set: {error}") from None
-    if tensor_shapes(changed) != tensor_shapes(config):
-        raise UsageError(
-            "--set: these values change the shapes of the weights; give a model that has them with --model"
-        )
-    return changed
+
+
+def run_check_config(args: argparse.Namespace) -> int:
+    """Run ``refgemma check-config``."""
+    found = check_preset(args.source, args.size)
+    code = EXIT[found.verdict]
+    output.as_json(config_json(found, code)) if args.json else output.say(*config_lines(found))
+    return code
 
 
 def run_map(args: argparse.Namespace) -> int:
@@ -365,6 +441,7 @@ def run_known_bugs(args: argparse.Namespace) -> int:
 
 
 RUN = {
-    "check": run_check, "diff": run_diff, "map": run_map, "prompts": run_prompts, "sweep": run_sweep,
-    "known-bugs": run_known_bugs, "variants": run_known_bugs,
+    "check": run_check, "check-config": run_check_config, "conformance": run_conformance, "diff": run_diff,
+    "map": run_map, "prompts": run_prompts, "sweep": run_sweep, "known-bugs": run_known_bugs,
+    "variants": run_known_bugs,
 }  # fmt: skip

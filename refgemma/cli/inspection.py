@@ -3,6 +3,8 @@
 import argparse
 import json
 import os
+import re
+from collections import Counter
 from dataclasses import asdict
 from itertools import chain
 
@@ -119,6 +121,12 @@ def run_info(args: argparse.Namespace) -> int:
     for key, value in config.items():
         say(f"{key:26s} {value}")
     say()
-    for name, shape, dtype in table:
-        say(f"{name:56s} {shape!s:18s} {dtype}")
+    for name, shape, dtype, count in _fold_layers(table):
+        say(f"{name:56s} {shape!s:18s} {dtype}" + (f", in {count} layers" if count > 1 else ""))
     return OK
+
+
+def _fold_layers(table: list[tuple[str, tuple[int, ...], str]]) -> list[tuple[str, tuple[int, ...], str, int]]:
+    """Return one line for the tensors of all layers that differ only in the number, written as N, and their count."""
+    lines = [(re.sub(r"\blayers\.\d+\.", "layers.N.", name), shape, dtype) for name, shape, dtype in table]
+    return [(*line, count) for line, count in Counter(lines).items()]

@@ -53,8 +53,9 @@ def parser() -> Parser:
     top.add_argument("--version", action="version", version=f"refgemma {refgemma.__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, help: str) -> Parser:
-        command: Parser = commands.add_parser(name, help=help, description=help)
+    def add(name: str, help: str, hidden: bool = False) -> Parser:
+        shown: dict[str, Any] = {} if hidden else {"help": help}
+        command: Parser = commands.add_parser(name, description=help, **shown)
         command.add_argument(
             "--json", action="store_true", help="print JSON instead of text (chat: one object per turn)"
         )
@@ -70,7 +71,9 @@ def parser() -> Parser:
         command.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of the computation")
 
     def add_reference(command: Parser) -> None:
-        command.add_argument("--reference", action="store_true", help="compute with the definition, which is slower")
+        command.add_argument(
+            "--reference", action="store_true", help="use the slower definition instead of the fast code"
+        )
 
     def add_sampling(command: Parser) -> None:
         command.add_argument("--max-new-tokens", type=int, default=200, metavar="N")

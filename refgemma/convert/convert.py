@@ -197,7 +197,7 @@ def detect_kind(path: Path) -> str:
     'hf'
     """
     if not path.exists():
-        raise CheckpointError(f"{path}: there is no such file or folder")
+        raise CheckpointError(f"{path}: no such file or folder")
     if path.suffix == GGUF and path.is_file():
         return "gguf"
     if not path.is_dir():
@@ -350,7 +350,7 @@ def open_source(
             raise CheckpointError(f"{path}: already has a configuration; leave out the other one")
         return _open_hf(path, kind)
     if not path.exists():
-        raise CheckpointError(f"{path}: there is no such file or folder")
+        raise CheckpointError(f"{path}: no such file or folder")
     if path.is_dir():
         refuse_links(path, every=True)
     found = _read_torch_tensors(path) if kind == "pytorch" else read_tree(path)

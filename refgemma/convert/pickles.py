@@ -171,7 +171,7 @@ class _Machine:
     def set_items(self, pairs: Sequence[Any]) -> None:
         target = self.stack[-1]
         if not isinstance(target, dict) or not all(isinstance(key, str | int) for key in pairs[::2]):
-            raise ValueError("a dict has keys that are neither text nor whole numbers")
+            raise ValueError("a dictionary has a key that is neither a string nor an integer")
         target.update(zip(pairs[::2], pairs[1::2], strict=True))
 
     def append(self, items: Sequence[Any]) -> None:

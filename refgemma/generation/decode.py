@@ -352,7 +352,7 @@ def generate_batch(
     # Tokens that are only in a cache cannot be read again at each step.
     settings = asked if reading.cache is None and not embedded else replace(asked, use_cache=True)
     if streamer is not None and settings.num_beams > 1:
-        raise InputError("a streamer needs final tokens, and a beam search has them only at its end; use num_beams=1")
+        raise InputError("a streamer cannot show a beam search, whose tokens change until its end; set num_beams=1")
     _warn_of_right_padding(reading.visible)
     times = max(settings.num_beams, settings.num_return_sequences)
     expanded = reading.repeat(times) if times > 1 else reading

@@ -79,7 +79,7 @@ RELEASE_SIZES = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_a
 
 @dataclass(frozen=True)
 class ReleasedFile:
-    """A file of a release: its length and SHA-256, if known, and their source."""
+    """A file of a release, with its length, its SHA-256 if published, and the source of both."""
 
     bytes: int | None
     sha256: str | None

@@ -1,7 +1,7 @@
 """Prompts that show the known bugs, on the conformance checkpoint and on other models. Checked in the tests and in
 tests/parity.
 
-The conformance checkpoint is a small model in which every known bug is visible; tools/conformance_checkpoint.py wrote
+The conformance checkpoint is a small model in which every known bug is visible; `refgemma.weights.conformance` wrote
 it.
 """
 

@@ -149,13 +149,27 @@ def edit_model(
     change: Change, config: Gemma2Config, weights: Weights
 ) -> tuple[Gemma2Config, Weights, Mapping[str, Callable[..., Any]]]:
     """Return configuration, weights and functions of a model with an edit, without its masks and connections."""
-    nowhere = np.zeros((1, 1), np.int64)
-    call, arithmetic = Call(nowhere, nowhere, nowhere == 0, (1,)), Arithmetic(dtype_name(weights.norm))
-    usual = Context(config, weights, call, arithmetic, exact=False)
+    usual = _make_context(config, weights)
     edited = change(usual)
     if edited.layer_weights is not usual.layer_weights:
         weights = replace(weights, layers=[edited.layer(n) for n in range(config.num_hidden_layers)])
     return edited.config, weights, edited.functions
+
+
+def edit_config(change: Change | None, config: Gemma2Config) -> Gemma2Config:
+    """Return the configuration with an edit, or unchanged if the bug is not in the configuration."""
+    table = np.zeros((1, 1), np.float32)
+    try:
+        return config if change is None else change(_make_context(config, Weights(table, [], table[0]))).config
+    except ConfigError:  # no model can have these numbers
+        return config
+
+
+def _make_context(config: Gemma2Config, weights: Weights) -> Context:
+    """Return a context of one token, for edits that do not depend on the tokens."""
+    nowhere = np.zeros((1, 1), np.int64)
+    call, arithmetic = Call(nowhere, nowhere, nowhere == 0, (1,)), Arithmetic(dtype_name(weights.norm))
+    return Context(config, weights, call, arithmetic, exact=False)
 
 
 # --- soft caps --------------------------------------------------------------------------------------------------------
@@ -995,7 +1009,7 @@ KNOWN_BUGS: tuple[KnownBug, ...] = (
              turned_in_part(pairs_of_part=False), "unverified: Gemma 4's full layers (nexusquant #12)",
              "a position other than 0", "partial_rotary_factor"),
     KnownBug("rope-theta-1e6", "theta is 1000000", TABLES, config(rope_theta=1e6, rope_parameters=None),
-             "unverified: Gemma 3's for full layers", "a position other than 0", "rope_theta"),
+             "unverified; Gemma 3 uses it in full layers", "a position other than 0", "rope_theta"),
     KnownBug("rope-theta-160000", "theta is 160000", TABLES, config(rope_theta=160000.0, rope_parameters=None),
              "config.json in a vllm 0.8.0 issue", "a position other than 0", "rope_theta"),
     KnownBug("rope-positions-skip-pads", "positions do not count padding", TABLES, change_positions(without_pads),
@@ -1082,7 +1096,7 @@ KNOWN_BUGS: tuple[KnownBug, ...] = (
              "Flax checkpoints have 256128 rows", "any input", "vocab_size", "stage"),
     KnownBug("left-pad-nan", "rows of padding are NaN and reach real tokens", ("attention.mixed",), None,
              "transformers #30004", "left padding, float16", "mask value", "stage"),
-    KnownBug("fp16-overflow", "activations beyond 65504 become infinite", ("feed_forward.product",), None,
+    KnownBug("fp16-overflow", "activations above 65504 overflow to infinity", ("feed_forward.product",), None,
              "vllm #6177, mlx-examples #876 (27B)", "float16", "dtype", "stage"),
 )  # fmt: skip
 

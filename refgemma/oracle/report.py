@@ -4,9 +4,11 @@ tests: all five have the same verdict, and the JSON has every field of its schem
 import html
 import itertools
 import math
+import platform
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -14,7 +16,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from refgemma.files import escape
+from refgemma.files import escape, hash_file, write_json
 from refgemma.oracle.diagnose import Finding, Report
 from refgemma.oracle.engine import Instance
 from refgemma.oracle.estimate import Estimate
@@ -286,6 +288,44 @@ def as_json(report: Report, model: str) -> dict[str, Any]:
         "override": report.override,
         "drift": [{"tensor": name, "relative": x} for name, x in report.drift],
     }
+
+
+def card(report: Report, model: str, files: Mapping[str, Path], version: str) -> str:
+    """Return a verification card as JSON: the verdict, the identities of the files, and the limits of the check.
+
+    Parameters
+    ----------
+    report : Report
+        The result of the check.
+    model : str
+        The name of the model.
+    files : mapping
+        The path of each file that was read, by its role: ``candidate``, ``model/config.json`` ...
+    version : str
+        That of refgemma.
+    """
+    versions = {"python": platform.python_version(), "numpy": np.__version__, "refgemma": version}
+    about = as_json(report, model)
+    kept = (
+        "candidate", "engine", "model", "changed", "dtype", "dtype_from", "shape", "verdict", "exit_code",
+        "first_divergence", "override", "remarks",
+    )  # fmt: skip
+    content = {key: about[key] for key in kept} | {
+        "schema": "refgemma-card/1",
+        "date": datetime.now(UTC).date().isoformat(),
+        "versions": versions,
+        "metadata": {key: x for key, x in sorted(report.candidate.metadata.items()) if len(x) <= WIDTH},
+        "files": {
+            role: {"name": path.name, "bytes": path.stat().st_size, "sha256": hash_file(path)}
+            for role, path in files.items()
+        },
+        "known_bugs": sorted({finding.named for finding in report.findings}),
+        "tensors_judged": len(report.instances),
+        "tensors_missing": list(report.missing),
+        "known_bugs_excluded": [v.name for v in report.excluded],
+        "known_bugs_not_detectable": {v.name: v.shows for v in report.undetectable},
+    }
+    return write_json(content) + "\n"
 
 
 def junit(report: Report, model: str) -> str:

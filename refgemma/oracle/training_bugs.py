@@ -219,7 +219,7 @@ TRAINING_BUGS: tuple[KnownBug, ...] = (
              function(repeat_kv_backward=first_copy), f"{GITHUB}ooples/AiDotNet.Tensors/pull/633",
              "more query heads than key heads", "sum over query heads of dK and dV"),
     KnownBug("rope-gradient-turned-forwards", "gradients of queries and keys are turned as on the way forward", TURNED,
-             function(rotate_backward=ops.rotate), f"{GITHUB}ngxson/llama.cpp/pull/59",
+             function(rotate_backward=ops.rotate), "unverified: a review of ngxson/llama.cpp #59 has the flags of both ways exchanged",
              "a position other than 0", "sign of sin in the backward"),
     KnownBug("rope-gradient-not-turned", "gradients of queries and keys are not turned back", TURNED,
              function(rotate_backward=lambda grad, cos, sin: grad), f"{GITHUB}naver/croco/issues/49",
@@ -238,7 +238,7 @@ TRAINING_BUGS: tuple[KnownBug, ...] = (
     KnownBug("norm-weight-for-1-plus-weight", "gradients of a norm's input have w in the place of 1 + w", NORM_INPUTS,
              function(rms_norm_backward=norm_by(
                  lambda grad, x, weight, eps: back.rms_norm_backward(grad, x, weight - 1, eps)[0])),
-             f"{GITHUB}linkedin/Liger-Kernel/issues/74", knob="offset of the backward"),
+             "unverified: Liger-Kernel #74 has it in the forward pass", knob="offset of the backward"),
     KnownBug("norm-weight-missing-in-backward", "gradients of a norm's input lack the factor 1 + w", NORM_INPUTS,
              function(rms_norm_backward=norm_by(
                  lambda grad, x, weight, eps: back.rms_norm_backward(grad, x, 0 * weight, eps)[0])),
@@ -246,7 +246,7 @@ TRAINING_BUGS: tuple[KnownBug, ...] = (
     KnownBug("norm-projection-missing", "the root mean square is taken for a constant", NORM_INPUTS,
              function(rms_norm_backward=norm_by(
                  lambda grad, x, weight, eps: grad * (1 + weight) * inverse_root(x, eps))),
-             f"{GITHUB}BobMcDear/attorch/issues/17", knob="gradient through the root mean square"),
+             "unverified: attorch #17 has this term wrong, not missing", knob="gradient through the root mean square"),
     KnownBug("norm-weight-gradient-of-input", "gradients of a norm's weight multiply the input, not the normed input",
              NORM_WEIGHTS, function(rms_norm_backward=norm_weight_by(
                  lambda grad, x, weight, eps: np.sum(rows(grad * x), axis=0))),

@@ -26,7 +26,7 @@ import numpy as np
 
 from refgemma.config import Gemma2Config
 from refgemma.errors import RefgemmaError
-from refgemma.files import open_file, parse_object, quote, read_file
+from refgemma.files import hash_file, parse_object, quote, read_file
 from refgemma.hub import find_model
 from refgemma.inputs import InputError
 from refgemma.oracle.diagnose import Report
@@ -161,8 +161,7 @@ def content(path: str) -> str:
     """Hash a file, or a model's folder."""
     if Path(path).is_dir():
         return _hash(sorted((p.name, content(str(p))) for p in Path(path).iterdir() if p.suffix in OF_A_MODEL))
-    with open_file(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hash_file(path)
 
 
 @lru_cache

@@ -248,7 +248,7 @@ def find_missing(backend: Any, needs: Sequence[str]) -> str:
         if need in ("cache", "padding", "positions") and not getattr(can, need):
             return f"its forward takes no {need}"
         if not name and need not in ("cache", "padding", "positions") and not hasattr(backend, need):
-            return f"it has no method {need}"
+            return f"it has no method named {need}"
     return ""
 
 

@@ -46,7 +46,7 @@ def check_golden(backend: Any, name: str) -> None:
             case "operation":
                 _check_operation(backend, name)
             case other:
-                raise NotApplicable(f"a recording of the kind {other!r}")
+                raise NotApplicable(f"unknown kind of recording: {other!r}")
     except Unsupported as refusal:
         raise NotApplicable(str(refusal)) from refusal
     except NotApplicable:
@@ -117,7 +117,7 @@ def _check_operation(backend: Any, name: str) -> None:
     """Compare single operations on recorded inputs, for a backend that has them."""
     about, golden = load_golden(name)
     if not hasattr(backend, "operations"):
-        raise NotApplicable("it has no method operations")
+        raise NotApplicable("the backend has no method named operations")
     if about["operation"] not in OFFERED:
         raise NotApplicable(
             f"{about['operation']} is not a single operation of a backend; the recordings of models test it"

@@ -175,8 +175,8 @@ class Tokenizer:
     that ends a turn or begins a text, as in transformers. The author of one part of a prompt can therefore end their
     turn and speak as the model; the model cannot distinguish this forged conversation from a real one. For untrusted
     text use ``split_special_tokens=True``, or in a chat ``sanitize_control_tokens=True``. The text then gives none of
-    `all_special_ids`, and decoding restores the text. The exception is an ordinary piece that was made special. Other
-    pieces that look like markup, in Gemma ``<b>`` or ``<unused7>``, are found in any text, unless
+    `all_special_ids`, and decoding restores the text. The exception is an ordinary piece that was made special. Pieces
+    that only look like markup, such as Gemma's ``<b>`` and ``<unused7>``, are still matched, unless
     `extra_special_tokens` names them.
 
     In transformers ``split_special_tokens`` ignores tokens that are not declared special. A tokenizer made there from a

@@ -22,6 +22,7 @@ from refgemma.hub import find_model
 from refgemma.oracle.known_bugs import gelu_by_table
 from refgemma.precision import as_dtype
 from refgemma.tokenizer.tokenizer import Tokenizer
+from refgemma.weights.conformance import proportions, write_conformance
 from refgemma.weights.parameters import tensor_shapes
 from refgemma.weights.save import OutputTensor, write_checkpoint
 
@@ -106,21 +107,17 @@ def test_the_weights_are_those_of_transformers(kind: str, folder: Path) -> None:
         np.testing.assert_array_equal(x, theirs[name].numpy(), err_msg=name)
 
 
-@pytest.fixture(scope="module")
-def ask(folder: Path) -> Any:
+def ask_llama_cpp(path: Path, ids: list[int], text: str) -> tuple[np.ndarray, list[int]]:
+    """Return llama.cpp's log probabilities of the next token, and its ids of a text."""
     if LLAMA_CPP is None or shutil.which("node") is None:
         pytest.skip("REFGEMMA_LLAMA_CPP does not say where node-llama-cpp is installed, or there is no node")
-
-    def run(kind: str) -> tuple[np.ndarray, list[int]]:
-        script = Path(__file__).with_name("llama_cpp.mjs")
-        words = ["node", str(script), str(folder / f"{kind}.gguf"), ",".join(map(str, IDS)), TEXT]
-        said = json.loads(subprocess.run(words, capture_output=True, text=True, check=True, timeout=100).stdout)
-        log_probabilities = np.empty(CONFIG.vocab_size)
-        for token, probability in said["probabilities"]:
-            log_probabilities[token] = np.log(probability)
-        return log_probabilities, said["tokens"]
-
-    return run
+    script = Path(__file__).with_name("llama_cpp.mjs")
+    words = ["node", str(script), str(path), ",".join(map(str, ids)), text]
+    said = json.loads(subprocess.run(words, capture_output=True, text=True, check=True, timeout=100).stdout)
+    log_probabilities = np.empty(len(said["probabilities"]))
+    for token, probability in said["probabilities"]:
+        log_probabilities[token] = np.log(probability)
+    return log_probabilities, said["tokens"]
 
 
 # llama.cpp multiplies with the file's numbers, but rounds what it multiplies them with: for BF16 to bfloat16, for F16
@@ -130,10 +127,28 @@ NOISE = {"F32": 1e-4, "F16": 3e-3, "BF16": 0.02, "Q8_0": 0.075, "Q4_0": 0.075, "
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_llama_cpp_loads_it_and_computes_the_same(kind: str, folder: Path, ask: Any) -> None:
-    theirs, tokens = ask(kind)
+def test_llama_cpp_loads_it_and_computes_the_same(kind: str, folder: Path) -> None:
+    theirs, tokens = ask_llama_cpp(folder / f"{kind}.gguf", IDS, TEXT)
     model = refgemma.load(folder / f"{kind}.gguf")
     assert [2, *tokens] == model.tokenizer.encode(TEXT)
     config = model.config.changed(hidden_activation=gelu_by_table)  # which llama.cpp has on a CPU
     logits = refgemma.forward([IDS], model.weights, config).logits[0, -1]
     assert (log_softmax(logits.astype(np.float64)) - theirs).std() < NOISE[kind]
+
+
+def test_llama_cpp_loads_a_conformance_checkpoint(tmp_path: Path) -> None:
+    write_conformance(tmp_path / "hf", proportions(64).changed(query_pre_attn_scalar=64))
+    convert(tmp_path / "hf", tmp_path / "small.gguf", "auto", "gguf", dtype="float32")
+    ids = [2, *(4 + n * 37 % 250 for n in range(40))]  # more than two windows of 16
+    theirs, tokens = ask_llama_cpp(tmp_path / "small.gguf", ids, "na\u00efve \N{SLIGHTLY SMILING FACE}\n  end")
+    model = refgemma.load(tmp_path / "small.gguf")
+    assert [2, *tokens] == model.tokenizer.encode("na\u00efve \N{SLIGHTLY SMILING FACE}\n  end")
+
+    def error(**changes: Any) -> float:
+        config = model.config.changed(hidden_activation=gelu_by_table, **changes)
+        logits = refgemma.forward([ids], model.weights, config).logits[0, -1]
+        return float((log_softmax(logits.astype(np.float64)) - theirs).std())
+
+    assert error() < NOISE["F32"]
+    for wrong in ({"sliding_window": 17}, {"attn_logit_softcapping": 4.0}, {"query_pre_attn_scalar": 80}):
+        assert error(**wrong) > 30 * NOISE["F32"]  # the checkpoint shows this mistake

@@ -17,6 +17,7 @@ True
 
 from refgemma.teach.exercises import solutions
 from refgemma.teach.exercises.feedback import Feedback
+from refgemma.teach.exercises.guide import ProgressError, hint, progress
 from refgemma.teach.exercises.single_operations import (
     check_attention_probs,
     check_embed,
@@ -28,8 +29,10 @@ from refgemma.teach.exercises.single_operations import (
     check_sliding_mask,
     check_soft_cap,
 )
+from refgemma.teach.exercises.stories import PlayError, Story, play, save_port
 from refgemma.teach.exercises.whole_model import (
     check_causality_test,
+    check_diagnosis,
     check_first_divergence,
     check_keep_top_p,
     check_parameters,
@@ -39,8 +42,12 @@ from refgemma.teach.exercises.whole_model import (
 
 __all__ = [
     "Feedback",
+    "PlayError",
+    "ProgressError",
+    "Story",
     "check_attention_probs",
     "check_causality_test",
+    "check_diagnosis",
     "check_embed",
     "check_first_divergence",
     "check_gelu_tanh",
@@ -52,7 +59,11 @@ __all__ = [
     "check_round_to_bf16",
     "check_sliding_mask",
     "check_soft_cap",
+    "hint",
     "mystery_trace",
+    "play",
+    "progress",
     "recorded_trace",
+    "save_port",
     "solutions",
 ]

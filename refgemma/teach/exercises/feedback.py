@@ -2,7 +2,9 @@
 Checked by tests with solutions, stubs and typical wrong answers."""
 
 import copy
+import inspect
 import math
+import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,6 +71,10 @@ class Raised:
 
 def give_feedback(answer: Attempt, trials: Iterable[Trial], hints: Sequence[Hint]) -> Feedback:
     """Call `answer` on each trial, and describe the first result that is wrong."""
+    if definition := name_definition(answer):
+        return Feedback(
+            False, f"Not yet: that is {definition}, the definition itself\n  Write the function yourself, with NumPy."
+        )
     count = 0
     for trial in trials:
         count += 1
@@ -76,10 +82,26 @@ def give_feedback(answer: Attempt, trials: Iterable[Trial], hints: Sequence[Hint
         given = call(answer, handed_in)
         problem = describe_changed_arguments(trial.arguments, handed_in) or describe_fault(given, trial)
         if problem:
-            part, text = min(((measure_rest(given, hint, trial), hint.text) for hint in hints), default=(math.inf, ""))
+            rests = ((measure_rest(given, hint, trial), hint.text) for hint in hints)
+            part, text = min(rests, key=lambda pair: pair[0], default=(math.inf, ""))
             said = f"\n  Hint: {text}" if part <= EXPLAINED else ""
             return Feedback(False, f"Not yet: {trial.call}\n  {problem}{said}")
     return Feedback(True, f"Right: all {count} trials conform.")
+
+
+def name_definition(answer: Attempt) -> str:
+    """Return the name of a function of this package that is handed in as an answer; of another one, an empty text.
+
+    Examples
+    --------
+    >>> from refgemma import ops
+    >>> name_definition(ops.rotate), name_definition(lambda x: x)
+    ('refgemma.ops.rotate', '')
+    """
+    function = inspect.unwrap(getattr(answer, "func", answer))  # also a functools.partial of it
+    module = str(getattr(function, "__module__", ""))
+    inside = module.startswith("refgemma.") and not module.startswith("refgemma.teach.")
+    return f"{module}.{function.__name__}" if inside else ""
 
 
 def call(answer: Attempt, arguments: tuple[Any, ...]) -> Any:
@@ -107,9 +129,11 @@ def describe_fault(given: Any, trial: Trial) -> str:
         return f"your function raised {type(given.error).__name__}: {given.error}"
     if given is None:
         return "your function returned None; does it end with `return ...`?"
+    if isinstance(trial.right, str) and not isinstance(given, str):
+        return f"your function returned {type(given).__name__}, not a name; return the first name only, as str"
     if not isinstance(trial.right, np.ndarray):
         same = np.shape(given) == () and given == trial.right
-        return "" if same else f"{given!r} instead of {trial.right!r}"
+        return "" if same else f"{reprlib.repr(given)} instead of {trial.right!r}"
     return describe_wrong_array(given, trial.right, trial.bound)
 
 
@@ -129,6 +153,8 @@ def describe_wrong_array(given: Any, right: Array, bound: Any) -> str:
     if np.isnan(wide(array)).any():
         place = tuple(int(n) for n in np.argwhere(np.isnan(wide(array)))[0])
         return f"the result contains NaN (not a number), first at {list(place)}"
+    if right.dtype == bool and array.dtype != bool:
+        return f"the result is {array.dtype}, not bool; ~mask and table[mask] need True and False, not 1 and 0"
     if conforms(array, right, bound):
         return ""
     apart = distance_from(array, right)
@@ -160,18 +186,22 @@ def measure_rest(given: Any, hint: Hint, trial: Trial) -> float:
     if the bug makes no difference on this trial.
     """
     made = call(hint.wrong, copy.deepcopy(trial.arguments))
-    if isinstance(made, Raised) or not describe_fault(made, trial):
+    if isinstance(given, Raised) or isinstance(made, Raised):
+        same = isinstance(given, Raised) and isinstance(made, Raised) and repr(given.error) == repr(made.error)
+        return 0.0 if same else math.inf
+    if not describe_fault(made, trial):
         return math.inf
     if isinstance(made, str):
-        return 0.0 if given == made else math.inf
+        return 0.0 if isinstance(given, str) and given == made else math.inf
     ours, theirs, right = (read_numbers(x) for x in (given, made, trial.right))
     if ours is None or theirs is None or right is None or ours.shape != theirs.shape:
         return math.inf
     if np.array_equal(ours, theirs):
         return 0.0
-    if ours.shape != right.shape:
+    finite = np.isfinite(ours)
+    if ours.shape != right.shape or not np.array_equal(finite, np.isfinite(theirs)):
         return math.inf
-    remains, total = np.linalg.norm(ours - theirs), np.linalg.norm(ours - right)
+    remains, total = np.linalg.norm((ours - theirs)[finite]), np.linalg.norm((ours - right)[finite])
     return float(remains / total) if np.isfinite(total) and total > 0 else math.inf
 
 

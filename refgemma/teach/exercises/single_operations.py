@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -12,12 +13,14 @@ from refgemma.oracle import known_bugs as bugs
 from refgemma.oracle import tolerance as tol
 from refgemma.precision import Array, bf16, narrow, wide
 from refgemma.teach.exercises.feedback import Attempt, Feedback, Hint, Trial, give_feedback
+from refgemma.teach.exercises.guide import count_tries
 
 EPS = 1e-6
 
 # --- embedding --------------------------------------------------------------------------------------------------------
 
 
+@count_tries
 def check_embed(answer: Attempt) -> Feedback:
     """Check ``embed(ids, table)``: rows of the table times ``sqrt(hidden)``, the factor in the table's precision.
 
@@ -42,6 +45,16 @@ def check_embed(answer: Attempt) -> Feedback:
         Hint("the factor is sqrt(hidden), not hidden.", lambda ids, table: table[ids] * table.shape[-1]),
         Hint("the factor is the square root of the number of columns, not of rows.",
              lambda ids, table: table[ids] * np.float32(math.sqrt(table.shape[0]))),
+        Hint("the factor is the square root of the number of columns, not of ids.",
+             lambda ids, table: table[ids] * np.float32(math.sqrt(len(ids)))),
+        Hint("the factor is the square root of the number of columns, not of ids.",
+             lambda ids, table: table[ids] * np.float32(math.sqrt(ids.shape[-1]))),
+        Hint("the factor is the square root of the number of columns, not of ids.",
+             lambda ids, table: table[ids] * np.float32(math.sqrt(ids.size))),
+        Hint("multiply by sqrt(hidden) instead of adding it.",
+             lambda ids, table: table[ids] + np.float32(math.sqrt(table.shape[-1]))),
+        Hint("look up the row of each id, table[ids]; you take the first rows.",
+             lambda ids, table: table[: len(ids)] * narrow(math.sqrt(table.shape[-1]), like=table)),
         Hint("you divide by sqrt(hidden); multiply by it instead.",
              lambda ids, table: table[ids] / narrow(math.sqrt(table.shape[-1]), like=table)),
         Hint("the factor itself must first be rounded to the table's precision: narrow(sqrt(hidden), like=table).",
@@ -52,6 +65,7 @@ def check_embed(answer: Attempt) -> Feedback:
 # --- GELU -------------------------------------------------------------------------------------------------------------
 
 
+@count_tries
 def check_gelu_tanh(answer: Attempt) -> Feedback:
     """Check ``gelu_tanh(x)``: ``0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x**3)))``.
 
@@ -72,12 +86,33 @@ def check_gelu_tanh(answer: Attempt) -> Feedback:
         Hint("the cube is missing: tanh(sqrt(2/pi) (x + 0.044715 x**3)).", bugs.gelu_without_cube),
         Hint("sqrt(2/pi) multiplies the whole bracket, including the cube.", bugs.gelu_cube_outside),
         Hint("the 0.5 in front is missing.", bugs.gelu_without_half),
+        Hint("a sign is wrong: 1 + tanh(...), not 1 - tanh(...).", lambda x: _gelu(x, one=(1, -1))),
+        Hint("a sign is wrong: x + 0.044715 x**3, not x - 0.044715 x**3.", lambda x: _gelu(x, cube=-0.044715)),
+        Hint("a sign is wrong: the result has the sign of 0.5 x.", lambda x: -_gelu(x)),
+        Hint("the 1 is missing: 0.5 x (1 + tanh(...)).", lambda x: _gelu(x, one=(0, 1))),
+        Hint("the x in front is missing: 0.5 x (1 + tanh(...)).", lambda x: _gelu(x) / x),
+        Hint("0.5 x multiplies the whole bracket (1 + tanh(...)).", lambda x: 0.5 * x + np.tanh(_bend(x))),
+        Hint("the factor is sqrt(2 / pi): the root of the quotient.", lambda x: _gelu(x, root=2 / math.pi)),
+        Hint("the factor is sqrt(2 / pi): the root of the quotient.", lambda x: _gelu(x, root=math.sqrt(2) / math.pi)),
+        Hint("the factor is sqrt(2 / pi), not sqrt(pi / 2).", lambda x: _gelu(x, root=math.sqrt(math.pi / 2))),
+        Hint("the power is 3: x + 0.044715 x**3.", lambda x: _gelu(x, power=2)),
+        Hint("the constant is 0.044715.", lambda x: _gelu(x, cube=0.44715)),
     ])  # fmt: skip
+
+
+def _bend(x: Array, cube: float = 0.044715, root: float = math.sqrt(2 / math.pi), power: int = 3) -> Array:
+    return np.asarray(root * (x + cube * x**power))
+
+
+def _gelu(x: Array, one: tuple[int, int] = (1, 1), **mistakes: Any) -> Array:
+    """Compute GELU with the mistakes that the arguments make."""
+    return np.asarray(0.5 * x * (one[0] + one[1] * np.tanh(_bend(x, **mistakes))))
 
 
 # --- shared key heads -------------------------------------------------------------------------------------------------
 
 
+@count_tries
 def check_repeat_kv(answer: Attempt) -> Feedback:
     """Check ``repeat_kv(x, groups)``: from (batch, kv_heads, keys, head_dim) to as many heads as there are queries.
 
@@ -95,6 +130,15 @@ def check_repeat_kv(answer: Attempt) -> Feedback:
              lambda x, groups: np.repeat(x, groups, axis=2)),
         Hint("that repeats the texts of the batch (axis 0); the heads are axis 1.",
              lambda x, groups: np.repeat(x, groups, axis=0)),
+        Hint("that repeats the numbers of each vector (the last axis); the heads are axis 1.",
+             lambda x, groups: np.repeat(x, groups, axis=-1)),
+        Hint("np.tile(x, groups) repeats the last axis; the heads are axis 1.", lambda x, groups: np.tile(x, groups)),
+        Hint("without an axis, np.repeat returns one long row; the heads are axis=1.",
+             lambda x, groups: np.repeat(x, groups)),
+        Hint("the copies are a new axis; reshape it into the heads: (batch, kv_heads * groups, keys, head_dim).",
+             lambda x, groups: np.stack([x] * groups, axis=2)),
+        Hint("each head is repeated `groups` times, not as often as there are heads.",
+             lambda x, groups: np.repeat(x, x.shape[1], axis=1)),
         Hint("nothing is repeated: there must be a key head for each query head.", lambda x, groups: x),
     ])  # fmt: skip
 
@@ -102,6 +146,7 @@ def check_repeat_kv(answer: Attempt) -> Feedback:
 # --- rotary positions -------------------------------------------------------------------------------------------------
 
 
+@count_tries
 def check_rotate(answer: Attempt) -> Feedback:
     """Check ``rotate(x, cos, sin)``: rotate each pair ``(x[i], x[i + head_dim/2])`` by its angle.
 
@@ -127,12 +172,29 @@ def check_rotate(answer: Attempt) -> Feedback:
         Hint("a minus is missing: a rotation is (a cos - b sin, b cos + a sin).", bugs.turned_without_minus),
         Hint("the two halves must be exchanged in the second product.", bugs.turned_in_place),
         Hint("cosine and sine are exchanged.", bugs.cos_for_sin),
+        Hint("one sign is wrong: only the half that becomes the first is negative, (a cos - b sin, b cos + a sin).",
+             bugs.rotate_by(lambda x: -np.roll(x, x.shape[-1] // 2, axis=-1))),
+        Hint("the two halves must be exchanged in the second product.", bugs.rotate_by(lambda x: _negate(x, 0))),
+        Hint("the two halves must be exchanged in the second product.", bugs.rotate_by(lambda x: _negate(x, 1))),
+        Hint("a sign is wrong: nothing is negative in x * cos.",
+             lambda x, cos, sin: ops.rotate(x, cos, sin) - x * cos + _negate(x, 0) * cos),
+        Hint("a sign is wrong: nothing is negative in x * cos.",
+             lambda x, cos, sin: ops.rotate(x, cos, sin) - x * cos + _negate(x, 1) * cos),
+        Hint("the second product is missing: x * cos + (-second half, first half) * sin.",
+             lambda x, cos, sin: x * cos),
     ])  # fmt: skip
+
+
+def _negate(x: Array, half: int) -> Array:
+    halves = np.split(x, 2, axis=-1)
+    halves[half] = -halves[half]
+    return np.concatenate(halves, axis=-1)
 
 
 # --- soft cap ---------------------------------------------------------------------------------------------------------
 
 
+@count_tries
 def check_soft_cap(answer: Attempt) -> Feedback:
     """Check ``soft_cap(x, cap)``: ``cap * tanh(x / cap)``.
 
@@ -154,6 +216,15 @@ def check_soft_cap(answer: Attempt) -> Feedback:
         Hint("that cuts off at the cap. A soft cap also reduces smaller numbers: cap * tanh(x / cap).", bugs.cut_off),
         Hint("divide x by the cap inside the tanh.", bugs.cap_undivided),
         Hint("the result lies between -1 and 1: multiply it by the cap.", bugs.cap_unmultiplied),
+        Hint("that limits only large positive numbers, and with a kink: cap * tanh(x / cap).",
+             lambda x, cap: np.minimum(x, cap)),
+        Hint("divide x by the cap inside the tanh; you multiply by it.", lambda x, cap: cap * np.tanh(x * cap)),
+        Hint("inside the tanh is x / cap; you have cap / x.", lambda x, cap: cap * np.tanh(cap / x)),
+        Hint("multiply the tanh by the cap; you divide by it.", lambda x, cap: np.tanh(x / cap) / cap),
+        Hint("a sign is wrong: the result has the sign of x.", lambda x, cap: -cap * np.tanh(x / cap)),
+        Hint("that is the arc tangent, which goes beyond the cap; use tanh.", lambda x, cap: cap * np.arctan(x / cap)),
+        Hint("that is a sigmoid, between 0 and the cap; tanh lies between -cap and cap.",
+             lambda x, cap: cap / (1 + np.exp(-x / cap))),
         Hint("use the argument cap, which is 50 or 30, not a fixed number.",
              lambda x, cap: ops.soft_cap(x, 80 - cap)),
     ])  # fmt: skip
@@ -162,6 +233,7 @@ def check_soft_cap(answer: Attempt) -> Feedback:
 # --- from scores to probabilities -------------------------------------------------------------------------------------
 
 
+@count_tries
 def check_attention_probs(answer: Attempt) -> Feedback:
     """Check ``attention_probs(scores, mask, cap)``: cap, mask, softmax. `mask` is true where a key may be seen.
 
@@ -203,6 +275,26 @@ def check_attention_probs(answer: Attempt) -> Feedback:
              probs(lambda capped, mask: np.where(mask, bugs.softmax_over_all(capped, mask), 0))),
         Hint("a score of 0 is an ordinary score; to hide a key its score must be minus infinity.",
              probs(bugs.hidden_keys_at(0))),
+        Hint("divide each row by its own sum: np.sum(..., axis=-1, keepdims=True); you divide by the sum of all.",
+             probs(lambda capped, mask: (e := np.exp(np.where(mask, capped, -np.inf))) / e.sum())),
+        Hint("keep the axis of the sum: np.sum(..., axis=-1, keepdims=True).",
+             probs(lambda capped, mask: (e := np.exp(np.where(mask, capped, -np.inf))) / e.sum(axis=-1))),
+        Hint("the capped scores lie between -1 and 1: multiply the tanh by the cap.",
+             lambda scores, mask, cap: ops.softmax(np.tanh(scores / cap), mask.repeat(len(scores), axis=0))),
+        Hint("divide the scores by the cap inside the tanh.",
+             lambda scores, mask, cap: ops.softmax(cap * np.tanh(scores), mask.repeat(len(scores), axis=0))),
+        Hint("that cuts the scores off at the cap; the cap is soft: cap * tanh(scores / cap).",
+             lambda scores, mask, cap: ops.softmax(np.clip(scores, -cap, cap), mask.repeat(len(scores), axis=0))),
+        Hint("the exponential is missing: divide exp(scores) by their sum.",
+             probs(lambda capped, mask: (w := np.where(mask, capped, 0)) / w.sum(axis=-1, keepdims=True))),
+        Hint("a score of -1 is an ordinary score; to hide a key its score must be minus infinity.",
+             probs(bugs.hidden_keys_at(-1))),
+        Hint("adding the mask hides nothing; to hide a key its score must be minus infinity.",
+             probs(lambda capped, mask: bugs.softmax_over_all(capped + mask, mask))),
+        Hint("cap the scores, before the mask and the softmax; you cap the probabilities.",
+             lambda scores, mask, cap: ops.soft_cap(ops.softmax(scores, mask.repeat(len(scores), axis=0)), cap)),
+        Hint("the mask is inverted: true means that a key may be seen.",
+             probs(lambda capped, mask: bugs.softmax_over_all(np.where(mask, -np.inf, capped), mask))),
         Hint("these are exponentials: divide each row by its sum.",
              probs(lambda capped, mask: np.exp(np.where(mask, capped, -np.inf)))),
     ])  # fmt: skip
@@ -215,6 +307,7 @@ def _exchange(x: Array) -> Array:
 # --- windows ----------------------------------------------------------------------------------------------------------
 
 
+@count_tries
 def check_sliding_mask(answer: Attempt) -> Feedback:
     """Check ``sliding_mask(q_places, k_places, window)``: true for the last `window` keys, including the query's own.
 
@@ -245,6 +338,18 @@ def check_sliding_mask(answer: Attempt) -> Feedback:
         Hint("a query may not see later keys: the window ends at its own place.",
              bugs.window_open_ahead),
         Hint("a query must also see its own key.", lambda q, k, w: ops.sliding_mask(q, k, w) & (k != q[:, None])),
+        Hint("the window ends at the query's own key, which it includes: q - window < k <= q.",
+             lambda q, k, w: (k < q[:, None]) & (k >= q[:, None] - w)),
+        Hint("the window moves along: it ends at the query. You show the first keys of the text only.",
+             lambda q, k, w: ops.causal_mask(q, k) & (k < w)),
+        Hint("the window moves along with each query; your windows lie side by side.",
+             lambda q, k, w: ops.causal_mask(q, k) & (k // w == q[:, None] // w)),
+        Hint("compare each query with each key: make q_places a column, q_places[:, None].",
+             lambda q, k, w: (k <= q) & (k > q - w)),
+        Hint("for arrays write & and brackets, not `and`: (a <= b) & (c > d).",
+             lambda q, k, w: (k <= q[:, None]) and (k > q[:, None] - w)),
+        Hint("a mask has true and false, not the numbers to add to scores.",
+             lambda q, k, w: np.where(ops.sliding_mask(q, k, w), 0, -np.inf)),
         Hint("rows are queries and columns are keys; you exchanged them.",
              lambda q, k, w: ops.sliding_mask(q, k, w).T),
         Hint("true means that a key may be seen.", lambda q, k, w: ~ops.sliding_mask(q, k, w)),
@@ -256,6 +361,7 @@ def check_sliding_mask(answer: Attempt) -> Feedback:
 # --- norms ------------------------------------------------------------------------------------------------------------
 
 
+@count_tries
 def check_rms_norm(answer: Attempt) -> Feedback:
     """Check ``rms_norm(x, weight, eps)``: ``x / sqrt(mean(x**2) + eps) * (1 + weight)``, in float32, rounded at the
     end.
@@ -273,6 +379,7 @@ def check_rms_norm(answer: Attempt) -> Feedback:
             bound = tol.rms_norm(g["x"], g["weight"], EPS).bound
             yield Trial(f"rms_norm(x, weight, {EPS}) in {dtype}", (g["x"], g["weight"], EPS), g["y"], bound)
 
+    zero = "a vector of zeros is divided by 0: eps is missing, sqrt(mean(x**2) + eps)."
     early = "in half precision, compute in float32 (wide) and round once at the end (narrow); you round earlier."
     return give_feedback(answer, trials(), [
         Hint("Gemma stores the weight as an offset from one: multiply by 1 + weight.", bugs.norm_offset(0)),
@@ -282,9 +389,46 @@ def check_rms_norm(answer: Attempt) -> Feedback:
         Hint("compute the mean of each vector separately: axis=-1, keepdims=True.", bugs.norm_of_all),
         Hint("eps belongs inside the root: sqrt(mean(x**2) + eps).", bugs.eps_outside),
         Hint("the factor 1 + weight is missing.", bugs.norm_without_factor),
+        Hint(zero, _norm(lambda x: _size(x))),
+        Hint(zero, _norm(lambda x: _size(x), lambda y, w: y * w)),
+        Hint(f"{zero} And use the mean of the squares, not their sum.",
+             _norm(lambda x: np.linalg.norm(x, axis=-1, keepdims=True))),
+        Hint("use the mean of the squares, not their sum; a norm of NumPy is the root of the sum.",
+             lambda x, w, eps: _norm(lambda x: np.linalg.norm(x, axis=-1, keepdims=True) + eps)(x, w, eps)),
+        Hint("std subtracts the mean; divide by sqrt(mean(x**2) + eps).",
+             lambda x, w, eps: _norm(lambda x: np.std(x, axis=-1, keepdims=True) + eps)(x, w, eps)),
+        Hint("var subtracts the mean; divide by sqrt(mean(x**2) + eps).",
+             bugs.norm_by(lambda x, eps: np.sqrt(np.var(x, axis=-1, keepdims=True) + eps))),
+        Hint("put 1 + weight in brackets: * (1 + weight).",
+             lambda x, w, eps: _norm(lambda x: _size(x, eps), lambda y, w: y * w + 1)(x, w, eps)),
+        Hint("multiply by 1 + weight; you add it.",
+             lambda x, w, eps: _norm(lambda x: _size(x, eps), lambda y, w: y + 1 + w)(x, w, eps)),
+        Hint("a sign is wrong: multiply by 1 + weight.",
+             lambda x, w, eps: _norm(lambda x: _size(x, eps), lambda y, w: y * (1 - w))(x, w, eps)),
+        Hint("square first, then take the mean: mean(x**2), not mean(x)**2.",
+             bugs.norm_by(lambda x, eps: np.sqrt(np.mean(x, axis=-1, keepdims=True) ** 2 + eps))),
+        Hint("take the mean of the squares, and then the root; you take the mean of the sizes.",
+             lambda x, w, eps: _norm(lambda x: np.mean(np.abs(x), axis=-1, keepdims=True) + eps)(x, w, eps)),
+        Hint("divide by the root mean square; you multiply by it.",
+             bugs.norm_by(lambda x, eps: 1 / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps))),
+        Hint("compute the mean of each vector: axis=-1, not axis=0.",
+             bugs.norm_by(lambda x, eps: np.sqrt(np.mean(x * x, axis=0, keepdims=True) + eps))),
+        Hint("keep the axis of the mean: np.mean(..., axis=-1, keepdims=True).",
+             lambda x, w, eps: x / np.sqrt((x * x).mean(-1) + eps)),
         Hint(early, bugs.norm_cast_early("bfloat16")),
         Hint(early, bugs.norm_in_steps),
     ])  # fmt: skip
+
+
+def _size(x: Array, eps: float = 0.0) -> Array:
+    return np.asarray(np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps))
+
+
+def _norm(
+    size: Callable[[Array], Array], scale: Callable[[Array, Array], Array] = lambda y, w: y * (1 + w)
+) -> Attempt:  # fmt: skip
+    """Return a norm that divides by another size, and uses its weight in another way."""
+    return lambda x, weight, eps: narrow(scale(wide(x) / size(wide(x)), wide(weight)), like=x)
 
 
 # --- rounding ---------------------------------------------------------------------------------------------------------
@@ -295,6 +439,11 @@ def _cut(x: Array, added: int) -> Array:
     return words.view(np.float32)
 
 
+def _round(x: Array) -> Array:
+    return np.asarray(x.astype(ml_dtypes.bfloat16).astype(np.float32))
+
+
+@count_tries
 def check_round_to_bf16(answer: Attempt) -> Feedback:
     """Check ``round_to_bf16(x)``: float32 numbers rounded to bfloat16, ties to even, as a float32 array.
 
@@ -309,12 +458,9 @@ def check_round_to_bf16(answer: Attempt) -> Feedback:
     sizes = (rng.standard_normal(500) * 10.0 ** rng.integers(-30, 30, 500)).astype(np.float32)
     ties = (1 + np.arange(1, 65, 2) * 2.0**-8).astype(np.float32)  # half way between two bfloat16 numbers
 
-    def right(x: Array) -> Array:
-        return x.astype(ml_dtypes.bfloat16).astype(np.float32)
-
     trials = [
-        Trial("round_to_bf16(x) on numbers of all sizes", (sizes,), right(sizes)),
-        Trial("round_to_bf16(x) on numbers half way between two bfloat16 numbers", (ties,), right(ties)),
+        Trial("round_to_bf16(x) on numbers of all sizes", (sizes,), _round(sizes)),
+        Trial("round_to_bf16(x) on numbers half way between two bfloat16 numbers", (ties,), _round(ties)),
     ]
     return give_feedback(answer, trials, [
         Hint("that truncates the lower half; round to the nearest instead.", lambda x: _cut(x, 0)),
@@ -325,5 +471,16 @@ def check_round_to_bf16(answer: Attempt) -> Feedback:
         Hint("that is float16: five bits for the power and eleven for the digits.",
              lambda x: x.astype(np.float16).astype(np.float32)),
         Hint("nothing is rounded.", lambda x: x),
+        Hint("return float32 numbers: view the rounded bits as float32, .view(np.float32).",
+             lambda x: _round(x).view(np.uint32)),
+        Hint("return float32 numbers: you return the upper half of the bits as a whole number.",
+             lambda x: x.view(np.uint32) >> 16),
+        Hint("return float32 numbers: you return the upper half of the bits as a whole number.",
+             lambda x: _round(x).view(np.uint32) >> 16),
+        Hint("that always rounds away from 0; round to the nearest instead.", lambda x: _cut(x, 0xFFFF)),
+        Hint("bfloat16 has eight bits of digits with the first 1, which is not stored; you keep seven.",
+             lambda x: np.ldexp(np.round(np.frexp(x)[0] * 2**7) / 2**7, np.frexp(x)[1])),
+        Hint("bfloat16 has eight bits of digits with the first 1, which is not stored; you keep nine.",
+             lambda x: np.ldexp(np.round(np.frexp(x)[0] * 2**9) / 2**9, np.frexp(x)[1])),
         Hint("bf16(x) returns an array that rounds every operation; return an ordinary one: wide(bf16(x)).", bf16),
     ])  # fmt: skip

@@ -88,14 +88,16 @@ def parameters(config: Gemma2Config) -> int:
     """Count the numbers of embedding, attention, feed-forward and norms."""
     hidden, layers = config.hidden_size, config.num_hidden_layers
     heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
-    block = hidden * config.head_dim * heads + 3 * hidden * config.intermediate_size + 4 * hidden
+    attention = hidden * config.head_dim * heads
+    block = attention + 3 * hidden * config.intermediate_size + 4 * hidden
     return config.vocab_size * hidden + layers * block + hidden
 
 
 def first_divergence(ours: Mapping[str, Array], recorded: Mapping[str, Array]) -> str | None:
     """Return the first tensor, in the order of computation, whose relative error is larger than rounding explains."""
     for name, right in recorded.items():
-        if np.sqrt(np.mean((ours[name] - right) ** 2)) > 1e-5 * np.sqrt(np.mean(right**2)):
+        error = np.sqrt(np.mean((ours[name] - right) ** 2))
+        if error > 1e-5 * np.sqrt(np.mean(right**2)):
             return name
     return None
 
@@ -106,4 +108,5 @@ def causality_test(model: Callable[[list[int]], Any]) -> None:
     before = model(ids)
     for place in range(1, len(ids)):
         after = model([*ids[:place], 1000, *ids[place + 1 :]])
-        assert np.allclose(before[:place], after[:place], atol=1e-4), f"token {place} changes an answer before it"
+        same = np.allclose(before[:place], after[:place], atol=1e-4)
+        assert same, f"token {place} changes an answer before it"

@@ -1,8 +1,10 @@
 """Exercises on the whole model: choosing tokens, counting parameters, finding a bug, testing a property."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache, partial
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +17,7 @@ from refgemma.oracle.known_bugs import Change
 from refgemma.oracle.operations import Context
 from refgemma.precision import Array
 from refgemma.teach.exercises.feedback import Attempt, Feedback, Hint, Raised, Trial, call, give_feedback
+from refgemma.teach.exercises.guide import count_tries, record
 from refgemma.trace.names import named_tensors
 from refgemma.weights.parameters import LayerWeights
 
@@ -33,6 +36,7 @@ def _sort(probabilities: Array) -> Array:
     return np.argsort(-probabilities, kind="stable")
 
 
+@count_tries
 def check_keep_top_p(answer: Attempt) -> Feedback:
     """Check ``keep_top_p(probabilities, p)``: true for the most likely tokens with a total probability of at least p.
 
@@ -69,6 +73,12 @@ def check_keep_top_p(answer: Attempt) -> Feedback:
         Hint("the result is in sorted order; return it in the order of the tokens.",
              lambda s, p: running(s) - s[_sort(s)] < p),
         Hint("p is the probability of all kept tokens together, not of each.", lambda s, p: s >= p),
+        Hint("true means that a token is kept.", lambda s, p: running(s)[np.argsort(_sort(s))] - s >= p),
+        Hint("nothing is left out.", lambda s, p: np.ones(len(s), bool)),
+        Hint("return true or false for each token, not the kept probabilities.",
+             lambda s, p: np.where(running(s)[np.argsort(_sort(s))] - s < p, s, 0)),
+        Hint("return true or false for each token, not the numbers of the kept tokens.",
+             lambda s, p: _sort(s)[running(s) - s[_sort(s)] < p]),
     ])  # fmt: skip
 
 
@@ -79,15 +89,17 @@ PARAMETER_COUNTS = {"2b": 2_614_341_888, "9b": 9_241_705_984, "27b": 27_227_128_
 
 def _count(
     c: Gemma2Config, kv_heads: int | None = None, norms: int = 4, matrices: int = 3, tables: int = 1,
-    heads_width: int | None = None, last: int = 1,
+    heads_width: int | None = None, last: int = 1, own: int | None = None,
 ) -> int:  # fmt: skip
     """Count the parameters; the arguments make typical mistakes."""
     width = c.num_attention_heads * c.head_dim if heads_width is None else heads_width
     keys = (c.num_key_value_heads if kv_heads is None else kv_heads) * c.head_dim
-    block = 2 * c.hidden_size * (width + keys) + matrices * c.hidden_size * c.intermediate_size + norms * c.hidden_size
+    attention = 2 * c.hidden_size * (width + keys) if own is None else own
+    block = attention + matrices * c.hidden_size * c.intermediate_size + norms * c.hidden_size
     return tables * c.vocab_size * c.hidden_size + c.num_hidden_layers * block + last * c.hidden_size
 
 
+@count_tries
 def check_parameters(answer: Attempt) -> Feedback:
     """Check ``parameters(config)``: the number of parameters, as published with the released models.
 
@@ -110,6 +122,21 @@ def check_parameters(answer: Attempt) -> Feedback:
         Hint("the norms have parameters too: four norms per block, and a last one.", partial(_count, norms=0, last=0)),
         Hint("the last norm, after all blocks, is missing.", partial(_count, last=0)),
         Hint("heads * head_dim need not be hidden_size.", lambda c: _count(c, heads_width=c.hidden_size)),
+        Hint("attention is not 4 * hidden**2: q and o have hidden * heads * head_dim numbers each, k and v have "
+             "hidden * key heads * head_dim.", lambda c: _count(c, own=4 * c.hidden_size**2)),
+        Hint("attention has a fourth matrix, the output projection.",
+             lambda c: _count(c) - c.num_hidden_layers * c.hidden_size * c.num_attention_heads * c.head_dim),
+        Hint("keys and values have a matrix each; one is missing.",
+             lambda c: _count(c) - c.num_hidden_layers * c.hidden_size * c.num_key_value_heads * c.head_dim),
+        Hint("the matrices of attention are for all heads; you count one head.",
+             lambda c: _count(c, own=4 * c.hidden_size * c.head_dim)),
+        Hint("the attention is missing.", partial(_count, own=0)),
+        Hint("the feed-forward layer is missing.", partial(_count, matrices=0)),
+        Hint("the feed-forward layer has three matrices: gate, up and down.", partial(_count, matrices=1)),
+        Hint("a block has four norms.", partial(_count, norms=1)),
+        Hint("a block has four norms.", partial(_count, norms=3)),
+        Hint("count every block: num_hidden_layers.", lambda c: _count(c.changed(num_hidden_layers=1))),
+        Hint("return the number itself, not in billions.", lambda c: _count(c) / 1e9),
     ])  # fmt: skip
 
 
@@ -182,10 +209,85 @@ def mystery_trace(number: int) -> dict[str, Array]:
     return {name: made[name] for name in _load_recorded()}
 
 
+# Number of a port -> patterns of its wrong part, and of the mistake. A diagnosis is right if it matches both.
+_DIAGNOSES: dict[int, tuple[str, str]] = {
+    1: (r"window|sliding|mask", r"wide|large|big|more|long|\b6\b|\+ ?1|plus"),
+    2: (r"scal|query_pre_attn|sqrt", r"head_?.?dim|query_pre_attn"),
+    3: (
+        r"\bup\b.*\bgate\b|\bgate\b.*\bup\b",
+        r"exchang|swap|switch|revers|mix|interchang|confus|instead|wrong (way|order)",
+    ),
+    4: (
+        r"post.?attention|after (the )?attention|second norm",
+        r"1 ?\+|offset|plus (1|one)|minus (1|one)|- ?1\b|\bby the weight|1 is missing",
+    ),
+    5: (
+        r"\bcap|soft.?cap|tanh",
+        r"(final|last|logit|head|output).*(miss|without|not|no |absent|left out|none|forg)"
+        r"|(miss|without|not|no |absent|left out|none|forg).*(final|last|logit|head|output)",
+    ),
+    6: (
+        r"theta|base|frequenc|rope|rotary|angle",
+        r"1e6|million|1[_, ]?000[_, ]?000|large|big|high|slow|100 times|1e4|10[_, ]?000\b|wrong",
+    ),
+}
+
+
+def check_diagnosis(number: int, diagnosis: str) -> Feedback:
+    """Check a sentence that names the mistake of a port: `mystery_trace` of this number.
+
+    The sentence needs the wrong part and its mistake, in the words of the notebooks. The check looks for such words; it
+    does not understand the sentence.
+
+    Parameters
+    ----------
+    number : int
+        The number of the port, 1 to 6.
+    diagnosis : str
+        Your sentence.
+
+    Raises
+    ------
+    ValueError
+        If there is no port with that number.
+
+    Examples
+    --------
+    >>> check_diagnosis(1, "the softmax is wrong")
+    Not yet: another part of port 1 is wrong
+      Hint: its first wrong tensor is layers.0.attention.probs. Which step makes it, with which numbers?
+    >>> check_diagnosis(1, "the window is wrong")
+    Not yet: the part is right. Add its mistake: how does it differ from the definition?
+    >>> check_diagnosis(1, "the window is one key too wide")
+    Right: that is the mistake of port 1.
+    """
+    if number not in _PORTS:
+        raise ValueError(f"number is {number}; the ports have the numbers 1 to {len(_PORTS)}")
+    words = " ".join(diagnosis[:500].lower().split())
+    part, mistake = (bool(re.search(pattern, words)) for pattern in _DIAGNOSES[number])
+    if not words:
+        feedback = Feedback(False, "Not yet: nothing is written yet; put a sentence between the quotation marks")
+    elif part and mistake:
+        feedback = Feedback(True, f"Right: that is the mistake of port {number}.")
+    elif part:
+        feedback = Feedback(
+            False, "Not yet: the part is right. Add its mistake: how does it differ from the definition?"
+        )
+    else:
+        tensor = _PORTS[number][0]
+        feedback = Feedback(
+            False,
+            f"Not yet: another part of port {number} is wrong\n  Hint: its first wrong tensor is {tensor}. Which "
+            "step makes it, with which numbers?",
+        )
+    return record(f"diagnosis {number}", feedback)
+
+
 def _measure_errors(ours: Mapping[str, Array], recorded: Mapping[str, Array]) -> dict[str, float]:
     return {name: float(np.sqrt(np.mean((ours[name] - x) ** 2) / np.mean(x**2))) for name, x in recorded.items()}
 
 
+@count_tries
 def check_first_divergence(answer: Attempt) -> Feedback:
     """Check ``first_divergence(ours, recorded)``: the first tensor that rounding does not explain, by name, or None.
 
@@ -215,7 +317,15 @@ def check_first_divergence(answer: Attempt) -> Feedback:
     def exact(ours: Mapping[str, Array], recorded: Mapping[str, Array]) -> str:
         return next((name for name, x in recorded.items() if not np.array_equal(ours[name], x)), "none")
 
-    def answer_in_words(ours: Mapping[str, Array], recorded: Mapping[str, Array]) -> str:
+    def first_beyond(limit: Callable[[Array], Array]) -> Attempt:
+        def first(ours: Mapping[str, Array], recorded: Mapping[str, Array]) -> str:
+            return next((name for name, x in recorded.items() if (np.abs(ours[name] - x) > limit(x)).any()), "none")
+
+        return first
+
+    absolute = "numbers of 100 have larger rounding errors than numbers of 1: divide the error by the tensor's size."
+
+    def answer_in_words(ours: Mapping[str, Array], recorded: Mapping[str, Array]) -> Any:
         found = answer(ours, recorded)
         return "none" if found is None else found
 
@@ -228,6 +338,20 @@ def check_first_divergence(answer: Attempt) -> Feedback:
              lambda o, r: [*wrong_names(o, r), "none"][-1 if not wrong_names(o, r) else -2]),
         Hint("two correct programs differ in the last digits: allow for rounding, for example 1e-5.",
              exact),
+        Hint("the defaults of np.allclose allow an error of 1e-8 near 0, less than rounding: pass atol, or divide the "
+             "error of the whole tensor by its size.", first_beyond(lambda x: 1e-8 + 1e-5 * np.abs(x))),
+        Hint("a number near 0 has a large relative error: divide the error of the whole tensor by its size.",
+             first_beyond(lambda x: 1e-4 * np.abs(x))),
+        Hint("that is the tensor with the largest error. Errors grow along the way: return the first, not the worst.",
+             lambda o, r: max(r, key=lambda name: np.abs(o[name] - r[name]).max())),
+        Hint(absolute, first_beyond(lambda x: np.full_like(x, 1e-6))),
+        Hint(absolute, first_beyond(lambda x: np.full_like(x, 1e-5))),
+        Hint("errors have both signs: take their size (np.abs, or the square) before the mean.",
+             lambda o, r: next((n for n, x in r.items() if abs(np.mean(o[n] - x)) > 1e-5), "none")),
+        Hint("a port without a bug has no wrong tensor: return None.",
+             lambda o, r: "" if not wrong_names(o, r) else "none"),
+        Hint("a port without a bug has no wrong tensor: return None.",
+             lambda o, r: [*r][-1] if not wrong_names(o, r) else "none"),
         Hint("that is the last correct tensor; return the first wrong one.",
              lambda o, r: [*r][max([*r].index(wrong_names(o, r)[0]) - 1, 0)] if wrong_names(o, r) else "none"),
     ])  # fmt: skip
@@ -249,6 +373,7 @@ def _make_model(mask: Callable[[int], Array] | None) -> LogitsOf:
     return model
 
 
+@count_tries
 def check_causality_test(answer: Attempt) -> Feedback:
     """Check ``causality_test(model)``: raises AssertionError if a token of a text changes an earlier answer.
 

@@ -1,0 +1,287 @@
+"""Compare the numbers that an engine has for a released Gemma 2 with the release. Checked on torchtune 0.6.1, which
+exchanges the two caps, and on litgpt 0.5.13, whose Gemma 2 has Llama's epsilon.
+
+No trace of a small model shows a wrong preset, because the small model brings its own configuration.
+"""
+
+import ast
+import importlib
+import inspect
+import json
+import textwrap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refgemma.config import PRESETS, Gemma2Config
+from refgemma.errors import RefgemmaError, UsageError
+from refgemma.files import read_file, read_object
+from refgemma.gguf import config_fields, read_gguf
+from refgemma.hub import CONFIG_JSON, find_model
+from refgemma.oracle.known_bugs import KNOWN_BUGS, edit_config
+from refgemma.oracle.verdicts import CONFORMS, DIFFERS, INCONCLUSIVE
+
+# Each field with the names that engines give it, the most specific first. `hidden_dim` is the width of the residual
+# stream in KerasHub, and that of the feed-forward layer in DeepMind's code, which calls the former `embed_dim`.
+NAMES = {
+    "vocab_size": ("vocab_size", "vocabulary_size", "num_embed"),
+    "hidden_size": ("hidden_size", "embed_dim", "n_embd", "d_model", "model_dim", "dim", "hidden_dim"),
+    "intermediate_size": ("intermediate_size", "intermediate_dim", "ffn_dim", "mlp_dim", "hidden_dim"),
+    "num_hidden_layers": ("num_hidden_layers", "num_layers", "n_layer", "n_layers"),
+    "num_attention_heads": ("num_attention_heads", "num_heads", "num_query_heads", "n_head", "n_heads"),
+    "num_key_value_heads": ("num_key_value_heads", "num_kv_heads", "n_query_groups", "n_kv_heads"),
+    "head_dim": ("head_dim", "head_size", "kv_channels"),
+    "query_pre_attn_scalar": ("query_pre_attn_scalar", "attention_scores_scalar"),
+    "sliding_window": ("sliding_window", "sliding_window_size", "attn_window_size"),
+    "attn_logit_softcapping": (
+        "attn_logit_softcapping", "attention_logit_softcapping", "attention_logit_soft_cap", "attn_logits_soft_cap",
+        "attn_logit_softcap", "hidden_capping_value",
+    ),
+    "final_logit_softcapping": (
+        "final_logit_softcapping", "final_logit_soft_cap", "final_logit_softcap", "final_capping_value",
+    ),
+    "rms_norm_eps": ("rms_norm_eps", "norm_eps", "layer_norm_epsilon", "layernorm_epsilon"),
+    "rope_theta": ("rope_theta", "rope_base", "rotary_base", "rope_wavelength"),
+    "layer_types": ("layer_types", "attn_types", "attention_types", "sliding_window_indices"),
+    "hidden_activation": ("hidden_activation", "gelu_approximate"),
+}  # fmt: skip
+ACTIVATIONS = {"tanh": "gelu_pytorch_tanh", "gelu_tanh": "gelu_pytorch_tanh", "gelu_new": "gelu_pytorch_tanh"}
+PADDED_VOCABULARY = 256128  # rows of the table in DeepMind's own files; the last 128 belong to no token
+
+
+class PresetError(RefgemmaError):
+    """Raised for a configuration that cannot be read, or that has no number of a Gemma 2."""
+
+
+@dataclass(frozen=True)
+class Number:
+    """One number of an engine beside the released one."""
+
+    field: str
+    name: str  # the engine's
+    value: Any
+    released: Any
+
+    @property
+    def differs(self) -> bool:
+        """True if the engine's number is another one."""
+        if self.field == "vocab_size" and self.value == PADDED_VOCABULARY:
+            return False
+        return bool(self.value != self.released)
+
+
+@dataclass(frozen=True)
+class PresetCheck:
+    """The result: the numbers that were compared, and the known bugs that explain those that differ."""
+
+    source: str
+    size: str
+    numbers: tuple[Number, ...]
+    missing: tuple[str, ...]  # fields that the engine's configuration does not give
+    bugs: tuple[str, ...]
+
+    @property
+    def verdict(self) -> str:
+        """``differs``, ``conforms``, or ``inconclusive`` if a field is missing."""
+        if any(number.differs for number in self.numbers):
+            return DIFFERS
+        return INCONCLUSIVE if self.missing else CONFORMS
+
+
+def check_preset(source: str, size: str | None = None) -> PresetCheck:
+    """Compare an engine's configuration with that of a released Gemma 2.
+
+    Parameters
+    ----------
+    source : str
+        As in `read_numbers`.
+    size : str, optional
+        ``"2b"``, ``"9b"`` or ``"27b"``; without it, the release with the most equal numbers.
+
+    Raises
+    ------
+    PresetError
+        If `source` cannot be read, or gives no number of a Gemma 2.
+    UsageError
+        If there is no release of that size.
+
+    Examples
+    --------
+    >>> check_preset('refgemma.config:Gemma2Config.preset("9b")').verdict
+    'conforms'
+    """
+    given = match_names(read_numbers(source))
+    if not given:
+        raise PresetError(f"{source}: no number of a Gemma 2 found, such as hidden_size or head_dim")
+    if size is not None and size not in PRESETS:
+        raise UsageError(f"--size {size}: unknown; the released sizes are {', '.join(PRESETS)}")
+    compared = {name: compare(given, Gemma2Config.preset(name)) for name in ([size] if size else PRESETS)}
+    best = min(compared, key=lambda name: sum(number.differs for number in compared[name]))
+    numbers = compared[best]
+    missing = tuple(field for field in NAMES if field not in given)
+    return PresetCheck(source, best, numbers, missing, explain(numbers, Gemma2Config.preset(best)))
+
+
+def read_numbers(source: str) -> dict[str, Any]:
+    """Return the names and values of a configuration, those of nested mappings included.
+
+    Parameters
+    ----------
+    source : str
+        A ``config.json`` or another JSON file, a ``.gguf`` file, a Hugging Face folder or hub id; ``FILE.py:FUNCTION``,
+        which is read but not run; or ``MODULE:NAME``, which is imported. NAME may be any expression in the module, such
+        as ``Config.from_name("Gemma-2-9b")``: a mapping or an object with attributes. A function that is not called
+        gives the literal arguments of the calls in its source, because it may build the whole model.
+
+    Raises
+    ------
+    PresetError
+        If it cannot be read.
+    """
+    path, colon, name = source.partition(":")
+    if colon and path.endswith(".py"):
+        return read_source(read_file(path).decode("utf-8", "replace"), name, source)
+    if colon and not Path(source).exists():
+        return read_imported(path, name, source)
+    if source.endswith(".gguf"):
+        return Gemma2Config(**config_fields(read_gguf(source, PresetError), PresetError)).to_dict()
+    file = Path(source) if source.endswith(".json") else find_model(source) / CONFIG_JSON
+    values = read_object(file, PresetError)
+    if values.get("model_type") == "gemma2":  # with transformers' defaults
+        return Gemma2Config.from_dict(values).to_dict()
+    return flatten(values)
+
+
+def read_imported(module: str, name: str, source: str) -> dict[str, Any]:
+    """Return the numbers of an object of a module."""
+    try:
+        found: Any = eval(name, vars(importlib.import_module(module)))
+        if inspect.isroutine(found):
+            return read_source(textwrap.dedent(inspect.getsource(found)), found.__name__, source)
+    except PresetError:
+        raise
+    except Exception as error:  # another project's code may raise anything
+        raise PresetError(f"{source}: {type(error).__name__}: {error}") from None
+    if isinstance(found, Mapping):
+        return flatten(found)
+    return flatten({name: getattr(found, name, None) for name in dir(found) if not name.startswith("_")})
+
+
+def read_source(text: str, function: str, source: str) -> dict[str, Any]:
+    """Return the literal keyword arguments of the calls in a function, without running it."""
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError) as error:
+        raise PresetError(f"{source}: not Python: {error}") from None
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == function]
+    if not functions:
+        raise PresetError(f"{source}: no function {function!r}")
+    return dict(_find_literals(functions[0]))
+
+
+def _find_literals(function: ast.FunctionDef) -> Iterator[tuple[str, Any]]:
+    for call in ast.walk(function):
+        for keyword in call.keywords if isinstance(call, ast.Call) else ():
+            if keyword.arg is not None:
+                try:
+                    yield keyword.arg, ast.literal_eval(keyword.value)
+                except ValueError:  # computed by the engine
+                    pass
+
+
+def flatten(values: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return the values of a mapping and of the mappings in it; the outer ones win."""
+    inner = [flatten(value) for value in values.values() if isinstance(value, Mapping)]
+    return {key: value for one in inner for key, value in one.items()} | {str(k): v for k, v in values.items()}
+
+
+def match_names(values: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
+    """Return the engine's name and value of each field that it gives; each name serves one field."""
+    found: dict[str, tuple[str, Any]] = {}
+    for field, names in NAMES.items():
+        used = {name for name, _ in found.values()}
+        name = next((name for name in names if name in values and name not in used), None)
+        if name is not None and _is_value(values[name]):
+            found[field] = name, values[name]
+    return found
+
+
+def _is_value(value: Any) -> bool:
+    """Tell whether a configuration gives a value, in place of a property, a function or a computed tensor."""
+    return value is None or isinstance(value, (bool, int, float, str, list, tuple, np.number))
+
+
+def compare(given: Mapping[str, tuple[str, Any]], released: Gemma2Config) -> tuple[Number, ...]:
+    """Return each given number beside the released one."""
+    numbers = []
+    for field, (name, value) in given.items():
+        if field == "layer_types" and isinstance(value, (list, tuple)):
+            value = read_layer_types(value)
+        if field == "hidden_activation" and isinstance(value, str):
+            value = ACTIVATIONS.get(value, value)
+        numbers.append(Number(field, name, value, getattr(released, field)))
+    return tuple(numbers)
+
+
+def read_layer_types(values: list[Any] | tuple[Any, ...]) -> tuple[str, ...]:
+    """Return an engine's layer types in Hugging Face's words: 1, ``local`` and ``sliding`` mean sliding."""
+    words = [str(getattr(value, "name", value)).lower() for value in values]
+    sliding = [word in ("1", "true") or "sliding" in word or "local" in word for word in words]
+    return tuple("sliding_attention" if one else "full_attention" for one in sliding)
+
+
+def explain(numbers: tuple[Number, ...], released: Gemma2Config) -> tuple[str, ...]:
+    """Return the known bugs that have exactly some of the wrong numbers; a bug with more of them comes alone."""
+    wrong = {number.field: number.value for number in numbers if number.differs}
+    found: dict[str, set[str]] = {}
+    for bug in KNOWN_BUGS:
+        edited = edit_config(bug.change, released)
+        changed = {field for field in NAMES if getattr(edited, field) != getattr(released, field)}
+        if changed and all(field in wrong and wrong[field] == getattr(edited, field) for field in changed):
+            found[bug.name] = changed
+    return tuple(name for name, changed in found.items() if not any(changed < other for other in found.values()))
+
+
+def as_json(check: PresetCheck, code: int) -> dict[str, Any]:
+    """Return the result as JSON."""
+    numbers = [
+        {
+            "field": n.field,
+            "name": n.name,
+            "value": _plain(n.value),
+            "released": _plain(n.released),
+            "differs": n.differs,
+        }
+        for n in check.numbers
+    ]
+    return {
+        "schema": "refgemma-check-config/1", "source": check.source, "size": check.size, "verdict": check.verdict,
+        "numbers": numbers, "missing": list(check.missing), "known_bugs": list(check.bugs), "exit_code": code,
+    }  # fmt: skip
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=lambda x: x.item()))
+
+
+def lines(check: PresetCheck) -> Iterator[str]:
+    """Yield the text: the verdict, the wrong numbers, the known bugs, and the missing numbers."""
+    wrong = [number for number in check.numbers if number.differs]
+    yield f"{check.source} {check.verdict}: {len(check.numbers)} numbers compared with google/gemma-2-{check.size}"
+    for number in wrong:
+        own = "" if number.name == number.field else f" ({number.name})"
+        yield f"  {number.field}{own} is {_show(number.value)}; the release has {_show(number.released)}"
+    for bug in KNOWN_BUGS:
+        if bug.name in check.bugs:
+            yield f"  known bug {bug.name}: {bug.says}; seen in {bug.seen}"
+    if check.missing:
+        yield f"not given: {', '.join(check.missing)}"
+
+
+def _show(value: Any) -> str:
+    if not isinstance(value, tuple):
+        return repr(value)
+    return f"{len(value)} layers, {sum('sliding' in str(one) for one in value)} of them sliding"

@@ -1,0 +1,146 @@
+"""An engine's numbers for a released size, compared with the release. The two presets have the names and numbers of
+torchtune 0.6.1 and litgpt 0.5.13."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from refgemma.cli.main import main
+from refgemma.config import Gemma2Config
+from refgemma.oracle.config_check import NAMES, PresetError, check_preset, match_names, read_layer_types
+
+CAPS_EXCHANGED = """
+import torch_that_is_not_installed
+
+def gemma2_9b(**more):
+    return build(
+        vocab_size=256_000, num_layers=42, num_heads=16, head_dim=256, num_kv_heads=8, embed_dim=3584,
+        intermediate_dim=14336, max_seq_len=8192, norm_eps=1e-6, hidden_capping_value=30.0,
+        final_capping_value=50.0, sliding_window_size=4096, dropout=more.get("dropout", 0.0),
+    )
+"""
+WITH_DEFAULT_EPS = """
+class Config:
+    norm_eps = 1e-5
+    rope_base = 10000
+
+    def __init__(self, name):
+        self.vocab_size, self.head_size, self.attention_scores_scalar = 256000, 256, 256
+        self.n_embd, self.n_layer, self.n_head, self.n_query_groups = 3584, 42, 16, 8
+        self.intermediate_size, self.sliding_window_size, self.gelu_approximate = 14336, 4096, "tanh"
+        self.sliding_window_indices = [1 if i % 2 == 0 else 0 for i in range(42)]
+        self.attention_logit_softcapping, self.final_logit_softcapping = 50.0, 30.0
+"""
+KERAS = {
+    "vocabulary_size": 256000, "num_layers": 42, "num_query_heads": 16, "num_key_value_heads": 8, "hidden_dim": 3584,
+    "intermediate_dim": 14336,
+}  # fmt: skip
+FLAX = {"num_embed": 256128, "embed_dim": 3584, "hidden_dim": 14336, "num_kv_heads": 8}
+
+
+@pytest.fixture
+def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "engine"
+    folder.mkdir()
+    (folder / "presets.py").write_text(CAPS_EXCHANGED)
+    (folder / "config.py").write_text(WITH_DEFAULT_EPS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    return folder
+
+
+def test_exchanged_caps_are_named_without_running_the_engine(engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check-config", "engine/presets.py:gemma2_9b"]) == 1
+    said = capsys.readouterr().out
+    assert "differs: 11 numbers compared with google/gemma-2-9b" in said
+    assert "attn_logit_softcapping (hidden_capping_value) is 30.0; the release has 50.0" in said
+    assert "known bug softcaps-exchanged" in said
+    assert "attn-softcap-final-cap" not in said
+    assert "not given: query_pre_attn_scalar, rope_theta, layer_types, hidden_activation" in said
+
+
+def test_a_default_of_a_class_is_found(engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check-config", 'engine.config:Config("gemma-2-9b")', "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["known_bugs"] == ["norm-eps-1e-5"]
+    assert report["missing"] == []
+    assert report["exit_code"] == 1
+    (wrong,) = (number for number in report["numbers"] if number["differs"])
+    assert (wrong["field"], wrong["name"], wrong["value"]) == ("rms_norm_eps", "norm_eps", 1e-5)
+
+
+@pytest.mark.parametrize("size", ["2b", "9b", "27b"])
+def test_released_files_conform(size: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    Gemma2Config.preset(size).to_json_file(path)
+    found = check_preset(str(path))
+    assert (found.size, found.verdict, found.bugs) == (size, "conforms", ())
+    assert len(found.numbers) == len(NAMES)
+
+
+@pytest.mark.parametrize(
+    ("change", "bug"),
+    [
+        ({"query_pre_attn_scalar": 128}, "scale-head-dim"),
+        ({"sliding_window": 4097}, "swa-window-plus-one"),
+        ({"layer_types": ["sliding_attention", "full_attention"] * 23}, None),
+        ({"layer_types": ["full_attention", "sliding_attention"] * 23}, "swa-layer-parity-swapped"),
+        ({"final_logit_softcapping": None}, "final-softcap-missing"),
+    ],
+)
+def test_a_wrong_number_of_the_27b_has_its_name(change: dict[str, object], bug: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(Gemma2Config.preset("27b").to_dict() | change))
+    found = check_preset(str(path), "27b")
+    assert found.verdict == ("differs" if bug else "conforms")
+    assert bug is None or bug in found.bugs
+
+
+def test_one_name_means_what_the_engine_means_by_it() -> None:
+    keras, flax = match_names(KERAS), match_names(FLAX)
+    assert keras["hidden_size"] == ("hidden_dim", 3584)
+    assert keras["intermediate_size"] == ("intermediate_dim", 14336)
+    assert flax["hidden_size"] == ("embed_dim", 3584)
+    assert flax["intermediate_size"] == ("hidden_dim", 14336)
+
+
+def test_the_padded_vocabulary_of_the_original_files_conforms(tmp_path: Path) -> None:
+    path = tmp_path / "flax.json"
+    path.write_text(json.dumps(FLAX))
+    assert check_preset(str(path)).verdict == "inconclusive"
+    path.write_text(json.dumps(FLAX | {"num_embed": 256001}))
+    assert check_preset(str(path)).verdict == "differs"
+
+
+@pytest.mark.parametrize("value", [[1, 0, 1], ["local_sliding", "GLOBAL", "local"], (True, False, True)])
+def test_layer_types_in_other_words(value: object) -> None:
+    assert read_layer_types(value) == ("sliding_attention", "full_attention", "sliding_attention")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("no_such_module:config", "No module named"),
+        ("engine.config:missing", "not defined"),
+        ("engine.config:1 +", "SyntaxError"),
+        ("engine/presets.py:other", "no function 'other'"),
+        ("json:loads", "no number of a Gemma 2"),
+        ("json:dumps(", "SyntaxError"),
+        ("missing.json", "No such file"),
+    ],
+)
+def test_what_cannot_be_read_is_one_line(
+    source: str, message: str, engine: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check-config", source]) == 2
+    said = capsys.readouterr()
+    assert message in said.err
+    assert said.err.count("\n") == 1
+    assert not said.out
+
+
+def test_an_unknown_size_is_refused(engine: Path) -> None:
+    assert main(["check-config", "engine/presets.py:gemma2_9b", "--size", "7b"]) == 2
+    with pytest.raises(PresetError):
+        check_preset("engine.none:gemma2_9b")
