@@ -219,7 +219,7 @@ TRAINING_BUGS: tuple[KnownBug, ...] = (
              function(repeat_kv_backward=first_copy), f"{GITHUB}ooples/AiDotNet.Tensors/pull/633",
              "more query heads than key heads", "sum over query heads of dK and dV"),
     KnownBug("rope-gradient-turned-forwards", "gradients of queries and keys are turned as on the way forward", TURNED,
-             function(rotate_backward=ops.rotate), "unverified: a review of ngxson/llama.cpp #59 has the flags of both ways exchanged",
+             function(rotate_backward=ops.rotate), "unverified: ngxson/llama.cpp #59 exchanges the flags",
              "a position other than 0", "sign of sin in the backward"),
     KnownBug("rope-gradient-not-turned", "gradients of queries and keys are not turned back", TURNED,
              function(rotate_backward=lambda grad, cos, sin: grad), f"{GITHUB}naver/croco/issues/49",
