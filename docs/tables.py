@@ -14,6 +14,7 @@ from refgemma.config import Gemma2Config
 from refgemma.oracle.known_bugs import KNOWN_BUGS
 from refgemma.oracle.operations import Context, double, operations
 from refgemma.oracle.tolerance import Arithmetic
+from refgemma.oracle.training_bugs import TRAINING_BUGS
 from refgemma.precision import bf16
 from refgemma.testing.properties import LAWS
 from refgemma.trace.candidate import Call
@@ -67,6 +68,7 @@ is `embedded`. A file also has `input_ids` with the axes batch seq, and `attenti
 def known_bugs() -> str:
     """Return the page of the catalogue of known bugs."""
     rows = [(code(v.name), v.kind, code(v.fields[0]), v.says, v.shows, v.seen) for v in KNOWN_BUGS]
+    trainers = [(code(v.name), code(v.fields[0]), v.says, v.shows, v.seen) for v in TRAINING_BUGS]
     return f"""# Known bugs
 
 {AGAIN}
@@ -76,6 +78,13 @@ A *mistake* computes another model. *Rounding* is the same model, rounded at ano
 tokens, the shapes or the weights.
 
 {table(("name", "kind", "first tensor", "computed instead", "shown by", "seen in"), rows)}
+
+## Mistakes of trainers
+
+If a trace has gradients, it is also compared with these {len(TRAINING_BUGS)}; see
+[Check a trainer](../how-to/check-a-trainer.md).
+
+{table(("name", "first tensor", "mistake", "shown by", "seen in"), trainers)}
 """
 
 

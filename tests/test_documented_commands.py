@@ -15,6 +15,7 @@ import pytest
 
 import refgemma
 from refgemma import activations, layers
+from refgemma.backward import compute_gradients
 from refgemma.cli.main import main
 from refgemma.hub import find_model
 from refgemma.oracle import known_bugs
@@ -67,6 +68,7 @@ RUN = {
     "refgemma convert SOURCE -o DIR": ("refgemma convert model.gguf -o again", 0),
     "refgemma check PORT.safetensors": ("refgemma check run.safetensors", 0),
     "refgemma check port.safetensors --model conformance": ("{}", 1),
+    "refgemma check gradients.safetensors --model conformance": ("{}", 1),
     "refgemma sweep jobs.jsonl": ("{}", 1),
     "refgemma sweep jobs.jsonl --workers 4": ("refgemma sweep jobs.jsonl --workers 2", 1),
     "refgemma conformance -o small --head-dim 64": ("{}", 0),
@@ -121,6 +123,23 @@ ELSEWHERE = {
 }  # fmt: skip
 
 
+def mean_of_means() -> dict[str, np.ndarray]:
+    """The gradients of a trainer that averages each row before the batch."""
+    model, recorded = refgemma.load("conformance"), dict(np.load(ROOT / "tests/recorded/gradients-conformance.npz"))
+    rows = []
+    for n in range(2):
+        ids, labels, mask = (recorded[name][n : n + 1] for name in ("input_ids", "labels", "attention_mask"))
+        rows.append(compute_gradients(ids, labels, model.weights, model.config, attention_mask=mask)[1])
+    given = {name: x for name, x in recorded.items() if not name.startswith("grads.")}
+    return given | {f"grads.{name}": (x + rows[1][name]) / 2 for name, x in rows[0].items()}
+
+
+def test_the_sample_of_a_trainer(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sample = block_of("text", "DIFFERS first at grads.")
+    assert main(["check", str(desk / "gradients.safetensors"), "--model", "conformance"]) == 1
+    assert sample in capsys.readouterr().out
+
+
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the files that the commands read."""
@@ -130,6 +149,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids[:, 0] = 2
     wrong = [("input_ids", ids), *run_in_order(ids, model.weights, model.config.changed(sliding_window=9))]
     save_trace(wrong, folder / "port.safetensors", {"dtype": "float32"})
+    save_trace(mean_of_means().items(), folder / "gradients.safetensors", {"dtype": "float32"})
     assert main(["trace", "Once upon a time", "-o", str(folder / "run.safetensors")]) == 0
     source = folder / "source"  # the tiny model with the scale of scores that llama.cpp takes for such a model
     config = refgemma.load("tiny").config

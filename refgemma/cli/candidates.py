@@ -36,6 +36,7 @@ from refgemma.oracle.engine import Engine
 from refgemma.oracle.known_bugs import KNOWN_BUGS
 from refgemma.oracle.pipeline import check, read_candidate, run_backend
 from refgemma.oracle.repro import make_repro
+from refgemma.oracle.training_bugs import TRAINING_BUGS
 from refgemma.oracle.verdicts import CONFORMS, DIFFERS, EXIT, FAILED, INCONCLUSIVE
 from refgemma.sweep.jobs import read_jobs
 from refgemma.sweep.runner import as_json as sweep_json
@@ -420,9 +421,10 @@ def sweep_lines(report: dict[str, Any]) -> list[str]:
 
 def run_known_bugs(args: argparse.Namespace) -> int:
     """Run ``refgemma known-bugs``."""
-    chosen = [v for v in KNOWN_BUGS if args.name in (None, v.name)]
+    catalogue = (*KNOWN_BUGS, *TRAINING_BUGS)
+    chosen = [v for v in catalogue if args.name in (None, v.name)]
     if not chosen:
-        near = [v.name for v in KNOWN_BUGS if args.name in v.name or args.name in v.fields[0]]
+        near = [v.name for v in catalogue if args.name in v.name or args.name in v.fields[0]]
         hint = f"there are {', '.join(near[:6])}" if near else "refgemma known-bugs lists them"
         raise UsageError(f"unknown bug {args.name!r}; {hint}")
     if args.json:

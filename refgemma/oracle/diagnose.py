@@ -34,10 +34,11 @@ from refgemma.oracle.locate import ErrorMap, locate_errors, map_errors
 from refgemma.oracle.preflight import Preflight
 from refgemma.oracle.spans import Computed
 from refgemma.oracle.tolerance import from_measured_std, rescale
+from refgemma.oracle.training_bugs import TRAINING_BUGS
 from refgemma.precision import Array
 from refgemma.trace.candidate import Candidate
-from refgemma.trace.names import LOGPROBS, field_of, layer_of
-from refgemma.weights.parameters import Weights
+from refgemma.trace.names import GRADS, LOGPROBS, field_of, layer_of
+from refgemma.weights.parameters import Weights, tensor_shapes
 
 # The operation of a known bug rounds slightly differently from the correct one, for which the bounds are derived:
 # errors may be as large as those of the row's largest element.
@@ -122,7 +123,7 @@ class Report:
             return verdicts.NOISY_ONLY
         judged = {i.tensor for i in self.instances if i.judged.verdict != verdicts.BLIND}
         blind = verdicts.BLIND in words or verdicts.MISSING in words
-        ends = {"logits", LOGPROBS} & judged
+        ends = {"logits", LOGPROBS} & judged or {GRADS + name for name in tensor_shapes(self.config)} <= judged
         return verdicts.INCONCLUSIVE if not ends or blind or self.logits_missing else verdicts.CONFORMS
 
     @property
@@ -156,7 +157,9 @@ class Diagnosis:
 
     def __init__(self, engine: Engine, bugs: Sequence[KnownBug] | None = None) -> None:
         self.engine, self.usual, self.candidate = engine, engine.usual, engine.candidate
-        self.bugs = KNOWN_BUGS if bugs is None else tuple(bugs)
+        self.whole = bugs is None  # whether families of bugs and estimates are tried, too
+        trainers = () if self.candidate.call.labels is None else TRAINING_BUGS
+        self.bugs = (*KNOWN_BUGS, *trainers) if bugs is None else tuple(bugs)
         self._fits: dict[tuple[str, str], bool] = {}
         self._left: dict[tuple[str, str], float] = {}
         self._parts: list[KnownBug] = []  # parts in half precision that were tried
@@ -237,7 +240,9 @@ class Diagnosis:
             if self.is_consistent(v, good) is not False:
                 found.append(v)
         found = self._choose([v for v in found if v.kind == "mistake"]) or found
-        if self.bugs is KNOWN_BUGS:
+        if names[0].startswith(GRADS):
+            return tuple(found)
+        if self.whole:
             found = found or self._find_part(names) or self._find_weights(names, good)
         return tuple(found or self._find_pairs(finding) or self._find_gemma_1(finding))
 
@@ -360,7 +365,7 @@ class Diagnosis:
 
     def _find_gemma_1(self, finding: Sequence[Instance]) -> list[KnownBug]:
         """Return the smallest combinations of `GEMMA_1_BUGS` that explain several operations."""
-        if not finding[0].between or self.bugs is not KNOWN_BUGS:
+        if not finding[0].between or not self.whole:
             return []
         names = [i.tensor for i in finding]
         for count in range(2, len(GEMMA_1_BUGS) + 1):
@@ -392,15 +397,24 @@ class Diagnosis:
         for kind, some in excused.items():
             if kind not in groups and (behind := self._find_behind([i.tensor for i in some])):
                 yield Finding(kind, tuple(some), len(some), "", behind, ())
+        earlier: list[KnownBug] = []  # those that explain gradients nearer to the loss
+        unknown = False  # whether one of these is unexplained: gradients computed from it are wrong for the same reason
         for kind, wrong in groups.items():
             total = sum(field_of(i.tensor) == kind for i in self.engine.instances)
             # Tensors of another shape, or with NaN, say nothing of the numbers of the others.
             judged = [i for i in wrong if i.judged.verdict != verdicts.INVALID]
             first, names = (judged or wrong)[0], [i.tensor for i in judged]
-            fitted = tuple(estimate_parameters(self.engine, names)) if self.bugs is KNOWN_BUGS else ()
+            fitted = tuple(estimate_parameters(self.engine, names)) if self.whole else ()
             where = locate_errors(self.engine, first.tensor) if judged and not first.between else ""
             maps = map_errors(self.engine, first.tensor) if first.tensor in self.candidate.tensors else ()
-            explained, closest = self.explain(judged or wrong), None
+            repeated = tuple(v for v in earlier if kind.startswith(GRADS) and self.is_consistent(v, names))
+            if unknown and kind.startswith(GRADS) and first.between:
+                yield Finding(kind, tuple(wrong), total, where, repeated, fitted, maps)
+                continue
+            explained, closest = repeated or self.explain(judged or wrong), None
+            if kind.startswith(GRADS):
+                earlier += [v for v in explained if v not in earlier]
+                unknown |= not explained
             if not explained and judged and first.between and not any(e.fits for e in fitted):
                 ranked = self.rank(names[0])
                 closest = (ranked[0][1], ranked[0][0]) if ranked and ranked[0][0] < CLOSE else None

@@ -16,6 +16,7 @@ import numpy as np
 
 from refgemma.config import Gemma2Config
 from refgemma.inputs import InputError
+from refgemma.oracle.backward_operations import backward_operations
 from refgemma.oracle.judge import DEVIATIONS, SPAN_LIMIT, Judged, Statistics, judge
 from refgemma.oracle.operations import Context, Operation, double, operations
 from refgemma.oracle.spans import Computed, measure_noise, where_compared
@@ -76,6 +77,8 @@ class Engine:
             )
         self.candidate, self.config, self.override, self.quantised = candidate, config, override, quantised
         self.context = Context(config, double(weights), candidate.call, Arithmetic(candidate.dtype))
+        if candidate.call.labels is not None:
+            self.context = replace(self.context, backward=backward_operations)
         self.eager_context = replace(self.context, weights=weights, exact=False)
         self.usual = Computed(operations(self.context), candidate)
         self._noise: dict[tuple[str, float], Array] = {}

@@ -33,6 +33,8 @@ def map_errors(engine: Engine, name: str) -> tuple[ErrorMap, ...]:
         units = np.abs(engine.errors(name)) / engine.tolerance(name).std
     units = np.where(engine.where(name), np.where(np.isfinite(units), units, np.inf), np.nan)
     axes = axes_of(name).split()
+    if "seq" not in axes:  # the gradient of a weight
+        return ()
     seq, last = axes.index("seq"), len(axes) - 1
     pairs = [(seq, last), *([(1, seq)] if axes[1] in ("heads", "kv_heads") else [])]
     return tuple(

@@ -100,6 +100,7 @@ class Context:
     mask: Callable[["Context", int], Array] = window_mask
     layer_weights: Callable[[LayerWeights, "Context"], LayerWeights] = lambda weights, context: weights
     rewire: Callable[[dict[str, Operation], "Context"], Mapping[str, Operation]] = lambda table, context: {}
+    backward: Callable[["Context"], Iterator[Operation]] = lambda context: iter(())  # the way back, if it is judged
 
     def function(self, name: str, usual: Callable[..., Any]) -> Callable[..., Any]:
         """Return the context's function with this name, or the usual one."""
@@ -270,5 +271,5 @@ def operations(context: Context) -> dict[str, Operation]:
     first = [*_ends(context)]
     before, after = first[:3], first[3:]
     layers = [op for layer in range(context.config.num_hidden_layers) for op in _block(context, layer)]
-    table = {op.name: op for op in [*before, *layers, *after]}
+    table = {op.name: op for op in [*before, *layers, *after, *context.backward(context)]}
     return table | dict(context.rewire(table, context))

@@ -14,7 +14,8 @@ import numpy as np
 from refgemma.oracle.operations import Context, Operation, window_mask
 from refgemma.precision import Array
 from refgemma.trace.candidate import Candidate
-from refgemma.trace.names import field_of, layer_of
+from refgemma.trace.names import AXES, GRADS, field_of, layer_of
+from refgemma.weights.parameters import EMBED_TOKENS
 
 DRAWS = 16
 KEPT_BYTES = 2**26  # larger tensors, such as the scores of long texts, are computed at each use and not kept
@@ -27,6 +28,7 @@ class Computed:
     table: Mapping[str, Operation]
     candidate: Candidate
     between: dict[str, Array] = field(default_factory=dict)  # not recorded, computed
+    spans: dict[str, list[str]] = field(default_factory=dict)  # the results of `span`
 
     def edit(self, table: Mapping[str, Operation]) -> "Computed":
         """Return this object with another table's operations; tensors that do not depend on them are not computed
@@ -66,6 +68,8 @@ class Computed:
 
     def span(self, name: str) -> list[str]:
         """Return the operations between recorded tensors and a tensor, its own operation last."""
+        if name in self.spans:
+            return self.spans[name]
         found: set[str] = set()
         waiting = [name]
         while waiting:
@@ -73,14 +77,19 @@ class Computed:
             if current not in found:
                 found.add(current)
                 waiting += [source for source in self.table[current].inputs if source not in self.candidate.inputs]
-        return sorted(found, key=self.places.__getitem__)
+        self.spans[name] = sorted(found, key=self.places.__getitem__)
+        return self.spans[name]
 
 
 def where_compared(name: str, context: Context) -> Array:
     """Return a mask of the elements to compare: rows of real tokens, and scores of visible keys."""
-    visible = context.call.visible
-    kind, layer = field_of(name), layer_of(name)
-    if kind in ("attention.scores", "attention.capped"):
+    visible, gradient = context.call.visible, name.startswith(GRADS)
+    kind, layer = field_of(name).removeprefix(GRADS), layer_of(name)
+    if gradient and kind not in AXES:
+        # Whether the padding token's row is trained is a choice of the embedding, not of the model.
+        rows = np.arange(context.config.vocab_size)[:, None] != context.config.pad_token_id
+        return rows if name == GRADS + EMBED_TOKENS else np.array(True)
+    if kind in ("attention.scores", "attention.capped") or (gradient and kind == "attention.probs"):
         assert layer is not None
         return window_mask(context, layer) & visible[:, None, :, None]
     if kind in ("cos", "sin") or (kind.startswith("attention.") and kind not in ("attention.mixed", "attention.out")):

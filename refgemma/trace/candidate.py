@@ -18,16 +18,19 @@ import numpy as np
 import numpy.typing as npt
 
 from refgemma.config import Gemma2Config
+from refgemma.heads import IGNORED
 from refgemma.inputs import InputError, check_inputs
 from refgemma.precision import Array, as_dtype, as_float64, wide
 from refgemma.trace.name_maps import GIVEN, axis_lengths, open_trace
-from refgemma.trace.names import AXES, FIELDS, LAYER_FIELDS, LOGPROBS, field_of, layer_of
+from refgemma.trace.names import AXES, FIELDS, GRADS, LAYER_FIELDS, LOGPROBS, field_of, layer_of
 from refgemma.trace.reader import Entry, TraceFile
+from refgemma.weights.parameters import tensor_shapes
 
 STORED = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 MOST_TOKENS = 2**20
 # A static cache has keys that no query sees. A tensor with more than this many times the needed elements is an error.
 MUCH = 16
+LABELS = "labels"
 WORDS = "logprob_ids"  # beside log probabilities of some words: which
 
 
@@ -39,6 +42,8 @@ class Call:
     positions: npt.NDArray[np.int64]  # (batch, seq), for the rotary angles
     visible: npt.NDArray[np.bool_]  # (batch, seq), false for padding
     calls: tuple[int, ...]  # tokens of each call
+    labels: npt.NDArray[np.int64] | None = None  # (batch, seq), if gradients were recorded
+    num_items: float | None = None  # divides the sum of the losses; the number of labels that count if None
 
     @property
     def starts(self) -> npt.NDArray[np.int64]:
@@ -86,8 +91,13 @@ def axes_of(name: str) -> str:
     --------
     >>> axes_of("layers.3.attention.probs"), axes_of("layers.3.out")
     ('batch heads seq keys', 'batch seq hidden')
+    >>> axes_of("grads.layers.3.out"), axes_of("grads.model.norm.weight")
+    ('batch seq hidden', 'out')
     """
-    return AXES[field_of(name)]
+    kind = field_of(name).removeprefix(GRADS)
+    if kind in AXES:
+        return AXES[kind]
+    return "out" if kind.endswith(("norm.weight", "bias")) else "out in"  # of a weight
 
 
 def shape_of(name: str, config: Gemma2Config, batch: int, seq: int) -> tuple[int, ...]:
@@ -98,6 +108,9 @@ def shape_of(name: str, config: Gemma2Config, batch: int, seq: int) -> tuple[int
     >>> shape_of("layers.0.attention.k", Gemma2Config.preset("9b"), batch=1, seq=5)
     (1, 8, 5, 256)
     """
+    weight = name.removeprefix(GRADS)
+    if name.startswith(GRADS) and weight in (shapes := tensor_shapes(config)):
+        return shapes[weight]
     call = {"batch": batch, "seq": seq, "keys": seq, "1": 1}
     lengths = call | axis_lengths(config) | {"heads*head_dim": config.num_attention_heads * config.head_dim}
     return tuple(lengths[axis] for axis in axes_of(name).split())
@@ -118,6 +131,13 @@ def is_known(name: str, config: Gemma2Config) -> bool:
 def _known_names(layers: int) -> frozenset[str]:
     inside = {f"layers.{layer}.{field}" for layer in range(layers) for field in LAYER_FIELDS}
     return frozenset(inside.union(FIELDS, [LOGPROBS]).difference(LAYER_FIELDS))
+
+
+def _is_gradient(name: str, config: Gemma2Config) -> bool:
+    """Return True for the gradient of a computed tensor or of a weight."""
+    of = name.removeprefix(GRADS)
+    constant = of in ("cos", "sin", LOGPROBS)
+    return name.startswith(GRADS) and not constant and (is_known(of, config) or of in tensor_shapes(config))
 
 
 def load_trace(
@@ -198,7 +218,9 @@ def check_trace(file: TraceFile, config: Gemma2Config, dtype: str | None = None)
     ids = {
         name for name in file.entries if name.endswith(WORDS) and name.removesuffix(WORDS) + LOGPROBS in file.entries
     }
-    named = [name for name in file.entries if name not in GIVEN and name not in ids]
+    gradients = {name for name in file.entries if _is_gradient(name, config)}
+    given = {*GIVEN, *ids, *([LABELS] if gradients else [])}
+    named = [name for name in file.entries if name not in given | gradients]
     wanted = {name for name in named if is_known(_without_call(name, call), config)}
     refused: dict[str, str] = {}
     read: dict[str, Tensor] = {}
@@ -217,6 +239,9 @@ def check_trace(file: TraceFile, config: Gemma2Config, dtype: str | None = None)
         elif x.numbers.shape != shape:
             refused[name] = _wrong_shape(name, x.numbers.shape, shape)
     judged = {name: _leave_out_nan(name, x, call) for name, x in judged.items() if name not in refused}
+    if gradients:
+        call = _read_labels(file, call, config)
+        judged |= _read_gradients(file, gradients, call, config, refused)
     chosen = declared or _infer_dtype({name: x.numbers for name, x in judged.items()})
     remarks = [said for name, x in judged.items() if (said := _count_rows(name, x, call))]
     if "logits" in judged and LOGPROBS not in judged and _are_log_probabilities(judged["logits"], call):
@@ -231,6 +256,62 @@ def check_trace(file: TraceFile, config: Gemma2Config, dtype: str | None = None)
         tuple(sorted(set(named) - wanted)), file.metadata.get("engine", ""), file.metadata.get("map", ""),
         _columns(file), file.metadata, tuple(remarks),
     )  # fmt: skip
+
+
+def _read_labels(file: TraceFile, call: Call, config: Gemma2Config) -> Call:
+    """Return the call with the labels that its gradients belong to.
+
+    Raises
+    ------
+    InputError
+        Without labels; and where the gradients depend on the treatment of padding, or for packed texts.
+    """
+    said = f"{file.path}: labels"
+    if len(call.calls) > 1:
+        raise InputError(f"{file.path}: has gradients of {len(call.calls)} calls; record those of a single call")
+    if LABELS not in file.entries:
+        raise InputError(f"{said} are missing, which the grads.* belong to; add them as integers (batch, seq), with "
+                         f"{IGNORED} where no token counts")  # fmt: skip
+    entry, shape = file.entries[LABELS], call.input_ids.shape
+    if entry.dtype[0] not in "IU" or entry.shape not in (shape, shape[1:] if shape[0] == 1 else shape):
+        raise InputError(f"{said} are {entry.dtype} of shape {entry.shape}; they must be integers of shape {shape}")
+    labels = entry.read().astype(np.int64).reshape(shape)
+    if (wrong := np.argwhere((labels != IGNORED) & ((labels < 0) | (labels >= config.vocab_size)))).size:
+        row, place = wrong[0]
+        raise InputError(f"{said}[{row}, {place}] is {labels[row, place]}; it must be {IGNORED} or a token below "
+                         f"{config.vocab_size}")  # fmt: skip
+    if (wrong := np.argwhere((labels[:, 1:] != IGNORED) & ~call.visible[:, :-1])).size:
+        row, place = wrong[0] + (0, 1)
+        raise InputError(f"{said}[{row}, {place}] is predicted from padding, whose logits mean nothing; set it to "
+                         f"{IGNORED}, train again and record that")  # fmt: skip
+    if "attention_mask" not in file.entries and (np.diff(call.positions, axis=1) != 1).any():
+        raise InputError(f"{file.path}: position_ids restart, so the rows hold several texts each; gradients are "
+                         "judged of one text a row, so record those")  # fmt: skip
+    number = file.metadata.get("num_items_in_batch")
+    try:
+        items = None if number is None else float(number)
+    except ValueError:
+        items = math.nan
+    if items is not None and not 0 < items < math.inf:
+        raise InputError(f"{file.path}: num_items_in_batch in the metadata is {str(number)[:100]!r}; it must be a "
+                         "number above 0")  # fmt: skip
+    return replace(call, labels=labels, num_items=items)
+
+
+def _read_gradients(
+    file: TraceFile, names: set[str], call: Call, config: Gemma2Config, refused: dict[str, str]
+) -> dict[str, Tensor]:
+    """Return the gradients with the right shapes; the others are added to `refused`."""
+    read = {}
+    for name in sorted(names):
+        entry, shape = file.entries[name], shape_of(name, config, *call.input_ids.shape)
+        if entry.dtype not in STORED:
+            refused[name] = f"is stored as {entry.dtype}; refgemma reads {', '.join(STORED)}"
+        elif entry.shape != shape:
+            refused[name] = _wrong_shape(name, entry.shape, shape)
+        else:
+            read[name] = Tensor(entry.read(), entry.dtype)
+    return read
 
 
 def _spread_words(name: str, entries: Mapping[str, Entry], config: Gemma2Config) -> Entry:

@@ -161,9 +161,9 @@ def capture_transformers(
         Tokens of each call, to run them one after the other with a cache; by default all in one call.
     backward : bool
         Whether to go back from the loss, in one call, and add the gradient of each tensor and weight: ``grads.`` and
-        its name. The parameters' own ``grad`` does not change.
+        its name. The parameters' own ``grad`` does not change. The labels are recorded, too.
     labels : array (batch, seq), optional
-        For the loss; by default the tokens, without padding.
+        For the loss; by default the tokens, without padding and without those that only padding precedes.
     **named
         Passed to the model, for example ``position_ids``.
 
@@ -200,6 +200,8 @@ def capture_transformers(
     tensors: dict[str, Array] = {"input_ids": np.asarray(ids)}
     if mask is not None:
         tensors["attention_mask"] = np.asarray(mask)
+    if (positions := named.get("position_ids")) is not None:
+        tensors["position_ids"] = np.asarray(positions)
     done, dtype = 0, str(model.dtype).removeprefix("torch.")
     for number, length in enumerate(lengths):
         prefix = f"calls.{number}." if len(lengths) > 1 else ""
@@ -214,6 +216,8 @@ def capture_transformers(
             given = ids if labels is None else torch.as_tensor(np.asarray(labels))
             if labels is None and mask is not None:
                 given = ids.masked_fill(mask == 0, -100)
+                given[:, 1:] = given[:, 1:].masked_fill(mask[:, :-1] == 0, -100)
+            tensors["labels"] = np.asarray(given)
             loss = model.loss_function(result.logits, given, model.config.vocab_size)
             found |= _gradients_of(model, found, loss)
         for name, x in found.items():

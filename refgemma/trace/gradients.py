@@ -5,9 +5,7 @@ from collections.abc import Iterator
 
 from refgemma.backward import Gradients
 from refgemma.precision import Array
-from refgemma.trace.names import named_tensors
-
-PREFIX = "grads."
+from refgemma.trace.names import GRADS, named_tensors
 
 
 def named_gradients(gradients: Gradients) -> Iterator[tuple[str, Array]]:
@@ -23,5 +21,5 @@ def named_gradients(gradients: Gradients) -> Iterator[tuple[str, Array]]:
     >>> names[0], names[22], names[-1]
     ('grads.embedded', 'grads.layers.1.input_layernorm', 'grads.model.embed_tokens.weight')
     """
-    yield from named_tensors(gradients, PREFIX)
-    yield from ((PREFIX + name, x) for name, x in gradients.weights.items())
+    yield from named_tensors(gradients, GRADS)
+    yield from ((GRADS + name, x) for name, x in gradients.weights.items())

@@ -25,15 +25,22 @@ from refgemma.shapes import TokenIds
 from refgemma.weights.parameters import Weights
 from refgemma.weights.save import CODE_OF_DTYPE, as_stored
 
+GRADS = "grads."  # before the name of a tensor or weight: its gradient
+
 
 def field_of(name: str) -> str:
-    """Return ``attention.probs`` for ``layers.3.attention.probs``; any other name is its own field.
+    """Return ``attention.probs`` for ``layers.3.attention.probs``; gradients keep their ``grads.``, and any other name
+    is its own field.
 
     Examples
     --------
     >>> field_of("layers.13.feed_forward.out"), field_of("logits")
     ('feed_forward.out', 'logits')
+    >>> field_of("grads.layers.3.out"), field_of("grads.model.layers.3.self_attn.q_proj.weight")
+    ('grads.out', 'grads.self_attn.q_proj.weight')
     """
+    if name.startswith(GRADS):
+        return GRADS + field_of(name.removeprefix(GRADS).removeprefix("model."))
     return name.split(".", 2)[2] if name.startswith("layers.") else name
 
 
@@ -42,9 +49,10 @@ def layer_of(name: str) -> int | None:
 
     Examples
     --------
-    >>> layer_of("layers.13.out"), layer_of("norm")
-    (13, None)
+    >>> layer_of("layers.13.out"), layer_of("norm"), layer_of("grads.layers.2.out")
+    (13, None, 2)
     """
+    name = name.removeprefix(GRADS).removeprefix("model.")
     return int(name.split(".")[1]) if name.startswith("layers.") else None
 
 

@@ -1,0 +1,272 @@
+"""The known mistakes of trainers as data: in the loss, in a derivative, or in the sum of several gradients. Checked by
+making each of them in PyTorch, and by reading the gradients from a trace (tests/parity/test_trainers_parity.py).
+
+Each is a `KnownBug` of the way back: an edit of the functions of `refgemma.oracle.backward_operations`. The forward
+pass is right, so a trace without gradients cannot show one of them.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from refgemma import backward as back
+from refgemma import ops
+from refgemma.activations import gelu
+from refgemma.heads import IGNORED
+from refgemma.oracle.backward_operations import divide_by, loss_backward, rows, shift, sum_tokens
+from refgemma.oracle.known_bugs import KnownBug, function, rewire
+from refgemma.oracle.operations import Context, Operation
+from refgemma.precision import Array
+from refgemma.trace.names import GRADS, LAYER_NORMS, field_of
+from refgemma.weights.parameters import EMBED_TOKENS, NORM
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+
+
+def labels_of(context: Context) -> Array:
+    """Return the labels of the run."""
+    assert context.call.labels is not None
+    return context.call.labels
+
+
+def with_labels(choose: Callable[[Context], Array]) -> Callable[[Array, Context], Array]:
+    """Return a loss with other labels, each at the place of its logits."""
+
+    def loss(logits: Array, context: Context) -> Array:
+        flat, labels = logits.reshape(-1, logits.shape[-1]), choose(context)
+        return back.cross_entropy_backward(flat, labels.ravel(), context.call.num_items).reshape(logits.shape)
+
+    return loss
+
+
+def shift_again(context: Context) -> Array:
+    """Return the labels two places earlier."""
+    return shift(shift(labels_of(context)))
+
+
+def with_padding(context: Context) -> Array:
+    """Return the labels of the next place, with padding tokens as labels, too."""
+    hidden = ~context.call.visible
+    return shift(np.where(hidden, context.call.input_ids, labels_of(context)))
+
+
+def rescaled(factor: Callable[[Context], Any]) -> Callable[[Array, Context], Array]:
+    """Return a loss that is multiplied by a number, or each row by its own."""
+    return lambda logits, context: loss_backward(logits, context) * factor(context)
+
+
+def per_row(context: Context) -> Array:
+    """Return the factors that make the mean of all tokens a mean of the rows' means."""
+    counts = np.sum(shift(labels_of(context)) != IGNORED, axis=1)
+    share = divide_by(context) / np.maximum(counts, 1) / len(counts)
+    return np.asarray(share[:, None, None])
+
+
+def by_all_places(context: Context) -> float:
+    """Return the factor of a mean over all places, also those with ignored labels."""
+    rows_of, places = labels_of(context).shape
+    return divide_by(context) / float(rows_of * (places - 1))
+
+
+# --- derivatives ------------------------------------------------------------------------------------------------------
+
+
+def pass_through(grad: Array, x: Array, cap: float | None) -> Array:
+    """Return the gradient of a soft cap as if it were the identity."""
+    return grad
+
+
+def slope_of_result(grad: Array, x: Array, cap: float | None) -> Array:
+    """Return the gradient of a soft cap with the slope at its result instead of its input."""
+    return grad if cap is None else back.soft_cap_backward(grad, cap * np.tanh(x / cap), cap)
+
+
+def norm_by(input_gradient: Callable[[Array, Array, Array, float], Array]) -> Callable[..., tuple[Array, Array]]:
+    """Return the way back through a norm with another gradient of its input."""
+    return lambda grad, x, weight, eps: (
+        input_gradient(grad, x, weight, eps), back.rms_norm_backward(grad, x, weight, eps)[1]
+    )  # fmt: skip
+
+
+def inverse_root(x: Array, eps: float) -> Array:
+    """Return ``1 / sqrt(mean(x**2) + eps)``."""
+    return np.asarray(1 / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps))
+
+
+def norm_weight_by(
+    weight_gradient: Callable[[Array, Array, Array, float], Array],
+) -> Callable[..., tuple[Array, Array]]:
+    """Return the way back through a norm with another gradient of its weight."""
+    return lambda grad, x, weight, eps: (
+        back.rms_norm_backward(grad, x, weight, eps)[0], weight_gradient(grad, x, weight, eps)
+    )  # fmt: skip
+
+
+def gelu_exact_backward(grad: Array, x: Array) -> Array:
+    """Return the gradient of GELU with the error function."""
+    return back.activation_backward(grad, x, gelu)
+
+
+def first_copy(grad: Array, groups: int) -> Array:
+    """Return the gradient of the first of the query heads that share a key head."""
+    return np.asarray(grad[:, ::groups])
+
+
+def without_scale(grad: Array, q: Array, k: Array, scale: float) -> tuple[Array, Array]:
+    """Return the gradients of queries and keys without the scale of the scores."""
+    return back.attention_scores_backward(grad, q, k, 1.0)
+
+
+def last_token_wins(grad: Array, ids: Array, vocab: int, scale: float) -> Array:
+    """Return the gradient of the embedding table where equal tokens replace each other's."""
+    table = np.zeros((vocab, grad.shape[-1]))
+    table[ids.ravel()] = rows(grad) * scale
+    return table
+
+
+def embed_as(compute: Callable[..., Array], scale: Callable[[Context], float]) -> Callable[[Context], Context]:
+    """Return an edit with another gradient of the embedding table."""
+    return lambda context: function(embed_backward=partial(compute, scale=scale(context)))(context)
+
+
+def without_window(table: Mapping[str, Operation], context: Context) -> Iterator[Operation]:
+    """Compute the weights of attention again on the way back, with a causal mask and no window."""
+    places = np.arange(context.call.input_ids.shape[1])
+    seen = ops.causal_mask(places, places) & context.call.visible[:, None, None, :]
+    for layer in range(context.config.num_hidden_layers):
+        a = f"layers.{layer}.attention."
+        scores, value = table[f"grads.{a}capped"], table[f"grads.{a}v"]
+        for op in (scores, value):
+            yield replace(
+                op, inputs=(op.inputs[0], a + "capped"),
+                compute=lambda grad, x, op=op: op.compute(grad, ops.softmax(x, seen)),
+                allowed=lambda grad, x, op=op: op.allowed(grad, ops.softmax(x, seen)),
+                stores=lambda grad, x, storage, op=op: op.stores(grad, ops.softmax(x, seen), storage=storage),
+            )  # fmt: skip
+
+
+# --- the catalogue ----------------------------------------------------------------------------------------------------
+
+LOSS, FINAL, CAPPED = ("grads.logits",), ("grads.raw_logits",), ("grads.attention.scores",)
+SOFTMAX, TURNED, TABLE = (
+    ("grads.attention.capped",),
+    ("grads.attention.q", "grads.attention.k"),
+    (field_of(GRADS + EMBED_TOKENS),),
+)
+SHARED = ("grads.attention.v", "grads.attention.k_rot")
+SCORES = ("grads.attention.q_rot", "grads.attention.k_rot")
+NORM_INPUTS = ("grads.out", "grads.embedded", "grads.middle", "grads.attention.out", "grads.feed_forward.out")
+NORM_WEIGHTS = (field_of(GRADS + NORM), *(f"grads.{norm}.weight" for norm in LAYER_NORMS))
+RAGGED = "rows with different numbers of labels that count"
+GITHUB = "https://github.com/"
+
+TRAINING_BUGS: tuple[KnownBug, ...] = (
+    # the loss
+    KnownBug("loss-mean-of-means", "each row, or micro-batch of one row, is averaged before the mean of all", LOSS,
+             function(loss_backward=rescaled(per_row)), f"{GITHUB}ml-explore/mlx-lm/pull/1544", RAGGED,
+             "num_items_in_batch, gradient_accumulation_steps"),
+    KnownBug("loss-summed", "the losses of all tokens are added, not averaged", LOSS,
+             function(loss_backward=rescaled(divide_by)), f"{GITHUB}karpathy/nanochat/pull/59",
+             "more than one label that counts", "reduction"),
+    KnownBug("loss-not-divided-by-steps", "the mean losses of the rows, or micro-batches of one row, are added", LOSS,
+             function(loss_backward=rescaled(lambda c: per_row(c) * len(labels_of(c)))),
+             f"{GITHUB}verl-project/verl/pull/3332", "more than one row", "gradient_accumulation_steps"),
+    KnownBug("loss-divided-twice", "the mean over all tokens is divided by the number of micro-batches of one row, too",
+             LOSS, function(loss_backward=rescaled(lambda c: 1 / len(labels_of(c)))),
+             f"{GITHUB}unslothai/unsloth-zoo/pull/1023", "more than one row", "model_accepts_loss_kwargs"),
+    KnownBug("loss-ignored-in-denominator", "the sum of the losses is divided by all places, also the ignored ones",
+             LOSS, function(loss_backward=rescaled(by_all_places)), f"{GITHUB}NVIDIA/TransformerEngine/pull/2476",
+             "a label that is ignored", "ignore_index", unless="loss-mean-of-means"),
+    KnownBug("padding-counted", "padding tokens are labels", LOSS, function(loss_backward=with_labels(with_padding)),
+             f"{GITHUB}huggingface/transformers/issues/2759", "right padding", "labels of padding: -100"),
+    KnownBug("labels-shifted-twice", "the logits at a place answer for the token after the next", LOSS,
+             function(loss_backward=with_labels(shift_again)), f"{GITHUB}huggingface/transformers/pull/47395",
+             "more than two tokens", "shift of the labels in the data and in the loss"),
+    KnownBug("labels-not-shifted", "the logits at a place answer for the token at that place", LOSS,
+             function(loss_backward=with_labels(labels_of)), f"{GITHUB}huggingface/transformers/issues/27517",
+             knob="shift of the labels"),
+    # soft caps
+    KnownBug("final-softcap-no-derivative", "the gradient of the logits passes the soft cap unchanged", FINAL,
+             function(soft_cap_backward=pass_through), "unverified: a fused loss that caps on the way forward only",
+             "logits not far below the cap", "backward of the fused loss"),
+    KnownBug("final-softcap-slope-of-result", "the slope of the soft cap is taken at its result, not at its input",
+             FINAL, function(soft_cap_backward=slope_of_result), "unverified", "logits not far below the cap",
+             "tensor saved for the backward"),
+    KnownBug("attn-softcap-no-derivative", "the gradient of the scores passes the soft cap unchanged", CAPPED,
+             function(soft_cap_backward=pass_through), f"{GITHUB}Dao-AILab/flash-attention/issues/1065",
+             "scores not far below the cap", "backward of the attention kernel"),
+    KnownBug("attn-softcap-slope-of-result", "the slope of the soft cap is taken at its result, not at its input",
+             CAPPED, function(soft_cap_backward=slope_of_result), "unverified", "scores not far below the cap",
+             "tensor saved for the backward"),
+    # attention
+    KnownBug("softmax-no-row-sum", "p g for p (g - sum(p g)): a row's own sum is left out", SOFTMAX,
+             function(softmax_backward=lambda grad, probs: grad * probs), "unverified", knob="backward of softmax"),
+    KnownBug("attn-scores-detached", "no gradient goes back through the weights of attention", SOFTMAX,
+             function(softmax_backward=lambda grad, probs: 0 * grad), f"{GITHUB}huggingface/candle/pull/3612",
+             "more than one token", "operations without a backward"),
+    KnownBug("attn-scale-missing-in-backward", "gradients of queries and keys lack the scale of the scores", SCORES,
+             function(attention_scores_backward=without_scale), "unverified", knob="softmax scale in the backward"),
+    KnownBug("attn-backward-without-window", "the weights are computed again for the way back, without the window",
+             (*SOFTMAX, "grads.attention.v"), rewire(without_window), f"{GITHUB}meta-pytorch/MSLK/pull/263",
+             "more tokens than the window", "window_size of the backward kernel"),
+    KnownBug("gqa-gradient-averaged", "query heads that share a key head give it the mean of their gradients", SHARED,
+             function(repeat_kv_backward=lambda grad, groups: back.repeat_kv_backward(grad, groups) / groups),
+             "unverified", "more query heads than key heads", "repeat_kv"),
+    KnownBug("gqa-gradient-of-one-head", "of the query heads that share a key head, one gives it a gradient", SHARED,
+             function(repeat_kv_backward=first_copy), f"{GITHUB}ooples/AiDotNet.Tensors/pull/633",
+             "more query heads than key heads", "sum over query heads of dK and dV"),
+    KnownBug("rope-gradient-turned-forwards", "gradients of queries and keys are turned as on the way forward", TURNED,
+             function(rotate_backward=ops.rotate), "unverified: ngxson/llama.cpp #59 exchanges the flags",
+             "a position other than 0", "sign of sin in the backward"),
+    KnownBug("rope-gradient-not-turned", "gradients of queries and keys are not turned back", TURNED,
+             function(rotate_backward=lambda grad, cos, sin: grad), f"{GITHUB}naver/croco/issues/49",
+             "a position other than 0", "backward of rope"),
+    # feed-forward
+    KnownBug("gelu-exact-in-backward", "the slope of GELU with the error function", ("grads.feed_forward.gate",),
+             function(gelu_tanh_backward=gelu_exact_backward), f"{GITHUB}tensorflow/tensorflow/issues/47724",
+             knob="approximate of the backward"),
+    KnownBug("gelu-slope-missing", "the gradient passes GELU unchanged", ("grads.feed_forward.gate",),
+             function(gelu_tanh_backward=lambda grad, x: grad), "unverified", knob="backward of GELU"),
+    KnownBug("gate-up-gradients-exchanged", "gate gets the gradient of up, and up that of gate",
+             ("grads.feed_forward.gelu", "grads.feed_forward.up"),
+             function(product_backward=lambda grad, gate, up: (grad * gate, grad * up)), "unverified",
+             knob="rule of products"),
+    # norms
+    KnownBug("norm-weight-for-1-plus-weight", "gradients of a norm's input have w in the place of 1 + w", NORM_INPUTS,
+             function(rms_norm_backward=norm_by(
+                 lambda grad, x, weight, eps: back.rms_norm_backward(grad, x, weight - 1, eps)[0])),
+             "unverified: Liger-Kernel #74 has it in the forward pass", knob="offset of the backward"),
+    KnownBug("norm-weight-missing-in-backward", "gradients of a norm's input lack the factor 1 + w", NORM_INPUTS,
+             function(rms_norm_backward=norm_by(
+                 lambda grad, x, weight, eps: back.rms_norm_backward(grad, x, 0 * weight, eps)[0])),
+             f"{GITHUB}karpathy/llm.c/pull/763", knob="weight in the backward"),
+    KnownBug("norm-projection-missing", "the root mean square is taken for a constant", NORM_INPUTS,
+             function(rms_norm_backward=norm_by(
+                 lambda grad, x, weight, eps: grad * (1 + weight) * inverse_root(x, eps))),
+             "unverified: attorch #17 has this term wrong, not missing", knob="gradient through the root mean square"),
+    KnownBug("norm-weight-gradient-of-input", "gradients of a norm's weight multiply the input, not the normed input",
+             NORM_WEIGHTS, function(rms_norm_backward=norm_weight_by(
+                 lambda grad, x, weight, eps: np.sum(rows(grad * x), axis=0))),
+             "unverified", knob="gradient of the weight"),
+    KnownBug("norm-weight-gradient-missing", "norms' weights get no gradient", NORM_WEIGHTS,
+             function(rms_norm_backward=norm_weight_by(lambda grad, x, weight, eps: 0 * weight)),
+             f"{GITHUB}unslothai/unsloth/pull/4550", knob="gradient of the weight"),
+    # residual stream and embedding
+    KnownBug("residual-gradient-missing", "the gradient of the residual stream does not skip a layer's halves",
+             ("grads.out", "grads.embedded", "grads.middle"),
+             function(residual_backward=lambda stream, through: through), "unverified", knob="sum of both gradients"),
+    KnownBug("tied-embedding-head-only", "a tied table gets its gradient as head, not as embedding", TABLE,
+             function(tied_backward=lambda embedding, head: head), f"{GITHUB}paiml/entrenar/issues/314",
+             "a model with a tied head", "tie_word_embeddings"),
+    KnownBug("tied-embedding-embedding-only", "a tied table gets its gradient as embedding, not as head", TABLE,
+             function(tied_backward=lambda embedding, head: embedding), f"{GITHUB}paiml/entrenar/issues/314",
+             "a model with a tied head", "tie_word_embeddings"),
+    KnownBug("embedding-gradient-unscaled", "the gradient of the embedding lacks the factor sqrt(hidden)", TABLE,
+             embed_as(sum_tokens, lambda context: 1.0), "unverified", knob="normalizer in the backward"),
+    KnownBug("embedding-last-token-wins", "equal tokens overwrite each other's gradient", TABLE,
+             embed_as(last_token_wins, Context.embedding_scale), f"{GITHUB}tenstorrent/tt-metal/issues/6232",
+             "a token that occurs twice", "scatter without a sum"),
+)  # fmt: skip
