@@ -8,7 +8,7 @@ import pytest
 
 from refgemma.cli.main import main
 from refgemma.config import Gemma2Config
-from refgemma.oracle.config_check import NAMES, PresetError, check_preset, match_names, read_layer_types
+from refgemma.oracle.config_check import FIELD_NAMES, PresetError, check_preset, match_fields, read_layer_types
 
 CAPS_EXCHANGED = """
 import torch_that_is_not_installed
@@ -76,7 +76,7 @@ def test_released_files_conform(size: str, tmp_path: Path) -> None:
     Gemma2Config.preset(size).to_json_file(path)
     found = check_preset(str(path))
     assert (found.size, found.verdict, found.bugs) == (size, "conforms", ())
-    assert len(found.numbers) == len(NAMES)
+    assert len(found.numbers) == len(FIELD_NAMES)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_a_wrong_number_of_the_27b_has_its_name(change: dict[str, object], bug: 
 
 
 def test_one_name_means_what_the_engine_means_by_it() -> None:
-    keras, flax = match_names(KERAS), match_names(FLAX)
+    keras, flax = match_fields(KERAS), match_fields(FLAX)
     assert keras["hidden_size"] == ("hidden_dim", 3584)
     assert keras["intermediate_size"] == ("intermediate_dim", 14336)
     assert flax["hidden_size"] == ("embed_dim", 3584)

@@ -12,9 +12,9 @@ import refgemma
 from refgemma.oracle import check
 from refgemma.teach import exercises
 from refgemma.teach.exercises import PlayError, play, save_port, solutions
-from refgemma.teach.exercises.stories import PARTS
+from refgemma.teach.exercises.stories import REPLACEABLE
 
-SOLVED = {part: getattr(solutions, part) for part in PARTS}
+SOLVED = {part: getattr(solutions, part) for part in REPLACEABLE}
 SEA = "There was once a little princess"
 
 
@@ -57,8 +57,8 @@ def test_each_function_is_called() -> None:
 
         return function
 
-    play(SEA, tokens=1, **{part: record(part) for part in PARTS})
-    assert called == set(PARTS)
+    play(SEA, tokens=1, **{part: record(part) for part in REPLACEABLE})
+    assert called == set(REPLACEABLE)
 
 
 def test_every_exercise_on_a_part_of_the_model_has_its_place() -> None:
@@ -72,7 +72,7 @@ def test_every_exercise_on_a_part_of_the_model_has_its_place() -> None:
         "encode_word",
     }
     checks = {name.removeprefix("check_") for name in exercises.__all__ if name.startswith("check_")}
-    assert checks - whole == set(PARTS)
+    assert checks - whole == set(REPLACEABLE)
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------

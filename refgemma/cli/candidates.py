@@ -22,8 +22,7 @@ from refgemma.files import replace_file
 from refgemma.hub import find_model
 from refgemma.modeling.pretrained import load
 from refgemma.oracle import report as reports
-from refgemma.oracle.config_check import as_json as config_json
-from refgemma.oracle.config_check import check_preset
+from refgemma.oracle.config_check import check_preset, preset_json
 from refgemma.oracle.config_check import lines as config_lines
 from refgemma.oracle.conformance import prompts
 from refgemma.oracle.coverage import DTYPES as PRECISIONS
@@ -246,7 +245,7 @@ def run_check_config(args: argparse.Namespace) -> int:
     """Run ``refgemma check-config``."""
     found = check_preset(args.source, args.size)
     code = EXIT[found.verdict]
-    output.as_json(config_json(found, code)) if args.json else output.say(*config_lines(found))
+    output.as_json(preset_json(found, code)) if args.json else output.say(*config_lines(found))
     return code
 
 

@@ -71,7 +71,7 @@ def run_verify(args: argparse.Namespace) -> int:
     if not args.json:
         say(f"{'case':32s} {'tensors':>7s}  {'worst/bound':>11s}  verdict")
     results = []
-    for name in progress(names):
+    for name in show_progress(names):
         results.append(verify_case(name, args.dtype, checkpoint, args.reference))
         if not args.json:
             say(case_row(results[-1]))
@@ -115,7 +115,7 @@ def verify_case(name: str, dtype: str, checkpoint: Checkpoint | None, reference:
     return full_result(name, dtype, comparisons)
 
 
-def progress(names: list[str]) -> Iterator[str]:
+def show_progress(names: list[str]) -> Iterator[str]:
     """Yield `names` one by one, with a progress bar on stderr if that is a terminal and stdout is not."""
     quiet = not sys.stderr.isatty() or sys.stdout.isatty()
     yield from tqdm(names, unit="case", disable=quiet, file=sys.stderr)

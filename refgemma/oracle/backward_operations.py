@@ -153,14 +153,16 @@ def _copy(name: str, source: str) -> Operation:
     return Operation(name, (source,), lambda x: x, lambda x: tol.tolerance(np.zeros(x.shape)))
 
 
-def _cap(context: Context, name: str, grad: str, x: str, cap: float | None) -> Operation:
+def _cap_backward(context: Context, name: str, grad: str, x: str, cap: float | None) -> Operation:
     usual = context.function("soft_cap_backward", back.soft_cap_backward)
     return Operation(
         name, (grad, x), lambda g, z: usual(g, z, cap), partial(cap_tolerance, cap=cap), partial(cap_stores, cap=cap)
     )
 
 
-def _norm(context: Context, name: str, grad: str, x: str, weight: Callable[[], Any], residual: str = "") -> Operation:
+def _norm_backward(
+    context: Context, name: str, grad: str, x: str, weight: Callable[[], Any], residual: str = ""
+) -> Operation:
     """Return the way back through a norm, added to the gradient of the residual stream if it has one."""
     function, eps = context.function("rms_norm_backward", back.rms_norm_backward), context.config.rms_norm_eps
     join = context.function("residual_backward", np.add)
@@ -169,14 +171,14 @@ def _norm(context: Context, name: str, grad: str, x: str, weight: Callable[[], A
         through = function(grad, x, weight(), eps)[0]
         return np.asarray(through if stream is None else join(stream, through))
 
-    def allowed(grad: Array, x: Array, stream: Array | None = None) -> Tolerance:
+    def tolerate(grad: Array, x: Array, stream: Array | None = None) -> Tolerance:
         through = norm_tolerance(grad, x, weight(), eps)
         return through if stream is None else add([through], np.abs(compute(grad, x, stream)))
 
     def stores(grad: Array, x: Array, stream: Array | None = None, *, storage: str) -> list[Array]:
         return [] if stream is None else [ulp(function(grad, x, weight(), eps)[0], storage) / 2]
 
-    return Operation(name, (grad, x, *([residual] if residual else [])), compute, allowed, stores)
+    return Operation(name, (grad, x, *([residual] if residual else [])), compute, tolerate, stores)
 
 
 def _norm_weight(context: Context, name: str, grad: str, x: str, weight: Callable[[], Any]) -> Operation:
@@ -197,7 +199,7 @@ def _inputs(name: str, grads: tuple[str, ...], weights: Callable[[], Sequence[Ar
         batch, seq = (like.shape[0], like.shape[2]) if like.ndim == 4 else like.shape[:2]
         return x.reshape(batch, seq, -1)
 
-    def allowed(*given: Array) -> Tolerance:
+    def tolerate(*given: Array) -> Tolerance:
         parts = [tol.matmul(rows(g), w) for g, w in zip(given, weights(), strict=True)]
         total = add(parts, np.asarray(sum(np.abs(x) for x in through(*given)))) if len(parts) > 1 else parts[0]
         return tol.rearrange(total, lambda x: shape(x, given[0]))
@@ -208,7 +210,7 @@ def _inputs(name: str, grads: tuple[str, ...], weights: Callable[[], Sequence[Ar
         stored = [*parts, *sums] if len(parts) > 1 else []
         return [shape(ulp(np.asarray(x), storage) / 2, given[0]) for x in stored]
 
-    return Operation(name, grads, lambda *given: shape(np.asarray(sum(through(*given))), given[0]), allowed, stores)
+    return Operation(name, grads, lambda *given: shape(np.asarray(sum(through(*given))), given[0]), tolerate, stores)
 
 
 def _weight(name: str, grad: str, x: str) -> Operation:
@@ -225,7 +227,7 @@ def _bias(name: str, grad: str) -> Operation:
     )  # fmt: skip
 
 
-def _attention(context: Context, layer: int, names: dict[str, str]) -> Iterator[Operation]:
+def _attention_backward(context: Context, layer: int, names: dict[str, str]) -> Iterator[Operation]:
     config, a = context.config, f"layers.{layer}.attention."
     g, groups, scale = PREFIX + a, context.groups, context.config.attention_scale
     share = context.function("repeat_kv_backward", back.repeat_kv_backward)
@@ -236,7 +238,7 @@ def _attention(context: Context, layer: int, names: dict[str, str]) -> Iterator[
     def weight(letter: str) -> Array:
         return np.asarray(getattr(context.layer(layer), f"{letter}_proj"))
 
-    def shared(copies: Tolerance) -> Tolerance:
+    def sum_copies(copies: Tolerance) -> Tolerance:
         """Return the tolerance of the sum of the copies of a key head."""
         bound = back.repeat_kv_backward(copies.bound * (1 + gamma(groups)), groups)
         return tol.tolerance(bound, np.sqrt(back.repeat_kv_backward(copies.spread**2, groups)))
@@ -244,7 +246,7 @@ def _attention(context: Context, layer: int, names: dict[str, str]) -> Iterator[
     def of_keys(left: Array, right: Array) -> Tolerance:
         """Return the tolerance of ``left.T @ right``, summed over the copies of a key head."""
         exact = np.abs(left.swapaxes(-1, -2)) @ np.abs(right)
-        summed = shared(tol.matmul(left.swapaxes(-1, -2), right))
+        summed = sum_copies(tol.matmul(left.swapaxes(-1, -2), right))
         return add([summed], gamma(groups) / U * back.repeat_kv_backward(exact, groups))
 
     def stores_of_keys(left: Array, right: Array, storage: str) -> list[Array]:
@@ -264,7 +266,7 @@ def _attention(context: Context, layer: int, names: dict[str, str]) -> Iterator[
         lambda m, p: of_keys(p, heads(m)), lambda m, p, storage: stores_of_keys(p, heads(m), storage),
     )  # fmt: skip
     yield Operation(g + "capped", (g + "probs", a + "probs"), softmax, softmax_tolerance, softmax_stores)
-    yield _cap(context, g + "scores", g + "capped", a + "scores", config.attn_logit_softcapping)
+    yield _cap_backward(context, g + "scores", g + "capped", a + "scores", config.attn_logit_softcapping)
 
     def scaled_stores(grad: Array, other: Array, storage: str) -> Array:
         """Return the error from storing the scaled gradient, before its product with `other`."""
@@ -308,7 +310,7 @@ def _attention(context: Context, layer: int, names: dict[str, str]) -> Iterator[
     )
 
 
-def _block(context: Context, layer: int) -> Iterator[Operation]:
+def _block_backward(context: Context, layer: int) -> Iterator[Operation]:
     p = f"layers.{layer}."
     g, before = PREFIX + p, f"layers.{layer - 1}.out" if layer else "embedded"
     names = layer_tensors(layer, context.config.attention_bias)
@@ -322,7 +324,7 @@ def _block(context: Context, layer: int) -> Iterator[Operation]:
     norms = ("post_feedforward_layernorm", "pre_feedforward_layernorm", "post_attention_layernorm", "input_layernorm")
     post_mlp, pre, post_attention, first = norms
     yield _copy(g + post_mlp, g + "out")
-    yield _norm(context, d + "out", g + post_mlp, f + "out", weight(post_mlp))
+    yield _norm_backward(context, d + "out", g + post_mlp, f + "out", weight(post_mlp))
     yield _norm_weight(context, names[post_mlp], g + post_mlp, f + "out", weight(post_mlp))
     yield _inputs(d + "product", (d + "out",), lambda: [weight("down_proj")()])
     yield _weight(names["down_proj"], d + "out", f + "product")
@@ -336,13 +338,13 @@ def _block(context: Context, layer: int) -> Iterator[Operation]:
     yield _weight(names["gate_proj"], d + "gate", p + pre)
     yield _weight(names["up_proj"], d + "up", p + pre)
     yield _inputs(g + pre, (d + "up", d + "gate"), lambda: [weight("up_proj")(), weight("gate_proj")()])
-    yield _norm(context, g + "middle", g + pre, p + "middle", weight(pre), g + "out")
+    yield _norm_backward(context, g + "middle", g + pre, p + "middle", weight(pre), g + "out")
     yield _norm_weight(context, names[pre], g + pre, p + "middle", weight(pre))
     yield _copy(g + post_attention, g + "middle")
-    yield _norm(context, g + "attention.out", g + post_attention, p + "attention.out", weight(post_attention))
+    yield _norm_backward(context, g + "attention.out", g + post_attention, p + "attention.out", weight(post_attention))
     yield _norm_weight(context, names[post_attention], g + post_attention, p + "attention.out", weight(post_attention))
-    yield from _attention(context, layer, names)
-    yield _norm(context, PREFIX + before, g + first, before, weight(first), g + "middle")
+    yield from _attention_backward(context, layer, names)
+    yield _norm_backward(context, PREFIX + before, g + first, before, weight(first), g + "middle")
     yield _norm_weight(context, names[first], g + first, before, weight(first))
 
 
@@ -356,7 +358,7 @@ def _head(context: Context) -> Iterator[Operation]:
         PREFIX + "logits", ("logits",), lambda x: loss(x, context),
         lambda x: loss_tolerance(x, labels, context.call.num_items),
     )  # fmt: skip
-    yield _cap(context, raw, PREFIX + "logits", "raw_logits", config.final_logit_softcapping)
+    yield _cap_backward(context, raw, PREFIX + "logits", "raw_logits", config.final_logit_softcapping)
 
     def by_pieces(grad: Array, multiply: Callable[[Array, Array], Any]) -> list[Any]:
         found, start = [], 0
@@ -365,15 +367,15 @@ def _head(context: Context) -> Iterator[Operation]:
             start += len(piece)
         return found
 
-    def allowed(grad: Array) -> Tolerance:
+    def tolerate(grad: Array) -> Tolerance:
         total = np.abs(sum(by_pieces(grad, lambda g, w: np.abs(g) @ np.abs(w))))
         parts = by_pieces(grad, tol.matmul)
         return parts[0] if len(parts) == 1 else tol.tolerance(gamma(grad.shape[-1]) * total)
 
-    yield Operation(norm, (raw,), lambda grad: np.asarray(sum(by_pieces(grad, np.matmul))), allowed)
+    yield Operation(norm, (raw,), lambda grad: np.asarray(sum(by_pieces(grad, np.matmul))), tolerate)
     if context.weights.lm_head is not None:
         yield _weight(LM_HEAD, raw, "norm")
-    yield _norm(context, PREFIX + last, norm, last, lambda: context.weights.norm)
+    yield _norm_backward(context, PREFIX + last, norm, last, lambda: context.weights.norm)
     yield _norm_weight(context, NORM, norm, last, lambda: context.weights.norm)
 
 
@@ -399,14 +401,14 @@ def _embedding(context: Context) -> Operation:
     def compute(grad: Array, raw: Array, norm: Array) -> Array:
         return np.asarray(tie(alone(grad), rows(raw).T @ rows(norm)))
 
-    def allowed(grad: Array, raw: Array, norm: Array) -> Tolerance:
+    def tolerate(grad: Array, raw: Array, norm: Array) -> Tolerance:
         parts = [embed_tolerance(grad, ids, config.vocab_size, scale), tol.matmul(rows(raw).T, rows(norm))]
         return add(parts, np.abs(compute(grad, raw, norm)))
 
     def stores(grad: Array, raw: Array, norm: Array, storage: str) -> list[Array]:
         return [*stores_alone(grad, storage), ulp(rows(raw).T @ rows(norm), storage) / 2]
 
-    return Operation(name, (embedded, *head), compute, allowed, stores)
+    return Operation(name, (embedded, *head), compute, tolerate, stores)
 
 
 def backward_operations(context: Context) -> Iterator[Operation]:
@@ -426,5 +428,5 @@ def backward_operations(context: Context) -> Iterator[Operation]:
     """
     yield from _head(context)
     for layer in reversed(range(context.config.num_hidden_layers)):
-        yield from _block(context, layer)
+        yield from _block_backward(context, layer)
     yield _embedding(context)

@@ -26,7 +26,7 @@ from refgemma.oracle.verdicts import CONFORMS, DIFFERS, INCONCLUSIVE
 
 # Each field with the names that engines give it, the most specific first. `hidden_dim` is the width of the residual
 # stream in KerasHub, and that of the feed-forward layer in DeepMind's code, which calls the former `embed_dim`.
-NAMES = {
+FIELD_NAMES = {
     "vocab_size": ("vocab_size", "vocabulary_size", "num_embed"),
     "hidden_size": ("hidden_size", "embed_dim", "n_embd", "d_model", "model_dim", "dim", "hidden_dim"),
     "intermediate_size": ("intermediate_size", "intermediate_dim", "ffn_dim", "mlp_dim", "hidden_dim"),
@@ -48,7 +48,7 @@ NAMES = {
     "layer_types": ("layer_types", "attn_types", "attention_types", "sliding_window_indices"),
     "hidden_activation": ("hidden_activation", "gelu_approximate"),
 }  # fmt: skip
-ACTIVATIONS = {"tanh": "gelu_pytorch_tanh", "gelu_tanh": "gelu_pytorch_tanh", "gelu_new": "gelu_pytorch_tanh"}
+ACTIVATION_NAMES = {"tanh": "gelu_pytorch_tanh", "gelu_tanh": "gelu_pytorch_tanh", "gelu_new": "gelu_pytorch_tanh"}
 PADDED_VOCABULARY = 256128  # rows of the table in DeepMind's own files; the last 128 belong to no token
 
 
@@ -97,7 +97,7 @@ def check_preset(source: str, size: str | None = None) -> PresetCheck:
     Parameters
     ----------
     source : str
-        As in `read_numbers`.
+        As in `read_preset`.
     size : str, optional
         ``"2b"``, ``"9b"`` or ``"27b"``; without it, the release with the most equal numbers.
 
@@ -113,7 +113,7 @@ def check_preset(source: str, size: str | None = None) -> PresetCheck:
     >>> check_preset('refgemma.config:Gemma2Config.preset("9b")').verdict
     'conforms'
     """
-    given = match_names(read_numbers(source))
+    given = match_fields(read_preset(source))
     if not given:
         raise PresetError(f"{source}: no number of a Gemma 2 found, such as hidden_size or head_dim")
     if size is not None and size not in PRESETS:
@@ -121,11 +121,11 @@ def check_preset(source: str, size: str | None = None) -> PresetCheck:
     compared = {name: compare(given, Gemma2Config.preset(name)) for name in ([size] if size else PRESETS)}
     best = min(compared, key=lambda name: sum(number.differs for number in compared[name]))
     numbers = compared[best]
-    missing = tuple(field for field in NAMES if field not in given)
+    missing = tuple(field for field in FIELD_NAMES if field not in given)
     return PresetCheck(source, best, numbers, missing, explain(numbers, Gemma2Config.preset(best)))
 
 
-def read_numbers(source: str) -> dict[str, Any]:
+def read_preset(source: str) -> dict[str, Any]:
     """Return the names and values of a configuration, those of nested mappings included.
 
     Parameters
@@ -198,10 +198,10 @@ def flatten(values: Mapping[Any, Any]) -> dict[str, Any]:
     return {key: value for one in inner for key, value in one.items()} | {str(k): v for k, v in values.items()}
 
 
-def match_names(values: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
+def match_fields(values: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
     """Return the engine's name and value of each field that it gives; each name serves one field."""
     found: dict[str, tuple[str, Any]] = {}
-    for field, names in NAMES.items():
+    for field, names in FIELD_NAMES.items():
         used = {name for name, _ in found.values()}
         name = next((name for name in names if name in values and name not in used), None)
         if name is not None and _is_value(values[name]):
@@ -221,7 +221,7 @@ def compare(given: Mapping[str, tuple[str, Any]], released: Gemma2Config) -> tup
         if field == "layer_types" and isinstance(value, (list, tuple)):
             value = read_layer_types(value)
         if field == "hidden_activation" and isinstance(value, str):
-            value = ACTIVATIONS.get(value, value)
+            value = ACTIVATION_NAMES.get(value, value)
         numbers.append(Number(field, name, value, getattr(released, field)))
     return tuple(numbers)
 
@@ -239,20 +239,20 @@ def explain(numbers: tuple[Number, ...], released: Gemma2Config) -> tuple[str, .
     found: dict[str, set[str]] = {}
     for bug in KNOWN_BUGS:
         edited = edit_config(bug.change, released)
-        changed = {field for field in NAMES if getattr(edited, field) != getattr(released, field)}
+        changed = {field for field in FIELD_NAMES if getattr(edited, field) != getattr(released, field)}
         if changed and all(field in wrong and wrong[field] == getattr(edited, field) for field in changed):
             found[bug.name] = changed
     return tuple(name for name, changed in found.items() if not any(changed < other for other in found.values()))
 
 
-def as_json(check: PresetCheck, code: int) -> dict[str, Any]:
+def preset_json(check: PresetCheck, code: int) -> dict[str, Any]:
     """Return the result as JSON."""
     numbers = [
         {
             "field": n.field,
             "name": n.name,
-            "value": _plain(n.value),
-            "released": _plain(n.released),
+            "value": _as_builtin(n.value),
+            "released": _as_builtin(n.released),
             "differs": n.differs,
         }
         for n in check.numbers
@@ -263,7 +263,7 @@ def as_json(check: PresetCheck, code: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _plain(value: Any) -> Any:
+def _as_builtin(value: Any) -> Any:
     return json.loads(json.dumps(value, default=lambda x: x.item()))
 
 
@@ -273,7 +273,7 @@ def lines(check: PresetCheck) -> Iterator[str]:
     yield f"{check.source} {check.verdict}: {len(check.numbers)} numbers compared with google/gemma-2-{check.size}"
     for number in wrong:
         own = "" if number.name == number.field else f" ({number.name})"
-        yield f"  {number.field}{own} is {_show(number.value)}; the release has {_show(number.released)}"
+        yield f"  {number.field}{own} is {_show_value(number.value)}; the release has {_show_value(number.released)}"
     for bug in KNOWN_BUGS:
         if bug.name in check.bugs:
             yield f"  known bug {bug.name}: {bug.says}; seen in {bug.seen}"
@@ -281,7 +281,7 @@ def lines(check: PresetCheck) -> Iterator[str]:
         yield f"not given: {', '.join(check.missing)}"
 
 
-def _show(value: Any) -> str:
+def _show_value(value: Any) -> str:
     if not isinstance(value, tuple):
         return repr(value)
     return f"{len(value)} layers, {sum('sliding' in str(one) for one in value)} of them sliding"

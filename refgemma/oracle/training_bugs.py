@@ -53,7 +53,7 @@ def with_padding(context: Context) -> Array:
     return shift(np.where(hidden, context.call.input_ids, labels_of(context)))
 
 
-def rescaled(factor: Callable[[Context], Any]) -> Callable[[Array, Context], Array]:
+def rescale_loss(factor: Callable[[Context], Any]) -> Callable[[Array, Context], Array]:
     """Return a loss that is multiplied by a number, or each row by its own."""
     return lambda logits, context: loss_backward(logits, context) * factor(context)
 
@@ -84,7 +84,9 @@ def slope_of_result(grad: Array, x: Array, cap: float | None) -> Array:
     return grad if cap is None else back.soft_cap_backward(grad, cap * np.tanh(x / cap), cap)
 
 
-def norm_by(input_gradient: Callable[[Array, Array, Array, float], Array]) -> Callable[..., tuple[Array, Array]]:
+def norm_backward_by(
+    input_gradient: Callable[[Array, Array, Array, float], Array],
+) -> Callable[..., tuple[Array, Array]]:
     """Return the way back through a norm with another gradient of its input."""
     return lambda grad, x, weight, eps: (
         input_gradient(grad, x, weight, eps), back.rms_norm_backward(grad, x, weight, eps)[1]
@@ -157,7 +159,7 @@ SOFTMAX, TURNED, TABLE = (
     (field_of(GRADS + EMBED_TOKENS),),
 )
 SHARED = ("grads.attention.v", "grads.attention.k_rot")
-SCORES = ("grads.attention.q_rot", "grads.attention.k_rot")
+ROTATED = ("grads.attention.q_rot", "grads.attention.k_rot")
 NORM_INPUTS = ("grads.out", "grads.embedded", "grads.middle", "grads.attention.out", "grads.feed_forward.out")
 NORM_WEIGHTS = (field_of(GRADS + NORM), *(f"grads.{norm}.weight" for norm in LAYER_NORMS))
 RAGGED = "rows with different numbers of labels that count"
@@ -166,19 +168,19 @@ GITHUB = "https://github.com/"
 TRAINING_BUGS: tuple[KnownBug, ...] = (
     # the loss
     KnownBug("loss-mean-of-means", "each row, or micro-batch of one row, is averaged before the mean of all", LOSS,
-             function(loss_backward=rescaled(per_row)), f"{GITHUB}ml-explore/mlx-lm/pull/1544", RAGGED,
+             function(loss_backward=rescale_loss(per_row)), f"{GITHUB}ml-explore/mlx-lm/pull/1544", RAGGED,
              "num_items_in_batch, gradient_accumulation_steps"),
     KnownBug("loss-summed", "the losses of all tokens are added, not averaged", LOSS,
-             function(loss_backward=rescaled(divide_by)), f"{GITHUB}karpathy/nanochat/pull/59",
+             function(loss_backward=rescale_loss(divide_by)), f"{GITHUB}karpathy/nanochat/pull/59",
              "more than one label that counts", "reduction"),
     KnownBug("loss-not-divided-by-steps", "the mean losses of the rows, or micro-batches of one row, are added", LOSS,
-             function(loss_backward=rescaled(lambda c: per_row(c) * len(labels_of(c)))),
+             function(loss_backward=rescale_loss(lambda c: per_row(c) * len(labels_of(c)))),
              f"{GITHUB}verl-project/verl/pull/3332", "more than one row", "gradient_accumulation_steps"),
     KnownBug("loss-divided-twice", "the mean over all tokens is divided by the number of micro-batches of one row, too",
-             LOSS, function(loss_backward=rescaled(lambda c: 1 / len(labels_of(c)))),
+             LOSS, function(loss_backward=rescale_loss(lambda c: 1 / len(labels_of(c)))),
              f"{GITHUB}unslothai/unsloth-zoo/pull/1023", "more than one row", "model_accepts_loss_kwargs"),
     KnownBug("loss-ignored-in-denominator", "the sum of the losses is divided by all places, also the ignored ones",
-             LOSS, function(loss_backward=rescaled(by_all_places)), f"{GITHUB}NVIDIA/TransformerEngine/pull/2476",
+             LOSS, function(loss_backward=rescale_loss(by_all_places)), f"{GITHUB}NVIDIA/TransformerEngine/pull/2476",
              "a label that is ignored", "ignore_index", unless="loss-mean-of-means"),
     KnownBug("padding-counted", "padding tokens are labels", LOSS, function(loss_backward=with_labels(with_padding)),
              f"{GITHUB}huggingface/transformers/issues/2759", "right padding", "labels of padding: -100"),
@@ -207,7 +209,7 @@ TRAINING_BUGS: tuple[KnownBug, ...] = (
     KnownBug("attn-scores-detached", "no gradient goes back through the weights of attention", SOFTMAX,
              function(softmax_backward=lambda grad, probs: 0 * grad), f"{GITHUB}huggingface/candle/pull/3612",
              "more than one token", "operations without a backward"),
-    KnownBug("attn-scale-missing-in-backward", "gradients of queries and keys lack the scale of the scores", SCORES,
+    KnownBug("attn-scale-missing-in-backward", "gradients of queries and keys lack the scale of the scores", ROTATED,
              function(attention_scores_backward=without_scale), "unverified", knob="softmax scale in the backward"),
     KnownBug("attn-backward-without-window", "the weights are computed again for the way back, without the window",
              (*SOFTMAX, "grads.attention.v"), rewire(without_window), f"{GITHUB}meta-pytorch/MSLK/pull/263",
@@ -236,15 +238,15 @@ TRAINING_BUGS: tuple[KnownBug, ...] = (
              knob="rule of products"),
     # norms
     KnownBug("norm-weight-for-1-plus-weight", "gradients of a norm's input have w in the place of 1 + w", NORM_INPUTS,
-             function(rms_norm_backward=norm_by(
+             function(rms_norm_backward=norm_backward_by(
                  lambda grad, x, weight, eps: back.rms_norm_backward(grad, x, weight - 1, eps)[0])),
              "unverified: Liger-Kernel #74 has it in the forward pass", knob="offset of the backward"),
     KnownBug("norm-weight-missing-in-backward", "gradients of a norm's input lack the factor 1 + w", NORM_INPUTS,
-             function(rms_norm_backward=norm_by(
+             function(rms_norm_backward=norm_backward_by(
                  lambda grad, x, weight, eps: back.rms_norm_backward(grad, x, 0 * weight, eps)[0])),
              f"{GITHUB}karpathy/llm.c/pull/763", knob="weight in the backward"),
     KnownBug("norm-projection-missing", "the root mean square is taken for a constant", NORM_INPUTS,
-             function(rms_norm_backward=norm_by(
+             function(rms_norm_backward=norm_backward_by(
                  lambda grad, x, weight, eps: grad * (1 + weight) * inverse_root(x, eps))),
              "unverified: attorch #17 has this term wrong, not missing", knob="gradient through the root mean square"),
     KnownBug("norm-weight-gradient-of-input", "gradients of a norm's weight multiply the input, not the normed input",

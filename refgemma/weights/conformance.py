@@ -37,7 +37,7 @@ CONFIG = Gemma2Config(
     num_key_value_heads=3, head_dim=10, query_pre_attn_scalar=13, sliding_window=8, attn_logit_softcapping=3.0,
     final_logit_softcapping=2.0, max_position_embeddings=512, dtype="bfloat16", architectures=("Gemma2ForCausalLM",),
 )  # fmt: skip
-SEED = 5
+WEIGHT_SEED = 5
 # A weight is -128 to 127, root mean square 74, times 2 to this power; matrices of a larger width have smaller weights.
 MATRIX, NORM, TABLE = -8, -8, -7
 ROW_SIZES = 10  # a row of the embedding is 2**-(row % 10) times as large
@@ -65,7 +65,7 @@ def proportions(head_dim: int) -> Gemma2Config:
 
 def make_weight(name: str, shape: tuple[int, ...], config: Gemma2Config = CONFIG) -> Array:
     """Return one tensor, as float32 numbers that are exact in bfloat16."""
-    numbers = raw_bytes(name, 0, int(np.prod(shape)), SEED).reshape(shape).astype(np.float32)
+    numbers = raw_bytes(name, 0, int(np.prod(shape)), WEIGHT_SEED).reshape(shape).astype(np.float32)
     halvings = round(math.log2(config.hidden_size / CONFIG.hidden_size) / 2)  # sums over the width keep their size
     if name == EMBED_TOKENS:
         sizes = np.exp2(-(np.arange(shape[0]) % ROW_SIZES)).astype(np.float32)

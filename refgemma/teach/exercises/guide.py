@@ -151,10 +151,10 @@ def count_tries(check: Callable[[Attempt], Feedback]) -> Callable[[Attempt], Fee
     name = check.__name__.removeprefix("check_")
 
     @functools.wraps(check)
-    def counted(answer: Attempt) -> Feedback:
+    def count(answer: Attempt) -> Feedback:
         return record(name, check(answer))
 
-    return counted
+    return count
 
 
 def progress(path: str | Path | None = None) -> Page:
@@ -185,11 +185,11 @@ def progress(path: str | Path | None = None) -> Page:
     exercises, diagnoses = len(solved & HINTS.keys()), len(solved.difference(HINTS))
     lines = [f"Solved: {exercises} of {len(HINTS)} exercises, {diagnoses} of 6 diagnoses", "", "notebook  exercise"]
     rows = [*((notebook, name) for name, (notebook, _, _) in HINTS.items()), *((9, port) for port in ports)]
-    lines += [f"{notebook:8d}  {name:18s}{_describe(results.get(name))}" for notebook, name in rows]
+    lines += [f"{notebook:8d}  {name:18s}{_describe_result(results.get(name))}" for notebook, name in rows]
     return Page("\n".join(line.rstrip() for line in lines))
 
 
-def _describe(result: Result | None) -> str:
+def _describe_result(result: Result | None) -> str:
     if result is None:
         return ""
     tries, solved = result

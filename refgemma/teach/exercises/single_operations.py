@@ -389,26 +389,26 @@ def check_rms_norm(answer: Attempt) -> Feedback:
         Hint("compute the mean of each vector separately: axis=-1, keepdims=True.", bugs.norm_of_all),
         Hint("eps belongs inside the root: sqrt(mean(x**2) + eps).", bugs.eps_outside),
         Hint("the factor 1 + weight is missing.", bugs.norm_without_factor),
-        Hint(zero, _norm(lambda x: _size(x))),
-        Hint(zero, _norm(lambda x: _size(x), lambda y, w: y * w)),
+        Hint(zero, _norm_answer(lambda x: _size(x))),
+        Hint(zero, _norm_answer(lambda x: _size(x), lambda y, w: y * w)),
         Hint(f"{zero} And use the mean of the squares, not their sum.",
-             _norm(lambda x: np.linalg.norm(x, axis=-1, keepdims=True))),
+             _norm_answer(lambda x: np.linalg.norm(x, axis=-1, keepdims=True))),
         Hint("use the mean of the squares, not their sum; a norm of NumPy is the root of the sum.",
-             lambda x, w, eps: _norm(lambda x: np.linalg.norm(x, axis=-1, keepdims=True) + eps)(x, w, eps)),
+             lambda x, w, eps: _norm_answer(lambda x: np.linalg.norm(x, axis=-1, keepdims=True) + eps)(x, w, eps)),
         Hint("std subtracts the mean; divide by sqrt(mean(x**2) + eps).",
-             lambda x, w, eps: _norm(lambda x: np.std(x, axis=-1, keepdims=True) + eps)(x, w, eps)),
+             lambda x, w, eps: _norm_answer(lambda x: np.std(x, axis=-1, keepdims=True) + eps)(x, w, eps)),
         Hint("var subtracts the mean; divide by sqrt(mean(x**2) + eps).",
              bugs.norm_by(lambda x, eps: np.sqrt(np.var(x, axis=-1, keepdims=True) + eps))),
         Hint("put 1 + weight in brackets: * (1 + weight).",
-             lambda x, w, eps: _norm(lambda x: _size(x, eps), lambda y, w: y * w + 1)(x, w, eps)),
+             lambda x, w, eps: _norm_answer(lambda x: _size(x, eps), lambda y, w: y * w + 1)(x, w, eps)),
         Hint("multiply by 1 + weight; you add it.",
-             lambda x, w, eps: _norm(lambda x: _size(x, eps), lambda y, w: y + 1 + w)(x, w, eps)),
+             lambda x, w, eps: _norm_answer(lambda x: _size(x, eps), lambda y, w: y + 1 + w)(x, w, eps)),
         Hint("a sign is wrong: multiply by 1 + weight.",
-             lambda x, w, eps: _norm(lambda x: _size(x, eps), lambda y, w: y * (1 - w))(x, w, eps)),
+             lambda x, w, eps: _norm_answer(lambda x: _size(x, eps), lambda y, w: y * (1 - w))(x, w, eps)),
         Hint("square first, then take the mean: mean(x**2), not mean(x)**2.",
              bugs.norm_by(lambda x, eps: np.sqrt(np.mean(x, axis=-1, keepdims=True) ** 2 + eps))),
         Hint("take the mean of the squares, and then the root; you take the mean of the sizes.",
-             lambda x, w, eps: _norm(lambda x: np.mean(np.abs(x), axis=-1, keepdims=True) + eps)(x, w, eps)),
+             lambda x, w, eps: _norm_answer(lambda x: np.mean(np.abs(x), axis=-1, keepdims=True) + eps)(x, w, eps)),
         Hint("divide by the root mean square; you multiply by it.",
              bugs.norm_by(lambda x, eps: 1 / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps))),
         Hint("compute the mean of each vector: axis=-1, not axis=0.",
@@ -424,7 +424,7 @@ def _size(x: Array, eps: float = 0.0) -> Array:
     return np.asarray(np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps))
 
 
-def _norm(
+def _norm_answer(
     size: Callable[[Array], Array], scale: Callable[[Array, Array], Array] = lambda y, w: y * (1 + w)
 ) -> Attempt:  # fmt: skip
     """Return a norm that divides by another size, and uses its weight in another way."""

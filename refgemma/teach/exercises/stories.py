@@ -26,10 +26,10 @@ from refgemma.trace.names import LOGPROBS, save_trace
 
 PROMPT = "There was once a little princess"
 LONGEST = 200  # new tokens; longer texts would leave the places that the tiny model was trained on
-SECONDS = 30.0  # for a story with slow functions
+STORY_SECONDS = 30.0  # for a story with slow functions
 
 # Each part that a student may write -> its definition, whose results have the right shape, and its check.
-PARTS: dict[str, tuple[Attempt, Callable[[Attempt], Feedback]]] = {
+REPLACEABLE: dict[str, tuple[Attempt, Callable[[Attempt], Feedback]]] = {
     "embed": (embed, checks.check_embed),
     "rms_norm": (ops.rms_norm, checks.check_rms_norm),
     "rotate": (ops.rotate, checks.check_rotate),
@@ -102,7 +102,7 @@ def _wrap(text: str) -> str:
     return textwrap.fill(text, 90, initial_indent="  ", subsequent_indent="  ")
 
 
-def play(text: str = PROMPT, *, tokens: int = 40, seconds: float = SECONDS, **functions: Any) -> Story:
+def play(text: str = PROMPT, *, tokens: int = 40, seconds: float = STORY_SECONDS, **functions: Any) -> Story:
     """Write a story with the tiny model, which uses your functions in place of the definition's.
 
     The functions are those of the exercises: ``embed``, ``rms_norm``, ``rotate``, ``repeat_kv``, ``sliding_mask``,
@@ -155,7 +155,7 @@ def play(text: str = PROMPT, *, tokens: int = 40, seconds: float = SECONDS, **fu
                 break
     except _TimeIsUp:
         up = True
-    feedback = {part: PARTS[part][1](function) for part, function in functions.items()}
+    feedback = {part: REPLACEABLE[part][1](function) for part, function in functions.items()}
     names = tiny.tokenizer.convert_ids_to_tokens
     ours, theirs = (tiny.tokenizer.decode([*prompt, *ids], skip_special_tokens=True) for ids in (new, usual))
     return Story(ours, theirs, tuple(names(new)), tuple(names(usual)), feedback, seconds if up else None)
@@ -176,7 +176,7 @@ def save_port(path: str | Path, text: str = PROMPT, **functions: Any) -> Path:
     """
     tiny = load("tiny")
     ids = _read_prompt(tiny, text, functions)
-    tensors = _run(tiny, ids, functions, time.monotonic() + SECONDS)
+    tensors = _run(tiny, ids, functions, time.monotonic() + STORY_SECONDS)
     save_trace([("input_ids", np.array([ids])), *tensors.items()], path, {"dtype": "float32"})
     return Path(path)
 
@@ -184,9 +184,9 @@ def save_port(path: str | Path, text: str = PROMPT, **functions: Any) -> Path:
 def _read_prompt(tiny: Pretrained, text: str, functions: Mapping[str, Any]) -> list[int]:
     """Return the tokens of a prompt; refuse unknown parts and texts that are too long."""
     for part, function in functions.items():
-        if part not in PARTS:
+        if part not in REPLACEABLE:
             raise PlayError(
-                f"{part} is not a part of this model that you can replace; the parts are {', '.join(PARTS)}"
+                f"{part} is not a part of this model that you can replace; the parts are {', '.join(REPLACEABLE)}"
             )
         if not callable(function):
             raise PlayError(
@@ -255,7 +255,7 @@ def _weigh_scores(attention_probs: Attempt, table: dict[str, Operation], context
 
 def _guard(part: str, function: Attempt, until: float) -> Attempt:
     """Return a student's function with its errors as `PlayError`, and with the right shape and kind of its result."""
-    definition = PARTS[part][0]
+    definition = REPLACEABLE[part][0]
     kinds, wanted = ("b", "true and false") if part == "sliding_mask" else ("iuf", "numbers")
     advice = f"exercises.check_{part}({part}) says more"
 
