@@ -403,8 +403,8 @@ ALTERNATE = r"Conversation roles must alternate user/assistant/user/assistant/\.
     ("messages", "problem"),
     [
         ([], "messages is empty"),
-        ([{"role": "system", "content": "Purr."}, USER], r"messages\[0\]: system messages are not supported"),
-        ([USER, {"role": "system", "content": "Purr."}], r"messages\[1\]: system messages are not supported"),
+        ([{"role": "system", "content": "Purr."}, USER], r"messages\[0\]: System role not supported"),
+        ([USER, {"role": "system", "content": "Purr."}], r"messages\[1\]: System role not supported"),
         ([MODEL], rf"messages\[0\]: {ALTERNATE}"),
         ([USER, USER], rf"messages\[1\]: {ALTERNATE}"),
         ([USER, MODEL, MODEL], rf"messages\[2\]: {ALTERNATE}"),

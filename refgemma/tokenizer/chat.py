@@ -197,7 +197,7 @@ def render_chat(
                 raise TokenizerError(f"messages[{n}]: {key!r} {problem}")
         role, content = message["role"], message["content"]
         if role == "system":
-            raise TokenizerError(f"messages[{n}]: system messages are not supported; put the text into a user message")
+            raise TokenizerError(f"messages[{n}]: System role not supported; put the text into a user message")
         if role not in ROLES:
             raise TokenizerError(f"messages[{n}]: unknown role {role!r}; it must be one of {', '.join(ROLES)}")
         if ROLES[role] != ("model" if n % 2 else "user"):
