@@ -156,7 +156,7 @@ def test_processors_and_criteria_of_the_caller() -> None:
         ({"num_return_sequences": 3, "num_beams": 2}, "num_return_sequences is 3; it must be at most num_beams, 2"),
         ({"do_sample": True, "temperature": 0}, "temperature is 0; it must be above 0 for sampling"),
         ({"eos_token_id": 5000}, "eos_token_id is 5000; the vocabulary has 2048 tokens"),
-        ({"num_beams": 2, "streamer": TextStreamer(TINY.tokenizer)}, "a beam search has them only at its end"),
+        ({"num_beams": 2, "streamer": TextStreamer(TINY.tokenizer)}, "a streamer cannot show a beam search"),
         ({"input_ids": [PROMPT]}, "give only one"),
         ({"inputs_embeds": np.zeros((1, 2, 234), np.float32)}, "inputs_embeds are the whole prompt"),
         ({"num_beam_groups": 2}, "num_beam_groups = 2 is not supported"),

@@ -320,6 +320,7 @@ SAMPLES: dict[str, str] = {  # the first line of a block of output -> where it i
         "test_the_samples_of_a_known_bug"
     ),
     "DIFFERS first at layers.0.feed_forward.gelu: gelu-without-cube": "test_the_samples_of_a_known_bug",
+    "DIFFERS first at grads.model.norm.weight: loss-mean-of-means": "test_the_sample_of_a_trainer",
     '{"trace": "runs/plain.safetensors", "model": "conformance"}': "tests/test_sweep.py reads such files",
 }
 
