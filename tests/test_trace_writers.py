@@ -37,6 +37,11 @@ COMMANDS = {
 }
 
 
+def assert_aligned(path: Path) -> None:
+    """The numbers begin at a multiple of eight bytes, so that a memory map of them is aligned."""
+    assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
+
+
 @pytest.mark.parametrize("language", COMMANDS)
 def test_what_a_writer_writes_is_read(language: str, tmp_path: Path) -> None:
     name, commands = COMMANDS[language]
@@ -46,6 +51,7 @@ def test_what_a_writer_writes_is_read(language: str, tmp_path: Path) -> None:
     for command in commands:
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert_aligned(tmp_path / "port.safetensors")
     found = load_trace(tmp_path / "port.safetensors", Gemma2Config.from_pretrained("conformance"))
     assert (found.dtype, found.dtype_from, found.engine) == ("bfloat16", "metadata", 'my "port" 1.0')
     assert (found.refused, found.unknown) == ({}, ())
@@ -90,6 +96,7 @@ def test_the_header_gives_errors_and_is_cpp_too(tmp_path: Path) -> None:
     done = subprocess.run(["./faults"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.stdout.splitlines() == ["logits: unknown dtype F8", "missing/port.safetensors: cannot be opened"]
     assert done.returncode == 0
+    assert_aligned(tmp_path / "port.safetensors")
     with safe_open(tmp_path / "port.safetensors", "np") as file:
         assert file.metadata() == {"engine": "a \\ and\ta tab"}
         assert file.get_tensor("logits").tolist() == [1.0]
