@@ -101,8 +101,8 @@ right.plot(before, before - after, ".", markersize=2)
 _ = right.set(xlabel="score before the cap", ylabel="reduction", title="reduction by the cap")
 
 # %% [markdown]
-# Which head has these large scores? The next picture shows the head with the largest score of all, the sink of notebook 2.
-# Orange dots show how much the cap subtracts, for each query and each key that it may see.
+# Which head has the large scores? The next picture shows the head with the largest score of all, the sink of
+# notebook 2. Orange dots show how much the cap subtracts, for each query and each key that it may see.
 
 # %%
 scores = np.stack([layer.attention.scores[0] for layer in run.layers])

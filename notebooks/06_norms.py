@@ -140,9 +140,9 @@ _ = axes.legend(fontsize=8)
 # for the last blocks?
 #
 # <details><summary>Answer</summary>
-# The last blocks turn the stream less: the first block turns the last token's stream by 55 degrees, the last block by 12.
-# (The angle does not decrease at every block: the angles are 55, 21, 25, 12, 19 and 12.) This is one reason why
-# late blocks of deep models can often be removed with little harm (Gromov et al. 2024).
+# They turn the stream less: the first block turns the last token's stream by 55 degrees, the last block by 12. (The
+# angle does not decrease at every block: the angles are 55, 21, 25, 12, 19 and 12.) This is one reason why late blocks
+# of deep models can often be removed with little harm (Gromov et al. 2024).
 # </details>
 #
 # ## One column as a volume control
