@@ -74,7 +74,7 @@ def test_the_manifest_says_where_everything_comes_from() -> None:
         assert about["attn_implementation"] == "eager", name
         assert {"sha256", "torch", "transformers", "seed", "date", "bytes"} <= set(about), name
     files = {path.name for path in (golden_folder() / "gradients").glob("*.safetensors")}
-    assert files == {about["file"] for about in [*manifest["cases"].values(), manifest["activations"]]}
+    assert files == {about["file"] for about in [*manifest["cases"].values(), manifest["activations"], manifest["operations"]]}
     assert sum(path.stat().st_size for path in (golden_folder() / "gradients").iterdir()) < 1_100_000
 
 
