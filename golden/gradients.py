@@ -246,7 +246,7 @@ def record_all(folder: Path = FOLDER) -> None:
             "torch": torch.__version__, "transformers": transformers.__version__, "attn_implementation": "eager",
             "date": date.today().isoformat(),
         }  # fmt: skip
-    alone = {}
+    alone: dict[str, dict[str, Any]] = {}
     for name, made in (("activations", activations()), ("operations", operations())):
         path = folder / f"{name}.safetensors"
         write_tensors(made, path)

@@ -201,8 +201,8 @@ _ = axes.legend()
 # **Question.** Up to which learning rate is the straight line good? Why does the loss rise again?
 #
 # <details><summary>Answer</summary>
-# Up to about 0.003. A gradient is the slope at one place. A long step leaves this place, and reaches weights where other
-# slopes hold. Notebook 16 uses a rate that falls, and an optimizer that chooses each number's step.
+# Up to about 0.003. A gradient is the slope at one place. A long step leaves this place, and reaches weights where
+# other slopes hold. Notebook 16 uses a rate that falls, and an optimizer that chooses each number's step.
 # </details>
 #
 # ## A bug: the mean of the means
@@ -219,7 +219,7 @@ texts = [
     "said to his daughter that she must go away.",
 ]
 rows = [np.array([tiny.tokenizer.encode(text)]) for text in texts]
-counts = np.array([row.shape[1] - 1 for row in rows])  # the first token is no label
+counts = np.array([row.shape[1] - 1 for row in rows])  # nothing predicts the first token
 
 
 def flat_gradient(row, num_items=None):
@@ -227,7 +227,7 @@ def flat_gradient(row, num_items=None):
     return np.concatenate([g.ravel() for g in found.values()])
 
 
-right = sum(flat_gradient(row, num_items=counts.sum()) for row in rows)
+right = sum(flat_gradient(row, num_items=float(counts.sum())) for row in rows)
 means = np.stack([flat_gradient(row) for row in rows])
 wrong = means.mean(axis=0)
 assert wrong.shape == right.shape == (sum(x[:].size for x in old.values()),)

@@ -78,9 +78,7 @@ _ = axes.set(ylabel="loss in nats", title=f"before: {len(rows)} rows, {len(held_
 
 # %%
 base = {name: rows_of[:] for name, rows_of in named_weights(tiny.weights, config).items()}
-arguments = TrainingArguments(
-    max_steps=60, learning_rate=1e-3, lr_scheduler_type="cosine", warmup_steps=5
-)
+arguments = TrainingArguments(max_steps=60, learning_rate=1e-3, lr_scheduler_type="cosine", warmup_steps=5)
 no_warmup = TrainingArguments(max_steps=60, learning_rate=1e-3)
 batch = take_batch(rows, 0, arguments.rows, seed=42)
 one = train_step(first_state(base, config, no_warmup), batch, base, config, no_warmup)
@@ -134,7 +132,7 @@ assert np.array(state.losses).shape == (60,)
 # has seen before, and learns them by heart. This is called overfitting. A longer text is a better cure than more steps.
 # </details>
 #
-# ## What changed
+# ## The change
 #
 # The same prompt before and after, with the most likely token at each place. Then the relative change of the weights:
 #
@@ -144,8 +142,8 @@ assert np.array(state.losses).shape == (60,)
 trained = weights_of(state.tensors, config)
 prompt = tiny.tokenizer.encode("ROMEO:\n")
 for weights in (tiny.weights, trained):
-    new = refgemma.generate(prompt, weights, config, max_new_tokens=30)
-    print(tiny.tokenizer.decode(list(new)), "\n---")
+    new = list(refgemma.generate(prompt, weights, config, max_new_tokens=30))
+    print(tiny.tokenizer.decode(new), "\n---")
 
 change = {n: np.linalg.norm(state.tensors[n] - w) / np.linalg.norm(w) for n, w in base.items()}
 kinds = sorted({name.split(".")[-2] for name in base})
@@ -156,8 +154,8 @@ axes.barh(kinds, 100 * sizes)
 _ = axes.set(xlabel="percent", title="change of the weights, mean of all blocks")
 
 # %% [markdown]
-# Is the tale forgotten? Only what is trained on is kept: this is why released models are often tuned with small
-# adapters, such as LoRA, or with old texts mixed in.
+# Is the tale forgotten? The model keeps only the kind of text that it is trained on. So released models are often
+# tuned with small adapters, such as LoRA, or with old texts mixed in.
 
 # %%
 after = {"a tale": mean_loss(tale, trained, config), "held out": tested[-1][1]}
@@ -180,8 +178,8 @@ _ = axes.legend(loc="lower center")
 # $$\frac{\partial L}{\partial x} = r\,\bigl(h - n \cdot \mathrm{mean}(h\,n)\bigr), \qquad
 # r = \frac{1}{\sqrt{\mathrm{mean}(x^2) + \epsilon}}$$
 #
-# The second term has a simple meaning. Whether $x$ is long or short, its norm is the same; so the length of $x$ cannot
-# change the loss, and the gradient must be at a right angle to $x$. The term subtracts what points along $x$.
+# The second term has a simple meaning. Apart from $\epsilon$, a longer $x$ has the same norm; so the length of $x$
+# cannot change the loss, and the gradient must be at a right angle to $x$. The term subtracts the part along $x$.
 
 # %%
 angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
@@ -209,8 +207,8 @@ for axes, arrows, title in (
 #
 # ## Exercise
 #
-# `rms_norm_backward` gets `grad`, the gradient of the result, with the shape of `x`: (texts, tokens, hidden). It returns
-# two arrays: the gradient of `x` by the formula above, and that of `weight`. The weight serves all tokens, so its
+# `rms_norm_backward` gets `grad`, the gradient of the result, with the shape of `x`: (texts, tokens, hidden). It
+# returns two arrays: the gradient of `x` by the formula above, and that of `weight`. The weight serves all tokens, so its
 # gradient is a sum over them: of `grad * n`. The check compares with PyTorch autograd.
 
 

@@ -88,7 +88,7 @@ def _norm_parts(x: Array, eps: float) -> tuple[Array, Array]:
 
 
 def _input_by(compute: Callable[..., Any]) -> Attempt:
-    """Return a function with another gradient of x, from ``inverse``, ``normed``, ``h`` and the mean of ``h normed``."""
+    """Return a function with another gradient of x, from ``r``, ``n``, ``h`` and the mean of ``h * n``."""
 
     def wrong(grad: Array, x: Array, weight: Array, eps: float) -> tuple[Any, None]:
         inverse, normed = _norm_parts(x, eps)
