@@ -14,6 +14,7 @@ from refgemma.config import Gemma2Config
 from refgemma.oracle.known_bugs import KNOWN_BUGS
 from refgemma.oracle.operations import Context, double, operations
 from refgemma.oracle.tolerance import Arithmetic
+from refgemma.oracle.optimizer_bugs import OPTIMIZER_BUGS
 from refgemma.oracle.training_bugs import TRAINING_BUGS
 from refgemma.precision import bf16
 from refgemma.testing.properties import LAWS
@@ -69,6 +70,7 @@ def known_bugs() -> str:
     """Return the page of the catalogue of known bugs."""
     rows = [(code(v.name), v.kind, code(v.fields[0]), v.says, v.shows, v.seen) for v in KNOWN_BUGS]
     trainers = [(code(v.name), code(v.fields[0]), v.says, v.shows, v.seen) for v in TRAINING_BUGS]
+    optimizers = [(code(v.name), v.says, v.shows, v.seen) for v in OPTIMIZER_BUGS]
     return f"""# Known bugs
 
 {AGAIN}
@@ -85,6 +87,12 @@ If a trace has gradients, it is also compared with these {len(TRAINING_BUGS)}; s
 [Check a trainer](../how-to/check-a-trainer.md).
 
 {table(("name", "first tensor", "mistake", "shown by", "seen in"), trainers)}
+
+## Mistakes of optimizers
+
+If a trace has the weights after a step, the step is compared with these {len(OPTIMIZER_BUGS)}.
+
+{table(("name", "mistake", "shown by", "seen in"), optimizers)}
 """
 
 
