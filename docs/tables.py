@@ -13,8 +13,8 @@ from refgemma.cli.main import parser
 from refgemma.config import Gemma2Config
 from refgemma.oracle.known_bugs import KNOWN_BUGS
 from refgemma.oracle.operations import Context, double, operations
-from refgemma.oracle.tolerance import Arithmetic
 from refgemma.oracle.optimizer_bugs import OPTIMIZER_BUGS
+from refgemma.oracle.tolerance import Arithmetic
 from refgemma.oracle.training_bugs import TRAINING_BUGS
 from refgemma.precision import bf16
 from refgemma.testing.properties import LAWS

@@ -208,8 +208,8 @@ for axes, arrows, title in (
 # ## Exercise
 #
 # `rms_norm_backward` gets `grad`, the gradient of the result, with the shape of `x`: (texts, tokens, hidden). It
-# returns two arrays: the gradient of `x` by the formula above, and that of `weight`. The weight serves all tokens, so its
-# gradient is a sum over them: of `grad * n`. The check compares with PyTorch autograd.
+# returns two arrays: the gradient of `x` by the formula above, and that of `weight`. The weight serves all tokens, so
+# its gradient is a sum over them: of `grad * n`. The check compares with PyTorch autograd.
 
 
 # %%

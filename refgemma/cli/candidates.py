@@ -33,9 +33,9 @@ from refgemma.oracle.diff import Difference, compare_traces, measure_unexplained
 from refgemma.oracle.diff import as_json as difference_json
 from refgemma.oracle.engine import Engine
 from refgemma.oracle.known_bugs import KNOWN_BUGS
+from refgemma.oracle.optimizer_bugs import OPTIMIZER_BUGS
 from refgemma.oracle.pipeline import check, read_candidate, run_backend
 from refgemma.oracle.repro import make_repro
-from refgemma.oracle.optimizer_bugs import OPTIMIZER_BUGS
 from refgemma.oracle.training_bugs import TRAINING_BUGS
 from refgemma.oracle.verdicts import CONFORMS, DIFFERS, EXIT, FAILED, INCONCLUSIVE
 from refgemma.sweep.jobs import read_jobs

@@ -31,10 +31,10 @@ from refgemma.oracle.families import (
 from refgemma.oracle.judge import SPAN_LIMIT, judge, nearest, resembles
 from refgemma.oracle.known_bugs import KNOWN_BUGS, KnownBug, combine, known_bug
 from refgemma.oracle.locate import ErrorMap, locate_errors, map_errors
+from refgemma.oracle.optimizer_bugs import OPTIMIZER_BUGS
 from refgemma.oracle.preflight import Preflight
 from refgemma.oracle.spans import Computed
 from refgemma.oracle.tolerance import from_measured_std, rescale
-from refgemma.oracle.optimizer_bugs import OPTIMIZER_BUGS
 from refgemma.oracle.training_bugs import TRAINING_BUGS
 from refgemma.precision import Array
 from refgemma.trace.candidate import Candidate
@@ -163,7 +163,9 @@ class Diagnosis:
         self.engine, self.usual, self.candidate = engine, engine.usual, engine.candidate
         self.whole = bugs is None  # whether families of bugs and estimates are tried, too
         call = self.candidate.call
-        trainers = () if call.labels is None else TRAINING_BUGS if call.step is None else (*TRAINING_BUGS, *OPTIMIZER_BUGS)
+        trainers = (
+            () if call.labels is None else TRAINING_BUGS if call.step is None else (*TRAINING_BUGS, *OPTIMIZER_BUGS)
+        )
         self.bugs = (*KNOWN_BUGS, *trainers) if bugs is None else tuple(bugs)
         self._fits: dict[tuple[str, str], bool] = {}
         self._left: dict[tuple[str, str], float] = {}

@@ -81,7 +81,8 @@ class Engine:
         self.context = Context(config, double(weights), candidate.call, Arithmetic(candidate.dtype))
         if candidate.call.labels is not None:
             self.context = replace(
-                self.context, backward=lambda context: chain(backward_operations(context), optimizer_operations(context))
+                self.context,
+                backward=lambda context: chain(backward_operations(context), optimizer_operations(context)),
             )
         self.eager_context = replace(self.context, weights=weights, exact=False)
         self.usual = Computed(operations(self.context), candidate)

@@ -6,7 +6,7 @@ them (``exp_avg.`` and ``exp_avg_sq.`` before the name of the weight).
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,7 +93,9 @@ def step_tolerance(s: Step, sizes: int) -> Tolerance:
 
 def step_stores(s: Step, storage: str) -> list[Array]:
     """Return the errors from storing the decayed weight, and from the six roundings of the move."""
-    move = ulp(adamw_step(s) - s.weight if s.numbers.optimizer == "adamw" else s.grad * s.numbers.learning_rate, storage)
+    move = ulp(
+        adamw_step(s) - s.weight if s.numbers.optimizer == "adamw" else s.grad * s.numbers.learning_rate, storage
+    )
     return [ulp(s.weight, storage) / 2, 3 * move]
 
 

@@ -1032,7 +1032,7 @@ def the_number_of_items_divides_gradients(bench: Bench, scene: Scene, place: int
     items = float(np.sum(labels != -100))
     twice = learn(model, scene.ids, labels, 2 * items)
     same_gradients(bench, model, lambda m: learn(m, scene.ids, labels, items),
-                   {name: 2 * x for name, x in twice.items()}, "and twice that for twice the number of items")  # fmt: skip
+                   {name: 2 * x for name, x in twice.items()}, "and twice that for twice the items")  # fmt: skip
 
 
 @law(_draw_taught(), ["gradients"])
@@ -1084,9 +1084,7 @@ def the_gradient_is_the_slope_of_the_loss(bench: Bench, scene: Scene, place: int
         """Return the change of the loss between two models, and the change that the gradient gives."""
         move = step * grads[name] / max(float(np.abs(grads[name]).max()), 1e-300)
         both = [(model.tensors[name] + sign * move).astype(np.float32) for sign in (1, -1)]
-        up, down = (
-            bench.backend.loss(bench.scene(scene, {name: x}).handle, scene.ids, labels) for x in both
-        )
+        up, down = (bench.backend.loss(bench.scene(scene, {name: x}).handle, scene.ids, labels) for x in both)
         return up - down, float(np.sum(grads[name] * (exact(both[0]) - exact(both[1]))))
 
     for name in grads:
@@ -1094,7 +1092,7 @@ def the_gradient_is_the_slope_of_the_loss(bench: Bench, scene: Scene, place: int
         # The error of a central difference falls with the square of the step: the wider one shows it.
         truncation = abs(far / 2 - near) + 1e-3 * abs(of_far / 2 - of_near)
         require(abs(near - of_near) <= truncation + 1e-5 * abs(of_near) + 1e-11,
-                f"a step along the gradient of {name} changes the loss by {near:.6g}, not by {of_near:.6g}")  # fmt: skip
+                f"a step along the gradient of {name} changes the loss by {near:.6g}, not {of_near:.6g}")  # fmt: skip
 
 
 @law(scene=scenes(seq=(1, 5)), needs=["save"])

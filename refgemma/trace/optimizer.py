@@ -1,4 +1,4 @@
-"""The numbers of an optimizer's step, from the metadata of a trace. Checked in the tests on missing and wrong numbers."""
+"""The numbers of an optimizer's step, from the metadata of a trace. Checked on missing and wrong numbers."""
 
 import math
 from collections.abc import Mapping
@@ -67,7 +67,7 @@ def read_numbers(path: Any, metadata: Mapping[str, str], moments: Mapping[str, A
             value = float(metadata[name]) if name in metadata else None
         except ValueError:
             value = math.nan
-        if value is not None and not low <= value < high or (name == "step" and value and value % 1):
+        if (value is not None and not low <= value < high) or (name == "step" and value and value % 1):
             kind_of = f"a {'whole ' if name == 'step' else ''}number of at least {low:g}"
             raise InputError(f"{path}: {name} in the metadata is {metadata[name][:100]!r}; it must be {kind_of}"
                              + (f" and below {high:g}" if high == 1 else ""))  # fmt: skip

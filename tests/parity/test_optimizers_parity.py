@@ -1,5 +1,5 @@
-"""Beside torch: the weights after a step of a right optimizer conform, and each known mistake, made in PyTorch, is named
-as the first finding, alone."""
+"""Beside torch: the weights after a step of a right optimizer conform, and each known mistake, made in PyTorch, is
+named as the first finding, alone."""
 
 from collections.abc import Callable
 from functools import cache

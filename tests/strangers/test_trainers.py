@@ -255,7 +255,9 @@ def test_a_step_is_judged(stepped: Tensors, tmp_path: Path, capsys: pytest.Captu
     assert "\n92 PASS\n" in capsys.readouterr().out.replace("46 EXACT, 46 PASS", "92 PASS")
 
 
-@pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"])
+@pytest.mark.parametrize(
+    "name", ["model.norm.weight", "model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"]
+)
 def test_a_small_error_in_a_weight_is_found_there(name: str, stepped: Tensors, tmp_path: Path) -> None:
     off = np.float32(1e-3) * stepped[f"grads.{name}"]
     found = check(save(stepped | {f"weights.after.{name}": stepped[f"weights.after.{name}"] + off}, tmp_path, **STEP),
