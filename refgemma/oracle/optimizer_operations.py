@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from refgemma.oracle.operations import Context, Operation
-from refgemma.oracle.tolerance import Tolerance, U, tolerance, ulp
+from refgemma.oracle.tolerance import Tolerance, U, tolerance
 from refgemma.precision import Array, as_float64
 from refgemma.trace.names import AFTER, GRADS
 from refgemma.trace.optimizer import Numbers
@@ -91,14 +91,6 @@ def step_tolerance(s: Step, sizes: int) -> Tolerance:
     return tolerance(2 * relative * move + 3 * U * np.abs(s.weight))
 
 
-def step_stores(s: Step, storage: str) -> list[Array]:
-    """Return the errors from storing the decayed weight, and from the six roundings of the move."""
-    move = ulp(
-        adamw_step(s) - s.weight if s.numbers.optimizer == "adamw" else s.grad * s.numbers.learning_rate, storage
-    )
-    return [ulp(s.weight, storage) / 2, 3 * move]
-
-
 def clip_by_norm(grad: Array, every: Sequence[Array], limit: float) -> float:
     """Return the factor of clipping by the global norm. Source: ``torch.nn.utils.clip_grad_norm_``."""
     return min(1.0, limit / (math.sqrt(sum(float(np.sum(np.square(g))) for g in every)) + 1e-6))
@@ -130,5 +122,4 @@ def optimizer_operations(context: Context) -> Iterator[Operation]:
             AFTER + name, (GRADS + name, *every),
             lambda grad, *others, name=name: step(prepare(name, grad, others)),
             lambda grad, *others, name=name: step_tolerance(prepare(name, grad, others), sizes),
-            lambda grad, *others, storage, name=name: step_stores(prepare(name, grad, others), storage),
         )  # fmt: skip

@@ -965,7 +965,7 @@ def the_loss_is_a_mean_cross_entropy(bench: Bench, scene: Scene, labels: list[li
 
 
 @st.composite
-def _draw_taught(draw: st.DrawFn, batch: tuple[int, int] = (1, 2), **fixed: Any) -> dict[str, Any]:
+def _draw_taught(draw: st.DrawFn, /, batch: tuple[int, int] = (1, 2), **fixed: Any) -> dict[str, Any]:
     """Draw a model of ordinary weights, texts, and a place from 1: the first label of the second part."""
     scene = draw(scenes(kinds=("ordinary",), batch=batch, seq=(3, 9), **fixed))
     return {"scene": scene, "place": draw(st.integers(2, scene.ids.shape[1] - 1))}
@@ -987,13 +987,16 @@ def same_gradients(bench: Bench, model: LoadedModel, ask: Learn, other: Gradient
     """Require that the gradients of `ask` are `other`, weight by weight, up to rounding."""
     known: dict[int, Gradients] = {}
 
-    def of(name: str, m: LoadedModel) -> Array:
-        if id(m) not in known:
-            known[id(m)] = ask(m)
-        return np.asarray(known[id(m)][name])
+    def ask_for(name: str) -> Callable[[LoadedModel], Array]:
+        def of(m: LoadedModel) -> Array:
+            if id(m) not in known:
+                known[id(m)] = ask(m)
+            return known[id(m)][name]
+
+        return of
 
     for name, expected in other.items():
-        bench.same(model, lambda m, name=name: of(name, m), expected, f"the gradient of {name}, {says}", angle)
+        bench.same(model, ask_for(name), expected, f"the gradient of {name}, {says}", angle)
 
 
 def labels_in(scene: Scene, first: int, end: int) -> Array:

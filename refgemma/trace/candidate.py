@@ -256,6 +256,9 @@ def check_trace(file: TraceFile, config: Gemma2Config, dtype: str | None = None)
     tensors = {}
     for name, x in judged.items():
         numbers, storage = _choose_storage(x.numbers, chosen)
+        if name.startswith(AFTER) and storage in ("bfloat16", "float16"):
+            raise InputError(f"{path}: {name} is in {storage}, where optimizers round at many places; train with "
+                             "float32 weights, or record the float32 master weights")  # fmt: skip
         tensors[name] = replace(x, numbers=numbers, storage=storage)
     return Candidate(
         str(path), chosen, "option" if dtype else "metadata" if declared else "numbers", call, tensors, refused,
