@@ -1082,6 +1082,8 @@ def the_gradient_is_the_slope_of_the_loss(bench: Bench, scene: Scene, place: int
     """Moving a weight along its gradient changes the loss by the square of the gradient's length, to first order."""
     model, labels = bench.scene(scene), labels_in(scene, 1, place)
     grads = learn(model, scene.ids, labels, float(np.sum(labels != -100)))
+    if scene.config.pad_token_id is not None:
+        grads[EMBED][scene.config.pad_token_id] = 0  # this row does not move: PyTorch does not train it as an embedding
 
     def slope(name: str, step: float) -> tuple[float, float]:
         """Return the change of the loss between two models, and the change that the gradient gives."""
