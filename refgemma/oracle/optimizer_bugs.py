@@ -7,7 +7,7 @@ from typing import Any
 
 from refgemma.oracle.known_bugs import KnownBug, function
 from refgemma.oracle.operations import Context
-from refgemma.oracle.optimizer_operations import STEPS, Step, adamw_by, clip_by_norm
+from refgemma.oracle.optimizer_operations import STEPS, Step, adamw_by, clip_by_norm, norm_of
 from refgemma.trace.names import AFTER, field_of
 from refgemma.weights.parameters import EMBED_TOKENS, LM_HEAD, NORM, layer_tensors
 
@@ -70,10 +70,10 @@ OPTIMIZER_BUGS: tuple[KnownBug, ...] = (
     KnownBug("optimizer-ascends", "the step goes along the gradient, not against it", WEIGHTS, ascend, "unverified",
              knob="maximize"),
     KnownBug("optimizer-not-clipped", "the gradients are not clipped", WEIGHTS,
-             function(clip=lambda grad, every, limit: 1.0), f"{GITHUB}NVIDIA/OpenSeq2Seq/pull/192",
+             function(clip=lambda grad, norm, limit: 1.0), f"{GITHUB}NVIDIA/OpenSeq2Seq/pull/192",
              "SGD or a later step, and a norm above max_grad_norm", "max_grad_norm"),
     KnownBug("optimizer-clips-each-tensor", "each gradient is clipped by its own norm, not by that of all", WEIGHTS,
-             function(clip=lambda grad, every, limit: clip_by_norm(grad, [grad], limit)),
+             function(clip=lambda grad, norm, limit: clip_by_norm(grad, norm_of([grad]), limit)),
              f"{GITHUB}huggingface/transformers/issues/581",
              "SGD or a later step, and a norm above max_grad_norm", "clip_grad_norm_ of all parameters"),
 )  # fmt: skip

@@ -91,9 +91,14 @@ def step_tolerance(s: Step, sizes: int) -> Tolerance:
     return tolerance(2 * relative * move + 3 * U * np.abs(s.weight))
 
 
-def clip_by_norm(grad: Array, every: Sequence[Array], limit: float) -> float:
+def norm_of(gradients: Sequence[Array]) -> float:
+    """Return the length of all gradients as one vector."""
+    return math.sqrt(sum(float(np.sum(np.square(g))) for g in gradients))
+
+
+def clip_by_norm(grad: Array, norm: float, limit: float) -> float:
     """Return the factor of clipping by the global norm. Source: ``torch.nn.utils.clip_grad_norm_``."""
-    return min(1.0, limit / (math.sqrt(sum(float(np.sum(np.square(g))) for g in every)) + 1e-6))
+    return min(1.0, limit / (norm + 1e-6))
 
 
 def optimizer_operations(context: Context) -> Iterator[Operation]:
@@ -105,6 +110,7 @@ def optimizer_operations(context: Context) -> Iterator[Operation]:
     step = context.function("optimizer_step", STEPS[numbers.optimizer])
     choose, clip = context.function("decays", decays), context.function("clip", clip_by_norm)
     every = tuple(GRADS + name for name in weights) if numbers.max_grad_norm else ()
+    norms: list[float] = []  # of all gradients, computed once
 
     def prepare(name: str, grad: Array, others: tuple[Array, ...]) -> Step:
         weight = as_float64(weights[name][:])
@@ -112,7 +118,9 @@ def optimizer_operations(context: Context) -> Iterator[Operation]:
             as_float64(numbers.moments.get(f"{part}.{name}", np.zeros(weight.shape)))
             for part in ("exp_avg", "exp_avg_sq")
         )
-        factor = clip(grad, others, numbers.max_grad_norm) if others else 1.0
+        if others and not norms:
+            norms.append(norm_of(others))
+        factor = clip(grad, norms[0], numbers.max_grad_norm) if others else 1.0
         decay = numbers.weight_decay if choose(name) else 0.0
         return Step(weight, grad, first, second, numbers, decay, factor)
 
