@@ -1092,7 +1092,7 @@ def the_gradient_is_the_slope_of_the_loss(bench: Bench, scene: Scene, place: int
         up, down = (bench.backend.loss(bench.scene(scene, {name: x}).handle, scene.ids, labels) for x in both)
         return up - down, float(np.sum(grads[name] * (exact(both[0]) - exact(both[1]))))
 
-    for name in grads:
+    for name in list(grads)[place % 3 :: 3]:  # a third of the weights in each example: four models are loaded for one
         (far, of_far), (near, of_near) = slope(name, 2.0**-8), slope(name, 2.0**-9)
         # The error of a central difference falls with the square of the step: the wider one shows it.
         truncation = abs(far / 2 - near) + 1e-3 * abs(of_far / 2 - of_near)
