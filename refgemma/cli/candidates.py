@@ -33,6 +33,7 @@ from refgemma.oracle.diff import Difference, compare_traces, measure_unexplained
 from refgemma.oracle.diff import as_json as difference_json
 from refgemma.oracle.engine import Engine
 from refgemma.oracle.known_bugs import KNOWN_BUGS
+from refgemma.oracle.optimizer_bugs import OPTIMIZER_BUGS
 from refgemma.oracle.pipeline import check, read_candidate, run_backend
 from refgemma.oracle.repro import make_repro
 from refgemma.oracle.training_bugs import TRAINING_BUGS
@@ -420,7 +421,7 @@ def sweep_lines(report: dict[str, Any]) -> list[str]:
 
 def run_known_bugs(args: argparse.Namespace) -> int:
     """Run ``refgemma known-bugs``."""
-    catalogue = (*KNOWN_BUGS, *TRAINING_BUGS)
+    catalogue = (*KNOWN_BUGS, *TRAINING_BUGS, *OPTIMIZER_BUGS)
     chosen = [v for v in catalogue if args.name in (None, v.name)]
     if not chosen:
         near = [v.name for v in catalogue if args.name in v.name or args.name in v.fields[0]]

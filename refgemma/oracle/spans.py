@@ -14,7 +14,7 @@ import numpy as np
 from refgemma.oracle.operations import Context, Operation, window_mask
 from refgemma.precision import Array
 from refgemma.trace.candidate import Candidate
-from refgemma.trace.names import AXES, GRADS, field_of, layer_of
+from refgemma.trace.names import AFTER, AXES, GRADS, field_of, layer_of
 from refgemma.weights.parameters import EMBED_TOKENS
 
 DRAWS = 16
@@ -84,6 +84,8 @@ class Computed:
 def where_compared(name: str, context: Context) -> Array:
     """Return a mask of the elements to compare: rows of real tokens, and scores of visible keys."""
     visible, gradient = context.call.visible, name.startswith(GRADS)
+    if name.startswith(AFTER):
+        return np.array(True)
     kind, layer = field_of(name).removeprefix(GRADS), layer_of(name)
     if gradient and kind not in AXES:
         # Whether the padding token's row is trained is a choice of the embedding, not of the model.
