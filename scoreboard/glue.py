@@ -85,6 +85,11 @@ def save(path: Path, case: Case, tensors: dict[str, Any], about: dict[str, str])
     save_file(arrays, str(path), about)
 
 
+def first_line(error: Exception) -> str:
+    """Return the type of an error and the first line of its message."""
+    return f"FAILED: {type(error).__name__}: {next(iter(str(error).strip().splitlines()), 'no message')}"
+
+
 def main(load: Callable[..., Any], run: Callable[[Any, Case], dict[str, Any]], **about: str) -> None:
     """Run each case of the job ``sys.argv[1]``.
 
@@ -99,7 +104,7 @@ def main(load: Callable[..., Any], run: Callable[[Any, Case], dict[str, Any]], *
         result = {"load": f"NOT RUN: {reason}"}
     except Exception as error:
         traceback.print_exc()
-        result = {"load": f"FAILED: {type(error).__name__}: {error}"}
+        result = {"load": first_line(error)}
     for case in [] if result else map(Case, job["cases"]):
         try:
             save(out / f"{case.name}.safetensors", case, run(model, case), {"dtype": job["dtype"], **about})
@@ -108,5 +113,5 @@ def main(load: Callable[..., Any], run: Callable[[Any, Case], dict[str, Any]], *
             result[case.name] = f"NOT RUN: {reason}"
         except Exception as error:
             traceback.print_exc()
-            result[case.name] = f"FAILED: {type(error).__name__}: {error}"
+            result[case.name] = first_line(error)
     (out / "result.json").write_text(json.dumps(result), "utf-8")

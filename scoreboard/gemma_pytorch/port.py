@@ -22,7 +22,9 @@ def load(folder, dtype):
     models.tokenizer.Tokenizer = lambda path: None  # the folder has no tokenizer, and none is used
     torch.set_default_dtype(getattr(torch, dtype))  # as its run.py does
     model = models.GemmaForCausalLM(config).eval()
-    weights = {n.replace("model.embed_tokens", "embedder"): x for n, x in load_file(folder / "model.safetensors").items()}
+    weights = {
+        n.replace("model.embed_tokens", "embedder"): x for n, x in load_file(folder / "model.safetensors").items()
+    }
     for n in range(c["num_hidden_layers"]):
         at = f"model.layers.{n}.self_attn"
         weights[f"{at}.qkv_proj.weight"] = torch.cat([weights.pop(f"{at}.{p}_proj.weight") for p in "qkv"])

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from glue import NotRun, main
+from glue import main
 
 
 def load(folder, dtype, runner):
@@ -55,7 +55,9 @@ def run_node(folder, case):
     case.only(calls=False, padding=True)
     about = {"folder": str(folder), "input_ids": case.ids.tolist(), "attention_mask": case.mask.tolist()}
     program = Path(__file__).parent / "logits.mjs"
-    done = subprocess.run(["node", str(program)], input=json.dumps(about), capture_output=True, text=True, env=os.environ)
+    done = subprocess.run(
+        ["node", str(program)], input=json.dumps(about), capture_output=True, text=True, env=os.environ
+    )
     if done.returncode:
         sys.stderr.write(done.stderr)
         raise RuntimeError(done.stderr.strip().splitlines()[-1])

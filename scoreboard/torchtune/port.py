@@ -6,7 +6,8 @@ from importlib.metadata import version
 import torch
 from glue import Watch, main
 from safetensors.torch import load_file
-from torchtune.models.gemma2 import gemma2, gemma2_hf_to_tune
+from torchtune.models.gemma2._component_builders import gemma2
+from torchtune.models.gemma2._convert_weights import gemma2_hf_to_tune
 
 
 def load(folder, dtype, which):

@@ -6,9 +6,13 @@ import torch
 import transformers
 from glue import Watch, main
 
+VERSION = tuple(int(n) for n in transformers.__version__.split(".")[:2])
+OLD = VERSION < (4, 56)
+SCALED_LATER = VERSION < (5, 0)  # the embedding is multiplied by sqrt(hidden) outside of its module
+
 
 def load(folder, dtype, attention):
-    named = {"torch_dtype" if transformers.__version__ < "4.56" else "dtype": getattr(torch, dtype)}
+    named = {"torch_dtype" if OLD else "dtype": getattr(torch, dtype)}
     if attention != "default":
         named["attn_implementation"] = attention
     model = transformers.Gemma2ForCausalLM.from_pretrained(folder, **named).eval()
@@ -16,17 +20,29 @@ def load(folder, dtype, attention):
     return model
 
 
+def new_cache(model, length):
+    """Return a cache as `generate` makes it; before 4.56 a call alone makes one that is too small."""
+    if OLD:
+        return transformers.HybridCache(model.config, 1, length, dtype=model.dtype, device="cpu")
+    return None
+
+
 @torch.no_grad()
 def run(model, case):
     ids, mask = torch.from_numpy(case.ids), torch.from_numpy(case.mask)
-    cache, found = None, {}
+    cache, found = new_cache(model, ids.shape[1]) if len(case.calls) > 1 else None, {}
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     model.watch.take("")
     for prefix, start, end in case.pieces():
         given = {name: cache} if cache is not None else {}
-        result = model(input_ids=ids[:, start:end], attention_mask=mask[:, :end], use_cache=len(case.calls) > 1, **given)
+        if OLD and cache is not None:
+            given["cache_position"] = torch.arange(start, end)
+        given |= {"input_ids": ids[:, start:end], "attention_mask": mask[:, :end]}
+        result = model(use_cache=len(case.calls) > 1, **given)
         cache = getattr(result, name, None)
         found |= model.watch.take(prefix, logits=result.logits)
+    if SCALED_LATER:
+        found = {n: x for n, x in found.items() if not n.endswith("model.embed_tokens")}
     return found
 
 

@@ -27,11 +27,12 @@ def watch(kind):
 
 def load(folder, dtype):
     c = json.loads((folder / "config.json").read_text())
+    local, full = models.AttentionType.LOCAL_SLIDING, models.AttentionType.GLOBAL
     config = models.ModelConfig(
         num_layers=c["num_hidden_layers"], num_embed=c["vocab_size"], embed_dim=c["hidden_size"],
         hidden_dim=c["intermediate_size"], num_heads=c["num_attention_heads"], head_dim=c["head_dim"],
         num_kv_heads=c["num_key_value_heads"], final_logit_softcap=c["final_logit_softcapping"],
-        attention_types=(models.AttentionType.LOCAL_SLIDING, models.AttentionType.GLOBAL) * (c["num_hidden_layers"] // 2),
+        attention_types=(local, full) * (c["num_hidden_layers"] // 2),
         use_post_attn_norm=True, use_post_ffw_norm=True, attn_logits_soft_cap=c["attn_logit_softcapping"],
         sliding_window_size=c["sliding_window"],
     )  # fmt: skip

@@ -1,9 +1,9 @@
 """Run other implementations of Gemma 2 on the conformance checkpoint, judge them, and write docs/scoreboard.md.
 
-    python scoreboard/run.py transformers litgpt      make the environment, run, check, and write the page
-    python scoreboard/run.py all
-    python scoreboard/run.py --expired                rows older than 90 days, or with a newer version on the index
-    python scoreboard/run.py --page                   write the page from results.json
+    python scoreboard/board.py transformers litgpt      make the environment, run, check, and write the page
+    python scoreboard/board.py all
+    python scoreboard/board.py --expired                rows older than 90 days, or with a newer version on the index
+    python scoreboard/board.py --page                   write the page from results.json
 
 A verdict is the result of `refgemma check` on tensors that the engine computed. An engine that could not be installed or
 could not run a case is NOT RUN, with the reason; one that stops with an error FAILED. tests/test_scoreboard.py checks
@@ -67,6 +67,8 @@ class Row:
     python: str = "3.11"
     requirements: tuple[str, ...] = ()
     npm: tuple[str, ...] = ()
+    source: str = ""  # REPOSITORY@COMMIT of an engine on no index; its `source_folder` is put on the path
+    source_folder: str = ""
     convert: str = ""  # write the checkpoint in another format of `refgemma convert` too: gguf, flax-npz
     install: tuple[str, ...] = ()  # options of the installer
     model: str = "conformance"  # or the arguments of `refgemma conformance`
@@ -90,9 +92,7 @@ class Row:
             name, _, version = line.rpartition("@" if line in self.npm else "==")
             if name.partition("[")[0] == self.package:
                 return version
-            if line.startswith(f"{self.package} @ "):
-                return line.rpartition("@")[2][:7]
-        return ""
+        return self.source.rpartition("@")[2][:7]
 
 
 # --- descriptions -----------------------------------------------------------------------------------------------------
@@ -210,7 +210,7 @@ def write_cases(folder: str, names: Iterable[str]) -> list[dict[str, Any]]:
 
 def make_environment(row: Row) -> tuple[Path, float]:
     """Install the pinned packages, once; return the folder and the seconds that it took."""
-    said = json.dumps([row.python, row.requirements, row.install, row.npm])
+    said = json.dumps([row.python, row.requirements, row.install, row.npm, row.source])
     folder = BUILD / "environments" / f"{row.folder.name}-{hashlib.sha256(said.encode()).hexdigest()[:8]}"
     done = folder / "seconds"
     if done.is_file():
@@ -225,13 +225,33 @@ def make_environment(row: Row) -> tuple[Path, float]:
                     [uv, "pip", "install", "--quiet", "--python", str(folder / "bin" / "python"), *row.install,
                      *row.requirements]]  # fmt: skip
     if row.npm:
-        commands.append(["npm", "install", "--silent", "--no-audit", "--prefix", str(folder), *row.npm])
+        commands.append(
+            ["npm", "install", "--silent", "--no-audit", "--ignore-scripts", "--prefix", str(folder), *row.npm]
+        )
     for command in commands:
         run = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_LIMIT, check=False)
         if run.returncode:
             raise BoardError(last_line(run.stderr))
+    if row.source:
+        unpack_source(row, folder / "source")
     done.write_text(f"{time.monotonic() - began:.0f}", "utf-8")
     return folder, time.monotonic() - began
+
+
+def unpack_source(row: Row, folder: Path) -> None:
+    """Unpack one folder of a repository at a commit, from a clone in SCOREBOARD_CLONES or from the network."""
+    url, _, commit = row.source.rpartition("@")
+    clone = Path(os.environ.get("SCOREBOARD_CLONES", "none"), "+".join(url.split("/")[-2:]), "repo")
+    folder.mkdir()
+    if not clone.is_dir():
+        clone = folder.parent / "clone"
+        run = subprocess.run(["git", "clone", "--quiet", "--bare", url, str(clone)], capture_output=True, text=True)
+        if run.returncode:
+            raise BoardError(last_line(run.stderr))
+    archive = subprocess.run(["git", "-C", str(clone), "archive", commit, row.source_folder], capture_output=True)
+    if archive.returncode:
+        raise BoardError(last_line(archive.stderr.decode()))
+    subprocess.run(["tar", "-x", "-C", str(folder)], input=archive.stdout, check=True)
 
 
 def last_line(text: str) -> str:
@@ -251,8 +271,8 @@ def run_port(row: Row, environment: Path, dtype: str, model: str, out: Path) -> 
     (out / "job.json").write_text(json.dumps(job), "utf-8")
     path = f"{environment / 'bin'}{os.pathsep}{os.environ['PATH']}"
     variables = {
-        **os.environ, "PATH": path, "PYTHONPATH": str(HERE), "NODE_PATH": str(environment / "node_modules"),
-        "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "SCOREBOARD_ENVIRONMENT": str(environment),
+        **os.environ, "PATH": path, "PYTHONPATH": f"{HERE}{os.pathsep}{environment / 'source'}", "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false", "SCOREBOARD_ENVIRONMENT": str(environment),
     }  # fmt: skip
     program, *arguments = row.command.split()
     program = shutil.which(program, path=path) or program
@@ -304,7 +324,7 @@ def run_row(row: Row, today: date) -> dict[str, Any]:
     entry: dict[str, Any] = {"version": row.version, "date": today.isoformat(), "results": {}}
     if row.not_run:
         return entry | {"not_run": row.not_run}
-    print(f"{row.name}: install {' '.join(row.requirements)}", flush=True)
+    print(f"{row.name}: install {' '.join((*row.requirements, *row.npm))}", flush=True)
     try:
         environment, seconds = make_environment(row)
     except (BoardError, subprocess.TimeoutExpired, FileNotFoundError) as error:
@@ -421,7 +441,7 @@ def check_entries(rows: Iterable[Row], results: Mapping[str, Any]) -> Iterator[s
 
 INTRODUCTION = f"""# Scoreboard
 
-<!-- written by scoreboard/run.py from scoreboard/results.json -->
+<!-- written by scoreboard/board.py from scoreboard/results.json -->
 
 Other implementations of Gemma 2, judged by `refgemma check`. Each row is a real run of the engine in the pinned version
 on a small model with random weights, whose caps, window and scale show mistakes. The words are those of
@@ -429,7 +449,7 @@ on a small model with random weights, whose caps, window and scale show mistakes
 `differs` (a wrong tensor), `inconclusive` (too little was recorded). `FAILED` is an engine that stopped with an error.
 `NOT RUN` has a reason and is never a verdict. `{REFERENCE_WRONG}` is a class of its own: the difference was traced to
 refgemma or to its model. A row expires after {DAYS} days, or when a newer version is on the index:
-`python scoreboard/run.py --expired` lists such rows.
+`python scoreboard/board.py --expired` lists such rows.
 
 `nox -s scoreboard -- NAME` makes a row again. The small model is not a released size: a wrong query scalar, for
 instance, can be right for the 2B. The notes of each engine say which sizes a mistake concerns.
@@ -487,7 +507,8 @@ def _engine_section(rows: list[Row], results: Mapping[str, Any]) -> list[str]:
         for case in row.cases:
             cells = [escape(short(cases[case])) for cases in entry["results"].values()]
             lines.append(f"| {case} | " + " | ".join(cells) + " |")
-        reasons = {r["says"] for cases in entry["results"].values() for r in cases.values() if r["verdict"] == "NOT RUN"}
+        shown = [result for cases in entry["results"].values() for result in cases.values()]
+        reasons = {result["says"] for result in shown if result["verdict"] == "NOT RUN"}
         lines += ["", "Not run: " + "; ".join(sorted(escape(r) for r in reasons)) + "."] if reasons else []
     return lines
 
@@ -515,7 +536,6 @@ def main(arguments: list[str] | None = None) -> int:
             return list_expired(rows, today)
         if not args.page and not args.names:
             parser.error("give names of engines, or all")
-        failed = 0
         for row in [] if args.page else rows:
             entry = run_row(row, today)
             if entry.get("not_run") and not row.not_run:
@@ -528,7 +548,7 @@ def main(arguments: list[str] | None = None) -> int:
             RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", "utf-8")
         if not args.dry:
             PAGE.write_text(write_page(read_rows(), read_results()), "utf-8")
-        return failed
+        return 0
     except BoardError as error:
         print(error, file=sys.stderr)
         return 2
@@ -548,7 +568,7 @@ def list_expired(rows: list[Row], today: date) -> int:
             print(f"{row.name}: {reason}")
             count += 1
         elif found is None and row.index in ("pypi", "npm"):
-            print(f"{row.name}: the index did not answer; {(today - date.fromisoformat(results[row.name]['date'])).days} days old")
+            print(f"{row.name}: the index did not answer; the row is of {results[row.name]['date']}")
     print(f"{count} of {len(rows)} rows have expired")
     return int(count > 0)
 
