@@ -3,11 +3,12 @@
     python scoreboard/board.py transformers litgpt      make the environment, run, check, and write the page
     python scoreboard/board.py all
     python scoreboard/board.py --expired                rows older than 90 days, or with a newer version on the index
+    python scoreboard/board.py --check litgpt           run in float32 without a cache, compare with results.json
     python scoreboard/board.py --page                   write the page from results.json
 
-A verdict is the result of `refgemma check` on tensors that the engine computed. An engine that could not be installed or
-could not run a case is NOT RUN, with the reason; one that stops with an error FAILED. tests/test_scoreboard.py checks
-this program on planted engines.
+A verdict is the result of `refgemma check` on tensors that the engine computed. An engine that could not be installed
+or could not run a case is NOT RUN, with the reason; one that stops with an error FAILED. Checked on planted engines in
+tests/test_scoreboard.py.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import time
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
@@ -185,7 +186,7 @@ def find_converted(folder: str, kind: str) -> str:
 
 
 def write_cases(folder: str, names: Iterable[str]) -> list[dict[str, Any]]:
-    """Return the cases for a checkpoint: those of `refgemma prompts`, one within the window, and one of single steps."""
+    """Return the cases for a checkpoint: those of `refgemma prompts`, a short one, and one of single steps."""
     sys.path.insert(0, str(ROOT))
     import refgemma as package
     from refgemma.oracle.conformance import prompts
@@ -528,6 +529,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--expired", action="store_true", help="list the rows that have expired; ask the indexes")
     parser.add_argument("--page", action="store_true", help="only write the page from results.json")
     parser.add_argument("--dry", action="store_true", help="print the results, write neither results.json nor the page")
+    parser.add_argument("--check", action="store_true", help="as --dry, on two cases; exit with 1 if a verdict changed")
     args = parser.parse_args(arguments)
     today = datetime.now(UTC).date()
     try:
@@ -536,6 +538,8 @@ def main(arguments: list[str] | None = None) -> int:
             return list_expired(rows, today)
         if not args.page and not args.names:
             parser.error("give names of engines, or all")
+        if args.check:
+            return check_again(rows, today)
         for row in [] if args.page else rows:
             entry = run_row(row, today)
             if entry.get("not_run") and not row.not_run:
@@ -552,6 +556,20 @@ def main(arguments: list[str] | None = None) -> int:
     except BoardError as error:
         print(error, file=sys.stderr)
         return 2
+
+
+def check_again(rows: list[Row], today: date) -> int:
+    """Run rows in float32 on two cases, and compare with results.json; return 1 if a verdict differs."""
+    changed, results = 0, read_results()
+    for row in rows:
+        entry = run_row(replace(row, dtypes=("float32",), cases=("short", "plain")), today)
+        if "not_run" in entry:
+            print(f"NOT RUN: {row.name}: {entry['not_run']}")
+        for case, found in entry["results"].get("float32", {}).items():
+            if (expected := short(results[row.name]["results"]["float32"][case])) != short(found):
+                print(f"{row.name} {case}: {short(found)}; results.json has {expected}")
+                changed = 1
+    return changed
 
 
 def list_expired(rows: list[Row], today: date) -> int:

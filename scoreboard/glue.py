@@ -1,4 +1,4 @@
-"""The cases that an engine runs, read from a job file, and the traces that it writes. Needs NumPy and safetensors only."""
+"""The cases that an engine runs, read from a job file, and the traces that it writes. Needs NumPy and safetensors."""
 
 from __future__ import annotations
 

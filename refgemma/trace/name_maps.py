@@ -4,8 +4,8 @@ real output that it was tested on.
 A map is a list of rules. A rule has a ``pattern``, a name in the other implementation (``{layer}`` stands for a
 number), and the ``tensor`` in refgemma. If they differ, it also has the ``layout`` of the axes in einops's notation,
 the number among several tensors of that name (``occurrence``, from 0), the ``part`` of a tensor that holds several, and
-``last`` if the tensor may have only the last row. A prefix ``calls.N.`` stays before the name. Names under ``ignored`` are known but useless, with the reason. All
-other names are reported as unknown; refgemma does not guess.
+``last`` if the tensor may have only the last row. A prefix ``calls.N.``, for one of several calls, stays. Names under
+``ignored`` are known but useless, with the reason. All other names are reported as unknown; refgemma does not guess.
 """
 
 import re

@@ -1,7 +1,6 @@
-"""An ONNX file by optimum's exporter, run by onnxruntime or by transformers.js: the logits, with and without a cache."""
+"""An ONNX file by optimum's exporter, run by onnxruntime, with and without a cache, or by transformers.js: logits."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -55,9 +54,7 @@ def run_node(folder, case):
     case.only(calls=False, padding=True)
     about = {"folder": str(folder), "input_ids": case.ids.tolist(), "attention_mask": case.mask.tolist()}
     program = Path(__file__).parent / "logits.mjs"
-    done = subprocess.run(
-        ["node", str(program)], input=json.dumps(about), capture_output=True, text=True, env=os.environ
-    )
+    done = subprocess.run(["node", str(program)], input=json.dumps(about), capture_output=True, text=True)
     if done.returncode:
         sys.stderr.write(done.stderr)
         raise RuntimeError(done.stderr.strip().splitlines()[-1])

@@ -23,7 +23,7 @@ def load(folder, dtype, attention):
 def new_cache(model, length):
     """Return a cache as `generate` makes it; before 4.56 a call alone makes one that is too small."""
     if OLD:
-        return transformers.HybridCache(model.config, 1, length, dtype=model.dtype, device="cpu")
+        return transformers.cache_utils.HybridCache(model.config, 1, length, dtype=model.dtype, device="cpu")
     return None
 
 
