@@ -218,6 +218,8 @@ def make_environment(row: Row) -> tuple[Path, float]:
         return folder, float(done.read_text("utf-8"))
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    if not row.requirements:  # uv makes the folder itself
+        folder.mkdir()
     began = time.monotonic()
     uv = shutil.which("uv", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}") or "uv"
     commands = []
@@ -449,7 +451,8 @@ on a small model with random weights, whose caps, window and scale show mistakes
 [the oracle](oracle.md): `conforms` (rounding explains everything), `noisy` (the same model with more rounding),
 `differs` (a wrong tensor), `inconclusive` (too little was recorded). `FAILED` is an engine that stopped with an error.
 `NOT RUN` has a reason and is never a verdict. `{REFERENCE_WRONG}` is a class of its own: the difference was traced to
-refgemma or to its model. A row expires after {DAYS} days, or when a newer version is on the index:
+refgemma or to its model. `scoreboard/results.json` has the size and the SHA-256 of each trace, the evidence. Seconds to
+install are those with uv's cache. A row expires after {DAYS} days, or when a newer version is on the index:
 `python scoreboard/board.py --expired` lists such rows.
 
 `nox -s scoreboard -- NAME` makes a row again. The small model is not a released size: a wrong query scalar, for

@@ -102,7 +102,8 @@ ROW = Row("one", board.HERE, "One.", "one", requirements=("one==1.0",))
 
 
 def entry(**changes: Any) -> dict[str, Any]:
-    return {"version": "1.0", "date": "2026-11-29", "results": {"float32": {"plain": GOOD}}} | changes
+    measured = {"install_seconds": 1, "run_seconds": 2, "glue_lines": 30}
+    return {"version": "1.0", "date": "2026-11-29", **measured, "results": {"float32": {"plain": GOOD}}} | changes
 
 
 @pytest.mark.parametrize(

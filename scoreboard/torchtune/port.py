@@ -23,13 +23,13 @@ def load(folder, dtype, which):
         hidden_capping_value=c["attn_logit_softcapping"], final_capping_value=c["final_logit_softcapping"],
         sliding_window_size=c["sliding_window"], query_pre_attn_scalar=c["query_pre_attn_scalar"],
     ).eval()  # fmt: skip
-    if which == "mended":  # to judge all else: the two norms in their places, the cap on the logits
+    if which == "repaired":  # to judge all else: the two norms in their places, the cap on the logits
         for n in range(c["num_hidden_layers"]):
             a, b = f"layers.{n}.mlp_norm.scale", f"layers.{n}.mlp_scale.scale"
             weights[a], weights[b] = weights[b], weights[a]
         model.norm.logit_capping = torch.nn.Identity()
     model.load_state_dict({name: x.to(getattr(torch, dtype)) for name, x in weights.items()})
-    model.watch, model.cap = Watch(model), c["final_logit_softcapping"] if which == "mended" else None
+    model.watch, model.cap = Watch(model), c["final_logit_softcapping"] if which == "repaired" else None
     return model
 
 
