@@ -225,7 +225,7 @@ def make_environment(row: Row) -> tuple[Path, float]:
     commands = []
     if row.requirements:
         commands = [[uv, "venv", "--quiet", "--python", row.python, str(folder)],
-                    [uv, "pip", "install", "--quiet", "--python", str(folder / "bin" / "python"), *row.install,
+                    [uv, "pip", "install", "--quiet", "--python", str(folder / "bin" / "python"), *(in_folder(row, option) for option in row.install),
                      *row.requirements]]  # fmt: skip
     if row.npm:
         commands.append(
@@ -239,6 +239,11 @@ def make_environment(row: Row) -> tuple[Path, float]:
         unpack_source(row, folder / "source")
     done.write_text(f"{time.monotonic() - began:.0f}", "utf-8")
     return folder, time.monotonic() - began
+
+
+def in_folder(row: Row, word: str) -> str:
+    """Return the path of a file of the engine's folder, and any other word unchanged."""
+    return str(row.folder / word) if (row.folder / word).is_file() else word
 
 
 def unpack_source(row: Row, folder: Path) -> None:
@@ -277,15 +282,14 @@ def run_port(row: Row, environment: Path, dtype: str, model: str, out: Path) -> 
         **os.environ, "PATH": path, "PYTHONPATH": f"{HERE}{os.pathsep}{environment / 'source'}", "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false", "SCOREBOARD_ENVIRONMENT": str(environment),
     }  # fmt: skip
-    program, *arguments = row.command.split()
+    program, *arguments = (in_folder(row, word) for word in row.command.split())
     program = shutil.which(program, path=path) or program
     began = time.monotonic()
     with (out / "log").open("w", encoding="utf-8") as log:
         try:
             done = subprocess.run(
-                [program, *(str(row.folder / a) if (row.folder / a).is_file() else a for a in arguments),
-                 str(out / "job.json")],
-                cwd=out, env=variables, stdout=log, stderr=log, timeout=RUN_LIMIT, check=False,
+                [program, *arguments, str(out / "job.json")], cwd=out, env=variables, stdout=log, stderr=log,
+                timeout=RUN_LIMIT, check=False,
             )  # fmt: skip
             ended = f"FAILED: exit code {done.returncode}: {last_line((out / 'log').read_text('utf-8', 'replace'))}"
         except subprocess.TimeoutExpired:

@@ -29,7 +29,7 @@ function save(path, tensors, metadata) {
 
 export class NotRun extends Error {}
 
-export const job = JSON.parse(readFileSync(process.argv.at(-1), "utf-8"));
+export const job = process.argv.at(-1).endsWith(".json") ? JSON.parse(readFileSync(process.argv.at(-1), "utf-8")) : null;
 
 // run(case) returns the tensors of one case, as in `save`
 export async function main(run, about) {
