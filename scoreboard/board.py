@@ -224,9 +224,10 @@ def make_environment(row: Row) -> tuple[Path, float]:
     uv = shutil.which("uv", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}") or "uv"
     commands = []
     if row.requirements:
+        options = [in_folder(row, option) for option in row.install]
+        python = str(folder / "bin" / "python")
         commands = [[uv, "venv", "--quiet", "--python", row.python, str(folder)],
-                    [uv, "pip", "install", "--quiet", "--python", str(folder / "bin" / "python"), *(in_folder(row, option) for option in row.install),
-                     *row.requirements]]  # fmt: skip
+                    [uv, "pip", "install", "--quiet", "--python", python, *options, *row.requirements]]  # fmt: skip
     if row.npm:
         commands.append(
             ["npm", "install", "--silent", "--no-audit", "--ignore-scripts", "--prefix", str(folder), *row.npm]

@@ -1,4 +1,4 @@
-"""easydel 0.3.0, Gemma 2: attention scores are not capped. Needs easydel only; takes a minute on a CPU."""
+"""easydel 0.3.0, Gemma 2: attention scores are not capped. Needs easydel, pillow and torch."""
 
 import os
 
