@@ -513,7 +513,7 @@ def _engine_section(rows: list[Row], results: Mapping[str, Any]) -> list[str]:
             f"{entry['run_seconds']} s to run"
         )
         lines += ["", "| case | " + " | ".join(entry["results"]) + " |", "| --- |" + " --- |" * len(entry["results"])]
-        for case in row.cases:
+        for case in (case for case in row.cases if any(case in cases for cases in entry["results"].values())):
             cells = [escape(short(cases[case])) for cases in entry["results"].values()]
             lines.append(f"| {case} | " + " | ".join(cells) + " |")
         shown = [result for cases in entry["results"].values() for result in cases.values()]

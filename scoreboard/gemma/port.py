@@ -21,7 +21,7 @@ def load(folder, dtype):
     kind = getattr(jnp, dtype)
     tree = {}
     for name, x in np.load(folder / "params.npz").items():
-        *path, leaf = name.split("/")[1:]
+        *path, leaf = name.removesuffix("/w" if "/mlp/" in name else "").split("/")[1:]
         at = tree
         for part in path:
             at = at.setdefault(part, {})

@@ -48,7 +48,7 @@ def run(model, case):
         places = torch.arange(start, end)
         _, logits = model(ids[:, start:end], places, None, caches, mask[:, :, places], torch.arange(end - start), None,
                           torch.ones(1), torch.ones(1), local_mask=local[:, :, places])  # fmt: skip
-        found |= model.watch.take(prefix, logits=logits if end - start > 1 else logits[:, None])
+        found |= model.watch.take(prefix, sampler=logits if end - start > 1 else logits[:, None])
     return found
 
 

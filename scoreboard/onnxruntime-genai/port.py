@@ -1,5 +1,6 @@
 """The graph that onnxruntime-genai's model builder writes, run by onnxruntime: its values, and the logits."""
 
+import json
 import re
 import subprocess
 import sys
@@ -29,13 +30,16 @@ def load(folder, dtype):
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in values)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    return onnxruntime.InferenceSession(model.SerializeToString(), options)
+    c = json.loads((folder / "config.json").read_text())
+    shape = (1, c["num_key_value_heads"], 0, c["head_dim"])
+    return onnxruntime.InferenceSession(model.SerializeToString(), options), shape
 
 
-def run(session, case):
+def run(loaded, case):
     case.only(calls=True)
-    past = {x.name: x for x in session.get_inputs() if x.name.startswith("past_key_values")}
-    cache = {name: np.zeros((1, x.shape[1], 0, x.shape[3]), np.float32) for name, x in past.items()}
+    session, shape = loaded
+    past = [x.name for x in session.get_inputs() if x.name.startswith("past_key_values")]
+    cache = {name: np.zeros(shape, np.float32) for name in past}
     names, found = [x.name for x in session.get_outputs()], {}
     for prefix, start, end in case.pieces():
         given = {"input_ids": case.ids[:, start:end], "attention_mask": case.mask[:, :end]}

@@ -23,6 +23,7 @@ with tempfile.TemporaryDirectory() as folder:
     subprocess.run([*command, "-p", "fp32", "-e", "cpu", "-c", folder], check=True, capture_output=True)
     graph = onnx.load(f"{folder}/out/model.onnx").graph
 found = {x.name: onnx.numpy_helper.to_array(x) for x in graph.initializer}
-print("scale of the embedding:", [n for n in found if "17.8" in n], "sqrt(320) is", 320**0.5)
+scale = next(node.input[1] for node in graph.node if node.name == "/model/embed_tokens/Mul")
+print("scale of the embedding:", scale, found.get(scale), "sqrt(320) is", 320**0.5)
 norm = next(x for n, x in found.items() if "final_norm" in n)
 print("largest error of 1 + w:", abs(norm - (1 + model.model.norm.weight.float()).detach().numpy()).max())
