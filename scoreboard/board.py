@@ -315,6 +315,8 @@ def check_trace(row: Row, trace: Path, model: str) -> dict[str, Any]:
     result = {"verdict": about["verdict"], "tensors": len(about["tensors"])}
     if about["findings"]:
         worst = [f for f in about["findings"] if f["tensor"] == about["first_divergence"]] or about["findings"]
+        if (note := str(worst[0]["statistic"]["note"])).startswith("has shape"):  # the port's mistake, not the engine's
+            return {"verdict": "FAILED", "says": f"the port wrote {worst[0]['tensor']}, which {note}"}
         result |= {"first": worst[0]["tensor"], "named": worst[0]["named"]}
         result["all_named"] = sorted({f["named"] for f in about["findings"]})
         if worst[0]["named"] == "UNKNOWN" and worst[0]["closest"]:

@@ -185,7 +185,9 @@ def load(folder, dtype, *given):
 def run(model, case):
     if case.padded:
         raise NotRun("no attention mask for padding")
-    return {{name: x for name, x in run_in_order(case.ids, *model) if name == "logits"}}
+    found = dict(run_in_order(case.ids, *model))
+    wrong = {{"norm": found["norm"][..., :7]}} if case.name == "short" else {{}}
+    return {{"logits": found["logits"], **wrong}}
 
 main(load, run, engine="planted")
 """
@@ -212,6 +214,13 @@ def test_a_planted_engine_gets_its_verdict(plant: Callable[..., dict[str, Any]])
     wrong = plant("wide", cases=("plain",))["results"]["float32"]["plain"]
     assert (wrong["verdict"], wrong["first"], wrong["named"]) == ("differs", "logits", "swa-window-plus-one")
     json.dumps(wrong)
+
+
+@pytest.mark.slow
+def test_a_mistake_of_the_port_is_no_verdict(plant: Callable[..., dict[str, Any]]) -> None:
+    found = plant(cases=("short",))["results"]["float32"]["short"]
+    assert found["verdict"] == "FAILED"
+    assert found["says"].startswith("the port wrote norm, which has shape (1, 7, 7)")
 
 
 def test_an_engine_that_fails_gets_no_verdict(plant: Callable[..., dict[str, Any]]) -> None:

@@ -58,7 +58,7 @@ def run(loaded, case):
         for n in range(model.config.num_layers):
             for theirs, ours in STEPS.items():
                 at = kept[f"layer_{n}"] if theirs is None else kept[f"layer_{n}"][theirs]
-                x = at["__call__"][0]
+                x = at["__call__"][-1]  # the einsums of a module share its name; its own result is the last
                 found[f"{prefix}layers.{n}.{ours}"] = (x[1] if isinstance(x, tuple) else x).astype(jnp.float32)
         found |= {f"{prefix}norm": kept["final_norm"]["__call__"][0].astype(jnp.float32)}
         found |= {f"{prefix}logits": result.logits.astype(jnp.float32)}
