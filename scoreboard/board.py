@@ -481,7 +481,7 @@ def write_page(rows: Iterable[Row], results: Mapping[str, Any]) -> str:
         entry = results.get(row.name)
         if entry is None:
             continue
-        cells = [f"[{row.name}](#{re.sub(r'[^a-z0-9-]', '', row.folder.name.lower())})", entry["version"]]
+        cells = [f"[{row.name}](#{re.sub(r'[^a-z0-9_-]', '', row.folder.name.lower())})", entry["version"]]
         if "not_run" in entry:
             cells += ["NOT RUN"] * 3
         else:
