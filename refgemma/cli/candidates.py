@@ -42,7 +42,7 @@ from refgemma.sweep.jobs import read_jobs
 from refgemma.sweep.runner import as_json as sweep_json
 from refgemma.sweep.runner import cluster, processes, sweep
 from refgemma.trace.candidate import Candidate, is_known, load_trace
-from refgemma.trace.name_maps import apply_map, load_map, map_names, match, open_any
+from refgemma.trace.name_maps import apply_map, load_map, map_names, match, open_any, split_call
 from refgemma.trace.names import save_trace
 from refgemma.weights.checkpoint import open_checkpoint
 from refgemma.weights.conformance import proportions, write_conformance
@@ -263,7 +263,7 @@ def run_map(args: argparse.Namespace) -> int:
     rows = []
     for ours, (theirs, rule) in matched.found.items():
         shape = usable[ours].shape
-        problem = "" if is_known(ours, config) else "this model has no such tensor"
+        problem = "" if is_known(split_call(ours)[1], config) else "this model has no such tensor"
         rows.append({"tensor": ours, "from": theirs, "layout": rule.layout, "shape": list(shape), "problem": problem})
     unusable = [row for row in rows if row["problem"]]
     code = EXIT[INCONCLUSIVE] if matched.unmatched or unusable else 0
