@@ -1,4 +1,4 @@
-"""The laws for gradients that need no float64, on transformers: they hold, and find mistakes that are made in PyTorch."""
+"""The laws for gradients that need no float64, on transformers: they hold, and find mistakes made in PyTorch."""
 
 from collections.abc import Callable
 from typing import Any
