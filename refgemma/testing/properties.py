@@ -1017,7 +1017,7 @@ def gradients_of_two_parts_of_the_labels_add_up(bench: Bench, scene: Scene, plac
                    "and the sum of those of two parts of the labels")  # fmt: skip
 
 
-@law(_draw_taught(batch=(2, 3)), ["gradients"])
+@law(_draw_taught(batch=(2, 3)), ["gradients", "dtype:float64"])
 def gradients_of_the_rows_of_a_batch_add_up(bench: Bench, scene: Scene, place: int) -> None:
     """The gradient of a batch is the sum of its rows' gradients, if all are divided by the number of all labels."""
     model, labels = bench.scene(scene), labels_in(scene, 1, scene.ids.shape[1])
@@ -1062,7 +1062,7 @@ def a_tied_table_learns_as_embedding_and_as_head(bench: Bench, scene: Scene, pla
     same_gradients(bench, model, lambda m: learn(m, ids, labels, items), both, "and that of an equal untied model")
 
 
-@law(_draw_taught(), ["gradients", "padding"])
+@law(_draw_taught(), ["gradients", "padding", "dtype:float64"])
 def padding_changes_no_gradient(bench: Bench, scene: Scene, place: int) -> None:
     """Texts with padding at either side, whose labels do not count, have the same gradients as without."""
     model, labels, batch = bench.scene(scene), labels_in(scene, 1, scene.ids.shape[1]), len(scene.ids)
