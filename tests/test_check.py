@@ -274,7 +274,7 @@ def test_an_override_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (b"\xff" * 4096, "not a complete safetensors file"),
         ({"logits": np.zeros((1, 3, 97), np.float32)}, "input_ids, the tokens of the run, are missing"),
         ({"input_ids": np.array([[2, 500]])}, "the vocabulary has"),
-        ({"input_ids": np.array([[2, 5]])}, "holds no tensor of this model"),
+        ({"input_ids": np.array([[2, 5]])}, "has no tensor of this model"),
     ],
 )
 def test_a_bad_file_is_refused_in_one_line(

@@ -80,7 +80,7 @@ def test_a_verdict_has_its_exit_code(
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        (f"{sys.executable} -c 'raise SystemExit(7)'", "ended with code 7"),
+        (f"{sys.executable} -c 'raise SystemExit(7)'", "ended with exit code 7"),
         (f"{sys.executable} -c pass", "did not write"),
         ("/no/such/program", "cannot be run"),
         ("'", "cannot be run"),
@@ -137,7 +137,7 @@ LOGITS = np.zeros((1, 2, 97), np.float32)
         ({"input_ids": np.array([[2, 5]]), "logits": LOGITS}, {"calls": "two"}, "calls"),
         ({"input_ids": np.array([[2, 5]]), "logits": LOGITS}, {"calls": "[]"}, "calls"),
         ({"input_ids": np.array([[2, 5]]), "logits": LOGITS}, {"map": "nobody's"}, "its metadata names the map"),
-        ({"input_ids": np.array([[2, 5]]), "layers.0.nothing": LOGITS}, {}, "holds no tensor of this model"),
+        ({"input_ids": np.array([[2, 5]]), "layers.0.nothing": LOGITS}, {}, "has no tensor of this model"),
         ({"input_ids": np.array([[2, 5]]), "model.norm": np.zeros((1, 2, 30), np.float32)}, {},
          "--map transformers knows 1"),
     ],

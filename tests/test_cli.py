@@ -328,7 +328,7 @@ def test_a_generation_config_that_is_no_object(content, tmp_path, capsys) -> Non
     folder = damaged(tmp_path, lambda tensors: None)
     (tmp_path / "generation_config.json").write_text(content)
     assert main(["generate", "Once", "--model", folder]) == MISUSE
-    assert "not a JSON object" in capsys.readouterr().err
+    assert "must be a JSON object" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device"])

@@ -526,7 +526,7 @@ def test_an_interrupted_run_is_continued(tmp_path: Path, kind: str, monkeypatch:
     with pytest.raises(KeyboardInterrupt):
         run("there")
     stop = 10**9
-    with pytest.raises(CheckpointError, match="the beginning of another checkpoint"):
+    with pytest.raises(CheckpointError, match="an unfinished checkpoint of another run"):
         run("there", dtype="float32")
     reads.clear()
     run("there")
@@ -573,7 +573,7 @@ def test_a_changed_source_is_not_continued(tmp_path: Path, monkeypatch: pytest.M
         with pytest.raises(KeyboardInterrupt):
             convert(tmp_path / "hf", tmp_path / "there", target_format="flax")
     os.utime(tmp_path / "hf" / "model.safetensors", (1, 1))
-    with pytest.raises(CheckpointError, match="the beginning of another checkpoint"):
+    with pytest.raises(CheckpointError, match="an unfinished checkpoint of another run"):
         convert(tmp_path / "hf", tmp_path / "there", target_format="flax")
 
 
@@ -582,7 +582,7 @@ def test_a_full_disk(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch)
     write_hf(tmp_path / "hf")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 100))
-        with pytest.raises(CheckpointError, match=r"GB are needed, but the disk has 0\.0 GB left"):
+        with pytest.raises(CheckpointError, match=r"GB, but the disk has 0\.0 GB left"):
             convert(tmp_path / "hf", tmp_path / "there", target_format=kind)
     convert(tmp_path / "hf", tmp_path / "there", target_format=kind)
 
@@ -613,7 +613,7 @@ def test_what_the_disk_has_made_of_it_is_checked(tmp_path: Path, kind: str, monk
         check(*arguments)
 
     monkeypatch.setattr(module, name, damage)
-    with pytest.raises(CheckpointError, match=r"reads back differently from row 0 on"):
+    with pytest.raises(CheckpointError, match=r"differs from row 0 on when read back"):
         convert(tmp_path / "hf", tmp_path / "there", target_format=kind)
 
 
@@ -655,7 +655,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     told = json.loads(out)
     assert (told["from"], told["to"], told["tensors"], told["verified"]) == ("hf", "flax", 20, True)
     assert main(["convert", there, "-o", back, "--max-shard-size", "20KB"]) == OK
-    assert "left out 67 rows of the embedding beyond the vocabulary; 0 were not zero" in capsys.readouterr().out
+    assert "dropped 67 rows of the embedding beyond the vocabulary; 0 were not zero" in capsys.readouterr().out
     assert same(Path(back), tensors)
     assert load_file(Path(there) / "model.safetensors")["transformer/embedder/input_embedding"].shape == (128, 24)
 

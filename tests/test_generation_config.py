@@ -75,7 +75,7 @@ def test_the_folder_says_how_to_generate(tmp_path: Path) -> None:
     ("text", "reason"),
     [
         ("{", "is not JSON"),
-        ("[]", "holds a list, not a JSON object"),
+        ("[]", "must be a JSON object, but is a list"),
         ('{"top_k": -1}', "top_k is -1; it must be a whole number of at least 0"),
         ('{"num_beam_groups": 3}', "num_beam_groups = 3 is not supported"),
         ('{"eos_token_id": []}', r"eos_token_id is \(\); it must be a token id, or several"),

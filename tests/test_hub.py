@@ -124,7 +124,7 @@ def test_a_reference_that_leads_out_of_the_cache_is_not_followed(cache: Path) ->
 
 def test_a_file_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_text("")
-    with pytest.raises(ModelNameError, match="is a file; give the folder"):
+    with pytest.raises(ModelNameError, match="is a file, but not a .gguf file; give the folder"):
         find_model(tmp_path / "model.safetensors")
 
 
@@ -184,7 +184,7 @@ def test_a_download_happens_only_if_asked_for(cache: Path, tmp_path: Path, monke
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        ("GatedRepoError", r"its licence must be accepted first.*hf auth login"),
+        ("GatedRepoError", r"accept the model's licence first.*hf auth login"),
         ("RepositoryNotFoundError", "the hub has no such model"),
         ("RevisionNotFoundError", "the hub has no revision 'main'"),
         ("HfHubHTTPError", "could not be downloaded: it broke; run the command again to continue"),

@@ -38,7 +38,7 @@ def test_token_ids(input_ids: object, reason: str) -> None:
 @pytest.mark.parametrize(
     ("mask", "reason"),
     [
-        ([[1, 1, 1]], r"attention_mask has shape \(1, 3\); it must be \(1, 5\).*including those in the cache"),
+        ([[1, 1, 1]], r"attention_mask has shape \(1, 3\); it must be \(1, 5\).*including the tokens in the cache"),
         ([[1, 1, 1, 1, 2]], "may contain only 1 .* and 0"),
         ([[0.5] * 5], "may contain only 1"),
         ([[1, 1], [1]], "attention_mask is ragged"),

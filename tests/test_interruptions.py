@@ -98,7 +98,7 @@ def test_a_folder_that_is_being_written_is_refused(tmp_path: Path, capsys: pytes
     command = ["convert", str(find_model("conformance")), "-o", str(tmp_path)]
     with lock_folder(tmp_path / STAGING, RefgemmaError):
         assert main(command) == MISUSE
-        assert "another process is writing it" in capsys.readouterr().err
+        assert "another process is writing to this folder" in capsys.readouterr().err
     assert main(command) == OK
 
 

@@ -214,7 +214,7 @@ def test_what_is_saved_says_what_it_is(tmp_path: Path) -> None:
     raw = json.loads((tmp_path / "config.json").read_text())
     assert raw["architectures"] == ["Gemma2ForTokenClassification"]
     assert raw["dtype"] == "bfloat16"
-    with pytest.raises(ConfigError, match="a function, which a file cannot hold"):
+    with pytest.raises(ConfigError, match="a function, which JSON cannot hold"):
         Gemma2Model.from_config(CONFIG.changed(hidden_activation=np.tanh)).save_pretrained(tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
@@ -244,9 +244,9 @@ def test_a_dtype_by_its_name_or_as_numpy_has_it(dtype: Any) -> None:
 
 
 def test_arguments_that_belong_to_transformers_are_refused_with_advice() -> None:
-    with pytest.raises(ConfigError, match="load_in_4bit=True: weights are not quantised here"):
+    with pytest.raises(ConfigError, match="load_in_4bit=True: refgemma does not quantise weights"):
         Gemma2ForCausalLM.from_pretrained("tiny", load_in_4bit=True)
-    with pytest.raises(ConfigError, match="attn_implementation='sdpa': attention is that of transformers' 'eager'"):
+    with pytest.raises(ConfigError, match="attn_implementation='sdpa': refgemma computes as transformers' 'eager' does"):
         Gemma2Model.from_pretrained("tiny", attn_implementation="sdpa")
     with pytest.raises(ValueError, match="unknown dtype 'int8'; it must be one of float64, float32"):
         Gemma2Model.from_pretrained("tiny", dtype="int8")

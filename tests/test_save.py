@@ -140,7 +140,7 @@ def test_an_interrupted_run_is_continued(tmp_path: Path) -> None:
     counted = [OutputTensor(o.name, o.dtype, o.shape, r) for o, r in zip(whole, rows, strict=True)]
     with pytest.raises(KeyboardInterrupt):
         write_checkpoint(tmp_path, counted, 100, fingerprint="this source")
-    with pytest.raises(CheckpointError, match="holds no config"):
+    with pytest.raises(CheckpointError, match="has no config"):
         open_checkpoint(tmp_path)
     assert not list(tmp_path.glob("*.safetensors"))
     rows[3].fail = False
@@ -162,7 +162,7 @@ def test_a_full_disk_is_seen_before_anything_is_written(tmp_path: Path, monkeypa
     write_checkpoint(tmp_path, outputs())
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 100))
-    with pytest.raises(CheckpointError, match=r"0\.0 GB are needed, but the disk has 0\.0 GB left"):
+    with pytest.raises(CheckpointError, match=r"needs 0\.0 GB, but the disk has 0\.0 GB left"):
         write_checkpoint(tmp_path, outputs(1))
     assert same(tmp_path, outputs())
 
@@ -175,7 +175,7 @@ def test_what_the_disk_has_made_of_it_is_checked(tmp_path: Path, limit: int | st
     damaged = bytearray(file.read_bytes())
     damaged[-3] ^= 1
     file.write_bytes(bytes(damaged))
-    with pytest.raises(CheckpointError, match=rf"{file.name}: tensor 'd' reads back differently from row 0"):
+    with pytest.raises(CheckpointError, match=rf"{file.name}: tensor 'd' differs from row 0 on when read back"):
         check_written(tmp_path, wanted)
     file.unlink()
     with pytest.raises(CheckpointError, match="is missing after writing"):

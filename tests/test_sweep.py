@@ -182,7 +182,7 @@ def test_a_command_gets_the_model_with_the_jobs_numbers(folder: Path, capsys: py
         ("", "contains no job"),
         ("\xff", "is not text"),
         ("{", "line 1: is not JSON"),
-        ("[1]", "line 1: holds a list, not a JSON object"),
+        ("[1]", "line 1: must be a JSON object, but is a list"),
         ('{"trace": "a.safetensors"}\n{"model": "tiny"}', "line 2: give either trace"),
         ('{"trace": "a.safetensors", "run": "x {trace}"}', "give either trace"),
         ('{"trace": "none.safetensors"}', "none.safetensors"),

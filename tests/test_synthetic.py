@@ -116,7 +116,7 @@ def test_nothing_unchecked_can_be_opened(tmp_path: Path, monkeypatch: pytest.Mon
     damaged = bytearray(whole)
     damaged[-1] ^= 1
     file.write_bytes(bytes(damaged))
-    with pytest.raises(refgemma.CheckpointError, match=rf"{file.name}: .* reads back differently"):
+    with pytest.raises(refgemma.CheckpointError, match=rf"{file.name}: .* differs from row .* when read back"):
         write_synthetic(CONFIG, tmp_path, max_shard_size=20_000)
     with pytest.raises(refgemma.CheckpointError):
         refgemma.open_checkpoint(tmp_path)

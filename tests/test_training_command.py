@@ -221,7 +221,7 @@ def test_two_runs_in_one_folder(text: str, tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "m" / STAGING).mkdir(parents=True)  # also what a process leaves that was killed at once
     with lock_folder(tmp_path / "m" / STAGING, RefgemmaError):
         assert main(["train", text, "-o", str(tmp_path / "m"), *SMALL]) == MISUSE
-        assert "another process is writing it" in capsys.readouterr().err
+        assert "another process is writing to this folder" in capsys.readouterr().err
     assert main(["train", text, "-o", str(tmp_path / "m"), *SMALL, "--max-steps", "1"]) == OK
 
 
@@ -245,8 +245,8 @@ def test_texts_that_cannot_be(content: bytes, said: str, tmp_path: Path, capsys:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--seq-len", "1"], "--seq-len 1: 2 to 320 tokens are needed"),
-        (["--seq-len", "321"], "--seq-len 321: 2 to 320 tokens are needed"),
+        (["--seq-len", "1"], "--seq-len is 1; it must be from 2 to 320"),
+        (["--seq-len", "321"], "--seq-len is 321; it must be from 2 to 320"),
         (["--batch-size", "0"], "per_device_train_batch_size is 0; it must be a whole number of at least 1"),
         (["--batch-size", "1000000000000"], "lower --batch-size"),
         (["--gradient-accumulation-steps", "-3"], "gradient_accumulation_steps is -3"),
@@ -309,7 +309,7 @@ def test_dropout_is_not_silent(text: str, tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "tiny" / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.1}))
     command = ["train", text, "-o", str(tmp_path / "m"), *SMALL, "--max-steps", "1", "--model", str(tmp_path / "tiny")]
     assert main(command) == OK
-    assert "attention_dropout is 0.1 in the configuration; dropout is never active here" in capsys.readouterr().err
+    assert "attention_dropout is 0.1 in the configuration; refgemma applies no dropout" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_a_file(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -189,10 +189,10 @@ def test_arguments_that_change_nothing_are_taken_in_silence(cls: Any, argument: 
 @pytest.mark.parametrize(
     ("argument", "value", "advice"),
     [
-        ("attn_implementation", "flash_attention_2", "attention is that of transformers' 'eager'; leave it out"),
-        ("load_in_4bit", True, "weights are not quantised here; leave it out"),
-        ("quantization_config", {"bits": 4}, "weights are not quantised here; leave it out"),
-        ("output_loading_info", True, "nothing to list"),
+        ("attn_implementation", "flash_attention_2", "refgemma computes as transformers' 'eager' does; leave it out"),
+        ("load_in_4bit", True, "refgemma does not quantise weights; leave it out"),
+        ("quantization_config", {"bits": 4}, "refgemma does not quantise weights; leave it out"),
+        ("output_loading_info", True, "nothing is left to report"),
         ("state_dict", {}, r"use from_state_dict\(config, state_dict\)"),
         ("subfolder", "inside", "give the path of the folder inside"),
         ("use_safetensors", False, "leave it out"),

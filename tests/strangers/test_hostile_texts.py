@@ -118,7 +118,7 @@ def test_errors_and_warnings_are_printable(tmp_path: Path, capsys: Any) -> None:
 
 
 def test_a_terminal_is_shown_the_controls_of_a_text_and_a_file_gets_them(capsys: Any, monkeypatch: Any) -> None:
-    family = "\U0001f468\u200d\U0001f469\u200d\U0001f467 \u0647\u200c\u0645\ttab\n"  # joiners belong to the text
+    family = "\U0001f468\u200d\U0001f469\u200d\U0001f467 \u0647\u200c\u0645\ttab\n"  # joiners are part of the text
     output.show_text(family + TERMINAL)
     assert capsys.readouterr().out == family + TERMINAL
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)

@@ -69,15 +69,15 @@ def put(layer: int, **names: tuple[int, str]) -> Edit:
 
 MISPLACED: list[tuple[Edit, str, str]] = [
     (put(0, k_proj=(1, "k_proj")), "layers.0.attention.k",
-     "layers.1.self_attn.k_proj in the place of layers.0.self_attn.k_proj"),
+     "layers.1.self_attn.k_proj instead of layers.0.self_attn.k_proj"),
     (put(2, v_proj=(2, "k_proj")), "layers.2.attention.v",
-     "layers.2.self_attn.k_proj in the place of layers.2.self_attn.v_proj"),
+     "layers.2.self_attn.k_proj instead of layers.2.self_attn.v_proj"),
     (put(3, up_proj=(1, "gate_proj")), "layers.3.feed_forward.up",
-     "layers.1.mlp.gate_proj in the place of layers.3.mlp.up_proj"),
+     "layers.1.mlp.gate_proj instead of layers.3.mlp.up_proj"),
     (put(1, post_feedforward_layernorm=(1, "input_layernorm")), "layers.1.post_feedforward_layernorm",
-     "layers.1.input_layernorm in the place of layers.1.post_feedforward_layernorm"),
+     "layers.1.input_layernorm instead of layers.1.post_feedforward_layernorm"),
     (lambda layers: [replace(x, k_proj=x.v_proj) for x in layers], "layers.0.attention.k",
-     "v_proj in the place of k_proj in layers 0, 1, 2, 3"),
+     "v_proj instead of k_proj in layers 0, 1, 2, 3"),
 ]  # fmt: skip
 
 
@@ -100,7 +100,7 @@ def test_two_weights_exchanged_in_all_layers_are_named_from_the_logits(model: Pr
 def test_layers_moved_by_one_are_named_from_the_logits(model: Pretrained) -> None:
     layers = list(model.weights.layers)
     found = report(run(model, layers[1:] + layers[:1]), model, ("logits",))
-    assert first(found) == ("logits", "weights-of-another: each layer has the weights of the one after it")
+    assert first(found) == ("logits", "weights-of-another: each layer has the weights of the layer after it")
 
 
 def test_weights_that_no_other_place_has_stay_unknown(model: Pretrained) -> None:

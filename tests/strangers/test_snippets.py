@@ -205,8 +205,8 @@ RUNS = {
 # Code -> what it says.
 SAYS = {
     'AutoModelForCausalLM.from_pretrained("tiny").push_to_hub("me/mine")': "is not supported; use save_pretrained",
-    'AutoModelForCausalLM.from_pretrained("tiny", load_in_8bit=True)': "weights are not quantised here; leave it out",
-    'AutoModelForCausalLM.from_pretrained("tiny", attn_implementation="sdpa")': "attention is that of transformers'",
+    'AutoModelForCausalLM.from_pretrained("tiny", load_in_8bit=True)': "refgemma does not quantise weights; leave it out",
+    'AutoModelForCausalLM.from_pretrained("tiny", attn_implementation="sdpa")': "refgemma computes as transformers' 'eager'",
     'AutoModel.from_pretrained("tiny").save_pretrained("x", safe_serialization=False)': "as safetensors only",
     'AutoModel.from_pretrained("tiny").layers[0].register_forward_hook(print)': "use refgemma.forward, which returns",
     'AutoModel.from_pretrained("tiny").gradient_checkpointing_enable()': "train with refgemma.training or",
@@ -218,7 +218,7 @@ SAYS = {
     'm = AutoModelForCausalLM.from_pretrained("tiny"); m.lm_head = None': "cannot be set: write into its weights",
     'm = AutoModelForCausalLM.from_pretrained("tiny"); m.lm_head.weight = m.lm_head.weight * 2': "weight[:] = ...",
     'm = AutoModelForCausalLM.from_pretrained("tiny"); m.model.layers[0].mlp = None': "cannot be set: write into its",
-    'AutoModelForCausalLM.from_pretrained("tiny")([[2]], cu_seq_lens_q=[0, 1])': "position_ids that restart",
+    'AutoModelForCausalLM.from_pretrained("tiny")([[2]], cu_seq_lens_q=[0, 1])': "where position_ids restart",
     'AutoModelForCausalLM.from_pretrained("tiny")([[2]], position_id=[[0]])': "keyword argument 'position_id'",
     "from refgemma import Trainer": "train with refgemma.training or refgemma train",
     "from refgemma import HybridCache": "use StaticCache",
