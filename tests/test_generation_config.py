@@ -78,7 +78,7 @@ def test_the_folder_says_how_to_generate(tmp_path: Path) -> None:
         ("[]", "must be a JSON object, but is a list"),
         ('{"top_k": -1}', "top_k is -1; it must be a whole number of at least 0"),
         ('{"num_beam_groups": 3}', "num_beam_groups = 3 is not supported"),
-        ('{"eos_token_id": []}', r"eos_token_id is \(\); it must be a token id, or several"),
+        ('{"eos_token_id": []}', r"eos_token_id is \(\); it must be a token id or several"),
         ('{"temprature": 2}', "unexpected generation option 'temprature'; did you mean temperature?"),
     ],
 )
@@ -101,7 +101,7 @@ def test_the_settings_of_one_text() -> None:
     assert collect_settings(config.changed(eos_token_id=None), 3, 0.0, None, None, 0, None, {}).eos_token_id is None
     refused(
         lambda: collect_settings(config, 3, 1.0, 0, None, 0, None, {}),
-        "top_k is 0; it must be a whole number of at least 1: leave it out to draw from all tokens",
+        "top_k is 0; it must be at least 1: leave it out to draw from all tokens",
     )
     assert stop_tokens(config) == {5, 7}
     assert stop_tokens(config.changed(eos_token_id=4)) == {4}

@@ -68,7 +68,7 @@ def test_a_state_dict_makes_the_same_model(cls: Any) -> None:
     ("change", "reason"),
     [
         (lambda state: state.pop("model.norm.weight"), "lacks 'model.norm.weight'"),
-        (lambda state: state.update({"model.norm.weight": np.zeros(3)}), r"has shape \(3,\); by the configuration"),
+        (lambda state: state.update({"model.norm.weight": np.zeros(3)}), r"has shape \(3,\); according to the configuration"),
         (lambda state: state.update(extra=np.zeros(3)), "holds 'model.extra'|holds 'extra'"),
     ],
 )
@@ -195,7 +195,7 @@ def test_a_configuration_in_place_of_a_model_and_the_other_way_round() -> None:
 
 def test_a_model_without_a_head_of_its_own_is_warned_of(tmp_path: Path) -> None:
     Gemma2ForCausalLM.from_config(CONFIG).save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match="holds no classifier's head"):
+    with pytest.warns(UserWarning, match="has no classifier's head"):
         model = Gemma2ForSequenceClassification.from_pretrained(tmp_path)
     model.save_pretrained(tmp_path / "trained")
     again = Gemma2ForSequenceClassification.from_pretrained(tmp_path / "trained")

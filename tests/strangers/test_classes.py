@@ -103,7 +103,7 @@ def test_the_name_of_transformers_5_24(model: Any) -> None:
 def test_a_static_cache_that_is_full(model: Any) -> None:
     cache = StaticCache(config=model.config, max_cache_len=5, max_batch_size=1, device="cpu", dtype="float32")
     model(IDS, past_key_values=cache)
-    with pytest.raises(InputError, match="would hold 8 tokens; max_cache_len is 5: make it with a larger one"):
+    with pytest.raises(InputError, match="would have 8 tokens; max_cache_len is 5: use a larger max_cache_len"):
         model(IDS, past_key_values=cache)
     assert cache.get_seq_length() == 4
 
@@ -153,7 +153,7 @@ def test_the_auto_classes_give_the_documented_ones(tmp_path: Path) -> None:
         (AutoModelForSequenceClassification, refgemma.Gemma2ForSequenceClassification),
         (AutoModelForTokenClassification, refgemma.Gemma2ForTokenClassification),
     ):
-        with pytest.warns(UserWarning, match="holds no classifier's head"):
+        with pytest.warns(UserWarning, match="has no classifier's head"):
             found = auto.from_pretrained("tiny", num_labels=3)
         assert type(found) is wanted
 
@@ -251,9 +251,9 @@ def test_fewer_layers_than_the_folder_has(how: str, tmp_path: Path) -> None:
 def test_a_head_of_another_size(tmp_path: Path) -> None:
     config = AutoConfig.from_pretrained("tiny", num_hidden_layers=1, num_labels=3)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="for a fresh head set ignore_mismatched_sizes=True"):
+    with pytest.raises(CheckpointError, match="set ignore_mismatched_sizes=True for a new random head"):
         AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=5)
-    with pytest.warns(UserWarning, match="holds no matching classifier's head"):
+    with pytest.warns(UserWarning, match="has no matching classifier's head"):
         found = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=5, ignore_mismatched_sizes=True)
     assert found([[2, 3]]).logits.shape == (1, 5)
 
@@ -404,7 +404,7 @@ def test_a_classifier_is_converted_with_its_head() -> None:
 def test_training_changes_nothing_and_says_so_where_it_would(model: Any) -> None:
     assert model.train().train(False) is model
     model.config.attention_dropout = 0.1
-    with pytest.warns(UserWarning, match="dropout is never active in refgemma"):
+    with pytest.warns(UserWarning, match="refgemma never applies dropout"):
         model.train()
 
 
@@ -422,7 +422,7 @@ def test_weights_by_their_names_and_modules(model: Any) -> None:
     assert model.get_memory_footprint() == 11_689_836
     with pytest.raises(AttributeError, match=r"layers\.0 has no 'attention'; it has self_attn, mlp, input_layernorm"):
         _ = model.model.layers[0].attention
-    with pytest.raises(InputError, match=r"layers\.0\.mlp cannot be called by itself"):
+    with pytest.raises(InputError, match=r"layers\.0\.mlp cannot be called alone"):
         model.model.layers[0].mlp(ones)
     with pytest.raises(IndexError):
         _ = model.model.layers[6]
@@ -644,7 +644,7 @@ def test_a_pipeline(model: Any) -> None:
     ("given", "reason"),
     [
         ({"task": "translation", "model": "tiny"}, "it must be 'text-generation'"),
-        ({"task": "text-generation"}, "model is missing"),
+        ({"task": "text-generation"}, "the model is missing"),
     ],
 )
 def test_pipelines_that_there_are_not(given: dict[str, Any], reason: str) -> None:

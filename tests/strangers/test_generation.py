@@ -148,20 +148,20 @@ def test_what_changes_no_token_is_taken_in_silence(settings: dict[str, Any]) -> 
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"generator": 5}, "generator = 5 is not supported; .* give seed=, or call set_seed"),
+        ({"generator": 5}, "generator = 5 is not supported; .* pass seed=, or call set_seed"),
         (
             {"custom_generate": "me/repo"},
-            "custom_generate = 'me/repo' is not supported; refgemma runs no code of a repository",
+            "custom_generate = 'me/repo' is not supported; refgemma runs no code from a repository",
         ),
         ({"num_beam_groups": 2, "num_beams": 4}, "num_beam_groups = 2 is not supported; transformers 5 runs it as"),
-        ({"cache_implementation": "quantized"}, "a quantized cache gives other numbers; leave it out"),
+        ({"cache_implementation": "quantized"}, "refgemma has no quantized cache, which gives other numbers; leave it out"),
         ({"stop_strings": "x"}, "stop_strings need the model's tokenizer"),
-        ({"stop_strings": [""], "tokenizer": TOKENIZER}, "stop_strings is .*; it must be a text that is not empty"),
+        ({"stop_strings": [""], "tokenizer": TOKENIZER}, "stop_strings is .*; it must be a nonempty text"),
         ({"bad_words_ids": [[2048]]}, "bad_words_ids is 2048; the vocabulary has 2048 tokens"),
         ({"bad_words_ids": [5]}, "bad_words_ids is .*; it must be a list of lists of token ids"),
         ({"sequence_bias": {300: 1.0}}, "sequence_bias is .*; it must be a dict of tuples of token ids to numbers"),
         ({"suppress_tokens": [5], "forced_eos_token_id": 5}, "forced_eos_token_id is .5., but suppress_tokens forbids"),
-        ({"guidance_scale": 2.0, "num_beams": 2}, "guidance_scale is not supported in a beam search; use num_beams=1"),
+        ({"guidance_scale": 2.0, "num_beams": 2}, "guidance_scale is not supported with beam search; use num_beams=1"),
         (
             {"guidance_scale": 2.0, "negative_prompt_ids": [2]},
             "the negative prompt has shape .1,.; it must have one row for each of the 1",

@@ -398,5 +398,5 @@ def test_no_code_of_a_pickle_runs(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_a_fitting_head_that_is_not_used_is_said(tmp_path: Path) -> None:
     folder = write(tmp_path, TENSORS | {"score.weight": np.ones((2, 24), np.float32)})
-    with pytest.warns(UserWarning, match="Gemma2ForCausalLM does not use score.weight"):
+    with pytest.warns(UserWarning, match="score.weight is not used by Gemma2ForCausalLM"):
         Gemma2ForCausalLM.from_pretrained(folder)
