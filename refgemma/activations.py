@@ -1,8 +1,8 @@
-"""Activations that a configuration may name, under transformers' names. Checked against `ACT2FN` of transformers 5.23
-in the parity tests, on random numbers in float32 and bfloat16.
+"""Define the activations that a configuration may name, under transformers' names. Checked against `ACT2FN` of
+transformers 5.23 in the parity tests, on random numbers in float32 and bfloat16.
 
-Gemma 2 itself uses one of them, `gelu_tanh`, which is defined with the other operations of the model. In half precision
-each function rounds once per PyTorch kernel: once, unless its docstring says otherwise.
+Gemma 2 itself uses only `gelu_tanh`, which is in `refgemma.ops`. In half precision each function rounds once per
+PyTorch kernel. This is one rounding in total, unless the docstring gives another number.
 """
 
 import math
@@ -17,7 +17,7 @@ from refgemma.precision import Array, narrow, wide
 
 Activation: TypeAlias = Callable[[Array], Array]
 
-# NumPy has no error function. Python's handles one number at a time, which is slow and exact.
+# NumPy has no error function. Python's own takes one number at a time: it is slow, but exact.
 _erf = np.vectorize(math.erf, otypes=[np.float64])
 
 
@@ -135,7 +135,7 @@ def relu6(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
 
 
 def leaky_relu(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
-    """Compute ``max(x, 0.01 x)``: ``x`` above 0, a hundredth of it below.
+    """Compute ``max(x, 0.01 x)``: ``x`` above 0, ``x / 100`` below.
 
     One rounding in half precision. Source: ``torch.nn.functional.leaky_relu``.
 

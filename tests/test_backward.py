@@ -217,7 +217,7 @@ def test_the_loss_of_a_classifier_changes_as_its_gradients_say(each_token: bool)
 
 def test_sequences_without_a_padding_token_are_classified_one_at_a_time() -> None:
     score, config = Score(np.ones((3, 6))), CONFIG.changed(pad_token_id=None)
-    with pytest.raises(InputError, match="2 sequences, but the configuration has no pad_token_id; set it"):
+    with pytest.raises(InputError, match="2 sequences, but pad_token_id is None in the configuration; set it"):
         compute_classifier_gradients(IDS, [0, 1], WEIGHTS, score, config)
     loss, _ = compute_classifier_gradients(IDS[:1], [0], WEIGHTS, score, config)
     assert loss > 0

@@ -114,7 +114,7 @@ def test_a_plain_tuple_of_sliding_layers_needs_to_be_told_its_length() -> None:
 @pytest.mark.parametrize(
     ("past", "reason"),
     [
-        ([], "past_key_values has 0 layers, the model 2"),
+        ([], "past_key_values has 0 layers; the model has 2"),
         ([(np.zeros((3, 2, 4, 6)),)] * 2, r"past_key_values\[0\] has 1 parts"),
         ([(np.zeros((3, 2, 4, 6)), np.zeros((3, 2, 5, 6)))] * 2, r"keys have shape \(3, 2, 4, 6\), values"),
         ([(np.zeros((3, 2, n, 6)), np.zeros((3, 2, n, 6))) for n in (4, 3)], "layer 1 keeps 3 tokens; after 4 tokens"),
@@ -194,7 +194,7 @@ def test_cutting_a_cache_back() -> None:
         refused(
             lambda asked=asked: dropped.crop(asked),
             "the cache cannot be cropped to 8 tokens: sliding layer 1 has dropped its first 5; "
-            "keep an earlier cache (caches are never changed) and continue from that",
+            "keep an earlier cache (caches never change) and continue from it",
         )
 
 
@@ -232,8 +232,8 @@ def test_the_legacy_format_by_hand() -> None:
             "past_key_values is a plain tuple with sliding layers only, so the number of tokens it has seen is "
             "unknown; pass cache_position, or the Cache itself",
         )
-    refused(lambda: Cache.from_legacy(pairs(4), both, like), "past_key_values has 1 layers, the model 2")
-    refused(lambda: Cache.from_legacy([], both, like), "past_key_values has 0 layers, the model 2")
+    refused(lambda: Cache.from_legacy(pairs(4), both, like), "past_key_values has 1 layers; the model has 2")
+    refused(lambda: Cache.from_legacy([], both, like), "past_key_values has 0 layers; the model has 2")
     refused(
         lambda: Cache.from_legacy([(np.zeros(1),)], both, like),
         "past_key_values[0] has 1 parts; it must be a pair (keys, values)",

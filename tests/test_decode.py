@@ -286,7 +286,8 @@ def test_prompts_as_they_are_read() -> None:
         "the prompt has 2 tokens and the cache has 2; the prompt must include the cached tokens and at least one more",
     )
     shape = (
-        "attention_mask has shape {}; it must be (2, 3), with one entry for each token, including the tokens in the cache"
+        "attention_mask has shape {}; it must be (2, 3), "
+        "with one entry for each token, including the tokens in the cache"
     )
     refused(lambda: read(input_ids=ids, attention_mask=[[1] * 4] * 2), shape.format("(2, 4)"))
     refused(lambda: read(input_ids=ids, attention_mask=1, past_key_values=cache), shape.format("()"))

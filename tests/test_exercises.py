@@ -338,16 +338,16 @@ EXERCISES = [
         Wrong("nothing is rounded", lambda x: np.round(x, 7)),
     ]),
     Exercise("keep_top_p", [
-        Wrong("reaches p is kept", top_p_below),
+        Wrong("keep the token that reaches p", top_p_below),
         Wrong("one token too many", top_p_one_more),
         Wrong("not with the least likely", top_p_from_below),
         Wrong("all kept tokens together", lambda s, p: np.array([share >= p for share in s])),
         Wrong("true means", lambda s, p: ~solutions.keep_top_p(s, p)),
-        Wrong("nothing is left out", lambda s, p: s > 0),
+        Wrong("you keep all tokens", lambda s, p: s > 0),
         Wrong("not the kept probabilities", lambda s, p: s * solutions.keep_top_p(s, p)),
     ]),
     Exercise("encode_word", [
-        Wrong("the lowest rank comes first", lambda word, ranks: join_pairs(word, ranks, best=max)),
+        Wrong("the merge with the lowest rank comes first", lambda word, ranks: join_pairs(word, ranks, best=max)),
         Wrong("that is one merge", lambda word, ranks: join_pairs(word, ranks, rounds=1)),
         Wrong("not the leftmost pair", lambda word, ranks: join_pairs(word, ranks, best=lambda places, key: places[0])),
         Wrong("nothing is joined", lambda word, ranks: word),
@@ -376,9 +376,9 @@ EXERCISES = [
     ]),
     Exercise("causality_test", [
         Wrong("every token except the first", causality_at_the_end),
-        Wrong("to the last digit", causality_to_the_last_digit),
+        Wrong("may compare exactly", causality_to_the_last_digit),
         Wrong("which may change", causality_of_what_may_change),
-        Wrong("all answers before it", causality_far_away),
+        Wrong("all earlier logits", causality_far_away),
         Wrong("does it raise", lambda model: bool(np.isfinite(model([5, 6])).all())),
         Wrong("np.allclose, atol=1e-4", causality_of_a_cut_text),
     ]),
@@ -451,7 +451,7 @@ def test_the_definition_is_not_an_answer(name: str) -> None:
     for answer in (definition, functools.partial(definition)):
         feedback = getattr(exercises, f"check_{name}")(answer)
         assert not feedback
-        assert f"refgemma.ops.{name}, the definition itself" in feedback.message
+        assert f"refgemma.ops.{name}, refgemma's own definition" in feedback.message
     assert not exercises.check_embed(embed)
 
 

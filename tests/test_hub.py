@@ -124,7 +124,7 @@ def test_a_reference_that_leads_out_of_the_cache_is_not_followed(cache: Path) ->
 
 def test_a_file_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_text("")
-    with pytest.raises(ModelNameError, match="is a file, but not a .gguf file; give the folder"):
+    with pytest.raises(ModelNameError, match=r"is a file, but not a \.gguf file; give the folder"):
         find_model(tmp_path / "model.safetensors")
 
 

@@ -68,7 +68,7 @@ def test_a_state_dict_makes_the_same_model(cls: Any) -> None:
     ("change", "reason"),
     [
         (lambda state: state.pop("model.norm.weight"), "lacks 'model.norm.weight'"),
-        (lambda state: state.update({"model.norm.weight": np.zeros(3)}), r"has shape \(3,\); according to the configuration"),
+        (lambda state: state.update({"model.norm.weight": np.zeros(3)}), r"has shape \(3,\); according to"),
         (lambda state: state.update(extra=np.zeros(3)), "holds 'model.extra'|holds 'extra'"),
     ],
 )
@@ -151,8 +151,8 @@ def test_losses_by_hand() -> None:
     [
         (Gemma2ForCausalLM, [[1, 2]], r"labels have shape \(1, 2\)"),
         (Gemma2ForTokenClassification, np.full(IDS.shape, 3), "label 3 is neither -100 nor a class"),
-        (Gemma2ForSequenceClassification, [0], "one class for each of the 2 sequences"),
-        (Gemma2ForSequenceClassification, [[1, 0, 0], [0, 1, 0]], "one class for each of the 2 sequences"),
+        (Gemma2ForSequenceClassification, [0], "for each of the 2 sequences"),
+        (Gemma2ForSequenceClassification, [[1, 0, 0], [0, 1, 0]], "for each of the 2 sequences"),
     ],
 )
 def test_labels_that_do_not_fit(cls: Any, labels: Any, reason: str) -> None:
@@ -246,7 +246,7 @@ def test_a_dtype_by_its_name_or_as_numpy_has_it(dtype: Any) -> None:
 def test_arguments_that_belong_to_transformers_are_refused_with_advice() -> None:
     with pytest.raises(ConfigError, match="load_in_4bit=True: refgemma does not quantise weights"):
         Gemma2ForCausalLM.from_pretrained("tiny", load_in_4bit=True)
-    with pytest.raises(ConfigError, match="attn_implementation='sdpa': refgemma computes as transformers' 'eager' does"):
+    with pytest.raises(ConfigError, match="attn_implementation='sdpa': refgemma computes as transformers' 'eager'"):
         Gemma2Model.from_pretrained("tiny", attn_implementation="sdpa")
     with pytest.raises(ValueError, match="unknown dtype 'int8'; it must be one of float64, float32"):
         Gemma2Model.from_pretrained("tiny", dtype="int8")

@@ -71,7 +71,7 @@ def test_what_the_cap_takes_is_drawn_on_the_keys_that_are_seen() -> None:
     }
     right = np.array([abs(taken[query, key]) for key, query in places])
     assert np.allclose(dots.get_sizes() / dots.get_sizes().max(), right / right.max())
-    assert axes.get_legend().get_texts()[0].get_text() == f"taken by the cap, at most {right.max():.2g}"
+    assert axes.get_legend().get_texts()[0].get_text() == f"reduced by the cap, at most {right.max():.2g}"
 
 
 def test_a_mask_picture_has_the_places_for_labels() -> None:

@@ -22,7 +22,7 @@ from refgemma.weights.stored import REMEDY, CheckpointError, ComputedRows, Store
 
 ADAPTER_MODEL, PICKLED_ADAPTER = "adapter_model.safetensors", "adapter_model.bin"
 
-# Keys of adapter_config.json that change nothing here: they say how the adapter was made, or repeat facts of the tensors.
+# Keys of adapter_config.json that change nothing: they say how the adapter was made, or repeat facts of the tensors.
 DESCRIPTIVE = {
     "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying", "eva_config",
     "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform", "lora_dropout",

@@ -95,7 +95,7 @@ def test_a_model_is_downloaded_when_asked_for_and_found_from_then_on(
         assert find_model("org/small", revision) == folder == Path(theirs)
 
 
-@pytest.mark.parametrize(("name", "reason"), [(GATED, "accept the model's licence first"), ("org/none", "no such model")])
+@pytest.mark.parametrize(("name", "reason"), [(GATED, "accept the model's licence"), ("org/none", "no such model")])
 def test_what_the_hub_refuses(environment: dict[str, str], name: str, reason: str) -> None:
     run = info(environment, name, "--download")
     assert run.returncode == 2

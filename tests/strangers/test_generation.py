@@ -154,7 +154,7 @@ def test_what_changes_no_token_is_taken_in_silence(settings: dict[str, Any]) -> 
             "custom_generate = 'me/repo' is not supported; refgemma runs no code from a repository",
         ),
         ({"num_beam_groups": 2, "num_beams": 4}, "num_beam_groups = 2 is not supported; transformers 5 runs it as"),
-        ({"cache_implementation": "quantized"}, "refgemma has no quantized cache, which gives other numbers; leave it out"),
+        ({"cache_implementation": "quantized"}, "refgemma has no quantized cache, which gives other numbers"),
         ({"stop_strings": "x"}, "stop_strings need the model's tokenizer"),
         ({"stop_strings": [""], "tokenizer": TOKENIZER}, "stop_strings is .*; it must be a nonempty text"),
         ({"bad_words_ids": [[2048]]}, "bad_words_ids is 2048; the vocabulary has 2048 tokens"),

@@ -213,7 +213,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "no embedding": ({}, {"token_embd.weight": None}, "token_embd.weight, the embedding"),
     "a tensor less": ({}, {"blk.1.attn_q.weight": None}, r"lacks 'blk\.1\.attn_q\.weight'"),
     "a head": ({}, {"output.weight": np.zeros((2050, 256), np.float32)}, "holds 'output.weight'"),
-    "a shape": ({}, {"blk.1.attn_q.weight": np.zeros((64, 256), np.float32)}, r"is \[64, 256\]; according to the metadata .*256"),
+    "a shape": ({}, {"blk.1.attn_q.weight": np.zeros((64, 256), np.float32)}, r"is \[64, 256\]; according to .*256"),
     "a norm in half": ({}, {"output_norm.weight": np.ones(256, np.float16)}, "norm 'output_norm.weight' is F16"),
     "a format": ({}, {"output_norm.weight": np.ones(256, np.int8)}, "'output_norm.weight' in format 24"),
 }  # fmt: skip

@@ -150,7 +150,7 @@ def test_a_first_turn_that_is_too_long_is_refused(capsys: Any, monkeypatch: Any)
 def test_a_page_says_how_much_it_holds_before_weights_are_read(capsys: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr("refgemma.weights.checkpoint.Checkpoint.weights", lambda *_: pytest.fail("were read"))
     assert main(["explore", "--ids", ",".join(["2"] * 130)]) == 2
-    said = "the prompt has 130 tokens; with this model a page of 2 MB holds at most 129; give a part of the prompt"
+    said = "the prompt has 130 tokens; with this model a page of 2 MB holds at most 129; give a shorter prompt"
     assert capsys.readouterr().err == f"refgemma explore: {said}\n"
     for command in (["generate", "--ids", "2,99999"], ["trace", "-o", "x", "--ids", "99999"], ["explore", ""]):
         assert main(command) == 2

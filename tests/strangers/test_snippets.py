@@ -205,8 +205,8 @@ RUNS = {
 # Code -> what it says.
 SAYS = {
     'AutoModelForCausalLM.from_pretrained("tiny").push_to_hub("me/mine")': "is not supported; use save_pretrained",
-    'AutoModelForCausalLM.from_pretrained("tiny", load_in_8bit=True)': "refgemma does not quantise weights; leave it out",
-    'AutoModelForCausalLM.from_pretrained("tiny", attn_implementation="sdpa")': "refgemma computes as transformers' 'eager'",
+    'AutoModelForCausalLM.from_pretrained("tiny", load_in_8bit=True)': "refgemma does not quantise weights",
+    'AutoModelForCausalLM.from_pretrained("tiny", attn_implementation="sdpa")': "refgemma computes as transformers'",
     'AutoModel.from_pretrained("tiny").save_pretrained("x", safe_serialization=False)': "as safetensors only",
     'AutoModel.from_pretrained("tiny").layers[0].register_forward_hook(print)': "use refgemma.forward, which returns",
     'AutoModel.from_pretrained("tiny").gradient_checkpointing_enable()': "train with refgemma.training or",

@@ -359,7 +359,7 @@ def test_templates_have_names(tmp_path: Path) -> None:
     assert read.apply_chat_template(CHAT, tools=[{"a": 5}], tokenize=False) == "5"
     assert read.apply_chat_template(CHAT, chat_template="tool_use", tools=[{"a": 6}], tokenize=False) == "6"
     read.chat_template = {"x": "d"}
-    with pytest.raises(TokenizerError, match="there are several chat templates and no default; set chat_template to one of x"):
+    with pytest.raises(TokenizerError, match="several chat templates and no default; set chat_template to one of x"):
         read.apply_chat_template(CHAT)
 
 
