@@ -136,7 +136,7 @@ LOGITS = np.zeros((1, 2, 97), np.float32)
         ({"input_ids": np.array([[2, 5]]), "logits": LOGITS}, {"calls": "[1e400]"}, "calls"),
         ({"input_ids": np.array([[2, 5]]), "logits": LOGITS}, {"calls": "two"}, "calls"),
         ({"input_ids": np.array([[2, 5]]), "logits": LOGITS}, {"calls": "[]"}, "calls"),
-        ({"input_ids": np.array([[2, 5]]), "logits": LOGITS}, {"map": "nobody's"}, "its metadata names the map"),
+        ({"input_ids": np.array([[2, 5]]), "logits": LOGITS}, {"map": "nobody's"}, "the metadata names the map"),
         ({"input_ids": np.array([[2, 5]]), "layers.0.nothing": LOGITS}, {}, "has no tensor of this model"),
         ({"input_ids": np.array([[2, 5]]), "model.norm": np.zeros((1, 2, 30), np.float32)}, {},
          "--map transformers knows 1"),

@@ -255,8 +255,8 @@ def test_a_dtype_is_rounded_to_nearest(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("value", "dtype", "told"), [
     (1e6, "float16", r"'model.norm.weight': a number is above the largest float16"),
-    (np.nan, None, r"'model.norm.weight': holds NaN or infinity"),
-    (np.inf, "float64", r"'model.norm.weight': holds NaN or infinity"),
+    (np.nan, None, r"'model.norm.weight': has NaN or infinity"),
+    (np.inf, "float64", r"'model.norm.weight': has NaN or infinity"),
 ])  # fmt: skip
 def test_what_no_weight_can_be_is_refused(tmp_path: Path, value: float, dtype: str | None, told: str) -> None:
     tensors = weights(dtype="float32")
@@ -342,8 +342,8 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "old.ckpt").write_bytes(pickle.dumps({"a": 1}))
     np.savez_compressed(tmp_path / "small.npz", a=np.zeros(3))
     for name, told in {
-        "nothing": "no such file", "empty": "holds no checkpoint", "text.ckpt": "is not a checkpoint of torch.save",
-        "old.ckpt": r"before 1.6, or is a bare pickle", "small.npz": "is compressed",
+        "nothing": "no such file", "empty": "has no checkpoint", "text.ckpt": "is not a checkpoint of torch.save",
+        "old.ckpt": r"is a bare pickle or has the format of PyTorch before 1.6", "small.npz": "is compressed",
     }.items():  # fmt: skip
         with pytest.raises(CheckpointError, match=told):
             convert(tmp_path / name, tmp_path / "hf")
@@ -494,7 +494,7 @@ def test_a_tensor_beyond_its_storage(tmp_path: Path) -> None:
     count = raw.replace(b"J\x06\x00\x00\x00t", b"J\x60\x00\x00\x00t")
     with pytest.raises(CheckpointError, match="tensor 'a': needs 384 bytes, but has 64"):
         read_torch(zipped(tmp_path / "c.ckpt", count))
-    with pytest.raises(CheckpointError, match="entry '1', are not in the file"):
+    with pytest.raises(CheckpointError, match="the file lacks the numbers, entry '1'"):
         read_torch(zipped(tmp_path / "d.ckpt", raw.replace(b"X\x01\x00\x00\x000", b"X\x01\x00\x00\x001")))
 
 

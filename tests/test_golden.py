@@ -113,7 +113,7 @@ def test_a_damaged_golden_is_refused(tmp_path, monkeypatch) -> None:
     whole = (golden_folder() / "op-repeat-kv-f32.safetensors").read_bytes()
     (tmp_path / "op-repeat-kv-f32.safetensors").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     monkeypatch.setattr("refgemma.goldens.load.golden_folder", lambda: tmp_path)
-    with pytest.raises(GoldenError, match=r"op-repeat-kv-f32.safetensors: is not the file of the manifest.*record.py"):
+    with pytest.raises(GoldenError, match=r"op-repeat-kv-f32.safetensors: is not the file in the manifest.*record.py"):
         load_golden("op-repeat-kv-f32")
     with pytest.raises(GoldenError, match=r"op-masks-f32.safetensors.*cannot be read.*record.py op-masks-f32"):
         load_golden("op-masks-f32")

@@ -328,7 +328,7 @@ def test_log_probabilities_are_judged(name: str, dtype: str, tmp_path: Path) -> 
     found = judged(tensors, about, case, tmp_path)
     assert [(i.tensor, i.judged.verdict) for i in found.instances] == [("logprobs", "PASS")]
     assert found.verdict == CONFORMS
-    assert ("logits: are log probabilities, and are judged as such" in found.remarks) == (name == "logits")
+    assert ("logits: these are log probabilities, and are judged as such" in found.remarks) == (name == "logits")
     # Beside logits that are recorded they are one operation, with a derived bound.
     assert judged(golden | {"logprobs": log_probabilities(golden["logits"])}, about, case, tmp_path).verdict == CONFORMS
 
