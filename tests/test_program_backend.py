@@ -167,10 +167,10 @@ def test_a_refusal_is_no_failure(program) -> None:
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("dtypes=int4", r"its dtypes are \['int4'\]"),
-        ("dtypes= ", "its dtypes are none"),
-        ("max_length=-1", "its max_length is '-1'"),
-        ("cache=yes", "its cache is 'yes'; write true or false"),
+        ("dtypes=int4", r"dtypes is \['int4'\]"),
+        ("dtypes= ", "dtypes is none"),
+        ("max_length=-1", "max_length is '-1'"),
+        ("cache=yes", "its cache is 'yes'; it must be true or false"),
     ],
 )
 def test_capabilities_are_checked(program, fault: str, message: str) -> None:

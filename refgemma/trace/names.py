@@ -29,7 +29,7 @@ GRADS = "grads."  # prefix of a gradient's name
 
 
 def field_of(name: str) -> str:
-    """Return ``attention.probs`` for ``layers.3.attention.probs``; gradients keep ``grads.``, other names do not change.
+    """Return ``attention.probs`` for ``layers.3.attention.probs``; gradients keep ``grads.``.
 
     Examples
     --------
