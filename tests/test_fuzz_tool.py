@@ -83,7 +83,7 @@ FAULTS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "an escape": (say("refgemma: warning: \x1b[31m\n", 0), "prints ['\\x1b'], which a terminal obeys"),
     "NumPy's warning": (say("refgemma: warning: overflow encountered in add\n", 0), "a warning of NumPy's: refgemma: "),
     "a partial file": (write(".out.1.part", 0), "leaves '.out.1.part'"),
-    "a file of a refused command": (write("out", 2), "is refused, but leaves 'out'"),
+    "a file of a refused command": (write("out", 2), "ended with an error, but leaves 'out'"),
     "a file that was there": (write("kept", 0), "changes 'kept'"),
     "a file elsewhere": (do(lambda: open("/etc/hostname").close()), "opens '/etc/hostname'"),
     "a file written elsewhere": (do(lambda: os.mkdir("/nonexistent/a")), "writes '/nonexistent/a'"),
@@ -168,7 +168,7 @@ def test_a_hang_and_a_crash_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     worker.stop()
     assert not Path(worker.folder).exists()
     assert [where for where, _ in found] == [("configurations", 0), ("configurations", 1)]
-    assert [result.problem for _, result in found] == ["is not done after 0 s", "the process ended with -9"]
+    assert [result.problem for _, result in found] == ["has not ended after 0 s", "the process ended with -9"]
 
 
 def test_a_failing_case_is_kept_and_read(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def test_a_trace_of_another_model_names_the_model_that_fits(tmp_path: Path, caps
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err.count("\n") == 1
-    assert "they fit conformance" in said.err
+    assert "the shapes fit conformance" in said.err
 
 
 def test_weight_on_a_masked_key_is_said_and_not_a_quotient(tmp_path: Path) -> None:

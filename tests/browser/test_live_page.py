@@ -1,4 +1,4 @@
-"""The live page in a headless Chromium: it is a right port of Gemma 2, and each bug that it makes is found by name."""
+"""Test the live page in a headless Chromium: it is a correct port of Gemma 2, and each of its bugs is found by name."""
 
 import subprocess
 import sys
@@ -54,7 +54,7 @@ def opened(browser: Browser, file: Path) -> Iterator[Page]:
 
 @pytest.fixture
 def live(opened: Page) -> Page:
-    """The page, with nothing changed."""
+    """Reset the page to its initial state."""
     opened.select_option("#bug", "")
     for switch in ("attentionCap", "finalCap"):
         opened.set_checked(f"#{switch}", True)
@@ -65,7 +65,7 @@ def live(opened: Page) -> Page:
 
 
 def check(live: Page, folder: Path) -> tuple[int, str]:
-    """Save the trace as a reader does, and check it."""
+    """Save the trace as a reader would, and check it."""
     with live.expect_download() as download:
         live.click("#save")
     path = folder / "trace.safetensors"

@@ -1,5 +1,5 @@
-"""Models and configurations as code for transformers uses them. Numbers of the model "tiny" are transformers 5.23's in
-float32, eager; many more comparisons are in `parity/test_classes_parity.py`."""
+"""Use models and configurations as code for transformers does. Expected numbers of the model "tiny" are from
+transformers 5.23 in float32, eager; `parity/test_classes_parity.py` has many more comparisons."""
 
 import copy
 import json
@@ -109,7 +109,7 @@ def test_a_static_cache_that_is_full(model: Any) -> None:
 
 
 def test_a_dynamic_cache_without_a_configuration_can_always_be_cut_back(model: Any) -> None:
-    """With one, a sliding layer has dropped what it would need, and that is said."""
+    """With a configuration, a sliding layer has dropped tokens that it would need, which is an error."""
     ids = np.arange(2, 102)[None]
     for config in (None, model.config):
         cache = DynamicCache(config=config)
@@ -127,7 +127,7 @@ def test_a_dynamic_cache_without_a_configuration_can_always_be_cut_back(model: A
 
 @pytest.mark.parametrize("fast", [False, True])
 def test_a_deep_copy_is_another_cache(model: Any, fast: bool) -> None:
-    """That of `generate` has room for tokens to come, which two copies must not share."""
+    """The cache of `generate` has free space for more tokens, which two copies must not share."""
     cache = DynamicCache(config=model.config)
     if fast:
         model.generate(IDS, past_key_values=cache, max_new_tokens=3, do_sample=False)
@@ -209,7 +209,7 @@ def test_arguments_that_would_change_the_result_are_refused(argument: str, value
 
 @pytest.mark.parametrize("name", ["torch_dtype", "dtype"])
 def test_a_precision_under_either_name(name: str) -> None:
-    """``"auto"`` is what the configuration says, which of "tiny" is bfloat16."""
+    """``"auto"`` means the configuration's precision, which is bfloat16 for "tiny"."""
     for value, wanted in (("float16", "float16"), ("auto", "bfloat16"), (np.float64, "float64"), (None, "float32")):
         assert AutoModelForCausalLM.from_pretrained("tiny", **{name: value}).dtype == wanted
     assert AutoModelForCausalLM.from_config(AutoConfig.from_pretrained("tiny"), **{name: "float16"}).dtype == "float16"
@@ -224,7 +224,7 @@ def test_auto_is_the_precision_of_the_configuration_rather_than_that_of_the_file
 
 
 def test_a_cache_folder_that_is_named(tmp_path: Path) -> None:
-    """Laid out as huggingface_hub 1.x lays it out."""
+    """The cache has the layout of huggingface_hub 1.x."""
     repository = tmp_path / "models--someone--small"
     shutil.copytree(find_model("tiny"), repository / "snapshots" / "abc")
     (repository / "refs").mkdir()
@@ -237,7 +237,7 @@ def test_a_cache_folder_that_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["argument", "configuration", "path"])
 def test_fewer_layers_than_the_folder_has(how: str, tmp_path: Path) -> None:
-    """The first two, as in transformers, and it is said that the others are left out."""
+    """The first two layers are used, as in transformers, and a warning names the others."""
     config = AutoConfig.from_pretrained("tiny", num_hidden_layers=2)
     config.save_pretrained(tmp_path)
     given = {"argument": {"num_hidden_layers": 2}, "configuration": {"config": config}, "path": {"config": tmp_path}}
@@ -315,7 +315,7 @@ def test_a_value_that_no_gemma_2_can_have_is_refused_and_changes_nothing(name: s
 
 
 def test_fields_that_contradict_one_another_are_refused_where_they_are_used(model: Any) -> None:
-    """Not before: one of the two has to be set first."""
+    """They are not refused earlier, because one of the two must be set first."""
     config = AutoConfig.from_pretrained("tiny")
     config.num_attention_heads = 3
     with pytest.raises(
@@ -409,7 +409,7 @@ def test_training_changes_nothing_and_says_so_where_it_would(model: Any) -> None
 
 
 def test_weights_by_their_names_and_modules(model: Any) -> None:
-    """The numbers are those of transformers' modules of the same names."""
+    """The numbers equal those of transformers' modules with the same names."""
     ones = np.ones((1, 1, 234), np.float32)
     logits = model.lm_head(model.model.norm(ones))[0, 0, 300:303]
     np.testing.assert_allclose(logits, [-1.3700996, 1.1435284, 0.9089733], rtol=0, atol=SAME)
@@ -429,7 +429,7 @@ def test_weights_by_their_names_and_modules(model: Any) -> None:
 
 
 def test_what_is_changed_in_place_changes_the_model(model: Any) -> None:
-    """Through any of the names, and through the model without its head."""
+    """This holds for any of the names, and for the model without its head."""
     for change in (
         lambda: model.model.layers[0].self_attn.q_proj.weight.__imul__(2),
         lambda: dict(model.named_parameters())["model.norm.weight"].__iadd__(1),
@@ -562,7 +562,7 @@ def test_a_mask_of_four_axes_with_true_and_false(model: Any) -> None:
 
 
 def test_resize_token_embeddings(model: Any) -> None:
-    """New rows: the mean of the old ones, as transformers gives it, and 3e-5 of their spread of 0.06 around it."""
+    """New rows are the mean of the old rows, as in transformers, plus 3e-5 of their spread of 0.06."""
     before, old = model(IDS).logits, model.model.embed_tokens.weight.copy()
     assert model.resize_token_embeddings(2050, pad_to_multiple_of=8).weight.shape == (2056, 234)
     assert model.config.vocab_size == model.model.config.vocab_size == 2056
@@ -626,7 +626,7 @@ def test_nothing_is_uploaded(model: Any) -> None:
 
 
 def test_a_pipeline(model: Any) -> None:
-    """The texts are those of transformers' pipeline with the same model."""
+    """The texts equal those of transformers' pipeline with the same model."""
     greedy: dict[str, Any] = {"do_sample": False}
     pipe = pipeline("text-generation", model="tiny", torch_dtype="float32", device_map="auto", batch_size=2, **greedy)
     assert pipe("Once upon a time", max_new_tokens=6) == [{"generated_text": "Once upon a time the Rat, who was a"}]

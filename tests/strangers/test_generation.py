@@ -1,8 +1,8 @@
-"""Generation as people write it for transformers: each argument gives what it gives there, or says what to write.
+"""Generate as code for transformers does: each argument gives transformers' result, or an error says what to write.
 
-Expected tokens are those of transformers 5.23 with the embedded model in float32 (eager attention), recorded beside the
-case; `tests/parity/test_generation_parity.py` compares them in one process. Draws are not torch's, so their tests say
-what has to hold.
+Expected tokens are from transformers 5.23 with the packaged model in float32 (eager attention), recorded in the test;
+`tests/parity/test_generation_parity.py` compares in one process. Draws differ from torch's, so their tests check
+properties.
 """
 
 import copy
@@ -69,7 +69,7 @@ def test_set_seed_seeds_what_transformers_seeds_too() -> None:
 
 
 def describe(value: Any) -> str:
-    """Return a name of a case that is the same in every process: no object's address."""
+    """Return a name for a case that is the same in every process, without an object's address."""
     if not isinstance(value, dict):
         return str(value)
     plain = (int, float, str, list, tuple, dict, type(None))
@@ -298,7 +298,7 @@ def test_a_cache_is_gone_on_from() -> None:
 
 
 def test_what_code_reads_and_writes_in_a_generation_configuration(tmp_path: Path) -> None:
-    """transformers 5.23 returns the same, and None for each of these settings as long as it is not set."""
+    """transformers 5.23 returns the same, and None for each of these settings that is not set."""
     config = GenerationConfig(top_k=5)
     assert config.update(top_p=0.5, colour="red") == {"colour": "red"}
     assert (config.top_k, config.top_p) == (5, 0.5)

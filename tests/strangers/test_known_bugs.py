@@ -1,4 +1,4 @@
-"""Known bugs of a kind: each is named at its own tensor, from a full trace and where it shows from logits alone.
+"""Check known bugs by kind: each is named at its own tensor, from a full trace and, if it shows, from logits alone.
 
 Rotary tables were recorded from transformers 5.23.0 with torch 2.13.0: ``Gemma2RotaryEmbedding(config).to(dtype)``, on
 positions 0 to 23 of the conformance checkpoint.
@@ -194,7 +194,7 @@ def test_names_are_of_one_bug_each(model: Pretrained) -> None:
 def test_keys_and_values_recorded_as_a_cache_keeps_them_are_a_way_of_rounding(
     fields: tuple[str, ...], named: str, model: Pretrained
 ) -> None:
-    """As llama.cpp keeps them."""
+    """llama.cpp stores them this way."""
     inputs = ("cos", "sin", "input_layernorm", "attention.k")
     tensors = {name: x for name, x in run(model).items() if field_of(name) in (*inputs, *fields)}
     for name in tensors:

@@ -1,4 +1,4 @@
-"""LoRA adapters of PEFT, merged as they are read: the formula, and one line for what cannot be merged. PEFT's own
+"""Test LoRA adapters of PEFT, merged when read: the formula, and one-line errors for what cannot be merged. PEFT's own
 merges are in ``tests/parity/test_weights_parity.py``."""
 
 import json
@@ -23,7 +23,7 @@ FILE = "adapter_model.safetensors"
 
 
 def write(folder: Path, tensors: dict[str, Any], **settings: Any) -> Path:
-    """An adapter beside the weights of its base."""
+    """Write an adapter next to the weights of its base."""
     for name, content in BASE_FILES:
         (folder / name).write_bytes(content)
     (folder / "adapter_config.json").write_text(json.dumps(ADAPTER_SETTINGS | settings))

@@ -1,6 +1,6 @@
-"""Code for models, caches and configurations as people write it for transformers, with `refgemma` in place of
-`transformers` and NumPy in place of torch: each piece runs, and its last lines say what must hold then. What cannot run
-says in one line what to write instead. Generation has its own in `test_generation.py`."""
+"""Run code for models, caches and configurations as people write it for transformers, with `refgemma` instead of
+`transformers` and NumPy instead of torch. Each snippet runs, and its last lines check the result. If it cannot run, a
+one-line error says what to write instead. `test_generation.py` has the snippets for generation."""
 
 import textwrap
 from pathlib import Path
@@ -212,7 +212,7 @@ SAYS = {
     'AutoModel.from_pretrained("tiny").gradient_checkpointing_enable()': "train with refgemma.training or",
     'AutoModel.from_pretrained("tiny").merge_and_unload()': "which merges the adapter",
     'AutoModel.from_pretrained("tiny").generate([[2]])': "only Gemma2ForCausalLM generates",
-    'AutoModel.from_pretrained("tiny").lm_head': "only Gemma2ForCausalLM has one",
+    'AutoModel.from_pretrained("tiny").lm_head': "only Gemma2ForCausalLM has a head",
     'AutoModelForCausalLM.from_pretrained("tiny").named_buffers()': "refgemma.ops.rotary_tables",
     'm = AutoModelForCausalLM.from_pretrained("tiny"); m.model.layers = m.model.layers[:3]': "num_hidden_layers=3",
     'm = AutoModelForCausalLM.from_pretrained("tiny"); m.lm_head = None': "cannot be set: write into the weights",

@@ -1,5 +1,5 @@
-"""Tokenizers and texts as people have them. The ids and texts are those of transformers 5.23 and tokenizers 0.23;
-tests/parity/test_strange_tokenizers_parity.py and test_released_tokenizer_parity.py compare with them."""
+"""Test tokenizers and texts as people have them. Expected ids and texts are from transformers 5.23 and tokenizers 0.23;
+tests/parity/test_strange_tokenizers_parity.py and test_released_tokenizer_parity.py compare with these libraries."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ def folder_with(folder: Path, **config: Any) -> Path:
 
 
 def json_folder(folder: Path) -> Path:
-    """A folder with nothing but the tokenizer.json of the tiny model."""
+    """Make a folder with only the tokenizer.json of the tiny model."""
     Tokenizer.from_pretrained("tiny").save_pretrained(folder)
     for name in ("tokenizer.model", "tokenizer_config.json"):
         (folder / name).unlink()

@@ -1,5 +1,5 @@
-"""Weights and configurations as trainers leave them. What transformers 5.23 makes of each is in
-``tests/parity/test_weights_parity.py``, with the same names."""
+"""Read weights and configurations as trainers write them. ``tests/parity/test_weights_parity.py`` has transformers
+5.23's result for each, with the same names."""
 
 import json
 import pickle
@@ -233,7 +233,7 @@ WIDE = CONFIG.changed(hidden_size=64)
 
 
 def quantise(bits: int, group_size: int = 32) -> tuple[Tensors, dict[str, Any]]:
-    """A model whose embedding is as MLX has it: each row the words above, twice, and groups of their own."""
+    """Return a model with an embedding quantised by MLX: each row has the words above twice, with its own groups."""
     rng = np.random.default_rng(0)
     tensors = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in tensor_shapes(WIDE).items()}
     rows, module = WIDE.vocab_size, EMBED.removesuffix(".weight")
@@ -331,7 +331,7 @@ LITGPT = {
 
 
 def as_litgpt(tensors: Tensors) -> Tensors:
-    """As LitGPT's ``copy_weights_gemma_2`` maps the names; ``attn.qkv`` is query, key and value one below the other."""
+    """Rename tensors as in LitGPT's ``copy_weights_gemma_2``; ``attn.qkv`` stacks query, key and value."""
     found: Tensors = {}
     for name, x in tensors.items():
         plain = name.removeprefix("model.").removesuffix(".weight")
