@@ -1,4 +1,4 @@
-"""Reading checkpoints: equal to safetensors' own loader, never resident when streamed, and clear about a bad file."""
+"""Test reading checkpoints: equal to safetensors' own loader, never resident when streamed, clear errors."""
 
 import json
 import math
@@ -66,7 +66,7 @@ def write_single(folder: Path, tensors: Tensors) -> Path:
 
 
 def write_shards(folder: Path, tensors: Tensors, count: int = 3) -> Path:
-    """Deal the tensors out to `count` shards, so that a layer's are in several."""
+    """Distribute the tensors to `count` shards, so that a layer's tensors are in several shards."""
     write_config(folder)
     names = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
     weight_map = {name: names[position % count] for position, name in enumerate(tensors)}
@@ -110,7 +110,7 @@ def bits(x: Array) -> bytes:
 
 
 def rounded_to_bfloat16(x: Array) -> Array:
-    """Round to nearest, ties to even, by the bits, which is not how refgemma does it."""
+    """Round to nearest, ties to even, by the bits; refgemma uses another method."""
     pattern = x.astype(np.float32).view(np.uint32).astype(np.uint64)
     kept = (pattern + 0x7FFF + ((pattern >> 16) & 1)) >> 16 << 16
     return kept.astype(np.uint32).view(np.float32)
@@ -283,7 +283,7 @@ def test_a_streamed_layer_is_read_each_time_and_not_kept(tmp_path: Path) -> None
 
 
 def peak(action: Callable[[], object]) -> int:
-    """Bytes that NumPy and Python had allocated at most while `action` ran, over those before."""
+    """Return the peak of bytes that NumPy and Python allocate while `action` runs."""
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
@@ -646,7 +646,7 @@ Damage = Callable[[Header, bytes], tuple[Header | bytes, bytes]]
 
 
 def entry(**changes: Any) -> Damage:
-    """Replace fields of the victim's entry; a field set to None is left out."""
+    """Replace fields of the victim's entry; None removes a field."""
 
     def damage(header: Header, data: bytes) -> tuple[Header, bytes]:
         changed = header[VICTIM] | changes
@@ -656,7 +656,7 @@ def entry(**changes: Any) -> Damage:
 
 
 def moved(begin: int, end: int) -> Damage:
-    """Move both ends of the victim's data by so many bytes."""
+    """Move both ends of the victim's data by these numbers of bytes."""
     return lambda header, data: entry(
         data_offsets=[header[VICTIM]["data_offsets"][0] + begin, header[VICTIM]["data_offsets"][1] + end]
     )(header, data)
@@ -668,7 +668,7 @@ def twice(header: Header, data: bytes) -> tuple[bytes, bytes]:
 
 
 def quantised(header: Header, data: bytes) -> tuple[Header, bytes]:
-    """As many bytes, each of them a number."""
+    """Make each byte of the data a number."""
     return entry(dtype="F8_E4M3", shape=[56, 24 * 4])(header, data)
 
 
@@ -872,7 +872,7 @@ def test_a_tensor_that_the_index_does_not_list(tmp_path: Path) -> None:
 
 
 def opens_equal_or_is_refused(folder: Path, tensors: Tensors) -> bool:
-    """Whether `folder` was read; if so it holds `tensors`. Any exception but the two is a failure of the test."""
+    """Return True if `folder` was read, and check that it has `tensors`; only two exceptions are allowed."""
     try:
         found = open_checkpoint(folder)
         read = {name: tensor.read("float32") for name, tensor in found.tensors.items()}
@@ -899,7 +899,7 @@ FLIPS = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 255
 
 
 def flipped(raw: bytes, end: int, flips: list[tuple[float, int]]) -> bytes:
-    """`raw` with bits of its first `end` bytes turned over."""
+    """Return `raw` with some bits of its first `end` bytes flipped."""
     damaged = bytearray(raw)
     for place, pattern in flips:
         damaged[int(place * end)] ^= pattern

@@ -1,4 +1,4 @@
-"""Configurations: the documented defaults, the released files old and new, and refusals with a reason."""
+"""Test configurations: documented defaults, old and new released files, and errors with a reason."""
 
 import json
 
@@ -41,7 +41,7 @@ RELEASED_9B = {
 
 
 def test_documented_defaults() -> None:
-    """Those of the documentation page, which are not those of any released model."""
+    """The defaults equal those of the documentation page, which no released model has."""
     config = Gemma2Config()
     found = (config.vocab_size, config.hidden_size, config.intermediate_size, config.num_hidden_layers,
              config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.query_pre_attn_scalar,

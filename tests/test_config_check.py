@@ -1,4 +1,4 @@
-"""An engine's numbers for a released size, compared with the release. The two presets have the names and numbers of
+"""Compare an engine's configuration of a released size with the release. The two presets have the names and numbers of
 torchtune 0.6.1 and litgpt 0.5.13."""
 
 import json

@@ -1,5 +1,5 @@
-"""Decoding: greedy takes the most likely token each time; sampling draws what its settings allow, with those odds.
-Texts beside transformers: `parity/test_generation_parity.py`."""
+"""Test decoding: greedy decoding takes the most likely token each time; sampling draws allowed tokens with the right
+odds. `parity/test_generation_parity.py` compares texts with transformers."""
 
 import math
 import subprocess
@@ -41,7 +41,7 @@ def run(**settings) -> list[int]:
 
 
 def test_greedy_is_the_argmax_of_forward() -> None:
-    """The recorded text of PyTorch is in the goldens; here each step is checked without a cache."""
+    """PyTorch's recorded text is tested elsewhere; here each step is checked without a cache."""
     ids = list(PROMPT)
     for token in run():
         assert token == int(np.argmax(forward([ids], TINY.weights, TINY.config).logits[0, -1]))
@@ -64,7 +64,7 @@ def test_one_candidate_is_greedy() -> None:
 
 @pytest.mark.slow
 def test_draws_have_the_computed_odds() -> None:
-    """Chi-square of the first token's draws against softmax(logits / temperature) cut to five tokens."""
+    """Chi-square test of the first token's draws against softmax(logits / temperature), limited to five tokens."""
     logits = forward([PROMPT], TINY.weights, TINY.config).logits[0, -1]
     expected = to_probabilities(keep_top_k(logits.astype(np.float64) / 1.5, 5))
     draws = [run(temperature=1.5, top_k=5, max_new_tokens=1, seed=seed)[0] for seed in range(400)]
@@ -82,7 +82,7 @@ def test_prompts_are_refused_at_the_call(prompt, reason) -> None:
 
 
 def test_logits_that_are_nan_are_an_error() -> None:
-    """Finite weights, so large that the sums overflow."""
+    """The weights are finite, but so large that the sums overflow."""
     first = replace(TINY.weights.layers[0], q_proj=np.full_like(TINY.weights.layers[0].q_proj, 3.4e38))
     weights = replace(TINY.weights, layers=[first, *TINY.weights.layers[1:]])
     with np.errstate(all="ignore"), pytest.raises(InputError, match="the logits are NaN"):
@@ -321,7 +321,7 @@ def test_embeddings_of_tokens_are_continued_as_the_tokens_are() -> None:
         assert new.tolist() == told[:, 3:].tolist()
     assert SMALL.generate(inputs_embeds=embeds, max_length=7, **NO_END).shape == (2, 4)
     assert SMALL.generate(inputs_embeds=embeds[:, :1], **NO_END).shape == (2, 20)
-    with pytest.raises(InputError, match="the prompt has 3 tokens, and max_length"):
+    with pytest.raises(InputError, match="the prompt has 3 tokens; max_length"):
         SMALL.generate(inputs_embeds=embeds, max_length=3, **NO_END)
 
 

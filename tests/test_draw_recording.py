@@ -1,4 +1,4 @@
-"""The recording of `refgemma check` in README: its text is the command's output; it needs no motion."""
+"""Test the recording of `refgemma check` in README: its text is the command's output, and it needs no motion."""
 
 import re
 from xml.etree import ElementTree

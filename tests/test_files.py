@@ -1,4 +1,4 @@
-"""JSON objects and safetensors files of strangers: read, or refused in one line that names the file."""
+"""Test untrusted JSON objects and safetensors files: they are read, or a one-line error names the file."""
 
 import errno
 import os

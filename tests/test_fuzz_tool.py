@@ -1,4 +1,4 @@
-"""The fuzzer of the commands, `python -m tools.fuzz`: it passes what is right, and each of its checks finds a fault."""
+"""Test the fuzzer of the commands, `python -m tools.fuzz`: correct runs pass, and each check finds a fault."""
 
 import multiprocessing
 import os
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the fuzzer read
 
 @pytest.fixture(autouse=True)
 def prepared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prepare this process, until the end of a test, as `watch.prepare` does."""
+    """Prepare this process as `watch.prepare` does, until the end of a test."""
     monkeypatch.setattr(candidates, "processes", watch.run_inline)
     monkeypatch.setattr(command_line, "describe_error", watch.describe_error)
     monkeypatch.setenv("HF_HOME", "/nonexistent/hub")
@@ -104,7 +104,7 @@ def test_a_fault_is_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("case", "problem"), [
-    (Case(["check"], wrong=True), "wrong PASS"), (Case(["sweep"], code=4), "exit code 0, where 4 is right"),
+    (Case(["check"], wrong=True), "wrong PASS"), (Case(["sweep"], code=4), "exit code 0; it must be 4"),
     (Case(["info"]), ""),
 ])  # fmt: skip
 def test_a_wrong_answer_is_found(case: Case, problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +182,7 @@ WHOLE = ("configurations", "headers", "indices", "tokenizers", "templates", "gen
 
 @pytest.mark.parametrize("family", WHOLE)
 def test_most_whole_files_are_not_refused(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Were every file refused, no fault behind the readers could be found."""
+    """If every file gave an error, no fault behind the readers could be found."""
     for damage in ("JSON_FILE", "TENSOR_FILE", "TEXT_FILE", "damage_bytes", "damage_header", "damage_numbers"):
         monkeypatch.setattr(f"fuzz.families.{damage}", lambda raw, draw: raw)
     results = [run_case(make_case(family, 1, number)) for number in range(6)]

@@ -1,4 +1,4 @@
-"""Losses and log probabilities, by hand."""
+"""Compare losses and log probabilities with results computed by hand."""
 
 import math
 from typing import Any

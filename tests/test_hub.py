@@ -1,4 +1,4 @@
-"""Names of models: what each means, that nothing is downloaded unasked, and that every refusal says what to do."""
+"""Test names of models: their meaning, no download without request, and errors that say what to do."""
 
 import os
 import re
@@ -36,7 +36,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A Hugging Face cache as huggingface_hub lays it out: blobs, and links to them in snapshots."""
+    """Make a Hugging Face cache with huggingface_hub's layout: blobs, and links to them in snapshots."""
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     repository = tmp_path / "models--org--small"
     (repository / "blobs").mkdir(parents=True)
@@ -220,7 +220,7 @@ def test_offline_means_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 
 def test_a_user_without_a_home_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a container that runs with the number of no user."""
+    """This happens in a container that runs with an unknown user id."""
 
     def unknown(*_: Any) -> None:
         raise KeyError

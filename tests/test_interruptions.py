@@ -1,5 +1,5 @@
-"""Commands that are interrupted, full disks, two writers: outputs are whole or absent, and no process is left. The
-moments of the second test are drawn by `tools/interrupt.py`, which tries many more."""
+"""Test interrupted commands, full disks and two writers: outputs are complete or absent, and no process is left.
+`tools/interrupt.py` draws the moments of the second test, and tries many more."""
 
 import signal
 import subprocess
@@ -66,7 +66,7 @@ def test_nothing_is_in_place_before_it_is_compared(
 
 
 def of_llama_cpp(folder: Path) -> Path:
-    """A copy of the conformance model whose scale is the one that llama.cpp takes."""
+    """Make a copy of the conformance model with llama.cpp's query scalar."""
     from refgemma.weights.checkpoint import open_checkpoint
 
     config = open_checkpoint(find_model("conformance")).config

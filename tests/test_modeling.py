@@ -1,5 +1,5 @@
-"""The documented classes: what they are made of, what they return, what they refuse. Numbers are compared with those of
-transformers in `parity/test_documented_names.py` and `parity/test_modeling_parity.py`."""
+"""Test the documented classes: construction, results, errors. `parity/test_documented_names.py` and
+`parity/test_modeling_parity.py` compare numbers with transformers."""
 
 import json
 import math
@@ -42,7 +42,8 @@ def test_a_seed_makes_the_same_weights_and_another_others(cls: Any) -> None:
 
 
 def test_weights_begin_as_documented() -> None:
-    """A normal of standard deviation 0.02 cut at two of them; norms, biases and the padding's embedding are zero."""
+    """A normal of standard deviation 0.02, truncated at twice that; norms, biases and the padding's embedding are
+    zero."""
     config = Gemma2Config(**SHAPE | {"initializer_range": 0.02, "attention_bias": True, "intermediate_size": 4000})
     state = Gemma2ForCausalLM.from_config(config).state_dict()
     for name, tensor in state.items():
@@ -69,7 +70,7 @@ def test_a_state_dict_makes_the_same_model(cls: Any) -> None:
     [
         (lambda state: state.pop("model.norm.weight"), "lacks 'model.norm.weight'"),
         (lambda state: state.update({"model.norm.weight": np.zeros(3)}), r"has shape \(3,\); according to"),
-        (lambda state: state.update(extra=np.zeros(3)), "holds 'model.extra'|holds 'extra'"),
+        (lambda state: state.update(extra=np.zeros(3)), "has 'model.extra'|has 'extra'"),
     ],
 )
 def test_state_dicts_that_do_not_fit(change: Any, reason: str) -> None:
@@ -226,7 +227,7 @@ def test_a_function_as_activation() -> None:
 
 
 def test_the_functions_are_the_classes() -> None:
-    """`refgemma.forward`, which keeps every tensor, and the class, which keeps what is asked for."""
+    """`refgemma.forward`, which keeps every tensor, equals the class, which keeps only requested tensors."""
     model = Gemma2ForCausalLM.from_config(CONFIG, seed=1)
     run = refgemma.forward(IDS, model.weights, CONFIG)
     answer = model(IDS, output_hidden_states=True, output_attentions=True)

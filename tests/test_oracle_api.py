@@ -1,4 +1,4 @@
-"""The oracle as a library: what a user imports from `refgemma.oracle`, and what a wrong trace says."""
+"""Test the oracle as a library: imports from `refgemma.oracle`, and results for a wrong trace."""
 
 from pathlib import Path
 

@@ -1,5 +1,5 @@
-"""A backend that is a program: one that answers rightly keeps the laws; one that crashes, hangs or answers junk is told
-of in a sentence, and never waited for."""
+"""Test a program as a backend: one that answers correctly passes the laws; one that crashes, hangs or answers junk
+gives a one-sentence error and is never waited for."""
 
 import sys
 import time
@@ -75,7 +75,7 @@ for line in sys.stdin:
 
 @pytest.fixture
 def program(tmp_path: Path):
-    """The program with a fault, and no patience."""
+    """Return the program with a fault, and a short time limit."""
     path = tmp_path / "port.py"
     path.write_text(PORT)
     started = []
@@ -170,7 +170,7 @@ def test_a_refusal_is_no_failure(program) -> None:
         ("dtypes=int4", r"dtypes is \['int4'\]"),
         ("dtypes= ", "dtypes is none"),
         ("max_length=-1", "max_length is '-1'"),
-        ("cache=yes", "its cache is 'yes'; it must be true or false"),
+        ("cache=yes", "cache is 'yes'; it must be true or false"),
     ],
 )
 def test_capabilities_are_checked(program, fault: str, message: str) -> None:

@@ -1,5 +1,5 @@
-"""Written checkpoints: read back bit for bit by safetensors' own loader, whole or not at all, and continued where an
-interrupted run stopped."""
+"""Test written checkpoints: read back bit for bit by safetensors' own loader, complete or absent, and continued after
+an interruption."""
 
 import itertools
 import json
@@ -93,7 +93,7 @@ def test_rounding_is_to_nearest_even() -> None:
 
 
 def test_old_weights_are_replaced_whole(tmp_path: Path) -> None:
-    """However many files the old ones and the new ones are in, no file of the old ones stays."""
+    """No old file stays, for any numbers of old and new files."""
     for limit in ("1GB", 100, 1, "1GB"):
         wanted = outputs(seed=hash(limit) % 1000)
         write_checkpoint(tmp_path, wanted, limit)
@@ -103,7 +103,7 @@ def test_old_weights_are_replaced_whole(tmp_path: Path) -> None:
 
 
 class Failing:
-    """Rows that cannot all be read."""
+    """Rows that raise an error before all are read."""
 
     shape = (40, 5)
 
@@ -122,7 +122,7 @@ def test_a_failure_leaves_the_old_weights_and_nothing_else(tmp_path: Path) -> No
 
 
 class Counted:
-    """Rows that count how often they are read, and fail when told to."""
+    """Rows that count how often they are read, and fail on request."""
 
     def __init__(self, rows: Any, fail: bool = False) -> None:
         self.rows, self.fail, self.reads, self.shape = rows, fail, 0, rows.shape
@@ -183,7 +183,7 @@ def test_what_the_disk_has_made_of_it_is_checked(tmp_path: Path, limit: int | st
 
 
 def test_a_killed_run_leaves_nothing_that_can_be_read(tmp_path: Path) -> None:
-    """Killed while a shard is being written: no weights, and the next run finishes them."""
+    """A run that is killed while writing a shard leaves no weights, and the next run finishes."""
     program = f"""
 import sys, time
 import numpy as np

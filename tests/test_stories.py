@@ -1,4 +1,4 @@
-"""`exercises.play`: the story of a model with a student's functions, right ones and wrong ones."""
+"""Test `exercises.play`: the story of a model with a student's functions, right or wrong."""
 
 import re
 import time
@@ -29,7 +29,7 @@ def norm_without_offset(x: Any, weight: Any, eps: float) -> Any:
 
 
 def generated(tokens: int) -> str:
-    """The continuation by the package's own command, which shares no loop with `play`."""
+    """Return the continuation by the package's own command, which shares no loop with `play`."""
     tiny = refgemma.load("tiny")
     prompt = tiny.tokenizer.encode(SEA)
     new = list(refgemma.generate(prompt, tiny.weights, tiny.config, max_new_tokens=tokens))

@@ -1,4 +1,4 @@
-"""Streamers: what they are given, and what the one of this package prints."""
+"""Test streamers: their input, and the text that this package's streamer prints."""
 
 import io
 import queue
@@ -29,7 +29,7 @@ def test_a_streamer_prints_the_text(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 class Screen(io.StringIO):
-    """Counts how often it is told to show what it has."""
+    """A stream that counts how often it is flushed."""
 
     shown = 0
 
@@ -74,7 +74,7 @@ def test_a_text_streamer_prints_one_text(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 class Listener:
-    """Writes down what it is given."""
+    """A streamer that records its input."""
 
     def __init__(self) -> None:
         self.heard: list[Any] = []

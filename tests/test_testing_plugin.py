@@ -1,4 +1,4 @@
-"""The plugin seen from outside: pytest is started as an author of another implementation starts it."""
+"""Test the plugin from outside: start pytest as an author of another implementation would."""
 
 import subprocess
 import sys
@@ -46,7 +46,7 @@ class Crashing(Small):
 
 @pytest.fixture
 def run(pytester: pytest.Pytester):
-    """Run the laws against a backend of `ADAPTERS`."""
+    """Run the laws on a backend of `ADAPTERS`."""
     pytester.makepyfile(adapters=ADAPTERS)
     pytester.syspathinsert()
 

@@ -1,4 +1,4 @@
-"""The tokenizer of the tiny model: round trips over all of Unicode, Gemma's conventions, refusals, streaming."""
+"""Test the tiny model's tokenizer: round trips over all of Unicode, Gemma's conventions, errors, streaming."""
 
 import json
 from importlib.resources import files
@@ -543,7 +543,7 @@ def test_wrong_types_are_refused(method: str, argument: object, problem: str) ->
 
 
 def train(folder: Path, **changes: Any) -> Path:
-    """Train a model of a few dozen pieces with Gemma's conventions but for `changes`; its file."""
+    """Train a model of a few dozen pieces with Gemma's conventions except `changes`; return the file."""
     options: dict[str, Any] = dict(model_type="bpe", vocab_size=40, minloglevel=2, hard_vocab_limit=False)
     options |= dict(pad_id=0, eos_id=1, bos_id=2, unk_id=3)
     options |= dict(pad_piece="<pad>", eos_piece="<eos>", bos_piece="<bos>", unk_piece="<unk>")
@@ -578,7 +578,7 @@ def test_a_model_of_other_conventions_is_refused(tmp_path: Path, changes: dict[s
 
 
 def folder_with(folder: Path, **config: Any) -> Path:
-    """A folder with the tiny model and this tokenizer_config.json."""
+    """Make a folder with the tiny model and this tokenizer_config.json."""
     (folder / "tokenizer.model").write_bytes(MODEL_FILE.read_bytes())
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder

@@ -1,4 +1,4 @@
-"""The programs of tools/ that count: on small examples whose counts are seen by eye."""
+"""Test the programs of tools/ that count, on small examples that can be counted by eye."""
 
 import ast
 from pathlib import Path

@@ -1,5 +1,5 @@
-"""Training: ten steps recorded from PyTorch, arithmetic, accumulation, recomputation, rows, adapters, checkpoints.
-The recording is from ``golden/training.py``; more comparisons are in ``tests/parity/test_training_parity.py``."""
+"""Test training: ten steps recorded from PyTorch, arithmetic, accumulation, recomputation, rows, adapters, checkpoints.
+The recording is from ``golden/training.py``; ``tests/parity/test_training_parity.py`` has more comparisons."""
 
 import json
 import math
@@ -146,7 +146,7 @@ def test_schedules(kind: str, rates: list[float]) -> None:
 
 
 def padded(rows: list[Any]) -> tuple[Any, Any, Any]:
-    """The same rows in one batch: ids, mask, labels."""
+    """Return the same rows in one batch: ids, mask, labels."""
     width = max(map(len, rows))
     ids = np.array([np.pad(row, (0, width - len(row))) for row in rows])
     mask = np.array([np.arange(width) < len(row) for row in rows]).astype(int)
@@ -274,7 +274,7 @@ def test_every_row_comes_once_a_pass_in_another_order() -> None:
 
 @pytest.mark.parametrize(
     ("content", "problem"),
-    [(b"", "is empty"), (b" \n", "is empty"), (b"a\0b", "NUL at character 1"), (b"\xff\xfe", "not a text in UTF-8")],
+    [(b"", "is empty"), (b" \n", "is empty"), (b"a\0b", "character 1 is NUL"), (b"\xff\xfe", "byte 0 is not UTF-8")],
 )
 def test_what_is_no_text(content: bytes, problem: str, tmp_path: Path) -> None:
     (tmp_path / "text").write_bytes(content)

@@ -1,4 +1,4 @@
-"""The command `train`: the folder it writes, runs that are killed and resumed, and one line for what cannot be."""
+"""Test the command `train`: its folder, runs that are killed and resumed, and one-line errors."""
 
 import json
 import os
@@ -196,11 +196,11 @@ def test_a_run_is_resumed_only_as_it_was(
     (tmp_path / "other").write_text(TEXT.replace("wood", "town"))
     refused = {
         "is not empty; give an empty folder, or continue it with --resume": command,
-        "its learning_rate was 0.0005, not 0.1": [*command, "--resume", "--learning-rate", "0.1"],
-        "its max_steps was 3, not 4": [*command[:-3], "4", "--resume"],
-        "its text was": ["train", str(tmp_path / "other"), *command[2:], "--resume"],
-        "its model was": [*command, "--resume", "--dtype", "float64"],
-        "its lora was None": [*command, "--resume", "--lora-r", "2"],
+        "learning_rate was 0.0005, not 0.1": [*command, "--resume", "--learning-rate", "0.1"],
+        "max_steps was 3, not 4": [*command[:-3], "4", "--resume"],
+        "text was": ["train", str(tmp_path / "other"), *command[2:], "--resume"],
+        "model was": [*command, "--resume", "--dtype", "float64"],
+        "lora was None": [*command, "--resume", "--lora-r", "2"],
     }
     for said, arguments in refused.items():
         assert main(arguments) == MISUSE

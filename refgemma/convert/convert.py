@@ -282,8 +282,8 @@ def _count_tensor_rows(path: Path, table: Stored | None, config: Gemma2Config) -
     rows = table.shape[0] if table is not None and table.shape else config.vocab_size
     if not _is_padded(rows, config):
         raise CheckpointError(
-            f"{path}: the embedding has {rows} rows; it must have {config.vocab_size}, as the vocabulary, or "
-            f"the next multiple of {PADDING}: give the config.json of this checkpoint"
+            f"{path}: the embedding has {rows} rows; it must have {config.vocab_size} (vocab_size) or "
+            f"the next multiple of {PADDING}; give the config.json of this checkpoint"
         )
     return rows
 

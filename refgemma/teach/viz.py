@@ -295,7 +295,7 @@ def cap_curves(caps: Sequence[float] = (50.0, 30.0), reach: float = 150.0, axes:
     Examples
     --------
     >>> [line.get_label() for line in cap_curves([50.0]).lines]
-    ['no cap', 'cut off at 50', 'soft cap 50']
+    ['no cap', 'clipped at 50', 'soft cap 50']
     """
     x = np.linspace(-reach, reach, 601)
     axes = axes or new_axes()

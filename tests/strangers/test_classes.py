@@ -449,7 +449,7 @@ def test_load_state_dict(model: Any) -> None:
     fresh.model.norm.weight[:] = 0
     assert (fresh(IDS).logits != model(IDS).logits).any()  # the tensors were copied
     for name in ("model.norm.weight", "lm_head.weight"):  # a tied head, too, as in torch
-        with pytest.raises(CheckpointError, match=f"lacks {name!r}; strict=False"):
+        with pytest.raises(CheckpointError, match=f"lacks {name!r}; add it, or use strict=False"):
             fresh.load_state_dict({k: x for k, x in model.state_dict().items() if k != name})
     with pytest.raises(CheckpointError, match=r"lacks 'model\.norm\.weight'"):
         fresh.load_state_dict({k: x for k, x in model.state_dict().items() if k != "model.norm.weight"})

@@ -114,7 +114,7 @@ def test_what_is_too_much_to_try_is_said(monkeypatch: pytest.MonkeyPatch, model:
     edit, _, _ = MISPLACED[0]
     found = report(run(model, edit(list(model.weights.layers))), model, ("logits",))
     assert found.findings[0].named == "UNKNOWN"
-    assert any("not all tried" in remark for remark in found.remarks)
+    assert any("only partly tried" in remark for remark in found.remarks)
 
 
 # --- rotary frequencies -----------------------------------------------------------------------------------------------

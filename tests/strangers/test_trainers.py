@@ -177,7 +177,7 @@ BAD = {
     "a label beyond the vocabulary": (changed("labels", np.full((2, 14), 97)), "labels[0, 0] is 97; it must be -100"),
     "a label after padding": (first_label, "is predicted from padding"),
     "packed": (
-        lambda tensors: changed("attention_mask", None)(changed("position_ids", PACKED)(tensors)), "the rows are packed texts"
+        lambda tensors: changed("attention_mask", None)(changed("position_ids", PACKED)(tensors)), "are packed texts"
     ),
 }  # fmt: skip
 
