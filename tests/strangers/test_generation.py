@@ -153,7 +153,10 @@ def test_what_changes_no_token_is_taken_in_silence(settings: dict[str, Any]) -> 
             {"custom_generate": "me/repo"},
             "custom_generate = 'me/repo' is not supported; refgemma runs no code from a repository",
         ),
-        ({"num_beam_groups": 2, "num_beams": 4}, "num_beam_groups = 2 is not supported; transformers 5 implements it by"),
+        (
+            {"num_beam_groups": 2, "num_beams": 4},
+            "num_beam_groups = 2 is not supported; transformers 5 implements it by",
+        ),
         ({"cache_implementation": "quantized"}, "refgemma has no quantized cache, which gives other numbers"),
         ({"stop_strings": "x"}, "stop_strings need the model's tokenizer"),
         ({"stop_strings": [""], "tokenizer": TOKENIZER}, "stop_strings is .*; it must be a nonempty text"),
