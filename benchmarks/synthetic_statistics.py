@@ -2,7 +2,7 @@
 
     python benchmarks/synthetic_statistics.py 9b [--json]
 
-The definition computes in float32, one layer at a time. The weights are random (untrained); the statistics show that
+The definition computes in float32, one layer at a time. The weights are random (untrained). The statistics show that
 every part of the model has an effect: the caps change scores and logits, attention is neither even nor on one token.
 """
 

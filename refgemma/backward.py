@@ -562,8 +562,8 @@ def sequence_classification_loss_backward(
 ) -> Float[np.ndarray, "batch labels"]:
     """Return the gradient of the logits of `sequence_classification_loss`, for all three problem types.
 
-    For a half-precision model, PyTorch computes this loss in half precision, and autograd rounds more often; here the
-    gradient is computed in float32 and rounded once. Source: transformers ``ForSequenceClassificationLoss``.
+    For a half-precision model, PyTorch computes this loss in half precision, and autograd rounds more often. refgemma
+    computes the gradient in float32 and rounds once. Source: transformers ``ForSequenceClassificationLoss``.
 
     Examples
     --------

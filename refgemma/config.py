@@ -24,8 +24,8 @@ from refgemma.hub import find_model
 SLIDING = "sliding_attention"
 FULL = "full_attention"
 
-# A config.json must have these. Sizes have no sensible default, and the default of the query scalar differs between the
-# documentation (224) and transformers (256): a missing key would silently give another model.
+# A config.json must have these fields; defaults would silently give another model. Sizes have no sensible default, and
+# the query scalar has two: 224 in the documentation, 256 in transformers.
 REQUIRED = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "query_pre_attn_scalar",

@@ -1,5 +1,6 @@
-"""Extract the names that the Transformers documentation page of Gemma 2 documents, by section: parameters with their
-defaults, returned fields, and names that its examples call.
+"""Extract the names from the Transformers documentation page of Gemma 2.
+
+The names, by section, are parameters with their defaults, returned fields, and names that the examples call.
 
 The first command writes `tests/documentation_page.json` from the page, the second ``docs/documentation-page.md`` from
 that:
@@ -82,8 +83,8 @@ def names_of(page: str) -> dict[str, dict[str, str | None]]:
     return found
 
 
-# Names that code for transformers uses beyond the names on the page: the page refers to them ("resizing the input
-# embeddings", "the generic methods"), or they belong to the same calls.
+# More names that code for transformers uses. The page only mentions these features ("resizing the input embeddings",
+# "the generic methods"), or the names belong to the same calls.
 STRANGERS = "tests/strangers/test_classes.py"
 BESIDE = {
     "AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, "

@@ -7,10 +7,14 @@ process is left after five seconds. Running the same command again does its work
 output. The table counts attempts that stopped a command, and attempts that came too late. Each fault is printed above
 the table and makes the exit code 1.
 
-Ways: SIGINT, SIGTERM and SIGKILL after the command has installed its handlers (before that, Python itself answers); a
-limit on file lengths, as on a full disk (RLIMIT_FSIZE); a full disk (a small tmpfs, only as root); a folder without
-write permission (chmod, and chattr +i as root); the same command twice at once; an output that cannot be printed
-(/dev/full).
+The ways of stopping a command are:
+
+- SIGINT, SIGTERM and SIGKILL after the command has installed its handlers (before that, Python itself answers);
+- a limit on file lengths, as on a full disk (RLIMIT_FSIZE);
+- a full disk (a small tmpfs, only as root);
+- a folder without write permission (chmod, and chattr +i as root);
+- the same command twice at once;
+- an output that cannot be printed (/dev/full).
 """
 
 import argparse

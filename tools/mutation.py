@@ -1,5 +1,7 @@
-"""Test the core by mutation with mutmut: every small change of the code must fail a test, or
-``mutation_survivors.toml`` must explain why the change has no effect.
+"""Test the core by mutation with mutmut.
+
+Every small change of the code must fail a test, or ``mutation_survivors.toml`` must explain why the change has no
+effect.
 
     pip install -e ".[mutation]"
     python tools/mutation.py [MODULE ...]          run, write tools/mutation_results.json and the table in
@@ -73,7 +75,7 @@ def fast_tests() -> dict[str, tuple[str, ...]]:
 
 
 FAST_TESTS = fast_tests()
-# Tests to leave out, by a part of their name: they are slow and find nothing that other tests miss, or they concern the
+# Tests to leave out, by a part of their name. Some are slow and find nothing that other tests miss. Others concern the
 # folder golden/, which has other contents in the copy.
 NOT_ASKED = (
     "[tiny-", "-decode-", "bends-right-padded", "bends-chunked-bf16", "global-first-forward-bf16", "numpy_errs",

@@ -117,8 +117,8 @@ class Rules:
 class Beams:
     """The state of a search after some steps, best beams first.
 
-    `origins` has, for each new token, the row of the previous step that the token continued, counted through the batch;
-    it is -1 after the end of a text.
+    `origins` has, for each new token, the row of the previous step that the token continued. Rows are numbered through
+    the whole batch. After the end of a text, the number is -1.
     """
 
     running: Int[np.ndarray, "batch beams length"]

@@ -85,8 +85,7 @@ def _is_decay(value: Any) -> bool:
     return isinstance(value, tuple) and len(value) == 2 and _is_whole(value[0], 0) and _is_finite(value[1])
 
 
-# Unsupported setting of transformers -> the values without effect in transformers, and the remedy for other values.
-# transformers itself runs some settings with code that it downloads from a repository.
+# Unsupported setting of transformers -> its values without effect in transformers, and the remedy for other values.
 MOVED_AWAY = "transformers 5 implements it by code from a repository, which refgemma does not run; leave it out"
 ELSEWHERE = "leave it out, or generate with transformers"
 NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {

@@ -33,8 +33,8 @@ def label_losses(
 ) -> Float[np.ndarray, "batch seq"]:
     """Return ``-log p(label)`` of each label in nats, computed in float64 from the normed hidden states.
 
-    This is ``log(sum(exp(logits))) - logits[label]``. The sum uses one piece of the head at a time, because all logits
-    of a long text with 256000 tokens in the vocabulary would not fit into memory.
+    This is ``log(sum(exp(logits))) - logits[label]``. The sum uses one piece of the head at a time: with a
+    vocabulary of 256000 tokens, all logits of a long text would not fit into memory.
 
     Examples
     --------

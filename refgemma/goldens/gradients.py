@@ -104,10 +104,10 @@ def verify_gradients(name: str, dtype: str) -> Iterator[Comparison]:
 def verify_activations(dtype: str) -> Iterator[Comparison]:
     """Compare the gradient of each activation with its recording, on the recorded numbers.
 
-    The tolerance is eight roundings of the result and of `grad`, because a derivative is near 1, or the small
-    difference of two terms of that size. For the tanh forms of GELU it includes the term ``x (1 - t**2) du/dx / 2``,
-    which multiplies the errors of ``t``; for `silu` and `quick_gelu`, the term ``x s (1 - s)``. bfloat16 adds one ulp
-    of the result or, if a function has several kernels, of all these terms.
+    The tolerance is eight roundings of the result and of `grad`: a derivative is near 1, or is the small difference of
+    two terms near 1. Some functions add the term that multiplies the errors of an inner function. This term is
+    ``x (1 - t**2) du/dx / 2`` for the tanh forms of GELU, and ``x s (1 - s)`` for `silu` and `quick_gelu`. bfloat16
+    adds one ulp of the result. If a function has several kernels, bfloat16 adds one ulp of all these terms instead.
 
     Examples
     --------

@@ -22,8 +22,8 @@ RMS_OF_BYTES = np.sqrt((2**16 - 1) / 12 + 1 / 4)  # root mean square of a unifor
 def sketch(x: Array) -> npt.NDArray[np.float64]:
     """Compute the sketch of a tensor, in float64.
 
-    Projections are sums of all elements times random bytes, scaled so that independent errors of size e in the elements
-    give an error of size e in each projection, as in each sampled element.
+    A projection is a sum of all elements times random bytes. The scale makes projections and sampled elements
+    comparable: independent errors of size e in the elements give an error of size e in each projection.
 
     Examples
     --------

@@ -548,7 +548,7 @@ class Gemma2Model(Gemma2PreTrainedModel):
             two masks with four axes.
         position_ids : int array (batch, seq), optional
             The positions for the rotary angles. By default each token's place in its row, including padding. As in
-            transformers, a call without a mask and with ``use_cache=False`` separates packed texts: a new text begins
+            transformers, a call without a mask and with ``use_cache=False`` separates packed texts. A new text begins
             wherever the position does not increase by one. With a cache, each token sees all earlier tokens.
         past_key_values : Cache, DynamicCache, StaticCache or tuple of pairs (keys, values), optional
             The cache from an earlier call. A `DynamicCache` or `StaticCache` may be empty; it is filled in place and
@@ -876,9 +876,9 @@ class Gemma2ForCausalLM(_WithHead):
         use_cache, output_attentions, output_hidden_states, return_dict, cache_position, cache
             As in `Gemma2Model.forward`.
         logits_to_keep : int or array
-            The tokens whose logits are computed: the last n (0 means all), the places in an int array ``(kept,)`` or
-            ``(batch, kept)``, or the true places of a bool array ``(batch, seq)``, which gives logits ``(tokens,
-            vocab)``.
+            The tokens whose logits are computed. A number n means the last n tokens, and 0 all. An int array
+            ``(kept,)`` or ``(batch, kept)`` gives places. A bool array ``(batch, seq)`` is true for these tokens, and
+            the logits then have the shape ``(tokens, vocab)``.
         num_items_in_batch, ignore_index, shift_labels : optional
             See `refgemma.heads.causal_lm_loss`; used only with `labels`.
         **ignored

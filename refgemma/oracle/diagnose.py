@@ -47,7 +47,7 @@ BUG_FACTOR, BUG_FLOOR = 4.0, 16 * 2.0**-24
 # error; below the second, the bug is present in addition to quantisation.
 CLOSE, MUCH_CLOSER = 0.5, 1 / 3
 TRIED = 4  # number of closest bugs to combine with each way of rounding
-# Computing a part in half precision changes a tensor by at most this share; bfloat16 rounds by at most 0.004.
+# Limit of the change from computing a part in half precision, relative to the tensor; bfloat16 rounds by 0.004 or less.
 PART_LIMIT = 0.25
 # Limit of multiplications per finding for trying exchanged weights; takes 1 to 2 s.
 MULTIPLICATIONS = 2e9

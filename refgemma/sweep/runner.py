@@ -1,7 +1,7 @@
 """Run many checks in processes of this machine or on the workers of a Dask cluster.
 
-Checked in the tests: the report is the same byte for byte with one worker, two workers and a cluster, a killed worker
-loses nothing, and finished jobs are not computed again.
+Checked in the tests: one worker, two workers and a cluster write the same report, byte for byte. A killed worker loses
+nothing, and finished jobs are not computed again.
 
 The result of a job is stored under its key, in a file that appears complete or not at all. So an interrupted sweep
 continues where it stopped, and a job whose input or program has changed is computed again.
@@ -151,8 +151,8 @@ def submit(job: Job, workers: Executor) -> Future[Done]:
 def run_jobs(jobs: Sequence[Job], pool: Pool, width: int) -> Iterator[tuple[Job, Done]]:
     """Yield each job with its result as soon as it is finished.
 
-    If a worker dies, the running jobs are repeated in a new pool, one at a time, to find the job that killed it without
-    affecting the others. At most `width` jobs run at once.
+    If a worker dies, the running jobs are repeated in a new pool, one at a time. This finds the job that killed the
+    worker, without affecting the others. At most `width` jobs run at once.
     """
     waiting, suspects = deque(jobs), list[Job]()
     while waiting:

@@ -7,7 +7,7 @@ The program is started once. Each line of its standard input is the path of a fo
 Other printed lines are ignored. The program must end when its input ends.
 
 A request
-    Metadata: ``ask``, which is ``capabilities`` or ``forward``; for a forward pass also ``folder``, ``dtype``, and
+    Metadata: ``ask``, which is ``capabilities`` or ``forward``. A forward pass also has ``folder``, ``dtype`` and
     ``tensors``: the requested names separated by spaces, with ``*`` for any text. Tensors: ``input_ids``, and
     optionally ``attention_mask`` and ``position_ids``, all int64; and every ``cache.*`` of an earlier answer,
     unchanged.

@@ -175,7 +175,7 @@ class Tokenizer:
     -----
     **Special tokens in a text.** If a text contains ``"<end_of_turn>"`` or ``"<bos>"`` letter by letter, the tokenizer
     gives the id that ends a turn or begins a text, as in transformers. The author of one part of a prompt can therefore
-    end their turn and speak as the model, and the model cannot distinguish this forged conversation from a real one.
+    end their turn and speak as the model. The model cannot distinguish this forged conversation from a real one.
     For untrusted text use ``split_special_tokens=True``, or in a chat ``sanitize_control_tokens=True``. Then the text
     gives none of `all_special_ids`, and decoding restores the text. The exception is an ordinary piece that was
     declared special. Pieces that only look like markup, such as Gemma's ``<b>`` and ``<unused7>``, are still matched,

@@ -4,9 +4,9 @@ Checked in tests/parity: every tensor is captured, and ``refgemma check`` report
 and cached.
 
 Hooks capture module outputs. Wrapping the rotation captures rotated queries and keys. Watching the torch calls of the
-attention function captures scores, capped scores and attention weights; a function that computes no scores, such as
-sdpa, gives none. The model does not change, and every hook is removed at the end. torch is imported only when a model
-is captured.
+attention function captures scores, capped scores and attention weights. A function that computes no scores, such as
+sdpa, gives none of these. The model does not change, and every hook is removed at the end. torch is imported
+only when a model is captured.
 """
 
 from __future__ import annotations
@@ -161,8 +161,8 @@ def capture_transformers(
     calls : sequence of int, optional
         Number of tokens of each call, for successive calls with a cache; by default, one call.
     backward : bool
-        If true, also compute the backward pass from the loss, in a single call, and add the labels and the gradient of
-        each tensor and weight, named ``grads.`` and its name. The parameters' own ``grad`` does not change.
+        If true, also compute the backward pass from the loss, in a single call. The trace then has the labels, and the
+        gradient of each tensor and weight, named ``grads.`` and its name. The parameters' own ``grad`` does not change.
     labels : array (batch, seq), optional
         Labels for the loss. By default the tokens, except padding and tokens that follow only padding.
     **named

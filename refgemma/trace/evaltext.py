@@ -1,9 +1,9 @@
 """Read the output of llama.cpp's ``llama-eval-callback`` as tensors. Checked in the tests on a recorded run of
 llama.cpp.
 
-Each operation prints a line ``name = (type) OP(...) = {ne0, ne1, ne2, ne3}``, then the numbers in brackets with four
-decimals, but only the first three and the last three along each axis. So most numbers of a tensor are unknown, and the
-known numbers are accurate to half a unit of the fourth decimal. Programs built since January 2026 print the tokens
+Each operation prints a line ``name = (type) OP(...) = {ne0, ne1, ne2, ne3}``, then numbers in brackets with four
+decimals: the first three and the last three along each axis. So most numbers of a tensor are unknown, and the known
+numbers are accurate to half a unit of the fourth decimal. Programs built since January 2026 print the tokens
 after ``number of input tokens``; otherwise the user passes the tokens.
 """
 

@@ -3,10 +3,10 @@
 The field `run_on` of each map names the real output with which the map was tested.
 
 A map is a list of rules. A rule has a ``pattern``, which is a name in the other implementation (``{layer}`` stands for
-a number), and the ``tensor`` in refgemma. If needed, it has the ``layout`` of the axes in einops's notation, the number
-among several tensors of the same name (``occurrence``, from 0), the ``part`` of a joint tensor, and ``last`` if the
-tensor may have only the last row. Names under ``ignored`` are known but not needed, with the reason. All other names
-are reported as unknown; refgemma does not guess.
+a number), and the ``tensor`` in refgemma. Optional keys are ``layout``, the axes in einops's notation; ``occurrence``,
+the number (from 0) among several tensors of the same name; ``part``, the part of a joint tensor; and ``last``, true if
+the tensor may have only the last row. Names under ``ignored`` are known but not needed, with the reason. All other
+names are reported as unknown; refgemma does not guess.
 """
 
 import re

@@ -130,8 +130,8 @@ def accumulate_gradients(
     """Return the mean loss over all tokens of a batch, and its gradients.
 
     Each row is computed alone, so that rows of different lengths need no padding. The loss is divided by the number of
-    tokens of the whole batch. A mean over the rows' means would give a token in a short row more weight than a token in
-    a long row; trainers had this bug until 2024 (transformers #34191).
+    tokens of the whole batch. A mean over the rows' means would give a token more weight in a short row than in a long
+    row. Trainers had this bug until 2024 (transformers #34191).
 
     Rows are computed in several threads, but added in order. So the result does not depend, in any bit, on the number
     of threads or on how a batch is cut into micro-batches.

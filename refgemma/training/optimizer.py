@@ -52,10 +52,10 @@ def fused_multiply_add(
 ) -> Float[np.ndarray, "*shape"]:
     """Compute ``a * b + c`` with one rounding, as processors and PyTorch's vectorised kernels do.
 
-    The product of two float32 numbers is exact in float64. In float64, the product of two numbers is computed as the
-    exact sum of two numbers, and so is a sum; then the four parts are added, the smallest first. Both give the
-    correctly rounded result, unless the exact result is within ``2**-29`` (float32) or ``2**-50`` (float64) of an ulp
-    of the midpoint between two numbers.
+    The product of two float32 numbers is exact in float64. In float64, a product or sum of two numbers is computed as
+    the exact sum of two numbers. Then the four parts are added, the smallest first. The result is correctly rounded,
+    unless the exact result is too close to the midpoint between two numbers: within ``2**-29`` (float32) or ``2**-50``
+    (float64) of an ulp.
 
     Examples
     --------

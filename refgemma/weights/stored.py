@@ -87,8 +87,9 @@ class Stored:
     def map(self, keep: bool = False) -> Array:
         """Memory-map the tensor in the file's dtype, read-only; no data is read yet.
 
-        With `keep`, this object keeps the map and returns it again: mapping a layer of a 9B takes a sixth of the time
-        to decode a token. The pages belong to the file, so the system can reclaim them when memory is short.
+        With `keep`, this object keeps the map and returns it again. Without `keep`, mapping each layer of a 9B again
+        takes a sixth of the time to decode a token. The pages belong to the file, so the system can reclaim them when
+        memory is short.
         """
         try:
             found = self.file.stat().st_size

@@ -1,5 +1,7 @@
-"""Fuzz everything that reads other people's files: damaged or invented contents give the documented error, or are read,
-but never give another exception, a crash, endless waiting or excessive memory.
+"""Fuzz everything that reads other people's files.
+
+Damaged or invented contents must be read or give the documented error. Any other exception, a crash, endless waiting
+or excessive memory is a fault.
 
     pip install -e ".[test]" "atheris>=3"
     python -m tools.fuzz.readers NAME [-max_total_time=120 ...]      coverage-guided, with libFuzzer's options
