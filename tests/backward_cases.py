@@ -169,8 +169,8 @@ def directions(inputs: list[Any], rng: np.random.Generator) -> Iterator[list[Any
 def check_differences(operation: Operation, seed: int) -> None:
     """Compare a gradient with central differences, element by element.
 
-    A difference over a step h has the error ``h**2 f''' / 6``; three times the distance to the difference over 2 h
-    (whose error is four times larger) bounds it. The rounding of f adds 64 roundings of its size, divided by h.
+    A difference over a step h has the error ``h**2 f''' / 6``, and over 2 h four times this error. So three times the
+    distance between both differences bounds the error. Rounding of f adds 64 roundings of its size, divided by h.
     """
     rng = np.random.default_rng(seed)
     inputs = operation.draw(rng)

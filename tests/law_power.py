@@ -6,8 +6,8 @@
     python tests/law_power.py --laws LAW ...   do the same for some laws
     python tests/law_power.py --tables         write only the tables
 
-A bug is from the oracle's catalogue (`refgemma.oracle.known_bugs`, computed operation by operation), from
-``test_mistakes.py`` (in refgemma's own code), or from this file, for laws on behaviour that those cannot change.
+Bugs come from three places: the oracle's catalogue (`refgemma.oracle.known_bugs`, computed operation by operation),
+``test_mistakes.py`` (in refgemma's own code), and this file, for laws on behaviour that the others cannot change.
 ``test_law_power.py`` checks for each law that it still finds the first bug in its row.
 """
 

@@ -1,4 +1,4 @@
-"""Test the gradient of every operation by central differences and by the adjoint test, in each precision, and the
+"""Test the gradient of every operation by central differences and by the adjoint test, in each precision. Test the
 gradients of the whole model by differences of its loss."""
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Compare with gradients that PyTorch autograd recorded, in three precisions; and check that a recording and a law find
+"""Compare with gradients that PyTorch autograd recorded, in three precisions. Check that a recording and a law find
 derivatives that are missing or wrong by a factor."""
 
 import json

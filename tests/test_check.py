@@ -1,5 +1,5 @@
-"""Test refgemma check on PyTorch's recordings: unchanged, there is no finding; with another model, the difference is
-found at the right tensor and by the right name."""
+"""Test refgemma check on PyTorch's recordings. With the same model, there is no finding. With another model, the report
+gives the right tensor and the right name of the difference."""
 
 import json
 from collections.abc import Mapping

@@ -1,8 +1,8 @@
 """Check that three independent witnesses detect a defect planted in the engine itself.
 
-The engine must not be its own judge. PyTorch's recordings, known bugs in PyTorch, and fifty-digit arithmetic must
-detect three defects: a bound that is 1000 times too wide, an operation that copies its input, and a judge that always
-passes. The witness that needs PyTorch is in ``tests/parity``.
+The engine must not be its own judge. The witnesses are PyTorch's recordings, known bugs in PyTorch, and fifty-digit
+arithmetic. They must detect three defects: a bound that is 1000 times too wide, an operation that copies its input, and
+a judge that always passes. The witness that needs PyTorch is in ``tests/parity``.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,5 +1,5 @@
-"""Test estimates of a candidate's numbers and the location of its errors, on runs with a changed number or some changed
-elements, which `refgemma check` must identify."""
+"""Test estimates of a candidate's numbers and the location of its errors. `refgemma check` must identify the changed
+number or the changed elements of each run."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace

@@ -1,5 +1,5 @@
-"""Test the explorer's page without a browser: its numbers equal the trace's, it is one small file, and refers to
-nothing outside. tests/browser tests it in a browser."""
+"""Test the explorer's page without a browser: its numbers equal the trace's, and the page is one small file without
+external references. tests/browser tests the page in a browser."""
 
 import base64
 import json

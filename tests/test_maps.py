@@ -1,6 +1,6 @@
-"""Test name maps and importers on output of llama.cpp, MLX-LM and TransformerLens for the conformance checkpoint
-(tests/recorded; made by golden/conformance_gguf.py, mlx_port.py and transformer_lens_port.py), and on files that fit no
-map."""
+"""Test name maps and importers on output of llama.cpp, MLX-LM and TransformerLens for the conformance checkpoint, and
+on files that fit no map. golden/conformance_gguf.py, mlx_port.py and transformer_lens_port.py wrote the output to
+tests/recorded."""
 
 import gzip
 import json

@@ -1,5 +1,5 @@
-"""Compare weights and tokens with the checkpoint's: copies of the conformance checkpoint and texts of the tiny model,
-each wrong in one known way, made here with NumPy alone."""
+"""Compare weights and tokens with the checkpoint's. The cases are copies of the conformance checkpoint and texts of the
+tiny model, each wrong in one known way, made here with NumPy alone."""
 
 import json
 from collections.abc import Callable

@@ -1,5 +1,5 @@
-"""Test a program as a backend: one that answers correctly passes the laws; one that crashes, hangs or answers junk
-gives a one-sentence error and is never waited for."""
+"""Test a program as a backend: a program that answers correctly passes the laws. A program that crashes, hangs or
+answers junk gives a one-sentence error, and nothing waits for it."""
 
 import sys
 import time

@@ -1,5 +1,5 @@
-"""Check published outputs of the released checkpoints for consistency, without weights; and compare them with
-refgemma's results if ``REFGEMMA_CHECKPOINTS`` names a folder with ``gemma-2-9b`` and so on."""
+"""Check published outputs of the released checkpoints for consistency, without weights. If ``REFGEMMA_CHECKPOINTS``
+names a folder with ``gemma-2-9b`` and so on, also compare refgemma's results with them."""
 
 import itertools
 import math

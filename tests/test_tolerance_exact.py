@@ -1,6 +1,6 @@
-"""Test the bounds against fifty digits, and against float32 in all orders and ways that a conforming port may use: they
-are never exceeded, and are at most 1000 times the largest observed error. The float64 references are correct to nine
-digits of the bound.
+"""Test the bounds against fifty digits, and against float32 in all orders and ways that a conforming port may use. No
+error exceeds its bound, and each bound is at most 1000 times the largest observed error. The float64 references are
+correct to nine digits of the bound.
 """
 
 from collections.abc import Callable, Iterator

@@ -112,8 +112,8 @@ def distance(ours: Any, theirs: Any, exact: Any, moved: Callable[[], list[Any]] 
     """Return the distance of float32 results; 1 means 5e-6 of the largest, which was asked for.
 
     A model of width 3 may be worse conditioned. Then the limit is the rounding error of our own result, measured
-    against float64, or, because the errors of one run may cancel, the change that `moved` gives: results of `nudged`
-    models.
+    against float64. The errors of one run may cancel, so the change in the results of `nudged` models (`moved`) is
+    also a limit.
     """
     if ours.size == 0:
         return 0.0

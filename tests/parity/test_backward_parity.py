@@ -112,10 +112,10 @@ def here(name: str, scene: dict[str, Any], tensors: Any, labels: Any, dtype: str
 @given(scene=scenes())
 @settings(max_examples=10, phases=[Phase.generate])
 def test_random_configurations(name: str, scene: dict[str, Any]) -> None:
-    """In float32 within eight times PyTorch's rounding error, which its own float64 shows.
+    """In float32, the limit is eight times PyTorch's rounding error, which its own float64 shows.
 
-    In float64, within ``2**-29`` of that, the ratio of the roundoffs. A gradient may be the sum of terms that cancel,
-    of equal tokens for instance: so two roundings on either side of the largest gradient of the run are added.
+    In float64, the limit is ``2**-29`` times as large, the ratio of the roundoffs. A gradient may be a sum of terms
+    that cancel, for example of equal tokens. So two roundings on either side of the run's largest gradient are added.
     """
     rng = np.random.default_rng(scene["seed"])
     labels = scene["labels"]

@@ -1,5 +1,5 @@
-"""Test every name of the Transformers documentation page of Gemma 2: set to a value that matters, both libraries agree,
-and the result differs from the result without it. (Mixtures are in `test_modeling_parity.py`.)"""
+"""Test every name of the Transformers documentation page of Gemma 2, set to a value that has an effect. Both libraries
+agree, and the result differs from the result without the name. (Mixtures are in `test_modeling_parity.py`.)"""
 
 import inspect
 import json

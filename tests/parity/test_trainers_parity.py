@@ -1,4 +1,4 @@
-"""Compare with transformers: gradients of the correct model conform, and each known bug of trainers, introduced into
+"""Compare with transformers: gradients of the correct model conform. Each known bug of trainers, introduced into
 PyTorch, is named from a whole trace and from the gradients of the weights alone."""
 
 import types

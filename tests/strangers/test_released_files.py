@@ -1,5 +1,5 @@
-"""Identify the release of a folder. Lengths and hashes of Google's files, published by others, are reproduced by our
-own writer without a weight; a folder is compared with them file by file.
+"""Identify the release of a folder, by comparing its files with published lengths and hashes of Google's files. Our own
+writer reproduces these lengths and hashes without a weight.
 
 The expected values are those of ``golden/released/files.json``; *proven* and *pin* values were not computed here."""
 

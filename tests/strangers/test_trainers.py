@@ -1,7 +1,7 @@
 """Check gradients in other people's traces: correct ones conform, bugs are named, and bad files give errors.
 
-`gradients-conformance.npz` was recorded from transformers 5.23.0 with torch 2.13.0 (eager, float32): the gradients of
-the conformance checkpoint's weights, on two rows of 14 tokens; the second row is padded.
+`gradients-conformance.npz` was recorded from transformers 5.23.0 with torch 2.13.0 (eager, float32). It has the
+gradients of the conformance checkpoint's weights, on two rows of 14 tokens; the second row is padded.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """Test values of a wrong type and impossible sizes in each file of a model: a one-line error quotes the value before
-memory is used. transformers 5.23 also refuses such values of a configuration (StrictDataclass...Error), and tokenizers
-0.23 such flags of a token (TypeError); in a generation_config.json transformers accepts a word as true."""
+memory is used. transformers 5.23 also refuses such values of a configuration (StrictDataclass...Error). tokenizers 0.23
+refuses such flags of a token (TypeError). In a generation_config.json, transformers accepts a word as true."""
 
 import json
 import re
