@@ -119,7 +119,7 @@ def relu_backward(grad: Float[np.ndarray, "*shape"], x: Float[np.ndarray, "*shap
 def relu2_backward(grad: Float[np.ndarray, "*shape"], x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
     """Return the gradient of `relu2`: ``grad * 2 max(x, 0)``.
 
-    One rounding in half precision. Source: transformers ``ReLUSquaredActivation``.
+    Half precision rounds once. Source: transformers ``ReLUSquaredActivation``.
 
     Examples
     --------
@@ -147,7 +147,7 @@ def leaky_relu_backward(
 ) -> Float[np.ndarray, "*shape"]:
     """Return the gradient of `leaky_relu`: `grad` where ``x > 0``, else ``grad / 100``.
 
-    One rounding in half precision. Source: ``torch.nn.functional.leaky_relu``.
+    Half precision rounds once. Source: ``torch.nn.functional.leaky_relu``.
 
     Examples
     --------

@@ -406,7 +406,7 @@ def embed_backward(
     """Return the gradient of the table of `embed`: for each row, ``sqrt(hidden)`` times the sum over its tokens.
 
     ``y[t] = table[id[t]] * sqrt(hidden)``: a row is used by all tokens with its id. The row of the token `padding` gets
-    no gradient, because PyTorch's embedding does not train its ``padding_idx``; through a tied head it still gets one.
+    no gradient, because PyTorch's embedding does not train its ``padding_idx``; a tied head still gives it a gradient.
 
     In half precision each product rounds, and so does each sum, in the order of the tokens. To keep this order, the
     first tokens of all ids are added at once, then all second tokens, and so on. Source: transformers
@@ -531,7 +531,7 @@ def mean_squared_error_backward(
 ) -> Float[np.ndarray, "*shape"]:
     """Return the gradient of the values of `mean_squared_error`: ``2 (value - label) / n``.
 
-    Computed in at least float32 and rounded once. Source: ``torch.nn.MSELoss`` under autograd.
+    The result is computed in at least float32 and rounded once. Source: ``torch.nn.MSELoss`` under autograd.
 
     Examples
     --------

@@ -64,7 +64,7 @@ class Opened:
 
 @dataclass(frozen=True)
 class OrbaxTensor(Stored):
-    """One tensor of an Orbax folder; if `file` has changed, the folder has changed."""
+    """One tensor of an Orbax folder; a change of `file` means that the folder has changed."""
 
     opened: Opened
     driver: str

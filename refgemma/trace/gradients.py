@@ -1,4 +1,4 @@
-"""Name gradients ``grads.`` and the name of the tensor or weight. Checked against the recorded gradients
+"""Name each gradient: ``grads.``, then the name of its tensor or weight. Checked against the recorded gradients
 of transformers 5.23."""
 
 from collections.abc import Iterator
