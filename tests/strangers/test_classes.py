@@ -453,7 +453,7 @@ def test_load_state_dict(model: Any) -> None:
             fresh.load_state_dict({k: x for k, x in model.state_dict().items() if k != name})
     with pytest.raises(CheckpointError, match=r"lacks 'model\.norm\.weight'"):
         fresh.load_state_dict({k: x for k, x in model.state_dict().items() if k != "model.norm.weight"})
-    with pytest.raises(CheckpointError, match="holds 'other'"):
+    with pytest.raises(CheckpointError, match="has 'other'"):
         fresh.load_state_dict(model.state_dict() | {"other": IDS})
     keys = fresh.load_state_dict({"model.norm.weight": model.weights.norm, "other": IDS}, strict=False)
     assert keys.unexpected_keys == ["other"]
