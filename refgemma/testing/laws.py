@@ -293,7 +293,7 @@ class Law:
         checked: list[int] = []
         given_up: list[BackendError] = []
 
-        # Which examples the profile ci draws follows from the text of this function, from the decorators on.
+        # The examples that the profile ci draws depend on the text of this function and its decorators.
         @profile
         @given(self.examples)
         def holds(example: Mapping[str, Any]) -> None:
