@@ -53,15 +53,17 @@ def trace_names() -> str:
 
 {AGAIN}
 
-`refgemma trace` writes these tensors and `refgemma check` reads them. In Python they are fields of the result of
-{{py:func}}`~refgemma.model.forward`: `run.layers[3].attention.probs` is `layers.3.attention.probs`. The table is in the
-order of computation; `N` is the number of a layer. {{py:mod}}`refgemma.shapes` defines the axes. [The forward
-pass](../explanation/forward.md) names the function that computes each tensor.
+A trace is a file of the tensors in this table. `refgemma trace` writes a trace, and `refgemma check` reads one. In
+Python the tensors are fields of the result of {{py:func}}`~refgemma.model.forward`: `run.layers[3].attention.probs` is
+`layers.3.attention.probs`. The table is in the order of computation; `N` is the number of a layer.
+{{py:mod}}`refgemma.shapes` defines the axes. [The forward pass](../explanation/forward.md) names the function that
+computes each tensor.
 
 {table(("name", "axes", "computed from"), rows)}
 
-If the last column is empty, the tensor is computed from the token ids or their positions. In layer 0, `layers.N-1.out`
-is `embedded`. A file also has `input_ids` with the axes batch seq, and `attention_mask` if there is padding.
+If the last column is empty, the tensor is computed from the token ids or their positions. `LAST` is the number of the
+last layer. In layer 0, read `embedded` for `layers.N-1.out`. A trace also contains `input_ids` with the axes batch seq,
+and `attention_mask` if there is padding.
 """
 
 
@@ -73,18 +75,18 @@ def known_bugs() -> str:
 
 {AGAIN}
 
-`refgemma check` compares a trace with these {len(KNOWN_BUGS)} known bugs; `refgemma known-bugs NAME` describes one.
-A *mistake* computes another model. *Rounding* is the same model, rounded at another place. A *stage* appears in the
-tokens, the shapes or the weights.
+`refgemma check` tests a trace for these {len(KNOWN_BUGS)} known bugs; `refgemma known-bugs NAME` describes one bug. The
+column "kind" has three values. A *mistake* computes another model. *Rounding* means the right model, rounded at another
+place. A *stage* is a bug in the tokens, the shapes or the weights, before anything is computed.
 
-{table(("name", "kind", "first tensor", "computed instead", "shown by", "seen in"), rows)}
+{table(("name", "kind", "first wrong tensor", "wrong computation", "inputs that show it", "seen in"), rows)}
 
 ## Mistakes of trainers
 
-If a trace has gradients, it is also compared with these {len(TRAINING_BUGS)}; see
-[Check a trainer](../how-to/check-a-trainer.md).
+If a trace has gradients, `refgemma check` also tests it for these {len(TRAINING_BUGS)} mistakes; see [Check a
+trainer](../how-to/check-a-trainer.md).
 
-{table(("name", "first tensor", "mistake", "shown by", "seen in"), trainers)}
+{table(("name", "first wrong tensor", "mistake", "inputs that show it", "seen in"), trainers)}
 """
 
 
@@ -109,8 +111,8 @@ def sizes() -> str:
 
 {AGAIN}
 
-The sizes of the released models, from {{py:meth}}`Gemma2Config.preset("9b") <refgemma.config.Gemma2Config.preset>`.
-Layers 0, 2, 4 ... use the sliding window.
+This table has the sizes of the released models. In Python, {{py:meth}}`Gemma2Config.preset("9b")
+<refgemma.config.Gemma2Config.preset>` returns them. Layers 0, 2, 4 ... use the sliding window.
 
 {table(("", *presets), rows)}
 """
@@ -133,7 +135,7 @@ def command_line() -> str:
             rows.append((code(given), action.help or "", code(default)))
         says = (command.description or "").rstrip(".")
         epilog = f"\n\n{command.epilog}" if command.epilog else ""
-        listed = table(("argument", "", "default"), rows)
+        listed = table(("argument", "meaning", "default"), rows)
         parts.append(f"## refgemma {name}\n\n{says[:1].upper()}{says[1:]}.\n\n{listed}{epilog}")
     return f"""# Command line
 
@@ -157,8 +159,9 @@ def laws() -> str:
 
 {AGAIN}
 
-`pytest --pyargs refgemma.testing` tests an implementation against these {len(rows)} laws: see [Write an
-adapter](../how-to/write-an-adapter.md). From Python, `refgemma.testing.properties.causality(backend)` checks one law.
+A law is a property that every implementation of Gemma 2 has. `pytest --pyargs refgemma.testing` tests an implementation
+with these {len(rows)} laws: see [Write an adapter](../how-to/write-an-adapter.md). To check one law from Python, call
+for example `refgemma.testing.properties.causality(backend)`.
 
 {table(("law", "statement"), rows)}
 """

@@ -1,4 +1,4 @@
-"""Test the live page in a headless Chromium: it is a correct port of Gemma 2, and each of its bugs is found by name."""
+"""The live page in a headless Chromium: it is a right port of Gemma 2, and each bug that it makes is found by name."""
 
 import subprocess
 import sys
@@ -54,7 +54,7 @@ def opened(browser: Browser, file: Path) -> Iterator[Page]:
 
 @pytest.fixture
 def live(opened: Page) -> Page:
-    """Reset the page to its initial state."""
+    """The page, with nothing changed."""
     opened.select_option("#bug", "")
     for switch in ("attentionCap", "finalCap"):
         opened.set_checked(f"#{switch}", True)
@@ -65,7 +65,7 @@ def live(opened: Page) -> Page:
 
 
 def check(live: Page, folder: Path) -> tuple[int, str]:
-    """Save the trace as a reader would, and check it."""
+    """Save the trace as a reader does, and check it."""
     with live.expect_download() as download:
         live.click("#save")
     path = folder / "trace.safetensors"
@@ -134,12 +134,12 @@ def test_the_prediction_is_shown_first(live: Page) -> None:
     assert live.locator("#next code").all_text_contents() == expected
     assert (
         live.inner_text("#next-words")
-        == f"After “.” the most likely token is “{expected[0]}”, with {100 * shares[best[0]]:.0f} %."
+        == f"After “.” the model gives “{expected[0]}” a probability of {100 * shares[best[0]]:.0f} %."
     )
     box = live.locator("#next-words").bounding_box()
     assert box is not None
     assert box["y"] < 400
-    assert live.inner_text("#large-words") == "Most attention, 80 % on average, is on the token just before."
+    assert live.inner_text("#large-words") == "Most of its attention, 80 % on average, is on the token just before."
 
 
 def test_the_story_is_that_of_refgemma_and_quick(live: Page) -> None:
