@@ -13,6 +13,7 @@ llama.cpp needs node, ``npm install node-llama-cpp`` in the folder of ``REFGEMMA
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -256,7 +257,7 @@ def main() -> None:
     parser.add_argument("model", choices=("tiny", "2b"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--only", default="", metavar="TEXT", help="engines whose name contains TEXT")
+    parser.add_argument("--only", default="", metavar="REGEX", help="engines whose name matches")
     parser.add_argument("--work", type=Path, metavar="FOLDER", help="keep the files of the models here")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--engine", help=argparse.SUPPRESS)  # run one engine in this process, and print its seconds
@@ -271,7 +272,7 @@ def main() -> None:
         work = args.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
         folder = prepare(args.model, work)
-        engines = [engine for engine in ENGINES if args.only in engine]
+        engines = [engine for engine in ENGINES if re.search(args.only, engine)]
         absent = {engine: reason for engine in engines if (reason := explain_absence(engine))}
         times: dict[str, list[float]] = {}
         try:

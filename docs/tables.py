@@ -13,6 +13,7 @@ from refgemma.cli.main import parser
 from refgemma.config import Gemma2Config
 from refgemma.oracle.known_bugs import KNOWN_BUGS
 from refgemma.oracle.operations import Context, double, operations
+from refgemma.oracle.optimizer_bugs import OPTIMIZER_BUGS
 from refgemma.oracle.tolerance import Arithmetic
 from refgemma.oracle.training_bugs import TRAINING_BUGS
 from refgemma.precision import bf16
@@ -71,6 +72,7 @@ def known_bugs() -> str:
     """Return the page of the catalogue of known bugs."""
     rows = [(code(v.name), v.kind, code(v.fields[0]), v.says, v.shows, v.seen) for v in KNOWN_BUGS]
     trainers = [(code(v.name), code(v.fields[0]), v.says, v.shows, v.seen) for v in TRAINING_BUGS]
+    optimizers = [(code(v.name), v.says, v.shows, v.seen) for v in OPTIMIZER_BUGS]
     return f"""# Known bugs
 
 {AGAIN}
@@ -87,6 +89,12 @@ If a trace has gradients, `refgemma check` also tests it for these {len(TRAINING
 trainer](../how-to/check-a-trainer.md).
 
 {table(("name", "first wrong tensor", "mistake", "inputs that show it", "seen in"), trainers)}
+
+## Mistakes of optimizers
+
+If a trace has the weights after a step, `refgemma check` also tests the step for these {len(OPTIMIZER_BUGS)} mistakes.
+
+{table(("name", "mistake", "inputs that show it", "seen in"), optimizers)}
 """
 
 

@@ -253,6 +253,55 @@ class LossCountsAll(NumpyBackend):
         return super().loss(model, input_ids, labels) * float(taken)
 
 
+class LearnsBy(NumpyBackend):
+    """Gradients are computed in another way; `change` gets the backend's own function and its arguments."""
+
+    def __init__(self, change: Callable[..., Any]) -> None:
+        self.change = change
+
+    def gradients(self, *given: Any) -> Any:
+        return self.change(super().gradients, *given)
+
+
+def learns_mean_of_rows(learn: Any, model: Any, ids: Any, labels: Any, mask: Any, items: float) -> Any:
+    counts = np.maximum((labels[:, 1:] != -100).sum(1), 1)
+    shares = [len(ids) * count * items / counts.sum() for count in counts]
+    rows = [learn(model, ids[[r]], labels[[r]], mask if mask is None else mask[[r]], shares[r])
+            for r in range(len(ids))]  # fmt: skip
+    return {name: sum(row[name] for row in rows) for name in rows[0]}
+
+
+def learns_without_items(learn: Any, model: Any, ids: Any, labels: Any, mask: Any, items: float) -> Any:
+    return learn(model, ids, labels, mask, float((labels[:, 1:] != -100).sum()))
+
+
+def learns_later_labels(learn: Any, model: Any, ids: Any, labels: Any, mask: Any, items: float) -> Any:
+    """The token after the last label is a label, too."""
+    labels = labels.copy()
+    for row in labels:
+        last = int(np.flatnonzero(row != -100)[-1]) if (row != -100).any() else len(row) - 1
+        if last + 1 < len(row):
+            row[last + 1] = 1
+    return learn(model, ids, labels, mask, items)
+
+
+def learns_as_head_only(learn: Any, model: Any, ids: Any, labels: Any, mask: Any, items: float) -> Any:
+    found, tied = dict(learn(model, ids, labels, mask, items)), model.weights.lm_head is None
+    table = "model.embed_tokens.weight"
+    untied = replace(model, weights=replace(model.weights, lm_head=model.weights.embed_tokens),
+                     config=model.config.changed(tie_word_embeddings=False))  # fmt: skip
+    return found | ({table: learn(untied, ids, labels, mask, items)["lm_head.weight"]} if tied else {})
+
+
+def learns_from_padding(learn: Any, model: Any, ids: Any, labels: Any, mask: Any, items: float) -> Any:
+    """Padding tokens are labels."""
+    return learn(model, ids, labels if mask is None else np.where(mask == 0, ids, labels), mask, items)
+
+
+def learns_halved_norms(learn: Any, *given: Any) -> Any:
+    return {name: x / 2 if name.endswith("norm.weight") else x for name, x in learn(*given).items()}
+
+
 class SavesInHalf(NumpyBackend):
     """Weights are saved in bfloat16, whatever their precision."""
 
@@ -456,6 +505,12 @@ OWN: dict[str, Callable[[], Any]] = {
     "search with one beam": GreedySearch,
     "loss of the token that was read": LossOfTheSameToken,
     "loss divided by all tokens": LossCountsAll,
+    "gradients: each row is averaged": lambda: LearnsBy(learns_mean_of_rows),
+    "gradients: the number of items is ignored": lambda: LearnsBy(learns_without_items),
+    "gradients: one more label": lambda: LearnsBy(learns_later_labels),
+    "gradients: a tied table learns as head only": lambda: LearnsBy(learns_as_head_only),
+    "gradients: padding is a label": lambda: LearnsBy(learns_from_padding),
+    "gradients: those of norms are halved": lambda: LearnsBy(learns_halved_norms),
     "saved weights are rounded": SavesInHalf,
     "texts are stripped": Strips,
     "operation: linear without its bias": with_operation("linear", without_bias),

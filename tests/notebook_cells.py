@@ -13,13 +13,14 @@ from matplotlib import pyplot as plt
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 SOURCES = sorted(FOLDER.glob("*.py"))
+BY_NUMBER = {int(path.stem[:2]): path for path in SOURCES}
 
 plt.switch_backend("agg")
 
 
 @cache
 def cells(number: int) -> list[Any]:
-    return list(jupytext.read(SOURCES[number - 1]).cells)
+    return list(jupytext.read(BY_NUMBER[number]).cells)
 
 
 @cache
@@ -48,7 +49,7 @@ def run(number: int) -> tuple[dict[str, dict[str, Any]], float]:
     try:
         for place, cell in enumerate(cells(number)):
             if cell.cell_type == "code":
-                exec(compile(cell.source, f"{SOURCES[number - 1].name}, cell {place}", "exec"), names)
+                exec(compile(cell.source, f"{BY_NUMBER[number].name}, cell {place}", "exec"), names)
                 snapshots[cell.source] = dict(names)
     finally:
         del sys.modules["notebook"]

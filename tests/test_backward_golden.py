@@ -16,12 +16,14 @@ from refgemma.goldens.gradients import (
     PRECISIONS,
     gradient_cases,
     load_gradients,
+    recorded_operations,
     run_gradients,
     verify_activations,
     verify_gradients,
 )
 from refgemma.goldens.load import GoldenError, golden_folder, model_of
 from refgemma.ops import softmax
+from refgemma.oracle.backward_operations import cap_tolerance, norm_tolerance, norm_weight_tolerance
 from refgemma.precision import wide
 from refgemma.trace.gradients import named_gradients
 
@@ -75,7 +77,9 @@ def test_the_manifest_says_where_everything_comes_from() -> None:
         assert about["attn_implementation"] == "eager", name
         assert {"sha256", "torch", "transformers", "seed", "date", "bytes"} <= set(about), name
     files = {path.name for path in (golden_folder() / "gradients").glob("*.safetensors")}
-    assert files == {about["file"] for about in [*manifest["cases"].values(), manifest["activations"]]}
+    assert files == {
+        about["file"] for about in [*manifest["cases"].values(), manifest["activations"], manifest["operations"]]
+    }
     assert sum(path.stat().st_size for path in (golden_folder() / "gradients").iterdir()) < 1_100_000
 
 
@@ -88,6 +92,20 @@ def test_a_damaged_recording_is_refused(tmp_path: Any, monkeypatch: pytest.Monke
     monkeypatch.setattr("refgemma.goldens.gradients.golden_folder", lambda: tmp_path)
     with pytest.raises(GoldenError, match=r"no-caps\.safetensors: is not the file.*record\.py --gradients"):
         load_gradients("no-caps")
+
+
+def test_recorded_operations_alone() -> None:
+    """The tolerances are those of the exercises, derived for a correct float32 computation."""
+    g = recorded_operations()
+    for cap in (50, 30):
+        ours = backward.soft_cap_backward(g["soft_cap.grad"], g["soft_cap.x"], float(cap))
+        allowed = cap_tolerance(g["soft_cap.grad"], g["soft_cap.x"], float(cap)).bound
+        assert (np.abs(ours - g[f"soft_cap.{cap}"]) <= 2 * allowed).all()
+    grad, x, weight = (g[f"rms_norm.{name}"] for name in ("grad", "x", "weight"))
+    found = backward.rms_norm_backward(grad, x, weight, 1e-6)
+    bounds = norm_tolerance(grad, x, weight, 1e-6).bound, norm_weight_tolerance(grad, x, 1e-6).bound
+    for ours, name, allowed in zip(found, ("grad_x", "grad_weight"), bounds, strict=True):
+        assert (np.abs(ours - g[f"rms_norm.{name}"]) <= 2 * allowed).all()
 
 
 # --- defects ----------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 
 import draw_model
 import pytest
-from notebook_cells import SOURCES, prose
+from notebook_cells import BY_NUMBER, prose
 
 import refgemma
 
@@ -65,7 +65,7 @@ def test_a_lit_part_stands_out_and_the_others_step_back() -> None:
         draw_model.draw(["rotation"])
 
 
-@pytest.mark.parametrize("number", range(1, len(SOURCES) + 1))
+@pytest.mark.parametrize("number", BY_NUMBER)
 def test_each_notebook_shows_its_picture(number: int) -> None:
     lit, model = draw_model.NOTEBOOKS[f"{number:02d}"]
     path = draw_model.ROOT / "notebooks" / "pictures" / f"model-{number:02d}.svg"

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from refgemma import ops
+from refgemma import backward, ops
 from refgemma.model import embed
 from refgemma.precision import bf16, narrow, wide
 from refgemma.teach import exercises
@@ -223,6 +223,18 @@ def join_pairs(characters, ranks, best=min, rounds=99):
     return pieces
 
 
+def norm_learns(*, mean=1, factor=lambda w: 1 + w, axes=-1, front=lambda r: r, eps=None, weight=None):
+    """The gradients of a norm; the arguments make typical mistakes."""
+
+    def learn(grad, x, w, given_eps):
+        root = np.sqrt((x * x).sum(axis=-1, keepdims=True) / x.shape[-1] + (given_eps if eps is None else eps))
+        n, h = x / root, grad * factor(w)
+        grad_x = front(1 / root) * (h - mean * n * np.mean(h * n, axis=axes, keepdims=True))
+        return grad_x, np.einsum("abi,abi->i", grad, n) if weight is None else weight(grad, x, n, w)
+
+    return learn
+
+
 def causality_of_a_cut_text(model):
     ids = list(range(10, 20))
     for place in range(1, 10):
@@ -355,6 +367,45 @@ EXERCISES = [
         Wrong("leftmost one first", lambda word, ranks: [piece[::-1] for piece in join_pairs(
             word[::-1], {piece[::-1]: rank for piece, rank in ranks.items()})[::-1]]),
     ]),
+    Exercise("soft_cap_backward", [
+        Wrong("passes the cap unchanged", lambda grad, x, cap: grad.copy()),
+        Wrong("not to the result", lambda grad, x, cap: grad / np.cosh(np.tanh(x / cap)) ** 2),
+        Wrong("slope alone", lambda grad, x, cap: 1 / np.cosh(x / cap) ** 2),
+        Wrong("cancel", lambda grad, x, cap: grad / np.cosh(x / cap) ** 2 / cap),
+        Wrong("cancel", lambda grad, x, cap: cap * grad / np.cosh(x / cap) ** 2),
+        Wrong("divide x by the cap", lambda grad, x, cap: grad / np.cosh(np.clip(x, -50, 50)) ** 2),
+        Wrong("the square is missing", lambda grad, x, cap: grad * (1 - np.tanh(x / cap))),
+        Wrong("a sign is wrong", lambda grad, x, cap: grad * (1 + np.tanh(x / cap) ** 2)),
+        Wrong("slope of cutting off", lambda grad, x, cap: np.where(abs(x) < cap, grad, 0)),
+        Wrong("caps the gradient", lambda grad, x, cap: cap * np.tanh(grad / cap)),
+    ]),
+    Exercise("mean_gradient", [
+        Wrong("the same weight", lambda gradients, counts: sum(gradients) / len(gradients)),
+        Wrong("by the number of all tokens", lambda gradients, counts: (gradients.T * counts).sum(axis=1)),
+        Wrong("not of micro-batches", lambda gradients, counts: (gradients.T * counts).mean(axis=1)),
+        Wrong("nothing is divided", lambda gradients, counts: sum(gradients)),
+        Wrong("it is a mean, and you need a sum", lambda gradients, counts: sum(gradients) / sum(counts)),
+        Wrong("once more", lambda gradients, counts: sum(g / n for g, n in zip(gradients, counts, strict=True))),
+        Wrong("one gradient remains", lambda gradients, counts: (gradients.T * counts / counts.sum()).T),
+    ]),
+    Exercise("rms_norm_backward", [
+        Wrong("gradient of x comes first", lambda *given: solutions.rms_norm_backward(*given)[::-1]),
+        Wrong("a second term is missing", norm_learns(mean=0)),
+        Wrong("Gemma multiplies by 1 + weight", norm_learns(factor=lambda w: w)),
+        Wrong("factor 1 + weight is missing", norm_learns(factor=lambda w: 1)),
+        Wrong("not its sum", norm_learns(mean=24)),
+        Wrong("each vector", norm_learns(axes=None)),
+        Wrong("a sign is wrong", norm_learns(mean=-1)),
+        Wrong("r in front is missing", norm_learns(front=lambda r: 1)),
+        Wrong("eps is missing", norm_learns(eps=0)),
+        Wrong("sum over all axes but the last", norm_learns(weight=lambda g, x, n, w: n * g)),
+        Wrong("one of them", norm_learns(weight=lambda g, x, n, w: np.add.reduce(n * g))),
+        Wrong("not over the numbers of a vector", norm_learns(weight=lambda g, x, n, w: (n * g).sum(-1))),
+        Wrong("not x", norm_learns(weight=lambda g, x, n, w: np.einsum("abi,abi->i", g, x))),
+        Wrong("of a bias", norm_learns(weight=lambda g, x, n, w: g.sum((0, 1)))),
+        Wrong("does not belong here", norm_learns(weight=lambda g, x, n, w: np.einsum("abi,abi->i", g, n) * (1 + w))),
+        Wrong("you take the mean", norm_learns(weight=lambda g, x, n, w: (g * n).mean((0, 1)))),
+    ]),
     Exercise("parameters", [
         Wrong("head is tied", lambda config: parameters_of(config, tables=2)),
         Wrong("num_key_value_heads", lambda config: parameters_of(config, kv_heads=config.num_attention_heads)),
@@ -470,6 +521,17 @@ def test_a_mask_of_numbers_is_not_a_mask(kind: type) -> None:
 def test_a_name_is_asked_for(result: Any) -> None:
     message = repr(exercises.check_first_divergence(lambda ours, recorded: result))
     assert f"returned {type(result).__name__} instead of str" in message
+
+
+@pytest.mark.parametrize("result", [np.zeros(3), (np.zeros(3),), 1.0])
+def test_a_pair_is_asked_for(result: Any) -> None:
+    message = repr(exercises.check_rms_norm_backward(lambda grad, x, weight, eps: result))
+    assert "return two gradients" in message
+
+
+def test_the_definitions_gradient_is_not_an_answer() -> None:
+    assert "the definition itself" in repr(exercises.check_rms_norm_backward(backward.rms_norm_backward))
+    assert "the definition itself" in repr(exercises.check_soft_cap_backward(backward.soft_cap_backward))
 
 
 # --- what the judge says of any answer --------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 import jupytext
 import nbformat
 import pytest
-from notebook_cells import FOLDER, SOURCES, run, solutions
+from notebook_cells import BY_NUMBER, FOLDER, SOURCES, run, solutions
 
 from refgemma import layers, model, ops
 from refgemma.teach import exercises
@@ -22,8 +22,9 @@ def name(path: Path) -> str:
     return path.stem
 
 
-def test_there_are_twelve() -> None:
-    assert [path.stem[:2] for path in SOURCES] == [f"{number:02d}" for number in range(1, 13)]
+def test_each_has_a_number_of_its_own() -> None:
+    assert [*BY_NUMBER] == [*range(1, 13), 15, 16]
+    assert len(BY_NUMBER) == len(SOURCES)
     assert [path.stem for path in sorted(FOLDER.glob("*.ipynb"))] == [path.stem for path in SOURCES]
 
 
@@ -133,7 +134,7 @@ def used_too_early(word: str, explained: int, notebook: int, cells: list[str]) -
 
 @pytest.mark.parametrize("word", WORDS)
 def test_a_word_is_explained_where_the_index_says(word: str) -> None:
-    prose = "\n".join(prose_of(SOURCES[WORDS[word] - 1]))
+    prose = "\n".join(prose_of(BY_NUMBER[WORDS[word]]))
     assert re.search(rf"\*{re.escape(word)}\*", " ".join(prose.split())), "a word is set off where it is explained"
 
 

@@ -42,6 +42,8 @@ NOTEBOOKS: dict[str, tuple[tuple[str, ...], str]] = {
     "10": (("sizes", "embedding", "heads", "feed-forward"), "9b"),
     "11": (("norms", "rotary", "attention cap", "mask", "mix"), "tiny"),
     "12": (("tokens",), "tiny"),
+    "15": (("attention cap", "final cap", "stream"), "tiny"),
+    "16": (("norms",), "tiny"),
 }
 
 # Use of a colour -> the colour on light and on dark background.

@@ -33,6 +33,7 @@ from refgemma.oracle.diff import Difference, compare_traces, measure_unexplained
 from refgemma.oracle.diff import as_json as difference_json
 from refgemma.oracle.engine import Engine
 from refgemma.oracle.known_bugs import KNOWN_BUGS
+from refgemma.oracle.optimizer_bugs import OPTIMIZER_BUGS
 from refgemma.oracle.pipeline import check, read_candidate, run_backend
 from refgemma.oracle.repro import make_repro
 from refgemma.oracle.training_bugs import TRAINING_BUGS
@@ -41,7 +42,7 @@ from refgemma.sweep.jobs import read_jobs
 from refgemma.sweep.runner import as_json as sweep_json
 from refgemma.sweep.runner import cluster, processes, sweep
 from refgemma.trace.candidate import Candidate, is_known, load_trace
-from refgemma.trace.name_maps import apply_map, load_map, map_names, match, open_any
+from refgemma.trace.name_maps import apply_map, load_map, map_names, match, open_any, split_call
 from refgemma.trace.names import save_trace
 from refgemma.weights.checkpoint import open_checkpoint
 from refgemma.weights.conformance import proportions, write_conformance
@@ -267,7 +268,7 @@ def run_map(args: argparse.Namespace) -> int:
     rows = []
     for ours, (theirs, rule) in matched.found.items():
         shape = usable[ours].shape
-        problem = "" if is_known(ours, config) else "this model has no such tensor"
+        problem = "" if is_known(split_call(ours)[1], config) else "this model has no such tensor"
         rows.append({"tensor": ours, "from": theirs, "layout": rule.layout, "shape": list(shape), "problem": problem})
     unusable = [row for row in rows if row["problem"]]
     code = EXIT[INCONCLUSIVE] if matched.unmatched or unusable else 0
@@ -426,7 +427,7 @@ def sweep_lines(report: dict[str, Any]) -> list[str]:
 
 def run_known_bugs(args: argparse.Namespace) -> int:
     """Run ``refgemma known-bugs``."""
-    catalogue = (*KNOWN_BUGS, *TRAINING_BUGS)
+    catalogue = (*KNOWN_BUGS, *TRAINING_BUGS, *OPTIMIZER_BUGS)
     chosen = [v for v in catalogue if args.name in (None, v.name)]
     if not chosen:
         near = [v.name for v in catalogue if args.name in v.name or args.name in v.fields[0]]

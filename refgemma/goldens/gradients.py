@@ -58,6 +58,18 @@ def load_gradients(name: str) -> tuple[dict[str, Any], dict[str, Array]]:
     return about, {tensor: restore_precision(x) for tensor, x in tensors.items()}
 
 
+def recorded_operations() -> dict[str, Array]:
+    """Return the recorded gradients of a soft cap and of a norm in float32, with their inputs.
+
+    Examples
+    --------
+    >>> sorted(recorded_operations())[:2]
+    ['rms_norm.grad', 'rms_norm.grad_weight']
+    """
+    about = read_manifest("gradients", FORMAT)["operations"]
+    return read_recording(golden_folder() / "gradients" / about["file"], about["sha256"], RECORD_AGAIN)
+
+
 def run_gradients(about: Mapping[str, Any], golden: Mapping[str, Array], dtype: str) -> tuple[float, Gradients]:
     """Return our loss and gradients of a recorded case."""
     config, weights = model_of({**about, "dtype": dtype})

@@ -31,13 +31,14 @@ from refgemma.oracle.families import (
 from refgemma.oracle.judge import SPAN_LIMIT, judge, nearest, resembles
 from refgemma.oracle.known_bugs import KNOWN_BUGS, KnownBug, combine, known_bug
 from refgemma.oracle.locate import ErrorMap, locate_errors, map_errors
+from refgemma.oracle.optimizer_bugs import OPTIMIZER_BUGS
 from refgemma.oracle.preflight import Preflight
 from refgemma.oracle.spans import Computed
 from refgemma.oracle.tolerance import from_measured_std, rescale
 from refgemma.oracle.training_bugs import TRAINING_BUGS
 from refgemma.precision import Array
 from refgemma.trace.candidate import Candidate
-from refgemma.trace.names import GRADS, LOGPROBS, field_of, layer_of
+from refgemma.trace.names import AFTER, GRADS, LOGPROBS, field_of, layer_of
 from refgemma.weights.parameters import Weights, tensor_shapes
 
 # The bounds are derived for the correct operation, and a bug's operation rounds slightly differently. So its errors may
@@ -123,7 +124,10 @@ class Report:
             return verdicts.NOISY_ONLY
         judged = {i.tensor for i in self.instances if i.judged.verdict != verdicts.BLIND}
         blind = verdicts.BLIND in words or verdicts.MISSING in words
-        ends = {"logits", LOGPROBS} & judged or {GRADS + name for name in tensor_shapes(self.config)} <= judged
+        weights = tensor_shapes(self.config)
+        ends = {"logits", LOGPROBS} & judged or {GRADS + name for name in weights} <= judged
+        if self.candidate.call.step is not None:
+            ends = ends and {AFTER + name for name in weights} <= judged
         return verdicts.INCONCLUSIVE if not ends or blind or self.logits_missing else verdicts.CONFORMS
 
     @property
@@ -157,8 +161,11 @@ class Diagnosis:
 
     def __init__(self, engine: Engine, bugs: Sequence[KnownBug] | None = None) -> None:
         self.engine, self.usual, self.candidate = engine, engine.usual, engine.candidate
-        self.whole = bugs is None  # if true, also try families of bugs and estimates
-        trainers = () if self.candidate.call.labels is None else TRAINING_BUGS
+        self.whole = bugs is None  # whether families of bugs and estimates are tried, too
+        call = self.candidate.call
+        trainers = (
+            () if call.labels is None else TRAINING_BUGS if call.step is None else (*TRAINING_BUGS, *OPTIMIZER_BUGS)
+        )
         self.bugs = (*KNOWN_BUGS, *trainers) if bugs is None else tuple(bugs)
         self._fits: dict[tuple[str, str], bool] = {}
         self._left: dict[tuple[str, str], float] = {}
@@ -242,7 +249,7 @@ class Diagnosis:
             if self.is_consistent(v, good) is not False:
                 found.append(v)
         found = self._choose([v for v in found if v.kind == "mistake"]) or found
-        if names[0].startswith(GRADS):
+        if names[0].startswith((GRADS, AFTER)):
             return tuple(found)
         if self.whole:
             found = found or self._find_part(names) or self._find_weights(names, good)

@@ -11,6 +11,7 @@ between two recorded tensors are computed exactly, and the effect of rounding th
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from refgemma.inputs import InputError
 from refgemma.oracle.backward_operations import backward_operations
 from refgemma.oracle.judge import DEVIATIONS, SPAN_LIMIT, Judged, Statistics, judge
 from refgemma.oracle.operations import Context, Operation, double, operations
+from refgemma.oracle.optimizer_operations import optimizer_operations
 from refgemma.oracle.spans import Computed, measure_noise, where_compared
 from refgemma.oracle.tolerance import EVEN, FORMATS, UNDERFLOW, Arithmetic, Tolerance, from_measured_std, in_decimals
 from refgemma.oracle.verdicts import FAIL, INVALID, NOISY, SKEWED
@@ -78,7 +80,10 @@ class Engine:
         self.candidate, self.config, self.override, self.quantised = candidate, config, override, quantised
         self.context = Context(config, double(weights), candidate.call, Arithmetic(candidate.dtype))
         if candidate.call.labels is not None:
-            self.context = replace(self.context, backward=backward_operations)
+            self.context = replace(
+                self.context,
+                backward=lambda context: chain(backward_operations(context), optimizer_operations(context)),
+            )
         self.eager_context = replace(self.context, weights=weights, exact=False)
         self.usual = Computed(operations(self.context), candidate)
         self._noise: dict[tuple[str, float], Array] = {}

@@ -10,7 +10,7 @@ from refgemma.inputs import InputError
 from refgemma.oracle.engine import Engine, Instance
 from refgemma.precision import Array, as_dtype
 from refgemma.trace.candidate import axes_of
-from refgemma.trace.names import GRADS, field_of
+from refgemma.trace.names import AFTER, GRADS, field_of
 
 LIMIT = 1_000_000
 HEADER = 10_000  # bytes for names and metadata
@@ -76,8 +76,8 @@ def make_repro(engine: Engine, first: Instance, limit: int = LIMIT) -> tuple[dic
     }
     whole["expected"] = (axes_in(name, name), engine.usual.result(name))
     place, seq = first.judged.statistics.place, candidate.call.input_ids.shape[1]
-    # A span may mix tokens and heads, so it is cut only to one text. A gradient is not cut.
-    smaller = () if name.startswith(GRADS) else cuts(name, place, seq, engine.context.groups)
+    # A span may mix tokens and heads, so it is cut only into texts; a gradient is not cut.
+    smaller = () if name.startswith((GRADS, AFTER)) else cuts(name, place, seq, engine.context.groups)
     for cut in [{}, *smaller][: 2 if first.between else None]:
         tensors = {source: x[tuple(cut.get(axis, slice(None)) for axis in axes)] for source, (axes, x) in whole.items()}
         # A half-precision number takes two bytes in a file.

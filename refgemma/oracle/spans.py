@@ -15,7 +15,7 @@ import numpy as np
 from refgemma.oracle.operations import Context, Operation, window_mask
 from refgemma.precision import Array
 from refgemma.trace.candidate import Candidate
-from refgemma.trace.names import AXES, GRADS, field_of, layer_of
+from refgemma.trace.names import AFTER, AXES, GRADS, field_of, layer_of
 from refgemma.weights.parameters import EMBED_TOKENS
 
 DRAWS = 16
@@ -85,6 +85,8 @@ class Computed:
 def where_compared(name: str, context: Context) -> Array:
     """Return a mask that is true for the elements to compare: rows of real tokens, and scores of visible keys."""
     visible, gradient = context.call.visible, name.startswith(GRADS)
+    if name.startswith(AFTER):
+        return np.array(True)
     kind, layer = field_of(name).removeprefix(GRADS), layer_of(name)
     if gradient and kind not in AXES:
         # The padding token's row is not compared, because an implementation may or may not train it.

@@ -110,6 +110,23 @@ class Transformers:
         with torch.no_grad(), self._prepare_run():
             return float(model(input_ids=torch.tensor(input_ids), labels=torch.tensor(labels)).loss)
 
+    def gradients(
+        self, model: Any, input_ids: npt.NDArray[np.int64], labels: npt.NDArray[np.int64],
+        attention_mask: npt.NDArray[np.int64] | None, num_items: float,
+    ) -> dict[str, Array]:  # fmt: skip
+        """Return autograd's gradients of the model's own loss."""
+        import torch
+
+        mask = np.ones_like(input_ids) if attention_mask is None else attention_mask
+        model.zero_grad()
+        with self._prepare_run():
+            model(input_ids=torch.tensor(input_ids), attention_mask=torch.tensor(mask), labels=torch.tensor(labels),
+                  use_cache=False, num_items_in_batch=num_items).loss.backward()  # fmt: skip
+        found = {
+            name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in model.named_parameters()
+        }
+        return {name: as_numpy(grad) for name, grad in found.items()}
+
     def save(self, model: Any, folder: Path) -> None:
         """Call ``save_pretrained``."""
         model.save_pretrained(folder)

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from refgemma import ops
+from refgemma.backward import compute_gradients
 from refgemma.config import Gemma2Config
 from refgemma.generation.beams import draw
 from refgemma.generation.decode import Prompts, generate_batch
@@ -116,6 +117,15 @@ class NumpyBackend:
     def loss(self, model: Loaded, input_ids: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]) -> float:
         """Compute `refgemma.heads.causal_lm_loss` of a forward pass."""
         return causal_lm_loss(forward(input_ids, model.weights, model.config).logits, labels)
+
+    def gradients(
+        self, model: Loaded, input_ids: npt.NDArray[np.int64], labels: npt.NDArray[np.int64],
+        attention_mask: npt.NDArray[np.int64] | None, num_items: float,
+    ) -> Mapping[str, Array]:  # fmt: skip
+        """Compute `refgemma.backward.compute_gradients`."""
+        return compute_gradients(
+            input_ids, labels, model.weights, model.config, attention_mask=attention_mask, num_items=num_items
+        )[1]
 
     def save(self, model: Loaded, folder: Path) -> None:
         """Save with `save_pretrained` of the documented class."""

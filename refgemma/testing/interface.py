@@ -22,7 +22,9 @@ OPTIONAL: Mapping[str, str] = {
     "operations": "() -> functions by the names of refgemma.ops, with their arguments",
     "sample": "(model, input_ids, count, seed) -> `count` draws of the next token of one text",
     "search": "(model, input_ids, num_beams, new_tokens) -> the best text found, and its sum of log probabilities",
-    "loss": "(model, input_ids, labels) -> the mean cross entropy; labels of -100 do not count",
+    "loss": "(model, input_ids, labels) -> the mean cross entropy; a label of -100 does not count",
+    "gradients": "(model, input_ids, labels, attention_mask, num_items) -> the gradient of the summed loss / "
+    "num_items, by the names of the weights in a checkpoint",
     "save": "(model, folder) -> None: writes a Hugging Face folder that `load` can read",
     "tokenizer": "(folder) -> an object with encode, decode and apply_chat_template",
 }

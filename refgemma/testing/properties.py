@@ -962,6 +962,145 @@ def the_loss_is_a_mean_cross_entropy(bench: Bench, scene: Scene, labels: list[li
     require(both_nan or abs(loss - by_hand) <= 1e-6 * (1 + abs(by_hand)), f"the loss is {loss}, by hand {by_hand}")
 
 
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def _draw_taught(draw: st.DrawFn, /, batch: tuple[int, int] = (1, 2), **fixed: Any) -> dict[str, Any]:
+    """Draw a model of ordinary weights, texts, and a place from 1: the first label of the second part."""
+    scene = draw(scenes(kinds=("ordinary",), batch=batch, seq=(3, 9), **fixed))
+    return {"scene": scene, "place": draw(st.integers(2, scene.ids.shape[1] - 1))}
+
+
+Gradients = Mapping[str, Array]
+Learn = Callable[[LoadedModel], Gradients]
+
+
+def learn(model: LoadedModel, ids: Array, labels: Array, items: float, mask: Array | None = None) -> Gradients:
+    """Return the backend's gradients of the sum of the losses, divided by `items`."""
+    found: Gradients = model.bench.backend.gradients(model.handle, ids, labels, mask, items)
+    missing = sorted(model.tensors.keys() - found.keys())
+    require(not missing, f"there is no gradient of {missing[:3]}")
+    return {name: exact(found[name]) for name in model.tensors}
+
+
+def same_gradients(bench: Bench, model: LoadedModel, ask: Learn, other: Gradients, says: str, angle: float = 0) -> None:
+    """Require that the gradients of `ask` are `other`, weight by weight, up to rounding."""
+    known: dict[int, Gradients] = {}
+
+    def ask_for(name: str) -> Callable[[LoadedModel], Array]:
+        def of(m: LoadedModel) -> Array:
+            if id(m) not in known:
+                known[id(m)] = ask(m)
+            return known[id(m)][name]
+
+        return of
+
+    for name, expected in other.items():
+        bench.same(model, ask_for(name), expected, f"the gradient of {name}, {says}", angle)
+
+
+def labels_in(scene: Scene, first: int, end: int) -> Array:
+    """Return the tokens of a scene as labels, those from place `first` to before `end`; the others do not count."""
+    labels = np.full(scene.ids.shape, -100)
+    labels[:, first:end] = scene.ids[:, first:end]
+    return labels
+
+
+@law(_draw_taught(), ["gradients"])
+def gradients_of_two_parts_of_the_labels_add_up(bench: Bench, scene: Scene, place: int) -> None:
+    """The gradient of all labels is the sum of those of two parts, if all are divided by the same number."""
+    model, items = bench.scene(scene), float(scene.ids.size)
+    end = scene.ids.shape[1]
+    parts = [learn(model, scene.ids, labels_in(scene, *part), items) for part in ((1, place), (place, end))]
+    summed = {name: parts[0][name] + parts[1][name] for name in parts[0]}
+    same_gradients(bench, model, lambda m: learn(m, scene.ids, labels_in(scene, 1, end), items), summed,
+                   "and the sum of those of two parts of the labels")  # fmt: skip
+
+
+@law(_draw_taught(batch=(2, 3)), ["gradients"])
+def gradients_of_the_rows_of_a_batch_add_up(bench: Bench, scene: Scene, place: int) -> None:
+    """The gradient of a batch is the sum of its rows' gradients, if all are divided by the number of all labels."""
+    model, labels = bench.scene(scene), labels_in(scene, 1, scene.ids.shape[1])
+    labels[0, place:] = -100  # so that the rows have different numbers of labels
+    items = float(np.sum(labels != -100))
+    rows = [learn(model, scene.ids[row : row + 1], labels[row : row + 1], items) for row in range(len(labels))]
+    summed = {name: np.asarray(sum(row[name] for row in rows)) for name in rows[0]}
+    same_gradients(bench, model, lambda m: learn(m, scene.ids, labels, items), summed, "and the sum of its rows'")
+
+
+@law(_draw_taught(), ["gradients"])
+def the_number_of_items_divides_gradients(bench: Bench, scene: Scene, place: int) -> None:
+    """Twice the number of items gives half of each gradient; the labels' own number is the mean."""
+    model, labels = bench.scene(scene), labels_in(scene, 1, place)
+    items = float(np.sum(labels != -100))
+    twice = learn(model, scene.ids, labels, 2 * items)
+    same_gradients(bench, model, lambda m: learn(m, scene.ids, labels, items),
+                   {name: 2 * x for name, x in twice.items()}, "and twice that for twice the items")  # fmt: skip
+
+
+@law(_draw_taught(), ["gradients"])
+def tokens_after_the_last_label_teach_nothing(bench: Bench, scene: Scene, place: int) -> None:
+    """Tokens from the last label on change no gradient, if that label stays."""
+    model, labels = bench.scene(scene), labels_in(scene, 1, place)
+    other = np.array(scene.ids)
+    other[:, place - 1 :] = (other[:, place - 1 :] + 1) % scene.config.vocab_size
+    items = float(np.sum(labels != -100))
+    same_gradients(bench, model, lambda m: learn(m, scene.ids, labels, items), learn(model, other, labels, items),
+                   "and with other tokens after the last that predicts a label")  # fmt: skip
+
+
+@law(_draw_taught(tie_word_embeddings=True), ["gradients"])
+def a_tied_table_learns_as_embedding_and_as_head(bench: Bench, scene: Scene, place: int) -> None:
+    """The gradient of a tied table is the sum of the two gradients of an equal embedding and head."""
+    model, ids, labels = bench.scene(scene), scene.ids, labels_in(scene, 1, place)
+    apart = bench.model(
+        scene.config.changed(tie_word_embeddings=False), dict(model.tensors) | {HEAD: model.tensors[EMBED]}
+    )
+    items = float(np.sum(labels != -100))
+    both = dict(learn(apart, ids, labels, items))
+    both[EMBED] = both[EMBED] + both.pop(HEAD)
+    same_gradients(bench, model, lambda m: learn(m, ids, labels, items), both, "and that of an equal untied model")
+
+
+@law(_draw_taught(), ["gradients", "padding"])
+def padding_changes_no_gradient(bench: Bench, scene: Scene, place: int) -> None:
+    """Texts with padding at either side, whose labels do not count, have the same gradients as without."""
+    model, labels, batch = bench.scene(scene), labels_in(scene, 1, scene.ids.shape[1]), len(scene.ids)
+    items, more = float(np.sum(labels != -100)), place - 1
+    for side, widths in (("right", ((0, 0), (0, more))), ("left", ((0, 0), (more, 0)))):
+        ids = np.pad(scene.ids, widths, constant_values=1)
+        mask = np.array([padding_mask(ids.shape[1], more, side)] * batch)
+        padded_labels = np.pad(labels, widths, constant_values=-100)
+        padded = learn(model, ids, padded_labels, items, mask)
+        angle = ANGLE * ids.shape[1] if side == "left" else 0.0
+        same_gradients(bench, model, lambda m: learn(m, scene.ids, labels, items), padded,
+                       f"and with {more} padding tokens at the {side}", angle)  # fmt: skip
+
+
+@law(_draw_taught(), ["gradients", "loss", "dtype:float64"])
+def the_gradient_is_the_slope_of_the_loss(bench: Bench, scene: Scene, place: int) -> None:
+    """Moving a weight along its gradient changes the loss by the square of the gradient's length, to first order."""
+    model, labels = bench.scene(scene), labels_in(scene, 1, place)
+    grads = learn(model, scene.ids, labels, float(np.sum(labels != -100)))
+    if scene.config.pad_token_id is not None:
+        grads[EMBED][scene.config.pad_token_id] = 0  # this row does not move: PyTorch does not train it as an embedding
+
+    def slope(name: str, step: float) -> tuple[float, float]:
+        """Return the change of the loss between two models, and the change that the gradient gives."""
+        move = step * grads[name] / max(float(np.abs(grads[name]).max()), 1e-300)
+        both = [(model.tensors[name] + sign * move).astype(np.float32) for sign in (1, -1)]
+        up, down = (bench.backend.loss(bench.scene(scene, {name: x}).handle, scene.ids, labels) for x in both)
+        return up - down, float(np.sum(grads[name] * (exact(both[0]) - exact(both[1]))))
+
+    for name in list(grads)[place % 3 :: 3]:  # a third of the weights in each example: four models are loaded for one
+        (far, of_far), (near, of_near) = slope(name, 2.0**-8), slope(name, 2.0**-9)
+        # The error of a central difference falls with the square of the step: the wider one shows it.
+        truncation = abs(far / 2 - near) + 1e-3 * abs(of_far / 2 - of_near)
+        require(abs(near - of_near) <= truncation + 1e-5 * abs(of_near) + 1e-11,
+                f"a step along the gradient of {name} changes the loss by {near:.6g}, not {of_near:.6g}")  # fmt: skip
+
+
 @law(scene=scenes(seq=(1, 5)), needs=["save"])
 def what_is_saved_is_loaded_again(bench: Bench, scene: Scene) -> None:
     """A saved and loaded model has the same logits bit for bit."""

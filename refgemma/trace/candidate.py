@@ -22,7 +22,8 @@ from refgemma.heads import IGNORED
 from refgemma.inputs import InputError, check_inputs
 from refgemma.precision import Array, as_dtype, as_float64, wide
 from refgemma.trace.name_maps import GIVEN, axis_lengths, open_trace
-from refgemma.trace.names import AXES, FIELDS, GRADS, LAYER_FIELDS, LOGPROBS, field_of, layer_of
+from refgemma.trace.names import AFTER, AXES, FIELDS, GRADS, LAYER_FIELDS, LOGPROBS, field_of, layer_of
+from refgemma.trace.optimizer import MOMENTS, Numbers, read_numbers
 from refgemma.trace.reader import Entry, TraceFile
 from refgemma.weights.parameters import tensor_shapes
 
@@ -44,7 +45,8 @@ class Call:
     visible: npt.NDArray[np.bool_]  # (batch, seq), false for padding
     calls: tuple[int, ...]  # number of tokens of each call
     labels: npt.NDArray[np.int64] | None = None  # (batch, seq), if gradients were recorded
-    num_items: float | None = None  # divides the sum of the losses; None means the number of labels that count
+    num_items: float | None = None  # divides the sum of the losses; the number of labels that count if None
+    step: Numbers | None = None  # of the optimizer, if weights after it were recorded
 
     @property
     def starts(self) -> npt.NDArray[np.int64]:
@@ -95,7 +97,7 @@ def axes_of(name: str) -> str:
     >>> axes_of("grads.layers.3.out"), axes_of("grads.model.norm.weight")
     ('batch seq hidden', 'out')
     """
-    kind = field_of(name).removeprefix(GRADS)
+    kind = field_of(name).removeprefix(GRADS).removeprefix(AFTER)
     if kind in AXES:
         return AXES[kind]
     return "out" if kind.endswith(("norm.weight", "bias")) else "out in"  # the gradient of a weight
@@ -109,9 +111,9 @@ def shape_of(name: str, config: Gemma2Config, batch: int, seq: int) -> tuple[int
     >>> shape_of("layers.0.attention.k", Gemma2Config.preset("9b"), batch=1, seq=5)
     (1, 8, 5, 256)
     """
-    weight = name.removeprefix(GRADS)
-    if name.startswith(GRADS) and weight in (shapes := tensor_shapes(config)):
-        return shapes[weight]
+    for prefix in (GRADS, AFTER, *(f"{part}." for part in MOMENTS)):
+        if name.startswith(prefix) and (weight := name.removeprefix(prefix)) in (shapes := tensor_shapes(config)):
+            return shapes[weight]
     call = {"batch": batch, "seq": seq, "keys": seq, "1": 1}
     lengths = call | axis_lengths(config) | {"heads*head_dim": config.num_attention_heads * config.head_dim}
     return tuple(lengths[axis] for axis in axes_of(name).split())
@@ -220,8 +222,9 @@ def check_trace(file: TraceFile, config: Gemma2Config, dtype: str | None = None)
         name for name in file.entries if name.endswith(WORDS) and name.removesuffix(WORDS) + LOGPROBS in file.entries
     }
     gradients = {name for name in file.entries if _is_gradient(name, config)}
+    of_step = {name for name in file.entries if _is_of_step(name, config)}
     given = {*GIVEN, *ids, *([LABELS] if gradients else [])}
-    named = [name for name in file.entries if name not in given | gradients]
+    named = [name for name in file.entries if name not in given | gradients | of_step]
     wanted = {name for name in named if is_known(_without_call(name, call), config)}
     refused: dict[str, str] = {}
     read: dict[str, Tensor] = {}
@@ -243,6 +246,9 @@ def check_trace(file: TraceFile, config: Gemma2Config, dtype: str | None = None)
     if gradients:
         call = _read_labels(file, call, config)
         judged |= _read_gradients(file, gradients, call, config, refused)
+    if any(name.startswith(AFTER) for name in of_step):
+        call, after = _read_step(file, of_step, call, config, refused, set(judged))
+        judged |= after
     chosen = declared or _infer_dtype({name: x.numbers for name, x in judged.items()})
     remarks = [said for name, x in judged.items() if (said := _count_rows(name, x, call))]
     if "logits" in judged and LOGPROBS not in judged and _are_log_probabilities(judged["logits"], call):
@@ -251,6 +257,9 @@ def check_trace(file: TraceFile, config: Gemma2Config, dtype: str | None = None)
     tensors = {}
     for name, x in judged.items():
         numbers, storage = _choose_storage(x.numbers, chosen)
+        if name.startswith(AFTER) and storage in ("bfloat16", "float16"):
+            raise InputError(f"{path}: {name} is in {storage}, where optimizers round at many places; train with "
+                             "float32 weights, or record the float32 master weights")  # fmt: skip
         tensors[name] = replace(x, numbers=numbers, storage=storage)
     return Candidate(
         str(path), chosen, "option" if dtype else "metadata" if declared else "numbers", call, tensors, refused,
@@ -315,6 +324,38 @@ def _read_gradients(
         else:
             read[name] = Tensor(entry.read(), entry.dtype)
     return read
+
+
+def _is_of_step(name: str, config: Gemma2Config) -> bool:
+    """Return True for a weight after a step of the optimizer, and for a moment before it."""
+    return any(
+        name.startswith(prefix) and name.removeprefix(prefix) in tensor_shapes(config)
+        for prefix in (AFTER, *(f"{part}." for part in MOMENTS))
+    )
+
+
+def _read_step(
+    file: TraceFile, names: set[str], call: Call, config: Gemma2Config, refused: dict[str, str], judged: set[str]
+) -> tuple[Call, dict[str, Tensor]]:
+    """Return the call with the numbers of its step, and the weights after it; the others are added to `refused`.
+
+    Raises
+    ------
+    InputError
+        If a number of the step is missing or out of range.
+    """
+    read = _read_gradients(file, names, call, config, refused)
+    moments = {name: x.numbers for name, x in read.items() if not name.startswith(AFTER)}
+    step = read_numbers(file.path, file.metadata, moments)
+    after = {name: x for name, x in read.items() if name.startswith(AFTER)}
+    for name in after:
+        weight = name.removeprefix(AFTER)
+        needed = {GRADS + weight} if not step.max_grad_norm else {GRADS + other for other in tensor_shapes(config)}
+        if step.step > 1 and step.optimizer == "adamw":
+            needed |= {f"{part}.{weight}" for part in MOMENTS}
+        if missing := sorted(needed - judged - moments.keys()):
+            refused[name] = f"cannot be judged without {missing[0]}, which is missing; record it"
+    return replace(call, step=step), {name: x for name, x in after.items() if name not in refused}
 
 
 def _spread_words(name: str, entries: Mapping[str, Entry], config: Gemma2Config) -> Entry:

@@ -1,12 +1,10 @@
 """Translate other implementations' tensor names to refgemma's, with data in ``maps/*.json``.
 
-The field `run_on` of each map names the real output with which the map was tested.
-
-A map is a list of rules. A rule has a ``pattern``, which is a name in the other implementation (``{layer}`` stands for
-a number), and the ``tensor`` in refgemma. Optional keys are ``layout``, the axes in einops's notation; ``occurrence``,
-the number (from 0) among several tensors of the same name; ``part``, the part of a joint tensor; and ``last``, true if
-the tensor may have only the last row. Names under ``ignored`` are known but not needed, with the reason. All other
-names are reported as unknown; refgemma does not guess.
+A map is a list of rules. A rule has a ``pattern``, a name in the other implementation (``{layer}`` stands for a
+number), and the ``tensor`` in refgemma. If they differ, it also has the ``layout`` of the axes in einops's notation,
+the number among several tensors of that name (``occurrence``, from 0), the ``part`` of a tensor that holds several, and
+``last`` if the tensor may have only the last row. A prefix ``calls.N.``, for one of several calls, stays. Names under
+``ignored`` are known but useless, with the reason. All other names are reported as unknown; refgemma does not guess.
 """
 
 import re
@@ -69,8 +67,8 @@ def map_names() -> tuple[str, ...]:
 
     Examples
     --------
-    >>> map_names()
-    ('gemma_pytorch', 'llama.cpp', 'mlx-lm', 'transformer-lens', 'transformers')
+    >>> map_names()[:3]
+    ('gemma_pytorch', 'litgpt', 'llama.cpp')
     """
     return tuple(sorted(path.stem for path in FOLDER.glob("*.json")))
 
@@ -168,6 +166,18 @@ def _expression(pattern: str) -> re.Pattern[str]:
     return re.compile("".join(said.get(part, re.escape(part)) for part in parts))
 
 
+def split_call(name: str) -> tuple[str, str]:
+    """Return the prefix of a tensor of one of several calls, or an empty one, and the name.
+
+    Examples
+    --------
+    >>> split_call("calls.1.lm_head"), split_call("lm_head")
+    (('calls.1.', 'lm_head'), ('', 'lm_head'))
+    """
+    found = re.match(r"calls\.[0-9]+\.", name)
+    return (found[0], name[found.end() :]) if found else ("", name)
+
+
 def match(file: TraceFile, names: NameMap) -> Matched:
     """Match the names of a file with the rules of a map.
 
@@ -178,11 +188,12 @@ def match(file: TraceFile, names: NameMap) -> Matched:
     for rule in names.rules:
         expression = _expression(rule.pattern)
         for theirs in file.entries:
-            name, _, number = theirs.partition("#")
+            call, name = split_call(theirs)
+            name, _, number = name.partition("#")
             hit = expression.fullmatch(name)
             if hit is None or (rule.occurrence != "layer" and int(number or 0) != rule.occurrence):
                 continue
-            ours = rule.tensor.replace("{layer}", hit.groupdict().get("layer") or number or "0")
+            ours = call + rule.tensor.replace("{layer}", hit.groupdict().get("layer") or number or "0")
             if ours in found and found[ours][0] != theirs:
                 raise InputError(
                     f"{file.path}: the map {names.name} gives {ours} for both {found[ours][0]} and {theirs}"
@@ -194,7 +205,7 @@ def match(file: TraceFile, names: NameMap) -> Matched:
     ignored = {
         name: names.ignored[hits[0]]
         for name in rest
-        if (hits := [pattern for pattern, e in why.items() if e.fullmatch(name.partition("#")[0])])
+        if (hits := [pattern for pattern, e in why.items() if e.fullmatch(split_call(name)[1].partition("#")[0])])
     }
     return Matched(found, ignored, tuple(name for name in rest if name not in ignored))
 
@@ -205,7 +216,7 @@ def apply_map(file: TraceFile, names: NameMap, config: Gemma2Config) -> TraceFil
     entries = {name: file.entries[name] for name in (*GIVEN, *matched.unmatched) if name in file.entries}
     seq = file.entries["input_ids"].shape[-1] if "input_ids" in file.entries and entries["input_ids"].shape else 0
     for ours, (theirs, rule) in matched.found.items():
-        entries[ours] = _arrange_entry(file.entries[theirs], rule, config, seq)
+        entries[ours] = _arrange_entry(file.entries[theirs], rule, config, 0 if split_call(ours)[0] else seq)
     return TraceFile(file.path, {**file.metadata, "map": names.name}, entries)
 
 
@@ -258,7 +269,7 @@ def _arrange_entry(entry: Entry, rule: Rule, config: Gemma2Config, seq: int) -> 
         return replace(entry)
     rows = seq if rule.last and len(shape) > 1 and shape[-2] == 1 < seq else shape[-2] if len(shape) > 1 else 0
     alone = len(shape) > 1 and rows != shape[-2]
-    keys = min(seq, shape[-1]) if rule.more_keys and shape else None
+    keys = min(seq, shape[-1]) if rule.more_keys and shape and seq else None
     shape = shape if keys is None else (*shape[:-1], keys)
 
     def place(x: Array, fill: Any) -> Array:

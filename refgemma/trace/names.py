@@ -25,7 +25,8 @@ from refgemma.shapes import TokenIds
 from refgemma.weights.parameters import Weights
 from refgemma.weights.save import CODE_OF_DTYPE, as_stored
 
-GRADS = "grads."  # prefix of a gradient's name
+GRADS = "grads."  # before the name of a tensor or weight: its gradient
+AFTER = "weights.after."  # before the name of a weight: the weight after a step of the optimizer
 
 
 def field_of(name: str) -> str:
@@ -38,8 +39,9 @@ def field_of(name: str) -> str:
     >>> field_of("grads.layers.3.out"), field_of("grads.model.layers.3.self_attn.q_proj.weight")
     ('grads.out', 'grads.self_attn.q_proj.weight')
     """
-    if name.startswith(GRADS):
-        return GRADS + field_of(name.removeprefix(GRADS).removeprefix("model."))
+    for prefix in (GRADS, AFTER):
+        if name.startswith(prefix):
+            return prefix + field_of(name.removeprefix(prefix).removeprefix("model."))
     return name.split(".", 2)[2] if name.startswith("layers.") else name
 
 
@@ -51,7 +53,7 @@ def layer_of(name: str) -> int | None:
     >>> layer_of("layers.13.out"), layer_of("norm"), layer_of("grads.layers.2.out")
     (13, None, 2)
     """
-    name = name.removeprefix(GRADS).removeprefix("model.")
+    name = name.removeprefix(GRADS).removeprefix(AFTER).removeprefix("model.")
     return int(name.split(".")[1]) if name.startswith("layers.") else None
 
 

@@ -25,7 +25,7 @@ from refgemma.oracle.verdicts import BLIND, CONFORMS, DIFFERS, EXACT, PASS
 from refgemma.trace.candidate import candidate_of
 from refgemma.trace.gradients import named_gradients
 from refgemma.trace.names import LAYER_FIELDS, named_tensors, save_trace
-from refgemma.weights.parameters import layer_tensors
+from refgemma.weights.parameters import layer_tensors, named_weights
 
 RECORDED = Path(__file__).parents[1] / "recorded" / "gradients-conformance.npz"
 Tensors = dict[str, Any]
@@ -233,3 +233,71 @@ def test_a_trace_without_gradients_is_judged_as_before(whole: Tensors, model: Pr
     assert found.verdict == CONFORMS
     assert not {bug.name for bug in TRAINING_BUGS} & {bug.name for bug in (*found.excluded, *found.undetectable)}
     assert found.candidate.call.labels is None
+
+
+# --- weights after a step ---------------------------------------------------------------------------------------------
+
+
+STEP = {"optimizer": "sgd", "learning_rate": "0.5"}
+
+
+@pytest.fixture
+def stepped(tensors: Tensors, model: Pretrained) -> Tensors:
+    """One step of SGD, by its formula: the rate is a power of 2, so one rounding is left."""
+    weights = named_weights(model.weights, model.config)
+    return tensors | {
+        f"weights.after.{name}": rows[:] - np.float32(0.5) * tensors[f"grads.{name}"] for name, rows in weights.items()
+    }
+
+
+def test_a_step_is_judged(stepped: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", save(stepped, tmp_path, **STEP), "--model", "conformance"]) == 0
+    assert "\n92 PASS\n" in capsys.readouterr().out.replace("46 EXACT, 46 PASS", "92 PASS")
+
+
+@pytest.mark.parametrize(
+    "name", ["model.norm.weight", "model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"]
+)
+def test_a_small_error_in_a_weight_is_found_there(name: str, stepped: Tensors, tmp_path: Path) -> None:
+    off = np.float32(1e-3) * stepped[f"grads.{name}"]
+    found = check(save(stepped | {f"weights.after.{name}": stepped[f"weights.after.{name}"] + off}, tmp_path, **STEP),
+                  "conformance")  # fmt: skip
+    assert first(found) == (f"weights.after.{name}", "UNKNOWN")
+
+
+def test_weights_that_did_not_move_differ(stepped: Tensors, model: Pretrained, tmp_path: Path) -> None:
+    still = {f"weights.after.{n}": rows[:] for n, rows in named_weights(model.weights, model.config).items()}
+    assert check(save(stepped | still, tmp_path, **STEP), "conformance").verdict == DIFFERS
+
+
+def test_a_weight_without_its_gradient_is_refused(stepped: Tensors, tmp_path: Path) -> None:
+    del stepped["grads.model.norm.weight"]
+    found = check(save(stepped, tmp_path, **STEP), "conformance")
+    assert found.first_divergence is not None
+    assert found.first_divergence.tensor == "weights.after.model.norm.weight"
+    assert "cannot be judged without grads.model.norm.weight" in found.first_divergence.judged.note
+
+
+NO_STEP = {
+    "none": ({}, "optimizer in the metadata is ''; it must be adamw or sgd"),
+    "another": ({"optimizer": "lion"}, "optimizer in the metadata is 'lion'; it must be adamw or sgd"),
+    "no rate": ({"optimizer": "sgd"}, "no learning_rate in the metadata"),
+    "a rate that is a word": (STEP | {"learning_rate": "fast"}, "learning_rate in the metadata is 'fast'"),
+    "a negative rate": (STEP | {"learning_rate": "-1"}, "it must be a number of at least 0"),
+    "step 0": (STEP | {"step": "0"}, "step in the metadata is '0'; it must be a whole number of at least 1"),
+    "half a step": (STEP | {"step": "1.5"}, "must be a whole number"),
+    "a beta of 1": (STEP | {"adam_beta1": "1"}, "it must be a number of at least 0 and below 1"),
+    "nan": (STEP | {"weight_decay": "nan"}, "weight_decay in the metadata is 'nan'"),
+    "momentum": (STEP | {"momentum": "0.9"}, "refgemma judges steps without it"),
+}
+
+
+@pytest.mark.parametrize("name", NO_STEP)
+def test_numbers_of_a_step_that_do_not_fit(
+    name: str, stepped: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    about, said = NO_STEP[name]
+    assert main(["check", save(stepped, tmp_path, **about), "--model", "conformance"]) == 2
+    printed = capsys.readouterr().err
+    assert said in printed
+    assert len(printed.splitlines()) == 1

@@ -30,6 +30,11 @@ from refgemma.teach.exercises.single_operations import (
     check_soft_cap,
 )
 from refgemma.teach.exercises.stories import PlayError, Story, play, save_port
+from refgemma.teach.exercises.training import (
+    check_mean_gradient,
+    check_rms_norm_backward,
+    check_soft_cap_backward,
+)
 from refgemma.teach.exercises.whole_model import (
     check_causality_test,
     check_diagnosis,
@@ -54,13 +59,16 @@ __all__ = [
     "check_first_divergence",
     "check_gelu_tanh",
     "check_keep_top_p",
+    "check_mean_gradient",
     "check_parameters",
     "check_repeat_kv",
     "check_rms_norm",
+    "check_rms_norm_backward",
     "check_rotate",
     "check_round_to_bf16",
     "check_sliding_mask",
     "check_soft_cap",
+    "check_soft_cap_backward",
     "hint",
     "mystery_trace",
     "play",

@@ -86,6 +86,20 @@ HINTS: dict[str, tuple[int, str, str]] = {
         "the lowest "
         "rank, where it first occurs, and replace both parts: pieces[place : place + 2] = [joined].",
     ),
+    "soft_cap_backward": (
+        15, "The chain rule multiplies grad by the slope of the cap at x. What is the slope of tanh?",
+        "The slope of tanh is 1 - tanh**2, here at x / cap. The factors cap and 1 / cap cancel.",
+    ),
+    "mean_gradient": (
+        15, "Each row is a mean over its tokens. How do you get the sum over the tokens back?",
+        "Multiply each row by its count: counts[:, None] * gradients. Sum over axis 0, and divide by counts.sum().",
+    ),
+    "rms_norm_backward": (
+        16, "x acts in two ways: in the numerator, and through r. Over which axes does each of the two results sum?",
+        "With r = 1 / sqrt(mean(x**2) + eps), n = x * r and h = grad * (1 + weight), the gradient of x is "
+        "r * (h - n * mean(h * n)), the mean over axis -1. The gradient of the weight is the sum of grad * n over the "
+        "other axes.",
+    ),
 }  # fmt: skip
 
 _shown: Counter[str] = Counter()

@@ -1,8 +1,8 @@
 """Solve each exercise of `refgemma.teach.exercises`. Checked with the exercises' own checks.
 
-The solutions are written for reading; they use only NumPy if that is the point of the exercise. The arguments (`x`,
-`ids`, `cos`, `sin`, `scores`, `cap`, `q_places`, `k_places`, `weight`, `eps`, `probabilities`, `characters`, `ranks`,
-`ours`, `recorded`, `model`) are explained in the notebooks.
+They are written for reading, and use only NumPy if that is the point of the exercise. The arguments (`x`, `ids`, `cos`,
+`sin`, `scores`, `cap`, `q_places`, `k_places`, `weight`, `eps`, `probabilities`, `characters`, `ranks`,
+`ours`, `recorded`, `model`, `grad`, `gradients`, `counts`) are those of the notebooks.
 """
 
 import math
@@ -95,6 +95,27 @@ def encode_word(characters: list[str], ranks: Mapping[str, int]) -> list[str]:
             return pieces
         place = joined.index(min(known, key=lambda piece: ranks[piece]))
         pieces[place : place + 2] = [joined[place]]
+
+
+def soft_cap_backward(grad: Array, x: Array, cap: float) -> Array:
+    """Multiply the gradient by the slope of the cap."""
+    slope: Array = 1 - np.tanh(x / cap) ** 2
+    return grad * slope
+
+
+def mean_gradient(gradients: Array, counts: Array) -> Array:
+    """Weigh the gradient of each micro-batch by its share of the tokens."""
+    shares: Array = counts / counts.sum()
+    return shares @ gradients
+
+
+def rms_norm_backward(grad: Array, x: Array, weight: Array, eps: float) -> tuple[Array, Array]:
+    """Remove the part of the gradient along x; sum the weight's gradient over all tokens."""
+    r = 1 / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps)
+    n = x * r
+    h = grad * (1 + weight)
+    grad_x = r * (h - n * np.mean(h * n, axis=-1, keepdims=True))
+    return grad_x, (grad * n).sum(axis=(0, 1))
 
 
 def parameters(config: Gemma2Config) -> int:

@@ -111,6 +111,7 @@ def _take_longest(characters: list[str], ranks: Mapping[str, int]) -> str:
     return " ".join(pieces)
 
 
+@count_tries
 def check_encode_word(answer: Attempt) -> Feedback:
     """Check ``encode_word(characters, ranks)``: the pieces of a word, after merges in the order of their ranks.
 
