@@ -569,15 +569,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def check_again(rows: list[Row], today: date) -> int:
-    """Run rows in float32 on two cases, and compare with results.json; return 1 if a verdict differs."""
+    """Run rows in float32 on two cases, and compare with results.json; return 1 if a verdict differs.
+
+    `conforms` and `noisy` count as one verdict here: both are the same model, and another processor rounds differently.
+    """
     changed, results = 0, read_results()
     for row in rows:
         entry = run_row(replace(row, dtypes=("float32",), cases=("short", "plain")), today)
         if "not_run" in entry:
             print(f"NOT RUN: {row.name}: {entry['not_run']}")
         for case, found in entry["results"].get("float32", {}).items():
-            if (expected := short(results[row.name]["results"]["float32"][case])) != short(found):
-                print(f"{row.name} {case}: {short(found)}; results.json has {expected}")
+            expected = results[row.name]["results"]["float32"][case]
+            right = {"conforms", "noisy"}
+            if short(expected) != short(found) and not {expected["verdict"], found["verdict"]} <= right:
+                print(f"{row.name} {case}: {short(found)}; results.json has {short(expected)}")
                 changed = 1
     return changed
 
