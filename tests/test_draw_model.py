@@ -1,4 +1,4 @@
-"""The drawing of the model: its numbers are those of the configurations, and each notebook has its part lit."""
+"""Test the drawing of the model: numbers equal the configurations', and each notebook's part is highlighted."""
 
 import re
 from xml.etree import ElementTree
@@ -48,7 +48,7 @@ def test_each_head_is_drawn(heads: tuple[int, int]) -> None:
 
 
 def states(svg: str) -> dict[str, set[str]]:
-    """Each part, and whether it is lit or dim."""
+    """Return the states of each part: highlighted or dim."""
     found: dict[str, set[str]] = {}
     for group in ElementTree.fromstring(svg).iter(f"{SVG}g"):
         found.setdefault(str(group.get("data-part")), set()).add(str(group.get("class")))

@@ -1,5 +1,5 @@
-"""Every exercise both ways: its solution passes; the stub, and wrong answers as a student may write them, get the hint
-that helps. The wrong answers here are written apart from the known bugs that `refgemma.teach.exercises` knows."""
+"""Test every exercise: its solution passes; the stub and typical wrong answers get the right hint. The wrong answers
+here are written independently of the known bugs in `refgemma.teach.exercises`."""
 
 import functools
 import inspect
@@ -26,7 +26,7 @@ Answer = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Wrong:
-    """An answer, and a part of what the check has to say to it."""
+    """A wrong answer, and a part of the feedback that it must get."""
 
     said: str
     answer: Answer
@@ -185,7 +185,7 @@ def halves(x):
 
 
 def turn(x, cos, sin, *, first=-1, second=1):
-    """Rotate, with the signs of the two halves in the second product."""
+    """Rotate with the given signs of the two halves in the second product."""
     left, right = halves(x)
     return x * cos + np.concatenate([first * right, second * left], axis=-1) * sin
 
@@ -288,7 +288,7 @@ EXERCISES = [
         Wrong("second product is missing", lambda x, cos, sin: cos * x),
     ]),
     Exercise("soft_cap", [
-        Wrong("cuts off", lambda x, cap: np.minimum(np.maximum(x, -cap), cap)),
+        Wrong("clips at the cap", lambda x, cap: np.minimum(np.maximum(x, -cap), cap)),
         Wrong("divide x by the cap", lambda x, cap: np.tanh(x) * cap),
         Wrong("between -1 and 1", lambda x, cap: np.tanh(x / cap)),
         Wrong("the values are unchanged", lambda x, cap: x),
@@ -350,16 +350,16 @@ EXERCISES = [
         Wrong("nothing is rounded", lambda x: np.round(x, 7)),
     ]),
     Exercise("keep_top_p", [
-        Wrong("reaches p is kept", top_p_below),
+        Wrong("keep the token that reaches p", top_p_below),
         Wrong("one token too many", top_p_one_more),
         Wrong("not with the least likely", top_p_from_below),
         Wrong("all kept tokens together", lambda s, p: np.array([share >= p for share in s])),
         Wrong("true means", lambda s, p: ~solutions.keep_top_p(s, p)),
-        Wrong("nothing is left out", lambda s, p: s > 0),
+        Wrong("you keep all tokens", lambda s, p: s > 0),
         Wrong("not the kept probabilities", lambda s, p: s * solutions.keep_top_p(s, p)),
     ]),
     Exercise("encode_word", [
-        Wrong("the lowest rank comes first", lambda word, ranks: join_pairs(word, ranks, best=max)),
+        Wrong("the merge with the lowest rank comes first", lambda word, ranks: join_pairs(word, ranks, best=max)),
         Wrong("that is one merge", lambda word, ranks: join_pairs(word, ranks, rounds=1)),
         Wrong("not the leftmost pair", lambda word, ranks: join_pairs(word, ranks, best=lambda places, key: places[0])),
         Wrong("nothing is joined", lambda word, ranks: word),
@@ -413,7 +413,7 @@ EXERCISES = [
         Wrong("four norms", lambda config: parameters_of(config, norms=2)),
         Wrong("not 4 * hidden**2", lambda config: parameters_of(config, attention=4 * config.hidden_size**2)),
         Wrong("count every block", lambda config: parameters_of(config.changed(num_hidden_layers=1))),
-        Wrong("not in billions", lambda config: round(parameters_of(config) / 1e9, 1)),
+        Wrong("not billions", lambda config: round(parameters_of(config) / 1e9, 1)),
         Wrong("feed-forward layer is missing", lambda config: parameters_of(config, matrices=0)),
     ]),
     Exercise("first_divergence", [
@@ -427,10 +427,10 @@ EXERCISES = [
     ]),
     Exercise("causality_test", [
         Wrong("every token except the first", causality_at_the_end),
-        Wrong("to the last digit", causality_to_the_last_digit),
+        Wrong("may compare exactly", causality_to_the_last_digit),
         Wrong("which may change", causality_of_what_may_change),
-        Wrong("all answers before it", causality_far_away),
-        Wrong("does it raise", lambda model: bool(np.isfinite(model([5, 6])).all())),
+        Wrong("all earlier logits", causality_far_away),
+        Wrong("does your test raise", lambda model: bool(np.isfinite(model([5, 6])).all())),
         Wrong("np.allclose, atol=1e-4", causality_of_a_cut_text),
     ]),
 ]  # fmt: skip
@@ -502,7 +502,7 @@ def test_the_definition_is_not_an_answer(name: str) -> None:
     for answer in (definition, functools.partial(definition)):
         feedback = getattr(exercises, f"check_{name}")(answer)
         assert not feedback
-        assert f"refgemma.ops.{name}, the definition itself" in feedback.message
+        assert f"refgemma.ops.{name}, refgemma's own definition" in feedback.message
     assert not exercises.check_embed(embed)
 
 

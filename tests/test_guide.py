@@ -1,4 +1,4 @@
-"""The staged hints of the exercises, the page of progress, and the diagnoses of the mystery traces."""
+"""Test the staged hints of the exercises, the page of progress, and the diagnoses of the mystery traces."""
 
 import inspect
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from refgemma.teach.exercises.guide import HINTS
 
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
-    """No hint was shown and nothing was tried before a test, or after it."""
+    """Reset hints and tries before and after each test."""
     for state in (guide._shown, guide._session, guide._unsaved):
         state.clear()
     yield
@@ -60,7 +60,7 @@ def test_a_hint_for_no_exercise(exercise: object) -> None:
 
 @pytest.mark.parametrize("stage", [0, 4])
 def test_a_hint_of_no_stage(stage: int) -> None:
-    with pytest.raises(ProgressError, match="hints 1 to 3"):
+    with pytest.raises(ProgressError, match="it must be 1, 2 or 3"):
         hint("rotate", stage)
 
 
@@ -156,7 +156,7 @@ def test_a_right_diagnosis_fits_its_port_only(number: int, text: str) -> None:
 def test_the_part_alone_is_not_enough(number: int, text: str) -> None:
     feedback = check_diagnosis(number, text)
     assert not feedback
-    assert "the part is right" in repr(feedback)
+    assert "you named the right part" in repr(feedback)
 
 
 @pytest.mark.parametrize(

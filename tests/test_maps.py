@@ -1,6 +1,6 @@
-"""Name maps and importers on what llama.cpp printed, and MLX-LM and TransformerLens computed, of the conformance
-checkpoint (tests/recorded; golden/conformance_gguf.py, mlx_port.py and transformer_lens_port.py say how), and on files
-that fit no map."""
+"""Test name maps and importers on output of llama.cpp, MLX-LM and TransformerLens for the conformance checkpoint, and
+on files that fit no map. golden/conformance_gguf.py, mlx_port.py and transformer_lens_port.py wrote the output to
+tests/recorded."""
 
 import gzip
 import json
@@ -36,7 +36,7 @@ SAMPLES = [("gemma_pytorch", 26, 6), ("litgpt", 27, 5), ("torchtune", 25, 11)]  
 
 @pytest.fixture
 def llama(tmp_path: Path) -> Path:
-    """What llama-eval-callback printed for <bos>ABCDEFGHIJKLMNOPQRSTUVW."""
+    """Return the output of llama-eval-callback for <bos>ABCDEFGHIJKLMNOPQRSTUVW."""
     (tmp_path / "llama.txt").write_bytes(gzip.decompress((RECORDED / "llama-eval-callback.txt.gz").read_bytes()))
     return tmp_path / "llama.txt"
 
@@ -106,7 +106,7 @@ def test_a_damaged_text_is_refused(damage: str, llama: Path, capsys: pytest.Capt
     llama.write_text(changed)
     assert main(["check", str(llama), "--model", "conformance"]) == 2
     said = capsys.readouterr().err
-    assert ("input_ids, the tokens of the run, are missing" if damage == "no tokens" else "Qcur-0 of shape") in said
+    assert ("input_ids, the tokens of the run, are missing" if damage == "no tokens" else "Qcur-0 has shape") in said
     assert len(said.splitlines()) == 1
 
 

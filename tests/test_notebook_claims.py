@@ -1,6 +1,6 @@
-"""The notebooks tell the truth: what their prose and their answers say of the models is measured here.
+"""Measure the claims of the notebooks: statements on the models in their prose and answers.
 
-Each test names its notebook and quotes the sentences that it measures, so a sentence that changes needs its test.
+Each test quotes the sentences that it measures, so that a changed sentence needs a changed test.
 """
 
 from collections.abc import Callable
@@ -37,7 +37,7 @@ Test = Callable[..., None]
 
 
 def claim(notebook: int, *quotes: str) -> Callable[[Test], Test]:
-    """Say which sentences of a notebook a test measures; they must stand there."""
+    """Name the sentences of a notebook that a test measures; they must occur in the notebook."""
     QUOTES.extend((notebook, quote) for quote in quotes)
     return lambda test: test
 

@@ -1,4 +1,4 @@
-"""The notebooks: each runs from top to bottom, has what every one of them has, and is paired with an .ipynb in step."""
+"""Test the notebooks: each runs from top to bottom, has the common parts, and has an up-to-date .ipynb."""
 
 import re
 from pathlib import Path
@@ -72,7 +72,7 @@ LAYERS = {name for module in (ops, layers, model) for name in vars(module) if no
 
 
 def written_again(cells: list[str]) -> list[str]:
-    """The functions of the model that cells define, other than in an exercise."""
+    """Return the functions of the model that cells define outside exercises."""
     return [
         function
         for cell in cells
@@ -124,7 +124,7 @@ def prose_of(path: Path) -> list[str]:
 
 
 def used_too_early(word: str, explained: int, notebook: int, cells: list[str]) -> list[str]:
-    """The cells of an earlier notebook that use a word and do not say where it is explained."""
+    """Return cells of an earlier notebook that use a word without a reference to its explanation."""
     said = re.compile(rf"\b{word.removesuffix('s')}s?\b", re.IGNORECASE)
     if notebook >= explained or word in EVERYDAY:
         return []

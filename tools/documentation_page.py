@@ -1,7 +1,9 @@
-"""The names that the Transformers documentation page of Gemma 2 documents, taken from its text: parameters with their
-defaults, returned fields, and what its examples call, by section.
+"""Extract the names from the Transformers documentation page of Gemma 2.
 
-`tests/documentation_page.json` is what this makes of the page, ``docs/documentation-page.md`` what it makes of that:
+The names, by section, are parameters with their defaults, returned fields, and names that the examples call.
+
+The first command writes `tests/documentation_page.json` from the page, the second ``docs/documentation-page.md`` from
+that:
 
     python tools/documentation_page.py PAGE > tests/documentation_page.json
     python tools/documentation_page.py > docs/documentation-page.md
@@ -55,11 +57,11 @@ refgemma differs from transformers 5.23 in two ways:
 SIGNATURE = re.compile(r"(\*\*\w+|\w+)(?:: \w+)?(?: = (\S+))?")  # name: Type = default
 BULLET = re.compile(r"(?:- |Args — )(\w+) \($")  # the description of a parameter
 RETURNED = re.compile(r"^(\w+) \($")  # the description of a returned field
-CALLED = re.compile(r"import (.+)|(\w+)(?=\(|=[^=])")  # in a line of an example
+CALLED = re.compile(r"import (.+)|(\w+)(?=\(|=[^=])")  # names in a line of an example
 
 
 def names_of(page: str) -> dict[str, dict[str, str | None]]:
-    """Section of the page -> name -> its documented default, if there is one."""
+    """Return the documented names by section of the page, each with its default or None."""
     found: dict[str, dict[str, str | None]] = {"examples": {}}
     section = ""
     for line in map(str.strip, page.splitlines()):
@@ -81,8 +83,8 @@ def names_of(page: str) -> dict[str, dict[str, str | None]]:
     return found
 
 
-# What code for transformers uses of the classes beyond the names on the page, which it points to ("resizing the input
-# embeddings", "the generic methods") or which belong to the same calls.
+# More names that code for transformers uses. The page only mentions these features ("resizing the input embeddings",
+# "the generic methods"), or the names belong to the same calls.
 STRANGERS = "tests/strangers/test_classes.py"
 BESIDE = {
     "AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, "
@@ -107,7 +109,7 @@ BESIDE = {
 
 
 def test_of(section: str, name: str) -> str:
-    """The pytest id of the test of one name."""
+    """Return the pytest id of the test for a name."""
     cls = section.split(".")[0]
     if section == "examples":
         config = name in ("Gemma2Model", "Gemma2Config")
@@ -123,7 +125,7 @@ def test_of(section: str, name: str) -> str:
 
 
 def table_of(names: dict[str, dict[str, str | None]]) -> str:
-    """The page ``docs/documentation-page.md``."""
+    """Return the text of ``docs/documentation-page.md``."""
     rows = [
         f"| {section} | `{name}` | {'' if default is None else f'`{default}`'} | `{test_of(section, name)}` |"
         for section, documented in names.items()

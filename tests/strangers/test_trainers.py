@@ -1,7 +1,7 @@
-"""Gradients in other people's traces: right ones conform, mistakes are named, and bad files are refused.
+"""Check gradients in other people's traces: correct ones conform, bugs are named, and bad files give errors.
 
-`gradients-conformance.npz` was recorded from transformers 5.23.0 with torch 2.13.0 (eager, float32): the gradients of
-the conformance checkpoint's weights, on two rows of 14 tokens, the second one padded.
+`gradients-conformance.npz` was recorded from transformers 5.23.0 with torch 2.13.0 (eager, float32). It has the
+gradients of the conformance checkpoint's weights, on two rows of 14 tokens; the second row is padded.
 """
 
 from collections.abc import Callable
@@ -43,7 +43,7 @@ def tensors() -> Tensors:
 
 @pytest.fixture(scope="module")
 def whole(model: Pretrained) -> Tensors:
-    """Our own run and its gradients, under every name."""
+    """Return our own run and its gradients, with all names."""
     given = {name: x for name, x in np.load(RECORDED).items() if not name.startswith("grads.")}
     run = refgemma.forward(given["input_ids"], model.weights, model.config, attention_mask=given["attention_mask"])
     _, grads = compute_all_gradients(
@@ -70,7 +70,7 @@ def save(tensors: Tensors, path: Path, **about: str) -> str:
 
 
 def test_recorded_gradients_conform(tensors: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every weight's gradient is judged, although nothing between the tokens and them is recorded."""
+    """Every weight's gradient is judged, although no tensor between the tokens and the gradients is recorded."""
     assert main(["check", save(tensors, tmp_path), "--model", "conformance"]) == 0
     assert "\n46 PASS\n" in capsys.readouterr().out
 
@@ -86,7 +86,7 @@ def test_every_gradient_has_an_operation(whole: Tensors, model: Pretrained) -> N
 
 
 def test_number_of_items_divides_the_losses(tensors: Tensors, model: Pretrained, tmp_path: Path) -> None:
-    """The sum over a larger batch's number of labels, as for gradient accumulation."""
+    """The sum of losses is divided by a larger batch's number of labels, as for gradient accumulation."""
     counted = np.sum(tensors["labels"][:, 1:] != -100)
     for name in tensors:
         if name.startswith("grads."):
@@ -98,7 +98,7 @@ def test_number_of_items_divides_the_losses(tensors: Tensors, model: Pretrained,
 
 
 def test_the_row_of_padding_may_be_trained(tensors: Tensors, model: Pretrained) -> None:
-    """PyTorch's embedding leaves it alone, others do not."""
+    """PyTorch's embedding does not train this row; others do."""
     tensors["grads.model.embed_tokens.weight"][model.config.pad_token_id] += 1
     assert report(tensors, model).verdict == CONFORMS
 
@@ -121,14 +121,14 @@ GRADIENTS = [
 
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_a_small_error_in_a_gradient_is_found_there(name: str, whole: Tensors, model: Pretrained) -> None:
-    """A thousandth, in one tensor: those before it are right."""
+    """One tensor is wrong by a thousandth; the tensors before it are right."""
     candidate = candidate_of(whole | {name: whole[name] * np.float32(1.001)}, model.config, "float32")
     instances = Engine(candidate, model.weights, model.config).instances
     assert next(i.tensor for i in instances if i.judged.verdict not in (EXACT, PASS)) == name
 
 
 def test_a_mean_of_means_is_named(tensors: Tensors, model: Pretrained) -> None:
-    """The mean of two micro-batches' gradients, which have 10 labels and 11; computed row by row, then averaged."""
+    """The gradients of two micro-batches with 10 and 11 labels are computed row by row, then averaged."""
     rows = []
     for row in range(2):
         given = {name: tensors[name][row : row + 1] for name in ("input_ids", "labels", "attention_mask")}
@@ -162,7 +162,7 @@ def changed(name: str, x: Any) -> Callable[[Tensors], Tensors]:
 
 
 def first_label(tensors: Tensors) -> Tensors:
-    """A label that only padding precedes."""
+    """Set a label that only padding precedes."""
     for name in ("input_ids", "labels", "attention_mask"):
         tensors[name] = np.roll(tensors[name], 3, axis=1)
     tensors["labels"][0] = -100
@@ -177,7 +177,7 @@ BAD = {
     "a label beyond the vocabulary": (changed("labels", np.full((2, 14), 97)), "labels[0, 0] is 97; it must be -100"),
     "a label after padding": (first_label, "is predicted from padding"),
     "packed": (
-        lambda tensors: changed("attention_mask", None)(changed("position_ids", PACKED)(tensors)), "several texts each"
+        lambda tensors: changed("attention_mask", None)(changed("position_ids", PACKED)(tensors)), "are packed texts"
     ),
 }  # fmt: skip
 
@@ -216,7 +216,7 @@ def test_a_gradient_that_is_nan_is_invalid(tensors: Tensors, model: Pretrained) 
 
 
 def test_every_format_of_the_report(tensors: Tensors, tmp_path: Path) -> None:
-    """A wrong gradient, with a repro file."""
+    """Test a wrong gradient, with a repro file."""
     name = "grads.model.layers.2.mlp.up_proj.weight"
     path = save(tensors | {name: 2 * tensors[name]}, tmp_path)
     files = [f"--{kind}={tmp_path / kind}" for kind in ("html", "markdown", "junit", "repro")]
@@ -227,7 +227,7 @@ def test_every_format_of_the_report(tensors: Tensors, tmp_path: Path) -> None:
 
 
 def test_a_trace_without_gradients_is_judged_as_before(whole: Tensors, model: Pretrained) -> None:
-    """Labels alone change nothing, and no mistake of a trainer is excluded or asked for."""
+    """Labels alone change nothing, and no bug of trainers is excluded or tested for."""
     forward = {name: x for name, x in whole.items() if not name.startswith("grads.")}
     found = report(forward, model)
     assert found.verdict == CONFORMS

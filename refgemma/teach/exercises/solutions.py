@@ -1,4 +1,4 @@
-"""A solution of each exercise of `refgemma.teach.exercises`. Checked with the exercises' own checks.
+"""Solve each exercise of `refgemma.teach.exercises`. Checked with the exercises' own checks.
 
 They are written for reading, and use only NumPy if that is the point of the exercise. The arguments (`x`, `ids`, `cos`,
 `sin`, `scores`, `cap`, `q_places`, `k_places`, `weight`, `eps`, `probabilities`, `characters`, `ranks`,
@@ -29,19 +29,19 @@ def gelu_tanh(x: Array) -> Array:
 
 
 def repeat_kv(x: Array, groups: int) -> Array:
-    """Repeat each key head `groups` times, in place."""
+    """Repeat each key head `groups` times; copies are adjacent."""
     return np.repeat(x, groups, axis=1)
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotate the pairs that lie half a head apart."""
+    """Rotate pairs of numbers that are half a head apart."""
     half = x.shape[-1] // 2
     turned: Array = x * cos + np.concatenate([-x[..., half:], x[..., :half]], axis=-1) * sin
     return turned
 
 
 def soft_cap(x: Array, cap: float) -> Array:
-    """Limit smoothly to plus and minus `cap`."""
+    """Limit smoothly to the range from ``-cap`` to `cap`."""
     bent: Array = cap * np.tanh(x / cap)
     return bent
 
@@ -62,22 +62,22 @@ def sliding_mask(q_places: Array, k_places: Array, window: int) -> Array:
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
-    """Compute in float32, round once."""
+    """Compute in float32, and round once at the end."""
     x_wide = wide(x)
     normed = x_wide / np.sqrt(np.mean(x_wide**2, axis=-1, keepdims=True) + eps)
     return narrow(normed * (1 + wide(weight)), like=x)
 
 
 def round_to_bf16(x: Array) -> Array:
-    """Round float32 to eight bits of digits, ties to even, by whole-number arithmetic on its bits."""
+    """Round float32 to eight bits of precision, ties to even, by integer arithmetic on the bits."""
     bits = np.asarray(x, np.float32).view(np.uint32)
-    odd = (bits >> 16) & 1  # the last bit that is kept
+    odd = (bits >> 16) & 1  # the last bit to keep
     rounded = (bits + 0x7FFF + odd) & np.uint32(0xFFFF0000)
     return rounded.astype(np.uint32).view(np.float32)
 
 
 def keep_top_p(probabilities: Array, p: float) -> Array:
-    """Keep the most likely tokens, up to and including the one that reaches `p`."""
+    """Keep the most likely tokens, up to and including the token that reaches `p`."""
     order = np.argsort(-probabilities)
     before = np.cumsum(probabilities[order]) - probabilities[order]
     kept = np.zeros(len(probabilities), bool)
@@ -128,7 +128,7 @@ def parameters(config: Gemma2Config) -> int:
 
 
 def first_divergence(ours: Mapping[str, Array], recorded: Mapping[str, Array]) -> str | None:
-    """Return the first tensor, in the order of computation, whose relative error is larger than rounding explains."""
+    """Return the first tensor, in the order of computation, whose relative error exceeds rounding."""
     for name, right in recorded.items():
         error = np.sqrt(np.mean((ours[name] - right) ** 2))
         if error > 1e-5 * np.sqrt(np.mean(right**2)):
@@ -137,7 +137,7 @@ def first_divergence(ours: Mapping[str, Array], recorded: Mapping[str, Array]) -
 
 
 def causality_test(model: Callable[[list[int]], Any]) -> None:
-    """Change each token but the first: no earlier logit may change."""
+    """Change each token except the first; no earlier logit may change."""
     ids = [2, 300, 400, 500, 600, 700, 800, 900]
     before = model(ids)
     for place in range(1, len(ids)):
