@@ -15,8 +15,8 @@
 # # 1. One token through the model
 #
 # A language model reads a text. For every word it knows, it estimates how likely that word is to come next. This
-# notebook follows one token through all of Gemma 2, from its number to that estimate. Each later notebook looks at
-# one part.
+# notebook follows one token through all of Gemma 2, from the number of the token to the estimate for the next word.
+# Each later notebook looks at one part.
 #
 # Gemma 2 is a language model that Google released in 2024 in three sizes: the 2B, the 9B and the 27B. The name of a
 # size says how many billions of numbers the model contains. These numbers are the model's **weights**. They were
@@ -216,7 +216,7 @@ _ = viz.logit_lens(lens[:, 0], tokens, names)
 # <details><summary>Answer</summary>
 # The head is tied: it scores a token with the token's row of the embedding table. In the two lowest rows the stream
 # still points in the direction of the token's own row, and no other row has exactly this direction. But the product
-# also grows with the length of a row, so a long row can win: before the first block, <code>girl</code> predicts the
+# also grows with the length of a row, so a long row can win. Before the first block, <code>girl</code> predicts the
 # byte token <code>&lt;0xE0&gt;</code>, whose row is three times as long.
 # </details>
 #

@@ -181,8 +181,8 @@ def one_head(block, head):
 _ = viz.with_sliders(one_head, block=range(config.num_hidden_layers), head=range(heads))
 
 # %% [markdown]
-# To see all heads at once, the next cell measures three patterns: the share of attention on the token before, on the
-# token itself and on `<bos>`. The shares are averaged over all queries except the first.
+# To see all heads at once, the next cell measures three shares of the attention: on the token before, on the token
+# itself and on `<bos>`. The shares are averaged over all queries except the first.
 
 # %%
 probs = np.stack([block.attention.probs[0] for block in run.layers])

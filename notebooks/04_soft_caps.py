@@ -14,8 +14,8 @@
 # %% [markdown]
 # # 4. The two soft caps and their purpose
 #
-# Gemma 2 limits two kinds of numbers smoothly: the scores of attention to the range from −50 to 50, and the logits to
-# the range from −30 to 30. Few other models do this. You need from notebooks 1 and 2: *logits* and *softmax*, *slope*,
+# Gemma 2 limits two kinds of numbers smoothly. The scores of attention stay between −50 and 50, and the logits stay
+# between −30 and 30. Few other models do this. You need from notebooks 1 and 2: *logits* and *softmax*, *slope*,
 # attention *scores* and *mask*.
 #
 # ![Drawing of the model: the cap of 50 on scores and the cap of 30 on logits are lit](pictures/model-04.svg)

@@ -68,9 +68,9 @@ _ = viz.mask_picture(sliding, places, places, "sliding layer, window 4", axes=ri
 #
 # ## How far information travels
 #
-# If a sliding layer cannot see a token, the token's information is not lost: an earlier layer may have passed it on to
-# a token that the layer sees. After two sliding layers, information can come from up to $2 (\mathrm{window} - 1)$
-# places back. A full layer reaches every earlier place.
+# If a sliding layer cannot see a token, the token's information is not lost. An earlier layer may have passed this
+# information to a token that the sliding layer sees. After two sliding layers, information can come from up to
+# $2 (\mathrm{window} - 1)$ places back. A full layer reaches every earlier place.
 
 
 # %%
@@ -130,8 +130,8 @@ float(np.abs(in_steps - whole.logits).max())
 # ## The cache of a sliding layer
 #
 # A sliding layer need not keep a key that no later query can see. The next query, at place $i$, sees the keys from
-# $i - \mathrm{window} + 1$ to $i$. The key at place $i$ comes from the same token as the query. So `window - 1` keys
-# are enough, 63 here.
+# $i - \mathrm{window} + 1$ to $i$. The key at place $i$ comes from the query's own token, not from the cache. So
+# `window - 1` keys are enough, 63 here.
 
 # %%
 for number, layer in enumerate(cache):

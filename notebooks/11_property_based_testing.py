@@ -206,8 +206,8 @@ test_reading_in_pieces_is_reading()
 # test?
 #
 # <details><summary>Answer</summary>
-# Texts of 12 tokens never fill a window of 64. A property tests nothing if the inputs never use the feature, so make
-# sure that they do.
+# Texts of 12 tokens never fill a window of 64. If the inputs never use a feature, a test of a property shows nothing
+# about it. So make sure that they use it.
 # </details>
 #
 # ## A picture of causality

@@ -142,7 +142,7 @@ _ = axes.legend()
 #
 # ## Reading a new word
 #
-# The tokenizer reads a new word in the same way: it begins with the characters, and joins the learned pairs in the
+# The tokenizer reads a new word in the same way. It begins with the characters, and joins the learned pairs in the
 # order in which they were learned. The tokenizer of the tiny model learned its pairs from eleven books, and this
 # tokenizer from one tale.
 
