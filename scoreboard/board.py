@@ -453,17 +453,17 @@ INTRODUCTION = f"""# Scoreboard
 
 <!-- written by scoreboard/board.py from scoreboard/results.json -->
 
-Other implementations of Gemma 2, judged by `refgemma check`. Each row is a real run of the engine in the pinned version
-on a small model with random weights, whose caps, window and scale show mistakes. The words are those of
-[the oracle](oracle.md): `conforms` (rounding explains everything), `noisy` (the same model with more rounding),
-`differs` (a wrong tensor), `inconclusive` (too little was recorded). `FAILED` is an engine that stopped with an error.
-`NOT RUN` has a reason and is never a verdict. `{REFERENCE_WRONG}` is a class of its own: the difference was traced to
-refgemma or to its model. `scoreboard/results.json` has the size and the SHA-256 of each trace, the evidence. Seconds to
-install are those with uv's cache. A row expires after {DAYS} days, or when a newer version is on the index:
-`python scoreboard/board.py --expired` lists such rows.
+This page has the verdicts of `refgemma check` for other implementations of Gemma 2. For each row, the engine was run in
+the pinned version on a small model with random weights, whose caps, window and scale show mistakes. The verdicts are
+the words of [the oracle](oracle.md): `conforms` (rounding explains everything), `noisy` (the right model with more
+rounding), `differs` (a wrong tensor), `inconclusive` (too few tensors were recorded). `FAILED` means that the engine
+stopped with an error. `NOT RUN` means that there is no verdict, and the row gives the reason. `{REFERENCE_WRONG}` means that
+the difference was traced to refgemma or to its model. As evidence, `scoreboard/results.json` has the size and the
+SHA-256 of each trace. The seconds to install were measured with uv's cache. A row expires after {DAYS} days, or when a
+newer version is on the index; `python scoreboard/board.py --expired` lists the expired rows.
 
-`nox -s scoreboard -- NAME` makes a row again. The small model is not a released size: a wrong query scalar, for
-instance, can be right for the 2B. The notes of each engine say which sizes a mistake concerns.
+`nox -s scoreboard -- NAME` makes a row again. The small model has none of the released sizes. So a query scalar that is
+wrong for it can, for instance, be right for the 2B. The notes of each engine say which sizes a mistake concerns.
 
 The cases are
 """
