@@ -457,8 +457,8 @@ This page has the verdicts of `refgemma check` for other implementations of Gemm
 the pinned version on a small model with random weights, whose caps, window and scale show mistakes. The verdicts are
 the words of [the oracle](oracle.md): `conforms` (rounding explains everything), `noisy` (the right model with more
 rounding), `differs` (a wrong tensor), `inconclusive` (too few tensors were recorded). `FAILED` means that the engine
-stopped with an error. `NOT RUN` means that there is no verdict, and the row gives the reason. `{REFERENCE_WRONG}` means that
-the difference was traced to refgemma or to its model. As evidence, `scoreboard/results.json` has the size and the
+stopped with an error. `NOT RUN` means that there is no verdict, and the row gives the reason. `{REFERENCE_WRONG}` means
+that the difference was traced to refgemma or to its model. As evidence, `scoreboard/results.json` has the size and the
 SHA-256 of each trace. The seconds to install were measured with uv's cache. A row expires after {DAYS} days, or when a
 newer version is on the index; `python scoreboard/board.py --expired` lists the expired rows.
 
