@@ -15,13 +15,14 @@
 # %% [markdown]
 # # 15. How it learns: from the loss back to every weight
 #
-# Training found the 2.9 million numbers of the tiny model. One step of training asks one question of each number: if it
-# grew a little, how much would the loss (notebook 8) grow? The answers together are the **gradient**. It is computed
-# backwards, from the loss to the first block, by the chain rule (notebook 4).
+# Training found the 2.9 million numbers of the tiny model. One step of training asks one question about each number: if
+# this number grew a little, how much would the loss (notebook 8) grow? The answers together are the **gradient**. The
+# gradient is computed backwards, from the loss to the first block, with the chain rule (notebook 4).
 #
 # ![Drawing of the model: the caps and the stream are lit](pictures/model-15.svg)
 #
-# Lit: the caps, which weaken the gradient, and the residual stream, which carries it back.
+# Two parts are highlighted: the caps, which weaken the gradient, and the residual stream, which carries the gradient
+# back.
 
 # %%
 import numpy as np
@@ -41,13 +42,13 @@ run = refgemma.forward(ids, tiny.weights, config)
 # %% [markdown]
 # ## The chain rule on one soft cap
 #
-# Take the logits after the first token, and the second token as the label, the right answer. The raw logits $x$ are
+# Take the logits after the first token. The *label*, the right answer, is the second token. The raw logits $x$ are
 # capped to $y$, and the loss is the surprise at the label, as in notebook 8:
 #
 # $$y = c \tanh(x / c), \qquad L = \log \sum_k e^{y_k} - y_{\mathrm{label}}$$
 #
-# The way back begins at the loss. Its slope for each $y_k$ is the probability $p_k$, minus 1 at the label. Then each
-# slope is multiplied by that of the cap:
+# The way back begins at the loss. The slope of the loss for each $y_k$ is the probability $p_k$, minus 1 at the label.
+# Then each slope is multiplied by the slope of the cap:
 #
 # $$\frac{\partial L}{\partial x_k} = \frac{\partial L}{\partial y_k} \cdot \left(1 - \tanh^2(x_k / c)\right)$$
 
@@ -67,8 +68,8 @@ grad_x = grad_y * (1 - np.tanh(x / cap) ** 2)
 assert grad_x.shape == x.shape == (config.vocab_size,)
 
 # %% [markdown]
-# Is this right? Move one logit by a little, up and down, and measure the change of the loss. This needs two losses for
-# each number. The chain rule gives all of them at once.
+# Is this result right? To check it, the next cell moves one logit a little, up and down, and measures the change of the
+# loss. This method needs two losses for each number. The chain rule gives all slopes at once.
 
 # %%
 best = np.argsort(-np.abs(grad_x))[:8]
@@ -85,14 +86,14 @@ axes.set(xlabel="token", ylabel="slope of the loss", title="eight logits")
 _ = axes.legend()
 
 # %% [markdown]
-# **Question.** One bar points down. Whose is it, and what do the signs mean?
+# **Question.** One bar points down. Which token does it belong to, and what do the signs mean?
 #
 # <details><summary>Answer</summary>
 # The label's, <code>There</code>: the loss falls if its logit rises. All other logits should fall, and the more likely
 # a wrong token is, the more. The model expected a quotation mark.
 # </details>
 #
-# Write this step for any gradient `grad` that arrives from behind: it is multiplied by the slope of the cap at `x`.
+# Write this step for any gradient `grad` of the result: multiply `grad` by the slope of the cap at `x`.
 
 
 # %%
@@ -120,7 +121,7 @@ exercises.check_soft_cap_backward(soft_cap_backward)
 #
 # `refgemma.backward` has such a function for each operation of the model, and calls them in reverse order. It returns
 # the gradient of each weight and of each tensor on the way, under the tensor's name. The next picture shows how large
-# the gradient of the residual stream is: each row is a depth, and the way back goes from the top to the bottom.
+# the gradient of the residual stream is. Each row is a depth; the way back goes from the top to the bottom.
 
 # %%
 loss, grads = compute_all_gradients(ids, ids, tiny.weights, config)
@@ -139,7 +140,8 @@ _ = axes.set(ylabel="blocks done", title=f"gradient of the stream, loss {loss:.2
 # A sum passes its gradient to both terms unchanged. So the residual stream carries the gradient back to the embedding,
 # and every block adds to it. At the top, the last token has no gradient: no label follows it.
 #
-# The gradient passes seven caps: one in each block, for the scores, and one at the end. How much of it remains?
+# The gradient passes seven caps: one for the scores in each block, and one for the logits. How much of the gradient
+# remains after each cap?
 
 
 # %%
@@ -168,8 +170,8 @@ _ = axes.set(ylabel="percent", title="part of the gradient that a cap takes away
 #
 # ## One step by hand
 #
-# The gradient says in which direction the loss rises. So a step goes the other way. The *learning rate* $\eta$ is the
-# length of the step, per unit of gradient:
+# The gradient says in which direction the loss rises. So a step goes in the opposite direction. The length of the step
+# is the length of the gradient times the *learning rate* $\eta$:
 #
 # $$w \leftarrow w - \eta \, \frac{\partial L}{\partial w}, \qquad L_{\mathrm{new}} \approx L - \eta \, |\nabla L|^2$$
 #
@@ -248,8 +250,8 @@ middle.axline((0, 0), slope=1, color="grey", linestyle=":")
 _ = middle.set(xlabel="mean of all", ylabel="mean of means", title=f"gradients, {angle:.0f} degrees apart")
 
 # %% [markdown]
-# **Question.** How many times more does a token of the short text count than one of the long text? When is the bug
-# invisible?
+# **Question.** With this bug, how many times more does a token of the short text count than a token of the long text?
+# When is the bug invisible?
 #
 # <details><summary>Answer</summary>
 # 4.1 times: 29 tokens against 7. If all texts have the same number of labels, the two means are equal, so a test with
@@ -258,9 +260,9 @@ _ = middle.set(xlabel="mean of all", ylabel="mean of means", title=f"gradients, 
 #
 # ## Exercise
 #
-# `mean_gradient` gets `gradients`, with one row for each micro-batch: the gradient of the mean loss of its tokens.
-# `counts` has the numbers of tokens. Return the gradient of the mean loss of all tokens. (Such a bug in a real trainer
-# is found by `refgemma check`, from recorded gradients.)
+# `mean_gradient` gets an array `gradients` with one row for each micro-batch: the gradient of the mean loss of its
+# tokens. `counts` has the number of tokens in each micro-batch. Return the gradient of the mean loss of all tokens. (In
+# a real trainer, `refgemma check` finds this bug from recorded gradients.)
 
 
 # %%

@@ -15,12 +15,12 @@
 # %% [markdown]
 # # 16. Train your own: a new book, and a norm's gradient by hand
 #
-# The tiny model has read tales. In this notebook it learns a play: the beginning of "Romeo and Juliet". Then you write
-# the gradient of a norm, the hardest one of the model, and check it against PyTorch's.
+# The tiny model was trained on tales. In this notebook it learns a play: the beginning of "Romeo and Juliet". Then you
+# write the gradient of a norm, the hardest gradient of the model, and compare it with PyTorch's.
 #
 # ![Drawing of the model: the norms are lit](pictures/model-16.svg)
 #
-# Lit: the norms, whose gradient is the exercise. All other weights are trained too.
+# The norms are highlighted, because their gradient is the exercise. All other weights are trained too.
 
 # %%
 from importlib.resources import files
@@ -46,8 +46,8 @@ print(book[18:203])
 #
 # ## Rows to learn from, rows to test with
 #
-# The book becomes tokens, and the tokens become rows of 64. The last tenth of the rows is *held out*: no step uses it.
-# The loss on these rows shows whether the model learned the language of the book, or only its lines.
+# The book is converted to tokens, and the tokens are cut into rows of 64. The last tenth of the rows is *held out*: no
+# step uses it. The loss on these rows shows whether the model learned the language of the book, or only its lines.
 
 # %%
 ids = tiny.tokenizer.encode(book)[1:]  # without <bos>, which begins each row
@@ -73,8 +73,8 @@ _ = axes.set(ylabel="loss in nats", title=f"before: {len(rows)} rows, {len(held_
 # $$w \leftarrow w - \eta\, \frac{m}{\sqrt{v} + \epsilon}, \qquad m \leftarrow \beta_1 m + (1 - \beta_1)\, g, \qquad
 # v \leftarrow \beta_2 v + (1 - \beta_2)\, g^2$$
 #
-# (with $m$ and $v$ divided by $1 - \beta^t$, because they begin at 0). In the first step $m / \sqrt{v}$ is $g / |g|$,
-# so it has the length $\eta$, for every number and every size of its gradient.
+# ($m$ and $v$ are also divided by $1 - \beta^t$, because they begin at 0.) In the first step, $m / \sqrt{v}$ is
+# $g / |g|$. So the first step has the length $\eta$ for every number, however large its gradient is.
 
 # %%
 base = {name: rows_of[:] for name, rows_of in named_weights(tiny.weights, config).items()}
@@ -90,11 +90,11 @@ axes.hist(1000 * moved, bins=60, log=True)
 _ = axes.set(xlabel="change, in thousandths", ylabel="numbers", title="one step of AdamW, rate 0.001")
 
 # %% [markdown]
-# **Question.** The table has a row for every token, also for tokens that do not occur in the batch. Why do these rows
-# move as well?
+# **Question.** The embedding table has a row for every token. Some tokens do not occur in the batch. Why do their rows
+# change as well?
 #
 # <details><summary>Answer</summary>
-# The table is also the head. Each row gives a logit at each place, and the loss lowers the logits of all wrong tokens a
+# The table is also the head. Each row gives a logit at each place, and training lowers the logits of all wrong tokens a
 # little. AdamW makes a step of full length out of a small gradient.
 # </details>
 #
@@ -125,16 +125,18 @@ plt.close(axes.figure)
 assert np.array(state.losses).shape == (60,)
 
 # %% [markdown]
-# **Question.** After step 30 the loss of the steps drops, but the held-out loss does not. What happens there?
+# **Question.** After step 30 the loss of the steps drops, but the held-out loss does not. Why?
 #
 # <details><summary>Answer</summary>
-# The second pass through the book begins: 30 steps of 8 rows are all its rows. From here the model meets rows that it
-# has seen before, and learns them by heart. This is called overfitting. A longer text is a better cure than more steps.
+# The second pass through the book begins: 30 steps of 8 rows are all its rows. From step 31 on, the model gets rows
+# that it has seen before, and learns them by heart. This is called overfitting. A longer text helps more than more
+# steps.
 # </details>
 #
 # ## The change
 #
-# The same prompt before and after, with the most likely token at each place. Then the relative change of the weights:
+# The next cell continues the same prompt before and after training, with the most likely token at each place. It also
+# measures the relative change of the weights:
 #
 # $$\mathrm{change} = \|w - w_0\| \,/\, \|w_0\|$$
 
@@ -154,8 +156,8 @@ axes.barh(kinds, 100 * sizes)
 _ = axes.set(xlabel="percent", title="change of the weights, mean of all blocks")
 
 # %% [markdown]
-# Is the tale forgotten? The model keeps only the kind of text that it is trained on. So released models are often
-# tuned with small adapters, such as LoRA, or with old texts mixed in.
+# Has the model forgotten the tales? A model that is trained on one kind of text forgets other kinds. So released models
+# are often tuned with small adapters, such as LoRA, or on a mixture with old texts.
 
 # %%
 after = {"a tale": mean_loss(tale, trained, config), "held out": tested[-1][1]}
@@ -171,15 +173,16 @@ _ = axes.legend(loc="lower center")
 # %% [markdown]
 # ## The gradient of a norm
 #
-# A norm (notebook 6) multiplies $x$ by $r$, so that $n = x r$ has the root mean square 1. Let $h$ be the gradient of
-# $n$, where the factor $1 + w$ is already in: $h = g\,(1 + w)$. A number $x_j$ acts in two ways: directly, and through
-# $r$, which depends on all numbers of the vector. Both ways together give
+# A norm (notebook 6) multiplies $x$ by $r$, so that $n = x r$ has the root mean square 1. Let $g$ be the gradient of
+# the result, and $h = g\,(1 + w)$ the gradient of $n$. A number $x_j$ changes the result in two ways: directly, and
+# through $r$, which depends on all numbers of the vector. Both ways together give
 #
 # $$\frac{\partial L}{\partial x} = r\,\bigl(h - n \cdot \mathrm{mean}(h\,n)\bigr), \qquad
 # r = \frac{1}{\sqrt{\mathrm{mean}(x^2) + \epsilon}}$$
 #
-# The second term has a simple meaning. Apart from $\epsilon$, a longer $x$ has the same norm; so the length of $x$
-# cannot change the loss, and the gradient must be at a right angle to $x$. The term subtracts the part along $x$.
+# The second term has a simple meaning. Apart from $\epsilon$, a longer $x$ gives the same result of the norm. So the
+# length of $x$ cannot change the loss, and the gradient must be at a right angle to $x$. The second term subtracts the
+# part of $h$ that points along $x$.
 
 # %%
 angles = np.linspace(0, 2 * np.pi, 24, endpoint=False)
@@ -198,7 +201,7 @@ for axes, arrows, title in (
     axes.set(title=title, aspect="equal", xlim=(-1.5, 1.5), ylim=(-1.5, 1.5))
 
 # %% [markdown]
-# **Question.** At two points of the circle the right arrow vanishes. Where are they?
+# **Question.** At two points of the circle, the right arrow has the length 0. Where are these points?
 #
 # <details><summary>Answer</summary>
 # Where x is parallel to the gradient of the result, (1, 0.5) or its opposite. There the whole gradient points along x,
@@ -208,8 +211,9 @@ for axes, arrows, title in (
 # ## Exercise
 #
 # `rms_norm_backward` gets `grad`, the gradient of the result, with the shape of `x`: (texts, tokens, hidden). It
-# returns two arrays: the gradient of `x` by the formula above, and that of `weight`. The weight serves all tokens, so
-# its gradient is a sum over them: of `grad * n`. The check compares with PyTorch autograd.
+# returns two arrays: the gradient of `x` by the formula above, and the gradient of `weight`. All tokens use the same
+# weight, so the gradient of `weight` is the sum of `grad * n` over all tokens. The check compares both with PyTorch
+# autograd.
 
 
 # %%

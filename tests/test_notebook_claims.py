@@ -837,7 +837,7 @@ def test_12_byte_fallback() -> None:
 
 @claim(
     15,
-    "Move one logit by a little, up and down, and measure the change of the loss.",
+    "the next cell moves one logit a little, up and down, and measures the change of the loss.",
     "The label's, <code>There</code>: the loss falls if its logit rises.",
     "The model expected a quotation mark.",
 )
@@ -910,8 +910,8 @@ def test_15_the_mean_of_the_means() -> None:
 
 @claim(
     16,
-    "so it has the length $\\eta$, for every number and every size of its gradient",
-    "Each row gives a logit at each place, and the loss lowers the logits of all wrong tokens a little.",
+    "So the first step has the length $\\eta$ for every number, however large its gradient is.",
+    "Each row gives a logit at each place, and training lowers the logits of all wrong tokens a little.",
 )
 def test_16_the_first_step() -> None:
     names = after(16, "moved = np.concatenate")
@@ -940,7 +940,7 @@ def test_16_the_second_pass() -> None:
     assert tested[0] - tested[60] > 2  # and it has learned
 
 
-@claim(16, "The model keeps only the kind of text that it is trained on.")
+@claim(16, "A model that is trained on one kind of text forgets other kinds.")
 def test_16_the_tale_is_forgotten() -> None:
     names = after(16, "shown = np.array")
     assert names.after["a tale"] - names.before["a tale"] > 0.4
@@ -951,7 +951,7 @@ def test_16_the_tale_is_forgotten() -> None:
 
 @claim(
     16,
-    "so the length of $x$ cannot change the loss, and the gradient must be at a right angle to $x$",
+    "So the length of $x$ cannot change the loss, and the gradient must be at a right angle to $x$",
     "Where x is parallel to the gradient of the result, (1, 0.5) or its opposite.",
     "their arrows are the shortest",
 )
