@@ -22,8 +22,8 @@ def name(path: Path) -> str:
     return path.stem
 
 
-def test_there_are_twelve() -> None:
-    assert [path.stem[:2] for path in SOURCES] == [f"{number:02d}" for number in range(1, 13)]
+def test_there_are_fourteen() -> None:
+    assert [path.stem[:2] for path in SOURCES] == [f"{number:02d}" for number in range(1, 15)]
     assert [path.stem for path in sorted(FOLDER.glob("*.ipynb"))] == [path.stem for path in SOURCES]
 
 

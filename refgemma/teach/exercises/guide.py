@@ -83,6 +83,16 @@ HINTS: dict[str, tuple[int, str, str]] = {
         "In a loop: the joined pairs that are in ranks; if there are none, return. Else take the one with the lowest "
         "rank, at its first place, and replace both parts: pieces[place : place + 2] = [joined].",
     ),
+    "qk_norm_scores": (
+        13, "There are two norms and one product. Which axis has the numbers of one query?",
+        "Norm q with q_weight and k with k_weight: x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-6) * (1 + "
+        "weight). Then q @ k.swapaxes(-1, -2), divided by np.sqrt(scalar).",
+    ),
+    "induction_scores": (
+        14, "Take a query in the second copy. How far back is the same token, and which key comes right after that one?",
+        "queries = np.arange(period + 1, 2 * period + 1). The same token is at queries - period, and its successor at "
+        "queries - period + 1. Index the last two axes of probs with both arrays, and average.",
+    ),
 }  # fmt: skip
 
 _shown: Counter[str] = Counter()
