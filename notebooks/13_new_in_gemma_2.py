@@ -1,7 +1,6 @@
 # ---
 # jupyter:
 #   jupytext:
-#     formats: ipynb,py:percent
 #     text_representation:
 #       extension: .py
 #       format_name: percent
@@ -12,7 +11,7 @@
 # ---
 
 # %% [markdown]
-# # 13. What is new in Gemma 2
+# # 13. New in Gemma 2
 #
 # The earlier notebooks explained the parts of Gemma 2. Few of them were new in 2024. This notebook compares Gemma 2
 # with its neighbours. Then it removes or replaces one part after the other in the tiny model (*ablation*, notebook 2)
@@ -118,7 +117,7 @@ max(largest), float(np.abs(run.raw_logits).max())
 # when the caps of attention were left out after training.
 # </details>
 #
-# ## What became of the caps
+# ## From caps to QK-norm
 #
 # Fast programs for attention (FlashAttention) could not compute a cap at first. Gemma 3 replaced it by **QK-norm**:
 # each query and each key goes through an RMSNorm of its own, so their product has a limit by itself
@@ -155,8 +154,8 @@ _ = axes.legend()
 # <details><summary>Answer</summary>
 # Only QK-norm: it divides by the length of the query, so the factor has no effect. (Its share is low because the tiny
 # model was not trained with it. Gemma 3 learns the factors <code>1 + w</code> of these norms.) Without a limit, 99 % of
-# the attention goes to one key. With the cap, the share rises too, but at a factor of 100 nearly all scores are 50 or
-# −50. The best key cannot stand out any more, and its share falls to 6 %.
+# the attention goes to one key. With the cap, the share rises too, but at a factor of 100 each query has 18 keys, on
+# average, whose scores are within 0.1 of 50. The best key cannot stand out any more, and its share falls to 6 %.
 # </details>
 #
 # ## Sliding windows
@@ -182,7 +181,8 @@ _ = axes.legend()
 kinds = ("sliding_attention", "full_attention")
 measure("full blocks only", config=config.changed(layer_types=kinds[1:] * 6))
 measure("sliding blocks only", config=config.changed(layer_types=kinds[:1] * 6))
-measure("full and sliding exchanged", config=config.changed(layer_types=kinds[::-1] * 3))
+exchanged = config.changed(layer_types=kinds[::-1] * 3)
+measure("full and sliding exchanged", config=exchanged)
 
 # %% [markdown]
 # **Question.** A window of 16 keys is nearly as good as one of 64, but a window of 128 doubles the perplexity. How can
@@ -254,7 +254,8 @@ axes.semilogx(scalars, curve, "o-")
 for value, name in ((39, "hidden / heads = 39"), (32, "head_dim = 32")):
     axes.axvline(value, linestyle=":", color="grey")
     axes.text(value, 18 if value == 39 else 18.6, " " + name)
-axes.set(xlabel="query_pre_attn_scalar", ylabel="perplexity", title="the scale of the scores")
+axes.set(xlabel="query_pre_attn_scalar", ylabel="perplexity")
+axes.set_title("the scale of the scores")
 wide27 = refgemma.Gemma2Config.preset("27b")
 wide27.hidden_size / wide27.num_attention_heads, wide27.query_pre_attn_scalar
 
@@ -278,8 +279,10 @@ names = ["input_layernorm", "post_attention_layernorm"]
 names += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
 start = model.begin(rows, weights, config)
 turn = {"cos": start.cos, "sin": start.sin}
+assert start.embedded.shape == (6, 256, 234)
 
 
+# %%
 def run_without(without):
     def norm(x, n):  # the norm number n of the block
         factors, eps = getattr(layer, names[n - 1]), config.rms_norm_eps
@@ -300,8 +303,9 @@ def run_without(without):
 # %%
 assert np.array_equal(run_without([]), run.logits)
 for title, without in (("before", [1, 3]), ("after", [2, 4])):
-    results[f"no norms {title} the halves"] = perplexity(run_without(without))
-    print(f"no norms {title} the halves:", round(results[f"no norms {title} the halves"], 2))
+    name = f"no norms {title} the halves"
+    results[name] = perplexity(run_without(without))
+    print(f"{name:36s} {results[name]:8.2f}")
 
 
 def change_norms(change):
@@ -321,7 +325,7 @@ measure("factor w in place of 1 + w", change_norms(lambda w: w - 1))
 #
 # <details><summary>Answer</summary>
 # All factors 1 is a norm without weights: sizes are a little wrong, and the perplexity is 54. With <code>w</code>, many
-# factors have the wrong sign: 66 % of the numbers <code>w</code> are negative, but only 0.1 % of the numbers
+# factors have the wrong sign: 49 % of the numbers <code>w</code> are negative, but none of the numbers
 # <code>1 + w</code>. The perplexity is then 7703, worse than that of a model that knows nothing (2048).
 # </details>
 #
@@ -342,7 +346,7 @@ axes.axvline(results["Gemma 2"], linestyle=":", color="grey")
 _ = axes.set(xscale="log", xlabel="perplexity (lower is better)", xlim=(10, 20000))
 
 # %% [markdown]
-# A tied head cannot be removed after training: a table of its own would have to be learned. It would cost 917 million
+# A tied head cannot be removed after training: a table of its own would have to be learned. It would cost 918 million
 # numbers more in the 9B. In the 2B it would be a fifth more ([Press and Wolf 2016](https://arxiv.org/abs/1608.05859)).
 #
 # **Question.** Which parts of the table at the top are in Gemma 2, but not in Gemma 1? Which of them did Gemma 3 keep?

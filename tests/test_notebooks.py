@@ -1,10 +1,12 @@
 """The notebooks: each runs from top to bottom, has what every one of them has, and is paired with an .ipynb in step."""
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import jupytext
+import jupytext.cli
 import nbformat
 import pytest
 from notebook_cells import FOLDER, SOURCES, run, solutions
@@ -37,6 +39,19 @@ def test_the_pair_is_in_step(path: Path) -> None:
         assert cell.get("execution_count") is None
 
 
+def test_a_save_in_jupyter_does_not_rewrite_the_source(tmp_path: Path) -> None:
+    # A notebook with jupytext's `formats` would be paired: a student's save would write the .py as well.
+    source, paired = (shutil.copy(SOURCES[0].with_suffix(suffix), tmp_path) for suffix in (".py", ".ipynb"))
+    notebook = nbformat.read(paired, as_version=4)
+    notebook.cells[0].source = "My own title"
+    nbformat.write(notebook, paired)
+    with pytest.raises(ValueError, match="is not a paired notebook"):
+        jupytext.cli.jupytext(["--sync", str(paired)])
+    assert Path(source).read_bytes() == SOURCES[0].read_bytes()
+    for path in SOURCES:
+        assert "formats" not in nbformat.read(path.with_suffix(".ipynb"), as_version=4).metadata.get("jupytext", {})
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=name)
 def test_the_rhythm(path: Path) -> None:
     # An equation, at most 20 lines of code, a picture, a question; shapes asserted; at the end an exercise.
@@ -50,6 +65,7 @@ def test_the_rhythm(path: Path) -> None:
     assert sum("axes" in cell or "viz." in cell for cell in code) >= 3
     assert re.search(r"^exercises\.check_\w+\(\w+\)$", code[-1], re.MULTILINE)
     assert {cell: len(cell.splitlines()) for cell in code if len(cell.splitlines()) > 20} == {}
+    assert [line for cell in code for line in cell.splitlines() if len(line) > 88] == []  # ruff.toml beside them
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name)

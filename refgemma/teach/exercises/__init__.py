@@ -21,6 +21,7 @@ from refgemma.teach.exercises.guide import ProgressError, hint, progress
 from refgemma.teach.exercises.single_operations import (
     check_attention_probs,
     check_embed,
+    check_embed_bf16,
     check_gelu_tanh,
     check_qk_norm_scores,
     check_repeat_kv,
@@ -52,6 +53,7 @@ __all__ = [
     "check_causality_test",
     "check_diagnosis",
     "check_embed",
+    "check_embed_bf16",
     "check_encode_word",
     "check_first_divergence",
     "check_gelu_tanh",

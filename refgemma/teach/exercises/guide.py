@@ -19,7 +19,7 @@ HINTS: dict[str, tuple[int, str, str]] = {
     "embed": (
         1, "Each id selects one row of the table. Which number multiplies the rows, and from which axis does it come?",
         "table[ids] has the shape (*ids.shape, hidden). Multiply it by the square root of table.shape[-1]; in half "
-        "precision, round this factor first: narrow(factor, like=table), from refgemma.",
+        "precision (notebook 7), round this factor first: narrow(factor, like=table), from refgemma.",
     ),
     "gelu_tanh": (
         1, "Begin with the innermost bracket of the formula. Which three steps come after it, from the inside out?",
@@ -57,6 +57,11 @@ HINTS: dict[str, tuple[int, str, str]] = {
         7, "Add half of the last kept bit to the 32 bits as a whole number, then clear the lower 16. What about ties?",
         "Add 0x7FFF plus the last bit that is kept, (bits >> 16) & 1; then & np.uint32(0xFFFF0000). View it as "
         "float32.",
+    ),
+    "embed_bf16": (
+        7, "Two numbers are rounded: the factor and the product. Which of them does NumPy not round by itself?",
+        "narrow(math.sqrt(table.shape[-1]), like=table) is the factor in bfloat16. table[ids] times this factor is "
+        "rounded because table is an array in bfloat16.",
     ),
     "keep_top_p": (
         8, "Sort the tokens, the most likely first, and add up. Which token is the last one kept?",

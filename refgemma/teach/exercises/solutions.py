@@ -22,6 +22,13 @@ def embed(ids: Array, table: Array) -> Array:
     return rows * narrow(math.sqrt(table.shape[-1]), like=table)
 
 
+def embed_bf16(ids: Array, table: Array) -> Array:
+    """Round the factor to the precision of the table, then multiply."""
+    factor = narrow(math.sqrt(table.shape[-1]), like=table)
+    rows: Array = table[ids] * factor
+    return rows
+
+
 def gelu_tanh(x: Array) -> Array:
     """Compute the tanh form of GELU."""
     bent: Array = 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))

@@ -265,6 +265,8 @@ def check_induction_scores(answer: Attempt) -> Feedback:
              lambda probs, period: probs[:, (q := np.arange(period + 1, 2 * period + 1)), q - 1].mean(axis=-1)),
         Hint("place 0 is <bos>: the second copy begins at place period + 1.",
              lambda probs, period: probs[:, (q := np.arange(period, 2 * period)), q - period + 1].mean(axis=-1)),
+        Hint("place 0 is <bos>: the second copy begins at place period + 1.",
+             lambda probs, period: probs[:, (q := np.arange(period, 2 * period + 1)), q - period + 1].mean(axis=-1)),
         Hint("the second copy has period queries; the last one, at place 2 * period, is missing.",
              lambda probs, period: probs[:, (q := np.arange(period + 1, 2 * period)), q - period + 1].mean(axis=-1)),
         Hint("take the mean over the queries; you take the sum.", lambda probs, period: choose(probs, period).sum(-1)),
