@@ -305,3 +305,7 @@ exercises.check_gelu_tanh(gelu_tanh)
 # ```
 #
 # </details>
+
+# %% [markdown]
+# **Papers.** [Attention is all you need](https://arxiv.org/abs/1706.03762) (Vaswani et al. 2017) introduced the
+# transformer; the [report on Gemma 2](https://arxiv.org/abs/2408.00118) describes this model.

@@ -273,3 +273,7 @@ exercises.check_repeat_kv(repeat_kv)
 # ```
 #
 # </details>
+
+# %% [markdown]
+# **Papers.** [Grouped-query attention](https://arxiv.org/abs/2305.13245) (Ainslie et al. 2023);
+# [attention sinks](https://arxiv.org/abs/2309.17453) (Xiao et al. 2023).

@@ -215,3 +215,6 @@ exercises.check_rotate(rotate)
 # ```
 #
 # </details>
+
+# %% [markdown]
+# **Papers.** [RoFormer](https://arxiv.org/abs/2104.09864) (Su et al. 2021) introduced rotary positions.

@@ -265,3 +265,6 @@ exercises.check_attention_probs(attention_probs)
 # ```
 #
 # </details>
+
+# %% [markdown]
+# **Papers.** [Bello et al. 2016](https://arxiv.org/abs/1611.09940) capped scores with a tanh.

@@ -229,3 +229,6 @@ exercises.check_sliding_mask(sliding_mask)
 # ```
 #
 # </details>
+
+# %% [markdown]
+# **Papers.** [Longformer](https://arxiv.org/abs/2004.05150) (Beltagy et al. 2020) on sliding windows.

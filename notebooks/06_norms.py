@@ -251,3 +251,7 @@ exercises.check_rms_norm(rms_norm)
 # ```
 #
 # </details>
+
+# %% [markdown]
+# **Papers.** [RMSNorm](https://arxiv.org/abs/1910.07467) (Zhang and Sennrich 2019);
+# [massive activations](https://arxiv.org/abs/2402.17762) (Sun et al. 2024).

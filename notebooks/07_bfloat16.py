@@ -289,3 +289,6 @@ exercises.check_embed_bf16(embed_bf16)
 # ```
 #
 # </details>
+
+# %% [markdown]
+# **Papers.** [bfloat16 in training](https://arxiv.org/abs/1905.12322) (Kalamkar et al. 2019).

@@ -205,3 +205,6 @@ exercises.check_keep_top_p(keep_top_p)
 # ```
 #
 # </details>
+
+# %% [markdown]
+# **Papers.** [Top-p](https://arxiv.org/abs/1904.09751) (Holtzman et al. 2019).

@@ -237,3 +237,6 @@ exercises.check_first_divergence(first_divergence)
 # ```
 #
 # </details>
+
+# %% [markdown]
+# **Papers.** [Transformers](https://arxiv.org/abs/1910.03771) (Wolf et al. 2019), the library of the recordings.

@@ -258,3 +258,7 @@ exercises.check_parameters(parameters)
 # ```
 #
 # </details>
+
+# %% [markdown]
+# **Papers.** [Scaling laws](https://arxiv.org/abs/2001.08361) (Kaplan et al. 2020) count parameters and FLOPs in the
+# same way.

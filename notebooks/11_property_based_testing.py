@@ -308,3 +308,6 @@ exercises.check_causality_test(causality_test)
 # ```
 #
 # </details>
+
+# %% [markdown]
+# **Papers.** [QuickCheck](https://doi.org/10.1145/351240.351266) (Claessen and Hughes 2000) introduced such tests.

@@ -91,8 +91,8 @@ _ = axes.set_title("block 3, head 0")
 # `<bos>`?
 #
 # <details><summary>Answer</summary>
-# About 100 tokens. The first 16 queries spend 79 % of their attention on <code>&lt;bos&gt;</code>, and after place 150 it
-# is below 1 %. Block 3 is a full one, so every query sees <code>&lt;bos&gt;</code>. The score of a key also depends on
+# About 100 tokens. The first 16 queries spend 79 % of their attention on <code>&lt;bos&gt;</code>, and after place 150
+# it is below 1 %. Block 3 is a full one, so every query sees <code>&lt;bos&gt;</code>. The score of a key also depends on
 # its distance, through the rotation. In large models the sink reaches over the whole text
 # (<a href="https://arxiv.org/abs/2309.17453">Xiao et al. 2023</a>). So a pattern that is measured on short texts may
 # not hold for long ones.
@@ -100,8 +100,8 @@ _ = axes.set_title("block 3, head 0")
 #
 # ## Induction heads
 #
-# A text says *Rumpelstiltskin* once. When it says *Rumpel* again, the rest can be copied. In many models, an **induction
-# head** does it ([Olsson et al. 2022](https://arxiv.org/abs/2209.11895)). It looks for an earlier occurrence of the
+# A text says *Rumpelstiltskin* once. When it says *Rumpel* again, the rest can be copied. In many models, an
+# **induction head** does it ([Olsson et al. 2022](https://arxiv.org/abs/2209.11895)). It looks for an earlier occurrence of the
 # token and attends to the token *after* it. It needs a previous-token head in an earlier block: this head writes into
 # each token which token came before.
 #
@@ -171,8 +171,8 @@ known, rule / known, right / known
 # %% [markdown]
 # <details><summary>Answer</summary>
 # Little. Where a token occurred before, the rule predicts the right next token in about one case of seven, and
-# the model without it in more than one of three. Induction pays in long texts with many names and numbers. Olsson et al. saw
-# these heads appear suddenly in training, after billions of tokens. The tiny model saw a text of 0.9 million
+# the model without it in more than one of three. Induction pays in long texts with many names and numbers. Olsson et al.
+# saw these heads appear suddenly in training, after billions of tokens. The tiny model saw a text of 0.9 million
 # tokens again and again, and its longest example had 320.
 # </details>
 #

@@ -429,7 +429,9 @@ EXERCISES = [
     ]),
 ]  # fmt: skip
 
-CHECKS = [name for name in exercises.__all__ if name.startswith("check_") and name != "check_diagnosis"]
+CHECKS = [
+    name for name in exercises.__all__ if name.startswith("check_") and name not in ("check_diagnosis", "check_seeded")
+]
 WRONG = [(exercise, wrong) for exercise in EXERCISES for wrong in exercise.wrong]
 
 

@@ -122,6 +122,25 @@ def test_what_is_not_in_step_is_seen(tmp_path: Path) -> None:
         test_the_pair_is_in_step(copy)
 
 
+COURSE = (FOLDER.parent / "docs" / "how-to" / "teach-a-course.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_the_page_for_teachers_has_its_row(path: Path) -> None:
+    (row,) = [line for line in COURSE.splitlines() if line.startswith("| [") and f"/{path.stem}.ipynb)" in line]
+    _, title, objective, minutes, difficulty, tasks, papers, _ = row.split("|")
+    assert title.split("]")[0].strip().startswith(f"[{int(path.stem[:2])} ")
+    assert 30 <= int(minutes) <= 90
+    assert int(difficulty) in (1, 2, 3)
+    assert len(objective.split()) >= 5
+    found = re.findall(r"^exercises\.check_(\w+)\(\1\)$", path.read_text("utf-8"), re.MULTILINE)
+    assert re.findall(r"`(\w+)`", tasks) == found
+    links = re.findall(r"\((https://[^)]+)\)", papers)
+    text = "\n".join(prose_of(path))
+    assert links
+    assert [link for link in links if link not in text] == []
+
+
 # --- words ------------------------------------------------------------------------------------------------------------
 
 # What docs/tutorial/index.md says: word -> the notebook that explains it.

@@ -17,6 +17,7 @@ True
 
 from refgemma.teach.exercises import solutions
 from refgemma.teach.exercises.feedback import Feedback
+from refgemma.teach.exercises.grading import SeedError, Unsolved, check_seeded, require
 from refgemma.teach.exercises.guide import ProgressError, hint, progress
 from refgemma.teach.exercises.single_operations import (
     check_attention_probs,
@@ -48,7 +49,9 @@ __all__ = [
     "Feedback",
     "PlayError",
     "ProgressError",
+    "SeedError",
     "Story",
+    "Unsolved",
     "check_attention_probs",
     "check_causality_test",
     "check_diagnosis",
@@ -65,6 +68,7 @@ __all__ = [
     "check_rms_norm",
     "check_rotate",
     "check_round_to_bf16",
+    "check_seeded",
     "check_sliding_mask",
     "check_soft_cap",
     "hint",
@@ -72,6 +76,7 @@ __all__ = [
     "play",
     "progress",
     "recorded_trace",
+    "require",
     "save_port",
     "solutions",
 ]

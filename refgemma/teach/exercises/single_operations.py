@@ -472,7 +472,10 @@ def _norm_answer(
 # Two heads of four numbers, three queries and four keys; the scores were recorded from transformers 5.23:
 # Gemma3RMSNorm of each, and torch's product. tests/parity/test_exercises_parity.py records them again.
 _QUERIES = np.array(
-    [[[2.5, 2.5, 2, 2.5], [-3, 2, 3, -1.5], [-2, -2.5, 2, 3]], [[0.5, 0.5, 2, -3], [2, 2.5, -2.5, 3], [2.5, -1.5, 0, 2]]],
+    [
+        [[2.5, 2.5, 2, 2.5], [-3, 2, 3, -1.5], [-2, -2.5, 2, 3]],
+        [[0.5, 0.5, 2, -3], [2, 2.5, -2.5, 3], [2.5, -1.5, 0, 2]],
+    ],
     np.float32,
 )
 _KEYS = np.array(
