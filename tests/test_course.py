@@ -102,5 +102,5 @@ def test_the_solution_itself_is_refused() -> None:
 
 @pytest.mark.parametrize("name", ["parameters", "", "soft_caps"])
 def test_an_exercise_without_drawn_inputs_is_named(name: str) -> None:
-    with pytest.raises(exercises.SeedError, match="no inputs are drawn for .*; the exercises are embed, "):
+    with pytest.raises(exercises.SeedError, match=r"no inputs are drawn for .*; the exercises are embed, "):
         exercises.check_seeded(lambda: None, 1, name)

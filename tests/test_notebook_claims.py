@@ -858,8 +858,8 @@ def test_13_the_caps_have_little_to_do() -> None:
     13,
     "Only QK-norm: it divides by the length of the query, so the factor has no effect.",
     "Without a limit, 99 % of the attention goes to one key.",
-    "each query has 18 keys, on average, whose scores are within 0.1 of 50. The best key cannot stand out any more, and "
-    "its share falls to 6 %.",
+    "each query has 18 keys, on average, whose scores are within 0.1 of 50. The best key cannot stand out any more, "
+    "and its share falls to 6 %.",
 )
 def test_13_what_limits_do_to_large_scores() -> None:
     names = after(13, "factors, best = ")
@@ -973,7 +973,8 @@ def test_14_previous_token_heads() -> None:
 
 @claim(
     14,
-    "The first 16 queries spend 79 % of their attention on <code>&lt;bos&gt;</code>, and after place 150 it is below 1 %.",
+    "The first 16 queries spend 79 % of their attention on <code>&lt;bos&gt;</code>, and after place 150 it is below "
+    "1 %.",
     "Block 3 is a full one, so every query sees <code>&lt;bos&gt;</code>.",
 )
 def test_14_the_sink_has_a_reach() -> None:

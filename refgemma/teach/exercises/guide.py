@@ -94,7 +94,7 @@ HINTS: dict[str, tuple[int, str, str]] = {
         "weight). Then q @ k.swapaxes(-1, -2), divided by np.sqrt(scalar).",
     ),
     "induction_scores": (
-        14, "Take a query in the second copy. How far back is the same token, and which key comes right after that one?",
+        14, "Take a query in the second copy. How far back is the same token, and which key comes right after it?",
         "queries = np.arange(period + 1, 2 * period + 1). The same token is at queries - period, and its successor at "
         "queries - period + 1. Index the last two axes of probs with both arrays, and average.",
     ),
