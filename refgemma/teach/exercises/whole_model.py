@@ -231,9 +231,9 @@ def check_induction_scores(answer: Attempt) -> Feedback:
 
     Examples
     --------
-    >>> check_induction_scores(lambda probs, period: np.zeros(len(probs)))
-    Not yet: induction_scores(probs, 2) of two heads
-      2 of 2 elements are wrong; the largest error, at [1], is 0 instead of 0.75
+    >>> wrong = lambda probs, period: np.diagonal(probs, -period, 1, 2)[:, -period:].mean(axis=-1)
+    >>> print(str(check_induction_scores(wrong)).splitlines()[-1])
+      Hint: that is the attention on the earlier occurrence itself; take the token after it.
     """
     probs = np.array([
         [[1, 0, 0, 0, 0], [0.5, 0.5, 0, 0, 0], [0.25, 0.25, 0.5, 0, 0], [0, 0.5, 0.125, 0.375, 0],
@@ -243,6 +243,17 @@ def check_induction_scores(answer: Attempt) -> Feedback:
     ])  # fmt: skip
     # Text <bos> a b a b: the second a (place 3) looks for the b at place 2, the second b (place 4) for the a at 3.
     right = np.array([(0.125 + 0.375) / 2, (0.875 + 0.625) / 2])
+
+    # Text <bos> a b c a b c: the second a, b, c (places 4, 5, 6) look for the keys 2, 3 and 4.
+    longer = np.array([[
+        [1, 0, 0, 0, 0, 0, 0], [0.5, 0.5, 0, 0, 0, 0, 0], [0.25, 0.5, 0.25, 0, 0, 0, 0],
+        [0.25, 0.25, 0.25, 0.25, 0, 0, 0], [0.125, 0, 0.5, 0.25, 0.125, 0, 0],
+        [0, 0.25, 0.125, 0.25, 0.25, 0.125, 0], [0.0625, 0, 0.0625, 0.125, 0.375, 0.25, 0.125],
+    ]])  # fmt: skip
+    trials = [
+        Trial("induction_scores(probs, 2) of two heads", (probs, 2), right, 1e-12),
+        Trial("induction_scores(probs, 3) of one head", (longer, 3), np.array([(0.5 + 0.25 + 0.375) / 3]), 1e-12),
+    ]
 
     def mean_of(shift: int, first: int = 1, last: int = 1) -> Attempt:
         """Return an answer that averages keys `shift` places after the query, of queries from `first` to `last`."""
@@ -257,7 +268,7 @@ def check_induction_scores(answer: Attempt) -> Feedback:
         queries = np.arange(period + 1, 2 * period + 1)
         return np.asarray(probs[:, queries, queries - period + 1])
 
-    return give_feedback(answer, [Trial("induction_scores(probs, 2) of two heads", (probs, 2), right, 1e-12)], [
+    return give_feedback(answer, trials, [
         Hint("that is the attention on the earlier occurrence itself; take the token after it.", mean_of(0)),
         Hint("that is the attention on the token before the earlier occurrence; take the token after it.", mean_of(-1)),
         Hint("the token after the earlier occurrence is one place after it, not two.", mean_of(2)),
