@@ -271,9 +271,9 @@ def check_induction_scores(answer: Attempt) -> Feedback:
     return give_feedback(answer, trials, [
         Hint("that is the attention on the earlier occurrence itself; take the token after it.", mean_of(0)),
         Hint("that is the attention on the token before the earlier occurrence; take the token after it.", mean_of(-1)),
-        Hint("the token after the earlier occurrence is one place after it, not two.", mean_of(2)),
         Hint("that is the attention on the token before the query (a previous-token head).",
              lambda probs, period: probs[:, (q := np.arange(period + 1, 2 * period + 1)), q - 1].mean(axis=-1)),
+        Hint("the token after the earlier occurrence is one place after it, not two.", mean_of(2)),
         Hint("place 0 is <bos>: the second copy begins at place period + 1.",
              lambda probs, period: probs[:, (q := np.arange(period, 2 * period)), q - period + 1].mean(axis=-1)),
         Hint("place 0 is <bos>: the second copy begins at place period + 1.",
