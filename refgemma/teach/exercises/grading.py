@@ -29,7 +29,7 @@ class SeedError(RefgemmaError):
     """Raised for an exercise whose inputs are not drawn from a seed."""
 
 
-def require(*feedbacks: Feedback) -> None:
+def require(*feedbacks: Any) -> None:
     """Raise the feedback on the first answer that did not pass: a test cell for nbgrader, Otter and other graders.
 
     Parameters
