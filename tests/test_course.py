@@ -1,5 +1,6 @@
 """The tool that builds executed notebooks, slides and sheets, and the checks for graded assignments."""
 
+from pathlib import Path
 from typing import Any
 
 import course
@@ -31,6 +32,16 @@ def test_a_sheet_has_no_solution_and_a_test_for_each_exercise(path: Any) -> None
         if cell.metadata.get("nbgrader", {}).get("grade"):
             with pytest.raises(exercises.Unsolved, match="nothing is written yet"):
                 exec(f"{sheet.cells[place - 1].source}\n{cell.source}", {})
+
+
+def test_the_sheets_are_written(tmp_path: Path) -> None:
+    assert course.main([str(tmp_path), "--only", "sheets", "04", "12"]) == 0
+    assert sorted(path.name for path in (tmp_path / "sheets").glob("*.ipynb")) == [
+        "04_soft_caps.ipynb", "12_tokenizer.ipynb",
+    ]  # fmt: skip
+    assert (tmp_path / "sheets" / "pictures" / "model-04.svg").is_file()
+    with pytest.raises(SystemExit, match="there is no notebook 99; give numbers such as 01"):
+        course.main([str(tmp_path), "99"])
 
 
 def test_slides_have_real_sections() -> None:

@@ -15,6 +15,7 @@ import copy
 import re
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def execute(notebook: Any) -> Any:
     return made
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="new files are written here; others stay")
     parser.add_argument("notebooks", nargs="*", help="their numbers, such as 01; default: all")
@@ -88,7 +89,7 @@ def main() -> int:
     parser.add_argument(
         "--reveal", default="https://unpkg.com/reveal.js@^4", help="reveal.js for the slides: URL, folder"
     )
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args(arguments)
     sources = [path for path in sorted(NOTEBOOKS.glob("*.py")) if not args.notebooks or path.stem[:2] in args.notebooks]
     if not sources:
         sys.exit(f"there is no notebook {' '.join(args.notebooks)}; give numbers such as 01")
