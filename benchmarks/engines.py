@@ -1,13 +1,15 @@
-"""Time one engine in a process of its own; called by `run.py`, which compares engines.
+"""Time one engine in a separate process; called by `run.py`, which compares engines.
 
-    python benchmarks/engines.py prefill transformers 9b     prints {"prefill 128": seconds, ...} as JSON
+    python benchmarks/engines.py prefill transformers 9b         prints {"prefill 128": seconds, ...} as JSON
+    python benchmarks/engines.py prefill transformers 9b 128     prints only the prompt of 128 tokens
 
-Two engines in one process disturb each other's threads; so none ever meets another here. Weights are synthetic.
+Two engines in one process would disturb each other's threads. Weights are synthetic.
 """
 
 import functools
 import json
 import math
+import platform
 import resource
 import statistics
 import sys
@@ -33,6 +35,24 @@ DECODE = (512, 4096)
 DEFINITION_TOKENS = 2048  # the readable definition is timed up to here
 REPETITIONS = {1: 9, 128: 5, 512: 2}  # a process, after one that is not counted; once for more tokens
 FULL_DEPTH_TOKENS = 64
+
+
+def cpuinfo() -> dict[str, str]:
+    """Return what Linux says about the first processor; elsewhere nothing."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().split("\n\n")[0].splitlines() if file.exists() else []
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+AVX512 = "avx512f" in cpuinfo().get("flags", "").split()
+
+
+def processor() -> str:
+    """Return the processor's name, and whether it has AVX-512, which decides the kernels of BLAS."""
+    known = cpuinfo()
+    numbers = f" (family {known['cpu family']}, model {known['model']})" if "cpu family" in known else ""
+    name = known.get("model name", platform.processor() or platform.machine())
+    return f"{name}{numbers}, {'with' if AVX512 else 'without'} AVX-512"
 
 
 def config_of(size: str) -> Gemma2Config:
@@ -223,31 +243,31 @@ def functions(config: Gemma2Config, tokens: int) -> None:
         fast.in_threads(fill, count)
 
 
-def measured_prefill(engine: str, size: str) -> dict[str, float]:
-    """Seconds of a prompt in a layer, by its length; of the fast engine also its share of the product's rate."""
+def measured_prefill(engine: str, size: str, *counts: str) -> dict[str, float]:
+    """Return the seconds of prompts in a layer, by length; for `fast` also its share of the product's rate."""
     config, weights = layer_of(engine, size, 0)
     found: dict[str, float] = {}
-    for tokens in PREFILL[size]:
+    for tokens in map(int, counts or PREFILL[size]):
         if engine == "definition" and tokens > DEFINITION_TOKENS:
             continue
         step = STEPS[engine](config, weights, tokens, 0)
         repetitions = REPETITIONS.get(tokens, 1)
         found[f"prefill {tokens}"] = seconds(step, repetitions)
-        if engine == "fast" and tokens >= 512:
+        if engine == "fast" and tokens >= 512 and not counts:
             found[f"sgemm share {tokens}"] = share(layer_flops(config, tokens), step, sgemm, repetitions)
-        if engine == "fast":
+        if engine == "fast" and not counts:
             found[f"functions {tokens}"] = seconds(functools.partial(functions, config, tokens), repetitions)
     return found
 
 
-def measured_decode(engine: str, size: str) -> dict[str, float]:
-    """Seconds of a token in a layer, by how many came before; of the fast engine also its share of reading."""
+def measured_decode(engine: str, size: str, *counts: str) -> dict[str, float]:
+    """Return the seconds of one token in a layer, by the tokens before it; for `fast` also its share of reading."""
     found: dict[str, float] = {}
-    for past in DECODE:
+    for past in map(int, counts or DECODE):
         config, weights = layer_of(engine, size, past)
         step = STEPS[engine](config, weights, 1, past)
         found[f"decode {past}"] = seconds(step, REPETITIONS[1])
-        if engine == "fast":
+        if engine == "fast" and not counts:
             found[f"read share {past}"] = share(layer_bytes(config, past), step, read_bandwidth, REPETITIONS[1], 5)
     return found
 

@@ -12,9 +12,9 @@ import itertools
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias, Unpack
 
@@ -65,6 +65,18 @@ def own_threads() -> Iterator[None]:
     """
     with ALONE, BLAS.limit(limits=1):
         yield
+
+
+def threads_for(tokens: int, weights: Iterable[Any]) -> AbstractContextManager[Any]:
+    """Return the lock of a block or of the head, with or without the limit of BLAS's threads.
+
+    One token takes as long as reading the weights. BLAS's threads share this at least as well as those of this file,
+    and on some machines much better, because they do not sleep between two products (`docs/speed.md`). So nothing is
+    limited for one token, unless its weights are widened. The last bits of such products can depend on the number of
+    BLAS's threads; inside `own_threads` they do not.
+    """
+    in_memory = all(weight is None or isinstance(weight, np.ndarray) for weight in weights)
+    return ALONE if tokens == 1 and in_memory else own_threads()
 
 
 @functools.cache
@@ -120,6 +132,7 @@ def multiply(weight: Rows, x: Float[np.ndarray, "in seq"]) -> Float[np.ndarray, 
     """Compute ``weight @ x`` with one token per column; each thread computes some rows of the weight.
 
     For few tokens this is up to 1.5 times as fast as ``x.T @ weight.T``. Its sums do not depend on the split into rows.
+    A single column is left to BLAS's threads (`threads_for`).
 
     Examples
     --------
@@ -127,6 +140,8 @@ def multiply(weight: Rows, x: Float[np.ndarray, "in seq"]) -> Float[np.ndarray, 
     array([[1.],
            [3.]])
     """
+    if x.shape[1] == 1 and isinstance(weight, np.ndarray):
+        return weight @ x
     # Weights are used as stored, unchecked: a non-finite number appears in the product, and is searched for then.
     few = x.shape[1] <= FEW  # more tokens will follow: keep the map of the file
     source: Any = weight.tensor.map(keep=few) if isinstance(weight, StoredRows) else weight
@@ -432,7 +447,6 @@ def piece_of_block(
     return middle.reshape(hidden.shape)
 
 
-@own_threads()
 def fast_block(
     hidden: Hidden, past: LayerCache, cos: RotaryTable, sin: RotaryTable, visible: Bool[np.ndarray, "batch total"],
     weights: Mapping[str, Any], numbers: Numbers,
@@ -447,11 +461,12 @@ def fast_block(
     present = reserve(past, seq)
     pieces = -(-seq // max(1, ROWS // len(hidden)))
     step = -(-seq // pieces)  # equal pieces: the products of a small last piece would be slower
-    for start in range(0, seq, step):
-        part = slice(start, start + step)
-        out[:, part] = piece_of_block(
-            hidden[:, part], past.stop + start, present, cos[:, 0, part], sin[:, 0, part], visible, weights, numbers
-        )
+    with threads_for(hidden.shape[0] * seq, weights.values()):
+        for start in range(0, seq, step):
+            part = slice(start, start + step)
+            out[:, part] = piece_of_block(
+                hidden[:, part], past.stop + start, present, cos[:, 0, part], sin[:, 0, part], visible, weights, numbers
+            )
     return out, present
 
 
@@ -494,12 +509,13 @@ def outputs(start: Start, weights: Weights, config: Gemma2Config) -> Iterator[tu
         yield hidden, present if window is None else forget(present, window)
 
 
-@own_threads()
 def fast_head(norm: Hidden, weights: Weights, config: Gemma2Config) -> tuple[Logits, Logits]:
     """Compute `refgemma.model.head`, widening a few rows of the table at a time."""
     if isinstance(norm, Rounded):
         return model.head(norm, weights, config)
-    raw_logits = fast_linear(norm.reshape(-1, norm.shape[-1]), model.head_table(weights, config))
+    x, table = norm.reshape(-1, norm.shape[-1]), model.head_table(weights, config)
+    with threads_for(len(x), [table]):
+        raw_logits = fast_linear(x, table)
     raw_logits = raw_logits.reshape(*norm.shape[:2], -1)
     return raw_logits, soft_cap(raw_logits, config.final_logit_softcapping)
 

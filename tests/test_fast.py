@@ -169,7 +169,8 @@ found = []
 for weights in (checkpoint.resident(), checkpoint.streamed()):
     cache = None
     for ids in (np.arange(3, 140)[None], [[7]], [[8, 9]], [[5]]):
-        logits, cache = fast.next_token_logits(ids, weights, checkpoint.config, cache=cache)
+        with fast.own_threads():  # else BLAS's threads would multiply single tokens
+            logits, cache = fast.next_token_logits(ids, weights, checkpoint.config, cache=cache)
         found.append(logits[0, -1])
 np.save(sys.argv[3], found)
 """
@@ -188,6 +189,29 @@ def test_the_same_numbers_with_any_number_of_threads(tmp_path: Path) -> None:
     assert found[0].shape == (8, SIZES.vocab_size)
     for other in found[1:]:
         np.testing.assert_array_equal(other, found[0])
+
+
+def test_the_threads_of_blas_multiply_single_tokens_in_memory(tmp_path: Path) -> None:
+    """Nothing is limited for these; prompts, and weights that are widened, have the threads of `refgemma.fast`."""
+    write_synthetic(SIZES, tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    seen: list[set[int]] = []
+    multiply = fast.multiply
+
+    def watch(weight: Any, x: Array) -> Array:
+        seen.append(set(blas_threads()))
+        return multiply(weight, x)
+
+    with threadpool_limits(2, user_api="blas"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fast, "multiply", watch)
+        for weights, ids, expected in (
+            (checkpoint.resident(), [[5]], 2), (checkpoint.resident(), [[5, 6]], 1), (checkpoint.streamed(), [[5]], 1),
+        ):  # fmt: skip
+            seen.clear()
+            fast.next_token_logits(ids, weights, SIZES)
+            assert seen[:-1] == [{expected}] * (7 * SIZES.num_hidden_layers)
+            head = 1 if isinstance(weights.layers, OnDemand) else 2
+            assert seen[-1] == {head}  # of a prompt, too, only the last token has logits
 
 
 def test_as_many_threads_as_blas_would_use() -> None:
@@ -316,13 +340,13 @@ def test_a_missing_head_is_refused() -> None:
         fast.next_token_logits([[3]], headless, untied)
 
 
-FORK = """
+FORK_WHILE_COMPUTING = """
 import os, threading
 import numpy as np
 import refgemma
 from refgemma.fast import next_token_logits
 
-tiny, ids = refgemma.load("tiny"), [[2, 300, 400]]
+tiny, ids = refgemma.load("tiny"), IDS
 expected = next_token_logits(ids, tiny.weights, tiny.config)[0]
 stop = threading.Event()
 
@@ -346,8 +370,13 @@ busy.join()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
-def test_a_process_that_is_forked_while_a_thread_computes_does_not_wait_for_ever() -> None:
+@pytest.mark.parametrize("ids", ["[[2, 300, 400]]", "[[2]]"])
+def test_a_process_that_is_forked_while_a_thread_computes_does_not_wait_for_ever(ids: str) -> None:
+    """Neither does the thread: a fork takes BLAS's threads away from a product that they share."""
+    script = FORK_WHILE_COMPUTING.replace("IDS", ids)
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "2"}
     run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FORK], capture_output=True, text=True, check=True, timeout=60
-    )
+        [sys.executable, "-W", "ignore", "-c", script],
+        capture_output=True, text=True, check=True, timeout=60, env=environment,
+    )  # fmt: skip
     assert run.stdout.strip() == str([0] * 20)
