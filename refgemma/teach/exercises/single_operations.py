@@ -86,7 +86,7 @@ def check_embed_bf16(answer: Attempt) -> Feedback:
              times(lambda root: root)),
         Hint("round the factor to bfloat16, not to a whole number.", times(round)),
         Hint("round the factor to the nearest bfloat16 number; you cut off its digits.",
-             times(lambda root: _cut(np.float32(root), 0))),
+             times(lambda root: _cut(np.array(root, np.float32), 0))),
         Hint("bfloat16 is not float16: it keeps eight bits of digits, float16 eleven.",
              times(lambda root: np.float16(root))),
         Hint("the factor sqrt(hidden) is missing.", lambda ids, table: table[ids]),
@@ -481,7 +481,7 @@ _QUERIES = np.array(
 _KEYS = np.array(
     [[[20, -20, 8, -4], [-8, 16, 8, -4], [20, 0, 20, -20], [20, 16, 0, 0]],
      [[-8, -12, -12, 16], [-4, 24, -8, 0], [-4, 12, -8, 24], [8, -24, 24, 4]]], np.float32)  # fmt: skip
-_Q_WEIGHT, _K_WEIGHT = np.float32([0.5, -0.25, 1, 0]), np.float32([-0.5, 0.75, 0.25, 2])
+_Q_WEIGHT, _K_WEIGHT = np.array([[0.5, -0.25, 1, 0], [-0.5, 0.75, 0.25, 2]], np.float32)
 _QK_SCORES = np.array(
     [[[-0.17079876, 0.66391367, -0.10087125, 0.98228759], [-0.17798197, 1.86823678, 1.5241468, -0.03171408],
       [0.3693645, -0.50464982, -0.87807024, -0.89069551]],
