@@ -52,7 +52,7 @@ def test_the_table_of_notebook_13() -> None:
     rope = Gemma3TextConfig().rope_parameters
     assert [rope[kind]["rope_theta"] for kind in ("sliding_attention", "full_attention")] == [10_000, 1_000_000]
     # A fresh norm multiplies by w = 1 in Llama, by 1 + w with w = 0 in Gemma.
-    assert float(llama.input_layernorm.weight[0]) == 1
-    assert float(third.input_layernorm.weight[0]) == float(gemma.input_layernorm.weight[0]) == 0
+    assert float(llama.input_layernorm.weight.detach()[0]) == 1
+    assert float(third.input_layernorm.weight.detach()[0]) == float(gemma.input_layernorm.weight.detach()[0]) == 0
     embed = Gemma3ForCausalLM(Gemma3TextConfig(**SMALL)).model.embed_tokens
     assert float(embed.embed_scale) == 4
