@@ -59,6 +59,13 @@ def site(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def course(session: nox.Session) -> None:
+    """The notebooks for a course, in build/course: executed, as slides, and as sheets for nbgrader."""
+    session.install("-e", ".[notebooks]")
+    session.run("python", "tools/course.py", *(session.posargs or ["build/course"]))
+
+
+@nox.session(default=False)
 def mutation(session: nox.Session) -> None:
     """Make every small change of a module of the core: `nox -s mutation -- ops`; each must fail a test."""
     session.install("-e", ".[mutation]")

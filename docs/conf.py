@@ -38,6 +38,7 @@ release = refgemma.__version__
 extensions = ["myst_nb", "numpydoc", "sphinx.ext.autodoc", "sphinx.ext.viewcode", "sphinx_copybutton"]
 exclude_patterns = ["_build", "jupyter_execute"]
 default_role = "py:obj"
+smartquotes_action = "qe"  # quotes and ellipses; else `--help` in prose becomes an en dash
 # Every name in backquotes must have a target. Exceptions are names inside a docstring (arguments, attributes, functions
 # of its own file) and annotations of other packages.
 nitpicky = True

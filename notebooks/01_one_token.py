@@ -1,7 +1,6 @@
 # ---
 # jupyter:
 #   jupytext:
-#     formats: ipynb,py:percent
 #     text_representation:
 #       extension: .py
 #       format_name: percent
@@ -136,7 +135,8 @@ _ = viz.residual_norms(run, tokens)
 # the added vector and the stream.
 
 # %%
-stream = viz.residual_streams(run)[:, 0, -1]  # the last token: before the first block, and after each
+# The last token: before the first block, and after each.
+stream = viz.residual_streams(run)[:, 0, -1]
 added = np.diff(stream, axis=0)
 sizes = viz.root_mean_square(added)
 rises = np.diff(viz.root_mean_square(stream))
@@ -146,7 +146,8 @@ angles = np.degrees(np.arccos(np.sum(added * stream[:-1], axis=1) / lengths))
 axes = viz.new_axes(6.4, 3)
 axes.bar(np.arange(6) - 0.2, sizes, width=0.4, label="size of the added vector")
 axes.bar(np.arange(6) + 0.2, rises, width=0.4, label="rise of the line")
-axes.set(xlabel="block", ylabel="root mean square", title="size of the addition, and growth", ylim=(0, 2))
+axes.set(xlabel="block", ylabel="root mean square", ylim=(0, 2))
+axes.set_title("size of the addition, and growth")
 for number, angle in enumerate(angles):
     axes.text(number - 0.2, sizes[number] + 0.04, f"{angle:.0f}°", ha="center")
 _ = axes.legend()
@@ -177,7 +178,8 @@ up = ops.linear(x, layer.up_proj)
 fed = ops.linear(ops.gelu_tanh(gate) * up, layer.down_proj)
 
 assert gate.shape == up.shape == (1, seq, config.intermediate_size)
-print(f"{np.mean(block.feed_forward.gelu < 0):.0%} of the gates are closed (negative after GELU)")
+closed = np.mean(block.feed_forward.gelu < 0)
+print(f"{closed:.0%} of the gates are closed (negative after GELU)")
 
 # %% [markdown]
 # ## Out of the model
@@ -196,7 +198,8 @@ assert raw.shape == run.logits.shape == (1, seq, config.vocab_size)
 
 probs = viz.probabilities(run.logits[0, -1])
 assert probs.shape == (config.vocab_size,)
-_ = viz.most_likely_tokens(run.logits[0, -1], names, title="after: The little girl looked at the")
+title = "after: The little girl looked at the"
+_ = viz.most_likely_tokens(run.logits[0, -1], names, title=title)
 
 # %% [markdown]
 # The model gives an answer at every place, not only at the last one. After each token it predicts the next token
@@ -308,3 +311,7 @@ exercises.check_gelu_tanh(gelu_tanh)
 # ```
 #
 # </details>
+
+# %% [markdown]
+# **Papers.** [Attention is all you need](https://arxiv.org/abs/1706.03762) (Vaswani et al. 2017) introduced the
+# transformer; the [report on Gemma 2](https://arxiv.org/abs/2408.00118) describes this model.

@@ -1,7 +1,6 @@
 # ---
 # jupyter:
 #   jupytext:
-#     formats: ipynb,py:percent
 #     text_representation:
 #       extension: .py
 #       format_name: percent
@@ -32,7 +31,8 @@ from refgemma.teach import viz
 
 tiny = refgemma.load("tiny")
 config, weights = tiny.config, tiny.weights
-ids = tiny.tokenizer.encode("There was once a little princess who lived in a great castle by the sea.")
+text = "There was once a little princess who lived in a great castle by the sea."
+ids = tiny.tokenizer.encode(text)
 tokens, seq = tiny.tokenizer.convert_ids_to_tokens(ids), len(ids)
 run = refgemma.forward([ids], weights, config)
 
@@ -50,7 +50,8 @@ run = refgemma.forward([ids], weights, config)
 # has the vectors of all heads side by side; `split_heads` returns an array with a separate axis for the heads.
 
 # %%
-heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+head_dim = config.head_dim
 layer, seen = weights.layers[3], run.layers[3]
 x = seen.input_layernorm
 q = split_heads(ops.linear(x, layer.q_proj), head_dim)
@@ -105,7 +106,8 @@ assert keys.shape == (1, heads, seq, head_dim)
 # result is called `capped`.
 
 # %%
-scores = seen.attention.q_rot @ keys.swapaxes(-1, -2) * config.query_pre_attn_scalar**-0.5
+scale = config.query_pre_attn_scalar**-0.5
+scores = seen.attention.q_rot @ keys.swapaxes(-1, -2) * scale
 
 assert scores.shape == (1, heads, seq, seq)  # a number for each query and each key
 config.query_pre_attn_scalar, head_dim, float(np.abs(scores).max())
@@ -150,7 +152,8 @@ mixed = probs @ ops.repeat_kv(v, groups)
 side_by_side = mixed.swapaxes(1, 2).reshape(1, seq, heads * head_dim)
 out = ops.linear(side_by_side, layer.o_proj)
 
-assert side_by_side.shape == (1, seq, heads * head_dim)  # 192: need not be hidden, which is 234
+# 192 numbers: this need not be hidden, which is 234.
+assert side_by_side.shape == (1, seq, heads * head_dim)
 assert out.shape == (1, seq, config.hidden_size)
 
 # %% [markdown]
@@ -165,8 +168,9 @@ assert out.shape == (1, seq, config.hidden_size)
 from matplotlib import pyplot as plt
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
-viz.attention_map(run.layers[2].attention.probs[0, 0], tokens, title="block 2, head 0: the token before", axes=left)
-_ = viz.attention_map(run.layers[3].attention.probs[0, 0], tokens, title="block 3, head 0: a sink", axes=right)
+before, sink = (run.layers[block].attention.probs[0, 0] for block in (2, 3))
+viz.attention_map(before, tokens, title="block 2, head 0: the token before", axes=left)
+_ = viz.attention_map(sink, tokens, title="block 3, head 0: a sink", axes=right)
 
 # %% [markdown]
 # Look at the other heads yourself. In Jupyter there are two sliders below the picture.
@@ -224,11 +228,14 @@ def without_head(block, head):
 normal = viz.probabilities(run.logits[0])
 moved = np.zeros((config.num_hidden_layers, heads))
 for block, head in np.ndindex(moved.shape):
-    moved[block, head] = np.abs(without_head(block, head) - normal).sum(axis=-1)[1:].mean() / 2
+    change = np.abs(without_head(block, head) - normal)
+    moved[block, head] = change.sum(axis=-1)[1:].mean() / 2
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-for axes, image, title in ((left, habits["<bos>"].mean(axis=-1), "share of <bos>"), (right, moved, "moved if ablated")):
+share = habits["<bos>"].mean(axis=-1)
+pictures = ((left, share, "share of <bos>"), (right, moved, "moved if ablated"))
+for axes, image, title in pictures:
     figure.colorbar(axes.imshow(image, cmap="Blues", vmin=0), ax=axes)
     axes.set(title=title, xlabel="head", ylabel="block")
 
@@ -268,3 +275,7 @@ exercises.check_repeat_kv(repeat_kv)
 # ```
 #
 # </details>
+
+# %% [markdown]
+# **Papers.** [Grouped-query attention](https://arxiv.org/abs/2305.13245) (Ainslie et al. 2023);
+# [attention sinks](https://arxiv.org/abs/2309.17453) (Xiao et al. 2023).

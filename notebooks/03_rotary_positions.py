@@ -1,7 +1,6 @@
 # ---
 # jupyter:
 #   jupytext:
-#     formats: ipynb,py:percent
 #     text_representation:
 #       extension: .py
 #       format_name: percent
@@ -51,11 +50,13 @@ head_dim, theta = config.head_dim, config.rope_theta
 # %%
 def turn(point, angle):
     a, b = point
-    return np.array([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)])
+    cos, sin = np.cos(angle), np.sin(angle)
+    return np.array([a * cos - b * sin, b * cos + a * sin])
 
 
 query, key = np.array([1.0, 0.3]), np.array([0.2, 0.9])
-products = [turn(query, 0.5 * (place + 4)) @ turn(key, 0.5 * place) for place in range(6)]  # always 4 apart
+# Always 4 places apart.
+products = [turn(query, 0.5 * (n + 4)) @ turn(key, 0.5 * n) for n in range(6)]
 
 assert turn(query, 1.0).shape == (2,)
 np.round(products, 4)
@@ -76,7 +77,8 @@ exponents = np.arange(0, head_dim, 2) / head_dim
 speeds = theta**-exponents
 assert speeds.shape == (head_dim // 2,)
 
-print(f"fastest: once around in {2 * np.pi / speeds[0]:.1f} tokens, slowest: in {2 * np.pi / speeds[-1]:,.0f}")
+around = 2 * np.pi / speeds  # tokens for a whole turn
+print(f"fastest: once around in {around[0]:.1f} tokens, slowest: in {around[-1]:,.0f}")
 _ = viz.rotary_phases(np.arange(200), head_dim, theta)
 
 # %% [markdown]
@@ -98,7 +100,8 @@ positions = np.arange(12)[None]  # (batch, seq)
 cos, sin = ops.rotary_tables(positions, head_dim, theta, np.zeros(0, np.float32))
 
 assert cos.shape == sin.shape == (1, 1, 12, head_dim)
-cos[0, 0, :3, [0, 1, 16, 17]].round(3)  # numbers 0 and 16 form a pair, and so do 1 and 17
+# Numbers 0 and 16 form a pair, and so do 1 and 17.
+cos[0, 0, :3, [0, 1, 16, 17]].round(3)
 
 # %% [markdown]
 # ## Which numbers form a pair?
@@ -117,7 +120,8 @@ x = np.random.default_rng(0).standard_normal((1, 1, 12, head_dim)).astype(np.flo
 rotated = ops.rotate(x, cos, sin)
 
 first, second = x[..., : head_dim // 2], x[..., head_dim // 2 :]
-by_hand = np.concatenate([first, second], axis=-1) * cos + np.concatenate([-second, first], axis=-1) * sin
+other = np.concatenate([-second, first], axis=-1)
+by_hand = np.concatenate([first, second], axis=-1) * cos + other * sin
 assert rotated.shape == x.shape
 assert np.array_equal(rotated, by_hand)
 
@@ -129,16 +133,18 @@ assert np.array_equal(rotated, by_hand)
 
 # %%
 rng = np.random.default_rng(1)
-q, k = (np.broadcast_to(rng.standard_normal(head_dim), (1, 1, 60, head_dim)) for _ in range(2))
+q, k = rng.standard_normal((2, 1, 1, 1, head_dim)).repeat(60, axis=3)
 cos, sin = ops.rotary_tables(np.arange(60)[None], head_dim, theta, np.zeros(0))
 scores = (ops.rotate(q, cos, sin) @ ops.rotate(k, cos, sin).swapaxes(-1, -2))[0, 0]
 
 assert scores.shape == (60, 60)
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
 figure.colorbar(left.imshow(scores, cmap="RdBu"), ax=left, label="score")
-left.set(xlabel="place of the key", ylabel="place of the query", title="one query, one key, all places")
+left.set(xlabel="place of the key", ylabel="place of the query")
+left.set_title("one query, one key, all places")
 right.plot(scores[:, 0])
-_ = right.set(xlabel="query's place minus key's", ylabel="score", title="the same by distance")
+right.set(xlabel="query's place minus key's", ylabel="score")
+_ = right.set_title("the same by distance")
 
 # %% [markdown]
 # **Question.** Must the score decrease with the distance?
@@ -159,14 +165,16 @@ _ = right.set(xlabel="query's place minus key's", ylabel="score", title="the sam
 # %%
 far = np.arange(7900, 8000)
 exact = np.cos(far.astype(np.float64))
-in_bfloat16 = np.cos(refgemma.wide(refgemma.bf16(far)))  # the position rounded to 8 bits
+# The position rounded to 8 bits.
+in_bfloat16 = np.cos(refgemma.wide(refgemma.bf16(far)))
 in_float32 = np.cos(far.astype(np.float32))
 
 assert exact.shape == in_bfloat16.shape == (100,)
 axes = viz.new_axes(8, 3)
 axes.plot(far, exact, label="exact")
 axes.plot(far, in_bfloat16, "--", label="angle in bfloat16")
-axes.set(xlabel="position", ylabel="cosine of the fastest pair", title="an angle needs its digits", ylim=(-1.1, 1.9))
+axes.set(xlabel="position", ylabel="cosine of the fastest pair")
+axes.set(title="an angle needs its digits", ylim=(-1.1, 1.9))
 axes.legend(loc="upper right")
 np.abs(in_float32 - exact).max(), np.abs(in_bfloat16 - exact).max()
 
@@ -210,3 +218,6 @@ exercises.check_rotate(rotate)
 # ```
 #
 # </details>
+
+# %% [markdown]
+# **Papers.** [RoFormer](https://arxiv.org/abs/2104.09864) (Su et al. 2021) introduced rotary positions.

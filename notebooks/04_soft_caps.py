@@ -1,7 +1,6 @@
 # ---
 # jupyter:
 #   jupytext:
-#     formats: ipynb,py:percent
 #     text_representation:
 #       extension: .py
 #       format_name: percent
@@ -72,7 +71,10 @@ dict(zip(x.tolist(), bent.round(3).tolist(), strict=True))
 
 # %%
 x = np.linspace(-150, 150, 301)
-slopes = {"soft cap 50": 1 - np.tanh(x / 50) ** 2, "cut off at 50": (np.abs(x) < 50).astype(float)}
+slopes = {
+    "soft cap 50": 1 - np.tanh(x / 50) ** 2,
+    "cut off at 50": (np.abs(x) < 50).astype(float),
+}
 assert all(slope.shape == x.shape for slope in slopes.values())
 
 axes = viz.new_axes(6.4, 3)
@@ -93,12 +95,15 @@ run = refgemma.forward([ids], weights, config)
 before = np.concatenate([layer.attention.scores.ravel() for layer in run.layers])
 after = np.concatenate([layer.attention.capped.ravel() for layer in run.layers])
 
-assert before.shape == after.shape == (6 * 6 * len(ids) ** 2,)  # blocks, heads, queries, keys
+# Blocks, heads, queries, keys.
+assert before.shape == after.shape == (6 * 6 * len(ids) ** 2,)
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained")
 left.hist(before, bins=60, log=True)
-left.set(xlabel="score before the cap", ylabel="how many", title="most scores are small")
+left.set(xlabel="score before the cap", ylabel="how many")
+left.set_title("most scores are small")
 right.plot(before, before - after, ".", markersize=2)
-_ = right.set(xlabel="score before the cap", ylabel="reduction", title="reduction by the cap")
+right.set(xlabel="score before the cap", ylabel="reduction")
+_ = right.set_title("reduction by the cap")
 
 # %% [markdown]
 # Which head has the large scores? The next picture shows the head with the largest score of all, the sink of
@@ -110,9 +115,11 @@ block, head, _, _ = np.unravel_index(scores.argmax(), scores.shape)
 looking = run.layers[block].attention
 taken = (looking.scores - looking.capped)[0, head]
 
-assert scores.shape == (6, 6, len(ids), len(ids)) and taken.shape == (len(ids), len(ids))
+assert scores.shape == (6, 6, len(ids), len(ids))
+assert taken.shape == (len(ids), len(ids))
 tokens = tiny.tokenizer.convert_ids_to_tokens(ids)
-_ = viz.attention_map(looking.probs[0, head], tokens, title=f"block {block}, head {head}", taken=taken)
+title = f"block {block}, head {head}"
+_ = viz.attention_map(looking.probs[0, head], tokens, title=title, taken=taken)
 
 # %% [markdown]
 # A cap can be removed in the configuration. So we can run the model without caps and compare the answers. No score here
@@ -128,7 +135,8 @@ assert with_caps.shape == without_caps.shape == (config.vocab_size,)
 best = np.argsort(-with_caps)[:5]
 for token in best:
     name = viz.show_blanks(tiny.tokenizer.convert_ids_to_tokens([int(token)])[0])
-    print(f"{name:12s} with caps {with_caps[token]:.4f}   without {without_caps[token]:.4f}")
+    shares = f"with caps {with_caps[token]:.4f}   without {without_caps[token]:.4f}"
+    print(f"{name:12s} {shares}")
 
 
 # %% [markdown]
@@ -158,7 +166,8 @@ axes = viz.new_axes(6.4, 3)
 for n in (2048, 256000):
     limits = largest_probability(caps, n)
     axes.plot(caps, limits, label=f"{n} tokens")
-axes.set(xlabel="cap of the logits", ylabel="largest probability", title="how sure the model can be")
+axes.set(xlabel="cap of the logits", ylabel="largest probability")
+axes.set_title("how sure the model can be")
 _ = axes.legend()
 
 # %% [markdown]
@@ -187,8 +196,11 @@ wrong = ops.softmax(ops.soft_cap(masked, 2.0), np.ones_like(mask))
 assert right.shape == wrong.shape == (1, 1, 6, 6)
 
 figure, panels = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-viz.attention_map(right[0, 0], list("abcdef"), title="cap, then mask", axes=panels[0])
-_ = viz.attention_map(wrong[0, 0], list("abcdef"), title="mask, then cap: leaks", axes=panels[1])
+letters = list("abcdef")
+viz.attention_map(right[0, 0], letters, title="cap, then mask", axes=panels[0])
+_ = viz.attention_map(
+    wrong[0, 0], letters, title="mask, then cap: leaks", axes=panels[1]
+)
 
 # %% [markdown]
 # **Question.** Suppose that the mask comes first, with the released cap of 50, and the best visible score is 0. How
@@ -256,3 +268,6 @@ exercises.check_attention_probs(attention_probs)
 # ```
 #
 # </details>
+
+# %% [markdown]
+# **Papers.** [Bello et al. 2016](https://arxiv.org/abs/1611.09940) capped scores with a tanh.

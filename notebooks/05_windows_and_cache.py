@@ -1,7 +1,6 @@
 # ---
 # jupyter:
 #   jupytext:
-#     formats: ipynb,py:percent
 #     text_representation:
 #       extension: .py
 #       format_name: percent
@@ -75,7 +74,7 @@ _ = viz.mask_picture(sliding, places, places, "sliding layer, window 4", axes=ri
 
 # %%
 def reach(masks):
-    """Which input places can influence which output place, through layers with these masks."""
+    """Which input can influence which output, through layers with these masks."""
     known = np.eye(len(masks[0]), dtype=bool)
     for mask in masks:
         known = (mask.astype(int) @ known.astype(int)) > 0
@@ -110,7 +109,8 @@ whole = refgemma.forward([ids], weights, config)
 start = refgemma.forward([ids[:80]], weights, config)  # prefill
 cache, logits = start.cache, [start.logits]
 for token in ids[80:]:
-    step = refgemma.forward([[token]], weights, config, cache=cache)  # decoding: one token, and the cache
+    # Decoding: one token, and the cache.
+    step = refgemma.forward([[token]], weights, config, cache=cache)
     cache, logits = step.cache, [*logits, step.logits]
 
 in_steps = np.concatenate(logits, axis=1)
@@ -137,8 +137,10 @@ float(np.abs(in_steps - whole.logits).max())
 for number, layer in enumerate(cache):
     kind = "sliding" if config.is_sliding(number) else "full"
     kept = layer.keys.shape[2]
-    assert layer.keys.shape == layer.values.shape == (1, config.num_key_value_heads, kept, config.head_dim)
-    print(f"layer {number} ({kind:7s}): places {layer.start} to {layer.stop - 1}, {kept} keys")
+    shape = (1, config.num_key_value_heads, kept, config.head_dim)
+    assert layer.keys.shape == layer.values.shape == shape
+    places = f"places {layer.start} to {layer.stop - 1}"
+    print(f"layer {number} ({kind:7s}): {places}, {kept} keys")
 
 # %% [markdown]
 # What goes wrong if one key fewer is kept? Only the oldest key of the window is missing, in every second layer. The
@@ -153,7 +155,8 @@ assert apart.shape == (len(ids),)
 axes = viz.new_axes(7, 2.8)
 axes.plot(apart)
 axes.axvline(63, linestyle="--", color="grey", label="64th token")
-axes.set(xlabel="place", ylabel="largest difference", title="logits with a window one too short")
+axes.set(xlabel="place", ylabel="largest difference")
+axes.set_title("logits with a window one too short")
 _ = axes.legend()
 
 
@@ -177,8 +180,9 @@ _ = axes.legend()
 
 # %%
 def cache_bytes(config, tokens, windows=True):
+    last = config.sliding_window - 1
     kept = [
-        min(tokens, config.sliding_window - 1) if windows and config.is_sliding(n) else tokens
+        min(tokens, last) if windows and config.is_sliding(n) else tokens
         for n in range(config.num_hidden_layers)
     ]
     return 2 * 2 * config.num_key_value_heads * config.head_dim * sum(kept)
@@ -230,3 +234,6 @@ exercises.check_sliding_mask(sliding_mask)
 # ```
 #
 # </details>
+
+# %% [markdown]
+# **Papers.** [Longformer](https://arxiv.org/abs/2004.05150) (Beltagy et al. 2020) on sliding windows.

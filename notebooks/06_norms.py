@@ -1,7 +1,6 @@
 # ---
 # jupyter:
 #   jupytext:
-#     formats: ipynb,py:percent
 #     text_representation:
 #       extension: .py
 #       format_name: percent
@@ -33,7 +32,8 @@ from refgemma.teach import viz
 
 tiny = refgemma.load("tiny")
 config, weights = tiny.config, tiny.weights
-ids = tiny.tokenizer.encode("There was once a little princess who lived in a great castle by the sea.")
+text = "There was once a little princess who lived in a great castle by the sea."
+ids = tiny.tokenizer.encode(text)
 tokens = tiny.tokenizer.convert_ids_to_tokens(ids)
 run = refgemma.forward([ids], weights, config)
 
@@ -65,12 +65,14 @@ viz.root_mean_square(x).round(3), viz.root_mean_square(y).round(3)
 # %%
 factors = 10.0 ** np.arange(-7, 4)
 row = x[0, -1].astype(np.float64)
-sizes = [viz.root_mean_square(ops.rms_norm(row * f, np.zeros(len(row)), 1e-6)) for f in factors]
+zero = np.zeros(len(row))
+sizes = [viz.root_mean_square(ops.rms_norm(row * f, zero, 1e-6)) for f in factors]
 
 assert np.shape(sizes) == factors.shape
 axes = viz.new_axes(6.4, 3)
 axes.semilogx(factors * viz.root_mean_square(row), sizes, "o-")
-axes.set(xlabel="size before", ylabel="size after", title="RMSNorm: all sizes become 1, unless tiny")
+axes.set(xlabel="size before", ylabel="size after")
+axes.set_title("RMSNorm: all sizes become 1, unless tiny")
 axes.axvline(1e-3, linestyle="--", color="grey", label="square root of eps")
 _ = axes.legend()
 
@@ -90,22 +92,15 @@ _ = axes.legend()
 # In a port that multiplies by $w$, all norms are wrong.
 
 # %%
-rows = [
-    (name, n, 1 + getattr(layer, name))
-    for n, layer in enumerate(weights.layers)
-    for name in (
-        "input_layernorm",
-        "post_attention_layernorm",
-        "pre_feedforward_layernorm",
-        "post_feedforward_layernorm",
-    )
-]
-assert all(factors.shape == (config.hidden_size,) for _, _, factors in rows)
-
-figure, all_axes = plt.subplots(1, 4, figsize=(12, 3), sharey=True, layout="constrained")
-for axes, kind in zip(all_axes, dict.fromkeys(name for name, _, _ in rows), strict=True):
-    axes.boxplot([factors for name, _, factors in rows if name == kind], showfliers=False, tick_labels=range(6))
-    axes.set(title=kind.replace("_", " "), xlabel="block")
+names = ["input_layernorm", "post_attention_layernorm"]
+names += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+figure, all_axes = plt.subplots(1, 4, figsize=(12, 3), sharey=True)
+figure.set_layout_engine("constrained")
+for axes, name in zip(all_axes, names, strict=True):
+    factors = np.array([1 + getattr(layer, name) for layer in weights.layers])
+    assert factors.shape == (6, config.hidden_size)
+    axes.boxplot(factors.T, showfliers=False, tick_labels=range(6))
+    axes.set(title=name.replace("_", " "), xlabel="block")
     axes.axhline(1, linestyle=":", color="grey")
 _ = all_axes[0].set_ylabel("factor 1 + w")
 
@@ -123,8 +118,8 @@ _ = all_axes[0].set_ylabel("factor 1 + w")
 # for the last token.
 
 # %%
-names = ["input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"]
-sizes = np.array([[viz.root_mean_square(getattr(b, name)[0, -1]) for name in names] for b in run.layers])
+vectors = [[getattr(b, name)[0, -1] for name in names] for b in run.layers]
+sizes = viz.root_mean_square(np.array(vectors))
 stream = viz.root_mean_square(viz.residual_streams(run)[:, 0, -1])
 
 assert sizes.shape == (config.num_hidden_layers, 4)
@@ -132,7 +127,8 @@ axes = viz.new_axes(7, 3.4)
 for column, name in enumerate(names):
     axes.plot(sizes[:, column], "o-" if name.startswith("post") else "s--", label=name)
 axes.plot(stream[:-1], "k:", label="the stream itself")
-axes.set(xlabel="block", ylabel="root mean square", title="read (dashed) and written (solid) in each block")
+axes.set(xlabel="block", ylabel="root mean square")
+axes.set_title("read (dashed) and written (solid) in each block")
 _ = axes.legend(fontsize=8)
 
 # %% [markdown]
@@ -152,7 +148,8 @@ _ = axes.legend(fontsize=8)
 # output of attention before the norm.
 
 # %%
-raw = np.array([b.attention.out[0, -1] for b in run.layers])  # the last token, before norm 2
+# The last token, before norm 2.
+raw = np.array([b.attention.out[0, -1] for b in run.layers])
 factors = np.array([1 + layer.post_attention_layernorm for layer in weights.layers])
 column = int(np.abs(raw[1]).argmax())
 assert raw.shape == factors.shape == (config.num_hidden_layers, config.hidden_size)
@@ -160,10 +157,10 @@ assert raw.shape == factors.shape == (config.num_hidden_layers, config.hidden_si
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.2), layout="constrained")
 left.plot(np.abs(raw[1]))
 left.annotate(f"column {column}", (column, np.abs(raw[1, column])), (column + 12, 10))
-left.set(xlabel="column", ylabel="absolute value", title="block 1: attention before the norm")
+left.set(xlabel="column", title="block 1: sizes after attention, before the norm")
 right.plot(factors[1])
 right.annotate(f"column {column}", (column, factors[1, column]), (column + 12, 0.12))
-right.set(xlabel="column", ylabel="factor 1 + w", title="block 1: the factors of norm 2", ylim=(0, 1.1))
+right.set(xlabel="column", title="block 1: the factors 1 + w of norm 2", ylim=(0, 1.1))
 for number, b in enumerate(run.layers):
     largest = np.abs(b.attention.out[0]).argmax(axis=-1)
     print(f"block {number}: the largest number of each token is in column", *largest)
@@ -194,14 +191,17 @@ for number, b in enumerate(run.layers):
 
 # %%
 scaled = weights.embed_tokens[ids] * np.float32(np.sqrt(config.hidden_size))
-unscaled = weights.embed_tokens[ids][None]  # passed without the scale: `inputs_embeds` is not scaled
+# `inputs_embeds` is not scaled.
+unscaled = weights.embed_tokens[ids][None]
 wrong = refgemma.forward(None, weights, config, inputs_embeds=unscaled)
 assert wrong.embedded.shape == run.embedded.shape == (1, len(ids), config.hidden_size)
 
 names = tiny.tokenizer.convert_ids_to_tokens(range(config.vocab_size))
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
 viz.most_likely_tokens(run.logits[0, -1], names, title="as it should be", axes=left)
-_ = viz.most_likely_tokens(wrong.logits[0, -1], names, title="without the scale", axes=right)
+_ = viz.most_likely_tokens(
+    wrong.logits[0, -1], names, title="without the scale", axes=right
+)
 
 # %% [markdown]
 # In a model that computes in bfloat16 (numbers of 16 bits, notebook 7), the factor itself is first rounded to bfloat16.
@@ -211,7 +211,8 @@ _ = viz.most_likely_tokens(wrong.logits[0, -1], names, title="without the scale"
 # %%
 for name in ("2b", "9b", "27b"):
     width = refgemma.Gemma2Config.preset(name).hidden_size
-    print(f"{name:4s} sqrt({width}) = {np.sqrt(width):.4f}, in bfloat16 {float(refgemma.bf16(np.sqrt(width)))}")
+    rounded = float(refgemma.bf16(np.sqrt(width)))
+    print(f"{name:4s} sqrt({width}) = {np.sqrt(width):.4f}, in bfloat16 {rounded}")
 
 # %% [markdown]
 # **Question.** For which of the three models does the rounding change nothing?
@@ -253,3 +254,7 @@ exercises.check_rms_norm(rms_norm)
 # ```
 #
 # </details>
+
+# %% [markdown]
+# **Papers.** [RMSNorm](https://arxiv.org/abs/1910.07467) (Zhang and Sennrich 2019);
+# [massive activations](https://arxiv.org/abs/2402.17762) (Sun et al. 2024).

@@ -1,7 +1,6 @@
 # ---
 # jupyter:
 #   jupytext:
-#     formats: ipynb,py:percent
 #     text_representation:
 #       extension: .py
 #       format_name: percent
@@ -31,7 +30,8 @@ from refgemma import ops
 from refgemma.precision import bf16, f16, narrow, wide
 from refgemma.teach import viz
 
-models = {name: refgemma.load("tiny", name) for name in ("float64", "float32", "float16", "bfloat16")}
+precisions = ("float64", "float32", "float16", "bfloat16")
+models = {name: refgemma.load("tiny", name) for name in precisions}
 tokenizer = models["float32"].tokenizer
 
 
@@ -71,13 +71,15 @@ bf16(1 + 2**-7), bf16(1 + 2**-9)  # an ulp counts, a quarter of an ulp does not
 
 # %%
 x = np.linspace(0.5, 8, 4001).astype(np.float32)
-errors = {"bfloat16": np.abs(wide(bf16(x)) - x) / x, "float16": np.abs(wide(f16(x)) - x) / x}
+rounded = {"bfloat16": wide(bf16(x)), "float16": wide(f16(x))}
+errors = {name: np.abs(numbers - x) / x for name, numbers in rounded.items()}
 assert all(error.shape == x.shape for error in errors.values())
 
 axes = viz.new_axes(7, 3)
 for name, error in errors.items():
     axes.plot(x, error, linewidth=0.6, label=name)
-axes.set(xlabel="number", ylabel="relative error", title="rounding: worst just above a power of two")
+axes.set(xlabel="number", ylabel="relative error")
+axes.set_title("rounding: worst just above a power of two")
 _ = axes.legend()
 
 # %% [markdown]
@@ -122,7 +124,8 @@ print(f"{np.mean(twice != once):.0%} of the results differ")
 
 # %%
 def norm_rounded_early(x, weight, eps):
-    normed = narrow(wide(x) / np.sqrt(np.mean(wide(x) ** 2, axis=-1, keepdims=True) + eps), like=x)
+    size = np.sqrt(np.mean(wide(x) ** 2, axis=-1, keepdims=True) + eps)
+    normed = narrow(wide(x) / size, like=x)
     return normed * narrow(1 + wide(weight), like=x)
 
 
@@ -146,8 +149,11 @@ print(f"{np.mean(right != early):.0%} of the elements differ")
 # stream in float64.
 
 # %%
-ids = tokenizer.encode("There was once a little princess who lived in a great castle by the sea.")
-runs = {name: refgemma.forward([ids], model.weights, model.config) for name, model in models.items()}
+text = "There was once a little princess who lived in a great castle by the sea."
+ids = tokenizer.encode(text)
+runs = {
+    name: refgemma.forward([ids], m.weights, m.config) for name, m in models.items()
+}
 exact = runs.pop("float64")
 
 assert all(run.logits.shape == exact.logits.shape for run in runs.values())
@@ -160,16 +166,20 @@ _ = viz.rounding_growth(runs, exact)
 
 # %%
 depths = viz.residual_streams(exact)
-errors = {
-    name: np.array([viz.relative_error(x, y) for x, y in zip(viz.residual_streams(runs[name]), depths, strict=True)])
-    for name in ("float32", "bfloat16")
-}
-print("bfloat16 / float32, by blocks done:", *(errors["bfloat16"] / errors["float32"]).round().astype(int))
+errors = {}
+for name in ("float32", "bfloat16"):
+    pairs = zip(viz.residual_streams(runs[name]), depths, strict=True)
+    errors[name] = np.array([viz.relative_error(x, y) for x, y in pairs])
+quotients = (errors["bfloat16"] / errors["float32"]).round().astype(int)
+print("bfloat16 / float32, by blocks done:", *quotients)
 
-x, weight = runs["float32"].layers[0].input_layernorm, models["float32"].weights.layers[0].q_proj
+x = runs["float32"].layers[0].input_layernorm
+weight = models["float32"].weights.layers[0].q_proj
 product = x.astype(np.float64) @ weight.astype(np.float64).T
-print(f"a product in float32:               {viz.relative_error(ops.linear(x, weight), product):.1e}")
-print(f"rounded once, from the exact sum:   {viz.relative_error(product.astype(np.float32), product):.1e}")
+in_float32 = viz.relative_error(ops.linear(x, weight), product)
+rounded_once = viz.relative_error(product.astype(np.float32), product)
+print(f"a product in float32:               {in_float32:.1e}")
+print(f"rounded once, from the exact sum:   {rounded_once:.1e}")
 
 # %% [markdown]
 # <details><summary>Answer</summary>
@@ -193,8 +203,9 @@ for name, run in {"float64": exact, **runs}.items():
     truth = viz.probabilities(exact.logits[0])
     loss = -np.log(shares[np.arange(len(ids) - 1), ids[1:]]).mean()
     same = np.mean(shares.argmax(axis=-1) == truth.argmax(axis=-1))
+    error = np.abs(shares - truth).max()
     print(
-        f"{name:9s} loss {loss:.4f}, largest error of a probability {np.abs(shares - truth).max():.1e}, "
+        f"{name:9s} loss {loss:.4f}, largest error of a probability {error:.1e}, "
         f"same most likely token at {same:.0%} of the places"
     )
 
@@ -254,3 +265,35 @@ exercises.check_round_to_bf16(round_to_bf16)
 # ```
 #
 # </details>
+
+
+# %% [markdown]
+# `embed` of notebook 1, in bfloat16. PyTorch stores the factor $\sqrt{\mathrm{hidden}}$ in the precision of the table.
+# So the factor is rounded to bfloat16 first, and the product is rounded again.
+
+
+# %%
+def embed_bf16(ids, table):
+    raise NotImplementedError
+
+
+exercises.check_embed_bf16(embed_bf16)
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# import math
+#
+# from refgemma import narrow
+#
+#
+# def embed_bf16(ids, table):
+#     factor = narrow(math.sqrt(table.shape[-1]), like=table)
+#     return table[ids] * factor
+# ```
+#
+# </details>
+
+# %% [markdown]
+# **Papers.** [bfloat16 in training](https://arxiv.org/abs/1905.12322) (Kalamkar et al. 2019).

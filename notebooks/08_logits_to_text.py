@@ -1,7 +1,6 @@
 # ---
 # jupyter:
 #   jupytext:
-#     formats: ipynb,py:percent
 #     text_representation:
 #       extension: .py
 #       format_name: percent
@@ -65,7 +64,8 @@ figure, panels = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
 for axes, temperature in zip(panels, (0.5, 1.0, 2.0), strict=True):
     heated = processors.divide(logits[:, 0], temperature)
     assert heated.shape == (1, config.vocab_size)
-    viz.most_likely_tokens(heated[0], names, count=10, title=f"temperature {temperature}", axes=axes)
+    title = f"temperature {temperature}"
+    viz.most_likely_tokens(heated[0], names, count=10, title=title, axes=axes)
     axes.set_xlim(0, 0.6)
 
 # %% [markdown]
@@ -93,14 +93,18 @@ assert p.shape == together.shape == (config.vocab_size,)
 axes = viz.new_axes(6.4, 3)
 axes.semilogx(np.arange(1, len(p) + 1), together)
 axes.axvline(40, linestyle="--", color="tab:orange", label="top-k 40")
-axes.axvline(kept_p, linestyle="--", color="tab:green", label=f"top-p 0.9: {kept_p} tokens")
-axes.set(xlabel="tokens, the most likely first", ylabel="total probability", title="how much the tail holds")
+label = f"top-p 0.9: {kept_p} tokens"
+axes.axvline(kept_p, linestyle="--", color="tab:green", label=label)
+axes.set(xlabel="tokens, the most likely first", ylabel="total probability")
+axes.set_title("how much the tail holds")
 _ = axes.legend()
 
 # %%
 for seed in range(3):
-    drawn = refgemma.generate(ids, weights, config, max_new_tokens=40, temperature=0.8, top_k=40, seed=seed)
-    print(f"seed {seed}:", tiny.tokenizer.decode([*ids, *drawn], skip_special_tokens=True), "\n")
+    how = {"max_new_tokens": 40, "temperature": 0.8, "top_k": 40, "seed": seed}
+    drawn = refgemma.generate(ids, weights, config, **how)
+    story = tiny.tokenizer.decode([*ids, *drawn], skip_special_tokens=True)
+    print(f"seed {seed}:", story, "\n")
 
 # %% [markdown]
 # **Question.** The **seed** determines the sequence of random numbers. Why is it useful?
@@ -153,17 +157,16 @@ def surprise(text):
     tokens = tiny.tokenizer.encode(text)
     scores = refgemma.forward([tokens], weights, config).logits[0]
     found = -refgemma.log_softmax(scores)[np.arange(len(tokens) - 1), tokens[1:]]
-    assert scores.shape == (len(tokens), config.vocab_size) and found.shape == (len(tokens) - 1,)
+    assert scores.shape == (len(tokens), config.vocab_size)
     return found, tiny.tokenizer.convert_ids_to_tokens(tokens[1:])
 
 
 found, pieces = surprise("There was once a king who had a beautiful daughter.")
 axes = viz.new_axes(8, 3)
 axes.bar(range(len(found)), found)
-axes.set_xticks(range(len(found)), [viz.show_blanks(piece) for piece in pieces], rotation=90)
-_ = axes.set(
-    xlabel="token", ylabel="surprise in nats", title=f"mean {found.mean():.2f}, perplexity {np.exp(found.mean()):.0f}"
-)
+axes.set_xticks(range(len(found)), map(viz.show_blanks, pieces), rotation=90)
+axes.set(xlabel="token", ylabel="surprise in nats")
+_ = axes.set_title(f"mean {found.mean():.2f}, perplexity {np.exp(found.mean()):.0f}")
 
 # %% [markdown]
 # **Question.** A model that knows nothing about language gives all 2048 tokens the same probability. What is its
@@ -204,3 +207,6 @@ exercises.check_keep_top_p(keep_top_p)
 # ```
 #
 # </details>
+
+# %% [markdown]
+# **Papers.** [Top-p](https://arxiv.org/abs/1904.09751) (Holtzman et al. 2019).

@@ -1,7 +1,6 @@
 # ---
 # jupyter:
 #   jupytext:
-#     formats: ipynb,py:percent
 #     text_representation:
 #       extension: .py
 #       format_name: percent
@@ -43,7 +42,8 @@ about, _ = verify.load_golden("bends-forward-f32")
 config, weights = verify.model_of(about)
 recorded = exercises.recorded_trace()  # PyTorch's tensors, in the order of computation
 
-assert recorded["embedded"].shape == (3, 13, config.hidden_size)  # three texts of 13 tokens
+# Three texts of 13 tokens.
+assert recorded["embedded"].shape == (3, 13, config.hidden_size)
 print(len(recorded), "tensors, recorded with torch", about["torch"])
 list(recorded)[:12]
 
@@ -56,7 +56,8 @@ list(recorded)[:12]
 # %%
 trace = exercises.mystery_trace(1)
 
-assert list(trace) == list(recorded) and all(trace[name].shape == recorded[name].shape for name in recorded)
+assert list(trace) == list(recorded)
+assert all(trace[name].shape == recorded[name].shape for name in recorded)
 same = trace["logits"].argmax(axis=-1) == recorded["logits"].argmax(axis=-1)
 print(f"the same most likely token at {same.mean():.0%} of the places")
 
@@ -77,7 +78,8 @@ assert errors.shape == (len(order),)
 axes = viz.new_axes(8, 3)
 axes.semilogy(np.maximum(errors, 1e-9), ".-")
 axes.axhline(2**-24, linestyle=":", color="grey", label="one rounding in float32")
-axes.set(xlabel="tensor, in the order of computation", ylabel="relative error", title="where does it begin?")
+axes.set(xlabel="tensor, in the order of computation", ylabel="relative error")
+axes.set_title("where does it begin?")
 _ = axes.legend()
 
 # %%
@@ -138,13 +140,15 @@ print(f"rounding used at most {used.max():.0%} of the bound")
 def probs_with_window(window):
     """Attention of layer 0 from recorded scores, if the window were this wide."""
     places = np.arange(13)
-    mask = np.tile(ops.sliding_mask(places, places, window), (3, 1, 1, 1))  # the same for all three texts
-    return ops.softmax(recorded["layers.0.attention.capped"], mask)
+    mask = ops.sliding_mask(places, places, window)
+    three = np.tile(mask, (3, 1, 1, 1))  # the same for all three texts
+    return ops.softmax(recorded["layers.0.attention.capped"], three)
 
 
 # %%
 right = recorded["layers.0.attention.probs"]
-allowed = tolerance.softmax(recorded["layers.0.attention.capped"], np.tri(13, dtype=bool))
+capped = recorded["layers.0.attention.capped"]
+allowed = tolerance.softmax(capped, np.tri(13, dtype=bool))
 windows, distances = range(3, 8), []
 for window in windows:
     candidate = probs_with_window(window)
@@ -153,7 +157,8 @@ for window in windows:
 axes = viz.new_axes(6, 3)
 axes.bar(windows, distances, log=True)
 axes.axhline(1, linestyle="--", color="tab:red", label="tolerance")
-axes.set(xlabel="window", ylabel="distance", title="attention of layer 0, by window", ylim=(0.01, 1e10))
+axes.set(xlabel="window", ylabel="distance", ylim=(0.01, 1e10))
+axes.set_title("attention of layer 0, by window")
 _ = axes.legend()
 
 # %% [markdown]
@@ -178,8 +183,8 @@ _ = axes.set(title=name, xlabel="last axis of the tensor", ylabel="place")
 # mistake yourself (`config.changed(...)` helps) and compare your tensor with the port's.
 #
 # <details><summary>Answer</summary>
-# The window is one key too wide. Each query after the fifth sees one key more, and the other keys of its row get
-# less. With <code>config.changed(sliding_window=6)</code> the forward pass gives the port's tensors.
+# The window is one key too wide. Each query after the fifth sees one key more, so the other keys of its row get
+# less attention. With <code>config.changed(sliding_window=6)</code> the forward pass gives the port's tensors.
 # </details>
 #
 # Write your sentence between the quotation marks. The check looks for the wrong part and for its mistake.
@@ -197,7 +202,8 @@ exercises.check_diagnosis(1, "")
 # %%
 result = verify.verify("bends-forward-f32")
 
-print(result.case, result.tensors, "tensors, worst at", f"{result.worst.distance:.2f} of the tolerance")
+worst = f"{result.worst.distance:.2f} of the tolerance"
+print(result.case, result.tensors, "tensors, worst at", worst)
 
 
 # %% [markdown]
@@ -232,3 +238,6 @@ exercises.check_first_divergence(first_divergence)
 # ```
 #
 # </details>
+
+# %% [markdown]
+# **Papers.** [Transformers](https://arxiv.org/abs/1910.03771) (Wolf et al. 2019), the library of the recordings.

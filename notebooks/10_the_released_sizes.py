@@ -1,7 +1,6 @@
 # ---
 # jupyter:
 #   jupytext:
-#     formats: ipynb,py:percent
 #     text_representation:
 #       extension: .py
 #       format_name: percent
@@ -32,10 +31,11 @@ from refgemma.weights.parameters import tensor_shapes
 
 sizes = {name: refgemma.Gemma2Config.preset(name) for name in ("2b", "9b", "27b")}
 for name, config in sizes.items():
+    heads = f"{config.num_attention_heads}/{config.num_key_value_heads}"
     print(
-        f"{name:4s} hidden {config.hidden_size}, layers {config.num_hidden_layers}, intermediate "
-        f"{config.intermediate_size}, heads {config.num_attention_heads}/{config.num_key_value_heads} "
-        f"of {config.head_dim}, query scalar {config.query_pre_attn_scalar}"
+        f"{name:4s} hidden {config.hidden_size}, layers {config.num_hidden_layers}, "
+        f"intermediate {config.intermediate_size}, heads {heads} of {config.head_dim}, "
+        f"query scalar {config.query_pre_attn_scalar}"
     )
 
 
@@ -50,11 +50,12 @@ for name, config in sizes.items():
 
 
 # %%
-PARTS = {"embed": "embedding", "self_attn": "attention", "mlp": "feed-forward", "norm": "norms"}
+PARTS = {"embed": "embedding", "self_attn": "attention"}
+PARTS |= {"mlp": "feed-forward", "norm": "norms"}
 
 
 def by_part(config):
-    """Trained numbers by part of the model, from the names and shapes of its tensors."""
+    """Trained numbers by part of the model, from its tensors' names and shapes."""
     counts = dict.fromkeys(PARTS.values(), 0)
     for name, shape in tensor_shapes(config).items():
         part = next(part for sign, part in PARTS.items() if sign in name)
@@ -103,7 +104,7 @@ _ = axes.legend()
 
 # %%
 def attention_flops(config, place):
-    """For the keys that the token at `place` sees, with everything before it in the cache."""
+    """For the keys that the token at `place` sees, with all others in the cache."""
     seen = [
         min(place + 1, config.sliding_window) if config.is_sliding(n) else place + 1
         for n in range(config.num_hidden_layers)
@@ -119,7 +120,8 @@ for name, config in sizes.items():
     shares = looking / (2 * total[name] + looking)
     assert shares.shape == places.shape
     axes.plot(places, 100 * shares, label=name)
-axes.set(xlabel="place of the token", ylabel="percent", title="attention's part of the work")
+axes.set(xlabel="place of the token", ylabel="percent")
+axes.set_title("attention's part of the work")
 _ = axes.legend()
 
 
@@ -147,7 +149,8 @@ def cache_bytes(config, tokens):
 for name, config in sizes.items():
     stored = 2 * total[name] / 2**30
     cached = cache_bytes(config, 8192) / 2**30
-    print(f"{name:4s} weights in bfloat16 {stored:5.1f} GiB, cache of 8192 tokens {cached:.2f} GiB")
+    cache = f"cache of 8192 tokens {cached:.2f} GiB"
+    print(f"{name:4s} weights in bfloat16 {stored:5.1f} GiB, {cache}")
 
 # %% [markdown]
 # To write one token, the computer reads every parameter once. So for a single text, the speed of reading memory is the
@@ -157,16 +160,18 @@ for name, config in sizes.items():
 # $$\text{tokens a second} \le \frac{\text{bytes a second}}{\text{bytes of weights}}$$
 
 # %%
-speeds = {"a solid-state disk": 3e9, "memory of a laptop": 60e9, "memory of a large GPU": 3e12}
-rates = np.array([[speed / (2 * count) for count in total.values()] for speed in speeds.values()])
+speeds = {"a solid-state disk": 3e9, "memory of a laptop": 60e9}
+speeds["memory of a large GPU"] = 3e12
+bytes_read = 2 * np.array(list(total.values()))
+rates = np.array([speed / bytes_read for speed in speeds.values()])
 assert rates.shape == (3, 3)
 
 axes = viz.new_axes(6.4, 3)
 for row, label in enumerate(speeds):
-    axes.semilogy(list(sizes), rates[row], "o-", label=f"{label}: {speeds[label] / 1e9:g} GB/s")
-axes.set(
-    xlabel="model", ylabel="tokens a second", title="at most, one text at a time (round figures)", ylim=(0.02, 1e5)
-)
+    label = f"{label}: {speeds[label] / 1e9:g} GB/s"
+    axes.semilogy(list(sizes), rates[row], "o-", label=label)
+axes.set(xlabel="model", ylabel="tokens a second", ylim=(0.02, 1e5))
+axes.set_title("at most, one text at a time (round figures)")
 _ = axes.legend(loc="upper right")
 
 # %% [markdown]
@@ -196,11 +201,10 @@ one_by_one = refgemma.forward([ids], streamed, tiny.config)
 
 assert one_by_one.logits.shape == (1, len(ids), tiny.config.vocab_size)
 print("the same logits:", np.array_equal(with_all.logits, one_by_one.logits))
-largest = {
-    name: sum(int(np.prod(s)) for n, s in tensor_shapes(c).items() if n.startswith("model.layers.0."))
-    for name, c in sizes.items()
-}
-for name, count in largest.items():
+for name, config in sizes.items():
+    shapes = tensor_shapes(config).items()
+    block = [shape for tensor, shape in shapes if tensor.startswith("model.layers.0.")]
+    count = sum(int(np.prod(shape)) for shape in block)
     print(f"{name:4s} one block in float32: {4 * count / 2**30:.2f} GiB")
 
 # %% [markdown]
@@ -226,7 +230,8 @@ assert rows.shape == (8, 3584) and len(nine.layers) == 42
 axes = viz.new_axes(8, 2.4)
 image = axes.imshow(rows[:, :64], cmap="RdBu", aspect="auto", interpolation="nearest")
 axes.figure.colorbar(image, ax=axes, label="weight")
-_ = axes.set(xlabel="column", ylabel="row", title="eight rows of a synthetic embedding table")
+axes.set(xlabel="column", ylabel="row")
+_ = axes.set_title("eight rows of a synthetic embedding table")
 
 # %% [markdown]
 # ## Exercise
@@ -259,3 +264,7 @@ exercises.check_parameters(parameters)
 # ```
 #
 # </details>
+
+# %% [markdown]
+# **Papers.** [Scaling laws](https://arxiv.org/abs/2001.08361) (Kaplan et al. 2020) count parameters and FLOPs in the
+# same way.

@@ -1,7 +1,6 @@
 # ---
 # jupyter:
 #   jupytext:
-#     formats: ipynb,py:percent
 #     text_representation:
 #       extension: .py
 #       format_name: percent
@@ -52,7 +51,8 @@ quick = settings(max_examples=40, deadline=None, database=None, derandomize=True
 # \Rightarrow \mathrm{softcap}(x) \le \mathrm{softcap}(y)$$
 
 # %%
-numbers = hnp.arrays(np.float32, st.integers(1, 6), elements=st.floats(-1000, 1000, width=32))
+elements = st.floats(-1000, 1000, width=32)
+numbers = hnp.arrays(np.float32, st.integers(1, 6), elements=elements)
 caps = st.sampled_from([2.0, 30.0, 50.0])
 
 
@@ -92,7 +92,8 @@ def cut_off(x, cap):
 @given(st.floats(0.5, 2.0), caps)
 def test_bends_before_the_cap(part, cap):
     x = np.array([part * cap])
-    assert cut_off(x, cap)[0] < 0.97 * min(part * cap, cap), f"cap {cap}: {x[0]} became {cut_off(x, cap)[0]}"
+    bent = cut_off(x, cap)[0]
+    assert bent < 0.97 * min(part * cap, cap), f"cap {cap}: {x[0]} became {bent}"
 
 
 try:
@@ -121,7 +122,8 @@ axes = viz.new_axes(6, 3)
 axes.plot(x, np.clip(x, -1, 1), "--", label="cut off")
 axes.plot(x, ops.soft_cap(x, 1.0), label="soft cap")
 axes.plot(x, 0.97 * np.minimum(x, 1), ":", color="grey", label="limit of the test")
-axes.set(xlabel="x / cap", ylabel="result / cap", title="the difference between the two")
+axes.set(xlabel="x / cap", ylabel="result / cap")
+axes.set_title("the difference between the two")
 _ = axes.legend()
 
 
@@ -142,18 +144,24 @@ _ = axes.legend()
 def test_operations(seed, power, shift):
     rng = np.random.default_rng(seed)
     x, y = rng.standard_normal((2, 1, 1, 3, 8))
-    assert np.allclose(ops.rms_norm(x * 2.0**power, np.zeros(8), 0.0), ops.rms_norm(x, np.zeros(8), 0.0))
+    normed, zero = ops.rms_norm(x, np.zeros(8), 0.0), np.zeros(8)
+    assert np.allclose(ops.rms_norm(x * 2.0**power, zero, 0.0), normed)
 
-    near, far = (ops.rotary_tables(np.arange(3)[None] + s, 8, 10000.0, x) for s in (0, shift))
-    assert np.allclose(np.linalg.norm(ops.rotate(x, *far), axis=-1), np.linalg.norm(x, axis=-1))
-    products = [ops.rotate(x, *table) @ ops.rotate(y, *table).swapaxes(-1, -2) for table in (near, far)]
+    products = []
+    for positions in (np.arange(3)[None], np.arange(3)[None] + shift):
+        cos, sin = ops.rotary_tables(positions, 8, 10000.0, x)
+        turned, other = ops.rotate(x, cos, sin), ops.rotate(y, cos, sin)
+        assert np.allclose((turned**2).sum(axis=-1), (x**2).sum(axis=-1))
+        products.append(turned @ other.swapaxes(-1, -2))
     assert products[0].shape == (1, 1, 3, 3)
-    assert np.allclose(*products, atol=250 * 2**-23 * 8 * 20)  # float32 angles up to 253, of 8 products below 20
+    # float32 angles up to 253, and 8 products below 20.
+    assert np.allclose(*products, atol=250 * 2**-23 * 8 * 20)
 
     probs = ops.softmax(x @ y.swapaxes(-1, -2), np.tri(3, dtype=bool)[None, None])
     assert np.allclose(probs.sum(axis=-1), 1) and (np.triu(probs[0, 0], 1) == 0).all()
 
 
+# %%
 test_operations()
 
 # %% [markdown]
@@ -177,7 +185,8 @@ def test_no_token_sees_the_future(ids, data):
     place = data.draw(st.integers(0, len(ids) - 1), label="place")
     other = data.draw(st.integers(3, config.vocab_size - 1), label="other token")
     changed = [*ids[:place], other, *ids[place + 1 :]]
-    before, after = (refgemma.forward([text], weights, config).logits[0] for text in (ids, changed))
+    before = refgemma.forward([ids], weights, config).logits[0]
+    after = refgemma.forward([changed], weights, config).logits[0]
     assert before.shape == after.shape == (len(ids), config.vocab_size)
     assert np.allclose(before[:place], after[:place], atol=1e-4)
 
@@ -196,7 +205,8 @@ def test_reading_in_pieces_is_reading(ids, data, window):
     second = refgemma.forward([ids[cut:]], weights, narrow, cache=first.cache)
     assert second.logits.shape == (1, len(ids) - cut, config.vocab_size)
     # Sums are computed in another order: float32, numbers up to 30, six blocks.
-    assert np.allclose(np.concatenate([first.logits, second.logits], axis=1), whole, atol=1e-3)
+    joined = np.concatenate([first.logits, second.logits], axis=1)
+    assert np.allclose(joined, whole, atol=1e-3)
 
 
 test_reading_in_pieces_is_reading()
@@ -223,14 +233,16 @@ moved = np.zeros((seq, seq))
 for place in range(seq):
     changed = [*ids[:place], 999, *ids[place + 1 :]]
     answers = viz.probabilities(refgemma.forward([changed], weights, config).logits[0])
-    moved[:, place] = np.abs(answers - base).sum(axis=-1) / 2  # 0: the same, 1: nothing in common
+    # 0: the same, 1: nothing in common.
+    moved[:, place] = np.abs(answers - base).sum(axis=-1) / 2
 
 assert moved.shape == (seq, seq)
 axes = viz.new_axes(6.4, 4.4)
 image = axes.imshow(moved, cmap="Blues", vmin=0, vmax=1)
 axes.figure.colorbar(image, ax=axes, label="how much the answer moved")
 viz.label_tokens(axes, tokens, tokens)
-_ = axes.set(xlabel="token that was changed", ylabel="answer after this token", title="influence")
+axes.set(xlabel="token that was changed", ylabel="answer after this token")
+_ = axes.set_title("influence")
 
 # %% [markdown]
 # **Question.** Which wrong models have both properties, causality and the cache? What can you conclude?
@@ -304,3 +316,6 @@ exercises.check_causality_test(causality_test)
 # ```
 #
 # </details>
+
+# %% [markdown]
+# **Papers.** [QuickCheck](https://doi.org/10.1145/351240.351266) (Claessen and Hughes 2000) introduced such tests.

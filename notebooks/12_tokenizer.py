@@ -1,7 +1,6 @@
 # ---
 # jupyter:
 #   jupytext:
-#     formats: ipynb,py:percent
 #     text_representation:
 #       extension: .py
 #       format_name: percent
@@ -235,3 +234,7 @@ exercises.check_encode_word(encode_word)
 # ```
 #
 # </details>
+
+# %% [markdown]
+# **Papers.** [Byte-pair encoding](https://arxiv.org/abs/1508.07909) of words (Sennrich et al. 2015);
+# [SentencePiece](https://arxiv.org/abs/1808.06226) (Kudo and Richardson 2018), the program that Gemma uses.

@@ -74,7 +74,9 @@ assert grad_x.shape == x.shape == (config.vocab_size,)
 # %%
 best = np.argsort(-np.abs(grad_x))[:8]
 moves = 1e-5 * np.eye(config.vocab_size)[best]
-measured = np.array([(loss_after_cap(x + m) - loss_after_cap(x - m)) / 2e-5 for m in moves])
+measured = np.array(
+    [(loss_after_cap(x + m) - loss_after_cap(x - m)) / 2e-5 for m in moves]
+)
 assert measured.shape == (8,)
 
 axes = viz.new_axes(6.4, 3)
@@ -221,7 +223,9 @@ texts = [
     "said to his daughter that she must go away.",
 ]
 rows = [np.array([tiny.tokenizer.encode(text)]) for text in texts]
-counts = np.array([row.shape[1] - 1 for row in rows])  # nothing predicts the first token
+counts = np.array(
+    [row.shape[1] - 1 for row in rows]
+)  # nothing predicts the first token
 
 
 def flat_gradient(row, num_items=None):
@@ -237,7 +241,10 @@ assert wrong.shape == right.shape == (sum(x[:].size for x in old.values()),)
 # %%
 cosine = right @ wrong / np.linalg.norm(right) / np.linalg.norm(wrong)
 angle = np.degrees(np.arccos(cosine))
-shares_of_tokens = {"mean of all": 1 / counts.sum() + 0 * counts, "mean of means": 0.5 / counts}
+shares_of_tokens = {
+    "mean of all": 1 / counts.sum() + 0 * counts,
+    "mean of means": 0.5 / counts,
+}
 
 figure, (left, middle) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
 for place, (name, weight) in enumerate(shares_of_tokens.items()):
@@ -247,7 +254,11 @@ left.set(ylabel="percent of the loss", title="weight of one token")
 left.legend()
 middle.plot(right[::997], wrong[::997], ".")
 middle.axline((0, 0), slope=1, color="grey", linestyle=":")
-_ = middle.set(xlabel="mean of all", ylabel="mean of means", title=f"gradients, {angle:.0f} degrees apart")
+_ = middle.set(
+    xlabel="mean of all",
+    ylabel="mean of means",
+    title=f"gradients, {angle:.0f} degrees apart",
+)
 
 # %% [markdown]
 # **Question.** With this bug, how many times more does a token of the short text count than a token of the long text?

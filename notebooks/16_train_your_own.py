@@ -62,7 +62,9 @@ before = {name: mean_loss(part, tiny.weights, config) for name, part in
           {"a tale": tale, "the play": rows[::8], "held out": held_out}.items()}  # fmt: skip
 axes = viz.new_axes(5, 2.6)
 axes.bar(list(before), list(before.values()))
-_ = axes.set(ylabel="loss in nats", title=f"before: {len(rows)} rows, {len(held_out)} held out")
+_ = axes.set(
+    ylabel="loss in nats", title=f"before: {len(rows)} rows, {len(held_out)} held out"
+)
 
 # %% [markdown]
 # ## The step of AdamW
@@ -77,8 +79,12 @@ _ = axes.set(ylabel="loss in nats", title=f"before: {len(rows)} rows, {len(held_
 # $g / |g|$. So the first step has the length $\eta$ for every number, however large its gradient is.
 
 # %%
-base = {name: rows_of[:] for name, rows_of in named_weights(tiny.weights, config).items()}
-arguments = TrainingArguments(max_steps=60, learning_rate=1e-3, lr_scheduler_type="cosine", warmup_steps=5)
+base = {
+    name: rows_of[:] for name, rows_of in named_weights(tiny.weights, config).items()
+}
+arguments = TrainingArguments(
+    max_steps=60, learning_rate=1e-3, lr_scheduler_type="cosine", warmup_steps=5
+)
 no_warmup = TrainingArguments(max_steps=60, learning_rate=1e-3)
 batch = take_batch(rows, 0, arguments.rows, seed=42)
 one = train_step(first_state(base, config, no_warmup), batch, base, config, no_warmup)
@@ -87,7 +93,11 @@ assert moved.shape == (sum(x.size for x in base.values()),)
 
 axes = viz.new_axes(6.4, 2.6)
 axes.hist(1000 * moved, bins=60, log=True)
-_ = axes.set(xlabel="change, in thousandths", ylabel="numbers", title="one step of AdamW, rate 0.001")
+_ = axes.set(
+    xlabel="change, in thousandths",
+    ylabel="numbers",
+    title="one step of AdamW, rate 0.001",
+)
 
 # %% [markdown]
 # **Question.** The embedding table has a row for every token. Some tokens do not occur in the batch. Why do their rows
@@ -147,9 +157,13 @@ for weights in (tiny.weights, trained):
     new = list(refgemma.generate(prompt, weights, config, max_new_tokens=30))
     print(tiny.tokenizer.decode(new), "\n---")
 
-change = {n: np.linalg.norm(state.tensors[n] - w) / np.linalg.norm(w) for n, w in base.items()}
+change = {
+    n: np.linalg.norm(state.tensors[n] - w) / np.linalg.norm(w) for n, w in base.items()
+}
 kinds = sorted({name.split(".")[-2] for name in base})
-sizes = np.array([np.mean([c for n, c in change.items() if n.split(".")[-2] == k]) for k in kinds])
+sizes = np.array(
+    [np.mean([c for n, c in change.items() if n.split(".")[-2] == k]) for k in kinds]
+)
 assert sizes.shape == (len(kinds),)
 axes = viz.new_axes(6.4, 3.4)
 axes.barh(kinds, 100 * sizes)

@@ -50,6 +50,19 @@ def rows(x):
     return x / x.sum(axis=-1, keepdims=True)
 
 
+def unit(x):
+    return x / np.sqrt((x * x).mean(axis=-1, keepdims=True))
+
+
+def qk(q, k, scalar):
+    return np.einsum("hqd,hkd->hqk", q, k) / math.sqrt(scalar)
+
+
+def induction(probs, period, shift=1, begin=1, end=1):
+    seen = [probs[:, query, query - period + shift] for query in range(period + begin, 2 * period + end)]
+    return sum(seen) / len(seen)
+
+
 def norm_with_mean_removed(x, weight, eps):
     x_wide = wide(x)
     centred = x_wide - x_wide.mean(axis=-1, keepdims=True)
@@ -245,12 +258,18 @@ EXERCISES = [
     Exercise("embed", [
         Wrong("sqrt(hidden) is missing", lambda ids, table: np.stack([table[row] for row in ids])),
         Wrong("not hidden", lambda ids, table: 0.0 + table[ids] * float(table.shape[1])),
-        Wrong("be rounded to the table's precision", lambda ids, table: table[ids] * table.shape[1] ** 0.5),
         Wrong("columns, not of rows", lambda ids, table: table[ids] * len(table) ** 0.5),
         Wrong("divide by sqrt", lambda ids, table: table[ids] / narrow(table.shape[1] ** 0.5, like=table)),
         Wrong("not of ids", lambda ids, table: table[ids] * np.sqrt(np.float32(len(ids)))),
         Wrong("instead of adding", lambda ids, table: np.float32(table.shape[1] ** 0.5) + table[ids]),
-        Wrong("must first be rounded", lambda ids, table: table[ids] * np.float32(np.sqrt(table.shape[1]))),
+    ]),
+    Exercise("embed_bf16", [
+        Wrong("be rounded to the table's precision", lambda ids, table: table[ids] * table.shape[1] ** 0.5),
+        Wrong("must first be rounded", lambda ids, table: bf16(wide(table)[ids] * np.float32(table.shape[1] ** 0.5))),
+        Wrong("not to a whole number", lambda ids, table: table[ids] * float(round(table.shape[1] ** 0.5))),
+        Wrong("sqrt(hidden) is missing", lambda ids, table: table[ids]),
+        Wrong("not hidden", lambda ids, table: bf16(wide(table)[ids] * table.shape[1])),
+        Wrong("divide by sqrt", lambda ids, table: table[ids] / bf16(table.shape[1] ** 0.5)),
     ]),
     Exercise("gelu_tanh", [
         Wrong("ReLU", lambda x: x * (x > 0)),
@@ -367,6 +386,32 @@ EXERCISES = [
         Wrong("leftmost one first", lambda word, ranks: [piece[::-1] for piece in join_pairs(
             word[::-1], {piece[::-1]: rank for piece, rank in ranks.items()})[::-1]]),
     ]),
+    Exercise("qk_norm_scores", [
+        Wrong("both norms are missing", lambda q, k, wq, wk, scalar: np.einsum("hqd,hkd->hqk", q, k) / scalar**0.5),
+        Wrong("norm of the keys is missing", lambda q, k, wq, wk, scalar: qk(unit(q) * (1 + wq), k, scalar)),
+        Wrong("multiply by 1 + weight", lambda q, k, wq, wk, scalar: qk(unit(q) * wq, unit(k) * wk, scalar)),
+        Wrong("factors 1 + weight are missing", lambda q, k, wq, wk, scalar: qk(unit(q), unit(k), scalar)),
+        Wrong("one for both", lambda q, k, wq, wk, scalar: qk(unit(q) * (1 + wk), unit(k) * (1 + wk), scalar)),
+        Wrong("you divide by scalar", lambda q, k, wq, wk, scalar:
+              qk(unit(q) * (1 + wq), unit(k) * (1 + wk), scalar**2)),
+        Wrong("need not be head_dim", lambda q, k, wq, wk, scalar:
+              qk(unit(q) * (1 + wq), unit(k) * (1 + wk), q.shape[-1])),
+        Wrong("no tanh here", lambda q, k, wq, wk, scalar:
+              50 * np.tanh(qk(unit(q) * (1 + wq), unit(k) * (1 + wk), scalar) / 50)),
+        Wrong("no softmax yet", lambda q, k, wq, wk, scalar:
+              rows(np.exp(qk(unit(q) * (1 + wq), unit(k) * (1 + wk), scalar)))),
+    ]),
+    Exercise("induction_scores", [
+        Wrong("earlier occurrence itself", lambda probs, period: induction(probs, period, shift=0)),
+        Wrong("begins at place period + 1", lambda probs, period: induction(probs, period, begin=0)),
+        Wrong("begins at place period + 1", lambda probs, period: induction(probs, period, begin=0, end=0)),
+        Wrong("previous-token head", lambda probs, period: induction(probs, period, shift=period - 1)),
+        Wrong("the last one, at place 2 * period, is missing", lambda probs, period: induction(probs, period, end=0)),
+        Wrong("you take the sum", lambda probs, period: period * induction(probs, period)),
+        Wrong("over the heads too", lambda probs, period: float(induction(probs, period).mean())),
+        Wrong("you exchanged them", lambda probs, period: induction(probs.transpose(0, 2, 1), period)),
+        Wrong("divide by their number", lambda probs, period: induction(probs, period) * period / len(probs[0])),
+    ]),
     Exercise("soft_cap_backward", [
         Wrong("passes the cap unchanged", lambda grad, x, cap: grad.copy()),
         Wrong("not to the result", lambda grad, x, cap: grad / np.cosh(np.tanh(x / cap)) ** 2),
@@ -435,7 +480,9 @@ EXERCISES = [
     ]),
 ]  # fmt: skip
 
-CHECKS = [name for name in exercises.__all__ if name.startswith("check_") and name != "check_diagnosis"]
+CHECKS = [
+    name for name in exercises.__all__ if name.startswith("check_") and name not in ("check_diagnosis", "check_seeded")
+]
 WRONG = [(exercise, wrong) for exercise in EXERCISES for wrong in exercise.wrong]
 
 
@@ -504,6 +551,15 @@ def test_the_definition_is_not_an_answer(name: str) -> None:
         assert not feedback
         assert f"refgemma.ops.{name}, refgemma's own definition" in feedback.message
     assert not exercises.check_embed(embed)
+
+
+def test_the_cell_of_notebook_1_is_an_answer() -> None:
+    # Its own first code: the rounding of the factor belongs to notebook 7.
+    def embed(ids, table):
+        return table[ids] * np.float32(np.sqrt(table.shape[-1]))
+
+    assert exercises.check_embed(embed)
+    assert "must first be rounded" in exercises.check_embed_bf16(embed).message
 
 
 @pytest.mark.parametrize("kind", [int, np.float32, np.uint8])

@@ -832,6 +832,228 @@ def test_12_byte_fallback() -> None:
     assert TINY.tokenizer.decode(TINY.tokenizer.encode("The snow is 雪"), skip_special_tokens=True) == "The snow is 雪"
 
 
+# --- 13 ---------------------------------------------------------------------------------------------------------------
+
+
+def near(value: float, expected: float) -> bool:
+    """Return True if a number is the one in the prose, in its last digit or in a thousandth: sums of float32 vary."""
+    return bool(value == pytest.approx(expected, rel=1e-3, abs=0.05))
+
+
+@claim(
+    13,
+    "No score here is above 34 and no logit above 25, so the caps have little to do.",
+    "Without caps the tiny model is as good as with them.",
+)
+def test_13_the_caps_have_little_to_do() -> None:
+    names = after(13, "largest = [float")
+    assert near(names.results["Gemma 2"], 17.12)
+    for name in ("no cap on the scores", "no cap on the logits", "no caps"):
+        assert 1 - 1e-4 < names.results[name] / names.results["Gemma 2"] < 1.01
+    assert 34 < max(names.largest) < 34.5
+    assert 24 < np.abs(names.run.raw_logits).max() < 25
+
+
+@claim(
+    13,
+    "Only QK-norm: it divides by the length of the query, so the factor has no effect.",
+    "Without a limit, 99 % of the attention goes to one key.",
+    "each query has 18 keys, on average, whose scores are within 0.1 of 50. The best key cannot stand out any more, "
+    "and its share falls to 6 %.",
+)
+def test_13_what_limits_do_to_large_scores() -> None:
+    names = after(13, "factors, best = ")
+    assert np.ptp(names.best["QK-norm"]) < 1e-5
+    assert round(100 * float(names.best["no limit"][-1])) == 99
+    cap = names.best["soft cap 50"]
+    assert cap[0] < cap[1] < cap[2] > cap[3] > cap[4]
+    assert round(100 * float(cap[-1])) == 6
+    equal = (ops.soft_cap(names.plain, 50.0) > 49.9) & names.mask
+    assert round(float(equal[0, :, 64:].sum(-1).mean())) == 18
+
+
+@claim(
+    13,
+    "A window of 16 keys is nearly as good as one of 64, but a window of 128 doubles the perplexity.",
+    "The sliding blocks have never seen a key more than 63 places away",
+    "even with six sliding blocks the perplexity rises only from 17.1 to 17.4.",
+)
+def test_13_windows() -> None:
+    names = after(13, 'label="trained"')
+    by_window = dict(zip(names.windows, names.curve, strict=True))
+    assert by_window[16] < 1.03 * by_window[64]
+    assert 1.9 < by_window[128] / by_window[64] < 2.1
+    assert near(by_window[64], 17.1)
+    assert near(names.results["sliding blocks only"], 17.4)
+    assert names.results["full blocks only"] > 2 * by_window[64]
+
+
+@claim(
+    13,
+    "The mean is better (32.5 against 35.3), as in the paper",
+    "The model with six key heads gains nothing, because its heads are copies, but its cache is three times as large.",
+)
+def test_13_key_heads() -> None:
+    names = after(13, "repeated = change_key_heads")
+    assert near(names.results["one key head: the mean"], 32.5)
+    assert near(names.results["one key head: the first"], 35.3)
+    six = CONFIG.changed(num_key_value_heads=6)
+    made = refgemma.forward(names.rows[:1, :20], names.repeated, six)
+    usual = refgemma.forward(names.rows[:1, :20], WEIGHTS, CONFIG)
+    assert np.allclose(made.logits, usual.logits, atol=1e-4)
+    assert made.cache[0].keys.size == 3 * usual.cache[0].keys.size
+
+
+@claim(
+    13,
+    "No: both are 17.1. The curve is flat near its minimum.",
+    "In the 27B it is 144: 4608 numbers in the stream, divided by 32 heads.",
+    "$234 / 6 = 39$, with heads of 32.",
+)
+def test_13_the_scale_of_the_scores() -> None:
+    names = after(13, "scalars = [")
+    by_scalar = dict(zip(names.scalars, names.curve, strict=True))
+    assert near(by_scalar[32], 17.1)
+    assert near(by_scalar[39], 17.1)
+    assert by_scalar[8] > by_scalar[24] > by_scalar[39] < by_scalar[64] < by_scalar[144]
+    assert refgemma.Gemma2Config.preset("27b").query_pre_attn_scalar == 144 == 4608 / 32
+    assert CONFIG.query_pre_attn_scalar == 39 == CONFIG.hidden_size / CONFIG.num_attention_heads
+    for name in ("2b", "9b"):
+        preset = refgemma.Gemma2Config.preset(name)
+        assert preset.query_pre_attn_scalar == preset.head_dim == 256
+
+
+@claim(
+    13,
+    "and the perplexity is 54.",
+    "49 % of the numbers <code>w</code> are negative, but none of the numbers <code>1 + w</code>.",
+    "The perplexity is then 7703, worse than that of a model that knows nothing (2048).",
+)
+def test_13_norms() -> None:
+    names = after(13, "def change_norms")
+    assert round(names.results["all factors 1"]) == 54
+    assert near(names.results["factor w in place of 1 + w"], 7703)
+    stored = np.concatenate([*(getattr(layer, name) for layer in WEIGHTS.layers for name in names.names), WEIGHTS.norm])
+    assert (round(100 * float((stored < 0).mean())), (1 + stored < 0).sum()) == (49, 0)
+
+
+@claim(
+    13,
+    "It would cost 918 million numbers more in the 9B. In the 2B it would be a fifth more",
+    "Gemma 3 kept the first three, and replaced the caps by QK-norm. The parts that this model relies on most (the "
+    "factor <code>1 + w</code> and the embedding scale) are in all three.",
+)
+def test_13_the_other_parts() -> None:
+    names = after(13, "order = sorted(results")
+    assert names.order[-2:] == ["no embedding scale", "factor w in place of 1 + w"]
+    for name, percent in (("9b", None), ("2b", 20)):
+        config = refgemma.Gemma2Config.preset(name)
+        table = config.vocab_size * config.hidden_size
+        total = sum(int(np.prod(shape)) for shape in tensor_shapes(config).values())
+        assert round(table / 1e6) == {"9b": 918, "2b": 590}[name]
+        assert percent is None or percent <= 100 * table / total < percent + 5
+
+
+# --- 14 ---------------------------------------------------------------------------------------------------------------
+
+
+@claim(
+    14,
+    "Block 2: its heads 0, 4 and 1 have the three highest scores, and head 0 spends more than half of its attention on "
+    "the token before.",
+    "no score in block 0 exceeds 0.2",
+)
+def test_14_previous_token_heads() -> None:
+    names = after(14, "previous = probs")
+    best = [divmod(int(n), 6) for n in np.argsort(-names.previous.ravel())[:3]]
+    assert best == [(2, 0), (2, 4), (2, 1)]
+    assert names.previous[2, 0] > 0.5
+    assert names.previous[0].max() < 0.2
+
+
+@claim(
+    14,
+    "The first 16 queries spend 79 % of their attention on <code>&lt;bos&gt;</code>, and after place 150 it is below "
+    "1 %.",
+    "Block 3 is a full one, so every query sees <code>&lt;bos&gt;</code>.",
+)
+def test_14_the_sink_has_a_reach() -> None:
+    names = after(14, "sink = probs")
+    assert round(100 * float(names.sink[:16].mean())) == 79
+    assert names.sink[150:].max() < 0.01
+    assert names.sink[90:110].max() > 0.05
+    assert not CONFIG.is_sliding(3)
+
+
+@claim(14, "Here no head exceeds 0.05, and equal attention to all keys would give 0.03.")
+def test_14_no_head_is_an_induction_head() -> None:
+    names = after(14, "induction = patterns")
+    assert names.induction.max() < 0.05
+    assert round(names.chance, 2) == 0.03
+    by_place = after(14, "by_place = losses").by_place
+    first, second = by_place[1:20].mean(), by_place[21:].mean()
+    assert second == pytest.approx(first, rel=0.05)  # copying would bring it near 0
+    scores = exercises.solutions.induction_scores(names.patterns[2, 0], 20)
+    assert np.allclose(scores, names.patterns[2, 0][:, names.queries, names.queries - 19].mean(-1))
+
+
+@claim(
+    14,
+    "in about one case of seven, and the model without it in more than one of three.",
+)
+def test_14_the_rule_of_induction() -> None:
+    names = after(14, "rule, known, right = 0")
+    assert 1 / 8 < names.rule / names.known < 1 / 6
+    assert 1 / 3 < names.right / names.known < 0.4
+
+
+@claim(
+    14,
+    "without head 4 the loss rises by 0.11 nats, more than without any other head. Of the five heads that matter most, "
+    "four are in this block. But head 0, which has the sharpest pattern, is only the third of them.",
+    "The heads of block 3, with the sinks, matter little.",
+)
+def test_14_ablation() -> None:
+    names = after(14, "rise = np.zeros")
+    order = [divmod(int(n), 6) for n in np.argsort(-names.rise.ravel())]
+    assert order[0] == (2, 4)
+    assert round(float(names.rise[2, 4]), 2) == 0.11
+    assert sum(block == 2 for block, _ in order[:5]) == 4
+    assert order.index((2, 0)) == 2
+    assert names.rise[3].max() < 0.02
+
+
+@claim(
+    14,
+    "Before block 0 the tied head predicts the token itself, and it is very sure of this wrong answer: 20 nats.",
+    "After one block, the loss is higher than that of a model that knows nothing.",
+    "After that every block lowers the loss.",
+)
+def test_14_the_lens() -> None:
+    names = after(14, "depth_losses = ")
+    assert round(float(names.depth_losses[0])) == 20
+    assert names.depth_losses[1] > np.log(2048) > names.depth_losses[2]
+    assert (np.diff(names.depth_losses) < 0).all()
+    assert (names.lens[0].argmax(-1) == names.rows).mean() > 0.8
+
+
+@claim(
+    14,
+    "The feed-forward layers: together they give 6.5 of the 7.0. Of the heads, head 4 of block 2 helps most, with 0.9;",
+    "It spends most of its attention on <code>at</code>, the token before the last.",
+)
+def test_14_attribution() -> None:
+    names = after(14, "embedding, heads, fed = attribute")
+    assert names.name == "▁door"
+    assert (round(float(names.fed.sum()), 1), round(float(names.total), 1)) == (6.5, 7.0)
+    assert names.total == pytest.approx(float(names.answer.raw_logits[0, -1, names.best]), abs=1e-4)
+    assert divmod(int(names.heads.argmax()), 6) == (2, 4)
+    assert round(float(names.heads.max()), 1) == 0.9
+    shares = names.answer.layers[2].attention.probs[0, 4, -1]
+    assert TINY.tokenizer.convert_ids_to_tokens(names.girl)[int(shares.argmax())] == "▁at"
+    assert shares.max() > 0.5
+
+
 # --- 15 ---------------------------------------------------------------------------------------------------------------
 
 

@@ -1,10 +1,12 @@
 """Test the notebooks: each runs from top to bottom, has the common parts, and has an up-to-date .ipynb."""
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import jupytext
+import jupytext.cli
 import nbformat
 import pytest
 from notebook_cells import BY_NUMBER, FOLDER, SOURCES, run, solutions
@@ -23,7 +25,7 @@ def name(path: Path) -> str:
 
 
 def test_each_has_a_number_of_its_own() -> None:
-    assert [*BY_NUMBER] == [*range(1, 13), 15, 16]
+    assert [*BY_NUMBER] == [*range(1, 17)]
     assert len(BY_NUMBER) == len(SOURCES)
     assert [path.stem for path in sorted(FOLDER.glob("*.ipynb"))] == [path.stem for path in SOURCES]
 
@@ -36,6 +38,19 @@ def test_the_pair_is_in_step(path: Path) -> None:
     for cell in paired.cells:
         assert not cell.get("outputs")
         assert cell.get("execution_count") is None
+
+
+def test_a_save_in_jupyter_does_not_rewrite_the_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # A notebook with jupytext's `formats` would be paired: a student's save would write the .py as well.
+    source, paired = (shutil.copy(SOURCES[0].with_suffix(suffix), tmp_path) for suffix in (".py", ".ipynb"))
+    notebook = nbformat.read(paired, as_version=4)
+    notebook.cells[0].source = "My own title"
+    nbformat.write(notebook, paired)
+    jupytext.cli.jupytext(["--sync", str(paired)])
+    assert "is not a paired notebook" in capsys.readouterr().err
+    assert Path(source).read_bytes() == SOURCES[0].read_bytes()
+    for path in SOURCES:
+        assert "formats" not in nbformat.read(path.with_suffix(".ipynb"), as_version=4).metadata.get("jupytext", {})
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name)
@@ -51,6 +66,7 @@ def test_the_rhythm(path: Path) -> None:
     assert sum("axes" in cell or "viz." in cell for cell in code) >= 3
     assert re.search(r"^exercises\.check_\w+\(\w+\)$", code[-1], re.MULTILINE)
     assert {cell: len(cell.splitlines()) for cell in code if len(cell.splitlines()) > 20} == {}
+    assert [line for cell in code for line in cell.splitlines() if len(line) > 88] == []  # ruff.toml beside them
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name)
@@ -105,6 +121,25 @@ def test_what_is_not_in_step_is_seen(tmp_path: Path) -> None:
     copy.with_suffix(".ipynb").write_bytes(SOURCES[0].with_suffix(".ipynb").read_bytes())
     with pytest.raises(AssertionError):
         test_the_pair_is_in_step(copy)
+
+
+COURSE = (FOLDER.parent / "docs" / "how-to" / "teach-a-course.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_the_page_for_teachers_has_its_row(path: Path) -> None:
+    (row,) = [line for line in COURSE.splitlines() if line.startswith("| [") and f"/{path.stem}.ipynb)" in line]
+    _, title, objective, minutes, difficulty, tasks, papers, _ = row.split("|")
+    assert title.split("]")[0].strip().startswith(f"[{int(path.stem[:2])} ")
+    assert 30 <= int(minutes) <= 90
+    assert int(difficulty) in (1, 2, 3)
+    assert len(objective.split()) >= 5
+    found = re.findall(r"^exercises\.check_(\w+)\(\1\)$", path.read_text("utf-8"), re.MULTILINE)
+    assert re.findall(r"`(\w+)`", tasks) == found
+    links = re.findall(r"\((https://[^)]+)\)", papers)
+    text = "\n".join(prose_of(path))
+    assert links
+    assert [link for link in links if link not in text] == []
 
 
 # --- words ------------------------------------------------------------------------------------------------------------

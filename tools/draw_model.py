@@ -42,6 +42,8 @@ NOTEBOOKS: dict[str, tuple[tuple[str, ...], str]] = {
     "10": (("sizes", "embedding", "heads", "feed-forward"), "9b"),
     "11": (("norms", "rotary", "attention cap", "mask", "mix"), "tiny"),
     "12": (("tokens",), "tiny"),
+    "13": (("norms", "heads", "attention cap", "mask", "feed-forward", "final cap"), "tiny"),
+    "14": (("stream", "heads", "mix", "head"), "tiny"),
     "15": (("attention cap", "final cap", "stream"), "tiny"),
     "16": (("norms",), "tiny"),
 }

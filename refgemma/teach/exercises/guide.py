@@ -21,7 +21,7 @@ HINTS: dict[str, tuple[int, str, str]] = {
     "embed": (
         1, "Each id selects one row of the table. Which number multiplies the rows, and from which axis does it come?",
         "table[ids] has the shape (*ids.shape, hidden). Multiply it by the square root of table.shape[-1]; in half "
-        "precision, round this factor first: narrow(factor, like=table), from refgemma.",
+        "precision (notebook 7), round this factor first: narrow(factor, like=table), from refgemma.",
     ),
     "gelu_tanh": (
         1, "Begin with the innermost bracket of the formula. Which three steps follow, from the inside out?",
@@ -59,6 +59,11 @@ HINTS: dict[str, tuple[int, str, str]] = {
         7, "Add half of the last kept bit to the 32 bits as a whole number, then clear the lower 16. What about ties?",
         "Add 0x7FFF plus the last bit that is kept, (bits >> 16) & 1; then & np.uint32(0xFFFF0000). View it as "
         "float32.",
+    ),
+    "embed_bf16": (
+        7, "Two numbers are rounded: the factor and the product. Which of them does NumPy not round by itself?",
+        "narrow(math.sqrt(table.shape[-1]), like=table) is the factor in bfloat16. table[ids] times this factor is "
+        "rounded because table is an array in bfloat16.",
     ),
     "keep_top_p": (
         8, "Sort the tokens, the most likely first, and add up the probabilities. Which token is the last to keep?",
@@ -99,6 +104,16 @@ HINTS: dict[str, tuple[int, str, str]] = {
         "With r = 1 / sqrt(mean(x**2) + eps), n = x * r and h = grad * (1 + weight), the gradient of x is "
         "r * (h - n * mean(h * n)), the mean over axis -1. The gradient of the weight is the sum of grad * n over the "
         "other axes.",
+    ),
+    "qk_norm_scores": (
+        13, "There are two norms and one product. Which axis has the numbers of one query?",
+        "Norm q with q_weight and k with k_weight: x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-6) * (1 + "
+        "weight). Then q @ k.swapaxes(-1, -2), divided by np.sqrt(scalar).",
+    ),
+    "induction_scores": (
+        14, "Take a query in the second copy. How far back is the same token, and which key comes right after it?",
+        "queries = np.arange(period + 1, 2 * period + 1). The same token is at queries - period, and its successor at "
+        "queries - period + 1. Index the last two axes of probs with both arrays, and average.",
     ),
 }  # fmt: skip
 

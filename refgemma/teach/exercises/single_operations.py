@@ -33,12 +33,11 @@ def check_embed(answer: Attempt) -> Feedback:
     """
 
     def trials() -> Iterator[Trial]:
-        for dtype, short in (("float32", "f32"), ("bfloat16", "bf16")):
-            for width in (3584, 4608):
-                _, g = load_golden(f"op-embed-{width}-{short}")
-                bound = tol.U * np.abs(np.asarray(wide(g["y"]), np.float64))
-                call = f"embed(ids, table) with a table of 5 rows and {width} columns in {dtype}"
-                yield Trial(call, (g["ids"], g["weight"]), g["y"], bound)
+        for width in (3584, 4608):
+            _, g = load_golden(f"op-embed-{width}-f32")
+            bound = tol.U * np.abs(np.asarray(g["y"], np.float64))
+            call = f"embed(ids, table) with a table of 5 rows and {width} columns in float32"
+            yield Trial(call, (g["ids"], g["weight"]), g["y"], bound)
 
     return give_feedback(answer, trials(), [
         Hint("the factor sqrt(hidden) is missing.", lambda ids, table: table[ids]),
@@ -57,8 +56,45 @@ def check_embed(answer: Attempt) -> Feedback:
              lambda ids, table: table[: len(ids)] * narrow(math.sqrt(table.shape[-1]), like=table)),
         Hint("you divide by sqrt(hidden); multiply by it instead.",
              lambda ids, table: table[ids] / narrow(math.sqrt(table.shape[-1]), like=table)),
+    ])  # fmt: skip
+
+
+@count_tries
+def check_embed_bf16(answer: Attempt) -> Feedback:
+    """Check ``embed_bf16(ids, table)``: `embed` of a table in bfloat16, with a factor in bfloat16.
+
+    Examples
+    --------
+    >>> check_embed_bf16(lambda ids, table: table[ids] * math.sqrt(table.shape[-1]))
+    Not yet: embed_bf16(ids, table) with a table of 5 rows and 3584 columns
+      7738 of 21504 elements are wrong; the largest error, at [0, 0, 229], is -137 instead of -136
+      Hint: the factor itself must first be rounded to the table's precision: narrow(sqrt(hidden), like=table).
+    """
+
+    def trials() -> Iterator[Trial]:
+        for width in (3584, 4608):
+            _, g = load_golden(f"op-embed-{width}-bf16")
+            bound = tol.U * np.abs(np.asarray(wide(g["y"]), np.float64))
+            call = f"embed_bf16(ids, table) with a table of 5 rows and {width} columns"
+            yield Trial(call, (g["ids"], g["weight"]), g["y"], bound)
+
+    def times(factor: Callable[[float], Any]) -> Attempt:
+        return lambda ids, table: bf16(wide(table[ids]) * np.float32(factor(math.sqrt(table.shape[-1]))))
+
+    return give_feedback(answer, trials(), [
         Hint("the factor itself must first be rounded to the table's precision: narrow(sqrt(hidden), like=table).",
-             lambda ids, table: table[ids] * math.sqrt(table.shape[-1])),
+             times(lambda root: root)),
+        Hint("round the factor to bfloat16, not to a whole number.", times(round)),
+        Hint("round the factor to the nearest bfloat16 number; you cut off its digits.",
+             times(lambda root: _cut(np.array(root, np.float32), 0))),
+        Hint("bfloat16 is not float16: it keeps eight bits of digits, float16 eleven.",
+             times(lambda root: np.float16(root))),
+        Hint("the factor sqrt(hidden) is missing.", lambda ids, table: table[ids]),
+        Hint("the factor is sqrt(hidden), not hidden.", times(lambda root: root**2)),
+        Hint("you divide by sqrt(hidden); multiply by it instead.",
+             times(lambda root: 1 / float(bf16(root)))),
+        Hint("you divide by sqrt(hidden); multiply by it instead.",
+             lambda ids, table: table[ids] / narrow(math.sqrt(table.shape[-1]), like=table)),
     ])  # fmt: skip
 
 
@@ -428,6 +464,92 @@ def _norm_answer(
 ) -> Attempt:  # fmt: skip
     """Return a norm with another divisor or another use of the weight."""
     return lambda x, weight, eps: narrow(scale(wide(x) / size(wide(x)), wide(weight)), like=x)
+
+
+# --- norms of queries and keys ----------------------------------------------------------------------------------------
+
+# Two heads of four numbers, three queries and four keys; the scores were recorded from transformers 5.23:
+# Gemma3RMSNorm of each, and torch's product. tests/parity/test_exercises_parity.py records them again.
+_QUERIES = np.array(
+    [
+        [[2.5, 2.5, 2, 2.5], [-3, 2, 3, -1.5], [-2, -2.5, 2, 3]],
+        [[0.5, 0.5, 2, -3], [2, 2.5, -2.5, 3], [2.5, -1.5, 0, 2]],
+    ],
+    np.float32,
+)
+_KEYS = np.array(
+    [[[20, -20, 8, -4], [-8, 16, 8, -4], [20, 0, 20, -20], [20, 16, 0, 0]],
+     [[-8, -12, -12, 16], [-4, 24, -8, 0], [-4, 12, -8, 24], [8, -24, 24, 4]]], np.float32)  # fmt: skip
+_Q_WEIGHT, _K_WEIGHT = np.array([[0.5, -0.25, 1, 0], [-0.5, 0.75, 0.25, 2]], np.float32)
+_QK_SCORES = np.array(
+    [[[-0.17079876, 0.66391367, -0.10087125, 0.98228759], [-0.17798197, 1.86823678, 1.5241468, -0.03171408],
+      [0.3693645, -0.50464982, -0.87807024, -0.89069551]],
+     [[-3.16232014, -0.36483550, -3.20268989, 0.7366333], [1.79496360, 1.26543033, 2.79472542, -1.35969543],
+      [1.60017443, -0.80615008, 1.50499988, 0.9266963]]], np.float32)  # fmt: skip
+
+
+def _qk_scores(
+    norm_q: Callable[[Array, Array], Array], norm_k: Callable[[Array, Array], Array] | None = None,
+    scale: Callable[[float], float] = lambda scalar: scalar**-0.5,
+) -> Attempt:  # fmt: skip
+    """Return an answer to `qk_norm_scores` with these norms of queries and keys, and this factor."""
+
+    def scores(q: Array, k: Array, q_weight: Array, k_weight: Array, scalar: float) -> Array:
+        made: Array = norm_q(q, q_weight) @ _exchange((norm_k or norm_q)(k, k_weight)) * scale(scalar)
+        return made
+
+    return scores
+
+
+@count_tries
+def check_qk_norm_scores(answer: Attempt) -> Feedback:
+    """Check ``qk_norm_scores(q, k, q_weight, k_weight, scalar)``: the attention scores of Gemma 3.
+
+    Examples
+    --------
+    >>> wrong = lambda q, k, q_weight, k_weight, scalar: q @ k.swapaxes(-1, -2) / np.sqrt(scalar)
+    >>> print(str(check_qk_norm_scores(wrong)).splitlines()[-1])
+      Hint: both norms are missing: these are the scores of Gemma 2.
+    """
+
+    def norm(x: Array, weight: Array) -> Array:
+        return ops.rms_norm(x, weight, EPS)
+
+    def other(size: Callable[[Array], Array], factor: Callable[[Array], Array] = lambda w: 1 + w) -> Attempt:
+        return _qk_scores(lambda x, w: x / size(x) * factor(w))
+
+    # Some twenty roundings of float32 on the way, of numbers up to 4.
+    trial = Trial(
+        "qk_norm_scores(q, k, q_weight, k_weight, 9), two heads of four numbers",
+        (_QUERIES, _KEYS, _Q_WEIGHT, _K_WEIGHT, 9.0), _QK_SCORES, 20 * 4 * 2.0**-24,
+    )  # fmt: skip
+    return give_feedback(answer, [trial], [
+        Hint("both norms are missing: these are the scores of Gemma 2.", _qk_scores(lambda x, w: x)),
+        Hint("the norm of the keys is missing.", _qk_scores(norm, lambda x, w: x)),
+        Hint("the norm of the queries is missing.", _qk_scores(lambda x, w: x, norm)),
+        Hint("Gemma stores the weight as an offset from one: multiply by 1 + weight.", other(_size, lambda w: w)),
+        Hint("the factors 1 + weight are missing.", other(_size, lambda w: np.ones_like(w))),
+        Hint("queries and keys have weights of their own; you use one for both.",
+             lambda q, k, q_weight, k_weight, scalar: _qk_scores(norm)(q, k, k_weight, k_weight, scalar)),
+        Hint("queries and keys have weights of their own; you use one for both.",
+             lambda q, k, q_weight, k_weight, scalar: _qk_scores(norm)(q, k, q_weight, q_weight, scalar)),
+        Hint("divide by the root of scalar; you divide by scalar.", _qk_scores(norm, scale=lambda scalar: 1 / scalar)),
+        Hint("divide by the root of scalar; you multiply by it.", _qk_scores(norm, scale=lambda scalar: scalar**0.5)),
+        Hint("the division by the root of scalar is missing.", _qk_scores(norm, scale=lambda scalar: 1)),
+        Hint("divide by the root of the argument scalar, which need not be head_dim.",
+             _qk_scores(norm, scale=lambda scalar: 0.5)),
+        Hint("use the mean of the squares, not their sum: np.linalg.norm is the root of the sum.",
+             other(lambda x: np.linalg.norm(x, axis=-1, keepdims=True))),
+        Hint("each vector has its own size: axis=-1, keepdims=True.", other(lambda x: np.sqrt(np.mean(x * x)))),
+        Hint("divide by the root of the mean square; the root is missing.",
+             other(lambda x: np.mean(x * x, axis=-1, keepdims=True))),
+        Hint("that is LayerNorm: RMSNorm does not subtract the mean.",
+             _qk_scores(lambda x, w: norm(x - x.mean(axis=-1, keepdims=True), w))),
+        Hint("QK-norm replaces the cap; there is no tanh here.",
+             lambda *given: ops.soft_cap(_qk_scores(norm)(*given), 50.0)),
+        Hint("the scores have no softmax yet.",
+             lambda *given: (e := np.exp(_qk_scores(norm)(*given))) / e.sum(axis=-1, keepdims=True)),
+    ])  # fmt: skip
 
 
 # --- rounding ---------------------------------------------------------------------------------------------------------

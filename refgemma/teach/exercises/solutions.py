@@ -2,7 +2,8 @@
 
 They are written for reading, and use only NumPy if that is the point of the exercise. The arguments (`x`, `ids`, `cos`,
 `sin`, `scores`, `cap`, `q_places`, `k_places`, `weight`, `eps`, `probabilities`, `characters`, `ranks`,
-`ours`, `recorded`, `model`, `grad`, `gradients`, `counts`) are those of the notebooks.
+`ours`, `recorded`, `model`, `q`, `k`, `q_weight`, `k_weight`, `scalar`, `probs`, `period`, `grad`, `gradients`,
+`counts`) are those of the notebooks.
 """
 
 import math
@@ -20,6 +21,13 @@ def embed(ids: Array, table: Array) -> Array:
     """Multiply rows of the table by sqrt(hidden), rounded to the table's precision."""
     rows: Array = table[ids]
     return rows * narrow(math.sqrt(table.shape[-1]), like=table)
+
+
+def embed_bf16(ids: Array, table: Array) -> Array:
+    """Round the factor to the precision of the table, then multiply."""
+    factor = narrow(math.sqrt(table.shape[-1]), like=table)
+    rows: Array = table[ids] * factor
+    return rows
 
 
 def gelu_tanh(x: Array) -> Array:
@@ -66,6 +74,19 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     x_wide = wide(x)
     normed = x_wide / np.sqrt(np.mean(x_wide**2, axis=-1, keepdims=True) + eps)
     return narrow(normed * (1 + wide(weight)), like=x)
+
+
+def qk_norm_scores(q: Array, k: Array, q_weight: Array, k_weight: Array, scalar: float) -> Array:
+    """Multiply normed queries by normed keys, and divide by the root of `scalar`."""
+    q, k = rms_norm(q, q_weight, 1e-6), rms_norm(k, k_weight, 1e-6)
+    scores: Array = q @ k.swapaxes(-1, -2) / math.sqrt(scalar)
+    return scores
+
+
+def induction_scores(probs: Array, period: int) -> Array:
+    """Average each head's attention on the token after the earlier occurrence."""
+    queries = np.arange(period + 1, 2 * period + 1)
+    return np.asarray(probs[:, queries, queries - period + 1].mean(axis=-1))
 
 
 def round_to_bf16(x: Array) -> Array:

@@ -218,6 +218,80 @@ def check_parameters(answer: Attempt) -> Feedback:
     ])  # fmt: skip
 
 
+# --- looking for a circuit --------------------------------------------------------------------------------------------
+
+
+@count_tries
+def check_induction_scores(answer: Attempt) -> Feedback:
+    """Check ``induction_scores(probs, period)``: each head's mean attention on the token after the earlier occurrence.
+
+    `probs` has the axes (heads, queries, keys). The text is ``<bos>`` and the same `period` tokens twice. The queries
+    are those of the second copy. The expected results were added up by hand.
+
+    Examples
+    --------
+    >>> wrong = lambda probs, period: np.diagonal(probs, -period, 1, 2)[:, -period:].mean(axis=-1)
+    >>> print(str(check_induction_scores(wrong)).splitlines()[-1])
+      Hint: that is the attention on the earlier occurrence itself; take the token after it.
+    """
+    probs = np.array([
+        [[1, 0, 0, 0, 0], [0.5, 0.5, 0, 0, 0], [0.25, 0.25, 0.5, 0, 0], [0, 0.5, 0.125, 0.375, 0],
+         [0.25, 0, 0.125, 0.375, 0.25]],
+        [[1, 0, 0, 0, 0], [0.25, 0.75, 0, 0, 0], [0.5, 0.375, 0.125, 0, 0], [0.0625, 0, 0.875, 0.0625, 0],
+         [0.125, 0.125, 0, 0.625, 0.125]],
+    ])  # fmt: skip
+    # Text <bos> a b a b: the second a (place 3) looks for the b at place 2, the second b (place 4) for the a at 3.
+    right = np.array([(0.125 + 0.375) / 2, (0.875 + 0.625) / 2])
+
+    # Text <bos> a b c a b c: the second a, b, c (places 4, 5, 6) look for the keys 2, 3 and 4.
+    longer = np.array([[
+        [1, 0, 0, 0, 0, 0, 0], [0.5, 0.5, 0, 0, 0, 0, 0], [0.25, 0.5, 0.25, 0, 0, 0, 0],
+        [0.25, 0.25, 0.25, 0.25, 0, 0, 0], [0.125, 0, 0.5, 0.25, 0.125, 0, 0],
+        [0, 0.25, 0.125, 0.25, 0.25, 0.125, 0], [0.0625, 0, 0.0625, 0.125, 0.375, 0.25, 0.125],
+    ]])  # fmt: skip
+    trials = [
+        Trial("induction_scores(probs, 2) of two heads", (probs, 2), right, 1e-12),
+        Trial("induction_scores(probs, 3) of one head", (longer, 3), np.array([(0.5 + 0.25 + 0.375) / 3]), 1e-12),
+    ]
+
+    def mean_of(shift: int, first: int = 1, last: int = 1) -> Attempt:
+        """Return an answer that averages keys `shift` places after the query, of queries from `first` to `last`."""
+
+        def scores(probs: Array, period: int) -> Array:
+            queries = np.arange(first * period + 1, (last + 1) * period + 1)
+            return np.asarray(probs[:, queries, queries - period + shift].mean(axis=-1))
+
+        return scores
+
+    def choose(probs: Array, period: int) -> Array:
+        queries = np.arange(period + 1, 2 * period + 1)
+        return np.asarray(probs[:, queries, queries - period + 1])
+
+    return give_feedback(answer, trials, [
+        Hint("that is the attention on the earlier occurrence itself; take the token after it.", mean_of(0)),
+        Hint("that is the attention on the token before the earlier occurrence; take the token after it.", mean_of(-1)),
+        Hint("that is the attention on the token before the query (a previous-token head).",
+             lambda probs, period: probs[:, (q := np.arange(period + 1, 2 * period + 1)), q - 1].mean(axis=-1)),
+        Hint("the token after the earlier occurrence is one place after it, not two.", mean_of(2)),
+        Hint("place 0 is <bos>: the second copy begins at place period + 1.",
+             lambda probs, period: probs[:, (q := np.arange(period, 2 * period)), q - period + 1].mean(axis=-1)),
+        Hint("place 0 is <bos>: the second copy begins at place period + 1.",
+             lambda probs, period: probs[:, (q := np.arange(period, 2 * period + 1)), q - period + 1].mean(axis=-1)),
+        Hint("the second copy has period queries; the last one, at place 2 * period, is missing.",
+             lambda probs, period: probs[:, (q := np.arange(period + 1, 2 * period)), q - period + 1].mean(axis=-1)),
+        Hint("take the mean over the queries; you take the sum.", lambda probs, period: choose(probs, period).sum(-1)),
+        Hint("take the mean, not the maximum.", lambda probs, period: choose(probs, period).max(-1)),
+        Hint("return one number for each head; you average over the heads too.",
+             lambda probs, period: choose(probs, period).mean()),
+        Hint("average over the queries, not over the heads.", lambda probs, period: choose(probs, period).mean(axis=0)),
+        Hint("return one number for each head: the mean over the queries is missing.", choose),
+        Hint("only the queries of the second copy have an earlier occurrence; divide by their number, period.",
+             lambda probs, period: choose(probs, period).sum(-1) / probs.shape[1]),
+        Hint("queries are the second axis of probs, and keys the third; you exchanged them.",
+             lambda probs, period: choose(probs.swapaxes(-1, -2), period).mean(axis=-1)),
+    ])  # fmt: skip
+
+
 # --- finding a bug ----------------------------------------------------------------------------------------------------
 
 

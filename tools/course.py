@@ -1,0 +1,117 @@
+"""Build the notebooks for a course: executed, as slides, and as sheets for nbgrader.
+
+    pip install ".[notebooks]"                  nbconvert comes with JupyterLab
+    python tools/course.py build/course         write executed/, slides/ and sheets/
+    python tools/course.py build/course --only sheets 01 04
+
+The folder is not for git. tests/test_course.py checks the sheets and slides; nbgrader's own validator has accepted the
+sheets, and its autograder gave a solution all points and a stub none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jupytext
+import nbformat
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = ROOT / "notebooks"
+KINDS = ("executed", "slides", "sheets")
+EXERCISE = re.compile(r"^exercises\.check_(\w+)\(\1\)$", re.MULTILINE)
+STUB = "raise NotImplementedError"
+
+
+def split_slides(notebook: Any) -> Any:
+    """Return a notebook in which each heading and each question begins a slide, and an answer follows its question.
+
+    A heading goes to the right, a question and a code cell go down; an answer appears on the slide of its question.
+    """
+    made = nbformat.v4.new_notebook(metadata=copy.deepcopy(notebook.metadata))
+    for cell in notebook.cells:
+        if cell.cell_type != "markdown":
+            made.cells.append(copy.deepcopy(cell))
+            made.cells[-1].metadata["slideshow"] = {"slide_type": "subslide"}
+            continue
+        for part in re.split(r"\n(?=##? |\*\*Question|<details>)", cell.source):
+            kind = "slide" if part.startswith("#") else "fragment" if part.startswith("<details>") else "subslide"
+            made.cells.append(nbformat.v4.new_markdown_cell(part.strip(), metadata={"slideshow": {"slide_type": kind}}))
+    return made
+
+
+def grade(name: str, **flags: bool | int) -> dict[str, Any]:
+    """Return the metadata by which nbgrader knows a cell."""
+    usual = {"grade": False, "locked": False, "solution": False, "task": False, "schema_version": 3}
+    return {"nbgrader": usual | {"grade_id": name} | flags}
+
+
+def make_sheet(notebook: Any) -> Any:
+    """Return a notebook for students: no solutions, and two cells for each exercise, the answer and its graded test."""
+    made = nbformat.v4.new_notebook(metadata=copy.deepcopy(notebook.metadata))
+    for cell in notebook.cells:
+        if cell.source.startswith("<details><summary>Solution</summary>"):
+            continue
+        exercise = EXERCISE.search(cell.source)
+        if cell.cell_type != "code" or not exercise:
+            made.cells.append(copy.deepcopy(cell))
+            continue
+        name = exercise[1]
+        answer = EXERCISE.sub("", cell.source).strip()
+        test = f"from refgemma.teach import exercises\n\nexercises.require(exercises.check_{name}({name}))"
+        solution, graded = grade(name, solution=True), grade(f"test_{name}", grade=True, locked=True, points=1)
+        made.cells.append(nbformat.v4.new_code_cell(answer, metadata=solution))
+        made.cells.append(nbformat.v4.new_code_cell(test, metadata=graded))
+    return made
+
+
+def execute(notebook: Any) -> Any:
+    """Return the notebook with the outputs of a run."""
+    from nbclient import NotebookClient
+
+    made = copy.deepcopy(notebook)
+    made.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    NotebookClient(made, timeout=600, resources={"metadata": {"path": str(NOTEBOOKS)}}).execute()
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="new files are written here; others stay")
+    parser.add_argument("notebooks", nargs="*", help="their numbers, such as 01; default: all")
+    parser.add_argument("--only", choices=KINDS, action="append", help="one of the three; may be repeated")
+    parser.add_argument(
+        "--reveal", default="https://unpkg.com/reveal.js@^4", help="reveal.js for the slides: URL, folder"
+    )
+    args = parser.parse_intermixed_args(arguments)
+    sources = [path for path in sorted(NOTEBOOKS.glob("*.py")) if not args.notebooks or path.stem[:2] in args.notebooks]
+    if not sources:
+        sys.exit(f"there is no notebook {' '.join(args.notebooks)}; give numbers such as 01")
+    for kind in args.only or KINDS:
+        target = args.folder / kind
+        shutil.copytree(NOTEBOOKS / "pictures", target / "pictures", dirs_exist_ok=True)
+        for path in sources:
+            notebook = jupytext.read(path)
+            if kind == "sheets":
+                nbformat.write(make_sheet(notebook), target / f"{path.stem}.ipynb")
+                continue
+            run = execute(notebook if kind == "executed" else split_slides(notebook))
+            if kind == "executed":
+                nbformat.write(run, target / f"{path.stem}.ipynb")
+                continue
+            from nbconvert import SlidesExporter
+
+            page, _ = SlidesExporter(reveal_url_prefix=args.reveal).from_notebook_node(run)
+            (target / f"{path.stem}.slides.html").write_text(page, "utf-8")
+            print(f"{kind}: {path.stem}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
