@@ -13,13 +13,13 @@
 # %% [markdown]
 # # 13. New in Gemma 2
 #
-# The earlier notebooks explained the parts of Gemma 2. Few of them were new in 2024. This notebook compares Gemma 2
-# with its neighbours. Then it removes or replaces one part after the other in the tiny model (*ablation*, notebook 2)
+# The earlier notebooks explained the parts of Gemma 2. Only a few parts were new in 2024. This notebook compares Gemma
+# 2 with similar models. Then it removes or replaces one part after the other in the tiny model (*ablation*, notebook 2)
 # and measures how much worse the model predicts.
 #
 # ![Drawing of the model: norms, heads, caps, masks and the feed-forward layer are lit](pictures/model-13.svg)
 #
-# Lit: the parts in which Gemma 2 differs from Gemma 1 or from Llama 3.
+# The parts in which Gemma 2 differs from Gemma 1 or from Llama 3 are highlighted.
 #
 # | part | Llama 3 8B | Gemma 1 7B | Gemma 2 9B | Gemma 3 12B |
 # | --- | --- | --- | --- | --- |
@@ -67,7 +67,8 @@ assert rows.shape == (6, 256)
 #
 # One warning applies to all numbers below. The model was *trained* with every part. If a part is removed afterwards,
 # the perplexity shows how much this model relies on it. It does not show whether a model that is trained without the
-# part would be worse. Only training both shows that, and the papers report it where it was done.
+# part would be worse. To find that out, one must train both models. Some papers did this, and the text below gives
+# their results.
 
 
 # %%
@@ -109,19 +110,19 @@ max(largest), float(np.abs(run.raw_logits).max())
 # **Question.** Without caps the tiny model is as good as with them. Then why does Gemma 2 have them?
 #
 # <details><summary>Answer</summary>
-# For the training of large models. No score here is above 34 and no logit above 25, so the caps have little to do. In
-# large models, scores can grow from step to step until each softmax looks at one key only. Its slope is then 0, and
+# The caps help to train large models. No score here is above 34 and no logit above 25, so the caps have little to do.
+# In large models, scores can grow from step to step until each softmax looks at one key only. Its slope is then 0, and
 # training can break down. The caps came from a <a href="https://arxiv.org/abs/1611.09940">paper of 2016</a>. At the
-# release, Google also saw only
-# <a href="https://huggingface.co/blog/gemma2#soft-capping-and-attention-implementations">very minor differences</a>
-# when the caps of attention were left out after training.
+# release, Google also saw only <a
+# href="https://huggingface.co/blog/gemma2#soft-capping-and-attention-implementations">very minor differences</a> when
+# the caps of attention were left out after training.
 # </details>
 #
 # ## From caps to QK-norm
 #
-# Fast programs for attention (FlashAttention) could not compute a cap at first. Gemma 3 replaced it by **QK-norm**:
-# each query and each key goes through an RMSNorm of its own, so their product has a limit by itself
-# ([Henry et al. 2020](https://arxiv.org/abs/2010.04245), [Dehghani et al. 2023](https://arxiv.org/abs/2302.05442)):
+# At first, fast programs for attention (FlashAttention) could not compute a cap. Gemma 3 replaced the cap by
+# **QK-norm**: each query and each key goes through its own RMSNorm, so their product is limited without a cap ([Henry
+# et al. 2020](https://arxiv.org/abs/2010.04245), [Dehghani et al. 2023](https://arxiv.org/abs/2302.05442)):
 #
 # $$s_{ij} = \frac{\mathrm{norm}(q_i) \cdot \mathrm{norm}(k_j)}{\sqrt{\mathrm{query\_pre\_attn\_scalar}}}$$
 #
@@ -149,19 +150,20 @@ axes.set(xlabel="queries times", ylabel="share", title="attention on the best ke
 _ = axes.legend()
 
 # %% [markdown]
-# **Question.** Follow each line from a factor of 1 to 100. Which of the three keeps its attention pattern?
+# **Question.** Follow each line from a factor of 1 to 100. Which of the three methods keeps its attention pattern?
 #
 # <details><summary>Answer</summary>
-# Only QK-norm: it divides by the length of the query, so the factor has no effect. (Its share is low because the tiny
-# model was not trained with it. Gemma 3 learns the factors <code>1 + w</code> of these norms.) Without a limit, 99 % of
-# the attention goes to one key. With the cap, the share rises too, but at a factor of 100 each query has 18 keys, on
-# average, whose scores are within 0.1 of 50. The best key cannot stand out any more, and its share falls to 6 %.
+# Only QK-norm: it divides by the length of the query, so the factor has no effect. (The share with QK-norm is low,
+# because the tiny model was not trained with QK-norm. Gemma 3 learns the factors <code>1 + w</code> of these norms.)
+# Without a limit, 99 % of the attention goes to one key. With the cap, the share rises too, but at a factor of 100 each
+# query has 18 keys, on average, whose scores are within 0.1 of 50. The best key cannot stand out any more, and its
+# share falls to 6 %.
 # </details>
 #
 # ## Sliding windows
 #
-# Half of the blocks see the last 64 tokens only (4096 in the released models). This saves memory and time (notebook
-# 5). In which way does the model depend on the window? No training is needed to change it.
+# Half of the blocks see the last 64 tokens only (4096 in the released models). This saves memory and time (notebook 5).
+# How does the model depend on the window? The window can be changed without training.
 #
 # $$\text{query } i \text{ sees keys } j \text{ with } 0 \le i - j < \mathrm{window}$$
 
@@ -197,10 +199,9 @@ measure("full and sliding exchanged", config=exchanged)
 #
 # ## Fewer key heads
 #
-# Two key heads serve six query heads. A model with as many key heads as query heads computes the same if the key heads
-# are repeated. The other direction loses something:
-# [Ainslie et al. 2023](https://arxiv.org/abs/2305.13245) made fewer key heads out of many, either by their mean or by
-# keeping the first of them, and trained on.
+# Two key heads serve six query heads. If the key heads are repeated, a model with six key heads computes the same
+# result. A model with fewer key heads loses information: [Ainslie et al. 2023](https://arxiv.org/abs/2305.13245) made
+# fewer key heads out of many, either by their mean or by keeping the first of them, and trained on.
 #
 # $$\bar W_k = \tfrac{1}{2} (W_k^{(0)} + W_k^{(1)})$$
 
@@ -229,8 +230,9 @@ measure("one key head: the first", first, config.changed(num_key_value_heads=1))
 #
 # <details><summary>Answer</summary>
 # The mean is better (32.5 against 35.3), as in the paper: it keeps something of each head. The model with six key heads
-# gains nothing, because its heads are copies, but its cache is three times as large. The report on Gemma 2 trained a
-# 9B both ways; grouped heads gave nearly the same quality, with fewer parameters and a faster answer.
+# gains nothing, because its heads are copies, but its cache is three times as large. The report on Gemma 2 compares a
+# 9B trained with grouped heads and a 9B trained without. Grouped heads gave nearly the same quality, with fewer
+# parameters and a faster answer.
 # </details>
 #
 # ## 144 = 4608 / 32
@@ -263,13 +265,13 @@ wide27.hidden_size / wide27.num_attention_heads, wide27.query_pre_attn_scalar
 # **Question.** A port divides by the root of 32 in place of 39. Would the perplexity reveal the mistake?
 #
 # <details><summary>Answer</summary>
-# No: both are 17.1. The curve is flat near its minimum. So mistakes in this number were published, and stayed unseen
-# for weeks. A comparison of tensors (notebook 9) finds it at once.
+# No: both are 17.1. The curve is flat near its minimum. So a mistake in this number was published, and nobody noticed
+# it for weeks. A comparison of tensors (notebook 9) finds the mistake at once.
 # </details>
 #
 # ## Four norms, and 1 + w
 #
-# The loop below is the model again, but the norms named in `without` return their input unchanged:
+# The loop below computes the model again, but the norms that `without` names return their input unchanged:
 #
 # $$h' = h + \mathrm{norm}_2(\mathrm{attention}(\mathrm{norm}_1(h))) \qquad h'' = h' +
 # \mathrm{norm}_4(\mathrm{feedforward}(\mathrm{norm}_3(h')))$$
@@ -324,9 +326,9 @@ measure("factor w in place of 1 + w", change_norms(lambda w: w - 1))
 # **Question.** Without its learned factors the model is much better than with the wrong factors `w`. Why?
 #
 # <details><summary>Answer</summary>
-# All factors 1 is a norm without weights: sizes are a little wrong, and the perplexity is 54. With <code>w</code>, many
-# factors have the wrong sign: 49 % of the numbers <code>w</code> are negative, but none of the numbers
-# <code>1 + w</code>. The perplexity is then 7703, worse than that of a model that knows nothing (2048).
+# If all factors are 1, the sizes of the vectors are a little wrong, and the perplexity is 54. With <code>w</code>, many
+# factors have the wrong sign: 49 % of the numbers <code>w</code> are negative, but none of the numbers <code>1 +
+# w</code>. The perplexity is then 7703, worse than the perplexity of a model that knows nothing (2048).
 # </details>
 #
 # ## The other parts
@@ -346,8 +348,9 @@ axes.axvline(results["Gemma 2"], linestyle=":", color="grey")
 _ = axes.set(xscale="log", xlabel="perplexity (lower is better)", xlim=(10, 20000))
 
 # %% [markdown]
-# A tied head cannot be removed after training: a table of its own would have to be learned. It would cost 918 million
-# numbers more in the 9B. In the 2B it would be a fifth more ([Press and Wolf 2016](https://arxiv.org/abs/1608.05859)).
+# A tied head cannot be removed after training, because a separate table for the head would have to be learned. This
+# table would add 918 million numbers to the 9B, and a fifth to the 2B ([Press and Wolf
+# 2016](https://arxiv.org/abs/1608.05859)).
 #
 # **Question.** Which parts of the table at the top are in Gemma 2, but not in Gemma 1? Which of them did Gemma 3 keep?
 #
@@ -359,9 +362,10 @@ _ = axes.set(xscale="log", xlabel="perplexity (lower is better)", xlim=(10, 2000
 #
 # ## Exercise
 #
-# Write the scores of Gemma 3. `q` and `k` have the axes (heads, tokens, head_dim) and as many heads. Each has an
-# RMSNorm over `head_dim` with its own weight and an epsilon of 1e-6, as in notebook 6. Then come the products, divided
-# by the root of `scalar`. Replace the line that raises, run the cell, and read the result of the check.
+# Write the scores of Gemma 3. `q` and `k` have the axes (heads, tokens, head_dim) and the same number of heads. Each
+# goes through an RMSNorm over `head_dim` with its own weight and an epsilon of 1e-6, as in notebook 6. The scores are
+# the products, divided by the root of `scalar`. Replace the line that raises, run the cell, and read the result of the
+# check.
 
 
 # %%

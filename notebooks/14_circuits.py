@@ -13,14 +13,15 @@
 # %% [markdown]
 # # 14. Circuits: the heads of the tiny model at work
 #
-# A **circuit** is a group of parts of a model that together do one recognisable thing. This notebook looks for three
-# kinds of heads that were found in many models, and measures their effect with three tools: ablation (notebook 2), the
-# logit lens (notebook 1) and direct logit attribution. One of the three kinds is missing here; the notebook shows how
-# to find out.
+# A **circuit** is a group of parts of a model that together do one recognisable task. This notebook looks for three
+# kinds of heads that were found in many models. It measures their effect with three tools: ablation (notebook 2), the
+# logit lens (notebook 1) and direct logit attribution. The tiny model has heads of only two of these kinds; the
+# notebook shows how to find this out.
 #
 # ![Drawing of the model: heads, the stream and the head are lit](pictures/model-14.svg)
 #
-# Lit: the heads, the residual stream to which they add, and the head that reads it.
+# Three parts are highlighted: the heads of attention, the residual stream to which they add, and the tied head that
+# reads the stream.
 
 # %%
 from dataclasses import replace
@@ -46,7 +47,7 @@ assert probs.shape == (6, 6, 6, 256, 256)  # blocks, texts, heads, queries, keys
 # %% [markdown]
 # ## Previous-token heads
 #
-# A **previous-token head** looks from each token at the one before it. Its score is its mean attention there:
+# A **previous-token head** looks from each token at the token before it. Its score is its mean attention on that token:
 #
 # $$\mathrm{score} = \frac{1}{n - 1} \sum_{q=1}^{n-1} p_{q,\, q-1}$$
 
@@ -69,13 +70,14 @@ _ = figure.colorbar(image, ax=all_axes, label="mean share of the attention")
 # <details><summary>Answer</summary>
 # Block 2: its heads 0, 4 and 1 have the three highest scores, and head 0 spends more than half of its attention on the
 # token before. A head of block 0 could do it too, because the rotation of queries and keys depends on nothing but their
-# distance (notebook 3). Training put it into block 2; no score in block 0 exceeds 0.2.
+# distance (notebook 3). But training put these heads into block 2; no score in block 0 exceeds 0.2.
 # </details>
 #
 # ## Attention sinks depend on the length
 #
-# Notebook 2 found that head 0 of block 3 spends 94 % of its attention on `<bos>`. The picture above shows little of
-# it. The text there had 16 tokens, and these have 256. So look at the share of `<bos>` by the place of the query.
+# Notebook 2 found that head 0 of block 3 spends 94 % of its attention on `<bos>`. The picture above shows a much
+# smaller share. The text of notebook 2 had 16 tokens, but these texts have 256. So the next cell shows the share of
+# `<bos>` for each place of the query.
 
 # %%
 sink = probs[3, :, 0, :, 0].mean(axis=0)
@@ -87,25 +89,26 @@ axes.set(xlabel="place of the query", ylabel="share of <bos>")
 _ = axes.set_title("block 3, head 0")
 
 # %% [markdown]
-# **Question.** How far does the sink reach? Is this head's block a sliding one, in which later queries cannot see
-# `<bos>`?
+# **Question.** How far does the sink reach? Is the block of this head a sliding block, in which later queries cannot
+# see `<bos>`?
 #
 # <details><summary>Answer</summary>
 # About 100 tokens. The first 16 queries spend 79 % of their attention on <code>&lt;bos&gt;</code>, and after place 150
-# it is below 1 %. Block 3 is a full one, so every query sees <code>&lt;bos&gt;</code>. The score of a key also depends on
-# its distance, through the rotation. In large models the sink reaches over the whole text
-# (<a href="https://arxiv.org/abs/2309.17453">Xiao et al. 2023</a>). So a pattern that is measured on short texts may
-# not hold for long ones.
+# it is below 1 %. Block 3 is a full one, so every query sees <code>&lt;bos&gt;</code>. The score of a key also depends
+# on its distance, through the rotation. In large models the sink reaches over the whole text (<a
+# href="https://arxiv.org/abs/2309.17453">Xiao et al. 2023</a>). So a pattern that is measured on short texts may not
+# hold for long texts.
 # </details>
 #
 # ## Induction heads
 #
-# A text says *Rumpelstiltskin* once. When it says *Rumpel* again, the rest can be copied. In many models, an
-# **induction head** does it ([Olsson et al. 2022](https://arxiv.org/abs/2209.11895)). It looks for an earlier occurrence of the
-# token and attends to the token *after* it. It needs a previous-token head in an earlier block: this head writes into
-# each token which token came before.
+# A text says *Rumpelstiltskin* once. When it says *Rumpel* again, the rest of the name can be copied. In many models,
+# an **induction head** copies it ([Olsson et al. 2022](https://arxiv.org/abs/2209.11895)). This head looks for an
+# earlier occurrence of the current token and attends to the token *after* that occurrence. An induction head needs a
+# previous-token head in an earlier block, which writes into each token which token came before.
 #
-# The test for it is a text of random tokens, repeated. There is nothing to learn from but the repetition:
+# To test for induction heads, use a text of random tokens, written twice. The second copy can be predicted only from
+# the repetition:
 #
 # $$\mathrm{score} = \frac{1}{n} \sum_{q} p_{q,\, q - n + 1} \qquad \text{for the } n \text{ queries } q
 # \text{ of the second copy}$$
@@ -130,7 +133,7 @@ _ = axes.legend()
 
 # %% [markdown]
 # An induction head has a score near 1. Here no head exceeds 0.05, and equal attention to all keys would give 0.03. Does
-# the model copy in some other way? Then the second copy would be easier to predict than the first.
+# the model copy in some other way? If it does, the second copy is easier to predict than the first.
 
 
 # %%
@@ -151,8 +154,8 @@ axes.legend()
 by_place[1:period].mean(), by_place[period + 1 :].mean()
 
 # %% [markdown]
-# **Question.** The tiny model has previous-token heads, but no induction head. What would it gain from one on real
-# text?
+# **Question.** The tiny model has previous-token heads, but no induction head. How much would an induction head help on
+# real text?
 #
 # The rule itself is easy to write: find the last earlier occurrence of the token and predict its successor.
 
@@ -170,15 +173,16 @@ known, rule / known, right / known
 
 # %% [markdown]
 # <details><summary>Answer</summary>
-# Little. Where a token occurred before, the rule predicts the right next token in about one case of seven, and
-# the model without it in more than one of three. Induction pays in long texts with many names and numbers. Olsson et al.
-# saw these heads appear suddenly in training, after billions of tokens. The tiny model saw a text of 0.9 million
+# Little. Where a token occurred before, the rule predicts the right next token in about one case of seven, but the
+# model predicts it in more than one case of three. Induction helps in long texts with many names and numbers. Olsson et
+# al. saw these heads appear suddenly in training, after billions of tokens. The tiny model saw a text of 0.9 million
 # tokens again and again, and its longest example had 320.
 # </details>
 #
 # ## Ablation of every head
 #
-# A pattern does not show that the model *uses* it. So switch off one head at a time and measure the rise of the loss:
+# An attention pattern does not show that the model *uses* the head. So the next cell switches off one head at a time
+# and measures the rise of the loss:
 #
 # $$\Delta = \mathrm{loss}(\text{without the head}) - \mathrm{loss}$$
 
@@ -235,7 +239,7 @@ middle.plot(hits, "o-")
 _ = middle.set(xlabel="blocks done", ylabel="share", title="right token first")
 
 # %% [markdown]
-# **Question.** After one block, the loss is higher than that of a model that knows nothing. Is the stream worthless
+# **Question.** After one block, the loss is higher than the loss of a model that knows nothing. Is the stream worthless
 # there?
 #
 # <details><summary>Answer</summary>
@@ -246,14 +250,14 @@ _ = middle.set(xlabel="blocks done", ylabel="share", title="right token first")
 #
 # ## Direct logit attribution
 #
-# The stream is a sum: embedding, six heads and a feed-forward layer for each block. The last norm divides it by one
-# number $s$. So the logit before its cap is a sum too, with one term for each part. This is **direct logit
-# attribution** ([Elhage et al. 2021](https://transformer-circuits.pub/2021/framework/index.html)):
+# The stream is a sum of these parts: the embedding, and for each block six heads and a feed-forward layer. The last
+# norm divides it by one number $s$. So the logit before its cap is a sum too, with one term for each part. This is
+# **direct logit attribution** ([Elhage et al. 2021](https://transformer-circuits.pub/2021/framework/index.html)):
 #
 # $$z_t = \sum_{\text{parts}} \frac{\mathrm{part} \odot (1 + w)}{s} \cdot E[t]$$
 #
-# Gemma 2 has one difficulty: norm 2 stands between the heads and the stream. It divides the sum of the heads by one
-# number as well, so each head can be divided by it.
+# Gemma 2 has one difficulty: norm 2 stands between the heads and the stream. But this norm also divides the sum of the
+# heads by one number, so each head can be divided by the same number.
 
 
 # %%
@@ -297,16 +301,16 @@ _ = middle.set(xlabel="feed-forward of block", title=f"sum of all parts: {total:
 # <details><summary>Answer</summary>
 # The feed-forward layers: together they give 6.5 of the 7.0. Of the heads, head 4 of block 2 helps most, with 0.9; the
 # ablation found the same head. It spends most of its attention on <code>at</code>, the token before the last. The
-# attribution is <em>direct</em>: a head that only prepares the input of a later block gets no share for it. So a
+# attribution is <em>direct</em>: a head that only prepares the input of a later block gets no share of the result. So a
 # head may have a small share here and a large effect in the ablation.
 # </details>
 #
 # ## Exercise
 #
 # `induction_scores` gets the attention of one block on a repeated text: `probs` with the axes (heads, queries, keys).
-# The text is `<bos>` and the same `period` tokens twice. For each head, return the mean attention of the queries in
-# the second copy on the token after the earlier occurrence. Replace the line that raises, run the cell, and read the
-# result of the check.
+# The text is `<bos>`, followed by the same `period` tokens twice. Each query of the second copy has an earlier
+# occurrence in the first copy. For each head, return the mean attention of these queries on the token after the earlier
+# occurrence. Replace the line that raises, run the cell, and read the result of the check.
 
 
 # %%

@@ -927,7 +927,7 @@ def test_13_the_scale_of_the_scores() -> None:
     13,
     "and the perplexity is 54.",
     "49 % of the numbers <code>w</code> are negative, but none of the numbers <code>1 + w</code>.",
-    "The perplexity is then 7703, worse than that of a model that knows nothing (2048).",
+    "The perplexity is then 7703, worse than the perplexity of a model that knows nothing (2048).",
 )
 def test_13_norms() -> None:
     names = after(13, "def change_norms")
@@ -939,7 +939,7 @@ def test_13_norms() -> None:
 
 @claim(
     13,
-    "It would cost 918 million numbers more in the 9B. In the 2B it would be a fifth more",
+    "This table would add 918 million numbers to the 9B, and a fifth to the 2B",
     "Gemma 3 kept the first three, and replaced the caps by QK-norm. The parts that this model relies on most (the "
     "factor <code>1 + w</code> and the embedding scale) are in all three.",
 )
@@ -999,7 +999,7 @@ def test_14_no_head_is_an_induction_head() -> None:
 
 @claim(
     14,
-    "in about one case of seven, and the model without it in more than one of three.",
+    "in about one case of seven, but the model predicts it in more than one case of three.",
 )
 def test_14_the_rule_of_induction() -> None:
     names = after(14, "rule, known, right = 0")
@@ -1026,7 +1026,7 @@ def test_14_ablation() -> None:
 @claim(
     14,
     "Before block 0 the tied head predicts the token itself, and it is very sure of this wrong answer: 20 nats.",
-    "After one block, the loss is higher than that of a model that knows nothing.",
+    "After one block, the loss is higher than the loss of a model that knows nothing.",
     "After that every block lowers the loss.",
 )
 def test_14_the_lens() -> None:
