@@ -79,5 +79,12 @@ def regen(session: nox.Session) -> None:
     session.run("python", "tools/regen.py", *session.posargs)
 
 
+@nox.session(default=False)
+def scoreboard(session: nox.Session) -> None:
+    """Run other engines and judge them: `nox -s scoreboard -- litgpt`, `-- all`, `-- --expired`."""
+    session.install("uv", "-e", ".[gguf]")
+    session.run("python", "scoreboard/board.py", *session.posargs)
+
+
 if __name__ == "__main__":
     nox.main()

@@ -1,10 +1,10 @@
-"""How long `refgemma check` takes and how much memory, for a full trace of the tiny model.
+"""Measure time and memory of `refgemma check` for a full trace of the tiny model.
 
-    python benchmarks/check.py                64 tokens, three times, each in a process of its own
+    python benchmarks/check.py                64 tokens, three times, each in its own process
     python benchmarks/check.py --tokens 200
 
-The peak is the process's largest resident set, Python, NumPy and the model included. The load average is printed
-beside, because a time taken on a busy machine says little.
+The peak is the largest resident set of the process, including Python, NumPy and the model. The load average is printed
+too, because a time measured on a busy machine says little.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import numpy as np
 
 
 def measured(command: list[str]) -> tuple[float, float, int]:
-    """Seconds on the clock, seconds of processor time, and the exit code of a command."""
+    """Run a command; return wall-clock seconds, processor seconds and the exit code."""
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     code = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
     seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)

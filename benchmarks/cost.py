@@ -1,10 +1,10 @@
-"""What a token costs: operations and bytes of the 2B, 9B and 27B against the length of the context.
+"""Compute the cost of a token: operations and bytes of the 2B, 9B and 27B for each length of the context.
 
-    python benchmarks/cost.py [--json]                  counted from the shapes
-    python benchmarks/cost.py --measure 5 [--json]      a layer of each: predicted, and measured in as many processes
+    python benchmarks/cost.py [--json]                  count from the shapes
+    python benchmarks/cost.py --measure 5 [--json]      compare predicted with measured times of a layer, in 5 rounds
 
-A prompt cannot take less than its operations, at the rate of this machine's matrix product; a decoded token not less
-than reading what it needs in float32. Both rates are measured in the same rounds (`engines.py`).
+A prompt takes at least the time of its operations at the rate of this machine's matrix product. A decoded token takes
+at least the time to read the needed numbers in float32. Both rates are measured in the same rounds (`engines.py`).
 """
 
 import argparse
@@ -18,20 +18,20 @@ from run import machine, measured
 from refgemma.config import Gemma2Config
 
 SIZES, CONTEXTS = ("2b", "9b", "27b"), (128, 512, 2048, 4096, 8192)
-ITEMS = {"float32": 4, "bfloat16": 2}  # bytes of a number
+ITEMS = {"float32": 4, "bfloat16": 2}  # bytes per number
 Row = Mapping[str, object]
 
 
 def keys_seen(config: Gemma2Config, context: int) -> int:
-    """Keys that the last of `context` tokens sees, summed over the layers."""
+    """Return the number of keys that the last of `context` tokens sees, summed over the layers."""
     sliding = min(context, config.sliding_window)
     return sum(sliding if config.is_sliding(layer) else context for layer in range(config.num_hidden_layers))
 
 
 def flops(config: Gemma2Config, context: int) -> int:
-    """Of the last of `context` tokens: two a weight, and two each for scores and mixed values; the head is counted.
+    """Return the operations for the last of `context` tokens: two per weight (with the head), score and mixed value.
 
-    A prompt needs the head for its last token only.
+    A prompt needs the head only for its last token.
     """
     head = config.vocab_size * config.hidden_size
     attention = 4 * keys_seen(config, context) * config.num_attention_heads * config.head_dim
@@ -39,14 +39,14 @@ def flops(config: Gemma2Config, context: int) -> int:
 
 
 def bytes_read(config: Gemma2Config, context: int, item: int = 4) -> int:
-    """To decode the last of `context` tokens: all matrices, the head, and the keys and values that it sees."""
+    """Return the bytes to read for the last of `context` tokens: all matrices, the head, visible keys and values."""
     head = config.vocab_size * config.hidden_size
     keys = 2 * keys_seen(config, context) * config.num_key_value_heads * config.head_dim
     return item * (matrix_weights(config) + head + keys)
 
 
 def counted() -> Iterator[Row]:
-    """What the last token of a context costs in the whole model."""
+    """Yield the cost of the last token of a context in the whole model."""
     for size in SIZES:
         config = Gemma2Config.preset(size)
         for context in CONTEXTS:
@@ -56,8 +56,9 @@ def counted() -> Iterator[Row]:
 
 
 def compared(rounds: int) -> tuple[list[Row], dict[str, float]]:
-    """Predicted and measured milliseconds of a fast layer, medians of as many processes, of each kind one a round; and
-    the rates of the machine that the predictions are of.
+    """Return predicted and measured times of a fast layer in milliseconds, and the machine's rates for the predictions.
+
+    Times are medians over rounds; each round has one process of each kind.
     """
     rates, times = [], []
     for _ in range(rounds):
@@ -82,7 +83,7 @@ def compared(rounds: int) -> tuple[list[Row], dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--measure", type=int, metavar="ROUNDS", help="compare with what a layer takes")
+    parser.add_argument("--measure", type=int, metavar="ROUNDS", help="compare with the measured time of a layer")
     args = parser.parse_args()
     if args.measure is not None and args.measure < 1:
         parser.error("--measure must be at least 1")

@@ -1,8 +1,8 @@
-"""How long the tiny model takes: from the start of a process to its first token, and tokens a second after that.
+"""Measure the tiny model: seconds from the start of a process to the first token, then tokens per second.
 
     python benchmarks/decode.py [--rounds 5] [--json]
 
-Each round is a process of its own, as a person would start it; the medians are printed, and the range beside them.
+Each round is a separate process, started as a user would. The medians and the ranges are printed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 GOALS = {"seconds to the first token": 1.5, "tokens a second": 150.0}
 
 FIRST = ["-m", "refgemma", "generate", "Once upon a time", "--max-new-tokens", "1"]
-# 250 tokens after the prompt's: past the window of 64, and within the 320 that the model knows. No stop ids.
+# 250 new tokens exceed the window of 64, but not the maximum of 320 tokens. There are no stop ids.
 STEADY = """
 import time, refgemma
 tiny = refgemma.load("tiny")
@@ -33,7 +33,7 @@ def seconds_to_first_token() -> float:
     began = time.perf_counter()
     process = subprocess.Popen([sys.executable, *FIRST], stdout=subprocess.PIPE)
     assert process.stdout is not None
-    process.stdout.read(len("Once upon a time") + 1)  # the prompt is echoed, then comes the first token's text
+    process.stdout.read(len("Once upon a time") + 1)  # the prompt is printed first, then the text of the first token
     elapsed = time.perf_counter() - began
     process.communicate()
     return elapsed

@@ -1,7 +1,7 @@
-"""From ``pip install ".[notebooks]"`` to the first picture, in a new environment: `python benchmarks/first_picture.py`.
+"""Measure the time from ``pip install ".[notebooks]"`` to the first picture, in a new environment.
 
-The promise is 60 seconds with the packages in pip's cache, so run it twice, and read the second. The picture is that of
-the first notebook, drawn by running its cells up to there in a Jupyter kernel of the new environment.
+Run `python benchmarks/first_picture.py` twice: README promises 60 seconds with the packages in pip's cache. The picture
+is the first of the first notebook; the cells up to it run in a Jupyter kernel of the new environment.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def main() -> None:
     args = parser.parse_args()
     seconds = {}
     with tempfile.TemporaryDirectory() as folder:
-        venv.create(folder, with_pip=True)  # not counted: the promise begins with pip
+        venv.create(folder, with_pip=True)  # not measured, because the promise begins with pip
         python = str(Path(folder) / "bin" / "python")
         began = time.perf_counter()
         subprocess.run([python, "-m", "pip", "install", "-q", f"{ROOT}[notebooks]"], check=True)

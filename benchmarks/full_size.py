@@ -1,12 +1,12 @@
-"""Time, peak memory and largest deviation of one comparison at full size, as a row of the table in docs/full-size.md.
+"""Measure time, peak memory and largest deviation of one comparison at full size, a row of docs/full-size.md's table.
 
-    python benchmarks/full_size.py 9b-synthetic                         what each layer of the fast path gives
-    python benchmarks/full_size.py 9b-synthetic --reference             every tensor of the definition
-    python benchmarks/full_size.py 9b-synthetic --engine transformers   the same work, done by PyTorch
+    python benchmarks/full_size.py 9b-synthetic                         compare the output of each layer of the fast
+    code python benchmarks/full_size.py 9b-synthetic --reference             compare every tensor of the definition
+    python benchmarks/full_size.py 9b-synthetic --engine transformers   run the same work in PyTorch
 
-One comparison a process, since peak memory is that of the process. Processor time is that of all threads; it depends
-less than the time on what else the machine does. PyTorch's time is that of its own streamed run in
-`golden/full_size.py`, over the same weights, with the same sketches; it is compared with nothing.
+Run one comparison per process, because peak memory is measured for the process. Processor time includes all threads and
+depends less on other load than wall-clock time. PyTorch's time is that of the streamed run in `golden/full_size.py`,
+with the same weights and the same sketches; its results are not compared.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from refgemma.weights.checkpoint import open_checkpoint
 
 
 def numpy_run(args: argparse.Namespace) -> dict[str, Any]:
-    """Compare, and say how far apart they are."""
+    """Compare, and return the deviations."""
     checkpoint = open_checkpoint(find_model(args.model)) if args.model else None
     steps = verify_full(args.name, args.dtype, checkpoint, args.reference)
     comparisons = [step for step in steps if not isinstance(step, str)]
@@ -41,7 +41,7 @@ def numpy_run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def torch_run(args: argparse.Namespace) -> dict[str, Any]:
-    """transformers' own layers, with weights only while they compute, and the sketches of what they make."""
+    """Run transformers' own layers, with weights in memory only while needed, and sketch the results."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
     import full_size
     import torch
@@ -59,8 +59,8 @@ def main() -> None:
     parser.add_argument("name", help="9b-synthetic, 27b-synthetic, or one of them with -two-layers or -long")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--engine", choices=("numpy", "transformers"), default="numpy")
-    parser.add_argument("--model", metavar="DIR", help="read the weights from what refgemma synth wrote")
-    parser.add_argument("--reference", action="store_true", help="every tensor, in float32 too")
+    parser.add_argument("--model", metavar="DIR", help="read the weights from a folder of refgemma synth")
+    parser.add_argument("--reference", action="store_true", help="compare every tensor, also in float32")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     args.reference |= args.dtype != "float32"

@@ -1,10 +1,10 @@
-"""How fast a quantised GGUF file is read as float32, in bytes of the file a second of one processor.
+"""Measure how fast a quantised GGUF file is read as float32, in bytes of the file per second on one processor.
 
-Its number is in docs/how-to/gguf.md.
+The result is in docs/how-to/gguf.md.
 
     python benchmarks/gguf_speed.py [Q8_0 ...]
 
-One matrix of the feed-forward layer of the 9B, of random blocks, is read again and again from the system's cache.
+A matrix of the 9B's feed-forward layer, with random blocks, is read repeatedly from the system's cache.
 """
 
 import argparse
@@ -24,7 +24,8 @@ SHAPE = (14336, 3584)  # up_proj
 def measure(kind: str, folder: Path) -> dict[str, float | str]:
     _, numbers, size = next(known for known in FORMATS.values() if known[0] == kind)
     blocks = np.random.default_rng(0).integers(0, 256, (SHAPE[0] * SHAPE[1] // numbers, size), np.uint8)
-    blocks[:, :4] = blocks[:, -4:] = np.array([0.01, 0.01], np.float16).view(np.uint8)  # wherever its scales are
+    scales = np.array([0.01, 0.01], np.float16).view(np.uint8)
+    blocks[:, :4] = blocks[:, -4:] = scales  # wherever the format has its scales
     (folder / kind).write_bytes(blocks.tobytes())
     tensor = GgufTensor("blk.0.ffn_up.weight", kind, SHAPE, 0, blocks.nbytes)
     stored = locate(Gguf(folder / kind, {}, {}, blocks.nbytes), tensor)

@@ -1,6 +1,6 @@
-"""Load: much work in one process, in threads and in processes. Run it as `python benchmarks/load.py [PART ...]`.
+"""Test under load, in one process, in threads and in processes: `python benchmarks/load.py [PART ...]`.
 
-Each part prints a row of the table in docs/reliability.md, and the exit code is 1 if one does not hold.
+Each part prints a row of the table in docs/reliability.md. The exit code is 1 if a part fails.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def hash_logits(ids: list[int] = ROW) -> str:
 
 
 def run_forwards(count: int = 2000) -> tuple[bool, str]:
-    """Run the model again and again: memory must not grow by more than a page cache of NumPy may take."""
+    """Run the model repeatedly; memory must grow by at most the size of NumPy's own caches."""
     tiny, early = refgemma.load("tiny"), 0
     for number in range(count):
         refgemma.forward([ROW], tiny.weights, tiny.config)
@@ -50,7 +50,7 @@ def run_forwards(count: int = 2000) -> tuple[bool, str]:
 
 
 def run_threads(threads: int = 8, count: int = 160) -> tuple[bool, str]:
-    """Run the model in threads: each result has the same bytes."""
+    """Run the model in threads; all results have the same bytes."""
     alone = hash_logits()
     with ThreadPoolExecutor(threads) as pool:
         found = set(pool.map(lambda _: hash_logits(), range(count)))
@@ -58,7 +58,7 @@ def run_threads(threads: int = 8, count: int = 160) -> tuple[bool, str]:
 
 
 def run_processes() -> tuple[bool, str]:
-    """Run the model in processes that are started in every way: the results have the same bytes."""
+    """Run the model in processes started in every way; the results have the same bytes."""
     found = {hash_logits()}
     for way in ("fork", "spawn", "forkserver"):
         with multiprocessing.get_context(way).Pool(2) as pool:
@@ -67,7 +67,7 @@ def run_processes() -> tuple[bool, str]:
 
 
 def run_tokens(count: int = 5000) -> tuple[bool, str]:
-    """Decode many tokens; past the model's positions there is a warning, and every token is a token."""
+    """Decode many tokens, with a warning beyond the model's maximum; every token is valid."""
     tiny = refgemma.load("tiny")
     model = refgemma.Gemma2ForCausalLM.from_pretrained("tiny")
     began, before = time.perf_counter(), resident_bytes()
@@ -96,7 +96,7 @@ def run_chat(turns: int = 40) -> tuple[bool, str]:
 
 
 def run_trace(tokens: int = 1024) -> tuple[bool, str]:
-    """Check a long trace, of all tensors that do not grow with the square of the tokens."""
+    """Check a long trace with all tensors whose size is not quadratic in the number of tokens."""
     model = refgemma.load("conformance")
     ids = np.array([[2, *np.random.default_rng(0).integers(5, model.config.vocab_size, tokens - 1).tolist()]])
     with tempfile.TemporaryDirectory() as folder:
@@ -116,7 +116,7 @@ def run_trace(tokens: int = 1024) -> tuple[bool, str]:
 
 
 def run_sweep(jobs: int = 500) -> tuple[bool, str]:
-    """Sweep many jobs, each with another configuration; the second run computes nothing."""
+    """Sweep many jobs, each with another configuration; a second run computes nothing."""
     with tempfile.TemporaryDirectory() as folder:
         trace, table = Path(folder) / "run.safetensors", Path(folder) / "jobs.jsonl"
         refgemma_command = [sys.executable, "-m", "refgemma"]

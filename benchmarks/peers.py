@@ -13,6 +13,7 @@ llama.cpp needs node, ``npm install node-llama-cpp`` in the folder of ``REFGEMMA
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -33,9 +34,10 @@ from refgemma import fast, model
 from refgemma.config import Gemma2Config
 from refgemma.convert.convert import convert
 from refgemma.hub import find_model
+from refgemma.tokenizer.sentencepiece_model import NORMAL, Piece, read_model, write_model
 from refgemma.tokenizer.tokenizer import Tokenizer
 from refgemma.weights.checkpoint import open_checkpoint
-from refgemma.weights.conformance import make_tokenizer
+from refgemma.weights.conformance import VOCABULARY, make_tokenizer
 from refgemma.weights.parameters import Weights
 from refgemma.weights.synthetic import write_synthetic
 
@@ -100,7 +102,7 @@ def transformers_tokens(folder: Path, dtype: str, compiled: bool, count: int) ->
 
 def run_transformers(folder: Path, count: int, dtype: str = "float32", compiled: bool = False) -> float:
     tokens = transformers_tokens(folder, dtype, compiled, count)
-    for _ in range(3 if compiled else 1):  # compile the prompt and the step
+    for _ in range(8 if compiled else 1):  # compile the prompt and the steps
         next(tokens)
     return seconds_per_token(tokens, count)
 
@@ -219,13 +221,22 @@ def prepare(name: str, work: Path) -> Path:
     if name == "tiny":
         folder = work / "tiny"
         shutil.copytree(find_model("tiny"), folder, dirs_exist_ok=True)
+        config = Gemma2Config.from_pretrained(folder)
+        config.changed(query_pre_attn_scalar=config.head_dim).save_pretrained(folder)  # llama.cpp knows no other
         return folder
     folder = work / name
     if not (folder / "config.json").exists():
         config = Gemma2Config.preset(name)
         write_synthetic(config, folder)
-        Tokenizer(make_tokenizer(config.vocab_size)).save_pretrained(folder)
+        Tokenizer(make_long_tokenizer(config.vocab_size)).save_pretrained(folder)
     return folder
+
+
+def make_long_tokenizer(size: int) -> bytes:
+    """Return a ``tokenizer.model`` with special tokens, a piece for each byte, and ordinary pieces up to `size`."""
+    pieces, rest = read_model(make_tokenizer(VOCABULARY))
+    more = (Piece(f"\N{LOWER ONE EIGHTH BLOCK}{n}", -float(n), NORMAL) for n in range(len(pieces), size))
+    return write_model([*pieces, *more], rest)
 
 
 def table(times: dict[str, list[float]], absent: dict[str, str]) -> str:
@@ -246,7 +257,7 @@ def main() -> None:
     parser.add_argument("model", choices=("tiny", "2b"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--only", default="", metavar="TEXT", help="engines whose name contains TEXT")
+    parser.add_argument("--only", default="", metavar="REGEX", help="engines whose name matches")
     parser.add_argument("--work", type=Path, metavar="FOLDER", help="keep the files of the models here")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--engine", help=argparse.SUPPRESS)  # run one engine in this process, and print its seconds
@@ -261,7 +272,7 @@ def main() -> None:
         work = args.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
         folder = prepare(args.model, work)
-        engines = [engine for engine in ENGINES if args.only in engine]
+        engines = [engine for engine in ENGINES if re.search(args.only, engine)]
         absent = {engine: reason for engine in engines if (reason := explain_absence(engine))}
         times: dict[str, list[float]] = {}
         try:

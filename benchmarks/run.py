@@ -2,7 +2,7 @@
 
     python benchmarks/run.py [--rounds 5] [--only 9b] [--json] [--history FILE] [--picture FILE]
     python benchmarks/run.py --quick            rank fast, definition and transformers in about three minutes
-    python benchmarks/run.py --again FILE       show the last report for each kind of processor, measuring nothing
+    python benchmarks/run.py --again FILE       show the newest measurements for each kind of processor
 
 The extra `record` is needed. Each engine runs in a separate process (`engines.py`), one after the other. Before and
 after each process another one measures the rates of the machine: NumPy's product of two square matrices, and reading
@@ -65,13 +65,13 @@ class Row:
     part: str | None = None  # a measurement of the same engine: a part of the work that cannot be left out
 
 
-def layer_rows() -> Iterable[Row]:
+def layer_rows(avx512: bool) -> Iterable[Row]:
     """Return the rows about one layer; the goals of prompts depend on the processor, because PyTorch's rate does."""
     goals: dict[str, dict[str, dict[int, float]]] = {
         "9b": {"prefill": {128: 1.05, 512: 1.0, 2048: 0.7, 4200: 0.5}, "decode": {512: 0.95, 4096: 0.45}},
         "27b": {"prefill": {128: 1.15, 512: 0.98, 2048: 0.8}, "decode": {512: 0.95, 4096: 0.6}},
     }
-    if AVX512:
+    if avx512:
         goals["9b"]["prefill"] = {128: 0.9, 512: 0.95, 2048: 0.75, 4200: 0.65}
         goals["27b"]["prefill"] = {128: 0.9, 512: 0.95, 2048: 0.75}
     for size, kinds in goals.items():
@@ -91,13 +91,15 @@ def layer_rows() -> Iterable[Row]:
             yield Row(f"{size} decode {count}, share of reading", f"decode {size}", name, 0.85, against=None)
 
 
-ROWS = [
-    *layer_rows(),
-    Row("9b layer from bfloat16, decode 512, to bfloat16", "bf16", "decode bf16", 1.5, part="widen bf16"),
-    Row("generate 200 tokens of tiny, with the start", "generate", "generate", 0.3),
-    Row("9b layer, 4200 tokens, extra memory", "memory", "memory 4200", 0.12),
-    Row("9b synthetic, 64 tokens, to transformers' layers", "depth", "full depth", 2.5),
-]
+def all_rows(avx512: bool = AVX512) -> list[Row]:
+    """Return the table's rows, with the goals for a processor with or without AVX-512."""
+    return [
+        *layer_rows(avx512),
+        Row("9b layer from bfloat16, decode 512, to bfloat16", "bf16", "decode bf16", 1.5, part="widen bf16"),
+        Row("generate 200 tokens of tiny, with the start", "generate", "generate", 0.3),
+        Row("9b layer, 4200 tokens, extra memory", "memory", "memory 4200", 0.12),
+        Row("9b synthetic, 64 tokens, to transformers' layers", "depth", "full depth", 2.5),
+    ]
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -305,13 +307,20 @@ def side_by_side(reports: list[Mapping[str, Any]]) -> str:
 
 
 def last_reports(file: str) -> list[dict[str, Any]]:
-    """Return the last line of a history for each kind of processor, in the order of their dates."""
+    """Return a report for each kind of processor: the newest measurement of each row, with the goal of today."""
     reports: dict[str, dict[str, Any]] = {}
     for line in Path(file).read_text(encoding="utf-8").splitlines():
         report: dict[str, Any] = json.loads(line)
-        reports.pop(report["processor"], None)
-        reports[report["processor"]] = report
-        report["rows"] = [row | {"least": least(row, report)} for row in report["rows"]]
+        name = report["processor"]
+        measured = {row["work"]: row | {"least": least(row, report)} for row in report["rows"]}
+        reports[name] = report | {"rows": reports.pop(name, {"rows": {}})["rows"] | measured}
+    for name, report in reports.items():
+        rows = [(row, report["rows"].get(row.work)) for row in all_rows("with AVX" in name)]
+        report["rows"] = [
+            found | {"goal": row.goal, "met": found["ratio"] <= row.goal if row.against else found["ratio"] >= row.goal}
+            for row, found in rows
+            if found
+        ]
     return list(reports.values())
 
 
@@ -326,12 +335,12 @@ def main() -> None:
     parser.add_argument("--quick", nargs="?", const="9b", choices=("2b", "9b", "27b"), help="rank three engines")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--history", metavar="FILE", help="add a line to this file (benchmarks/history.jsonl)")
-    parser.add_argument("--again", metavar="FILE", help="show the last line of such a file for each processor")
+    parser.add_argument("--again", metavar="FILE", help="show the newest rows of such a file for each processor")
     parser.add_argument("--picture", metavar="FILE")
     args = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):  # in the background a shell makes its commands ignore SIGINT
         signal.signal(number, interrupt)
-    rows = [row for row in (quick_rows(args.quick) if args.quick else ROWS) if args.only in row.work]
+    rows = [row for row in (quick_rows(args.quick) if args.quick else all_rows()) if args.only in row.work]
     rounds = args.rounds if args.rounds is not None else (1 if args.quick else 5)
     if not rows or rounds < 1:
         parser.error("--rounds must be at least 1" if rows else f"--only {args.only!r}: no row has this in its name")

@@ -1,8 +1,8 @@
-"""How many synthetic weights are made a second, in float32, all of a model of a released size once: docs/full-size.md.
+"""Measure how many synthetic float32 weights per second are made, for a whole model of a released size.
 
     python benchmarks/synthetic_speed.py 9b
 
-Made as `refgemma.fast` does it, a few rows at a time by as many threads, and thrown away.
+The result is in docs/full-size.md. As in `refgemma.fast`, threads make a few rows at a time, which are then dropped.
 """
 
 import argparse

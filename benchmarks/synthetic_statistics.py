@@ -1,9 +1,9 @@
-"""What the synthetic weights of a 9B or 27B make of 64 tokens: the table of docs/full-size.md.
+"""Compute statistics of a synthetic 9B or 27B on 64 tokens, for the table in docs/full-size.md.
 
     python benchmarks/synthetic_statistics.py 9b [--json]
 
-The definition computes it in float32, a layer at a time. Nobody trained these weights; what matters is that no part of
-the model is idle: scores and logits that the caps bend, attention neither even nor on a single token.
+The definition computes in float32, one layer at a time. The weights are random (untrained). The statistics show that
+every part of the model has an effect: the caps change scores and logits, attention is neither even nor on one token.
 """
 
 import argparse
@@ -20,19 +20,19 @@ from refgemma.weights.synthetic import synthetic_weights
 
 
 def rms(x: Array) -> float:
-    """Root mean square."""
+    """Return the root mean square."""
     return float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
 
 
 def entropies(probs: Array) -> Array:
-    """Of the attention of each head's last query, in nats."""
+    """Return the entropy of each head's attention for the last query, in nats."""
     last = probs[0, :, -1].astype(np.float64)
     logs = np.log(last, out=np.zeros_like(last), where=last > 0)
     return -(last * logs).sum(axis=-1)
 
 
 def statistics(size: str) -> tuple[list[dict[str, float]], dict[str, float]]:
-    """Of every layer, and of the logits."""
+    """Return the statistics of every layer and of the logits."""
     config = Gemma2Config.preset(size)
     about, golden = load_full(f"{size}-synthetic")
     weights = synthetic_weights(config)

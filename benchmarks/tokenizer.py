@@ -1,7 +1,7 @@
-"""Encoding and decoding 1 MB, beside the tokenizers library: python benchmarks/tokenizer.py TOKENIZER_JSON [ROUNDS]
+"""Compare with the tokenizers library on 1 MB of text: python benchmarks/tokenizer.py TOKENIZER_JSON [ROUNDS]
 
-Both read the released tokenizer.json. Processes alternate; each times its best of three, and the ratios of pairs count.
-Run it with an interpreter that has tokenizers.
+Both read the released tokenizer.json. Processes of the two alternate; each reports the best of three times, and the
+ratio of each pair is the result. Run this with an interpreter that has tokenizers.
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import Any
 
 
 def megabyte() -> str:
-    """Python's own modules, one after the other."""
+    """Return 1 MB of text, from Python's own modules."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     return "".join(path.read_text("utf-8", "replace") for path in files)[: 2**20]
 

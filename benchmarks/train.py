@@ -1,11 +1,11 @@
-"""Time and memory of a training step of tiny, beside transformers with PyTorch: clean processes that alternate.
+"""Compare time and memory of a training step of the tiny model with transformers, in alternating processes.
 
     python benchmarks/train.py [--rounds 5] [--json]        needs: pip install -e ".[record]"
 
-A step takes 8 rows of 128 tokens: forward (eager attention), backward, clipping, AdamW, in float32. Each process takes
-steps of one engine only, because two engines in one process disturb each other's threads. Time is the median of its
-steps after two that are not counted. Memory is the peak of the process, and the part of it above what was in use
-before the first step. Goals: 1.5 times the time and 1.2 times the memory of PyTorch.
+A step takes 8 rows of 128 tokens in float32: forward (eager attention), backward, clipping, AdamW. Each process runs
+steps of one engine only, because two engines in one process disturb each other's threads. Time is the median over the
+steps after the first two. Memory is the peak of the process, and its increase over the memory before the first step.
+Goals: at most 1.5 times the time and 1.2 times the memory of PyTorch.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def peak_mb() -> float:
 
 
 def measure(engine: str) -> dict[str, float]:
-    """Take steps in this process."""
+    """Run steps in this process, and return time and memory."""
     step = transformers_step() if engine == "transformers" else refgemma_step(engine == "recomputed")
     before, times = peak_mb(), []
     for _ in range(UNCOUNTED + STEPS):
@@ -86,7 +86,7 @@ def measure(engine: str) -> dict[str, float]:
 
 
 def compare(rounds: int) -> list[dict[str, Any]]:
-    """Measure every engine in a process of its own, in turn."""
+    """Measure every engine in its own process, in turn."""
     found: dict[str, list[dict[str, float]]] = {engine: [] for engine in ENGINES}
     for _ in range(rounds):
         for engine in ENGINES:
@@ -107,7 +107,7 @@ def compare(rounds: int) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--engine", choices=ENGINES, help="measure one, in this process")
+    parser.add_argument("--engine", choices=ENGINES, help="measure one engine, in this process")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     if args.rounds < 1:

@@ -13,6 +13,7 @@ from refgemma.cli.main import parser
 from refgemma.config import Gemma2Config
 from refgemma.oracle.known_bugs import KNOWN_BUGS
 from refgemma.oracle.operations import Context, double, operations
+from refgemma.oracle.optimizer_bugs import OPTIMIZER_BUGS
 from refgemma.oracle.tolerance import Arithmetic
 from refgemma.oracle.training_bugs import TRAINING_BUGS
 from refgemma.precision import bf16
@@ -53,15 +54,17 @@ def trace_names() -> str:
 
 {AGAIN}
 
-`refgemma trace` writes these tensors and `refgemma check` reads them. In Python they are fields of the result of
-{{py:func}}`~refgemma.model.forward`: `run.layers[3].attention.probs` is `layers.3.attention.probs`. The table is in the
-order of computation; `N` is the number of a layer. {{py:mod}}`refgemma.shapes` defines the axes. [The forward
-pass](../explanation/forward.md) names the function that computes each tensor.
+A trace is a file of the tensors in this table. `refgemma trace` writes a trace, and `refgemma check` reads one. In
+Python the tensors are fields of the result of {{py:func}}`~refgemma.model.forward`: `run.layers[3].attention.probs` is
+`layers.3.attention.probs`. The table is in the order of computation; `N` is the number of a layer.
+{{py:mod}}`refgemma.shapes` defines the axes. [The forward pass](../explanation/forward.md) names the function that
+computes each tensor.
 
 {table(("name", "axes", "computed from"), rows)}
 
-If the last column is empty, the tensor is computed from the token ids or their positions. In layer 0, `layers.N-1.out`
-is `embedded`. A file also has `input_ids` with the axes batch seq, and `attention_mask` if there is padding.
+If the last column is empty, the tensor is computed from the token ids or their positions. `LAST` is the number of the
+last layer. In layer 0, read `embedded` for `layers.N-1.out`. A trace also contains `input_ids` with the axes batch seq,
+and `attention_mask` if there is padding.
 """
 
 
@@ -69,22 +72,29 @@ def known_bugs() -> str:
     """Return the page of the catalogue of known bugs."""
     rows = [(code(v.name), v.kind, code(v.fields[0]), v.says, v.shows, v.seen) for v in KNOWN_BUGS]
     trainers = [(code(v.name), code(v.fields[0]), v.says, v.shows, v.seen) for v in TRAINING_BUGS]
+    optimizers = [(code(v.name), v.says, v.shows, v.seen) for v in OPTIMIZER_BUGS]
     return f"""# Known bugs
 
 {AGAIN}
 
-`refgemma check` compares a trace with these {len(KNOWN_BUGS)} known bugs; `refgemma known-bugs NAME` describes one.
-A *mistake* computes another model. *Rounding* is the same model, rounded at another place. A *stage* appears in the
-tokens, the shapes or the weights.
+`refgemma check` tests a trace for these {len(KNOWN_BUGS)} known bugs; `refgemma known-bugs NAME` describes one bug. The
+column "kind" has three values. A *mistake* computes another model. *Rounding* means the right model, rounded at another
+place. A *stage* is a bug in the tokens, the shapes or the weights, before anything is computed.
 
-{table(("name", "kind", "first tensor", "computed instead", "shown by", "seen in"), rows)}
+{table(("name", "kind", "first wrong tensor", "wrong computation", "inputs that show it", "seen in"), rows)}
 
 ## Mistakes of trainers
 
-If a trace has gradients, it is also compared with these {len(TRAINING_BUGS)}; see
-[Check a trainer](../how-to/check-a-trainer.md).
+If a trace has gradients, `refgemma check` also tests it for these {len(TRAINING_BUGS)} mistakes; see [Check a
+trainer](../how-to/check-a-trainer.md).
 
-{table(("name", "first tensor", "mistake", "shown by", "seen in"), trainers)}
+{table(("name", "first wrong tensor", "mistake", "inputs that show it", "seen in"), trainers)}
+
+## Mistakes of optimizers
+
+If a trace has the weights after a step, `refgemma check` also tests the step for these {len(OPTIMIZER_BUGS)} mistakes.
+
+{table(("name", "mistake", "inputs that show it", "seen in"), optimizers)}
 """
 
 
@@ -109,8 +119,8 @@ def sizes() -> str:
 
 {AGAIN}
 
-The sizes of the released models, from {{py:meth}}`Gemma2Config.preset("9b") <refgemma.config.Gemma2Config.preset>`.
-Layers 0, 2, 4 ... use the sliding window.
+This table has the sizes of the released models. In Python, {{py:meth}}`Gemma2Config.preset("9b")
+<refgemma.config.Gemma2Config.preset>` returns them. Layers 0, 2, 4 ... use the sliding window.
 
 {table(("", *presets), rows)}
 """
@@ -133,7 +143,7 @@ def command_line() -> str:
             rows.append((code(given), action.help or "", code(default)))
         says = (command.description or "").rstrip(".")
         epilog = f"\n\n{command.epilog}" if command.epilog else ""
-        listed = table(("argument", "", "default"), rows)
+        listed = table(("argument", "meaning", "default"), rows)
         parts.append(f"## refgemma {name}\n\n{says[:1].upper()}{says[1:]}.\n\n{listed}{epilog}")
     return f"""# Command line
 
@@ -157,8 +167,9 @@ def laws() -> str:
 
 {AGAIN}
 
-`pytest --pyargs refgemma.testing` tests an implementation against these {len(rows)} laws: see [Write an
-adapter](../how-to/write-an-adapter.md). From Python, `refgemma.testing.properties.causality(backend)` checks one law.
+A law is a property that every implementation of Gemma 2 has. `pytest --pyargs refgemma.testing` tests an implementation
+with these {len(rows)} laws: see [Write an adapter](../how-to/write-an-adapter.md). To check one law from Python, call
+for example `refgemma.testing.properties.causality(backend)`.
 
 {table(("law", "statement"), rows)}
 """

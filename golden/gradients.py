@@ -38,6 +38,7 @@ from record import (
 from torch.overrides import TorchFunctionMode
 from transformers import Gemma2ForCausalLM, Gemma2ForSequenceClassification, Gemma2ForTokenClassification
 from transformers.activations import ACT2FN
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 
 from refgemma.goldens.sketch import sketch
 
@@ -192,6 +193,25 @@ def activations() -> dict[str, torch.Tensor]:
     return found
 
 
+def operations() -> dict[str, torch.Tensor]:
+    """The gradients of a soft cap and of a norm in float32, for the exercises of two notebooks."""
+    generator = torch.Generator().manual_seed(SEED)
+    x = torch.linspace(-400, 400, 801, requires_grad=True)
+    found = {"soft_cap.x": x, "soft_cap.grad": torch.randn(x.shape, generator=generator)}
+    for cap in (50, 30):
+        (y,) = torch.autograd.grad(torch.tanh(x / cap) * cap, x, found["soft_cap.grad"])
+        found[f"soft_cap.{cap}"] = y
+    norm = Gemma2RMSNorm(24, eps=1e-6)
+    norm.weight.data = torch.randn(24, generator=generator) / 2
+    sizes = torch.tensor([1e-3, 1.0, 30.0, 200.0]).reshape(2, 2, 1)
+    x = (torch.randn(2, 2, 24, generator=generator) * sizes).requires_grad_()
+    grad = torch.randn(x.shape, generator=generator)
+    of_x, of_weight = torch.autograd.grad(norm(x), (x, norm.weight), grad)
+    of_norm = {"x": x, "weight": norm.weight, "grad": grad, "grad_x": of_x, "grad_weight": of_weight}
+    found |= {f"rms_norm.{name}": tensor for name, tensor in of_norm.items()}
+    return {name: tensor.detach() for name, tensor in found.items()}
+
+
 def kept(name: str, case: Case) -> bool:
     """Whether the gradient of a tensor is recorded."""
     return case.activations or name.count(".") in (0, 2)  # embedded, logits; layers.3.out
@@ -226,12 +246,14 @@ def record_all(folder: Path = FOLDER) -> None:
             "torch": torch.__version__, "transformers": transformers.__version__, "attn_implementation": "eager",
             "date": date.today().isoformat(),
         }  # fmt: skip
-    alone = folder / "activations.safetensors"
-    write_tensors(activations(), alone)
-    about = {"file": alone.name, "sha256": sha256(alone), "names": NAMES}
-    manifest = {"format": "refgemma-golden-gradients/1", "cases": entries, "activations": about}
-    write_json(manifest, folder / "manifest.json")
-    for path in set(folder.glob("*.safetensors")) - {alone, *(folder / f"{name}.safetensors" for name in CASES)}:
+    alone: dict[str, dict[str, Any]] = {}
+    for name, made in (("activations", activations()), ("operations", operations())):
+        path = folder / f"{name}.safetensors"
+        write_tensors(made, path)
+        alone[name] = {"file": path.name, "sha256": sha256(path)}
+    alone["activations"]["names"] = NAMES
+    write_json({"format": "refgemma-golden-gradients/1", "cases": entries, **alone}, folder / "manifest.json")
+    for path in set(folder.glob("*.safetensors")) - {folder / f"{name}.safetensors" for name in (*alone, *CASES)}:
         path.unlink()
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(f"recorded the gradients of {len(CASES)} cases, {size / 1e6:.1f} MB in {folder.name}/")
@@ -253,10 +275,11 @@ def check() -> int:
             worst = float((np.abs(new - old).max(axis=1) / (old[:, 0] + 1e-300)).max())
             print(f"{name:32s} {len(old):4d} gradients, worst {worst:.1e}: {'agrees' if worst <= 1e-9 else 'DIFFERS'}")
             failures += worst > 1e-9
-        alone, renewed = (read(at / "activations.safetensors") for at in (FOLDER, Path(folder)))
-        wide = [name for name in alone if name.endswith("float64")]
-        apart = max(float(np.abs(renewed[n] - alone[n]).max() / np.abs(alone[n]).max()) for n in wide)
-        verdict = "agrees" if apart <= 1e-9 else "DIFFERS"
-        print(f"{'activations':32s} {len(NAMES):4d} gradients, worst {apart:.1e}: {verdict}")
-        failures += apart > 1e-9
+        for file, suffix, limit in (("activations", "float64", 1e-9), ("operations", "", 1e-5)):  # the last in float32
+            alone, renewed = (read(at / f"{file}.safetensors") for at in (FOLDER, Path(folder)))
+            names = [name for name in alone if name.endswith(suffix)]
+            apart = max(float(np.abs(renewed[n] - alone[n]).max() / np.abs(alone[n]).max()) for n in names)
+            verdict = "agrees" if apart <= limit else "DIFFERS"
+            print(f"{file:32s} {len(names):4d} tensors, worst {apart:.1e}: {verdict}")
+            failures += apart > limit
     return 1 if failures else 0

@@ -14,22 +14,24 @@
 # # 1. One token through the model
 #
 # A language model reads a text. For every word it knows, it estimates how likely that word is to come next. This
-# notebook follows one token through all of Gemma 2, from its number to that estimate. Each later notebook looks at
-# one part.
+# notebook follows one token through all of Gemma 2, from the number of the token to the estimate for the next word.
+# Each later notebook looks at one part.
 #
-# Gemma 2 is a language model that Google released in 2024 in three sizes: the 2B, the 9B and the 27B. The names give
-# the billions of numbers in each. These numbers are the model's **weights**. They were **trained**: changed, a little
-# at a time, until the model's answers fitted a great deal of text. To find the direction of each change, training
-# computes how much the answer changes with the number (the slope). `refgemma` is this model in NumPy.
+# Gemma 2 is a language model that Google released in 2024 in three sizes: the 2B, the 9B and the 27B. The name of a
+# size says how many billions of numbers the model contains. These numbers are the model's **weights**. They were
+# **trained**: changed, a little at a time, until the model's answers fitted a great deal of text. For each weight,
+# training computes the slope: how much the answer changes if the weight changes. The slope gives the direction of the
+# change. `refgemma` is this model in NumPy.
 #
-# You need NumPy: arrays, shapes, and `@` for the product of matrices. Everything else is explained when it is needed.
-# The model in this notebook is *tiny*. It has 2.9 million trained numbers, while the 9B has 9.2 billion, but it has
-# the same parts in the same order. It was trained on old tales. It is inside the package, so nothing is downloaded. A
-# model also has a **configuration**: the few numbers that give the sizes of its parts.
+# You need NumPy: arrays, shapes, and `@` for the product of matrices. The notebooks explain everything else when it is
+# needed. The model in this notebook is *tiny*. It has 2.9 million trained numbers, while the 9B has 9.2 billion, but it
+# has the same parts in the same order. The tiny model was trained on old tales. It is inside the package, so nothing is
+# downloaded. A model also has a **configuration**: the few numbers that give the sizes of its parts.
 #
 # ![Drawing of the model: all parts of Gemma 2](pictures/model-01.svg)
 #
-# The whole model, with the sizes of the tiny one. Each later notebook lights its part.
+# The drawing shows the whole model, with the sizes of the tiny model. In each later notebook, the part that the
+# notebook explains is highlighted.
 
 # %%
 import numpy as np
@@ -45,9 +47,9 @@ config.num_hidden_layers, config.hidden_size, config.vocab_size
 # %% [markdown]
 # ## From text to numbers
 #
-# The model knows 2048 pieces of text. A piece is called a **token**, its number is its **id**, and all of them
-# together are the **vocabulary**. A frequent word is one token; a rare word is several tokens. The first token of
-# every text is `<bos>` (*beginning of sequence*). In the list below, `▁` stands for a space.
+# The model knows 2048 pieces of text. A piece is called a **token**, its number is its **id**, and all tokens together
+# are the **vocabulary**. A frequent word is one token; a rare word is several tokens. The first token of every text is
+# `<bos>` (*beginning of sequence*). In the list below, `▁` stands for a space.
 
 # %%
 ids = tiny.tokenizer.encode("The little girl looked at the")
@@ -59,17 +61,17 @@ list(zip(ids, tokens, strict=True))
 
 # %% [markdown]
 # **Question.** How many tokens does `" Rumpelstiltskin"` have? Try it. Why does it have more than `" little"`? (The
-# space belongs to the token of a word. Try `"little"` without it.)
+# space belongs to the token of a word. Also try `"little"` without the space.)
 #
 # <details><summary>Answer</summary>
 # Eight, after <code>&lt;bos&gt;</code>. The vocabulary contains the pieces that were frequent in the training text. A
-# rare name is split into short pieces, and if necessary into single letters. So is <code>little</code> at the start of
-# a line, which was rare: <code>l</code>, <code>ittle</code>.
+# rare name is split into short pieces, and if necessary into single letters. Without a space, as at the start of a
+# line, <code>little</code> was rare too, so it is split: <code>l</code>, <code>ittle</code>.
 # </details>
 #
 # ## The embedding
 #
-# The model is a **neural network**, a long chain of matrix products with simple curved functions between them. Such a
+# The model is a **neural network**, a long chain of matrix products with simple curved functions between them. A neural
 # network computes with vectors, not with ids. So each token id selects one row of a table $E$. The table has one row
 # per token and `hidden` columns (234 here, 3584 in the 9B). This lookup is called the **embedding**. Gemma multiplies
 # the rows by a constant (notebook 6 explains why):
@@ -88,7 +90,8 @@ h0[-1, :5]
 
 # %% [markdown]
 # One call, `refgemma.forward`, runs the whole model. It takes a **batch**: several texts of the same length. So its
-# arrays have one more axis, the first. It returns a *record*: every intermediate array, by name.
+# arrays have one more axis, the first axis. `forward` returns a *record*, which holds every intermediate array under a
+# name.
 
 # %%
 run = refgemma.forward([ids], weights, config)
@@ -107,8 +110,8 @@ len(run.layers), run.logits.shape
 # $$h' = h + \mathrm{norm}(\mathrm{attention}(\mathrm{norm}(h)))$$
 # $$h'' = h' + \mathrm{norm}(\mathrm{feedforward}(\mathrm{norm}(h')))$$
 #
-# The record of a block calls $h'$ `middle` and $h''$ `out`. It calls each norm by the name of its weights. These
-# names all end in `layernorm`, the name of an older kind of norm.
+# In the record of a block, $h'$ is called `middle` and $h''$ is called `out`. Each norm has the name of its weights.
+# All these names end in `layernorm`, the name of an older kind of norm.
 
 # %%
 block = run.layers[0]  # the record of the first block
@@ -119,15 +122,17 @@ assert np.array_equal(block.out, block.middle + block.post_feedforward_layernorm
 list(vars(block))
 
 # %% [markdown]
-# Because every block adds, the stream grows. The picture shows the size of its numbers, the **root mean square**
-# $\sqrt{\mathrm{mean}(h^2)}$, before the first block (0 blocks done) and after each.
+# Because every block adds, the stream grows. The picture shows the size of the numbers in the stream, the **root mean
+# square** $\sqrt{\mathrm{mean}(h^2)}$, before the first block (0 blocks done) and after each block. Each line is a
+# token.
 
 # %%
 _ = viz.residual_norms(run, tokens)
 
 # %% [markdown]
-# Is the block that adds most where the line is steepest? Measure both for the last token: the size of the vector that
-# each block adds, and the rise of the line. The third number is the angle between the added vector and the stream.
+# Is the line steepest in the block that adds most? For each block, the next cell measures two sizes for the last token:
+# the size of the vector that the block adds, and the rise of the line. The number above the bar is the angle between
+# the added vector and the stream.
 
 # %%
 # The last token: before the first block, and after each.
@@ -152,14 +157,14 @@ _ = axes.legend()
 #
 # <details><summary>Answer</summary>
 # Five of the six vectors stand nearly at a right angle to the stream (75 to 90 degrees). Such a vector turns the stream
-# more than it lengthens it: the lengths add like the sides of a right triangle, $\sqrt{a^2 + b^2}$. The vector of block
-# 1 points more in the direction of the stream (51 degrees). So the slope of the line does not show how much a block
-# adds. If nothing were added, every line would be flat, and the answer would depend on the last token alone.
+# more than it lengthens the stream: the lengths add like the sides of a right triangle, $\sqrt{a^2 + b^2}$. The vector
+# of block 1 points more in the direction of the stream (51 degrees). So the slope of the line does not show how much a
+# block adds. If nothing were added, every line would be flat, and the answer would depend on the last token alone.
 # </details>
 #
 # ## Inside the feed-forward half
 #
-# Two matrices turn the vector into two vectors of `intermediate` numbers (408 here). One of them, the *gate*, goes
+# Two matrices turn the vector into two vectors of `intermediate` numbers (408 here). One vector, the *gate*, goes
 # through a function called GELU. GELU keeps positive numbers and makes negative ones almost 0. The gate is then
 # multiplied by the other vector, *up*. A third matrix brings the product back to `hidden` numbers:
 #
@@ -179,10 +184,9 @@ print(f"{closed:.0%} of the gates are closed (negative after GELU)")
 # %% [markdown]
 # ## Out of the model
 #
-# After the last block, the stream goes through one more norm. Then its product with every row of the embedding table
-# is computed. The 2048 results are the **logits**, the scores of all tokens for the next place. The same table embeds
-# the tokens and scores them; this is called a *tied head*. Last, a smooth function keeps the logits between −30 and
-# 30 (notebook 4):
+# After the last block, the stream goes through one more norm. Its product with each row of the embedding table gives
+# the **logits**: 2048 numbers, one score for each token as the next token. The same table is used at the start, for the
+# embedding; this is called a *tied head*. Last, a smooth function keeps the logits between −30 and 30 (notebook 4):
 #
 # $$\mathrm{logits} = 30 \tanh\big(\mathrm{norm}(h)\,E^T / 30\big)$$
 #
@@ -198,10 +202,11 @@ title = "after: The little girl looked at the"
 _ = viz.most_likely_tokens(run.logits[0, -1], names, title=title)
 
 # %% [markdown]
-# Every place has an answer, not only the last one. After each token the model predicts the next one without seeing
-# it. It was trained this way. We can also compute logits *early*: apply the norm and the head to the stream after
-# each block, as if it were the last block. That picture is called the **logit lens**; its lowest row is the embedding
-# alone. (A label like `<0xE0>` is the token of a single byte. Text that no other token covers is written in bytes.)
+# The model gives an answer at every place, not only at the last one. After each token it predicts the next token
+# without seeing it, as in training. We can also compute logits *early*: apply the norm and the head to the stream after
+# each block, as if that block were the last. The picture of these logits is called the **logit lens**; its lowest row
+# is the embedding alone. (A label like `<0xE0>` is the token of a single byte. Text that no other token covers is
+# written in bytes.)
 
 # %%
 lens = viz.lens_logits(run, weights, config)
@@ -212,17 +217,17 @@ _ = viz.logit_lens(lens[:, 0], tokens, names)
 # **Question.** In the two lowest rows nearly all tokens predict *themselves*. Why?
 #
 # <details><summary>Answer</summary>
-# The head is tied. In these rows the stream still points in the direction of the token's own row of the table, and no
-# other row has exactly this direction. But the product also grows with the length of a row, so a long row can win:
-# before the first block, <code>girl</code> predicts the byte token <code>&lt;0xE0&gt;</code>, whose row is three times
-# as long.
+# The head is tied: it scores a token with the token's row of the embedding table. In the two lowest rows the stream
+# still points in the direction of the token's own row, and no other row has exactly this direction. But the product
+# also grows with the length of a row, so a long row can win. Before the first block, <code>girl</code> predicts the
+# byte token <code>&lt;0xE0&gt;</code>, whose row is three times as long.
 # </details>
 #
 # ## Every tensor by name
 #
-# An array with any number of axes is called a **tensor**. You have seen a record inside a record. Its fields, in
-# order, are the *trace*. With this list, two programs that compute the same model can be compared (notebook 9). These
-# are the tensors of one block, with their shapes. (`cos` and `sin`, before all blocks, belong to notebook 3.)
+# An array with any number of axes is called a **tensor**. The fields of the record, in the order of computation, are
+# the *trace*. With the trace you can compare two programs that compute the same model (notebook 9). The next cell
+# prints the tensors of one block, with their shapes. (`cos` and `sin`, before all blocks, belong to notebook 3.)
 
 # %%
 from refgemma.trace.names import named_tensors
@@ -233,10 +238,10 @@ for name, shape in shapes.items():
         print(f"{name:40s} {shape}")
 
 # %% [markdown]
-# These shapes have one surprise: `q` has an axis of 6, but `k` and `v` have 2 in its place. Notebook 2 explains why.
-# The next picture shows one tensor of the trace directly: hover over a square to see its number. Each of the 6
-# pictures is one *head* (notebook 2). The rows are the tokens that look; the columns are the tokens that they look
-# at.
+# One shape may surprise you: `q` has an axis of length 6, but in `k` and `v` this axis has length 2. Notebook 2
+# explains why. The next picture shows one tensor of the trace directly: hover over a square to see its number. Each of
+# the 6 pictures is one *head* (notebook 2). A row is a token that looks at other tokens; a column is a token that is
+# looked at.
 
 # %%
 looks = run.layers[3].attention.probs
@@ -246,11 +251,12 @@ viz.array_view(looks, "batch heads seq keys")
 # %% [markdown]
 # ## Exercises
 #
-# `embed` looks up rows and scales them. In half precision (numbers of 16 bits, notebook 7) the factor has the
-# precision of the table. Replace the line that raises, run the cell, and read the result of the check. The expected
-# values were recorded from PyTorch, the library that usually runs the model. If you are stuck,
-# `exercises.hint("embed")` gives a hint, and a larger one at the next call. A solution is folded below each exercise.
-# `exercises.progress("progress.json")` shows a page of your progress; give all notebooks the same file.
+# `embed` looks up rows and scales them. In half precision (numbers of 16 bits, notebook 7) the factor is rounded to the
+# precision of the table. In the next cell, replace the line `raise NotImplementedError`, run the cell, and read the
+# result of the check. The expected values were recorded from PyTorch, the library that usually runs the model. If you
+# are stuck, `exercises.hint("embed")` gives a hint, and the next call gives a larger hint. A solution is folded below
+# each exercise. `exercises.progress("progress.json")` shows a page of your progress; use the same file in all
+# notebooks.
 
 # %%
 from refgemma.teach import exercises

@@ -19,7 +19,7 @@
 #
 # ![Drawing of the model: attention is lit: heads, scores, mask, average of values](pictures/model-02.svg)
 #
-# The same drawing in each notebook; lit: attention, without rotation and cap.
+# The drawing is the same in each notebook. Here attention is highlighted, without its rotation and cap.
 
 # %%
 import numpy as np
@@ -45,9 +45,9 @@ run = refgemma.forward([ids], weights, config)
 #
 # $$q = W_q x \qquad k = W_k x \qquad v = W_v x$$
 #
-# This happens several times in parallel, in **heads**. Each head has its own part of the matrices, and its vectors
-# have `head_dim` numbers (32 here). The tiny model has 6 query heads, and only 2 key/value heads. A matrix returns
-# all heads of a token side by side; `split_heads` turns them into an array with an axis of heads.
+# This happens several times in parallel, in **heads**. Each head has its own part of the matrices, and its vectors have
+# `head_dim` numbers (32 here). The tiny model has 6 query heads, and only 2 key/value heads. The product with a matrix
+# has the vectors of all heads side by side; `split_heads` returns an array with a separate axis for the heads.
 
 # %%
 heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -65,14 +65,14 @@ heads, kv_heads, heads // kv_heads
 # %% [markdown]
 # ## Shared key heads
 #
-# Query heads 0, 1, 2 look at key head 0, and 3, 4, 5 at key head 1. This is **grouped-query attention** (GQA): the
-# keys and values of all earlier tokens must stay in memory, so fewer of them save memory (notebook 5).
+# Query heads 0, 1, 2 look at key head 0, and 3, 4, 5 at key head 1. This is **grouped-query attention** (GQA). The keys
+# and values of all earlier tokens must stay in memory, so fewer key/value heads save memory (notebook 5).
 #
 # $$\text{query head } h \text{ uses key head } \lfloor h / \mathrm{groups} \rfloor, \qquad \mathrm{groups} =
 # \mathrm{heads} / \mathrm{kv\_heads}$$
 #
-# Before the comparison, queries and keys are rotated by an angle that depends on their place in the text (notebook
-# 3). The record calls them `q_rot` and `k_rot`.
+# Before queries and keys are compared, they are rotated by an angle that depends on their place in the text (notebook
+# 3). In the record, the rotated queries and keys are called `q_rot` and `k_rot`.
 
 # %%
 groups = heads // kv_heads
@@ -88,22 +88,22 @@ assert keys.shape == (1, heads, seq, head_dim)
 # <details><summary>Answer</summary>
 # Two of the six query heads, 1 and 4, would look at keys that they were not trained with; in the 9B it would be 14 of
 # 16. No error appears, but the answers get worse: the right next token of this text becomes less likely, by a factor of
-# 0.72 on (geometric) average. This has happened in **ports** (reimplementations of the model in other programs). The
-# exercise below is about it.
+# 0.72 on (geometric) average. This mistake has happened in **ports** (reimplementations of the model in other
+# programs). The exercise below is about it.
 # </details>
 #
 # ## Scores
 #
-# The product of a query and a key measures how well they fit. It is divided by a constant, so that it does not grow
-# with `head_dim`:
+# The product of a query and a key measures how well they fit. This product is divided by a constant, so that it does
+# not grow with `head_dim`:
 #
 # $$s_{ij} = \frac{q_i \cdot k_j}{\sqrt{\mathrm{query\_pre\_attn\_scalar}}}$$
 #
 # (A sum of $n$ random products of size 1 has a size of about $\sqrt n$. The constant compensates for this.)
 #
 # In many models the constant under the root is `head_dim`. In Gemma 2 it is a separate number: 144 in the 27B, whose
-# heads have 128 numbers. A smooth function keeps the scores between −50 and 50 (notebook 4). The record calls the
-# result `capped`.
+# heads have 128 numbers. A smooth function then keeps the scores between −50 and 50 (notebook 4). In the record, the
+# result is called `capped`.
 
 # %%
 scale = config.query_pre_attn_scalar**-0.5
@@ -113,20 +113,21 @@ assert scores.shape == (1, heads, seq, seq)  # a number for each query and each 
 config.query_pre_attn_scalar, head_dim, float(np.abs(scores).max())
 
 # %% [markdown]
-# **Question.** Remove the constant. What does the softmax return for scores that are six times as large?
+# **Question.** Suppose the constant is removed. What does the softmax return for scores that are six times as large?
 #
 # <details><summary>Answer</summary>
 # More than 90 % of a row goes to its best key, on average over the heads of this block; with the constant it is 69 %.
-# The softmax of large scores is close to picking the maximum. Its slope is then almost 0, so training has little to
+# If the scores are large, the softmax nearly picks the maximum. Its slope is then almost 0, so training has little to
 # learn from.
 # </details>
 
 # %% [markdown]
 # ## Only the past
 #
-# During training, every token must predict the next one, so it must not see it. A **mask** marks the keys that a
-# query may see. The **causal** mask allows the keys at the query's own place and before. Masked keys get the
-# probability 0. The softmax of the other scores (`capped`) gives the other probabilities, whose sum is 1:
+# During training, the model must predict the next token at every place, so a token must not see the next token. A
+# **mask** marks the keys that a query may see. The **causal** mask allows the keys at the query's own place and at
+# earlier places. Masked keys get the probability 0. The softmax of the other scores (`capped`) gives the other
+# probabilities, whose sum is 1:
 #
 # $$p_{ij} = \frac{e^{s_{ij}}}{\sum_{k \le i} e^{s_{ik}}} \;\text{ for } j \le i, \text{ else } 0$$
 
@@ -184,8 +185,8 @@ def one_head(block, head):
 _ = viz.with_sliders(one_head, block=range(config.num_hidden_layers), head=range(heads))
 
 # %% [markdown]
-# To see all heads at once, measure three patterns: the share of attention on the token before, on the token itself
-# and on `<bos>`, averaged over all queries except the first.
+# To see all heads at once, the next cell measures three shares of the attention: on the token before, on the token
+# itself and on `<bos>`. The shares are averaged over all queries except the first.
 
 # %%
 probs = np.stack([block.attention.probs[0] for block in run.layers])
@@ -206,9 +207,9 @@ _ = figure.colorbar(image, ax=all_axes, label="mean share of the attention")
 # %% [markdown]
 # **Question.** Does a high share prove that the model *uses* the token that it looks at?
 #
-# To find out, switch a head off and look at the answers. Its numbers go through `head_dim` columns of $W_o$, so set
-# these columns to 0. (Switching off a part to find its effect is called **ablation**.) The result is the part of the
-# probability that moves to other next tokens, averaged over the places.
+# To find out, the next cell switches a head off and compares the answers. The numbers of a head go through `head_dim`
+# columns of $W_o$, so these columns are set to 0. (Switching off a part to find its effect is called **ablation**.) The
+# result is the share of the probability that moves to other next tokens, averaged over the places.
 
 # %%
 from dataclasses import replace
@@ -241,15 +242,16 @@ for axes, image, title in pictures:
 # %% [markdown]
 # <details><summary>Answer</summary>
 # No. Head 0 of block 3 spends 94 % of its attention on <code>&lt;bos&gt;</code>, but without this head only 3 % of the
-# probability moves. Head 4 of block 2 matters most, with 17 %. The value of <code>&lt;bos&gt;</code> is not small
-# here: its length is 4.85, and the other values have a mean of 4.75. But <code>&lt;bos&gt;</code> sees only itself, so
-# its value is the same vector in every text. Whatever this head adds tells the model next to nothing about the text.
+# probability moves. Head 4 of block 2 matters most, with 17 %. The value of <code>&lt;bos&gt;</code> is not small here:
+# its length is 4.85, and the other values have a mean of 4.75. But <code>&lt;bos&gt;</code> sees only itself, so its
+# value is the same vector in every text. So the vector that this head adds says almost nothing about the text.
 # </details>
 #
 # ## Exercise
 #
-# `repeat_kv` gives every query head its key head. The array has the axes (batch, kv_heads, keys, head_dim). Replace
-# the line that raises, run the cell, and read the result of the check.
+# `repeat_kv` repeats the key heads, so that every query head has its key head. The array `x` has the axes (batch,
+# kv_heads, keys, head_dim). In the next cell, replace the line `raise NotImplementedError`, run the cell, and read the
+# result of the check.
 
 # %%
 from refgemma.teach import exercises

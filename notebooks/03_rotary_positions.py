@@ -13,14 +13,14 @@
 # %% [markdown]
 # # 3. Rotary positions
 #
-# The attention of notebook 2 does not know the order of words: the product of a query and a key is the same at any
-# two places. Gemma encodes the order by *rotating* queries and keys by angles that depend on their places. This is
-# called **rotary position embedding**, RoPE. You need from notebook 2: *query*, *key*, *head*, *score* (their
-# product), *port* (a reimplementation of the model in another program).
+# The attention of notebook 2 does not know the order of words: the product of a query and a key is the same at any two
+# places in the text. Gemma encodes the order of words by *rotating* queries and keys by angles that depend on their
+# places. This is called **rotary position embedding**, RoPE. You need from notebook 2: *query*, *key*, *head*, *score*
+# (their product), *port* (a reimplementation of the model in another program).
 #
 # ![Drawing of the model: the rotation of queries and keys is lit](pictures/model-03.svg)
 #
-# Lit: the rotation of queries and keys.
+# The rotation of queries and keys is highlighted.
 
 # %%
 import numpy as np
@@ -38,7 +38,7 @@ head_dim, theta = config.head_dim, config.rope_theta
 # %% [markdown]
 # ## Rotating a pair
 #
-# Two numbers are a point in the plane. To rotate it by an angle $\varphi$:
+# Two numbers are a point in the plane. This formula rotates the point by an angle $\varphi$:
 #
 # $$(a, b) \mapsto (a \cos\varphi - b \sin\varphi, \; b \cos\varphi + a \sin\varphi)$$
 #
@@ -64,8 +64,8 @@ np.round(products, 4)
 # %% [markdown]
 # ## Many speeds
 #
-# A head of `head_dim` numbers has `head_dim / 2` pairs, and each rotates at its own speed. From one position to the
-# next, pair $i$ rotates by
+# The `head_dim` numbers of a head form `head_dim / 2` pairs, and each pair rotates at its own speed. From one position
+# to the next, pair $i$ rotates by
 #
 # $$\omega_i = \theta^{-2i / \mathrm{head\_dim}}, \qquad \theta = 10000$$
 #
@@ -85,15 +85,15 @@ _ = viz.rotary_phases(np.arange(200), head_dim, theta)
 # **Question.** The tiny model reads at most 320 tokens. Which rows of the picture are almost useless for it?
 #
 # <details><summary>Answer</summary>
-# The lower ones: over 320 tokens the last pair rotates by only 3 degrees. The network can still use these numbers for
+# The lower rows: over 320 tokens the last pair rotates by only 3 degrees. The network can still use these numbers for
 # information that does not depend on the place.
 # </details>
 #
 # ## The tables
 #
-# `ops.rotary_tables` returns cosines and sines for all positions at once. They have an axis of length 1, because all
-# heads rotate by the same angles. Every angle is in them twice, at $i$ and at $i + \mathrm{head\_dim}/2$; the next
-# section explains why. The last argument is an array that only sets the precision of the tables.
+# `ops.rotary_tables` returns cosines and sines for all positions at once. These two tables have an axis of length 1,
+# because all heads rotate by the same angles. Every angle is in them twice, at $i$ and at $i + \mathrm{head\_dim}/2$;
+# the next section explains why. The last argument is an array that only sets the precision of the tables.
 
 # %%
 positions = np.arange(12)[None]  # (batch, seq)
@@ -107,11 +107,13 @@ cos[0, 0, :3, [0, 1, 16, 17]].round(3)
 # ## Which numbers form a pair?
 #
 # The paper that proposed RoPE (Su et al. 2021) pairs neighbours: $(0, 1), (2, 3), \dots$ Gemma's weights were trained
-# with another choice: number $i$ is paired with number $i + \mathrm{head\_dim}/2$, one in each half.
+# with another choice: number $i$, in the first half, is paired with number $i + \mathrm{head\_dim}/2$, in the second
+# half.
 #
 # $$\mathrm{rotate}(x) = x \cdot \cos + (-x_{\text{second half}},\; x_{\text{first half}}) \cdot \sin$$
 #
-# Both choices are equally good if training and use agree. Confusing them is one of the most common mistakes in ports.
+# Both choices are equally good, if the model is used with the same choice as in training. Confusing the two choices is
+# one of the most common mistakes in ports.
 
 # %%
 x = np.random.default_rng(0).standard_normal((1, 1, 12, head_dim)).astype(np.float32)
@@ -126,7 +128,7 @@ assert np.array_equal(rotated, by_hand)
 # %% [markdown]
 # ## The score depends on the distance
 #
-# Take one query and one key, put them at all places, and look at the score. Along a diagonal the distance is
+# The next cell puts one query and one key at all places, and computes the scores. Along a diagonal the distance is
 # constant, and so is the score.
 
 # %%
@@ -148,16 +150,17 @@ _ = right.set_title("the same by distance")
 # **Question.** Must the score decrease with the distance?
 #
 # <details><summary>Answer</summary>
-# No. The query and the key determine how it depends on the distance. In notebook 2 there is a head that looks one
-# token back: its queries and keys fit best at distance 1.
+# No. The query and the key determine how it depends on the distance. Notebook 2 showed a head that looks one token
+# back: its queries and keys fit best at distance 1.
 # </details>
 #
 # ## Why the angles are float32 in every model
 #
-# Models compute with numbers of 16 bits (*half precision*, notebook 7). Gemma's format, *bfloat16*, has 8 bits for
-# the digits of a number. At position 8000 an angle is as large as 8000, and only its place within one turn matters. 8
-# bits cannot distinguish 8000 from 8015, which is more than two turns further. So the angles are always computed with
-# the 24 bits of float32. In the code, `bf16` rounds to bfloat16, and `wide` converts the result to an ordinary array.
+# Models compute with numbers of 16 bits (*half precision*, notebook 7). Gemma's format, *bfloat16*, has 8 bits for the
+# digits of a number. At position 8000 the angle of the first pair is 8000 radians, and only its remainder after full
+# turns matters. 8 bits cannot distinguish 8000 from 8015, which is more than two turns further. So the angles are
+# always computed with the 24 bits of float32. In the code, `bf16` rounds to bfloat16, and `wide` converts the result to
+# an ordinary array.
 
 # %%
 far = np.arange(7900, 8000)
@@ -176,20 +179,20 @@ axes.legend(loc="upper right")
 np.abs(in_float32 - exact).max(), np.abs(in_bfloat16 - exact).max()
 
 # %% [markdown]
-# **Question.** The angles of the fastest pair are whole numbers. What is the error of the other angles in float32, at
-# position 8000?
+# **Question.** The angles of the fastest pair are whole numbers, which float32 holds exactly. What is the error of the
+# other angles in float32, at position 8000?
 #
 # <details><summary>Answer</summary>
 # The speed itself is rounded, by up to 6e-8 of its value (half the distance between two float32 numbers near 1). The
-# error of the angle is 8000 times as large: about 8000 · 6e-8, or half a thousandth. Two programs that compute the
-# speeds in a different order differ by that much. This is why <code>ops.rotary_tables</code> has an unusual formula:
-# it agrees with PyTorch to the last bit.
+# error of the angle is 8000 times as large: about 8000 · 6e-8, or half a thousandth. If two programs compute the speeds
+# in different ways, their angles differ by that much. This is why <code>ops.rotary_tables</code> has an unusual
+# formula: its speeds agree with PyTorch's to the last bit.
 # </details>
 #
 # ## Exercise
 #
-# `rotate` rotates all pairs of a head. The tables have every angle twice, as above. Replace the line that raises, run
-# the cell, and read the result of the check.
+# `rotate` rotates all pairs of a head. The tables have every angle twice, as above. In the next cell, replace the line
+# `raise NotImplementedError`, run the cell, and read the result of the check.
 
 # %%
 from refgemma.teach import exercises

@@ -13,12 +13,13 @@
 # %% [markdown]
 # # 4. The two soft caps and their purpose
 #
-# Gemma 2 limits two kinds of numbers smoothly: the scores of attention to 50, and the logits to 30. Few other models
-# do this. You need from notebooks 1 and 2: *logits* and *softmax*, *slope*, attention *scores* and *mask*.
+# Gemma 2 limits two kinds of numbers smoothly. The scores of attention stay between −50 and 50, and the logits stay
+# between −30 and 30. Few other models do this. You need from notebooks 1 and 2: *logits* and *softmax*, *slope*,
+# attention *scores* and *mask*.
 #
 # ![Drawing of the model: the cap of 50 on scores and the cap of 30 on logits are lit](pictures/model-04.svg)
 #
-# Lit: the two soft caps.
+# The two soft caps are highlighted.
 
 # %%
 import numpy as np
@@ -37,10 +38,10 @@ config.attn_logit_softcapping, config.final_logit_softcapping
 #
 # $$\mathrm{softcap}(x) = c \, \tanh(x / c)$$
 #
-# The hyperbolic tangent goes from −1 to 1 and is steep in the middle. So small numbers pass nearly unchanged, and
-# large ones come close to $\pm c$ but never beyond. Cutting off at $c$ would also limit the numbers. But then all
+# The hyperbolic tangent goes from −1 to 1 and is steep in the middle. So small numbers pass nearly unchanged, and large
+# ones come close to $\pm c$ but never beyond. Cutting off all numbers at $c$ would also limit them. But then all
 # numbers beyond $c$ would become equal, and training could not change them, because the slope there is 0. The picture
-# shows the two caps of Gemma 2. In Jupyter, a slider below it replaces 50 by other caps.
+# shows the two caps of Gemma 2. In Jupyter, a slider below the picture replaces 50 by other caps.
 
 # %%
 x = np.array([0.5, 5.0, 25.0, 50.0, 100.0, 400.0])
@@ -54,15 +55,15 @@ dict(zip(x.tolist(), bent.round(3).tolist(), strict=True))
 # **Question.** At which $x$ does the cap reduce the number by 1 %? Use $\tanh(t) \approx t - t^3/3$.
 #
 # <details><summary>Answer</summary>
-# Where (x/c)²/3 = 0.01, so x = 0.17 c: at 8.7 for the scores and 5.2 for the logits. The caps also change ordinary
-# numbers, but only a little.
+# At the number x for which (x/c)²/3 = 0.01, so at x = 0.17 c: at 8.7 for the scores and 5.2 for the logits. The caps
+# also change ordinary numbers, but only a little.
 # </details>
 #
 # ## The slope
 #
-# The slope is important for training. Training starts from the error of an answer and goes back through the model,
-# part by part, to find the influence of each number. At each part it multiplies by the slope there (the *chain
-# rule*). If a slope is 0, the product is 0, and no earlier part learns anything.
+# The slope is important for training. To find the influence of each number, training starts from the error of an answer
+# and goes back through the model, part by part. At each part, it multiplies by the slope of that part (the *chain
+# rule*). If a slope is 0, the product is 0, and the earlier parts learn nothing.
 #
 # $$\frac{d}{dx}\, c \tanh(x/c) = 1 - \tanh^2(x/c)$$
 #
@@ -85,7 +86,7 @@ _ = axes.legend()
 # %% [markdown]
 # ## The effect of the caps in this model
 #
-# The tiny model has the caps of the released models. How large are its scores?
+# The tiny model has the same caps as the released models. How large are its scores?
 
 # %%
 text = "There was once a little princess who lived in a great castle by the sea."
@@ -105,8 +106,8 @@ right.set(xlabel="score before the cap", ylabel="reduction")
 _ = right.set_title("reduction by the cap")
 
 # %% [markdown]
-# Which head is that? The next picture shows the head with the largest score of all, the sink of notebook 2. Orange
-# dots show how much the cap subtracts, for the keys that each query may see.
+# Which head has the large scores? The next picture shows the head with the largest score of all, the sink of
+# notebook 2. Orange dots show how much the cap subtracts, for each query and each key that it may see.
 
 # %%
 scores = np.stack([layer.attention.scores[0] for layer in run.layers])
@@ -121,9 +122,9 @@ title = f"block {block}, head {head}"
 _ = viz.attention_map(looking.probs[0, head], tokens, title=title, taken=taken)
 
 # %% [markdown]
-# A cap can be removed in the configuration. So we can run the model without caps and compare the answers. No score
-# here reaches half of its cap, and yet the probabilities change: the cap takes more from a large logit than from a
-# smaller one, so the most likely token becomes less likely.
+# A cap can be removed in the configuration. So we can run the model without caps and compare the answers. No score here
+# reaches half of its cap, but the probabilities still change. The cap takes more from a large logit than from a smaller
+# one, so the most likely token becomes less likely.
 
 # %%
 without = config.changed(attn_logit_softcapping=None, final_logit_softcapping=None)
@@ -142,9 +143,9 @@ for token in best:
 # **Question.** Can the final cap change which token is the most likely?
 #
 # <details><summary>Answer</summary>
-# Not in exact arithmetic: the curve always rises, so the order stays. Tests that only look at the most likely token
-# therefore do not notice a missing final cap; tests of the probabilities do. In half precision (numbers of 16 bits,
-# notebook 7) two large logits may be rounded to the same number.
+# Not in exact arithmetic: the curve always rises, so the logits keep their order. Therefore a test that looks only at
+# the most likely token does not notice a missing final cap. A test of the probabilities notices it. In half precision
+# (numbers of 16 bits, notebook 7) two large logits may be rounded to the same number.
 # </details>
 #
 # ## No probability reaches 1
@@ -170,7 +171,8 @@ axes.set_title("how sure the model can be")
 _ = axes.legend()
 
 # %% [markdown]
-# **Question.** A cap of 30 is not a limit in practice. What would a cap of 5 do with a vocabulary of 256000?
+# **Question.** In practice, a cap of 30 does not limit the probabilities. What would a cap of 5 do with a vocabulary of
+# 256000 tokens?
 #
 # <details><summary>Answer</summary>
 # No probability could exceed 8 %, so the model could never be sure. The smallest model in refgemma's tests,
@@ -201,8 +203,8 @@ _ = viz.attention_map(
 )
 
 # %% [markdown]
-# **Question.** With the released cap of 50, how much leaks from one masked key if the best visible score is 0? Would
-# a test with a tolerance of 1e-5 find it?
+# **Question.** Suppose that the mask comes first, with the released cap of 50, and the best visible score is 0. How
+# much does one masked key leak? Would a test with a tolerance of 1e-5 find this leak?
 #
 # <details><summary>Answer</summary>
 # e^-50, about 2e-22: such a test would not find it. The leak is visible only if all visible scores are near −50, or
@@ -211,7 +213,8 @@ _ = viz.attention_map(
 #
 # ## Exercises
 #
-# Write `soft_cap` from the formula. Replace the line that raises, run the cell, and read the result of the check.
+# Write `soft_cap` from the formula. In the next cell, replace the line `raise NotImplementedError`, run the cell, and
+# read the result of the check.
 
 # %%
 from refgemma.teach import exercises

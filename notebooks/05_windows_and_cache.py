@@ -13,14 +13,14 @@
 # %% [markdown]
 # # 5. Sliding windows and the cache
 #
-# Attention compares every token with every earlier token, which is expensive for long texts. Gemma 2 reduces the cost
-# in two ways: every second layer looks only a short way back, and results for earlier tokens are kept. You need from
-# notebook 2: *query*, *key*, *value* and their *heads*, the *causal mask* (a token sees its own place and earlier
+# Attention compares every token with every earlier token, which is expensive for long texts. Two methods reduce the
+# cost in Gemma 2: every second layer looks back only a short way, and results for earlier tokens are kept. You need
+# from notebook 2: *query*, *key*, *value* and their *heads*, the *causal mask* (a token sees its own place and earlier
 # places), *port* (a reimplementation of the model in another program).
 #
 # ![Drawing of the model: the two masks and the alternating blocks are lit](pictures/model-05.svg)
 #
-# Lit: the masks, and the blocks that have them in turn.
+# The two masks are highlighted, and the blocks, which use the two masks in turn.
 
 # %%
 import numpy as np
@@ -37,12 +37,13 @@ config.sliding_window, config.layer_types
 # %% [markdown]
 # ## Two kinds of layers
 #
-# A **full** layer sees all keys so far. A **sliding** layer sees the last `window` keys, its own included:
+# In a **full** layer, a token sees all keys up to its own place. In a **sliding** layer, it sees only the last `window`
+# of these keys, including its own key:
 #
 # $$\text{full: } j \le i \qquad\qquad \text{sliding: } i - \mathrm{window} < j \le i$$
 #
 # The two kinds alternate, and a sliding layer comes first. The window is 4096 tokens in the released models and 64 in
-# the tiny one. (Only their attention differs; all other parts of the two kinds of layers, or blocks, are the same.)
+# the tiny one. (The two kinds of layers, or blocks, differ only in attention; all other parts are the same.)
 
 # %%
 places = np.arange(12)
@@ -60,15 +61,15 @@ _ = viz.mask_picture(sliding, places, places, "sliding layer, window 4", axes=ri
 #
 # <details><summary>Answer</summary>
 # Place 2: three in both, because the window is not full yet. Place 9: ten in the full layer, and four in the sliding
-# one. A text shorter than the window cannot reveal a mistake in it. Several programs therefore passed their tests
-# although they had no sliding layers at all.
+# one. A text shorter than the window cannot reveal a mistake in the window. Therefore several programs passed their
+# tests although they had no sliding layers at all.
 # </details>
 #
 # ## How far information travels
 #
-# A token that a sliding layer cannot see is not lost, because an earlier layer may have passed its information on.
-# After two sliding layers, information can come from up to $2 (\mathrm{window} - 1)$ places back. A full layer
-# reaches every earlier place.
+# If a sliding layer cannot see a token, the token's information is not lost. An earlier layer may have passed this
+# information to a token that the sliding layer sees. After two sliding layers, information can come from up to
+# $2 (\mathrm{window} - 1)$ places back. A full layer reaches every earlier place.
 
 
 # %%
@@ -91,10 +92,11 @@ for count, axes in enumerate(panels, start=1):
 # %% [markdown]
 # ## One token at a time
 #
-# To write a text, the model predicts the next token, appends it, and repeats this. Results for earlier tokens do not
-# change, because these cannot see the new token. So their keys and values are kept in the **cache**, and each step
-# computes only one token. The given text that the model continues is the **prompt**. Reading the whole prompt at once
-# is called **prefill**; continuing by single tokens is called **decoding**.
+# To write a text, the model predicts the next token, appends it to the text, and repeats these two steps. The results
+# for earlier tokens do not change, because an earlier token cannot see the new token. So the keys and values of earlier
+# tokens are kept in the **cache**, and each step computes only one token. The text that the model continues is the
+# **prompt**. Reading the whole prompt at once is called **prefill**; continuing by single tokens is called
+# **decoding**.
 #
 # $$k_{\text{all}} = [\,k_{\text{cache}},\; k_{\text{new}}\,] \qquad v_{\text{all}} = [\,v_{\text{cache}},\;
 # v_{\text{new}}\,]$$
@@ -116,8 +118,8 @@ assert in_steps.shape == whole.logits.shape == (1, 90, config.vocab_size)
 float(np.abs(in_steps - whole.logits).max())
 
 # %% [markdown]
-# The two agree up to rounding. The last digits differ because sums of different lengths are computed in a different
-# order.
+# The two agree up to rounding. Their last digits differ, because the computer adds the terms of a sum in another order
+# if the arrays have other lengths.
 #
 # **Question.** Why are queries not kept?
 #
@@ -127,8 +129,9 @@ float(np.abs(in_steps - whole.logits).max())
 #
 # ## The cache of a sliding layer
 #
-# A sliding layer need not keep keys that no later query can see. The next query, at place $i$, sees the keys from $i
-# - \mathrm{window} + 1$ to $i$. Its own token adds the last of these. So `window - 1` keys are enough, 63 here.
+# A sliding layer need not keep a key that no later query can see. The next query, at place $i$, sees the keys from
+# $i - \mathrm{window} + 1$ to $i$. The key at place $i$ comes from the query's own token, not from the cache. So
+# `window - 1` keys are enough, 63 here.
 
 # %%
 for number, layer in enumerate(cache):
@@ -140,8 +143,9 @@ for number, layer in enumerate(cache):
     print(f"layer {number} ({kind:7s}): {places}, {kept} keys")
 
 # %% [markdown]
-# What goes wrong with one key fewer? Only the oldest key of the window is missing, in every second layer. Try it: a
-# model with a window of 63 keeps 62 keys. Its logits differ from the 64th token on, but not before.
+# What goes wrong if one key fewer is kept? Only the oldest key of the window is missing, in every second layer. The
+# next cell tries it: a model with a window of 63 keeps 62 keys. Its logits differ from the 64th token on, but not
+# before.
 
 # %%
 short = refgemma.forward([ids], weights, config.changed(sliding_window=63))
@@ -166,9 +170,9 @@ _ = axes.legend()
 #
 # ## The cost of the cache
 #
-# For each kept token, each layer and each key/value head, the cache holds keys and values (the first 2 in the
-# formula) of `head_dim` numbers with 2 bytes each (the second 2). Such numbers are called bfloat16 (notebook 7). The
-# configurations of the released models are in the package, as *presets*.
+# For each kept token, each layer and each key/value head, the cache holds a key and a value (the first 2 in the
+# formula). Each of them has `head_dim` numbers of 2 bytes (the second 2). Gemma's numbers of 2 bytes are called
+# bfloat16 (notebook 7). The configurations of the released models are in the package, as *presets*.
 #
 # $$\text{bytes} = 2 \cdot 2 \cdot \mathrm{kv\_heads} \cdot \mathrm{head\_dim} \cdot \sum_{\text{layers}} \text{tokens
 # kept}$$
@@ -195,8 +199,8 @@ axes.set(xlabel="tokens", ylabel="GiB", title="cache of the 9B, one text, bfloat
 _ = axes.legend()
 
 # %% [markdown]
-# **Question.** At 8192 tokens, the longest text that Gemma 2 was designed for, how much memory do the windows save?
-# Why not half?
+# **Question.** Gemma 2 was designed for texts of up to 8192 tokens. At this length, how much memory do the windows
+# save? Why not half?
 #
 # <details><summary>Answer</summary>
 # A quarter: half of the layers keep half of the tokens. The saving would approach one half for texts much longer than
@@ -205,8 +209,9 @@ _ = axes.legend()
 #
 # ## Exercise
 #
-# `sliding_mask` takes the places of queries and of keys, which need not be the same. It returns true where a query
-# may look. Replace the line that raises, run the cell, and read the result of the check.
+# `sliding_mask` takes the places of queries and the places of keys, which can be different. It returns an array that is
+# true where a query may see a key. In the next cell, replace the line `raise NotImplementedError`, run the cell, and
+# read the result of the check.
 
 # %%
 from refgemma.teach import exercises

@@ -13,14 +13,14 @@
 # %% [markdown]
 # # 6. Norms, the unit offset, and the embedding scale
 #
-# In a deep network (one with many blocks) numbers drift: each block adds to the stream, and products grow. Norms
-# bring them back to a standard size. Gemma 2 has more norms than most models, and stores their weights in an unusual
-# way. You need from notebook 1: *residual stream*, *block*, *embedding*, *logits*, *training*; and from notebook 2
-# the word *port* (a reimplementation of the model in another program).
+# In a deep network (a network of many blocks), numbers change their size: each block adds to the stream, and products
+# grow. Norms bring vectors back to a standard size. Gemma 2 has more norms than most models, and stores their weights
+# in an unusual way. You need from notebook 1: *residual stream*, *block*, *embedding*, *logits*, *training*; and from
+# notebook 2 the word *port* (a reimplementation of the model in another program).
 #
 # ![Drawing of the model: the norms, the stream and the embedding are lit](pictures/model-06.svg)
 #
-# Lit: the norms, the stream and the embedding, whose sizes this notebook follows.
+# The norms, the stream and the embedding are highlighted. This notebook measures the sizes of their vectors.
 
 # %%
 import numpy as np
@@ -40,13 +40,13 @@ run = refgemma.forward([ids], weights, config)
 # %% [markdown]
 # ## The norm
 #
-# The **root mean square** (RMS) of a vector measures the size of its numbers. RMSNorm divides by it, and then
-# multiplies every column by a learned factor:
+# The **root mean square** (RMS) of a vector measures the size of its numbers. The norm of Gemma, RMSNorm, divides a
+# vector by its RMS, and then multiplies every column by a learned factor:
 #
 # $$y = \frac{x}{\sqrt{\mathrm{mean}(x^2) + \epsilon}} \cdot (1 + w)$$
 #
-# $\epsilon$, a millionth, prevents a division by zero for a vector of zeros. The older LayerNorm also subtracts the
-# mean; RMSNorm does not, and works equally well.
+# The constant $\epsilon$ is a millionth; it prevents a division by zero if the vector is zero. The older LayerNorm also
+# subtracts the mean. RMSNorm does not subtract the mean, and works equally well.
 
 # %%
 x = run.layers[0].middle
@@ -59,7 +59,8 @@ viz.root_mean_square(x).round(3), viz.root_mean_square(y).round(3)
 
 # %% [markdown]
 # Before the factors, the output has the size 1 for an input of any usual size. If $x$ is a thousand times larger, the
-# output is the same. If $x$ is a thousand times smaller, $\epsilon$ is no longer small compared with its square.
+# output is the same. If $x$ is a thousand times smaller, $\epsilon$ is no longer small compared with $x^2$, so the
+# output is smaller than 1.
 
 # %%
 factors = 10.0 ** np.arange(-7, 4)
@@ -80,15 +81,15 @@ _ = axes.legend()
 # the mistake visible?
 #
 # <details><summary>Answer</summary>
-# Only for tiny ones: at size 0.001 the right norm gives 0.71, and the wrong one 0.999. For ordinary inputs the
-# difference is in the seventh digit. Test with inputs for which the feature matters.
+# Only for tiny inputs: at size 0.001 the right norm gives 0.71, and the wrong one 0.999. For ordinary inputs the
+# difference is in the seventh digit. So test each feature with inputs for which it matters.
 # </details>
 #
 # ## The unit offset
 #
-# Most models multiply by $w$, which starts at 1. Gemma multiplies by $1 + w$, and $w$ starts at 0. During training,
-# weights are pulled towards 0 a little (*weight decay*). With Gemma's formula, 0 means a factor of 1. In a port that
-# multiplies by $w$, all norms are wrong.
+# Most models multiply by $w$, which starts at 1. Gemma multiplies by $1 + w$, and $w$ starts at 0. In training, each
+# step pulls the weights a little towards 0 (*weight decay*). With Gemma's formula, a weight of 0 means a factor of 1.
+# In a port that multiplies by $w$, all norms are wrong.
 
 # %%
 names = ["input_layernorm", "post_attention_layernorm"]
@@ -106,15 +107,15 @@ _ = all_axes[0].set_ylabel("factor 1 + w")
 # %% [markdown]
 # ## Four norms per block
 #
-# Older models apply a norm to the *input* of each half of a block. Gemma 2 also applies one to its *output*, before
-# the output is added:
+# Older models apply a norm to the *input* of each half of a block. Gemma 2 also applies a norm to the *output* of each
+# half, before the output is added to the stream:
 #
 # $$h' = h + \mathrm{norm}_2(\mathrm{attention}(\mathrm{norm}_1(h))) \qquad h'' = h' +
 # \mathrm{norm}_4(\mathrm{feedforward}(\mathrm{norm}_3(h')))$$
 #
-# One name is misleading: `post_attention_layernorm` is norm 2 in Gemma 2. In Llama, another similar family of models,
-# the norm of that name is at the place of norm 3. The picture shows the inputs and outputs of both halves in each
-# block, for the last token.
+# One name is misleading: `post_attention_layernorm` is norm 2 in Gemma 2. In Llama, a similar family of models, the
+# norm with this name is at the place of norm 3. The picture shows the inputs and outputs of both halves in each block,
+# for the last token.
 
 # %%
 vectors = [[getattr(b, name)[0, -1] for name in names] for b in run.layers]
@@ -135,15 +136,16 @@ _ = axes.legend(fontsize=8)
 # for the last blocks?
 #
 # <details><summary>Answer</summary>
-# They turn the stream less: the first block turns the last token's stream by 55 degrees, the last block by 12. (Not
-# each block turns it less than the one before: the angles are 55, 21, 25, 12, 19 and 12.) This is one reason why late
-# blocks of deep models can often be removed with little harm (Gromov et al. 2024).
+# They turn the stream less: the first block turns the last token's stream by 55 degrees, the last block by 12. (The
+# angle does not decrease at every block: the angles are 55, 21, 25, 12, 19 and 12.) This is one reason why late blocks
+# of deep models can often be removed with little harm (Gromov et al. 2024).
 # </details>
 #
 # ## One column as a volume control
 #
-# In block 1 the factors after attention are about 0.9, but the result has the size 0.5. The norm divides by the size of
-# the *whole* vector. If one number is huge, all others become small. Look at the output of attention before the norm.
+# In block 1 the factors after attention are about 0.9, but the result has the size 0.5. The reason: the norm divides by
+# the size of the *whole* vector, so if one number is huge, all other numbers become small. The next cell shows the
+# output of attention before the norm.
 
 # %%
 # The last token, before norm 2.
@@ -164,27 +166,28 @@ for number, b in enumerate(run.layers):
     print(f"block {number}: the largest number of each token is in column", *largest)
 
 # %% [markdown]
-# **Question.** Column 53 of block 1 has the largest number for *every* token, but the smallest factor. What does it do?
+# **Question.** Column 53 of block 1 has the largest number for *every* token, but the smallest factor. What is the
+# purpose of this column?
 #
 # <details><summary>Answer</summary>
-# It is a volume control. The larger this number, the smaller all other columns become after the division. The factor
-# 0.09 then removes most of the number itself. A head can so make the whole addition of attention quieter: for the last
-# token to half the size. A box plot that leaves out the outliers, like the one above, hides this. The number is
-# largest for <code>&lt;bos&gt;</code> (74). In large models, huge numbers in a few fixed columns are in the stream
-# itself, most of them at the first token; they are called <b>massive activations</b> (Sun et al. 2024). Here norm 2
-# stops them before the stream. They also make numbers harder to store with few bits, because the scale must fit the
-# largest one.
+# It is a volume control. The larger the number in this column, the smaller all other columns become after the division.
+# The factor 0.09 then removes most of the number itself. In this way, a head can reduce the whole vector that attention
+# adds: for the last token to half the size. The box plot above leaves out the outliers, so it does not show this
+# factor. The number is largest for <code>&lt;bos&gt;</code> (74). Large models have huge numbers in a few fixed columns
+# of the stream itself, most of them at the first token. These are called <b>massive activations</b> (Sun et al. 2024).
+# Here norm 2 stops them before the stream. If a model is stored with few bits, huge numbers are a problem, because the
+# scale must fit the largest number.
 # </details>
 #
 # ## The embedding scale
 #
-# The rows of the embedding table are short vectors, and the head uses them too (notebook 1). For the blocks they are
-# scaled up:
+# The rows of the embedding table are short vectors, and the head uses them too (notebook 1). Before the first block,
+# Gemma scales them up:
 #
 # $$h_0 = \sqrt{\mathrm{hidden}} \; E[\mathrm{id}]$$
 #
-# Norms remove any scale, so does it matter? It does: the vectors that blocks *add* have a fixed size. Without the
-# factor, the first additions would be much larger than the token's own vector.
+# Norms remove any scale, so does this factor matter? It does, because the vectors that blocks *add* have a fixed size.
+# Without the factor, the first additions would be much larger than the token's own vector.
 
 # %%
 scaled = weights.embed_tokens[ids] * np.float32(np.sqrt(config.hidden_size))
@@ -201,9 +204,9 @@ _ = viz.most_likely_tokens(
 )
 
 # %% [markdown]
-# In a model that computes in bfloat16 (numbers of 16 bits, notebook 7), the factor itself is first rounded to
-# bfloat16. The 9B multiplies by 59.75 and not by $\sqrt{3584} = 59.866\dots$ This changes all later results by 0.2 %,
-# and is part of the released model.
+# In a model that computes in bfloat16 (numbers of 16 bits, notebook 7), the factor itself is first rounded to bfloat16.
+# The 9B multiplies by 59.75 and not by $\sqrt{3584} = 59.866\dots$ This changes all later results by 0.2 %, but this
+# rounding is part of the released model.
 
 # %%
 for name in ("2b", "9b", "27b"):
@@ -220,10 +223,10 @@ for name in ("2b", "9b", "27b"):
 #
 # ## Exercise
 #
-# Write `rms_norm` from the formula. The check runs it in float32 and in bfloat16. For bfloat16, compute with
-# `wide(x)` (the same numbers as float32) and return `narrow(result, like=x)` (rounded to the precision of `x`). Both
-# functions are in `refgemma`; notebook 7 explains them. Replace the line that raises, run the cell, and read the
-# result of the check.
+# Write `rms_norm` from the formula. The check runs it in float32 and in bfloat16. For bfloat16, compute with `wide(x)`
+# (the same numbers as float32) and return `narrow(result, like=x)` (rounded to the precision of `x`). Both functions
+# are in `refgemma`; notebook 7 explains them. In the next cell, replace the line `raise NotImplementedError`, run the
+# cell, and read the result of the check.
 
 # %%
 from refgemma.teach import exercises

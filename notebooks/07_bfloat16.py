@@ -13,14 +13,14 @@
 # %% [markdown]
 # # 7. bfloat16: where numbers are rounded, and the cost
 #
-# Models are stored and run with 16 bits per number, to save memory. This notebook shows the effect on the numbers,
-# and the places where the model rounds. You need from notebook 1: *block*, *residual stream*, *logits*; from notebook
-# 2 *port* (a reimplementation of the model in another program); from notebook 6 the *norm* and its factor $1 + w$.
-# PyTorch is the library that usually runs the model.
+# Models are stored and run with 16 bits per number, to save memory. This notebook shows how 16 bits change the numbers,
+# and where the model rounds. You need from notebook 1: *block*, *residual stream*, *logits*; from notebook 2 *port* (a
+# reimplementation of the model in another program); from notebook 6 the *norm* and its factor $1 + w$. PyTorch is the
+# library that usually runs the model.
 #
 # ![Drawing of the model: the norms, the rotation and the softmax are lit](pictures/model-07.svg)
 #
-# Lit: the parts that compute in float32 inside a bfloat16 model.
+# The parts that compute in float32 inside a bfloat16 model are highlighted.
 
 # %%
 import numpy as np
@@ -38,13 +38,14 @@ tokenizer = models["float32"].tokenizer
 # %% [markdown]
 # ## The format
 #
-# A floating-point number is a sign, a power of two (its *exponent*), and digits (its *significand*). **float32** has
-# 8 bits for the power and 24 for the digits (one of them is always 1 and not stored). **bfloat16** is its upper half:
-# the same 8 bits for the power, and 8 bits for the digits. (The *b* stands for the group that invented it, Google
-# Brain.) **float16** has 5 and 11 bits: more digits, but no numbers above 65504. These two are called *half
-# precision*. The distance from a number to the next one is called an **ulp** (*unit in the last place*): at 1.0 it is
-# $2^{-7}$ in bfloat16, $2^{-10}$ in float16 and $2^{-23}$ in float32. In the code, `bf16` and `f16` round to these
-# formats, and `wide` returns the result as ordinary float32 numbers.
+# A floating-point number is a sign, a power of two (its *exponent*), and digits (its *significand*). **float32** has 8
+# bits for the exponent and 24 for the significand. (The first of the 24 is always 1, so it is not stored.) **bfloat16**
+# is the upper half of a float32: the same 8 bits for the exponent, but only 8 bits for the significand. (The *b* stands
+# for the group that invented the format, Google Brain.) **float16** has 5 bits for the exponent and 11 for the
+# significand: more digits, but no numbers above 65504. bfloat16 and float16 are called *half precision*. The distance
+# from a number to the next one is called an **ulp** (*unit in the last place*): at 1.0 it is $2^{-7}$ in bfloat16,
+# $2^{-10}$ in float16 and $2^{-23}$ in float32. In the code, `bf16` and `f16` round to these formats, and `wide`
+# returns the result as ordinary float32 numbers.
 
 
 # %%
@@ -62,9 +63,9 @@ bf16(1 + 2**-7), bf16(1 + 2**-9)  # an ulp counts, a quarter of an ulp does not
 # %% [markdown]
 # ## Rounding
 #
-# A result between two bfloat16 numbers is **rounded** to the nearer one. If both are equally near, it is rounded to
-# the one whose last bit is 0 (*ties to even*). So the **relative error**, the error divided by the number, is at most
-# half an ulp, $2^{-8}$ in bfloat16:
+# A result between two bfloat16 numbers is **rounded** to the nearer of the two. If both are equally near, the result is
+# rounded to the number whose last bit is 0 (*ties to even*). So the **relative error**, the error divided by the
+# number, is at most half an ulp, $2^{-8}$ in bfloat16:
 #
 # $$|\mathrm{round}(x) - x| \le 2^{-8}\, |x|$$
 
@@ -82,18 +83,20 @@ axes.set_title("rounding: worst just above a power of two")
 _ = axes.legend()
 
 # %% [markdown]
-# **Question.** How much is `bf16(256) + bf16(1)`, and why? What follows for adding 300 ones one after another?
+# **Question.** What is `bf16(256) + bf16(1)`, and why? What happens if you add 300 ones, one after another, in
+# bfloat16?
 #
 # <details><summary>Answer</summary>
-# 256: the next bfloat16 number is 258, and 257 is in the middle, a tie that is rounded to the even one. Adding ones
-# never exceeds 256. So sums are computed in float32, and only the result is rounded.
+# 256: the next bfloat16 number is 258, and 257 is in the middle, so it is rounded to the number whose last bit is 0. If
+# you add ones, the sum never exceeds 256. Therefore sums are computed in float32, and only their result is rounded.
 # </details>
 #
 # ## One kernel, one rounding
 #
-# A **kernel** is one operation that PyTorch starts: a product of matrices, a sum, a tanh. It reads bfloat16 numbers,
-# computes in float32 and rounds its result once. refgemma follows this rule: a `BF16` array rounds the result of
-# every NumPy operation. Two operations round twice, which can differ from rounding once at the end:
+# A **kernel** is one operation that PyTorch starts: a product of matrices, a sum, a tanh. In a bfloat16 model, a kernel
+# reads bfloat16 numbers, computes in float32 and rounds its result once. refgemma follows this rule: a `BF16` array
+# rounds the result of every NumPy operation. Two operations round twice. The result can differ from a result that is
+# rounded once at the end:
 #
 # $$\mathrm{round}(\mathrm{round}(a \cdot b) + c) \ne \mathrm{round}(a \cdot b + c)$$
 
@@ -112,7 +115,8 @@ print(f"{np.mean(twice != once):.0%} of the results differ")
 #
 # `wide(x)` converts to float32 (PyTorch's `x.float()`), and `narrow(y, like=x)` rounds back to 16 bits. Gemma's norm
 # computes every step in float32 and rounds once. Llama, a similar model, rounds before it multiplies by the weight.
-# With the same weights this gives different numbers. Let $\hat x$ be the vector divided by its root mean square:
+# With the same weights, the two ways give different numbers. In the formulas, $\hat x$ is the vector divided by its
+# root mean square:
 #
 # $$\text{Gemma: } \mathrm{round}\big(\hat x\,(1 + w)\big) \qquad \text{Llama's way: }
 # \mathrm{round}\big(\mathrm{round}(\hat x) \cdot \mathrm{round}(1 + w)\big)$$
@@ -132,17 +136,17 @@ assert right.shape == early.shape == x.shape and isinstance(right, refgemma.BF16
 print(f"{np.mean(right != early):.0%} of the elements differ")
 
 # %% [markdown]
-# **Question.** By how many ulps do they differ? Is one of them more exact?
+# **Question.** By how many ulps do the two results differ? Is one of them more exact?
 #
 # <details><summary>Answer</summary>
 # By one, rarely by two. Gemma's norm is more exact on average, because it rounds once (its mean error is 0.6 of the
-# other's). But exactness is not the
-# point: the weights were trained with only one of the two, and other programs compute that one.
+# other's). But it is more important to compute the same norm as in training, and as other programs do.
 # </details>
 #
 # ## How errors grow
 #
-# Run the same tokens in four precisions, and compare the residual stream with that of float64 after each block.
+# The next cell runs the same tokens in four precisions. It compares the residual stream after each block with the
+# stream in float64.
 
 # %%
 text = "There was once a little princess who lived in a great castle by the sea."
@@ -156,8 +160,9 @@ assert all(run.logits.shape == exact.logits.shape for run in runs.values())
 _ = viz.rounding_growth(runs, exact)
 
 # %% [markdown]
-# **Question.** float32 has 16 more bits for digits than bfloat16. How far apart should the two curves be? Does the
-# picture agree? Compute the quotient, and compare one matrix product in both precisions.
+# **Question.** float32 has 16 more bits for the significand than bfloat16. How far apart should the two curves be? Does
+# the picture agree? The next cell computes the quotient of the two curves. It also computes the error of one matrix
+# product in float32, and the error that a single rounding would make.
 
 # %%
 depths = viz.residual_streams(exact)
@@ -178,18 +183,18 @@ print(f"rounded once, from the exact sum:   {rounded_once:.1e}")
 
 # %% [markdown]
 # <details><summary>Answer</summary>
-# If every operation rounded once, the quotient would be about 2 to the 16, or 65536. After the embedding, which is one
-# product, it is about 50000. But after the first block it is only about 15000. In bfloat16 a kernel sums in float32
-# and rounds <b>once</b>, at the end. In float32 it also sums in float32, so it rounds <b>after every addition</b>: the
-# sum of 234 products has several times the error of a single rounding. bfloat16 loses digits only at the end of a
-# kernel; float32 loses them inside it too.
+# If every operation rounded once, the quotient would be about 2 to the power of 16, or 65536. After the embedding,
+# which is one product, it is about 50000. But after the first block it is only about 15000. In bfloat16 a kernel sums
+# in float32 and rounds <b>once</b>, at the end. In float32, the kernel also sums in float32, so it rounds <b>after
+# every addition</b>: the sum of 234 products has several times the error of a single rounding. A bfloat16 kernel loses
+# digits almost only at its end; a float32 kernel loses digits at every addition.
 # </details>
 #
 # ## The cost of rounding
 #
-# Does a reader notice the errors? Compare the probabilities of the next token, and the most likely token, at every
-# place of the text. The **loss** is the mean of $-\log p$ of the token that really came next; lower is better. (Its
-# unit is the *nat*, because the logarithm is natural.)
+# Does a reader notice the errors? The next cell compares the probabilities of the next token, and the most likely
+# token, at every place of the text. The **loss** is the mean of $-\log p$, where $p$ is the probability of the token
+# that really came next; lower is better. (Its unit is the *nat*, because the logarithm is the natural logarithm.)
 
 # %%
 for name, run in {"float64": exact, **runs}.items():
@@ -205,8 +210,8 @@ for name, run in {"float64": exact, **runs}.items():
     )
 
 # %% [markdown]
-# **Question.** A port in bfloat16 writes the same 20 words as PyTorch. Does that prove it right? Another one writes a
-# different 20th word. Does that prove it wrong?
+# **Question.** A port in bfloat16 writes the same 20 words as PyTorch. Does this prove that the port is right? Another
+# port writes a different 20th word. Does this prove that it is wrong?
 #
 # <details><summary>Answer</summary>
 # Neither. Many mistakes do not change the most likely token. And if two tokens are nearly equally likely, rounding
@@ -231,9 +236,9 @@ in_half, in_brain
 # %% [markdown]
 # ## Exercise
 #
-# `round_to_bf16` rounds float32 numbers to bfloat16 and returns float32. `x.view(np.uint32)` shows the 32 bits of a
-# number as a whole number; the upper 16 bits are the result. Replace the line that raises, run the cell, and read the
-# result of the check.
+# `round_to_bf16` rounds float32 numbers to bfloat16 and returns float32. `x.view(np.uint32)` gives the 32 bits of each
+# number as a whole number. After rounding, only the upper 16 bits are kept. In the next cell, replace the line
+# `raise NotImplementedError`, run the cell, and read the result of the check.
 
 # %%
 from refgemma.teach import exercises

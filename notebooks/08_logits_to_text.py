@@ -13,13 +13,13 @@
 # %% [markdown]
 # # 8. From logits to text
 #
-# The model returns scores; another step must choose a token. You need from notebook 1: *token*, *logits*, *softmax*
-# (scores to probabilities). `next_token_logits` returns the logits after the last token, and the *cache* of notebook
-# 5, which is not needed here.
+# The model returns scores, the logits; a separate step chooses a token. You need from notebook 1: *token*, *logits*,
+# *softmax* (scores to probabilities). The function `next_token_logits` returns the logits after the last token. It also
+# returns the *cache* of notebook 5, which is not needed here.
 #
 # ![Drawing of the model: the final cap and the logits are lit](pictures/model-08.svg)
 #
-# Lit: the last cap and the logits, where text begins.
+# The last cap and the logits are highlighted. The next token is chosen from these logits.
 
 # %%
 import numpy as np
@@ -51,12 +51,13 @@ print(tiny.tokenizer.decode([*ids, *new], skip_special_tokens=True))
 # %% [markdown]
 # ## Temperature
 #
-# You can also **draw** a token at random, according to the probabilities. This is called *sampling*. First, all
-# logits $z$ are divided by a number $T$, the **temperature**:
+# You can also **draw** a token at random, according to the probabilities. This is called *sampling*. Before the
+# softmax, all logits $z$ are divided by a number $T$, the **temperature**:
 #
 # $$p_i = \frac{e^{z_i / T}}{\sum_j e^{z_j / T}}$$
 #
-# Below 1, likely tokens become even more likely. Above 1, the probabilities become more similar.
+# A temperature below 1 makes likely tokens even more likely. A temperature above 1 makes the probabilities more
+# similar.
 
 # %%
 figure, panels = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
@@ -68,7 +69,7 @@ for axes, temperature in zip(panels, (0.5, 1.0, 2.0), strict=True):
     axes.set_xlim(0, 0.6)
 
 # %% [markdown]
-# **Question.** What is the limit for temperature 0? And for infinity?
+# **Question.** What happens if the temperature approaches 0? And if it grows without limit?
 #
 # <details><summary>Answer</summary>
 # At 0 the most likely token has probability 1, which is greedy decoding. At infinity all tokens are equally likely,
@@ -114,10 +115,10 @@ for seed in range(3):
 #
 # ## Drawing by adding noise
 #
-# You can draw from the softmax without a sum over all tokens. Add an independent random number with a *Gumbel*
-# distribution to each logit, $g = -\log(-\log u)$ with $u$ uniform between 0 and 1, and take the largest. The result
-# has exactly the softmax's probabilities ($\sim$ means: is distributed as). The next cell draws 20000 times from the
-# 8 most likely tokens.
+# You can draw from the softmax without a sum over all tokens. Add an independent random number $g$ to each logit, and
+# take the token with the largest sum. Here $g = -\log(-\log u)$, where $u$ is uniform between 0 and 1; its distribution
+# is called *Gumbel*. The result has exactly the softmax's probabilities ($\sim$ means: is distributed as). The next
+# cell draws 20000 times from the 8 most likely tokens.
 #
 # $$\arg\max_i (z_i + g_i) \;\sim\; \mathrm{softmax}(z)$$
 
@@ -141,10 +142,11 @@ _ = axes.legend()
 # %% [markdown]
 # ## How good is a model?
 #
-# Give it a text that people wrote, and compute the probability that it gave each next token. The mean of $-\log p$ is
-# the **loss**, in nats (natural logarithms). $e^{\mathrm{loss}}$ is called **perplexity**. The model is as unsure as
-# in a choice between that many equally likely tokens. Here $p(a \mid b)$ is the probability of $a$ if $b$ is known,
-# and `log_softmax` returns the logarithms of the softmax directly.
+# To measure a model, give it a text that people wrote, and compute the probability $p$ that the model gave to each next
+# token. The mean of $-\log p$ is the **loss**, in nats (natural logarithms). $e^{\mathrm{loss}}$ is called
+# **perplexity**. If the perplexity is 50, the model is as unsure as in a choice between 50 equally likely tokens. In
+# the formula, $p(a \mid b)$ is the probability of $a$ if $b$ is known. In the code, `log_softmax` returns the
+# logarithms of the softmax directly.
 #
 # $$\mathrm{loss} = -\frac{1}{n} \sum_t \log p(\mathrm{token}_{t+1} \mid \text{tokens up to } t)$$
 
@@ -176,8 +178,8 @@ _ = axes.set_title(f"mean {found.mean():.2f}, perplexity {np.exp(found.mean()):.
 #
 # ## Exercise
 #
-# `keep_top_p` returns true for the tokens that top-p keeps, in the order of the given probabilities. Replace the line
-# that raises, run the cell, and read the result of the check.
+# `keep_top_p` returns an array that is true for the tokens that top-p keeps, in the order of the given probabilities.
+# In the next cell, replace the line `raise NotImplementedError`, run the cell, and read the result of the check.
 
 # %%
 from refgemma.teach import exercises

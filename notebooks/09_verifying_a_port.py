@@ -13,10 +13,9 @@
 # %% [markdown]
 # # 9. Verifying a port: find the bug from a trace
 #
-# A **port** is a reimplementation of a model in another program or for another machine. Most ports have had a bug
-# that did not crash, but only made the text a little worse. This notebook finds such bugs by comparing tensors. It
-# uses words of earlier notebooks, above all the *trace* and the parts of a block (1), the window (5) and *rounding*
-# (7).
+# A **port** is a reimplementation of a model in another program or for another machine. Most ports have had a bug that
+# did not crash the program, but made the text a little worse. This notebook finds such bugs by comparing tensors. You
+# need the *trace* and the parts of a block (notebook 1), the window (notebook 5) and *rounding* (notebook 7).
 #
 # ![Drawing of the model: all parts of Gemma 2](pictures/model-09.svg)
 #
@@ -33,10 +32,10 @@ from refgemma.teach import exercises, viz
 # %% [markdown]
 # ## The recording
 #
-# To judge a port you need the right values. They were recorded from PyTorch. Such a recording is called a **golden**.
-# This one is `bends-forward-f32`: the forward pass (from tokens to logits) of the model `bends`, in float32. `bends`
-# is a small model with random weights. It is designed so that mistakes change the result: it has caps of 2 and 3, a
-# window of 5 for texts of 13 tokens, and random norm weights.
+# To judge a port you need the right values. refgemma has recordings of PyTorch's values. Such a recording is called a
+# **golden**. This notebook uses `bends-forward-f32`: the forward pass (from tokens to logits) of the model `bends`, in
+# float32. `bends` is a small model with random weights. It is designed so that mistakes change the result: it has caps
+# of 2 and 3, a window of 5 for texts of 13 tokens, and random norm weights.
 
 # %%
 about, _ = verify.load_golden("bends-forward-f32")
@@ -51,8 +50,8 @@ list(recorded)[:12]
 # %% [markdown]
 # ## A port with a bug
 #
-# Here is the trace of a port: the same names, in the order of computation. One part of this port is wrong. Does its
-# text show this? Compare the most likely tokens.
+# The next cell loads the trace of a port, with the same names, in the order of computation. One part of this port is
+# wrong. Would the port's text show this? The cell compares the most likely tokens.
 
 # %%
 trace = exercises.mystery_trace(1)
@@ -65,9 +64,9 @@ print(f"the same most likely token at {same.mean():.0%} of the places")
 # %% [markdown]
 # ## Differences along the way
 #
-# The relative error of a tensor is the root mean square of the difference, divided by that of the recorded tensor. In
-# the order of computation the curve has a step. Before the step there is only rounding. After it there are the bug
-# and its consequences.
+# The relative error of a tensor is the root mean square of the difference, divided by the root mean square of the
+# recorded tensor. In the order of computation, the curve of the relative errors has a step. Before the step there is
+# only rounding. After the step, the curve shows the bug and its consequences.
 #
 # $$\mathrm{error} = \sqrt{\mathrm{mean}((x - x_{\text{recorded}})^2) \,/\, \mathrm{mean}(x_{\text{recorded}}^2)}$$
 
@@ -94,20 +93,20 @@ print("first bad:", order[place], f"{errors[place]:.1e}")
 #
 # <details><summary>Answer</summary>
 # Rounding errors differ from tensor to tensor. A sum of 14336 products is less exact than a single product. bfloat16
-# has an error of 0.4 % at each step; a cosine at position 8000 has one of half a thousandth. A limit that allows the
-# largest of these errors misses mistakes in the most exact tensors.
+# has an error of 0.4 % at each step; a cosine at position 8000 has an error of half a thousandth. A limit that allows
+# the largest of these errors misses mistakes in the most exact tensors.
 # </details>
 #
 # ## A bound for each operation
 #
-# It is better to compute, for each operation, how large the rounding error *can* be. This is the bound for a sum of
-# $n$ products, with $u = 2^{-24}$, the largest relative error of one rounding in float32:
+# It is better to compute for each operation how large the rounding error *can* be. For a sum of $n$ products, the next
+# formula gives this bound. Here $u = 2^{-24}$ is the largest relative error of one rounding in float32:
 #
 # $$|\mathrm{computed} - \mathrm{exact}| \;\le\; \frac{n u}{1 - n u} \sum_i |x_i|\,|w_i|$$
 #
 # Two correct programs differ by at most twice the bound, in any order of summation. `refgemma.oracle.tolerance` has a
-# bound for each operation. The distance of two tensors is measured in units of the allowed difference. It is at most
-# 1 if rounding explains it.
+# bound for each operation. The distance of two tensors is measured in units of the allowed difference. If rounding
+# explains the difference, the distance is at most 1.
 
 # %%
 x, w = recorded["layers.0.input_layernorm"], weights.layers[0].q_proj
@@ -120,20 +119,21 @@ print(f"rounding used at most {used.max():.0%} of the bound")
 
 
 # %% [markdown]
-# **Question.** The bound is for the worst case, in which all roundings have the same sign. What follows for its use?
+# **Question.** The bound is for the worst case, in which all roundings have the same sign. Can the bound reject a
+# correct port? Can it accept a wrong port?
 #
 # <details><summary>Answer</summary>
-# It never rejects a correct port. A mistake that is smaller than rounding passes, and must pass: it looks the same as
-# another order of the same sum.
+# It never rejects a correct port. But it accepts a mistake that is smaller than rounding, and it must: the same
+# difference can come from another order of the same sum.
 # </details>
 
 # %% [markdown]
 # ## Judging each operation alone
 #
 # After the first bad tensor all later tensors differ, even if their own operations are right. To find the wrong
-# *operations*, give each operation the recorded inputs instead of the port's own. Earlier mistakes then do not affect
-# it. In a port you can do this for a suspect operation. The example: does attention in layer 0 use the right mask?
-# The probabilities are computed again from the recorded scores.
+# *operations*, give each operation the recorded inputs instead of the port's own inputs. Then earlier mistakes do not
+# affect the result. You can do this for any operation of a port that you suspect. For example, does attention in layer
+# 0 use the right mask? The next cells compute its probabilities again from the recorded scores, for several windows.
 
 
 # %%
@@ -164,9 +164,9 @@ _ = axes.legend()
 # %% [markdown]
 # ## A picture of the difference
 #
-# A picture shows the kind of bug. If single pairs of a query and a key are wrong, look at the mask. If whole rows are
-# wrong, look at the norm; if whole columns are wrong, at the weights; if errors grow with the place, at the
-# positions.
+# A picture of the difference shows the kind of bug. If single pairs of a query and a key are wrong, look at the mask.
+# If whole rows are wrong, look at the norm. If whole columns are wrong, look at the weights. If the errors grow with
+# the place, look at the positions.
 
 # %%
 name = order[place]
@@ -179,8 +179,8 @@ axes.figure.colorbar(image, ax=axes, label="difference")
 _ = axes.set(title=name, xlabel="last axis of the tensor", ylabel="place")
 
 # %% [markdown]
-# **Question.** Which mistake is it? Describe it in one sentence. Then confirm it: make the same mistake yourself
-# (`config.changed(...)` helps) and compare your tensor with the port's.
+# **Question.** Which mistake did the port make? Describe it in one sentence. Then confirm your answer: make the same
+# mistake yourself (`config.changed(...)` helps) and compare your tensor with the port's.
 #
 # <details><summary>Answer</summary>
 # The window is one key too wide. Each query after the fifth sees one key more, and the other keys of its row get
@@ -195,8 +195,9 @@ exercises.check_diagnosis(1, "")
 # %% [markdown]
 # ## The whole check as one command
 #
-# On the command line, `refgemma verify` does this for every recording, with the bounds. `refgemma check` judges a
-# file with the tensors of a port, and names the mistake if it knows it. From Python:
+# On the command line, `refgemma verify` compares refgemma with every recording, with the bounds. `refgemma check`
+# judges a file with the tensors of a port, and names the mistake if the mistake is a known bug. The next cell verifies
+# one recording from Python:
 
 # %%
 result = verify.verify("bends-forward-f32")
@@ -209,9 +210,9 @@ print(result.case, result.tensors, "tensors, worst at", worst)
 # ## Exercise
 #
 # `first_divergence` returns the name of the first tensor that rounding does not explain, or `None` if there is none.
-# The check runs it on six ports. Replace the line that raises, run the cell, and read the result of the check. Then
-# look at their traces, `exercises.mystery_trace(2)` to `6`. Which mistake does each make? Give your sentence to
-# `exercises.check_diagnosis(2, "...")`.
+# The check runs this function on six ports. In the next cell, replace the line `raise NotImplementedError`, run the
+# cell, and read the result of the check. Then look at the traces of the ports, `exercises.mystery_trace(2)` to `6`.
+# Which mistake does each port make? Check your sentence with `exercises.check_diagnosis(2, "...")`.
 
 
 # %%

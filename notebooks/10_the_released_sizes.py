@@ -13,14 +13,14 @@
 # %% [markdown]
 # # 10. The 9B and the 27B in numbers
 #
-# How large are the released models, which parts are the largest, and what does a token cost? The configuration
-# answers all three questions. You need notebooks 1 (the parts of a block), 2 (*heads*, *key/value heads*, the *query
-# scalar* under the root of the scores) and 5 (the cache, the window). From notebook 7 you need that a bfloat16 number
-# has 2 bytes.
+# How large are the released models, which parts are the largest, and what does a token cost? The configuration answers
+# all three questions. You need notebooks 1 (the parts of a block), 2 (*heads*, *key/value heads*, the *query scalar*
+# under the root of the scores) and 5 (the cache, the window). You also need to know that a bfloat16 number has 2 bytes
+# (notebook 7).
 #
 # ![Drawing of the model: the parts with the most numbers, and the sizes](pictures/model-10.svg)
 #
-# The 9B. Lit: the parts with the most numbers, and the table of sizes.
+# The drawing shows the 9B. The parts with the most numbers and the table of sizes are highlighted.
 
 # %%
 import numpy as np
@@ -42,7 +42,8 @@ for name, config in sizes.items():
 # %% [markdown]
 # ## Parameters
 #
-# A **parameter** is one trained number. A matrix from $n$ to $m$ numbers has $n \cdot m$ parameters. In each block:
+# A **parameter** is one trained number. A matrix that turns $n$ numbers into $m$ numbers has $n \cdot m$ parameters.
+# The matrices of each block have this many parameters:
 #
 # $$\text{attention} = \mathrm{hidden} \cdot \mathrm{head\_dim} \cdot (2\,\mathrm{heads} + 2\,\mathrm{kv\_heads}) \qquad
 # \text{feed-forward} = 3 \cdot \mathrm{hidden} \cdot \mathrm{intermediate}$$
@@ -81,8 +82,8 @@ _ = axes.legend()
 
 
 # %% [markdown]
-# **Question.** The embedding table is counted once although it is used twice. How large would the 2B be with a
-# separate head?
+# **Question.** The embedding table is counted once, although it is used twice: for the embedding and for the head. How
+# large would the 2B be with a separate table for the head?
 #
 # <details><summary>Answer</summary>
 # 3.2 billion instead of 2.6: with 256000 tokens the table is more than a fifth of the model. (The name "2b" does not
@@ -92,10 +93,10 @@ _ = axes.legend()
 # ## Operations
 #
 # A product of a matrix and a vector takes one multiplication and one addition for each parameter. So a token costs
-# about 2 operations per parameter. Attention adds two products for each visible key: query with key, and probability
-# with value. This takes $4 \cdot \mathrm{heads} \cdot \mathrm{head\_dim}$ operations per layer. Floating-point
-# operations are called **FLOPs**. (The embedding is only a lookup; but the head, which is the same table, is a
-# product.)
+# about 2 operations per parameter. For each visible key, attention adds two products: query with key, and probability
+# with value. These products take $4 \cdot \mathrm{heads} \cdot \mathrm{head\_dim}$ operations per key and layer.
+# Floating-point operations are called **FLOPs**. (The embedding is only a lookup, but the head is a product with the
+# same table.)
 #
 # $$\text{FLOPs a token} \approx 2 \cdot \text{parameters} + 4 \cdot \mathrm{heads} \cdot \mathrm{head\_dim} \cdot
 # \sum_{\text{layers}} \text{keys seen}$$
@@ -128,7 +129,7 @@ _ = axes.legend()
 # **Question.** Why do the curves bend at 4096?
 #
 # <details><summary>Answer</summary>
-# From there on, the window of half of the layers is full, so they see no additional keys.
+# From place 4096 on, the window of half of the layers is full, so they see no additional keys.
 # </details>
 #
 # ## Memory
@@ -152,8 +153,9 @@ for name, config in sizes.items():
     print(f"{name:4s} weights in bfloat16 {stored:5.1f} GiB, {cache}")
 
 # %% [markdown]
-# To write one token, every parameter is read once. So the speed of reading memory limits the speed of a single text,
-# long before arithmetic does. (Large models usually run on a *GPU*, a graphics processor with fast memory.)
+# To write one token, the computer reads every parameter once. So for a single text, the speed of reading memory is the
+# limit, long before the speed of arithmetic. (Large models usually run on a *GPU*, a graphics processor with fast
+# memory.)
 #
 # $$\text{tokens a second} \le \frac{\text{bytes a second}}{\text{bytes of weights}}$$
 
@@ -173,18 +175,19 @@ axes.set_title("at most, one text at a time (round figures)")
 _ = axes.legend(loc="upper right")
 
 # %% [markdown]
-# **Question.** Why is a batch of many texts computed nearly as fast as a single text?
+# **Question.** Why does one step for a batch of many texts take nearly the same time as for a single text?
 #
 # <details><summary>Answer</summary>
-# The weights are read once for all texts. Only the arithmetic, which is not the limit, and the caches grow.
+# The weights are read once for all texts. With more texts, only the caches and the arithmetic grow, and the arithmetic
+# is not the limit.
 # </details>
 #
 # ## Streaming: a model larger than memory
 #
-# Blocks are used one after the other, and each only once per token. So a model can run with a single block in memory:
-# read it, use it, discard it. The files with the weights of a model are called a **checkpoint**.
-# `Checkpoint.streamed` returns weights that are read from the disk when they are needed. This example uses the tiny
-# model; for a 9B only the name of the file would differ.
+# The blocks are used one after the other, and each block only once per token. So a model can run with a single block in
+# memory: the program reads a block, uses it and discards it. The files with the weights of a model are called a
+# **checkpoint**. `Checkpoint.streamed` returns weights that are read from the disk when they are needed. This example
+# uses the tiny model; for a 9B, only the name of the folder would differ.
 
 # %%
 from refgemma.weights.checkpoint import open_checkpoint
@@ -205,15 +208,17 @@ for name, config in sizes.items():
     print(f"{name:4s} one block in float32: {4 * count / 2**30:.2f} GiB")
 
 # %% [markdown]
-# **Question.** At 3 GB per second, how long does one token of the 27B take from a disk? And a prompt of 1000 tokens?
+# **Question.** The weights of the 27B are on a disk that reads 3 GB per second. How long does one token take? And a
+# prompt of 1000 tokens?
 #
 # <details><summary>Answer</summary>
-# Reading 54 GB takes 18 seconds. The prompt needs the same reading, because all its tokens use a block while it is in
-# memory. The arithmetic comes on top: 1000 times 54 billion FLOPs.
+# Reading 54 GB takes 18 seconds. For the prompt, the weights are also read only once, because all its tokens use a
+# block while the block is in memory. The time for the arithmetic is added: 1000 times 54 billion FLOPs.
 # </details>
 #
-# Random weights are called *synthetic* here. Their texts are meaningless, but every shape is right. Any rows of any
-# tensor can be generated when they are needed, without the 18 GB of a 9B.
+# refgemma can also make random weights of any size, called *synthetic* weights. A model with synthetic weights writes
+# meaningless texts, but every shape is right. Any rows of any tensor can be generated when they are needed, without the
+# 18 GB of a 9B.
 
 # %%
 from refgemma.weights.synthetic import synthetic_weights
@@ -232,8 +237,9 @@ _ = axes.set_title("eight rows of a synthetic embedding table")
 # ## Exercise
 #
 # `parameters` returns the number of all parameters of a model from its configuration alone, by formulas like the two
-# above. (Those are for one block; which other parts are there?) The check compares it with the published numbers.
-# Replace the line that raises, run the cell, and read the result of the check.
+# above. (The two formulas are for the matrices of one block; which other parts does the model have?) The check compares
+# your result with the published numbers. In the next cell, replace the line `raise NotImplementedError`, run the cell,
+# and read the result of the check.
 
 # %%
 from refgemma.teach import exercises

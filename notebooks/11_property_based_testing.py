@@ -13,13 +13,14 @@
 # %% [markdown]
 # # 11. Property-based testing of a model
 #
-# An ordinary test compares one result with one expected value. A **property** is a statement about *all* inputs: for
-# any text, a later token must not change an earlier answer. A tool tries to find an input that breaks it. You need
-# notebooks 2 (*mask*, *softmax*), 3 (*rotation*), 4 (*soft cap*), 5 (*cache*) and 6 (*norm*).
+# An ordinary test compares one result with one expected value. A **property** is a statement about *all* inputs, such
+# as: in any text, a later token does not change an earlier answer. In property-based testing, a tool tries to find an
+# input for which the property does not hold. You need notebooks 2 (*mask*, *softmax*), 3 (*rotation*), 4 (*soft cap*),
+# 5 (*cache*) and 6 (*norm*).
 #
 # ![Drawing of the model: five parts with a property are lit](pictures/model-11.svg)
 #
-# Lit: the parts with a property in this notebook.
+# The parts with a property in this notebook are highlighted.
 
 # %%
 import tempfile
@@ -41,9 +42,10 @@ quick = settings(max_examples=40, deadline=None, database=None, derandomize=True
 # ## The tool
 #
 # [Hypothesis](https://hypothesis.readthedocs.io) generates inputs from **strategies**: descriptions like "a list of
-# whole numbers from 3 to 9". `@given` runs the test on many inputs. If one fails, Hypothesis looks for a smaller
-# input that still fails (**shrinking**), and shows it. The settings `quick` request 40 inputs, the same ones each
-# time. Below, `hnp.arrays` generates arrays of up to 6 numbers, and `st.sampled_from` picks an element of a list.
+# whole numbers from 3 to 9". `@given` runs the test on many inputs. If the test fails on an input, Hypothesis looks for
+# a smaller input on which it still fails (**shrinking**), and shows this input. The settings `quick` request 40 inputs,
+# the same inputs in each run. Below, `hnp.arrays` generates arrays of up to 6 numbers, and `st.sampled_from` picks an
+# element of a list.
 #
 # $$\forall x:\quad |\mathrm{softcap}(x)| \le c \qquad \mathrm{softcap}(-x) = -\mathrm{softcap}(x) \qquad x \le y
 # \Rightarrow \mathrm{softcap}(x) \le \mathrm{softcap}(y)$$
@@ -68,7 +70,7 @@ test_soft_cap()  # prints nothing: the test passes
 
 
 # %% [markdown]
-# **Question.** Why `<=` and not `<`, although the curve never reaches the cap?
+# **Question.** The curve never reaches the cap. Why does the test still use `<=` and not `<`?
 #
 # <details><summary>Answer</summary>
 # In float32 it does reach it: tanh(20) is rounded to 1. A property must hold for computed numbers, not only for exact
@@ -77,8 +79,8 @@ test_soft_cap()  # prints nothing: the test passes
 #
 # ## A wrong function and its minimal test input
 #
-# Here is a cap that cuts off. It has all three properties above! So they are not enough. The soft cap differs in one
-# respect: it also reduces numbers near the cap, not only those beyond it.
+# The next function is a wrong cap, which cuts off large numbers. It has all three properties above! So these properties
+# are not enough. The soft cap differs in one respect: it also reduces numbers below the cap, if they are near the cap.
 
 
 # %%
@@ -101,7 +103,8 @@ except AssertionError as error:
 
 
 # %% [markdown]
-# Hypothesis tried many pairs and shows the simplest one that fails. The right function passes:
+# Hypothesis tried many pairs of a number and a cap, and shows the simplest pair that fails. The right function passes
+# the test:
 
 
 # %%
@@ -127,7 +130,8 @@ _ = axes.legend()
 # %% [markdown]
 # ## Properties of the operations
 #
-# Each states the *purpose* of an operation in one line. None needs an expected value.
+# Each of these properties states the *purpose* of an operation in one line. A test of a property needs no expected
+# value.
 #
 # * norm: the result does not depend on the size of the input, $\mathrm{norm}(c\,x) = \mathrm{norm}(x)$;
 # * rotation: lengths do not change, and products depend only on the distance;
@@ -163,10 +167,11 @@ test_operations()
 # %% [markdown]
 # ## Properties of the model
 #
-# **Causality**: changing the token at place $t$ changes no logit before $t$. **The cache is only a shortcut**:
-# reading a text in two pieces gives the same result as reading it at once. Both must hold for any text, window, and
-# place of the cut. A place must lie in the text, so it can be drawn only after the text. `st.data()` lets a test draw
-# more values while it runs. Causality as a formula, with $x$ and $y$ for two texts and $z$ for their logits:
+# **Causality**: changing the token at place $t$ changes no logit before $t$. **The cache is only a shortcut**: reading
+# a text in two pieces gives the same result as reading it at once. Both properties must hold for any text, any window,
+# and any place of the cut. A place must lie in the text, so Hypothesis can draw the place only after the text. With
+# `st.data()`, a test can draw more values while it runs. The formula states causality for two texts $x$ and $y$ with
+# the logits $z(x)$ and $z(y)$:
 #
 # $$x_s = y_s \text{ for all } s < t \quad\Rightarrow\quad z(x)_s = z(y)_s \text{ for all } s < t$$
 
@@ -207,16 +212,18 @@ def test_reading_in_pieces_is_reading(ids, data, window):
 test_reading_in_pieces_is_reading()
 
 # %% [markdown]
-# **Question.** The window is drawn between 2 and 6 here, while the model has 64. Why is that a better test?
+# **Question.** The test draws a window between 2 and 6, although the model has a window of 64. Why is this a better
+# test?
 #
 # <details><summary>Answer</summary>
-# Texts of 12 tokens never fill a window of 64. A property tests nothing if its feature is never used, so make sure
-# that it is.
+# Texts of 12 tokens never fill a window of 64. If the inputs never use a feature, a test of a property shows nothing
+# about it. So make sure that they use it.
 # </details>
 #
 # ## A picture of causality
 #
-# Change one token after the other, and draw which answers change. All changes must be on or below the diagonal.
+# The next cell changes one token after the other, and draws how much each answer changes. All changes must be on or
+# below the diagonal.
 
 # %%
 ids = tiny.tokenizer.encode("There was once a king who had a daughter")
@@ -238,7 +245,7 @@ axes.set(xlabel="token that was changed", ylabel="answer after this token")
 _ = axes.set_title("influence")
 
 # %% [markdown]
-# **Question.** Write a model that has both properties and is still wrong. What can you conclude?
+# **Question.** Which wrong models have both properties, causality and the cache? What can you conclude?
 #
 # <details><summary>Answer</summary>
 # For example a model without rotation, or without caps. Properties show that a model is consistent. Only a comparison
@@ -248,8 +255,8 @@ _ = axes.set_title("influence")
 # ## Your Gemma
 #
 # Eight of the functions that you wrote in these notebooks are operations of the model. `exercises.play` runs the tiny
-# model on them. Here are two solutions and a mistake: neighbours are rotated, not pairs half a head apart (notebook
-# 3). Put your own functions in their place.
+# model with your functions. As an example, the next cell uses two solutions and a mistake: it rotates pairs of
+# neighbours, not pairs half a head apart (notebook 3). Put your own functions in their place.
 
 
 # %%
@@ -280,8 +287,9 @@ folder.cleanup()
 # ## Exercise
 #
 # `causality_test` gets a `model`: a function from a list of ids (at most 320, below 2048) to logits (seq, vocab). It
-# must raise an `AssertionError` if any token changes an earlier answer. The check passes it a right model and three
-# wrong ones. Replace the line that raises, run the cell, and read the result of the check.
+# must raise an `AssertionError` if any token changes an earlier answer. The check calls it with a right model and with
+# three wrong models. In the next cell, replace the line `raise NotImplementedError`, run the cell, and read the result
+# of the check.
 
 
 # %%

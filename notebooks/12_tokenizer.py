@@ -13,13 +13,13 @@
 # %% [markdown]
 # # 12. The tokenizer: how the pieces came to be
 #
-# The model reads tokens (notebook 1). A short program chose its 2048 pieces of text, by counting. The method is called
-# **byte-pair encoding**, BPE. This notebook trains a small tokenizer on one tale. Then it finds the same order in the
-# pieces of the tiny model.
+# The model reads tokens (notebook 1). A short program chose the 2048 tokens of the tiny model by counting pieces of
+# text. Its method is called **byte-pair encoding**, BPE. This notebook uses the method to train a small tokenizer on
+# one tale. Then it compares this tokenizer with the pieces of the tiny model.
 #
 # ![Drawing of the model: the tokens are lit](pictures/model-12.svg)
 #
-# Lit: the tokens, where text becomes numbers.
+# The tokens are highlighted: there, text becomes numbers.
 
 # %%
 from collections import Counter
@@ -43,9 +43,9 @@ print(words.total(), "words,", len(words), "different ones")
 #
 # ## Letters or words?
 #
-# A token could be a letter. Then a text has many tokens, and the model computes once for each of them. A token could be
-# a word. Then the table needs a row for every word, and a new word has none. Pieces lie between the two. A measure is
-# the number of characters in a token:
+# A token could be a letter. Then a text has many tokens, and the model must compute once for each of them. A token
+# could be a word. Then the embedding table needs a row for every word, and a new word has no row. Pieces of words are a
+# compromise. The compression measures how many characters a token has on average:
 #
 # $$\mathrm{compression} = \mathrm{characters} \,/\, \mathrm{tokens}$$
 
@@ -64,8 +64,9 @@ _ = axes.set(ylabel="characters per token", title="compression of the tale")
 # ## Join the most frequent pair
 #
 # Training begins with single characters. It counts all pairs of neighbours in the text, and joins the most frequent
-# pair to a new piece. Then it counts again. Pairs do not cross from one word to the next, so it is enough to count each
-# different word once, and to multiply by its number:
+# pair to a new piece. Then it counts again. A pair must lie inside one word. So it is enough to count the pairs in each
+# different word once, and to multiply by the number of times that the word occurs. In the formula, $n(a, b)$ is the
+# number of times that the pair $(a, b)$ occurs:
 #
 # $$(a, b) = \arg\max_{(a, b)} \; n(a, b)$$
 
@@ -113,8 +114,8 @@ assert np.array(merges).shape == (200, 2)
 #
 # ## Less and less to gain
 #
-# A merge makes the text shorter by the number of pairs that it joins (letters that repeat, as in `ooo`, are the
-# exception):
+# A merge makes the text shorter by the number of pairs that it joins. (Repeated letters, as in `ooo`, are an
+# exception.)
 #
 # $$\mathrm{tokens}_{k+1} = \mathrm{tokens}_k - n(a, b)$$
 
@@ -130,17 +131,19 @@ axes.set(xlabel="merges", ylabel="tokens", title="length of the tale", ylim=(0, 
 _ = axes.legend()
 
 # %% [markdown]
-# **Question.** How many tokens does the first merge save, and the last? What follows for the size of a vocabulary?
+# **Question.** How many tokens does the first merge save, and how many does the last? How large should a vocabulary be?
 #
 # <details><summary>Answer</summary>
 # The first saves 206 tokens of 6013, the last saves 4. Each further piece costs a row of the embedding table and saves
-# less. Gemma 2 has 256,000 pieces because it reads many languages and code.
+# fewer tokens, so a vocabulary should not be too large. Gemma 2 has 256,000 pieces because it reads many languages and
+# code.
 # </details>
 #
 # ## Reading a new word
 #
-# A new word is read in the same way: begin with its characters, and join the learned pairs in the order in which they
-# were learned. The tiny model learned from eleven books, and this tokenizer from one tale.
+# The tokenizer reads a new word in the same way. It begins with the characters, and joins the learned pairs in the
+# order in which they were learned. The tokenizer of the tiny model learned its pairs from eleven books, and this
+# tokenizer from one tale.
 
 
 # %%
@@ -155,8 +158,8 @@ for word in ("▁princess", "▁frogs", "▁Rumpelstiltskin"):
     print(read(word), tiny.tokenizer.tokenize(word.replace("▁", " ")))
 
 # %% [markdown]
-# A character that was never seen has no piece. Gemma writes it as the bytes of its UTF-8 form, each a token of its own.
-# This is called **byte fallback**. So every text can be written, and decoding gives the same text again.
+# A character that did not occur in training has no piece. Gemma writes it as the bytes of its UTF-8 form, each a token
+# of its own. This is called **byte fallback**. So every text can be encoded, and decoding gives the same text again.
 
 # %%
 snow = tiny.tokenizer.tokenize("The snow is 雪")
@@ -169,8 +172,8 @@ tiny.tokenizer.decode(ids_of_snow, skip_special_tokens=True)
 # ## The order of the ids
 #
 # The ids of the tiny model's pieces are in the order of its merges, after the special tokens and the 256 bytes. The
-# first pieces are the most frequent pairs of eleven books. Token counts often fall like the inverse of the rank $r$,
-# which is called Zipf's law:
+# first pieces are the most frequent pairs of the eleven books. If tokens are ranked by how often they occur, their
+# counts often fall like the inverse of the rank $r$. This is called Zipf's law:
 #
 # $$\mathrm{count}(r) \approx \mathrm{count}(1) / r$$
 
@@ -189,19 +192,20 @@ axes.set(xlabel="rank", ylabel="count", title="how often a token occurs")
 _ = axes.legend()
 
 # %% [markdown]
-# **Question.** How many of the first 12 pieces of the tiny model are also among the first 12 of the tale? What does
-# the beginning of a vocabulary depend on?
+# **Question.** How many of the first 12 pieces of the tiny model are also among the first 12 pieces of the tale? What
+# does the beginning of a vocabulary depend on?
 #
 # <details><summary>Answer</summary>
-# Nine of 12. The first pairs are those of English, and hardly depend on the book. Later pieces do: names, and the
-# subject of a text.
+# Nine of 12. The first pairs are those of English, and hardly depend on the book. Later pieces, such as names, depend
+# on the subject of a book.
 # </details>
 #
 # ## Exercise
 #
 # `encode_word` gets a list of characters and `ranks`, a dictionary from each joined piece to its place in the order of
-# merges. As long as a pair of neighbours forms a piece, it joins the pair with the lowest rank, the leftmost one first.
-# It returns the list of pieces. Replace the line that raises, run the cell, and read the result of the check.
+# merges. As long as a pair of neighbours forms a known piece, the function joins the pair with the lowest rank. If this
+# pair occurs several times, it joins the leftmost one first. It returns the list of pieces. In the next cell, replace
+# the line `raise NotImplementedError`, run the cell, and read the result of the check.
 
 
 # %%

@@ -1,17 +1,17 @@
-"""Gemma 2 in NumPy: a reference implementation to read and to trust.
+"""Gemma 2 in NumPy: a readable reference implementation, checked against PyTorch.
 
 Reading order, bottom to top:
 
-1. `refgemma.shapes` names the axes, `refgemma.precision` defines where numbers are rounded, `refgemma.config` holds the
+1. `refgemma.shapes` names the axes, `refgemma.precision` rounds results, and `refgemma.config` holds the
    numbers that define a model;
-2. `refgemma.ops`, `refgemma.cache`, `refgemma.layers`, `refgemma.model` are Gemma 2: operations, the memory of a layer,
-   one layer, the whole model;
+2. `refgemma.ops`, `refgemma.cache`, `refgemma.layers` and `refgemma.model` are Gemma 2: operations, keys and values of
+   earlier tokens, one layer, the whole model;
 3. `refgemma.heads`, `refgemma.generation`, `refgemma.tokenizer` turn logits into losses and text;
-4. `refgemma.weights` and `refgemma.hub` read a model from a folder, `refgemma.convert` from an original checkpoint;
-5. `refgemma.modeling` has the classes of transformers' documentation, call for call;
+4. `refgemma.weights` and `refgemma.hub` read a Hugging Face folder; `refgemma.convert` reads an original checkpoint;
+5. `refgemma.modeling` has the classes of transformers' documentation, with the same calls;
 6. `refgemma.trace` names the tensors of a run, `refgemma.oracle` judges the tensors of another implementation, and
    `refgemma.goldens` compares refgemma with recordings of PyTorch;
-7. `refgemma.testing` has laws for any implementation, `refgemma.teach` pictures and exercises.
+7. `refgemma.testing` has laws for any implementation; `refgemma.teach` has pictures and exercises.
 
 Examples
 --------
@@ -71,7 +71,7 @@ from refgemma.weights.parameters import LayerWeights, Weights
 __version__ = version("refgemma")
 sys.meta_path.append(Moved())
 
-# transformers' Auto names all mean this one model.
+# All Auto classes of transformers are names of this one model.
 AutoConfig = Gemma2Config
 AutoModel = Gemma2Model
 AutoModelForCausalLM = Gemma2ForCausalLM
@@ -140,13 +140,13 @@ __all__ = [
 ]
 
 
-# Names of transformers that do not exist here, and what to do.
+# Name in transformers that does not exist here -> what to do.
 INSTEAD = {
     "AutoProcessor": "Gemma 2 reads text only; use AutoTokenizer",
     "BitsAndBytesConfig": "weights are not quantised here; leave out quantization_config",
     "HybridCache": "use StaticCache, as in transformers 5",
     "OffloadedCache": "use DynamicCache",
-    "QuantizedCache": "use DynamicCache, whose numbers are those of the model",
+    "QuantizedCache": "use DynamicCache, which does not round keys and values",
     "SlidingWindowCache": "use DynamicCache(config=model.config)",
     "Trainer": "train with refgemma.training or refgemma train",
     "TrainingArguments": "use refgemma.training.run.TrainingArguments",
@@ -154,14 +154,14 @@ INSTEAD = {
 
 
 def __getattr__(name: str) -> type[Gemma2ForCausalLM]:
-    """Return `Gemma2ForCausalLM` for ``GemmaForCausalLM``, which transformers' documentation page uses in its place."""
-    if name in INSTEAD:  # not an AttributeError: `from refgemma import ...` would lose its text
+    """Return `Gemma2ForCausalLM` for ``GemmaForCausalLM``, a name that transformers' documentation uses by mistake."""
+    if name in INSTEAD:  # `from refgemma import ...` hides the text of an AttributeError
         raise ImportError(f"refgemma has no {name}: {INSTEAD[name]}")
     if name != "GemmaForCausalLM":
         raise AttributeError(f"module 'refgemma' has no attribute {name!r}")
     warnings.warn(
-        "GemmaForCausalLM is the class of Gemma 1; this is Gemma2ForCausalLM, which an example on the documentation "
-        "page of Gemma 2 means by that name",
+        "GemmaForCausalLM is the class of Gemma 1; Gemma2ForCausalLM is used instead, because an example on the "
+        "documentation page of Gemma 2 has the wrong name",
         stacklevel=2,
     )
     return Gemma2ForCausalLM

@@ -1,8 +1,8 @@
-"""Activations that a configuration may name, under transformers' names. Checked against `ACT2FN` of transformers 5.23
-in the parity tests, on random numbers in float32 and bfloat16.
+"""Define the activations that a configuration may name, under transformers' names. Checked against `ACT2FN` of
+transformers 5.23 in the parity tests, on random numbers in float32 and bfloat16.
 
-Gemma 2 itself uses one of them, `gelu_tanh`, which is defined with the other operations of the model. In half precision
-each function rounds once per PyTorch kernel: once, unless its docstring says otherwise.
+Gemma 2 itself uses only `gelu_tanh`, which is in `refgemma.ops`. In half precision each function rounds once per
+PyTorch kernel. This is one rounding in total, unless the docstring gives another number.
 """
 
 import math
@@ -17,14 +17,14 @@ from refgemma.precision import Array, narrow, wide
 
 Activation: TypeAlias = Callable[[Array], Array]
 
-# NumPy has no error function. Python's handles one number at a time, which is slow and exact.
+# NumPy has no error function. Python's own takes one number at a time: it is slow, but exact.
 _erf = np.vectorize(math.erf, otypes=[np.float64])
 
 
 def gelu(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
     """Compute the exact GELU: ``x * (1 + erf(x / sqrt(2))) / 2``.
 
-    One rounding in half precision. Source: ``torch.nn.functional.gelu``; Hendrycks and Gimpel 2016, arXiv:1606.08415.
+    Half precision rounds once. Source: ``torch.nn.functional.gelu``; Hendrycks and Gimpel 2016, arXiv:1606.08415.
 
     Examples
     --------
@@ -54,7 +54,7 @@ def gelu_new(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
 def sigmoid(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
     """Compute ``1 / (1 + exp(-x))`` as ``exp(-log(1 + exp(-x)))``, which neither overflows nor loses digits.
 
-    One rounding in half precision. Source: ``torch.sigmoid``.
+    Half precision rounds once. Source: ``torch.sigmoid``.
 
     Examples
     --------
@@ -68,7 +68,7 @@ def sigmoid(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
 def silu(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
     """Compute ``x * sigmoid(x)``, also called swish.
 
-    One rounding in half precision. Source: ``torch.nn.functional.silu``; Elfwing et al. 2017, arXiv:1702.03118.
+    Half precision rounds once. Source: ``torch.nn.functional.silu``; Elfwing et al. 2017, arXiv:1702.03118.
 
     Examples
     --------
@@ -109,7 +109,7 @@ def relu(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
 def relu2(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
     """Compute ``max(x, 0) ** 2``.
 
-    One rounding in half precision. Source: transformers ``ReLUSquaredActivation``; So et al. 2021, arXiv:2109.08668.
+    Half precision rounds once. Source: transformers ``ReLUSquaredActivation``; So et al. 2021, arXiv:2109.08668.
 
     Examples
     --------
@@ -135,9 +135,9 @@ def relu6(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
 
 
 def leaky_relu(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
-    """Compute ``max(x, 0.01 x)``: ``x`` above 0, a hundredth of it below.
+    """Compute ``max(x, 0.01 x)``: ``x`` above 0, ``x / 100`` below.
 
-    One rounding in half precision. Source: ``torch.nn.functional.leaky_relu``.
+    Half precision rounds once. Source: ``torch.nn.functional.leaky_relu``.
 
     Examples
     --------
@@ -150,7 +150,7 @@ def leaky_relu(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
 def tanh(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
     """Compute the hyperbolic tangent, ``(exp(x) - exp(-x)) / (exp(x) + exp(-x))``.
 
-    One rounding in half precision. Source: ``torch.tanh``.
+    Half precision rounds once. Source: ``torch.tanh``.
 
     Examples
     --------

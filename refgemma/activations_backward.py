@@ -1,9 +1,9 @@
-"""The gradients of the activations that a configuration may name, in the order of `refgemma.activations`. Checked
+"""Compute the gradients of the activations in `refgemma.activations`, in the same order. Checked
 against PyTorch autograd through `ACT2FN` of transformers 5.23 in the parity tests, and against central differences.
 
 Each function takes the gradient of the result and the input ``x``, and returns ``grad * dy/dx``. In half precision it
-rounds where autograd does: once for each PyTorch kernel of the forward pass, unless its docstring says otherwise. The
-gradient of `gelu_tanh`, Gemma 2's own, is in `refgemma.backward`.
+rounds where autograd does: once for each PyTorch kernel of the forward pass, unless the docstring says otherwise. The
+gradient of Gemma 2's own `gelu_tanh` is in `refgemma.backward`.
 """
 
 import math
@@ -40,8 +40,8 @@ def gelu_backward(grad: Float[np.ndarray, "*shape"], x: Float[np.ndarray, "*shap
 def gelu_new_backward(grad: Float[np.ndarray, "*shape"], x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
     """Return the gradient of `gelu_new`, each step rounded: ``grad * (0.5 (1 + t) + 0.5 x (1 - t**2) du/dx)``.
 
-    ``t = tanh(u)`` and ``u = sqrt(2/pi) (x + 0.044715 x**3)``. ``x`` is used three times, and autograd sums the three
-    gradients from the last use to the first. Source: transformers ``NewGELUActivation``.
+    Here ``t = tanh(u)`` and ``u = sqrt(2/pi) (x + 0.044715 x**3)``. ``x`` is used three times; autograd sums the three
+    gradients, beginning with the last use. Source: transformers ``NewGELUActivation``.
 
     Examples
     --------
@@ -59,8 +59,8 @@ def gelu_new_backward(grad: Float[np.ndarray, "*shape"], x: Float[np.ndarray, "*
 def sigmoid_backward(grad: Float[np.ndarray, "*shape"], x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
     """Return the gradient of `sigmoid`: ``grad * (1 - y) * y``.
 
-    ``y = 1 / (1 + exp(-x))``, so ``dy/dx = exp(-x) / (1 + exp(-x))**2 = (1 - y) y``. One rounding in half precision, of
-    the rounded ``y``. Source: ``torch.sigmoid``.
+    ``y = 1 / (1 + exp(-x))``, so ``dy/dx = exp(-x) / (1 + exp(-x))**2 = (1 - y) y``. The rounded ``y`` is used, and the
+    result is rounded once in half precision. Source: ``torch.sigmoid``.
 
     Examples
     --------
@@ -74,7 +74,7 @@ def sigmoid_backward(grad: Float[np.ndarray, "*shape"], x: Float[np.ndarray, "*s
 def silu_backward(grad: Float[np.ndarray, "*shape"], x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
     """Return the gradient of `silu`: ``grad * s * (1 + x (1 - s))`` with ``s = sigmoid(x)``.
 
-    ``y = x s`` and ``s' = s (1 - s)``: the rule of products. One rounding in half precision. Source:
+    By the product rule, from ``y = x s`` and ``s' = s (1 - s)``. One rounding in half precision. Source:
     ``torch.nn.functional.silu``.
 
     Examples
@@ -91,7 +91,7 @@ def quick_gelu_backward(
 ) -> Float[np.ndarray, "*shape"]:
     """Return the gradient of `quick_gelu`: ``grad * (s + 1.702 x s (1 - s))`` with ``s = sigmoid(1.702 x)``.
 
-    The rule of products, each step rounded. Source: transformers ``QuickGELUActivation``.
+    By the product rule; each step is rounded. Source: transformers ``QuickGELUActivation``.
 
     Examples
     --------
@@ -119,7 +119,7 @@ def relu_backward(grad: Float[np.ndarray, "*shape"], x: Float[np.ndarray, "*shap
 def relu2_backward(grad: Float[np.ndarray, "*shape"], x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
     """Return the gradient of `relu2`: ``grad * 2 max(x, 0)``.
 
-    One rounding in half precision. Source: transformers ``ReLUSquaredActivation``.
+    Half precision rounds once. Source: transformers ``ReLUSquaredActivation``.
 
     Examples
     --------
@@ -132,7 +132,7 @@ def relu2_backward(grad: Float[np.ndarray, "*shape"], x: Float[np.ndarray, "*sha
 def relu6_backward(grad: Float[np.ndarray, "*shape"], x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
     """Return the gradient of `relu6`: `grad` where ``0 < x < 6``, else 0.
 
-    At 0 and 6 PyTorch takes 0. Nothing is rounded. Source: ``torch.nn.functional.relu6``.
+    At 0 and 6 the derivative is undefined; PyTorch uses 0. Nothing is rounded. Source: ``torch.nn.functional.relu6``.
 
     Examples
     --------
@@ -145,9 +145,9 @@ def relu6_backward(grad: Float[np.ndarray, "*shape"], x: Float[np.ndarray, "*sha
 def leaky_relu_backward(
     grad: Float[np.ndarray, "*shape"], x: Float[np.ndarray, "*shape"]
 ) -> Float[np.ndarray, "*shape"]:
-    """Return the gradient of `leaky_relu`: `grad` where ``x > 0``, else a hundredth of it.
+    """Return the gradient of `leaky_relu`: `grad` where ``x > 0``, else ``grad / 100``.
 
-    One rounding in half precision. Source: ``torch.nn.functional.leaky_relu``.
+    Half precision rounds once. Source: ``torch.nn.functional.leaky_relu``.
 
     Examples
     --------
@@ -160,8 +160,8 @@ def leaky_relu_backward(
 def tanh_backward(grad: Float[np.ndarray, "*shape"], x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
     """Return the gradient of `tanh`: ``grad * (1 - y**2)``.
 
-    ``y = sinh(x) / cosh(x)``, so ``dy/dx = (cosh**2 - sinh**2) / cosh**2 = 1 - y**2``. One rounding in half precision,
-    of the rounded ``y``. Source: ``torch.tanh``.
+    ``y = sinh(x) / cosh(x)``, so ``dy/dx = (cosh**2 - sinh**2) / cosh**2 = 1 - y**2``. The rounded ``y`` is used, and
+    the result is rounded once in half precision. Source: ``torch.tanh``.
 
     Examples
     --------

@@ -1,5 +1,7 @@
-"""Arguments of transformers' ``from_pretrained`` and ``save_pretrained`` that have no effect or are refused here.
-Checked against the signatures and the documentation of transformers 5.23 `PreTrainedModel`."""
+"""Handle arguments of transformers' ``from_pretrained`` and ``save_pretrained`` that refgemma ignores or refuses.
+
+Checked against the signatures and the documentation of transformers 5.23 `PreTrainedModel`.
+"""
 
 import reprlib
 from collections.abc import Mapping
@@ -7,7 +9,7 @@ from typing import Any
 
 from refgemma.errors import RefgemmaError, UsageError
 
-# These set where and how transformers computes and downloads, and change no number.
+# These choose where and how transformers computes and downloads; they change no number.
 WITHOUT_EFFECT = frozenset({
     "_fast_init", "_from_auto", "adapter_kwargs", "attn_kwargs", "code_revision", "device", "device_map", "device_mesh",
     "force_download", "local_files_only", "low_cpu_mem_usage", "max_memory", "mirror", "offload_buffers",
@@ -16,43 +18,43 @@ WITHOUT_EFFECT = frozenset({
     "use_kernels", "weights_only",
 })  # fmt: skip
 
-PACKED = "packed texts are separated by position_ids that restart, with use_cache=False; leave it out"
+PACKED = "refgemma separates packed texts where position_ids restart, with use_cache=False; leave it out"
 
-# Argument -> the values, apart from None, that have no effect here, and the advice for any other value.
+# Argument -> the values without effect here (None is another), and the advice for any other value.
 NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
-    "attn_implementation": (("eager",), "attention is that of transformers' 'eager'; leave it out"),
+    "attn_implementation": (("eager",), "refgemma computes as transformers' 'eager' does; leave it out"),
     "cu_seq_lens_k": ((), PACKED),
     "cu_seq_lens_q": ((), PACKED),
     "experts_implementation": ((), "Gemma 2 has no experts; leave it out"),
     "from_flax": ((False,), "convert the folder with refgemma convert"),
     "from_tf": ((False,), "weights of TensorFlow are not read; save them with transformers first"),
     "key_mapping": ((), "rename the tensors, and give them to from_state_dict"),
-    "load_in_4bit": ((False,), "weights are not quantised here; leave it out"),
-    "load_in_8bit": ((False,), "weights are not quantised here; leave it out"),
+    "load_in_4bit": ((False,), "refgemma does not quantise weights; leave it out"),
+    "load_in_8bit": ((False,), "refgemma does not quantise weights; leave it out"),
     "is_causal": ((True,), "give attention_mask with four axes"),
     "is_main_process": ((True,), "call save_pretrained in one process"),
     "max_length_k": ((), PACKED),
     "max_length_q": ((), PACKED),
-    "output_loading_info": ((False,), "a folder that does not fit raises an error here, so there is nothing to list"),
-    "quantization_config": ((), "weights are not quantised here; leave it out"),
-    "push_to_hub": ((False,), "nothing is uploaded here: hf upload REPOSITORY folder"),
+    "output_loading_info": ((False,), "a tensor that does not fit raises an error here, so nothing is left to report"),
+    "quantization_config": ((), "refgemma does not quantise weights; leave it out"),
+    "push_to_hub": ((False,), "refgemma uploads nothing; use: hf upload REPOSITORY FOLDER"),
     "safe_serialization": ((True,), "weights are written as safetensors only"),
     "save_original_format": ((True, False), ""),
     "save_peft_format": ((True, False), ""),
     "state_dict": ((), "use from_state_dict(config, state_dict)"),
     "subfolder": (("",), "give the path of the folder inside"),
-    "use_safetensors": ((True,), "safetensors are preferred to pickles; leave it out"),
+    "use_safetensors": ((True,), "refgemma prefers safetensors to pickles; leave it out"),
     "variant": ((), "rename the files to model.safetensors"),
 }
 
 
 def refuse_arguments(given: Mapping[str, Any], name: str) -> None:
-    """Refuse the arguments of the function `name`, except those that have no effect here.
+    """Raise an error for any argument of the function `name`, unless the argument has no effect here.
 
     Raises
     ------
     UsageError
-        Naming the first refused argument.
+        If an argument is refused; the message names the first.
 
     Examples
     --------
@@ -66,13 +68,12 @@ def refuse_arguments(given: Mapping[str, Any], name: str) -> None:
 
 
 def drop_arguments(given: Mapping[str, Any], name: str, error: type[RefgemmaError] = UsageError) -> dict[str, Any]:
-    """Return the arguments of the function `name` without those that have no effect here.
+    """Return the arguments given to the function `name`, without those that have no effect here.
 
     Raises
     ------
     error
-        For an argument of transformers with a value that would change the result. The message says what to write
-        instead.
+        If an argument of transformers has a value that would change the result. The message says what to write instead.
 
     Examples
     --------
@@ -80,7 +81,7 @@ def drop_arguments(given: Mapping[str, Any], name: str, error: type[RefgemmaErro
     {'num_labels': 3}
     >>> drop_arguments({"load_in_4bit": True}, "Gemma2Model")
     Traceback (most recent call last):
-    refgemma.errors.UsageError: Gemma2Model: load_in_4bit=True: weights are not quantised here; leave it out
+    refgemma.errors.UsageError: Gemma2Model: load_in_4bit=True: refgemma does not quantise weights; leave it out
     """
     left: dict[str, Any] = {}
     for argument, value in given.items():

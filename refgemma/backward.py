@@ -1,15 +1,15 @@
-"""The gradients of Gemma 2: the chain rule, one operation at a time, from the loss back to every weight. Checked
+"""Compute the gradients of Gemma 2 by the chain rule, one operation at a time, from the loss to every weight. Checked
 against PyTorch autograd through transformers 5.23 (eager), against central differences, and by the adjoint test.
 
-``grad`` is always the gradient of the loss with respect to the result of an operation: an array of the result's shape,
-``grad[i] = dL/dy[i]``. For each operation ``y = f(x)`` of `refgemma.ops`, a function here takes it and returns the
-gradients of the inputs: ``dL/dx[j] = sum_i grad[i] * dy[i]/dx[j]``. The results of the forward pass are in its records:
-nothing else is stored for the way back, and no layer is computed again. The order is the reverse of the forward pass.
+``grad`` is always the gradient of the loss with respect to an operation's result: an array of the result's shape,
+``grad[i] = dL/dy[i]``. For each operation ``y = f(x)`` of `refgemma.ops`, a function here takes `grad` and returns the
+gradients of the inputs: ``dL/dx[j] = sum_i grad[i] * dy[i]/dx[j]``. The records of the forward pass have all results
+that are needed, so nothing else is stored and no layer is computed again. The order is the reverse of the forward pass.
 
 The gradient of a tensor that is used several times is the sum of the gradients from all its uses.
 
-In half precision each function rounds where PyTorch's autograd does: its kernels too widen to float32 and round once. A
-docstring says where this cannot be reproduced.
+In half precision each function rounds where PyTorch's autograd does: autograd's kernels also widen to float32 and round
+once. A docstring says where this cannot be reproduced.
 """
 
 import math
@@ -61,10 +61,10 @@ def linear_backward(
 ) -> tuple[Float[np.ndarray, "*batch in"], Float[np.ndarray, "out in"], Float[np.ndarray, " out"] | None]:  # fmt: skip
     """Return the gradients of `linear`: ``grad @ weight``, ``grad.T @ x`` and the sum of `grad`.
 
-    ``y[t, o] = sum_i x[t, i] weight[o, i] + bias[o]``. The input ``x[t, i]`` reaches every output ``o`` of its own
-    token, with the factor ``weight[o, i]``. The weight reaches the output ``o`` of every token, with the factor
-    ``x[t, i]``, and the bias with the factor 1. So the weight and the bias sum over all tokens. Source:
-    ``torch.nn.functional.linear`` under autograd.
+    ``y[t, o] = sum_i x[t, i] weight[o, i] + bias[o]``. The input ``x[t, i]`` affects every output ``o`` of its own
+    token, with the factor ``weight[o, i]``. The weight affects output ``o`` of every token, with the factor
+    ``x[t, i]``, and so does the bias, with the factor 1. So the gradients of weight and bias sum over all tokens.
+    Source: ``torch.nn.functional.linear`` under autograd.
 
     Examples
     --------
@@ -74,7 +74,7 @@ def linear_backward(
     (array([[50.]]), array([[3.],
            [6.]]))
     """
-    rows = grad.reshape(-1, grad.shape[-1])  # one row a token
+    rows = grad.reshape(-1, grad.shape[-1])  # one row per token
     grad_x = (rows @ weight).reshape(x.shape)
     grad_weight = rows.T @ x.reshape(-1, x.shape[-1])
     return grad_x, grad_weight, None if bias is None else rows.sum(axis=0)
@@ -87,9 +87,9 @@ def rms_norm_backward(
     """Return the gradients of `rms_norm`: of `x` ``r * (h - n * mean(h * n))``, of `weight` the sum of ``grad * n``.
 
     Here ``r = 1 / sqrt(mean(x**2) + eps)``, ``n = x * r`` and ``h = grad * (1 + weight)``, which is the gradient of
-    ``n``. Each ``x[j]`` acts directly, with the factor ``r``, and through the mean: ``dr/dx[j] = -r**3 x[j] / hidden``,
-    so ``dn[i]/dx[j] = -n[i] n[j] r / hidden``. Without `eps`, a longer `x` gives the same result: the second term
-    removes the part of ``h`` along `x`.
+    ``n``. Each ``x[j]`` affects the result directly, with the factor ``r``, and through the mean: ``dr/dx[j] = -r**3
+    x[j] / hidden``, so ``dn[i]/dx[j] = -n[i] n[j] r / hidden``. Without `eps`, a longer `x` gives the same result: the
+    second term removes the part of ``h`` along `x`.
 
     The weight is an offset from one, but ``d(1 + w)/dw = 1``. All steps use (at least) float32, and each gradient is
     rounded once. Source: transformers ``Gemma2RMSNorm`` under autograd; Zhang and Sennrich 2019, arXiv:1910.07467.
@@ -118,7 +118,7 @@ def rotate_backward(
 
     The result is linear in ``x``: a pair ``(a, b)`` becomes ``(a cos - b sin, b cos + a sin)``. So ``a`` receives
     ``grad_a cos + grad_b sin`` and ``b`` receives ``grad_b cos - grad_a sin``. That is the transposed matrix, which
-    for a rotation is the inverse. Half precision has three roundings, as `rotate`. Source: transformers
+    for a rotation is the inverse. Half precision has three roundings, as in `rotate`. Source: transformers
     ``apply_rotary_pos_emb`` under autograd.
 
     Examples
@@ -137,8 +137,8 @@ def repeat_kv_backward(
 ) -> Float[np.ndarray, "batch kv_heads keys head_dim"]:
     """Return the gradient of `repeat_kv`: the sum over the `groups` query heads that share a key/value head.
 
-    A copy has the derivative 1, and all copies reach the loss. Half precision sums in float32 and rounds once. Source:
-    transformers ``repeat_kv`` under autograd.
+    Each copy has the derivative 1, and all copies affect the loss. Half precision sums in float32 and rounds once.
+    Source: transformers ``repeat_kv`` under autograd.
 
     Examples
     --------
@@ -159,7 +159,7 @@ def soft_cap_backward(
     inside cancel. Far beyond the cap the gradient is 0: a saturated score does not learn.
 
     Half precision has three roundings, because autograd goes back through three kernels: the product with the cap,
-    tanh, the quotient. (PyTorch keeps the tanh; it is computed again here.) Source: transformers
+    tanh and the quotient. (PyTorch stores the tanh; here it is computed again.) Source: transformers
     ``eager_attention_forward`` and ``Gemma2ForCausalLM`` under autograd; Bello et al. 2016, arXiv:1611.09940.
 
     Examples
@@ -176,8 +176,9 @@ def attention_scores_backward(
 ) -> tuple[Float[np.ndarray, "batch heads seq head_dim"], Float[np.ndarray, "batch heads keys head_dim"]]:  # fmt: skip
     """Return the gradients of `attention_scores`: of `q` ``scale * grad @ k``, of `k` ``scale * grad.T @ q``.
 
-    ``scores[i, j] = scale * sum_d q[i, d] k[j, d]``. A query sums over the keys it scored, a key over the queries that
-    scored it. In half precision the scaled `grad` is rounded, then each product. Source: transformers
+    ``scores[i, j] = scale * sum_d q[i, d] k[j, d]``. The gradient of a query sums over the keys it is compared with,
+    the gradient of a key over queries. In half precision the scaled `grad` is rounded, then each product. Source:
+    transformers
     ``eager_attention_forward`` under autograd.
 
     Examples
@@ -196,16 +197,16 @@ def softmax_backward(grad: Scores, probs: Scores) -> Scores:
     """Return the gradient of the scores of `softmax`, from its result: ``probs * (grad - sum(grad * probs))``.
 
     ``p[j] = exp(s[j]) / sum_k exp(s[k])``. The score ``s[j]`` raises its own weight and, through the sum, lowers all:
-    ``dp[i]/ds[j] = p[i] (1 if i == j else 0) - p[i] p[j]``. So a score gains where its gradient is above the weighted
-    mean of its row, and the gradients of a row sum to 0. A key that the mask hides has the weight 0 and the gradient 0:
-    the mask is not needed.
+    ``dp[i]/ds[j] = p[i] (1 if i == j else 0) - p[i] p[j]``. So a score's gradient is positive where `grad` is above the
+    row's weighted mean, and the gradients of a row sum to 0. A masked key has the weight 0 and so the gradient 0; the
+    mask is not needed.
 
-    A query that may see no key weighs all keys equally, whatever its scores: their true derivative is 0. In PyTorch it
-    is not: there the row is ``scores + lowest``, which only rounding makes constant, and autograd goes back through the
-    sum. The formula gives the same here.
+    A query that may see no key weighs all keys equally, whatever the scores, so their true derivative is 0. PyTorch
+    gives another result: its row is ``scores + lowest``, which only rounding makes constant, and autograd uses the sum.
+    The formula here gives the same as PyTorch.
 
     Computed in (at least) float32 and rounded once. PyTorch uses the weights before they are rounded to half precision,
-    which the records do not contain: pass such `probs`, and the result has its rounding. Source: transformers
+    but the records do not have these. Pass unrounded `probs` to get PyTorch's rounding. Source: transformers
     ``eager_attention_forward`` under autograd.
 
     Examples
@@ -224,7 +225,7 @@ def gelu_tanh_backward(
     """Return the gradient of `gelu_tanh`: ``grad * (0.5 (1 + t) + 0.5 x (1 - t**2) du/dx)``.
 
     ``y = 0.5 x (1 + t)`` with ``t = tanh(u)`` and ``u = sqrt(2/pi) (x + 0.044715 x**3)``, so that ``du/dx =
-    sqrt(2/pi) (1 + 3 * 0.044715 x**2)``: the rule of products, then the chain rule. Half precision has one rounding.
+    sqrt(2/pi) (1 + 3 * 0.044715 x**2)``: the product rule, then the chain rule. Half precision has one rounding.
     Source: ``torch.nn.functional.gelu(approximate="tanh")`` under autograd.
 
     Examples
@@ -242,12 +243,12 @@ def gelu_tanh_backward(
 def activation_backward(
     grad: Float[np.ndarray, "*shape"], x: Float[np.ndarray, "*shape"], activation: Activation
 ) -> Float[np.ndarray, "*shape"]:
-    """Return the gradient of `activation`, for Gemma 2's own and those of `refgemma.activations_backward`.
+    """Return the gradient of `activation`: Gemma 2's own, or one of `refgemma.activations_backward`.
 
     Raises
     ------
     InputError
-        For a function of the caller's, whose derivative is unknown.
+        If `activation` is a caller's own function, whose derivative is unknown.
 
     Examples
     --------
@@ -271,10 +272,10 @@ def attention_backward(
     grad: Hidden, record: Attention, x: Hidden, weights: LayerWeights, *, cos: RotaryTable, sin: RotaryTable,
     scale: float, cap: float | None,
 ) -> tuple[Hidden, Attention, dict[str, Array]]:  # fmt: skip
-    """Return the gradient of the input `x` of `attention`, those of all its steps, and those of its weights.
+    """Return the gradients of `attention`: of the input `x`, of all steps, and of the weights.
 
-    A key and a value serve every query that sees them, so their gradients sum over queries; the input serves all three
-    projections.
+    A key and a value serve every query that sees them, so their gradients sum over queries. The input serves all three
+    projections, so its gradient is a sum, too.
 
     Parameters
     ----------
@@ -288,8 +289,8 @@ def attention_backward(
     Returns
     -------
     tuple
-        The gradient of `x`; a record with the gradient of each step in place of the step; the gradients of the weights,
-        by their fields in `LayerWeights`.
+        The gradient of `x`; a record like `record` with the gradient of each step; the gradients of the weights, by
+        their fields in `LayerWeights`.
     """
     head_dim, seq = cos.shape[-1], x.shape[1]
     groups = record.q.shape[1] // record.k.shape[1]
@@ -299,7 +300,7 @@ def attention_backward(
     grad_mixed, of["o_proj"], of["o_proj_bias"] = linear_backward(
         grad, record.mixed, weights.o_proj, weights.o_proj_bias
     )
-    grad_heads: Heads = split_heads(grad_mixed, head_dim)  # of probs @ values
+    grad_heads: Heads = split_heads(grad_mixed, head_dim)  # gradient of probs @ values
     grad_probs = grad_heads @ values.swapaxes(-1, -2)
     grad_values = repeat_kv_backward(record.probs.swapaxes(-1, -2) @ grad_heads, groups)
 
@@ -308,7 +309,7 @@ def attention_backward(
     grad_q_rot, grad_keys = attention_scores_backward(grad_scores, record.q_rot, keys, scale)
     grad_keys = repeat_kv_backward(grad_keys, groups)
 
-    grad_k_rot, grad_v = grad_keys[:, :, -seq:], grad_values[:, :, -seq:]  # those before them are of the past
+    grad_k_rot, grad_v = grad_keys[:, :, -seq:], grad_values[:, :, -seq:]  # earlier entries belong to the past
     grad_q = rotate_backward(grad_q_rot, cos, sin)
     grad_k = rotate_backward(grad_k_rot, cos, sin)
     through_q, of["q_proj"], of["q_proj_bias"] = linear_backward(
@@ -331,10 +332,10 @@ def attention_backward(
 def feed_forward_backward(
     grad: Hidden, record: FeedForward, x: Hidden, weights: LayerWeights, activation: Activation
 ) -> tuple[Hidden, FeedForward, dict[str, Array]]:
-    """Return the gradient of the input `x` of `feed_forward`, those of all its steps, and those of its weights.
+    """Return the gradients of `feed_forward`: of the input `x`, of all steps, and of the weights.
 
-    In a product each factor receives the gradient times the other factor: where ``up`` is large, ``gate`` learns. The
-    arguments and results are those of `attention_backward`.
+    In a product each factor receives the gradient times the other factor, so ``gate`` learns where ``up`` is large.
+    Arguments and results are as in `attention_backward`.
     """
     of: dict[str, Any] = {}
     grad_product: Intermediate
@@ -352,11 +353,11 @@ def block_backward(
     grad: Hidden, record: Block, hidden: Hidden, weights: LayerWeights, *, cos: RotaryTable, sin: RotaryTable,
     scale: float, cap: float | None, activation: Activation, eps: float,
 ) -> tuple[Hidden, Block, LayerWeights]:  # fmt: skip
-    """Return the gradient of the input `hidden` of `block`, those of all its steps, and those of its weights.
+    """Return the gradients of `block`: of the input `hidden`, of all steps, and of the weights.
 
-    ``out = middle + norm(mlp(norm(middle)))``: a sum gives its gradient to both terms. So the gradient of the residual
-    stream goes straight back to the first layer, and each half of a layer adds to it. The arguments and results are
-    those of `attention_backward`; the gradients of the weights are a `LayerWeights`.
+    ``out = middle + norm(mlp(norm(middle)))``: a sum passes its gradient to both terms. So the gradient of the residual
+    stream goes straight back to the first layer, and each half of a layer adds to it. Arguments and results are as in
+    `attention_backward`; the gradients of the weights are a `LayerWeights`.
     """
     of: dict[str, Any] = {}
     grad_fed, of["post_feedforward_layernorm"] = rms_norm_backward(
@@ -389,28 +390,27 @@ def block_backward(
 
 @dataclass(frozen=True)
 class Gradients:
-    """The gradients of every step of `forward`, under its names, and those of the weights."""
+    """The gradients of every step of `forward`, with the same names, and of the weights."""
 
-    embedded: Hidden  # also of `inputs_embeds`, if the caller passes them
+    embedded: Hidden  # also the gradient of `inputs_embeds`, if given
     layers: tuple[Block, ...]
     norm: Hidden
-    raw_logits: Logits | None  # a classifier has none
+    raw_logits: Logits | None  # None for a classifier
     logits: Float[np.ndarray, "batch seq classes"]
-    weights: dict[str, Array]  # by their names in a checkpoint
+    weights: dict[str, Array]  # by name in a checkpoint
 
 
 def embed_backward(
     grad: Hidden, input_ids: TokenIds, vocab: int, padding: int | None
 ) -> Float[np.ndarray, "vocab hidden"]:
-    """Return the gradient of the table of `embed`: each row sums those of its tokens, times ``sqrt(hidden)``.
+    """Return the gradient of the table of `embed`: for each row, ``sqrt(hidden)`` times the sum over its tokens.
 
-    ``y[t] = table[id[t]] * sqrt(hidden)``: a token reaches one row, a row all tokens with its id. The row of the token
-    `padding` receives nothing, because PyTorch's embedding does not train its ``padding_idx``; through the tied head it
-    still learns.
+    ``y[t] = table[id[t]] * sqrt(hidden)``: a row is used by all tokens with its id. The row of the token `padding` gets
+    no gradient, because PyTorch's embedding does not train its ``padding_idx``; a tied head still gives it a gradient.
 
-    In half precision each product rounds, and so does each sum, in the order of the tokens. To keep it, the first
-    tokens of all ids are added at once, then all second ones. Source: transformers ``Gemma2TextScaledWordEmbedding``
-    under autograd.
+    In half precision each product rounds, and so does each sum, in the order of the tokens. To keep this order, the
+    first tokens of all ids are added at once, then all second tokens, and so on. Source: transformers
+    ``Gemma2TextScaledWordEmbedding`` under autograd.
 
     Examples
     --------
@@ -435,22 +435,22 @@ def backward(
     grad_logits: Logits, run: Forward, input_ids: TokenIds | None, weights: Weights, config: Gemma2Config, *,
     keep_activations: bool = True,
 ) -> Gradients:  # fmt: skip
-    """Return the gradients of every step and every weight of `forward`, from the gradient of its logits.
+    """Return the gradients of every step and every weight of `forward`, given the gradient of the logits.
 
-    Where the head is tied, the table receives two gradients: as the head, and as the embedding.
+    If the head is tied, the gradient of the table is the sum of two: from the head and from the embedding.
 
     Parameters
     ----------
     grad_logits : (batch, seq, vocab)
-        For instance from `causal_lm_loss_backward`.
+        The gradient of the logits, for example from `causal_lm_loss_backward`.
     run : Forward
         The record of `forward`.
     input_ids : int array (batch, seq), optional
-        The tokens of `forward`; None if embeddings were passed, and then the embedding receives nothing.
+        The tokens of `forward`; None if embeddings were passed, so that the embedding table gets no gradient.
     weights, config
-        Those of `forward`.
+        The arguments of `forward`.
     keep_activations : bool
-        Whether to keep the gradients of the layers' steps; without, ``.layers`` is empty.
+        If true, keep the gradients of the layers' steps; otherwise ``.layers`` is empty.
 
     Examples
     --------
@@ -476,7 +476,7 @@ def _trunk_backward(
     grad_norm: Hidden, start: Start | Forward, records: Sequence[Block], input_ids: TokenIds | None, weights: Weights,
     config: Gemma2Config, keep_activations: bool,
 ) -> tuple[Hidden, tuple[Block, ...], dict[str, Any]]:  # fmt: skip
-    """Return the gradients of the embedded tokens, of the blocks and of the weights, from that of the final norm."""
+    """Return the gradients of the embedded tokens, the blocks and the weights, given the gradient of the final norm."""
     stream = [start.embedded, *(record.out for record in records)]
     of: dict[str, Any] = {}
     layers: tuple[Block, ...] = ()
@@ -503,14 +503,14 @@ def cross_entropy_backward(
     logits: Float[np.ndarray, "tokens classes"], labels: Int[np.ndarray, " tokens"],
     num_items: float | None = None, ignore_index: int = IGNORED,
 ) -> Float[np.ndarray, "tokens classes"]:  # fmt: skip
-    """Return the gradient of the logits of `cross_entropy`: ``(softmax(z) - one_hot(label)) / n``, 0 for the ignored.
+    """Return the gradient of the logits of `cross_entropy`: ``(softmax(z) - one_hot(label)) / n``, or 0 if ignored.
 
     ``loss = (1/n) sum_t (log sum_k exp(z[t, k]) - z[t, label[t]])``: the derivative of the first term is the softmax,
-    of the second the one at the label. ``n`` is the number of labels that count, or `num_items`. So every token of a
-    batch has the same share; a mean of means over parts of a batch gives another gradient.
+    of the second term 1 at the label. ``n`` is `num_items` or the number of labels that count. So every token of a
+    batch has the same weight; averaging the means of parts of a batch gives another gradient.
 
     Computed in at least float32 and rounded once, to the precision of the logits. Source:
-    ``torch.nn.functional.cross_entropy`` under autograd, with ``logits.float()`` as transformers has it.
+    ``torch.nn.functional.cross_entropy`` under autograd, with ``logits.float()`` as in transformers.
 
     Examples
     --------
@@ -531,7 +531,7 @@ def mean_squared_error_backward(
 ) -> Float[np.ndarray, "*shape"]:
     """Return the gradient of the values of `mean_squared_error`: ``2 (value - label) / n``.
 
-    Computed in at least float32 and rounded once. Source: ``torch.nn.MSELoss`` under autograd.
+    The result is computed in at least float32 and rounded once. Source: ``torch.nn.MSELoss`` under autograd.
 
     Examples
     --------
@@ -560,10 +560,10 @@ def binary_cross_entropy_backward(
 def sequence_classification_loss_backward(
     logits: Float[np.ndarray, "batch labels"], labels: npt.ArrayLike, problem_type: str | None
 ) -> Float[np.ndarray, "batch labels"]:
-    """Return the gradient of the logits of `sequence_classification_loss`, for the same kinds of problem.
+    """Return the gradient of the logits of `sequence_classification_loss`, for all three problem types.
 
-    In a half-precision model PyTorch computes this loss in half precision, and autograd rounds more often; here the
-    gradient is computed in float32 and rounded once. Source: transformers ``ForSequenceClassificationLoss``.
+    For a half-precision model, PyTorch computes this loss in half precision, and autograd rounds more often. refgemma
+    computes the gradient in float32 and rounds once. Source: transformers ``ForSequenceClassificationLoss``.
 
     Examples
     --------
@@ -583,9 +583,9 @@ def sequence_classification_loss_backward(
 def causal_lm_loss_backward(
     logits: Logits, labels: npt.ArrayLike, num_items_in_batch: float | None = None, ignore_index: int = IGNORED
 ) -> Logits:
-    """Return the gradient of the logits of `causal_lm_loss`: `cross_entropy_backward` of the labels one place earlier.
+    """Return the gradient of the logits of `causal_lm_loss`: `cross_entropy_backward` with shifted labels.
 
-    The logits at place ``t`` answer for the label at ``t + 1``, so the last place of each row has the gradient 0.
+    The logits at place ``t`` predict the label at ``t + 1``, so the last place of each row has the gradient 0.
     Source: transformers ``ForCausalLMLoss`` under autograd.
 
     Examples
@@ -606,8 +606,8 @@ def compute_gradients(
 ) -> tuple[float, dict[str, Array]]:  # fmt: skip
     """Return the loss of a language model on `labels`, and the gradient of each weight.
 
-    A training step needs no more from the model. The steps are `forward`, `causal_lm_loss` and `backward`. Dropout is
-    off, as in evaluation; Gemma 2 has none.
+    This is all that a training step needs from the model: `forward`, `causal_lm_loss` and `backward`. Dropout is off,
+    as in evaluation; Gemma 2 has no dropout.
 
     Parameters
     ----------
@@ -616,22 +616,22 @@ def compute_gradients(
     labels : int array (batch, seq)
         Usually the input ids themselves, with -100 where a token does not count, for instance at padding.
     weights : Weights
-        Their precision is that of the computation.
+        The weights; their precision is the precision of the computation.
     config : Gemma2Config
         The model's configuration.
     attention_mask : array, optional
         As in `forward`.
     position_ids : int array (batch, seq), optional
-        As in `forward`; without `attention_mask`, positions that restart begin another text of a packed row, see
+        As in `forward`. Without `attention_mask`, positions that restart begin another text of a packed row; see
         ``refgemma.inputs.packed_masks``.
     num_items : float, optional
-        Divides the sum of the losses, in place of the number of labels that count: to accumulate the gradients of
+        Divides the sum of the losses, instead of the number of labels that count. To accumulate the gradients of
         several batches, pass the number of labels that count in all of them.
 
     Returns
     -------
     loss : float
-        In nats a token.
+        The loss in nats per token.
     gradients : dict
         The gradient of each weight under its name in a checkpoint (``model.layers.0.self_attn.q_proj.weight``), in the
         precision of the weights. A tied head has no entry of its own.
@@ -639,7 +639,7 @@ def compute_gradients(
     Raises
     ------
     InputError
-        For inputs or labels that do not fit.
+        If the inputs or labels are invalid.
 
     Examples
     --------
@@ -664,7 +664,7 @@ def compute_all_gradients(
 ) -> tuple[float, Gradients]:  # fmt: skip
     """Return the loss of a language model on `labels`, and the gradients of all steps and weights.
 
-    The arguments are those of `compute_gradients`, and `keep_activations` of `backward`.
+    For the arguments see `compute_gradients`, and `backward` for `keep_activations`.
 
     Examples
     --------
@@ -688,10 +688,10 @@ def compute_classifier_gradients(
     each_token: bool = False, attention_mask: Any = None, position_ids: npt.ArrayLike | None = None,
     keep_activations: bool = False,
 ) -> tuple[float, Gradients]:  # fmt: skip
-    """Return the loss of a classifier on `labels`, and its gradients; dropout is off, as in evaluation.
+    """Return the loss of a classifier on `labels`, and all gradients; dropout is off, as in evaluation.
 
-    A sequence classifier has a loss at one token of each row, and the gradient of all other logits is 0. The model
-    below is that of `backward`. Source: transformers ``Gemma2ForSequenceClassification`` and
+    A sequence classifier has a loss at one token of each row, so the gradient of all other logits is 0. The layers are
+    as in `backward`. Source: transformers ``Gemma2ForSequenceClassification`` and
     ``Gemma2ForTokenClassification``.
 
     Parameters
@@ -699,18 +699,18 @@ def compute_classifier_gradients(
     input_ids, weights, config, attention_mask, position_ids
         As in `compute_gradients`.
     labels : array
-        Those of `sequence_classification_loss`, or of `token_classification_loss` for `each_token`.
+        Labels as in `sequence_classification_loss` or, with `each_token`, as in `token_classification_loss`.
     score : Score
-        The head.
+        The head of the classifier.
     each_token : bool
-        Whether each token has a label, or each sequence.
+        If true, each token has a label; otherwise each sequence.
     keep_activations : bool
-        Whether to keep the gradients of the layers' steps.
+        If true, keep the gradients of the layers' steps.
 
     Raises
     ------
     InputError
-        For inputs or labels that do not fit.
+        If the inputs or labels are invalid.
 
     Examples
     --------
@@ -748,9 +748,9 @@ def compute_classifier_gradients(
 
 
 def _last_places(input_ids: TokenIds, config: Gemma2Config) -> Int[np.ndarray, " batch"]:
-    """Return the place at which each row is classified: `last_tokens`, or the last one without a padding token."""
+    """Return the place at which each row is classified: `last_tokens`, or the last place if there is no pad token."""
     if config.pad_token_id is not None:
         return last_tokens(input_ids, config.pad_token_id)
     if len(input_ids) > 1:
-        raise InputError(f"{len(input_ids)} sequences, but the configuration has no pad_token_id; set it")
+        raise InputError(f"there are {len(input_ids)} sequences, but pad_token_id is None in the configuration; set it")
     return np.array([input_ids.shape[1] - 1])

@@ -1,7 +1,7 @@
-"""The key/value cache as a plain value: each block's memory of earlier tokens. Checked against the recorded cached
-decoding of transformers 5.23 (`DynamicCache` with sliding layers).
+"""Define the key/value cache as an immutable value with each block's earlier keys and values. Checked against the
+cached decoding recorded from transformers 5.23 (`DynamicCache` with sliding layers).
 
-A `Cache` is never changed: `forward` takes one and returns the next, and its methods return new ones. So a prompt can
+A `Cache` never changes: `forward` takes a cache and returns the next, and methods return new caches. So a prompt can
 be continued in many ways from one cache, and a step can be discarded.
 """
 
@@ -22,9 +22,9 @@ LegacyCache: TypeAlias = Sequence[Sequence[Array]]
 
 @dataclass(frozen=True)
 class LayerCache:
-    """Keys (already rotated by their positions) and values of one layer, and the place of the first one kept.
+    """Keys (already rotated by their positions) and values of one layer, and the place of the first key that is kept.
 
-    Unpacks and indexes as the pair ``(keys, values)``, the form of a layer in the legacy format.
+    It can be unpacked and indexed as the pair ``(keys, values)``, like a layer in the legacy format.
     """
 
     keys: Past
@@ -46,12 +46,12 @@ class LayerCache:
         return (self.keys, self.values)[index]
 
     def __len__(self) -> int:
-        """Return 2, for any number of tokens."""
+        """Return 2, the length of the pair, for any number of tokens."""
         return 2
 
 
 class Cache(tuple[LayerCache, ...]):
-    """The memory of all layers, one `LayerCache` each.
+    """The keys and values of all layers, with one `LayerCache` each.
 
     A full layer keeps every token, a sliding layer the last ``window - 1``. The cache is a tuple, so code for the
     legacy format (``past[layer][0].shape[2]``) can read it too.
@@ -81,7 +81,7 @@ class Cache(tuple[LayerCache, ...]):
         return Cache(LayerCache(select(layer.keys), select(layer.values), layer.start) for layer in self)
 
     def reorder(self, rows: npt.ArrayLike) -> "Cache":
-        """Return the cache whose row ``i`` is this one's row ``rows[i]``: for beams, and to drop or repeat sequences.
+        """Return a cache whose row ``i`` is row ``rows[i]`` of this cache, for beams or to drop or repeat sequences.
 
         Raises
         ------
@@ -95,7 +95,7 @@ class Cache(tuple[LayerCache, ...]):
         return self._rows(lambda x: x[picked])
 
     def repeat_interleave(self, repeats: Any) -> "Cache":
-        """Repeat every row `repeats` times in place: rows 0, 1 become 0, 0, 1, 1.
+        """Repeat every row `repeats` times; rows 0, 1 become 0, 0, 1, 1.
 
         Raises
         ------
@@ -107,7 +107,7 @@ class Cache(tuple[LayerCache, ...]):
         return self._rows(lambda x: np.repeat(x, repeats, axis=0))
 
     def crop(self, max_length: int) -> "Cache":
-        """Return the cache after its first `max_length` tokens; a negative number removes that many from the end.
+        """Return the cache of the first `max_length` tokens; a negative number is the number of tokens to remove.
 
         Raises
         ------
@@ -120,14 +120,14 @@ class Cache(tuple[LayerCache, ...]):
         if dropped:
             raise InputError(
                 f"the cache cannot be cropped to {length} tokens: sliding layer {dropped[0]} has dropped its first "
-                f"{self[dropped[0]].start}; keep an earlier cache (caches are never changed) and continue from that"
+                f"{self[dropped[0]].start}; keep an earlier cache (caches never change) and continue from it"
             )
         return self._rows(lambda x: x[:, :, :length].copy())
 
     def to_legacy(self) -> tuple[tuple[Array, Array], ...]:
         """Return a tuple of plain pairs ``(keys, values)``, each ``(batch, kv_heads, kept, head_dim)``.
 
-        The tuple does not contain the number of tokens that sliding layers have dropped; see `from_legacy`.
+        The tuple does not say how many tokens sliding layers have dropped; see `from_legacy`.
         """
         return tuple((layer.keys, layer.values) for layer in self)
 
@@ -138,19 +138,19 @@ class Cache(tuple[LayerCache, ...]):
         Parameters
         ----------
         pairs : sequence of (keys, values)
-            Each ``(batch, kv_heads, kept, head_dim)``, the last `kept` of the tokens seen.
+            Arrays ``(batch, kv_heads, kept, head_dim)`` for the last `kept` tokens.
         seen : int, optional
-            The number of tokens that the cache has seen. The default is the number that the longest layer keeps. This
-            is all tokens if a layer is full, or if no window is filled yet.
+            The number of tokens that the cache has seen. The default is the number that the longest layer keeps, which
+            is right if a layer is full, or if no window is filled yet.
 
         Raises
         ------
         InputError
-            For a layer that is not such a pair, or if the number of tokens seen is unknown.
+            If a layer is not such a pair, or the number of tokens seen is unknown.
         """
         layers = [_pair(pair, n, like) for n, pair in enumerate(pairs)]
         if not layers or len(layers) != config.num_hidden_layers:
-            raise InputError(f"past_key_values has {len(layers)} layers, the model {config.num_hidden_layers}")
+            raise InputError(f"past_key_values has {len(layers)} layers; the model has {config.num_hidden_layers}")
         kept = [keys.shape[2] for keys, _ in layers]
         total = max(kept) if seen is None else seen
         told = any(not config.is_sliding(n) for n in range(len(layers))) or total < config.sliding_window - 1
@@ -196,9 +196,9 @@ def empty_cache(config: Gemma2Config, batch: int, like: Array) -> Cache:
 
 
 def check_cache(cache: Cache | None, config: Gemma2Config, batch: int, like: Array) -> Cache:
-    """Return `cache`, or an empty cache for None; refuse the cache of another model or batch.
+    """Return `cache`, or an empty cache for None; raise an error if it belongs to another model or batch.
 
-    It must have the precision of `like`.
+    The cache must have the precision of `like`.
 
     Raises
     ------
@@ -230,7 +230,7 @@ def extend(past: LayerCache, keys: KVHeads, values: KVHeads) -> LayerCache:
 def keep_last(layer: LayerCache, count: int) -> LayerCache:
     """Drop all but the last `count` tokens.
 
-    A sliding layer keeps ``window - 1``, because the next query adds the window's last key itself. Several
+    A sliding layer keeps ``window - 1`` tokens, because the next query adds the window's last key itself. Several
     implementations kept one key fewer, or dropped it one step too early.
 
     Examples
@@ -242,5 +242,5 @@ def keep_last(layer: LayerCache, count: int) -> LayerCache:
     dropped = max(layer.keys.shape[2] - count, 0)
     if not dropped:
         return layer
-    # Copies: a view would keep the dropped tokens in memory.
+    # Copy, because a view would keep the dropped tokens in memory.
     return LayerCache(layer.keys[:, :, dropped:].copy(), layer.values[:, :, dropped:].copy(), layer.start + dropped)

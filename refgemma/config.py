@@ -1,5 +1,8 @@
-"""The numbers that define a Gemma 2: sizes, window, caps. Checked against transformers 5.23 ``configuration_gemma2.py``
-and, for the defaults, the Transformers documentation page of Gemma 2."""
+"""Hold the numbers that define a Gemma 2: sizes, window and caps.
+
+Checked against transformers 5.23 ``configuration_gemma2.py`` and, for the defaults, the Transformers documentation page
+of Gemma 2.
+"""
 
 import difflib
 import functools
@@ -21,15 +24,15 @@ from refgemma.hub import find_model
 SLIDING = "sliding_attention"
 FULL = "full_attention"
 
-# Without one of these, a config.json would silently become another model. Sizes have no sensible default, and the
-# default of the query scalar differs between the documentation (224) and transformers (256).
+# A config.json must have these fields; defaults would silently give another model. Sizes have no sensible default, and
+# the query scalar has two: 224 in the documentation, 256 in transformers.
 REQUIRED = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "query_pre_attn_scalar",
 )  # fmt: skip
 
-LABELS_LIMIT = 2**20  # more classes than any classifier has; each gets a name
-# At least four times the largest Gemma. Without limits, a few lines of JSON and a sparse file take all memory.
+LABELS_LIMIT = 2**20  # far more classes than any classifier has; without a limit, their names could fill the memory
+# At least four times the largest Gemma. Without limits, a few lines of JSON and a sparse file could take all memory.
 LAYERS_LIMIT = 2**10
 LIMITS = {
     LAYERS_LIMIT: ("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 2**12: ("head_dim",),
@@ -37,7 +40,7 @@ LIMITS = {
 }  # fmt: skip
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
-# Omitted from a file if they have their defaults: they describe the use of a model, not the model.
+# These fields describe the use of a model, not the model; a file omits those with default values.
 OMITTED = (
     "architectures",
     "dtype",
@@ -48,7 +51,7 @@ OMITTED = (
 )
 
 
-# Keys of a file that are not fields, or that are derived when the file is written.
+# Keys of a file that are not fields, or are derived when it is written.
 READ_ELSEWHERE = (
     "hidden_act", "model_type", "num_labels", "quantization", "quantization_config", "rope_scaling", "torch_dtype",
     "transformers_version", "use_bidirectional_attention",
@@ -56,19 +59,20 @@ READ_ELSEWHERE = (
 
 
 class Derived(dict[Any, Any]):
-    """A mapping that was derived, not given: a new `rope_theta` or `num_labels` derives it again."""
+    """A mapping that was derived, not given by the caller; a new `rope_theta` or `num_labels` replaces it."""
 
 
 class ConfigError(RefgemmaError):
-    """Raised for an impossible configuration of a Gemma 2, or one that this reference does not compute."""
+    """Raised for a configuration that is impossible, or that refgemma does not compute."""
 
 
 @dataclass(repr=False)
 class Gemma2Config:
     """The configuration of a Gemma 2 model, with Hugging Face's names and the documented defaults.
 
-    Fields can be set, as in ``config.num_hidden_layers = 2``; derived fields follow. Other attributes can be set too:
-    refgemma ignores them, and writes them to files. Contradictory fields are refused when a model is made or run.
+    Fields can be set, as in ``config.num_hidden_layers = 2``; derived fields follow. Fields that contradict each other
+    raise an error when a model is made or run. Other attributes can be set too: files keep them, but refgemma does not
+    use them.
 
     Parameters
     ----------
@@ -81,52 +85,52 @@ class Gemma2Config:
     num_hidden_layers : int
         Number of blocks.
     num_attention_heads, num_key_value_heads : int
-        Query heads (axis ``heads``) and the key/value heads they share (axis ``kv_heads``). Equal numbers are
-        multi-head attention; one key/value head is multi-query attention. ``None`` means as many as query heads.
+        Query heads (axis ``heads``) and the key/value heads they share (axis ``kv_heads``). Multi-head attention has as
+        many key/value heads as query heads (``None``); multi-query attention has one.
     head_dim : int
         Width of one head (axis ``head_dim``); even, because rotary positions rotate pairs.
     hidden_activation : str or callable
-        ``"gelu_pytorch_tanh"`` in every released Gemma 2. Another name of `refgemma.activations`, or a function of an
-        array that returns one of the same shape.
+        Always ``"gelu_pytorch_tanh"`` in released models. It may be another name of `refgemma.activations`, or a
+        function that takes an array and returns an array of the same shape.
     max_position_embeddings : int
         Longest sequence that the model was designed for; ``forward`` warns beyond it.
     initializer_range : float
-        Standard deviation of newly initialised weights, before truncation.
+        Standard deviation of new random weights, before truncation.
     rms_norm_eps : float
         Added to the mean square in every norm.
     use_cache : bool
-        Whether the documented classes return ``past_key_values``, unless a call overrides it.
+        If true, the documented classes return ``past_key_values``; a call can override it.
     pad_token_id, eos_token_id, bos_token_id : int or tuple of int, optional
-        Special ids.
+        Ids of the tokens for padding, end and beginning.
     tie_word_embeddings : bool
-        Whether the head is the embedding table, as in every released Gemma 2, or a separate table.
+        If true, as in every released Gemma 2, the head is the embedding table; otherwise it is a separate table.
     rope_theta : float
         Base of the rotary frequencies.
     attention_bias : bool
-        Whether the four projections of attention have biases; no released Gemma 2 has them.
+        If true, the four projections of attention have biases; in released models they have none.
     attention_dropout : float
-        Accepted and stored; it only acts in training, so it is never applied here.
+        Stored but not applied; it only affects training in transformers.
     final_logit_softcapping, attn_logit_softcapping : float, optional
-        Caps of the final logits and of the attention scores; ``None`` switches one off.
+        Caps of the final logits and of the attention scores; ``None`` means no cap.
     query_pre_attn_scalar : float
         Attention scores are multiplied by ``query_pre_attn_scalar ** -0.5``.
     sliding_window : int
-        Keys that a query of a sliding layer may see, itself included.
+        Number of keys that a query of a sliding layer may see, including its own.
     layer_types : tuple of str, optional
-        ``"sliding_attention"`` or ``"full_attention"`` for each layer; sliding on even layers if not given.
+        ``"sliding_attention"`` or ``"full_attention"`` for each layer. By default, layers 0, 2, 4, ... slide.
     rope_parameters : mapping, optional
-        transformers 5.x's way to write `rope_theta`: ``{"rope_type": "default", "rope_theta": 10000.0}``.
+        `rope_theta` as transformers 5.x writes it: ``{"rope_type": "default", "rope_theta": 10000.0}``.
     num_labels : int, optional
-        Classes of a classifier; 2 unless `id2label` says otherwise.
+        Number of classes of a classifier; by default that of `id2label`, or 2.
     id2label, label2id : mapping, optional
         Names of the classes, and the reverse mapping; ``LABEL_0`` and so on if not given.
     problem_type : str, optional
         The loss of a sequence classifier: ``"regression"``, ``"single_label_classification"`` or
         ``"multi_label_classification"``; derived from the labels if not given.
     output_attentions, output_hidden_states, return_dict : bool
-        Outputs of the documented classes, unless a call overrides them.
+        Outputs that the documented classes return; a call can override these.
     dtype : str, optional
-        The precision of the weights on disk; ``from_pretrained(dtype="auto")`` computes in it.
+        The precision of the weights on disk; ``from_pretrained(dtype="auto")`` computes in this precision.
     architectures : tuple of str, optional
         The class that wrote the checkpoint.
 
@@ -182,7 +186,7 @@ class Gemma2Config:
     output_attentions: bool = False
     output_hidden_states: bool = False
     return_dict: bool = True
-    # The origin of the weights: two equal models may differ in these.
+    # These fields describe the origin of the weights, so the comparison of two configurations ignores them.
     dtype: str | None = field(default=None, compare=False)
     architectures: tuple[str, ...] | None = field(default=None, compare=False)
 
@@ -191,7 +195,7 @@ class Gemma2Config:
         self.check()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set a field and its derived fields, as `changed` does; refuse a value that no Gemma 2 can have."""
+        """Set a field and derive others from it, as `changed` does; raise an error for an impossible value."""
         name = "dtype" if name == "torch_dtype" else name  # the name before transformers 5
         if name not in self.__dataclass_fields__ and hasattr(type(self), name):
             raise ConfigError(f"Gemma2Config: {name} is a method or a property, not a field; it cannot be set")
@@ -206,7 +210,7 @@ class Gemma2Config:
             raise ConfigError(f"Gemma2Config: {problem}")
 
     def __repr__(self) -> str:
-        """Return the class and the text of a ``config.json``, as transformers prints it."""
+        """Return the name of the class and the JSON text, as transformers prints them."""
         return f"{type(self).__name__} {json.dumps(self._file_values(), indent=2, sort_keys=True, default=repr)}"
 
     def check(self) -> None:
@@ -215,9 +219,9 @@ class Gemma2Config:
         Raises
         ------
         ConfigError
-            Naming the first field that is wrong.
+            If a field is wrong; the message names the first such field.
         """
-        for problem in _find_problems(self):  # only the first is reported
+        for problem in _find_problems(self):  # report only the first problem
             raise ConfigError(f"Gemma2Config: {problem}")
 
     def update(self, values: Mapping[str, Any]) -> None:
@@ -226,13 +230,13 @@ class Gemma2Config:
             setattr(self, name, value)
 
     def is_sliding(self, layer: int) -> bool:
-        """Tell whether `layer` sees only the last ``sliding_window`` keys."""
+        """Return True if `layer` sees only the last ``sliding_window`` keys."""
         assert self.layer_types is not None  # set by __post_init__
         return self.layer_types[layer] == SLIDING
 
     @property
     def is_encoder_decoder(self) -> bool:
-        """False: Gemma 2 has only a decoder."""
+        """Always False, because Gemma 2 has only a decoder."""
         return False
 
     def get_text_config(self, **ignored: Any) -> "Gemma2Config":
@@ -241,7 +245,7 @@ class Gemma2Config:
 
     @property
     def torch_dtype(self) -> str | None:
-        """The name of `dtype` before transformers 5."""
+        """The same as `dtype`, under its name before transformers 5."""
         return self.dtype
 
     @property
@@ -251,12 +255,12 @@ class Gemma2Config:
 
     @property
     def activation(self) -> Activation:
-        """The function that `hidden_activation` names, or is."""
+        """The activation function; `hidden_activation` is the function or its name."""
         named = self.hidden_activation
         return ACTIVATIONS[named] if isinstance(named, str) else named
 
     def changed(self, **changes: Any) -> "Gemma2Config":
-        """Return a configuration with other values, and with their derived fields.
+        """Return a copy with the given values; fields that depend on these are derived again.
 
         Raises
         ------
@@ -277,7 +281,7 @@ class Gemma2Config:
         return config
 
     def _own_attributes(self) -> dict[str, Any]:
-        """Return the attributes that are not fields of this class: a caller's own, or a newer release's."""
+        """Return the attributes that are not fields: set by the caller, or from a newer transformers."""
         known = {f.name for f in fields(self)}
         return {name: value for name, value in vars(self).items() if name not in known}
 
@@ -294,12 +298,12 @@ class Gemma2Config:
         return plain | {"model_type": self.model_type, "hidden_act": self.hidden_activation}
 
     def to_json_string(self) -> str:
-        """Return the text of a ``config.json``, without the fields that transformers omits too.
+        """Return the text of a ``config.json``; it omits the same fields as in transformers.
 
         Raises
         ------
         ConfigError
-            If `hidden_activation` is a function, or an attribute is an object: a file can hold only names and numbers.
+            If `hidden_activation` is a function, or an attribute is an object; a file can hold only names and numbers.
 
         Examples
         --------
@@ -309,13 +313,13 @@ class Gemma2Config:
         """
         if not isinstance(self.hidden_activation, str):
             raise ConfigError(
-                f"Gemma2Config: hidden_activation is {self.hidden_activation!r}, a function, which a file cannot hold; "
+                f"Gemma2Config: hidden_activation is {self.hidden_activation!r}, a function, which JSON cannot hold; "
                 "set it to the function's name"
             )
         return json.dumps(self._file_values(), indent=2, sort_keys=True, default=_refuse_value) + "\n"
 
     def to_json_file(self, json_file_path: str | Path) -> None:
-        """Write `to_json_string` to a file, which appears complete or not at all.
+        """Write the text of `to_json_string` to a file, which appears complete or not at all.
 
         Raises
         ------
@@ -333,7 +337,7 @@ class Gemma2Config:
         replace_file(Path(json_file_path), self.to_json_string().encode())
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """Return the contents of `to_json_string`: `to_dict` without the fields that transformers omits too.
+        """Return the contents of `to_json_string` as a dict.
 
         Examples
         --------
@@ -343,7 +347,7 @@ class Gemma2Config:
         return self._file_values()
 
     def _file_values(self) -> dict[str, Any]:
-        """Return the contents of a ``config.json``: the values that differ from the usual ones."""
+        """Return the contents of a ``config.json``, without fields that are omitted at their defaults."""
         usual = {f.name: f.default for f in fields(self) if f.name in OMITTED}
         names = _name_labels(2)
         usual |= {"id2label": names, "label2id": _number_labels(names), "num_labels": self.num_labels}
@@ -358,12 +362,12 @@ class Gemma2Config:
         raw : mapping
             The parsed JSON object.
         source : str
-            Its name in error messages.
+            The file's name, for error messages.
 
         Raises
         ------
         ConfigError
-            If it is not a Gemma 2, lacks a size, or has a setting that changes the computation and is not Gemma 2's.
+            If `raw` is not a Gemma 2, lacks a size, or has a setting that Gemma 2 does not have.
         """
         if raw.get("model_type", "gemma2") != "gemma2":
             raise ConfigError(f"{source}: model_type is {raw['model_type']!r}; refgemma reads 'gemma2' only")
@@ -371,12 +375,16 @@ class Gemma2Config:
             raise ConfigError(f"{source}: lacks {', '.join(missing)}")
         if raw.get("rope_scaling") is not None:
             raise ConfigError(
-                f"{source}: rope_scaling is {raw['rope_scaling']!r}; Gemma 2 has none, and refgemma does not compute it"
+                f"{source}: rope_scaling is {raw['rope_scaling']!r}; Gemma 2 has no such scaling, and refgemma does "
+                "not compute it"
             )
         if raw.get("use_bidirectional_attention"):
-            raise ConfigError(f"{source}: use_bidirectional_attention is not Gemma 2's causal attention")
+            raise ConfigError(
+                f"{source}: use_bidirectional_attention is set; Gemma 2 has causal attention, and refgemma computes "
+                "no other"
+            )
         known = {f.name for f in fields(cls)} - {"num_labels"}
-        # null is accepted for an optional field; any other null is kept, and refused later.
+        # For an optional field null means that it is missing; for any other field null is an error, reported later.
         left_out = {f.name for f in fields(cls) if f.default is None and raw.get(f.name) is None}
         values: dict[str, Any] = {key: value for key, value in raw.items() if key in known - left_out}
         if "hidden_activation" not in raw and raw.get("hidden_act") not in (None, cls.hidden_activation):
@@ -403,7 +411,7 @@ class Gemma2Config:
         Raises
         ------
         ConfigError
-            If it cannot be read, naming the file and the field.
+            If the file cannot be read; the message names the file and the field.
         """
         return cls.from_dict(read_object(path, ConfigError), source=str(path))
 
@@ -412,7 +420,7 @@ class Gemma2Config:
         cls, name: str | Path, revision: str | None = "main", download: bool = False,
         cache_dir: str | Path | None = None, **changes: Any,
     ) -> "Gemma2Config":  # fmt: skip
-        """Read the ``config.json`` of a model; see `refgemma.hub.find_model` for the possible names.
+        """Read the ``config.json`` of a model; `refgemma.hub.find_model` lists the possible names.
 
         Parameters
         ----------
@@ -421,7 +429,7 @@ class Gemma2Config:
         revision, download, cache_dir
             As in `refgemma.hub.find_model`.
         **changes
-            Fields to replace. Arguments of transformers that have no effect here are ignored.
+            Values that replace fields of the file. Arguments of transformers that have no effect here are ignored.
 
         Examples
         --------
@@ -437,7 +445,9 @@ class Gemma2Config:
         return read.changed(**changes)
 
     def save_pretrained(self, folder: str | Path, **ignored: Any) -> None:
-        """Write ``config.json`` into `folder`, which is created if necessary; the file appears complete or not at all.
+        """Write ``config.json`` into `folder`; the file appears complete or not at all.
+
+        The folder is created if necessary.
 
         Arguments of transformers that have no effect here are ignored, for example ``push_to_hub=False``.
 
@@ -450,7 +460,7 @@ class Gemma2Config:
         True
         """
         refuse_arguments(ignored, "Gemma2Config.save_pretrained")
-        self.to_json_string()  # raises before the folder is made
+        self.to_json_string()  # raises an error before the folder is made
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.to_json_file(Path(folder) / "config.json")
 
@@ -474,7 +484,7 @@ class Gemma2Config:
 
 
 def _keep_unknown(make: Callable[..., None]) -> Callable[..., None]:
-    """Let ``__init__`` keep unknown arguments, as in transformers; warn of one that looks misspelt."""
+    """Let ``__init__`` keep unknown arguments, as in transformers; warn if a name looks misspelt."""
 
     @functools.wraps(make)
     def init(config: Gemma2Config, *args: Any, **given: Any) -> None:
@@ -519,7 +529,7 @@ def _refuse_value(value: Any) -> None:
 
 
 def _refill(config: Gemma2Config, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `changes`, and None for each field that must be derived again."""
+    """Return `changes`, with None for each field that must be derived again."""
     refilled: dict[str, Any] = {}
     if "id2label" in changes:
         refilled["num_labels"] = None
@@ -532,7 +542,7 @@ def _refill(config: Gemma2Config, changes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _derive(config: Gemma2Config) -> dict[str, Any]:
-    """Return the fields that are derived from others; `_find_problems` reports invalid values."""
+    """Return the fields that are derived from others, without checking any; `_find_problems` does that."""
     values: dict[str, Any] = {}
     for name in ("layer_types", "eos_token_id", "architectures"):
         if isinstance(getattr(config, name), list):
@@ -558,7 +568,7 @@ def _derive_rope(config: Gemma2Config) -> dict[str, Any]:
 
 
 def _derive_labels(config: Gemma2Config) -> dict[str, Any]:
-    """Return number and names of the classes; each is derived from the other."""
+    """Return the number and the names of the classes; whichever is missing is derived from the other."""
     names: Any = config.id2label
     count = config.num_labels
     if names is None or isinstance(names, Derived):
@@ -596,7 +606,7 @@ def _is_id(value: object) -> bool:
     return value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31)
 
 
-# Requirement -> the function that checks it, and the fields it applies to.
+# Requirement -> the function that checks it, and the fields that must meet it.
 _VALUES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "a whole number from 1 to 2147483647": (_is_size, (*REQUIRED[:-1], "max_position_embeddings", "sliding_window")),
     **{f"at most {limit}": (functools.partial(operator.ge, limit), names) for limit, names in LIMITS.items()},
@@ -623,7 +633,7 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
 
 
 def _find_value_problems(config: Gemma2Config, wanted: Collection[str]) -> Iterator[str]:
-    """Yield the problems of each of the `wanted` fields by itself."""
+    """Yield a sentence for each of the `wanted` fields with an invalid value."""
     for what, (holds, names) in _VALUES.items():
         for name in names:
             if name in wanted and not holds(getattr(config, name)):
@@ -631,12 +641,12 @@ def _find_value_problems(config: Gemma2Config, wanted: Collection[str]) -> Itera
 
 
 def _find_problems(config: Gemma2Config) -> Iterator[str]:
-    """Yield one sentence for each problem of `config`; a rule may rely on the rules before it."""
+    """Yield one sentence for each problem of `config`; later rules rely on earlier ones."""
     yield from _find_value_problems(config, vars(config))
     if config.num_attention_heads % config.num_key_value_heads:
         yield (
             f"num_attention_heads is {config.num_attention_heads}; it must be a multiple of num_key_value_heads "
-            f"({config.num_key_value_heads}), because every key/value head serves equally many query heads"
+            f"({config.num_key_value_heads}), because all key/value heads serve the same number of query heads"
         )
     if config.head_dim % 2:
         yield f"head_dim is {config.head_dim}; it must be even, because rotary positions rotate pairs"
@@ -646,7 +656,7 @@ def _find_problems(config: Gemma2Config) -> Iterator[str]:
         yield f"hidden_activation is {activation!r}; it must be one of {known}, or a function of an array"
     rope = config.rope_parameters
     if not isinstance(rope, Derived) or rope["rope_type"] != "default":
-        yield f"rope_parameters is {rope!r}; Gemma 2 has {{'rope_type': 'default', 'rope_theta': ...}}"
+        yield f"rope_parameters is {rope!r}; it must be {{'rope_type': 'default', 'rope_theta': ...}}, as in Gemma 2"
     labels, label_names = config.num_labels, config.id2label
     if not isinstance(label_names, Mapping) or sorted(label_names) != list(range(labels or 0)):
         yield f"id2label is {label_names!r}; it must name each of the {labels!r} labels, starting at 0"

@@ -1,5 +1,7 @@
-"""The base of all errors of this package, and the present names of moved modules. Checked by walking the package and by
-the command line's tests."""
+"""Define the base class of all errors, and explain names that have changed since version 0.1.
+
+Checked by walking the package and by the command line's tests.
+"""
 
 import importlib.abc
 from collections.abc import Callable, Iterable
@@ -9,7 +11,7 @@ from typing import Any
 
 
 class RefgemmaError(ValueError):
-    """Base of every error that a caller or a file can cause; the message says what is wrong, where, and what to do.
+    """Base of all errors caused by an argument or a file; the message says what is wrong, where and what to do.
 
     Examples
     --------
@@ -26,7 +28,7 @@ class UsageError(RefgemmaError):
     """Raised for arguments of a command that contradict one another or have an invalid value."""
 
 
-# Modules of version 0.1 and their present names.
+# Module in version 0.1 -> its present name.
 MOVED = {
     "settings": "generation.generation_config", "beams": "generation.beams", "processors": "generation.processors",
     "perplexity": "generation.perplexity", "outputs": "modeling.model_outputs", "pretrained": "modeling.pretrained",
@@ -46,9 +48,9 @@ MOVED = {
 
 
 class Moved(importlib.abc.MetaPathFinder):
-    """The last import finder: it knows the modules of version 0.1."""
+    """An import finder that Python asks last; it explains where the modules of version 0.1 are now."""
 
-    # The path of a namespace package is iterable, but not a Sequence.
+    # `path` may be that of a namespace package, which is iterable but not a Sequence.
     def find_spec(
         self, fullname: str, path: Iterable[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
@@ -59,7 +61,7 @@ class Moved(importlib.abc.MetaPathFinder):
 
 
 def explain_renames(module: str, **present: str) -> Callable[[str], Any]:
-    """Return the ``__getattr__`` of a module with renamed attributes; it raises an error with the present name.
+    """Return a ``__getattr__`` for a module with renamed attributes; its error gives the present name.
 
     Examples
     --------

@@ -141,7 +141,8 @@ def multiply(weight: Rows, x: Float[np.ndarray, "in seq"]) -> Float[np.ndarray, 
            [3.]])
     """
     if x.shape[1] == 1 and isinstance(weight, np.ndarray):
-        return weight @ x
+        product: Array = weight @ x
+        return product
     # Weights are used as stored, unchecked: a non-finite number appears in the product, and is searched for then.
     few = x.shape[1] <= FEW  # more tokens will follow: keep the map of the file
     source: Any = weight.tensor.map(keep=few) if isinstance(weight, StoredRows) else weight

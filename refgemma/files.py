@@ -1,5 +1,7 @@
-"""Read untrusted JSON and safetensors files, and write files that appear complete or not at all. Checked by fuzzing, by
-damaged files and by tests that interrupt the writing."""
+"""Read untrusted JSON and safetensors files, and write files that appear complete or not at all.
+
+Checked by fuzzing, by damaged files and by tests that interrupt the writing.
+"""
 
 import errno
 import glob
@@ -24,17 +26,17 @@ from safetensors import SafetensorError, safe_open
 
 from refgemma.errors import RefgemmaError
 
-if sys.platform != "win32":  # on Windows only the age of a partial file shows that it is abandoned
+if sys.platform != "win32":  # Windows has no flock; there only a partial file's age shows that it is abandoned
     import fcntl
 
 TEXT_LIMIT = 1_000_000_000  # bytes of a text: the log of an engine may be long
 JSON_LIMIT = 100_000_000  # bytes: safetensors' limit for a header, the longest JSON text of a checkpoint
 AXES_LIMIT = 64  # NumPy's limit
-DEPTH_LIMIT = 100  # of JSON: a recursive function would reach Python's limit
+DEPTH_LIMIT = 100  # levels of JSON; deeper files could exceed Python's recursion limit
 ABANDONED = 24 * 3600  # seconds after which a partial file is assumed to be left by a killed process
 LFS_POINTER = b"version https://git-lfs"
 
-_SHORT = reprlib.Repr()  # a damaged file can hold anything: quote only a short part of it
+_SHORT = reprlib.Repr()  # a damaged file can hold anything, so messages quote only a short part
 _SHORT.maxstring, _SHORT.maxlevel = 120, 3
 
 
@@ -50,7 +52,7 @@ def quote(value: object) -> str:
 
 
 def escape(text: str) -> str:
-    r"""Return `text` with escapes in place of all characters that a terminal would interpret.
+    r"""Return `text` with an escape for each character that a terminal would interpret.
 
     Examples
     --------
@@ -82,7 +84,7 @@ def _open_without_waiting(path: str, flags: int) -> int:
 def open_file(path: str | Path) -> BufferedReader:
     """Open a regular file for reading; refuse anything else.
 
-    A pipe would make the reader wait for ever, and a device such as ``/dev/zero`` never ends.
+    Reading a pipe could wait for ever, and a device such as ``/dev/zero`` never ends.
 
     Raises
     ------
@@ -104,12 +106,12 @@ def open_file(path: str | Path) -> BufferedReader:
 
 
 def read_file(path: str | Path, limit: int = TEXT_LIMIT) -> bytes:
-    """Read a file of at most `limit` bytes with `open_file`.
+    """Read a whole file of at most `limit` bytes.
 
     Raises
     ------
     OSError
-        As in `open_file`, or if the file is longer.
+        As in `open_file`, or if the file is longer than `limit`.
 
     Examples
     --------
@@ -131,13 +133,11 @@ def hash_file(path: str | Path) -> str:
 def refuse_pointer(start: bytes) -> None:
     """Raise `RefgemmaError` if the first bytes of a file are those of a Git LFS pointer."""
     if start.startswith(LFS_POINTER):
-        raise RefgemmaError(
-            "is a Git LFS pointer, a few lines of text in place of the data; fetch the data with 'git lfs pull'"
-        )
+        raise RefgemmaError("is a Git LFS pointer, not the data; fetch the data with 'git lfs pull'")
 
 
 def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a JSON object; refuse a duplicate key, because Python would silently use its last value."""
+    """Make a JSON object; raise an error for a duplicate key, because Python would silently use its last value."""
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
@@ -147,7 +147,7 @@ def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _read_float(text: str) -> float:
-    """Return a number with a fraction or an exponent; one that Python would read as infinite is quoted as written."""
+    """Return a number with a fraction or an exponent; raise an error if Python would read it as infinite."""
     if math.isinf(value := float(text)):
         raise ValueError(f"the number {quote(text)} is beyond the largest float")
     return value
@@ -159,8 +159,8 @@ def parse_object(text: bytes) -> dict[str, Any]:
     Raises
     ------
     RefgemmaError
-        If it is not UTF-8, not JSON, not an object, nested more than 100 deep, or has a duplicate key or a number
-        beyond all floats.
+        If the text is not UTF-8, not JSON, not an object, nested more than 100 levels deep, or has a duplicate key or a
+        number too large for a float.
 
     Examples
     --------
@@ -174,19 +174,19 @@ def parse_object(text: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise RefgemmaError(f"is not JSON: {error}") from None
     if not isinstance(found, dict):
-        raise RefgemmaError(f"holds a {type(found).__name__}, not a JSON object")
+        raise RefgemmaError(f"must be a JSON object, but is a {type(found).__name__}")
     level: list[Any] = [found]
     for _ in range(DEPTH_LIMIT):
         items = (item for value in level for item in (value.values() if isinstance(value, dict) else value))
         level = [item for item in items if isinstance(item, dict | list)]
     if level:
-        raise RefgemmaError(f"is not read: its objects and lists are nested more than {DEPTH_LIMIT} levels deep")
+        raise RefgemmaError(f"has objects or lists nested more than {DEPTH_LIMIT} levels deep")
     return found
 
 
 @contextmanager
 def one_line(path: str | Path, error: type[RefgemmaError], remedy: str) -> Iterator[None]:
-    """Turn any problem with `path` into an `error` of one line that names the file."""
+    """Turn any problem with `path` into an `error` whose message is one line with the file's name."""
     try:
         yield
     except OSError as fault:
@@ -210,13 +210,13 @@ def read_object(path: str | Path, error: type[RefgemmaError], remedy: str = "") 
     error : type
         The exception to raise.
     remedy : str
-        The advice for a damaged file: the end of the message.
+        Advice for a damaged file; it ends the message.
 
     Raises
     ------
     error
-        If it cannot be read, is longer than 100 MB, or `parse_object` refuses it; the message is one line with the
-        file.
+        If the file cannot be read, is longer than 100 MB, or is refused by `parse_object`; the message is one line with
+        the file's name.
 
     Examples
     --------
@@ -233,10 +233,10 @@ def read_object(path: str | Path, error: type[RefgemmaError], remedy: str = "") 
 
 
 def open_tensors(path: str | Path, error: type[RefgemmaError], remedy: str) -> tuple[Any, int]:
-    """Open a safetensors file; return the library's handle, and the byte where the numbers start.
+    """Open a safetensors file; return the library's handle, and the position of the first number in bytes.
 
-    The library checks the header: its length, its JSON, that shapes and dtypes fit the offsets, and that the data of
-    the tensors follow each other without a gap and fill the file. It accepts duplicate names; this function does not.
+    The library checks the header: its length, its JSON, and that shapes and dtypes fit the offsets. It also checks that
+    the tensors' data fill the file without gaps. It accepts duplicate names; this function does not.
 
     Parameters
     ----------
@@ -245,12 +245,12 @@ def open_tensors(path: str | Path, error: type[RefgemmaError], remedy: str) -> t
     error : type
         The exception to raise.
     remedy : str
-        The advice for a damaged file: the end of the message.
+        Advice for a damaged file; it ends the message.
 
     Raises
     ------
     error
-        If it cannot be opened or breaks a rule of the format; the message is one line with the file.
+        If the file cannot be opened or breaks a rule of the format; the message is one line with the file's name.
 
     Examples
     --------
@@ -270,7 +270,7 @@ def open_tensors(path: str | Path, error: type[RefgemmaError], remedy: str) -> t
         length = int.from_bytes(stream.read(8), "little")
         parse_object(stream.read(length))
         for name in opened.keys():
-            if not name.isprintable():  # a terminal would interpret some of its characters
+            if not name.isprintable():  # a terminal would interpret such characters
                 raise RefgemmaError(f"the tensor name {quote(name)} has unprintable characters")
             if len(opened.get_slice(name).get_shape()) > AXES_LIMIT:
                 raise RefgemmaError(f"tensor {quote(name)} has more than {AXES_LIMIT} axes")
@@ -281,9 +281,9 @@ def open_tensors(path: str | Path, error: type[RefgemmaError], remedy: str) -> t
 
 
 def write_json(value: Any, indent: int | None = 2) -> str:
-    """Return `value` as JSON text; NaN and infinity, which JSON does not have, become strings.
+    """Return `value` as JSON text; NaN and infinity become strings, because JSON does not have them.
 
-    Characters that a terminal would interpret are written as JSON's escapes, which mean the same.
+    Characters that a terminal would interpret are written as equivalent JSON escapes.
 
     Examples
     --------
@@ -306,12 +306,12 @@ def _without_infinity(value: Any) -> Any:
 
 
 def lock(descriptor: int, wait: bool = False) -> bool:
-    """Lock an open file or folder until it is closed or its process ends; False if the file system has no locks.
+    """Lock an open file or folder until it is closed or the process ends; return False if the file system has no locks.
 
     Raises
     ------
     BlockingIOError
-        If another process has locked it, unless the caller wants to `wait`.
+        If another process has locked it and `wait` is false.
 
     Examples
     --------
@@ -332,7 +332,7 @@ def lock(descriptor: int, wait: bool = False) -> bool:
 
 @contextmanager
 def lock_folder(folder: Path, error: type[RefgemmaError]) -> Iterator[None]:
-    """Keep other processes out of a `folder` of temporary files.
+    """Lock a `folder` of temporary files, so that no other process writes to it.
 
     Raises
     ------
@@ -345,9 +345,9 @@ def lock_folder(folder: Path, error: type[RefgemmaError]) -> Iterator[None]:
     ...     pass
     Traceback (most recent call last):
     ...
-    refgemma.errors.RefgemmaError: .: another process is writing it; wait until it has ended
+    refgemma.errors.RefgemmaError: .: another process is writing to this folder; wait until it has ended
     """
-    if sys.platform == "win32":  # it opens no folders
+    if sys.platform == "win32":  # Windows cannot open a folder
         yield
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -355,22 +355,24 @@ def lock_folder(folder: Path, error: type[RefgemmaError]) -> Iterator[None]:
         try:
             lock(descriptor)
         except BlockingIOError:
-            raise error(f"{folder.parent}: another process is writing it; wait until it has ended") from None
+            raise error(
+                f"{folder.parent}: another process is writing to this folder; wait until it has ended"
+            ) from None
         yield
     finally:
         os.close(descriptor)
 
 
 def _remove_abandoned(target: Path) -> None:
-    """Remove partial files of `target` from killed processes: no process holds their lock, or they are old."""
+    """Remove partial files of `target` that killed processes left: those that are not locked, or are old."""
     for left in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
-        with suppress(OSError), open_file(left) as file:  # another process may remove it too
+        with suppress(OSError), open_file(left) as file:  # another process may remove the file at the same time
             if lock(file.fileno()) or time.time() - left.stat().st_mtime > ABANDONED:
                 left.unlink()
 
 
 def _create(target: Path) -> tuple[Path, BinaryIO]:
-    """Create a file beside `target` and lock it, so that no other process removes it as abandoned."""
+    """Create a partial file beside `target` and lock it, so that no other process removes it as abandoned."""
     while True:
         partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
         file = partial.open("xb")
@@ -387,14 +389,14 @@ def _create(target: Path) -> tuple[Path, BinaryIO]:
 
 @contextmanager
 def new_file(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a new file that replaces `path` at the end; after an error the new file is removed and `path` is unchanged.
+    """Open a new file that replaces `path` at the end; after an error, remove the new file and leave `path` unchanged.
 
-    The next process that writes the same file removes partial files of killed processes.
+    A killed process leaves a partial file; the next process that writes `path` removes it.
 
     Raises
     ------
     OSError
-        If it cannot be written; `path` is then unchanged.
+        If the file cannot be written; `path` is then unchanged.
 
     Examples
     --------
@@ -404,7 +406,7 @@ def new_file(path: str | Path) -> Iterator[BinaryIO]:
     ...     (Path(folder) / "notes.txt").exists()
     False
     """
-    target = Path(os.path.realpath(path))  # a link stays a link
+    target = Path(os.path.realpath(path))  # keep a link, and replace its target
     _remove_abandoned(target)
     partial, file = _create(target)
     try:
@@ -420,12 +422,12 @@ def new_file(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def replace_file(path: str | Path, content: bytes) -> None:
-    """Replace the contents of `path` by `content`, through a temporary file that is renamed.
+    """Replace the contents of `path` by `content`: write a temporary file, then rename it.
 
     Raises
     ------
     OSError
-        If it cannot be written; `path` is then unchanged.
+        If the file cannot be written; `path` is then unchanged.
 
     Examples
     --------

@@ -1,8 +1,8 @@
-"""The header of a GGUF file: metadata and the places of the tensors. Checked against files that gguf 0.19 writes and
-llama.cpp reads, and by fuzzing.
+"""Read the header of a GGUF file: metadata and the positions of the tensors.
 
-The library's own reader makes an object for every piece of the vocabulary, which takes seconds and a gigabyte. It also
-trusts the counts and offsets of the file. This reader checks each of them against the length of the file.
+Checked against files that gguf 0.19 writes and llama.cpp reads, and by fuzzing. The gguf library's own reader makes an
+object for every piece of the vocabulary, which takes seconds and a gigabyte. It also trusts the counts and offsets in
+the file. This reader checks each count and offset against the length of the file.
 """
 
 import math
@@ -26,14 +26,14 @@ METADATA_LIMIT = 2**26  # bytes; the header of a Gemma 2 has 6 to 20 MB, almost 
 ENTRIES_LIMIT = 2**17  # keys, or tensors: a 27B has 508
 TEXTS_LIMIT = 2**20  # texts in a list: Gemma 2 has 256,000 pieces
 AXES = 4  # the maximum in ggml
-PARTS_LIMIT = 999  # of a model; they are named model-00001-of-00003.gguf
+PARTS_LIMIT = 999  # files of one model, named like model-00001-of-00003.gguf
 PART_NAME = re.compile(r"(.*-)(\d{5})(-of-\d{5}\.gguf)")
 
-# The number of a type of values -> its letter in `struct`. Strings and arrays are read in another way.
+# GGUF's number for a value type -> the type's letter in `struct`. Strings and arrays are read separately.
 LETTERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 
-# The number of a tensor format -> its name, and the numbers and bytes of one block.
+# GGUF's number for a tensor format -> its name, and how many numbers and bytes a block has.
 FORMATS = {
     0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20),
     6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110),
@@ -61,9 +61,9 @@ LAYERS_27B = 46  # llama.cpp recognises the 27B, whose query scalar differs from
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """The entry of a tensor: its format, its shape with rows first, its first byte in the file, and its bytes.
+    """One tensor in the header: its format, its shape with rows first, the position of its first byte, and its length.
 
-    `path` and `file_bytes` describe its file, if the model is in several files.
+    If the model is in several files, `path` and `file_bytes` describe the file with this tensor.
     """
 
     name: str
@@ -77,7 +77,7 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class Gguf:
-    """The header of a GGUF file; made by `read_gguf`."""
+    """The header of a GGUF file; `read_gguf` makes it."""
 
     path: Path
     metadata: Mapping[str, Any]
@@ -86,7 +86,7 @@ class Gguf:
 
 
 class _Cursor:
-    """Reader of consecutive values, from the beginning of a file."""
+    """Read values one after another from the beginning of a file."""
 
     def __init__(self, content: mmap.mmap) -> None:
         self.content, self.at = content, 0
@@ -95,7 +95,7 @@ class _Cursor:
         start, self.at = self.at, self.at + count
         if self.at > len(self.content):
             limit = " (or has a header above 64 MiB)" if len(self.content) == METADATA_LIMIT else ""
-            raise RefgemmaError(f"is too short: its header promises more data at byte {start}{limit}")
+            raise RefgemmaError(f"is too short: the data at byte {start} would extend beyond the file's end{limit}")
         return self.content[start : self.at]
 
     def number(self, letter: str) -> Any:
@@ -109,7 +109,7 @@ class _Cursor:
             raise RefgemmaError(f"has text at byte {at} that is not UTF-8") from None
 
     def texts(self, count: int) -> list[str]:
-        """Return the next `count` texts; a separate call for each would double the time of reading a file."""
+        """Return the next `count` texts in one call; a call for each text would double the time of reading a file."""
         content, at, found, length = self.content, self.at, [], struct.Struct("<Q").unpack_from
         try:
             for _ in range(count):
@@ -137,7 +137,7 @@ class _Cursor:
         if kind in LETTERS:
             item = np.dtype("<" + LETTERS[kind])
             return np.frombuffer(self.take(count * item.itemsize), item)
-        raise RefgemmaError(f"has an array of {count} values of type {kind} at byte {self.at}, unlike any Gemma 2")
+        raise RefgemmaError(f"has an array of {count} values of type {kind} at byte {self.at}, which no Gemma 2 has")
 
 
 def _read_metadata(cursor: _Cursor, count: int) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def _read_metadata(cursor: _Cursor, count: int) -> dict[str, Any]:
 
 
 def _read_tensor(cursor: _Cursor) -> GgufTensor:
-    """Read the header's entry of one tensor; its start is counted from the first byte of the first tensor."""
+    """Read one tensor's entry in the header; its `start` is relative to the first byte of all tensor data."""
     name, axes = cursor.text(), cursor.number("I")
     if not 1 <= axes <= AXES:
         raise RefgemmaError(f"has {axes} axes for tensor {quote(name)}; 1 to {AXES} are allowed")
@@ -167,14 +167,16 @@ def _read_tensor(cursor: _Cursor) -> GgufTensor:
 
 
 def _place_tensors(tensors: Iterable[GgufTensor], first: int, alignment: int, file_bytes: int) -> Iterator[GgufTensor]:
-    """Check that each tensor begins where the one before it ends, as in ggml, and that it lies in the file."""
+    """Check that each tensor begins where the previous tensor ends, as in ggml, and lies inside the file."""
     expected = 0
     for tensor in tensors:
         where = f"tensor {quote(tensor.name)}"
         if tensor.start != expected:
-            raise RefgemmaError(f"has {where} at offset {tensor.start}; the tensors before it end at {expected}")
+            raise RefgemmaError(
+                f"has {where} at offset {tensor.start}; it must be {expected}, where the previous tensor ends"
+            )
         if first + tensor.start + tensor.nbytes > file_bytes:
-            raise RefgemmaError(f"is {file_bytes} bytes long; its {where} would end beyond that")
+            raise RefgemmaError(f"is {file_bytes} bytes long, but its {where} would end later")
         expected += -(-tensor.nbytes // alignment) * alignment
         yield replace(tensor, start=first + tensor.start)
 
@@ -188,7 +190,7 @@ def _parse(path: Path, cursor: _Cursor, file_bytes: int) -> Gguf:
         raise RefgemmaError(f"has version {version} of the format, or another byte order; refgemma reads 2 and 3")
     tensors, keys = cursor.number("Q"), cursor.number("Q")
     if max(tensors, keys) > ENTRIES_LIMIT:
-        raise RefgemmaError(f"promises {tensors} tensors and {keys} keys; the limit is {ENTRIES_LIMIT} each")
+        raise RefgemmaError(f"claims to have {tensors} tensors and {keys} keys; the limit is {ENTRIES_LIMIT} for each")
     metadata = _read_metadata(cursor, keys)
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or not 1 <= alignment <= 2**20 or alignment & (alignment - 1):
@@ -202,19 +204,20 @@ def _parse(path: Path, cursor: _Cursor, file_bytes: int) -> Gguf:
 
 
 def read_gguf(path: str | Path, error: type[RefgemmaError]) -> Gguf:
-    """Read the header of a GGUF file: metadata and the places of the tensors, without their numbers.
+    """Read the header of a GGUF file: metadata and the positions of the tensors, without their numbers.
 
     Parameters
     ----------
     path : str or Path
-        The file; for a model in several files, the first.
+        The file, or the first of a model's several files.
     error : type
         The exception to raise.
 
     Raises
     ------
     error
-        If it cannot be read, is truncated, or contradicts its header; the message is one line with the file.
+        If the file cannot be read, is truncated, or contradicts its header; the message is one line with the file's
+        name.
 
     Examples
     --------
@@ -240,10 +243,12 @@ def _read_part(path: Path, error: type[RefgemmaError]) -> Gguf:
 
 
 def _join_parts(first: Gguf, count: Any, error: type[RefgemmaError]) -> Gguf:
-    """Return the header of a model in several files, which are in the same folder and numbered."""
+    """Return the header of a model in several numbered files of one folder."""
     name = PART_NAME.fullmatch(first.path.name)
     if name is None or type(count) is not int or not 1 < count <= PARTS_LIMIT:
-        raise RefgemmaError(f"is one of {quote(count)} parts; name it like model-00001-of-00003.gguf")
+        raise RefgemmaError(
+            f"is one of {quote(count)} parts of a model; rename the parts like model-00001-of-00003.gguf"
+        )
     paths = [first.path.with_name(f"{name[1]}{number:05}{name[3]}") for number in range(1, count + 1)]
     if first.metadata.get("split.no", 0) != 0 or first.path != paths[0]:
         raise RefgemmaError(f"is one of {count} parts of a model; give the first, {paths[0].name}")
@@ -266,7 +271,7 @@ def _join_parts(first: Gguf, count: Any, error: type[RefgemmaError]) -> Gguf:
 
 
 def _read_number(metadata: Mapping[str, Any], key: str, default: float | None) -> Any:
-    """Return a number; a list with one number per layer must have equal numbers."""
+    """Return a number; if the value is a list with a number for each layer, these must be equal."""
     value = metadata.get(key, default)
     if isinstance(value, np.ndarray) and len(value) and (value == value[0]).all():
         value = value[0].item()
@@ -287,7 +292,7 @@ def _read_numbers(metadata: Mapping[str, Any]) -> dict[str, Any]:
     fields["num_key_value_heads"] = _read_number(metadata, "gemma2.attention.head_count_kv", heads)
     share = fields["hidden_size"] // max(heads, 1)
     width = fields["head_dim"] = _read_number(metadata, "gemma2.attention.key_length", share)
-    # The file does not contain it; this is llama.cpp's value.
+    # The file does not contain the query scalar; this is llama.cpp's rule for it.
     fields["query_pre_attn_scalar"] = share if layers == LAYERS_27B else width
     for key, expected in (
         ("attention.value_length", width),
@@ -295,15 +300,17 @@ def _read_numbers(metadata: Mapping[str, Any]) -> dict[str, Any]:
         ("rope.scaling.factor", 1),
     ):
         if metadata.get(f"gemma2.{key}", expected) != expected:
-            raise RefgemmaError(f"gemma2.{key} is {quote(metadata[f'gemma2.{key}'])}; Gemma 2 has {expected}")
+            raise RefgemmaError(
+                f"gemma2.{key} is {quote(metadata[f'gemma2.{key}'])}; it must be {expected}, as in Gemma 2"
+            )
     return fields
 
 
 def config_fields(file: Gguf, error: type[RefgemmaError]) -> dict[str, Any]:
     """Return the fields of the configuration from the metadata, with llama.cpp's defaults for missing keys.
 
-    No key gives the query scalar. As in llama.cpp, it is ``hidden_size // num_attention_heads`` for 46 layers, and
-    ``head_dim`` for any other number.
+    No key gives the query scalar. As in llama.cpp, it is ``hidden_size // num_attention_heads`` for a model of 46
+    layers, and ``head_dim`` for any other.
 
     Raises
     ------

@@ -1,8 +1,8 @@
-"""Log probabilities, losses, and the token at which a sequence is classified. Checked against transformers 5.23
+"""Compute log probabilities, losses, and the token at which a sequence is classified. Checked against transformers 5.23
 `ForCausalLMLoss` on recorded losses, and its classifiers and their losses in the parity tests.
 
-Losses are computed in at least float32 and are Python numbers. (Those of transformers' sequence classifiers are
-bfloat16 in a bfloat16 model.)
+Losses are computed in at least float32 and returned as Python numbers. (transformers' sequence classifiers compute
+bfloat16 losses in a bfloat16 model.)
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ from refgemma.inputs import InputError, as_array
 from refgemma.precision import Array, wide
 from refgemma.shapes import Logits, TokenIds
 
-IGNORED = -100  # the label of a token that does not count
+IGNORED = -100  # label of a token that does not count
 MULTI_LABEL = "multi_label_classification"
 
 
@@ -36,9 +36,9 @@ def cross_entropy(
     logits: Float[np.ndarray, "tokens classes"], labels: Int[np.ndarray, " tokens"],
     num_items: float | None = None, ignore_index: int = IGNORED,
 ) -> float:  # fmt: skip
-    """Compute the mean of ``-log p(label)`` over the labels that are not -100, in nats; NaN without any, as in torch.
+    """Compute the mean of ``-log p(label)`` in nats over labels that are not -100; NaN if all are, as in torch.
 
-    With `num_items`, return their sum divided by that number. `ignore_index` replaces -100. Computed in at least
+    With `num_items`, return the sum divided by this number. `ignore_index` replaces -100. Computed in at least
     float32, in any precision of the logits. Source: ``torch.nn.functional.cross_entropy``.
 
     Raises
@@ -64,7 +64,7 @@ def cross_entropy(
 
 
 def _check_labels(labels: npt.ArrayLike, kinds: str, shape: tuple[int, ...], needed: str) -> Array:
-    """Return `labels` as an array of this shape and one of these kinds of numbers."""
+    """Return `labels` as an array; check its shape, and that its dtype is one of `kinds`."""
     targets = as_array(labels, "labels")
     if targets.shape != shape or targets.dtype.kind not in kinds:
         raise InputError(f"labels have shape {targets.shape} and dtype {targets.dtype}: {needed}")
@@ -92,7 +92,7 @@ def mean_squared_error(values: Float[np.ndarray, "*shape"], labels: npt.ArrayLik
 
 
 def binary_cross_entropy(logits: Float[np.ndarray, "*shape"], labels: npt.ArrayLike) -> float:
-    """Compute the mean of ``-y log(sigmoid(z)) - (1 - y) log(1 - sigmoid(z))``: every class is independent.
+    """Compute the mean of ``-y log(sigmoid(z)) - (1 - y) log(1 - sigmoid(z))``: each class is independent.
 
     Computed as ``max(z, 0) - z y + log(1 + exp(-|z|))``, which cannot overflow, in at least float32. Source:
     ``torch.nn.BCEWithLogitsLoss``.
@@ -117,28 +117,29 @@ def causal_lm_loss(
     logits: Logits, labels: npt.ArrayLike, num_items_in_batch: float | None = None, ignore_index: int = IGNORED,
     shift_labels: npt.ArrayLike | None = None,
 ) -> float:  # fmt: skip
-    """Compute the cross entropy of each token given the tokens before it, in nats per token.
+    """Compute the mean cross entropy of each token given all earlier tokens, in nats per token.
 
-    The logits at place ``t`` are compared with the label at ``t + 1``; labels of -100 do not count. This is
-    `cross_entropy` of the two, in at least float32. Source: transformers ``ForCausalLMLoss``.
+    The logits at place ``t`` are compared with the label at ``t + 1`` by `cross_entropy`, in at least float32; labels
+    of
+    -100 do not count. Source: transformers ``ForCausalLMLoss``.
 
     Parameters
     ----------
     logits : (batch, seq, vocab)
-        From `forward`.
+        The logits of `forward`.
     labels : int array (batch, seq)
-        Usually the input ids themselves, with -100 at padding.
+        The labels; usually the input ids themselves, with -100 at padding.
     num_items_in_batch : float, optional
-        Divides the sum of the losses, in place of the number of labels that count.
+        Divides the sum of the losses, instead of the number of labels that count.
     ignore_index : int
         A label with this number does not count.
     shift_labels : int array (batch, seq), optional
-        In place of `labels`: the logits at place ``t`` are compared with the label at ``t``.
+        Used instead of `labels`; the logits at place ``t`` are compared with the label at ``t``.
 
     Raises
     ------
     InputError
-        If `labels` are not whole numbers of that shape.
+        If `labels` are not whole numbers of the right shape.
 
     Examples
     --------
@@ -153,7 +154,7 @@ def causal_lm_loss(
 
 
 def last_tokens(input_ids: TokenIds, pad_token_id: int) -> Int[np.ndarray, " batch"]:
-    """Return the place of the rightmost token that is not padding, for each row; 0 if the whole row is padding.
+    """Return the place of each row's rightmost token that is not padding; 0 if the whole row is padding.
 
     ``argmax(place * (id != pad))``: the last token of the text, with padding on either side. Padding is recognised by
     its id, not by the attention mask. Source: transformers ``GenericForSequenceClassification``.
@@ -169,7 +170,7 @@ def last_tokens(input_ids: TokenIds, pad_token_id: int) -> Int[np.ndarray, " bat
 
 
 def infer_problem_type(labels: npt.ArrayLike, num_labels: int) -> str:
-    """Return the kind of problem: one class is a regression, whole numbers are single labels, others multi-label.
+    """Return the problem type: regression for one class, single label for whole numbers, otherwise multi-label.
 
     Source: transformers ``ForSequenceClassificationLoss``.
 
@@ -188,7 +189,7 @@ def sequence_classification_loss(
 ) -> float:
     """Compute the loss of a sequence classifier, in at least float32.
 
-    It is `mean_squared_error`, `cross_entropy` or `binary_cross_entropy`. Source: transformers
+    The loss is `mean_squared_error`, `cross_entropy` or `binary_cross_entropy`. Source: transformers
     ``ForSequenceClassificationLoss``.
 
     Parameters
@@ -196,15 +197,15 @@ def sequence_classification_loss(
     logits : array (batch, num_labels)
     labels : array
         Regression: numbers, of shape ``(batch,)`` for one class and ``(batch, num_labels)`` for several.
-        Single label: the class of each sequence, whole numbers of shape ``(batch,)``, -100 to leave one out.
+        Single label: the class of each sequence, whole numbers of shape ``(batch,)``; -100 is ignored.
         Multi-label: for each sequence and class a number from 0.0 to 1.0.
     problem_type : str, optional
-        Selects one of the three; see `infer_problem_type` if not given.
+        Selects one of the three losses; see `infer_problem_type` for the default.
 
     Raises
     ------
     InputError
-        If `labels` do not fit the kind of problem.
+        If `labels` do not fit the problem type.
 
     Examples
     --------
@@ -224,7 +225,7 @@ def sequence_classification_loss(
     if targets.dtype.kind not in "iu" or targets.size != len(logits):
         raise InputError(
             f"labels have shape {targets.shape} and dtype {targets.dtype}: "
-            f"they must be one class for each of the {len(logits)} sequences, whole numbers from 0 to {num_labels - 1}"
+            f"they must be one whole number from 0 to {num_labels - 1} for each of the {len(logits)} sequences"
         )
     return cross_entropy(logits, targets.reshape(-1))
 

@@ -14,20 +14,20 @@ from refgemma.errors import RefgemmaError
 
 PACKAGE = Path(__file__).parent
 CONFIG_JSON = "config.json"
-ADAPTER_CONFIG = "adapter_config.json"  # of an adapter, which has the configuration of its base
+ADAPTER_CONFIG = "adapter_config.json"  # the file that shows a folder is an adapter
 GGUF = ".gguf"
 
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
-# Files to download, without second copies of the weights as pickles or in other programs' formats.
+# Patterns of files to download; they leave out copies of the weights in other formats.
 WANTED = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
-# Endings of the file names that are read in a folder, and the folder with all of its files.
+# Endings of the files that refgemma reads in a model's folder; it reads all files of the subfolder.
 READ = (".json", ".safetensors", ".model", ".jinja", GGUF, ".bin", ".pth", ".pt", ".ckpt", ".npz", ".msgpack")
 TEMPLATE_FOLDER = "additional_chat_templates"
 FOLLOW_LINKS = "REFGEMMA_FOLLOW_LINKS"
 
 
 class ModelNameError(RefgemmaError):
-    """Raised for the name of a model that cannot be found; the message says where it was searched and what to do."""
+    """Raised if no model of a given name is found; the message says where refgemma searched and what to do."""
 
 
 def golden_folder() -> Path:
@@ -51,8 +51,8 @@ def cache_folder() -> Path:
 
 
 def _expand(folder: str) -> Path:
-    """Replace ``~`` in a path by the home folder; keep it if the user has none, as in a container."""
-    return Path(os.path.expanduser(os.path.expandvars(folder)))  # Path.expanduser raises there
+    """Replace ``~`` in a path by the home folder; keep it if the user has no home folder, as in a container."""
+    return Path(os.path.expanduser(os.path.expandvars(folder)))  # Path.expanduser would raise an error
 
 
 def _find_snapshot(hub_id: str, revision: str, cache: Path) -> Path | None:
@@ -74,12 +74,12 @@ def _list_missing(folder: Path, needed: Collection[str]) -> list[str]:
 def refuse_link(path: Path, folder: Path) -> None:
     """Raise `ModelNameError` if `path` is a link to a place outside `folder`.
 
-    An untrusted folder could otherwise make refgemma read any file of this machine. Links to the blobs of the same
-    repository, as in the Hugging Face cache, are followed. The folder itself may be a link. An environment variable can
-    allow all links.
+    Otherwise an untrusted folder could make refgemma read any file of this machine. Links to blobs of the same
+    repository, as in the Hugging Face cache, are allowed. The folder itself may be a link. Setting an environment
+    variable allows all links.
     """
     home, place = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
-    blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else home  # itself no link
+    blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else home  # not a link itself
     if path.is_symlink() and not any(map(place.is_relative_to, (home, blobs))) and os.environ.get(FOLLOW_LINKS) != "1":
         raise ModelNameError(
             f"{path}: is a link to a place outside its folder; replace it by the file itself or a hard link, or set "
@@ -88,7 +88,7 @@ def refuse_link(path: Path, folder: Path) -> None:
 
 
 def refuse_links(folder: Path, every: bool = False) -> None:
-    """Apply `refuse_link` to the files that refgemma reads in a model's `folder`, or to `every` file at any depth."""
+    """Call `refuse_link` for each file that refgemma reads in `folder`; if `every`, for each file at any depth."""
     try:
         found = [*folder.rglob("*")] if every else [*folder.iterdir(), *(folder / TEMPLATE_FOLDER).glob("*")]
     except OSError as error:
@@ -107,29 +107,29 @@ def find_model(
     Parameters
     ----------
     name : str or path
-        ``"tiny"``, the trained model in this package; ``"conformance"``, the small model with random weights that
-        exposes known mistakes; a folder; a ``.gguf`` file; or a hub id such as ``"google/gemma-2-9b"``. A folder takes
-        precedence over a hub id.
+        One of: ``"tiny"``, the trained model in this package; ``"conformance"``, the small random model in this package
+        that exposes known bugs; a folder; a ``.gguf`` file; a hub id such as ``"google/gemma-2-9b"``. A folder takes
+        precedence over a hub id of the same name.
     revision : str
         For a hub id: a branch, a tag or a full commit hash.
     download : bool
-        Whether a hub id that is not in the cache may be downloaded, with huggingface_hub (the extra ``hub``). If False,
+        If true, a hub id that is not in the cache is downloaded with huggingface_hub (the extra ``hub``). If false,
         nothing here uses the network.
     needed : collection of str
         Files that the folder must contain.
     cache_dir : str or path, optional
-        Replaces `cache_folder`.
+        The download folder; by default `cache_folder`.
     gguf_file : str, optional
-        A file in the folder, as in transformers: only this file is the model.
+        A GGUF file in the folder, to be read in place of the folder's other files, as in transformers.
 
     Raises
     ------
     ModelNameError
-        If there is no such model, it lacks a file, or one of its files is a link to a place outside the folder.
+        If the model is not found, lacks a file, or has a file that links to a place outside the folder.
 
     Notes
     -----
-    Links are followed within the folder and, in the Hugging Face cache, to the blobs of the same repository.
+    Links are followed only within the folder and, in the Hugging Face cache, to blobs of the same repository.
     ``REFGEMMA_FOLLOW_LINKS=1`` allows all links. The named folder may be a link.
 
     Examples
@@ -152,7 +152,7 @@ def find_model(
         return Path(name)
     if text and Path(name).exists():
         raise ModelNameError(
-            f"{name}: is a file; give the folder that holds {CONFIG_JSON} and the weights, or a {GGUF}"
+            f"{name}: is a file, but not a {GGUF} file; give the folder with {CONFIG_JSON} and the weights"
         )
     if isinstance(name, Path) or not HUB_ID.fullmatch(text) or ".." in text or "--" in text:
         raise ModelNameError(
@@ -185,7 +185,7 @@ def _find_in_cache(hub_id: str, revision: str, download: bool, needed: Collectio
 
 
 def _explain_download(hub_id: str) -> str:
-    return f"download it with: refgemma info {hub_id} --download (refgemma downloads only on request)"
+    return f"download it with: refgemma info {hub_id} --download (refgemma downloads nothing without this option)"
 
 
 def download_model(
@@ -218,13 +218,14 @@ def download_model(
         return Path(found)
     except errors.GatedRepoError:
         reason = (
-            "its licence must be accepted first: log in on the hub and accept it on the model's page; then log in here "
+            "accept the model's licence first: log in to the hub's website and accept it on the model's page; then "
+            "log in here "
             "too, with hf auth login or the variable HF_TOKEN"
         )
     except errors.RevisionNotFoundError:
         reason = f"the hub has no revision {revision!r} of it"
     except errors.RepositoryNotFoundError:
-        reason = "the hub has no such model, or shows it only after login (hf auth login)"
+        reason = "the hub has no such model, or shows it only after a login with: hf auth login"
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
         reason = f"could not be downloaded: {' '.join(str(error).split())[:300]}; run the command again to continue"
     raise ModelNameError(f"{hub_id}: {reason}")

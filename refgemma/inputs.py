@@ -1,4 +1,4 @@
-"""Check a caller's inputs and convert them to the arrays that the model computes with. Checked against the defaults of
+"""Check a caller's inputs, and convert them to the arrays that the model computes with. Checked against the defaults of
 transformers 5.23 ``Gemma2Model.forward`` (positions, masks, continuation of a cache)."""
 
 import warnings
@@ -23,15 +23,15 @@ class InputError(RefgemmaError):
 
 @dataclass(frozen=True)
 class Inputs:
-    """The inputs of one call. A *place* counts all tokens of a sequence from the first, including padding."""
+    """The inputs of one call. A token's *place* is its number in the whole sequence, including padding."""
 
-    tokens: TokenIds | None  # ids to look up
-    embeds: Hidden | None  # or embeddings in their place: exactly one of the two is given
-    places: Int[np.ndarray, " seq"]  # of this call's tokens; masks are functions of places
-    positions: Positions  # for the rotary angles; the places, unless the caller passes others
-    visible: Bool[np.ndarray, "batch total"]  # false for padding; over all places up to the last of this call
-    masks: Mapping[str, Mask] | None = None  # complete masks for each type of layer: then nothing else hides a key
-    biases: Mapping[str, Bias] | None = None  # added to the scores, for each type of layer that has one
+    tokens: TokenIds | None  # ids to look up, or None
+    embeds: Hidden | None  # embeddings given by the caller, if `tokens` is None
+    places: Int[np.ndarray, " seq"]  # places of this call's tokens; masks depend on places
+    positions: Positions  # for the rotary angles; equal to the places unless the caller passes others
+    visible: Bool[np.ndarray, "batch total"]  # false for padding; for all places up to the last of this call
+    masks: Mapping[str, Mask] | None = None  # complete masks by type of layer, which replace all other masks
+    biases: Mapping[str, Bias] | None = None  # numbers to add to the scores, by type of layer
 
 
 def as_array(value: npt.ArrayLike, name: str) -> npt.NDArray[Any]:
@@ -52,7 +52,7 @@ def check_token_ids(input_ids: npt.ArrayLike, vocab_size: int) -> TokenIds:
     Raises
     ------
     InputError
-        Naming the wrong row or id.
+        If the ids are invalid; the message names the row or id.
 
     Examples
     --------
@@ -93,8 +93,8 @@ def check_padding(attention_mask: npt.ArrayLike | None, batch: int, total: int) 
     mask = as_array(attention_mask, "attention_mask")
     if mask.shape != (batch, total):
         raise InputError(
-            f"attention_mask has shape {mask.shape}; it must be {(batch, total)}: "
-            "one entry for each token so far, including those in the cache"
+            f"attention_mask has shape {mask.shape}; it must be {(batch, total)}, "
+            "with one entry for each token, including the tokens in the cache"
         )
     if not np.isin(mask, (0, 1)).all():
         raise InputError("attention_mask may contain only 1 (a token) and 0 (padding)")
@@ -104,7 +104,7 @@ def check_padding(attention_mask: npt.ArrayLike | None, batch: int, total: int) 
 def check_positions(
     position_ids: npt.ArrayLike | None, places: Int[np.ndarray, " seq"], batch: int, limit: int
 ) -> Positions:
-    """Return rotary positions ``(batch, seq)``, the places for None; warn beyond the model's `limit`."""
+    """Return rotary positions ``(batch, seq)``, equal to `places` if None is given; warn beyond the model's `limit`."""
     positions = places[None] if position_ids is None else as_array(position_ids, "position_ids")
     if positions.dtype.kind not in "iu" or positions.shape not in ((batch, len(places)), (1, len(places))):
         raise InputError(
@@ -116,7 +116,7 @@ def check_positions(
     if positions.max() >= limit:
         warnings.warn(
             f"the sequence exceeds max_position_embeddings ({limit}): "
-            "the model was not designed for that many tokens, and its predictions may degrade",
+            "the model was designed for shorter sequences, so its predictions may be worse",
             stacklevel=4,
         )
     return np.broadcast_to(positions, (batch, len(places)))
@@ -134,9 +134,10 @@ def check_embeddings(inputs_embeds: npt.ArrayLike, hidden_size: int) -> Float[np
 
 
 def check_mask(mask: npt.ArrayLike, batch: int, seq: int, total: int, heads: int) -> Mask | Bias:
-    """Check a caller's mask ``(batch, 1 or heads, seq, total)``: true where a query may see a key, or numbers.
+    """Check a caller's mask ``(batch, 1 or heads, seq, total)`` of booleans or numbers.
 
-    Numbers are added to the scores: 0 where a query may see a key, the lowest number of the format where it may not.
+    A boolean is true where a query may see a key. Numbers are added to the scores: 0 where a query may see a key, the
+    lowest number of the format where it may not.
     """
     given = mask if isinstance(mask, Rounded) else as_array(mask, "attention_mask")
     if given.ndim != 4 or given.dtype.kind not in "bf":
@@ -153,26 +154,26 @@ def check_mask(mask: npt.ArrayLike, batch: int, seq: int, total: int, heads: int
             f"{(batch, f'1 or {heads}', seq, total)}"
         )
     if given.dtype.kind == "f" and (np.isnan(given).any() or (given == np.inf).any()):
-        raise InputError("attention_mask contains NaN or +inf; the softmax would be NaN")
+        raise InputError("attention_mask contains NaN or +inf, which would make the softmax NaN")
     blind = (given == -np.inf).all(axis=-1)
     if blind.any():
         row, head, query = np.argwhere(blind)[0]
         raise InputError(
             f"attention_mask[{row}, {head}, {query}] is minus infinity for every key, which makes its softmax NaN; "
-            f"use np.finfo(np.float32).min"
+            f"use np.finfo(np.float32).min instead of minus infinity"
         )
     return np.broadcast_to(given, (batch, *given.shape[1:]), subok=True)
 
 
 def check_masks(attention_mask: Any, batch: int, seq: int, total: int, heads: int) -> Mapping[str, Mask | Bias] | None:
-    """Return masks by type of layer, if `attention_mask` has four axes or is a mapping; None otherwise.
+    """Return masks by type of layer if `attention_mask` is a mapping or has four axes, otherwise None.
 
-    Each is ``(batch, 1 or heads, seq, total)``.
+    Each mask has the shape ``(batch, 1 or heads, seq, total)``.
 
     Raises
     ------
     InputError
-        If a mask has another shape or kind.
+        If a mask has the wrong shape or type.
     """
     if isinstance(attention_mask, Mapping):
         if set(attention_mask) != {SLIDING, FULL}:
@@ -190,7 +191,7 @@ def packed_masks(
 ) -> Mapping[str, Bool[np.ndarray, "batch 1 seq seq"]] | None:
     """Return masks that separate packed texts; a text begins where a position is not the previous one plus 1.
 
-    Return None if every row is one text. Source: transformers ``find_packed_sequence_indices``.
+    Return None if each row is a single text. Source: transformers ``find_packed_sequence_indices``.
 
     Examples
     --------
@@ -223,12 +224,12 @@ def check_inputs(
     seen: int = 0,
     inputs_embeds: npt.ArrayLike | None = None,
 ) -> Inputs:
-    """Check all inputs of one call, after `seen` tokens that are already in the cache.
+    """Check all inputs of one call; the cache already holds `seen` tokens.
 
     Raises
     ------
     InputError
-        Naming the wrong input, the place, and the requirement.
+        If an input is invalid; the message names the input, the place and the requirement.
     """
     if (input_ids is None) == (inputs_embeds is None):
         raise InputError("pass either input_ids or inputs_embeds, not both or neither")

@@ -1,5 +1,5 @@
-"""Attention, feed-forward and block: Gemma 2's layer. Checked against transformers 5.23 `Gemma2DecoderLayer` (eager) on
-recordings of every tensor named here.
+"""Compute a layer of Gemma 2: attention, feed-forward, block. Checked against transformers 5.23 `Gemma2DecoderLayer`
+(eager) on recordings of every tensor named here.
 
 Each function returns a record of all its results, in the order of computation. The records give the names of the trace:
 ``run.layers[3].attention.probs`` in Python is ``layers.3.attention.probs`` in a file.
@@ -30,9 +30,9 @@ class Attention:
     scores: Scores  # scaled
     capped: Scores  # soft-capped, not yet masked
     probs: Scores
-    mixed: Merged  # values weighted by probs, heads side by side
+    mixed: Merged  # values weighted by probs; heads are concatenated
     out: Hidden
-    present: LayerCache  # the keys and values of this call and the past; not traced: the past of the next call
+    present: LayerCache  # keys and values of the past and this call, for the next call; not traced
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def attention(
     x: Hidden, weights: LayerWeights, *, past: LayerCache, cos: RotaryTable, sin: RotaryTable, mask: Mask,
     scale: float, cap: float | None, bias: Bias | None = None,
 ) -> Attention:  # fmt: skip
-    """Mix the values of all visible tokens: ``softmax(mask(cap(scale * q k^T))) v``, projected back to ``hidden``.
+    """Mix the values of all visible tokens: ``softmax(mask(cap(scale * q k^T))) v``, projected to ``hidden``.
 
     Each operation rounds as documented in `refgemma.ops`; mixing the values rounds once. Source: transformers
     ``Gemma2Attention``.
@@ -89,13 +89,13 @@ def attention(
     past : LayerCache
         Keys and values of the tokens before this call.
     cos, sin : (batch, 1, seq, head_dim)
-        From `rotary_tables`.
+        The result of `rotary_tables`.
     mask : (batch, 1 or heads, seq, keys)
-        True where a query may see a key; ``keys`` are those of the past, then those of this call.
+        True where a query may see a key. The axis ``keys`` has the past, then this call.
     scale, cap : float
         ``query_pre_attn_scalar ** -0.5`` (not ``head_dim ** -0.5``) and the cap of the scores.
     bias : (batch, 1 or heads, seq, keys), optional
-        Added to the capped scores: a caller's own mask of numbers. Gemma 2 has none.
+        A caller's own mask of numbers, added to the capped scores. Gemma 2 has none.
     """
     head_dim = cos.shape[-1]
     q = split_heads(linear(x, weights.q_proj, weights.q_proj_bias), head_dim)
@@ -140,9 +140,9 @@ def block(
     """Compute one layer: ``middle = hidden + norm(attention(norm(hidden)))``, ``out = middle +
     norm(mlp(norm(middle)))``.
 
-    There are four norms, one before and one after each half. ``post_attention_layernorm`` comes right after attention
-    and before the sum; in Llama the norm of that name feeds the feed-forward layer. The arguments are those of
-    `attention` and `feed_forward`; `eps` is for the norms. In half precision each sum rounds once. Source: transformers
+    There are four norms, one before and one after each half. ``post_attention_layernorm`` follows attention, before the
+    sum; in Llama the norm of this name feeds the feed-forward layer. For the arguments see `attention` and
+    `feed_forward`; `eps` is for the norms. In half precision each sum rounds once. Source: transformers
     ``Gemma2DecoderLayer``.
     """
     input_layernorm = rms_norm(hidden, weights.input_layernorm, eps)

@@ -1,4 +1,4 @@
-"""The whole model: tokens, embedding, blocks, final norm, tied head, final cap. Checked against transformers 5.23
+"""Run the whole model: tokens, embedding, blocks, final norm, tied head, final cap. Checked against transformers 5.23
 `Gemma2ForCausalLM` (eager) on recorded tensors: whole sequences, padded batches, cached decoding, chunked prefill.
 """
 
@@ -32,11 +32,11 @@ class Forward:
     norm: Hidden
     raw_logits: Logits  # before the cap
     logits: Logits
-    cache: Cache  # not traced: the next call continues from it
+    cache: Cache  # for the next call; not traced
 
 
 def embedding_scale(hidden_size: int, like: Array) -> Array:
-    """Return ``sqrt(hidden_size)`` in the precision of `like`: in bfloat16 the 9B multiplies by 59.75, not 59.8665.
+    """Return ``sqrt(hidden_size)`` in the precision of `like`; for the 9B in bfloat16, 59.75, not 59.8665.
 
     Examples
     --------
@@ -50,7 +50,7 @@ def embedding_scale(hidden_size: int, like: Array) -> Array:
 def embed(input_ids: TokenIds, embed_tokens: Rows) -> Hidden:
     """Look up the rows of the tokens and scale them: ``embed_tokens[id] * sqrt(hidden)``.
 
-    The factor is first rounded to the precision of the weights, see `embedding_scale`. Source: transformers
+    The factor is first rounded to the precision of the weights; see `embedding_scale`. Source: transformers
     ``Gemma2TextScaledWordEmbedding``.
 
     Examples
@@ -66,9 +66,9 @@ def embed(input_ids: TokenIds, embed_tokens: Rows) -> Hidden:
 def unembed(norm: Hidden, embed_tokens: Rows) -> Logits:
     """Score every token of the vocabulary: ``norm @ embed_tokens.T``.
 
-    The head is tied: the table that embeds the tokens also scores them. It is read one piece at a time, which changes
-    no sum. In half precision each score rounds once. Source: transformers ``Gemma2ForCausalLM``; Press and Wolf 2016,
-    arXiv:1608.05859.
+    The head is tied: the table that embeds the tokens also scores them. The table is read one piece at a time, which
+    changes no sum. In half precision each score rounds once. Source: transformers ``Gemma2ForCausalLM``; Press and Wolf
+    2016, arXiv:1608.05859.
 
     Examples
     --------
@@ -79,7 +79,7 @@ def unembed(norm: Hidden, embed_tokens: Rows) -> Logits:
 
 
 def layer_mask(layer: int, past: LayerCache, inputs: Inputs, config: Gemma2Config) -> Mask:
-    """Return the mask of `layer`: causal, in its window and without padding; or the caller's own mask."""
+    """Return the mask of `layer`: causal, inside the window and without padding; or else the caller's own mask."""
     if inputs.masks is not None:
         return inputs.masks[SLIDING if config.is_sliding(layer) else FULL][..., past.start :]
     k_places = np.arange(past.start, inputs.places[-1] + 1)
@@ -92,19 +92,19 @@ def layer_mask(layer: int, past: LayerCache, inputs: Inputs, config: Gemma2Confi
 
 
 def layer_bias(layer: int, past: LayerCache, inputs: Inputs, config: Gemma2Config) -> Bias | None:
-    """Return the numbers to add to the scores of `layer`, if the caller passes a mask of numbers."""
+    """Return the numbers to add to the scores of `layer`, or None if the caller passes no mask of numbers."""
     bias = (inputs.biases or {}).get(SLIDING if config.is_sliding(layer) else FULL)
     return None if bias is None else bias[..., past.start :]
 
 
 def next_past(layer: int, record: Block, config: Gemma2Config) -> LayerCache:
-    """Return the cache of `layer`: all keys and values, or in a sliding layer those that the next query can see."""
+    """Return the cache of `layer`: all keys and values; in a sliding layer, only those that the next query can see."""
     present = record.attention.present
     return keep_last(present, config.sliding_window - 1) if config.is_sliding(layer) else present
 
 
 class Given(TypedDict, total=False):
-    """The optional arguments of `forward`, which `begin` and `next_token_logits` take too."""
+    """The optional arguments of `forward`, `begin` and `next_token_logits`."""
 
     attention_mask: Any
     position_ids: npt.ArrayLike | None
@@ -116,13 +116,13 @@ def check_call(
     input_ids: npt.ArrayLike | None, weights: Weights, config: Gemma2Config, *, cache: Cache | None = None,
     **given: Any,
 ) -> tuple[Inputs, Cache]:  # fmt: skip
-    """Check the arguments of `forward`; return them as arrays, and the cache to continue from."""
+    """Check the arguments of `forward`; return them as arrays, with the cache to continue from."""
     inputs = check_inputs(input_ids, config, seen=cache[0].stop if cache else 0, **given)
     return inputs, check_cache(cache, config, batch=len(inputs.positions), like=weights.norm)
 
 
 def embed_inputs(inputs: Inputs, weights: Weights) -> Hidden:
-    """Embed the tokens of a call; embeddings that the caller passes are not scaled."""
+    """Embed the tokens of a call; return a caller's own embeddings unchanged."""
     if inputs.embeds is not None:
         return narrow(inputs.embeds, like=weights.norm)
     assert inputs.tokens is not None  # `check_inputs` ensures it
@@ -157,7 +157,7 @@ def head_table(weights: Weights, config: Gemma2Config) -> Rows:
 def head(norm: Hidden, weights: Weights, config: Gemma2Config) -> tuple[Logits, Logits]:
     """Return the logits before and after the final cap, from the residual stream after the final norm.
 
-    They are ``z = norm @ head.T`` and ``soft_cap(z)``, with the roundings of these two operations. Source: transformers
+    These are ``z = norm @ head.T`` and ``soft_cap(z)``, with the roundings of the two operations. Source: transformers
     ``Gemma2ForCausalLM``.
 
     Raises
@@ -180,20 +180,20 @@ def forward(
     input_ids : int array (batch, seq)
         Token ids.
     weights : Weights
-        Their precision is that of the computation.
+        The weights; their precision is the precision of the computation.
     config : Gemma2Config
         The model's configuration.
     attention_mask : array, optional
-        0 and 1, of shape ``(batch, tokens so far)``: 0 marks padding, on either side. Default: no padding. Or your own
-        mask in place of the causal and sliding ones, see `refgemma.inputs.check_masks`.
+        ``(batch, tokens so far)`` with 0 for padding, on either side, and 1 for tokens. Default: no padding. Or your
+        own mask, which replaces the causal and sliding masks; see `refgemma.inputs.check_masks`.
     position_ids : int array (batch, seq), optional
         Positions for the rotary angles; by default each token's place in its row, including padding, as in
         transformers.
     cache : Cache, optional
-        ``Forward.cache`` of an earlier call, which this call continues. It is not changed.
+        ``Forward.cache`` of an earlier call, which this call continues. The cache does not change.
     inputs_embeds : array (batch, seq, hidden), optional
-        The input of the first block, in place of `input_ids`. It is not scaled by ``sqrt(hidden)``, as in transformers
-        5.x; 4.x scaled it.
+        The input of the first block, instead of `input_ids`. It is not multiplied by ``sqrt(hidden)``, as in
+        transformers 5.x (unlike 4.x).
 
     Returns
     -------
@@ -204,7 +204,7 @@ def forward(
     Raises
     ------
     InputError
-        For ids, masks, positions or a cache that do not fit; the message names the place.
+        If ids, masks, positions or a cache are invalid; the message names the place.
 
     Examples
     --------
@@ -255,7 +255,7 @@ class Start:
 def begin(
     input_ids: npt.ArrayLike | None, weights: Weights, config: Gemma2Config, **given: Unpack[Given]
 ) -> Start:  # fmt: skip
-    """Do the steps of `forward` before the first block, with its arguments."""
+    """Do the steps of `forward` before the first block; the arguments are the same."""
     inputs, past = check_call(input_ids, weights, config, **given)
     embedded = embed_inputs(inputs, weights)
     cos, sin = rotary_tables(inputs.positions, config.head_dim, config.rope_theta, like=embedded)
@@ -263,10 +263,10 @@ def begin(
 
 
 def blocks(start: Start, weights: Weights, config: Gemma2Config) -> Iterator[Block]:
-    """Run the blocks one after the other and yield the record of each; no record is kept here.
+    """Run the blocks one after another, and yield the record of each without keeping it.
 
-    A caller that deletes each record (``del record``) before the next one runs a model of any depth in the memory of
-    one block. `enumerate` and `zip` keep their last item, so count by hand.
+    If the caller deletes each record (``del record``) before the next, a model of any depth runs in the memory of one
+    block. Do not use `enumerate` or `zip`, which keep their last item; count by hand.
     """
     hidden = start.embedded
     for layer, past in enumerate(start.past):
@@ -279,7 +279,7 @@ def blocks(start: Start, weights: Weights, config: Gemma2Config) -> Iterator[Blo
 
 
 def reference_outputs(start: Start, weights: Weights, config: Gemma2Config) -> Iterator[tuple[Hidden, LayerCache]]:
-    """Yield the output of each block, and its cache."""
+    """Yield the output and the cache of each block."""
     layer = 0
     for record in blocks(start, weights, config):
         yield record.out, next_past(layer, record, config)
@@ -292,7 +292,7 @@ def next_token_logits(
 ) -> tuple[Logits, Cache]:  # fmt: skip
     """Return the logits ``(batch, 1, vocab)`` after the last token, and the cache to continue from.
 
-    This is `forward` for decoding, with the same arguments and one block in memory.
+    This is `forward` for decoding: same arguments, but only one block in memory.
 
     Examples
     --------

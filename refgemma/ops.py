@@ -1,8 +1,8 @@
-"""The operations of Gemma 2, one function each. Checked against torch 2.13 / transformers 5.23 (eager), operation by
-operation, in float32, bfloat16 and float16. If implementations round at different places, a comment names the others.
+"""Define the operations of Gemma 2, one function each. Checked against torch 2.13 / transformers 5.23 (eager),
+operation by operation, in float32, bfloat16 and float16. If implementations round differently, a docstring says so.
 
-An operation takes arrays and numbers, never a configuration. The code mentions half precision only where PyTorch itself
-widens: see `refgemma.precision`.
+An operation takes arrays and numbers, never a configuration. The code mentions half precision only where PyTorch
+itself widens; see `refgemma.precision`.
 """
 
 import math
@@ -19,7 +19,7 @@ def linear(
     weight: Float[np.ndarray, "out in"],
     bias: Float[np.ndarray, " out"] | None = None,
 ) -> Float[np.ndarray, "*batch out"]:
-    """Project: ``y[..., o] = sum_i x[..., i] * weight[o, i] + bias[o]``, with the weight as the checkpoint stores it.
+    """Project: ``y[..., o] = sum_i x[..., i] * weight[o, i] + bias[o]``, with the weight's axes as in the checkpoint.
 
     In half precision the sum, including the bias, is computed in float32 and rounded once. Source:
     ``torch.nn.functional.linear``.
@@ -40,9 +40,9 @@ def rms_norm(
 ) -> Float[np.ndarray, "*batch hidden"]:
     """Divide by the root mean square, then scale: ``y = x / sqrt(mean(x**2) + eps) * (1 + weight)``.
 
-    The stored weight is an offset from one. All steps use (at least) float32, and the result is rounded once, at the
-    very end: Llama rounds before multiplying by the weight, Gemma after. Source: transformers ``Gemma2RMSNorm``; Zhang
-    and Sennrich 2019, arXiv:1910.07467.
+    The stored weight is an offset from one. All steps use (at least) float32, and the result is rounded once at the
+    end: Llama rounds before multiplying by the weight, Gemma after. Source: transformers ``Gemma2RMSNorm``; Zhang and
+    Sennrich 2019, arXiv:1910.07467.
 
     Examples
     --------
@@ -56,10 +56,10 @@ def rms_norm(
 
 
 def inverse_frequencies(head_dim: int, theta: float) -> Float[np.ndarray, " half"]:
-    """Return the angle from one position to the next, for each pair of a head: ``theta ** (-2 i / head_dim)``.
+    """Return the rotary angle per position for each pair of a head: ``theta ** (-2 i / head_dim)``.
 
-    They are float32 in every precision. This is part of the model: at position 8192, another rounding of the
-    frequencies changes the cosine by 1e-3. So the formula is ``float32(1) / float32(float64 power)``, which agrees with
+    They are float32 in every precision. This is part of the model: at position 8192, rounding the frequencies
+    differently changes the cosine by 1e-3. So the formula is ``float32(1) / float32(float64 power)``, which agrees with
     torch; a float32 power differs by an ulp in many entries. Source: transformers ``Gemma2RotaryEmbedding``.
 
     Examples
@@ -76,8 +76,8 @@ def rotary_tables(positions: Positions, head_dim: int, theta: float, like: Array
     """Return cosines and sines of the angles ``position * inverse_frequency[i]``, which encode the position of a token.
 
     A query and a key are rotated by the angles of their positions (see `rotate`), so their product depends on the
-    distance between them. Each angle ``i`` rotates a pair of numbers, one in each half of a head. So it is in the table
-    twice: at ``i`` and at ``i + head_dim / 2``.
+    distance between them. Angle ``i`` rotates a pair of numbers, one in each half of a head. So the table has each
+    angle twice: at ``i`` and at ``i + head_dim / 2``.
 
     The angles are float32 in every precision, like `inverse_frequencies`; the tables have the precision of `like`.
     Source: transformers ``Gemma2RotaryEmbedding``; Su et al. 2021, arXiv:2104.09864.
@@ -96,7 +96,7 @@ def rotary_tables(positions: Positions, head_dim: int, theta: float, like: Array
     """
     frequencies = inverse_frequencies(head_dim, theta)
     half = positions[:, None, :, None].astype(np.float32) * frequencies  # (batch, 1, seq, head_dim / 2)
-    angles = np.concatenate([half, half], axis=-1).astype(np.float64)  # so that only the result is rounded
+    angles = np.concatenate([half, half], axis=-1).astype(np.float64)  # float64, so that only the result is rounded
     return narrow(np.cos(angles), like), narrow(np.sin(angles), like)
 
 
@@ -170,8 +170,8 @@ def attention_scores(
 def causal_mask(q_places: Int[np.ndarray, " seq"], k_places: Int[np.ndarray, " keys"]) -> Bool[Array, "seq keys"]:
     """Return the mask of a full layer: a query may see keys at its own place or before, ``k <= q``.
 
-    A place counts all tokens of a sequence from the first, including padding. So prefill, a prompt in pieces and
-    decoding are the same case, with different places. Source: transformers ``masking_utils.causal_mask_function``.
+    A token's place is its number in the sequence, including padding. So prefill, a prompt in pieces and decoding are
+    the same case, with different places. Source: transformers ``masking_utils.causal_mask_function``.
 
     Examples
     --------
@@ -203,10 +203,10 @@ def sliding_mask(
 def softmax(scores: Scores, mask: Mask) -> Scores:
     """Return weights over the visible keys: ``p[j] = exp(s[j]) / sum_k exp(s[k])``, and 0 where the mask is false.
 
-    Computed in (at least) float32 and rounded once. Only the query of a padding token may see no key at all; it then
-    weighs all keys equally. No real token looks at a padding token, so this row affects no result. PyTorch's arithmetic
-    gives the same in float32 and bfloat16, but other weights in float16 and NaN in float64. So compare only the rows of
-    real tokens. Source: transformers ``eager_attention_forward``.
+    Computed in (at least) float32 and rounded once. Only a padding token's query may see no key at all; it then weighs
+    all keys equally. No real token sees a padding token, so such a row affects no result. PyTorch gives the same
+    weights in float32 and bfloat16, but other weights in float16 and NaN in float64. So compare only the rows of real
+    tokens. Source: transformers ``eager_attention_forward``.
 
     Examples
     --------
@@ -214,17 +214,17 @@ def softmax(scores: Scores, mask: Mask) -> Scores:
     array([[1. , 0. ],
            [0.5, 0.5]])
     """
-    # The lowest finite number, not minus infinity: a row without visible keys would become NaN.
+    # Use the lowest finite number, because minus infinity would make a row without visible keys NaN.
     lowest = np.finfo(scores.dtype).min
     masked = np.where(mask, wide(scores), lowest)
-    exponentials = np.exp(masked - np.max(masked, axis=-1, keepdims=True))  # the largest is 1: no overflow
+    exponentials = np.exp(masked - np.max(masked, axis=-1, keepdims=True))  # at most 1, so nothing overflows
     return narrow(exponentials / np.sum(exponentials, axis=-1, keepdims=True), like=scores)
 
 
 def gelu_tanh(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
     """Compute the tanh form of GELU: ``0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x**3)))``.
 
-    The exact form with the error function differs by up to 5e-4. Half precision has one rounding. Source:
+    The exact form, with the error function, differs by up to 5e-4. Half precision has one rounding. Source:
     ``torch.nn.functional.gelu(approximate="tanh")``; Hendrycks and Gimpel 2016, arXiv:1606.08415.
 
     Examples
@@ -235,6 +235,6 @@ def gelu_tanh(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
     x_wide = wide(x)
     cube = x_wide * x_wide * x_wide  # x**3 calls pow: twelve times slower, and not more exact
     inner = math.sqrt(2 / math.pi) * (x_wide + 0.044715 * cube)
-    # For x below -3, all digits but the last cancel in 1 + tanh. The last one must be right, so tanh uses float64.
+    # For x below -3, all digits except the last cancel in 1 + tanh. tanh uses float64, so that the last digit is right.
     tanh = np.tanh(inner.astype(np.float64)).astype(x_wide.dtype)
     return narrow(0.5 * x_wide * (1 + tanh), like=x)

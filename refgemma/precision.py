@@ -1,13 +1,13 @@
-"""Rounding to half precision: `BF16` and `F16` arrays, `wide` and `narrow`. Checked bit for bit against torch 2.13.
+"""Round to half precision with `BF16` and `F16` arrays, `wide` and `narrow`. Checked bit for bit against torch 2.13.
 
 The rest of the package follows one rule: **one PyTorch kernel is one rounding**. A kernel is one operation that PyTorch
-starts. It widens half-precision inputs to float32, computes, and rounds its result once. So an array here holds float32
-numbers that all lie on the grid of the half-precision format, and each NumPy operation on it rounds its result to that
-grid. Layer code is then the same in every precision. It calls `wide` and `narrow` only where PyTorch calls ``.float()``
-and ``.type_as(x)``.
+starts: it widens half-precision inputs to float32, computes, and rounds the result once. So an array here holds float32
+numbers that half precision can represent exactly (its grid), and each NumPy operation rounds its result to this grid.
+The code of the layers is then the same in every precision. It calls `wide` and `narrow` only where PyTorch calls
+``.float()`` and ``.type_as(x)``.
 
-Arrays of ml_dtypes' own ``bfloat16`` are not used for computation: ``bf16 * 0.1`` and ``bf16 @ bf16`` silently become
-float32 there, and sums accumulate in bf16.
+Arrays with ml_dtypes' ``bfloat16`` are not used for computation, because ``bf16 * 0.1`` and ``bf16 @ bf16`` silently
+become float32 there, and sums accumulate in bfloat16.
 """
 
 from typing import Any, ClassVar, TypeAlias
@@ -20,15 +20,15 @@ Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]  # not npt.NDArray, which is n
 
 
 class Rounded(np.ndarray[Any, np.dtype[Any]]):
-    """float32 numbers on the grid of a 16-bit format; results of operations are rounded to nearest, ties to even.
+    """float32 numbers on the grid of a 16-bit format; operations round their results to nearest, ties to even.
 
-    An operation with an ordinary floating-point array of at least one axis returns an ordinary, wider array, as in
+    An operation with an ordinary floating-point array (except a 0-d array) returns an ordinary, wider array, as in
     PyTorch. Python numbers do not widen. Use `bf16` or `f16` to make a rounded array.
 
     Numbers that NumPy writes into such an array are rounded too: by an assignment, ``out=``, `numpy.copyto`,
-    ``np.add.at``, all its other functions, and the array's own methods. Methods that would write bytes instead of
-    numbers are refused (`byteswap`, `setfield`), and so is writing through ``.flat``. Code that writes into the memory
-    directly cannot be detected: an ordinary view (`numpy.asarray`, ``.data``), `numpy.nditer`, and ``out=`` of a random
+    ``np.add.at``, other NumPy functions, and the array's own methods. `byteswap` and `setfield`, which would write
+    bytes instead of numbers, raise an error, and so does writing through ``.flat``. Code that writes directly into the
+    memory cannot be detected: an ordinary view (`numpy.asarray`, ``.data``), `numpy.nditer`, and ``out=`` of a random
     generator.
     """
 
@@ -53,10 +53,10 @@ class Rounded(np.ndarray[Any, np.dtype[Any]]):
         return returned if isinstance(rounded, tuple) else returned[0]
 
     def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        """Round the results of concatenate, where, stack, einsum and the like, which would else be ordinary arrays."""
+        """Round the results of concatenate, where, stack and so on, which would otherwise be ordinary arrays."""
         given, views = (*args, *kwargs.values()), dict[int, Any]()
         result = func(*plain(args, views), **plain(kwargs, views))
-        if result is None or id(result) in views:  # written into an argument
+        if result is None or id(result) in views:  # already written into an argument
             _round_in_place(given)
             return result if result is None else views[id(result)][1]
         return self._rounded(result, given)
@@ -66,7 +66,7 @@ class Rounded(np.ndarray[Any, np.dtype[Any]]):
         plain(self)[plain(key)] = plain(_onto_grid(plain(value), type(self)))
 
     def astype(self, dtype: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return an ordinary array of another format; this leaves the grid."""
+        """Return an ordinary array of another dtype, which does not round."""
         return self.view(np.ndarray).astype(dtype, *args, **kwargs)
 
     def fill(self, value: Any) -> None:
@@ -75,7 +75,7 @@ class Rounded(np.ndarray[Any, np.dtype[Any]]):
 
     @property
     def flat(self) -> Any:
-        """All numbers one after the other, read-only; write with ``x[...] = values``."""
+        """All numbers as a read-only iterator; to write, use ``x[...] = values``."""
         numbers = self.view(np.ndarray)
         numbers.flags.writeable = False
         return numbers.flat
@@ -86,7 +86,7 @@ class Rounded(np.ndarray[Any, np.dtype[Any]]):
         return self
 
     def byteswap(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse to change bytes, because the new numbers would be off the grid; so does `setfield`.
+        """Raise an error, because numbers with changed bytes would be off the grid; `setfield` does the same.
 
         Raises
         ------
@@ -98,7 +98,7 @@ class Rounded(np.ndarray[Any, np.dtype[Any]]):
     setfield = byteswap
 
     def compress(self, condition: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call `numpy.compress`, which rounds the numbers that it writes into another array."""
+        """Call `numpy.compress`, which also rounds numbers that it writes into another array."""
         return np.compress(condition, self, *args, **kwargs)
 
     def _rounded(self, result: Any, inputs: tuple[Any, ...]) -> Any:
@@ -110,7 +110,7 @@ class Rounded(np.ndarray[Any, np.dtype[Any]]):
 
 
 def _by_function(name: str) -> Any:
-    """Return a method that calls the NumPy function of this name, which computes in float32 and rounds once."""
+    """Return a method that calls the NumPy function of the same name, which computes in float32 and rounds once."""
 
     def method(self: Rounded, *args: Any, **kwargs: Any) -> Any:
         return getattr(np, name)(self, *args, **kwargs)
@@ -125,7 +125,7 @@ for _name in ("mean", "std", "var", "round", "dot", "trace", "put", "take", "con
 
 
 class BF16(Rounded):
-    """bfloat16: the 8 exponent bits of float32, 8 bits of precision. One ulp at 1.0 is 2**-7."""
+    """bfloat16: 8 exponent bits, as in float32, and 8 bits of precision. One ulp at 1.0 is 2**-7."""
 
     grid = ml_dtypes.bfloat16
 
@@ -137,9 +137,9 @@ class F16(Rounded):
 
 
 def plain(value: Any, views: dict[int, Any] | None = None) -> Any:
-    """Return `value` with every `Rounded` array in it (also in lists, tuples and dicts) viewed as ordinary float32.
+    """Return `value` with every `Rounded` array inside (also in lists, tuples and dicts) viewed as ordinary float32.
 
-    `views`, if given, receives each view and its array, under the view's `id`.
+    `views`, if given, receives each view's array under the `id` of the view.
     """
     if isinstance(value, Rounded):
         view = value.view(np.ndarray)
@@ -154,7 +154,7 @@ def plain(value: Any, views: dict[int, Any] | None = None) -> Any:
 
 
 def _like_sequence(sequence: Any, items: list[Any]) -> Any:
-    """Return `items` as a list, tuple or named tuple, whichever `sequence` is."""
+    """Return `items` as the type of `sequence`: a list, tuple or named tuple."""
     return sequence._make(items) if hasattr(sequence, "_make") else type(sequence)(items)
 
 
@@ -177,7 +177,7 @@ def _write(result: Any, out: Any, where: Any, casting: Any) -> Any:
 
 
 def _widens(inputs: tuple[Any, ...], kind: type[Rounded]) -> bool:
-    """Return True if an input is a floating-point array of another format, which makes the result float32."""
+    """Return True if an input is a floating-point array of another dtype, which makes the result float32."""
     for value in inputs:
         if isinstance(value, list | tuple):
             if _widens(tuple(value), kind):
@@ -246,12 +246,12 @@ def narrow(y: npt.ArrayLike, like: Array) -> Array:
 
 
 def as_dtype(x: npt.ArrayLike, dtype: str) -> Array:
-    """Return `x` in a precision by name: ``float64``, ``float32``, ``float16`` or ``bfloat16``.
+    """Return `x` in the precision with this name: ``float64``, ``float32``, ``float16`` or ``bfloat16``.
 
     Raises
     ------
     ValueError
-        For another name.
+        If the name is unknown.
 
     Examples
     --------
@@ -269,7 +269,7 @@ def as_dtype(x: npt.ArrayLike, dtype: str) -> Array:
 
 
 def as_float64(x: npt.ArrayLike) -> Array:
-    """Return `x` as an ordinary float64 array, from any precision; errors are measured in float64.
+    """Return `x` as an ordinary float64 array, for measuring errors.
 
     Examples
     --------
@@ -283,12 +283,12 @@ PRECISIONS = ("float64", "float32", "float16", "bfloat16")
 
 
 def precision_named(dtype: Any) -> str:
-    """Return the name of a precision that is given by name, as a NumPy dtype, or as torch writes it.
+    """Return the name of a precision, given the name, a NumPy dtype, or torch's way of writing it.
 
     Raises
     ------
     ValueError
-        For any other precision.
+        If the precision is unknown.
 
     Examples
     --------
@@ -303,7 +303,7 @@ def precision_named(dtype: Any) -> str:
 
 
 def dtype_name(x: Array) -> str:
-    """Return the precision of `x` by name; the inverse of `as_dtype`.
+    """Return the name of the precision of `x`, as `as_dtype` takes it.
 
     Examples
     --------

@@ -1,11 +1,11 @@
-"""Names of axes and of common shapes: every axis is a word. Checked by beartype under pytest.
+"""Name the axes and the common shapes of arrays; every axis is a word. Checked by beartype under pytest.
 
 ======================  ==================================================================================
 axis                    length
 ======================  ==================================================================================
 ``batch``               sequences computed together
 ``seq``                 tokens of this call (the queries)
-``past``                tokens of earlier calls that a layer still keeps
+``past``                tokens of earlier calls that a layer keeps
 ``total``               all tokens so far, including padding
 ``keys``                tokens that a query may see: those of the cache, then those of this call
 ``hidden``              ``config.hidden_size``, the residual stream
@@ -16,12 +16,12 @@ axis                    length
 ``vocab``               ``config.vocab_size``
 ======================  ==================================================================================
 
-``Float[np.ndarray, "batch seq hidden"]`` means: an array of floating-point numbers with these three axes. An axis has
-the same length everywhere in a call. ``"*batch hidden"`` has any number of axes before the last, and the space in ``"
-hidden"`` only marks an array of one axis. `jaxtyping` defines these annotations.
+``Float[np.ndarray, "batch seq hidden"]`` means an array of floating-point numbers with these three axes. An axis has
+the same length everywhere in a call. ``"*batch hidden"`` has any number of axes before the last. The space in ``"
+hidden"`` only marks an array with one axis. `jaxtyping` defines these annotations.
 
 The *residual stream* is one vector of ``hidden`` numbers per token; each layer reads it and adds to it. *Logits* are
-the scores of all words of the vocabulary for the next token; their softmax gives its probabilities.
+the scores of all tokens of the vocabulary for the next token; their softmax gives the probabilities.
 
 Weights are stored as ``(out, in)``, as in the checkpoint: `linear` computes ``x @ weight.T``.
 """

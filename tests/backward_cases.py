@@ -1,5 +1,7 @@
-"""Every operation with a gradient, and the two laws that its gradient has to obey; checked by the defects of
-test_backward_golden.py, each of which breaks one of them."""
+"""Define every operation with a gradient, and two laws for gradients.
+
+Checked by the defects in test_backward_golden.py; each breaks a law.
+"""
 
 import importlib.util
 from collections.abc import Callable, Iterator
@@ -16,7 +18,7 @@ STEP = 2.0**-17  # near the cube root of EPS, where truncation and rounding of a
 
 
 def without_checks(module: Any) -> Any:
-    """The same module once more, whose annotations are not held against its arguments: it takes complex numbers."""
+    """Import a module again without checking its annotations, so that it takes complex numbers."""
     spec = importlib.util.spec_from_file_location(f"plain_{module.__name__.rpartition('.')[2]}", module.__file__)
     assert spec is not None
     assert spec.loader is not None
@@ -30,7 +32,8 @@ PLAIN = without_checks(ops)
 
 @dataclass(frozen=True)
 class Operation:
-    """One function of float64 arrays, and its gradient as a call of `refgemma.backward` that is looked up when made."""
+    """A function of float64 arrays, and its gradient, a function of `refgemma.backward` that is looked up at each
+    call."""
 
     forward: Callable[..., Any]
     backward: Callable[..., tuple[Any, ...]]  # (grad, *inputs) -> the gradient of each input
@@ -48,7 +51,7 @@ def arrays(*shapes: tuple[int, ...]) -> Callable[[np.random.Generator], list[Any
 
 
 def no_bend(rng: np.random.Generator) -> list[Any]:
-    """Numbers away from 0 and 6, where the relu functions have no derivative."""
+    """Return numbers away from 0 and 6, where the relu functions have no derivative."""
     x = rng.standard_normal(12) * 4
     return [np.where(np.minimum(np.abs(x), np.abs(x - 6)) < 0.01, 1.0, x)]
 
@@ -147,14 +150,14 @@ OPERATIONS |= {f"activation {name}": activation_operation(name) for name in ACTI
 
 
 def along(operation: Operation, inputs: list[Any], grad: Any, moves: list[Any], step: float) -> tuple[float, float]:
-    """The central difference of ``<grad, f(x + t move)>``, and the size of the numbers it is taken of."""
+    """Return the central difference of ``<grad, f(x + t move)>``, and the size of the numbers in it."""
     ends = [operation.forward(*(x + sign * step * v for x, v in zip(inputs, moves, strict=True))) for sign in (1, -1)]
     size = max(float(np.sum(np.abs(grad * end))) for end in ends)
     return float(np.sum(grad * (ends[0] - ends[1]))) / (2 * step), size
 
 
 def directions(inputs: list[Any], rng: np.random.Generator) -> Iterator[list[Any]]:
-    """Every element alone, then all together at random."""
+    """Yield directions: each element alone, then all elements at random."""
     for number, x in enumerate(inputs):
         for place in np.ndindex(x.shape):
             moves = [np.zeros(y.shape) for y in inputs]
@@ -166,8 +169,8 @@ def directions(inputs: list[Any], rng: np.random.Generator) -> Iterator[list[Any
 def check_differences(operation: Operation, seed: int) -> None:
     """Compare a gradient with central differences, element by element.
 
-    A difference over a step h errs by ``h**2 f''' / 6``, which three times the distance to the one over 2 h bounds
-    (that one errs four times as much), and by the rounding of f: 64 roundings of its size, divided by h.
+    A difference over a step h has the error ``h**2 f''' / 6``, and over 2 h four times this error. So three times the
+    distance between both differences bounds the error. Rounding of f adds 64 roundings of its size, divided by h.
     """
     rng = np.random.default_rng(seed)
     inputs = operation.draw(rng)
@@ -181,10 +184,10 @@ def check_differences(operation: Operation, seed: int) -> None:
 
 
 def check_adjoint(operation: Operation, seed: int) -> None:
-    """Compare ``<grad, J move>`` with ``<backward(grad), move>``; J by a complex step, which has no error but rounding.
+    """Compare ``<grad, J move>`` with ``<backward(grad), move>``; a complex step gives J without error except rounding.
 
-    ``f(x + i h v)`` has the imaginary part ``h J v``, and no difference is taken, so h may be 1e-100. What remains is
-    the rounding of both inner products: 256 roundings of the sum of their terms' sizes, for at most that many in a row.
+    ``f(x + i h v)`` has the imaginary part ``h J v``. No difference is taken, so h can be 1e-100. Only the rounding of
+    both inner products remains: 256 roundings of the sum of the terms' sizes, because they have at most 256 terms.
     """
     rng = np.random.default_rng(seed)
     inputs = operation.draw(rng)

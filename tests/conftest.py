@@ -1,4 +1,4 @@
-"""Array shapes checked in every test, Hypothesis profiles, and the parity tests only where PyTorch is."""
+"""Check array shapes in every test, set Hypothesis profiles, and run the parity tests only if PyTorch is installed."""
 
 import os
 import shutil
@@ -65,14 +65,14 @@ PROCESSOR_SECONDS = 60.0
 
 
 def processor_seconds() -> float:
-    """The processor time of this process and of its children that have ended."""
+    """Return the processor time of this process and of its finished children, in seconds."""
     used = os.times()
     return used.user + used.system + used.children_user + used.children_system
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
-    """Fail a test that takes too much processor time; those beside PyTorch may take what PyTorch takes."""
+    """Fail a test that takes too much processor time; parity tests may take longer, because PyTorch does."""
     before = processor_seconds()
     yield
     if (seconds := processor_seconds() - before) > PROCESSOR_SECONDS and "parity" not in item.path.parts:

@@ -1,14 +1,14 @@
-"""Which law finds which mistake, without any recording: every law is asked of refgemma with each known mistake made.
+"""Find which law detects which bug, without recordings: check every law on refgemma with each known bug.
 
-    python tests/law_power.py                  ask every law about every mistake, write law_power.json and the tables
+    python tests/law_power.py                  check every law on every bug; write law_power.json and the tables
                                                of docs/property-tests.md
-    python tests/law_power.py --only NAME ...  the same of some mistakes
-    python tests/law_power.py --laws LAW ...   the same of some laws
-    python tests/law_power.py --tables         only the tables
+    python tests/law_power.py --only NAME ...  do the same for some bugs
+    python tests/law_power.py --laws LAW ...   do the same for some laws
+    python tests/law_power.py --tables         write only the tables
 
-A mistake is one of the oracle's catalogue (`refgemma.oracle.known_bugs`, computed operation by operation), one of
-``test_mistakes.py`` (made in refgemma's own code), or one of this file, for laws about what those cannot touch.
-``test_law_power.py`` asks of each law again whether it finds the first mistake that stands beside it.
+Bugs come from three places: the oracle's catalogue (`refgemma.oracle.known_bugs`, computed operation by operation),
+``test_mistakes.py`` (in refgemma's own code), and this file, for laws on behaviour that the others cannot change.
+``test_law_power.py`` checks for each law that it still finds the first bug in its row.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ QUICK = settings(max_examples=10, deadline=None, database=None, derandomize=True
 
 @dataclass(frozen=True)
 class Read:
-    """What a text's earlier calls were given: the cache of a backend that computes all of it anew."""
+    """The inputs of a text's earlier calls: the cache of a backend that computes everything again."""
 
     ids: Any
     positions: Any
@@ -66,7 +66,7 @@ class Read:
 
 
 class Catalogued:
-    """The model as the oracle has it, a table of operations, with one of the catalogue's edits."""
+    """The oracle's table of operations, with one of the catalogue's edits."""
 
     def __init__(self, change: Change) -> None:
         self.change = change
@@ -108,7 +108,7 @@ class Catalogued:
 
 
 class Patched(NumpyBackend):
-    """refgemma with a mistake of `test_mistakes`, which edits its functions, or what `verify` loads."""
+    """refgemma with a bug of `test_mistakes`, which edits functions or the model that `verify` loads."""
 
     def load(self, folder: Path, dtype: str) -> Any:
         model = super().load(folder, dtype)
@@ -117,7 +117,7 @@ class Patched(NumpyBackend):
 
 
 def as_loaded(model: Any) -> tuple[Any, Weights]:
-    """In the place of the function that loads a recording's model: the model is loaded already."""
+    """Replace the function that loads a recording's model, because the model is loaded already."""
     return model.config, model.weights
 
 
@@ -125,7 +125,7 @@ def as_loaded(model: Any) -> tuple[Any, Weights]:
 
 
 class Forgetful(NumpyBackend):
-    """refgemma, whose `forward` can be changed before and after."""
+    """refgemma with a `forward` whose inputs and outputs can be changed."""
 
     def before(self, model: Any, given: dict[str, Any]) -> None: ...
 
@@ -143,7 +143,7 @@ class Forgetful(NumpyBackend):
 
 
 class ChangesItsCache(Forgetful):
-    """Keys are overwritten where they lie, so that a cache can be gone on from once."""
+    """Keys are overwritten in place, so that a cache can be continued only once."""
 
     def after(self, output: Output, given: dict[str, Any]) -> Output:
         for layer in given["cache"] or ():
@@ -152,7 +152,7 @@ class ChangesItsCache(Forgetful):
 
 
 class Noisy(Forgetful):
-    """Sums in an order that changes from call to call: the last bit of a logit is random."""
+    """Sums have another order in each call, so that the last bit of a logit is random."""
 
     def __init__(self) -> None:
         self.rng = np.random.default_rng(0)
@@ -164,14 +164,14 @@ class Noisy(Forgetful):
 
 
 class Single(NumpyBackend):
-    """float32, whatever precision is asked for."""
+    """Computes in float32, whatever precision is requested."""
 
     def load(self, folder: Path, dtype: str) -> Any:
         return super().load(folder, "float32")
 
 
 class MasksTurned(Forgetful):
-    """The padding mask is read from the wrong end."""
+    """The padding mask is reversed."""
 
     def before(self, model: Any, given: dict[str, Any]) -> None:
         if given["attention_mask"] is not None:
@@ -181,7 +181,7 @@ class MasksTurned(Forgetful):
 
 
 class FirstRowOnly(Forgetful):
-    """Every row of a batch attends to the first row's last token, by a stride of 0: its logits are mixed in."""
+    """Every row of a batch also gets the first row's last token, by a stride of 0."""
 
     def after(self, output: Output, given: dict[str, Any]) -> Output:
         logits = output.logits + 0
@@ -200,7 +200,7 @@ class PadHasNoEmbedding(NumpyBackend):
 
 
 class CapsByClipping(Forgetful):
-    """Logits are clipped one beyond their cap, not bent."""
+    """Logits are clipped at their cap plus 1, not capped smoothly."""
 
     def load(self, folder: Path, dtype: str) -> Any:
         model = super().load(folder, dtype)
@@ -225,7 +225,7 @@ class Draws(NumpyBackend):
 
 
 class GreedySearch(NumpyBackend):
-    """A search with one beam, however many are asked for."""
+    """Searches with one beam, however many are requested."""
 
     def search(self, model: Any, input_ids: Any, num_beams: int, new_tokens: int) -> Any:
         text, score = list(input_ids[0]), 0.0
@@ -238,7 +238,7 @@ class GreedySearch(NumpyBackend):
 
 
 class LossOfTheSameToken(NumpyBackend):
-    """The loss is of the token that was read, not of the next."""
+    """The loss compares logits with the token at the same place, not the next."""
 
     def loss(self, model: Any, input_ids: Any, labels: Any) -> float:
         moved = np.concatenate([np.full_like(labels[:, :1], -100), labels[:, :-1]], axis=1)
@@ -246,15 +246,64 @@ class LossOfTheSameToken(NumpyBackend):
 
 
 class LossCountsAll(NumpyBackend):
-    """The sum of losses is divided by all tokens, ignored ones too."""
+    """The sum of losses is divided by the number of all tokens, including ignored ones."""
 
     def loss(self, model: Any, input_ids: Any, labels: Any) -> float:
         taken = (np.asarray(labels)[:, 1:] != -100).mean()
         return super().loss(model, input_ids, labels) * float(taken)
 
 
+class LearnsBy(NumpyBackend):
+    """Gradients are computed in another way; `change` gets the backend's own function and its arguments."""
+
+    def __init__(self, change: Callable[..., Any]) -> None:
+        self.change = change
+
+    def gradients(self, *given: Any) -> Any:
+        return self.change(super().gradients, *given)
+
+
+def learns_mean_of_rows(learn: Any, model: Any, ids: Any, labels: Any, mask: Any, items: float) -> Any:
+    counts = np.maximum((labels[:, 1:] != -100).sum(1), 1)
+    shares = [len(ids) * count * items / counts.sum() for count in counts]
+    rows = [learn(model, ids[[r]], labels[[r]], mask if mask is None else mask[[r]], shares[r])
+            for r in range(len(ids))]  # fmt: skip
+    return {name: sum(row[name] for row in rows) for name in rows[0]}
+
+
+def learns_without_items(learn: Any, model: Any, ids: Any, labels: Any, mask: Any, items: float) -> Any:
+    return learn(model, ids, labels, mask, float((labels[:, 1:] != -100).sum()))
+
+
+def learns_later_labels(learn: Any, model: Any, ids: Any, labels: Any, mask: Any, items: float) -> Any:
+    """The token after the last label is a label, too."""
+    labels = labels.copy()
+    for row in labels:
+        last = int(np.flatnonzero(row != -100)[-1]) if (row != -100).any() else len(row) - 1
+        if last + 1 < len(row):
+            row[last + 1] = 1
+    return learn(model, ids, labels, mask, items)
+
+
+def learns_as_head_only(learn: Any, model: Any, ids: Any, labels: Any, mask: Any, items: float) -> Any:
+    found, tied = dict(learn(model, ids, labels, mask, items)), model.weights.lm_head is None
+    table = "model.embed_tokens.weight"
+    untied = replace(model, weights=replace(model.weights, lm_head=model.weights.embed_tokens),
+                     config=model.config.changed(tie_word_embeddings=False))  # fmt: skip
+    return found | ({table: learn(untied, ids, labels, mask, items)["lm_head.weight"]} if tied else {})
+
+
+def learns_from_padding(learn: Any, model: Any, ids: Any, labels: Any, mask: Any, items: float) -> Any:
+    """Padding tokens are labels."""
+    return learn(model, ids, labels if mask is None else np.where(mask == 0, ids, labels), mask, items)
+
+
+def learns_halved_norms(learn: Any, *given: Any) -> Any:
+    return {name: x / 2 if name.endswith("norm.weight") else x for name, x in learn(*given).items()}
+
+
 class SavesInHalf(NumpyBackend):
-    """Weights are saved in bfloat16 whatever they are in."""
+    """Weights are saved in bfloat16, whatever their precision."""
 
     def load(self, folder: Path, dtype: str) -> Any:
         model = super().load(folder, dtype)
@@ -269,7 +318,7 @@ class SavesInHalf(NumpyBackend):
 
 
 def with_tokenizer(changed: Callable[[str, Any], Any]) -> Callable[[], Any]:
-    """refgemma with a tokenizer whose methods give something else: `changed` takes a name and what it gives."""
+    """Return refgemma with a tokenizer whose results are changed; `changed` takes a method's name and its result."""
 
     class Retokenized(NumpyBackend):
         def tokenizer(self, folder: Path) -> Any:
@@ -310,7 +359,7 @@ def assistant(method: str, told: Any) -> Any:
 
 
 def with_weights(changed: Callable[[Weights], Weights]) -> Callable[[], Any]:
-    """refgemma that reads other weights than the file has."""
+    """Return refgemma that changes the weights after reading them."""
 
     class Misread(NumpyBackend):
         def load(self, folder: Path, dtype: str) -> Any:
@@ -351,7 +400,7 @@ def another_head(weights: Weights) -> Weights:
 
 
 class PaddedVocabulary(Forgetful):
-    """Logits have three columns more than the vocabulary."""
+    """Logits have three more columns than the vocabulary."""
 
     def after(self, output: Output, given: dict[str, Any]) -> Output:
         wider = np.concatenate([output.logits, 0 * output.logits[..., :3]], axis=-1)
@@ -359,7 +408,7 @@ class PaddedVocabulary(Forgetful):
 
 
 class PaddingIsNaN(Forgetful):
-    """A text with padding at its left is NaN, which its padding is."""
+    """Rows of padding are NaN, and so is a text with padding on its left."""
 
     def after(self, output: Output, given: dict[str, Any]) -> Output:
         if given["attention_mask"] is None:
@@ -387,7 +436,7 @@ STAGES: dict[str, Callable[[], Any]] = {
 
 
 class Strips(NumpyBackend):
-    """A tokenizer that strips blanks from texts, and knows no roles."""
+    """A tokenizer that strips spaces from texts and ignores roles."""
 
     def tokenizer(self, folder: Path) -> Any:
         usual = super().tokenizer(folder)
@@ -411,7 +460,7 @@ class Strips(NumpyBackend):
 
 
 def with_operation(name: str, wrong: Callable[..., Any]) -> Callable[[], Any]:
-    """refgemma with one of the single operations that it offers exchanged."""
+    """Return refgemma with one of its single operations replaced."""
 
     class Exchanged(NumpyBackend):
         def operations(self) -> Mapping[str, Callable[..., Any]]:
@@ -456,6 +505,12 @@ OWN: dict[str, Callable[[], Any]] = {
     "search with one beam": GreedySearch,
     "loss of the token that was read": LossOfTheSameToken,
     "loss divided by all tokens": LossCountsAll,
+    "gradients: each row is averaged": lambda: LearnsBy(learns_mean_of_rows),
+    "gradients: the number of items is ignored": lambda: LearnsBy(learns_without_items),
+    "gradients: one more label": lambda: LearnsBy(learns_later_labels),
+    "gradients: a tied table learns as head only": lambda: LearnsBy(learns_as_head_only),
+    "gradients: padding is a label": lambda: LearnsBy(learns_from_padding),
+    "gradients: those of norms are halved": lambda: LearnsBy(learns_halved_norms),
     "saved weights are rounded": SavesInHalf,
     "texts are stripped": Strips,
     "operation: linear without its bias": with_operation("linear", without_bias),
@@ -472,7 +527,7 @@ OWN: dict[str, Callable[[], Any]] = {
 
 @contextmanager
 def mistaken(name: str) -> Iterator[Any]:
-    """A backend that makes a mistake, as long as the context lasts."""
+    """Yield a backend with a bug, which is removed at the end of the context."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr("test_mistakes.CORRECT_MODEL_OF", as_loaded)
         monkeypatch.setattr(oracle, "model_of", as_loaded)
@@ -516,7 +571,7 @@ WHY_NOT = {
 
 
 def finds(law: str, backend: Any) -> bool:
-    """Whether a law is broken by a backend, within the examples of `QUICK`."""
+    """Return True if a backend breaks a law in the examples of `QUICK`."""
     try:
         with np.errstate(all="ignore"):
             LAWS[law].search(backend, QUICK)
@@ -528,14 +583,14 @@ def finds(law: str, backend: Any) -> bool:
 
 
 def laws_for(backend: Any) -> list[str]:
-    """The laws that can be asked of a backend."""
+    """Return the laws that apply to a backend."""
     from refgemma.testing.laws import find_missing
 
     return [name for name, law in LAWS.items() if not find_missing(backend, law.needs)]
 
 
 def asked(name: str, laws: Collection[str] = LAWS) -> list[str]:
-    """Which of the laws find a mistake."""
+    """Return the laws that find a bug."""
     with mistaken(name) as backend:
         return [law for law in laws_for(backend) if law in laws and finds(law, backend)]
 
@@ -552,20 +607,20 @@ def _some(names: Sequence[str]) -> str:
 
 
 def read_found() -> dict[str, list[str]]:
-    """What was found: the laws that find each mistake."""
+    """Return the recorded result: the laws that find each bug."""
     found: dict[str, list[str]] = json.loads(FOUND.read_text("utf-8")) if FOUND.exists() else {}
     return found
 
 
 def problems(found: Mapping[str, Sequence[str]]) -> list[str]:
-    """What the tables may not say: a mistake that nothing finds and nobody explains, or a reason that is none."""
+    """List problems of the tables: a bug that no law finds without an explanation, or an unneeded explanation."""
     silent = [f"{n}: no law finds it, and no reason is given" for n in found if not found[n] and n not in WHY_NOT]
     stale = [f"{name}: a reason is given, and {found[name][0]} finds it" for name in WHY_NOT if found.get(name)]
     return silent + stale
 
 
 def still_open(found: Mapping[str, Sequence[str]]) -> str:
-    """How much was asked, as a sentence."""
+    """Return a sentence on what was not checked."""
     blind = [law for law in LAWS if not any(law in laws for laws in found.values())]
     return (
         f"Results for {len(found)} of {len(ALL)} mistakes. Laws that find none: "
@@ -574,7 +629,7 @@ def still_open(found: Mapping[str, Sequence[str]]) -> str:
 
 
 def tables(found: Mapping[str, Sequence[str]]) -> str:
-    """Both tables as Markdown."""
+    """Return both tables as Markdown."""
     by_law = {law: [name for name in found if law in found[name]] for law in LAWS}
     lines = [still_open(found), "", "| law | mistakes it finds | such as |", "| --- | --- | --- |"]
     lines += [f"| `{law}` | {len(names)} | {_some(names)} |" for law, names in by_law.items()]

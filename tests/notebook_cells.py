@@ -1,4 +1,4 @@
-"""The notebooks as tests use them: their prose, and the variables after each of their code cells."""
+"""Read the notebooks for tests: their prose, and the variables after each code cell."""
 
 import re
 import sys
@@ -13,18 +13,19 @@ from matplotlib import pyplot as plt
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 SOURCES = sorted(FOLDER.glob("*.py"))
+BY_NUMBER = {int(path.stem[:2]): path for path in SOURCES}
 
 plt.switch_backend("agg")
 
 
 @cache
 def cells(number: int) -> list[Any]:
-    return list(jupytext.read(SOURCES[number - 1]).cells)
+    return list(jupytext.read(BY_NUMBER[number]).cells)
 
 
 @cache
 def prose(number: int) -> str:
-    """All text of a notebook, with one space between words."""
+    """Return all text of a notebook, with one space between words."""
     return " ".join(" ".join(cell.source for cell in cells(number) if cell.cell_type == "markdown").split())
 
 
@@ -34,21 +35,21 @@ def answers(number: int) -> list[str]:
 
 
 def solutions(number: int) -> list[str]:
-    """The code of the solutions that are folded under the exercises of a notebook."""
+    """Return the code of the folded solutions of a notebook's exercises."""
     text = "\n".join(cell.source for cell in cells(number) if cell.cell_type == "markdown")
     return re.findall(r"<details><summary>Solution</summary>\n\n```python\n(.*?)```\n\n</details>", text, re.DOTALL)
 
 
 @cache
 def run(number: int) -> tuple[dict[str, dict[str, Any]], float]:
-    """Run a notebook: each code cell -> the variables after it, and the seconds of processor time that all took."""
+    """Run a notebook; return the variables after each code cell, and the total processor time in seconds."""
     began, snapshots = time.process_time(), {}
     sys.modules["notebook"] = type(sys)("notebook")  # as a module: Hypothesis asks where a function is defined
     names = vars(sys.modules["notebook"])
     try:
         for place, cell in enumerate(cells(number)):
             if cell.cell_type == "code":
-                exec(compile(cell.source, f"{SOURCES[number - 1].name}, cell {place}", "exec"), names)
+                exec(compile(cell.source, f"{BY_NUMBER[number].name}, cell {place}", "exec"), names)
                 snapshots[cell.source] = dict(names)
     finally:
         del sys.modules["notebook"]
@@ -57,7 +58,7 @@ def run(number: int) -> tuple[dict[str, dict[str, Any]], float]:
 
 
 def after(number: int, line: str) -> SimpleNamespace:
-    """The variables after the cell that contains `line`."""
+    """Return the variables after the cell that contains `line`."""
     found = [names for cell, names in run(number)[0].items() if line in cell]
     assert len(found) == 1, f"{len(found)} cells of notebook {number} contain {line!r}"
     return SimpleNamespace(**{name: value for name, value in found[0].items() if not name.startswith("__")})

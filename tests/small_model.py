@@ -1,4 +1,4 @@
-"""A model small enough to try every text, and what several tests say of it; checked nowhere but in them."""
+"""Provide a model small enough to try every text, for several tests."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ from refgemma.modeling.classes import Gemma2ForCausalLM
 
 
 def refused(call: Callable[[], Any], message: str) -> None:
-    """The whole message: what is wrong, where, and what to do."""
+    """Require that a call raises InputError with this whole message."""
     with pytest.raises(InputError) as caught:
         call()
     assert str(caught.value) == message
@@ -43,7 +43,7 @@ def call_with(**settings: Any) -> GenerationConfig:
 
 
 def log_probabilities(texts: Any, begins: int) -> Any:
-    """Of the tokens of each text from place `begins` on: the sum of log probabilities, from a single forward pass."""
+    """Return the sum of log probabilities of each text's tokens from place `begins` on, from one forward pass."""
     ids = np.array(texts)
     told = log_softmax(SMALL(ids).logits.astype(np.float64))[:, begins - 1 : -1]
     return np.take_along_axis(told, ids[:, begins:, None], axis=2).sum(axis=(1, 2))

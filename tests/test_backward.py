@@ -1,5 +1,5 @@
-"""The gradient of every operation: against central differences, by the adjoint test, in each precision; and those of
-the whole model against differences of its loss."""
+"""Test the gradient of every operation by central differences and by the adjoint test, in each precision. Test the
+gradients of the whole model by differences of its loss."""
 
 from typing import Any
 
@@ -105,7 +105,7 @@ def loss_along(moves: dict[str, Any], step: float, **given: Any) -> float:
     {"num_items": 20},
 ], ids=["plain", "padded", "packed", "part"])  # fmt: skip
 def test_the_loss_changes_as_its_gradients_say(given: dict[str, Any]) -> None:
-    """Each tensor moved alone. The step and the bound are those of `check_differences`."""
+    """Each tensor is moved alone. Step and bound are as in `check_differences`."""
     _, grads = compute_gradients(IDS, IDS, WEIGHTS, CONFIG, **given)
     rng, step = np.random.default_rng(1), 2.0**-17
     for name, x in TENSORS.items():
@@ -138,7 +138,7 @@ def test_embeddings_handed_in_have_gradients() -> None:
 
 
 def test_a_past_is_part_of_the_keys_and_has_a_gradient() -> None:
-    """The gradient of the second call, whose keys include the first call's; those are constants for it."""
+    """The second call's keys include the first call's, which are constants for its gradient."""
     first = forward(IDS[:, :2], WEIGHTS, CONFIG)
     run = forward(IDS[:, 2:], WEIGHTS, CONFIG, cache=first.cache)
     grads = go_back(causal_lm_loss_backward(run.logits, IDS[:, 2:]), run, IDS[:, 2:], WEIGHTS, CONFIG)
@@ -149,7 +149,7 @@ def test_a_past_is_part_of_the_keys_and_has_a_gradient() -> None:
 
 
 def test_micro_batches_add_up_if_each_is_divided_by_all_tokens() -> None:
-    """And a mean of their means is another gradient, if they have different numbers of labels."""
+    """A mean of their means is another gradient if the numbers of labels differ."""
     labels = np.where(np.arange(8).reshape(2, 4) < 3, -100, IDS)
     _, whole = compute_gradients(IDS, labels, WEIGHTS, CONFIG)
     n = int((labels[:, 1:] != -100).sum())
@@ -168,7 +168,7 @@ def test_the_padding_row_learns_only_as_a_head() -> None:
 
 
 def test_embeddings_in_bfloat16_are_added_one_after_the_other() -> None:
-    """256 + 1 is 256 in bfloat16, each time; their sum, rounded once, would be 260. As PyTorch 2.13."""
+    """256 + 1 is 256 in bfloat16, each time, as in PyTorch 2.13; a sum that is rounded once would be 260."""
     grad = bf16(np.array([[[256.0], [1.0], [1.0], [1.0], [1.0]]]))
     found = embed_backward(grad, np.full((1, 5), 3), 4, None)
     assert isinstance(found, BF16)
@@ -176,7 +176,7 @@ def test_embeddings_in_bfloat16_are_added_one_after_the_other() -> None:
 
 
 def test_a_query_that_sees_no_key_has_the_gradient_of_autograd() -> None:
-    """From torch 2.13: ``softmax(x + finfo.min)`` of x = (1, 2), gradient (1, 0): 0.25 and -0.25."""
+    """torch 2.13 gives 0.25 and -0.25 for ``softmax(x + finfo.min)`` with x = (1, 2) and gradient (1, 0)."""
     found = softmax_backward(np.array([[[[1.0, 0.0]]]]), np.full((1, 1, 1, 2), 0.5))
     np.testing.assert_array_equal(found[0, 0, 0], [0.25, -0.25])
 
@@ -217,14 +217,14 @@ def test_the_loss_of_a_classifier_changes_as_its_gradients_say(each_token: bool)
 
 def test_sequences_without_a_padding_token_are_classified_one_at_a_time() -> None:
     score, config = Score(np.ones((3, 6))), CONFIG.changed(pad_token_id=None)
-    with pytest.raises(InputError, match="2 sequences, but the configuration has no pad_token_id; set it"):
+    with pytest.raises(InputError, match="2 sequences, but pad_token_id is None in the configuration; set it"):
         compute_classifier_gradients(IDS, [0, 1], WEIGHTS, score, config)
     loss, _ = compute_classifier_gradients(IDS[:1], [0], WEIGHTS, score, config)
     assert loss > 0
 
 
 def test_every_backward_has_a_case() -> None:
-    """A derivative without one would be untested here."""
+    """A derivative without a case would be untested."""
     functions = {name for name in vars(backward) if name.endswith("_backward") and not name.startswith("_")}
     whole = {"attention_backward", "feed_forward_backward", "block_backward", "tanh_backward"}
     classifier = {"sequence_classification_loss_backward"}

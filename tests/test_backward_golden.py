@@ -1,5 +1,5 @@
-"""The gradients that PyTorch autograd recorded, in three precisions; and derivatives that are switched off or wrong by
-a factor, each of which a recording and a law find."""
+"""Compare with gradients that PyTorch autograd recorded, in three precisions. Check that a recording and a law find
+derivatives that are missing or wrong by a factor."""
 
 import json
 from collections.abc import Callable
@@ -16,12 +16,14 @@ from refgemma.goldens.gradients import (
     PRECISIONS,
     gradient_cases,
     load_gradients,
+    recorded_operations,
     run_gradients,
     verify_activations,
     verify_gradients,
 )
 from refgemma.goldens.load import GoldenError, golden_folder, model_of
 from refgemma.ops import softmax
+from refgemma.oracle.backward_operations import cap_tolerance, norm_tolerance, norm_weight_tolerance
 from refgemma.precision import wide
 from refgemma.trace.gradients import named_gradients
 
@@ -38,7 +40,8 @@ def test_recorded_gradients(name: str, dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
 def test_recorded_gradients_of_the_activations(dtype: str) -> None:
-    """In bfloat16, 97 % to the last bit; in the left tail of GELU, where 11 of 305 are, torch's float32 erf cancels."""
+    """In bfloat16, 97 % are bit-identical. 11 of 305 are in the left tail of GELU, where torch's float32 erf
+    cancels."""
     for c in verify_activations(dtype):
         assert c.conforms, f"{c.tensor}: {c.distance:.3g} x its bound"
         if dtype == "bfloat16":
@@ -47,7 +50,7 @@ def test_recorded_gradients_of_the_activations(dtype: str) -> None:
 
 @pytest.mark.parametrize("name", SLOW_TINY)
 def test_every_gradient_is_recorded(name: str) -> None:
-    """All that we name, where activations are recorded; of the others the weights and the blocks' results."""
+    """If activations are recorded, all gradients are; otherwise those of weights and of the blocks' results."""
     about, golden = load_gradients(name)
     ours = {tensor for tensor, _ in named_gradients(run_gradients(about, golden, "float64")[1])}
     recorded = set(about["names"])
@@ -56,7 +59,7 @@ def test_every_gradient_is_recorded(name: str) -> None:
 
 
 def test_a_training_step_needs_the_same_numbers() -> None:
-    """`compute_gradients` returns those of the weights of `compute_all_gradients`."""
+    """`compute_gradients` returns the same weights' gradients as `compute_all_gradients`."""
     about, golden = load_gradients("bends-packed")
     config, weights = model_of({**about, "dtype": "float32"})
     loss, found = compute_gradients(
@@ -74,7 +77,9 @@ def test_the_manifest_says_where_everything_comes_from() -> None:
         assert about["attn_implementation"] == "eager", name
         assert {"sha256", "torch", "transformers", "seed", "date", "bytes"} <= set(about), name
     files = {path.name for path in (golden_folder() / "gradients").glob("*.safetensors")}
-    assert files == {about["file"] for about in [*manifest["cases"].values(), manifest["activations"]]}
+    assert files == {
+        about["file"] for about in [*manifest["cases"].values(), manifest["activations"], manifest["operations"]]
+    }
     assert sum(path.stat().st_size for path in (golden_folder() / "gradients").iterdir()) < 1_100_000
 
 
@@ -87,6 +92,20 @@ def test_a_damaged_recording_is_refused(tmp_path: Any, monkeypatch: pytest.Monke
     monkeypatch.setattr("refgemma.goldens.gradients.golden_folder", lambda: tmp_path)
     with pytest.raises(GoldenError, match=r"no-caps\.safetensors: is not the file.*record\.py --gradients"):
         load_gradients("no-caps")
+
+
+def test_recorded_operations_alone() -> None:
+    """The tolerances are those of the exercises, derived for a correct float32 computation."""
+    g = recorded_operations()
+    for cap in (50, 30):
+        ours = backward.soft_cap_backward(g["soft_cap.grad"], g["soft_cap.x"], float(cap))
+        allowed = cap_tolerance(g["soft_cap.grad"], g["soft_cap.x"], float(cap)).bound
+        assert (np.abs(ours - g[f"soft_cap.{cap}"]) <= 2 * allowed).all()
+    grad, x, weight = (g[f"rms_norm.{name}"] for name in ("grad", "x", "weight"))
+    found = backward.rms_norm_backward(grad, x, weight, 1e-6)
+    bounds = norm_tolerance(grad, x, weight, 1e-6).bound, norm_weight_tolerance(grad, x, 1e-6).bound
+    for ours, name, allowed in zip(found, ("grad_x", "grad_weight"), bounds, strict=True):
+        assert (np.abs(ours - g[f"rms_norm.{name}"]) <= 2 * allowed).all()
 
 
 # --- defects ----------------------------------------------------------------------------------------------------------
@@ -111,7 +130,7 @@ FACTORS = {"off": 0.0, "a thousandth too large": 1.001, "halved": 0.5, "with the
 
 
 def wrong_by(function: Callable[..., Any], place: int, factor: float) -> Callable[..., Any]:
-    """The function with one of its gradients times a factor."""
+    """Return the function with one of its gradients multiplied by a factor."""
 
     def wrong(*args: Any, **named: Any) -> Any:
         found = function(*args, **named)
@@ -163,7 +182,7 @@ def test_a_wrong_derivative_of_an_activation_is_found(
 
 
 def test_the_right_derivatives_are_not_accused() -> None:
-    """The two detectors, without a defect."""
+    """Test the two detectors without a defect."""
     assert not any(golden_finds(golden) for golden in {golden for _, golden, _ in FUNCTIONS.values()})
     assert not any(law_finds(operation) for _, _, operation in FUNCTIONS.values())
 
@@ -179,7 +198,7 @@ def padding_row_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def blind_rows_are_constant(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The true derivative of a row that sees no key, which autograd does not have."""
+    """Use the true derivative of a row that sees no key, unlike autograd."""
     real = backward.softmax_backward
 
     def without_blind(grad: Any, probs: Any) -> Any:
@@ -200,7 +219,7 @@ def labels_are_shifted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def all_tokens_divide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The number of all tokens, in place of those that count."""
+    """Divide by the number of all tokens, not only those that count."""
     real = backward.cross_entropy_backward
     monkeypatch.setattr(
         backward, "cross_entropy_backward", lambda z, labels, *rest: real(z, labels, float(len(labels)))
@@ -218,7 +237,7 @@ def a_norm_forgets_its_mean(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def a_norm_scales_by_w(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By w in place of 1 + w."""
+    """Scale a norm's gradient by w instead of 1 + w."""
     real = backward.rms_norm_backward
 
     def without_one(grad: Any, x: Any, weight: Any, eps: float) -> Any:
@@ -255,13 +274,13 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("mistake", "golden"), MISTAKES, ids=lambda x: getattr(x, "__name__", None))
 def test_a_mistake_of_trainers_is_found(mistake: Any, golden: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In float32, where the bounds are those of any implementation."""
+    """Test in float32, where the bounds hold for any implementation."""
     mistake(monkeypatch)
     assert not all(c.conforms for c in verify_gradients(golden, "float32"))
 
 
 def test_the_softmax_of_a_row_sums_to_zero() -> None:
-    """The gradients of a row's scores sum to 0: adding a number to all changes no weight."""
+    """The gradients of a row's scores sum to 0, because adding a number to all scores changes no weight."""
     scores = np.random.default_rng(0).standard_normal((1, 2, 3, 4))
     probs = softmax(scores, np.ones((1, 1, 3, 4), bool))
     sums = backward.softmax_backward(scores, probs).sum(axis=-1)

@@ -1,4 +1,4 @@
-"""Searches: with enough beams the best text of all is found, and every step goes on from what it chose."""
+"""Test beam searches: with enough beams the best text is found, and every step continues the chosen beams."""
 
 import itertools
 from typing import Any
@@ -23,7 +23,7 @@ MODEL = refgemma.Gemma2ForCausalLM.from_pretrained("tiny")
 
 
 def test_a_search_with_enough_beams_finds_the_best_of_all_texts() -> None:
-    """Scores that depend on the last token only; all texts of four tokens, one of which ends a text, are tried."""
+    """Scores depend only on the last token; all texts of four tokens (one ends a text) are tried."""
     rng = np.random.default_rng(3)
     end, longest = 0, 4
     table = np.log(rng.dirichlet(np.ones(5), 5)).astype(np.float32)
@@ -68,7 +68,7 @@ def test_largest_takes_the_first_of_equal_values() -> None:
 
 
 def test_draws_without_replacement_have_the_odds_of_a_softmax() -> None:
-    """The first of two draws is distributed as the softmax, the second as the softmax of what is left."""
+    """The first draw is distributed as the softmax, the second as the softmax of the remaining scores."""
     shares = np.array([0.5, 0.3, 0.15, 0.05])
     drawn = draw(np.log(np.tile(shares, (4000, 1))), 2, np.random.default_rng(0))
     assert (drawn[:, 0] != drawn[:, 1]).all()
@@ -101,7 +101,7 @@ def test_the_rules_of_a_search() -> None:
 
 
 def test_a_search_finds_the_best_of_all_texts() -> None:
-    """Thirteen beams and two tokens: every text is a candidate. All of them are tried."""
+    """With thirteen beams and two tokens, every text is a candidate. All texts are tried."""
     asked = {"num_beams": 13, "max_new_tokens": 2, "output_scores": True, "output_logits": True} | NO_END | RECORD
     found = SMALL.generate([[3, 4], [6, 7]], num_return_sequences=3, **asked)
     for row, prompt in enumerate(([3, 4], [6, 7])):
@@ -128,7 +128,7 @@ def test_a_search_finds_the_best_of_all_texts() -> None:
 
 
 def test_a_search_goes_on_from_the_beams_it_chose() -> None:
-    """Beams change places: with a cache that did not follow them the texts would have other scores."""
+    """Beams change rows; with a cache that does not follow them, the texts would have other scores."""
     for use_cache in (True, False):
         found = SMALL.generate(
             [[3, 4], [6, 7]], num_beams=4, num_return_sequences=4, max_new_tokens=6, use_cache=use_cache,

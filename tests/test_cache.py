@@ -1,5 +1,5 @@
-"""The cache's own methods, and decoding before, at and after the boundary of the window. With transformers' it is
-compared in `parity/test_forward_parity.py` and `parity/test_modeling_parity.py`."""
+"""Test the cache's methods, and decoding before, at and after the window's boundary. `parity/test_forward_parity.py`
+and `parity/test_modeling_parity.py` compare with transformers."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -41,7 +41,7 @@ def assert_same(one: Cache, other: Cache) -> None:
 
 @pytest.mark.parametrize("prompt", [1, WINDOW - 2, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW, 13])
 def test_decoding_at_before_and_after_the_boundary_of_the_window(prompt: int) -> None:
-    """A prompt that ends there, then token by token: what a single call gives."""
+    """A prompt that ends there, continued token by token, gives the result of a single call."""
     whole = run(IDS).logits
     step = run(IDS[:, :prompt])
     np.testing.assert_allclose(step.logits, whole[:, :prompt], rtol=0, atol=SAME * np.abs(whole).max())
@@ -53,7 +53,7 @@ def test_decoding_at_before_and_after_the_boundary_of_the_window(prompt: int) ->
 
 @pytest.mark.parametrize("prompt", [3, WINDOW, WINDOW + 3])
 def test_decoding_with_padding_at_the_left(prompt: int) -> None:
-    """Rows of three lengths: each decodes as it does alone, with its positions."""
+    """Each of three rows of different lengths decodes as it does alone, with its positions."""
     padding = np.array([0, 1, 2])
     mask = (np.arange(14) >= padding[:, None]).astype(int)
     positions = np.where(mask == 1, np.cumsum(mask, axis=1) - 1, 0)
@@ -114,7 +114,7 @@ def test_a_plain_tuple_of_sliding_layers_needs_to_be_told_its_length() -> None:
 @pytest.mark.parametrize(
     ("past", "reason"),
     [
-        ([], "past_key_values has 0 layers, the model 2"),
+        ([], "past_key_values has 0 layers; the model has 2"),
         ([(np.zeros((3, 2, 4, 6)),)] * 2, r"past_key_values\[0\] has 1 parts"),
         ([(np.zeros((3, 2, 4, 6)), np.zeros((3, 2, 5, 6)))] * 2, r"keys have shape \(3, 2, 4, 6\), values"),
         ([(np.zeros((3, 2, n, 6)), np.zeros((3, 2, n, 6))) for n in (4, 3)], "layer 1 keeps 3 tokens; after 4 tokens"),
@@ -194,7 +194,7 @@ def test_cutting_a_cache_back() -> None:
         refused(
             lambda asked=asked: dropped.crop(asked),
             "the cache cannot be cropped to 8 tokens: sliding layer 1 has dropped its first 5; "
-            "keep an earlier cache (caches are never changed) and continue from that",
+            "keep an earlier cache (caches never change) and continue from it",
         )
 
 
@@ -232,8 +232,8 @@ def test_the_legacy_format_by_hand() -> None:
             "past_key_values is a plain tuple with sliding layers only, so the number of tokens it has seen is "
             "unknown; pass cache_position, or the Cache itself",
         )
-    refused(lambda: Cache.from_legacy(pairs(4), both, like), "past_key_values has 1 layers, the model 2")
-    refused(lambda: Cache.from_legacy([], both, like), "past_key_values has 0 layers, the model 2")
+    refused(lambda: Cache.from_legacy(pairs(4), both, like), "past_key_values has 1 layers; the model has 2")
+    refused(lambda: Cache.from_legacy([], both, like), "past_key_values has 0 layers; the model has 2")
     refused(
         lambda: Cache.from_legacy([(np.zeros(1),)], both, like),
         "past_key_values[0] has 1 parts; it must be a pair (keys, values)",
@@ -242,7 +242,7 @@ def test_the_legacy_format_by_hand() -> None:
 
 @pytest.fixture
 def _unchecked() -> Iterator[None]:
-    """What a caller without annotations may hand in: the shapes and types of calls are not checked meanwhile."""
+    """Do not check shapes and types of calls in this block, as for a caller without annotations."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
@@ -275,7 +275,7 @@ def test_pairs_of_the_legacy_format() -> None:
 
 @pytest.mark.usefixtures("_unchecked")
 def test_a_cache_made_by_hand_is_looked_at_whole() -> None:
-    """`LayerCache` takes what it is given; keys and values of each layer are compared where a call goes on."""
+    """`LayerCache` does not check its content; keys and values of each layer are compared when a call continues."""
     config, weights = SMALL.config, SMALL.weights
     cache = forward([[3, 4]], weights, config).cache
     keys, values = cache[1]

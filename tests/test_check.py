@@ -1,5 +1,5 @@
-"""refgemma check on what PyTorch recorded: as it is, nothing of it is accused; held against another model, it is
-accused of the difference, at the right tensor and by the right name."""
+"""Test refgemma check on PyTorch's recordings. With the same model, there is no finding. With another model, the report
+gives the right tensor and the right name of the difference."""
 
 import json
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ SMALL = [name for name, about in CASES.items() if about["model"] != "tiny"]
 
 
 def port(case: str, folder: Path) -> Path:
-    """What PyTorch recorded in a case, as a candidate's file."""
+    """Write a case of PyTorch's recordings as a candidate's file."""
     about, golden = load_golden(case)
     whole = len(about["calls"]) == 1
     tensors = {name.removeprefix("calls.0.") if whole else name: x for name, x in golden.items() if name != "loss"}
@@ -44,7 +44,7 @@ def port(case: str, folder: Path) -> Path:
 
 
 def checked(case: str, folder: Path, tensors: tuple[str, ...] | None = None, **wrong: Any) -> Report:
-    """A recording held against its own model, or one with other numbers."""
+    """Check a recording against its own model, or against a model with other numbers."""
     config, weights = model_of(CASES[case])
     candidate = load_trace(port(case, folder), config)
     candidate = candidate if tensors is None else only(candidate, tensors)
@@ -166,7 +166,7 @@ def test_a_few_wrong_elements_are_no_way_of_rounding(dtype: str, names: tuple[st
 
 
 def sums(terms: np.ndarray) -> dict[str, np.ndarray]:
-    """float32 sums along the last axis: one after the other, from the back, in pairs, in blocks of eight."""
+    """Return float32 sums along the last axis: in order, in reverse order, in pairs, in blocks of eight."""
     forwards, backwards = np.zeros(terms.shape[:-1], np.float32), np.zeros(terms.shape[:-1], np.float32)
     for n in range(terms.shape[-1]):
         forwards, backwards = forwards + terms[..., n], backwards + terms[..., -1 - n]
@@ -248,7 +248,7 @@ def test_exit_codes_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_a_named_mistake_is_no_blind_spot(tmp_path: Path) -> None:
-    """Logits alone, of the model with a window of one key more."""
+    """The trace has only logits, of the model with a window that is one key too wide."""
     config, weights = model_of(CASES["bends-forward-f32"])
     ids = np.array([[2, *range(5, 25)]])
     wrong = forward(ids, weights, config.changed(sliding_window=config.sliding_window + 1)).logits
@@ -274,7 +274,7 @@ def test_an_override_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (b"\xff" * 4096, "not a complete safetensors file"),
         ({"logits": np.zeros((1, 3, 97), np.float32)}, "input_ids, the tokens of the run, are missing"),
         ({"input_ids": np.array([[2, 500]])}, "the vocabulary has"),
-        ({"input_ids": np.array([[2, 5]])}, "holds no tensor of this model"),
+        ({"input_ids": np.array([[2, 5]])}, "has no tensor of this model"),
     ],
 )
 def test_a_bad_file_is_refused_in_one_line(
@@ -351,7 +351,7 @@ def test_a_half_precision_trace_keeps_the_order_of_its_axes(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("layer", [0, 1])
 def test_one_tensor_of_another_shape_hides_no_estimate(layer: int, tmp_path: Path) -> None:
-    """The cap is wrong in every layer, and one of its tensors has an axis too many."""
+    """The cap is wrong in every layer, and one layer's tensor has an extra axis."""
     tiny = refgemma.load("conformance")
     ids = np.array([[2, 5, 9, 30]])
     run = forward(ids, tiny.weights, tiny.config.changed(attn_logit_softcapping=5.0))

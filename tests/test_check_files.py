@@ -1,4 +1,4 @@
-"""refgemma check on files that are no good candidates, and its exit codes: what a CI job or a tired person hands in."""
+"""Test refgemma check, and its exit codes, on files that a CI job or a tired person may give."""
 
 import json
 import resource
@@ -29,7 +29,7 @@ GIB = 2**30
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, np.ndarray]:
-    """A run of the conformance checkpoint, as a port would write it."""
+    """Return a run of the conformance checkpoint, as a port would write it."""
     path = tmp_path_factory.mktemp("run") / "run.safetensors"
     assert main(["trace", "--ids", ",".join(map(str, IDS[0])), "--model", "conformance", "-o", str(path)]) == 0
     return load_file(path)
@@ -40,7 +40,7 @@ def check(path: Path, *options: str) -> int:
 
 
 def process(path: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """The command as it is typed: its own process, whose functions do not check the shapes of all they are given."""
+    """Run the command in its own process, where shapes are not checked at each call."""
     command = [sys.executable, "-W", "error", "-m", "refgemma", "check", str(path), "--model", "conformance", *options]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
@@ -54,7 +54,8 @@ def written(tensors: Mapping[str, Any], folder: Path, **metadata: str) -> Path:
 
 
 def half_logits(run: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Logits rounded to bfloat16 before the cap, as transformers once did: another rounding, and no other model."""
+    """Return logits rounded to bfloat16 before the cap, as in old transformers: different rounding, but the same
+    model."""
     raw = np.asarray(as_dtype(run["raw_logits"], "bfloat16"), np.float32)
     return dict(run) | {"raw_logits": raw, "logits": ops.soft_cap(raw, CONFIG.final_logit_softcapping)}
 
@@ -80,7 +81,7 @@ def test_a_verdict_has_its_exit_code(
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        (f"{sys.executable} -c 'raise SystemExit(7)'", "ended with code 7"),
+        (f"{sys.executable} -c 'raise SystemExit(7)'", "ended with exit code 7"),
         (f"{sys.executable} -c pass", "did not write"),
         ("/no/such/program", "cannot be run"),
         ("'", "cannot be run"),
@@ -136,8 +137,8 @@ LOGITS = np.zeros((1, 2, 97), np.float32)
         ({"input_ids": np.array([[2, 5]]), "logits": LOGITS}, {"calls": "[1e400]"}, "calls"),
         ({"input_ids": np.array([[2, 5]]), "logits": LOGITS}, {"calls": "two"}, "calls"),
         ({"input_ids": np.array([[2, 5]]), "logits": LOGITS}, {"calls": "[]"}, "calls"),
-        ({"input_ids": np.array([[2, 5]]), "logits": LOGITS}, {"map": "nobody's"}, "its metadata names the map"),
-        ({"input_ids": np.array([[2, 5]]), "layers.0.nothing": LOGITS}, {}, "holds no tensor of this model"),
+        ({"input_ids": np.array([[2, 5]]), "logits": LOGITS}, {"map": "nobody's"}, "the metadata names the map"),
+        ({"input_ids": np.array([[2, 5]]), "layers.0.nothing": LOGITS}, {}, "has no tensor of this model"),
         ({"input_ids": np.array([[2, 5]]), "model.norm": np.zeros((1, 2, 30), np.float32)}, {},
          "--map transformers knows 1"),
     ],
@@ -171,7 +172,7 @@ def test_a_file_cut_off_anywhere_is_2(
 
 
 def sparse(path: Path, header: Mapping[str, Any], size: int) -> Path:
-    """A file of `size` bytes that takes no room: a header, and nothing behind it."""
+    """Write a sparse file of `size` bytes: a header and a hole."""
     text = json.dumps(header).encode()
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)

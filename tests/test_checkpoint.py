@@ -1,4 +1,4 @@
-"""Reading checkpoints: equal to safetensors' own loader, never resident when streamed, and clear about a bad file."""
+"""Test reading checkpoints: equal to safetensors' own loader, never resident when streamed, clear errors."""
 
 import json
 import math
@@ -66,7 +66,7 @@ def write_single(folder: Path, tensors: Tensors) -> Path:
 
 
 def write_shards(folder: Path, tensors: Tensors, count: int = 3) -> Path:
-    """Deal the tensors out to `count` shards, so that a layer's are in several."""
+    """Distribute the tensors to `count` shards, so that a layer's tensors are in several shards."""
     write_config(folder)
     names = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
     weight_map = {name: names[position % count] for position, name in enumerate(tensors)}
@@ -110,7 +110,7 @@ def bits(x: Array) -> bytes:
 
 
 def rounded_to_bfloat16(x: Array) -> Array:
-    """Round to nearest, ties to even, by the bits, which is not how refgemma does it."""
+    """Round to nearest, ties to even, by the bits; refgemma uses another method."""
     pattern = x.astype(np.float32).view(np.uint32).astype(np.uint64)
     kept = (pattern + 0x7FFF + ((pattern >> 16) & 1)) >> 16 << 16
     return kept.astype(np.uint32).view(np.float32)
@@ -267,7 +267,7 @@ def test_layers_are_a_sequence(tmp_path: Path) -> None:
     for layer in (layers[1], layers[-2], layers[1:][0], layers[::-1][1]):
         assert bits(layer.up_proj) == bits(tensors[VICTIM])
     for position in (3, -4):
-        with pytest.raises(IndexError, match=f"layer {position} does not exist: this sequence has 3 layers"):
+        with pytest.raises(IndexError, match=f"layer {position} does not exist; there are 3 layers"):
             layers[position]
 
 
@@ -283,7 +283,7 @@ def test_a_streamed_layer_is_read_each_time_and_not_kept(tmp_path: Path) -> None
 
 
 def peak(action: Callable[[], object]) -> int:
-    """Bytes that NumPy and Python had allocated at most while `action` ran, over those before."""
+    """Return the peak of bytes that NumPy and Python allocate while `action` runs."""
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
@@ -446,21 +446,21 @@ def test_missing_tensors_are_counted(tmp_path: Path) -> None:
 def test_extra_tensors_are_named(tmp_path: Path) -> None:
     extra = {"model.layers.3.mlp.up_proj.weight": np.ones((56, 24), np.float32), "x": np.ones(1, np.float32)}
     message = refusal(write_shards(tmp_path, random_tensors() | extra))
-    assert f"{INDEX}: holds 2 tensors that Gemma 2 does not have" in message
+    assert f"{INDEX}: has 2 tensors that Gemma 2 does not have" in message
     assert all(f"'{name}'" in message for name in extra)
 
 
 def test_names_of_another_model(tmp_path: Path) -> None:
     message = refusal(write_single(tmp_path, {"transformer.wte.weight": np.ones((2, 2), np.float32)}))
     assert "lacks 35 of 35 tensors" in message
-    assert "holds 1 tensors that Gemma 2 does not have: 'transformer.wte.weight'" in message
+    assert "has 1 tensors that Gemma 2 does not have: 'transformer.wte.weight'" in message
 
 
 def test_a_misshapen_tensor(tmp_path: Path) -> None:
     tensors = random_tensors()
     tensors[VICTIM] = np.ascontiguousarray(tensors[VICTIM].T)  # as many bytes, so only the shape tells
     message = refusal(write_single(tmp_path, tensors))
-    assert f"{FILE}: tensor '{VICTIM}' is [24, 56]; by config.json it must be [56, 24]" in message
+    assert f"{FILE}: tensor '{VICTIM}' is [24, 56]; according to config.json it must be [56, 24]" in message
 
 
 # -- numbers ---------------------------------------------------------------------------------------------------------
@@ -536,12 +536,12 @@ def test_no_folder(tmp_path: Path) -> None:
 
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     file = write_single(tmp_path, random_tensors()) / FILE
-    assert refusal(file) == f"{file}: is a file; give the folder that holds it"
+    assert refusal(file) == f"{file}: is a file; give its folder"
 
 
 def test_no_config(tmp_path: Path) -> None:
     (write_single(tmp_path, random_tensors()) / "config.json").unlink()
-    assert f"{tmp_path}: holds no config.json" in refusal(tmp_path)
+    assert f"{tmp_path}: has no config.json" in refusal(tmp_path)
 
 
 def test_a_bad_config(tmp_path: Path) -> None:
@@ -553,13 +553,13 @@ def test_a_bad_config(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        ([], "holds no weights, neither model.safetensors nor"),
+        ([], "has no weights, neither model.safetensors nor"),
         (
             ["pytorch_model.bin"],
-            "'pytorch_model.bin', PyTorch's pickles, and no model.safetensors; convert the pickles",
+            "has no model.safetensors, but PyTorch's pickles 'pytorch_model.bin'; convert these",
         ),
         (["pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"], "refgemma convert"),
-        (["model-00001-of-00002.safetensors"], "but neither model.safetensors nor model.safetensors.index.json"),
+        (["model-00001-of-00002.safetensors"], "has neither model.safetensors nor model.safetensors.index.json, but"),
     ],
 )
 def test_no_weights(tmp_path: Path, files: list[str], words: str) -> None:
@@ -567,7 +567,7 @@ def test_no_weights(tmp_path: Path, files: list[str], words: str) -> None:
     for name in files:
         (tmp_path / name).write_bytes(b"\x80\x02")
     message = refusal(tmp_path)
-    assert message.startswith(f"{tmp_path}: holds ")
+    assert message.startswith(f"{tmp_path}: has ")
     assert words in message
 
 
@@ -614,7 +614,7 @@ def test_a_file_that_changes_while_it_is_open(tmp_path: Path, change: bytes | No
     layers = open_checkpoint(tmp_path).streamed().layers
     whole = file.read_bytes()
     file.write_bytes(whole[:-9] if change is None else whole + change)
-    with pytest.raises(CheckpointError, match=f"was {len(whole)} when it was opened"):
+    with pytest.raises(CheckpointError, match=f"had {len(whole)} bytes when opened"):
         layers[0]
 
 
@@ -626,7 +626,7 @@ def test_a_kept_map_is_one_map_and_of_a_file_that_is_whole(tmp_path: Path) -> No
     assert not np.shares_memory(kept, tensor.map())
     np.testing.assert_array_equal(kept, tensor.map())
     file.write_bytes(file.read_bytes() + b"longer")
-    with pytest.raises(CheckpointError, match="when it was opened"):
+    with pytest.raises(CheckpointError, match="when opened"):
         tensor.map(keep=True)
     file.unlink()
     with pytest.raises(CheckpointError, match="cannot be read: No such file"):
@@ -646,7 +646,7 @@ Damage = Callable[[Header, bytes], tuple[Header | bytes, bytes]]
 
 
 def entry(**changes: Any) -> Damage:
-    """Replace fields of the victim's entry; a field set to None is left out."""
+    """Replace fields of the victim's entry; None removes a field."""
 
     def damage(header: Header, data: bytes) -> tuple[Header, bytes]:
         changed = header[VICTIM] | changes
@@ -656,7 +656,7 @@ def entry(**changes: Any) -> Damage:
 
 
 def moved(begin: int, end: int) -> Damage:
-    """Move both ends of the victim's data by so many bytes."""
+    """Move both ends of the victim's data by these numbers of bytes."""
     return lambda header, data: entry(
         data_offsets=[header[VICTIM]["data_offsets"][0] + begin, header[VICTIM]["data_offsets"][1] + end]
     )(header, data)
@@ -668,7 +668,7 @@ def twice(header: Header, data: bytes) -> tuple[bytes, bytes]:
 
 
 def quantised(header: Header, data: bytes) -> tuple[Header, bytes]:
-    """As many bytes, each of them a number."""
+    """Make each byte of the data a number."""
     return entry(dtype="F8_E4M3", shape=[56, 24 * 4])(header, data)
 
 
@@ -698,7 +698,7 @@ HEADERS: dict[str, tuple[Damage, str]] = {
     ),
     "quantised": (
         quantised,
-        f"tensor '{VICTIM}': the dtype is float8_e4m3fn, but its weight_scale are missing; convert the quantised",
+        f"tensor '{VICTIM}': the dtype is float8_e4m3fn, but its weight_scale are missing; dequantise",
     ),
     "dtype a number": (entry(dtype=32), "invalid type: integer `32`"),
     "dtype a list": (entry(dtype=["F32"]), "invalid type: sequence"),
@@ -738,7 +738,7 @@ def test_a_damaged_header(tmp_path: Path, name: str) -> None:
     message = refusal(tmp_path)
     assert message.startswith(str(file))
     assert words in message
-    assert message.endswith("write or download the file again") or "quantised checkpoint" in message
+    assert message.endswith("write or download the file again") or "dequantise the checkpoint" in message
     assert "\n" not in message
     assert len(message) < 600 + len(str(file))  # however much nonsense the file holds
 
@@ -799,10 +799,10 @@ def test_another_format_under_this_name(tmp_path: Path) -> None:
         (b"{", "is not JSON"),
         (b"\xff{}", "is not JSON"),
         (b'{"weight_map": {"a": "b.safetensors", "a": "c.safetensors"}}', "duplicate key 'a'"),
-        (b"[]", "holds a list, not a JSON object"),
-        (b"{}", "has no weight_map"),
-        (b'{"weight_map": []}', "has no weight_map"),
-        (b'{"weight_map": {}}', "has no weight_map"),
+        (b"[]", "must be a JSON object, but is a list"),
+        (b"{}", "weight_map must be"),
+        (b'{"weight_map": []}', "weight_map must be"),
+        (b'{"weight_map": {}}', "weight_map must be"),
         (b'{"weight_map": {"a": 3}}', "tensor 'a': the shard is 3"),
         (b'{"weight_map": {"a": ["b.safetensors"]}}', "tensor 'a': the shard is ['b.safetensors']"),
         (b'{"weight_map": {"a": "../b.safetensors"}}', "the shard is '../b.safetensors'; it must be the plain name"),
@@ -817,7 +817,7 @@ def test_another_format_under_this_name(tmp_path: Path) -> None:
         (b'{"weight_map": {"a": "\\ud800.safetensors"}}', "it must be the plain name"),
         (b'{"weight_map": {"a": "pytorch_model.bin"}}', "it must be the plain name"),
         (b'{"weight_map": {"a": "%s.safetensors"}}' % (b"b" * 5000), "it must be the plain name"),
-        (b'{"weight_map": {"a": "b.safetensors"}}', "lacks 'b.safetensors' of 1 shards"),
+        (b'{"weight_map": {"a": "b.safetensors"}}', "lacks 'b.safetensors', of 1 shards"),
     ],
 )
 def test_a_damaged_index(tmp_path: Path, text: bytes, words: str) -> None:
@@ -832,7 +832,7 @@ def test_a_damaged_index(tmp_path: Path, text: bytes, words: str) -> None:
 def test_an_absent_shard(tmp_path: Path) -> None:
     (write_shards(tmp_path, random_tensors()) / "model-00002-of-00003.safetensors").unlink()
     message = refusal(tmp_path)
-    assert f"{INDEX}: the folder lacks 'model-00002-of-00003.safetensors' of 3 shards" in message
+    assert f"{INDEX}: the folder lacks 'model-00002-of-00003.safetensors', of 3 shards" in message
 
 
 def test_a_truncated_shard(tmp_path: Path) -> None:
@@ -872,7 +872,7 @@ def test_a_tensor_that_the_index_does_not_list(tmp_path: Path) -> None:
 
 
 def opens_equal_or_is_refused(folder: Path, tensors: Tensors) -> bool:
-    """Whether `folder` was read; if so it holds `tensors`. Any exception but the two is a failure of the test."""
+    """Return True if `folder` was read, and check that it has `tensors`; only two exceptions are allowed."""
     try:
         found = open_checkpoint(folder)
         read = {name: tensor.read("float32") for name, tensor in found.tensors.items()}
@@ -899,7 +899,7 @@ FLIPS = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 255
 
 
 def flipped(raw: bytes, end: int, flips: list[tuple[float, int]]) -> bytes:
-    """`raw` with bits of its first `end` bytes turned over."""
+    """Return `raw` with some bits of its first `end` bytes flipped."""
     damaged = bytearray(raw)
     for place, pattern in flips:
         damaged[int(place * end)] ^= pattern

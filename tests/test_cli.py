@@ -1,4 +1,4 @@
-"""The command line as a person uses it: what it prints and writes, its exit codes, and one line for every mistake."""
+"""Test the command line as a person uses it: its output and files, exit codes, and one-line errors."""
 
 import argparse
 import io
@@ -44,7 +44,7 @@ def test_generate_json(capsys) -> None:
 
 
 def test_without_a_tokenizer_ids_are_continued_by_ids(capsys, tmp_path) -> None:
-    """As of what ``refgemma synth`` writes; a text is refused."""
+    """A folder of ``refgemma synth`` has no tokenizer; a text gives an error."""
     for file in TINY.iterdir():
         if file.name != "tokenizer.model":
             shutil.copyfile(file, tmp_path / file.name)
@@ -62,7 +62,7 @@ def test_without_a_tokenizer_ids_are_continued_by_ids(capsys, tmp_path) -> None:
 
 @pytest.mark.parametrize("others", [[], ["--num-beams", "2"]])
 def test_reference_is_the_definition(others, capsys, monkeypatch, tmp_path) -> None:
-    """The same text; and without --reference, the blocks of `refgemma.layers` are not what computes another model."""
+    """The text is the same; without --reference, another model does not use the blocks of `refgemma.layers`."""
     (tmp_path / "model").symlink_to(TINY)
     command = ["generate", "--model", str(tmp_path / "model"), "--ids", "2,300,301", "--max-new-tokens", "4", "--json"]
     command += others
@@ -177,7 +177,7 @@ def test_beyond_the_longest_sequence_it_warns_once_in_one_line(capsys) -> None:
 
 
 def damaged(tmp_path: Path, change) -> str:
-    """A copy of the tiny model with one tensor changed."""
+    """Make a copy of the tiny model with one changed tensor."""
     tmp_path.mkdir(exist_ok=True)
     for file in TINY.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -270,7 +270,7 @@ def test_a_trace_that_cannot_be_written_leaves_nothing(tmp_path, capsys, monkeyp
 
 
 def test_as_a_program_from_another_folder(tmp_path) -> None:
-    """Installed or not, the goldens and the model are found from anywhere; a closed pipe is no traceback."""
+    """The recordings and the model are found from any folder; a closed pipe gives no traceback."""
     environment = os.environ | {"PYTHONWARNINGS": "error"}
     done = subprocess.run(
         [sys.executable, "-m", "refgemma", "verify", "op-masks-f32"],
@@ -290,7 +290,7 @@ def test_as_a_program_from_another_folder(tmp_path) -> None:
 
 
 def test_a_trace_replaces_a_file_but_nothing_else(tmp_path, capsys) -> None:
-    """Devices and pipes stay what they are, links are followed, a neighbour's file is left alone."""
+    """Devices and pipes are not replaced, links are followed, other files do not change."""
     pipe, link, kept = tmp_path / "pipe", tmp_path / "link", tmp_path / "run.safetensors.part"
     os.mkfifo(pipe)
     link.symlink_to("real.safetensors")
@@ -328,7 +328,7 @@ def test_a_generation_config_that_is_no_object(content, tmp_path, capsys) -> Non
     folder = damaged(tmp_path, lambda tensors: None)
     (tmp_path / "generation_config.json").write_text(content)
     assert main(["generate", "Once", "--model", folder]) == MISUSE
-    assert "not a JSON object" in capsys.readouterr().err
+    assert "must be a JSON object" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device"])
@@ -367,7 +367,7 @@ def test_a_model_without_tokenizer_takes_ids(tmp_path, capsys) -> None:
 
 
 def test_a_fault_of_our_own_has_a_code_of_its_own(capsys, monkeypatch) -> None:
-    """Exit code 1 would say that two files differ."""
+    """Exit code 1 would mean that two files differ."""
 
     def broken(args: argparse.Namespace) -> int:
         raise KeyError("planted")

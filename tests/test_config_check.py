@@ -1,4 +1,4 @@
-"""An engine's numbers for a released size, compared with the release. The two presets have the names and numbers of
+"""Compare an engine's configuration of a released size with the release. The two presets have the names and numbers of
 torchtune 0.6.1 and litgpt 0.5.13."""
 
 import json
@@ -57,7 +57,7 @@ def test_exchanged_caps_are_named_without_running_the_engine(engine: Path, capsy
     assert "attn_logit_softcapping (hidden_capping_value) is 30.0; the release has 50.0" in said
     assert "known bug softcaps-exchanged" in said
     assert "attn-softcap-final-cap" not in said
-    assert "not given: query_pre_attn_scalar, rope_theta, layer_types, hidden_activation" in said
+    assert "not given by the engine: query_pre_attn_scalar, rope_theta, layer_types, hidden_activation" in said
 
 
 def test_a_default_of_a_class_is_found(engine: Path, capsys: pytest.CaptureFixture[str]) -> None:

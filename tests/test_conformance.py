@@ -1,4 +1,4 @@
-"""Conformance checkpoints: the files of the package, and other sizes, which show the same known bugs."""
+"""Test conformance checkpoints: the packaged files, and other sizes, which show the same known bugs."""
 
 import json
 from pathlib import Path

@@ -1,5 +1,5 @@
-"""Conversion of original checkpoints: bit for bit there and back, refused with a sentence where something is amiss,
-and no file executes anything."""
+"""Test conversion of original checkpoints: bit for bit there and back, one-line errors for faulty files, and no file
+executes anything."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def write_hf(folder: Path, config: Gemma2Config = CONFIG, dtype: str = "bfloat16
 
 
 def originals(tensors: dict[str, Any], config: Gemma2Config = CONFIG) -> dict[str, Any]:
-    """gemma_pytorch's names, made of Hugging Face's with nothing of the code under test."""
+    """Return tensors with gemma_pytorch's names from Hugging Face's, without the code under test."""
     made = {"embedder.weight": tensors["model.embed_tokens.weight"], "model.norm.weight": tensors["model.norm.weight"]}
     for n in range(config.num_hidden_layers):
         at = f"model.layers.{n}."
@@ -67,7 +67,7 @@ def originals(tensors: dict[str, Any], config: Gemma2Config = CONFIG) -> dict[st
 
 
 def flax_tree(tensors: dict[str, Any], transposed: bool, rows: int = 128, w: str = "/w") -> dict[str, Any]:
-    """google-deepmind/gemma's names, likewise."""
+    """Return tensors with google-deepmind/gemma's names, without the code under test."""
     table = tensors["model.embed_tokens.weight"]
     padded = np.zeros((rows, table.shape[1]), table.dtype)
     padded[: len(table)] = table
@@ -178,7 +178,7 @@ def test_both_originals_from_one_another(tmp_path: Path) -> None:
 
 
 def test_the_tree_is_the_one_of_the_einsums(tmp_path: Path) -> None:
-    """The letters are those of google-deepmind/gemma's modules.py."""
+    """The letters come from google-deepmind/gemma's modules.py."""
     tensors = write_hf(tmp_path / "hf", dtype="float64")
     x = np.random.default_rng(1).standard_normal((1, 3, 24))
     for transposed, letters in {True: "BTF,NHF->BTNH", False: "BTF,NFH->BTNH"}.items():
@@ -227,7 +227,7 @@ def test_other_kinds_of_attention(tmp_path: Path, kv_heads: int) -> None:
 @pytest.mark.parametrize("preset", ["2b", "9b", "27b"])
 @pytest.mark.parametrize("kind", ["pytorch", "flax"])
 def test_released_sizes_are_known_by_their_shapes(tmp_path: Path, preset: str, kind: str) -> None:
-    """From a sparse file as long as the checkpoint, of which only the padding of the table is read."""
+    """The file is sparse and as long as the checkpoint; only the padding of the table is read."""
     wanted = Gemma2Config.preset(preset)
     layout = pytorch_layout(wanted) if kind == "pytorch" else flax_layout(wanted, preset != "2b", 256128)
     start = build_header([OutputTensor(o.name, "bfloat16", o.shape, None) for o in layout])
@@ -255,8 +255,8 @@ def test_a_dtype_is_rounded_to_nearest(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("value", "dtype", "told"), [
     (1e6, "float16", r"'model.norm.weight': a number is above the largest float16"),
-    (np.nan, None, r"'model.norm.weight': holds NaN or infinity"),
-    (np.inf, "float64", r"'model.norm.weight': holds NaN or infinity"),
+    (np.nan, None, r"'model.norm.weight': has NaN or infinity"),
+    (np.inf, "float64", r"'model.norm.weight': has NaN or infinity"),
 ])  # fmt: skip
 def test_what_no_weight_can_be_is_refused(tmp_path: Path, value: float, dtype: str | None, told: str) -> None:
     tensors = weights(dtype="float32")
@@ -275,12 +275,12 @@ NORM, TABLE, FUSED = "model.norm.weight", "embedder.weight", "model.layers.0.sel
 
 @pytest.mark.parametrize(("change", "told"), [
     (lambda t: t.pop(NORM), r"lacks 'model.norm.weight'"),
-    (lambda t: t.update({"model.layers.2.input_layernorm.weight": t[NORM]}), r"holds 'model.layers.2"),
+    (lambda t: t.update({"model.layers.2.input_layernorm.weight": t[NORM]}), r"has 'model.layers.2"),
     (lambda t: t.update({"embedder.weight_scaler": t[NORM]}), r"is quantised \('embedder.weight_scaler'"),
-    (lambda t: t.update({NORM: t[TABLE]}), r"'model.norm.weight' has shape \(61, 24\); by the"),
-    (lambda t: t.update({TABLE: np.ones((128 + 61, 24), np.float32)}), r"the embedding has 189 rows; for a"),
-    (lambda t: t.update({TABLE: np.ones((60, 24), np.float32)}), r"the embedding has 60 rows; for a"),
-    (lambda t: t.update({FUSED: np.ones((80, 23), np.float32)}), r"has shape \(80, 23\); by the"),
+    (lambda t: t.update({NORM: t[TABLE]}), r"'model.norm.weight' has shape \(61, 24\); according to the"),
+    (lambda t: t.update({TABLE: np.ones((128 + 61, 24), np.float32)}), r"the embedding has 189 rows; it must have 61"),
+    (lambda t: t.update({TABLE: np.ones((60, 24), np.float32)}), r"the embedding has 60 rows; it must have 61"),
+    (lambda t: t.update({FUSED: np.ones((80, 23), np.float32)}), r"has shape \(80, 23\); according to the"),
 ])  # fmt: skip
 def test_an_original_that_is_another(tmp_path: Path, change: Callable[[dict[str, Any]], Any], told: str) -> None:
     tensors = originals(weights(dtype="float32"))
@@ -342,15 +342,15 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "old.ckpt").write_bytes(pickle.dumps({"a": 1}))
     np.savez_compressed(tmp_path / "small.npz", a=np.zeros(3))
     for name, told in {
-        "nothing": "no such file", "empty": "holds no checkpoint", "text.ckpt": "is not a checkpoint of torch.save",
-        "old.ckpt": r"before 1.6, or is a bare pickle", "small.npz": "is compressed",
+        "nothing": "no such file", "empty": "has no checkpoint", "text.ckpt": "is not a checkpoint of torch.save",
+        "old.ckpt": r"is a bare pickle or has the format of PyTorch before 1.6", "small.npz": "is compressed",
     }.items():  # fmt: skip
         with pytest.raises(CheckpointError, match=told):
             convert(tmp_path / name, tmp_path / "hf")
 
 
 def test_an_orbax_folder_without_what_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it does with it: `parity/test_convert_parity.py`, where TensorStore is installed."""
+    """With TensorStore installed, `parity/test_convert_parity.py` tests reading such a folder."""
     (tmp_path / "orbax").mkdir()
     (tmp_path / "orbax" / "_METADATA").write_text("{}")
     monkeypatch.setattr("refgemma.convert.orbax.find_spec", lambda _: None)
@@ -398,7 +398,7 @@ def test_every_shard_may_hold_the_rotary_table(tmp_path: Path) -> None:
 
 
 class Calls:
-    """Pickled as a call."""
+    """An object that is pickled as a call."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.call = (function, arguments)
@@ -492,9 +492,9 @@ def test_a_tensor_beyond_its_storage(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="exceeds the 6 numbers of its storage"):
         read_torch(zipped(tmp_path / "b.ckpt", raw.replace(shape, b"J\x02\x00\x00\x00J\x04\x00\x00\x00t")))
     count = raw.replace(b"J\x06\x00\x00\x00t", b"J\x60\x00\x00\x00t")
-    with pytest.raises(CheckpointError, match="tensor 'a': needs 384 bytes, but has 64"):
+    with pytest.raises(CheckpointError, match="tensor 'a': must have 384 bytes, but has 64"):
         read_torch(zipped(tmp_path / "c.ckpt", count))
-    with pytest.raises(CheckpointError, match="entry '1', are not in the file"):
+    with pytest.raises(CheckpointError, match="the file lacks the numbers, entry '1'"):
         read_torch(zipped(tmp_path / "d.ckpt", raw.replace(b"X\x01\x00\x00\x000", b"X\x01\x00\x00\x001")))
 
 
@@ -526,7 +526,7 @@ def test_an_interrupted_run_is_continued(tmp_path: Path, kind: str, monkeypatch:
     with pytest.raises(KeyboardInterrupt):
         run("there")
     stop = 10**9
-    with pytest.raises(CheckpointError, match="the beginning of another checkpoint"):
+    with pytest.raises(CheckpointError, match="an unfinished checkpoint of another run"):
         run("there", dtype="float32")
     reads.clear()
     run("there")
@@ -536,7 +536,7 @@ def test_an_interrupted_run_is_continued(tmp_path: Path, kind: str, monkeypatch:
 
 
 def stop_margin(reads: list[str]) -> int:
-    """At least a quarter of the tensors have not been read a second time."""
+    """Return where to stop, so that at least a quarter of the tensors are not read a second time."""
     return len(reads) // 4
 
 
@@ -573,7 +573,7 @@ def test_a_changed_source_is_not_continued(tmp_path: Path, monkeypatch: pytest.M
         with pytest.raises(KeyboardInterrupt):
             convert(tmp_path / "hf", tmp_path / "there", target_format="flax")
     os.utime(tmp_path / "hf" / "model.safetensors", (1, 1))
-    with pytest.raises(CheckpointError, match="the beginning of another checkpoint"):
+    with pytest.raises(CheckpointError, match="an unfinished checkpoint of another run"):
         convert(tmp_path / "hf", tmp_path / "there", target_format="flax")
 
 
@@ -582,7 +582,7 @@ def test_a_full_disk(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch)
     write_hf(tmp_path / "hf")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 100))
-        with pytest.raises(CheckpointError, match=r"GB are needed, but the disk has 0\.0 GB left"):
+        with pytest.raises(CheckpointError, match=r"GB, but the disk has 0\.0 GB left"):
             convert(tmp_path / "hf", tmp_path / "there", target_format=kind)
     convert(tmp_path / "hf", tmp_path / "there", target_format=kind)
 
@@ -613,14 +613,14 @@ def test_what_the_disk_has_made_of_it_is_checked(tmp_path: Path, kind: str, monk
         check(*arguments)
 
     monkeypatch.setattr(module, name, damage)
-    with pytest.raises(CheckpointError, match=r"reads back differently from row 0 on"):
+    with pytest.raises(CheckpointError, match=r"differs from row 0 on when read back"):
         convert(tmp_path / "hf", tmp_path / "there", target_format=kind)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["hf", "pytorch", "flax"])
 def test_memory_is_that_of_a_tensor(tmp_path: Path, kind: str) -> None:
-    """Of 330 MB with 67 MB in the largest tensor, in a process of its own."""
+    """The checkpoint has 330 MB, the largest tensor 67 MB; it is converted in its own process."""
     config = Gemma2Config(**SHAPE | {"hidden_size": 1024, "intermediate_size": 8192, "num_hidden_layers": 3})
     zeros = [
         OutputTensor(name, "float32", shape, np.broadcast_to(np.float32(1), shape))
@@ -639,7 +639,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 def resource_unit() -> int:
-    """Bytes in the unit of `ru_maxrss`."""
+    """Return the number of bytes in the unit of `ru_maxrss`."""
     return 1 if sys.platform == "darwin" else 1024
 
 
@@ -655,7 +655,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     told = json.loads(out)
     assert (told["from"], told["to"], told["tensors"], told["verified"]) == ("hf", "flax", 20, True)
     assert main(["convert", there, "-o", back, "--max-shard-size", "20KB"]) == OK
-    assert "left out 67 rows of the embedding beyond the vocabulary; 0 were not zero" in capsys.readouterr().out
+    assert "dropped 67 rows of the embedding beyond the vocabulary; 0 were not zero" in capsys.readouterr().out
     assert same(Path(back), tensors)
     assert load_file(Path(there) / "model.safetensors")["transformer/embedder/input_embedding"].shape == (128, 24)
 

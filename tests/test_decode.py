@@ -1,5 +1,5 @@
-"""Decoding: greedy takes the most likely token each time; sampling draws what its settings allow, with those odds.
-Texts beside transformers: `parity/test_generation_parity.py`."""
+"""Test decoding: greedy decoding takes the most likely token each time; sampling draws allowed tokens with the right
+odds. `parity/test_generation_parity.py` compares texts with transformers."""
 
 import math
 import subprocess
@@ -41,7 +41,7 @@ def run(**settings) -> list[int]:
 
 
 def test_greedy_is_the_argmax_of_forward() -> None:
-    """The recorded text of PyTorch is in the goldens; here each step is checked without a cache."""
+    """PyTorch's recorded text is tested elsewhere; here each step is checked without a cache."""
     ids = list(PROMPT)
     for token in run():
         assert token == int(np.argmax(forward([ids], TINY.weights, TINY.config).logits[0, -1]))
@@ -64,7 +64,7 @@ def test_one_candidate_is_greedy() -> None:
 
 @pytest.mark.slow
 def test_draws_have_the_computed_odds() -> None:
-    """Chi-square of the first token's draws against softmax(logits / temperature) cut to five tokens."""
+    """Chi-square test of the first token's draws against softmax(logits / temperature), limited to five tokens."""
     logits = forward([PROMPT], TINY.weights, TINY.config).logits[0, -1]
     expected = to_probabilities(keep_top_k(logits.astype(np.float64) / 1.5, 5))
     draws = [run(temperature=1.5, top_k=5, max_new_tokens=1, seed=seed)[0] for seed in range(400)]
@@ -82,7 +82,7 @@ def test_prompts_are_refused_at_the_call(prompt, reason) -> None:
 
 
 def test_logits_that_are_nan_are_an_error() -> None:
-    """Finite weights, so large that the sums overflow."""
+    """The weights are finite, but so large that the sums overflow."""
     first = replace(TINY.weights.layers[0], q_proj=np.full_like(TINY.weights.layers[0].q_proj, 3.4e38))
     weights = replace(TINY.weights, layers=[first, *TINY.weights.layers[1:]])
     with np.errstate(all="ignore"), pytest.raises(InputError, match="the logits are NaN"):
@@ -151,14 +151,14 @@ def test_processors_and_criteria_of_the_caller() -> None:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ({"max_length": 3}, "the prompt has 7 tokens, and max_length, which includes the prompt,"),
+        ({"max_length": 3}, "the prompt has 7 tokens; max_length, which includes the prompt,"),
         ({"num_return_sequences": 2}, "without do_sample=True or num_beams"),
         ({"num_return_sequences": 3, "num_beams": 2}, "num_return_sequences is 3; it must be at most num_beams, 2"),
         ({"do_sample": True, "temperature": 0}, "temperature is 0; it must be above 0 for sampling"),
         ({"eos_token_id": 5000}, "eos_token_id is 5000; the vocabulary has 2048 tokens"),
         ({"num_beams": 2, "streamer": TextStreamer(TINY.tokenizer)}, "a streamer cannot show a beam search"),
         ({"input_ids": [PROMPT]}, "give only one"),
-        ({"inputs_embeds": np.zeros((1, 2, 234), np.float32)}, "inputs_embeds are the whole prompt"),
+        ({"inputs_embeds": np.zeros((1, 2, 234), np.float32)}, "inputs_embeds must be the whole prompt"),
         ({"num_beam_groups": 2}, "num_beam_groups = 2 is not supported"),
         ({"do_sample": 1}, "do_sample is 1; it must be True or False"),
     ],
@@ -171,7 +171,7 @@ def test_arguments_that_do_not_fit(arguments: dict[str, Any], reason: str) -> No
 def test_padding_at_the_right_is_warned_of() -> None:
     with pytest.warns(UserWarning, match="a prompt has right padding"):
         MODEL.generate([[2, 300, 0], [2, 300, 400]], max_new_tokens=1)
-    with pytest.warns(UserWarning, match="min_new_tokens is 9, but there are at most"):
+    with pytest.warns(UserWarning, match="min_new_tokens is 9, but at most"):
         MODEL.generate([PROMPT], max_new_tokens=1, min_new_tokens=9)
 
 
@@ -283,10 +283,11 @@ def test_prompts_as_they_are_read() -> None:
     assert rest.positions.tolist() == [[0, 0, 1], [0, 1, 2]]
     refused(
         lambda: read(input_ids=[[5, 6], [7, 8]], past_key_values=cache),
-        "the cache has seen 2 tokens and the prompt has 2; the prompt must be longer than the cache",
+        "the prompt has 2 tokens and the cache has 2; the prompt must include the cached tokens and at least one more",
     )
     shape = (
-        "attention_mask has shape {}; it must be (2, 3): one entry for each token so far, including those in the cache"
+        "attention_mask has shape {}; it must be (2, 3), "
+        "with one entry for each token, including the tokens in the cache"
     )
     refused(lambda: read(input_ids=ids, attention_mask=[[1] * 4] * 2), shape.format("(2, 4)"))
     refused(lambda: read(input_ids=ids, attention_mask=1, past_key_values=cache), shape.format("()"))
@@ -300,7 +301,7 @@ def test_prompts_as_they_are_read() -> None:
     assert embedded.visible.tolist() == [[True] * 3] * 2
     assert embedded.embeds is embeds
     assert read(inputs_embeds=embeds, attention_mask=[[0, 1, 1]] * 2).positions.tolist() == [[0, 0, 1]] * 2
-    whole = "inputs_embeds are the whole prompt: leave out input_ids and past_key_values"
+    whole = "inputs_embeds must be the whole prompt; leave out input_ids and past_key_values"
     refused(lambda: read(inputs_embeds=embeds, input_ids=ids), whole)
     refused(lambda: read(inputs_embeds=embeds, past_key_values=cache), whole)
     needed = "it must be numbers of shape (batch, seq, 12)"
@@ -320,7 +321,7 @@ def test_embeddings_of_tokens_are_continued_as_the_tokens_are() -> None:
         assert new.tolist() == told[:, 3:].tolist()
     assert SMALL.generate(inputs_embeds=embeds, max_length=7, **NO_END).shape == (2, 4)
     assert SMALL.generate(inputs_embeds=embeds[:, :1], **NO_END).shape == (2, 20)
-    with pytest.raises(InputError, match="the prompt has 3 tokens, and max_length"):
+    with pytest.raises(InputError, match="the prompt has 3 tokens; max_length"):
         SMALL.generate(inputs_embeds=embeds, max_length=3, **NO_END)
 
 
@@ -342,7 +343,7 @@ def test_padding_at_the_left_changes_nothing() -> None:
         padded = SMALL.generate([[0, 0, 3, 4], [5, 6, 7, 8]], **settings, **more)
         assert padded[0, 2:].tolist() == alone
         assert padded[1].tolist() == SMALL.generate([[5, 6, 7, 8]], **settings, **more)[0].tolist()
-    message = "^a prompt has right padding, so new tokens follow the padding: set padding_side='left'$"
+    message = "^a prompt has right padding, so that new tokens follow the padding; set padding_side='left'$"
     with pytest.warns(UserWarning, match=message):
         SMALL.generate([[3, 4], [3, 0]], **settings)
 
@@ -492,7 +493,7 @@ def test_one_text_stops_at_strings_and_is_guided() -> None:
     whole = list(generate(PROMPT, weights, config, 8))
     stop = TINY.tokenizer.decode(whole[2:3])
     assert list(generate(PROMPT, weights, config, 8, stop_strings=stop, tokenizer=TINY.tokenizer)) == whole[:3]
-    message = "stop_strings need the model's tokenizer to search the text; give it as tokenizer="
+    message = "stop_strings need the model's tokenizer to search the text; pass tokenizer="
     refused(lambda: generate(PROMPT, weights, config, 8, stop_strings=stop), message)
     # As transformers 5.23 has it.
     assert list(generate(PROMPT, weights, config, 4, guidance_scale=1.5)) == [458, 324, 276, 598]

@@ -1,4 +1,4 @@
-"""refgemma diff on PyTorch's recordings, one of them changed in a known place; and the inputs of refgemma prompts."""
+"""Test refgemma diff on PyTorch's recordings (one is changed in a known place), and the inputs of refgemma prompts."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def written(tensors: dict[str, Any], path: Path) -> str:
 
 @pytest.fixture(scope="module")
 def torchs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
-    """What PyTorch recorded."""
+    """Return PyTorch's recording."""
     return {n.removeprefix("calls.0."): x for n, x in load_golden(CASE)[1].items() if n != "loss"}
 
 

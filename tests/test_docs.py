@@ -1,5 +1,5 @@
-"""The pages of the site, without building it: tables are current, examples run, formulas' roundings are counted, and
-the check of links sees what is wrong. That the site builds, without a warning, is a step of .ci/run."""
+"""Test the pages of the site without building it: tables are current, examples run, formulas' roundings are counted,
+and the link check finds faults. A step of .ci/run checks that the site builds without a warning."""
 
 import doctest
 import importlib
@@ -85,7 +85,7 @@ def test_every_tensor_has_its_equation_in_order() -> None:
 
 
 class Roundings:
-    """How often numbers of a result were rounded: the calls of `_onto_grid` that changed something."""
+    """Counts roundings of results: the calls of `_onto_grid` that change a number."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0

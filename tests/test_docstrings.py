@@ -1,5 +1,5 @@
-"""The reference shows every public name, and a docstring says what its function raises. Ruff's D rules and
-`numpydoc lint` hold the form of docstrings."""
+"""Check that the reference shows every public name, and that docstrings list the errors that functions raise. Ruff's D
+rules and `numpydoc lint` check the form of docstrings."""
 
 import ast
 import importlib
@@ -19,7 +19,8 @@ DIRECTIVE = re.compile(r"automodule:: (\S+)\n   :members:(.*)")
 
 
 def members(module: Any, listed: str) -> Iterator[tuple[str, Any]]:
-    """The functions and classes that ``automodule`` shows, with their names there: Hypothesis renames a strategy."""
+    """Yield the functions and classes that ``automodule`` shows, with their names there. (Hypothesis renames
+    strategies.)"""
     own = (name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__)
     names = [name.strip() for name in listed.split(",")] if listed.strip() else getattr(module, "__all__", own)
     for name in names:
@@ -29,7 +30,7 @@ def members(module: Any, listed: str) -> Iterator[tuple[str, Any]]:
 
 
 def shown() -> Iterator[tuple[str, Any]]:
-    """The functions, classes, methods and properties of the reference by their full names."""
+    """Yield the functions, classes, methods and properties of the reference, by full name."""
     for path in sorted(API.glob("*.md")):
         for module, listed in DIRECTIVE.findall(path.read_text("utf-8")):
             for own_name, value in members(importlib.import_module(module), listed):
@@ -45,7 +46,7 @@ SHOWN = dict(shown())
 
 
 def raised(function: Any) -> set[str]:
-    """The exceptions that its own lines raise; what it calls is not searched."""
+    """Return the exceptions that a function's own lines raise; functions that it calls are not searched."""
     try:
         tree: ast.AST = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
     except OSError:  # a strategy that Hypothesis made of a function: that one, as its file has it

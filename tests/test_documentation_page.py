@@ -1,4 +1,4 @@
-"""The table of ``docs/documentation-page.md`` has every name of the documentation page, and its tests exist."""
+"""Check that the table in ``docs/documentation-page.md`` has every documented name, and that its tests exist."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ def test_the_stored_names_are_those_of_the_page() -> None:
 
 
 def test_a_name_that_the_table_lacks_would_be_noticed() -> None:
-    """On a page with one more field, one more argument and another default."""
+    """The page has an extra field, an extra argument and another default."""
     page = "Gemma2Config\n< source >( vocab_size = 7 new_field = True **kwargs )\nGemma2Model\nforward\n- new (\n"
     found = names_of(page)
     assert found["Gemma2Config"] == {"vocab_size": "7", "new_field": "True", "**kwargs": None}
@@ -35,7 +35,7 @@ def test_the_table_is_current() -> None:
 
 
 def collected(*files: str) -> set[str]:
-    """The ids of all tests in `files`, by pytest itself."""
+    """Return the ids of all tests in `files`, from pytest itself."""
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "--no-header", *files]
     return set(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split())
 
@@ -46,7 +46,7 @@ def listed() -> set[str]:
 
 
 def test_the_tests_of_the_table_exist() -> None:
-    """Those that need PyTorch are looked for in `parity/test_documentation_parity.py`."""
+    """`parity/test_documentation_parity.py` checks the tests that need PyTorch."""
     here = {test for test in listed() if not test.startswith(NAMES)}
     assert len(here) == 3 + len(BESIDE)
     assert here <= collected("refgemma/modeling/classes.py", "tests/test_documentation_page.py", STRANGERS)

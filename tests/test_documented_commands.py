@@ -1,4 +1,4 @@
-"""Every command and every sample of output in README and the pages: it runs here, or the table says where it runs."""
+"""Run every command in README and the pages and compare its output, or check where the table says that it runs."""
 
 import math
 import re
@@ -36,13 +36,13 @@ def blocks(page: str, kind: str) -> list[str]:
 
 
 def block_of(kind: str, start: str) -> str:
-    """Return the only block of all pages with these first letters."""
+    """Return the only block of all pages that begins with this text."""
     (found,) = {block for page in PAGES for block in blocks(page.read_text("utf-8"), kind) if block.startswith(start)}
     return found
 
 
 def commands() -> set[str]:
-    """The lines of console blocks (`$` marks those that are followed by output), and README's table of commands."""
+    """Return the lines of console blocks (`$` marks lines with output), and README's table of commands."""
     found = set()
     for page in PAGES:
         text = page.read_text("utf-8")
@@ -124,7 +124,7 @@ ELSEWHERE = {
 
 
 def mean_of_means() -> dict[str, np.ndarray]:
-    """The gradients of a trainer that averages each row before the batch."""
+    """Return the gradients of a trainer that averages each row before the batch."""
     model, recorded = refgemma.load("conformance"), dict(np.load(ROOT / "tests/recorded/gradients-conformance.npz"))
     rows = []
     for n in range(2):
@@ -142,7 +142,7 @@ def test_the_sample_of_a_trainer(desk: Path, capsys: pytest.CaptureFixture[str])
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the files that the commands read."""
+    """Make a folder with the files that the commands read."""
     folder = tmp_path_factory.mktemp("desk")
     model = refgemma.load("conformance")
     ids = np.random.default_rng(0).integers(4, 97, (1, 24))
@@ -254,7 +254,7 @@ def test_the_sample_of_generate(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def columns(line: str) -> tuple[str, ...]:
-    """A row without its distance, whose last digits are the processor's."""
+    """Return a row without the distance, whose last digits depend on the processor."""
     case, tensors, distance, verdict = line.split(maxsplit=3)
     float(distance)
     return case, tensors, re.sub(r"\(.*", "", verdict)

@@ -1,11 +1,11 @@
-"""The drawing of the model: its numbers are those of the configurations, and each notebook has its part lit."""
+"""Test the drawing of the model: numbers equal the configurations', and each notebook's part is highlighted."""
 
 import re
 from xml.etree import ElementTree
 
 import draw_model
 import pytest
-from notebook_cells import SOURCES, prose
+from notebook_cells import BY_NUMBER, prose
 
 import refgemma
 
@@ -48,7 +48,7 @@ def test_each_head_is_drawn(heads: tuple[int, int]) -> None:
 
 
 def states(svg: str) -> dict[str, set[str]]:
-    """Each part, and whether it is lit or dim."""
+    """Return the states of each part: highlighted or dim."""
     found: dict[str, set[str]] = {}
     for group in ElementTree.fromstring(svg).iter(f"{SVG}g"):
         found.setdefault(str(group.get("data-part")), set()).add(str(group.get("class")))
@@ -65,7 +65,7 @@ def test_a_lit_part_stands_out_and_the_others_step_back() -> None:
         draw_model.draw(["rotation"])
 
 
-@pytest.mark.parametrize("number", range(1, len(SOURCES) + 1))
+@pytest.mark.parametrize("number", BY_NUMBER)
 def test_each_notebook_shows_its_picture(number: int) -> None:
     lit, model = draw_model.NOTEBOOKS[f"{number:02d}"]
     path = draw_model.ROOT / "notebooks" / "pictures" / f"model-{number:02d}.svg"

@@ -1,4 +1,4 @@
-"""The recording of `refgemma check` in README: its text is the command's output; it needs no motion."""
+"""Test the recording of `refgemma check` in README: its text is the command's output, and it needs no motion."""
 
 import re
 from xml.etree import ElementTree
@@ -50,7 +50,7 @@ def test_a_check_that_finds_nothing_makes_no_recording() -> None:
     model = draw_recording.refgemma.load("conformance")
     ids = np.random.default_rng(0).integers(4, 97, (1, 24))
     right = [("input_ids", ids), *run_in_order(ids, model.weights, model.config)]
-    with pytest.raises(RuntimeError, match="must find the wrong window"):
+    with pytest.raises(RuntimeError, match="must return 1, for the wrong window"):
         draw_recording.record(right)
 
 

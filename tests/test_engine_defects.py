@@ -1,8 +1,8 @@
-"""Three witnesses from outside see a defect that is planted in the engine itself.
+"""Check that three independent witnesses detect a defect planted in the engine itself.
 
-The engine must not be its own judge. PyTorch's recordings, known bugs made in PyTorch, and fifty-digit arithmetic are
-asked here what they see of three defects: a bound too wide by 1000, an operation that copies its input, and a judge
-that always passes. The witness that needs PyTorch is asked in ``tests/parity``.
+The engine must not be its own judge. The witnesses are PyTorch's recordings, known bugs in PyTorch, and fifty-digit
+arithmetic. They must detect three defects: a bound that is 1000 times too wide, an operation that copies its input, and
+a judge that always passes. The witness that needs PyTorch is in ``tests/parity``.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ Defect = Callable[[pytest.MonkeyPatch], None]
 
 
 def widen_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every bound and standard deviation is 1000 times too wide."""
+    """Make every bound and standard deviation 1000 times too wide."""
     right = tolerance.tolerance
 
     def wide(bound, spread=None, common=0.0):
@@ -37,13 +37,13 @@ def widen_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def copy_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The norms of the table of operations return their input."""
+    """Make the norms in the table of operations return their input."""
     right = operations._norm
     monkeypatch.setattr(operations, "_norm", lambda *given: replace(right(*given), compute=lambda x: x))
 
 
 def always_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The judge finds nothing wrong with anything."""
+    """Make the judge accept everything."""
     monkeypatch.setattr(judge, "_choose_verdict", lambda statistics: PASS)
 
 
@@ -57,7 +57,7 @@ MOVED = "layers.1.feed_forward.gelu"
 
 
 def ask_recordings() -> Iterator[str]:
-    """PyTorch computed this; it must pass, near its bounds, and must not pass with one element moved."""
+    """PyTorch's recording must pass, near its bounds, and must fail with one changed element."""
     about, golden = load_golden(CASE)
     config, weights = model_of(about)
     engine = Engine(golden_candidate(golden, about, golden, config, CASE), weights, config)
@@ -77,7 +77,7 @@ def ask_recordings() -> Iterator[str]:
 
 
 def ask_fifty_digits() -> Iterator[str]:
-    """Fifty digits say what is right; float32 must come near the bound, and a thousand bounds must not pass."""
+    """Compare with fifty digits: float32 errors must come near the bound, and errors of a thousand bounds must fail."""
     for make in OPERATIONS:
         case = make(np.random.default_rng(0), 40, 1.0)
         if max(fractions(case)) < NOT_VACUOUS:

@@ -1,4 +1,4 @@
-"""One base for the errors of the package, and their one line on the command line."""
+"""Check that all errors of the package have one base, and give one line on the command line."""
 
 import argparse
 import importlib

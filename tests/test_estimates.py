@@ -1,5 +1,5 @@
-"""What a candidate's numbers are, and where its errors are: runs with a number or some elements changed, whose change
-`refgemma check` has to tell."""
+"""Test estimates of a candidate's numbers and the location of its errors. `refgemma check` must identify the changed
+number or the changed elements of each run."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -28,7 +28,7 @@ Tensors = dict[str, np.ndarray]
 
 
 def run(model: Pretrained, **changes: Any) -> Tensors:
-    """The tensors of a model with other numbers."""
+    """Return the tensors of a model with other numbers."""
     return dict(named_tensors(forward(IDS, model.weights, model.config.changed(**changes))))
 
 
@@ -38,7 +38,7 @@ def candidate(tensors: Mapping[str, Any], folder: Path, config: Gemma2Config, dt
 
 
 def estimates(tensors: Mapping[str, Any], folder: Path, dtype: str = "float32") -> dict[str, Estimate]:
-    """Of all findings, the first estimate of each parameter."""
+    """Return the first estimate of each parameter in all findings."""
     model = MODELS[dtype]
     work = Engine(candidate(tensors, folder, model.config, dtype), model.weights, model.config)
     found: dict[str, Estimate] = {}
@@ -126,7 +126,7 @@ def test_an_estimate_is_off_by_no_more_than_it_says(
 
 
 def spoilt(name: str, spoil: Callable[[np.ndarray], None], folder: Path) -> Engine:
-    """A check of a run in which some elements of one tensor are twice what they should be."""
+    """Check a run in which some elements of one tensor are doubled."""
     model = MODELS["float32"]
     tensors = run(model)
     wrong = np.array(tensors[name])

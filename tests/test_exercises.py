@@ -1,5 +1,5 @@
-"""Every exercise both ways: its solution passes; the stub, and wrong answers as a student may write them, get the hint
-that helps. The wrong answers here are written apart from the known bugs that `refgemma.teach.exercises` knows."""
+"""Test every exercise: its solution passes; the stub and typical wrong answers get the right hint. The wrong answers
+here are written independently of the known bugs in `refgemma.teach.exercises`."""
 
 import functools
 import inspect
@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from refgemma import ops
+from refgemma import backward, ops
 from refgemma.model import embed
 from refgemma.precision import bf16, narrow, wide
 from refgemma.teach import exercises
@@ -26,7 +26,7 @@ Answer = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Wrong:
-    """An answer, and a part of what the check has to say to it."""
+    """A wrong answer, and a part of the feedback that it must get."""
 
     said: str
     answer: Answer
@@ -198,7 +198,7 @@ def halves(x):
 
 
 def turn(x, cos, sin, *, first=-1, second=1):
-    """Rotate, with the signs of the two halves in the second product."""
+    """Rotate with the given signs of the two halves in the second product."""
     left, right = halves(x)
     return x * cos + np.concatenate([first * right, second * left], axis=-1) * sin
 
@@ -234,6 +234,18 @@ def join_pairs(characters, ranks, best=min, rounds=99):
         place = best(places, key=lambda n: ranks[pieces[n] + pieces[n + 1]])
         pieces[place : place + 2] = [pieces[place] + pieces[place + 1]]
     return pieces
+
+
+def norm_learns(*, mean=1, factor=lambda w: 1 + w, axes=-1, front=lambda r: r, eps=None, weight=None):
+    """The gradients of a norm; the arguments make typical mistakes."""
+
+    def learn(grad, x, w, given_eps):
+        root = np.sqrt((x * x).sum(axis=-1, keepdims=True) / x.shape[-1] + (given_eps if eps is None else eps))
+        n, h = x / root, grad * factor(w)
+        grad_x = front(1 / root) * (h - mean * n * np.mean(h * n, axis=axes, keepdims=True))
+        return grad_x, np.einsum("abi,abi->i", grad, n) if weight is None else weight(grad, x, n, w)
+
+    return learn
 
 
 def causality_of_a_cut_text(model):
@@ -295,7 +307,7 @@ EXERCISES = [
         Wrong("second product is missing", lambda x, cos, sin: cos * x),
     ]),
     Exercise("soft_cap", [
-        Wrong("cuts off", lambda x, cap: np.minimum(np.maximum(x, -cap), cap)),
+        Wrong("clips at the cap", lambda x, cap: np.minimum(np.maximum(x, -cap), cap)),
         Wrong("divide x by the cap", lambda x, cap: np.tanh(x) * cap),
         Wrong("between -1 and 1", lambda x, cap: np.tanh(x / cap)),
         Wrong("the values are unchanged", lambda x, cap: x),
@@ -357,16 +369,16 @@ EXERCISES = [
         Wrong("nothing is rounded", lambda x: np.round(x, 7)),
     ]),
     Exercise("keep_top_p", [
-        Wrong("reaches p is kept", top_p_below),
+        Wrong("keep the token that reaches p", top_p_below),
         Wrong("one token too many", top_p_one_more),
         Wrong("not with the least likely", top_p_from_below),
         Wrong("all kept tokens together", lambda s, p: np.array([share >= p for share in s])),
         Wrong("true means", lambda s, p: ~solutions.keep_top_p(s, p)),
-        Wrong("nothing is left out", lambda s, p: s > 0),
+        Wrong("you keep all tokens", lambda s, p: s > 0),
         Wrong("not the kept probabilities", lambda s, p: s * solutions.keep_top_p(s, p)),
     ]),
     Exercise("encode_word", [
-        Wrong("the lowest rank comes first", lambda word, ranks: join_pairs(word, ranks, best=max)),
+        Wrong("the merge with the lowest rank comes first", lambda word, ranks: join_pairs(word, ranks, best=max)),
         Wrong("that is one merge", lambda word, ranks: join_pairs(word, ranks, rounds=1)),
         Wrong("not the leftmost pair", lambda word, ranks: join_pairs(word, ranks, best=lambda places, key: places[0])),
         Wrong("nothing is joined", lambda word, ranks: word),
@@ -400,6 +412,45 @@ EXERCISES = [
         Wrong("you exchanged them", lambda probs, period: induction(probs.transpose(0, 2, 1), period)),
         Wrong("divide by their number", lambda probs, period: induction(probs, period) * period / len(probs[0])),
     ]),
+    Exercise("soft_cap_backward", [
+        Wrong("passes the cap unchanged", lambda grad, x, cap: grad.copy()),
+        Wrong("not to the result", lambda grad, x, cap: grad / np.cosh(np.tanh(x / cap)) ** 2),
+        Wrong("slope alone", lambda grad, x, cap: 1 / np.cosh(x / cap) ** 2),
+        Wrong("cancel", lambda grad, x, cap: grad / np.cosh(x / cap) ** 2 / cap),
+        Wrong("cancel", lambda grad, x, cap: cap * grad / np.cosh(x / cap) ** 2),
+        Wrong("divide x by the cap", lambda grad, x, cap: grad / np.cosh(np.clip(x, -50, 50)) ** 2),
+        Wrong("the square is missing", lambda grad, x, cap: grad * (1 - np.tanh(x / cap))),
+        Wrong("a sign is wrong", lambda grad, x, cap: grad * (1 + np.tanh(x / cap) ** 2)),
+        Wrong("slope of cutting off", lambda grad, x, cap: np.where(abs(x) < cap, grad, 0)),
+        Wrong("caps the gradient", lambda grad, x, cap: cap * np.tanh(grad / cap)),
+    ]),
+    Exercise("mean_gradient", [
+        Wrong("the same weight", lambda gradients, counts: sum(gradients) / len(gradients)),
+        Wrong("by the number of all tokens", lambda gradients, counts: (gradients.T * counts).sum(axis=1)),
+        Wrong("not of micro-batches", lambda gradients, counts: (gradients.T * counts).mean(axis=1)),
+        Wrong("nothing is divided", lambda gradients, counts: sum(gradients)),
+        Wrong("it is a mean, and you need a sum", lambda gradients, counts: sum(gradients) / sum(counts)),
+        Wrong("once more", lambda gradients, counts: sum(g / n for g, n in zip(gradients, counts, strict=True))),
+        Wrong("one gradient remains", lambda gradients, counts: (gradients.T * counts / counts.sum()).T),
+    ]),
+    Exercise("rms_norm_backward", [
+        Wrong("gradient of x comes first", lambda *given: solutions.rms_norm_backward(*given)[::-1]),
+        Wrong("a second term is missing", norm_learns(mean=0)),
+        Wrong("Gemma multiplies by 1 + weight", norm_learns(factor=lambda w: w)),
+        Wrong("factor 1 + weight is missing", norm_learns(factor=lambda w: 1)),
+        Wrong("not its sum", norm_learns(mean=24)),
+        Wrong("each vector", norm_learns(axes=None)),
+        Wrong("a sign is wrong", norm_learns(mean=-1)),
+        Wrong("r in front is missing", norm_learns(front=lambda r: 1)),
+        Wrong("eps is missing", norm_learns(eps=0)),
+        Wrong("sum over all axes but the last", norm_learns(weight=lambda g, x, n, w: n * g)),
+        Wrong("one of them", norm_learns(weight=lambda g, x, n, w: np.add.reduce(n * g))),
+        Wrong("not over the numbers of a vector", norm_learns(weight=lambda g, x, n, w: (n * g).sum(-1))),
+        Wrong("not x", norm_learns(weight=lambda g, x, n, w: np.einsum("abi,abi->i", g, x))),
+        Wrong("of a bias", norm_learns(weight=lambda g, x, n, w: g.sum((0, 1)))),
+        Wrong("does not belong here", norm_learns(weight=lambda g, x, n, w: np.einsum("abi,abi->i", g, n) * (1 + w))),
+        Wrong("you take the mean", norm_learns(weight=lambda g, x, n, w: (g * n).mean((0, 1)))),
+    ]),
     Exercise("parameters", [
         Wrong("head is tied", lambda config: parameters_of(config, tables=2)),
         Wrong("num_key_value_heads", lambda config: parameters_of(config, kv_heads=config.num_attention_heads)),
@@ -407,7 +458,7 @@ EXERCISES = [
         Wrong("four norms", lambda config: parameters_of(config, norms=2)),
         Wrong("not 4 * hidden**2", lambda config: parameters_of(config, attention=4 * config.hidden_size**2)),
         Wrong("count every block", lambda config: parameters_of(config.changed(num_hidden_layers=1))),
-        Wrong("not in billions", lambda config: round(parameters_of(config) / 1e9, 1)),
+        Wrong("not billions", lambda config: round(parameters_of(config) / 1e9, 1)),
         Wrong("feed-forward layer is missing", lambda config: parameters_of(config, matrices=0)),
     ]),
     Exercise("first_divergence", [
@@ -421,10 +472,10 @@ EXERCISES = [
     ]),
     Exercise("causality_test", [
         Wrong("every token except the first", causality_at_the_end),
-        Wrong("to the last digit", causality_to_the_last_digit),
+        Wrong("may compare exactly", causality_to_the_last_digit),
         Wrong("which may change", causality_of_what_may_change),
-        Wrong("all answers before it", causality_far_away),
-        Wrong("does it raise", lambda model: bool(np.isfinite(model([5, 6])).all())),
+        Wrong("all earlier logits", causality_far_away),
+        Wrong("does your test raise", lambda model: bool(np.isfinite(model([5, 6])).all())),
         Wrong("np.allclose, atol=1e-4", causality_of_a_cut_text),
     ]),
 ]  # fmt: skip
@@ -498,7 +549,7 @@ def test_the_definition_is_not_an_answer(name: str) -> None:
     for answer in (definition, functools.partial(definition)):
         feedback = getattr(exercises, f"check_{name}")(answer)
         assert not feedback
-        assert f"refgemma.ops.{name}, the definition itself" in feedback.message
+        assert f"refgemma.ops.{name}, refgemma's own definition" in feedback.message
     assert not exercises.check_embed(embed)
 
 
@@ -526,6 +577,17 @@ def test_a_mask_of_numbers_is_not_a_mask(kind: type) -> None:
 def test_a_name_is_asked_for(result: Any) -> None:
     message = repr(exercises.check_first_divergence(lambda ours, recorded: result))
     assert f"returned {type(result).__name__} instead of str" in message
+
+
+@pytest.mark.parametrize("result", [np.zeros(3), (np.zeros(3),), 1.0])
+def test_a_pair_is_asked_for(result: Any) -> None:
+    message = repr(exercises.check_rms_norm_backward(lambda grad, x, weight, eps: result))
+    assert "return two gradients" in message
+
+
+def test_the_definitions_gradient_is_not_an_answer() -> None:
+    assert "the definition itself" in repr(exercises.check_rms_norm_backward(backward.rms_norm_backward))
+    assert "the definition itself" in repr(exercises.check_soft_cap_backward(backward.soft_cap_backward))
 
 
 # --- what the judge says of any answer --------------------------------------------------------------------------------

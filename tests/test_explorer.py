@@ -1,5 +1,5 @@
-"""The explorer's page without a browser: its numbers are those of the trace, it is one small file, and refers to
-nothing outside. What it shows in a browser is in tests/browser."""
+"""Test the explorer's page without a browser: its numbers equal the trace's, and the page is one small file without
+external references. tests/browser tests the page in a browser."""
 
 import base64
 import json

@@ -1,4 +1,4 @@
-"""The fast blocks against the definition: random sizes, windows, caches, padding, pieces and numbers of threads."""
+"""Compare the fast blocks with the definition: random sizes, windows, caches, padding, pieces and threads."""
 
 import os
 import subprocess
@@ -50,7 +50,7 @@ def configs(draw: st.DrawFn) -> Gemma2Config:
 
 
 def outs(layers: Any, weights: Weights, config: Gemma2Config, ids: Array, mask: Array, calls: list[int]) -> list[Array]:
-    """What each layer gives in each call, rows of padding apart, which mean nothing."""
+    """Return each layer's output in each call, without rows of padding, which have no meaning."""
     found, cache, done = [], None, 0
     for length in calls:
         part = slice(done, done + length)
@@ -62,7 +62,7 @@ def outs(layers: Any, weights: Weights, config: Gemma2Config, ids: Array, mask: 
 
 
 def nudged(weights: Weights, config: Gemma2Config, seed: int) -> Weights:
-    """In float64, every weight moved by up to half a float32 ulp."""
+    """Return float64 weights, each moved by up to half a float32 ulp."""
     rng = np.random.default_rng(seed)
     tensors = {name: rows[:].astype(np.float64) for name, rows in named_weights(weights, config).items()}
     moved = {name: x * (1 + rng.uniform(-(2.0**-24), 2.0**-24, x.shape)) for name, x in tensors.items()}
@@ -108,9 +108,9 @@ def test_equal_to_the_definition(data: st.DataObject, config: Gemma2Config) -> N
 
 
 def test_the_caches_are_the_same() -> None:
-    """Also of a sliding layer that has dropped keys, in one call and token by token.
+    """Compare the caches, also of a sliding layer that has dropped keys, in one call and token by token.
 
-    Keys and values are below 0.3 here: 1e-6 is some thirty ulps, and a key of another place is off by about 0.08.
+    Keys and values are below 0.3 here, so 1e-6 is about thirty ulps; a key of another place differs by about 0.08.
     """
     weights = initial_weights(CONFIG)
     ids = np.arange(3, 40)[None]
@@ -128,9 +128,9 @@ def test_the_caches_are_the_same() -> None:
 
 
 def test_a_cache_is_a_value() -> None:
-    """Two continuations of one cache share a room, and do not disturb each other; nor do the cache's own methods.
+    """Two continuations of one cache share memory, but do not disturb each other, nor do the cache's own methods.
 
-    Logits are below 0.3 here: 1e-6 is some thirty ulps, and another token in the cache moves them by more than 1e-3.
+    Logits are below 0.3 here, so 1e-6 is about thirty ulps; another token in the cache changes them by over 1e-3.
     """
     weights = initial_weights(CONFIG)
     _, cache = fast.next_token_logits([[3, 4, 5]], weights, CONFIG)
@@ -149,7 +149,7 @@ def test_a_cache_is_a_value() -> None:
 
 
 def test_decoding_moves_keys_rarely() -> None:
-    """A step writes its key behind the others; only now and then is there no room left."""
+    """A step appends its key in place; only rarely is there no space left."""
     weights, cache = initial_weights(CONFIG), None
     rooms = set()
     for token in range(3, 40):
@@ -178,7 +178,7 @@ np.save(sys.argv[3], found)
 
 @pytest.mark.slow
 def test_the_same_numbers_with_any_number_of_threads(tmp_path: Path) -> None:
-    """Of ours and of BLAS's, to the bit."""
+    """The numbers are equal bit for bit, for our threads and BLAS's."""
     write_synthetic(SIZES, tmp_path)
     found = []
     for blas, ours in ((1, 1), (1, 2), (2, 3), (2, 2)):
@@ -215,7 +215,7 @@ def test_the_threads_of_blas_multiply_single_tokens_in_memory(tmp_path: Path) ->
 
 
 def test_as_many_threads_as_blas_would_use() -> None:
-    """`OPENBLAS_NUM_THREADS` is obeyed, and what is set for the process is put back after a block."""
+    """`OPENBLAS_NUM_THREADS` is obeyed, and the process's setting is restored after a block."""
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
     subprocess.run(
         [sys.executable, "-c", "from refgemma import fast; assert fast.THREADS == 1"], env=environment, check=True
@@ -227,7 +227,7 @@ def blas_threads() -> list[int]:
 
 
 def test_the_number_of_blas_threads_is_put_back() -> None:
-    """Also when two threads of the caller compute: the second would find, and put back, what the first has set."""
+    """This also holds if two threads of the caller compute: the second must not restore the first's setting."""
     entered, leave = threading.Event(), threading.Event()
 
     def second() -> None:
@@ -265,12 +265,12 @@ assert found.tolist() == [2, 2]
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_forked_process_has_threads_of_its_own() -> None:
-    """And does not wait for its parent's, which it has not."""
+    """A forked process must not wait for its parent's threads, which it does not have."""
     subprocess.run([sys.executable, "-W", "ignore", "-c", FORK], timeout=60, check=True)
 
 
 def test_weights_on_disk_and_weights_yet_to_be_made(tmp_path: Path) -> None:
-    """Tile by tile they give what they give whole, and no whole layer is made. 5e-6 is the limit for logits."""
+    """Computing tile by tile gives the same, and no whole layer is made. 5e-6 is the limit for logits."""
     write_synthetic(SIZES, tmp_path)
     checkpoint = open_checkpoint(tmp_path)
     stored, made = checkpoint.streamed(), synthetic_weights(SIZES)
@@ -285,7 +285,7 @@ def test_weights_on_disk_and_weights_yet_to_be_made(tmp_path: Path) -> None:
 
 
 def test_maps_are_kept_for_tokens_and_not_for_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A prompt is through each tensor once, of which nothing should stay; tokens come back to all of them."""
+    """A prompt uses each tensor once, so that no map should stay; tokens use all tensors again."""
     write_synthetic(SIZES, tmp_path)
     weights = open_checkpoint(tmp_path).streamed()
     made: list[object] = []
@@ -304,7 +304,7 @@ def test_maps_are_kept_for_tokens_and_not_for_prompts(tmp_path: Path, monkeypatc
 
 
 def test_a_damaged_weight_is_named(tmp_path: Path) -> None:
-    """Numbers are not looked at before they are used: what they make of the result is."""
+    """Numbers are not checked before use; the result is checked."""
     weights = initial_weights(CONFIG)
     tensors = {name: rows[:] for name, rows in named_weights(weights, CONFIG).items()}
     tensors["model.layers.1.mlp.up_proj.weight"][5, 3] = np.nan
@@ -318,7 +318,7 @@ def test_a_damaged_weight_is_named(tmp_path: Path) -> None:
 
 
 def test_half_precision_and_masks_of_ones_own_are_the_definition() -> None:
-    """To the bit in half precision; the last product, of the head, has another order in float32: some ulps."""
+    """Half precision is equal bit for bit; in float32 the head's product has another order and differs by some ulps."""
     weights = initial_weights(CONFIG, dtype="bfloat16")
     np.testing.assert_array_equal(
         fast.next_token_logits([[3, 4]], weights, CONFIG)[0], model.next_token_logits([[3, 4]], weights, CONFIG)[0]

@@ -1,4 +1,4 @@
-"""JSON objects and safetensors files of strangers: read, or refused in one line that names the file."""
+"""Test untrusted JSON objects and safetensors files: they are read, or a one-line error names the file."""
 
 import errno
 import os
@@ -33,8 +33,8 @@ from refgemma.trace.reader import open_safetensors
         (b"{", "is not JSON: "),
         (b"\xff{}", "is not JSON: 'utf-8' codec"),
         ("{}".encode("utf-16"), "is not JSON: 'utf-8' codec"),
-        (b"[1]", "holds a list, not a JSON object"),
-        (b"null", "holds a NoneType, not a JSON object"),
+        (b"[1]", "must be a JSON object, but is a list"),
+        (b"null", "must be a JSON object, but is a NoneType"),
         (b'{"a": {"b": 1, "b": 1}}', "is not JSON: duplicate key 'b'"),
         (b'{"a": ' * 100_000, "is not JSON: "),
         (b'{"a": ' + b"1" * 5000 + b"}", "is not JSON: Exceeds the limit"),

@@ -1,5 +1,5 @@
-"""A check that fails reads as failed in every format: exit code, text, JSON, JUnit, Markdown and page. What is wrong is
-put into the trace and the weights here, so that the verdict is known without the code under test."""
+"""Check that a failed check looks failed in every format: exit code, text, JSON, JUnit, Markdown and page. The faults
+are put into trace and weights here, so that the verdict is known without the code under test."""
 
 import json
 import re
@@ -30,7 +30,7 @@ def without(tensors: Tensors, name: str) -> Tensors:
 
 
 def round_logits(run: Tensors) -> Tensors:
-    """Another rounding before the cap, and no other model."""
+    """Round the logits before the cap: different rounding of the same model."""
     raw = np.asarray(as_dtype(run["raw_logits"], "bfloat16"), np.float32)
     return run | {"raw_logits": raw, "logits": ops.soft_cap(raw, CAP)}
 
@@ -60,7 +60,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Tensors:
 def read_all(
     changes: frozenset[str], run: Tensors, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> dict[str, Mapping[str, str] | str]:
-    """Return what each format says of a trace and weights with these changes."""
+    """Return the report in each format for a trace and weights with these changes."""
     weights = load_file(FOLDER / "model.safetensors")
     for name in sorted(changes):  # "no logits" goes after what changes them, but for "noisy", which needs none of them
         run = TRACE[name][1](run) if name in TRACE else run
@@ -81,7 +81,7 @@ def read_all(
 
 
 def is_green(said: Mapping[str, str | Mapping[str, str]]) -> dict[str, bool]:
-    """Return which formats say that all is well, as a person or a program reads them."""
+    """For each format, return True if a person or a program would read success."""
     suite = ElementTree.fromstring(str(said["junit"]))
     failures = suite.findall(".//failure")
     assert int(suite.attrib["failures"]) == len(failures)

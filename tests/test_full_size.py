@@ -1,4 +1,4 @@
-"""The comparison at full size, on two layers of the 9B with synthetic weights: it conforms, and mistakes are found."""
+"""Test the comparison at full size, on two layers of the synthetic 9B: it conforms, and bugs are found."""
 
 from dataclasses import replace
 from typing import Any
@@ -36,7 +36,7 @@ def test_two_layers_conform() -> None:
 
 
 def test_fast_layers_conform(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And a mistake in them is found, at the layer that makes it."""
+    """A bug in the fast layers is found, at the layer with the bug."""
     found = result(reference=False)
     assert found.conforms, found.first_divergence
     steps = [step for step in verify_full(NAME, reference=False) if isinstance(step, str)]
@@ -90,7 +90,7 @@ def test_places_may_change_only_within_rounding(ours: list[float], ids: float, o
 
 
 def test_in_half_precision_the_first_has_to_be_the_first() -> None:
-    """float32 and bfloat16 a hundredth apart everywhere: about two hundredths may be the difference of two runs."""
+    """float32 and bfloat16 differ by a hundredth everywhere; two runs may then differ by about two hundredths."""
     logit = np.array([9.0, 8.0, 7.99])
     golden = {"top_ids.bfloat16": np.arange(3), "top_logits.bfloat16": logit}
     sketches = np.zeros((1, 40))
@@ -106,7 +106,7 @@ def test_in_half_precision_the_first_has_to_be_the_first() -> None:
 
 
 def test_few_elements_far_off_are_no_mistake_in_half_precision() -> None:
-    """Attention weights, of which a few in each row are large, from scores up to 30 and off by a tenth."""
+    """A few attention weights in each row are large; the scores are up to 30, with errors of a tenth."""
     rng = np.random.default_rng(1)
     names = {f"calls.0.layers.{layer}.attention.probs": layer for layer in range(3)}
 
@@ -129,7 +129,7 @@ def test_few_elements_far_off_are_no_mistake_in_half_precision() -> None:
 
 @pytest.mark.parametrize("name", ["norm rounded before its weight", "sqrt(hidden) not rounded"])
 def test_rounding_elsewhere_is_found_at_full_width(name: str) -> None:
-    """No larger than what rounding does to a whole run, but in the first tensors hardly anything has been rounded."""
+    """The error is no larger than the rounding of a whole run, but the first tensors have few roundings."""
     mistake, recording, dtype = next(made for made in at_full_size() if made[0].name == name)
     found = found_at(mistake, recording, dtype)
     assert found is not None

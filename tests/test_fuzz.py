@@ -1,6 +1,6 @@
-"""Damaged and made-up files: only documented errors, no crash, no hang, memory in proportion.
+"""Test damaged and invented files: only documented errors, no crash, no hang, limited memory.
 
-``tools/fuzz/readers.py`` has the readers, and can run them under atheris; what was found is kept here.
+``tools/fuzz/readers.py`` has the readers, and can run them under atheris; faults that were found are tests here.
 """
 
 import json
@@ -39,7 +39,7 @@ SECONDS = 20.0  # some thousand times what an example takes
 
 
 def ask(name: str, content: bytes) -> None:
-    """Read the content; an undocumented error comes through."""
+    """Read the content; do not catch undocumented errors."""
     tracemalloc.start()
     began = time.process_time()
     try:
@@ -56,7 +56,7 @@ def ask(name: str, content: bytes) -> None:
 
 @st.composite
 def damaged(draw: st.DrawFn, seeds: tuple[bytes, ...]) -> bytes:
-    """A whole file with some bytes changed, put in, taken out, doubled, or cut off."""
+    """Draw a file with some bytes changed, inserted, removed, doubled, or cut off."""
     raw = bytearray(draw(st.sampled_from(seeds)))
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, max(0, len(raw) - 1)))
@@ -111,7 +111,7 @@ JSON = st.recursive(
 
 @st.composite
 def edited(draw: st.DrawFn, text: bytes) -> Any:
-    """A JSON object with some values, at any depth, in place of others."""
+    """Draw a JSON object with some values replaced at any depth."""
     top = json.loads(text)
     for _ in range(draw(st.integers(1, 3))):
         place, kept = top, []
@@ -221,13 +221,13 @@ def candidate_with(calls: str) -> bytes:
 
 
 def size_bomb() -> bytes:
-    """A pickle that makes a shape of a long list, again and again: each was a copy."""
+    """Return a pickle that makes a shape from a long list repeatedly; each was a copy."""
     opening = b"\x80\x02](" + b"K\x01" * 50_000 + b"eq\x00" + b"ctorch\nSize\nq\x01"
     return opening + b"h\x01h\x00\x85R" * 400 + b"."
 
 
 def many_arguments() -> bytes:
-    """Return a pickle that calls something with ten thousand arguments, again and again: each call copies them."""
+    """Return a pickle that repeatedly calls something with ten thousand arguments; each call copies the arguments."""
     return b"\x80\x02(" + b"N" * 10_000 + b"tq\x00ctorch\ndevice\nq\x01" + b"h\x01h\x00R" * 50_000 + b"."
 
 

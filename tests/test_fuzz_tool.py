@@ -1,4 +1,4 @@
-"""The fuzzer of the commands, `python -m tools.fuzz`: it passes what is right, and each of its checks finds a fault."""
+"""Test the fuzzer of the commands, `python -m tools.fuzz`: correct runs pass, and each check finds a fault."""
 
 import multiprocessing
 import os
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the fuzzer read
 
 @pytest.fixture(autouse=True)
 def prepared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prepare this process, until the end of a test, as `watch.prepare` does."""
+    """Prepare this process as `watch.prepare` does, until the end of a test."""
     monkeypatch.setattr(candidates, "processes", watch.run_inline)
     monkeypatch.setattr(command_line, "describe_error", watch.describe_error)
     monkeypatch.setenv("HF_HOME", "/nonexistent/hub")
@@ -83,7 +83,7 @@ FAULTS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "an escape": (say("refgemma: warning: \x1b[31m\n", 0), "prints ['\\x1b'], which a terminal obeys"),
     "NumPy's warning": (say("refgemma: warning: overflow encountered in add\n", 0), "a warning of NumPy's: refgemma: "),
     "a partial file": (write(".out.1.part", 0), "leaves '.out.1.part'"),
-    "a file of a refused command": (write("out", 2), "is refused, but leaves 'out'"),
+    "a file of a refused command": (write("out", 2), "ended with an error, but leaves 'out'"),
     "a file that was there": (write("kept", 0), "changes 'kept'"),
     "a file elsewhere": (do(lambda: open("/etc/hostname").close()), "opens '/etc/hostname'"),
     "a file written elsewhere": (do(lambda: os.mkdir("/nonexistent/a")), "writes '/nonexistent/a'"),
@@ -104,7 +104,7 @@ def test_a_fault_is_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("case", "problem"), [
-    (Case(["check"], wrong=True), "wrong PASS"), (Case(["sweep"], code=4), "exit code 0, where 4 is right"),
+    (Case(["check"], wrong=True), "wrong PASS"), (Case(["sweep"], code=4), "exit code 0; it must be 4"),
     (Case(["info"]), ""),
 ])  # fmt: skip
 def test_a_wrong_answer_is_found(case: Case, problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +168,7 @@ def test_a_hang_and_a_crash_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     worker.stop()
     assert not Path(worker.folder).exists()
     assert [where for where, _ in found] == [("configurations", 0), ("configurations", 1)]
-    assert [result.problem for _, result in found] == ["is not done after 0 s", "the process ended with -9"]
+    assert [result.problem for _, result in found] == ["has not ended after 0 s", "the process ended with -9"]
 
 
 def test_a_failing_case_is_kept_and_read(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ WHOLE = ("configurations", "headers", "indices", "tokenizers", "templates", "gen
 
 @pytest.mark.parametrize("family", WHOLE)
 def test_most_whole_files_are_not_refused(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Were every file refused, no fault behind the readers could be found."""
+    """If every file gave an error, no fault behind the readers could be found."""
     for damage in ("JSON_FILE", "TENSOR_FILE", "TEXT_FILE", "damage_bytes", "damage_header", "damage_numbers"):
         monkeypatch.setattr(f"fuzz.families.{damage}", lambda raw, draw: raw)
     results = [run_case(make_case(family, 1, number)) for number in range(6)]

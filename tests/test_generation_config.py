@@ -1,4 +1,4 @@
-"""The settings of a generation: where each comes from, which are refused, and their file."""
+"""Test the settings of a generation: their sources, errors, and the file."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ def run(**settings) -> list[int]:
         ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be a whole number of at least 1"),
         ({"temperature": -1}, "temperature is -1; it must be a number above 0, "),
         ({"temperature": float("nan")}, "temperature"),
-        ({"top_k": 0}, "top_k is 0; it must be a whole number of at least 1"),
+        ({"top_k": 0}, "top_k is 0; it must be at least 1"),
         ({"seed": -1}, "seed is -1; it must be a whole number of at least 0"),
         ({"top_p": -0.5}, "top_p is -0.5; it must be a number from 0 to 1"),
         ({"top_p": 1.5}, "top_p"),
@@ -75,10 +75,10 @@ def test_the_folder_says_how_to_generate(tmp_path: Path) -> None:
     ("text", "reason"),
     [
         ("{", "is not JSON"),
-        ("[]", "holds a list, not a JSON object"),
+        ("[]", "must be a JSON object, but is a list"),
         ('{"top_k": -1}', "top_k is -1; it must be a whole number of at least 0"),
         ('{"num_beam_groups": 3}', "num_beam_groups = 3 is not supported"),
-        ('{"eos_token_id": []}', r"eos_token_id is \(\); it must be a token id, or several"),
+        ('{"eos_token_id": []}', r"eos_token_id is \(\); it must be a token id or several"),
         ('{"temprature": 2}', "unexpected generation option 'temprature'; did you mean temperature?"),
     ],
 )
@@ -101,7 +101,7 @@ def test_the_settings_of_one_text() -> None:
     assert collect_settings(config.changed(eos_token_id=None), 3, 0.0, None, None, 0, None, {}).eos_token_id is None
     refused(
         lambda: collect_settings(config, 3, 1.0, 0, None, 0, None, {}),
-        "top_k is 0; it must be a whole number of at least 1: leave it out to draw from all tokens",
+        "top_k is 0; it must be at least 1: leave it out to draw from all tokens",
     )
     assert stop_tokens(config) == {5, 7}
     assert stop_tokens(config.changed(eos_token_id=4)) == {4}
@@ -109,7 +109,7 @@ def test_the_settings_of_one_text() -> None:
 
 
 def test_settings_of_lists_are_kept_and_written(tmp_path: Path) -> None:
-    """As tuples, whatever they came as, and as lists in the file, in which transformers reads biases as pairs."""
+    """They are kept as tuples, and written as lists; transformers reads biases in the file as pairs."""
     config = GenerationConfig(
         sequence_bias={(3, np.int64(4)): np.float32(0.5)}, bad_words_ids=[np.array([5, 6])], stop_strings=["a", "b"],
         exponential_decay_length_penalty=[2, 1.5], suppress_tokens=np.array([7]), forced_eos_token_id=(1, 6),

@@ -1,4 +1,4 @@
-"""Every golden: refgemma computes what PyTorch recorded, and as exactly as PyTorch does."""
+"""Test every recording: refgemma computes PyTorch's results, as exactly as PyTorch."""
 
 import json
 from collections import Counter, defaultdict
@@ -27,7 +27,7 @@ def test_conforms(name: str) -> None:
 
 
 def test_every_recorded_tensor_is_compared() -> None:
-    """A tensor that nobody compares would be a golden that cannot fail."""
+    """A tensor that is not compared would be a recording that cannot fail."""
     not_compared = {"input_ids", "attention_mask"}
     for name in CASES:
         about, golden = load_golden(name)
@@ -43,7 +43,7 @@ def test_every_recorded_tensor_is_compared() -> None:
 
 @pytest.mark.parametrize("name", FORWARD_F32)
 def test_logits_agree_and_numpy_errs_no_more_than_twice_as_much_as_pytorch(name: str) -> None:
-    """Both float32 runs against the same run in float64: the logits of real tokens."""
+    """Compare the logits of real tokens in both float32 runs with the same run in float64."""
     about, golden = load_golden(name)
     ours = run_case(about, golden, *model_of(about))
     exact = run_case(about, golden, *model_of({**about, "dtype": "float64"}))
@@ -64,8 +64,8 @@ def test_logits_agree_and_numpy_errs_no_more_than_twice_as_much_as_pytorch(name:
 def test_half_precision_operations_are_bit_identical() -> None:
     """At least 99.9 % of all elements of each kind of operation, over all bf16 goldens; float16 over its own.
 
-    And what differs, differs by one ulp, where numbers are above 1e-3. In float16, whose steps are eight times finer,
-    rounding boundaries lie within reach of float32 errors eight times as often: 96 % of a kind, 99 % of all.
+    Other elements differ by one ulp, if above 1e-3. In float16, whose steps are eight times finer, rounding boundaries
+    are eight times more often within reach of float32 errors: 96 % of each kind and 99 % of all are identical.
     """
     same: dict[tuple[str, str], int] = defaultdict(int)
     total: Counter[tuple[str, str]] = Counter()
@@ -113,7 +113,7 @@ def test_a_damaged_golden_is_refused(tmp_path, monkeypatch) -> None:
     whole = (golden_folder() / "op-repeat-kv-f32.safetensors").read_bytes()
     (tmp_path / "op-repeat-kv-f32.safetensors").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     monkeypatch.setattr("refgemma.goldens.load.golden_folder", lambda: tmp_path)
-    with pytest.raises(GoldenError, match=r"op-repeat-kv-f32.safetensors: is not the file of the manifest.*record.py"):
+    with pytest.raises(GoldenError, match=r"op-repeat-kv-f32.safetensors: is not the file in the manifest.*record.py"):
         load_golden("op-repeat-kv-f32")
     with pytest.raises(GoldenError, match=r"op-masks-f32.safetensors.*cannot be read.*record.py op-masks-f32"):
         load_golden("op-masks-f32")

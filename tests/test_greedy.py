@@ -1,4 +1,4 @@
-"""Greedy decoding by the definition: the engine's tokens, and what the command line computes them with."""
+"""Test greedy decoding by the definition: it gives the engine's tokens, and the command line uses it."""
 
 from dataclasses import replace
 from typing import Any
@@ -21,7 +21,7 @@ PROMPTS = ["Once upon a time", "The king, the queen", "A"]
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_greedy_gives_the_tokens_of_the_engine(prompt: str, dtype: str) -> None:
-    """Sixty tokens, more than fill a window of 64 with the prompt; fast in float32, the definition in bfloat16."""
+    """Sixty tokens with the prompt exceed the window of 64; fast code in float32, the definition in bfloat16."""
     model = refgemma.load("tiny", dtype)
     ids, stops = model.tokenizer.encode(prompt), model.stop_ids
     definition = list(greedy(ids, model.weights, model.config, max_new_tokens=60, stop_ids=stops))
@@ -79,7 +79,7 @@ def test_what_is_more_than_greedy(settings: dict[str, Any]) -> None:
 def test_the_embedded_model_is_computed_by_the_definition(
     arguments: list[str], blocks: int, capsys, monkeypatch: pytest.MonkeyPatch, tmp_path
 ) -> None:
-    """One token of greedy decoding goes through each block of the definition once; another model's is computed fast."""
+    """A greedily decoded token runs each block of the definition once; another model uses the fast code."""
     (tmp_path / "folder").symlink_to(TINY.folder)
     monkeypatch.chdir(tmp_path)
     run, ran = refgemma.model.block, []

@@ -1,4 +1,4 @@
-"""Losses and log probabilities, by hand."""
+"""Compare losses and log probabilities with results computed by hand."""
 
 import math
 from typing import Any
@@ -113,7 +113,7 @@ def test_labels_that_no_classifier_takes() -> None:
     def wrong(labels: Any, kind: str | None, message: str, logits: Any = three) -> None:
         refused(lambda: sequence_classification_loss(logits, labels, kind), message)
 
-    a_class = "they must be one class for each of the 2 sequences, whole numbers from 0 to 2"
+    a_class = "they must be one whole number from 0 to 2 for each of the 2 sequences"
     wrong([1], None, f"labels have shape (1,) and dtype int64: {a_class}")
     wrong([0.0, 1.0], "single_label_classification", f"labels have shape (2,) and dtype float64: {a_class}")
     numbers = "they must be numbers of shape (2, 3)"

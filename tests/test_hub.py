@@ -1,4 +1,4 @@
-"""Names of models: what each means, that nothing is downloaded unasked, and that every refusal says what to do."""
+"""Test names of models: their meaning, no download without request, and errors that say what to do."""
 
 import os
 import re
@@ -36,7 +36,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A Hugging Face cache as huggingface_hub lays it out: blobs, and links to them in snapshots."""
+    """Make a Hugging Face cache with huggingface_hub's layout: blobs, and links to them in snapshots."""
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     repository = tmp_path / "models--org--small"
     (repository / "blobs").mkdir(parents=True)
@@ -124,7 +124,7 @@ def test_a_reference_that_leads_out_of_the_cache_is_not_followed(cache: Path) ->
 
 def test_a_file_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_text("")
-    with pytest.raises(ModelNameError, match="is a file; give the folder"):
+    with pytest.raises(ModelNameError, match=r"is a file, but not a \.gguf file; give the folder"):
         find_model(tmp_path / "model.safetensors")
 
 
@@ -184,7 +184,7 @@ def test_a_download_happens_only_if_asked_for(cache: Path, tmp_path: Path, monke
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        ("GatedRepoError", r"its licence must be accepted first.*hf auth login"),
+        ("GatedRepoError", r"accept the model's licence first.*hf auth login"),
         ("RepositoryNotFoundError", "the hub has no such model"),
         ("RevisionNotFoundError", "the hub has no revision 'main'"),
         ("HfHubHTTPError", "could not be downloaded: it broke; run the command again to continue"),
@@ -220,7 +220,7 @@ def test_offline_means_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 
 def test_a_user_without_a_home_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a container that runs with the number of no user."""
+    """This happens in a container that runs with an unknown user id."""
 
     def unknown(*_: Any) -> None:
         raise KeyError

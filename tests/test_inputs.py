@@ -1,4 +1,4 @@
-"""What a caller can get wrong: each input refused with its place and what is needed."""
+"""Test invalid inputs: each error names the place and the requirement."""
 
 import numpy as np
 import pytest
@@ -38,7 +38,7 @@ def test_token_ids(input_ids: object, reason: str) -> None:
 @pytest.mark.parametrize(
     ("mask", "reason"),
     [
-        ([[1, 1, 1]], r"attention_mask has shape \(1, 3\); it must be \(1, 5\).*including those in the cache"),
+        ([[1, 1, 1]], r"attention_mask has shape \(1, 3\); it must be \(1, 5\).*including the tokens in the cache"),
         ([[1, 1, 1, 1, 2]], "may contain only 1 .* and 0"),
         ([[0.5] * 5], "may contain only 1"),
         ([[1, 1], [1]], "attention_mask is ragged"),
@@ -74,7 +74,7 @@ def test_masks_of_ones_own(mask: object, reason: str) -> None:
 
 
 def test_a_mask_of_ones_own_is_taken_as_it_is() -> None:
-    """For one head or all of them, one row or all; for both types of layer, or for each its own."""
+    """A mask may be for one head or all, one row or all, and for both types of layer or each."""
     mask = np.where(np.eye(2, 5, dtype=bool), 0, LOWEST).astype(np.float32)[None, None]
     inputs = check_inputs([[2, 3], [2, 4]], CONFIG, attention_mask=mask, seen=3)
     for given in (inputs.masks, inputs.biases):

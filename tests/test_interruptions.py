@@ -1,5 +1,5 @@
-"""Commands that are interrupted, full disks, two writers: outputs are whole or absent, and no process is left. The
-moments of the second test are drawn by `tools/interrupt.py`, which tries many more."""
+"""Test interrupted commands, full disks and two writers: outputs are complete or absent, and no process is left.
+`tools/interrupt.py` draws the moments of the second test, and tries many more."""
 
 import signal
 import subprocess
@@ -66,7 +66,7 @@ def test_nothing_is_in_place_before_it_is_compared(
 
 
 def of_llama_cpp(folder: Path) -> Path:
-    """A copy of the conformance model whose scale is the one that llama.cpp takes."""
+    """Make a copy of the conformance model with llama.cpp's query scalar."""
     from refgemma.weights.checkpoint import open_checkpoint
 
     config = open_checkpoint(find_model("conformance")).config
@@ -86,7 +86,7 @@ def test_a_source_that_is_damaged_leaves_nothing(kind: str, tmp_path: Path, caps
     command = ["convert", str(source), "-o", str(target), "--to", kind]
     for there in (False, True):
         assert main(command) == MISUSE
-        assert "holds NaN or infinity" in capsys.readouterr().err
+        assert "has NaN or infinity" in capsys.readouterr().err
         assert (list(target.iterdir()) == []) if there else not target.exists()
         target.mkdir(exist_ok=True)
     save_file(load_file(find_model("conformance") / "model.safetensors"), source / "model.safetensors")
@@ -98,7 +98,7 @@ def test_a_folder_that_is_being_written_is_refused(tmp_path: Path, capsys: pytes
     command = ["convert", str(find_model("conformance")), "-o", str(tmp_path)]
     with lock_folder(tmp_path / STAGING, RefgemmaError):
         assert main(command) == MISUSE
-        assert "another process is writing it" in capsys.readouterr().err
+        assert "another process is writing to this folder" in capsys.readouterr().err
     assert main(command) == OK
 
 
@@ -149,7 +149,7 @@ def test_a_gguf_file_is_not_converted_into_itself(tmp_path: Path, capsys: pytest
     file = str(tmp_path / "m.gguf")
     assert main(["convert", str(of_llama_cpp(tmp_path)), "-o", file, "--to", "gguf"]) == OK
     refuse(["convert", file, "-o", file, "--to", "gguf"], "is the source", tmp_path, capsys)
-    refuse(["convert", file, "-o", f"{tmp_path}/n.gguf/", "--to", "gguf"], "the name of a folder", tmp_path, capsys)
+    refuse(["convert", file, "-o", f"{tmp_path}/n.gguf/", "--to", "gguf"], "is a folder", tmp_path, capsys)
 
 
 def test_a_name_of_a_folder_is_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -189,7 +189,7 @@ def test_a_scheduler_that_ends_gives_one_line() -> None:
         LocalCluster(
             n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None, silence_logs="CRITICAL"
         ) as local,
-        pytest.raises(RefgemmaError, match="the scheduler ended before the work"),
+        pytest.raises(RefgemmaError, match="the scheduler ended before all jobs were done"),
         cluster(local.scheduler_address),
     ):
         raise CancelledError  # what a future of Dask raises then

@@ -1,5 +1,5 @@
-"""Laws can fail: the tables of docs/property-tests.md are what `law_power.py` found, and laws are asked once more for
-one of their mistakes. Asking for all takes an hour; this asks for one a law."""
+"""Check that laws can fail: the tables of docs/property-tests.md equal `law_power.py`'s results, and each law finds one
+of its bugs again. Checking all bugs takes an hour."""
 
 import law_power
 import pytest

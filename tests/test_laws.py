@@ -1,5 +1,5 @@
-"""How close a law asks two results to be: what a file rounds is allowed for, what overflows is left out, and
-nothing else is."""
+"""Test how close two results must be for a law: rounding in a file is allowed for, and overflow is left out, but
+nothing else."""
 
 from typing import Any
 

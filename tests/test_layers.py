@@ -1,4 +1,4 @@
-"""One layer: what a caller's own numbers do to the attention weights, and what a block keeps in memory."""
+"""Test one layer: the effect of a caller's own numbers on the attention weights, and the memory of a block."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from refgemma.weights.parameters import LayerWeights
 
 
 def one_head(dtype: str) -> LayerWeights:
-    """Projections of one number to one head of two, each value the token's own number."""
+    """Return projections of one number to one head of two; each value is the token's own number."""
     norm, both, first = as_dtype([0.0], dtype), as_dtype([[1.0], [0.0]], dtype), as_dtype([[1.0, 0.0]], dtype)
     return LayerWeights(norm, both, both, both, first, norm, norm, both, both, first, norm)
 
@@ -19,9 +19,9 @@ def one_head(dtype: str) -> LayerWeights:
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 @pytest.mark.parametrize("bias_dtype", ["float64", "float32", "bfloat16"])
 def test_a_bias_is_added_to_the_capped_scores_and_takes_no_mask_away(dtype: str, bias_dtype: str) -> None:
-    """By hand: scores of 1 * (1, 0, 5, 9); exp(0), exp(log 3) and exp(-inf) of them; the last key is masked.
+    """Computed by hand, from scores 1 * (1, 0, 5, 9) and exp(0), exp(log 3), exp(-inf); the last key is masked.
 
-    The weights 1/4 and 3/4 are bfloat16 numbers; log 3, rounded to bfloat16, moves them by less than one ulp of it.
+    The weights 1/4 and 3/4 are bfloat16 numbers; rounding log 3 to bfloat16 changes them by less than one ulp.
     """
     weights, x = one_head(dtype), as_dtype([[[1.0]]], dtype)
     past = LayerCache(
@@ -41,7 +41,7 @@ def test_a_bias_is_added_to_the_capped_scores_and_takes_no_mask_away(dtype: str,
 
 
 def test_a_bias_of_half_precision_is_added_as_pytorch_adds_it() -> None:
-    """One kernel, one rounding: 16 + 2**-4 is a tie between two bfloat16 numbers, and becomes 16; not in float32."""
+    """One kernel rounds once: 16 + 2**-4 is a tie between two bfloat16 numbers and becomes 16, but not in float32."""
     weights, x = one_head("bfloat16"), bf16([[[4.0]]])
     past = LayerCache(bf16([[[[4.0, 0.0]]]]), bf16([[[[1.0, 0.0]]]]), 0)
     cos, sin = bf16(np.ones((1, 1, 1, 2))), bf16(np.zeros((1, 1, 1, 2)))
@@ -57,7 +57,7 @@ def test_a_bias_of_half_precision_is_added_as_pytorch_adds_it() -> None:
 
 
 def test_a_block_adds_its_bias() -> None:
-    """A key with a bias of minus infinity is one that the mask hides."""
+    """A bias of minus infinity hides a key like the mask."""
     weights, x = one_head("float64"), as_dtype([[[1.0], [2.0]]], "float64")
     past = LayerCache(np.zeros((1, 1, 0, 2)), np.zeros((1, 1, 0, 2)), 0)
     turn = np.ones((1, 1, 2, 2)), np.zeros((1, 1, 2, 2))

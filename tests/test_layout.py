@@ -1,5 +1,5 @@
-"""The layout beyond what `lint-imports` holds: what an import costs, how much code the reader of the model has to read,
-and that it is this checkout that is tested. The ladder of imports is in pyproject.toml."""
+"""Test the layout beyond `lint-imports`: the cost of an import, the amount of code in the sitting read, and that this
+checkout is tested. The layers of imports are in pyproject.toml."""
 
 import importlib
 import subprocess

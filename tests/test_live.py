@@ -1,4 +1,4 @@
-"""The live page as a file: complete, safe and offline. tests/browser/test_live_page.py runs it."""
+"""Test the live page as a file: it is complete, safe and offline. tests/browser/test_live_page.py runs it."""
 
 import json
 import re

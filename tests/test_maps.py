@@ -1,6 +1,6 @@
-"""Name maps and importers on what llama.cpp printed, and MLX-LM and TransformerLens computed, of the conformance
-checkpoint (tests/recorded; golden/conformance_gguf.py, mlx_port.py and transformer_lens_port.py say how), and on files
-that fit no map."""
+"""Test name maps and importers on output of llama.cpp, MLX-LM and TransformerLens for the conformance checkpoint, and
+on files that fit no map. golden/conformance_gguf.py, mlx_port.py and transformer_lens_port.py wrote the output to
+tests/recorded."""
 
 import gzip
 import json
@@ -18,6 +18,7 @@ from refgemma.cli.main import main
 from refgemma.config import Gemma2Config
 from refgemma.hub import find_model
 from refgemma.inputs import InputError
+from refgemma.modeling.pretrained import load
 from refgemma.oracle.diagnose import Report
 from refgemma.oracle.engine import Instance
 from refgemma.oracle.judge import Judged, Statistics
@@ -25,15 +26,17 @@ from refgemma.oracle.verdicts import CONFORMS, INCONCLUSIVE, PASS
 from refgemma.trace.candidate import Call, Candidate, Tensor, is_known, load_trace
 from refgemma.trace.evaltext import open_eval_callback
 from refgemma.trace.name_maps import Rule, arrange, load_map, map_names, open_trace
+from refgemma.trace.names import run_in_order
 
 RECORDED = Path(__file__).parent / "recorded"
 CONFIG = Gemma2Config.from_pretrained(find_model("conformance"))
 IDS = np.array([[2, 5, 9]])
+SAMPLES = [("gemma_pytorch", 26, 6), ("litgpt", 27, 5), ("torchtune", 25, 11)]  # written by scoreboard/
 
 
 @pytest.fixture
 def llama(tmp_path: Path) -> Path:
-    """What llama-eval-callback printed for <bos>ABCDEFGHIJKLMNOPQRSTUVW."""
+    """Return the output of llama-eval-callback for <bos>ABCDEFGHIJKLMNOPQRSTUVW."""
     (tmp_path / "llama.txt").write_bytes(gzip.decompress((RECORDED / "llama-eval-callback.txt.gz").read_bytes()))
     return tmp_path / "llama.txt"
 
@@ -103,7 +106,7 @@ def test_a_damaged_text_is_refused(damage: str, llama: Path, capsys: pytest.Capt
     llama.write_text(changed)
     assert main(["check", str(llama), "--model", "conformance"]) == 2
     said = capsys.readouterr().err
-    assert ("input_ids, the tokens of the run, are missing" if damage == "no tokens" else "Qcur-0 of shape") in said
+    assert ("input_ids, the tokens of the run, are missing" if damage == "no tokens" else "Qcur-0 has shape") in said
     assert len(said.splitlines()) == 1
 
 
@@ -137,6 +140,37 @@ def test_transformer_lens_conforms(capsys: pytest.CaptureFixture[str]) -> None:
     assert (code, found["verdict"], len(found["tensors"])) == (0, "conforms", 82)
     code, detect = show(RECORDED / "transformer-lens.safetensors", capsys)
     assert (code, len(detect["matched"]), len(detect["ignored"]), detect["unmatched"]) == (0, 82, 147, [])
+
+
+@pytest.mark.parametrize(("name", "matched", "ignored"), SAMPLES)
+def test_a_port_of_the_scoreboard_is_known_and_conforms(
+    name: str, matched: int, ignored: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Layers 2 and 3 are left out. LitGPT's was given the right epsilon, torchtune's its norms in their places.
+    code, found = show(RECORDED / f"{name}.safetensors", capsys)
+    assert (code, len(found["matched"]), len(found["ignored"]), found["unmatched"]) == (0, matched, ignored, [])
+    code, found = check(RECORDED / f"{name}.safetensors")
+    assert (code, found["verdict"], len(found["tensors"])) == (0, "conforms", matched)
+
+
+def test_tensors_of_several_calls_keep_their_prefix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = load("conformance")
+    run = dict(run_in_order(IDS, model.weights, model.config))
+    tensors = {"input_ids": IDS} | {
+        f"calls.{n}.{name}": run[ours][:, start:end]
+        for n, (start, end) in enumerate(((0, 2), (2, 3)))
+        for name, ours in (("lm_head", "raw_logits"), ("logits", "logits"), ("transformer.ln_f", "norm"))
+    }
+    path = tmp_path / "port.safetensors"
+    save_file(tensors, path, {"map": "litgpt", "dtype": "float32", "calls": "[2, 1]"})
+    code, found = show(path, capsys)
+    assert (code, found["unmatched"]) == (0, [])
+    assert sorted(row["tensor"] for row in found["matched"])[:2] == ["calls.0.logits", "calls.0.norm"]
+    code, found = check(path)
+    assert (code, len(found["tensors"])) == (0, 3)
+    tensors["calls.1.lm_head"] = tensors["calls.1.lm_head"] + 1
+    save_file(tensors, path, {"map": "litgpt", "dtype": "float32", "calls": "[2, 1]"})
+    assert check(path)[1]["first_divergence"] == "raw_logits"
 
 
 # --- maps -------------------------------------------------------------------------------------------------------------

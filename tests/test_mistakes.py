@@ -1,7 +1,8 @@
-"""Each known mistake, made on purpose: a golden must fail, and first at the tensor where the mistake is.
+"""Introduce each known bug: a recording must fail, first at the tensor with the bug.
 
-What is another number or another function is a known bug of `refgemma.oracle.known_bugs`, made in refgemma's own code.
-Written here is what the catalogue has no edit for: wires, weights, and what loses digits."""
+Bugs with another number or another function come from `refgemma.oracle.known_bugs`, and are introduced into refgemma's
+own code. Written here are bugs that the catalogue cannot edit: connections, weights, and loss of digits.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ CORRECT_MODEL_OF = oracle.model_of
 
 @dataclass(frozen=True)
 class Mistake:
-    """What is done wrong, and where it has to show."""
+    """A bug, and the tensor where it must show."""
 
     name: str
     make: Callable[[pytest.MonkeyPatch], None]
@@ -37,7 +38,7 @@ class Mistake:
 
 
 def config(**change: Any) -> Callable[[pytest.MonkeyPatch], None]:
-    """A mistake in the numbers; a callable value is given the correct configuration."""
+    """Return a bug in the numbers; a callable value gets the correct configuration."""
 
     def wrong_model_of(about: Any) -> Any:
         correct, weights = CORRECT_MODEL_OF(about)
@@ -48,7 +49,7 @@ def config(**change: Any) -> Callable[[pytest.MonkeyPatch], None]:
 
 
 def weights(change: Callable[[Weights], Weights]) -> Callable[[pytest.MonkeyPatch], None]:
-    """A mistake in what is loaded."""
+    """Return a bug in the loaded weights."""
 
     def wrong_model_of(about: Any) -> Any:
         correct, loaded = CORRECT_MODEL_OF(about)
@@ -66,7 +67,7 @@ def without_bias(letter: str) -> Callable[[Weights], Weights]:
 
 
 def operation(name: str, wrong: Callable[..., Any]) -> Callable[[pytest.MonkeyPatch], None]:
-    """A mistake in one operation, wherever it is used."""
+    """Return a bug in one operation, wherever it is used."""
     correct = getattr(refgemma.ops, name, None)
 
     def made(*args: Any, **named: Any) -> Any:
@@ -87,7 +88,7 @@ def operation(name: str, wrong: Callable[..., Any]) -> Callable[[pytest.MonkeyPa
 
 
 def known(name: str) -> Callable[[pytest.MonkeyPatch], None]:
-    """A known bug of the catalogue: its numbers and functions take effect when a recording's model is loaded."""
+    """Return a bug of the catalogue; its numbers and functions take effect when a recording's model is loaded."""
     change = known_bug(name).change
     assert change is not None
 

@@ -1,4 +1,4 @@
-"""The forward pass as a whole: its names, its precision, and the laws of a causal model. Values are in test_golden."""
+"""Test the forward pass as a whole: names, precision, and laws of a causal model. test_golden compares values."""
 
 import weakref
 from collections.abc import Callable, Sequence
@@ -35,7 +35,7 @@ post_feedforward_layernorm out""".split()
 
 
 def test_names_of_the_trace() -> None:
-    """The names are an interface: files of other people's runs use them."""
+    """The names are an interface, because files of other people's runs use them."""
     names = [name for name, _ in named_tensors(forward(IDS, CHECKPOINT.resident(), CONFIG))]
     layers = [f"layers.{n}.{name}" for n in range(CONFIG.num_hidden_layers) for name in LAYER]
     assert names == ["cos", "sin", "embedded", *layers, "norm", "raw_logits", "logits"]
@@ -104,7 +104,7 @@ def test_sliding_layers_keep_a_window_and_full_layers_everything() -> None:
 
 
 def test_a_padded_row_gives_what_it_gives_alone() -> None:
-    """Left padding shifts all positions alike, and only their differences count."""
+    """Left padding shifts all positions equally, and only differences count."""
     weights = CHECKPOINT.resident("float64")
     alone = forward(IDS[:1, 4:], weights, CONFIG).logits
     padded, mask = np.zeros((1, 13), int), np.zeros((1, 13), int)
@@ -195,7 +195,7 @@ def test_what_is_dropped_from_a_cache_is_not_kept_in_memory() -> None:
 
 
 class Watched(Sequence[LayerWeights]):
-    """Layers that notice whether the one given out before is still held when the next is asked for."""
+    """Layers that notice if the previous layer is still in memory when the next is requested."""
 
     def __init__(self, layers: Sequence[LayerWeights]) -> None:
         self.layers, self.given = layers, []
@@ -211,7 +211,7 @@ class Watched(Sequence[LayerWeights]):
 
 
 def test_decoding_holds_one_layer_at_a_time() -> None:
-    """So that a 27B, read from disk, is never resident."""
+    """Otherwise a 27B that is read from disk would be resident."""
     resident = CHECKPOINT.resident()
     watched = replace(resident, layers=Watched(resident.layers))
     next_token_logits(IDS, watched, CONFIG)
@@ -241,7 +241,7 @@ RUNS: dict[str, Callable[[Weights], Any]] = {
 
 @pytest.mark.parametrize("name", RUNS)
 def test_one_block_is_in_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When a block is computed no record of an earlier one is left, neither here nor at the caller."""
+    """When a block is computed, no record of an earlier block is left, neither here nor in the caller."""
     compute, records = model.block, []
 
     def watched(*given: Any, **named: Any) -> Block:
@@ -256,7 +256,7 @@ def test_one_block_is_in_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_reading_for_the_next_token_is_reading() -> None:
-    """With a mask, positions, a cache, or embeddings: the last logits of `forward`, and its cache."""
+    """With a mask, positions, a cache, or embeddings, the result is the last logits of `forward` and its cache."""
     config, ids = SMALL.config, np.array([[3, 4, 5, 6], [6, 7, 8, 9]])
     weights = SMALL.weights
     mask, places = np.array([[0, 1, 1, 1], [1] * 4]), np.array([[0, 5, 6, 7], [9, 10, 11, 12]])

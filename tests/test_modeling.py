@@ -1,5 +1,5 @@
-"""The documented classes: what they are made of, what they return, what they refuse. Numbers are compared with those of
-transformers in `parity/test_documented_names.py` and `parity/test_modeling_parity.py`."""
+"""Test the documented classes: construction, results, errors. `parity/test_documented_names.py` and
+`parity/test_modeling_parity.py` compare numbers with transformers."""
 
 import json
 import math
@@ -42,7 +42,8 @@ def test_a_seed_makes_the_same_weights_and_another_others(cls: Any) -> None:
 
 
 def test_weights_begin_as_documented() -> None:
-    """A normal of standard deviation 0.02 cut at two of them; norms, biases and the padding's embedding are zero."""
+    """A normal of standard deviation 0.02, truncated at twice that; norms, biases and the padding's embedding are
+    zero."""
     config = Gemma2Config(**SHAPE | {"initializer_range": 0.02, "attention_bias": True, "intermediate_size": 4000})
     state = Gemma2ForCausalLM.from_config(config).state_dict()
     for name, tensor in state.items():
@@ -68,8 +69,8 @@ def test_a_state_dict_makes_the_same_model(cls: Any) -> None:
     ("change", "reason"),
     [
         (lambda state: state.pop("model.norm.weight"), "lacks 'model.norm.weight'"),
-        (lambda state: state.update({"model.norm.weight": np.zeros(3)}), r"has shape \(3,\); by the configuration"),
-        (lambda state: state.update(extra=np.zeros(3)), "holds 'model.extra'|holds 'extra'"),
+        (lambda state: state.update({"model.norm.weight": np.zeros(3)}), r"has shape \(3,\); according to"),
+        (lambda state: state.update(extra=np.zeros(3)), "has 'model.extra'|has 'extra'"),
     ],
 )
 def test_state_dicts_that_do_not_fit(change: Any, reason: str) -> None:
@@ -151,8 +152,8 @@ def test_losses_by_hand() -> None:
     [
         (Gemma2ForCausalLM, [[1, 2]], r"labels have shape \(1, 2\)"),
         (Gemma2ForTokenClassification, np.full(IDS.shape, 3), "label 3 is neither -100 nor a class"),
-        (Gemma2ForSequenceClassification, [0], "one class for each of the 2 sequences"),
-        (Gemma2ForSequenceClassification, [[1, 0, 0], [0, 1, 0]], "one class for each of the 2 sequences"),
+        (Gemma2ForSequenceClassification, [0], "for each of the 2 sequences"),
+        (Gemma2ForSequenceClassification, [[1, 0, 0], [0, 1, 0]], "for each of the 2 sequences"),
     ],
 )
 def test_labels_that_do_not_fit(cls: Any, labels: Any, reason: str) -> None:
@@ -195,7 +196,7 @@ def test_a_configuration_in_place_of_a_model_and_the_other_way_round() -> None:
 
 def test_a_model_without_a_head_of_its_own_is_warned_of(tmp_path: Path) -> None:
     Gemma2ForCausalLM.from_config(CONFIG).save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match="holds no classifier's head"):
+    with pytest.warns(UserWarning, match="has no classifier's head"):
         model = Gemma2ForSequenceClassification.from_pretrained(tmp_path)
     model.save_pretrained(tmp_path / "trained")
     again = Gemma2ForSequenceClassification.from_pretrained(tmp_path / "trained")
@@ -214,7 +215,7 @@ def test_what_is_saved_says_what_it_is(tmp_path: Path) -> None:
     raw = json.loads((tmp_path / "config.json").read_text())
     assert raw["architectures"] == ["Gemma2ForTokenClassification"]
     assert raw["dtype"] == "bfloat16"
-    with pytest.raises(ConfigError, match="a function, which a file cannot hold"):
+    with pytest.raises(ConfigError, match="a function, which JSON cannot hold"):
         Gemma2Model.from_config(CONFIG.changed(hidden_activation=np.tanh)).save_pretrained(tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
@@ -226,7 +227,7 @@ def test_a_function_as_activation() -> None:
 
 
 def test_the_functions_are_the_classes() -> None:
-    """`refgemma.forward`, which keeps every tensor, and the class, which keeps what is asked for."""
+    """`refgemma.forward`, which keeps every tensor, equals the class, which keeps only requested tensors."""
     model = Gemma2ForCausalLM.from_config(CONFIG, seed=1)
     run = refgemma.forward(IDS, model.weights, CONFIG)
     answer = model(IDS, output_hidden_states=True, output_attentions=True)
@@ -244,9 +245,9 @@ def test_a_dtype_by_its_name_or_as_numpy_has_it(dtype: Any) -> None:
 
 
 def test_arguments_that_belong_to_transformers_are_refused_with_advice() -> None:
-    with pytest.raises(ConfigError, match="load_in_4bit=True: weights are not quantised here"):
+    with pytest.raises(ConfigError, match="load_in_4bit=True: refgemma does not quantise weights"):
         Gemma2ForCausalLM.from_pretrained("tiny", load_in_4bit=True)
-    with pytest.raises(ConfigError, match="attn_implementation='sdpa': attention is that of transformers' 'eager'"):
+    with pytest.raises(ConfigError, match="attn_implementation='sdpa': refgemma computes as transformers' 'eager'"):
         Gemma2Model.from_pretrained("tiny", attn_implementation="sdpa")
     with pytest.raises(ValueError, match="unknown dtype 'int8'; it must be one of float64, float32"):
         Gemma2Model.from_pretrained("tiny", dtype="int8")

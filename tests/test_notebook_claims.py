@@ -1,6 +1,6 @@
-"""The notebooks tell the truth: what their prose and their answers say of the models is measured here.
+"""Measure the claims of the notebooks: statements on the models in their prose and answers.
 
-Each test names its notebook and quotes the sentences that it measures, so a sentence that changes needs its test.
+Each test quotes the sentences that it measures, so that a changed sentence needs a changed test.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import errors as hypothesis_errors
-from notebook_cells import SOURCES, after, answers, prose
+from notebook_cells import BY_NUMBER, SOURCES, after, answers, prose
 
 import refgemma
 from refgemma import layers, ops
@@ -37,7 +37,7 @@ Test = Callable[..., None]
 
 
 def claim(notebook: int, *quotes: str) -> Callable[[Test], Test]:
-    """Say which sentences of a notebook a test measures; they must stand there."""
+    """Name the sentences of a notebook that a test measures; they must occur in the notebook."""
     QUOTES.extend((notebook, quote) for quote in quotes)
     return lambda test: test
 
@@ -51,7 +51,7 @@ def unmeasured(number: int, found: list[str]) -> list[str]:
     return [answer for answer in found if not any(quote in answer for quote in quotes)]
 
 
-@pytest.mark.parametrize("number", range(1, len(SOURCES) + 1))
+@pytest.mark.parametrize("number", BY_NUMBER)
 def test_each_answer_is_measured(number: int) -> None:
     assert unmeasured(number, answers(number)) == []
 
@@ -1052,3 +1052,136 @@ def test_14_attribution() -> None:
     shares = names.answer.layers[2].attention.probs[0, 4, -1]
     assert TINY.tokenizer.convert_ids_to_tokens(names.girl)[int(shares.argmax())] == "▁at"
     assert shares.max() > 0.5
+
+
+# --- 15 ---------------------------------------------------------------------------------------------------------------
+
+
+@claim(
+    15,
+    "Move one logit by a little, up and down, and measure the change of the loss.",
+    "The label's, <code>There</code>: the loss falls if its logit rises.",
+    "The model expected a quotation mark.",
+)
+def test_15_the_chain_rule_is_measured() -> None:
+    names = after(15, "measured = np.array")
+    assert np.allclose(names.measured, names.grad_x[names.best], rtol=1e-6, atol=1e-9)
+    assert names.names[:2] == ["There", '"']
+    assert names.best[0] == names.label
+    assert (names.grad_x < 0).sum() == 1
+    order = np.argsort(-names.grad_y)
+    assert viz.probabilities(names.run.logits[0, 0])[order].argmax() == 0
+
+
+@claim(
+    15,
+    "So the residual stream carries the gradient back to the embedding, and every block adds to it.",
+    "the last token has no gradient: no label follows it",
+)
+def test_15_the_stream_of_gradients() -> None:
+    sizes = after(15, "loss, grads = compute_all_gradients").sizes
+    assert (sizes[:, -1] == 0).all()
+    assert (sizes[0, :-1] > sizes[-1, :-1]).all()
+
+
+@claim(
+    15,
+    "The cap of the logits takes most.",
+    "The largest logits reach two thirds of their cap, and the largest scores not half of theirs.",
+    "A score of 200 has the slope 1 - tanh(4)², about 0.001: it hardly learns.",
+    "over 700 times too large",
+)
+def test_15_what_the_caps_take() -> None:
+    names = after(15, "shares.append")
+    assert (1 - names.shares).argmax() == 6
+    assert np.abs(names.run.raw_logits).max() / 30 == pytest.approx(2 / 3, abs=0.05)
+    assert max(np.abs(layer.attention.scores).max() for layer in names.run.layers) < 25
+    slope = 1 - np.tanh(4) ** 2
+    assert slope == pytest.approx(0.001, abs=5e-4)
+    assert 700 < 1 / slope < 800
+
+
+@claim(15, "Up to about 0.003.", "A long step leaves this place")
+def test_15_one_step() -> None:
+    names = after(15, "def loss_after_step")
+    fall, line = names.loss - names.losses, names.rates * names.squares
+    assert (np.abs(fall / line - 1)[names.rates <= 0.003] < 0.05).all()
+    assert (np.abs(fall / line - 1)[names.rates > 0.003] > 0.1).all()
+    assert names.losses[-1] > names.losses.min()
+
+
+@claim(
+    15,
+    "4.1 times: 29 tokens against 7.",
+    "If all texts have the same number of labels, the two means are equal",
+    "the tokens of short texts count more",
+)
+def test_15_the_mean_of_the_means() -> None:
+    names = after(15, "wrong = means.mean")
+    assert names.counts.tolist() == [7, 29]
+    assert round(29 / 7, 1) == 4.1
+    assert round(after(15, "cosine = ").angle) == 37
+    equal = [names.rows[0], names.rows[1][:, : names.rows[0].shape[1]]]
+    right = sum(names.flat_gradient(row, num_items=14.0) for row in equal)
+    wrong = np.mean([names.flat_gradient(row) for row in equal], axis=0)
+    assert np.allclose(right, wrong, rtol=1e-4, atol=1e-6)
+
+
+# --- 16 ---------------------------------------------------------------------------------------------------------------
+
+
+@claim(
+    16,
+    "so it has the length $\\eta$, for every number and every size of its gradient",
+    "Each row gives a logit at each place, and the loss lowers the logits of all wrong tokens a little.",
+)
+def test_16_the_first_step() -> None:
+    names = after(16, "moved = np.concatenate")
+    assert np.median(names.moved) == pytest.approx(1e-3, rel=1e-3)
+    assert (names.moved < 1.01e-3).all()
+    table = "model.embed_tokens.weight"
+    unseen = np.setdiff1d(np.arange(2048), np.concatenate(names.batch))
+    assert len(unseen) > 1000
+    step = np.abs(names.one.tensors[table] - names.base[table])[unseen]
+    assert (step.max(axis=1) > 0).all()
+    assert np.median(step) == pytest.approx(1e-3, rel=0.01)
+
+
+@claim(
+    16,
+    "After step 30 the loss of the steps drops, but the held-out loss does not.",
+    "30 steps of 8 rows are all its rows",
+    "learns them by heart",
+)
+def test_16_the_second_pass() -> None:
+    names = after(16, "display.display(axes.figure)")
+    assert 30 * 8 <= len(names.rows) < 31 * 8
+    losses, tested = np.array(names.state.losses), dict(names.tested)
+    assert losses[20:30].mean() - losses[31:41].mean() > 0.5
+    assert tested[30] - tested[40] < 0.1
+    assert tested[0] - tested[60] > 2  # and it has learned
+
+
+@claim(16, "The model keeps only the kind of text that it is trained on.")
+def test_16_the_tale_is_forgotten() -> None:
+    names = after(16, "shown = np.array")
+    assert names.after["a tale"] - names.before["a tale"] > 0.4
+    assert names.after["held out"] < names.before["held out"] - 2
+    new = after(16, "trained = weights_of").new
+    assert "ROMEO:" in TINY.tokenizer.decode(new)
+
+
+@claim(
+    16,
+    "so the length of $x$ cannot change the loss, and the gradient must be at a right angle to $x$",
+    "Where x is parallel to the gradient of the result, (1, 0.5) or its opposite.",
+    "their arrows are the shortest",
+)
+def test_16_the_gradient_is_at_a_right_angle() -> None:
+    names = after(16, "angles = np.linspace")
+    assert np.abs((names.grad_x * names.x).sum(axis=-1)).max() < 1e-12
+    lengths = np.linalg.norm(names.grad_x, axis=-1)
+    along = np.abs(names.x @ names.h) / np.linalg.norm(names.h)
+    assert set(np.argsort(lengths)[:2]) == set(np.argsort(-along)[:2])
+    at = names.h / np.linalg.norm(names.h) * np.sqrt(2)
+    assert np.abs(names.h - at * np.mean(names.h * at)).max() < 1e-12

@@ -1,4 +1,4 @@
-"""The notebooks: each runs from top to bottom, has what every one of them has, and is paired with an .ipynb in step."""
+"""Test the notebooks: each runs from top to bottom, has the common parts, and has an up-to-date .ipynb."""
 
 import re
 import shutil
@@ -9,7 +9,7 @@ import jupytext
 import jupytext.cli
 import nbformat
 import pytest
-from notebook_cells import FOLDER, SOURCES, run, solutions
+from notebook_cells import BY_NUMBER, FOLDER, SOURCES, run, solutions
 
 from refgemma import layers, model, ops
 from refgemma.teach import exercises
@@ -24,8 +24,9 @@ def name(path: Path) -> str:
     return path.stem
 
 
-def test_there_are_fourteen() -> None:
-    assert [path.stem[:2] for path in SOURCES] == [f"{number:02d}" for number in range(1, 15)]
+def test_each_has_a_number_of_its_own() -> None:
+    assert [*BY_NUMBER] == [*range(1, 17)]
+    assert len(BY_NUMBER) == len(SOURCES)
     assert [path.stem for path in sorted(FOLDER.glob("*.ipynb"))] == [path.stem for path in SOURCES]
 
 
@@ -87,7 +88,7 @@ LAYERS = {name for module in (ops, layers, model) for name in vars(module) if no
 
 
 def written_again(cells: list[str]) -> list[str]:
-    """The functions of the model that cells define, other than in an exercise."""
+    """Return the functions of the model that cells define outside exercises."""
     return [
         function
         for cell in cells
@@ -158,7 +159,7 @@ def prose_of(path: Path) -> list[str]:
 
 
 def used_too_early(word: str, explained: int, notebook: int, cells: list[str]) -> list[str]:
-    """The cells of an earlier notebook that use a word and do not say where it is explained."""
+    """Return cells of an earlier notebook that use a word without a reference to its explanation."""
     said = re.compile(rf"\b{word.removesuffix('s')}s?\b", re.IGNORECASE)
     if notebook >= explained or word in EVERYDAY:
         return []
@@ -168,7 +169,7 @@ def used_too_early(word: str, explained: int, notebook: int, cells: list[str]) -
 
 @pytest.mark.parametrize("word", WORDS)
 def test_a_word_is_explained_where_the_index_says(word: str) -> None:
-    prose = "\n".join(prose_of(SOURCES[WORDS[word] - 1]))
+    prose = "\n".join(prose_of(BY_NUMBER[WORDS[word]]))
     assert re.search(rf"\*{re.escape(word)}\*", " ".join(prose.split())), "a word is set off where it is explained"
 
 

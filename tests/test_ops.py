@@ -1,4 +1,4 @@
-"""The operations of the model, beside what the recordings of PyTorch say of them."""
+"""Test the operations of the model beyond PyTorch's recordings."""
 
 import numpy as np
 import pytest
@@ -10,10 +10,10 @@ from refgemma.precision import as_dtype, bf16, narrow, plain
 
 @pytest.mark.parametrize(("dtype", "most"), [("bf16", 20), ("f16", 48), ("f32", 240)])
 def test_gelu_is_rounded_where_pytorch_rounds(dtype: str, most: int) -> None:
-    """All bfloat16 numbers, and 4801 others: how many PyTorch rounds to another number.
+    """Test all bfloat16 numbers and 4801 others: how many does PyTorch round to another number?
 
-    Measured: 4, 19 and 28. A tanh that is not rounded before it is added to 1 makes that 92, 175 and 1482; a tanh taken
-    in float32 20, 167 and 491.
+    Measured: 4, 19 and 28. Without rounding tanh before adding 1, these become 92, 175 and 1482; with tanh in float32,
+    20, 167 and 491.
     """
     about, golden = load_golden(f"op-gelu-{dtype}")
     x, y = (as_dtype(golden[name], about["dtype"]) for name in "xy")
@@ -39,7 +39,7 @@ def test_masks_are_these_pictures() -> None:
 
 @pytest.mark.parametrize("head_dim", [2, 6, 128, 256])
 def test_frequencies_are_float32_in_every_precision(head_dim: int) -> None:
-    """Three roundings to float32: of the exponent, which is below 1, of the power, and of its inverse."""
+    """There are three roundings to float32: of the exponent (below 1), the power, and its inverse."""
     found = inverse_frequencies(head_dim, 10000.0)
     assert found.dtype == np.float32
     exact = 10000.0 ** (-2 * np.arange(head_dim // 2) / head_dim)

@@ -1,4 +1,4 @@
-"""The oracle as a library: what a user imports from `refgemma.oracle`, and what a wrong trace says."""
+"""Test the oracle as a library: imports from `refgemma.oracle`, and results for a wrong trace."""
 
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def test_a_trace_of_another_model_names_the_model_that_fits(tmp_path: Path, caps
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err.count("\n") == 1
-    assert "they fit conformance" in said.err
+    assert "the shapes fit conformance" in said.err
 
 
 def test_weight_on_a_masked_key_is_said_and_not_a_quotient(tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_weight_on_a_masked_key_is_said_and_not_a_quotient(tmp_path: Path) -> No
     report = check(write(tmp_path / "p.safetensors", {"layers.0.attention.probs": probs}), "conformance")
     assert report.first_divergence is not None
     judged = report.first_divergence.judged
-    assert judged.note == "weight on a masked key: 1 element must be exactly 0, whatever is rounded; one is 0.25"
+    assert judged.note == "weight on a masked key: 1 element must be exactly 0, independent of rounding; one is 0.25"
     assert judged.statistics.error_over_bound == np.inf
     assert judged.statistics.place == (0, 1, 3, 7)
 

@@ -1,4 +1,4 @@
-"""Perplexity against definitions written out here, piece by piece against all at once, and the command."""
+"""Compare perplexity with definitions written out here, in pieces and all at once, and test the command."""
 
 import json
 import math
@@ -21,7 +21,7 @@ IDS = TINY.tokenizer.encode("Once upon a time there was a king who had three son
 
 
 def all_at_once(ids: list[int]) -> list[float]:
-    """From the logits of the whole text, one probability after the other."""
+    """Return the losses from the logits of the whole text, one after another."""
     logits = refgemma.forward([ids], TINY.weights, TINY.config).logits[0].astype(np.float64)
     return [math.log(np.exp(row).sum()) - row[token] for row, token in zip(logits[:-1], ids[1:], strict=True)]
 

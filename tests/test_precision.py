@@ -1,4 +1,4 @@
-"""Half precision: rounding against ml_dtypes and against the bits themselves; nothing widens or narrows unasked."""
+"""Test half precision: rounding as in ml_dtypes and by bits; nothing widens or narrows without request."""
 
 import inspect
 import re
@@ -30,7 +30,7 @@ FLOATS = hnp.arrays(np.float32, hnp.array_shapes(max_dims=2, max_side=8), elemen
 
 
 def round_bits(x: np.ndarray) -> np.ndarray:
-    """Rounding to bfloat16 as it is taught: add half of what is cut off, a bit less for even numbers, and cut."""
+    """Round to bfloat16 in the textbook way: add half of the cut part, a bit less for even numbers, and cut."""
     bits = x.astype(np.float32).view(np.uint32)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
     return np.where(np.isnan(x), np.float32(np.nan), rounded)
@@ -147,7 +147,7 @@ def square(seed: int = 0) -> BF16:
 
 
 def off_grid(value: object) -> list[object]:
-    """The rounded arrays in `value` that are not, and floating-point arrays of float32 that should be."""
+    """Return arrays in `value` that are off their grid, and float32 arrays that should be rounded."""
     if isinstance(value, list | tuple):
         return [found for item in value for found in off_grid(item)]
     if isinstance(value, np.ndarray | np.floating) and value.dtype == np.float32:
@@ -190,9 +190,9 @@ WRITERS: dict[str, tuple[Any, ...]] = {
 
 
 def functions_with_out() -> dict[str, Callable[..., Any]]:
-    """Every function of NumPy other than a ufunc whose signature has an argument `out`.
+    """Return every function of NumPy except ufuncs whose signature has an argument `out`.
 
-    In older NumPy a function written in C has no signature that can be read: its description begins with the call.
+    In older NumPy, functions written in C have no readable signature; their docstring begins with the call.
     """
     found = {}
     for prefix, module in (("", np), ("linalg.", np.linalg)):

@@ -1,5 +1,5 @@
-"""Weights and tokens beside the checkpoint's: copies of the conformance checkpoint and texts of the tiny model, each
-wrong in one known way, made here by NumPy alone."""
+"""Compare weights and tokens with the checkpoint's. The cases are copies of the conformance checkpoint and texts of the
+tiny model, each wrong in one known way, made here with NumPy alone."""
 
 import json
 from collections.abc import Callable
@@ -44,7 +44,7 @@ def test_the_same_weights_are_exact_in_any_precision(weights: Weights, tmp_path:
 
 
 def pairs_side_by_side(x: np.ndarray) -> np.ndarray:
-    """Row 2 i of a head is row i, and row 2 i + 1 is row i + 5."""
+    """Return rows with row 2 i of a head from row i, and row 2 i + 1 from row i + 5."""
     order = [head * 10 + half * 5 + i for head in range(6) for i in range(5) for half in (0, 1)]
     return x[order]
 

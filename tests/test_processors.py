@@ -1,4 +1,4 @@
-"""What the settings do to scores: each cut keeps what it says."""
+"""Test the effect of settings on scores: each setting keeps the right tokens."""
 
 import math
 from dataclasses import replace
@@ -76,7 +76,7 @@ def test_scores_are_constrained_then_the_callers_then_cut() -> None:
 
 
 def test_all_settings_in_the_order_of_transformers() -> None:
-    """Expected: the processors that transformers 5.23 makes of these settings, on these scores."""
+    """Expected scores are from transformers 5.23's processors for these settings and scores."""
     call = call_with(
         sequence_bias={(3,): -1.0, (5, 2, 0): 2.0}, repetition_penalty=2.0, no_repeat_ngram_size=2,
         bad_words_ids=[[7], [2, 6], [1, 4]], eos_token_id=[4], exponential_decay_length_penalty=(1, 2.0),

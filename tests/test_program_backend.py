@@ -1,5 +1,5 @@
-"""A backend that is a program: one that answers rightly keeps the laws; one that crashes, hangs or answers junk is told
-of in a sentence, and never waited for."""
+"""Test a program as a backend: a program that answers correctly passes the laws. A program that crashes, hangs or
+answers junk gives a one-sentence error, and nothing waits for it."""
 
 import sys
 import time
@@ -75,7 +75,7 @@ for line in sys.stdin:
 
 @pytest.fixture
 def program(tmp_path: Path):
-    """The program with a fault, and no patience."""
+    """Return the program with a fault, and a short time limit."""
     path = tmp_path / "port.py"
     path.write_text(PORT)
     started = []
@@ -167,10 +167,10 @@ def test_a_refusal_is_no_failure(program) -> None:
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("dtypes=int4", r"its dtypes are \['int4'\]"),
-        ("dtypes= ", "its dtypes are none"),
-        ("max_length=-1", "its max_length is '-1'"),
-        ("cache=yes", "its cache is 'yes'; write true or false"),
+        ("dtypes=int4", r"dtypes is \['int4'\]"),
+        ("dtypes= ", "dtypes is none"),
+        ("max_length=-1", "max_length is '-1'"),
+        ("cache=yes", "cache is 'yes'; it must be true or false"),
     ],
 )
 def test_capabilities_are_checked(program, fault: str, message: str) -> None:

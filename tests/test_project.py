@@ -1,4 +1,4 @@
-"""What the repository says about itself, and what must not slip into it."""
+"""Check the repository's statements about itself, and that nothing unwanted is in it."""
 
 import os
 import re
@@ -22,7 +22,7 @@ MACHINE_PATH = re.compile(rb"(?<![\w.~/-])(?:/(?:home|mnt|opt|root|tmp|Users|wor
 
 
 def project_files() -> list[Path]:
-    """What is in git or about to be; git's own ignore rules keep the rest out."""
+    """Return the files that are in git or not ignored."""
     listing = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -36,7 +36,7 @@ def project_files() -> list[Path]:
 
 
 def citation() -> dict[str, str]:
-    """The top level of CITATION.cff: what stands beside each key."""
+    """Return the top level of CITATION.cff: the value of each key."""
     return dict(re.findall(r"^([a-z-]+):[ \t]*(.*)$", (ROOT / "CITATION.cff").read_text("utf-8"), re.MULTILINE))
 
 

@@ -1,4 +1,4 @@
-"""A generated file that is stale is seen; that none is, .ci/run asks with `python tools/regen.py --check`."""
+"""Check that a stale generated file is found; .ci/run runs `python tools/regen.py --check` on the repository."""
 
 from pathlib import Path
 

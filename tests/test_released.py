@@ -1,5 +1,5 @@
-"""Published outputs of the released checkpoints: consistent with one another, without weights; and beside what refgemma
-computes, where ``REFGEMMA_CHECKPOINTS`` names a folder that holds ``gemma-2-9b`` and so on."""
+"""Check published outputs of the released checkpoints for consistency, without weights. If ``REFGEMMA_CHECKPOINTS``
+names a folder with ``gemma-2-9b`` and so on, also compare refgemma's results with them."""
 
 import itertools
 import math
@@ -41,7 +41,8 @@ POINTS = {
 
 
 def distribution(ids: list[int], model: Pretrained) -> tuple[list[float], list[np.ndarray], np.ndarray]:
-    """Norms of the residual stream at the last place, log probabilities through the next norm, and the model's own."""
+    """Return norms of the last place's residual stream, log probabilities through the next norm, and the model's
+    own."""
     start = begin([ids], model.weights, model.config)
     stream = [start.embedded[0, -1]]
     norms = []
@@ -65,7 +66,7 @@ def entropy_bits(log_probabilities: np.ndarray) -> float:
 
 
 def problems(log_probabilities: np.ndarray, expected: Mapping[str, Any], model: Pretrained) -> list[str]:
-    """Where a distribution is not the published one."""
+    """Return where a distribution differs from the published one."""
     found = []
     probabilities = np.exp(log_probabilities.astype(np.float64))
     best = np.sort(probabilities)[::-1]
@@ -81,14 +82,14 @@ def problems(log_probabilities: np.ndarray, expected: Mapping[str, Any], model: 
 
 
 def likeliest(ids: list[int], model: Pretrained) -> list[tuple[str, float]]:
-    """The five likeliest next tokens with their probabilities, as the model's own precision has them."""
+    """Return the five most likely next tokens with their probabilities, in the model's own precision."""
     logits = np.asarray(refgemma.next_token_logits([ids], model.weights, model.config)[0])[0, -1]
     p = np.exp(log_softmax(logits.astype(np.float64)))
     return [(model.tokenizer.decode([int(token)]), float(p[token])) for token in np.argsort(-p)[:5]]
 
 
 def apart(found: list[tuple[str, float]], published: list[tuple[str, float]], allowed: float) -> list[str]:
-    """Where the likeliest tokens are not the published ones; of tokens that are nearly as likely any order will do."""
+    """Return where the most likely tokens differ from the published ones; near ties may be in any order."""
     best, theirs = {word.strip(): p for word, p in reversed(found)}, dict(reversed(published))
     wrong = [f"{word!r} has {best[word]:.3f}, published {p:.3f}" for word, p in theirs.items()
              if word in best and abs(best[word] - p) > allowed]  # fmt: skip
@@ -97,7 +98,7 @@ def apart(found: list[tuple[str, float]], published: list[tuple[str, float]], al
 
 
 def points(ids: list[int], model: Pretrained) -> dict[tuple[str, int | None], np.ndarray]:
-    """The tensors of `POINTS` in every layer."""
+    """Return the tensors of `POINTS` in every layer."""
     start = begin([ids], model.weights, model.config)
     found: dict[tuple[str, int | None], np.ndarray] = {("embedded", None): np.asarray(start.embedded)}
     for layer, record in enumerate(blocks(start, model.weights, model.config)):
@@ -108,7 +109,7 @@ def points(ids: list[int], model: Pretrained) -> dict[tuple[str, int | None], np
 
 
 def relative_differences(ids: list[int], narrow: Pretrained, wide: Pretrained) -> dict[tuple[str, int | None], float]:
-    """What bfloat16 changes at each point, over the size of what is there."""
+    """Return the relative change by bfloat16 at each point."""
     exact = points(ids, wide)
     return {
         key: float(np.linalg.norm(x.astype(np.float64) - exact[key]) / np.linalg.norm(exact[key].astype(np.float64)))
@@ -117,7 +118,8 @@ def relative_differences(ids: list[int], narrow: Pretrained, wide: Pretrained) -
 
 
 def explain(x: np.ndarray, autoencoder: Mapping[str, np.ndarray]) -> tuple[float, float]:
-    """Fraction of the variance of rows that a JumpReLU autoencoder leaves unexplained, and active features a row."""
+    """Return the fraction of the rows' variance that a JumpReLU autoencoder does not explain, and active features per
+    row."""
     raw = x @ autoencoder["W_enc"] + autoencoder["b_enc"]
     active = np.where(raw > autoencoder["threshold"], raw, 0.0)
     rest = x - (active @ autoencoder["W_dec"] + autoencoder["b_dec"])
@@ -125,14 +127,14 @@ def explain(x: np.ndarray, autoencoder: Mapping[str, np.ndarray]) -> tuple[float
 
 
 def continue_greedily(ids: list[int], model: Pretrained, count: int) -> list[int]:
-    """The next `count` tokens, each the likeliest."""
+    """Return the next `count` tokens, each the most likely."""
     call = merge_settings(None, GenerationConfig(), {"max_new_tokens": count, "do_sample": False})
     found = generate_batch(Prompts([ids]), model.weights, model.config, call).sequences
     return [int(token) for token in found[0, len(ids) :]]
 
 
 def common_start(texts: list[str]) -> str:
-    """What several continuations of one prompt begin with."""
+    """Return the common beginning of several continuations of one prompt."""
     pairs = zip(*texts, strict=False)
     return "".join(first for first, *_ in itertools.takewhile(lambda letters: len(set(letters)) == 1, pairs))
 
@@ -141,7 +143,7 @@ def common_start(texts: list[str]) -> str:
 
 
 def released(name: str, dtype: str = "float32") -> Pretrained:
-    """A released checkpoint, or the reason why there is none."""
+    """Load a released checkpoint, or skip the test with the reason."""
     folder = os.environ.get("REFGEMMA_CHECKPOINTS")
     if not folder or not (Path(folder) / name / "config.json").exists():
         pytest.skip(f"needs the weights of google/{name}: set REFGEMMA_CHECKPOINTS to a folder that holds {name}/")
@@ -231,7 +233,8 @@ def test_released_2b_likeliest(case: int) -> None:
 
 @pytest.mark.parametrize("size", ["2b", "9b"])
 def test_released_noise_of_bfloat16(size: str) -> None:
-    """The bases were compared in bfloat16 with float32: ours differ by as much, up to a factor for other kernels."""
+    """The published comparison of bfloat16 with float32 shows the same difference as ours, up to a factor for other
+    kernels."""
     recording = read_released("interp-engine")
     narrow, wide = released(f"gemma-2-{size}", "bfloat16"), released(f"gemma-2-{size}")
     ours = relative_differences(narrow.tokenizer.encode(recording["prompt"]), narrow, wide)
@@ -274,7 +277,7 @@ def test_released_habana_texts(size: str) -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_cap_of_30_and_no_other_carries_the_uncapped_into_the_published_distribution(size: str) -> None:
-    """``final = cap * tanh(uncapped / cap)``: of the tokens in both tables, up to the sum that softmax divides out."""
+    """``final = cap * tanh(uncapped / cap)`` for tokens in both tables, up to the sum that softmax divides by."""
     recording = read_released(f"logos-in-layers-{size}")
     [case] = [
         c for c in read_released(f"logos-in-layers-{size}-layers")["prompts"] if c["prompt"] == recording["main_prompt"]
@@ -285,7 +288,8 @@ def test_a_cap_of_30_and_no_other_carries_the_uncapped_into_the_published_distri
     assert len(both) >= 4
 
     def misfit(cap: float) -> float:
-        """Least over the unknown height of the uncapped logits, of which a softmax tells only differences."""
+        """Return the smallest misfit over the unknown offset of the uncapped logits, because a softmax shows only
+        differences."""
         heights = np.arange(5.0, 120.0, 0.02)
         curves = cap * np.tanh((raw[None, :] - raw[0] + heights[:, None]) / cap)
         apart = (curves - curves[:, :1]) - (final - final[0])
@@ -334,7 +338,7 @@ def test_log_probabilities_that_are_said_to_be_bfloat16_are() -> None:
 
 
 def test_the_noise_of_batching_is_within_the_tolerance_that_is_allowed() -> None:
-    """It was suggested, not derived; the four requests at once are what there is to hold it against."""
+    """The tolerance was suggested, not derived; the four simultaneous requests are the only data to test it."""
     single, batched = (read_released(f"text-generation-inference-9b-it{name}") for name in ("", "-load"))
     largest = 0.0
     for part in ("prefill", "decode"):
@@ -351,7 +355,8 @@ def test_the_noise_of_batching_is_within_the_tolerance_that_is_allowed() -> None
 
 
 def test_probabilities_of_2b_are_of_bfloat16_logits() -> None:
-    """The logits are between 16 and 32, where a bfloat16 has steps of 1/8: logarithms of ratios are multiples of it."""
+    """The logits are between 16 and 32, where bfloat16 has steps of 1/8, so logarithms of ratios are multiples of
+    1/8."""
     recording = read_released("circuit-tracer-2b")
     on_the_grid = {}
     for case in recording["prompts"]:
@@ -377,8 +382,8 @@ def test_likeliest_tokens_that_are_others_are_seen() -> None:
 
 
 def test_relative_differences_and_cosines_are_of_the_same_vectors() -> None:
-    """``1 - cos <= d * d / 2``, with equality where the difference is across the vector. The 9B's embedding is the one
-    that is also stretched: sqrt(3584) is 59.75 in bfloat16."""
+    """``1 - cos <= d * d / 2``, with equality if the difference is orthogonal to the vector. Only the 9B's embedding is
+    also stretched: sqrt(3584) is 59.75 in bfloat16."""
     for model in read_released("interp-engine")["models"]:
         layers = {layer for _, layer, *_ in model["points"]}
         assert len(layers) == 5  # four and no layer

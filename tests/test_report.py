@@ -1,4 +1,4 @@
-"""The page of a check: one file without a network that shows what the JSON has."""
+"""Test the page of a check: one file that needs no network and shows the contents of the JSON."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from refgemma.trace.names import save_trace
 
 
 class Tags(HTMLParser):
-    """Every element's name and attributes, and whether each that was opened was closed."""
+    """Collects every element's name and attributes, and checks that all are closed."""
 
     EMPTY = ("meta", "rect", "circle", "polyline")
 
@@ -45,7 +45,7 @@ class Tags(HTMLParser):
 
 @pytest.fixture
 def wrong(tmp_path: Path) -> Path:
-    """A run with ten wrong scores in one head."""
+    """Write a run with ten wrong scores in one head."""
     path = tmp_path / "run.safetensors"
     ids = ",".join(str(n) for n in range(2, 22))
     assert main(["trace", "--ids", ids, "--model", "conformance", "-o", str(path)]) == 0

@@ -1,4 +1,4 @@
-"""The file that keeps a finding: below its limit, with the worst element and all that this was computed from."""
+"""Test the repro file: below its limit, with the worst element and all its inputs."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ FIELDS_WITH_INPUTS = [field for field in FIELDS if field not in ("cos", "sin", "
 
 
 def spoilt(field: str, dtype: str, folder: Path) -> tuple[Engine, Instance, tuple[int, ...]]:
-    """A check of a run whose second text has one wrong element, and where that is."""
+    """Check a run whose second text has one wrong element; return also its index."""
     model = refgemma.load("conformance", dtype)
     name = field if field in FIELDS[-3:] else f"layers.2.{field}"
     tensors = dict(named_tensors(forward(IDS, model.weights, model.config)))

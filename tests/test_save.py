@@ -1,5 +1,5 @@
-"""Written checkpoints: read back bit for bit by safetensors' own loader, whole or not at all, and continued where an
-interrupted run stopped."""
+"""Test written checkpoints: read back bit for bit by safetensors' own loader, complete or absent, and continued after
+an interruption."""
 
 import itertools
 import json
@@ -93,7 +93,7 @@ def test_rounding_is_to_nearest_even() -> None:
 
 
 def test_old_weights_are_replaced_whole(tmp_path: Path) -> None:
-    """However many files the old ones and the new ones are in, no file of the old ones stays."""
+    """No old file stays, for any numbers of old and new files."""
     for limit in ("1GB", 100, 1, "1GB"):
         wanted = outputs(seed=hash(limit) % 1000)
         write_checkpoint(tmp_path, wanted, limit)
@@ -103,7 +103,7 @@ def test_old_weights_are_replaced_whole(tmp_path: Path) -> None:
 
 
 class Failing:
-    """Rows that cannot all be read."""
+    """Rows that raise an error before all are read."""
 
     shape = (40, 5)
 
@@ -122,7 +122,7 @@ def test_a_failure_leaves_the_old_weights_and_nothing_else(tmp_path: Path) -> No
 
 
 class Counted:
-    """Rows that count how often they are read, and fail when told to."""
+    """Rows that count how often they are read, and fail on request."""
 
     def __init__(self, rows: Any, fail: bool = False) -> None:
         self.rows, self.fail, self.reads, self.shape = rows, fail, 0, rows.shape
@@ -140,7 +140,7 @@ def test_an_interrupted_run_is_continued(tmp_path: Path) -> None:
     counted = [OutputTensor(o.name, o.dtype, o.shape, r) for o, r in zip(whole, rows, strict=True)]
     with pytest.raises(KeyboardInterrupt):
         write_checkpoint(tmp_path, counted, 100, fingerprint="this source")
-    with pytest.raises(CheckpointError, match="holds no config"):
+    with pytest.raises(CheckpointError, match="has no config"):
         open_checkpoint(tmp_path)
     assert not list(tmp_path.glob("*.safetensors"))
     rows[3].fail = False
@@ -162,7 +162,7 @@ def test_a_full_disk_is_seen_before_anything_is_written(tmp_path: Path, monkeypa
     write_checkpoint(tmp_path, outputs())
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 100))
-    with pytest.raises(CheckpointError, match=r"0\.0 GB are needed, but the disk has 0\.0 GB left"):
+    with pytest.raises(CheckpointError, match=r"needs 0\.0 GB, but the disk has 0\.0 GB left"):
         write_checkpoint(tmp_path, outputs(1))
     assert same(tmp_path, outputs())
 
@@ -175,7 +175,7 @@ def test_what_the_disk_has_made_of_it_is_checked(tmp_path: Path, limit: int | st
     damaged = bytearray(file.read_bytes())
     damaged[-3] ^= 1
     file.write_bytes(bytes(damaged))
-    with pytest.raises(CheckpointError, match=rf"{file.name}: tensor 'd' reads back differently from row 0"):
+    with pytest.raises(CheckpointError, match=rf"{file.name}: tensor 'd' differs from row 0 on when read back"):
         check_written(tmp_path, wanted)
     file.unlink()
     with pytest.raises(CheckpointError, match="is missing after writing"):
@@ -183,7 +183,7 @@ def test_what_the_disk_has_made_of_it_is_checked(tmp_path: Path, limit: int | st
 
 
 def test_a_killed_run_leaves_nothing_that_can_be_read(tmp_path: Path) -> None:
-    """Killed while a shard is being written: no weights, and the next run finishes them."""
+    """A run that is killed while writing a shard leaves no weights, and the next run finishes."""
     program = f"""
 import sys, time
 import numpy as np

@@ -1,4 +1,4 @@
-"""The instructions for coding agents, docs/how-to/SKILL.md, followed on a port with three bugs."""
+"""Follow the instructions for coding agents, docs/how-to/SKILL.md, on a port with three bugs."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""`exercises.play`: the story of a model with a student's functions, right ones and wrong ones."""
+"""Test `exercises.play`: the story of a model with a student's functions, right or wrong."""
 
 import re
 import time
@@ -29,7 +29,7 @@ def norm_without_offset(x: Any, weight: Any, eps: float) -> Any:
 
 
 def generated(tokens: int) -> str:
-    """The continuation by the package's own command, which shares no loop with `play`."""
+    """Return the continuation by the package's own command, which shares no loop with `play`."""
     tiny = refgemma.load("tiny")
     prompt = tiny.tokenizer.encode(SEA)
     new = list(refgemma.generate(prompt, tiny.weights, tiny.config, max_new_tokens=tokens))
@@ -73,6 +73,9 @@ def test_every_exercise_on_a_part_of_the_model_has_its_place() -> None:
         "qk_norm_scores",
         "induction_scores",
         "embed_bf16",
+        "soft_cap_backward",
+        "mean_gradient",
+        "rms_norm_backward",
     }
     checks = {name.removeprefix("check_") for name in exercises.__all__ if name.startswith("check_")} - {"seeded"}
     assert checks - whole == set(REPLACEABLE)
@@ -88,7 +91,7 @@ def test_a_mistake_changes_the_story_and_is_named() -> None:
     assert story.tokens[story.same] != story.usual_tokens[story.same]
     shown = repr(story)
     assert "With the definition:" in shown
-    assert f"The stories part after {story.same} new tokens" in shown
+    assert f"The stories differ after {story.same} new tokens" in shown
     assert "rotate: Not yet" in shown
     assert "half a head apart" in shown
     assert "embed: " not in shown
@@ -104,7 +107,7 @@ def test_a_mistake_that_the_story_does_not_show() -> None:
     # The window has 64 tokens, and the story is shorter.
     story = play(SEA, tokens=6, sliding_mask=lambda q, k, w: k <= q[:, None])
     assert story.same == 6
-    assert "does not show the mistake; a longer one may" in repr(story)
+    assert "does not show the mistake; a longer story may" in repr(story)
     assert "the window is missing" in repr(story)
 
 
@@ -138,11 +141,11 @@ def stub(*arguments: Any) -> Any:
         ("repeat_kv", lambda x, groups: x, "repeat_kv returned the shape (1, 2, 7, 32) instead of (1, 6, 7, 32)"),
         ("gelu_tanh", lambda x: None, "gelu_tanh returned object instead of numbers"),
         ("gelu_tanh", lambda x: x * 1j, "gelu_tanh returned complex"),
-        ("soft_cap", lambda x, cap: x * np.nan, "soft_cap returned numbers that are NaN or infinite"),
+        ("soft_cap", lambda x, cap: x * np.nan, "soft_cap returned NaN or infinite numbers"),
         ("sliding_mask", lambda q, k, w: np.eye(len(q)), "sliding_mask returned float64 instead of true and false"),
         ("attention_probs", lambda s, mask, cap: s[0], "attention_probs returned the shape"),
         ("rms_norm", solutions.rms_norm(np.ones(2), np.ones(2), 0.0), "rms_norm is ndarray, not a function"),
-        ("rope", solutions.rotate, "rope is not a part of this model that you can replace; the parts are embed, "),
+        ("rope", solutions.rotate, "rope is not a part of this model that you can replace; you can replace embed, "),
         ("gelu_tanh", lambda x: [[1.0], [1.0, 2.0]], "gelu_tanh raised ValueError"),
     ],
 )

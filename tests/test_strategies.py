@@ -1,4 +1,4 @@
-"""The strategies: what they promise of each example, and to what an example shrinks."""
+"""Test the strategies: the guaranteed properties of examples, and the examples to which they shrink."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Streamers: what they are given, and what the one of this package prints."""
+"""Test streamers: their input, and the text that this package's streamer prints."""
 
 import io
 import queue
@@ -24,12 +24,12 @@ def test_a_streamer_prints_the_text(capsys: pytest.CaptureFixture[str]) -> None:
     streamer = TextStreamer(TINY.tokenizer, skip_special_tokens=True)
     MODEL.generate([PROMPT], max_new_tokens=9, streamer=streamer)
     assert capsys.readouterr().out == TINY.tokenizer.decode(ids[0], skip_special_tokens=True) + "\n"
-    with pytest.raises(InputError, match="TextStreamer got 2 texts; it prints only one: generate one at a time"):
+    with pytest.raises(InputError, match="TextStreamer got 2 texts, but prints only one; generate one text at a time"):
         MODEL.generate([PROMPT, PROMPT], max_new_tokens=9, streamer=TextStreamer(TINY.tokenizer))
 
 
 class Screen(io.StringIO):
-    """Counts how often it is told to show what it has."""
+    """A stream that counts how often it is flushed."""
 
     shown = 0
 
@@ -60,7 +60,7 @@ def test_a_text_streamer_prints_one_text(monkeypatch: pytest.MonkeyPatch) -> Non
     assert twice == 2 * ", the queen\n"
     refused(
         lambda: TextStreamer(tokenizer).put(ids[None].repeat(2, 0)),
-        "TextStreamer got 2 texts; it prints only one: generate one at a time",
+        "TextStreamer got 2 texts, but prints only one; generate one text at a time",
     )
     assert printed(TextStreamer(tokenizer), ids[None, :1], ids[1:], None).getvalue() == words + "\n"
     # Bytes are kept back until their run is over: at a piece, a special token, or the end. What is no character then is
@@ -74,7 +74,7 @@ def test_a_text_streamer_prints_one_text(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 class Listener:
-    """Writes down what it is given."""
+    """A streamer that records its input."""
 
     def __init__(self) -> None:
         self.heard: list[Any] = []
@@ -92,7 +92,7 @@ def test_a_streamer_is_given_the_prompt_then_each_token_then_the_end() -> None:
     assert listener.heard == [[[3, 4], [6, 7]], found[:, 2].tolist(), found[:, 3].tolist(), "end"]
     refused(
         lambda: SMALL.generate([[3, 4]], streamer=listener, num_beams=2),
-        "a streamer cannot show a beam search, whose tokens change until its end; set num_beams=1",
+        "a streamer cannot show a beam search, because its tokens may change until the end; set num_beams=1",
     )
 
 

@@ -1,5 +1,5 @@
-"""refgemma sweep: the same report however many workers there are, nothing computed twice, and nothing lost with a
-worker. The port of these tests is a script that copies a trace, notes that it ran, and may end the worker it runs in.
+"""Test refgemma sweep: the report is the same for any number of workers, nothing is computed twice, and a dead worker
+loses nothing. The port in these tests is a script that copies a trace, records that it ran, and may kill its worker.
 """
 
 import json
@@ -43,7 +43,7 @@ shutil.copy(trace, written)
 
 @pytest.fixture
 def folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
-    """Three traces of the conformance checkpoint, and a port that copies one."""
+    """Make three traces of the conformance checkpoint, and a port that copies one."""
     for name, ids in (("a", "2,5,9,30,31,7,8,9,10,11"), ("b", "2,5,9,30"), ("c", "2,40,41,42")):
         assert main(["trace", "--ids", ids, "--model", "conformance", "-o", str(tmp_path / f"{name}.safetensors")]) == 0
     (tmp_path / "port.py").write_text(PORT)
@@ -65,13 +65,13 @@ def written(folder: Path, *jobs: dict[str, Any]) -> Path:
 
 
 def swept(jobs: Path, capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str]:
-    """Exit code and report."""
+    """Run a sweep; return exit code and report."""
     code = main(["sweep", str(jobs), "--json", *options])
     return code, capsys.readouterr().out
 
 
 def ran(folder: Path) -> list[str]:
-    """Which traces the port was run for."""
+    """Return the traces for which the port was run."""
     return (folder / "ran.txt").read_text().split() if (folder / "ran.txt").exists() else []
 
 
@@ -182,7 +182,7 @@ def test_a_command_gets_the_model_with_the_jobs_numbers(folder: Path, capsys: py
         ("", "contains no job"),
         ("\xff", "is not text"),
         ("{", "line 1: is not JSON"),
-        ("[1]", "line 1: holds a list, not a JSON object"),
+        ("[1]", "line 1: must be a JSON object, but is a list"),
         ('{"trace": "a.safetensors"}\n{"model": "tiny"}', "line 2: give either trace"),
         ('{"trace": "a.safetensors", "run": "x {trace}"}', "give either trace"),
         ('{"trace": "none.safetensors"}', "none.safetensors"),
@@ -234,7 +234,7 @@ def test_a_terminal_report_is_short(folder: Path, capsys: pytest.CaptureFixture[
 
 @pytest.fixture
 def scheduler() -> Iterator[str]:
-    """The address of a scheduler with two workers, each a process of its own."""
+    """Yield the address of a scheduler with two workers, each in its own process."""
     from distributed import LocalCluster
 
     with LocalCluster(
@@ -314,7 +314,7 @@ def test_ctrl_c_while_workers_start_is_silent(delay: float, tmp_path: Path) -> N
 
 
 def has_worker(group: int) -> bool:
-    """Return whether a process of `group` is a worker of `multiprocessing`."""
+    """Return True if a process of `group` is a worker of `multiprocessing`."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it ended meanwhile
             words = stat.read_text().rpartition(")")[2].split()
@@ -324,7 +324,7 @@ def has_worker(group: int) -> bool:
 
 
 def is_running(pid: int) -> bool:
-    """Return whether a process is there and has not ended; one that nobody has waited for is a zombie."""
+    """Return True if a process exists and has not ended; an ended process may remain as a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:

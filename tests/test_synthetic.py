@@ -1,4 +1,4 @@
-"""Synthetic weights: the same bytes everywhere, whichever rows are asked for; and folders of them."""
+"""Test synthetic weights: the same bytes everywhere, for any requested rows; and folders of synthetic weights."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ CONFIG = Gemma2Config(
 
 
 def test_the_bytes_are_these_on_every_machine() -> None:
-    """Of the first megabyte of a tensor of the 9B; a change of NumPy's generator would be seen here."""
+    """Hash the first megabyte of a tensor of the 9B; this would show a change of NumPy's generator."""
     found = hashlib.sha256(raw_bytes("model.layers.7.mlp.up_proj.weight", 0, 2**20).tobytes()).hexdigest()
     assert found == "4af9f1b6c8b008df04ff08ab3fa08a8cfccfe42d0f6dd54c6f8ba463fc7054db"
 
@@ -76,7 +76,7 @@ def test_a_folder_is_the_same_weights(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_run_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second file fails; nothing can be opened then, and the next run does not write the first again."""
+    """The second file fails; then nothing can be opened, and the next run does not write the first file again."""
     blocks, written = Synthetic.__getitem__, []
 
     def failing(tensor: Synthetic, rows: object) -> object:
@@ -99,7 +99,8 @@ def test_an_interrupted_run_is_continued(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_nothing_unchecked_can_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Interrupted while all is read again, and then with a byte changed: the next run finds it, and then mends it."""
+    """The run is interrupted while reading back, then a byte is changed; the next run finds the fault, and later runs
+    repair it."""
     checked = writer.check_written
 
     def interrupted(*_: object) -> None:
@@ -116,7 +117,7 @@ def test_nothing_unchecked_can_be_opened(tmp_path: Path, monkeypatch: pytest.Mon
     damaged = bytearray(whole)
     damaged[-1] ^= 1
     file.write_bytes(bytes(damaged))
-    with pytest.raises(refgemma.CheckpointError, match=rf"{file.name}: .* reads back differently"):
+    with pytest.raises(refgemma.CheckpointError, match=rf"{file.name}: .* differs from row .* when read back"):
         write_synthetic(CONFIG, tmp_path, max_shard_size=20_000)
     with pytest.raises(refgemma.CheckpointError):
         refgemma.open_checkpoint(tmp_path)

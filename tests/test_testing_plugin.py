@@ -1,4 +1,4 @@
-"""The plugin seen from outside: pytest is started as an author of another implementation starts it."""
+"""Test the plugin from outside: start pytest as an author of another implementation would."""
 
 import subprocess
 import sys
@@ -46,7 +46,7 @@ class Crashing(Small):
 
 @pytest.fixture
 def run(pytester: pytest.Pytester):
-    """Run the laws against a backend of `ADAPTERS`."""
+    """Run the laws on a backend of `ADAPTERS`."""
     pytester.makepyfile(adapters=ADAPTERS)
     pytester.syspathinsert()
 
@@ -120,9 +120,9 @@ def test_known_failures_are_expected_and_stale_ones_reported(run, pytester: pyte
     result.stdout.fnmatch_lines(
         [
             "conforms: 1, differs: 1, not applicable: 1",
-            "warning: *skips.txt: causality passes now; remove its line",
-            "warning: *skips.txt: chunks_change_nothing is not applicable; remove its line",
-            "warning: *skips.txt: unknown law or recording spelt_wrongly; remove its line",
+            "warning: *skips.txt: causality passes now; remove this line",
+            "warning: *skips.txt: chunks_change_nothing is not applicable; remove this line",
+            "warning: *skips.txt: unknown law or recording spelt_wrongly; remove this line",
             "*1 xfailed, 1 xpassed*",
         ]
     )
@@ -131,8 +131,8 @@ def test_known_failures_are_expected_and_stale_ones_reported(run, pytester: pyte
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("causality\n", "*skips.txt, line 1: write the name of a law, a colon, and the reason of the failure"),
-        ("causality:\n", "*skips.txt, line 1: write the name of a law, a colon, and the reason of the failure"),
+        ("causality\n", "*skips.txt, line 1: must have the name of a law, a colon, and the reason for the failure"),
+        ("causality:\n", "*skips.txt, line 1: must have the name of a law, a colon, and the reason for the failure"),
         ("causality: a\ncausality: b\n", "*skips.txt, line 2: duplicate entry causality; remove it"),
     ],
 )

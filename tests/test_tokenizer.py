@@ -1,4 +1,4 @@
-"""The tokenizer of the tiny model: round trips over all of Unicode, Gemma's conventions, refusals, streaming."""
+"""Test the tiny model's tokenizer: round trips over all of Unicode, Gemma's conventions, errors, streaming."""
 
 import json
 from importlib.resources import files
@@ -260,9 +260,9 @@ def test_an_encoding_is_a_mapping_with_attributes() -> None:
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        ({"return_tensors": "pt"}, "return_tensors is 'pt'; it must be 'np', because refgemma computes in NumPy"),
+        ({"return_tensors": "pt"}, "return_tensors is 'pt'; it must be 'np', because refgemma uses NumPy"),
         ({"is_split_into_words": True}, "is_split_into_words=True needs a list of words"),
-        ({"text_target": "b"}, "text_target='b' is not supported: Gemma's labels are its input_ids"),
+        ({"text_target": "b"}, "text_target='b' is not supported: Gemma's labels are the input_ids"),
         ({"padding_sid": "left"}, "unexpected keyword argument 'padding_sid'"),
         ({"padding": "left"}, "padding is 'left'; it must be one of False, True, 'longest'"),
         ({"padding": 1}, "padding is 1; it must be one of"),
@@ -543,7 +543,7 @@ def test_wrong_types_are_refused(method: str, argument: object, problem: str) ->
 
 
 def train(folder: Path, **changes: Any) -> Path:
-    """Train a model of a few dozen pieces with Gemma's conventions but for `changes`; its file."""
+    """Train a model of a few dozen pieces with Gemma's conventions except `changes`; return the file."""
     options: dict[str, Any] = dict(model_type="bpe", vocab_size=40, minloglevel=2, hard_vocab_limit=False)
     options |= dict(pad_id=0, eos_id=1, bos_id=2, unk_id=3)
     options |= dict(pad_piece="<pad>", eos_piece="<eos>", bos_piece="<bos>", unk_piece="<unk>")
@@ -563,8 +563,8 @@ def test_a_model_with_gemmas_conventions_is_taken(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"add_dummy_prefix": True}, "adds or removes spaces"),
-        ({"remove_extra_whitespaces": True}, "adds or removes spaces"),
+        ({"add_dummy_prefix": True}, "this tokenizer adds or removes spaces"),
+        ({"remove_extra_whitespaces": True}, "this tokenizer adds or removes spaces"),
         ({"bos_piece": "<s>", "eos_piece": "</s>"}, "has no <bos>, <eos>"),
         ({"pad_id": -1, "eos_id": 0, "bos_id": 1, "unk_id": 2}, "has no <pad>"),
     ],
@@ -578,7 +578,7 @@ def test_a_model_of_other_conventions_is_refused(tmp_path: Path, changes: dict[s
 
 
 def folder_with(folder: Path, **config: Any) -> Path:
-    """A folder with the tiny model and this tokenizer_config.json."""
+    """Make a folder with the tiny model and this tokenizer_config.json."""
     (folder / "tokenizer.model").write_bytes(MODEL_FILE.read_bytes())
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder
@@ -616,7 +616,7 @@ def test_white_space_is_never_special(tmp_path: Path) -> None:
         ({"bos_token": 5}, "the special tokens are .*; each must be a string"),
         ({"extra_special_tokens": "<eos>"}, "the special tokens are '<eos>'; they must be a list"),
         ({"extra_special_tokens": [5]}, "an added token is 5; it must be a string"),
-        ({"added_tokens_decoder": []}, r"its added tokens are \[\]; they must be a mapping from ids"),
+        ({"added_tokens_decoder": []}, r"its added tokens are \[\]; they must be an object from ids"),
         ({"added_tokens_decoder": {"a": {"content": "b"}}}, "its added tokens: an id is not a whole number"),
     ],
 )
@@ -625,7 +625,7 @@ def test_a_wrong_configuration_is_refused(tmp_path: Path, config: dict[str, Any]
         Tokenizer.from_pretrained(folder_with(tmp_path, **config))
 
 
-@pytest.mark.parametrize(("text", "problem"), [("{", "is not JSON"), ("[]", "holds a list, not a JSON")])
+@pytest.mark.parametrize(("text", "problem"), [("{", "is not JSON"), ("[]", "must be a JSON object")])
 def test_a_configuration_that_is_no_json_object_is_refused(tmp_path: Path, text: str, problem: str) -> None:
     (folder_with(tmp_path) / "tokenizer_config.json").write_text(text, encoding="utf-8")
     with pytest.raises(TokenizerError, match=rf"tokenizer_config\.json: {problem}"):

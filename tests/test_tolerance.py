@@ -1,4 +1,4 @@
-"""The rounding bounds hold for every order of summation, and are not so wide that they would hold for anything."""
+"""Test the rounding bounds: they hold for every order of summation, and are not too wide."""
 
 from itertools import pairwise
 
@@ -24,13 +24,13 @@ def normal(seed: int, *shape: int, spread: float = 1.0) -> np.ndarray:
 
 
 def fraction(computed: np.ndarray, exact: np.ndarray, bound: np.ndarray) -> float:
-    """The largest error in units of the bound."""
+    """Return the largest error in units of the bound."""
     error = np.abs(computed.astype(np.float64) - exact)
     return float(np.max(error / (bound + tol.UNDERFLOW)))
 
 
 def sum_in_order(terms: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Add float32 terms along the last axis one after the other: of all ways the one with the largest errors."""
+    """Add float32 terms along the last axis one after another, which gives the largest errors of all orders."""
     total = np.zeros(terms.shape[:-1], np.float32)
     for index in order:
         total = total + terms[..., index]

@@ -1,6 +1,6 @@
-"""The bounds against fifty digits, and against float32 in every order and manner that a conforming port may compute in:
-never exceeded, and at most a thousand times the largest error seen. The references that they are measured from, in
-float64, are right to nine digits of the bound.
+"""Test the bounds against fifty digits, and against float32 in all orders and ways that a conforming port may use. No
+error exceeds its bound, and each bound is at most 1000 times the largest observed error. The float64 references are
+correct to nine digits of the bound.
 """
 
 from collections.abc import Callable, Iterator
@@ -41,7 +41,7 @@ def shuffled(a: Array, b: Array) -> Array:
 
 
 def fused(a: Array, b: Array) -> Array:
-    """Multiply and add with one rounding; float64 holds the product exactly, and rounds the sum 2**29 times finer."""
+    """Multiply and add with one rounding; in float64 the product is exact, and the sum is rounded 2**29 times finer."""
     total = F32(0)
     for x, y in zip(a.astype(np.float64), b.astype(np.float64), strict=True):
         total = F32(x * y + np.float64(total))
@@ -62,7 +62,7 @@ def in_blocks(a: Array, b: Array) -> Array:
 
 
 def in_lanes(a: Array, b: Array) -> Array:
-    """Sixteen partial sums side by side, as vector units do it."""
+    """Compute sixteen partial sums in parallel, as vector units do."""
     lanes = np.zeros(16, F32)
     for n in range(0, len(a), 16):
         part = a[n : n + 16] * b[n : n + 16]
@@ -79,7 +79,7 @@ SUMS: tuple[Sum, ...] = (forwards, backwards, shuffled, fused, in_pairs, in_bloc
 
 @dataclass(frozen=True)
 class Case:
-    """One operation on one input."""
+    """An operation on an input."""
 
     float32: list[Array]
     float64: Array  # the oracle's reference
@@ -176,7 +176,7 @@ OPERATIONS = (linear, attention_scores, rms_norm, softmax, soft_cap, gelu, rotat
 
 
 def fractions(case: Case) -> Iterator[float]:
-    """The largest error of each manner in units of the bound, against fifty digits."""
+    """Yield the largest error of each way in units of the bound, compared with fifty digits."""
     limit = [mpmath.mpf(float(b)) + mpmath.mpf(tol.UNDERFLOW) for b in np.ravel(case.bound)]
     for result in case.float32:
         yield float(max(abs(a - e) / b for a, e, b in zip(mp(result), case.exact, limit, strict=True)))

@@ -1,4 +1,4 @@
-"""The programs of tools/ that count: on small examples whose counts are seen by eye."""
+"""Test the programs of tools/ that count, on small examples that can be counted by eye."""
 
 import ast
 from pathlib import Path
@@ -131,13 +131,13 @@ def test_what_is_missing_or_stale_is_said(monkeypatch: pytest.MonkeyPatch) -> No
     argued = {module: {one: "the same"} for module in FAST_TESTS}
     assert problems(results, argued) == []
     assert problems({k: v for k, v in results.items() if k != "layers"}, argued) == [
-        "layers: it has not been measured",
+        "layers: not measured; run it",
         "stale: no results for layers",
     ]
     assert problems(results, argued | {"ops": {}}) == [f"not argued: ops.{one}"]
     assert problems(results, argued | {"ops": {one: "?", other: "?"}}) == [f"stale: ops.{other} does not survive"]
     monkeypatch.setattr(mutation, "code", lambda text: code(text).replace("np.tanh", "np.sinh"))
-    assert problems(results, argued) == ["ops: its results are of an earlier version; run it again"]
+    assert problems(results, argued) == ["ops: the results are from an earlier version; run it again"]
 
 
 def test_the_score_is_the_share_that_is_found() -> None:

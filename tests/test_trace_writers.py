@@ -1,4 +1,4 @@
-"""The writers of traces in docs/how-to/write-a-trace.md: each is run, where there is a compiler, and what it writes is
+"""Test the writers of traces in docs/how-to/write-a-trace.md: each is run if a compiler is available, and its file is
 read as a candidate."""
 
 import re
@@ -38,7 +38,7 @@ COMMANDS = {
 
 
 def assert_aligned(path: Path) -> None:
-    """The numbers begin at a multiple of eight bytes, so that a memory map of them is aligned."""
+    """Require that the numbers begin at a multiple of eight bytes, so that a memory map is aligned."""
     assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
 
 

@@ -1,5 +1,5 @@
-"""Training: ten steps recorded from PyTorch, arithmetic, accumulation, recomputation, rows, adapters, checkpoints.
-The recording is from ``golden/training.py``; more comparisons are in ``tests/parity/test_training_parity.py``."""
+"""Test training: ten steps recorded from PyTorch, arithmetic, accumulation, recomputation, rows, adapters, checkpoints.
+The recording is from ``golden/training.py``; ``tests/parity/test_training_parity.py`` has more comparisons."""
 
 import json
 import math
@@ -146,7 +146,7 @@ def test_schedules(kind: str, rates: list[float]) -> None:
 
 
 def padded(rows: list[Any]) -> tuple[Any, Any, Any]:
-    """The same rows in one batch: ids, mask, labels."""
+    """Return the same rows in one batch: ids, mask, labels."""
     width = max(map(len, rows))
     ids = np.array([np.pad(row, (0, width - len(row))) for row in rows])
     mask = np.array([np.arange(width) < len(row) for row in rows]).astype(int)
@@ -274,7 +274,7 @@ def test_every_row_comes_once_a_pass_in_another_order() -> None:
 
 @pytest.mark.parametrize(
     ("content", "problem"),
-    [(b"", "is empty"), (b" \n", "is empty"), (b"a\0b", "NUL at character 1"), (b"\xff\xfe", "not a text in UTF-8")],
+    [(b"", "is empty"), (b" \n", "is empty"), (b"a\0b", "character 1 is NUL"), (b"\xff\xfe", "byte 0 is not UTF-8")],
 )
 def test_what_is_no_text(content: bytes, problem: str, tmp_path: Path) -> None:
     (tmp_path / "text").write_bytes(content)
@@ -323,7 +323,7 @@ def test_the_weights_that_are_trained_are_those_that_are_read(dtype: str, tmp_pa
 
 def test_names_of_projections() -> None:
     assert parse_modules("v_proj, q_proj") == ("q_proj", "v_proj")
-    with pytest.raises(TrainingError, match="'lm_head' is not a projection; give all-linear, or some of q_proj, "):
+    with pytest.raises(TrainingError, match="'lm_head' is not a projection; give all-linear or any of q_proj, "):
         parse_modules("q_proj,lm_head")
 
 
@@ -355,10 +355,10 @@ def test_a_checkpoint_is_read_as_it_was(tmp_path: Path) -> None:
         assert (found.tensors[name] == tensor).all()
         for moment in ("exp_avg", "exp_avg_sq"):
             assert (getattr(found.moments[name], moment) == getattr(state.moments[name], moment)).all()
-    with pytest.raises(TrainingError, match="is of another run: its seed was 1, not 2"):
+    with pytest.raises(TrainingError, match="belongs to another run: seed was 1, not 2"):
         read_state(tmp_path / "c", first, {"seed": 2, "text": "x"})
     other, _ = small_base("float32", hidden_size=9)
-    with pytest.raises(TrainingError, match="or has it in another shape"):
+    with pytest.raises(TrainingError, match="is missing, or has another shape"):
         read_state(tmp_path / "c", first_state(other, config, arguments), {"seed": 1})
     damaged = (tmp_path / "c").read_bytes()
     for content in (b"", damaged[:100], damaged[:-1], damaged.replace(b"losses", b"lasses")):

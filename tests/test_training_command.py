@@ -1,4 +1,4 @@
-"""The command `train`: the folder it writes, runs that are killed and resumed, and one line for what cannot be."""
+"""Test the command `train`: its folder, runs that are killed and resumed, and one-line errors."""
 
 import json
 import os
@@ -57,7 +57,7 @@ def test_a_model_learns_its_text_and_is_loaded(text: str, tmp_path: Path, capsys
     assert model.stop_ids == refgemma.load("tiny").stop_ids
     assert main(["generate", "The king", "--model", str(out), "--max-new-tokens", "3"]) == OK
     assert main([*command]) == MISUSE
-    assert "holds files already; give an empty folder" in capsys.readouterr().err
+    assert "is not empty; give an empty folder" in capsys.readouterr().err
 
 
 def test_lines_are_printed_every_few_steps(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -195,12 +195,12 @@ def test_a_run_is_resumed_only_as_it_was(
     kept = (out / CHECKPOINT).read_bytes()
     (tmp_path / "other").write_text(TEXT.replace("wood", "town"))
     refused = {
-        "holds files already; give an empty folder, or continue it with --resume": command,
-        "its learning_rate was 0.0005, not 0.1": [*command, "--resume", "--learning-rate", "0.1"],
-        "its max_steps was 3, not 4": [*command[:-3], "4", "--resume"],
-        "its text was": ["train", str(tmp_path / "other"), *command[2:], "--resume"],
-        "its model was": [*command, "--resume", "--dtype", "float64"],
-        "its lora was None": [*command, "--resume", "--lora-r", "2"],
+        "is not empty; give an empty folder, or continue it with --resume": command,
+        "learning_rate was 0.0005, not 0.1": [*command, "--resume", "--learning-rate", "0.1"],
+        "max_steps was 3, not 4": [*command[:-3], "4", "--resume"],
+        "text was": ["train", str(tmp_path / "other"), *command[2:], "--resume"],
+        "model was": [*command, "--resume", "--dtype", "float64"],
+        "lora was None": [*command, "--resume", "--lora-r", "2"],
     }
     for said, arguments in refused.items():
         assert main(arguments) == MISUSE
@@ -211,7 +211,7 @@ def test_a_run_is_resumed_only_as_it_was(
         assert (out / CHECKPOINT).read_bytes() == kept
     assert main([*command, "--resume"]) == OK
     assert main([*command, "--resume"]) == MISUSE
-    assert f"holds no {CHECKPOINT}, so nothing can be resumed" in capsys.readouterr().err
+    assert f"has no {CHECKPOINT}, so no run can be resumed" in capsys.readouterr().err
 
 
 def test_two_runs_in_one_folder(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -221,7 +221,7 @@ def test_two_runs_in_one_folder(text: str, tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "m" / STAGING).mkdir(parents=True)  # also what a process leaves that was killed at once
     with lock_folder(tmp_path / "m" / STAGING, RefgemmaError):
         assert main(["train", text, "-o", str(tmp_path / "m"), *SMALL]) == MISUSE
-        assert "another process is writing it" in capsys.readouterr().err
+        assert "another process is writing to this folder" in capsys.readouterr().err
     assert main(["train", text, "-o", str(tmp_path / "m"), *SMALL, "--max-steps", "1"]) == OK
 
 
@@ -232,9 +232,9 @@ def test_two_runs_in_one_folder(text: str, tmp_path: Path, capsys: pytest.Captur
     ("content", "said"),
     [
         (b"", "is empty; give a text to train on"),
-        (b"Hello.", "the text is too short: one row to train on and one to hold out are needed"),
-        (b"a\0b" * 100, "holds NUL at character 1"),
-        (b"\x93quoted\x94", "is not a text in UTF-8 (byte 0)"),
+        (b"Hello.", "the text is too short: at least one row to train on and one to hold out are needed"),
+        (b"a\0b" * 100, "character 1 is NUL"),
+        (b"\x93quoted\x94", "byte 0 is not UTF-8"),
     ],
 )
 def test_texts_that_cannot_be(content: bytes, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -245,8 +245,8 @@ def test_texts_that_cannot_be(content: bytes, said: str, tmp_path: Path, capsys:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--seq-len", "1"], "--seq-len 1: 2 to 320 tokens are needed"),
-        (["--seq-len", "321"], "--seq-len 321: 2 to 320 tokens are needed"),
+        (["--seq-len", "1"], "--seq-len is 1; it must be from 2 to 320"),
+        (["--seq-len", "321"], "--seq-len is 321; it must be from 2 to 320"),
         (["--batch-size", "0"], "per_device_train_batch_size is 0; it must be a whole number of at least 1"),
         (["--batch-size", "1000000000000"], "lower --batch-size"),
         (["--gradient-accumulation-steps", "-3"], "gradient_accumulation_steps is -3"),
@@ -270,7 +270,7 @@ def test_texts_that_cannot_be(content: bytes, said: str, tmp_path: Path, capsys:
         (["--model", "conformance"], "tokenizer"),
         (["--dtype", "bfloat16"], "invalid choice"),
         (["--max-steps", "3", "--learning-rate", "1e30"], "so training stops; lower the learning rate"),
-        (["--max-steps", "1", "--learning-rate", "1e39"], "is not finite after it; lower the learning rate"),
+        (["--max-steps", "1", "--learning-rate", "1e39"], "is no longer finite; lower the learning rate"),
     ],
 )  # fmt: skip
 def test_arguments_that_cannot_be(
@@ -309,12 +309,12 @@ def test_dropout_is_not_silent(text: str, tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "tiny" / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.1}))
     command = ["train", text, "-o", str(tmp_path / "m"), *SMALL, "--max-steps", "1", "--model", str(tmp_path / "tiny")]
     assert main(command) == OK
-    assert "attention_dropout is 0.1 in the configuration; dropout is never active here" in capsys.readouterr().err
+    assert "attention_dropout is 0.1 in the configuration; refgemma applies no dropout" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_a_file(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", text, "-o", text]) == MISUSE
-    assert "is a file; give a folder that is empty or absent" in capsys.readouterr().err
+    assert "is a file; give an empty folder or a new one" in capsys.readouterr().err
     assert Path(text).read_text() == TEXT
 
 

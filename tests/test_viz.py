@@ -1,4 +1,4 @@
-"""The pictures: what is drawn are the numbers that were handed in, labelled, and no text is cut off."""
+"""Test the pictures: they show the given numbers with labels, and no text is cut off."""
 
 import base64
 import html
@@ -71,7 +71,7 @@ def test_what_the_cap_takes_is_drawn_on_the_keys_that_are_seen() -> None:
     }
     right = np.array([abs(taken[query, key]) for key, query in places])
     assert np.allclose(dots.get_sizes() / dots.get_sizes().max(), right / right.max())
-    assert axes.get_legend().get_texts()[0].get_text() == f"taken by the cap, at most {right.max():.2g}"
+    assert axes.get_legend().get_texts()[0].get_text() == f"reduced by the cap, at most {right.max():.2g}"
 
 
 def test_a_mask_picture_has_the_places_for_labels() -> None:
@@ -121,7 +121,7 @@ def test_rounding_grows_from_bfloat16_to_float32() -> None:
 
 
 def pictures() -> dict[str, viz.Axes]:
-    """One of each kind, with labels as long as they come."""
+    """Return one picture of each kind, with the longest labels."""
     window = TINY.config.sliding_window
     long = TINY.tokenizer.encode("The little girl looked at the moon, " * 12)[: window + 12]
     run = refgemma.forward([long], TINY.weights, TINY.config)
@@ -173,7 +173,7 @@ def test_no_text_is_cut_off() -> None:
 
 
 class Screen:
-    """What a notebook would show: a list of what was displayed, and of what took the place of the first figure."""
+    """Records what a notebook would show: displayed objects, and replacements of the first figure."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, somebody: bool) -> None:
         self.displayed: list[Any] = []
@@ -226,7 +226,7 @@ def test_without_the_packages_the_picture_stands(missing: str, monkeypatch: pyte
 
 
 def array_page(x: np.ndarray, axes: str) -> tuple[str, np.ndarray]:
-    """The page of an array view, and the numbers in it."""
+    """Return the page of an array view, and the numbers in it."""
     page = html.unescape(treescope.render_to_html(viz.array_view(x, axes), compressed=False))
     (numbers,) = re.findall(r'"arrayBase64": "([^"]*)"', page)
     return page, np.frombuffer(base64.b64decode(numbers), "<f4")

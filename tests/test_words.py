@@ -1,4 +1,4 @@
-"""tools/words.py finds the phrases that CONTRIBUTING.md asks writers to avoid, and none is left."""
+"""Check that tools/words.py finds the phrases that CONTRIBUTING.md asks writers to avoid, and that none is left."""
 
 import ast
 from pathlib import Path

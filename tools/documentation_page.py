@@ -1,7 +1,9 @@
-"""The names that the Transformers documentation page of Gemma 2 documents, taken from its text: parameters with their
-defaults, returned fields, and what its examples call, by section.
+"""Extract the names from the Transformers documentation page of Gemma 2.
 
-`tests/documentation_page.json` is what this makes of the page, ``docs/documentation-page.md`` what it makes of that:
+The names, by section, are parameters with their defaults, returned fields, and names that the examples call.
+
+The first command writes `tests/documentation_page.json` from the page, the second ``docs/documentation-page.md`` from
+that:
 
     python tools/documentation_page.py PAGE > tests/documentation_page.json
     python tools/documentation_page.py > docs/documentation-page.md
@@ -20,33 +22,33 @@ INTRODUCTION = """\
 # The documentation page, name by name
 
 The [Transformers documentation of Gemma 2](https://huggingface.co/docs/transformers/model_doc/gemma2) was the
-specification of this package: in its examples, `transformers` can be replaced by `refgemma` and `torch` by `numpy`.
-This page lists each documented name with the test that compares it with transformers. The test sets the name to a value
-that matters. Both libraries must give the same result, and it must differ from the result without the name. Random
-mixtures of all names are in
-`tests/parity/test_modeling_parity.py`, texts in `tests/parity/test_generation_parity.py`.
+specification of this package: in its examples, you can replace `transformers` by `refgemma` and `torch` by `numpy`.
+The table lists each name (class, argument or field) on that page with the test that compares it with transformers. A
+test sets the name to a value that has an effect. Both libraries must give the same result, and this result must differ
+from the result without the name. `tests/parity/test_modeling_parity.py` tests random combinations of all names, and
+`tests/parity/test_generation_parity.py` tests generated texts.
 
     pip install -e ".[test,record]" && pytest {names}
 
-`python tools/documentation_page.py` writes this page. `tests/test_documentation_page.py` checks that it is complete and
-that its tests exist.
+`python tools/documentation_page.py` writes the page that you are reading. `tests/test_documentation_page.py` checks
+that it is complete and that its tests exist.
 
-Where the page and transformers 5.23 differ, this package follows transformers:
+If the documentation and the code of transformers 5.23 differ, this package follows the code:
 
-- `GemmaForCausalLM` in the page's second example is the class of Gemma 1. It computes wrong results from a Gemma 2
-  checkpoint. `refgemma.GemmaForCausalLM` is `Gemma2ForCausalLM`, with a warning.
-- `past_key_values`: the model returns a `Cache`, which is also the tuple of pairs that the page calls the legacy
-  format. If you pass plain tuples, you get plain tuples back.
-- `Gemma2ForSequenceClassification` without a `pad_token_id` "takes the last value in each row of the batch": then
-  several rows are refused.
+- `GemmaForCausalLM` in the documentation's second example is the class of Gemma 1, which computes wrong results from a
+  Gemma 2 checkpoint. In refgemma, this name gives `Gemma2ForCausalLM`, with a warning.
+- `past_key_values`: the model returns a `Cache`. You can use it like the tuple of pairs that the documentation calls
+  the legacy format. If you pass plain tuples, you get plain tuples back.
+- `Gemma2ForSequenceClassification` without a `pad_token_id` "takes the last value in each row of the batch", says the
+  documentation. The code refuses a batch of several rows in this case.
 - `inputs_embeds` are not scaled by the square root of `hidden_size`.
 
-Two things differ from transformers 5.23:
+refgemma differs from transformers 5.23 in two ways:
 
-- Without `dtype`, `from_pretrained` computes in float32, which rounds least. transformers takes the precision of the
-  configuration, as `dtype="auto"` does in both.
-- In a mask with four axes, true means visible, and a warning says so. transformers adds true and false to the scores
-  of Gemma 2 as 1 and 0, which hides nothing.
+- If you do not pass `dtype`, `from_pretrained` computes in float32. transformers uses the precision that the
+  configuration names, as `dtype="auto"` does in both libraries.
+- In a boolean mask with four axes, true means visible, and a warning says so. transformers adds true and false to the
+  scores of Gemma 2 as 1 and 0, so the mask hides nothing.
 
 | section | name | default on the page | test |
 | --- | --- | --- | --- |
@@ -55,11 +57,11 @@ Two things differ from transformers 5.23:
 SIGNATURE = re.compile(r"(\*\*\w+|\w+)(?:: \w+)?(?: = (\S+))?")  # name: Type = default
 BULLET = re.compile(r"(?:- |Args — )(\w+) \($")  # the description of a parameter
 RETURNED = re.compile(r"^(\w+) \($")  # the description of a returned field
-CALLED = re.compile(r"import (.+)|(\w+)(?=\(|=[^=])")  # in a line of an example
+CALLED = re.compile(r"import (.+)|(\w+)(?=\(|=[^=])")  # names in a line of an example
 
 
 def names_of(page: str) -> dict[str, dict[str, str | None]]:
-    """Section of the page -> name -> its documented default, if there is one."""
+    """Return the documented names by section of the page, each with its default or None."""
     found: dict[str, dict[str, str | None]] = {"examples": {}}
     section = ""
     for line in map(str.strip, page.splitlines()):
@@ -81,8 +83,8 @@ def names_of(page: str) -> dict[str, dict[str, str | None]]:
     return found
 
 
-# What code for transformers uses of the classes beyond the names on the page, which it points to ("resizing the input
-# embeddings", "the generic methods") or which belong to the same calls.
+# More names that code for transformers uses. The page only mentions these features ("resizing the input embeddings",
+# "the generic methods"), or the names belong to the same calls.
 STRANGERS = "tests/strangers/test_classes.py"
 BESIDE = {
     "AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, "
@@ -107,7 +109,7 @@ BESIDE = {
 
 
 def test_of(section: str, name: str) -> str:
-    """The pytest id of the test of one name."""
+    """Return the pytest id of the test for a name."""
     cls = section.split(".")[0]
     if section == "examples":
         config = name in ("Gemma2Model", "Gemma2Config")
@@ -123,7 +125,7 @@ def test_of(section: str, name: str) -> str:
 
 
 def table_of(names: dict[str, dict[str, str | None]]) -> str:
-    """The page ``docs/documentation-page.md``."""
+    """Return the text of ``docs/documentation-page.md``."""
     rows = [
         f"| {section} | `{name}` | {'' if default is None else f'`{default}`'} | `{test_of(section, name)}` |"
         for section, documented in names.items()

@@ -2,7 +2,7 @@
 
     python tools/draw_model.py           write docs/_static/model.svg and notebooks/pictures/*.svg
 
-The drawing follows the reader's system: light or dark. It is legible at the width of a phone (358 pixels).
+The drawing is light or dark, as the reader's system. It is legible at the width of a phone (358 pixels).
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from refgemma.config import Gemma2Config
 
 ROOT = Path(__file__).parents[1]
 WIDTH, HEIGHT = 400, 724
-PANEL, BOX, BOX_WIDTH = 128, 184, 202  # left edges of the panel and its boxes; the boxes' width
+PANEL, BOX, BOX_WIDTH = 128, 184, 202  # left edge of the panel and of its boxes; width of the boxes
 STREAM, TRUNK = 156, 60  # x of the residual stream, in a block and through the model
 
-# Every part that can be lit.
+# Every part that can be highlighted.
 PARTS = (
     "tokens", "embedding", "stream", "blocks", "norms", "heads", "rotary", "scores", "attention cap", "mask", "mix",
     "feed-forward", "head", "final cap", "logits", "sizes",
 )  # fmt: skip
 
-# The picture of each notebook: the lit parts (none: all alike), and the model whose sizes it shows.
+# Notebook -> the highlighted parts (all alike if empty), and the model whose sizes are shown.
 NOTEBOOKS: dict[str, tuple[tuple[str, ...], str]] = {
     "01": ((), "tiny"),
     "02": (("heads", "scores", "mask", "mix"), "tiny"),
@@ -36,7 +36,7 @@ NOTEBOOKS: dict[str, tuple[tuple[str, ...], str]] = {
     "04": (("attention cap", "final cap"), "tiny"),
     "05": (("mask", "blocks"), "tiny"),
     "06": (("norms", "embedding", "stream"), "tiny"),
-    "07": (("norms", "rotary", "mix"), "tiny"),  # they compute in float32 inside a bfloat16 model
+    "07": (("norms", "rotary", "mix"), "tiny"),  # these parts compute in float32 inside a bfloat16 model
     "08": (("logits", "final cap"), "tiny"),
     "09": ((), "tiny"),
     "10": (("sizes", "embedding", "heads", "feed-forward"), "9b"),
@@ -44,9 +44,11 @@ NOTEBOOKS: dict[str, tuple[tuple[str, ...], str]] = {
     "12": (("tokens",), "tiny"),
     "13": (("norms", "heads", "attention cap", "mask", "feed-forward", "final cap"), "tiny"),
     "14": (("stream", "heads", "mix", "head"), "tiny"),
+    "15": (("attention cap", "final cap", "stream"), "tiny"),
+    "16": (("norms",), "tiny"),
 }
 
-# Colours by their use: in light and in dark surroundings.
+# Use of a colour -> the colour on light and on dark background.
 COLOURS = {
     "paper": ("#ffffff", "#12161f"), "ink": ("#1b2130", "#eef1f6"), "soft": ("#566074", "#a7b1c2"),
     "edge": ("#c3cad6", "#414b5e"), "stream": ("#c2410c", "#fb923c"), "hidden": ("#d3daf0", "#27345a"),
@@ -56,7 +58,7 @@ COLOURS = {
     "cap": ("#92400e", "#fcd34d"), "cap-fill": ("#fdecc8", "#46340c"),
     "table": ("#334155", "#cbd5e1"), "table-fill": ("#e8ecf2", "#27303f"), "lit": ("#e11d48", "#fb7185"),
 }  # fmt: skip
-DIM = 0.42  # the share of its own colour that a part keeps when others are lit
+DIM = 0.42  # share of its own colour that a part keeps if other parts are highlighted
 
 RULES = """
 text { font: 12.5px system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; fill: var(--ink); }
@@ -83,7 +85,7 @@ def mix(colour: str, paper: str) -> str:
 
 
 def style() -> str:
-    """Return the style sheet: light, dark, and both dimmed."""
+    """Return the style sheet: light and dark, each also dimmed."""
 
     def variables(dark: int, dim: bool) -> str:
         paper = COLOURS["paper"][dark]
@@ -96,7 +98,7 @@ def style() -> str:
 
 @dataclass
 class Drawing:
-    """The elements of a drawing, and the parts that are lit."""
+    """The elements of a drawing, and the highlighted parts."""
 
     lit: frozenset[str]
     elements: list[str] = field(default_factory=list)
@@ -124,7 +126,7 @@ class Drawing:
         self.add(f'<path class="{style}" d="{points}"/>')
 
     def arrow(self, x: float, y: float, to_x: float, to_y: float) -> None:
-        """Draw an arrow, down or to a side."""
+        """Draw an arrow down or to one side."""
         along, across = np.sign([to_x - x, to_y - y]) * 6.0, np.sign([to_y - y, to_x - x]) * 3.2
         base = np.array([to_x, to_y]) - along
         (ax, ay), (bx, by) = base + across, base - across
@@ -137,7 +139,7 @@ class Drawing:
 
 
 def draw(lit: Iterable[str] = (), model: str = "9b") -> str:
-    """Return the drawing of a model's configuration (tiny, 2b, 9b or 27b); the parts in `lit` stand out."""
+    """Return the drawing of a model's configuration (tiny, 2b, 9b or 27b); the parts in `lit` are highlighted."""
     for part in (picture := Drawing(frozenset(lit))).lit:
         if part not in PARTS:
             raise ValueError(f"{part!r} is not a part of the drawing; it has {', '.join(PARTS)}")
@@ -165,7 +167,7 @@ def load_config(model: str) -> Gemma2Config:
 
 
 def describe(config: Gemma2Config) -> str:
-    """Return the text for readers who do not see the drawing."""
+    """Return a description for readers who cannot see the drawing."""
     c = config
     return (
         f"Each token id selects a row of an embedding table of {c.vocab_size:,} rows and {c.hidden_size:,} columns, "
@@ -184,7 +186,7 @@ def describe(config: Gemma2Config) -> str:
 
 
 def draw_whole(picture: Drawing, config: Gemma2Config) -> None:
-    """Draw the way from token ids to logits."""
+    """Draw the path from token ids to logits."""
     left, width = 14, 92
     last = config.num_hidden_layers - 1
     picture.begin("stream")
@@ -253,7 +255,7 @@ def draw_triangle(picture: Drawing, x: float, y: float, size: float, cells: int,
 
 
 def draw_block(picture: Drawing, config: Gemma2Config) -> None:
-    """Draw the two halves of a block beside the residual stream."""
+    """Draw the two halves of a block next to the residual stream."""
     picture.path(f"M106 192L{PANEL} 38M106 217L{PANEL} 580", "panel")
     picture.add(f'<rect class="panel" x="{PANEL}" y="38" width="266" height="542" rx="8"/>')
     picture.text(BOX, 58, f"one of {config.num_hidden_layers} blocks", "strong")
@@ -270,7 +272,7 @@ def draw_block(picture: Drawing, config: Gemma2Config) -> None:
 
 
 def draw_half(picture: Drawing, top: float, bottom: float, first: str, second: str) -> None:
-    """Draw the norms of a half, and the way out of the stream and back into it."""
+    """Draw the norms of a half, and the arrows from the stream and back."""
     picture.begin("norms")
     for y, name in ((top, first), (bottom, second)):
         picture.box(BOX, y, BOX_WIDTH, 24, "norm", name, "name")
@@ -358,7 +360,7 @@ def draw_feed_forward(picture: Drawing, config: Gemma2Config) -> None:
 
 
 def draw_sizes(picture: Drawing, shown: str) -> None:
-    """Draw the table of the sizes of all models; the column of the one in the drawing is strong."""
+    """Draw the table with the sizes of all models; the column of the drawn model is bold."""
     models = {name: load_config(name) for name in ("tiny", "2b", "9b", "27b")}
     rows = {
         "blocks": [f"{c.num_hidden_layers}" for c in models.values()],
@@ -384,7 +386,7 @@ def draw_sizes(picture: Drawing, shown: str) -> None:
 
 
 def main() -> None:
-    """Write the picture of README and the site, and one of each notebook."""
+    """Write the picture for README and the site, and one for each notebook."""
     (ROOT / "docs" / "_static" / "model.svg").write_text(draw(), "utf-8")
     folder = ROOT / "notebooks" / "pictures"
     folder.mkdir(exist_ok=True)

@@ -2,7 +2,8 @@
 
     python tools/draw_recording.py       write docs/_static/check.svg
 
-The candidate is refgemma with a window that is one token too wide. Readers who prefer no motion see the last picture.
+The candidate is refgemma with a window that is one token too wide. Readers who prefer reduced motion see the last
+picture.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from refgemma.trace.names import run_in_order, save_trace
 
 ROOT = Path(__file__).parents[1]
 COMMAND = "refgemma check port.safetensors --model conformance"
-COLUMNS, LINE, LEFT, SIZE = 58, 18.0, 16, 12.5  # of the terminal: columns; height of a line, margin, font in pixels
+COLUMNS, LINE, LEFT, SIZE = 58, 18.0, 16, 12.5  # the terminal's columns; line height, margin and font size in pixels
 CHARACTER = 0.602 * SIZE  # the width of a character of most monospaced fonts
 WIDTH = round(2 * LEFT + COLUMNS * CHARACTER)
-SECONDS, TYPED, GAP = 9.0, 2.4, 0.45  # the whole; the command is typed by then; between two lines
+SECONDS, TYPED, GAP = 9.0, 2.4, 0.45  # duration; time when the command is typed; time between two lines
 
-INK = {name: pair[1] for name, pair in COLOURS.items()}  # a terminal is dark in any surroundings
+INK = {name: pair[1] for name, pair in COLOURS.items()}  # a terminal is dark on any background
 STYLE = f"""
 text {{ font: {SIZE}px ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono", monospace; fill: {INK["ink"]};
   white-space: pre; }}
@@ -53,7 +54,7 @@ def make_port() -> tuple[Any, np.ndarray]:
 
 
 def record(tensors: Any) -> list[str]:
-    """Return the lines that the command prints, to the end of its first finding."""
+    """Return the lines that the command prints, up to the end of the first finding."""
     here = os.getcwd()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()) as out:
         os.chdir(folder)
@@ -64,7 +65,7 @@ def record(tensors: Any) -> list[str]:
             os.chdir(here)
     lines = out.getvalue().splitlines()
     if code != 1:
-        raise RuntimeError(f"{COMMAND} returned {code}; it must find the wrong window")
+        raise RuntimeError(f"{COMMAND} returned {code}; it must return 1, for the wrong window")
     start = next(number for number, line in enumerate(lines) if line.startswith("DIFFERS"))
     end = next((n for n in range(start + 1, len(lines)) if not lines[n].startswith("  ")), len(lines))
     return lines[:end]
@@ -79,7 +80,7 @@ def style_of(line: str) -> str:
 
 
 def wrap(line: str) -> list[str]:
-    """Break a line of output as the terminal's reader would like it, with its indentation."""
+    """Wrap a line of output at the terminal's width; keep the indentation."""
     indent = " " * (len(line) - len(line.lstrip()))
     return textwrap.wrap(
         line, COLUMNS, subsequent_indent=indent + "  ", break_long_words=False, break_on_hyphens=False
@@ -87,7 +88,7 @@ def wrap(line: str) -> list[str]:
 
 
 class Recording:
-    """The elements of the picture, and the moment at which each appears."""
+    """The elements of the picture, and the time when each appears."""
 
     def __init__(self) -> None:
         self.elements: list[str] = []
@@ -95,7 +96,7 @@ class Recording:
         self.y = 34.0
 
     def show(self, element: str, second: float) -> None:
-        """Let an element appear."""
+        """Make an element appear at a time."""
         number = len(self.rules)
         share = 100 * second / SECONDS
         self.rules.append(
@@ -110,7 +111,7 @@ class Recording:
         self.y += LINE
 
     def type_command(self) -> None:
-        """Write the command; a cover moves away from its letters, one after the other."""
+        """Write the command; a cover uncovers its letters one by one."""
         letters = len(COMMAND)
         width = letters * CHARACTER
         x = LEFT + 2 * CHARACTER
@@ -128,7 +129,7 @@ class Recording:
         self.y += LINE
 
     def draw_band(self, probs: np.ndarray, mask: np.ndarray, second: float) -> None:
-        """Draw the attention of one head, with the keys that a token must not see."""
+        """Draw the attention of one head, with the keys that a token must not see marked."""
         side = 5.6
         cells = []
         for query, key in np.ndindex(mask.shape):

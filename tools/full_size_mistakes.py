@@ -1,9 +1,9 @@
-"""Make the known mistakes at the full width of the 9B and the 27B, and print where each is found: no test, a program.
+"""Introduce known bugs at the full width of the 9B and the 27B, and print where each is found.
 
     python tools/full_size_mistakes.py [--only TEXT] [--dtype bfloat16] [--json]
 
-The weights are synthetic. Mistakes that need a text longer than the window are made with one. The table stands in
-docs/full-size.md; `tests/test_full_size.py` makes three of these mistakes in every run of the tests.
+The weights are synthetic. Bugs that only show beyond the window use a longer text. docs/full-size.md has the table;
+`tests/test_full_size.py` introduces three of these bugs in every test run.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from refgemma.goldens import full_size
 from refgemma.goldens import verify as oracle
 
 SHORT, LONG, OTHER = "9b-synthetic-two-layers", "9b-synthetic-long", "27b-synthetic-two-layers"
-# Made otherwise than in a small model: numbers of the 9B, and windows that a longer text is needed for.
+# Introduced differently than in a small model: with the 9B's numbers, or in a text longer than the window.
 REPLACED: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None] | None, str]] = {
     "query scalar is head_dim": ("query scalar 224 for 256", config(query_pre_attn_scalar=224), SHORT),
     "another final cap": ("final cap 50 for 30", config(final_logit_softcapping=50.0), SHORT),
@@ -31,15 +31,15 @@ REPLACED: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None] | None, str]
     "window one too wide": ("window 4097", config(sliding_window=4097), LONG),
     "window one too narrow": ("window 4095", config(sliding_window=4095), LONG),
     **{name: (name, None, LONG) for name in ("layer parity swapped", "all layers sliding")},
-    # In the 9B the scale is 1/16, which commutes with rounding: no mistake there.
+    # In the 9B the scale is 1/16, which commutes with rounding, so this bug has no effect there.
     "query scaled before the product": ("query scaled before the product", None, OTHER),
 }
 BF16 = {"norm rounded before its weight", "sqrt(hidden) not rounded", "query scaled before the product"}
-SMALL_ONLY = "an untied head taken for tied"  # a head that no released Gemma 2 has, as none has biases
+SMALL_ONLY = "an untied head taken for tied"  # no released Gemma 2 has an untied head, or biases
 
 
 def at_full_size() -> Iterator[tuple[Mistake, str, str]]:
-    """Each mistake with its recording and precision."""
+    """Yield each bug with its recording and precision."""
     for mistake in MISTAKES:
         if mistake.name == SMALL_ONLY or mistake.name.startswith("no bias"):
             continue
@@ -52,7 +52,7 @@ def at_full_size() -> Iterator[tuple[Mistake, str, str]]:
 
 
 def found_at(mistake: Mistake, recording: str, dtype: str) -> tuple[str, float] | None:
-    """The first tensor outside its bound, and how far; or ``None``."""
+    """Return the first tensor outside its bound and its distance, or ``None``."""
     correct = full_size.model_of_recording
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(test_mistakes, "CORRECT_MODEL_OF", lambda about: correct(about, dtype, None))
@@ -68,7 +68,11 @@ def found_at(mistake: Mistake, recording: str, dtype: str) -> tuple[str, float] 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="TEXT", help="mistakes whose name contains TEXT")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="for all, not for each the one it shows in")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="use this precision for all bugs (default: for each, a precision that shows it)",
+    )
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     rows = []

@@ -1,14 +1,20 @@
-"""Stop every command that writes, at random moments and in eight ways, and look at what is left. Run it as
-`python tools/interrupt.py --rounds 2`; a small part of it is among the tests.
+"""Stop every command that writes, at random moments and in eight ways, and examine the remaining files.
 
-Whatever stops a command: each output is whole or absent, the error is at most one line, and no process is left after
-five seconds. The same command then does its work, or refuses to write what is finished. The table counts the attempts
-that stopped a command, and those that came too late. Every fault is printed above it, and makes the exit code 1.
+Run `python tools/interrupt.py --rounds 2`; a small part runs in the tests.
 
-Ways: SIGINT, SIGTERM and SIGKILL after the command has begun to take signals (before that, Python itself answers); a
-limit on the length of files, as on a full disk (RLIMIT_FSIZE); a full disk (a small tmpfs, as root only); a folder that
-nobody may write (chmod, and chattr +i as root); the same command twice at once; outputs that cannot be printed
-(/dev/full).
+Whatever stops a command, these rules hold: each output is complete or absent, the error is at most one line, and no
+process is left after five seconds. Running the same command again does its work, or refuses to overwrite a finished
+output. The table counts attempts that stopped a command, and attempts that came too late. Each fault is printed above
+the table and makes the exit code 1.
+
+The ways of stopping a command are:
+
+- SIGINT, SIGTERM and SIGKILL after the command has installed its handlers (before that, Python itself answers);
+- a limit on file lengths, as on a full disk (RLIMIT_FSIZE);
+- a full disk (a small tmpfs, only as root);
+- a folder without write permission (chmod, and chattr +i as root);
+- the same command twice at once;
+- an output that cannot be printed (/dev/full).
 """
 
 import argparse
@@ -33,21 +39,21 @@ from refgemma.convert.convert import FORMATS
 from refgemma.hub import find_model
 from refgemma.weights.save import STAGING
 
-MARK = "REFGEMMA_INTERRUPTED_RUN"  # in the environment of all that a run starts
+MARK = "REFGEMMA_INTERRUPTED_RUN"  # in the environment of all processes that a run starts
 SIGNALS = ("SIGINT", "SIGTERM", "SIGKILL")
 WAYS = (*SIGNALS, "file limit", "full disk", "read-only folder", "two at once", "output full")
-PATIENCE = 60.0  # seconds after which a command hangs
-ORPHANS = 5.0  # seconds in which all processes have to end
+PATIENCE = 60.0  # seconds after which a command counts as hanging
+ORPHANS = 5.0  # seconds within which all processes must end
 
 
 @dataclass(frozen=True)
 class Case:
-    """A command, with `{out}` for the folder of its outputs and `{given}` for that of its inputs."""
+    """A command, with `{out}` for the folder of outputs and `{given}` for the folder of inputs."""
 
     name: str
     arguments: str
-    resumes: bool = False  # says "holds files already" if it has finished, and goes on if it has not
-    endless: bool = False  # writes gigabytes: it is not waited for
+    resumes: bool = False  # refuses if it has finished, and continues otherwise
+    endless: bool = False  # writes gigabytes, so do not wait for its end
 
     def command(self, out: Path, given: Path) -> list[str]:
         """Return the words of the command."""
@@ -77,11 +83,11 @@ CASES = (
 
 
 def make_inputs(given: Path) -> None:
-    """Write what the commands read: a model, two traces, one of them wrong, jobs, and a port that takes a while."""
+    """Write the commands' inputs: a model, two traces (one is wrong), jobs, and a slow port."""
     given.mkdir()
     shutil.copytree(find_model("tiny"), given / "tiny")
     shutil.copytree(given / "tiny", given / "llama")
-    config = (given / "llama" / "config.json").read_text()  # llama.cpp takes head_dim for query_pre_attn_scalar
+    config = (given / "llama" / "config.json").read_text()  # llama.cpp uses head_dim as query_pre_attn_scalar
     width = json.loads(config)["head_dim"]
     (given / "llama" / "config.json").write_text(
         json.dumps(json.loads(config) | {"query_pre_attn_scalar": width}, indent=2)
@@ -112,7 +118,7 @@ def make_inputs(given: Path) -> None:
 
 
 def read_outputs(out: Path) -> dict[str, bytes]:
-    """Return all finished files: name -> content. What is still being written has a name that says so."""
+    """Return the contents of all finished files by name; unfinished files have special names."""
     return {
         str(path.relative_to(out)): path.read_bytes()
         for path in sorted(out.rglob("*"))
@@ -121,7 +127,7 @@ def read_outputs(out: Path) -> dict[str, bytes]:
 
 
 def find_leftovers(out: Path) -> list[str]:
-    """Return what is in the folder that no finished command leaves."""
+    """Return the names of leftovers: files that no finished command leaves."""
     return [path.name for path in out.rglob("*") if path.suffix == ".part" or path.name == STAGING]
 
 
@@ -130,10 +136,10 @@ def find_leftovers(out: Path) -> list[str]:
 
 def start(command: Sequence[str], mark: str, before: Callable[[], object] | None = None,
           stdout: int = subprocess.PIPE) -> "subprocess.Popen[str]":  # fmt: skip
-    """Start a command in a session of its own, with signals as a terminal has them."""
+    """Start a command in its own session, with signals as in a terminal."""
 
     def prepare() -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores SIGINT
         if before is not None:
             before()
 
@@ -145,17 +151,17 @@ def start(command: Sequence[str], mark: str, before: Callable[[], object] | None
 
 
 def takes_signals(pid: int) -> bool:
-    """Return whether a process has a handler for SIGTERM, which refgemma installs before anything else."""
+    """Return True if a process handles SIGTERM; refgemma installs this handler first."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
-        return True  # it has ended
+        return True  # the process has ended
     caught = int(status.split("SigCgt:")[1].split()[0], 16)
     return bool(caught >> (signal.SIGTERM - 1) & 1)
 
 
 def find_processes(mark: str) -> list[int]:
-    """Return the processes that a run has started and that have not ended."""
+    """Return the processes that a run started and that are still running."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -169,7 +175,7 @@ def find_processes(mark: str) -> list[int]:
 
 
 def wait_for_orphans(mark: str) -> list[int]:
-    """Return the processes that are still there after five seconds."""
+    """Return the processes that are still running after five seconds."""
     until = time.monotonic() + ORPHANS
     while (left := find_processes(mark)) and time.monotonic() < until:
         time.sleep(0.05)
@@ -181,7 +187,7 @@ def wait_for_orphans(mark: str) -> list[int]:
 
 @contextmanager
 def small_disk(folder: Path, size: int) -> Iterator[bool]:
-    """Put a tmpfs of a size in a folder's place; say whether that was possible."""
+    """Mount a tmpfs of a size on a folder; yield True if that was possible."""
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True)
     try:
         yield done.returncode == 0
@@ -192,7 +198,7 @@ def small_disk(folder: Path, size: int) -> Iterator[bool]:
 
 @contextmanager
 def unwritable(folder: Path) -> Iterator[bool]:
-    """Take the right to write into a folder, from root too; say whether that was possible."""
+    """Remove write permission for a folder, even for root; yield True if that was possible."""
     folder.chmod(0o555)
     root = os.geteuid() == 0
     taken = not root or not subprocess.run(["chattr", "+i", str(folder)], capture_output=True).returncode
@@ -206,7 +212,7 @@ def unwritable(folder: Path) -> Iterator[bool]:
 
 @dataclass
 class Reference:
-    """What a command does when nothing stops it."""
+    """The result of a command that nothing stops."""
 
     code: int
     outputs: dict[str, bytes]
@@ -214,12 +220,12 @@ class Reference:
 
     @property
     def largest(self) -> int:
-        """Bytes of the longest output."""
+        """Return the length of the longest output in bytes."""
         return max(map(len, self.outputs.values()), default=0)
 
 
 def finish(process: "subprocess.Popen[str]") -> tuple[int, str]:
-    """Wait for a process; its code and what it said on stderr."""
+    """Wait for a process; return its exit code and its stderr."""
     try:
         said = process.communicate(timeout=PATIENCE)[1]
     except subprocess.TimeoutExpired:
@@ -230,14 +236,14 @@ def finish(process: "subprocess.Popen[str]") -> tuple[int, str]:
 
 
 def judge_text(said: str) -> list[str]:
-    """Return what is wrong with stderr."""
+    """Return a list of problems with stderr."""
     lines = [line for line in said.splitlines() if line.startswith("refgemma ")]
     bad = [word for word in ("Traceback", "Exception ignored", "Error in", "hangs") if word in said]
     return [f"stderr: {said[-400:]!r}"] if bad or len(lines) > 1 else []
 
 
 class Attempts:
-    """Runs cases in ways, and counts."""
+    """Run cases in all ways, and count the results."""
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder, self.random = folder, random.Random(seed)
@@ -252,7 +258,7 @@ class Attempts:
         return Path(tempfile.mkdtemp(dir=self.folder))
 
     def refer(self, case: Case) -> Reference:
-        """Return what the command does undisturbed, by running it once."""
+        """Run the command once undisturbed, and return the result."""
         if case.name not in self.references:
             if case.endless:
                 return Reference(0, {}, 3.0)
@@ -267,7 +273,7 @@ class Attempts:
         return self.references[case.name]
 
     def attempt(self, case: Case, way: str) -> None:
-        """Stop a case once, look at what is left, and do it again."""
+        """Stop a case once, examine the remaining files, and run the command again."""
         reference, out, mark = self.refer(case), self.new_folder(), uuid.uuid4().hex
         faults: list[str] = []
         stopped = False
@@ -285,18 +291,18 @@ class Attempts:
             process = start(command, mark)
             while not takes_signals(process.pid):
                 time.sleep(0.002)
-            low = self.random.choice((0.0, 0.6))  # importing takes most of the time
+            low = self.random.choice((0.0, 0.6))  # importing takes most of the time, so interrupt also later
             time.sleep(self.random.uniform(low, 1.0) * reference.seconds)
             process.send_signal(number)
             ended = -number if number == signal.SIGKILL else 128 + number
             code = judge(process, (ended, -number))
             stopped = code in (ended, -number)
-            if code not in (ended, reference.code):  # Python gives its handlers back at the very end
+            if code not in (ended, reference.code):  # Python restores its own handlers at the very end
                 faults += self.compare(out, reference, "killed by the signal", every=True)
         elif way == "file limit":
             limit = self.random.randrange(0, max(1, reference.largest))
             process = start(command, mark, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
-            stopped = judge(process, (2, 5)) in (2, 5)  # 5: the command of check --run has met it
+            stopped = judge(process, (2, 5)) in (2, 5)  # 5 means that the command of check --run was stopped
         elif way == "full disk":
             size = self.random.randrange(4096, max(8192, reference.largest * 2))
             with small_disk(out, size) as possible:
@@ -344,7 +350,7 @@ class Attempts:
         shutil.rmtree(out)
 
     def compare(self, out: Path, reference: Reference, when: str, every: bool = False) -> list[str]:
-        """Return how the outputs differ from those of an undisturbed run; absent ones only if `every` is asked for."""
+        """Return how the outputs differ from an undisturbed run; report absent outputs only if `every`."""
         found = {name: text.replace(str(out).encode(), b"OUT") for name, text in read_outputs(out).items()}
         known = reference.outputs or {name: text for name, text in found.items() if name.endswith("config.json")}
         bad = [f"{when}: {name} is not whole" for name, text in found.items() if known.get(name) != text]
@@ -366,12 +372,12 @@ def table(counts: Counter[tuple[str, str]]) -> Iterator[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program."""
     parser = argparse.ArgumentParser(description="stop every command that writes, and look at what is left")
-    parser.add_argument("--rounds", type=int, default=2, help="of every case in every way (default: 2)")
+    parser.add_argument("--rounds", type=int, default=2, help="rounds of every case in every way (default: 2)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cases", nargs="*", default=[case.name for case in CASES], help="some of the cases")
-    parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=WAYS, help="some of the ways")
+    parser.add_argument("--cases", nargs="*", default=[case.name for case in CASES], help="run only these cases")
+    parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=WAYS, help="use only these ways")
     args = parser.parse_args(argv)
-    for number in (signal.SIGINT, signal.SIGTERM):  # in the background a shell makes its commands ignore SIGINT
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell makes background commands ignore SIGINT
         signal.signal(number, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="refgemma-interrupt-") as folder:
         attempts = Attempts(Path(folder), args.seed)
@@ -381,7 +387,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     for way in args.ways:
                         if case.name in args.cases and not (case.endless and way not in SIGNALS):
                             attempts.attempt(case, way)
-        finally:  # interrupted itself, it still says what it has found
+        finally:  # if interrupted, still print the results so far
             print("\n".join(table(attempts.counts)), flush=True)
     return int(bool(attempts.faults))
 

@@ -2,9 +2,9 @@
 
     python tools/measure.py [FOLDER] [--list | --rooms]
 
-Code lines are lines that hold code: no blanks, comments or docstrings. A name counts as defined twice if two files
-define it at their top level. Circles are groups of files that import one another, also within functions. A function
-counts as named by a participle if its name is one word that ends in -ed or is an irregular participle.
+Code lines are lines with code; blank lines, comments and docstrings do not count. A name is defined twice if two files
+define it at top level. A circle is a group of files that import one another, also inside functions. A function counts
+as named by a participle if its name is one word that ends in -ed or is an irregular participle.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ VERBS = {"embed", "exceed", "feed", "need", "proceed", "seed", "speed"}
 
 
 def code_lines(text: str) -> int:
-    """Count the lines of a program that hold code."""
+    """Count the lines of a program that have code."""
     documentation: set[int] = set()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
@@ -49,7 +49,7 @@ def top_level_names(tree: ast.Module) -> Iterator[str]:
 
 
 def duplicate_names(trees: Mapping[str, ast.Module]) -> dict[str, list[str]]:
-    """Find the names that more than one file defines at its top level, and those files."""
+    """Find the names that several files define at top level, with the files."""
     where: dict[str, set[str]] = defaultdict(set)
     for file, tree in trees.items():
         for name in top_level_names(tree):
@@ -59,7 +59,7 @@ def duplicate_names(trees: Mapping[str, ast.Module]) -> dict[str, list[str]]:
 
 
 def imports(trees: Mapping[str, ast.Module], package: str) -> dict[str, set[str]]:
-    """Find which file imports which; ``from package import name`` counts for a file of that name only."""
+    """Find the imports of each file; ``from package import name`` counts only if `name` is a file."""
     modules = {_module(file, package): file for file in trees}
     found: dict[str, set[str]] = {file: set() for file in trees}
     for module, file in modules.items():
@@ -85,7 +85,7 @@ def _module(file: str, package: str) -> str:
 
 
 def circles(edges: Mapping[str, Iterable[str]]) -> list[list[str]]:
-    """Find the groups of files each of which leads to all others of its group."""
+    """Find the groups of files in which each file leads to all others."""
     reached = {start: _reachable(start, edges) for start in edges}
     groups = {frozenset({a, *(b for b in reached[a] if a in reached.get(b, ()))}) for a in edges}
     return sorted(sorted(group) for group in groups if len(group) > 1)
@@ -102,7 +102,7 @@ def _reachable(start: str, edges: Mapping[str, Iterable[str]]) -> set[str]:
 
 
 def participles(tree: ast.Module) -> list[str]:
-    """Find the functions and methods, no properties, whose name is one past participle."""
+    """Find the functions and methods (not properties) whose name is a single past participle."""
     found = []
     for node in ast.walk(tree):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -116,7 +116,7 @@ def participles(tree: ast.Module) -> list[str]:
 
 
 def fixed_lines(tree: ast.Module) -> int:
-    """Count the lines of imports, of ``__all__``, and of the first lines of classes and functions, decorators too."""
+    """Count the lines of imports, ``__all__``, decorators, and the signatures of classes and functions."""
     lines: set[int] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
@@ -130,7 +130,7 @@ def fixed_lines(tree: ast.Module) -> int:
 
 
 def rooms(folder: Path) -> dict[str, tuple[int, int, int]]:
-    """Count files, code lines and, of these, `fixed_lines` of each folder, and of the files at the top together."""
+    """For each folder, and for all files at the top, count files, code lines and `fixed_lines`."""
     counts: dict[str, tuple[int, int, int]] = {}
     for path in sorted(folder.rglob("*.py")):
         room = path.relative_to(folder).parts[0] if path.parent != folder else "files at the top"
@@ -141,7 +141,7 @@ def rooms(folder: Path) -> dict[str, tuple[int, int, int]]:
 
 
 def measure(folder: Path) -> dict[str, tuple[int, list[str]]]:
-    """Count everything in the package of a folder: for each row the number and what was counted."""
+    """Count everything in a package; return the number and the counted items for each row."""
     texts = {path.relative_to(folder).as_posix(): path.read_text("utf-8") for path in sorted(folder.rglob("*.py"))}
     trees = {file: ast.parse(text) for file, text in texts.items()}
     lines = {file: code_lines(text) for file, text in texts.items()}
@@ -168,7 +168,7 @@ def measure(folder: Path) -> dict[str, tuple[int, list[str]]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, default=Path(__file__).parents[1] / "refgemma")
-    parser.add_argument("--list", action="store_true", help="print below each row what was counted")
+    parser.add_argument("--list", action="store_true", help="print the counted items below each row")
     parser.add_argument("--rooms", action="store_true", help="print the code lines of each folder instead")
     args = parser.parse_args()
     if args.rooms:

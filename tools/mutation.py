@@ -1,23 +1,25 @@
-"""Mutation testing of the core with mutmut: every small change of its code must fail a test, or be argued to change
-nothing in ``mutation_survivors.toml``.
+"""Test the core by mutation with mutmut.
+
+Every small change of the code must fail a test, or ``mutation_survivors.toml`` must explain why the change has no
+effect.
 
     pip install -e ".[mutation]"
-    python tools/mutation.py [MODULE ...]          run, write tools/mutation_results.json and the table of
-                                                   docs/property-tests.md, and say what is not argued
-    python tools/mutation.py --check               run nothing, but say what is missing, stale or not argued
-    python tools/mutation.py --table               run nothing, but write the table again
+    python tools/mutation.py [MODULE ...]          run, write tools/mutation_results.json and the table in
+                                                   docs/property-tests.md, and list unexplained changes
+    python tools/mutation.py --check               run nothing; list missing, stale or unexplained results
+    python tools/mutation.py --table               run nothing; write the table again
 
-`nox -s mutation -- MODULE` does the same in an environment of its own. A module takes minutes to an hour; so this is
-measured after a change of the core, not with the tests.
+`nox -s mutation -- MODULE` does the same in its own environment. A module takes minutes to an hour, so this is run
+after a change of the core, not with the tests.
 
-The changes are made in a copy of what git knows, in the folder ``.mutation`` that git ignores, where a run that was
-stopped goes on and what survived is tried again. Each change is tried by those fast tests of its module that call the
-changed function, the quickest first; a test that takes longer than `SECONDS` counts as failed, so a change that makes a
-loop endless is found.
+The changes are made in a copy of all files that git knows, in the ignored folder ``.mutation``. A run that was stopped
+continues there, and surviving changes are tried again. Each change is tried by the fast tests of its module that call
+the changed function, the quickest first. A test that takes longer than `SECONDS` counts as failed, so that an endless
+loop is found.
 
-mutmut forks a process for each change. It forks from one that has imported the tests and run none of them, and what a
-test file keeps in a ``functools.cache`` is dropped before each test: otherwise a test would be shown what the unchanged
-code gave, and would not be counted among those that call the changed function.
+mutmut forks a process for each change from a process that has imported the tests but run none. Before each test,
+anything in a ``functools.cache`` of the test file is dropped. Otherwise a test would see results of the unchanged code,
+and would not count among the tests that call the changed function.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ ARGUMENTS = ROOT / "tools" / "mutation_survivors.toml"
 PAGE = ROOT / "docs" / "property-tests.md"
 BEGIN, END = "<!-- python tools/mutation.py -->", "<!-- end of mutation -->"
 
-# The core, as patterns of files in refgemma/, and the tests that each is tried with, as patterns of files in tests/.
+# Pattern of core files in refgemma/ -> patterns of the test files in tests/ that try its changes.
 CORE = ("ops", "layers", "model", "golden", "cache", "precision", "inputs")
 TESTS_OF = {
     "ops": CORE,
@@ -59,12 +61,12 @@ TESTS_OF = {
 
 
 def fast_tests() -> dict[str, tuple[str, ...]]:
-    """For each module of the core that exists the test files that exist; a pattern without a module is an error."""
+    """Return the existing test files for each existing core module; a pattern without a module is an error."""
     found: dict[str, tuple[str, ...]] = {}
     for pattern, patterns in TESTS_OF.items():
         files = sorted((ROOT / "refgemma").glob(f"{pattern}.py"))
         if not files:
-            sys.exit(f"refgemma/{pattern}.py does not exist: give TESTS_OF in tools/mutation.py its present name")
+            sys.exit(f"refgemma/{pattern}.py does not exist: correct the name in TESTS_OF of tools/mutation.py")
         tests = [path for one in patterns for path in sorted((ROOT / "tests").glob(f"test_{one}.py"))]
         for file in files:
             module = file.relative_to(ROOT / "refgemma").with_suffix("").as_posix()
@@ -73,21 +75,21 @@ def fast_tests() -> dict[str, tuple[str, ...]]:
 
 
 FAST_TESTS = fast_tests()
-# Tests that are not asked, by a part of their name: they are slow and find nothing that the others do not, or are about
-# the folder golden/, of which the copy has another content.
+# Tests to leave out, by a part of their name. Some are slow and find nothing that other tests miss. Others concern the
+# folder golden/, which has other contents in the copy.
 NOT_ASKED = (
     "[tiny-", "-decode-", "bends-right-padded", "bends-chunked-bf16", "global-first-forward-bf16", "numpy_errs",
     "test_every_recorded", "test_half_precision", "test_the_folder_stays", "test_draws_have_the_computed_odds",
     "test_a_prompt_means_the_same", "test_several_sequences_are_drawn",
 )  # fmt: skip
-SECONDS = 20  # the slowest of the others takes two
-# Exit codes of a test run: all passed, or none calls the function; it was stopped from outside, or never began.
+SECONDS = 20  # the slowest remaining test takes two
+# Exit codes of a test run: all passed, or no test calls the function; stopped from outside, or never started.
 SURVIVED, UNTRIED = (0, 5, 33), (2, -9, None)
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """A change: the lines of a function that it takes away, and those that it puts there."""
+    """A change: the function, the lines that it removes, and the lines that it adds."""
 
     function: str
     old: str
@@ -99,7 +101,7 @@ class Mutant:
 
 @dataclass
 class Result:
-    """What became of the changes of a module."""
+    """The results of all changes of a module."""
 
     sha256: str
     mutants: int = 0
@@ -107,7 +109,7 @@ class Result:
 
     @property
     def score(self) -> float:
-        """The share of changes that are found."""
+        """The fraction of changes that tests find."""
         return (self.mutants - len(self.survivors)) / max(1, self.mutants)
 
 
@@ -116,7 +118,7 @@ def source(module: str) -> Path:
 
 
 def code(text: str) -> str:
-    """A program without its comments, docstrings and blanks, which no test can tell."""
+    """Return a program without comments, docstrings and blanks, which have no effect on tests."""
     lines = text.splitlines()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
@@ -130,12 +132,12 @@ def code(text: str) -> str:
 
 
 def sha256(module: str) -> str:
-    """Of what the results of a module are of."""
+    """Return a hash of the code for which a module's results are valid."""
     return hashlib.sha256(code(source(module).read_text("utf-8")).encode()).hexdigest()
 
 
 def prepared(module: str) -> Path:
-    """A copy of the repository in which mutmut is to change `module`; mutmut goes on where it stopped."""
+    """Make a copy of the repository in which mutmut changes `module`; an interrupted run continues there."""
     copy = WORK / module
     ask = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(ask, cwd=ROOT, capture_output=True, check=True, text=True).stdout
@@ -162,13 +164,13 @@ def prepared(module: str) -> Path:
 
 
 def exit_codes(file: Path) -> dict[str, int | None]:
-    """Of the test run of each change, by mutmut's names; None for one that is yet to be tried."""
+    """Return the exit code of the tests for each change, by mutmut's names; None if not tried yet."""
     codes: dict[str, int | None] = json.loads(file.read_text())["exit_code_by_key"]
     return codes
 
 
 def run(module: str) -> Result:
-    """Try every change of a module that no test has found yet."""
+    """Try every change of a module that no test has found so far."""
     copy = prepared(module)
     meta = copy / "mutants" / "refgemma" / f"{module}.py.meta"
     if meta.exists():
@@ -178,10 +180,10 @@ def run(module: str) -> Result:
         }
         meta.write_text(json.dumps(found))
     mutmut = [sys.executable, "-m", "mutmut", "run", "--max-children", "1"]
-    here = os.environ | {"PYTHONPATH": str(copy / "tools")}  # where pytest finds this file as a plugin
+    here = os.environ | {"PYTHONPATH": str(copy / "tools")}  # so that pytest finds this file as a plugin
     with (copy / "mutmut.log").open("wb") as log:
         if subprocess.run(mutmut, cwd=copy, stdout=log, stderr=log, env=here, check=False).returncode:
-            sys.exit(f"mutmut failed; {copy / 'mutmut.log'} says why")
+            sys.exit(f"mutmut failed; see {copy / 'mutmut.log'}")
     exits = exit_codes(meta)
     if untried := [name for name, code in exits.items() if code in UNTRIED]:
         sys.exit(f"{module}: {len(untried)} changes were not tried; run again")
@@ -190,7 +192,7 @@ def run(module: str) -> Result:
 
 
 def changed(copy: Path, mutant: str) -> Mutant:
-    """The lines of a change, from mutmut's diff."""
+    """Return the changed lines, from mutmut's diff."""
     show = [sys.executable, "-m", "mutmut", "show", mutant]
     diff = subprocess.run(show, cwd=copy, capture_output=True, text=True, check=True).stdout.splitlines()
     lines = [line for line in diff if line[:1] in "+-" and line[:3] not in ("+++", "---")]
@@ -203,7 +205,7 @@ def changed(copy: Path, mutant: str) -> Mutant:
 
 
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
-    """Drop what is not asked, and put the quickest tests first, by the times that mutmut took of them."""
+    """Drop the tests to leave out, and sort the others by the times that mutmut measured, quickest first."""
     dropped = [item for item in items if any(part in item.nodeid for part in NOT_ASKED)]
     if dropped:
         config.hook.pytest_deselected(items=dropped)
@@ -239,7 +241,7 @@ def write_results(results: dict[str, Result]) -> None:
 
 
 def read_arguments() -> dict[str, dict[Mutant, str]]:
-    """For each module the survivors that are argued, and the arguments."""
+    """Return the explained survivors of each module, with the explanations."""
     found = tomllib.loads(ARGUMENTS.read_text("utf-8"))
     return {
         module: {Mutant(one["function"], one["old"].strip(), one["new"].strip()): one["because"] for one in listed}
@@ -248,11 +250,11 @@ def read_arguments() -> dict[str, dict[Mutant, str]]:
 
 
 def problems(results: dict[str, Result], arguments: dict[str, dict[Mutant, str]]) -> list[str]:
-    """What is missing or stale: results of the code as it is, arguments for survivors, survivors for arguments."""
-    found = [f"{module}: it has not been measured" for module in FAST_TESTS if module not in results]
+    """List missing and stale results, missing explanations of survivors, and explanations without a survivor."""
+    found = [f"{module}: not measured; run it" for module in FAST_TESTS if module not in results]
     for module, result in results.items():
         if result.sha256 != sha256(module):
-            found.append(f"{module}: its results are of an earlier version; run it again")
+            found.append(f"{module}: the results are from an earlier version; run it again")
         argued = arguments.get(module, {})
         found += [f"not argued: {module}.{one}" for one in result.survivors if one not in argued]
         found += [f"stale: {module}.{one} does not survive" for one in argued if one not in result.survivors]
@@ -260,14 +262,14 @@ def problems(results: dict[str, Result], arguments: dict[str, dict[Mutant, str]]
 
 
 def total(results: dict[str, Result]) -> Result:
-    """All modules as one."""
+    """Return the sum of the results of all modules."""
     every = list(results.values())
     survivors = [one for result in every for one in result.survivors]
     return Result("", sum(one.mutants for one in every), survivors)
 
 
 def table(results: dict[str, Result]) -> str:
-    """The scores, as Markdown."""
+    """Return the scores as Markdown."""
     rows = ["| module | changes | found | survive | score |", "| --- | --- | --- | --- | --- |"]
     rows += [_row(f"`{module}`", one) for module, one in results.items()]
     return "\n".join([*rows, _row("all", total(results))])
@@ -279,9 +281,11 @@ def _row(name: str, one: Result) -> str:
 
 def main(arguments: Iterable[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("modules", nargs="*", metavar="MODULE", help=f"of {', '.join(FAST_TESTS)} (default: all)")
-    parser.add_argument("--check", action="store_true", help="run nothing, but say what is missing or stale")
-    parser.add_argument("--table", action="store_true", help="run nothing, but write the table again")
+    parser.add_argument(
+        "modules", nargs="*", metavar="MODULE", help=f"modules to test, of {', '.join(FAST_TESTS)} (default: all)"
+    )
+    parser.add_argument("--check", action="store_true", help="run nothing; list missing or stale results")
+    parser.add_argument("--table", action="store_true", help="run nothing; write the table again")
     args = parser.parse_args(arguments)
     if unknown := set(args.modules) - set(FAST_TESTS):
         parser.error(f"no module of the core: {', '.join(sorted(unknown))}")

@@ -1,8 +1,8 @@
-"""Write every generated file of the repository again that takes seconds, and print the commands that make the others.
+"""Write again every generated file that takes only seconds, and print the commands that make the others.
 
     pip install -e ".[test]"
     python tools/regen.py              write
-    python tools/regen.py --check      write in a copy, and fail if a file differs from the one here
+    python tools/regen.py --check      write in a copy, and fail if a file differs from the present one
 
 `--check` runs in .ci/run; tests/test_regen.py plants a stale file.
 """
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Generator:
-    """A program that writes files: its arguments after `python`, what it writes, and where its output goes."""
+    """A program that writes files: its arguments after `python`, the files, and the file for its output."""
 
     command: tuple[str, ...]
     writes: tuple[str, ...]  # patterns
@@ -40,7 +40,7 @@ QUICK = (
     Generator(("tools/documentation_page.py",), ("docs/documentation-page.md",), "docs/documentation-page.md"),
 )
 
-# What is measured or recorded is not made again in passing: a change of it says in its commit what changed.
+# Measured or recorded files are not made here. A commit that changes one says what changed.
 SLOW = {
     "python golden/record.py": "golden/*.safetensors, golden/manifest.json: PyTorch, minutes",
     "python golden/record.py --full 9b": "golden/full/: PyTorch, an hour; likewise 27b",
@@ -70,13 +70,13 @@ def regenerate(root: Path) -> None:
 
 
 def contents(root: Path) -> dict[str, bytes]:
-    """The files that the quick programs write."""
+    """Return the contents of the files that the quick programs write."""
     paths = {path for generator in QUICK for pattern in generator.writes for path in root.glob(pattern)}
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(paths)}
 
 
 def stale(root: Path) -> list[str]:
-    """The files of the checkout at `root` that would be written otherwise, found in a copy of it."""
+    """Return the files of the checkout at `root` that would change; the programs run in a copy."""
     with tempfile.TemporaryDirectory(prefix="refgemma-") as folder:
         copy = Path(folder) / root.name
         ignored = shutil.ignore_patterns(".*", "__pycache__", "_build", "full", "parity", "*.egg-info")
@@ -88,7 +88,7 @@ def stale(root: Path) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="only say which files would change")
+    parser.add_argument("--check", action="store_true", help="only list the files that would change")
     args = parser.parse_args()
     if args.check:
         found = stale(ROOT)

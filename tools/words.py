@@ -4,9 +4,9 @@
     python tools/words.py COMMIT              count in a commit
     python tools/words.py --list [FILE ...]   print each phrase with its place
 
-tests/test_words.py forbids these phrases. Long sentences are counted, never forbidden. Neither
-vale nor proselint serves here: vale downloads a program when it first runs, proselint takes no rules of ours, and
-neither reads the strings in `raise` and `print`.
+tests/test_words.py forbids these phrases. Long sentences are counted, but not forbidden. vale and proselint do not
+serve here: vale downloads a program when it first runs, proselint takes no custom rules, and neither reads the strings
+in `raise` and `print`.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Text:
 
 
 def without_code(text: str) -> str:
-    """Replace code, formulas, links' addresses and HTML tags by one word, so that they hide no sentence's words."""
+    """Replace code, formulas, links' addresses and HTML tags by one word each, so that sentences can be counted."""
     for pattern, word in (
         (r"(?ms)^ *(```|~~~).*?^ *\1", "\n"),
         (r"(?s)\$\$.*?\$\$", "X"),
@@ -104,14 +104,14 @@ def strings(node: ast.AST) -> Iterator[ast.Constant | ast.JoinedStr]:
 
 
 def text_of(node: ast.Constant | ast.JoinedStr) -> str:
-    """Return the text of a string, with `X` for each value put into it."""
+    """Return the text of a string, with `X` for each inserted value."""
     if isinstance(node, ast.Constant):
         return str(node.value)
     return "".join(str(part.value) if isinstance(part, ast.Constant) else "X" for part in node.values)
 
 
 def messages(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Yield the strings that are raised, printed, reported or shown by `--help`: those of several words."""
+    """Yield the strings of several words that are raised, printed, reported or shown by `--help`."""
     seen: set[int] = set()
     for node in ast.walk(tree):
         parts: list[ast.AST] = []

@@ -1,5 +1,5 @@
-"""Run the commands of the oracle: `check`, `sweep`, `diff` and others. They handle arguments and print. Checked through
-the command line."""
+"""Run the commands of the oracle: `check`, `sweep`, `diff` and others. This file reads the arguments and prints the
+results. Checked through the command line."""
 
 import argparse
 import json
@@ -33,6 +33,7 @@ from refgemma.oracle.diff import Difference, compare_traces, measure_unexplained
 from refgemma.oracle.diff import as_json as difference_json
 from refgemma.oracle.engine import Engine
 from refgemma.oracle.known_bugs import KNOWN_BUGS
+from refgemma.oracle.optimizer_bugs import OPTIMIZER_BUGS
 from refgemma.oracle.pipeline import check, read_candidate, run_backend
 from refgemma.oracle.repro import make_repro
 from refgemma.oracle.training_bugs import TRAINING_BUGS
@@ -41,7 +42,7 @@ from refgemma.sweep.jobs import read_jobs
 from refgemma.sweep.runner import as_json as sweep_json
 from refgemma.sweep.runner import cluster, processes, sweep
 from refgemma.trace.candidate import Candidate, is_known, load_trace
-from refgemma.trace.name_maps import apply_map, load_map, map_names, match, open_any
+from refgemma.trace.name_maps import apply_map, load_map, map_names, match, open_any, split_call
 from refgemma.trace.names import save_trace
 from refgemma.weights.checkpoint import open_checkpoint
 from refgemma.weights.conformance import proportions, write_conformance
@@ -49,14 +50,15 @@ from refgemma.weights.parameters import Weights, tensor_shapes
 
 CONFORMANCE_LIMIT = 10**8  # weights: 200 MB
 MODEL_SUFFIXES = (".json", ".safetensors", ".gguf")
-CODES = "Exit codes: 0 conforms, 1 differs, 2 misuse or bad file, 3 noisy only, 4 inconclusive, 5 the backend failed."
+CODES = "Exit codes: 0 conforms, 1 differs, 2 misuse or bad file, 3 only noisy, 4 inconclusive, 5 the backend failed."
 
 
 def add_commands(add: Callable[..., Any]) -> None:
-    """Add the commands to the parser; `add` makes one from a name, a sentence, and whether --help leaves it out."""
-    command = add(
-        "check", "find the first wrong tensor of another implementation, and the known mistake that explains it"
-    )
+    """Add the commands to the parser.
+
+    `add` makes a command from its name, a sentence, and a flag that hides it from --help.
+    """
+    command = add("check", "find the first wrong tensor of another implementation, and the known bug that explains it")
     command.epilog = CODES
     command.add_argument("candidate", metavar="CANDIDATE", help="the trace file of the implementation")
     command.add_argument(
@@ -66,7 +68,7 @@ def add_commands(add: Callable[..., Any]) -> None:
         "--dtype", choices=output.DTYPES, help="the arithmetic of the implementation, if the file does not name it"
     )
     command.add_argument("--allow", type=float, default=1.0, metavar="X",
-                         help="multiply all tolerances by X; every report shows it")  # fmt: skip
+                         help="multiply all tolerances by X; every report shows X")  # fmt: skip
     for kind in ("html", "markdown", "junit"):
         command.add_argument(f"--{kind}", metavar="FILE", help=f"write the report as {kind} too")
     command.add_argument("--card", metavar="FILE",
@@ -77,57 +79,61 @@ def add_commands(add: Callable[..., Any]) -> None:
         "--map", metavar="NAME", help=f"the map for the file's names: {', '.join(map_names())}, or a file"
     )
     command.add_argument("--weights", metavar="PATH",
-                         help="the port's weights, a file or folder; first compared with the model's")  # fmt: skip
+                         help="file or folder with the port's weights, compared with the model's first")  # fmt: skip
     command.add_argument("--quantised", action="store_true",
                          help="ignore products with weights in the verdict, unless --weights is given")  # fmt: skip
     command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="changes",
-                         help="judge against the model with another number; every line shows it")  # fmt: skip
+                         help="change a number of the model before judging; every report line shows it")  # fmt: skip
     command.add_argument("--run", metavar="COMMAND",
-                         help="first run this command, which writes CANDIDATE; if it fails, exit with 5")  # fmt: skip
+                         help="run this command first, to write CANDIDATE; exit with 5 if it fails")  # fmt: skip
 
-    command = add("conformance", "write a conformance checkpoint of a size that an engine loads, with a byte tokenizer")
+    command = add("conformance", "write a small model that shows every known bug, in a size that your engine loads")
     command.add_argument("-o", "--output", required=True, metavar="DIR", help="an empty folder, or none yet")
     command.add_argument("--head-dim", type=int, default=64, metavar="N",
-                         help="even; the width is 5 N, the query scalar 5 N / 4 (default: 64)")  # fmt: skip
+                         help="even; hidden_size becomes 5 N, the query scalar 5 N / 4 (default: 64)")  # fmt: skip
     command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="changes",
-                         help="another number of the configuration, such as query_pre_attn_scalar=64")  # fmt: skip
+                         help="change a number of the configuration: query_pre_attn_scalar=64")  # fmt: skip
 
-    command = add("check-config", "compare an engine's numbers for a released size with the release")
+    command = add("check-config", "compare an engine's configuration with that of a released model")
     command.add_argument("source", metavar="FILE|MODULE:NAME",
-                         help="config.json, .gguf, FILE.py:FUNCTION, or an object of a module: a.b:NAME")  # fmt: skip
-    command.add_argument("--size", metavar="SIZE", help="2b, 9b or 27b (default: the one with the most equal numbers)")
+                         help="config.json, a .gguf, FILE.py:FUNCTION, or MODULE:OBJECT")  # fmt: skip
+    command.add_argument(
+        "--size", metavar="SIZE", help="2b, 9b or 27b (default: the release with the most equal numbers)"
+    )
     command.epilog = "Exit codes: 0 conforms, 1 a number differs, 2 misuse or bad file, 4 a number is not given."
 
-    command = add("map", "show the tensors of a file that a name map knows, and the others")
+    command = add("map", "show which tensors of a file a name map knows")
     command.add_argument("file", metavar="FILE")
     command.add_argument("--map", metavar="NAME", help="a name map or a file; required unless FILE names one")
-    command.add_argument("--model", default="tiny", metavar="MODEL", help="the model, for the lengths of the axes")
+    command.add_argument(
+        "--model", default="tiny", metavar="MODEL", help="the model that gives the lengths of the axes"
+    )
 
-    command = add("diff", "compare two traces: find the first difference, and the first that rounding does not explain")
+    command = add("diff", "compare two traces: find the first difference, and the first not caused by rounding")
     command.add_argument("a", metavar="A", help="a trace")
     command.add_argument("b", metavar="B", help="another trace of the same tokens")
-    command.add_argument("--model", metavar="MODEL", help="the model of both; then each operation is judged")
+    command.add_argument("--model", metavar="MODEL", help="the model of both traces; with it, each operation is judged")
     command.epilog = (
         "Exit codes: 0 the same numbers (with --model: rounding explains all differences), 1 different, "
         "2 misuse or bad file, 4 some tensors are in only one trace, or none are in both."
     )
 
-    command = add("prompts", "list prompts that together show every mistake that can be shown")
+    command = add("prompts", "list prompts that together show every known bug that can show")
     command.add_argument(
         "--cover",
         action="store_true",
-        help="find the mistakes that each prompt shows, and choose a few prompts that show all",
+        help="find the known bugs that each prompt shows, and choose few prompts that show all",
     )
     command.add_argument(
-        "-o", "--output", metavar="DIR", help="write the prompts, and with --cover the mistakes that each shows"
+        "-o", "--output", metavar="DIR", help="write the prompts; with --cover, write the bugs that each shows"
     )
     command.add_argument("--model", default="conformance", metavar="MODEL", help="the model (default: conformance)")
 
-    command = add("sweep", "check many traces, or many runs of a port; finished jobs are not repeated")
+    command = add("sweep", "check many traces, or many runs of a port; skip finished jobs")
     command.add_argument("jobs", metavar="JOBS", help="a file with one JSON object per line; see docs/how-to/sweep.md")
     command.add_argument("--workers", type=int, metavar="N",
                          help="processes on this machine (default: one per processor)")  # fmt: skip
-    command.add_argument("--scheduler", metavar="ADDRESS", help="instead: the workers of a Dask cluster")
+    command.add_argument("--scheduler", metavar="ADDRESS", help="use the workers of this Dask cluster instead")
     command.add_argument("--results", metavar="DIR", help="the folder for results (default: JOBS.results)")
     command.add_argument("--again", action="store_true", help="repeat finished jobs, too")
     command.epilog = f"{CODES} The worst verdict counts, in the order 1, 5, 2, 4, 3, 0."
@@ -201,12 +207,12 @@ def run_conformance(args: argparse.Namespace) -> int:
 
 
 def change_numbers(config: Gemma2Config, changes: Sequence[str]) -> Gemma2Config:
-    """Return the configuration of `read_changes` if the shapes of the weights stay the same.
+    """Return the configuration of `read_changes`; refuse it if the shapes of the weights change.
 
     Raises
     ------
     UsageError
-        As in `read_changes`, or for other shapes.
+        As in `read_changes`, or if a shape changes.
     """
     changed = read_changes(config, changes)
     if tensor_shapes(changed) != tensor_shapes(config):
@@ -217,7 +223,7 @@ def change_numbers(config: Gemma2Config, changes: Sequence[str]) -> Gemma2Config
 
 
 def read_changes(config: Gemma2Config, changes: Sequence[str]) -> Gemma2Config:
-    """Return the configuration with the numbers of ``NAME=VALUE``; values are JSON.
+    """Return the configuration after the changes ``NAME=VALUE``; values are JSON.
 
     Raises
     ------
@@ -232,7 +238,7 @@ def read_changes(config: Gemma2Config, changes: Sequence[str]) -> Gemma2Config:
         except ValueError:
             equals = ""
         if not equals:
-            raise UsageError(f"--set {change}: it must be NAME=VALUE, the value as in JSON: query_pre_attn_scalar=10")
+            raise UsageError(f"--set is {change!r}; it must be NAME=VALUE with a JSON value: query_pre_attn_scalar=10")
     if "rope_theta" in values:
         values.setdefault("rope_parameters", None)
     try:
@@ -250,7 +256,7 @@ def run_check_config(args: argparse.Namespace) -> int:
 
 
 def run_map(args: argparse.Namespace) -> int:
-    """Run ``refgemma map``; return 0 if every tensor of the file is known or ignored, else 4."""
+    """Run ``refgemma map``; return 0 if the map knows every tensor of the file, else 4."""
     config = open_checkpoint(find_model(args.model)).config
     file = open_any(args.file)
     chosen = args.map or file.metadata.get("map")
@@ -262,7 +268,7 @@ def run_map(args: argparse.Namespace) -> int:
     rows = []
     for ours, (theirs, rule) in matched.found.items():
         shape = usable[ours].shape
-        problem = "" if is_known(ours, config) else "this model has no such tensor"
+        problem = "" if is_known(split_call(ours)[1], config) else "this model has no such tensor"
         rows.append({"tensor": ours, "from": theirs, "layout": rule.layout, "shape": list(shape), "problem": problem})
     unusable = [row for row in rows if row["problem"]]
     code = EXIT[INCONCLUSIVE] if matched.unmatched or unusable else 0
@@ -274,7 +280,8 @@ def run_map(args: argparse.Namespace) -> int:
         return code
     output.say(f"{names.name}: {names.says}")
     output.say(
-        f"from {names.learned_from}; " + (f"tried on {names.run_on}" if names.run_on else "not tried on real output")
+        f"from {names.learned_from}; "
+        + (f"tried on {names.run_on}" if names.run_on else "not yet tried on real output")
     )
     for row in rows:
         output.say(f"  {row['from']:44} {row['tensor']:40} {tuple(row['shape'])} {row['problem']}".rstrip())
@@ -283,7 +290,7 @@ def run_map(args: argparse.Namespace) -> int:
     for name in matched.unmatched:
         output.say(f"  {name:44} ? matches nothing")
     output.say(
-        f"{len(rows)} matched, {len(matched.ignored)} known to be of no use, {len(matched.unmatched)} match nothing"
+        f"{len(rows)} matched, {len(matched.ignored)} known and not needed, {len(matched.unmatched)} match nothing"
     )
     return code
 
@@ -309,7 +316,7 @@ def run_diff(args: argparse.Namespace) -> int:
 
 
 def diff_code(found: list[Difference], missing: bool, judged: bool) -> int:
-    """Return the exit code of a comparison."""
+    """Return the exit code of a comparison of two traces."""
     wrong = [d for d in found if d.problem or ((d.unexplained or 0) > 1 if judged else d.differs)]
     unknown = judged and any(d.differs and d.unexplained is None for d in found)
     if wrong:
@@ -318,16 +325,16 @@ def diff_code(found: list[Difference], missing: bool, judged: bool) -> int:
 
 
 def diff_lines(found: list[Difference], only_a: list[str], only_b: list[str]) -> list[str]:
-    """Return the text: the first difference, the first unexplained one, and the tensors from there on."""
+    """Return the lines of text: the first difference, the first unexplained difference, and a table from there on."""
     wrong = [d for d in found if d.differs]
     bad = [d for d in wrong if (d.unexplained or 0) > 1]
-    lines = [f"{len(found)} tensors in both, {len(found) - len(wrong)} of them the same to the last bit"]
+    lines = [f"{len(found)} tensors in both, {len(found) - len(wrong)} of them equal bit for bit"]
     if wrong:
         lines.append(f"first difference: {wrong[0].tensor}")
     if bad:
-        lines.append(f"first that its inputs and rounding do not explain: {bad[0].tensor}")
+        lines.append(f"first difference not explained by inputs and rounding: {bad[0].tensor}")
     elif any(d.unexplained is not None for d in found):
-        lines.append("its inputs and rounding explain every tensor that could be judged")
+        lines.append("inputs and rounding explain every tensor that could be judged")
     if wrong:
         lines += ["", f"{'tensor':42s} {'equal':>7s} {'largest':>10s} {'relative':>10s} {'error/bound':>12s}  at"]
     for d in (bad or wrong)[: reports.LINES - 10]:
@@ -359,11 +366,11 @@ def run_prompts(args: argparse.Namespace) -> int:
         return 0
     for s in found:
         prompt = known[s.prompt]
-        count = f" in {s.dtype}: shows {len(s.variants)} mistakes" if args.cover else ""
+        count = f" in {s.dtype}: shows {len(s.variants)} known bugs" if args.cover else ""
         output.say(
             f"{prompt.name}{count}: {prompt.why}; {prompt.input_ids.shape[0]} x {prompt.input_ids.shape[1]} tokens"
         )
-        output.say(f"  in calls of {', '.join(map(str, prompt.calls))}")
+        output.say(f"  computed in calls of {', '.join(map(str, prompt.calls))}")
     for v in list_undetected(found) if args.cover else ():
         output.say(f"not shown by any: {v.name}, which needs {v.shows}")
     return 0
@@ -394,7 +401,7 @@ def run_sweep(args: argparse.Namespace) -> int:
 
 
 def sweep_lines(report: dict[str, Any]) -> list[str]:
-    """Return the text: the verdicts, the jobs that do not conform, and the tensors with the largest errors."""
+    """Return the lines of text: the verdicts, the jobs that do not conform, and the tensors with the largest errors."""
     counts = ", ".join(f"{n} {verdict}" for verdict, n in report["counts"].items())
     lines = [f"{len(report['jobs'])} jobs: {counts}", ""]
     other = [job for job in report["jobs"] if job["verdict"] != CONFORMS]
@@ -406,13 +413,13 @@ def sweep_lines(report: dict[str, Any]) -> list[str]:
     if rows:
         lines.append(f"{'tensor':28s} {'precision':9s} {'elements':>9s} {'error/bound':>11s} {'rms/sigma':>10s} exact")
     for row in rows[:8]:
-        worst = reports.number(float(row["worst"])) if float(row["worst"]) else "-"  # spans have no bound
+        worst = reports.number(float(row["worst"])) if float(row["worst"]) else "-"  # a span of operations has no bound
         numbers = f"{worst:>11s} {reports.number(float(row['rms'])):>10s} {row['exact'] / max(1, row['elements']):.3f}"
         lines.append(f"{row['tensor']:28s} {row['dtype']:9s} {row['elements']:>9d} {numbers}")
     lines += [f"and {len(rows) - 8} other kinds of tensors", ""] if len(rows) > 8 else [""] if rows else []
     known = len(report["excluded"]) + len(report["found"]) + len(report["blind"])
     if known:
-        lines.append(f"excluded by some trace: {len(report['excluded'])} of {known} known mistakes")
+        lines.append(f"excluded by at least one trace: {len(report['excluded'])} of {known} known bugs")
     if report["blind"]:
         lines.append(f"no trace can show {reports.short(report['blind'], 5)}")
     return [reports.cut(line) for line in lines]
@@ -420,7 +427,7 @@ def sweep_lines(report: dict[str, Any]) -> list[str]:
 
 def run_known_bugs(args: argparse.Namespace) -> int:
     """Run ``refgemma known-bugs``."""
-    catalogue = (*KNOWN_BUGS, *TRAINING_BUGS)
+    catalogue = (*KNOWN_BUGS, *TRAINING_BUGS, *OPTIMIZER_BUGS)
     chosen = [v for v in catalogue if args.name in (None, v.name)]
     if not chosen:
         near = [v.name for v in catalogue if args.name in v.name or args.name in v.fields[0]]

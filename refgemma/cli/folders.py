@@ -1,4 +1,4 @@
-"""The commands that write a checkpoint: `convert` and `synth`. Checked through the command line."""
+"""Run the commands that write a checkpoint: `convert` and `synth`. Checked through the command line."""
 
 import argparse
 
@@ -31,7 +31,7 @@ def run_convert(args: argparse.Namespace) -> int:
         })  # fmt: skip
         return OK
     if source.padding:
-        say(f"left out {source.padding} rows of the embedding beyond the vocabulary; {source.nonzero} were not zero")
+        say(f"dropped {source.padding} rows of the embedding beyond the vocabulary; {source.nonzero} were not zero")
     say(
         f"{done.target}: {len(done.outputs)} tensors, {done.nbytes:,} bytes in {', '.join(dtypes)}, "
         f"from {source.kind} to {done.kind}, read back and compared: identical"

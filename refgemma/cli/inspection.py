@@ -1,4 +1,4 @@
-"""The commands that show a run or a folder: `trace`, `explore` and `info`. Checked through the command line."""
+"""Run the commands that show a run or a folder: `trace`, `explore` and `info`. Checked through the command line."""
 
 import argparse
 import json
@@ -67,7 +67,7 @@ def run_explore(args: argparse.Namespace) -> int:
 
 
 def run_live(args: argparse.Namespace) -> int:
-    """``refgemma explore --live``."""
+    """Run ``refgemma explore --live``."""
     from refgemma.teach.live import FIRST_TEXT, render_live
 
     if args.model != "tiny" or args.dtype != "float32" or args.ids:
@@ -127,6 +127,6 @@ def run_info(args: argparse.Namespace) -> int:
 
 
 def _fold_layers(table: list[tuple[str, tuple[int, ...], str]]) -> list[tuple[str, tuple[int, ...], str, int]]:
-    """Return one line for the tensors of all layers that differ only in the number, written as N, and their count."""
+    """Merge the lines of tensors that differ only in the layer's number, written as N; add how many layers have it."""
     lines = [(re.sub(r"\blayers\.\d+\.", "layers.N.", name), shape, dtype) for name, shape, dtype in table]
     return [(*line, count) for line, count in Counter(lines).items()]

@@ -1,7 +1,7 @@
 """Run the command line: handle arguments and print results; other modules do the work.
 
 Exit codes: 0 success (verify: conforms), 1 verify found a difference, 2 misuse or bad input, 70 an internal error of
-refgemma, 130 interrupted, 143 terminated, 141 the reader of the output closed it early.
+refgemma, 130 interrupted, 143 terminated, 141 the output was closed early, as by ``head``.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from refgemma.files import escape
 from refgemma.goldens.released import PUBLISHED
 
 EXIT_CODES = (
-    "Exit codes: 0 success, 1 verify or check found a difference, 2 misuse or bad input (one line gives the reason), "
+    "Exit codes: 0 success, 1 verify or check found a difference, 2 misuse or bad input (one line on stderr says why), "
     "3 and 4: see refgemma check --help, 70 an internal error of refgemma."
 )
 MODEL_HELP = "tiny, conformance, a Hugging Face folder, a .gguf file, or a hub id like google/gemma-2-9b"
@@ -72,7 +72,7 @@ def parser() -> Parser:
 
     def add_reference(command: Parser) -> None:
         command.add_argument(
-            "--reference", action="store_true", help="use the slower definition instead of the fast code"
+            "--reference", action="store_true", help="compute with the slower definition instead of the fast code"
         )
 
     def add_sampling(command: Parser) -> None:
@@ -83,10 +83,13 @@ def parser() -> Parser:
             "--top-p", type=float, metavar="P", help="draw only from the most likely tokens that reach probability P"
         )
         command.add_argument(
-            "--min-p", type=float, metavar="P", help="draw only tokens at least P times as likely as the most likely"
+            "--min-p",
+            type=float,
+            metavar="P",
+            help="draw only from tokens at least P times as likely as the most likely token",
         )
         command.add_argument("--repetition-penalty", type=float, metavar="R", help="above 1: fewer repetitions")
-        command.add_argument("--min-new-tokens", type=int, metavar="N", help="do not end the text before N tokens")
+        command.add_argument("--min-new-tokens", type=int, metavar="N", help="generate at least N tokens")
         command.add_argument("--seed", type=int, default=0)
         add_reference(command)
 
@@ -99,10 +102,10 @@ def parser() -> Parser:
     add_model(command)
     add_sampling(command)
     command.add_argument(
-        "--num-beams", type=int, default=1, metavar="N", help="search with N beams, and print the best"
+        "--num-beams", type=int, default=1, metavar="N", help="run a beam search with N beams, and print the best text"
     )
 
-    command = add("chat", "start a chat; an empty line or the end of input ends it")
+    command = add("chat", "chat with a model; an empty line or the end of input ends the chat")
     add_model(command)
     add_sampling(command)
 
@@ -112,7 +115,7 @@ def parser() -> Parser:
     command.add_argument(
         "--full",
         metavar="NAME",
-        help="instead: a whole model at full size with synthetic weights, for example 9b-synthetic",
+        help="compare a full-size model with synthetic weights instead, for example 9b-synthetic",
     )
     command.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="precision of --full and --model"
@@ -120,13 +123,13 @@ def parser() -> Parser:
     command.add_argument(
         "--model",
         metavar="DIR",
-        help="instead: a checkpoint with a recording from golden/record.py --checkpoint; with --full, "
-        "a folder from refgemma synth",
+        help="compare this checkpoint instead; it needs a recording from golden/record.py --checkpoint; with --full, "
+        "give a folder from refgemma synth",
     )
     command.add_argument(
         "--reference",
         action="store_true",
-        help="for --full and --model in float32: compare every tensor of the definition, not only the layers' outputs",
+        help="for --full and --model in float32: compare every tensor of the definition, not only outputs of layers",
     )
 
     command = add("trace", "write every named tensor of a run to a safetensors file")
@@ -134,24 +137,29 @@ def parser() -> Parser:
     command.add_argument("-o", "--output", required=True, metavar="FILE")
     add_model(command)
 
-    command = add("explore", "write a page that shows a run: attention, sizes and predictions by token, layer and head")
+    command = add(
+        "explore",
+        "write an HTML page that shows a run: attention, norms and predictions for each token, layer and head",
+    )
     add_prompt(command)
     command.add_argument("-o", "--output", default="explorer.html", metavar="FILE", help="default: explorer.html")
-    command.add_argument("--live", action="store_true", help="a page in which the tiny model runs, on any text")
+    command.add_argument(
+        "--live", action="store_true", help="write a page that runs the tiny model in the browser, on any text"
+    )
     add_model(command)
 
     command = add("perplexity", "measure how well a model predicts a text, as transformers and gemma.cpp define it")
     command.add_argument("file", nargs="?", metavar="FILE", help="a text in UTF-8")
     command.add_argument(
-        "--published", choices=list(PUBLISHED), help="instead: a text for which gemma.cpp published figures"
+        "--published", choices=list(PUBLISHED), help="use a text for which gemma.cpp published figures instead"
     )
     add_model(command)
     command.add_argument(
-        "--max-length", type=int, metavar="N", help="tokens of a window (default: 4096, or the model's maximum)"
+        "--max-length", type=int, metavar="N", help="tokens per window (default: 4096, or the model's maximum)"
     )
     command.add_argument(
         "--stride", type=int, metavar="N",
-        help="tokens from window to window (default: one window, so that each token is read once; less takes longer)",
+        help="tokens from one window's start to the next (default: --max-length; a smaller value takes longer)",
     )  # fmt: skip
     add_reference(command)
 
@@ -164,14 +172,25 @@ def parser() -> Parser:
     )
     command.add_argument("--from", dest="kind", choices=("auto", "hf", "pytorch", "flax", "gguf"), default="auto")
     command.add_argument("--to", choices=FORMATS, default="hf", help="default: hf")
-    command.add_argument("--config", metavar="FILE", help="config.json of an original that is not a released size")
-    command.add_argument("--dtype", choices=DTYPES, help="default: that of the source, bit for bit")
+    command.add_argument(
+        "--config", metavar="FILE", help="config.json of an original checkpoint whose size was not released"
+    )
+    command.add_argument(
+        "--dtype", choices=DTYPES, help="precision of the weights (default: that of the source, bit for bit)"
+    )
     command.add_argument(
         "--max-shard-size", metavar="SIZE", help="maximum size of a file (default: 5GB; pytorch: one file)"
     )
-    command.add_argument("--vocab-rows", type=int, metavar="N", help="pad the embedding of an original: 256128 in Flax")
     command.add_argument(
-        "--gating-einsum", choices=("transposed", "plain"), help="its layout in a Flax tree, if the sizes are ambiguous"
+        "--vocab-rows",
+        type=int,
+        metavar="N",
+        help="pad the embedding of an original checkpoint to N rows: 256128 in Flax",
+    )
+    command.add_argument(
+        "--gating-einsum",
+        choices=("transposed", "plain"),
+        help="layout of gating_einsum in a Flax tree, if the sizes leave it open",
     )
 
     command = add("synth", "write a checkpoint of a released size with synthetic (untrained) weights")
@@ -192,7 +211,7 @@ def parser() -> Parser:
 
 @contextmanager
 def short_warnings() -> Iterator[None]:
-    """Print each warning once, in one line on stderr; explain NumPy's own warnings for a model."""
+    """Print each warning once, in one line on stderr; reword NumPy's warnings about large numbers."""
     shown: set[str] = set()
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -212,7 +231,7 @@ def short_warnings() -> Iterator[None]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by the calling program; print would write to the other stream
+        if getattr(sys, name) is None:  # the caller closed the stream; print would then write to the other one
             setattr(sys, name, open(os.devnull, "w"))  # until the process ends
     try:
         with raise_on_signals():
@@ -241,7 +260,7 @@ def run_command(argv: Sequence[str] | None) -> int:
     try:
         with short_warnings():
             return run(args)
-    except BrokenPipeError:  # the reader closed our output; Python must not notice it again at exit
+    except BrokenPipeError:  # the reader closed our output; Python must not fail on it again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return CUT_OFF
     except MemoryError as error:
@@ -251,7 +270,7 @@ def run_command(argv: Sequence[str] | None) -> int:
     except (RefgemmaError, OSError, UnicodeError) as error:
         complain(f"refgemma {args.command}: {describe_error(error)}")
         return MISUSE
-    except Exception as error:  # an internal error: exit code 1 would mean that the files differ
+    except Exception as error:  # internal error; Python's own exit code 1 would mean that files differ
         if sys.flags.dev_mode:
             raise
         complain(
@@ -262,13 +281,13 @@ def run_command(argv: Sequence[str] | None) -> int:
 
 
 def describe_error(error: Exception) -> str:
-    """Return an error's message in one line, with the file of an OSError."""
+    """Return an error's message in one line; add the file's name to an OSError."""
     return shorten(
         f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
     )
 
 
 def shorten(message: str) -> str:
-    """Return a message in one line; a long one is cut in the middle, because its ends name the place and the remedy."""
+    """Return a message in one line; cut a long one in the middle, because its ends name the place and the remedy."""
     said = " ".join(message.split())
     return said if len(said) <= LINE else f"{said[: LINE - 400]} ... {said[-400:]}"

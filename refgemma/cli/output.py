@@ -24,13 +24,13 @@ CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def complain(line: str = "") -> None:
-    """Print a line on stderr; ignore an error in writing it, so that a full disk does not change the exit code."""
+    """Print a line on stderr; ignore a failure to print, so that a full disk does not change the exit code."""
     with suppress(OSError):
         say(line, error=True)
 
 
 def say(*lines: str, error: bool = False) -> None:
-    """Print lines immediately, with escapes for control characters, including line ends.
+    """Print lines immediately; escape control characters, including line ends inside a line.
 
     All output of the commands goes through this function, `show_text` or `as_json`, because names come from untrusted
     files.
@@ -40,7 +40,7 @@ def say(*lines: str, error: bool = False) -> None:
 
 
 def show_text(text: str, end: str = "") -> None:
-    """Print text of a model or user immediately: escape control characters on a terminal, but not in a file."""
+    """Print text of a model or user immediately; escape control characters if the output is a terminal."""
     shown = CONTROLS.sub(lambda found: escape(found[0]), text) if sys.stdout.isatty() else text
     print(shown, end=end, flush=True)
 
@@ -51,14 +51,14 @@ def as_json(value: Any, indent: int | None = 2) -> None:
 
 
 def check_outputs(outputs: Mapping[str, str], inputs: Iterable[str | Path | None]) -> None:
-    """Raise an error, before any work, if outputs cannot be written, are the same file, or are an input.
+    """Raise an error if an output cannot be written, is also an input, or is given twice; call it before any work.
 
     Parameters
     ----------
     outputs : mapping
-        The path given with each flag.
+        The path that the user gave with each flag.
     inputs : iterable
-        Files and folders that the command reads; in a folder, only files that may belong to a model count.
+        Files and folders that the command reads. In a folder, only files that may belong to a model are protected.
     """
     read = {}
     for path in inputs:
@@ -84,7 +84,7 @@ def prompt_ids(args: argparse.Namespace, model: Pretrained) -> list[int]:
         if not all(part.isascii() and part.isdigit() and len(part) < 19 for part in parts):
             raise UsageError(f"--ids is {args.ids!r}; it must be whole numbers separated by commas")
         ids = [int(part) for part in parts]
-        check_token_ids([ids], model.config.vocab_size)  # before the weights are read
+        check_token_ids([ids], model.config.vocab_size)  # an error now saves reading the weights
         return ids
     if not args.prompt:
         raise UsageError("the prompt is empty; give a text")

@@ -18,7 +18,7 @@ NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(KeyboardInterrupt):
-    """Raised for a signal; `number` is the signal's number."""
+    """Raised when a signal arrives; `number` is the signal's number."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -34,13 +34,13 @@ def is_command() -> bool:
     False
     """
     called = sys.argv[0] if sys.argv else ""
-    if called == "-m":  # Python is still looking for the module; take the arguments from the end
+    if called == "-m":  # Python is still looking for the module, so find its name after -m
         called = sys.orig_argv[-len(sys.argv)]
     return os.path.basename(called).removesuffix(".exe").removesuffix("-script.py") in ("refgemma", "-mrefgemma")
 
 
 def end_at_once(number: int, frame: FrameType | None = None) -> None:
-    """Handle a signal by ending the process, when there is nothing to clean up."""
+    """End the process; the handler while there is nothing to clean up."""
     os._exit(128 + number)
 
 
@@ -59,7 +59,7 @@ def handle(handler: Any) -> None:
 
 @contextmanager
 def raise_on_signals() -> Iterator[None]:
-    """Raise `Interrupted` on a signal in this block; restore the former handlers at its end."""
+    """Raise `Interrupted` on a signal in this block; restore the former handlers at the block's end."""
     before, hook = {number: signal.getsignal(number) for number in NUMBERS}, sys.unraisablehook
 
     def end_in_destructor(unraisable: Any) -> None:  # Python would print the exception and continue

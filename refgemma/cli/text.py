@@ -1,4 +1,4 @@
-"""The commands that read or write text: `generate`, `chat` and `perplexity`. Checked through the command line."""
+"""Run the commands that read or write text: `generate`, `chat` and `perplexity`. Checked through the command line."""
 
 import argparse
 import math
@@ -34,12 +34,12 @@ def generation_settings(model: Pretrained, args: argparse.Namespace) -> Generati
 
 
 def is_embedded(model: Pretrained) -> bool:
-    """Return True if a model is inside this package; these are small enough for the definition."""
+    """Return True if a model is inside this package; such a model is small enough for the slow definition."""
     return model.folder.parent == PACKAGE / "checkpoints"
 
 
 def new_tokens(ids: Sequence[int], model: Pretrained, args: argparse.Namespace) -> Iterator[int]:
-    """Yield the tokens after `ids` with the sampling arguments, one by one; a beam search yields all at its end."""
+    """Yield the tokens generated after `ids`, one by one; a beam search yields all tokens at its end."""
     call = generation_settings(model, args)
     if is_plain_greedy(call) and (args.reference or is_embedded(model)):
         return greedy(ids, model.weights, model.config, max_new_tokens=args.max_new_tokens, stop_ids=model.stop_ids)
@@ -52,7 +52,7 @@ def new_tokens(ids: Sequence[int], model: Pretrained, args: argparse.Namespace) 
 
 
 def stream_text(tokens: Iterator[int], model: Pretrained, show: bool) -> tuple[list[int], str]:
-    """Return the tokens and their text, printing it as it arrives if `show`; without a tokenizer, ids replace text."""
+    """Return the tokens and their text; if `show`, print the text as it arrives, or the ids without a tokenizer."""
     stream, ids, texts = TextStream(model.tokenizer) if model.has_tokenizer else None, [], []
     for token in tokens:
         ids.append(token)
@@ -98,10 +98,10 @@ def read_line() -> str:
 
 
 def run_chat(args: argparse.Namespace) -> int:
-    """Run ``refgemma chat``; with ``--json``, print one object per turn. No token is read in two turns."""
+    """Run ``refgemma chat``; with ``--json``, print one object per turn. Each turn reads only its new tokens."""
     model = load(args.model, args.dtype, args.revision, args.download, read=False)
     generation_settings(model, args)  # raises an error for wrong settings before the first turn
-    _ = model.tokenizer  # and for a model without a tokenizer
+    _ = model.tokenizer  # raises an error if the model has no tokenizer
     model, memory, messages = model.read(), Memory(), list[dict[str, str]]()
     limit = model.config.max_position_embeddings
     while True:
@@ -126,7 +126,7 @@ def run_chat(args: argparse.Namespace) -> int:
 
 
 def _check_room(tokens: int, limit: int) -> None:
-    """Raise an error if a chat has reached the model's maximum length; beyond it, answers become meaningless."""
+    """Raise an error if a chat has reached the model's maximum length, because longer chats get meaningless answers."""
     if tokens >= limit:
         raise InputError(
             f"the chat has {tokens} tokens; the model's maximum is {limit} (max_position_embeddings): start a new chat"
@@ -146,7 +146,7 @@ def text_of(args: argparse.Namespace) -> str:
 
 
 def find_traps(text: str, tokenizer: Tokenizer) -> list[str]:
-    r"""Return a warning for each part of a `text` that distorts its perplexity.
+    r"""Return a warning for each feature of `text` that distorts its perplexity.
 
     Examples
     --------
@@ -208,5 +208,5 @@ def run_perplexity(args: argparse.Namespace) -> int:
     for model_name, figure in figures.items():
         say(f"              {figure:.2f} published for gemma-2-{model_name}, within 0.02")
     if not figures:
-        say(f"              no published figures for this text; --published {', '.join(PUBLISHED)} have them")
+        say(f"              no published figure for this text; published for: --published {' or '.join(PUBLISHED)}")
     return OK

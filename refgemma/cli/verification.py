@@ -1,4 +1,5 @@
-"""Run the command `verify`: compare with the goldens, and print a table or JSON. Checked through the command line."""
+"""Run the command `verify`: compare refgemma with PyTorch's recordings, and print a table or JSON. Checked through the
+command line."""
 
 import argparse
 import sys
@@ -92,7 +93,7 @@ def run_verify(args: argparse.Namespace) -> int:
 
 
 def choose_cases(cases: list[str]) -> list[str]:
-    """Return the named cases, if all exist; without names all cases, and two layers of each full size."""
+    """Return the named cases; without names, return all cases and two layers of each full size."""
     if not cases:
         return [*case_names(), *two_layer_names()]
     case_names([name for name in cases if not is_full_size(name)])
@@ -100,7 +101,7 @@ def choose_cases(cases: list[str]) -> list[str]:
 
 
 def verify_case(name: str, dtype: str, checkpoint: Checkpoint | None, reference: bool) -> CaseResult:
-    """Compare one case; a case at full size has its own progress bar, because it takes longest.
+    """Compare one case; show a progress bar for a full-size case, because it takes longest.
 
     The two layers that ``verify`` compares by default are always compared tensor by tensor.
     """

@@ -1,5 +1,7 @@
-"""Convert original Gemma 2 checkpoints and other PyTorch files to Hugging Face folders, and back. Checked against files
-of torch.save and TensorStore, and with transformers 5.23, which loads the same model from a converted folder.
+"""Convert original Gemma 2 checkpoints and other PyTorch files to Hugging Face folders, and back.
+
+Checked against files of torch.save and TensorStore, and with transformers 5.23: it loads the same model from a
+converted folder.
 
 Both directions use one table, ``refgemma.convert.layouts``.
 """
@@ -66,14 +68,14 @@ from refgemma.weights.save import (
 FORMATS = ("hf", "pytorch", "flax", "flax-npz", "gguf")
 TORCH_SINGLE, TORCH_INDEX, NPZ = "model.ckpt", "pytorch_model.bin.index.json", "params.npz"
 TORCH_SHARD = re.compile(r"[A-Za-z0-9_.-]{1,200}\.bin")
-TORCH_FILES = ("pytorch_model.bin", "model.pth", "lit_model.pth", "pytorch_model_fsdp.bin")  # beside *.ckpt
-ROTARY_TABLE = "freqs_cis"  # suffix of the name of a table that gemma_pytorch may store beside the weights
+TORCH_FILES = ("pytorch_model.bin", "model.pth", "lit_model.pth", "pytorch_model_fsdp.bin")  # in addition to *.ckpt
+ROTARY_TABLE = "freqs_cis"  # suffix of a table that gemma_pytorch may store with the weights
 ORIGINAL_EMBEDDING = "embedder.weight"
 EMBEDDINGS = (ORIGINAL_EMBEDDING, EMBED_TOKENS, LITGPT_EMBEDDING, "transformer/embedder/input_embedding")
 GENERATION = "generation_config.json"
 BESIDE = (GENERATION, "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 ONE_FILE = 10**17  # bytes
-PADDING = 128  # embeddings of originals may be padded with rows to a multiple of this
+PADDING = 128  # an original's embedding may be padded to a multiple of this number of rows
 
 
 # --- tensors that are read on access ----------------------------------------------------------------------------------
@@ -81,14 +83,14 @@ PADDING = 128  # embeddings of originals may be padded with rows to a multiple o
 
 @dataclass(frozen=True)
 class Part:
-    """Some rows of a tensor on disk, changed by `views` in order."""
+    """Some rows of a tensor on disk; the functions `views` are applied in order."""
 
     tensor: Stored
     rows: slice
     views: tuple[View, ...]
 
     def read(self, rows: slice) -> Array:
-        """Return some rows of the part; only these are read, unless a view moves axes."""
+        """Return some rows of the part; only these rows are read, unless a view moves axes."""
         kept = all(view in ROWWISE for view in self.views)
         inside = slice(self.rows.start + rows.start, self.rows.start + rows.stop) if kept else self.rows
         x = self.tensor.map()[inside]
@@ -99,7 +101,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Joined:
-    """Parts stacked by rows, then rows of zeros, in one precision: the rows of an `OutputTensor`."""
+    """The rows of an `OutputTensor`: parts stacked by rows, then rows of zeros, in one precision."""
 
     name: str
     parts: tuple[tuple[Part, int], ...]
@@ -127,12 +129,12 @@ class Joined:
             where = f"{part.tensor.file}: tensor {part.tensor.name!r}"
             if np.isfinite(found).all():
                 raise CheckpointError(f"{where}: a number is above the largest {self.dtype}; use a wider dtype")
-            raise CheckpointError(f"{where}: holds NaN or infinity; the file is damaged")
+            raise CheckpointError(f"{where}: has NaN or infinity, so the file is damaged; write or download it again")
         return block
 
 
 def _unfold(layout: Sequence[Original], found: Mapping[str, Stored]) -> dict[str, Part]:
-    """Return the part of an original tensor for each Hugging Face name."""
+    """For each Hugging Face name, return the part of an original tensor."""
     parts = {}
     for original in layout:
         at = 0
@@ -149,7 +151,9 @@ def _fold(layout: Sequence[Original], parts: Mapping[str, Part], dtype: str | No
         pieces = [(parts[piece.name], piece) for piece in original.pieces]
         kinds = {part.tensor.dtype.name for part, _ in pieces}
         if dtype is None and len(kinds) > 1:
-            raise CheckpointError(f"{original.name!r} joins tensors in {' and '.join(sorted(kinds))}; give a dtype")
+            raise CheckpointError(
+                f"{original.name!r} joins tensors of different precision, {' and '.join(sorted(kinds))}; give a dtype"
+            )
         kind = dtype or kinds.pop()
         joined = tuple((replace(part, views=(*part.views, piece.fold)), piece.rows) for part, piece in pieces)
         outputs.append(
@@ -163,18 +167,18 @@ def _fold(layout: Sequence[Original], parts: Mapping[str, Part], dtype: str | No
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint to convert, with headers read and checked: its Hugging Face tensors by name."""
+    """A checkpoint to convert: its Hugging Face tensors by name. The headers are read and checked."""
 
     path: Path
     kind: str
     config: Gemma2Config
     parts: Mapping[str, Part]
-    padding: int = 0  # rows of the embedding without a token, which are left out
-    nonzero: int = 0  # the number of these rows that are not zero
+    padding: int = 0  # number of the embedding's rows without a token, which are dropped
+    nonzero: int = 0  # number of these rows that are not zero
 
     @property
     def folders(self) -> list[Path]:
-        """The folders to search for files beside the weights; those of a released Orbax folder are beside it."""
+        """The folders to search for files such as the tokenizer; for a released Orbax folder, also its parent."""
         if self.kind == "gguf":
             return []
         if not self.path.is_dir():
@@ -188,7 +192,7 @@ class Source:
 
 
 def detect_kind(path: Path) -> str:
-    """Return the format of the checkpoint at `path`, found from its files.
+    """Find the format of the checkpoint at `path` from its files.
 
     Examples
     --------
@@ -211,7 +215,7 @@ def detect_kind(path: Path) -> str:
     if any(path.glob("*.npz")) or is_orbax(path):
         return "flax"
     raise CheckpointError(
-        f"{path}: holds no checkpoint; it must hold *.ckpt, {TORCH_INDEX}, {TORCH_FILES[0]}, *.npz, {SINGLE} or {INDEX}"
+        f"{path}: has no checkpoint; it must have *.ckpt, {TORCH_INDEX}, {TORCH_FILES[0]}, *.npz, {SINGLE} or {INDEX}"
     )
 
 
@@ -220,7 +224,7 @@ def _list_torch_files(folder: Path) -> list[Path]:
 
 
 def _read_torch_tensors(path: Path) -> dict[str, Stored]:
-    """Read the tensors of a file, or of a folder with one file or an index and shards, without rotary tables."""
+    """Read the tensors (except rotary tables) of a file, or of a folder with one file or an index and shards."""
     if not path.is_dir():
         found = read_torch(path)
     elif (path / TORCH_INDEX).exists():
@@ -228,7 +232,7 @@ def _read_torch_tensors(path: Path) -> dict[str, Stored]:
     else:
         files = _list_torch_files(path)
         if len(files) != 1:
-            raise CheckpointError(f"{path}: holds {len(files)} PyTorch files and no {TORCH_INDEX}; give one of them")
+            raise CheckpointError(f"{path}: has {len(files)} PyTorch files but no {TORCH_INDEX}; give one of the files")
         found = read_torch(files[0])
     if quantised := [name for name in found if name.endswith("weight_scaler")]:
         raise CheckpointError(f"{path}: is quantised ({quote_few(quantised)}); give the unquantised checkpoint")
@@ -236,7 +240,7 @@ def _read_torch_tensors(path: Path) -> dict[str, Stored]:
 
 
 def _find_config(path: Path, found: Mapping[str, Stored], given: str | Path | None) -> Gemma2Config:
-    """Return the given configuration, or the one beside the weights, or the released one with these shapes."""
+    """Return the given configuration, or that of the source's folder, or the released one with these shapes."""
     if given is not None:
         return Gemma2Config.from_json_file(given)
     beside = (path if path.is_dir() else path.parent) / CONFIG_JSON
@@ -278,8 +282,8 @@ def _count_tensor_rows(path: Path, table: Stored | None, config: Gemma2Config) -
     rows = table.shape[0] if table is not None and table.shape else config.vocab_size
     if not _is_padded(rows, config):
         raise CheckpointError(
-            f"{path}: the embedding has {rows} rows; for a vocabulary of {config.vocab_size} it must have as many, or "
-            f"be padded to a multiple of {PADDING}: give the config.json of this checkpoint"
+            f"{path}: the embedding has {rows} rows; it must have {config.vocab_size} (vocab_size) or "
+            f"the next multiple of {PADDING}; give the config.json of this checkpoint"
         )
     return rows
 
@@ -291,27 +295,33 @@ def _is_transposed(path: Path, gate: Stored | None, config: Gemma2Config, given:
     if config.hidden_size == config.intermediate_size:
         raise CheckpointError(
             f"{path}: hidden_size and intermediate_size are both {config.hidden_size}, so the axes of gating_einsum "
-            "are ambiguous; set transposed"
+            "are ambiguous; use --gating-einsum (transposed in Python)"
         )
     return gate is not None and gate.shape[1:] == (config.intermediate_size, config.hidden_size)
 
 
 def _check_layout(path: Path, layout: Sequence[Original], found: Mapping[str, Stored]) -> None:
-    """Raise an error unless each tensor of the layout, and no other, is there with the right shape and dtype."""
+    """Raise an error if a tensor is missing or unexpected, or has the wrong shape or dtype."""
     wanted = {original.name: original.shape for original in layout}
     if missing := [name for name in wanted if name not in found]:
-        raise CheckpointError(f"{path}: lacks {quote_few(missing)}; it is incomplete, or does not belong to its config")
+        raise CheckpointError(
+            f"{path}: lacks {quote_few(missing)}; the checkpoint is incomplete, or does not belong to its config: "
+            "fetch both again"
+        )
     if unused := sorted(found.keys() - wanted.keys()):
-        raise CheckpointError(f"{path}: holds {quote_few(unused)}, which a Gemma 2 of this shape does not have")
+        raise CheckpointError(
+            f"{path}: has {quote_few(unused)}, which a Gemma 2 of this shape does not have; check the configuration"
+        )
     for name, shape in wanted.items():
         tensor = found[name]
         if tensor.shape != shape:
             raise CheckpointError(
-                f"{tensor.file}: tensor {name!r} has shape {tensor.shape}; by the configuration it is {shape}"
+                f"{tensor.file}: tensor {name!r} has shape {tensor.shape}; according to the configuration it must be "
+                f"{shape}"
             )
         if tensor.dtype not in FILE_DTYPES.values():
             raise CheckpointError(
-                f"{tensor.file}: tensor {name!r} holds {tensor.dtype}; it must be one of {', '.join(FILE_DTYPES)}"
+                f"{tensor.file}: tensor {name!r} has dtype {tensor.dtype}; it must be one of {', '.join(FILE_DTYPES)}"
             )
 
 
@@ -325,16 +335,17 @@ def open_source(
     path : str or Path
         A file or a folder.
     kind : str
-        ``hf``, ``gguf``, ``pytorch``, ``flax``, or ``auto`` to find it from the files.
+        ``hf``, ``gguf``, ``pytorch``, ``flax``, or ``auto`` to find the format from the files.
     config : str or Path, optional
-        The ``config.json`` of an original. Default: the one beside it, or the released one with these shapes.
+        The ``config.json`` of an original checkpoint. By default that of its folder, or the released one with these
+        shapes.
     transposed : bool, optional
-        If true, ``gating_einsum`` of a Flax tree is ``(2, intermediate, hidden)``. Default: found from its shape.
+        If true, ``gating_einsum`` of a Flax tree is ``(2, intermediate, hidden)``. By default found from the shape.
 
     Raises
     ------
     CheckpointError
-        If the checkpoint cannot be converted; the error names the file, the tensor and the remedy.
+        If the checkpoint cannot be converted; the message names the file, the tensor and the remedy.
 
     Examples
     --------
@@ -347,7 +358,7 @@ def open_source(
     kind = detect_kind(path) if kind == "auto" else kind
     if kind in ("hf", "gguf"):
         if config is not None:
-            raise CheckpointError(f"{path}: already has a configuration; leave out the other one")
+            raise CheckpointError(f"{path}: already has a configuration; leave out --config")
         return _open_hf(path, kind)
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder")
@@ -380,7 +391,7 @@ def _open_hf(path: Path, kind: str) -> Source:
 
 
 def _open_state_dict(path: Path, config: Gemma2Config, found: Mapping[str, Stored]) -> Source:
-    """Open PyTorch tensors with the names of transformers or LitGPT."""
+    """Open PyTorch tensors that have transformers' or LitGPT's names."""
     if LITGPT_EMBEDDING in found:
         head = found.get(LM_HEAD)
         if head is not None and config.tie_word_embeddings:
@@ -410,7 +421,7 @@ class Converted:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all written tensors."""
+        """The number of bytes of all written tensors."""
         return sum(output.nbytes for output in self.outputs)
 
 
@@ -418,8 +429,9 @@ def _choose_layout(source: Source, kind: str, vocab_rows: int | None, transposed
     config = source.config
     if vocab_rows is not None and (kind == "hf" or not _is_padded(vocab_rows, config)):
         raise CheckpointError(
-            f"vocab_rows is {vocab_rows}, and {source.path} has {config.vocab_size} tokens; leave it out for a Hugging "
-            f"Face folder, and for an original give the next multiple of {PADDING}"
+            f"vocab_rows is {vocab_rows}, but {source.path} has {config.vocab_size} tokens; leave vocab_rows out for "
+            "a Hugging "
+            f"Face folder, or give the next multiple of {PADDING} for an original format"
         )
     if kind == "hf":
         return hf_layout(config)
@@ -441,34 +453,34 @@ def convert(
     config: str | Path | None = None, dtype: str | None = None, max_shard_size: int | str | None = None,
     vocab_rows: int | None = None, transposed: bool | None = None,
 ) -> Converted:  # fmt: skip
-    """Convert a checkpoint, a few rows at a time, and compare the written files with the source.
+    """Convert a checkpoint a few rows at a time, and compare the written files with the source.
 
-    Run again after an interruption, it continues with the first unfinished file.
+    After an interruption, the same call continues with the first unfinished file.
 
     Parameters
     ----------
     source : str or Path
         A folder or a file; see `open_source`.
     target : str or Path
-        An empty or new folder, or that of the same conversion after an interruption. For GGUF, a file.
+        An empty or new folder, or the folder of the same interrupted conversion. For GGUF, a file.
     source_format, target_format : str
-        ``hf``, ``gguf``, ``pytorch`` or ``flax``; the source also ``auto``, and the target also ``flax-npz``.
+        ``hf``, ``gguf``, ``pytorch`` or ``flax``; for the source also ``auto``, for the target also ``flax-npz``.
     config : str or Path, optional
         See `open_source`.
     dtype : str, optional
-        The precision to write. The numbers are copied bit for bit if it is the source's, or not given.
+        The precision to write. By default that of the source; then numbers are copied bit for bit.
     max_shard_size : int or str, optional
-        See `write_checkpoint`. Default: 5GB; PyTorch's format then is one file, and ``flax-npz`` always is.
+        See `write_checkpoint`. By default 5GB, but one file for ``pytorch``; ``flax-npz`` is always one file.
     vocab_rows : int, optional
-        Number of rows of the embedding in an original, 256128 in the released Flax trees; rows without a token are
-        zero.
+        Number of rows of the embedding in an original format, 256128 in the released Flax trees. Rows without a token
+        are zero.
     transposed : bool, optional
-        Layout of ``gating_einsum`` in a Flax tree, source or target; see `flax_layout`.
+        The layout of ``gating_einsum`` if source or target is a Flax tree; see `flax_layout`.
 
     Raises
     ------
     CheckpointError
-        If the source is incomplete, a number does not fit `dtype`, or the target holds other files.
+        If the source is incomplete, a number does not fit `dtype`, or the target has other files.
     OSError
         If a file cannot be read or written.
 
@@ -490,7 +502,7 @@ def convert(
         )
     if target_format == "gguf":
         if str(target).endswith("/"):
-            raise CheckpointError(f"{target}: is the name of a folder; give the name of a file that ends in {GGUF}")
+            raise CheckpointError(f"{target}: is a folder; give the name of a file that ends in {GGUF}")
         return _convert_to_gguf(open_source(source, source_format, config, transposed), Path(target), dtype)
     size = parse_size(max_shard_size or (ONE_FILE if target_format == "pytorch" else "5GB"))
     opened = open_source(source, source_format, config, transposed)
@@ -512,12 +524,14 @@ def _find_tokenizer(source: Source) -> Tokenizer | None:
     places = own or [p for p in source.folders if (p / "tokenizer.model").is_file()]
     if places:
         return Tokenizer.from_pretrained(places[0])
-    warnings.warn(f"{source.path}: has no tokenizer, so the GGUF file has none: it takes only ids", stacklevel=2)
+    warnings.warn(
+        f"{source.path}: has no tokenizer, so the GGUF file has none and can be used only with token ids", stacklevel=2
+    )
     return None
 
 
 def _convert_to_gguf(source: Source, target: Path, dtype: str | None) -> Converted:
-    """Write a GGUF file, with the norms in float32 as in llama.cpp, and the tokenizer if there is one."""
+    """Write a GGUF file with norms in float32, as in llama.cpp, and with the tokenizer if there is one."""
     if target.suffix != GGUF or target.is_dir():
         raise CheckpointError(f"{target}: the name of a GGUF file must end in {GGUF}")
     if any(os.path.realpath(part.tensor.file) == os.path.realpath(target) for part in source.parts.values()):
@@ -530,7 +544,7 @@ def _convert_to_gguf(source: Source, target: Path, dtype: str | None) -> Convert
 
 
 def _make_fingerprint(source: Source, outputs: Sequence[OutputTensor], kind: str, size: int) -> str:
-    """Hash the source and the target: only a run with the same hash continues an interrupted one."""
+    """Return a hash of the source and the settings; only a run with the same hash continues an interrupted run."""
     files = sorted({part.tensor.file for part in source.parts.values()})
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     tensors = [(output.name, output.dtype, output.shape) for output in outputs]
@@ -539,7 +553,7 @@ def _make_fingerprint(source: Source, outputs: Sequence[OutputTensor], kind: str
 
 
 def _write_beside(source: Source, folder: Path, kind: str, dtype: str) -> None:
-    """Write the files beside the weights: the configuration, and copies of those beside the source's weights."""
+    """Write the other files of the folder: the configuration, and copies of the source's tokenizer files and so on."""
     config = source.config.changed(dtype=dtype, architectures=("Gemma2ForCausalLM",))
     config.save_pretrained(folder)
     if source.kind == "gguf" and has_tokens(source.path):
@@ -554,7 +568,7 @@ def _write_beside(source: Source, folder: Path, kind: str, dtype: str) -> None:
 
 
 def _write_zips(folder: Path, outputs: Sequence[OutputTensor], kind: str, limit: int) -> None:
-    """Write PyTorch's format, in one file or shards with an index, or a ``.npz``; compare, then move into place."""
+    """Write PyTorch's format (one file, or shards with an index) or a ``.npz``; compare, then move into place."""
     parts = _split_into_files(outputs, kind, limit)
     staging = folder / STAGING
     key = None if len(parts) > 1 else "model_state_dict"

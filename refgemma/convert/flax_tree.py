@@ -1,8 +1,8 @@
 """Read and write Gemma 2's Flax parameter tree in flat files: .npz or .safetensors, with paths joined by "/" as names.
 
 The names are those of google-deepmind/gemma and of the released Orbax folders, which `refgemma.convert.orbax` reads.
-One tensor is read at a time. A .npz holds bfloat16 as NumPy writes it, as two-byte voids. A .npz is a zip file with
-uncompressed entries; so are the files of `torch.save`.
+One tensor is read at a time. In a .npz, bfloat16 numbers are two-byte voids, as NumPy writes them. Like a file of
+`torch.save`, a .npz is a zip file with uncompressed entries.
 """
 
 import ast
@@ -33,15 +33,12 @@ from refgemma.weights.checkpoint import (
 )
 from refgemma.weights.save import FILE_DTYPES, OutputTensor
 
-# The dtypes in a header of numpy.save; NumPy does not know bfloat16 and writes two bytes.
+# Dtypes in a header of numpy.save. NumPy does not know bfloat16 and writes two-byte voids.
 DESCRS = {"<f8": FILE_DTYPES["float64"], "<f4": FILE_DTYPES["float32"], "<f2": FILE_DTYPES["float16"]}
 DESCRS |= dict.fromkeys(("|V2", "<V2"), FILE_DTYPES["bfloat16"])
 HEADER_LIMIT = 2**16  # bytes
-WITH_W = (
-    "gating_einsum",
-    "linear",
-)  # w of the feed-forward layer: a level of its own in releases, but not in the model
-ALIGNMENT = 64  # of a tensor's numbers in a zip file, as in torch.save
+WITH_W = ("gating_einsum", "linear")  # releases have "w" as a level of its own, the model's code does not
+ALIGNMENT = 64  # alignment in bytes of a tensor's numbers in a zip file, as in torch.save
 
 
 # --- zip files with uncompressed entries ------------------------------------------------------------------------------
@@ -49,21 +46,21 @@ ALIGNMENT = 64  # of a tensor's numbers in a zip file, as in torch.save
 
 @dataclass(frozen=True)
 class ZipEntry:
-    """The place of an entry's bytes in its zip file."""
+    """The position of an entry's bytes in its zip file."""
 
     start: int
     size: int
 
 
 def read_zip_entries(file: Path) -> dict[str, ZipEntry]:
-    """Return the place of every entry of a zip file by name; no entry may be compressed.
+    """Return the position of every entry in a zip file, by name; no entry may be compressed.
 
     Raises
     ------
     CheckpointError
-        If it is not such a file.
+        If the file is not such a zip file.
     OSError
-        If it cannot be opened.
+        If the file cannot be opened.
 
     Examples
     --------
@@ -85,9 +82,9 @@ def read_zip_entries(file: Path) -> dict[str, ZipEntry]:
     except OSError as error:
         if error.filename is not None:
             raise
-        raise CheckpointError(f"{file}: is not a whole zip file: {error.strerror}; {REMEDY}") from None
+        raise CheckpointError(f"{file}: is not a complete zip file: {error.strerror}; {REMEDY}") from None
     except (zipfile.BadZipFile, NotImplementedError, OverflowError, ValueError, struct.error) as error:
-        raise CheckpointError(f"{file}: is not a whole zip file: {error}; {REMEDY}") from None
+        raise CheckpointError(f"{file}: is not a complete zip file: {error}; {REMEDY}") from None
 
 
 def _locate_entry(stream: IO[bytes], info: zipfile.ZipInfo, file: Path) -> ZipEntry:
@@ -100,18 +97,18 @@ def _locate_entry(stream: IO[bytes], info: zipfile.ZipInfo, file: Path) -> ZipEn
     stream.seek(info.header_offset)
     header = stream.read(30)
     if len(header) < 30 or header[:4] != b"PK\x03\x04":
-        raise CheckpointError(f"{where}: does not begin at its place in the zip file; {REMEDY}")
+        raise CheckpointError(f"{where}: does not begin where the zip file's directory says; {REMEDY}")
     name, extra = struct.unpack("<26xHH", header)
     start = info.header_offset + 30 + name + extra
     if start + info.file_size > file.stat().st_size:
-        raise CheckpointError(f"{where}: ends beyond the end of the file, which is truncated; {REMEDY}")
+        raise CheckpointError(f"{where}: would end beyond the end of the file, which is truncated; {REMEDY}")
     return ZipEntry(start, info.file_size)
 
 
 def add_entry(archive: zipfile.ZipFile, stream: IO[bytes], name: str, chunks: Iterable[Any]) -> None:
-    """Add an aligned entry to a zip file that is being written to `stream`, chunk by chunk."""
+    """Add an aligned entry, chunk by chunk, to a zip file that is written to `stream`."""
     info = zipfile.ZipInfo(name)
-    begin = stream.tell() + 30 + len(name.encode()) + 20 + 4  # header, name, sizes of 64 bits, head of the padding
+    begin = stream.tell() + 30 + len(name.encode()) + 20 + 4  # header, name, 64-bit sizes, header of the padding
     padding = -begin % ALIGNMENT
     info.extra = b"FB" + struct.pack("<H", padding) + bytes(padding)
     with archive.open(info, "w", force_zip64=True) as entry:
@@ -128,7 +125,7 @@ def iterate_data(output: OutputTensor, bar: Any = None) -> Iterator[Any]:
 
 
 def write_zip(path: Path, entries: dict[str, Iterable[Any]]) -> None:
-    """Write a zip file of entries given in chunks; it gets its name only when complete and on the disk."""
+    """Write a zip file, given the entries in chunks; it gets its name only after all data is on the disk."""
     with new_file(path) as stream:
         with zipfile.ZipFile(stream, "w") as archive:
             for name, chunks in entries.items():
@@ -168,7 +165,7 @@ def row_major_strides(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def tidy(name: str) -> str:
-    """Return a name in the released spelling, which refgemma uses.
+    """Return a name in the spelling of the releases, which refgemma uses.
 
     Examples
     --------
@@ -181,7 +178,7 @@ def tidy(name: str) -> str:
 
 
 def read_tree(source: Path) -> dict[str, Stored]:
-    """Read the names, shapes and places of the tensors of a flat Flax tree; the numbers are read on access.
+    """Read names, shapes and positions of the tensors of a flat Flax tree; the numbers are read when accessed.
 
     Parameters
     ----------
@@ -191,7 +188,7 @@ def read_tree(source: Path) -> dict[str, Stored]:
     Raises
     ------
     CheckpointError
-        If it is damaged, or not such a tree.
+        If the file is damaged, or is not such a tree.
 
     Examples
     --------
@@ -205,7 +202,7 @@ def read_tree(source: Path) -> dict[str, Stored]:
     found: dict[str, Stored] = {}
     for name, tensor in _read_source(source).items():
         if tidy(name) in found:
-            raise CheckpointError(f"{tensor.file}: holds {quote(tidy(name))} twice, in two spellings; remove one")
+            raise CheckpointError(f"{tensor.file}: has {quote(tidy(name))} twice, in two spellings; remove one")
         found[tidy(name)] = tensor
     return found
 
@@ -220,11 +217,11 @@ def _read_source(source: Path) -> dict[str, Stored]:
         return read_npz(files[0])
     if is_orbax(source):
         return read_orbax(source)
-    raise CheckpointError(f"{source}: holds {len(files)} .npz files and no {SINGLE}; give the file of the tree")
+    raise CheckpointError(f"{source}: has {len(files)} .npz files and no {SINGLE}; give the file with the tree")
 
 
 def read_npz(file: Path) -> dict[str, Stored]:
-    """Read the names, shapes and places of the arrays of an uncompressed ``.npz``, as from `numpy.savez`.
+    """Read names, shapes and positions of the arrays in an uncompressed ``.npz``, as from `numpy.savez`.
 
     Examples
     --------
@@ -247,7 +244,7 @@ def _read_array(name: str, file: Path, entry: ZipEntry) -> Stored:
         raw = stream.read(min(entry.size, HEADER_LIMIT))
     width = {b"\x93NUMPY\x01\x00": 2, b"\x93NUMPY\x02\x00": 4}.get(raw[:8])
     if width is None:
-        raise ValueError("it has no header of numpy.save")
+        raise ValueError("it lacks the header of numpy.save")
     length = 8 + width + int.from_bytes(raw[8 : 8 + width], "little")
     header = ast.literal_eval(raw[8 + width : length].decode("latin-1").strip())
     if not isinstance(header, dict) or header.keys() != {"descr", "fortran_order", "shape"}:
@@ -272,11 +269,11 @@ def write_npz(path: Path, outputs: Sequence[OutputTensor], bar: Any = None) -> N
     Parameters
     ----------
     path : Path
-        The path of the file; it appears when it is complete.
+        The path of the file, which appears only when complete.
     outputs : sequence of Output
         The tensors.
     bar : tqdm, optional
-        Counts the bytes written.
+        Progress bar that counts the written bytes.
 
     Examples
     --------

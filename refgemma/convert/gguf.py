@@ -1,8 +1,8 @@
 """Write a GGUF file that llama.cpp loads, with the library gguf 0.19. Checked by reading it back, and by the logits of
 llama.cpp.
 
-Names, metadata and the choice of tensors in float32 are those of llama.cpp's own converter. Norms hold 1 + w, rounded
-once to float32; this loses no bit of a w in bfloat16 that is 0 or at least 2**-16.
+Names, metadata and the choice of tensors in float32 follow llama.cpp's own converter. The file has 1 + w for a norm,
+rounded once to float32; this loses no bit of a bfloat16 w that is 0 or at least 2**-16.
 """
 
 import os
@@ -28,7 +28,7 @@ from refgemma.weights.stored import CheckpointError
 
 CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 ALIGNMENT = 32
-# Fields that llama.cpp fixes for every Gemma 2, or with a default that no value switches off.
+# Fields that llama.cpp fixes for every Gemma 2, or for which it has a default that cannot be switched off.
 FIXED = (
     "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", "hidden_activation", "layer_types",
     "attention_bias", "tie_word_embeddings",
@@ -54,7 +54,7 @@ def gguf_layout(config: Gemma2Config) -> tuple[list[Original], list[Original]]:
 
 
 def _describe(config: Gemma2Config) -> dict[str, int | float]:
-    """Return the metadata of the model: whole numbers are uint32 in the file, others float32."""
+    """Return the metadata of the model; whole numbers become uint32 in the file, others float32."""
     numbers = {f"gemma2.{key}": getattr(config, field) for field, (key, _) in (SIZES | NUMBERS).items()}
     numbers |= {key: getattr(config, field) for field, key in IDS.items()}
     numbers |= {
@@ -68,12 +68,12 @@ def _describe(config: Gemma2Config) -> dict[str, int | float]:
 
 
 def check_model(config: Gemma2Config, source: Path) -> None:
-    """Raise an error for a model that llama.cpp would compute differently.
+    """Raise an error if llama.cpp would compute the model differently.
 
     Raises
     ------
     CheckpointError
-        If a field differs from llama.cpp's value; the error names both.
+        If a field differs from llama.cpp's value; the message names both.
     """
     described = {"general.architecture": "gemma2"} | _describe(config)
     table = GgufTensor("token_embd.weight", "F32", (config.vocab_size, config.hidden_size), 0, 0)
@@ -87,7 +87,7 @@ def check_model(config: Gemma2Config, source: Path) -> None:
         if not same:
             remedy = "; write another format"
             if field == "query_pre_attn_scalar":
-                remedy = f"; multiply each q_proj by {(theirs / ours) ** 0.5!r} and set it to {theirs} first"
+                remedy = f"; first multiply each q_proj by {(theirs / ours) ** 0.5!r} and set the field to {theirs}"
             raise CheckpointError(
                 f"{source}: {field} is {ours!r}, but llama.cpp uses {theirs!r} for such a model, which gives other "
                 f"logits{remedy}"
@@ -98,7 +98,7 @@ def check_model(config: Gemma2Config, source: Path) -> None:
 
 
 def _add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Add pieces, scores and types: user-defined pieces have plain spaces, and rows without a token unused pieces."""
+    """Add pieces, scores and types; user-defined pieces have plain spaces, rows without a token unused pieces."""
     pieces, special = tokenizer._vocabulary.pieces, set(tokenizer.all_special_ids)
     kinds = [CONTROL if n in special and p.type != UNKNOWN else p.type for n, p in enumerate(pieces)]
     names = [
@@ -123,11 +123,11 @@ def _add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
 
 
 def _make_header(config: Gemma2Config, tokenizer: Tokenizer | None, outputs: Sequence[OutputTensor]) -> bytes:
-    """Let the library write the file without its tensors."""
+    """Let the gguf library write the file without tensors, and return the bytes."""
     try:
         import gguf
     except ImportError:
-        raise CheckpointError('GGUF is written with the library gguf; pip install "refgemma[gguf]"') from None
+        raise CheckpointError('writing GGUF needs the library gguf; pip install "refgemma[gguf]"') from None
     with tempfile.TemporaryDirectory() as folder:
         writer = gguf.GGUFWriter(Path(folder) / "header.gguf", "gemma2")
         for key, value in _describe(config).items():
@@ -152,7 +152,7 @@ def write_gguf(path: Path, config: Gemma2Config, tokenizer: Tokenizer | None, ou
     Raises
     ------
     CheckpointError
-        If the library is not installed, or a tensor reads back differently.
+        If the library is not installed, or a tensor differs when read back.
     OSError
         If the file cannot be written; `path` is then unchanged.
     """

@@ -1,8 +1,8 @@
-"""The tensors of the original Gemma 2 releases, each made from Hugging Face tensors, stacked and with axes moved.
+"""Describe how tensors of the original Gemma 2 releases are made from Hugging Face tensors: stacked, with axes moved.
 
-Names and shapes are those of gemma_pytorch's `model.py` and google-deepmind/gemma's `modules.py`. The order of the
-norms was also checked against MaxText's converter. With weights converted by this table, gemma_pytorch's own module
-computes the logits of refgemma.
+Names and shapes follow gemma_pytorch's `model.py` and google-deepmind/gemma's `modules.py`. The order of the norms was
+also checked against MaxText's converter. With weights converted by this table, gemma_pytorch's own module computes the
+same logits as refgemma.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,12 +27,12 @@ def add_one(x: Array) -> Array:
     return x.astype(np.float64) + 1
 
 
-ROWWISE = (_identity, add_one)  # the views that compute each row from the same row
+ROWWISE = (_identity, add_one)  # views whose result row depends only on the same input row
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Some rows of an original tensor, which correspond to one Hugging Face tensor.
+    """The rows of an original tensor that correspond to one Hugging Face tensor.
 
     `fold` makes the rows from the Hugging Face tensor; `unfold` is the inverse.
     """
@@ -45,7 +45,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Original:
-    """One tensor of an original checkpoint, made of pieces stacked by rows."""
+    """One tensor of an original checkpoint: pieces stacked by rows."""
 
     name: str
     shape: tuple[int, ...]
@@ -53,7 +53,7 @@ class Original:
 
 
 def pytorch_layout(config: Gemma2Config, vocab_rows: int | None = None) -> list[Original]:
-    """Return the tensors of gemma_pytorch: those of Hugging Face, except the embedding's name and ``qkv_proj``.
+    """Return the tensors of gemma_pytorch, which equal Hugging Face's except the embedding's name and ``qkv_proj``.
 
     Examples
     --------
@@ -93,14 +93,14 @@ def _transpose(name: str, rows: int) -> Piece:
 
 
 def _fold_gate(name: str, transposed: bool) -> Piece:
-    """Return the piece for a half of ``gating_einsum``; with `transpose_gating_einsum` it is as in Hugging Face."""
+    """Return the piece for one half of ``gating_einsum``; if `transposed`, it equals Hugging Face's tensor."""
     if transposed:
         return Piece(name, 1, lambda x: x[None], lambda x: x[0])
     return Piece(name, 1, lambda x: x.T[None], lambda x: x[0].T)
 
 
 def flax_layout(config: Gemma2Config, transposed: bool, vocab_rows: int | None = None) -> list[Original]:
-    """Return the tensors of google-deepmind/gemma; `transposed` is its `transpose_gating_einsum`, false for the 2B.
+    """Return the tensors of google-deepmind/gemma; `transposed` is its `transpose_gating_einsum` (2B: false).
 
     Examples
     --------
@@ -152,7 +152,7 @@ def _flax_attention(config: Gemma2Config, names: Mapping[str, str], path: str) -
     ]
 
 
-# The names of LitGPT inside a layer -> the fields of `LayerWeights` that it holds, stacked by rows.
+# Name of LitGPT's tensor inside a layer -> the fields of `LayerWeights` that are stacked in it.
 LITGPT = {
     "norm_1": ("input_layernorm",),
     "attn.qkv": ("q_proj", "k_proj", "v_proj"),
@@ -168,7 +168,7 @@ LITGPT_EMBEDDING = "transformer.wte.weight"
 
 
 def litgpt_layout(config: Gemma2Config) -> list[Original]:
-    """Return the tensors of LitGPT's ``lit_model.pth``, named as in its ``copy_weights_gemma_2``.
+    """Return the tensors of LitGPT's ``lit_model.pth``, with the names of its function ``copy_weights_gemma_2``.
 
     Examples
     --------

@@ -1,6 +1,6 @@
 """Read Orbax folders, the format of the Flax release, one tensor at a time with TensorStore (the extra ``flax``).
-Checked against folders written by orbax-checkpoint 0.12: OCDBT with zarr 2 and zarr 3, and one folder for each
-parameter.
+
+Checked against folders written by orbax-checkpoint 0.12: OCDBT with zarr 2 and zarr 3, and one folder per parameter.
 """
 
 from dataclasses import dataclass, field
@@ -14,9 +14,9 @@ from refgemma.precision import Array
 from refgemma.weights.checkpoint import CheckpointError, Stored
 
 OCDBT = "manifest.ocdbt"
-# An Orbax folder has at least one of these files, depending on the version that wrote it.
+# Files of an Orbax folder; each version of Orbax writes at least one of them.
 ORBAX_FILES = (OCDBT, "_METADATA", "_CHECKPOINT_METADATA", "checkpoint", "ocdbt.process_0")
-DRIVERS = {".zarray": "zarr", "zarr.json": "zarr3"}  # the file that describes an array -> the driver that reads it
+DRIVERS = {".zarray": "zarr", "zarr.json": "zarr3"}  # file that describes an array -> TensorStore's driver for it
 
 
 def is_orbax(folder: Path) -> bool:
@@ -32,10 +32,10 @@ def is_orbax(folder: Path) -> bool:
 
 @dataclass
 class Opened:
-    """A folder that is being read. It keeps the last tensor, because rows of one tensor are read one after another."""
+    """An open folder. It keeps the last tensor in memory, because the rows of a tensor are read one after another."""
 
-    store: dict[str, Any]  # TensorStore's description of the place of names
-    prefix: str  # of the names in it
+    store: dict[str, Any]  # TensorStore's description of the folder
+    prefix: str  # prefix of the names in the folder
     last: tuple[str, Array] = field(default=("", np.zeros(0)))
 
     def names(self) -> dict[str, str]:
@@ -54,9 +54,9 @@ class Opened:
         return tensorstore.open({"driver": driver, "kvstore": place}, open=True).result()
 
     def read(self, name: str, driver: str) -> Array:
-        """Read one array, whole."""
+        """Read one whole array."""
         if self.last[0] != name:
-            self.last = ("", np.zeros(0))  # released before the next one is read: never two at a time
+            self.last = ("", np.zeros(0))  # free the last array first, so that only one is in memory
             array: Array = self.handle(name, driver).read().result()
             self.last = (name, array)
         return self.last[1]
@@ -64,13 +64,13 @@ class Opened:
 
 @dataclass(frozen=True)
 class OrbaxTensor(Stored):
-    """One tensor of an Orbax folder; a change of `file` shows that the folder changed."""
+    """One tensor of an Orbax folder; a change of `file` means that the folder has changed."""
 
     opened: Opened
     driver: str
 
     def map(self, keep: bool = False) -> Array:
-        """Return the whole tensor in memory, because its chunks are compressed. It is never kept."""
+        """Read the whole tensor into memory, because its chunks are compressed; `keep` has no effect."""
         try:
             return self.opened.read(self.name, self.driver)
         except ValueError as error:
@@ -80,12 +80,12 @@ class OrbaxTensor(Stored):
 
 
 def _shorten(error: Exception) -> str:
-    """Return the beginning of TensorStore's message; the rest names places in its own source."""
+    """Return the beginning of TensorStore's message; the rest refers to its own source code."""
     return str(error).split("[")[0].strip()[:200]
 
 
 def read_orbax(folder: Path) -> dict[str, Stored]:
-    """Read the names and shapes of the parameters of an Orbax folder; the numbers are read on access.
+    """Read the names and shapes of the parameters of an Orbax folder; the numbers are read when accessed.
 
     Raises
     ------

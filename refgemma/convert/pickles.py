@@ -1,7 +1,7 @@
-"""Read and write the files of `torch.save` without PyTorch: a zip of one pickle and each tensor's numbers.
+"""Read and write files of `torch.save` without PyTorch: zip files with one pickle and each tensor's numbers.
 
-Checked both ways against torch 2.13. An interpreter in this file reads the pickle; it knows only the opcodes that such
-a file needs. Names in the pickle are compared with a short list; nothing is imported and nothing is called.
+Checked both ways against torch 2.13. The pickle is read by an interpreter in this file, which knows only the opcodes
+that such a file needs. It compares names in the pickle with a short list; it imports nothing and calls nothing.
 """
 
 import pickle
@@ -28,18 +28,18 @@ from refgemma.files import AXES_LIMIT, open_file, quote
 from refgemma.weights.checkpoint import REMEDY, CheckpointError, Stored
 from refgemma.weights.save import FILE_DTYPES, OutputTensor
 
-PICKLE_LIMIT = 2**24  # bytes: the pickle of a 27B has 100,000
-STEPS_LIMIT = 2**20  # opcodes: the pickle of a 27B has 12,000; each may make an object
-ARGUMENTS_LIMIT = 10  # of a call; each call copies them
+PICKLE_LIMIT = 2**24  # bytes; the pickle of a 27B has 100,000
+STEPS_LIMIT = 2**20  # opcodes; each may make an object, and the pickle of a 27B has 12,000
+ARGUMENTS_LIMIT = 10  # maximum number of a call's arguments, which each call copies
 
-STATE_KEYS = ("model_state_dict", "model", "state_dict", "module")  # keys of a dict that holds the state dict
+STATE_KEYS = ("model_state_dict", "model", "state_dict", "module")  # keys under which a dict may hold the state dict
 
 STORAGES: dict[str, np.dtype[Any]] = {
     "torch.DoubleStorage": np.dtype(np.float64),
     "torch.FloatStorage": np.dtype(np.float32),
     "torch.HalfStorage": np.dtype(np.float16),
     "torch.BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
-    # Not weights, but possible beside them: the rotary table, counters, quantised numbers.
+    # Possible in a checkpoint, but not weights: the rotary table, counters, quantised numbers.
     "torch.ComplexFloatStorage": np.dtype(np.complex64),
     "torch.LongStorage": np.dtype(np.int64),
     "torch.IntStorage": np.dtype(np.int32),
@@ -55,7 +55,7 @@ STORAGE_OF = {dtype: name for name, dtype in STORAGES.items()}
 
 @dataclass(frozen=True)
 class _Name:
-    """A name that a pickle wants to import. It is not imported."""
+    """A name that a pickle would import; it is not imported."""
 
     dotted: str
 
@@ -76,7 +76,7 @@ class _Tensor:
 
 
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
-    """Check the arguments of ``torch._utils._rebuild_tensor_v2``, and return the tensor's place."""
+    """Check the arguments of ``torch._utils._rebuild_tensor_v2``, and return the tensor's position."""
     if not isinstance(storage, _Storage) or not all(isinstance(part, tuple) for part in (shape, strides)):
         raise ValueError("a tensor lacks storage, shape or strides")
     numbers = (offset, *shape, *strides)
@@ -93,13 +93,13 @@ def _is_count(value: Any) -> bool:
 
 
 def _check_size(axes: Any) -> tuple[int, ...]:
-    """Return a shape unchanged if it is a tuple. Copying a long list repeatedly would take unlimited memory."""
+    """Return a shape if it is a tuple; a list is refused, because copying it repeatedly could fill the memory."""
     if not isinstance(axes, tuple):
         raise ValueError(f"a shape is {quote(axes)}; it must be a tuple")
     return axes
 
 
-# The functions that a checkpoint may call: a name -> the function that replaces it here.
+# Name of a function that a checkpoint may call -> the function used here instead.
 _RESULTS: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": lambda: {},
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
@@ -125,7 +125,7 @@ class _Machine:
                 return self.stack.pop()
             if opcode.name not in _STEPS:
                 raise ValueError(
-                    f"it holds the opcode {opcode.name}, which checkpoints never need; do not trust the file"
+                    f"it has the opcode {opcode.name}, which checkpoints never need; do not trust the file"
                 )
             _STEPS[opcode.name](self, argument)
         raise ValueError(f"it has more than {STEPS_LIMIT} opcodes, more than any checkpoint; do not trust the file")
@@ -180,7 +180,7 @@ class _Machine:
         self.stack[-1].extend(items)
 
     def build(self, _: Any) -> None:
-        self.stack.pop()  # the attributes of a state dict (_metadata) are not needed
+        self.stack.pop()  # drop the attributes of a state dict (_metadata)
         if not isinstance(self.stack[-1], dict):
             raise ValueError("it sets the attributes of an object that is not a dict; do not trust the file")
 
@@ -230,7 +230,7 @@ _STEPS: dict[str, Callable[[_Machine, Any], None]] = {
 
 
 def read_torch(file: Path) -> dict[str, Stored]:
-    """Read the names, shapes and places of the tensors in a file of `torch.save`, without executing anything.
+    """Read names, shapes and positions of the tensors in a file of `torch.save`, without executing anything.
 
     Parameters
     ----------
@@ -241,9 +241,9 @@ def read_torch(file: Path) -> dict[str, Stored]:
     Raises
     ------
     CheckpointError
-        If it is not such a file, or needs anything but tensors.
+        If the file is not such a file, or needs anything except tensors.
     OSError
-        If it cannot be opened.
+        If the file cannot be opened.
 
     Examples
     --------
@@ -274,7 +274,7 @@ def _refuse_others(file: Path) -> None:
         start = stream.read(16)
     if start[:1] == b"\x80":
         raise CheckpointError(
-            f"{file}: has the format of PyTorch before 1.6, or is a bare pickle; load it with "
+            f"{file}: is a bare pickle or has the format of PyTorch before 1.6; load it with "
             "torch.load(..., weights_only=True) and write it again with torch.save"
         )
     if start[:4] != b"PK\x03\x04":
@@ -295,8 +295,8 @@ def _unpickle(raw: bytes, file: Path) -> Any:
     try:
         return _Machine().run(raw)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        fault = error if isinstance(error, ValueError) else "it is damaged"
-        raise CheckpointError(f"{file}: the pickle is refused: {' '.join(str(fault).split())[:300]}") from None
+        fault = error if isinstance(error, ValueError) else "the pickle is damaged"
+        raise CheckpointError(f"{file}: the pickle cannot be read: {' '.join(str(fault).split())[:300]}") from None
 
 
 def _find_state_dict(top: Any, file: Path) -> dict[str, _Tensor]:
@@ -304,7 +304,7 @@ def _find_state_dict(top: Any, file: Path) -> dict[str, _Tensor]:
     if isinstance(top, dict):
         state = next((top[key] for key in STATE_KEYS if isinstance(top.get(key), dict)), top)
     if not isinstance(state, dict) or not state:
-        raise CheckpointError(f"{file}: holds no state dict, a dict from names to tensors; give the model's checkpoint")
+        raise CheckpointError(f"{file}: has no state dict (a dict from names to tensors); give the model's checkpoint")
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, _Tensor):
             raise CheckpointError(f"{file}: {quote(name)} in the state dict is not a tensor; save only tensors")
@@ -315,10 +315,10 @@ def _locate_tensor(name: str, tensor: _Tensor, file: Path, entries: dict[str, Zi
     where = f"{file}: tensor {quote(name)}"
     storage, entry = tensor.storage, entries.get(f"{root}data/{tensor.storage.key}")
     if entry is None:
-        raise CheckpointError(f"{where}: the numbers, entry {quote(storage.key)}, are not in the file; {REMEDY}")
+        raise CheckpointError(f"{where}: the file lacks the numbers, entry {quote(storage.key)}; {REMEDY}")
     itemsize = storage.dtype.itemsize
     if storage.count * itemsize > entry.size:
-        raise CheckpointError(f"{where}: needs {storage.count * itemsize} bytes, but has {entry.size}; {REMEDY}")
+        raise CheckpointError(f"{where}: must have {storage.count * itemsize} bytes, but has {entry.size}; {REMEDY}")
     start, size = entry.start + tensor.offset * itemsize, file.stat().st_size
     plain = Stored(name, file, storage.dtype, tensor.shape, start, size)
     if tensor.strides == row_major_strides(tensor.shape):
@@ -337,13 +337,13 @@ def write_torch(
     Parameters
     ----------
     path : Path
-        The path of the file; it appears when it is complete.
+        The path of the file, which appears only when complete.
     outputs : sequence of Output
         The tensors.
     key : str, optional
-        The key of the state dict in the file's dict; without a key, the file holds the state dict itself.
+        The key of the state dict inside a dict; by default, the file has the state dict itself.
     bar : tqdm, optional
-        Counts the bytes written.
+        Progress bar that counts the written bytes.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Generate text from logits: greedy decoding, sampling and beam search; measure how well a text is predicted."""
+"""Generate text by greedy decoding, sampling or beam search, and measure how well a model predicts a text."""
 
 from refgemma.generation.decode import generate, generate_batch
 from refgemma.generation.generation_config import GenerationConfig

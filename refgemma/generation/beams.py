@@ -1,8 +1,9 @@
-"""Choose tokens: the most likely, drawn ones, or those of a beam search. Checked against `_beam_search` of transformers
-5.23, search for search.
+"""Choose the most likely tokens, draw tokens, or search with beams.
 
-A *beam* is an unfinished text of a search. At each step, every token after every beam is a candidate. The best
-unfinished candidates become the next beams; the best finished ones are stored.
+Checked against `_beam_search` of transformers 5.23, search for search.
+
+A *beam* is an unfinished text of a search. At each step, a candidate is a beam with one more token. The best unfinished
+candidates become the next beams; the best finished candidates are stored.
 """
 
 import random
@@ -17,16 +18,16 @@ from refgemma.inputs import InputError
 from refgemma.precision import Array
 from refgemma.shapes import TokenIds
 
-# As in transformers: added to a score that must not win, without making it infinite.
+# As in transformers, this number is added to a score that must not win, so that the score stays finite.
 FAR = np.float32(-1e9)
 
 Ends: TypeAlias = Callable[[TokenIds], Bool[np.ndarray, " rows"]]
 
 
 def largest(values: Float[np.ndarray, "batch n"], count: int) -> Int[np.ndarray, "batch count"]:
-    """Return the places of the `count` largest values of each row, in descending order; equal values keep their order.
+    """Return the indices of the `count` largest values of each row, largest first; equal values keep their order.
 
-    torch's ``topk`` promises no order of equal values.
+    torch's ``topk`` does not define the order of equal values.
 
     Examples
     --------
@@ -41,21 +42,21 @@ def largest(values: Float[np.ndarray, "batch n"], count: int) -> Int[np.ndarray,
     return np.stack(rows)
 
 
-_DRAWS = np.random.default_rng(0)  # continues from call to call
+_DRAWS = np.random.default_rng(0)  # each call continues where the previous call ended
 
 
 def set_seed(seed: Any, deterministic: bool = False) -> None:
     """Restart the draws of `generate`, of Python's `random` and of `numpy.random`, as transformers does.
 
-    ``Gemma2ForCausalLM.generate`` with ``do_sample=True`` and without `seed` continues the draws of the last call. The
-    draws differ from torch's for the same seed.
+    ``Gemma2ForCausalLM.generate`` with ``do_sample=True`` and without `seed` continues the draws of the previous call.
+    The same seed gives other draws in torch.
 
     Parameters
     ----------
     seed : int
         The same seed gives the same draws.
     deterministic : bool
-        Has no effect: no result here depends on the order of threads.
+        Has no effect, because no result depends on the order of threads.
 
     Raises
     ------
@@ -80,16 +81,17 @@ def set_seed(seed: Any, deterministic: bool = False) -> None:
 
 
 def choose_generator(seed: int | None) -> np.random.Generator:
-    """Return a new generator for a seed, or without a seed the one that continues from call to call."""
+    """Return a new generator for a seed; without a seed, return the shared generator, which continues from call to
+    call."""
     return _DRAWS if seed is None else np.random.default_rng(seed)
 
 
 def draw(scores: Float[np.ndarray, "batch n"], count: int, rng: np.random.Generator) -> Int[np.ndarray, "batch count"]:
-    """Draw `count` places of each row without replacement, with probabilities ``softmax(scores)``.
+    """Draw `count` indices of each row without replacement, with probabilities ``softmax(scores)``.
 
-    A number from the standard Gumbel distribution is added to each score, and the largest sums are the draws, in order.
-    The first draw then follows the softmax, the next the softmax of the others, and so on. A score of minus infinity is
-    drawn only when nothing else is left.
+    Each score gets a random number from the standard Gumbel distribution; the draws are the largest sums, in descending
+    order. So the first draw follows the softmax, the next the softmax of the remaining scores, and so on. A score of
+    minus infinity is drawn only when all others have been drawn.
 
     Examples
     --------
@@ -101,38 +103,38 @@ def draw(scores: Float[np.ndarray, "batch n"], count: int, rng: np.random.Genera
 
 @dataclass(frozen=True)
 class Rules:
-    """The rules of a search."""
+    """The settings of a search."""
 
     num_beams: int
-    candidates: int  # at each step: more than the beams, because some may be finished
+    candidates: int  # number of candidates per step; more than the beams, because some may be finished
     longest: int  # maximum number of new tokens
     early_stopping: bool | str  # True, False or "never"
     length_penalty: float
-    fill: int  # the token after the end of a text
+    fill: int  # token that fills a text after its end
 
 
 @dataclass(frozen=True)
 class Beams:
     """The state of a search after some steps, best beams first.
 
-    `origins` hold for each new token the row of the step before that it continued, counted through the batch; -1 after
-    the end of a text.
+    `origins` has, for each new token, the row of the previous step that the token continued. Rows are numbered through
+    the whole batch. After the end of a text, the number is -1.
     """
 
     running: Int[np.ndarray, "batch beams length"]
     running_scores: Float[np.ndarray, "batch beams"]  # sums of log probabilities
     running_origins: Int[np.ndarray, "batch beams new"]
-    finished: Int[np.ndarray, "batch beams length"]  # filled up; meaningless where `is_finished` is false
+    finished: Int[np.ndarray, "batch beams length"]  # finished texts, padded; meaningless where `is_finished` is false
     finished_scores: Float[np.ndarray, "batch beams"]  # divided by the length penalty
     finished_origins: Int[np.ndarray, "batch beams new"]
     is_finished: Bool[np.ndarray, "batch beams"]
-    improvable: Bool[np.ndarray, " batch"]  # true if a running beam may still become better than a finished text
-    exhausted: bool  # no candidate of the last step can be continued
+    improvable: Bool[np.ndarray, " batch"]  # true if a beam may still become better than a finished text
+    exhausted: bool  # true if no candidate of the last step can be continued
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """The continuations to choose from in one step."""
+    """The candidates of one step."""
 
     sequences: Int[np.ndarray, "batch candidates length"]
     scores: Float[np.ndarray, "batch candidates"]
@@ -141,7 +143,7 @@ class Candidates:
 
 
 def pick(values: Array, places: Int[np.ndarray, "batch picked"]) -> Array:
-    """Return the entries of `values` (batch, n, ...) at `places`, row by row.
+    """Return the entries of `values` (batch, n, ...) at the indices `places` of each row.
 
     Examples
     --------
@@ -153,7 +155,7 @@ def pick(values: Array, places: Int[np.ndarray, "batch picked"]) -> Array:
 
 
 def start_search(prompt: Int[np.ndarray, "batch seq"], rules: Rules) -> Beams:
-    """Return a search before its first step: all beams are the prompt, but only the first counts, to avoid
+    """Return a search before its first step; all beams are the prompt, but only the first beam counts, to avoid
     duplicates."""
     batch, count = len(prompt), rules.num_beams
     sequences = np.repeat(prompt[:, None], count, axis=1)
@@ -179,7 +181,7 @@ def find_candidates(
     rules: Rules,
     rng: np.random.Generator | None,
 ) -> Candidates:
-    """Return the best continuations of all beams, best first; or drawn ones, in the order of the draws."""
+    """Return the best candidates of all beams, best first, or randomly drawn candidates in the order of drawing."""
     batch, count = beams.running_scores.shape
     vocab = log_probs.shape[1]
     totals = log_probs.reshape(batch, count, vocab) + beams.running_scores[:, :, None]
@@ -194,19 +196,19 @@ def find_candidates(
 
 
 def _plus_column(values: Array, fill: int) -> Array:
-    """Return `values` (batch, n, length) with one more entry in the last axis."""
+    """Return `values` (batch, n, length) with `fill` appended in the last axis."""
     return np.concatenate([values, np.full((*values.shape[:2], 1), fill)], axis=2)
 
 
 def _add_finished(beams: Beams, found: Candidates, rules: Rules) -> dict[str, Any]:
-    """Return the fields of finished texts after a step: the best of the earlier texts and those that ended now.
+    """Return the finished texts after a step: the best of the earlier texts and the texts that have just ended.
 
-    Only a candidate among the best `num_beams` can be a finished text; the others can only be continued.
+    Only the best `num_beams` candidates can become finished texts; the others can only be continued.
     """
     now = found.ended & (np.arange(rules.candidates) < rules.num_beams)
     closed = beams.is_finished.all(axis=1, keepdims=True) & (rules.early_stopping is True)
     new_tokens = found.origins.shape[2]
-    # One after the other, as in transformers: float32 sums depend on the order.
+    # In this order, as in transformers, because float32 sums depend on the order.
     divided = found.scores / float(new_tokens) ** rules.length_penalty
     scores = divided + closed * FAR + ~beams.improvable[:, None] * FAR + ~now * FAR
     all_scores = np.concatenate([beams.finished_scores, scores], axis=1)
@@ -228,10 +230,10 @@ def can_improve(
     new_tokens: int,
     rules: Rules,
 ) -> Bool[np.ndarray, " batch"]:
-    """Return true if the best beam, divided by the penalty of its final length, could beat the worst finished text.
+    """Return true if the best beam's score, after the length penalty, could still exceed the worst finished text's.
 
-    The final length is unknown. If length is rewarded, ``early_stopping="never"`` uses the maximum, which is safe.
-    Otherwise the present length is used, which is a guess.
+    The final length is unknown. If longer texts are favoured, ``early_stopping="never"`` uses the maximum length, which
+    is safe. Otherwise the present length is used, as an estimate.
     """
     safe = rules.early_stopping == "never" and rules.length_penalty > 0
     length = rules.longest if safe else new_tokens
@@ -257,11 +259,11 @@ def advance_search(
     log_probs : float32 array (batch * beams, vocab)
         Log probabilities of the tokens after each running beam.
     ends : callable
-        Returns true for each complete row of sequences ``(rows, length)``.
+        Takes sequences ``(rows, length)`` and returns true for each complete row.
     rules : Rules
         The rules of the search.
     rng : numpy.random.Generator, optional
-        Draws the candidates with the probabilities of their texts; without it, they are the most likely ones.
+        Generator that draws the candidates by probability; without it, the most likely candidates are used.
 
     Examples
     --------
@@ -290,13 +292,14 @@ def advance_search(
 
 
 def is_over(beams: Beams, rules: Rules) -> bool:
-    """Return True if a search has ended: no beam can improve, all texts are complete, or no candidate can continue."""
+    """Return True if a search has ended: no beam can improve, all texts are finished, or no candidate can continue."""
     complete = rules.early_stopping is True and bool(beams.is_finished.all())
     return beams.exhausted or complete or not beams.improvable.any()
 
 
 def collect_texts(beams: Beams, count: int) -> tuple[TokenIds, Float[np.ndarray, " rows"], Int[np.ndarray, "rows new"]]:
-    """Return the `count` best finished texts per prompt, as rows: tokens, scores, origins; cut to the longest."""
+    """Return the `count` best finished texts per prompt, as tokens, scores and origins; the longest text sets the
+    length."""
     rows, width = len(beams.finished) * count, beams.finished_origins.shape[2]
     origins = beams.finished_origins[:, :count].reshape(rows, width)
     unused = width - int((origins >= 0).sum(axis=1).max())

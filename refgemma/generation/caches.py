@@ -1,7 +1,9 @@
-"""The caches of transformers, which a call of a model fills in place. Checked against `DynamicCache` and `StaticCache`
-of transformers 5.23 in the parity tests: loops that pass one in, and its content afterwards.
+"""Provide transformers' cache classes, which a call of a model fills in place.
 
-Each object here holds a `refgemma.cache.Cache`, which is immutable, and replaces it when it changes.
+Checked against `DynamicCache` and `StaticCache` of transformers 5.23 in the parity tests: in loops that pass a cache,
+and by its content afterwards.
+
+Each object holds an immutable `refgemma.cache.Cache`; a change replaces this value.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,16 +19,16 @@ from refgemma.precision import Array, Rounded
 
 
 class DynamicCache:
-    """A cache that a model fills in place when it is passed as ``past_key_values``.
+    """A cache that a model fills in place if a caller passes it as ``past_key_values``.
 
     Parameters
     ----------
     ddp_cache_data : sequence of (keys, values), optional
         The initial content, one pair per layer, each array ``(batch, kv_heads, tokens, head_dim)``.
     config : Gemma2Config, optional
-        With it, sliding layers keep the last ``window - 1`` tokens; without it, every layer keeps all.
+        If given, sliding layers keep only the last ``window - 1`` tokens; otherwise every layer keeps all tokens.
     offloading, offload_only_non_sliding : bool
-        Ignored: all numbers are in main memory.
+        Ignored, because all numbers are in main memory.
 
     Examples
     --------
@@ -64,16 +66,16 @@ class DynamicCache:
 
     @property
     def layers(self) -> Cache:
-        """The content of the layers, each with ``keys`` and ``values``."""
+        """The layers of the cache, each with ``keys`` and ``values``."""
         return self.value
 
     @property
     def is_initialized(self) -> bool:
-        """True if a call has filled it."""
+        """True if a call has filled the cache."""
         return bool(self.value)
 
     def fill(self, value: Cache) -> None:
-        """Put another value in place of the present one."""
+        """Replace the content by another value."""
         self.value = value
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -87,25 +89,25 @@ class DynamicCache:
     get_max_cache_shape = get_max_length
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove tokens from the end: three for ``-3``. As in transformers 4, a positive number is the number to keep.
+        """Remove tokens from the end: ``-3`` removes three; ``3`` keeps three, as in transformers 4.
 
         Raises
         ------
         InputError
-            If a sliding layer has dropped tokens that it would then need; a ``DynamicCache()`` without `config` keeps
-            all.
+            If a sliding layer would need tokens that it has dropped; use ``DynamicCache()`` without `config`, which
+            keeps all.
         """
         if tokens_to_remove:
             self.fill(self.value.crop(tokens_to_remove))
 
     def reorder_cache(self, beam_idx: npt.ArrayLike) -> None:
-        """Put row ``beam_idx[i]`` in place of row ``i``."""
+        """Replace each row ``i`` by row ``beam_idx[i]``."""
         self.fill(self.value.reorder(beam_idx))
 
     batch_select_indices = reorder_cache
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row, with the copies side by side."""
+        """Repeat every row; copies of a row are adjacent."""
         self.fill(self.value.repeat_interleave(repeats))
 
     def reset(self) -> None:
@@ -145,17 +147,17 @@ class StaticCache(DynamicCache):
         self.max_cache_len = max_cache_len
 
     def fill(self, value: Cache) -> None:
-        """Put another value in place of the present one.
+        """Replace the content by another value.
 
         Raises
         ------
         InputError
-            If it has too many tokens.
+            If the new value has too many tokens.
         """
         if value.get_seq_length() > self.max_cache_len:
             raise InputError(
-                f"the StaticCache would hold {value.get_seq_length()} tokens; max_cache_len is {self.max_cache_len}: "
-                "make it with a larger one, or use a DynamicCache"
+                f"the StaticCache would have {value.get_seq_length()} tokens; max_cache_len is {self.max_cache_len}: "
+                "use a larger max_cache_len, or a DynamicCache"
             )
         super().fill(value)
 

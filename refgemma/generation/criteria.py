@@ -1,5 +1,7 @@
-"""Decide when a text is complete, by a caller's criteria, stop strings or time. Checked against the criteria of
-transformers 5.23: texts end at the same token."""
+"""Decide when a text is complete, by a caller's criteria, stop strings or time.
+
+Checked against the criteria of transformers 5.23: texts end at the same token.
+"""
 
 import time
 from collections.abc import Callable, Iterator
@@ -29,12 +31,12 @@ class StoppingCriteria:
     """
 
     def __call__(self, input_ids: Any, scores: Any, **others: Any) -> Any:
-        """Return true for each complete row of `input_ids` ``(rows, length)``, or one answer for all rows."""
+        """Return true for each complete row of `input_ids` ``(rows, length)``, or one value for all rows."""
         raise NotImplementedError(f"{type(self).__name__} needs a method __call__(self, input_ids, scores, **kwargs)")
 
 
 class StoppingCriteriaList(list[Any]):
-    """A list of criteria, called like one criterion; one that is met is enough."""
+    """A list of criteria, called like one criterion; a text is complete if one criterion is met."""
 
     def __call__(self, input_ids: Any, scores: Any, **others: Any) -> Any:
         """Return true for each complete row."""
@@ -45,16 +47,16 @@ class StoppingCriteriaList(list[Any]):
 
 
 def end_at_strings(strings: str | list[str], tokenizer: Any) -> Criterion:
-    """Return a criterion: a text is complete if one of `strings` ends anywhere within its last token.
+    """Return a criterion for stop strings: a text is complete if one of `strings` ends inside its last token.
 
-    Texts are compared as bytes, with special tokens as they are written. Source: transformers ``StopStringCriteria``.
+    Texts are compared as bytes, including special tokens. Source: transformers ``StopStringCriteria``.
 
     Parameters
     ----------
     strings : str or list of str
-        The strings, none of them empty.
+        The strings; none may be empty.
     tokenizer : Tokenizer
-        Anything with ``convert_ids_to_tokens``.
+        A tokenizer; only its ``convert_ids_to_tokens`` is used.
 
     Examples
     --------
@@ -65,12 +67,12 @@ def end_at_strings(strings: str | list[str], tokenizer: Any) -> Criterion:
     array([ True, False])
     """
     stops = [string.encode() for string in ([strings] if isinstance(strings, str) else strings)]
-    longest = max(map(len, stops))  # in bytes, so this many tokens are enough
+    longest = max(map(len, stops))  # in bytes; so many last tokens are enough to search
 
     @cache
     def spell(token: int) -> bytes:
         if token >= len(tokenizer):
-            return b"\xff"  # a row of the model without a token
+            return b"\xff"  # a row of the model without a piece
         piece = tokenizer.convert_ids_to_tokens([token])[0]
         is_byte = len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
         return bytes.fromhex(piece[3:5]) if is_byte else piece.replace("\u2581", " ").encode()
@@ -92,12 +94,12 @@ def list_criteria(settings: Settings, tokenizer: Any) -> Iterator[Criterion]:
     Raises
     ------
     InputError
-        For stop strings without a tokenizer.
+        If stop strings are given without a tokenizer.
     """
     if (seconds := settings.max_time) is not None:
         began = time.monotonic()
         yield lambda ids, scores: time.monotonic() - began > seconds
     if settings.stop_strings is not None:
         if tokenizer is None:
-            raise InputError("stop_strings need the model's tokenizer to search the text; give it as tokenizer=")
+            raise InputError("stop_strings need the model's tokenizer to search the text; pass tokenizer=")
         yield end_at_strings(settings.stop_strings, tokenizer)

@@ -1,5 +1,8 @@
-"""Generate texts for a batch of prompts by greedy decoding, sampling or beam search. Checked against `generate` of
-transformers 5.23: texts of greedy decoding and beam search token for token, processed scores within rounding."""
+"""Generate texts for a batch of prompts by greedy decoding, sampling or beam search.
+
+Checked against `generate` of transformers 5.23: the texts of greedy decoding and beam search are equal token for token,
+processed scores agree within rounding.
+"""
 
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -44,8 +47,8 @@ from refgemma.ops import rms_norm
 from refgemma.shapes import Positions, TokenIds
 from refgemma.weights.parameters import Weights
 
-# `next_token_logits` of one model: takes token ids or embeddings, a cache and so on; returns the last logits and a
-# cache.
+# `next_token_logits` of one model: takes token ids or embeddings, a cache and other arguments; returns the last logits
+# and a new cache.
 TokenReader: TypeAlias = Callable[..., tuple[Any, Cache]]
 
 
@@ -54,16 +57,18 @@ TokenReader: TypeAlias = Callable[..., tuple[Any, Cache]]
 
 @dataclass(frozen=True)
 class Reading:
-    """A batch of texts so far, with the inputs that the model needs to continue them."""
+    """A batch of texts so far, with the inputs that the model needs to continue the texts."""
 
-    ids: TokenIds  # prompt and new tokens; only the new ones if the prompt is embeddings
-    visible: Bool[np.ndarray, "batch total"]  # false for padding; for all places, including those in the cache
-    positions: Int[np.ndarray, "batch total"]  # of all places
-    cache: Cache | None  # of all but the last tokens
-    embeds: Float[np.ndarray, "batch embedded hidden"] | None = None  # the prompt itself, until it is read
+    ids: TokenIds  # prompt and new tokens; only new tokens if the prompt is embeddings
+    visible: Bool[np.ndarray, "batch total"]  # false for padding; for all places, including the cache
+    positions: Int[np.ndarray, "batch total"]  # positions of all places
+    cache: Cache | None  # keys and values of all but the last tokens
+    embeds: Float[np.ndarray, "batch embedded hidden"] | None = (
+        None  # the prompt as embeddings, until the model reads it
+    )
 
     def next_logits(self, model: TokenReader) -> tuple[Float[np.ndarray, "batch vocab"], Cache]:
-        """Read the tokens not in the cache yet; return float32 logits of the next token, and the new cache.
+        """Read the tokens that are not yet in the cache; return float32 logits of the next token, and the new cache.
 
         Raises
         ------
@@ -89,14 +94,14 @@ class Reading:
         return Reading(ids, visible, positions, cache)
 
     def repeat(self, times: int) -> "Reading":
-        """Return each text repeated `times` times, the copies side by side."""
+        """Repeat each text `times` times; copies of a text are adjacent."""
         ids, visible, positions = (np.repeat(x, times, axis=0) for x in (self.ids, self.visible, self.positions))
         cache = self.cache and self.cache.repeat_interleave(times)
         return Reading(ids, visible, positions, cache, None if self.embeds is None else self.embeds.repeat(times, 0))
 
 
 def mask_padding(ids: TokenIds, pad: int | None, ends: Collection[int]) -> Bool[np.ndarray, "batch seq"]:
-    """Return the default mask: false for the pad token, true for all others.
+    """Return the default padding mask: false for the pad token, true for all other tokens.
 
     If the pad token can also end a text, padding cannot be recognised, and the mask is true everywhere. Source:
     transformers ``_prepare_attention_mask_for_generation``.
@@ -112,9 +117,9 @@ def mask_padding(ids: TokenIds, pad: int | None, ends: Collection[int]) -> Bool[
 
 
 def count_positions(visible: Bool[np.ndarray, "batch total"]) -> Positions:
-    """Return the position of each token in its row, not counting padding; padding has position 0.
+    """Return the position of each token in its row, without counting padding; padding has position 0.
 
-    So left padding does not change a prompt's result. Source: transformers ``_prepare_position_ids_for_generation``.
+    Thus left padding does not change the result. Source: transformers ``_prepare_position_ids_for_generation``.
 
     Examples
     --------
@@ -126,7 +131,7 @@ def count_positions(visible: Bool[np.ndarray, "batch total"]) -> Positions:
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts of a call of `generate`: see ``Gemma2ForCausalLM.generate``."""
+    """The prompts of a call of `generate`; see ``Gemma2ForCausalLM.generate``."""
 
     input_ids: npt.ArrayLike | None = None
     attention_mask: npt.ArrayLike | None = None
@@ -137,12 +142,12 @@ class Prompts:
     def reading(self, call: GenerationConfig, config: Gemma2Config) -> Reading:
         """Check the prompts and return them as a `Reading`, before the model reads anything.
 
-        With a cache, `input_ids` are all tokens, including those in the cache; or, with a longer `attention_mask`, only
-        the tokens after the cache.
+        With a cache, `input_ids` has all tokens, including those in the cache. If `attention_mask` is longer, it may
+        have only the tokens after the cache.
         """
         if self.inputs_embeds is not None:
             if self.input_ids is not None or self.past_key_values is not None:
-                raise InputError("inputs_embeds are the whole prompt: leave out input_ids and past_key_values")
+                raise InputError("inputs_embeds must be the whole prompt; leave out input_ids and past_key_values")
             embeds = check_embeddings(self.inputs_embeds, config.hidden_size)
             batch, seq = embeds.shape[:2]
             ids = np.zeros((batch, 0), np.int64)
@@ -154,7 +159,8 @@ class Prompts:
         seen = self.past_key_values.get_seq_length() if self.past_key_values else 0
         if embeds is None and not seen < total:
             raise InputError(
-                f"the cache has seen {seen} tokens and the prompt has {total}; the prompt must be longer than the cache"
+                f"the prompt has {total} tokens and the cache has {seen}; the prompt must include the cached tokens "
+                "and at least one more"
             )
         positions = count_positions(visible)
         if self.position_ids is not None:
@@ -174,7 +180,7 @@ class Prompts:
 
 
 def _prompt_ids(input_ids: npt.ArrayLike | None, call: GenerationConfig, config: Gemma2Config) -> TokenIds:
-    """Return the token ids of the prompts; without any, one prompt of ``<bos>``."""
+    """Return the token ids of the prompts; without input_ids, return one prompt of ``<bos>``."""
     if input_ids is not None:
         return check_token_ids(input_ids, config.vocab_size)
     if call.bos_token_id is None:
@@ -190,19 +196,22 @@ class Decoding:
     """The settings of a call, with the caller's processors and criteria."""
 
     settings: Settings
-    skipped: Int[np.ndarray, " batch"]  # leading padding of each text
+    skipped: Int[np.ndarray, " batch"]  # number of leading pad tokens of each text
     processors: Sequence[Processor] = ()
     criteria: Sequence[Criterion] = ()
     allowed: Callable[[int, Any], Any] | None = None  # `prefix_allowed_tokens_fn`
     guide: Processor | None = None
 
     def scores(self, ids: TokenIds, raw: NextScores) -> NextScores:
-        """Process raw scores of the next tokens: constraints, the caller's processors, then the cuts of sampling."""
+        """Process raw scores of the next tokens: apply constraints, the caller's processors, then temperature, top k
+        and so on."""
         guided = raw if self.guide is None else self.guide(ids, raw)
         processed = constrain(guided, ids, self.skipped, self.settings, self.allowed)
         for processor in self.processors:
             processed = processor(ids, processed)
-        if self.settings.num_beams == 1 and np.isneginf(processed.max(axis=1)).any():  # a beam of several may end so
+        if (
+            self.settings.num_beams == 1 and np.isneginf(processed.max(axis=1)).any()
+        ):  # one of several beams may end this way
             raise InputError("the settings and processors forbid every token; allow at least one")
         drawn = warp(processed, self.settings) if self.settings.do_sample else processed
         return log_softmax(drawn) if self.settings.renormalize_logits else drawn
@@ -210,7 +219,7 @@ class Decoding:
     def check_ended(
         self, ids: Int[np.ndarray, "rows length"], scores: Float[np.ndarray, "beams vocab"]
     ) -> Bool[np.ndarray, " rows"]:
-        """Return true for each complete text: at an end of text, at the maximum length, or by the caller's criteria."""
+        """Return true for each text that is complete: by an end token, the maximum length, or the caller's criteria."""
         complete: Bool[np.ndarray, " rows"] = np.isin(ids[:, -1], self.settings.eos_token_ids)
         complete = complete | (ids.shape[1] >= self.settings.max_length)
         for criterion in self.criteria:
@@ -223,13 +232,13 @@ class Step:
     """One more token for each text."""
 
     tokens: Int[np.ndarray, " batch"]
-    scores: NextScores  # processed
+    scores: NextScores  # processed scores that chose the token
     logits: Float[np.ndarray, "batch vocab"]
     cache: Cache
 
 
 def run_steps(reading: Reading, model: TokenReader, how: Decoding) -> Iterator[Step]:
-    """Yield one step after the other until every text is complete; complete texts get the pad token."""
+    """Yield steps until every text is complete; complete texts are continued with the pad token."""
     settings, rng = how.settings, choose_generator(how.settings.seed)
     unfinished = np.ones(len(reading.ids), bool)
     while unfinished.any():
@@ -268,7 +277,7 @@ def decode_steps(
 
 
 def _rules(settings: Settings) -> Rules:
-    """Return the rules of a search, with enough candidates that `num_beams` can continue even if others end."""
+    """Return the settings of a search, with enough candidates so that `num_beams` can continue if others end."""
     ends = settings.eos_token_ids
     return Rules(
         num_beams=settings.num_beams,
@@ -276,13 +285,13 @@ def _rules(settings: Settings) -> Rules:
         longest=settings.max_length - settings.prompt_length,
         early_stopping=settings.early_stopping,
         length_penalty=settings.length_penalty,
-        # `pad or eos[0]` in transformers: a pad token with id 0, as in Gemma, counts as missing.
+        # `pad or eos[0]` in transformers: so a pad token with id 0, as in Gemma, counts as missing.
         fill=(settings.pad_token_id or ends[0]) if ends else -1,
     )
 
 
 def beam_search(reading: Reading, model: TokenReader, how: Decoding) -> GenerateBeamDecoderOnlyOutput:
-    """Run a beam search for each prompt; `reading` holds each prompt `num_beams` times."""
+    """Run a beam search for each prompt; `reading` contains each prompt `num_beams` times."""
     settings, rules = how.settings, _rules(how.settings)
     rng = choose_generator(settings.seed) if settings.do_sample else None
     beams = start_search(reading.ids[:: rules.num_beams], rules)
@@ -315,7 +324,7 @@ def generate_batch(
     reference: bool = False, *, allowed: Callable[[int, Any], Any] | None = None, tokenizer: Any = None,
     negative: tuple[npt.ArrayLike | None, npt.ArrayLike | None] = (None, None),
 ) -> GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput:  # fmt: skip
-    """Continue a batch of prompts; ``Gemma2ForCausalLM.generate`` is the same with transformers' arguments.
+    """Continue a batch of prompts; ``Gemma2ForCausalLM.generate`` does the same with transformers' arguments.
 
     Parameters
     ----------
@@ -324,17 +333,17 @@ def generate_batch(
     call : GenerationConfig
         All settings of this call, from `refgemma.generation.generation_config.merge_settings`.
     processors, criteria : sequence of callable
-        ``processor(ids, scores)`` returns other scores, ``criterion(ids, scores)`` returns true for complete texts.
+        ``processor(ids, scores)`` returns new scores; ``criterion(ids, scores)`` returns true for complete texts.
     streamer : Streamer, optional
         Receives tokens as they are generated.
     reference : bool
         If true, compute with the definition, `refgemma.model`, instead of `refgemma.fast`.
     allowed : callable, optional
-        ``prefix_allowed_tokens_fn``.
+        The argument ``prefix_allowed_tokens_fn`` of ``Gemma2ForCausalLM.generate``.
     tokenizer : Tokenizer, optional
-        For ``stop_strings``.
+        The tokenizer, needed for ``stop_strings``.
     negative : tuple
-        ``negative_prompt_ids`` and ``negative_prompt_attention_mask``, for ``guidance_scale``.
+        ``negative_prompt_ids`` and ``negative_prompt_attention_mask``, used with ``guidance_scale``.
 
     Examples
     --------
@@ -349,15 +358,17 @@ def generate_batch(
     embedded = 0 if reading.embeds is None else reading.embeds.shape[1]
     limit = config.max_position_embeddings
     asked = resolve_settings(call, reading.ids.shape[1], config.vocab_size, limit, embedded)
-    # Tokens that are only in a cache cannot be read again at each step.
+    # Without a cache every step reads all tokens again, but tokens in the given cache may have no ids.
     settings = asked if reading.cache is None and not embedded else replace(asked, use_cache=True)
     if streamer is not None and settings.num_beams > 1:
-        raise InputError("a streamer cannot show a beam search, whose tokens change until its end; set num_beams=1")
+        raise InputError(
+            "a streamer cannot show a beam search, because its tokens may change until the end; set num_beams=1"
+        )
     _warn_of_right_padding(reading.visible)
     times = max(settings.num_beams, settings.num_return_sequences)
     expanded = reading.repeat(times) if times > 1 else reading
     read = choose_reader(weights, config, reference)
-    # As in transformers: 0 for a text without leading padding.
+    # Number of leading pad tokens, as in transformers.
     how = Decoding(
         settings, np.argmax(expanded.visible, axis=1), processors, [*list_criteria(settings, tokenizer), *criteria],
         allowed, None if settings.guidance_scale == 1 else Guide(settings.guidance_scale, read, *negative),
@@ -378,16 +389,17 @@ def generate_batch(
 
 
 class Guide:
-    """Classifier-free guidance: moves log probabilities away from those of the same tokens after another prompt.
+    """Classifier-free guidance: move log probabilities away from those after another prompt.
 
-    ``other + scale * (log_probs - other)``. Source: transformers ``UnbatchedClassifierFreeGuidanceLogitsProcessor``.
+    The result is ``other + scale * (log_probs - other)``, where ``other`` are the log probabilities of the same tokens
+    after the other prompt. Source: transformers ``UnbatchedClassifierFreeGuidanceLogitsProcessor``.
 
     Parameters
     ----------
     scale : float
         The strength; 1 changes nothing.
     read : TokenReader
-        Reads tokens with the model.
+        Function that reads tokens with the model.
     prompt, mask
         The other prompt, and its padding; by default the last token of each text.
     """
@@ -399,7 +411,7 @@ class Guide:
         self.cache: Cache | None = None
 
     def __call__(self, ids: TokenIds, scores: NextScores) -> NextScores:
-        """Return the moved log probabilities of the tokens after `ids`."""
+        """Return the guided log probabilities of the tokens after `ids`."""
         if self.cache is None:
             unread = ids[:, -1:] if self.prompt is None else self._repeat(self.prompt, len(ids))
             self.visible = np.ones(unread.shape, bool) if self.mask is None else self._repeat(self.mask, len(ids)) != 0
@@ -425,7 +437,7 @@ class Guide:
 def record_layers(
     weights: Weights, config: Gemma2Config, layers: list[tuple[tuple[Any, ...], tuple[Any, ...]]]
 ) -> TokenReader:
-    """Return a version of `refgemma.model.next_token_logits` that appends hidden states and attentions to `layers`."""
+    """Return a `refgemma.model.next_token_logits` that also appends hidden states and attentions to `layers`."""
 
     def read(input_ids: npt.ArrayLike | None, **given: Any) -> tuple[Any, Cache]:
         start = begin(input_ids, weights, config, **given)
@@ -444,13 +456,13 @@ def record_layers(
 
 
 def choose_reader(weights: Weights, config: Gemma2Config, reference: bool) -> TokenReader:
-    """Return the function that reads tokens with these weights: the fast one, or the definition."""
+    """Return the function that reads tokens with these weights: the fast code, or the definition if `reference`."""
     read = definition if reference else next_token_logits
     return partial(read, weights=weights, config=config)
 
 
 def keep_apart(read: TokenReader, config: Gemma2Config) -> TokenReader:
-    """Return a `read` that keeps packed texts separate, as transformers does without a mask and a cache."""
+    """Wrap `read` so that it separates packed texts, as transformers does without mask and cache."""
 
     def read_apart(*args: Any, **given: Any) -> tuple[Any, Cache]:
         if given["attention_mask"] is None:
@@ -463,7 +475,7 @@ def keep_apart(read: TokenReader, config: Gemma2Config) -> TokenReader:
 def _warn_of_right_padding(visible: Bool[np.ndarray, "batch total"]) -> None:
     if not visible[:, -1].all():
         warnings.warn(
-            "a prompt has right padding, so new tokens follow the padding: set padding_side='left'",
+            "a prompt has right padding, so that new tokens follow the padding; set padding_side='left'",
             stacklevel=4,
         )
 
@@ -484,7 +496,7 @@ def generate(
     tokenizer: Any = None,
     **settings: Any,
 ) -> Iterator[int]:
-    """Continue a prompt, and yield each new token as soon as it is known.
+    """Continue a prompt; yield each new token as soon as it is chosen.
 
     Parameters
     ----------
@@ -493,21 +505,20 @@ def generate(
     max_new_tokens : int
         The maximum number of new tokens.
     temperature : float
-        0 takes the most likely token each time (greedy); above 0, tokens are drawn from ``softmax(logits /
-        temperature)``.
+        0 always takes the most likely token (greedy). Above 0, tokens are drawn from ``softmax(logits / temperature)``.
     top_k, top_p : int, float, optional
-        Draw only from the k most likely tokens, and from the most likely that together reach probability p; unused if
-        greedy.
+        Draw only from the k most likely tokens, and only from the most likely tokens that together reach probability p.
+        Both are ignored if greedy.
     seed : int, optional
         The seed of the draws; the same seed gives the same tokens. None continues the draws of
         `refgemma.generation.beams.set_seed`.
     stop_ids : collection of int, optional
-        Tokens that end the text; the generated one is kept as its last token. Default: the configuration's
+        Tokens that end the text; the last generated token is then one of these. By default the configuration's
         ``eos_token_id``.
     tokenizer : Tokenizer, optional
-        For the setting ``stop_strings``.
+        The tokenizer, needed for the setting ``stop_strings``.
     **settings
-        Other settings of `GenerationConfig` for a single text: ``min_p``, ``repetition_penalty``, ``min_new_tokens``...
+        More settings of `GenerationConfig`, such as ``min_p``, ``repetition_penalty`` or ``min_new_tokens``.
 
     Yields
     ------
@@ -517,7 +528,7 @@ def generate(
     Raises
     ------
     InputError
-        For an invalid prompt or setting; raised at the call, not at the first token.
+        If the prompt or a setting is invalid; raised by the call itself, not at the first token.
 
     Examples
     --------
@@ -533,7 +544,7 @@ def generate(
 
 
 class Memory:
-    """Texts that were read, with the cache after each; a text that begins with one of them continues from its cache.
+    """A store of earlier texts with their caches; a new text that begins with an earlier text continues from its cache.
 
     Examples
     --------
@@ -545,12 +556,12 @@ class Memory:
         self.texts: list[tuple[list[int], Cache]] = []
 
     def find(self, ids: list[int]) -> Cache | None:
-        """Return the cache after the longest prefix of `ids` that was read; at least one token is left to read."""
+        """Return the cache of the longest stored text that is a proper prefix of `ids`, or None."""
         known = [(len(text), cache) for text, cache in self.texts if len(text) < len(ids) and ids[: len(text)] == text]
         return max(known, key=lambda found: found[0])[1] if known else None
 
     def keep(self, prompt: list[int], steps: Iterator[Step]) -> Iterator[Step]:
-        """Yield the steps after a prompt, and keep the caches after the prompt and after the last step."""
+        """Yield the steps after a prompt, and store the caches after the prompt and after the last step."""
         new: list[int] = []
         for step in steps:
             self.texts = [*self.texts[:1] * bool(new), (prompt + new, step.cache)]
@@ -562,8 +573,8 @@ def continue_prompt(
     prompt: Sequence[int] | Int[np.ndarray, " seq"], weights: Weights, config: Gemma2Config, call: GenerationConfig,
     reference: bool = False, tokenizer: Any = None, memory: Memory | None = None,
 ) -> Iterator[int]:  # fmt: skip
-    """Continue a prompt as `generate` does, with settings in one record; `memory` keeps caches between a chat's
-    turns."""
+    """Continue a prompt as `generate` does, with all settings in one object; `memory` keeps caches between turns of a
+    chat."""
     if len(prompt) == 0:
         raise InputError("the prompt is empty; it must have at least one token, for example <bos>")
     ids = check_token_ids([list(prompt)], config.vocab_size)
@@ -583,17 +594,17 @@ def collect_settings(
     config: Gemma2Config, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None,
     seed: int | None, stop_ids: Collection[int] | None, settings: Mapping[str, Any],
 ) -> GenerationConfig:  # fmt: skip
-    """Check the settings of `generate` and return them in one record."""
+    """Check the settings of `generate`, and return a `GenerationConfig` with all of them."""
     stops = stop_tokens(config) if stop_ids is None else stop_ids
     if top_k is not None and top_k == 0:
-        raise InputError("top_k is 0; it must be a whole number of at least 1: leave it out to draw from all tokens")
+        raise InputError("top_k is 0; it must be at least 1: leave it out to draw from all tokens")
     given = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     ends = {"eos_token_id": sorted(stops) or None, "pad_token_id": config.pad_token_id}
     return merge_settings(None, GenerationConfig(), given | {"do_sample": temperature > 0} | ends | dict(settings))
 
 
 def stop_tokens(config: Gemma2Config) -> frozenset[int]:
-    """Return the ids that end a text, as a set.
+    """Return the set of ids that end a text.
 
     Examples
     --------

@@ -1,5 +1,7 @@
-"""The settings of a generation, as given and as resolved for a prompt. Checked against `GenerationConfig` of
-transformers 5.23, its default values and its files."""
+"""Hold the settings of a generation, as given by the caller and as resolved for a prompt.
+
+Checked against `GenerationConfig` of transformers 5.23: its default values and its files.
+"""
 
 # ruff: noqa: RUF009  # a field's default holds the function that checks its values
 
@@ -33,11 +35,11 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_finite(value: Any) -> bool:
-    return _is_number(value) and bool(abs(value) <= sys.float_info.max)  # 400 digits do not fit a float
+    return _is_number(value) and bool(abs(value) <= sys.float_info.max)  # an integer of 400 digits does not fit a float
 
 
 def _setting(is_right: Callable[[Any], bool], needed: str, default: Any = None) -> Any:
-    """Return the field of an optional setting, with the check of its values and its default."""
+    """Return the dataclass field of a setting, with a check for its values and a default."""
     return field(default=None, metadata={"is_right": is_right, "needed": needed, "default": default})
 
 
@@ -83,29 +85,29 @@ def _is_decay(value: Any) -> bool:
     return isinstance(value, tuple) and len(value) == 2 and _is_whole(value[0], 0) and _is_finite(value[1])
 
 
-# Settings of transformers that are not supported here: the values that change nothing there, and the remedy for others.
-# transformers itself runs some of them with code that it downloads from a repository.
-MOVED_AWAY = "transformers 5 runs it as code of a repository, which refgemma does not; leave it out"
+# Unsupported setting of transformers -> its values without effect in transformers, and the remedy for other values.
+MOVED_AWAY = "transformers 5 implements it by code from a repository, which refgemma does not run; leave it out"
 ELSEWHERE = "leave it out, or generate with transformers"
 NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
-    "assistant_ensemble_weight": ((), "it changes the tokens; leave it out to get the model's own"),
-    "cache_config": ((), "it is for quantized caches, which give other numbers; leave it out"),
+    "assistant_ensemble_weight": ((), "it changes the tokens; leave it out to get the model's own tokens"),
+    "cache_config": ((), "it is for quantized caches, which refgemma does not have; leave it out"),
     "constraints": ((), MOVED_AWAY), "diversity_penalty": ((0,), MOVED_AWAY), "dola_layers": ((), MOVED_AWAY),
     "encoder_no_repeat_ngram_size": ((0,), ELSEWHERE), "encoder_repetition_penalty": ((1,), ELSEWHERE),
     "epsilon_cutoff": ((0,), ELSEWHERE), "eta_cutoff": ((0,), ELSEWHERE), "top_h": ((), ELSEWHERE),
     "force_words_ids": ((), MOVED_AWAY), "num_beam_groups": ((1,), MOVED_AWAY), "penalty_alpha": ((0,), MOVED_AWAY),
-    "custom_generate": ((), "refgemma runs no code of a repository; write a loop with model(ids, past_key_values=...)"),
-    "generator": ((), "it is an argument of torch; for reproducible draws give seed=, or call set_seed first"),
+    "custom_generate": ((), "refgemma runs no code from a repository; write a loop: model(ids, past_key_values=...)"),
+    "generator": ((), "it is a torch object; for reproducible draws pass seed=, or call set_seed first"),
     "remove_invalid_values": ((False,), ELSEWHERE), "token_healing": ((False,), ELSEWHERE),
-    "use_mtp": ((False,), "Gemma 2 has no layers for it; leave it out"), "watermarking_config": ((), ELSEWHERE),
-    # How the cache is stored. A quantized cache gives other numbers.
+    "use_mtp": ((False,), "Gemma 2 has no layers for multi-token prediction; leave it out"),
+    "watermarking_config": ((), ELSEWHERE),
+    # These choose how the cache is stored. A quantized cache gives other numbers.
     "cache_implementation": ((
         "dynamic", "dynamic_full", "hybrid", "hybrid_chunked", "offloaded", "offloaded_static", "offloaded_hybrid",
         "offloaded_hybrid_chunked", "paged", "sliding_window", "static",
-    ), "a quantized cache gives other numbers; leave it out"),
+    ), "refgemma has no quantized cache, which gives other numbers; leave it out"),
 }  # fmt: skip
 
-# Settings of transformers that affect speed or memory but no result, and notes in files.
+# Settings of transformers that change only speed or memory, and keys of files that are not settings.
 WITHOUT_EFFECT = frozenset({
     "_commit_hash", "_from_model_config", "assistant_confidence_threshold", "assistant_early_exit",
     "assistant_lookbehind", "compile_config", "continuous_batching_config", "decoder_start_token_id",
@@ -119,71 +121,74 @@ WITHOUT_EFFECT = frozenset({
 class GenerationConfig:
     """Generation options; None means not set.
 
-    Names and meanings are those of transformers. An option can be set: ``config.top_k = 5``.
+    Names and meanings are those of transformers. Options can also be set later: ``config.top_k = 5``.
 
     Parameters
     ----------
     max_length, max_new_tokens : int, optional
-        The maximum number of tokens, with the prompt or without it; the second has priority. Default: 20 new tokens.
+        The maximum number of tokens: `max_length` includes the prompt, `max_new_tokens` does not and has priority.
+        Default: 20 new tokens.
     min_length, min_new_tokens : int, optional
-        The minimum number of tokens before an end of text, counted in the same two ways.
+        The minimum number of tokens before an end token, counted in the same two ways.
     do_sample : bool, optional
-        Draw tokens (True) or take the most likely (False, the default).
+        Draw tokens if True; take the most likely token if False, the default.
     num_beams : int, optional
-        Number of beams of a search; 1, the default, means no search.
+        Number of beams of a beam search; 1, the default, means no search.
     early_stopping : bool or "never", optional
-        When a search ends: as soon as `num_beams` texts are complete (True), when a better one is unlikely (False, the
-        default), or when it is impossible ("never").
+        When a search ends: True when `num_beams` texts are complete, False (the default) when a better text is
+        unlikely, "never" when a better text is impossible.
     length_penalty : float, optional
-        The exponent p of the length: a text's sum of log probabilities is divided by ``new_tokens ** p``. Default: 1.
+        Exponent p of the length: a beam's sum of log probabilities is divided by ``new_tokens ** p``. Default: 1.
     temperature : float, optional
-        When sampling: the divisor of the scores.
+        The scores are divided by this number before sampling.
     top_k, top_p, min_p : int, float, float, optional
-        When sampling, draw only from the k most likely tokens (default 50; 0 means all); from the most likely tokens
-        that together reach probability p; from the tokens at least `min_p` times as likely as the most likely.
+        Tokens to draw from when sampling. `top_k`: the k most likely (default 50; 0 means all). `top_p`: the most
+        likely that together reach this probability. `min_p`: those at least `min_p` times as likely as the most likely.
     repetition_penalty : float, optional
-        Above 1, makes tokens of the text so far less likely, by a factor on their scores.
+        A factor that, above 1, makes tokens of the text so far less likely.
     no_repeat_ngram_size : int, optional
-        No sequence of n tokens occurs twice; 0, the default, allows it.
+        If n is above 0, no sequence of n tokens occurs twice. Default: 0.
     num_return_sequences : int, optional
-        Number of texts for each prompt.
+        Number of returned texts for each prompt.
     pad_token_id, bos_token_id : int, optional
-        The token to fill a text with after its end, and the first token without a prompt.
+        The token that fills a text after its end, and the first token if there is no prompt.
     eos_token_id : int or sequence of int, optional
         The tokens that end a text.
     typical_p : float, optional
-        When sampling: draw only from the tokens whose information is nearest to the entropy; as many as together reach
+        When sampling, draw only from the tokens whose information is closest to the entropy, as many as together reach
         this probability.
     renormalize_logits : bool, optional
-        Turn the processed scores into log probabilities.
+        If true, turn the processed scores into log probabilities.
     guidance_scale : float, optional
-        Above 1, moves the scores away from those after another prompt: ``negative_prompt_ids``, or only the last token.
+        Above 1, move the scores away from those after another prompt (``negative_prompt_ids``; by default the last
+        token).
     sequence_bias : dict or sequence of pairs, optional
-        Token ids, as a tuple, and the number to add to the score of the last one when it follows the others.
+        Pairs of a tuple of token ids and a number. The number is added to the last token's score where the other tokens
+        precede it.
     bad_words_ids : sequence of sequence of int, optional
         Sequences of tokens that never occur.
     suppress_tokens, begin_suppress_tokens : sequence of int, optional
-        Tokens that never occur; tokens that the new text never begins with.
+        Tokens that never occur, and tokens with which the new text never begins.
     forced_bos_token_id, forced_eos_token_id : int, optional
-        The token after a prompt of one token; the last token at the maximum length (one of several).
+        The token forced after a prompt of one token, and the token or tokens forced at the maximum length.
     exponential_decay_length_penalty : tuple (int, float), optional
-        A number of new tokens and a factor: after that many tokens, an end of text becomes more likely by powers of it.
+        A number of new tokens and a factor; after that many tokens, powers of the factor make an end token more likely.
     stop_strings : str or sequence of str, optional
-        A text is complete when one of them appears in it. ``generate`` needs the ``tokenizer``.
+        A text is complete when it contains one of these strings. ``generate`` then needs the argument ``tokenizer``.
     max_time : float, optional
-        The maximum time, in seconds; after it, no token is added.
+        The maximum time in seconds; no token is added afterwards.
     use_cache : bool, optional
-        False reads the whole text again for each token, with the same result.
+        If False, read the whole text again for each token, with the same result.
     output_scores, output_logits, output_attentions, output_hidden_states, return_dict_in_generate : bool, optional
-        The last returns a record instead of the tokens; the others add their entries to the record.
+        `return_dict_in_generate` returns a record instead of tokens; the others add entries to the record.
     seed : int, optional
-        The seed of one call's draws; only refgemma has it. Without a seed the draws continue from call to call; see
-        `refgemma.generation.beams.set_seed`.
+        The seed of one call's draws; transformers has no such setting. By default, draws continue from call to call;
+        see `refgemma.generation.beams.set_seed`.
 
     Raises
     ------
     InputError
-        If a setting is unknown, unsupported or has an invalid value; the error names it.
+        If a setting is unknown, unsupported or has an invalid value; the message names the setting.
 
     Examples
     --------
@@ -210,7 +215,7 @@ class GenerationConfig:
     num_return_sequences: int | None = _whole_number(1, default=1)
     pad_token_id: int | None = _whole_number(0)
     bos_token_id: int | None = _whole_number(0)
-    eos_token_id: Any = _setting(_are_ends, "a token id, or several")  # kept as a tuple
+    eos_token_id: Any = _setting(_are_ends, "a token id or several")  # kept as a tuple
     use_cache: bool | None = _switch(True)
     output_scores: bool | None = _switch(False)
     output_logits: bool | None = _switch(False)
@@ -223,9 +228,9 @@ class GenerationConfig:
     suppress_tokens: Any = _setting(_are_ids, "a list of token ids")
     begin_suppress_tokens: Any = _setting(_are_ids, "a list of token ids")
     forced_bos_token_id: int | None = _whole_number(0)
-    forced_eos_token_id: Any = _setting(_are_ends, "a token id, or several")
+    forced_eos_token_id: Any = _setting(_are_ends, "a token id or several")
     exponential_decay_length_penalty: Any = _setting(_is_decay, "a number of new tokens and a factor")
-    stop_strings: Any = _setting(_are_texts, "a text that is not empty, or several")
+    stop_strings: Any = _setting(_are_texts, "a nonempty text or several")
     max_time: float | None = _number(lambda value: value >= 0, "a number of seconds")
     output_attentions: bool | None = _switch(False)
     output_hidden_states: bool | None = _switch(False)
@@ -240,22 +245,22 @@ class GenerationConfig:
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an option; for an invalid value, raise an error and change nothing."""
-        if [*self.__dataclass_fields__][-1] in vars(self):  # true after __init__, which sets this field last
+        if [*self.__dataclass_fields__][-1] in vars(self):  # only true after __init__, which sets this field last
             value = vars(self.changed(**{name: value})).get(name)
         object.__setattr__(self, name, value)
 
     def __getattr__(self, name: str) -> None:
-        """Return None for a setting of transformers that is not computed here: it is not set."""
+        """Return None for a setting of transformers that refgemma does not support: it is never set."""
         if name in NEUTRAL or name in WITHOUT_EFFECT:
             return
         raise AttributeError(f"{name!r} is not a setting of generate", name=name, obj=self)
 
     def __repr__(self) -> str:
-        """Return the options that are set."""
+        """Return the class's name and the options that are set."""
         return f"GenerationConfig({', '.join(f'{name}={value!r}' for name, value in self.to_dict().items())})"
 
     def changed(self, **changes: Any) -> "GenerationConfig":
-        """Return a copy with some settings changed.
+        """Return a copy with changed settings.
 
         Raises
         ------
@@ -272,7 +277,7 @@ class GenerationConfig:
         return replace(self, **changes)
 
     def over(self, other: "GenerationConfig") -> "GenerationConfig":
-        """Return these settings, filled up with those of `other`."""
+        """Return these settings; settings that are None come from `other`."""
         return replace(other, **{name: value for name, value in vars(self).items() if value is not None})
 
     def to_dict(self) -> dict[str, Any]:
@@ -281,7 +286,7 @@ class GenerationConfig:
         return {name: _plain(value) for name, value in said.items()}
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """Return `to_dict`: settings with their defaults are not in it."""
+        """Return `to_dict`, which has no settings that are None."""
         return self.to_dict()
 
     def to_json_string(self) -> str:
@@ -301,12 +306,12 @@ class GenerationConfig:
         replace_file(Path(json_file_path), self.to_json_string().encode())
 
     def update(self, **changes: Any) -> dict[str, Any]:
-        """Set several settings, and return the others, which are not settings of generate.
+        """Set several settings; return the arguments that are not settings of generate.
 
         Raises
         ------
         InputError
-            For a value that is not allowed; then no setting is changed.
+            If a value is invalid; then no setting is changed.
 
         Examples
         --------
@@ -319,7 +324,7 @@ class GenerationConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "GenerationConfig":
-        """Return the settings of a ``generation_config.json``, as released or as written by transformers.
+        """Return the settings in the contents of a ``generation_config.json``.
 
         Raises
         ------
@@ -335,7 +340,7 @@ class GenerationConfig:
 
     @classmethod
     def from_model_config(cls, config: Gemma2Config) -> "GenerationConfig":
-        """Return the settings in a model's configuration, for a model without a ``generation_config.json``.
+        """Return settings from a model's configuration, for a model without ``generation_config.json``.
 
         Examples
         --------
@@ -351,7 +356,7 @@ class GenerationConfig:
         Raises
         ------
         ConfigError
-            If the file is invalid; the error names the file and the problem.
+            If the file is invalid; the message names the file and the problem.
         """
         try:
             return cls.from_dict(read_object(path, ConfigError))
@@ -360,7 +365,7 @@ class GenerationConfig:
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **changes: Any) -> "GenerationConfig":
-        """Read the ``generation_config.json`` of a model; `refgemma.hub.find_model` explains the names.
+        """Read the ``generation_config.json`` of a model; `refgemma.hub.find_model` lists the possible names.
 
         Examples
         --------
@@ -368,12 +373,12 @@ class GenerationConfig:
         5
         """
         place = find_model(name)
-        if place.is_file():  # a GGUF file has only these settings
+        if place.is_file():  # a GGUF file has no other settings
             return cls.from_model_config(Gemma2Config.from_pretrained(place)).changed(**changes)
         return cls.from_json_file(place / FILE).changed(**changes)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``generation_config.json`` into `folder`, creating it if needed; the file appears whole or not at all.
+        """Write ``generation_config.json`` into `folder`, which is created if needed.
 
         Examples
         --------
@@ -388,7 +393,7 @@ class GenerationConfig:
 
 
 def _freeze(value: Any) -> Any:
-    """Return lists, arrays and dicts as tuples, at any depth; other values as they are."""
+    """Return lists, arrays and dicts as tuples, at any depth; return other values unchanged."""
     if isinstance(value, np.ndarray):
         value = value.tolist()
     if isinstance(value, Mapping):
@@ -397,7 +402,7 @@ def _freeze(value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Return NumPy's numbers as Python's and tuples as lists, for JSON."""
+    """Return NumPy numbers as Python numbers and tuples as lists, for JSON."""
     if isinstance(value, tuple):
         return [_plain(one) for one in value]
     return value.item() if isinstance(value, np.generic) else value
@@ -408,7 +413,7 @@ def _changes_nothing(value: Any, harmless: tuple[Any, ...]) -> bool:
 
 
 def _supported(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the supported settings of `given`; raise an error for others unless they are None or change nothing."""
+    """Return the supported settings of `given`; raise an error for any other setting that would change the result."""
     known = [setting.name for setting in fields(GenerationConfig)]
     for name, value in given.items():
         if name in NEUTRAL and not _changes_nothing(value, NEUTRAL[name][0]):
@@ -424,10 +429,10 @@ def _supported(given: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a call for one prompt, each with a value."""
+    """The settings of a call for one prompt; every setting has a value."""
 
     prompt_length: int  # number of prompt tokens at the start of the returned texts
-    max_length: int  # counted with the prompt
+    max_length: int  # including the prompt
     min_length: int
     do_sample: bool
     num_beams: int
@@ -435,7 +440,7 @@ class Settings:
     early_stopping: bool | str
     length_penalty: float
     temperature: float
-    top_k: int  # 0 for all
+    top_k: int  # 0 means all
     top_p: float
     min_p: float
     repetition_penalty: float
@@ -464,16 +469,18 @@ class Settings:
 
     @property
     def min_kept(self) -> int:
-        """The minimum number of tokens that the cuts leave; in a beam search one of them does not end the text."""
+        """The minimum number of tokens that top k and so on must keep; in a beam search one of these must not end the
+        text."""
         if self.num_beams == 1:
             return 1
         return len(self.eos_token_ids) + 1 if self.eos_token_ids else 2
 
 
 def merge_settings(own: Any, model: GenerationConfig, changes: Mapping[str, Any]) -> GenerationConfig:
-    """Return the settings of one call: `changes` override the caller's `own`, the `model`'s, and the defaults.
+    """Return the settings of one call; `changes` have priority over `own`, `own` over `model`, `model` over the
+    defaults.
 
-    None in `changes` switches a setting off: ``top_k=None`` means no top-k, although the default is 50.
+    None in `changes` switches a setting off: ``top_k=None`` means no top k, although the default is 50.
 
     Examples
     --------
@@ -483,7 +490,8 @@ def merge_settings(own: Any, model: GenerationConfig, changes: Mapping[str, Any]
     """
     if own is not None and not isinstance(own, GenerationConfig):
         raise InputError(
-            f"generation_config is a {type(own).__name__}; it must be a GenerationConfig, as from its from_dict"
+            f"generation_config is a {type(own).__name__}; it must be a GenerationConfig: use "
+            "GenerationConfig.from_dict"
         )
     said = model if own is None else own.over(model)
     defaults = GenerationConfig(**{setting.name: setting.metadata["default"] for setting in fields(GenerationConfig)})
@@ -491,9 +499,9 @@ def merge_settings(own: Any, model: GenerationConfig, changes: Mapping[str, Any]
 
 
 def _lengths(call: GenerationConfig, prompt_length: int, embedded: int, limit: int) -> tuple[int, int]:
-    """Return the maximum and the minimum number of tokens, including the prompt ids.
+    """Return the maximum and the minimum number of tokens, including the prompt's ids.
 
-    A prompt of `embedded` embeddings has no ids, so these are subtracted.
+    A prompt of `embedded` embeddings has no ids, so its length is subtracted.
     """
     if call.max_new_tokens is not None:
         longest = prompt_length + call.max_new_tokens
@@ -503,7 +511,7 @@ def _lengths(call: GenerationConfig, prompt_length: int, embedded: int, limit: i
         longest = min(prompt_length + DEFAULT_NEW_TOKENS, limit)
     if longest <= prompt_length:
         raise InputError(
-            f"the prompt has {prompt_length + embedded} tokens, and max_length, which includes the prompt, is "
+            f"the prompt has {prompt_length + embedded} tokens; max_length, which includes the prompt, is "
             f"{longest + embedded}; raise max_length, or set max_new_tokens"
         )
     if call.min_new_tokens is not None:
@@ -512,14 +520,14 @@ def _lengths(call: GenerationConfig, prompt_length: int, embedded: int, limit: i
         name, shortest = "min_length", max((call.min_length or 0) - embedded, 0)
     if shortest > longest:
         warnings.warn(
-            f"{name} is {getattr(call, name)}, but there are at most {longest - prompt_length} new tokens",
+            f"{name} is {getattr(call, name)}, but at most {longest - prompt_length} new tokens are possible",
             stacklevel=5,
         )
     return longest, shortest
 
 
 def _listed(ids: Any) -> tuple[int, ...]:
-    """Return one token id, several or none, as a tuple."""
+    """Return a token id, several ids or None as a tuple."""
     return () if ids is None else ids if isinstance(ids, tuple) else (ids,)
 
 
@@ -541,27 +549,30 @@ def _check_together(call: GenerationConfig, longest_new: int) -> None:
     if beams == 1 and wanted > 1 and not call.do_sample:
         raise InputError(
             f"num_return_sequences is {wanted}, but without do_sample=True or num_beams all texts would be the same; "
-            "set one of them"
+            "set one of these"
         )
     if 1 < beams < wanted:
         raise InputError(f"num_return_sequences is {wanted}; it must be at most num_beams, {beams}")
     if call.do_sample and call.temperature == 0:
         raise InputError(
-            "temperature is 0; it must be above 0 for sampling: for the most likely token use do_sample=False"
+            "temperature is 0; it must be above 0 for sampling: use do_sample=False for the most likely token"
         )
     if call.guidance_scale != 1 and beams > 1:
-        raise InputError("guidance_scale is not supported in a beam search; use num_beams=1")
+        raise InputError("guidance_scale is not supported with beam search; use num_beams=1")
     if call.exponential_decay_length_penalty is not None and call.eos_token_id is None:
-        raise InputError("exponential_decay_length_penalty makes an end of text more likely; set eos_token_id")
+        raise InputError("exponential_decay_length_penalty needs an end token; set eos_token_id")
     for name in ("forced_bos_token_id", "forced_eos_token_id"):
         forced = _listed(getattr(call, name))
         if forced and set(forced) <= set(call.suppress_tokens or ()):
-            raise InputError(f"{name} is {_plain(forced)}, but suppress_tokens forbids it; remove it from one of them")
+            raise InputError(
+                f"{name} is {_plain(forced)}, but suppress_tokens forbids this token; remove it from one of the two"
+            )
     with np.errstate(over="ignore"):
         divisor = np.float64(longest_new) ** np.float64(call.length_penalty or 0)
     if beams > 1 and not 1e-30 < divisor < 1e30:
         raise InputError(
-            f"length_penalty is {call.length_penalty}; {longest_new} new tokens to that power are out of range: "
+            f"length_penalty is {call.length_penalty}; {longest_new} new tokens to this power exceed the range of "
+            "floats: "
             "set it closer to 0"
         )
 
@@ -569,7 +580,7 @@ def _check_together(call: GenerationConfig, longest_new: int) -> None:
 def resolve_settings(
     call: GenerationConfig, prompt_length: int, vocab_size: int, limit: int, embedded: int = 0
 ) -> Settings:
-    """Return the settings of a call, resolved for its prompt.
+    """Return the settings of a call with a value for each setting, for a given prompt.
 
     Parameters
     ----------
@@ -580,14 +591,14 @@ def resolve_settings(
     vocab_size : int
         The size of the vocabulary; all ids must be below it.
     limit : int
-        ``max_position_embeddings``: without `max_length` and `max_new_tokens`, the text ends there at the latest.
+        ``max_position_embeddings``, which limits the default of `max_length`.
     embedded : int
         Number of embeddings in the prompt.
 
     Raises
     ------
     InputError
-        For settings that contradict each other or do not fit the prompt.
+        If settings contradict each other or do not fit the prompt.
 
     Examples
     --------
@@ -602,7 +613,7 @@ def resolve_settings(
     longest, shortest = _lengths(call, prompt_length, embedded, limit)
     _check_together(call, longest - prompt_length)
     apart = ("prompt_length", "max_length", "min_length", "pad_token_id", "eos_token_ids")
-    # Python's own numbers: a NumPy float64 would make the float32 scores float64.
+    # Convert to Python floats, because a NumPy float64 would make the float32 scores float64.
     rest = {f.name: _plain(getattr(call, f.name)) for f in fields(Settings) if f.name not in apart}
     return Settings(
         prompt_length=prompt_length, max_length=int(longest), min_length=int(shortest), pad_token_id=_plain(pad),

@@ -1,5 +1,7 @@
-"""Decode greedily with the definition: take the most likely token at each step. Checked against recorded texts of
-transformers 5.23, and against `refgemma.generation.decode.generate` token for token."""
+"""Decode greedily with the slow definition: take the most likely token at each step.
+
+Checked against recorded texts of transformers 5.23, and against `refgemma.generation.decode.generate` token for token.
+"""
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import fields
@@ -22,7 +24,7 @@ def last_scores(logits: Logits) -> Float[np.ndarray, "batch vocab"]:
     Raises
     ------
     InputError
-        If one of them is NaN.
+        If a logit is NaN.
 
     Examples
     --------
@@ -41,18 +43,18 @@ def greedy(
 ) -> Iterator[int]:  # fmt: skip
     """Continue a prompt with the most likely token at each step, computed by `refgemma.model`.
 
-    The whole prompt is read once. After that each token is read alone, with a cache of all tokens before it.
+    The prompt is read once as a whole. Then each new token is read alone, with a cache of all earlier tokens.
 
     Parameters
     ----------
     prompt : sequence of int
         Token ids, usually beginning with ``<bos>``.
     weights, config
-        The model's.
+        The model's weights and configuration.
     max_new_tokens : int
         The maximum number of new tokens.
     stop_ids : collection of int
-        Tokens that end the text; the generated one is kept as its last token.
+        Tokens that end the text; the last generated token is then one of these.
 
     Yields
     ------
@@ -62,7 +64,7 @@ def greedy(
     Raises
     ------
     InputError
-        For an invalid prompt, at the call; for logits that are NaN, at their token.
+        If the prompt is invalid (raised by the call itself), or if logits are NaN (raised at that token).
 
     Examples
     --------
@@ -88,7 +90,7 @@ def greedy(
     return decode()
 
 
-# Settings that do not change the tokens of greedy decoding: they end it, belong to other methods, or shape the output.
+# These settings do not change the tokens of greedy decoding: they set its end, other methods, or the output's form.
 OF_OTHER_WAYS = frozenset({
     "max_length", "max_new_tokens", "pad_token_id", "bos_token_id", "eos_token_id", "use_cache", "seed",
     "early_stopping", "length_penalty", "temperature", "top_k", "top_p", "min_p", "typical_p", "renormalize_logits",
@@ -97,7 +99,7 @@ OF_OTHER_WAYS = frozenset({
 
 
 def is_plain_greedy(call: GenerationConfig) -> bool:
-    """Return True if `call` only asks for the most likely token each time, so that `greedy` is enough.
+    """Return True if `call` asks for plain greedy decoding, so that `greedy` can be used.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""The outputs of `generate`, and the base of all outputs: dataclasses that also act like a dict and a tuple.
+"""Define the outputs of `generate`, and the base of all outputs: dataclasses that also act like a dict and a tuple.
 
 Checked against `ModelOutput` and its subclasses in transformers 5.23."""
 
@@ -17,7 +17,7 @@ PastKeyValues = Cache | DynamicCache | tuple[tuple[Array, Array], ...]
 
 
 class ModelOutput(Mapping[str, Any]):
-    """A dataclass with fields accessible by attribute, name and number; fields that are None are left out.
+    """A dataclass whose fields can be read by attribute, key or index; fields that are None are left out.
 
     Examples
     --------
@@ -34,11 +34,11 @@ class ModelOutput(Mapping[str, Any]):
 
     @property
     def cache(self) -> Any:
-        """`past_key_values` under the name of transformers 5.24."""
+        """The same as `past_key_values`, under its name in transformers 5.24."""
         return getattr(self, "past_key_values", None)
 
     def __getitem__(self, key: Any) -> Any:
-        """Return the field with a name or number, or the fields of a slice."""
+        """Return the field with a name or an index, or the fields of a slice."""
         if key == "cache" and self.cache is not None:
             return self.cache
         return self._present()[key] if isinstance(key, str) else self.to_tuple()[key]
@@ -59,7 +59,7 @@ class ModelOutput(Mapping[str, Any]):
         """Return the fields that are not None, in order; a model returns them with ``return_dict=False``."""
         return tuple(self._present().values())
 
-    # Comparing arrays has no single answer, so an output equals only itself.
+    # Comparing arrays gives no single truth value, so an output equals only itself.
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
@@ -73,14 +73,14 @@ class GenerateDecoderOnlyOutput(ModelOutput):
     sequences : int array (rows, length)
         Prompts and generated tokens; a text that ended before others is filled with the pad token.
     scores : tuple of arrays (rows, vocab), optional
-        With ``output_scores``: for each new token, the processed scores that it was chosen by.
+        With ``output_scores``: for each new token, the processed scores from which it was chosen.
     logits : tuple of arrays (rows, vocab), optional
-        With ``output_logits``: the same before processing.
+        With ``output_logits``: the scores before processing.
     attentions : tuple of tuples of arrays (rows, heads, seq, keys), optional
-        With ``output_attentions``: for each step, the prompt's first, the attention probabilities of each layer.
+        With ``output_attentions``: the attention weights of each layer, for each step; the first step reads the prompt.
     hidden_states : tuple of tuples of arrays (rows, seq, hidden), optional
-        With ``output_hidden_states``: for each step, the embedded tokens and the output of each layer, the last after
-        the norm.
+        With ``output_hidden_states``: for each step, the embedded tokens, then the output of each layer; the last is
+        normed.
     past_key_values : Cache, optional
         With ``use_cache``: the cache of all tokens but the last.
     """
@@ -95,7 +95,7 @@ class GenerateDecoderOnlyOutput(ModelOutput):
 
 @dataclass(frozen=True, eq=False)
 class GenerateBeamDecoderOnlyOutput(ModelOutput):
-    """The output of `generate` with ``return_dict_in_generate``, of a beam search.
+    """The output of a beam search by `generate` with ``return_dict_in_generate``.
 
     Attributes
     ----------
@@ -104,16 +104,16 @@ class GenerateBeamDecoderOnlyOutput(ModelOutput):
     sequences_scores : array (rows,), optional
         With ``output_scores``: sums of log probabilities, divided by the length penalty.
     scores : tuple of arrays (batch * beams, vocab), optional
-        With ``output_scores``: processed log probabilities of each step, without those of the text before.
+        With ``output_scores``: processed log probabilities of the next token, for each step.
     logits : tuple of arrays (batch * beams, vocab), optional
         With ``output_logits``: raw scores of each step.
     beam_indices : int array (rows, new)
-        The row of the step before that each new token continued; -1 after the end of a text.
+        For each new token, the row of the previous step that it continued; -1 after the end of a text.
     attentions : tuple of tuples of arrays (rows, heads, seq, keys), optional
-        With ``output_attentions``: for each step, the prompt's first, the attention probabilities of each layer.
+        With ``output_attentions``: the attention weights of each layer, for each step; the first step reads the prompt.
     hidden_states : tuple of tuples of arrays (rows, seq, hidden), optional
-        With ``output_hidden_states``: for each step, the embedded tokens and the output of each layer, the last after
-        the norm.
+        With ``output_hidden_states``: for each step, the embedded tokens, then the output of each layer; the last is
+        normed.
     past_key_values : Cache, optional
         With ``use_cache``: the cache of the beams after the last step.
     """
@@ -131,7 +131,7 @@ class GenerateBeamDecoderOnlyOutput(ModelOutput):
 def compute_transition_scores(
     sequences: Array, scores: Sequence[Array], beam_indices: Array | None = None, normalize_logits: bool = False
 ) -> Array:
-    """Return the scores that chose the new tokens of `generate`; see ``Gemma2ForCausalLM.compute_transition_scores``.
+    """Return the score of each new token of `generate`; see ``Gemma2ForCausalLM.compute_transition_scores``.
 
     Examples
     --------

@@ -1,5 +1,8 @@
-"""Compute the perplexity of a text as transformers and gemma.cpp define it. Checked against the program on
-transformers' page on perplexity, run with transformers 5.23, and against gemma.cpp's formula, written out in a test."""
+"""Compute the perplexity of a text as transformers and gemma.cpp define it.
+
+Checked against the program on transformers' page on perplexity, run with transformers 5.23, and against gemma.cpp's
+formula, written out in a test.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -20,18 +23,18 @@ from refgemma.precision import wide
 from refgemma.shapes import Hidden
 from refgemma.weights.parameters import Weights, row_pieces
 
-CHUNK_TOKENS = 512  # tokens computed at a time; bounds the memory of the scores
-GEMMA_CPP_TOKENS = 3072  # gemma.cpp sums over at most this many
-GEMMA_CPP_MOST = 64.0  # and limits the nats per token to this
+CHUNK_TOKENS = 512  # tokens computed at once; limits the memory for scores
+GEMMA_CPP_TOKENS = 3072  # maximum number of tokens in gemma.cpp's sum
+GEMMA_CPP_MOST = 64.0  # maximum of the nats per token in gemma.cpp
 
 
 def label_losses(
     norm: Hidden, labels: Int[np.ndarray, "batch seq"], weights: Weights, config: Gemma2Config
 ) -> Float[np.ndarray, "batch seq"]:
-    """Return ``-log p(label)`` at each place in nats, computed in float64 from the normed hidden state.
+    """Return ``-log p(label)`` of each label in nats, computed in float64 from the normed hidden states.
 
-    ``log(sum(exp(logits))) - logits[label]``, summed over one piece of the head at a time, because the logits of a long
-    text with 256000 tokens would not fit into memory.
+    This is ``log(sum(exp(logits))) - logits[label]``. The sum uses one piece of the head at a time: with a
+    vocabulary of 256000 tokens, all logits of a long text would not fit into memory.
 
     Examples
     --------
@@ -58,10 +61,10 @@ def label_losses(
 def token_losses(
     ids: Sequence[int], weights: Weights, config: Gemma2Config, layers: fast.Outputs = fast.outputs
 ) -> Float[np.ndarray, " tokens_after_first"]:
-    """Return ``-log p(token)`` in nats for every token of `ids` after the first, given all tokens before it.
+    """Return ``-log p(token)`` in nats for every token of `ids` except the first, given all earlier tokens.
 
-    `CHUNK_TOKENS` tokens are computed at a time; each piece continues from the cache of the one before. `layers`
-    computes them: `refgemma.fast.outputs` or `refgemma.model.reference_outputs`.
+    Tokens are computed `CHUNK_TOKENS` at a time; each piece continues from the cache of the previous piece. `layers` is
+    the function that runs the layers: `refgemma.fast.outputs` or `refgemma.model.reference_outputs`.
 
     Examples
     --------
@@ -89,7 +92,7 @@ def token_losses(
 
 @dataclass(frozen=True)
 class Window:
-    """Part of a text that is read at once: tokens `start` to `stop`; the last `targets` of them are scored."""
+    """A part of a text that is read at once: tokens `start` to `stop`. Only the last `targets` tokens are scored."""
 
     start: int
     stop: int
@@ -97,7 +100,7 @@ class Window:
 
 
 def split_windows(tokens: int, max_length: int, stride: int) -> Iterator[Window]:
-    """Yield windows of `max_length` tokens every `stride` tokens; each scores the tokens that no earlier one scored.
+    """Yield windows of `max_length` tokens every `stride` tokens; each window scores the tokens not scored before.
 
     Source: transformers' page "Perplexity of fixed-length models".
 
@@ -129,27 +132,27 @@ def strided_perplexity(
     ids: Sequence[int], weights: Weights, config: Gemma2Config, max_length: int, stride: int,
     layers: fast.Outputs = fast.outputs, report: Callable[[int], object] | None = None,
 ) -> StridedPerplexity:  # fmt: skip
-    """Return ``exp`` of the mean loss of a text, in windows, as the program on transformers' page computes it.
+    """Return ``exp`` of a text's mean loss, computed in windows as on transformers' documentation page.
 
-    Each window begins at position 0 and gives the mean loss of its targets. The weight of this mean is the number of
-    targets minus one, although only the first window has one target less (its first token has no token before it). The
-    page does the same; if windows overlap, it makes a small difference.
+    Each window begins at position 0 and gives the mean loss of its targets. The page weights this mean by the number of
+    targets minus one, and so does this function. That is exact only for the first window, whose first token has no
+    loss. If windows overlap, the difference is small.
 
     Parameters
     ----------
     ids : sequence of int
-        The whole text. ``<bos>`` is only at its beginning: later windows begin in the middle of the text, which Gemma
-        was not trained for.
+        The whole text. Only the text begins with ``<bos>``; later windows begin in the middle of the text, although
+        Gemma was not trained for this.
     weights, config
-        The model's.
+        The model's weights and configuration.
     max_length : int
         Number of tokens of a window, at least 2.
     stride : int
         Number of tokens from the start of one window to the next, 1 to `max_length`.
     layers : callable
-        Computes the layers; see `token_losses`.
+        Function that runs the layers; see `token_losses`.
     report : callable, optional
-        Called for each window with the number of tokens to score.
+        Function called for each window, with the number of tokens to score.
 
     Raises
     ------
@@ -167,16 +170,17 @@ def strided_perplexity(
     """
     if not 1 <= stride <= max_length or max_length < 2:
         raise InputError(
-            f"max_length is {max_length}, stride {stride}; max_length must be at least 2, and stride 1 to max_length"
+            f"max_length is {max_length} and stride is {stride}; max_length must be at least 2, and stride from 1 to "
+            "max_length"
         )
     if len(ids) < 2:
-        raise InputError("the text has no token after the first; give a longer text")
+        raise InputError("the text has only one token; give a longer text")
     total, weight, number = 0.0, 0, 0
     for window in split_windows(len(ids), max_length, stride):
         if report is not None:
             report(window.targets)
         if window.targets < 2:
-            continue  # its weight is 0; on the page its loss may be the mean of nothing, NaN
+            continue  # the weight is 0; on the page the loss may be NaN, a mean of nothing
         losses = token_losses(ids[window.start : window.stop], weights, config, layers)[-window.targets :]
         total += float(losses.mean()) * (window.targets - 1)
         weight += window.targets - 1
@@ -189,21 +193,22 @@ def gemma_cpp_bits_per_byte(
 ) -> float:
     """Return gemma.cpp's cross entropy: ``(log2(vocab) + sum(min(-ln p, 64)) / ln 2) / bytes of the text``.
 
-    The first summand is for the first token, ``<bos>``, as if all tokens were equally likely. The sum covers only the
-    first 3072 tokens, but is divided by all bytes. gemma.cpp prints the result as "per-token entropy".
+    The first term is for the first token, ``<bos>``, as if all tokens were equally likely. The sum covers only the
+    first 3072 tokens, but is divided by the bytes of the whole text. gemma.cpp prints the result as "per-token
+    entropy".
 
     Source: gemma.cpp ``evals/cross_entropy.cc`` and ``evals/benchmark_helper.cc``.
 
     Parameters
     ----------
     ids : sequence of int
-        ``<bos>`` and the tokens of the text, without turns.
+        ``<bos>`` and the tokens of the text, without chat markers.
     text_bytes : int
         Length of the text in UTF-8.
     weights, config
-        The model's.
+        The model's weights and configuration.
     layers : callable
-        Computes the layers; see `token_losses`.
+        Function that runs the layers; see `token_losses`.
 
     Raises
     ------

@@ -1,7 +1,9 @@
-"""Apply generation settings to the scores of the next token. Checked against the logits processors of transformers
-5.23, which act in the order of this file.
+"""Apply generation settings to the scores of the next token.
 
-`scores` are float32, as in transformers, even in a float64 model: so a setting means the same in every precision.
+Checked against the logits processors of transformers 5.23, which run in the order of this file.
+
+`scores` are float32 even for a float64 model, as in transformers, so that a setting has the same effect in every
+precision.
 """
 
 import inspect
@@ -41,10 +43,10 @@ class LogitsProcessor:
 
 
 class LogitsProcessorList(list[Any]):
-    """A list of processors, called like one processor; applies them in order."""
+    """A list of processors, called like one processor; it applies all in order."""
 
     def __call__(self, input_ids: Any, scores: Any, **others: Any) -> Any:
-        """Return the scores after all processors; those that take further arguments get `others`."""
+        """Return the scores after all processors; a processor with more parameters also gets `others`."""
         for processor in self:
             takes_more = len(inspect.signature(processor).parameters) > 2
             scores = processor(input_ids, scores, **others) if takes_more else processor(input_ids, scores)
@@ -55,7 +57,7 @@ class LogitsProcessorList(list[Any]):
 
 
 def add_biases(scores: NextScores, ids: TokenIds, biases: Sequence[Any]) -> NextScores:
-    """Add each sequence's bias to the score of its last token, where `ids` end with its other tokens.
+    """Add each sequence's bias to the score of its last token, in rows of `ids` that end with its other tokens.
 
     Source: transformers ``SequenceBiasLogitsProcessor``, and with minus infinity ``NoBadWordsLogitsProcessor``.
 
@@ -77,9 +79,9 @@ def add_biases(scores: NextScores, ids: TokenIds, biases: Sequence[Any]) -> Next
 def penalise_repetition(
     scores: NextScores, ids: TokenIds, penalty: float, skipped: Int[np.ndarray, " batch"]
 ) -> NextScores:
-    """Divide the score of every token of the text so far by `penalty`; multiply a negative score instead.
+    """Divide the score of every token in the text so far by `penalty`; multiply if the score is negative.
 
-    The first `skipped` tokens of each row are padding and do not count. Source: transformers
+    The first `skipped` tokens of each row are padding and are ignored. Source: transformers
     ``RepetitionPenaltyLogitsProcessor``.
 
     Examples
@@ -90,7 +92,7 @@ def penalise_repetition(
     batch, vocab = scores.shape
     counted = np.arange(ids.shape[1]) >= skipped[:, None]
     there = np.zeros((batch, vocab + 1), bool)
-    np.put_along_axis(there, np.where(counted, ids, vocab), True, axis=1)  # the last column takes skipped tokens
+    np.put_along_axis(there, np.where(counted, ids, vocab), True, axis=1)  # the last column collects skipped tokens
     penalised = np.where(scores < 0, scores * penalty, scores / penalty)
     return np.where(there[:, :vocab], penalised, scores)
 
@@ -118,7 +120,7 @@ def ban_repeated_ngrams(scores: NextScores, ids: TokenIds, size: int) -> NextSco
 
 
 def forbid(scores: NextScores, tokens: Collection[int]) -> NextScores:
-    """Set the scores of `tokens` to minus infinity: the ends of text, below the minimum length.
+    """Set the scores of `tokens` to minus infinity, for example of end tokens below the minimum length.
 
     Source: transformers ``MinLengthLogitsProcessor``.
 
@@ -146,10 +148,10 @@ def force(scores: NextScores, tokens: Collection[int]) -> NextScores:
 
 
 def keep_allowed(scores: NextScores, ids: TokenIds, allowed: Callable[[int, Any], Any], num_beams: int) -> NextScores:
-    """Set all scores but those that ``allowed(text, ids of a row)`` lists to minus infinity; `num_beams` rows per text.
+    """Set scores to minus infinity except for the tokens that ``allowed(text, ids of a row)`` lists.
 
-    If no finite score is left for a text, the listed tokens become equally likely. Source: transformers
-    ``PrefixConstrainedLogitsProcessor``.
+    Each text has `num_beams` rows. If no finite score is left, the listed tokens become equally likely. Source:
+    transformers ``PrefixConstrainedLogitsProcessor``.
 
     Raises
     ------
@@ -175,7 +177,7 @@ def keep_allowed(scores: NextScores, ids: TokenIds, allowed: Callable[[int, Any]
 
 
 def favour_ends(scores: NextScores, length: int, start: int, factor: float, ends: Collection[int]) -> NextScores:
-    """Raise the scores of the ends of text by powers of `factor`, for texts longer than `start`.
+    """Increase the scores of end tokens by powers of `factor`, for texts longer than `start`.
 
     Source: transformers ``ExponentialDecayLengthPenalty``.
 
@@ -189,7 +191,7 @@ def favour_ends(scores: NextScores, length: int, start: int, factor: float, ends
     with np.errstate(over="ignore"):
         growth = float(np.float64(factor) ** (length - start)) - 1
     listed = np.isin(np.arange(scores.shape[1]), list(ends)) & np.isfinite(scores)
-    # Limited, so that no score becomes infinite.
+    # Limit the scores, so that none becomes infinite.
     return scores + np.abs(np.where(listed, scores, 0)) * min(growth, 1e30)
 
 
@@ -251,17 +253,17 @@ def to_probabilities(scores: Float[np.ndarray, "*batch vocab"]) -> Float[np.ndar
 
 
 def divide(scores: NextScores, temperature: float) -> NextScores:
-    """Divide the scores by the temperature; if that overflows, shift the highest score to 0 first.
+    """Divide the scores by the temperature; if this overflows, first shift the highest score to 0.
 
-    A shift changes no probability, so any temperature works; transformers fails for very low ones. Source: transformers
-    ``TemperatureLogitsWarper``.
+    A shift changes no probability, so any temperature works; transformers fails for very low temperatures. Source:
+    transformers ``TemperatureLogitsWarper``.
 
     Examples
     --------
     >>> divide(np.array([[1.0, 2.0]], np.float32), 0.5), divide(np.array([[1.0, 2.0]], np.float32), 1e-300)
     (array([[2., 4.]], dtype=float32), array([[-inf,   0.]], dtype=float32))
     """
-    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):  # checked in the line after next
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):  # overflow is handled below
         heated: NextScores = scores / temperature
         if not (np.isnan(heated) | (heated == np.inf)).any():
             return heated
@@ -273,9 +275,9 @@ def divide(scores: NextScores, temperature: float) -> NextScores:
 def keep_top_k(
     scores: Float[np.ndarray, "*batch vocab"], top_k: int, min_kept: int = 1
 ) -> Float[np.ndarray, "*batch vocab"]:
-    """Set all scores but the `top_k` highest to minus infinity; scores equal to the last of these stay, too.
+    """Set all scores except the `top_k` highest to minus infinity; also keep scores equal to the lowest of these.
 
-    At least `min_kept` scores stay.
+    At least `min_kept` scores are kept.
 
     Source: transformers ``TopKLogitsWarper``.
 
@@ -292,11 +294,11 @@ def keep_top_k(
 def keep_top_p(
     scores: Float[np.ndarray, "*batch vocab"], top_p: float, min_kept: int = 1
 ) -> Float[np.ndarray, "*batch vocab"]:
-    """Keep only the most likely tokens that together reach probability `top_p`, at least `min_kept`.
+    """Keep only the most likely tokens that together reach probability `top_p`, but at least `min_kept` tokens.
 
     All other scores become minus infinity. The sum starts at the least likely token, in float64, and is rounded to the
-    precision of the scores, as in torch. The exponentials may differ from torch's in the last bit. So where the sum
-    equals ``1 - top_p`` to within a few roundings, one token more or less may stay. Source: transformers
+    precision of the scores, as in torch. The exponentials may differ from torch's in the last bit. So the number of
+    kept tokens may differ by one if the sum is within a few roundings of ``1 - top_p``. Source: transformers
     ``TopPLogitsWarper``.
 
     Examples
@@ -317,7 +319,7 @@ def keep_top_p(
 def keep_min_p(
     scores: Float[np.ndarray, "*batch vocab"], min_p: float, min_kept: int = 1
 ) -> Float[np.ndarray, "*batch vocab"]:
-    """Keep only tokens at least `min_p` times as likely as the most likely, and at least `min_kept`.
+    """Keep only tokens at least `min_p` times as likely as the most likely, but at least `min_kept` tokens.
 
     All other scores become minus infinity. Source: transformers ``MinPLogitsWarper``. As in `keep_top_p`, the result
     for a token within a few roundings of the threshold may differ from transformers.
@@ -337,11 +339,11 @@ def keep_min_p(
 def keep_typical(
     scores: Float[np.ndarray, "*batch vocab"], mass: float, min_kept: int = 1
 ) -> Float[np.ndarray, "*batch vocab"]:
-    """Keep only the most typical tokens that together reach probability `mass`, at least `min_kept`.
+    """Keep only the most typical tokens that together reach probability `mass`, but at least `min_kept` tokens.
 
-    All other scores become minus infinity. A token is more typical the nearer its ``-log p`` is to the mean, the
-    entropy. Source: transformers ``TypicalLogitsWarper``. As in `keep_top_p`, the result for a sum within a few
-    roundings of `mass` may differ from transformers.
+    All other scores become minus infinity. A token is more typical if its ``-log p`` is closer to the mean, which is
+    the entropy. Source: transformers ``TypicalLogitsWarper``. As in `keep_top_p`, the result may differ from
+    transformers if a sum is within a few roundings of `mass`.
 
     Examples
     --------
@@ -349,7 +351,7 @@ def keep_typical(
     array([-inf, -1.2, -inf])
     """
     information = -log_softmax(scores)
-    with np.errstate(invalid="ignore"):  # 0 * inf is NaN, and counts as 0
+    with np.errstate(invalid="ignore"):  # 0 * inf is NaN, but must count as 0
         entropy = np.nansum(information * np.exp(-information), axis=-1, keepdims=True)
     distance = np.abs(information - entropy)
     nearest = np.argsort(distance, axis=-1, kind="stable")
@@ -364,7 +366,7 @@ def keep_typical(
 
 
 def warp(scores: NextScores, settings: Settings) -> NextScores:
-    """Return the scores for drawing: divided by the temperature, then cut to top k, top p, min p and typical p.
+    """Prepare scores for sampling: divide by the temperature, then apply top k, top p, min p and typical p.
 
     Examples
     --------

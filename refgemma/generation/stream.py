@@ -1,5 +1,5 @@
-"""Print text as it is generated. Checked against `TextStreamer` of transformers 5.23: the text is the same, printed by
-characters instead of words."""
+"""Print text while it is generated. Checked against `TextStreamer` of transformers 5.23: the text is the same, printed
+by characters instead of words."""
 
 from collections.abc import Iterator
 from queue import Queue
@@ -16,7 +16,7 @@ DECODE_WITHOUT_EFFECT = frozenset({"clean_up_tokenization_spaces", "spaces_betwe
 
 @runtime_checkable
 class Streamer(Protocol):
-    """A receiver of tokens: `generate` passes each token to it.
+    """An object that receives each new token from `generate`.
 
     Examples
     --------
@@ -26,14 +26,15 @@ class Streamer(Protocol):
     """
 
     def put(self, value: npt.NDArray[np.int64]) -> None:
-        """Take the prompt ``(batch, seq)``, and in each later call a new token of each row ``(batch,)``."""
+        """Take the prompts ``(batch, seq)`` in the first call, and the new token of each row ``(batch,)`` in later
+        calls."""
 
     def end(self) -> None:
-        """Mark the end: no token follows."""
+        """Take note that no token follows."""
 
 
 class TextStreamer:
-    """Prints text as it is generated: a streamer for ``Gemma2ForCausalLM.generate``, for one text at a time.
+    """A streamer for ``Gemma2ForCausalLM.generate`` that prints one text while it is generated.
 
     transformers prints only whole words. Here each character is printed as soon as it is complete.
 
@@ -46,12 +47,12 @@ class TextStreamer:
     skip_special_tokens : bool
         If true, leave out ``<bos>``, ``<end_of_turn>`` and other special tokens. Default: false, as in transformers.
     **decode_kwargs
-        Other arguments that transformers passes to ``decode``: ``clean_up_tokenization_spaces`` and
-        ``spaces_between_special_tokens``. They have no effect on Gemma's text.
+        Other arguments that transformers passes to ``decode``, ``clean_up_tokenization_spaces`` and
+        ``spaces_between_special_tokens``. These have no effect on Gemma's text.
 
     Notes
     -----
-    A subclass with its own ``on_finalized_text(text, stream_end=False)`` can use the text differently.
+    To use the text in another way, define ``on_finalized_text(text, stream_end=False)`` in a subclass.
 
     Examples
     --------
@@ -80,16 +81,16 @@ class TextStreamer:
         Raises
         ------
         InputError
-            If it gets more than one text.
+            If `value` has more than one text.
         """
         if value.ndim > 1 and len(value) > 1:
-            raise InputError(f"TextStreamer got {len(value)} texts; it prints only one: generate one at a time")
+            raise InputError(f"TextStreamer got {len(value)} texts, but prints only one; generate one text at a time")
         if not self._skip_next:
             self.on_finalized_text("".join(self._text(int(token)) for token in value.reshape(-1)))
         self._skip_next = False
 
     def _text(self, token: int) -> str:
-        """Return the text that is complete after one more token."""
+        """Return the text that one more token completes."""
         if token in self._shown:
             return self._stream.finish() + self._tokenizer.decode([token])
         return self._stream.push(token)
@@ -100,12 +101,12 @@ class TextStreamer:
         self.on_finalized_text(self._stream.finish(), stream_end=True)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Print complete text; the last with a line break."""
+        """Print complete text, with a line break at the end of the stream."""
         print(text, end="\n" if stream_end else "", flush=True)
 
 
 class TextIteratorStreamer(TextStreamer):
-    """A streamer to iterate over: yields text as another thread generates it.
+    """A streamer to iterate over; it yields text that another thread generates.
 
     Parameters
     ----------
@@ -136,10 +137,10 @@ class TextIteratorStreamer(TextStreamer):
     ) -> None:
         super().__init__(tokenizer, skip_prompt, **decode_kwargs)
         self.timeout = timeout
-        self.text_queue: Queue[str | None] = Queue()  # None: no text follows
+        self.text_queue: Queue[str | None] = Queue()  # None means that no text follows
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Keep the text for the iterating thread."""
+        """Store the text for the iterating thread."""
         self.text_queue.put(text)
         if stream_end:
             self.text_queue.put(None)
@@ -154,7 +155,7 @@ class TextIteratorStreamer(TextStreamer):
         Raises
         ------
         queue.Empty
-            If none comes within `timeout` seconds.
+            If no text arrives within `timeout` seconds.
         """
         text = self.text_queue.get(timeout=self.timeout)
         if text is None:

@@ -1,13 +1,15 @@
-"""Compare our gradients with those that PyTorch autograd recorded, in three precisions. Checked by derivatives that are
-switched off or wrong by a factor: a recording finds each of them.
+"""Compare our gradients with those that PyTorch autograd recorded, in three precisions.
 
-``golden/gradients.py`` keeps a sketch of each gradient (``refgemma.goldens.sketch``). The tolerance is a multiple of
-PyTorch's own rounding error, the difference from its float64 recording. One error may be small by chance, so the
-largest among the gradients of the same name in all layers counts. A mistake of ours cannot widen it.
+Checked with derivatives that are missing or wrong by a factor; a recording finds each of them.
 
-* In float32, `NOISE_FACTOR` times the largest error in the sketches, as for activations (`refgemma.goldens.distance`).
-* In float64, the same times ``2**-29``, the ratio of the two unit roundoffs.
-* In bfloat16, two correct runs have independent errors: `half_tolerance` of the root mean square of the projections.
+``golden/gradients.py`` stores a sketch of each gradient (``refgemma.goldens.sketch``). The tolerance is a multiple of
+PyTorch's own rounding error: the difference from its float64 recording. One error may be small by chance, so the
+largest error of the same gradient in all layers is used. A mistake of ours cannot increase this tolerance.
+
+* In float32, the tolerance is `NOISE_FACTOR` times the largest error in the sketches, as for activations
+  (`refgemma.goldens.distance`).
+* In float64, it is the float32 tolerance times ``2**-29``, the ratio of the two unit roundoffs.
+* In bfloat16, two correct runs have independent errors; it is `half_tolerance` of the projections' root mean square.
 """
 
 import math
@@ -35,7 +37,7 @@ from refgemma.weights.parameters import SCORE_BIAS, SCORE_WEIGHT, Score
 RECORD_AGAIN = "record it again with: python golden/record.py --gradients"
 FORMAT = "refgemma-golden-gradients/1"
 PRECISIONS = ("float64", "float32", "bfloat16")
-FLOAT32_UNITS = {"float64": 2.0**-29, "float32": 1.0}  # in units of float32's
+FLOAT32_UNITS = {"float64": 2.0**-29, "float32": 1.0}  # unit roundoff in units of float32's
 
 
 def gradient_cases() -> dict[str, Any]:
@@ -54,6 +56,18 @@ def load_gradients(name: str) -> tuple[dict[str, Any], dict[str, Array]]:
     about = gradient_cases()[name]
     tensors = read_recording(golden_folder() / "gradients" / about["file"], about["sha256"], RECORD_AGAIN)
     return about, {tensor: restore_precision(x) for tensor, x in tensors.items()}
+
+
+def recorded_operations() -> dict[str, Array]:
+    """Return the recorded gradients of a soft cap and of a norm in float32, with their inputs.
+
+    Examples
+    --------
+    >>> sorted(recorded_operations())[:2]
+    ['rms_norm.grad', 'rms_norm.grad_weight']
+    """
+    about = read_manifest("gradients", FORMAT)["operations"]
+    return read_recording(golden_folder() / "gradients" / about["file"], about["sha256"], RECORD_AGAIN)
 
 
 def run_gradients(about: Mapping[str, Any], golden: Mapping[str, Array], dtype: str) -> tuple[float, Gradients]:
@@ -102,10 +116,10 @@ def verify_gradients(name: str, dtype: str) -> Iterator[Comparison]:
 def verify_activations(dtype: str) -> Iterator[Comparison]:
     """Compare the gradient of each activation with its recording, on the recorded numbers.
 
-    The tolerance is eight roundings of the result and of `grad`: a derivative is near 1, or the small difference of two
-    such terms. In the tanh forms of GELU one term is ``x (1 - t**2) du/dx / 2``, which multiplies the errors of ``t``,
-    and in `silu` and `quick_gelu` one is ``x s (1 - s)``.
-    In bfloat16 one ulp of the result is added, or of all these terms if a function has several kernels.
+    The tolerance is eight roundings of the result and of `grad`: a derivative is near 1, or is the small difference of
+    two terms near 1. Some functions add the term that multiplies the errors of an inner function. This term is
+    ``x (1 - t**2) du/dx / 2`` for the tanh forms of GELU, and ``x s (1 - s)`` for `silu` and `quick_gelu`. bfloat16
+    adds one ulp of the result. If a function has several kernels, bfloat16 adds one ulp of all these terms instead.
 
     Examples
     --------
@@ -133,7 +147,7 @@ def verify_activations(dtype: str) -> Iterator[Comparison]:
 
 @cache
 def _loss_noise(dtype: str) -> float:
-    """Return PyTorch's largest relative error of a recorded loss; that of a single loss may be small by chance."""
+    """Return the largest relative error of PyTorch's losses; a single error may be small by chance."""
     recordings = (load_gradients(name)[1] for name in gradient_cases())
     return max(float(np.abs(x[f"loss.{dtype}"] / x["loss.float64"] - 1)[0]) for x in recordings)
 

@@ -19,7 +19,7 @@ from refgemma.precision import Array, as_dtype
 from refgemma.weights.checkpoint import open_checkpoint
 from refgemma.weights.parameters import Weights
 
-AGAIN = "install refgemma again, or in a checkout record with: python golden/record.py"
+AGAIN = "install refgemma again; in a checkout, record again with: python golden/record.py"
 
 
 class GoldenError(RefgemmaError):
@@ -36,18 +36,18 @@ def read_manifest(folder: str = ".", format: str = "refgemma-golden/1") -> dict[
 
 
 def check_hash(path: Path, sha256: str, says: str, again: str = AGAIN) -> None:
-    """Raise `GoldenError` unless the file has this hash; `says` describes the expected file."""
+    """Raise `GoldenError` if the file has another hash; `says` describes the expected file."""
     try:
         found = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
         raise GoldenError(f"{path}: cannot be read: {error.strerror}; {again}") from None
     if found != sha256:
-        raise GoldenError(f"{path}: is not {says} (other sha256); {again}")
+        raise GoldenError(f"{path}: is not {says} (its sha256 differs); {again}")
 
 
 def read_recording(path: Path, sha256: str, again: str = AGAIN) -> dict[str, Array]:
     """Return the stored tensors of a file, after checking its hash."""
-    check_hash(path, sha256, "the file of the manifest", again)
+    check_hash(path, sha256, "the file in the manifest", again)
     try:
         return dict(load_file(path))
     except SafetensorError as error:
@@ -55,7 +55,7 @@ def read_recording(path: Path, sha256: str, again: str = AGAIN) -> dict[str, Arr
 
 
 def case_names(wanted: list[str] | None = None) -> list[str]:
-    """Return all cases, or the `wanted` ones after checking that they exist.
+    """Return all cases, or the `wanted` cases after checking that they exist.
 
     Raises
     ------
@@ -79,7 +79,7 @@ def case_names(wanted: list[str] | None = None) -> list[str]:
 
 
 def load_golden(name: str) -> tuple[dict[str, Any], dict[str, Array]]:
-    """Return one case: its entry in the manifest and its tensors, half precision as `BF16` and `F16` arrays.
+    """Return one case: its entry in the manifest and its tensors; half precision gives `BF16` and `F16` arrays.
 
     Raises
     ------
@@ -92,21 +92,21 @@ def load_golden(name: str) -> tuple[dict[str, Any], dict[str, Array]]:
 
 
 def restore_precision(x: Array) -> Array:
-    """Return a stored tensor in the precision of its run: half precision as `BF16` and `F16` arrays."""
+    """Return a stored tensor in the precision of its run; half precision gives `BF16` and `F16` arrays."""
     if x.dtype.kind in "iub":
         return x
     return as_dtype(x.astype(np.float64 if x.dtype == np.float64 else np.float32), x.dtype.name)
 
 
 def recorded_model(about: Mapping[str, Any]) -> Path:
-    """Return the folder of the model that a case was recorded on."""
+    """Return the folder of the model with which a case was recorded."""
     return find_model("tiny") if about["model"] == "tiny" else golden_folder() / "models" / about["model"]
 
 
 def model_of(about: Mapping[str, Any]) -> tuple[Gemma2Config, Weights]:
-    """Return the model that a case was recorded on, in the case's precision."""
+    """Return the model with which a case was recorded, in the case's precision."""
     folder = recorded_model(about)
     for file, recorded in read_manifest()["models"][about["model"]].items():
-        check_hash(folder / file, recorded, "the file that the goldens were recorded with")
+        check_hash(folder / file, recorded, "the file with which the recordings were made")
     checkpoint = open_checkpoint(folder)
     return checkpoint.config, checkpoint.resident(about["dtype"])

@@ -1,6 +1,8 @@
-"""Published outputs of the released checkpoints, as data files in ``golden/released``, and the release of a folder. We
-computed none of the data. The tests check them against one another without weights, and against the checkpoints if
-available."""
+"""Read published outputs of the released checkpoints from ``golden/released``, and identify the release of a folder.
+
+None of this data was computed with refgemma. The tests check the data for consistency without weights, and against the
+checkpoints if available.
+"""
 
 import hashlib
 import json
@@ -65,9 +67,9 @@ def published_figures(text: str) -> dict[str, float]:
 # --- the release of a folder ------------------------------------------------------------------------------------------
 
 GENERATION_FILE = "generation_config.json"
-SHARD_SIZE = "5GB"  # of the released weights
-LINES_SHOWN = 4  # keys of a configuration in one message
-# The keys of a released config.json that a `Gemma2Config` has too.
+SHARD_SIZE = "5GB"  # maximum size of the released weights files
+LINES_SHOWN = 4  # maximum number of configuration keys in one message
+# The keys that a released config.json and a `Gemma2Config` both have.
 CONFIG_KEYS = (
     "attention_bias", "attention_dropout", "attn_logit_softcapping", "final_logit_softcapping", "head_dim",
     "hidden_activation", "hidden_size", "initializer_range", "intermediate_size", "max_position_embeddings",
@@ -79,7 +81,7 @@ RELEASE_SIZES = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_a
 
 @dataclass(frozen=True)
 class ReleasedFile:
-    """A file of a release, with its length, its SHA-256 if published, and the source of both."""
+    """A file of a release: its length, its SHA-256 if published, and the source of both."""
 
     bytes: int | None
     sha256: str | None
@@ -88,15 +90,15 @@ class ReleasedFile:
 
 @dataclass(frozen=True)
 class FileVerdict:
-    """The comparison of a file with that of a release.
+    """The comparison of a file with the released file.
 
     Parameters
     ----------
     name : str
-        Its name.
+        The file's name.
     verdict : str
-        ``same`` (SHA-256), ``same length`` (not hashed, or no hash was published), ``differs``, ``absent``, ``unknown``
-        (nothing was published about it), or ``extra`` (the release has no such file).
+        ``same`` (equal SHA-256), ``same length`` (not hashed, or no hash was published), ``differs``, ``absent``,
+        ``unknown`` (nothing was published about the file), or ``extra`` (the release has no such file).
     detail : str
         The difference, or the source of the released file's data.
     sha256 : str, optional
@@ -111,7 +113,7 @@ class FileVerdict:
 
 @dataclass(frozen=True)
 class Identified:
-    """The release that a folder matches best; None if no release has its sizes, or no file is as released."""
+    """The release that a folder matches best, or None if no release has these sizes or no file is as released."""
 
     release: str | None
     revision: str | None
@@ -119,17 +121,17 @@ class Identified:
 
     @property
     def as_released(self) -> int:
-        """The number of the release's files that the folder has, by content or at least by length."""
+        """The number of files that equal the released files in content, or at least in length."""
         return sum(file.verdict.startswith("same") for file in self.files)
 
     @property
     def complete(self) -> bool:
-        """True if no file differs and none is absent."""
+        """True if no file differs or is absent."""
         return self.release is not None and not {"differs", "absent"} & {file.verdict for file in self.files}
 
 
 def releases() -> dict[str, Any]:
-    """Return the data of ``golden/released/files.json`` on each release, by hub id.
+    """Return the data on each release in ``golden/released/files.json``, by hub id.
 
     Examples
     --------
@@ -197,7 +199,7 @@ def _measure(path: Path) -> int | None:
 
 
 def _compare_json(path: Path, released: Mapping[str, Any], whole: bool) -> str:
-    """List the keys of a JSON file that differ from the released ones; if not `whole`, only those known of both."""
+    """List the keys of a JSON file that differ from the release; if not `whole`, only keys that are known in both."""
     try:
         own = read_object(path, RefgemmaError)
     except RefgemmaError as error:
@@ -216,11 +218,11 @@ def _judge(path: Path, known: ReleasedFile | None, json_keys: Mapping[str, Any],
     """Compare one file of a folder with that of a release."""
     length = _measure(path)
     if length is None:
-        return FileVerdict(path.name, "absent", "the release has it")
+        return FileVerdict(path.name, "absent", "the release has this file")
     if known is None:
         different = _compare_json(path, json_keys, whole=False)
         return FileVerdict(
-            path.name, "differs" if different else "unknown", different or "nothing was published about it"
+            path.name, "differs" if different else "unknown", different or "nothing was published about this file"
         )
     sha256 = None
     if known.bytes in (None, length):
@@ -230,7 +232,7 @@ def _judge(path: Path, known: ReleasedFile | None, json_keys: Mapping[str, Any],
         if sha256 and sha256 == known.sha256:
             return FileVerdict(path.name, "same", known.state, sha256)
         if None in (sha256, known.sha256) and known.bytes is not None:
-            how = "no hash was published" if known.sha256 is None else "--hash compares the hash"
+            how = "no hash was published" if known.sha256 is None else "use --hash to compare the hash"
             return FileVerdict(path.name, "same length", f"{known.state}; {how}", sha256)
     different = _compare_json(path, json_keys, whole=True) if json_keys else ""
     lengths = "different content" if known.bytes in (None, length) else f"{length:,} bytes, released {known.bytes:,}"
@@ -238,7 +240,7 @@ def _judge(path: Path, known: ReleasedFile | None, json_keys: Mapping[str, Any],
 
 
 def _judge_template(folder: Path) -> FileVerdict:
-    """Compare the chat template of a folder, from its own file or from the tokenizer's settings, as a text."""
+    """Compare the text of a folder's chat template, which is in its own file or in the tokenizer's settings."""
     released = read_released("files")["chat_template"]
     try:
         if (folder / "chat_template.jinja").exists():
@@ -250,7 +252,7 @@ def _judge_template(folder: Path) -> FileVerdict:
     except (OSError, RefgemmaError) as error:
         return FileVerdict("chat template", "differs", str(error))
     if text is None:
-        return FileVerdict("chat template", "absent", "the release has it")
+        return FileVerdict("chat template", "absent", "the release has a chat template")
     sha256 = hashlib.sha256(str(text).encode("utf-8", "replace")).hexdigest()
     if sha256 != released["sha256"]:
         return FileVerdict("chat template", "differs", "different text", sha256)
@@ -277,19 +279,19 @@ def _judge_all(folder: Path, release: str, hash_weights: bool) -> Identified:
 
 
 def identify_release(folder: str | Path, config: Gemma2Config, hash_weights: bool = False) -> Identified:
-    """Identify the released Gemma 2 of a folder, file by file, with the differences.
+    """Identify the release to which a folder belongs, and list the differences file by file.
 
-    Files of weights are compared by length; their numbers are read only with `hash_weights`. A fine-tuned model with
-    the same names, shapes and dtype has the released lengths too.
+    Weights files are compared by length; their contents are read only with `hash_weights`. A fine-tuned model with the
+    same names, shapes and dtype has the released lengths, too.
 
     Parameters
     ----------
     folder : str or Path
         A Hugging Face folder.
     config : Gemma2Config
-        Its configuration.
+        The folder's configuration.
     hash_weights : bool
-        Whether to hash the weights too, which takes some seconds per gigabyte.
+        If true, hash the weights too, which takes some seconds per gigabyte.
 
     Raises
     ------
@@ -303,7 +305,7 @@ def identify_release(folder: str | Path, config: Gemma2Config, hash_weights: boo
     """
     names = [
         name for name, about in releases().items()
-        if Path(folder).is_dir()  # no GGUF file: nothing was published about those
+        if Path(folder).is_dir()  # not a GGUF file, because nothing was published about GGUF
         and all(getattr(config, size) == PRESETS[about["size"]][size] for size in RELEASE_SIZES)
     ]  # fmt: skip
     found = [_judge_all(Path(folder), name, hash_weights) for name in names]
@@ -312,7 +314,7 @@ def identify_release(folder: str | Path, config: Gemma2Config, hash_weights: boo
 
 
 def _tells(name: str) -> bool:
-    """Return True if a file differs between releases, unlike those of the tokenizer."""
+    """Return True if a file differs between releases. (The tokenizer's files do not.)"""
     return name.startswith(("config", "generation_config", "model"))
 
 

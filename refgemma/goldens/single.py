@@ -1,4 +1,4 @@
-"""Turns the recordings of single operations into operations of the oracle's table. Checked by
+"""Turn the recordings of single operations into operations of the oracle's table. Checked by
 ``refgemma verify``, and with the functions of other implementations by `refgemma.testing`."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,7 +11,7 @@ from refgemma.oracle.operations import Operation, store_nothing
 from refgemma.oracle.tolerance import Tolerance
 from refgemma.precision import Array, wide
 
-THETA, EPS = 10000.0, 1e-6  # of the recordings
+THETA, EPS = 10000.0, 1e-6  # values in the recordings
 Functions = Mapping[str, Callable[..., Any]]
 OFFERED = (
     "rms_norm", "linear", "gelu_tanh", "soft_cap", "attention_scores", "softmax", "rotary", "repeat_kv",
@@ -30,7 +30,7 @@ def recorded_operations(
     golden : mapping
         The recording.
     functions : mapping
-        An implementation's operations, by the names of `refgemma.ops` and with their arguments.
+        An implementation's operations, with the names and arguments of `refgemma.ops`.
     """
 
     def make(
@@ -70,7 +70,7 @@ def recorded_operations(
             once = tol.one_rounding(np.asarray(wide(golden["y"]), np.float64))
             yield make(kind, lambda ids, weight: once), [golden["ids"], golden["weight"]]
         case "rotary":
-            # The angles must be equal to the last bit: only a library's cosine may differ.
+            # The angles must be equal bit for bit; only a library's cosine may differ.
             for number, name in enumerate(("cos", "sin")):
                 yield Operation(name, (), table(number), lambda: tol.same_angles(golden["cos"])), []
             operation = make("rotate", tol.rotate, stores=tol.rotate_stores)
@@ -78,5 +78,5 @@ def recorded_operations(
 
 
 def in_float64(inputs: Sequence[Array]) -> list[Array]:
-    """Return floating-point inputs in float64, and all others unchanged."""
+    """Return floating-point inputs in float64, and all other inputs unchanged."""
     return [np.asarray(wide(x), np.float64) if x.dtype.kind == "f" else x for x in inputs]

@@ -1,7 +1,8 @@
-"""A tensor in forty numbers: enough to decide if rounding explains a difference, in a small file. Checked in the tests:
-every element counts.
+"""Summarise a tensor in forty numbers, which suffice to decide if rounding explains a difference.
 
-A sketch is the root mean square, the largest magnitude, elements at regular distances, and projections on random
+Checked in the tests: every element has an effect.
+
+A sketch has the root mean square, the largest magnitude, elements at regular distances, and projections on random
 directions. Every element contributes to each projection.
 """
 
@@ -14,15 +15,15 @@ from refgemma.weights.synthetic import raw_bytes
 SAMPLES, PROJECTIONS = 32, 6
 LENGTH = 2 + SAMPLES + PROJECTIONS
 SAMPLES_AT, PROJECTIONS_AT = slice(2, 2 + SAMPLES), slice(2 + SAMPLES, LENGTH)
-BLOCK = 2**20  # elements at a time, so that a sketch of a large tensor needs no copy of it
-RMS_OF_BYTES = np.sqrt((2**16 - 1) / 12 + 1 / 4)  # of -128 to 127, all equally likely
+BLOCK = 2**20  # elements processed at once, so that a large tensor is not copied
+RMS_OF_BYTES = np.sqrt((2**16 - 1) / 12 + 1 / 4)  # root mean square of a uniform number from -128 to 127
 
 
 def sketch(x: Array) -> npt.NDArray[np.float64]:
     """Compute the sketch of a tensor, in float64.
 
-    Projections are sums of all elements times random bytes, with a scale: independent errors of size e in the elements
-    make an error of size e in each projection, as in each sample.
+    A projection is a sum of all elements times random bytes. The scale makes projections and sampled elements
+    comparable: independent errors of size e in the elements give an error of size e in each projection.
 
     Examples
     --------

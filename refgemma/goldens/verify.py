@@ -1,15 +1,15 @@
 """Compare refgemma with the goldens, PyTorch's recordings: case by case, tensor by tensor, in the order of execution.
 
-Checked by making every known bug on purpose: each is found first at the tensor where it is made.
+Checked by introducing every known bug: each is found first at the tensor where it was introduced.
 
 A case of a whole model is compared three times:
 
 * ``operation``: compares each recorded tensor with its operation on the recorded inputs. A conforming implementation
-  must be able to compute it from them (`judge`). Our own operation, in the case's precision, must be as near to it as
-  two roundings can be (`strict_distance`). This finds a wrong operation, but not its consequences;
+  must be able to compute the tensor from these inputs (`judge`). Our own operation, in the case's precision, must be as
+  close to the tensor as two roundings allow (`strict_distance`). This finds a wrong operation, not its consequences;
 * ``wiring``: compares each tensor of our own run with its operation on the inputs from this run. This finds connections
-  in `refgemma.layers` and `refgemma.model` that differ from the table of operations, in cached calls too;
-* ``run``: compares each tensor of our own run with the recorded one, see `refgemma.goldens.distance`.
+  in `refgemma.layers` and `refgemma.model` that differ from the table of operations, also in cached calls;
+* ``run``: compares each tensor of our own run with the recorded one; see `refgemma.goldens.distance`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -38,14 +38,14 @@ from refgemma.weights.parameters import Weights
 
 @dataclass(frozen=True)
 class Comparison:
-    """One tensor against its recording; `distance` is in units of the tolerance, at most 1 if it conforms."""
+    """A tensor compared with its recording; `distance` is in units of the tolerance, at most 1 if it conforms."""
 
     tensor: str
-    how: str  # "operation", "wiring" or "run", see above
+    how: str  # "operation", "wiring" or "run"; see the top of this file
     distance: float
-    identical: int  # elements that are equal to the last bit
+    identical: int  # number of elements that are equal bit for bit
     elements: int
-    ulps: float = 0.0  # of an operation in half precision: the largest difference among elements above 1e-3
+    ulps: float = 0.0  # for an operation in half precision, the largest difference in ulps of elements above 1e-3
     note: str = ""  # further information
 
     @property
@@ -74,7 +74,7 @@ class CaseResult:
 
     @property
     def worst(self) -> Comparison:
-        """The tensor with the largest distance from its recording, in units of its bound."""
+        """The tensor with the largest distance from its recording, in units of the tolerance."""
         return max(self.comparisons, key=lambda c: c.distance)
 
     @property
@@ -91,14 +91,14 @@ def compare_forward(about: Mapping[str, Any], golden: Mapping[str, Array], name:
     config, weights = model_of(about)
     ours = run_case(about, golden, config, weights)
     order = {tensor: place for place, tensor in enumerate(ours)}
-    wired = about["density"] != "logits"  # if only logits were recorded, smaller models show the same wiring
+    wired = about["density"] != "logits"  # if only logits were recorded, smaller models test the same wiring
     found = [
         *compare_operations(golden_candidate(golden, about, golden, config, name), weights, config),
         *(compare_wiring(golden_candidate(ours, about, golden, config, name), weights, config) if wired else ()),
         *compare_run(about, golden, ours, name),
     ]
     whole = len(about["calls"]) == 1
-    # In the order of computation; sorting keeps the order of the three comparisons.
+    # Sort by order of computation; the order of the three comparisons stays the same.
     for c in sorted(found, key=lambda c: order[c.tensor]):
         yield replace(c, tensor=c.tensor.removeprefix("calls.0.")) if whole else c
 
@@ -106,14 +106,14 @@ def compare_forward(about: Mapping[str, Any], golden: Mapping[str, Array], name:
 def golden_candidate(
     tensors: Mapping[str, Array], about: Mapping[str, Any], golden: Mapping[str, Array], config: Gemma2Config, name: str
 ) -> Candidate:
-    """Return the tensors of a case's calls, recorded or our own, as a candidate for the engine."""
+    """Return the tensors of a case's calls, from the recording or our own run, as a candidate for the engine."""
     given = {"input_ids": golden["input_ids"], "attention_mask": golden["attention_mask"]}
     computed = {tensor: x for tensor, x in tensors.items() if tensor.startswith("calls.")}
     return candidate_of(given | computed, config, dtype=about["dtype"], calls=about["calls"], source=name)
 
 
 def compare_operations(candidate: Candidate, weights: Weights, config: Gemma2Config) -> Iterator[Comparison]:
-    """Compare each recorded tensor with its operation, if all its inputs are recorded."""
+    """Compare each recorded tensor with its operation, if all inputs are recorded."""
     engine = Engine(candidate, weights, config)
     for name in filter(engine.is_direct, engine.recorded):
         judged, found = engine.judge(name), candidate.tensors[name]
@@ -143,7 +143,7 @@ def _measure(judged: Judged) -> float:
 
 
 def _compare_both(name: str, judged: Judged, strict: float, ours: Array, theirs: Array, dtype: str) -> Comparison:
-    """Compare a tensor by both of the engine's measures."""
+    """Compare a tensor by both measures, `judge` and `strict_distance`."""
     distance, same = max(_measure(judged), strict), int(np.sum(ours == theirs))
     return Comparison(name, "operation", distance, same, theirs.size, ulps_apart(ours, theirs, dtype), judged.note)
 
@@ -166,7 +166,7 @@ def _name_in_call(name: str, judged: Judged, candidate: Candidate) -> str:
 def compare_run(
     about: Mapping[str, Any], golden: Mapping[str, Array], ours: Mapping[str, Array], name: str
 ) -> Iterator[Comparison]:
-    """Compare each tensor of a run, our own or another's, with the recorded one, in the rows of real tokens."""
+    """Compare each tensor of a run with the recorded one, in the rows of real tokens."""
     dtype = about["dtype"]
     if dtype == "float32":
         other = run_case(about, golden, *model_of({**about, "dtype": "float64"}))
@@ -191,7 +191,7 @@ def compare_run(
 def run_case(
     about: Mapping[str, Any], golden: Mapping[str, Array], config: Gemma2Config, weights: Weights
 ) -> dict[str, Array]:
-    """Return all tensors of a case's calls, ``calls.0.embedded`` and so on; each call continues the last one's cache.
+    """Return all tensors of a case's calls, ``calls.0.embedded`` and so on; calls continue from the previous cache.
 
     The result includes the loss, if PyTorch recorded one.
     """
@@ -206,7 +206,7 @@ def run_case(
 def _real_tokens(
     tensors: Mapping[str, Array], about: Mapping[str, Any], golden: Mapping[str, Array]
 ) -> dict[str, Array]:
-    """Return the tensors of the calls without the meaningless rows of padding tokens; and the loss."""
+    """Return the tensors of the calls without the rows of padding tokens, which have no meaning; keep the loss."""
     padding, starts = golden["attention_mask"].astype(bool), np.cumsum([0, *about["calls"]])
     kept = {}
     for name, x in tensors.items():
@@ -217,13 +217,13 @@ def _real_tokens(
 
 
 def _real_rows(x: Array, real: Array) -> Array:
-    """Return the rows of tokens other than padding; ``seq`` is the second last axis."""
-    rows = np.broadcast_to(x, (len(real), *x.shape[1:]))  # all rows may share one rotary table
+    """Return the rows of all tokens except padding; ``seq`` is the second last axis."""
+    rows = np.broadcast_to(x, (len(real), *x.shape[1:]))  # all texts may share one rotary table
     return rows[real] if x.ndim == 3 else rows.swapaxes(1, 2)[real]
 
 
 def _pool(noise: Mapping[str, float]) -> dict[str, float]:
-    """Return the noise of a tensor over all calls, because one decoding step has too few elements to measure it."""
+    """Combine the noise of a tensor over all calls, because one decoding step has too few elements to measure noise."""
     fields = {tensor: tensor.split(".", 2)[-1] for tensor in noise}
     return {tensor: max(noise[other] for other in noise if fields[other] == fields[tensor]) for tensor in noise}
 
@@ -243,11 +243,11 @@ def compare_operation(about: Mapping[str, Any], golden: Mapping[str, Array]) -> 
 
 
 def compare_single(kind: str, dtype: str, golden: Mapping[str, Array]) -> Iterator[Comparison]:
-    """Compare an operation on its recorded inputs by both of the engine's measures."""
+    """Compare an operation on its recorded inputs by both measures, `judge` and `strict_distance`."""
     functions = vars(ops) | {"embed": embed}
     for operation, inputs in recorded_operations(kind, golden, functions):
         recorded = np.asarray(golden[operation.name], np.float64)
-        with np.errstate(over="ignore"):  # the cube of the largest numbers
+        with np.errstate(over="ignore"):  # the cubes of the largest numbers overflow
             ours = np.asarray(operation.compute(*inputs), np.float64)
             exact = np.asarray(operation.compute(*in_float64(inputs)), np.float64)
         allowed = operation.tolerance(in_float64(inputs), exact, dtype)
@@ -260,7 +260,7 @@ def compare_single(kind: str, dtype: str, golden: Mapping[str, Array]) -> Iterat
 def _compare_loss(golden: Mapping[str, Array]) -> Iterator[Comparison]:
     labels, recorded = golden["labels"], golden["y"].astype(np.float64)
     ours = np.array([causal_lm_loss(golden["logits"], labels)])
-    # The tolerance of a whole run's logits: the loss is a mean of log probabilities, each a sum over the vocabulary.
+    # Use the tolerance of the logits, because the loss is a mean of log probabilities, each a sum over the vocabulary.
     distance = ratio(distance_from(ours, recorded), np.abs(recorded) * END_TO_END)
     yield Comparison("y", "operation", distance, int(np.sum(ours == recorded)), 1)
     nothing = np.array([causal_lm_loss(golden["logits"], np.full_like(labels, -100))])
@@ -273,7 +273,7 @@ def _compare_masks(g: Mapping[str, Array]) -> Iterator[Comparison]:
     places = np.arange(padding.shape[1])
     ours = {"full": ops.causal_mask(places, places), "sliding": ops.sliding_mask(places, places, window)}
     for name, mask in ours.items():
-        # The query of a padding token may see any key.
+        # A padding token's query may see any key, so it is not compared.
         both = (mask & padding[:, None, None], g[name].astype(bool))
         computed, recorded = (m.swapaxes(1, 2)[padding] for m in both)
         different = np.sum(computed != recorded)
@@ -281,7 +281,7 @@ def _compare_masks(g: Mapping[str, Array]) -> Iterator[Comparison]:
 
 
 def compare_greedy(about: Mapping[str, Any], golden: Mapping[str, Array]) -> Iterator[Comparison]:
-    """Compare greedily generated text, which must be equal token by token."""
+    """Compare greedily generated texts, which must be equal token by token."""
     config, weights = model_of(about)
     for number in range(len(about["prompts"])):
         recorded = golden[f"continued.{number}"]
@@ -302,7 +302,7 @@ def verify(name: str) -> CaseResult:
     Raises
     ------
     GoldenError
-        If it is unknown, or its files are missing or damaged.
+        If the case is unknown, or its files are missing or damaged.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""The classes of the Transformers documentation page of Gemma 2, and loading all parts of a folder."""
+"""Provide the classes of transformers' documentation page of Gemma 2, and load all parts of a model's folder."""
 
 from refgemma.modeling.classes import (
     Gemma2ForCausalLM,

@@ -1,5 +1,6 @@
-"""The classes of the Transformers documentation page of Gemma 2, with the same calls. Checked against those of
-transformers 5.23 in the parity tests, on random configurations, inputs and arguments.
+"""Provide the classes of transformers' documentation page of Gemma 2, with the same calls.
+
+Checked against the classes of transformers 5.23 in the parity tests, on random configurations, inputs and arguments.
 
 This file handles arguments and results; `refgemma.model` and `refgemma.heads` do the computation.
 """
@@ -69,16 +70,16 @@ from refgemma.weights.parameters import (
 )
 from refgemma.weights.save import OutputTensor, write_checkpoint
 
-# The types of the documented arguments; all four classes take the same set.
+# Types of the documented arguments, which are the same for all four classes.
 Given: TypeAlias = npt.ArrayLike | None
 PastArgument: TypeAlias = Cache | DynamicCache | LegacyCache | None
-Flag: TypeAlias = bool | None  # None: use the configuration
+Flag: TypeAlias = bool | None  # None means: as in the configuration
 
 AnyOutput = TypeVar("AnyOutput", bound=ModelOutput)
 
 
 def _count_seen(places: Array | None, attention_mask: Any, seq: int) -> int | None:
-    """Return the number of earlier tokens, from the places of these `seq` tokens or from a mask over all tokens."""
+    """Return the number of earlier tokens, given the places of these `seq` tokens or a mask over all tokens."""
     if places is not None and places.size:
         return int(places[0])
     if attention_mask is None or isinstance(attention_mask, Mapping):
@@ -91,16 +92,16 @@ def read_cache(
     past_key_values: PastArgument, config: Gemma2Config, like: Array, seq: int, attention_mask: Any,
     cache_position: Given,
 ) -> Cache | None:  # fmt: skip
-    """Return a caller's cache of any format as a `Cache`, and check that `cache_position` agrees with it."""
+    """Return a caller's cache, of any format, as a `Cache`; check that `cache_position` agrees with it."""
     places = None if cache_position is None else as_array(cache_position, "cache_position")
     if places is not None and (places.shape != (seq,) or places.dtype.kind not in "iu"):
         raise InputError(
             f"cache_position has shape {places.shape} and dtype {places.dtype}; "
-            f"it must be the places of the {seq} tokens, shape ({seq},)"
+            f"it must hold the places of the {seq} tokens, with shape ({seq},)"
         )
     given = past_key_values.value if isinstance(past_key_values, DynamicCache) else past_key_values
     if given is None or isinstance(given, Cache):
-        cache = given or None  # an empty cache counts as none
+        cache = given or None  # treat an empty cache as None
     else:
         seen = _count_seen(places, attention_mask, seq)
         cache = Cache.from_legacy(given, config, like, seen)
@@ -108,7 +109,7 @@ def read_cache(
     if places is not None and (places != np.arange(seen_now, seen_now + seq)).any():
         raise InputError(
             f"cache_position is {places.tolist()}; after {seen_now} tokens in the cache it must be "
-            f"{seen_now} to {seen_now + seq - 1}: for other rotary positions use position_ids"
+            f"{seen_now} to {seen_now + seq - 1}: use position_ids for other rotary positions"
         )
     return cache
 
@@ -121,7 +122,7 @@ def _format_cache(cache: Cache, given: PastArgument) -> PastKeyValues:
 
 
 def name_once(past_key_values: Any, cache: Any) -> Any:
-    """Return the cache given as ``cache``, as in transformers 5.24, or as ``past_key_values``."""
+    """Return the cache that was given as ``cache``, the name in transformers 5.24, or as ``past_key_values``."""
     if past_key_values is not None and cache is not None:
         raise InputError("past_key_values and cache are both given; give only one")
     return cache if past_key_values is None else past_key_values
@@ -146,7 +147,9 @@ def select_tokens(hidden: Any, logits_to_keep: int | npt.NDArray[Any]) -> Any:
     batch, seq = hidden.shape[:2]
     if isinstance(logits_to_keep, int | np.integer) and not isinstance(logits_to_keep, bool):
         if logits_to_keep < 0:
-            raise InputError(f"logits_to_keep is {logits_to_keep}; it must be a number of last tokens, or 0 for all")
+            raise InputError(
+                f"logits_to_keep is {logits_to_keep}; it must be the number of last tokens to keep, or 0 for all"
+            )
         return hidden[:, -logits_to_keep:] if logits_to_keep else hidden
     kept = as_array(logits_to_keep, "logits_to_keep")
     if kept.dtype == bool and kept.shape == (batch, seq):
@@ -161,7 +164,7 @@ def select_tokens(hidden: Any, logits_to_keep: int | npt.NDArray[Any]) -> Any:
 
 
 def _count_tokens(input_ids: Any, inputs_embeds: Any) -> int:
-    """Return the number of tokens of a row; 0 for a wrong shape, for which `check_inputs` raises an error later."""
+    """Return the number of tokens per row; return 0 for a wrong shape, and let `check_inputs` raise the error."""
     given = as_array(input_ids, "input_ids") if inputs_embeds is None else as_array(inputs_embeds, "inputs_embeds")
     return given.shape[1] if given.ndim > 1 else 0
 
@@ -171,7 +174,7 @@ def _warn_of_bools(attention_mask: Any) -> None:
     if any(str(getattr(mask, "dtype", "")).endswith("bool") and mask.ndim == 4 for mask in masks):
         warnings.warn(
             "attention_mask is boolean: here true means visible, but transformers adds true and false to the scores as "
-            "1 and 0, which hides nothing; give 0 and np.finfo(np.float32).min, which mean the same in both",
+            "1 and 0, which hides nothing; use 0 and np.finfo(np.float32).min, which mean the same in both",
             stacklevel=3,
         )
 
@@ -179,14 +182,14 @@ def _warn_of_bools(attention_mask: Any) -> None:
 def _check_config(config: object, name: str) -> None:
     if not isinstance(config, Gemma2Config):
         raise ConfigError(
-            f"{name}: config is a {type(config).__name__}; it must be a Gemma2Config: to load a model by name use "
+            f"{name}: config is a {type(config).__name__}; it must be a Gemma2Config; to load a model by name use "
             f"{name}.from_pretrained"
         )
-    config.check()  # fields may have been set one by one
+    config.check()  # fields that were set one by one may contradict each other
 
 
 def _check_shapes(config: Gemma2Config, checkpoint: Checkpoint) -> None:
-    """Raise an error if the folder's weights do not fit the configuration; with fewer layers, use the first ones."""
+    """Raise an error if weights do not fit the configuration; warn if the configuration has fewer layers."""
     layers, stored_layers = config.num_hidden_layers, checkpoint.config.num_hidden_layers
     if layers < stored_layers:
         warnings.warn(
@@ -199,7 +202,8 @@ def _check_shapes(config: Gemma2Config, checkpoint: Checkpoint) -> None:
         if name != LM_HEAD and (stored is None or tuple(stored.shape) != shape):
             found = "is missing" if stored is None else f"has shape {tuple(stored.shape)}"
             raise ConfigError(
-                f"{checkpoint.folder}: {name} {found}; by the given configuration it must be {shape}: leave out fields"
+                f"{checkpoint.folder}: {name} {found}; according to the given configuration it must be {shape}: leave "
+                "out fields"
                 " that change the shapes of the folder's weights"
             )
 
@@ -212,17 +216,17 @@ class Gemma2PreTrainedModel(ModuleMethods):
     config : Gemma2Config
         The model's configuration.
     seed : int
-        The seed of fresh weights; the same seed gives the same weights.
+        The seed of new random weights; the same seed gives the same weights.
     dtype : str
-        ``float32``, ``float64``, ``bfloat16`` or ``float16``: the precision of fresh weights, and of the computation.
+        ``float32``, ``float64``, ``bfloat16`` or ``float16``: the precision of the weights and of the computation.
     weights, score : Weights, Score, optional
-        Weights to use instead of fresh ones, and the head of a classifier.
+        Weights to use instead of random weights, and the head of a classifier.
     """
 
-    has_head: ClassVar[bool] = False  # of a language model
-    has_score: ClassVar[bool] = False  # the head of a classifier
+    has_head: ClassVar[bool] = False  # true if the class has a language-model head
+    has_score: ClassVar[bool] = False  # true if the class has a classifier's head
     has_score_bias: ClassVar[bool] = False
-    prefix: ClassVar[str] = ""  # of a whole model's names, which a state dict leaves out
+    prefix: ClassVar[str] = ""  # prefix of the names in a language model, which this class's state dict leaves out
 
     def __init__(
         self, config: Gemma2Config, seed: int = 0, dtype: Any = "float32", weights: Weights | None = None,
@@ -231,7 +235,7 @@ class Gemma2PreTrainedModel(ModuleMethods):
         _check_config(config, type(self).__name__)
         dtype = precision_named(dtype)
         self.config = config
-        self._folder: Path | None = None  # where the model was loaded from
+        self._folder: Path | None = None  # folder from which the model was loaded
         self.weights = initial_weights(config, seed, dtype) if weights is None else weights
         fresh = self.has_score and score is None
         self.score = initial_score(config, seed, dtype, self.has_score_bias) if fresh else score
@@ -242,11 +246,11 @@ class Gemma2PreTrainedModel(ModuleMethods):
 
     @classmethod
     def tensor_shapes(cls, config: Gemma2Config) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of this class's tensors, by their names in a whole model."""
+        """Return the shapes of this class's tensors, by their names in a causal language model."""
         shapes = tensor_shapes(config)
         if not cls.has_head:
             shapes.pop(LM_HEAD, None)
-        labels = config.num_labels or 0  # never None: the configuration fills it in
+        labels = config.num_labels or 0  # not None, because the configuration sets a default
         score = {SCORE_WEIGHT: (labels, config.hidden_size)} if cls.has_score else {}
         bias = {SCORE_BIAS: (labels,)} if cls.has_score_bias else {}
         return shapes | score | bias
@@ -255,7 +259,8 @@ class Gemma2PreTrainedModel(ModuleMethods):
     def from_config(
         cls, config: Gemma2Config, seed: int = 0, dtype: Any = None, torch_dtype: Any = None, **ignored: Any
     ) -> Self:
-        """Make a model with fresh weights: a truncated normal of ``config.initializer_range``, norms and biases zero.
+        """Make a model with new random weights: truncated normal with ``config.initializer_range``; norms and biases
+        are zero.
 
         Arguments of transformers that change nothing here are ignored, as in `from_pretrained`. The configuration is
         copied.
@@ -263,9 +268,9 @@ class Gemma2PreTrainedModel(ModuleMethods):
         Raises
         ------
         UsageError
-            For an unknown argument, or one that would change the result.
+            If an argument is unknown, or would change the result.
         ConfigError
-            For fields that contradict each other.
+            If fields contradict each other.
 
         Examples
         --------
@@ -282,7 +287,7 @@ class Gemma2PreTrainedModel(ModuleMethods):
         ignore_mismatched_sizes: bool = False, cache_dir: str | Path | None = None, gguf_file: str | None = None,
         **changes: Any,
     ) -> Self:  # fmt: skip
-        """Load a model.
+        """Load a model by name.
 
         Parameters
         ----------
@@ -290,36 +295,36 @@ class Gemma2PreTrainedModel(ModuleMethods):
             ``"tiny"``, ``"conformance"``, a folder, a ``.gguf`` file, or a hub id whose snapshot is in the Hugging Face
             cache; see `refgemma.hub.find_model`.
         dtype, torch_dtype : str or numpy.dtype, optional
-            The precision of the computation, under either name. Default: float32 (transformers 5 uses the
-            configuration's). ``"auto"`` uses the precision of the configuration or, if it names none, of the file.
+        The precision of the computation, under either name. Default: float32, but transformers 5 uses the
+        configuration's. ``"auto"`` uses the precision in the configuration or, if there is none, of the file.
         seed : int
-            The seed of a classifier's head, if the folder holds none; a warning reports it.
+            The seed of a classifier's head if the folder has none (with a warning).
         revision : str
             The branch, tag or commit of a hub id.
         download : bool
             If true, a hub id that is not in the cache is downloaded.
         config : Gemma2Config, str or path, optional
-            A configuration to use instead of the folder's own. If it has fewer layers, the first ones are used.
+            A configuration to use instead of the folder's own. If it has fewer layers, the model uses the first layers.
         ignore_mismatched_sizes : bool
-            If true, a classifier head with a different number of labels is replaced by a fresh one.
+            If true, replace a classifier's head that has another number of labels by a new random head.
         cache_dir : str or path, optional
             A folder to use instead of the Hugging Face cache.
         gguf_file : str, optional
-            A GGUF file of the folder or hub id, read instead of the other files.
+            A GGUF file of the folder or hub id, to be read instead of the other files.
         **changes
-            Fields of the configuration to replace, for example ``num_labels=3``. Arguments of transformers that change
-            nothing here, for example ``device_map="auto"``, are ignored; others raise an error.
+            Configuration fields to replace, for example ``num_labels=3``. Arguments of transformers without effect
+            here, for example ``device_map="auto"``, are ignored; other arguments raise an error.
 
         Returns
         -------
         Gemma2PreTrainedModel
-            A model of this class. A model of more than 4 GiB in its precision is read from disk layer by layer, at each
-            call.
+            A model of this class. If the model takes more than 4 GiB in its precision, each call reads the weights from
+            disk, layer by layer.
 
         Raises
         ------
         CheckpointError, ConfigError, ModelNameError
-            If the model cannot be loaded; the error names the file and the tensor.
+            If the model cannot be loaded; the message names the file and the tensor.
 
         Examples
         --------
@@ -338,7 +343,8 @@ class Gemma2PreTrainedModel(ModuleMethods):
         _check_shapes(config, checkpoint)
         if cls.has_head and not config.tie_word_embeddings and LM_HEAD not in checkpoint.tensors:
             raise CheckpointError(
-                f"{checkpoint.folder}: holds no {LM_HEAD!r}, but tie_word_embeddings is false; set it to true"
+                f"{checkpoint.folder}: has no {LM_HEAD!r}, but tie_word_embeddings is false; set tie_word_embeddings "
+                "to true"
             )
         dtype = dtype or torch_dtype or "float32"
         if dtype == "auto":
@@ -348,7 +354,7 @@ class Gemma2PreTrainedModel(ModuleMethods):
         if cls.has_score:
             score = cls._read_score(checkpoint, config, seed, precision, ignore_mismatched_sizes)
         elif SCORE_WEIGHT in checkpoint.tensors:
-            warnings.warn(f"{checkpoint.folder}: {cls.__name__} does not use {SCORE_WEIGHT}", stacklevel=2)
+            warnings.warn(f"{checkpoint.folder}: {SCORE_WEIGHT} is not used by {cls.__name__}", stacklevel=2)
         weights = replace(checkpoint, config=config).weights(precision)
         model = cls(config, weights=weights, score=score)
         model._folder = checkpoint.folder
@@ -364,12 +370,13 @@ class Gemma2PreTrainedModel(ModuleMethods):
             raise CheckpointError(
                 f"{checkpoint.folder}: the classifier's head has {len(score.weight)} labels and "
                 f"{'no' if score.bias is None else 'a'} bias; {cls.__name__} needs {config.num_labels} labels and "
-                f"{'a' if cls.has_score_bias else 'no'} bias: for a fresh head set ignore_mismatched_sizes=True"
+                f"{'a' if cls.has_score_bias else 'no'} bias: set ignore_mismatched_sizes=True for a new random head"
             )
         if score and fits:
             return score
         warnings.warn(
-            f"{checkpoint.folder} holds no {'matching ' if score else ''}classifier's head: the head of {cls.__name__} "
+            f"{checkpoint.folder} has no {'matching ' if score else ''}classifier's head, so the head of "
+            f"{cls.__name__} "
             "has random (untrained) weights; train it before use",
             stacklevel=3,
         )
@@ -398,7 +405,7 @@ class Gemma2PreTrainedModel(ModuleMethods):
         if own_head and not np.array_equal(given[LM_HEAD], given[EMBED_TOKENS]):
             warnings.warn(
                 f"the state dict's {LM_HEAD!r} differs from {EMBED_TOKENS!r}, although the configuration ties the "
-                "two; it is used as it is: set tie_word_embeddings to false",
+                "two; it is used unchanged: set tie_word_embeddings to false",
                 stacklevel=2,
             )
             config = config.changed(tie_word_embeddings=False)
@@ -408,18 +415,19 @@ class Gemma2PreTrainedModel(ModuleMethods):
                 raise CheckpointError(f"the state dict lacks {name.removeprefix(cls.prefix)!r}; add it")
             if given[name].shape != shape:
                 raise CheckpointError(
-                    f"the state dict's {name.removeprefix(cls.prefix)!r} has shape {given[name].shape}; by the "
+                    f"the state dict's {name.removeprefix(cls.prefix)!r} has shape {given[name].shape}; according to "
+                    "the "
                     f"configuration it must be {shape}"
                 )
         tied = {LM_HEAD} if cls.has_head else set()  # a copy of the embedding
         if extra := given.keys() - shapes.keys() - tied:
-            raise CheckpointError(f"the state dict holds {min(extra)!r}, which {cls.__name__} does not have; remove it")
+            raise CheckpointError(f"the state dict has {min(extra)!r}, which {cls.__name__} does not have; remove it")
         tensors = {name: as_dtype(given[name], precision_named(dtype)) for name in shapes}
         score = Score(tensors[SCORE_WEIGHT], tensors.get(SCORE_BIAS)) if cls.has_score else None
         return cls(config, weights=weights_of(tensors, config), score=score)
 
     def named_tensors(self) -> dict[str, Rows]:
-        """Return every tensor by its Hugging Face name. A tied table appears once; weights on disk are not read yet."""
+        """Return every tensor by its Hugging Face name. A tied table appears once. Weights on disk are not read."""
         named = named_weights(self.weights, self.config)
         if not self.has_head:
             named.pop(LM_HEAD, None)
@@ -432,7 +440,7 @@ class Gemma2PreTrainedModel(ModuleMethods):
         return tensors | {name: tensor for name, tensor in score.items() if tensor is not None}
 
     def state_dict(self) -> dict[str, Array]:
-        """Return every tensor by its Hugging Face name, reading weights that are on disk.
+        """Return every tensor by its Hugging Face name; read weights that are on disk.
 
         Examples
         --------
@@ -443,24 +451,25 @@ class Gemma2PreTrainedModel(ModuleMethods):
         return tensors | ({LM_HEAD: tensors[EMBED_TOKENS]} if self.has_head and LM_HEAD not in tensors else {})
 
     def save_pretrained(self, folder: str | Path, max_shard_size: int | str = "50GB", **ignored: Any) -> None:
-        """Write ``config.json`` and the weights as safetensors, which transformers and `from_pretrained` read.
+        """Write ``config.json`` and the weights as safetensors, for transformers and `from_pretrained`.
 
-        A tied head is not written; ``config.tie_word_embeddings = False`` unties it. The weights appear whole or not at
-        all, and keep their precision.
+        A tied head is not written; set ``config.tie_word_embeddings = False`` to untie it. The weights keep their
+        precision, and appear completely or not at all.
 
         Parameters
         ----------
         folder : str or Path
-            Created if it does not exist; weights in it are replaced.
+            The folder; it is created if it does not exist, and weights in it are replaced.
         max_shard_size : int or str
-            A number of bytes, or for example ``"5GB"``. Larger weights are written as several files with an index.
+            The maximum size of a file, in bytes or as text such as ``"5GB"``. Larger models become several files and an
+            index.
         **ignored
             Arguments of transformers that change nothing here, for example ``safe_serialization=True``.
 
         Raises
         ------
         ConfigError
-            If ``config.hidden_activation`` is a function, which a file cannot hold.
+            If ``config.hidden_activation`` is a function, which JSON cannot hold.
         CheckpointError
             If the disk has too little space.
 
@@ -481,7 +490,7 @@ class Gemma2PreTrainedModel(ModuleMethods):
         if self.has_head and not config.tie_word_embeddings:
             tensors.setdefault(
                 LM_HEAD, tensors[EMBED_TOKENS]
-            )  # untied after loading: the head is a copy of the embedding
+            )  # untied after loading, so the head is a copy of the embedding
         outputs = [OutputTensor(name, self.dtype, tuple(tensor.shape), tensor) for name, tensor in tensors.items()]
         write_checkpoint(folder, outputs, max_shard_size)
         config.save_pretrained(folder)
@@ -493,8 +502,7 @@ class Gemma2Model(Gemma2PreTrainedModel):
     Parameters
     ----------
     config, seed, dtype, weights
-        As in `Gemma2PreTrainedModel`. The weights of a model that does not fit into memory are drawn when they are
-        used.
+        As in `Gemma2PreTrainedModel`. The random weights of a model that does not fit into memory are drawn when used.
 
     Examples
     --------
@@ -532,32 +540,32 @@ class Gemma2Model(Gemma2PreTrainedModel):
         Parameters
         ----------
         input_ids : int array (batch, seq)
-            Token ids: all, or with `past_key_values` those after the cache.
+            Token ids; with `past_key_values`, only the tokens after the cache.
         attention_mask : array, optional
-            ``(batch, tokens so far)`` of 1 (a token) and 0 (padding), on either side. Or with four axes, ``(batch, 1 or
-            heads, seq, tokens so far)``: true where a query may see a key, or numbers to add to the scores. Such a mask
-            replaces the causal mask and the window. Or a mapping from ``"full_attention"`` and ``"sliding_attention"``
-            to two such masks.
+            One of: ``(batch, tokens so far)`` with 1 for a token and 0 for padding, on either side. ``(batch, 1 or
+            heads, seq, tokens so far)``, true where a query may see a key, or numbers to add to the scores; such a mask
+            replaces the causal mask and the window. A mapping from ``"full_attention"`` and ``"sliding_attention"`` to
+            two masks with four axes.
         position_ids : int array (batch, seq), optional
-            The positions for the rotary angles. Default: each token's place in its row, including padding. As in
-            transformers, a call without a mask and with ``use_cache=False`` separates packed texts: a text begins
+            The positions for the rotary angles. By default each token's place in its row, including padding. As in
+            transformers, a call without a mask and with ``use_cache=False`` separates packed texts. A new text begins
             wherever the position does not increase by one. With a cache, each token sees all earlier tokens.
         past_key_values : Cache, DynamicCache, StaticCache or tuple of pairs (keys, values), optional
-            The cache from an earlier call. A `DynamicCache` or `StaticCache`, which may be empty, is filled in place
-            and returned. Other formats are not changed, and a new cache of the same format is returned.
+            The cache from an earlier call. A `DynamicCache` or `StaticCache` may be empty; it is filled in place and
+            returned. For other formats, a new cache of the same format is returned.
         inputs_embeds : array (batch, seq, hidden), optional
-            The inputs of the first block, instead of `input_ids`; not scaled by ``sqrt(hidden)``, as in transformers
-            5.x.
+            The inputs of the first block, instead of `input_ids`. As in transformers 5.x, they are not multiplied by
+            ``sqrt(hidden)``.
         use_cache, output_attentions, output_hidden_states, return_dict : bool, optional
-            The entries of the output. Default: the configuration's. With ``return_dict=False``, a plain tuple of the
-            entries that are not None.
+            Select the entries of the output; by default as in the configuration. With ``return_dict=False``, the output
+            is a tuple of the entries that are not None.
         cache_position : int array (seq,), optional
-            The places of these tokens. They follow from the cache and are only compared with it. A plain tuple of
-            sliding layers does not give the number of tokens seen; then they are needed.
+            The places of these tokens, which are only compared with the cache. They are necessary only for a tuple of
+            sliding layers, because it does not give the number of earlier tokens.
         cache : optional
-            `past_key_values` under the name of transformers 5.24.
+            Another name of `past_key_values`, as in transformers 5.24.
         **ignored
-            Arguments of transformers that change nothing here; others raise an error.
+            Arguments of transformers that have no effect here; any other argument raises an error.
 
         Returns
         -------
@@ -567,7 +575,7 @@ class Gemma2Model(Gemma2PreTrainedModel):
         Raises
         ------
         InputError
-            If an argument is invalid; the error names it.
+            If an argument is invalid; the message names it.
 
         Examples
         --------
@@ -622,11 +630,11 @@ class Gemma2Model(Gemma2PreTrainedModel):
 
 
 class _WithHead(Gemma2PreTrainedModel):
-    """A model with a head on top."""
+    """The base of the classes with a head."""
 
     @property
     def model(self) -> Gemma2Model:
-        """The model without its head; it shares all attributes, so that changes to it change this model."""
+        """The model without its head. It shares all attributes, so changing one model changes the other."""
         base = Gemma2Model.__new__(Gemma2Model)
         base.__dict__ = self.__dict__
         return base
@@ -640,7 +648,7 @@ class _WithHead(Gemma2PreTrainedModel):
     def _answer(
         self, kind: type[AnyOutput], base: BaseModelOutputWithPast, logits: Array, loss: float | None, return_dict: Flag
     ) -> AnyOutput | tuple[Any, ...]:
-        """Return an output of `kind`; its loss has the precision of its computation."""
+        """Return an output of type `kind`; the loss keeps its precision."""
         names = {f.name for f in fields(kind)}  # type: ignore[arg-type]  # every output is a dataclass
         record: dict[str, Any] = {name: value for name, value in base.items() if name in names}
         record["loss"] = None if loss is None else wide(logits).dtype.type(loss)
@@ -650,16 +658,16 @@ class _WithHead(Gemma2PreTrainedModel):
 
 
 def _list_callables(given: Any, name: str) -> Sequence[Any]:
-    """Return the functions of a list; none if the caller gave no list."""
+    """Return a list's functions; return an empty list for None."""
     if given is None:
         return ()
     if callable(given) and not isinstance(given, Sequence):
-        raise InputError(f"{name} is a {type(given).__name__}; it must be a list: put it into one")
+        raise InputError(f"{name} is a {type(given).__name__}; it must be a list; put the function into a list")
     return list(given)
 
 
 class Gemma2ForCausalLM(_WithHead):
-    """Gemma 2 with its language-modelling head: computes scores of the next token, and generates text.
+    """Gemma 2 with its language-modelling head; computes scores of the next token, and generates text.
 
     Parameters
     ----------
@@ -668,7 +676,7 @@ class Gemma2ForCausalLM(_WithHead):
 
     Examples
     --------
-    The example of transformers' documentation page; the page uses Gemma 1's class and ``google/gemma-2-9b``:
+    The example on transformers' documentation page (the page uses Gemma 1's class and ``google/gemma-2-9b``):
 
     >>> from refgemma import AutoTokenizer, Gemma2ForCausalLM
     >>> model = Gemma2ForCausalLM.from_pretrained("tiny")
@@ -680,7 +688,7 @@ class Gemma2ForCausalLM(_WithHead):
     >>> tokenizer.batch_decode(generate_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)[0]
     'What is your favorite condiment? He is a man, and he has a man who has a man who has a'
 
-    And a loss:
+    Compute a loss:
 
     >>> output = model(inputs.input_ids, labels=inputs.input_ids)
     >>> output.logits.shape, output.loss.shape, output.keys()
@@ -691,12 +699,12 @@ class Gemma2ForCausalLM(_WithHead):
 
     @property
     def lm_head(self) -> Module:
-        """The head; called with hidden states, it returns logits before the final cap."""
+        """The head; calling it with hidden states returns logits before the final cap."""
         return Module(self, "lm_head")
 
     @cached_property
     def generation_config(self) -> GenerationConfig:
-        """The default settings of `generate`: those of the folder's ``generation_config.json``, if it has one."""
+        """The default settings of `generate`, from the folder's ``generation_config.json`` if there is one."""
         file = self._folder and self._folder / GENERATION_CONFIG
         if file is not None and file.exists():
             return GenerationConfig.from_json_file(file)
@@ -726,59 +734,60 @@ class Gemma2ForCausalLM(_WithHead):
         cache: Cache | DynamicCache | None = None,
         **settings: Any,
     ) -> Array | GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput:
-        """Continue prompts.
+        """Continue prompts, and return the tokens.
 
         Parameters
         ----------
         inputs, input_ids : int array (batch, seq), optional
             The prompts, under either name, with left padding. Without prompts, one text begins with ``<bos>``. `inputs`
-            may be the whole output of a tokenizer, including the mask.
+            may also be the whole output of a tokenizer, including the mask.
         generation_config : GenerationConfig, optional
-            Settings. Options not set here come from the model's `generation_config`, then from the defaults.
+            Settings of this call. Missing settings come from the model's `generation_config`, then from the defaults.
         logits_processor : sequence of callable, optional
-            Each takes token ids ``(rows, length)`` and scores ``(rows, vocab)``, and returns changed scores.
+            Functions that take token ids ``(rows, length)`` and scores ``(rows, vocab)``, and return new scores.
         stopping_criteria : sequence of callable, optional
-            Each takes the ids, with the newest token, and the scores, and returns true for each complete text.
+            Functions that take ids, including the new token, and scores, and return true for each complete text.
         prefix_allowed_tokens_fn : callable, optional
-            Takes the number of a prompt and the ids of its text ``(length,)``, and lists the tokens that may follow.
+            Function that takes a prompt's number and the text's ids ``(length,)``, and lists the tokens that may
+            follow.
         synced_gpus, custom_generate : optional
-            The first has no effect; the second, code of a repository, raises an error.
+            `synced_gpus` has no effect; `custom_generate`, which runs code from a repository, raises an error.
         assistant_model, assistant_tokenizer : optional
-            A smaller model to guess tokens, and its tokenizer. They have no effect: the texts do not depend on them.
+            A smaller model that guesses tokens, and its tokenizer. Ignored, because the texts do not depend on them.
         streamer : object with ``put`` and ``end``, optional
-            Receives the prompts, then new tokens as they are generated; for example a `TextStreamer`.
+            Object that receives the prompts, then each new token; for example a `TextStreamer`.
         negative_prompt_ids, negative_prompt_attention_mask : int array (batch, seq), optional
-            For ``guidance_scale``: the prompt that the texts move away from.
+            The prompt that ``guidance_scale`` moves the texts away from.
         tokenizer : Tokenizer, optional
-            For ``stop_strings``.
+            The tokenizer, needed for ``stop_strings``.
         attention_mask : int array (batch, seq), optional
-            1 for tokens, 0 for padding. By default pad tokens are padding, unless they can also end a text.
+            1 for tokens, 0 for padding. By default, pad tokens are padding, unless the pad token can also end a text.
         position_ids : int array (batch, seq), optional
-            By default tokens are counted from the first that is not padding.
+            The positions of the tokens; by default counted from the first token that is not padding.
         inputs_embeds : array (batch, seq, hidden), optional
-            The prompts as embeddings. Then only the new tokens are returned.
+            The prompts as embeddings; only new tokens are returned.
         past_key_values, cache : Cache, DynamicCache or StaticCache, optional
-            A cache of the beginning of the prompts, under either name; `input_ids` include these tokens. The last two
-            may be empty and are filled in place.
+            A cache of the beginning of the prompts, under either name; `input_ids` must include these tokens. A
+            `DynamicCache` or `StaticCache` may be empty and is filled in place.
         **settings
-            Settings of this call, which override all others; see `GenerationConfig`.
+            Settings of this call, which have priority over all others; see `GenerationConfig`.
 
         Returns
         -------
         array (rows, length), GenerateDecoderOnlyOutput or GenerateBeamDecoderOnlyOutput
-            The prompts with the new tokens, ``num_return_sequences`` rows for each; with ``return_dict_in_generate`` a
-            record.
+            The prompts with the new tokens; each prompt has ``num_return_sequences`` rows. With
+            ``return_dict_in_generate``, a record.
 
         Raises
         ------
         InputError
-            If an argument or a setting is invalid; the error names it.
+            If an argument or a setting is invalid; the message names it.
 
         Notes
         -----
-        Draws continue from call to call until `refgemma.generation.beams.set_seed`; ``seed`` makes one call
-        reproducible. Neither gives the draws of a torch seed. If scores are equal, the first token wins, as in torch's
-        argmax; torch's ``topk``, which its beam search uses, promises no order.
+        Draws continue from call to call, and `refgemma.generation.beams.set_seed` restarts them; ``seed`` makes one
+        call reproducible. The same seed gives other draws in torch. If scores are equal, the first token wins, as in
+        torch's argmax; torch's ``topk``, which its beam search uses, does not define the order.
 
         Examples
         --------
@@ -814,7 +823,7 @@ class Gemma2ForCausalLM(_WithHead):
             tokenizer=tokenizer, negative=(negative_prompt_ids, negative_prompt_attention_mask),
         )  # fmt: skip
         if isinstance(past, DynamicCache):
-            assert isinstance(output.past_key_values, Cache)  # because use_cache is true
+            assert isinstance(output.past_key_values, Cache)  # use_cache is true
             past.fill(output.past_key_values)
             output = replace(output, past_key_values=past)
         return output if call.return_dict_in_generate else output.sequences
@@ -828,7 +837,7 @@ class Gemma2ForCausalLM(_WithHead):
         Parameters
         ----------
         sequences, scores, beam_indices
-            From the record of `generate` with ``output_scores=True``; the last only after a beam search.
+            Fields of the record of `generate` with ``output_scores=True``; `beam_indices` only after a beam search.
         normalize_logits : bool
             If true, turn the scores into log probabilities first.
 
@@ -844,7 +853,7 @@ class Gemma2ForCausalLM(_WithHead):
 
     def save_pretrained(self, folder: str | Path, max_shard_size: int | str = "50GB", **ignored: Any) -> None:
         """Write the files of `Gemma2PreTrainedModel.save_pretrained`, and ``generation_config.json``."""
-        settings = self.generation_config  # read before anything is written
+        settings = self.generation_config  # read this before anything is written
         super().save_pretrained(folder, max_shard_size, **ignored)
         settings.save_pretrained(folder)
 
@@ -863,12 +872,13 @@ class Gemma2ForCausalLM(_WithHead):
         input_ids, attention_mask, position_ids, past_key_values, inputs_embeds
             As in `Gemma2Model.forward`.
         labels : int array (batch, seq), optional
-            The tokens themselves; the logits of the token before predict each label. -100 is ignored.
+            The tokens themselves; each label is predicted by the logits of the previous token. -100 is ignored.
         use_cache, output_attentions, output_hidden_states, return_dict, cache_position, cache
             As in `Gemma2Model.forward`.
         logits_to_keep : int or array
-            The tokens whose logits are computed: the last n, or all for 0; the places in an int array ``(kept,)`` or
-            ``(batch, kept)``; or the true places of a bool array ``(batch, seq)``, with logits ``(tokens, vocab)``.
+            The tokens whose logits are computed. A number n means the last n tokens, and 0 all. An int array
+            ``(kept,)`` or ``(batch, kept)`` gives places. A bool array ``(batch, seq)`` is true for these tokens, and
+            the logits then have the shape ``(tokens, vocab)``.
         num_items_in_batch, ignore_index, shift_labels : optional
             See `refgemma.heads.causal_lm_loss`; used only with `labels`.
         **ignored
@@ -882,7 +892,7 @@ class Gemma2ForCausalLM(_WithHead):
         Raises
         ------
         InputError
-            If an argument is invalid; the error names it.
+            If an argument is invalid; the message names it.
 
         Examples
         --------
@@ -895,7 +905,7 @@ class Gemma2ForCausalLM(_WithHead):
         base = self._run_base(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
                               output_attentions, output_hidden_states, True, cache_position, cache)  # fmt: skip
         kept = select_tokens(base.last_hidden_state, logits_to_keep)
-        flat = kept.ndim == 2  # a bool array selects tokens without rows
+        flat = kept.ndim == 2  # a bool array selects tokens of all rows in one axis
         _, all_logits = head(kept[None] if flat else kept, self.weights, self.config)
         logits = all_logits[0] if flat else all_logits
         loss = None if labels is None else causal_lm_loss(
@@ -909,9 +919,9 @@ class Gemma2ForCausalLM(_WithHead):
 class Gemma2ForSequenceClassification(_WithHead):
     """Gemma 2 with a linear layer on top of the last token of each sequence.
 
-    The last token is the rightmost one that is not ``config.pad_token_id``, with padding on either side. Without a pad
-    id it is the last in the row, and only one row is possible. With `inputs_embeds`, where padding is not visible, it
-    is also the last in the row.
+    The last token is the rightmost token that is not ``config.pad_token_id``, with padding on either side. If no pad id
+    is configured, or if `inputs_embeds` hides the padding, it is the last token of the row. Without a pad id only one
+    row is possible.
 
     Parameters
     ----------
@@ -942,8 +952,8 @@ class Gemma2ForSequenceClassification(_WithHead):
         input_ids, attention_mask, position_ids, past_key_values, inputs_embeds
             As in `Gemma2Model.forward`.
         labels : array, optional
-            A class for each sequence, or numbers, as for `refgemma.heads.sequence_classification_loss`. Their problem
-            type is stored in the configuration, as in transformers, and used in later calls.
+            A class or numbers for each sequence, as in `refgemma.heads.sequence_classification_loss`. As in
+            transformers, their problem type is stored in the configuration and used in later calls.
         use_cache, output_attentions, output_hidden_states, return_dict, cache_position, cache, **ignored
             As in `Gemma2Model.forward`.
 
@@ -955,7 +965,7 @@ class Gemma2ForSequenceClassification(_WithHead):
         Raises
         ------
         InputError
-            If an argument is invalid, or if there are several rows and the configuration has no pad id.
+            If an argument is invalid, or if there are several rows but no pad id in the configuration.
 
         Examples
         --------
@@ -967,7 +977,7 @@ class Gemma2ForSequenceClassification(_WithHead):
         refuse_arguments(ignored, f"{type(self).__name__}.forward")
         base = self._run_base(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
                               output_attentions, output_hidden_states, True, cache_position, cache)  # fmt: skip
-        assert self.score is not None  # made by __init__
+        assert self.score is not None  # __init__ makes the head
         all_logits = linear(base.last_hidden_state, self.score.weight)
         logits = all_logits[np.arange(len(all_logits)), self._find_last(input_ids, len(all_logits))]
         loss = None
@@ -978,18 +988,19 @@ class Gemma2ForSequenceClassification(_WithHead):
         return self._answer(SequenceClassifierOutputWithPast, base, logits, loss, return_dict)
 
     def _find_last(self, input_ids: npt.ArrayLike | None, batch: int) -> Any:
-        """Return the place of each row's token to classify."""
+        """Return the place of the token to classify in each row."""
         padding = self.config.pad_token_id
         if padding is None and batch > 1:
             raise InputError(
-                f"there are {batch} sequences, but pad_token_id is None, so their ends are unknown; give one sequence "
+                f"there are {batch} sequences, but pad_token_id is None, so the ends of the sequences are unknown; "
+                "give one sequence "
                 "at a time, or set config.pad_token_id"
             )
         if padding is not None and input_ids is not None:
             return last_tokens(np.asarray(input_ids), padding)
         if input_ids is None:
             warnings.warn(
-                "padding is not visible in inputs_embeds: each row is classified at its last place", stacklevel=4
+                "padding is not visible in inputs_embeds, so each row is classified at its last place", stacklevel=4
             )
         return -1
 
@@ -1002,8 +1013,8 @@ class Gemma2ForTokenClassification(_WithHead):
     Parameters
     ----------
     config, seed, dtype, weights, score
-        As in `Gemma2PreTrainedModel`. ``config.num_labels`` is the number of classes. The dropout before the layer is
-        never active.
+        As in `Gemma2PreTrainedModel`. ``config.num_labels`` is the number of classes. Dropout before the head is never
+        applied.
 
     Examples
     --------
@@ -1041,7 +1052,7 @@ class Gemma2ForTokenClassification(_WithHead):
         Raises
         ------
         InputError
-            If an argument is invalid; the error names it.
+            If an argument is invalid; the message names it.
 
         Examples
         --------
@@ -1052,7 +1063,7 @@ class Gemma2ForTokenClassification(_WithHead):
         refuse_arguments(ignored, f"{type(self).__name__}.forward")
         base = self._run_base(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
                               output_attentions, output_hidden_states, True, cache_position, cache)  # fmt: skip
-        assert self.score is not None  # made by __init__
+        assert self.score is not None  # __init__ makes the head
         logits = linear(base.last_hidden_state, self.score.weight, self.score.bias)
         loss = None if labels is None else token_classification_loss(logits, labels)
         return self._answer(TokenClassifierOutput, base, logits, loss, return_dict)

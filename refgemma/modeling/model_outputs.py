@@ -1,4 +1,4 @@
-"""The outputs of the documented classes: dataclasses that also act like a dict and a tuple. Checked against
+"""Define the outputs of the documented classes: dataclasses that also act like a dict and a tuple. Checked against
 `ModelOutput` and its subclasses in transformers 5.23."""
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class BaseModelOutputWithPast(ModelOutput):
     last_hidden_state : array (batch, seq, hidden)
         The residual stream after the final norm.
     past_key_values : Cache or tuple of pairs, optional
-        With ``use_cache``: the cache from which the next call continues.
+        With ``use_cache``: the cache to pass to the next call.
     hidden_states : tuple of arrays (batch, seq, hidden), optional
         With ``output_hidden_states``: the embeddings, then the output of each layer; the last is normed and equals
         `last_hidden_state`.
@@ -40,9 +40,9 @@ class CausalLMOutputWithPast(ModelOutput):
     Attributes
     ----------
     loss : float, optional
-        With ``labels``: the mean cross entropy of each token given the tokens before it, in nats per token.
+        With ``labels``: the mean cross entropy of each token given all earlier tokens, in nats per token.
     logits : array (batch, kept, vocab)
-        Capped scores of all tokens of the vocabulary.
+        Capped scores for all tokens of the vocabulary.
     past_key_values, hidden_states, attentions
         As in `BaseModelOutputWithPast`.
     """
@@ -83,7 +83,7 @@ class TokenClassifierOutput(ModelOutput):
     Attributes
     ----------
     loss : float, optional
-        With ``labels``: the cross entropy over all tokens whose label is not -100.
+        With ``labels``: the mean cross entropy of all tokens whose label is not -100.
     logits : array (batch, seq, num_labels)
         Scores of the classes for each token.
     hidden_states, attentions

@@ -1,4 +1,4 @@
-"""The parts of a model under torch's names, as in ``model.layers[0].mlp.up_proj.weight``, and replacing their weights.
+"""Show the parts of a model under torch's names, as in ``model.layers[0].mlp.up_proj.weight``, and replace weights.
 
 Checked against the modules, the printed text and `resize_token_embeddings` of transformers 5.23 in the parity tests.
 """
@@ -39,9 +39,9 @@ from refgemma.weights.stored import CheckpointError
 
 @dataclass(unsafe_hash=True)
 class Module:
-    """A part of a model, with its tensors and parts by name; callable if it is a single operation.
+    """A part of a model, with tensors and smaller parts by name. It can be called if it is a single operation.
 
-    It is a view: each access looks up the model's present tensors.
+    A module is a view: each access looks up the model's current tensors.
 
     Examples
     --------
@@ -65,7 +65,7 @@ class Module:
             raise AttributeError(f"{self.name}.{name} {CANNOT_BE_SET}")
         if self.name.endswith(("embed_tokens", "lm_head")) and self.model.config.tie_word_embeddings:
             raise AttributeError(
-                f"{self.name}.{name} is the shared table of embedding and head, which setting it would untie; "
+                f"{self.name}.{name} is the table that embedding and head share; setting it would untie them: "
                 f"write {name}[:] = ... to change both"
             )
         given = as_array(value, name)
@@ -73,17 +73,17 @@ class Module:
             raise InputError(f"the new {self.name}.{name} has shape {given.shape}; it must have shape {tensor.shape}")
         if not _is_kept(tensor):
             raise InputError(
-                f"{self.name}.{name} is read from disk or made at each use, so it cannot be changed; "
+                f"{self.name}.{name} is read from disk or made at each use, so it cannot be changed in place; "
                 "replace it with load_state_dict"
             )
         tensor[:][...] = given
         return None
 
     def tensors(self) -> dict[str, Rows]:
-        """Return the tensors of this part by the rest of their names; weights on disk are not read yet."""
+        """Return the tensors of this part, by their names without this part's prefix. Weights on disk are not read."""
         named = self.model.named_tensors()
         if EMBED_TOKENS in named:
-            named.setdefault(LM_HEAD, named[EMBED_TOKENS])  # a tied head
+            named.setdefault(LM_HEAD, named[EMBED_TOKENS])  # the name of a tied head
         start = self.name + "."
         return {name.removeprefix(start): tensor for name, tensor in named.items() if name.startswith(start)}
 
@@ -92,7 +92,7 @@ class Module:
         return list(dict.fromkeys(name.partition(".")[0] for name in self.tensors()))
 
     def __repr__(self) -> str:
-        """Return the name in the model, with the shape of the weight or the names of the parts."""
+        """Return the full name, with the shape of the weight or the names of the parts."""
         tensors = self.tensors()
         inside = tensors["weight"].shape if "weight" in tensors else ", ".join(self.parts())
         return f"{type(self.model).__name__}.{self.name}({inside})"
@@ -133,7 +133,7 @@ class Module:
         tensors, config = self.tensors(), self.model.config
         if "weight" not in tensors:
             raise InputError(
-                f"{self.name} cannot be called by itself: use the functions of refgemma.layers, or run the model with "
+                f"{self.name} cannot be called alone; use the functions of refgemma.layers, or run the model with "
                 "output_hidden_states=True"
             )
         table = tensors["weight"]
@@ -150,7 +150,7 @@ def _is_kept(tensor: Rows) -> bool:
 
 
 def _show(tensor: Rows) -> Array:
-    """Return all rows; a copy is read-only, because changes to it would be lost silently."""
+    """Return all rows; a copy is read-only, because changes to a copy would be lost silently."""
     array: Array = tensor[:]
     if not _is_kept(tensor):
         array.flags.writeable = False
@@ -214,7 +214,7 @@ def describe(model: Any) -> str:
 
 @dataclass(frozen=True)
 class CastMethods:
-    """A tensor in another precision, whose rows are read or made on access."""
+    """A tensor in another precision; rows are read or made when accessed."""
 
     tensor: Rows
     dtype: str
@@ -230,7 +230,7 @@ class CastMethods:
 
 
 def convert_weights(weights: Weights, dtype: str) -> Weights:
-    """Return the weights in another precision; weights on disk are converted when they are read.
+    """Return the weights in another precision; weights on disk are converted when read.
 
     Examples
     --------
@@ -254,11 +254,11 @@ def convert_weights(weights: Weights, dtype: str) -> Weights:
 
 
 def resize_table(table: Rows, count: int, std: float | None, rng: np.random.Generator) -> Array:
-    """Return a table with `count` rows: the first rows of `table`, and new rows if there are too few.
+    """Return a table with `count` rows: the first rows of `table`, and random new rows if needed.
 
-    New rows are drawn from a normal distribution with the mean of the old rows and 1e-9 of their covariance. If the
-    covariance is not positive definite, for example with fewer rows than columns, they equal the mean. With `std` they
-    are drawn with mean 0 and this standard deviation. Source: transformers
+    New rows are drawn from a normal distribution with the mean of the old rows and 1e-9 times their covariance. If the
+    covariance is not positive definite, for example with fewer rows than columns, the new rows equal the mean. If `std`
+    is given, new rows are drawn with mean 0 and this standard deviation. Source: transformers
     ``_init_added_embeddings_weights_with_mean``; Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language
     Models".
 
@@ -289,7 +289,7 @@ def resize_table(table: Rows, count: int, std: float | None, rng: np.random.Gene
 def _mean_and_covariance(
     table: Rows,
 ) -> tuple[Float[np.ndarray, " hidden"], Float[np.ndarray, "hidden hidden"]]:
-    """Return the mean and the covariance of the rows; float32, as in torch, decides if it is positive definite."""
+    """Return mean and covariance of the rows; the covariance is computed in float32, as in torch."""
     rows = table.shape[0]
     mean = sum(wide(piece).sum(axis=0, dtype=np.float64) for piece in row_pieces(table)) / rows
     centred = ((wide(piece) - mean).astype(np.float32) for piece in row_pieces(table))
@@ -302,13 +302,13 @@ def _mean_and_covariance(
 DEVICE = re.compile(r"(auto|cpu|cuda|mps|xpu|npu|hpu|tpu|xla)(:\d+)?")
 
 
-# Attributes that torch's modules have and these do not -> what to do instead.
+# Attribute of torch's modules that is missing here -> what to do instead.
 _ABSENT = {
     "register_forward_hook register_forward_pre_hook register_full_backward_hook": (
-        "use refgemma.forward, which returns every tensor by name, or the outputs' hidden states and attentions"
+        "use refgemma.forward, which returns every tensor by name, or output_hidden_states and output_attentions"
     ),
     "add_adapter load_adapter merge_and_unload set_adapter": (
-        "an adapter is merged as its folder is read: from_pretrained(folder of the adapter)"
+        "use from_pretrained(folder of the adapter), which merges the adapter"
     ),
     "disable_input_require_grads enable_input_require_grads gradient_checkpointing_disable "
     "gradient_checkpointing_enable print_trainable_parameters zero_grad": (
@@ -316,32 +316,32 @@ _ABSENT = {
     ),
     "set_input_embeddings set_output_embeddings": "write into get_input_embeddings().weight, or use load_state_dict",
     "generate generation_config": "only Gemma2ForCausalLM generates; load the folder with that class",
-    "lm_head": "only Gemma2ForCausalLM has one; load the folder with that class",
-    "buffers named_buffers": "the rotary tables are computed: refgemma.ops.rotary_tables",
+    "lm_head": "only Gemma2ForCausalLM has a head; load the folder with that class",
+    "buffers named_buffers": "the rotary tables are not stored; see refgemma.ops.rotary_tables",
     "act_fn rotary_emb": "it has no weights; see refgemma.activations and refgemma.ops.rotary_tables",
     "vocab_size": "it is in the configuration: model.config.vocab_size",
-    "named_children": "named_modules lists the parts at any depth",
-    "data": "it is already an array",
+    "named_children": "use named_modules, which lists the parts at any depth",
+    "data": "use the parameter itself, which is an array",
     "grad": "train with refgemma.training or refgemma train",
     "add_module register_buffer register_module register_parameter": "a model has only the parts of Gemma 2",
-    "compile set_attn_implementation": "there is only one way to compute; leave it out",
-    "prepare_inputs_for_generation": "generate does it; in your own loop give all tokens, or a cache and the next",
-    "save_pretrained_merged": "an adapter is merged as its folder is read: save_pretrained",
+    "compile set_attn_implementation": "leave it out; refgemma has only one implementation",
+    "prepare_inputs_for_generation": "use generate; in your own loop, pass all tokens, or a cache and the next token",
+    "save_pretrained_merged": "use save_pretrained; adapters are merged when loaded",
 }
 CANNOT_BE_SET = (
-    "cannot be set: write into its weights (weight[:] = ...), use load_state_dict, or make the model with another "
+    "cannot be set: write into the weights (weight[:] = ...), use load_state_dict, or make the model with another "
     "configuration (from_pretrained(folder, num_hidden_layers=3) uses the first layers)"
 )
 ADVICE = {name: advice for names, advice in _ABSENT.items() for name in names.split()}
 
 
 def explain_absence(owner: str, name: str) -> str:
-    """Return the error text for a missing attribute."""
+    """Return the message for a missing attribute."""
     return f"{owner} has no {name!r}" + (f": {ADVICE[name]}" if name in ADVICE else "")
 
 
 class LoadedKeys(NamedTuple):
-    """The result of `load_state_dict`: the missing and the unknown names."""
+    """The result of `load_state_dict`: the missing names and the unknown names."""
 
     missing_keys: list[str]
     unexpected_keys: list[str]
@@ -364,14 +364,14 @@ class ModuleMethods:
     def state_dict(self) -> dict[str, Array]:  # noqa: D102
         raise NotImplementedError
 
-    if not TYPE_CHECKING:  # for a type checker, every attribute would seem to exist
+    if not TYPE_CHECKING:  # hidden from type checkers, for which every attribute would exist
 
         def __getattr__(self, name: str) -> Any:
-            """Raise an error that gives the replacement for an attribute of torch's modules."""
+            """Raise an error; for an attribute of torch's modules, the message gives the replacement."""
             raise AttributeError(explain_absence(type(self).__name__, name))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; for a part of the model, raise an error that gives the replacement."""
+        """Set an attribute; raise an error with the replacement if it is a part of the model."""
         if isinstance(getattr(type(self), name, None), property):
             raise AttributeError(f"{type(self).__name__}.{name} {CANNOT_BE_SET}")
         object.__setattr__(self, name, value)
@@ -386,9 +386,9 @@ class ModuleMethods:
         return describe(self)
 
     def to(self, *places: Any, dtype: Any = None, device: Any = None, **ignored: Any) -> Self:
-        """Convert the weights to another precision, in place; a device is ignored, because there is only one.
+        """Convert the weights to another precision, in place. A device is ignored, because refgemma uses only the CPU.
 
-        Unlike a cast in torch, this keeps the rotary frequencies in float32, as ``from_pretrained(dtype=...)`` does.
+        As with ``from_pretrained(dtype=...)``, but unlike a cast in torch, the rotary frequencies stay in float32.
 
         Examples
         --------
@@ -399,7 +399,7 @@ class ModuleMethods:
         for given in (*places, dtype):
             text = str(given)
             if given is None or isinstance(given, int) or DEVICE.fullmatch(text):
-                continue  # the text of a torch.device is its name
+                continue  # str() of a torch.device is its name
             precision = precision_named(given)
             self.weights = convert_weights(self.weights, precision)
             if self.score is not None:
@@ -412,7 +412,7 @@ class ModuleMethods:
         return self
 
     def cuda(self, device: Any = None) -> Self:
-        """Return this model unchanged: it runs on the CPU."""
+        """Return this model unchanged, because refgemma uses only the CPU."""
         return self
 
     def half(self) -> Self:
@@ -432,21 +432,21 @@ class ModuleMethods:
         return self.to("float64")
 
     def eval(self) -> Self:
-        """Return this model unchanged: it has no training mode, and dropout is never active."""
+        """Return this model unchanged; it has no training mode, and dropout is never applied."""
         return self
 
     def train(self, mode: bool = True) -> Self:
-        """Return this model unchanged; warn if dropout would be active in torch."""
+        """Return this model unchanged; warn if torch would apply dropout."""
         if mode and (self.config.attention_dropout or self.has_score):
-            warnings.warn("dropout is never active in refgemma, so train() changes nothing", stacklevel=2)
+            warnings.warn("refgemma never applies dropout, so train() changes nothing", stacklevel=2)
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """Return this model unchanged: nothing here has gradients."""
+        """Return this model unchanged, because its arrays record no gradients."""
         return self
 
     def named_modules(self) -> Iterator[tuple[str, Any]]:
-        """Yield the model under the name "", then each part that holds weights with its name, in torch's order.
+        """Yield the model with the name "", then each part with weights, with its name, in torch's order.
 
         Examples
         --------
@@ -492,24 +492,24 @@ class ModuleMethods:
         return found
 
     def apply(self, fn: Callable[[Any], Any]) -> Self:
-        """Call `fn` with each part before the part that contains it, and with the model last."""
+        """Call `fn` with each part, inner parts before outer parts, and with the model last."""
         for module in [*self.modules()][::-1]:
             fn(module)
         return self
 
     def named_parameters(self) -> Iterator[tuple[str, Array]]:
-        """Yield every tensor with its name, a tied head once; changing an array in place changes the model.
+        """Yield every tensor with its name; a tied head appears once. Changing an array in place changes the model.
 
-        Arrays of weights that are read from disk at each use are read-only.
+        Arrays are read-only if each use reads the weights from disk.
         """
         return ((name, _show(tensor)) for name, tensor in self.named_tensors().items())
 
     def parameters(self) -> Iterator[Array]:
-        """Yield every tensor, a tied head once."""
+        """Yield every tensor; a tied head appears once."""
         return (tensor for _, tensor in self.named_parameters())
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Return the number of parameters, a tied head counted once; `exclude_embeddings` leaves out the embedding."""
+        """Return the number of parameters; a tied head counts once. `exclude_embeddings` leaves out the embedding."""
         tensors = self.named_tensors()
         return sum(
             math.prod(tensor.shape) for name, tensor in tensors.items()
@@ -517,30 +517,30 @@ class ModuleMethods:
         )  # fmt: skip
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """Return the bytes of the weights in their precision, and of torch's buffers, as transformers counts them."""
+        """Return the bytes of the weights and of torch's buffers, as transformers counts."""
         size = {"float64": 8, "float32": 4}.get(self.dtype, 2)
-        # One factor of the embedding, and the rotary frequencies twice.
+        # torch's buffers: the factor of the embedding, and the rotary frequencies twice.
         return self.num_parameters() * size + (size + 4 * self.config.head_dim if return_buffers else 0)
 
     def load_state_dict(
         self, state_dict: Mapping[str, npt.ArrayLike], strict: bool = True, assign: bool = False
     ) -> LoadedKeys:
-        """Replace the model's tensors with copies of others.
+        """Replace the model's tensors with copies of the given tensors.
 
         Parameters
         ----------
         state_dict : mapping of str to array
             Tensors under the names of this class.
         strict : bool
-            If true, all names of the model, including a tied head's, and no others must be given, as in torch. If
-            false, missing tensors stay as they are.
+            If true, all names of the model (including a tied head's) and no others must be given, as in torch. If
+            false, tensors that are not given stay unchanged.
         assign : bool
             Ignored.
 
         Returns
         -------
         LoadedKeys
-            With ``strict=False``: the missing and the unknown names.
+            The missing names and the unknown names; both are empty if `strict`.
 
         Raises
         ------
@@ -561,13 +561,15 @@ class ModuleMethods:
         missing = [name for name in own if name not in state_dict]
         unexpected = [name for name in state_dict if name not in own]
         if strict and missing:
-            raise CheckpointError(f"the state dict lacks {missing[0]!r}; strict=False keeps the model's own tensor")
+            raise CheckpointError(
+                f"the state dict lacks {missing[0]!r}; add it, or use strict=False to keep the model's own tensor"
+            )
         if strict and unexpected:
             name = type(self).__name__
-            raise CheckpointError(f"the state dict holds {unexpected[0]!r}, which {name} does not have; remove it")
+            raise CheckpointError(f"the state dict has {unexpected[0]!r}, which {name} does not have; remove it")
         given = {name: state_dict.get(name, own[name]) for name in stored}
         if LM_HEAD in state_dict and LM_HEAD in own and LM_HEAD not in stored:
-            given[EMBED_TOKENS] = state_dict[LM_HEAD]  # one table under two names; torch copies this one last
+            given[EMBED_TOKENS] = state_dict[LM_HEAD]  # one table under two names; torch copies the head last
         new = copy.deepcopy(type(self).from_state_dict(self.config, given, self.dtype))  # type: ignore[attr-defined]
         self.weights = new.weights if self.has_head else replace(new.weights, lm_head=self.weights.lm_head)
         if self.has_score:
@@ -575,7 +577,7 @@ class ModuleMethods:
         return LoadedKeys(missing, unexpected)
 
     def get_input_embeddings(self) -> Module:
-        """Return the embedding module; called with token ids, it returns the inputs of the layers."""
+        """Return the embedding module; calling it with token ids returns the inputs of the layers."""
         prefix = next(name for name in self.named_tensors() if name.endswith("embed_tokens.weight"))
         return Module(self, prefix.removesuffix(".weight"))
 
@@ -594,22 +596,22 @@ class ModuleMethods:
         new_num_tokens : int, optional
             The new number of rows; by default the present number.
         pad_to_multiple_of : int, optional
-            Round the number of rows up to a multiple of this.
+            Round the number of rows up to a multiple of this number.
         mean_resizing : bool
-            If true, new rows are drawn around the mean of the old ones (see `resize_table`); if false, around zero with
-            ``config.initializer_range``.
+            If true, new rows are drawn around the mean of the old rows (see `resize_table`); if false, around zero with
+            the standard deviation ``config.initializer_range``.
         seed : int
-            The seed of the draws.
+            The seed of the random rows.
 
         Returns
         -------
         Module
-            The embedding.
+            The embedding module.
 
         Raises
         ------
         InputError
-            For an invalid number of rows.
+            If a number of rows is invalid.
 
         Examples
         --------
@@ -635,7 +637,7 @@ class ModuleMethods:
         return self.get_input_embeddings()
 
     def tie_weights(self) -> None:
-        """Do nothing: a tied head is always the embedding."""
+        """Do nothing, because a tied head is always the embedding."""
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> None:
         """Raise an error: refgemma uploads nothing.
@@ -645,4 +647,4 @@ class ModuleMethods:
         InputError
             Always.
         """
-        raise InputError("push_to_hub is not supported; use save_pretrained(folder), then: hf upload REPOSITORY folder")
+        raise InputError("push_to_hub is not supported; use save_pretrained(folder), then: hf upload REPOSITORY FOLDER")

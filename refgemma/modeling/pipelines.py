@@ -1,5 +1,7 @@
-"""Run ``pipeline("text-generation")``: continue texts or conversations. Checked against transformers 5.23
-`TextGenerationPipeline` with greedy decoding, in the parity tests."""
+"""Provide ``pipeline("text-generation")``, which continues texts or conversations.
+
+Checked against transformers 5.23 `TextGenerationPipeline` with greedy decoding, in the parity tests.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,12 +12,12 @@ from refgemma.generation.generation_config import GenerationConfig
 from refgemma.modeling.classes import Gemma2ForCausalLM
 from refgemma.tokenizer.tokenizer import AutoTokenizer, Tokenizer
 
-# transformers' own defaults, for settings in neither the call nor the model's generation configuration.
+# transformers' defaults for settings that neither the call nor the model's generation configuration sets.
 DEFAULTS = GenerationConfig(max_new_tokens=256, do_sample=True, temperature=0.7)
 
 
 class TextGenerationPipeline:
-    """A model with its tokenizer, made by `pipeline`; called with a prompt, it returns the continuation.
+    """A model with its tokenizer; calling the pipeline with a prompt returns the continuation. `pipeline` makes it.
 
     Parameters
     ----------
@@ -24,7 +26,7 @@ class TextGenerationPipeline:
     tokenizer : Tokenizer
         The model's tokenizer.
     settings : mapping
-        Arguments of every call.
+        Default arguments of every call.
     """
 
     task = "text-generation"
@@ -36,21 +38,22 @@ class TextGenerationPipeline:
         self.generation_config = model.generation_config.over(DEFAULTS)
 
     def __call__(self, text_inputs: Any, return_full_text: bool = True, **settings: Any) -> list[Any]:
-        """Continue one prompt, or each of several.
+        """Continue one or several prompts.
 
         Parameters
         ----------
-        text_inputs : str, sequence of messages, or sequence of several of them
-            A text, or a conversation of mappings with ``"role"`` and ``"content"``.
+        text_inputs : str, sequence of messages, or sequence of prompts
+            A text, a conversation (mappings with ``"role"`` and ``"content"``), or several of either.
         return_full_text : bool
-            If true, the prompt is returned, too.
+            If true, the result includes the prompt.
         **settings
-            As in `Gemma2ForCausalLM.generate`. Defaults: sampling with temperature 0.7, at most 256 new tokens.
+            Settings as in `Gemma2ForCausalLM.generate`. By default, sample with temperature 0.7, at most 256 new
+            tokens.
 
         Returns
         -------
         list of dict
-            One dict for each returned sequence; its ``"generated_text"`` is a text, or the conversation with one more
+            One dict for each generated text; ``"generated_text"`` is the text, or the conversation with one more
             message. For several prompts, a list of such lists.
         """
         if not isinstance(text_inputs, str) and not (text_inputs and isinstance(text_inputs[0], Mapping)):
@@ -63,7 +66,7 @@ class TextGenerationPipeline:
             inputs = self.tokenizer.apply_chat_template(text_inputs, add_generation_prompt=True, return_tensors="np")
         length = inputs["input_ids"].shape[1]
         rows = self.model.generate(**inputs, **asked)
-        assert not isinstance(rows, Mapping)  # return_dict_in_generate cannot be used here
+        assert not isinstance(rows, Mapping)  # a pipeline has no return_dict_in_generate
         texts = [self.tokenizer.decode(row[length:], skip_special_tokens=True) for row in rows]
         return [{"generated_text": self._join(text_inputs, text, return_full_text)} for text in texts]
 
@@ -80,7 +83,7 @@ def pipeline(
     device_map: Any = None, trust_remote_code: Any = None, token: Any = None, revision: str | None = None,
     use_fast: Any = None, batch_size: int | None = None, framework: str | None = None, **settings: Any,
 ) -> TextGenerationPipeline:  # fmt: skip
-    """Make a text-generation pipeline, as transformers' ``pipeline("text-generation", model=...)``.
+    """Make a text-generation pipeline, as transformers' ``pipeline("text-generation", model=...)`` does.
 
     Parameters
     ----------
@@ -89,13 +92,13 @@ def pipeline(
     model : Gemma2ForCausalLM, str or path
         A model, or a name for ``Gemma2ForCausalLM.from_pretrained``.
     tokenizer : Tokenizer, str or path, optional
-        The tokenizer; by default that of the model's folder.
+        The tokenizer; by default the one in the model's folder.
     dtype, torch_dtype, revision, model_kwargs
-        For ``Gemma2ForCausalLM.from_pretrained``.
+        Arguments of ``Gemma2ForCausalLM.from_pretrained``.
     device, device_map, trust_remote_code, token, use_fast, batch_size, framework
         Ignored.
     **settings
-        Arguments of every call.
+        Default arguments of every call.
 
     Returns
     -------
@@ -105,7 +108,7 @@ def pipeline(
     Raises
     ------
     UsageError
-        For another task, and without a model or its tokenizer.
+        If the task is another one, or the model or its tokenizer is missing.
 
     Examples
     --------
@@ -114,12 +117,14 @@ def pipeline(
     [{'generated_text': 'Once upon a time the Rat, who'}]
     """
     if task not in (None, "text-generation"):
-        raise UsageError(f"pipeline: task is {task!r}; it must be 'text-generation': for classes use AutoModelFor...")
+        raise UsageError(
+            f"pipeline: task is {task!r}; it must be 'text-generation'; for other tasks use the AutoModelFor... classes"
+        )
     if model is None:
-        raise UsageError("pipeline: model is missing; give one, for example model='tiny'")
+        raise UsageError("pipeline: the model is missing; give one, for example model='tiny'")
     name = tokenizer if tokenizer is not None else model
     if isinstance(name, Gemma2ForCausalLM):
-        raise UsageError("pipeline: tokenizer is missing; give it together with a loaded model: tokenizer=...")
+        raise UsageError("pipeline: the tokenizer is missing; pass tokenizer=... together with a loaded model")
     revision = revision or "main"
     reader = name if isinstance(name, Tokenizer) else AutoTokenizer.from_pretrained(name, revision=revision)
     if not isinstance(model, Gemma2ForCausalLM):

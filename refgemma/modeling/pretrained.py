@@ -1,5 +1,7 @@
-"""Load a model by name: configuration, weights, tokenizer and stop ids from one folder. Checked against the layout of
-the released Gemma 2 folders and of transformers 5.23 `save_pretrained`."""
+"""Load a model by name: configuration, weights, tokenizer and stop ids from one folder.
+
+Checked against the layout of the released Gemma 2 folders and of transformers 5.23 `save_pretrained`.
+"""
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,7 +21,7 @@ TOKENIZERS, END_OF_TURN = ("tokenizer.json", "tokenizer.model"), "<end_of_turn>"
 
 @dataclass(frozen=True)
 class Pretrained:
-    """The content of a model's folder; call `forward` or `generate` with its parts."""
+    """The contents of a model's folder; pass its parts to `forward` or `generate`."""
 
     folder: Path
     config: Gemma2Config
@@ -30,18 +32,20 @@ class Pretrained:
 
     @property
     def has_tokenizer(self) -> bool:
-        """True if the folder holds a tokenizer; folders from ``refgemma synth`` do not."""
+        """True if the folder has a tokenizer; folders from ``refgemma synth`` have none."""
         return _has_tokenizer(self.folder)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer, read on first access; a model without one can still run on token ids."""
+        """The tokenizer, read on first access. A model without a tokenizer can still run on token ids."""
         return Tokenizer.from_pretrained(self.folder)
 
     def read(self) -> "Pretrained":
-        """Return the same model with its weights in memory, if they take at most 4 GiB in their precision."""
+        """Return the same model; the weights are in memory if they take at most 4 GiB."""
         model = replace(self, weights=self.checkpoint.weights(self.dtype))
-        vars(model).update({name: value for name, value in vars(self).items() if name == "tokenizer"})  # already read
+        vars(model).update(
+            {name: value for name, value in vars(self).items() if name == "tokenizer"}
+        )  # keep the tokenizer if it was read
         return model
 
 
@@ -54,27 +58,27 @@ def load(
     Parameters
     ----------
     name : str or path
-        ``"tiny"``, the trained model inside this package; ``"conformance"``, a small one with random weights; a Hugging
-        Face folder of a Gemma 2; a ``.gguf`` file; or a hub id whose snapshot is in the cache. See
+        ``"tiny"``, the trained model inside this package; ``"conformance"``, a small model with random weights; a
+        Hugging Face folder of a Gemma 2; a ``.gguf`` file; or a hub id whose snapshot is in the cache. See
         `refgemma.hub.find_model`.
     dtype : str
-        ``float32``, ``float64``, ``bfloat16`` or ``float16``: the precision of the computation. Half precision rounds
-        where PyTorch does, which makes it slower here than float32, not faster.
+        The precision of the computation: ``float32``, ``float64``, ``bfloat16`` or ``float16``. Half precision rounds
+        where PyTorch does. It is slower here than float32, not faster.
     revision, download, gguf_file
         As in `refgemma.hub.find_model`.
     read : bool
-        If true, call `Pretrained.read`. If false, the weights are read only when they are used.
+        If true, call `Pretrained.read`. If false, weights are read only when used.
 
     Returns
     -------
     Pretrained
-        The model. If it takes more than 4 GiB in its precision, it is read from disk layer by layer in each forward
-        pass.
+        The model. If it takes more than 4 GiB in its precision, each forward pass reads the weights from disk, layer by
+        layer.
 
     Raises
     ------
     CheckpointError, ConfigError, ModelNameError, TokenizerError
-        If the model cannot be loaded; the error names the file and the tensor.
+        If the model cannot be loaded; the message names the file and the tensor.
 
     Examples
     --------
@@ -85,9 +89,9 @@ def load(
     folder = find_model(name, revision, download, gguf_file=gguf_file)
     checkpoint = open_checkpoint(folder)
     stops = _read_stop_ids(checkpoint.folder, checkpoint.config)
-    place = folder if _has_tokenizer(folder) else checkpoint.folder  # an adapter without a tokenizer uses its base's
+    place = folder if _has_tokenizer(folder) else checkpoint.folder  # an adapter without a tokenizer uses the base's
     model = Pretrained(place, checkpoint.config, checkpoint.streamed(dtype), stops, checkpoint, dtype)
-    # A chat model ends its turn with <end_of_turn>, but the released configuration does not list this token as an end.
+    # A chat model ends its turn with <end_of_turn>, but the released configuration does not list this as an end token.
     if model.has_tokenizer and END_OF_TURN in model.tokenizer.added_tokens_encoder:
         end = model.tokenizer.convert_tokens_to_ids(END_OF_TURN)
         object.__setattr__(model, "stop_ids", stops | {end})
@@ -99,7 +103,7 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 def _read_stop_ids(folder: Path, config: Gemma2Config) -> frozenset[int]:
-    """Return the stop ids in ``generation_config.json``, or else in the configuration."""
+    """Return the stop ids from ``generation_config.json``, or else from the configuration."""
     path = folder / "generation_config.json"
     stops = stop_tokens(config)
     if path.exists():

@@ -1,8 +1,10 @@
-"""The way back as a table of named operations: each gradient, of an activation or a weight, from the gradients and
-activations that it is computed from. Checked against `refgemma.backward`: the table has its names and its numbers.
+"""Describe the backward pass as a table of named operations.
 
-The tolerances are those of PyTorch's eager kernels, derived as in `refgemma.oracle.tolerance`. In half precision the
-results that autograd stores between two named gradients count, too.
+Each operation computes the gradient of an activation or a weight from recorded gradients and activations. Checked
+against `refgemma.backward`: the table has the same names and gives the same numbers.
+
+The tolerances are derived for PyTorch's eager kernels, as in `refgemma.oracle.tolerance`. In half precision they
+include the rounding of results that autograd stores between two named gradients.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +28,7 @@ from refgemma.weights.parameters import EMBED_TOKENS, LM_HEAD, NORM, layer_tenso
 
 
 def add(parts: Sequence[Tolerance], total: Array) -> Tolerance:
-    """Return the tolerance of a sum of results, whose sums round once each."""
+    """Return the tolerance of a sum of results; each addition rounds once."""
     spread = np.sqrt(sum(part.spread**2 for part in parts) + (EVEN * len(parts) * U * total) ** 2)
     return tol.tolerance(sum((part.bound for part in parts), len(parts) * U * total), spread)
 
@@ -34,8 +36,8 @@ def add(parts: Sequence[Tolerance], total: Array) -> Tolerance:
 def loss_tolerance(logits: Array, labels: Array, num_items: float | None) -> Tolerance:
     """Return the tolerance of ``(softmax - one_hot) / n``.
 
-    A log probability is the distance from the largest logit less the logarithm of a sum; its absolute error is the
-    relative error of the softmax. Then come exp, the difference and the quotient.
+    A log probability is the distance from the largest logit minus the logarithm of a sum. Its absolute error is the
+    relative error of the softmax. The exponential, the difference and the quotient add their own errors.
     """
     x64 = as_float64(logits)
     logprobs = log_softmax(x64)
@@ -51,7 +53,8 @@ def loss_tolerance(logits: Array, labels: Array, num_items: float | None) -> Tol
 def norm_tolerance(grad: Array, x: Array, weight: Array, eps: float) -> Tolerance:
     """Return the tolerance of the gradient of a norm's input, ``r (h - n mean(h n))``.
 
-    The root has the relative error of `tolerance.rms_norm`, and PyTorch takes its third power; the mean has n terms.
+    The root ``r`` has the relative error of `tolerance.rms_norm`, and PyTorch uses its third power. The mean has n
+    terms.
     """
     size, x64 = x.shape[-1], as_float64(x)
     inverse = 1 / np.sqrt(np.mean(x64**2, axis=-1, keepdims=True) + eps)
@@ -70,7 +73,7 @@ def norm_weight_tolerance(grad: Array, x: Array, eps: float) -> Tolerance:
 
 
 def cap_tolerance(grad: Array, x: Array, cap: float | None) -> Tolerance:
-    """Return the tolerance of ``grad (1 - tanh**2)``: the difference has the absolute error of the square of tanh."""
+    """Return the tolerance of ``grad (1 - tanh**2)``; the difference has the absolute error of ``tanh**2``."""
     if cap is None:
         return tol.tolerance(np.zeros(x.shape))
     t = np.tanh(as_float64(x) / cap)
@@ -99,25 +102,25 @@ def softmax_tolerance(grad: Array, probs: Array) -> Tolerance:
 
 
 def softmax_stores(grad: Array, probs: Array, storage: str) -> list[Array]:
-    """Return the error in the result from the weights, which a trace has rounded, and autograd before rounding."""
+    """Return the error in the result because the trace has rounded probabilities, but autograd uses unrounded ones."""
     off, mean = ulp(probs, storage) / 2, np.sum(grad * probs, axis=-1, keepdims=True)
     return [off * np.abs(grad - mean) + probs * np.sum(off * np.abs(grad), axis=-1, keepdims=True)]
 
 
 def gelu_tolerance(grad: Array, x: Array) -> Tolerance:
-    """Return the tolerance of the slope of GELU: eight roundings of each of its terms, as the recordings are judged."""
+    """Return the tolerance of GELU's slope: eight roundings of each term, as for PyTorch's recordings."""
     bent = np.minimum(np.abs(as_float64(x)), 8)  # beyond 8, tanh is 1, or the slope is very small
     return tol.tolerance(8 * U * np.abs(grad) * (1 + 0.4 * bent * (1 + 3 * 0.044715 * bent**2)))
 
 
 def embed_tolerance(grad: Array, ids: Array, vocab: int, scale: float) -> Tolerance:
-    """Return the tolerance of the sums over equal tokens, times ``sqrt(hidden)``."""
+    """Return the tolerance of ``sqrt(hidden)`` times the sums over equal tokens."""
     most = int(np.bincount(ids.ravel()).max())
     return tol.tolerance(gamma(most + 2) * sum_tokens(np.abs(grad), ids, vocab, scale))
 
 
 def sum_tokens(grad: Array, ids: Array, vocab: int, scale: float) -> Array:
-    """Return the gradient of the embedding table, of all tokens."""
+    """Return the gradient of the embedding table, summed over all tokens."""
     table = np.zeros((vocab, grad.shape[-1]))
     np.add.at(table, ids.ravel(), rows(grad) * scale)
     return table
@@ -127,12 +130,12 @@ def sum_tokens(grad: Array, ids: Array, vocab: int, scale: float) -> Array:
 
 
 def rows(x: Array) -> Array:
-    """Return one row a token; heads are merged."""
+    """Reshape to one row per token; merge heads."""
     return (merge_heads(x) if x.ndim == 4 else x).reshape(-1, x.shape[-1] if x.ndim == 3 else x.shape[1] * x.shape[3])
 
 
 def shift(labels: Array) -> Array:
-    """Return the label that the logits at each place answer for, the next token's."""
+    """Return the label for the logits at each place: the next token."""
     return np.concatenate([labels[:, 1:], np.full((len(labels), 1), IGNORED)], axis=1)
 
 
@@ -163,7 +166,7 @@ def _cap_backward(context: Context, name: str, grad: str, x: str, cap: float | N
 def _norm_backward(
     context: Context, name: str, grad: str, x: str, weight: Callable[[], Any], residual: str = ""
 ) -> Operation:
-    """Return the way back through a norm, added to the gradient of the residual stream if it has one."""
+    """Return the backward operation of a norm; add the gradient of the residual stream if `stream` is given."""
     function, eps = context.function("rms_norm_backward", back.rms_norm_backward), context.config.rms_norm_eps
     join = context.function("residual_backward", np.add)
 
@@ -190,7 +193,7 @@ def _norm_weight(context: Context, name: str, grad: str, x: str, weight: Callabl
 
 
 def _inputs(name: str, grads: tuple[str, ...], weights: Callable[[], Sequence[Array]]) -> Operation:
-    """Return the gradient of an input that serves one or more projections, in the order of autograd's sum."""
+    """Return the gradient of an input of one or more projections, summed in autograd's order."""
 
     def through(*given: Array) -> list[Array]:
         return [rows(g) @ w for g, w in zip(given, weights(), strict=True)]
@@ -239,7 +242,7 @@ def _attention_backward(context: Context, layer: int, names: dict[str, str]) -> 
         return np.asarray(getattr(context.layer(layer), f"{letter}_proj"))
 
     def sum_copies(copies: Tolerance) -> Tolerance:
-        """Return the tolerance of the sum of the copies of a key head."""
+        """Return the tolerance of a sum over the copies of a key head."""
         bound = back.repeat_kv_backward(copies.bound * (1 + gamma(groups)), groups)
         return tol.tolerance(bound, np.sqrt(back.repeat_kv_backward(copies.spread**2, groups)))
 
@@ -349,7 +352,7 @@ def _block_backward(context: Context, layer: int) -> Iterator[Operation]:
 
 
 def _head(context: Context) -> Iterator[Operation]:
-    """Yield the way back from the loss to the last block."""
+    """Yield the backward operations from the loss to the last block."""
     config, last = context.config, f"layers.{context.config.num_hidden_layers - 1}.out"
     raw, norm = PREFIX + "raw_logits", PREFIX + "norm"
     loss, labels = context.function("loss_backward", loss_backward), context.call.labels
@@ -412,7 +415,7 @@ def _embedding(context: Context) -> Operation:
 
 
 def backward_operations(context: Context) -> Iterator[Operation]:
-    """Yield the operations of the way back by the name of their gradient, in the order of execution.
+    """Yield the operations of the backward pass, named by their gradients, in the order of execution.
 
     Examples
     --------

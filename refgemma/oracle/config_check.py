@@ -1,7 +1,8 @@
-"""Compare the numbers that an engine has for a released Gemma 2 with the release. Checked on torchtune 0.6.1, which
-exchanges the two caps, and on litgpt 0.5.13, whose Gemma 2 has Llama's epsilon.
+"""Compare an engine's configuration of a released Gemma 2 with the release.
 
-No trace of a small model shows a wrong preset, because the small model brings its own configuration.
+Checked on torchtune 0.6.1, which exchanges the two caps, and on litgpt 0.5.13, whose Gemma 2 has Llama's epsilon.
+
+A trace of a small model cannot show a wrong preset, because the small model has its own configuration.
 """
 
 import ast
@@ -24,8 +25,8 @@ from refgemma.hub import CONFIG_JSON, find_model
 from refgemma.oracle.known_bugs import KNOWN_BUGS, edit_config
 from refgemma.oracle.verdicts import CONFORMS, DIFFERS, INCONCLUSIVE
 
-# Each field with the names that engines give it, the most specific first. `hidden_dim` is the width of the residual
-# stream in KerasHub, and that of the feed-forward layer in DeepMind's code, which calls the former `embed_dim`.
+# Each field with the names that engines use for it, the most specific first. `hidden_dim` is the width of the residual
+# stream in KerasHub, but the width of the feed-forward layer in DeepMind's code, where `embed_dim` is the former.
 FIELD_NAMES = {
     "vocab_size": ("vocab_size", "vocabulary_size", "num_embed"),
     "hidden_size": ("hidden_size", "embed_dim", "n_embd", "d_model", "model_dim", "dim", "hidden_dim"),
@@ -53,21 +54,21 @@ PADDED_VOCABULARY = 256128  # rows of the table in DeepMind's own files; the las
 
 
 class PresetError(RefgemmaError):
-    """Raised for a configuration that cannot be read, or that has no number of a Gemma 2."""
+    """Raised for a configuration that cannot be read, or that has none of Gemma 2's numbers."""
 
 
 @dataclass(frozen=True)
 class Number:
-    """One number of an engine beside the released one."""
+    """A number of an engine's configuration, with the released number."""
 
     field: str
-    name: str  # the engine's
+    name: str  # the engine's name for it
     value: Any
     released: Any
 
     @property
     def differs(self) -> bool:
-        """True if the engine's number is another one."""
+        """True if the engine's number differs from the released one."""
         if self.field == "vocab_size" and self.value == PADDED_VOCABULARY:
             return False
         return bool(self.value != self.released)
@@ -75,7 +76,7 @@ class Number:
 
 @dataclass(frozen=True)
 class PresetCheck:
-    """The result: the numbers that were compared, and the known bugs that explain those that differ."""
+    """The result: the compared numbers, and the known bugs that explain differences."""
 
     source: str
     size: str
@@ -99,12 +100,12 @@ def check_preset(source: str, size: str | None = None) -> PresetCheck:
     source : str
         As in `read_preset`.
     size : str, optional
-        ``"2b"``, ``"9b"`` or ``"27b"``; without it, the release with the most equal numbers.
+        ``"2b"``, ``"9b"`` or ``"27b"``; by default the release with the most equal numbers.
 
     Raises
     ------
     PresetError
-        If `source` cannot be read, or gives no number of a Gemma 2.
+        If `source` cannot be read, or gives none of Gemma 2's numbers.
     UsageError
         If there is no release of that size.
 
@@ -115,7 +116,9 @@ def check_preset(source: str, size: str | None = None) -> PresetCheck:
     """
     given = match_fields(read_preset(source))
     if not given:
-        raise PresetError(f"{source}: no number of a Gemma 2 found, such as hidden_size or head_dim")
+        raise PresetError(
+            f"{source}: found no number of a Gemma 2, such as hidden_size or head_dim; give the engine's configuration"
+        )
     if size is not None and size not in PRESETS:
         raise UsageError(f"--size {size}: unknown; the released sizes are {', '.join(PRESETS)}")
     compared = {name: compare(given, Gemma2Config.preset(name)) for name in ([size] if size else PRESETS)}
@@ -126,20 +129,20 @@ def check_preset(source: str, size: str | None = None) -> PresetCheck:
 
 
 def read_preset(source: str) -> dict[str, Any]:
-    """Return the names and values of a configuration, those of nested mappings included.
+    """Return the names and values of a configuration, including those in nested mappings.
 
     Parameters
     ----------
     source : str
-        A ``config.json`` or another JSON file, a ``.gguf`` file, a Hugging Face folder or hub id; ``FILE.py:FUNCTION``,
-        which is read but not run; or ``MODULE:NAME``, which is imported. NAME may be any expression in the module, such
-        as ``Config.from_name("Gemma-2-9b")``: a mapping or an object with attributes. A function that is not called
-        gives the literal arguments of the calls in its source, because it may build the whole model.
+        One of: a JSON file such as ``config.json``; a ``.gguf`` file; a Hugging Face folder or hub id;
+        ``FILE.py:FUNCTION``, which is read but not run; or ``MODULE:NAME``, which is imported. NAME is an expression
+        that gives a mapping or an object with attributes, such as ``Config.from_name("Gemma-2-9b")``. If NAME is a
+        function, it is not called, because it may build the whole model; the literal arguments in its source are used.
 
     Raises
     ------
     PresetError
-        If it cannot be read.
+        If the source cannot be read.
     """
     path, colon, name = source.partition(":")
     if colon and path.endswith(".py"):
@@ -150,13 +153,13 @@ def read_preset(source: str) -> dict[str, Any]:
         return Gemma2Config(**config_fields(read_gguf(source, PresetError), PresetError)).to_dict()
     file = Path(source) if source.endswith(".json") else find_model(source) / CONFIG_JSON
     values = read_object(file, PresetError)
-    if values.get("model_type") == "gemma2":  # with transformers' defaults
+    if values.get("model_type") == "gemma2":  # fill in transformers' defaults
         return Gemma2Config.from_dict(values).to_dict()
     return flatten(values)
 
 
 def read_imported(module: str, name: str, source: str) -> dict[str, Any]:
-    """Return the numbers of an object of a module."""
+    """Import a module, and return the numbers of one of its objects."""
     try:
         found: Any = eval(name, vars(importlib.import_module(module)))
         if inspect.isroutine(found):
@@ -171,7 +174,7 @@ def read_imported(module: str, name: str, source: str) -> dict[str, Any]:
 
 
 def read_source(text: str, function: str, source: str) -> dict[str, Any]:
-    """Return the literal keyword arguments of the calls in a function, without running it."""
+    """Return the literal keyword arguments of all calls inside a function, without running the function."""
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError) as error:
@@ -188,18 +191,18 @@ def _find_literals(function: ast.FunctionDef) -> Iterator[tuple[str, Any]]:
             if keyword.arg is not None:
                 try:
                     yield keyword.arg, ast.literal_eval(keyword.value)
-                except ValueError:  # computed by the engine
+                except ValueError:  # not a literal: the engine computes this argument
                     pass
 
 
 def flatten(values: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return the values of a mapping and of the mappings in it; the outer ones win."""
+    """Return the values of a mapping and of its nested mappings; outer values have priority."""
     inner = [flatten(value) for value in values.values() if isinstance(value, Mapping)]
     return {key: value for one in inner for key, value in one.items()} | {str(k): v for k, v in values.items()}
 
 
 def match_fields(values: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
-    """Return the engine's name and value of each field that it gives; each name serves one field."""
+    """Return the engine's name and value for each field that it gives; no name is used for two fields."""
     found: dict[str, tuple[str, Any]] = {}
     for field, names in FIELD_NAMES.items():
         used = {name for name, _ in found.values()}
@@ -210,12 +213,12 @@ def match_fields(values: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
 
 
 def _is_value(value: Any) -> bool:
-    """Tell whether a configuration gives a value, in place of a property, a function or a computed tensor."""
+    """Return True if `value` is a plain value, not a property, a function or a tensor."""
     return value is None or isinstance(value, (bool, int, float, str, list, tuple, np.number))
 
 
 def compare(given: Mapping[str, tuple[str, Any]], released: Gemma2Config) -> tuple[Number, ...]:
-    """Return each given number beside the released one."""
+    """Return each given number together with the released number."""
     numbers = []
     for field, (name, value) in given.items():
         if field == "layer_types" and isinstance(value, (list, tuple)):
@@ -227,14 +230,14 @@ def compare(given: Mapping[str, tuple[str, Any]], released: Gemma2Config) -> tup
 
 
 def read_layer_types(values: list[Any] | tuple[Any, ...]) -> tuple[str, ...]:
-    """Return an engine's layer types in Hugging Face's words: 1, ``local`` and ``sliding`` mean sliding."""
+    """Return an engine's layer types in Hugging Face's words; 1, ``local`` and ``sliding`` mean sliding."""
     words = [str(getattr(value, "name", value)).lower() for value in values]
     sliding = [word in ("1", "true") or "sliding" in word or "local" in word for word in words]
     return tuple("sliding_attention" if one else "full_attention" for one in sliding)
 
 
 def explain(numbers: tuple[Number, ...], released: Gemma2Config) -> tuple[str, ...]:
-    """Return the known bugs that explain wrong numbers, without those that explain fewer of the same numbers."""
+    """Return the known bugs that explain wrong numbers; leave out a bug if another explains more."""
     wrong = {number.field: number.value for number in numbers if number.differs}
     found: dict[str, set[str]] = {}
     for bug in KNOWN_BUGS:
@@ -268,7 +271,7 @@ def _as_builtin(value: Any) -> Any:
 
 
 def lines(check: PresetCheck) -> Iterator[str]:
-    """Yield the text: the verdict, the wrong numbers, the known bugs, and the missing numbers."""
+    """Yield the lines of the report: the verdict, the wrong numbers, the known bugs, and the missing numbers."""
     wrong = [number for number in check.numbers if number.differs]
     yield f"{check.source} {check.verdict}: {len(check.numbers)} numbers compared with google/gemma-2-{check.size}"
     for number in wrong:
@@ -278,7 +281,7 @@ def lines(check: PresetCheck) -> Iterator[str]:
         if bug.name in check.bugs:
             yield f"  known bug {bug.name}: {bug.says}; seen in {bug.seen}"
     if check.missing:
-        yield f"not given: {', '.join(check.missing)}"
+        yield f"not given by the engine: {', '.join(check.missing)}"
 
 
 def _show_value(value: Any) -> str:

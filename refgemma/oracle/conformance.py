@@ -1,8 +1,8 @@
-"""Prompts that show the known bugs, on the conformance checkpoint and on other models. Checked in the tests and in
+"""Make prompts that show the known bugs, on the conformance checkpoint and on other models. Checked in the tests and in
 tests/parity.
 
-The conformance checkpoint is a small model in which every known bug is visible; `refgemma.weights.conformance` wrote
-it.
+The conformance checkpoint is a small model in which every known bug is visible; `refgemma.weights.conformance` writes
+the checkpoint.
 """
 
 from collections.abc import Mapping
@@ -18,17 +18,17 @@ SEED = 5
 
 @dataclass(frozen=True)
 class Prompt:
-    """Tokens to run a model on."""
+    """A batch of tokens, and how to split it into calls of a model."""
 
     name: str
     why: str
     input_ids: Array  # (batch, seq)
     attention_mask: Array
-    calls: tuple[int, ...]  # number of tokens in each call; the calls share a cache
+    calls: tuple[int, ...]  # numbers of tokens of successive calls, which share a cache
 
 
 def prompts(config: Gemma2Config) -> Mapping[str, Prompt]:
-    """Return prompts that together show all bugs that can be shown; each has random tokens after <bos>.
+    """Return prompts with random tokens after <bos>; together they show all bugs that can show.
 
     Examples
     --------
@@ -46,8 +46,8 @@ def prompts(config: Gemma2Config) -> Mapping[str, Prompt]:
     padded[1, :3] = config.pad_token_id or 0
     pieces = (window + 2, window - 2, 1, 1, window + 1)
     return {
-        "padded": Prompt("padded", "two rows, the second with left padding", padded, visible, (length,)),
-        "plain": Prompt("plain", "one row of more than three windows", ids[:1], seen[:1], (length,)),
-        "cached": Prompt("cached", "a prompt in pieces and steps that share a cache", ids[:1], seen[:1],
+        "padded": Prompt("padded", "two rows; the second has left padding", padded, visible, (length,)),
+        "plain": Prompt("plain", "one row, longer than three windows", ids[:1], seen[:1], (length,)),
+        "cached": Prompt("cached", "one row in several calls that share a cache", ids[:1], seen[:1],
                          (*pieces, length - sum(pieces))),
     }  # fmt: skip

@@ -1,8 +1,9 @@
-"""Find the mistakes that each prompt can show. Checked in tests/parity: the result for a prompt equals the mistakes
-that `refgemma check` excludes for a transformers run of it.
+"""Find the known bugs that each prompt can show.
 
-A prompt shows a mistake if the trace of a correct port, judged by `refgemma check`, excludes the mistake. So refgemma
-runs the prompt in each precision, and its own full trace is checked.
+Checked in tests/parity: for each prompt the result equals the bugs that `refgemma check` excludes on transformers' run.
+
+A prompt shows a bug if `refgemma check` excludes the bug, given the trace of a correct port. So refgemma runs the
+prompt in each precision, and checks its own full trace.
 """
 
 import json
@@ -27,7 +28,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Detected:
-    """The mistakes that one prompt shows in one precision."""
+    """The known bugs that one prompt shows in one precision."""
 
     prompt: str
     dtype: str
@@ -35,7 +36,7 @@ class Detected:
 
 
 def run_prompt(prompt: Prompt, weights: Weights, config: Gemma2Config) -> Iterator[tuple[str, Array]]:
-    """Yield the trace of a prompt as a port would write it: the calls in order, sharing a cache.
+    """Yield the trace of a prompt as a port would write it: calls in order, with a shared cache.
 
     Examples
     --------
@@ -56,19 +57,19 @@ def input_tensors(prompt: Prompt) -> Iterator[tuple[str, Array]]:
 
 
 def detect(prompt: Prompt, dtype: str, weights: Weights, config: Gemma2Config) -> Detected:
-    """Return the mistakes that a correct port's full trace of a prompt excludes."""
+    """Return the known bugs that a correct port's full trace of a prompt excludes."""
     candidate = candidate_of(dict(run_prompt(prompt, weights, config)), config, dtype, prompt.calls, prompt.name)
     return Detected(prompt.name, dtype, Diagnosis(Engine(candidate, weights, config)).coverage()[0])
 
 
 def about(prompt: Prompt) -> dict[str, str]:
-    """Return the metadata of a prompt's file."""
+    """Return the metadata for a prompt's file."""
     return {"calls": json.dumps(prompt.calls), "prompt": prompt.name}
 
 
 def cover(found: Sequence[Detected]) -> list[Detected]:
-    """Return the results of a few prompts that together show all; each next prompt shows most of the remaining
-    mistakes.
+    """Choose a few prompts that together show all bugs: next is always the prompt that shows most of the remaining
+    bugs.
 
     Examples
     --------
@@ -91,7 +92,7 @@ def cover(found: Sequence[Detected]) -> list[Detected]:
 
 
 def list_undetected(found: Sequence[Detected]) -> list[KnownBug]:
-    """Return the mistakes that change a computation but that no prompt shows."""
+    """Return the known bugs that change a computation but that no prompt shows."""
     seen = {v.name for s in found for v in s.variants}
     return [v for v in KNOWN_BUGS if v.change is not None and v.name not in seen]
 
@@ -112,7 +113,7 @@ def as_json(found: Sequence[Detected], config: Gemma2Config, model: str) -> dict
 
 
 def write_prompts(found: Sequence[Detected], config: Gemma2Config, folder: Path, model: str) -> list[Path]:
-    """Write a file with the inputs of each prompt, and ``prompts.json`` with the mistakes that each shows."""
+    """Write a file with each prompt's inputs, and ``prompts.json`` with the known bugs that each prompt shows."""
     folder.mkdir(parents=True, exist_ok=True)
     known, written = prompts(config), []
     for name in dict.fromkeys(s.prompt for s in found):

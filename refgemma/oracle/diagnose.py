@@ -1,10 +1,10 @@
 """Find a candidate's first wrong tensor, the known bugs that explain it, and the known bugs that its trace excludes.
 
-Checked by making every known bug in transformers (docs/oracle.md).
+Checked by introducing every known bug into transformers (docs/oracle.md).
 
-A known bug explains a finding if, in every layer, it turns the candidate's own inputs into the candidate's tensors. For
-a candidate that conforms, the same test finds the excluded bugs: those that contradict its tensors. The other bugs are
-undetectable in this trace.
+A known bug explains a finding if, in every layer, the bug turns the candidate's own inputs into the candidate's
+tensors. For a candidate that conforms, the same test finds the excluded bugs: those that contradict its tensors. All
+other bugs are undetectable in this trace.
 """
 
 import math
@@ -31,27 +31,28 @@ from refgemma.oracle.families import (
 from refgemma.oracle.judge import SPAN_LIMIT, judge, nearest, resembles
 from refgemma.oracle.known_bugs import KNOWN_BUGS, KnownBug, combine, known_bug
 from refgemma.oracle.locate import ErrorMap, locate_errors, map_errors
+from refgemma.oracle.optimizer_bugs import OPTIMIZER_BUGS
 from refgemma.oracle.preflight import Preflight
 from refgemma.oracle.spans import Computed
 from refgemma.oracle.tolerance import from_measured_std, rescale
 from refgemma.oracle.training_bugs import TRAINING_BUGS
 from refgemma.precision import Array
 from refgemma.trace.candidate import Candidate
-from refgemma.trace.names import GRADS, LOGPROBS, field_of, layer_of
+from refgemma.trace.names import AFTER, GRADS, LOGPROBS, field_of, layer_of
 from refgemma.weights.parameters import Weights, tensor_shapes
 
-# The operation of a known bug rounds slightly differently from the correct one, for which the bounds are derived:
-# errors may be as large as those of the row's largest element.
+# The bounds are derived for the correct operation, and a bug's operation rounds slightly differently. So its errors may
+# be as large as those of the row's largest element.
 BUG_FACTOR, BUG_FLOOR = 4.0, 16 * 2.0**-24
-# Remaining parts of a span's error: below the first, a bug explains more than half; below the second, it is present in
-# addition to quantisation.
+# Parts of a span's error that may remain after applying a bug. Below the first, the bug explains more than half of the
+# error; below the second, the bug is present in addition to quantisation.
 CLOSE, MUCH_CLOSER = 0.5, 1 / 3
-TRIED = 4  # closest bugs that are tried with each way of rounding
-# A part in half precision changes a tensor by at most this share of its size: bfloat16 rounds by at most 0.004.
+TRIED = 4  # number of closest bugs to combine with each way of rounding
+# Limit of the change from computing a part in half precision, relative to the tensor; bfloat16 rounds by 0.004 or less.
 PART_LIMIT = 0.25
-# The limit of multiplications for trying weights in other weights' places, per finding: 1 to 2 s.
+# Limit of multiplications per finding for trying exchanged weights; takes 1 to 2 s.
 MULTIPLICATIONS = 2e9
-# Features of Gemma 2 that code written for Gemma 1 leaves out, often all of them.
+# Bugs of code written for Gemma 1, which lacks several features of Gemma 2 at once.
 GEMMA_1_BUGS = ("attn-softcap-missing", "final-softcap-missing", "scale-head-dim", "swa-all-global")
 
 
@@ -65,9 +66,9 @@ class Finding:
     where: str
     explanations: tuple[KnownBug, ...]
     estimates: tuple[Estimate, ...]
-    maps: tuple[ErrorMap, ...] = ()  # of the first instance
+    maps: tuple[ErrorMap, ...] = ()  # error maps of the first instance
     closest: tuple[KnownBug, float] | None = (
-        None  # if none explains it: the closest bug, and the remaining part of the error
+        None  # if no bug explains the finding: the closest bug, and the remaining part of the error
     )
 
     @property
@@ -77,7 +78,7 @@ class Finding:
 
     @property
     def named(self) -> str:
-        """The known bugs that explain it, or ``UNKNOWN``."""
+        """The names of the known bugs that explain the finding, or ``UNKNOWN``."""
         if self.explanations:
             return " or ".join(v.name for v in self.explanations)
         fitting = [e for e in self.estimates if e.fits]
@@ -85,7 +86,7 @@ class Finding:
 
     @property
     def is_rounding(self) -> bool:
-        """True if different rounding of the same model explains it."""
+        """True if the finding is the same model with different rounding."""
         return bool(self.explanations) and all(v.kind == "rounding" for v in self.explanations)
 
 
@@ -103,13 +104,13 @@ class Report:
     remarks: tuple[str, ...]
     override: float = 1.0
     drift: tuple[tuple[str, float], ...] = field(default=())
-    preflight: tuple[Preflight, ...] = ()  # weights and tokens, if they were compared
-    again: tuple["Report", ...] = ()  # as if computed in another precision, if no known bug explains the findings
+    preflight: tuple[Preflight, ...] = ()  # results for weights and tokens, if compared
+    again: tuple["Report", ...] = ()  # checks that assume another precision, made if no known bug explains the findings
     changed: str = ""  # numbers of the model that the user changed
 
     @property
     def asked(self) -> int:
-        """The number of known bugs tested for: excluded, undetectable here, or named."""
+        """The number of known bugs tested for: excluded, undetectable or named."""
         named = {v.name for finding in self.findings for v in finding.explanations if v.change is not None}
         return len({v.name for v in (*self.excluded, *self.undetectable)} | named)
 
@@ -123,12 +124,15 @@ class Report:
             return verdicts.NOISY_ONLY
         judged = {i.tensor for i in self.instances if i.judged.verdict != verdicts.BLIND}
         blind = verdicts.BLIND in words or verdicts.MISSING in words
-        ends = {"logits", LOGPROBS} & judged or {GRADS + name for name in tensor_shapes(self.config)} <= judged
+        weights = tensor_shapes(self.config)
+        ends = {"logits", LOGPROBS} & judged or {GRADS + name for name in weights} <= judged
+        if self.candidate.call.step is not None:
+            ends = ends and {AFTER + name for name in weights} <= judged
         return verdicts.INCONCLUSIVE if not ends or blind or self.logits_missing else verdicts.CONFORMS
 
     @property
     def logits_missing(self) -> int:
-        """The number of missing logits of the rows' last tokens, if the file has a part of them."""
+        """The number of missing logits of the rows' last tokens, if the file has some but not all."""
         tensors, visible = self.candidate.tensors, self.candidate.call.visible
         last = visible.shape[1] - 1 - np.argmax(visible[:, ::-1], axis=1)
         known = [x.known for name in ("logits", LOGPROBS) if (x := tensors.get(name)) is not None]
@@ -153,21 +157,25 @@ class Report:
 
 
 class Diagnosis:
-    """Compares the results of known bugs on a candidate's inputs with its recorded tensors."""
+    """Compare a candidate's recorded tensors with the results of known bugs on the candidate's inputs."""
 
     def __init__(self, engine: Engine, bugs: Sequence[KnownBug] | None = None) -> None:
         self.engine, self.usual, self.candidate = engine, engine.usual, engine.candidate
         self.whole = bugs is None  # whether families of bugs and estimates are tried, too
-        trainers = () if self.candidate.call.labels is None else TRAINING_BUGS
+        call = self.candidate.call
+        trainers = (
+            () if call.labels is None else TRAINING_BUGS if call.step is None else (*TRAINING_BUGS, *OPTIMIZER_BUGS)
+        )
         self.bugs = (*KNOWN_BUGS, *trainers) if bugs is None else tuple(bugs)
         self._fits: dict[tuple[str, str], bool] = {}
         self._left: dict[tuple[str, str], float] = {}
-        self._parts: list[KnownBug] = []  # parts in half precision that were tried
-        self.untried = False  # true if some weights' places were not tried, to save time
+        self._parts: list[KnownBug] = []  # parts in half precision already tried
+        self.untried = False  # true if some exchanged weights were not tried, to save time
 
     @cached_property
     def few(self) -> set[str]:
-        """The tensors of unrecorded inputs that are wrong in few elements: a bug that leaves these explains nothing."""
+        """Tensors with unrecorded inputs and few wrong elements; a bug must explain these elements to explain
+        anything."""
         wrong = (i for i in self.engine.instances if i.between and i.judged.verdict == verdicts.FAIL)
         return {i.tensor for i in wrong if i.judged.statistics.rms <= SPAN_LIMIT}
 
@@ -179,15 +187,15 @@ class Diagnosis:
     def fits(self, name: str, computed: Computed, bug: KnownBug, before: Computed | None = None) -> bool:
         """Return True if a known bug turns a recorded tensor's inputs into the tensor.
 
-        For a bug with a way of rounding, `before` is the bug alone.
+        If `bug` combines a bug with a way of rounding, `before` is the bug alone.
         """
         found, exact, where = self.candidate.tensors[name], computed.result(name), self.engine.where(name)
         if not self.engine.is_direct(name) and name in self.wrong:
             self._left[bug.name, name] = left = self._measure(name, computed)
             if bug.kind == "mistake" and not before and left > SPAN_LIMIT * self.engine.override:
-                return False  # as `judge` would say, in more time
+                return False  # the same result as `judge`, in less time
         allowed = self.engine.tolerance(name, computed, exact)
-        # The noise of another reading of the model is not that of the right one, so that only its size is judged.
+        # The noise was measured for the correct model, not for this bug, so only its size is judged.
         if allowed.measured and name not in self.few:
             allowed = from_measured_std(allowed.spread, math.inf)
         eager = None
@@ -212,7 +220,8 @@ class Diagnosis:
     def is_consistent(
         self, bug: KnownBug, names: Sequence[str] | None = None, before: Computed | None = None
     ) -> bool | None:
-        """Return True if a bug turns the recorded inputs into the recorded tensors; None if it affects none of them."""
+        """Return True if a bug turns the recorded inputs into the recorded tensors; None if it affects no recorded
+        tensor."""
         computed = self.read(bug)
         touched = False
         for name in self.engine.recorded if names is None else names:
@@ -227,7 +236,7 @@ class Diagnosis:
         return True if touched else None
 
     def explain(self, finding: Sequence[Instance]) -> tuple[KnownBug, ...]:
-        """Return the bugs that explain a finding in every layer, and contradict no other tensor that they affect."""
+        """Return the bugs that explain a finding in every layer and contradict no other tensor."""
         names = [i.tensor for i in finding]
         same_field = [n for n in self.engine.recorded if field_of(n) == field_of(names[0])]
         if finding[0].judged.verdict == verdicts.INVALID:
@@ -240,14 +249,14 @@ class Diagnosis:
             if self.is_consistent(v, good) is not False:
                 found.append(v)
         found = self._choose([v for v in found if v.kind == "mistake"]) or found
-        if names[0].startswith(GRADS):
+        if names[0].startswith((GRADS, AFTER)):
             return tuple(found)
         if self.whole:
             found = found or self._find_part(names) or self._find_weights(names, good)
         return tuple(found or self._find_pairs(finding) or self._find_gemma_1(finding))
 
     def _choose(self, mistakes: Sequence[KnownBug]) -> list[KnownBug]:
-        """Return the mistakes, except those that another mistake replaces: it explains more fields, or is named
+        """Leave out each mistake that another one replaces, because the other explains more fields or is named
         alone."""
         wrong: dict[str, list[str]] = {}
         for name in self.engine.recorded:
@@ -261,8 +270,8 @@ class Diagnosis:
         ]  # fmt: skip
 
     def _find_part(self, names: Sequence[str]) -> list[KnownBug]:
-        """Return the largest part in half precision that explains every tensor it affects, including some of
-        `names`."""
+        """Return the largest part that explains every tensor it affects, some of `names` among them, if computed in
+        half precision."""
         self._parts = []
         if self.candidate.dtype != "float32" or self._apart(names[0]) > PART_LIMIT:
             return []
@@ -275,7 +284,7 @@ class Diagnosis:
         return []
 
     def _apart(self, name: str) -> float:
-        """Return the distance of a recorded tensor from its reference, in units of the reference's size."""
+        """Return the distance of a recorded tensor from its reference, relative to the reference's size."""
         where = self.engine.where(name)
         with np.errstate(all="ignore"):
             return float(
@@ -283,10 +292,9 @@ class Diagnosis:
             )
 
     def _find_weights(self, names: Sequence[str], good: Sequence[str]) -> list[KnownBug]:
-        """Return weights in the places of others: of each wrong tensor's operation, else of all that lead to the first
-        one.
+        """Return bugs that exchange weights: the weight of each wrong tensor, else all weights that lead to the first.
 
-        The tensors between are computed again for each. So for large models not all are tried, and a remark reports it.
+        Each try computes the tensors in between again. So large models try only some weights, and a remark says so.
         """
         context, kinds = self.engine.context, {field_of(name) for name in names}
         if not kinds - set(WEIGHT_OF_FIELD) and all(self.engine.is_direct(name) for name in names):
@@ -312,10 +320,10 @@ class Diagnosis:
         return []
 
     def _find_pairs(self, finding: Sequence[Instance]) -> list[KnownBug]:
-        """Return bugs that explain the first of several tensors, or most of the error, with a way of rounding for the
-        rest.
+        """Return pairs of a bug and a way of rounding; the bug alone explains the first of several tensors, or most of
+        the error.
 
-        This is only for tensors with unrecorded inputs: a single operation on its own inputs has one reason.
+        This is only for tensors with unrecorded inputs; a wrong operation on recorded inputs has a single reason.
         """
         if not finding[0].between:
             return []
@@ -335,7 +343,8 @@ class Diagnosis:
         return found
 
     def rank(self, name: str) -> list[tuple[float, KnownBug]]:
-        """Return the bugs by the remaining part of a span's root mean square error, the closest first."""
+        """Return the bugs, each with the part of a span's root mean square error that remains; the smallest part
+        first."""
         usual, bugs = self._measure(name, self.usual), [v for v in (*self.bugs, *self._parts) if v.change is not None]
         for v in bugs:
             if (v.name, name) not in self._left:
@@ -344,8 +353,7 @@ class Diagnosis:
         return sorted(left, key=lambda one: one[0])
 
     def _measure(self, name: str, computed: Computed) -> float:
-        """Return the root mean square error of a recorded tensor, in standard deviations, for a reading of the
-        model."""
+        """Return the root mean square error of a recorded tensor, in standard deviations, if computed with a bug."""
         where = self.engine.where(name)
         with np.errstate(all="ignore"):
             error = self.candidate.tensors[name].numbers - computed.result(name)
@@ -354,12 +362,12 @@ class Diagnosis:
         return found if math.isfinite(found) else math.inf
 
     def read(self, bug: KnownBug) -> Computed:
-        """Return the operations as a bug has them, with the usual results that it does not change."""
+        """Return the operations with a bug; reuse results that the bug does not change."""
         return self.usual.edit(bug.table(self.engine.context, self.usual.table))
 
     def _find_behind(self, names: Sequence[str]) -> tuple[KnownBug, ...]:
-        """Return bugs that reduce an error so much that they are present, although quantisation could explain the
-        error."""
+        """Return bugs that reduce an error so much that they must be present, although quantisation could explain
+        it."""
         ranked = [(left, v) for left, v in self.rank(names[0]) if v.kind == "mistake"]
         return tuple(self._choose([v for left, v in ranked if left <= min(MUCH_CLOSER, 1.2 * ranked[0][0])]))
 
@@ -388,7 +396,7 @@ class Diagnosis:
     def findings(self) -> Iterator[Finding]:
         """Yield the findings, one per field, in the order of execution."""
         groups: dict[str, list[Instance]] = {}
-        excused: dict[str, list[Instance]] = {}  # by quantisation, of unrecorded inputs
+        excused: dict[str, list[Instance]] = {}  # tensors with unrecorded inputs whose error quantisation could explain
         for instance in self.engine.instances:
             if instance.judged.verdict in verdicts.BAD:
                 groups.setdefault(field_of(instance.tensor), []).append(instance)
@@ -397,11 +405,13 @@ class Diagnosis:
         for kind, some in excused.items():
             if kind not in groups and (behind := self._find_behind([i.tensor for i in some])):
                 yield Finding(kind, tuple(some), len(some), "", behind, ())
-        earlier: list[KnownBug] = []  # those that explain gradients nearer to the loss
-        unknown = False  # whether one of these is unexplained: gradients computed from it are wrong for the same reason
+        earlier: list[KnownBug] = []  # bugs that explain gradients nearer to the loss
+        unknown = (
+            False  # true if one of these gradients is unexplained; then later gradients are wrong for the same reason
+        )
         for kind, wrong in groups.items():
             total = sum(field_of(i.tensor) == kind for i in self.engine.instances)
-            # Tensors of another shape, or with NaN, say nothing of the numbers of the others.
+            # Tensors with a wrong shape or NaN give no information on the numbers of other tensors.
             judged = [i for i in wrong if i.judged.verdict != verdicts.INVALID]
             first, names = (judged or wrong)[0], [i.tensor for i in judged]
             fitted = tuple(estimate_parameters(self.engine, names)) if self.whole else ()
@@ -421,11 +431,11 @@ class Diagnosis:
                 if self.engine.quantised:
                     explained = self._find_behind(names)
             if explained and all(v.kind == "rounding" for v in explained):
-                fitted = ()  # another rounding moves an estimate as well
+                fitted = ()  # different rounding also changes an estimate
             yield Finding(kind, tuple(wrong), total, where, explained, fitted, maps, closest)
 
     def coverage(self) -> tuple[tuple[KnownBug, ...], tuple[KnownBug, ...]]:
-        """Return the bugs that contradict the recorded tensors, and those that are undetectable."""
+        """Return the excluded bugs, which contradict the recorded tensors, and the undetectable bugs."""
         excluded: list[KnownBug] = []
         undetectable: list[KnownBug] = []
         for v in self.bugs:
@@ -434,8 +444,8 @@ class Diagnosis:
         return tuple(excluded), tuple(undetectable)
 
     def drift(self) -> Iterator[tuple[str, float]]:
-        """Yield the relative distance of the residual stream and logits from the model's own; it is only
-        informative."""
+        """Yield how far the residual stream and logits are from the model's own, relative to their size, as
+        information."""
         alone = Computed(self.usual.table, replace(self.candidate, tensors={}))
         for name in self.usual.table:
             if field_of(name) not in ("embedded", "out", "norm", "logits"):
@@ -455,32 +465,32 @@ class Diagnosis:
         without = [row for row, text in enumerate(texts) if text[:1] != [bos]]
         twice = [row for row, text in enumerate(texts) if text[:2] == [bos, bos]]
         if bos is not None and without:
-            remark = "(missing-bos); real texts do, and quality suffers badly without"
+            remark = "(missing-bos); real texts do; without it, the quality is much worse"
             yield f"tokens: row {without[0]} does not begin with <bos> {remark}"
         elif bos is not None and twice:
             yield f"tokens: row {twice[0]} begins with <bos> twice (double-bos)"
         if self.untried:
-            yield "weights in the places of others were not all tried: record the projections and norms to name one"
+            yield "exchanged weights were only partly tried; record the projections and norms to find them"
         for name in candidate.unknown[:3]:
             yield f"{name}: is not a tensor of this model"
         if len(candidate.unknown) > 3:
             yield f"and {len(candidate.unknown) - 3} other unknown tensors"
         if candidate.dtype_from == "numbers":
-            yield f"the file does not say its dtype; its numbers are those of {candidate.dtype}"
+            yield f"the file does not name its dtype; all its numbers are exact in {candidate.dtype}"
         yield from candidate.remarks
         if self.engine.override != 1:
-            yield f"OVERRIDE: everything that rounding may do was multiplied by {self.engine.override:g}, by option"
+            yield f"OVERRIDE: all tolerances were multiplied by {self.engine.override:g}, because of --allow"
 
 
 def diagnose(
     candidate: Candidate, weights: Weights, config: Gemma2Config, override: float = 1.0, quantised: bool = False
 ) -> Report:
-    """Judge a candidate's tensors, and report the wrong ones with the reason.
+    """Judge a candidate's tensors, and report wrong tensors with the reason.
 
     Parameters
     ----------
     candidate : Candidate
-        From `refgemma.trace.candidate.load_trace`.
+        The candidate; see `refgemma.trace.candidate.load_trace`.
     weights : Weights
         The model's weights, in the candidate's precision.
     config : Gemma2Config
@@ -488,8 +498,8 @@ def diagnose(
     override : float
         A factor on all tolerances. Every report shows it if it is not 1.
     quantised : bool
-        If true, products with weights may have errors as from quantised weights. If every product has such errors and
-        no known bug explains them, the weights count as quantised in any case.
+        If true, weights are quantised, and products with weights may have the errors of quantisation. Weights also
+        count as quantised if every such product has these errors and no known bug explains them.
 
     Examples
     --------
@@ -514,9 +524,7 @@ def diagnose(
             found = turned
     if not quantised and looks_quantised(found):
         again = report_on(Engine(found.candidate, weights, config, override, quantised=True))
-        said = (
-            "every product with weights is off, as quantised weights or activations make it: judged as with --quantised"
-        )
+        said = "all products with weights have errors as from quantisation; judged as with --quantised"
         found = replace(again, remarks=(*again.remarks, said))
     return found
 
@@ -527,13 +535,13 @@ HEAD_FIELDS = {"attention.q", "attention.k", "attention.q_rot", "attention.k_rot
 def join_halves(candidate: Candidate) -> Candidate:
     """Reorder each head of queries and keys from adjacent pairs to halves.
 
-    Weights with rows in that order, and a rotation of adjacent pairs, are the same model: no score differs.
+    With weights in that row order and a rotation of adjacent pairs, the model is the same: no score differs.
     """
 
     def move(x: Array) -> Array:
         return np.concatenate([x[..., ::2], x[..., 1::2]], axis=-1)
 
-    said = "queries and keys lie in the order for pairs side by side, and are turned in it: the same model"
+    said = "queries and keys are in the order for adjacent pairs, and are rotated in this order: the same model"
     tensors = {
         name: replace(x, numbers=move(x.numbers), known=None if x.known is None else move(x.known))
         if field_of(name) in HEAD_FIELDS else x
@@ -543,7 +551,7 @@ def join_halves(candidate: Candidate) -> Candidate:
 
 
 def looks_quantised(report: Report) -> bool:
-    """Return True if nearly all products with weights are wrong, and no known bug explains it."""
+    """Return True if nearly all products with weights are wrong, and no known bug explains the errors."""
     products = [i for i in report.instances if field_of(i.tensor) in PRODUCTS and not i.between]
     wrong = [i for i in products if i.judged.verdict in (verdicts.SKEWED, verdicts.FAIL)]
     unknown = {f.field for f in report.findings if not f.explanations and f.field in PRODUCTS}
@@ -551,7 +559,7 @@ def looks_quantised(report: Report) -> bool:
 
 
 def report_on(engine: Engine, bugs: Sequence[KnownBug] | None = None) -> Report:
-    """Judge all recorded tensors of an engine's candidate; with some `bugs`, test only these, without estimates."""
+    """Judge all recorded tensors of an engine's candidate; given `bugs`, test only these, and estimate no parameter."""
     candidate, config, override = engine.candidate, engine.config, engine.override
     work = Diagnosis(engine, bugs)
     order = list(engine.usual.table)

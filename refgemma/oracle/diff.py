@@ -1,9 +1,10 @@
-"""Compare two traces: find the first tensor that differs, and those that inputs and rounding do not explain. Checked in
-the tests on recordings of PyTorch, one of them changed in a known place.
+"""Compare two traces: find the first tensor that differs, and the differences that inputs and rounding do not explain.
 
-For an operation with result ``f(inputs)``, the first trace has ``a = f(a's inputs) + e`` and the second ``b = f(b's
-inputs) + e'``. The errors are bounded by ``B`` and ``B'`` from ``refgemma.oracle.tolerance``. So ``(a - b) - (f(a's
-inputs) - f(b's inputs))`` is at most ``B + B'``, however much the inputs differ; a larger difference is unexplained.
+Checked in the tests on recordings of PyTorch; one of them has a change in a known place.
+
+An operation gives ``a = f(inputs of a) + e`` in the first trace and ``b = f(inputs of b) + e'`` in the second, where
+``B`` and ``B'`` from ``refgemma.oracle.tolerance`` bound the errors. So ``(a - b) - (f(inputs of a) - f(inputs of b))``
+is at most ``B + B'``, however much the inputs differ. A larger difference is unexplained.
 """
 
 from collections.abc import Mapping
@@ -33,22 +34,22 @@ class Difference:
     """
 
     tensor: str
-    problem: str  # why the two cannot be compared; empty if they can
+    problem: str  # why the two tensors cannot be compared; empty if they can
     elements: int = 0
     equal: float = 0.0  # share of equal elements
-    largest: float = 0.0  # absolute difference
-    relative: float = 0.0  # root mean square of the difference, over that of the first trace's tensor
-    place: tuple[int, ...] = ()  # of the largest
-    unexplained: float | None = None  # largest error over bound, if both traces have all inputs
+    largest: float = 0.0  # largest absolute difference
+    relative: float = 0.0  # root mean square of the difference, divided by that of the first tensor
+    place: tuple[int, ...] = ()  # index of the largest difference
+    unexplained: float | None = None  # largest unexplained difference over its bound, if both traces have all inputs
 
     @property
     def differs(self) -> bool:
-        """True if the two are not equal to the last bit."""
+        """True if the tensors are not equal bit for bit."""
         return bool(self.problem) or self.equal < 1
 
 
 def sort_names(names: list[str]) -> list[str]:
-    """Return our names in the order of execution, then all others in their given order.
+    """Return refgemma's names in the order of execution, then all other names in their given order.
 
     Examples
     --------
@@ -67,7 +68,7 @@ def sort_names(names: list[str]) -> list[str]:
 
 
 def compare_tensors(name: str, a: Array, b: Array) -> Difference:
-    """Return the `Difference` of two arrays, `a` and `b`, of the tensor `name`.
+    """Compare the arrays `a` and `b` of the tensor `name`.
 
     Examples
     --------
@@ -91,7 +92,7 @@ def compare_tensors(name: str, a: Array, b: Array) -> Difference:
 
 
 def compare_traces(a: TraceFile, b: TraceFile) -> list[Difference]:
-    """Return the difference of every tensor in both files, in the order of execution."""
+    """Compare every tensor that both files have, in the order of execution."""
     found = []
     for name in sort_names([name for name in a.entries if name in b.entries]):
         left, right = a.entries[name], b.entries[name]
@@ -105,14 +106,14 @@ def compare_traces(a: TraceFile, b: TraceFile) -> list[Difference]:
 def measure_unexplained(
     a: Candidate, b: Candidate, weights: Mapping[str, Weights], config: Gemma2Config
 ) -> dict[str, float]:
-    """Return the unexplained difference of each tensor, in units of its bound, where both traces have its inputs.
+    """Return the unexplained difference of each tensor whose inputs both traces have, in units of its bound.
 
     Parameters
     ----------
     a, b : Candidate
         Two traces of the same tokens.
     weights : mapping
-        The model's weights, in each trace's precision.
+        The model's weights, by precision.
     config : Gemma2Config
         The model's configuration.
     """

@@ -1,16 +1,17 @@
-"""Judge a candidate against its model: each recorded tensor is judged on the tensors recorded before it.
+"""Judge a candidate against its model; each recorded tensor is judged given the tensors recorded before it.
 
-``verify``, ``check``, ``diff``, ``sweep`` and the prompts all use it. Checked in the tests: a wrong operation is
-reported, but not its consequences; three independent sources detect defects planted in the engine itself.
+``verify``, ``check``, ``diff``, ``sweep`` and the prompts all use this engine. Checked in the tests: it reports a wrong
+operation, but not the consequences; three independent sources detect defects planted in the engine itself.
 
 A tensor's reference is its operation in float64, applied to the candidate's own recorded inputs. Unrecorded tensors
-between two recorded ones are computed exactly, and the effect of rounding in them is measured; see
+between two recorded tensors are computed exactly, and the effect of rounding them is measured; see
 `refgemma.oracle.spans`.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from refgemma.inputs import InputError
 from refgemma.oracle.backward_operations import backward_operations
 from refgemma.oracle.judge import DEVIATIONS, SPAN_LIMIT, Judged, Statistics, judge
 from refgemma.oracle.operations import Context, Operation, double, operations
+from refgemma.oracle.optimizer_operations import optimizer_operations
 from refgemma.oracle.spans import Computed, measure_noise, where_compared
 from refgemma.oracle.tolerance import EVEN, FORMATS, UNDERFLOW, Arithmetic, Tolerance, from_measured_std, in_decimals
 from refgemma.oracle.verdicts import FAIL, INVALID, NOISY, SKEWED
@@ -27,30 +29,30 @@ from refgemma.trace.candidate import Candidate
 from refgemma.trace.names import field_of
 from refgemma.weights.parameters import Weights
 
-# The operations that PyTorch's eager kernels round more than once in half precision.
+# Operations in which PyTorch's eager kernels round more than once in half precision.
 SEVERAL_ROUNDINGS = ("attention.q_rot", "attention.k_rot", "attention.scores", "attention.capped", "logits")
-# Products with weights; they differ if the weights are quantised.
+# Products with weights, which differ if the weights are quantised.
 PRODUCTS = (
     "embedded", "attention.q", "attention.k", "attention.v", "attention.out", "feed_forward.gate", "feed_forward.up",
     "feed_forward.out", "raw_logits",
 )  # fmt: skip
-# The largest relative error of products that is taken for quantisation: four bits are off by 5 to 10 per cent, three by
-# twice as much. One tensor may be off by `UNEVEN` times the median.
+# The largest relative error of products that counts as quantisation: four bits give 5 to 10 per cent, three bits twice
+# as much. One tensor may have `UNEVEN` times the median error.
 QUANTISED_LIMIT, UNEVEN = 0.25, 4.0
 
 
 @dataclass(frozen=True)
 class Instance:
-    """One recorded tensor, judged on the tensors recorded before it."""
+    """One recorded tensor with its verdict, given the tensors recorded before it."""
 
     tensor: str
-    sources: tuple[str, ...]  # recorded tensors that it was computed from
-    between: tuple[str, ...]  # tensors that lie between, which were not recorded
+    sources: tuple[str, ...]  # recorded tensors from which it was computed
+    between: tuple[str, ...]  # unrecorded tensors in between
     judged: Judged
 
 
 class Engine:
-    """Applies the table of operations to a candidate's recorded tensors.
+    """Apply the table of operations to a candidate's recorded tensors.
 
     Parameters
     ----------
@@ -61,9 +63,9 @@ class Engine:
     config : Gemma2Config
         The model's configuration.
     override : float
-        A factor on all tolerances; 1 unless the user gives another.
+        A factor on all tolerances; usually 1.
     quantised : bool
-        If true, products with weights may have errors of about the same relative size.
+        If true, products with weights may all have errors of about the same relative size, as from quantisation.
     """
 
     def __init__(
@@ -78,7 +80,10 @@ class Engine:
         self.candidate, self.config, self.override, self.quantised = candidate, config, override, quantised
         self.context = Context(config, double(weights), candidate.call, Arithmetic(candidate.dtype))
         if candidate.call.labels is not None:
-            self.context = replace(self.context, backward=backward_operations)
+            self.context = replace(
+                self.context,
+                backward=lambda context: chain(backward_operations(context), optimizer_operations(context)),
+            )
         self.eager_context = replace(self.context, weights=weights, exact=False)
         self.usual = Computed(operations(self.context), candidate)
         self._noise: dict[tuple[str, float], Array] = {}
@@ -90,7 +95,7 @@ class Engine:
 
     @cached_property
     def eager_table(self) -> dict[str, Operation]:
-        """The operations as PyTorch's eager kernels round them."""
+        """The operations, rounded as in PyTorch's eager kernels."""
         return operations(self.eager_context)
 
     @cached_property
@@ -116,13 +121,13 @@ class Engine:
         judged = judge(found.numbers, exact, allowed, found.storage, self.where(name), eager, self.override)
         if self.quantised and judged.verdict in (SKEWED, FAIL) and (off := self.quantisation.get(name)):
             if off <= min(QUANTISED_LIMIT, UNEVEN * float(np.median([*self.quantisation.values()]))):
-                return replace(judged, verdict=NOISY, note=f"products with weights are off by {off:.2g} of their size")
+                return replace(judged, verdict=NOISY, note=f"products with weights have relative errors of {off:.2g}")
         masked = field_of(name) == "attention.probs" and np.isinf(judged.statistics.error_over_bound)
         return replace(judged, note=f"weight on a masked key: {judged.note}") if masked else judged
 
     @cached_property
     def quantisation(self) -> dict[str, float]:
-        """The relative error of products with weights, for each recorded tensor that shows it."""
+        """The relative error of products with weights, for each recorded tensor that shows such an error."""
         found = {}
         for name in self.recorded:
             step, where = 0.01, self.where(name)
@@ -142,7 +147,7 @@ class Engine:
         return len((computed or self.usual).span(name)) == 1
 
     def tolerance(self, name: str, computed: Computed | None = None, exact: Array | None = None) -> Tolerance:
-        """Return the tolerance of a recorded tensor, for the usual model or for another reading of it.
+        """Return the tolerance of a recorded tensor, for the correct model or, given `computed`, for another reading.
 
         `exact` is the result of that reading, if it is already known.
         """
@@ -156,12 +161,12 @@ class Engine:
     def noise(self, name: str, off: float = 0.0) -> Array:
         """Return the measured uncertainty of a tensor whose inputs were not recorded.
 
-        The uncertainty of the correct model is used for every known bug, too. `off` is the relative error of products
+        Known bugs use the uncertainty of the correct model, too. `off` is the relative error of products
         with weights.
         """
         if (name, off) not in self._noise:
             spans = [n for n in self.recorded if not self.is_direct(n) and (n, off) not in self._noise]
-            names = spans if name in spans else [name]  # a known bug may have other connections, and so another span
+            names = spans if name in spans else [name]  # a known bug may change the connections, and so the span
             more = dict.fromkeys(PRODUCTS, off) if off else {}
             for found, noise in measure_noise(self.usual, names, self.context, more).items():
                 self._noise[found, off] = np.hypot(noise, EVEN * self.candidate.tensors[found].coarse / 2)
@@ -170,20 +175,19 @@ class Engine:
     def eager_result(
         self, name: str, computed: Computed | None = None, table: Mapping[str, Operation] | None = None
     ) -> Array:  # fmt: skip
-        """Return a tensor with the rounding of PyTorch's eager kernels, on the inputs of a reading of the model."""
+        """Compute a tensor from recorded inputs with the rounding of PyTorch's eager kernels."""
         storage, inputs = self.candidate.tensors[name].storage, (computed or self.usual).inputs(name)
         with np.errstate(all="ignore"):
             result = (table or self.eager_table)[name].compute(*(as_dtype(x, storage) for x in inputs))
         return np.asarray(result, np.float64)
 
     def rounds_several_times(self, name: str, computed: Computed | None = None) -> bool:
-        """Return True if PyTorch's eager kernels round more than once between a tensor's recorded inputs and the
-        tensor."""
+        """Return True if PyTorch's eager kernels round more than once from a tensor's recorded inputs to the tensor."""
         half = self.candidate.tensors[name].storage in FORMATS
         return half and field_of(name) in SEVERAL_ROUNDINGS and self.is_direct(name, computed)
 
     def where(self, name: str) -> Array:
-        """Return a mask of the elements of a recorded tensor to compare."""
+        """Return a mask that is true for the elements of a recorded tensor to compare."""
         tensor = self.candidate.tensors[name]
         where = where_compared(name, self.context)
         return np.broadcast_to(where if tensor.known is None else where & tensor.known, tensor.numbers.shape)

@@ -1,9 +1,10 @@
-"""Estimate the number that a candidate used instead of the model's: scale, cap, eps, theta, window or position. Checked
-in the tests on recordings, and on runs with random numbers: the errors of the estimates are within their uncertainties.
+"""Estimate a parameter that a candidate got wrong: scale, cap, eps, theta, window or position.
 
-The number is found by least squares in units of the standard deviation of rounding, and is reported with its own
-standard deviation (widened by the remaining misfit). It fits if the rest is rounding. The size of rounding depends on
-the number itself, so it is computed first for the model's number, and then for the estimate.
+Checked in the tests on recordings, and on runs with random parameters: each estimate is within its uncertainty.
+
+The parameter is found by least squares in units of the standard deviation of rounding. It is reported with its own
+standard deviation, widened by the remaining misfit. The estimate fits if only rounding remains. The size of rounding
+depends on the parameter, so it is computed first for the model's value, then for the estimate.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from refgemma.trace.names import LAYER_NORMS, LOGPROBS, field_of
 
 FITS = 3.0  # root mean square in standard deviations
 STEPS = 40
-ROUNDS = 3  # the standard deviations are computed again after each
+ROUNDS = 3  # rounds of least squares; each computes the standard deviations again
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Estimate:
     uncertainty: float
     expected: float
     fits: bool
-    near: str = ""  # a number of the model that it agrees with
+    near: str = ""  # a known number that agrees with the estimate
 
 
 TEMPERATURE = "temperature"
@@ -50,22 +51,22 @@ PARAMETERS: Mapping[str, tuple[str, ...]] = {
     "attention.probs": ("sliding_window",),
     LOGPROBS: (TEMPERATURE,),
 } | dict.fromkeys((*LAYER_NORMS, "norm"), ("rms_norm_eps",))
-# An estimate counts if it differs from the model's number by this many standard deviations and leaves at most this part
-# of the mean square error. It is a known number if its relative difference from that number is at most the last value.
+# An estimate counts if it differs from the model's value by this many standard deviations, and leaves at most this part
+# of the mean square error. It is identified with a known number if their relative difference is at most the last value.
 SIGNIFICANT, LEFT, ALIKE = 4.0, 0.25, 0.02
 
 
 def estimate_parameters(engine: Engine, names: Sequence[str]) -> Iterator[Estimate]:
-    """Yield estimates of the parameters that the wrong tensors depend on; for spans, only the temperature.
+    """Yield estimates of the parameters of the wrong tensors' operations; for spans, only of the temperature.
 
-    An estimate is left out if it does not differ significantly, or explains little of the error.
+    Estimates that do not differ significantly from the model, or explain little of the error, are left out.
     """
     usual = engine.usual
     names = [name for name in names if engine.is_direct(name) or field_of(name) == LOGPROBS][:4]
     for parameter in PARAMETERS.get(field_of(names[0]), ()) if names and not engine.quantised else ():
         try:
             found = _estimate(parameter, usual, names, engine)
-        except ConfigError:  # the search left the valid range, so this parameter does not explain it
+        except ConfigError:  # the search left the valid range, so this parameter does not explain the error
             continue
         if found is not None and is_significant(found.value, found.uncertainty, found.expected):
             yield found
@@ -83,8 +84,8 @@ def is_significant(value: float, uncertainty: float, expected: float) -> bool:
 
 
 def _errors(usual: Computed, names: Sequence[str], context: Context, deviations: Sequence[Array]) -> Array:
-    """Return the errors of all the tensors in standard deviations, under a context."""
-    # The tensors between are the usual ones: in a whole span, only the last operation has a parameter.
+    """Return the errors of all tensors in standard deviations, if computed with a context."""
+    # Use the correct tensors in between, because only the last operation of a span has a parameter.
     computed = Computed(operations(context), usual.candidate, dict(usual.between))
     parts = []
     for name, std in zip(names, deviations, strict=True):
@@ -99,7 +100,7 @@ def _errors(usual: Computed, names: Sequence[str], context: Context, deviations:
 
 
 def _deviations(usual: Computed, names: Sequence[str], context: Context, engine: Engine) -> list[Array]:
-    """Return the standard deviations of the tensors under a context."""
+    """Return the standard deviations of the tensors, if computed with a context."""
     computed = Computed(operations(context), usual.candidate)
     found = []
     for name in names:
@@ -115,7 +116,7 @@ def _deviations(usual: Computed, names: Sequence[str], context: Context, engine:
 
 
 def _with(context: Context, parameter: str, value: float) -> Context:
-    """Return the context with another value of a parameter."""
+    """Return the context with a new value of a parameter."""
     match parameter:
         case "embedding scale":
             return scaled_embedding(lambda _: value)(context)
@@ -134,7 +135,7 @@ def _estimate(parameter: str, usual: Computed, names: Sequence[str], engine: Eng
     context = engine.context
 
     def errors(value: float, at: float) -> Array:
-        """Return the errors for a value, in standard deviations for the parameter value `at`."""
+        """Return the errors for a parameter value, in units of the standard deviations for the value `at`."""
         return _errors(usual, names, _with(context, parameter, value), deviations(at))
 
     @cache
@@ -159,7 +160,7 @@ def _estimate(parameter: str, usual: Computed, names: Sequence[str], engine: Eng
     for _ in range(ROUNDS):
         value, uncertainty = _least_squares(partial(errors, at=at), value)
         if not np.isfinite(uncertainty) or not tried[0] <= value <= tried[-1]:
-            return None  # these inputs do not determine it
+            return None  # these inputs do not determine the parameter
         at = value
     fits = misfit(value, at) <= FITS**2
     if not fits and misfit(value, expected) > LEFT * misfit(expected, expected):
@@ -202,7 +203,7 @@ def _least_squares(errors: Callable[[float], Array], start: float) -> tuple[floa
 
 
 def _near(parameter: str, value: float, uncertainty: float, context: Context) -> str:
-    """Return the name of a known number that an estimate agrees with, or an empty string."""
+    """Return the name of a known number near the estimate, or an empty string."""
     c = context.config
     caps = {"50": 50, "30": 30, "attn_logit_softcapping": c.attn_logit_softcapping or 0,
             "final_logit_softcapping": c.final_logit_softcapping or 0}  # fmt: skip
@@ -217,7 +218,7 @@ def _near(parameter: str, value: float, uncertainty: float, context: Context) ->
         "attn_logit_softcapping": caps, "final_logit_softcapping": caps,
     }  # fmt: skip
     known = numbers.get(parameter, {})
-    # A wide uncertainty alone must not match a different number.
+    # A large uncertainty must not make a different number match.
     close = [
         name for name, number in known.items()
         if abs(value - number) <= min(SIGNIFICANT * uncertainty + 1e-6 * number, ALIKE * number)

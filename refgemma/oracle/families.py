@@ -1,7 +1,9 @@
-"""Families of known bugs, tried in every place if no bug of the catalogue explains a finding: a weight in another's
-place, or a part in half precision. Checked by making some of each in transformers (``golden/mistakes.py``).
+"""Try families of known bugs if no bug of the catalogue explains a finding.
 
-A family needs one computation for each place, so coverage of a correct trace does not test for it.
+One family exchanges weights, the other computes a part in half precision, each in every place. Checked by introducing
+some members of each into transformers (``golden/mistakes.py``).
+
+Each member needs its own computation, so a check of a correct trace does not test for families.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,13 +27,13 @@ PROJECTIONS = ("attention.q", "attention.k", "attention.v")
 ATTENTION = (*MIXED, "attention.capped", "attention.probs")
 WITH_WEIGHTS = (*PROJECTIONS, *NORMS, "attention.out", "embedded", "raw_logits", *(
     f"feed_forward.{name}" for name in ("gate", "up", "out")))  # fmt: skip
-# The largest first: the first one that explains all tensors it affects is reported.
+# The largest part comes first; the first part that explains all tensors it affects is reported.
 PARTS: Mapping[str, tuple[str, ...]] = {
     "layers": LAYER_FIELDS, "feed-forward": FEED_FORWARD, "attention": ATTENTION, "norms": NORMS,
     "projections": PROJECTIONS, "softmax": ("attention.probs",),
 } | {field: (field,) for field in ("embedded", *LAYER_FIELDS, "norm", "raw_logits")}  # fmt: skip
 
-# The tensors of a trace that show a cache in half precision: stored keys and values.
+# Tensors that show a cache in half precision: stored keys and values.
 ROUND_TO: Mapping[str, tuple[str, ...]] = {
     "keys-and-values-kept": ("attention.k_rot", "attention.v"), "keys-kept": ("attention.k_rot",),
     "values-kept": ("attention.v",),
@@ -41,7 +43,7 @@ SEEN_IN_HALF = {"attention": "transformers #26451", "softmax": "optimum-habana #
 
 
 def _compute_in(op: Operation, storage: str, *inputs: Array) -> Array:
-    """Return the result of an operation in an engine of that precision; a product with weights is rounded once."""
+    """Compute an operation as an engine in half precision would; a product with weights is rounded once."""
     halves = [as_dtype(x, storage) for x in inputs]
     if field_of(op.name) in WITH_WEIGHTS:
         return as_float64(as_dtype(op.compute(*map(as_float64, halves)), storage))
@@ -49,7 +51,7 @@ def _compute_in(op: Operation, storage: str, *inputs: Array) -> Array:
 
 
 def compute_in(storage: str, fields: Sequence[str], layers: Sequence[int] = ()) -> Change:
-    """Return an edit that computes some fields in half precision, in some layers or in all."""
+    """Return an edit that computes some fields in half precision, in the given layers or in all."""
 
     def edit(table: Table, context: Context) -> Iterator[Operation]:
         for name, op in table.items():
@@ -60,7 +62,7 @@ def compute_in(storage: str, fields: Sequence[str], layers: Sequence[int] = ()) 
 
 
 def store_in(storage: str, fields: Sequence[str], layers: Sequence[int] = ()) -> Change:
-    """Return an edit that rounds the results of some fields to half precision, in some layers or in all."""
+    """Return an edit that rounds the results of some fields to half precision, in the given layers or in all."""
 
     def edit(table: Table, context: Context) -> Iterator[Operation]:
         for name, op in table.items():
@@ -71,17 +73,17 @@ def store_in(storage: str, fields: Sequence[str], layers: Sequence[int] = ()) ->
 
 
 def parts_in_half(layers: Sequence[int] = ()) -> Iterator[KnownBug]:
-    """Yield the bug of each part in each half precision, in some layers or in all."""
+    """Yield a bug for each part and each half precision, in the given layers or in all."""
     where = f" of layers {', '.join(map(str, layers))}" if layers else ""
     for short, storage in HALVES.items():
         for part, fields in PARTS.items():
-            says = f"{part}{where}: computed in {storage}, and all else in float32"
+            says = f"{part}{where}: computed in {storage}; all else is float32"
             yield KnownBug(
                 f"{part}-in-{short}{where}", says, fields, compute_in(storage, fields, layers),
                 SEEN_IN_HALF.get(part, "unverified"), "float32", f"dtype of {part}", "rounding",
             )  # fmt: skip
         for stored, kept in ROUND_TO.items():
-            says = f"{stored.replace('-', ' ')} in {storage}{where}, and all else in float32"
+            says = f"{stored.replace('-', ' ')} in {storage}{where}; all else is float32"
             yield KnownBug(
                 f"{stored}-in-{short}{where}", says, kept, store_in(storage, kept, layers),
                 "llama.cpp's default (float16)", "float32", "dtype of the cache", "rounding",
@@ -105,14 +107,14 @@ SEEN = "NeMo #11951, Megatron-Bridge #4200 (norms)"
 
 
 def read_weight(context: Context, place: Place) -> Array:
-    """Return the weight in a place."""
+    """Return the weight at a place."""
     layer, name = place
     found: Array = context.weights.norm if layer is None else getattr(context.weights.layers[layer], name)
     return found
 
 
 class Exchanged(Sequence[LayerWeights]):
-    """Layers in which some weights come from other places."""
+    """Layers with exchanged weights."""
 
     def __init__(self, context: Context, sources: Mapping[Place, Place]) -> None:
         self.context, self.sources = context, sources
@@ -129,7 +131,7 @@ class Exchanged(Sequence[LayerWeights]):
 
 
 def name_place(place: Place) -> str:
-    """Return the checkpoint's name of a weight, without the common prefix and suffix.
+    """Return a weight's name in a checkpoint, without the common prefix and suffix.
 
     Examples
     --------
@@ -143,21 +145,21 @@ def name_place(place: Place) -> str:
 
 @dataclass(frozen=True)
 class Misplaced(KnownBug):
-    """A known bug: weights in the places of others."""
+    """A known bug that uses weights at wrong places."""
 
-    sources: Mapping[Place, Place] = field(default_factory=dict)  # place -> the place that its weight comes from
+    sources: Mapping[Place, Place] = field(default_factory=dict)  # place -> place from which its weight comes
 
 
 def _describe_part(sources: Mapping[Place, Place]) -> str:
     names = {(to[1], at[1]) for to, at in sources.items()}
     if len(sources) > 1 and len(names) == 1 and all(to[0] == at[0] for to, at in sources.items()):
         [(name, other)] = names
-        return f"{other} in the place of {name} in layers {', '.join(str(layer) for layer, _ in sources)}"
-    return ", ".join(f"{name_place(at)} in the place of {name_place(to)}" for to, at in sources.items())
+        return f"{other} instead of {name} in layers {', '.join(str(layer) for layer, _ in sources)}"
+    return ", ".join(f"{name_place(at)} instead of {name_place(to)}" for to, at in sources.items())
 
 
 def weights_of_another(sources: Mapping[Place, Place], says: str = "") -> Misplaced:
-    """Return the bug of weights in other weights' places; `sources` gives the origin of each place's weight."""
+    """Return a bug with weights at wrong places; `sources` gives the origin of each place's weight."""
     says = says or _describe_part(sources)
 
     def change(context: Context) -> Context:
@@ -170,7 +172,7 @@ def weights_of_another(sources: Mapping[Place, Place], says: str = "") -> Mispla
 
 
 def list_places(context: Context) -> dict[Place, tuple[int, ...]]:
-    """Return the shape of each weight that can be exchanged, by place."""
+    """Return the shape of each weight that can be at a wrong place, by place."""
     places: dict[Place, tuple[int, ...]] = {(None, "norm"): context.weights.norm.shape}
     for layer, weights in enumerate(context.weights.layers):
         places |= {(layer, name): getattr(weights, name).shape for name in layer_tensors(layer)}
@@ -178,8 +180,7 @@ def list_places(context: Context) -> dict[Place, tuple[int, ...]]:
 
 
 def exchanges_in_all(context: Context) -> Iterator[Misplaced]:
-    """Yield the effects of a wrong table of names in all layers: one weight for another, two exchanged, layers
-    moved."""
+    """Yield bugs of a wrong table of names in all layers: a wrong weight, two exchanged, or layers shifted."""
     shapes, layers = list_places(context), range(len(context.weights.layers))
     names = list(layer_tensors(0))
 
@@ -193,11 +194,11 @@ def exchanges_in_all(context: Context) -> Iterator[Misplaced]:
                 yield weights_of_another(everywhere({a: b, b: a}), f"{a} and {b} exchanged")
     for step, word in ((1, "after"), (-1, "before")):
         moved = everywhere({name: name for name in names}, step)
-        yield weights_of_another(moved, f"each layer has the weights of the one {word} it")
+        yield weights_of_another(moved, f"each layer has the weights of the layer {word} it")
 
 
 def exchanges_at(context: Context, place: Place) -> Iterator[Misplaced]:
-    """Yield each other weight of the same shape in a place."""
+    """Yield a bug for each other weight of the same shape at a place."""
     shapes = list_places(context)
     for other, shape in shapes.items():
         if other != place and shape == shapes[place]:

@@ -1,10 +1,10 @@
 """Compare one tensor with its reference, in units of its tolerance: statistics and a verdict.
 
-Checked in the tests on correct implementations of many kinds, which all pass, and on small mistakes, which it finds. It
-answers three questions; docs/reference/verdicts.md lists them with all other notions of "close enough":
+Checked in the tests: correct implementations of many kinds pass, and small mistakes are found. The functions answer
+three questions; docs/reference/verdicts.md lists them with all other notions of "close enough":
 
 * `judge`: can a conforming implementation compute this result from these inputs?
-* `strict_distance`: are two results of one operation on the same inputs as near as two roundings can be?
+* `strict_distance`: are two results of one operation on the same inputs as close as rounding allows?
 * `resembles`: is this the result of a certain way of rounding?
 """
 
@@ -18,16 +18,16 @@ from refgemma.oracle.tolerance import FORMATS, UNDERFLOW, Tolerance, ulp
 from refgemma.oracle.verdicts import BLIND, EXACT, FAIL, INVALID, NOISY, PASS, SKEWED
 from refgemma.precision import Array, as_dtype
 
-# A conforming implementation has 1, by the definition of a standard deviation, and sqrt(3) if each error were the
-# largest possible.
+# The root mean square of a conforming implementation is 1, by the definition of a standard deviation. It is sqrt(3) if
+# each error is the largest possible.
 RMS_LIMIT = 2.0
-# In standard deviations of a sum over all elements; exceeded by chance in one of 4e11 tensors.
+# Limit in standard deviations of a sum over all elements; chance exceeds this in one of 4e11 tensors.
 DEVIATIONS = 7.0
-# If a tensor's inputs were not recorded, its noise is measured by simulation; but the real errors of one run are not
-# independent. A single element may be off by `SPAN_LIMIT * DEVIATIONS`: in 14 correct configurations the largest error
-# was 5.8, in 24672 logits.
+# If a tensor's inputs were not recorded, its noise is measured by simulation, but the errors of a real run are not
+# independent. So a single element may be off by `SPAN_LIMIT * DEVIATIONS`; in 14 correct configurations the largest
+# error of 24672 logits was 5.8.
 SPAN_LIMIT = 3.0
-# The edges of the bins of errors, in standard deviations; the two outermost bins include all errors beyond them.
+# The edges of the bins of errors, in standard deviations; the first and last bins include all errors beyond.
 EDGES = np.linspace(-6, 6, 49)
 
 
@@ -37,17 +37,17 @@ class Statistics:
 
     elements: int = 0  # number of compared elements
     exact: float = 0.0  # share of correctly rounded elements
-    error_over_bound: float = 0.0  # the largest; 0 if the tolerance was measured, infinite if the tolerance is 0
+    error_over_bound: float = 0.0  # largest error over bound; 0 if the tolerance was measured, infinite if it is 0
     rms: float = 0.0  # root mean square error in standard deviations
-    gain: float = 0.0  # a common factor, in standard deviations from 1, minus the allowed common error
-    bias: float = 0.0  # a common offset, measured in the same way
-    factor: float = 1.0  # the common factor itself
-    place: tuple[int, ...] = ()  # of the largest error
-    histogram: tuple[int, ...] = ()  # numbers of elements by error in standard deviations, see `EDGES`
+    gain: float = 0.0  # distance of a common factor from 1 in standard deviations, minus the allowed common error
+    bias: float = 0.0  # common offset, measured in the same way
+    factor: float = 1.0  # common factor
+    place: tuple[int, ...] = ()  # index of the largest error
+    histogram: tuple[int, ...] = ()  # numbers of elements with errors between two `EDGES`
 
     @property
     def distance(self) -> float:
-        """The largest of all errors in units of its limit; at most 1 for a tensor that passes.
+        """The largest of all errors, each in units of its limit; a tensor passes up to 1.
 
         Examples
         --------
@@ -77,7 +77,7 @@ def count_errors(units: Array) -> tuple[int, ...]:
     (2, 1, 3)
     """
     bins = len(EDGES) - 1
-    scaled = (units - EDGES[0]) * (bins / (EDGES[-1] - EDGES[0]))  # the edges lie at whole numbers of this
+    scaled = (units - EDGES[0]) * (bins / (EDGES[-1] - EDGES[0]))  # on this scale the edges are whole numbers
     numbers = np.clip(np.nan_to_num(scaled), 0, bins - 1).astype(np.int64)
     return tuple(int(n) for n in np.bincount(numbers, minlength=bins))
 
@@ -88,25 +88,25 @@ def round_to(exact: Array, storage: str) -> Array:
         return np.asarray(as_dtype(exact, storage), np.float64)
 
 
-@np.errstate(all="ignore")  # an overflow leads to a verdict, not to a NumPy warning
+@np.errstate(all="ignore")  # an overflow gives a verdict, not a NumPy warning
 def judge(
     found: Array, exact: Array, allowed: Tolerance, storage: str, where: Array, eager: Array | None = None,
     override: float = 1.0,
 ) -> Judged:  # fmt: skip
-    """Judge a tensor by its tolerance.
+    """Compare a tensor with its reference, and return the verdict.
 
     Parameters
     ----------
     found, exact : array
         The candidate's tensor and the reference, in float64.
     allowed : Tolerance
-        The tolerance. If it was measured, the standard deviation decides: see `SPAN_LIMIT`.
+        The tolerance. If it was measured, the standard deviation decides; see `SPAN_LIMIT`.
     storage : str
         The storage format of the tensor.
     where : bool array
-        The elements to compare, of a shape that broadcasts.
+        True for the elements to compare; its shape must broadcast.
     eager : array, optional
-        The result of PyTorch's eager kernels on the same inputs; in half precision they round several times.
+        The result of PyTorch's eager kernels on the same inputs, if they round several times.
     override : float
         A user's factor on the tolerance; every report shows it if it is not 1.
 
@@ -122,7 +122,7 @@ def judge(
     """
     where = np.broadcast_to(where, found.shape)
     if not where.any():
-        return Judged(BLIND, Statistics(), "it has no element to compare")
+        return Judged(BLIND, Statistics(), "there is no element to compare")
     places, c, r = np.argwhere(where), found[where], exact[where]
     nearest = round_to(r, storage)
     if eager is not None and np.sum(eager[where] == c) > np.sum(nearest == c):
@@ -135,9 +135,9 @@ def judge(
     std, bound = (np.broadcast_to(x, found.shape)[where] * override for x in (allowed.std, allowed.error_bound))
     if not np.isfinite(r).all():
         return Judged(BLIND, Statistics(), "the reference is not finite")
-    usable = np.isfinite(c)  # an infinite element is correctly rounded here, because float16 overflows
-    # A bound above twice the largest element leaves nothing to judge, for example for cosines of angles beyond
-    # float32's whole numbers. A tensor of zeros has only the smallest bound.
+    usable = np.isfinite(c)  # an infinite element is correct here, because float16 overflows
+    # If the bound exceeds twice the largest element, nothing can be judged; for example, cosines of angles beyond
+    # float32's whole numbers. A tensor of zeros has only the smallest possible bound.
     limit = math.inf if allowed.measured or not r.any() else 2 * np.abs(r).max()
     if not usable.any() or not np.isfinite(std[usable]).all() or not (bound[usable] <= limit).all():
         return Judged(BLIND, Statistics(), "the tolerance exceeds the tensor's own size")
@@ -172,7 +172,7 @@ def _describe_exact(found: Array, exact: Array) -> str:
         return ""
     farthest = np.argmax(np.abs(found - exact))
     count = "1 element" if len(found) == 1 else f"{len(found)} elements"
-    return f"{count} must be exactly {exact[farthest]:g}, whatever is rounded; one is {found[farthest]:.3g}"
+    return f"{count} must be exactly {exact[farthest]:g}, independent of rounding; one is {found[farthest]:.3g}"
 
 
 def _measure_leaning(error: Array, exact: Array, std: Array, common: float) -> tuple[float, float, float]:
@@ -206,7 +206,8 @@ def distance_from(computed: Array, reference: Array) -> Array:
 
 
 def ratio(difference: Array, allowed: Array) -> float:
-    """Return the largest difference in units of the tolerance; infinite if either is NaN or the tolerance is 0.
+    """Return the largest difference in units of the tolerance; infinite if either is NaN, or if the tolerance is 0 and
+    the difference is not.
 
     Examples
     --------
@@ -220,13 +221,12 @@ def ratio(difference: Array, allowed: Array) -> float:
 
 
 def strict_distance(computed: Array, recorded: Array, allowed: Tolerance, dtype: str) -> float:
-    """Return the distance of two results of one operation on the same inputs; at most 1 if both are correctly rounded.
+    """Return the distance of two results of one operation on the same inputs; it is at most 1 if both round correctly.
 
     Every element may be off by twice the operation's float32 bound. In half precision the results are rounded once
-    more, so two of them may be one ulp apart, but only if a boundary of rounding lies within the bound. This limits the
-    number of elements that may differ. There is one boundary per ulp, so it lies within ``2 * bound`` on either side of
-    a result with probability ``4 * bound / ulp``. The limit is the expected number plus three standard deviations plus
-    one.
+    more. So two of them may be one ulp apart, but only if a boundary of rounding lies within the bound. There is one
+    boundary per ulp, so it lies within ``2 * bound`` on either side of a result with probability ``4 * bound / ulp``.
+    This limits the number of elements that may differ: the expected number, plus three standard deviations, plus one.
 
     Examples
     --------
@@ -253,11 +253,11 @@ def strict_distance(computed: Array, recorded: Array, allowed: Tolerance, dtype:
 def resembles(
     found: Array, reference: Array, usual: Array, allowed: Tolerance, storage: str, where: Array
 ) -> bool:  # fmt: skip
-    """Return True if a tensor is the result of a certain way of rounding, `reference`.
+    """Return True if a tensor is the result of a certain way of rounding; `reference` is that result.
 
-    Nearly all elements must agree: 97 of 100 within four bounds of float32 arithmetic, or, if the tolerance was
-    measured, 9 of 10 within five standard deviations. The others may lie so near to a boundary of rounding that the
-    arithmetic before it decides. This moves a result by at most twice the largest difference from the `usual` results.
+    Nearly all elements must agree: 97 of 100 within four float32 bounds or, if the tolerance was measured, 9 of 10
+    within five standard deviations. The others may be so close to a boundary of rounding that earlier arithmetic
+    decides. This changes a result by at most twice the largest difference from the `usual` results.
     """
     where = np.broadcast_to(where, found.shape)
     if not where.any():
@@ -273,7 +273,7 @@ def resembles(
 
 
 def nearest(found: Array, ways: Sequence[Array]) -> Array:
-    """Return the nearest of several results at each element.
+    """For each element, return the nearest of several results.
 
     Examples
     --------
@@ -286,7 +286,7 @@ def nearest(found: Array, ways: Sequence[Array]) -> Array:
 
 
 def _limits(allowed: Tolerance) -> tuple[Array, Array]:
-    """Return the limit for most elements, and the limit for the others apart from their movement."""
+    """Return the limit for most elements, and the limit for the other elements before their change is added."""
     if allowed.measured:
         return 5 * allowed.spread, 5 * allowed.spread
     return 4 * allowed.bound + UNDERFLOW, 4 * allowed.error_bound

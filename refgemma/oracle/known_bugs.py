@@ -1,12 +1,13 @@
-"""The known mistakes of Gemma 2 ports as data: the change, the first tensor that shows it, and the place where it was
-seen. Checked by making each of them in transformers (``docs/oracle.md`` has the table).
+"""List the known bugs of Gemma 2 ports as data: the change, the first tensor that shows it, and where it was seen.
 
-A known bug is an edit of a `Context`: another number of the configuration, another function, mask, set of weights or
-wiring. The model itself contains no code for mistakes.
+Checked by introducing each bug into transformers (``docs/oracle.md`` has the table).
 
-``kind`` gives the severity. A *mistake* is another model. *rounding* is the same model with different rounding: some
-released implementations do this on purpose, so it is only reported. A *stage* bug is not in an operation, but in the
-tokens, the shapes or the weights.
+A known bug is an edit of a `Context`: another number of the configuration, or other functions, masks, weights or
+connections. The model itself contains no code for bugs.
+
+``kind`` gives the severity. A *mistake* is a different model. *rounding* is the same model with different rounding;
+some released implementations do this on purpose, so it is only reported. A *stage* bug is not in an operation but in
+the tokens, shapes or weights.
 """
 
 import math
@@ -31,30 +32,30 @@ Change = Callable[[Context], Context]
 
 @dataclass(frozen=True)
 class KnownBug:
-    """One known mistake.
+    """One known bug.
 
     Parameters
     ----------
     name : str
-        The name in reports.
+        The bug's name in reports.
     says : str
-        The wrong computation, and the correct one.
+        A description of the wrong computation.
     fields : tuple of str
-        The tensors that differ, in the order of execution; ``attention.probs`` means that of every layer.
+        The tensors that differ, in the order of execution; ``attention.probs`` means this tensor in every layer.
     change : callable
-        The edit; ``None`` for bugs in the tokens, shapes or weights.
+        The edit, or ``None`` for bugs in the tokens, shapes or weights.
     seen : str
-        Where it was seen, or ``unverified``.
+        Where the bug was seen, or ``unverified``.
     shows : str
-        The inputs and precisions that can show it.
+        The inputs and precisions that can show the bug.
     knob : str
-        What to look at in a port.
+        The part of a port to look at.
     kind : str
         ``mistake``, ``rounding`` or ``stage``.
     ways : tuple of callable
-        Other edits of the same bug, where engines or compilers round its steps differently, even from row to row.
+        Other edits for the same bug, if engines or compilers round its steps differently.
     unless : str
-        Another bug that is named alone where both explain a tensor.
+        Another bug; if both explain a tensor, only the other is named.
     """
 
     name: str
@@ -69,12 +70,12 @@ class KnownBug:
     unless: str = ""
 
     def table(self, context: Context, usual: Mapping[str, Operation]) -> dict[str, Operation]:
-        """Return all operations, with those of `fields` as in this bug."""
+        """Return all operations, with this bug's changes to `fields`."""
         if self.change is None:
             return dict(usual)
         try:
             changed = operations(self.change(context))
-        except ConfigError:  # the bug would have numbers that no model can have, such as twice the largest window
+        except ConfigError:  # the bug's numbers are impossible, such as twice the largest window
             return dict(usual)
         return {name: changed[name] if field_of(name) in self.fields else op for name, op in usual.items()}
 
@@ -85,7 +86,7 @@ Table = dict[str, Operation]
 
 
 def config(**changes: Any) -> Change:
-    """Return an edit with other numbers; a callable value gets the context."""
+    """Return an edit that changes numbers of the configuration; a callable value gets the context."""
 
     def change(context: Context) -> Context:
         values = {name: value(context) if callable(value) else value for name, value in changes.items()}
@@ -95,42 +96,43 @@ def config(**changes: Any) -> Change:
 
 
 def function(**functions: Callable[..., Any]) -> Change:
-    """Return an edit with other functions."""
+    """Return an edit that replaces functions."""
     return lambda context: replace(context, functions=dict(context.functions) | functions)
 
 
 def in_storage(name: str, make: Callable[[str], Callable[..., Any]]) -> Change:
-    """Return an edit with another function that does its own rounding; it is made for a precision."""
+    """Return an edit that replaces a function by one that rounds itself; `make` makes it for a precision."""
     return lambda context: function(**{name: make(context.arithmetic.storage)})(context)
 
 
 def in_float32(change: Change) -> Change:
-    """An edit of an engine in float32 only: half precision rounds there anyway."""
+    """Return an edit for float32 only, because half precision rounds there anyway."""
     return lambda context: context if context.arithmetic.storage in FORMATS else change(context)
 
 
 def mask(rule: Callable[[Context, int], Array]) -> Change:
-    """Return an edit with another mask."""
+    """Return an edit that replaces the mask."""
     return lambda context: replace(context, mask=rule)
 
 
 def change_positions(rule: Callable[[Context], Array]) -> Change:
-    """Return an edit with other positions."""
+    """Return an edit that replaces the positions."""
     return lambda context: replace(context, call=replace(context.call, positions=rule(context)))
 
 
 def layer_weights(edit: Callable[[LayerWeights, Context], LayerWeights]) -> Change:
-    """Return an edit with other weights."""
+    """Return an edit that changes each layer's weights."""
     return lambda context: replace(context, layer_weights=edit)
 
 
 def rewire(edit: Callable[[Table, Context], Iterable[Operation]]) -> Change:
-    """Return an edit that replaces operations, by name, with others of different inputs or functions."""
+    """Return an edit that replaces operations, by name, by others with different inputs or functions."""
     return lambda context: replace(context, rewire=lambda table, c: {op.name: op for op in edit(table, c)})
 
 
 def round_operand(storage: str, **places: int) -> Change:
-    """One operand of an operation is rounded to `storage`; `places` gives its place by the last word of the field."""
+    """Return an edit that rounds an operand to `storage`; `places` maps the last word of a field to the operand's
+    index."""
 
     def edit(table: Table, context: Context) -> Iterator[Operation]:
         for op in _of_field(table, *(f"attention.{word}" for word in places)):
@@ -148,7 +150,8 @@ def round_operand(storage: str, **places: int) -> Change:
 def edit_model(
     change: Change, config: Gemma2Config, weights: Weights
 ) -> tuple[Gemma2Config, Weights, Mapping[str, Callable[..., Any]]]:
-    """Return configuration, weights and functions of a model with an edit, without its masks and connections."""
+    """Return configuration, weights and functions of a model with an edit; changes of masks and connections are left
+    out."""
     usual = _make_context(config, weights)
     edited = change(usual)
     if edited.layer_weights is not usual.layer_weights:
@@ -157,11 +160,11 @@ def edit_model(
 
 
 def edit_config(change: Change | None, config: Gemma2Config) -> Gemma2Config:
-    """Return the configuration with an edit, or unchanged if the bug is not in the configuration."""
+    """Return the configuration with an edit; it is unchanged if the bug is elsewhere."""
     table = np.zeros((1, 1), np.float32)
     try:
         return config if change is None else change(_make_context(config, Weights(table, [], table[0]))).config
-    except ConfigError:  # no model can have these numbers
+    except ConfigError:  # impossible numbers
         return config
 
 
@@ -176,7 +179,7 @@ def _make_context(config: Gemma2Config, weights: Weights) -> Context:
 
 
 def soft_cap_by(formula: Callable[[Array, float], Array]) -> Callable[[Array, float | None], Array]:
-    """Return a soft cap with another formula; without a cap nothing changes."""
+    """Return a soft cap with another formula, which returns its input if there is no cap."""
     return lambda x, cap: x if cap is None else formula(x, cap)
 
 
@@ -185,13 +188,13 @@ cut_off = soft_cap_by(lambda x, cap: np.clip(x, -cap, cap))
 cap_undivided = soft_cap_by(lambda x, cap: np.tanh(x) * cap)
 cap_unmultiplied = soft_cap_by(lambda x, cap: np.tanh(x / cap))
 cap_twice = soft_cap_by(lambda x, cap: ops.soft_cap(ops.soft_cap(x, cap), cap))
-# A row's largest number is taken off first.
+# Subtracts a row's largest number first.
 cap_of_difference = soft_cap_by(lambda x, cap: ops.soft_cap(x - np.max(x, axis=-1, keepdims=True), cap))
 cap_in_half = soft_cap_by(lambda x, cap: narrow(wide(ops.soft_cap(bf16(wide(x)), cap)), like=x))
 
 
 def cap_none_as_zero(x: Array, cap: float | None) -> Array:
-    """A cap that is not there is kept as 0.0, which caps everything to 0."""
+    """Treat a missing cap as 0.0, which makes everything 0."""
     return x * 0 if cap is None else ops.soft_cap(x, cap)
 
 
@@ -232,7 +235,7 @@ def cap_before_scale(table: Table, context: Context) -> Iterator[Operation]:
 
 
 def _then_capped(op: Operation, cap: float | None, storage: str) -> Operation:
-    """Return an operation whose result is capped; in half precision it is rounded first, as are the cap's steps."""
+    """Return an operation whose result is capped; half precision rounds the result first, and each step of the cap."""
 
     def compute(*inputs: Array) -> Array:
         result = op.compute(*inputs)
@@ -260,7 +263,7 @@ def hidden_capped(table: Table, context: Context) -> Iterator[Operation]:
 
 
 def scaled_query_in(storage: str) -> Callable[..., Array]:
-    """Return scores where the query is scaled and rounded, instead of the product."""
+    """Return scores for which the query, not the product, is scaled and rounded."""
 
     def scores(q: Array, k: Array, scale: float) -> Array:
         query = as_float64(as_dtype(wide(q) * scale, storage))
@@ -275,7 +278,7 @@ def tile_heads(x: Array, groups: int) -> Array:
 
 
 def key_heads(choose: Callable[[Array, int], Array]) -> Change:
-    """Return an edit with other key heads: `choose` gets the correct ones and the number of key heads."""
+    """Return an edit that uses other key heads; `choose` gets the correct heads and the number of key heads."""
 
     def repeat(x: Array, groups: int) -> Array:
         right = np.repeat(np.arange(x.shape[1]), groups)
@@ -290,7 +293,7 @@ def softmax_over_all(scores: Array, mask: Array) -> Array:
 
 
 def mask_added(storage: str) -> Callable[[Array, Array], Array]:
-    """Return a softmax to which a boolean mask is added: visible keys get 1 more, and no key is hidden."""
+    """Return a softmax that adds a boolean mask to the scores, so that visible keys get 1 more and no key is hidden."""
 
     def softmax(scores: Array, mask: Array) -> Array:
         added = as_float64(as_dtype(as_float64(scores) + mask, storage))
@@ -315,7 +318,7 @@ def norm_offset(offset: float) -> Norm:
 
 
 def norm_by(size: Callable[[Array, float], Array]) -> Norm:
-    """Return a norm that divides by another size than ``sqrt(mean(x**2) + eps)``."""
+    """Return a norm that divides by `size`, not by ``sqrt(mean(x**2) + eps)``."""
     return lambda x, weight, eps: narrow(wide(x) / size(wide(x), eps) * (1 + wide(weight)), like=x)
 
 
@@ -346,7 +349,7 @@ def norm_in_steps(x: Array, weight: Array, eps: float) -> Array:
 
 
 def norm_cast_early(storage: str) -> Norm:
-    """Return a norm in Llama's order: rounded first, then multiplied by the weight."""
+    """Return a norm in Llama's order: round first, then multiply by the weight."""
 
     def norm(x: Array, weight: Array, eps: float) -> Array:
         normed = as_dtype(ops.rms_norm(as_float64(x), np.zeros(x.shape[-1]), eps), storage)
@@ -356,10 +359,10 @@ def norm_cast_early(storage: str) -> Norm:
 
 
 def norm_in_storage(storage: str, squares: bool = True, root: bool = False) -> Norm:
-    """Return a norm that rounds each step, as arithmetic in the input's own precision does.
+    """Return a norm that rounds each step, as arithmetic in the precision of the input does.
 
-    A compiler joins the first two steps and does not round the `squares`. PyTorch on a CPU rounds the square `root` in
-    the rows that are left over from whole vectors.
+    A compiler fuses the first two steps, so that the `squares` are not rounded. On a CPU, PyTorch rounds the square
+    `root` only in rows that do not fill a whole vector.
     """
 
     def keep(y: Array) -> Array:
@@ -399,7 +402,7 @@ def _pass(name: str, source: str) -> Operation:
 
 
 def _norm_sum(norm: Operation, left: str, right: str) -> Operation:
-    """Return a norm of a sum. The sum's rounding has the same relative size in the result as in the sum."""
+    """Return a norm of a sum. Rounding the sum causes the same relative error in the result."""
 
     def stores(h: Array, a: Array, storage: str) -> list[Array]:
         step = ulp(h + a, storage) / 2
@@ -419,7 +422,7 @@ def norm_after_residual(table: Table, context: Context) -> Iterator[Operation]:
 
 
 def llama_block(table: Table, context: Context) -> Iterator[Operation]:
-    """Use Llama's two norms: the one named post-attention is the input of the feed-forward layer."""
+    """Use Llama's two norms; the norm named post-attention gives the input of the feed-forward layer."""
     for middle in _of_field(table, "middle"):
         p, (stream, normed) = middle.name.removesuffix("middle"), middle.inputs
         attended = table[normed].inputs
@@ -430,12 +433,12 @@ def llama_block(table: Table, context: Context) -> Iterator[Operation]:
 
 
 def without(*norms: str) -> Change:
-    """Return an edit that leaves norms out."""
+    """Return an edit that leaves out norms."""
     return rewire(lambda table, context: (_pass(op.name, *op.inputs) for op in _of_field(table, *norms)))
 
 
 def exporter_norms(weights: LayerWeights, context: Context) -> LayerWeights:
-    """Move the pre-feed-forward norm's weight to the post-attention norm, and put zeros in its place."""
+    """Move the pre-feed-forward norm's weight to the post-attention norm, and replace it by zeros."""
     kept = weights.pre_feedforward_layernorm
     return replace(weights, post_attention_layernorm=kept, pre_feedforward_layernorm=np.zeros_like(kept))
 
@@ -444,7 +447,7 @@ def exporter_norms(weights: LayerWeights, context: Context) -> LayerWeights:
 
 
 def scaled_embedding(scale: Callable[[Context], float]) -> Change:
-    """Return an edit that multiplies the tokens' rows by another number."""
+    """Return an edit that multiplies the embeddings by another number."""
 
     def embed(context: Context) -> Array:
         rows = context.weights.embed_tokens[context.call.input_ids]
@@ -482,17 +485,19 @@ def gelu_by_table(x: Array) -> Array:
 
 ROOT = math.sqrt(2 / math.pi)
 gelu_without_cube = activation(lambda x: 0.5 * x * (1 + np.tanh(ROOT * x)))
-gelu_cube_outside = activation(lambda x: 0.5 * x * (1 + np.tanh(ROOT * x + 0.044715 * x**3)))  # not times the root
+gelu_cube_outside = activation(
+    lambda x: 0.5 * x * (1 + np.tanh(ROOT * x + 0.044715 * x**3))
+)  # the cube is not multiplied by the root
 gelu_without_half = activation(lambda x: 2 * ops.gelu_tanh(x))
 
 
 def swapped_gate(weights: LayerWeights, context: Context) -> LayerWeights:
-    """Exchange gate and up."""
+    """Exchange the weights of gate and up."""
     return replace(weights, gate_proj=weights.up_proj, up_proj=weights.gate_proj)
 
 
 def reshaped_gate(weights: LayerWeights, context: Context) -> LayerWeights:
-    """Read the matrix with its axes exchanged."""
+    """Read gate and up as reshaped matrices where they should be transposed."""
     gate, up = (np.ascontiguousarray(x).reshape(x.shape[::-1]).T for x in (weights.gate_proj, weights.up_proj))
     return replace(weights, gate_proj=gate, up_proj=up)
 
@@ -541,18 +546,18 @@ def cos_for_sin(x: Array, cos: Array, sin: Array) -> Array:
 
 
 def rotate_by(partner: Callable[[Array], Array]) -> Callable[[Array, Array, Array], Array]:
-    """Return ``x cos + y sin`` with another `y` than the exchanged halves, whose second half is negated."""
+    """Return ``x cos + y sin`` with another `y`. (The correct `y` exchanges the halves and negates one.)"""
     return lambda x, cos, sin: x * cos + partner(x) * sin
 
 
-# Pairs (2 i, 2 i + 1), each number with the angle at its own place.
+# Rotates the pairs (2 i, 2 i + 1), but with the angles for halves.
 neighbours_by_place = rotate_by(lambda x: np.stack([-x[..., 1::2], x[..., ::2]], axis=-1).reshape(x.shape))
 turned_without_minus = rotate_by(lambda x: np.roll(x, x.shape[-1] // 2, axis=-1))
 turned_in_place = rotate_by(lambda x: x)
 
 
 def tables_of(angles: Callable[..., Array]) -> Callable[..., Any]:
-    """Return rotary tables of other angles."""
+    """Return a function that makes rotary tables from other angles."""
 
     def tables(positions: Array, head_dim: int, theta: float, like: Array) -> tuple[Array, Array]:
         half = as_float64(angles(positions[:, None, :, None], head_dim, theta))
@@ -568,12 +573,12 @@ def frequencies(head_dim: int, theta: float) -> Array:
 
 
 def angles_in_half(positions: Array, head_dim: int, theta: float) -> Array:
-    """Return angles with positions and angles rounded to bfloat16."""
+    """Return angles from rounded positions, rounded to bfloat16 again."""
     return wide(bf16(positions) * bf16(frequencies(head_dim, theta)))
 
 
 def angles_in_tf32(positions: Array, head_dim: int, theta: float) -> Array:
-    """Return angles from a matrix product of numbers rounded to ten bits."""
+    """Return angles from a matrix product that rounds its inputs to ten bits."""
     return _tf32(positions) * _tf32(frequencies(head_dim, theta))
 
 
@@ -587,13 +592,13 @@ def angles_of_frequencies_in(storage: str) -> Callable[..., Array]:
 
 
 def beyond_tf32(change: Change) -> Change:
-    """Return an edit that applies only if some position exceeds the eleven bits of TF32; smaller ones show no
+    """Return an edit for runs with positions above the eleven bits of TF32, because smaller positions show no
     difference."""
     return lambda context: change(context) if np.max(context.call.positions, initial=0) > 2048 else context
 
 
 def turned_in_part(pairs_of_part: bool) -> Change:
-    """Return an edit that rotates half of each head: with its own pairs, or with half of the whole head's pairs."""
+    """Return an edit that rotates half of each head, pairing numbers inside this half or across the whole head."""
 
     def edit(table: Table, context: Context) -> Iterator[Operation]:
         d = context.config.head_dim
@@ -614,7 +619,7 @@ def turned_in_part(pairs_of_part: bool) -> Change:
 
 
 def _tf32(x: Array) -> Array:
-    """Return numbers rounded to 10 bits after the leading one, as tensor cores read float32."""
+    """Round to 10 bits after the leading bit, as tensor cores do with float32 inputs."""
     bits = np.asarray(x, np.float32).view(np.uint32)
     kept = (bits + np.uint32(0x0FFF) + ((bits >> np.uint32(13)) & np.uint32(1))) & np.uint32(0xFFFFE000)
     return as_float64(kept.view(np.float32))
@@ -631,7 +636,7 @@ def restart_positions(context: Context) -> Array:
 
 
 def frozen_at_window(context: Context) -> Array:
-    """Return positions with the cache's length read from a sliding layer: it does not exceed the window."""
+    """Return positions that take the cache's length from a sliding layer, where it never exceeds the window."""
     call = context.call
     kept = np.minimum(call.starts, context.config.sliding_window - 1)
     return np.broadcast_to(kept + np.arange(len(kept)) - call.starts, call.positions.shape)
@@ -647,7 +652,7 @@ def half_swapped_rows(weights: LayerWeights, context: Context) -> LayerWeights:
 def interleave(x: Array, head_dim: int, parts: int = 2) -> Array:
     """Return the rows of each head in the order for adjacent pairs, as in llama.cpp's conversion of Llama.
 
-    With ``head_dim // 2`` for `parts` it is the way back.
+    With ``parts=head_dim // 2``, it is the inverse.
 
     Examples
     --------
@@ -662,17 +667,17 @@ def interleave(x: Array, head_dim: int, parts: int = 2) -> Array:
 
 
 def window_both_ways(q_places: Array, k_places: Array, window: int) -> Array:
-    """Return a mask with as many keys after the query as before it."""
+    """Return a mask whose window extends equally far before and after the query."""
     return np.asarray(np.abs(q_places[:, None] - k_places) < window)
 
 
 def window_open_ahead(q_places: Array, k_places: Array, window: int) -> Array:
-    """Return a mask from the window's beginning on, without an end."""
+    """Return a mask that is true from the window's first key to the last key of all."""
     return np.asarray(k_places > q_places[:, None] - window)
 
 
 def layer_types(is_sliding: Callable[[Context, int], bool]) -> Change:
-    """Return an edit with other layer types, chosen by layer number."""
+    """Return an edit that chooses other layer types by layer number."""
 
     def types(context: Context) -> tuple[str, ...]:
         return tuple(SLIDING if is_sliding(context, n) else FULL for n in range(context.config.num_hidden_layers))
@@ -681,7 +686,7 @@ def layer_types(is_sliding: Callable[[Context, int], bool]) -> Change:
 
 
 def sliding_window(change: Callable[[int], int]) -> Change:
-    """Return an edit with another window."""
+    """Return an edit that changes the window."""
     return config(sliding_window=lambda c: max(1, change(c.config.sliding_window)))
 
 
@@ -703,7 +708,8 @@ def two_sided(context: Context, layer: int) -> Array:
 
 
 def not_causal(context: Context, layer: int) -> Array:
-    """Return a mask that is not causal: all keys in full layers, and in sliding layers those from the window on."""
+    """Return a mask that is not causal: full layers see all keys, sliding layers see keys from the window's start
+    on."""
     _, places = _places(context)
     window = context.config.sliding_window if context.config.is_sliding(layer) else len(places)
     return _unless_padding(window_open_ahead(places, places, window), context)
@@ -716,21 +722,21 @@ def pads_seen(context: Context, layer: int) -> Array:
 
 
 def strictly_before(context: Context, layer: int) -> Array:
-    """Return a mask in which no query sees itself, except the first."""
+    """Return a mask in which no query sees its own key, except the first."""
     q, k = _places(context)
     return np.asarray(window_mask(context, layer) & ((k < q) | (q == 0)))
 
 
 def one_dropped(context: Context, layer: int) -> Array:
-    """Return the mask of a sliding cache that drops one key too many when a call begins with a full cache."""
+    """Return the mask of a sliding cache that drops one key too many if the cache is full when a call begins."""
     _, k = _places(context)
     oldest = context.call.starts[:, None] - (context.config.sliding_window - 2)
     return window_mask(context, layer) & ~(context.config.is_sliding(layer) & (k < oldest))
 
 
 def ring_overwritten(context: Context, layer: int) -> Array:
-    """Return the mask of a ring buffer of the window's size that a chunk overwrites before its first queries read
-    it."""
+    """Return the mask of a ring buffer, as long as the window, in which a chunk overwrites keys that its first queries
+    need."""
     q, k = _places(context)
     ends = context.call.starts + np.repeat(context.call.calls, context.call.calls)
     lost = context.config.is_sliding(layer) & (k < ends[:, None] - context.config.sliding_window)
@@ -738,7 +744,7 @@ def ring_overwritten(context: Context, layer: int) -> Array:
 
 
 def chunk_sees_all(context: Context, layer: int) -> Array:
-    """Return a mask that does not apply the window within a later chunk."""
+    """Return a mask that does not apply the window inside a later chunk."""
     (q, k), starts = _places(context), context.call.starts[:, None]
     wide_open = (k <= q) & (k > starts - context.config.sliding_window) & (starts > 0)
     return window_mask(context, layer) | _unless_padding(wide_open, context)
@@ -747,9 +753,10 @@ def chunk_sees_all(context: Context, layer: int) -> Array:
 def in_calls(
     chosen: Callable[[int, int], bool], seen: Callable[[Context, int, Array, Array, Array], Array]
 ) -> Callable[[Context, int], Array]:
-    """Return another mask for some calls: `chosen` gets a call's number and tokens.
+    """Return a rule that changes the mask of some calls; `chosen` gets a call's number and number of tokens.
 
-    `seen` gets places and the first and last place of the query's call, and returns the visible keys.
+    `seen` gets the places of queries and keys, and the first and last place of the query's call; it returns True for
+    visible keys.
     """
 
     def rule(context: Context, layer: int) -> Array:
@@ -763,17 +770,17 @@ def in_calls(
 
 
 def _in_call(context: Context, layer: int, q: Array, k: Array, ends: Array) -> Array:
-    """Return a mask of every key up to the end of the call, including padding."""
+    """Return a mask that shows every key up to the end of the call, including padding."""
     return np.asarray(k < ends)
 
 
 def _causal_in_call(context: Context, layer: int, q: Array, k: Array, ends: Array) -> Array:
-    """Return a mask of all earlier keys, without a window."""
+    """Return a mask that shows all earlier keys, without a window."""
     return _unless_padding(k <= q, context)
 
 
 def _from_start(context: Context, layer: int, q: Array, k: Array, ends: Array) -> Array:
-    """Return a mask where, in full layers, a call's first query sees the first key, the second the first two."""
+    """Return a mask that is aligned to the start in full layers: a call's first query sees only the first key."""
     if context.config.is_sliding(layer):
         return window_mask(context, layer)
     return _unless_padding(k <= q - context.call.starts[:, None], context)
@@ -801,38 +808,43 @@ KNOWN_BUGS: tuple[KnownBug, ...] = (
     KnownBug("attn-softcap-missing", "scores are not capped", CAPPED, config(attn_logit_softcapping=None),
              "vllm #5908, llama.cpp #8197, vllm-metal #665, sgl-kernel-xpu #491", "scores not far below the cap",
              "attn_logit_softcapping"),
-    KnownBug("attn-softcap-after-mask", "the mask is added before the cap, so that masked keys weigh exp(-cap)", PROBS,
+    KnownBug("attn-softcap-after-mask",
+             "the mask is added before the cap, so that masked keys have the weight exp(-cap)", PROBS,
              capped_after_mask, "onnx #7865, flash-attention #1025", "a small cap", "order of cap and mask"),
     KnownBug("attn-softcap-skips-first-key", "the first key of each row is not capped", CAPPED,
              rewire(first_key_uncapped), "gemma.cpp 4974f24", "scores not far below the cap", "online softmax"),
-    KnownBug("attn-softcap-x-tanh", "x tanh(x / cap) for cap tanh(x / cap) of scores", CAPPED,
+    KnownBug("attn-softcap-x-tanh", "scores are x tanh(x / cap) instead of cap tanh(x / cap)", CAPPED,
              function(soft_cap=x_times_tanh), "unsloth-zoo #593", knob="soft cap formula"),
-    KnownBug("attn-softcap-subtracts-max", "a row's largest score is taken off before the cap", CAPPED,
+    KnownBug("attn-softcap-subtracts-max", "the row's largest score is subtracted before the cap", CAPPED,
              function(soft_cap=cap_of_difference), "gemma.cpp 2a0e6ee, removed in e588a7f", knob="soft cap formula"),
     KnownBug("attn-softcap-final-cap", "scores are capped with the cap of the logits", CAPPED,
              config(attn_logit_softcapping=lambda c: c.config.final_logit_softcapping),
              "unverified: gemma ffe7bc1 is the other way round", knob="attn_logit_softcapping"),
     KnownBug("attn-softcap-twice", "scores are capped twice", CAPPED, function(soft_cap=cap_twice), "unverified",
-             knob="kernel and caller both cap"),
-    KnownBug("attn-softcap-clip", "scores are cut off at the cap, not bent", CAPPED, function(soft_cap=cut_off),
+             knob="a cap in both kernel and caller"),
+    KnownBug("attn-softcap-clip", "scores are clipped at the cap, not capped smoothly",
+             CAPPED, function(soft_cap=cut_off),
              "unverified", "scores not far below the cap", "soft cap formula", unless="attn-softcap-missing"),
-    KnownBug("attn-softcap-unmultiplied", "tanh(x / cap) of scores is not multiplied back by the cap", CAPPED,
+    KnownBug("attn-softcap-unmultiplied", "scores are tanh(x / cap), not multiplied by the cap", CAPPED,
              function(soft_cap=cap_unmultiplied), "unverified", knob="soft cap formula"),
-    KnownBug("attn-softcap-on-output", "the mixed output is capped, not the scores", (*CAPPED, "attention.mixed"),
+    KnownBug("attn-softcap-on-output", "the output of attention is capped instead of the scores",
+             (*CAPPED, "attention.mixed"),
              rewire(output_capped), "unverified", "scores or mixed values not far below the cap", "place of the cap"),
-    KnownBug("softcaps-exchanged", "scores are capped with the cap of the logits, and logits with that of the scores",
+    KnownBug("softcaps-exchanged", "the caps of scores and logits are exchanged",
              (*CAPPED, "logits"),
              config(attn_logit_softcapping=lambda c: c.config.final_logit_softcapping,
                     final_logit_softcapping=lambda c: c.config.attn_logit_softcapping),
              "torchtune's gemma2_2b (hidden_capping_value=30.0, final_capping_value=50.0)", knob="both caps"),
-    KnownBug("attn-softcap-none-as-zero", "a cap of None is kept as 0.0, which makes every score 0", CAPPED,
+    KnownBug("attn-softcap-none-as-zero", "a cap of None is treated as 0.0, which makes every score 0", CAPPED,
              function(soft_cap=cap_none_as_zero), "unverified: mistral.rs #1930 refuses 0 for that",
              "a model without this cap", "attn_logit_softcapping"),
-    KnownBug("attn-softcap-before-scale", "the product is capped, then scaled", CAPPED, rewire(cap_before_scale),
+    KnownBug("attn-softcap-before-scale", "the product of query and key is capped, then scaled",
+             CAPPED, rewire(cap_before_scale),
              "unverified", knob="order of cap and scale"),
     KnownBug("attn-softcap-in-bf16", "scores are capped in bfloat16", CAPPED, function(soft_cap=cap_in_half),
              "nanochat #326, mlx-examples #857", "float32", "dtype of tanh", "rounding"),
-    KnownBug("attn-softcap-tanh-overflow", "tanh by exp(2 x), which overflows", CAPPED, function(soft_cap=naive_tanh),
+    KnownBug("attn-softcap-tanh-overflow", "tanh is computed from exp(2 x), which overflows",
+             CAPPED, function(soft_cap=naive_tanh),
              "Primus #1057", "scores above 44 caps", "tanh", "rounding"),
     KnownBug("final-softcap-missing", "logits are not capped", ("logits",), config(final_logit_softcapping=None),
              "ml-cross-entropy #48, vllm #52173, NxDI #97", knob="final_logit_softcapping"),
@@ -840,19 +852,20 @@ KNOWN_BUGS: tuple[KnownBug, ...] = (
              config(final_logit_softcapping=lambda c: c.config.attn_logit_softcapping), "google-deepmind/gemma ffe7bc1",
              knob="final_logit_softcapping"),
     KnownBug("final-softcap-twice", "logits are capped twice", ("logits",), function(soft_cap=cap_twice),
-             "Megatron-Bridge #4645", knob="head, and loss or sampler, both cap"),
-    KnownBug("final-softcap-clip", "logits are cut off at the cap, not bent", ("logits",), function(soft_cap=cut_off),
+             "Megatron-Bridge #4645", knob="a cap in both the head and the loss or sampler"),
+    KnownBug("final-softcap-clip", "logits are clipped at the cap, not capped smoothly",
+             ("logits",), function(soft_cap=cut_off),
              "unverified", "logits beyond the cap", "soft cap formula", unless="final-softcap-missing"),
-    KnownBug("final-softcap-unmultiplied", "tanh(x / cap) of logits is not multiplied back by the cap", ("logits",),
+    KnownBug("final-softcap-unmultiplied", "logits are tanh(x / cap), not multiplied by the cap", ("logits",),
              function(soft_cap=cap_unmultiplied), "unverified", knob="soft cap formula"),
-    KnownBug("final-softcap-none-as-zero", "a cap of None is kept as 0.0, which makes every logit 0", ("logits",),
+    KnownBug("final-softcap-none-as-zero", "a cap of None is treated as 0.0, which makes every logit 0", ("logits",),
              function(soft_cap=cap_none_as_zero), "unverified: mistral.rs #1930 refuses 0 for that",
              "a model without this cap", "final_logit_softcapping"),
-    KnownBug("final-softcap-on-hidden", "the last hidden state is capped, not the logits", ("norm", "logits"),
+    KnownBug("final-softcap-on-hidden", "the last hidden state is capped instead of the logits", ("norm", "logits"),
              rewire(hidden_capped), "unverified", knob="place of the cap"),
-    KnownBug("final-softcap-x-tanh", "x tanh(x / cap) for cap tanh(x / cap) of logits", ("logits",),
+    KnownBug("final-softcap-x-tanh", "logits are x tanh(x / cap) instead of cap tanh(x / cap)", ("logits",),
              function(soft_cap=x_times_tanh), "unsloth-zoo #593", knob="soft cap formula"),
-    KnownBug("final-softcap-subtracts-max", "a row's largest logit is taken off before the cap", ("logits",),
+    KnownBug("final-softcap-subtracts-max", "the row's largest logit is subtracted before the cap", ("logits",),
              function(soft_cap=cap_of_difference), "gemma.cpp 2a0e6ee", knob="soft cap formula"),
     KnownBug("final-softcap-in-bf16", "logits are capped in bfloat16", ("logits",), function(soft_cap=cap_in_half),
              "nanochat #326", "float32", "dtype of tanh", "rounding"),
@@ -871,7 +884,7 @@ KNOWN_BUGS: tuple[KnownBug, ...] = (
              "query_pre_attn_scalar"),
     KnownBug("scale-missing", "scores are not scaled", SCORES, config(query_pre_attn_scalar=1.0), "unverified",
              knob="query_pre_attn_scalar"),
-    KnownBug("q-prescale-order", "the query is scaled and rounded, then multiplied", SCORES,
+    KnownBug("q-prescale-order", "the query is scaled and rounded before the product with the keys", SCORES,
              in_storage("attention_scores", scaled_query_in), "gemma_pytorch, llama.cpp, gemma.cpp do so", HALF,
              "place of the scale", "rounding"),
     KnownBug("kv-cache-in-bf16", "keys and values are rounded to bfloat16 in the cache", MIXED,
@@ -880,63 +893,67 @@ KNOWN_BUGS: tuple[KnownBug, ...] = (
     KnownBug("kv-cache-in-f16", "keys and values are rounded to float16 in the cache", MIXED,
              round_operand("float16", scores=1, mixed=1),
              "llama.cpp's default; xFasterTransformer #336", "float32", "dtype of the cache", "rounding"),
-    KnownBug("kv-head-of-first", "every query head takes the first key head", MIXED,
+    KnownBug("kv-head-of-first", "every query head uses the first key head", MIXED,
              key_heads(lambda right, count: right * 0), "ONNXim #33", "more than one key head", "key heads"),
-    KnownBug("kv-head-of-next-shard", "each query head takes the key head after its own", MIXED,
+    KnownBug("kv-head-of-next-shard", "each query head uses the key head after its own", MIXED,
              key_heads(lambda right, count: (right + 1) % count), "sglang #19086, vllm #52516 (offsets of shards)",
              "more than one key head", "key heads of a shard"),
-    KnownBug("kv-head-of-first-shard", "the second half of the query heads takes the key heads of the first half",
+    KnownBug("kv-head-of-first-shard", "the second half of the query heads uses the key heads of the first half",
              MIXED, key_heads(lambda right, count: right % (-(-count // 2))), "vllm #52516 (one rank's heads for all)",
              "more than one key head", "key heads of a shard"),
     KnownBug("gqa-tile", "key heads are tiled (0, 1, 0, 1) instead of repeated (0, 0, 1, 1)",
              MIXED, function(repeat_kv=tile_heads),
              "onnx #7274, axlearn #842, candle-vllm #52", "more than one key head", "repeat_kv"),
     # norms and wiring
-    KnownBug("norm-without-one", "x w for x (1 + w) in every norm", NORMS, function(rms_norm=norm_offset(0)),
+    KnownBug("norm-without-one", "every norm multiplies by w instead of 1 + w",
+             NORMS, function(rms_norm=norm_offset(0)),
              "Liger-Kernel #74", knob="norm offset"),
-    KnownBug("norm-two-plus", "x (2 + w): 1 is added to weights that hold it", NORMS, function(rms_norm=norm_offset(2)),
+    KnownBug("norm-two-plus", "norms multiply by 2 + w, because 1 is added to weights that include 1",
+             NORMS, function(rms_norm=norm_offset(2)),
              "vllm #31464, meganeura #188", knob="norm offset"),
-    KnownBug("final-norm-without-one", "x w for x (1 + w) in the last norm only", ("norm",),
+    KnownBug("final-norm-without-one", "the last norm multiplies by w instead of 1 + w", ("norm",),
              function(rms_norm=norm_offset(0)), "imp #1289", knob="norm offset"),
-    KnownBug("norm-eps-1e-5", "eps is 1e-5", NORMS, config(rms_norm_eps=1e-5), "Llama's default",
+    KnownBug("norm-eps-1e-5", "eps is 1e-5 instead of 1e-6", NORMS, config(rms_norm_eps=1e-5), "Llama's default",
              "float32, or activations below 0.01", "rms_norm_eps"),
-    KnownBug("norm-eps-outside-root", "1 / (root + eps) for 1 / sqrt(mean + eps)", NORMS,
+    KnownBug("norm-eps-outside-root", "norms divide by root + eps instead of sqrt(mean + eps)", NORMS,
              function(rms_norm=eps_outside), "unverified", "float32, or activations below 0.01", "place of eps"),
-    KnownBug("norm-subtracts-mean", "LayerNorm: the mean is taken off", NORMS, function(rms_norm=mean_subtracted),
+    KnownBug("norm-subtracts-mean", "norms subtract the mean, as LayerNorm does",
+             NORMS, function(rms_norm=mean_subtracted),
              "unverified", knob="norm"),
-    KnownBug("norm-cast-order-llama", "rounded before the multiplication by 1 + w", NORMS,
+    KnownBug("norm-cast-order-llama", "norms round before multiplying by 1 + w", NORMS,
              in_storage("rms_norm", norm_cast_early), "transformers #29402, gemma_pytorch f499fd4", HALF,
              "place of the cast", "rounding"),
-    KnownBug("norm-in-half", "every step of the norm is rounded to half precision", NORMS, NORM_WAYS[0],
+    KnownBug("norm-in-half", "norms round every step to half precision", NORMS, NORM_WAYS[0],
              "google-deepmind/gemma RMSNorm, on purpose", HALF, "dtype of the norm", "rounding", NORM_WAYS[1:]),
     KnownBug("norm-weight-in-half", "1 + w is rounded to half precision", NORMS,
              in_storage("rms_norm", norm_weight_in_storage), "Unsloth's list of Gemma bugs", HALF, "dtype of 1 + w",
              "rounding"),
-    KnownBug("norm-weight-in-bf16", "1 + w is rounded to bfloat16, and all else is float32", NORMS,
+    KnownBug("norm-weight-in-bf16", "1 + w is rounded to bfloat16; all else is float32", NORMS,
              norm_weight_in("bfloat16"), "llama.cpp's conversion before #5810, vllm #53203", "float32",
              "dtype of 1 + w", "rounding"),
-    KnownBug("norm-weight-in-f16", "1 + w is rounded to float16, and all else is float32", NORMS,
+    KnownBug("norm-weight-in-f16", "1 + w is rounded to float16; all else is float32", NORMS,
              norm_weight_in("float16"), "unverified", "float32", "dtype of 1 + w", "rounding"),
-    KnownBug("post-attn-norm-after-residual", "norm(h + attention) for h + norm(attention)",
+    KnownBug("post-attn-norm-after-residual", "the post-attention norm is applied to h + attention",
              ("post_attention_layernorm", "middle"), rewire(norm_after_residual),
              "google-deepmind/gemma 205e096, 7279d94", knob="post-attention norm"),
     KnownBug("llama-block",
-             "the post-attention norm is fed to the feed-forward layer, the feed-forward norms are dropped",
+             "the post-attention norm gives the input of the feed-forward layer, whose own norms are missing",
              ("post_attention_layernorm", "middle", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
              rewire(llama_block), "exllamav2 #539, TensorRT-LLM #1984", knob="block"),
-    KnownBug("post-norms-missing", "attention and feed-forward are added without their norms",
+    KnownBug("post-norms-missing", "attention and feed-forward are added to the residual stream without their norms",
              ("post_attention_layernorm", "post_feedforward_layernorm"),
              without("post_attention_layernorm", "post_feedforward_layernorm"), "exllamav2 #539, mllm #223",
              knob="post norms"),
-    KnownBug("post-ffw-norm-missing", "feed-forward is added without its norm", ("post_feedforward_layernorm",),
+    KnownBug("post-ffw-norm-missing", "feed-forward is added to the residual stream without its norm",
+             ("post_feedforward_layernorm",),
              without("post_feedforward_layernorm"), "exllamav2 #539", knob="post norms"),
-    KnownBug("pre-ffw-norm-missing", "feed-forward is fed the residual stream as it is", ("pre_feedforward_layernorm",),
+    KnownBug("pre-ffw-norm-missing", "the input of feed-forward is not normed", ("pre_feedforward_layernorm",),
              without("pre_feedforward_layernorm"), "unverified", knob="pre norms"),
     KnownBug("exporter-norms",
-             "the pre-feed-forward norm's weight under the post-attention norm's name, and zeros in its place",
+             "the post-attention norm has the pre-feed-forward norm's weight, and that norm has zeros",
              ("post_attention_layernorm", "pre_feedforward_layernorm"), layer_weights(exporter_norms), "NeMo #11951",
              knob="names of norms"),
-    KnownBug("final-norm-missing", "logits of the residual stream as it is", ("norm",), without("norm"), "unverified",
+    KnownBug("final-norm-missing", "the last norm is missing", ("norm",), without("norm"), "unverified",
              knob="model.norm"),
     # embedding and head
     KnownBug("embed-scale-missing", "embeddings are not scaled", ("embedded",), scaled_embedding(lambda c: 1.0),
@@ -946,81 +963,88 @@ KNOWN_BUGS: tuple[KnownBug, ...] = (
     KnownBug("embed-scale-not-rounded", "sqrt(hidden) is not rounded to the model's precision", ("embedded",),
              scaled_embedding(lambda c: math.sqrt(c.config.hidden_size)), "gemma_pytorch f499fd4, litgpt #1031",
              "half precision, and sqrt(hidden) inexact in it", "normalizer"),
-    KnownBug("embed-scale-in-bf16", "sqrt(hidden) is rounded to bfloat16 whatever the model is in", ("embedded",),
+    KnownBug("embed-scale-in-bf16", "sqrt(hidden) is rounded to bfloat16 in every precision", ("embedded",),
              scaled_embedding(lambda c: float(bf16(math.sqrt(c.config.hidden_size)))),
              "gemma.cpp EmbeddingScaling, on purpose", "float32, and sqrt(hidden) inexact in bfloat16", "normalizer"),
-    KnownBug("embed-scale-in-1-decimals", "sqrt(hidden) is written with 1 decimals", ("embedded",),
-             scale_in_decimals(1), "unverified", "float32, and sqrt(hidden) that has more", "normalizer"),
-    KnownBug("embed-scale-in-2-decimals", "sqrt(hidden) is written with 2 decimals", ("embedded",),
-             scale_in_decimals(2), "unverified", "float32, and sqrt(hidden) that has more", "normalizer"),
-    KnownBug("embed-scale-in-3-decimals", "sqrt(hidden) is written with 3 decimals", ("embedded",),
-             scale_in_decimals(3), "unverified", "float32, and sqrt(hidden) that has more", "normalizer"),
-    KnownBug("embed-scale-in-4-decimals", "sqrt(hidden) is written with 4 decimals", ("embedded",),
-             scale_in_decimals(4), "unverified", "float32, and sqrt(hidden) that has more", "normalizer"),
+    KnownBug("embed-scale-in-1-decimals", "sqrt(hidden) is rounded to 1 decimal", ("embedded",),
+             scale_in_decimals(1), "unverified", "float32, and sqrt(hidden) with more decimals", "normalizer"),
+    KnownBug("embed-scale-in-2-decimals", "sqrt(hidden) is rounded to 2 decimals", ("embedded",),
+             scale_in_decimals(2), "unverified", "float32, and sqrt(hidden) with more decimals", "normalizer"),
+    KnownBug("embed-scale-in-3-decimals", "sqrt(hidden) is rounded to 3 decimals", ("embedded",),
+             scale_in_decimals(3), "unverified", "float32, and sqrt(hidden) with more decimals", "normalizer"),
+    KnownBug("embed-scale-in-4-decimals", "sqrt(hidden) is rounded to 4 decimals", ("embedded",),
+             scale_in_decimals(4), "unverified", "float32, and sqrt(hidden) with more decimals", "normalizer"),
     KnownBug("logits-in-bf16", "logits are rounded to bfloat16 before the cap", ("raw_logits",),
              function(unembed=in_half(ops.linear)), "transformers before #29285", "float32", "dtype of the head",
              "rounding"),
     # feed-forward
-    KnownBug("gelu-exact", "GELU with the error function", ("feed_forward.gelu",), function(gelu_tanh=activations.gelu),
+    KnownBug("gelu-exact", "GELU is computed with the error function, not with tanh",
+             ("feed_forward.gelu",), function(gelu_tanh=activations.gelu),
              "gemma_pytorch 0a7afad, transformers #29402, TransformerLens #596", knob="hidden_activation"),
-    KnownBug("gelu-f16-table", "GELU from a table of float16 numbers", ("feed_forward.gelu",),
+    KnownBug("gelu-f16-table", "GELU is read from a table of float16 numbers", ("feed_forward.gelu",),
              function(gelu_tanh=gelu_by_table), "llama.cpp on CPUs, on purpose (GGML_GELU_FP16)", "float32",
              "table of GELU", "rounding"),
-    KnownBug("gelu-sigmoid", "x sigmoid(1.702 x)", ("feed_forward.gelu",), function(gelu_tanh=activations.quick_gelu),
+    KnownBug("gelu-sigmoid", "GELU is approximated by x sigmoid(1.702 x)",
+             ("feed_forward.gelu",), function(gelu_tanh=activations.quick_gelu),
              "unverified", knob="hidden_activation"),
     KnownBug("silu-instead-of-gelu", "x sigmoid(x)", ("feed_forward.gelu",), function(gelu_tanh=activations.silu),
              "unverified", knob="hidden_activation"),
     KnownBug("relu-instead-of-gelu", "max(x, 0)", ("feed_forward.gelu",), function(gelu_tanh=activations.relu),
              "unverified", knob="hidden_activation"),
-    KnownBug("gate-up-swapped", "gate's weights are taken for up's", ("feed_forward.gate", "feed_forward.up"),
+    KnownBug("gate-up-swapped", "the weights of gate and up are exchanged", ("feed_forward.gate", "feed_forward.up"),
              layer_weights(swapped_gate), "unverified", knob="gate_proj, up_proj"),
-    KnownBug("activation-on-up", "gelu(up) gate for gelu(gate) up", ("feed_forward.gelu", "feed_forward.product"),
+    KnownBug("activation-on-up", "the product is gelu(up) gate instead of gelu(gate) up",
+             ("feed_forward.gelu", "feed_forward.product"),
              rewire(activated_up), "unverified", knob="feed-forward"),
     KnownBug("gating-reshape-not-transpose", "gate and up are reshaped where they should be transposed",
              ("feed_forward.gate", "feed_forward.up"), layer_weights(reshaped_gate), "google-deepmind/gemma 5e2ff66",
              knob="transpose_gating_einsum"),
     # rotary positions
-    KnownBug("rope-interleaved", "pairs (2 i, 2 i + 1) for (i, i + head_dim / 2)", TURNED, function(rotate=neighbours),
+    KnownBug("rope-interleaved", "the pairs (2 i, 2 i + 1) are rotated instead of (i, i + head_dim / 2)",
+             TURNED, function(rotate=neighbours),
              "AiDotNet #2074, lattice #392", "a position other than 0", "rope layout"),
-    KnownBug("rope-clobbered-input", "the second half is turned with the first half's result", TURNED,
+    KnownBug("rope-clobbered-input", "the second half is rotated with the first half's result instead of its input",
+             TURNED,
              function(rotate=rotate_in_place), "gemma.cpp 7f62c26", "a position other than 0", "rotation in place"),
-    KnownBug("rope-missing", "queries and keys are not turned", TURNED, function(rotate=leave_unturned), "unverified",
+    KnownBug("rope-missing", "queries and keys are not rotated", TURNED, function(rotate=leave_unturned), "unverified",
              "a position other than 0", "rope"),
-    KnownBug("rope-turned-back", "turned the other way: only distances' signs differ", TURNED,
+    KnownBug("rope-turned-back", "queries and keys are rotated in the opposite direction", TURNED,
              function(rotate=turned_back), "unverified", "a position other than 0", "sign of sin"),
-    KnownBug("rope-bf16-angles", "positions and angles in bfloat16", TABLES,
+    KnownBug("rope-bf16-angles", "positions and angles are bfloat16", TABLES,
              function(rotary_tables=tables_of(angles_in_half)), "transformers #29285, Keras #1497, candle-vllm #50",
-             "positions above 1; the more the higher", "dtype of angles"),
-    KnownBug("rope-frequencies-in-bf16", "inverse frequencies are rounded to bfloat16, by model.to(torch.bfloat16)",
+             "positions above 1; larger differences at higher positions", "dtype of angles"),
+    KnownBug("rope-frequencies-in-bf16", "inverse frequencies are rounded to bfloat16, as by model.to(torch.bfloat16)",
              TABLES, function(rotary_tables=tables_of(angles_of_frequencies_in("bfloat16"))),
              "transformers #30709, NeMo Automodel #2549, sglang-jax #1472, Megatron-LM #744",
-             "positions above 0; the more the higher", "dtype of inv_freq"),
-    KnownBug("rope-frequencies-in-f16", "inverse frequencies are rounded to float16, by model.half()", TABLES,
+             "positions above 0; larger differences at higher positions", "dtype of inv_freq"),
+    KnownBug("rope-frequencies-in-f16", "inverse frequencies are rounded to float16, as by model.half()", TABLES,
              beyond_tf32(function(rotary_tables=tables_of(angles_of_frequencies_in("float16")))),
-             "gpt-neox #1003", "positions above 2048; below it is rope-tf32-angles", "dtype of inv_freq"),
+             "gpt-neox #1003", "positions above 2048; below, rope-tf32-angles gives the same", "dtype of inv_freq"),
     KnownBug("rope-tf32-angles",
-             "angles from a TF32 product, or of inverse frequencies in float16 (model.half()): both keep ten bits",
+             "angles are a TF32 product, or use float16 inverse frequencies (model.half()): both keep ten bits",
              TABLES, function(rotary_tables=tables_of(angles_in_tf32)), "transformers #48428, gpt-neox #1003",
              "float32, or positions above 2048", "dtype of angles"),
-    KnownBug("rope-partial", "half of each head is turned, with frequencies and pairs of its own", TURNED,
+    KnownBug("rope-partial", "half of each head is rotated, with its own frequencies and pairs", TURNED,
              turned_in_part(pairs_of_part=True), "unverified: partial_rotary_factor of other models (pie #603)",
              "a position other than 0", "partial_rotary_factor"),
-    KnownBug("rope-partial-proportional", "half of the pairs of each head are turned", TURNED,
+    KnownBug("rope-partial-proportional", "half of the pairs of each head are rotated", TURNED,
              turned_in_part(pairs_of_part=False), "unverified: Gemma 4's full layers (nexusquant #12)",
              "a position other than 0", "partial_rotary_factor"),
-    KnownBug("rope-theta-1e6", "theta is 1000000", TABLES, config(rope_theta=1e6, rope_parameters=None),
+    KnownBug("rope-theta-1e6", "theta is 1000000 instead of 10000",
+             TABLES, config(rope_theta=1e6, rope_parameters=None),
              "unverified; Gemma 3 uses it in full layers", "a position other than 0", "rope_theta"),
-    KnownBug("rope-theta-160000", "theta is 160000", TABLES, config(rope_theta=160000.0, rope_parameters=None),
+    KnownBug("rope-theta-160000", "theta is 160000 instead of 10000",
+             TABLES, config(rope_theta=160000.0, rope_parameters=None),
              "config.json in a vllm 0.8.0 issue", "a position other than 0", "rope_theta"),
     KnownBug("rope-positions-skip-pads", "positions do not count padding", TABLES, change_positions(without_pads),
-             "transformers' generate does so on purpose: give position_ids", "left padding", "position_ids"),
+             "transformers' generate does so on purpose; pass position_ids", "left padding", "position_ids"),
     KnownBug("rope-position-from-1", "positions begin at 1", TABLES, change_positions(lambda c: c.call.positions + 1),
              "google-deepmind/gemma 95475a9", knob="position_ids"),
-    KnownBug("rope-weights-permuted", "rows of q and k are in the order for pairs side by side",
+    KnownBug("rope-weights-permuted", "rows of q and k are in the order for adjacent pairs",
              ("attention.q", "attention.k"), layer_weights(half_swapped_rows), "llama.cpp's conversion of Llama",
              knob="permutation of q_proj, k_proj"),
     # masks
-    KnownBug("swa-layer-parity-swapped", "the odd layers slide", PROBS,
+    KnownBug("swa-layer-parity-swapped", "odd layers slide instead of even layers", PROBS,
              layer_types(lambda c, n: not c.config.is_sliding(n)),
              "transformers before #31775, mistral.rs #486, TransformerLens", LONG, "layer_types"),
     KnownBug("swa-all-global", "no layer slides", PROBS, layer_types(lambda c, n: False),
@@ -1031,36 +1055,38 @@ KNOWN_BUGS: tuple[KnownBug, ...] = (
              layer_types(lambda c, n: n > 0 and c.config.is_sliding(n)), "NeMo #9672", LONG, "layer_number"),
     KnownBug("swa-window-plus-one", "one key more than the window", PROBS, sliding_window(lambda w: w + 1),
              "transformers #29623, NeMo #9672, SGLang #1056", LONG, "sliding_window"),
-    KnownBug("swa-window-minus-one", "one key less than the window", PROBS, sliding_window(lambda w: w - 1),
+    KnownBug("swa-window-minus-one", "one key fewer than the window", PROBS, sliding_window(lambda w: w - 1),
              "SGLang #1746", LONG, "sliding_window"),
-    KnownBug("swa-window-halved", "half the window", PROBS, sliding_window(lambda w: w // 2), "transformers #47940",
+    KnownBug("swa-window-halved", "the window is half as long",
+             PROBS, sliding_window(lambda w: w // 2), "transformers #47940",
              LONG, "sliding_window"),
-    KnownBug("swa-two-sided", "sliding layers look ahead as far as back", PROBS, mask(two_sided),
+    KnownBug("swa-two-sided", "sliding layers see as many keys after the query as before", PROBS, mask(two_sided),
              "google-deepmind/gemma 9218f5f, transformers' flash attention", "more than one token", "causal"),
-    KnownBug("mask-not-causal", "queries see the keys after them", PROBS, mask(not_causal),
+    KnownBug("mask-not-causal", "queries see later keys", PROBS, mask(not_causal),
              "onnx #7865's companions; unverified", "more than one token", "causal"),
-    KnownBug("mask-added-as-bool", "a mask of true and false is added to the scores, so that it hides nothing", PROBS,
+    KnownBug("mask-added-as-bool", "a boolean mask is added to the scores, so that it hides nothing", PROBS,
              in_storage("softmax", mask_added), "transformers #41443", "more than one token", "dtype of the mask"),
     KnownBug("mask-missing-in-prefill", "the first call has no mask: every query sees all its keys", PROBS,
              mask(prefill_sees_all), "mlxcel #1001 (gemma2), TinyLLM #17", "more than one token", "mask of prefill",
              unless="attn-softcap-after-mask"),
     KnownBug("mask-missing-in-chunk", "a later call of several tokens has no mask", PROBS, mask(later_chunk_sees_all),
              "TinyLLM #17", "several calls, a later one of several tokens", "mask of a chunk"),
-    KnownBug("mask-missing-in-decode", "a call of one token has no mask: it sees padding, and beyond the window", PROBS,
+    KnownBug("mask-missing-in-decode", "a call of one token has no mask: it sees padding and keys beyond the window",
+             PROBS,
              mask(decode_sees_all), "unverified", "several calls, beyond the window or padded", "mask of a step"),
     KnownBug("prefill-without-window", "in the first call no layer slides", PROBS, mask(prefill_without_window),
              "unverified", LONG, "sliding_window of prefill", unless="swa-all-global"),
     KnownBug("decode-without-window", "in calls of one token no layer slides", PROBS, mask(decode_without_window),
              "unsloth-zoo #635 (in review)", "several calls, beyond the window", "sliding_window of a step"),
-    KnownBug("mask-aligned-to-start", "in full layers the first query of a later call sees the first key alone", PROBS,
+    KnownBug("mask-aligned-to-start", "in full layers the first query of a later call sees only the first key", PROBS,
              mask(aligned_to_start), "Megatron-Bridge #5259 (Gemma 2), onnx #8068, pytorch #108108 (is_causal=True)",
              "several calls", "is_causal with a cache"),
-    KnownBug("mask-without-self", "a query does not see itself", PROBS, mask(strictly_before), "unverified",
+    KnownBug("mask-without-self", "a query does not see its own key", PROBS, mask(strictly_before), "unverified",
              "more than one token", "causal"),
-    KnownBug("pad-attended", "padding is looked at", PROBS, mask(pads_seen), "google-deepmind/gemma bf2d158",
+    KnownBug("pad-attended", "queries see padding", PROBS, mask(pads_seen), "google-deepmind/gemma bf2d158",
              "left padding", "attention_mask"),
     # caches
-    KnownBug("cache-drops-one-key", "a full sliding cache has one key too few", PROBS, mask(one_dropped),
+    KnownBug("cache-drops-one-key", "a sliding cache that is full has one key too few", PROBS, mask(one_dropped),
              "transformers #37574, #38046", "several calls, beyond the window", "cache roll"),
     KnownBug("chunked-prefill-ring-overwritten", "a chunk overwrites the keys that its first queries need", PROBS,
              mask(ring_overwritten), "executorch #20346, vllm #4057", "several calls, beyond the window",
@@ -1076,21 +1102,23 @@ KNOWN_BUGS: tuple[KnownBug, ...] = (
              "lm-evaluation-harness #2049, llama.cpp #8156", "a text", "add_bos", "stage"),
     KnownBug("double-bos", "the text begins with <bos> twice", ("input_ids",), None, "unsloth #2939, gemma 20cb3da",
              "a text", "add_bos", "stage"),
-    KnownBug("template-mismatch", "turns are not written as Gemma's template writes them", ("input_ids",), None,
+    KnownBug("template-mismatch", "turns are not written as in Gemma's template", ("input_ids",), None,
              "unverified", "a chat, in the trace's metadata", "chat_template", "stage"),
-    KnownBug("weights-transposed", "a matrix has its axes exchanged", ("weights",), None, "unverified",
+    KnownBug("weights-transposed", "a matrix is transposed", ("weights",), None, "unverified",
              "the port's weights", "layout of linear layers", "stage"),
     KnownBug("weights-reshaped", "a matrix is reshaped where it should be transposed", ("weights",), None,
              "google-deepmind/gemma 5e2ff66", "the port's weights", "layout of linear layers", "stage"),
     KnownBug("weights-one-plus", "norms are stored as 1 + w", ("weights",), None, "llama.cpp's conversion, on purpose",
              "the port's weights", "norm offset", "stage"),
-    KnownBug("weights-minus-one", "1 is taken off norms that hold no 1", ("weights",), None, "unverified",
+    KnownBug("weights-minus-one", "1 is subtracted from norm weights that do not include 1",
+             ("weights",), None, "unverified",
              "the port's weights", "norm offset", "stage"),
-    KnownBug("weights-rounded", "weights are kept in half precision", ("weights",), None, "unverified",
+    KnownBug("weights-rounded", "weights are stored in half precision", ("weights",), None, "unverified",
              "the port's weights", "dtype of weights", "stage"),
-    KnownBug("weights-of-another", "a tensor has the numbers of another one", ("weights",), None, "NeMo #11951 (norms)",
+    KnownBug("weights-of-another", "a tensor has the numbers of another tensor",
+             ("weights",), None, "NeMo #11951 (norms)",
              "the port's weights", "names of weights", "stage"),
-    KnownBug("head-untied", "the head is another matrix than the embedding", ("weights",), None, "unverified",
+    KnownBug("head-untied", "the head is not the embedding matrix", ("weights",), None, "unverified",
              "the port's weights", "tie_word_embeddings", "stage"),
     KnownBug("vocab-padded", "logits have more columns than the vocabulary", ("logits",), None,
              "Flax checkpoints have 256128 rows", "any input", "vocab_size", "stage"),

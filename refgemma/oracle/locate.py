@@ -1,5 +1,6 @@
-"""Locate the wrong elements of a tensor: heads, positions, distances, halves, in words and as maps. Checked in the
-tests by making chosen elements wrong.
+"""Locate the wrong elements of a tensor by head, position, distance and half of a head, in words and as maps.
+
+Checked in the tests by making chosen elements wrong.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from refgemma.trace.candidate import axes_of
 
 
 def find_wrong(engine: Engine, name: str) -> Array:
-    """Return a mask of the elements beyond the error bound; if there are none, of those beyond three std."""
+    """Return a mask of the elements beyond the error bound or, if there are none, beyond three standard deviations."""
     error, where, allowed = np.abs(engine.errors(name)), engine.where(name), engine.tolerance(name)
     beyond = (error > allowed.error_bound) & where
     return np.asarray(beyond if beyond.any() else (error > 3 * allowed.std) & where)
@@ -28,7 +29,7 @@ class ErrorMap:
 
 
 def map_errors(engine: Engine, name: str) -> tuple[ErrorMap, ...]:
-    """Return maps of a wrong tensor's errors by position and last axis, and for heads also by head and position."""
+    """Return maps of a wrong tensor's errors: by position and last axis and, if it has heads, by head and position."""
     with np.errstate(invalid="ignore"):
         units = np.abs(engine.errors(name)) / engine.tolerance(name).std
     units = np.where(engine.where(name), np.where(np.isfinite(units), units, np.inf), np.nan)
@@ -44,7 +45,7 @@ def map_errors(engine: Engine, name: str) -> tuple[ErrorMap, ...]:
 
 
 def list_some(numbers: Array, total: int, word: str) -> str:
-    """Return ``heads 1, 2`` or ``positions 8 to 23``, or an empty string for all of them.
+    """Return ``heads 1, 2`` or ``positions 8 to 23``, or an empty string if `numbers` has all.
 
     Examples
     --------
@@ -59,7 +60,7 @@ def list_some(numbers: Array, total: int, word: str) -> str:
 
 
 def locate_errors(engine: Engine, name: str) -> str:
-    """Return a description of the places of the wrong elements."""
+    """Describe where the wrong elements are."""
     wrong = find_wrong(engine, name)
     if not wrong.any():
         return "small errors across the whole tensor"
@@ -82,7 +83,7 @@ def locate_errors(engine: Engine, name: str) -> str:
 
 
 def describe_distances(wrong: Array, window: int) -> str:
-    """Return a description of the distances of the wrong keys from their queries."""
+    """Describe how far the wrong keys are from their queries."""
     _, _, queries, keys = np.nonzero(wrong)
     if len(set(keys)) == 1 and wrong.shape[-1] > 2:
         return f"only key {keys[0]}"
@@ -97,7 +98,7 @@ def describe_distances(wrong: Array, window: int) -> str:
 
 
 def describe_halves(places: Array, head_dim: int) -> str:
-    """Return the half of each head that holds the wrong elements, or an empty string."""
+    """Name the half of each head that has all wrong elements, or return an empty string."""
     if len(places) and places.min() >= head_dim // 2:
         return "second halves of heads"
     if len(places) and places.max() < head_dim // 2:

@@ -1,5 +1,8 @@
-"""The model as a table of named operations; each can be computed alone, exactly or with the rounding of PyTorch's eager
-kernels. Checked against `refgemma.model.forward`: the table has its names and calls its operations."""
+"""Describe the model as a table of named operations.
+
+Each operation can be computed alone, exactly or with the rounding of PyTorch's eager kernels. Checked against
+`refgemma.model.forward`: the table has the same names and calls the same operations.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,19 +25,19 @@ from refgemma.weights.parameters import LayerWeights, Weights, row_pieces
 
 
 def store_nothing(*inputs: Array, storage: str) -> list[Array]:
-    """Return no errors, for an operation without intermediate stored results."""
+    """Return no errors, for an operation that stores no intermediate result."""
     return []
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One named tensor: its inputs, its function and its tolerance."""
+    """The operation that computes one named tensor: its inputs, function and tolerance."""
 
     name: str
     inputs: tuple[str, ...]
     compute: Callable[..., Array]
-    allowed: Callable[..., Tolerance]  # a function of the inputs, for float32 arithmetic without storage
-    stores: Callable[..., list[Array]] = store_nothing  # errors in the result from storing intermediate results
+    allowed: Callable[..., Tolerance]  # tolerance of float32 arithmetic without storage, given the inputs
+    stores: Callable[..., list[Array]] = store_nothing  # errors from storing intermediate results
 
     def tolerance(self, inputs: Sequence[Array], exact: Array, storage: str, unit: float = U) -> Tolerance:
         """Return the tolerance of the result, stored in `storage`; `unit` is the unit roundoff of the arithmetic."""
@@ -43,11 +46,11 @@ class Operation:
             return with_storage(rescale(self.allowed(*inputs), unit / U), exact, storage, stored)
 
 
-SMALL = 2**21  # numbers: smaller layers, and a smaller table, are kept in float64
+SMALL = 2**21  # numbers; smaller layers and tables are kept in float64
 
 
 class Layers(Sequence[LayerWeights]):
-    """Layers in float64. The last accessed layer is kept; small layers are all kept."""
+    """Layers converted to float64. The last accessed layer is kept in memory; small layers are all kept."""
 
     def __init__(self, layers: Sequence[LayerWeights]) -> None:
         self._layers = layers
@@ -68,7 +71,7 @@ class Layers(Sequence[LayerWeights]):
 
 
 def double(weights: Weights) -> Weights:
-    """Return the same numbers in float64: layers on access, a large embedding table unchanged."""
+    """Return the weights in float64; layers are converted when accessed, and a large embedding table is unchanged."""
     table = weights.embed_tokens
     if isinstance(table, np.ndarray) and table.size <= SMALL:
         table = as_float64(table)
@@ -76,7 +79,7 @@ def double(weights: Weights) -> Weights:
 
 
 def window_mask(context: "Context", layer: int) -> Array:
-    """Return a mask of the keys that each query can see: ``(batch, 1, seq, keys)``."""
+    """Return a mask that is true for the keys that each query can see: ``(batch, 1, seq, keys)``."""
     places = np.arange(context.call.input_ids.shape[1])
     if context.config.is_sliding(layer):
         allowed = ops.sliding_mask(places, places, context.config.sliding_window)
@@ -88,22 +91,24 @@ def window_mask(context: "Context", layer: int) -> Array:
 
 @dataclass(frozen=True)
 class Context:
-    """All values that the operations use. A mistake is another context: other numbers, functions, masks or
+    """All values that the operations use. A known bug changes these values: numbers, functions, masks or
     connections."""
 
     config: Gemma2Config
     weights: Weights  # in float64, or in the candidate's precision
     call: Call
     arithmetic: Arithmetic
-    exact: bool = True  # true if `weights`, and so all results, are float64
+    exact: bool = True  # true if `weights` and all results are float64
     functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     mask: Callable[["Context", int], Array] = window_mask
     layer_weights: Callable[[LayerWeights, "Context"], LayerWeights] = lambda weights, context: weights
     rewire: Callable[[dict[str, Operation], "Context"], Mapping[str, Operation]] = lambda table, context: {}
-    backward: Callable[["Context"], Iterator[Operation]] = lambda context: iter(())  # the way back, if it is judged
+    backward: Callable[["Context"], Iterator[Operation]] = lambda context: iter(
+        ()
+    )  # operations of the backward pass, if it is judged
 
     def function(self, name: str, usual: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the context's function with this name, or the usual one."""
+        """Return this context's function `name`, or else the usual function."""
         return self.functions.get(name, usual)
 
     def layer(self, number: int) -> LayerWeights:
@@ -128,7 +133,7 @@ def scale_rows(context: Context) -> Array:
 
 
 def head_pieces(context: Context) -> Iterator[Array]:
-    """Yield the rows of the head, one piece at a time."""
+    """Yield the rows of the head, a piece at a time."""
     for rows in row_pieces(context.weights.head):
         yield as_float64(rows) if context.exact else rows
 
@@ -178,7 +183,7 @@ def _sum(name: str, left: str, right: str) -> Operation:
     return Operation(name, (left, right), np.add, lambda a, b: tol.one_rounding(a + b))
 
 
-Matrix = Callable[[], tuple[Array, Array | None]]  # a weight and its bias, if it has one
+Matrix = Callable[[], tuple[Array, Array | None]]  # returns a weight and its bias or None
 
 
 def _linear(name: str, source: str, weight: Matrix) -> Operation:
@@ -200,7 +205,7 @@ def _attention(context: Context, layer: int, source: str) -> Iterator[Operation]
     score = context.function("attention_scores", ops.attention_scores)
 
     def share_keys(compute: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the operation with each query head paired with its key or value head."""
+        """Return the operation with key or value heads repeated for the query heads."""
         return lambda left, kv, **named: compute(left, repeat(kv, context.groups), **named)
 
     def weight(letter: str) -> Matrix:
@@ -257,7 +262,7 @@ def _block(context: Context, layer: int) -> Iterator[Operation]:
 
 
 def operations(context: Context) -> dict[str, Operation]:
-    """Return every operation of a call by its tensor's name, in the order of execution.
+    """Return every operation of a call by the name of its result, in the order of execution.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Run one check from a file to a report: run the candidate's command, compare weights and tokens, judge the tensors.
+"""Run one check: run the candidate's command, compare weights and tokens, judge the tensors, return a report.
 Checked through the command line and in the tests of `refgemma.oracle`.
 """
 
@@ -26,7 +26,7 @@ from refgemma.trace.name_maps import load_map, map_names, match, open_any
 from refgemma.weights.checkpoint import open_checkpoint
 from refgemma.weights.parameters import Weights, tensor_shapes, weights_of
 
-STDERR = 2  # the number of the stream that a subprocess writes to
+STDERR = 2  # number of the stream to which a subprocess writes
 WATCHER = "import os, sys; sys.stdin.read(); os.killpg(int(sys.argv[1]), 9)"  # stdin closes when this process ends
 EMBEDDED = ("tiny", "conformance")
 HALVES = ("bfloat16", "float16")
@@ -40,15 +40,19 @@ def read_candidate(
     Raises
     ------
     InputError
-        As in `load_trace`; and if the file has no tensor of this model, or most tensors have another model's shapes.
+        As in `load_trace`; also if the file has no tensor of this model, or most tensors have the shapes of another.
     """
     candidate = load_trace(path, config, dtype, name_map)
     if not candidate.tensors and not candidate.refused:
-        raise InputError(f"{path}: holds no tensor of this model; {suggest_map(path, candidate)}")
+        raise InputError(f"{path}: has no tensor of this model; {suggest_map(path, candidate)}")
     if len(candidate.refused) > len(candidate.tensors):
         name, problem = next(iter(candidate.refused.items()))
         fitting = [model for model in EMBEDDED if fits_model(path, model, name_map)]
-        hint = f"they fit {fitting[0]}: --model {fitting[0]}" if fitting else "give its folder with --model"
+        hint = (
+            f"the shapes fit {fitting[0]}: use --model {fitting[0]}"
+            if fitting
+            else "give that model's folder with --model"
+        )
         raise InputError(
             f"{path}: {len(candidate.refused)} of {len(candidate.refused) + len(candidate.tensors)} tensors have the "
             f"shapes of another model ({name} {problem}); {hint}"
@@ -66,11 +70,13 @@ def fits_model(path: str | Path, model: str, name_map: str | None) -> bool:
 
 
 def suggest_map(path: str | Path, candidate: Candidate) -> str:
-    """Return advice for a file without any of our names."""
+    """Return advice for a file without any of refgemma's names."""
     file = open_any(path)
     counts = {name: len(match(file, load_map(name)).found) for name in map_names()} if not candidate.name_map else {}
     fitting = [f"--map {name} knows {n}" for name, n in counts.items() if n]
-    return f"but {', '.join(fitting)} of them" if fitting else "logits at the least are needed"
+    return (
+        f"but {', '.join(fitting)} of its tensors" if fitting else "write at least the logits, under refgemma's names"
+    )
 
 
 def check(
@@ -78,7 +84,7 @@ def check(
     dtype: str | None = None, name_map: str | None = None, weights: str | Path | None = None, override: float = 1.0,
     quantised: bool = False,
 ) -> Report:  # fmt: skip
-    """Compare another implementation's trace with its model, and report the first wrong tensor and the reason.
+    """Check another implementation's trace against the model; report the first wrong tensor and the reason.
 
     Parameters
     ----------
@@ -93,24 +99,24 @@ def check(
     name_map : str, optional
         The map for the file's names; see `refgemma.trace.name_maps`.
     weights : path, optional
-        The weights of the implementation, a file or folder. They are first compared with the model's. If they are
-        quantised, products are judged with them.
+        The weights of the implementation, a file or folder. They are compared with the model's weights first. If they
+        are quantised, products with weights are judged with the quantised weights.
     override : float
         A factor on all tolerances. Every report shows it if it is not 1.
     quantised : bool
-        If true, the weights are quantised, and their products do not affect the verdict unless `weights` are given.
+        If true, the weights are quantised; unless `weights` is given, products with weights do not affect the verdict.
 
     Returns
     -------
     Report
-        ``verdict`` is ``conforms``, ``differs``, ``noisy`` or ``inconclusive``; ``first_divergence`` the tensor that is
-        wrong first, or None; ``findings`` what is wrong, each with the known bugs that explain it; ``excluded`` the
-        known bugs that the trace excludes.
+        The result. ``verdict`` is ``conforms``, ``differs``, ``noisy`` or ``inconclusive``. ``first_divergence`` is the
+        first wrong tensor, or None. ``findings`` are the wrong tensors, each with the known bugs that explain it.
+        ``excluded`` are the known bugs that the trace excludes.
 
     Raises
     ------
     InputError
-        If the trace or the weights cannot be read, or do not fit the model.
+        If the trace or the weights cannot be read, or does not fit the model.
 
     Examples
     --------
@@ -140,18 +146,18 @@ def check(
 
     found = diagnose(candidate, read_weights(candidate.dtype), numbers, override, quantised and not by_name)
     unknown = [finding for finding in found.findings if finding.named == UNKNOWN][:1]
-    # Only possible reasons are tried again: bugs of this tensor, and the closest one.
+    # Test only possible reasons: bugs of this tensor, and the closest bug.
     closest = [finding.closest[0] for finding in unknown if finding.closest]
     bugs = [v for v in KNOWN_BUGS if v in closest or any(finding.field in v.fields for finding in unknown)]
     others = [compute_in(found.candidate, other) for other in HALVES if unknown and other != candidate.dtype]
     again = [report_on(Engine(one, read_weights(one.dtype), numbers, override), bugs) for one in others]
     if by_name:
-        remarks.append("products are judged by the port's own weights, which are quantised")
+        remarks.append("products with weights are judged with the port's own, quantised weights")
     return replace(found, preflight=preflight, remarks=(*found.remarks, *remarks), again=tuple(again))
 
 
 def compute_in(candidate: Candidate, dtype: str) -> Candidate:
-    """Return a candidate as if it had computed in `dtype`, whatever its storage format."""
+    """Return the candidate, to be judged as if it had been computed in `dtype`, whatever its storage format."""
     tensors = {name: replace(x, storage=dtype) for name, x in candidate.tensors.items()}
     return replace(candidate, dtype=dtype, tensors=tensors, dtype_from="option")
 
@@ -159,7 +165,7 @@ def compute_in(candidate: Candidate, dtype: str) -> Candidate:
 def read_dequantised(
     weights: str | Path | None, preflight: Sequence[Preflight], config: Gemma2Config
 ) -> dict[str, Array]:
-    """Return a port's weights as numbers if they are the model's weights, quantised; else an empty dict."""
+    """Return a port's weights, dequantised, if they are the model's weights in quantised form; else an empty dict."""
     words = {stage.named for stage in preflight if stage.verdict != EXACT}
     if weights is None or words != {"weights-quantised"}:
         return {}
@@ -170,7 +176,7 @@ def read_dequantised(
 def run_preflight(
     candidate: Candidate, folder: Path, config: Gemma2Config, weights: str | Path | None
 ) -> tuple[tuple[Preflight, ...], list[str]]:
-    """Compare the given weights, and the tokens if the trace has their text, before any computation."""
+    """Compare weights, if given, and tokens, if the trace has their text, before any computation."""
     compare_tensors = compare_weights(weights, folder, config) if weights else []
     if not {"text", "chat"} & set(candidate.metadata):
         return tuple(compare_tensors), []
@@ -184,7 +190,7 @@ def run_preflight(
 
 
 def _run_words(words: list[str], folder: Path | None, environment: Mapping[str, str]) -> int:
-    """Run a command and return its exit code; it and all its processes end when this process ends."""
+    """Run a command and return its exit code; if this process ends, the command and all its processes end too."""
     command = subprocess.Popen(words, stdout=STDERR, cwd=folder, env=environment, start_new_session=True)
     watcher = subprocess.Popen([sys.executable, "-IS", "-c", WATCHER, str(command.pid)], stdin=subprocess.PIPE,
                                stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
@@ -200,10 +206,10 @@ def _run_words(words: list[str], folder: Path | None, environment: Mapping[str, 
 
 
 def run_backend(command: str, trace: Path, folder: Path | None = None, follow_links: bool = False) -> str | None:
-    """Run a candidate's command, which writes `trace`, in a folder; return the problem, or ``None`` on success.
+    """Run a candidate's command, which must write `trace`; return the problem, or ``None`` on success.
 
-    The command's output goes to stderr, so that it cannot be mistaken for a report. If the command is refgemma,
-    `follow_links` lets it read a model's folder that was made of links.
+    The command's output goes to stderr, so that it cannot be confused with a report. If the command is refgemma,
+    `follow_links` allows it to read a model's folder that consists of links.
     """
     before = trace.stat() if trace.exists() else None
     environment = os.environ | ({FOLLOW_LINKS: "1"} if follow_links else {})
@@ -211,11 +217,11 @@ def run_backend(command: str, trace: Path, folder: Path | None = None, follow_li
         words = shlex.split(command)
         code = _run_words(words, folder, environment) if words else None
     except (OSError, ValueError) as error:
-        return f"{command!r} cannot be run ({error})"
+        return f"{command!r} cannot be run: {error}"
     if code is None:
         return "the command is empty"
     if code:
-        return f"{words[0]} ended with code {code}"
+        return f"{words[0]} ended with exit code {code}"
     after = trace.stat() if trace.exists() else None
     if after is None or (before and (before.st_mtime_ns, before.st_ino) == (after.st_mtime_ns, after.st_ino)):
         return f"{words[0]} succeeded, but did not write {trace}"

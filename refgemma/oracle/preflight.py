@@ -1,9 +1,10 @@
-"""Compare a port's weights with the checkpoint's, and its tokens with the tokenizer's, before any computation. Checked
-in the tests on copies of the conformance checkpoint and texts of the tiny model, each wrong in a known way.
+"""Compare a port's weights with the checkpoint, and its tokens with the tokenizer, before any computation.
 
-Weights are copied, not computed, so the tolerance is zero. A tensor equals the checkpoint's to the last bit, or rounded
-to half precision (which is reported, but is not a mistake), or it is wrong. For a wrong tensor every known mistake is
-tried; only one that gives the tensor exactly is named.
+Checked in the tests on copies of the conformance checkpoint and on texts of the tiny model, each wrong in a known way.
+
+Weights are copied, not computed, so the tolerance is zero. A tensor equals the checkpoint's bit for bit, or is rounded
+to half precision (reported, but not a mistake), or is wrong. For a wrong tensor every known bug is tried, and a bug is
+named only if it gives the tensor exactly.
 """
 
 import json
@@ -29,7 +30,7 @@ from refgemma.weights.parameters import EMBED_TOKENS, tensor_shapes
 
 HEAD_WEIGHT = "lm_head.weight"
 QUANTISED = "weights-quantised"
-ROWS_AT_ONCE = 16384  # compared at a time
+ROWS_AT_ONCE = 16384  # rows compared at once
 FLOATS = ("BF16", "F16", "F32", "F64")
 
 
@@ -39,12 +40,12 @@ class Preflight:
 
     name: str
     verdict: str
-    named: str = ""  # the mistake
+    named: str = ""  # the known bug
     note: str = ""
 
 
 def open_weights(path: str | Path) -> dict[str, Entry]:
-    """Return the tensors of a safetensors file, of all such files in a folder, or of a GGUF file, widened.
+    """Return the tensors of a safetensors file, of all such files in a folder, or of a GGUF file.
 
     Raises
     ------
@@ -70,7 +71,7 @@ def open_weights(path: str | Path) -> dict[str, Entry]:
 
 
 def is_same(a: Array, b: Array) -> bool:
-    """Return True if two arrays hold the same numbers, whatever their storage format; compares some rows at a time.
+    """Return True if two arrays have the same numbers, in whatever format; compare some rows at a time.
 
     Examples
     --------
@@ -84,7 +85,7 @@ def is_same(a: Array, b: Array) -> bool:
 
 
 def known_ways(name: str, right: Array, config: Gemma2Config) -> Iterator[tuple[str, Callable[[], Array]]]:
-    """Yield the name of each known mistake, and a function for the checkpoint's tensor with it."""
+    """Yield the name of each known bug, and a function that returns the checkpoint's tensor with the bug."""
     if right.ndim == 1:
         yield "weights-one-plus", lambda: 1 + as_float64(right)
         yield "weights-minus-one", lambda: as_float64(right) - 1
@@ -123,15 +124,15 @@ def judge_weight(name: str, entry: Entry, checkpoint: Mapping[str, Entry], confi
         return Preflight(name, FAIL, "head-untied", "differs from the embedding, although this model ties the two")
     others = [o for o, e in checkpoint.items() if o != name and e.shape == found.shape and is_same(found, e.read())]
     if others:
-        return Preflight(name, FAIL, "weights-of-another", f"is the checkpoint's {others[0]}")
+        return Preflight(name, FAIL, "weights-of-another", f"equals {others[0]} of the checkpoint")
     if found.shape == right.shape and found.ndim == 2 and (off := measure_quantisation(found, right)):
-        return Preflight(name, NOISY, QUANTISED, f"is off by {off:.2g} of its size")
+        return Preflight(name, NOISY, QUANTISED, f"has a relative error of {off:.2g}")
     wrong = int(np.sum(as_float64(found) != as_float64(right))) if found.shape == right.shape else found.size
     return Preflight(name, FAIL, UNKNOWN, f"{wrong} of {found.size} elements differ")
 
 
 def measure_quantisation(found: Array, right: Array) -> float:
-    """Return the relative error of the worst row if quantisation may be the reason; else 0.
+    """Return the relative error of the worst row if quantisation may be the reason, else 0.
 
     Errors of quantisation are small, and a common factor of a matrix does not explain them.
 
@@ -154,12 +155,12 @@ def measure_quantisation(found: Array, right: Array) -> float:
 
 def _also_rounded(x: Array) -> Iterator[Array]:
     yield x
-    for dtype in ("float32", "bfloat16", "float16"):  # the changed numbers are stored in one of these
+    for dtype in ("float32", "bfloat16", "float16"):  # the port stores the changed numbers in one of these
         yield np.asarray(wide(as_dtype(as_float64(x), dtype)))
 
 
 def compare_weights(path: str | Path, folder: Path, config: Gemma2Config) -> list[Preflight]:
-    """Compare each tensor of a port's weights, a file or folder `path`, with the checkpoint in `folder`, in order.
+    """Compare each tensor of a port's weights in `path`, a file or folder, with the checkpoint in `folder`.
 
     Names are Hugging Face's. Tensors that the port lacks are `MISSING`; names that the model does not have are
     `INVALID`.
@@ -169,11 +170,13 @@ def compare_weights(path: str | Path, folder: Path, config: Gemma2Config) -> lis
     stages = []
     for name in [*names, *([HEAD_WEIGHT] if HEAD_WEIGHT in port and HEAD_WEIGHT not in names else [])]:
         if name not in port:
-            stages.append(Preflight(name, MISSING, note="is not in the port's weights"))
+            stages.append(Preflight(name, MISSING, note="is missing in the port's weights"))
         else:
             stages.append(judge_weight(name, port[name], checkpoint, config))
     matrices = [name for name in names if len(port[name].shape if name in port else ()) == 2 and name != EMBED_TOKENS]
-    if 2 * sum(stage.named == QUANTISED for stage in stages) < len(matrices):  # engines quantise all layers or none
+    if 2 * sum(stage.named == QUANTISED for stage in stages) < len(
+        matrices
+    ):  # engines quantise all layers or none of them
         stages = [s if s.named != QUANTISED else Preflight(s.name, FAIL, UNKNOWN, s.note) for s in stages]
     strange = [name for name in port if name not in names and name != HEAD_WEIGHT]
     return stages + [Preflight(name, INVALID, UNKNOWN, "is not a tensor of this model") for name in strange]
@@ -183,17 +186,17 @@ def compare_weights(path: str | Path, folder: Path, config: Gemma2Config) -> lis
 
 
 def compare_tokens(ids: Sequence[int], metadata: Mapping[str, str], tokenizer: Tokenizer) -> Preflight | None:
-    """Compare the tokens of a row with those of the text or chat in the metadata.
+    """Compare a row's tokens with the tokens of the text or chat in the metadata.
 
     Parameters
     ----------
     ids : sequence of int
-        The row, without padding.
+        The ids of the row, without padding.
     metadata : mapping
-        The metadata of a trace: ``text`` is a text, ``chat`` a JSON list of ``{"role": ..., "content": ...}``. Without
-        either, the result is ``None``.
+        The metadata of a trace: ``text`` is a text, or ``chat`` is a JSON list of ``{"role": ..., "content": ...}``. If
+        both are missing, the result is ``None``.
     tokenizer : Tokenizer
-        The model's.
+        The model's tokenizer.
 
     Raises
     ------

@@ -1,5 +1,7 @@
-"""Write the results of a check for a terminal, a program, a page, a pull request and a test runner. Checked in the
-tests: all five have the same verdict, and the JSON has every field of its schema."""
+"""Write the results of a check for a terminal, a program, a browser, a pull request and a test runner.
+
+Checked in the tests: all five have the same verdict, and the JSON has every field of its schema.
+"""
 
 import html
 import itertools
@@ -33,7 +35,7 @@ WIDTH = 118
 
 
 def number(x: float) -> str:
-    """Return a number with three digits; infinity and NaN by name.
+    """Return a number as text with three digits, or the name of infinity or NaN.
 
     Examples
     --------
@@ -44,7 +46,7 @@ def number(x: float) -> str:
 
 
 def short(names: Iterable[str], most: int = 8) -> str:
-    """Return the first names, and the number of the others.
+    """Return a list of the first names, and how many more there are.
 
     Examples
     --------
@@ -57,7 +59,7 @@ def short(names: Iterable[str], most: int = 8) -> str:
 
 
 def cut(line: str) -> str:
-    """Return a line cut to the width, with escapes for control characters."""
+    """Return a line cut to the maximum width; escape control characters."""
     line = escape(line)
     return line if len(line) <= WIDTH else line[: WIDTH - 3] + "..."
 
@@ -66,12 +68,12 @@ def estimate_text(e: Estimate) -> str:
     """Return an estimate as a sentence."""
     spread = f" +- {e.uncertainty:.1g}" if e.uncertainty else ""
     near = f", which is {e.near}" if e.near else ""
-    fit = "" if e.fits else "; this explains only a part of the error"
+    fit = "" if e.fits else "; this explains only part of the error"
     return f"{e.parameter} seems to be {e.value:.6g}{spread} instead of {e.expected:.6g}{near}{fit}"
 
 
 def finding_row(finding: Finding) -> str:
-    """Return a line of the table."""
+    """Return a finding's line in the table."""
     s, verdict = finding.worst.judged.statistics, finding.worst.judged.verdict
     layers = f"{len(finding.instances)} of {finding.total}"
     error = number(s.error_over_bound) if s.error_over_bound else "-"  # a measured tolerance has no bound
@@ -79,7 +81,7 @@ def finding_row(finding: Finding) -> str:
 
 
 def preflight_lines(report: Report) -> list[str]:
-    """Return the problems of weights and tokens, one line per mistake."""
+    """Return the problems of weights and tokens, one line per known bug."""
     groups: dict[tuple[str, str], list[Preflight]] = {}
     for stage in report.preflight:
         if stage.verdict != EXACT:
@@ -93,7 +95,7 @@ def preflight_lines(report: Report) -> list[str]:
 
 
 def first_lines(report: Report) -> list[str]:
-    """Return the verdict, and the useful details of the first finding."""
+    """Return the verdict and the details of the first finding."""
     lines = preflight_lines(report)
     if report.wrong_preflight:
         lines = [f"DIFFERS first at {report.wrong_preflight[0].name}: {report.wrong_preflight[0].named}", *lines]
@@ -102,7 +104,7 @@ def first_lines(report: Report) -> list[str]:
 
 
 def finding_lines(report: Report) -> list[str]:
-    """Return the verdict and details of the computed tensors."""
+    """Return the verdict and details for the computed tensors."""
     if not report.findings:
         said = {
             CONFORMS: "CONFORMS: rounding explains every recorded tensor",
@@ -117,34 +119,37 @@ def finding_lines(report: Report) -> list[str]:
     first, word = finding.instances[0], "NOISY" if report.verdict == NOISY_ONLY else "DIFFERS"
     lines = [f"{word} first at {first.tensor}: {finding.named}", *more]
     if more:
-        lines.append("    --dtype says which arithmetic it is")
+        lines.append("    give the candidate's arithmetic with --dtype")
     if first.judged.note:
         lines.append(f"  {first.judged.note}")
     for v in finding.explanations[:3]:
         lines.append(f"  {v.name}: {v.says}")
         lines.append(f"    seen in {v.seen}; look at: {v.knob}")
     if not finding.explanations and not any(e.fits for e in finding.estimates) and not first.judged.note:
-        lines.append("  no known mistake explains it; --repro FILE keeps its inputs and its result")
+        lines.append("  no known bug explains it; --repro FILE writes its inputs and result to a file")
     if finding.closest:
         bug, left = finding.closest
-        lines.append(f"  closest: {bug.name} ({bug.says}), which leaves {_as_part(left)} of the error")
+        lines.append(f"  closest: {bug.name} ({bug.says}), but {_as_part(left)} of the error remains")
     lines += [f"  {estimate_text(e)}" for e in finding.estimates]
     if finding.where:
         lines.append(f"  {finding.where}")
     if first.between:
-        lines.append(f"  it was computed from {short(first.sources) or 'the tokens'}; to narrow it down, record")
+        lines.append(
+            f"  this tensor was computed from {short(first.sources) or 'the tokens'}; to find the operation, record "
+            "also"
+        )
         lines.append(f"    {short(_to_record(first), 5)}")
     return lines
 
 
 def _headline(report: Report) -> str:
-    """Return the verdict and the first wrong tensor."""
+    """Return the verdict with the first wrong tensor."""
     finding = report.findings[0] if report.findings else None
     return report.verdict.upper() + (f" first at {finding.instances[0].tensor}: {finding.named}" if finding else "")
 
 
 def _as_part(x: float) -> str:
-    """Return a part of 1 as text.
+    """Return a fraction as text.
 
     Examples
     --------
@@ -155,19 +160,19 @@ def _as_part(x: float) -> str:
 
 
 def label(report: Report, model: str) -> str:
-    """Return the name of the model, and its changed numbers."""
+    """Return the name of the model, with its changed numbers."""
     return f"{model} with {report.changed}" if report.changed else model
 
 
 def _why_noisy(report: Report) -> str:
     quantised = [i.judged.note for i in report.instances if i.judged.verdict == NOISY and i.judged.note]
-    return f"NOISY: {quantised[0]}, as quantisation makes them" if quantised else (
-        "NOISY: within the worst case, but noisier than the declared arithmetic"
+    return f"NOISY: {quantised[0]}, as from quantisation" if quantised else (
+        "NOISY: inside the error bounds, but noisier than the declared arithmetic"
     )  # fmt: skip
 
 
 def _to_record(instance: Instance) -> list[str]:
-    """Return the tensors to record that divide a span into about four parts."""
+    """Return tensors that divide a span into about four parts, if recorded."""
     between = [name for name in instance.between if field_of(name) in ("out", "middle", "norm", "raw_logits")]
     steps = between or list(instance.between)
     every = max(1, len(steps) // 4)
@@ -178,14 +183,14 @@ def why_inconclusive(report: Report) -> str:
     """Return the reason why a check is inconclusive."""
     blind = [i.tensor for i in report.instances if i.judged.verdict == BLIND]
     if blind:
-        return f"nothing could be compared in {short(blind)}"
+        return f"no element could be compared in {short(blind)}"
     if report.logits_missing:
         return (
             f"rounding explains all recorded tensors, but {report.logits_missing} logits of the last token are missing"
         )
     if any(stage.verdict == MISSING for stage in report.preflight):
         return "some weights are missing"
-    return "logits are missing, so the comparison is not complete"
+    return "logits are missing, so the comparison is incomplete"
 
 
 def text(report: Report, model: str) -> str:
@@ -211,10 +216,10 @@ def text(report: Report, model: str) -> str:
         if len(report.findings) > room:
             lines.append(f"and {len(report.findings) - room} other tensors")
     lines.append(", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items())))
-    lines.append(f"excluded: {len(report.excluded)} of {report.asked} known mistakes")
+    lines.append(f"excluded: {len(report.excluded)} of {report.asked} known bugs")
     if report.undetectable:
         names = short([v.name for v in report.undetectable], 5)
-        lines.append(f"this trace cannot show {len(report.undetectable)} known mistakes (--json lists all): {names}")
+        lines.append(f"this trace cannot show {len(report.undetectable)} known bugs (--json lists all): {names}")
     if report.missing:
         lines.append(f"not recorded: {len(report.missing)} tensors, {short(report.missing, 3)}")
     kept = [cut(line) for line in (*lines, *(f"remark: {r}" for r in report.remarks))]
@@ -291,7 +296,7 @@ def as_json(report: Report, model: str) -> dict[str, Any]:
 
 
 def card(report: Report, model: str, files: Mapping[str, Path], version: str) -> str:
-    """Return a verification card as JSON: the verdict, the identities of the files, and the limits of the check.
+    """Return a verification card as JSON: the verdict, the hashes of the files, and the bugs that the check cannot see.
 
     Parameters
     ----------
@@ -300,9 +305,9 @@ def card(report: Report, model: str, files: Mapping[str, Path], version: str) ->
     model : str
         The name of the model.
     files : mapping
-        The path of each file that was read, by its role: ``candidate``, ``model/config.json`` ...
+        The path of each file, by its role: ``candidate``, ``model/config.json`` ...
     version : str
-        That of refgemma.
+        The version of refgemma.
     """
     versions = {"python": platform.python_version(), "numpy": np.__version__, "refgemma": version}
     about = as_json(report, model)
@@ -329,9 +334,9 @@ def card(report: Report, model: str, files: Mapping[str, Path], version: str) ->
 
 
 def junit(report: Report, model: str) -> str:
-    """Return a test case for each tensor, each compared weight and row of tokens, and the verdict.
+    """Return JUnit XML with a test case for each tensor, each compared weight or row of tokens, and the verdict.
 
-    A noisy or inconclusive run may have no wrong tensor; then the last case, the verdict, fails.
+    The last case is the verdict, so that a noisy or inconclusive run without a wrong tensor fails too.
     """
     absent = [*report.missing, *(p.name for p in report.preflight if p.verdict == MISSING)]
     suite = ElementTree.Element("testsuite", name=escape(f"refgemma check {label(report, model)}"))
@@ -361,7 +366,7 @@ def junit(report: Report, model: str) -> str:
 
 
 def _as_code(text: str) -> str:
-    """Return `text` formatted as code, so that GitHub finds no link, mention, markup or cell border in it."""
+    """Return `text` formatted as code, so that GitHub does not interpret links, mentions or markup in it."""
     shown = escape(text).replace("`", "'").replace("|", "\N{BROKEN BAR}")
     return f"`{shown}`"
 
@@ -371,7 +376,7 @@ def _as_block(lines: Iterable[str]) -> list[str]:
 
 
 def markdown(report: Report, model: str) -> str:
-    """Return a comment for a pull request; names and texts of the trace are formatted as code."""
+    """Return a comment for a pull request; names and texts from the trace are formatted as code."""
     rows = [
         f"| {_as_code(f.field)} | {f.worst.judged.verdict} | {len(f.instances)} of {f.total} | "
         f"{number(f.worst.judged.statistics.error_over_bound)} | {number(f.worst.judged.statistics.rms)} | "
@@ -390,7 +395,7 @@ def markdown(report: Report, model: str) -> str:
         *(table if rows else []), *([""] if rows else []),
         ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items())) + ".",
         "",
-        f"Excluded {len(report.excluded)} of {report.asked} known mistakes. "
+        f"Excluded {len(report.excluded)} of {report.asked} known bugs. "
         f"Not shown by this trace: {', '.join(v.name for v in report.undetectable) or 'none'}.",
         *(["", *_as_block(report.remarks)] if report.remarks else [""]),
     ])  # fmt: skip
@@ -398,14 +403,14 @@ def markdown(report: Report, model: str) -> str:
 
 # --- a page -----------------------------------------------------------------------------------------------------------
 
-# Lower limits of the colours of a map, in standard deviations: rounding, then ten times more for each.
+# Lower limits of a map's colours in standard deviations: rounding, then ten times more for each colour.
 LEVELS = ((0.0, "#7fc98f"), (4.0, "#f0c419"), (10.0, "#f4a300"), (100.0, "#e8743b"), (1e3, "#d62828"), (1e4, "#7f1d1d"))
-CELLS = 64  # of a map in each direction, at most
-MAPS = 6  # findings shown as maps
+CELLS = 64  # maximum number of a map's cells in each direction
+MAPS = 6  # maximum number of findings shown as maps
 
 
 def page(report: Report, model: str) -> str:
-    """Return an HTML page that needs no network."""
+    """Return the report as an HTML page that needs no network."""
     page = Template(Path(__file__).with_name("report.html").read_text("utf-8"))
     return page.substitute(
         verdict=html.escape(report.verdict), text=html.escape(text(report, model)), strip=_strip(report),
@@ -440,7 +445,7 @@ def _cell(instance: Instance | None, name: str) -> str:
 def _drift(report: Report) -> str:
     points = [(name, x) for name, x in report.drift if np.isfinite(x) and x > 0]
     if not points:
-        return "<p>No tensor of the residual stream was recorded, or none differs.</p>"
+        return "<p>The residual stream was not recorded, or does not differ.</p>"
     logs = np.log10([x for _, x in points])
     low, high = np.floor(logs.min()), np.ceil(logs.max() + 1e-9)
     step = 640 / max(1, len(points) - 1)
@@ -468,7 +473,7 @@ def _worst(report: Report) -> str:
 
 
 def _histogram(report: Report) -> str:
-    """Return a chart of the shares of all elements between the edges, with the normal distribution."""
+    """Return a chart of the shares of elements between the edges, with the normal distribution for comparison."""
     count_errors = [s.histogram for i in report.instances if (s := i.judged.statistics).histogram]
     counts = np.sum(count_errors, axis=0) if count_errors else np.zeros(len(EDGES) - 1)
     share = counts / max(1, counts.sum())
@@ -485,7 +490,7 @@ def _bar_chart(
     label: str, bars: Array, titles: Sequence[str], colours: Sequence[str], ticks: Mapping[int, str],
     curve: Array | None = None,
 ) -> str:  # fmt: skip
-    """Return a chart of bars of at most 1, with labels below some edges and an optional curve."""
+    """Return a chart of bars with heights up to 1, labels below some edges, and an optional curve."""
     width = 672 / len(bars)
     parts = [
         f'<rect x="{40 + width * n:.1f}" y="{170 - 150 * bar:.1f}" width="{width - 1:.1f}" height="{150 * bar:.1f}" '
@@ -511,11 +516,11 @@ def _maps(report: Report) -> str:
         f'<span style="background:{colour};color:#000;padding:0 .4rem">from {least:g}</span>'
         for least, colour in LEVELS
     )
-    return f"<p>Standard deviations: {keys}. White: not compared.</p>{''.join(figures)}" if figures else ""
+    return f"<p>Standard deviations: {keys}. White cells were not compared.</p>{''.join(figures)}" if figures else ""
 
 
 def _map(m: ErrorMap) -> str:
-    """Return one map; adjacent cells of one colour form one rectangle."""
+    """Return one map as SVG; adjacent cells of the same colour form one rectangle."""
     numbers, (down, across) = pool_blocks(m.numbers, CELLS)
     size = 10
     parts = []
@@ -533,7 +538,7 @@ def _map(m: ErrorMap) -> str:
         f'<text x="30" y="{high + 14}">0</text><text x="{10 + wide}" y="{high + 14}">{m.numbers.shape[1] - 1}</text>'
         f'<text x="0" y="{size}">0</text><text x="0" y="{high}">{m.numbers.shape[0] - 1}</text>'
     )
-    cell = "" if (down, across) == (1, 1) else f"<p>A cell is the largest of {down} x {across}.</p>"
+    cell = "" if (down, across) == (1, 1) else f"<p>Each cell shows the largest of {down} x {across} elements.</p>"
     label = f"{m.rows} by {m.columns}"
     return (
         f'<svg viewBox="0 0 {60 + wide} {high + 20}" width="{60 + wide}" role="img" aria-label="{label}">'
@@ -542,7 +547,8 @@ def _map(m: ErrorMap) -> str:
 
 
 def pool_blocks(numbers: Array, most: int) -> tuple[Array, tuple[int, int]]:
-    """Return the maxima of at most `most` blocks in each direction, and the size of a block; NaN is ignored.
+    """Divide into at most `most` blocks in each direction; return each block's maximum, ignoring NaN, and the block
+    size.
 
     Examples
     --------

@@ -1,8 +1,9 @@
-"""Compute each of a candidate's tensors from the tensors recorded before it. Checked in the tests: a wrong operation is
-reported, but not its consequences.
+"""Compute each of a candidate's tensors from the tensors recorded before it.
 
-Unrecorded tensors between two recorded ones are computed exactly. The effect of rounding in them is measured: in
-`DRAWS` runs, each of them gets random errors with its operation's standard deviation.
+Checked in the tests: a wrong operation is reported, but not its consequences.
+
+Unrecorded tensors between two recorded tensors are computed exactly. The effect of rounding in these tensors is
+measured: in `DRAWS` simulated runs, each gets random errors with the standard deviation of its operation.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,25 +15,25 @@ import numpy as np
 from refgemma.oracle.operations import Context, Operation, window_mask
 from refgemma.precision import Array
 from refgemma.trace.candidate import Candidate
-from refgemma.trace.names import AXES, GRADS, field_of, layer_of
+from refgemma.trace.names import AFTER, AXES, GRADS, field_of, layer_of
 from refgemma.weights.parameters import EMBED_TOKENS
 
 DRAWS = 16
-KEPT_BYTES = 2**26  # larger tensors, such as the scores of long texts, are computed at each use and not kept
+KEPT_BYTES = 2**26  # larger tensors, such as scores of long texts, are computed again at each use
 
 
 @dataclass
 class Computed:
-    """The operations of one reading of the model, applied to a candidate's recorded tensors."""
+    """The operations of the model, correct or with a bug, applied to a candidate's recorded tensors."""
 
     table: Mapping[str, Operation]
     candidate: Candidate
-    between: dict[str, Array] = field(default_factory=dict)  # not recorded, computed
+    between: dict[str, Array] = field(default_factory=dict)  # unrecorded tensors that were computed
     spans: dict[str, list[str]] = field(default_factory=dict)  # the results of `span`
 
     def edit(self, table: Mapping[str, Operation]) -> "Computed":
-        """Return this object with another table's operations; tensors that do not depend on them are not computed
-        again."""
+        """Return this object with the operations of another table; keep computed tensors that do not depend on the
+        changes."""
         changed: set[str] = set()
         for name, op in table.items():
             unrecorded = (source for source in op.inputs if source not in self.candidate.inputs)
@@ -43,11 +44,11 @@ class Computed:
 
     @cached_property
     def places(self) -> Mapping[str, int]:
-        """The number of each operation in the order of execution."""
+        """The index of each operation in the order of execution."""
         return {name: place for place, name in enumerate(self.table)}
 
     def value(self, name: str) -> Array:
-        """Return a tensor as an input: the recorded one, or else the one computed from recorded ones."""
+        """Return a tensor to use as an input: the recorded tensor or, if unrecorded, the computed one."""
         if name in self.candidate.inputs:
             return self.candidate.inputs[name].numbers
         if name in self.between:
@@ -67,7 +68,7 @@ class Computed:
             return np.asarray(self.table[name].compute(*self.inputs(name)), np.float64)
 
     def span(self, name: str) -> list[str]:
-        """Return the operations between recorded tensors and a tensor, its own operation last."""
+        """Return the operations from recorded tensors to the given tensor, whose own operation is last."""
         if name in self.spans:
             return self.spans[name]
         found: set[str] = set()
@@ -82,11 +83,13 @@ class Computed:
 
 
 def where_compared(name: str, context: Context) -> Array:
-    """Return a mask of the elements to compare: rows of real tokens, and scores of visible keys."""
+    """Return a mask that is true for the elements to compare: rows of real tokens, and scores of visible keys."""
     visible, gradient = context.call.visible, name.startswith(GRADS)
+    if name.startswith(AFTER):
+        return np.array(True)
     kind, layer = field_of(name).removeprefix(GRADS), layer_of(name)
     if gradient and kind not in AXES:
-        # Whether the padding token's row is trained is a choice of the embedding, not of the model.
+        # The padding token's row is not compared, because an implementation may or may not train it.
         rows = np.arange(context.config.vocab_size)[:, None] != context.config.pad_token_id
         return rows if name == GRADS + EMBED_TOKENS else np.array(True)
     if kind in ("attention.scores", "attention.capped") or (gradient and kind == "attention.probs"):
@@ -100,9 +103,9 @@ def where_compared(name: str, context: Context) -> Array:
 def measure_noise(
     computed: Computed, names: Sequence[str], context: Context, more: Mapping[str, float] | None = None, seed: int = 0
 ) -> dict[str, Array]:
-    """Return the standard deviation of the last tensors of spans, measured over `DRAWS` simulated runs.
+    """Measure the standard deviation of each span's last tensor in `DRAWS` simulated runs.
 
-    For the fields in `more`, an error of the given part of each row's size is added to the rounding.
+    `more` adds an error to the rounding of some fields, given as a fraction of each row's size.
     """
     rng = np.random.default_rng(seed)
     storage = context.arithmetic.storage
@@ -110,7 +113,7 @@ def measure_noise(
     last_use = {source: step for step in steps for source in computed.table[step].inputs}
     squares: dict[str, Array] = {}
     exact = {name: computed.result(name) for name in names}
-    spread: dict[str, Array] = {}  # of the usual numbers: those of a draw are so near that theirs is the same
+    spread: dict[str, Array] = {}  # of the exact numbers; simulated numbers are close enough to have the same
     with np.errstate(all="ignore"):
         for step in steps:
             right = computed.value(step) if step not in computed.candidate.inputs else computed.result(step)
@@ -124,14 +127,14 @@ def measure_noise(
                 run.between[step] = right + rng.standard_normal(right.shape) * spread[step]
                 if step in exact:
                     squares[step] = squares.get(step, 0.0) + (run.between[step] - exact[step]) ** 2
-                for source in computed.table[step].inputs:  # one layer's scores in memory at a time
+                for source in computed.table[step].inputs:  # keeps only one layer's scores in memory
                     if last_use[source] == step:
                         run.between.pop(source, None)
     return {name: add_typical_spread(np.sqrt(total / DRAWS)) for name, total in squares.items()}
 
 
 def add_typical_spread(spread: Array) -> Array:
-    """Add a part of the tensor's typical spread, because sixteen draws give a standard deviation only to 1/5."""
+    """Add a part of the tensor's typical spread, because 16 draws give a standard deviation only to within 1/5."""
     finite = spread[np.isfinite(spread)]
     with np.errstate(over="ignore"):
         typical = float(np.sqrt(np.mean(finite**2))) if finite.size else 0.0

@@ -1,20 +1,21 @@
-"""The tolerance of each operation: an error bound and a standard deviation for every element of its result.
+"""Derive the tolerance of each operation: an error bound and a standard deviation for every element of the result.
 
-Derived below. Checked against fifty-digit arithmetic, against sums in every order, in pairs and in blocks, and against
-PyTorch's recordings in three precisions: no bound is exceeded, and none is 1000 times the largest error seen.
+Checked against fifty-digit arithmetic, against sums in sequence, in pairs and in blocks, and against PyTorch's
+recordings in three precisions. No bound is exceeded, and no bound is 1000 times the largest observed error.
 
 ``u = 2**-24`` is the unit roundoff of float32. ``gamma(n) = n u / (1 - n u)`` bounds the relative error of n successive
 roundings, in any order of a sum (Higham, *Accuracy and Stability of Numerical Algorithms*, 2002, sections 3.1 and 4.2).
-A library's ``tanh``, ``exp``, ``cos`` and ``1/sqrt`` are assumed to be within 2 ulp (``4 u``). Each function here takes
-the arguments of the operation with its name in `refgemma.ops`, and returns the `Tolerance` of float32 arithmetic.
-`rescale` converts it to float64. `with_storage` adds the rounding of half-precision storage: half an ulp for every
-result that PyTorch's eager kernels store. An implementation that stores fewer results stays inside.
+A library's ``tanh``, ``exp``, ``cos`` and ``1/sqrt`` are assumed to be within 2 ulp (``4 u``). Each function has the
+name and the arguments of an operation in `refgemma.ops`, and returns the `Tolerance` of float32 arithmetic. `rescale`
+converts a tolerance to float64. `with_storage` adds the rounding of half-precision storage: half an ulp for every
+result that PyTorch's eager kernels store. An implementation that stores fewer results stays within the tolerance.
 
-The standard deviation of a sum: a sequential sum of n products ``t_i`` rounds its k-th partial sum ``S_k``. The error
-is at most ``u |S_k|``, uniformly distributed, with variance ``u**2 S_k**2 / 3``. If the terms have random signs,
-``S_k**2`` grows like ``k t**2``, and the total is ``u**2 n / 6 * sum t_i**2``. If all have one sign, it grows like ``(k
-/ n)**2 S**2``, and the total is ``u**2 n / 9 * S**2``. Both are counted. Sums in blocks or pairs have smaller errors.
-Any other result is assumed to be uniformly distributed within its bound, with standard deviation ``bound / sqrt(3)``.
+The standard deviation of a sum is derived as follows. A sequential sum of n products ``t_i`` rounds its k-th partial
+sum ``S_k``. The error is at most ``u |S_k|``; if uniformly distributed, its variance is ``u**2 S_k**2 / 3``. If the
+terms have random signs, ``S_k**2`` grows like ``k t**2``, and the total is ``u**2 n / 6 * sum t_i**2``. If all terms
+have one sign, ``S_k**2`` grows like ``(k / n)**2 S**2``, and the total is ``u**2 n / 9 * S**2``. The code adds both
+totals. Sums in blocks or pairs have smaller errors. Any other error is assumed to be uniformly distributed within its
+bound, with standard deviation ``bound / sqrt(3)``.
 """
 
 import math
@@ -29,10 +30,10 @@ from refgemma.precision import Array, as_float64
 
 U = 2.0**-24
 LIBRARY = 4 * U  # relative error of tanh, exp, cos, rsqrt
-UNDERFLOW = 2.0**-126  # the smallest normal float32: smaller numbers may be rounded coarsely, or to zero
+UNDERFLOW = 2.0**-126  # the smallest normal float32; smaller numbers may be rounded coarsely or to zero
 EVEN = 1 / math.sqrt(3)  # the standard deviation of a uniform distribution from -1 to 1
 
-# Relative distance of neighbouring numbers at a power of two, and the smallest normal number.
+# For each precision: the relative distance of neighbouring numbers at a power of two, and the smallest normal number.
 FORMATS = {
     "bfloat16": (2.0**-7, float(ml_dtypes.finfo(ml_dtypes.bfloat16).smallest_normal)),
     "float16": (2.0**-10, float(np.finfo(np.float16).smallest_normal)),
@@ -41,7 +42,7 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """The declared arithmetic: the storage format of tensors, and the unit roundoff of sums (float32's or float64's).
+    """The declared arithmetic: the storage format of tensors, and the unit roundoff of sums.
 
     Examples
     --------
@@ -68,8 +69,8 @@ class Tolerance:
     stored, stored_spread : array
         The error bound of half-precision storage, and its standard deviation.
     common : float
-        The relative error that all elements may share, for example from a rounded factor. An estimate of a common
-        factor may have this error, however many elements there are.
+        A relative error that all elements may share, for example from a rounded factor. An estimated common factor may
+        have this error, no matter how many elements there are.
     """
 
     bound: Array
@@ -77,7 +78,7 @@ class Tolerance:
     stored: Array
     stored_spread: Array
     common: float = 0.0
-    measured: bool = False  # true if `spread` was measured by simulation; then the bound is only a multiple of it
+    measured: bool = False  # true if `spread` was measured by simulation; the bound is then a multiple of `spread`
 
     @property
     def error_bound(self) -> Array:
@@ -114,7 +115,7 @@ def tolerance(bound: Array, spread: Array | None = None, common: float = 0.0) ->
 def from_measured_std(std: Array, deviations: float) -> Tolerance:
     """Return the tolerance of a result with unrecorded inputs, whose `std` was measured by simulation.
 
-    Its bound is `deviations` times `std`; with infinity, only the root mean square is judged.
+    The bound is `deviations` times `std`; if infinite, only the root mean square is judged.
     """
     nothing = np.zeros(np.shape(std))
     bound = deviations * std if math.isfinite(deviations) else nothing + math.inf
@@ -124,7 +125,7 @@ def from_measured_std(std: Array, deviations: float) -> Tolerance:
 def ulp(x: Array, dtype: str) -> Array:
     """Return the distance from each element to its neighbour in `dtype`; 0 for float32 and float64.
 
-    The bounds contain the rounding of a float32 result.
+    (The bounds already include the rounding of float32 and float64 results.)
 
     Examples
     --------
@@ -139,7 +140,7 @@ def ulp(x: Array, dtype: str) -> Array:
 
 
 def with_storage(allowed: Tolerance, exact: Array, storage: str, before: Sequence[Array] = ()) -> Tolerance:
-    """Add the rounding of the result to half precision, and the errors from earlier stores, `before`."""
+    """Add the rounding of the result to half precision, and the errors `before` from storing earlier results."""
     steps = [*before, ulp(np.abs(exact) + allowed.bound + sum(before), storage) / 2]
     spread = np.sqrt(sum((EVEN * step) ** 2 for step in steps))
     return replace(allowed, stored=np.asarray(sum(steps)), stored_spread=np.asarray(spread))
@@ -155,15 +156,15 @@ def in_decimals(allowed: Tolerance, step: float) -> Tolerance:
 def rescale(allowed: Tolerance, factor: float, floor: Array | float = 0.0) -> Tolerance:
     """Multiply the tolerance of the arithmetic by `factor`, and add `floor`.
 
-    All tolerances derived for float32 are proportional to the unit roundoff; the factor for another one is ``unit /
-    U``.
+    Tolerances derived for float32 are proportional to the unit roundoff. For another unit roundoff ``unit``, the factor
+    is ``unit / U``.
     """
     bound, spread = allowed.bound * factor + floor, allowed.spread * factor + floor
     return replace(allowed, bound=bound, spread=spread, common=allowed.common * factor)
 
 
 def rearrange(allowed: Tolerance, move: Callable[[Array], Array]) -> Tolerance:
-    """Move the axes of a tolerance without storage, as an operation moves the axes of its result."""
+    """Move the axes of a tolerance (without storage) with the function `move`."""
     return tolerance(move(allowed.bound), move(allowed.spread), allowed.common)
 
 
@@ -186,12 +187,14 @@ def matmul(a: Array, b: Array) -> Tolerance:
     left, right = as_float64(a), as_float64(b)
     n = left.shape[-1]
     squares, total = (left * left) @ (right * right), left @ right
-    spread = U * np.sqrt((n / 6 + EVEN**2) * squares + n / 9 * total**2)  # see above; plus the products themselves
+    spread = U * np.sqrt(
+        (n / 6 + EVEN**2) * squares + n / 9 * total**2
+    )  # see the top of this file; plus the rounding of each product
     return tolerance(gamma(n) * (np.abs(left) @ np.abs(right)), spread)
 
 
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Tolerance:
-    """Return the tolerance of a sum of ``in`` products; a bias is one more term."""
+    """Return the tolerance of sums of ``in`` products; a bias is one more term."""
     products = matmul(x, weight.T)
     if bias is None:
         return products
@@ -204,10 +207,10 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Tolerance:
 def rms_norm(x: Array, weight: Array, eps: float) -> Tolerance:
     """Return the tolerance of a norm.
 
-    The mean of n squares has the relative error ``gamma(n + 1)``, its root half of it. Then come 1/sqrt, (1 + w) and
-    two products. The error of ``1 + w`` is u times the larger of 1 and ``|1 + w|``; its relative error exceeds u for w
-    near -1. The terms of the mean have one sign, so its relative standard deviation is ``u sqrt(n) / 3``, and the
-    root's is half of that.
+    The mean of n squares has the relative error ``gamma(n + 1)``, its root half of this. Then 1/sqrt, (1 + w) and two
+    products add their errors. The error of ``1 + w`` is u times the larger of 1 and ``|1 + w|``; relative to ``1 + w``
+    it exceeds u for w near -1. All terms of the mean have one sign, so its relative standard deviation is ``u sqrt(n) /
+    3``; that of the root is half of this.
     """
     n, scale = x.shape[-1], np.abs(1 + as_float64(weight))
     normed = np.abs(as_float64(x)) / np.sqrt(np.mean(as_float64(x) ** 2, axis=-1, keepdims=True) + eps)
@@ -218,13 +221,13 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Tolerance:
 
 
 def rotary_tables(positions: Array, head_dim: int, theta: float) -> Tolerance:
-    """Return the tolerance of the rotary tables; the angle is float32 in every arithmetic, and its error grows.
+    """Return the tolerance of the rotary tables; angles are float32 in every arithmetic, and their errors grow.
 
-    For the power in a frequency ``theta ** -e``, the candidate's error is `LIBRARY` and ours ``u``. The reciprocal and
-    the product with the position add ``u`` on each side: 9 u in total. The exponent ``e = 2 i / head_dim`` is rounded
-    on each side, which adds ``2 u e |ln(theta)|``. Some implementations, such as llama.cpp, multiply ``theta ** (-2 /
-    head_dim)`` by itself ``i`` times, which adds ``2 i u``. The error of a cosine is at most that of its angle plus
-    `LIBRARY`.
+    The power in a frequency ``theta ** -e`` has the error `LIBRARY` in the candidate and ``u`` in refgemma. The
+    reciprocal and the product with the position add ``u`` on each side: 9 u in total. The exponent ``e = 2 i /
+    head_dim`` is rounded on each side, which adds ``2 u e |ln(theta)|``. Some implementations, such as llama.cpp,
+    multiply ``theta ** (-2 / head_dim)`` by itself ``i`` times, which adds ``2 i u``. The error of a cosine is at most
+    the error of its angle plus `LIBRARY`.
     """
     number = np.tile(np.arange(head_dim // 2), 2)
     exponent = 2 * number / head_dim
@@ -234,18 +237,18 @@ def rotary_tables(positions: Array, head_dim: int, theta: float) -> Tolerance:
 
 
 def same_angles(cos: Array) -> Tolerance:
-    """Return the tolerance of rotary tables from identical angles: only the libraries' cosines may differ."""
+    """Return the tolerance of rotary tables from identical angles; only the cosines of libraries may differ."""
     return tolerance(np.full(cos.shape, LIBRARY))
 
 
 def _rotation_terms(x: Array, cos: Array, sin: Array) -> tuple[Array, Array]:
-    """Return the absolute values of both products: of a number, and of the number half a head away."""
+    """Return the absolute values of both products of a rotation, for a number and for its partner half a head away."""
     x64, half = as_float64(x), x.shape[-1] // 2
     return np.abs(x64 * as_float64(cos)), np.abs(np.roll(x64, half, axis=-1) * as_float64(sin))
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Tolerance:
-    """Return the tolerance of two products and a sum: 2 u times the absolute values."""
+    """Return the tolerance of the sum of two products: 2 u times their absolute values."""
     first, second = _rotation_terms(x, cos, sin)
     return tolerance(2 * U * (first + second))
 
@@ -256,7 +259,7 @@ def rotate_stores(x: Array, cos: Array, sin: Array, storage: str) -> list[Array]
 
 
 def attention_scores(q: Array, k: Array, scale: float) -> Tolerance:
-    """Return the tolerance of sums of head_dim products, the product with the scale, and the scale's own rounding."""
+    """Return the tolerance of sums of head_dim products, multiplied by a rounded scale."""
     keys = k.swapaxes(-1, -2)
     product, exact = matmul(q, keys), np.abs(as_float64(q) @ as_float64(keys))
     return tolerance(
@@ -286,7 +289,7 @@ def soft_cap_stores(x: Array, cap: float | None, storage: str) -> list[Array]:
         return []
     t = as_float64(x) / cap
     bent = np.tanh(t)
-    # The slope is largest where the quotient is nearest to 0, so the value half an ulp nearer to 0 counts.
+    # tanh is steepest near 0, so take its slope half an ulp nearer to 0.
     inner = np.maximum(np.abs(t) - ulp(t, storage) / 2, 0)
     return [cap / np.cosh(inner) ** 2 * ulp(t, storage) / 2, cap * ulp(np.abs(bent) + ulp(t, storage), storage) / 2]
 
@@ -294,8 +297,8 @@ def soft_cap_stores(x: Array, cap: float | None, storage: str) -> list[Array]:
 def softmax(scores: Array, mask: Array) -> Tolerance:
     """Return the tolerance of a softmax.
 
-    An absolute error of exp's argument is a relative error of its result; the sum has the average error of its terms.
-    The argument is the distance from the row's largest score, with relative error u. The errors of the row's sum and of
+    An absolute error in exp's argument is a relative error of the result. The argument is the distance from the row's
+    largest score, with relative error u. The sum has the average error of its terms. The errors of the row's sum and of
     the library's exp may be the same for all elements.
     """
     masked = np.where(mask, as_float64(scores), np.finfo(np.float64).min)
@@ -311,8 +314,8 @@ def softmax(scores: Array, mask: Array) -> Tolerance:
 def log_softmax(x: Array) -> Tolerance:
     """Return the tolerance of log probabilities.
 
-    The distance from the row's largest number has the relative error u; the sum is as in `softmax`. An absolute error
-    of the logarithm is the relative error of the sum, which the whole row shares.
+    The distance from the row's largest number has the relative error u; the error of the sum is as in `softmax`. An
+    absolute error of the logarithm equals the relative error of the sum, which is the same for the whole row.
     """
     x64 = as_float64(x)
     distance = np.max(x64, axis=-1, keepdims=True) - x64
@@ -328,8 +331,8 @@ def log_softmax(x: Array) -> Tolerance:
 def gelu_tanh(x: Array) -> Tolerance:
     """Return the tolerance of GELU; it is relative to x, not to y, because ``1 + tanh`` cancels for negative x.
 
-    The argument of tanh has 4 roundings, and ``|t| sech(t)**2 < 0.45``. tanh itself is within 4 u, and the sum adds
-    another u. Half of this total is multiplied by x; then come two products.
+    The argument of tanh has 4 roundings, and ``|t| sech(t)**2 < 0.45``. tanh itself is within 4 u, and adding 1 rounds
+    once more. Half of this total is multiplied by x; two more products follow.
     """
     x64 = as_float64(x)
     y = 0.5 * x64 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x64 + 0.044715 * x64**3)))
@@ -337,5 +340,5 @@ def gelu_tanh(x: Array) -> Tolerance:
 
 
 def one_rounding(exact: Array, common: float = 0.0) -> Tolerance:
-    """Return the tolerance of a sum or product of two numbers."""
+    """Return the tolerance of a sum or product of two numbers: one rounding."""
     return tolerance(U * np.abs(exact), common=common)

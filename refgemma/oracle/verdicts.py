@@ -1,4 +1,4 @@
-"""The verdicts of tensors and of runs, with their exit codes.
+"""Define the verdicts of tensors and of runs, with the exit codes.
 
 ``verify``, ``check``, ``diff``, ``sweep`` and the laws use these words; docs/reference/verdicts.md explains them.
 
@@ -9,8 +9,8 @@ verdict   when
 ========  ==============================================================================================================
 EXACT     every element is the correctly rounded result, or the result of PyTorch's eager kernels
 PASS      inside every limit
-NOISY     inside the error bound, but `RMS_LIMIT` times as noisy as the declared arithmetic: some undeclared precision;
-          or a product with quantised weights
+NOISY     inside the error bound, but `RMS_LIMIT` times as noisy as the declared arithmetic, as from an undeclared
+          precision; or a product with quantised weights
 SKEWED    inside the error bound, but with a common factor or offset
 FAIL      an element is outside the error bound
 BLIND     nothing can be compared: the reference is not finite, or has no meaningful element
@@ -28,7 +28,7 @@ differs       1     rounding does not explain some difference
 unreadable    2     a file cannot be read
 noisy         3     the same model, with more rounding than its declared arithmetic
 inconclusive  4     too little was recorded for a verdict
-failed        5     the command of the implementation failed
+failed        5     the implementation's own command failed
 lost          5     the worker of a sweep died
 ============  ====  ====================================================================================================
 """
@@ -37,9 +37,9 @@ EXACT, PASS, NOISY, SKEWED, FAIL = "EXACT", "PASS", "NOISY", "SKEWED", "FAIL"
 BLIND, MISSING, INVALID = "BLIND", "MISSING", "INVALID"
 GOOD = (EXACT, PASS)
 BAD = (SKEWED, FAIL, INVALID)
-UNKNOWN = "UNKNOWN"  # instead of the name of a known bug, if none explains a difference
+UNKNOWN = "UNKNOWN"  # shown if no known bug explains a difference
 
 CONFORMS, DIFFERS, NOISY_ONLY, INCONCLUSIVE = "conforms", "differs", "noisy", "inconclusive"
 UNREADABLE, FAILED, LOST = "unreadable", "failed", "lost"
-# The most serious first: if there are several verdicts, the first counts.
+# The most serious verdict is first; of several verdicts, the first in this order counts.
 EXIT = {DIFFERS: 1, FAILED: 5, LOST: 5, UNREADABLE: 2, INCONCLUSIVE: 4, NOISY_ONLY: 3, CONFORMS: 0}

@@ -1,1 +1,1 @@
-"""Run many checks: the file of jobs, the workers, and the totals."""
+"""Run many checks: read the file of jobs, run the workers, and add up the results."""

@@ -1,11 +1,11 @@
-"""The jobs of a sweep: their file, their keys, and running one. Checked in the tests with `sweep`.
+"""Read the jobs of a sweep, compute their keys, and run a job. Checked in the tests with `sweep`.
 
-A file of jobs has one JSON object per line. A job is a `trace` to check, or a command to `run` that writes one. The
-command gets a `prompt` and a `model`, whose `config` may be changed. A list in place of a value makes one job for each
-element; several lists make every combination.
+A file of jobs has one JSON object per line. A job is a `trace` to check, or a command to `run` that writes a trace. The
+command gets a `prompt` and a `model`, whose `config` may be changed. If a value is a list, each element makes a job;
+several lists make every combination.
 
-A job's key is a hash of everything that determines its result: its fields, with the contents of files in place of their
-names, and this package's code.
+A job's key is a hash of everything that determines its result: its fields (with the contents of files instead of their
+names) and this package's code.
 """
 
 import hashlib
@@ -45,29 +45,29 @@ FIELDS_OF_A_JOB = {
     "name": str, "trace": str, "run": str, "prompt": str, "model": str, "config": dict, "dtype": str, "map": str,
     "weights": str, "allow": float,
 }  # fmt: skip
-JOBS_LIMIT = 100_000  # per line
+JOBS_LIMIT = 100_000  # maximum number of jobs per line
 OF_A_MODEL = (".json", ".safetensors", ".model")
 
 Done = dict[str, Any]
-"""The stored result of a job: its verdict in words, and a `Tally` for every kind of tensor."""
+"""The stored result of a job: the verdict in words, and a `Tally` for every kind of tensor."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One check; file names are absolute."""
+    """A check to run; file names are absolute."""
 
     name: str
     fields: Mapping[str, Any]
-    folder: str  # where its command runs
+    folder: str  # working folder of the command
     key: str
-    code: str  # of the package that made the key
+    code: str  # hash of the package's code
 
 
 # --- the file of jobs -------------------------------------------------------------------------------------------------
 
 
 def read_jobs(path: str | Path) -> list[Job]:
-    """Read the jobs of a file, without duplicates, in the order of their names.
+    """Read the jobs of a file, drop duplicates, and sort by name.
 
     Raises
     ------
@@ -101,7 +101,7 @@ def _combinations(line: str) -> Iterator[dict[str, Any]]:
     given = parse_object(line.encode())
     choices = [[(field, v) for v in (value if isinstance(value, list) else [value])] for field, value in given.items()]
     if (count := math.prod(map(len, choices))) > JOBS_LIMIT:
-        raise InputError(f"its lists make {count} jobs; the limit per line is {JOBS_LIMIT}")
+        raise InputError(f"the lists make {count} jobs; the limit per line is {JOBS_LIMIT}")
     yield from (dict(chosen) for chosen in itertools.product(*choices))
 
 
@@ -112,7 +112,7 @@ def _job(fields: dict[str, Any], folder: Path) -> Job:
             raise InputError(f"unknown field {field!r}; the fields are {', '.join(FIELDS_OF_A_JOB)}")
         if not isinstance(value, kind) and not (kind is float and type(value) is int):
             raise InputError(f"{field} is {quote(value)}; it must be a {'number' if kind is float else kind.__name__}")
-        if isinstance(value, str) and not value.isprintable():  # names of files contain no NUL and no half characters
+        if isinstance(value, str) and not value.isprintable():  # a file name has no NUL and no half surrogate pair
             raise InputError(f"{field} is {quote(value)}; it must have only printable characters")
     if ("trace" in fields) == ("run" in fields):
         raise InputError("give either trace (a file) or run (a command that writes one), not both or neither")
@@ -122,7 +122,7 @@ def _job(fields: dict[str, Any], folder: Path) -> Job:
     command = given.get("run", "{trace} {prompt}" if "prompt" in given else "{trace}")
     if "{trace}" not in command or ("prompt" in given) != ("{prompt}" in command):
         raise InputError(
-            "run must contain {trace}, the name of the file to write, and {prompt} if and only if the job has a prompt"
+            "run must contain {trace}, for the file to write, and {prompt} if (and only if) the job has a prompt"
         )
     for field in ("trace", "prompt", "weights"):
         if field in given:
@@ -137,15 +137,14 @@ def _job(fields: dict[str, Any], folder: Path) -> Job:
 
 
 def _describe_job(fields: Mapping[str, Any]) -> str:
-    """Return a name for a job without one: the text of its line."""
+    """Return a name for a job that has none, from its other fields."""
     first = fields.get("trace") or fields["run"]
     others = {k: v for k, v in sorted(fields.items()) if k not in ("trace", "run")}
     return " ".join([first, *(f"{k}={json.dumps(v) if isinstance(v, dict) else v}" for k, v in others.items())])
 
 
 def change_config(fields: Mapping[str, Any]) -> Gemma2Config:
-    """Return the configuration of a job's model, with the job's changes; sizes cannot change, because of the
-    weights."""
+    """Return the configuration of a job's model with the job's changes, which must not change the shapes of weights."""
     config = open_checkpoint(find_model(fields["model"])).config
     changed = config.changed(**fields.get("config", {}))
     if tensor_shapes(changed) != tensor_shapes(config):
@@ -158,7 +157,7 @@ def change_config(fields: Mapping[str, Any]) -> Gemma2Config:
 
 @lru_cache
 def content(path: str) -> str:
-    """Hash a file, or a model's folder."""
+    """Return the hash of a file or of a model's folder."""
     if Path(path).is_dir():
         return _hash(sorted((p.name, content(str(p))) for p in Path(path).iterdir() if p.suffix in OF_A_MODEL))
     return hash_file(path)
@@ -166,7 +165,7 @@ def content(path: str) -> str:
 
 @lru_cache
 def code() -> str:
-    """Hash this package's sources and NumPy's version, which together determine the results."""
+    """Return a hash of this package's sources and NumPy's version, which together determine the results."""
     package = Path(__file__).parents[1]
     sources = sorted((p.relative_to(package).as_posix(), content(str(p))) for p in package.rglob("*.py"))
     maps = [(name, content(str(package / "trace" / "maps" / f"{name}.json"))) for name in map_names()]
@@ -178,7 +177,7 @@ def _hash(value: Any) -> str:
 
 
 def _key(fields: Mapping[str, Any], folder: Path) -> str:
-    """Return the hash under which a job's result is kept; for a command it covers the files that it names."""
+    """Return the hash under which a job's result is stored; it includes the files that a command names."""
     decides = dict(fields) | {"model": content(str(find_model(fields["model"])))}
     for field in ("trace", "prompt", "weights"):
         if field in fields:
@@ -200,16 +199,16 @@ def _key(fields: Mapping[str, Any], folder: Path) -> str:
 
 
 def perform(job: Job) -> Done:
-    """Do one job, in any process; an error of the job is its result.
+    """Run one job, in any process; an error of the job becomes the job's result.
 
     Raises
     ------
     InputError
-        If this process runs other code than the process that made the job.
+        If this process runs different code than the process that made the job.
     """
     if job.code != code():
         raise InputError(
-            "a worker has another version of refgemma or NumPy than this process; install the same versions"
+            "a worker has another version of refgemma or NumPy than this process; install the same versions on both"
         )
     with tempfile.TemporaryDirectory() as scratch:
         try:
@@ -239,7 +238,7 @@ def _run_job(job: Job, scratch: Path) -> Done:
 
 
 def _with_config(folder: Path, config: Gemma2Config, target: Path) -> Path:
-    """Make a folder with links to the model's files, and a changed config.json."""
+    """Make a folder with links to the model's files and a changed config.json."""
     target.mkdir()
     for file in folder.iterdir():
         if file.name != "config.json":
@@ -251,7 +250,7 @@ def _with_config(folder: Path, config: Gemma2Config, target: Path) -> Path:
 def _same_tokens(candidate: Candidate, prompt: str) -> None:
     asked = open_safetensors(prompt).entries.get("input_ids")
     if asked is not None and not np.array_equal(asked.read(), candidate.call.input_ids):
-        raise InputError("the input_ids of the trace differ from those of the prompt")
+        raise InputError("the input_ids of the trace differ from the prompt's; run the port on the prompt")
 
 
 def fail(verdict: str, message: str) -> Done:

@@ -1,9 +1,10 @@
-"""Run many checks in processes of this machine or on the workers of a Dask cluster. Checked in the tests: the report is
-the same to the last byte for one worker, two and a cluster, a killed worker loses nothing, and known results are not
-computed again.
+"""Run many checks in processes of this machine or on the workers of a Dask cluster.
 
-The result of a job is kept under its key, in a file that appears complete or not at all. So an interrupted sweep
-continues where it stopped, and a job with a changed input or program is computed again.
+Checked in the tests: one worker, two workers and a cluster write the same report, byte for byte. A killed worker loses
+nothing, and finished jobs are not computed again.
+
+The result of a job is stored under its key, in a file that appears complete or not at all. So an interrupted sweep
+continues where it stopped, and a job whose input or program has changed is computed again.
 """
 
 import hashlib
@@ -35,19 +36,19 @@ from refgemma.sweep.jobs import KEPT, Done, Job, fail, perform
 from refgemma.sweep.tally import Tally, merge_tallies
 from refgemma.trace.names import AXES
 
-TRIES = 3  # for a job that ended its worker
+TRIES = 3  # attempts for a job that kills its worker
 ONE_THREAD = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
 Pool = Callable[[int], AbstractContextManager[Executor]]
-"""Makes an executor with the given number of workers."""
+"""A function that makes an executor with the given number of workers."""
 
 
 @contextmanager
 def processes(workers: int) -> Iterator[Executor]:
-    """Start processes of this machine, each with one thread, so that sums do not depend on their number."""
+    """Start processes on this machine, each with one thread, so that sums do not depend on the number of threads."""
     before = {name: os.environ.get(name) for name in ONE_THREAD}
     os.environ.update(dict.fromkeys(ONE_THREAD, "1"))
-    theirs, ours = Pipe(duplex=False)  # the system closes it when this process ends, in any way
+    theirs, ours = Pipe(duplex=False)  # the system closes the pipe whenever this process ends
     try:
         with ProcessPoolExecutor(workers, get_context("spawn"), _follow, (theirs,)) as pool:
             try:
@@ -64,10 +65,10 @@ def processes(workers: int) -> Iterator[Executor]:
 
 @contextmanager
 def hold_signals() -> Iterator[None]:
-    """Act on SIGINT and SIGTERM at the end of this block, in which a worker starts.
+    """Delay SIGINT and SIGTERM to the end of this block, in which a worker starts.
 
-    A worker that loses its parent while it starts prints a traceback. So does one that gets the SIGINT of a terminal
-    while it imports: it inherits a mask without SIGINT, which `_follow` lifts.
+    A worker prints a traceback if it loses its parent while starting, or gets the terminal's SIGINT while importing. So
+    it inherits a mask that blocks SIGINT; `_follow` removes the mask.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -79,7 +80,7 @@ def hold_signals() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # a blocked signal arrives here
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # delayed signals arrive here
         for number, handler in before.items():
             signal.signal(number, handler)
         if arrived:
@@ -87,9 +88,9 @@ def hold_signals() -> Iterator[None]:
 
 
 def _follow(parent: Connection) -> None:
-    """End this worker and its command when the other end of the pipe is closed."""
-    os.setpgid(0, 0)  # the command belongs to the same group, which the terminal's Ctrl-C no longer reaches
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # discards one that arrived before
+    """End this worker and its command when the parent's end of the pipe closes."""
+    os.setpgid(0, 0)  # a new group with the command, which the terminal's Ctrl-C does not reach
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # also discards an earlier SIGINT
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -103,7 +104,7 @@ def _follow(parent: Connection) -> None:
 
 @contextmanager
 def cluster(address: str) -> Iterator[tuple[Pool, int]]:
-    """Return the workers of a Dask cluster as executors, and the number of jobs that keeps them busy.
+    """Yield the workers of a Dask cluster as a pool, and the number of jobs that keeps them busy.
 
     Raises
     ------
@@ -121,17 +122,18 @@ def cluster(address: str) -> Iterator[tuple[Pool, int]]:
         client = Client(address, timeout="10s", set_as_default=False)
     except (OSError, ValueError) as error:
         raise UsageError(f"--scheduler {address}: no scheduler answers ({error})") from None
-    with silence_logging_cmgr("CRITICAL"), client:  # else it prints tracebacks when it loses its scheduler
+    with silence_logging_cmgr("CRITICAL"), client:  # otherwise it prints tracebacks when the scheduler ends
         threads = sum(client.nthreads().values())
         if not threads:
-            raise UsageError(f"--scheduler {address}: it has no workers")
+            raise UsageError(f"--scheduler {address}: the scheduler has no workers; start some")
         try:
             yield (lambda workers: nullcontext(client.get_executor(pure=False))), 2 * threads
         except Exception as error:
             if client.status == "running" and not isinstance(error, CancelledError):
                 raise
             raise RefgemmaError(
-                f"--scheduler {address}: the scheduler ended before the work; the same command continues with another"
+                f"--scheduler {address}: the scheduler ended before all jobs were done; start another and run the "
+                "same command again to continue"
             ) from None
 
 
@@ -141,16 +143,16 @@ def is_lost_worker(error: BaseException) -> bool:
 
 
 def submit(job: Job, workers: Executor) -> Future[Done]:
-    """Hand a job to the workers; one may start for it."""
+    """Submit a job to the workers; this may start a worker."""
     with hold_signals():
         return workers.submit(perform, job)
 
 
 def run_jobs(jobs: Sequence[Job], pool: Pool, width: int) -> Iterator[tuple[Job, Done]]:
-    """Yield each job and its result when it is finished.
+    """Yield each job with its result as soon as it is finished.
 
-    When a worker dies, the running jobs are repeated in a new pool, one at a time. This finds the job that caused it,
-    and the others are not affected. At most `width` jobs run at once.
+    If a worker dies, the running jobs are repeated in a new pool, one at a time. This finds the job that killed the
+    worker, without affecting the others. At most `width` jobs run at once.
     """
     waiting, suspects = deque(jobs), list[Job]()
     while waiting:
@@ -185,32 +187,32 @@ def _run_alone(job: Job, pool: Pool) -> Done:
             except Exception as error:
                 if not is_lost_worker(error):
                     raise
-    return fail(LOST, f"its worker died {TRIES} times")
+    return fail(LOST, f"the worker died {TRIES} times; see its output for the reason")
 
 
 def sweep(
     jobs: Sequence[Job], results: Path, pool: Pool, width: int, again: bool = False
 ) -> Iterator[tuple[Job, Done]]:
-    """Yield each job and its result: kept ones first, then computed ones when they are finished.
+    """Yield each job with its result: stored results first, then new results when they are finished.
 
     Parameters
     ----------
     jobs : sequence of Job
-        From `read_jobs`.
+        The jobs, from `read_jobs`.
     results : Path
         A folder for results, by key.
     pool : callable
-        Makes an executor; see `processes` and `cluster`.
+        Function that makes an executor; see `processes` and `cluster`.
     width : int
         The number of jobs that run at once.
     again : bool
-        Whether to repeat finished jobs.
+        If true, repeat finished jobs.
     """
     results.mkdir(parents=True, exist_ok=True)
     kept = {} if again else {job.key: found for job in jobs if (found := _read_result(results, job)) is not None}
     yield from ((job, kept[job.key]) for job in jobs if job.key in kept)
     for job, done in run_jobs([job for job in jobs if job.key not in kept], pool, width):
-        if done["verdict"] not in (UNREADABLE, FAILED, LOST):  # these are tried again the next time
+        if done["verdict"] not in (UNREADABLE, FAILED, LOST):  # such jobs are tried again the next time
             replace_file(results / f"{job.key}.json", write_json(done | {"digest": _digest(done)}).encode())
         yield job, done
 
@@ -220,7 +222,7 @@ def _read_result(results: Path, job: Job) -> Done | None:
         found = read_object(results / f"{job.key}.json", RefgemmaError)
     except RefgemmaError:
         return None
-    whole = found.pop("digest", None) == _digest(found)  # a result that another program changed is computed again
+    whole = found.pop("digest", None) == _digest(found)  # if another program changed a result, compute it again
     return found if whole and found.get("schema") == KEPT else None
 
 

@@ -1,5 +1,6 @@
-"""The results of many checks of one kind of tensor, in a few numbers that can be added. Checked in the tests: tallies
-merged in any order give the same result to the last bit, and it equals that of all errors together.
+"""Summarise the results of many checks of one kind of tensor in a few numbers that can be added.
+
+Checked in the tests: tallies merged in any order give the same result bit for bit, equal to the tally of all errors.
 
 For n errors ``z`` in standard deviations, a tally keeps n, the sum of ``z**2`` and a histogram. The root mean square of
 all errors is then ``sqrt(sum z**2 / n)`` of the merged sums. Counts are integers, and `math.fsum` adds the sums with
@@ -19,7 +20,7 @@ NOTHING = (0,) * (len(EDGES) - 1)
 
 @dataclass(frozen=True)
 class Tally:
-    """The statistics of some tensors, merged.
+    """The merged statistics of some tensors.
 
     Examples
     --------
@@ -32,11 +33,11 @@ class Tally:
 
     verdicts: Mapping[str, int]  # verdict -> number of tensors
     elements: int = 0
-    exact: int = 0  # elements that are the correctly rounded result
+    exact: int = 0  # number of correctly rounded elements
     squares: float = 0.0  # sum of squared errors in standard deviations
     worst: float = 0.0  # largest error in units of the worst case
-    at: str = ""  # the place of the largest error
-    histogram: tuple[int, ...] = NOTHING  # elements by their error in standard deviations, between `judge.EDGES`
+    at: str = ""  # position of the largest error
+    histogram: tuple[int, ...] = NOTHING  # numbers of elements with errors between two `judge.EDGES`
 
     @property
     def rms(self) -> float:
@@ -44,18 +45,18 @@ class Tally:
         return math.sqrt(self.squares / max(1, self.elements))
 
     def as_json(self) -> dict[str, Any]:
-        """Return the tally for a JSON file; `from_json` reads it, also infinities as text."""
+        """Return the tally as JSON types, which `from_json` reads."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, kept: Mapping[str, Any]) -> "Tally":
-        """Read the output of `as_json`."""
+        """Return the tally that `as_json` wrote; infinities may be text."""
         numbers = {name: float(kept[name]) for name in ("squares", "worst")}
         return cls(**{**kept, **numbers, "histogram": tuple(kept["histogram"])})
 
 
 def merge_tallies(tallies: Iterable[Tally]) -> Tally:
-    """Merge tallies; among equal largest errors, keep the place that comes first in alphabetical order."""
+    """Merge tallies; if largest errors are equal, keep the position that is first in alphabetical order."""
     some = list(tallies)
     verdicts = sorted({word for t in some for word in t.verdicts})
     largest = min(some, key=lambda t: (-t.worst, t.at), default=Tally({}))

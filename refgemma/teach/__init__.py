@@ -1,1 +1,1 @@
-"""Pictures, an explorer page, and exercises with answers recorded from PyTorch."""
+"""Draw pictures, write explorer pages, and check exercises against results recorded from PyTorch."""

@@ -1,9 +1,10 @@
-"""Write a run as one HTML page: choose a token, a layer and a head, and see the results. Checked by tests that read the
-numbers back from the page, directly and in a browser, and compare them with the trace.
+"""Write a run as one HTML page, where a reader chooses a token, a layer and a head, and sees the results.
 
-The page works offline: numbers, script and style are in the file. The numbers are float32. The attention weights are
-those of the trace, bit for bit, unless the trace is float64. ``explorer.html`` shows them. It computes only places,
-colours, and the sum of the weights that a table omits.
+Checked by tests that read the numbers back from the page, directly and in a browser, and compare them with the trace.
+
+The page works offline, because numbers, script and style are in the file. The numbers are float32. The attention
+weights equal those of the trace bit for bit, unless the trace is float64. ``explorer.html`` displays the numbers; it
+computes only positions, colours, and the sum of the weights that a table omits.
 """
 
 import base64
@@ -30,18 +31,17 @@ from refgemma.tokenizer.tokenizer import Tokenizer
 from refgemma.trace.names import run_in_order, trace_axes
 from refgemma.weights.parameters import Weights
 
-PAGE_LIMIT = 2_000_000  # bytes of a page: it opens quickly, and can be sent by mail
-TOP = 5  # next tokens shown at each depth
+PAGE_LIMIT = 2_000_000  # bytes of a page, so that it opens quickly and fits into a mail
+TOP = 5  # number of next tokens shown after each block
 TEMPLATE = Path(__file__).with_name("explorer.html")
 __getattr__ = explain_renames(__name__, explored="explore_run", page="render_page", likeliest="rank_tokens",
                               packed="pack")  # fmt: skip
 
 
 def page_bytes(seq: int, config: Gemma2Config) -> int:
-    """Estimate the size of a page on `seq` tokens; it is rarely larger.
+    """Estimate the size of a page for `seq` tokens in bytes; real pages are rarely larger.
 
-    A number takes 4 bytes, and 16/3 in base64. A head has ``seq (seq + 1) / 2`` weights, because no key is after its
-    query.
+    A number takes 4 bytes, 16/3 in base64. A head has ``seq (seq + 1) / 2`` weights, because a query sees no later key.
 
     Examples
     --------
@@ -52,7 +52,7 @@ def page_bytes(seq: int, config: Gemma2Config) -> int:
     shares = layers * config.num_attention_heads * seq * (seq + 1) // 2
     sizes = (len(dict(trace_axes())) * layers + depths) * seq
     answers = depths * TOP * seq
-    # An answer is a probability, an id, and a text at its first occurrence; the page without numbers has 40,000 bytes.
+    # An answer is a probability, an id and, once per token, a text. The page without numbers has 40,000 bytes.
     return 16 * (shares + sizes) // 3 + answers * (6 + 8 + 32) + 40_000
 
 
@@ -71,17 +71,16 @@ def most_tokens(config: Gemma2Config) -> int:
 
 
 def check_length(seq: int, config: Gemma2Config) -> None:
-    """Raise `InputError` if `seq` tokens do not fit on a page; this needs no weights."""
+    """Raise `InputError` if `seq` tokens do not fit on a page; call this before reading weights."""
     if page_bytes(seq, config) > PAGE_LIMIT:
         raise InputError(
             f"the prompt has {seq} tokens; with this model a page of {PAGE_LIMIT / 1e6:g} MB "
-            f"holds at most {most_tokens(config)}; give a part of the prompt"
+            f"holds at most {most_tokens(config)}; give a shorter prompt"
         )
 
 
 def token_sizes(x: Array) -> npt.NDArray[np.float64]:
-    """Return the root mean square of each token's numbers in `x`, a tensor of a trace with ``seq`` as the second last
-    axis.
+    """Return the root mean square of each token's numbers in `x`, whose second last axis is ``seq``.
 
     Examples
     --------
@@ -93,7 +92,7 @@ def token_sizes(x: Array) -> npt.NDArray[np.float64]:
 
 
 def rank_tokens(stream: Array, weights: Weights, config: Gemma2Config) -> tuple[Array, Array]:
-    """Return the `TOP` most likely tokens if the model stopped at `stream`, and their probabilities: ``(seq, TOP)``."""
+    """Apply the head to `stream`; return the `TOP` most likely tokens and their probabilities, both ``(seq, TOP)``."""
     shares = probabilities(head(rms_norm(stream, weights.norm, config.rms_norm_eps), weights, config)[1][0])
     best = np.argsort(-shares, axis=-1, kind="stable")[:, :TOP]
     return best, np.take_along_axis(shares, best, axis=-1)
@@ -111,7 +110,7 @@ def pack(numbers: Sequence[Array] | Array) -> str:
 
 
 def _make_labels(model: Pretrained) -> Callable[[Array], list[str]]:
-    """Return a function that labels ids: with the tokenizer's pieces, or with the ids if there is no tokenizer."""
+    """Return a function that labels ids by their pieces, or by the ids themselves if the model has no tokenizer."""
     if not model.has_tokenizer:
         return lambda ids: [f"#{token}" for token in ids.tolist()]
     tokenizer: Tokenizer = model.tokenizer
@@ -119,7 +118,7 @@ def _make_labels(model: Pretrained) -> Callable[[Array], list[str]]:
 
 
 def explore_run(ids: Sequence[int], model: Pretrained, name: str, dtype: str) -> dict[str, Any]:
-    """Return the numbers of a page: a run of `model` over `ids`, one block in memory at a time.
+    """Run `model` on `ids`, with one block in memory at a time, and return the numbers of a page.
 
     Parameters
     ----------
@@ -134,13 +133,13 @@ def explore_run(ids: Sequence[int], model: Pretrained, name: str, dtype: str) ->
     -------
     dict
         The input of ``explorer.html``. Arrays are encoded by `pack`: ``attention`` is ``(layers, heads, seq (seq + 1) /
-        2)``, for each query the keys up to its own; ``residual`` ``(depth, seq)``; ``sizes`` of a tensor ``(layers,
-        seq)``; ``answers`` ``(depth, seq, TOP)``. A depth is the number of blocks done.
+        2)`` with the keys up to each query's own; ``residual`` is ``(depth, seq)``; ``sizes`` of a tensor is ``(layers,
+        seq)``; ``answers`` is ``(depth, seq, TOP)``. Depth is the number of finished blocks.
 
     Raises
     ------
     InputError
-        For ids outside the vocabulary, and for more ids than fit on a page.
+        If an id is outside the vocabulary, or more ids are given than fit on a page.
 
     Examples
     --------
@@ -201,12 +200,12 @@ def render_page(run: dict[str, Any]) -> str:
     Returns
     -------
     str
-        HTML. Markup in the prompt is escaped.
+        The HTML; markup in the prompt is escaped.
 
     Raises
     ------
     InputError
-        If it is larger than `PAGE_LIMIT`, because of unusually long tokens.
+        If the page is larger than `PAGE_LIMIT`, because of unusually long tokens.
 
     Examples
     --------

@@ -1,8 +1,8 @@
-// Gemma 2 in JavaScript: one text, float32, no library. In the order of refgemma's ops.py, layers.py and model.py, and
-// checked by `refgemma check` on the trace that it writes (tests/browser/test_live_page.py).
+// Gemma 2 in JavaScript: one text, float32, no library. The order is that of refgemma's ops.py, layers.py and
+// model.py. `refgemma check` checks the trace that this program writes (tests/browser/test_live_page.py).
 //
-// An array is a Float32Array in row-major order; the comments give its axes. `settings` holds the numbers of the model,
-// and the switches with which the page breaks it.
+// An array is a Float32Array in row-major order; the comments give its axes. `settings` has the numbers of the model,
+// and the switches that introduce bugs.
 "use strict";
 
 // --- operations -------------------------------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ function mayBeSeen(query, key, sliding, settings) {
 
 // --- a block ----------------------------------------------------------------------------------------------------------
 
-/** From (seq, heads * headDim) to (heads, seq, headDim). */
+/** Reshape (seq, heads * headDim) to (heads, seq, headDim). */
 function splitHeads(x, seq, headDim) {
   const heads = x.length / seq / headDim, y = new Float32Array(x.length);
   for (let h = 0; h < heads; h++) {
@@ -98,7 +98,7 @@ function splitHeads(x, seq, headDim) {
   return y;
 }
 
-/** Append the new keys or values (heads, seq, headDim) to those of the past. */
+/** Append the new keys or values (heads, seq, headDim) to the past ones. */
 function extend(past, fresh, heads) {
   if (!past) return fresh;
   const y = new Float32Array(past.length + fresh.length), old = past.length / heads, added = fresh.length / heads;
@@ -191,7 +191,7 @@ function block(hidden, weights, past, call) {
 
 // --- the model --------------------------------------------------------------------------------------------------------
 
-/** Compute token ids to logits. `cache` has the keys and values of the `start` tokens before them, a pair per layer. */
+/** Return the logits of token ids. `cache` has a pair (keys, values) per layer, for the `start` tokens before them. */
 function forward(ids, weights, settings, cache = [], start = 0) {
   const seq = ids.length, trace = new Map(), present = [], { hidden } = settings;
   const record = (name, shape, data) => trace.set(name, { shape: [1, ...shape], data });
@@ -221,7 +221,7 @@ function forward(ids, weights, settings, cache = [], start = 0) {
   return { trace, logits: logits.subarray((seq - 1) * settings.vocab), cache: present, length: start + seq };
 }
 
-/** The settings of a configuration (config.json), right in every respect. */
+/** The settings of a configuration (config.json), without bugs. */
 function rightSettings(config) {
   const layers = [...Array(config.num_hidden_layers).keys()];
   return {
@@ -234,26 +234,26 @@ function rightSettings(config) {
   };
 }
 
-/** Known bugs of ports: refgemma's name, what it is, and the settings that make it. */
+/** Known bugs of ports: refgemma's name, a description, and the settings that cause it. */
 const BUGS = {
-  "attn-softcap-missing": ["no cap of the scores", () => ({ attentionCap: null })],
-  "final-softcap-missing": ["no cap of the logits", () => ({ finalCap: null })],
+  "attn-softcap-missing": ["no soft cap of scores", () => ({ attentionCap: null })],
+  "final-softcap-missing": ["no soft cap of logits", () => ({ finalCap: null })],
   "scale-head-dim": ["scores divided by √head_dim", (s) => ({ scale: s.headDim ** -0.5 })],
   "gqa-tile": ["key heads in the order 0 1 0 1", () => ({ tiledHeads: true })],
   "norm-without-one": ["norms multiply by w, not 1 + w", () => ({ normOffset: 0 })],
   "embed-scale-missing": ["the embedding is not scaled", () => ({ embedScale: 1 })],
-  "rope-interleaved": ["rotation pairs neighbours", () => ({ neighbours: true })],
+  "rope-interleaved": ["rotation of adjacent pairs", () => ({ neighbours: true })],
   "rope-theta-1e6": ["rotation with theta 1000000", () => ({ theta: 1e6 })],
   "rope-position-from-1": ["positions count from 1", () => ({ firstPosition: 1 })],
   "swa-window-plus-one": ["a window one token too wide", (s) => ({ window: s.window + 1 })],
   "swa-layer-parity-swapped": ["full layers first, sliding layers second", (s) => ({ sliding: s.sliding.map((x) => !x) })],
-  "swa-all-global": ["no layer slides", (s) => ({ sliding: s.sliding.map(() => false) })],
-  "silu-instead-of-gelu": ["SiLU in place of GELU", () => ({ silu: true })],
+  "swa-all-global": ["all layers are global", (s) => ({ sliding: s.sliding.map(() => false) })],
+  "silu-instead-of-gelu": ["SiLU instead of GELU", () => ({ silu: true })],
 };
 
 // --- text -------------------------------------------------------------------------------------------------------------
 
-/** Token ids of a text: <bos>, then characters, of which the pair with the highest score is merged until none is left. */
+/** Token ids of a text: <bos>, then characters; the pair with the highest score is merged until no pair is left. */
 function encode(text, pieces, scores) {
   const number = new Map(pieces.map((piece, id) => [piece, id]));
   const parts = [...text.replaceAll(" ", "▁")];
@@ -402,7 +402,7 @@ function settingsOf(bug, changes = {}) {
   return bug ? { ...settings, ...BUGS[bug][1](settings) } : settings;
 }
 
-// A story gives way to messages after every token, so that a newer one can replace it.
+// A story waits for messages after every token, so that a newer task can replace it.
 const newest = {};
 globalThis.onmessage = async ({ data }) => {
   const { job, task, lane = task } = data;

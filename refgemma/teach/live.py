@@ -1,7 +1,8 @@
-"""Write one HTML page in which the tiny model runs: a port of Gemma 2 in JavaScript, with its weights.
+"""Write one HTML page that runs the tiny model: a port of Gemma 2 in JavaScript, with the weights.
 
-The page works offline and in a browser alone; ``gemma2.js`` computes and ``live.html`` shows. It writes a trace, which
-``refgemma check`` judges in ``tests/browser/test_live_page.py``: it conforms, and each bug of the page is named.
+The page works offline in any browser; ``gemma2.js`` computes and ``live.html`` displays. It can write a trace.
+``tests/browser/test_live_page.py`` judges traces with ``refgemma check``: the page conforms, and each bug that it can
+switch on is named.
 """
 
 import base64
@@ -14,11 +15,11 @@ from sentencepiece import SentencePieceProcessor
 from refgemma.hub import find_model
 
 HERE = Path(__file__).parent
-FIRST_TEXT = "There was once a little princess who lived in a great castle by the sea."  # that the page opens with
+FIRST_TEXT = "There was once a little princess who lived in a great castle by the sea."  # shown when the page opens
 
 
 def token_scores() -> tuple[list[str], list[float | None]]:
-    """Return every token of the tiny model and its score; a token that is not merged from characters has None.
+    """Return every token of the tiny model with its score, or None for a token that is not merged from characters.
 
     Examples
     --------

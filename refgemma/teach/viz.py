@@ -1,9 +1,10 @@
-"""Pictures of Gemma 2, one function each, and the numbers for them. Checked by tests that read the numbers back from
-the drawing, and look for truncated text.
+"""Draw pictures of Gemma 2, and compute the numbers for them.
+
+Checked by tests that read the numbers back from the drawing, and look for truncated text.
 
 Every picture function draws into `axes`, or into a new figure, writes `title` above, and returns the axes. `tokens` are
-the texts of the input tokens, `names` those of the whole vocabulary. matplotlib is imported when the first picture is
-drawn: ``pip install "refgemma[viz]"``. `with_sliders` and `array_view` make interactive pictures.
+the texts of the input tokens, `names` the texts of the whole vocabulary. `with_sliders` and `array_view` make
+interactive pictures. The first picture imports matplotlib: ``pip install "refgemma[viz]"``.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +27,7 @@ __getattr__ = explain_renames(__name__, shown="show_blanks", likeliest="most_lik
 
 
 def residual_streams(run: Forward) -> Float[np.ndarray, "depth batch seq hidden"]:
-    """Return the residual stream before the first block and after each: ``depth`` counts the finished blocks.
+    """Return the residual stream before the first block and after each; ``depth`` is the number of finished blocks.
 
     Examples
     --------
@@ -39,7 +40,7 @@ def residual_streams(run: Forward) -> Float[np.ndarray, "depth batch seq hidden"
 
 
 def root_mean_square(x: Float[np.ndarray, "*batch hidden"]) -> Float[np.ndarray, "*batch"]:
-    """Return the size of a vector's numbers: ``sqrt(mean(x**2))`` over the last axis, in at least float32.
+    """Return the root mean square of each vector: ``sqrt(mean(x**2))`` over the last axis, in at least float32.
 
     Examples
     --------
@@ -50,10 +51,9 @@ def root_mean_square(x: Float[np.ndarray, "*batch hidden"]) -> Float[np.ndarray,
 
 
 def lens_logits(run: Forward, weights: Weights, config: Gemma2Config) -> Float[np.ndarray, "depth batch seq vocab"]:
-    """Return the logits that the model would give after each block: its norm and head, applied to every residual
-    stream.
+    """Return the logits after each block, by applying the model's norm and head to every residual stream.
 
-    The last depth has the logits of the run itself. This is called the logit lens (nostalgebraist 2020).
+    The last depth gives the logits of the run itself. This is called the logit lens (nostalgebraist 2020).
 
     Examples
     --------
@@ -83,7 +83,7 @@ def probabilities(logits: Float[np.ndarray, "*batch vocab"]) -> Float[np.ndarray
 
 
 def relative_error(x: Float[np.ndarray, "*shape"], exact: Float[np.ndarray, "*shape"]) -> float:
-    """Return the root mean square of ``x - exact``, divided by that of `exact`.
+    """Return the root mean square of ``x - exact``, divided by the root mean square of `exact`.
 
     Examples
     --------
@@ -95,7 +95,7 @@ def relative_error(x: Float[np.ndarray, "*shape"], exact: Float[np.ndarray, "*sh
 
 
 def show_blanks(token: str) -> str:
-    """Return `token` as a label, with visible spaces (▁ in the tokenizer) and line breaks.
+    """Return `token` as a label in which spaces (▁ in the tokenizer) and line breaks are visible.
 
     Examples
     --------
@@ -116,8 +116,7 @@ def new_axes(width: float = 6.4, height: float = 4.0) -> Axes:
 
 
 def label_tokens(axes: Axes, tokens: Sequence[str], queries: Sequence[str] | None = None) -> None:
-    """Write tokens along the lower side and `queries` along the left one; of many tokens, only every second, third
-    ..."""
+    """Label the lower side with tokens and the left side with `queries`; if there are many, label only some."""
     for axis, texts, turned in ((axes.xaxis, tokens, 90), (axes.yaxis, queries or (), 0)):
         every = 1 + len(texts) // 40
         labels = [show_blanks(text) for text in texts[::every]]
@@ -132,19 +131,19 @@ def attention_map(
     taken: Float[np.ndarray, "seq keys"] | None = None,
     axes: Axes | None = None,
 ) -> Axes:
-    """Draw one head of one layer: the weight of each key (a column) for each query (a row).
+    """Draw the attention weights of one head: a row for each query, a column for each key.
 
     Parameters
     ----------
     probs : (seq, keys)
         ``run.layers[layer].attention.probs[0, head]``; rows sum to 1.
     tokens : sequence of str
-        One per key; the queries are the last ``seq`` of them.
+        The texts of the keys; the last ``seq`` are those of the queries.
     window : int, optional
-        For a sliding layer: a dashed line marks the first key that a query may see.
+        The window of a sliding layer; a dashed line marks the first key that a query may see.
     taken : (seq, keys), optional
-        The reduction of each score by the soft cap, ``attention.scores - attention.capped`` of that head. It is drawn
-        as a dot of proportional area on each visible key.
+        The reduction of each score by the soft cap, ``attention.scores - attention.capped`` of that head. Each visible
+        key gets a dot whose area is proportional to it.
 
     Examples
     --------
@@ -155,10 +154,10 @@ def attention_map(
     queries = tokens[keys - seq :]
     axes = axes or new_axes(np.clip(0.32 * keys + 2.2, 4.2, 9.0), np.clip(0.32 * seq + 1.6, 2.6, 8.0))
     image = axes.imshow(wide(probs), cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-    axes.figure.colorbar(image, ax=axes, label="share of the attention")
+    axes.figure.colorbar(image, ax=axes, label="attention weight")
     label_tokens(axes, tokens, queries)
     if window is not None and window < keys:
-        # The first key that query q sees is q - window + 1; its left edge is half a cell earlier.
+        # Query q sees keys from q - window + 1 on; the left edge of that cell is half a cell earlier.
         edge = np.arange(seq) + keys - seq - window + 0.5
         sides = np.ravel([(query - 0.5, query + 0.5) for query in range(seq)])
         axes.plot(np.repeat(edge, 2), sides, "--", color="tab:red")
@@ -168,9 +167,9 @@ def attention_map(
         sizes = np.abs(wide(taken))[rows, columns]
         most = max(float(sizes.max()), 1e-30)
         axes.scatter(
-            columns, rows, 80 * sizes / most, color="tab:orange", label=f"taken by the cap, at most {most:.2g}"
+            columns, rows, 80 * sizes / most, color="tab:orange", label=f"reduced by the cap, at most {most:.2g}"
         )
-        axes.legend(loc="upper right")  # there, no key is visible
+        axes.legend(loc="upper right")  # no key is visible there
     axes.set(xlabel="key: the token looked at", ylabel="query: the token that looks", title=title)
     return axes
 
@@ -205,7 +204,7 @@ def mask_picture(
 def rotary_phases(
     positions: Int[np.ndarray, " seq"], head_dim: int, theta: float = 10000.0, axes: Axes | None = None
 ) -> Axes:
-    """Draw the cosine of every rotary angle (one row each) at every position: fast ones above, slow ones below.
+    """Draw the cosine of every rotary angle (a row) at every position (a column); fast angles are at the top.
 
     `theta` is the base of the angles, 10000 in Gemma 2.
 
@@ -225,7 +224,7 @@ def rotary_phases(
 
 
 def residual_norms(run: Forward, tokens: Sequence[str], axes: Axes | None = None) -> Axes:
-    """Draw the size of the residual stream after each block, one line per token of the first row of the batch.
+    """Draw the size of the residual stream after each block, with one line for each token of the batch's first row.
 
     Examples
     --------
@@ -257,7 +256,7 @@ def logit_lens(
     title: str = "logit lens: the most likely next token after each block",
     axes: Axes | None = None,
 ) -> Axes:
-    """Draw the most likely next token at each depth (rows, the last at the top), shaded by its probability.
+    """Draw the most likely next token after each block, shaded by its probability; the last block is at the top.
 
     Parameters
     ----------
@@ -291,17 +290,17 @@ def logit_lens(
 
 
 def cap_curves(caps: Sequence[float] = (50.0, 30.0), reach: float = 150.0, axes: Axes | None = None) -> Axes:
-    """Draw soft caps beside no cap and a hard cap (cut off at the first cap), from ``-reach`` to `reach`.
+    """Draw soft caps from ``-reach`` to `reach`, together with no cap and with clipping at the first cap.
 
     Examples
     --------
     >>> [line.get_label() for line in cap_curves([50.0]).lines]
-    ['no cap', 'cut off at 50', 'soft cap 50']
+    ['no cap', 'clipped at 50', 'soft cap 50']
     """
     x = np.linspace(-reach, reach, 601)
     axes = axes or new_axes()
     axes.plot(x, x, ":", color="grey", label="no cap")
-    axes.plot(x, np.clip(x, -caps[0], caps[0]), "--", color="grey", label=f"cut off at {caps[0]:g}")
+    axes.plot(x, np.clip(x, -caps[0], caps[0]), "--", color="grey", label=f"clipped at {caps[0]:g}")
     for cap in caps:
         axes.plot(x, soft_cap(x, cap), label=f"soft cap {cap:g}")
     axes.set(xlabel="before", ylabel="after", title="cap · tanh(x / cap)", ylim=(-1.5 * max(caps), 1.5 * max(caps)))
@@ -311,12 +310,12 @@ def cap_curves(caps: Sequence[float] = (50.0, 30.0), reach: float = 150.0, axes:
 
 
 def rounding_growth(runs: Mapping[str, Forward], exact: Forward, axes: Axes | None = None) -> Axes:
-    """Draw the rounding error by depth: each run's residual stream against that of the `exact` run.
+    """Draw the relative error of each run's residual stream after each block, compared with the `exact` run.
 
     Parameters
     ----------
     runs : mapping
-        Name of a precision -> a run in it.
+        Name of a precision -> a run in this precision.
     exact : Forward
         The same tokens in float64.
 
@@ -333,7 +332,7 @@ def rounding_growth(runs: Mapping[str, Forward], exact: Forward, axes: Axes | No
     for name, run in runs.items():
         errors = [relative_error(x, y) for x, y in zip(residual_streams(run), truth, strict=True)]
         axes.plot(errors, marker="o", label=name)
-    axes.set(xlabel="blocks done", ylabel="relative error", yscale="log", title="error of rounding, against float64")
+    axes.set(xlabel="blocks done", ylabel="relative error", yscale="log", title="rounding error, compared with float64")
     axes.set_xticks(range(len(truth)))
     axes.grid(alpha=0.3)
     axes.legend()
@@ -347,7 +346,7 @@ def most_likely_tokens(
     title: str = "the most likely next tokens",
     axes: Axes | None = None,
 ) -> Axes:
-    """Draw the `count` most likely tokens and their probabilities, as bars.
+    """Draw bars with the probabilities of the `count` most likely tokens.
 
     Examples
     --------
@@ -369,15 +368,15 @@ def most_likely_tokens(
 
 
 def with_sliders(draw: Callable[..., Axes], **choices: Sequence[Any]) -> Axes:
-    """Draw the picture for the first of all `choices`; in Jupyter, add a slider for each.
+    """Draw the picture for the first value of each of the `choices`; in Jupyter, add a slider for each.
 
-    The picture has no sliders without ipywidgets, outside Jupyter, and if a program runs the notebook, for example to
-    build the site.
+    There are no sliders without ipywidgets, outside Jupyter, or if a program runs the notebook, for example to build
+    the site.
 
     Parameters
     ----------
     draw : callable
-        Takes one value of each of `choices`, by name, and returns the axes of a new figure.
+        Function that takes one value for each of the `choices`, by name, and returns the axes of a new figure.
     **choices : sequence
         The values of each slider.
 
@@ -399,18 +398,18 @@ def with_sliders(draw: Callable[..., Axes], **choices: Sequence[Any]) -> Axes:
 
 
 def array_view(x: Array, axes: str) -> Any:
-    """Return a view of `x` with a coloured square per number; hover over it to see the number and its place.
+    """Return a view of `x` with a coloured square for each number; hover over a square to see the number and its index.
 
-    Rows are the second last axis, columns the last one; earlier axes are side by side, and below one another. The
+    Rows are the second last axis, columns the last. Earlier axes are drawn side by side and below one another. The
     middle of a large array is omitted. The result is an object of treescope (``pip install "refgemma[viz]"``). Jupyter
-    shows it directly; ``treescope.render_to_html`` writes it as a page.
+    shows the object directly; ``treescope.render_to_html`` writes it as a page.
 
     Parameters
     ----------
     x : array
-        In any precision, with at least one axis.
+        An array of any precision, with at least one axis.
     axes : str
-        The names of its axes, as in `refgemma.trace.names.trace_axes`: ``"batch heads seq keys"``.
+        The names of the array's axes, as in `refgemma.trace.names.trace_axes`: ``"batch heads seq keys"``.
 
     Raises
     ------

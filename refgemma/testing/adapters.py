@@ -1,4 +1,4 @@
-"""transformers as a backend, for each attention implementation that runs on any machine. Checked in
+"""Provide transformers as a backend, for each attention implementation that runs on any machine. Checked in
 ``tests/parity/test_adapters.py``; ``docs/property-tests.md`` has the results of the laws.
 
 torch and transformers are imported when a model is loaded.
@@ -20,7 +20,7 @@ from refgemma.testing.interface import Capabilities, Output
 from refgemma.trace.capture import as_numpy, catch_tensors, in_heads
 from refgemma.trace.names import LAYER_NORMS
 
-# Tensors that transformers computes outside the attention function: every implementation shows them.
+# Tensors that transformers computes outside the attention function, so that every implementation shows them.
 AROUND_ATTENTION = (
     "cos", "sin", "embedded", "norm", "raw_logits", "logits", "layers.*.middle", "layers.*.out",
     *(f"layers.*.{norm}" for norm in LAYER_NORMS), "layers.*.feed_forward.*",
@@ -32,8 +32,8 @@ SCORES = tuple(f"layers.*.attention.{name}" for name in ("scores", "capped", "pr
 class Transformers:
     """``Gemma2ForCausalLM`` of transformers. Use one of its three subclasses.
 
-    Its float64 has float32 norms and softmax, so it does not claim float64. It has no single operations. Its tokenizer
-    is the same for all three and is compared elsewhere.
+    It does not claim float64, because norms and softmax are float32 in its float64 model. It has no single operations.
+    The tokenizer is the same for all three and is compared elsewhere.
     """
 
     attention: ClassVar[str]
@@ -46,14 +46,14 @@ class Transformers:
         )
 
     def load(self, folder: Path, dtype: str) -> Any:
-        """Load in the precision, because a later cast would round the rotary frequencies."""
+        """Load the model in `dtype`, because a later cast would round the rotary frequencies."""
         import torch
         from transformers import Gemma2ForCausalLM, GenerationConfig
         from transformers.utils import logging
 
-        logging.disable_progress_bar()  # one for each of thousands of small models
+        logging.disable_progress_bar()  # otherwise there is a bar for each of thousands of small models
         model = Gemma2ForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="eager")
-        model.generation_config = GenerationConfig(pad_token_id=0)  # no token ends a text
+        model.generation_config = GenerationConfig(pad_token_id=0)  # so that no token ends a text
         self._set_attention(model)
         return model.eval()
 
@@ -75,13 +75,13 @@ class Transformers:
         from transformers import DynamicCache
 
         past = DynamicCache(config=model.config) if cache is None else copy.deepcopy(cache)
-        # Always pass a mask: without one, transformers treats position ids with gaps as several texts in one row, which
-        # do not see each other.
+        # Always pass a mask: without a mask, transformers treats position ids with gaps as several texts in one row,
+        # which do not see each other.
         done = past.get_seq_length()
         unpadded = np.ones((len(input_ids), done + input_ids.shape[1]), np.int64)
         mask = unpadded if attention_mask is None else attention_mask
         positions = None if position_ids is None else torch.tensor(np.broadcast_to(position_ids, input_ids.shape))
-        # Positional arguments: past_key_values of transformers 5.23 is called cache from 5.24 on.
+        # Pass positional arguments, because past_key_values of transformers 5.23 is called cache from 5.24 on.
         given = (torch.tensor(input_ids), torch.tensor(mask), positions, past)
         with torch.no_grad(), self._prepare_run():
             if set(tensors) == {"logits"}:
@@ -109,6 +109,23 @@ class Transformers:
 
         with torch.no_grad(), self._prepare_run():
             return float(model(input_ids=torch.tensor(input_ids), labels=torch.tensor(labels)).loss)
+
+    def gradients(
+        self, model: Any, input_ids: npt.NDArray[np.int64], labels: npt.NDArray[np.int64],
+        attention_mask: npt.NDArray[np.int64] | None, num_items: float,
+    ) -> dict[str, Array]:  # fmt: skip
+        """Return autograd's gradients of the model's own loss."""
+        import torch
+
+        mask = np.ones_like(input_ids) if attention_mask is None else attention_mask
+        model.zero_grad()
+        with self._prepare_run():
+            model(input_ids=torch.tensor(input_ids), attention_mask=torch.tensor(mask), labels=torch.tensor(labels),
+                  use_cache=False, num_items_in_batch=num_items).loss.backward()  # fmt: skip
+        found = {
+            name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in model.named_parameters()
+        }
+        return {name: as_numpy(grad) for name, grad in found.items()}
 
     def save(self, model: Any, folder: Path) -> None:
         """Call ``save_pretrained``."""
@@ -148,14 +165,14 @@ class Transformers:
 
 
 class TransformersEager(Transformers):
-    """Attention as written, ``attn_implementation="eager"``, which was used for the recordings."""
+    """Attention without fusion, ``attn_implementation="eager"``, which was used for the recordings."""
 
     attention = "eager"
     shown = (*AROUND_ATTENTION, *SCORES)
 
 
 class TransformersSdpa(Transformers):
-    """torch's fused attention, which has no soft cap, so the cap is omitted.
+    """torch's fused attention, which has no soft cap, so that the scores are not capped.
 
     transformers 5.23 refuses this twice: when the model is loaded, and when attention is called with a cap. In 4.57.6
     it is still the default (`_supports_sdpa` of its Gemma 2), and other packages enable it again (optimum-intel #976).
@@ -165,19 +182,19 @@ class TransformersSdpa(Transformers):
     attention = "sdpa"
 
     def _set_attention(self, model: Any) -> None:
-        """Bypass both refusals."""
+        """Bypass both of transformers' refusals."""
         model.config._attn_implementation = "sdpa"
         for layer in model.model.layers:
             layer.self_attn.attn_logit_softcapping = None
 
 
 class TransformersFlex(Transformers):
-    """``attn_implementation="flex_attention"``, not compiled: torch's own reference, on any machine."""
+    """``attn_implementation="flex_attention"`` without compilation: torch's own reference, on any machine."""
 
     attention = "flex_attention"
 
     def _prepare_run(self) -> Any:
-        """Disable compilation, which would take seconds per shape and needs a C++ compiler; torch warns of both."""
+        """Disable compilation, which would take seconds per shape and needs a C++ compiler; torch warns of either."""
         import torch
 
         inside = contextlib.ExitStack()

@@ -1,6 +1,6 @@
-"""refgemma as a backend, and any backend by its name. Checked by running the laws through it.
+"""Provide refgemma as a backend, and find any backend by name. Checked by running the laws through refgemma.
 
-`refgemma.testing.interface` defines a backend; its names can be imported from here too.
+`refgemma.testing.interface` defines a backend; its names can also be imported from here.
 """
 
 import importlib
@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from refgemma import ops
+from refgemma.backward import compute_gradients
 from refgemma.config import Gemma2Config
 from refgemma.generation.beams import draw
 from refgemma.generation.decode import Prompts, generate_batch
@@ -44,7 +45,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model in NumPy: configuration and weights."""
+    """A loaded model: configuration and weights."""
 
     folder: Path
     config: Gemma2Config
@@ -65,7 +66,7 @@ class NumpyBackend:
     """
 
     def capabilities(self) -> Capabilities:
-        """Return everything that a backend can have."""
+        """Return all capabilities that a backend can have."""
         every = ("cos", "sin", "embedded", "layers.*", "norm", "raw_logits", "logits")
         return Capabilities(
             ("float64", "float32", "bfloat16", "float16"), tensors=every, cache=True, padding=True, positions=True
@@ -94,7 +95,7 @@ class NumpyBackend:
         return Output(found, run.cache)
 
     def operations(self) -> Mapping[str, Callable[..., Array]]:
-        """Return the present functions of `refgemma.ops`."""
+        """Return the current functions of `refgemma.ops`."""
         names = ("linear", "rms_norm", "rotary_tables", "rotate", "repeat_kv", "soft_cap", "attention_scores",
                  "softmax", "gelu_tanh", "causal_mask", "sliding_mask")  # fmt: skip
         return {name: getattr(ops, name) for name in names}
@@ -117,6 +118,15 @@ class NumpyBackend:
         """Compute `refgemma.heads.causal_lm_loss` of a forward pass."""
         return causal_lm_loss(forward(input_ids, model.weights, model.config).logits, labels)
 
+    def gradients(
+        self, model: Loaded, input_ids: npt.NDArray[np.int64], labels: npt.NDArray[np.int64],
+        attention_mask: npt.NDArray[np.int64] | None, num_items: float,
+    ) -> Mapping[str, Array]:  # fmt: skip
+        """Compute `refgemma.backward.compute_gradients`."""
+        return compute_gradients(
+            input_ids, labels, model.weights, model.config, attention_mask=attention_mask, num_items=num_items
+        )[1]
+
     def save(self, model: Loaded, folder: Path) -> None:
         """Save with `save_pretrained` of the documented class."""
         Gemma2ForCausalLM.from_pretrained(model.folder, dtype=model.dtype).save_pretrained(folder)
@@ -127,14 +137,14 @@ class NumpyBackend:
 
 
 def backend_named(name: str) -> Any:
-    """Return the backend of a name like ``mypkg.adapter:Backend``: an instance, or a class, called without arguments.
+    """Return the backend with a name like ``mypkg.adapter:Backend``; a class is called without arguments.
 
-    A name like ``program:./port --threads 1`` gives a program; see `refgemma.testing.program`.
+    A name like ``program:./port --threads 1`` means a program; see `refgemma.testing.program`.
 
     Raises
     ------
     BackendError
-        If the name does not exist, or lacks one of the three methods.
+        If the name does not exist, or the object lacks one of the three methods.
 
     Examples
     --------
@@ -154,5 +164,7 @@ def backend_named(name: str) -> Any:
         raise BackendError(f"backend {name!r}: {module} has no {attribute}") from None
     backend = found() if isinstance(found, type) else found
     if lacking := [method for method in ("capabilities", "load", "forward") if not hasattr(backend, method)]:
-        raise BackendError(f"backend {name!r}: lacks {', '.join(lacking)}; see refgemma.testing.interface.Backend")
+        raise BackendError(
+            f"backend {name!r}: the object lacks {', '.join(lacking)}; see refgemma.testing.interface.Backend"
+        )
     return backend

@@ -1,8 +1,8 @@
-"""The methods of an implementation under test. Checked by running the laws through `NumpyBackend`, which has all.
+"""Define the methods of an implementation under test. Checked by the laws on `NumpyBackend`, which has all.
 
-Three methods are enough: `Backend`. Further methods allow further laws (draw a token, search with beams, compute a
-loss, save, split text, single operations), see `OPTIONAL`. A law that needs one is not applicable to a backend without
-it.
+The three methods of `Backend` are enough. Optional methods (see `OPTIONAL`) allow more laws: draw a token, search with
+beams, compute a loss, save, split text, single operations. A law that needs a method is not applicable to a backend
+without it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,16 +20,18 @@ from refgemma.precision import Array
 # Optional methods of a backend and their descriptions; `NumpyBackend` has all of them.
 OPTIONAL: Mapping[str, str] = {
     "operations": "() -> functions by the names of refgemma.ops, with their arguments",
-    "sample": "(model, input_ids, count, seed) -> that many draws of the next token of one text",
+    "sample": "(model, input_ids, count, seed) -> `count` draws of the next token of one text",
     "search": "(model, input_ids, num_beams, new_tokens) -> the best text found, and its sum of log probabilities",
     "loss": "(model, input_ids, labels) -> the mean cross entropy; a label of -100 does not count",
+    "gradients": "(model, input_ids, labels, attention_mask, num_items) -> the gradient of the summed loss / "
+    "num_items, by the names of the weights in a checkpoint",
     "save": "(model, folder) -> None: writes a Hugging Face folder that `load` can read",
     "tokenizer": "(folder) -> an object with encode, decode and apply_chat_template",
 }
 
 
 class Unsupported(Exception):
-    """Raised by a backend for a model or a call that it does not claim to compute; the message says which."""
+    """Raised by a backend for a model or a call that it does not support; the message names it."""
 
 
 class BackendError(RefgemmaError):
@@ -43,13 +45,13 @@ class Capabilities:
     Parameters
     ----------
     dtypes : tuple of str
-        The precisions it computes in *throughout*, of ``float64``, ``float32``, ``float16`` and ``bfloat16``.
+        The precisions that it uses in *every* step: any of ``float64``, ``float32``, ``float16`` and ``bfloat16``.
     max_length : int, optional
-        The longest text it accepts; ``None`` for any.
+        The longest text that it accepts; ``None`` means any length.
     tensors : tuple of str
-        The tensors it can show, by the names of the trace, ``*`` for anything: ``layers.*.attention.probs``.
+        The tensors that it can return, by trace names in which ``*`` matches anything: ``layers.*.attention.probs``.
     cache, padding, positions : bool
-        Whether `Backend.forward` takes a cache, a padding mask, and rotary positions.
+        True if `Backend.forward` takes a cache, a padding mask, or rotary positions.
     """
 
     dtypes: tuple[str, ...] = ("float32",)
@@ -72,7 +74,7 @@ class Capabilities:
 
 @dataclass(frozen=True)
 class Output:
-    """The result of `Backend.forward`: tensors by name, at least ``logits``, and a cache to continue from."""
+    """The result of `Backend.forward`: tensors by name (at least ``logits``), and a cache to continue from."""
 
     tensors: Mapping[str, Array]
     cache: Any = None
@@ -93,7 +95,7 @@ class Backend(Protocol):
     def load(self, folder: Path, dtype: str) -> Any:
         """Read a Hugging Face folder (``config.json``, ``model.safetensors``) to compute in `dtype`.
 
-        Raises `Unsupported` for a configuration that it does not compute.
+        Raises `Unsupported` for a configuration that the backend does not support.
         """
         ...
 
@@ -113,12 +115,12 @@ class Backend(Protocol):
         model
             The result of `load`.
         attention_mask : int array (batch, tokens so far)
-            0 for padding, which may be on either side; it includes tokens of earlier calls. None: no padding.
+            0 for padding, on either side, else 1; includes tokens of earlier calls. None means no padding.
         position_ids : int array (batch, seq)
-            Rotary positions; None: they start at 0, or continue those of the cache.
+            Rotary positions. None means that positions start at 0, or continue after the cache.
         cache
-            ``Output.cache`` of the previous call. It must stay usable: two calls may continue one cache.
+            ``Output.cache`` of an earlier call, which must not change, because two calls may continue the same cache.
         tensors : sequence of str
-            The tensors to return in ``Output.tensors``, as patterns.
+            Patterns of the tensors to return in ``Output.tensors``.
         """
         ...

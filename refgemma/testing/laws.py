@@ -1,14 +1,15 @@
-"""Laws, the check of an example, and Hypothesis's search for an example that breaks a law. Checked from outside,
-through the plugin, in ``tests/test_testing_plugin.py``.
+"""Define laws, check an example of a law, and search for an example that breaks a law, with Hypothesis.
 
-The tolerance between two results that a law calls equal is measured. Rounding a sum of n products is like a relative
-change of its weights by ``gamma(n)`` (Higham 2002, section 3.1). Independent roundings reach about ``sqrt(n) u`` of
+Checked from outside, through the plugin, in ``tests/test_testing_plugin.py``.
+
+The tolerance between two results that should be equal is measured. Rounding a sum of n products is like changing its
+weights by a relative amount ``gamma(n)`` (Higham 2002, section 3.1). Independent roundings reach about ``sqrt(n) u`` of
 this (Higham and Mary 2019, doi:10.1137/18M1226312). So the model is run again with weights changed at random by a small
-known amount. The result changes; this change, divided by the ratio of that amount to rounding, is the tolerance. Only a
-model that magnifies errors gets a larger tolerance.
+known amount. The tolerance is the change of the result, divided by the ratio of that amount to rounding. Only a model
+that magnifies errors gets a larger tolerance.
 
-Two roundings are float32 in every precision, so they are added where they occur, once per number: that of a rotary
-angle, and that of a weight that a law derives from others and writes to a file.
+Two roundings are float32 in every precision: of rotary angles, and of a weight that a law derives from others and
+writes to a file. These are added to the tolerance where they occur, once per number.
 """
 
 import tempfile
@@ -39,9 +40,9 @@ ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bflo
 PRECISE_FIRST = ("float64", "float32", "float16", "bfloat16")
 # The tolerance in standard deviations of a random walk of roundings.
 DEVIATIONS = 8
-# Weights are float32 in a file: the relative error of a weight that is written.
+# The relative error of a weight that is written to a file, where weights are float32.
 FILE_ROUNDOFF = ROUNDOFF["float32"]
-# The relative change of the weights that measures the response: far above float32's rounding, far below 1.
+# The relative change of the weights in the measurement: far above float32's rounding, far below 1.
 PROBE = 2.0**-14
 
 # The number of examples per law. There is no deadline, because a first call may compile.
@@ -54,7 +55,7 @@ PROFILES: Mapping[str, settings] = {
 
 
 class NotApplicable(Exception):
-    """Raised for a law that does not apply to a backend; the message names the missing capability."""
+    """Raised if a law does not apply to a backend; the message names the missing capability."""
 
 
 class LawBroken(AssertionError):
@@ -66,7 +67,7 @@ class LawBroken(AssertionError):
 
 
 def exact(x: Any) -> Exact:
-    """Return any array as ordinary float64 numbers."""
+    """Return any array as an ordinary float64 array."""
     return np.array(x, np.float64)
 
 
@@ -97,7 +98,7 @@ class LoadedModel:
 
     @cached_property
     def probe(self) -> "LoadedModel":
-        """The model with each weight changed at random, by a relative amount of `PROBE`."""
+        """A model with each weight changed at random, by a relative amount of `PROBE`."""
         rng = np.random.default_rng(0)
         changed = {
             name: (x * (1 + PROBE * rng.standard_normal(x.shape))).astype(np.float32)
@@ -107,13 +108,13 @@ class LoadedModel:
 
     @property
     def roundings(self) -> float:
-        """The effect of many roundings in a row, as a random walk, in units of the precision's roundoff."""
+        """The size of many successive roundings (a random walk), in units of the precision's roundoff."""
         c = self.config
         terms = c.hidden_size + c.intermediate_size + c.num_attention_heads * c.head_dim
         return DEVIATIONS * float(np.sqrt(terms))
 
 
-Ask = Callable[[LoadedModel], Any]  # from a model to an array
+Ask = Callable[[LoadedModel], Any]  # takes a model and returns an array
 
 
 class Bench(ExitStack):
@@ -125,9 +126,9 @@ class Bench(ExitStack):
         self.can: Capabilities = backend.capabilities()
         folder = tempfile.TemporaryDirectory(prefix="refgemma-", ignore_cleanup_errors=True)
         self._folder = Path(self.enter_context(folder))
-        self.enter_context(np.errstate(all="ignore"))  # the laws judge numbers that are too large for float16
+        self.enter_context(np.errstate(all="ignore"))  # the laws also judge numbers that overflow
         self._models = 0
-        self.file_roundoff = 0.0  # `FILE_ROUNDOFF` after a weight was rounded to float32 in a file
+        self.file_roundoff = 0.0  # becomes `FILE_ROUNDOFF` when a weight is rounded to float32 in a file
 
     @property
     def operations(self) -> Mapping[str, Callable[..., Any]]:
@@ -137,7 +138,7 @@ class Bench(ExitStack):
 
     @property
     def dtype(self) -> str:
-        """The most precise format of the backend, which checks the laws that hold in any format."""
+        """The most precise format of the backend; used for laws that hold in any format."""
         return next(dtype for dtype in PRECISE_FIRST if dtype in self.can.dtypes)
 
     def new_folder(self) -> Path:
@@ -150,7 +151,7 @@ class Bench(ExitStack):
     def model(self, config: Gemma2Config, tensors: Tensors, dtype: str | None = None) -> LoadedModel:
         """Write a Hugging Face folder and load it with the backend.
 
-        The weights become float32. If this rounds a weight, `allowed` includes it.
+        The weights become float32; if this rounds a weight, `allowed` includes this error.
         """
         folder = self.new_folder()
         config.save_pretrained(folder)
@@ -181,7 +182,7 @@ class Bench(ExitStack):
         Parameters
         ----------
         ask : callable
-            Takes a model and returns an array.
+            Function that takes a model and returns an array.
         other : array
             The result that the law requires.
         says : str
@@ -200,7 +201,8 @@ class Bench(ExitStack):
         worst = np.unravel_index(np.argmax(np.where(np.isnan(apart), np.inf, apart)), apart.shape)
         require(
             apart[worst] <= limit,
-            f"{says}: at {list(map(int, worst))} it is {value[worst]:.9g} and {expected[worst]:.9g}, apart by "
+            f"{says}: at {list(map(int, worst))} the results are {value[worst]:.9g} and {expected[worst]:.9g}, apart "
+            "by "
             f"{apart[worst]:.3g}; rounding to {model.dtype} explains {limit:.3g}",
         )
 
@@ -223,7 +225,7 @@ class Bench(ExitStack):
 
         apart = float(np.max(np.abs(ask(model) - exact(other)[at]), initial=0.0))
         limit = self.allowed(model, ask)
-        require(apart > limit, f"{says}: the largest change is {apart:.3g}, no more than rounding ({limit:.3g})")
+        require(apart > limit, f"{says}: the largest change is {apart:.3g}, not more than rounding ({limit:.3g})")
 
 
 def require(holds: Any, says: str) -> None:
@@ -233,7 +235,7 @@ def require(holds: Any, says: str) -> None:
 
 
 def find_missing(backend: Any, needs: Sequence[str]) -> str:
-    """Return a sentence on the first of `needs` that a backend lacks; empty if it has all.
+    """Return a sentence on the first of `needs` that a backend lacks, or an empty text if it has all.
 
     A need is ``cache``, ``padding`` or ``positions``, ``dtype:float64``, ``tensor:layers.0.out``, or the name of an
     optional method.
@@ -256,7 +258,8 @@ def find_missing(backend: Any, needs: Sequence[str]) -> str:
 class Law:
     """One law: the `check` of one example, and the strategy that generates examples.
 
-    Call it with a backend to search for an example that breaks it, or with a backend and an example to check that one.
+    Call a law with a backend to search for an example that breaks it, or with a backend and an example to check that
+    one.
     """
 
     name: str
@@ -273,7 +276,7 @@ class Law:
         NotApplicable
             If the law does not apply to the backend.
         LawBroken
-            If the law does not hold; it contains a script that reproduces this.
+            If the law does not hold; the error has a script that reproduces this.
         """
         if fault := find_missing(backend, self.needs):
             raise NotApplicable(fault)
@@ -290,7 +293,7 @@ class Law:
         checked: list[int] = []
         given_up: list[BackendError] = []
 
-        # Which examples the profile ci draws follows from the text of this function, from the decorators on.
+        # The examples that the profile ci draws depend on the text of this function and its decorators.
         @profile
         @given(self.examples)
         def holds(example: Mapping[str, Any]) -> None:
@@ -334,7 +337,7 @@ def law(
 ) -> Callable[[Callable[..., None]], Law]:
     """Make a `Law` from a function of a `Bench` and an example; its docstring states the law.
 
-    An example is drawn from `examples`, or has `parts`, each drawn from the strategy of that name.
+    An example is drawn from `examples`, or consists of `parts`, each drawn from the strategy of the same name.
     """
 
     def make(check: Callable[..., None]) -> Law:
@@ -349,7 +352,7 @@ def law(
 
 
 def write_value(value: Any) -> str:
-    """Return a value of an example as Python text; arrays are written by their bits, without loss."""
+    """Return a value of an example as Python text; arrays are written as bits, without loss."""
     if isinstance(value, np.ndarray) and value.dtype.kind == "f" and value.ndim == 1:
         dtype = dtype_name(value)
         stored = exact(value).astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)

@@ -1,4 +1,5 @@
-"""``pytest --pyargs refgemma.testing --backend package.module:Name``: every law and recording against any backend.
+"""Run every law and recording on any backend: ``pytest --pyargs refgemma.testing --backend package.module:Name``.
+
 Checked with pytester: failures, laws that are not applicable, known failures, stale ones, reproducing scripts.
 """
 
@@ -28,17 +29,17 @@ def add_options(parser: pytest.Parser) -> None:
     )  # fmt: skip
     group.addoption(
         "--profile", choices=sorted(PROFILES), default="ci",
-        help="examples per law: dev 8, ci 20 (always the same ones), deep 1000",
+        help="examples per law: dev 8, ci 20 (always the same examples), deep 1000",
     )  # fmt: skip
     group.addoption(
         "--skips", type=Path, default=None, metavar="FILE",
-        help="known failures, one per line: the name of a law or recording, a colon, the reason; # starts a comment",
+        help="file of known failures, one per line: name of a law or recording, colon, reason; # starts a comment",
     )  # fmt: skip
 
 
 @dataclass
 class KnownFailures:
-    """Laws that are known to fail: the file, the reason for each law, and the results."""
+    """Laws that are known to fail: the file with them, the reason for each law, and the results."""
 
     file: str = ""
     reasons: dict[str, str] = field(default_factory=dict)
@@ -50,11 +51,11 @@ class KnownFailures:
         """Yield a sentence for each entry that no longer fails."""
         for name in self.reasons:
             if name not in self.collected:
-                yield f"{self.file}: unknown law or recording {name}; remove its line"
+                yield f"{self.file}: unknown law or recording {name}; remove this line"
             elif name in self.passed:
-                yield f"{self.file}: {name} passes now; remove its line"
+                yield f"{self.file}: {name} passes now; remove this line"
             elif name not in self.failed:
-                yield f"{self.file}: {name} is not applicable; remove its line"
+                yield f"{self.file}: {name} is not applicable; remove this line"
 
 
 def read_known_failures(path: Path) -> KnownFailures:
@@ -63,7 +64,7 @@ def read_known_failures(path: Path) -> KnownFailures:
     Raises
     ------
     BackendError
-        If it cannot be read, or a line has no reason or is a duplicate.
+        If the file cannot be read, or a line has no reason or is a duplicate.
     """
     found = KnownFailures(str(path))
     try:
@@ -76,7 +77,7 @@ def read_known_failures(path: Path) -> KnownFailures:
         name, _, reason = (part.strip() for part in line.partition(":"))
         if not name or not reason:
             raise BackendError(
-                f"{path}, line {number}: write the name of a law, a colon, and the reason of the failure"
+                f"{path}, line {number}: must have the name of a law, a colon, and the reason for the failure"
             )
         if name in found.reasons:
             raise BackendError(f"{path}, line {number}: duplicate entry {name}; remove it")
@@ -108,7 +109,7 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def _find_law(item: pytest.Item) -> str:
-    """Return the law or recording of a test."""
+    """Return the name of the law or recording that a test checks."""
     marker = item.get_closest_marker("law")
     return str(marker.args[0]) if marker else ""
 
@@ -131,7 +132,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         if isinstance(error, LawBroken):
             report.sections.append(("this program reproduces it", error.script))
             if not report.skipped:
-                report.longrepr = str(error)  # the traceback through Hypothesis is of no use
+                report.longrepr = str(error)  # the traceback through Hypothesis does not help
         known = item.config.stash[KNOWN]
         if report.passed:
             known.passed.add(_find_law(item))
@@ -142,7 +143,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
-    """Count laws that are not applicable separately from passed and skipped ones."""
+    """Count laws that are not applicable separately from passed and skipped laws."""
     if report.skipped and not hasattr(report, "wasxfail") and NOT_APPLICABLE in str(report.longrepr):
         return "not applicable", "n", "NOT APPLICABLE"
     return None

@@ -1,20 +1,22 @@
-"""An implementation in any language as a backend: a program that reads requests and writes answers as safetensors
-files. Checked with programs that answer correctly, crash, hang, and answer junk.
+"""Use an implementation in any language as a backend: a program that exchanges safetensors files with this process.
 
-The program is started once. Each line of its standard input is the path of a folder. For each line, the program
-reads ``request.safetensors`` in that folder, writes ``answer.safetensors`` to it, and prints the line to its standard
-output. It ends when its input ends. Other lines that it prints are ignored.
+Checked with programs that answer correctly, crash, hang, and answer junk.
+
+The program is started once. Each line of its standard input is the path of a folder. For each line, the program reads
+``request.safetensors`` in this folder, writes ``answer.safetensors`` there, and prints the line to its standard output.
+Other printed lines are ignored. The program must end when its input ends.
 
 A request
-    Metadata: ``ask``, which is ``capabilities`` or ``forward``; for a forward pass also ``folder``, ``dtype``, and
-    ``tensors``: the wanted names separated by spaces, ``*`` for any text. Tensors: ``input_ids``, and optionally
-    ``attention_mask`` and ``position_ids``, all int64; and every ``cache.*`` of an earlier answer, unchanged.
+    Metadata: ``ask``, which is ``capabilities`` or ``forward``. A forward pass also has ``folder``, ``dtype`` and
+    ``tensors``: the requested names separated by spaces, with ``*`` for any text. Tensors: ``input_ids``, and
+    optionally ``attention_mask`` and ``position_ids``, all int64; and every ``cache.*`` of an earlier answer,
+    unchanged.
 
 An answer
     For ``capabilities``, metadata: ``dtypes`` and ``tensors`` separated by spaces, ``max_length``, and ``cache``,
     ``padding`` and ``positions``, each ``true`` or ``false``; missing fields have the defaults of `Capabilities`. For
-    ``forward``, tensors: ``logits``, other requested tensors, and any ``cache.*`` to continue from; or metadata:
-    ``unsupported``, the reason why the program does not compute this.
+    ``forward``, tensors: ``logits``, other requested tensors, and any ``cache.*`` to continue from. If the program does
+    not support the request, metadata: ``unsupported``, the reason.
 """
 
 import atexit
@@ -41,17 +43,17 @@ from refgemma.trace.candidate import STORED
 from refgemma.trace.names import save_trace
 from refgemma.trace.reader import open_safetensors
 
-SECONDS = 60.0  # the time limit of an answer
-STDERR_LINES = 8  # last lines of the program's stderr in a message
+SECONDS = 60.0  # time limit of an answer
+STDERR_LINES = 8  # number of last lines of the program's stderr in a message
 
 
 class ProgramError(BackendError):
-    """Raised for a program that crashed, hung, or gave an invalid answer; the message says which."""
+    """Raised if a program crashed, hung, or gave an invalid answer; the message says which."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A model, for a program that loads it at its first request."""
+    """A model that the program loads at its first request."""
 
     folder: Path
     dtype: str
@@ -65,12 +67,13 @@ class Program:
     command : str
         The command line, which runs without a shell: ``./port --threads 1``.
     seconds : float
-        The time limit of an answer; after it the program is ended.
+        The time limit of an answer; afterwards the program is killed.
 
     Raises
     ------
     ProgramError
-        Raised by each method if the program crashes, hangs or gives an invalid answer. The next request restarts it.
+        If the program crashes, hangs or gives an invalid answer; any method may raise this. The next request restarts
+        the program.
 
     Examples
     --------
@@ -86,7 +89,7 @@ class Program:
         self._capabilities: Capabilities | None = None
 
     def capabilities(self) -> Capabilities:
-        """Return the program's capabilities, requested once.
+        """Return the program's capabilities; they are requested only once.
 
         Raises
         ------
@@ -102,7 +105,7 @@ class Program:
         return self._capabilities
 
     def load(self, folder: Path, dtype: str) -> Asked:
-        """Return only the folder and precision, which are sent with each request."""
+        """Return the folder and the precision, which are sent with each request."""
         return Asked(folder, dtype)
 
     def forward(
@@ -121,7 +124,7 @@ class Program:
         ProgramError
             If the answer is invalid.
         Unsupported
-            If the program answers that it does not compute this.
+            If the program answers that it does not support this.
         """
         asked = {"ask": "forward", "folder": str(model.folder), "dtype": model.dtype, "tensors": " ".join(tensors)}
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
@@ -181,7 +184,7 @@ class _Process:
         except (OSError, ValueError) as error:
             raise ProgramError(f"program {shlex.join(command)}: cannot be started: {error}") from None
         atexit.register(self.end)
-        # Threads read the pipes, on any system, so a program that fills a pipe does not block.
+        # Threads read the pipes, so that a program that fills a pipe does not block; this works on any system.
         self.lines: queue.Queue[str | None] = queue.Queue()
         self.words: list[str] = []
         self.readers = [
@@ -205,7 +208,7 @@ class _Process:
     def ask(self, request: str, seconds: float) -> None:
         """Send a request and wait until it is answered."""
         assert self.process.stdin is not None
-        with contextlib.suppress(OSError):  # the program has ended; its output ends too, which is reported below
+        with contextlib.suppress(OSError):  # the program has ended; the end of its output is reported below
             self.process.stdin.write(request + "\n")
             self.process.stdin.flush()
         line: str | None = ""
@@ -221,7 +224,7 @@ class _Process:
 
     def _describe_end(self) -> str:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(timeout=1)  # a program that has closed its output may still run
+            self.process.wait(timeout=1)  # a program may close its output and run on
         self.readers[1].join(timeout=1)
         said = "; it said:\n" + "\n".join(self.words) if self.words else ""
         status = self.process.returncode
@@ -229,13 +232,13 @@ class _Process:
         return f"{ended} instead of answering{said}"
 
     def end(self) -> None:
-        """End the program, by force if necessary."""
+        """End the program; kill it if necessary."""
         atexit.unregister(self.end)
         assert self.process.stdin is not None
         self.process.kill()
         self.process.wait()
         for reader in self.readers:
-            reader.join(timeout=1)  # each closes its pipe at the end
+            reader.join(timeout=1)  # each thread closes its pipe at the end
         with contextlib.suppress(OSError):
             self.process.stdin.close()
 
@@ -252,14 +255,14 @@ def _capabilities(about: Mapping[str, str]) -> Capabilities:
     dtypes = tuple(about.get("dtypes", " ".join(usual.dtypes)).split())
     if not dtypes or (foreign := set(dtypes) - {"float64", "float32", "float16", "bfloat16"}):
         said = sorted(foreign) if dtypes else "none"
-        raise ProgramError(f"its dtypes are {said}; they must be among float64, float32, float16, bfloat16")
+        raise ProgramError(f"dtypes is {said}; it must name some of float64, float32, float16, bfloat16")
     length = about.get("max_length")
     if length is not None and not (length.isascii() and length.isdecimal() and int(length) > 0):
-        raise ProgramError(f"its max_length is {length!r}; it must be a number of tokens")
+        raise ProgramError(f"max_length is {length!r}; it must be a number of tokens")
     can = {}
     for name in ("cache", "padding", "positions"):
         if about.get(name, "false") not in ("true", "false"):
-            raise ProgramError(f"its {name} is {about[name]!r}; write true or false")
+            raise ProgramError(f"{name} is {about[name]!r}; it must be true or false")
         can[name] = about.get(name) == "true"
     tensors = tuple(about.get("tensors", " ".join(usual.tensors)).split())
     return Capabilities(dtypes, None if length is None else int(length), tensors, **can)

@@ -1,5 +1,6 @@
-"""Laws that hold for every Gemma 2 with any weights. Each is one function of a backend, and needs no recording. Checked
-on refgemma itself.
+"""Define laws that hold for every Gemma 2 with any weights; each is a function of a backend and needs no recording.
+
+Checked on refgemma itself.
 
 Most laws relate the logits of two models or two inputs, so they apply to an implementation that returns only logits.
 ``causality(backend)`` searches for an example that breaks the law; ``causality(backend, scene=..., place=...)`` checks
@@ -57,7 +58,7 @@ def every_layer(config: Gemma2Config, *names: str) -> list[str]:
 
 
 def silence(scene: Scene, *names: str, but: int = -1) -> dict[str, Array]:
-    """Return these weights as zeros in all layers except one: attention or feed-forward then adds nothing."""
+    """Return zeros for these weights in all layers except `but`, so that attention or feed-forward adds nothing."""
     kept = {tensor(but, name) for name in names}
     return {name: 0 * scene.tensors[name] for name in every_layer(scene.config, *names) if name not in kept}
 
@@ -84,8 +85,8 @@ def causality(bench: Bench, scene: Scene, place: int, step: int) -> None:
     bench.same_logits(model, ids, changed, says, at=np.s_[:, :place])
 
 
-# Ordinary weights and distant caps: every change is large enough to be noticed. With the smaller attention cap, scores
-# are between -0.5 and 0.5, so every key within the window has enough weight.
+# Ordinary weights and distant caps, so that every change is large enough to be seen. With the smaller attention cap,
+# scores are between -0.5 and 0.5, so that every key inside the window has enough weight.
 UNBENT: dict[str, Any] = {"kinds": ["ordinary"], "attn_logit_softcapping": 50.0, "final_logit_softcapping": 50.0}
 NOTICED: dict[str, Any] = UNBENT | {"attn_logit_softcapping": 0.5}
 
@@ -94,7 +95,7 @@ NOTICED: dict[str, Any] = UNBENT | {"attn_logit_softcapping": 0.5}
 def window_locality(bench: Bench, scene: Scene, place: int, layer: int) -> None:
     """In a sliding layer a token is visible for exactly ``sliding_window`` places, including its own.
 
-    Attention of all other layers is set to zero. Layers 0, 2, 4 and so on are sliding.
+    Layers 0, 2, 4 and so on are sliding. The attention of all other layers is set to zero.
     """
     sliding = [n for n in range(scene.config.num_hidden_layers) if scene.config.is_sliding(n)]
     model = bench.scene(scene, silence(scene, ATTENTION_OUT, but=sliding[layer % len(sliding)]))
@@ -108,7 +109,7 @@ def window_locality(bench: Bench, scene: Scene, place: int, layer: int) -> None:
 
 @law(scene=scenes(seq=(11, 13), num_hidden_layers=2, **NOTICED))
 def full_layers_reach_back(bench: Bench, scene: Scene) -> None:
-    """In a full layer, such as layer 1, the last token sees the first at any distance."""
+    """In a full layer, such as layer 1, the last token sees the first token at any distance."""
     model = bench.scene(scene, silence(scene, ATTENTION_OUT, but=1))
     changed = model.logits(replace_token(scene, 0))
     bench.different_logits(model, scene.ids, changed, "the last logits, with another first token", at=np.s_[:, -1])
@@ -121,7 +122,7 @@ def _draw_calls(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def read_in_calls(model: LoadedModel, ids: Array, calls: Sequence[int], mask: Any = None) -> Exact:
-    """Return the logits of a text read in several calls, each continuing the cache of the last."""
+    """Return the logits of a text read in several calls; each continues the cache of the previous call."""
     cache, done, parts = None, 0, []
     for length in calls:
         seen = None if mask is None else mask[:, : done + length]
@@ -173,27 +174,27 @@ def _padding_changes_nothing(bench: Bench, scene: Scene, padded: list[int], side
     together = model.logits(ids, mask=mask) if len(calls) == 1 else read_in_calls(model, ids, calls, mask)
     for row, count in enumerate(padded):
         real = slice(count, seq) if side == "left" else slice(0, seq - count)
-        # Padding at the left shifts all positions, so every angle is rounded differently.
+        # Padding on the left shifts all positions, so that every angle is rounded differently.
         angle = ANGLE * seq if side == "left" else 0.0
-        says = f"logits of row {row} alone, and in a batch with {count} padding tokens at its {side}"
+        says = f"logits of row {row} alone, and in a batch with {count} padding tokens on its {side}"
         bench.same_logits(model, ids[row : row + 1, real], together[row : row + 1, real], says, angle=angle)
 
 
 @law(_draw_padding(), needs=["padding"])
 def right_padding_changes_nothing(bench: Bench, scene: Scene, padded: list[int]) -> None:
-    """A row with padding at its right has the same logits as alone, for any padding tokens."""
+    """A row with padding on the right has the same logits as alone, for any padding tokens."""
     _padding_changes_nothing(bench, scene, padded, "right", [scene.ids.shape[1]])
 
 
 @law(_draw_padding(), needs=["padding"])
 def left_padding_changes_nothing(bench: Bench, scene: Scene, padded: list[int]) -> None:
-    """A row with padding at its left has the same logits as alone, for any padding tokens."""
+    """A row with padding on the left has the same logits as alone, for any padding tokens."""
     _padding_changes_nothing(bench, scene, padded, "left", [scene.ids.shape[1]])
 
 
 @law(_draw_padding(calls=True), needs=["padding", "cache"])
 def left_padding_in_calls_changes_nothing(bench: Bench, scene: Scene, padded: list[int], calls: list[int]) -> None:
-    """A row with padding at its left, read in several calls, has the same logits as alone."""
+    """A row with padding on the left, read in several calls, has the same logits as alone."""
     _padding_changes_nothing(bench, scene, padded, "left", calls)
 
 
@@ -262,7 +263,7 @@ def shared_key_heads_can_be_written_out(bench: Bench, scene: Scene) -> None:
 
 @law(scene=scenes(num_key_value_heads=3, num_attention_heads=6), order=st.permutations(range(3)), flip=st.booleans())
 def heads_have_no_order(bench: Bench, scene: Scene, order: list[int], flip: bool) -> None:
-    """The order of key/value heads, with their query heads, has no effect; nor has the order of the query heads of
+    """The order of key/value heads (with their query heads) has no effect, nor has the order of query heads that share
     one."""
     config = scene.config
     queries = np.arange(6).reshape(3, 2)[order, :: -1 if flip else 1].ravel()
@@ -279,7 +280,7 @@ def heads_have_no_order(bench: Bench, scene: Scene, order: list[int], flip: bool
 
 @law(scene=scenes())
 def the_query_scalar_scales_scores(bench: Bench, scene: Scene) -> None:
-    """Scores are divided by the root of ``query_pre_attn_scalar``: a factor of 4 compensates for doubled queries."""
+    """Scores are divided by ``sqrt(query_pre_attn_scalar)``; a factor of 4 compensates for doubled queries."""
     twice = scale(scene.tensors, 2, *every_layer(scene.config, "self_attn.q_proj"))
     says, scalar = "with twice the queries and four times the query scalar", 4 * scene.config.query_pre_attn_scalar
     bench.keep_logits(scene, twice, says, query_pre_attn_scalar=scalar)
@@ -310,7 +311,7 @@ def a_vanishing_attention_cap_makes_all_keys_alike(bench: Bench, scene: Scene, s
 
 @law(scene=scenes(seq=(3, 13), num_hidden_layers=1, **NOTICED))
 def the_attention_cap_counts(bench: Bench, scene: Scene) -> None:
-    """With queries 64 times as large, an attention cap of 0.5 changes the logits."""
+    """With queries 64 times larger, an attention cap of 0.5 changes the logits."""
     large = scale(scene.tensors, 64, *every_layer(scene.config, "self_attn.q_proj"))
     capped, ids = bench.scene(scene, large), replace_token(scene, 0)
     free = bench.model(scene.config.changed(attn_logit_softcapping=None), scene.tensors | large)
@@ -337,7 +338,7 @@ def logits_stay_below_their_cap(bench: Bench, scene: Scene, cap: float) -> None:
         if overflows(logits, dtype):
             continue
         require(not np.isnan(logits).any(), f"the logits in {dtype} contain NaN")
-        # A rounded tanh is at most 1; half a unit more for a library that rounds it up.
+        # A rounded tanh is at most 1; allow half a unit more for a library that rounds up.
         limit = cap * (1 + 2 * ROUNDOFF[dtype])
         require(np.abs(logits) <= limit, f"a logit in {dtype} is {np.abs(logits).max()}, beyond {cap}")
 
@@ -351,13 +352,13 @@ def attention_weights_sum_to_one(bench: Bench, scene: Scene) -> None:
         shown = bench.scene(scene, dtype=dtype).run(scene.ids, ("logits", "layers.*.attention.probs")).tensors
         for layer, kind in enumerate(scene.config.layer_types or ()):
             probs = exact(shown[f"layers.{layer}.attention.probs"])
-            # Scores without a cap overflow in float16, and so do the products of a feed-forward layer before this one.
+            # Scores without a cap overflow in float16, and so may the products of an earlier feed-forward layer.
             if overflows(probs, dtype) and (layer > 0 or scene.config.attn_logit_softcapping is None):
                 break
             allowed = (ago >= 0) & (ago < (window if kind == SLIDING else seq))
             require(not probs[..., ~allowed].any(), f"layer {layer} ({kind}) in {dtype} has weight on hidden keys")
             require(probs >= 0, f"layer {layer} in {dtype} has negative attention weights")
-            # Each weight has one more rounding than the sum that it was divided by, and the sum has the errors of its
+            # Each weight has one more rounding than the sum by which it is divided, and the sum has the errors of its
             # terms.
             far = np.abs(probs.sum(axis=-1) - 1).max()
             limit = (seq + 4) * ROUNDOFF[dtype]
@@ -366,7 +367,7 @@ def attention_weights_sum_to_one(bench: Bench, scene: Scene) -> None:
 
 # --- norms and wiring -------------------------------------------------------------------------------------------------
 
-# Norm -> the weights that are negated with it so that the logits do not change; the last norm negates the logits.
+# Norm -> the weights to negate with it so that the logits do not change; the last norm negates the logits.
 REFLECTED: dict[str, tuple[str, ...]] = {
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "post_attention_layernorm": (ATTENTION_OUT,),
@@ -378,7 +379,7 @@ REFLECTED: dict[str, tuple[str, ...]] = {
 
 @law(scene=scenes(), which=st.sampled_from(sorted(REFLECTED)))
 def norm_weights_count_from_minus_one(bench: Bench, scene: Scene, which: str) -> None:
-    """A norm multiplies by ``1 + weight``: a weight ``-2 - w`` in place of ``w`` changes only the sign."""
+    """A norm multiplies by ``1 + weight``, so that replacing ``w`` by ``-2 - w`` changes only the sign."""
     norms = [NORM] if which == "norm" else every_layer(scene.config, which)
     reflected = {name: -2 - exact(scene.tensors[name]) for name in norms}
     negated = scale(scene.tensors, -1, *every_layer(scene.config, *REFLECTED[which]))
@@ -391,17 +392,17 @@ def norm_weights_count_from_minus_one(bench: Bench, scene: Scene, which: str) ->
     scene=scenes(rms_norm_eps=1e-30), which=st.sampled_from([ATTENTION_OUT, FEED_FORWARD_OUT]), power=st.integers(1, 6)
 )
 def norms_after_a_layer_erase_its_size(bench: Bench, scene: Scene, which: str, power: int) -> None:
-    """The outputs of attention and feed-forward go through a norm before the sum, so their size has no effect."""
+    """The outputs of attention and feed-forward are normed before the sum, so that their size has no effect."""
     larger = scale(scene.tensors, 2.0**power, *every_layer(scene.config, which))
     bench.keep_logits(scene, larger, f"with {which} {2**power} times as large")
 
 
 @law(scene=scenes(rms_norm_eps=1e-30), power=st.integers(1, 6))
 def norms_before_a_layer_erase_the_size_of_the_stream(bench: Bench, scene: Scene, power: int) -> None:
-    """Scaling the whole residual stream does not change the logits, because each layer reads it through a norm.
+    """Scaling the whole residual stream does not change the logits, because each layer reads the stream through a norm.
 
     The embeddings of the input tokens and the outputs of the layers are scaled. The head uses the same table unscaled,
-    so only the logits of other tokens are compared.
+    so only the logits of tokens outside the input are compared.
     """
     factor = 2.0**power
     tensors, read = scene.tensors, np.unique(scene.ids)
@@ -418,9 +419,9 @@ def norms_before_a_layer_erase_the_size_of_the_stream(bench: Bench, scene: Scene
 
 @law(scene=scenes())
 def the_embedding_scale_grows_with_the_root_of_the_width(bench: Bench, scene: Scene) -> None:
-    """A model of four times the width, with every number repeated four times, has the same logits.
+    """A model that is four times wider, with every number repeated four times, has the same logits.
 
-    Its embedding is halved, because ``sqrt(hidden)`` is twice as large.
+    The embedding is halved, because ``sqrt(hidden)`` is twice as large.
     """
     tensors = scene.tensors
     wide_tensors: dict[str, Array] = {}
@@ -446,19 +447,19 @@ def up_is_linear(bench: Bench, scene: Scene) -> None:
 
 
 def norm_by_hand(x: Exact, weight: Exact, eps: float) -> Exact:
-    """Return a norm in float64, written out for the laws that compute by hand."""
+    """Return a norm in float64, for the laws that compute by hand."""
     y: Exact = x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps) * (1 + weight)
     return y
 
 
 def cap_by_hand(x: Exact, cap: float | None) -> Exact:
-    """Return a cap in float64, written out."""
+    """Return a soft cap in float64."""
     y: Exact = x if cap is None else cap * np.tanh(x / cap)
     return y
 
 
 def gelu_by_hand(x: Exact) -> Exact:
-    """Return GELU in its tanh form in float64, written out."""
+    """Return the tanh form of GELU in float64."""
     y: Exact = 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
     return y
 
@@ -478,7 +479,7 @@ def logits_by_hand(scene: Scene, tensors: Mapping[str, Array], layer: Layer | No
 
 @law(scene=scenes(), power=st.integers(0, 6))
 def a_silent_model_can_be_calculated_by_hand(bench: Bench, scene: Scene, power: int) -> None:
-    """With layers that add nothing, the logits are ``cap(norm(sqrt(hidden) E[ids]) E^T)``."""
+    """If all layers add nothing, the logits are ``cap(norm(sqrt(hidden) E[ids]) E^T)``."""
     small = scale(scene.tensors, 2.0**-power, EMBED)
     model = bench.scene(scene, silence(scene, ATTENTION_OUT, FEED_FORWARD_OUT) | small)
     by_hand = logits_by_hand(scene, scene.tensors | small)
@@ -503,7 +504,7 @@ def one_feed_forward_layer_can_be_calculated_by_hand(bench: Bench, scene: Scene)
 
 @law(scene=scenes(seq=(1, 1), kinds=["ordinary", "tied rows"], num_hidden_layers=1, final_logit_softcapping=None))
 def one_token_sees_its_own_value(bench: Bench, scene: Scene) -> None:
-    """The attention of a single token is its own projected value; no other part of attention has an effect."""
+    """A single token's attention gives its own projected value; no other part of attention has an effect."""
     config = scene.config
 
     def attend(stream: Exact, weight: Callable[[str], Exact]) -> Exact:
@@ -558,15 +559,15 @@ def each_bias_counts(bench: Bench, scene: Scene, letter: str) -> None:
     """If ``attention_bias`` is true, each of the four biases changes the logits. (No released Gemma 2 has them.)"""
     name = f"model.layers.0.self_attn.{letter}_proj.bias"
     ids = replace_token(scene, 0)
-    # The same bias for all keys would shift all scores of a query equally, but rotary positions rotate it: size 4 is
-    # enough.
+    # The same bias for all keys would shift all scores of a query equally, but rotary positions rotate the bias. A size
+    # of 4 is enough.
     without = bench.scene(scene, {name: 0 * scene.tensors[name] + 4})
     bench.different_logits(bench.scene(scene), ids, without.logits(ids), f"logits with another {letter} bias")
 
 
 @law(scene=scenes(attention_bias=True))
 def a_value_bias_goes_through(bench: Bench, scene: Scene) -> None:
-    """Attention weights sum to 1, so a bias of the values can be moved through ``o_proj`` into its bias."""
+    """Attention weights sum to 1, so that a bias of the values can be moved through ``o_proj`` into its bias."""
     config = scene.config
     moved: dict[str, Array] = {}
     group = config.num_attention_heads // config.num_key_value_heads
@@ -584,7 +585,7 @@ def a_value_bias_goes_through(bench: Bench, scene: Scene) -> None:
 
 @law(scene=scenes(), needs=["tensor:embedded"])
 def the_embedding_is_scaled_by_the_rounded_root(bench: Bench, scene: Scene) -> None:
-    """In each precision the embedding is ``E[ids] * round(sqrt(hidden))``, rounded once: bf16 has 59.75 for the 9B."""
+    """In each precision the embedding is ``E[ids] * round(sqrt(hidden))``, rounded once (59.75 for the 9B in bf16)."""
     for dtype in bench.can.dtypes:
         shown = bench.scene(scene, dtype=dtype).run(scene.ids, ("logits", "embedded")).tensors["embedded"]
         root = float(as_dtype(math.sqrt(scene.config.hidden_size), dtype))
@@ -614,7 +615,7 @@ def the_stream_is_a_sum(bench: Bench, scene: Scene) -> None:
 
 @law(scene=scenes(seq=(1, 6), num_hidden_layers=2))
 def results_are_of_their_precision(bench: Bench, scene: Scene) -> None:
-    """Each returned tensor has numbers of the requested precision, and in float64 not only float32 numbers."""
+    """Each returned tensor has only numbers of the requested precision; in float64 some are not float32 numbers."""
     for dtype in bench.can.dtypes:
         shown = bench.scene(scene, dtype=dtype).run(scene.ids, ("*",)).tensors
         for name, x in shown.items():
@@ -630,7 +631,7 @@ def results_are_of_their_precision(bench: Bench, scene: Scene) -> None:
 
 @law(scene=scenes())
 def the_same_twice(bench: Bench, scene: Scene) -> None:
-    """The same call gives the same logits to the last bit, also after loading the model again, in every precision."""
+    """The same call gives bit for bit the same logits, also after loading the model again, in every precision."""
     for dtype in bench.can.dtypes:
         model = bench.scene(scene, dtype=dtype)
         first, second = model.logits(scene.ids), model.logits(scene.ids)
@@ -652,7 +653,7 @@ LAYER_WEIGHTS = (
     needs=["dtype:float32"],
 )
 def no_weight_is_kept_in_half(bench: Bench, scene: Scene, which: str) -> None:
-    """In float32, weights have more digits than in bfloat16: changing one by less than half a bfloat16 step has an
+    """In float32, weights have more digits than in bfloat16: changing a weight by less than half a bfloat16 step has an
     effect."""
     ids, vocab = scene.ids, scene.config.vocab_size
     ids[:, 1], ids[:, 2] = (ids[:, 0] + 1) % vocab, (ids[:, 0] + 2) % vocab  # three values to choose among
@@ -679,7 +680,7 @@ ALL_TENSORS = [
 def operation_by_operation(bench: Bench, scene: Scene, dtype: str) -> Iterator[tuple[str, int, int]]:
     """Yield each tensor of a run, computed from earlier tensors: its name, and the number of unexplained elements.
 
-    The tolerances are those of `refgemma.oracle.tolerance`, one per element.
+    Each element has its own tolerance, from `refgemma.oracle.tolerance`.
     """
     model = bench.scene(scene, dtype=dtype)
     shown = {name: exact(x) for name, x in model.run(scene.ids, ("*",)).tensors.items()}
@@ -688,7 +689,7 @@ def operation_by_operation(bench: Bench, scene: Scene, dtype: str) -> Iterator[t
         require(False, f"{name} {problem}")
     engine = Engine(candidate, open_checkpoint(model.folder).resident(dtype), scene.config)
     for name in filter(engine.is_direct, engine.recorded):
-        if name != "embedded":  # its factor is a rounded number, which is part of the model; another law tests it
+        if name != "embedded":  # its factor is rounded, as part of the model; another law tests this
             where = engine.where(name)
             beyond = (np.abs(engine.errors(name)) > engine.tolerance(name).error_bound) & where
             yield name, int(beyond.sum()), int(where.sum())
@@ -705,8 +706,8 @@ def each_operation_keeps_within_its_bound(bench: Bench, scene: Scene) -> None:
 def a_kernel_rounds_once(bench: Bench, scene: Scene) -> None:
     """Each tensor of a bfloat16 run equals the operation on earlier tensors, rounded where PyTorch's kernels round.
 
-    This is once for a norm, a softmax, a projection or a sum, computed in float32: half a step of bfloat16. The error
-    is larger if a norm is rounded before its weight, or queries are rounded in place of scores.
+    A norm, a softmax, a projection or a sum is computed in float32 and rounds once: half a step of bfloat16. The error
+    is larger if a norm is rounded before its weight, or queries are rounded instead of scores.
     """
     for name, beyond, size in operation_by_operation(bench, scene, "bfloat16"):
         require(not beyond, f"{name}: {beyond} of {size} elements are rounded more often or elsewhere")
@@ -718,7 +719,7 @@ ANY_DTYPE = st.sampled_from(["float32", "float64", "bfloat16", "float16"])
 
 
 def any_numbers(size: int, limit: float) -> st.SearchStrategy[Array]:
-    """Draw numbers of any precision, none beyond `limit`."""
+    """Draw numbers of any precision with magnitudes up to `limit`."""
     return ANY_DTYPE.flatmap(lambda dtype: activations(dtype, size)).map(lambda x: np.clip(x, -limit, limit))
 
 
@@ -731,7 +732,7 @@ def soft_cap_is_bounded_odd_and_monotone(bench: Bench, x: Array, cap: float) -> 
     y, minus, x64 = exact(y), exact(soft_cap(-x, cap)), exact(x)
     require(np.array_equal(y, -minus), "soft_cap is not odd")
     require(np.abs(y) <= cap, f"soft_cap goes beyond {cap}")
-    # Division, tanh and product are rounded to at least bfloat16; a tiny quotient by half of float16's smallest step.
+    # Division, tanh and product round at least to bfloat16; a tiny quotient rounds by half of float16's smallest step.
     require(np.abs(y) <= np.abs(x64) * (1 + 4 * u) + cap * 2.0**-24, "soft_cap enlarges a number")
     order = np.argsort(x64)
     drop = np.diff(y[order])
@@ -757,7 +758,7 @@ HEADS = st.builds(
 
 @law(pair=HEADS, start=st.integers(0, 4000), shift=st.integers(0, 4000), needs=["operations"])
 def rotation_keeps_lengths_and_distances(bench: Bench, pair: Array, start: int, shift: int) -> None:
-    """Rotation keeps the length of every pair; the product of two rotated vectors depends on their distance."""
+    """Rotation keeps the length of every pair; the product of two rotated vectors depends only on their distance."""
     ops, (q, k) = bench.operations, pair
     half, places = q.shape[-1] // 2, start + np.arange(q.shape[2])[None]
 
@@ -772,7 +773,7 @@ def rotation_keeps_lengths_and_distances(bench: Bench, pair: Array, start: int, 
     scores = rotate(q, places) @ rotate(k, places).swapaxes(-1, -2)
     moved = rotate(q, places + shift) @ rotate(k, places + shift).swapaxes(-1, -2)
     size = np.linalg.norm(exact(q), axis=-1)[..., None] * np.linalg.norm(exact(k), axis=-1)[..., None, :]
-    # Each angle has two float32 roundings (its frequency and the product), in query and key, at both places.
+    # Each angle has two float32 roundings (frequency and product), in query and key, at both places.
     limit = 8 * ANGLE * (start + shift + q.shape[2]) * size + 64 * 2.0**-53 * size
     require(np.abs(scores - moved) <= limit, f"scores change if both tokens are shifted by {shift}")
 
@@ -787,14 +788,14 @@ def position_zero_does_not_turn(bench: Bench, pair: Array) -> None:
     require(np.array_equal(exact(cos)[0, 0, 0], np.ones(2 * half)), "the cosines at position 0 are not 1")
     require(not exact(sin)[0, 0, 0].any(), "the sines at position 0 are not 0")
     angles = np.tile(10000.0 ** (-np.arange(half) / half), 2)
-    # The angle is a float32 number, two roundings from the exact one.
+    # The angle is a float32 number, two roundings away from the exact angle.
     near = np.abs(exact(sin)[0, 0, 1] - np.sin(angles)).max() <= 4 * ANGLE
     require(near, "the angles of position 1 are not theta ** (-2 i / head_dim)")
 
 
 @law(x=any_numbers(6, 256), eps=st.sampled_from([1e-6, 1e-2]), needs=["operations"])
 def rms_norm_has_unit_size_and_offset(bench: Bench, x: Array, eps: float) -> None:
-    """The result does not depend on the size of the input (if eps grows too); 1 + weight multiplies it."""
+    """The result does not depend on the size of the input (if eps grows too), and is multiplied by 1 + weight."""
     rms_norm, u = bench.operations["rms_norm"], 2.0**-8
     zero = np.zeros_like(x)
     y = rms_norm(x, zero, eps)
@@ -834,7 +835,7 @@ def softmax_sums_to_one_over_what_is_visible(bench: Bench, x: Array, hidden: lis
 def gelu_of_opposite_numbers_differs_by_the_number(bench: Bench, x: Array) -> None:
     """``gelu(x) - gelu(-x) = x``; GELU is between 0 and x for positive x, and at least -0.171."""
     gelu_tanh = bench.operations["gelu_tanh"]
-    with np.errstate(over="ignore", invalid="ignore"):  # the cube of the largest numbers
+    with np.errstate(over="ignore", invalid="ignore"):  # the cubes of the largest numbers overflow
         y, minus = gelu_tanh(x), gelu_tanh(-x)
     require(type(y) is type(x) and y.dtype == x.dtype, f"gelu_tanh makes {type(y).__name__} of {type(x).__name__}")
     u, x64 = ROUNDOFF[dtype_name(x)] + 2.0**-24, exact(x)
@@ -849,7 +850,7 @@ def gelu_of_opposite_numbers_differs_by_the_number(bench: Bench, x: Array) -> No
 @law(pair=HEADS, scale=st.sampled_from([0.25, 1.0, 2.0]), needs=["operations"])
 def attention_scores_are_scaled_products(bench: Bench, pair: Array, scale: float) -> None:
     """``scores[i, j] = scale * sum_d q[i, d] k[j, d]``, exactly for whole numbers."""
-    q, k = np.round(4 * pair)  # sums of whole numbers this small are exact in any order
+    q, k = np.round(4 * pair)  # sums of such small whole numbers are exact in any order
     scores = exact(bench.operations["attention_scores"](q, k, scale))
     by_hand = scale * np.einsum("bhid,bhjd->bhij", q, k)
     require(np.array_equal(scores, by_hand), "scores are not scale * q k^T")
@@ -876,7 +877,7 @@ def linear_is_a_sum_of_products(bench: Bench, pair: Array, biased: bool) -> None
 
 @law(start=st.integers(0, 9), seq=st.integers(1, 9), window=st.integers(1, 9), needs=["operations"])
 def masks_are_functions_of_places(bench: Bench, start: int, seq: int, window: int) -> None:
-    """A query sees its own key and earlier ones; in a sliding layer only the last ``window`` of them."""
+    """A query sees its own key and earlier keys; in a sliding layer, only the last ``window`` of these."""
     ops, queries, keys = bench.operations, start + np.arange(seq), np.arange(start + seq)
     full, sliding = ops["causal_mask"](queries, keys), ops["sliding_mask"](queries, keys, window)
     for row, query in enumerate(queries):
@@ -889,7 +890,7 @@ def masks_are_functions_of_places(bench: Bench, start: int, seq: int, window: in
 
 
 def log_probabilities(logits: Exact) -> Exact:
-    """Return log probabilities in float64, written out for the laws that compute by hand."""
+    """Return log probabilities in float64, for the laws that compute by hand."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
     result: Exact = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     return result
@@ -906,7 +907,7 @@ def draws_follow_the_probabilities(bench: Bench, scene: Scene, seed: int) -> Non
     drawn = np.asarray(bench.backend.sample(model.handle, scene.ids, DRAW_COUNT, seed))
     require(drawn.shape == (DRAW_COUNT,), f"{DRAW_COUNT} draws have shape {drawn.shape}")
     counts, expected = np.bincount(drawn, minlength=len(probabilities)), DRAW_COUNT * probabilities
-    often = expected >= 5  # the test needs classes that are not rare: the rare ones are combined
+    often = expected >= 5  # the test needs classes that are not rare, so rare classes are combined
     counts = np.append(counts[often], counts[~often].sum())
     expected = np.append(expected[often], max(expected[~often].sum(), 1e-9))
     counts, expected = (counts, expected) if expected[-1] >= 5 else (counts[:-1], expected[:-1])
@@ -921,7 +922,7 @@ def draws_follow_the_probabilities(bench: Bench, scene: Scene, seed: int) -> Non
 def a_search_with_all_beams_finds_the_best(bench: Bench, scene: Scene) -> None:
     """With one beam per token, a search over two tokens finds the most likely text; greedy decoding is never better.
 
-    With fewer beams greedy decoding may find a better text; that is not a mistake.
+    With fewer beams, greedy decoding may correctly find a better text.
     """
     model, ids, vocab = bench.scene(scene), scene.ids, scene.config.vocab_size
     first = log_probabilities(model.logits(ids)[0, -1])
@@ -948,7 +949,7 @@ def _draw_labels(draw: st.DrawFn) -> dict[str, Any]:
 
 @law(_draw_labels(), ["loss"])
 def the_loss_is_a_mean_cross_entropy(bench: Bench, scene: Scene, labels: list[list[int]]) -> None:
-    """The loss is the mean of ``-log p(label)`` for the next token over labels that are not -100; NaN without any."""
+    """The loss is the mean of ``-log p(label)`` for the next token over labels that are not -100, or NaN if all are."""
     model, targets = bench.scene(scene), np.array(labels)
     told = log_probabilities(model.logits(scene.ids))
     taken = [
@@ -961,9 +962,148 @@ def the_loss_is_a_mean_cross_entropy(bench: Bench, scene: Scene, labels: list[li
     require(both_nan or abs(loss - by_hand) <= 1e-6 * (1 + abs(by_hand)), f"the loss is {loss}, by hand {by_hand}")
 
 
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def _draw_taught(draw: st.DrawFn, /, batch: tuple[int, int] = (1, 2), **fixed: Any) -> dict[str, Any]:
+    """Draw a model of ordinary weights, texts, and a place from 1: the first label of the second part."""
+    scene = draw(scenes(kinds=("ordinary",), batch=batch, seq=(3, 9), **fixed))
+    return {"scene": scene, "place": draw(st.integers(2, scene.ids.shape[1] - 1))}
+
+
+Gradients = Mapping[str, Array]
+Learn = Callable[[LoadedModel], Gradients]
+
+
+def learn(model: LoadedModel, ids: Array, labels: Array, items: float, mask: Array | None = None) -> Gradients:
+    """Return the backend's gradients of the sum of the losses, divided by `items`."""
+    found: Gradients = model.bench.backend.gradients(model.handle, ids, labels, mask, items)
+    missing = sorted(model.tensors.keys() - found.keys())
+    require(not missing, f"there is no gradient of {missing[:3]}")
+    return {name: exact(found[name]) for name in model.tensors}
+
+
+def same_gradients(bench: Bench, model: LoadedModel, ask: Learn, other: Gradients, says: str, angle: float = 0) -> None:
+    """Require that the gradients of `ask` are `other`, weight by weight, up to rounding."""
+    known: dict[int, Gradients] = {}
+
+    def ask_for(name: str) -> Callable[[LoadedModel], Array]:
+        def of(m: LoadedModel) -> Array:
+            if id(m) not in known:
+                known[id(m)] = ask(m)
+            return known[id(m)][name]
+
+        return of
+
+    for name, expected in other.items():
+        bench.same(model, ask_for(name), expected, f"the gradient of {name}, {says}", angle)
+
+
+def labels_in(scene: Scene, first: int, end: int) -> Array:
+    """Return the tokens of a scene as labels, those from place `first` to before `end`; the others do not count."""
+    labels = np.full(scene.ids.shape, -100)
+    labels[:, first:end] = scene.ids[:, first:end]
+    return labels
+
+
+@law(_draw_taught(), ["gradients"])
+def gradients_of_two_parts_of_the_labels_add_up(bench: Bench, scene: Scene, place: int) -> None:
+    """The gradient of all labels is the sum of those of two parts, if all are divided by the same number."""
+    model, items = bench.scene(scene), float(scene.ids.size)
+    end = scene.ids.shape[1]
+    parts = [learn(model, scene.ids, labels_in(scene, *part), items) for part in ((1, place), (place, end))]
+    summed = {name: parts[0][name] + parts[1][name] for name in parts[0]}
+    same_gradients(bench, model, lambda m: learn(m, scene.ids, labels_in(scene, 1, end), items), summed,
+                   "and the sum of those of two parts of the labels")  # fmt: skip
+
+
+@law(_draw_taught(batch=(2, 3)), ["gradients", "dtype:float64"])
+def gradients_of_the_rows_of_a_batch_add_up(bench: Bench, scene: Scene, place: int) -> None:
+    """The gradient of a batch is the sum of its rows' gradients, if all are divided by the number of all labels."""
+    model, labels = bench.scene(scene), labels_in(scene, 1, scene.ids.shape[1])
+    labels[0, place:] = -100  # so that the rows have different numbers of labels
+    items = float(np.sum(labels != -100))
+    rows = [learn(model, scene.ids[row : row + 1], labels[row : row + 1], items) for row in range(len(labels))]
+    summed = {name: np.asarray(sum(row[name] for row in rows)) for name in rows[0]}
+    same_gradients(bench, model, lambda m: learn(m, scene.ids, labels, items), summed, "and the sum of its rows'")
+
+
+@law(_draw_taught(), ["gradients"])
+def the_number_of_items_divides_gradients(bench: Bench, scene: Scene, place: int) -> None:
+    """Twice the number of items gives half of each gradient; the labels' own number is the mean."""
+    model, labels = bench.scene(scene), labels_in(scene, 1, place)
+    items = float(np.sum(labels != -100))
+    twice = learn(model, scene.ids, labels, 2 * items)
+    same_gradients(bench, model, lambda m: learn(m, scene.ids, labels, items),
+                   {name: 2 * x for name, x in twice.items()}, "and twice that for twice the items")  # fmt: skip
+
+
+@law(_draw_taught(), ["gradients"])
+def tokens_after_the_last_label_teach_nothing(bench: Bench, scene: Scene, place: int) -> None:
+    """Tokens from the last label on change no gradient, if that label stays."""
+    model, labels = bench.scene(scene), labels_in(scene, 1, place)
+    other = np.array(scene.ids)
+    other[:, place - 1 :] = (other[:, place - 1 :] + 1) % scene.config.vocab_size
+    items = float(np.sum(labels != -100))
+    same_gradients(bench, model, lambda m: learn(m, scene.ids, labels, items), learn(model, other, labels, items),
+                   "and with other tokens after the last that predicts a label")  # fmt: skip
+
+
+@law(_draw_taught(tie_word_embeddings=True), ["gradients"])
+def a_tied_table_learns_as_embedding_and_as_head(bench: Bench, scene: Scene, place: int) -> None:
+    """The gradient of a tied table is the sum of the two gradients of an equal embedding and head."""
+    model, ids, labels = bench.scene(scene), scene.ids, labels_in(scene, 1, place)
+    apart = bench.model(
+        scene.config.changed(tie_word_embeddings=False), dict(model.tensors) | {HEAD: model.tensors[EMBED]}
+    )
+    items = float(np.sum(labels != -100))
+    both = dict(learn(apart, ids, labels, items))
+    both[EMBED] = both[EMBED] + both.pop(HEAD)
+    same_gradients(bench, model, lambda m: learn(m, ids, labels, items), both, "and that of an equal untied model")
+
+
+@law(_draw_taught(), ["gradients", "padding", "dtype:float64"])
+def padding_changes_no_gradient(bench: Bench, scene: Scene, place: int) -> None:
+    """Texts with padding at either side, whose labels do not count, have the same gradients as without."""
+    model, labels, batch = bench.scene(scene), labels_in(scene, 1, scene.ids.shape[1]), len(scene.ids)
+    items, more = float(np.sum(labels != -100)), place - 1
+    for side, widths in (("right", ((0, 0), (0, more))), ("left", ((0, 0), (more, 0)))):
+        ids = np.pad(scene.ids, widths, constant_values=1)
+        mask = np.array([padding_mask(ids.shape[1], more, side)] * batch)
+        padded_labels = np.pad(labels, widths, constant_values=-100)
+        padded = learn(model, ids, padded_labels, items, mask)
+        angle = ANGLE * ids.shape[1] if side == "left" else 0.0
+        same_gradients(bench, model, lambda m: learn(m, scene.ids, labels, items), padded,
+                       f"and with {more} padding tokens at the {side}", angle)  # fmt: skip
+
+
+@law(_draw_taught(), ["gradients", "loss", "dtype:float64"])
+def the_gradient_is_the_slope_of_the_loss(bench: Bench, scene: Scene, place: int) -> None:
+    """Moving a weight along its gradient changes the loss by the square of the gradient's length, to first order."""
+    model, labels = bench.scene(scene), labels_in(scene, 1, place)
+    grads = learn(model, scene.ids, labels, float(np.sum(labels != -100)))
+    if scene.config.pad_token_id is not None:
+        grads[EMBED][scene.config.pad_token_id] = 0  # this row does not move: PyTorch does not train it as an embedding
+
+    def slope(name: str, step: float) -> tuple[float, float]:
+        """Return the change of the loss between two models, and the change that the gradient gives."""
+        move = step * grads[name] / max(float(np.abs(grads[name]).max()), 1e-300)
+        both = [(model.tensors[name] + sign * move).astype(np.float32) for sign in (1, -1)]
+        up, down = (bench.backend.loss(bench.scene(scene, {name: x}).handle, scene.ids, labels) for x in both)
+        return up - down, float(np.sum(grads[name] * (exact(both[0]) - exact(both[1]))))
+
+    for name in list(grads)[place % 3 :: 3]:  # a third of the weights in each example: four models are loaded for one
+        (far, of_far), (near, of_near) = slope(name, 2.0**-8), slope(name, 2.0**-9)
+        # The error of a central difference falls with the square of the step: the wider one shows it.
+        truncation = abs(far / 2 - near) + 1e-3 * abs(of_far / 2 - of_near)
+        require(abs(near - of_near) <= truncation + 1e-5 * abs(of_near) + 1e-11,
+                f"a step along the gradient of {name} changes the loss by {near:.6g}, not {of_near:.6g}")  # fmt: skip
+
+
 @law(scene=scenes(seq=(1, 5)), needs=["save"])
 def what_is_saved_is_loaded_again(bench: Bench, scene: Scene) -> None:
-    """A saved and loaded model has the same logits to the last bit."""
+    """A saved and loaded model has the same logits bit for bit."""
     for dtype in bench.can.dtypes:
         model, folder = bench.scene(scene, dtype=dtype), bench.new_folder()
         bench.backend.save(model.handle, folder)
@@ -974,7 +1114,7 @@ def what_is_saved_is_loaded_again(bench: Bench, scene: Scene) -> None:
 
 @law(text=texts(), needs=["tokenizer"])
 def a_text_comes_back(bench: Bench, text: str) -> None:
-    """Decoding the ids of any text gives the text; no id is outside the vocabulary.
+    """Decoding the ids of any text gives the same text; no id is outside the vocabulary.
 
     The exception is U+2581, SentencePiece's mark for a space, which becomes a space. With special tokens, `encode`
     gives one ``<bos>``, then the text.
@@ -994,7 +1134,7 @@ def a_text_comes_back(bench: Bench, text: str) -> None:
 
 @law(messages=chat_messages(), prompt=st.booleans(), needs=["tokenizer"])
 def a_chat_is_written_in_turns(bench: Bench, messages: list[dict[str, str]], prompt: bool) -> None:
-    """A chat is one ``<bos>`` and its trimmed turns, as text and as ids; the assistant's role is called model."""
+    """A chat becomes one ``<bos>`` and the trimmed turns, as text and as ids; the assistant's role becomes model."""
     tokenizer = bench.backend.tokenizer(find_model("tiny"))
     names = {"user": "user", "assistant": "model"}
     turns = [f"<start_of_turn>{names[m['role']]}\n{m['content'].strip()}<end_of_turn>\n" for m in messages]

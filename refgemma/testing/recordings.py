@@ -1,5 +1,6 @@
-"""Compare any implementation with PyTorch's recordings: make the calls of each case, and compare every tensor that both
-have. The measures are those of `refgemma verify`: see `refgemma.goldens.verify`.
+"""Compare any implementation with PyTorch's recordings: run the calls of each case, and compare every common tensor.
+
+Distances are measured as by `refgemma verify`; see `refgemma.goldens.verify`.
 """
 
 from collections.abc import Mapping
@@ -29,7 +30,7 @@ def check_golden(backend: Any, name: str) -> None:
     NotApplicable
         If the backend cannot run the recorded case.
     LawBroken
-        Naming the first tensor that differs by more than rounding explains, with a script that reproduces it.
+        If a tensor differs by more than rounding; the message names the first, and a script reproduces the difference.
 
     Examples
     --------
@@ -59,7 +60,7 @@ def _load(backend: Any, about: Mapping[str, Any]) -> Any:
     can = backend.capabilities()
     if about["dtype"] not in can.dtypes:
         raise NotApplicable(f"it does not use {about['dtype']} in every step")
-    model_of(about)  # raises if the folder is not the recorded one
+    model_of(about)  # raises an error if the folder is not the recorded one
     return backend.load(recorded_model(about), about["dtype"])
 
 
@@ -90,7 +91,7 @@ def _check_forward(backend: Any, name: str) -> None:
 def _measure_distances(
     name: str, about: Mapping[str, Any], golden: Mapping[str, Array], computed: Mapping[str, Array]
 ) -> dict[str, float]:
-    """Return the distance of each tensor that both have, in units of the tolerance, in the order of the recording."""
+    """Return the distance of each common tensor in units of the tolerance, in the order of the recording."""
     shown = {tensor: exact(x) for tensor, x in computed.items()}
     for tensor in [tensor for tensor in golden if tensor in shown]:
         ours, theirs = shown[tensor].shape, golden[tensor].shape
@@ -105,7 +106,7 @@ def _check_greedy(backend: Any, name: str) -> None:
     for number in range(len(about["prompts"])):
         text = [int(token) for token in golden[f"prompt.{number}"]]
         recorded = [int(token) for token in golden[f"continued.{number}"]]
-        # Each token is predicted from the recorded ones, so a near tie changes one token and not the rest of the text.
+        # Each token is predicted from the recorded tokens, so that a near tie changes only one token.
         whole = np.array([text + recorded[:-1]], np.int64)
         logits = exact(backend.forward(model, whole).logits)[0, len(text) - 1 :]
         chosen = logits.argmax(axis=-1).tolist()
@@ -114,7 +115,7 @@ def _check_greedy(backend: Any, name: str) -> None:
 
 
 def _check_operation(backend: Any, name: str) -> None:
-    """Compare single operations on recorded inputs, for a backend that has them."""
+    """Compare single operations on recorded inputs, if the backend has single operations."""
     about, golden = load_golden(name)
     if not hasattr(backend, "operations"):
         raise NotApplicable("the backend has no method named operations")
@@ -123,7 +124,7 @@ def _check_operation(backend: Any, name: str) -> None:
             f"{about['operation']} is not a single operation of a backend; the recordings of models test it"
         )
     for operation, inputs in recorded_operations(about["operation"], golden, backend.operations()):
-        with np.errstate(over="ignore"):  # the cube of the largest numbers
+        with np.errstate(over="ignore"):  # the cubes of the largest numbers overflow
             computed = operation.compute(*inputs)
         allowed = operation.allowed(*inputs)
         distance = strict_distance(computed, golden[operation.name], allowed, about["dtype"])

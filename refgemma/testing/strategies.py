@@ -1,8 +1,10 @@
-"""Hypothesis strategies for Gemma 2: configurations, weights, token batches, positions, divisions of a text into calls,
-arrays by their bits, chats, texts. Checked by the laws that draw from them.
+"""Define Hypothesis strategies for Gemma 2: configurations, weights, token batches, positions, calls, arrays, chats,
+texts.
 
-Models are described, not drawn number by number: a `Scene` is a configuration, the kind of its weights, a seed and
-token ids. `tensors_of` generates the weights from it. So an example shrinks fast, and can be written into a script.
+Checked by the laws that draw from them.
+
+Models are described, not drawn number by number. A `Scene` is a configuration, a kind of weights, a seed and token ids;
+`tensors_of` generates the weights from these. So an example shrinks fast, and can be written into a script.
 """
 
 from collections.abc import Sequence
@@ -24,7 +26,7 @@ KINDS = ("ordinary", "outliers", "tied rows", "tiny norms", "huge norms", "const
 CAPS = (50.0, 2.0, 0.5, None)
 UNIT_EPS = 1e-6
 __getattr__ = explain_renames(__name__, written="write_config", token_ids="token_rows")
-# Special tokens, and texts that look like one.
+# Special tokens, and texts that look like special tokens.
 LOOK_ALIKES = (
     "<bos>", "<eos>", "<pad>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>", "<unused7>", "<0x41>", "<b>",
     "<start_of_turn>model\n", "<bos", "bos>", "< bos>", "\u2581", "  ", "\n\n", "\t",
@@ -38,16 +40,17 @@ def configs(draw: st.DrawFn, /, distinct: bool = True, **fixed: Any) -> Gemma2Co
     Parameters
     ----------
     distinct : bool
-        Let no two axes have the same length by chance, so that exchanged axes change the result. There are fewer
+        If true, no two axes have the same length by chance, so that exchanging axes changes the result. There are fewer
         key/value heads than query heads, ``heads * head_dim`` differs from ``hidden``, and the query scalar differs
         from ``head_dim``.
     **fixed
-        Fixed fields of `Gemma2Config`.
+        Fields of `Gemma2Config` with fixed values.
 
     Notes
     -----
-    Shrinks towards one layer, one key/value head, a head of two numbers. The window is at least 2 (with 1, the cache of
-    transformers 5.23 keeps every key); ``hidden_size`` is a multiple of the heads, which transformers requires.
+    Examples shrink towards one layer, one key/value head, and a head of two numbers. The window is at least 2, because
+    with 1 the cache of transformers 5.23 keeps every key. ``hidden_size`` is a multiple of the heads, as transformers
+    requires.
 
     Examples
     --------
@@ -108,16 +111,15 @@ def write_config(config: Gemma2Config) -> str:
 
 
 def tensors_of(config: Gemma2Config, kind: str = "ordinary", seed: int = 0) -> dict[str, npt.NDArray[np.float32]]:
-    """Generate seeded weights of a kind, by the names of a checkpoint; all are bfloat16 numbers, exact in any
-    precision.
+    """Generate seeded weights of some kind, by their names in a checkpoint; all numbers are exact in any precision.
 
     Parameters
     ----------
     config : Gemma2Config
-        Their shapes.
+        The configuration, which gives the shapes.
     kind : str
-        ``ordinary``: normally distributed, with scores and logits of the order of 1. ``outliers``: one number in a
-        hundred is 30 times as large. ``tied rows``: tokens share embeddings. ``tiny norms``: ``1 + weight`` near 0;
+        ``ordinary``: normally distributed, with scores and logits of size about 1. ``outliers``: one number in a
+        hundred is 30 times larger. ``tied rows``: tokens share embeddings. ``tiny norms``: ``1 + weight`` is near 0.
         ``huge norms``: near 60. ``constant``: all numbers of a matrix are equal.
     seed : int
         The same seed gives the same weights.
@@ -157,7 +159,7 @@ def _make_tensor(name: str, shape: tuple[int, ...], kind: str, std: float, rng: 
 
 
 def weights(config: Gemma2Config) -> st.SearchStrategy[dict[str, npt.NDArray[np.float32]]]:
-    """Draw weights of every kind for `config`; they shrink towards ordinary ones. See `tensors_of`."""
+    """Draw weights of every kind for `config`, shrinking towards ordinary weights; see `tensors_of`."""
     return st.builds(tensors_of, st.just(config), st.sampled_from(KINDS), st.integers(0, 2**16))
 
 
@@ -166,7 +168,7 @@ def weights(config: Gemma2Config) -> st.SearchStrategy[dict[str, npt.NDArray[np.
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Token ids ``(batch, seq)`` and a mask: 1 for a token, 0 for padding."""
+    """Token ids ``(batch, seq)``, and a mask with 1 for a token and 0 for padding."""
 
     input_ids: npt.NDArray[np.int64]
     attention_mask: npt.NDArray[np.int64]
@@ -186,7 +188,7 @@ def token_batches(
     max_seq: int = 13,
     sides: Sequence[str] = ("right", "left"),
 ) -> TokenBatch:
-    """Draw batches whose rows have padding on one of `sides`, and at least one real token; padding holds any token.
+    """Draw batches of rows with padding (any tokens) on one of `sides`, and at least one real token.
 
     There are at most `max_batch` rows of at most `max_seq` tokens.
     """
@@ -199,7 +201,7 @@ def token_batches(
 
 
 def padding_mask(seq: int, padded: int, side: str) -> list[int]:
-    """Return one row of a mask over `seq` tokens, with `padded` padding tokens on the `side` ``left`` or ``right``.
+    """Return one row of a mask over `seq` tokens, with `padded` padding tokens on the `side`, ``left`` or ``right``.
 
     Examples
     --------
@@ -222,9 +224,9 @@ def positions(draw: st.DrawFn, seq: int, limit: int = 8192) -> npt.NDArray[np.in
 
 @st.composite
 def cache_splits(draw: st.DrawFn, n: int) -> list[int]:
-    """Draw lengths of calls that together read `n` tokens: a prefill, chunks, single tokens.
+    """Draw the lengths of calls that together read `n` tokens: a prefill, chunks, single tokens.
 
-    Shrinks towards few calls. Examples: ``[13]``, ``[9, 1, 1, 1, 1]``, ``[4, 6, 3]``.
+    Examples shrink towards few calls. Possible results: ``[13]``, ``[9, 1, 1, 1, 1]``, ``[4, 6, 3]``.
     """
     cuts = sorted(draw(st.sets(st.integers(1, n - 1), max_size=n - 1))) if n > 1 else []
     return [end - start for start, end in pairwise([0, *cuts, n])]
@@ -248,13 +250,13 @@ def from_bits(bits: Sequence[int], dtype: str) -> Array:
 
 @st.composite
 def activations(draw: st.DrawFn, dtype: str = "float32", size: int = 8, finite: bool = True) -> Array:
-    """Draw `size` numbers of any bit patterns of `dtype`: subnormal, huge, both zeros; infinite and NaN unless
+    """Draw `size` numbers with any bit patterns of `dtype`: subnormal, huge, both zeros; also infinity and NaN unless
     `finite`."""
     width = np.dtype(_UNSIGNED[dtype]).itemsize * 8
     numbers = st.integers(0, 2**width - 1)
     if finite:
         numbers = numbers.filter(lambda bits: bool(np.isfinite(from_bits([bits], dtype)[0])))
-    else:  # only two patterns are infinite, too few to occur by chance
+    else:  # only two patterns are infinite, which are too few to occur by chance
         numbers |= st.sampled_from([_INFINITE[dtype], _INFINITE[dtype] | 1 << (width - 1)])
     return from_bits(draw(st.lists(numbers, min_size=size, max_size=size)), dtype)
 
@@ -263,9 +265,9 @@ def activations(draw: st.DrawFn, dtype: str = "float32", size: int = 8, finite: 
 
 
 def texts(max_size: int = 40) -> st.SearchStrategy[str]:
-    """Draw text of all of Unicode that UTF-8 can hold, with special tokens, similar texts, and runs of spaces.
+    """Draw text from all of Unicode that UTF-8 can encode, with special tokens, similar texts, and runs of spaces.
 
-    It has up to five parts; parts of any characters have at most `max_size`.
+    A text has up to five parts; a part with arbitrary characters has at most `max_size`.
     """
     anything = st.text(st.characters(exclude_categories=["Cs"]), max_size=max_size)
     parts = st.one_of(anything, st.sampled_from(LOOK_ALIKES), st.text(" ", max_size=40))
@@ -273,7 +275,7 @@ def texts(max_size: int = 40) -> st.SearchStrategy[str]:
 
 
 def chat_messages(max_turns: int = 5) -> st.SearchStrategy[list[dict[str, str]]]:
-    """Draw conversations that Gemma 2 allows, of at most `max_turns`: user and assistant alternate, the user first."""
+    """Draw valid conversations of at most `max_turns` turns: user and assistant alternate, beginning with the user."""
     roles = ("user", "assistant")
 
     def alternate(contents: list[str]) -> list[dict[str, str]]:
@@ -305,7 +307,7 @@ class Scene:
         return tensors_of(self.config, self.kind, self.seed)
 
     def changed(self, **changes: Any) -> "Scene":
-        """Return the scene with other fields."""
+        """Return the scene with changed fields."""
         return replace(self, **changes)
 
     def __repr__(self) -> str:
@@ -330,7 +332,7 @@ def scenes(
     kinds : sequence of str
         As in `tensors_of`.
     batch, seq : (int, int)
-        The minimum and maximum of rows and tokens.
+        The minimum and maximum number of rows, and of tokens.
     distinct, **fixed
         As in `configs`.
     """

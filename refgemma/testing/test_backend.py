@@ -1,5 +1,7 @@
-"""The tests of ``pytest --pyargs refgemma.testing``: one for each law and each recording, against the chosen backend;
-in refgemma's own test run, against refgemma."""
+"""Test each law and each recording on the chosen backend, for ``pytest --pyargs refgemma.testing``.
+
+In refgemma's own test run, the backend is refgemma.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +28,7 @@ def profile(pytestconfig: pytest.Config) -> str:
 
 
 def ask(check: Callable[..., None], *arguments: Any) -> None:
-    """Run a check; skip it if it is not applicable, which the plugin counts separately."""
+    """Run a check; skip it if it is not applicable. The plugin counts such laws separately."""
     try:
         check(*arguments)
     except NotApplicable as reason:

@@ -1,4 +1,4 @@
-"""Tokens that are found in a text before it is cut into pieces. Checked against the tokenizers library 0.23."""
+"""Find added tokens in a text before the rest is cut into pieces. Checked against the tokenizers library 0.23."""
 
 import re
 import unicodedata
@@ -10,28 +10,28 @@ from refgemma.files import quote
 from refgemma.tokenizer.sentencepiece_model import TokenizerError
 
 SPACE = "\u2581"  # how a piece writes a space
-# White space as Unicode defines it; Python also counts U+001C to U+001F.
+# White space as Unicode defines it; Python's own definition also includes U+001C to U+001F.
 WHITE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
-ADDED_LIMIT = 2**14  # tokens in a file: sixty times as many as Gemma's
+ADDED_LIMIT = 2**14  # added tokens in a file; Gemma's file has a sixtieth of this
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that is found in a text as it is written.
+    """A token that is found in a text wherever its content occurs.
 
     Parameters
     ----------
     content : str
-        The text.
+        The text of the token.
     single_word : bool
-        If true, it is not found within a word.
+        If true, the token is not found inside a word.
     lstrip, rstrip : bool
-        If true, white space before or after it belongs to it.
+        If true, white space before or after the token becomes part of it.
     special : bool
-        If true, it steers the model: decoding can leave it out, and `split_special_tokens` makes it plain text.
+        If true, the token steers the model: decoding can leave it out, and `split_special_tokens` makes it plain text.
     normalized : bool
-        If true, a space matches U+2581 and the other way round, in text and token. Default: true unless special.
+        If true, a space and U+2581 count as the same character. By default true, unless `special`.
 
     Examples
     --------
@@ -59,18 +59,18 @@ class AddedToken:
 
     @property
     def flags(self) -> dict[str, bool]:
-        """All fields but the content, as files write them."""
+        """All fields except the content, as files write them."""
         return {name: bool(getattr(self, name)) for name in FLAGS}
 
 
 def make_special(token: AddedToken) -> AddedToken:
-    """Return the token as a special one; its spaces are not normalised unless it says so."""
+    """Return the token with `special` set; `normalized` becomes false unless it was set."""
     given = None if getattr(token, "_is_open", False) else token.normalized
     return token if token.special else replace(token, special=True, normalized=given)
 
 
 def read_added_token(found: Any, special: bool = True) -> AddedToken:
-    """Return the token that a file or caller gives as a text or with its properties; `special` applies to a text.
+    """Return the token that a file or caller gives as a text or as a mapping; `special` is used for a text.
 
     Examples
     --------
@@ -87,7 +87,7 @@ def read_added_token(found: Any, special: bool = True) -> AddedToken:
     if isinstance(found, str):
         return AddedToken(found, special=special)
     if (content := getattr(found, "content", None)) is not None:  # an AddedToken of the tokenizers library
-        if special:  # that library also sets it, and the default of `normalized` follows
+        if special:  # that library also sets `special`, which gives the default of `normalized`
             found.special = True
         return AddedToken(content, **{name: bool(getattr(found, name)) for name in FLAGS})
     raise TokenizerError(f"an added token is {quote(found)}; it must be a string")
@@ -99,14 +99,14 @@ def _is_word(character: str) -> bool:
 
 
 class Splitter:
-    """Finds `tokens` in a text from left to right; at each place, the longest.
+    """Find `tokens` in a text from left to right; at each position, find the longest.
 
     Parameters
     ----------
     tokens : collection of AddedToken
-        Tokens with normalised spaces are searched for in the text that the others leave.
+        The tokens to find. Tokens with `normalized` are found last, in the remaining text.
     special : collection of str
-        The texts of the special tokens; a call can leave them as plain text.
+        The contents of the special tokens; a call can treat these as plain text.
 
     Examples
     --------
@@ -125,7 +125,7 @@ class Splitter:
         self._any_spaced = bool(spaced)
 
     def split(self, text: str, leave_special: bool = False) -> list[tuple[str | None, int, int]]:
-        """Return the parts of a text: the token's content or ``None``, and the part's start and end."""
+        """Return the parts of a text: each with its token's content (``None`` for other text), start and end."""
         parts: list[tuple[str | None, int, int]] = [(None, 0, len(text))] if text else []
         for tokens, pattern in self._passes:
             if self._any_spaced and tokens is self._passes[-1][0]:
@@ -159,7 +159,7 @@ class Splitter:
                 stop = end - len(text[stop:end].lstrip(WHITE))
             if done < start:
                 parts.append((None, done, start))
-            if start < stop:  # a token that takes white space can leave none for the next
+            if start < stop:  # a token that takes white space can leave nothing for the next token
                 parts.append((token.content, start, stop))
             done = stop
         return [*parts, (None, done, end)] if done < end else parts

@@ -1,4 +1,4 @@
-"""Cut, pad and join rows of ids, following the arguments of transformers 5.23. Checked against it."""
+"""Cut, pad and join rows of ids as the arguments of transformers 5.23 ask. Checked against transformers."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -9,20 +9,20 @@ import numpy as np
 
 from refgemma.tokenizer.sentencepiece_model import TokenizerError
 
-# The model_max_length of a tokenizer that sets none; it counts as a length below LIMITED. Both as in transformers.
+# The default of model_max_length; a length counts as a limit only below LIMITED. Both as in transformers.
 UNLIMITED, LIMITED = int(1e30), int(1e20)
 SIDES = ("left", "right")
-Cell = TypeVar("Cell")  # an id, or a Token with its place in the text
+Cell = TypeVar("Cell")  # an id, or a Token with its position in the text
 
-# Arguments that transformers documents -> the reason why they are refused, unless their value is false.
+# Argument that transformers documents -> why a true value is refused here.
 UNSUPPORTED = {
-    "text_target": "Gemma's labels are its input_ids",
-    "text_pair_target": "Gemma's labels are its input_ids",
+    "text_target": "Gemma's labels are the input_ids",
+    "text_pair_target": "Gemma's labels are the input_ids",
 }
 
 
 def refuse(others: Mapping[str, Any]) -> None:
-    """Raise an error for unknown arguments, unless transformers has them and their value is false."""
+    """Raise an error for each unknown argument, and for a true value of an argument in `UNSUPPORTED`."""
     for name, value in others.items():
         if name not in UNSUPPORTED and name != "verbose":
             raise TokenizerError(f"unexpected keyword argument {name!r} (its value is {value!r})")
@@ -43,7 +43,7 @@ def check_positive(name: str, value: Any) -> None:
 
 
 class Token(NamedTuple):
-    """An id with its origin: its characters, its part of the text, and the text's number in a pair."""
+    """An id with its origin: the span of its characters, its part of the text, and the text's number in a pair."""
 
     id: int
     name: str
@@ -52,7 +52,7 @@ class Token(NamedTuple):
     word: int | None = None
     sequence: int | None = None
     special: int = 1
-    type: int = 0  # the number of its text in a pair, also for a token that was added
+    type: int = 0  # number of the text in a pair; special tokens have one too
 
 
 class BatchEncoding(dict[str, Any]):
@@ -65,7 +65,7 @@ class BatchEncoding(dict[str, Any]):
     (True, True)
     """
 
-    _follow: Callable[[], list[list[Token]]] | None = None  # makes the rows again, with each token's origin
+    _follow: Callable[[], list[list[Token]]] | None = None  # encodes the rows again, with each token's origin
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -76,7 +76,7 @@ class BatchEncoding(dict[str, Any]):
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, int | slice):
             raise TokenizerError(
-                f"inputs[{key}] is not supported: a row is not an object of its own; write inputs['input_ids'][n], "
+                f"inputs[{key}] is not supported, because a row is not an object; write inputs['input_ids'][n], "
                 "inputs.tokens(n), inputs.word_ids(n) or inputs.token_to_chars(n, place)"
             )
         return super().__getitem__(key)
@@ -87,12 +87,12 @@ class BatchEncoding(dict[str, Any]):
         return dict(self)
 
     def to(self, device: Any = None, **others: Any) -> "BatchEncoding":
-        """Return this object unchanged: everything here is on the CPU.
+        """Return this object unchanged, because refgemma only uses the CPU.
 
         Raises
         ------
         TokenizerError
-            If another device is named.
+            If `device` is not the CPU.
         """
         if device is not None and str(device).partition(":")[0] != "cpu":
             raise TokenizerError(f"device {str(device)!r} is not supported: refgemma computes on the CPU; leave it out")
@@ -100,18 +100,18 @@ class BatchEncoding(dict[str, Any]):
 
     def _row(self, row: int) -> list[Token]:
         if self._follow is None:
-            raise TokenizerError("the text of these ids is not known; call the tokenizer with the text")
+            raise TokenizerError("the text of these ids is unknown; call the tokenizer with the text")
         rows = self._follow()
         if not 0 <= row < len(rows):
             raise TokenizerError(f"row {row} does not exist; there are {len(rows)} rows")
         return rows[row]
 
     def tokens(self, batch_index: int = 0) -> list[str]:
-        """Return the names of the pieces of a row; an added token is written as it stands in the text."""
+        """Return the names of the pieces in a row; an added token's name is its text in the input."""
         return [token.name for token in self._row(batch_index)]
 
     def word_ids(self, batch_index: int = 0) -> list[int | None]:
-        """Return the part of the text that each id of a row belongs to; added tokens separate the parts, spaces do not.
+        """Return the number of the text's part for each id of a row; added tokens separate parts, spaces do not.
 
         Examples
         --------
@@ -130,11 +130,12 @@ class BatchEncoding(dict[str, Any]):
         ]
 
     def sequence_ids(self, batch_index: int = 0) -> list[int | None]:
-        """Return the number of the text (0 or 1) of each id of a row; ``None`` for ``<bos>`` and padding."""
+        """Return the number of the text (0 or 1) for each id of a row, and ``None`` for ``<bos>`` and padding."""
         return [token.sequence for token in self._row(batch_index)]
 
     def token_to_chars(self, batch_or_token_index: int, token_index: int | None = None) -> tuple[int, int] | None:
-        """Return the start and end of a token's characters, given a row and a place, or a place in the first row."""
+        """Return the start and end of a token's characters, given row and token index; one number is an index in row
+        0."""
         row, place = (0, batch_or_token_index) if token_index is None else (batch_or_token_index, token_index)
         token = self._row(row)[place]
         return None if token.sequence is None else (token.start, token.end)
@@ -142,7 +143,7 @@ class BatchEncoding(dict[str, Any]):
     def char_to_token(
         self, batch_or_char_index: int, char_index: int | None = None, sequence_index: int = 0
     ) -> int | None:
-        """Return the place of a character's token, given a row and a character, or a character of the first row."""
+        """Return the index of a character's token, given row and character index; one number is an index in row 0."""
         row, place = (0, batch_or_char_index) if char_index is None else (batch_or_char_index, char_index)
         for n, token in enumerate(self._row(row)):
             if token.sequence == sequence_index and token.start <= place < token.end:
@@ -152,7 +153,7 @@ class BatchEncoding(dict[str, Any]):
 
 @dataclass(frozen=True)
 class Layout:
-    """The settings for combining rows of ids; `refgemma.tokenizer.tokenizer.Tokenizer` explains the fields.
+    """The settings for cutting and padding rows; `refgemma.tokenizer.tokenizer.Tokenizer` explains the fields.
 
     Raises
     ------
@@ -195,14 +196,14 @@ class Layout:
             check_positive("stride", self.stride)
         if self.return_tensors not in (None, "np"):
             raise TokenizerError(
-                f"return_tensors is {self.return_tensors!r}; it must be 'np', because refgemma computes in NumPy: "
+                f"return_tensors is {self.return_tensors!r}; it must be 'np', because refgemma uses NumPy: "
                 "convert the arrays with the other library"
             )
         if self.max_length is not None and not self.truncates and self.padding != "max_length":
             warnings.warn(
                 f"max_length={self.max_length} has no effect with padding={self.padding!r} and truncation="
                 f"{self.truncation!r}; set truncation=True or padding='max_length'",
-                stacklevel=5,  # where the tokenizer was called
+                stacklevel=5,  # the line that called the tokenizer
             )
         multiple = self.pad_to_multiple_of or 1
         if self.truncates and self.pads and self.max_length is not None and self.max_length % multiple:
@@ -217,31 +218,32 @@ class Layout:
 
     @property
     def truncates(self) -> bool:
-        """True if rows are cut. Without `truncation` they are cut if `max_length` is given and there is no padding."""
+        """True if rows are cut. If `truncation` is not given, rows are cut if `max_length` is given and rows are not
+        padded."""
         if self.truncation is None:
             return self.max_length is not None and self.padding is False
         return self.truncation not in (False, "do_not_truncate")
 
     @property
     def follows(self) -> bool:
-        """True if more than ids is requested."""
+        """True if an output needs each token's origin."""
         return bool(self.return_offsets_mapping or self.return_special_tokens_mask or self.return_token_type_ids)
 
     def cut(self, texts: Sequence[list[Cell]], reserved: int = 0) -> list[list[list[Cell]]]:
-        """Cut the one or two `texts` of a row to at most `max_length` ids, less those `reserved` for special tokens.
+        """Cut the one or two `texts` of a row to `max_length` ids, including those `reserved` for special tokens.
 
         Returns
         -------
         list
-            The row, and with `return_overflowing_tokens` rows of the rest, each sharing `stride` ids with the row
-            before.
+            The row. With `return_overflowing_tokens`, rows with the remaining ids follow; each repeats the last
+            `stride` ids of the previous row.
         """
         if not self.truncates or self.max_length is None:
             return [list(texts)]
         space = self.max_length - reserved
         if space < 0:
             raise TokenizerError(
-                f"max_length is {self.max_length}, less than the {reserved} special tokens; raise it, or set "
+                f"max_length is {self.max_length}, less than the {reserved} special tokens; use a larger value, or set "
                 "add_special_tokens=False"
             )
         if self.stride and self.stride >= space:
@@ -272,7 +274,7 @@ class Layout:
         return [row[max(len(row) - n * step - space, 0) : len(row) - n * step] for n in range(count)]
 
     def _share(self, texts: Sequence[list[Cell]], space: int) -> list[int]:
-        """Return the number of ids of each of two texts that fit into `space`, as the tokenizers library shares it."""
+        """Return how many ids of each of two texts to keep in `space`; same rule as in the tokenizers library."""
         lengths = [len(text) for text in texts]
         excess = sum(lengths) - space
         if excess <= 0:
@@ -292,9 +294,9 @@ class Layout:
         return [short, long] if lengths[0] <= lengths[1] else [long, short]
 
     def batch(self, rows: Sequence[Sequence[int | Token]], pad: int | None) -> BatchEncoding:
-        """Pad `rows` with the id `pad`, and make the other requested entries."""
+        """Pad `rows` with the id `pad`, and add the other requested entries."""
         if pad is None and self.pads:
-            raise TokenizerError("this tokenizer has no pad_token; set it: tokenizer.pad_token = tokenizer.eos_token")
+            raise TokenizerError("this tokenizer has no pad_token; set one: tokenizer.pad_token = tokenizer.eos_token")
         followed = self.pad(rows, Token(pad or 0, "")) if self.follows else []
         columns: dict[str, Any] = {}
         if self.follows:

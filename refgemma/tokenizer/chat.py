@@ -10,10 +10,10 @@ from refgemma.tokenizer.templates import as_plain, inspect_template, render_temp
 
 START, END = "<start_of_turn>", "<end_of_turn>"
 
-# The role of a message -> the name that the model was trained to see.
+# Role of a message -> role name in the model's training data.
 ROLES = {"user": "user", "assistant": "model", "model": "model"}
 
-# The template in the released folders, for other programs; `render_chat` does the same.
+# The template of the released folders, written for other programs; `render_chat` gives the same text.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
     "{% endif %}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
@@ -22,10 +22,14 @@ CHAT_TEMPLATE = (
     "{% endif %}{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
 )
-# Mark special tokens written into a chat until its text is rendered; transformers uses the same two characters.
+# These two characters enclose special tokens in messages while a chat is rendered, as in transformers.
 MARK, UNMARK = "\U000f0000", "\U000f0001"
-CONTINUE = "CONTINUE_FINAL_MESSAGE_TAG "  # as in transformers: the text after it is cut off
-REASONING = ("reasoning_content", "thinking", "reasoning")  # names for a message's reasoning; templates read the first
+CONTINUE = "CONTINUE_FINAL_MESSAGE_TAG "  # as in transformers; the text after this tag is cut off
+REASONING = (
+    "reasoning_content",
+    "thinking",
+    "reasoning",
+)  # keys of a message's reasoning; templates read the first key
 
 
 def _normalize(template: str) -> list[str] | None:
@@ -41,7 +45,7 @@ def _normalize(template: str) -> list[str] | None:
 
 
 def is_gemma_template(chat_template: object) -> bool:
-    """Return True if a `chat_template` is Gemma 2's, apart from spaces within its tags.
+    """Return True if a `chat_template` equals Gemma 2's, ignoring spaces inside tags.
 
     Examples
     --------
@@ -54,7 +58,7 @@ def is_gemma_template(chat_template: object) -> bool:
 
 
 def choose_template(templates: Any, asked: str | None, tools: object) -> str:
-    """Return the template that `asked` names or contains, or the default.
+    """Return the template with the name `asked`, or `asked` itself if it is a template, or the default.
 
     Raises
     ------
@@ -70,7 +74,10 @@ def choose_template(templates: Any, asked: str | None, tools: object) -> str:
         named: Mapping[str, str] = templates
         name = asked or ("tool_use" if tools is not None and "tool_use" in named else "default")
         if asked is None and name not in named:
-            raise TokenizerError(f"the chat templates have no default; name one of {', '.join(sorted(named))}")
+            raise TokenizerError(
+                "there are several chat templates and no default; set chat_template to one of "
+                f"{', '.join(sorted(named))}"
+            )
         chosen: Any = named.get(name, asked)
     else:
         chosen = templates if asked is None else asked
@@ -80,12 +87,12 @@ def choose_template(templates: Any, asked: str | None, tools: object) -> str:
 
 
 def check_variables(template: str, given: Mapping[str, Any]) -> None:
-    """Raise an error if one of the `given` variables is not in the template.
+    """Raise an error if the template does not use one of the `given` variables.
 
     Raises
     ------
     TokenizerError
-        If a variable is unknown; the error names it.
+        If a variable is unknown; the message names the variable.
     """
     known = {"messages", "bos_token"} if is_gemma_template(template) else inspect_template(template)[0]
     if unknown := [name for name in given if name not in known]:
@@ -95,7 +102,7 @@ def check_variables(template: str, given: Mapping[str, Any]) -> None:
 
 
 def mark(value: Any, pattern: "re.Pattern[str]") -> Any:
-    """Return `value` with marks around each match of the pattern in its strings."""
+    """Return `value` with marks around each match of the pattern in any string inside."""
     if isinstance(value, str):
         return pattern.sub(f"{MARK}\\g<0>{UNMARK}", value.replace(MARK, "").replace(UNMARK, ""))
     if isinstance(value, Mapping):
@@ -109,7 +116,7 @@ def check_chat(messages: Any) -> None:
     Raises
     ------
     TokenizerError
-        If it is anything else; the error describes it.
+        If `messages` is anything else; the message describes it.
     """
     if isinstance(messages, str) or not isinstance(messages, Sequence):
         raise TokenizerError(f"messages is a {type(messages).__name__}; it must be a list of messages")
@@ -125,7 +132,7 @@ def check_chat(messages: Any) -> None:
 def render(
     template: str, messages: Any, values: Mapping[str, Any], continue_final_message: bool | str = False
 ) -> tuple[str, list[tuple[int, int]]]:
-    """Return the text of a chat, and the spans of it that the template attributes to the model.
+    """Return the text of a chat, and the spans of text that the template marks as the model's.
 
     Parameters
     ----------
@@ -141,7 +148,7 @@ def render(
     Raises
     ------
     TokenizerError
-        If the template cannot be rendered, or does not write the message to continue.
+        If the template cannot be rendered, or leaves out the message to continue.
     """
     check_chat(messages)
     chat = [{key: value for key, value in as_plain(message).items() if value is not None} for message in messages]
@@ -166,7 +173,9 @@ def render(
     place = text.rfind(CONTINUE.strip())
     final = blocks[-1]["text"] if blocks else last
     if place < 0 or final.removesuffix(CONTINUE).strip() not in text:
-        raise TokenizerError("the chat template does not write the final message, so it cannot be continued")
+        raise TokenizerError(
+            "the chat template leaves out the final message; continue_final_message needs a template that writes it"
+        )
     whole = text[place:].startswith(CONTINUE)
     return text[:place] if whole else text[:place].rstrip(), spans
 
@@ -174,14 +183,14 @@ def render(
 def render_chat(
     messages: Any, bos_token: str, add_generation_prompt: bool, continue_final_message: bool | str = False
 ) -> list[str]:
-    r"""Check `messages` and write the chat: for each turn its role, a newline and the trimmed content between markers.
+    r"""Check `messages` and write the chat: between markers, each turn has its role, a newline and the trimmed content.
 
-    The result equals that of Gemma 2's template, without Jinja. It is a list of pieces, and an error names the message.
+    The result, a list of pieces of text, equals that of Gemma 2's template without using Jinja.
 
     Raises
     ------
     TokenizerError
-        If there is no message, a message lacks a string, or the roles do not alternate, beginning with the user.
+        If there is no message, a role or content is not a string, or the roles do not alternate from ``user``.
 
     Examples
     --------

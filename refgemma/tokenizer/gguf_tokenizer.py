@@ -1,4 +1,5 @@
-"""Read the tokenizer in the metadata of a GGUF file. Checked against the tokenizer.model that it was made from."""
+"""Read the tokenizer in the metadata of a GGUF file. Checked against the tokenizer.model from which the file was
+made."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ from refgemma.tokenizer.sentencepiece_model import (
 )
 
 SPACE_MARK = "\u2581"  # how a piece writes a space; a GGUF file's user-defined pieces have the space itself
-# The role of a token -> the name of its id in a GGUF file, and Gemma's piece for it if the file gives no id.
+# Role of a token -> name of its id in a GGUF file, and Gemma's piece for the role if the file has no such id.
 ROLE_KEYS = {"bos": ("bos", "<bos>"), "eos": ("eos", "<eos>"), "unk": ("unknown", "<unk>"), "pad": ("padding", "<pad>")}
 
 
@@ -39,7 +40,7 @@ def _read_pieces(about: Mapping[str, Any]) -> list[Piece]:
 
 
 def _name_roles(about: Mapping[str, Any], names: list[str]) -> dict[str, tuple[str, int]]:
-    """Return the piece and the id of each role; the id is -1 for a role without a token."""
+    """Return piece and id for each role; a role without a token has the id -1."""
     found = {}
     for role, (key, usual) in ROLE_KEYS.items():
         token = about.get(f"{key}_token_id", names.index(usual) if usual in names else -1)
@@ -50,7 +51,7 @@ def _name_roles(about: Mapping[str, Any], names: list[str]) -> dict[str, tuple[s
 
 
 def has_tokens(path: Path) -> bool:
-    """Return True if a GGUF file has a vocabulary; a file made only for ids has none."""
+    """Return True if a GGUF file has a vocabulary. (A file may be made for ids only.)"""
     return "tokenizer.ggml.tokens" in read_gguf(path, TokenizerError).metadata
 
 
@@ -60,14 +61,14 @@ def read_gguf_tokenizer(path: Path) -> tuple[bytes, dict[str, Any]]:
     Raises
     ------
     TokenizerError
-        If the file is damaged, or its vocabulary is not of Gemma's kind.
+        If the file is damaged, or its vocabulary does not follow Gemma's conventions.
     """
     metadata = read_gguf(path, TokenizerError).metadata
     about = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
     with one_line(path, TokenizerError, "give a GGUF file with Gemma's tokenizer"):
         pieces = _read_pieces(about)
         if about.get("add_space_prefix") is True:
-            raise RefgemmaError("adds a space before a text, which Gemma's tokenizer does not")
+            raise RefgemmaError("adds a space before a text, unlike Gemma's tokenizer")
         roles = _name_roles(about, [piece.name for piece in pieces])
     settings: dict[str, Any] = {f"{role}_token": name for role, (name, token) in roles.items() if token >= 0}
     settings |= {key: about[key] for key in ("add_bos_token", "add_eos_token") if key in about}

@@ -1,8 +1,9 @@
-"""Read the pieces of a SentencePiece model, and write a model from pieces. Checked against the library: it reads the
-models written here, and reports the same pieces for its own files.
+"""Read the pieces of a SentencePiece model, and write a model from pieces.
 
-A model is a protobuf message. Its field 1, repeated, is a piece: a message with the name (1), the score (2) and the
-type (3). The other fields describe how text is prepared; they are copied unchanged.
+Checked against the sentencepiece library: it reads the models written here, and finds the same pieces in its own files.
+
+A model is a protobuf message. Field 1 is repeated, once per piece, and contains the name (1), the score (2) and the
+type (3). The other fields say how to prepare text; they are copied unchanged.
 """
 
 import struct
@@ -22,7 +23,8 @@ class TokenizerError(RefgemmaError):
 
 
 class Piece(NamedTuple):
-    """A piece of the vocabulary: `type` is one of the numbers above; the highest `score` is merged first."""
+    """A piece of the vocabulary: `type` is a number such as `NORMAL`; SentencePiece merges the highest `score`
+    first."""
 
     name: str
     score: float
@@ -46,9 +48,9 @@ def _number_field(field: int, value: int) -> bytes:
 
 
 def gemma_rest(**roles: tuple[str, int]) -> bytes:
-    """Return the other fields of a model with Gemma's conventions: BPE, byte pieces, no space added or removed.
+    """Return a model's fields after the pieces, with Gemma's conventions: BPE, byte pieces, no space added or removed.
 
-    `roles` are the name and the id of ``unk``, ``bos``, ``eos`` and ``pad``; the id is -1 if there is no such token.
+    `roles` gives the name and id of ``unk``, ``bos``, ``eos`` and ``pad``; the id is -1 for a missing token.
     """
     trainer = _number_field(3, 2) + _number_field(35, 1)
     for n, role in enumerate(("unk", "bos", "eos", "pad")):
@@ -60,7 +62,7 @@ def gemma_rest(**roles: tuple[str, int]) -> bytes:
 
 
 def write_model(pieces: Iterable[Piece], rest: bytes) -> bytes:
-    """Return the SentencePiece model of `pieces`, in the order of their ids, and the other fields `rest`.
+    """Return the bytes of a SentencePiece model, from `pieces` in the order of their ids and the other fields, `rest`.
 
     Examples
     --------
@@ -74,7 +76,7 @@ def write_model(pieces: Iterable[Piece], rest: bytes) -> bytes:
 
 def _write_piece(name: str, score: float, kind: int) -> bytes:
     content = name.encode()
-    if len(content) < 119:  # every length takes one byte: the same as below in a third of the time
+    if len(content) < 119:  # each length then fits in one byte: same result as below in a third of the time
         return b"\n%c\n%c%b\x15%b\x18%c" % (len(content) + 9, len(content), content, _FLOAT.pack(score), kind)
     return _message(1, _message(1, content) + b"\x15" + _FLOAT.pack(score) + _number_field(3, kind))
 
@@ -85,7 +87,7 @@ def read_model(model: bytes) -> tuple[list[Piece], bytes]:
     Raises
     ------
     TokenizerError
-        If it is not a SentencePiece model, or a name is not UTF-8.
+        If `model` is not a SentencePiece model, or a name is not UTF-8.
     """
     pieces: list[Piece] = []
     rest, at = [], 0
@@ -111,7 +113,7 @@ def read_model(model: bytes) -> tuple[list[Piece], bytes]:
 
 
 def _read_short_piece(model: bytes, at: int) -> Piece | None:
-    """Return the piece if it is short, with name, score and type in this order, as almost all are; else ``None``."""
+    """Return the piece at `at` if it has the usual form (short; name, score and type in this order), else ``None``."""
     stop, end = at + 2 + model[at + 1], at + 4 + model[at + 3]
     if model[at + 1] > 127 or model[at + 2] != 10 or model[end] != 0x15 or stop - end not in (5, 7):
         return None
@@ -133,7 +135,7 @@ def _read_piece(model: bytes, at: int, end: int) -> Piece:
 
 
 def _read_varint(model: bytes, at: int) -> tuple[int, int]:
-    """Return a number and the place after it."""
+    """Return a number and the position after it."""
     number = model[at]
     if number < 128:
         return number, at + 1

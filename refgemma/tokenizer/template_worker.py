@@ -1,8 +1,8 @@
 """Render chat templates in a separate process, which `refgemma.tokenizer.templates` starts. Checked against
 `apply_chat_template` of transformers 5.23.
 
-A template is an untrusted program. Jinja's sandbox limits it to harmless operations, and this process limits its memory
-and time. The process imports nothing from refgemma, so that it starts fast.
+A template is an untrusted program. Jinja's sandbox allows only harmless operations, and this process limits memory and
+time. The process imports nothing from refgemma, so that it starts fast.
 """
 
 import json
@@ -12,12 +12,12 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
-MEMORY = 700_000_000  # bytes of address space; Python and Jinja take a tenth of it
-TEXT = 10_000_000  # characters of a chat: forty times as many as a model can read
+MEMORY = 700_000_000  # bytes of address space; Python and Jinja alone take a tenth of this
+TEXT = 10_000_000  # characters of a chat; forty times a model's maximum
 
 
 def limit_memory() -> None:
-    """Limit the memory of this process, if the system can."""
+    """Limit the memory of this process, if the system supports limits."""
     try:
         import resource
     except ImportError:  # Windows
@@ -27,14 +27,14 @@ def limit_memory() -> None:
 
 
 def make_environment() -> Any:
-    """Return the sandbox, with the additions of transformers."""
+    """Return Jinja's sandbox, with the functions and tags that transformers adds."""
     import jinja2
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
     from jinja2.utils import Namespace
 
     class Generation(Extension):
-        """The block ``{% generation %}``; its place in the text is recorded."""
+        """The block ``{% generation %}``; records the position of its text."""
 
         tags = {"generation"}  # noqa: RUF012  (Jinja's convention)
 
@@ -62,7 +62,7 @@ def make_environment() -> Any:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     class TemplateNamespace(Namespace):
-        """A namespace that refuses names with a leading underscore."""
+        """A namespace that raises an error for a name with a leading underscore."""
 
         def __init__(*args: Any, **values: Any) -> None:
             for name in dict(*args[1:], **values):
@@ -91,7 +91,7 @@ def make_environment() -> Any:
 
 
 def answer(environment: Any, compile_template: Callable[[str], Any], request: dict[str, Any]) -> dict[str, Any]:
-    """Render a template, or list its variables and texts."""
+    """Handle one request: render a template, or list its variables and constant texts."""
     from jinja2 import meta, nodes
 
     template = request["template"]
@@ -107,7 +107,7 @@ def answer(environment: Any, compile_template: Callable[[str], Any], request: di
         environment.written.append(part)
         length += len(part)
         if length > TEXT:
-            raise ValueError(f"it writes more than {TEXT} characters")
+            raise ValueError(f"the template writes more than {TEXT} characters")
     return {"text": "".join(environment.written), "spans": list(environment.spans)}
 
 
@@ -123,10 +123,12 @@ def main() -> None:
         reply: dict[str, Any]
         try:
             if environment is None:
-                raise RuntimeError(f'Jinja cannot be imported ({missing}); pip install "jinja2>=3.1.6"')
+                raise RuntimeError(
+                    f'Jinja cannot be imported ({missing}); install it with: pip install "jinja2>=3.1.6"'
+                )
             reply = answer(environment, compile_template, json.loads(line))
         except MemoryError:
-            reply = {"error": f"it needs more than {MEMORY // 10**6} MB of memory"}
+            reply = {"error": f"the template needs more than {MEMORY // 10**6} MB of memory"}
         except Exception as error:
             reply = {"error": " ".join(f"{error}".split())[:300] or type(error).__name__}
         sys.stdout.write(json.dumps(reply) + "\n")

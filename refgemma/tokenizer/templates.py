@@ -1,7 +1,7 @@
 """Render any chat template with Jinja in a separate process. Checked against `apply_chat_template` of transformers
 5.23, and with templates that would take unlimited time or memory.
 
-The process is kept for further chats: the first takes 0.2 s, each later one less than 1 ms.
+The process stays alive for further chats. The first chat takes 0.2 s, each later chat less than 1 ms.
 """
 
 import atexit
@@ -19,7 +19,7 @@ from refgemma.tokenizer.sentencepiece_model import TokenizerError
 
 TIME_LIMIT = 10.0  # seconds per chat
 _LOCK = threading.Lock()
-_WORKERS: dict[int, subprocess.Popen[bytes]] = {}  # process id -> its worker; a fork starts its own
+_WORKERS: dict[int, subprocess.Popen[bytes]] = {}  # process id -> worker; a forked process starts its own worker
 
 
 def _start() -> "subprocess.Popen[bytes]":
@@ -37,7 +37,7 @@ def _stop() -> None:
 
 
 def _ask(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Send a request to the worker, starting one if needed, and return its answer."""
+    """Send a request to the worker, and return its answer; start a worker if needed."""
     line = json.dumps(request).encode() + b"\n"
     with _LOCK:
         worker = _WORKERS.get(os.getpid())
@@ -72,8 +72,8 @@ def render_template(template: str, values: Mapping[str, Any]) -> tuple[str, list
     Raises
     ------
     TokenizerError
-        If the template is invalid, raises an exception itself, needs more than 10 s or 700 MB, writes more than 10
-        million characters, or does something that the sandbox forbids.
+        If the template is invalid, raises an exception itself, exceeds 10 s, 700 MB or 10 million characters, or does
+        something that the sandbox forbids.
 
     Examples
     --------
@@ -86,7 +86,7 @@ def render_template(template: str, values: Mapping[str, Any]) -> tuple[str, list
 
 @lru_cache(maxsize=32)
 def inspect_template(template: str) -> tuple[frozenset[str], tuple[str, ...]]:
-    """Return the names of a template's variables, and the texts in it.
+    """Return the names of a template's variables, and its constant texts.
 
     Examples
     --------
@@ -98,7 +98,7 @@ def inspect_template(template: str) -> tuple[frozenset[str], tuple[str, ...]]:
 
 
 def as_plain(value: Any) -> Any:
-    """Return `value` as JSON types; an object of another type becomes the name of its type."""
+    """Return `value` as JSON types; replace any other object by the name of its type."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Mapping):

@@ -1,7 +1,7 @@
-"""Convert text to ids and back: one text or a batch, the turns of a chat, and text as it is generated.
+"""Convert text to ids and back: one text or a batch, the turns of a chat, and text while it is generated.
 
-Names, defaults and results equal those of transformers 5.23 `GemmaTokenizer`, made from the same file. An argument that
-is not supported raises an error that gives the reason.
+Names, defaults and results equal those of transformers 5.23 `GemmaTokenizer` for the same file. An unsupported argument
+raises an error that gives the reason.
 """
 
 import json
@@ -73,7 +73,7 @@ __all__ = [
     "TokenizerError",
 ]  # fmt: skip
 
-# Methods of former transformers -> what to write instead, which both have.
+# Method of older transformers -> what to write instead, here and in transformers 5.
 FORMER = {
     "encode_plus": "tokenizer(text, ...)", "batch_encode_plus": "tokenizer(texts, ...)",
     "prepare_for_model": "tokenizer(text, ...)", "build_inputs_with_special_tokens": "tokenizer(text, ...)",
@@ -82,7 +82,8 @@ FORMER = {
 
 
 def _read_file(source: str | Path | bytes | TokenizerFile) -> TokenizerFile:
-    """Read a ``tokenizer.model``, a ``tokenizer.json`` or a GGUF file, or take the content of a ``tokenizer.model``."""
+    """Read a ``tokenizer.model``, a ``tokenizer.json`` or a GGUF file; bytes are the content of a
+    ``tokenizer.model``."""
     if isinstance(source, TokenizerFile):
         return source
     if isinstance(source, bytes):
@@ -94,7 +95,7 @@ def _read_file(source: str | Path | bytes | TokenizerFile) -> TokenizerFile:
 
 
 def _replace_added(file: TokenizerFile, added: Mapping[int, AddedToken]) -> TokenizerFile:
-    """Return the file with other added tokens; a tokenizer.model keeps the pieces that it finds in any text itself."""
+    """Return the file with other added tokens; a tokenizer.model also keeps its own user-defined and control pieces."""
     named = {token.content for token in added.values()}
     kept = [] if file.is_json else [entry for entry in file.added if entry[1].content not in named]
     return replace(file, added=[*kept, *added.items()])
@@ -104,17 +105,17 @@ def _make_id_property(role: str) -> property:
     """Return the property ``<role>_id``, which can also be set."""
 
     def find(tokenizer: "Tokenizer") -> int | None:
-        """Return the id of the token with this role, ``None`` if there is none; it can be set.
+        """The id of the token with this role, or ``None``. It can be set.
 
         Raises
         ------
         TokenizerError
-            If the token has not been added yet.
+            If the token is not in the vocabulary.
         """
         piece = getattr(tokenizer, role)
         if piece is not None and piece not in tokenizer._vocabulary.ids:
             raise TokenizerError(
-                f"{role} is {piece!r}, which is not in the vocabulary; add it: tokenizer.add_special_tokens"
+                f"{role} is {piece!r}, which is not in the vocabulary; add it with tokenizer.add_special_tokens"
                 f"({{{role!r}: {piece!r}}}), then model.resize_token_embeddings(len(tokenizer))"
             )
         return None if piece is None else tokenizer._vocabulary.ids[piece]
@@ -126,43 +127,44 @@ def _make_id_property(role: str) -> property:
 
 
 class Tokenizer:
-    """Gemma's tokenizer: SentencePiece pieces, byte pieces for other characters, and special tokens that steer the
-    model.
+    """Gemma's tokenizer, with SentencePiece pieces, byte pieces for other characters, and special tokens.
 
-    `from_pretrained` makes one from a model's name. Calling the tokenizer turns text into the inputs of a model.
+    `from_pretrained` makes a tokenizer from a model's name. Calling the tokenizer turns text into a model's inputs.
 
     Parameters
     ----------
     model_file : str, Path or bytes
         The ``tokenizer.json`` or ``tokenizer.model`` of a checkpoint, or the content of a ``tokenizer.model``.
     bos_token, eos_token, unk_token, pad_token : str
-        The pieces with these roles. A piece that the file lacks is added to it, unless its name is the released one.
+        The pieces with these roles. A piece that the file lacks is added, except one of Gemma's own four names.
     mask_token : str
-        A special token, if the file has it.
+        The token for masked text; ignored unless the file has it.
     extra_special_tokens : sequence of str or AddedToken
-        Further special tokens, added if the file lacks them.
+        More special tokens; those that the file lacks are added.
     added_tokens : mapping of int to AddedToken
-        The tokens that are found in a text first, by id, instead of those that the file lists. Their `special` says
-        which are special. A ``tokenizer.model`` also keeps its own; without this argument its turn markers are special.
+        The added tokens by id, in place of the file's own. These tokens are found in a text before it is cut into
+        pieces, and their `special` says which are special. A ``tokenizer.model`` keeps its own added tokens too.
+        Without this argument, its turn markers are special.
     model_input_names : sequence of str
-        The entries that calling the tokenizer returns; they may include ``token_type_ids``.
+        The names of the entries that calling the tokenizer returns, possibly ``token_type_ids``.
     add_bos_token, add_eos_token : bool
-        The tokens that `add_special_tokens` adds. By default those that a ``tokenizer.json`` names, or ``<bos>`` alone.
+        If true, `add_special_tokens` adds this token. By default as in the ``tokenizer.json``, or only ``<bos>``.
     padding_side, truncation_side : {"left", "right"}
-        The side where padding is put, and the side where a text that is too long loses tokens.
+        The side where padding is added, and the side where a long text is cut.
     model_max_length : int
-        The length that `truncation` and ``padding="max_length"`` use if `max_length` is not given.
+        The length that `truncation` and ``padding="max_length"`` use by default.
     split_special_tokens : bool
-        If true, special tokens written out in a text are plain text. A call can override this.
+        If true, special tokens that occur in a text are treated as plain text. A call can override this.
     chat_template : str, or dict of str to str
-        A Jinja template, or several by name, for `apply_chat_template`; Gemma 2's by default.
+        The Jinja template for `apply_chat_template`, or several by name; by default Gemma 2's.
 
     Attributes
     ----------
     vocab_size : int
-        Number of ids of the file; ``len(tokenizer)`` also counts added tokens.
+        Number of ids in the file; ``len(tokenizer)`` also counts tokens added later.
     all_special_tokens, all_special_ids : list
-        All special tokens, the four roles first. In transformers only tokens with a role and the extra ones.
+        All special tokens; those with the four roles come first. transformers lists only tokens with a role and extra
+        ones.
 
     Raises
     ------
@@ -171,16 +173,17 @@ class Tokenizer:
 
     Notes
     -----
-    **Special tokens in a text.** If a text contains ``"<end_of_turn>"`` or ``"<bos>"`` letter by letter, it gets the id
-    that ends a turn or begins a text, as in transformers. The author of one part of a prompt can therefore end their
-    turn and speak as the model; the model cannot distinguish this forged conversation from a real one. For untrusted
-    text use ``split_special_tokens=True``, or in a chat ``sanitize_control_tokens=True``. The text then gives none of
-    `all_special_ids`, and decoding restores the text. The exception is an ordinary piece that was made special. Pieces
-    that only look like markup, such as Gemma's ``<b>`` and ``<unused7>``, are still matched, unless
-    `extra_special_tokens` names them.
+    **Special tokens in a text.** If a text contains ``"<end_of_turn>"`` or ``"<bos>"`` letter by letter, the tokenizer
+    gives the id that ends a turn or begins a text, as in transformers. The author of one part of a prompt can therefore
+    end their turn and speak as the model. The model cannot distinguish this forged conversation from a real one.
+    For untrusted text use ``split_special_tokens=True``, or in a chat ``sanitize_control_tokens=True``. Then the text
+    gives none of `all_special_ids`, and decoding restores the text. The exception is an ordinary piece that was
+    declared special. Pieces that only look like markup, such as Gemma's ``<b>`` and ``<unused7>``, are still matched,
+    unless `extra_special_tokens` names them.
 
-    In transformers ``split_special_tokens`` ignores tokens that are not declared special. A tokenizer made there from a
-    folder without ``added_tokens_decoder`` by ``GemmaTokenizer.from_pretrained`` still finds the turn markers.
+    In transformers, ``split_special_tokens`` ignores tokens that are not declared special. For example, from a folder
+    without ``added_tokens_decoder``, ``GemmaTokenizer.from_pretrained`` makes a tokenizer that still finds the turn
+    markers.
 
     Examples
     --------
@@ -205,7 +208,7 @@ class Tokenizer:
         if added_tokens is not None:
             file = _replace_added(file, added_tokens)
         if (number := len(file.added) + len(extra_special_tokens)) > ADDED_LIMIT:
-            raise TokenizerError(f"{file.name}: has {number} added tokens; at most {ADDED_LIMIT} are read")
+            raise TokenizerError(f"{file.name}: has {number} added tokens; the limit is {ADDED_LIMIT}")
         given = file.settings
         self.padding_side = given.get("padding_side", "left") if padding_side is None else padding_side
         self.truncation_side = given.get("truncation_side", "right") if truncation_side is None else truncation_side
@@ -228,7 +231,9 @@ class Tokenizer:
         special += [] if declares else [START, END]  # as in the released tokenizer.json
         self._vocabulary = Vocabulary(file, dict.fromkeys(special))
         if missing := [name for name in roles if name in RELEASED and name not in self._vocabulary.ids]:
-            raise TokenizerError(f"{file.name}: has no {', '.join(missing)}; it is not Gemma's tokenizer")
+            raise TokenizerError(
+                f"{file.name}: has no {', '.join(missing)}, so it is not Gemma's tokenizer; give Gemma's file"
+            )
         new = [token for token in [*map(AddedToken, roles), *extra] if str(token) not in self._vocabulary.added]
         self._vocabulary.add(map(make_special, new))
         self.bos_token, self.eos_token, self.unk_token, self.pad_token = roles
@@ -272,7 +277,7 @@ class Tokenizer:
 
     @property
     def all_special_tokens(self) -> list[str]:
-        """All special tokens, the four roles first."""
+        """All special tokens; those with the four roles come first."""
         return list(self._vocabulary.special)
 
     @property
@@ -282,13 +287,13 @@ class Tokenizer:
 
     @property
     def special_tokens_map(self) -> dict[str, str]:
-        """The tokens that have a role, by the role's name."""
+        """The tokens with a role, by the role's name."""
         roles = {role: getattr(self, role) for role in (*TOKEN_ROLES, "mask_token")}
         return {role: piece for role, piece in roles.items() if piece is not None}
 
     @property
     def added_tokens_decoder(self) -> dict[int, AddedToken]:
-        """The tokens that are found in a text before all others, by id."""
+        """The added tokens by id; a text is searched for these before it is cut into pieces."""
         found = self._vocabulary
         return {
             found.ids[name]: replace(token, special=name in found.special)
@@ -303,9 +308,9 @@ class Tokenizer:
     def add_tokens(
         self, new_tokens: str | AddedToken | Sequence[str | AddedToken], special_tokens: bool = False
     ) -> int:
-        """Add tokens that are found in any text, and return the number of new ones.
+        """Add tokens to find in every text, and return the number of new tokens.
 
-        A token that is not a piece yet gets the next id. The model needs a row for it:
+        A token that is not yet a piece gets the next id. The model needs a new row for the id; use
         ``model.resize_token_embeddings``.
 
         Parameters
@@ -313,7 +318,7 @@ class Tokenizer:
         new_tokens : str, AddedToken, or sequence of them
             The tokens to find.
         special_tokens : bool
-            If true, they are special.
+            If true, the tokens are special.
 
         Examples
         --------
@@ -328,15 +333,15 @@ class Tokenizer:
     def add_special_tokens(
         self, special_tokens_dict: Mapping[str, Any], replace_extra_special_tokens: bool = True
     ) -> int:
-        """Give tokens their roles, add those that are new, and return the number of new ones.
+        """Give roles to tokens, add those that are new, and return the number of new tokens.
 
         Parameters
         ----------
         special_tokens_dict : mapping
-            One token for ``"bos_token"``, ``"eos_token"``, ``"unk_token"``, ``"pad_token"`` and ``"mask_token"``;
-            several for ``"extra_special_tokens"``.
+            A token for any of ``"bos_token"``, ``"eos_token"``, ``"unk_token"``, ``"pad_token"`` and ``"mask_token"``,
+            and a list of tokens for ``"extra_special_tokens"``.
         replace_extra_special_tokens : bool
-            If true, these replace the present `extra_special_tokens`; otherwise they are added to them.
+            If true, the new `extra_special_tokens` replace the old; otherwise the old ones stay.
 
         Raises
         ------
@@ -361,7 +366,7 @@ class Tokenizer:
                 setattr(self, role, str(tokens[-1]))
             else:
                 raise TokenizerError(
-                    f"{role!r} is not a token's role; the roles are {', '.join((*TOKEN_ROLES, 'mask_token'))} and "
+                    f"{role!r} is not a role of a token; the roles are {', '.join((*TOKEN_ROLES, 'mask_token'))} and "
                     "extra_special_tokens"
                 )
         return self._vocabulary.add(map(make_special, tokens))
@@ -383,7 +388,7 @@ class Tokenizer:
         revision, download, gguf_file
             As in `refgemma.hub.find_model`.
         **settings
-            Parameters of `Tokenizer` that override the folder's ``tokenizer_config.json``.
+            Parameters of `Tokenizer`, which override those of the folder's ``tokenizer_config.json``.
 
         Raises
         ------
@@ -394,9 +399,8 @@ class Tokenizer:
 
         Notes
         -----
-        As in transformers, ``tokenizer.json`` has priority over ``tokenizer.model``, and it alone decides whether
-        ``<bos>`` and ``<eos>`` are added. Arguments of transformers that change nothing here, such as `use_fast`, are
-        ignored.
+        As in transformers, ``tokenizer.json`` has priority over ``tokenizer.model``, and alone decides if ``<bos>`` and
+        ``<eos>`` are added. Arguments of transformers that change nothing here, such as `use_fast`, are ignored.
 
         Examples
         --------
@@ -407,7 +411,9 @@ class Tokenizer:
         if unknown := sorted(asked.keys() - {*SETTINGS, "added_tokens", "cache_dir", "subfolder"}):
             raise TokenizerError(f"unexpected keyword argument {unknown[0]!r}; the tokenizer has {', '.join(SETTINGS)}")
         if (folder := asked.pop("cache_dir", None)) is not None and not Path(name).is_dir() and str(name) != "tiny":
-            raise TokenizerError(f"cache_dir={str(folder)!r} is not supported: set the variable HF_HUB_CACHE to it")
+            raise TokenizerError(
+                f"cache_dir={str(folder)!r} is not supported; set the variable HF_HUB_CACHE to this folder"
+            )
         folder = find_model(name, revision, download, needed=(), gguf_file=gguf_file)
         if subfolder := asked.pop("subfolder", ""):
             refuse_link(folder / subfolder, folder)
@@ -416,7 +422,9 @@ class Tokenizer:
             return cls(folder, **(read_gguf_tokenizer(folder)[1] | asked))
         path = next((folder / file for file in (JSON_FILE, MODEL_FILE) if (folder / file).exists()), None)
         if path is None:
-            folder = find_model(name, revision, download, needed=(MODEL_FILE,))  # its error explains the download
+            folder = find_model(
+                name, revision, download, needed=(MODEL_FILE,)
+            )  # its error says how to download the file
             raise TokenizerError(
                 f"{folder}: has no {MODEL_FILE} or {JSON_FILE}; copy one of them there from the model's folder"
             )
@@ -433,10 +441,10 @@ class Tokenizer:
         return cls(file, **(found | asked))
 
     def save_pretrained(self, save_directory: str | Path, **others: Any) -> tuple[str, ...]:
-        """Write ``tokenizer.json`` and ``tokenizer_config.json``; transformers reads the same tokenizer from them.
+        """Write ``tokenizer.json`` and ``tokenizer_config.json``; transformers makes the same tokenizer from these.
 
-        A tokenizer that was made from a ``tokenizer.model`` also writes that file. Each file appears whole or not at
-        all. The folder is created if it does not exist.
+        A tokenizer made from a ``tokenizer.model`` also writes that file. Each file appears complete or not at all. The
+        folder is created if it does not exist.
 
         Returns
         -------
@@ -446,7 +454,7 @@ class Tokenizer:
         Raises
         ------
         TokenizerError
-            For any other argument that has a value.
+            If any other argument has a value.
 
         Examples
         --------
@@ -490,17 +498,17 @@ class Tokenizer:
     vocab = property(get_vocab, doc="The ids by piece.")
 
     def get_added_vocab(self) -> dict[str, int]:
-        """Return the ids of the tokens that are found in a text first; `added_tokens_encoder` is the same."""
+        """Return the ids of the added tokens, by text; `added_tokens_encoder` is the same."""
         return {str(token): number for number, token in self.added_tokens_decoder.items()}
 
-    added_tokens_encoder = property(get_added_vocab, doc="The ids of the tokens that are found in a text first.")
+    added_tokens_encoder = property(get_added_vocab, doc="The ids of the added tokens, by text.")
 
     def num_special_tokens_to_add(self, pair: bool = False) -> int:
         """Return the number of tokens that `add_special_tokens` adds to a text, or to a pair of texts."""
         return (len(self._before) + len(self._after)) * (1 + pair)
 
     def get_special_tokens_mask(self, token_ids_0: Sequence[int], already_has_special_tokens: bool = True) -> list[int]:
-        """Return 1 for each token of a row that has a role or is one of `extra_special_tokens`, 0 for each other token.
+        """Return 1 for each token that has a role or is in `extra_special_tokens`, and 0 for each other token.
 
         Raises
         ------
@@ -517,7 +525,7 @@ class Tokenizer:
         return [int(token in special) for token in token_ids_0]
 
     def _check_id(self, value: object, where: str, rows: bool = False) -> int:
-        """Return `value` as a Python integer, and check that it is one of the ids, or with `rows` at least 0.
+        """Return `value` as a Python integer; check that it is an id or, with `rows`, at least 0.
 
         `where` names the value in an error.
         """
@@ -548,12 +556,12 @@ class Tokenizer:
     def convert_ids_to_tokens(
         self, ids: int | Iterable[SupportsIndex], skip_special_tokens: bool = False
     ) -> str | list[str]:
-        """Return the name of the piece of an id, or of each id: U+2581 stands for a space, ``<0xC3>`` for a byte.
+        """Return the piece of one id, or of each id. In pieces U+2581 means a space, and ``<0xC3>`` a byte.
 
         Raises
         ------
         TokenizerError
-            If the tokenizer lacks one of the ids; the error names the id and its place.
+            If an id is unknown; the message names the id and its index.
 
         Examples
         --------
@@ -566,7 +574,7 @@ class Tokenizer:
         return [self._vocabulary.names[token] for token in self._check_ids(ids, skip_special_tokens)]
 
     @overload
-    def convert_tokens_to_ids(  # type: ignore[overload-overlap]  # a string is iterable too, but asked first
+    def convert_tokens_to_ids(  # type: ignore[overload-overlap]  # a string is iterable too; the first applies
         self, tokens: str
     ) -> int: ...
 
@@ -574,7 +582,7 @@ class Tokenizer:
     def convert_tokens_to_ids(self, tokens: Iterable[str]) -> list[int]: ...
 
     def convert_tokens_to_ids(self, tokens: str | Iterable[str]) -> int | list[int]:
-        """Return the id of a piece, or of each piece; `unk_token_id` for a string that is not a piece.
+        """Return the id of one piece, or of each piece; a string that is not a piece gives `unk_token_id`.
 
         Examples
         --------
@@ -586,7 +594,7 @@ class Tokenizer:
         return [self.convert_tokens_to_ids(token) for token in tokens]
 
     def convert_tokens_to_string(self, tokens: Sequence[str]) -> str:
-        """Join the names of pieces into the text that they stand for.
+        """Join pieces into the text that they represent.
 
         Examples
         --------
@@ -609,48 +617,49 @@ class Tokenizer:
         Parameters
         ----------
         text : str, or list or tuple of str
-            No space is added or removed. In a list, a pair of texts may take the place of a text.
+            The text or texts to encode; no space is added or removed. A list may contain pairs of texts.
         text_pair : str, or list or tuple of str
-            A second text for each, put after it; ``<bos>`` separates the two.
+            A second text for each text. It follows the first text after a ``<bos>``.
         add_special_tokens : bool
-            If true, ``<bos>`` comes first (see `add_bos_token`). The model was trained with ``<bos>``; without it the
-            output makes little sense.
+            If true, ``<bos>`` comes first (see `add_bos_token`). The model was trained with ``<bos>``; without it, the
+            model's output makes little sense.
         padding : bool or {"longest", "max_length", "do_not_pad"}
-            ``True`` pads all rows to the longest, ``"max_length"`` to `max_length`.
+            ``True`` pads all rows to the length of the longest row, ``"max_length"`` to `max_length`.
         truncation : bool or {"longest_first", "only_first", "only_second", "do_not_truncate"}
-            If true, a row is cut to `max_length`, but keeps its ``<bos>``. ``None`` cuts only if `max_length` is given
-            and nothing is padded.
+            If true, rows are cut to `max_length`, but keep their ``<bos>``. ``None`` means true only if `max_length` is
+            given and rows are not padded.
         max_length : int
-            In tokens, special ones included. Default: `model_max_length`, which sets no limit in the released models.
+            Maximum number of tokens, including special tokens. By default `model_max_length`, which released models do
+            not set.
         pad_to_multiple_of : int
-            The length of padded rows is rounded up to a multiple of this number.
+            Round the length of padded rows up to a multiple of this number.
         padding_side : {"left", "right"}
-            Overrides the tokenizer's own. Generation continues at the right end, so it needs ``"left"``.
+            Overrides the tokenizer's `padding_side`. Use ``"left"`` for generation, which continues at the right end.
         return_tensors : {"np"}
-            ``"np"`` returns int64 arrays with an axis for the rows, even for one text; otherwise lists are returned.
+            ``"np"`` returns int64 arrays with an axis for the rows, even for one text; by default, lists are returned.
         return_attention_mask : bool
-            If true or ``None``, ``attention_mask`` is returned, too: 1 for a token, 0 for padding.
+            If true or ``None``, the result includes ``attention_mask``: 1 for a token, 0 for padding.
         split_special_tokens : bool
-            If true, special tokens written out in the text are plain text. Set it for untrusted text, whose author
-            could otherwise end their own turn: see the Notes of `Tokenizer`.
+            If true, special tokens that occur in the text are treated as plain text. Use this for untrusted text, whose
+            author could otherwise end their own turn: see the Notes of `Tokenizer`.
         is_split_into_words : bool
-            If true, a text is a list of words. They are encoded one by one, without spaces between them, and
-            `BatchEncoding.word_ids` numbers them.
+            If true, each text is a list of words. The words are encoded one by one, without spaces between them;
+            `BatchEncoding.word_ids` returns their numbers.
         **others
             ``return_overflowing_tokens`` with `stride`, ``return_offsets_mapping``, ``return_special_tokens_mask``,
-            ``return_token_type_ids`` and ``return_length``, as in transformers. Its other arguments raise an error with
-            the reason, unless their value is false.
+            ``return_token_type_ids`` and ``return_length``, as in transformers. A true value of any other argument of
+            transformers raises an error that gives the reason.
 
         Returns
         -------
         BatchEncoding
-            ``input_ids`` and ``attention_mask``: lists for a text, lists of lists for several.
+            ``input_ids`` and ``attention_mask``: lists for one text, lists of lists for several.
             `BatchEncoding.char_to_token` and `BatchEncoding.word_ids` relate tokens to the text.
 
         Raises
         ------
         TokenizerError
-            If a text is not a string or holds half a surrogate pair, or if arguments are not supported or contradict
+            If a text is not a string or contains half a surrogate pair, or if arguments are unsupported or contradict
             each other.
 
         Examples
@@ -729,8 +738,7 @@ class Tokenizer:
     def _add_special(
         self, texts: list[list[Any]], layout: Layout, add_special_tokens: bool, follows: bool
     ) -> list[list[Any]]:
-        """Cut the texts of a row, put special tokens around each and join them; return also the rows that were cut
-        off."""
+        """Cut the texts of a row, add special tokens and join the texts; return also the rows that overflow."""
         before, after = ([*self._before], [*self._after]) if add_special_tokens else ([], [])
         rows = []
         for row in layout.cut(texts, (len(before) + len(after)) * len(texts)):
@@ -763,12 +771,12 @@ class Tokenizer:
         max_length: int | None = None, pad_to_multiple_of: int | None = None, padding_side: str | None = None,
         return_attention_mask: bool | None = None, return_tensors: str | None = None, verbose: bool = True,
     ) -> BatchEncoding:  # fmt: skip
-        """Pad rows of ids that were encoded before, with their masks and other entries.
+        """Pad rows of ids from an earlier call, together with their masks and other entries.
 
         Parameters
         ----------
         encoded_inputs : mapping, or sequence of mappings
-            ``input_ids`` and other entries of one row or several, or one mapping for each row.
+            ``input_ids`` and other entries of one row or of several rows, or a list with one mapping for each row.
         padding, max_length, pad_to_multiple_of, padding_side, return_attention_mask, return_tensors
             As in calling the tokenizer.
         verbose : bool
@@ -777,7 +785,7 @@ class Tokenizer:
         Raises
         ------
         TokenizerError
-            If there are no ``input_ids``, or they cannot become arrays.
+            If there are no ``input_ids``, or these cannot become arrays.
 
         Examples
         --------
@@ -843,12 +851,12 @@ class Tokenizer:
         return_tensors: str | None = None,
         **settings: Any,
     ) -> list[int] | NDArray[np.int64]:
-        r"""Turn one text into ids: the ``input_ids`` that calling the tokenizer with the same arguments returns.
+        r"""Turn one text into ids; same as ``input_ids`` from calling the tokenizer with these arguments.
 
         Raises
         ------
         TokenizerError
-            As for calling the tokenizer, and if several texts are given.
+            As for calling the tokenizer; also if several texts are given.
 
         Examples
         --------
@@ -863,7 +871,7 @@ class Tokenizer:
     def tokenize(
         self, text: str, pair: str | None = None, add_special_tokens: bool = False, **settings: Any
     ) -> list[str]:
-        """Turn one text into the names of its pieces, for display; an added token is named as it is written.
+        """Turn one text into its pieces, for display; an added token appears as its text in the input.
 
         Examples
         --------
@@ -892,17 +900,18 @@ class Tokenizer:
     ) -> str | list[str]:  # fmt: skip
         """Turn ids into text.
 
-        If a run of byte pieces is not valid UTF-8, each of its bytes becomes U+FFFD, even those of whole characters. A
-        model may have more rows than the tokenizer has tokens; the ids of these rows give no text, as in transformers.
+        If a run of byte pieces is not valid UTF-8, each of its bytes becomes U+FFFD, even the bytes of complete
+        characters. A model may have more rows than the tokenizer has tokens; ids of these rows give no text, as in
+        transformers.
 
         Parameters
         ----------
         token_ids : int, iterable of int, or of such iterables
-            An id, a row, or several rows; lists or arrays.
+            An id, a row of ids, or several rows, as lists or arrays.
         skip_special_tokens : bool
-            If true, `all_special_tokens` are left out; otherwise they are written out.
+            If true, `all_special_tokens` are left out of the text.
         clean_up_tokenization_spaces : bool
-            ``True`` only warns, as in transformers: Gemma's spaces belong to the text.
+            ``True`` has no effect except a warning, as in transformers, because Gemma's spaces are part of the text.
 
         Returns
         -------
@@ -912,12 +921,12 @@ class Tokenizer:
         Raises
         ------
         TokenizerError
-            If an id is negative or not a number; the error names the id and its place.
+            If an id is negative or not a whole number; the message names the id and its index.
 
         Notes
         -----
-        ``decode(encode(text, add_special_tokens=False))`` is `text`, except that U+2581, which pieces write for a
-        space, comes back as a space.
+        ``decode(encode(text, add_special_tokens=False))`` returns `text`, except that U+2581 becomes a space, because
+        pieces use U+2581 for a space.
 
         Examples
         --------
@@ -929,7 +938,9 @@ class Tokenizer:
         """
         if clean_up_tokenization_spaces:
             warnings.warn(
-                "clean_up_tokenization_spaces=True has no effect: Gemma's spaces belong to the text", stacklevel=2
+                "clean_up_tokenization_spaces=True has no effect, because Gemma's spaces are part of the text; leave "
+                "it out",
+                stacklevel=2,
             )
         ids: Any = token_ids["input_ids"] if isinstance(token_ids, Mapping) else token_ids
         ids = ids.tolist() if isinstance(ids, np.ndarray | np.generic) else ids
@@ -945,7 +956,7 @@ class Tokenizer:
         skip_special_tokens: bool = False,
         clean_up_tokenization_spaces: bool | None = None,
     ) -> list[str]:
-        """Turn rows of ids into texts, as `decode` does, but always return a list.
+        """Turn rows of ids into a list of texts; see `decode`.
 
         Examples
         --------
@@ -968,50 +979,50 @@ class Tokenizer:
     ) -> Any:  # fmt: skip
         r"""Write a conversation with the chat template, and turn it into ids.
 
-        Gemma's template begins with ``<bos>``, so no second one is added. If you `encode` the text yourself, set
-        ``add_special_tokens=False``; otherwise `encode` adds a second ``<bos>``.
+        The result begins with the template's ``<bos>``, and no second one is added. If you `encode` the returned text
+        yourself, set ``add_special_tokens=False``; otherwise `encode` adds a second ``<bos>``.
 
         Parameters
         ----------
         conversation : sequence of mapping, or several of them
-            Each mapping has ``"role"`` and ``"content"``. In Gemma 2's template the roles alternate, beginning with
-            ``"user"``; the other role is ``"assistant"`` or ``"model"``, and the template writes ``model`` for both.
-            White space around the content is removed.
+            Messages with ``"role"`` and ``"content"``. In Gemma 2's template the roles alternate, beginning with
+            ``"user"``. The other role is ``"assistant"`` or ``"model"``; the template writes ``model`` for both, and
+            removes white space around the content.
         tools, documents : sequence of mapping
-            For a template that uses them: JSON schemas of functions, or the functions themselves, and texts.
+            For templates with tools or documents: functions or their JSON schemas, and texts.
         chat_template : str
             A Jinja template, or the name of one of the tokenizer's templates.
         add_generation_prompt : bool
             If true, the text ends with the beginning of the model's turn.
         continue_final_message : bool or str
-            If true, the text ends within the last message; a string names the entry of that message to continue.
+            If true, the text ends inside the last message; a string names the entry of that message to continue.
         tokenize : bool
             ``False`` returns the text instead of ids.
         sanitize_control_tokens : bool
-            If true, special tokens written out in the contents are plain text; only those of the template keep their
-            effect. Set it unless you trust all authors of the contents: see the Notes of `Tokenizer`.
+            If true, special tokens in the contents are treated as plain text; only the template's own special tokens
+            keep their effect. Use this unless you trust all authors of the contents: see the Notes of `Tokenizer`.
         return_dict : bool
             ``False`` returns only ``input_ids``.
         return_assistant_tokens_mask : bool
-            If true, ``assistant_masks`` is returned, too: 1 for tokens within the template's ``{% generation %}``.
+            If true, the result includes ``assistant_masks``: 1 for tokens inside the template's ``{% generation %}``.
         truncation, tokenizer_kwargs, **settings
             ``padding``, ``max_length``, ``return_tensors`` and so on, as for calling the tokenizer. Any other argument
-            must be a variable of the template.
+            is a variable of the template.
 
         Returns
         -------
         BatchEncoding, list or str
-            For several conversations: one with a row for each, or a list of texts.
+            The encoding, ids or text. For several conversations, one encoding with a row for each, or a list.
 
         Raises
         ------
         TokenizerError
-            If the template rejects the messages (Gemma's has no system role), cannot be rendered, or lacks a variable
-            that was given.
+            If the template rejects the messages (Gemma's has no system role), cannot be rendered, or does not use a
+            given variable.
 
         Notes
         -----
-        Jinja's sandbox renders a template that is not Gemma 2's, in a process limited to 10 s and 700 MB.
+        A template other than Gemma 2's is rendered in Jinja's sandbox, in a process limited to 10 s and 700 MB.
 
         Examples
         --------
@@ -1037,7 +1048,9 @@ class Tokenizer:
                 "continue_final_message=False"
             )
         if sanitize_control_tokens and not tokenize:
-            raise TokenizerError("sanitize_control_tokens=True needs tokenize=True: text cannot mark tokens as plain")
+            raise TokenizerError(
+                "sanitize_control_tokens=True needs tokenize=True, because plain text cannot mark tokens as harmless"
+            )
         tools = tools and [make_json_schema(tool) if callable(tool) else tool for tool in tools]
         template = self.get_chat_template(chat_template, tools)
         settings |= dict(tokenizer_kwargs or {})
@@ -1077,7 +1090,7 @@ class Tokenizer:
         if sanitize:
             if layout.follows or layout.return_overflowing_tokens:
                 raise TokenizerError(
-                    "sanitize_control_tokens=True returns only input_ids and attention_mask; leave out the others"
+                    "sanitize_control_tokens=True returns only input_ids and attention_mask; do not request others"
                 )
             encoding = layout.batch([layout.cut([row])[0][0] for row in rows], self.pad_token_id)
             if layout.return_tensors is not None:
@@ -1096,7 +1109,7 @@ class Tokenizer:
         return encoding if return_dict else encoding["input_ids"]
 
     def get_chat_template(self, chat_template: str | None = None, tools: Any = None) -> str:
-        """Return the chat template that `apply_chat_template` uses: the one with the given name, or the default.
+        """Return the chat template that `apply_chat_template` uses, by name or by default.
 
         Examples
         --------
@@ -1106,9 +1119,9 @@ class Tokenizer:
         return choose_template(self.chat_template, chat_template, tools)
 
     def _sanitize(self, piece: str) -> list[int]:
-        """Encode a marker of the template as its id, and the text between two markers as plain text.
+        """Encode a piece of a chat: the template's markers as their ids, and the text between as plain text.
 
-        As in transformers, a special token written out in that text is encoded separately from the text beside it.
+        As in transformers, a special token that occurs in that text is encoded separately from its neighbours.
         """
         control = {name: self._vocabulary.ids[name] for name in (*self._vocabulary.special, START, END)}
         if piece in control:
@@ -1119,7 +1132,7 @@ class Tokenizer:
         return [token for row in rows for token in row]
 
     def _control_pattern(self, template: str) -> "re.Pattern[str]":
-        """Return a pattern for special tokens and the added tokens that the template writes, except white space."""
+        """Return a pattern that matches special tokens, and added tokens in the template except white space."""
         written = "\0".join(inspect_template(template)[1])
         names = [
             name
@@ -1129,7 +1142,7 @@ class Tokenizer:
         return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
 
     def _encode_marked(self, text: str) -> list[int]:
-        """Encode a rendered chat, where marks enclose the special tokens that are plain text."""
+        """Encode a rendered chat; marks enclose special tokens to treat as plain text."""
         ids = []
         for part in re.split(f"({MARK}[^{MARK}{UNMARK}]*{UNMARK}|[{MARK}{UNMARK}])", check_text(text)):
             if part.startswith(MARK):
@@ -1147,11 +1160,11 @@ def _pair_words(text: Any, text_pair: Any) -> list[list[Any]]:
     """Return the words of the one or two texts of each row."""
     if isinstance(text, str) or (text_pair is not None and _are_lists(text) != _are_lists(text_pair)):
         raise TokenizerError(
-            "is_split_into_words=True needs a list of words or a list of such lists, also as text_pair"
+            "is_split_into_words=True needs a list of words, or a list of such lists, for text and text_pair"
         )
     rows, others = (text, text_pair) if _are_lists(text) else ([text], None if text_pair is None else [text_pair])
     if others is not None and len(others) != len(rows):
-        raise TokenizerError(f"text has {len(rows)} texts; text_pair must have as many")
+        raise TokenizerError(f"text has {len(rows)} texts; text_pair must have the same number")
     return [[words] for words in rows] if others is None else [[*row] for row in zip(rows, others, strict=True)]
 
 
@@ -1164,7 +1177,7 @@ def _pair_texts(text: Any, text_pair: Any) -> list[list[str]]:
     if text_pair is None:
         return [list(one) if isinstance(one, tuple | list) and len(one) == 2 else [one] for one in text]
     if not isinstance(text_pair, list | tuple) or len(text_pair) != len(text):
-        raise TokenizerError(f"text has {len(text)} texts; text_pair must be a list of as many")
+        raise TokenizerError(f"text has {len(text)} texts; text_pair must be a list of the same length")
     return [[one, other] for one, other in zip(text, text_pair, strict=True)]
 
 
@@ -1176,7 +1189,7 @@ def _to_lists(values: Any) -> Any:
 
 
 class AutoTokenizer:
-    """Find the tokenizer by name, for code written for transformers; refgemma has one tokenizer.
+    """Makes a `Tokenizer`, for code that uses this class of transformers.
 
     Examples
     --------
@@ -1190,20 +1203,20 @@ class AutoTokenizer:
         return Tokenizer.from_pretrained(name, **settings)
 
 
-GemmaTokenizer = GemmaTokenizerFast = Tokenizer  # its names in transformers
+GemmaTokenizer = GemmaTokenizerFast = Tokenizer  # names in transformers
 
 
 class TextStream:
-    """Turn ids into text as they are generated, without special tokens and without half characters.
+    """Turn ids into text while they are generated; special tokens and incomplete characters are left out.
 
-    The returns of `push` and `finish`, joined, equal ``tokenizer.decode(ids, skip_special_tokens=True)`` of all ids. A
-    run of byte pieces is held until it ends, because one wrong byte invalidates the whole run. Nothing else is kept, so
-    the cost per token does not depend on the length of the text.
+    All returned texts of `push` and `finish`, joined, equal ``tokenizer.decode(ids, skip_special_tokens=True)`` of all
+    ids. A run of byte pieces is held back until it ends, because one wrong byte invalidates the whole run. Nothing else
+    is kept, so the cost per token does not depend on the length of the text.
 
     Parameters
     ----------
     tokenizer : Tokenizer
-        The tokenizer of the ids.
+        The tokenizer that gave the ids.
 
     Examples
     --------
@@ -1220,7 +1233,7 @@ class TextStream:
         self._held: list[int] = []  # byte pieces
 
     def push(self, token: SupportsIndex) -> str:
-        """Take the next id and return the text that is complete: ``""`` within a run of byte pieces.
+        """Take the next id and return the text that is now complete; ``""`` inside a run of byte pieces.
 
         Raises
         ------
@@ -1234,6 +1247,6 @@ class TextStream:
         return "" if self._tokenizer._vocabulary.is_byte(checked) else self.finish()
 
     def finish(self) -> str:
-        """Return the text of the held byte pieces, after the last id."""
+        """Return the text of the byte pieces held back; call this after the last id."""
         ready, self._held = self._held, []
         return self._tokenizer.decode(ready)

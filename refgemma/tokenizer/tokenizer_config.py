@@ -1,4 +1,5 @@
-"""Read the settings beside a tokenizer's file. Checked against the files that transformers 5.23 writes and reads."""
+"""Read a tokenizer's settings from the files of its folder. Checked against files that transformers 5.23 writes and
+reads."""
 
 import warnings
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_LIMIT = 1_000_000
 TOKEN_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 RELEASED = ("<bos>", "<eos>", "<unk>", "<pad>")  # the names in Gemma's files
-# Names of the transformers tokenizer that uses a tokenizer.json as it is; Gemma's classes have settings of their own.
+# transformers' generic tokenizer, which uses a tokenizer.json unchanged; Gemma's classes have their own settings.
 PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 GEMMA_CLASSES = ("GemmaTokenizer", "GemmaTokenizerFast")
 # The parameters of `Tokenizer` that a tokenizer_config.json may give.
@@ -34,7 +35,7 @@ WITHOUT_EFFECT = (
 
 
 def _unwrap(token: Any) -> Any:
-    """Return the text of a token that a configuration writes with its properties; other values stay."""
+    """Return the text of a token that is given as an object with properties; return any other value unchanged."""
     return token["content"] if isinstance(token, dict) and "content" in token else token
 
 
@@ -60,7 +61,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     settings |= _read_added_tokens(folder, config)
     if (name := config.get("tokenizer_class")) not in (None, *PLAIN_CLASSES, *GEMMA_CLASSES):
         warnings.warn(
-            f"{folder / CONFIG_FILE}: tokenizer_class is {quote(name)}; refgemma reads it as Gemma's tokenizer, but "
+            f"{folder / CONFIG_FILE}: tokenizer_class is {quote(name)}; refgemma treats it as Gemma's tokenizer, but "
             "transformers may not; set it to GemmaTokenizer",
             stacklevel=4,
         )
@@ -71,7 +72,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def _read_added_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, dict[int, AddedToken]]:
-    """Return the added tokens by id: those that the configuration declares, or else those that another file lists."""
+    """Return the added tokens by id: those that the configuration declares or, without any, those in
+    added_tokens.json."""
     where, kind = f"{folder / CONFIG_FILE}: its added tokens", "added_tokens"
     found = config.get("added_tokens_decoder")
     if found is None:
@@ -82,7 +84,7 @@ def _read_added_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, dic
         listed = _read_if_there(folder / ADDED_FILE)
         found = {str(token): {"content": name, "special": name in special} for name, token in listed.items()}
     if not isinstance(found, dict):
-        raise TokenizerError(f"{where} are {quote(found)}; they must be a mapping from ids to tokens")
+        raise TokenizerError(f"{where} are {quote(found)}; they must be an object from ids to tokens")
     try:
         return {kind: {int(token): read_added_token(value) for token, value in found.items()}}
     except (ValueError, TypeError) as error:

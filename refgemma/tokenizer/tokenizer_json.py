@@ -1,5 +1,8 @@
-"""Read and write a ``tokenizer.json`` of Gemma's kind. Checked against the tokenizers library 0.23: it reads the files
-written here, and its ids and texts from the released file equal those found here."""
+"""Read and write a ``tokenizer.json`` that follows Gemma's conventions.
+
+Checked against the tokenizers library 0.23: it reads the files written here, and gives the same ids and texts for the
+released file.
+"""
 
 import json
 from collections import Counter
@@ -23,7 +26,7 @@ from refgemma.tokenizer.sentencepiece_model import (
 )
 from refgemma.tokenizer.vocabulary import BYTES, TokenizerFile, Vocabulary
 
-# The parts of a tokenizer.json that are the same in all of Gemma's.
+# The parts of a tokenizer.json that are the same in all Gemma files.
 NORMALIZER = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 PRE_TOKENIZER = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
 DECODER = {
@@ -38,17 +41,17 @@ MODEL = {
     "type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None, "end_of_word_suffix": None,
     "fuse_unk": True, "byte_fallback": True, "ignore_merges": False,
 }  # fmt: skip
-# Ends the error about merges that are not those of all pairs of pieces.
-OTHERS = ": it was not made from a SentencePiece model, as Gemma's is; encode with the tokenizers library and give ids"
+# The end of errors about incomplete merges.
+OTHERS = ", unlike in a file made from a SentencePiece model; encode with the tokenizers library and give ids"
 
 
 def read_tokenizer_json(name: str, content: bytes) -> TokenizerFile:
-    """Read a ``tokenizer.json`` as a SentencePiece model of the same pieces, whose scores are the order of the merges.
+    """Read a ``tokenizer.json`` as a SentencePiece model with the same pieces, scored by the order of the merges.
 
     Raises
     ------
     TokenizerError
-        If it is not such a file, or its tokenizer is not of Gemma's kind; the error names the part in one line.
+        If the file is not a tokenizer.json, or differs from Gemma's conventions; the message names the part.
     """
     try:
         if len(content) > JSON_LIMIT:
@@ -73,14 +76,16 @@ def _check_kind(found: Mapping[str, Any]) -> None:
     """Raise an error unless the file cuts and joins text as Gemma's tokenizer does."""
     model = found.get("model")
     if not isinstance(model, dict):
-        raise TokenizerError("has no model; it is not a tokenizer.json")
+        raise TokenizerError("has no entry model, so it is not a tokenizer.json")
     for part, value, known in (
         ("normalizer", found.get("normalizer"), (NORMALIZER,)),
         ("pre_tokenizer", found.get("pre_tokenizer"), (PRE_TOKENIZER, None)),
         ("decoder", found.get("decoder"), (DECODER,)),
     ):
         if value not in known:
-            raise TokenizerError(f"the {part} is {quote(value)}, which is not Gemma's; give Gemma's tokenizer.json")
+            raise TokenizerError(
+                f"the {part} is {quote(value)}, which differs from Gemma's; give Gemma's tokenizer.json"
+            )
     for key, value in MODEL.items():
         given = model.get(key, value)
         if key == "byte_fallback" or (key == "unk_token" and (given is None or isinstance(given, str))):
@@ -90,7 +95,7 @@ def _check_kind(found: Mapping[str, Any]) -> None:
 
 
 def _read_ids(model: Mapping[str, Any]) -> dict[str, int]:
-    """Return the vocabulary; its ids must be 0, 1, 2, ... in any order."""
+    """Return the vocabulary; check that its ids are 0, 1, 2, ... in any order."""
     ids = model.get("vocab")
     if not isinstance(ids, dict) or not ids or len(ids) > PIECES_LIMIT:
         raise TokenizerError(f"the model's vocab must be an object with 1 to {PIECES_LIMIT} pieces")
@@ -115,7 +120,7 @@ def _read_added(found: Mapping[str, Any]) -> list[tuple[int, AddedToken]]:
 
 
 def _read_merges(model: Mapping[str, Any]) -> list[str]:
-    """Return the merges as two pieces with a space between; a file writes them so, or as pairs."""
+    """Return the merges as two pieces with a space between. (A file has either this form or pairs.)"""
     merges = model.get("merges")
     if not isinstance(merges, list):
         raise TokenizerError("the model has no list of merges")
@@ -131,10 +136,10 @@ def _read_merges(model: Mapping[str, Any]) -> list[str]:
 
 
 def _rank_merges(model: Mapping[str, Any], ids: Mapping[str, int], added: Iterable[AddedToken]) -> dict[str, int]:
-    """Return the pieces that merges make, each with its place in the order of the merges.
+    """Return the rank of each merged piece in the order of the merges.
 
-    SentencePiece joins any two pieces that make a third. So the file must list all possible merges of each piece, one
-    after another. They need not be complete for a piece that is always found in the text first.
+    SentencePiece joins any two pieces whose concatenation is a piece. So the file must list all possible merges of each
+    piece, one after another. For a piece that is always found in the text first, the list may be incomplete.
     """
     merges = _read_merges(model)
     wholes = [merge.replace(" ", "") for merge in merges]
@@ -142,7 +147,7 @@ def _rank_merges(model: Mapping[str, Any], ids: Mapping[str, int], added: Iterab
     parts = {part for merge in merges for part in merge.split(" ")}
     if unknown := (parts | ranks.keys()) - ids.keys():
         raise TokenizerError(f"the merges have the piece {quote(min(unknown))}, which is not in the vocab")
-    turns = Counter(whole for whole, _ in groupby(wholes))  # in runs of one character, the order does not matter
+    turns = Counter(whole for whole, _ in groupby(wholes))  # the order does not matter in runs of one character
     if len(set(merges)) < len(merges) or any(turns[whole] > 1 < len(set(whole)) for whole in turns):
         raise TokenizerError(f"the merges of each piece must follow one another, each once{OTHERS}")
     unmade = {token.content for token in added if len(token.content) > 1 and token.content not in ranks}
@@ -155,7 +160,7 @@ def _rank_merges(model: Mapping[str, Any], ids: Mapping[str, int], added: Iterab
 
 
 def _find_lacking(merges: Iterable[str], free: set[str], pieces: set[str]) -> set[str]:
-    """Return the `pieces` for which the merges lack a pair of pieces among `free`."""
+    """Return the `pieces` that two pieces of `free` form without a merge in the list."""
     if not pieces:
         return set()
     numbers = Counter([merge.replace(" ", "") for merge in merges if free.issuperset(merge.split(" "))])
@@ -173,7 +178,7 @@ def _find_lacking(merges: Iterable[str], free: set[str], pieces: set[str]) -> se
 def _make_pieces(
     ids: Mapping[str, int], ranks: Mapping[str, int], added: Iterable[AddedToken], unk: str | None
 ) -> list[Piece]:
-    """Return the pieces by id: a text gives only pieces that merges make, single characters and bytes."""
+    """Return the pieces by id; a text can only give merged pieces, single characters and bytes."""
     kinds = dict.fromkeys(BYTES, BYTE) | {unk or "<unk>": UNKNOWN}
     for token in added:
         if token.content not in ranks and len(token.content) > 1:
@@ -186,12 +191,12 @@ def _make_pieces(
         score = -float(ranks.get(name, len(ranks) + 1)) if kind == NORMAL else 0.0
         pieces[number] = Piece("<0x09>" if name == "\t" and kind == BYTE else name, score, kind)
     if sum(piece.type == UNKNOWN for piece in pieces) != 1:
-        raise TokenizerError(f"the vocab has no {unk or '<unk>'}; it is not Gemma's tokenizer")
+        raise TokenizerError(f"the vocab has no {unk or '<unk>'}, so this is not Gemma's tokenizer")
     return pieces
 
 
 def _read_settings(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the tokens that the post-processor adds, and the sides where texts are padded and cut."""
+    """Return the tokens that the post-processor adds, and the sides on which texts are padded and cut."""
     settings: dict[str, Any] = {"before": [], "after": []}
     for key, name in (("padding", "padding_side"), ("truncation", "truncation_side")):
         if isinstance(given := found.get(key), dict) and isinstance(side := given.get("direction"), str):
@@ -208,7 +213,7 @@ def _read_settings(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_template(processor: Any, name: str) -> list[str]:
-    """Return the tokens of a template, and "A" or "B" for the texts."""
+    """Return the tokens of a template, with "A" or "B" for the texts."""
     try:
         if processor["type"] != "TemplateProcessing":
             raise TypeError
@@ -226,7 +231,7 @@ def _read_template(processor: Any, name: str) -> list[str]:
 
 
 def write_tokenizer_json(vocabulary: Vocabulary, before: Sequence[str], after: Sequence[str]) -> bytes:
-    """Return a ``tokenizer.json`` with which the tokenizers library gives the same ids.
+    """Return the bytes of a ``tokenizer.json``; with it the tokenizers library gives the same ids.
 
     `before` and `after` are the tokens before and after a text.
     """
@@ -255,7 +260,7 @@ def _write_template(before: Sequence[str], text: str, after: Sequence[str], type
 
 
 def _make_json(vocabulary: Vocabulary) -> dict[str, Any]:
-    """Make a tokenizer.json from a SentencePiece model: all pairs that make each piece, the highest score first."""
+    """Make a tokenizer.json from a SentencePiece model; merges are all pairs that form a piece, highest score first."""
     names = vocabulary.names[: vocabulary.base]
     scores = {
         name: float(len(name)) if piece.type == USER_DEFINED else piece.score

@@ -1,4 +1,4 @@
-"""Make JSON schemas of Python functions, for chats with tools. Checked against transformers' `get_json_schema`."""
+"""Make JSON schemas from Python functions, for chats with tools. Checked against transformers' `get_json_schema`."""
 
 import inspect
 import json
@@ -12,7 +12,7 @@ from refgemma.tokenizer.sentencepiece_model import TokenizerError
 
 SCALARS = {int: "integer", float: "number", str: "string", bool: "boolean", type(None): "null"}
 TYPES = SCALARS | {list: "array", tuple: "array", dict: "object"}
-# The parts of a docstring in Google's style.
+# Patterns for the parts of a docstring in Google's style.
 DESCRIPTION = re.compile(r"^(.*?)[\n\s]*(Args:|Returns:|Raises:|\Z)", re.DOTALL)
 ARGUMENTS = re.compile(r"\n\s*Args:\n(.*?)[\n\s]*(Returns:|Raises:|\Z)", re.DOTALL)
 ARGUMENT = re.compile(r"(?:^|\n)([ \t]*)(\w+):\s*(.*?)\s*(?=\n(?!\1[ \t])[ \t]*\w+:|\Z)", re.DOTALL)
@@ -21,7 +21,7 @@ CHOICES = re.compile(r"\(choices:\s*(.*?)\)\s*$", re.IGNORECASE)
 
 
 def make_json_schema(function: Callable[..., Any]) -> dict[str, Any]:
-    """Return the JSON schema of a function, from its annotations and its docstring in Google's style.
+    """Return the JSON schema of a function, from its annotations and its Google-style docstring.
 
     Raises
     ------
@@ -73,7 +73,7 @@ def _read_arguments(text: str) -> dict[str, str]:
 
 
 def _describe_parameters(function: Callable[..., Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Return the schema of the parameters, and that of the result if JSON has a type for it."""
+    """Return the schema of the parameters, and the schema of the result or None if JSON has no type for it."""
     given, hints = inspect.signature(function).parameters, get_type_hints(function)
     names = list(given)
     if names and names[0] in ("self", "cls") and names[0] not in hints:
@@ -124,6 +124,6 @@ def _describe_union(inner: tuple[Any, ...]) -> dict[str, Any]:
 
 def _describe_values(values: list[Any]) -> dict[str, Any]:
     if unknown := [value for value in values if type(value) not in SCALARS]:
-        raise TokenizerError(f"may be given {unknown[0]!r}, which JSON cannot write")
+        raise TokenizerError(f"allows the value {unknown[0]!r}, which JSON cannot represent")
     names = list(dict.fromkeys(SCALARS[type(value)] for value in values))
     return {"type": names[0] if len(names) == 1 else names, "enum": values}

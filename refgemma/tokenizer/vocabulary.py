@@ -1,5 +1,7 @@
-"""The pieces of a Gemma tokenizer: plain text to ids, ids to pieces, ids to text. Checked against the results of the
-tokenizers library with the released ``tokenizer.json``."""
+"""Convert between plain text and the pieces and ids of a Gemma tokenizer.
+
+Checked against the results of the tokenizers library with the released ``tokenizer.json``.
+"""
 
 import warnings
 from collections.abc import Iterable, Sequence
@@ -24,16 +26,17 @@ from refgemma.tokenizer.sentencepiece_model import (
 
 __all__ = ["TokenizerError", "TokenizerFile", "Vocabulary", "check_text"]
 
-BYTES = {f"<0x{byte:02X}>": byte for byte in range(256)}  # the pieces of bytes
+BYTES = {f"<0x{byte:02X}>": byte for byte in range(256)}  # byte pieces
 
 
 @dataclass(frozen=True)
 class TokenizerFile:
     """The content of a ``tokenizer.model`` or a ``tokenizer.json``.
 
-    `content` is the file; `pieces` and `rest` make its SentencePiece model. `added` are the tokens that are found in a
-    text first, with their ids in the file. `settings` are those of `refgemma.tokenizer.tokenizer.Tokenizer`. `has_tab`
-    is true if the piece of byte 9 is a tab, as in the released ``tokenizer.json``.
+    `content` is the file's bytes; `pieces` and `rest` make its SentencePiece model. `added` has the added tokens, which
+    are found in a text first, with their ids in the file. `settings` has parameters of
+    `refgemma.tokenizer.tokenizer.Tokenizer`. `has_tab` is true if the piece of byte 9 is a tab, as in the released
+    ``tokenizer.json``.
     """
 
     name: str
@@ -51,12 +54,12 @@ class TokenizerFile:
 
 
 def read_sentencepiece(name: str, content: bytes) -> TokenizerFile:
-    """Read a ``tokenizer.model``: its control and user-defined pieces are the added tokens.
+    """Read a ``tokenizer.model``; its control and user-defined pieces become added tokens.
 
     Raises
     ------
     TokenizerError
-        If it is not a SentencePiece model.
+        If `content` is not a SentencePiece model.
     """
     try:
         pieces, rest = read_model(content)
@@ -76,7 +79,7 @@ def read_bytes(path: str | Path) -> bytes:
     Raises
     ------
     TokenizerError
-        If it cannot be read, is empty or is a Git LFS pointer.
+        If the file cannot be read, is empty or is a Git LFS pointer.
     """
     try:
         content = read_file(path)
@@ -84,13 +87,13 @@ def read_bytes(path: str | Path) -> bytes:
         raise TokenizerError(f"{path}: cannot be read: {error.strerror}; give a Gemma tokenizer.model") from None
     if content.startswith(LFS_POINTER):
         raise TokenizerError(f"{path}: is a Git LFS pointer, not the file itself; fetch it with: git lfs pull")
-    if not content:  # SentencePiece accepts an empty model, and then returns defaults
+    if not content:  # SentencePiece would accept an empty model and use defaults
         raise TokenizerError(f"{path}: is empty; download it again")
     return content
 
 
 def _decode_bytes(utf8: bytes) -> str:
-    """Return the characters of `utf8`, or U+FFFD for each byte if it is not UTF-8, as transformers does."""
+    """Return the characters of `utf8`; if it is not valid UTF-8, return U+FFFD for each byte, as in transformers."""
     try:
         return utf8.decode()
     except UnicodeDecodeError:
@@ -98,7 +101,7 @@ def _decode_bytes(utf8: bytes) -> str:
 
 
 def join_pieces(names: Iterable[str]) -> str:
-    """Return the text that pieces stand for."""
+    """Return the text that pieces represent."""
     return "".join(
         _decode_bytes(bytes(BYTES[name] for name in run)) if byte else "".join(run).replace(SPACE, " ")
         for byte, run in groupby(names, key=BYTES.__contains__)
@@ -106,14 +109,14 @@ def join_pieces(names: Iterable[str]) -> str:
 
 
 def check_text(text: object) -> str:
-    """Raise an error if `text` is not a string, or holds half a surrogate pair, which is not a character."""
+    """Return `text`; raise an error if it is not a string or contains half a surrogate pair."""
     if not isinstance(text, str):
         raise TokenizerError(f"text is a {type(text).__name__}; it must be a string")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
-        # Python reads a byte that is not UTF-8 as one of these, for example from the command line.
+        # Python represents a byte that is not UTF-8 by such a code, for example in arguments of a command.
         byte = f"the byte 0x{code - 0xDC00:02X}, which is not UTF-8"
         what = byte if 0xDC80 <= code <= 0xDCFF else "half a surrogate pair"
         raise TokenizerError(f"text: character {error.start} is U+{code:04X}, {what}") from None
@@ -121,14 +124,14 @@ def check_text(text: object) -> str:
 
 
 class Vocabulary:
-    """The pieces and their ids, and the added tokens, which are found before a text is cut into pieces.
+    """The pieces with their ids, and the added tokens, which are found before a text is cut into pieces.
 
     Parameters
     ----------
     file : TokenizerFile
         The content of the tokenizer's file.
     special : iterable of str
-        Pieces that steer the model. Those in the file become added tokens.
+        Pieces that steer the model; those in the file become added tokens.
 
     Attributes
     ----------
@@ -137,13 +140,13 @@ class Vocabulary:
     ids : dict of str to int
         The id of each piece.
     added : dict of str to AddedToken
-        The added tokens by text.
+        The added tokens by content.
     special : dict of str to int
         The ids of the special tokens.
     skipped : set of int
         The ids that decoding leaves out on request.
     base : int
-        Number of pieces of the file; higher ids are tokens that were added to it.
+        Number of pieces in the file; tokens added later have higher ids.
 
     Raises
     ------
@@ -178,8 +181,9 @@ class Vocabulary:
         moved = [f"{name} has the id {token}, not {n}" for n, name, token in known if token != n]
         if moved:
             warnings.warn(
-                f"{file.name}: {', '.join(moved[:3])}{', ...' * (len(moved) > 3)}: a piece keeps its id, and "
-                "a token that is not a piece is added after all others, as in transformers",
+                f"{file.name}: {', '.join(moved[:3])}{', ...' * (len(moved) > 3)}: refgemma keeps the id of a piece, "
+                "and gives "
+                "a token that is not a piece the next free id, as in transformers",
                 stacklevel=2,
             )
 
@@ -199,19 +203,18 @@ class Vocabulary:
         ]
 
     def _is_found(self, name: str) -> bool:
-        """Return True if a piece is an added token that a text can contain: without a U+2581, or with one for a
-        space."""
+        """Return True if a text can contain the added token `name`: it has no U+2581, or one that replaced a space."""
         if name not in self.added:
             return False
         return bool(self.added[name].normalized) or SPACE not in name or not name.strip(SPACE)
 
     def _load_model(self, file: TokenizerFile) -> Any:
-        """Make the SentencePiece model that cuts the text between added tokens, and check its conventions."""
+        """Make the SentencePiece model for the text between added tokens, and check its conventions."""
         pieces = [self._change_type(piece) for piece in file.pieces]
         try:
             model = sentencepiece.SentencePieceProcessor(model_proto=write_model(pieces, file.rest))
-            # Gemma puts no space before a text and keeps every space. SentencePiece's default would insert a space
-            # after each turn marker, and the decoded text would not show it.
+            # Gemma adds no space before a text and keeps every space. SentencePiece's default would insert a space
+            # after each turn marker, invisible in the decoded text.
             probe = "a  b "
             spaced = join_pieces([self.names[token] for token in model.encode(probe)])
         except (RuntimeError, UnicodeError):
@@ -219,15 +222,17 @@ class Vocabulary:
                 f"{file.name}: is not a SentencePiece model, or is truncated; download it again"
             ) from None
         if spaced != probe:
-            raise TokenizerError(f"{file.name}: adds or removes spaces; give Gemma's tokenizer, which keeps all spaces")
+            raise TokenizerError(
+                f"{file.name}: this tokenizer adds or removes spaces; give Gemma's tokenizer, which keeps all spaces"
+            )
         return model
 
     @staticmethod
     def _change_type(piece: Piece) -> Piece:
-        """Return the piece, with another type if it is user-defined: SentencePiece would find it in any text.
+        """Return the piece; change the type of a user-defined piece, which SentencePiece would find in any text.
 
-        The text between added tokens must not give such a piece, except for a run of one character. SentencePiece must
-        join runs of spaces as the tokenizers library does: the longest piece first.
+        The text between added tokens must not give such a piece. Runs of one character are an exception: SentencePiece
+        must join runs of spaces as the tokenizers library does, taking the longest piece first.
         """
         name, _, kind = piece
         if kind != USER_DEFINED:
@@ -243,10 +248,10 @@ class Vocabulary:
         return len(self.names)
 
     def add(self, tokens: Iterable[AddedToken]) -> int:
-        """Add tokens, and return how many are new or have new properties; those that are not pieces get ids at the end.
+        """Add tokens; return how many are new or have new properties. A token that is not a piece gets the next id.
 
-        A special token stays special. As in the tokenizers library, normalised spaces of a token are U+2581 in its
-        name, and decoding never leaves such a token out.
+        A special token stays special. As in the tokenizers library, a token with normalised spaces has U+2581 in its
+        name, and decoding never leaves it out.
         """
         number = 0
         for token in tokens:
@@ -266,20 +271,20 @@ class Vocabulary:
         return number
 
     def is_byte(self, token: int) -> bool:
-        """Return True if `token` stands for one byte of a character that has no piece."""
+        """Return True if `token` is a byte piece: one byte of a character that has no piece."""
         return token < len(self._texts) and self._texts[token] is None
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text that `ids` stand for; special pieces are written out, and unknown ids are left out."""
+        """Return the text of `ids`, including special pieces; unknown ids give no text."""
         texts = self._texts
         try:
             return "".join([texts[token] for token in ids])  # type: ignore[misc]
-        except (TypeError, IndexError):  # some are bytes, or ids of a model's rows without a token
+        except (TypeError, IndexError):  # some ids are bytes, or rows of the model without a token
             known = [token for token in ids if token < len(texts)]
         return join_pieces([self.names[token] for token in known])
 
     def encode(self, text: str, leave_special: bool = False) -> list[int]:
-        """Encode `text`; with `leave_special`, special tokens in it are plain text."""
+        """Encode `text`; if `leave_special`, treat special tokens as plain text."""
         parts = self._splitter.split(text, leave_special)
         plain = [text[start:stop] for content, start, stop in parts if content is None]
         if len(plain) == len(parts) == 1:
@@ -298,12 +303,13 @@ class Vocabulary:
         return list(self._model.encode(text))
 
     def follow(self, text: str, leave_special: bool = False) -> list[tuple[int, str, int, int, int]]:
-        """Encode `text`, and return for each id the place of its characters.
+        """Encode `text`, and return each id with the position of its characters.
 
         Returns
         -------
         list of tuple
-            The id, its name (for an added token the text itself), start, end, and the number of its part.
+            For each id: the id, its name (an added token's own text), start, end, and the number of its part of the
+            text.
         """
         found = []
         for number, (content, start, stop) in enumerate(self._splitter.split(text, leave_special)):
@@ -311,11 +317,11 @@ class Vocabulary:
                 name = text[start:stop].replace(" ", SPACE) if self.added[content].normalized else text[start:stop]
                 found.append((self.ids[content], name, start, stop, number))
                 continue
-            pending = 0  # bytes of the character at `start` that are still to come
+            pending = 0  # missing bytes of the character at `start`
             for token in self._model.encode(text[start:stop]):
                 if token == self._model.unk_id():
                     raise TokenizerError(
-                        f"{self.file.name}: has no byte pieces, so unknown characters have no place in a text"
+                        f"{self.file.name}: has no byte pieces, so the position of an unknown character cannot be found"
                     )
                 name = self.names[token]
                 if self.is_byte(token):

@@ -1,1 +1,1 @@
-"""A run as named tensors: names, files, the names of other projects, and traces of other implementations."""
+"""Handle a run as named tensors: names, files, other projects' names, and traces of other implementations."""

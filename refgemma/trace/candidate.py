@@ -1,10 +1,10 @@
-"""Read the trace of another implementation from a file, and check it before use. Checked in the tests on damaged,
-foreign and incomplete files.
+"""Read the trace of another implementation from a file, and check the trace before use. Checked in the tests on
+damaged, foreign and incomplete files.
 
 The file is safetensors. Its tensors have the names and shapes that ``refgemma trace`` writes: ``input_ids`` (batch,
-seq), and any of ``position_ids``, ``attention_mask`` (1 for a token, 0 for padding) and the named tensors; ``logits``
-are the minimum. Tensors of several calls that share a cache are named ``calls.0.embedded``, ``calls.1.embedded`` and so
-on. Its metadata may contain ``dtype`` (the precision of the tensors) and ``engine``.
+seq); optionally ``position_ids`` and ``attention_mask`` (1 for a token, 0 for padding); and at least one named tensor,
+such as ``logits``. Tensors of several calls with a shared cache are named ``calls.0.embedded``, ``calls.1.embedded``
+and so on. The metadata may have ``dtype`` (the precision of the tensors) and ``engine``.
 """
 
 import json
@@ -22,48 +22,51 @@ from refgemma.heads import IGNORED
 from refgemma.inputs import InputError, check_inputs
 from refgemma.precision import Array, as_dtype, as_float64, wide
 from refgemma.trace.name_maps import GIVEN, axis_lengths, open_trace
-from refgemma.trace.names import AXES, FIELDS, GRADS, LAYER_FIELDS, LOGPROBS, field_of, layer_of
+from refgemma.trace.names import AFTER, AXES, FIELDS, GRADS, LAYER_FIELDS, LOGPROBS, field_of, layer_of
+from refgemma.trace.optimizer import MOMENTS, Numbers, read_numbers
 from refgemma.trace.reader import Entry, TraceFile
 from refgemma.weights.parameters import tensor_shapes
 
 STORED = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 MOST_TOKENS = 2**20
-# A static cache has keys that no query sees. A tensor with more than this many times the needed elements is an error.
+# A static cache has keys that no query sees. It is an error if a tensor has more than this many times the needed
+# elements.
 MUCH = 16
 LABELS = "labels"
-WORDS = "logprob_ids"  # beside log probabilities of some words: which
+WORDS = "logprob_ids"  # tensor with the ids of the words, if a file has log probabilities of some words only
 
 
 @dataclass(frozen=True)
 class Call:
-    """The input of a run. Several calls that share a cache are one `Call` with all their tokens."""
+    """The input of a run. Several calls with a shared cache are one `Call` with all tokens."""
 
     input_ids: npt.NDArray[np.int64]  # (batch, seq)
     positions: npt.NDArray[np.int64]  # (batch, seq), for the rotary angles
     visible: npt.NDArray[np.bool_]  # (batch, seq), false for padding
-    calls: tuple[int, ...]  # tokens of each call
+    calls: tuple[int, ...]  # number of tokens of each call
     labels: npt.NDArray[np.int64] | None = None  # (batch, seq), if gradients were recorded
     num_items: float | None = None  # divides the sum of the losses; the number of labels that count if None
+    step: Numbers | None = None  # of the optimizer, if weights after it were recorded
 
     @property
     def starts(self) -> npt.NDArray[np.int64]:
-        """The first place of each token's call, ``(seq,)``."""
+        """The first place of the call to which each token belongs, ``(seq,)``."""
         return np.repeat(np.cumsum([0, *self.calls])[:-1], self.calls)
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of the candidate: its numbers in the precision of the computation, and their storage format."""
+    """One tensor of the candidate: the numbers in the precision of the computation, and their storage format."""
 
     numbers: Array
     storage: str
-    known: Array | None = None  # the elements that the file holds; None means all
-    coarse: float = 0.0  # the distance of neighbouring decimals, if the file holds decimals
+    known: Array | None = None  # mask of the elements that the file has; None means all
+    coarse: float = 0.0  # distance of neighbouring decimals, if the file has decimals
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A checked trace: every tensor has a known name and the right shape; the others are in `refused`."""
+    """A checked trace: every tensor has a known name and the right shape; all other tensors are in `refused`."""
 
     source: str
     dtype: str
@@ -74,18 +77,18 @@ class Candidate:
     unknown: tuple[str, ...]  # names that refgemma does not use
     engine: str = ""
     name_map: str = ""  # the map of the file's names; refgemma's own if empty
-    columns: int = 0  # of the logits in the file
+    columns: int = 0  # number of columns of the logits in the file
     metadata: Mapping[str, str] = field(default_factory=dict)
-    remarks: tuple[str, ...] = ()  # on rows that were not recorded, and on tensors of another kind than their name says
+    remarks: tuple[str, ...] = ()  # on unrecorded rows, and on tensors with a misleading name
 
     @cached_property
     def inputs(self) -> Mapping[str, Tensor]:
-        """The tensors with every element at full precision, from which others can be computed."""
+        """The complete tensors at full precision, from which other tensors can be computed."""
         return {name: x for name, x in self.tensors.items() if x.known is None and not x.coarse}
 
 
 def axes_of(name: str) -> str:
-    """Return the axes of a named tensor, as words.
+    """Return the names of a tensor's axes.
 
     Examples
     --------
@@ -94,10 +97,10 @@ def axes_of(name: str) -> str:
     >>> axes_of("grads.layers.3.out"), axes_of("grads.model.norm.weight")
     ('batch seq hidden', 'out')
     """
-    kind = field_of(name).removeprefix(GRADS)
+    kind = field_of(name).removeprefix(GRADS).removeprefix(AFTER)
     if kind in AXES:
         return AXES[kind]
-    return "out" if kind.endswith(("norm.weight", "bias")) else "out in"  # of a weight
+    return "out" if kind.endswith(("norm.weight", "bias")) else "out in"  # the gradient of a weight
 
 
 def shape_of(name: str, config: Gemma2Config, batch: int, seq: int) -> tuple[int, ...]:
@@ -108,16 +111,16 @@ def shape_of(name: str, config: Gemma2Config, batch: int, seq: int) -> tuple[int
     >>> shape_of("layers.0.attention.k", Gemma2Config.preset("9b"), batch=1, seq=5)
     (1, 8, 5, 256)
     """
-    weight = name.removeprefix(GRADS)
-    if name.startswith(GRADS) and weight in (shapes := tensor_shapes(config)):
-        return shapes[weight]
+    for prefix in (GRADS, AFTER, *(f"{part}." for part in MOMENTS)):
+        if name.startswith(prefix) and (weight := name.removeprefix(prefix)) in (shapes := tensor_shapes(config)):
+            return shapes[weight]
     call = {"batch": batch, "seq": seq, "keys": seq, "1": 1}
     lengths = call | axis_lengths(config) | {"heads*head_dim": config.num_attention_heads * config.head_dim}
     return tuple(lengths[axis] for axis in axes_of(name).split())
 
 
 def is_known(name: str, config: Gemma2Config) -> bool:
-    """Return True if a run of this model has a tensor of that name.
+    """Return True if a run of this model has a tensor of this name.
 
     Examples
     --------
@@ -152,15 +155,15 @@ def load_trace(
     config : Gemma2Config
         The configuration of the model.
     dtype : str, optional
-        The precision of the tensors; replaces the file's metadata.
+        The precision of the tensors; overrides the file's metadata.
     name_map : str, optional
-        The map of the file's names, see ``refgemma/trace/name_maps.py``; by default the ``map`` of its metadata, else
-        refgemma's own names.
+        The map for the file's names, see ``refgemma/trace/name_maps.py``. By default the ``map`` in the metadata, or
+        else refgemma's own names.
 
     Raises
     ------
     InputError
-        If the file cannot be read, lacks ``input_ids``, or they do not fit the model.
+        If the file cannot be read, lacks ``input_ids``, or does not fit the model.
     """
     return check_trace(open_trace(path, config, name_map), config, dtype)
 
@@ -168,7 +171,7 @@ def load_trace(
 def candidate_of(
     tensors: Mapping[str, Array], config: Gemma2Config, dtype: str, calls: Sequence[int] = (), source: str = "memory"
 ) -> Candidate:
-    """Return named tensors in memory as a checked trace.
+    """Check named tensors in memory, and return them as a trace.
 
     Parameters
     ----------
@@ -176,13 +179,13 @@ def candidate_of(
         ``input_ids``, optionally ``attention_mask`` and ``position_ids``, and named tensors. Tensors of one or several
         calls may be named ``calls.0.embedded`` and so on.
     config : Gemma2Config
-        The model's.
+        The model's configuration.
     dtype : str
         The precision of the tensors.
     calls : sequence of int
-        Tokens of each call; by default there is one call.
+        Number of tokens of each call; by default there is one call.
     source : str
-        Its name in messages.
+        The trace's name in messages.
 
     Examples
     --------
@@ -209,7 +212,7 @@ def _as_is(x: Array) -> Array:
 
 
 def check_trace(file: TraceFile, config: Gemma2Config, dtype: str | None = None) -> Candidate:
-    """Check the tensors of a trace with refgemma's names; arguments and errors are those of `load_trace`."""
+    """Check the tensors of a trace with refgemma's names; see `load_trace` for arguments and errors."""
     path = file.path
     declared = dtype or file.metadata.get("dtype")
     if declared is not None and declared not in STORED.values():
@@ -219,8 +222,9 @@ def check_trace(file: TraceFile, config: Gemma2Config, dtype: str | None = None)
         name for name in file.entries if name.endswith(WORDS) and name.removesuffix(WORDS) + LOGPROBS in file.entries
     }
     gradients = {name for name in file.entries if _is_gradient(name, config)}
+    of_step = {name for name in file.entries if _is_of_step(name, config)}
     given = {*GIVEN, *ids, *([LABELS] if gradients else [])}
-    named = [name for name in file.entries if name not in given | gradients]
+    named = [name for name in file.entries if name not in given | gradients | of_step]
     wanted = {name for name in named if is_known(_without_call(name, call), config)}
     refused: dict[str, str] = {}
     read: dict[str, Tensor] = {}
@@ -235,21 +239,27 @@ def check_trace(file: TraceFile, config: Gemma2Config, dtype: str | None = None)
     for name, x in judged.items():
         shape = shape_of(name, config, batch, seq)
         if name in ("cos", "sin") and x.numbers.shape == (1, *shape[1:]):
-            judged[name] = replace(x, numbers=np.broadcast_to(x.numbers, shape))  # one table for all rows
+            judged[name] = replace(x, numbers=np.broadcast_to(x.numbers, shape))  # all rows share one table
         elif x.numbers.shape != shape:
             refused[name] = _wrong_shape(name, x.numbers.shape, shape)
     judged = {name: _leave_out_nan(name, x, call) for name, x in judged.items() if name not in refused}
     if gradients:
         call = _read_labels(file, call, config)
         judged |= _read_gradients(file, gradients, call, config, refused)
+    if any(name.startswith(AFTER) for name in of_step):
+        call, after = _read_step(file, of_step, call, config, refused, set(judged))
+        judged |= after
     chosen = declared or _infer_dtype({name: x.numbers for name, x in judged.items()})
     remarks = [said for name, x in judged.items() if (said := _count_rows(name, x, call))]
     if "logits" in judged and LOGPROBS not in judged and _are_log_probabilities(judged["logits"], call):
         judged[LOGPROBS] = judged.pop("logits")
-        remarks.append("logits: are log probabilities, and are judged as such")
+        remarks.append("logits: these are log probabilities, and are judged as such")
     tensors = {}
     for name, x in judged.items():
         numbers, storage = _choose_storage(x.numbers, chosen)
+        if name.startswith(AFTER) and storage in ("bfloat16", "float16"):
+            raise InputError(f"{path}: {name} is in {storage}, where optimizers round at many places; train with "
+                             "float32 weights, or record the float32 master weights")  # fmt: skip
         tensors[name] = replace(x, numbers=numbers, storage=storage)
     return Candidate(
         str(path), chosen, "option" if dtype else "metadata" if declared else "numbers", call, tensors, refused,
@@ -259,19 +269,21 @@ def check_trace(file: TraceFile, config: Gemma2Config, dtype: str | None = None)
 
 
 def _read_labels(file: TraceFile, call: Call, config: Gemma2Config) -> Call:
-    """Return the call with the labels that its gradients belong to.
+    """Return the call with the labels of its loss.
 
     Raises
     ------
     InputError
-        Without labels; and where the gradients depend on the treatment of padding, or for packed texts.
+        If labels are missing, gradients depend on the treatment of padding, or rows are packed texts.
     """
     said = f"{file.path}: labels"
     if len(call.calls) > 1:
-        raise InputError(f"{file.path}: has gradients of {len(call.calls)} calls; record those of a single call")
+        raise InputError(
+            f"{file.path}: has gradients of {len(call.calls)} calls; record the gradients of a single call"
+        )
     if LABELS not in file.entries:
-        raise InputError(f"{said} are missing, which the grads.* belong to; add them as integers (batch, seq), with "
-                         f"{IGNORED} where no token counts")  # fmt: skip
+        raise InputError(f"{said} are missing, but the gradients grads.* need them; add integers (batch, seq), with "
+                         f"{IGNORED} for tokens that do not count")  # fmt: skip
     entry, shape = file.entries[LABELS], call.input_ids.shape
     if entry.dtype[0] not in "IU" or entry.shape not in (shape, shape[1:] if shape[0] == 1 else shape):
         raise InputError(f"{said} are {entry.dtype} of shape {entry.shape}; they must be integers of shape {shape}")
@@ -282,11 +294,11 @@ def _read_labels(file: TraceFile, call: Call, config: Gemma2Config) -> Call:
                          f"{config.vocab_size}")  # fmt: skip
     if (wrong := np.argwhere((labels[:, 1:] != IGNORED) & ~call.visible[:, :-1])).size:
         row, place = wrong[0] + (0, 1)
-        raise InputError(f"{said}[{row}, {place}] is predicted from padding, whose logits mean nothing; set it to "
-                         f"{IGNORED}, train again and record that")  # fmt: skip
+        raise InputError(f"{said}[{row}, {place}] is predicted from padding, whose logits have no meaning; set it to "
+                         f"{IGNORED}, train again and record the new gradients")  # fmt: skip
     if "attention_mask" not in file.entries and (np.diff(call.positions, axis=1) != 1).any():
-        raise InputError(f"{file.path}: position_ids restart, so the rows hold several texts each; gradients are "
-                         "judged of one text a row, so record those")  # fmt: skip
+        raise InputError(f"{file.path}: position_ids restart, so the rows are packed texts; gradients can be judged "
+                         "only for one text per row: record such gradients")  # fmt: skip
     number = file.metadata.get("num_items_in_batch")
     try:
         items = None if number is None else float(number)
@@ -301,7 +313,7 @@ def _read_labels(file: TraceFile, call: Call, config: Gemma2Config) -> Call:
 def _read_gradients(
     file: TraceFile, names: set[str], call: Call, config: Gemma2Config, refused: dict[str, str]
 ) -> dict[str, Tensor]:
-    """Return the gradients with the right shapes; the others are added to `refused`."""
+    """Return the gradients with the right shapes; add all others to `refused`."""
     read = {}
     for name in sorted(names):
         entry, shape = file.entries[name], shape_of(name, config, *call.input_ids.shape)
@@ -314,29 +326,61 @@ def _read_gradients(
     return read
 
 
+def _is_of_step(name: str, config: Gemma2Config) -> bool:
+    """Return True for a weight after a step of the optimizer, and for a moment before it."""
+    return any(
+        name.startswith(prefix) and name.removeprefix(prefix) in tensor_shapes(config)
+        for prefix in (AFTER, *(f"{part}." for part in MOMENTS))
+    )
+
+
+def _read_step(
+    file: TraceFile, names: set[str], call: Call, config: Gemma2Config, refused: dict[str, str], judged: set[str]
+) -> tuple[Call, dict[str, Tensor]]:
+    """Return the call with the numbers of its step, and the weights after it; the others are added to `refused`.
+
+    Raises
+    ------
+    InputError
+        If a number of the step is missing or out of range.
+    """
+    read = _read_gradients(file, names, call, config, refused)
+    moments = {name: x.numbers for name, x in read.items() if not name.startswith(AFTER)}
+    step = read_numbers(file.path, file.metadata, moments)
+    after = {name: x for name, x in read.items() if name.startswith(AFTER)}
+    for name in after:
+        weight = name.removeprefix(AFTER)
+        needed = {GRADS + weight} if not step.max_grad_norm else {GRADS + other for other in tensor_shapes(config)}
+        if step.step > 1 and step.optimizer == "adamw":
+            needed |= {f"{part}.{weight}" for part in MOMENTS}
+        if missing := sorted(needed - judged - moments.keys()):
+            refused[name] = f"cannot be judged without {missing[0]}, which is missing; record it"
+    return replace(call, step=step), {name: x for name, x in after.items() if name not in refused}
+
+
 def _spread_words(name: str, entries: Mapping[str, Entry], config: Gemma2Config) -> Entry:
-    """The entry of a tensor; log probabilities of some words, with these words' ids beside them, among all words."""
+    """Return the entry of a tensor; spread log probabilities of some words over the whole vocabulary."""
     entry, ids = entries[name], entries.get(f"{name.removesuffix(LOGPROBS)}{WORDS}")
     if ids is None or not name.endswith(LOGPROBS) or ids.dtype[0] not in "IU" or ids.shape != entry.shape:
         return entry
-    if entry.shape[-1] > config.vocab_size:  # refused for its shape, unread
+    if entry.shape[-1] > config.vocab_size:  # do not read it: its shape will be refused
         return entry
     shape = (*entry.shape[:-1], config.vocab_size)
 
     def spread(numbers: Array) -> Array:
         words = ids.read().astype(np.int64)
-        inside = (words >= 0) & (words < config.vocab_size)  # another number fills a row that has fewer words
+        inside = (words >= 0) & (words < config.vocab_size)  # other numbers fill rows with fewer words
         whole = np.zeros((*shape[:-1], config.vocab_size + 1), numbers.dtype)
         np.put_along_axis(whole, np.where(inside, words, config.vocab_size), numbers, axis=-1)
         return whole[..., :-1]
 
-    # A server gives minus infinity, or nothing, for words that it left out.
+    # A server gives minus infinity or nothing for words that it leaves out.
     return replace(entry, shape=shape, read=lambda: spread(entry.read()),
                    known=lambda: spread(np.isfinite(entry.read().astype(np.float64))))  # fmt: skip
 
 
 def _leave_out_nan(name: str, x: Tensor, call: Call) -> Tensor:
-    """Take rows of NaN for rows that were not recorded, where the same text has others."""
+    """Treat rows of NaN as unrecorded if the same text has other rows."""
     others = tuple(n for n, axis in enumerate(axes_of(name).split()) if axis not in ("batch", "seq"))
     numbers = x.numbers if x.numbers.dtype.kind == "f" else x.numbers.astype(np.float32)
     empty = np.isnan(numbers).all(axis=others) & call.visible
@@ -348,7 +392,7 @@ def _leave_out_nan(name: str, x: Tensor, call: Call) -> Tensor:
 
 
 def _count_rows(name: str, x: Tensor, call: Call) -> str:
-    """Say how many rows of a tensor are not recorded, if there are such."""
+    """Return a remark with the number of unrecorded rows of a tensor, or an empty string."""
     if x.known is None or x.coarse:
         return ""
     others = tuple(n for n, axis in enumerate(axes_of(name).split()) if axis not in ("batch", "seq"))
@@ -357,13 +401,13 @@ def _count_rows(name: str, x: Tensor, call: Call) -> str:
 
 
 def _are_log_probabilities(x: Tensor, call: Call) -> bool:
-    """Return whether the exponentials of each row add up to 1, which those of logits do not."""
+    """Return True if the exponentials of each row add up to 1: these are log probabilities, not logits."""
     rows = x.numbers[call.visible & (True if x.known is None else x.known.all(axis=-1))].astype(np.float64)
     if not len(rows) or not rows.max() <= 0:
         return False
     with np.errstate(over="ignore"):
         sums = np.exp(rows).sum(axis=-1)
-    # Half precision rounds a logarithm of 8 by as much as 2**-6 in bfloat16; the errors of many words cancel.
+    # bfloat16 rounds a logarithm of 8 by up to 2**-6; the errors of many words cancel.
     return bool((np.abs(sums - 1) < (0.05 if x.storage in ("BF16", "F16") else 1e-3)).all())
 
 
@@ -380,8 +424,7 @@ def _without_call(name: str, call: Call) -> str:
 
 
 def _find_problem(name: str, entry: Entry, call: Call, config: Gemma2Config) -> str | None:
-    """Return the reason why a tensor cannot be judged, from its header only, so the size of its data does not
-    matter."""
+    """Return the reason why a tensor cannot be judged, from the header only, however large the data."""
     field_name = _without_call(name, call)
     shape = shape_of(field_name, config, *call.input_ids.shape)
     if entry.dtype not in STORED:
@@ -438,10 +481,10 @@ def _read_call(tensors: Mapping[str, Array], metadata: Mapping[str, str], config
 
 
 def _join_calls(tensors: Mapping[str, Tensor], call: Call, refused: dict[str, str]) -> dict[str, Tensor]:
-    """Join the tensors of calls that share a cache along ``seq``; the keys of a row end at its call's last token.
+    """Join the tensors of calls with a shared cache along ``seq``; a row's keys end at the last token of its call.
 
-    A key that the cache had dropped was not visible: its probability is 0, and its score was not computed. No
-    comparison uses that score. The rows of a call that recorded nothing of a tensor are not known.
+    A key that the cache had dropped was not visible: its probability is 0, and its score was not computed and is not
+    compared. If a call did not record a tensor, its rows are unknown.
     """
     seq, joined = call.input_ids.shape[1], {}
     for kind in dict.fromkeys(_without_call(name, call) for name in tensors):
@@ -465,16 +508,16 @@ def _join_calls(tensors: Mapping[str, Tensor], call: Call, refused: dict[str, st
 
 
 def _unknown_rows(like: Tensor, rows: int) -> Tensor:
-    """Return `rows` rows that are not recorded, with the other axes of a tensor."""
+    """Return a tensor of `rows` unrecorded rows, with the other axes as in `like`."""
     shape = (*like.numbers.shape[:-2], rows, like.numbers.shape[-1])
     return replace(like, numbers=np.zeros(shape, like.numbers.dtype), known=np.zeros(shape, bool))
 
 
 def _place(x: Tensor, name: str, rows: int, end: int, seq: int) -> Tensor:
-    """Return a call's tensor with `rows` rows and all `seq` keys; token ``end - 1`` is the call's last.
+    """Pad a call's tensor to `rows` rows and all `seq` keys; token ``end - 1`` is the last token of the call.
 
-    If the call recorded fewer rows, they are the last ones. More keys than tokens are room at the end of a static
-    cache; fewer keys are the last ones, which a cache kept.
+    If the call recorded fewer rows, these are the last rows. More keys than tokens are free space at the end of a
+    static cache; fewer keys are the last keys, which a cache kept.
     """
     missing = max(0, rows - x.numbers.shape[-2])
     keys, pads = slice(None), [(0, 0)] * (x.numbers.ndim - 2) + [(missing, 0), (0, 0)]
@@ -490,7 +533,7 @@ def _place(x: Tensor, name: str, rows: int, end: int, seq: int) -> Tensor:
 
 
 def _infer_dtype(tensors: Mapping[str, Array]) -> str:
-    """Return the precision of the numbers: the file's, or the half precision that represents all of them exactly."""
+    """Return the precision of the file or, if all numbers are exact in a half precision, that precision."""
     if not tensors:
         return "float32"
     widest = max((x.dtype for x in tensors.values()), key=lambda dtype: dtype.itemsize).name
@@ -508,7 +551,7 @@ def _on_grid(x: Array, dtype: str) -> bool:
 
 
 def _choose_storage(x: Array, dtype: str) -> tuple[Array, str]:
-    """Return the numbers and their storage format: `dtype`, unless they are finer."""
+    """Return the numbers and their storage format: `dtype`, unless the numbers need a finer format."""
     if dtype in ("bfloat16", "float16") and not _on_grid(x, dtype):
         return x.astype(np.float64), "float64" if x.dtype == np.float64 else "float32"
     return x.astype(np.float64), dtype
@@ -522,7 +565,7 @@ def only(candidate: Candidate, names: tuple[str, ...]) -> Candidate:
     candidate : Candidate
         A checked trace.
     names : tuple of str
-        The tensors to keep; ``layers.*.out`` keeps that of every layer.
+        The tensors to keep; ``layers.*.out`` means this tensor of every layer.
     """
 
     def is_wanted(name: str) -> bool:

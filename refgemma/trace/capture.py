@@ -1,10 +1,12 @@
-"""Capture the named tensors of a live transformers model, also those inside attention. Checked in tests/parity: every
-tensor is there, and ``refgemma check`` reports no error, in three precisions, padded and cached.
+"""Capture the named tensors of a live transformers model, including those inside attention.
 
-Hooks capture module outputs. Rotated queries and keys are captured by wrapping the rotation. Scores, capped scores and
-weights are captured by watching the torch calls of the attention function. A function that computes no scores, such as
-sdpa, gives none. The model is not changed, and every hook is removed at the end. torch is imported when a model is
-captured.
+Checked in tests/parity: every tensor is captured, and ``refgemma check`` reports no error, in three precisions, padded
+and cached.
+
+Hooks capture module outputs. Wrapping the rotation captures rotated queries and keys. Watching the torch calls of the
+attention function captures scores, capped scores and attention weights. A function that computes no scores, such as
+sdpa, gives none of these. The model does not change, and every hook is removed at the end. torch is imported
+only when a model is captured.
 """
 
 from __future__ import annotations
@@ -24,8 +26,7 @@ from refgemma.trace.names import LAYER_NORMS
 
 @contextmanager
 def catch_tensors(model: Any) -> Iterator[dict[str, Any]]:
-    """Capture every named tensor of the calls made inside, under refgemma's names; the last call overwrites earlier
-    ones.
+    """Capture every named tensor of the calls inside this block, by refgemma's names; keep only the last call.
 
     Parameters
     ----------
@@ -78,14 +79,14 @@ def catch_tensors(model: Any) -> Iterator[dict[str, Any]]:
 def _watched_attention(modeling: Any, found: dict[str, Any]) -> Iterator[None]:
     """Watch the rotation and the attention function of a modeling file."""
     rotate, interfaces = modeling.apply_rotary_pos_emb, modeling.ALL_ATTENTION_FUNCTIONS
-    rotated: list[tuple[Any, Any]] = []  # only the later attention call knows the layer's number
+    rotated: list[tuple[Any, Any]] = []  # kept until the attention call, which knows the layer's number
 
     def noted_rotate(*args: Any, **named: Any) -> Any:
         rotated.append(rotate(*args, **named))
         return rotated[-1]
 
     class Interfaces:
-        """The existing attention functions, each watched."""
+        """The existing attention functions, each wrapped to be watched."""
 
         def get_interface(self, *args: Any) -> Callable[..., Any]:
             return _watch(interfaces.get_interface(*args), rotated, found)
@@ -131,8 +132,8 @@ def _watch(attend: Callable[..., Any], rotated: list[tuple[Any, Any]], found: di
 def scores_of(calls: Sequence[tuple[str, Any, Any]]) -> dict[str, Any]:
     """Return scores and capped scores from the torch calls of an attention function; empty if it calls no softmax.
 
-    Scores are the first matrix product, or the result of the multiplication right after it. Capped scores are the
-    result of the last multiplication after a tanh or a cut-off; without either, the scores themselves.
+    Scores are the first matrix product, or the product with a number right after it. Capped scores are the result of
+    the last multiplication after a tanh or a clipping, or else the scores themselves.
     """
     names = [name for name, _, _ in calls]
     if "softmax" not in names or "matmul" not in names:
@@ -154,28 +155,28 @@ def capture_transformers(
     Parameters
     ----------
     model : torch.nn.Module
-        A ``Gemma2ForCausalLM``; its attention implementation does not change.
+        A ``Gemma2ForCausalLM``; its attention implementation is used as it is.
     input_ids, attention_mask : array (batch, seq)
         The tokens, and a mask with 0 for padding.
     calls : sequence of int, optional
-        Tokens of each call, to run them one after the other with a cache; by default all in one call.
+        Number of tokens of each call, for successive calls with a cache; by default, one call.
     backward : bool
-        Whether to go back from the loss, in one call, and add the gradient of each tensor and weight: ``grads.`` and
-        its name. The parameters' own ``grad`` does not change. The labels are recorded, too.
+        If true, also compute the backward pass from the loss, in a single call. The trace then has the labels, and the
+        gradient of each tensor and weight, named ``grads.`` and its name. The parameters' own ``grad`` does not change.
     labels : array (batch, seq), optional
-        For the loss; by default the tokens, without padding and without those that only padding precedes.
+        Labels for the loss. By default the tokens, except padding and tokens that follow only padding.
     **named
-        Passed to the model, for example ``position_ids``.
+        Arguments passed to the model, for example ``position_ids``.
 
     Returns
     -------
     tensors, metadata
-        For `refgemma.trace.names.save_trace`.
+        Arguments for `refgemma.trace.names.save_trace`.
 
     Raises
     ------
     InputError
-        If gradients of several calls are asked for.
+        If gradients of several calls are requested.
 
     Examples
     --------
@@ -188,12 +189,14 @@ def capture_transformers(
     import transformers
 
     if backward and len(calls or [0]) > 1:
-        raise InputError(f"backward=True with {len(calls or [])} calls; gradients are captured of a single call")
+        raise InputError(
+            f"backward=True with {len(calls or [])} calls; gradients can be captured only for a single call"
+        )
     ids = torch.as_tensor(np.asarray(input_ids))
     mask = None if attention_mask is None else torch.as_tensor(np.asarray(attention_mask))
     lengths = list(calls or [ids.shape[1]])
     cache = transformers.DynamicCache(config=model.config) if len(lengths) > 1 else None
-    # transformers 5.24 renamed it, and warns of the former name.
+    # transformers 5.24 renamed this argument, and warns of the old name.
     parameter = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     past = {} if cache is None else {parameter: cache}
     head_dim = model.model.layers[0].self_attn.head_dim
@@ -240,14 +243,14 @@ def _gradients_of(model: Any, found: dict[str, Any], loss: Any) -> dict[str, Any
 
 
 def in_heads(name: str, x: Any, head_dim: int) -> Any:
-    """Split projections into heads, because they are captured before the split."""
+    """Split projections into heads; they were captured before the model splits them."""
     if name.rpartition(".")[2] in ("q", "k", "v") and x.ndim == 3:
         return x.view(*x.shape[:2], -1, head_dim).transpose(1, 2)
     return x
 
 
 def as_numpy(x: Any) -> Array:
-    """Return a torch tensor as an array of its precision."""
+    """Return a torch tensor as an array of the same precision."""
     name = str(x.dtype).removeprefix("torch.")
     numbers = x.detach().cpu()
     return as_dtype(numbers.float().numpy(), name) if name in ("bfloat16", "float16") else numbers.numpy()

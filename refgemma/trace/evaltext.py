@@ -1,10 +1,10 @@
 """Read the output of llama.cpp's ``llama-eval-callback`` as tensors. Checked in the tests on a recorded run of
 llama.cpp.
 
-Each operation prints a line ``name = (type) OP(...) = {ne0, ne1, ne2, ne3}``, and below it the numbers in brackets,
-with four decimals. Along each axis it prints only the first three and the last three. So most numbers of a tensor are
-unknown, and the known ones are accurate to half a unit of the fourth decimal. The tokens are in the lines after
-``number of input tokens``, if the program was built since January 2026; otherwise the user passes them.
+Each operation prints a line ``name = (type) OP(...) = {ne0, ne1, ne2, ne3}``, then numbers in brackets with four
+decimals: the first three and the last three along each axis. So most numbers of a tensor are unknown, and the known
+numbers are accurate to half a unit of the fourth decimal. Programs built since January 2026 print the tokens
+after ``number of input tokens``; otherwise the user passes the tokens.
 """
 
 import math
@@ -21,7 +21,7 @@ from refgemma.inputs import InputError
 from refgemma.precision import Array
 from refgemma.trace.reader import Entry, TraceFile
 
-SHOWN = 3  # printed numbers at each end of an axis
+SHOWN = 3  # number of printed numbers at each end of an axis
 STEP = 1e-4
 HEAD = re.compile(
     r"(?:common_debug_cb_eval|ggml_debug):\s+(?P<name>.+?) = \((?P<type>\w+)\)\s+"
@@ -42,7 +42,7 @@ def is_eval_callback(path: Path) -> bool:
 
 
 def open_eval_callback(path: str | Path) -> TraceFile:
-    """Return the tensors of a text; several with the same name are numbered: ``Qcur-0``, ``Qcur-0#1``.
+    """Return the tensors of a text; repeated names are numbered: ``Qcur-0``, ``Qcur-0#1``.
 
     Raises
     ------
@@ -61,7 +61,7 @@ def open_eval_callback(path: str | Path) -> TraceFile:
         assert head is not None
         name = head["name"].strip()
         if UNNAMED.fullmatch(name):
-            name = f"{head['op']}({head['of']})"  # its number changes with every version, the operation does not
+            name = f"{head['op']}({head['of']})"  # the number in the name changes in each version
         number = counts.get(name, 0)
         counts[name] = number + 1
         axes = head["ne"].replace(" ", "").split(",")
@@ -72,8 +72,8 @@ def open_eval_callback(path: str | Path) -> TraceFile:
         numbers = [float(x) for row in rows for x in NUMBER.findall(row)]
         if len(numbers) != shape[0] * math.prod(min(n, 2 * SHOWN) for n in shape[1:]):
             if not numbers:
-                continue  # for a quantized tensor only the name is printed
-            raise InputError(f"{path}: line {start + 1}: {name} of shape {shape} has {len(numbers)} numbers below it")
+                continue  # only the name is printed for a quantized tensor
+            raise InputError(f"{path}: line {start + 1}: {name} has shape {shape}, but {len(numbers)} numbers follow")
         places = _list_printed(shape)
         printed = np.reshape(np.array(numbers, np.float32), [len(along) for along in places])
         dtype = {"f16": "F16", "bf16": "BF16", "f32": "F32"}.get(head["type"], "I64")
@@ -95,7 +95,7 @@ def _tokens(lines: list[str], path: str | Path) -> Iterator[int]:
 
 
 def _list_printed(shape: tuple[int, ...]) -> tuple[Array, ...]:
-    """Return the printed places along each axis; for the first axis, all."""
+    """Return the printed indices along each axis; along the first axis, return all indices."""
     return tuple(
         np.arange(n) if axis == 0 or n <= 2 * SHOWN else np.array([*range(SHOWN), *range(n - SHOWN, n)])
         for axis, n in enumerate(shape)
@@ -103,7 +103,7 @@ def _list_printed(shape: tuple[int, ...]) -> tuple[Array, ...]:
 
 
 def _spread(shape: tuple[int, ...], places: tuple[Array, ...], numbers: Array) -> Array:
-    """Return zeros, with the numbers at these places."""
+    """Return zeros with `numbers` at the given indices."""
     whole = np.zeros(shape, numbers.dtype)
     whole[np.ix_(*places)] = numbers
     return whole

@@ -1,4 +1,4 @@
-"""Gradients as named tensors: ``grads.`` and the name of the tensor or weight. Checked against the recorded gradients
+"""Name each gradient: ``grads.``, then the name of its tensor or weight. Checked against the recorded gradients
 of transformers 5.23."""
 
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from refgemma.trace.names import GRADS, named_tensors
 
 
 def named_gradients(gradients: Gradients) -> Iterator[tuple[str, Array]]:
-    """Yield every gradient with its name: those of the activations in the order of the forward pass, then the weights.
+    """Yield every gradient with its name: activations in the order of the forward pass, then weights.
 
     Examples
     --------

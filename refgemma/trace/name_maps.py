@@ -1,11 +1,10 @@
-"""Other implementations' names for refgemma's tensors, as data: ``maps/*.json``. The `run_on` of each map names the
-real output that it was tested on.
+"""Translate other implementations' tensor names to refgemma's, with data in ``maps/*.json``.
 
 A map is a list of rules. A rule has a ``pattern``, a name in the other implementation (``{layer}`` stands for a
 number), and the ``tensor`` in refgemma. If they differ, it also has the ``layout`` of the axes in einops's notation,
 the number among several tensors of that name (``occurrence``, from 0), the ``part`` of a tensor that holds several, and
-``last`` if the tensor may have only the last row. Names under ``ignored`` are known but useless, with the reason. All
-other names are reported as unknown; refgemma does not guess.
+``last`` if the tensor may have only the last row. A prefix ``calls.N.``, for one of several calls, stays. Names under
+``ignored`` are known but useless, with the reason. All other names are reported as unknown; refgemma does not guess.
 """
 
 import re
@@ -36,10 +35,10 @@ class Rule:
     pattern: str
     tensor: str
     layout: str = ""  # einops; empty if the axes are refgemma's
-    occurrence: int | str = 0  # "layer": the first is layer 0's, the second layer 1's
+    occurrence: int | str = 0  # "layer" means the first for layer 0, the second for layer 1
     part: tuple[str, ...] = ()  # number of the part, and the heads of each part: ("1", "heads", "kv_heads")
-    last: bool = False  # True if it may have only the last row
-    more_keys: bool = False  # True if it may have more keys than tokens; the first are kept
+    last: bool = False  # true if the tensor may have only the last row
+    more_keys: bool = False  # true if the tensor may have more keys than tokens; the first keys are used
 
 
 @dataclass(frozen=True)
@@ -49,14 +48,14 @@ class NameMap:
     name: str
     says: str
     learned_from: str  # the source of the map
-    run_on: str  # the real output that it was tested on; empty if none
+    run_on: str  # real output with which the map was tested; empty if none
     rules: tuple[Rule, ...]
     ignored: Mapping[str, str]  # pattern -> why
 
 
 @dataclass(frozen=True)
 class Matched:
-    """The result of a map for a file's names."""
+    """The result of applying a map to a file's names."""
 
     found: Mapping[str, tuple[str, Rule]]  # refgemma's name -> the file's name and the rule
     ignored: Mapping[str, str]  # the file's name -> the reason
@@ -68,8 +67,8 @@ def map_names() -> tuple[str, ...]:
 
     Examples
     --------
-    >>> map_names()
-    ('gemma_pytorch', 'llama.cpp', 'mlx-lm', 'transformer-lens', 'transformers')
+    >>> map_names()[:3]
+    ('gemma_pytorch', 'litgpt', 'llama.cpp')
     """
     return tuple(sorted(path.stem for path in FOLDER.glob("*.json")))
 
@@ -93,7 +92,9 @@ def load_map(name: str) -> NameMap:
     about = read_object(path, InputError, HELP)
     rules, ignored = about.get("rules"), about.get("ignored")
     if not isinstance(rules, list) or not isinstance(ignored, dict):
-        raise InputError(f"{path}: is not a name map: it needs a list of rules and an object of ignored names; {HELP}")
+        raise InputError(
+            f"{path}: is not a name map; it must have a list of rules and an object of ignored names: {HELP}"
+        )
     for pattern, reason in ignored.items():
         if not isinstance(reason, str) or not _is_pattern(pattern):
             raise InputError(f"{path}: ignored name {quote(pattern)} needs a reason and {A_PATTERN}; {HELP}")
@@ -104,7 +105,7 @@ def load_map(name: str) -> NameMap:
 
 # --- checks of a map, which may be untrusted --------------------------------------------------------------------------
 
-NAME_LIMIT, STARS_LIMIT = 200, 3  # each further star multiplies the search time by the length of a name
+NAME_LIMIT, STARS_LIMIT = 200, 3  # each star multiplies the search time by the length of a name
 A_PATTERN = f"at most {NAME_LIMIT} characters, one {{layer}} and {STARS_LIMIT} stars in its pattern"
 
 
@@ -116,7 +117,7 @@ def _is_pattern(value: object) -> bool:
 
 
 def _is_part(value: object) -> bool:
-    """Return True if `value` is the number of a part, followed by the axes of all parts."""
+    """Return True if `value` is the index of a part, followed by the axes of all parts."""
     if value == []:
         return True
     axes = axis_lengths(Gemma2Config())
@@ -129,7 +130,7 @@ def _is_part(value: object) -> bool:
 RULE_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "pattern": (A_PATTERN, _is_pattern),
     "tensor": (
-        "a name of refgemma, with {layer} for a number",
+        "a name in refgemma, with {layer} for a number",
         lambda value: bool(isinstance(value, str) and re.fullmatch(r"(\w|\.|\{layer\}){1,200}", value)),
     ),
     "layout": (
@@ -140,7 +141,7 @@ RULE_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "a whole number from 0, or 'layer'",
         lambda value: value == "layer" or (type(value) is int and value >= 0),
     ),
-    "part": ("the number of a part and the axes of all parts: ['1', 'heads', 'kv_heads']", _is_part),
+    "part": ("the index of a part and the axes of all parts: ['1', 'heads', 'kv_heads']", _is_part),
     "last": ("true or false", lambda value: isinstance(value, bool)),
     "more_keys": ("true or false", lambda value: isinstance(value, bool)),
 }
@@ -159,27 +160,40 @@ def _read_rule(rule: object, where: str) -> Rule:
 
 
 def _expression(pattern: str) -> re.Pattern[str]:
-    """Compile a pattern: ``{layer}`` is a number, ``*`` is any text; all else is literal."""
+    """Compile a pattern: ``{layer}`` matches a number and ``*`` any text; all else is literal."""
     parts = re.split(r"(\{layer\}|\*)", pattern)
     said = {"{layer}": r"(?P<layer>0|[1-9][0-9]*)", "*": ".*"}
     return re.compile("".join(said.get(part, re.escape(part)) for part in parts))
 
 
+def split_call(name: str) -> tuple[str, str]:
+    """Return the prefix of a tensor of one of several calls, or an empty one, and the name.
+
+    Examples
+    --------
+    >>> split_call("calls.1.lm_head"), split_call("lm_head")
+    (('calls.1.', 'lm_head'), ('', 'lm_head'))
+    """
+    found = re.match(r"calls\.[0-9]+\.", name)
+    return (found[0], name[found.end() :]) if found else ("", name)
+
+
 def match(file: TraceFile, names: NameMap) -> Matched:
     """Match the names of a file with the rules of a map.
 
-    Several tensors of the same name are ``name``, ``name#1``, ``name#2`` in a file that keeps their order.
+    In a file that keeps the order, tensors with the same name are called ``name``, ``name#1``, ``name#2``.
     """
     found: dict[str, tuple[str, Rule]] = {}
     used: set[str] = set()
     for rule in names.rules:
         expression = _expression(rule.pattern)
         for theirs in file.entries:
-            name, _, number = theirs.partition("#")
+            call, name = split_call(theirs)
+            name, _, number = name.partition("#")
             hit = expression.fullmatch(name)
             if hit is None or (rule.occurrence != "layer" and int(number or 0) != rule.occurrence):
                 continue
-            ours = rule.tensor.replace("{layer}", hit.groupdict().get("layer") or number or "0")
+            ours = call + rule.tensor.replace("{layer}", hit.groupdict().get("layer") or number or "0")
             if ours in found and found[ours][0] != theirs:
                 raise InputError(
                     f"{file.path}: the map {names.name} gives {ours} for both {found[ours][0]} and {theirs}"
@@ -191,23 +205,23 @@ def match(file: TraceFile, names: NameMap) -> Matched:
     ignored = {
         name: names.ignored[hits[0]]
         for name in rest
-        if (hits := [pattern for pattern, e in why.items() if e.fullmatch(name.partition("#")[0])])
+        if (hits := [pattern for pattern, e in why.items() if e.fullmatch(split_call(name)[1].partition("#")[0])])
     }
     return Matched(found, ignored, tuple(name for name in rest if name not in ignored))
 
 
 def apply_map(file: TraceFile, names: NameMap, config: Gemma2Config) -> TraceFile:
-    """Return the file with refgemma's names and axes; unmatched tensors keep their names."""
+    """Return the file with refgemma's names and axes; tensors without a rule keep their names."""
     matched = match(file, names)
     entries = {name: file.entries[name] for name in (*GIVEN, *matched.unmatched) if name in file.entries}
     seq = file.entries["input_ids"].shape[-1] if "input_ids" in file.entries and entries["input_ids"].shape else 0
     for ours, (theirs, rule) in matched.found.items():
-        entries[ours] = _arrange_entry(file.entries[theirs], rule, config, seq)
+        entries[ours] = _arrange_entry(file.entries[theirs], rule, config, 0 if split_call(ours)[0] else seq)
     return TraceFile(file.path, {**file.metadata, "map": names.name}, entries)
 
 
 def axis_lengths(config: Gemma2Config) -> dict[str, int]:
-    """Return the lengths of the axes that a model determines, under the names of the layouts."""
+    """Return the lengths of the axes that a model determines, by the names used in layouts."""
     return {
         "heads": config.num_attention_heads, "kv_heads": config.num_key_value_heads, "head_dim": config.head_dim,
         "hidden": config.hidden_size, "intermediate": config.intermediate_size, "vocab": config.vocab_size,
@@ -221,7 +235,7 @@ def arrange(x: Array, rule: Rule, config: Gemma2Config) -> Array:
     Raises
     ------
     InputError
-        If it does not have the axes of the rule.
+        If the tensor's axes do not fit the rule.
 
     Examples
     --------
@@ -236,7 +250,9 @@ def arrange(x: Array, rule: Rule, config: Gemma2Config) -> Array:
             x = einops.rearrange(x, rule.layout, **known)
         except (einops.EinopsError, ValueError) as error:
             reason = str(error).strip().splitlines()[-1].strip()
-            raise InputError(f"has shape {x.shape}, which is not {rule.layout.split('->')[0]!r} ({reason})") from None
+            raise InputError(
+                f"has shape {x.shape}, which does not fit {rule.layout.split('->')[0]!r} ({reason})"
+            ) from None
     if rule.part:
         sizes = [axis_lengths(config)[axis] for axis in rule.part[1:]]
         if x.shape[1] != sum(sizes):
@@ -246,14 +262,14 @@ def arrange(x: Array, rule: Rule, config: Gemma2Config) -> Array:
 
 
 def _arrange_entry(entry: Entry, rule: Rule, config: Gemma2Config, seq: int) -> Entry:
-    """Return the unread entry with refgemma's axes; if it does not have the axes of the rule, with its own."""
+    """Return the entry with refgemma's axes, without reading it; keep the axes if they do not fit the rule."""
     try:
         shape = arrange(np.broadcast_to(np.zeros((), np.int8), entry.shape), rule, config).shape
     except InputError:
         return replace(entry)
     rows = seq if rule.last and len(shape) > 1 and shape[-2] == 1 < seq else shape[-2] if len(shape) > 1 else 0
     alone = len(shape) > 1 and rows != shape[-2]
-    keys = min(seq, shape[-1]) if rule.more_keys and shape else None
+    keys = min(seq, shape[-1]) if rule.more_keys and shape and seq else None
     shape = shape if keys is None else (*shape[:-1], keys)
 
     def place(x: Array, fill: Any) -> Array:
@@ -286,12 +302,12 @@ def open_trace(path: str | Path, config: Gemma2Config, name_map: str | None = No
     path : str or path
         A safetensors file, or the text of ``llama-eval-callback``.
     config : Gemma2Config
-        The model's configuration, for the lengths of its axes.
+        The model's configuration, which gives the lengths of the axes.
     name_map : str, optional
-        The map of its names; by default the ``map`` of its metadata, else refgemma's own names.
+        The map for the names; by default the ``map`` in the metadata, or else refgemma's own names.
     """
     file = open_any(path)
     chosen = name_map or file.metadata.get("map")
     if not name_map and chosen and chosen not in map_names():  # a file must not choose which other file is opened
-        raise InputError(f"{path}: its metadata names the map {quote(chosen)}; to use it, pass it with --map")
+        raise InputError(f"{path}: the metadata names the map {quote(chosen)}; to use this map, pass it with --map")
     return apply_map(file, load_map(chosen), config) if chosen else file

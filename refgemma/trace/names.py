@@ -1,4 +1,4 @@
-"""A run as named tensors, in the order of execution, in memory and as a safetensors file. The names are those of the
+"""Name the tensors of a run in the order of execution, and save them to a safetensors file. The names are those of the
 records in `refgemma.layers` and `refgemma.model`; a test pins the list."""
 
 import json
@@ -26,11 +26,11 @@ from refgemma.weights.parameters import Weights
 from refgemma.weights.save import CODE_OF_DTYPE, as_stored
 
 GRADS = "grads."  # before the name of a tensor or weight: its gradient
+AFTER = "weights.after."  # before the name of a weight: the weight after a step of the optimizer
 
 
 def field_of(name: str) -> str:
-    """Return ``attention.probs`` for ``layers.3.attention.probs``; gradients keep their ``grads.``, and any other name
-    is its own field.
+    """Return ``attention.probs`` for ``layers.3.attention.probs``; gradients keep ``grads.``.
 
     Examples
     --------
@@ -39,8 +39,9 @@ def field_of(name: str) -> str:
     >>> field_of("grads.layers.3.out"), field_of("grads.model.layers.3.self_attn.q_proj.weight")
     ('grads.out', 'grads.self_attn.q_proj.weight')
     """
-    if name.startswith(GRADS):
-        return GRADS + field_of(name.removeprefix(GRADS).removeprefix("model."))
+    for prefix in (GRADS, AFTER):
+        if name.startswith(prefix):
+            return prefix + field_of(name.removeprefix(prefix).removeprefix("model."))
     return name.split(".", 2)[2] if name.startswith("layers.") else name
 
 
@@ -52,12 +53,12 @@ def layer_of(name: str) -> int | None:
     >>> layer_of("layers.13.out"), layer_of("norm"), layer_of("grads.layers.2.out")
     (13, None, 2)
     """
-    name = name.removeprefix(GRADS).removeprefix("model.")
+    name = name.removeprefix(GRADS).removeprefix(AFTER).removeprefix("model.")
     return int(name.split(".")[1]) if name.startswith("layers.") else None
 
 
 def named_tensors(record: Any, prefix: str = "") -> Iterator[tuple[str, Array]]:
-    """Yield every array of a record with its name, e.g. ``layers.3.attention.probs``, in the order of execution.
+    """Yield every array of a record with its name, such as ``layers.3.attention.probs``, in the order of execution.
 
     `prefix` is put before each name. The cache for the next call is not part of the trace.
 
@@ -80,9 +81,9 @@ def named_tensors(record: Any, prefix: str = "") -> Iterator[tuple[str, Array]]:
 
 
 def trace_axes(record: Any = Forward, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield every name of a trace with its axes, read from the records; ``N`` stands for a layer's number.
+    """Yield every name of a trace with its axes, as in the records; ``N`` stands for a layer's number.
 
-    The names are those of `record` and the records inside it, with `prefix` before each.
+    The names come from `record` and the records inside it; each begins with `prefix`.
 
     Examples
     --------
@@ -100,8 +101,8 @@ def trace_axes(record: Any = Forward, prefix: str = "") -> Iterator[tuple[str, s
             yield from trace_axes(kind, f"{name}.")
 
 
-# The axes of each field, in the order of execution; the fields of one layer; the norms among them. A run has no log
-# probabilities, but servers give them in the place of logits.
+# The axes of each field, in the order of execution; the fields of one layer; its norms. A run has no log probabilities,
+# but servers give these instead of logits.
 LOGPROBS = "logprobs"
 FIELDS = tuple(field_of(name) for name, _ in trace_axes())
 AXES = {field_of(name): axes for name, axes in trace_axes()}
@@ -111,12 +112,12 @@ LAYER_NORMS = tuple(field for field in LAYER_FIELDS if field.endswith("norm"))
 
 
 def target_file(path: str | Path) -> Path:
-    """Return the target of `path`, with links followed, after checking that a file can be written there.
+    """Follow links in `path`, check that a file can be written there, and return the target.
 
     Raises
     ------
     InputError
-        For a folder, a device or a pipe, and for a folder that does not exist.
+        If `path` is a folder, a device or a pipe, or its folder does not exist.
 
     Examples
     --------
@@ -136,7 +137,7 @@ def target_file(path: str | Path) -> Path:
 
 
 def run_in_order(ids: TokenIds, weights: Weights, config: Gemma2Config) -> Iterator[tuple[str, Array]]:
-    """Yield the tensors of `forward` by name when they are computed, with one block in memory for any depth.
+    """Yield the tensors of `forward` with their names, one block at a time, so that a deep model needs little memory.
 
     Examples
     --------
@@ -161,7 +162,7 @@ def run_in_order(ids: TokenIds, weights: Weights, config: Gemma2Config) -> Itera
 def run_calls(
     ids: TokenIds, calls: Sequence[int], weights: Weights, config: Gemma2Config, attention_mask: npt.ArrayLike
 ) -> Iterator[tuple[str, Array]]:
-    """Yield the tensors of calls that share a cache: ``calls.0.embedded`` and so on; `calls` are the tokens of each.
+    """Yield the tensors of calls with a shared cache: ``calls.0.embedded`` and so on; `calls` are token counts.
 
     Examples
     --------
@@ -182,23 +183,22 @@ def run_calls(
 def save_trace(
     tensors: Iterable[tuple[str, Array]], path: str | Path, metadata: Mapping[str, str]
 ) -> dict[str, tuple[int, ...]]:
-    """Write tensors to a safetensors file, which appears complete or not at all; no tensor is kept after it is written.
+    """Write tensors to a safetensors file, which appears complete or not at all; each tensor is written and dropped.
 
-    The header of the file comes first. It holds the place of each tensor and the `metadata`. So the data are first
-    written to a temporary file, which is then copied behind the header. For a moment they take twice their space on the
-    disk.
+    The header of the file comes first, with the position of each tensor and the `metadata`. So the data is first
+    written to a temporary file, then copied behind the header. For a moment this takes twice the space on the disk.
 
     Returns
     -------
     dict
-        Name and shape of each tensor.
+        The shape of each tensor, by name.
 
     Raises
     ------
     InputError
         If `path` cannot be a file; see `target_file`.
     OSError
-        If it cannot be written.
+        If the file cannot be written.
     """
     target = target_file(path)
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
@@ -221,5 +221,5 @@ def save_trace(
 
 
 def _in_file(x: Array) -> Array:
-    """Store half precision in two bytes instead of four; all other arrays, also token ids, unchanged."""
+    """Convert half precision to two bytes; return all other arrays, such as token ids, unchanged."""
     return as_stored(x, dtype_name(x)) if isinstance(x, Rounded) else np.ascontiguousarray(x)

@@ -1,5 +1,7 @@
-"""An open file of named tensors: its contents, and functions that read one tensor each. Checked in the tests on
-damaged, foreign and huge files."""
+"""Describe an open file of named tensors, with functions that read one tensor each.
+
+Checked in the tests on damaged, foreign and huge files.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,15 +23,15 @@ class Entry:
     Parameters
     ----------
     dtype : str
-        In safetensors' notation: ``BF16``, ``F32``, ``I64``.
+        The dtype in safetensors' notation: ``BF16``, ``F32``, ``I64``.
     shape : tuple of int
-        Its shape.
+        The shape.
     read : callable
-        Returns its numbers.
+        Function that returns the numbers.
     known : callable, optional
-        Returns the elements that the file holds; None means all.
+        Function that returns a mask of the elements that the file has; None means all.
     coarse : float
-        The distance of neighbouring numbers, if the file holds decimals; else 0.
+        The distance of neighbouring numbers if the file has decimals, else 0.
     """
 
     dtype: str
@@ -41,7 +43,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class TraceFile:
-    """Names, dtypes and shapes of a file's tensors, and its metadata."""
+    """The names, dtypes and shapes of a file's tensors, and the file's metadata."""
 
     path: str
     metadata: Mapping[str, str]
@@ -54,18 +56,18 @@ def is_there(path: str | Path) -> Path:
     Raises
     ------
     InputError
-        If it is a folder or a device, or does not exist.
+        If `path` is a folder or a device, or does not exist.
 
     Examples
     --------
     >>> is_there("/")
     Traceback (most recent call last):
     ...
-    refgemma.inputs.InputError: /: is a folder; give the safetensors file in it
+    refgemma.inputs.InputError: /: is a folder; give the safetensors file inside
     """
     file = Path(path)
     if file.is_dir():
-        raise InputError(f"{path}: is a folder; give the safetensors file in it")
+        raise InputError(f"{path}: is a folder; give the safetensors file inside")
     if not file.exists():
         raise InputError(f"{path}: there is no such file")
     if not file.is_file():
@@ -79,7 +81,7 @@ def open_safetensors(path: str | Path) -> TraceFile:
     Raises
     ------
     InputError
-        If it is not a safetensors file; the message gives the reason.
+        If the file is not a safetensors file; the message gives the reason.
     """
     opened, _ = open_tensors(is_there(path), InputError, "write it again")
     entries = {}

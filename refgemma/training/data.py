@@ -1,5 +1,5 @@
-"""A text as rows of tokens: some to train on, the last held out, and which rows a step takes. Checked by the packing of
-transformers' ``run_clm.py``, except that each row here begins with ``<bos>``.
+"""Cut a text into rows of tokens, hold out the last rows, and choose the rows of each step. Checked against the packing
+of transformers' ``run_clm.py``, except that each row here begins with ``<bos>``.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ def read_text(path: str | Path) -> str:
     Raises
     ------
     TrainingError
-        If it is not a text.
+        If the file is not a text.
 
     Examples
     --------
@@ -31,18 +31,18 @@ def read_text(path: str | Path) -> str:
     try:
         text = read_file(path).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise TrainingError(f"{path}: is not a text in UTF-8 (byte {error.start}); convert it with iconv") from None
+        raise TrainingError(f"{path}: byte {error.start} is not UTF-8; convert the file to UTF-8 with iconv") from None
     if "\0" in text:
-        raise TrainingError(f"{path}: holds NUL at character {text.index(chr(0))}, so it is not a text; give a text")
+        raise TrainingError(f"{path}: character {text.index(chr(0))} is NUL, so the file is not a text; give a text")
     if not text.strip():
         raise TrainingError(f"{path}: is empty; give a text to train on")
     return text
 
 
 def pack_rows(ids: Sequence[int], seq_len: int, bos: int | None) -> list[Row]:
-    """Cut a text into rows of at most `seq_len` tokens; each begins with ``<bos>``, and only the last may be shorter.
+    """Cut a text into rows of `seq_len` tokens, each beginning with ``<bos>``; only the last row may be shorter.
 
-    No row is padded: a shorter row has fewer tokens, and its loss counts as much per token.
+    Rows are not padded. In the loss, each token of a shorter row has the same weight.
 
     Examples
     --------
@@ -52,16 +52,16 @@ def pack_rows(ids: Sequence[int], seq_len: int, bos: int | None) -> list[Row]:
     first = [] if bos is None else [bos]
     step = seq_len - len(first)
     rows = [np.array([*first, *ids[start : start + step]], np.int64) for start in range(0, len(ids), step)]
-    return [row for row in rows if len(row) > 1]  # one token predicts nothing
+    return [row for row in rows if len(row) > 1]  # a row of one token predicts nothing
 
 
 def hold_out(rows: Sequence[Row], percentage: float) -> tuple[list[Row], list[Row]]:
-    """Return the rows to train on, and the last rows of the text, `percentage` of all but at least one.
+    """Return the rows to train on, and the last `percentage` of the rows (at least one) to hold out.
 
     Raises
     ------
     TrainingError
-        If there are fewer than two rows, or the percentage is not one.
+        If there are fewer than two rows, or the percentage is out of range.
 
     Examples
     --------
@@ -72,15 +72,17 @@ def hold_out(rows: Sequence[Row], percentage: float) -> tuple[list[Row], list[Ro
     if not 0 < percentage < 100:
         raise TrainingError(f"the validation split is {percentage:g} percent; it must be above 0 and below 100")
     if len(rows) < 2:
-        raise TrainingError("the text is too short: one row to train on and one to hold out are needed")
+        raise TrainingError(
+            "the text is too short: at least one row to train on and one to hold out are needed; lower --seq-len"
+        )
     held = min(len(rows) - 1, max(1, round(len(rows) * percentage / 100)))
     return list(rows[:-held]), list(rows[-held:])
 
 
 def take_batch(rows: Sequence[Row], step: int, size: int, seed: int) -> list[Row]:
-    """Return the rows of a step, in an order that is random in each pass over the text.
+    """Return the rows of a step; each pass over the text has a new random order.
 
-    They depend on the arguments only, so that a resumed run continues with the right ones.
+    The result depends only on the arguments, so that a resumed run continues with the right rows.
 
     Examples
     --------
@@ -95,7 +97,7 @@ def take_batch(rows: Sequence[Row], step: int, size: int, seed: int) -> list[Row
 
 
 def hash_rows(rows: Sequence[Row]) -> str:
-    """Return a hash of all tokens, by which a resumed run knows its text.
+    """Return a hash of all tokens, by which a resumed run recognises its text.
 
     Examples
     --------

@@ -1,9 +1,11 @@
-"""Gradients of a batch in little memory: a row at a time, and a layer at a time. Checked against `compute_gradients`
-of `refgemma.backward`, to the last bit, and against the accumulation of transformers 5.23.
+"""Compute the gradients of a batch with little memory: a row at a time, and a layer at a time.
 
-Two ways to save memory, and neither changes the sum that is computed. `accumulate_gradients` takes the rows of a batch
-one by one and adds; each loss is divided by the number of tokens in the *whole* batch. `recompute_gradients` keeps the
-input of each block only and computes the block a second time on the way back.
+Checked bit for bit against `compute_gradients` of `refgemma.backward`, and against the accumulation of transformers
+5.23.
+
+Two ways save memory without changing the computed sum. `accumulate_gradients` adds the gradients of a batch row by row;
+each loss is divided by the number of tokens in the *whole* batch. `recompute_gradients` keeps only the input of each
+block, and computes the block a second time in the backward pass.
 """
 
 import os
@@ -43,20 +45,19 @@ def recompute_gradients(
     input_ids: npt.ArrayLike, labels: npt.ArrayLike, weights: Weights, config: Gemma2Config, *,
     attention_mask: Any = None, position_ids: npt.ArrayLike | None = None, num_items: float | None = None,
 ) -> tuple[float, Named]:  # fmt: skip
-    """Return the results of `refgemma.backward.compute_gradients`, with the records of one block in memory.
+    """Return the results of `refgemma.backward.compute_gradients`, with the record of only one block in memory.
 
-    The forward pass keeps the input of each block. On the way back each block is computed again from its input, and
-    its record is dropped when its gradients are known. That costs a second forward pass. The arguments and all bits of
-    the results are those of `compute_gradients`. PyTorch calls this gradient checkpointing: Chen et al. 2016,
-    arXiv:1604.06174.
+    The forward pass keeps the input of each block. The backward pass computes each block again from its input, and
+    drops the record when the gradients are known. This costs a second forward pass. Arguments and results equal those
+    of `compute_gradients`, bit for bit. PyTorch calls this gradient checkpointing: Chen et al. 2016, arXiv:1604.06174.
 
     Returns
     -------
     loss : float
-        In nats a token.
+        The loss in nats per token.
     gradients : iterator of (str, array)
-        Each gradient with its name, computed when it is asked for: the head first, the embedding last. With weights on
-        disk (``Checkpoint.streamed``), whoever keeps none needs the memory of one layer and of the two tables.
+        Each gradient with its name, computed when the iterator reaches it: the head first, the embedding last. With
+        weights on disk (``Checkpoint.streamed``), a caller that keeps none needs memory for one layer and the tables.
 
     Examples
     --------
@@ -75,7 +76,7 @@ def recompute_gradients(
     stream = [start.embedded]
     for record in blocks(start, weights, config):
         stream.append(record.out)
-        del record  # before the next block
+        del record  # free the memory before the next block
     norm = rms_norm(stream[-1], weights.norm, config.rms_norm_eps)
     raw_logits, logits = head(norm, weights, config)
     loss = causal_lm_loss(logits, labels, num_items)
@@ -88,7 +89,7 @@ def _go_back(
     grad_raw: Array, norm: Hidden, stream: list[Hidden], ids: TokenIds, start: Start, weights: Weights,
     config: Gemma2Config,
 ) -> Named:  # fmt: skip
-    """Yield the gradients from the head to the embedding; `stream` has the inputs of the blocks, and is used up."""
+    """Yield the gradients from the head to the embedding; `stream`, the inputs of the blocks, is emptied."""
     grad_norm, grad_head, _ = linear_backward(grad_raw, norm, head_table(weights, config)[:])
     if weights.lm_head is not None:
         yield LM_HEAD, grad_head
@@ -113,7 +114,7 @@ def _go_back(
 
 
 def count_targets(rows: Sequence[npt.NDArray[np.int64]]) -> int:
-    """Return how many tokens of `rows` are predicted: all but the first of each row.
+    """Return how many tokens of `rows` are predicted: all except the first token of each row.
 
     Examples
     --------
@@ -126,23 +127,23 @@ def count_targets(rows: Sequence[npt.NDArray[np.int64]]) -> int:
 def accumulate_gradients(
     rows: Sequence[npt.NDArray[np.int64]], weights: Weights, config: Gemma2Config, gradient_checkpointing: bool = False
 ) -> tuple[float, dict[str, Array]]:
-    """Return the mean loss of all tokens of a batch of rows, and its gradients.
+    """Return the mean loss over all tokens of a batch, and its gradients.
 
-    Each row is computed alone, so that rows may have different lengths and none needs padding. Its loss is divided by
-    the number of tokens of the whole batch. A mean over the means of the rows would give a token of a short row more
-    weight than one of a long row: the bug that trainers had until 2024 (transformers #34191).
+    Each row is computed alone, so that rows of different lengths need no padding. The loss is divided by the number of
+    tokens of the whole batch. A mean over the rows' means would give a token more weight in a short row than in a long
+    row. Trainers had this bug until 2024 (transformers #34191).
 
-    Rows are computed in several threads and added in their order. So the result has the same bits however many
-    threads there are, and however a batch is cut into micro-batches.
+    Rows are computed in several threads, but added in order. So the result does not depend, in any bit, on the number
+    of threads or on how a batch is cut into micro-batches.
 
     Parameters
     ----------
     rows : sequence of int arrays
         Token ids, each row with at least two.
     weights, config
-        The model.
+        The model's weights and configuration.
     gradient_checkpointing : bool
-        Use `recompute_gradients`: the same bits in less memory, and a third more time.
+        If true, use `recompute_gradients`: same result bit for bit, less memory, a third more time.
 
     Examples
     --------
@@ -158,7 +159,7 @@ def accumulate_gradients(
 
     def compute(row: npt.NDArray[np.int64]) -> tuple[float, dict[str, Array]]:
         ids = row[None]
-        with np.errstate(over="ignore", invalid="ignore"):  # the caller looks at the loss
+        with np.errstate(over="ignore", invalid="ignore"):  # the caller checks the loss
             if gradient_checkpointing:
                 loss, named = recompute_gradients(ids, ids, weights, config, num_items=num_items)
                 return loss, dict(named)
@@ -175,7 +176,7 @@ def accumulate_gradients(
 
 
 def map_in_order(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
-    """Yield ``function(item)`` for each item, in order; as many are computed at once as there are threads.
+    """Yield ``function(item)`` for each item, in order, computed in parallel by all threads.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""LoRA: train a matrix of low rank that is added to each chosen weight. Checked against PEFT 0.21: gradients,
+"""Train a LoRA adapter: a matrix of low rank for each chosen weight. Checked against PEFT 0.21: gradients,
 steps, and the folder, which PEFT loads and merges to the same weights. Hu et al. 2021, arXiv:2106.09685.
 """
 
@@ -21,13 +21,13 @@ from refgemma.training.optimizer import TrainingError
 from refgemma.weights.adapters import ADAPTER_MODEL
 from refgemma.weights.parameters import layer_tensors
 
-PEFT_PREFIX = "base_model.model."  # PEFT's, before each name
+PEFT_PREFIX = "base_model.model."  # prefix of each name in PEFT
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-ALL_LINEAR = "all-linear"  # PEFT's word for all of them
+ALL_LINEAR = "all-linear"  # PEFT's word for all projections
 
 
 def parse_modules(text: str) -> tuple[str, ...]:
-    """Return the projections named in `text`, with commas between them; ``all-linear`` means all seven.
+    """Return the projections in `text`, a list with commas; ``all-linear`` means all seven.
 
     Raises
     ------
@@ -42,20 +42,20 @@ def parse_modules(text: str) -> tuple[str, ...]:
     named = TARGETS if text == ALL_LINEAR else tuple(name.strip() for name in text.split(","))
     for name in named:
         if name not in TARGETS:
-            raise TrainingError(f"{name!r} is not a projection; give {ALL_LINEAR}, or some of {', '.join(TARGETS)}")
+            raise TrainingError(f"{name!r} is not a projection; give {ALL_LINEAR} or any of {', '.join(TARGETS)}")
     return tuple(name for name in TARGETS if name in named)
 
 
 @dataclass(frozen=True)
 class Lora:
-    """Which weights have an adapter, its rank, and its factor: ``W + lora_alpha / r * B @ A``.
+    """The settings of a LoRA adapter, which changes a weight to ``W + lora_alpha / r * B @ A``.
 
     Parameters
     ----------
     r, lora_alpha : int and float
-        The rank, and the number that is divided by it to give the factor.
+        The rank, and the numerator of the factor ``lora_alpha / r``.
     target_modules : sequence of str
-        Some of `TARGETS`, in every layer.
+        The projections that have an adapter in every layer; some of `TARGETS`.
 
     Examples
     --------
@@ -90,7 +90,7 @@ class Lora:
                 yield tensors[module], f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
 
     def draw(self, base: Mapping[str, Array], config: Gemma2Config, seed: int) -> dict[str, Array]:
-        """Draw a fresh adapter: A is uniform within ``1 / sqrt(in)``, as in PEFT, and B is zero."""
+        """Draw a new adapter as in PEFT: A is uniform within ``1 / sqrt(in)``, and B is zero."""
         drawn = {}
         for name, a, b in self.names(config):
             (rows, columns), dtype = base[name].shape, base[name].dtype
@@ -101,10 +101,10 @@ class Lora:
         return drawn
 
     def merge(self, base: Mapping[str, Array], adapter: Mapping[str, Array], config: Gemma2Config) -> dict[str, Array]:
-        """Return all weights, with ``W + scale * B @ A`` in place of each W that has an adapter.
+        """Return all weights; each weight with an adapter is ``W + scale * B @ A``.
 
-        The sum is in float64 and rounded once, as when ``refgemma.weights.adapters`` reads the folder: the weights that
-        are trained are those that are read.
+        The sum is computed in float64 and rounded once, as when ``refgemma.weights.adapters`` reads the folder. So the
+        merged weights in training equal the merged weights that are read later.
         """
         merged = dict(base)
         for name, a, b in self.names(config):
@@ -115,9 +115,9 @@ class Lora:
     def pull_back(
         self, gradients: Mapping[str, Array], adapter: Mapping[str, Array], config: Gemma2Config
     ) -> dict[str, Array]:
-        """Return the gradients of the adapter, from those of the merged weights.
+        """Return the gradients of the adapter, given the gradients of the merged weights.
 
-        The chain rule on ``W + s B A``: ``G`` is the gradient of the sum, so ``dA = s B^T G`` and ``dB = s G A^T``.
+        By the chain rule on ``W + s B A``, with the gradient ``G`` of the sum: ``dA = s B^T G`` and ``dB = s G A^T``.
 
         Examples
         --------
@@ -136,7 +136,7 @@ class Lora:
         return found
 
     def save(self, folder: Path, adapter: Mapping[str, Array], base_model: str) -> None:
-        """Write the two files of a PEFT adapter; each appears whole or not at all."""
+        """Write the two files of a PEFT adapter; each appears complete or not at all."""
         about: dict[str, Any] = {
             "base_model_name_or_path": base_model, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
             "init_lora_weights": True, "lora_alpha": self.lora_alpha, "lora_dropout": 0.0, "peft_type": "LORA",

@@ -1,7 +1,9 @@
-"""AdamW, clipping by the global norm, and learning-rate schedules. Checked against `AdamW` of torch 2.13, to
-the last bit but for square roots, against its `clip_grad_norm_`, and against the schedules of transformers 5.23.
+"""Compute AdamW steps, clipping by the global norm, and learning-rate schedules.
 
-Nothing here changes an array: each function returns new ones.
+Checked against `AdamW` of torch 2.13, bit for bit except square roots, against its `clip_grad_norm_`, and against the
+schedules of transformers 5.23.
+
+No function here changes an array in place; each returns new arrays.
 """
 
 import math
@@ -16,12 +18,12 @@ from jaxtyping import Float
 from refgemma.errors import RefgemmaError
 from refgemma.precision import Array
 
-# transformers' Trainer decays no tensor with such a name; in Gemma 2 these are the norms and the biases.
+# transformers' Trainer applies no weight decay to such names, which in Gemma 2 are norms and biases.
 NOT_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(^|\.)norm($|\.)|_norm($|\.)")
 
 
 class TrainingError(RefgemmaError):
-    """Raised for training that cannot start or go on; the message says why, and what to change."""
+    """Raised if training cannot start or continue; the message says why, and what to change."""
 
 
 # --- one rounding -----------------------------------------------------------------------------------------------------
@@ -48,12 +50,12 @@ def fused_multiply_add(
     b: Float[np.ndarray, "*shape"],
     c: Float[np.ndarray, "*shape"],
 ) -> Float[np.ndarray, "*shape"]:
-    """Compute ``a * b + c`` with one rounding, as processors do, and as the vectorised kernels of PyTorch do.
+    """Compute ``a * b + c`` with one rounding, as processors and PyTorch's vectorised kernels do.
 
-    The product of two float32 numbers is exact in float64. The product of two float64 numbers is the sum of two
-    float64 numbers, and so is a sum; the four parts are added from the smallest. Both give the correctly rounded
-    result, except where the exact one lies within ``2**-29`` (float32) or ``2**-50`` (float64) of an ulp of the middle
-    between two numbers.
+    The product of two float32 numbers is exact in float64. In float64, a product or sum of two numbers is computed as
+    the exact sum of two numbers. Then the four parts are added, the smallest first. The result is correctly rounded,
+    unless the exact result is too close to the midpoint between two numbers: within ``2**-29`` (float32) or ``2**-50``
+    (float64) of an ulp.
 
     Examples
     --------
@@ -75,7 +77,7 @@ def fused_multiply_add(
 
 
 def lerp(start: Float[np.ndarray, "*shape"], end: Float[np.ndarray, "*shape"], weight: float) -> Array:
-    """Interpolate: ``start + weight * (end - start)``, computed from the nearer end. Source: ``torch.lerp``.
+    """Interpolate: ``start + weight * (end - start)``, computed from the closer end. Source: ``torch.lerp``.
 
     Examples
     --------
@@ -93,7 +95,7 @@ def lerp(start: Float[np.ndarray, "*shape"], end: Float[np.ndarray, "*shape"], w
 
 @dataclass(frozen=True)
 class Moments:
-    """Running means of a weight's gradient and of its square, under torch's names."""
+    """Running means of a weight's gradient and of the squared gradient, with torch's names."""
 
     exp_avg: Array
     exp_avg_sq: Array
@@ -101,7 +103,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class AdamW:
-    """The numbers of the optimizer, with the defaults of transformers' ``TrainingArguments``.
+    """The settings of the optimizer, with the defaults of transformers' ``TrainingArguments``.
 
     torch's own `weight_decay` is 0.01. `adam_beta1` and `adam_beta2` are torch's ``betas``, `adam_epsilon` its ``eps``.
     """
@@ -116,7 +118,7 @@ ADAMW = AdamW()
 
 
 def first_moments(weight: Float[np.ndarray, "*shape"]) -> Moments:
-    """Return the moments before the first step: zeros.
+    """Return the moments before the first step, which are zero.
 
     Examples
     --------
@@ -139,30 +141,30 @@ def adamw(
         v = beta2 * v + (1 - beta2) * g**2                mean of its square
         w = w - lr / (1 - beta1**t) * m / (sqrt(v) / sqrt(1 - beta2**t) + eps)
 
-    The divisors ``1 - beta**t`` undo that m and v began at zero. The roundings are those of torch's
+    The divisors ``1 - beta**t`` correct for m and v starting at zero. The roundings are those of torch's
     ``_single_tensor_adam`` on a processor with fused multiply-add. Its ``fused=True``, the default of transformers'
     ``Trainer``, rounds at other places. Source: Kingma and Ba 2015, arXiv:1412.6980; Loshchilov and Hutter 2019,
     arXiv:1711.05101.
 
-    MKL's square root, which torch calls, is not correctly rounded: one in 80 float64 results differs by an ulp from
-    NumPy's. So the moments have torch's bits, and the length of a step may differ by an ulp.
+    MKL's square root, which torch calls, is not always correctly rounded: one in 80 float64 results differs by an ulp
+    from NumPy's. So the moments equal torch's bit for bit, but the length of a step may differ by an ulp.
 
     Parameters
     ----------
     weight, gradient : arrays of one shape
-        In float32 or float64.
+        The weight and its gradient, in float32 or float64.
     moments : Moments
-        From `first_moments` or the step before.
+        The moments from `first_moments` or from the previous step.
     step : int
         The number of this step, from 1.
     learning_rate : float
-        Of this step.
+        The learning rate of this step.
     numbers : AdamW
-        See there.
+        The other settings of the optimizer.
 
     Examples
     --------
-    The first step has the length of the learning rate, whatever the length of the gradient:
+    The length of the first step equals the learning rate, for any length of the gradient:
 
     >>> weight = np.array([1.0, 1.0])
     >>> adamw(weight, np.array([5.0, -0.001]), first_moments(weight), step=1, learning_rate=0.1)[0].round(4)
@@ -178,10 +180,10 @@ def adamw(
 
 
 def decays(name: str) -> bool:
-    """Return True if the weight of this name decays: matrices do, norms and biases do not.
+    """Return True if the weight with this name decays: matrices decay, norms and biases do not.
 
-    Source: transformers ``Trainer.get_decay_parameter_names``. A norm of Gemma 2 multiplies by ``1 + weight``, so that
-    its decay would pull the factor to 1, not to 0.
+    Source: transformers ``Trainer.get_decay_parameter_names``. A norm of Gemma 2 multiplies by ``1 + weight``, so decay
+    would pull the factor to 1, not to 0.
 
     Examples
     --------
@@ -195,7 +197,7 @@ def decays(name: str) -> bool:
 
 
 def global_norm(gradients: Mapping[str, Array]) -> float:
-    """Return the length of all gradients as one vector, summed in float64.
+    """Return the length of the vector of all gradients, summed in float64.
 
     Examples
     --------
@@ -206,18 +208,18 @@ def global_norm(gradients: Mapping[str, Array]) -> float:
 
 
 def clip_grad_norm(gradients: Mapping[str, Array], max_norm: float) -> tuple[dict[str, Array], float]:
-    """Scale all gradients by one factor, ``max_norm / (norm + 1e-6)``, if their global norm is above `max_norm`.
+    """Scale all gradients by ``max_norm / (norm + 1e-6)`` if their global norm exceeds `max_norm`.
 
     Returns
     -------
     dict of str to array
-        The gradients.
+        The scaled gradients.
     float
-        Their norm before. torch sums squares in float32, refgemma in float64.
+        The norm before scaling. torch sums squares in float32, refgemma in float64.
 
     Notes
     -----
-    Source: ``torch.nn.utils.clip_grad_norm_``. A factor for each tensor, or for each micro-batch, would turn the
+    Source: ``torch.nn.utils.clip_grad_norm_``. A factor for each tensor, or for each micro-batch, would change the
     direction of the step.
 
     Examples
@@ -231,7 +233,7 @@ def clip_grad_norm(gradients: Mapping[str, Array], max_norm: float) -> tuple[dic
 
 
 def count_warmup(warmup_steps: float, steps: int) -> int:
-    """Return the number of warm-up steps; below 1, `warmup_steps` is a share of all, as in ``TrainingArguments``.
+    """Return the number of warm-up steps; as in ``TrainingArguments``, values below 1 are a fraction of all steps.
 
     Examples
     --------
@@ -241,7 +243,7 @@ def count_warmup(warmup_steps: float, steps: int) -> int:
     return int(warmup_steps) if warmup_steps >= 1 else math.ceil(steps * warmup_steps)
 
 
-# Steps since the warm-up, and their number -> share of the learning rate.
+# (Steps since the warm-up, number of steps after the warm-up) -> factor of the learning rate.
 SCHEDULES: dict[str, Callable[[int, int], float]] = {
     "linear": lambda done, steps: max(0.0, (steps - done) / max(1, steps)),
     "cosine": lambda done, steps: max(0.0, 0.5 * (1 + math.cos(math.pi * done / max(1, steps)))),
@@ -250,10 +252,10 @@ SCHEDULES: dict[str, Callable[[int, int], float]] = {
 
 
 def schedule(kind: str, step: int, warmup: int, steps: int) -> float:
-    """Return the share of the learning rate at `step`, counted from 0: a linear rise, and then the `kind`.
+    """Return the factor of the learning rate at `step`, counted from 0: a linear rise, then the schedule `kind`.
 
-    With a warm-up, step 0 has the rate 0, as in transformers' ``get_linear_schedule_with_warmup`` and
-    ``get_cosine_schedule_with_warmup``. The last step, ``steps - 1``, is one step short of the end.
+    With a warm-up, the factor is 0 at step 0, as in transformers' ``get_linear_schedule_with_warmup`` and
+    ``get_cosine_schedule_with_warmup``. The last step is ``steps - 1``, so the schedule does not reach its end.
 
     Examples
     --------

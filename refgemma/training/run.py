@@ -1,4 +1,4 @@
-"""A training run: steps, checkpoints, and the folder at the end. Checked against ten steps of transformers' model with
+"""Run a training: steps, checkpoints, and the folder at the end. Checked against ten steps of transformers' model with
 torch's optimizer, and by killing runs: a resumed run ends with the same bits.
 """
 
@@ -40,14 +40,14 @@ from refgemma.weights.parameters import weights_of
 from refgemma.weights.save import STAGING, OutputTensor, write_checkpoint
 
 CHECKPOINT = "checkpoint.safetensors"
-ABOUT = "refgemma-training"  # in its metadata
+ABOUT = "refgemma-training"  # in the checkpoint's metadata
 STATE_PARTS = ("weight", "exp_avg", "exp_avg_sq")
 TRY_INSTEAD = "remove the folder and train again"
 
 
 @dataclass(frozen=True)
 class TrainingArguments:
-    """The numbers of a run under the names of transformers' ``TrainingArguments``.
+    """The settings of a run, with the names of transformers' ``TrainingArguments``.
 
     Parameters
     ----------
@@ -58,20 +58,21 @@ class TrainingArguments:
     weight_decay, adam_beta1, adam_beta2, adam_epsilon : float
         See `refgemma.training.optimizer.AdamW`.
     max_grad_norm : float
-        Longer gradients are clipped; 0 clips none.
+        Gradients with a larger norm are clipped; 0 turns clipping off.
     per_device_train_batch_size, gradient_accumulation_steps : int
-        Their product is the number of rows of a step. Nothing else depends on them: a row is computed at a time.
+        Their product is the number of rows per step. Nothing else depends on them, because rows are computed one by
+        one.
     gradient_checkpointing : bool
-        Compute each block twice, for less memory.
+        If true, compute each block twice to use less memory.
     seed : int
-        Of the order of the rows, and of a fresh adapter.
+        The seed for the order of the rows and for a new adapter.
     lora : Lora, optional
-        Train an adapter; all weights stay as they are.
+        Train this adapter; the base's weights do not change.
 
     Raises
     ------
     TrainingError
-        Naming the number that is out of range.
+        If a number is out of range; the message names it.
 
     Examples
     --------
@@ -96,7 +97,7 @@ class TrainingArguments:
     lora: Lora | None = None
 
     def __post_init__(self) -> None:
-        """Check every number."""
+        """Check every setting."""
         kinds: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
             "a whole number of at least 1": (
                 lambda x: type(x) is int and x >= 1,
@@ -119,12 +120,12 @@ class TrainingArguments:
 
     @property
     def optimizer(self) -> AdamW:
-        """The numbers of the optimizer."""
+        """The settings of the optimizer."""
         return AdamW(self.weight_decay, self.adam_beta1, self.adam_beta2, self.adam_epsilon)
 
     @property
     def rows(self) -> int:
-        """The number of rows of a step."""
+        """The number of rows per step."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     def rate(self, step: int) -> float:
@@ -135,17 +136,18 @@ class TrainingArguments:
 
 @dataclass(frozen=True)
 class State:
-    """A run between two steps: `tensors` are trained, all weights or an adapter, and `losses` has one for each step."""
+    """The state of a run between two steps: `tensors` has the trained weights or adapter, `losses` one loss per
+    step."""
 
     tensors: Mapping[str, Array]
     moments: Mapping[str, Moments]
     losses: tuple[float, ...] = ()
-    grad_norm: float = 0.0  # of the last step, before it was clipped
-    held_out: float = math.nan  # the loss before the first step
+    grad_norm: float = 0.0  # norm of the last step's gradients before clipping
+    held_out: float = math.nan  # held-out loss before the first step
 
     @property
     def step(self) -> int:
-        """The number of steps done."""
+        """The number of finished steps."""
         return len(self.losses)
 
 
@@ -169,13 +171,13 @@ def train_step(
     Parameters
     ----------
     state : State
-        From `first_state` or the step before.
+        The state from `first_state` or from the previous step.
     rows : sequence of int arrays
         The whole batch of the step; see `accumulate_gradients`.
     base : mapping
-        All weights before the run; read only for an adapter.
+        All weights before the run; used only to train an adapter.
     config, arguments
-        The model's numbers and the run's.
+        The configuration of the model, and the settings of the run.
 
     Raises
     ------
@@ -203,8 +205,8 @@ def train_step(
     gradients, norm = clip_grad_norm(gradients, arguments.max_grad_norm or math.inf)
     if not math.isfinite(loss) or not math.isfinite(norm):
         raise TrainingError(
-            f"step {number}: the loss is {loss:g} and the norm of its gradient {norm:g}, so training stops; lower the "
-            "learning rate, or warm it up for longer"
+            f"step {number}: the loss is {loss:g} and the norm of the gradient {norm:g}, so training stops; lower the "
+            "learning rate, or use more warm-up steps"
         )
     new, moments = dict[str, Array](), dict[str, Moments]()
     for name, tensor in state.tensors.items():
@@ -214,7 +216,7 @@ def train_step(
                 tensor, gradients.pop(name), state.moments[name], number, arguments.rate(state.step), optimizer
             )
         if not np.isfinite(new[name]).all():
-            raise TrainingError(f"step {number}: {name} is not finite after it; lower the learning rate")
+            raise TrainingError(f"step {number}: {name} is no longer finite; lower the learning rate")
     return State(new, moments, (*state.losses, loss), norm, state.held_out)
 
 
@@ -222,7 +224,7 @@ def train_step(
 
 
 def write_state(path: Path, state: State, identity: Mapping[str, Any]) -> None:
-    """Write a checkpoint, which appears whole or not at all; `identity` says which run it is of."""
+    """Write a checkpoint, which appears complete or not at all; `identity` identifies the run."""
     tensors = {
         f"{part}.{name}": array
         for name, tensor in state.tensors.items()
@@ -233,12 +235,12 @@ def write_state(path: Path, state: State, identity: Mapping[str, Any]) -> None:
 
 
 def read_state(path: Path, first: State, identity: Mapping[str, Any]) -> State:
-    """Read a checkpoint of this run; `first` has the names and shapes of its tensors.
+    """Read a checkpoint of this run; `first` gives the expected names and shapes of the tensors.
 
     Raises
     ------
     TrainingError
-        If the file is damaged, or of a run with another text, model or argument.
+        If the file is damaged, or belongs to a run with another text, model or argument.
     """
     opened, _ = open_tensors(path, TrainingError, TRY_INSTEAD)
     found = read_header(path)
@@ -251,16 +253,15 @@ def read_state(path: Path, first: State, identity: Mapping[str, Any]) -> State:
     for name, value in json.loads(json.dumps(identity)).items():
         if theirs.get(name) != value:
             raise TrainingError(
-                f"{path}: is of another run: its {name} was {theirs.get(name)}, not {value}; resume with the arguments "
-                "of the first start, or give another folder"
+                f"{path}: belongs to another run: {name} was {theirs.get(name)}, not {value}; resume with the "
+                "arguments "
+                "of the first run, or give another folder"
             )
     tensors, moments = dict[str, Array](), dict[str, Moments]()
     for name, tensor in first.tensors.items():
         stored = [found.get(f"{part}.{name}") for part in STATE_PARTS]
         if any(s is None or (s.shape, s.dtype) != (tensor.shape, tensor.dtype) for s in stored):
-            raise TrainingError(
-                f"{path}: lacks tensor {name!r}, or has it in another shape or precision; {TRY_INSTEAD}"
-            )
+            raise TrainingError(f"{path}: tensor {name!r} is missing, or has another shape or precision; {TRY_INSTEAD}")
         tensors[name], *rest = (s.read(tensor.dtype.name) for s in stored if s is not None)
         moments[name] = Moments(*rest)
     return State(tensors, moments, tuple(about["losses"]), about["grad_norm"], about["held_out"])
@@ -286,23 +287,23 @@ def hash_tensors(tensors: Mapping[str, Array]) -> str:
 
 @contextmanager
 def claim_output(folder: Path, resume: bool) -> Iterator[None]:
-    """Require an empty folder, or with `resume` one with a checkpoint, and keep other processes out of it.
+    """Lock a folder that must be empty or, with `resume`, must have a checkpoint.
 
-    A run that fails before its first checkpoint leaves nothing behind.
+    If the run fails before its first checkpoint, the folder is removed or emptied.
 
     Raises
     ------
     TrainingError
-        If the folder holds something else, or another process is writing it.
+        If the folder has other contents, or another process is writing to it.
     """
     if folder.exists() and not folder.is_dir():
-        raise TrainingError(f"{folder}: is a file; give a folder that is empty or absent")
+        raise TrainingError(f"{folder}: is a file; give an empty folder or a new one")
     there = [path.name for path in folder.iterdir() if path.name != STAGING] if folder.exists() else []
     if resume and CHECKPOINT not in there:
-        raise TrainingError(f"{folder}: holds no {CHECKPOINT}, so nothing can be resumed; train without --resume")
+        raise TrainingError(f"{folder}: has no {CHECKPOINT}, so no run can be resumed; train without --resume")
     if not resume and any(not name.endswith(".part") for name in there):
         advice = ", or continue it with --resume" if CHECKPOINT in there else ""
-        raise TrainingError(f"{folder}: holds files already; give an empty folder{advice}")
+        raise TrainingError(f"{folder}: is not empty; give an empty folder{advice}")
     made, staging = not folder.exists(), folder / STAGING
     staging.mkdir(parents=True, exist_ok=True)
     with lock_folder(staging, TrainingError):
@@ -311,26 +312,26 @@ def claim_output(folder: Path, resume: bool) -> Iterator[None]:
         finally:
             shutil.rmtree(staging, ignore_errors=True)
             if made:
-                with suppress(OSError):  # it is not empty
+                with suppress(OSError):  # the folder may not be empty
                     folder.rmdir()
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run in a folder.
+    """A training run that writes to a folder.
 
     Parameters
     ----------
     folder : Path
-        Where checkpoints are written, and the model at the end.
+        The folder for checkpoints and, at the end, for the model.
     rows, held_out : sequence of int arrays
-        Token ids to train on, and to measure the loss with.
+        Token ids to train on, and token ids for measuring the loss.
     base : mapping
         All weights before the run, by their names in a checkpoint.
     config : Gemma2Config
-        The model's.
+        The model's configuration.
     arguments : TrainingArguments
-        See there.
+        The settings of the run.
     """
 
     folder: Path
@@ -346,21 +347,21 @@ class Run:
         return asdict(self.arguments) | hashes | {"rows_held_out": len(self.held_out)}
 
     def measure(self, tensors: Mapping[str, Array]) -> float:
-        """Return the held-out loss with these trained tensors."""
+        """Return the held-out loss, given the trained tensors."""
         lora = self.arguments.lora
         merged = lora.merge(self.base, tensors, self.config) if lora else tensors
         return mean_loss(self.held_out, weights_of(merged, self.config), self.config)
 
     def states(self, resume: bool, save_steps: int) -> Iterator[State]:
-        """Yield the state before the first step, or at the last checkpoint, and after each step.
+        """Yield the state before the first step (or at the last checkpoint), and after each step.
 
-        Every `save_steps` steps a checkpoint is written before the state is yielded. The same bits come out however
-        often a run is killed and resumed.
+        Every `save_steps` steps, a checkpoint is written before the state is yielded. Killing and resuming a run does
+        not change any bit of the result.
 
         Raises
         ------
         TrainingError
-            If the checkpoint is of another run, or a loss is not finite.
+            If the checkpoint belongs to another run, or a loss is not finite.
         """
         identity, checkpoint = self.identify(), self.folder / CHECKPOINT
         state = first_state(self.base, self.config, self.arguments)
@@ -369,7 +370,9 @@ class Run:
         else:
             state = replace(state, held_out=self.measure(state.tensors))
             if not math.isfinite(state.held_out):
-                raise TrainingError(f"the held-out loss of the model is {state.held_out:g} before the first step")
+                raise TrainingError(
+                    f"the held-out loss is {state.held_out:g} before the first step; check the model's weights"
+                )
         yield state
         while state.step < self.arguments.max_steps:
             batch = take_batch(self.rows, state.step, self.arguments.rows, self.arguments.seed)
@@ -379,14 +382,14 @@ class Run:
             yield state
 
     def finish(self, tensors: Mapping[str, Array], source: Path, base_model: str) -> None:
-        """Write the folder that transformers, or PEFT for an adapter, loads; then remove the checkpoint.
+        """Write a folder for transformers, or for PEFT if it is an adapter; then remove the checkpoint.
 
         Parameters
         ----------
         tensors : mapping
             The trained tensors.
         source : Path
-            The folder or GGUF file of the base, whose tokenizer and generation settings are copied.
+            The folder or GGUF file of the base; its tokenizer and generation settings are copied.
         base_model : str
             The base's name, for ``adapter_config.json``.
         """

@@ -1,4 +1,4 @@
-"""The weights of a Gemma 2: their names and shapes (`parameters`), and reading them from disk (`checkpoint`)."""
+"""Name the weights of a Gemma 2 (`parameters`), read them from disk (`checkpoint`) and write them (`save`)."""
 
 from refgemma.weights.checkpoint import Checkpoint, CheckpointError, Stored, StoredRows, open_checkpoint
 from refgemma.weights.parameters import LayerWeights, Rows, Weights, layer_tensors, tensor_shapes

@@ -1,4 +1,4 @@
-"""Merge a LoRA adapter of PEFT into the weights of its base, one tensor at a time, as they are read. Checked against
+"""Merge a LoRA adapter of PEFT into its base model, one tensor at a time when the tensor is read. Checked against
 PEFT 0.21 `merge_and_unload`: patterns, rank-stabilised, DoRA, embeddings, whole modules, single tokens."""
 
 import functools
@@ -22,7 +22,7 @@ from refgemma.weights.stored import REMEDY, CheckpointError, ComputedRows, Store
 
 ADAPTER_MODEL, PICKLED_ADAPTER = "adapter_model.safetensors", "adapter_model.bin"
 
-# Keys of adapter_config.json that describe how an adapter was made or where it goes; the tensors show this, too.
+# Keys of adapter_config.json that change nothing: they say how the adapter was made, or repeat facts of the tensors.
 DESCRIPTIVE = {
     "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying", "eva_config",
     "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform", "lora_dropout",
@@ -33,9 +33,9 @@ READ = {
     "alpha_pattern", "init_lora_weights", "lora_alpha", "peft_type", "r", "rank_pattern", "trainable_token_indices",
     "lora_bias", "use_dora", "use_rslora",
 }  # fmt: skip
-INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # all others change the base before the adapter is added
+INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # all others change the base's weights first
 
-# A pattern is an untrusted regular expression; with few repetitions, none inside another, it cannot take long.
+# A pattern is an untrusted regular expression. With few repetitions and none inside another, matching is always fast.
 PATTERN_LIMIT, REPETITIONS = 200, 3
 
 Delta: TypeAlias = Callable[[Array, Any, str], Array]
@@ -48,9 +48,9 @@ TENSOR = re.compile(
 
 
 HALF_PRECISIONS = ("bfloat16", "float16")
-TOKEN_INDICES = "token_adapter.trainable_tokens_delta"  # rows of an embedding
-BASE = ("base_layer.weight", "base_layer.bias")  # tensors of the base itself
-ADAPTER_KINDS = ("weight", "bias")  # tensors of a whole module in the adapter
+TOKEN_INDICES = "token_adapter.trainable_tokens_delta"  # trained rows of an embedding
+BASE = ("base_layer.weight", "base_layer.bias")  # the base's own tensors, which the file repeats
+ADAPTER_KINDS = ("weight", "bias")  # a module that the adapter replaces as a whole
 PARTS = {
     "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", *BASE,
     "lora_B.bias", TOKEN_INDICES, *ADAPTER_KINDS,
@@ -62,7 +62,7 @@ class Changed(Stored):
     """A tensor on disk that an adapter changes when it is read."""
 
     base: Stored
-    change: Delta  # called with rows of the base in float64, their places, and the model's precision
+    change: Delta  # takes rows of the base in float64, the rows' numbers, and the model's precision
 
     def read(self, dtype: str, rows: Any = ...) -> Array:
         """Copy the changed tensor, or some of its rows; see `Stored.read`."""
@@ -72,13 +72,13 @@ class Changed(Stored):
             found = as_dtype(self.change(part, rows, dtype), dtype)
         if not np.isfinite(found).all():
             raise CheckpointError(
-                f"{self.file}: merged into the base's tensor {self.base.name!r}, it gives NaN, infinity or a number "
-                f"above the largest {dtype}; use a wider dtype, or the adapter is damaged"
+                f"{self.file}: merging it into tensor {self.base.name!r} of the base gives NaN, infinity or a number "
+                f"above the largest {dtype}; use a wider dtype, or download the adapter again"
             )
         return found
 
     def map(self, keep: bool = False) -> Any:
-        """Return the rows in float64, changed on each access; nothing is kept."""
+        """Return the rows in float64; the change is computed again at each access."""
         return ComputedRows(self, np.dtype(np.float64))
 
 
@@ -88,7 +88,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     Raises
     ------
     CheckpointError
-        If the adapter cannot be merged; the error gives the reason.
+        If the adapter cannot be merged; the message gives the reason.
 
     Examples
     --------
@@ -100,16 +100,17 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / ADAPTER_CONFIG
     raw = read_object(path, CheckpointError, REMEDY)
-    merge = "merge the adapter with PEFT (merge_and_unload, save_pretrained) if PEFT can, and load the result"
+    merge = "try to merge the adapter with PEFT (merge_and_unload, save_pretrained), and load the result"
     if raw.get("peft_type") != "LORA":
         raise CheckpointError(f"{path}: peft_type is {quote(raw.get('peft_type'))}; it must be LORA: {merge}")
-    # A key of a newer PEFT may change the weights, unless it is off.
+    # A key that only a newer PEFT knows may change the weights, unless its value is false.
     for key, value in raw.items():
         if key not in DESCRIPTIVE | READ and key != "loftq_config" and value not in (None, False, {}, []):
             raise CheckpointError(f"{path}: {quote(key)} is {quote(value)}, which is not supported; {merge}")
     if raw.get("init_lora_weights") not in INITS:
         raise CheckpointError(
-            f"{path}: init_lora_weights is {quote(raw['init_lora_weights'])}, which changes the base first; {merge}"
+            f"{path}: init_lora_weights is {quote(raw['init_lora_weights'])}, which changes the base's weights first; "
+            f"{merge}"
         )
     for key in ("use_dora", "use_rslora", "lora_bias"):
         if not isinstance(raw.get(key, False), bool | None):
@@ -131,14 +132,14 @@ def merge_adapter(
     config: Gemma2Config, tensors: Mapping[str, Stored], adapter: Mapping[str, Any], found: Mapping[str, Stored],
     folder: Path,
 ) -> tuple[Gemma2Config, dict[str, Stored]]:  # fmt: skip
-    """Merge an adapter into the tensors of its base model; each tensor is read and changed on access.
+    """Merge an adapter into the tensors of its base model; each tensor is read and changed only when it is accessed.
 
     Parameters
     ----------
     config, tensors : Gemma2Config, mapping of str to Stored
-        The base.
+        The base model's configuration and tensors.
     adapter : mapping
-        See `read_adapter_config`.
+        The adapter's configuration; see `read_adapter_config`.
     found : mapping of str to Stored
         The tensors of the adapter.
     folder : Path
@@ -147,14 +148,14 @@ def merge_adapter(
     Returns
     -------
     config : Gemma2Config
-        The configuration; the head is not tied if the adapter has an embedding or head of its own, as in PEFT.
+        The configuration. As in PEFT, its head is no longer tied if the adapter replaces the embedding or the head.
     tensors : dict of str to Stored
         The merged tensors.
 
     Raises
     ------
     CheckpointError
-        If a tensor of the adapter does not fit the base in shape or name.
+        If the name or shape of an adapter's tensor does not fit the base.
 
     Examples
     --------
@@ -179,19 +180,19 @@ def merge_adapter(
         config = config.changed(vocab_size=tables[0].shape[0])
         merged |= {EMBED_TOKENS: tables[0]} | ({LM_HEAD: tables[1]} if LM_HEAD in merged else {})
         if config.tie_word_embeddings and not has_other_numbers(tables[1], tables[0]):
-            del whole[LM_HEAD], whole[EMBED_TOKENS]  # one table under two names, and still tied
+            del whole[LM_HEAD], whole[EMBED_TOKENS]  # one table under two names stays tied
     if config.tie_word_embeddings and not whole.keys().isdisjoint({EMBED_TOKENS, LM_HEAD}):
         config = config.changed(tie_word_embeddings=False)
         merged[LM_HEAD] = merged[EMBED_TOKENS]
     for name, tensor in whole.items():
         _check_shape(tensor, merged[name].shape if name in merged else tensor.shape)
         merged[name] = tensor
-    # PEFT changes the shared table of a tied head, whichever of the two modules the adapter names.
+    # If head and embedding share a table, PEFT changes it, whichever of the two modules the adapter names.
     tied = {} if LM_HEAD in merged else {LM_HEAD: EMBED_TOKENS}
     if tied and (shared := [name for name in ("model.embed_tokens", "lm_head") if _is_low_rank(modules.get(name, {}))]):
         warnings.warn(
             f"{source}: the LoRA of {quote_few(shared)} is merged into the table that embedding and head share, as "
-            "PEFT's merge_and_unload does; run unmerged in PEFT, it changes only one of the two, with other logits: "
+            "PEFT's merge_and_unload does; unmerged, PEFT changes only one of the two and gives other logits: "
             "for those logits, save the base with tie_word_embeddings false and a separate lm_head.weight",
             stacklevel=2,
         )
@@ -206,7 +207,7 @@ def merge_adapter(
             name = places[module] if field == "weight" else f"{module}.{field}"
             if name not in merged:
                 raise CheckpointError(
-                    f"{source}: {module} has no bias in the base, so lora_B.bias cannot be merged, in PEFT neither; "
+                    f"{source}: {module} has no bias in the base, so neither refgemma nor PEFT can merge lora_B.bias; "
                     "run the adapter with PEFT, or train with lora_bias=False"
                 )
             base = merged[name]
@@ -215,7 +216,7 @@ def merge_adapter(
 
 
 def _group(found: Mapping[str, Stored], tensors: Mapping[str, Stored], source: Path) -> dict[str, dict[str, Stored]]:
-    """Return the tensors of the adapter, by module of the base and by kind."""
+    """Return the adapter's tensors, grouped by the base's module and then by kind."""
     own = {*tensors, LM_HEAD, SCORE_WEIGHT, SCORE_BIAS}
     modules: dict[str, dict[str, Stored]] = {}
     strange = []
@@ -230,7 +231,8 @@ def _group(found: Mapping[str, Stored], tensors: Mapping[str, Stored], source: P
         modules.setdefault(module, {})[kind] = tensor
     if strange:
         raise CheckpointError(
-            f"{source}: holds {quote_few(strange)}, which fits no tensor of this base; use the adapter's own base, "
+            f"{source}: holds {quote_few(strange)}, which no tensor of this base matches; use the base that the "
+            "adapter was trained on, "
             "or merge the adapter with PEFT"
         )
     return modules
@@ -245,13 +247,14 @@ def _check_shape(tensor: Stored, shape: Sequence[int]) -> None:
         return
     resized = ("embed_tokens" in tensor.name or "lm_head" in tensor.name) and tensor.shape[1:] == tuple(shape)[1:]
     step = (
-        f"; the base was resized: call resize_token_embeddings({tensor.shape[0]}) on the base, save it, and name "
-        "that folder as base_model_name_or_path"
+        f"; the adapter's base had been resized: call resize_token_embeddings({tensor.shape[0]}) on the base, save "
+        "it, and give "
+        "its folder as base_model_name_or_path"
         if resized
         else ""
     )
     raise CheckpointError(
-        f"{tensor.file}: tensor {quote(tensor.name)} is {list(tensor.shape)}; by the base and "
+        f"{tensor.file}: tensor {quote(tensor.name)} is {list(tensor.shape)}; according to the base and "
         f"{ADAPTER_CONFIG} it must be {list(shape)}{step}"
     )
 
@@ -259,7 +262,7 @@ def _check_shape(tensor: Stored, shape: Sequence[int]) -> None:
 def _make_changes(
     module: str, parts: Mapping[str, Stored], adapter: Mapping[str, Any], base: Stored, source: Path
 ) -> dict[str, Delta]:
-    """Return the changes of a module's ``weight`` and ``bias``; check all shapes."""
+    """Return a function that changes a module's ``weight``, and one for ``bias`` if needed; check all shapes."""
     kinds = parts.keys() - {*ADAPTER_KINDS, *BASE}
     if not kinds:
         return {}
@@ -293,22 +296,23 @@ def _make_changes(
 
 
 def _match_pattern(adapter: Mapping[str, Any], key: str, module: str, usual: float) -> Any:
-    """Return the number for a module: as in PEFT, that of the first pattern that matches the end of its name."""
+    """Return the number of the first pattern that matches the end of a module's name, as PEFT does; default:
+    `usual`."""
     for pattern, value in (adapter.get(key) or {}).items():
         try:
             if len(pattern) > PATTERN_LIMIT or len(re.findall(r"[*+?{]", pattern)) > REPETITIONS or ")" in pattern:
-                raise re.error("it is too complex")
+                raise re.error("the pattern is too complex")
             if re.match(rf"(.*\.)?({pattern})$", module):
                 return value
         except (re.error, OverflowError, RecursionError) as error:
             raise CheckpointError(
-                f"{ADAPTER_CONFIG}: {key}: {quote(pattern)} must be a simple pattern of a name: {error}"
+                f"{ADAPTER_CONFIG}: {key}: {quote(pattern)} must be a simple regular expression for a name: {error}"
             ) from None
     return usual
 
 
 def _add(inner: Stored, outer: Stored, scale: float, magnitude: Stored | None) -> Delta:
-    """Return the change of a linear layer: ``W + scale * B @ A``; DoRA scales its rows to the norms `magnitude`."""
+    """Return the change of a linear layer: ``W + scale * B @ A``; for DoRA, scale its rows to the norms `magnitude`."""
 
     def change(part: Array, rows: Any, _: str) -> Array:
         merged = part + scale * (outer.read("float64", rows) @ inner.read("float64"))
@@ -322,12 +326,13 @@ def _add(inner: Stored, outer: Stored, scale: float, magnitude: Stored | None) -
 
 
 def _add_embedding(inner: Stored, outer: Stored, scale: float, magnitude: Stored | None, base: Stored) -> Delta:
-    """Return the change of an embedding: ``W + scale * (B @ A).T``; DoRA scales its columns to norms `magnitude`."""
+    """Return the change of an embedding: ``W + scale * (B @ A).T``; for DoRA, scale its columns to norms
+    `magnitude`."""
 
     def add(part: Array, rows: Any, dtype: str) -> Array:
         delta: Array = scale * (inner.read("float64").T[rows] @ outer.read("float64").T)
         if dtype in HALF_PRECISIONS and magnitude is None:
-            delta = np.asarray(as_dtype(delta, dtype), np.float64)  # PEFT rounds it before adding it
+            delta = np.asarray(as_dtype(delta, dtype), np.float64)  # PEFT rounds the product before adding it
         return part + delta
 
     @functools.cache
@@ -341,7 +346,7 @@ def _add_embedding(inner: Stored, outer: Stored, scale: float, magnitude: Stored
 
 
 def _replace_tokens(module: str, tokens: Stored, adapter: Mapping[str, Any], base: Stored) -> Delta:
-    """Return the change of an embedding when the adapter holds some of its rows."""
+    """Return the change of an embedding that replaces some rows by the adapter's."""
     given = adapter.get("trainable_token_indices")
     if isinstance(given, dict):
         given = next((ids for name, ids in given.items() if module.endswith(name)), None)

@@ -1,8 +1,9 @@
 """Open the Hugging Face folder of a Gemma 2 and read it one tensor, one layer or a few rows at a time.
 
-Checked bit for bit against the loader of safetensors 0.8, which also checks the headers. The file is memory-mapped only
-while a tensor is read, so that a 27B (54 GB in bfloat16) is never resident. Decoding reads each tensor for each token,
-so it keeps the maps. safetensors' own loader copies each tensor a second time, and its errors name no tensor.
+Checked bit for bit against the loader of safetensors 0.8, which also checks the headers. A file is memory-mapped only
+while a tensor is read, so that a 27B (54 GB in bfloat16) is never resident. Decoding reads every tensor for every
+token, so it keeps the maps. The loader of safetensors is not used for the data: it copies each tensor twice, and its
+errors name no tensor.
 """
 
 import functools
@@ -56,7 +57,7 @@ SHARD_NAME = re.compile(r"[A-Za-z0-9_.-]{1,200}\.safetensors")  # a plain file n
 
 @dataclass(frozen=True)
 class StoredRows:
-    """A table on disk whose rows are read, converted and checked on access.
+    """A table on disk that reads, converts and checks rows when they are indexed.
 
     Parameters
     ----------
@@ -88,14 +89,16 @@ class StoredRows:
     def __getitem__(self, rows: Any, /) -> Array:
         """Read the rows of a slice, or of an array of integers, which gives ``(*rows.shape, hidden)``."""
         if isinstance(rows, tuple):
-            raise TypeError("rows on disk take one index, a slice or an array of integers: cut columns afterwards")
+            raise TypeError(
+                "a table on disk takes one index, a slice or an array of integers; select columns of the result"
+            )
         return self.tensor.read(self.dtype, rows)
 
 
 def read_header(file: Path, quantised: bool = False) -> dict[str, Stored]:
     """Read the header of one safetensors file, and return its tensors by name, without their data.
 
-    With `quantised`, tensors in the packed formats of `refgemma.weights.quantised` are listed, too.
+    With `quantised`, the result includes tensors in the packed formats of `refgemma.weights.quantised`.
 
     Raises
     ------
@@ -115,13 +118,13 @@ def read_header(file: Path, quantised: bool = False) -> dict[str, Stored]:
     file_bytes = file.stat().st_size
     known = DTYPE_OF_CODE | (RAW_DTYPES if quantised else {})
     found: dict[str, Stored] = {}
-    for name in opened.offset_keys():  # in the order of the data, which have no gaps
+    for name in opened.offset_keys():  # in the order of the data, which has no gaps
         entry = opened.get_slice(name)
         code = entry.get_dtype()
         if code not in known:
             raise CheckpointError(
-                f"{file}: tensor {quote(name)}: the dtype is {code!r}; it must be one of {', '.join(DTYPE_OF_CODE)}: "
-                "convert a quantised checkpoint to one of them first"
+                f"{file}: tensor {quote(name)}: the dtype is {code!r}; it must be one of {', '.join(DTYPE_OF_CODE)}; "
+                "dequantise the checkpoint with the library that made it"
             )
         found[name] = Stored(name, file, known[code], tuple(entry.get_shape()), position, file_bytes)
         position += found[name].nbytes
@@ -131,7 +134,7 @@ def read_header(file: Path, quantised: bool = False) -> dict[str, Stored]:
 def read_shards(
     index: Path, shard_name: re.Pattern[str], read: Callable[[Path], Mapping[str, Stored]], tables: tuple[str, ...] = ()
 ) -> dict[str, Stored]:
-    """Read the headers of all shards of a checkpoint; each tensor must be only where the index places it.
+    """Read the headers of all shards; each tensor must be in the shard that the index names, and only there.
 
     Parameters
     ----------
@@ -140,9 +143,9 @@ def read_shards(
     shard_name : re.Pattern
         A pattern that the name of each shard must match: a plain file name.
     read : callable
-        Reads the header of one shard.
+        Function that reads the header of one shard.
     tables : tuple of str
-        Suffixes of names that are not weights and may occur in every shard; they are left out.
+        Suffixes of names to leave out: these tensors are not weights, and may occur in every shard.
 
     Raises
     ------
@@ -151,7 +154,7 @@ def read_shards(
     """
     weight_map = read_object(index, CheckpointError, REMEDY).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: has no weight_map, an object from tensor names to files; {REMEDY}")
+        raise CheckpointError(f"{index}: weight_map must be an object from tensor names to files; {REMEDY}")
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not shard_name.fullmatch(shard):
             raise CheckpointError(
@@ -160,7 +163,9 @@ def read_shards(
             )
     shards = sorted(set(weight_map.values()))
     if absent := [shard for shard in shards if not (index.parent / shard).exists()]:
-        raise CheckpointError(f"{index}: the folder lacks {quote_few(absent)} of {len(shards)} shards; download them")
+        raise CheckpointError(
+            f"{index}: the folder lacks {quote_few(absent)}, of {len(shards)} shards; download the missing ones"
+        )
     weight_map = {name: shard for name, shard in weight_map.items() if not name.endswith(tables)}
     found: dict[str, Stored] = {}
     for shard in shards:
@@ -170,21 +175,23 @@ def read_shards(
             where = f"{tensor.file}: tensor {quote(name)}"
             if name in found:
                 other = found[name].file.name
-                raise CheckpointError(f"{where} is in {other} too; remove the one left from another checkpoint")
+                raise CheckpointError(f"{where} is in {other} too; remove the file that belongs to another checkpoint")
             if name not in weight_map:
-                raise CheckpointError(f"{where} is not in {index.name}; index and shard must be of one checkpoint")
+                raise CheckpointError(
+                    f"{where} is not in {index.name}; fetch index and shards of the same checkpoint again"
+                )
             found[name] = tensor
     for name, shard in weight_map.items():
         if name not in found or found[name].file.name != shard:
             raise CheckpointError(
                 f"{index.parent / shard}: lacks tensor {quote(name)}, which {index.name} places there; "
-                "index and shard must be of one checkpoint"
+                "fetch index and shards of the same checkpoint again"
             )
     return found
 
 
 def read_files(folder: Path) -> tuple[Path, dict[str, Stored]]:
-    """Return the file to name in errors about the whole checkpoint, and every tensor in the folder.
+    """Return the path for errors about the whole checkpoint, and every tensor in the folder.
 
     A single file has priority over an index, as in transformers.
     """
@@ -196,20 +203,20 @@ def read_files(folder: Path) -> tuple[Path, dict[str, Stored]]:
     names = sorted(path.name for path in folder.iterdir())
     if pickles := [name for name in names if name.endswith((".bin", ".pth", ".ckpt", ".pt"))]:
         raise CheckpointError(
-            f"{folder}: holds {quote_few(pickles)}, PyTorch's pickles, and no {SINGLE}; convert the pickles with: "
+            f"{folder}: has no {SINGLE}, but PyTorch's pickles {quote_few(pickles)}; convert these with: "
             f"refgemma convert {folder} NEW_FOLDER"
         )
     if shards := [name for name in names if name.endswith(".safetensors")]:
         raise CheckpointError(
-            f"{folder}: holds {quote_few(shards)}, but neither {SINGLE} nor {INDEX}; "
-            "fetch the index, or rename a file that holds the whole model"
+            f"{folder}: has neither {SINGLE} nor {INDEX}, but {quote_few(shards)}; "
+            "fetch the index, or rename the file to {SINGLE} if it holds the whole model"
         )
-    raise CheckpointError(f"{folder}: holds no weights, neither {SINGLE} nor {INDEX}; give the folder that holds them")
+    raise CheckpointError(f"{folder}: has no weights, neither {SINGLE} nor {INDEX}; give the folder with the weights")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A Gemma 2 on disk, with its headers read and checked but its data unread; made by `open_checkpoint`.
+    """A Gemma 2 on disk: the headers are read and checked, the data is not. `open_checkpoint` makes it.
 
     Parameters
     ----------
@@ -218,9 +225,9 @@ class Checkpoint:
     config : Gemma2Config
         The configuration in ``config.json``.
     tensors : mapping of str to Stored
-        Every tensor of `tensor_shapes`, under that name even if the file leaves out ``model.``; then ``score.weight``
-        and ``score.bias`` of a classifier. A stored ``lm_head.weight`` that is tied repeats the embedding and is not
-        listed.
+        Every tensor of `tensor_shapes` under that name, even if the names in the file lack ``model.``; then a
+        classifier's ``score.weight`` and ``score.bias``. A tied ``lm_head.weight`` is not listed, because it repeats
+        the embedding.
 
     Examples
     --------
@@ -233,7 +240,7 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        """Bytes on disk of `tensors`."""
+        """The number of bytes of `tensors` on disk."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @property
@@ -242,7 +249,7 @@ class Checkpoint:
         return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
 
     def score(self, dtype: str = "float32") -> Score | None:
-        """Read the head of a classifier, if there is one."""
+        """Read the head of a classifier; return None if there is none."""
         score = {name: self.tensors[name] for name in (SCORE_WEIGHT, SCORE_BIAS) if name in self.tensors}
         if not score:
             return None
@@ -256,7 +263,8 @@ class Checkpoint:
             return self.resident(dtype)
         if any(isinstance(tensor, Changed) for tensor in self.tensors.values()):
             warnings.warn(
-                f"{self.folder}: is too large for memory, so its adapter is merged again for every token; merge it "
+                f"{self.folder}: the model is too large for memory, so the adapter is merged again for every token; "
+                "merge it "
                 "once with: refgemma convert ADAPTER NEW_FOLDER",
                 stacklevel=3,
             )
@@ -269,11 +277,11 @@ class Checkpoint:
         return Weights(streamed.embed_tokens[:], list(streamed.layers), streamed.norm, head)
 
     def streamed(self, dtype: str = "float32") -> Weights:
-        """Return the same weights, but read each block and each row of the embedding on access, and keep none.
+        """Return weights that read each block and each row of the embedding when accessed, and keep none in memory.
 
-        The numbers equal those of `resident`, bit for bit. A NaN in the file is found when its block or row is read.
-        `refgemma.fast` keeps its tensors mapped while decoding; the system counts these pages as the process's memory
-        and can reclaim them.
+        The numbers equal those of `resident`, bit for bit. A NaN in the file raises an error only when its block or row
+        is read. While decoding, `refgemma.fast` keeps its tensors mapped. The system counts mapped pages as memory of
+        the process, but can reclaim them.
         """
 
         def tensor(name: str) -> StoredRows:
@@ -286,23 +294,23 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: str | Path, adapter: Mapping[str, Stored] | None = None) -> Checkpoint:
-    """Open a folder with ``config.json`` and ``model.safetensors`` or an index and shards, an adapter, or a GGUF file.
+    """Open a Hugging Face folder (one weights file, or an index and shards), a PEFT adapter, or a GGUF file.
 
-    Reads only the headers, and checks that files, index and configuration agree and that each file is complete. The one
-    exception is a stored ``lm_head.weight``: its data are compared with the embedding now.
+    This reads only the headers. It checks that files, index and configuration agree and that each file is complete. The
+    one exception is a stored ``lm_head.weight``, whose data is compared with the embedding at once.
 
     Parameters
     ----------
     folder : str or Path
-        A folder from the Hugging Face hub or from ``save_pretrained``, or a ``.gguf`` file. A PEFT adapter is merged
-        into its base as it is read.
+        A folder from the Hugging Face hub or from ``save_pretrained``, a PEFT adapter, or a ``.gguf`` file. An adapter
+        is merged into its base when a tensor is read.
     adapter : mapping of str to Stored, optional
         The tensors of an adapter, used instead of ``adapter_model.safetensors``.
 
     Raises
     ------
     CheckpointError
-        For any problem in the files; the error names the file, the tensor and the remedy.
+        For any problem in the files; the message names the file, the tensor and the remedy.
     ConfigError
         If ``config.json`` is not that of a Gemma 2.
 
@@ -327,11 +335,11 @@ def open_checkpoint(folder: str | Path, adapter: Mapping[str, Stored] | None = N
     if folder.is_file() and folder.suffix == GGUF:
         return Checkpoint(folder, *read_gguf_model(folder))
     if not folder.is_dir():
-        fault = "is a file; give the folder that holds it" if folder.exists() else "there is no such folder"
+        fault = "is a file; give its folder" if folder.exists() else "there is no such folder"
         raise CheckpointError(f"{folder}: {fault}")
     refuse_links(folder)
     for path in (folder / name for name in (CONFIG_JSON, SINGLE, INDEX, ADAPTER_CONFIG, ADAPTER_MODEL)):
-        if path.exists() and not (path.is_file() or path.is_dir()):  # reading it might wait for ever
+        if path.exists() and not (path.is_file() or path.is_dir()):  # reading such a file could wait for ever
             raise CheckpointError(f"{path}: is a pipe or a device; it must be a file")
     try:
         return _open_adapter(folder, adapter) if (folder / ADAPTER_CONFIG).exists() else _open_model(folder)
@@ -341,7 +349,7 @@ def open_checkpoint(folder: str | Path, adapter: Mapping[str, Stored] | None = N
 
 def _open_model(folder: Path) -> Checkpoint:
     if not (folder / CONFIG_JSON).exists():
-        raise CheckpointError(f"{folder}: holds no {CONFIG_JSON}; give the folder of a Hugging Face checkpoint")
+        raise CheckpointError(f"{folder}: has no {CONFIG_JSON}; give the folder of a Hugging Face checkpoint")
     config = Gemma2Config.from_json_file(folder / CONFIG_JSON)
     raw = read_object(folder / CONFIG_JSON, CheckpointError)
     leftover = raw.get("quantization_config")
@@ -352,41 +360,46 @@ def _open_model(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{error}{_name_quantisation(raw)}") from None
     if leftover and not any(isinstance(tensor, Dequantised) for tensor in found.values()):
         warnings.warn(
-            f"{folder / CONFIG_JSON}: quantization_config = {quote(leftover)} is ignored: the weights beside it "
-            "are not quantised and are used as they are; remove it",
+            f"{folder / CONFIG_JSON}: quantization_config = {quote(leftover)} is ignored, because the weights are not "
+            "quantised; remove it from the configuration",
             stacklevel=4,
         )
     return Checkpoint(folder, *match_names(found, config, source))
 
 
 def _name_quantisation(raw: Mapping[str, Any]) -> str:
-    """Return a note on the quantisation method that a configuration names and the remedy, or an empty string."""
+    """Return a note with the quantisation method in a configuration and the remedy, or an empty string."""
     method = raw.get("quantization_config") or raw.get("quantization")  # the second is MLX's
     if not isinstance(method, dict):
         return ""
     name = method.get("quant_method", "MLX" if "group_size" in method else "a method without a name")
     return (
-        f"; according to {CONFIG_JSON} the weights are quantised by {quote(name)}: load them with that library, "
-        "dequantise them and save them again"
+        f"; according to {CONFIG_JSON} the weights are quantised by {quote(name)}: load the model with that library, "
+        "dequantise the weights and save the model again"
     )
 
 
 def _open_adapter(folder: Path, tensors: Mapping[str, Stored] | None) -> Checkpoint:
-    """Open the base of an adapter, in its folder or where ``adapter_config.json`` points, and merge the adapter."""
+    """Open an adapter's base, in the same folder or where ``adapter_config.json`` points, and merge the adapter."""
     adapter = read_adapter_config(folder)
     if tensors is None and not (folder / ADAPTER_MODEL).exists():
         if (folder / PICKLED_ADAPTER).exists():
             raise CheckpointError(
-                f"{folder}: holds {PICKLED_ADAPTER}, PyTorch's pickle, and no {ADAPTER_MODEL}; merge it into its base "
+                f"{folder}: has no {ADAPTER_MODEL}, but PyTorch's pickle {PICKLED_ADAPTER}; merge it into its base "
                 f"with: refgemma convert {folder} NEW_FOLDER"
             )
-        raise CheckpointError(f"{folder}: holds {ADAPTER_CONFIG} but no {ADAPTER_MODEL}; save it with a newer PEFT")
+        raise CheckpointError(
+            f"{folder}: has {ADAPTER_CONFIG} but no {ADAPTER_MODEL}; save the adapter with a newer PEFT"
+        )
     if (folder / SINGLE).exists() or (folder / INDEX).exists():
         base = _open_model(folder)
     else:
         name, revision = adapter.get("base_model_name_or_path"), adapter.get("revision") or "main"
         if not isinstance(name, str) or not isinstance(revision, str):
-            raise CheckpointError(f"{folder / ADAPTER_CONFIG}: base_model_name_or_path is {quote(name)}; name the base")
+            raise CheckpointError(
+                f"{folder / ADAPTER_CONFIG}: base_model_name_or_path is {quote(name)}; it must be the base's folder "
+                "or hub id"
+            )
         try:
             place = find_model(name, revision)
         except ModelNameError as error:

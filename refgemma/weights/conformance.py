@@ -1,10 +1,12 @@
-"""Write conformance checkpoints: small models in which every known bug shows. Checked in the tests: the files in the
-package are written here, to the last byte, and other sizes show the same bugs.
+"""Write conformance checkpoints: small models in which every known bug changes the result.
 
-Their weights are random bytes times powers of two, exact in bfloat16; nobody trained them. In the packaged model no two
-axes have the same length, ``heads * head_dim`` is not the width, the query scalar is neither head_dim nor width /
-heads, ``sqrt(hidden)`` is 0.15 % off in bfloat16, both caps bend, the window is 8, and rows of the embedding have ten
-sizes, so that eps matters to some tokens.
+The tests check that this file reproduces the checkpoint in the package to the last byte, and that other sizes show the
+same bugs.
+
+The weights are random bytes times powers of two, exact in bfloat16 (untrained). In the packaged model, no two axes have
+the same length, and ``heads * head_dim`` is not the width. The query scalar is neither head_dim nor width / heads, and
+``sqrt(hidden)`` is 0.15 % off in bfloat16. Both caps have an effect, and the window is 8. The rows of the embedding
+have ten sizes, so that eps matters to some tokens.
 """
 
 import math
@@ -38,18 +40,19 @@ CONFIG = Gemma2Config(
     final_logit_softcapping=2.0, max_position_embeddings=512, dtype="bfloat16", architectures=("Gemma2ForCausalLM",),
 )  # fmt: skip
 WEIGHT_SEED = 5
-# A weight is -128 to 127, root mean square 74, times 2 to this power; matrices of a larger width have smaller weights.
+# A weight is a number from -128 to 127 (root mean square 74) times 2 to this power. Wider matrices have smaller
+# weights.
 MATRIX, NORM, TABLE = -8, -8, -7
-ROW_SIZES = 10  # a row of the embedding is 2**-(row % 10) times as large
+ROW_SIZES = 10  # row `row` of the embedding is scaled by 2**-(row % 10)
 
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")  # the ids from 0 on
 VOCABULARY = 288  # the special tokens, the bytes, one space, and unused tokens
 
 
 def proportions(head_dim: int) -> Gemma2Config:
-    """Return a configuration that most engines load: as in the 27B, the query scalar is width / heads.
+    """Return a configuration that most engines load; as in the 27B, the query scalar is width / heads.
 
-    Two query heads share a key head, the width is 5 heads, and the vocabulary has a piece for each byte.
+    Two query heads share a key head, the width is ``5 * head_dim``, and the vocabulary has a piece for each byte.
 
     Examples
     --------
@@ -64,19 +67,19 @@ def proportions(head_dim: int) -> Gemma2Config:
 
 
 def make_weight(name: str, shape: tuple[int, ...], config: Gemma2Config = CONFIG) -> Array:
-    """Return one tensor, as float32 numbers that are exact in bfloat16."""
+    """Return one tensor in float32; its numbers are exact in bfloat16."""
     numbers = raw_bytes(name, 0, int(np.prod(shape)), WEIGHT_SEED).reshape(shape).astype(np.float32)
-    halvings = round(math.log2(config.hidden_size / CONFIG.hidden_size) / 2)  # sums over the width keep their size
+    halvings = round(math.log2(config.hidden_size / CONFIG.hidden_size) / 2)  # keeps the size of sums over the width
     if name == EMBED_TOKENS:
         sizes = np.exp2(-(np.arange(shape[0]) % ROW_SIZES)).astype(np.float32)
         return np.float32(2.0 ** (TABLE - halvings)) * numbers * sizes[:, None]
     if name == LAST_NORM and config.vocab_size >= VOCABULARY:
-        return np.float32(2.0**-7) * numbers - 1  # 1 + w has both signs: a token does not predict itself
+        return np.float32(2.0**-7) * numbers - 1  # 1 + w has both signs, so that a token does not predict itself
     return np.float32(2.0 ** (NORM if len(shape) == 1 else MATRIX - halvings)) * numbers
 
 
 def write_conformance(folder: str | Path, config: Gemma2Config = CONFIG) -> None:
-    """Write a checkpoint as a Hugging Face folder, with a tokenizer if the vocabulary has room for one."""
+    """Write a checkpoint as a Hugging Face folder, with a tokenizer if the vocabulary is large enough for one."""
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     shapes = tensor_shapes(config)

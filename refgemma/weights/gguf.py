@@ -1,9 +1,9 @@
 """Read the tensors of a GGUF file as the numbers that llama.cpp multiplies with. Checked bit for bit against gguf 0.19,
 and against the logits of llama.cpp.
 
-Blocks of quantised numbers are widened to float32, some rows at a time, on access. Norms hold g = 1 + w in the file;
-refgemma uses w. The subtraction is exact in float64 for every g of at least 2**-29, and in float32 for every g of at
-least 1/2. Below 1/2, float32 rounds w, so that 1 + w is at most 2**-25 from g, or 2**-24 from a negative g.
+Blocks of quantised numbers are widened to float32 when accessed, some rows at a time. The file holds g = 1 + w for a
+norm; refgemma uses w. In float64 the subtraction is exact for every g of at least 2**-29, in float32 for every g of at
+least 1/2. For a smaller g, float32 rounds w: then 1 + w is within 2**-25 of a positive g, and 2**-24 of a negative g.
 """
 
 import math
@@ -23,7 +23,7 @@ from refgemma.precision import Array, as_dtype
 from refgemma.weights.parameters import EMBED_TOKENS, NORM, layer_tensors, tensor_shapes
 from refgemma.weights.stored import CheckpointError, Stored
 
-NUMBERS_AT_ONCE = 2**16  # widened at a time: 0.25 MB of float32, which stays in the processor's cache
+NUMBERS_AT_ONCE = 2**16  # numbers widened at once: 0.25 MB of float32 fit into the processor's cache
 PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
 # Field of a layer's weights -> the name of its tensor in a GGUF file.
@@ -55,7 +55,7 @@ def _widen_q8_0(rows: Array, out: Array) -> None:
     """Widen rows of Q8_0, whose blocks are a float16 scale and 32 bytes; the products are exact."""
     blocks = rows.reshape(-1, 34)
     numbers = out.reshape(-1, 32)
-    numbers[...] = blocks[:, 2:].view(np.int8)  # then multiply in place: a product of two dtypes is buffered
+    numbers[...] = blocks[:, 2:].view(np.int8)  # convert, then multiply in place: NumPy buffers a product of two dtypes
     numbers *= blocks[:, :2].view(np.float16).astype(np.float32)
 
 
@@ -63,7 +63,7 @@ def _widen_by_library(kind: str) -> Callable[[Array, Array], None]:
     from gguf import GGMLQuantizationType, dequantize
 
     def widen(rows: Array, out: Array) -> None:
-        with np.errstate(invalid="ignore", over="ignore"):  # the caller checks for numbers that are not finite
+        with np.errstate(invalid="ignore", over="ignore"):  # the caller checks for NaN and infinity
             out[...] = dequantize(rows, GGMLQuantizationType[kind])
 
     return widen
@@ -71,7 +71,7 @@ def _widen_by_library(kind: str) -> Callable[[Array, Array], None]:
 
 @dataclass(frozen=True)
 class Widened:
-    """Quantised rows that are widened to float32 on access; indexed as an array."""
+    """Quantised rows that are widened to float32 when indexed like an array."""
 
     raw: Array
     width: int
@@ -104,7 +104,7 @@ class Quantised(Stored):
         return self.raw.nbytes
 
     def map(self, keep: bool = False) -> Any:
-        """Map the bytes; rows are widened on access. See `Stored.map`."""
+        """Map the bytes; rows are widened when accessed. See `Stored.map`."""
         return Widened(self.raw.map(keep), self.shape[-1], self.widen)
 
     def read(self, dtype: str, rows: Any = ...) -> Array:
@@ -120,7 +120,7 @@ class Quantised(Stored):
             else:
                 with np.errstate(over="ignore"):  # the check below raises an error instead
                     block[...] = as_dtype(Widened(flat, width, self.widen)[start : start + step], dtype)
-            # A sum of squares is finite only if all numbers are; it takes less time than checking each.
+            # A sum of squares is finite only if all numbers are; computing it is faster than checking each number.
             if not math.isfinite(np.vdot(block, block)) and not (finite := np.isfinite(block)).all():
                 part = Widened(flat, width, self.widen)[:].reshape(*raw.shape[:-1], width)
                 raise self._explain_bad_number(part, rows, start * width + int(np.argmin(finite)), dtype)
@@ -140,12 +140,12 @@ class GgufNorm(Stored):
 
 
 def locate(file: Gguf, tensor: GgufTensor) -> Stored:
-    """Return a tensor of a file as it is stored.
+    """Return a tensor of a file as an object that reads it.
 
     Raises
     ------
     CheckpointError
-        If its quantised format needs the library gguf, which is not installed.
+        If the tensor's quantised format needs the library gguf, which is not installed.
     """
     path, file_bytes = tensor.path or file.path, tensor.file_bytes or file.file_bytes
     where = (tensor.name, path)
@@ -170,7 +170,7 @@ def _locate_norm(file: Gguf, tensor: GgufTensor) -> Stored:
 
 
 def read_gguf_model(path: Path) -> tuple[Gemma2Config, dict[str, Stored]]:
-    """Read the configuration and the places of the tensors, with the names and order of `tensor_shapes`.
+    """Read the configuration and the tensors' positions; names and order are those of `tensor_shapes`.
 
     Raises
     ------
@@ -190,7 +190,8 @@ def read_gguf_model(path: Path) -> tuple[Gemma2Config, dict[str, Stored]]:
     for name, theirs in names.items():
         if file.tensors[theirs].shape != shapes[name]:
             raise CheckpointError(
-                f"{path}: tensor {quote(theirs)} is {list(file.tensors[theirs].shape)}; by the metadata it must be "
+                f"{path}: tensor {quote(theirs)} is {list(file.tensors[theirs].shape)}; according to the metadata it "
+                "must be "
                 f"{list(shapes[name])}; download it again"
             )
     found = {name: file.tensors[theirs] for name, theirs in names.items()}

@@ -1,9 +1,10 @@
-"""Draw fresh weights from a truncated normal on demand. Checked against the zeros, shapes and standard deviation of
-transformers 5.23 `Gemma2PreTrainedModel._init_weights`. That method draws a full normal; its documentation says
-truncated.
+"""Draw new random weights from a truncated normal, when they are needed.
 
-Each block of rows of each tensor has its own generator. So a model of any size is made at once, and a layer's weights
-do not depend on how often or in which order they are read.
+Checked against the zeros, shapes and standard deviation of transformers 5.23 `Gemma2PreTrainedModel._init_weights`.
+That method draws from a full normal, although its documentation says truncated.
+
+Each block of rows of each tensor has its own random generator. So making a model of any size takes no time, and a
+layer's weights do not depend on how often or in which order they are read.
 """
 
 import math
@@ -34,9 +35,9 @@ RESIDENT_BYTES = 4 * 2**30
 
 
 def truncated_normal(shape: tuple[int, ...], std: float, rng: np.random.Generator) -> npt.NDArray[np.float32]:
-    """Draw from a normal distribution, and redraw all numbers beyond two standard deviations.
+    """Draw from a normal distribution; draw numbers beyond two standard deviations again.
 
-    Cutting the tails leaves a standard deviation of ``0.88 * std``, as in TensorFlow's initialiser of that name.
+    The result has a standard deviation of ``0.88 * std``, as in TensorFlow's initialiser of the same name.
 
     Examples
     --------
@@ -51,7 +52,7 @@ def truncated_normal(shape: tuple[int, ...], std: float, rng: np.random.Generato
 
 @dataclass(frozen=True)
 class Drawn:
-    """A fresh tensor, drawn by rows on access; norms, biases and the embedding of the padding token are zero.
+    """A new random tensor, drawn when rows are accessed; norms, biases and the padding token's embedding are zero.
 
     Examples
     --------
@@ -89,7 +90,7 @@ class Drawn:
 
 
 def fits_in_memory(parameters: int, dtype: str) -> bool:
-    """Return True if a model is kept in memory (at most 4 GiB in its precision), else it is read layer by layer.
+    """Return True if a model takes at most 4 GiB in `dtype`; a larger model is read layer by layer.
 
     Examples
     --------
@@ -100,7 +101,7 @@ def fits_in_memory(parameters: int, dtype: str) -> bool:
 
 
 def initial_weights(config: Gemma2Config, seed: int = 0, dtype: str = "float32") -> Weights:
-    """Return fresh weights; if the model does not fit into memory, they are drawn again at each use.
+    """Return new random weights; those of a model over 4 GiB are drawn again at each use.
 
     Examples
     --------
@@ -126,13 +127,13 @@ def initial_weights(config: Gemma2Config, seed: int = 0, dtype: str = "float32")
 
 
 def initial_score(config: Gemma2Config, seed: int = 0, dtype: str = "float32", bias: bool = False) -> Score:
-    """Return the fresh head of a classifier: normal weights, and with `bias` a bias of zeros.
+    """Return a classifier's new random head: normal weights and, if `bias`, a bias of zeros.
 
     Examples
     --------
     >>> initial_score(Gemma2Config(hidden_size=8, num_labels=3)).weight.shape
     (3, 8)
     """
-    labels = config.num_labels or 0  # never None: the configuration fills it in
+    labels = config.num_labels or 0  # not None, because the configuration sets a default
     weight = Drawn(SCORE_WEIGHT, (labels, config.hidden_size), config, seed, dtype)[:]
     return Score(weight, Drawn(SCORE_BIAS, (labels,), config, seed, dtype)[:] if bias else None)

@@ -1,8 +1,9 @@
-"""Find the tensors of a Gemma 2 under the names that trainers give them. Checked against the loader of transformers
-5.23.
+"""Find the tensors of a Gemma 2 under the names that training libraries give them.
 
-Wrappers of PyTorch, PEFT and TRL add prefixes to the names. transformers does not know these names and leaves every
-weight random. Here the prefixes are removed, with a warning, if all tensors then fit.
+Checked against the loader of transformers 5.23.
+
+Wrappers of PyTorch, PEFT and TRL add prefixes to the names. transformers does not recognise such names and leaves every
+weight random. Here the prefixes are removed, with a warning, if all tensors then fit the model.
 """
 
 import math
@@ -19,21 +20,21 @@ from refgemma.hub import CONFIG_JSON
 from refgemma.weights.parameters import EMBED_TOKENS, LM_HEAD, SCORE_BIAS, SCORE_WEIGHT, tensor_shapes
 from refgemma.weights.stored import NUMBERS_AT_ONCE, CheckpointError, Stored
 
-# torch.compile and FSDP wrap modules at any depth; the other prefixes stand before all names.
+# torch.compile and FSDP insert a prefix at any depth; the other prefixes come first in every name.
 WRAPPER = re.compile(
     r"^(?:module|base_model\.model|pretrained_model)\.|"
     r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
 WRAPPERS_LIMIT = 4  # nested wrappers
-# Heads that trainers add to the language model, and the rotary table of older releases. transformers does not read
-# them, and no logit depends on them.
+# Heads that training libraries add to the language model, and the rotary table of older releases. transformers does not
+# read them either, and no logit depends on them.
 UNREAD = re.compile(r"(v_head|value_head|reward_head|classifier|score)\..*|(.*\.)?rotary_emb\.inv_freq")
 
 
 def match_names(
     found: Mapping[str, Stored], config: Gemma2Config, source: Path
 ) -> tuple[Gemma2Config, dict[str, Stored]]:
-    """Return the tensors with the names and order of `tensor_shapes`; those of a classifier's head come last.
+    """Return the tensors with the names and order of `tensor_shapes`; a classifier's head comes last.
 
     Parameters
     ----------
@@ -47,9 +48,9 @@ def match_names(
     Returns
     -------
     config : Gemma2Config
-        The same, unless it ties a head that is stored with different numbers: then the head is not tied.
+        The same configuration; but if it ties a head that is stored with different numbers, the result is not tied.
     tensors : dict of str to Stored
-        The tensors.
+        The tensors, by their names in `tensor_shapes`.
 
     Raises
     ------
@@ -68,10 +69,10 @@ def match_names(
     named = _rename(found, expected, source)
     head = named.pop(LM_HEAD, None) if config.tie_word_embeddings else None
     if head is not None and EMBED_TOKENS not in named:
-        named[EMBED_TOKENS], head = head, None  # they are tied, so one of them is enough
+        named[EMBED_TOKENS], head = head, None  # embedding and head are tied, so one of them is enough
     score = {name: named.pop(name) for name in (SCORE_WEIGHT, SCORE_BIAS) if name in named}
     if LM_HEAD in expected and LM_HEAD not in named and (EMBED_TOKENS not in found or score):
-        del expected[LM_HEAD]  # only a causal language model has one
+        del expected[LM_HEAD]  # only a causal language model has a head
     _check_tensors(named, expected, config, source)
     if head is not None and has_other_numbers(head, named[EMBED_TOKENS]):
         warnings.warn(
@@ -85,7 +86,7 @@ def match_names(
 
 
 def _rename(found: Mapping[str, Stored], expected: Mapping[str, object], source: Path) -> dict[str, Stored]:
-    """Return each tensor under its name in a whole model; warn about removed prefixes and unread tensors."""
+    """Return each tensor under its name in a causal language model; warn about removed prefixes and unread tensors."""
     own = {*expected, LM_HEAD, SCORE_WEIGHT, SCORE_BIAS}
     named: dict[str, Stored] = {}
     wrappers: set[str] = set()
@@ -96,7 +97,7 @@ def _rename(found: Mapping[str, Stored], expected: Mapping[str, object], source:
         for _ in range(WRAPPERS_LIMIT):
             taken_off += WRAPPER.findall(plain)
             plain = WRAPPER.sub("", plain)
-        # Names from a bare Gemma2Model lack "model."; names from a model within a model have it twice.
+        # Names in a bare Gemma2Model lack "model."; names in a wrapped model have it twice.
         full = next((n for n in (plain, f"model.{plain}", plain.removeprefix("model.")) if n in own), name)
         if full not in own and UNREAD.fullmatch(plain):
             unread.append(name)
@@ -107,13 +108,13 @@ def _rename(found: Mapping[str, Stored], expected: Mapping[str, object], source:
             wrappers.update(taken_off)
     if wrappers and own.issuperset(named) and expected.keys() - {EMBED_TOKENS, LM_HEAD} <= named.keys():
         warnings.warn(
-            f"{source}: the prefix {quote_few(sorted(wrappers))} of tensor names is ignored; transformers would not "
-            "find these tensors, so save the model without its wrapper",
+            f"{source}: the prefix {quote_few(sorted(wrappers))} of tensor names is ignored; transformers does not "
+            "ignore it, so save the model without its wrapper",
             stacklevel=3,
         )
     if unread:
         warnings.warn(
-            f"{source}: {quote_few(unread)} is not read, as in transformers: no logit depends on it", stacklevel=3
+            f"{source}: {quote_few(unread)} is not read, as in transformers; no logit depends on it", stacklevel=3
         )
     return named
 
@@ -121,11 +122,11 @@ def _rename(found: Mapping[str, Stored], expected: Mapping[str, object], source:
 def _check_tensors(
     named: Mapping[str, Stored], expected: Mapping[str, tuple[int, ...]], config: Gemma2Config, source: Path
 ) -> None:
-    """Raise an error unless each expected tensor, and no other, is there with the right shape."""
+    """Raise an error if a tensor is missing, unexpected or of the wrong shape."""
     missing, extra = [name for name in expected if name not in named], [name for name in named if name not in expected]
     if any(".lora_" in name or ".base_layer." in name for name in extra):
         raise CheckpointError(
-            f"{source}: holds an unmerged adapter: {quote_few(extra)}; merge it with PEFT's "
+            f"{source}: contains an unmerged adapter: {quote_few(extra)}; merge it with PEFT's "
             "merge_and_unload() and save the model again"
         )
     if missing == [LM_HEAD] and not extra:
@@ -135,7 +136,7 @@ def _check_tensors(
         )
     if missing or extra:
         faults = [f"lacks {len(missing)} of {len(expected)} tensors: {quote_few(missing)}"] if missing else []
-        faults += [f"holds {len(extra)} tensors that Gemma 2 does not have: {quote_few(extra)}"] if extra else []
+        faults += [f"has {len(extra)} tensors that Gemma 2 does not have: {quote_few(extra)}"] if extra else []
         raise CheckpointError(
             f"{source}: {'; '.join(faults)}. The checkpoint is incomplete, or does not belong to {CONFIG_JSON} "
             f"({config.num_hidden_layers} layers): fetch both again"
@@ -144,18 +145,18 @@ def _check_tensors(
         tensor = named[name]
         if tensor.shape != shape and not math.prod(tensor.shape):
             raise CheckpointError(
-                f"{tensor.file}: tensor {tensor.name!r} is empty, {list(tensor.shape)}: DeepSpeed's ZeRO-3 stores the "
-                "numbers in other files; gather them with the zero_to_fp32.py beside them"
+                f"{tensor.file}: tensor {tensor.name!r} is empty, {list(tensor.shape)}; DeepSpeed's ZeRO-3 stores the "
+                "numbers in other files: collect them with the script zero_to_fp32.py in that folder"
             )
         if tensor.shape != shape:
             raise CheckpointError(
-                f"{tensor.file}: tensor {tensor.name!r} is {list(tensor.shape)}; by {CONFIG_JSON} it must be "
+                f"{tensor.file}: tensor {tensor.name!r} is {list(tensor.shape)}; according to {CONFIG_JSON} it must be "
                 f"{list(shape)}: take weights and configuration from the same model"
             )
 
 
 def has_other_numbers(head: Stored, table: Stored) -> bool:
-    """Return True if a stored head differs from the embedding that it is tied to.
+    """Return True if the numbers of a stored head differ from the embedding, although the configuration ties the two.
 
     Raises
     ------
@@ -172,11 +173,11 @@ def has_other_numbers(head: Stored, table: Stored) -> bool:
     if head.shape != table.shape:
         raise CheckpointError(
             f"{head.file}: tensor {head.name!r} is {list(head.shape)}, but it is tied to {table.name!r}, which is "
-            f"{list(table.shape)}; save the model without it"
+            f"{list(table.shape)}; save the model without the head"
         )
     own, tied = head.map(), table.map()
     step = max(1, NUMBERS_AT_ONCE // head.shape[1])
-    kind = np.dtype(np.uint8) if own.dtype == tied.dtype else None  # equal bytes are equal numbers
+    kind = np.dtype(np.uint8) if own.dtype == tied.dtype else None  # of one dtype, equal bytes are equal numbers
     for start in range(0, head.shape[0], step):
         x, y = (part[start : start + step] for part in (own, tied))
         x, y = (x.astype(np.float64), y.astype(np.float64)) if kind is None else (x.view(kind), y.view(kind))

@@ -1,5 +1,7 @@
-"""The weights of a Gemma 2 as dataclasses with Hugging Face's names, and the table of all tensors with their shapes.
-Checked against the state dict of transformers 5.23 `Gemma2ForCausalLM`."""
+"""Hold the weights of a Gemma 2 in dataclasses with Hugging Face's names, and list all tensors with their shapes.
+
+Checked against the state dict of transformers 5.23 `Gemma2ForCausalLM`.
+"""
 
 import math
 import os
@@ -15,7 +17,7 @@ from refgemma.config import Gemma2Config
 
 @runtime_checkable
 class Rows(Protocol):
-    """An embedding table: an array, or a table on disk whose rows are read and converted when indexed."""
+    """An embedding table: an array, or a table on disk that reads and converts rows when indexed."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -27,7 +29,7 @@ class Rows(Protocol):
         ...
 
 
-HEAD_ROWS = 16384  # rows of a table in use at a time: bounds the memory of a 256000-word head
+HEAD_ROWS = 16384  # rows in use at once; limits the memory for a head of 256000 tokens
 
 
 def row_pieces(table: Rows) -> Iterator[Any]:
@@ -43,7 +45,7 @@ def row_pieces(table: Rows) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One block's weights, in the order in which the block uses them; matrices are ``(out, in)``."""
+    """The weights of one block, in the order of use; matrices have the shape ``(out, in)``."""
 
     input_layernorm: Float[np.ndarray, " hidden"]
     q_proj: Float[np.ndarray, "heads*head_dim hidden"]
@@ -56,7 +58,9 @@ class LayerWeights:
     up_proj: Float[np.ndarray, "intermediate hidden"]
     down_proj: Float[np.ndarray, "hidden intermediate"]
     post_feedforward_layernorm: Float[np.ndarray, " hidden"]
-    q_proj_bias: Float[np.ndarray, " heads*head_dim"] | None = None  # with config.attention_bias, unused in Gemma 2
+    q_proj_bias: Float[np.ndarray, " heads*head_dim"] | None = (
+        None  # only with config.attention_bias; no released model has it
+    )
     k_proj_bias: Float[np.ndarray, " kv_heads*head_dim"] | None = None
     v_proj_bias: Float[np.ndarray, " kv_heads*head_dim"] | None = None
     o_proj_bias: Float[np.ndarray, " hidden"] | None = None
@@ -64,12 +68,12 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class Weights:
-    """All weights. `layers` may read each block on access, and `embed_tokens` each row."""
+    """All weights of a model; `layers` and `embed_tokens` may read a block or a row only when it is accessed."""
 
     embed_tokens: Rows
     layers: Sequence[LayerWeights]
     norm: Float[np.ndarray, " hidden"]
-    lm_head: Rows | None = None  # an untied head, which no released Gemma 2 has
+    lm_head: Rows | None = None  # an untied head; no released Gemma 2 has one
 
     @property
     def head(self) -> Rows:
@@ -90,7 +94,7 @@ _INSIDE |= {name: f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj"
 
 EMBED_TOKENS = "model.embed_tokens.weight"
 NORM = "model.norm.weight"
-# If the head is tied to the embedding, a checkpoint may store the same table a second time under this name.
+# The head. If it is tied to the embedding, a checkpoint may store the same table again under this name.
 LM_HEAD = "lm_head.weight"
 # The head of a sequence or token classifier.
 SCORE_WEIGHT = "score.weight"
@@ -98,13 +102,13 @@ SCORE_BIAS = "score.bias"
 
 
 def _name_tensor(field: str) -> str:
-    """Return the name of a field's tensor within its layer: ``self_attn.q_proj.bias`` for ``q_proj_bias``."""
+    """Return a tensor's name inside its layer, given the field: ``self_attn.q_proj.bias`` for ``q_proj_bias``."""
     module = field.removesuffix("_bias")
     return f"{_INSIDE.get(module, module)}.{'weight' if module == field else 'bias'}"
 
 
 def layer_tensors(layer: int, bias: bool = False) -> dict[str, str]:
-    """Return the name in a checkpoint of each field of `LayerWeights`, for block `layer`.
+    """Return the tensor name in a checkpoint for each field of `LayerWeights` in block `layer`.
 
     Parameters
     ----------
@@ -123,7 +127,7 @@ def layer_tensors(layer: int, bias: bool = False) -> dict[str, str]:
 
 
 def tensor_shapes(config: Gemma2Config) -> dict[str, tuple[int, ...]]:
-    """Return the names and shapes of all tensors in a checkpoint of `config`, in the order of execution.
+    """Return names and shapes of all tensors in a checkpoint with this `config`, in the order of use.
 
     Examples
     --------
@@ -159,7 +163,7 @@ def tensor_shapes(config: Gemma2Config) -> dict[str, tuple[int, ...]]:
 
 
 def weights_of(tensors: Mapping[str, Any], config: Gemma2Config) -> Weights:
-    """Return the `Weights` made of tensors with the names of `tensor_shapes`.
+    """Return `Weights`, given tensors by the names of `tensor_shapes`.
 
     Examples
     --------
@@ -173,12 +177,13 @@ def weights_of(tensors: Mapping[str, Any], config: Gemma2Config) -> Weights:
         LayerWeights(**{field: tensors[name] for field, name in layer_tensors(n, config.attention_bias).items()})
         for n in range(config.num_hidden_layers)
     ]
-    head = None if config.tie_word_embeddings else tensors.get(LM_HEAD)  # a bare model or a classifier has none
+    head = None if config.tie_word_embeddings else tensors.get(LM_HEAD)  # a bare model or a classifier has no head
     return Weights(tensors[EMBED_TOKENS], layers, tensors[NORM], head)
 
 
 def require_memory(nbytes: int, what: str) -> None:
-    """Raise `MemoryError` before reading more than the machine's memory: later, the system would kill the process."""
+    """Raise `MemoryError` if `nbytes` exceed the machine's memory; otherwise the system would kill the process
+    later."""
     holds = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
     if nbytes > holds:
         raise MemoryError(f"{what} takes {nbytes / 1e9:.1f} GB; this machine has {holds / 1e9:.1f} GB")
@@ -186,14 +191,14 @@ def require_memory(nbytes: int, what: str) -> None:
 
 @dataclass(frozen=True)
 class OnDemand(Sequence[LayerWeights]):
-    """Blocks that are made or read on each access; none is kept.
+    """A sequence of blocks; each access makes or reads a block again, and none is kept.
 
     Parameters
     ----------
     tensor : callable
-        Returns the rows of a tensor, given its name.
+        Function that returns the rows of a tensor, given the tensor's name.
     numbers : range
-        The blocks in this sequence.
+        The numbers of the blocks in this sequence.
     bias : bool
         If true, the projections of attention have biases.
 
@@ -213,7 +218,7 @@ class OnDemand(Sequence[LayerWeights]):
         return len(self.numbers)
 
     def __getitem__(self, layer: Any) -> Any:
-        """Make block `layer`, or return a sequence of the blocks of a slice without making them."""
+        """Make block `layer`; for a slice, return a sequence of its blocks without making them."""
         if isinstance(layer, slice):
             return replace(self, numbers=self.numbers[layer])
         tensors = self.rows(layer)
@@ -221,19 +226,19 @@ class OnDemand(Sequence[LayerWeights]):
         return LayerWeights(**{name: rows[:] for name, rows in tensors.items()})
 
     def __iter__(self) -> Iterator[LayerWeights]:
-        """Make one block at a time; the iterator of `Sequence` would keep each while making the next."""
+        """Make one block at a time. (The iterator of `Sequence` would keep each block while making the next.)"""
         return (self[layer] for layer in range(len(self)))
 
     def rows(self, layer: int) -> dict[str, Rows]:
-        """Return the tensors of block `layer` by field, without making their rows."""
+        """Return the tensors of block `layer` by field; their rows are not made yet."""
         if not -len(self) <= layer < len(self):
-            raise IndexError(f"layer {layer} does not exist: this sequence has {len(self)} layers")
+            raise IndexError(f"layer {layer} does not exist; there are {len(self)} layers")
         names = layer_tensors(self.numbers[layer], self.bias)
         return {name: self.tensor(tensor) for name, tensor in names.items()}
 
 
 class _OneLayer:
-    """Keeps the layer accessed last, so that it is read from disk once for all its tensors."""
+    """Keep the last accessed layer, so that its tensors are read from disk only once."""
 
     def __init__(self, layers: Sequence[LayerWeights]) -> None:
         self._layers = layers
@@ -241,20 +246,20 @@ class _OneLayer:
 
     def __call__(self, number: int) -> LayerWeights:
         if number not in self._kept:
-            self._kept.clear()  # before the next is read
+            self._kept.clear()  # free this memory before reading the next layer
             self._kept[number] = self._layers[number]
         return self._kept[number]
 
 
 @dataclass(frozen=True)
 class LayerRows:
-    """One tensor of a layer, read when its rows are accessed."""
+    """One tensor of a layer; accessing its rows reads the layer."""
 
     layer: Callable[[int], LayerWeights]
     number: int
     field: str
     shape: tuple[int, ...]
-    kept: bool  # true if the layer is in memory, so that changes to its tensors last
+    kept: bool  # true if the layer stays in memory, so that changes to its tensors persist
 
     def __getitem__(self, rows: Any, /) -> Any:
         """Return the rows of a slice or of an integer array."""
@@ -262,7 +267,7 @@ class LayerRows:
 
 
 def named_weights(weights: Weights, config: Gemma2Config) -> dict[str, Rows]:
-    """Return every tensor by name, in torch's order; weights on disk are read when their rows are accessed.
+    """Return every tensor by name, in torch's order; a tensor on disk is read when its rows are accessed.
 
     Examples
     --------
@@ -275,7 +280,7 @@ def named_weights(weights: Weights, config: Gemma2Config) -> dict[str, Rows]:
     named: dict[str, Rows] = {EMBED_TOKENS: weights.embed_tokens}
     order = list(layer_tensors(0))
 
-    def place(item: tuple[str, str]) -> tuple[bool, int]:  # norms last, a bias after its weight
+    def place(item: tuple[str, str]) -> tuple[bool, int]:  # put norms last, and a bias after its weight
         return item[0].endswith("layernorm"), order.index(item[0].removesuffix("_bias"))
 
     for n in range(config.num_hidden_layers):

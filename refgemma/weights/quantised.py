@@ -18,15 +18,15 @@ from refgemma.precision import Array, as_dtype
 from refgemma.weights.stored import NUMBERS_AT_ONCE, CheckpointError, ComputedRows, Stored
 
 FLOAT8, PACKED = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(np.uint32)
-RAW_DTYPES = {"F8_E4M3": FLOAT8, "U32": PACKED}  # code in a header -> dtype
+RAW_DTYPES = {"F8_E4M3": FLOAT8, "U32": PACKED}  # dtype code in a header -> dtype
 BITS = (2, 3, 4, 5, 6, 8)
-# Tensors beside the matrices of float8 folders, for the rounding of activations and of the cache.
+# Extra tensors of float8 folders, for rounding activations and the cache.
 ACTIVATIONS = ("input_scale", "input_scale_ub", "k_scale", "output_scale", "v_scale")
 
 
 @dataclass(frozen=True)
 class Dequantised(Stored):
-    """A matrix ``number * scale + bias``; each group of numbers of a row has a scale and may have a bias."""
+    """A matrix ``number * scale + bias``; each group of numbers in a row shares a scale and, optionally, a bias."""
 
     packed: Stored
     scales: Stored
@@ -69,7 +69,7 @@ class Dequantised(Stored):
         return out.reshape(*packed.shape[:-1], width).view(type(kind))
 
     def _pick(self, part: Stored | None, rows: Any) -> Array:
-        """Return the scales or biases of some rows, one row for each."""
+        """Return the scales or biases of the selected rows."""
         if part is None:
             zeros: Array = np.broadcast_to(np.float32(0), (self.shape[0], 1))[rows].reshape(-1, 1)
             return zeros
@@ -80,7 +80,8 @@ class Dequantised(Stored):
 
 
 def _unpack(packed: Array, width: int) -> Array:
-    """Return the numbers of packed rows in float32; each word is split into equal groups of bits, lowest first."""
+    """Return the numbers in packed rows as float32; split each word into equal groups of bits, the lowest bits
+    first."""
     if packed.dtype == FLOAT8:
         return packed.astype(np.float32)
     bits = packed.shape[-1] * 32 // width
@@ -96,7 +97,7 @@ def dequantise(found: Mapping[str, Stored], raw: Mapping[str, Any], source: Path
     found : mapping of str to Stored
         The tensors by their names in the files.
     raw : mapping
-        The ``config.json``, which gives the size of MLX's groups.
+        The contents of ``config.json``; it gives the size of MLX's groups.
     source : Path
         The file to name in a warning about the whole checkpoint.
 
@@ -122,7 +123,7 @@ def dequantise(found: Mapping[str, Stored], raw: Mapping[str, Any], source: Path
         if len(tensor.shape) != 2 or not all(part in found for part in parts):
             raise CheckpointError(
                 f"{tensor.file}: tensor {quote(name)}: the dtype is {tensor.dtype.name}, but its "
-                f"{' and '.join(ends)} are missing; convert the quantised checkpoint first"
+                f"{' and '.join(ends)} are missing; dequantise the checkpoint with the library that made it"
             )
         used.update(parts, *([f"{module}.{end}"] for end in ACTIVATIONS))
         scales, *biases = (found[part] for part in parts)
@@ -133,7 +134,8 @@ def dequantise(found: Mapping[str, Stored], raw: Mapping[str, Any], source: Path
         )  # fmt: skip
     if any(tensor.dtype == FLOAT8 for tensor in found.values()):
         warnings.warn(
-            f"{source}: the float8 matrices are widened; libraries that compute in float8 also round the activations, "
+            f"{source}: the float8 matrices are widened to float32; libraries that compute in float8 also round "
+            "activations, "
             "which refgemma does not",
             stacklevel=4,
         )
@@ -141,7 +143,7 @@ def dequantise(found: Mapping[str, Stored], raw: Mapping[str, Any], source: Path
 
 
 def _find_width(tensor: Stored, scales: Stored, biases: list[Stored], raw: Mapping[str, Any], module: str) -> int:
-    """Return the number of columns, after checking all shapes."""
+    """Check all shapes, and return the number of columns."""
     rows, words = tensor.shape
     fits = all(part.dtype not in RAW_DTYPES.values() for part in (scales, *biases))
     if tensor.dtype == FLOAT8:
@@ -160,6 +162,6 @@ def _find_width(tensor: Stored, scales: Stored, biases: list[Stored], raw: Mappi
         shapes = quote_few([str(list(part.shape)) for part in (tensor, scales, *biases)])
         raise CheckpointError(
             f"{tensor.file}: tensor {quote(tensor.name)} and its scales are {shapes}, which is not supported; "
-            "convert the quantised checkpoint first"
+            "dequantise the checkpoint with the library that made it"
         )
     return width

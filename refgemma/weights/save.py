@@ -1,9 +1,10 @@
-"""Write a Hugging Face folder a few rows at a time: safetensors, in one file or in shards with an index. Checked by
-reading back with the loaders of safetensors 0.8 and transformers 5.23, bit for bit.
+"""Write a Hugging Face folder a few rows at a time: safetensors, in one file or in shards with an index.
 
-All files are written into a staging folder inside the target and moved into place when complete, the index last. So a
-checkpoint is never half-written, and an interrupted run finds its finished files there. A run that can be continued
-also reads all files back before the move and compares them.
+Checked by reading back with the loaders of safetensors 0.8 and transformers 5.23, bit for bit.
+
+All files are written into a staging folder inside the target folder. When complete, they are moved into place, the
+index last. So a checkpoint is never half-written, and a restarted run finds the finished files in the staging folder. A
+run that can be continued also reads all files back and compares them before the move.
 """
 
 import json
@@ -27,25 +28,25 @@ from refgemma.weights.checkpoint import DTYPE_OF_CODE, INDEX, SINGLE, Checkpoint
 
 STAGING = ".refgemma-partial"
 STATE = "state.json"
-BLOCK_BYTES = 2**24  # written at a time
+BLOCK_BYTES = 2**24  # bytes written at once
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
-# A layer's modules in the order in which torch registers them; the released shards were filled in this order.
+# A layer's modules in the order in which torch registers them; the released shards have this order.
 MODULES = (
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "input_layernorm",
     "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",
 )  # fmt: skip
 IN_LAYER = re.compile(rf"(?:model\.)?layers\.(\d+)\.(?:self_attn\.|mlp\.)?({'|'.join(MODULES)})\.(?:weight|bias)")
 
-# The name of a precision -> the dtype of its numbers in a file.
+# Name of a precision -> dtype in a file.
 FILE_DTYPES: dict[str, np.dtype[Any]] = {dtype.name: dtype for dtype in DTYPE_OF_CODE.values()}
 CODE_OF_DTYPE = {dtype: code for code, dtype in DTYPE_OF_CODE.items()}
 
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """One tensor to write: `rows` is an array, or an object that returns an array for a slice of rows."""
+    """One tensor to write: `rows` is an array, or an object that returns an array when sliced."""
 
     name: str
     dtype: str
@@ -67,7 +68,7 @@ class OutputTensor:
 
 
 def as_stored(x: Array, dtype: str) -> Array:
-    """Return `x` in the format of a file: half precision takes two bytes there, and four in the computation.
+    """Return `x` in a file's format: a half-precision number takes two bytes in a file, but four in computations.
 
     Examples
     --------
@@ -94,7 +95,7 @@ def parse_size(size: int | str) -> int:
 
 
 def split_into_shards(outputs: Sequence[OutputTensor], limit: int) -> dict[str, list[OutputTensor]]:
-    """Return the tensors of each file, in order; a file exceeds `limit` bytes only if a single tensor does.
+    """Return the tensors of each file, in order; a file exceeds `limit` bytes only if its single tensor does.
 
     Examples
     --------
@@ -120,7 +121,7 @@ def _rank(output: OutputTensor) -> tuple[int, int, int]:
 
 
 def plan_files(outputs: Sequence[OutputTensor], max_shard_size: int | str) -> dict[str, list[OutputTensor]]:
-    """Return the tensors of each file, laid out as by transformers and safetensors; no data are read or written.
+    """Return the tensors of each file, in the order of transformers and safetensors; no data is read or written.
 
     Files are filled in the order of the state dict. Inside a file, wider dtypes come first, then names are sorted. This
     reproduces the released index files and the lengths of the released shards to the byte.
@@ -155,7 +156,7 @@ def build_index(files: Mapping[str, Sequence[OutputTensor]]) -> bytes:
 
 def build_header(outputs: Sequence[OutputTensor]) -> bytes:
     """Return the start of a safetensors file: the length of the JSON text, then the text, padded to eight bytes."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers does not read a file without it
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers requires this entry
     position = 0
     for output in outputs:
         end = position + output.nbytes
@@ -179,7 +180,7 @@ def file_bytes(outputs: Sequence[OutputTensor]) -> int:
 
 
 def write_file(path: Path, outputs: Sequence[OutputTensor], bar: Any) -> None:
-    """Write one safetensors file; it gets its name only when it is complete and on the disk."""
+    """Write one safetensors file; it gets its name only after all data is on the disk."""
     with new_file(path) as file:
         file.write(build_header(outputs))
         for output in outputs:
@@ -191,7 +192,7 @@ def write_file(path: Path, outputs: Sequence[OutputTensor], bar: Any) -> None:
 
 
 def _is_finished(path: Path, outputs: Sequence[OutputTensor]) -> bool:
-    """Return True if an earlier run finished this file: its name, header and length are right."""
+    """Return True if an earlier run finished this file, because its name, header and length are right."""
     if not path.is_file():
         return False
     start = build_header(outputs)
@@ -204,17 +205,17 @@ def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise CheckpointError(
-            f"{folder}: {needed / 1e9:.1f} GB are needed, but the disk has {free / 1e9:.1f} GB left; free some, or "
+            f"{folder}: needs {needed / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB left; free some space, or "
             "give a folder on another disk"
         )
 
 
 @contextmanager
 def claim(folder: Path, fingerprint: str) -> Iterator[None]:
-    """Check that a folder is empty or belongs to an interrupted run with the same fingerprint, and lock it.
+    """Lock a folder after checking that it is empty, or belongs to an interrupted run with the same fingerprint.
 
-    After an interruption, or on a full disk, the folder keeps the finished files, and the same run continues there.
-    After an error in the source or on the disk, the folder is as it was before the first run.
+    After an interruption, or if the disk is full, the finished files stay, and the same run continues with them. After
+    an error in the source or on the disk, the folder is restored to its state before the first run.
 
     Raises
     ------
@@ -227,11 +228,11 @@ def claim(folder: Path, fingerprint: str) -> Iterator[None]:
     state = staging / STATE
     fresh = not (state.is_file() and state.read_text(encoding="utf-8") == fingerprint)
     if fresh:
-        # A run that was killed at its start left an empty staging folder.
+        # A run that is killed at its start leaves an empty staging folder.
         begun = [staging] if staging.is_dir() and all(path.suffix == ".part" for path in staging.iterdir()) else []
         if not made and list(folder.iterdir()) not in ([], begun):
-            fault = "the beginning of another checkpoint" if state.is_file() else "files"
-            raise CheckpointError(f"{folder}: already holds {fault}; give an empty folder, or remove this one first")
+            fault = "an unfinished checkpoint of another run" if state.is_file() else "files"
+            raise CheckpointError(f"{folder}: already contains {fault}; give an empty folder, or remove this one first")
         staging.mkdir(parents=True, exist_ok=True)
     with lock_folder(staging, CheckpointError):
         try:
@@ -249,10 +250,10 @@ def claim(folder: Path, fingerprint: str) -> Iterator[None]:
 def write_checkpoint(
     folder: str | Path, outputs: Sequence[OutputTensor], max_shard_size: int | str = "50GB", fingerprint: str = ""
 ) -> None:
-    """Write the weights of a checkpoint into `folder`, replacing weights that are already there.
+    """Write the weights of a checkpoint into `folder`; replace weights that are already there.
 
     Shows a progress bar on stderr after two seconds, if stderr is a terminal. Needs a few times 16 MB of memory in
-    addition to the rows.
+    addition to the rows that `outputs` return.
 
     Parameters
     ----------
@@ -264,13 +265,13 @@ def write_checkpoint(
         A larger checkpoint is written as several files with an index; see `parse_size`.
     fingerprint : str
         Identifies the content, so that an interrupted run can be continued. A run with the same fingerprint keeps the
-        finished files; all files are read back and compared before they are moved into place. Without a fingerprint the
-        run starts again, and leaves nothing behind if it fails.
+        finished files, and compares all files with the content before it moves them into place. Without a fingerprint,
+        a run starts again, and removes its files if it fails.
 
     Raises
     ------
     CheckpointError
-        If the disk has too little space, a number cannot be read, or a file reads back differently.
+        If the disk has too little space, a number cannot be read, or a file differs from the tensors when read back.
     OSError
         If the folder cannot be written.
 
@@ -286,7 +287,7 @@ def write_checkpoint(
     shards = plan_files(outputs, max_shard_size)
     staging = target / STAGING
     staging.mkdir(parents=True, exist_ok=True)
-    if fingerprint:  # the folder was claimed, too
+    if fingerprint:  # the folder is staging for a claimed target
         _write_shards(staging, shards, fingerprint)
         check_written(staging, outputs)
         _move_into_place(target, shards)
@@ -315,9 +316,9 @@ def write_parts(folder: Path, parts: Mapping[str, Sequence[OutputTensor]], write
     Raises
     ------
     CheckpointError
-        If the disk lacks the space.
+        If the disk has too little space.
     """
-    for partial in folder.glob("*.part"):  # from a run that was killed
+    for partial in folder.glob("*.part"):  # left by a killed run
         partial.unlink()
     total = sum(output.nbytes for part in parts.values() for output in part)
     _check_space(folder, total)
@@ -327,7 +328,7 @@ def write_parts(folder: Path, parts: Mapping[str, Sequence[OutputTensor]], write
 
 
 def _move_into_place(target: Path, shards: dict[str, list[OutputTensor]]) -> None:
-    """Remove the old weights and move the new ones into place, the index last; a mixture can never be read."""
+    """Remove the old weights, then move the new ones into place, the index last, so that no mixture can be read."""
     for path in [target / SINGLE, target / INDEX]:
         path.unlink(missing_ok=True)
     for path in target.iterdir():
@@ -346,7 +347,7 @@ def check_written(folder: str | Path, outputs: Sequence[OutputTensor]) -> None:
     Raises
     ------
     CheckpointError
-        If a tensor differs; the error names the first.
+        If a tensor differs; the message names the first.
     """
     root = Path(folder)
     files = sorted(path for path in root.iterdir() if path.name == SINGLE or SHARD.fullmatch(path.name))
@@ -366,12 +367,12 @@ def check_same(found: Mapping[str, Stored], outputs: Sequence[OutputTensor], fol
                 )
             row = 0
             for block in output.blocks():
-                # Mapped again each time: all pages read through one map stay in memory.
+                # Map the file again each time, because all pages read through one map stay in memory.
                 again = np.ascontiguousarray(tensor.map()[row : row + len(block)])
                 if again.tobytes() != block.tobytes():
                     raise CheckpointError(
-                        f"{tensor.file}: tensor {output.name!r} reads back differently from row {row} on; the disk is "
-                        "failing, or another process changed the file: remove it if it still exists, and run again"
+                        f"{tensor.file}: tensor {output.name!r} differs from row {row} on when read back; the disk is "
+                        "failing, or another process changed the file: remove the file if it exists, and run again"
                     )
                 row += len(block)
                 bar.update(block.nbytes)

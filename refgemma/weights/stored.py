@@ -1,5 +1,7 @@
-"""One tensor of a file: its place, and reading it in one of the four precisions. Checked bit for bit against the loader
-of safetensors 0.8."""
+"""Describe one tensor in a file, and read it in one of the four precisions.
+
+Checked bit for bit against the loader of safetensors 0.8.
+"""
 
 import functools
 import math
@@ -12,12 +14,12 @@ import numpy as np
 from refgemma.errors import RefgemmaError
 from refgemma.precision import Array, as_dtype
 
-NUMBERS_AT_ONCE = 2**18  # numbers converted at a time: 1 MB of float32, which stays in the processor's cache
+NUMBERS_AT_ONCE = 2**18  # numbers converted at once: 1 MB of float32 fits into the processor's cache
 REMEDY = "write or download the file again"
 
 
 class CheckpointError(RefgemmaError):
-    """Raised for a checkpoint that cannot be read as a Gemma 2; names the file, the tensor and the remedy.
+    """Raised for a checkpoint that cannot be read as a Gemma 2; the message names file, tensor and remedy.
 
     Examples
     --------
@@ -39,11 +41,11 @@ class Stored:
     file : Path
         The safetensors file that holds it.
     dtype : numpy.dtype
-        float64, float32, float16, or bfloat16 of ml_dtypes.
+        The dtype in the file: float64, float32, float16, or bfloat16 of ml_dtypes.
     shape : tuple of int
         The tensor's shape.
     start : int
-        The position of its data in the file, in bytes.
+        The position of the tensor's first byte in the file.
     file_bytes : int
         The length of the file when its header was read.
 
@@ -83,17 +85,18 @@ class Stored:
     _kept_map = functools.cached_property(_open_map)
 
     def map(self, keep: bool = False) -> Array:
-        """Memory-map the tensor as it is stored: read-only, in the file's dtype, without reading any data yet.
+        """Memory-map the tensor in the file's dtype, read-only; no data is read yet.
 
-        With `keep`, this object reuses one map: mapping a layer of a 9B again would take a sixth of the time of a
-        decoded token. The pages belong to the file, so the system reclaims them when memory is short.
+        With `keep`, this object keeps the map and returns it again. Without `keep`, mapping each layer of a 9B again
+        takes a sixth of the time to decode a token. The pages belong to the file, so the system can reclaim them when
+        memory is short.
         """
         try:
             found = self.file.stat().st_size
-            # If a file is truncated while mapped, the first access kills the process without a message.
+            # Check first: accessing a mapped file that was truncated kills the process without a message.
             if found != self.file_bytes:
                 raise CheckpointError(
-                    f"{self.file}: is {found} bytes long; it was {self.file_bytes} when it was opened: open it again"
+                    f"{self.file}: is {found} bytes long, but had {self.file_bytes} bytes when opened; open it again"
                 )
             raw = self._kept_map if keep else self._open_map()
         except OSError as error:
@@ -106,14 +109,15 @@ class Stored:
         Parameters
         ----------
         dtype : str
-            ``float64``, ``float32``, ``float16`` or ``bfloat16``. Rounds to nearest, ties to even; widening is exact.
+            ``float64``, ``float32``, ``float16`` or ``bfloat16``. Numbers are rounded to nearest, ties to even;
+            widening is exact.
         rows : slice or array of int, optional
             The rows to read; all by default.
 
         Returns
         -------
         array
-            The copy. The conversion also needs a few megabytes and, for an array of rows, these rows as stored.
+            The copy. The conversion also needs a few megabytes; for an array of rows it also needs the rows as stored.
 
         Raises
         ------
@@ -127,8 +131,7 @@ class Stored:
         for start in range(0, flat.size, NUMBERS_AT_ONCE):
             block = slice(start, start + NUMBERS_AT_ONCE)
             with np.errstate(over="ignore", invalid="ignore"):  # the check below raises an error instead
-                # Numbers already on the grid of `dtype` need no rounding; skipping it is four times as fast in
-                # bfloat16.
+                # Numbers that `dtype` holds exactly need no rounding; skipping it is four times as fast in bfloat16.
                 out[block] = flat[block] if self.dtype.name == dtype else as_dtype(flat[block], dtype)
             finite = np.isfinite(out[block])
             if not finite.all():
@@ -136,21 +139,22 @@ class Stored:
         return out.reshape(part.shape).view(type(kind))
 
     def _explain_bad_number(self, part: Array, rows: Any, position: int, dtype: str) -> CheckpointError:
-        """Return the error for number `position` of `part`, the selected `rows`."""
+        """Return the error for a bad number; `part` holds the selected `rows`, and `position` counts its numbers."""
         value, place = float(part.reshape(-1)[position]), np.unravel_index(position, part.shape)
-        source = np.arange(self.shape[0])[rows]  # row of the tensor for each row of `part`
+        source = np.arange(self.shape[0])[rows]  # the tensor's row for each row of `part`
         index = [int(axis) for axis in (source[place[: source.ndim]], *place[source.ndim :])]
         where = f"{self.file}: tensor {self.name!r}, index {index}"
         if math.isfinite(value):
             return CheckpointError(f"{where}: {value} is beyond the largest {dtype}; read it in a wider dtype")
         return CheckpointError(
-            f"{where}: {value} is not a finite number; the file is damaged, or its training run diverged"
+            f"{where}: {value} is not a finite number; the file is damaged, or the training diverged: write or "
+            "download the file again"
         )
 
 
 @dataclass(frozen=True)
 class ComputedRows:
-    """The rows of a tensor that is computed as it is read; indexed as an array."""
+    """The rows of a tensor that is computed when read; indexed like an array."""
 
     tensor: Stored
     dtype: np.dtype[Any]

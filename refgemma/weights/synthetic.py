@@ -1,10 +1,11 @@
-"""Make synthetic weights of any size on demand, with the same bytes on every machine.
+"""Make synthetic weights for models of any size, when needed and with the same bytes on every machine.
 
-They replace released weights, which cannot be put into a repository, in tests of the full size. They are random
-(untrained), so the text they generate has no meaning. Checked by hashes of their bytes.
+They replace the released weights in tests at full size, because released weights cannot be put into a repository. They
+are random (untrained), so generated text has no meaning. Checked by hashes of their bytes.
 
-A weight is a byte of a counter-based generator (Philox 4x64, keyed by the tensor's name) times a power of two. So it is
-exact in bfloat16 and in every wider format. The powers make every feature of Gemma 2 matter; see `EXPONENTS`.
+A weight is a random byte times a power of two, so that it is exact in bfloat16 and every wider format. The bytes come
+from a counter-based generator (Philox 4x64) keyed by the tensor's name. The powers make every feature of Gemma 2
+matter; see `EXPONENTS`.
 """
 
 import hashlib
@@ -24,20 +25,21 @@ from refgemma.weights.save import OutputTensor, claim, write_checkpoint
 
 SYNTHETIC_SEED = 2
 
-# A weight is -128 to 127, root mean square 74, times 2 to this power. docs/full-size.md measures the effect on a 9B and
-# a 27B: scores that reach the cap, attention with four degrees of sharpness, a residual stream that grows.
+# A weight is a number from -128 to 127 (root mean square 74) times 2 to this power. The effects, measured on a 9B and a
+# 27B in docs/full-size.md: scores reach the cap, attention has four degrees of sharpness, the residual stream grows.
 EXPONENTS = {
     "embed_tokens": -11, "q_proj": -12, "k_proj": -12, "v_proj": -12, "o_proj": -12, "gate_proj": -12, "up_proj": -12,
     "down_proj": -12, "input_layernorm": -8, "post_attention_layernorm": -7, "pre_feedforward_layernorm": -8,
     "post_feedforward_layernorm": -7, "norm": -4,
 }  # fmt: skip
-# Queries of head n are multiplied by 2 to the power of entry ``n % 16``: most heads attend to many tokens, one to one.
+# Queries of head n are multiplied by 2 to the power of entry ``n % 16``. Most heads attend to many tokens, a few to
+# one.
 HEAD_POWERS = (0, 1, 0, 2, 0, 1, 0, 1, 0, 1, 0, 2, 0, 1, 0, 3)
-BYTES_PER_COUNT = 32  # Philox gives four numbers of eight bytes for each step of its counter
+BYTES_PER_COUNT = 32  # each step of Philox's counter gives four numbers of eight bytes
 
 
 def raw_bytes(name: str, start: int, count: int, seed: int = SYNTHETIC_SEED) -> npt.NDArray[np.int8]:
-    """Return `count` numbers of tensor `name` from `start` on, uniform in -128 to 127; each `seed` gives others.
+    """Return `count` random numbers from -128 to 127 of tensor `name`, from number `start` on.
 
     Examples
     --------
@@ -52,7 +54,7 @@ def raw_bytes(name: str, start: int, count: int, seed: int = SYNTHETIC_SEED) -> 
 
 @dataclass(frozen=True)
 class Synthetic:
-    """One synthetic tensor, made by rows on access.
+    """One synthetic tensor; rows are made when accessed.
 
     Examples
     --------
@@ -78,7 +80,7 @@ class Synthetic:
             found = np.empty((*wanted.shape, *self.shape[1:]), np.float32)
             for place in np.ndindex(wanted.shape):
                 found[place] = self._numbers(int(wanted[place]), int(wanted[place]) + 1)[0]
-        # The numbers are exact in bfloat16 already; checking that takes longer than making them.
+        # The numbers are exact in bfloat16, so they need no rounding, which would take longer than making them.
         return found.view(BF16) if self.dtype == "bfloat16" else as_dtype(found, self.dtype)
 
     def _numbers(self, start: int, stop: int) -> npt.NDArray[np.float32]:
@@ -90,7 +92,7 @@ class Synthetic:
         return -np.abs(numbers) if ".post_" in self.name else numbers
 
     def _scales(self, start: int, stop: int) -> Any:
-        """Return the power of two for all rows, or for each row of queries: heads differ in sharpness."""
+        """Return the power of two for all rows; for queries, one for each row, because heads differ in sharpness."""
         field = self.name.split(".")[-2]
         power = np.float32(2.0 ** EXPONENTS[field])
         if field != "q_proj":
@@ -100,7 +102,7 @@ class Synthetic:
 
 
 def synthetic_weights(config: Gemma2Config, dtype: str = "float32", seed: int = SYNTHETIC_SEED) -> Weights:
-    """Return synthetic weights in `dtype`; each `seed` gives others. A layer is made again at each access.
+    """Return the synthetic weights of a `seed` in `dtype`; each access makes a layer again.
 
     Examples
     --------
@@ -118,9 +120,9 @@ def synthetic_weights(config: Gemma2Config, dtype: str = "float32", seed: int = 
 
 
 def write_synthetic(config: Gemma2Config, folder: str | Path, max_shard_size: int | str = "5GB") -> int:
-    """Write synthetic weights as a Hugging Face folder in bfloat16, and return the number of parameters.
+    """Write synthetic weights as a Hugging Face folder in bfloat16; return the number of parameters.
 
-    A file has at most `max_shard_size`. Run again after an interruption, it continues with the first unfinished file.
+    A file has at most `max_shard_size`. After an interruption, the same call continues with the first unfinished file.
     The checkpoint can be opened only after all files have been read back and compared.
 
     Examples

@@ -1,4 +1,4 @@
-"""The explorer's page in a headless Chromium: no error, no request, and what is shown is what the trace says."""
+"""Test the explorer's page in a headless Chromium: no error, no request, and the numbers of the trace."""
 
 import re
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def explorer(browser: Browser, file: Path) -> Iterator[Page]:
-    """The opened page; at the end of each test nothing may have gone wrong, or out."""
+    """Open the page; at the end of each test, check that no error occurred and no request was made."""
     context = browser.new_context(viewport={"width": 1200, "height": 900})
     opened = context.new_page()
     said: list[str] = []
@@ -200,7 +200,7 @@ def test_light_dark_and_narrow(browser: Browser, file: Path, scheme: str, width:
 
 
 def contrast(one: list[int], other: list[int]) -> float:
-    """The contrast ratio of two colours, as WCAG 2.2 defines it."""
+    """Return the contrast ratio of two colours as defined by WCAG 2.2."""
 
     def light(colour: list[int]) -> float:
         parts = np.array(colour[:3]) / 255

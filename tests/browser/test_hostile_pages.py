@@ -1,4 +1,4 @@
-"""Pages that hold strangers' texts, in a headless Chromium: no script but our own runs, and nothing is fetched."""
+"""Test pages with untrusted texts in a headless Chromium: only our own script runs, and nothing is fetched."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ TEXTS = [
 
 
 def look_at(browser: Browser, path: Path) -> tuple[Any, list[str], str]:
-    """Open a page, and point at and press everything: what ran, what was fetched, and what is read."""
+    """Open a page, hover over and press everything; return the scripts that ran, the requests, and the text."""
     context = browser.new_context()
     opened = context.new_page()
     asked: list[str] = []
@@ -65,7 +65,7 @@ def test_nothing_but_its_own_script_runs_in_the_explorer(
 
 
 def test_the_policy_stops_a_script_that_was_not_escaped(browser: Browser, tmp_path: Path) -> None:
-    """The second wall, tried without the first."""
+    """Test the second protection without the first."""
     script = f"<script>{RUNS}</script><img src=x onerror={RUNS}>"
     page, report = tmp_path / "page.html", tmp_path / "report.html"
     run = explore_run([2, 300], refgemma.load("tiny"), "tiny", "float32")

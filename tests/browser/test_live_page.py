@@ -134,12 +134,12 @@ def test_the_prediction_is_shown_first(live: Page) -> None:
     assert live.locator("#next code").all_text_contents() == expected
     assert (
         live.inner_text("#next-words")
-        == f"After “.” the model expects “{expected[0]}” with {100 * shares[best[0]]:.0f} %."
+        == f"After “.” the model gives “{expected[0]}” a probability of {100 * shares[best[0]]:.0f} %."
     )
     box = live.locator("#next-words").bounding_box()
     assert box is not None
     assert box["y"] < 400
-    assert live.inner_text("#large-words") == "Most of it, 80 % on average, is on the token just before."
+    assert live.inner_text("#large-words") == "Most of its attention, 80 % on average, is on the token just before."
 
 
 def test_the_story_is_that_of_refgemma_and_quick(live: Page) -> None:

@@ -1,4 +1,4 @@
-"""The drawings in a headless Chromium: at the width of a phone text is legible, inside the picture, and not covered."""
+"""Test the drawings in a headless Chromium: on a phone, text is legible, inside the picture, and not covered."""
 
 from pathlib import Path
 

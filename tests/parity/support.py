@@ -1,4 +1,4 @@
-"""What the parity tests share: random configurations, and the same model in transformers and here."""
+"""Share code of the parity tests: random configurations, and the same model in transformers and refgemma."""
 
 import contextlib
 import warnings
@@ -27,7 +27,7 @@ for warm_up in (torch.cos, torch.sin, torch.tanh, torch.exp, torch.rsqrt):
 
 @st.composite
 def shapes(draw: st.DrawFn, **fixed: Any) -> dict[str, Any]:
-    """Small configurations in which every number may differ from every other."""
+    """Draw small configurations in which all numbers may differ."""
     kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     layers = draw(st.integers(1, 4))
     return {
@@ -54,7 +54,8 @@ def shapes(draw: st.DrawFn, **fixed: Any) -> dict[str, Any]:
 
 
 def random_tensors(name: str, shape: dict[str, Any], seed: int, gain: float = 1.2) -> dict[str, Any]:
-    """Weights that are bf16 numbers, so that they are the same in every precision; in the order of the state dict."""
+    """Return weights in the order of the state dict; all are bfloat16 numbers, so that they are exact in every
+    precision."""
     rng = np.random.default_rng(seed)
     spread = gain / np.sqrt(shape["hidden_size"])
     ours = getattr(refgemma.modeling.classes, name)
@@ -63,7 +64,7 @@ def random_tensors(name: str, shape: dict[str, Any], seed: int, gain: float = 1.
 
 
 def in_transformers(name: str, shape: dict[str, Any], tensors: dict[str, Any], dtype: str) -> Any:
-    """Made in its precision: a cast afterwards would round the rotary frequencies."""
+    """Make the model in its precision, because a later cast would round the rotary frequencies."""
     theirs = getattr(transformers, name)
     config = transformers.Gemma2Config(**shape)
     model = theirs._from_config(config, attn_implementation="eager", dtype=getattr(torch, dtype)).eval()
@@ -84,7 +85,7 @@ def as_torch(value: Any) -> Any:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without warnings, which both sides give in their own words."""
+    """Suppress warnings, because each side has its own."""
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         yield
@@ -94,10 +95,10 @@ NUDGES = 4
 
 
 def nudged(name: str, shape: dict[str, Any], tensors: dict[str, Any]) -> list[Any]:
-    """The model in float64 with every weight moved by up to half a float32 ulp, four times.
+    """Return the model in float64 four times, with every weight moved randomly by up to half a float32 ulp.
 
-    How far its answers are from those of the weights as they are says what rounding can do in this model, whoever
-    computes it: no mistake in the arithmetic under test can widen that.
+    The distance of the results from the original model's results shows what rounding can do in this model, independent
+    of the implementation. So a mistake in the arithmetic under test cannot increase this distance.
     """
     models = []
     for seed in range(NUDGES):
@@ -108,10 +109,11 @@ def nudged(name: str, shape: dict[str, Any], tensors: dict[str, Any]) -> list[An
 
 
 def distance(ours: Any, theirs: Any, exact: Any, moved: Callable[[], list[Any]] = list) -> float:
-    """Of float32 numbers: 1 where they are 5e-6 of the largest apart, as was asked for.
+    """Return the distance of float32 results; 1 means 5e-6 of the largest, which was asked for.
 
-    A model of width 3 may be worse conditioned than that: then what its own rounding explains, which ours in float64
-    shows; or, since the errors of one run may happen to cancel, what `moved` does, the answers of `nudged` models.
+    A model of width 3 may be worse conditioned. Then the limit is the rounding error of our own result, measured
+    against float64. The errors of one run may cancel, so the change in the results of `nudged` models (`moved`) is
+    also a limit.
     """
     if ours.size == 0:
         return 0.0

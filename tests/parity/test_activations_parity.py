@@ -1,4 +1,4 @@
-"""Beside transformers: the activations that a configuration may name."""
+"""Compare with transformers: the activations that a configuration may name."""
 
 from typing import Any
 
@@ -26,13 +26,14 @@ def test_float32(name: str) -> None:
 
 
 def allowed(name: str, expected: Any) -> Any:
-    """Eight float32 roundings of the result; of a gelu, ``x (1 + t) / 2``, of `x`, since ``1 + t`` may lose digits."""
+    """Return eight float32 roundings of the result; for a GELU, ``x (1 + t) / 2``, of `x`, because ``1 + t`` loses
+    digits."""
     return 8 * 2**-24 * (np.abs(NUMBERS) if name.startswith("gelu") else np.abs(expected)) + 1e-38
 
 
 @pytest.mark.parametrize("name", sorted(ACTIVATIONS))
 def test_bfloat16(name: str) -> None:
-    """The same number, or its neighbour where the float32 result falls beside a rounding boundary."""
+    """Equal numbers, or neighbours if the float32 result is next to a rounding boundary."""
     x = bf16(NUMBERS)
     with torch.no_grad():
         expected = ACT2FN[name](torch.tensor(np.asarray(x)).bfloat16()).float().numpy()

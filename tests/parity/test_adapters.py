@@ -1,4 +1,4 @@
-"""transformers as a backend: what the laws and recordings say of its three attention implementations."""
+"""Test transformers as a backend: laws and recordings for its three attention implementations."""
 
 from pathlib import Path
 from typing import Any

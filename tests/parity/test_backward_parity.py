@@ -1,4 +1,4 @@
-"""Beside PyTorch autograd through transformers (eager): the gradients of random configurations, computed now."""
+"""Compare with PyTorch autograd through transformers (eager): the gradients of random configurations."""
 
 import importlib
 import sys
@@ -50,7 +50,7 @@ HEADS = {
 
 @st.composite
 def scenes(draw: st.DrawFn) -> dict[str, Any]:
-    """A configuration, its head, and inputs: plain, padded on either side, or packed."""
+    """Draw a configuration with a head, and inputs: plain, padded on either side, or packed."""
     shape = draw(shapes())
     batch, seq, rng = draw(st.integers(1, 3)), draw(st.integers(2, 8)), np.random.default_rng(draw(st.integers(0, 99)))
     ids = rng.integers(3, shape["vocab_size"], (batch, seq))
@@ -69,7 +69,7 @@ def scenes(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def by_autograd(name: str, scene: dict[str, Any], tensors: Any, labels: Any, dtype: str) -> dict[str, Any]:
-    """Every gradient under our names."""
+    """Return every gradient by our names."""
     model = in_transformers(name, scene["shape"], tensors, dtype)
     # Ours may differ in float32, which float64 would show: a power and a quotient round by half an ulp each, here and
     # in torch, so by at most two ulps of 2**-23.
@@ -112,10 +112,10 @@ def here(name: str, scene: dict[str, Any], tensors: Any, labels: Any, dtype: str
 @given(scene=scenes())
 @settings(max_examples=10, phases=[Phase.generate])
 def test_random_configurations(name: str, scene: dict[str, Any]) -> None:
-    """In float32 within eight times PyTorch's rounding error, which its own float64 shows.
+    """In float32, the limit is eight times PyTorch's rounding error, which its own float64 shows.
 
-    In float64, within ``2**-29`` of that, the ratio of the roundoffs. A gradient may be the sum of terms that cancel,
-    of equal tokens for instance: so two roundings on either side of the largest gradient of the run are added.
+    In float64, the limit is ``2**-29`` times as large, the ratio of the roundoffs. A gradient may be a sum of terms
+    that cancel, for example of equal tokens. So two roundings on either side of the run's largest gradient are added.
     """
     rng = np.random.default_rng(scene["seed"])
     labels = scene["labels"]
@@ -142,7 +142,7 @@ X = np.random.default_rng(0).standard_normal
 
 
 def autograd(function: Any, grad: Any, *inputs: Any) -> list[Any]:
-    """The gradients in bfloat16, as float32."""
+    """Return the gradients computed in bfloat16, as float32."""
     given = [torch.tensor(np.asarray(x)).bfloat16().requires_grad_() for x in inputs]
     function(*given).backward(torch.tensor(np.asarray(grad)).bfloat16())
     return [x.grad.float().numpy() for x in given]
@@ -189,7 +189,7 @@ OPERATIONS = {
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_bfloat16_rounds_where_autograd_does(name: str) -> None:
-    """At least 99 % are bit-identical; the rest differ by an ulp of the largest: a float32 sum near a boundary."""
+    """At least 99 % are bit-identical; others, near a rounding boundary, differ by an ulp of the largest."""
     forward, backward, out, inputs = OPERATIONS[name]
     given, grad = [bf16(X(shape)) for shape in inputs], bf16(X(out))
     for ours, theirs in zip(backward(grad, *given), autograd(forward, grad, *given), strict=True):
@@ -199,7 +199,7 @@ def test_bfloat16_rounds_where_autograd_does(name: str) -> None:
 
 
 def test_softmax_in_bfloat16() -> None:
-    """Of the weights before they are rounded, which autograd keeps; and what the rounded ones of a record cost."""
+    """Compare with unrounded weights, which autograd keeps; and measure the effect of a record's rounded weights."""
     scores, grad = bf16(X((2, 3, 5, 6)) * 3), bf16(X((2, 3, 5, 6)))
     (theirs,) = autograd(lambda x: x.softmax(-1, dtype=torch.float32).bfloat16(), grad, scores)
     exact = np.exp(np.asarray(scores) - np.asarray(scores).max(-1, keepdims=True))
@@ -212,7 +212,7 @@ def test_softmax_in_bfloat16() -> None:
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations_at_bends(name: str) -> None:
-    """Where there is no derivative, PyTorch's choice."""
+    """If there is no derivative, the result is PyTorch's choice."""
     x = torch.tensor([0.0, 6.0, -0.0]).requires_grad_()
     ACT2FN[name](x).sum().backward()
     found = activation_backward(np.ones(3, np.float32), x.detach().numpy(), ACTIVATIONS[name])
@@ -230,7 +230,7 @@ def test_no_label_counts() -> None:
 
 
 def test_captured_gradients_are_ours() -> None:
-    """Of a live model, under our names; its own gradients stay as they are."""
+    """The gradients of a live model, by our names; its own gradients do not change."""
     folder = Path(__file__).parents[2] / "golden" / "models" / "bends"
     model = transformers.Gemma2ForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     ids, mask = np.array([[5, 7, 9, 7], [5, 8, 0, 0]]), np.array([[1, 1, 1, 1], [1, 1, 0, 0]])

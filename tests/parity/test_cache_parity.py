@@ -1,4 +1,4 @@
-"""Beside transformers: what the cache holds after a call, and after the rows were reordered."""
+"""Compare with transformers: the cache's contents after a call, and after reordering rows."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""refgemma check on transformers itself, live: as it is, and with a mistake made in its own code."""
+"""Test refgemma check on a live transformers model: unchanged, and with a bug in transformers' code."""
 
 import sys
 from pathlib import Path
@@ -33,9 +33,9 @@ def test_transformers_conforms(dtype: str, prompt: str, tmp_path: Path) -> None:
 def test_norms_in_the_precision_of_their_input_are_a_way_of_rounding(
     squares: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As DeepMind's norm computes, without a compiler and with one: no other eps.
+    """DeepMind's norm, without a compiler and with one, is not mistaken for another eps.
 
-    PyTorch on a CPU rounds the square root of the rows that fill no whole vector.
+    PyTorch on a CPU rounds the square root of the rows that do not fill a whole vector.
     """
     ours = load("conformance", "bfloat16")
 
@@ -51,7 +51,7 @@ def test_norms_in_the_precision_of_their_input_are_a_way_of_rounding(
 
 
 def test_a_static_cache_has_room_that_is_not_judged(tmp_path: Path) -> None:
-    """transformers' own: its scores have more keys than there are tokens."""
+    """The scores of transformers' static cache have more keys than there are tokens."""
     ours = load("conformance")
     model = transformers.Gemma2ForCausalLM.from_pretrained(
         find_model("conformance"), dtype=torch.float32, attn_implementation="eager", output_attentions=True

@@ -1,5 +1,4 @@
-"""Beside transformers: packed rows, caches filled in place, an embedding with more rows, and the methods of the classes
-that count, print and convert."""
+"""Compare with transformers: packed rows, caches filled in place, more rows of an embedding, and other methods."""
 
 import copy
 import re
@@ -61,7 +60,7 @@ def test_packed_rows_without_a_cache(name: str, positions: list[int], rows: int)
 
 @pytest.mark.parametrize("how", ["configuration", "cache", "empty cache", "2-D mask", "embeddings", "use_cache=None"])
 def test_when_packed_rows_are_kept_apart_is_as_in_transformers(how: str) -> None:
-    """Without a mask and without a cache only: in all other calls the second text sees the first."""
+    """Only without mask and cache; in all other calls the second text sees the first."""
     theirs, ours = both()
     positions = np.array([PACKED["two texts"]])
     given: dict[str, Any] = {"position_ids": positions}
@@ -112,7 +111,7 @@ CACHES = {
 
 @pytest.mark.parametrize("kind", CACHES)
 def test_a_loop_that_fills_a_cache_in_place(kind: str) -> None:
-    """Only the object itself is handed on; ``use_cache=False`` does not keep it from being filled."""
+    """Only the object itself is passed on; ``use_cache=False`` does not prevent filling it."""
     theirs, ours = CACHES[kind](transformers, THEIRS.config), CACHES[kind](refgemma, OURS.config)
     for step, part in enumerate((IDS[:, :5], IDS[:, 5:6], IDS[:, 6:9])):
         with quiet():
@@ -190,7 +189,7 @@ def test_an_embedding_with_other_rows(tied: bool, count: int | None, multiple: i
 
 
 def test_new_rows_have_the_mean_and_the_covariance_that_transformers_gives_them() -> None:
-    """Of 60,000 new rows each: their means, and the covariance around them, which is 1e-9 of that of the old rows."""
+    """Compare mean and covariance of 60,000 new rows; the covariance is 1e-9 of the old rows' covariance."""
     theirs, ours = both(vocab_size=200, hidden_size=4)
     added = 60_000
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Conformance checkpoints of other sizes, loaded by transformers: its tokenizer, its logits and its greedy text."""
+"""Compare conformance checkpoints of other sizes with transformers: tokenizer, logits and greedy text."""
 
 from pathlib import Path
 

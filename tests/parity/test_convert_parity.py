@@ -1,5 +1,5 @@
-"""Beside PyTorch: files of torch.save are read here, files written here are read by torch.load, and a converted folder
-is loaded by transformers as the model that it was."""
+"""Compare with PyTorch: read files of torch.save, write files for torch.load, and load converted folders in
+transformers."""
 
 import json
 import warnings
@@ -25,7 +25,7 @@ TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.
 
 
 def model(dtype: str = "bfloat16", **change: Any) -> Any:
-    """A transformers model with random weights, the norms' too: those are zero at first, and any two alike."""
+    """Return a transformers model with random weights, also in the norms, which would otherwise all be zero."""
     torch.manual_seed(3)
     made = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**SHAPE | change, attn_implementation="eager"))
     for weight in made.parameters():
@@ -35,7 +35,7 @@ def model(dtype: str = "bfloat16", **change: Any) -> Any:
 
 
 def original(made: Any) -> Any:
-    """The state dict of gemma_pytorch's module with these weights: fused projections, and the rotary table."""
+    """Return the state dict of gemma_pytorch's module with these weights: fused projections, and the rotary table."""
     state = made.state_dict()
     state["embedder.weight"] = state.pop("model.embed_tokens.weight")
     del state["lm_head.weight"]
@@ -127,7 +127,7 @@ def test_through_flax(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize(("in_one", "driver"), [(True, "zarr"), (True, "zarr3"), (False, "zarr")])
 def test_an_orbax_folder(tmp_path: Path, in_one: bool, driver: str) -> None:
-    """Written by TensorStore as orbax-checkpoint 0.12 does, whose own folders were read once by hand."""
+    """The folder is written by TensorStore as by orbax-checkpoint 0.12, whose folders were tested once by hand."""
     made = model()
     made.save_pretrained(tmp_path / "hf")
     convert(tmp_path / "hf", tmp_path / "tree", target_format="flax-npz", vocab_rows=128)

@@ -1,4 +1,4 @@
-"""Every test that ``docs/documentation-page.md`` names for the parity with transformers is one that pytest finds."""
+"""Check that pytest finds every parity test that ``docs/documentation-page.md`` names."""
 
 import json
 import subprocess

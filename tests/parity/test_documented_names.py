@@ -1,5 +1,5 @@
-"""Every name of the Transformers documentation page of Gemma 2, one test each: set to a value that matters, refgemma
-and transformers agree, and both differ from what they answer without it. (Mixtures: `test_modeling_parity.py`.)"""
+"""Test every name of the Transformers documentation page of Gemma 2, set to a value that has an effect. Both libraries
+agree, and the result differs from the result without the name. (Mixtures are in `test_modeling_parity.py`.)"""
 
 import inspect
 import json
@@ -41,7 +41,7 @@ for warm_up in (torch.cos, torch.sin, torch.tanh, torch.exp, torch.rsqrt):
 
 
 def pair(name: str, **shape: Any) -> tuple[Any, Any]:
-    """The same model in both, with random norms and biases too."""
+    """Return the same model in both libraries, also with random norms and biases."""
     config = transformers.Gemma2Config(**BASE | shape)
     torch.manual_seed(0)
     theirs = getattr(transformers, name)._from_config(config, attn_implementation="eager").eval()
@@ -59,7 +59,7 @@ def as_torch(value: Any) -> Any:
 
 
 def arrays(output: Any) -> dict[str, Any]:
-    """All numbers of an answer, by name or place; a cache layer by layer."""
+    """Return all numbers of an output, by name or index; a cache layer by layer."""
     if isinstance(output, transformers.DynamicCache):
         output = [(layer.keys, layer.values) for layer in output.layers]
     if isinstance(output, torch.Tensor):
@@ -80,7 +80,7 @@ def call(model: Any, arguments: dict[str, Any]) -> Any:
 
 
 def assert_agree(theirs: Any, ours: Any) -> None:
-    """Each float32 number within 5e-6 of the largest of its array, which was asked for; the same names and types."""
+    """Require equal names and types, and float32 numbers within 5e-6 of the array's largest, which was asked for."""
     assert isinstance(ours, tuple) == isinstance(theirs, tuple)
     expected, found = arrays(theirs), arrays(ours)
     assert list(found) == list(expected)
@@ -140,7 +140,7 @@ def test_argument(name: str, argument: str) -> None:
 
 
 def assert_continues(theirs: Any, ours: Any, argument: str) -> None:
-    """A cache of nine tokens, then four more: as a `Cache` and as the legacy tuple, which come back as they went in."""
+    """Test a cache of nine tokens, then four more, as a `Cache` and as the legacy tuple; the format is kept."""
     base_theirs = theirs.model if hasattr(theirs, "model") else theirs
     base_ours = ours.model if hasattr(ours, "model") else ours
     first_theirs, first = call(base_theirs, {"input_ids": IDS[:, :9]}), call(base_ours, {"input_ids": IDS[:, :9]})
@@ -189,7 +189,7 @@ WITHOUT_EFFECT = {"eos_token_id", "bos_token_id", "attention_dropout", "max_posi
 
 @pytest.mark.parametrize("field", FIELDS)
 def test_config_field(field: str) -> None:
-    """On the class that shows most of it; defaults are those of the page."""
+    """Test the field with the class that shows most of its effect; defaults are as on the page."""
     documented = PAGE["Gemma2Config"][field]
     if documented is not None:
         assert repr(getattr(Gemma2Config(), field)) == documented.replace("1e-06", repr(1e-6))
@@ -204,7 +204,7 @@ def test_config_field(field: str) -> None:
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_class(name: str) -> None:
-    """The positional arguments of the page's signature, in its order; and a model made of a configuration alone."""
+    """Test the page's positional arguments in order, and a model made from a configuration alone."""
     ours = getattr(refgemma.modeling.classes, name)
     documented = [argument for argument, default in PAGE[f"{name}.forward"].items() if default == "None"]
     assert list(inspect.signature(ours.forward).parameters)[1 : len(documented) + 1] == documented
@@ -221,7 +221,7 @@ def test_class(name: str) -> None:
 
 @pytest.mark.parametrize("field", PAGE["Gemma2ForCausalLM.returns"])
 def test_returned(field: str) -> None:
-    """By attribute, by name, and at its place in the tuple; absent where the page says so."""
+    """Read a field by attribute, by name, and by index in the tuple; it is absent where the page says so."""
     theirs, ours = pair("Gemma2ForCausalLM")
     asked = {"labels": LABELS["Gemma2ForCausalLM"], "output_hidden_states": True, "output_attentions": True}
     answer, expected = (call(model, {"input_ids": IDS} | asked) for model in (ours, theirs))

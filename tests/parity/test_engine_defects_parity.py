@@ -1,4 +1,4 @@
-"""Known bugs made in PyTorch see a defect that is planted in the engine: the third witness of test_engine_defects."""
+"""Check that known bugs in PyTorch reveal a defect planted in the engine: the third witness of test_engine_defects."""
 
 import sys
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from refgemma.oracle.verdicts import CONFORMS
 
 
 def ask_pytorch(folder: Path) -> Iterator[str]:
-    """Transformers must conform, near the bounds; with a small and with a large bug made in its code it must not."""
+    """transformers must conform, near the bounds; with a small or a large bug in its code it must not."""
     ours = load("conformance", "float32")
     prompt = prompts(ours.config)["padded"]
     for name in (None, "norm-eps-1e-5", "gelu-exact"):

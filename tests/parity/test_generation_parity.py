@@ -1,7 +1,7 @@
-"""Beside transformers in one process: `generate` with settings drawn by Hypothesis, and each processor alone.
+"""Compare with transformers in one process: `generate` with settings drawn by Hypothesis, and each processor alone.
 
-No text may differ. Where the two best choices are nearer to each other than rounding can tell, either is right, and the
-example is left out; `test_few_examples_are_left_out` counts those.
+No text may differ. If the two best choices are closer than rounding can distinguish, either is right, and the example
+is skipped; `test_few_examples_are_left_out` counts skipped examples.
 """
 
 import collections
@@ -44,7 +44,7 @@ def prompts(draw: st.DrawFn, vocab_size: int) -> tuple[Any, Any]:
 
 
 def any_way(vocab_size: int) -> dict[str, st.SearchStrategy[Any]]:
-    """Settings that hold for every way of decoding."""
+    """Return strategies for settings that apply to every decoding method."""
     token = st.integers(4, vocab_size - 1)
     return {
         "max_new_tokens": st.integers(1, 12),
@@ -57,7 +57,7 @@ def any_way(vocab_size: int) -> dict[str, st.SearchStrategy[Any]]:
 
 
 def models(shape: dict[str, Any], seed: int) -> tuple[Any, Any, Any]:
-    """In transformers, here, and here in float64."""
+    """Return the model in transformers, in refgemma, and in refgemma in float64."""
     tensors = random_tensors(NAME, shape, seed)
     return in_transformers(NAME, shape, tensors, "float32"), *(here(NAME, shape, tensors, t) for t in DTYPES)
 
@@ -71,14 +71,14 @@ def answers(sides: tuple[Any, ...], ids: Any, visible: Any, chosen: dict[str, An
 
 
 def nearest(scores: Any, count: int) -> float:
-    """The smallest difference between the `count` best scores of a row and the next, in units of the largest score."""
+    """Return the smallest difference between the `count` best scores of a row and the next, relative to the largest."""
     best = -np.sort(-scores, axis=-1)[..., : count + 1]
     finite = best[np.isfinite(best).all(axis=-1)]
     return float((-np.diff(finite, axis=-1)).min(initial=np.inf) / max(1e-30, np.abs(finite).max(initial=0)))
 
 
 def moved_answers(shape: dict[str, Any], seed: int, ids: Any, visible: Any, chosen: dict[str, Any], texts: Any) -> Any:
-    """What the same search finds with weights moved by rounding, where it finds the same texts; computed if asked."""
+    """Return a function: the same search's results with weights moved by rounding, if the texts are the same."""
 
     @functools.cache
     def found() -> list[Any]:
@@ -94,7 +94,8 @@ def moved_answers(shape: dict[str, Any], seed: int, ids: Any, visible: Any, chos
 
 
 def assert_scores_agree(kind: str, ours: Any, theirs: Any, exact: Any, moved: Any, steps: int | None = None) -> None:
-    """Minus infinity in the same places; elsewhere 5e-6 of the largest, or what rounding explains."""
+    """Require minus infinity at the same places; elsewhere, differences up to 5e-6 of the largest, or up to
+    rounding."""
     sides = (getattr(output, kind)[:steps] for output in (ours, theirs, exact))
     for step, (found, expected, true) in enumerate(zip(*sides, strict=True)):
         wanted = expected.numpy()
@@ -156,7 +157,7 @@ def test_beam_search(data: st.DataObject, seed: int) -> None:
 
 
 def near_tie_in_search(ours: Any, ids: Any, visible: Any, chosen: dict[str, Any]) -> bool:
-    """Whether a search finds another text when its scores move by what rounding may move them."""
+    """Return True if a search finds another text when rounding changes its scores."""
     texts = []
     for seed in range(6):
         noise = np.random.default_rng(seed)
@@ -247,7 +248,7 @@ def test_prompts_of_embeddings_and_from_a_cache(data: st.DataObject, seed: int) 
 
 
 def test_the_positions_that_both_are_given() -> None:
-    """Rotary scores depend on differences of positions only, so that a text alone does not tell which were given."""
+    """Rotary scores depend only on differences of positions, so that a text alone does not show the given positions."""
     shape = {"vocab_size": 25, "hidden_size": 4, "num_hidden_layers": 1, "head_dim": 2, "num_attention_heads": 2,
              "num_key_value_heads": 1, "intermediate_size": 3, "eos_token_id": None, "pad_token_id": 0}  # fmt: skip
     theirs, ours, _ = models(shape, 0)
@@ -279,7 +280,7 @@ def test_the_positions_that_both_are_given() -> None:
 
 
 def drawn_scores(seed: int, batch: int = 3, vocab: int = 25) -> Any:
-    """With ties, and with minus infinity where an earlier processor has been."""
+    """Return scores with ties, and with minus infinity as from an earlier processor."""
     rng = np.random.default_rng(seed)
     scores = (rng.standard_normal((batch, vocab)) * 3).astype(np.float32)
     scores[:, rng.integers(0, vocab, 4)] = scores[:, :1]
@@ -468,7 +469,7 @@ THREE_TEXTS = ("The king", "In the wood there lived", '"I am afraid," said')
 
 @functools.cache
 def tiny_models() -> tuple[Any, Any, Any, Any, Any]:
-    """The embedded model and its tokenizer on both sides, and three prompts with padding."""
+    """Return the packaged model and its tokenizer on both sides, and three prompts with padding."""
     from transformers import GemmaTokenizer
 
     theirs = Gemma2ForCausalLM.from_pretrained(find_model("tiny"), dtype=torch.float32, attn_implementation="eager")
@@ -503,7 +504,7 @@ def test_further_settings_give_the_same_texts(chosen: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("chosen", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": True}], ids=str)
 def test_assisted_texts_are_the_same(chosen: dict[str, Any]) -> None:
-    """transformers takes one text at a time there."""
+    """transformers takes one text at a time for assisted generation."""
     theirs, ours, _, _, ids = tiny_models()
     for row in ids:
         prompt = row[None, row != 0]
@@ -517,7 +518,7 @@ def test_assisted_texts_are_the_same(chosen: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("beams", [1, 2])
 def test_layers_and_transition_scores_of_generate(beams: int) -> None:
-    """The prompt is longer than the window of 64, padding at its left, and the steps go on from the cache."""
+    """The prompt is longer than the window of 64, has padding on the left, and the steps continue from the cache."""
     theirs, ours, _, _, ids = tiny_models()
     long = np.concatenate([ids] * 12, axis=1)
     mask = (np.arange(long.shape[1]) >= [[3], [0], [1]]).astype(int)

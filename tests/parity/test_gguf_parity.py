@@ -1,5 +1,5 @@
-"""GGUF files in transformers 5.23, which dequantises them, and in llama.cpp itself (node-llama-cpp 3.21.1), which loads
-what `refgemma convert` writes."""
+"""Compare GGUF files with transformers 5.23, which dequantises them, and with llama.cpp itself (node-llama-cpp 3.21.1),
+which loads files of `refgemma convert`."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def write_folder(folder: Path) -> Path:
 
 
 def quantise(source: Path, target: Path, kind: str) -> None:
-    """Copy a GGUF file with its matrices quantised: by the library, or, which it cannot, as random blocks."""
+    """Copy a GGUF file with quantised matrices: quantised by the library or, if it cannot, random blocks."""
     reader, writer = gguf.GGUFReader(source), gguf.GGUFWriter(target, "gemma2")
     code, rng = gguf.GGMLQuantizationType[kind], np.random.default_rng(1)
     for key, field in reader.fields.items():
@@ -75,7 +75,7 @@ def quantise(source: Path, target: Path, kind: str) -> None:
 
 
 def make_blocks(kind: str, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Blocks of 256 numbers of about 0.09: any scales and bytes, under float16 scales that are small."""
+    """Return random blocks of 256 numbers of about 0.09: any bytes, with small float16 scales."""
     raw = rng.integers(0, 256, (count, 144 if kind == "Q4_K" else 210), np.uint8)
     if kind == "Q4_K":  # d and dmin
         raw[:, :4] = np.array([4e-4, 3e-3], np.float16).view(np.uint8)
@@ -99,7 +99,7 @@ KINDS = ("F32", "BF16", "F16", "Q8_0", "Q4_0", "Q4_K", "Q6_K")
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_weights_are_those_of_transformers(kind: str, folder: Path) -> None:
-    """transformers rounds 1 + w - 1 in float32, too."""
+    """transformers also rounds 1 + w - 1 in float32."""
     theirs = AutoModelForCausalLM.from_pretrained(folder, gguf_file=f"{kind}.gguf", dtype=torch.float32).state_dict()
     ours = refgemma.Gemma2ForCausalLM.from_pretrained(folder, gguf_file=f"{kind}.gguf").state_dict()
     assert ours.keys() == theirs.keys()

@@ -1,4 +1,4 @@
-"""Beside huggingface_hub: the same snapshot is found in its cache, and a model is downloaded from a hub of our own."""
+"""Compare with huggingface_hub: find the same snapshot in its cache, and download a model from a local test hub."""
 
 import http.server
 import json
@@ -20,7 +20,7 @@ GATED = "org/gated"
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of a hub as a download needs: what a revision holds, and the files."""
+    """The parts of a hub that a download needs: the list of files of a revision, and the files."""
 
     protocol_version = "HTTP/1.1"
 
@@ -56,7 +56,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """Variables that lead to the hub above and to an empty cache."""
+    """Yield environment variables for the hub above and an empty cache."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     unset = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE")
@@ -95,7 +95,7 @@ def test_a_model_is_downloaded_when_asked_for_and_found_from_then_on(
         assert find_model("org/small", revision) == folder == Path(theirs)
 
 
-@pytest.mark.parametrize(("name", "reason"), [(GATED, "its licence must be accepted"), ("org/none", "no such model")])
+@pytest.mark.parametrize(("name", "reason"), [(GATED, "accept the model's licence"), ("org/none", "no such model")])
 def test_what_the_hub_refuses(environment: dict[str, str], name: str, reason: str) -> None:
     run = info(environment, name, "--download")
     assert run.returncode == 2

@@ -1,4 +1,4 @@
-"""The map of transformers' names on transformers' own modules, by plain forward hooks."""
+"""Test the map of transformers' names on transformers' own modules, with plain forward hooks."""
 
 from pathlib import Path
 from typing import Any

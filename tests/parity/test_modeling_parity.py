@@ -1,4 +1,4 @@
-"""Beside transformers in one process: the four classes on random configurations, inputs and arguments."""
+"""Compare with transformers in one process: the four classes on random configurations, inputs and arguments."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ LANGUAGE, SEQUENCES, TOKENS = CLASSES[1:]
 
 @st.composite
 def inputs(draw: st.DrawFn, name: str, shape: dict[str, Any]) -> dict[str, Any]:
-    """Ids with padding on a side, how they are divided into calls, and everything else a caller may say."""
+    """Draw ids with padding on one side, their division into calls, and all other arguments of a caller."""
     calls = draw(st.lists(st.integers(1, 8), min_size=1, max_size=1 if name == TOKENS else 4))
     batch, total = draw(st.integers(1, 3)), sum(calls)
     rng = np.random.default_rng(draw(st.integers(0, 2**31)))
@@ -47,7 +47,7 @@ def inputs(draw: st.DrawFn, name: str, shape: dict[str, Any]) -> dict[str, Any]:
 
 
 def ready_mask(drawn: dict[str, Any]) -> Any:
-    """Causal, without padding, and every query sees itself, as a mask of four axes: bool, or numbers to add."""
+    """Return a causal mask with four axes, without padding, where every query sees itself: bool, or numbers to add."""
     total = drawn["ids"].shape[1]
     seen = np.tril(np.ones((total, total), bool)) & drawn["visible"][:, None, None, :] | np.eye(total, dtype=bool)
     return seen if drawn["mask"] == "4-D bool" else np.where(seen, np.float32(0), np.finfo(np.float32).min)
@@ -64,7 +64,7 @@ def labels_of(name: str, drawn: dict[str, Any], shape: dict[str, Any]) -> Any:
 
 
 def arguments(name: str, drawn: dict[str, Any], shape: dict[str, Any], part: slice, torch_side: bool) -> dict[str, Any]:
-    """Of one call."""
+    """Return the arguments of one call."""
     whole = len(drawn["calls"]) == 1
     given: dict[str, Any] = {"attention_mask": drawn["visible"][:, : part.stop].astype(int)}
     if drawn["mask"] != "2-D":
@@ -82,7 +82,7 @@ def arguments(name: str, drawn: dict[str, Any], shape: dict[str, Any], part: sli
 
 
 def run(model: Any, name: str, drawn: dict[str, Any], shape: dict[str, Any]) -> dict[str, Any]:
-    """All calls of one side: numbers of real tokens by name, and the loss of a single call."""
+    """Run all calls of one side; return the numbers of real tokens by name, and the loss of a single call."""
     torch_side = isinstance(model, torch.nn.Module)
     past: Any = DynamicCache(config=model.config) if torch_side and len(drawn["calls"]) > 1 else None
     done, outputs = 0, []
@@ -102,7 +102,7 @@ def plain(x: Any) -> Any:
 
 
 def numbers(outputs: list[Any], name: str, drawn: dict[str, Any]) -> dict[str, Any]:
-    """What is compared: of padding nothing, and of attention only what real queries do."""
+    """Return the numbers to compare: nothing of padding, and only real queries' attention."""
     visible = drawn["visible"]
     main = "last_hidden_state" if name == CLASSES[0] else "logits"
     found: dict[str, Any] = {}
@@ -122,10 +122,10 @@ def numbers(outputs: list[Any], name: str, drawn: dict[str, Any]) -> dict[str, A
 
 
 def loss_allowance(ours: dict[str, Any], theirs: dict[str, Any], drawn: dict[str, Any]) -> float:
-    """How much a loss may differ, given how far the logits do.
+    """Return how much a loss may differ, given the difference of the logits.
 
-    Cross entropies move by at most twice the largest change of a logit, a squared error by its derivative times that;
-    and the loss itself is rounded some sixteen times at the size of its largest term.
+    A cross entropy changes by at most twice the largest change of a logit, a squared error by its derivative times this
+    change. The loss itself is rounded about sixteen times at the size of its largest term.
     """
     apart = float(np.abs(ours["logits"] - theirs["logits"]).max(initial=0))
     size = 1 + float(np.abs(theirs["logits"]).max(initial=0)) + float(np.abs(drawn["numbers"]).max())

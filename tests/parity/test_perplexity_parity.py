@@ -1,4 +1,4 @@
-"""Perplexity beside transformers: the program of its page on perplexity, written again from its description."""
+"""Compare perplexity with transformers: the program on its page on perplexity, written again from the description."""
 
 import math
 
@@ -13,7 +13,7 @@ from refgemma.hub import find_model
 
 
 def with_transformers(ids: torch.Tensor, max_length: int, stride: int) -> tuple[float, int]:
-    """Labels are -100 where an earlier window has judged; each loss is weighted by the number of labels less one."""
+    """Set labels to -100 if an earlier window scored them; weight each loss by the number of labels minus one."""
     model = Gemma2ForCausalLM.from_pretrained(find_model("tiny"), dtype=torch.float32, attn_implementation="eager")
     total, count, judged = 0.0, 0, 0
     for start in range(0, ids.shape[1], stride):

@@ -1,4 +1,4 @@
-"""refgemma prompts --cover says the truth: a prompt shows what check excludes for transformers' own run of it."""
+"""Check refgemma prompts --cover: a prompt shows the bugs that check excludes for transformers' own run."""
 
 import sys
 from pathlib import Path

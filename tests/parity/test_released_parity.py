@@ -1,4 +1,4 @@
-"""The comparisons with published outputs, rehearsed: those that transformers gives for the tiny model stand in."""
+"""Test the comparisons with published outputs on transformers' outputs for the tiny model."""
 
 import hashlib
 import os
@@ -21,7 +21,8 @@ PROMPT = "Once upon a time there was a"
 
 
 def published_by_transformers(ids: list[int]) -> tuple[list[float], list[dict[str, Any]]]:
-    """Norms of the residual stream, and a table of each layer through the next norm; the last is the model's own."""
+    """Return norms of the residual stream, and a table of each layer through the next norm; the last is the model's
+    own."""
     model = Gemma2ForCausalLM.from_pretrained(find_model("tiny"), dtype=torch.float32, attn_implementation="eager")
     streams: list[torch.Tensor] = []
 
@@ -107,7 +108,7 @@ def test_greedy_texts_are_those_of_transformers() -> None:
 
 @pytest.fixture(scope="module")
 def encode() -> Callable[..., list[int]]:
-    """The library tokenizers on the released tokenizer.json."""
+    """Return the encoding function of the tokenizers library, for the released tokenizer.json."""
     if not (name := os.environ.get("REFGEMMA_TOKENIZER_JSON")):
         pytest.skip("needs the released tokenizer: REFGEMMA_TOKENIZER_JSON does not say where its tokenizer.json lies")
     file = Path(name)
@@ -143,5 +144,5 @@ def test_the_likeliest_words_are_one_token_each(encode: Callable[..., list[int]]
 
 
 def test_the_compared_prompt_has_fourteen_tokens(encode: Callable[..., list[int]]) -> None:
-    """interp-engine says at which token each point differs most: at most 13, counted from 0."""
+    """interp-engine gives the token at which each point differs most: at most 13, counted from 0."""
     assert len(encode(read_released("interp-engine")["prompt"])) == 14

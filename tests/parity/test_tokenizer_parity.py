@@ -1,4 +1,4 @@
-"""The tokenizer against transformers' `GemmaTokenizer` made from the same file, and Gemma's template under Jinja."""
+"""Compare the tokenizer with transformers' `GemmaTokenizer` from the same file, and Gemma's template with Jinja."""
 
 import re
 import shutil
@@ -47,8 +47,8 @@ RANDOM_IDS = st.lists(st.integers(0, TOKENIZER.vocab_size - 1) | BYTES | st.inte
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """transformers' tokenizer of what `save_pretrained` writes: of the same model, with the special tokens declared as
-    in a released Gemma's tokenizer_config.json."""
+    """Return transformers' tokenizer for the files of `save_pretrained`: same model, with the special tokens declared
+    as in a released Gemma's tokenizer_config.json."""
     pytest.importorskip("google.protobuf", reason="transformers reads the file with it: pip install protobuf")
     folder = tmp_path_factory.mktemp("saved")
     TOKENIZER.save_pretrained(folder)
@@ -177,7 +177,7 @@ RICH_TEXTS = st.lists(st.sampled_from([*RICH_BLOCKS, " " * 40]) | CHARACTERS, ma
 
 @pytest.fixture(scope="module")
 def rich(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any]:
-    """Ours and transformers' tokenizer of a model that is trained here."""
+    """Return our and transformers' tokenizers of a model that is trained here."""
     pytest.importorskip("google.protobuf", reason="transformers reads the file with it: pip install protobuf")
     folder = tmp_path_factory.mktemp("rich")
     lines = ["the <start of a<bos <end (<s <sta </e> x> x>> </a> <unk> <bosom> turn> _turn>) os> s> ></ <_"] * 40

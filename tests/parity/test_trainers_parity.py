@@ -1,5 +1,5 @@
-"""Beside transformers: gradients of the right model conform, and each known mistake of trainers, made in PyTorch, is
-named from a whole trace and from the gradients of the weights alone."""
+"""Compare with transformers: gradients of the correct model conform. Each known bug of trainers, introduced into
+PyTorch, is named from a whole trace and from the gradients of the weights alone."""
 
 import types
 from collections.abc import Callable
@@ -36,7 +36,7 @@ Make = Callable[[Any, Patch], None]
 
 
 def inputs(vocab: int, seed: int = 0, length: int = 14) -> dict[str, np.ndarray]:
-    """Two rows, the second padded; a token that occurs twice, and labels that do not count."""
+    """Return two rows (the second is padded), with a token that occurs twice and labels that do not count."""
     rng = np.random.default_rng(seed)
     ids = rng.integers(4, vocab, (2, length))
     ids[:, 0], ids[0, 5] = 2, ids[0, 3]
@@ -67,7 +67,7 @@ def report(tensors: dict[str, Any], dtype: str = "float32") -> Report:
 
 
 def of_weights(tensors: dict[str, Any]) -> dict[str, Any]:
-    """What a trainer has: its inputs and the gradients of the weights."""
+    """Return the tensors that a trainer has: inputs and gradients of the weights."""
     return {name: x for name, x in tensors.items() if name in INPUTS or name.startswith("grads.model.")}
 
 
@@ -92,7 +92,7 @@ def fused(module: Any, q: Any, k: Any, v: Any, mask: Any, scaling: float, **_: A
 @pytest.mark.parametrize("kind", ["sdpa", "no caps", "untied, biases", "one token", "left padding"])
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_other_right_trainers_conform(kind: str, seed: int, monkeypatch: Patch) -> None:
-    """Another kernel, and models of other shapes."""
+    """Test another kernel, and models of other shapes."""
     shape: dict[str, Any] = {
         "vocab_size": 70, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10, "query_pre_attn_scalar": 12,
@@ -124,7 +124,7 @@ def test_other_right_trainers_conform(kind: str, seed: int, monkeypatch: Patch) 
 
 
 def test_default_labels_are_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One call with nothing but tokens and a mask, saved, through the command line."""
+    """Save a call with only tokens and a mask, and check it through the command line."""
     given = inputs(CHECKPOINT.config.vocab_size)
     given = {name: np.stack([x[0], np.roll(x[1], 3)]) for name, x in given.items()}  # left padding
     tensors, about = capture_transformers(
@@ -139,17 +139,17 @@ def test_default_labels_are_judged(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def learn_as(value: Any, other: Any) -> Any:
-    """The numbers of `value`, and the gradient of `other`."""
+    """Return the numbers of `value` with the gradient of `other`."""
     return value.detach() + (other - other.detach())
 
 
 def times(x: Any, factor: Any) -> Any:
-    """The same numbers; the gradient times a factor."""
+    """Return the same numbers with the gradient multiplied by a factor."""
     return learn_as(x, torch.multiply(x, factor))  # not "mul", which a capture takes for the scale or the cap
 
 
 def loss_by(reduce: Callable[[Any, Any], Any], place: Callable[[Any], Any] = lambda y: y[:, 1:]) -> Make:
-    """`reduce` gets the losses of all places and which of them count."""
+    """Return a bug of the loss; `reduce` gets the losses of all places and a mask of those that count."""
 
     def make(model: Any, patch: Patch) -> None:
         def loss(logits: Any, labels: Any, vocab: int, **_: Any) -> Any:
@@ -176,7 +176,7 @@ def padding_counted(model: Any, patch: Patch) -> None:
 
 
 def capped(cap_learns: Callable[[Any, Any, float], Any]) -> Make:
-    """Another gradient of the soft cap of the logits."""
+    """Return a bug with another gradient of the logits' soft cap."""
 
     def make(model: Any, patch: Patch) -> None:
         def forward(self: Any, input_ids: Any, attention_mask: Any = None, use_cache: bool = False) -> Any:
@@ -191,7 +191,7 @@ def capped(cap_learns: Callable[[Any, Any, float], Any]) -> Make:
 
 
 def attention(**parts: Callable[..., Any]) -> Make:
-    """Eager attention with the gradient of one part exchanged."""
+    """Return a bug: eager attention with another gradient of one part."""
 
     def same(x: Any, *_: Any) -> Any:
         return x
@@ -221,7 +221,7 @@ def only_first(copies: Any, groups: int) -> Any:
 
 
 def causal(mask: Any) -> Any:
-    """A causal mask with the padding of the right one, without its window."""
+    """Return a causal mask with the same padding as the correct mask, but without the window."""
     n = mask.shape[-1]
     hidden = torch.triu(torch.ones(n, n, dtype=torch.bool), 1)[None, None].repeat(2, 1, 1, 1)
     hidden[1, ..., -3:] = True
@@ -244,7 +244,7 @@ def rotation(learns: Callable[[Any, Any, Any], Any]) -> Make:
 
 
 def norm(learns: Callable[[Any, Any, Any], Any]) -> Make:
-    """`learns` gets the module, its input and its usual result."""
+    """Return a bug of the norms; `learns` gets the module, its input and its usual result."""
 
     def make(model: Any, patch: Patch) -> None:
         usual = modeling.Gemma2RMSNorm.forward
@@ -258,7 +258,7 @@ def root(self: Any, x: Any) -> Any:
 
 
 def weight_alone(self: Any, x: Any) -> Any:
-    """Numbers of the norm's weight without a way to its input, for the gradient of the weight."""
+    """Return the norm's result with a gradient only for its weight, not for its input."""
     return (x * root(self, x)).detach() * self.weight
 
 
@@ -280,7 +280,7 @@ def exchanged(model: Any, patch: Patch) -> None:
 
 
 def no_residual(model: Any, patch: Patch) -> None:
-    """Each half's input goes around it without a gradient."""
+    """The residual connection around each half of a layer has no gradient."""
 
     def forward(self: Any, hidden_states: Any, **named: Any) -> Any:
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **named)
@@ -374,7 +374,7 @@ def test_every_mistake_is_made() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MAKE)
 def test_a_mistake_is_named(name: str, monkeypatch: Patch) -> None:
-    """As the first finding, alone; from a whole trace and from weights' gradients."""
+    """The bug is the first finding, alone, from a whole trace and from the weights' gradients."""
     model = load_conformance()
     MAKE[name](model, monkeypatch)
     tensors = capture(model, inputs(CHECKPOINT.config.vocab_size))

@@ -1,5 +1,5 @@
-"""Training beside torch 2.13, transformers 5.23 and PEFT 0.21: the optimizer's bits, clipping, schedules, decay, whole
-steps, accumulation, and adapters in both directions."""
+"""Compare training with torch 2.13, transformers 5.23 and PEFT 0.21: optimizer (bit for bit), clipping, schedules,
+decay, steps, accumulation, and adapters in both directions."""
 
 import math
 from pathlib import Path
@@ -71,7 +71,7 @@ def test_every_bit_of_ten_steps(
 
 
 class SquareRootOfTorch:
-    """NumPy, with the square root that torch calls."""
+    """NumPy with torch's square root."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(np, name)
@@ -133,7 +133,7 @@ TINY: dict[str, Any] = {
 
 
 def as_batch(rows: list[Any]) -> dict[str, torch.Tensor]:
-    """The rows padded on the left; neither padding nor the first token, which padding would predict, has a label."""
+    """Pad the rows on the left; padding and the first token, which padding would predict, have no label."""
     width = max(map(len, rows))
     ids = torch.tensor(np.array([np.pad(row, (width - len(row), 0)) for row in rows]))
     mask = torch.tensor(np.array([np.arange(width) >= width - len(row) for row in rows]).astype(int))
@@ -239,7 +239,7 @@ def test_steps_of_an_adapter(modules: tuple[str, ...], tmp_path: Path) -> None:
 
 
 def test_the_first_adapter_is_drawn_as_pefts() -> None:
-    """The same bound of a uniform distribution; the numbers are from another generator."""
+    """The bound of the uniform distribution is the same; the numbers come from another generator."""
     tensors = random_tensors("Gemma2ForCausalLM", TINY, 3)
     config, lora = Gemma2Config(**TINY), Lora(r=64, lora_alpha=8.0)
     base = dict(named_arrays(here("Gemma2ForCausalLM", TINY, tensors, "float32").weights, config))

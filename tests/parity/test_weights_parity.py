@@ -1,4 +1,5 @@
-"""Folders as trainers leave them, read by transformers and PEFT and here: names, heads, configurations, adapters."""
+"""Compare folders of trained models, read by transformers, PEFT and refgemma: names, heads, configurations,
+adapters."""
 
 import json
 from collections.abc import Callable
@@ -58,7 +59,7 @@ def logits(model: Any) -> Any:
 
 
 def near(ours: Any, others: Any) -> bool:
-    """Within 5e-6 of the largest, as in the other parity tests."""
+    """Return True if all differences are within 5e-6 of the largest number, as in the other parity tests."""
     return bool(np.abs(ours - others).max() <= 5e-6 * np.abs(others).max())
 
 
@@ -160,7 +161,7 @@ WITH_BIAS = ("biases", "lora_bias")
 
 
 def train_adapter(base: Path, folder: Path, settings: dict[str, Any]) -> Path:
-    """An adapter whose every number has moved."""
+    """Make an adapter in which every number has changed."""
     peft = pytest.importorskip("peft")
     with quiet():
         model = peft.get_peft_model(theirs(base), peft.LoraConfig(r=4, **settings))
@@ -181,7 +182,7 @@ def merge_with_peft(base: Path, adapter: Path, dtype: Any) -> Any:
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
 def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Bases in one precision, without and with biases in attention."""
+    """Return base models in one precision, without and with biases in attention."""
     folder = tmp_path_factory.mktemp("bases")
     plain = {name: x.to(request.param) for name, x in STATE.items()}
     biased = {name: x.to(request.param) for name, x in random_state(attention_bias=True).items()}

@@ -1,7 +1,7 @@
-"""Damaged folders given to the commands themselves: exit code 2 and one line, or the file is read after all; never a
-traceback, a wait, or memory out of all proportion.
+"""Give damaged folders to the commands: exit code 2 and one line, or the file is read; never a traceback, endless
+waiting or excessive memory.
 
-``tests/test_fuzz.py`` asks the readers; this asks ``info``, ``generate`` and ``chat``, the same each time."""
+``tests/test_fuzz.py`` tests the readers; this file tests ``info``, ``generate`` and ``chat`` on fixed cases."""
 
 import io
 import json
@@ -49,7 +49,7 @@ TEXT, CHAT = ["generate", "--model", "FOLDER", "Once", *SHORT], ["chat", "--mode
 
 @dataclass(frozen=True)
 class Target:
-    """A file to damage, what is whole in it, the files beside it, and the commands that read it."""
+    """A file to damage, its undamaged contents, the other files of the folder, and the commands that read it."""
 
     file: str
     whole: bytes
@@ -57,7 +57,7 @@ class Target:
     beside: dict[str, bytes | Path] = field(default_factory=dict)
 
     def write(self, folder: Path, content: bytes) -> None:
-        """Make the folder with `content` in place of the file."""
+        """Make the folder with `content` in the file."""
         folder.mkdir()
         for name, other in self.beside.items():
             if isinstance(other, Path):
@@ -68,7 +68,7 @@ class Target:
 
 
 def in_tiny(file: str, whole: bytes, *commands: list[str]) -> Target:
-    """A file of the tiny model, whose other files are copied."""
+    """Return the target for a file of the tiny model; the other files are copied."""
     beside: dict[str, bytes | Path] = {path.name: path for path in TINY.iterdir() if path.name != file}
     return Target(file, whole, commands, beside)
 
@@ -86,7 +86,7 @@ TARGETS = {
 
 
 def write_tokenizer_json() -> bytes:
-    """The tokenizer.json of the tiny model."""
+    """Return the tokenizer.json of the tiny model."""
     with tempfile.TemporaryDirectory() as folder:
         Tokenizer.from_pretrained("tiny").save_pretrained(folder)
         return (Path(folder) / "tokenizer.json").read_bytes()
@@ -120,7 +120,7 @@ ODD: list[Callable[[], Any]] = [
 
 
 def damage_bytes(raw: bytes, draw: random.Random) -> bytes:
-    """Some bytes changed, put in, taken out, doubled, or all behind them cut off; the start of a file most often."""
+    """Change, insert, remove or double bytes, or cut off the rest; most often near the start."""
     out = bytearray(raw)
     for _ in range(draw.randint(1, 3)):
         at = draw.randrange(min(len(out), draw.choice([16, 400, 10**9])) or 1)
@@ -141,7 +141,7 @@ def damage_bytes(raw: bytes, draw: random.Random) -> bytes:
 
 
 def damage_json(text: bytes, draw: random.Random) -> bytes:
-    """A value at any depth in place of another, a key left out, or one too many."""
+    """Replace a value at any depth, or remove or add a key."""
     top = json.loads(text)
     place, kept = top, []
     while isinstance(place, dict | list) and place and (not kept or draw.random() < 0.7):
@@ -157,7 +157,7 @@ def damage_json(text: bytes, draw: random.Random) -> bytes:
 
 
 def damages(target: Target, draw: random.Random) -> Iterator[bytes]:
-    """`DAMAGES` contents of a file; the JSON of a safetensors file is its header."""
+    """Yield `DAMAGES` damaged contents of a file; in a safetensors file, the JSON header is damaged."""
     for number in range(DAMAGES):
         if number % 2 or target.file.endswith((".model", ".jinja")):
             yield damage_bytes(target.whole, draw)
@@ -170,7 +170,7 @@ def damages(target: Target, draw: random.Random) -> Iterator[bytes]:
 
 
 def ask(command: list[str], folder: Path, monkeypatch: Any, capsys: Any) -> int:
-    """Run a command on a folder and hold what it says to the rules; its exit code."""
+    """Run a command on a folder, check its output against the rules, and return the exit code."""
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n\n"))
     began = time.process_time()
     code = main([str(folder) if part == "FOLDER" else part for part in command])
@@ -191,7 +191,7 @@ def ask(command: list[str], folder: Path, monkeypatch: Any, capsys: Any) -> int:
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_whole_files_are_read(name: str, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-    """Were every folder refused, the test below would pass."""
+    """If every folder gave an error, the test below would pass."""
     target = TARGETS[name]
     target.write(tmp_path / "whole", target.whole)
     for command in target.commands:

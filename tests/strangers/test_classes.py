@@ -1,5 +1,5 @@
-"""Models and configurations as code for transformers uses them. Numbers of the model "tiny" are transformers 5.23's in
-float32, eager; many more comparisons are in `parity/test_classes_parity.py`."""
+"""Use models and configurations as code for transformers does. Expected numbers of the model "tiny" are from
+transformers 5.23 in float32, eager; `parity/test_classes_parity.py` has many more comparisons."""
 
 import copy
 import json
@@ -103,13 +103,13 @@ def test_the_name_of_transformers_5_24(model: Any) -> None:
 def test_a_static_cache_that_is_full(model: Any) -> None:
     cache = StaticCache(config=model.config, max_cache_len=5, max_batch_size=1, device="cpu", dtype="float32")
     model(IDS, past_key_values=cache)
-    with pytest.raises(InputError, match="would hold 8 tokens; max_cache_len is 5: make it with a larger one"):
+    with pytest.raises(InputError, match="would have 8 tokens; max_cache_len is 5: use a larger max_cache_len"):
         model(IDS, past_key_values=cache)
     assert cache.get_seq_length() == 4
 
 
 def test_a_dynamic_cache_without_a_configuration_can_always_be_cut_back(model: Any) -> None:
-    """With one, a sliding layer has dropped what it would need, and that is said."""
+    """With a configuration, a sliding layer has dropped tokens that it would need, which is an error."""
     ids = np.arange(2, 102)[None]
     for config in (None, model.config):
         cache = DynamicCache(config=config)
@@ -127,7 +127,7 @@ def test_a_dynamic_cache_without_a_configuration_can_always_be_cut_back(model: A
 
 @pytest.mark.parametrize("fast", [False, True])
 def test_a_deep_copy_is_another_cache(model: Any, fast: bool) -> None:
-    """That of `generate` has room for tokens to come, which two copies must not share."""
+    """The cache of `generate` has free space for more tokens, which two copies must not share."""
     cache = DynamicCache(config=model.config)
     if fast:
         model.generate(IDS, past_key_values=cache, max_new_tokens=3, do_sample=False)
@@ -153,7 +153,7 @@ def test_the_auto_classes_give_the_documented_ones(tmp_path: Path) -> None:
         (AutoModelForSequenceClassification, refgemma.Gemma2ForSequenceClassification),
         (AutoModelForTokenClassification, refgemma.Gemma2ForTokenClassification),
     ):
-        with pytest.warns(UserWarning, match="holds no classifier's head"):
+        with pytest.warns(UserWarning, match="has no classifier's head"):
             found = auto.from_pretrained("tiny", num_labels=3)
         assert type(found) is wanted
 
@@ -189,10 +189,10 @@ def test_arguments_that_change_nothing_are_taken_in_silence(cls: Any, argument: 
 @pytest.mark.parametrize(
     ("argument", "value", "advice"),
     [
-        ("attn_implementation", "flash_attention_2", "attention is that of transformers' 'eager'; leave it out"),
-        ("load_in_4bit", True, "weights are not quantised here; leave it out"),
-        ("quantization_config", {"bits": 4}, "weights are not quantised here; leave it out"),
-        ("output_loading_info", True, "nothing to list"),
+        ("attn_implementation", "flash_attention_2", "refgemma computes as transformers' 'eager' does; leave it out"),
+        ("load_in_4bit", True, "refgemma does not quantise weights; leave it out"),
+        ("quantization_config", {"bits": 4}, "refgemma does not quantise weights; leave it out"),
+        ("output_loading_info", True, "nothing is left to report"),
         ("state_dict", {}, r"use from_state_dict\(config, state_dict\)"),
         ("subfolder", "inside", "give the path of the folder inside"),
         ("use_safetensors", False, "leave it out"),
@@ -209,7 +209,7 @@ def test_arguments_that_would_change_the_result_are_refused(argument: str, value
 
 @pytest.mark.parametrize("name", ["torch_dtype", "dtype"])
 def test_a_precision_under_either_name(name: str) -> None:
-    """``"auto"`` is what the configuration says, which of "tiny" is bfloat16."""
+    """``"auto"`` means the configuration's precision, which is bfloat16 for "tiny"."""
     for value, wanted in (("float16", "float16"), ("auto", "bfloat16"), (np.float64, "float64"), (None, "float32")):
         assert AutoModelForCausalLM.from_pretrained("tiny", **{name: value}).dtype == wanted
     assert AutoModelForCausalLM.from_config(AutoConfig.from_pretrained("tiny"), **{name: "float16"}).dtype == "float16"
@@ -224,7 +224,7 @@ def test_auto_is_the_precision_of_the_configuration_rather_than_that_of_the_file
 
 
 def test_a_cache_folder_that_is_named(tmp_path: Path) -> None:
-    """Laid out as huggingface_hub 1.x lays it out."""
+    """The cache has the layout of huggingface_hub 1.x."""
     repository = tmp_path / "models--someone--small"
     shutil.copytree(find_model("tiny"), repository / "snapshots" / "abc")
     (repository / "refs").mkdir()
@@ -237,7 +237,7 @@ def test_a_cache_folder_that_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["argument", "configuration", "path"])
 def test_fewer_layers_than_the_folder_has(how: str, tmp_path: Path) -> None:
-    """The first two, as in transformers, and it is said that the others are left out."""
+    """The first two layers are used, as in transformers, and a warning names the others."""
     config = AutoConfig.from_pretrained("tiny", num_hidden_layers=2)
     config.save_pretrained(tmp_path)
     given = {"argument": {"num_hidden_layers": 2}, "configuration": {"config": config}, "path": {"config": tmp_path}}
@@ -251,9 +251,9 @@ def test_fewer_layers_than_the_folder_has(how: str, tmp_path: Path) -> None:
 def test_a_head_of_another_size(tmp_path: Path) -> None:
     config = AutoConfig.from_pretrained("tiny", num_hidden_layers=1, num_labels=3)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="for a fresh head set ignore_mismatched_sizes=True"):
+    with pytest.raises(CheckpointError, match="set ignore_mismatched_sizes=True for a new random head"):
         AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=5)
-    with pytest.warns(UserWarning, match="holds no matching classifier's head"):
+    with pytest.warns(UserWarning, match="has no matching classifier's head"):
         found = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=5, ignore_mismatched_sizes=True)
     assert found([[2, 3]]).logits.shape == (1, 5)
 
@@ -315,7 +315,7 @@ def test_a_value_that_no_gemma_2_can_have_is_refused_and_changes_nothing(name: s
 
 
 def test_fields_that_contradict_one_another_are_refused_where_they_are_used(model: Any) -> None:
-    """Not before: one of the two has to be set first."""
+    """They are not refused earlier, because one of the two must be set first."""
     config = AutoConfig.from_pretrained("tiny")
     config.num_attention_heads = 3
     with pytest.raises(
@@ -404,12 +404,12 @@ def test_a_classifier_is_converted_with_its_head() -> None:
 def test_training_changes_nothing_and_says_so_where_it_would(model: Any) -> None:
     assert model.train().train(False) is model
     model.config.attention_dropout = 0.1
-    with pytest.warns(UserWarning, match="dropout is never active in refgemma"):
+    with pytest.warns(UserWarning, match="refgemma never applies dropout"):
         model.train()
 
 
 def test_weights_by_their_names_and_modules(model: Any) -> None:
-    """The numbers are those of transformers' modules of the same names."""
+    """The numbers equal those of transformers' modules with the same names."""
     ones = np.ones((1, 1, 234), np.float32)
     logits = model.lm_head(model.model.norm(ones))[0, 0, 300:303]
     np.testing.assert_allclose(logits, [-1.3700996, 1.1435284, 0.9089733], rtol=0, atol=SAME)
@@ -422,14 +422,14 @@ def test_weights_by_their_names_and_modules(model: Any) -> None:
     assert model.get_memory_footprint() == 11_689_836
     with pytest.raises(AttributeError, match=r"layers\.0 has no 'attention'; it has self_attn, mlp, input_layernorm"):
         _ = model.model.layers[0].attention
-    with pytest.raises(InputError, match=r"layers\.0\.mlp cannot be called by itself"):
+    with pytest.raises(InputError, match=r"layers\.0\.mlp cannot be called alone"):
         model.model.layers[0].mlp(ones)
     with pytest.raises(IndexError):
         _ = model.model.layers[6]
 
 
 def test_what_is_changed_in_place_changes_the_model(model: Any) -> None:
-    """Through any of the names, and through the model without its head."""
+    """This holds for any of the names, and for the model without its head."""
     for change in (
         lambda: model.model.layers[0].self_attn.q_proj.weight.__imul__(2),
         lambda: dict(model.named_parameters())["model.norm.weight"].__iadd__(1),
@@ -449,11 +449,11 @@ def test_load_state_dict(model: Any) -> None:
     fresh.model.norm.weight[:] = 0
     assert (fresh(IDS).logits != model(IDS).logits).any()  # the tensors were copied
     for name in ("model.norm.weight", "lm_head.weight"):  # a tied head, too, as in torch
-        with pytest.raises(CheckpointError, match=f"lacks {name!r}; strict=False"):
+        with pytest.raises(CheckpointError, match=f"lacks {name!r}; add it, or use strict=False"):
             fresh.load_state_dict({k: x for k, x in model.state_dict().items() if k != name})
     with pytest.raises(CheckpointError, match=r"lacks 'model\.norm\.weight'"):
         fresh.load_state_dict({k: x for k, x in model.state_dict().items() if k != "model.norm.weight"})
-    with pytest.raises(CheckpointError, match="holds 'other'"):
+    with pytest.raises(CheckpointError, match="has 'other'"):
         fresh.load_state_dict(model.state_dict() | {"other": IDS})
     keys = fresh.load_state_dict({"model.norm.weight": model.weights.norm, "other": IDS}, strict=False)
     assert keys.unexpected_keys == ["other"]
@@ -562,7 +562,7 @@ def test_a_mask_of_four_axes_with_true_and_false(model: Any) -> None:
 
 
 def test_resize_token_embeddings(model: Any) -> None:
-    """New rows: the mean of the old ones, as transformers gives it, and 3e-5 of their spread of 0.06 around it."""
+    """New rows are the mean of the old rows, as in transformers, plus 3e-5 of their spread of 0.06."""
     before, old = model(IDS).logits, model.model.embed_tokens.weight.copy()
     assert model.resize_token_embeddings(2050, pad_to_multiple_of=8).weight.shape == (2056, 234)
     assert model.config.vocab_size == model.model.config.vocab_size == 2056
@@ -626,7 +626,7 @@ def test_nothing_is_uploaded(model: Any) -> None:
 
 
 def test_a_pipeline(model: Any) -> None:
-    """The texts are those of transformers' pipeline with the same model."""
+    """The texts equal those of transformers' pipeline with the same model."""
     greedy: dict[str, Any] = {"do_sample": False}
     pipe = pipeline("text-generation", model="tiny", torch_dtype="float32", device_map="auto", batch_size=2, **greedy)
     assert pipe("Once upon a time", max_new_tokens=6) == [{"generated_text": "Once upon a time the Rat, who was a"}]
@@ -644,7 +644,7 @@ def test_a_pipeline(model: Any) -> None:
     ("given", "reason"),
     [
         ({"task": "translation", "model": "tiny"}, "it must be 'text-generation'"),
-        ({"task": "text-generation"}, "model is missing"),
+        ({"task": "text-generation"}, "the model is missing"),
     ],
 )
 def test_pipelines_that_there_are_not(given: dict[str, Any], reason: str) -> None:

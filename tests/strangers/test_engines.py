@@ -1,5 +1,5 @@
-"""Traces as other engines write them: no false word is said of right ones, and what is wrong is named. The right runs
-are recordings of PyTorch (golden/), and DeepMind's norm is one of JAX 0.10.2 (tests/recorded)."""
+"""Check traces as other engines write them: correct ones get no false finding, and faults are named. Correct runs are
+recordings of PyTorch (golden/); DeepMind's norm is a recording of JAX 0.10.2 (tests/recorded)."""
 
 import json
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ Tensors = dict[str, Any]
 
 
 def recorded(case: str) -> tuple[Tensors, dict[str, str]]:
-    """What PyTorch recorded, under our names, and the metadata of its trace."""
+    """Return PyTorch's recording by our names, and the metadata of its trace."""
     about, golden = load_golden(case)
     whole = len(about["calls"]) == 1
     tensors = {name.removeprefix("calls.0.") if whole else name: x for name, x in golden.items() if name != "loss"}
@@ -41,14 +41,14 @@ def recorded(case: str) -> tuple[Tensors, dict[str, str]]:
 
 
 def judged(tensors: Mapping[str, Any], about: Mapping[str, str], case: str, folder: Path, **options: Any) -> Report:
-    """A trace held against the model of a recording."""
+    """Check a trace against the model of a recording."""
     save_trace(tensors.items(), folder / "port.safetensors", dict(about))
     config, weights = model_of(read_manifest()["cases"][case])
     return diagnose(load_trace(folder / "port.safetensors", config), weights, config, **options)
 
 
 def run(dtype: str = "float32", **changes: Any) -> Tensors:
-    """An engine with other numbers."""
+    """Run an engine with other numbers."""
     model = CONFORMANCE if dtype == "float32" else refgemma.load("conformance", dtype)
     return dict(named_tensors(forward(IDS, model.weights, model.config.changed(**changes))))
 
@@ -101,7 +101,7 @@ def test_computed_nan_is_invalid(where: Any, tmp_path: Path) -> None:
 
 
 def test_steps_that_record_nothing_are_not_recorded(tmp_path: Path) -> None:
-    """Of a prompt the logits of the last row, of some steps nothing: as decoders and speculative steps do."""
+    """The prompt has only its last row's logits, some steps have none, as in decoders and speculative decoding."""
     case = "bends-decode-f32"
     tensors, about = recorded(case)
     calls = len(json.loads(about["calls"]))
@@ -137,7 +137,7 @@ def test_room_in_a_static_cache_is_padding_at_the_end(case: str, tmp_path: Path)
 
 
 def in_pairs(x: Any) -> Any:
-    """Heads as rotation of neighbours needs them: number ``i`` at ``2 i``, ``i + head_dim / 2`` beside it."""
+    """Reorder heads for rotating neighbours: number ``i`` at ``2 i``, number ``i + head_dim / 2`` at ``2 i + 1``."""
     half = x.shape[-1] // 2
     return np.stack([x[..., :half], x[..., half:]], axis=-1).reshape(x.shape)
 
@@ -182,7 +182,7 @@ def test_deepminds_norm_is_a_way_of_rounding(dtype: str, how: str, tmp_path: Pat
 
 @pytest.mark.parametrize("seed", range(3))
 def test_noise_is_no_other_number(seed: int, tmp_path: Path) -> None:
-    """Products that are off by five per cent are no other eps, scale, cap or theta."""
+    """Products with errors of five per cent are not mistaken for another eps, scale, cap or theta."""
     rng = np.random.default_rng(seed)
     tensors = {
         name: x * np.float32(1 + 0.05 * rng.standard_normal(x.shape)).astype(np.float32)
@@ -205,7 +205,7 @@ def test_another_number_is_still_estimated(tmp_path: Path) -> None:
 
 
 def test_a_wrong_declared_dtype_is_said(tmp_path: Path) -> None:
-    """Computed in bfloat16, written as float32."""
+    """The tensors were computed in bfloat16 and written as float32."""
     logits = np.float32(as_float64(run("bfloat16")["logits"]))
     found = checked({"logits": logits}, tmp_path)
     assert found.verdict == DIFFERS
@@ -216,7 +216,7 @@ def test_a_wrong_declared_dtype_is_said(tmp_path: Path) -> None:
 
 
 def test_a_bug_and_a_way_of_rounding_are_named_from_the_logits(tmp_path: Path) -> None:
-    """Without the window, the last cap taken in bfloat16."""
+    """The run has no window, and computes the last cap in bfloat16."""
     raw = as_dtype(run(layer_types=(FULL,) * 4)["raw_logits"], "bfloat16")
     cap = CONFORMANCE.config.final_logit_softcapping
     logits = np.float32(as_float64(np.tanh(raw / cap) * cap))
@@ -225,7 +225,7 @@ def test_a_bug_and_a_way_of_rounding_are_named_from_the_logits(tmp_path: Path) -
 
 
 def test_the_closest_bug_is_said_with_what_it_leaves(tmp_path: Path) -> None:
-    """Without the window, and a number that is not known."""
+    """The run has no window, and an unknown number."""
     logits = run(layer_types=(FULL,) * 4, query_pre_attn_scalar=14)["logits"]
     found = checked({"logits": logits}, tmp_path)
     finding = found.findings[0]
@@ -240,7 +240,7 @@ def test_the_closest_bug_is_said_with_what_it_leaves(tmp_path: Path) -> None:
 
 
 def quantise(x: Any, bits: int) -> Any:
-    """Whole numbers of so many bits, with a scale for each row."""
+    """Quantise to whole numbers with this number of bits, with a scale for each row."""
     if not hasattr(x, "ndim") or x.ndim != 2:
         return x
     scale = np.abs(x).max(axis=-1, keepdims=True) / (2 ** (bits - 1) - 1)
@@ -248,7 +248,7 @@ def quantise(x: Any, bits: int) -> Any:
 
 
 def quantised_run(bits: int = 8, **changes: Any) -> tuple[Tensors, Tensors]:
-    """The tensors of an engine with quantised weights, and these under their names."""
+    """Return the tensors of an engine with quantised weights, and the weights by name."""
     weights = CONFORMANCE.weights
     layers = [LayerWeights(**{n: quantise(x, bits) for n, x in vars(layer).items()}) for layer in weights.layers]
     table = quantise(weights.embed_tokens, bits)
@@ -278,7 +278,7 @@ def test_a_quantised_engine_is_noisy(fields: tuple[str, ...] | None, bits: int, 
     kept = {name: x for name, x in tensors.items() if fields is None or field_of(name) in fields}
     found = checked(kept, tmp_path, quantised=True)
     assert (found.verdict, found.findings) == (NOISY_ONLY, ())
-    assert "as quantisation makes them" in refgemma.oracle.report.text(found, "conformance")
+    assert "as from quantisation" in refgemma.oracle.report.text(found, "conformance")
 
 
 def test_quantisation_is_found_in_a_full_trace(tmp_path: Path) -> None:
@@ -328,7 +328,7 @@ def test_log_probabilities_are_judged(name: str, dtype: str, tmp_path: Path) -> 
     found = judged(tensors, about, case, tmp_path)
     assert [(i.tensor, i.judged.verdict) for i in found.instances] == [("logprobs", "PASS")]
     assert found.verdict == CONFORMS
-    assert ("logits: are log probabilities, and are judged as such" in found.remarks) == (name == "logits")
+    assert ("logits: these are log probabilities, and are judged as such" in found.remarks) == (name == "logits")
     # Beside logits that are recorded they are one operation, with a derived bound.
     assert judged(golden | {"logprobs": log_probabilities(golden["logits"])}, about, case, tmp_path).verdict == CONFORMS
 
@@ -379,8 +379,8 @@ def test_a_changed_configuration_is_said_in_every_line(tmp_path: Path, capsys: p
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("query_pre_attn_scalar", "it must be NAME=VALUE"),
-        ("query_pre_attn_scalar=ten", "it must be NAME=VALUE"),
+        ("query_pre_attn_scalar", "it must be NAME=VALUE with"),
+        ("query_pre_attn_scalar=ten", "it must be NAME=VALUE with"),
         ("scalar=10", "unknown field 'scalar'"),
         ("sliding_window=0", "sliding_window"),
         ("head_dim=4", "change the shapes of the weights"),

@@ -1,8 +1,8 @@
-"""Generation as people write it for transformers: each argument gives what it gives there, or says what to write.
+"""Generate as code for transformers does: each argument gives transformers' result, or an error says what to write.
 
-Expected tokens are those of transformers 5.23 with the embedded model in float32 (eager attention), recorded beside the
-case; `tests/parity/test_generation_parity.py` compares them in one process. Draws are not torch's, so their tests say
-what has to hold.
+Expected tokens are from transformers 5.23 with the packaged model in float32 (eager attention), recorded in the test;
+`tests/parity/test_generation_parity.py` compares in one process. Draws differ from torch's, so their tests check
+properties.
 """
 
 import copy
@@ -69,7 +69,7 @@ def test_set_seed_seeds_what_transformers_seeds_too() -> None:
 
 
 def describe(value: Any) -> str:
-    """Return a name of a case that is the same in every process: no object's address."""
+    """Return a name for a case that is the same in every process, without an object's address."""
     if not isinstance(value, dict):
         return str(value)
     plain = (int, float, str, list, tuple, dict, type(None))
@@ -148,20 +148,23 @@ def test_what_changes_no_token_is_taken_in_silence(settings: dict[str, Any]) -> 
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"generator": 5}, "generator = 5 is not supported; .* give seed=, or call set_seed"),
+        ({"generator": 5}, "generator = 5 is not supported; .* pass seed=, or call set_seed"),
         (
             {"custom_generate": "me/repo"},
-            "custom_generate = 'me/repo' is not supported; refgemma runs no code of a repository",
+            "custom_generate = 'me/repo' is not supported; refgemma runs no code from a repository",
         ),
-        ({"num_beam_groups": 2, "num_beams": 4}, "num_beam_groups = 2 is not supported; transformers 5 runs it as"),
-        ({"cache_implementation": "quantized"}, "a quantized cache gives other numbers; leave it out"),
+        (
+            {"num_beam_groups": 2, "num_beams": 4},
+            "num_beam_groups = 2 is not supported; transformers 5 implements it by",
+        ),
+        ({"cache_implementation": "quantized"}, "refgemma has no quantized cache, which gives other numbers"),
         ({"stop_strings": "x"}, "stop_strings need the model's tokenizer"),
-        ({"stop_strings": [""], "tokenizer": TOKENIZER}, "stop_strings is .*; it must be a text that is not empty"),
+        ({"stop_strings": [""], "tokenizer": TOKENIZER}, "stop_strings is .*; it must be a nonempty text"),
         ({"bad_words_ids": [[2048]]}, "bad_words_ids is 2048; the vocabulary has 2048 tokens"),
         ({"bad_words_ids": [5]}, "bad_words_ids is .*; it must be a list of lists of token ids"),
         ({"sequence_bias": {300: 1.0}}, "sequence_bias is .*; it must be a dict of tuples of token ids to numbers"),
         ({"suppress_tokens": [5], "forced_eos_token_id": 5}, "forced_eos_token_id is .5., but suppress_tokens forbids"),
-        ({"guidance_scale": 2.0, "num_beams": 2}, "guidance_scale is not supported in a beam search; use num_beams=1"),
+        ({"guidance_scale": 2.0, "num_beams": 2}, "guidance_scale is not supported with beam search; use num_beams=1"),
         (
             {"guidance_scale": 2.0, "negative_prompt_ids": [2]},
             "the negative prompt has shape .1,.; it must have one row for each of the 1",
@@ -298,7 +301,7 @@ def test_a_cache_is_gone_on_from() -> None:
 
 
 def test_what_code_reads_and_writes_in_a_generation_configuration(tmp_path: Path) -> None:
-    """transformers 5.23 returns the same, and None for each of these settings as long as it is not set."""
+    """transformers 5.23 returns the same, and None for each of these settings that is not set."""
     config = GenerationConfig(top_k=5)
     assert config.update(top_p=0.5, colour="red") == {"colour": "red"}
     assert (config.top_k, config.top_p) == (5, 0.5)

@@ -1,5 +1,5 @@
-"""GGUF files, read and written. The right values are those of gguf 0.19, llama.cpp's own Python library: what it
-writes, and what it dequantises. tests/parity/test_gguf_parity.py has the logits of llama.cpp itself."""
+"""Read and write GGUF files. Expected values are from gguf 0.19, llama.cpp's own Python library: its files, and its
+dequantised numbers. tests/parity/test_gguf_parity.py has the logits of llama.cpp itself."""
 
 import json
 import struct
@@ -43,7 +43,7 @@ IDS = [[2, 7, 300, 1900, 44]]
 
 
 def weights(seed: int = 0) -> dict[str, np.ndarray]:
-    """Numbers of bfloat16, so that every format but the quantised ones holds them; norms far enough from 0."""
+    """Return bfloat16 numbers, exact in all formats except quantised ones; norms are far enough from 0."""
     rng = np.random.default_rng(seed)
     made = {n: rng.normal(0, 0.06, shape) for n, shape in tensor_shapes(CONFIG).items()}
     made |= {n: np.sign(x) * (np.abs(x) + 2**-8) for n, x in made.items() if x.ndim == 1}
@@ -51,7 +51,7 @@ def weights(seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def folder_of(path: Path, config: Gemma2Config = CONFIG, dtype: str = "float32") -> Path:
-    """A Hugging Face folder with those weights and the tokenizer of the tiny model."""
+    """Make a Hugging Face folder with these weights and the tiny model's tokenizer."""
     path.mkdir()
     config.save_pretrained(path)
     write_checkpoint(path, [OutputTensor(n, dtype, x.shape, x) for n, x in weights().items()])
@@ -60,7 +60,7 @@ def folder_of(path: Path, config: Gemma2Config = CONFIG, dtype: str = "float32")
 
 
 def blocks(kind: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
-    """Rows quantised by the library, or, where it cannot, of any bytes that are finite numbers."""
+    """Return rows quantised by the library or, if it cannot, random bytes that are finite numbers."""
     rng, code = np.random.default_rng(seed), gguf.GGMLQuantizationType[kind]
     try:
         return gguf.quantize(rng.normal(0, 0.06, shape).astype(np.float32), code)
@@ -75,7 +75,7 @@ def blocks(kind: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
 def write(
     path: Path, changes: dict[str, Any] | None = None, tensors: dict[str, Any] | None = None, part: int = 0
 ) -> Path:
-    """A GGUF file by the library: the metadata of llama.cpp's converter, some of them changed or (None) left out."""
+    """Write a GGUF file with the library: the metadata of llama.cpp's converter, some changed or (None) left out."""
     config = CONFIG
     about: dict[str, Any] = {
         "gemma2.context_length": config.max_position_embeddings, "gemma2.embedding_length": config.hidden_size,
@@ -137,7 +137,7 @@ def test_each_format_is_read_as_the_library_dequantises_it(kind: str, tmp_path: 
 
 
 def test_a_norm_is_one_less_than_in_the_file(tmp_path: Path) -> None:
-    """Exact in float64; in float32 rounded once, and exact from 1/2 on."""
+    """The result is exact in float64; in float32 it is rounded once, and exact from 1/2 on."""
     g = np.linspace(-0.3, 3, 256).astype(np.float32)
     g[:3] = 1 + 2.0**-23, 2.0**-20 * 1.25, 3.5
     tensor = open_checkpoint(write(tmp_path / "a.gguf", None, {"blk.0.post_ffw_norm.weight": g})).tensors[NORM]
@@ -185,7 +185,7 @@ def test_the_configuration_is_that_of_the_metadata(plain: Path) -> None:
 
 
 def test_what_a_file_leaves_out_is_what_llama_cpp_takes(tmp_path: Path) -> None:
-    """Its defaults in llama-hparams.h and in the Gemma 2 of llama-model.cpp."""
+    """The defaults are in llama-hparams.h and in the Gemma 2 of llama-model.cpp."""
     left_out = ("attn_logit_softcapping", "final_logit_softcapping", "attention.sliding_window", "rope.freq_base")
     config = open_checkpoint(write(tmp_path / "a.gguf", {f"gemma2.{key}": None for key in left_out})).config
     caps = (config.attn_logit_softcapping, config.final_logit_softcapping)
@@ -194,7 +194,8 @@ def test_what_a_file_leaves_out_is_what_llama_cpp_takes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("layers", "scalar"), [(46, 32), (42, 64)])
 def test_the_query_scalar_is_that_of_llama_cpp(layers: int, scalar: int, tmp_path: Path) -> None:
-    """It knows the 27B by its 46 layers, and no key has the scalar: 256 / 8 heads there, the 64 of a head elsewhere."""
+    """llama.cpp recognises the 27B by 46 layers, because no key has the scalar: 256 / 8 heads there, else head_dim
+    64."""
     changes = {"gemma2.block_count": layers, "gemma2.attention.head_count": 8}
     config = Gemma2Config.from_pretrained(write(tmp_path / "a.gguf", changes))
     assert (config.query_pre_attn_scalar, config.head_dim) == (scalar, 64)
@@ -203,9 +204,9 @@ def test_the_query_scalar_is_that_of_llama_cpp(layers: int, scalar: int, tmp_pat
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "architecture": ({"general.architecture": "gemma3"}, {}, "'gemma3'.* not a model of architecture 'gemma2'"),
     "adapter": ({"general.type": "adapter"}, {}, "of type 'adapter'"),
-    "part": ({"split.count": 3}, {}, "is one of 3 parts; name it like"),
+    "part": ({"split.count": 3}, {}, "is one of 3 parts of a model; rename the parts like"),
     "rope scaling": ({"gemma2.rope.scaling.factor": 2.0}, {}, r"rope\.scaling\.factor is 2\.0"),
-    "head widths": ({"gemma2.attention.value_length": 16}, {}, r"value_length is 16; Gemma 2 has 64"),
+    "head widths": ({"gemma2.attention.value_length": 16}, {}, r"value_length is 16; it must be 64"),
     "layers that differ": ({"gemma2.attention.head_count": [4, 2]}, {}, "it must be one number for all layers"),
     "text for a number": ({"gemma2.block_count": "2"}, {}, "block_count is '2'"),
     "too many layers": ({"gemma2.block_count": 2**31}, {}, r"num_hidden_layers is .*; it must be a whole number"),
@@ -213,7 +214,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "no embedding": ({}, {"token_embd.weight": None}, "token_embd.weight, the embedding"),
     "a tensor less": ({}, {"blk.1.attn_q.weight": None}, r"lacks 'blk\.1\.attn_q\.weight'"),
     "a head": ({}, {"output.weight": np.zeros((2050, 256), np.float32)}, "holds 'output.weight'"),
-    "a shape": ({}, {"blk.1.attn_q.weight": np.zeros((64, 256), np.float32)}, r"is \[64, 256\]; by the metadata .*256"),
+    "a shape": ({}, {"blk.1.attn_q.weight": np.zeros((64, 256), np.float32)}, r"is \[64, 256\]; according to .*256"),
     "a norm in half": ({}, {"output_norm.weight": np.ones(256, np.float16)}, "norm 'output_norm.weight' is F16"),
     "a format": ({}, {"output_norm.weight": np.ones(256, np.int8)}, "'output_norm.weight' in format 24"),
 }  # fmt: skip
@@ -293,7 +294,7 @@ def test_the_tokenizer_comes_along(tmp_path: Path) -> None:
 
 
 def test_user_defined_pieces_have_spaces_in_a_file(tmp_path: Path) -> None:
-    """As llama.cpp's converter writes them; read, they are SentencePiece's again."""
+    """llama.cpp's converter writes them this way; reading gives SentencePiece's form again."""
     vocabulary = [
         ("<pad>", 3),
         ("<eos>", 3),
@@ -353,7 +354,7 @@ def test_a_quantised_file_becomes_a_folder(tmp_path: Path) -> None:
     [
         (
             {"query_pre_attn_scalar": 100},
-            r"query_pre_attn_scalar is 100, .* 64 .*multiply each q_proj by 0\.8 and set it",
+            r"query_pre_attn_scalar is 100, .* 64 .*multiply each q_proj by 0\.8 and set the field",
         ),
         ({"attn_logit_softcapping": None}, "attn_logit_softcapping is None, but llama.cpp uses 50.0"),
         ({"final_logit_softcapping": None}, "final_logit_softcapping is None"),
@@ -425,7 +426,7 @@ def patched(raw: bytes, at: int, letters: str, *values: int) -> bytes:
 
 
 def first_info(raw: bytes) -> int:
-    """Where the header speaks of the first tensor: its name stands after its length."""
+    """Return where the header describes the first tensor, after the name."""
     return raw.index(b"token_embd.weight") + len("token_embd.weight")
 
 
@@ -435,14 +436,14 @@ DAMAGED: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "another file": (lambda raw: b"PK" + raw, "does not begin with the letters GGUF"),
     "another version": (lambda raw: patched(raw, 4, "I", 1), "version 1"),
     "big endian": (lambda raw: patched(raw, 4, "I", 3 << 24), "byte order"),
-    "cut in the header": (lambda raw: raw[:300], "is too short: its header promises"),
-    "cut in a tensor": (lambda raw: raw[:-1], "would end beyond that"),
+    "cut in the header": (lambda raw: raw[:300], "is too short: the data at byte"),
+    "cut in a tensor": (lambda raw: raw[:-1], "would end later"),
     "a text beyond the file": (lambda raw: patched(raw, 24, "Q", 2**62), "is too short"),
-    "tensors without end": (lambda raw: patched(raw, 8, "Q", 2**64 - 1), "promises 18446744073709551615 tensors"),
+    "tensors without end": (lambda raw: patched(raw, 8, "Q", 2**64 - 1), "claims to have 18446744073709551615 tensors"),
     "many tensors": (lambda raw: patched(raw, 8, "Q", 2**17), "same name|is too short|axes"),
-    "keys without end": (lambda raw: patched(raw, 16, "Q", 2**63), "promises"),
+    "keys without end": (lambda raw: patched(raw, 16, "Q", 2**63), "claims to have"),
     "many axes": (lambda raw: patched(raw, first_info(raw), "I", 2**31), "has 2147483648 axes"),
-    "a long axis": (lambda raw: patched(raw, first_info(raw) + 12, "Q", 2**63), "would end beyond that"),
+    "a long axis": (lambda raw: patched(raw, first_info(raw) + 12, "Q", 2**63), "would end later"),
     "an offset beyond": (lambda raw: patched(raw, first_info(raw) + 24, "Q", 2**63), "at offset 9223372036854775808"),
     "an offset that overlaps": (lambda raw: patched(raw, first_info(raw) + 24, "Q", 32), "at offset 32"),
     "a list too long": (lambda raw: bomb(8, 2**20 + 1) + bytes(2**24), "array of 1048577 values"),
@@ -469,7 +470,7 @@ def test_a_damaged_file_is_one_line_and_exit_2(
 
 
 def bomb(kind: int, count: int, fill: bytes = b"") -> bytes:
-    """A header whose one value is an array of `count` values of type `kind`."""
+    """Return a header whose single value is an array of `count` values of type `kind`."""
     return b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q1sIIQ", 1, b"a", 9, kind, count) + fill
 
 
@@ -482,7 +483,7 @@ def bomb(kind: int, count: int, fill: bytes = b"") -> bytes:
     ],
 )  # fmt: skip
 def test_bombs(content: bytes, sparse: int, tmp_path: Path) -> None:
-    """Counts that the file is too short for, and sparse files of 16 GB that are long enough, cost little memory."""
+    """Counts that exceed the file's length, and sparse files of 16 GB that are long enough, need little memory."""
     file = tmp_path / "a.gguf"
     with file.open("wb") as stream:
         stream.write(content)

@@ -1,5 +1,5 @@
-"""Texts of strangers' files in what the commands print and write: a terminal, GitHub, a browser and a test runner are
-given characters, and never something to obey. Markup is judged by the parsers of Python's library."""
+"""Check untrusted texts in the commands' output: a terminal, GitHub, a browser or a test runner gets plain characters,
+never something to interpret. Markup is judged by the parsers of Python's library."""
 
 import json
 import re
@@ -30,7 +30,7 @@ STRICT = {"default-src 'none'", "base-uri 'none'", "form-action 'none'"}
 
 
 class Elements(HTMLParser):
-    """The elements of a page, their attributes and its texts."""
+    """Collects the elements of a page, their attributes and the texts."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -46,13 +46,13 @@ class Elements(HTMLParser):
         self.texts.append(data)
 
     def policy(self) -> set[str]:
-        """The directives of its Content-Security-Policy."""
+        """The directives of the Content-Security-Policy."""
         found = [a["content"] for tag, a in self.elements if a.get("http-equiv") == "Content-Security-Policy"]
         assert len(found) == 1
         return {part.strip() for part in (found[0] or "").split(";")}
 
     def assert_harmless(self) -> None:
-        """Require that nothing in it runs, and that nothing is fetched."""
+        """Require that nothing in the page runs or is fetched."""
         for tag, attributes in self.elements:
             assert tag not in ("img", "iframe", "object", "embed", "a", "base", "form", "input", "audio", "video"), tag
             assert not any(name.startswith("on") for name in attributes), attributes
@@ -61,7 +61,7 @@ class Elements(HTMLParser):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A trace and weights of the conformance model, right but for tensors with the names of `NAMES`."""
+    """Return a trace and weights of the conformance model, correct except for tensors with the names of `NAMES`."""
     folder = tmp_path_factory.mktemp("hostile")
     trace, weights = folder / "run.safetensors", folder / "<img src=x onerror=alert(1)>.safetensors"
     assert main(["trace", "--ids", "2,5,9", "--model", "conformance", "-o", str(trace)]) == 0
@@ -73,7 +73,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def reports(files: tuple[Path, Path]) -> dict[str, str]:
-    """The reports of `refgemma check` in each format."""
+    """Return the reports of `refgemma check` in each format."""
     trace, weights = files
     made = {kind: trace.with_suffix(f".{kind}") for kind in ("html", "markdown", "junit")}
     options = [part for kind, path in made.items() for part in (f"--{kind}", str(path))]
@@ -85,7 +85,7 @@ def reports(files: tuple[Path, Path]) -> dict[str, str]:
 
 
 def write_folder(folder: Path, **config: Any) -> Path:
-    """The conformance model with more in its configuration."""
+    """Write the conformance model with more keys in its configuration."""
     folder.mkdir()
     source = find_model("conformance")
     (folder / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
@@ -118,7 +118,7 @@ def test_errors_and_warnings_are_printable(tmp_path: Path, capsys: Any) -> None:
 
 
 def test_a_terminal_is_shown_the_controls_of_a_text_and_a_file_gets_them(capsys: Any, monkeypatch: Any) -> None:
-    family = "\U0001f468\u200d\U0001f469\u200d\U0001f467 \u0647\u200c\u0645\ttab\n"  # joiners belong to the text
+    family = "\U0001f468\u200d\U0001f469\u200d\U0001f467 \u0647\u200c\u0645\ttab\n"  # joiners are part of the text
     output.show_text(family + TERMINAL)
     assert capsys.readouterr().out == family + TERMINAL
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
@@ -127,7 +127,7 @@ def test_a_terminal_is_shown_the_controls_of_a_text_and_a_file_gets_them(capsys:
 
 
 def test_commands_print_in_one_place() -> None:
-    """Whoever prints elsewhere prints a stranger's escapes; the prompt of `chat` is our own."""
+    """Printing elsewhere could print untrusted escapes; only the prompt of `chat` is allowed."""
     for path in (Path(refgemma.__file__).parent / "cli").glob("*.py"):
         found = re.findall(r"(?<![\w.])print\(|\.write\(", path.read_text())
         assert len(found) == {"output.py": 3, "text.py": 1}.get(path.name, 0), path
@@ -158,14 +158,14 @@ def test_the_report_of_check_has_no_script_and_a_policy_against_any(reports: dic
 
 
 def assert_only_code(text: str) -> None:
-    """Require that nothing outside of the code in a Markdown text is markup, a mention or a link."""
+    """Require that a Markdown text has no markup, mention or link outside code."""
     outside = re.sub(r"```text\n.*?\n```", "", text, flags=re.DOTALL)
     outside = re.sub(r"`[^`\n]*`", "", outside)
     assert not re.search(r"[<>@\[\]]|://|^#(?!## refgemma)", outside, re.MULTILINE), outside
 
 
 def test_a_comment_of_github_has_names_as_code(reports: dict[str, str]) -> None:
-    """Outside of code there are only our own words; a fence or a code span cannot be left."""
+    """Outside code there are only our own words; untrusted text cannot end a fence or a code span."""
     text = reports["markdown"]
     fences = [line for line in text.split("\n") if line.startswith("```")]
     assert fences == ["```text", "```"] * (len(fences) // 2)

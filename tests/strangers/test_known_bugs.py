@@ -1,4 +1,4 @@
-"""Known bugs of a kind: each is named at its own tensor, from a full trace and where it shows from logits alone.
+"""Check known bugs by kind: each is named at its own tensor, from a full trace and, if it shows, from logits alone.
 
 Rotary tables were recorded from transformers 5.23.0 with torch 2.13.0: ``Gemma2RotaryEmbedding(config).to(dtype)``, on
 positions 0 to 23 of the conformance checkpoint.
@@ -69,15 +69,15 @@ def put(layer: int, **names: tuple[int, str]) -> Edit:
 
 MISPLACED: list[tuple[Edit, str, str]] = [
     (put(0, k_proj=(1, "k_proj")), "layers.0.attention.k",
-     "layers.1.self_attn.k_proj in the place of layers.0.self_attn.k_proj"),
+     "layers.1.self_attn.k_proj instead of layers.0.self_attn.k_proj"),
     (put(2, v_proj=(2, "k_proj")), "layers.2.attention.v",
-     "layers.2.self_attn.k_proj in the place of layers.2.self_attn.v_proj"),
+     "layers.2.self_attn.k_proj instead of layers.2.self_attn.v_proj"),
     (put(3, up_proj=(1, "gate_proj")), "layers.3.feed_forward.up",
-     "layers.1.mlp.gate_proj in the place of layers.3.mlp.up_proj"),
+     "layers.1.mlp.gate_proj instead of layers.3.mlp.up_proj"),
     (put(1, post_feedforward_layernorm=(1, "input_layernorm")), "layers.1.post_feedforward_layernorm",
-     "layers.1.input_layernorm in the place of layers.1.post_feedforward_layernorm"),
+     "layers.1.input_layernorm instead of layers.1.post_feedforward_layernorm"),
     (lambda layers: [replace(x, k_proj=x.v_proj) for x in layers], "layers.0.attention.k",
-     "v_proj in the place of k_proj in layers 0, 1, 2, 3"),
+     "v_proj instead of k_proj in layers 0, 1, 2, 3"),
 ]  # fmt: skip
 
 
@@ -100,7 +100,7 @@ def test_two_weights_exchanged_in_all_layers_are_named_from_the_logits(model: Pr
 def test_layers_moved_by_one_are_named_from_the_logits(model: Pretrained) -> None:
     layers = list(model.weights.layers)
     found = report(run(model, layers[1:] + layers[:1]), model, ("logits",))
-    assert first(found) == ("logits", "weights-of-another: each layer has the weights of the one after it")
+    assert first(found) == ("logits", "weights-of-another: each layer has the weights of the layer after it")
 
 
 def test_weights_that_no_other_place_has_stay_unknown(model: Pretrained) -> None:
@@ -114,7 +114,7 @@ def test_what_is_too_much_to_try_is_said(monkeypatch: pytest.MonkeyPatch, model:
     edit, _, _ = MISPLACED[0]
     found = report(run(model, edit(list(model.weights.layers))), model, ("logits",))
     assert found.findings[0].named == "UNKNOWN"
-    assert any("not all tried" in remark for remark in found.remarks)
+    assert any("only partly tried" in remark for remark in found.remarks)
 
 
 # --- rotary frequencies -----------------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def test_names_are_of_one_bug_each(model: Pretrained) -> None:
 def test_keys_and_values_recorded_as_a_cache_keeps_them_are_a_way_of_rounding(
     fields: tuple[str, ...], named: str, model: Pretrained
 ) -> None:
-    """As llama.cpp keeps them."""
+    """llama.cpp stores them this way."""
     inputs = ("cos", "sin", "input_layernorm", "attention.k")
     tensors = {name: x for name, x in run(model).items() if field_of(name) in (*inputs, *fields)}
     for name in tensors:

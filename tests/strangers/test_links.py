@@ -1,5 +1,5 @@
-"""Files outside of a model's folder are not read, whatever links or names the folder has; the Hugging Face cache and a
-folder that is itself a link are. Checked with a file whose content would be noticed."""
+"""Check that files outside a model's folder are not read, whatever links or names the folder has. The Hugging Face
+cache, and a folder that is itself a link, are read. Checked with a file whose contents would be noticed."""
 
 import io
 import json
@@ -27,7 +27,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A copy of the tiny model, with a file beside it that is not to be read."""
+    """Make a copy of the tiny model, with a file next to it that must not be read."""
     (tmp_path / "secret").write_text(SECRET)
     return Path(shutil.copytree(TINY, tmp_path / "model"))
 
@@ -72,7 +72,7 @@ def test_links_within_the_folder_and_the_folder_itself_are_followed(model: Path)
 
 
 def lay_out_cache(cache: Path, model: Path) -> Path:
-    """Make a cache as huggingface_hub has it, and return the repository's folder."""
+    """Make a cache with huggingface_hub's layout, and return the repository's folder."""
     repository = cache / "models--org--small"
     snapshot = repository / "snapshots" / COMMIT
     snapshot.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Long texts and talks: each token is read once, what is measured is said, and the model's positions are an end."""
+"""Test long texts and chats: each token is read once, the output names the measure, and the maximum length holds."""
 
 import io
 import json
@@ -23,7 +23,7 @@ TEXT = published_text("gettysburg")
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
-    """About 4,700 tokens, and a warning of none."""
+    """Write a text of about 4,700 tokens that gives no warning."""
     path = tmp_path / "text"
     path.write_text(TEXT * 11)
     return path
@@ -67,7 +67,7 @@ def test_bits_a_byte_are_of_the_whole_text(text: Path, capsys: Any) -> None:
 
 
 def test_bits_of_a_text_in_one_window_are_those_of_gemma_cpp(tmp_path: Path, capsys: Any) -> None:
-    """But for the first token, which only gemma.cpp counts."""
+    """They differ by the first token, which only gemma.cpp counts."""
     (tmp_path / "short").write_text(TEXT[:300])
     found = measure(tmp_path / "short", capsys)
     first = math.log2(TINY.config.vocab_size) / 300
@@ -91,7 +91,7 @@ def talk(lines: list[str], capsys: Any, monkeypatch: Any, *options: str) -> tupl
 
 
 def count_reads(monkeypatch: Any) -> list[int]:
-    """The number of tokens that the definition reads at each of its calls."""
+    """Record the number of tokens that the definition reads in each call."""
     read: list[int] = []
     definition = refgemma.model.next_token_logits
 
@@ -150,7 +150,7 @@ def test_a_first_turn_that_is_too_long_is_refused(capsys: Any, monkeypatch: Any)
 def test_a_page_says_how_much_it_holds_before_weights_are_read(capsys: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr("refgemma.weights.checkpoint.Checkpoint.weights", lambda *_: pytest.fail("were read"))
     assert main(["explore", "--ids", ",".join(["2"] * 130)]) == 2
-    said = "the prompt has 130 tokens; with this model a page of 2 MB holds at most 129; give a part of the prompt"
+    said = "the prompt has 130 tokens; with this model a page of 2 MB holds at most 129; give a shorter prompt"
     assert capsys.readouterr().err == f"refgemma explore: {said}\n"
     for command in (["generate", "--ids", "2,99999"], ["trace", "-o", "x", "--ids", "99999"], ["explore", ""]):
         assert main(command) == 2

@@ -1,4 +1,4 @@
-"""LoRA adapters of PEFT, merged as they are read: the formula, and one line for what cannot be merged. PEFT's own
+"""Test LoRA adapters of PEFT, merged when read: the formula, and one-line errors for what cannot be merged. PEFT's own
 merges are in ``tests/parity/test_weights_parity.py``."""
 
 import json
@@ -23,7 +23,7 @@ FILE = "adapter_model.safetensors"
 
 
 def write(folder: Path, tensors: dict[str, Any], **settings: Any) -> Path:
-    """An adapter beside the weights of its base."""
+    """Write an adapter next to the weights of its base."""
     for name, content in BASE_FILES:
         (folder / name).write_bytes(content)
     (folder / "adapter_config.json").write_text(json.dumps(ADAPTER_SETTINGS | settings))
@@ -78,11 +78,11 @@ def test_the_base_elsewhere_and_every_way_to_load(tmp_path: Path) -> None:
         ({"use_qalora": True}, "'use_qalora' is True, which is not supported"),
         ({"layer_replication": [[0, 2]]}, "'layer_replication' is [[0, 2]]"),
         ({"a_key_of_tomorrow": 1}, "'a_key_of_tomorrow' is 1"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes the base first"),
-        ({"r": 3}, "by the base and adapter_config.json it must be [3, 4]"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes the base's weights first"),
+        ({"r": 3}, "according to the base and adapter_config.json it must be [3, 4]"),
         ({"r": 0}, "r and lora_alpha must be numbers above 0"),
         ({"use_dora": True}, "'lora_A', 'lora_B'; adapter_config.json requires"),
-        ({"alpha_pattern": {"(a+)+b": 2}}, "must be a simple pattern of a name"),
+        ({"alpha_pattern": {"(a+)+b": 2}}, "must be a simple regular expression for a name"),
     ],
     ids=str,
 )
@@ -93,9 +93,9 @@ def test_what_cannot_be_merged(tmp_path: Path, settings: dict[str, Any], words: 
 @pytest.mark.parametrize(
     ("name", "shape", "words"),
     [
-        (f"{Q}.lora_A.weight", (2, 5), "is [2, 5]; by the base and adapter_config.json it must be [2, 4]"),
+        (f"{Q}.lora_A.weight", (2, 5), "is [2, 5]; according to the base and adapter_config.json it must be [2, 4]"),
         (f"{Q}.lora_B.weight", (5, 2), "is [5, 2]"),
-        ("model.layers.9.self_attn.q_proj.lora_A.weight", (2, 4), "which fits no tensor of this base"),
+        ("model.layers.9.self_attn.q_proj.lora_A.weight", (2, 4), "which no tensor of this base matches"),
         ("model.norm.lora_A.weight", (2, 4), "model.norm has 'lora_A'"),
         ("model.embed_tokens.weight", (6, 4), "is [6, 4]"),
     ],

@@ -1,4 +1,4 @@
-"""The page of what strangers bring: every test that it names is there, and every refusal says what to do instead."""
+"""Check docs/strangers.md: every test that it names exists, and every error says what to do instead."""
 
 import ast
 import re
@@ -18,14 +18,14 @@ STEP = re.compile(
 
 
 def rows(text: str) -> list[list[str]]:
-    """The cells of every row of every table, without the heads; a pipe in a cell is written with a backslash."""
+    """Return the cells of all rows of all tables without heads; a pipe in a cell has a backslash."""
     lines = [line for line in text.splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
     return [row for row in cells if row[0] not in ("situation", "claim") and not set(row[0]) <= set("-: ")]
 
 
 def names_in(file: Path) -> set[str]:
-    """Functions and ``Class::method`` of a file of tests; of a module, also the names of examples in docstrings."""
+    """Return the functions and ``Class::method`` of a test file; for a module, also the names of doctests."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     kinds = ast.FunctionDef | ast.ClassDef
     found = {node.name for node in tree.body if isinstance(node, kinds)}
@@ -38,7 +38,7 @@ def names_in(file: Path) -> set[str]:
 
 
 def problems(text: str) -> list[str]:
-    """What is wrong with a page, a sentence each."""
+    """Return the problems of a page, one sentence each."""
     found, seen = [], set()
     for row in rows(text):
         if len(row) != 3:

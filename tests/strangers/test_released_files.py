@@ -1,7 +1,7 @@
-"""Which release a folder is: lengths and hashes that others published of Google's files, rebuilt by our own writer
-without a weight, and a folder beside them, file by file.
+"""Identify the release of a folder, by comparing its files with published lengths and hashes of Google's files. Our own
+writer reproduces these lengths and hashes without a weight.
 
-The expected values are those of ``golden/released/files.json``; *proven* and *pin* ones were not computed here."""
+The expected values are those of ``golden/released/files.json``; *proven* and *pin* values were not computed here."""
 
 import hashlib
 import json
@@ -28,19 +28,19 @@ RELEASES = releases()
 
 
 def plan(release: str) -> dict[str, list[OutputTensor]]:
-    """The files of the weights, as our own writer lays them out."""
+    """Return the weights files, as our own writer plans them."""
     about = RELEASES[release]
     shapes = tensor_shapes(Gemma2Config.preset(about["size"]))
     return plan_files([OutputTensor(name, about["dtype"], shape, None) for name, shape in shapes.items()], "5GB")
 
 
 def json_file(content: dict[str, Any]) -> bytes:
-    """A configuration as transformers 4.42 wrote it; ours has other keys, so the text is made here."""
+    """Return a configuration as transformers 4.42 wrote it; our writer has other keys, so the text is made here."""
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
 
 def pretend(folder: Path, release: str) -> None:
-    """Make a folder whose files have the released lengths and, where they hold no weights, the released bytes."""
+    """Make a folder whose files have the released lengths and, except for weights, the released bytes."""
     for name, outputs in plan(release).items():
         with (folder / name).open("wb") as file:
             file.write(build_header(outputs))
@@ -72,7 +72,7 @@ def test_our_shards_have_the_released_lengths(release: str) -> None:
 
 
 def test_something_is_proven_of_five_of_the_six() -> None:
-    """Of the 27B nothing was published; were the data lost, the tests above would pass."""
+    """Nothing was published about the 27B. If the data were lost, the tests above would pass."""
     proven = [
         name for name, about in RELEASES.items()
         if "weights_bytes" in about or any("proven" in file["state"] for file in about["files"].values())
@@ -88,7 +88,7 @@ def test_the_configurations_are_rebuilt_to_the_byte(release: str) -> None:
 
 
 def test_keys_that_a_released_configuration_has_and_ours_has_not() -> None:
-    """Our writer has the keys of transformers 5; what it writes means the same to a reader of either."""
+    """Our writer has the keys of transformers 5; its files mean the same to readers of either version."""
     content = released_json("google/gemma-2-2b")["config.json"]
     ours = json.loads(Gemma2Config.from_dict(content).to_json_string())
     assert content.keys() - ours.keys() >= {"torch_dtype"}  # dtype now
@@ -177,7 +177,7 @@ def test_a_file_that_is_no_json_is_said_to_differ(tmp_path: Path, spoil: bytes) 
 
 
 def test_a_wrong_scalar_is_seen_where_no_configuration_was_published(tmp_path: Path) -> None:
-    """The first 27B's in transformers divided scores by the head dim: 128, not 144."""
+    """transformers' first 27B divided scores by the root of head_dim, 128, not 144."""
     pretend(tmp_path, "google/gemma-2-27b-it")
     config = Gemma2Config.preset("27b").to_dict() | {
         "architectures": ["Gemma2ForCausalLM"],
@@ -191,7 +191,7 @@ def test_a_wrong_scalar_is_seen_where_no_configuration_was_published(tmp_path: P
 
 
 def test_weights_of_another_length(tmp_path: Path) -> None:
-    """The same model in one file, as save_pretrained of today writes a 2B."""
+    """The model is in one file, as the current save_pretrained writes a 2B."""
     pretend(tmp_path, "google/gemma-2-2b-it")
     (tmp_path / INDEX).unlink()
     for name in plan("google/gemma-2-2b-it"):
@@ -214,7 +214,7 @@ def test_a_tokenizer_alone_names_no_release(tmp_path: Path, monkeypatch: Any) ->
 
 @pytest.fixture
 def small_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A release of some kilobytes, whose weights can be hashed."""
+    """Make a release of some kilobytes, whose weights can be hashed."""
     config = Gemma2Config(
         vocab_size=8, hidden_size=4, intermediate_size=3, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, head_dim=2,
@@ -267,7 +267,7 @@ def test_what_is_no_file_is_refused_in_one_line(small_release: Path, name: str, 
 
 
 def test_a_huge_file_is_not_read(small_release: Path) -> None:
-    """A terabyte of nothing: no known file is as long, so its hash is not needed."""
+    """The file is a sparse terabyte. No known file has this length, so its hash is not needed."""
     with (small_release / "tokenizer.json").open("wb") as file:
         file.truncate(2**40)
     about = released.releases()

@@ -1,6 +1,6 @@
-"""Code for models, caches and configurations as people write it for transformers, with `refgemma` in place of
-`transformers` and NumPy in place of torch: each piece runs, and its last lines say what must hold then. What cannot run
-says in one line what to write instead. Generation has its own in `test_generation.py`."""
+"""Run code for models, caches and configurations as people write it for transformers, with `refgemma` instead of
+`transformers` and NumPy instead of torch. Each snippet runs, and its last lines check the result. If it cannot run, a
+one-line error says what to write instead. `test_generation.py` has the snippets for generation."""
 
 import textwrap
 from pathlib import Path
@@ -205,20 +205,20 @@ RUNS = {
 # Code -> what it says.
 SAYS = {
     'AutoModelForCausalLM.from_pretrained("tiny").push_to_hub("me/mine")': "is not supported; use save_pretrained",
-    'AutoModelForCausalLM.from_pretrained("tiny", load_in_8bit=True)': "weights are not quantised here; leave it out",
-    'AutoModelForCausalLM.from_pretrained("tiny", attn_implementation="sdpa")': "attention is that of transformers'",
+    'AutoModelForCausalLM.from_pretrained("tiny", load_in_8bit=True)': "refgemma does not quantise weights",
+    'AutoModelForCausalLM.from_pretrained("tiny", attn_implementation="sdpa")': "refgemma computes as transformers'",
     'AutoModel.from_pretrained("tiny").save_pretrained("x", safe_serialization=False)': "as safetensors only",
     'AutoModel.from_pretrained("tiny").layers[0].register_forward_hook(print)': "use refgemma.forward, which returns",
     'AutoModel.from_pretrained("tiny").gradient_checkpointing_enable()': "train with refgemma.training or",
-    'AutoModel.from_pretrained("tiny").merge_and_unload()': "an adapter is merged as its folder is read",
+    'AutoModel.from_pretrained("tiny").merge_and_unload()': "which merges the adapter",
     'AutoModel.from_pretrained("tiny").generate([[2]])': "only Gemma2ForCausalLM generates",
-    'AutoModel.from_pretrained("tiny").lm_head': "only Gemma2ForCausalLM has one",
+    'AutoModel.from_pretrained("tiny").lm_head': "only Gemma2ForCausalLM has a head",
     'AutoModelForCausalLM.from_pretrained("tiny").named_buffers()': "refgemma.ops.rotary_tables",
     'm = AutoModelForCausalLM.from_pretrained("tiny"); m.model.layers = m.model.layers[:3]': "num_hidden_layers=3",
-    'm = AutoModelForCausalLM.from_pretrained("tiny"); m.lm_head = None': "cannot be set: write into its weights",
+    'm = AutoModelForCausalLM.from_pretrained("tiny"); m.lm_head = None': "cannot be set: write into the weights",
     'm = AutoModelForCausalLM.from_pretrained("tiny"); m.lm_head.weight = m.lm_head.weight * 2': "weight[:] = ...",
-    'm = AutoModelForCausalLM.from_pretrained("tiny"); m.model.layers[0].mlp = None': "cannot be set: write into its",
-    'AutoModelForCausalLM.from_pretrained("tiny")([[2]], cu_seq_lens_q=[0, 1])': "position_ids that restart",
+    'm = AutoModelForCausalLM.from_pretrained("tiny"); m.model.layers[0].mlp = None': "cannot be set: write into the",
+    'AutoModelForCausalLM.from_pretrained("tiny")([[2]], cu_seq_lens_q=[0, 1])': "where position_ids restart",
     'AutoModelForCausalLM.from_pretrained("tiny")([[2]], position_id=[[0]])': "keyword argument 'position_id'",
     "from refgemma import Trainer": "train with refgemma.training or refgemma train",
     "from refgemma import HybridCache": "use StaticCache",

@@ -1,7 +1,7 @@
-"""Gradients in other people's traces: right ones conform, mistakes are named, and bad files are refused.
+"""Check gradients in other people's traces: correct ones conform, bugs are named, and bad files give errors.
 
-`gradients-conformance.npz` was recorded from transformers 5.23.0 with torch 2.13.0 (eager, float32): the gradients of
-the conformance checkpoint's weights, on two rows of 14 tokens, the second one padded.
+`gradients-conformance.npz` was recorded from transformers 5.23.0 with torch 2.13.0 (eager, float32). It has the
+gradients of the conformance checkpoint's weights, on two rows of 14 tokens; the second row is padded.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from refgemma.oracle.verdicts import BLIND, CONFORMS, DIFFERS, EXACT, PASS
 from refgemma.trace.candidate import candidate_of
 from refgemma.trace.gradients import named_gradients
 from refgemma.trace.names import LAYER_FIELDS, named_tensors, save_trace
-from refgemma.weights.parameters import layer_tensors
+from refgemma.weights.parameters import layer_tensors, named_weights
 
 RECORDED = Path(__file__).parents[1] / "recorded" / "gradients-conformance.npz"
 Tensors = dict[str, Any]
@@ -43,7 +43,7 @@ def tensors() -> Tensors:
 
 @pytest.fixture(scope="module")
 def whole(model: Pretrained) -> Tensors:
-    """Our own run and its gradients, under every name."""
+    """Return our own run and its gradients, with all names."""
     given = {name: x for name, x in np.load(RECORDED).items() if not name.startswith("grads.")}
     run = refgemma.forward(given["input_ids"], model.weights, model.config, attention_mask=given["attention_mask"])
     _, grads = compute_all_gradients(
@@ -70,7 +70,7 @@ def save(tensors: Tensors, path: Path, **about: str) -> str:
 
 
 def test_recorded_gradients_conform(tensors: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every weight's gradient is judged, although nothing between the tokens and them is recorded."""
+    """Every weight's gradient is judged, although no tensor between the tokens and the gradients is recorded."""
     assert main(["check", save(tensors, tmp_path), "--model", "conformance"]) == 0
     assert "\n46 PASS\n" in capsys.readouterr().out
 
@@ -86,7 +86,7 @@ def test_every_gradient_has_an_operation(whole: Tensors, model: Pretrained) -> N
 
 
 def test_number_of_items_divides_the_losses(tensors: Tensors, model: Pretrained, tmp_path: Path) -> None:
-    """The sum over a larger batch's number of labels, as for gradient accumulation."""
+    """The sum of losses is divided by a larger batch's number of labels, as for gradient accumulation."""
     counted = np.sum(tensors["labels"][:, 1:] != -100)
     for name in tensors:
         if name.startswith("grads."):
@@ -98,7 +98,7 @@ def test_number_of_items_divides_the_losses(tensors: Tensors, model: Pretrained,
 
 
 def test_the_row_of_padding_may_be_trained(tensors: Tensors, model: Pretrained) -> None:
-    """PyTorch's embedding leaves it alone, others do not."""
+    """PyTorch's embedding does not train this row; others do."""
     tensors["grads.model.embed_tokens.weight"][model.config.pad_token_id] += 1
     assert report(tensors, model).verdict == CONFORMS
 
@@ -121,14 +121,14 @@ GRADIENTS = [
 
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_a_small_error_in_a_gradient_is_found_there(name: str, whole: Tensors, model: Pretrained) -> None:
-    """A thousandth, in one tensor: those before it are right."""
+    """One tensor is wrong by a thousandth; the tensors before it are right."""
     candidate = candidate_of(whole | {name: whole[name] * np.float32(1.001)}, model.config, "float32")
     instances = Engine(candidate, model.weights, model.config).instances
     assert next(i.tensor for i in instances if i.judged.verdict not in (EXACT, PASS)) == name
 
 
 def test_a_mean_of_means_is_named(tensors: Tensors, model: Pretrained) -> None:
-    """The mean of two micro-batches' gradients, which have 10 labels and 11; computed row by row, then averaged."""
+    """The gradients of two micro-batches with 10 and 11 labels are computed row by row, then averaged."""
     rows = []
     for row in range(2):
         given = {name: tensors[name][row : row + 1] for name in ("input_ids", "labels", "attention_mask")}
@@ -162,7 +162,7 @@ def changed(name: str, x: Any) -> Callable[[Tensors], Tensors]:
 
 
 def first_label(tensors: Tensors) -> Tensors:
-    """A label that only padding precedes."""
+    """Set a label that only padding precedes."""
     for name in ("input_ids", "labels", "attention_mask"):
         tensors[name] = np.roll(tensors[name], 3, axis=1)
     tensors["labels"][0] = -100
@@ -177,7 +177,7 @@ BAD = {
     "a label beyond the vocabulary": (changed("labels", np.full((2, 14), 97)), "labels[0, 0] is 97; it must be -100"),
     "a label after padding": (first_label, "is predicted from padding"),
     "packed": (
-        lambda tensors: changed("attention_mask", None)(changed("position_ids", PACKED)(tensors)), "several texts each"
+        lambda tensors: changed("attention_mask", None)(changed("position_ids", PACKED)(tensors)), "are packed texts"
     ),
 }  # fmt: skip
 
@@ -216,7 +216,7 @@ def test_a_gradient_that_is_nan_is_invalid(tensors: Tensors, model: Pretrained) 
 
 
 def test_every_format_of_the_report(tensors: Tensors, tmp_path: Path) -> None:
-    """A wrong gradient, with a repro file."""
+    """Test a wrong gradient, with a repro file."""
     name = "grads.model.layers.2.mlp.up_proj.weight"
     path = save(tensors | {name: 2 * tensors[name]}, tmp_path)
     files = [f"--{kind}={tmp_path / kind}" for kind in ("html", "markdown", "junit", "repro")]
@@ -227,9 +227,77 @@ def test_every_format_of_the_report(tensors: Tensors, tmp_path: Path) -> None:
 
 
 def test_a_trace_without_gradients_is_judged_as_before(whole: Tensors, model: Pretrained) -> None:
-    """Labels alone change nothing, and no mistake of a trainer is excluded or asked for."""
+    """Labels alone change nothing, and no bug of trainers is excluded or tested for."""
     forward = {name: x for name, x in whole.items() if not name.startswith("grads.")}
     found = report(forward, model)
     assert found.verdict == CONFORMS
     assert not {bug.name for bug in TRAINING_BUGS} & {bug.name for bug in (*found.excluded, *found.undetectable)}
     assert found.candidate.call.labels is None
+
+
+# --- weights after a step ---------------------------------------------------------------------------------------------
+
+
+STEP = {"optimizer": "sgd", "learning_rate": "0.5"}
+
+
+@pytest.fixture
+def stepped(tensors: Tensors, model: Pretrained) -> Tensors:
+    """One step of SGD, by its formula: the rate is a power of 2, so one rounding is left."""
+    weights = named_weights(model.weights, model.config)
+    return tensors | {
+        f"weights.after.{name}": rows[:] - np.float32(0.5) * tensors[f"grads.{name}"] for name, rows in weights.items()
+    }
+
+
+def test_a_step_is_judged(stepped: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", save(stepped, tmp_path, **STEP), "--model", "conformance"]) == 0
+    assert "\n92 PASS\n" in capsys.readouterr().out.replace("46 EXACT, 46 PASS", "92 PASS")
+
+
+@pytest.mark.parametrize(
+    "name", ["model.norm.weight", "model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"]
+)
+def test_a_small_error_in_a_weight_is_found_there(name: str, stepped: Tensors, tmp_path: Path) -> None:
+    off = np.float32(1e-3) * stepped[f"grads.{name}"]
+    found = check(save(stepped | {f"weights.after.{name}": stepped[f"weights.after.{name}"] + off}, tmp_path, **STEP),
+                  "conformance")  # fmt: skip
+    assert first(found) == (f"weights.after.{name}", "UNKNOWN")
+
+
+def test_weights_that_did_not_move_differ(stepped: Tensors, model: Pretrained, tmp_path: Path) -> None:
+    still = {f"weights.after.{n}": rows[:] for n, rows in named_weights(model.weights, model.config).items()}
+    assert check(save(stepped | still, tmp_path, **STEP), "conformance").verdict == DIFFERS
+
+
+def test_a_weight_without_its_gradient_is_refused(stepped: Tensors, tmp_path: Path) -> None:
+    del stepped["grads.model.norm.weight"]
+    found = check(save(stepped, tmp_path, **STEP), "conformance")
+    assert found.first_divergence is not None
+    assert found.first_divergence.tensor == "weights.after.model.norm.weight"
+    assert "cannot be judged without grads.model.norm.weight" in found.first_divergence.judged.note
+
+
+NO_STEP = {
+    "none": ({}, "optimizer in the metadata is ''; it must be adamw or sgd"),
+    "another": ({"optimizer": "lion"}, "optimizer in the metadata is 'lion'; it must be adamw or sgd"),
+    "no rate": ({"optimizer": "sgd"}, "no learning_rate in the metadata"),
+    "a rate that is a word": (STEP | {"learning_rate": "fast"}, "learning_rate in the metadata is 'fast'"),
+    "a negative rate": (STEP | {"learning_rate": "-1"}, "it must be a number of at least 0"),
+    "step 0": (STEP | {"step": "0"}, "step in the metadata is '0'; it must be a whole number of at least 1"),
+    "half a step": (STEP | {"step": "1.5"}, "must be a whole number"),
+    "a beta of 1": (STEP | {"adam_beta1": "1"}, "it must be a number of at least 0 and below 1"),
+    "nan": (STEP | {"weight_decay": "nan"}, "weight_decay in the metadata is 'nan'"),
+    "momentum": (STEP | {"momentum": "0.9"}, "refgemma judges steps without it"),
+}
+
+
+@pytest.mark.parametrize("name", NO_STEP)
+def test_numbers_of_a_step_that_do_not_fit(
+    name: str, stepped: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    about, said = NO_STEP[name]
+    assert main(["check", save(stepped, tmp_path, **about), "--model", "conformance"]) == 2
+    printed = capsys.readouterr().err
+    assert said in printed
+    assert len(printed.splitlines()) == 1

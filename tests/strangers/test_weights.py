@@ -1,5 +1,5 @@
-"""Weights and configurations as trainers leave them. What transformers 5.23 makes of each is in
-``tests/parity/test_weights_parity.py``, with the same names."""
+"""Read weights and configurations as trainers write them. ``tests/parity/test_weights_parity.py`` has transformers
+5.23's result for each, with the same names."""
 
 import json
 import pickle
@@ -111,7 +111,7 @@ def test_model_twice_or_not_at_all(tmp_path: Path, prefix: str) -> None:
 def test_no_weight_is_random(tmp_path: Path) -> None:
     wrapped = {f"module.{name}": x for name, x in TENSORS.items() if name != VICTIM}
     assert f"lacks 1 of {len(TENSORS)} tensors: '{VICTIM}'" in refusal(write(tmp_path, wrapped))
-    assert "holds 1 tensors that Gemma 2 does not have: 'other.x'" in refusal(
+    assert "has 1 tensors that Gemma 2 does not have: 'other.x'" in refusal(
         write(tmp_path, TENSORS | {"other.x": ONES})
     )
 
@@ -131,13 +131,13 @@ def test_an_unmerged_adapter(tmp_path: Path) -> None:
     module = "model.layers.0.self_attn.q_proj"
     tensors = {name.replace(module, f"{module}.base_layer"): x for name, x in TENSORS.items()}
     tensors |= {f"{module}.lora_A.default.weight": ONES}
-    assert "holds an unmerged adapter" in refusal(write(tmp_path, tensors))
+    assert "contains an unmerged adapter" in refusal(write(tmp_path, tensors))
 
 
 @pytest.mark.parametrize("name", [VICTIM, EMBED])
 def test_tensors_that_zero3_left_empty(tmp_path: Path, name: str) -> None:
     message = refusal(write(tmp_path, TENSORS | {name: np.zeros(0, np.float32)}))
-    assert f"tensor '{name}' is empty, [0]: DeepSpeed's ZeRO-3" in message
+    assert f"tensor '{name}' is empty, [0]; DeepSpeed's ZeRO-3" in message
     assert "zero_to_fp32.py" in message
 
 
@@ -198,7 +198,7 @@ def test_an_empty_quantization_config(tmp_path: Path, leftover: Any) -> None:
 
 def test_a_leftover_quantization_config(tmp_path: Path) -> None:
     folder = write(tmp_path, TENSORS, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
-    with pytest.warns(UserWarning, match="is ignored: the weights beside it are not quantised"):
+    with pytest.warns(UserWarning, match="is ignored, because the weights are not quantised"):
         assert are_the_tensors(folder)
 
 
@@ -209,12 +209,12 @@ def test_a_leftover_quantization_config(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_quantised_folders_are_refused_by_name(tmp_path: Path, config: dict[str, Any], name: str) -> None:
     folder = write(tmp_path, {VICTIM: np.ones((4, 4), np.uint32 if name == "MLX" else np.int8)}, **config)
-    assert f"quantised by '{name}': load them with that library, dequantise them" in refusal(folder)
+    assert f"quantised by '{name}': load the model with that library, dequantise the weights" in refusal(folder)
 
 
 @pytest.mark.parametrize("code", [np.uint8, np.int8, np.int32, np.uint32])
 def test_quantised_numbers_are_refused(tmp_path: Path, code: Any) -> None:
-    assert "quantised checkpoint" in refusal(write(tmp_path, {VICTIM: np.ones((4, 4), code)}))
+    assert "dequantise the checkpoint" in refusal(write(tmp_path, {VICTIM: np.ones((4, 4), code)}))
 
 
 # Words of 32 bits, and the numbers that mlx 0.32 `dequantize` makes of them with scale 1 and bias 0.
@@ -233,7 +233,7 @@ WIDE = CONFIG.changed(hidden_size=64)
 
 
 def quantise(bits: int, group_size: int = 32) -> tuple[Tensors, dict[str, Any]]:
-    """A model whose embedding is as MLX has it: each row the words above, twice, and groups of their own."""
+    """Return a model with an embedding quantised by MLX: each row has the words above twice, with its own groups."""
     rng = np.random.default_rng(0)
     tensors = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in tensor_shapes(WIDE).items()}
     rows, module = WIDE.vocab_size, EMBED.removesuffix(".weight")
@@ -301,7 +301,7 @@ def test_float8_with_scales_is_read(tmp_path: Path, shape: tuple[int, ...]) -> N
     tensors = TENSORS | {VICTIM: numbers, f"{VICTIM}_scale": np.asarray(scales)}
     tensors |= {VICTIM.replace("weight", "input_scale"): np.ones(1, np.float32)}
     folder = write(tmp_path, tensors, quantization_config={"quant_method": "compressed-tensors"})
-    with pytest.warns(UserWarning, match="also round the activations, which refgemma does not"):
+    with pytest.warns(UserWarning, match="also round activations, which refgemma does not"):
         found = open_checkpoint(folder)
     expected = numbers.astype(np.float32) * (scales if scales.ndim != 1 else scales[:, None])
     np.testing.assert_array_equal(found.tensors[VICTIM].read("float32"), expected)
@@ -331,7 +331,7 @@ LITGPT = {
 
 
 def as_litgpt(tensors: Tensors) -> Tensors:
-    """As LitGPT's ``copy_weights_gemma_2`` maps the names; ``attn.qkv`` is query, key and value one below the other."""
+    """Rename tensors as in LitGPT's ``copy_weights_gemma_2``; ``attn.qkv`` stacks query, key and value."""
     found: Tensors = {}
     for name, x in tensors.items():
         plain = name.removeprefix("model.").removesuffix(".weight")
@@ -363,7 +363,7 @@ def test_pickles_are_converted(tmp_path: Path, case: str) -> None:
     write(source, {})
     (source / "model.safetensors").unlink()
     write_torch(source / name, as_outputs(tensors), key)
-    assert f"convert the pickles with: refgemma convert {source} NEW_FOLDER" in refusal(source)
+    assert f"convert these with: refgemma convert {source} NEW_FOLDER" in refusal(source)
     convert(source, tmp_path / "target")
     assert are_the_tensors(tmp_path / "target")
 
@@ -398,5 +398,5 @@ def test_no_code_of_a_pickle_runs(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_a_fitting_head_that_is_not_used_is_said(tmp_path: Path) -> None:
     folder = write(tmp_path, TENSORS | {"score.weight": np.ones((2, 24), np.float32)})
-    with pytest.warns(UserWarning, match="Gemma2ForCausalLM does not use score.weight"):
+    with pytest.warns(UserWarning, match="score.weight is not used by Gemma2ForCausalLM"):
         Gemma2ForCausalLM.from_pretrained(folder)

@@ -1,6 +1,6 @@
-"""Values of a wrong type, and sizes that no Gemma has, in each file of a model: refused in one line that quotes what is
-written, before memory is taken. transformers 5.23 refuses such values of a configuration (StrictDataclass...Error) and
-tokenizers 0.23 such flags of a token (TypeError); in a generation_config.json transformers takes a word for true."""
+"""Test values of a wrong type and impossible sizes in each file of a model: a one-line error quotes the value before
+memory is used. transformers 5.23 also refuses such values of a configuration (StrictDataclass...Error). tokenizers 0.23
+refuses such flags of a token (TypeError). In a generation_config.json, transformers accepts a word as true."""
 
 import json
 import re
@@ -145,7 +145,7 @@ print(code, peak // 1024, time.process_time() - began)
 
 
 def of_holes(folder: Path, **config: Any) -> None:
-    """A checkpoint whose header and configuration agree, and whose numbers are a hole in the file."""
+    """Write a checkpoint whose header and configuration agree, with a hole in the file instead of numbers."""
     raw = CONFIG | config
     (folder / "config.json").write_text(json.dumps(raw))
     shapes = tensor_shapes(Gemma2Config.from_dict({**CONFIG}).changed(num_hidden_layers=1))

@@ -1,1 +1,1 @@
-"""Hostile files for every command: `python -m tools.fuzz`."""
+"""Give hostile files to every command: `python -m tools.fuzz`."""

@@ -1,8 +1,8 @@
 """Give hostile files and arguments to every command: `python -m tools.fuzz`.
 
-A case is a folder of files, one of them damaged, and a command. The same seed gives the same cases. A process runs
-many, one after the other; it is ended where a case takes 20 s of processor time. A failing case is written to a file,
-which ``--again FILE`` runs once more. It needs Linux.
+A case is a folder of files (one of them damaged) and a command. The same seed gives the same cases. Each process runs
+many cases one after another, and is killed if a case takes 20 s of processor time. A failing case is written to a file;
+``--again FILE`` runs it once more. This needs Linux.
 """
 
 import argparse
@@ -28,11 +28,11 @@ from typing import Any
 from .families import FAMILIES, Case, make_case
 from .watch import Result, prepare, run_case
 
-SECONDS = 20.0  # of processor time that a case may take
-IDLE = 90.0  # seconds that it may take on the clock: it may wait for ever without computing
-ADDRESSES = 6 * 2**30  # bytes that a process can ask for at all
-FRESH = 300  # cases after which a process is replaced
-KEPT = 3  # files of a family's failures of one kind
+SECONDS = 20.0  # maximum processor time of a case
+IDLE = 90.0  # maximum wall-clock time of a case, in case it waits for ever
+ADDRESSES = 6 * 2**30  # address space of a process in bytes
+FRESH = 300  # number of cases after which a process is replaced
+KEPT = 3  # maximum number of files for failures of one kind in a family
 
 Where = tuple[str, int]  # family and number of a case
 
@@ -53,7 +53,7 @@ def read_case(file: Path) -> Case:
 
 
 def work(pipe: Connection, cases: Iterator[Where], seed: int, folder: str) -> None:
-    """Run cases in this process, and say before each which it is, and after each what it came to."""
+    """Run cases in this process; report each case before it runs, and its result afterwards."""
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESSES, ADDRESSES))
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)
     tempfile.tempdir = folder
@@ -65,14 +65,14 @@ def work(pipe: Connection, cases: Iterator[Where], seed: int, folder: str) -> No
 
 @dataclass
 class Worker:
-    """A process that runs every so-manieth case, and what is known of it."""
+    """A process that runs every `step`-th case, and its state."""
 
     families: list[str]
     seed: int
-    first: int  # of the turns through all families, each of which gives a case of each, it takes this one
-    step: int  # and every so-manieth from it on
-    at: int = 0  # the case to begin with
-    where: Where | None = None  # the case under way
+    first: int  # its first round; each round has one case of each family
+    step: int  # distance of its rounds
+    at: int = 0  # number of the next case
+    where: Where | None = None  # the case that is running
     process: Any = None
     pipe: Any = None
     folder: str = ""
@@ -81,14 +81,14 @@ class Worker:
     done: int = 0
 
     def cases(self) -> Iterator[Where]:
-        """The cases that are left to this process."""
+        """Yield the remaining cases of this process."""
         for number in itertools.count(self.at):
             turn, place = divmod(number, len(self.families))
             if turn % self.step == self.first:
                 yield self.families[place], number
 
     def stop(self) -> None:
-        """End the process and remove the files of the case under way."""
+        """Kill the process, and remove the files of the running case."""
         if self.process is not None:
             self.process.kill()
             self.process.join()
@@ -96,7 +96,7 @@ class Worker:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def start(self) -> None:
-        """Begin, or go on behind the case at which it was ended."""
+        """Start the process, or restart it after the case at which it was killed."""
         self.stop()
         self.folder = tempfile.mkdtemp(prefix="refgemma-fuzz-")
         self.pipe, theirs = multiprocessing.Pipe(duplex=False)
@@ -104,13 +104,13 @@ class Worker:
         self.process = context.Process(target=work, args=(theirs, self.cases(), self.seed, self.folder), daemon=True)
         with warnings.catch_warnings(
             action="ignore", category=DeprecationWarning
-        ):  # BLAS has threads, which is no harm
+        ):  # BLAS has threads, which do no harm
             self.process.start()
         theirs.close()
         self.where, self.done, self.begun, self.cpu = None, 0, time.monotonic(), 0.0
 
     def used(self) -> float:
-        """Seconds of processor time so far."""
+        """Return the processor time so far, in seconds."""
         try:
             fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         except OSError:
@@ -118,7 +118,7 @@ class Worker:
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def hear(self) -> tuple[Where, Result] | None:
-        """What came of a case, if one has ended, by itself or at a limit."""
+        """Return the result of a case that has ended, by itself or at a limit, or None."""
         try:
             while self.pipe.poll():
                 where, result = self.pipe.recv()
@@ -132,11 +132,11 @@ class Worker:
             self.process.join()
             return self.end(f"the process ended with {self.process.exitcode}")
         if self.where and (self.used() - self.cpu > SECONDS or time.monotonic() - self.begun > IDLE):
-            return self.end(f"is not done after {SECONDS:.0f} s")
+            return self.end(f"has not ended after {SECONDS:.0f} s")
         return None
 
     def end(self, problem: str) -> tuple[Where, Result] | None:
-        """Give up the case under way; another process takes the next."""
+        """Give up the running case; another process runs the next case."""
         self.process.kill()
         self.process.join()
         where = self.where
@@ -149,16 +149,16 @@ class Worker:
 
 @dataclass
 class Row:
-    """What the cases of a family came to."""
+    """The results of a family's cases."""
 
     codes: Counter[int | None] = field(default_factory=Counter)
     failures: Counter[str] = field(default_factory=Counter)
-    slowest: tuple[float, int] = (0.0, 0)  # seconds of processor time, and the number of the case
+    slowest: tuple[float, int] = (0.0, 0)  # processor time in seconds, and the number of the case
     peak: int = 0
 
 
 def run(families: list[str], seed: int, seconds: float, workers: int, folder: Path, limit: int) -> dict[str, Row]:
-    """Run cases until the time is over, or so many are done."""
+    """Run cases until the time is over, or `limit` cases are done."""
     rows = {family: Row() for family in families}
     some = [Worker(families, seed, first, workers) for first in range(workers)]
     end = time.monotonic() + seconds
@@ -214,15 +214,15 @@ def show(rows: dict[str, Row]) -> int:
 
 
 def main() -> int:
-    """Run what the arguments say; exit code 1 if a case failed."""
+    """Run the fuzzer as the arguments say; return 1 if a case failed."""
     parser = argparse.ArgumentParser(prog="python -m tools.fuzz", description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=1200)
-    parser.add_argument("--cases", type=int, default=2**31, help="stop after so many")
+    parser.add_argument("--cases", type=int, default=2**31, help="stop after this number of cases")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--family", action="append", choices=FAMILIES, help="only these")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--failures", type=Path, default=Path("fuzz-failures"), help="where failing cases are written")
-    parser.add_argument("--again", type=Path, metavar="FILE", help="run one case that failed")
+    parser.add_argument("--failures", type=Path, default=Path("fuzz-failures"), help="folder for failing cases")
+    parser.add_argument("--again", type=Path, metavar="FILE", help="run a failing case again")
     args = parser.parse_args()
     memory = Path("/dev/shm")
     tempfile.tempdir = str(memory) if os.access(memory, os.W_OK) else None

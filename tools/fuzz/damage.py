@@ -1,4 +1,4 @@
-"""Damages whole files: bytes, JSON at any depth, headers, lines and numbers, all drawn from one seeded generator."""
+"""Damage files: bytes, JSON at any depth, headers, lines and numbers, all drawn from a seeded generator."""
 
 import json
 import random
@@ -24,11 +24,11 @@ DEPTHS = (10, 900, 5000, 100_000)
 
 
 class Raw(str):
-    """JSON text that stands in a value's place as it is."""
+    """JSON text to insert unchanged where a value would be."""
 
 
 def draw_value(draw: random.Random) -> Any:
-    """Return a value that is rarely the right one."""
+    """Return a random value, which is rarely right."""
     match draw.randrange(6):
         case 0:
             return draw.choice(TEXTS)
@@ -44,7 +44,7 @@ def draw_value(draw: random.Random) -> Any:
 
 
 def write_json(value: Any, draw: random.Random) -> bytes:
-    """Return JSON with what `Raw` has, now and then with a key twice."""
+    """Return JSON with `Raw` texts inserted; sometimes a key occurs twice."""
     held: list[str] = []
 
     def hold(place: Any) -> Any:
@@ -63,7 +63,7 @@ def write_json(value: Any, draw: random.Random) -> bytes:
 
 
 def damage_json(raw: bytes, draw: random.Random) -> bytes:
-    """Replace one to three values at any depth, leave them out, or put one too many."""
+    """Replace, remove or add one to three values at any depth."""
     top = json.loads(raw)
     for _ in range(draw.choice([1, 1, 1, 2, 3])):
         place, kept = top, []
@@ -89,7 +89,7 @@ def damage_json(raw: bytes, draw: random.Random) -> bytes:
 
 
 def damage_bytes(raw: bytes, draw: random.Random) -> bytes:
-    """Change bytes, put some in, take some out, double them or cut all behind them off; most often near the start."""
+    """Change, insert, remove or double bytes, or cut off the rest; most often near the start."""
     out = bytearray(raw)
     for _ in range(draw.choice([1, 1, 1, 2, 4])):
         at = draw.randrange(min(len(out), draw.choice([16, 400, 10**9, 10**9])) or 1)
@@ -118,7 +118,7 @@ def damage_bytes(raw: bytes, draw: random.Random) -> bytes:
 
 
 def damage_text(raw: bytes, draw: random.Random) -> bytes:
-    """Change numbers and words of a text, and repeat, swap, cut or leave out its lines."""
+    """Change numbers and words of a text, and repeat, swap, cut or remove lines."""
     lines = raw.decode().splitlines(keepends=True)
     for _ in range(draw.choice([1, 1, 1, 2, 4])):
         at = draw.randrange(len(lines)) if lines else 0
@@ -144,7 +144,7 @@ def damage_text(raw: bytes, draw: random.Random) -> bytes:
 
 
 def damage_header(raw: bytes, draw: random.Random) -> bytes:
-    """Damage the JSON of a safetensors file; now and then its length lies."""
+    """Damage the JSON of a safetensors file; sometimes make its length wrong."""
     length = int.from_bytes(raw[:8], "little")
     header = damage_json(raw[8 : 8 + length], draw)
     said = draw.choice([*SIZES, len(header) + 1]) if draw.random() < 0.1 else len(header)
@@ -152,7 +152,7 @@ def damage_header(raw: bytes, draw: random.Random) -> bytes:
 
 
 def one_of(*damages: Damage) -> Damage:
-    """Return a damage that is one of several."""
+    """Return a damage that chooses one of several at random."""
     return lambda raw, draw: draw.choice(damages)(raw, draw)
 
 

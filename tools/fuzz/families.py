@@ -1,4 +1,4 @@
-"""The families of hostile files: each draws a folder of files, one of them damaged, and a command that reads it."""
+"""Define families of hostile files; each draws a folder of files (one is damaged) and a command that reads it."""
 
 import argparse
 import functools
@@ -56,13 +56,13 @@ from .readers import MODEL as TOKENIZER_MODEL
 
 @dataclass(frozen=True)
 class Case:
-    """One command in a folder of files; commands name them as they are named here."""
+    """A command and the files of its folder."""
 
     argv: Sequence[str]
     files: dict[str, bytes] = field(default_factory=dict)
     stdin: str = ""
-    code: int | None = None  # the only exit code that is right
-    wrong: bool = False  # whether exit code 0 would be a wrong PASS
+    code: int | None = None  # the only right exit code
+    wrong: bool = False  # true if exit code 0 would be a wrong PASS
 
 
 Family = Callable[[random.Random], Case]
@@ -82,7 +82,7 @@ MAKE = {"head_dim": 2, "hidden_size": 4, "intermediate_size": 3, "num_attention_
 
 @functools.cache
 def make_text_model() -> Files:
-    """A model with the tokenizer of the tiny one, and so few numbers that it is written in no time."""
+    """Make a model with the tiny model's tokenizer, and so few numbers that writing takes no time."""
     tokenizer = Tokenizer.from_pretrained("tiny")
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
     config = Gemma2Config(vocab_size=len(tokenizer), num_hidden_layers=1, **MAKE, **ids)
@@ -97,7 +97,7 @@ def make_text_model() -> Files:
 
 @contextmanager
 def laid_out(files: Files) -> Iterator[Path]:
-    """A folder of files, which is removed."""
+    """Write files into a temporary folder, which is removed afterwards."""
     with tempfile.TemporaryDirectory() as name:
         for path, content in files.items():
             (Path(name) / path).parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +106,7 @@ def laid_out(files: Files) -> Iterator[Path]:
 
 
 def run(argv: Sequence[str], files: Files, wanted: str) -> bytes:
-    """The file `wanted` that a command writes among `files`."""
+    """Run a command among `files`, and return the file `wanted` that it writes."""
     with laid_out(files) as folder:
         with redirect_stdout(io.StringIO()):
             code = main([part.replace("@", str(folder)) for part in argv])
@@ -124,7 +124,7 @@ def make_trace(text: bool = False) -> bytes:
 
 
 def sort_metadata(raw: bytes) -> bytes:
-    """Return a safetensors file with its metadata in order, which the library writes in another one each time."""
+    """Return a safetensors file with sorted metadata, because the library writes metadata in random order."""
     length = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8 : 8 + length])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
@@ -181,7 +181,7 @@ def damaged(
     file: str, whole: bytes | Sequence[bytes], damage: Damage, commands: Sequence[list[str]], beside: Files,
     stdin: str = "",
 ) -> Family:  # fmt: skip
-    """Make the family of a file that is damaged once, or in one case of ten twice."""
+    """Make a family in which a file is damaged once, or twice in one of ten cases."""
     kinds = [whole] if isinstance(whole, bytes) else whole
 
     def make(draw: random.Random) -> Case:
@@ -194,7 +194,7 @@ def damaged(
 
 
 def in_model(file: str, whole: bytes | Sequence[bytes], damage: Damage, commands: Sequence[list[str]]) -> Family:
-    """Make the family of a file of a model with text."""
+    """Make a family in which a file of a model with a tokenizer is damaged."""
     beside = in_folder("model", make_text_model())
     if file == "tokenizer.json":
         del beside["model/tokenizer.model"]
@@ -271,7 +271,7 @@ def eval_texts(draw: random.Random) -> Case:
 
 
 def damage_numbers(raw: bytes, draw: random.Random) -> bytes:
-    """Put odd numbers into some tensors of a trace, or give them another dtype or shape."""
+    """Put odd numbers into some tensors of a trace, or give the tensors another dtype or shape."""
     tensors = load(raw)
     for name in draw.sample(sorted(tensors), draw.randint(1, 4)):
         x = tensors[name].copy()
@@ -298,7 +298,7 @@ def damage_numbers(raw: bytes, draw: random.Random) -> bytes:
 
 
 def traces(draw: random.Random) -> Case:
-    text = draw.random() < 0.2  # with a tokenizer, so that a text or a chat in the metadata is compared
+    text = draw.random() < 0.2  # use a tokenizer, so that a text or chat in the metadata is compared
     whole = make_trace(text)
     files = in_folder("model", make_text_model() if text else MODEL) | {"whole": whole, "map.json": NAME_MAP}
     damage = draw.choice([damage_numbers, damage_header, damage_bytes])
@@ -327,7 +327,7 @@ def jobs(draw: random.Random) -> Case:
 
 @functools.cache
 def make_kept() -> tuple[str, bytes]:
-    """The file that a sweep keeps of its one job; the name depends on the job alone."""
+    """Return the file that a sweep stores for its single job; its name depends only on the job."""
     name = f"jobs.jsonl.results/{read_key()}.json"
     files = of_jobs() | {"jobs.jsonl": json.dumps(JOB).encode()}
     return name, run(["sweep", "@/jobs.jsonl"], files, name)
@@ -358,19 +358,19 @@ CALLED = (
 
 
 class Calls:
-    """Asks for a call when it is unpickled."""
+    """An object that requests a call when unpickled."""
 
     def __reduce__(self) -> Any:
         return draw_call, ("id",)
 
 
 def draw_call(command: str) -> None:
-    """What no reader of a checkpoint may call."""
+    """A function that no reader of a checkpoint may call."""
     raise AssertionError(command)
 
 
 def draw_pickle(draw: random.Random) -> bytes:
-    """Draw a pickle: one of torch.save, damaged; opcodes in any order; deep, cyclic, wide; one that asks for a call."""
+    """Draw a pickle: damaged, of random opcodes, deep, cyclic or wide, or one that requests a call."""
     depth = draw.choice([10, 1000, 100_000, 1_000_000])
     match draw.randrange(9):
         case 0 | 1 | 2:
@@ -379,14 +379,14 @@ def draw_pickle(draw: random.Random) -> bytes:
             return b"\x80\x02" + bytes(draw.choices(OPCODES, k=draw.choice([5, 50, 1000]))) + b"."
         case 4:
             return b"\x80\x02" + draw.choice([b"]", b"(", b"}", b")", b"]q\x00h\x00a", b"N\x85"]) * depth + b"."
-        case 5:  # each list holds the one before twice
+        case 5:  # each list contains the previous list twice
             return b"\x80\x02]" + b"".join(b"q%c](h%ch%ce" % (n, n, n) for n in range(draw.choice([3, 30, 200]))) + b"."
-        case 6:  # a dict and a list that hold themselves
+        case 6:  # a dict and a list that contain themselves
             return b"\x80\x02" + draw.choice(CYCLES) + b"."
         case 7:
             odd: list[Any] = [Calls(), {"a": Calls()}, {b"a": 1}, {1: {2}}, {"a": 2**4000}, {"x": [1.5, (1, 2)]}]
             return pickle.dumps(draw.choice(odd), draw.randrange(6))
-        case _:  # many arguments for what is called again and again
+        case _:  # many arguments for repeated calls
             calls = b"h\x01h\x00R" * draw.choice([5, 50_000])
             return b"\x80\x02(" + b"N" * 10_000 + b"tq\x00" + draw.choice(CALLED) + b"q\x01" + calls + b"."
 
@@ -400,7 +400,7 @@ def pickles(draw: random.Random) -> Case:
 
 
 def pack(entries: dict[str, bytes]) -> bytes:
-    """Return an archive of entries that are not compressed."""
+    """Return an archive with uncompressed entries."""
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
         for name, content in entries.items():
@@ -415,7 +415,7 @@ def read_entries(name: str) -> dict[str, bytes]:
 
 
 def zipped(entries: dict[str, bytes], draw: random.Random) -> bytes:
-    """An archive with entries that may be packed, doubled, or have odd names."""
+    """Return an archive with entries that may be compressed, doubled, or oddly named."""
     stream = io.BytesIO()
     with warnings.catch_warnings(action="ignore"), zipfile.ZipFile(stream, "w") as archive:
         for name, content in entries.items():
@@ -428,7 +428,7 @@ def zipped(entries: dict[str, bytes], draw: random.Random) -> bytes:
 
 @functools.cache
 def make_originals() -> dict[str, bytes]:
-    """The small model as PyTorch and as Flax have it."""
+    """Return the small model as PyTorch and Flax checkpoints."""
     files = in_folder("m", MODEL)
     return {
         "model.ckpt": run(["convert", "@/m", "-o", "@/o", "--to", "pytorch"], files, "o/model.ckpt"),
@@ -456,7 +456,7 @@ def archives(draw: random.Random) -> Case:
 
 NEVER = ("--download", "--scheduler", "--full", "--workers", "--cover")  # networks, minutes
 ODD_NUMBERS = ("0", "-1", "2", "3", "nan", "inf", "1e400", "", "x", "\u0663", "1_000", "9" * 30, "0x10", "2.5", " 4")
-# An argument may name a file to write: never one of the system, whatever else would stop that.
+# An argument may name a file to write, but never a system file.
 HARMLESS = tuple(text for text in TEXTS if not text.startswith(("/", "..")))
 ODD_PATHS = (
     "",
@@ -481,10 +481,10 @@ def draw_argument(action: argparse.Action, draw: random.Random) -> str:
     if action.choices and draw.random() < 0.8:
         return str(draw.choice([c for c in action.choices if c != "docs"]))
     if action.type in (int, float) or action.dest == "ids":
-        # As many tokens as are asked for take as long as they take: few are.
+        # Request few tokens, because many take long.
         chosen = ODD_NUMBERS if action.dest not in ("max_new_tokens", "min_new_tokens") else ODD_NUMBERS[:-5]
         return ",".join(draw.choices(chosen, k=draw.choice([1, 3]) if action.dest == "ids" else 1))
-    # The work of a trace grows with the square of the tokens: prompts are short.
+    # Use short prompts, because the work for a trace grows with the square of the tokens.
     longest = 500 if action.dest == "prompt" else None
     return draw.choice([*ODD_PATHS, *(text[:longest] for text in HARMLESS if text)])
 
@@ -509,7 +509,7 @@ def arguments(draw: random.Random) -> Case:
         if argv[:1] == ["verify"] and not {"--help", "--list"} & set(argv):
             argv.insert(1, "absent")
         if argv[0] == "synth" and "2b" in argv:
-            argv.append("9b")  # one too many: it would write gigabytes
+            argv.append("9b")  # one argument too many, because synth would write gigabytes
     else:
         name = draw.choice(sorted(list_options()))
         actions = [a for a in list_options()[name] if not set(a.option_strings) & {*NEVER, "-h"}]
@@ -523,13 +523,13 @@ def arguments(draw: random.Random) -> Case:
             argv += SHORT
         if draw.random() < 0.6 and name != "info":
             argv += ["--model", "model"] if name not in ("map", "sweep", "convert", "known-bugs", "variants") else []
-    argv = [part.replace("\0", "0") for part in argv]  # no system starts a command with NUL in it
+    argv = [part.replace("\0", "0") for part in argv]  # no system starts a command with a NUL
     files = in_folder("model", make_text_model()) | {"whole": make_trace(), "jobs.jsonl": JOBS[0], "a.txt": b"a text"}
     return Case(argv, files, "hello\n\n")
 
 
 def prompts(draw: random.Random) -> Case:
-    """Texts that are read: as a file, as a prompt, as what is said in a chat."""
+    """Draw texts, used as a file, as a prompt, or as input of a chat."""
     text = TEXT_FILE(b"One day, a <bos> girl.\r\n\r\nShe <end_of_turn> said 12 <0x0A>\t\n", draw)
     files = in_folder("model", make_text_model()) | {"text": text}
     said = text.decode("utf-8", "replace").replace("\0", "0")[:2000]
@@ -560,19 +560,19 @@ def make_port() -> tuple[Files, bytes]:
 
 
 def differs(files: Files) -> bool:
-    """Whether a model's logits are others than the port's, by far more than rounding makes of them."""
+    """Return True if a model's logits differ from the port's by far more than rounding."""
     try:
         with laid_out(files) as folder, np.errstate(all="ignore"):
             checkpoint = open_checkpoint(folder)
             found = forward(np.array(PORT_IDS), checkpoint.weights("float64"), checkpoint.config).logits
     except ValueError:
-        return False  # refused, which is judged by the exit code
+        return False  # an error, which the exit code shows
     right = load(make_port()[1])["logits"].astype(np.float64)
-    return not bool(np.abs(found - right).max() <= 1e-3 * np.abs(right).max())  # NaN differs too
+    return not bool(np.abs(found - right).max() <= 1e-3 * np.abs(right).max())  # NaN counts as a difference
 
 
 def wrong_ports(draw: random.Random) -> Case:
-    """A trace of one model checked against another: a number of the configuration, a weight, or a tensor is another."""
+    """Draw a check of one model's trace against a model with another configuration number, weight or tensor."""
     files, trace = make_port()
     argv = ["check", "port", "--model", "model", *draw.choice([[], ["--json"], ["--dtype", "float32"]])]
     kind = draw.randrange(3)
@@ -593,7 +593,7 @@ def wrong_ports(draw: random.Random) -> Case:
         flat = tensors[name].reshape(-1)
         usual = np.flatnonzero(np.isfinite(flat) & (np.abs(flat) < 1e30))
         flat[draw.choice(usual.tolist())] += draw.choice([0.5, -2.0, 1e30, np.nan, np.inf]) * np.abs(flat[usual]).max()
-        masked = name.endswith(("scores", "probs", "capped", "masked"))  # what a mask hides may be anything
+        masked = name.endswith(("scores", "probs", "capped", "masked"))  # masked elements may have any value
         trace = save(tensors, {"dtype": "float32"})
         return Case(argv, in_folder("model", files) | {"port": trace}, wrong=not masked)
     return Case(argv, in_folder("model", files) | {"port": trace}, wrong=differs(files))
@@ -608,5 +608,5 @@ FAMILIES: dict[str, Family] = {
 
 
 def make_case(family: str, seed: int, number: int) -> Case:
-    """Make a case, which is the same each time."""
+    """Make a case; the same arguments give the same case."""
     return FAMILIES[family](random.Random(f"{seed} {family} {number}"))

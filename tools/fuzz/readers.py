@@ -1,10 +1,12 @@
-"""Fuzzing of everything that reads a stranger's file: damaged and made-up content gives the error that is documented,
-or is read; never another exception, a crash, a wait, or memory out of all proportion.
+"""Fuzz everything that reads other people's files.
+
+Damaged or invented contents must be read or give the documented error. Any other exception, a crash, endless waiting
+or excessive memory is a fault.
 
     pip install -e ".[test]" "atheris>=3"
     python -m tools.fuzz.readers NAME [-max_total_time=120 ...]      coverage-guided, with libFuzzer's options
 
-``tests/test_fuzz.py`` tries the same readers with Hypothesis, and keeps what was found.
+``tests/test_fuzz.py`` tests the same readers with Hypothesis, and has a test for each fault that was found.
 """
 
 from __future__ import annotations
@@ -52,17 +54,17 @@ SMALL = Gemma2Config(
 
 @dataclass(frozen=True)
 class Target:
-    """A reader: the file of a folder it reads, what it may raise, what else lies in the folder, and where to begin."""
+    """A reader: the file to read, the errors that it may raise, the other files of the folder, and initial contents."""
 
     file: str
     read: Callable[[Path], Any]
     error: type[Exception] | tuple[type[Exception], ...]
     seeds: tuple[bytes, ...]
     beside: tuple[tuple[str, bytes], ...] = ()
-    wrapped: Callable[[bytes], bytes] = bytes  # the file that holds the content that is fuzzed
+    wrapped: Callable[[bytes], bytes] = bytes  # makes the file from the fuzzed content
 
     def __call__(self, content: bytes) -> Any:
-        """What is made of `content`, None if it is refused; raises what is not documented."""
+        """Read `content`, and return the result, or None for a documented error; raise any other error."""
         with tempfile.TemporaryDirectory(prefix="refgemma-") as name:
             folder = Path(name)
             for other, raw in self.beside:
@@ -85,7 +87,7 @@ def tokenized(file: Path) -> Any:
 
 
 def tiny_json() -> bytes:
-    """The tokenizer.json of the tiny model, with fewer pieces."""
+    """Return the tiny model's tokenizer.json, with fewer pieces."""
     with tempfile.TemporaryDirectory() as folder:
         Tokenizer.from_pretrained("tiny").save_pretrained(folder)
         found = json.loads((Path(folder) / "tokenizer.json").read_bytes())
@@ -96,7 +98,7 @@ def tiny_json() -> bytes:
 
 
 def as_torch(raw: bytes) -> bytes:
-    """A checkpoint of torch.save whose pickle is `raw`."""
+    """Return a checkpoint of torch.save with the pickle `raw`."""
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
         archive.writestr("m/data.pkl", raw)
@@ -106,7 +108,7 @@ def as_torch(raw: bytes) -> bytes:
 
 
 def pickled() -> bytes:
-    """The pickle that `write_torch` writes for two tensors."""
+    """Return the pickle that `write_torch` writes for two tensors."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.ckpt"
         write_torch(file, [OutputTensor(name, "bfloat16", (3, 2), np.ones((3, 2))) for name in ("norm.weight", "a")])
@@ -157,7 +159,7 @@ JOBS = b"""{"trace": ["a.safetensors", "b.safetensors"], "dtype": "float32", "al
 
 
 def read_text(file: Path) -> Any:
-    """The tensors of llama.cpp's text with our names, all numbers read."""
+    """Return the tensors of llama.cpp's text with refgemma's names; read all numbers."""
     entries = open_trace(file, SMALL, "llama.cpp").entries.values()
     return [entry.read() for entry in entries if math.prod(entry.shape) < 2**18]
 
@@ -174,7 +176,7 @@ def packed(text: str) -> bytes:
 
 
 def gguf_file() -> bytes:
-    """A GGUF file of the small model, with a tokenizer of four special tokens and the bytes."""
+    """Return a GGUF file of the small model, with a tokenizer of four special tokens and the bytes."""
     numbers = {f"gemma2.{key}": getattr(SMALL, field) for field, (key, _) in (SIZES | NUMBERS).items()}
     numbers |= {"gemma2.attention.head_count_kv": 1, "gemma2.attention.key_length": 2}
     texts = {"general.architecture": "gemma2", "tokenizer.ggml.model": "llama", "tokenizer.chat_template": "{{ a }}"}
@@ -253,11 +255,11 @@ TARGETS: dict[str, Target] = {
 }  # fmt: skip
 
 
-GUIDED = ("refgemma", "json", "zipfile", "ast")  # whose branches libFuzzer is told of
+GUIDED = ("refgemma", "json", "zipfile", "ast")  # modules whose branches guide libFuzzer
 
 
 def main() -> None:
-    """Give a target to libFuzzer; it begins with the seeds, and ends at what it finds."""
+    """Run libFuzzer on a target; it begins with the seeds, and ends at the first fault."""
     import atheris
 
     if len(sys.argv) < 2 or sys.argv[1] not in TARGETS:

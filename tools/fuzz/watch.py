@@ -1,5 +1,7 @@
-"""Runs one case in this process and says what is wrong with it: the exit code, the output, the files that are left or
-were opened, and the memory. A watcher in another process ends it where it takes too long."""
+"""Run one case in this process, and report problems: the exit code, the output, remaining and opened files, and memory.
+
+Another process watches, and kills this one if it takes too long.
+"""
 
 import contextlib
 import io
@@ -25,7 +27,7 @@ from refgemma.cli.output import FAULT, MISUSE, OK
 from .families import Case
 
 MEMORY = 2**30  # bytes
-LINE = 2000  # characters of an error message
+LINE = 2000  # maximum length of an error message in characters
 CHECKED = {0, 1, 2, 3, 4, 5}
 CODES = {"check": CHECKED, "sweep": CHECKED, "diff": {0, 1, 2, 4}, "map": {0, 2, 4}, "verify": {0, 1, 2}}
 WRITES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod",
@@ -42,36 +44,36 @@ SYSTEM = ("/dev/null", "/dev/urandom", "/proc/self", "/proc/meminfo", "/proc/cpu
 
 @dataclass(frozen=True)
 class Result:
-    """What a case came to: nothing is wrong if `problem` is empty."""
+    """The result of a case; without a fault, `problem` is empty."""
 
     problem: str
     code: int | None
     said: str = ""
-    peak: int = 0  # bytes
-    seconds: float = 0.0  # of processor time
+    peak: int = 0  # peak memory in bytes
+    seconds: float = 0.0  # processor time in seconds
 
 
 # --- what a process does, as Python's audit events say ---------------------------------------------------------------
 
 
 class Audit:
-    """Notes each file outside the folders that a case may use, and each process, socket and unpickled name."""
+    """Record each use of a file outside the case's folders, and each process, socket and unpickled name."""
 
     def __init__(self) -> None:
         self.active, self.seen = False, list[str]()
         self.folders: list[str] = []
-        self.named: set[str] = set()  # in the arguments, or in a file of jobs
+        self.named: set[str] = set()  # paths in the arguments, or in a file of jobs
         sys.addaudithook(self)
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
-        """Look at an event; a process or a socket that nobody asked for does not come to be."""
+        """Examine an event; prevent unexpected processes and sockets."""
         if not self.active:
             return
         if event == "open" and isinstance(arguments[0], str | bytes | os.PathLike):
             self.look_at(os.fsdecode(arguments[0]), isinstance(arguments[2], int) and bool(arguments[2] & 3))
         elif event in WRITES:
             for path in arguments[: 2 if event in BETWEEN_TWO else 1]:
-                # A path that is relative to an open folder is of `shutil.rmtree`, which was asked about as a whole.
+                # A path relative to an open folder comes from `shutil.rmtree`, which was checked as a whole.
                 within = event in ("os.remove", "os.rmdir") and arguments[1] not in (-1, None)
                 if isinstance(path, str | bytes | os.PathLike) and not within:
                     self.look_at(os.fsdecode(path), True)
@@ -87,7 +89,7 @@ class Audit:
             raise PermissionError(1, f"no {event} while fuzzing")
 
     def look_at(self, path: str, writes: bool) -> None:
-        """Note a path outside the folders, and let nothing be written there: root may run the fuzzer."""
+        """Record a path outside the folders, and prevent writing there, because root may run the fuzzer."""
         whole = os.path.realpath(path)
         if any(whole == folder or whole.startswith(f"{folder}/") for folder in self.folders) or whole == "/dev/null":
             return
@@ -106,7 +108,7 @@ AUDIT = Audit()
 
 
 class Inline(Executor):
-    """An executor in this process: a sweep's own workers would be processes that nobody watches."""
+    """An executor in this process, because nobody would watch a sweep's own worker processes."""
 
     def submit(self, call: Callable[..., Any], /, *arguments: Any, **others: Any) -> Future[Any]:
         future: Future[Any] = Future()
@@ -119,7 +121,7 @@ class Inline(Executor):
 
 @contextlib.contextmanager
 def run_inline(workers: int) -> Iterator[Executor]:
-    """In place of `refgemma.sweep.runner.processes`."""
+    """Replace `refgemma.sweep.runner.processes`."""
     yield Inline()
 
 
@@ -128,21 +130,21 @@ _describe = command_line.describe_error
 
 
 def describe_error(error: Exception) -> str:
-    """Keep the traceback of a fault of refgemma itself, of which the command prints one line."""
+    """Return an error with its traceback, of which the command would print only one line."""
     LAST_FAULT[0] = "".join(traceback.format_exception(error))
     return _describe(error)
 
 
 def prepare() -> None:
-    """Make this process one that runs cases."""
-    sys.dont_write_bytecode = True  # a module that a case is the first to import
+    """Prepare this process for running cases."""
+    sys.dont_write_bytecode = True  # a case may be the first to import a module
     candidates.processes = run_inline
     command_line.describe_error = describe_error
     os.environ |= {"HF_HOME": "/nonexistent/hub", "COLUMNS": "100"}
 
 
 def list_files(folder: Path) -> dict[str, bytes | None]:
-    """Each file of a folder with its content, each folder with None."""
+    """Return the contents of each file in a folder, with None for folders."""
     found: dict[str, bytes | None] = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
@@ -153,7 +155,7 @@ def list_files(folder: Path) -> dict[str, bytes | None]:
 
 
 def read_peak() -> int:
-    """The most memory that this process had since `forget_peak`."""
+    """Return the peak memory of this process since `forget_peak`."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
@@ -166,7 +168,7 @@ def forget_peak() -> None:
 
 
 def run_case(case: Case) -> Result:
-    """Run a case in a folder of its own."""
+    """Run a case in its own folder."""
     top = Path(tempfile.mkdtemp(prefix="refgemma-fuzz-"))
     folder, scratch = top / "case", top / "tmp"
     try:
@@ -192,7 +194,7 @@ def run_case(case: Case) -> Result:
 
 
 def call(case: Case, folder: Path, scratch: Path) -> tuple[int | None, str, str]:
-    """The exit code of a case's command, and what it prints."""
+    """Run a case's command; return the exit code and the printed text."""
     os.chdir(folder)
     kept = tempfile.tempdir, sys.stdin, sys.stdout, sys.stderr
     out, err = io.BytesIO(), io.BytesIO()
@@ -202,7 +204,7 @@ def call(case: Case, folder: Path, scratch: Path) -> tuple[int | None, str, str]
     tempfile.tempdir = str(scratch)
     AUDIT.seen, AUDIT.folders = [], [os.path.realpath(folder.parent)]
     AUDIT.named = {*case.argv, *(part + "/" for part in case.argv), "./absent"}
-    if "jobs.jsonl" in case.files:  # names the files that are read, as arguments do
+    if "jobs.jsonl" in case.files:  # a file of jobs names files to read, as arguments do
         AUDIT.named |= {"/etc/passwd", "/dev/zero", os.path.realpath("../../etc/passwd")}
     forget_peak()
     LAST_FAULT[0] = ""
@@ -226,7 +228,7 @@ def call(case: Case, folder: Path, scratch: Path) -> tuple[int | None, str, str]
 
 
 def judge(case: Case, code: int | None, out: str, err: str) -> str:
-    """What is wrong with how a command ended and with what it printed."""
+    """Return the problem with a command's exit code or output, or an empty text."""
     command = case.argv[0] if case.argv else ""
     if AUDIT.seen:
         return AUDIT.seen[0]
@@ -237,19 +239,19 @@ def judge(case: Case, code: int | None, out: str, err: str) -> str:
     if code not in CODES.get(command, {OK, MISUSE}):
         return f"exit code {code}"
     if case.code not in (None, code):
-        return f"exit code {code}, where {case.code} is right"
+        return f"exit code {code}; it must be {case.code}"
     if case.wrong and code == OK:
         return "wrong PASS"
     lines = err.splitlines()
     if code == MISUSE:
         said = [line for line in lines if not line.startswith("refgemma: ") or line.endswith("--help)")]  # no warnings
         if command == "sweep" and not said and out:
-            return ""  # its report says which job cannot be read
+            return ""  # the report says which job cannot be read
         if len(said) != 1 or len(said[0]) > LINE or not said[0].isprintable() or not said[0].startswith("refgemma"):
             return f"{len(said)} lines of error: {said[:2]!r:.100}"
     if odd := [line for line in lines if "encountered in" in line]:
         return f"a warning of NumPy's: {odd[0][:100]}"
-    shown = err if command in ("generate", "chat") else out + err  # a model may write any character to a file
+    shown = err if command in ("generate", "chat") else out + err  # a model's text may have any character in a file
     obeyed = {c for c in shown if unicodedata.category(c) in ("Cc", "Cs")} - set("\n\t")
     return f"prints {sorted(obeyed)!r:.100}, which a terminal obeys" if obeyed else ""
 
@@ -257,14 +259,14 @@ def judge(case: Case, code: int | None, out: str, err: str) -> str:
 def judge_files(
     code: int | None, before: dict[str, bytes | None], left: dict[str, bytes | None], outputs: Collection[str] = ()
 ) -> str:
-    """What is wrong with the files that a command leaves; it may replace those that its arguments name as outputs."""
+    """Return the problem with the files that a command leaves; it may replace the outputs that its arguments name."""
     changed = [name for name in before if before[name] != left.get(name, b"?") and ".results/" not in name]
     if gone := [name for name in changed if code == MISUSE or name not in outputs]:
         return f"changes {gone[0]!r:.60}"
     fresh = [name for name in left if name not in before]
     if partial := [name for name in fresh if name.endswith(".part") or "/." in f"/{name}"]:
         return f"leaves {partial[0]!r:.60}"
-    new = [name for name in fresh if not name.startswith("jobs.jsonl.results")]  # kept of the jobs that were done
+    new = [name for name in fresh if not name.startswith("jobs.jsonl.results")]  # results of finished jobs
     if code == MISUSE and new:
-        return f"is refused, but leaves {new[0]!r:.60}"
+        return f"ended with an error, but leaves {new[0]!r:.60}"
     return ""

@@ -33,6 +33,11 @@ from refgemma.teach.exercises.single_operations import (
     check_soft_cap,
 )
 from refgemma.teach.exercises.stories import PlayError, Story, play, save_port
+from refgemma.teach.exercises.training import (
+    check_mean_gradient,
+    check_rms_norm_backward,
+    check_soft_cap_backward,
+)
 from refgemma.teach.exercises.whole_model import (
     check_causality_test,
     check_diagnosis,
@@ -62,15 +67,18 @@ __all__ = [
     "check_gelu_tanh",
     "check_induction_scores",
     "check_keep_top_p",
+    "check_mean_gradient",
     "check_parameters",
     "check_qk_norm_scores",
     "check_repeat_kv",
     "check_rms_norm",
+    "check_rms_norm_backward",
     "check_rotate",
     "check_round_to_bf16",
     "check_seeded",
     "check_sliding_mask",
     "check_soft_cap",
+    "check_soft_cap_backward",
     "hint",
     "mystery_trace",
     "play",

@@ -1,5 +1,7 @@
-"""Feedback on an answer: call it, compare its result with the expected one, and compare a wrong result with known bugs.
-Checked by tests with solutions, stubs and typical wrong answers."""
+"""Give feedback on an answer: call it, compare the result with the expected one, and compare a wrong result with bugs.
+
+Checked by tests with solutions, stubs and typical wrong answers.
+"""
 
 import copy
 import inspect
@@ -17,8 +19,8 @@ from refgemma.precision import Array, Rounded, dtype_name, wide
 
 Attempt = Callable[..., Any]
 
-# A bug is named if it leaves at most this part of the difference. Two programs with the same bug differ by rounding: by
-# 0.4 % in bfloat16, and by much less in float32. Other bugs leave a half or more.
+# A bug is named if it leaves at most this part of the difference. Rounding makes two programs with the same bug differ
+# by 0.4 % in bfloat16, and by much less in float32. Other bugs leave a half or more.
 EXPLAINED = 0.01
 
 
@@ -64,7 +66,7 @@ class Hint:
 
 @dataclass(frozen=True)
 class Raised:
-    """In place of a result: the exception that the answer raised."""
+    """The exception that the answer raised, instead of a result."""
 
     error: Exception
 
@@ -73,7 +75,8 @@ def give_feedback(answer: Attempt, trials: Iterable[Trial], hints: Sequence[Hint
     """Call `answer` on each trial, and describe the first result that is wrong."""
     if definition := name_definition(answer):
         return Feedback(
-            False, f"Not yet: that is {definition}, the definition itself\n  Write the function yourself, with NumPy."
+            False,
+            f"Not yet: that is {definition}, refgemma's own definition\n  Write the function yourself, with NumPy.",
         )
     count = 0
     for trial in trials:
@@ -90,7 +93,7 @@ def give_feedback(answer: Attempt, trials: Iterable[Trial], hints: Sequence[Hint
 
 
 def name_definition(answer: Attempt) -> str:
-    """Return the name of a function of this package that is handed in as an answer; of another one, an empty text.
+    """Return the answer's name if it is a function of this package, otherwise an empty text.
 
     Examples
     --------
@@ -98,7 +101,7 @@ def name_definition(answer: Attempt) -> str:
     >>> name_definition(ops.rotate), name_definition(lambda x: x)
     ('refgemma.ops.rotate', '')
     """
-    function = inspect.unwrap(getattr(answer, "func", answer))  # also a functools.partial of it
+    function = inspect.unwrap(getattr(answer, "func", answer))  # the answer may also be a functools.partial
     module = str(getattr(function, "__module__", ""))
     inside = module.startswith("refgemma.") and not module.startswith("refgemma.teach.")
     return f"{module}.{function.__name__}" if inside else ""
@@ -180,10 +183,10 @@ def conforms(array: Array, right: Array, bound: Any) -> bool:
 
 
 def measure_rest(given: Any, hint: Hint, trial: Trial) -> float:
-    """Return the part of a result's error that a bug does not explain: 0 if the bug gives the same result.
+    """Return the part of a result's error that a bug does not explain; 0 if the bug gives the same result.
 
-    This is the distance of the result from the bug's, divided by its distance from the expected result. It is infinite
-    if the bug makes no difference on this trial.
+    This is the result's distance from the bug's result, divided by the distance from the expected result. It is
+    infinite if the bug does not change this trial's result.
     """
     made = call(hint.wrong, copy.deepcopy(trial.arguments))
     if isinstance(given, Raised) or isinstance(made, Raised):
@@ -199,9 +202,10 @@ def measure_rest(given: Any, hint: Hint, trial: Trial) -> float:
     if np.array_equal(ours, theirs):
         return 0.0
     finite = np.isfinite(ours)
-    if ours.shape != right.shape or not np.array_equal(finite, np.isfinite(theirs)):
+    if not np.array_equal(finite, np.isfinite(theirs)):
         return math.inf
-    remains, total = np.linalg.norm((ours - theirs)[finite]), np.linalg.norm((ours - right)[finite])
+    error = ours - right if ours.shape == right.shape else ours  # a result of another shape is wrong as a whole
+    remains, total = np.linalg.norm((ours - theirs)[finite]), np.linalg.norm(error[finite])
     return float(remains / total) if np.isfinite(total) and total > 0 else math.inf
 
 

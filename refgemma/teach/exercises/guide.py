@@ -1,5 +1,7 @@
-"""Staged hints for each exercise, and a page of progress. Checked by tests: each exercise has its hints, and the last
-one is the solution."""
+"""Give hints for each exercise in stages, and show a page of progress.
+
+Checked by tests: each exercise has its hints, and the last hint is the solution.
+"""
 
 import functools
 import inspect
@@ -14,7 +16,7 @@ from refgemma.files import read_object, replace_file
 from refgemma.teach.exercises import solutions
 from refgemma.teach.exercises.feedback import Attempt, Feedback
 
-# Exercise -> its notebook, a nudge, and most of the answer.
+# Exercise -> its notebook, the first hint (a nudge) and the second hint (most of the answer).
 HINTS: dict[str, tuple[int, str, str]] = {
     "embed": (
         1, "Each id selects one row of the table. Which number multiplies the rows, and from which axis does it come?",
@@ -22,7 +24,7 @@ HINTS: dict[str, tuple[int, str, str]] = {
         "precision (notebook 7), round this factor first: narrow(factor, like=table), from refgemma.",
     ),
     "gelu_tanh": (
-        1, "Begin with the innermost bracket of the formula. Which three steps come after it, from the inside out?",
+        1, "Begin with the innermost bracket of the formula. Which three steps follow, from the inside out?",
         "With inner = x + 0.044715 * x**3, the result is 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * inner)).",
     ),
     "repeat_kv": (
@@ -44,7 +46,7 @@ HINTS: dict[str, tuple[int, str, str]] = {
         "row: axis=-1, keepdims=True. Subtract the largest score of the row before np.exp.",
     ),
     "sliding_mask": (
-        5, "Its own key has the distance q - k = 0. At which other distances does a query see a key?",
+        5, "A query's own key has the distance q - k = 0. At which other distances does the query see a key?",
         "distance = q_places[:, None] - k_places has the shape (queries, keys). A query sees distances "
         "from 0 to less than the window. Join the two conditions with & and brackets.",
     ),
@@ -64,7 +66,7 @@ HINTS: dict[str, tuple[int, str, str]] = {
         "rounded because table is an array in bfloat16.",
     ),
     "keep_top_p": (
-        8, "Sort the tokens, the most likely first, and add up. Which token is the last one kept?",
+        8, "Sort the tokens, the most likely first, and add up the probabilities. Which token is the last to keep?",
         "Keep a token if the sum of the tokens before it is less than p: np.cumsum(sorted) - sorted < p. Then put the "
         "result in the order of the tokens: kept[order[...]] = True.",
     ),
@@ -84,9 +86,24 @@ HINTS: dict[str, tuple[int, str, str]] = {
         "np.allclose(logits[:place], changed[:place], atol=1e-4).",
     ),
     "encode_word": (
-        12, "Form all pairs of neighbours. Which of them may be joined, and which one first?",
-        "In a loop: the joined pairs that are in ranks; if there are none, return. Else take the one with the lowest "
-        "rank, at its first place, and replace both parts: pieces[place : place + 2] = [joined].",
+        12, "Form all pairs of neighbours. Which pairs may be joined, and which pair first?",
+        "In a loop: find the joined pairs that are in ranks; if there are none, return. Otherwise take the pair with "
+        "the lowest "
+        "rank, where it first occurs, and replace both parts: pieces[place : place + 2] = [joined].",
+    ),
+    "soft_cap_backward": (
+        15, "The chain rule multiplies grad by the slope of the cap at x. What is the slope of tanh?",
+        "The slope of tanh is 1 - tanh**2, here at x / cap. The factors cap and 1 / cap cancel.",
+    ),
+    "mean_gradient": (
+        15, "Each row is a mean over its tokens. How do you get the sum over the tokens back?",
+        "Multiply each row by its count: counts[:, None] * gradients. Sum over axis 0, and divide by counts.sum().",
+    ),
+    "rms_norm_backward": (
+        16, "x acts in two ways: in the numerator, and through r. Over which axes does each of the two results sum?",
+        "With r = 1 / sqrt(mean(x**2) + eps), n = x * r and h = grad * (1 + weight), the gradient of x is "
+        "r * (h - n * mean(h * n)), the mean over axis -1. The gradient of the weight is the sum of grad * n over the "
+        "other axes.",
     ),
     "qk_norm_scores": (
         13, "There are two norms and one product. Which axis has the numbers of one query?",
@@ -101,17 +118,17 @@ HINTS: dict[str, tuple[int, str, str]] = {
 }  # fmt: skip
 
 _shown: Counter[str] = Counter()
-Result = tuple[int, bool]  # tries, and whether one was right
+Result = tuple[int, bool]  # number of tries; true if one was right
 _session: dict[str, Result] = {}
 _unsaved: dict[str, Result] = {}
 
 
 class ProgressError(RefgemmaError):
-    """Raised for an exercise that does not exist, and for a file of progress that cannot be read."""
+    """Raised for an unknown exercise, or for a progress file that cannot be read."""
 
 
 class Page(str):
-    """A text that a notebook shows as it is, without quotes."""
+    """A text that a notebook shows without quotes."""
 
     def __repr__(self) -> str:
         """Return the text."""
@@ -119,19 +136,19 @@ class Page(str):
 
 
 def hint(exercise: str | Callable[..., Any], stage: int | None = None) -> Page:
-    """Return the next hint for an exercise: a nudge at the first call, then most of the answer, then a solution.
+    """Return the next hint for an exercise: first a nudge, then most of the answer, then a solution.
 
     Parameters
     ----------
     exercise : str or callable
         The name of the exercise, or your function of that name.
     stage : int, optional
-        The hint to return, 1 to 3, in place of the next one.
+        The number of the hint, 1 to 3; by default the next hint.
 
     Raises
     ------
     ProgressError
-        If there is no exercise of this name, or no such hint.
+        If there is no exercise of this name, or no hint of this number.
 
     Examples
     --------
@@ -147,13 +164,13 @@ def hint(exercise: str | Callable[..., Any], stage: int | None = None) -> Page:
     if stage is None:
         stage = _shown[name] = min(_shown[name] + 1, 3)
     elif stage not in (1, 2, 3):
-        raise ProgressError(f"stage is {stage}; each exercise has the hints 1 to 3")
+        raise ProgressError(f"stage is {stage}; it must be 1, 2 or 3")
     texts = *HINTS[name][1:], "a solution\n\n" + inspect.getsource(getattr(solutions, name))
     return Page(f"Hint {stage} of 3: {texts[stage - 1]}")
 
 
 def record(name: str, feedback: Feedback) -> Feedback:
-    """Count one try of an exercise, unless nothing is written yet; return the feedback."""
+    """Count one try of an exercise, unless the function is still a stub; return the feedback."""
     if "nothing is written yet" not in feedback.message:
         for results in (_session, _unsaved):
             tries, solved = results.get(name, (0, False))
@@ -175,8 +192,8 @@ def count_tries(check: Callable[[Attempt], Feedback]) -> Callable[[Attempt], Fee
 def progress(path: str | Path | None = None) -> Page:
     """Return a page with the state of each exercise.
 
-    Every call of a check counts as a try, except on a stub. Without a file the page is about this Python session. Give
-    all notebooks the same file to join them: it is read, the new tries are added, and it is written.
+    Every call of a check counts as a try, except on a stub. Without a file, the page describes this Python session. To
+    combine several notebooks, give all the same file; each call adds the new tries to it.
 
     Parameters
     ----------
@@ -186,7 +203,7 @@ def progress(path: str | Path | None = None) -> Page:
     Raises
     ------
     ProgressError
-        If the file is not one that this function wrote, or cannot be written.
+        If the file was not written by this function, or cannot be written.
 
     Examples
     --------
@@ -212,7 +229,7 @@ def _describe_result(result: Result | None) -> str:
 
 
 def _join(path: Path) -> dict[str, Result]:
-    """Add the new tries to a file, and return all its results."""
+    """Add the new tries to a file, and return all results."""
     results = _read(path)
     for name, (tries, solved) in _unsaved.items():
         before = results.get(name, (0, False))

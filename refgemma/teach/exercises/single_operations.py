@@ -1,4 +1,4 @@
-"""Exercises on single operations. The expected results were recorded from PyTorch (`golden/`)."""
+"""Check exercises on single operations. The expected results were recorded from PyTorch (`golden/`)."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ EPS = 1e-6
 
 @count_tries
 def check_embed(answer: Attempt) -> Feedback:
-    """Check ``embed(ids, table)``: rows of the table times ``sqrt(hidden)``, the factor in the table's precision.
+    """Check ``embed(ids, table)``: rows of the table times ``sqrt(hidden)``, rounded to the table's precision.
 
     Examples
     --------
@@ -111,11 +111,11 @@ def check_gelu_tanh(answer: Attempt) -> Feedback:
       Hint: that is ReLU, which has a kink at 0.
     """
     _, g = load_golden("op-gelu-f32")
-    near = np.abs(g["x"]) < 12  # beyond, GELU is x or 0, and the cube of the largest recorded numbers overflows
+    near = np.abs(g["x"]) < 12  # beyond 12, GELU is x or 0, and the cubes of the largest recorded numbers overflow
     x, y = g["x"][near], g["y"][near]
     return give_feedback(answer, [Trial("gelu_tanh(x) on numbers from -12 to 12", (x,), y, tol.gelu_tanh(x).bound)], [
         Hint("that is ReLU, which has a kink at 0.", activations.relu),
-        Hint("that is the exact GELU with the error function; Gemma 2 uses the tanh form, up to 5e-4 away.",
+        Hint("that is the exact GELU with the error function; Gemma 2 uses the tanh form, which differs by up to 5e-4.",
              activations.gelu),
         Hint("that is x * sigmoid(1.702 x), another approximation of GELU.", activations.quick_gelu),
         Hint("that is SiLU, x * sigmoid(x), which Llama uses.", activations.silu),
@@ -141,7 +141,7 @@ def _bend(x: Array, cube: float = 0.044715, root: float = math.sqrt(2 / math.pi)
 
 
 def _gelu(x: Array, one: tuple[int, int] = (1, 1), **mistakes: Any) -> Array:
-    """Compute GELU with the mistakes that the arguments make."""
+    """Compute GELU; the arguments introduce mistakes."""
     return np.asarray(0.5 * x * (one[0] + one[1] * np.tanh(_bend(x, **mistakes))))
 
 
@@ -150,7 +150,7 @@ def _gelu(x: Array, one: tuple[int, int] = (1, 1), **mistakes: Any) -> Array:
 
 @count_tries
 def check_repeat_kv(answer: Attempt) -> Feedback:
-    """Check ``repeat_kv(x, groups)``: from (batch, kv_heads, keys, head_dim) to as many heads as there are queries.
+    """Check ``repeat_kv(x, groups)``: repeat the heads of (batch, kv_heads, keys, head_dim) for the query heads.
 
     Examples
     --------
@@ -173,7 +173,7 @@ def check_repeat_kv(answer: Attempt) -> Feedback:
              lambda x, groups: np.repeat(x, groups)),
         Hint("the copies are a new axis; reshape it into the heads: (batch, kv_heads * groups, keys, head_dim).",
              lambda x, groups: np.stack([x] * groups, axis=2)),
-        Hint("each head is repeated `groups` times, not as often as there are heads.",
+        Hint("repeat each head `groups` times; you repeat it once for each head.",
              lambda x, groups: np.repeat(x, x.shape[1], axis=1)),
         Hint("nothing is repeated: there must be a key head for each query head.", lambda x, groups: x),
     ])  # fmt: skip
@@ -237,7 +237,7 @@ def check_soft_cap(answer: Attempt) -> Feedback:
     Examples
     --------
     >>> print(str(check_soft_cap(lambda x, cap: np.clip(x, -cap, cap))).splitlines()[-1])
-      Hint: that cuts off at the cap. A soft cap also reduces smaller numbers: cap * tanh(x / cap).
+      Hint: that clips at the cap. A soft cap also reduces smaller numbers: cap * tanh(x / cap).
     """
 
     def trials() -> Iterator[Trial]:
@@ -249,7 +249,7 @@ def check_soft_cap(answer: Attempt) -> Feedback:
 
     return give_feedback(answer, trials(), [
         Hint("the values are unchanged. The formula is cap * tanh(x / cap).", lambda x, cap: x),
-        Hint("that cuts off at the cap. A soft cap also reduces smaller numbers: cap * tanh(x / cap).", bugs.cut_off),
+        Hint("that clips at the cap. A soft cap also reduces smaller numbers: cap * tanh(x / cap).", bugs.cut_off),
         Hint("divide x by the cap inside the tanh.", bugs.cap_undivided),
         Hint("the result lies between -1 and 1: multiply it by the cap.", bugs.cap_unmultiplied),
         Hint("that limits only large positive numbers, and with a kink: cap * tanh(x / cap).",
@@ -271,7 +271,7 @@ def check_soft_cap(answer: Attempt) -> Feedback:
 
 @count_tries
 def check_attention_probs(answer: Attempt) -> Feedback:
-    """Check ``attention_probs(scores, mask, cap)``: cap, mask, softmax. `mask` is true where a key may be seen.
+    """Check ``attention_probs(scores, mask, cap)``: cap, mask, softmax. `mask` is true where a query may see a key.
 
     Examples
     --------
@@ -280,7 +280,7 @@ def check_attention_probs(answer: Attempt) -> Feedback:
     False
     """
     _, g = load_golden("bends-forward-f32")
-    cap, window = 2.0, 5  # of the model "bends", see golden/cases.py
+    cap, window = 2.0, 5  # of the model "bends" in golden/cases.py
 
     def trials() -> Iterator[Trial]:
         for layer, kind in ((1, "full"), (0, "sliding")):
@@ -289,7 +289,7 @@ def check_attention_probs(answer: Attempt) -> Feedback:
             mask = np.tri(seq, dtype=bool)
             if kind == "sliding":
                 mask &= ~np.tri(seq, k=-window, dtype=bool)
-            # An error of the cap is an error of the exponent, so it is a relative error of the result and of the sum.
+            # An error of the capped score is a relative error of its exponential, and so of the result.
             bound = tol.softmax(g[prefix + "capped"], mask).bound
             bound = bound + 2 * g[prefix + "probs"] * float(tol.soft_cap(np.array([1e9]), cap).bound[0])
             call = f"attention_probs(scores, mask, {cap}) of a {kind} layer"
@@ -309,7 +309,7 @@ def check_attention_probs(answer: Attempt) -> Feedback:
              probs(lambda capped, mask: _exchange(ops.softmax(_exchange(capped), _exchange(mask))))),
         Hint("mask the scores: if you set probabilities to 0 after the softmax, the sum of a row is not 1.",
              probs(lambda capped, mask: np.where(mask, bugs.softmax_over_all(capped, mask), 0))),
-        Hint("a score of 0 is an ordinary score; to hide a key its score must be minus infinity.",
+        Hint("a score of 0 does not hide a key; its score must be minus infinity.",
              probs(bugs.hidden_keys_at(0))),
         Hint("divide each row by its own sum: np.sum(..., axis=-1, keepdims=True); you divide by the sum of all.",
              probs(lambda capped, mask: (e := np.exp(np.where(mask, capped, -np.inf))) / e.sum())),
@@ -319,13 +319,13 @@ def check_attention_probs(answer: Attempt) -> Feedback:
              lambda scores, mask, cap: ops.softmax(np.tanh(scores / cap), mask.repeat(len(scores), axis=0))),
         Hint("divide the scores by the cap inside the tanh.",
              lambda scores, mask, cap: ops.softmax(cap * np.tanh(scores), mask.repeat(len(scores), axis=0))),
-        Hint("that cuts the scores off at the cap; the cap is soft: cap * tanh(scores / cap).",
+        Hint("that clips the scores at the cap; the cap is soft: cap * tanh(scores / cap).",
              lambda scores, mask, cap: ops.softmax(np.clip(scores, -cap, cap), mask.repeat(len(scores), axis=0))),
         Hint("the exponential is missing: divide exp(scores) by their sum.",
              probs(lambda capped, mask: (w := np.where(mask, capped, 0)) / w.sum(axis=-1, keepdims=True))),
-        Hint("a score of -1 is an ordinary score; to hide a key its score must be minus infinity.",
+        Hint("a score of -1 does not hide a key; its score must be minus infinity.",
              probs(bugs.hidden_keys_at(-1))),
-        Hint("adding the mask hides nothing; to hide a key its score must be minus infinity.",
+        Hint("adding the mask hides nothing; the score of a hidden key must be minus infinity.",
              probs(lambda capped, mask: bugs.softmax_over_all(capped + mask, mask))),
         Hint("cap the scores, before the mask and the softmax; you cap the probabilities.",
              lambda scores, mask, cap: ops.soft_cap(ops.softmax(scores, mask.repeat(len(scores), axis=0)), cap)),
@@ -345,7 +345,7 @@ def _exchange(x: Array) -> Array:
 
 @count_tries
 def check_sliding_mask(answer: Attempt) -> Feedback:
-    """Check ``sliding_mask(q_places, k_places, window)``: true for the last `window` keys, including the query's own.
+    """Check ``sliding_mask(q_places, k_places, window)``: true for the last `window` keys up to the query's own.
 
     Examples
     --------
@@ -370,15 +370,15 @@ def check_sliding_mask(answer: Attempt) -> Feedback:
              lambda q, k, w: ops.sliding_mask(q, k, w + 1)),
         Hint("the window is one key too narrow: the query's own place counts as one of the keys.",
              lambda q, k, w: ops.sliding_mask(q, k, w - 1)),
-        Hint("a query may not see later keys, even near ones: keys are at its place or before.", bugs.window_both_ways),
+        Hint("a query may not see later keys, even if they are near.", bugs.window_both_ways),
         Hint("a query may not see later keys: the window ends at its own place.",
              bugs.window_open_ahead),
         Hint("a query must also see its own key.", lambda q, k, w: ops.sliding_mask(q, k, w) & (k != q[:, None])),
         Hint("the window ends at the query's own key, which it includes: q - window < k <= q.",
              lambda q, k, w: (k < q[:, None]) & (k >= q[:, None] - w)),
-        Hint("the window moves along: it ends at the query. You show the first keys of the text only.",
+        Hint("the window ends at each query; you always show the first keys of the text.",
              lambda q, k, w: ops.causal_mask(q, k) & (k < w)),
-        Hint("the window moves along with each query; your windows lie side by side.",
+        Hint("the window ends at each query; your windows lie side by side.",
              lambda q, k, w: ops.causal_mask(q, k) & (k // w == q[:, None] // w)),
         Hint("compare each query with each key: make q_places a column, q_places[:, None].",
              lambda q, k, w: (k <= q) & (k > q - w)),
@@ -399,8 +399,7 @@ def check_sliding_mask(answer: Attempt) -> Feedback:
 
 @count_tries
 def check_rms_norm(answer: Attempt) -> Feedback:
-    """Check ``rms_norm(x, weight, eps)``: ``x / sqrt(mean(x**2) + eps) * (1 + weight)``, in float32, rounded at the
-    end.
+    """Check ``rms_norm(x, weight, eps)``: ``x / sqrt(mean(x**2) + eps) * (1 + weight)`` in float32, rounded once.
 
     Examples
     --------
@@ -429,7 +428,7 @@ def check_rms_norm(answer: Attempt) -> Feedback:
         Hint(zero, _norm_answer(lambda x: _size(x), lambda y, w: y * w)),
         Hint(f"{zero} And use the mean of the squares, not their sum.",
              _norm_answer(lambda x: np.linalg.norm(x, axis=-1, keepdims=True))),
-        Hint("use the mean of the squares, not their sum; a norm of NumPy is the root of the sum.",
+        Hint("use the mean of the squares, not their sum; np.linalg.norm is the root of the sum.",
              lambda x, w, eps: _norm_answer(lambda x: np.linalg.norm(x, axis=-1, keepdims=True) + eps)(x, w, eps)),
         Hint("std subtracts the mean; divide by sqrt(mean(x**2) + eps).",
              lambda x, w, eps: _norm_answer(lambda x: np.std(x, axis=-1, keepdims=True) + eps)(x, w, eps)),
@@ -463,7 +462,7 @@ def _size(x: Array, eps: float = 0.0) -> Array:
 def _norm_answer(
     size: Callable[[Array], Array], scale: Callable[[Array, Array], Array] = lambda y, w: y * (1 + w)
 ) -> Attempt:  # fmt: skip
-    """Return a norm that divides by another size, and uses its weight in another way."""
+    """Return a norm with another divisor or another use of the weight."""
     return lambda x, weight, eps: narrow(scale(wide(x) / size(wide(x)), wide(weight)), like=x)
 
 
@@ -567,9 +566,9 @@ def _round(x: Array) -> Array:
 
 @count_tries
 def check_round_to_bf16(answer: Attempt) -> Feedback:
-    """Check ``round_to_bf16(x)``: float32 numbers rounded to bfloat16, ties to even, as a float32 array.
+    """Check ``round_to_bf16(x)``: round float32 numbers to bfloat16, ties to even, and return a float32 array.
 
-    The expected result is the conversion of `ml_dtypes`, which the machine-learning libraries share.
+    The expected result is the conversion of `ml_dtypes`, which machine-learning libraries use.
 
     Examples
     --------
@@ -590,7 +589,7 @@ def check_round_to_bf16(answer: Attempt) -> Feedback:
              lambda x: _cut(x, 0x8000)),
         Hint("a number in the middle is rounded to the neighbour whose last bit is 0 (ties to even), not always down.",
              lambda x: _cut(x, 0x7FFF)),
-        Hint("that is float16: five bits for the power and eleven for the digits.",
+        Hint("that is float16: five exponent bits and eleven bits of precision.",
              lambda x: x.astype(np.float16).astype(np.float32)),
         Hint("nothing is rounded.", lambda x: x),
         Hint("return float32 numbers: view the rounded bits as float32, .view(np.float32).",
@@ -600,9 +599,9 @@ def check_round_to_bf16(answer: Attempt) -> Feedback:
         Hint("return float32 numbers: you return the upper half of the bits as a whole number.",
              lambda x: _round(x).view(np.uint32) >> 16),
         Hint("that always rounds away from 0; round to the nearest instead.", lambda x: _cut(x, 0xFFFF)),
-        Hint("bfloat16 has eight bits of digits with the first 1, which is not stored; you keep seven.",
+        Hint("bfloat16 has eight bits of precision, including the leading 1, which is not stored; you keep seven.",
              lambda x: np.ldexp(np.round(np.frexp(x)[0] * 2**7) / 2**7, np.frexp(x)[1])),
-        Hint("bfloat16 has eight bits of digits with the first 1, which is not stored; you keep nine.",
+        Hint("bfloat16 has eight bits of precision, including the leading 1, which is not stored; you keep nine.",
              lambda x: np.ldexp(np.round(np.frexp(x)[0] * 2**9) / 2**9, np.frexp(x)[1])),
-        Hint("bf16(x) returns an array that rounds every operation; return an ordinary one: wide(bf16(x)).", bf16),
+        Hint("bf16(x) returns an array that rounds every operation; return an ordinary array: wide(bf16(x)).", bf16),
     ])  # fmt: skip

@@ -1,8 +1,9 @@
-"""A solution of each exercise of `refgemma.teach.exercises`. Checked with the exercises' own checks.
+"""Solve each exercise of `refgemma.teach.exercises`. Checked with the exercises' own checks.
 
 They are written for reading, and use only NumPy if that is the point of the exercise. The arguments (`x`, `ids`, `cos`,
 `sin`, `scores`, `cap`, `q_places`, `k_places`, `weight`, `eps`, `probabilities`, `characters`, `ranks`,
-`ours`, `recorded`, `model`, `q`, `k`, `q_weight`, `k_weight`, `scalar`, `probs`, `period`) are those of the notebooks.
+`ours`, `recorded`, `model`, `grad`, `gradients`, `counts`, `q`, `k`, `q_weight`, `k_weight`, `scalar`, `probs`,
+`period`) are those of the notebooks.
 """
 
 import math
@@ -36,19 +37,19 @@ def gelu_tanh(x: Array) -> Array:
 
 
 def repeat_kv(x: Array, groups: int) -> Array:
-    """Repeat each key head `groups` times, in place."""
+    """Repeat each key head `groups` times; copies are adjacent."""
     return np.repeat(x, groups, axis=1)
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotate the pairs that lie half a head apart."""
+    """Rotate pairs of numbers that are half a head apart."""
     half = x.shape[-1] // 2
     turned: Array = x * cos + np.concatenate([-x[..., half:], x[..., :half]], axis=-1) * sin
     return turned
 
 
 def soft_cap(x: Array, cap: float) -> Array:
-    """Limit smoothly to plus and minus `cap`."""
+    """Limit smoothly to the range from ``-cap`` to `cap`."""
     bent: Array = cap * np.tanh(x / cap)
     return bent
 
@@ -69,7 +70,7 @@ def sliding_mask(q_places: Array, k_places: Array, window: int) -> Array:
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
-    """Compute in float32, round once."""
+    """Compute in float32, and round once at the end."""
     x_wide = wide(x)
     normed = x_wide / np.sqrt(np.mean(x_wide**2, axis=-1, keepdims=True) + eps)
     return narrow(normed * (1 + wide(weight)), like=x)
@@ -89,15 +90,15 @@ def induction_scores(probs: Array, period: int) -> Array:
 
 
 def round_to_bf16(x: Array) -> Array:
-    """Round float32 to eight bits of digits, ties to even, by whole-number arithmetic on its bits."""
+    """Round float32 to eight bits of precision, ties to even, by integer arithmetic on the bits."""
     bits = np.asarray(x, np.float32).view(np.uint32)
-    odd = (bits >> 16) & 1  # the last bit that is kept
+    odd = (bits >> 16) & 1  # the last bit to keep
     rounded = (bits + 0x7FFF + odd) & np.uint32(0xFFFF0000)
     return rounded.astype(np.uint32).view(np.float32)
 
 
 def keep_top_p(probabilities: Array, p: float) -> Array:
-    """Keep the most likely tokens, up to and including the one that reaches `p`."""
+    """Keep the most likely tokens, up to and including the token that reaches `p`."""
     order = np.argsort(-probabilities)
     before = np.cumsum(probabilities[order]) - probabilities[order]
     kept = np.zeros(len(probabilities), bool)
@@ -117,6 +118,27 @@ def encode_word(characters: list[str], ranks: Mapping[str, int]) -> list[str]:
         pieces[place : place + 2] = [joined[place]]
 
 
+def soft_cap_backward(grad: Array, x: Array, cap: float) -> Array:
+    """Multiply the gradient by the slope of the cap."""
+    slope: Array = 1 - np.tanh(x / cap) ** 2
+    return grad * slope
+
+
+def mean_gradient(gradients: Array, counts: Array) -> Array:
+    """Weigh the gradient of each micro-batch by its share of the tokens."""
+    shares: Array = counts / counts.sum()
+    return shares @ gradients
+
+
+def rms_norm_backward(grad: Array, x: Array, weight: Array, eps: float) -> tuple[Array, Array]:
+    """Remove the part of the gradient along x; sum the weight's gradient over all tokens."""
+    r = 1 / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps)
+    n = x * r
+    h = grad * (1 + weight)
+    grad_x = r * (h - n * np.mean(h * n, axis=-1, keepdims=True))
+    return grad_x, (grad * n).sum(axis=(0, 1))
+
+
 def parameters(config: Gemma2Config) -> int:
     """Count the numbers of embedding, attention, feed-forward and norms."""
     hidden, layers = config.hidden_size, config.num_hidden_layers
@@ -127,7 +149,7 @@ def parameters(config: Gemma2Config) -> int:
 
 
 def first_divergence(ours: Mapping[str, Array], recorded: Mapping[str, Array]) -> str | None:
-    """Return the first tensor, in the order of computation, whose relative error is larger than rounding explains."""
+    """Return the first tensor, in the order of computation, whose relative error exceeds rounding."""
     for name, right in recorded.items():
         error = np.sqrt(np.mean((ours[name] - right) ** 2))
         if error > 1e-5 * np.sqrt(np.mean(right**2)):
@@ -136,7 +158,7 @@ def first_divergence(ours: Mapping[str, Array], recorded: Mapping[str, Array]) -
 
 
 def causality_test(model: Callable[[list[int]], Any]) -> None:
-    """Change each token but the first: no earlier logit may change."""
+    """Change each token except the first; no earlier logit may change."""
     ids = [2, 300, 400, 500, 600, 700, 800, 900]
     before = model(ids)
     for place in range(1, len(ids)):

@@ -1,5 +1,7 @@
-"""Run the tiny model on a student's functions, and show the story that it writes beside the definition's story. Checked
-with the solutions, whose story is that of `refgemma.generate`, and with typical mistakes."""
+"""Run the tiny model with a student's functions, and show the resulting story beside the definition's story.
+
+Checked with the solutions, whose story equals that of `refgemma.generate`, and with typical mistakes.
+"""
 
 import textwrap
 import time
@@ -25,10 +27,10 @@ from refgemma.trace.candidate import Call
 from refgemma.trace.names import LOGPROBS, save_trace
 
 PROMPT = "There was once a little princess"
-LONGEST = 200  # new tokens; longer texts would leave the places that the tiny model was trained on
-STORY_SECONDS = 30.0  # for a story with slow functions
+LONGEST = 200  # maximum number of new tokens; the tiny model was not trained for longer texts
+STORY_SECONDS = 30.0  # time limit of a story, for slow functions
 
-# Each part that a student may write -> its definition, whose results have the right shape, and its check.
+# Part that a student may write -> its definition, which gives the right shape, and its check.
 REPLACEABLE: dict[str, tuple[Attempt, Callable[[Attempt], Feedback]]] = {
     "embed": (embed, checks.check_embed),
     "rms_norm": (ops.rms_norm, checks.check_rms_norm),
@@ -46,12 +48,12 @@ class PlayError(RefgemmaError):
 
 
 class _TimeIsUp(PlayError):
-    """Raised at a call of a student's function after the time limit."""
+    """Raised when a student's function is called after the time limit."""
 
 
 @dataclass(frozen=True)
 class Story:
-    """A story of a student's model and of the definition, from the same prompt; its `repr` describes both.
+    """The stories of a student's model and of the definition for the same prompt; the `repr` shows both.
 
     Examples
     --------
@@ -61,21 +63,21 @@ class Story:
     This is the definition's story, token for token.
     """
 
-    text: str  # with the prompt
-    usual_text: str  # of the definition
-    tokens: tuple[str, ...]  # the new tokens
+    text: str  # the student's story, including the prompt
+    usual_text: str  # the definition's story
+    tokens: tuple[str, ...]  # new tokens of the student's story
     usual_tokens: tuple[str, ...]
     feedback: Mapping[str, Feedback] = field(default_factory=dict)  # part -> feedback of its check
-    seconds: float | None = None  # the time limit, if it ended the story
+    seconds: float | None = None  # the time limit, if the story ended because of it
 
     @property
     def same(self) -> int:
-        """The number of new tokens before the stories part."""
+        """The number of new tokens before the stories differ."""
         pairs = zip(self.tokens, self.usual_tokens, strict=False)
         return next((n for n, (ours, usual) in enumerate(pairs) if ours != usual), len(self.tokens))
 
     def __repr__(self) -> str:
-        """Return both stories, the place where they part, and the feedback on wrong functions."""
+        """Return both stories, the place where they begin to differ, and the feedback on wrong functions."""
         lines = [f"With your functions ({', '.join(self.feedback) or 'none'}):", _wrap(self.text)]
         if self.seconds is not None:
             lines.append(
@@ -86,13 +88,14 @@ class Story:
         else:
             lines += ["With the definition:", _wrap(self.usual_text)]
             lines.append(
-                f"The stories part after {self.same} new tokens: yours goes on with {self.tokens[self.same]!r}, the "
+                f"The stories differ after {self.same} new tokens: yours continues with {self.tokens[self.same]!r}, "
+                "the "
                 f"definition's with {self.usual_tokens[self.same]!r}."
             )
         wrong = {part: feedback for part, feedback in self.feedback.items() if not feedback}
         lines += [f"{part}: {feedback}" for part, feedback in wrong.items()]
         if wrong and self.same == len(self.tokens):
-            lines.append("This story does not show the mistake; a longer one may (tokens=200).")
+            lines.append("This story does not show the mistake; a longer story may (tokens=200).")
         if self.feedback and not wrong:
             lines.append("All your functions pass their checks.")
         return "\n".join(lines)
@@ -103,11 +106,11 @@ def _wrap(text: str) -> str:
 
 
 def play(text: str = PROMPT, *, tokens: int = 40, seconds: float = STORY_SECONDS, **functions: Any) -> Story:
-    """Write a story with the tiny model, which uses your functions in place of the definition's.
+    """Write a story with the tiny model, which uses your functions instead of the definition's.
 
-    The functions are those of the exercises: ``embed``, ``rms_norm``, ``rotate``, ``repeat_kv``, ``sliding_mask``,
-    ``soft_cap``, ``attention_probs`` and ``gelu_tanh``. Pass any of them; the others are the definition's. With
-    `attention_probs`, your `soft_cap` is used for the logits only. The most likely token comes next at each step.
+    You can pass any of the functions of the exercises: ``embed``, ``rms_norm``, ``rotate``, ``repeat_kv``,
+    ``sliding_mask``, ``soft_cap``, ``attention_probs`` and ``gelu_tanh``. For the others, the definition is used. If
+    you pass `attention_probs`, your `soft_cap` is used only for the logits. Each step takes the most likely token.
 
     Parameters
     ----------
@@ -116,9 +119,9 @@ def play(text: str = PROMPT, *, tokens: int = 40, seconds: float = STORY_SECONDS
     tokens : int
         The number of new tokens, 1 to 200.
     seconds : float
-        The time limit. It ends the story at the next call of one of your functions.
+        The time limit. Afterwards, the next call of one of your functions ends the story.
     **functions : callable
-        Your functions by the names of their exercises.
+        Your functions, by the names of the exercises.
 
     Returns
     -------
@@ -128,7 +131,8 @@ def play(text: str = PROMPT, *, tokens: int = 40, seconds: float = STORY_SECONDS
     Raises
     ------
     PlayError
-        If a function raises, or returns a wrong shape, no numbers, or NaN; and for arguments that do not fit.
+        If a function raises an error, or returns NaN, a wrong shape or something else than numbers; also for invalid
+        arguments.
 
     Examples
     --------
@@ -142,14 +146,14 @@ def play(text: str = PROMPT, *, tokens: int = 40, seconds: float = STORY_SECONDS
     tiny = load("tiny")
     prompt = _read_prompt(tiny, text, functions)
     if not 1 <= tokens <= LONGEST:
-        raise PlayError(f"tokens is {tokens}; ask for 1 to {LONGEST} new tokens")
+        raise PlayError(f"tokens is {tokens}; it must be from 1 to {LONGEST}")
     usual, new, up = _write_usual(text, tokens), list[int](), False
     until = time.monotonic() + seconds
     try:
         for _ in range(tokens):
             logits = _run(tiny, [*prompt, *new], functions, until)["logits"][0, -1]
             if not np.isfinite(logits).all():
-                raise PlayError("the logits are NaN or infinite: your functions return numbers that are too large")
+                raise PlayError("the logits are NaN or infinite: your functions return too large numbers")
             new.append(int(np.argmax(logits)))
             if new[-1] in tiny.stop_ids:
                 break
@@ -162,7 +166,7 @@ def play(text: str = PROMPT, *, tokens: int = 40, seconds: float = STORY_SECONDS
 
 
 def save_port(path: str | Path, text: str = PROMPT, **functions: Any) -> Path:
-    """Write the trace of the tiny model with your functions, for ``refgemma check``; the arguments are those of `play`.
+    """Write the trace of the tiny model with your functions, for ``refgemma check``; see `play` for the arguments.
 
     Examples
     --------
@@ -182,11 +186,11 @@ def save_port(path: str | Path, text: str = PROMPT, **functions: Any) -> Path:
 
 
 def _read_prompt(tiny: Pretrained, text: str, functions: Mapping[str, Any]) -> list[int]:
-    """Return the tokens of a prompt; refuse unknown parts and texts that are too long."""
+    """Return the tokens of a prompt; raise an error for an unknown part or a text that is too long."""
     for part, function in functions.items():
         if part not in REPLACEABLE:
             raise PlayError(
-                f"{part} is not a part of this model that you can replace; the parts are {', '.join(REPLACEABLE)}"
+                f"{part} is not a part of this model that you can replace; you can replace {', '.join(REPLACEABLE)}"
             )
         if not callable(function):
             raise PlayError(
@@ -221,7 +225,7 @@ def _run(tiny: Pretrained, ids: list[int], functions: Mapping[str, Attempt], unt
 
 
 def _replace_parts(context: Context, parts: Mapping[str, Attempt]) -> Context:
-    """Return a context with a student's functions, which have the arguments of the exercises."""
+    """Return a context that uses a student's functions with the arguments of the exercises."""
     named = {part: f for part, f in parts.items() if part not in ("embed", "sliding_mask", "attention_probs")}
     if "embed" in parts:
         named["embed"] = lambda c: parts["embed"](c.call.input_ids, c.weights.embed_tokens)
@@ -243,7 +247,7 @@ def _mask(sliding_mask: Attempt, context: Context, layer: int) -> Array:
 
 
 def _weigh_scores(attention_probs: Attempt, table: dict[str, Operation], context: Context) -> dict[str, Operation]:
-    """Return the operations of ``attention.probs``, which begin with the uncapped scores."""
+    """Return operations that compute ``attention.probs`` from the uncapped scores by `attention_probs`."""
     cap = context.config.attn_logit_softcapping
     new = {}
     for layer in range(context.config.num_hidden_layers):
@@ -254,10 +258,10 @@ def _weigh_scores(attention_probs: Attempt, table: dict[str, Operation], context
 
 
 def _guard(part: str, function: Attempt, until: float) -> Attempt:
-    """Return a student's function with its errors as `PlayError`, and with the right shape and kind of its result."""
+    """Wrap a student's function: turn its errors into `PlayError`, and check shape and type of its result."""
     definition = REPLACEABLE[part][0]
     kinds, wanted = ("b", "true and false") if part == "sliding_mask" else ("iuf", "numbers")
-    advice = f"exercises.check_{part}({part}) says more"
+    advice = f"exercises.check_{part}({part}) gives more details"
 
     def compute(*arguments: Any) -> Array:
         if time.monotonic() > until:
@@ -276,7 +280,7 @@ def _guard(part: str, function: Attempt, until: float) -> Attempt:
         if result.shape != shape:
             raise PlayError(f"{part} returned the shape {result.shape} instead of {shape}; {advice}")
         if not np.isfinite(result).all():
-            raise PlayError(f"{part} returned numbers that are NaN or infinite; {advice}")
+            raise PlayError(f"{part} returned NaN or infinite numbers; {advice}")
         return result if kinds == "b" else result.astype(np.float32)
 
     return compute

@@ -1,5 +1,4 @@
-"""Exercises on the whole model: choosing tokens, reading a word, counting parameters, finding a bug, testing a
-property."""
+"""Check exercises on the whole model: choose tokens, encode a word, count parameters, find a bug, test a property."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -40,10 +39,9 @@ def _sort(probabilities: Array) -> Array:
 
 @count_tries
 def check_keep_top_p(answer: Attempt) -> Feedback:
-    """Check ``keep_top_p(probabilities, p)``: true for the most likely tokens with a total probability of at least p.
+    """Check ``keep_top_p(probabilities, p)``: true for the fewest, most likely tokens that together reach p.
 
-    It keeps as few tokens as possible, so the token that reaches p is the last one kept. The expected results were
-    added up by hand.
+    The token that reaches p is the last token kept. The expected results were added up by hand.
 
     Examples
     --------
@@ -61,14 +59,14 @@ def check_keep_top_p(answer: Attempt) -> Feedback:
         return np.cumsum(probabilities[_sort(probabilities)])
 
     return give_feedback(answer, trials, [
-        Hint("the token that reaches p is kept, too.",
+        Hint("keep the token that reaches p, too.",
              lambda s, p: _mark(s, _sort(s)[running(s) <= p])),
-        Hint("the token that reaches p is kept, too.", lambda s, p: _mark(s, _sort(s)[running(s) < p])),
-        Hint("one token too many: stop at the one that reaches p.",
+        Hint("keep the token that reaches p, too.", lambda s, p: _mark(s, _sort(s)[running(s) < p])),
+        Hint("that is one token too many: stop at the token that reaches p.",
              lambda s, p: _mark(s, _sort(s)[running(s) - s[_sort(s)] <= p])),
-        Hint("one token too many: stop at the one that reaches p.",
+        Hint("that is one token too many: stop at the token that reaches p.",
              lambda s, p: _mark(s, _sort(s)[: int(np.argmax(running(s) >= p)) + 2])),
-        Hint("start with the most likely token: sort before you add up.",
+        Hint("start with the most likely token: sort the probabilities before you add them up.",
              lambda s, p: np.cumsum(s) - s < p),
         Hint("start with the most likely token, not with the least likely.",
              lambda s, p: _mark(s, np.argsort(s)[np.cumsum(np.sort(s)) - np.sort(s) < p])),
@@ -76,7 +74,7 @@ def check_keep_top_p(answer: Attempt) -> Feedback:
              lambda s, p: running(s) - s[_sort(s)] < p),
         Hint("p is the probability of all kept tokens together, not of each.", lambda s, p: s >= p),
         Hint("true means that a token is kept.", lambda s, p: running(s)[np.argsort(_sort(s))] - s >= p),
-        Hint("nothing is left out.", lambda s, p: np.ones(len(s), bool)),
+        Hint("you keep all tokens.", lambda s, p: np.ones(len(s), bool)),
         Hint("return true or false for each token, not the kept probabilities.",
              lambda s, p: np.where(running(s)[np.argsort(_sort(s))] - s < p, s, 0)),
         Hint("return true or false for each token, not the numbers of the kept tokens.",
@@ -88,7 +86,7 @@ def check_keep_top_p(answer: Attempt) -> Feedback:
 
 
 def _join_by(choose: Callable[[list[str], Mapping[str, int]], int], once: bool = False) -> Attempt:
-    """Return an `encode_word` that joins the pair at a place that `choose` finds in the joined pairs."""
+    """Return an `encode_word` that joins the pair that `choose` selects from the joined pairs."""
 
     def encode(characters: list[str], ranks: Mapping[str, int]) -> str:
         pieces = list(characters)
@@ -113,8 +111,9 @@ def _take_longest(characters: list[str], ranks: Mapping[str, int]) -> str:
     return " ".join(pieces)
 
 
+@count_tries
 def check_encode_word(answer: Attempt) -> Feedback:
-    """Check ``encode_word(characters, ranks)``: the pieces of a word, by the merges with the lowest rank first.
+    """Check ``encode_word(characters, ranks)``: the pieces of a word, after merges in the order of their ranks.
 
     The expected pieces of the short words were found by hand, those of the last word by SentencePiece.
 
@@ -153,7 +152,7 @@ def check_encode_word(answer: Attempt) -> Feedback:
     return give_feedback(answer_in_words, trials, [
         Hint(order, _join_by(leftmost)),
         Hint(order, _take_longest),
-        Hint("the lowest rank comes first: that merge was learned first.", _join_by(by_rank(max))),
+        Hint("the merge with the lowest rank comes first, because it was learned first.", _join_by(by_rank(max))),
         Hint("that is one merge; go on until no pair forms a piece.", _join_by(by_rank(min), once=True)),
         Hint("nothing is joined.", lambda characters, ranks: " ".join(characters)),
         Hint("if a pair occurs twice, join the leftmost one first.", _join_by(last_lowest)),
@@ -192,7 +191,7 @@ def check_parameters(answer: Attempt) -> Feedback:
         for name, count in PARAMETER_COUNTS.items()
     ]
     return give_feedback(answer, trials, [
-        Hint("the head is tied: the embedding table is used twice, but counted once.", partial(_count, tables=2)),
+        Hint("the head is tied, so the embedding table counts only once.", partial(_count, tables=2)),
         Hint("the embedding table is missing.", partial(_count, tables=0)),
         Hint("keys and values have fewer heads than queries: num_key_value_heads.",
              lambda c: _count(c, kv_heads=c.num_attention_heads)),
@@ -215,7 +214,7 @@ def check_parameters(answer: Attempt) -> Feedback:
         Hint("a block has four norms.", partial(_count, norms=1)),
         Hint("a block has four norms.", partial(_count, norms=3)),
         Hint("count every block: num_hidden_layers.", lambda c: _count(c.changed(num_hidden_layers=1))),
-        Hint("return the number itself, not in billions.", lambda c: _count(c) / 1e9),
+        Hint("return the number of parameters, not billions of parameters.", lambda c: _count(c) / 1e9),
     ])  # fmt: skip
 
 
@@ -300,7 +299,7 @@ def _reduce_post_attention_norm(layer: LayerWeights, context: Context) -> LayerW
     return replace(layer, post_attention_layernorm=layer.post_attention_layernorm - 1)
 
 
-# Number of a port -> its first wrong tensor, and its bug.
+# Number of a port -> its first wrong tensor and its bug.
 _PORTS: dict[int, tuple[str, Change]] = {
     1: ("layers.0.attention.probs", bugs.sliding_window(lambda window: window + 1)),
     2: ("layers.0.attention.scores", bugs.config(query_pre_attn_scalar=lambda context: context.config.head_dim)),
@@ -312,7 +311,7 @@ _PORTS: dict[int, tuple[str, Change]] = {
 
 
 def _run_port(change: Change = lambda context: context) -> dict[str, Array]:
-    """Return refgemma's tensors for the recording's input, with a bug."""
+    """Return the tensors of a run with a bug, for the recording's input."""
     about, golden = load_golden(GOLDEN)
     config, weights, _ = bugs.edit_model(change, *model_of(about))
     return dict(named_tensors(forward(golden["input_ids"], weights, config)))
@@ -339,7 +338,7 @@ def recorded_trace() -> dict[str, Array]:
 def mystery_trace(number: int) -> dict[str, Array]:
     """Return the trace of a port with a bug: tensors by name, in the order of computation.
 
-    The port's input is that of the recording ``bends-forward-f32``.
+    The port has the same input as the recording ``bends-forward-f32``.
 
     Parameters
     ----------
@@ -362,7 +361,7 @@ def mystery_trace(number: int) -> dict[str, Array]:
     return {name: made[name] for name in _load_recorded()}
 
 
-# Number of a port -> patterns of its wrong part, and of the mistake. A diagnosis is right if it matches both.
+# Number of a port -> a pattern for its wrong part and a pattern for the mistake. A right diagnosis matches both.
 _DIAGNOSES: dict[int, tuple[str, str]] = {
     1: (r"window|sliding|mask", r"wide|large|big|more|long|\b6\b|\+ ?1|plus"),
     2: (r"scal|query_pre_attn|sqrt", r"head_?.?dim|query_pre_attn"),
@@ -387,10 +386,10 @@ _DIAGNOSES: dict[int, tuple[str, str]] = {
 
 
 def check_diagnosis(number: int, diagnosis: str) -> Feedback:
-    """Check a sentence that names the mistake of a port: `mystery_trace` of this number.
+    """Check a sentence that names the mistake of a port from `mystery_trace`.
 
-    The sentence needs the wrong part and its mistake, in the words of the notebooks. The check looks for such words; it
-    does not understand the sentence.
+    The sentence must name the wrong part and its mistake, in the words of the notebooks. The check searches for these
+    words; it does not understand the sentence.
 
     Parameters
     ----------
@@ -408,9 +407,9 @@ def check_diagnosis(number: int, diagnosis: str) -> Feedback:
     --------
     >>> check_diagnosis(1, "the softmax is wrong")
     Not yet: another part of port 1 is wrong
-      Hint: its first wrong tensor is layers.0.attention.probs. Which step makes it, with which numbers?
+      Hint: its first wrong tensor is layers.0.attention.probs. Which step computes this tensor, and with which numbers?
     >>> check_diagnosis(1, "the window is wrong")
-    Not yet: the part is right. Add its mistake: how does it differ from the definition?
+    Not yet: you named the right part. Add the mistake: how does this part differ from the definition?
     >>> check_diagnosis(1, "the window is one key too wide")
     Right: that is the mistake of port 1.
     """
@@ -424,14 +423,14 @@ def check_diagnosis(number: int, diagnosis: str) -> Feedback:
         feedback = Feedback(True, f"Right: that is the mistake of port {number}.")
     elif part:
         feedback = Feedback(
-            False, "Not yet: the part is right. Add its mistake: how does it differ from the definition?"
+            False, "Not yet: you named the right part. Add the mistake: how does this part differ from the definition?"
         )
     else:
         tensor = _PORTS[number][0]
         feedback = Feedback(
             False,
             f"Not yet: another part of port {number} is wrong\n  Hint: its first wrong tensor is {tensor}. Which "
-            "step makes it, with which numbers?",
+            "step computes this tensor, and with which numbers?",
         )
     return record(f"diagnosis {number}", feedback)
 
@@ -442,7 +441,7 @@ def _measure_errors(ours: Mapping[str, Array], recorded: Mapping[str, Array]) ->
 
 @count_tries
 def check_first_divergence(answer: Attempt) -> Feedback:
-    """Check ``first_divergence(ours, recorded)``: the first tensor that rounding does not explain, by name, or None.
+    """Check ``first_divergence(ours, recorded)``: the name of the first tensor that rounding does not explain, or None.
 
     Both are mappings from names to arrays, in the order of computation.
 
@@ -476,7 +475,7 @@ def check_first_divergence(answer: Attempt) -> Feedback:
 
         return first
 
-    absolute = "numbers of 100 have larger rounding errors than numbers of 1: divide the error by the tensor's size."
+    absolute = "larger numbers have larger rounding errors: divide the error by the tensor's size."
 
     def answer_in_words(ours: Mapping[str, Array], recorded: Mapping[str, Array]) -> Any:
         found = answer(ours, recorded)
@@ -485,9 +484,9 @@ def check_first_divergence(answer: Attempt) -> Feedback:
     return give_feedback(answer_in_words, trials(), [
         Hint("that is the tensor with the largest error. Errors grow along the way: return the first, not the worst.",
              worst),
-        Hint("that is the first in alphabetical order; the mapping is in the order of computation.",
+        Hint("that is the first tensor in alphabetical order; the mapping is in the order of computation.",
              lambda o, r: min(wrong_names(o, r), default="none")),
-        Hint("that is the last wrong tensor; the bug is at the first one.",
+        Hint("that is the last wrong tensor; the bug is at the first wrong tensor.",
              lambda o, r: [*wrong_names(o, r), "none"][-1 if not wrong_names(o, r) else -2]),
         Hint("two correct programs differ in the last digits: allow for rounding, for example 1e-5.",
              exact),
@@ -530,8 +529,8 @@ def _make_model(mask: Callable[[int], Array] | None) -> LogitsOf:
 def check_causality_test(answer: Attempt) -> Feedback:
     """Check ``causality_test(model)``: raises AssertionError if a token of a text changes an earlier answer.
 
-    ``model(ids)`` takes a list of token ids and returns logits (seq, vocab). The check passes the test a right model
-    and wrong ones.
+    ``model(ids)`` takes a list of token ids and returns logits (seq, vocab). The check calls the test with a right
+    model, which must pass, and with wrong models, which must fail.
 
     Examples
     --------
@@ -545,8 +544,8 @@ def check_causality_test(answer: Attempt) -> Feedback:
             hint = "nothing is written yet: replace the line that raises NotImplementedError"
         elif isinstance(right.error, AssertionError):
             hint = (
-                "it may compare to the last digit, although sums of different lengths round differently (use "
-                "np.allclose, atol=1e-4); or it compares answers at or after the changed token, which may change"
+                "your test may compare exactly, although sums of different lengths round differently (use "
+                "np.allclose, atol=1e-4); or it compares logits at or after the changed token, which may change"
             )
         else:
             hint = "ids are a list of whole numbers below 2048; the logits have the shape (seq, vocab)"
@@ -562,11 +561,11 @@ def check_causality_test(answer: Attempt) -> Feedback:
 
     leaks: list[tuple[str, Callable[[int], Array], str]] = [
         ("every token sees the whole text", lambda seq: np.ones((seq, seq), bool),
-         "does it raise (assert ...) if an answer before the changed token changes?"),
+         "does your test raise (assert ...) if logits before the changed token change?"),
         ("every token sees the next one", one_ahead,
-         "only the answer just before the changed token changes: compare all answers before it, logits[:place]."),
+         "only the logits just before the changed token change: compare all earlier logits, logits[:place]."),
         ("only the first token sees the second", first_sees_second,
-         "change every token except the first, and compare all answers before it, logits[:place]."),
+         "change every token except the first, and compare all earlier logits, logits[:place]."),
     ]  # fmt: skip
     for what, mask, hint in leaks:
         outcome = call(answer, (_make_model(mask),))
