@@ -183,8 +183,8 @@ _ = axes.set(title=name, xlabel="last axis of the tensor", ylabel="place")
 # mistake yourself (`config.changed(...)` helps) and compare your tensor with the port's.
 #
 # <details><summary>Answer</summary>
-# The window is one key too wide. Each query after the fifth sees one key more, and the other keys of its row get
-# less. With <code>config.changed(sliding_window=6)</code> the forward pass gives the port's tensors.
+# The window is one key too wide. Each query after the fifth sees one key more, so the other keys of its row get
+# less attention. With <code>config.changed(sliding_window=6)</code> the forward pass gives the port's tensors.
 # </details>
 #
 # Write your sentence between the quotation marks. The check looks for the wrong part and for its mistake.

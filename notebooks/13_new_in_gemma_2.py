@@ -19,7 +19,7 @@
 #
 # ![Drawing of the model: norms, heads, caps, masks and the feed-forward layer are lit](pictures/model-13.svg)
 #
-# Lit: the parts in which Gemma 2 differs from Gemma 1 or from Llama 3.
+# The parts in which Gemma 2 differs from Gemma 1 or from Llama 3 are highlighted.
 #
 # | part | Llama 3 8B | Gemma 1 7B | Gemma 2 9B | Gemma 3 12B |
 # | --- | --- | --- | --- | --- |

@@ -20,7 +20,7 @@
 #
 # ![Drawing of the model: heads, the stream and the head are lit](pictures/model-14.svg)
 #
-# Lit: the heads, the residual stream to which they add, and the head that reads it.
+# The heads, the residual stream to which they add, and the head that reads it are highlighted.
 
 # %%
 from dataclasses import replace

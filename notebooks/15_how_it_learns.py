@@ -20,7 +20,7 @@
 #
 # ![Drawing of the model: the caps and the stream are lit](pictures/model-15.svg)
 #
-# Lit: the caps, which weaken the gradient, and the residual stream, which carries it back.
+# The caps, which weaken the gradient, and the residual stream, which carries it back, are highlighted.
 
 # %%
 import numpy as np

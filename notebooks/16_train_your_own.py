@@ -19,7 +19,7 @@
 #
 # ![Drawing of the model: the norms are lit](pictures/model-16.svg)
 #
-# Lit: the norms, whose gradient is the exercise. All other weights are trained too.
+# The norms, whose gradient is the exercise, are highlighted. All other weights are trained too.
 
 # %%
 from importlib.resources import files

@@ -295,8 +295,8 @@ class Gemma2PreTrainedModel(ModuleMethods):
             ``"tiny"``, ``"conformance"``, a folder, a ``.gguf`` file, or a hub id whose snapshot is in the Hugging Face
             cache; see `refgemma.hub.find_model`.
         dtype, torch_dtype : str or numpy.dtype, optional
-        The precision of the computation, under either name. Default: float32, but transformers 5 uses the
-        configuration's. ``"auto"`` uses the precision in the configuration or, if there is none, of the file.
+            The precision of the computation, under either name. Default: float32, but transformers 5 uses the
+            configuration's. ``"auto"`` uses the precision in the configuration or, if there is none, of the file.
         seed : int
             The seed of a classifier's head if the folder has none (with a warning).
         revision : str

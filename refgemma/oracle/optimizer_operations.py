@@ -15,7 +15,7 @@ from refgemma.oracle.operations import Context, Operation
 from refgemma.oracle.tolerance import Tolerance, U, tolerance
 from refgemma.precision import Array, as_float64
 from refgemma.trace.names import AFTER, GRADS
-from refgemma.trace.optimizer import Numbers
+from refgemma.trace.optimizer import StepNumbers
 from refgemma.training.optimizer import decays
 from refgemma.weights.parameters import named_weights, tensor_shapes
 
@@ -23,25 +23,25 @@ from refgemma.weights.parameters import named_weights, tensor_shapes
 
 
 @dataclass(frozen=True)
-class Step:
+class WeightStep:
     """One weight before the step: its gradient as it was recorded, the factor of clipping, and the moments."""
 
     weight: Array
     grad: Array
     exp_avg: Array
     exp_avg_sq: Array
-    numbers: Numbers
+    numbers: StepNumbers
     decay: float  # of this weight
     factor: float = 1.0
 
 
-def adamw_step(s: Step) -> Array:
+def adamw_step(s: WeightStep) -> Array:
     """Return a weight after one step of AdamW; see `refgemma.training.optimizer.adamw`."""
     return adamw_by(s)
 
 
 def adamw_by(
-    s: Step, *, correct: bool = True, count: int = 0, early: bool = False, inside: bool = False, l2: bool = False,
+    s: WeightStep, *, correct: bool = True, count: int = 0, early: bool = False, inside: bool = False, l2: bool = False,
     after: bool = False,
 ) -> Array:  # fmt: skip
     """Return a weight after one step of AdamW; the arguments make mistakes."""
@@ -59,7 +59,7 @@ def adamw_by(
     return np.asarray((s.weight - move) * keep if after else s.weight * keep - move)
 
 
-def sgd_step(s: Step) -> Array:
+def sgd_step(s: WeightStep) -> Array:
     """Return a weight after one step of stochastic gradient descent without momentum; decay is part of the gradient.
 
     Source: ``torch.optim.SGD``.
@@ -67,10 +67,10 @@ def sgd_step(s: Step) -> Array:
     return np.asarray(s.weight - s.numbers.learning_rate * (s.grad * s.factor + s.decay * s.weight))
 
 
-STEPS: Mapping[str, Callable[[Step], Array]] = {"adamw": adamw_step, "sgd": sgd_step}
+OPTIMIZER_STEPS: Mapping[str, Callable[[WeightStep], Array]] = {"adamw": adamw_step, "sgd": sgd_step}
 
 
-def step_tolerance(s: Step, sizes: int) -> Tolerance:
+def step_tolerance(s: WeightStep, sizes: int) -> Tolerance:
     """Return the tolerance of the weight after a step.
 
     The decayed weight has two roundings. A moment has three of each of its terms; the root halves those of the second.
@@ -107,12 +107,12 @@ def optimizer_operations(context: Context) -> Iterator[Operation]:
     if numbers is None:
         return
     weights = named_weights(context.weights, context.config)
-    step = context.function("optimizer_step", STEPS[numbers.optimizer])
+    step = context.function("optimizer_step", OPTIMIZER_STEPS[numbers.optimizer])
     choose, clip = context.function("decays", decays), context.function("clip", clip_by_norm)
     every = tuple(GRADS + name for name in weights) if numbers.max_grad_norm else ()
     norms: list[float] = []  # of all gradients, computed once
 
-    def prepare(name: str, grad: Array, others: tuple[Array, ...]) -> Step:
+    def prepare(name: str, grad: Array, others: tuple[Array, ...]) -> WeightStep:
         weight = as_float64(weights[name][:])
         first, second = (
             as_float64(numbers.moments.get(f"{part}.{name}", np.zeros(weight.shape)))
@@ -122,7 +122,7 @@ def optimizer_operations(context: Context) -> Iterator[Operation]:
             norms.append(norm_of(others))
         factor = clip(grad, norms[0], numbers.max_grad_norm) if others else 1.0
         decay = numbers.weight_decay if choose(name) else 0.0
-        return Step(weight, grad, first, second, numbers, decay, factor)
+        return WeightStep(weight, grad, first, second, numbers, decay, factor)
 
     sizes = sum(math.prod(shape) for shape in tensor_shapes(context.config).values())
     for name in weights:

@@ -23,7 +23,7 @@ from refgemma.inputs import InputError, check_inputs
 from refgemma.precision import Array, as_dtype, as_float64, wide
 from refgemma.trace.name_maps import GIVEN, axis_lengths, open_trace
 from refgemma.trace.names import AFTER, AXES, FIELDS, GRADS, LAYER_FIELDS, LOGPROBS, field_of, layer_of
-from refgemma.trace.optimizer import MOMENTS, Numbers, read_numbers
+from refgemma.trace.optimizer import MOMENTS, StepNumbers, read_step_numbers
 from refgemma.trace.reader import Entry, TraceFile
 from refgemma.weights.parameters import tensor_shapes
 
@@ -46,7 +46,7 @@ class Call:
     calls: tuple[int, ...]  # number of tokens of each call
     labels: npt.NDArray[np.int64] | None = None  # (batch, seq), if gradients were recorded
     num_items: float | None = None  # divides the sum of the losses; the number of labels that count if None
-    step: Numbers | None = None  # of the optimizer, if weights after it were recorded
+    step: StepNumbers | None = None  # of the optimizer, if weights after it were recorded
 
     @property
     def starts(self) -> npt.NDArray[np.int64]:
@@ -346,7 +346,7 @@ def _read_step(
     """
     read = _read_gradients(file, names, call, config, refused)
     moments = {name: x.numbers for name, x in read.items() if not name.startswith(AFTER)}
-    step = read_numbers(file.path, file.metadata, moments)
+    step = read_step_numbers(file.path, file.metadata, moments)
     after = {name: x for name, x in read.items() if name.startswith(AFTER)}
     for name in after:
         weight = name.removeprefix(AFTER)

@@ -13,7 +13,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # before the name of a weight: its running 
 
 
 @dataclass(frozen=True)
-class Numbers:
+class StepNumbers:
     """The numbers of the optimizer, under the names of transformers' ``TrainingArguments``."""
 
     optimizer: str
@@ -27,7 +27,7 @@ class Numbers:
     moments: Mapping[str, Array] = field(default_factory=dict)  # by their names in the trace
 
 
-LIMITS: Mapping[str, tuple[float, float]] = {
+RANGES: Mapping[str, tuple[float, float]] = {
     "learning_rate": (0, math.inf), "step": (1, 2**31), "weight_decay": (0, math.inf), "adam_beta1": (0, 1),
     "adam_beta2": (0, 1), "adam_epsilon": (0, math.inf), "max_grad_norm": (0, math.inf),
 }  # fmt: skip
@@ -38,7 +38,7 @@ REFUSED: Mapping[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-def read_numbers(path: Any, metadata: Mapping[str, str], moments: Mapping[str, Array]) -> Numbers:
+def read_step_numbers(path: Any, metadata: Mapping[str, str], moments: Mapping[str, Array]) -> StepNumbers:
     """Return the numbers of the optimizer from the metadata of a trace.
 
     Raises
@@ -48,7 +48,7 @@ def read_numbers(path: Any, metadata: Mapping[str, str], moments: Mapping[str, A
 
     Examples
     --------
-    >>> read_numbers("port", {"optimizer": "adamw", "learning_rate": "1e-3"}, {}).adam_beta2
+    >>> read_step_numbers("port", {"optimizer": "adamw", "learning_rate": "1e-3"}, {}).adam_beta2
     0.999
     """
     kind = metadata.get("optimizer", "")
@@ -62,7 +62,7 @@ def read_numbers(path: Any, metadata: Mapping[str, str], moments: Mapping[str, A
             raise InputError(f"{path}: {name} in the metadata is {metadata[name][:100]!r}; refgemma judges steps "
                              f"without it, so record one with {name} {harmless[0]}")  # fmt: skip
     found: dict[str, Any] = {}
-    for name, (low, high) in LIMITS.items():
+    for name, (low, high) in RANGES.items():
         try:
             value = float(metadata[name]) if name in metadata else None
         except ValueError:
@@ -73,4 +73,4 @@ def read_numbers(path: Any, metadata: Mapping[str, str], moments: Mapping[str, A
                              + (f" and below {high:g}" if high == 1 else ""))  # fmt: skip
         if value is not None:
             found[name] = int(value) if name == "step" else value
-    return Numbers(kind, **found, moments=moments)
+    return StepNumbers(kind, **found, moments=moments)

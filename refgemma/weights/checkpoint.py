@@ -90,7 +90,7 @@ class StoredRows:
         """Read the rows of a slice, or of an array of integers, which gives ``(*rows.shape, hidden)``."""
         if isinstance(rows, tuple):
             raise TypeError(
-                "a table on disk takes one index, a slice or an array of integers; select columns of the result"
+                "the index of a table on disk selects only rows (an index, a slice or an array); cut columns afterwards"
             )
         return self.tensor.read(self.dtype, rows)
 

@@ -79,7 +79,7 @@ def _draw_attention(rng: np.random.Generator) -> tuple[Any, ...]:
 
 
 # Exercise -> its arguments, drawn from a generator. The other exercises have few possible inputs.
-DRAWS: dict[str, Callable[[np.random.Generator], tuple[Any, ...]]] = {
+INPUTS: dict[str, Callable[[np.random.Generator], tuple[Any, ...]]] = {
     "embed": lambda rng: (rng.integers(0, 9, (2, 5)), rng.standard_normal((9, int(rng.integers(6, 40))))),
     "gelu_tanh": lambda rng: (rng.normal(0, 3, 200),),
     "repeat_kv": lambda rng: (rng.standard_normal((2, 3, 4, 5)), int(rng.integers(2, 5))),
@@ -126,11 +126,11 @@ def check_seeded(answer: Attempt, seed: int, name: str = "") -> Feedback:
     Not yet: soft_cap(...) on numbers drawn with seed 7
     """
     name = name or str(getattr(answer, "__name__", ""))
-    if name not in DRAWS:
-        raise SeedError(f"no inputs are drawn for {name!r}; the exercises are {', '.join(DRAWS)}")
+    if name not in INPUTS:
+        raise SeedError(f"no inputs are drawn for {name!r}; the exercises are {', '.join(INPUTS)}")
     if getattr(answer, "__module__", "") == solutions.__name__:
         return Feedback(False, f"Not yet: that is the solution of {name} in this package; write the function yourself")
-    arguments = DRAWS[name](np.random.default_rng(seed))
+    arguments = INPUTS[name](np.random.default_rng(seed))
     right: Array = getattr(solutions, name)(*arguments)
     # A dozen float32 roundings of numbers as large as the largest result.
     bound = 12 * 2.0**-24 * np.abs(np.asarray(wide(right), np.float64)).max() if right.dtype.kind == "f" else 0.0

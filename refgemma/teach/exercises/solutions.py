@@ -2,8 +2,8 @@
 
 They are written for reading, and use only NumPy if that is the point of the exercise. The arguments (`x`, `ids`, `cos`,
 `sin`, `scores`, `cap`, `q_places`, `k_places`, `weight`, `eps`, `probabilities`, `characters`, `ranks`,
-`ours`, `recorded`, `model`, `grad`, `gradients`, `counts`, `q`, `k`, `q_weight`, `k_weight`, `scalar`, `probs`,
-`period`) are those of the notebooks.
+`ours`, `recorded`, `model`, `q`, `k`, `q_weight`, `k_weight`, `scalar`, `probs`, `period`, `grad`, `gradients`,
+`counts`) are those of the notebooks.
 """
 
 import math
