@@ -1,7 +1,6 @@
 # ---
 # jupyter:
 #   jupytext:
-#     formats: ipynb,py:percent
 #     text_representation:
 #       extension: .py
 #       format_name: percent
@@ -74,9 +73,8 @@ assert grad_x.shape == x.shape == (config.vocab_size,)
 # %%
 best = np.argsort(-np.abs(grad_x))[:8]
 moves = 1e-5 * np.eye(config.vocab_size)[best]
-measured = np.array(
-    [(loss_after_cap(x + m) - loss_after_cap(x - m)) / 2e-5 for m in moves]
-)
+rises = [loss_after_cap(x + m) - loss_after_cap(x - m) for m in moves]
+measured = np.array(rises) / 2e-5
 assert measured.shape == (8,)
 
 axes = viz.new_axes(6.4, 3)
@@ -223,9 +221,8 @@ texts = [
     "said to his daughter that she must go away.",
 ]
 rows = [np.array([tiny.tokenizer.encode(text)]) for text in texts]
-counts = np.array(
-    [row.shape[1] - 1 for row in rows]
-)  # nothing predicts the first token
+# Nothing predicts the first token.
+counts = np.array([row.shape[1] - 1 for row in rows])
 
 
 def flat_gradient(row, num_items=None):
@@ -241,10 +238,8 @@ assert wrong.shape == right.shape == (sum(x[:].size for x in old.values()),)
 # %%
 cosine = right @ wrong / np.linalg.norm(right) / np.linalg.norm(wrong)
 angle = np.degrees(np.arccos(cosine))
-shares_of_tokens = {
-    "mean of all": 1 / counts.sum() + 0 * counts,
-    "mean of means": 0.5 / counts,
-}
+equal = np.full(len(counts), 1 / counts.sum())
+shares_of_tokens = {"mean of all": equal, "mean of means": 0.5 / counts}
 
 figure, (left, middle) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
 for place, (name, weight) in enumerate(shares_of_tokens.items()):
@@ -254,11 +249,8 @@ left.set(ylabel="percent of the loss", title="weight of one token")
 left.legend()
 middle.plot(right[::997], wrong[::997], ".")
 middle.axline((0, 0), slope=1, color="grey", linestyle=":")
-_ = middle.set(
-    xlabel="mean of all",
-    ylabel="mean of means",
-    title=f"gradients, {angle:.0f} degrees apart",
-)
+middle.set(xlabel="mean of all", ylabel="mean of means")
+_ = middle.set_title(f"gradients, {angle:.0f} degrees apart")
 
 # %% [markdown]
 # **Question.** With this bug, how many times more does a token of the short text count than a token of the long text?
@@ -293,3 +285,6 @@ exercises.check_mean_gradient(mean_gradient)
 # ```
 #
 # </details>
+
+# %% [markdown]
+# **Papers.** [Back-propagation](https://doi.org/10.1038/323533a0) (Rumelhart, Hinton and Williams 1986).

@@ -1,7 +1,6 @@
 # ---
 # jupyter:
 #   jupytext:
-#     formats: ipynb,py:percent
 #     text_representation:
 #       extension: .py
 #       format_name: percent
@@ -58,13 +57,12 @@ assert lengths.shape == (len(rows),) and rows[0].shape == (64,)
 tale = files("refgemma.teach").joinpath("tale.txt").read_text("utf-8")
 known = tiny.tokenizer.encode(" ".join(tale.split()))[1:]  # without line breaks
 tale = pack_rows(known, seq_len=64, bos=2)
-before = {name: mean_loss(part, tiny.weights, config) for name, part in
-          {"a tale": tale, "the play": rows[::8], "held out": held_out}.items()}  # fmt: skip
+parts = {"a tale": tale, "the play": rows[::8], "held out": held_out}
+before = {name: mean_loss(part, tiny.weights, config) for name, part in parts.items()}
 axes = viz.new_axes(5, 2.6)
 axes.bar(list(before), list(before.values()))
-_ = axes.set(
-    ylabel="loss in nats", title=f"before: {len(rows)} rows, {len(held_out)} held out"
-)
+axes.set_ylabel("loss in nats")
+_ = axes.set_title(f"before: {len(rows)} rows, {len(held_out)} held out")
 
 # %% [markdown]
 # ## The step of AdamW
@@ -79,12 +77,9 @@ _ = axes.set(
 # $g / |g|$. So the first step has the length $\eta$ for every number, however large its gradient is.
 
 # %%
-base = {
-    name: rows_of[:] for name, rows_of in named_weights(tiny.weights, config).items()
-}
-arguments = TrainingArguments(
-    max_steps=60, learning_rate=1e-3, lr_scheduler_type="cosine", warmup_steps=5
-)
+base = {name: w[:] for name, w in named_weights(tiny.weights, config).items()}
+settings = {"lr_scheduler_type": "cosine", "warmup_steps": 5}
+arguments = TrainingArguments(max_steps=60, learning_rate=1e-3, **settings)
 no_warmup = TrainingArguments(max_steps=60, learning_rate=1e-3)
 batch = take_batch(rows, 0, arguments.rows, seed=42)
 one = train_step(first_state(base, config, no_warmup), batch, base, config, no_warmup)
@@ -93,11 +88,8 @@ assert moved.shape == (sum(x.size for x in base.values()),)
 
 axes = viz.new_axes(6.4, 2.6)
 axes.hist(1000 * moved, bins=60, log=True)
-_ = axes.set(
-    xlabel="change, in thousandths",
-    ylabel="numbers",
-    title="one step of AdamW, rate 0.001",
-)
+axes.set(xlabel="change, in thousandths", ylabel="numbers")
+_ = axes.set_title("one step of AdamW, rate 0.001")
 
 # %% [markdown]
 # **Question.** The embedding table has a row for every token. Some tokens do not occur in the batch. Why do their rows
@@ -157,13 +149,12 @@ for weights in (tiny.weights, trained):
     new = list(refgemma.generate(prompt, weights, config, max_new_tokens=30))
     print(tiny.tokenizer.decode(new), "\n---")
 
-change = {
-    n: np.linalg.norm(state.tensors[n] - w) / np.linalg.norm(w) for n, w in base.items()
-}
+change = {}
+for n, w in base.items():
+    change[n] = np.linalg.norm(state.tensors[n] - w) / np.linalg.norm(w)
 kinds = sorted({name.split(".")[-2] for name in base})
-sizes = np.array(
-    [np.mean([c for n, c in change.items() if n.split(".")[-2] == k]) for k in kinds]
-)
+by_kind = [[c for n, c in change.items() if n.split(".")[-2] == k] for k in kinds]
+sizes = np.array([np.mean(found) for found in by_kind])
 assert sizes.shape == (len(kinds),)
 axes = viz.new_axes(6.4, 3.4)
 axes.barh(kinds, 100 * sizes)
@@ -253,3 +244,6 @@ exercises.check_rms_norm_backward(rms_norm_backward)
 # ```
 #
 # </details>
+
+# %% [markdown]
+# **Papers.** [AdamW](https://arxiv.org/abs/1711.05101) (Loshchilov and Hutter 2017).

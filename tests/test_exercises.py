@@ -586,8 +586,8 @@ def test_a_pair_is_asked_for(result: Any) -> None:
 
 
 def test_the_definitions_gradient_is_not_an_answer() -> None:
-    assert "the definition itself" in repr(exercises.check_rms_norm_backward(backward.rms_norm_backward))
-    assert "the definition itself" in repr(exercises.check_soft_cap_backward(backward.soft_cap_backward))
+    assert "refgemma's own definition" in repr(exercises.check_rms_norm_backward(backward.rms_norm_backward))
+    assert "refgemma's own definition" in repr(exercises.check_soft_cap_backward(backward.soft_cap_backward))
 
 
 # --- what the judge says of any answer --------------------------------------------------------------------------------
