@@ -53,7 +53,7 @@ nitpick_ignore_regex = [
     ("py:class", r"refgemma\.tokenizer\.vocabulary\.TokenizerFile"),
     ("py:class", r"refgemma\.trace\.candidate\.(Call|Tensor)"),
     ("py:class", r"refgemma\.oracle\.(engine\.Instance|estimate\.Estimate|locate\.ErrorMap|preflight\.Preflight)"),
-    ("py:class", r"refgemma\.oracle\.operations\.(Context|Operation)"),
+    ("py:class", r"refgemma\.oracle\.(operations\.(Context|Operation)|optimizer_operations\.WeightStep)"),
     ("py:class", r"refgemma\.teach\.exercises\.guide\.Page"),
     ("py:obj", r"Stored\.read"),
 ]
