@@ -102,7 +102,7 @@ def visit_inline(translator: Any, node: nodes.math) -> None:
 
 def visit_block(translator: Any, node: nodes.math_block) -> None:
     for formula in re.split(r"\n\s*\n", node.astext()):
-        translator.body.append(f'<div class="formula">{mathml(formula, "block")}</div>')
+        translator.body.append(f'<div class="formula" tabindex="0">{mathml(formula, "block")}</div>')
     raise nodes.SkipNode
 
 

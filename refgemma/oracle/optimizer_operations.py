@@ -73,9 +73,10 @@ OPTIMIZER_STEPS: Mapping[str, Callable[[WeightStep], Array]] = {"adamw": adamw_s
 def step_tolerance(s: WeightStep, sizes: int) -> Tolerance:
     """Return the tolerance of the weight after a step.
 
-    The decayed weight has two roundings. A moment has three of each of its terms; the root halves those of the second.
-    The quotient, its factors and the sum have one each. A global norm of n squares has the relative error ``sqrt(n) u``
-    (Higham and Mary 2019, doi:10.1137/18M1226312), and the factor of clipping has it too.
+    AdamW moves a weight by a quotient. Its numerator and its denominator have at most 12 roundings each: a moment, its
+    correction, the root or the rate. So the move has at most 24. The decayed weight and the sum have three. A global
+    norm of n squares has the relative error ``sqrt(n) u`` (Higham and Mary 2019, doi:10.1137/18M1226312), and so has
+    the factor of clipping, which occurs in the numerator and in the denominator.
     """
     n, clipped = s.numbers, s.factor != 1
     relative = 12 * U + (U * math.sqrt(sizes) if clipped else 0.0)

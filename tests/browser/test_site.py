@@ -7,7 +7,6 @@ REFGEMMA_SITE=docs/_build/html REFGEMMA_AXE=package/axe.min.js pytest tests/brow
 
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 from playwright.sync_api import Browser
@@ -18,7 +17,9 @@ PAGES = (
     if SITE.name
     else []
 )
-TEST = """async () => (await axe.run(document, {resultTypes: ['violations']})).violations.flatMap(
+# Not ours: the list in which Sphinx puts the arguments of a long signature, and what Treescope shows while it loads.
+TEST = """async () => (await axe.run({exclude: [['.sig > dl'], ['treescope-container']]},
+  {resultTypes: ['violations']})).violations.flatMap(
   fault => ['serious', 'critical'].includes(fault.impact)
     ? fault.nodes.map(node => `${fault.id}: ${node.html.slice(0, 120)}`) : [])"""
 
@@ -45,12 +46,14 @@ def test_no_page_is_wider_than_a_phone(browser: Browser, page: Path) -> None:
 
 
 @pytest.mark.skipif(not AXE.is_file(), reason="REFGEMMA_AXE names no axe.min.js: npm pack axe-core@4.10.3")
-@pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("page", PAGES, ids=name)
-def test_axe_finds_no_serious_fault(browser: Browser, page: Path, scheme: Any) -> None:
-    tab = browser.new_page(color_scheme=scheme)
+def test_axe_finds_no_serious_fault(browser: Browser, page: Path) -> None:
+    tab = browser.new_page(bypass_csp=True)  # the explorer and the live page allow no script but their own
     tab.goto(page.resolve().as_uri())
     tab.add_script_tag(path=AXE)
-    faults: list[str] = tab.evaluate(TEST)
+    faults: dict[str, list[str]] = {}
+    for scheme in ("light", "dark"):
+        tab.emulate_media(color_scheme=scheme)
+        faults[scheme] = tab.evaluate(TEST)
     tab.close()
-    assert faults == []
+    assert faults == {"light": [], "dark": []}
