@@ -7,7 +7,7 @@ Nobody says how a server computes. So each run is judged in several precisions, 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ from refgemma.hub import find_model
 from refgemma.inputs import InputError
 from refgemma.oracle import report as reports
 from refgemma.oracle.conformance import SEED, prompts
-from refgemma.oracle.diagnose import Report, report_on
-from refgemma.oracle.engine import Engine
-from refgemma.oracle.known_bugs import KnownBug
+from refgemma.oracle.diagnose import Diagnosis, Report, report_on
+from refgemma.oracle.engine import UNEVEN, Engine
+from refgemma.oracle.known_bugs import KNOWN_BUGS, KnownBug
 from refgemma.oracle.verdicts import CONFORMS, DIFFERS, EXIT, GOOD, INCONCLUSIVE, NOISY, NOISY_ONLY, UNKNOWN
 from refgemma.tokenizer.tokenizer import Tokenizer, TokenizerError
 from refgemma.trace.candidate import check_trace
@@ -32,7 +32,8 @@ from refgemma.weights.checkpoint import open_checkpoint
 
 PRECISIONS = ("float32", "float16", "bfloat16")  # the finest that explains the numbers is named
 # Rounding to 8 bits, with one scale for a row, has about this relative error; each bit less doubles it.
-ERROR_OF_8_BITS = 0.007
+ERROR_OF_8_BITS, MOST_BITS = 0.007, 8
+LARGER = 3.0
 OTHER_WEIGHTS = 0.5  # share of rows with the model's own best word; other weights have less
 
 
@@ -43,7 +44,17 @@ class Reading:
     dtype: str
     quantised: bool
     reports: tuple[Report, ...]
-    off: float = 0.0  # relative error of products with weights, if they are quantised
+    engines: tuple[Engine, ...] = field(repr=False)
+
+    @cached_property
+    def errors(self) -> tuple[float, ...]:
+        """The relative error of products with weights in each run, if they are quantised."""
+        return tuple(max(one.quantisation.values(), default=0.0) for one in self.engines) if self.quantised else ()
+
+    @property
+    def off(self) -> float:
+        """The largest of the errors."""
+        return max(self.errors, default=0.0)
 
     @property
     def names(self) -> list[str]:
@@ -64,17 +75,17 @@ class Reading:
     @property
     def fits(self) -> bool:
         """True if something known explains every number."""
-        return UNKNOWN not in self.names and self.verdict != INCONCLUSIVE
+        even = self.off <= UNEVEN * min(self.errors, default=0.0)  # rounded weights are the same in each run
+        return UNKNOWN not in self.names and self.verdict != INCONCLUSIVE and even
 
     def describe(self) -> str:
         """Return what this reading says of the server."""
         bugs = [name for name in self.names if name != UNKNOWN]
         parts = [] if self.dtype == "float32" else [f"it computes in {self.dtype}"]
         if self.quantised:
-            bits = max(1, round(8 - np.log2(max(self.off, 1e-6) / ERROR_OF_8_BITS)))
-            parts.append(
-                f"its weights are off by {100 * self.off:.2g} %, as after rounding to about {min(bits, 16)} bits"
-            )
+            bits = round(8 - np.log2(max(self.off, 1e-6) / ERROR_OF_8_BITS))
+            about = f", as after rounding to about {bits} bits" if 1 < bits <= MOST_BITS else ""
+            parts.append(f"its weights are off by {100 * self.off:.2g} %{about}")
         if bugs:
             parts.append(f"it has {' and '.join(bugs)}")
         return " and ".join(parts) or "rounding in float32 explains every number"
@@ -106,15 +117,21 @@ class Audit:
 
     @cached_property
     def excluded(self) -> list[KnownBug]:
-        """The known bugs that some run excludes."""
-        return list(dict.fromkeys(v for report in self.best.reports for v in report.excluded))
+        """The known bugs that some run excludes.
+
+        Behind rounded weights, a bug is excluded if it would make the error `LARGER` times as large.
+        """
+        if not self.best.quantised:
+            return list(dict.fromkeys(v for report in self.best.reports for v in report.excluded))
+        ranked = [left for one in self.best.engines for left in Diagnosis(one, KNOWN_BUGS).rank(LOGPROBS)]
+        return [v for v in KNOWN_BUGS if any(left >= LARGER and v is bug for left, bug in ranked)]
 
     @cached_property
     def undetectable(self) -> list[KnownBug]:
         """The known bugs that no run can show."""
         named = {v for r in self.best.reports for finding in r.findings for v in finding.explanations}
         seen = {*self.excluded, *named}
-        return [v for v in dict.fromkeys(v for r in self.best.reports for v in r.undetectable) if v not in seen]
+        return [v for v in KNOWN_BUGS if v.change is not None and v not in seen]
 
 
 def audit(
@@ -187,34 +204,27 @@ def _generate(
 
 
 def _judge(server: Server, asking: Asking, traces: dict[str, TraceFile], folder: Path, config: Gemma2Config) -> Audit:
-    """Judge the traces in each precision until one explains the numbers; if none is float32, with quantised weights."""
-    engines: dict[tuple[str, bool], list[Engine]] = {}
+    """Judge the traces in each precision until one explains the numbers; if not float32, with rounded weights too.
 
-    def read(dtype: str, quantised: bool) -> Reading:
+    Only if nothing fits, parameters are estimated and families of bugs are tried, which takes longer.
+    """
+
+    def read(dtype: str, quantised: bool = False, bugs: Sequence[KnownBug] | None = KNOWN_BUGS) -> Reading:
         weights = open_checkpoint(folder).weights(dtype)
         made = [Engine(check_trace(trace, config, dtype), weights, config, 1.0, quantised) for trace in traces.values()]
-        engines[dtype, quantised] = made
-        off = max(max(one.quantisation.values(), default=0.0) for one in made) if quantised else 0.0
-        return Reading(dtype, quantised, tuple(report_on(one) for one in made), off)
+        return Reading(dtype, quantised, tuple(report_on(one, bugs) for one in made), tuple(made))
 
-    fitting: list[Reading] = []
-    first: Reading | None = None
+    tried: list[Reading] = []
     for dtype in PRECISIONS:
-        reading = read(dtype, False)
-        first = first or reading
-        if reading.fits:
-            fitting.append(reading)
+        tried.append(read(dtype))
+        if tried[-1].fits:
             break
-    if not fitting or fitting[0].dtype != "float32":
-        reading = read("float32", True)
-        fitting += [reading] if reading.fits else []
-    agreeing, rows, numbers = _agree(engines["float32", False])
-    assert first is not None
+    if len(tried) > 1:
+        tried.append(read("float32", quantised=True))
+    fitting = [reading for reading in tried if reading.fits] or [read("float32", bugs=None)]
     lacking = () if "generated" in traces else ("the generated text ended early; steps with a cache were not judged",)
-    return Audit(
-        server.base, server.name, _say_form(asking), tuple(traces), tuple(fitting) or (first,), agreeing, rows, numbers,
-        (*asking.remarks, *lacking),
-    )  # fmt: skip
+    return Audit(server.base, server.name, _say_form(asking), tuple(traces), tuple(fitting), *_agree(tried[0].engines),
+                 (*asking.remarks, *lacking))  # fmt: skip
 
 
 def _agree(engines: Sequence[Engine]) -> tuple[int, int, int]:
@@ -224,7 +234,7 @@ def _agree(engines: Sequence[Engine]) -> tuple[int, int, int]:
         where, found = engine.where(LOGPROBS), engine.candidate.tensors[LOGPROBS].numbers
         recorded = where.any(axis=-1)
         best = np.where(where, found, -np.inf).argmax(axis=-1)
-        own = engine.usual.result(LOGPROBS).argmax(axis=-1)
+        own = np.where(where, engine.usual.result(LOGPROBS), -np.inf).argmax(axis=-1)
         agreeing += int(np.sum((best == own) & recorded))
         rows += int(recorded.sum())
         numbers += int(where.sum())

@@ -29,7 +29,7 @@ from refgemma.trace.reader import Entry, TraceFile
 
 ANSWER_LIMIT = 2**26  # bytes
 PATH = "/v1/completions"
-SEEDS = 3  # attempts to generate a text that does not end early
+SEEDS = 8  # attempts to generate a text that does not end early
 FINE = 9  # decimals; numbers with more are not rounded decimals
 # A log probability is at most 0; servers that round or add in float32 may exceed it by this.
 ABOVE = 1e-3
@@ -348,7 +348,7 @@ class Asking:
             if self.form.text and (tokenizer is None or to_text(ids[:end], tokenizer) is None):
                 continue
             if found := self.complete(ids[:end], 1):
-                rows[end - 1] = found[-1][1]
+                rows[end - 1] = found[0][1]
         return rows
 
     def generate(self, ids: Sequence[int], new: int) -> tuple[list[int], Rows]:
@@ -360,7 +360,7 @@ class Asking:
         plain = replace(self, form=replace(self.form, echo=False))
         for seed in range(SEEDS):
             text, rows = [*ids], {}
-            for token, row in plain.complete(ids, new, seed)[-new:]:
+            for token, row in plain.complete(ids, new, seed)[:new]:  # llama-cpp-python may add more
                 rows[len(text) - 1] = row
                 if token is None:
                     break
