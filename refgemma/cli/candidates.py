@@ -92,9 +92,7 @@ def add_commands(add: Callable[..., Any]) -> None:
     command.add_argument("--run", metavar="COMMAND",
                          help="run this command first, to write CANDIDATE; exit with 5 if it fails")  # fmt: skip
 
-    command = add(
-        "audit", "ask an OpenAI-compatible server whether it serves a checkpoint, and what explains its answers"
-    )
+    command = add("audit", "ask an OpenAI-compatible server for numbers, and find whether it serves a checkpoint")
     command.add_argument("url", metavar="URL", help="the server's address: http://localhost:8000")
     command.add_argument("--model", default="conformance", metavar="MODEL",
                          help="the checkpoint that it should serve (default: conformance)")  # fmt: skip

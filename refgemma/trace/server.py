@@ -351,6 +351,13 @@ class Asking:
                 rows[end - 1] = found[0][1]
         return rows
 
+    def ask_first(self, ids: Sequence[int]) -> Rows:
+        """Return the row of the first token alone, which some servers leave out when they repeat a prompt."""
+        try:
+            return replace(self, form=replace(self.form, echo=False)).ask_steps(ids[:1], 1)
+        except ServerError:
+            return {}
+
     def generate(self, ids: Sequence[int], new: int) -> tuple[list[int], Rows]:
         """Return a prompt with new tokens, and the row from which each new token was drawn.
 

@@ -20,11 +20,13 @@ import refgemma
 from refgemma.cli.main import main
 from refgemma.config import FULL, Gemma2Config
 from refgemma.model import forward
+from refgemma.oracle.known_bugs import KNOWN_BUGS
 from refgemma.precision import as_float64
 from refgemma.tokenizer.tokenizer import Tokenizer
 from refgemma.weights.conformance import proportions, write_conformance
 from refgemma.weights.parameters import LayerWeights, Weights
 
+FEW = ("swa-all-global", "decode-without-window", "prefill-without-window", "gelu-exact", "gelu-f16-table")
 KEY = "sk-secret-7"
 Answer = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -179,6 +181,16 @@ def rounded(bits: int) -> Weights:
     return replace(weights, embed_tokens=few(weights.embed_tokens), layers=layers)
 
 
+@pytest.fixture(autouse=True)
+def few_bugs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Test for few known bugs, to save time; tests/test_mistakes.py tests the catalogue."""
+    few = [bug for bug in KNOWN_BUGS if "softcap-missing" in bug.name or bug.name in FEW]
+    assert len(few) == len(FEW) + 2
+    for module in ("audit", "diagnose"):
+        monkeypatch.setattr(f"refgemma.oracle.{module}.KNOWN_BUGS", tuple(few))
+    monkeypatch.setattr("refgemma.oracle.diagnose.MULTIPLICATIONS", 0)
+
+
 def audit(url: str, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
     code = main(["audit", url, "--json", *arguments])
     return code, json.loads(capsys.readouterr().out)
@@ -222,20 +234,25 @@ def test_half_precision_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert "computes in bfloat16" in found["says"]
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_rounded_weights(bits: int, capsys: pytest.CaptureFixture[str]) -> None:
-    with serve(vllm(Model(model().config, rounded(bits)))) as (url, _):
+def test_rounded_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    with serve(vllm(Model(model().config, rounded(8)))) as (url, _):
         _, found = audit(url, capsys)
     quantised = [r for r in found["readings"] if r["quantised"]]
     assert [r["verdict"] for r in quantised] == ["noisy"]
-    assert 0.5 < quantised[0]["weights_off"] / {8: 0.007, 4: 0.11}[bits] < 2
+    assert 0.0035 < quantised[0]["weights_off"] < 0.014  # 8 bits
+
+
+def test_an_unknown_number_is_not_taken_for_rounded_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    with serve(vllm(model(rope_theta=20000.0, rope_parameters=None))) as (url, _):
+        code, found = audit(url, capsys)
+    assert (code, found["verdict"], found["readings"][0]["quantised"]) == (1, "differs", False)
 
 
 def test_other_weights(capsys: pytest.CaptureFixture[str]) -> None:
     weights = model().weights
     other = replace(weights, layers=weights.layers[::-1])
     with serve(vllm(Model(model().config, other))) as (url, _):
-        code, found = audit(url, capsys)
+        code, found = audit(url, capsys, "--tokens", "8")
     assert (code, found["readings"][0]["named"]) == (1, ["UNKNOWN"])
     assert "other weights" in found["says"]
 
@@ -247,7 +264,7 @@ def test_a_server_that_takes_texts(tmp_path: Path, capsys: pytest.CaptureFixture
     tokenizer = Tokenizer.from_pretrained(tmp_path / "small")
     for changes, digits, expected in (({}, 4, 0), ({"attn_logit_softcapping": None}, 6, 1)):
         with serve(texts_only(Model(config.changed(**changes), small.weights), tokenizer, digits)) as (url, _):
-            code, found = audit(url, capsys, "--model", str(tmp_path / "small"))
+            code, found = audit(url, capsys, "--model", str(tmp_path / "small"), "--tokens", "12")
         assert (code, found["form"]) == (expected, "text, repeated prompt"), found["says"]
         assert expected == 0 or found["readings"][0]["named"] == ["attn-softcap-missing"]
 
