@@ -60,6 +60,7 @@ def attention(
     hide: Callable[[Tensor, Tensor], Tensor] = lambda scores, mask: scores + mask,
     value: Callable[[Tensor], Tensor] = lambda values: values,
     mixed: Callable[[Tensor, float | None], Tensor] = lambda output, cap: output,
+    weigh: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
 ) -> Callable[..., Any]:
     """transformers' eager attention, with parts exchanged."""
 
@@ -73,7 +74,7 @@ def attention(
         scores = score(q, keys, scaling)
         weights = cap(scores + mask, softcap, mask) if order == "mask, cap" else hide(cap(scores, softcap, mask), mask)
         weights = torch.nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(q.dtype)
-        return mixed(torch.matmul(weights, value(values)), softcap).transpose(1, 2).contiguous(), weights
+        return mixed(weigh(weights, value(values)), softcap).transpose(1, 2).contiguous(), weights
 
     return attend
 
@@ -120,6 +121,37 @@ def cache_in(dtype: torch.dtype) -> Make:
         return x.to(dtype).to(x.dtype)
 
     return attends(score=lambda q, k, scale: torch.matmul(q, kept(k).transpose(2, 3)) * scale, value=kept)
+
+
+def half(x: Tensor) -> Tensor:
+    """Through float16 and back."""
+    return x.to(torch.float16).to(x.dtype)
+
+
+def score_in_f16(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    return torch.matmul(half(q), half(k).transpose(2, 3)) * scale
+
+
+def weigh_in_f16(weights: Tensor, values: Tensor) -> Tensor:
+    return torch.matmul(half(weights), half(values))
+
+
+def flash_in_f16(weights: Tensor, values: Tensor) -> Tensor:
+    """llama.cpp's loop over the keys of a query: the sum is float16, and is scaled whenever a larger score comes."""
+    logs, v = weights.double().log(), half(values)
+    best = torch.full_like(logs[..., :1], -torch.inf)
+    total, size = torch.zeros(*weights.shape[:-1], v.shape[-1], dtype=torch.float16), torch.zeros_like(best)
+    for key in range(weights.shape[-1]):
+        score = logs[..., key : key + 1]
+        more = score > best
+        if more.any():
+            shrink = torch.where(more & best.isfinite(), (best - score).exp(), torch.where(more, 0.0, 1.0))
+            total = torch.where(more, (total.double() * shrink).half(), total)
+            size, best = size * shrink, torch.where(more, score, best)
+        part = torch.where(score.isfinite(), (score - best).exp(), 0.0)
+        added = (total.double() + part * v[..., key : key + 1, :].double()).half()
+        total, size = torch.where(part > 0, added, total), size + part
+    return (total.double() / size).to(values.dtype)
 
 
 def key_heads(choose: Callable[[int, int, int], int]) -> Make:
@@ -553,6 +585,71 @@ def chunk_sees_all(q: Tensor, k: Tensor, sliding: bool, number: int, window: int
     return usual(q, k, sliding, window)
 
 
+def window_from_call(q: Tensor, k: Tensor, sliding: bool, number: int, window: int, queries: int) -> Tensor:
+    """torchtune's triu and tril of a mask that has only the rows of the call."""
+    whole = torch.ones(queries, k.shape[1])
+    near = torch.triu(whole, -window + 1) * torch.tril(whole, window - 1)
+    return causal(q, k) & (near == 1) if sliding else causal(q, k)
+
+
+def window_skips_pads(model: Gemma2ForCausalLM, prompt: Prompt, put: Put) -> None:
+    """Tunix's window: positions without padding, compared with places in the row."""
+    positions = (torch.as_tensor(prompt.attention_mask).cumsum(-1) - 1).clamp(min=0)
+
+    def rule(q: Tensor, k: Tensor, sliding: bool, number: int, window: int, queries: int) -> Tensor:
+        at = positions[:, None, q[:, 0], None]
+        near = (k >= at - window + 1) & (k <= at + window - 1)
+        return causal(q, k) & near if sliding else causal(q, k)
+
+    masked_by(rule)(model, prompt, put)
+
+
+def static_cache(model: Gemma2ForCausalLM, prompt: Prompt, put: Put) -> None:
+    """transformers 4.48's HybridCache: its `_sliding_update` moves the numbers of the keys here, not the keys."""
+    window, kinds = model.config.sliding_window, model.config.layer_types
+    cache = {n: torch.full((window,), -1) for n, kind in enumerate(kinds) if kind == "sliding_attention"}
+    done: dict[int, int] = {}
+
+    def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float, softcap: float | None,
+               **_: Any) -> Any:  # fmt: skip
+        number, queries = module.layer_idx, q.shape[2]
+        start = done.get(number, 0)
+        end = done[number] = start + queries
+        places = torch.arange(start, end)
+        rows = torch.arange(end)[None] <= places[:, None]
+        empty = torch.zeros(queries, window, dtype=torch.bool)
+        if number in cache and len(prompt.calls) > 1:
+            if queries > window:
+                held, cache[number] = places, places[-window:]
+            else:
+                slots = places.clamp(0, window - 1)
+                shift = int(slots[-1] >= window - 1)
+                held = cache[number][(torch.ones(window, dtype=torch.long).cumsum(0) + shift - 1) % window]
+                for slot, place in zip(slots, places, strict=True):
+                    held[slot] = place
+                cache[number] = held
+            wide = torch.where(torch.ones(queries, end, dtype=torch.bool).tril(-window), False, rows)
+            size = max(queries, window)
+            seen = wide[:, max(0, end - size) :][:, : len(held)]
+            seen = torch.nn.functional.pad(seen, (0, len(held) - seen.shape[1]))
+            rows = torch.zeros(queries, end, dtype=torch.bool)
+            for column, place in enumerate(held.tolist()):
+                if place >= 0:
+                    rows[:, place] |= seen[:, column]
+                elif place == -1:
+                    empty[:, column] = seen[:, column]
+        keys = modeling.repeat_kv(k, module.num_key_value_groups)
+        scores = capped(torch.matmul(q, keys.transpose(2, 3)) * scaling, softcap)
+        both = torch.cat([scores, torch.zeros(*scores.shape[:-1], window, dtype=scores.dtype)], -1)
+        both = both.masked_fill(~torch.cat([rows, empty], -1), torch.finfo(q.dtype).min)
+        weights = torch.nn.functional.softmax(both, dim=-1, dtype=torch.float32).to(q.dtype)
+        values = modeling.repeat_kv(v, module.num_key_value_groups)
+        return torch.matmul(weights[..., :end], values).transpose(1, 2).contiguous(), weights[..., :end]
+
+    put(modeling, "eager_attention_forward", attend)
+    put(model.config, "layer_types", ["full_attention"] * len(kinds))
+
+
 def prefill_unmasked(q: Tensor, k: Tensor, sliding: bool, number: int, window: int, queries: int) -> Tensor:
     return (q >= 0) & (k >= 0) if int(q[0]) == 0 else usual(q, k, sliding, window)
 
@@ -610,6 +707,8 @@ MAKE: dict[str, Make] = {
     "scale-missing": of_attention("scaling", lambda c: 1.0),
     "q-prescale-order": attends(score=lambda q, k, scale: torch.matmul(q * scale, k.transpose(2, 3))),
     "kv-cache-in-bf16": cache_in(HALF),
+    "attention-products-in-f16": attends(score=score_in_f16, weigh=weigh_in_f16),
+    "attention-flash-in-f16": attends(score=score_in_f16, weigh=flash_in_f16),
     "kv-cache-in-f16": cache_in(torch.float16),
     "kv-head-of-first": key_heads(lambda head, own, count: 0),
     "kv-head-of-next-shard": key_heads(lambda head, own, count: (own + 1) % count),
@@ -680,6 +779,8 @@ MAKE: dict[str, Make] = {
     "swa-window-plus-one": window_of(lambda w: w + 1),
     "swa-window-minus-one": window_of(lambda w: w - 1),
     "swa-window-halved": window_of(lambda w: w // 2),
+    "swa-window-from-call": masked_by(window_from_call, full_cache=True),
+    "swa-window-skips-pads": window_skips_pads,
     "swa-two-sided": masked_by(two_sided),
     "mask-not-causal": masked_by(not_causal),
     "mask-added-as-bool": attends(hide=lambda scores, mask: scores + (mask == 0)),
@@ -694,6 +795,7 @@ MAKE: dict[str, Make] = {
     "mask-without-self": masked_by(without_self),
     "pad-attended": masked_by(pads_seen),
     "cache-drops-one-key": masked_by(one_dropped),
+    "cache-static-shifts-early": static_cache,
     "chunked-prefill-ring-overwritten": masked_by(ring_overwritten),
     "chunk-without-window": masked_by(chunk_sees_all),
     "cache-length-from-layer-0": positions_by(stopped_at_window),
@@ -718,7 +820,7 @@ MAKE: dict[str, Make] = {
 CACHED = (
     "cache-drops-one-key", "chunked-prefill-ring-overwritten", "chunk-without-window", "cache-length-from-layer-0",
     "positions-restart", "mask-missing-in-chunk", "mask-missing-in-decode", "decode-without-window",
-    "mask-aligned-to-start", "prefill-without-window",
+    "mask-aligned-to-start", "prefill-without-window", "swa-window-from-call", "cache-static-shifts-early",
 )  # fmt: skip
 
 # What a port writes down: all, one tensor a step of the block, or only what comes out.

@@ -33,7 +33,7 @@ from refgemma.oracle.known_bugs import KNOWN_BUGS, KnownBug, combine, known_bug
 from refgemma.oracle.locate import ErrorMap, locate_errors, map_errors
 from refgemma.oracle.optimizer_bugs import OPTIMIZER_BUGS
 from refgemma.oracle.preflight import Preflight
-from refgemma.oracle.spans import Computed
+from refgemma.oracle.spans import Computed, measure_noise
 from refgemma.oracle.tolerance import from_measured_std, rescale
 from refgemma.oracle.training_bugs import TRAINING_BUGS
 from refgemma.precision import Array
@@ -47,6 +47,7 @@ BUG_FACTOR, BUG_FLOOR = 4.0, 16 * 2.0**-24
 # Parts of a span's error that may remain after applying a bug. Below the first, the bug explains more than half of the
 # error; below the second, the bug is present in addition to quantisation.
 CLOSE, MUCH_CLOSER = 0.5, 1 / 3
+LESS = 0.8  # a second way of rounding must leave at most this part of the error that the first leaves
 TRIED = 4  # number of closest bugs to combine with each way of rounding
 # Limit of the change from computing a part in half precision, relative to the tensor; bfloat16 rounds by 0.004 or less.
 PART_LIMIT = 0.25
@@ -252,7 +253,11 @@ class Diagnosis:
         if names[0].startswith((GRADS, AFTER)):
             return tuple(found)
         if self.whole:
-            found = found or self._find_part(names) or self._find_weights(names, good)
+            found = found or self._find_part(names)
+        if finding[0].between:
+            found = found or self._find_roundings(names)
+        if self.whole:
+            found = found or self._find_weights(names, good)
         return tuple(found or self._find_pairs(finding) or self._find_gemma_1(finding))
 
     def _choose(self, mistakes: Sequence[KnownBug]) -> list[KnownBug]:
@@ -340,7 +345,51 @@ class Diagnosis:
         for v in close:
             before = self.read(v)
             found += [pair for r in ways if self.is_consistent(pair := combine(v, r), names, before)]
-        return found
+        return found or self._find_behind_rounding(names)
+
+    def _find_behind_rounding(self, names: Sequence[str]) -> list[KnownBug]:
+        """Return a mistake combined with a way of rounding that explains most of the error, if both explain all."""
+        found: list[tuple[float, KnownBug]] = []
+        for left, r in self.rank(names[0])[:TRIED]:
+            if r.kind == "rounding" and left < CLOSE:
+                before, usual = self.read(r), self._measure(names[0], self.usual)
+                for v in self.bugs:
+                    if v.kind == "mistake" and v.change is not None:
+                        pair = combine(v, r)
+                        more = self._measure(names[0], self.read(pair)) / max(usual, 1e-300)
+                        if more < CLOSE * left and self.is_consistent(pair, names, before):
+                            found.append((more, pair))
+        return [min(found, key=lambda one: one[0])[1]] if found else []
+
+    def _find_roundings(self, names: Sequence[str]) -> list[KnownBug]:
+        """Return the way of rounding, or the two, that come closest, if what remains is their own noise.
+
+        Results that are rounded to half precision in every layer go apart: a tiny difference before a rounding can
+        change its result, and the next layer rounds other numbers. So most of the error must be explained, and the
+        rest must be within the noise that is measured with this rounding.
+        """
+        if self.candidate.dtype != "float32" or self._apart(names[0]) > PART_LIMIT:
+            return []
+        ways = [(left, v) for left, v in self.rank(names[0]) if v.kind == "rounding"]
+        usual = max(self._measure(names[0], self.usual), 1e-300)
+        tried = ways[:TRIED]
+        for n, (alone, v) in enumerate(ways[:TRIED]):
+            pairs = (
+                (self._measure(names[0], self.read(pair := combine(v, r))) / usual, pair) for _, r in ways[n + 1 :]
+            )
+            tried += [(left, pair) for left, pair in pairs if left < LESS * alone]
+        for _, v in sorted((one for one in tried if one[0] < CLOSE), key=lambda one: one[0])[:TRIED]:
+            if all(self._is_noise(name, self.read(v)) for name in names):
+                return [v]
+        return []
+
+    def _is_noise(self, name: str, computed: Computed) -> bool:
+        """Return True if the noise of a way of rounding explains the rest of a recorded tensor's error."""
+        where = self.engine.where(name)
+        with np.errstate(all="ignore"):
+            errors = self.candidate.tensors[name].numbers - computed.result(name)
+            spread = measure_noise(computed, [name], self.engine.context)[name]
+            return bool(np.sqrt(np.mean((errors / spread)[where] ** 2)) <= 1)
 
     def rank(self, name: str) -> list[tuple[float, KnownBug]]:
         """Return the bugs, each with the part of a span's root mean square error that remains; the smallest part

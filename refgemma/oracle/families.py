@@ -12,7 +12,7 @@ from functools import partial
 from itertools import permutations
 from typing import Any
 
-from refgemma.oracle.known_bugs import MIXED, NORMS, Change, KnownBug, Table, in_float32, rewire, round_operand
+from refgemma.oracle.known_bugs import MIXED, NORMS, Change, KnownBug, Table, in_float32, rewire, round_operands
 from refgemma.oracle.operations import Context, Operation
 from refgemma.precision import Array, as_dtype, as_float64
 from refgemma.trace.names import LAYER_FIELDS, field_of, layer_of
@@ -91,7 +91,7 @@ def parts_in_half(layers: Sequence[int] = ()) -> Iterator[KnownBug]:
         for operand, word in (("keys", "scores"), ("values", "mixed")):
             yield KnownBug(
                 f"{operand}-in-{short}", f"{operand} are rounded to {storage}", (f"attention.{word}",),
-                round_operand(storage, **{word: 1}), "gemma.cpp 343482c", "float32", "dtype of the cache", "rounding",
+                round_operands(storage, **{word: 1}), "gemma.cpp 343482c", "float32", "dtype of the cache", "rounding",
             )  # fmt: skip
 
 

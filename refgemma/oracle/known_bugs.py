@@ -20,6 +20,7 @@ import numpy as np
 
 from refgemma import activations, ops
 from refgemma.config import FULL, SLIDING, ConfigError, Gemma2Config
+from refgemma.layers import merge_heads
 from refgemma.oracle.operations import Context, Operation, operations, window_mask
 from refgemma.oracle.tolerance import FORMATS, Arithmetic, one_rounding, ulp
 from refgemma.precision import Array, as_dtype, as_float64, bf16, dtype_name, narrow, wide
@@ -130,17 +131,20 @@ def rewire(edit: Callable[[Table, Context], Iterable[Operation]]) -> Change:
     return lambda context: replace(context, rewire=lambda table, c: {op.name: op for op in edit(table, c)})
 
 
-def round_operand(storage: str, **places: int) -> Change:
-    """Return an edit that rounds an operand to `storage`; `places` maps the last word of a field to the operand's
-    index."""
+def round_operands(storage: str, **places: int | tuple[int, ...]) -> Change:
+    """Return an edit that rounds operands to `storage`; `places` maps the last word of a field to the operands'
+    indices."""
 
     def edit(table: Table, context: Context) -> Iterator[Operation]:
         for op in _of_field(table, *(f"attention.{word}" for word in places)):
-            place = places[op.name.rpartition(".")[2]]
+            chosen = np.atleast_1d(places[op.name.rpartition(".")[2]]).tolist()
 
-            def compute(*inputs: Array, op: Operation = op, place: int = place) -> Array:
-                rounded = narrow(as_float64(as_dtype(wide(inputs[place]), storage)), like=inputs[place])
-                return op.compute(*inputs[:place], rounded, *inputs[place + 1 :])
+            def compute(*inputs: Array, op: Operation = op, chosen: list[int] = chosen) -> Array:
+                rounded = (
+                    narrow(as_float64(as_dtype(wide(x), storage)), like=x) if n in chosen else x
+                    for n, x in enumerate(inputs)
+                )
+                return op.compute(*rounded)
 
             yield replace(op, compute=compute)
 
@@ -292,19 +296,60 @@ def softmax_over_all(scores: Array, mask: Array) -> Array:
     return ops.softmax(scores, np.ones_like(mask))
 
 
-def mask_added(storage: str) -> Callable[[Array, Array], Array]:
-    """Return a softmax that adds a boolean mask to the scores, so that visible keys get 1 more and no key is hidden."""
+def mask_added(table: Table, context: Context) -> Iterator[Operation]:
+    """Add a boolean mask to the scores, so that visible keys get 1 more; no key in the cache is hidden.
 
-    def softmax(scores: Array, mask: Array) -> Array:
-        added = as_float64(as_dtype(as_float64(scores) + mask, storage))
-        return softmax_over_all(narrow(added, like=scores), mask)
+    A call sees no key of a later call. Sliding layers keep the window before the call.
+    """
+    storage, call = context.arithmetic.storage, context.call
+    (_, k), starts = _places(context), call.starts[:, None]
+    ends = np.repeat(np.cumsum(call.calls), call.calls)[:, None]
+    for op in _of_field(table, "attention.probs"):
+        layer = layer_of(op.name) or 0
+        window = context.config.sliding_window if context.config.is_sliding(layer) else ends.max()
+        kept = (k < ends) & ((starts == 0) | (k > starts - window))
 
-    return softmax
+        seen = window_mask(context, layer)
+
+        def compute(scores: Array, seen: Array = seen, kept: Array = kept) -> Array:
+            added = as_float64(as_dtype(as_float64(scores) + seen, storage))
+            return ops.softmax(narrow(added, like=scores), np.broadcast_to(kept, seen.shape))
+
+        yield replace(op, compute=compute)
 
 
 def hidden_keys_at(score: float) -> Callable[[Array, Array], Array]:
     """Return a softmax in which hidden keys have this score instead of minus infinity."""
     return lambda scores, mask: softmax_over_all(np.where(mask, scores, score), mask)
+
+
+def flash_in_f16(table: Table, context: Context) -> Iterator[Operation]:
+    """Add the weighted values key by key in float16, with weights relative to the largest score so far."""
+    groups = context.config.num_attention_heads // context.config.num_key_value_heads
+
+    def mixed(probs: Array, values: Array) -> Array:
+        p, v = as_float64(probs), np.repeat(as_dtype(as_float64(values), "float16"), groups, axis=1)
+        total, top = as_dtype(np.zeros((*p.shape[:-1], v.shape[-1])), "float16"), np.zeros((*p.shape[:-1], 1))
+        for key in range(p.shape[-1]):
+            new = np.maximum(top, p[..., key, None])
+            scale, weight = (as_float64(x) / np.where(new > 0, new, 1) for x in (top, p[..., key, None]))
+            total = np.where(new > top, as_dtype(as_float64(total) * scale, "float16"), total)
+            added = as_dtype(as_float64(total) + as_float64(v[..., key, None, :]) * weight, "float16")
+            total, top = np.where(weight > 0, added, total), new
+        return np.asarray(merge_heads(as_float64(total) * top))
+
+    for op in _of_field(table, "attention.mixed"):
+        yield replace(op, compute=mixed)
+
+
+def also(change: Change, edit: Callable[[Table, Context], Iterable[Operation]]) -> Change:
+    """Return an edit that replaces more operations than `change` does."""
+
+    def changed(context: Context) -> Context:
+        first = change(context)
+        return rewire(lambda table, c: (*first.rewire(table, c).values(), *edit(table, c)))(first)
+
+    return changed
 
 
 # --- norms ------------------------------------------------------------------------------------------------------------
@@ -750,6 +795,68 @@ def chunk_sees_all(context: Context, layer: int) -> Array:
     return window_mask(context, layer) | _unless_padding(wide_open, context)
 
 
+def window_from_call(context: Context, layer: int) -> Array:
+    """Return the mask of a window that counts a token's place from the start of its call, but a key's from the start
+    of the text."""
+    if not context.config.is_sliding(layer):
+        return window_mask(context, layer)
+    (q, k), starts = _places(context), context.call.starts[:, None]
+    return _unless_padding((k <= q) & (np.abs(k - (q - starts)) < context.config.sliding_window), context)
+
+
+def window_from_first_token(context: Context, layer: int) -> Array:
+    """Return the mask of a window that counts a token's place without padding, but a key's with it."""
+    if not context.config.is_sliding(layer):
+        return window_mask(context, layer)
+    (q, k), tokens = _places(context), without_pads(context)[:, None, :, None]
+    return _unless_padding((k <= q) & (np.abs(k - tokens) < context.config.sliding_window), context)
+
+
+def static_slots(call: Call, window: int) -> Array:
+    """Return the place of the key in each slot that a query sees in a static cache as long as the window: ``(seq,
+    slots)``; -1 for an empty slot that is seen, -2 for a slot that is not seen.
+
+    This is transformers' HybridCache before 4.50. A call that ends at the window's last place or later moves all keys
+    by one slot only, and writes its own keys beyond the window into the last slot, one over the other. The mask
+    compares slots with places.
+    """
+    cache, start, rows = np.full(window, -1), 0, np.full((sum(call.calls), max(window, *call.calls)), -2)
+    for tokens in call.calls:
+        places = np.arange(start, start + tokens)
+        if tokens > window:
+            held, cache = places, places[-window:]
+        else:
+            held = cache = np.roll(cache, -1) if places[-1] >= window - 1 else cache.copy()
+            cache[np.minimum(places, window - 1)] = places
+        columns = np.arange(len(held)) + max(0, start + tokens - len(held))  # of the mask
+        seen = (columns <= places[:, None]) & (columns > (places - start)[:, None] - window)
+        rows[start : start + tokens, : len(held)] = np.where(seen, held, -2)
+        start += tokens
+    return rows
+
+
+def static_cache(table: Table, context: Context) -> Iterator[Operation]:
+    """Use a static cache of sliding layers that moves its keys too early and writes a chunk into one slot."""
+    if len(context.call.calls) == 1:
+        return
+    slots, (_, k) = static_slots(context.call, context.config.sliding_window), _places(context)
+    seen = (slots[:, :, None] == k).any(axis=1)
+    empty = np.arange(slots.shape[1]) < (slots == -1).sum(axis=1)[:, None]
+    for op in _of_field(table, "attention.probs"):
+        if not context.config.is_sliding(layer_of(op.name) or 0):
+            continue
+
+        def compute(scores: Array) -> Array:
+            shape = scores.shape[:-1]
+            mask = np.broadcast_to(_unless_padding(seen, context), (*shape[:1], 1, *seen.shape))
+            zeros = np.zeros_like(scores, shape=(*shape, empty.shape[1])) if empty.any() else scores[..., :0]
+            holes = np.broadcast_to(empty[..., : zeros.shape[-1]], (*mask.shape[:-1], zeros.shape[-1]))
+            both = np.concatenate([scores, narrow(as_float64(zeros), like=scores)], axis=-1)
+            return ops.softmax(both, np.concatenate([mask, holes], axis=-1))[..., : scores.shape[-1]]
+
+        yield replace(op, compute=compute)
+
+
 def in_calls(
     chosen: Callable[[int, int], bool], seen: Callable[[Context, int, Array, Array, Array], Array]
 ) -> Callable[[Context, int], Array]:
@@ -888,11 +995,19 @@ KNOWN_BUGS: tuple[KnownBug, ...] = (
              in_storage("attention_scores", scaled_query_in), "gemma_pytorch, llama.cpp, gemma.cpp do so", HALF,
              "place of the scale", "rounding"),
     KnownBug("kv-cache-in-bf16", "keys and values are rounded to bfloat16 in the cache", MIXED,
-             round_operand("bfloat16", scores=1, mixed=1), "gemma.cpp 343482c", "float32", "dtype of the cache",
+             round_operands("bfloat16", scores=1, mixed=1), "gemma.cpp 343482c", "float32", "dtype of the cache",
              "rounding"),
     KnownBug("kv-cache-in-f16", "keys and values are rounded to float16 in the cache", MIXED,
-             round_operand("float16", scores=1, mixed=1),
+             round_operands("float16", scores=1, mixed=1),
              "llama.cpp's default; xFasterTransformer #336", "float32", "dtype of the cache", "rounding"),
+    KnownBug("attention-products-in-f16", "queries, keys, probabilities and values are rounded to float16, but no sum",
+             MIXED, round_operands("float16", scores=(0, 1), mixed=(0, 1)),
+             "llama.cpp on CPUs: ggml rounds both operands if the cache is float16", "float32", "dtype of the cache",
+             "rounding"),
+    KnownBug("attention-flash-in-f16",
+             "flash attention rounds queries, keys and values to float16, and adds the weighted values in float16",
+             MIXED, in_float32(also(round_operands("float16", scores=(0, 1)), flash_in_f16)),
+             "llama.cpp on CPUs (ggml_flash_attn_ext)", "float32", "flash attention", "rounding"),
     KnownBug("kv-head-of-first", "every query head uses the first key head", MIXED,
              key_heads(lambda right, count: right * 0), "ONNXim #33", "more than one key head", "key heads"),
     KnownBug("kv-head-of-next-shard", "each query head uses the key head after its own", MIXED,
@@ -1060,12 +1175,19 @@ KNOWN_BUGS: tuple[KnownBug, ...] = (
     KnownBug("swa-window-halved", "the window is half as long",
              PROBS, sliding_window(lambda w: w // 2), "transformers #47940",
              LONG, "sliding_window"),
+    KnownBug("swa-window-from-call",
+             "the window counts a token's place from the start of its call, so that a step sees only the oldest keys",
+             PROBS, mask(window_from_call), "torchtune 0.6.1 (Gemma 2, with a cache)",
+             "several calls, beyond the window", "sliding_window with a cache"),
+    KnownBug("swa-window-skips-pads", "the window counts a token's place without padding, but a key's with padding",
+             PROBS, mask(window_from_first_token), "Tunix 0.1.7", "left padding, and more tokens than the window less "
+             "the padding", "sliding_window with padding"),
     KnownBug("swa-two-sided", "sliding layers see as many keys after the query as before", PROBS, mask(two_sided),
              "google-deepmind/gemma 9218f5f, transformers' flash attention", "more than one token", "causal"),
     KnownBug("mask-not-causal", "queries see later keys", PROBS, mask(not_causal),
              "onnx #7865's companions; unverified", "more than one token", "causal"),
     KnownBug("mask-added-as-bool", "a boolean mask is added to the scores, so that it hides nothing", PROBS,
-             in_storage("softmax", mask_added), "transformers #41443", "more than one token", "dtype of the mask"),
+             rewire(mask_added), "transformers #41443, litgpt #1672", "more than one token", "dtype of the mask"),
     KnownBug("mask-missing-in-prefill", "the first call has no mask: every query sees all its keys", PROBS,
              mask(prefill_sees_all), "mlxcel #1001 (gemma2), TinyLLM #17", "more than one token", "mask of prefill",
              unless="attn-softcap-after-mask"),
@@ -1088,6 +1210,10 @@ KNOWN_BUGS: tuple[KnownBug, ...] = (
     # caches
     KnownBug("cache-drops-one-key", "a sliding cache that is full has one key too few", PROBS, mask(one_dropped),
              "transformers #37574, #38046", "several calls, beyond the window", "cache roll"),
+    KnownBug("cache-static-shifts-early",
+             "a static sliding cache moves its keys one step too early, so that an empty slot is seen, and keeps only "
+             "the last key of a chunk", PROBS, rewire(static_cache),
+             "transformers before 4.50 (HybridCache; #37574)", "several calls, beyond the window", "HybridCache"),
     KnownBug("chunked-prefill-ring-overwritten", "a chunk overwrites the keys that its first queries need", PROBS,
              mask(ring_overwritten), "executorch #20346, vllm #4057", "several calls, beyond the window",
              "ring buffer"),
@@ -1140,8 +1266,9 @@ def combine(one: KnownBug, other: KnownBug) -> KnownBug:
     assert one.change is not None
     assert other.change is not None
     first, second = one.change, other.change
+    kind = "mistake" if "mistake" in (one.kind, other.kind) else one.kind
     return replace(
-        one, name=f"{one.name} + {other.name}", says=f"{one.says}; and {other.says}",
+        one, kind=kind, name=f"{one.name} + {other.name}", says=f"{one.says}; and {other.says}",
         fields=tuple(dict.fromkeys((*one.fields, *other.fields))), change=lambda context: second(first(context)),
         seen=f"{one.seen}; {other.seen}", knob=f"{one.knob}; {other.knob}",
     )  # fmt: skip
