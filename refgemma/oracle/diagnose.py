@@ -181,6 +181,11 @@ class Diagnosis:
         return {i.tensor for i in wrong if i.judged.statistics.rms <= SPAN_LIMIT}
 
     @cached_property
+    def blind(self) -> set[str]:
+        """The names of the tensors in which nothing can be compared."""
+        return {i.tensor for i in self.engine.instances if i.judged.verdict == verdicts.BLIND}
+
+    @cached_property
     def wrong(self) -> set[str]:
         """The names of the wrong tensors."""
         return {i.tensor for i in self.engine.instances if i.judged.verdict in verdicts.BAD}
@@ -190,6 +195,8 @@ class Diagnosis:
 
         If `bug` combines a bug with a way of rounding, `before` is the bug alone.
         """
+        if name in self.blind:  # NaN of an earlier tensor, for example, contradicts no bug
+            return True
         found, exact, where = self.candidate.tensors[name], computed.result(name), self.engine.where(name)
         if not self.engine.is_direct(name) and name in self.wrong:
             self._left[bug.name, name] = left = self._measure(name, computed)

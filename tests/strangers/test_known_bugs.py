@@ -1,7 +1,8 @@
 """Check known bugs by kind: each is named at its own tensor, from a full trace and, if it shows, from logits alone.
 
 Rotary tables were recorded from transformers 5.23.0 with torch 2.13.0: ``Gemma2RotaryEmbedding(config).to(dtype)``, on
-positions 0 to 23 of the conformance checkpoint.
+positions 0 to 23 of the conformance checkpoint. ``engine-caches.npz`` has parts of the traces of scoreboard/ (torchtune
+0.6.1, LitGPT 0.5.13, transformers 4.48.3, Tunix 0.1.7, DeepMind's gemma 4.0.1), and logits of golden/mistakes.py.
 """
 
 from collections.abc import Callable
@@ -15,10 +16,10 @@ import pytest
 import refgemma
 from refgemma.model import forward
 from refgemma.modeling.pretrained import Pretrained
-from refgemma.oracle.diagnose import Report, diagnose
+from refgemma.oracle.diagnose import Report, diagnose, report_on
 from refgemma.oracle.engine import Engine
 from refgemma.oracle.families import list_families
-from refgemma.oracle.known_bugs import KNOWN_BUGS
+from refgemma.oracle.known_bugs import KNOWN_BUGS, known_bug
 from refgemma.oracle.verdicts import CONFORMS, DIFFERS, NOISY_ONLY
 from refgemma.precision import as_dtype, as_float64
 from refgemma.trace.candidate import Candidate, candidate_of, only
@@ -207,3 +208,64 @@ def test_keys_and_values_recorded_as_a_cache_keeps_them_are_a_way_of_rounding(
 def test_logits_of_nan_alone_are_invalid(model: Pretrained) -> None:
     found = report({"logits": np.full_like(run(model)["logits"], np.nan)}, model)
     assert (found.verdict, first(found)) == (DIFFERS, ("logits", "UNKNOWN"))
+
+
+# --- masks that engines computed --------------------------------------------------------------------------------------
+
+ENGINES = Path(__file__).parents[1] / "recorded" / "engine-caches.npz"  # traces of scoreboard/, in part
+
+
+def recorded_report(engine: str, dtype: str = "float32", **changes: Any) -> Report:
+    loaded = refgemma.load("conformance", dtype)
+    found = {n.removeprefix(f"{engine}/"): x for n, x in np.load(ENGINES).items() if n.startswith(f"{engine}/")}
+    calls, config = found.pop("calls").tolist(), loaded.config.changed(**changes)
+    tensors = {n: x if x.dtype.kind == "i" else as_dtype(x, dtype) for n, x in found.items()}
+    return diagnose(candidate_of(tensors, config, dtype, calls if len(calls) > 1 else ()), loaded.weights, config)
+
+
+@pytest.mark.parametrize(
+    ("engine", "named", "changes"),
+    [("torchtune", "swa-window-from-call", {}), ("litgpt", "mask-added-as-bool", {}),
+     ("transformers", "cache-static-shifts-early", {}),
+     ("tunix", "swa-window-skips-pads", {"query_pre_attn_scalar": 10})],
+)  # fmt: skip
+def test_the_masks_of_engines_with_a_cache_are_named(engine: str, named: str, changes: dict[str, Any]) -> None:
+    found = recorded_report(engine, **changes)
+    assert (found.verdict, [f.named for f in found.findings]) == (DIFFERS, [named])
+
+
+def test_rows_of_nan_do_not_hide_a_way_of_rounding() -> None:
+    """In float16, a padded row of DeepMind's gemma is NaN from layer 1 on; no estimate of epsilon takes its place."""
+    found = recorded_report("gemma", "float16")
+    assert {i.judged.verdict for i in found.instances} >= {"BLIND"}
+    named = {f.field: f.named for f in found.findings}
+    assert named == {"post_attention_layernorm": "norm-in-half"}
+
+
+# --- roundings that go apart ------------------------------------------------------------------------------------------
+
+FEW = ("gelu-f16-table", "kv-cache-in-f16", "attention-products-in-f16", "attention-flash-in-f16",
+       "embed-scale-in-2-decimals", "norm-weight-in-bf16", "scale-256", "swa-window-plus-one")  # fmt: skip
+
+
+def judge_logits(made: str, model: Pretrained, factor: float = 1.0) -> Report:
+    """Judge transformers' logits with mistakes of golden/mistakes.py, for few known bugs."""
+    found = np.load(ENGINES)
+    tensors = {"input_ids": found[f"{made}/input_ids"], "logits": found[f"{made}/logits"] * np.float32(factor)}
+    port = candidate_of(tensors, model.config, "float32")
+    return report_on(Engine(port, model.weights, model.config), [known_bug(name) for name in FEW])
+
+
+@pytest.mark.parametrize(
+    ("made", "verdict"),
+    [("attention-products-in-f16 + gelu-f16-table", NOISY_ONLY), ("attention-flash-in-f16", NOISY_ONLY),
+     ("embed-scale-in-2-decimals + norm-weight-in-bf16", DIFFERS)],
+)  # fmt: skip
+def test_roundings_and_what_is_behind_them_are_named_by_logits(made: str, verdict: str, model: Pretrained) -> None:
+    found = judge_logits(made, model)
+    assert (found.verdict, [f.named for f in found.findings]) == (verdict, [made])
+
+
+def test_a_wrong_number_is_not_excused_by_a_way_of_rounding(model: Pretrained) -> None:
+    found = judge_logits("attention-products-in-f16 + gelu-f16-table", model, factor=1.002)
+    assert (found.verdict, [f.named for f in found.findings]) == (DIFFERS, ["UNKNOWN"])
