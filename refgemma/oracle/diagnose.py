@@ -369,7 +369,7 @@ class Diagnosis:
         return [min(found, key=lambda one: one[0])[1]] if found else []
 
     def _find_roundings(self, names: Sequence[str]) -> list[KnownBug]:
-        """Return the way of rounding, or the two, that come closest, if what remains is their own noise.
+        """Return the way of rounding, or the two, that come closest, if the rest is their own noise.
 
         Results that are rounded to half precision in every layer go apart: a tiny difference before a rounding can
         change its result, and the next layer rounds other numbers. So most of the error must be explained, and the
