@@ -410,11 +410,11 @@ def expired(entry: Mapping[str, Any], today: date, newest: str | None = None, pi
 
 
 def newest_version(row: Row) -> str | None:
-    """Return the newest version on the row's index, or None if it does not answer or there is none."""
+    """Return the newest version on the row's index for the row's Python, or None if there is no answer."""
     if row.index == "npm":
         command = ["npm", "view", row.package, "version"]
     elif row.index == "pypi":
-        command = [sys.executable, "-m", "pip", "index", "versions", row.package]
+        command = [sys.executable, "-m", "pip", "index", "versions", row.package, "--python-version", row.python]
     else:
         return None
     run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
@@ -591,12 +591,12 @@ def list_expired(rows: list[Row], today: date) -> int:
     """Print the rows that have expired; return 1 if there are any."""
     results = read_results()
     rows = [row for row in rows if row.name in results]
-    asked = {(row.index, row.package): row for row in rows}
+    asked = {(row.index, row.package, row.python): row for row in rows}
     with ThreadPoolExecutor(4) as pool:
         newest = dict(zip(asked, pool.map(newest_version, asked.values()), strict=True))
     count = 0
     for row in rows:
-        found = newest[row.index, row.package]
+        found = newest[row.index, row.package, row.python]
         if reason := expired(results[row.name], today, found, row.pinned):
             print(f"{row.name}: {reason}")
             count += 1
