@@ -2,8 +2,8 @@
 
 Checked in the tests: the page has the numbers of the JSON; axe-core finds no serious fault in light or dark colours.
 
-The order is that of a reader's questions: what happened, where first and how it looks, what to do, what else differs,
-what this trace cannot show, and how large all errors are.
+The verdict is first. Then follow the first difference with its picture, advice, the other differences, the known bugs
+that the trace rules out, and the sizes of all errors.
 """
 
 import html
@@ -86,7 +86,7 @@ def render_report(report: Report, model: str) -> str:
     )  # fmt: skip
 
 
-# --- what happened ----------------------------------------------------------------------------------------------------
+# --- the verdict ------------------------------------------------------------------------------------------------------
 
 
 def _headline(report: Report, model: str) -> str:
@@ -106,7 +106,7 @@ def _headline(report: Report, model: str) -> str:
 
 
 def _describe(report: Report) -> tuple[str, str]:
-    """Return a title and a sentence that say what happened."""
+    """Return the verdict as a title and a sentence."""
     if report.wrong_preflight:
         wrong = report.wrong_preflight[0]
         what = "The tokens differ" if wrong.name == "input_ids" else "The weights differ"

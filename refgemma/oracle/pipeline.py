@@ -79,13 +79,9 @@ def suggest_map(path: str | Path, unknown: Sequence[str]) -> str:
     file = open_any(path)
     some = replace(file, entries={name: file.entries[name] for name in unknown[:NAMES_LIMIT]})
     known = {name: _count_matches(some, load_map(name)) for name in map_names()}
-    best = max(known, key=lambda name: known[name])
-    count = pluralise(len(some.entries), "name")
-    return (
-        f"the map {best} knows {known[best]} of the {count} that refgemma does not know; give --map {best}"
-        if known[best]
-        else ""
-    )
+    best = max(known, key=lambda name: (known[name], name == "transformers"))  # some maps share names
+    unknown_names = pluralise(len(some.entries), "unknown name")
+    return f"--map {best} knows {known[best]} of {unknown_names} in the file; give this map" if known[best] else ""
 
 
 def _count_matches(file: TraceFile, names: NameMap) -> int:

@@ -182,10 +182,11 @@ def finding_row(finding: Finding) -> str:
 
 def error_columns(s: Statistics) -> str:
     """Return the columns of errors of a line in a table; `ERRORS` has their titles."""
-    return f"{largest_error(s):>20s} {typical_error(s):>23s} {percent(s.exact):>6s}"
+    largest, typical = (said.replace(" million", "M") for said in (largest_error(s), typical_error(s)))
+    return f"{largest:>15s} {typical:>19s} {percent(s.exact):>6s}"
 
 
-ERRORS = f"{'largest error':>20s} {'typical error':>23s} {'exact':>6s}"
+ERRORS = f"{'largest error':>15s} {'typical error':>19s} {'exact':>6s}"
 UNITS = (
     "bound: the largest error that rounding can cause; 1 x rounding: its usual error; exact: correctly rounded elements"
 )
