@@ -133,7 +133,7 @@ def read_file(path: str | Path, limit: int = TEXT_LIMIT) -> bytes:
     """
     with open_file(path) as file:
         if (size := os.fstat(file.fileno()).st_size) > limit:
-            raise OSError(errno.EFBIG, f"{size} bytes long; the limit is {limit}", str(path))
+            raise OSError(errno.EFBIG, f"{pluralise(size, 'byte')} long; the limit is {limit}", str(path))
         return file.read()
 
 

@@ -76,7 +76,7 @@ def test_the_page_shows_what_the_json_has(wrong: Path, capsys: pytest.CaptureFix
         found_rms = float(typical[1].replace(",", "")) * (1e6 if typical[2] else 1) if typical else 0.0
         assert found_rms == pytest.approx(tensor["rms_over_sigma"], rel=0.06)  # two digits
     # The histogram has every element that was compared.
-    counts = [int(n) for n in re.findall(r"to -?[\d.]+: (\d+) elements", page)]
+    counts = [int(n) for n in re.findall(r"to -?[\d.]+: (\d+) elements?", page)]
     assert len(counts) == len(EDGES) - 1
     assert sum(counts) == sum(t["elements"] for t in found["tensors"])
     # The maps show the one row of the one head.

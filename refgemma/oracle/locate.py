@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from refgemma.config import ConfigError
+from refgemma.files import pluralise
 from refgemma.oracle.engine import Engine
 from refgemma.oracle.known_bugs import KnownBug
 from refgemma.precision import Array
@@ -166,7 +167,7 @@ def locate_errors(engine: Engine, name: str) -> str:
     if not wrong.any():
         return "small errors across the whole tensor"
     axes = axes_of(name).split()
-    said = [f"{np.sum(wrong)} of {wrong.size} elements"]
+    said = [f"{np.sum(wrong)} of {pluralise(wrong.size, 'element')}"]
     lengths = dict(zip(axes, wrong.shape, strict=True))
     words = {"batch": "rows", "heads": "heads", "kv_heads": "key heads", "seq": "positions"}
     for axis, word in words.items():

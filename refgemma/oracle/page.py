@@ -540,7 +540,10 @@ def _worst(report: Report) -> str:
     if not len(ratios):
         return "<p>No tensor has a derived bound: their inputs were not recorded.</p>"
     counts, edges = np.histogram(np.clip(np.log10(ratios), -6, 7.9), bins=28, range=(-6, 8))
-    titles = [f"from {10**edge:.2g} x bound: {count} tensors" for edge, count in zip(edges, counts, strict=False)]
+    titles = [
+        f"from {10**edge:.2g} x bound: {pluralise(int(count), 'tensor')}"
+        for edge, count in zip(edges, counts, strict=False)
+    ]
     styles = ["wrong" if edge >= 0 else "right" for edge in edges]
     ticks = {n / 28: _power(edges[n]) for n in range(0, 29, 4)}
     bars = _bars(counts / counts.max(), titles, styles)
@@ -557,7 +560,8 @@ def _histogram(report: Report) -> str:
     normal = np.diff([0.5 * (1 + math.erf(edge / math.sqrt(2))) for edge in EDGES])
     top = max(share.max(), normal.max())
     titles = [
-        f"{low:g} to {high:g}: {count} elements" for low, high, count in zip(EDGES, EDGES[1:], counts, strict=False)
+        f"{low:g} to {high:g}: {pluralise(int(count), 'element')}"
+        for low, high, count in zip(EDGES, EDGES[1:], counts, strict=False)
     ]
     bars = _bars(share / top, titles, ["plain"] * len(share))
     step = WIDE / len(share)
