@@ -116,7 +116,7 @@ def test_the_page_of_a_wrong_window_shows_its_band_and_values(window: Path, caps
     assert squares == [(6 + 14 * query, 44 + 14 * (query - 8)) for query in range(8, 20)]
     # The table has the recorded numbers, and 0 for the reference.
     probs = load_file(window)["layers.0.attention.probs"]
-    rows = re.findall(r"row (\d+), head (\d+), query (\d+), key (\d+)</th><td>([\d.]+)</td><td>([\d.]+)</td>", first)
+    rows = re.findall(r"text (\d+), head (\d+), query (\d+), key (\d+)</th><td>([\d.]+)</td><td>([\d.]+)</td>", first)
     assert rows
     for *place, ours, theirs in rows:
         row, head, query, key = map(int, place)

@@ -129,11 +129,12 @@ def find_seen(engine: Engine, name: str, at: Sequence[int], bugs: Sequence[Known
         except ConfigError:
             continue
         for n in range(context.config.num_hidden_layers if wrong is not context else 0):
-            states = _compare_masks(
-                context.mask(context, n)[at[0], 0], wrong.mask(wrong, n)[at[0], 0], context.call.visible[at[0]]
-            )
-            if (states > BOTH).any():
-                return Seen(n, states, False)
+            right, other = context.mask(context, n)[:, 0], wrong.mask(wrong, n)[:, 0]
+            rows = np.flatnonzero((right != other).any(axis=(1, 2)))
+            for row in rows:
+                states = _compare_masks(right[row], other[row], context.call.visible[row])
+                if (states > BOTH).any():
+                    return Seen(n, states, False)
     return None
 
 

@@ -19,7 +19,7 @@ from refgemma.files import pluralise
 from refgemma.oracle.diagnose import Finding, Report
 from refgemma.oracle.engine import Instance
 from refgemma.oracle.judge import EDGES, Statistics
-from refgemma.oracle.known_bugs import KnownBug
+from refgemma.oracle.known_bugs import KNOWN_BUGS, KnownBug
 from refgemma.oracle.locate import BOTH, EXTRA, MISSED, Comparison, Element, ErrorMap, Seen
 from refgemma.oracle.report import (
     bug_counts,
@@ -42,7 +42,7 @@ from refgemma.oracle.report import (
     where_to_look,
     why,
 )
-from refgemma.oracle.verdicts import BLIND, CONFORMS, DIFFERS, GOOD, INCONCLUSIVE, INVALID, MISSING, NOISY_ONLY
+from refgemma.oracle.verdicts import BLIND, CONFORMS, DIFFERS, GOOD, INCONCLUSIVE, INVALID, MISSING, NOISY_ONLY, UNKNOWN
 from refgemma.precision import Array
 from refgemma.trace.names import FIELDS, LAYER_FIELDS, field_of, layer_of, list_names
 
@@ -54,7 +54,10 @@ WORDS = {
     DIFFERS: "\N{BALLOT X} differs", CONFORMS: "\N{CHECK MARK} conforms", NOISY_ONLY: "\N{ALMOST EQUAL TO} noisy",
     INCONCLUSIVE: "? inconclusive",
 }  # fmt: skip
-AXIS_WORDS = {"batch": "row", "kv_heads": "key head", "heads": "head", "seq": "position", "keys": "key"}
+AXIS_WORDS = {
+    "batch": "text", "kv_heads": "key head", "heads": "head", "seq": "position", "keys": "key", "vocab": "token id",
+    "out": "row",
+}  # fmt: skip
 # The operation of each field, for readers who do not know refgemma's names.
 FORMULAS = {
     "cos": "cosines of position * frequency", "sin": "sines of position * frequency",
@@ -110,7 +113,9 @@ def _describe(report: Report) -> tuple[str, str]:
     if report.wrong_preflight:
         wrong = report.wrong_preflight[0]
         what = "The tokens differ" if wrong.name == "input_ids" else "The weights differ"
-        return f"{what}: {wrong.named}", f"First at {wrong.name}: {wrong.note or wrong.named}."
+        says = next((v.says for v in KNOWN_BUGS if v.name == wrong.named), wrong.note)
+        named = "" if wrong.named == UNKNOWN else f". Known bug: {wrong.named}"
+        return f"{what}: {says}", f"First at {wrong.name}{f': {wrong.note}' if wrong.note else ''}{named}."
     if not report.findings:
         return {
             CONFORMS: ("Rounding explains every recorded tensor", f"Known bugs: {count_bugs(report)}."),
@@ -197,12 +202,13 @@ def _name(finding: Finding) -> str:
 
 def _axis(axes: Sequence[str], axis: int) -> str:
     """Return the name of an axis; the positions of a tensor with keys are queries."""
-    return "query" if axes[axis] == "seq" and axes[-1] == "keys" else AXIS_WORDS.get(axes[axis], axes[axis])
+    return "query" if axes[axis] == "seq" and axes[-1] == "keys" else AXIS_WORDS.get(axes[axis], "column")
 
 
 def _draw_seen(sides: Comparison, seen: Seen) -> str:
     """Draw the keys that each query sees, in the port and in the reference."""
     states, (down, _) = pool_blocks(seen.states, CELLS)
+    ends = seen.states.shape[0] - 1, seen.states.shape[1] - 1
     said = {
         EXTRA: ("extra", "seen only by your port: wrong"), MISSED: ("missed", "not seen by your port: wrong"),
         BOTH: ("both", "seen by both"),
@@ -212,7 +218,7 @@ def _draw_seen(sides: Comparison, seen: Seen) -> str:
     title = f"Keys that each query of layer {seen.layer} sees, {source}"
     classes = [[said[int(x)][0] if x else "" for x in row] for row in states]
     block = f" A square is {down} x {down} tokens." if down > 1 else ""
-    return _draw_cells(classes, title + "." + block, ("key", "query"), (0, 0), down, legend)
+    return _draw_cells(classes, title + "." + block, ("key", "query"), (0, 0), ends, legend)
 
 
 def _draw_values(sides: Comparison, x: Array, title: str, top: float) -> str:
@@ -229,28 +235,33 @@ def _draw_values(sides: Comparison, x: Array, title: str, top: float) -> str:
     legend |= {"odd": "not finite"} if np.isinf(x).any() else {}
     corner = (sides.corner[down] if down != across else 0, sides.corner[across])
     axes = (_axis(sides.axes, across), _axis(sides.axes, down))
-    return _draw_cells(classes, f"{title}{f', {fixed}' if fixed else ''}", axes, corner, 1, legend)
+    ends = corner[0] + x.shape[0] - 1, corner[1] + x.shape[1] - 1
+    return _draw_cells(classes, f"{title}{f', {fixed}' if fixed else ''}", axes, corner, ends, legend)
 
 
 def _draw_errors(m: ErrorMap, name: str) -> str:
     """Draw the largest errors along two axes."""
     numbers, (down, across) = pool_blocks(m.numbers, CELLS)
+    ends = m.numbers.shape[0] - 1, m.numbers.shape[1] - 1
     classes = [
         ["" if np.isnan(x) else f"e{sum(bool(x >= least) for least in LEVELS) - 1}" for x in row] for row in numbers
     ]
-    ends = [*(f"below {factor(least)}" for least in LEVELS[1:]), f"from {factor(LEVELS[-1])}"]
-    legend = {f"e{n}": f"{said} x" for n, said in enumerate(ends)}
+    levels = [*(f"below {factor(least)}" for least in LEVELS[1:]), f"from {factor(LEVELS[-1])}"]
+    legend = {f"e{n}": f"{said} x" for n, said in enumerate(levels)}
     block = "" if (down, across) == (1, 1) else f" A square shows the largest of {down} x {across} elements."
     title = f"{name}: largest error, in units of the usual rounding error.{block}"
     axes = (m.rows, m.columns)
-    return _draw_cells(classes, title, (_axis(axes, 1), _axis(axes, 0)), (0, 0), (down, across), legend)
+    return _draw_cells(classes, title, (_axis(axes, 1), _axis(axes, 0)), (0, 0), ends, legend)
 
 
 def _draw_cells(
     classes: Sequence[Sequence[str]], title: str, axes: tuple[str, str], corner: tuple[int, int],
-    block: int | tuple[int, int], legend: Mapping[str, str],
+    ends: tuple[int, int], legend: Mapping[str, str],
 ) -> str:  # fmt: skip
-    """Draw a map with titles of its axes, across and down; adjacent cells of one class form one rectangle."""
+    """Draw a map with the titles of its axes, across and down, and the numbers of their ends, down and across.
+
+    Adjacent cells of one class form one rectangle.
+    """
     rows, columns = len(classes), len(classes[0])
     size = max(5, min(14, 300 // max(rows, columns)))
     left, bottom = 44, rows * size + 6
@@ -265,14 +276,12 @@ def _draw_cells(
                 )
             x += width
     paths = "".join(f'<path class="{style}" d="{"".join(drawn)}"/>' for style, drawn in shapes.items())
-    down, across = (block, block) if isinstance(block, int) else block
     right = left + columns * size
-    last = corner[0] + rows * down - 1, corner[1] + columns * across - 1
     ticks = (
         f'<text x="{left}" y="{bottom + 14}">{corner[1]}</text>'
-        f'<text x="{right}" y="{bottom + 14}" text-anchor="end">{last[1]}</text>'
+        f'<text x="{right}" y="{bottom + 14}" text-anchor="end">{ends[1]}</text>'
         f'<text x="{left - 4}" y="17" text-anchor="end">{corner[0]}</text>'
-        f'<text x="{left - 4}" y="{bottom}" text-anchor="end">{last[0]}</text>'
+        f'<text x="{left - 4}" y="{bottom}" text-anchor="end">{ends[0]}</text>'
         f'<text x="{(left + right) / 2:.0f}" y="{bottom + 14}" text-anchor="middle">{html.escape(axes[0])}</text>'
         f'<text transform="translate(12 {(6 + bottom) / 2:.0f}) rotate(-90)" text-anchor="middle">'
         f"{html.escape(axes[1])}</text>"
@@ -319,7 +328,7 @@ def _operation(report: Report, finding: Finding) -> str:
     kind = field_of(first.tensor)
     formula = FORMULAS.get(kind, NORM if kind.endswith("norm") else "")
     says = "; or ".join(v.says for v in finding.explanations) or "not known"
-    rows = [("operation", formula, says)] if formula and not first.between else [("mistake", "", says)]
+    rows = [("operation", formula, says)] if formula and not first.between else [("operations", "the model's", says)]
     for v in finding.explanations[:1]:
         rows += [
             (f"config key {key}", shown_value(expected, wrong)[0], shown_value(expected, wrong)[1])
@@ -420,6 +429,8 @@ def _strip(report: Report) -> str:
     kinds = dict.fromkeys((*FIELDS, *(name for name in by_name if layer_of(name) is None)))
     for kind in kinds:
         names = [f"layers.{n}.{kind}" for n in range(count)] if kind in LAYER_FIELDS else [kind]
+        if not any(name in by_name for name in names):
+            continue
         cells = "".join(_cell(by_name.get(name), name) for name in names)
         rows.append(f'<tr><th scope="row">{html.escape(kind)}</th>{cells}</tr>')
     return "".join(rows)
@@ -485,9 +496,7 @@ def _coverage(report: Report) -> str:
     ]  # fmt: skip
     said = [*recorded_lines(report), *report.remarks]
     remarks = "".join(f"<li>{html.escape(_sentence(line))}</li>" for line in said)
-    return f'<p>Known bugs:</p><ul class="bar">{bar}</ul>{"".join(lists)}' + (
-        f"<h3>Remarks</h3><ul>{remarks}</ul>" if remarks else ""
-    )
+    return f'<ul class="bar">{bar}</ul>{"".join(lists)}' + (f"<h3>Remarks</h3><ul>{remarks}</ul>" if remarks else "")
 
 
 def _details(title: str, bugs: Sequence[KnownBug], describe: Callable[[KnownBug], str]) -> str:

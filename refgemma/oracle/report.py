@@ -173,11 +173,11 @@ def explains_estimate(key: str, value: Any, e: Estimate) -> bool:
     )
 
 
-def finding_row(finding: Finding) -> str:
-    """Return a finding's line in the table."""
+def finding_row(finding: Finding, width: int) -> str:
+    """Return a finding's line in the table; `width` is that of the first column."""
     s, verdict = finding.worst.judged.statistics, finding.worst.judged.verdict
     layers = f"{len(finding.instances)} of {finding.total}"
-    return f"{finding.field:28s} {verdict:8s} {layers:8s} {error_columns(s)}"
+    return f"{finding.field:{width}s} {verdict:8s} {layers:8s} {error_columns(s)}"
 
 
 def error_columns(s: Statistics) -> str:
@@ -359,10 +359,11 @@ def text(report: Report, model: str) -> str:
     lines = [f"{candidate.source} against {label(report, model)}: {count} in {candidate.dtype}", ""]
     lines += [*first_lines(report), ""]
     if report.findings:
-        lines.append(f"{'tensor':28s} {'verdict':8s} {'layers':8s} {ERRORS}")
+        width = max(28, *(len(finding.field) for finding in report.findings))
+        lines.append(f"{'tensor':{width}s} {'verdict':8s} {'layers':8s} {ERRORS}")
         for finding in report.findings:
             named = "" if finding is report.findings[0] else f"  {cause(report, finding)}"
-            lines.append(finding_row(finding) + named)
+            lines.append(finding_row(finding, width) + named)
         lines.append(UNITS)
     lines.append(count_verdicts(report))
     lines.append(f"known bugs: {count_bugs(report)}" + (":" if report.undetectable else ""))
