@@ -97,7 +97,7 @@ def compare_sides(engine: Engine, name: str, bugs: Sequence[KnownBug]) -> Compar
         units = np.abs(found - reference) / engine.tolerance(name).std
         units = np.where(where, np.where(np.isnan(units), np.inf, units), -1)
         relative = float(np.linalg.norm((found - reference)[where]) / np.linalg.norm(reference[where]))
-    rows = units.reshape(-1, units.shape[-1])
+    rows = units.reshape(-1, units.shape[-1] if units.ndim > 1 else 1)
     order = np.argsort(-rows.max(axis=-1), kind="stable")[:WORST]
     flat = [int(row * rows.shape[1] + rows[row].argmax()) for row in order]
     places = [tuple(int(n) for n in np.unravel_index(n, found.shape)) for n in flat]

@@ -44,7 +44,7 @@ from refgemma.oracle.report import (
 )
 from refgemma.oracle.verdicts import BLIND, CONFORMS, DIFFERS, GOOD, INCONCLUSIVE, INVALID, MISSING, NOISY_ONLY, UNKNOWN
 from refgemma.precision import Array
-from refgemma.trace.names import FIELDS, LAYER_FIELDS, field_of, layer_of, list_names
+from refgemma.trace.names import field_of, layer_of, list_names
 
 # Lower limits of a map's colours in standard deviations: rounding, then ten times more for each colour.
 LEVELS = (0.0, 4.0, 10.0, 100.0, 1e3, 1e4)
@@ -372,7 +372,7 @@ def _values(finding: Finding) -> str:
     ]  # fmt: skip
     heads = ("place, counted from 0", "your port", "reference", "difference", "ratio", "error / usual rounding")
     where = f"<p>Wrong: {html.escape(finding.where)}.</p>" if finding.where else ""
-    table = _table("Largest errors, one for each row of the last axis", heads, rows, numbers=True)
+    table = _table("Largest errors of different rows", heads, rows, numbers=True)
     return f"<p>{' '.join(filter(None, said))}</p>{where}{table}"
 
 
@@ -422,25 +422,24 @@ def _table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]], nu
 
 def _strip(report: Report) -> str:
     """Return the rows of a table with a cell for each tensor."""
-    by_name = {i.tensor: i for i in report.instances}
+    kinds: dict[str, dict[int, Instance]] = {}
+    for i in report.instances:
+        kinds.setdefault(field_of(i.tensor), {})[layer_of(i.tensor) or 0] = i
     count = report.config.num_hidden_layers
     heads = "".join(f'<th scope="col">{n}</th>' for n in range(count))
     rows = [f'<thead><tr><th scope="col">tensor \\ layer</th>{heads}</tr></thead>']
-    kinds = dict.fromkeys((*FIELDS, *(name for name in by_name if layer_of(name) is None)))
-    for kind in kinds:
-        names = [f"layers.{n}.{kind}" for n in range(count)] if kind in LAYER_FIELDS else [kind]
-        if not any(name in by_name for name in names):
-            continue
-        cells = "".join(_cell(by_name.get(name), name) for name in names)
+    for kind, layers in kinds.items():
+        alone = layer_of(layers[min(layers)].tensor) is None
+        cells = "".join(_cell(layers.get(n)) for n in range(1 if alone else count))
         rows.append(f'<tr><th scope="row">{html.escape(kind)}</th>{cells}</tr>')
     return "".join(rows)
 
 
-def _cell(instance: Instance | None, name: str) -> str:
+def _cell(instance: Instance | None) -> str:
     if instance is None:
-        return f'<td title="{html.escape(name)}: not recorded" class="{MISSING}"></td>'
+        return f'<td title="not recorded" class="{MISSING}"></td>'
     s, verdict = instance.judged.statistics, instance.judged.verdict
-    title = f"{name}: {verdict}, {describe_error(s)}, exact {percent(s.exact)}"
+    title = f"{instance.tensor}: {verdict}, {describe_error(s)}, exact {percent(s.exact)}"
     return f'<td title="{html.escape(title)}" class="{verdict}">{_compact(s, verdict)}</td>'
 
 
