@@ -33,8 +33,8 @@ def run_convert(args: argparse.Namespace) -> int:
         return OK
     if source.padding:
         say(
-            f"dropped {pluralise(source.padding, 'row')} of the embedding beyond the vocabulary; not zero: "
-            f"{source.nonzero}"
+            f"dropped {pluralise(source.padding, 'row')} of the embedding beyond the vocabulary; "
+            f"{source.nonzero} were not zero"
         )
     say(
         f"{done.target}: {pluralise(len(done.outputs), 'tensor')}, {done.nbytes:,} bytes in {', '.join(dtypes)}, "

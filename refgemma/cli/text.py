@@ -201,8 +201,7 @@ def run_perplexity(args: argparse.Namespace) -> int:
     )
     if len(ids) > GEMMA_CPP_TOKENS:
         say(
-            f"gemma.cpp:    sums the first {GEMMA_CPP_TOKENS} of {pluralise(len(ids), 'token')} and divides "
-            "by all bytes: "
+            f"gemma.cpp:    sums the first {GEMMA_CPP_TOKENS} of the {len(ids)} tokens and divides by all bytes: "
             "meaningless for a text this long"
         )
     else:

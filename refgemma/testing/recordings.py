@@ -86,7 +86,8 @@ def _check_forward(backend: Any, name: str) -> None:
     distances = _measure_distances(name, about, golden, computed)
     beyond = [(tensor, far) for tensor, far in distances.items() if not far <= 1]
     listed = "; ".join(f"{tensor}: {far:.3g} times the tolerance" for tensor, far in beyond[:8])
-    require(not beyond, f"{len(beyond)} of {pluralise(len(distances), 'tensor')} differ, first {listed}")
+    count = f"{len(beyond)} of {pluralise(len(distances), 'tensor')} differ{'s' * (len(beyond) == 1)}"
+    require(not beyond, f"{count}, first {listed}")
 
 
 def _measure_distances(
