@@ -201,8 +201,8 @@ def run_perplexity(args: argparse.Namespace) -> int:
     )
     if len(ids) > GEMMA_CPP_TOKENS:
         say(
-            f"gemma.cpp:    sums the first {GEMMA_CPP_TOKENS} of the {len(ids)} tokens and divides by all bytes: "
-            "meaningless for a text this long"
+            f"gemma.cpp:    sums the first {GEMMA_CPP_TOKENS} of the {pluralise(len(ids), 'token')} and divides by all "
+            "bytes: meaningless for a text this long"
         )
     else:
         say(f"gemma.cpp:    {gemma_cpp:.4f} bits per byte, <bos> counted as log2 of the vocabulary")
