@@ -310,9 +310,8 @@ def lines(found: Audit, model: str) -> Iterator[str]:
     unknown = UNKNOWN in found.best.names
     yield f"{'do not explain it alone' if unknown else 'excluded'}: {len(found.excluded)} of {asked} known bugs"
     if found.undetectable:
-        yield f"could not show {len(found.undetectable)} (--json lists all): " + reports.short(
-            [v.name for v in found.undetectable], 5
-        )
+        names = ", ".join(v.name for v in found.undetectable)
+        yield from reports.wrap(f"could not show {len(found.undetectable)}: {names}")
     yield from (f"remark: {remark}" for remark in found.remarks)
 
 
