@@ -15,7 +15,7 @@ from refgemma import activations, backward, heads, layers, model, ops
 from refgemma.activations import ACTIVATIONS
 from refgemma.cache import LayerCache
 from refgemma.config import FULL, SLIDING, Gemma2Config
-from refgemma.weights.parameters import LayerWeights, Score, tensor_shapes, weights_of
+from refgemma.weights.parameters import LayerWeights, Score, layer_tensors, tensor_shapes, weights_of
 
 EPS = 2.0**-52
 STEP = 2.0**-17  # near the cube root of EPS, where truncation and rounding of a central difference are of one size
@@ -50,8 +50,8 @@ def size(rng: np.random.Generator) -> int:
     return int(rng.integers(1, 5))
 
 
-def arrays(*shapes: tuple[int, ...]) -> Callable[[np.random.Generator], list[Any]]:
-    return lambda rng: [rng.standard_normal(shape) for shape in shapes]
+def arrays(*shapes: tuple[int, ...], scale: float = 1.0) -> Callable[[np.random.Generator], list[Any]]:
+    return lambda rng: [scale * rng.standard_normal(shape) for shape in shapes]
 
 
 def no_bend(rng: np.random.Generator) -> list[Any]:
@@ -211,6 +211,8 @@ SIZES = Gemma2Config(
     num_key_value_heads=1, head_dim=4, query_pre_attn_scalar=3, sliding_window=2, attn_logit_softcapping=2.0,
     final_logit_softcapping=3.0, layer_types=[SLIDING, FULL], attention_bias=True, pad_token_id=None,
 )  # fmt: skip
+# In GELU, 1 + tanh loses digits for inputs below -3, and a norm can make the rest large: weights are small here.
+SCALE = 0.4
 SHAPES = {name: x.shape for name, x in vars(weights_of(
     {name: np.zeros(shape) for name, shape in tensor_shapes(SIZES).items()}, SIZES
 ).layers[0]).items()}  # fmt: skip
@@ -235,7 +237,7 @@ vars(PLAIN_LAYERS)["extend"] = lambda past, k, v: SimpleNamespace(
 
 def layer_inputs(names: list[str]) -> Callable[[np.random.Generator], list[Any]]:
     """Return a function that draws the input of a layer, two rows of three tokens, and these weights."""
-    return arrays((2, 3, 3), *(SHAPES[name] for name in names))
+    return arrays((2, 3, 3), *(SHAPES[name] for name in names), scale=SCALE)
 
 
 def layer_weights(names: list[str], given: tuple[Any, ...]) -> LayerWeights:
@@ -305,6 +307,44 @@ def run_model_backward(grad: Any, *given: Any) -> tuple[Any, ...]:
     return tuple(found[name] for name in MODEL_SHAPES)
 
 
+def plain_trunk(*given: Any) -> Any:
+    """Compute the last norm of `run_model` for complex weights, block by block."""
+    named = dict(zip(MODEL_SHAPES, given, strict=True))
+    start = model.begin(IDS, model_weights(tuple(x.real for x in given)), SIZES)
+    hidden = named["model.embed_tokens.weight"][IDS] * np.sqrt(3)
+    for layer, kind in enumerate(SIZES.layer_types):
+        weights = {field: named[name] for field, name in layer_tensors(layer, True).items()}
+        places = np.arange(3)
+        mask = ops.causal_mask(places, places) if kind == FULL else ops.sliding_mask(places, places, 2)
+        hidden = PLAIN_LAYERS.block(
+            hidden,
+            SimpleNamespace(**weights),
+            past=PAST[:, :, :, :0],
+            cos=start.cos,
+            sin=start.sin,
+            mask=mask,
+            scale=3**-0.5,
+            cap=2.0,
+            activation=PLAIN_ACTIVATIONS.gelu_new,
+            eps=SIZES.rms_norm_eps,
+        ).out
+    return PLAIN.rms_norm(hidden, named["model.norm.weight"], SIZES.rms_norm_eps)
+
+
+def plain_model(*given: Any) -> Any:
+    table = given[list(MODEL_SHAPES).index("model.embed_tokens.weight")]
+    return PLAIN.soft_cap(plain_trunk(*given) @ table.T, 3.0)
+
+
+def plain_loss(*given: Any) -> Any:
+    return plain_cross_entropy(plain_model(*given)[:, :-1].reshape(-1, 5), IDS[:, 1:].ravel(), 4)
+
+
+def plain_classifier_loss(*given: Any) -> Any:
+    logits = plain_trunk(*given[:-2]) @ given[-2].T + given[-1]
+    return plain_cross_entropy(logits.reshape(-1, 3), IDS.ravel() % 3, 6)
+
+
 def loss_of(compute: Callable[..., Any]) -> Operation:
     """Return the loss of a whole language model and its gradients, by a function that computes both."""
 
@@ -316,7 +356,7 @@ def loss_of(compute: Callable[..., Any]) -> Operation:
         weights = found if isinstance(found, dict) else found.weights
         return tuple(grad * weights[name] for name in MODEL_SHAPES)
 
-    return Operation(forward, differentiate, arrays(*MODEL_SHAPES.values()), compute.__name__)
+    return Operation(forward, differentiate, arrays(*MODEL_SHAPES.values(), scale=SCALE), compute.__name__, plain_loss)
 
 
 def classifier_gradients(*given: Any) -> Any:
@@ -341,7 +381,8 @@ COMPOSED: dict[str, Operation] = {
             **ROTARY).out,
     ),
     "model": Operation(
-        lambda *given: run_model(*given).logits, run_model_backward, arrays(*MODEL_SHAPES.values()), "backward",
+        lambda *given: run_model(*given).logits, run_model_backward, arrays(*MODEL_SHAPES.values(), scale=SCALE),
+        "backward", plain_model,
     ),
     "loss of a model": loss_of(backward.compute_gradients),
     "loss of a model, all gradients": loss_of(backward.compute_all_gradients),
@@ -349,7 +390,8 @@ COMPOSED: dict[str, Operation] = {
         lambda *given: np.array(classifier_gradients(*given)[0]),
         lambda g, *given: tuple(g * x for x in map(classifier_gradients(*given)[1].weights.__getitem__,
                                                    (*MODEL_SHAPES, *SCORE))),
-        arrays(*MODEL_SHAPES.values(), *SCORE.values()), "compute_classifier_gradients",
+        arrays(*MODEL_SHAPES.values(), *SCORE.values(), scale=SCALE), "compute_classifier_gradients",
+        plain_classifier_loss,
     ),
 }  # fmt: skip
 
