@@ -179,11 +179,16 @@ def capped(cap_learns: Callable[[Any, Any, float], Any]) -> Make:
     """Return a bug with another gradient of the logits' soft cap."""
 
     def make(model: Any, patch: Patch) -> None:
-        def forward(self: Any, input_ids: Any, attention_mask: Any = None, use_cache: bool = False) -> Any:
+        def forward(
+            self: Any, input_ids: Any, attention_mask: Any = None, labels: Any = None, use_cache: bool = False,
+            **named: Any,
+        ) -> Any:  # fmt: skip
             hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
             raw, cap = self.lm_head(hidden), self.config.final_logit_softcapping
             bent = torch.tanh(raw / cap) * cap
-            return CausalLMOutputWithPast(logits=learn_as(bent, cap_learns(raw, bent, cap)))
+            logits = learn_as(bent, cap_learns(raw, bent, cap))
+            loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size, **named)
+            return CausalLMOutputWithPast(loss=loss, logits=logits)
 
         model.forward = types.MethodType(forward, model)
 
