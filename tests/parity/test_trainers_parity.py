@@ -139,8 +139,8 @@ def test_default_labels_are_judged(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def learn_as(value: Any, other: Any) -> Any:
-    """Return the numbers of `value` with the gradient of `other`."""
-    return value.detach() + (other - other.detach())
+    """Return the numbers of `value` with the gradient of `other`, which may be computed in float32."""
+    return value.detach() + (other - other.detach()).to(value.dtype)
 
 
 def times(x: Any, factor: Any) -> Any:
@@ -208,8 +208,8 @@ def attention(**parts: Callable[..., Any]) -> Make:
         groups = module.num_key_value_groups
         keys = part("copies")(modeling.repeat_kv(k, groups), groups)
         values = part("copies")(modeling.repeat_kv(v, groups), groups)
-        q, keys = part("factors")(q, scaling), part("factors")(keys, scaling)
-        scores = torch.matmul(q, keys.transpose(2, 3)) * scaling
+        products = torch.matmul(q, keys.transpose(2, 3))
+        scores = part("scores")(products * scaling, products)
         bent = part("cap")(torch.tanh(scores / softcap) * softcap, scores, softcap)
         probs = part("softmax")(torch.softmax(bent + mask, dim=-1), bent)
         mixed = torch.matmul(probs, values)
@@ -230,7 +230,7 @@ def causal(mask: Any) -> Any:
     n = mask.shape[-1]
     hidden = torch.triu(torch.ones(n, n, dtype=torch.bool), 1)[None, None].repeat(2, 1, 1, 1)
     hidden[1, ..., -3:] = True
-    return torch.zeros(hidden.shape).masked_fill(hidden, torch.finfo(torch.float32).min)
+    return torch.zeros(hidden.shape, dtype=mask.dtype).masked_fill(hidden, torch.finfo(mask.dtype).min)
 
 
 def rotation(learns: Callable[[Any, Any, Any], Any]) -> Make:
@@ -249,11 +249,11 @@ def rotation(learns: Callable[[Any, Any, Any], Any]) -> Make:
 
 
 def norm(learns: Callable[[Any, Any, Any], Any]) -> Make:
-    """Return a bug of the norms; `learns` gets the module, its input and its usual result."""
+    """Return a bug of the norms; `learns` gets the module, its input (in float32, as in a kernel) and its result."""
 
     def make(model: Any, patch: Patch) -> None:
         usual = modeling.Gemma2RMSNorm.forward
-        patch.setattr(modeling.Gemma2RMSNorm, "forward", lambda self, x: learns(self, x, usual(self, x)))
+        patch.setattr(modeling.Gemma2RMSNorm, "forward", lambda self, x: learns(self, x.float(), usual(self, x)))
 
     return make
 
@@ -344,7 +344,7 @@ MAKE: dict[str, Make] = {
     ),
     "softmax-no-row-sum": attention(softmax=lambda probs, x: learn_as(probs, x * probs.detach())),
     "attn-scores-detached": attention(softmax=lambda probs, x: probs.detach()),
-    "attn-scale-missing-in-backward": attention(factors=lambda x, scale: times(x, 1 / scale)),
+    "attn-scale-missing-in-backward": attention(scores=learn_as),
     "attn-backward-without-window": attention(mask=causal),
     "gqa-gradient-averaged": attention(copies=lambda copies, groups: times(copies, 1 / groups)),
     "gqa-gradient-of-one-head": attention(copies=only_first),
@@ -387,3 +387,46 @@ def test_a_mistake_is_named(name: str, monkeypatch: Patch) -> None:
     assert (whole.verdict, weights.verdict) == (DIFFERS, DIFFERS)
     assert whole.findings[0].field.startswith("grads.")
     assert whole.findings[0].named == weights.findings[0].named == name
+
+
+# --- half precision ---------------------------------------------------------------------------------------------------
+
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "check-a-trainer.md"
+BEGIN, END = "<!-- python tests/parity/test_trainers_parity.py -->", "<!-- end of half precision -->"
+
+
+def name_in(dtype: str, name: str, patch: Patch) -> list[str]:
+    """Return how a mistake is reported from a whole trace, and from the gradients of the weights alone."""
+    model = load_conformance(dtype)
+    MAKE[name](model, patch)
+    tensors, words = capture(model, inputs(CHECKPOINT.config.vocab_size)), []
+    for found in (report(tensors, dtype), report(of_weights(tensors), dtype)):
+        if found.verdict == CONFORMS:
+            words.append("hidden by rounding")
+            continue
+        named = found.findings[0].named
+        among = name in named.split(" or ")
+        words.append("named" if named == name else f"one of {len(named.split(' or '))} named" if among else "found")
+    return words
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["loss-summed", "norm-weight-missing-in-backward"])
+def test_a_mistake_in_bfloat16_is_named(name: str, monkeypatch: Patch) -> None:
+    assert name_in("bfloat16", name, monkeypatch) == ["named", "named"]
+
+
+def write_table() -> None:
+    """Write the table of docs/how-to/check-a-trainer.md: how each mistake is reported in bfloat16."""
+    lines = ["| mistake, in bfloat16 | from a whole trace | from the weights' gradients |", "| --- | --- | --- |"]
+    for name in MAKE:
+        with pytest.MonkeyPatch.context() as patch:
+            lines.append(f"| `{name}` | {' | '.join(name_in('bfloat16', name, patch))} |")
+        print(lines[-1], flush=True)
+    before, rest = PAGE.read_text("utf-8").split(BEGIN)
+    table = "\n".join(lines)
+    PAGE.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{rest.split(END)[1]}", "utf-8")
+
+
+if __name__ == "__main__":
+    write_table()
