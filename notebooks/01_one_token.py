@@ -122,9 +122,10 @@ assert np.array_equal(block.out, block.middle + block.post_feedforward_layernorm
 list(vars(block))
 
 # %% [markdown]
-# Because every block adds, the stream grows. The picture shows the size of the numbers in the stream, the **root mean
-# square** $\sqrt{\mathrm{mean}(h^2)}$, before the first block (0 blocks done) and after each block. Each line is a
-# token.
+# Every block adds to the stream, and here the additions do not cancel out: the stream grows. The picture shows the size
+# of the numbers in the stream, the **root mean square** (RMS) $\sqrt{\mathrm{mean}(h^2)}$, before the first block (0
+# blocks done) and after each block. Each line is a token. A norm divides a vector by its root mean square, so its result
+# has the RMS 1, and then multiplies each column by a trained factor. It is therefore called *RMSNorm*.
 
 # %%
 _ = viz.residual_norms(run, tokens)
@@ -202,8 +203,23 @@ title = "after: The little girl looked at the"
 _ = viz.most_likely_tokens(run.logits[0, -1], names, title=title)
 
 # %% [markdown]
-# The model gives an answer at every place, not only at the last one. After each token it predicts the next token
-# without seeing it, as in training. We can also compute logits *early*: apply the norm and the head to the stream after
+# To write a text, the model repeats this: it chooses a token, appends it, and computes the next answer. The simplest
+# choice is the most likely token, which is called **greedy** (notebook 8 has other choices).
+
+# %%
+longer = list(ids)
+for _ in range(8):
+    answer = refgemma.forward([longer], weights, config)
+    longer.append(int(answer.logits[0, -1].argmax()))
+
+assert len(longer) == seq + 8
+tiny.tokenizer.decode(longer, skip_special_tokens=True)
+
+# %% [markdown]
+# This loop computes every token again at each step. A *cache* avoids this (notebook 5).
+#
+# The **place** of a token is its number in the text, from 0. The model gives an answer at every place, not only at the
+# last one. After each token it predicts the next token without seeing it, as in training. We can also compute logits *early*: apply the norm and the head to the stream after
 # each block, as if that block were the last. The picture of these logits is called the **logit lens**; its lowest row
 # is the embedding alone. (A label like `<0xE0>` is the token of a single byte. Text that no other token covers is
 # written in bytes.)

@@ -60,6 +60,7 @@ v = split_heads(ops.linear(x, layer.v_proj), head_dim)
 
 assert q.shape == (1, heads, seq, head_dim)
 assert k.shape == v.shape == (1, kv_heads, seq, head_dim)
+assert np.array_equal(q, seen.attention.q) and np.array_equal(k, seen.attention.k)
 heads, kv_heads, heads // kv_heads
 
 # %% [markdown]
@@ -72,7 +73,8 @@ heads, kv_heads, heads // kv_heads
 # \mathrm{heads} / \mathrm{kv\_heads}$$
 #
 # Before queries and keys are compared, they are rotated by an angle that depends on their place in the text (notebook
-# 3). In the record, the rotated queries and keys are called `q_rot` and `k_rot`.
+# 3). In the record, the rotated queries and keys are called `q_rot` and `k_rot`. From here on, this notebook takes them
+# from the record instead of `q` and `k`.
 
 # %%
 groups = heads // kv_heads
@@ -137,6 +139,7 @@ mask = ops.causal_mask(places, places)
 probs = ops.softmax(seen.attention.capped, mask[None, None])
 
 assert mask.shape == (seq, seq) and probs.shape == (1, heads, seq, seq)
+assert np.array_equal(probs, seen.attention.probs)
 _ = viz.mask_picture(mask, places, places, "causal mask: dark may be seen")
 
 # %% [markdown]
@@ -155,6 +158,7 @@ out = ops.linear(side_by_side, layer.o_proj)
 # 192 numbers: this need not be hidden, which is 234.
 assert side_by_side.shape == (1, seq, heads * head_dim)
 assert out.shape == (1, seq, config.hidden_size)
+assert np.allclose(out, seen.attention.out, atol=1e-5)
 
 # %% [markdown]
 # ## Attention patterns

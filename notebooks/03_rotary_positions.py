@@ -44,7 +44,8 @@ head_dim, theta = config.head_dim, config.rope_theta
 #
 # A rotation does not change the length. If one point is rotated by $\varphi$ and another by $\psi$, their product
 # depends only on $\varphi - \psi$. So if the angle is proportional to the position, the score of a query and a key
-# depends on the *distance* between them. This is the whole idea.
+# depends on the *distance* between them. This is the whole idea. (The *position* is the number from which the angle is
+# computed. In these notebooks it is always the place of the token in the text.)
 
 
 # %%

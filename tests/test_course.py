@@ -1,5 +1,6 @@
 """The tool that builds executed notebooks, slides and sheets, and the checks for graded assignments."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,37 @@ def test_a_sheet_has_no_solution_and_a_test_for_each_exercise(path: Any) -> None
                 exec(f"{sheet.cells[place - 1].source}\n{cell.source}", {})
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_a_master_has_a_question_for_each_exercise(path: Any) -> None:
+    """Otter replaces what is between BEGIN SOLUTION and END SOLUTION by dots in the notebook of the students."""
+    notebook = jupytext.read(path)
+    master = course.make_master(notebook)
+    nbformat.validate(master)
+    names = [match[1] for cell in notebook.cells if (match := course.EXERCISE.search(cell.source))]
+    sources = [cell.source for cell in master.cells]
+    starts = [place for place, source in enumerate(sources) if source.startswith("# BEGIN QUESTION")]
+    assert [sources[place] for place in starts] == [f"# BEGIN QUESTION\nname: {name}\npoints: 1" for name in names]
+    for place, name in zip(starts, names, strict=True):
+        _, begin, solution, end, begin_tests, test, end_tests, end_question = sources[place : place + 8]
+        assert [begin, end, begin_tests] == ["# BEGIN SOLUTION", "# END SOLUTION", "# BEGIN TESTS"]
+        assert [end_tests, end_question] == ["# END TESTS", "# END QUESTION"]
+        stub = re.sub(r"    # BEGIN SOLUTION\n.*?    # END SOLUTION", "    ...", solution, flags=re.DOTALL)
+        assert f"def {name}(" in stub
+        assert not any(line.startswith("    ") for line in stub.splitlines() if line.strip() != "...")
+        assert test.endswith(f"exercises.require(exercises.check_{name}({name}))")
+        exec(f"{solution}\n{test}", {})  # the solution of the notebook is right
+        with pytest.raises(exercises.Unsolved):
+            exec(f"{stub}\n{test}", {})
+
+
 def test_the_sheets_are_written(tmp_path: Path) -> None:
     assert course.main([str(tmp_path), "--only", "sheets", "04", "12"]) == 0
     assert sorted(path.name for path in (tmp_path / "sheets").glob("*.ipynb")) == [
         "04_soft_caps.ipynb", "12_tokenizer.ipynb",
     ]  # fmt: skip
     assert (tmp_path / "sheets" / "pictures" / "model-04.svg").is_file()
+    assert course.main([str(tmp_path), "--only", "masters", "04"]) == 0
+    assert "# BEGIN TESTS" in (tmp_path / "masters" / "04_soft_caps.ipynb").read_text("utf-8")
     with pytest.raises(SystemExit, match="there is no notebook 99; give numbers such as 01"):
         course.main([str(tmp_path), "99"])
 

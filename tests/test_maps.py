@@ -117,7 +117,7 @@ def test_partial_logits_never_conform() -> None:
         logits = Tensor(np.zeros((1, 3, 97)), "float32", None if mask is None else mask[None])
         call = Call(IDS, np.arange(3)[None], np.ones((1, 3), bool), (3,))
         candidate = Candidate("", "float32", "metadata", call, {"logits": logits}, {}, ())
-        assert Report(candidate, CONFIG, (instance,), (), (), (), (), ()).verdict == verdict
+        assert Report(candidate, CONFIG, (instance,), (), (), lambda: ((), ()), ()).verdict == verdict
 
 
 # --- MLX-LM -----------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from notebook_cells import BY_NUMBER, SOURCES, after, answers, prose
 import refgemma
 from refgemma import layers, ops
 from refgemma.generation import processors
+from refgemma.generation.greedy import greedy
 from refgemma.goldens import verify
 from refgemma.precision import bf16, f16, wide
 from refgemma.teach import exercises, viz
@@ -119,11 +120,13 @@ def test_01_sizes() -> None:
     assert CONFIG.final_logit_softcapping == 30
 
 
-@claim(1, "Because every block adds, the stream grows.")
+@claim(1, "here the additions do not cancel out: the stream grows", "so its result has the RMS 1")
 def test_01_the_record_is_the_computation() -> None:
     names = after(1, "fed = ops.linear")
     assert np.array_equal(names.run.embedded[0], names.h0)
     assert np.array_equal(names.fed, names.block.feed_forward.out)
+    normed = names.x / (1 + names.layer.pre_feedforward_layernorm)
+    assert np.allclose(viz.root_mean_square(normed), 1, atol=1e-4)
     raw = after(1, "raw = run.norm")
     assert np.allclose(ops.soft_cap(raw.raw, 30.0), raw.run.logits, atol=1e-4)
     assert np.isclose(raw.probs.sum(), 1)
@@ -132,6 +135,13 @@ def test_01_the_record_is_the_computation() -> None:
     shapes = after(1, "shapes = {name").shapes
     assert list(shapes)[:3] == ["cos", "sin", "embedded"]
     assert list(shapes)[-1] == "logits"
+
+
+@claim(1, "The simplest choice is the most likely token, which is called **greedy**")
+def test_01_greedy() -> None:
+    names = after(1, "longer = list(ids)")
+    expected = list(greedy(names.ids, TINY.weights, CONFIG, max_new_tokens=8))
+    assert names.longer[names.seq :] == expected
 
 
 @claim(1, "GELU keeps positive numbers and makes negative ones almost 0.")

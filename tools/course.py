@@ -1,11 +1,11 @@
-"""Build the notebooks for a course: executed, as slides, and as sheets for nbgrader.
+"""Build the notebooks for a course: executed, as slides, as sheets for nbgrader, and as masters for Otter.
 
     pip install ".[notebooks]"                  nbconvert comes with JupyterLab
-    python tools/course.py build/course         write executed/, slides/ and sheets/
+    python tools/course.py build/course         write executed/, slides/, sheets/ and masters/
     python tools/course.py build/course --only sheets 01 04
 
-The folder is not for git. tests/test_course.py checks the sheets and slides; nbgrader's own validator has accepted the
-sheets, and its autograder gave a solution all points and a stub none.
+The folder is not for git. tests/test_course.py checks the sheets, masters and slides. nbgrader's own validator has
+accepted the sheets, and its autograder gave a solution all points and a stub none.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ import nbformat
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = ROOT / "notebooks"
-KINDS = ("executed", "slides", "sheets")
+KINDS = ("executed", "slides", "sheets", "masters")
 EXERCISE = re.compile(r"^exercises\.check_(\w+)\(\1\)$", re.MULTILINE)
-STUB = "raise NotImplementedError"
+SOLUTION = re.compile(r"<summary>Solution</summary>\n+```python\n(.*?)```", re.DOTALL)
 
 
 def split_slides(notebook: Any) -> Any:
@@ -71,6 +71,43 @@ def make_sheet(notebook: Any) -> Any:
     return made
 
 
+def mark_solution(code: str, name: str) -> str:
+    """Return a solution in which Otter replaces the body of the function `name` for students."""
+    before, head, rest = re.split(rf"(^def {name}\(.*\n)", code, flags=re.MULTILINE)
+    body = re.match(r"(?:    .*\n|\n)+", rest)
+    if body is None:
+        raise ValueError(f"the solution of {name} has no body")
+    after = rest[body.end() :]
+    return f"{before}{head}    # BEGIN SOLUTION\n{body[0].rstrip()}\n    # END SOLUTION\n{after}".rstrip()
+
+
+def make_master(notebook: Any) -> Any:
+    """Return a master notebook for `otter assign`, in which each exercise is a question of one point."""
+    made = nbformat.v4.new_notebook(metadata=copy.deepcopy(notebook.metadata))
+    made.cells.append(nbformat.v4.new_raw_cell("# ASSIGNMENT CONFIG\nexport_cell: false\ngenerate:\n  pdf: false"))
+    solutions = [match[1] for cell in notebook.cells if (match := SOLUTION.search(cell.source))]
+    for cell in notebook.cells:
+        if SOLUTION.search(cell.source):
+            continue
+        exercise = EXERCISE.search(cell.source)
+        if cell.cell_type != "code" or not exercise:
+            made.cells.append(copy.deepcopy(cell))
+            continue
+        name = exercise[1]
+        test = f"from refgemma.teach import exercises\n\nexercises.require(exercises.check_{name}({name}))"
+        made.cells += [
+            nbformat.v4.new_raw_cell(f"# BEGIN QUESTION\nname: {name}\npoints: 1"),
+            nbformat.v4.new_raw_cell("# BEGIN SOLUTION"),
+            nbformat.v4.new_code_cell(mark_solution(solutions.pop(0), name)),
+            nbformat.v4.new_raw_cell("# END SOLUTION"),
+            nbformat.v4.new_raw_cell("# BEGIN TESTS"),
+            nbformat.v4.new_code_cell(test),
+            nbformat.v4.new_raw_cell("# END TESTS"),
+            nbformat.v4.new_raw_cell("# END QUESTION"),
+        ]
+    return made
+
+
 def execute(notebook: Any) -> Any:
     """Return the notebook with the outputs of a run."""
     from nbclient import NotebookClient
@@ -85,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="new files are written here; others stay")
     parser.add_argument("notebooks", nargs="*", help="their numbers, such as 01; default: all")
-    parser.add_argument("--only", choices=KINDS, action="append", help="one of the three; may be repeated")
+    parser.add_argument("--only", choices=KINDS, action="append", help="one of the four; may be repeated")
     parser.add_argument(
         "--reveal", default="https://unpkg.com/reveal.js@^4", help="reveal.js for the slides: URL, folder"
     )
@@ -98,8 +135,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shutil.copytree(NOTEBOOKS / "pictures", target / "pictures", dirs_exist_ok=True)
         for path in sources:
             notebook = jupytext.read(path)
-            if kind == "sheets":
-                nbformat.write(make_sheet(notebook), target / f"{path.stem}.ipynb")
+            if kind in ("sheets", "masters"):
+                made = make_sheet(notebook) if kind == "sheets" else make_master(notebook)
+                nbformat.write(made, target / f"{path.stem}.ipynb")
                 continue
             run = execute(notebook if kind == "executed" else split_slides(notebook))
             if kind == "executed":

@@ -8,9 +8,9 @@ other bugs are undetectable in this trace.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, reduce
+from functools import cache, cached_property, reduce
 from itertools import chain, combinations, islice
 
 import numpy as np
@@ -99,8 +99,8 @@ class Report:
     instances: tuple[Instance, ...]
     findings: tuple[Finding, ...]
     missing: tuple[str, ...]
-    excluded: tuple[KnownBug, ...]
-    undetectable: tuple[KnownBug, ...]
+    # Returns the excluded and the undetectable bugs. This takes most of the time of a check, and not everybody asks.
+    coverage: Callable[[], tuple[tuple[KnownBug, ...], tuple[KnownBug, ...]]] = field(repr=False, compare=False)
     remarks: tuple[str, ...]
     override: float = 1.0
     drift: tuple[tuple[str, float], ...] = field(default=())
@@ -109,9 +109,25 @@ class Report:
     changed: str = ""  # numbers of the model that the user changed
 
     @property
+    def explained(self) -> tuple[KnownBug, ...]:
+        """The known bugs that explain a finding."""
+        return tuple(v for finding in self.findings for v in finding.explanations)
+
+    @property
+    def excluded(self) -> tuple[KnownBug, ...]:
+        """The known bugs that contradict a recorded tensor."""
+        return self.coverage()[0]
+
+    @property
+    def undetectable(self) -> tuple[KnownBug, ...]:
+        """The other known bugs that explain no finding."""
+        names = {v.name for v in self.explained}
+        return tuple(v for v in self.coverage()[1] if v.name not in names)
+
+    @property
     def asked(self) -> int:
         """The number of known bugs tested for: excluded, undetectable or named."""
-        named = {v.name for finding in self.findings for v in finding.explanations if v.change is not None}
+        named = {v.name for v in self.explained if v.change is not None}
         return len({v.name for v in (*self.excluded, *self.undetectable)} | named)
 
     @property
@@ -564,11 +580,9 @@ def report_on(engine: Engine, bugs: Sequence[KnownBug] | None = None) -> Report:
     work = Diagnosis(engine, bugs)
     order = list(engine.usual.table)
     findings = tuple(sorted(work.findings(), key=lambda finding: order.index(finding.instances[0].tensor)))
-    excluded, undetectable = work.coverage()
-    explained = {v.name for finding in findings for v in finding.explanations}
     done = {*candidate.tensors, *candidate.refused, LOGPROBS} | ({"logits"} if LOGPROBS in candidate.tensors else set())
     missing = tuple(name for name in order if name not in done)
     return Report(
-        candidate, config, tuple(engine.instances), findings, missing, excluded,
-        tuple(v for v in undetectable if v.name not in explained), tuple(work.remarks()), override, tuple(work.drift()),
+        candidate, config, tuple(engine.instances), findings, missing, cache(work.coverage), tuple(work.remarks()),
+        override, tuple(work.drift()),
     )  # fmt: skip
