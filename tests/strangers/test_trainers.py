@@ -20,6 +20,7 @@ from refgemma.oracle import check
 from refgemma.oracle.backward_operations import backward_operations
 from refgemma.oracle.diagnose import Report, diagnose
 from refgemma.oracle.engine import Engine
+from refgemma.oracle.optimizer_bugs import OPTIMIZER_BUGS
 from refgemma.oracle.training_bugs import TRAINING_BUGS
 from refgemma.oracle.verdicts import BLIND, CONFORMS, DIFFERS, EXACT, PASS
 from refgemma.trace.candidate import candidate_of
@@ -143,6 +144,11 @@ def test_a_mean_of_means_is_named(tensors: Tensors, model: Pretrained) -> None:
 def test_unknown_mistakes_are_unknown(tensors: Tensors, model: Pretrained) -> None:
     name = "grads.model.layers.2.mlp.up_proj.weight"
     assert first(report(tensors | {name: np.roll(tensors[name], 1)}, model)) == (name, "UNKNOWN")
+
+
+def test_a_source_is_a_link_or_says_that_there_is_none() -> None:
+    for bug in (*TRAINING_BUGS, *OPTIMIZER_BUGS):
+        assert bug.seen.startswith(("https://github.com/", "no public report")), bug.name
 
 
 def test_known_bugs_describes_them(capsys: pytest.CaptureFixture[str]) -> None:
