@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -133,6 +134,48 @@ def test_default_labels_are_judged(tmp_path: Path, capsys: pytest.CaptureFixture
     save_trace(tensors.items(), tmp_path / "run.safetensors", about)
     assert main(["check", str(tmp_path / "run.safetensors"), "--model", "conformance"]) == 0, capsys.readouterr()
     assert load_trace(tmp_path / "run.safetensors", CHECKPOINT.config).call.labels is not None
+
+
+def adapter_fits(scale: float, a: Any, b: Any, merged: Any, grad_a: Any, grad_b: Any, tokens: int) -> bool:
+    """Return True if the gradients of A and B follow from that of the merged weight: ``s B^T G`` and ``s G A^T``.
+
+    Each is a sum over the tokens, then over the rows or columns of the weight. A sum of n products has an error of at
+    most n roundings of the products' sizes.
+    """
+    a, b, merged = (x.astype(np.float64) for x in (a, b, merged))
+    return all(
+        bool(np.all(np.abs(scale * left @ right - found) <= (tokens + n) * 2.0**-24 * scale * abs(left) @ abs(right)))
+        for left, right, found, n in ((b.T, merged, grad_a, len(b)), (merged, a.T, grad_b, a.shape[1]))
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT calls it
+@pytest.mark.parametrize("rslora", [False, True])
+def test_adapters_of_peft_conform(rslora: bool) -> None:
+    """The gradients of the merged weights conform, and those of A and B follow from them."""
+    given, model = inputs(CHECKPOINT.config.vocab_size), load_conformance()
+    settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], use_rslora=rslora)
+    model = peft.get_peft_model(model, settings)
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape) * 0.1
+        parameter.requires_grad_(True)  # the gradient of a base weight is that of the merged weight
+    model(**{name: torch.tensor(x) for name, x in given.items()}, use_cache=False).loss.backward()
+    named = {name.removeprefix("base_model.model."): p for name, p in model.named_parameters()}
+    numbers, grads = ({n: f(p).numpy().copy() for n, p in named.items()} for f in (torch.detach, lambda p: p.grad))
+    scale, adapters = 8 / 4**0.5 if rslora else 8 / 4, [name for name in grads if "lora_A" in name]
+    for name in adapters:
+        other, merged = name.replace("lora_A", "lora_B"), name.split("lora_A")[0] + "base_layer.weight"
+        given_to = (numbers[name], numbers[other], grads[merged], grads[name], grads[other], 28)
+        assert adapter_fits(scale, *given_to), name
+        assert not adapter_fits(1.001 * scale, *given_to), name
+    assert len(adapters) == 12
+    stored = {n: x.numpy() for n, x in model.merge_and_unload().state_dict().items() if n != "lm_head.weight"}
+    base = {f"grads.{n.replace('.base_layer', '')}": x for n, x in grads.items() if "lora_" not in n}
+    candidate = candidate_of(given | base, CHECKPOINT.config, "float32")
+    found = diagnose(candidate, weights_of(stored, CHECKPOINT.config), CHECKPOINT.config)
+    assert found.verdict == CONFORMS, found.first_divergence
 
 
 # --- mistakes, made in PyTorch ----------------------------------------------------------------------------------------
