@@ -74,6 +74,19 @@ def quote_few(names: Sequence[str]) -> str:
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
+def pluralise(count: int, noun: str) -> str:
+    """Return a count with its noun.
+
+    Examples
+    --------
+    >>> pluralise(1, "tensor"), pluralise(12000, "entry of a table")
+    ('1 tensor', '12000 entries of a table')
+    """
+    first, _, rest = noun.partition(" of ")
+    many = f"{first[:-1]}ies" if first.endswith("ry") else f"{first}s"
+    return f"{count} {first if count == 1 else many}" + (f" of {rest}" if rest else "")
+
+
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
@@ -120,7 +133,7 @@ def read_file(path: str | Path, limit: int = TEXT_LIMIT) -> bytes:
     """
     with open_file(path) as file:
         if (size := os.fstat(file.fileno()).st_size) > limit:
-            raise OSError(errno.EFBIG, f"{size} bytes long; the limit is {limit}", str(path))
+            raise OSError(errno.EFBIG, f"{pluralise(size, 'byte')} long; the limit is {limit}", str(path))
         return file.read()
 
 

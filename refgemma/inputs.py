@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 
 from refgemma.config import FULL, SLIDING, Gemma2Config
 from refgemma.errors import RefgemmaError
+from refgemma.files import pluralise
 from refgemma.ops import causal_mask, sliding_mask
 from refgemma.precision import Rounded
 from refgemma.shapes import Bias, Hidden, Mask, Positions, TokenIds
@@ -66,7 +67,7 @@ def check_token_ids(input_ids: npt.ArrayLike, vocab_size: int) -> TokenIds:
         if len(set(lengths)) > 1:
             row = next(i for i, length in enumerate(lengths) if length != lengths[0])
             raise InputError(
-                f"input_ids is ragged: row {row} has {lengths[row]} tokens, row 0 has {lengths[0]}; "
+                f"input_ids is ragged: row {row} has {pluralise(lengths[row], 'token')}, row 0 has {lengths[0]}; "
                 "pad the shorter rows and pass an attention_mask with 0 at the padding"
             )
     ids = as_array(input_ids, "input_ids")
@@ -80,7 +81,7 @@ def check_token_ids(input_ids: npt.ArrayLike, vocab_size: int) -> TokenIds:
     if len(outside):
         row, column = outside[0]
         raise InputError(
-            f"input_ids[{row}, {column}] is {ids[row, column]}; the vocabulary has {vocab_size} tokens "
+            f"input_ids[{row}, {column}] is {ids[row, column]}; the vocabulary has {pluralise(vocab_size, 'token')} "
             f"(0 to {vocab_size - 1})"
         )
     return ids.astype(np.int64)

@@ -15,10 +15,11 @@ from jaxtyping import install_import_hook
 # Files that take what strangers hand in: they check it themselves, and are tested with what no annotation allows. And
 # the weights, which may lie on disk: beartype looks into a sequence, and would read a layer each time. And `testing`,
 # which is given the arrays of other implementations, and has annotations of Hypothesis that beartype refuses. And the
-# oracle, which has no annotation with axes, but so many small calls that checking them takes longer than its tests.
+# oracle and `precision`, which have no annotation with axes, but so many small calls that checking them takes longer
+# than their tests.
 UNCHECKED = (
     "cli", "config", "convert", "generation.generation_config", "goldens", "hub", "inputs", "modeling", "oracle",
-    "sweep", "testing", "tokenizer", "trace", "weights",
+    "precision", "sweep", "testing", "tokenizer", "trace", "weights",
 )  # fmt: skip
 
 PACKAGE = Path(__file__).parents[1] / "refgemma"
@@ -31,8 +32,10 @@ CHECKED = sorted(
 
 # Everywhere else the annotations are held against the arrays of each call. The hook has to stand before refgemma is
 # imported, so nothing here imports it. (pytest's option --jaxtyping-packages does the same, but beartype then refuses
-# an int for a float, which is_pep484_tower allows, as Python and mypy do.)
-install_import_hook(CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+# an int for a float, which is_pep484_tower allows, as Python and mypy do.) The checks take about half of the time of the
+# tests. So .ci/run makes them where it runs all tests, and turns them off where it runs tests for another reason.
+if os.environ.get("REFGEMMA_CHECK_SHAPES") != "0":
+    install_import_hook(CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 # Without a deadline: the first call of a NumPy function takes many times as long as the second.
 settings.register_profile("ci", derandomize=True, deadline=None, database=None)  # the same examples every time

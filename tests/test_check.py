@@ -226,7 +226,7 @@ def test_exit_codes_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["check", str(trace), "--model", "conformance"]) == 0
     said = capsys.readouterr().out
     assert "CONFORMS" in said
-    assert len(said.splitlines()) <= 30
+    assert max(map(len, said.splitlines())) <= 118
     tensors = load_file(trace)
     tensors["logits"] = tensors["raw_logits"]
     save_trace(tensors.items(), trace, {"dtype": "float32"})

@@ -267,7 +267,7 @@ def test_layers_are_a_sequence(tmp_path: Path) -> None:
     for layer in (layers[1], layers[-2], layers[1:][0], layers[::-1][1]):
         assert bits(layer.up_proj) == bits(tensors[VICTIM])
     for position in (3, -4):
-        with pytest.raises(IndexError, match=f"layer {position} does not exist; there are 3 layers"):
+        with pytest.raises(IndexError, match=f"layer {position} does not exist; the model has 3 layers"):
             layers[position]
 
 
@@ -453,7 +453,7 @@ def test_extra_tensors_are_named(tmp_path: Path) -> None:
 def test_names_of_another_model(tmp_path: Path) -> None:
     message = refusal(write_single(tmp_path, {"transformer.wte.weight": np.ones((2, 2), np.float32)}))
     assert "lacks 35 of 35 tensors" in message
-    assert "has 1 tensors that Gemma 2 does not have: 'transformer.wte.weight'" in message
+    assert "has 1 tensor that Gemma 2 does not have: 'transformer.wte.weight'" in message
 
 
 def test_a_misshapen_tensor(tmp_path: Path) -> None:

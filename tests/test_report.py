@@ -12,17 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+import refgemma
 from refgemma.cli.main import main
 from refgemma.hub import find_model
 from refgemma.oracle.judge import EDGES, count_errors
-from refgemma.oracle.report import CELLS, pool_blocks
-from refgemma.trace.names import save_trace
+from refgemma.oracle.page import CELLS, pool_blocks
+from refgemma.trace.names import named_tensors, save_trace
 
 
 class Tags(HTMLParser):
     """Collects every element's name and attributes, and checks that all are closed."""
 
-    EMPTY = ("meta", "rect", "circle", "polyline")
+    EMPTY = ("meta",)
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -71,18 +72,93 @@ def test_the_page_shows_what_the_json_has(wrong: Path, capsys: pytest.CaptureFix
     for tensor in found["tensors"]:
         [cell] = [cell for cell in cells if cell.startswith(f"{tensor['tensor']}:")]
         assert tensor["verdict"] in cell
-        assert f"rms {tensor['rms_over_sigma']:.3g} sigma" in cell
+        typical = re.search(r"typical error ([\d.,e+]+)( million)? x rounding", cell)
+        found_rms = float(typical[1].replace(",", "")) * (1e6 if typical[2] else 1) if typical else 0.0
+        assert found_rms == pytest.approx(tensor["rms_over_sigma"], rel=0.06)  # two digits
     # The histogram has every element that was compared.
-    counts = [int(n) for n in re.findall(r"to -?[\d.]+: (\d+) elements", page)]
+    counts = [int(n) for n in re.findall(r"to -?[\d.]+: (\d+) elements?", page)]
     assert len(counts) == len(EDGES) - 1
     assert sum(counts) == sum(t["elements"] for t in found["tensors"])
     # The maps show the one row of the one head.
-    assert "layers.1.attention.scores: largest error in standard deviations, seq down, keys across" in page
-    assert 'aria-label="seq by keys"' in page
-    assert 'aria-label="heads by seq"' in page
-    by_key = page.split('aria-label="seq by keys"')[1].split("</svg>")[0]
-    dark = re.findall(r'<rect x="(\d+)" y="(\d+)" width="(\d+)" height="10" fill="#7f1d1d"', by_key)
-    assert dark == [("30", "90", "100")]  # row 9, keys 0 to 9
+    title = "layers.1.attention.scores: largest error, in units of the usual rounding error."
+    assert f'aria-label="{title} Across: position; down: head"' in page
+    by_key = page.split(f'aria-label="{title} Across: key; down: query"')[1].split("</svg>")[0]
+    worst = re.findall(r'<path class="e5" d="([^"]*)"', by_key)
+    size, left, top = 14, 44, 6  # pixels: a cell, and the place of the first
+    assert worst == [f"M{left} {top + 9 * size}h{10 * size}v{size}h-{10 * size}z"]  # row 9, keys 0 to 9
+
+
+@pytest.fixture(scope="module")
+def window(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a run whose window is one key too wide; three tensors have the names of another engine."""
+    path = tmp_path_factory.mktemp("window") / "run.safetensors"
+    model = refgemma.load("conformance")
+    ids = np.array([[2, *np.random.default_rng(1).integers(3, 90, 19)]])
+    run = refgemma.forward(ids, model.weights, model.config.changed(sliding_window=9))
+    tensors = {"input_ids": ids} | dict(named_tensors(run))
+    tensors |= {f"model.layers.{n}.self_attn.q_proj": np.zeros(1, np.float32) for n in range(3)}
+    save_trace(tensors.items(), path, {"dtype": "float32"})
+    return path
+
+
+def test_the_page_of_a_wrong_window_shows_its_band_and_values(window: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    page_file = window.with_name("page.html")
+    assert main(["check", str(window), "--model", "conformance", "--json", "--html", str(page_file)]) == 1
+    found = json.loads(capsys.readouterr().out)
+    page = page_file.read_text("utf-8")
+    assert Tags(page).open == []
+    assert "<h1>One key more than the window</h1>" in page
+    first = page[page.index("<h2>The first difference") :]
+    picture = first[first.index("<svg") :].split("</svg>")[0]  # the first picture
+    (extra,) = re.findall(r'<path class="extra" d="([^"]*)"', picture)
+    squares = [(int(y), int(x)) for x, y in re.findall(r"M(\d+) (\d+)h14v14h-14z", extra)]
+    assert squares == [(6 + 14 * query, 44 + 14 * (query - 8)) for query in range(8, 20)]
+    # The table has the recorded numbers, and 0 for the reference.
+    probs = load_file(window)["layers.0.attention.probs"]
+    rows = re.findall(r"text (\d+), head (\d+), query (\d+), key (\d+)</th><td>([\d.]+)</td><td>([\d.]+)</td>", first)
+    assert rows
+    for *place, ours, theirs in rows:
+        row, head, query, key = map(int, place)
+        assert query - key == 8
+        assert float(ours) == pytest.approx(probs[row, head, query, key], rel=1e-5)
+        assert float(theirs) == 0
+    # No list is cut.
+    for name in [*(bug["variant"] for bug in found["blind"]), *found["excluded"]]:
+        assert f"<b>{name}</b>" in page
+    assert found["findings"][0]["explanations"][0]["suggests"] == {"sliding_window": {"expected": 8, "found": 9}}
+
+
+def test_the_text_is_wrapped_and_says_where_to_look(window: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(window), "--model", "conformance"]) == 1
+    said = capsys.readouterr().out
+    assert "..." not in said
+    assert max(map(len, said.splitlines())) <= 118
+    words = " ".join(said.split())
+    assert "look at: config key sliding_window: the trace suggests 9, expected is 8" in words
+    assert "--map transformers knows 3 of 3 unknown names in the file" in words
+    assert "not tensors of this model: model.layers.0-2.self_attn.q_proj" in words
+    ruled_out, total, alike, names = re.findall(
+        r"known bugs: (\d+) of (\d+) ruled out; 1 explains the difference; (\d+) look like the correct model in this "
+        r"trace: ((?:\S+, )*\S+)",
+        words,
+    )[0]
+    assert int(ruled_out) + 1 + int(alike) == int(total)
+    assert len(names.split(", ")) == int(alike)
+
+
+@pytest.mark.parametrize("wrong", ["shape", "nan"])
+def test_a_tensor_that_is_not_comparable_says_why_in_the_headline(window: Path, tmp_path: Path, wrong: str) -> None:
+    trace, page_file, name = tmp_path / "run.safetensors", tmp_path / "page.html", "layers.0.attention.q"
+    tensors = {n: x for n, x in load_file(window).items() if not n.startswith("model.")}
+    tensors[name] = tensors[name][..., :-1] if wrong == "shape" else np.full_like(tensors[name], np.nan)
+    tensors[name][0, 0, 3, 2] = 0  # positions that are all NaN count as not recorded
+    save_file(tensors, trace, {"dtype": "float32"})
+    assert main(["check", str(trace), "--model", "conformance", "--html", str(page_file)]) == 1
+    (title,) = re.findall("<h1>(.*)</h1>", page_file.read_text("utf-8"))
+    expected = {"shape": f"{name} has shape (1, 6, 20, 9); it must be (1, 6, 20, 10): (batch, heads, seq, head_dim)",
+                "nan": f"{name}: 59 elements are nan"}  # fmt: skip
+    assert title.startswith(expected[wrong])
 
 
 def test_a_page_of_what_conforms_has_no_maps(tmp_path: Path) -> None:
@@ -90,7 +166,8 @@ def test_a_page_of_what_conforms_has_no_maps(tmp_path: Path) -> None:
     assert main(["trace", "--ids", "2,5,9", "--model", "conformance", "-o", str(path)]) == 0
     assert main(["check", str(path), "--model", "conformance", "--html", str(tmp_path / "page.html")]) == 0
     page = (tmp_path / "page.html").read_text("utf-8")
-    assert "across" not in page
+    assert "<h1>Rounding explains every recorded tensor</h1>" in page
+    assert "first difference" not in page
     assert Tags(page).open == []
 
 

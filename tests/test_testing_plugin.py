@@ -84,11 +84,11 @@ def test_a_failure_prints_a_program_that_shows_it(run, pytester: pytest.Pytester
     result = run("Uncapped", "-k", "vanishing_attention_cap or bends-forward-f32")
     result.assert_outcomes(failed=2)
     result.stdout.fnmatch_lines(["*logits, and with other query projections under an attention cap of 1e-20: at *",
-                                 "*bends-forward-f32: 1 of 1 tensors differ, first calls.0.logits: *"])  # fmt: skip
+                                 "*bends-forward-f32: 1 of 1 tensor differs, first calls.0.logits: *"])  # fmt: skip
     text = result.stdout.str()
     for opening, says in (
         ('"""Breaks the law a_vanishing', "logits, and with other query projections"),
-        ('"""Differs from the recording bends', "bends-forward-f32: 1 of 1 tensors differ"),
+        ('"""Differs from the recording bends', "bends-forward-f32: 1 of 1 tensor differs"),
     ):
         begin = text.index(opening)
         program = text[begin : text.index("\n)\n", begin) + 3]

@@ -1,6 +1,8 @@
 """Check that tools/words.py finds the phrases that CONTRIBUTING.md asks writers to avoid, and that none is left."""
 
 import ast
+import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -104,3 +106,23 @@ def test_the_whole_repository_is_read() -> None:
     expected = {"README.md", "docs/how-to/gguf.md", "notebooks/01_one_token.py", "refgemma/ops.py",
                 "refgemma/teach/explorer.html"}  # fmt: skip
     assert expected <= files
+
+
+# Never 1: each stands behind a condition, a product sign ("1x20 tokens"), or counts the fields of a configuration.
+NEVER_ONE = {"CONFORMANCE_LIMIT", "asked", "across", "count", "down", "found.size", "len(bugs)", "len(check.numbers)",
+             "prompt.input_ids.shape[1]"}  # fmt: skip
+
+
+@pytest.mark.parametrize("folder", ["cli", "oracle"])
+def test_counts_in_messages_agree_with_their_nouns(folder: str) -> None:
+    """Test that no message has `{len(x)} tensors`, which would read "1 tensors" for one tensor."""
+    nouns = r" (tensor|token|element|layer|row|job|bug|known bug|prompt|name|weight|text|step|case|number|head)s\b"
+    found = [
+        f"{path.name}:{node.lineno}: {{{ast.unparse(value.value)}}}{after.value}"
+        for path in sorted((ROOT / "refgemma" / folder).glob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        for value, after in pairwise(node.values if isinstance(node, ast.JoinedStr) else ())
+        if isinstance(value, ast.FormattedValue) and isinstance(after, ast.Constant)
+        if re.match(nouns, str(after.value)) and ast.unparse(value.value) not in NEVER_ONE
+    ]
+    assert not found, "write pluralise(len(x), 'tensor')"

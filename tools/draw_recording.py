@@ -73,7 +73,7 @@ def record(tensors: Any) -> list[str]:
 
 def style_of(line: str) -> str:
     """Return the class of a line of output."""
-    for sign, style in (("DIFFERS", "bad"), ("seen in", "good"), ("seems to be", "name"), ("against", "soft")):
+    for sign, style in (("DIFFERS", "bad"), ("seen in", "good"), ("look at", "name"), ("against", "soft")):
         if sign in line:
             return style
     return ""

@@ -18,7 +18,7 @@ import refgemma
 from refgemma.cli import output
 from refgemma.config import ConfigError, Gemma2Config
 from refgemma.errors import UsageError
-from refgemma.files import replace_file
+from refgemma.files import pluralise, replace_file
 from refgemma.hub import find_model
 from refgemma.modeling.pretrained import load
 from refgemma.oracle import report as reports
@@ -32,8 +32,10 @@ from refgemma.oracle.diagnose import Report
 from refgemma.oracle.diff import Difference, compare_traces, measure_unexplained
 from refgemma.oracle.diff import as_json as difference_json
 from refgemma.oracle.engine import Engine
+from refgemma.oracle.judge import Statistics
 from refgemma.oracle.known_bugs import KNOWN_BUGS
 from refgemma.oracle.optimizer_bugs import OPTIMIZER_BUGS
+from refgemma.oracle.page import render_report
 from refgemma.oracle.pipeline import check, read_candidate, run_backend
 from refgemma.oracle.repro import make_repro
 from refgemma.oracle.training_bugs import TRAINING_BUGS
@@ -43,11 +45,12 @@ from refgemma.sweep.runner import as_json as sweep_json
 from refgemma.sweep.runner import cluster, processes, sweep
 from refgemma.trace.candidate import Candidate, is_known, load_trace
 from refgemma.trace.name_maps import apply_map, load_map, map_names, match, open_any, split_call
-from refgemma.trace.names import save_trace
+from refgemma.trace.names import list_names, save_trace
 from refgemma.weights.checkpoint import open_checkpoint
 from refgemma.weights.conformance import proportions, write_conformance
 from refgemma.weights.parameters import Weights, tensor_shapes
 
+ROWS = 20  # tensors that `diff` lists: after the first difference, most of a model's tensors differ
 CONFORMANCE_LIMIT = 10**8  # weights: 200 MB
 MODEL_SUFFIXES = (".json", ".safetensors", ".gguf")
 CODES = "Exit codes: 0 conforms, 1 differs, 2 misuse or bad file, 3 only noisy, 4 inconclusive, 5 the backend failed."
@@ -160,7 +163,7 @@ def run_check(args: argparse.Namespace) -> int:
     candidate = read_candidate(args.candidate, config, args.dtype, args.map)
     found = check(candidate, folder, config=config, weights=args.weights, override=args.allow, quantised=args.quantised)
     found = replace(found, changed=changed)
-    made = {"html": reports.page, "markdown": reports.markdown, "junit": reports.junit}
+    made = {"html": render_report, "markdown": reports.markdown, "junit": reports.junit}
     for kind, path in outputs.items():
         if kind == "bundle":
             write_repro(candidate, open_checkpoint(folder).weights(candidate.dtype), found, path)
@@ -311,7 +314,7 @@ def run_diff(args: argparse.Namespace) -> int:
     if args.json:
         output.as_json(difference_json(args.a, args.b, found, only_a, only_b, code))
         return code
-    output.say(*map(reports.cut, diff_lines(found, only_a, only_b)))
+    output.say(*(part for line in diff_lines(found, only_a, only_b) for part in reports.wrap(line)))
     return code
 
 
@@ -328,7 +331,7 @@ def diff_lines(found: list[Difference], only_a: list[str], only_b: list[str]) ->
     """Return the lines of text: the first difference, the first unexplained difference, and a table from there on."""
     wrong = [d for d in found if d.differs]
     bad = [d for d in wrong if (d.unexplained or 0) > 1]
-    lines = [f"{len(found)} tensors in both, {len(found) - len(wrong)} of them equal bit for bit"]
+    lines = [f"{pluralise(len(found), 'tensor')} in both, {len(found) - len(wrong)} of them equal bit for bit"]
     if wrong:
         lines.append(f"first difference: {wrong[0].tensor}")
     if bad:
@@ -336,17 +339,16 @@ def diff_lines(found: list[Difference], only_a: list[str], only_b: list[str]) ->
     elif any(d.unexplained is not None for d in found):
         lines.append("inputs and rounding explain every tensor that could be judged")
     if wrong:
-        lines += ["", f"{'tensor':42s} {'equal':>7s} {'largest':>10s} {'relative':>10s} {'error/bound':>12s}  at"]
-    for d in (bad or wrong)[: reports.LINES - 10]:
-        bound = "" if d.unexplained is None else reports.number(d.unexplained)
-        row = f"{d.equal:>7.3f} {reports.number(d.largest):>10s} {reports.number(d.relative):>10s} {bound:>12s}"
+        lines += ["", f"{'tensor':42s} {'equal':>7s} {'largest':>10s} {'relative':>10s} {'unexplained':>16s}  at"]
+    for d in (bad or wrong)[:ROWS]:
+        bound = "" if d.unexplained is None else f"{reports.factor(d.unexplained)} x bound"
+        row = f"{d.equal:>7.3f} {reports.number(d.largest):>10s} {reports.number(d.relative):>10s} {bound:>16s}"
         lines.append(f"{d.tensor:42s} {d.problem or row + '  ' + ', '.join(map(str, d.place))}")
-    rest = len(bad or wrong) - (reports.LINES - 10)
-    if rest > 0:
-        lines.append(f"and {rest} others")
+    if len(bad or wrong) > ROWS:
+        lines.append(f"and {pluralise(len(bad or wrong) - ROWS, 'later tensor')}; --json lists all")
     for side, names in (("A", only_a), ("B", only_b)):
         if names:
-            lines.append(f"only in {side}: {reports.short(names)}")
+            lines.append(f"only in {side}: {list_names(names)}")
     return lines
 
 
@@ -364,9 +366,10 @@ def run_prompts(args: argparse.Namespace) -> int:
     if args.json:
         output.as_json(prompts_json(found, config, args.model))
         return 0
+    output.say(f"{args.model}: {pluralise(len(found), 'prompt')}; check their traces with --model {args.model}", "")
     for s in found:
         prompt = known[s.prompt]
-        count = f" in {s.dtype}: shows {len(s.variants)} known bugs" if args.cover else ""
+        count = f" in {s.dtype}: shows {pluralise(len(s.variants), 'known bug')}" if args.cover else ""
         output.say(
             f"{prompt.name}{count}: {prompt.why}; {prompt.input_ids.shape[0]} x {prompt.input_ids.shape[1]} tokens"
         )
@@ -403,26 +406,26 @@ def run_sweep(args: argparse.Namespace) -> int:
 def sweep_lines(report: dict[str, Any]) -> list[str]:
     """Return the lines of text: the verdicts, the jobs that do not conform, and the tensors with the largest errors."""
     counts = ", ".join(f"{n} {verdict}" for verdict, n in report["counts"].items())
-    lines = [f"{len(report['jobs'])} jobs: {counts}", ""]
+    lines = [f"{pluralise(len(report['jobs']), 'job')}: {counts}", ""]
     other = [job for job in report["jobs"] if job["verdict"] != CONFORMS]
-    for job in other[:10]:
+    for job in other:
         what = f"{job['first_divergence']}: {job['named']}" if job["first_divergence"] else job["message"]
         lines.append(f"{job['verdict']:12s} {job['name']}: {what}".rstrip(": "))
-    lines += [f"and {len(other) - 10} others; --json has all", ""] if len(other) > 10 else [""] if other else []
+    lines += [""] if other else []
     rows = sorted(report["tensors"], key=lambda row: (-float(row["worst"]), -float(row["rms"])))
     if rows:
-        lines.append(f"{'tensor':28s} {'precision':9s} {'elements':>9s} {'error/bound':>11s} {'rms/sigma':>10s} exact")
-    for row in rows[:8]:
-        worst = reports.number(float(row["worst"])) if float(row["worst"]) else "-"  # a span of operations has no bound
-        numbers = f"{worst:>11s} {reports.number(float(row['rms'])):>10s} {row['exact'] / max(1, row['elements']):.3f}"
-        lines.append(f"{row['tensor']:28s} {row['dtype']:9s} {row['elements']:>9d} {numbers}")
-    lines += [f"and {len(rows) - 8} other kinds of tensors", ""] if len(rows) > 8 else [""] if rows else []
+        lines.append(f"{'tensor':28s} {'precision':9s} {'elements':>9s} {reports.ERRORS}")
+    for row in rows:
+        share = row["exact"] / max(1, row["elements"])
+        s = Statistics(exact=share, error_over_bound=float(row["worst"]), rms=float(row["rms"]))
+        lines.append(f"{row['tensor']:28s} {row['dtype']:9s} {row['elements']:>9d} {reports.error_columns(s)}")
+    lines += [reports.UNITS, ""] if rows else []
     known = len(report["excluded"]) + len(report["found"]) + len(report["blind"])
     if known:
-        lines.append(f"excluded by at least one trace: {len(report['excluded'])} of {known} known bugs")
+        lines.append(f"known bugs: {len(report['excluded'])} of {known} ruled out by at least one trace")
     if report["blind"]:
-        lines.append(f"no trace can show {reports.short(report['blind'], 5)}")
-    return [reports.cut(line) for line in lines]
+        lines.append(f"look like the correct model in every trace: {list_names(report['blind'])}")
+    return [part for line in lines for part in reports.wrap(line)]
 
 
 def run_known_bugs(args: argparse.Namespace) -> int:
@@ -431,7 +434,7 @@ def run_known_bugs(args: argparse.Namespace) -> int:
     chosen = [v for v in catalogue if args.name in (None, v.name)]
     if not chosen:
         near = [v.name for v in catalogue if args.name in v.name or args.name in v.fields[0]]
-        hint = f"there are {', '.join(near[:6])}" if near else "refgemma known-bugs lists them"
+        hint = f"there are {', '.join(near)}" if near else "refgemma known-bugs lists them"
         raise UsageError(f"unknown bug {args.name!r}; {hint}")
     if args.json:
         output.as_json([reports.known_bug_json(v) for v in chosen])
@@ -439,7 +442,8 @@ def run_known_bugs(args: argparse.Namespace) -> int:
         v = chosen[0]
         tensors = f"  first tensor: {v.fields[0]}; all: {', '.join(v.fields)}"
         output.say(f"{v.name} ({v.kind})", f"  {v.says}", tensors)
-        output.say(f"  look at: {v.knob}", f"  shown by: {v.shows}", f"  seen in: {v.seen}")
+        key = "config key " * hasattr(Gemma2Config, v.knob)
+        output.say(f"  look at: {key}{v.knob}", f"  shown by: {v.shows}", f"  seen in: {v.seen}")
     else:
         for v in chosen:
             output.say(f"{v.name:34s} {v.fields[0]:28s} {v.says}")

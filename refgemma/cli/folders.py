@@ -5,6 +5,7 @@ import argparse
 from refgemma.cli.output import OK, as_json, say
 from refgemma.config import Gemma2Config
 from refgemma.convert.convert import convert
+from refgemma.files import pluralise
 from refgemma.weights.synthetic import write_synthetic
 
 
@@ -31,9 +32,12 @@ def run_convert(args: argparse.Namespace) -> int:
         })  # fmt: skip
         return OK
     if source.padding:
-        say(f"dropped {source.padding} rows of the embedding beyond the vocabulary; {source.nonzero} were not zero")
+        say(
+            f"dropped {pluralise(source.padding, 'row')} of the embedding beyond the vocabulary; "
+            f"{source.nonzero} were not zero"
+        )
     say(
-        f"{done.target}: {len(done.outputs)} tensors, {done.nbytes:,} bytes in {', '.join(dtypes)}, "
+        f"{done.target}: {pluralise(len(done.outputs), 'tensor')}, {done.nbytes:,} bytes in {', '.join(dtypes)}, "
         f"from {source.kind} to {done.kind}, read back and compared: identical"
     )
     return OK

@@ -13,7 +13,7 @@ import numpy as np
 import refgemma
 from refgemma.cli.output import OK, as_json, check_outputs, prompt_ids, say
 from refgemma.errors import UsageError
-from refgemma.files import replace_file
+from refgemma.files import pluralise, replace_file
 from refgemma.goldens.released import Identified, identify_release
 from refgemma.hub import find_model
 from refgemma.modeling.pretrained import load
@@ -43,7 +43,10 @@ def run_trace(args: argparse.Namespace) -> int:
         as_json({"file": args.output, "ids": ids, "tensors": {name: list(shape) for name, shape in shapes.items()}})
     else:
         size = os.path.getsize(args.output)
-        say(f"{args.output}: {len(shapes)} tensors of {len(ids)} tokens, {size / 1e6:.1f} MB, computed in {args.dtype}")
+        say(
+            f"{args.output}: {pluralise(len(shapes), 'tensor')} of {pluralise(len(ids), 'token')}, "
+            f"{size / 1e6:.1f} MB, computed in {args.dtype}"
+        )
     return OK
 
 
@@ -62,7 +65,7 @@ def run_explore(args: argparse.Namespace) -> int:
     if args.json:
         as_json({"file": args.output, "bytes": len(content), "ids": ids})
     else:
-        say(f"{args.output}: {len(ids)} tokens, {len(content) / 1e6:.1f} MB; open it in a browser")
+        say(f"{args.output}: {pluralise(len(ids), 'token')}, {len(content) / 1e6:.1f} MB; open it in a browser")
     return OK
 
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from refgemma import fast
 from refgemma.cli.output import OK, as_json, prompt_ids, say, show_text
 from refgemma.errors import UsageError
-from refgemma.files import read_file
+from refgemma.files import pluralise, read_file
 from refgemma.generation.decode import Memory, Prompts, collect_settings, continue_prompt, generate_batch
 from refgemma.generation.generation_config import GenerationConfig
 from refgemma.generation.greedy import greedy, is_plain_greedy
@@ -129,7 +129,8 @@ def _check_room(tokens: int, limit: int) -> None:
     """Raise an error if a chat has reached the model's maximum length, because longer chats get meaningless answers."""
     if tokens >= limit:
         raise InputError(
-            f"the chat has {tokens} tokens; the model's maximum is {limit} (max_position_embeddings): start a new chat"
+            f"the chat has {pluralise(tokens, 'token')}; the model's maximum is {limit} "
+            "(max_position_embeddings): start a new chat"
         )
 
 
@@ -193,15 +194,15 @@ def run_perplexity(args: argparse.Namespace) -> int:
             "published_gemma_cpp_bits_per_byte": figures,
         })  # fmt: skip
         return OK
-    say(f"{len(ids)} tokens, {nbytes} bytes, computed in {args.dtype}")
+    say(f"{pluralise(len(ids), 'token')}, {pluralise(nbytes, 'byte')}, computed in {args.dtype}")
     say(
         f"transformers: perplexity {strided.perplexity:.4f} ({strided.nats_per_token:.4f} nats per token, {bits:.4f} "
         f"bits per byte of the whole text, windows: {strided.windows} of {max_length} every {stride})"
     )
     if len(ids) > GEMMA_CPP_TOKENS:
         say(
-            f"gemma.cpp:    sums the first {GEMMA_CPP_TOKENS} of the {len(ids)} tokens and divides by all bytes: "
-            "meaningless for a text this long"
+            f"gemma.cpp:    sums the first {GEMMA_CPP_TOKENS} of the {pluralise(len(ids), 'token')} and divides by all "
+            "bytes: meaningless for a text this long"
         )
     else:
         say(f"gemma.cpp:    {gemma_cpp:.4f} bits per byte, <bos> counted as log2 of the vocabulary")

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from refgemma.cli.output import OK, as_json, say
 from refgemma.errors import UsageError
+from refgemma.files import pluralise
 from refgemma.hub import ADAPTER_CONFIG, find_model
 from refgemma.modeling.pretrained import Pretrained, load
 from refgemma.training.data import hold_out, pack_rows, read_text
@@ -105,7 +106,7 @@ def read_arguments(args: argparse.Namespace, rows: int) -> TrainingArguments:
             raise UsageError(f"--num-train-epochs {args.num_train_epochs:g}: it must be above 0")
         args.max_steps = math.ceil(args.num_train_epochs * rows / batch)
     if batch > rows:
-        raise UsageError(f"the text has {rows} rows to train on; a step needs {batch}: lower --batch-size")
+        raise UsageError(f"the text has {pluralise(rows, 'row')} to train on; a step needs {batch}: lower --batch-size")
     names = {f.name for f in fields(TrainingArguments)} & set(vars(args))
     return TrainingArguments(
         **{name: getattr(args, name) for name in names}, per_device_train_batch_size=args.batch_size,
@@ -196,7 +197,8 @@ def report(args: argparse.Namespace, run: Run, state: State, after: float, secon
         return
     kind = "an adapter" if run.arguments.lora else "a model"
     say(
-        f"held-out loss {state.held_out:.4f} before, {after:.4f} after {state.step} steps, in nats per token "
-        f"({count_targets(run.held_out)} tokens); {seconds:.0f} s",
+        f"held-out loss {state.held_out:.4f} before, {after:.4f} after {pluralise(state.step, 'step')}, in "
+        "nats per token "
+        f"({pluralise(count_targets(run.held_out), 'token')}); {seconds:.0f} s",
         f"{args.output}: {kind}; continue a text with: refgemma generate PROMPT --model {args.output}",
     )

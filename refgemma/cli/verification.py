@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from refgemma.cli.output import DIFFERS, OK, as_json, say
 from refgemma.errors import UsageError
+from refgemma.files import pluralise
 from refgemma.goldens.full_size import (
     TWO_LAYERS,
     full_result,
@@ -88,7 +89,7 @@ def run_verify(args: argparse.Namespace) -> int:
     else:
         about = results[0].about
         against = f"recorded with torch {about['torch']}, transformers {about['transformers']} (eager)"
-        say(f"{len(results)} cases, {tensors} tensors, {len(differing)} differ; {against}")
+        say(f"{pluralise(len(results), 'case')}, {pluralise(tensors, 'tensor')}, {len(differing)} differ; {against}")
     return DIFFERS if differing else OK
 
 

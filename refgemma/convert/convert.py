@@ -34,7 +34,7 @@ from refgemma.convert.layouts import (
 )
 from refgemma.convert.orbax import is_orbax
 from refgemma.convert.pickles import read_torch, write_torch
-from refgemma.files import quote_few, read_object, replace_file
+from refgemma.files import pluralise, quote_few, read_object, replace_file
 from refgemma.hub import ADAPTER_CONFIG, CONFIG_JSON, GGUF, refuse_links
 from refgemma.precision import Array
 from refgemma.tokenizer.gguf_tokenizer import has_tokens
@@ -282,7 +282,7 @@ def _count_tensor_rows(path: Path, table: Stored | None, config: Gemma2Config) -
     rows = table.shape[0] if table is not None and table.shape else config.vocab_size
     if not _is_padded(rows, config):
         raise CheckpointError(
-            f"{path}: the embedding has {rows} rows; it must have {config.vocab_size} (vocab_size) or "
+            f"{path}: the embedding has {pluralise(rows, 'row')}; it must have {config.vocab_size} (vocab_size) or "
             f"the next multiple of {PADDING}; give the config.json of this checkpoint"
         )
     return rows

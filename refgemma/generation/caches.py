@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from refgemma.cache import Cache, LayerCache
 from refgemma.config import Gemma2Config
+from refgemma.files import pluralise
 from refgemma.inputs import InputError
 from refgemma.precision import Array, Rounded
 
@@ -156,7 +157,8 @@ class StaticCache(DynamicCache):
         """
         if value.get_seq_length() > self.max_cache_len:
             raise InputError(
-                f"the StaticCache would have {value.get_seq_length()} tokens; max_cache_len is {self.max_cache_len}: "
+                f"the StaticCache would have {pluralise(value.get_seq_length(), 'token')}; max_cache_len is "
+                f"{self.max_cache_len}: "
                 "use a larger max_cache_len, or a DynamicCache"
             )
         super().fill(value)

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from refgemma.cache import Cache, LayerCache
 from refgemma.config import Gemma2Config
 from refgemma.fast import next_token_logits
+from refgemma.files import pluralise
 from refgemma.generation.beams import (
     Rules,
     advance_search,
@@ -159,7 +160,8 @@ class Prompts:
         seen = self.past_key_values.get_seq_length() if self.past_key_values else 0
         if embeds is None and not seen < total:
             raise InputError(
-                f"the prompt has {total} tokens and the cache has {seen}; the prompt must include the cached tokens "
+                f"the prompt has {pluralise(total, 'token')} and the cache has {seen}; the prompt must "
+                "include the cached tokens "
                 "and at least one more"
             )
         positions = count_positions(visible)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from refgemma.config import ConfigError, Gemma2Config
-from refgemma.files import read_object, replace_file
+from refgemma.files import pluralise, read_object, replace_file
 from refgemma.hub import find_model
 from refgemma.inputs import InputError
 
@@ -511,7 +511,7 @@ def _lengths(call: GenerationConfig, prompt_length: int, embedded: int, limit: i
         longest = min(prompt_length + DEFAULT_NEW_TOKENS, limit)
     if longest <= prompt_length:
         raise InputError(
-            f"the prompt has {prompt_length + embedded} tokens; max_length, which includes the prompt, is "
+            f"the prompt has {pluralise(prompt_length + embedded, 'token')}; max_length, which includes the prompt, is "
             f"{longest + embedded}; raise max_length, or set max_new_tokens"
         )
     if call.min_new_tokens is not None:
@@ -540,7 +540,7 @@ def _check_vocabulary(call: GenerationConfig, vocab_size: int) -> None:
         listed[name] = list(_listed(getattr(call, name)))
     for name, tokens in listed.items():
         if any(token >= vocab_size for token in tokens):
-            raise InputError(f"{name} is {max(tokens)}; the vocabulary has {vocab_size} tokens")
+            raise InputError(f"{name} is {max(tokens)}; the vocabulary has {pluralise(vocab_size, 'token')}")
 
 
 def _check_together(call: GenerationConfig, longest_new: int) -> None:

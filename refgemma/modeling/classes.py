@@ -19,6 +19,7 @@ import numpy.typing as npt
 from refgemma.arguments import drop_arguments, refuse_arguments
 from refgemma.cache import Cache, LayerCache, LegacyCache
 from refgemma.config import ConfigError, Gemma2Config
+from refgemma.files import pluralise
 from refgemma.generation.caches import DynamicCache
 from refgemma.generation.criteria import Criterion
 from refgemma.generation.decode import Prompts, generate_batch
@@ -97,7 +98,7 @@ def read_cache(
     if places is not None and (places.shape != (seq,) or places.dtype.kind not in "iu"):
         raise InputError(
             f"cache_position has shape {places.shape} and dtype {places.dtype}; "
-            f"it must hold the places of the {seq} tokens, with shape ({seq},)"
+            f"it must hold the places of {pluralise(seq, 'token')}, with shape ({seq},)"
         )
     given = past_key_values.value if isinstance(past_key_values, DynamicCache) else past_key_values
     if given is None or isinstance(given, Cache):
@@ -108,7 +109,7 @@ def read_cache(
     seen_now = cache.get_seq_length() if cache else 0
     if places is not None and (places != np.arange(seen_now, seen_now + seq)).any():
         raise InputError(
-            f"cache_position is {places.tolist()}; after {seen_now} tokens in the cache it must be "
+            f"cache_position is {places.tolist()}; after {pluralise(seen_now, 'token')} in the cache it must be "
             f"{seen_now} to {seen_now + seq - 1}: use position_ids for other rotary positions"
         )
     return cache

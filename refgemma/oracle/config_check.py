@@ -19,7 +19,7 @@ import numpy as np
 
 from refgemma.config import PRESETS, Gemma2Config
 from refgemma.errors import RefgemmaError, UsageError
-from refgemma.files import read_file, read_object
+from refgemma.files import pluralise, read_file, read_object
 from refgemma.gguf import config_fields, read_gguf
 from refgemma.hub import CONFIG_JSON, find_model
 from refgemma.oracle.known_bugs import KNOWN_BUGS, edit_config
@@ -287,4 +287,4 @@ def lines(check: PresetCheck) -> Iterator[str]:
 def _show_value(value: Any) -> str:
     if not isinstance(value, tuple):
         return repr(value)
-    return f"{len(value)} layers, {sum('sliding' in str(one) for one in value)} of them sliding"
+    return f"{pluralise(len(value), 'layer')}, {sum('sliding' in str(one) for one in value)} of them sliding"

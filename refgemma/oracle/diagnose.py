@@ -30,7 +30,7 @@ from refgemma.oracle.families import (
 )
 from refgemma.oracle.judge import SPAN_LIMIT, judge, nearest, resembles
 from refgemma.oracle.known_bugs import KNOWN_BUGS, KnownBug, combine, known_bug
-from refgemma.oracle.locate import ErrorMap, locate_errors, map_errors
+from refgemma.oracle.locate import Comparison, ErrorMap, compare_sides, locate_errors, map_errors
 from refgemma.oracle.optimizer_bugs import OPTIMIZER_BUGS
 from refgemma.oracle.preflight import Preflight
 from refgemma.oracle.spans import Computed
@@ -38,7 +38,7 @@ from refgemma.oracle.tolerance import from_measured_std, rescale
 from refgemma.oracle.training_bugs import TRAINING_BUGS
 from refgemma.precision import Array
 from refgemma.trace.candidate import Candidate
-from refgemma.trace.names import AFTER, GRADS, LOGPROBS, field_of, layer_of
+from refgemma.trace.names import AFTER, GRADS, LOGPROBS, field_of, layer_of, list_names
 from refgemma.weights.parameters import Weights, tensor_shapes
 
 # The bounds are derived for the correct operation, and a bug's operation rounds slightly differently. So its errors may
@@ -70,6 +70,7 @@ class Finding:
     closest: tuple[KnownBug, float] | None = (
         None  # if no bug explains the finding: the closest bug, and the remaining part of the error
     )
+    sides: Comparison | None = None  # of the first finding: the first instance beside its reference
 
     @property
     def worst(self) -> Instance:
@@ -487,10 +488,8 @@ class Diagnosis:
             yield f"tokens: row {twice[0]} begins with <bos> twice (double-bos)"
         if self.untried:
             yield "exchanged weights were only partly tried; record the projections and norms to find them"
-        for name in candidate.unknown[:3]:
-            yield f"{name}: is not a tensor of this model"
-        if len(candidate.unknown) > 3:
-            yield f"and {len(candidate.unknown) - 3} other unknown tensors"
+        if candidate.unknown:
+            yield f"not tensors of this model: {list_names(candidate.unknown)}"
         if candidate.dtype_from == "numbers":
             yield f"the file does not name its dtype; all its numbers are exact in {candidate.dtype}"
         yield from candidate.remarks
@@ -580,6 +579,9 @@ def report_on(engine: Engine, bugs: Sequence[KnownBug] | None = None) -> Report:
     work = Diagnosis(engine, bugs)
     order = list(engine.usual.table)
     findings = tuple(sorted(work.findings(), key=lambda finding: order.index(finding.instances[0].tensor)))
+    if findings and work.whole and (name := findings[0].instances[0].tensor) in candidate.tensors:
+        sides = compare_sides(engine, name, findings[0].explanations)
+        findings = (replace(findings[0], sides=sides), *findings[1:])
     done = {*candidate.tensors, *candidate.refused, LOGPROBS} | ({"logits"} if LOGPROBS in candidate.tensors else set())
     missing = tuple(name for name in order if name not in done)
     return Report(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from refgemma.files import pluralise
 from refgemma.oracle.tolerance import FORMATS, UNDERFLOW, Tolerance, ulp
 from refgemma.oracle.verdicts import BLIND, EXACT, FAIL, INVALID, NOISY, PASS, SKEWED
 from refgemma.precision import Array, as_dtype
@@ -131,7 +132,7 @@ def judge(
     wrong = ~np.isfinite(c) & np.isfinite(r if allowed.measured else nearest)
     if wrong.any():
         place = tuple(int(n) for n in places[np.argmax(wrong)])
-        return Judged(INVALID, Statistics(len(c), same, place=place), f"{int(wrong.sum())} elements are {c[wrong][0]}")
+        return Judged(INVALID, Statistics(len(c), same, place=place), _describe_odd(int(wrong.sum()), c[wrong][0]))
     std, bound = (np.broadcast_to(x, found.shape)[where] * override for x in (allowed.std, allowed.error_bound))
     if not np.isfinite(r).all():
         return Judged(BLIND, Statistics(), "the reference is not finite")
@@ -158,6 +159,10 @@ def judge(
     return Judged(_choose_verdict(statistics), statistics, _describe_exact(c[exactly], r[exactly]))
 
 
+def _describe_odd(count: int, number: float) -> str:
+    return f"{pluralise(count, 'element')} {'is' if count == 1 else 'are'} {number}"
+
+
 def _judge_measured(errors: Array, apart: Array, bound: Array, same: float, places: Array) -> Judged:
     rms, farthest = float(np.sqrt(np.mean(errors**2))), np.abs(errors)
     place = tuple(int(n) for n in places[np.argmax(farthest)])
@@ -171,7 +176,7 @@ def _describe_exact(found: Array, exact: Array) -> str:
     if not len(found):
         return ""
     farthest = np.argmax(np.abs(found - exact))
-    count = "1 element" if len(found) == 1 else f"{len(found)} elements"
+    count = pluralise(len(found), "element")
     return f"{count} must be exactly {exact[farthest]:g}, independent of rounding; one is {found[farthest]:.3g}"
 
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from refgemma.config import Gemma2Config
+from refgemma.files import pluralise
 from refgemma.hub import FOLLOW_LINKS, find_model
 from refgemma.inputs import InputError
 from refgemma.oracle.diagnose import Report, diagnose, report_on
@@ -22,12 +23,14 @@ from refgemma.oracle.verdicts import EXACT, UNKNOWN
 from refgemma.precision import Array, as_dtype, as_float64
 from refgemma.tokenizer.tokenizer import Tokenizer, TokenizerError
 from refgemma.trace.candidate import Candidate, load_trace
-from refgemma.trace.name_maps import load_map, map_names, match, open_any
+from refgemma.trace.name_maps import NameMap, load_map, map_names, match, open_any
+from refgemma.trace.reader import TraceFile
 from refgemma.weights.checkpoint import open_checkpoint
 from refgemma.weights.parameters import Weights, tensor_shapes, weights_of
 
 STDERR = 2  # number of the stream to which a subprocess writes
 WATCHER = "import os, sys; sys.stdin.read(); os.killpg(int(sys.argv[1]), 9)"  # stdin closes when this process ends
+NAMES_LIMIT = 2000  # names with which maps are compared
 EMBEDDED = ("tiny", "conformance")
 HALVES = ("bfloat16", "float16")
 
@@ -43,8 +46,10 @@ def read_candidate(
         As in `load_trace`; also if the file has no tensor of this model, or most tensors have the shapes of another.
     """
     candidate = load_trace(path, config, dtype, name_map)
+    advice = "" if candidate.name_map else suggest_map(path, candidate.unknown)
     if not candidate.tensors and not candidate.refused:
-        raise InputError(f"{path}: has no tensor of this model; {suggest_map(path, candidate)}")
+        otherwise = "write at least the logits, under refgemma's names"
+        raise InputError(f"{path}: has no tensor of this model; {advice or otherwise}")
     if len(candidate.refused) > len(candidate.tensors):
         name, problem = next(iter(candidate.refused.items()))
         fitting = [model for model in EMBEDDED if fits_model(path, model, name_map)]
@@ -53,11 +58,11 @@ def read_candidate(
             if fitting
             else "give that model's folder with --model"
         )
+        count = pluralise(len(candidate.refused) + len(candidate.tensors), "tensor")
         raise InputError(
-            f"{path}: {len(candidate.refused)} of {len(candidate.refused) + len(candidate.tensors)} tensors have the "
-            f"shapes of another model ({name} {problem}); {hint}"
+            f"{path}: {len(candidate.refused)} of {count} have the shapes of another model ({name} {problem}); {hint}"
         )
-    return candidate
+    return replace(candidate, remarks=(*candidate.remarks, advice)) if advice else candidate
 
 
 def fits_model(path: str | Path, model: str, name_map: str | None) -> bool:
@@ -69,14 +74,21 @@ def fits_model(path: str | Path, model: str, name_map: str | None) -> bool:
     return len(found.refused) < len(found.tensors)
 
 
-def suggest_map(path: str | Path, candidate: Candidate) -> str:
-    """Return advice for a file without any of refgemma's names."""
+def suggest_map(path: str | Path, unknown: Sequence[str]) -> str:
+    """Return advice to use the map that knows most of the unknown names of a file; it is empty if no map knows any."""
     file = open_any(path)
-    counts = {name: len(match(file, load_map(name)).found) for name in map_names()} if not candidate.name_map else {}
-    fitting = [f"--map {name} knows {n}" for name, n in counts.items() if n]
-    return (
-        f"but {', '.join(fitting)} of its tensors" if fitting else "write at least the logits, under refgemma's names"
-    )
+    some = replace(file, entries={name: file.entries[name] for name in unknown[:NAMES_LIMIT]})
+    known = {name: _count_matches(some, load_map(name)) for name in map_names()}
+    best = max(known, key=lambda name: (known[name], name == "transformers"))  # some maps share names
+    unknown_names = pluralise(len(some.entries), "unknown name")
+    return f"--map {best} knows {known[best]} of {unknown_names} in the file; give this map" if known[best] else ""
+
+
+def _count_matches(file: TraceFile, names: NameMap) -> int:
+    try:
+        return len(match(file, names).found)
+    except InputError:  # the map gives one name to several tensors
+        return 0
 
 
 def check(
@@ -145,7 +157,8 @@ def check(
         return weights_of({name: as_dtype(x, precision) for name, x in by_name.items()}, numbers)
 
     found = diagnose(candidate, read_weights(candidate.dtype), numbers, override, quantised and not by_name)
-    unknown = [finding for finding in found.findings if finding.named == UNKNOWN][:1]
+    refused = found.candidate.refused  # another precision does not explain a wrong shape
+    unknown = [f for f in found.findings if f.named == UNKNOWN and f.instances[0].tensor not in refused][:1]
     # Test only possible reasons: bugs of this tensor, and the closest bug.
     closest = [finding.closest[0] for finding in unknown if finding.closest]
     bugs = [v for v in KNOWN_BUGS if v in closest or any(finding.field in v.fields for finding in unknown)]

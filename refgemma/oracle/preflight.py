@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from refgemma.config import Gemma2Config
+from refgemma.files import pluralise
 from refgemma.hub import GGUF, refuse_links
 from refgemma.inputs import InputError
 from refgemma.oracle.engine import QUANTISED_LIMIT
@@ -105,7 +106,7 @@ def judge_weight(name: str, entry: Entry, checkpoint: Mapping[str, Entry], confi
     vocabulary = name in (EMBED_TOKENS, HEAD_WEIGHT)
     if vocabulary and len(entry.shape) == 2 and entry.shape[0] > right.shape[0] and entry.shape[1:] == right.shape[1:]:
         if is_same(entry.read()[: right.shape[0]], right):
-            rows = f"has {entry.shape[0]} rows; the vocabulary has {right.shape[0]}"
+            rows = f"has {pluralise(entry.shape[0], 'row')}; the vocabulary has {right.shape[0]}"
             return Preflight(name, FAIL, "vocab-padded", rows)
     if np.prod(entry.shape) != right.size:
         return Preflight(name, FAIL, UNKNOWN, f"has shape {entry.shape}; it must be {right.shape}")
@@ -128,7 +129,7 @@ def judge_weight(name: str, entry: Entry, checkpoint: Mapping[str, Entry], confi
     if found.shape == right.shape and found.ndim == 2 and (off := measure_quantisation(found, right)):
         return Preflight(name, NOISY, QUANTISED, f"has a relative error of {off:.2g}")
     wrong = int(np.sum(as_float64(found) != as_float64(right))) if found.shape == right.shape else found.size
-    return Preflight(name, FAIL, UNKNOWN, f"{wrong} of {found.size} elements differ")
+    return Preflight(name, FAIL, UNKNOWN, f"{wrong} of {found.size} elements differ{'s' * (wrong == 1)}")
 
 
 def measure_quantisation(found: Array, right: Array) -> float:

@@ -3,34 +3,30 @@
 Checked in the tests: all five have the same verdict, and the JSON has every field of its schema.
 """
 
-import html
-import itertools
 import math
 import platform
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from string import Template
 from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 
-from refgemma.files import escape, hash_file, write_json
+from refgemma.config import Gemma2Config
+from refgemma.files import escape, hash_file, pluralise, write_json
 from refgemma.oracle.diagnose import Finding, Report
 from refgemma.oracle.engine import Instance
 from refgemma.oracle.estimate import Estimate
-from refgemma.oracle.judge import EDGES, Statistics
-from refgemma.oracle.known_bugs import KnownBug
-from refgemma.oracle.locate import ErrorMap
+from refgemma.oracle.judge import Statistics
+from refgemma.oracle.known_bugs import KnownBug, edit_config
 from refgemma.oracle.preflight import Preflight
 from refgemma.oracle.verdicts import BAD, BLIND, CONFORMS, EXACT, EXIT, INCONCLUSIVE, MISSING, NOISY, NOISY_ONLY
-from refgemma.precision import Array
-from refgemma.trace.names import FIELDS, LAYER_FIELDS, field_of, layer_of
+from refgemma.trace.names import field_of, layer_of, list_names, list_ranges
 
-LINES = 30
 WIDTH = 118
 
 
@@ -45,39 +41,155 @@ def number(x: float) -> str:
     return f"{x:.3g}"
 
 
-def short(names: Iterable[str], most: int = 8) -> str:
-    """Return a list of the first names, and how many more there are.
+def factor(x: float) -> str:
+    """Return a factor as a person writes it, with two or three digits.
 
     Examples
     --------
-    >>> short("abc", most=2)
-    'a, b and 1 more'
+    >>> factor(0.123), factor(41.7), factor(74612.0), factor(5.85e6), factor(2.5e11)
+    ('0.12', '42', '74,600', '5.85 million', '2.5e+11')
     """
-    listed = list(names)
-    rest = len(listed) - most
-    return ", ".join(listed[:most]) + (f" and {rest} more" if rest > 0 else "")
+    if x >= 1e9 or x < 9.95:
+        return f"{x:.2g}"
+    return f"{x / 1e6:.3g} million" if x >= 1e6 else f"{float(f'{x:.3g}'):,.0f}"
 
 
-def cut(line: str) -> str:
-    """Return a line cut to the maximum width; escape control characters."""
+def percent(share: float) -> str:
+    """Return a share in per cent; only 0 and 1 are rounded to 0 and 100.
+
+    Examples
+    --------
+    >>> percent(0.5), percent(0.99999), percent(1.0), percent(0.0001)
+    ('50%', '>99%', '100%', '<1%')
+    """
+    return "<1%" if 0 < share < 0.01 else ">99%" if 0.99 < share < 1 else f"{share:.0%}"
+
+
+def largest_error(s: Statistics) -> str:
+    """Return the largest error in words: how many times the error bound of rounding."""
+    if math.isinf(s.error_over_bound):
+        return "must be exact"
+    return f"{factor(s.error_over_bound)} x bound" if s.error_over_bound else "-"  # a measured tolerance has no bound
+
+
+def typical_error(s: Statistics) -> str:
+    """Return the root mean square error in words: how many times the usual error of rounding."""
+    return "-" if not s.rms else "infinite" if math.isinf(s.rms) else f"{factor(s.rms)} x rounding"
+
+
+def describe_error(s: Statistics) -> str:
+    """Return the largest and the typical error of a tensor in words.
+
+    Examples
+    --------
+    >>> describe_error(Statistics(error_over_bound=0.5, rms=1.0))
+    'largest error 0.5 x bound, typical error 1 x rounding'
+    """
+    return f"largest error {largest_error(s)}, typical error {typical_error(s)}"
+
+
+def wrap(line: str, width: int = WIDTH) -> list[str]:
+    """Return a line in lines of at most `width` characters; escape control characters, and keep words and indentation.
+
+    Examples
+    --------
+    >>> wrap("  one two three", 12)
+    ['  one two', '    three']
+    """
     line = escape(line)
-    return line if len(line) <= WIDTH else line[: WIDTH - 3] + "..."
+    if len(line) <= width:
+        return [line]
+    indent = " " * (len(line) - len(line.lstrip()) + 2)
+    return textwrap.wrap(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def estimate_text(e: Estimate) -> str:
     """Return an estimate as a sentence."""
-    spread = f" +- {e.uncertainty:.1g}" if e.uncertainty else ""
-    near = f", which is {e.near}" if e.near else ""
+    near = f", which is {e.near}" if e.near and not is_number(e.near) else ""
     fit = "" if e.fits else "; this explains only part of the error"
-    return f"{e.parameter} seems to be {e.value:.6g}{spread} instead of {e.expected:.6g}{near}{fit}"
+    return f"{e.parameter} seems to be {_with_spread(e)} instead of {e.expected:.6g}{near}{fit}"
 
 
-def finding_row(finding: Finding) -> str:
-    """Return a finding's line in the table."""
+def is_number(text: str) -> bool:
+    """Return True if a text is a number.
+
+    Examples
+    --------
+    >>> is_number("1e-5"), is_number("head_dim")
+    (True, False)
+    """
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _with_spread(e: Estimate) -> str:
+    return f"{e.value:.6g}" + (f" +- {e.uncertainty:.1g}" if e.uncertainty else "")
+
+
+def changed_keys(bug: KnownBug, config: Gemma2Config) -> dict[str, tuple[Any, Any]]:
+    """Return the keys of the configuration that a known bug changes, each with the expected and the wrong value."""
+    edited = edit_config(bug.change, config)
+    changed = {key: (x, other) for key, x in vars(config).items() if (other := getattr(edited, key)) != x}
+    return {key: pair for key, pair in changed.items() if key != "rope_parameters" or "rope_theta" not in changed}
+
+
+def where_to_look(bug: KnownBug, config: Gemma2Config, estimates: Sequence[Estimate] = ()) -> str:
+    """Return the part of a port to look at, with the value that the trace suggests for a key of the configuration."""
+    changed = changed_keys(bug, config)
+    said = []
+    for key, (expected, wrong) in changed.items():
+        near = [e for e in estimates if explains_estimate(key, wrong, e)]
+        right, found = shown_value(expected, wrong)
+        found = _with_spread(near[0]) if near else found
+        said.append(f"config key {key}: the trace suggests {found}, expected is {right}")
+    if not changed and hasattr(config, bug.knob):
+        return f"config key {bug.knob}, expected is {shown_value(getattr(config, bug.knob), None)[0]}"
+    return "; ".join(said if bug.knob in changed or not bug.knob else [bug.knob, *said])
+
+
+def shown_value(expected: Any, found: Any) -> tuple[str, str]:
+    """Return the text of two values of a key of the configuration; of lists, only the layers that differ.
+
+    Examples
+    --------
+    >>> shown_value(8, None), shown_value(("full", "sliding", "full"), ("full", "full", "full"))
+    (('8', 'none'), ('sliding in layers 1', 'full in layers 1'))
+    """
+    if isinstance(expected, tuple) and isinstance(found, tuple):
+        layers = [n for n, pair in enumerate(zip(expected, found, strict=True)) if pair[0] != pair[1]]
+        sides = [", ".join(dict.fromkeys(side[n] for n in layers)) for side in (expected, found)]
+        return f"{sides[0]} in layers {list_ranges(layers)}", f"{sides[1]} in layers {list_ranges(layers)}"
+    one, other = ("none" if x is None else f"{x:g}" if isinstance(x, float) else str(x) for x in (expected, found))
+    return one, other
+
+
+def explains_estimate(key: str, value: Any, e: Estimate) -> bool:
+    """Return True if a bug's value of a key of the configuration is the estimate."""
+    return (
+        e.fits and e.parameter == key and isinstance(value, int | float) and math.isclose(value, e.value, rel_tol=0.01)
+    )
+
+
+def finding_row(finding: Finding, width: int) -> str:
+    """Return a finding's line in the table; `width` is that of the first column."""
     s, verdict = finding.worst.judged.statistics, finding.worst.judged.verdict
     layers = f"{len(finding.instances)} of {finding.total}"
-    error = number(s.error_over_bound) if s.error_over_bound else "-"  # a measured tolerance has no bound
-    return f"{finding.field:28s} {verdict:8s}{layers:>9s} {error:>11s} {number(s.rms):>10s} {s.exact:>7.3f}"
+    return f"{finding.field:{width}s} {verdict:8s} {layers:8s} {error_columns(s)}"
+
+
+def error_columns(s: Statistics) -> str:
+    """Return the columns of errors of a line in a table; `ERRORS` has their titles."""
+    largest, typical = (said.replace(" million", "M") for said in (largest_error(s), typical_error(s)))
+    return f"{largest:>15s} {typical:>19s} {percent(s.exact):>6s}"
+
+
+ERRORS = f"{'largest error':>15s} {'typical error':>19s} {'exact':>6s}"
+UNITS = (
+    "bound: the largest error that rounding can cause; 1 x rounding: its usual error; exact: correctly rounded elements"
+)
 
 
 def preflight_lines(report: Report) -> list[str]:
@@ -87,10 +199,10 @@ def preflight_lines(report: Report) -> list[str]:
         if stage.verdict != EXACT:
             groups.setdefault((stage.verdict, stage.named), []).append(stage)
     lines = []
-    for (verdict, named), stages in list(groups.items())[:5]:
+    for (verdict, named), stages in groups.items():
         notes = {stage.note for stage in stages if stage.note}
         note = f": {notes.pop()}" if len(notes) == 1 else ""
-        lines.append(f"{verdict} {short([s.name for s in stages], 3)}: {named or verdict.lower()}{note}")
+        lines.append(f"{verdict} {list_names(s.name for s in stages)}: {named or verdict.lower()}{note}")
     return lines
 
 
@@ -106,40 +218,45 @@ def first_lines(report: Report) -> list[str]:
 def finding_lines(report: Report) -> list[str]:
     """Return the verdict and details for the computed tensors."""
     if not report.findings:
-        said = {
-            CONFORMS: "CONFORMS: rounding explains every recorded tensor",
-            NOISY_ONLY: _why_noisy(report)
-            + ": "
-            + short([i.tensor for i in report.instances if i.judged.verdict == NOISY] or ["weights"]),
-            INCONCLUSIVE: "INCONCLUSIVE: " + why_inconclusive(report),
-        }
-        return [said[report.verdict]]
+        return [f"{report.verdict.upper() if report.verdict != NOISY_ONLY else 'NOISY'}: {why(report)}"]
     finding = report.findings[0]
     more = [f"  as if computed in {other.candidate.dtype}: {_headline(other)}" for other in report.again]
     first, word = finding.instances[0], "NOISY" if report.verdict == NOISY_ONLY else "DIFFERS"
-    lines = [f"{word} first at {first.tensor}: {finding.named}", *more]
+    lines = [f"{word} first at {first.tensor}: {cause(report, finding)}", *more]
     if more:
         lines.append("    give the candidate's arithmetic with --dtype")
     if first.judged.note:
         lines.append(f"  {first.judged.note}")
-    for v in finding.explanations[:3]:
-        lines.append(f"  {v.name}: {v.says}")
-        lines.append(f"    seen in {v.seen}; look at: {v.knob}")
-    if not finding.explanations and not any(e.fits for e in finding.estimates) and not first.judged.note:
-        lines.append("  no known bug explains it; --repro FILE writes its inputs and result to a file")
-    if finding.closest:
-        bug, left = finding.closest
-        lines.append(f"  closest: {bug.name} ({bug.says}), but {_as_part(left)} of the error remains")
-    lines += [f"  {estimate_text(e)}" for e in finding.estimates]
+    for v in finding.explanations:
+        lines += [f"  {v.name}: {v.says}", f"    seen in {v.seen}"]
+        lines.append(f"    look at: {where_to_look(v, report.config, finding.estimates)}")
+    lines += [f"  {line}" for line in unexplained_lines(finding, report.config)]
     if finding.where:
         lines.append(f"  {finding.where}")
     if first.between:
-        lines.append(
-            f"  this tensor was computed from {short(first.sources) or 'the tokens'}; to find the operation, record "
-            "also"
-        )
-        lines.append(f"    {short(_to_record(first), 5)}")
+        lines.append(f"  this tensor was computed from {list_names(first.sources) or 'the tokens'}")
+        lines.append(f"  to find the operation, record also {', '.join(_to_record(first))}")
     return lines
+
+
+def unexplained_lines(finding: Finding, config: Gemma2Config) -> list[str]:
+    """Return the estimates that no explanation mentions, and advice if nothing explains a finding."""
+    lines = []
+    first = finding.instances[0]
+    if not finding.explanations and not any(e.fits for e in finding.estimates) and not first.judged.note:
+        lines.append("no known bug explains it; --repro FILE writes its inputs and result to a file")
+    if finding.closest:
+        bug, left = finding.closest
+        lines.append(f"closest: {bug.name} ({bug.says}), but {_as_part(left)} of the error remains")
+    said = [(key, x) for v in finding.explanations for key, (_, x) in changed_keys(v, config).items()]
+    return lines + [
+        estimate_text(e) for e in finding.estimates if not any(explains_estimate(key, x, e) for key, x in said)
+    ]
+
+
+def cause(report: Report, finding: Finding) -> str:
+    """Return the reason of a finding: known bugs, an estimate, a wrong shape, or ``UNKNOWN``."""
+    return "not comparable" if finding.instances[0].tensor in report.candidate.refused else finding.named
 
 
 def _headline(report: Report) -> str:
@@ -164,11 +281,18 @@ def label(report: Report, model: str) -> str:
     return f"{model} with {report.changed}" if report.changed else model
 
 
-def _why_noisy(report: Report) -> str:
-    quantised = [i.judged.note for i in report.instances if i.judged.verdict == NOISY and i.judged.note]
-    return f"NOISY: {quantised[0]}, as from quantisation" if quantised else (
-        "NOISY: inside the error bounds, but noisier than the declared arithmetic"
+def why(report: Report) -> str:
+    """Return the reason of a verdict without a finding."""
+    noisy = [i for i in report.instances if i.judged.verdict == NOISY]
+    quantised = [i.judged.note for i in noisy if i.judged.note]
+    said = f"{quantised[0]}, as from quantisation" if quantised else (
+        "inside the error bounds, but noisier than the declared arithmetic"
     )  # fmt: skip
+    return {
+        CONFORMS: "rounding explains every recorded tensor",
+        NOISY_ONLY: f"{said}: {list_names(i.tensor for i in noisy) or 'weights'}",
+        INCONCLUSIVE: why_inconclusive(report),
+    }[report.verdict]
 
 
 def _to_record(instance: Instance) -> list[str]:
@@ -183,48 +307,71 @@ def why_inconclusive(report: Report) -> str:
     """Return the reason why a check is inconclusive."""
     blind = [i.tensor for i in report.instances if i.judged.verdict == BLIND]
     if blind:
-        return f"no element could be compared in {short(blind)}"
+        return f"no element could be compared in {list_names(blind)}"
     if report.logits_missing:
         return (
-            f"rounding explains all recorded tensors, but {report.logits_missing} logits of the last token are missing"
+            "rounding explains all recorded tensors, but "
+            f"{pluralise(report.logits_missing, 'logit')} of the last token are missing"
         )
     if any(stage.verdict == MISSING for stage in report.preflight):
         return "some weights are missing"
     return "logits are missing, so the comparison is incomplete"
 
 
-def text(report: Report, model: str) -> str:
-    """Return the report for a terminal, at most `LINES` lines."""
-    call, candidate = report.candidate.call, report.candidate
+def count_verdicts(report: Report) -> str:
+    """Return the number of tensors of each verdict as text."""
     counts = Counter(i.judged.verdict for i in report.instances)
+    return ", ".join(f"{n} {verdict}" for verdict, n in sorted(counts.items()))
+
+
+def count_bugs(report: Report) -> str:
+    """Return the numbers of known bugs that the trace rules out, that explain a finding, and that it cannot show."""
+    return "; ".join(f"{count} {said}" for count, said in bug_counts(report))
+
+
+def bug_counts(report: Report) -> list[tuple[str, str]]:
+    """Return the numbers above 0 of `count_bugs`, each with its words."""
+    unseen = len(report.undetectable)
+    named = report.asked - len({v.name for v in (*report.excluded, *report.undetectable)})
+    counts = (
+        (f"{len(report.excluded)} of {report.asked}", "ruled out", True),
+        (f"{named}", "explains the difference" if named == 1 else "explain the differences", named > 0),
+        (f"{unseen}", f"look{'s' * (unseen == 1)} like the correct model in this trace", unseen > 0),
+    )
+    return [(count, said) for count, said, shown in counts if shown]
+
+
+def recorded_lines(report: Report) -> list[str]:
+    """Return the list of the tensors that were not recorded or, if it is shorter, of the recorded ones."""
+    missing, recorded = report.missing, [i.tensor for i in report.instances]
+    if not missing:
+        return []
+    if len(recorded) < len(missing):
+        return [f"recorded: {list_names(recorded)}; {pluralise(len(missing), 'other tensor')} not recorded"]
+    return [f"not recorded: {pluralise(len(missing), 'tensor')}: {list_names(missing)}"]
+
+
+def text(report: Report, model: str) -> str:
+    """Return the report for a terminal, wrapped at `WIDTH` characters."""
+    call, candidate = report.candidate.call, report.candidate
     asked = "x".join(str(n) for n in call.input_ids.shape)
-    against = f"{candidate.source} against {label(report, model)}"
-    lines = [
-        f"{against}: {len(report.instances)} tensors of {asked} tokens in {candidate.dtype}",
-        "",
-        *first_lines(report),
-        "",
-    ]
+    count = pluralise(len(report.instances), f"tensor of {asked} tokens")
+    lines = [f"{candidate.source} against {label(report, model)}: {count} in {candidate.dtype}", ""]
+    lines += [*first_lines(report), ""]
     if report.findings:
-        lines.append(
-            f"{'tensor':28s} {'verdict':8s}{'layers':>9s} {'error/bound':>11s} {'rms/sigma':>10s} {'exact':>7s}"
-        )
-        room = LINES - len(lines) - 7
-        for finding in report.findings[: max(1, room)]:
-            named = "" if finding is report.findings[0] else f"  {finding.named}"
-            lines.append(finding_row(finding) + named)
-        if len(report.findings) > room:
-            lines.append(f"and {len(report.findings) - room} other tensors")
-    lines.append(", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items())))
-    lines.append(f"excluded: {len(report.excluded)} of {report.asked} known bugs")
+        width = max(28, *(len(finding.field) for finding in report.findings))
+        lines.append(f"{'tensor':{width}s} {'verdict':8s} {'layers':8s} {ERRORS}")
+        for finding in report.findings:
+            named = "" if finding is report.findings[0] else f"  {cause(report, finding)}"
+            lines.append(finding_row(finding, width) + named)
+        lines.append(UNITS)
+    lines.append(count_verdicts(report))
+    lines.append(f"known bugs: {count_bugs(report)}" + (":" if report.undetectable else ""))
     if report.undetectable:
-        names = short([v.name for v in report.undetectable], 5)
-        lines.append(f"this trace cannot show {len(report.undetectable)} known bugs (--json lists all): {names}")
-    if report.missing:
-        lines.append(f"not recorded: {len(report.missing)} tensors, {short(report.missing, 3)}")
-    kept = [cut(line) for line in (*lines, *(f"remark: {r}" for r in report.remarks))]
+        lines.append("  " + list_names(v.name for v in report.undetectable))
+    lines += [*recorded_lines(report), *(f"remark: {r}" for r in report.remarks)]
     said = f"[{report.changed}] " if report.changed else ""
-    return "\n".join(cut(said + line) if line else "" for line in kept[:LINES])
+    return "\n".join(said + part if part else "" for line in lines for part in wrap(line, WIDTH - len(said)))
 
 
 # --- for programs -----------------------------------------------------------------------------------------------------
@@ -250,7 +397,13 @@ def statistic_json(instance: Instance) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def finding_json(finding: Finding) -> dict[str, Any]:
+def suggestion_json(v: KnownBug, config: Gemma2Config) -> dict[str, Any]:
+    """Return the keys of the configuration that a known bug changes, as JSON types."""
+    changed = changed_keys(v, config).items()
+    return {"suggests": {key: {"expected": expected, "found": found} for key, (expected, found) in changed}}
+
+
+def finding_json(finding: Finding, config: Gemma2Config) -> dict[str, Any]:
     """Return one finding as JSON types."""
     return {
         "tensor": finding.instances[0].tensor,
@@ -259,7 +412,7 @@ def finding_json(finding: Finding) -> dict[str, Any]:
         "recorded": finding.total,
         "statistic": statistic_json(finding.worst),
         "named": finding.named,
-        "explanations": [known_bug_json(v) for v in finding.explanations],
+        "explanations": [known_bug_json(v) | suggestion_json(v, config) for v in finding.explanations],
         "estimates": [asdict(e) for e in finding.estimates],
         "closest": finding.closest and {"variant": finding.closest[0].name, "leaves": finding.closest[1]},
         "where": finding.where,
@@ -283,11 +436,12 @@ def as_json(report: Report, model: str) -> dict[str, Any]:
         "exit_code": EXIT[report.verdict],
         "first_divergence": report.first_wrong,
         "stages": [asdict(result) for result in report.preflight],
-        "findings": [finding_json(f) for f in report.findings],
+        "findings": [finding_json(f, report.config) for f in report.findings],
         "tensors": [{"tensor": i.tensor} | statistic_json(i) for i in report.instances],
         "missing": report.missing,
         "excluded": [v.name for v in report.excluded],
         "blind": [{"variant": v.name, "shows": v.shows} for v in report.undetectable],
+        "unknown": report.candidate.unknown,
         "remarks": report.remarks,
         "again": [{"dtype": r.candidate.dtype, "verdict": r.verdict, "said": _headline(r)} for r in report.again],
         "override": report.override,
@@ -350,7 +504,7 @@ def junit(report: Report, model: str) -> str:
     for i in report.instances:
         case = ElementTree.SubElement(suite, "testcase", classname=field_of(i.tensor), name=i.tensor)
         if i.judged.verdict in BAD:
-            said = i.judged.note or f"{_describe_error(i.judged.statistics)}: {named.get(i.tensor)}"
+            said = i.judged.note or f"{describe_error(i.judged.statistics)}: {named.get(i.tensor)}"
             ElementTree.SubElement(case, "failure", type=i.judged.verdict, message=escape(said))
     for name in map(escape, absent):
         case = ElementTree.SubElement(suite, "testcase", classname=field_of(name), name=name)
@@ -372,192 +526,28 @@ def _as_code(text: str) -> str:
 
 
 def _as_block(lines: Iterable[str]) -> list[str]:
-    return ["```text", *(escape(line).replace("`", "'") for line in lines), "```", ""]
+    return ["```text", *(part.replace("`", "'") for line in lines for part in wrap(line)), "```", ""]
 
 
 def markdown(report: Report, model: str) -> str:
     """Return a comment for a pull request; names and texts from the trace are formatted as code."""
     rows = [
         f"| {_as_code(f.field)} | {f.worst.judged.verdict} | {len(f.instances)} of {f.total} | "
-        f"{number(f.worst.judged.statistics.error_over_bound)} | {number(f.worst.judged.statistics.rms)} | "
-        f"{_as_code(f.named)} |"
+        f"{largest_error(f.worst.judged.statistics)} | {typical_error(f.worst.judged.statistics)} | "
+        f"{_as_code(cause(report, f))} |"
         for f in report.findings
     ]
     table = [
-        "| tensor | verdict | layers | error/bound | rms/sigma | explained by |",
+        "| tensor | verdict | layers | largest error | typical error | explained by |",
         "|---|---|---|---|---|---|",
         *rows,
     ]
-    counts = Counter(i.judged.verdict for i in report.instances)
+    unseen = ", ".join(v.name for v in report.undetectable)
     return "\n".join([
         f"### refgemma check against {_as_code(label(report, model))}: {report.verdict}", "",
         *_as_block(first_lines(report)),
-        *(table if rows else []), *([""] if rows else []),
-        ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items())) + ".",
-        "",
-        f"Excluded {len(report.excluded)} of {report.asked} known bugs. "
-        f"Not shown by this trace: {', '.join(v.name for v in report.undetectable) or 'none'}.",
+        *([*table, "", f"{UNITS}.", ""] if rows else []),
+        f"{count_verdicts(report)}.", "",
+        f"Known bugs: {count_bugs(report)}{f': {unseen}' if unseen else ''}.",
         *(["", *_as_block(report.remarks)] if report.remarks else [""]),
     ])  # fmt: skip
-
-
-# --- a page -----------------------------------------------------------------------------------------------------------
-
-# Lower limits of a map's colours in standard deviations: rounding, then ten times more for each colour.
-LEVELS = ((0.0, "#7fc98f"), (4.0, "#f0c419"), (10.0, "#f4a300"), (100.0, "#e8743b"), (1e3, "#d62828"), (1e4, "#7f1d1d"))
-CELLS = 64  # maximum number of a map's cells in each direction
-MAPS = 6  # maximum number of findings shown as maps
-
-
-def page(report: Report, model: str) -> str:
-    """Return the report as an HTML page that needs no network."""
-    page = Template(Path(__file__).with_name("report.html").read_text("utf-8"))
-    return page.substitute(
-        verdict=html.escape(report.verdict), text=html.escape(text(report, model)), strip=_strip(report),
-        drift=_drift(report), worst=_worst(report), histogram=_histogram(report), maps=_maps(report),
-    )  # fmt: skip
-
-
-def _describe_error(s: Statistics) -> str:
-    return f"error {number(s.error_over_bound)} x bound, rms {number(s.rms)} sigma"
-
-
-def _strip(report: Report) -> str:
-    by_name = {i.tensor: i for i in report.instances}
-    count = report.config.num_hidden_layers
-    rows = ["<tr><th>tensor</th>" + "".join(f"<th>{n}</th>" for n in range(count)) + "</tr>"]
-    for kind in FIELDS:
-        names = [f"layers.{n}.{kind}" for n in range(count)] if kind in LAYER_FIELDS else [kind]
-        cells = "".join(_cell(by_name.get(name), name) for name in names)
-        rows.append(f"<tr><th>{kind}</th>{cells}</tr>")
-    return "".join(rows)
-
-
-def _cell(instance: Instance | None, name: str) -> str:
-    if instance is None:
-        return f'<td title="{html.escape(name)}: not recorded" class="{MISSING}"></td>'
-    s, verdict = instance.judged.statistics, instance.judged.verdict
-    title = f"{name}: {verdict}, {_describe_error(s)}, exact {s.exact:.3f}"
-    rms = f"{s.rms:.1f}" if 0 < s.rms < 100 else f"{s.rms:.0e}" if s.rms else verdict[0]
-    return f'<td title="{html.escape(title)}" class="{verdict}">{rms}</td>'
-
-
-def _drift(report: Report) -> str:
-    points = [(name, x) for name, x in report.drift if np.isfinite(x) and x > 0]
-    if not points:
-        return "<p>The residual stream was not recorded, or does not differ.</p>"
-    logs = np.log10([x for _, x in points])
-    low, high = np.floor(logs.min()), np.ceil(logs.max() + 1e-9)
-    step = 640 / max(1, len(points) - 1)
-    y = 180 - 160 * (logs - low) / max(1.0, high - low)
-    path = " ".join(f"{40 + n * step:.1f},{v:.1f}" for n, v in enumerate(y))
-    dots = "".join(
-        f'<circle cx="{40 + n * step:.1f}" cy="{v:.1f}" r="3" fill="#1769aa">'
-        f"<title>{html.escape(name)}: {x:.3g}</title></circle>"
-        for n, (v, (name, x)) in enumerate(zip(y, points, strict=True))
-    )
-    return (
-        f'<svg viewBox="0 0 720 200" role="img" aria-label="drift"><polyline points="{path}" fill="none" '
-        f'stroke="#1769aa"/>{dots}<text x="0" y="24">1e{high:.0f}</text><text x="0" y="184">1e{low:.0f}</text></svg>'
-    )
-
-
-def _worst(report: Report) -> str:
-    ratios = np.array([i.judged.statistics.error_over_bound for i in report.instances])
-    logs = np.log10(np.maximum(ratios[np.isfinite(ratios)], 1e-6))
-    counts, edges = np.histogram(np.clip(logs, -6, 8), bins=28, range=(-6, 8))
-    titles = [f"1e{edge:.1f}: {count} tensors" for edge, count in zip(edges, counts, strict=False)]
-    colours = ["#d62828" if edge >= 0 else "#2a9d4b" for edge in edges]
-    ticks = {n: f"1e{edges[n]:.0f}" for n in range(0, 29, 4)}
-    return _bar_chart("largest errors", counts / max(1, counts.max()), titles, colours, ticks)
-
-
-def _histogram(report: Report) -> str:
-    """Return a chart of the shares of elements between the edges, with the normal distribution for comparison."""
-    count_errors = [s.histogram for i in report.instances if (s := i.judged.statistics).histogram]
-    counts = np.sum(count_errors, axis=0) if count_errors else np.zeros(len(EDGES) - 1)
-    share = counts / max(1, counts.sum())
-    normal = np.diff([0.5 * (1 + math.erf(edge / math.sqrt(2))) for edge in EDGES])
-    top = max(share.max(), normal.max())
-    titles = [
-        f"{low:g} to {high:g}: {count} elements" for low, high, count in zip(EDGES, EDGES[1:], counts, strict=False)
-    ]
-    ticks = {n: f"{EDGES[n]:g}" for n in range(0, len(EDGES), 8)}
-    return _bar_chart("errors", share / top, titles, ["#1769aa"] * len(share), ticks, normal / top)
-
-
-def _bar_chart(
-    label: str, bars: Array, titles: Sequence[str], colours: Sequence[str], ticks: Mapping[int, str],
-    curve: Array | None = None,
-) -> str:  # fmt: skip
-    """Return a chart of bars with heights up to 1, labels below some edges, and an optional curve."""
-    width = 672 / len(bars)
-    parts = [
-        f'<rect x="{40 + width * n:.1f}" y="{170 - 150 * bar:.1f}" width="{width - 1:.1f}" height="{150 * bar:.1f}" '
-        f'fill="{colour}"><title>{title}</title></rect>'
-        for n, (bar, title, colour) in enumerate(zip(bars, titles, colours, strict=False))
-    ]
-    if curve is not None:
-        points = " ".join(f"{40 + width * (n + 0.5):.1f},{170 - 150 * y:.1f}" for n, y in enumerate(curve))
-        parts.append(f'<polyline points="{points}" fill="none" stroke="#d62828" stroke-width="2"/>')
-    parts += [f'<text x="{36 + width * n:.1f}" y="188">{said}</text>' for n, said in ticks.items()]
-    return f'<svg viewBox="0 0 740 200" role="img" aria-label="{label}">{"".join(parts)}</svg>'
-
-
-def _maps(report: Report) -> str:
-    """Return maps of the errors of the first findings."""
-    figures = [
-        f"<figure><figcaption>{html.escape(finding.instances[0].tensor)}: largest error in standard deviations, "
-        f"{m.rows} down, {m.columns} across</figcaption>{_map(m)}</figure>"
-        for finding in report.findings[:MAPS]
-        for m in finding.maps
-    ]
-    keys = ", ".join(
-        f'<span style="background:{colour};color:#000;padding:0 .4rem">from {least:g}</span>'
-        for least, colour in LEVELS
-    )
-    return f"<p>Standard deviations: {keys}. White cells were not compared.</p>{''.join(figures)}" if figures else ""
-
-
-def _map(m: ErrorMap) -> str:
-    """Return one map as SVG; adjacent cells of the same colour form one rectangle."""
-    numbers, (down, across) = pool_blocks(m.numbers, CELLS)
-    size = 10
-    parts = []
-    for y, row in enumerate(numbers):
-        levels = [-1 if np.isnan(x) else sum(bool(x >= least) for least, _ in LEVELS) - 1 for x in row]
-        x = 0
-        for level, cells in itertools.groupby(levels):
-            width = len(list(cells))
-            if level >= 0:
-                parts.append(f'<rect x="{30 + size * x}" y="{size * y}" width="{size * width}" height="{size}" '
-                             f'fill="{LEVELS[level][1]}"/>')  # fmt: skip
-            x += width
-    high, wide = (size * n for n in numbers.shape)
-    ticks = (
-        f'<text x="30" y="{high + 14}">0</text><text x="{10 + wide}" y="{high + 14}">{m.numbers.shape[1] - 1}</text>'
-        f'<text x="0" y="{size}">0</text><text x="0" y="{high}">{m.numbers.shape[0] - 1}</text>'
-    )
-    cell = "" if (down, across) == (1, 1) else f"<p>Each cell shows the largest of {down} x {across} elements.</p>"
-    label = f"{m.rows} by {m.columns}"
-    return (
-        f'<svg viewBox="0 0 {60 + wide} {high + 20}" width="{60 + wide}" role="img" aria-label="{label}">'
-        f"{''.join(parts)}{ticks}</svg>{cell}"
-    )
-
-
-def pool_blocks(numbers: Array, most: int) -> tuple[Array, tuple[int, int]]:
-    """Divide into at most `most` blocks in each direction; return each block's maximum, ignoring NaN, and the block
-    size.
-
-    Examples
-    --------
-    >>> pool_blocks(np.array([[1.0, 5, 2], [np.nan, 0, 9]]), 2)
-    (array([[5., 2.],
-           [0., 9.]]), (1, 2))
-    """
-    blocks = tuple(-(-n // most) for n in numbers.shape)
-    padding = [(0, -n % block) for n, block in zip(numbers.shape, blocks, strict=True)]
-    padded = np.pad(numbers, padding, constant_values=np.nan)
-    shape = (padded.shape[0] // blocks[0], blocks[0], padded.shape[1] // blocks[1], blocks[1])
-    return np.fmax.reduce(padded.reshape(shape), axis=(1, 3)), (blocks[0], blocks[1])

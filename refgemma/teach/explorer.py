@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from refgemma.config import Gemma2Config
 from refgemma.errors import explain_renames
-from refgemma.files import escape
+from refgemma.files import escape, pluralise
 from refgemma.inputs import InputError
 from refgemma.model import head
 from refgemma.modeling.pretrained import Pretrained
@@ -74,7 +74,7 @@ def check_length(seq: int, config: Gemma2Config) -> None:
     """Raise `InputError` if `seq` tokens do not fit on a page; call this before reading weights."""
     if page_bytes(seq, config) > PAGE_LIMIT:
         raise InputError(
-            f"the prompt has {seq} tokens; with this model a page of {PAGE_LIMIT / 1e6:g} MB "
+            f"the prompt has {pluralise(seq, 'token')}; with this model a page of {PAGE_LIMIT / 1e6:g} MB "
             f"holds at most {most_tokens(config)}; give a shorter prompt"
         )
 

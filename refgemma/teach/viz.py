@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 
 from refgemma.config import Gemma2Config
 from refgemma.errors import explain_renames
+from refgemma.files import pluralise
 from refgemma.model import Forward, head
 from refgemma.ops import rms_norm, rotary_tables, soft_cap
 from refgemma.precision import Array, as_float64, wide
@@ -425,7 +426,7 @@ def array_view(x: Array, axes: str) -> Any:
     """
     names = axes.split()
     if len(names) != x.ndim:
-        raise ValueError(f"axes has {len(names)} names ({axes}); the array has {x.ndim} axes: {x.shape}")
+        raise ValueError(f"axes has {pluralise(len(names), 'name')} ({axes}); the array has {x.ndim} axes: {x.shape}")
     import treescope
 
     outwards = range(x.ndim - 1, -1, -1)

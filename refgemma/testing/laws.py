@@ -29,6 +29,7 @@ from hypothesis.errors import Unsatisfiable
 from safetensors.numpy import save_file
 
 from refgemma.config import Gemma2Config
+from refgemma.files import pluralise
 from refgemma.precision import Array, dtype_name
 from refgemma.testing.interface import Backend, BackendError, Capabilities, Output, Unsupported
 from refgemma.testing.strategies import Scene
@@ -87,7 +88,7 @@ class LoadedModel:
         """Call the backend once."""
         limit = self.bench.can.max_length
         if limit is not None and np.shape(mask if mask is not None else ids)[1] > limit:
-            raise Unsupported(f"texts of more than {limit} tokens")
+            raise Unsupported(f"texts of more than {pluralise(limit, 'token')}")
         ids, mask = np.asarray(ids, np.int64), None if mask is None else np.asarray(mask, np.int64)
         output: Output = self.bench.backend.forward(self.handle, ids, mask, positions, cache, tuple(wanted))
         return output

@@ -16,6 +16,7 @@ from hypothesis import assume
 from hypothesis import strategies as st
 
 from refgemma.config import SLIDING, Gemma2Config
+from refgemma.files import pluralise
 from refgemma.hub import find_model
 from refgemma.oracle.engine import Engine
 from refgemma.precision import Array, as_dtype, dtype_name
@@ -700,7 +701,7 @@ def operation_by_operation(bench: Bench, scene: Scene, dtype: str) -> Iterator[t
 def each_operation_keeps_within_its_bound(bench: Bench, scene: Scene) -> None:
     """Each tensor of a float32 run equals the float64 operation on earlier tensors, within a derived bound."""
     for name, beyond, size in operation_by_operation(bench, scene, "float32"):
-        require(not beyond, f"{name}: {beyond} of {size} elements are beyond the bound of rounding")
+        require(not beyond, f"{name}: beyond the bound of rounding in {beyond} of {pluralise(size, 'element')}")
 
 
 @law(scene=scenes(), needs=["dtype:bfloat16", *ALL_TENSORS])
@@ -711,7 +712,7 @@ def a_kernel_rounds_once(bench: Bench, scene: Scene) -> None:
     is larger if a norm is rounded before its weight, or queries are rounded instead of scores.
     """
     for name, beyond, size in operation_by_operation(bench, scene, "bfloat16"):
-        require(not beyond, f"{name}: {beyond} of {size} elements are rounded more often or elsewhere")
+        require(not beyond, f"{name}: rounded more often or elsewhere in {beyond} of {pluralise(size, 'element')}")
 
 
 # --- single operations ------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from refgemma.files import pluralise
 from refgemma.goldens.load import load_golden, model_of, read_manifest, recorded_model
 from refgemma.goldens.single import OFFERED, recorded_operations
 from refgemma.goldens.verify import compare_run
@@ -72,7 +73,7 @@ def _check_forward(backend: Any, name: str) -> None:
     if not padding.all() and not can.padding:
         raise NotApplicable("its forward takes no padding")
     if can.max_length is not None and ids.shape[1] > can.max_length:
-        raise NotApplicable(f"its texts have at most {can.max_length} tokens")
+        raise NotApplicable(f"its texts have at most {pluralise(can.max_length, 'token')}")
     model, cache, done = _load(backend, about), None, 0
     computed: dict[str, Array] = {}
     wanted = sorted({tensor.split(".", 2)[2] for tensor in golden if tensor.startswith("calls.")} | {"logits"})
@@ -85,7 +86,8 @@ def _check_forward(backend: Any, name: str) -> None:
     distances = _measure_distances(name, about, golden, computed)
     beyond = [(tensor, far) for tensor, far in distances.items() if not far <= 1]
     listed = "; ".join(f"{tensor}: {far:.3g} times the tolerance" for tensor, far in beyond[:8])
-    require(not beyond, f"{len(beyond)} of {len(distances)} tensors differ, first {listed}")
+    count = f"{len(beyond)} of {pluralise(len(distances), 'tensor')} differ{'s' * (len(beyond) == 1)}"
+    require(not beyond, f"{count}, first {listed}")
 
 
 def _measure_distances(

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from refgemma.files import pluralise
 from refgemma.tokenizer.sentencepiece_model import TokenizerError
 
 # The default of model_max_length; a length counts as a limit only below LIMITED. Both as in transformers.
@@ -103,7 +104,7 @@ class BatchEncoding(dict[str, Any]):
             raise TokenizerError("the text of these ids is unknown; call the tokenizer with the text")
         rows = self._follow()
         if not 0 <= row < len(rows):
-            raise TokenizerError(f"row {row} does not exist; there are {len(rows)} rows")
+            raise TokenizerError(f"row {row} does not exist; the batch has {pluralise(len(rows), 'row')}")
         return rows[row]
 
     def tokens(self, batch_index: int = 0) -> list[str]:

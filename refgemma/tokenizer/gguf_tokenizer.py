@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from refgemma.errors import RefgemmaError
-from refgemma.files import one_line, quote
+from refgemma.files import one_line, pluralise, quote
 from refgemma.gguf import read_gguf
 from refgemma.tokenizer.sentencepiece_model import (
     BYTE,
@@ -32,7 +32,7 @@ def _read_pieces(about: Mapping[str, Any]) -> list[Piece]:
     if about.get("model") != "llama" or not isinstance(names, list):
         raise RefgemmaError(f"has no SentencePiece vocabulary; its tokenizer.ggml.model is {quote(about.get('model'))}")
     if not all(isinstance(x, np.ndarray) and len(x) == len(names) for x in (scores, kinds)):
-        raise RefgemmaError(f"has no scores and types for its {len(names)} tokens")
+        raise RefgemmaError(f"has no scores and types for its {pluralise(len(names), 'token')}")
     if not np.isin(kinds, range(NORMAL, BYTE + 1)).all():  # type: ignore[arg-type]  # they are an array
         raise RefgemmaError(f"has token types that SentencePiece does not know; they must be {NORMAL} to {BYTE}")
     pieces = map(Piece, names, map(float, scores), map(int, kinds))  # type: ignore[arg-type]  # they are arrays

@@ -17,7 +17,7 @@ from typing import Any, Literal, SupportsIndex, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from refgemma.files import replace_file
+from refgemma.files import pluralise, replace_file
 from refgemma.hub import GGUF, find_model, refuse_link
 from refgemma.tokenizer.added_tokens import ADDED_LIMIT, SPACE, AddedToken, make_special, read_added_token
 from refgemma.tokenizer.batches import (
@@ -1164,7 +1164,7 @@ def _pair_words(text: Any, text_pair: Any) -> list[list[Any]]:
         )
     rows, others = (text, text_pair) if _are_lists(text) else ([text], None if text_pair is None else [text_pair])
     if others is not None and len(others) != len(rows):
-        raise TokenizerError(f"text has {len(rows)} texts; text_pair must have the same number")
+        raise TokenizerError(f"text has {pluralise(len(rows), 'text')}; text_pair must have the same number")
     return [[words] for words in rows] if others is None else [[*row] for row in zip(rows, others, strict=True)]
 
 
@@ -1177,7 +1177,7 @@ def _pair_texts(text: Any, text_pair: Any) -> list[list[str]]:
     if text_pair is None:
         return [list(one) if isinstance(one, tuple | list) and len(one) == 2 else [one] for one in text]
     if not isinstance(text_pair, list | tuple) or len(text_pair) != len(text):
-        raise TokenizerError(f"text has {len(text)} texts; text_pair must be a list of the same length")
+        raise TokenizerError(f"text has {pluralise(len(text), 'text')}; text_pair must be a list of the same length")
     return [[one, other] for one, other in zip(text, text_pair, strict=True)]
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from refgemma.config import Gemma2Config
+from refgemma.files import pluralise
 from refgemma.heads import IGNORED
 from refgemma.inputs import InputError, check_inputs
 from refgemma.precision import Array, as_dtype, as_float64, wide
@@ -397,7 +398,8 @@ def _count_rows(name: str, x: Tensor, call: Call) -> str:
         return ""
     others = tuple(n for n, axis in enumerate(axes_of(name).split()) if axis not in ("batch", "seq"))
     missing = int(np.sum(~x.known.any(axis=others) & call.visible))
-    return f"{name}: {missing} of {int(call.visible.sum())} rows are not recorded" if missing else ""
+    count = f"{missing} of {pluralise(int(call.visible.sum()), 'row')} {'is' if missing == 1 else 'are'}"
+    return f"{name}: {count} not recorded" if missing else ""
 
 
 def _are_log_probabilities(x: Tensor, call: Call) -> bool:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from refgemma.files import open_file, quote, read_file
+from refgemma.files import open_file, pluralise, quote, read_file
 from refgemma.inputs import InputError
 from refgemma.precision import Array
 from refgemma.trace.reader import Entry, TraceFile
@@ -73,7 +73,9 @@ def open_eval_callback(path: str | Path) -> TraceFile:
         if len(numbers) != shape[0] * math.prod(min(n, 2 * SHOWN) for n in shape[1:]):
             if not numbers:
                 continue  # only the name is printed for a quantized tensor
-            raise InputError(f"{path}: line {start + 1}: {name} has shape {shape}, but {len(numbers)} numbers follow")
+            raise InputError(
+                f"{path}: line {start + 1}: {name} has shape {shape}, followed by {pluralise(len(numbers), 'number')}"
+            )
         places = _list_printed(shape)
         printed = np.reshape(np.array(numbers, np.float32), [len(along) for along in places])
         dtype = {"f16": "F16", "bf16": "BF16", "f32": "F32"}.get(head["type"], "I64")

@@ -17,7 +17,7 @@ import einops
 import numpy as np
 
 from refgemma.config import Gemma2Config
-from refgemma.files import quote, read_object
+from refgemma.files import pluralise, quote, read_object
 from refgemma.inputs import InputError
 from refgemma.precision import Array
 from refgemma.trace.evaltext import is_eval_callback, open_eval_callback
@@ -256,7 +256,7 @@ def arrange(x: Array, rule: Rule, config: Gemma2Config) -> Array:
     if rule.part:
         sizes = [axis_lengths(config)[axis] for axis in rule.part[1:]]
         if x.shape[1] != sum(sizes):
-            raise InputError(f"has {x.shape[1]} heads; it must have {sum(sizes)}")
+            raise InputError(f"has {pluralise(x.shape[1], 'head')}; it must have {sum(sizes)}")
         x = np.split(x, np.cumsum(sizes)[:-1], axis=1)[int(rule.part[0])]
     return x
 

@@ -3,6 +3,7 @@ records in `refgemma.layers` and `refgemma.model`; a test pins the list."""
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,6 +27,8 @@ from refgemma.weights.parameters import Weights
 from refgemma.weights.save import CODE_OF_DTYPE, as_stored
 
 GRADS = "grads."  # before the name of a tensor or weight: its gradient
+LAYER = re.compile(r"\blayers\.(\d{1,4})(?=\.)")
+MOST_NAMES = 40  # names in a list: a model has fewer kinds of tensors, but a file may have any number of names
 AFTER = "weights.after."  # before the name of a weight: the weight after a step of the optimizer
 
 
@@ -55,6 +58,53 @@ def layer_of(name: str) -> int | None:
     """
     name = name.removeprefix(GRADS).removeprefix(AFTER).removeprefix("model.")
     return int(name.split(".")[1]) if name.startswith("layers.") else None
+
+
+def list_ranges(numbers: Iterable[int]) -> str:
+    """Return sorted whole numbers as text.
+
+    Examples
+    --------
+    >>> list_ranges([0, 1, 2, 5])
+    '0-2,5'
+    """
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return ",".join(f"{low}" if low == high else f"{low}-{high}" for low, high in runs)
+
+
+def group_layers(names: Iterable[str]) -> list[str]:
+    """Return names, with the same tensor of several layers as one name.
+
+    Examples
+    --------
+    >>> group_layers(["layers.0.out", "layers.1.out", "layers.1.middle", "logits"])
+    ['layers.0-1.out', 'layers.1.middle', 'logits']
+    """
+    groups: dict[tuple[str, str], list[int]] = {}
+    for name in names:
+        found = LAYER.search(name)
+        groups.setdefault((name[: found.start(1)], name[found.end(1) :]) if found else (name, ""), []).extend(
+            [int(found[1])] if found else []
+        )
+    return [f"{before}{list_ranges(sorted(layers))}{after}" for (before, after), layers in groups.items()]
+
+
+def list_names(names: Iterable[str]) -> str:
+    """Return a list of names as text; only a list of more than `MOST_NAMES` kinds is not complete, and says so.
+
+    Examples
+    --------
+    >>> list_names(f"x{n}" for n in range(42)).split(", ")[-1]
+    'x39 and 2 more (--json lists all)'
+    """
+    listed = group_layers(names)
+    rest = len(listed) - MOST_NAMES
+    return ", ".join(listed[:MOST_NAMES]) + (f" and {rest} more (--json lists all)" if rest > 0 else "")
 
 
 def named_tensors(record: Any, prefix: str = "") -> Iterator[tuple[str, Array]]:

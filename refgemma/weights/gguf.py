@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from refgemma.config import Gemma2Config
-from refgemma.files import quote, quote_few
+from refgemma.files import pluralise, quote, quote_few
 from refgemma.gguf import Gguf, GgufTensor, config_fields, read_gguf
 from refgemma.precision import Array, as_dtype
 from refgemma.weights.parameters import EMBED_TOKENS, NORM, layer_tensors, tensor_shapes
@@ -180,7 +180,9 @@ def read_gguf_model(path: Path) -> tuple[Gemma2Config, dict[str, Stored]]:
     file = read_gguf(path, CheckpointError)
     config = Gemma2Config.from_dict(config_fields(file, CheckpointError), str(path))
     if config.num_hidden_layers > len(file.tensors):
-        raise CheckpointError(f"{path}: has {len(file.tensors)} tensors for {config.num_hidden_layers} layers")
+        raise CheckpointError(
+            f"{path}: has {pluralise(len(file.tensors), 'tensor')} for {pluralise(config.num_hidden_layers, 'layer')}"
+        )
     shapes, names = tensor_shapes(config), gguf_names(config.num_hidden_layers)
     lacking = [name for name in names.values() if name not in file.tensors]
     strange = sorted(file.tensors.keys() - names.values())

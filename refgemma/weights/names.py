@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from refgemma.config import Gemma2Config
-from refgemma.files import quote_few
+from refgemma.files import pluralise, quote_few
 from refgemma.hub import CONFIG_JSON
 from refgemma.weights.parameters import EMBED_TOKENS, LM_HEAD, SCORE_BIAS, SCORE_WEIGHT, tensor_shapes
 from refgemma.weights.stored import NUMBERS_AT_ONCE, CheckpointError, Stored
@@ -135,11 +135,15 @@ def _check_tensors(
             f"set it to true in {CONFIG_JSON} if the head is the embedding, as in each released Gemma 2"
         )
     if missing or extra:
-        faults = [f"lacks {len(missing)} of {len(expected)} tensors: {quote_few(missing)}"] if missing else []
-        faults += [f"has {len(extra)} tensors that Gemma 2 does not have: {quote_few(extra)}"] if extra else []
+        faults = (
+            [f"lacks {len(missing)} of {pluralise(len(expected), 'tensor')}: {quote_few(missing)}"] if missing else []
+        )
+        faults += (
+            [f"has {pluralise(len(extra), 'tensor')} that Gemma 2 does not have: {quote_few(extra)}"] if extra else []
+        )
         raise CheckpointError(
             f"{source}: {'; '.join(faults)}. The checkpoint is incomplete, or does not belong to {CONFIG_JSON} "
-            f"({config.num_hidden_layers} layers): fetch both again"
+            f"({pluralise(config.num_hidden_layers, 'layer')}): fetch both again"
         )
     for name, shape in expected.items():
         tensor = named[name]

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from refgemma.config import Gemma2Config
+from refgemma.files import pluralise
 
 
 @runtime_checkable
@@ -232,7 +233,7 @@ class OnDemand(Sequence[LayerWeights]):
     def rows(self, layer: int) -> dict[str, Rows]:
         """Return the tensors of block `layer` by field; their rows are not made yet."""
         if not -len(self) <= layer < len(self):
-            raise IndexError(f"layer {layer} does not exist; there are {len(self)} layers")
+            raise IndexError(f"layer {layer} does not exist; the model has {pluralise(len(self), 'layer')}")
         names = layer_tensors(self.numbers[layer], self.bias)
         return {name: self.tensor(tensor) for name, tensor in names.items()}
 

@@ -111,9 +111,7 @@ def test_model_twice_or_not_at_all(tmp_path: Path, prefix: str) -> None:
 def test_no_weight_is_random(tmp_path: Path) -> None:
     wrapped = {f"module.{name}": x for name, x in TENSORS.items() if name != VICTIM}
     assert f"lacks 1 of {len(TENSORS)} tensors: '{VICTIM}'" in refusal(write(tmp_path, wrapped))
-    assert "has 1 tensors that Gemma 2 does not have: 'other.x'" in refusal(
-        write(tmp_path, TENSORS | {"other.x": ONES})
-    )
+    assert "has 1 tensor that Gemma 2 does not have: 'other.x'" in refusal(write(tmp_path, TENSORS | {"other.x": ONES}))
 
 
 def test_an_untied_head_that_is_not_there(tmp_path: Path) -> None:

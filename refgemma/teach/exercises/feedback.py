@@ -164,7 +164,8 @@ def describe_wrong_array(given: Any, right: Array, bound: Any) -> str:
     place = tuple(int(n) for n in np.unravel_index(np.argmax(apart), apart.shape))
     wrong = int(np.sum(array != right if isinstance(right, Rounded) else apart > 2 * np.asarray(bound)))
     return (
-        f"{wrong} of {right.size} elements are wrong; the largest error, at {list(place)}, is {_show(array[place])} "
+        f"{wrong} of {right.size} elements {'is' if wrong == 1 else 'are'} wrong; the largest error, at "
+        f"{list(place)}, is {_show(array[place])} "
         f"instead of {_show(right[place])}"
     )
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from refgemma import ops
 from refgemma.errors import RefgemmaError
+from refgemma.files import pluralise
 from refgemma.generation.greedy import greedy
 from refgemma.model import embed
 from refgemma.modeling.pretrained import Pretrained, load
@@ -81,7 +82,8 @@ class Story:
         lines = [f"With your functions ({', '.join(self.feedback) or 'none'}):", _wrap(self.text)]
         if self.seconds is not None:
             lines.append(
-                f"Your functions took more than {self.seconds:g} s; the story ends after {len(self.tokens)} tokens."
+                f"Your functions took more than {self.seconds:g} s; the story ends after "
+                f"{pluralise(len(self.tokens), 'token')}."
             )
         if self.same == len(self.tokens):
             lines.append("This is the definition's story, token for token.")
@@ -199,7 +201,8 @@ def _read_prompt(tiny: Pretrained, text: str, functions: Mapping[str, Any]) -> l
     ids: list[int] = tiny.tokenizer.encode(text)
     if len(ids) > tiny.config.max_position_embeddings - LONGEST:
         raise PlayError(
-            f"text has {len(ids)} tokens; begin with at most {tiny.config.max_position_embeddings - LONGEST} tokens"
+            f"text has {pluralise(len(ids), 'token')}; begin with at most "
+            f"{tiny.config.max_position_embeddings - LONGEST} tokens"
         )
     return ids
 
