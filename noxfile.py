@@ -60,7 +60,7 @@ def site(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def course(session: nox.Session) -> None:
-    """The notebooks for a course, in build/course: executed, as slides, as sheets for nbgrader, and as masters for Otter."""
+    """The notebooks for a course, in build/course: executed, slides, sheets for nbgrader, masters for Otter."""
     session.install("-e", ".[notebooks]")
     session.run("python", "tools/course.py", *(session.posargs or ["build/course"]))
 

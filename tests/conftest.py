@@ -32,8 +32,8 @@ CHECKED = sorted(
 
 # Everywhere else the annotations are held against the arrays of each call. The hook has to stand before refgemma is
 # imported, so nothing here imports it. (pytest's option --jaxtyping-packages does the same, but beartype then refuses
-# an int for a float, which is_pep484_tower allows, as Python and mypy do.) The checks take about half of the time of the
-# tests. So .ci/run makes them where it runs all tests, and turns them off where it runs tests for another reason.
+# an int for a float, which is_pep484_tower allows, as Python and mypy do.) The checks take about half of the time of
+# the tests. So .ci/run makes them where it runs all tests, and turns them off where it runs tests for another reason.
 if os.environ.get("REFGEMMA_CHECK_SHAPES") != "0":
     install_import_hook(CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 

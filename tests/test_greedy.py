@@ -21,7 +21,7 @@ PROMPTS = ["Once upon a time", "The king, the queen", "A"]
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_greedy_gives_the_tokens_of_the_engine(prompt: str, dtype: str) -> None:
-    """Test fast code in float32, the definition in bfloat16. The first prompt's sixty tokens exceed the window of 64."""
+    """Test fast code in float32, the definition in bfloat16. The sixty tokens of the first prompt exceed the window."""
     model = refgemma.load("tiny", dtype)
     ids, stops = model.tokenizer.encode(prompt), model.stop_ids
     count = 60 if prompt == PROMPTS[0] else 20

@@ -22,6 +22,9 @@ from refgemma.files import pluralise, replace_file
 from refgemma.hub import find_model
 from refgemma.modeling.pretrained import load
 from refgemma.oracle import report as reports
+from refgemma.oracle.audit import as_json as audit_json
+from refgemma.oracle.audit import audit
+from refgemma.oracle.audit import lines as audit_lines
 from refgemma.oracle.config_check import check_preset, preset_json
 from refgemma.oracle.config_check import lines as config_lines
 from refgemma.oracle.conformance import prompts
@@ -46,12 +49,14 @@ from refgemma.sweep.runner import cluster, processes, sweep
 from refgemma.trace.candidate import Candidate, is_known, load_trace
 from refgemma.trace.name_maps import apply_map, load_map, map_names, match, open_any, split_call
 from refgemma.trace.names import list_names, save_trace
+from refgemma.trace.server import Server
 from refgemma.weights.checkpoint import open_checkpoint
 from refgemma.weights.conformance import proportions, write_conformance
 from refgemma.weights.parameters import Weights, tensor_shapes
 
 ROWS = 20  # tensors that `diff` lists: after the first difference, most of a model's tensors differ
 CONFORMANCE_LIMIT = 10**8  # weights: 200 MB
+MOST_SECONDS = 86400.0
 MODEL_SUFFIXES = (".json", ".safetensors", ".gguf")
 CODES = "Exit codes: 0 conforms, 1 differs, 2 misuse or bad file, 3 only noisy, 4 inconclusive, 5 the backend failed."
 
@@ -89,6 +94,24 @@ def add_commands(add: Callable[..., Any]) -> None:
                          help="change a number of the model before judging; every report line shows it")  # fmt: skip
     command.add_argument("--run", metavar="COMMAND",
                          help="run this command first, to write CANDIDATE; exit with 5 if it fails")  # fmt: skip
+
+    command = add("audit", "ask an OpenAI-compatible server for numbers, and find whether it serves a checkpoint")
+    command.add_argument("url", metavar="URL", help="the server's address: http://localhost:8000")
+    command.add_argument("--model", default="conformance", metavar="MODEL",
+                         help="the checkpoint that it should serve (default: conformance)")  # fmt: skip
+    command.add_argument("--served", default="", metavar="NAME",
+                         help="the server's name for the model (default: the first that it lists)")  # fmt: skip
+    command.add_argument("--api-key-env", metavar="NAME", help="the environment variable with the API key")
+    command.add_argument("--tokens", type=int, default=64, metavar="N",
+                         help="the most tokens of a text; more than the window show it (default: 64)")  # fmt: skip
+    command.add_argument("--requests", type=int, default=64, metavar="N",
+                         help="requests for a prompt that the server does not repeat (default: 64)")  # fmt: skip
+    command.add_argument("--timeout", type=float, default=60.0, metavar="S", help="seconds for a request (default: 60)")
+    command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="changes",
+                         help="change a number of the model before judging")  # fmt: skip
+    command.epilog = (
+        "Exit codes: 0 serves it, 1 differs, 2 misuse or bad answer, 3 only noisy or quantised, 4 inconclusive."
+    )
 
     command = add("conformance", "write a small model that shows every known bug, in a size that your engine loads")
     command.add_argument("-o", "--output", required=True, metavar="DIR", help="an empty folder, or none yet")
@@ -188,6 +211,23 @@ def list_files(roles: Mapping[str, str | Path | None]) -> dict[str, Path]:
         elif path is not None:
             files[role] = Path(path)
     return files
+
+
+def run_audit(args: argparse.Namespace) -> int:
+    """Run ``refgemma audit``."""
+    if not 0 < args.timeout <= MOST_SECONDS:
+        raise UsageError(f"--timeout is {args.timeout}; it must be above 0 and at most {MOST_SECONDS}")
+    key = os.environ.get(args.api_key_env, "") if args.api_key_env else ""
+    if args.api_key_env and not key:
+        raise UsageError(f"--api-key-env: there is no environment variable {args.api_key_env!r}, or it is empty")
+    config = change_numbers(open_checkpoint(find_model(args.model)).config, args.changes)
+    server = Server(args.url, args.served, key, args.timeout)
+    found, against = (
+        audit(server, args.model, args.tokens, args.requests, config),
+        ", ".join([args.model, *args.changes]),
+    )
+    output.as_json(audit_json(found, against)) if args.json else output.say(*audit_lines(found, against))
+    return EXIT[found.verdict]
 
 
 def run_conformance(args: argparse.Namespace) -> int:
@@ -451,7 +491,7 @@ def run_known_bugs(args: argparse.Namespace) -> int:
 
 
 RUN = {
-    "check": run_check, "check-config": run_check_config, "conformance": run_conformance, "diff": run_diff,
-    "map": run_map, "prompts": run_prompts, "sweep": run_sweep, "known-bugs": run_known_bugs,
+    "audit": run_audit, "check": run_check, "check-config": run_check_config, "conformance": run_conformance,
+    "diff": run_diff, "map": run_map, "prompts": run_prompts, "sweep": run_sweep, "known-bugs": run_known_bugs,
     "variants": run_known_bugs,
 }  # fmt: skip
