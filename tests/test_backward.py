@@ -1,15 +1,18 @@
 """Test the gradient of every operation by central differences and by the adjoint test, in each precision. Test the
 gradients of the whole model by differences of its loss."""
 
+import inspect
 from typing import Any
 
 import numpy as np
 import pytest
-from backward_cases import EPS, OPERATIONS, check_adjoint, check_differences
+from backward_cases import COMPOSED, EPS, OPERATIONS, check_adjoint, check_differences
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refgemma import backward
+from refgemma import activations_backward, backward
+from refgemma.activations import ACTIVATIONS
+from refgemma.activations_backward import ACTIVATIONS_BACKWARD
 from refgemma.backward import backward as go_back
 from refgemma.backward import (
     causal_lm_loss_backward,
@@ -23,6 +26,7 @@ from refgemma.config import FULL, SLIDING, Gemma2Config
 from refgemma.heads import causal_lm_loss
 from refgemma.inputs import InputError
 from refgemma.model import forward
+from refgemma.ops import gelu_tanh
 from refgemma.precision import BF16, as_dtype, bf16
 from refgemma.trace.gradients import named_gradients
 from refgemma.trace.names import named_tensors
@@ -53,11 +57,18 @@ def test_gradients_are_central_differences(name: str, seed: int) -> None:
     check_differences(OPERATIONS[name], seed)
 
 
-@pytest.mark.parametrize("name", [name for name, operation in OPERATIONS.items() if operation.plain])
+@pytest.mark.parametrize("name", OPERATIONS | COMPOSED)
 @given(seed=SEEDS)
 @settings(max_examples=10)
 def test_gradients_are_adjoint_to_complex_steps(name: str, seed: int) -> None:
-    check_adjoint(OPERATIONS[name], seed)
+    check_adjoint((OPERATIONS | COMPOSED)[name], seed)
+
+
+@pytest.mark.parametrize("name", ["attention", "feed_forward", "block"])  # whole models: tensor by tensor, below
+@given(seed=SEEDS)
+@settings(max_examples=1)  # of a hundred elements
+def test_gradients_of_layers_are_central_differences(name: str, seed: int) -> None:
+    check_differences(COMPOSED[name], seed)
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -225,7 +236,19 @@ def test_sequences_without_a_padding_token_are_classified_one_at_a_time() -> Non
 
 def test_every_backward_has_a_case() -> None:
     """A derivative without a case would be untested."""
-    functions = {name for name in vars(backward) if name.endswith("_backward") and not name.startswith("_")}
-    whole = {"attention_backward", "feed_forward_backward", "block_backward", "tanh_backward"}
-    classifier = {"sequence_classification_loss_backward"}
-    assert functions - whole - classifier == {operation.gradient for operation in OPERATIONS.values()}
+
+    def public_functions(module: Any) -> set[str]:
+        return {
+            name for name, x in vars(module).items()
+            if inspect.isfunction(x) and x.__module__ == module.__name__ and not name.startswith("_")
+        }  # fmt: skip
+
+    assert public_functions(backward) == {operation.gradient for operation in (OPERATIONS | COMPOSED).values()}
+    found = {function.__name__ for function in ACTIVATIONS_BACKWARD.values()}
+    assert public_functions(activations_backward) == found
+    assert set(ACTIVATIONS_BACKWARD) | {gelu_tanh} == set(ACTIVATIONS.values())
+
+
+def test_only_what_takes_no_complex_number_is_compared_with_differences() -> None:
+    without = {name for name, operation in (OPERATIONS | COMPOSED).items() if operation.plain is None}
+    assert without == {"activation gelu"}

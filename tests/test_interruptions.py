@@ -42,6 +42,13 @@ def test_a_stopped_conversion_leaves_all_or_nothing_and_continues(capsys: pytest
     assert capsys.readouterr().out.splitlines()[-1].startswith("| all | ")
 
 
+@pytest.mark.slow
+def test_a_killed_training_continues_to_the_same_bits(capsys: pytest.CaptureFixture[str]) -> None:
+    """The tool compares every file with that of a run that nothing stopped."""
+    assert interrupt.main(["--rounds", "1", "--cases", "train", "--ways", "SIGKILL"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("| 0 |")
+
+
 @pytest.mark.parametrize("kind", ["pytorch", "flax-npz", "flax", "gguf"])
 def test_nothing_is_in_place_before_it_is_compared(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

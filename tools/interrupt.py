@@ -39,6 +39,7 @@ from refgemma.convert.convert import FORMATS
 from refgemma.hub import find_model
 from refgemma.weights.save import STAGING
 
+STATE = "checkpoint.safetensors"  # of a training run that has not finished
 MARK = "REFGEMMA_INTERRUPTED_RUN"  # in the environment of all processes that a run starts
 SIGNALS = ("SIGINT", "SIGTERM", "SIGKILL")
 WAYS = (*SIGNALS, "file limit", "full disk", "read-only folder", "two at once", "output full")
@@ -56,17 +57,20 @@ class Case:
     endless: bool = False  # writes gigabytes, so do not wait for its end
 
     def command(self, out: Path, given: Path) -> list[str]:
-        """Return the words of the command."""
+        """Return the words of the command; a training run that left its state is resumed."""
         words = [word.format(out=out, given=given) for word in self.arguments.split()]
-        return [sys.executable, "-m", "refgemma", *words]
+        return [sys.executable, "-m", "refgemma", *words, *(["--resume"] if list(out.rglob(STATE)) else [])]
 
 
 CONVERT = "convert {given}/tiny -o {out}/m --max-shard-size 2MB --to"
+TRAIN = "train {given}/book.txt -o {out}/m --max-steps 6 --seq-len 16 --batch-size 2 --save-steps 1"
 REPORTS = "--html {out}/page.html --markdown {out}/r.md --junit {out}/r.xml --repro {out}/repro.safetensors"
 CASES = (
     *(Case(f"convert --to {kind}", f"{CONVERT} {kind}", resumes=True) for kind in FORMATS if kind != "gguf"),
     Case("convert --to gguf", "convert {given}/llama -o {out}/m.gguf --to gguf"),
     Case("synth", "synth 2b -o {out}/m", resumes=True, endless=True),
+    Case("train", TRAIN, resumes=True),
+    Case("train --lora-r", f"{TRAIN} --lora-r 2", resumes=True),
     Case("trace", "trace --ids 2,300,301,5 -o {out}/run.safetensors"),
     Case("explore", "explore --ids 2,300,301,5 -o {out}/page.html"),
     Case("check", f"check {{given}}/run.safetensors --model conformance --json {REPORTS}"),
@@ -110,6 +114,7 @@ def make_inputs(given: Path) -> None:
         f'{{"trace": "{given}/run.safetensors", "model": "conformance"}}\n'
         f'{{"trace": "{given}/other.safetensors", "model": "conformance"}}\n'
     )
+    (given / "book.txt").write_text("It was a dark night, and the wind blew over the hills. " * 60)
     (given / "port").write_text(
         "#!/bin/sh\nexec >/dev/null 2>&1\nsleep 0.3\n"
         f"{sys.executable} -m refgemma trace --ids 2,300 -o {given}/made.safetensors\n"
@@ -122,13 +127,13 @@ def read_outputs(out: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(out)): path.read_bytes()
         for path in sorted(out.rglob("*"))
-        if path.is_file() and path.suffix != ".part" and STAGING not in path.parts
+        if path.is_file() and path.suffix != ".part" and path.name != STATE and STAGING not in path.parts
     }
 
 
 def find_leftovers(out: Path) -> list[str]:
     """Return the names of leftovers: files that no finished command leaves."""
-    return [path.name for path in out.rglob("*") if path.suffix == ".part" or path.name == STAGING]
+    return [path.name for path in out.rglob("*") if path.suffix == ".part" or path.name in (STAGING, STATE)]
 
 
 # --- processes --------------------------------------------------------------------------------------------------------
@@ -335,7 +340,7 @@ class Attempts:
         faults += self.compare(out, reference, "after it")
         if not case.endless:
             whole = self.compare(out, reference, "", every=True) == []
-            code, said = finish(start(command, mark))
+            code, said = finish(start(case.command(out, self.given), mark))
             refused = case.resumes and whole and code == 2
             if code != reference.code and not refused:
                 faults.append(f"again: exit code {code}: {said!r}")

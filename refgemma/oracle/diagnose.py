@@ -430,7 +430,7 @@ class Diagnosis:
         where = self.engine.where(name)
         with np.errstate(all="ignore"):
             error = self.candidate.tensors[name].numbers - computed.result(name)
-            units = (error / self.engine.tolerance(name).std)[where]
+            units = (error / self.engine.tolerance(name, computed).std)[where]
             found = float(np.sqrt(np.mean(units**2)))
         return found if math.isfinite(found) else math.inf
 

@@ -26,7 +26,7 @@ from refgemma.oracle.tolerance import EVEN, FORMATS, UNDERFLOW, Arithmetic, Tole
 from refgemma.oracle.verdicts import FAIL, INVALID, NOISY, SKEWED
 from refgemma.precision import Array, as_dtype
 from refgemma.trace.candidate import Candidate
-from refgemma.trace.names import field_of
+from refgemma.trace.names import GRADS, field_of
 from refgemma.weights.parameters import Weights
 
 # Operations in which PyTorch's eager kernels round more than once in half precision.
@@ -153,16 +153,26 @@ class Engine:
         """
         reading, found = computed or self.usual, self.candidate.tensors[name]
         if not self.is_direct(name, reading):
-            return from_measured_std(self.noise(name), SPAN_LIMIT * DEVIATIONS)
+            return from_measured_std(self.noise(name) * self._growth(name, reading), SPAN_LIMIT * DEVIATIONS)
         inputs, result = reading.inputs(name), reading.result(name) if exact is None else exact
         allowed = reading.table[name].tolerance(inputs, result, found.storage, self.context.arithmetic.unit)
         return in_decimals(allowed, found.coarse)
 
-    def noise(self, name: str, off: float = 0.0) -> Array:
-        """Return the measured uncertainty of a tensor whose inputs were not recorded.
+    def _growth(self, name: str, reading: Computed) -> float:
+        """Return how much larger the gradients of another reading are, at least 1.
 
-        Known bugs use the uncertainty of the correct model, too. `off` is the relative error of products
-        with weights.
+        Rounding errors are relative to the rounded numbers, and the backward pass is linear in the gradients: a loss
+        that is 20 times too large has 20 times the uncertainty.
+        """
+        if reading is self.usual or not name.startswith(GRADS):
+            return 1.0
+        sizes = [float(np.linalg.norm(each.result(name)[self.where(name)])) for each in (reading, self.usual)]
+        return max(1.0, sizes[0] / sizes[1]) if np.isfinite(sizes[0]) and sizes[1] else 1.0
+
+    def noise(self, name: str, off: float = 0.0) -> Array:
+        """Return the measured uncertainty of a tensor whose inputs were not recorded, in the correct model.
+
+        Known bugs use it, too; see `_growth`. `off` is the relative error of products with weights.
         """
         if (name, off) not in self._noise:
             spans = [n for n in self.recorded if not self.is_direct(n) and (n, off) not in self._noise]

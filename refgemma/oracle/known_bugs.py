@@ -46,7 +46,7 @@ class KnownBug:
     change : callable
         The edit, or ``None`` for bugs in the tokens, shapes or weights.
     seen : str
-        Where the bug was seen, or ``unverified``.
+        Where the bug was seen; ``no public report`` if a search found nothing, ``unverified`` without a search.
     shows : str
         The inputs and precisions that can show the bug.
     knob : str

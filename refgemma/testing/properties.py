@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from hypothesis import assume
 from hypothesis import strategies as st
 
 from refgemma.config import SLIDING, Gemma2Config
@@ -968,8 +969,14 @@ def the_loss_is_a_mean_cross_entropy(bench: Bench, scene: Scene, labels: list[li
 
 @st.composite
 def _draw_taught(draw: st.DrawFn, /, batch: tuple[int, int] = (1, 2), **fixed: Any) -> dict[str, Any]:
-    """Draw a model of ordinary weights, texts, and a place from 1: the first label of the second part."""
+    """Draw a model of ordinary weights, texts, and a place from 1: the first label of the second part.
+
+    Neighbouring tokens differ. A query that sees only equal tokens has equal values, so the backward pass of softmax
+    subtracts equal numbers, ``g - sum(p * g)``. The gradient of its scores is then nothing but the rounding of ``g``,
+    which depends on the shape of the batch. Changed weights keep the values equal, so the tolerance would not show it.
+    """
     scene = draw(scenes(kinds=("ordinary",), batch=batch, seq=(3, 9), **fixed))
+    assume(np.all(scene.ids[:, 1:] != scene.ids[:, :-1]))
     return {"scene": scene, "place": draw(st.integers(2, scene.ids.shape[1] - 1))}
 
 
@@ -1019,7 +1026,7 @@ def gradients_of_two_parts_of_the_labels_add_up(bench: Bench, scene: Scene, plac
                    "and the sum of those of two parts of the labels")  # fmt: skip
 
 
-@law(_draw_taught(batch=(2, 3)), ["gradients", "dtype:float64"])
+@law(_draw_taught(batch=(2, 3)), ["gradients"])
 def gradients_of_the_rows_of_a_batch_add_up(bench: Bench, scene: Scene, place: int) -> None:
     """The gradient of a batch is the sum of its rows' gradients, if all are divided by the number of all labels."""
     model, labels = bench.scene(scene), labels_in(scene, 1, scene.ids.shape[1])
@@ -1064,7 +1071,7 @@ def a_tied_table_learns_as_embedding_and_as_head(bench: Bench, scene: Scene, pla
     same_gradients(bench, model, lambda m: learn(m, ids, labels, items), both, "and that of an equal untied model")
 
 
-@law(_draw_taught(), ["gradients", "padding", "dtype:float64"])
+@law(_draw_taught(), ["gradients", "padding"])
 def padding_changes_no_gradient(bench: Bench, scene: Scene, place: int) -> None:
     """Texts with padding at either side, whose labels do not count, have the same gradients as without."""
     model, labels, batch = bench.scene(scene), labels_in(scene, 1, scene.ids.shape[1]), len(scene.ids)
@@ -1081,25 +1088,29 @@ def padding_changes_no_gradient(bench: Bench, scene: Scene, place: int) -> None:
 
 @law(_draw_taught(), ["gradients", "loss", "dtype:float64"])
 def the_gradient_is_the_slope_of_the_loss(bench: Bench, scene: Scene, place: int) -> None:
-    """Moving a weight along its gradient changes the loss by the square of the gradient's length, to first order."""
+    """A small change of a weight changes the loss by its product with the gradient, to first order.
+
+    The change is along the gradient and in a random direction, because a gradient of 0 gives no direction.
+    """
     model, labels = bench.scene(scene), labels_in(scene, 1, place)
     grads = learn(model, scene.ids, labels, float(np.sum(labels != -100)))
+    rng = np.random.default_rng(scene.seed)
+    moves = {name: x / max(float(np.abs(x).max()), 1e-300) + rng.standard_normal(x.shape) for name, x in grads.items()}
     if scene.config.pad_token_id is not None:
-        grads[EMBED][scene.config.pad_token_id] = 0  # this row does not move: PyTorch does not train it as an embedding
+        moves[EMBED][scene.config.pad_token_id] = 0  # PyTorch does not train this row as an embedding
 
     def slope(name: str, step: float) -> tuple[float, float]:
         """Return the change of the loss between two models, and the change that the gradient gives."""
-        move = step * grads[name] / max(float(np.abs(grads[name]).max()), 1e-300)
-        both = [(model.tensors[name] + sign * move).astype(np.float32) for sign in (1, -1)]
+        both = [(model.tensors[name] + sign * step * moves[name]).astype(np.float32) for sign in (1, -1)]
         up, down = (bench.backend.loss(bench.scene(scene, {name: x}).handle, scene.ids, labels) for x in both)
         return up - down, float(np.sum(grads[name] * (exact(both[0]) - exact(both[1]))))
 
     for name in list(grads)[place % 3 :: 3]:  # a third of the weights in each example: four models are loaded for one
-        (far, of_far), (near, of_near) = slope(name, 2.0**-8), slope(name, 2.0**-9)
+        (far, of_far), (near, of_near) = slope(name, 2.0**-13), slope(name, 2.0**-14)
         # The error of a central difference falls with the square of the step: the wider one shows it.
         truncation = abs(far / 2 - near) + 1e-3 * abs(of_far / 2 - of_near)
         require(abs(near - of_near) <= truncation + 1e-5 * abs(of_near) + 1e-11,
-                f"a step along the gradient of {name} changes the loss by {near:.6g}, not {of_near:.6g}")  # fmt: skip
+                f"a small change of {name} changes the loss by {near:.6g}, not {of_near:.6g}")  # fmt: skip
 
 
 @law(scene=scenes(seq=(1, 5)), needs=["save"])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -135,12 +136,54 @@ def test_default_labels_are_judged(tmp_path: Path, capsys: pytest.CaptureFixture
     assert load_trace(tmp_path / "run.safetensors", CHECKPOINT.config).call.labels is not None
 
 
+def adapter_fits(scale: float, a: Any, b: Any, merged: Any, grad_a: Any, grad_b: Any, tokens: int) -> bool:
+    """Return True if the gradients of A and B follow from that of the merged weight: ``s B^T G`` and ``s G A^T``.
+
+    Each is a sum over the tokens, then over the rows or columns of the weight. A sum of n products has an error of at
+    most n roundings of the products' sizes.
+    """
+    a, b, merged = (x.astype(np.float64) for x in (a, b, merged))
+    return all(
+        bool(np.all(np.abs(scale * left @ right - found) <= (tokens + n) * 2.0**-24 * scale * abs(left) @ abs(right)))
+        for left, right, found, n in ((b.T, merged, grad_a, len(b)), (merged, a.T, grad_b, a.shape[1]))
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT calls it
+@pytest.mark.parametrize("rslora", [False, True])
+def test_adapters_of_peft_conform(rslora: bool) -> None:
+    """The gradients of the merged weights conform, and those of A and B follow from them."""
+    given, model = inputs(CHECKPOINT.config.vocab_size), load_conformance()
+    settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], use_rslora=rslora)
+    model = peft.get_peft_model(model, settings)
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape) * 0.1
+        parameter.requires_grad_(True)  # the gradient of a base weight is that of the merged weight
+    model(**{name: torch.tensor(x) for name, x in given.items()}, use_cache=False).loss.backward()
+    named = {name.removeprefix("base_model.model."): p for name, p in model.named_parameters()}
+    numbers, grads = ({n: f(p).numpy().copy() for n, p in named.items()} for f in (torch.detach, lambda p: p.grad))
+    scale, adapters = 8 / 4**0.5 if rslora else 8 / 4, [name for name in grads if "lora_A" in name]
+    for name in adapters:
+        other, merged = name.replace("lora_A", "lora_B"), name.split("lora_A")[0] + "base_layer.weight"
+        given_to = (numbers[name], numbers[other], grads[merged], grads[name], grads[other], 28)
+        assert adapter_fits(scale, *given_to), name
+        assert not adapter_fits(1.001 * scale, *given_to), name
+    assert len(adapters) == 12
+    stored = {n: x.numpy() for n, x in model.merge_and_unload().state_dict().items() if n != "lm_head.weight"}
+    base = {f"grads.{n.replace('.base_layer', '')}": x for n, x in grads.items() if "lora_" not in n}
+    candidate = candidate_of(given | base, CHECKPOINT.config, "float32")
+    found = diagnose(candidate, weights_of(stored, CHECKPOINT.config), CHECKPOINT.config)
+    assert found.verdict == CONFORMS, found.first_divergence
+
+
 # --- mistakes, made in PyTorch ----------------------------------------------------------------------------------------
 
 
 def learn_as(value: Any, other: Any) -> Any:
-    """Return the numbers of `value` with the gradient of `other`."""
-    return value.detach() + (other - other.detach())
+    """Return the numbers of `value` with the gradient of `other`, which may be computed in float32."""
+    return value.detach() + (other - other.detach()).to(value.dtype)
 
 
 def times(x: Any, factor: Any) -> Any:
@@ -179,11 +222,16 @@ def capped(cap_learns: Callable[[Any, Any, float], Any]) -> Make:
     """Return a bug with another gradient of the logits' soft cap."""
 
     def make(model: Any, patch: Patch) -> None:
-        def forward(self: Any, input_ids: Any, attention_mask: Any = None, use_cache: bool = False) -> Any:
+        def forward(
+            self: Any, input_ids: Any, attention_mask: Any = None, labels: Any = None, use_cache: bool = False,
+            **named: Any,
+        ) -> Any:  # fmt: skip
             hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
             raw, cap = self.lm_head(hidden), self.config.final_logit_softcapping
             bent = torch.tanh(raw / cap) * cap
-            return CausalLMOutputWithPast(logits=learn_as(bent, cap_learns(raw, bent, cap)))
+            logits = learn_as(bent, cap_learns(raw, bent, cap))
+            loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size, **named)
+            return CausalLMOutputWithPast(loss=loss, logits=logits)
 
         model.forward = types.MethodType(forward, model)
 
@@ -203,8 +251,8 @@ def attention(**parts: Callable[..., Any]) -> Make:
         groups = module.num_key_value_groups
         keys = part("copies")(modeling.repeat_kv(k, groups), groups)
         values = part("copies")(modeling.repeat_kv(v, groups), groups)
-        q, keys = part("factors")(q, scaling), part("factors")(keys, scaling)
-        scores = torch.matmul(q, keys.transpose(2, 3)) * scaling
+        products = torch.matmul(q, keys.transpose(2, 3))
+        scores = part("scores")(products * scaling, products)
         bent = part("cap")(torch.tanh(scores / softcap) * softcap, scores, softcap)
         probs = part("softmax")(torch.softmax(bent + mask, dim=-1), bent)
         mixed = torch.matmul(probs, values)
@@ -225,7 +273,7 @@ def causal(mask: Any) -> Any:
     n = mask.shape[-1]
     hidden = torch.triu(torch.ones(n, n, dtype=torch.bool), 1)[None, None].repeat(2, 1, 1, 1)
     hidden[1, ..., -3:] = True
-    return torch.zeros(hidden.shape).masked_fill(hidden, torch.finfo(torch.float32).min)
+    return torch.zeros(hidden.shape, dtype=mask.dtype).masked_fill(hidden, torch.finfo(mask.dtype).min)
 
 
 def rotation(learns: Callable[[Any, Any, Any], Any]) -> Make:
@@ -244,11 +292,11 @@ def rotation(learns: Callable[[Any, Any, Any], Any]) -> Make:
 
 
 def norm(learns: Callable[[Any, Any, Any], Any]) -> Make:
-    """Return a bug of the norms; `learns` gets the module, its input and its usual result."""
+    """Return a bug of the norms; `learns` gets the module, its input (in float32, as in a kernel) and its result."""
 
     def make(model: Any, patch: Patch) -> None:
         usual = modeling.Gemma2RMSNorm.forward
-        patch.setattr(modeling.Gemma2RMSNorm, "forward", lambda self, x: learns(self, x, usual(self, x)))
+        patch.setattr(modeling.Gemma2RMSNorm, "forward", lambda self, x: learns(self, x.float(), usual(self, x)))
 
     return make
 
@@ -339,7 +387,7 @@ MAKE: dict[str, Make] = {
     ),
     "softmax-no-row-sum": attention(softmax=lambda probs, x: learn_as(probs, x * probs.detach())),
     "attn-scores-detached": attention(softmax=lambda probs, x: probs.detach()),
-    "attn-scale-missing-in-backward": attention(factors=lambda x, scale: times(x, 1 / scale)),
+    "attn-scale-missing-in-backward": attention(scores=learn_as),
     "attn-backward-without-window": attention(mask=causal),
     "gqa-gradient-averaged": attention(copies=lambda copies, groups: times(copies, 1 / groups)),
     "gqa-gradient-of-one-head": attention(copies=only_first),
@@ -382,3 +430,46 @@ def test_a_mistake_is_named(name: str, monkeypatch: Patch) -> None:
     assert (whole.verdict, weights.verdict) == (DIFFERS, DIFFERS)
     assert whole.findings[0].field.startswith("grads.")
     assert whole.findings[0].named == weights.findings[0].named == name
+
+
+# --- half precision ---------------------------------------------------------------------------------------------------
+
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "check-a-trainer.md"
+BEGIN, END = "<!-- python tests/parity/test_trainers_parity.py -->", "<!-- end of half precision -->"
+
+
+def name_in(dtype: str, name: str, patch: Patch) -> list[str]:
+    """Return how a mistake is reported from a whole trace, and from the gradients of the weights alone."""
+    model = load_conformance(dtype)
+    MAKE[name](model, patch)
+    tensors, words = capture(model, inputs(CHECKPOINT.config.vocab_size)), []
+    for found in (report(tensors, dtype), report(of_weights(tensors), dtype)):
+        if found.verdict == CONFORMS:
+            words.append("hidden by rounding")
+            continue
+        named = found.findings[0].named
+        among = name in named.split(" or ")
+        words.append("named" if named == name else f"one of {len(named.split(' or '))} named" if among else "found")
+    return words
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["loss-summed", "norm-weight-missing-in-backward"])
+def test_a_mistake_in_bfloat16_is_named(name: str, monkeypatch: Patch) -> None:
+    assert name_in("bfloat16", name, monkeypatch) == ["named", "named"]
+
+
+def write_table() -> None:
+    """Write the table of docs/how-to/check-a-trainer.md: how each mistake is reported in bfloat16."""
+    lines = ["| mistake, in bfloat16 | from a whole trace | from the weights' gradients |", "| --- | --- | --- |"]
+    for name in MAKE:
+        with pytest.MonkeyPatch.context() as patch:
+            lines.append(f"| `{name}` | {' | '.join(name_in('bfloat16', name, patch))} |")
+        print(lines[-1], flush=True)
+    before, rest = PAGE.read_text("utf-8").split(BEGIN)
+    table = "\n".join(lines)
+    PAGE.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{rest.split(END)[1]}", "utf-8")
+
+
+if __name__ == "__main__":
+    write_table()

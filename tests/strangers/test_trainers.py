@@ -20,6 +20,7 @@ from refgemma.oracle import check
 from refgemma.oracle.backward_operations import backward_operations
 from refgemma.oracle.diagnose import Report, diagnose
 from refgemma.oracle.engine import Engine
+from refgemma.oracle.optimizer_bugs import OPTIMIZER_BUGS
 from refgemma.oracle.training_bugs import TRAINING_BUGS
 from refgemma.oracle.verdicts import BLIND, CONFORMS, DIFFERS, EXACT, PASS
 from refgemma.trace.candidate import candidate_of
@@ -145,10 +146,15 @@ def test_unknown_mistakes_are_unknown(tensors: Tensors, model: Pretrained) -> No
     assert first(report(tensors | {name: np.roll(tensors[name], 1)}, model)) == (name, "UNKNOWN")
 
 
+def test_a_source_of_an_optimizers_mistake_is_a_link_or_says_that_there_is_none() -> None:
+    for bug in OPTIMIZER_BUGS:
+        assert bug.seen.startswith(("https://", "no public report")), bug.name
+
+
 def test_known_bugs_describes_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(TRAINING_BUGS) >= 20
     for bug in TRAINING_BUGS:
-        assert bug.seen.startswith(("https://", "unverified")), bug.name
+        assert bug.seen.startswith(("https://", "no public report")), bug.name
         assert main(["known-bugs", bug.name]) == 0
         assert bug.says in capsys.readouterr().out
     assert sum(bug.seen.startswith("https://") for bug in TRAINING_BUGS) >= 19
