@@ -805,7 +805,7 @@ MAKE: dict[str, Make] = {
     "projections-in-bf16": in_half("q_proj", "k_proj", "v_proj"),
     "norms-in-bf16": in_half(modeling.Gemma2RMSNorm),
     "feed_forward.out-in-bf16": in_half("down_proj"),
-    **{f"weights-of-another: {at} in the place of {to}": weight_of(to, at) for to, at in (
+    **{f"weights-of-another: {at} instead of {to}": weight_of(to, at) for to, at in (
         ("layers.0.self_attn.k_proj", "layers.1.self_attn.k_proj"),
         ("layers.2.self_attn.v_proj", "layers.2.self_attn.k_proj"),
         ("layers.1.self_attn.q_proj", "layers.3.self_attn.q_proj"),

@@ -15,7 +15,7 @@ from string import Template
 
 import numpy as np
 
-from refgemma.files import pluralise
+from refgemma.files import escape, pluralise
 from refgemma.oracle.diagnose import Finding, Report
 from refgemma.oracle.engine import Instance
 from refgemma.oracle.judge import EDGES, Statistics
@@ -79,11 +79,16 @@ FORMULAS = {
 NORM = "x / sqrt(mean(x * x) + rms_norm_eps) * (1 + weight)"
 
 
+def _plain(words: str) -> str:
+    """Return words for a page: no tags, and no character that a terminal or XML would interpret."""
+    return html.escape(escape(words))
+
+
 def render_report(report: Report, model: str) -> str:
     """Return the report as an HTML page that needs no network."""
     page = Template(Path(__file__).with_name("report.html").read_text("utf-8"))
     return page.substitute(
-        verdict=html.escape(report.verdict), headline=_headline(report, model), first=_first(report),
+        verdict=_plain(report.verdict), headline=_headline(report, model), first=_first(report),
         strip=_strip(report), others=_others(report), coverage=_coverage(report), drift=_drift(report),
         worst=_worst(report), histogram=_histogram(report), text=html.escape(text(report, model)),
     )  # fmt: skip
@@ -100,8 +105,8 @@ def _headline(report: Report, model: str) -> str:
         "trace": report.candidate.source, "engine": report.candidate.engine, "model": label(report, model),
         "tokens": asked, "arithmetic": report.candidate.dtype, "tensors": count_verdicts(report),
     }  # fmt: skip
-    listed = "".join(f"<div><dt>{key}</dt><dd>{html.escape(x)}</dd></div>" for key, x in facts.items() if x)
-    title, more = (html.escape(said) for said in _describe(report))
+    listed = "".join(f"<div><dt>{key}</dt><dd>{_plain(x)}</dd></div>" for key, x in facts.items() if x)
+    title, more = (_plain(said) for said in _describe(report))
     return (
         f'<header class="{report.verdict}"><p class="word">{WORDS[report.verdict]}</p><h1>{title}</h1><p>{more}</p>'
         f"</header><dl>{listed}</dl>"
@@ -167,13 +172,13 @@ def _sentence(said: str) -> str:
 
 def _first(report: Report) -> str:
     """Return the section of the first difference: pictures, the operation, values, and what to do."""
-    lines = [f"<li>{html.escape(line)}</li>" for line in preflight_lines(report)]
+    lines = [f"<li>{_plain(line)}</li>" for line in preflight_lines(report)]
     stages = f"<h2>Weights and tokens</h2><ul>{''.join(lines)}</ul>" if lines else ""
     if not report.findings:
         return stages
     finding = report.findings[0]
     first, sides = finding.instances[0], finding.sides
-    parts = [stages, f"<h2>The first difference: <code>{html.escape(first.tensor)}</code></h2>"]
+    parts = [stages, f"<h2>The first difference: <code>{_plain(first.tensor)}</code></h2>"]
     if sides:
         parts += [f'<div class="pictures">{"".join(_pictures(finding, sides))}</div>']
     parts += [_operation(report, finding), _values(finding), _advice(report, finding)]
@@ -282,15 +287,15 @@ def _draw_cells(
         f'<text x="{right}" y="{bottom + 14}" text-anchor="end">{ends[1]}</text>'
         f'<text x="{left - 4}" y="17" text-anchor="end">{corner[0]}</text>'
         f'<text x="{left - 4}" y="{bottom}" text-anchor="end">{ends[0]}</text>'
-        f'<text x="{(left + right) / 2:.0f}" y="{bottom + 14}" text-anchor="middle">{html.escape(axes[0])}</text>'
+        f'<text x="{(left + right) / 2:.0f}" y="{bottom + 14}" text-anchor="middle">{_plain(axes[0])}</text>'
         f'<text transform="translate(12 {(6 + bottom) / 2:.0f}) rotate(-90)" text-anchor="middle">'
-        f"{html.escape(axes[1])}</text>"
+        f"{_plain(axes[1])}</text>"
     )
     width, height = right + 6, bottom + 20
-    keys = "".join(f'<li><i class="{style}"></i>{html.escape(said)}</li>' for style, said in legend.items())
+    keys = "".join(f'<li><i class="{style}"></i>{_plain(said)}</li>' for style, said in legend.items())
     return (
-        f'<figure><figcaption>{html.escape(title)}</figcaption><svg viewBox="0 0 {width} {height}" width="{width}" '
-        f'role="img" aria-label="{html.escape(title)} Across: {html.escape(axes[0])}; down: {html.escape(axes[1])}">'
+        f'<figure><figcaption>{_plain(title)}</figcaption><svg viewBox="0 0 {width} {height}" width="{width}" '
+        f'role="img" aria-label="{_plain(title)} Across: {_plain(axes[0])}; down: {_plain(axes[1])}">'
         f'<rect class="panel" x="{left}" y="6" width="{columns * size}" height="{rows * size}"/>{paths}{ticks}</svg>'
         f'<ul class="legend">{keys}</ul></figure>'
     )
@@ -339,10 +344,10 @@ def _operation(report: Report, finding: Finding) -> str:
     shapes = first.judged.note.partition("has shape ")[2].partition("; it must be ")
     if first.tensor in report.candidate.refused and shapes[2]:
         rows = [("shape", shapes[2], shapes[0])]
-    body = [(key, html.escape(ours), html.escape(theirs)) for key, ours, theirs in rows]
+    body = [(key, _plain(ours), _plain(theirs)) for key, ours, theirs in rows]
     sources = list_names(first.sources)
     note = (
-        f"<p>Both sides start from your port's own {html.escape(sources)}.</p>"
+        f"<p>Both sides start from your port's own {_plain(sources)}.</p>"
         if first.sources and finding.sides
         else ""
     )
@@ -359,7 +364,7 @@ def _values(finding: Finding) -> str:
         return ""
     bound = judged.statistics.error_over_bound
     said = [
-        f"{html.escape(_sentence(judged.note))}." if judged.note else "",
+        f"{_plain(_sentence(judged.note))}." if judged.note else "",
         f"The tensor is off by {percent(sides.relative)} of its size." if math.isfinite(sides.relative) else "",
         f"The largest error is {factor(bound)} times what rounding can cause at most." if 0 < bound < math.inf else "",
     ]
@@ -371,7 +376,7 @@ def _values(finding: Finding) -> str:
         ) for e in sides.worst
     ]  # fmt: skip
     heads = ("place, counted from 0", "your port", "reference", "difference", "ratio", "error / usual rounding")
-    where = f"<p>Wrong: {html.escape(finding.where)}.</p>" if finding.where else ""
+    where = f"<p>Wrong: {_plain(finding.where)}.</p>" if finding.where else ""
     table = _table("Largest errors of different rows", heads, rows, numbers=True)
     return f"<p>{' '.join(filter(None, said))}</p>{where}{table}"
 
@@ -389,17 +394,17 @@ def _place(sides: Comparison, axes: Iterable[int], place: Sequence[int]) -> str:
 def _advice(report: Report, finding: Finding) -> str:
     """Return what to look at, and what to record or try next."""
     lines = [
-        f"<li><b>{html.escape(v.name)}</b>: {html.escape(v.says)}. Seen in {html.escape(v.seen)}. "
-        f"Look at: {html.escape(where_to_look(v, report.config, finding.estimates))}.</li>"
+        f"<li><b>{_plain(v.name)}</b>: {_plain(v.says)}. Seen in {_plain(v.seen)}. "
+        f"Look at: {_plain(where_to_look(v, report.config, finding.estimates))}.</li>"
         for v in finding.explanations
     ]
-    lines += [f"<li>{html.escape(_sentence(line))}.</li>" for line in unexplained_lines(finding, report.config)]
+    lines += [f"<li>{_plain(_sentence(line))}.</li>" for line in unexplained_lines(finding, report.config)]
     rest = [
         line.strip()
         for line in finding_lines(report)
         if line.strip().startswith(("as if computed", "give the", "to find"))
     ]
-    lines += [f"<li>{html.escape(_sentence(line))}.</li>" for line in rest]
+    lines += [f"<li>{_plain(_sentence(line))}.</li>" for line in rest]
     return f"<h3>What to do</h3><ul>{''.join(lines)}</ul>" if lines else ""
 
 
@@ -431,7 +436,7 @@ def _strip(report: Report) -> str:
     for kind, layers in kinds.items():
         alone = layer_of(layers[min(layers)].tensor) is None
         cells = "".join(_cell(layers.get(n)) for n in range(1 if alone else count))
-        rows.append(f'<tr><th scope="row">{html.escape(kind)}</th>{cells}</tr>')
+        rows.append(f'<tr><th scope="row">{_plain(kind)}</th>{cells}</tr>')
     return "".join(rows)
 
 
@@ -440,7 +445,7 @@ def _cell(instance: Instance | None) -> str:
         return f'<td title="not recorded" class="{MISSING}"></td>'
     s, verdict = instance.judged.statistics, instance.judged.verdict
     title = f"{instance.tensor}: {verdict}, {describe_error(s)}, exact {percent(s.exact)}"
-    return f'<td title="{html.escape(title)}" class="{verdict}">{_compact(s, verdict)}</td>'
+    return f'<td title="{_plain(title)}" class="{verdict}">{_compact(s, verdict)}</td>'
 
 
 def _compact(s: Statistics, verdict: str) -> str:
@@ -448,7 +453,7 @@ def _compact(s: Statistics, verdict: str) -> str:
 
     Examples
     --------
-    >>> [_compact(Statistics(rms=x), EXACT) for x in (0.0, 0.94, 41.7, 86700.0, 2e9)]
+    >>> [_compact(Statistics(rms=x), "EXACT") for x in (0.0, 0.94, 41.7, 86700.0, 2e9)]
     ['E', '0.9', '42', '87k', '2e9']
     """
     if not s.rms or not math.isfinite(s.rms):
@@ -469,12 +474,12 @@ def _others(report: Report) -> str:
     for f in report.findings:
         s = f.worst.judged.statistics
         rows.append((
-            f"<code>{html.escape(f.field)}</code>", f.worst.judged.verdict, f"{len(f.instances)} of {f.total}",
-            largest_error(s), typical_error(s), percent(s.exact), html.escape(cause(report, f)),
+            f"<code>{_plain(f.field)}</code>", f.worst.judged.verdict, f"{len(f.instances)} of {f.total}",
+            largest_error(s), typical_error(s), percent(s.exact), _plain(cause(report, f)),
         ))  # fmt: skip
     heads = ("tensor", "verdict", "layers", "largest error", "typical error", "exact", "explained by")
     maps = "".join(
-        f"<details><summary>Where <code>{html.escape(_name(f))}</code> is wrong</summary>"
+        f"<details><summary>Where <code>{_plain(_name(f))}</code> is wrong</summary>"
         f'<div class="pictures">{"".join(_draw_errors(m, _name(f)) for m in f.maps)}</div></details>'
         for f in report.findings[1:] if f.maps
     )  # fmt: skip
@@ -494,15 +499,15 @@ def _coverage(report: Report) -> str:
         _details("Ruled out", report.excluded, lambda v: v.says),
     ]  # fmt: skip
     said = [*recorded_lines(report), *report.remarks]
-    remarks = "".join(f"<li>{html.escape(_sentence(line))}</li>" for line in said)
+    remarks = "".join(f"<li>{_plain(_sentence(line))}</li>" for line in said)
     return f'<ul class="bar">{bar}</ul>{"".join(lists)}' + (f"<h3>Remarks</h3><ul>{remarks}</ul>" if remarks else "")
 
 
 def _details(title: str, bugs: Sequence[KnownBug], describe: Callable[[KnownBug], str]) -> str:
     if not bugs:
         return ""
-    items = "".join(f"<li><b>{html.escape(v.name)}</b>: {html.escape(describe(v))}</li>" for v in bugs)
-    return f"<details><summary>{html.escape(title)}</summary><ul>{items}</ul></details>"
+    items = "".join(f"<li><b>{_plain(v.name)}</b>: {_plain(describe(v))}</li>" for v in bugs)
+    return f"<details><summary>{_plain(title)}</summary><ul>{items}</ul></details>"
 
 
 # --- charts -----------------------------------------------------------------------------------------------------------
@@ -521,7 +526,7 @@ def _drift(report: Report) -> str:
     y = TOP + HIGH - HIGH * (logs - low) / max(1.0, high - low)
     path = " ".join(f"{LEFT + n * step:.1f},{v:.1f}" for n, v in enumerate(y))
     dots = "".join(
-        f'<circle cx="{LEFT + n * step:.1f}" cy="{v:.1f}" r="3"><title>{html.escape(name)}: {x:.3g}</title></circle>'
+        f'<circle cx="{LEFT + n * step:.1f}" cy="{v:.1f}" r="3"><title>{_plain(name)}: {x:.3g}</title></circle>'
         for n, (v, (name, x)) in enumerate(zip(y, points, strict=True))
     )
     ticks = {0.0: points[0][0], 1.0: points[-1][0]} if len(points) > 1 else {0.5: points[0][0]}
@@ -598,7 +603,7 @@ def _chart(
     ends = {0.0: "start", 1.0: "end"} if len(across) < 3 else {}
     labels = [
         f'<text x="{LEFT + WIDE * x:.0f}" y="{bottom + 16}" text-anchor="{ends.get(x, "middle")}">'
-        f"{html.escape(said)}</text>"
+        f"{_plain(said)}</text>"
         for x, said in across.items()
     ]
     labels += [
