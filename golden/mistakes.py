@@ -969,7 +969,7 @@ def write(found: list[Outcome], path: Path) -> None:
     """Put the tables into the page, between its marks: of the catalogue, and of the families of known bugs."""
     catalogue = {v.name for v in KNOWN_BUGS}
     known, families = ([o for o in found if (o.name in catalogue) is wanted] for wanted in (True, False))
-    made = f"{rates(known)}\n\n{table(known)}\n\nOf the families, some of many:\n\n{table(families)}"
+    made = f"{rates(known)}\n\n{table(known)}\n\nSome members of the families:\n\n{table(families)}"
     page = path.read_text(encoding="utf-8")
     before, rest = page.split(BEGIN)
     _, after = rest.split(END)

@@ -562,7 +562,7 @@ def _derive_rope(config: Gemma2Config) -> dict[str, Any]:
         return {}
     explicit = {} if isinstance(given, Derived) else dict(given or {})
     theta = explicit.get("rope_theta", config.rope_theta)
-    theta = float(theta) if _is_finite(theta) else theta
+    theta = float(theta) if _is_finite_number(theta) else theta
     named = Derived({"rope_type": explicit.get("rope_type", "default"), "rope_theta": theta})
     return {"rope_theta": theta, "rope_parameters": named}
 
@@ -590,12 +590,12 @@ def _derive_labels(config: Gemma2Config) -> dict[str, Any]:
     return {"num_labels": count, "id2label": names, "label2id": ids}
 
 
-def _is_finite(value: object) -> bool:
+def _is_finite_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _is_positive(value: Any) -> bool:
-    return _is_finite(value) and value > 0
+    return _is_finite_number(value) and value > 0
 
 
 def _is_size(value: object) -> bool:
@@ -614,8 +614,8 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "a number above 0, or None for no cap": (
         lambda value: value is None or _is_positive(value), ("attn_logit_softcapping", "final_logit_softcapping"),
     ),
-    "a number from 0 to below 1": (lambda value: _is_finite(value) and 0 <= value < 1, ("attention_dropout",)),
-    "a number of at least 0": (lambda value: _is_finite(value) and value >= 0, ("initializer_range",)),
+    "a number from 0 to below 1": (lambda value: _is_finite_number(value) and 0 <= value < 1, ("attention_dropout",)),
+    "a number of at least 0": (lambda value: _is_finite_number(value) and value >= 0, ("initializer_range",)),
     "true or false": (
         lambda value: isinstance(value, bool),
         (

@@ -13,7 +13,7 @@ from refgemma import backward
 from refgemma.activations_backward import ACTIVATIONS_BACKWARD
 from refgemma.backward import compute_gradients
 from refgemma.goldens.gradients import (
-    PRECISIONS,
+    GRADIENT_PRECISIONS,
     gradient_cases,
     load_gradients,
     recorded_operations,
@@ -31,14 +31,14 @@ CASES = gradient_cases()
 SLOW_TINY = [pytest.param(name, marks=pytest.mark.slow) if name == "tiny" else name for name in CASES]  # many numbers
 
 
-@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("dtype", GRADIENT_PRECISIONS)
 @pytest.mark.parametrize("name", SLOW_TINY)
 def test_recorded_gradients(name: str, dtype: str) -> None:
     wrong = [f"{c.tensor}: {c.distance:.3g} x its bound" for c in verify_gradients(name, dtype) if not c.conforms]
     assert not wrong, wrong[:5]
 
 
-@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("dtype", GRADIENT_PRECISIONS)
 def test_recorded_gradients_of_the_activations(dtype: str) -> None:
     """In bfloat16, 97 % are bit-identical. 11 of 305 are in the left tail of GELU, where torch's float32 erf
     cancels."""

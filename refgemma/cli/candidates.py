@@ -23,8 +23,7 @@ from refgemma.hub import find_model
 from refgemma.modeling.pretrained import load
 from refgemma.oracle import report as reports
 from refgemma.oracle.audit import as_json as audit_json
-from refgemma.oracle.audit import audit
-from refgemma.oracle.audit import lines as audit_lines
+from refgemma.oracle.audit import audit, text_lines
 from refgemma.oracle.config_check import check_preset, preset_json
 from refgemma.oracle.config_check import lines as config_lines
 from refgemma.oracle.conformance import prompts
@@ -54,11 +53,13 @@ from refgemma.weights.checkpoint import open_checkpoint
 from refgemma.weights.conformance import proportions, write_conformance
 from refgemma.weights.parameters import Weights, tensor_shapes
 
-ROWS = 20  # tensors that `diff` lists: after the first difference, most of a model's tensors differ
+DIFF_ROWS = 20  # tensors that `diff` lists: after the first difference, most of a model's tensors differ
 CONFORMANCE_LIMIT = 10**8  # weights: 200 MB
 MOST_SECONDS = 86400.0
 MODEL_SUFFIXES = (".json", ".safetensors", ".gguf")
-CODES = "Exit codes: 0 conforms, 1 differs, 2 misuse or bad file, 3 only noisy, 4 inconclusive, 5 the backend failed."
+EXIT_CODES = (
+    "Exit codes: 0 conforms, 1 differs, 2 misuse or bad file, 3 only noisy, 4 inconclusive, 5 the backend failed."
+)
 
 
 def add_commands(add: Callable[..., Any]) -> None:
@@ -67,7 +68,7 @@ def add_commands(add: Callable[..., Any]) -> None:
     `add` makes a command from its name, a sentence, and a flag that hides it from --help.
     """
     command = add("check", "find the first wrong tensor of another implementation, and the known bug that explains it")
-    command.epilog = CODES
+    command.epilog = EXIT_CODES
     command.add_argument("candidate", metavar="CANDIDATE", help="the trace file of the implementation")
     command.add_argument(
         "--model", default="tiny", metavar="MODEL", help="tiny, conformance or a folder (default: tiny)"
@@ -162,7 +163,7 @@ def add_commands(add: Callable[..., Any]) -> None:
     command.add_argument("--scheduler", metavar="ADDRESS", help="use the workers of this Dask cluster instead")
     command.add_argument("--results", metavar="DIR", help="the folder for results (default: JOBS.results)")
     command.add_argument("--again", action="store_true", help="repeat finished jobs, too")
-    command.epilog = f"{CODES} The worst verdict counts, in the order 1, 5, 2, 4, 3, 0."
+    command.epilog = f"{EXIT_CODES} The worst verdict counts, in the order 1, 5, 2, 4, 3, 0."
 
     for name in ("known-bugs", "variants"):  # the second is the name in version 0.1
         command = add(name, "list the known bugs of Gemma 2 implementations, or describe one", name == "variants")
@@ -226,7 +227,7 @@ def run_audit(args: argparse.Namespace) -> int:
         audit(server, args.model, args.tokens, args.requests, config),
         ", ".join([args.model, *args.changes]),
     )
-    output.as_json(audit_json(found, against)) if args.json else output.say(*audit_lines(found, against))
+    output.as_json(audit_json(found, against)) if args.json else output.say(*text_lines(found, against))
     return EXIT[found.verdict]
 
 
@@ -380,12 +381,12 @@ def diff_lines(found: list[Difference], only_a: list[str], only_b: list[str]) ->
         lines.append("inputs and rounding explain every tensor that could be judged")
     if wrong:
         lines += ["", f"{'tensor':42s} {'equal':>7s} {'largest':>10s} {'relative':>10s} {'unexplained':>16s}  at"]
-    for d in (bad or wrong)[:ROWS]:
+    for d in (bad or wrong)[:DIFF_ROWS]:
         bound = "" if d.unexplained is None else f"{reports.factor(d.unexplained)} x bound"
         row = f"{d.equal:>7.3f} {reports.number(d.largest):>10s} {reports.number(d.relative):>10s} {bound:>16s}"
         lines.append(f"{d.tensor:42s} {d.problem or row + '  ' + ', '.join(map(str, d.place))}")
-    if len(bad or wrong) > ROWS:
-        lines.append(f"and {pluralise(len(bad or wrong) - ROWS, 'later tensor')}; --json lists all")
+    if len(bad or wrong) > DIFF_ROWS:
+        lines.append(f"and {pluralise(len(bad or wrong) - DIFF_ROWS, 'later tensor')}; --json lists all")
     for side, names in (("A", only_a), ("B", only_b)):
         if names:
             lines.append(f"only in {side}: {list_names(names)}")

@@ -36,7 +36,7 @@ from refgemma.weights.parameters import SCORE_BIAS, SCORE_WEIGHT, Score
 
 RECORD_AGAIN = "record it again with: python golden/record.py --gradients"
 FORMAT = "refgemma-golden-gradients/1"
-PRECISIONS = ("float64", "float32", "bfloat16")
+GRADIENT_PRECISIONS = ("float64", "float32", "bfloat16")
 FLOAT32_UNITS = {"float64": 2.0**-29, "float32": 1.0}  # unit roundoff in units of float32's
 
 

@@ -187,7 +187,7 @@ def known_files(release: str) -> dict[str, ReleasedFile]:
     return known
 
 
-def _measure(path: Path) -> int | None:
+def _file_length(path: Path) -> int | None:
     """Return the length of a file, or None if it does not exist; links are followed."""
     try:
         status = path.stat()
@@ -216,7 +216,7 @@ def _compare_json(path: Path, released: Mapping[str, Any], whole: bool) -> str:
 
 def _judge(path: Path, known: ReleasedFile | None, json_keys: Mapping[str, Any], hash_weights: bool) -> FileVerdict:
     """Compare one file of a folder with that of a release."""
-    length = _measure(path)
+    length = _file_length(path)
     if length is None:
         return FileVerdict(path.name, "absent", "the release has this file")
     if known is None:
@@ -266,7 +266,7 @@ def _judge_all(folder: Path, release: str, hash_weights: bool) -> Identified:
         GENERATION_FILE,
         *(name for file in releases().values() for name in file["files"]),
     } - known.keys()
-    here = {name for name in others if not name.endswith(".safetensors") and _measure(folder / name) is not None}
+    here = {name for name in others if not name.endswith(".safetensors") and _file_length(folder / name) is not None}
     found = [
         _judge(folder / name, known.get(name), json_keys.get(name, {}), hash_weights)
         for name in sorted(known.keys() | here)

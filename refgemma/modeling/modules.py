@@ -101,7 +101,7 @@ class Module:
         """Return the tensor or the part with this name."""
         tensors = {} if name.startswith("_") else self.tensors()
         if name in tensors:
-            return _show(tensors[name])
+            return _show_tensor(tensors[name])
         if name == "bias" and "weight" in tensors:
             return None
         if not any(tensor.startswith(f"{name}.") for tensor in tensors):
@@ -149,7 +149,7 @@ def _is_kept(tensor: Rows) -> bool:
     return isinstance(tensor, np.ndarray) or (isinstance(tensor, LayerRows) and tensor.kept)
 
 
-def _show(tensor: Rows) -> Array:
+def _show_tensor(tensor: Rows) -> Array:
     """Return all rows; a copy is read-only, because changes to a copy would be lost silently."""
     array: Array = tensor[:]
     if not _is_kept(tensor):
@@ -502,7 +502,7 @@ class ModuleMethods:
 
         Arrays are read-only if each use reads the weights from disk.
         """
-        return ((name, _show(tensor)) for name, tensor in self.named_tensors().items())
+        return ((name, _show_tensor(tensor)) for name, tensor in self.named_tensors().items())
 
     def parameters(self) -> Iterator[Array]:
         """Yield every tensor; a tied head appears once."""

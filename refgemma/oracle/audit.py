@@ -28,10 +28,10 @@ from refgemma.tokenizer.tokenizer import Tokenizer, TokenizerError
 from refgemma.trace.candidate import check_trace
 from refgemma.trace.names import LOGPROBS
 from refgemma.trace.reader import TraceFile
-from refgemma.trace.server import Asking, Rows, Server, Words, find_form, make_trace, to_text, writable
+from refgemma.trace.server import Asking, Scores, Server, Words, find_form, make_trace, to_text, writable
 from refgemma.weights.checkpoint import open_checkpoint
 
-HALVES = ("float16", "bfloat16")  # the finest that explains the numbers is named
+HALF_PRECISIONS = ("float16", "bfloat16")  # the finest that explains the numbers is named
 # Rounding to 8 bits, with one scale for a row, has about this relative error; each bit less doubles it.
 ERROR_OF_8_BITS, MOST_BITS = 0.007, 8
 LARGER = 3.0
@@ -42,7 +42,7 @@ OTHER_WEIGHTS = 0.5  # share of rows with the model's own best word; other weigh
 
 
 @dataclass(frozen=True)
-class Reading:
+class Assumption:
     """The judged runs, under one assumption on how the server computes."""
 
     reports: tuple[Report, ...]
@@ -120,14 +120,14 @@ class Audit:
     served: str
     form: str
     runs: tuple[str, ...]  # "prompt", "generated"
-    readings: tuple[Reading, ...]  # those that fit, or the only one
+    readings: tuple[Assumption, ...]  # those that fit, or the only one
     agreeing: int  # rows whose best word is the model's own
     rows: int
     numbers: int
     remarks: tuple[str, ...] = ()
 
     @property
-    def best(self) -> Reading:
+    def best(self) -> Assumption:
         """The reading that is named first."""
         return self.readings[0]
 
@@ -185,7 +185,7 @@ def audit(
         raise InputError(f"tokens is {tokens} and requests is {requests}; both must be at least 4")
     folder = find_model(str(model))
     config = config or open_checkpoint(folder).config
-    tokenizer = _find_tokenizer(folder)
+    tokenizer = _open_tokenizer(folder)
     plain = prompts(config)["plain"].input_ids[0, :tokens].tolist()
     written = None if tokenizer is None else _write_prompt(config, tokenizer, len(plain))
     asking, rows = find_form(server, Words(config.vocab_size, tokenizer), plain, written)
@@ -194,10 +194,10 @@ def audit(
     rows |= {} if 0 in rows else asking.ask_first(ids)
     traces = {"prompt": make_trace(server.base, ids, rows)}
     traces |= _generate(asking, ids, config, tokenizer)
-    return _judge(server, asking, traces, rows, folder, config)
+    return _judge_runs(server, asking, traces, rows, folder, config)
 
 
-def _find_tokenizer(folder: Path) -> Tokenizer | None:
+def _open_tokenizer(folder: Path) -> Tokenizer | None:
     try:
         return Tokenizer.from_pretrained(folder)
     except TokenizerError:
@@ -225,8 +225,8 @@ def _generate(
     return {"generated": make_trace(asking.server.base, text, rows, [start] + [1] * (len(text) - start))}
 
 
-def _judge(
-    server: Server, asking: Asking, traces: dict[str, TraceFile], rows: Rows, folder: Path, config: Gemma2Config
+def _judge_runs(
+    server: Server, asking: Asking, traces: dict[str, TraceFile], rows: Scores, folder: Path, config: Gemma2Config
 ) -> Audit:
     """Judge the traces as computed in float32, then in half precision, then with rounded weights, until one explains
     the numbers.
@@ -240,10 +240,14 @@ def _judge(
             Engine(check_trace(trace, config, dtype), weights, config, 1.0, quantised) for trace in traces.values()
         )
 
-    def read(engines: tuple[Engine, ...], bugs: Sequence[KnownBug] | None = KNOWN_BUGS) -> Reading:
-        return Reading(tuple(report_on(one, bugs) for one in engines), engines)
+    def read(engines: tuple[Engine, ...], bugs: Sequence[KnownBug] | None = KNOWN_BUGS) -> Assumption:
+        return Assumption(tuple(report_on(one, bugs) for one in engines), engines)
 
-    plain, rounded, halves = start("float32"), start("float32", quantised=True), [start(half) for half in HALVES]
+    plain, rounded, halves = (
+        start("float32"),
+        start("float32", quantised=True),
+        [start(half) for half in HALF_PRECISIONS],
+    )
     tried = [first := read(plain)]
     if not first.fits:
         tried += [read(half) for half in halves if are_good(half)][:1]
@@ -293,12 +297,12 @@ def _say_form(asking: Asking) -> str:
     return f"{'text' if form.text else 'token ids'}, {'repeated prompt' if form.echo else 'one token at a time'}"
 
 
-def lines(found: Audit, model: str) -> Iterator[str]:
+def text_lines(found: Audit, model: str) -> Iterator[str]:
     """Yield the lines of the report."""
     yield f"{found.server} ({found.served}) against {model}: {found.numbers} log probabilities at {found.rows} places"
     yield f"asked with {found.form}; runs: {', '.join(found.runs)}"
     yield ""
-    yield _headline(found)
+    yield _verdict_line(found)
     for other in found.readings[1:]:
         yield f"  or {other.describe()}; these numbers cannot tell which"
     if any(reading.quantised for reading in found.readings):
@@ -315,7 +319,7 @@ def lines(found: Audit, model: str) -> Iterator[str]:
     yield from (f"remark: {remark}" for remark in found.remarks)
 
 
-def _headline(found: Audit) -> str:
+def _verdict_line(found: Audit) -> str:
     best = found.best
     if best.verdict == DIFFERS:
         known = [name for name in best.names if name != UNKNOWN]
@@ -346,7 +350,7 @@ def as_json(found: Audit, model: str) -> dict[str, Any]:
     """Return the result as JSON types."""
     return {
         "schema": "refgemma-audit/1", "server": found.server, "served": found.served, "model": model,
-        "form": found.form, "verdict": found.verdict, "exit_code": EXIT[found.verdict], "says": _headline(found),
+        "form": found.form, "verdict": found.verdict, "exit_code": EXIT[found.verdict], "says": _verdict_line(found),
         "readings": [
             {"dtype": r.dtype, "quantised": r.quantised, "weights_off": r.off, "verdict": r.verdict, "named": r.names,
              "runs": {run: reports.as_json(one, model) for run, one in zip(found.runs, r.reports, strict=True)}}

@@ -30,7 +30,7 @@ from refgemma.oracle.families import (
 )
 from refgemma.oracle.judge import SPAN_LIMIT, judge, nearest, resembles
 from refgemma.oracle.known_bugs import KNOWN_BUGS, KnownBug, combine, known_bug
-from refgemma.oracle.locate import Comparison, ErrorMap, compare_sides, locate_errors, map_errors
+from refgemma.oracle.locate import ErrorMap, Sides, compare_sides, locate_errors, map_errors
 from refgemma.oracle.optimizer_bugs import OPTIMIZER_BUGS
 from refgemma.oracle.preflight import Preflight
 from refgemma.oracle.spans import Computed, measure_noise
@@ -71,7 +71,7 @@ class Finding:
     closest: tuple[KnownBug, float] | None = (
         None  # if no bug explains the finding: the closest bug, and the remaining part of the error
     )
-    sides: Comparison | None = None  # of the first finding: the first instance beside its reference
+    sides: Sides | None = None  # of the first finding: the first instance beside its reference
 
     @property
     def worst(self) -> Instance:

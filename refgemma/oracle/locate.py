@@ -19,7 +19,7 @@ from refgemma.trace.names import field_of, layer_of, list_ranges
 
 SIDE = 48  # maximum number of rows and columns of the values that a report shows
 WORST = 8  # number of elements that a report lists
-RANGES = 8  # maximum number of ranges that describe wrong places; more are counted
+MOST_RANGES = 8  # maximum number of ranges that describe wrong places; more are counted
 UNDERFLOWN = 1e-6  # weights below this may be 0 in a port
 HIDDEN, BOTH, MISSED, EXTRA = range(4)  # a key for a query: seen by none, both, only the reference, only the port
 
@@ -76,7 +76,7 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Sides:
     """The elements of a wrong tensor with the largest errors, each with its reference."""
 
     axes: tuple[str, ...]
@@ -89,7 +89,7 @@ class Comparison:
     seen: Seen | None
 
 
-def compare_sides(engine: Engine, name: str, bugs: Sequence[KnownBug]) -> Comparison:
+def compare_sides(engine: Engine, name: str, bugs: Sequence[KnownBug]) -> Sides:
     """Compare a wrong tensor with its reference, element by element; `bugs` are the known bugs that explain it."""
     found, reference = engine.candidate.tensors[name].numbers, engine.usual.result(name)
     where = engine.where(name)
@@ -112,7 +112,7 @@ def compare_sides(engine: Engine, name: str, bugs: Sequence[KnownBug]) -> Compar
     corner = tuple(n.start if isinstance(n, slice) else n for n in cut)
     shown = np.where(np.isnan(found), np.inf, found)  # NaN stands for elements that are not compared
     candidate, right = (np.atleast_2d(np.where(where, x, np.nan)[tuple(cut)]) for x in (shown, reference))
-    return Comparison(axes, corner, along, candidate, right, tuple(worst), relative, find_seen(engine, name, at, bugs))
+    return Sides(axes, corner, along, candidate, right, tuple(worst), relative, find_seen(engine, name, at, bugs))
 
 
 def find_seen(engine: Engine, name: str, at: Sequence[int], bugs: Sequence[KnownBug]) -> Seen | None:
@@ -121,7 +121,7 @@ def find_seen(engine: Engine, name: str, at: Sequence[int], bugs: Sequence[Known
     if field_of(name) == "attention.probs" and layer is not None:
         right, weights = context.mask(context, layer)[at[0], 0], engine.candidate.tensors[name].numbers[at[0], at[1]]
         due = engine.usual.result(name)[at[0], at[1]] > UNDERFLOWN
-        states = _compare_masks(right, np.where(right & ~due, right, weights != 0), context.call.visible[at[0]])
+        states = _find_mask_errors(right, np.where(right & ~due, right, weights != 0), context.call.visible[at[0]])
         return Seen(layer, states, True) if (states > BOTH).any() and np.isfinite(weights).all() else None
     for bug in bugs:
         try:
@@ -132,13 +132,13 @@ def find_seen(engine: Engine, name: str, at: Sequence[int], bugs: Sequence[Known
             right, other = context.mask(context, n)[:, 0], wrong.mask(wrong, n)[:, 0]
             rows = np.flatnonzero((right != other).any(axis=(1, 2)))
             for row in rows:
-                states = _compare_masks(right[row], other[row], context.call.visible[row])
+                states = _find_mask_errors(right[row], other[row], context.call.visible[row])
                 if (states > BOTH).any():
                     return Seen(n, states, False)
     return None
 
 
-def _compare_masks(right: Array, wrong: Array, visible: Array) -> Array:
+def _find_mask_errors(right: Array, wrong: Array, visible: Array) -> Array:
     """Return `HIDDEN`, `BOTH`, `MISSED` or `EXTRA` for each key of each query; padding sees nothing."""
     states = np.where(right, np.where(wrong, BOTH, MISSED), np.where(wrong, EXTRA, HIDDEN))
     return np.where(visible[:, None], states, HIDDEN)
@@ -157,7 +157,7 @@ def list_some(numbers: Array, total: int, word: str) -> str:
     if len(numbers) in (0, total):
         return ""
     ranges = list_ranges(numbers.tolist()).split(",")
-    if len(ranges) > RANGES:
+    if len(ranges) > MOST_RANGES:
         return f"{len(numbers)} of {total} {word}, from {numbers[0]} to {numbers[-1]}"
     return f"{word} {', '.join(ranges).replace('-', ' to ')}"
 

@@ -20,7 +20,7 @@ from refgemma.oracle.diagnose import Finding, Report
 from refgemma.oracle.engine import Instance
 from refgemma.oracle.judge import EDGES, Statistics
 from refgemma.oracle.known_bugs import KNOWN_BUGS, KnownBug
-from refgemma.oracle.locate import BOTH, EXTRA, MISSED, Comparison, Element, ErrorMap, Seen
+from refgemma.oracle.locate import BOTH, EXTRA, MISSED, Element, ErrorMap, Seen, Sides
 from refgemma.oracle.report import (
     bug_counts,
     cause,
@@ -50,7 +50,7 @@ from refgemma.trace.names import field_of, layer_of, list_names
 LEVELS = (0.0, 4.0, 10.0, 100.0, 1e3, 1e4)
 EXACTLY = 1e15  # errors in units of rounding beyond this belong to elements that must be exact
 CELLS = 64  # maximum number of a map's cells in each direction
-WORDS = {
+VERDICT_WORDS = {
     DIFFERS: "\N{BALLOT X} differs", CONFORMS: "\N{CHECK MARK} conforms", NOISY_ONLY: "\N{ALMOST EQUAL TO} noisy",
     INCONCLUSIVE: "? inconclusive",
 }  # fmt: skip
@@ -76,10 +76,10 @@ FORMULAS = {
     "out": "middle + post_feedforward_layernorm", "raw_logits": "norm @ embed_tokens.T",
     "logits": "cap * tanh(raw_logits / cap), cap = final_logit_softcapping", "logprobs": "log_softmax of logits",
 }  # fmt: skip
-NORM = "x / sqrt(mean(x * x) + rms_norm_eps) * (1 + weight)"
+NORM_FORMULA = "x / sqrt(mean(x * x) + rms_norm_eps) * (1 + weight)"
 
 
-def _plain(words: str) -> str:
+def _to_html(words: str) -> str:
     """Return words for a page: no tags, and no character that a terminal or XML would interpret."""
     return html.escape(escape(words))
 
@@ -88,7 +88,7 @@ def render_report(report: Report, model: str) -> str:
     """Return the report as an HTML page that needs no network."""
     page = Template(Path(__file__).with_name("report.html").read_text("utf-8"))
     return page.substitute(
-        verdict=_plain(report.verdict), headline=_headline(report, model), first=_first(report),
+        verdict=_to_html(report.verdict), headline=_banner(report, model), first=_first(report),
         strip=_strip(report), others=_others(report), coverage=_coverage(report), drift=_drift(report),
         worst=_worst(report), histogram=_histogram(report), text=html.escape(text(report, model)),
     )  # fmt: skip
@@ -97,7 +97,7 @@ def render_report(report: Report, model: str) -> str:
 # --- the verdict ------------------------------------------------------------------------------------------------------
 
 
-def _headline(report: Report, model: str) -> str:
+def _banner(report: Report, model: str) -> str:
     """Return the verdict in words, with the model, the trace and the arithmetic."""
     call = report.candidate.call
     asked = "x".join(str(n) for n in call.input_ids.shape)
@@ -105,15 +105,16 @@ def _headline(report: Report, model: str) -> str:
         "trace": report.candidate.source, "engine": report.candidate.engine, "model": label(report, model),
         "tokens": asked, "arithmetic": report.candidate.dtype, "tensors": count_verdicts(report),
     }  # fmt: skip
-    listed = "".join(f"<div><dt>{key}</dt><dd>{_plain(x)}</dd></div>" for key, x in facts.items() if x)
-    title, more = (_plain(said) for said in _describe(report))
+    listed = "".join(f"<div><dt>{key}</dt><dd>{_to_html(x)}</dd></div>" for key, x in facts.items() if x)
+    title, more = (_to_html(said) for said in _put_in_words(report))
+    word = VERDICT_WORDS[report.verdict]
     return (
-        f'<header class="{report.verdict}"><p class="word">{WORDS[report.verdict]}</p><h1>{title}</h1><p>{more}</p>'
+        f'<header class="{report.verdict}"><p class="word">{word}</p><h1>{title}</h1><p>{more}</p>'
         f"</header><dl>{listed}</dl>"
     )
 
 
-def _describe(report: Report) -> tuple[str, str]:
+def _put_in_words(report: Report) -> tuple[str, str]:
     """Return the verdict as a title and a sentence."""
     if report.wrong_preflight:
         wrong = report.wrong_preflight[0]
@@ -172,20 +173,20 @@ def _sentence(said: str) -> str:
 
 def _first(report: Report) -> str:
     """Return the section of the first difference: pictures, the operation, values, and what to do."""
-    lines = [f"<li>{_plain(line)}</li>" for line in preflight_lines(report)]
+    lines = [f"<li>{_to_html(line)}</li>" for line in preflight_lines(report)]
     stages = f"<h2>Weights and tokens</h2><ul>{''.join(lines)}</ul>" if lines else ""
     if not report.findings:
         return stages
     finding = report.findings[0]
     first, sides = finding.instances[0], finding.sides
-    parts = [stages, f"<h2>The first difference: <code>{_plain(first.tensor)}</code></h2>"]
+    parts = [stages, f"<h2>The first difference: <code>{_to_html(first.tensor)}</code></h2>"]
     if sides:
         parts += [f'<div class="pictures">{"".join(_pictures(finding, sides))}</div>']
     parts += [_operation(report, finding), _values(finding), _advice(report, finding)]
     return "".join(parts)
 
 
-def _pictures(finding: Finding, sides: Comparison) -> Iterable[str]:
+def _pictures(finding: Finding, sides: Sides) -> Iterable[str]:
     """Yield the pictures of the first difference; the one that tells most is first."""
     if sides.seen:
         yield _draw_seen(sides, sides.seen)
@@ -210,7 +211,7 @@ def _axis(axes: Sequence[str], axis: int) -> str:
     return "query" if axes[axis] == "seq" and axes[-1] == "keys" else AXIS_WORDS.get(axes[axis], "column")
 
 
-def _draw_seen(sides: Comparison, seen: Seen) -> str:
+def _draw_seen(sides: Sides, seen: Seen) -> str:
     """Draw the keys that each query sees, in the port and in the reference."""
     states, (down, _) = pool_blocks(seen.states, CELLS)
     ends = seen.states.shape[0] - 1, seen.states.shape[1] - 1
@@ -226,7 +227,7 @@ def _draw_seen(sides: Comparison, seen: Seen) -> str:
     return _draw_cells(classes, title + "." + block, ("key", "query"), (0, 0), ends, legend)
 
 
-def _draw_values(sides: Comparison, x: Array, title: str, top: float) -> str:
+def _draw_values(sides: Sides, x: Array, title: str, top: float) -> str:
     """Draw values as cells; `top` is the largest absolute value of all compared pictures."""
     steps = np.round(6 * np.sqrt(np.abs(x) / top)) if top else np.zeros_like(x)
     steps = np.where(np.isfinite(x), steps, np.nan)
@@ -235,7 +236,7 @@ def _draw_values(sides: Comparison, x: Array, title: str, top: float) -> str:
         for row in np.stack([x, steps], axis=-1)
     ]
     down, across = sides.along
-    fixed = _place(sides, [n for n in range(len(sides.axes)) if n not in sides.along], sides.corner)
+    fixed = _name_element(sides, [n for n in range(len(sides.axes)) if n not in sides.along], sides.corner)
     legend = {"p6": f"{top:.3g}", "p2": f"{top / 9:.2g}"} | ({"m6": f"-{top:.3g}"} if (x < 0).any() else {})
     legend |= {"odd": "not finite"} if np.isinf(x).any() else {}
     corner = (sides.corner[down] if down != across else 0, sides.corner[across])
@@ -287,21 +288,21 @@ def _draw_cells(
         f'<text x="{right}" y="{bottom + 14}" text-anchor="end">{ends[1]}</text>'
         f'<text x="{left - 4}" y="17" text-anchor="end">{corner[0]}</text>'
         f'<text x="{left - 4}" y="{bottom}" text-anchor="end">{ends[0]}</text>'
-        f'<text x="{(left + right) / 2:.0f}" y="{bottom + 14}" text-anchor="middle">{_plain(axes[0])}</text>'
+        f'<text x="{(left + right) / 2:.0f}" y="{bottom + 14}" text-anchor="middle">{_to_html(axes[0])}</text>'
         f'<text transform="translate(12 {(6 + bottom) / 2:.0f}) rotate(-90)" text-anchor="middle">'
-        f"{_plain(axes[1])}</text>"
+        f"{_to_html(axes[1])}</text>"
     )
     width, height = right + 6, bottom + 20
-    keys = "".join(f'<li><i class="{style}"></i>{_plain(said)}</li>' for style, said in legend.items())
+    keys = "".join(f'<li><i class="{style}"></i>{_to_html(said)}</li>' for style, said in legend.items())
     return (
-        f'<figure><figcaption>{_plain(title)}</figcaption><svg viewBox="0 0 {width} {height}" width="{width}" '
-        f'role="img" aria-label="{_plain(title)} Across: {_plain(axes[0])}; down: {_plain(axes[1])}">'
+        f'<figure><figcaption>{_to_html(title)}</figcaption><svg viewBox="0 0 {width} {height}" width="{width}" '
+        f'role="img" aria-label="{_to_html(title)} Across: {_to_html(axes[0])}; down: {_to_html(axes[1])}">'
         f'<rect class="panel" x="{left}" y="6" width="{columns * size}" height="{rows * size}"/>{paths}{ticks}</svg>'
         f'<ul class="legend">{keys}</ul></figure>'
     )
 
 
-def _draw_scatter(sides: Comparison) -> str:
+def _draw_scatter(sides: Sides) -> str:
     """Draw the port's values against the reference's; a right port is on the diagonal."""
     y, x = sides.candidate.ravel(), sides.reference.ravel()
     usable = np.flatnonzero(np.isfinite(x) & np.isfinite(y))
@@ -331,7 +332,7 @@ def _operation(report: Report, finding: Finding) -> str:
     """Return the operation side by side: in the reference, and in the port as far as it is known."""
     first = finding.instances[0]
     kind = field_of(first.tensor)
-    formula = FORMULAS.get(kind, NORM if kind.endswith("norm") else "")
+    formula = FORMULAS.get(kind, NORM_FORMULA if kind.endswith("norm") else "")
     says = "; or ".join(v.says for v in finding.explanations) or "not known"
     rows = [("operation", formula, says)] if formula and not first.between else [("operations", "the model's", says)]
     for v in finding.explanations[:1]:
@@ -344,12 +345,10 @@ def _operation(report: Report, finding: Finding) -> str:
     shapes = first.judged.note.partition("has shape ")[2].partition("; it must be ")
     if first.tensor in report.candidate.refused and shapes[2]:
         rows = [("shape", shapes[2], shapes[0])]
-    body = [(key, _plain(ours), _plain(theirs)) for key, ours, theirs in rows]
+    body = [(key, _to_html(ours), _to_html(theirs)) for key, ours, theirs in rows]
     sources = list_names(first.sources)
     note = (
-        f"<p>Both sides start from your port's own {_plain(sources)}.</p>"
-        if first.sources and finding.sides
-        else ""
+        f"<p>Both sides start from your port's own {_to_html(sources)}.</p>" if first.sources and finding.sides else ""
     )
     if first.between:
         count = pluralise(len(first.between), "tensor")
@@ -364,19 +363,19 @@ def _values(finding: Finding) -> str:
         return ""
     bound = judged.statistics.error_over_bound
     said = [
-        f"{_plain(_sentence(judged.note))}." if judged.note else "",
+        f"{_to_html(_sentence(judged.note))}." if judged.note else "",
         f"The tensor is off by {percent(sides.relative)} of its size." if math.isfinite(sides.relative) else "",
         f"The largest error is {factor(bound)} times what rounding can cause at most." if 0 < bound < math.inf else "",
     ]
     rows = [
         (
-            _place(sides, range(len(sides.axes)), e.place), f"{e.candidate:.6g}", f"{e.reference:.6g}",
+            _name_element(sides, range(len(sides.axes)), e.place), f"{e.candidate:.6g}", f"{e.reference:.6g}",
             f"{e.candidate - e.reference:.3g}", f"{e.candidate / e.reference:.6g}" if e.reference else "-",
             _describe_units(e),
         ) for e in sides.worst
     ]  # fmt: skip
     heads = ("place, counted from 0", "your port", "reference", "difference", "ratio", "error / usual rounding")
-    where = f"<p>Wrong: {_plain(finding.where)}.</p>" if finding.where else ""
+    where = f"<p>Wrong: {_to_html(finding.where)}.</p>" if finding.where else ""
     table = _table("Largest errors of different rows", heads, rows, numbers=True)
     return f"<p>{' '.join(filter(None, said))}</p>{where}{table}"
 
@@ -387,24 +386,24 @@ def _describe_units(e: Element) -> str:
     return "must be exact" if e.units > EXACTLY else f"{factor(e.units)} x"
 
 
-def _place(sides: Comparison, axes: Iterable[int], place: Sequence[int]) -> str:
+def _name_element(sides: Sides, axes: Iterable[int], place: Sequence[int]) -> str:
     return ", ".join(f"{_axis(sides.axes, n)} {place[n]}" for n in axes)
 
 
 def _advice(report: Report, finding: Finding) -> str:
     """Return what to look at, and what to record or try next."""
     lines = [
-        f"<li><b>{_plain(v.name)}</b>: {_plain(v.says)}. Seen in {_plain(v.seen)}. "
-        f"Look at: {_plain(where_to_look(v, report.config, finding.estimates))}.</li>"
+        f"<li><b>{_to_html(v.name)}</b>: {_to_html(v.says)}. Seen in {_to_html(v.seen)}. "
+        f"Look at: {_to_html(where_to_look(v, report.config, finding.estimates))}.</li>"
         for v in finding.explanations
     ]
-    lines += [f"<li>{_plain(_sentence(line))}.</li>" for line in unexplained_lines(finding, report.config)]
+    lines += [f"<li>{_to_html(_sentence(line))}.</li>" for line in unexplained_lines(finding, report.config)]
     rest = [
         line.strip()
         for line in finding_lines(report)
         if line.strip().startswith(("as if computed", "give the", "to find"))
     ]
-    lines += [f"<li>{_plain(_sentence(line))}.</li>" for line in rest]
+    lines += [f"<li>{_to_html(_sentence(line))}.</li>" for line in rest]
     return f"<h3>What to do</h3><ul>{''.join(lines)}</ul>" if lines else ""
 
 
@@ -436,7 +435,7 @@ def _strip(report: Report) -> str:
     for kind, layers in kinds.items():
         alone = layer_of(layers[min(layers)].tensor) is None
         cells = "".join(_cell(layers.get(n)) for n in range(1 if alone else count))
-        rows.append(f'<tr><th scope="row">{_plain(kind)}</th>{cells}</tr>')
+        rows.append(f'<tr><th scope="row">{_to_html(kind)}</th>{cells}</tr>')
     return "".join(rows)
 
 
@@ -445,7 +444,7 @@ def _cell(instance: Instance | None) -> str:
         return f'<td title="not recorded" class="{MISSING}"></td>'
     s, verdict = instance.judged.statistics, instance.judged.verdict
     title = f"{instance.tensor}: {verdict}, {describe_error(s)}, exact {percent(s.exact)}"
-    return f'<td title="{_plain(title)}" class="{verdict}">{_compact(s, verdict)}</td>'
+    return f'<td title="{_to_html(title)}" class="{verdict}">{_compact(s, verdict)}</td>'
 
 
 def _compact(s: Statistics, verdict: str) -> str:
@@ -474,12 +473,12 @@ def _others(report: Report) -> str:
     for f in report.findings:
         s = f.worst.judged.statistics
         rows.append((
-            f"<code>{_plain(f.field)}</code>", f.worst.judged.verdict, f"{len(f.instances)} of {f.total}",
-            largest_error(s), typical_error(s), percent(s.exact), _plain(cause(report, f)),
+            f"<code>{_to_html(f.field)}</code>", f.worst.judged.verdict, f"{len(f.instances)} of {f.total}",
+            largest_error(s), typical_error(s), percent(s.exact), _to_html(cause(report, f)),
         ))  # fmt: skip
     heads = ("tensor", "verdict", "layers", "largest error", "typical error", "exact", "explained by")
     maps = "".join(
-        f"<details><summary>Where <code>{_plain(_name(f))}</code> is wrong</summary>"
+        f"<details><summary>Where <code>{_to_html(_name(f))}</code> is wrong</summary>"
         f'<div class="pictures">{"".join(_draw_errors(m, _name(f)) for m in f.maps)}</div></details>'
         for f in report.findings[1:] if f.maps
     )  # fmt: skip
@@ -499,15 +498,15 @@ def _coverage(report: Report) -> str:
         _details("Ruled out", report.excluded, lambda v: v.says),
     ]  # fmt: skip
     said = [*recorded_lines(report), *report.remarks]
-    remarks = "".join(f"<li>{_plain(_sentence(line))}</li>" for line in said)
+    remarks = "".join(f"<li>{_to_html(_sentence(line))}</li>" for line in said)
     return f'<ul class="bar">{bar}</ul>{"".join(lists)}' + (f"<h3>Remarks</h3><ul>{remarks}</ul>" if remarks else "")
 
 
 def _details(title: str, bugs: Sequence[KnownBug], describe: Callable[[KnownBug], str]) -> str:
     if not bugs:
         return ""
-    items = "".join(f"<li><b>{_plain(v.name)}</b>: {_plain(describe(v))}</li>" for v in bugs)
-    return f"<details><summary>{_plain(title)}</summary><ul>{items}</ul></details>"
+    items = "".join(f"<li><b>{_to_html(v.name)}</b>: {_to_html(describe(v))}</li>" for v in bugs)
+    return f"<details><summary>{_to_html(title)}</summary><ul>{items}</ul></details>"
 
 
 # --- charts -----------------------------------------------------------------------------------------------------------
@@ -526,7 +525,7 @@ def _drift(report: Report) -> str:
     y = TOP + HIGH - HIGH * (logs - low) / max(1.0, high - low)
     path = " ".join(f"{LEFT + n * step:.1f},{v:.1f}" for n, v in enumerate(y))
     dots = "".join(
-        f'<circle cx="{LEFT + n * step:.1f}" cy="{v:.1f}" r="3"><title>{_plain(name)}: {x:.3g}</title></circle>'
+        f'<circle cx="{LEFT + n * step:.1f}" cy="{v:.1f}" r="3"><title>{_to_html(name)}: {x:.3g}</title></circle>'
         for n, (v, (name, x)) in enumerate(zip(y, points, strict=True))
     )
     ticks = {0.0: points[0][0], 1.0: points[-1][0]} if len(points) > 1 else {0.5: points[0][0]}
@@ -603,7 +602,7 @@ def _chart(
     ends = {0.0: "start", 1.0: "end"} if len(across) < 3 else {}
     labels = [
         f'<text x="{LEFT + WIDE * x:.0f}" y="{bottom + 16}" text-anchor="{ends.get(x, "middle")}">'
-        f"{_plain(said)}</text>"
+        f"{_to_html(said)}</text>"
         for x, said in across.items()
     ]
     labels += [

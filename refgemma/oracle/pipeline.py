@@ -162,14 +162,14 @@ def check(
     # Test only possible reasons: bugs of this tensor, and the closest bug.
     closest = [finding.closest[0] for finding in unknown if finding.closest]
     bugs = [v for v in KNOWN_BUGS if v in closest or any(finding.field in v.fields for finding in unknown)]
-    others = [compute_in(found.candidate, other) for other in HALVES if unknown and other != candidate.dtype]
+    others = [assume_dtype(found.candidate, other) for other in HALVES if unknown and other != candidate.dtype]
     again = [report_on(Engine(one, read_weights(one.dtype), numbers, override), bugs) for one in others]
     if by_name:
         remarks.append("products with weights are judged with the port's own, quantised weights")
     return replace(found, preflight=preflight, remarks=(*found.remarks, *remarks), again=tuple(again))
 
 
-def compute_in(candidate: Candidate, dtype: str) -> Candidate:
+def assume_dtype(candidate: Candidate, dtype: str) -> Candidate:
     """Return the candidate, to be judged as if it had been computed in `dtype`, whatever its storage format."""
     tensors = {name: replace(x, storage=dtype) for name, x in candidate.tensors.items()}
     return replace(candidate, dtype=dtype, tensors=tensors, dtype_from="option")

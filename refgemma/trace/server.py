@@ -34,7 +34,7 @@ FINE = 9  # decimals; numbers with more are not rounded decimals
 # A log probability is at most 0; servers that round or add in float32 may exceed it by this.
 ABOVE = 1e-3
 LEFT_OUT = -9999.0  # vLLM writes this for minus infinity
-Rows = dict[int, dict[int, float]]  # place of a token -> log probabilities of the next token, by id
+Scores = dict[int, dict[int, float]]  # place of a token -> log probabilities of the next token, by id
 
 
 class ServerError(RefgemmaError):
@@ -321,7 +321,7 @@ class Asking:
             raise Refusal(f"{self.server.base}: does not take token ids, and these tokens cannot be written as a text")
         return f"<bos>{text}" if self.form.bos else text
 
-    def echo(self, ids: Sequence[int]) -> Rows:
+    def echo(self, ids: Sequence[int]) -> Scores:
         """Return the rows of a prompt from one answer, which repeats the prompt.
 
         Raises
@@ -339,9 +339,9 @@ class Asking:
                         if 0 < place + skipped <= len(ids) and row}  # fmt: skip
         raise Refusal(f"{self.server.base}: the answer does not repeat the prompt's {len(ids)} tokens")
 
-    def ask_steps(self, ids: Sequence[int], requests: int) -> Rows:
+    def ask_steps(self, ids: Sequence[int], requests: int) -> Scores:
         """Return rows of a prompt from requests of its first tokens, each for one new token."""
-        rows: Rows = {}
+        rows: Scores = {}
         ends = np.unique(np.linspace(1, len(ids), min(requests, len(ids))).astype(int))
         for end in ends.tolist():
             tokenizer = self.words.tokenizer
@@ -351,19 +351,19 @@ class Asking:
                 rows[end - 1] = found[0][1]
         return rows
 
-    def ask_first(self, ids: Sequence[int]) -> Rows:
+    def ask_first(self, ids: Sequence[int]) -> Scores:
         """Return the row of the first token alone, which some servers leave out when they repeat a prompt."""
         try:
             return replace(self, form=replace(self.form, echo=False)).ask_steps(ids[:1], 1)
         except ServerError:
             return {}
 
-    def generate(self, ids: Sequence[int], new: int) -> tuple[list[int], Rows]:
+    def generate(self, ids: Sequence[int], new: int) -> tuple[list[int], Scores]:
         """Return a prompt with new tokens, and the row from which each new token was drawn.
 
         The text may end early. So several seeds are tried, and the longest text is returned.
         """
-        best: tuple[list[int], Rows] = ([*ids], {})
+        best: tuple[list[int], Scores] = ([*ids], {})
         plain = replace(self, form=replace(self.form, echo=False))
         for seed in range(SEEDS):
             text, rows = [*ids], {}
@@ -402,7 +402,7 @@ def writable(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
 
 def find_form(
     server: Server, words: Words, ids: Sequence[int], written: Sequence[int] | None = None
-) -> tuple[Asking, Rows]:
+) -> tuple[Asking, Scores]:
     """Return the first form of request that a server accepts, and the rows of the prompt if the server repeats it.
 
     `written` is another prompt for servers that take text only; None means that there is no tokenizer.
@@ -433,7 +433,7 @@ def find_form(
 # --- traces -----------------------------------------------------------------------------------------------------------
 
 
-def make_trace(source: str, ids: Sequence[int], rows: Rows, calls: Sequence[int] = ()) -> TraceFile:
+def make_trace(source: str, ids: Sequence[int], rows: Scores, calls: Sequence[int] = ()) -> TraceFile:
     """Return rows of log probabilities as a trace; a place without a row is not recorded.
 
     Examples
@@ -451,9 +451,9 @@ def make_trace(source: str, ids: Sequence[int], rows: Rows, calls: Sequence[int]
     digits = max((decimals(x) for row in rows.values() for x in row.values()), default=0)
     given = np.array([ids], np.int64)
     entries = {
-        "input_ids": Entry("I64", given.shape, partial(_as_is, given)),
-        "logprob_ids": Entry("I64", tokens.shape, partial(_as_is, tokens)),
-        LOGPROBS: Entry("F64", numbers.shape, partial(_as_is, numbers), None, 10.0**-digits if digits < FINE else 0.0),
+        "input_ids": Entry("I64", given.shape, partial(_keep, given)),
+        "logprob_ids": Entry("I64", tokens.shape, partial(_keep, tokens)),
+        LOGPROBS: Entry("F64", numbers.shape, partial(_keep, numbers), None, 10.0**-digits if digits < FINE else 0.0),
     }  # fmt: skip
     return TraceFile(source, {"calls": json.dumps([int(n) for n in calls])} if len(calls) else {}, entries)
 
@@ -470,5 +470,5 @@ def decimals(x: float) -> int:
     return max(0, -exponent) if isinstance(exponent, int) else 0
 
 
-def _as_is(x: Array) -> Array:
+def _keep(x: Array) -> Array:
     return x

@@ -29,7 +29,7 @@ DESCRIPTIVE = {
     "megatron_core", "modules_to_save", "peft_version", "qalora_group_size", "revision", "runtime_config",
     "target_modules", "task_type", "unsloth_fixed",
 }  # fmt: skip
-READ = {
+READ_KEYS = {
     "alpha_pattern", "init_lora_weights", "lora_alpha", "peft_type", "r", "rank_pattern", "trainable_token_indices",
     "lora_bias", "use_dora", "use_rslora",
 }  # fmt: skip
@@ -51,7 +51,7 @@ HALF_PRECISIONS = ("bfloat16", "float16")
 TOKEN_INDICES = "token_adapter.trainable_tokens_delta"  # trained rows of an embedding
 BASE = ("base_layer.weight", "base_layer.bias")  # the base's own tensors, which the file repeats
 ADAPTER_KINDS = ("weight", "bias")  # a module that the adapter replaces as a whole
-PARTS = {
+ADAPTER_PARTS = {
     "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", *BASE,
     "lora_B.bias", TOKEN_INDICES, *ADAPTER_KINDS,
 }  # fmt: skip
@@ -105,7 +105,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: peft_type is {quote(raw.get('peft_type'))}; it must be LORA: {merge}")
     # A key that only a newer PEFT knows may change the weights, unless its value is false.
     for key, value in raw.items():
-        if key not in DESCRIPTIVE | READ and key != "loftq_config" and value not in (None, False, {}, []):
+        if key not in DESCRIPTIVE | READ_KEYS and key != "loftq_config" and value not in (None, False, {}, []):
             raise CheckpointError(f"{path}: {quote(key)} is {quote(value)}, which is not supported; {merge}")
     if raw.get("init_lora_weights") not in INITS:
         raise CheckpointError(
@@ -115,16 +115,16 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     for key in ("use_dora", "use_rslora", "lora_bias"):
         if not isinstance(raw.get(key, False), bool | None):
             raise CheckpointError(f"{path}: {key} is {quote(raw[key])}; it must be true or false")
-    if not all(_is_number(raw.get(key)) for key in ("r", "lora_alpha")):
+    if not all(_is_valid_number(raw.get(key)) for key in ("r", "lora_alpha")):
         raise CheckpointError(f"{path}: r and lora_alpha must be numbers above 0")
     for key in ("rank_pattern", "alpha_pattern"):
         pattern = raw.get(key) or {}
-        if not isinstance(pattern, dict) or not all(map(_is_number, pattern.values())):
+        if not isinstance(pattern, dict) or not all(map(_is_valid_number, pattern.values())):
             raise CheckpointError(f"{path}: {key} is {quote(pattern)}; it must be an object from names to numbers")
     return raw
 
 
-def _is_number(value: Any) -> bool:
+def _is_valid_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e9
 
 
@@ -226,7 +226,7 @@ def _group(found: Mapping[str, Stored], tensors: Mapping[str, Stored], source: P
         names = (module, f"model.{module}")
         module = next((m for m in names if f"{m}.{kind if kind == 'bias' else 'weight'}" in own), "")
         kind = kind if kind in (*BASE, "lora_B.bias") else kind.removesuffix(".weight")
-        if not module or kind in modules.get(module, {}) or kind not in PARTS:
+        if not module or kind in modules.get(module, {}) or kind not in ADAPTER_PARTS:
             strange.append(name)
         modules.setdefault(module, {})[kind] = tensor
     if strange:

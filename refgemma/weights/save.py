@@ -29,7 +29,7 @@ from refgemma.weights.checkpoint import DTYPE_OF_CODE, INDEX, SINGLE, Checkpoint
 STAGING = ".refgemma-partial"
 STATE = "state.json"
 BLOCK_BYTES = 2**24  # bytes written at once
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 # A layer's modules in the order in which torch registers them; the released shards have this order.
@@ -89,9 +89,9 @@ def parse_size(size: int | str) -> int:
     (5000000000, 209715200)
     """
     match = re.fullmatch(r"(\d{1,18})\s*([KMGT]?I?B?)", str(size).strip().upper())
-    if isinstance(size, bool) or not match or match[2] not in UNITS or int(match[1]) == 0:
+    if isinstance(size, bool) or not match or match[2] not in SIZE_UNITS or int(match[1]) == 0:
         raise CheckpointError(f"max_shard_size is {size!r}; it must be a number of bytes or a size such as 5GB")
-    return int(match[1]) * UNITS[match[2]]
+    return int(match[1]) * SIZE_UNITS[match[2]]
 
 
 def split_into_shards(outputs: Sequence[OutputTensor], limit: int) -> dict[str, list[OutputTensor]]:

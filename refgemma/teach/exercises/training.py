@@ -15,7 +15,7 @@ from refgemma.precision import Array
 from refgemma.teach.exercises.feedback import Attempt, Feedback, Hint, Trial, give_feedback
 from refgemma.teach.exercises.guide import count_tries
 
-EPS = 1e-6
+NORM_EPS = 1e-6
 
 # --- soft cap ---------------------------------------------------------------------------------------------------------
 
@@ -126,12 +126,12 @@ def check_rms_norm_backward(answer: Attempt) -> Feedback:
     grad, x, weight, grad_x, grad_weight = (
         g[f"rms_norm.{name}"] for name in ("grad", "x", "weight", "grad_x", "grad_weight")
     )
-    arguments, call = (grad, x, weight, EPS), f"of rms_norm_backward(grad, x, weight, {EPS})"
+    arguments, call = (grad, x, weight, NORM_EPS), f"of rms_norm_backward(grad, x, weight, {NORM_EPS})"
     right, projection = back.rms_norm_backward, "r depends on x too: a second term is missing, - r * n * mean(h * n)."
     of_x = Trial(f"the first result {call}, the gradient of x", arguments, grad_x,
-                 norm_tolerance(grad, x, weight, EPS).bound)  # fmt: skip
+                 norm_tolerance(grad, x, weight, NORM_EPS).bound)  # fmt: skip
     of_weight = Trial(f"the second result {call}, the gradient of weight", arguments, grad_weight,
-                      norm_weight_tolerance(grad, x, EPS).bound)  # fmt: skip
+                      norm_weight_tolerance(grad, x, NORM_EPS).bound)  # fmt: skip
     hints = [[
         Hint("the gradient of x comes first, then that of the weight.", lambda *given: right(*given)[::-1]),
         Hint("that is the norm itself. Its gradient begins with h = grad * (1 + weight).",
