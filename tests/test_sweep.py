@@ -294,7 +294,7 @@ def test_no_worker_and_no_command_outlives_a_sweep(number: int, tmp_path: Path) 
         wait_for(lambda: (tmp_path / "pids").exists() and len((tmp_path / "pids").read_text().split()) == 2)
         started = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
         process.send_signal(number)
-        said = process.communicate(timeout=20)[1]
+        said = process.communicate(timeout=60)[1]
         assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
         assert "Traceback" not in said
         wait_for(lambda: not any(is_running(pid) for pid in started), seconds=5)
@@ -308,7 +308,7 @@ def test_ctrl_c_while_workers_start_is_silent(delay: float, tmp_path: Path) -> N
         wait_for(lambda: has_worker(process.pid))
         time.sleep(delay)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the worker gets it too, while it imports
-        assert process.communicate(timeout=20)[1].strip() == ""
+        assert process.communicate(timeout=60)[1].strip() == ""
         assert process.returncode == 130
 
 

@@ -264,23 +264,23 @@ def run_command(argv: Sequence[str] | None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return CUT_OFF
     except MemoryError as error:
-        what = error_in_a_line(error) or "the prompt is too long for this machine"
+        what = describe_error(error) or "the prompt is too long for this machine"
         complain(f"refgemma {args.command}: not enough memory: {what}")
         return MISUSE
     except (RefgemmaError, OSError, UnicodeError) as error:
-        complain(f"refgemma {args.command}: {error_in_a_line(error)}")
+        complain(f"refgemma {args.command}: {describe_error(error)}")
         return MISUSE
     except Exception as error:  # internal error; Python's own exit code 1 would mean that files differ
         if sys.flags.dev_mode:
             raise
         complain(
-            f"refgemma {args.command}: internal error: {type(error).__name__}: {error_in_a_line(error)}; "
+            f"refgemma {args.command}: internal error: {type(error).__name__}: {describe_error(error)}; "
             f"please report it with the output of: python -X dev -m refgemma {args.command} ..."
         )
         return FAULT
 
 
-def error_in_a_line(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """Return an error's message in one line; add the file's name to an OSError."""
     return shorten(
         f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)

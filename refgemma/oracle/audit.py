@@ -100,7 +100,7 @@ class Assumption:
         return self.off <= UNEVEN * min(self.errors) and bool(sizes.min() >= LEAST * np.median(sizes))
 
     def describe(self) -> str:
-        """Return a description of the server under this reading."""
+        """Return a description of the server under this assumption."""
         bugs = [name for name in self.names if name != UNKNOWN]
         parts = [] if self.dtype == "float32" else [f"it computes in {self.dtype}"]
         if self.quantised:
@@ -120,7 +120,7 @@ class Audit:
     served: str
     form: str
     runs: tuple[str, ...]  # "prompt", "generated"
-    readings: tuple[Assumption, ...]  # those that fit, or the only one
+    assumptions: tuple[Assumption, ...]  # those that fit, or the only one
     agreeing: int  # rows whose best word is the model's own
     rows: int
     numbers: int
@@ -128,12 +128,12 @@ class Audit:
 
     @property
     def best(self) -> Assumption:
-        """The reading that is named first."""
-        return self.readings[0]
+        """The assumption that is named first."""
+        return self.assumptions[0]
 
     @property
     def verdict(self) -> str:
-        """The verdict of the best reading."""
+        """The verdict of the best assumption."""
         return self.best.verdict
 
     @cached_property
@@ -252,11 +252,11 @@ def _judge_runs(
     if not first.fits:
         tried += [read(half) for half in halves if are_good(half)][:1]
         tried += [behind := read(rounded)]
-        if not any(reading.fits for reading in tried[:-1]) and (behind.names or not behind.fits):
+        if not any(assumption.fits for assumption in tried[:-1]) and (behind.names or not behind.fits):
             tried[1:1] = [read(half) for half in halves if not are_good(half)]
-    fitting = [reading for reading in tried if reading.fits] or [read(plain, None)]
+    fitting = [assumption for assumption in tried if assumption.fits] or [read(plain, None)]
     lacking = [] if "generated" in traces else ["the generated text ended early; steps with a cache were not judged"]
-    if any(reading.quantised for reading in fitting) and 0 not in rows:
+    if any(assumption.quantised for assumption in fitting) and 0 not in rows:
         lacking.append("the first token has no numbers; so rounded weights look like a mistake in attention")
     return Audit(server.base, server.name, _say_form(asking), tuple(traces), tuple(fitting), *_agree(plain),
                  (*asking.remarks, *lacking))  # fmt: skip
@@ -303,9 +303,9 @@ def text_lines(found: Audit, model: str) -> Iterator[str]:
     yield f"asked with {found.form}; runs: {', '.join(found.runs)}"
     yield ""
     yield _verdict_line(found)
-    for other in found.readings[1:]:
+    for other in found.assumptions[1:]:
         yield f"  or {other.describe()}; these numbers cannot tell which"
-    if any(reading.quantised for reading in found.readings):
+    if any(assumption.quantised for assumption in found.assumptions):
         yield "  slightly trained weights look like rounded weights"
     for run, report in zip(found.runs, found.best.reports, strict=True):
         yield from _run_lines(run, report)
@@ -351,10 +351,10 @@ def as_json(found: Audit, model: str) -> dict[str, Any]:
     return {
         "schema": "refgemma-audit/1", "server": found.server, "served": found.served, "model": model,
         "form": found.form, "verdict": found.verdict, "exit_code": EXIT[found.verdict], "says": _verdict_line(found),
-        "readings": [
+        "assumptions": [
             {"dtype": r.dtype, "quantised": r.quantised, "weights_off": r.off, "verdict": r.verdict, "named": r.names,
              "runs": {run: reports.as_json(one, model) for run, one in zip(found.runs, r.reports, strict=True)}}
-            for r in found.readings
+            for r in found.assumptions
         ],
         "best_word_agrees": found.agreeing, "places": found.rows, "log_probabilities": found.numbers,
         "excluded": [v.name for v in found.excluded], "not_shown": [v.name for v in found.undetectable],

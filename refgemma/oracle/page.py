@@ -27,7 +27,7 @@ from refgemma.oracle.report import (
     changed_keys,
     count_bugs,
     count_verdicts,
-    describe_error,
+    describe_statistics,
     factor,
     finding_lines,
     label,
@@ -443,7 +443,7 @@ def _cell(instance: Instance | None) -> str:
     if instance is None:
         return f'<td title="not recorded" class="{MISSING}"></td>'
     s, verdict = instance.judged.statistics, instance.judged.verdict
-    title = f"{instance.tensor}: {verdict}, {describe_error(s)}, exact {percent(s.exact)}"
+    title = f"{instance.tensor}: {verdict}, {describe_statistics(s)}, exact {percent(s.exact)}"
     return f'<td title="{_to_html(title)}" class="{verdict}">{_compact(s, verdict)}</td>'
 
 

@@ -77,12 +77,12 @@ def typical_error(s: Statistics) -> str:
     return "-" if not s.rms else "infinite" if math.isinf(s.rms) else f"{factor(s.rms)} x rounding"
 
 
-def describe_error(s: Statistics) -> str:
+def describe_statistics(s: Statistics) -> str:
     """Return the largest and the typical error of a tensor in words.
 
     Examples
     --------
-    >>> describe_error(Statistics(error_over_bound=0.5, rms=1.0))
+    >>> describe_statistics(Statistics(error_over_bound=0.5, rms=1.0))
     'largest error 0.5 x bound, typical error 1 x rounding'
     """
     return f"largest error {largest_error(s)}, typical error {typical_error(s)}"
@@ -504,7 +504,7 @@ def junit(report: Report, model: str) -> str:
     for i in report.instances:
         case = ElementTree.SubElement(suite, "testcase", classname=field_of(i.tensor), name=i.tensor)
         if i.judged.verdict in BAD:
-            said = i.judged.note or f"{describe_error(i.judged.statistics)}: {named.get(i.tensor)}"
+            said = i.judged.note or f"{describe_statistics(i.judged.statistics)}: {named.get(i.tensor)}"
             ElementTree.SubElement(case, "failure", type=i.judged.verdict, message=escape(said))
     for name in map(escape, absent):
         case = ElementTree.SubElement(suite, "testcase", classname=field_of(name), name=name)

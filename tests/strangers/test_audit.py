@@ -204,8 +204,8 @@ def test_a_right_server(kind: Callable[[Model], Answer], capsys: pytest.CaptureF
     with serve(kind(model())) as (url, got):
         code, found = audit(url, capsys)
     assert (code, found["verdict"]) == (0, "conforms")
-    assert [r["dtype"] for r in found["readings"]] == ["float32"]
-    assert [*found["readings"][0]["runs"]] == ["prompt", "generated"]
+    assert [r["dtype"] for r in found["assumptions"]] == ["float32"]
+    assert [*found["assumptions"][0]["runs"]] == ["prompt", "generated"]
     assert found["best_word_agrees"] == found["places"] > 35
     assert found["served"] == "small"
     assert {body["model"] for _, _, body in got if body} == {"small"}
@@ -223,21 +223,21 @@ def test_a_known_bug(changes: dict[str, Any], named: str, capsys: pytest.Capture
     with serve(vllm(model(**changes))) as (url, _):
         code, found = audit(url, capsys)
     assert (code, found["verdict"]) == (1, "differs")
-    assert any(named in name for name in found["readings"][0]["named"])
-    assert "UNKNOWN" not in found["readings"][0]["named"]
+    assert any(named in name for name in found["assumptions"][0]["named"])
+    assert "UNKNOWN" not in found["assumptions"][0]["named"]
 
 
 def test_half_precision_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     with serve(vllm(model("bfloat16"))) as (url, _):
         code, found = audit(url, capsys)
-    assert (code, found["readings"][0]["dtype"]) == (0, "bfloat16")
+    assert (code, found["assumptions"][0]["dtype"]) == (0, "bfloat16")
     assert "computes in bfloat16" in found["says"]
 
 
 def test_rounded_weights(capsys: pytest.CaptureFixture[str]) -> None:
     with serve(vllm(Model(model().config, rounded(8)))) as (url, _):
         _, found = audit(url, capsys)
-    quantised = [r for r in found["readings"] if r["quantised"]]
+    quantised = [r for r in found["assumptions"] if r["quantised"]]
     assert [r["verdict"] for r in quantised] == ["noisy"]
     assert 0.0035 < quantised[0]["weights_off"] < 0.014  # 8 bits
 
@@ -245,7 +245,7 @@ def test_rounded_weights(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_unknown_number_is_not_taken_for_rounded_weights(capsys: pytest.CaptureFixture[str]) -> None:
     with serve(vllm(model(rope_theta=20000.0, rope_parameters=None))) as (url, _):
         code, found = audit(url, capsys)
-    assert (code, found["verdict"], found["readings"][0]["quantised"]) == (1, "differs", False)
+    assert (code, found["verdict"], found["assumptions"][0]["quantised"]) == (1, "differs", False)
 
 
 def test_other_weights(capsys: pytest.CaptureFixture[str]) -> None:
@@ -253,7 +253,7 @@ def test_other_weights(capsys: pytest.CaptureFixture[str]) -> None:
     other = replace(weights, layers=weights.layers[::-1])
     with serve(vllm(Model(model().config, other))) as (url, _):
         code, found = audit(url, capsys, "--tokens", "8")
-    assert (code, found["readings"][0]["named"]) == (1, ["UNKNOWN"])
+    assert (code, found["assumptions"][0]["named"]) == (1, ["UNKNOWN"])
     assert "other weights" in found["says"]
 
 
@@ -266,7 +266,7 @@ def test_a_server_that_takes_texts(tmp_path: Path, capsys: pytest.CaptureFixture
         with serve(texts_only(Model(config.changed(**changes), small.weights), tokenizer, digits)) as (url, _):
             code, found = audit(url, capsys, "--model", str(tmp_path / "small"), "--tokens", "12")
         assert (code, found["form"]) == (expected, "text, repeated prompt"), found["says"]
-        assert expected == 0 or found["readings"][0]["named"] == ["attn-softcap-missing"]
+        assert expected == 0 or found["assumptions"][0]["named"] == ["attn-softcap-missing"]
 
 
 def test_the_report_is_short_and_names_the_bug(capsys: pytest.CaptureFixture[str]) -> None:
