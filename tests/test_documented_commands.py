@@ -323,6 +323,9 @@ SAMPLES: dict[str, str] = {  # the first line of a block of output -> where it i
     "DIFFERS first at layers.0.feed_forward.gelu: gelu-without-cube": "test_the_samples_of_a_known_bug",
     "DIFFERS first at grads.model.norm.weight: loss-mean-of-means": "test_the_sample_of_a_trainer",
     '{"trace": "runs/plain.safetensors", "model": "conformance"}': "tests/test_sweep.py reads such files",
+    "http://127.0.0.1:8181 (small.gguf) against small-gguf: 612 log probabilities at 55 places": (
+        "an answer of llama-cpp-python, which is not installed here; tests/strangers/test_audit.py reads other answers"
+    ),
 }
 
 
