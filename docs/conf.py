@@ -52,7 +52,7 @@ nitpick_ignore_regex = [
     ("py:class", r"refgemma\.(testing\.program\.Asked|convert\.convert\.Source)"),
     ("py:class", r"refgemma\.tokenizer\.vocabulary\.TokenizerFile"),
     ("py:class", r"refgemma\.trace\.candidate\.(Call|Tensor)"),
-    ("py:class", r"refgemma\.oracle\.(engine\.Instance|estimate\.Estimate|locate\.ErrorMap|preflight\.Preflight)"),
+    ("py:class", r"refgemma\.oracle\.(engine\.Instance|estimate\.Estimate|locate\.(ErrorMap|Sides)|preflight\.Preflight)"),
     ("py:class", r"refgemma\.oracle\.(operations\.(Context|Operation)|optimizer_operations\.WeightStep)"),
     ("py:class", r"refgemma\.teach\.exercises\.guide\.Page"),
     ("py:obj", r"Stored\.read"),
