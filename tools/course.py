@@ -17,7 +17,7 @@ import copy
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,23 +54,35 @@ def grade(name: str, **flags: bool | int) -> dict[str, Any]:
     return {"nbgrader": usual | {"grade_id": name} | flags}
 
 
-def make_sheet(notebook: Any) -> Any:
-    """Return a notebook for students: no solutions, and two cells for each exercise, the answer and its graded test."""
+def replace_exercises(notebook: Any, make_cells: Callable[[str, str], list[Any]]) -> Any:
+    """Return a notebook without solutions; `make_cells` gets the name and the code of an exercise, and returns its
+    cells."""
     made = nbformat.v4.new_notebook(metadata=copy.deepcopy(notebook.metadata))
     for cell in notebook.cells:
-        if cell.source.startswith("<details><summary>Solution</summary>"):
-            continue
-        exercise = EXERCISE.search(cell.source)
-        if cell.cell_type != "code" or not exercise:
+        exercise = EXERCISE.search(cell.source) if cell.cell_type == "code" else None
+        if exercise:
+            made.cells += make_cells(exercise[1], EXERCISE.sub("", cell.source).strip())
+        elif not SOLUTION.search(cell.source):
             made.cells.append(copy.deepcopy(cell))
-            continue
-        name = exercise[1]
-        answer = EXERCISE.sub("", cell.source).strip()
-        test = f"from refgemma.teach import exercises\n\nexercises.require(exercises.check_{name}({name}))"
-        solution, graded = grade(name, solution=True), grade(f"test_{name}", grade=True, locked=True, points=1)
-        made.cells.append(nbformat.v4.new_code_cell(answer, metadata=solution))
-        made.cells.append(nbformat.v4.new_code_cell(test, metadata=graded))
     return made
+
+
+def write_test(name: str) -> str:
+    """Return the code of an exercise's graded test."""
+    return f"from refgemma.teach import exercises\n\nexercises.require(exercises.check_{name}({name}))"
+
+
+def make_sheet(notebook: Any) -> Any:
+    """Return a notebook for students: no solutions, and two cells for each exercise, the answer and its graded test."""
+
+    def make_cells(name: str, answer: str) -> list[Any]:
+        test = grade(f"test_{name}", grade=True, locked=True, points=1)
+        return [
+            nbformat.v4.new_code_cell(answer, metadata=grade(name, solution=True)),
+            nbformat.v4.new_code_cell(write_test(name), metadata=test),
+        ]
+
+    return replace_exercises(notebook, make_cells)
 
 
 def mark_solution(code: str, name: str) -> str:
@@ -85,28 +97,22 @@ def mark_solution(code: str, name: str) -> str:
 
 def make_master(notebook: Any) -> Any:
     """Return a master notebook for `otter assign`, in which each exercise is a question of one point."""
-    made = nbformat.v4.new_notebook(metadata=copy.deepcopy(notebook.metadata))
-    made.cells.append(nbformat.v4.new_raw_cell("# ASSIGNMENT CONFIG\nexport_cell: false\ngenerate:\n  pdf: false"))
-    solutions = [match[1] for cell in notebook.cells if (match := SOLUTION.search(cell.source))]
-    for cell in notebook.cells:
-        if SOLUTION.search(cell.source):
-            continue
-        exercise = EXERCISE.search(cell.source)
-        if cell.cell_type != "code" or not exercise:
-            made.cells.append(copy.deepcopy(cell))
-            continue
-        name = exercise[1]
-        test = f"from refgemma.teach import exercises\n\nexercises.require(exercises.check_{name}({name}))"
-        made.cells += [
+    solutions = iter([match[1] for cell in notebook.cells if (match := SOLUTION.search(cell.source))])
+
+    def make_cells(name: str, _: str) -> list[Any]:
+        return [
             nbformat.v4.new_raw_cell(f"# BEGIN QUESTION\nname: {name}\npoints: 1"),
             nbformat.v4.new_raw_cell("# BEGIN SOLUTION"),
-            nbformat.v4.new_code_cell(mark_solution(solutions.pop(0), name)),
+            nbformat.v4.new_code_cell(mark_solution(next(solutions), name)),
             nbformat.v4.new_raw_cell("# END SOLUTION"),
             nbformat.v4.new_raw_cell("# BEGIN TESTS"),
-            nbformat.v4.new_code_cell(test),
+            nbformat.v4.new_code_cell(write_test(name)),
             nbformat.v4.new_raw_cell("# END TESTS"),
             nbformat.v4.new_raw_cell("# END QUESTION"),
         ]
+
+    made = replace_exercises(notebook, make_cells)
+    made.cells.insert(0, nbformat.v4.new_raw_cell("# ASSIGNMENT CONFIG\nexport_cell: false\ngenerate:\n  pdf: false"))
     return made
 
 
