@@ -9,6 +9,7 @@ import refgemma
 from refgemma.cli.main import main
 from refgemma.inputs import InputError
 from refgemma.oracle import Candidate, Report, check, known_bugs, load_trace, save_trace
+from refgemma.oracle.diagnose import Diagnosis
 from refgemma.trace.names import named_tensors
 
 CONFORMANCE = refgemma.load("conformance")
@@ -33,6 +34,18 @@ def test_a_file_is_checked_with_one_call(tmp_path: Path) -> None:
     wrong = check(path, "conformance", config=changed)
     assert (wrong.verdict, wrong.findings[0].named) == ("differs", "final_logit_softcapping = 2")
     assert {bug.name for bug in wrong.excluded} < {bug.name for bug in known_bugs.KNOWN_BUGS}
+
+
+def test_excluded_bugs_are_looked_for_once_and_only_if_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    usual = Diagnosis.coverage
+    monkeypatch.setattr(Diagnosis, "coverage", lambda work: calls.append(work) or usual(work))
+    report = check(write(tmp_path / "port.safetensors"), "conformance")
+    assert (report.verdict, calls) == ("conforms", [])
+    assert len(report.excluded) + len(report.undetectable) == report.asked > 100
+    assert len(calls) == 1
 
 
 def test_a_trace_of_another_model_names_the_model_that_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
