@@ -16,7 +16,7 @@ from typing import Any
 import fuzz.watch as watch
 import pytest
 from fuzz.__main__ import Worker, keep_case, read_case
-from fuzz.families import FAMILIES, Case, make_case
+from fuzz.families import FAMILIES, Case, list_codes, list_commands, make_case
 from fuzz.watch import Result, run_case
 
 from refgemma.cli import candidates
@@ -39,6 +39,19 @@ def test_cases_of_every_family_pass(family: str) -> None:
     cases = [make_case(family, 3, number) for number in range(3)]
     assert cases == [make_case(family, 3, number) for number in range(3)]
     assert [run_case(case).problem for case in cases] == [""] * 3
+
+
+def test_the_allowed_exit_codes_are_those_of_the_help() -> None:
+    assert list_codes("check") == list_codes("sweep") == {0, 1, 2, 3, 4, 5}
+    assert list_codes("audit") == {0, 1, 2, 3, 4}
+    assert list_codes("check-config") == list_codes("diff") == {0, 1, 2, 4}
+    assert list_codes("map") == {0, 2, 4}
+    assert list_codes("verify") == {0, 1, 2}
+    assert {name for name in list_commands() if list_codes(name) == {0, 2}} == {
+        "chat", "conformance", "convert", "explore", "generate", "info", "known-bugs", "perplexity", "prompts", "synth",
+        "trace", "train", "variants",
+    }  # fmt: skip
+    assert list_codes("no such command") == {0, 2}
 
 
 def say(text: str, code: int) -> Callable[[list[str]], int]:

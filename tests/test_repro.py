@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import refgemma
 from refgemma.cli.main import main
@@ -91,6 +91,17 @@ def test_a_good_trace_is_reported_and_leaves_no_repro_file(tmp_path: Path, capsy
         assert "CONFORMS" in printed.out
         assert "no difference found" in printed.err
     assert not (tmp_path / "b").exists()
+
+
+def test_a_refused_repro_leaves_no_other_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, junit = tmp_path / "p.safetensors", tmp_path / "junit.xml"
+    assert main(["trace", "--ids", "2,5,9", "--model", "conformance", "-o", str(path)]) == 0
+    tensors = load_file(path)
+    save_file(tensors | {"raw_logits": tensors["raw_logits"][..., :5]}, path, {"dtype": "float32"})
+    asked = ["--repro", str(tmp_path / "b"), "--junit", str(junit)]
+    assert main(["check", str(path), "--model", "conformance", *asked]) == 2
+    assert "raw_logits has shape" in capsys.readouterr().err
+    assert not junit.exists()
 
 
 def test_an_unknown_mistake_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

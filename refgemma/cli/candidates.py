@@ -130,6 +130,7 @@ def add_commands(add: Callable[..., Any]) -> None:
     command.epilog = "Exit codes: 0 conforms, 1 a number differs, 2 misuse or bad file, 4 a number is not given."
 
     command = add("map", "show which tensors of a file a name map knows")
+    command.epilog = "Exit codes: 0 the map knows every tensor, 2 misuse or bad file, 4 it does not."
     command.add_argument("file", metavar="FILE")
     command.add_argument("--map", metavar="NAME", help="a name map or a file; required unless FILE names one")
     command.add_argument(
@@ -172,7 +173,8 @@ def add_commands(add: Callable[..., Any]) -> None:
 
 def run_check(args: argparse.Namespace) -> int:
     """Run ``refgemma check``."""
-    outputs = {kind: path for kind in ("html", "markdown", "junit", "card", "bundle") if (path := getattr(args, kind))}
+    # The repro comes first, because it alone may be refused: then no file is left.
+    outputs = {kind: path for kind in ("bundle", "html", "markdown", "junit", "card") if (path := getattr(args, kind))}
     folder = find_model(args.model)
     output.check_outputs(
         {f"--{'repro' if kind == 'bundle' else kind}": path for kind, path in outputs.items()},

@@ -110,6 +110,7 @@ def parser() -> Parser:
     add_sampling(command)
 
     command = add("verify", "compare with PyTorch's recordings, tensor by tensor")
+    command.epilog = "Exit codes: 0 conforms, 1 differs, 2 misuse or bad file."
     command.add_argument("cases", nargs="*", metavar="CASE", help="default: all")
     command.add_argument("--list", action="store_true", help="print the names of the cases and stop")
     command.add_argument(

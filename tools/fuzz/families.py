@@ -7,6 +7,7 @@ import itertools
 import json
 import pickle
 import random
+import re
 import tempfile
 import warnings
 import zipfile
@@ -20,6 +21,7 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from refgemma.cli.main import main, parser
+from refgemma.cli.output import MISUSE, OK
 from refgemma.config import Gemma2Config
 from refgemma.model import forward
 from refgemma.sweep.jobs import read_jobs
@@ -472,9 +474,20 @@ ODD_PATHS = (
 
 
 @functools.cache
+def list_commands() -> dict[str, argparse.ArgumentParser]:
+    return dict(next(a for a in parser()._actions if isinstance(a, argparse._SubParsersAction)).choices)
+
+
+@functools.cache
 def list_options() -> dict[str, list[argparse.Action]]:
-    commands = next(a for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
-    return {name: command._actions for name, command in commands.choices.items() if name not in ("synth", "verify")}
+    return {name: command._actions for name, command in list_commands().items() if name not in ("synth", "verify")}
+
+
+def list_codes(name: str) -> set[int]:
+    """Return the exit codes that the help of a command states; without any, 0 and 2."""
+    command = list_commands().get(name)
+    stated = (command.epilog or "").partition("Exit codes: ")[2].partition(".")[0] if command else ""
+    return {int(code) for code in re.findall(r"(?:^|, | and )(\d)(?= )", stated)} or {OK, MISUSE}
 
 
 def draw_argument(action: argparse.Action, draw: random.Random) -> str:

@@ -6,6 +6,7 @@ Another process watches, and kills this one if it takes too long.
 import contextlib
 import io
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -24,12 +25,10 @@ from refgemma.cli import candidates
 from refgemma.cli import main as command_line
 from refgemma.cli.output import FAULT, MISUSE, OK
 
-from .families import Case
+from .families import Case, list_codes
 
 MEMORY = 2**30  # bytes
 LINE = 2000  # maximum length of an error message in characters
-CHECKED = {0, 1, 2, 3, 4, 5}
-CODES = {"check": CHECKED, "sweep": CHECKED, "diff": {0, 1, 2, 4}, "map": {0, 2, 4}, "verify": {0, 1, 2}}
 WRITES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod",
           "os.chown",
           "os.utime", "os.setxattr", "shutil.rmtree", "shutil.move")  # fmt: skip
@@ -204,6 +203,9 @@ def call(case: Case, folder: Path, scratch: Path) -> tuple[int | None, str, str]
     tempfile.tempdir = str(scratch)
     AUDIT.seen, AUDIT.folders = [], [os.path.realpath(folder.parent)]
     AUDIT.named = {*case.argv, *(part + "/" for part in case.argv), "./absent"}
+    for command in (value for option, value in pairwise(case.argv) if option == "--run"):
+        with contextlib.suppress(ValueError):  # an unclosed quote
+            AUDIT.named.update(shlex.split(command)[:1])
     if "jobs.jsonl" in case.files:  # a file of jobs names files to read, as arguments do
         AUDIT.named |= {"/etc/passwd", "/dev/zero", os.path.realpath("../../etc/passwd")}
     forget_peak()
@@ -236,7 +238,7 @@ def judge(case: Case, code: int | None, out: str, err: str) -> str:
         return "traceback: " + (err.strip().splitlines() or [""])[-1]
     if code == FAULT:
         return "fault of our own: " + err.partition("internal error: ")[2][:100]
-    if code not in CODES.get(command, {OK, MISUSE}):
+    if code not in list_codes(command):
         return f"exit code {code}"
     if case.code not in (None, code):
         return f"exit code {code}; it must be {case.code}"
