@@ -28,7 +28,6 @@ from refgemma.activations import Activation
 from refgemma.cache import Cache, LayerCache, keep_last
 from refgemma.config import Gemma2Config
 from refgemma.model import Given, Start, begin, reference_outputs
-from refgemma.ops import gelu_tanh, soft_cap
 from refgemma.precision import Array, Rounded
 from refgemma.shapes import Hidden, Logits, RotaryTable
 from refgemma.weights.checkpoint import StoredRows
@@ -140,34 +139,31 @@ def multiply(weight: Rows, x: Float[np.ndarray, "in seq"]) -> Float[np.ndarray, 
     array([[1.],
            [3.]])
     """
-    if x.shape[1] == 1 and isinstance(weight, np.ndarray):
-        product: Array = weight @ x
-        return product
     # Weights are used as stored, unchecked: a non-finite number appears in the product, and is searched for then.
     few = x.shape[1] <= FEW  # more tokens will follow: keep the map of the file
     source: Any = weight.tensor.map(keep=few) if isinstance(weight, StoredRows) else weight
     in_memory = isinstance(weight, np.ndarray)
     y = np.empty((weight.shape[0], x.shape[1]), np.result_type(source, x) if in_memory else x.dtype)
     fill = multiply_rows if in_memory else widen_and_multiply_rows
-    in_threads(functools.partial(fill, source, x, y), len(y), WORK // max(1, x.size), CUT)
+    least = len(y) if in_memory and x.shape[1] == 1 else WORK // max(1, x.size)
+    in_threads(functools.partial(fill, source, x, y), len(y), least, CUT)
     if isinstance(weight, StoredRows) and not np.isfinite(y).all():
         weight[:]  # raises an error with the file and the place, if the weight is not finite
     return y
 
 
-def transpose_rows(x: Array, y: Array, start: int, stop: int) -> None:
-    """Compute some rows of ``y = x.T``, one square at a time, to use all of each cache line of `x`."""
-    for first in range(start, stop, SQUARE):
-        rows = slice(first, min(first + SQUARE, stop))
-        for column in range(0, len(x), SQUARE):
-            columns = slice(column, column + SQUARE)
-            y[rows, columns] = x[columns, rows].T
-
-
 def transpose(x: Float[np.ndarray, "any seq"]) -> Float[np.ndarray, "seq any"]:
-    """Return ``x.T`` as a contiguous array."""
+    """Return ``x.T`` as a contiguous array, transposed one square at a time to use all of each cache line of `x`."""
     y = np.empty(x.shape[::-1], x.dtype)
-    in_threads(functools.partial(transpose_rows, x, y), len(y), CHUNK // max(1, len(x)))
+
+    def some_rows(start: int, stop: int) -> None:
+        for first in range(start, stop, SQUARE):
+            rows = slice(first, min(first + SQUARE, stop))
+            for column in range(0, len(x), SQUARE):
+                columns = slice(column, column + SQUARE)
+                y[rows, columns] = x[columns, rows].T
+
+    in_threads(some_rows, len(y), CHUNK // max(1, len(x)))
     return y
 
 
@@ -188,17 +184,16 @@ def fast_linear(x: Float[np.ndarray, "rows in"], weight: Rows, bias: Any = None)
 # --- elementwise ------------------------------------------------------------------------------------------------------
 
 
-def chunk_by_chunk(work: Callable[..., None], rows: int, arrays: tuple[Array, ...], start: int, stop: int) -> None:
-    """Call `work` with `rows` rows of each array at a time."""
-    for first in range(start, stop, rows):
-        last = min(first + rows, stop)
-        work(*(array[first:last] for array in arrays))
-
-
 def over_chunks(work: Callable[..., None], *arrays: Array) -> None:
     """Call `work` with some rows of equally long arrays, few enough to stay in the cache between operations."""
     rows = max(1, CHUNK // max(1, arrays[0][0].size)) if len(arrays[0]) else 1
-    in_threads(functools.partial(chunk_by_chunk, work, rows, arrays), len(arrays[0]), rows)
+
+    def chunks(start: int, stop: int) -> None:
+        for first in range(start, stop, rows):
+            last = min(first + rows, stop)
+            work(*(array[first:last] for array in arrays))
+
+    in_threads(chunks, len(arrays[0]), rows)
 
 
 def norm_rows(x: Array, normed: Array, gain: Array, eps: float) -> None:
@@ -233,7 +228,7 @@ def fast_rotate(x: Float[np.ndarray, "seq any_heads head_dim"], cos: Array, sin:
 
 def gate_up_rows(gate: Array, up: Array, activation: Activation) -> None:
     """Replace `gate` by ``activation(gate) * up``."""
-    if activation is gelu_tanh:
+    if activation is ops.gelu_tanh:
         inner = gate * gate
         inner *= gate.dtype.type(0.044715)
         inner += 1
@@ -322,7 +317,7 @@ def weigh(scores: Float[np.ndarray, "seq groups keys"], seen: Array, scale: floa
         scores *= kind(cap)
     else:
         scores *= kind(scale)
-        scores[...] = np.where(seen, soft_cap(scores, cap), np.finfo(kind).min)
+        scores[...] = np.where(seen, ops.soft_cap(scores, cap), np.finfo(kind).min)
         scores -= np.max(scores, axis=-1, keepdims=True)
     np.exp(scores, out=scores)
     scores *= seen
@@ -516,9 +511,8 @@ def fast_head(norm: Hidden, weights: Weights, config: Gemma2Config) -> tuple[Log
         return model.head(norm, weights, config)
     x, table = norm.reshape(-1, norm.shape[-1]), model.head_table(weights, config)
     with threads_for(len(x), [table]):
-        raw_logits = fast_linear(x, table)
-    raw_logits = raw_logits.reshape(*norm.shape[:2], -1)
-    return raw_logits, soft_cap(raw_logits, config.final_logit_softcapping)
+        raw_logits = fast_linear(x, table).reshape(*norm.shape[:2], -1)
+    return raw_logits, ops.soft_cap(raw_logits, config.final_logit_softcapping)
 
 
 def next_token_logits(
