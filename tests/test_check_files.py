@@ -209,7 +209,7 @@ def test_bad_tensors_are_invalid_with_a_reason_and_the_others_are_judged(
     wrong["layers.0.attention.out"][0, 3, 4] = np.nan
     wrong["raw_logits"] = run["raw_logits"].astype(np.int32)
     wrong["embedded"] = run["embedded"].transpose(0, 2, 1).copy()
-    wrong["layers.0.out"] = run["layers.0.out"][0]
+    wrong["layers.0.out"] = run["layers.0.out"][0, 0]
     wrong["layers.1.out"] = run["layers.1.out"].astype(ml_dtypes.float8_e4m3fn)
     wrong["layers.2.out"] = np.zeros((0,), np.float32)
     wrong["layers.3.out"] = np.full_like(run["layers.3.out"], -np.inf)
@@ -221,7 +221,7 @@ def test_bad_tensors_are_invalid_with_a_reason_and_the_others_are_judged(
     said = {t["tensor"]: (t["verdict"], t["note"]) for t in found["tensors"] if t["verdict"] == "INVALID"}
     notes = {
         "layers.0.attention.out": "1 element is nan", "raw_logits": "stored as I32",
-        "embedded": "has shape (1, 30, 5)", "layers.0.out": "has shape (5, 30)",
+        "embedded": "has shape (1, 30, 5)", "layers.0.out": "has shape (30,)",
         "layers.1.out": "stored as F8_E4M3", "layers.2.out": "has shape (0,)", "layers.3.out": "150 elements are -inf",
     }  # fmt: skip
     assert {name: verdict for name, (verdict, _) in said.items()} == dict.fromkeys(notes, "INVALID")
@@ -233,6 +233,26 @@ def test_bad_tensors_are_invalid_with_a_reason_and_the_others_are_judged(
     good = [t["tensor"] for t in found["tensors"] if t["verdict"] in ("EXACT", "PASS")]
     assert "layers.0.attention.mixed" in good
     assert not set(good) & set(notes)
+
+
+def test_missing_axes_of_length_1_are_added(run: Mapping[str, np.ndarray], tmp_path: Path) -> None:
+    """A port for one text has no batch, and a port like transformers has tables of (batch, seq, head_dim)."""
+    tensors = {name: x[:, 0] if name in ("cos", "sin") else x for name, x in run.items()}
+    assert load_trace(written({"input_ids": IDS} | tensors, tmp_path), CONFIG).refused == {}
+    tensors = {name: x[0, 0] if name in ("cos", "sin") else x[0] for name, x in run.items()}
+    candidate = load_trace(written(tensors | {"input_ids": IDS[0]}, tmp_path), CONFIG)
+    assert candidate.refused == {}
+    for name in candidate.tensors:
+        np.testing.assert_array_equal(candidate.tensors[name].numbers, run[name])
+
+
+def test_exchanged_axes_are_named(run: Mapping[str, np.ndarray], tmp_path: Path) -> None:
+    tensors = {"input_ids": IDS, "layers.0.attention.q": run["layers.0.attention.q"].swapaxes(1, 2)}
+    refused = load_trace(written(tensors, tmp_path), CONFIG).refused
+    assert refused == {
+        "layers.0.attention.q": "has shape (1, 5, 6, 10); it must be (1, 6, 5, 10): (batch, heads, seq, head_dim); "
+        "transpose its axes 1 and 2"
+    }
 
 
 def test_calls_that_do_not_fit_are_invalid(run: Mapping[str, np.ndarray], tmp_path: Path) -> None:

@@ -3,8 +3,9 @@
 Checked by introducing every known bug into transformers (docs/oracle.md).
 
 A known bug explains a finding if, in every layer, the bug turns the candidate's own inputs into the candidate's
-tensors. For a candidate that conforms, the same test finds the excluded bugs: those that contradict its tensors. All
-other bugs are undetectable in this trace.
+tensors. If no bug does, each mistake is tried in one of its tensors, and in the wrong layers, alone. For a candidate
+that conforms, the same test finds the excluded bugs: those that contradict its tensors. All other bugs are
+undetectable in this trace.
 """
 
 import math
@@ -29,7 +30,7 @@ from refgemma.oracle.families import (
     weights_of_another,
 )
 from refgemma.oracle.judge import SPAN_LIMIT, judge, nearest, resembles
-from refgemma.oracle.known_bugs import KNOWN_BUGS, KnownBug, combine, known_bug
+from refgemma.oracle.known_bugs import KNOWN_BUGS, NORMS, KnownBug, combine, in_fewer_places, known_bug
 from refgemma.oracle.locate import ErrorMap, Sides, compare_sides, locate_errors, map_errors
 from refgemma.oracle.optimizer_bugs import OPTIMIZER_BUGS
 from refgemma.oracle.preflight import Preflight
@@ -51,6 +52,8 @@ LESS = 0.8  # a second way of rounding must leave at most this part of the error
 TRIED = 4  # number of closest bugs to combine with each way of rounding
 # Limit of the change from computing a part in half precision, relative to the tensor; bfloat16 rounds by 0.004 or less.
 PART_LIMIT = 0.25
+# Tensors of one function that a port may call from several places, or write several times.
+APART = {*NORMS, "attention.q_rot", "attention.k_rot"}
 # Limit of multiplications per finding for trying exchanged weights; takes 1 to 2 s.
 MULTIPLICATIONS = 2e9
 # Bugs of code written for Gemma 1, which lacks several features of Gemma 2 at once.
@@ -277,7 +280,7 @@ class Diagnosis:
         if names[0].startswith((GRADS, AFTER)):
             return tuple(found)
         if self.whole:
-            found = found or self._find_part(names)
+            found = found or self._find_part(names) or self._find_in_fewer_places(names, good)
         if finding[0].between:
             found = found or self._find_roundings(names)
         if self.whole:
@@ -311,6 +314,25 @@ class Diagnosis:
             if self.is_consistent(part, names) and self.is_consistent(part):
                 return [part]
         return []
+
+    def _find_in_fewer_places(self, names: Sequence[str], good: Sequence[str]) -> list[KnownBug]:
+        """Return mistakes that are in only one of their fields, or not in all layers.
+
+        An example is a port with four functions of norms, of which one multiplies by w. If the inputs of the wrong
+        tensors are recorded, the field and the layers are known. Otherwise each field is tried, in all layers.
+        """
+        kind, layers = field_of(names[0]), {layer_of(name) for name in names} - {None}
+        mistakes = [v for v in self.bugs if v.kind == "mistake" and v.change is not None]
+        if all(self.engine.is_direct(name) for name in names):
+            recorded = {layer_of(name) for name in self.engine.recorded if field_of(name) == kind} - {None}
+            some = tuple(sorted(layer for layer in layers if layer is not None)) if layers != recorded else ()
+            tried = [in_fewer_places(v, kind, some) for v in mistakes if kind in v.fields]
+        else:
+            several = [v for v in mistakes if len(v.fields) > 1 and set(v.fields) <= APART]
+            steps = {field_of(step) for name in names for step in self.usual.span(name)}
+            tried = [in_fewer_places(v, field) for v in several for field in v.fields if field in steps]
+        fitting = [v for v in tried if self.is_consistent(v, names) and self.is_consistent(v, good) is not False]
+        return self._choose(fitting)
 
     def _apart(self, name: str) -> float:
         """Return the distance of a recorded tensor from its reference, relative to the reference's size."""

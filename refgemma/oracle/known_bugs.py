@@ -57,6 +57,8 @@ class KnownBug:
         Other edits for the same bug, if engines or compilers round its steps differently.
     unless : str
         Another bug; if both explain a tensor, only the other is named.
+    layers : tuple of int
+        The layers with the bug; empty for all layers.
     """
 
     name: str
@@ -69,16 +71,21 @@ class KnownBug:
     kind: str = "mistake"
     ways: tuple[Change, ...] = ()
     unless: str = ""
+    layers: tuple[int, ...] = ()
 
     def table(self, context: Context, usual: Mapping[str, Operation]) -> dict[str, Operation]:
-        """Return all operations, with this bug's changes to `fields`."""
+        """Return all operations, with this bug's changes to `fields` in its layers."""
         if self.change is None:
             return dict(usual)
         try:
             changed = operations(self.change(context))
         except ConfigError:  # the bug's numbers are impossible, such as twice the largest window
             return dict(usual)
-        return {name: changed[name] if field_of(name) in self.fields else op for name, op in usual.items()}
+        return {name: changed[name] if self.is_in(name) else op for name, op in usual.items()}
+
+    def is_in(self, name: str) -> bool:
+        """Return True if the bug changes the operation of a tensor."""
+        return field_of(name) in self.fields and (not self.layers or layer_of(name) in self.layers)
 
 
 # --- edits ------------------------------------------------------------------------------------------------------------
@@ -1020,7 +1027,7 @@ KNOWN_BUGS: tuple[KnownBug, ...] = (
              MIXED, function(repeat_kv=tile_heads),
              "onnx #7274, axlearn #842, candle-vllm #52", "more than one key head", "repeat_kv"),
     # norms and wiring
-    KnownBug("norm-without-one", "every norm multiplies by w instead of 1 + w",
+    KnownBug("norm-without-one", "norms multiply by w instead of 1 + w",
              NORMS, function(rms_norm=norm_offset(0)),
              "Liger-Kernel #74", knob="norm offset"),
     KnownBug("norm-two-plus", "norms multiply by 2 + w, because 1 is added to weights that include 1",
@@ -1272,6 +1279,21 @@ def combine(one: KnownBug, other: KnownBug) -> KnownBug:
         fields=tuple(dict.fromkeys((*one.fields, *other.fields))), change=lambda context: second(first(context)),
         seen=f"{one.seen}; {other.seen}", knob=f"{one.knob}; {other.knob}",
     )  # fmt: skip
+
+
+def in_fewer_places(bug: KnownBug, field: str, layers: tuple[int, ...] = ()) -> KnownBug:
+    """Return a bug that is in only one of its fields, and if `layers` are given, only in these.
+
+    Examples
+    --------
+    >>> in_fewer_places(known_bug("norm-without-one"), "post_attention_layernorm", (3,)).name
+    'norm-without-one only in post_attention_layernorm of layer 3'
+    """
+    where = field if len(bug.fields) > 1 or not layers else ""
+    if layers:
+        where += f"{' of ' if where else ''}layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
+    says = f"{bug.says}; here only in {where}"
+    return replace(bug, name=f"{bug.name} only in {where}", says=says, fields=(field,), layers=layers)
 
 
 def known_bug(name: str) -> KnownBug:

@@ -9,9 +9,10 @@ and so on. The metadata may have ``dtype`` (the precision of the tensors) and ``
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -230,7 +231,7 @@ def check_trace(file: TraceFile, config: Gemma2Config, dtype: str | None = None)
     refused: dict[str, str] = {}
     read: dict[str, Tensor] = {}
     for name in sorted(wanted):
-        entry = _spread_words(name, file.entries, config)
+        entry = _add_axes(name, _spread_words(name, file.entries, config), call)
         if (problem := _find_problem(name, entry, call, config)) is None:
             read[name] = Tensor(entry.read(), entry.dtype, entry.known and entry.known(), entry.coarse)
         else:
@@ -242,7 +243,8 @@ def check_trace(file: TraceFile, config: Gemma2Config, dtype: str | None = None)
         if name in ("cos", "sin") and x.numbers.shape == (1, *shape[1:]):
             judged[name] = replace(x, numbers=np.broadcast_to(x.numbers, shape))  # all rows share one table
         elif x.numbers.shape != shape:
-            refused[name] = _wrong_shape(name, x.numbers.shape, shape)
+            found = file.entries[name].shape if name in file.entries else x.numbers.shape  # joined, calls are longer
+            refused[name] = _wrong_shape(name, found, shape)
     judged = {name: _leave_out_nan(name, x, call) for name, x in judged.items() if name not in refused}
     if gradients:
         call = _read_labels(file, call, config)
@@ -380,6 +382,25 @@ def _spread_words(name: str, entries: Mapping[str, Entry], config: Gemma2Config)
                    known=lambda: spread(np.isfinite(entry.read().astype(np.float64))))  # fmt: skip
 
 
+def _add_axes(name: str, entry: Entry, call: Call) -> Entry:
+    """Return the entry with its missing axes of length 1: that of cos and sin, then the batch of a single text."""
+    axes = axes_of(_without_call(name, call)).split()
+    ones = [axes.index(axis) for axis in ("1", "batch") if axis in axes and (axis == "1" or len(call.input_ids) == 1)]
+    added = sorted(ones[: max(0, len(axes) - len(entry.shape))])
+    if not added or len(entry.shape) + len(added) != len(axes):
+        return entry
+    shape = list(entry.shape)
+    for place in added:
+        shape.insert(place, 1)
+
+    def reshape(read: Callable[[], Array]) -> Callable[[], Array]:
+        return lambda: read().reshape(shape)
+
+    return replace(
+        entry, shape=tuple(shape), read=reshape(entry.read), known=None if entry.known is None else reshape(entry.known)
+    )
+
+
 def _leave_out_nan(name: str, x: Tensor, call: Call) -> Tensor:
     """Treat rows of NaN as unrecorded if the same text has other rows."""
     others = tuple(n for n, axis in enumerate(axes_of(name).split()) if axis not in ("batch", "seq"))
@@ -443,7 +464,13 @@ def _find_problem(name: str, entry: Entry, call: Call, config: Gemma2Config) -> 
 
 
 def _wrong_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> str:
-    return f"has shape {found}; it must be {wanted}: ({axes_of(name).replace(' ', ', ')})"
+    said = f"has shape {found}; it must be {wanted}: ({axes_of(name).replace(' ', ', ')})"
+    for one, other in combinations(range(len(found)), 2):
+        exchanged = list(found)
+        exchanged[one], exchanged[other] = found[other], found[one]
+        if tuple(exchanged) == wanted:
+            return f"{said}; transpose its axes {one} and {other}"
+    return said
 
 
 def _call(file: TraceFile, config: Gemma2Config) -> Call:

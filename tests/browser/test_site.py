@@ -29,7 +29,7 @@ TEST = """async (rules) => (await axe.run({exclude: [['.sig > dl'], ['treescope-
 # A colour that fades from light to dark has other values for a moment.
 STILL = "*, *::before, *::after { transition: none !important; animation: none !important; }"
 # axe takes 10 s for the colours of a long page, and 30 s for those of a page of the reference. So it is given at most
-# eight of the entries of a reference, and eight of the rows, list items and words of code with parts of the same classes.
+# eight of the entries of a reference, and eight of the rows, list items and words of code with parts of equal classes.
 SHORTEN = """() => {
   document.querySelectorAll('dl.py').forEach((entry, place) => place < 8 || entry.remove())
   const kept = {}
