@@ -252,9 +252,9 @@ print(f"moved at most: {moved.max():.1%}")
 # %% [markdown]
 # <details><summary>Answer</summary>
 # No. Head 0 of block 3 spends 94 % of its attention on <code>&lt;bos&gt;</code>, but without this head only 3 % of the
-# probability moves. Head 4 of block 2 matters most, with 17 %. The value of <code>&lt;bos&gt;</code> is not small here:
-# its length is 4.85, and the other values have a mean of 4.75. But <code>&lt;bos&gt;</code> sees only itself, so its
-# value is the same vector in every text. So the vector that this head adds says almost nothing about the text.
+# probability moves. Head 4 of block 2 matters most, with 16.5 %. The value of <code>&lt;bos&gt;</code> is not small
+# here: its length is 4.85, and the other values have a mean of 4.75. But <code>&lt;bos&gt;</code> sees only itself, so
+# its value is the same vector in every text. So the vector that this head adds says almost nothing about the text.
 # </details>
 #
 # ## Exercise

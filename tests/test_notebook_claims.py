@@ -4,7 +4,6 @@ Each test quotes the sentences that it measures, so that a changed sentence need
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -282,7 +281,7 @@ def test_02_patterns() -> None:
 
 @claim(
     2,
-    "but without this head only 3 % of the probability moves. Head 4 of block 2 matters most, with 17 %.",
+    "but without this head only 3 % of the probability moves. Head 4 of block 2 matters most, with 16.5 %.",
     "its length is 4.85, and the other values have a mean of 4.75",
     "its value is the same vector in every text",
 )
@@ -290,7 +289,7 @@ def test_02_the_value_of_bos_is_not_small_and_not_used() -> None:
     moved = after(2, "moved = np.zeros").moved
     assert round(100 * moved[3, 0]) == 3
     assert moved.argmax() == 2 * 6 + 4
-    assert round(100 * moved[2, 4]) in (16, 17)
+    assert moved[2, 4] == pytest.approx(0.165, abs=0.0005)
     lengths = np.linalg.norm(run_tiny(SEA)[1].layers[3].attention.v[0, 0], axis=-1)
     assert lengths[0] == pytest.approx(4.85, abs=0.005)
     assert lengths[1:].mean() == pytest.approx(4.75, abs=0.005)

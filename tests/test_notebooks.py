@@ -85,7 +85,7 @@ def test_a_solution_is_folded_under_each_exercise(path: Path) -> None:
 
 
 def raw_markdown(cell: str) -> list[str]:
-    """Return Markdown and TeX inside folded HTML, where a page shows them as they are; after an empty line they work."""
+    """Return Markdown and TeX inside folded HTML, where a page shows the signs; after an empty line they work."""
     folded = re.findall(r"<details>(.*?)(?:</details>|\n\n)", cell, re.DOTALL)
     return [mark for text in folded for mark in re.findall(r"\$[^$\n]*\$|\*+\w[^*]*\*|`[^`\n]*`", text)]
 
